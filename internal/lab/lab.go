@@ -1,0 +1,291 @@
+// Package lab makes small networks out of network namespaces and veth pairs:
+// the hosts of the demonstration, of the benchmarks and of the tests.
+//
+// Everything a Lab makes is removed by Close. Nothing outside the namespaces
+// that it made is touched.
+package lab
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// RunDir is where named namespaces are bound, as ip-netns(8) does, so that
+// `ip netns exec` and `nsenter --net=` find them.
+const RunDir = "/run/netns"
+
+// Host is one network namespace. Its methods may be called from any goroutine.
+type Host struct {
+	// Name is the namespace's name under RunDir.
+	Name string
+
+	ns netns.NsHandle
+	nl *netlink.Handle
+}
+
+// NewHost makes a network namespace bound at RunDir/name, with its loopback
+// interface up and IPv6 noise (router solicitations, duplicate address
+// detection, MLD resends) off. The caller owns the host and must Close it.
+func NewHost(name string) (_ *Host, err error) {
+	if err := os.MkdirAll(RunDir, 0o755); err != nil {
+		return nil, fmt.Errorf("make %s: %w", RunDir, err)
+	}
+	h := &Host{Name: name, ns: netns.None()}
+	if err := inNewNamespace(func() error {
+		return bindNamespace(h.Path())
+	}); err != nil {
+		return nil, fmt.Errorf("make namespace %s: %w", name, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, h.Close())
+		}
+	}()
+	if h.ns, err = netns.GetFromPath(h.Path()); err != nil {
+		return nil, fmt.Errorf("open namespace %s: %w", name, err)
+	}
+	if h.nl, err = netlink.NewHandleAt(h.ns); err != nil {
+		return nil, fmt.Errorf("netlink in namespace %s: %w", name, err)
+	}
+	if err := h.Do(quiet); err != nil {
+		return nil, fmt.Errorf("set up namespace %s: %w", name, err)
+	}
+	return h, nil
+}
+
+// Path returns the file that the namespace is bound to.
+func (h *Host) Path() string { return filepath.Join(RunDir, h.Name) }
+
+// FD returns the namespace's file descriptor; the host keeps owning it.
+func (h *Host) FD() int { return int(h.ns) }
+
+// Netlink returns a handle whose requests act inside the namespace. The host
+// keeps owning it.
+func (h *Host) Netlink() *netlink.Handle { return h.nl }
+
+// Close unbinds the namespace. The kernel frees it, and its end of every veth
+// pair, when the last socket and process in it are gone.
+func (h *Host) Close() error {
+	var errs []error
+	if h.nl != nil {
+		h.nl.Close()
+		h.nl = nil
+	}
+	if h.ns.IsOpen() {
+		errs = append(errs, h.ns.Close())
+	}
+	if err := unix.Unmount(h.Path(), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		errs = append(errs, fmt.Errorf("unmount %s: %w", h.Path(), err))
+	}
+	if err := os.Remove(h.Path()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// Do runs fn on a thread inside the namespace. Sockets opened by fn, and
+// processes that it starts before it returns, stay in the namespace;
+// goroutines that it starts do not. The thread is thrown away afterwards, so a
+// failure to leave the namespace cannot leak into other goroutines.
+func (h *Host) Do(fn func() error) error {
+	return onOwnThread(func() error {
+		if err := unix.Setns(h.FD(), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter namespace %s: %w", h.Name, err)
+		}
+		return fn()
+	})
+}
+
+// Start starts cmd inside the namespace.
+func (h *Host) Start(cmd *exec.Cmd) error { return h.Do(cmd.Start) }
+
+// Link returns the named interface of the namespace.
+func (h *Host) Link(name string) (netlink.Link, error) {
+	l, err := h.nl.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("interface %s in %s: %w", name, h.Name, err)
+	}
+	return l, nil
+}
+
+// AddAddr gives the named interface an address in CIDR form.
+func (h *Host) AddAddr(ifname, cidr string) error {
+	l, err := h.Link(ifname)
+	if err != nil {
+		return err
+	}
+	addr, err := netlink.ParseAddr(cidr)
+	if err != nil {
+		return fmt.Errorf("address %q: %w", cidr, err)
+	}
+	if addr.IP.To4() == nil {
+		addr.Flags |= unix.IFA_F_NODAD
+	}
+	if err := h.nl.AddrAdd(l, addr); err != nil {
+		return fmt.Errorf("add %s to %s in %s: %w", cidr, ifname, h.Name, err)
+	}
+	return nil
+}
+
+// SetUp brings the named interface up or down.
+func (h *Host) SetUp(ifname string, up bool) error {
+	l, err := h.Link(ifname)
+	if err != nil {
+		return err
+	}
+	if up {
+		return h.nl.LinkSetUp(l)
+	}
+	return h.nl.LinkSetDown(l)
+}
+
+// AddRoute adds a route to dst (CIDR) straight out of the named interface.
+func (h *Host) AddRoute(dst, ifname string) error {
+	l, err := h.Link(ifname)
+	if err != nil {
+		return err
+	}
+	ipnet, err := netlink.ParseIPNet(dst)
+	if err != nil {
+		return fmt.Errorf("route %q: %w", dst, err)
+	}
+	return h.nl.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipnet, Scope: netlink.SCOPE_LINK})
+}
+
+// End is one end of a veth pair.
+type End struct {
+	Host *Host
+	// Name is the interface's name inside the host.
+	Name string
+	// Addrs are in CIDR form.
+	Addrs []string
+	// Queues is the number of receive and of transmit queues; 0 means 1.
+	Queues int
+}
+
+// Connect makes a veth pair between two hosts, brings both ends up with
+// generic receive offload on - veth delivers redirected frames only to a peer
+// that has it, or an XDP program - and waits for nothing: use WaitUp. MTU 0
+// leaves the kernel's default.
+func Connect(a, b End, mtu int) error {
+	qa, qb := max(a.Queues, 1), max(b.Queues, 1)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = a.Name
+	attrs.NumTxQueues, attrs.NumRxQueues = qa, qa
+	attrs.MTU = mtu
+	veth := &netlink.Veth{
+		LinkAttrs: attrs,
+		PeerName:  b.Name,
+		PeerMTU:   uint32(mtu),
+		// The peer needs as many receive queues as this end has transmit
+		// queues, or it refuses XDP programs.
+		PeerNumTxQueues: uint32(qb),
+		PeerNumRxQueues: uint32(qb),
+		PeerNamespace:   netlink.NsFd(b.Host.FD()),
+	}
+	if err := a.Host.nl.LinkAdd(veth); err != nil {
+		return fmt.Errorf("connect %s/%s to %s/%s: %w", a.Host.Name, a.Name, b.Host.Name, b.Name, err)
+	}
+	for _, e := range []End{a, b} {
+		if err := e.configure(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e End) configure() error {
+	for _, cidr := range e.Addrs {
+		if err := e.Host.AddAddr(e.Name, cidr); err != nil {
+			return err
+		}
+	}
+	if err := e.Host.Do(func() error {
+		quietInterface(e.Name)
+		return SetGRO(e.Name, true)
+	}); err != nil {
+		return err
+	}
+	return e.Host.SetUp(e.Name, true)
+}
+
+// UniqueName returns a namespace name that no one else is using: the prefix
+// and random letters.
+func UniqueName(prefix string) string {
+	return prefix + "-" + strings.ToLower(rand.Text()[:8])
+}
+
+// onOwnThread runs fn on an operating system thread that is never used again:
+// it stays locked, so the runtime ends it with its goroutine.
+func onOwnThread(fn func() error) (err error) {
+	var wg sync.WaitGroup
+	wg.Add(1)
+	go func() {
+		defer wg.Done()
+		runtime.LockOSThread()
+		err = fn()
+	}()
+	wg.Wait()
+	return err
+}
+
+func inNewNamespace(fn func() error) error {
+	return onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		return fn()
+	})
+}
+
+func bindNamespace(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
+	if err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	self := "/proc/self/task/" + strconv.Itoa(unix.Gettid()) + "/ns/net"
+	if err := unix.Mount(self, path, "none", unix.MS_BIND, ""); err != nil {
+		return errors.Join(fmt.Errorf("bind %s: %w", path, err), os.Remove(path))
+	}
+	return nil
+}
+
+// quiet runs inside a new namespace: loopback up, and no IPv6 chatter that
+// would disturb a capture.
+func quiet() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	quietInterface("all")
+	quietInterface("default")
+	return nil
+}
+
+// quietInterface is best effort: a kernel without IPv6 has none of these files.
+func quietInterface(name string) {
+	for key, value := range map[string]string{
+		"accept_dad": "0", "accept_ra": "0", "router_solicitations": "0",
+		"mldv2_unsolicited_report_interval": "0",
+	} {
+		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/"+key, []byte(value), 0o644)
+	}
+}
