@@ -177,8 +177,7 @@ type End struct {
 
 // Connect makes a veth pair between two hosts, brings both ends up with
 // generic receive offload on - veth delivers redirected frames only to a peer
-// that has it, or an XDP program - and waits for nothing: use WaitUp. MTU 0
-// leaves the kernel's default.
+// that has it, or an XDP program. MTU 0 leaves the kernel's default.
 func Connect(a, b End, mtu int) error {
 	qa, qb := max(a.Queues, 1), max(b.Queues, 1)
 	attrs := netlink.NewLinkAttrs()
@@ -212,13 +211,15 @@ func (e End) configure() error {
 			return err
 		}
 	}
-	if err := e.Host.Do(func() error {
-		quietInterface(e.Name)
-		return SetGRO(e.Name, true)
-	}); err != nil {
+	if err := e.Host.Do(func() error { quietInterface(e.Name); return nil }); err != nil {
 		return err
 	}
-	return e.Host.SetUp(e.Name, true)
+	if err := e.Host.SetUp(e.Name, true); err != nil {
+		return err
+	}
+	// Only now: a veth that is down does not tell its peer that it can receive
+	// redirected frames.
+	return e.Host.Do(func() error { return SetGRO(e.Name, true) })
 }
 
 // UniqueName returns a namespace name that no one else is using: the prefix

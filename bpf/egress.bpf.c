@@ -1,0 +1,117 @@
+//go:build ignore
+
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/* The egress program: runs in the devmaps' rows, on each copy of a frame.
+ *
+ * The kernel collects the frames for a device and runs one program on all of
+ * them, that of the first: rows must never hold different programs for one
+ * device. So there is one egress program, which finds out by itself which output
+ * a copy is for: by the interface it leaves by and, where a rule has several
+ * outputs on that interface, by counting. The copies of one frame reach it one
+ * after the other, in the order of the rows, on one CPU.
+ */
+#include "account.h"
+#include "handover.h"
+#include "maps.h"
+#include "parse.h"
+#include "rewrite.h"
+
+/* Steps that halve XDPCAST_MAX_SLOTS to nothing. */
+#define SEARCH_STEPS 7
+
+/* The first of n copies, sorted by interface, that is not below the interface. */
+static __always_inline __u32 lower_bound(__u32 first, __u32 n, __u32 ifindex)
+{
+	__u32 low = 0, high = n;
+	int i;
+
+	for (i = 0; i < SEARCH_STEPS && low < high; i++) {
+		__u32 middle = (low + high) / 2;
+		__u32 index = first + middle;
+		struct copy *c = bpf_map_lookup_elem(&copies, &index);
+
+		if (!c)
+			break;
+		if (c->ifindex < ifindex)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+/* The output that this copy is for; NULL when the maps contradict each other. */
+static __always_inline struct output *find_output(const struct handover *from, __u32 ifindex)
+{
+	__u32 index = from->first_output + lower_bound(from->first_output, from->outputs, ifindex);
+	struct copy *copy = bpf_map_lookup_elem(&copies, &index);
+
+	if (!copy || copy->ifindex != ifindex)
+		return NULL;
+	if (copy->same > 1) {
+		struct turn *turn = bpf_map_lookup_elem(&turns, &index);
+		__u16 same = copy->same;
+
+		if (!turn)
+			return NULL;
+		if (turn->sequence != from->sequence) {
+			turn->sequence = from->sequence;
+			turn->next = 0;
+		}
+		if (turn->next >= same)
+			return NULL;
+		index += turn->next++;
+		copy = bpf_map_lookup_elem(&copies, &index);
+		if (!copy)
+			return NULL;
+	}
+	index = from->first_output + copy->slot;
+	return bpf_map_lookup_elem(&outputs, &index);
+}
+
+SEC("xdp.frags/devmap")
+int egress(struct xdp_md *ctx)
+{
+	void *data_end = (void *)(long)ctx->data_end;
+	void *data = (void *)(long)ctx->data;
+	__u32 bytes = data_end - data;
+	struct handover from;
+	struct headers h;
+	struct output *o;
+	bool ok;
+
+	if (data + sizeof(from) > data_end)
+		return XDP_PASS;
+	__builtin_memcpy(&from, data, sizeof(from));
+	if (from.mark != HANDOVER_MARK)
+		return XDP_PASS; /* of a rule with one output: rewritten already */
+	o = find_output(&from, ctx->egress_ifindex);
+	if (!o)
+		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
+	if (!(o->flags & OUTPUT_READY))
+		return count_drop(DROP_OUTPUT, o->stats, DROP_NOT_READY, bytes);
+
+	/* The relay program has parsed the frame; the bounds are for the verifier. */
+	h.eth = data;
+	h.fragment = false;
+	h.l3 = data + (from.l3_offset & 0x1f);
+	if (o->family == 4) {
+		if (!parse_ip4(data_end, &h))
+			return count_drop(DROP_OUTPUT, o->stats, DROP_INTERNAL, bytes);
+		if (h.l3_len > o->mtu)
+			return XDP_DROP; /* counted by the relay program */
+		ok = rewrite_ip4(&h, o);
+	} else {
+		if (!parse_ip6(data_end, &h))
+			return count_drop(DROP_OUTPUT, o->stats, DROP_INTERNAL, bytes);
+		if (h.l3_len > o->mtu)
+			return XDP_DROP; /* counted by the relay program */
+		ok = rewrite_ip6(&h, o);
+	}
+	if (!ok)
+		return count_drop(DROP_OUTPUT, o->stats, DROP_TTL, bytes);
+	count_sent(o->stats, bytes);
+	return XDP_PASS;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

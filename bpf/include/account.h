@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* Counting. Every packet that matched ends in exactly one place for each of the
+ * rule's outputs: output_stats, or a drop with its reason.
+ */
+#pragma once
+
+#include "maps.h"
+
+/* Returns a number that the rule's next packet on this CPU does not get. */
+static __always_inline __u32 count_match(__u32 rule, __u32 bytes)
+{
+	struct rule_stats *stats = bpf_map_lookup_elem(&rule_stats, &rule);
+
+	if (!stats)
+		return 0;
+	stats->packets++;
+	stats->bytes += bytes;
+	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
+	return stats->packets;
+}
+
+static __always_inline void count_sent(__u32 output, __u32 bytes)
+{
+	struct output_stats *stats = bpf_map_lookup_elem(&output_stats, &output);
+
+	if (!stats)
+		return;
+	stats->packets++;
+	stats->bytes += bytes;
+}
+
+static __always_inline void count(struct counter *c, __u32 bytes)
+{
+	c->packets++;
+	c->bytes += bytes;
+}
+
+/* Counts a drop; out of line, since no fast path comes here, and global, so that it
+ * is verified once.
+ */
+__noinline int count_drop(__u32 scope, __u32 id, __u32 reason, __u32 bytes)
+{
+	struct drop_key key = {.id = id, .scope = scope, .reason = reason};
+	struct counter first = {.packets = 1, .bytes = bytes};
+	struct counter *c;
+
+	c = bpf_map_lookup_elem(&drops, &reason);
+	if (c)
+		count(c, bytes);
+	c = bpf_map_lookup_elem(&rule_drops, &key);
+	if (c) {
+		count(c, bytes);
+		return XDP_DROP;
+	}
+	/* Another CPU may make the entry first: then count in its. */
+	if (bpf_map_update_elem(&rule_drops, &key, &first, BPF_NOEXIST)) {
+		c = bpf_map_lookup_elem(&rule_drops, &key);
+		if (c)
+			count(c, bytes);
+	}
+	return XDP_DROP;
+}

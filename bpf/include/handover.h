@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* How the relay program tells the egress program which rule a copy belongs to: in
+ * place of the two MAC addresses, which every copy gets anew. Unlike packet
+ * metadata this needs no support from the driver, no room in front of the frame
+ * and no helper call, and it is cloned with the frame.
+ */
+#pragma once
+
+#include <linux/if_ether.h>
+#include <linux/types.h>
+
+/* Stands where a source MAC begins, which never has the group bit set: a frame
+ * without it was rewritten already.
+ */
+#define HANDOVER_MARK 0xff
+
+struct handover {
+	__u32 first_output;
+	__u8 l3_offset;
+	__u8 outputs;
+	__u8 mark;
+	__u8 pad;
+	__u32 sequence; /* the same in all copies of a frame, another in the next frame */
+};
+
+_Static_assert(sizeof(struct handover) == 2 * ETH_ALEN, "takes the place of the two MAC addresses");
+_Static_assert(__builtin_offsetof(struct handover, mark) == ETH_ALEN, "marks the source MAC");

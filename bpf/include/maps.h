@@ -1,0 +1,163 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* The maps of the relay and egress programs. Sizes marked "load" are set by the
+ * loader; all are pinned under the name that they have here.
+ */
+#pragma once
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+#include "abi.h"
+#include "handover.h"
+
+/* Naming a type here puts it whole into the object's BTF: for Go, and for the
+ * keys and values of inner maps, which are otherwise only declared.
+ */
+#define EXPORT_TYPE(kind, name) const kind name *export_##name __attribute__((unused))
+EXPORT_TYPE(struct, flow4);
+EXPORT_TYPE(struct, flow6);
+EXPORT_TYPE(struct, flow);
+EXPORT_TYPE(struct, handover);
+EXPORT_TYPE(enum, rule_path);
+EXPORT_TYPE(enum, drop_reason);
+EXPORT_TYPE(enum, drop_scope);
+EXPORT_TYPE(enum, lookup_kind);
+EXPORT_TYPE(enum, output_flag);
+EXPORT_TYPE(enum, ttl_mode);
+
+/* config: schema, sizes and the lookup kinds in use. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct config);
+} config SEC(".maps");
+
+/* The shape of the flow tables. A table is replaced as a whole, so its size
+ * follows the number of rules.
+ */
+struct flow_table4 {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct flow4);
+	__type(value, struct flow);
+};
+
+struct flow_table6 {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct flow6);
+	__type(value, struct flow);
+};
+
+/* flow_tables4: its one entry is the IPv4 flow table in force. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct flow_table4);
+} flow_tables4 SEC(".maps");
+
+/* flow_tables6: its one entry is the IPv6 flow table in force. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct flow_table6);
+} flow_tables6 SEC(".maps");
+
+/* rules: rule -> name, path and outputs. Size: load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct rule);
+} rules SEC(".maps");
+
+/* outputs: first output + slot -> rewrite. Size: load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct output);
+} outputs SEC(".maps");
+
+/* ports: output interfaces of rules with one output. */
+struct {
+	__uint(type, BPF_MAP_TYPE_DEVMAP);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, struct bpf_devmap_val);
+} ports SEC(".maps");
+
+struct slots {
+	__uint(type, BPF_MAP_TYPE_DEVMAP);
+	__uint(max_entries, XDPCAST_MAX_SLOTS);
+	__type(key, __u32);
+	__type(value, struct bpf_devmap_val);
+};
+
+/* fanout: first output of a rule with several -> the rule's devmap of slots.
+ * Size: load.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct slots);
+} fanout SEC(".maps");
+
+/* copies: first output + position -> where a copy goes, sorted by interface.
+ * Size: load.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct copy);
+} copies SEC(".maps");
+
+/* turns: first output + first position of an interface -> which of several outputs
+ * on it is next. Size: load.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct turn);
+} turns SEC(".maps");
+
+/* rule_stats: rule -> what matched. Size: load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct rule_stats);
+} rule_stats SEC(".maps");
+
+/* output_stats: stats of an output -> what was sent. Size: load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct output_stats);
+} output_stats SEC(".maps");
+
+/* drops: reason -> packets and bytes of all rules together; always exact. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, DROP_REASONS);
+	__type(key, __u32);
+	__type(value, struct counter);
+} drops SEC(".maps");
+
+/* rule_drops: the same by rule and output. Entries come with the first drop; when
+ * it is full, further ones are in drops alone.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 8192);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct drop_key);
+	__type(value, struct counter);
+} rule_drops SEC(".maps");

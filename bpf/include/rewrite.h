@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* One copy of a packet becomes what its output says. Checksums are updated
+ * incrementally (RFC 1624, equation 3), so that a wrong one stays wrong and the
+ * receiver finds out. package packet is the twin in Go.
+ */
+#pragma once
+
+#include "abi.h"
+#include "parse.h"
+
+#define ECN_MASK 0x03
+
+/* Folds a sum of 16-bit and 32-bit words in network order to 16 bits. */
+static __always_inline __u16 fold(__u64 sum)
+{
+	sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum;
+}
+
+/* What a sum changes by when a word does. */
+static __always_inline __u64 delta16(__u16 from, __u16 to)
+{
+	return (__u64)(__u16)~from + to;
+}
+
+static __always_inline __u64 delta32(__u32 from, __u32 to)
+{
+	return (__u64)(__u32)~from + to;
+}
+
+static __always_inline __u32 word(const __u8 *bytes, int i)
+{
+	return ((const __u32 *)bytes)[i];
+}
+
+/* Writes the ports and the checksum; addresses is what the pseudo header's sum
+ * changed by.
+ */
+static __always_inline void rewrite_udp(struct udphdr *udp, const struct output *o, __u64 addresses)
+{
+	__be16 dst_port = bpf_htons(o->dst_port);
+	__u64 sum = (__u16)~udp->check + addresses + delta16(udp->dest, dst_port);
+	__u16 check;
+
+	udp->dest = dst_port;
+	if (o->src_port) {
+		__be16 src_port = bpf_htons(o->src_port);
+
+		sum += delta16(udp->source, src_port);
+		udp->source = src_port;
+	}
+	if (!udp->check)
+		return; /* sent without one: stays so */
+	if (o->flags & OUTPUT_CHECKSUM_ZERO) {
+		udp->check = 0;
+		return;
+	}
+	check = ~fold(sum);
+	udp->check = check ? check : 0xffff; /* RFC 768: a computed zero is sent as all ones */
+}
+
+/* The TTL or hop limit that the output sends; 0 when the packet ends here. */
+static __always_inline __u8 new_ttl(const struct output *o, __u8 ttl)
+{
+	switch (o->ttl_mode) {
+	case TTL_SET:
+		return o->ttl;
+	case TTL_DECREMENT:
+		return ttl ? ttl - 1 : 0;
+	default:
+		return ttl;
+	}
+}
+
+/* Both MACs at once, as three words: struct ethhdr is packed, and the compiler
+ * would copy it byte by byte.
+ */
+static __always_inline void rewrite_mac(struct ethhdr *eth, const struct output *o)
+{
+	__u32 *to = (__u32 *)eth;
+
+	_Static_assert(__builtin_offsetof(struct output, src_mac) == 6, "MACs lie as in a frame");
+	to[0] = word(o->dst_mac, 0);
+	to[1] = word(o->dst_mac, 1);
+	to[2] = word(o->dst_mac, 2);
+}
+
+/* Both rewrites return false when the TTL ends the packet, which is then
+ * unchanged.
+ */
+static __always_inline bool rewrite_ip4(struct headers *h, const struct output *o)
+{
+	struct iphdr *ip = h->ip4;
+	__u16 *ttl_word = (__u16 *)&ip->ttl;
+	__u16 *tos_word = (__u16 *)ip;
+	__u8 ttl = new_ttl(o, ip->ttl);
+	__u32 dst = word(o->dst, 0);
+	__u64 addresses, sum;
+	__u16 old;
+
+	if (!ttl)
+		return false;
+	addresses = delta32(ip->daddr, dst);
+	ip->daddr = dst;
+	if (o->flags & OUTPUT_SOURCE_SET) {
+		__u32 src = word(o->src, 0);
+
+		addresses += delta32(ip->saddr, src);
+		ip->saddr = src;
+	}
+	sum = (__u16)~ip->check + addresses;
+	if (ttl != ip->ttl) {
+		old = *ttl_word;
+		ip->ttl = ttl;
+		sum += delta16(old, *ttl_word);
+	}
+	if (o->flags & OUTPUT_DSCP_SET) {
+		old = *tos_word;
+		ip->tos = o->dscp << 2 | (ip->tos & ECN_MASK);
+		sum += delta16(old, *tos_word);
+	}
+	ip->check = ~fold(sum);
+	rewrite_udp(h->udp, o, addresses);
+	rewrite_mac(h->eth, o);
+	return true;
+}
+
+static __always_inline __u64 rewrite_addr6(struct in6_addr *addr, const __u8 *to)
+{
+	__u64 delta = 0;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < 4; i++) {
+		delta += delta32(addr->in6_u.u6_addr32[i], word(to, i));
+		addr->in6_u.u6_addr32[i] = word(to, i);
+	}
+	return delta;
+}
+
+static __always_inline bool rewrite_ip6(struct headers *h, const struct output *o)
+{
+	struct ipv6hdr *ip = h->ip6;
+	__u8 ttl = new_ttl(o, ip->hop_limit);
+	__u64 addresses;
+
+	if (!ttl)
+		return false;
+	addresses = rewrite_addr6(&ip->daddr, o->dst);
+	if (o->flags & OUTPUT_SOURCE_SET)
+		addresses += rewrite_addr6(&ip->saddr, o->src);
+	ip->hop_limit = ttl;
+	if (o->flags & OUTPUT_DSCP_SET) {
+		/* The traffic class lies across the first two bytes. */
+		__u8 *b = (__u8 *)ip;
+
+		b[0] = (b[0] & 0xf0) | o->dscp >> 2;
+		b[1] = (o->dscp & 0x03) << 6 | (b[1] & 0x3f);
+	}
+	rewrite_udp(h->udp, o, addresses);
+	rewrite_mac(h->eth, o);
+	return true;
+}

@@ -1,0 +1,78 @@
+//go:build ignore
+
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/* What became of redirected frames after the programs had returned: the kernel
+ * tells only its tracepoints. Optional: without BTF in the kernel the relay works
+ * and these counters stay empty.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "abi.h"
+
+/* The one field of the kernel's struct that is used; the offset is relocated. */
+struct net_device {
+	int ifindex;
+} __attribute__((preserve_access_index));
+
+/* port_stats: output interface -> frames lost behind the programs. The loader
+ * makes an entry for each interface that it sends on.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, struct port_stats);
+} port_stats SEC(".maps");
+
+/* port_rows: row of ports -> ifindex, which a tracepoint is not told. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, __u32);
+} port_rows SEC(".maps");
+
+/* The id of the map ports; set at load. */
+const volatile __u32 ports_id = 0;
+
+/* The driver's answer to a bulk of frames for one device. */
+SEC("tp_btf/xdp_devmap_xmit")
+int BPF_PROG(devmap_xmit, const struct net_device *from, const struct net_device *to, int sent,
+	     int dropped, int err)
+{
+	struct port_stats *stats;
+	__u32 ifindex;
+
+	if (dropped <= 0)
+		return 0;
+	ifindex = to->ifindex;
+	stats = bpf_map_lookup_elem(&port_stats, &ifindex);
+	if (stats)
+		stats->transmit_drops += dropped;
+	return 0;
+}
+
+/* A redirect through ports that the kernel refused: the device is down, or the
+ * frame longer than it takes.
+ */
+SEC("tp_btf/xdp_redirect_err")
+int BPF_PROG(redirect_err, const struct net_device *dev, const void *prog, const void *target,
+	     int err, __u32 map_type, __u32 map_id, __u32 row)
+{
+	struct port_stats *stats;
+	__u32 *ifindex;
+
+	if (map_id != ports_id)
+		return 0;
+	ifindex = bpf_map_lookup_elem(&port_rows, &row);
+	if (!ifindex)
+		return 0;
+	stats = bpf_map_lookup_elem(&port_stats, ifindex);
+	if (stats)
+		stats->redirect_errors++;
+	return 0;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

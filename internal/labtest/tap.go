@@ -1,0 +1,122 @@
+package labtest
+
+import (
+	"errors"
+	"net"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+)
+
+// Timeout bounds every wait for a condition in a test.
+const Timeout = 10 * time.Second
+
+// Enter moves the test's goroutine, and what it calls, into the host. The thread
+// is thrown away with the goroutine.
+func Enter(t testing.TB, h *lab.Host) {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.Setns(h.FD(), unix.CLONE_NEWNET); err != nil {
+		t.Fatalf("enter namespace %s: %v", h.Name, err)
+	}
+}
+
+// Eventually waits until the condition holds.
+func Eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(Timeout); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if condition() {
+			return
+		}
+	}
+	t.Fatalf("timed out waiting until %s", what)
+}
+
+// Tap sends and receives whole frames on an interface.
+type Tap struct {
+	t    testing.TB
+	fd   int
+	name string
+}
+
+// NewTap opens a tap on an interface of a host. Frames that arrive from then on
+// are held for Receive.
+func NewTap(t testing.TB, h *lab.Host, ifname string) *Tap {
+	t.Helper()
+	tap := &Tap{t: t, fd: -1, name: h.Name + "/" + ifname}
+	Do(t, h, func() error {
+		iface, err := net.InterfaceByName(ifname)
+		if err != nil {
+			return err
+		}
+		// Protocol 0 receives nothing until it is bound to the interface.
+		tap.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		return errors.Join(
+			unix.SetsockoptInt(tap.fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1),
+			unix.SetsockoptInt(tap.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 256<<20),
+			unix.Bind(tap.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: iface.Index}),
+		)
+	})
+	t.Cleanup(func() { unix.Close(tap.fd) })
+	return tap
+}
+
+func htons(v uint16) uint16 { return v<<8 | v>>8 }
+
+// Send sends a frame as it is.
+func (tap *Tap) Send(frame []byte) {
+	tap.t.Helper()
+	for {
+		_, err := unix.Write(tap.fd, frame)
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {
+			tap.t.Fatalf("send on %s: %v", tap.name, err)
+		}
+	}
+}
+
+// Receive returns the next frame that keep wants, nil after the time-out.
+func (tap *Tap) Receive(timeout time.Duration, keep func([]byte) bool) []byte {
+	tap.t.Helper()
+	buf := make([]byte, 65536)
+	for deadline := time.Now().Add(timeout); ; {
+		left := time.Until(deadline)
+		if left < 0 {
+			return nil
+		}
+		fds := []unix.PollFd{{Fd: int32(tap.fd), Events: unix.POLLIN}}
+		if n, err := unix.Poll(fds, int(left.Milliseconds())+1); n <= 0 || err != nil {
+			continue
+		}
+		n, _, err := unix.Recvfrom(tap.fd, buf, unix.MSG_DONTWAIT)
+		if err != nil {
+			continue
+		}
+		if keep == nil || keep(buf[:n]) {
+			return append([]byte(nil), buf[:n]...)
+		}
+	}
+}
+
+// Collect returns the next n frames that keep wants, or fails.
+func (tap *Tap) Collect(n int, keep func([]byte) bool) [][]byte {
+	tap.t.Helper()
+	var frames [][]byte
+	for len(frames) < n {
+		f := tap.Receive(Timeout, keep)
+		if f == nil {
+			tap.t.Fatalf("%s: %d of %d frames arrived", tap.name, len(frames), n)
+		}
+		frames = append(frames, f)
+	}
+	return frames
+}

@@ -1,0 +1,354 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"xdpcast/bpf"
+)
+
+// openMaps opens the pinned maps of a pin directory and refuses what does not fit
+// this binary.
+func openMaps(dir string, readOnly bool) (_ *maps, err error) {
+	m := &maps{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.Close())
+		}
+	}()
+	opts := &ebpf.LoadPinOptions{ReadOnly: readOnly}
+	if m.Config, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.RelayMapConfig), opts); err != nil {
+		return nil, fmt.Errorf("open pinned state %s: %w", dir, err)
+	}
+	config, err := m.config()
+	if err != nil {
+		return nil, err
+	}
+	specs, err := mapSpecs(config.MaxRules, config.MaxOutputs)
+	if err != nil {
+		return nil, err
+	}
+	for name, slot := range m.slots() {
+		if *slot == nil {
+			if *slot, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), opts); err != nil {
+				return nil, fmt.Errorf("open pinned map %s: %w", name, err)
+			}
+		}
+		if err := fits(*slot, specs[name]); err != nil {
+			return nil, fmt.Errorf("%w: map %s: %w; unload it with the release that made it, or with unload --all", ErrSchema, name, err)
+		}
+	}
+	return m, nil
+}
+
+// config reads the map config; a map of another shape has another schema.
+func (m *maps) config() (config bpf.RelayConfig, err error) {
+	if err := m.Config.Lookup(uint32(0), &config); err != nil {
+		return config, fmt.Errorf("%w: map config: %w", ErrSchema, err)
+	}
+	if config.Schema != bpf.Schema {
+		return config, fmt.Errorf("%w: it has %d, this xdpcast has %d; unload it with the release that made it, or with unload --all", ErrSchema, config.Schema, bpf.Schema)
+	}
+	return config, nil
+}
+
+func fits(m *ebpf.Map, spec *ebpf.MapSpec) error {
+	switch {
+	case m.Type() != spec.Type:
+		return fmt.Errorf("type is %s, not %s", m.Type(), spec.Type)
+	case m.KeySize() != spec.KeySize:
+		return fmt.Errorf("keys have %d bytes, not %d", m.KeySize(), spec.KeySize)
+	case m.ValueSize() != spec.ValueSize:
+		return fmt.Errorf("values have %d bytes, not %d", m.ValueSize(), spec.ValueSize)
+	case m.MaxEntries() != spec.MaxEntries:
+		return fmt.Errorf("%d entries, not %d", m.MaxEntries(), spec.MaxEntries)
+	}
+	return nil
+}
+
+// adopt takes over what an earlier process left, and brings programs of another
+// release up to date.
+func (l *Loader) adopt() (err error) {
+	dir := l.opts.PinDir
+	if l.maps, err = openMaps(dir, false); err != nil {
+		return err
+	}
+	if err := l.checkNamespace(); err != nil {
+		return err
+	}
+	if err := l.adoptTables(); err != nil {
+		return err
+	}
+	if err := l.adoptRules(); err != nil {
+		return fmt.Errorf("pinned state %s is damaged: %w; remove it with unload --all", dir, err)
+	}
+	if err := l.adoptPrograms(); err != nil {
+		return err
+	}
+	if err := l.Upgrade(); err != nil {
+		return err
+	}
+	l.adopted = true
+	l.log.Info("pinned state adopted", "dir", dir, "rules", len(l.rules), "interfaces", len(l.links))
+	return nil
+}
+
+func (l *Loader) checkNamespace() error {
+	config, err := l.maps.config()
+	if err != nil {
+		return err
+	}
+	cookie, err := netnsCookie()
+	if err != nil {
+		return err
+	}
+	if config.NetnsCookie != cookie {
+		return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, l.opts.PinDir)
+	}
+	return nil
+}
+
+// adoptTables opens the flow tables in force. The outer maps say which they are:
+// the pins may be one swap behind.
+func (l *Loader) adoptTables() error {
+	for _, t := range []struct {
+		outer *ebpf.Map
+		table **ebpf.Map
+		pin   string
+	}{{l.maps.FlowTables4, &l.table4, pinFlows4}, {l.maps.FlowTables6, &l.table6, pinFlows6}} {
+		if err := t.outer.Lookup(uint32(0), t.table); err != nil {
+			return fmt.Errorf("open flow table: %w", err)
+		}
+		if err := repin(*t.table, filepath.Join(l.opts.PinDir, t.pin)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// adoptRules reads the rules back from the flow tables and what they point to,
+// checking everything: a pin is foreign input.
+func (l *Loader) adoptRules() error {
+	l.resetAllocators()
+	flows, err := readFlows(l.table4, l.table6)
+	if err != nil {
+		return err
+	}
+	inUse := map[uint32]bool{}
+	var outputs, stats []extent
+	for in, flow := range flows {
+		e, err := readEntry(l.maps, in, flow)
+		if err != nil {
+			return err
+		}
+		if l.rules[e.rule.Name] != nil || inUse[e.id] {
+			return fmt.Errorf("rule %s (number %d) is there twice", e.rule.Name, e.id)
+		}
+		l.rules[e.rule.Name] = e
+		inUse[e.id] = true
+		outputs = append(outputs, extent{e.first, uint32(len(e.rule.Out))})
+		stats = append(stats, extent{e.firstStats, uint32(len(e.rule.Out))})
+	}
+	l.ids.adopt(inUse)
+	if err := l.outputs.adopt(outputs); err != nil {
+		return fmt.Errorf("outputs: %w", err)
+	}
+	if err := l.stats.adopt(stats); err != nil {
+		return fmt.Errorf("output counters: %w", err)
+	}
+	if err := l.adoptPorts(); err != nil {
+		return err
+	}
+	return l.clearOrphans(inUse)
+}
+
+// readFlows reads both flow tables.
+func readFlows(table4, table6 *ebpf.Map) (map[Input]bpf.RelayFlow, error) {
+	flows := map[Input]bpf.RelayFlow{}
+	var flow bpf.RelayFlow
+	var key4 bpf.RelayFlow4
+	iter := table4.Iterate()
+	for iter.Next(&key4, &flow) {
+		in := decodeKey4(&key4)
+		in.MAC = flow.InputMac
+		flows[in] = flow
+	}
+	if err := iter.Err(); err != nil {
+		return nil, fmt.Errorf("read IPv4 flow table: %w", err)
+	}
+	var key6 bpf.RelayFlow6
+	iter = table6.Iterate()
+	for iter.Next(&key6, &flow) {
+		in := decodeKey6(&key6)
+		in.MAC = flow.InputMac
+		flows[in] = flow
+	}
+	if err := iter.Err(); err != nil {
+		return nil, fmt.Errorf("read IPv6 flow table: %w", err)
+	}
+	return flows, nil
+}
+
+// readEntry reads what a flow entry points to.
+func readEntry(m *maps, in Input, flow bpf.RelayFlow) (*entry, error) {
+	var row bpf.RelayRule
+	if err := m.Rules.Lookup(flow.Rule, &row); err != nil {
+		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
+	}
+	name, err := decodeName(row.Name)
+	if err != nil {
+		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
+	}
+	e := &entry{rule: Rule{Name: name, In: in}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port}
+	for slot := range uint32(flow.Outputs) {
+		var b bpf.RelayOutput
+		if err := m.Outputs.Lookup(flow.FirstOutput+slot, &b); err != nil {
+			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
+		}
+		o, err := decodeOutput(&b)
+		if err != nil {
+			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
+		}
+		if slot == 0 {
+			// The description may be older than the flow entry.
+			e.firstStats = b.Stats
+		}
+		e.rule.Out = append(e.rule.Out, o)
+	}
+	if err := check(e.rule); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	return e, nil
+}
+
+// adoptPorts finds the rows of the map ports again.
+func (l *Loader) adoptPorts() (err error) {
+	rows := map[uint32]bool{}
+	for _, e := range l.rules {
+		for _, o := range e.rule.Out {
+			if !o.Ready {
+				continue
+			}
+			if err := l.countPort(o.Index); err != nil {
+				return err
+			}
+			p := l.ports[o.Index]
+			if len(e.rule.Out) > 1 {
+				p.slotUsers++
+				continue
+			}
+			if p.rowUsers > 0 && p.row != e.row {
+				return fmt.Errorf("rule %s sends by row %d, others to the same interface by row %d", e.rule.Name, e.row, p.row)
+			}
+			if e.row >= l.maps.Ports.MaxEntries() {
+				return fmt.Errorf("rule %s sends by row %d of %d", e.rule.Name, e.row, l.maps.Ports.MaxEntries())
+			}
+			p.row = e.row
+			p.rowUsers++
+			if p.rowHasProg, err = l.rowHasProgram(p.row); err != nil {
+				return err
+			}
+			rows[e.row] = true
+		}
+	}
+	l.portRows.adopt(rows)
+	return nil
+}
+
+func (l *Loader) rowHasProgram(row uint32) (bool, error) {
+	var value bpf.RelayBpfDevmapVal
+	err := l.maps.Ports.Lookup(row, &value)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return false, nil // the kernel has emptied it with its interface
+	}
+	if err != nil {
+		return false, fmt.Errorf("read row %d of ports: %w", row, err)
+	}
+	return value.BpfProg.Fd != 0, nil // read, it is the program's id
+}
+
+// clearOrphans removes what a process left that died between two steps.
+func (l *Loader) clearOrphans(inUse map[uint32]bool) error {
+	free, freeStats := map[uint32]bool{}, map[uint32]bool{}
+	for _, e := range l.stats.free {
+		for i := range e.n {
+			freeStats[e.first+i] = true
+		}
+	}
+	var row bpf.RelayRule
+	var id uint32
+	iter := l.maps.Rules.Iterate()
+	for iter.Next(&id, &row) {
+		if inUse[id] {
+			continue
+		}
+		free[id] = true
+		if row.Name[0] == 0 {
+			continue
+		}
+		if err := l.maps.Rules.Put(id, &bpf.RelayRule{}); err != nil {
+			return fmt.Errorf("clear rule number %d: %w", id, err)
+		}
+	}
+	if err := iter.Err(); err != nil {
+		return fmt.Errorf("read map rules: %w", err)
+	}
+	for _, e := range l.outputs.free {
+		for i := range e.n {
+			if err := l.maps.Fanout.Delete(e.first + i); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("clear fanout: %w", err)
+			}
+		}
+	}
+	return l.dropStaleCounters(free, freeStats)
+}
+
+// adoptPrograms opens the pinned programs and links.
+func (l *Loader) adoptPrograms() (err error) {
+	dir := l.opts.PinDir
+	if l.relay, err = ebpf.LoadPinnedProgram(relayPin(dir), nil); err != nil {
+		return fmt.Errorf("open pinned relay program: %w", err)
+	}
+	if l.egress, err = ebpf.LoadPinnedProgram(egressPin(dir), nil); err != nil {
+		return fmt.Errorf("open pinned egress program: %w", err)
+	}
+	return l.adoptPinnedLinks()
+}
+
+func (l *Loader) adoptPinnedLinks() error {
+	dir := filepath.Join(l.opts.PinDir, linksDir)
+	links, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("read pinned links: %w", err)
+	}
+	var interfaces []string
+	counting := 0
+	for _, f := range links {
+		path := filepath.Join(dir, f.Name())
+		switch name := f.Name(); {
+		case strings.HasSuffix(name, "_next"):
+			err = removePins(path) // a process died while it was pinning
+		case name == pinDevmapXmit, name == pinRedirectErr:
+			var t link.Link
+			if t, err = link.LoadPinnedLink(path, nil); err == nil {
+				l.transmit = append(l.transmit, t)
+				counting++
+			}
+		case strings.HasPrefix(name, pinInterface):
+			interfaces = append(interfaces, path)
+		}
+		if err != nil {
+			return fmt.Errorf("open pinned link: %w", err)
+		}
+	}
+	if counting < 2 {
+		l.attachTransmit(l.opts.PinDir)
+	}
+	return l.adoptLinks(interfaces)
+}

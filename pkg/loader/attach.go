@@ -1,0 +1,258 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Mode is how XDP runs on an interface.
+type Mode uint8
+
+// The modes: native runs in the driver; generic in the stack, on any device but
+// slower, and with one output a rule only. Auto tries native, then generic.
+const (
+	ModeAuto Mode = iota
+	ModeNative
+	ModeGeneric
+)
+
+func (m Mode) String() string {
+	switch m {
+	case ModeNative:
+		return "native"
+	case ModeGeneric:
+		return "generic"
+	default:
+		return "auto"
+	}
+}
+
+// ParseMode reads what String writes.
+func ParseMode(s string) (Mode, error) {
+	for _, m := range []Mode{ModeAuto, ModeNative, ModeGeneric} {
+		if s == m.String() {
+			return m, nil
+		}
+	}
+	return 0, fmt.Errorf("mode %q: want native, generic or auto", s)
+}
+
+// Attachment is the relay program on one interface.
+type Attachment struct {
+	Index     int
+	Interface string
+	Mode      Mode // native or generic
+	// Fallback is why native mode was refused; nil when it was not tried.
+	Fallback  error
+	LinkID    uint32
+	ProgramID uint32
+}
+
+type attachment struct {
+	Attachment
+	link link.Link
+}
+
+// Attach attaches the relay program to an interface, or confirms that it is
+// attached, in whatever mode it then runs. Another's program is never evicted.
+//
+// Errors to match: *BusyError, *AttachError.
+func (l *Loader) Attach(index int, mode Mode) (Attachment, error) {
+	if a := l.links[index]; a != nil {
+		return a.Attachment, nil
+	}
+	iface, err := net.InterfaceByIndex(index)
+	if err != nil {
+		return Attachment{}, fmt.Errorf("interface with index %d: %w", index, err)
+	}
+	lk, used, fallback, err := l.attachXDP(iface, mode)
+	if err != nil {
+		return Attachment{}, err
+	}
+	if err := repin(lk, linkPin(l.opts.PinDir, index)); err != nil {
+		return Attachment{}, errors.Join(err, lk.Close())
+	}
+	a := &attachment{link: lk, Attachment: Attachment{Index: index, Interface: iface.Name, Mode: used, Fallback: fallback}}
+	if err := a.fillIDs(); err != nil {
+		return Attachment{}, errors.Join(err, lk.Close(), removePins(linkPin(l.opts.PinDir, index)))
+	}
+	l.links[index] = a
+	if fallback != nil {
+		l.log.Warn("XDP runs in generic mode, which is slower", "interface", iface.Name, "native", fallback)
+	} else {
+		l.log.Info("attached", "interface", iface.Name, "mode", used.String())
+	}
+	return a.Attachment, nil
+}
+
+// attachXDP returns the link, the mode used, and why native mode was refused.
+func (l *Loader) attachXDP(iface *net.Interface, mode Mode) (link.Link, Mode, error, error) {
+	modes := []Mode{mode}
+	if mode == ModeAuto {
+		modes = []Mode{ModeNative, ModeGeneric}
+	}
+	var refused error
+	for _, m := range modes {
+		flags := link.XDPDriverMode
+		if m == ModeGeneric {
+			flags = link.XDPGenericMode
+		}
+		lk, err := link.AttachXDP(link.XDPOptions{Program: l.relay, Interface: iface.Index, Flags: flags})
+		switch {
+		case err == nil:
+			return lk, m, refused, nil
+		case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
+			return nil, 0, nil, &BusyError{Interface: iface.Name, Program: programOn(iface.Index), Err: err}
+		case errors.Is(err, unix.EPERM), errors.Is(err, unix.ENODEV):
+			return nil, 0, nil, &AttachError{Interface: iface.Name, Mode: m, Err: err}
+		}
+		if refused != nil {
+			err = errors.Join(refused, err)
+		}
+		refused = fmt.Errorf("%s: %w", m, explainRefusal(err))
+	}
+	return nil, 0, nil, &AttachError{Interface: iface.Name, Mode: mode, Err: refused}
+}
+
+// explainRefusal adds what a driver usually means by an error.
+func explainRefusal(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("%w (too few queues: a veth needs as many receive queues as its peer has transmit queues)", err)
+	case errors.Is(err, unix.ERANGE), errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("%w (often: the MTU is too large for XDP on this driver, or LRO is on)", err)
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("%w (the driver has no XDP)", err)
+	default:
+		return err
+	}
+}
+
+// programOn names the XDP program of an interface, for people.
+func programOn(index int) string {
+	lk, err := netlink.LinkByIndex(index)
+	if err != nil || lk.Attrs().Xdp == nil || lk.Attrs().Xdp.ProgId == 0 {
+		return "program unknown"
+	}
+	id := lk.Attrs().Xdp.ProgId
+	p, err := ebpf.NewProgramFromID(ebpf.ProgramID(id))
+	if err != nil {
+		return fmt.Sprintf("program id %d", id)
+	}
+	defer p.Close()
+	info, err := p.Info()
+	if err != nil || info.Name == "" {
+		return fmt.Sprintf("program id %d", id)
+	}
+	return fmt.Sprintf("program %s, id %d", info.Name, id)
+}
+
+func (a *attachment) fillIDs() error {
+	info, err := a.link.Info()
+	if err != nil {
+		return fmt.Errorf("link of interface %s: %w", a.Interface, err)
+	}
+	a.LinkID, a.ProgramID = uint32(info.ID), uint32(info.Program)
+	return nil
+}
+
+// Detach takes the relay program off an interface. It is no error if it is not
+// there, or the interface is gone.
+func (l *Loader) Detach(index int) error {
+	a := l.links[index]
+	if a == nil {
+		return nil
+	}
+	delete(l.links, index)
+	return errors.Join(removePins(linkPin(l.opts.PinDir, index)), a.link.Close())
+}
+
+// Attachments returns where the relay program is attached, by index.
+func (l *Loader) Attachments() []Attachment {
+	all := make([]Attachment, 0, len(l.links))
+	for _, a := range l.links {
+		all = append(all, a.Attachment)
+	}
+	slices.SortFunc(all, func(a, b Attachment) int { return a.Index - b.Index })
+	return all
+}
+
+// adoptLinks takes over pinned links; those of interfaces that are gone go.
+func (l *Loader) adoptLinks(paths []string) error {
+	for _, path := range paths {
+		a, err := adoptLink(path)
+		if errors.Is(err, unix.ENODEV) {
+			l.log.Info("interface of a pinned link is gone", "pin", path)
+			if err := removePins(path); err != nil {
+				return err
+			}
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		l.links[a.Index] = a
+	}
+	return nil
+}
+
+// adoptLink opens a pinned link. The error matches ENODEV when its interface is
+// gone.
+func adoptLink(path string) (_ *attachment, err error) {
+	lk, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open link %s: %w", path, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, lk.Close())
+		}
+	}()
+	info, err := lk.Info()
+	if err != nil {
+		return nil, fmt.Errorf("link %s: %w", path, err)
+	}
+	xdp := info.XDP()
+	if xdp == nil {
+		return nil, fmt.Errorf("pin %s is not an XDP link", path)
+	}
+	if xdp.Ifindex == 0 {
+		return nil, fmt.Errorf("link %s: %w", path, unix.ENODEV)
+	}
+	dev, err := netlink.LinkByIndex(int(xdp.Ifindex))
+	if err != nil {
+		return nil, fmt.Errorf("interface with index %d of link %s: %w", xdp.Ifindex, path, unix.ENODEV)
+	}
+	mode := ModeNative
+	if dev.Attrs().Xdp != nil && dev.Attrs().Xdp.AttachMode == nl.XDP_ATTACHED_SKB {
+		mode = ModeGeneric
+	}
+	return &attachment{link: lk, Attachment: Attachment{
+		Index: int(xdp.Ifindex), Interface: dev.Attrs().Name, Mode: mode,
+		LinkID: uint32(info.ID), ProgramID: uint32(info.Program),
+	}}, nil
+}
+
+// Unload detaches the relay program everywhere and removes everything that is
+// pinned. ErrNotLoaded when there is nothing.
+func Unload(opts Options) error {
+	opts = opts.withDefaults()
+	if _, err := os.Stat(opts.PinDir); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w in %s", ErrNotLoaded, opts.PinDir)
+	}
+	lock, err := takeLock(opts)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return errors.Join(sweep(opts.PinDir), removePins(opts.PinDir))
+}

@@ -1,0 +1,59 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Errors to match with errors.Is.
+var (
+	// ErrLocked: another process owns the pin directory.
+	ErrLocked = errors.New("another xdpcast owns the pin directory")
+	// ErrSchema: the pinned state was made by a release with another layout.
+	ErrSchema = errors.New("pinned state has another schema")
+	// ErrForeignNamespace: the pinned state belongs to another network namespace.
+	ErrForeignNamespace = errors.New("pinned state belongs to another network namespace")
+	// ErrNotSupported: the kernel lacks something that is needed.
+	ErrNotSupported = errors.New("not supported by this kernel")
+	// ErrNotLoaded: there is no pinned state.
+	ErrNotLoaded = errors.New("nothing is loaded")
+	// ErrFull: a map has no room left.
+	ErrFull = errors.New("no room left")
+)
+
+// BusyError says that an interface has an XDP program that is not ours.
+type BusyError struct {
+	Interface string
+	// Program names it: its id and, where known, its name.
+	Program string
+	Err     error
+}
+
+func (e *BusyError) Error() string {
+	return fmt.Sprintf("interface %s already has an XDP program (%s), which is left alone: detach it first", e.Interface, e.Program)
+}
+
+func (e *BusyError) Unwrap() error { return e.Err }
+
+// AttachError says that no mode of XDP works on an interface.
+type AttachError struct {
+	Interface string
+	Mode      Mode
+	Err       error
+}
+
+func (e *AttachError) Error() string {
+	return fmt.Sprintf("attach to interface %s (mode %s): %v", e.Interface, e.Mode, e.Err)
+}
+
+func (e *AttachError) Unwrap() error { return e.Err }
+
+// RuleError says which rule could not be written to the kernel.
+type RuleError struct {
+	Rule string
+	Err  error
+}
+
+func (e *RuleError) Error() string { return fmt.Sprintf("rule %s: %v", e.Rule, e.Err) }
+
+func (e *RuleError) Unwrap() error { return e.Err }

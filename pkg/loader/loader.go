@@ -1,0 +1,244 @@
+// Package loader puts the relay into the kernel: it loads the BPF programs,
+// attaches them to interfaces, and keeps the maps in step with a set of resolved
+// rules. All of it is pinned, so that packets go on when the process ends and the
+// next one takes over what it finds.
+//
+// One Loader at a time changes a pin directory (a lock file sees to it); Readers
+// need no lock. The methods of a Loader are not safe for concurrent use: the
+// control loop is its one owner.
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+)
+
+// Defaults of Options.
+const (
+	DefaultPinDir     = "/sys/fs/bpf/xdpcast"
+	DefaultRunDir     = "/run/xdpcast"
+	DefaultMaxRules   = 16384
+	DefaultMaxOutputs = 65536
+)
+
+// Options says where the pinned state is and how large to make it.
+type Options struct {
+	// PinDir is a directory below a BPF file system, which is mounted when
+	// nothing is mounted there. Empty: DefaultPinDir. Its name holds no dot.
+	PinDir string
+	// RunDir holds the lock file. Empty: DefaultRunDir.
+	RunDir string
+	// MaxRules and MaxOutputs size the maps when the state is made; adopted
+	// state keeps its sizes. 0: the defaults.
+	MaxRules, MaxOutputs uint32
+	// Logger is told what is made, adopted and upgraded. Nil: nobody.
+	Logger *slog.Logger
+
+	programs programSource // tests replace it to stand for another release
+}
+
+func (o Options) withDefaults() Options {
+	if o.PinDir == "" {
+		o.PinDir = DefaultPinDir
+	}
+	if o.RunDir == "" {
+		o.RunDir = DefaultRunDir
+	}
+	if o.MaxRules == 0 {
+		o.MaxRules = DefaultMaxRules
+	}
+	if o.MaxOutputs == 0 {
+		o.MaxOutputs = DefaultMaxOutputs
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.programs == nil {
+		o.programs = embedded{}
+	}
+	return o
+}
+
+// Loader owns the pinned state of one pin directory.
+type Loader struct {
+	opts Options
+	log  *slog.Logger
+	lock *os.File
+
+	maps     *maps
+	relay    *ebpf.Program
+	egress   *ebpf.Program
+	transmit []link.Link
+	links    map[int]*attachment // by interface index
+
+	table4, table6 *ebpf.Map // the flow tables in force
+	rules          map[string]*entry
+	ids            *idAllocator
+	outputs, stats *blockAllocator
+	ports          map[int]*port // by interface index
+	portRows       *idAllocator
+
+	adopted  bool
+	warnings []string
+}
+
+// Open takes the lock, and makes the pinned state or adopts what an earlier
+// process left. Adopted programs that differ from this binary's are replaced
+// without a gap. The caller must Close the Loader; what is pinned stays.
+//
+// Errors to match: ErrLocked, ErrSchema, ErrForeignNamespace, ErrNotSupported.
+func Open(opts Options) (_ *Loader, err error) {
+	opts = opts.withDefaults()
+	l := &Loader{
+		opts:  opts,
+		log:   opts.Logger,
+		links: map[int]*attachment{},
+		rules: map[string]*entry{},
+		ports: map[int]*port{},
+	}
+	if l.lock, err = takeLock(opts); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	if err := mountBPFFS(opts.PinDir); err != nil {
+		return nil, err
+	}
+	if err := sweep(opts.PinDir); err != nil {
+		return nil, err
+	}
+	_, err = os.Stat(opts.PinDir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		err = l.create()
+	case err == nil:
+		err = l.adopt()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// Close closes every file descriptor and gives the lock back. Programs, maps and
+// links stay pinned and go on.
+func (l *Loader) Close() error {
+	var errs []error
+	for _, a := range l.links {
+		errs = append(errs, a.link.Close())
+	}
+	for _, t := range l.transmit {
+		errs = append(errs, t.Close())
+	}
+	errs = append(errs, l.relay.Close(), l.egress.Close(), l.table4.Close(), l.table6.Close())
+	if l.maps != nil {
+		errs = append(errs, l.maps.Close())
+	}
+	if l.lock != nil {
+		errs = append(errs, l.lock.Close())
+	}
+	l.links, l.transmit, l.relay, l.egress = nil, nil, nil, nil
+	l.table4, l.table6, l.maps, l.lock = nil, nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// Adopted says whether Open found pinned state and took it over.
+func (l *Loader) Adopted() bool { return l.adopted }
+
+// Warnings says in a line each what works less well than it could.
+func (l *Loader) Warnings() []string { return l.warnings }
+
+// Limits returns how many rules and outputs there is room for.
+func (l *Loader) Limits() (rules, outputs uint32) {
+	return l.maps.Rules.MaxEntries(), l.maps.Outputs.MaxEntries()
+}
+
+// create builds the whole state in a directory of its own and publishes it with
+// one rename, so that nobody ever opens half of it.
+func (l *Loader) create() (err error) {
+	building := stagingDir(l.opts.PinDir)
+	if err := os.MkdirAll(building, 0o700); err != nil {
+		return fmt.Errorf("make %s: %w", building, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, removePins(building))
+		}
+	}()
+	if l.maps, err = newMaps(l.opts); err != nil {
+		return err
+	}
+	if err := l.firstTables(); err != nil {
+		return err
+	}
+	if err := l.writeConfig(0); err != nil {
+		return err
+	}
+	if l.relay, err = l.opts.programs.relay(l.maps); err != nil {
+		return err
+	}
+	if l.egress, err = l.opts.programs.egress(l.maps); err != nil {
+		return err
+	}
+	if err := l.pinAll(building); err != nil {
+		return err
+	}
+	l.attachTransmit(building)
+	l.resetAllocators()
+	if err := os.Rename(building, l.opts.PinDir); err != nil {
+		return fmt.Errorf("publish %s: %w", l.opts.PinDir, err)
+	}
+	l.log.Debug("pinned state made", "dir", l.opts.PinDir)
+	return nil
+}
+
+func (l *Loader) resetAllocators() {
+	l.ids = newIDAllocator(l.maps.Rules.MaxEntries())
+	l.outputs = newBlockAllocator(l.maps.Outputs.MaxEntries())
+	l.stats = newBlockAllocator(l.maps.OutputStats.MaxEntries())
+	l.portRows = newIDAllocator(l.maps.Ports.MaxEntries())
+}
+
+func (l *Loader) writeConfig(kinds uint32) error {
+	cookie, err := netnsCookie()
+	if err != nil {
+		return err
+	}
+	config := bpf.RelayConfig{
+		Schema:      bpf.Schema,
+		LookupKinds: kinds,
+		NetnsCookie: cookie,
+		MaxRules:    l.maps.Rules.MaxEntries(),
+		MaxOutputs:  l.maps.Outputs.MaxEntries(),
+	}
+	if err := l.maps.Config.Put(uint32(0), &config); err != nil {
+		return fmt.Errorf("write map config: %w", err)
+	}
+	return nil
+}
+
+// netnsCookie identifies the network namespace of the calling thread
+// (SO_NETNS_COOKIE, Linux 5.14).
+func netnsCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("socket: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return 0, fmt.Errorf("network namespace cookie: %w", err)
+	}
+	return cookie, nil
+}

@@ -1,0 +1,108 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+)
+
+// programSource gives the programs of one release, loaded against its maps.
+type programSource interface {
+	relay(m *maps) (*ebpf.Program, error)
+	egress(m *maps) (*ebpf.Program, error)
+	transmit(m *maps) (*bpf.TransmitPrograms, error)
+}
+
+// embedded is this binary's own programs.
+type embedded struct{}
+
+func (embedded) relay(m *maps) (*ebpf.Program, error) {
+	spec, err := bpf.LoadRelay()
+	if err != nil {
+		return nil, fmt.Errorf("read relay program: %w", err)
+	}
+	var out struct {
+		Relay *ebpf.Program `ebpf:"relay"`
+	}
+	if err := loadInto(spec, m, &out); err != nil {
+		return nil, fmt.Errorf("load relay program: %w", err)
+	}
+	return out.Relay, nil
+}
+
+func (embedded) egress(m *maps) (*ebpf.Program, error) {
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		return nil, fmt.Errorf("read egress program: %w", err)
+	}
+	var out struct {
+		Egress *ebpf.Program `ebpf:"egress"`
+	}
+	if err := loadInto(spec, m, &out); err != nil {
+		return nil, fmt.Errorf("load egress program: %w", err)
+	}
+	return out.Egress, nil
+}
+
+func (embedded) transmit(m *maps) (*bpf.TransmitPrograms, error) {
+	spec, err := bpf.LoadTransmit()
+	if err != nil {
+		return nil, fmt.Errorf("read transmit programs: %w", err)
+	}
+	info, err := m.Ports.Info()
+	if err != nil {
+		return nil, fmt.Errorf("map ports: %w", err)
+	}
+	id, ok := info.ID()
+	if !ok {
+		return nil, fmt.Errorf("map ids are %w", ErrNotSupported)
+	}
+	if err := spec.Variables["ports_id"].Set(uint32(id)); err != nil {
+		return nil, fmt.Errorf("set ports_id: %w", err)
+	}
+	var out bpf.TransmitPrograms
+	if err := loadInto(spec, m, &out); err != nil {
+		return nil, fmt.Errorf("load transmit programs: %w", err)
+	}
+	return &out, nil
+}
+
+// loadInto loads the programs that to asks for against the given maps.
+func loadInto(spec *ebpf.CollectionSpec, m *maps, to any) error {
+	replacements := map[string]*ebpf.Map{}
+	for name, mapped := range m.byName() {
+		if s := spec.Maps[name]; s != nil {
+			s.MaxEntries = mapped.MaxEntries()
+			replacements[name] = mapped
+		}
+	}
+	err := spec.LoadAndAssign(to, &ebpf.CollectionOptions{MapReplacements: replacements})
+	var verifier *ebpf.VerifierError
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return fmt.Errorf("%w (needs Linux 5.18 or newer): %w", ErrNotSupported, err)
+	case errors.Is(err, unix.EPERM) && !errors.As(err, &verifier):
+		return fmt.Errorf("%w: needs root, or the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON", err)
+	default:
+		return err
+	}
+}
+
+// sameProgram compares two loaded programs by the hash of their instructions.
+func sameProgram(a, b *ebpf.Program) (bool, error) {
+	infoA, err := a.Info()
+	if err != nil {
+		return false, fmt.Errorf("program info: %w", err)
+	}
+	infoB, err := b.Info()
+	if err != nil {
+		return false, fmt.Errorf("program info: %w", err)
+	}
+	return infoA.Tag == infoB.Tag, nil
+}

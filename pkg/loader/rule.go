@@ -1,0 +1,60 @@
+package loader
+
+import (
+	"net/netip"
+	"slices"
+
+	"xdpcast/pkg/packet"
+)
+
+// Rule is a rule with everything resolved: interfaces are indexes, policies are
+// addresses.
+type Rule struct {
+	Name string // 1 to 63 bytes
+	In   Input
+	Out  []Output // 1 to 64
+}
+
+// Input is what a packet is matched by.
+type Input struct {
+	Index int     // interface index
+	MAC   [6]byte // the interface's own, for the loop check
+	Group netip.Addr
+	// Source is any when it is not valid.
+	Source netip.Addr
+	Port   uint16
+}
+
+// Output is where a copy goes and what it looks like.
+type Output struct {
+	// Ready is false while the output cannot send; its copies are dropped and
+	// counted as not ready.
+	Ready bool
+	Index int // interface index
+	MTU   int // bytes of IP packet
+	packet.Rewrite
+}
+
+// key is Input without what may change in place.
+func (in Input) key() Input {
+	in.MAC = [6]byte{}
+	return in
+}
+
+func (r Rule) equal(o Rule) bool {
+	return r.Name == o.Name && r.In == o.In && slices.Equal(r.Out, o.Out)
+}
+
+// continues says whether r is the same rule as old with other addresses, so that
+// its counters go on.
+func (r Rule) continues(old Rule) bool {
+	if r.Name != old.Name || r.In.key() != old.In.key() || len(r.Out) != len(old.Out) {
+		return false
+	}
+	for i := range r.Out {
+		if r.Out[i].Dst != old.Out[i].Dst || r.Out[i].DstPort != old.Out[i].DstPort {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,348 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+)
+
+// Counter counts packets, and the bytes of their frames as they came in.
+type Counter struct {
+	Packets, Bytes uint64
+}
+
+func (c *Counter) add(packets, bytes uint64) {
+	c.Packets += packets
+	c.Bytes += bytes
+}
+
+// Reason says why a packet, or one copy of it, was not sent.
+type Reason uint8
+
+// The reasons, as the programs count them. NoDevice also holds the copies that
+// the kernel skipped before the egress program ran.
+const (
+	Loop        = Reason(bpf.RelayDropReasonDROP_LOOP)
+	Fragment    = Reason(bpf.RelayDropReasonDROP_FRAGMENT)
+	TTL         = Reason(bpf.RelayDropReasonDROP_TTL)
+	MTU         = Reason(bpf.RelayDropReasonDROP_MTU)
+	MultiBuffer = Reason(bpf.RelayDropReasonDROP_MULTI_BUFFER)
+	NotReady    = Reason(bpf.RelayDropReasonDROP_NOT_READY)
+	NoDevice    = Reason(bpf.RelayDropReasonDROP_NO_DEVICE)
+	NoChecksum  = Reason(bpf.RelayDropReasonDROP_NO_CHECKSUM)
+	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
+	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
+)
+
+func (r Reason) String() string {
+	switch r {
+	case Loop:
+		return "loop"
+	case Fragment:
+		return "fragment"
+	case TTL:
+		return "ttl"
+	case MTU:
+		return "mtu"
+	case MultiBuffer:
+		return "multi_buffer"
+	case NotReady:
+		return "not_ready"
+	case NoDevice:
+		return "no_device"
+	case NoChecksum:
+		return "no_checksum"
+	case Internal:
+		return "internal"
+	default:
+		return fmt.Sprintf("reason_%d", uint8(r))
+	}
+}
+
+// RuleStats is what became of the packets of one rule. For each output,
+//
+//	Matched = Sent + sum of Drops of the rule + sum of Drops of the output
+//
+// once no packet is on its way.
+type RuleStats struct {
+	Name    string
+	ID      uint32
+	Matched Counter
+	// LastSeen is the age of the last match; negative when there was none.
+	LastSeen time.Duration
+	// Drops happened before the packet was copied: it missed every output.
+	Drops   map[Reason]Counter
+	Outputs []OutputStats // by slot
+}
+
+// OutputStats is what became of one output's copies.
+type OutputStats struct {
+	Rule  Output
+	Sent  Counter // handed to the device
+	Drops map[Reason]Counter
+}
+
+// PortStats counts frames that were handed to a device and lost there, which the
+// kernel does not tell by rule.
+type PortStats struct {
+	Index                          int
+	TransmitDrops, RedirectRefused uint64
+}
+
+// Stats is a reading of all counters.
+type Stats struct {
+	Rules []RuleStats
+	Drops map[Reason]Counter // all rules together
+	Ports []PortStats
+}
+
+// Stats reads the counters. It may be called while packets flow; each counter is
+// exact, and what is on its way between two of them is missing.
+func (l *Loader) Stats() (Stats, error) {
+	entries := make([]*entry, 0, len(l.rules))
+	for _, e := range l.rules {
+		entries = append(entries, e)
+	}
+	return readStats(l.maps, entries)
+}
+
+// Reader reads pinned state without changing it, beside any owner.
+type Reader struct {
+	maps           *maps
+	table4, table6 *ebpf.Map
+}
+
+// OpenReader opens the pinned state read-only; the caller must Close it. Errors
+// to match: ErrNotLoaded, ErrSchema.
+func OpenReader(pinDir string) (_ *Reader, err error) {
+	if _, err := os.Stat(pinDir); errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%w in %s", ErrNotLoaded, pinDir)
+	}
+	r := &Reader{}
+	if r.maps, err = openMaps(pinDir, true); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.Close())
+		}
+	}()
+	if err := r.maps.FlowTables4.Lookup(uint32(0), &r.table4); err != nil {
+		return nil, fmt.Errorf("open flow table: %w", err)
+	}
+	if err := r.maps.FlowTables6.Lookup(uint32(0), &r.table6); err != nil {
+		return nil, fmt.Errorf("open flow table: %w", err)
+	}
+	return r, nil
+}
+
+// Close closes the file descriptors.
+func (r *Reader) Close() error {
+	return errors.Join(r.maps.Close(), r.table4.Close(), r.table6.Close())
+}
+
+// Rules reads the rules in force.
+func (r *Reader) Rules() ([]Rule, error) {
+	entries, err := r.entries()
+	if err != nil {
+		return nil, err
+	}
+	rules := make([]Rule, 0, len(entries))
+	for _, e := range entries {
+		rules = append(rules, e.rule)
+	}
+	return rules, nil
+}
+
+// Stats reads the counters of the rules in force.
+func (r *Reader) Stats() (Stats, error) {
+	entries, err := r.entries()
+	if err != nil {
+		return Stats{}, err
+	}
+	return readStats(r.maps, entries)
+}
+
+func (r *Reader) entries() ([]*entry, error) {
+	flows, err := readFlows(r.table4, r.table6)
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]*entry, 0, len(flows))
+	for in, flow := range flows {
+		e, err := readEntry(r.maps, in, flow)
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, e)
+	}
+	return entries, nil
+}
+
+func readStats(m *maps, entries []*entry) (Stats, error) {
+	var s Stats
+	var err error
+	if s.Drops, err = readDrops(m.Drops); err != nil {
+		return s, err
+	}
+	if s.Ports, err = readPorts(m.PortStats); err != nil {
+		return s, err
+	}
+	byID := make(map[uint32]*RuleStats, len(entries))
+	byStats := map[uint32]*OutputStats{}
+	s.Rules = make([]RuleStats, 0, len(entries))
+	for _, e := range entries {
+		r, err := readRule(m, e)
+		if err != nil {
+			return s, err
+		}
+		s.Rules = append(s.Rules, r)
+		byID[e.id] = &s.Rules[len(s.Rules)-1]
+		for slot := range r.Outputs {
+			byStats[e.firstStats+uint32(slot)] = &r.Outputs[slot]
+		}
+	}
+	if err := readRuleDrops(m.RuleDrops, byID, byStats); err != nil {
+		return s, err
+	}
+	for i := range s.Rules {
+		s.Rules[i].addSkipped()
+	}
+	return s, nil
+}
+
+// readRule reads the counter of matches first: a packet counted in between is
+// then in an output only, and never looks lost.
+func readRule(m *maps, e *entry) (RuleStats, error) {
+	r := RuleStats{Name: e.rule.Name, ID: e.id, LastSeen: -1, Drops: map[Reason]Counter{}}
+	var perCPU []bpf.RelayRuleStats
+	if err := m.RuleStats.Lookup(e.id, &perCPU); err != nil {
+		return r, fmt.Errorf("read counters of rule %s: %w", e.rule.Name, err)
+	}
+	var last uint64
+	for _, c := range perCPU {
+		r.Matched.add(c.Packets, c.Bytes)
+		last = max(last, c.LastSeenNs)
+	}
+	if last != 0 {
+		r.LastSeen = max(0, monotonic()-time.Duration(last))
+	}
+	for slot, o := range e.rule.Out {
+		out := OutputStats{Rule: o, Drops: map[Reason]Counter{}}
+		var perCPU []bpf.RelayOutputStats
+		if err := m.OutputStats.Lookup(e.firstStats+uint32(slot), &perCPU); err != nil {
+			return r, fmt.Errorf("read counters of rule %s, output %d: %w", e.rule.Name, slot, err)
+		}
+		for _, c := range perCPU {
+			out.Sent.add(c.Packets, c.Bytes)
+		}
+		r.Outputs = append(r.Outputs, out)
+	}
+	return r, nil
+}
+
+// addSkipped accounts for the copies that the kernel did not make: a broadcast
+// skips rows whose device is gone, down, or refuses the frame, without a word.
+func (r *RuleStats) addSkipped() {
+	if len(r.Outputs) < 2 {
+		return
+	}
+	for i := range r.Outputs {
+		out := &r.Outputs[i]
+		rest := r.Matched
+		rest.subtract(out.Sent)
+		for _, c := range r.Drops {
+			rest.subtract(c)
+		}
+		for _, c := range out.Drops {
+			rest.subtract(c)
+		}
+		if rest.Packets > 0 {
+			skipped := out.Drops[NoDevice]
+			skipped.add(rest.Packets, rest.Bytes)
+			out.Drops[NoDevice] = skipped
+		}
+	}
+}
+
+func (c *Counter) subtract(o Counter) {
+	c.Packets -= min(c.Packets, o.Packets)
+	c.Bytes -= min(c.Bytes, o.Bytes)
+}
+
+func readDrops(m *ebpf.Map) (map[Reason]Counter, error) {
+	drops := map[Reason]Counter{}
+	for reason := range reasons {
+		var perCPU []bpf.RelayCounter
+		if err := m.Lookup(uint32(reason), &perCPU); err != nil {
+			return nil, fmt.Errorf("read drops: %w", err)
+		}
+		if c := sum(perCPU); c.Packets > 0 {
+			drops[reason] = c
+		}
+	}
+	return drops, nil
+}
+
+func readRuleDrops(m *ebpf.Map, byID map[uint32]*RuleStats, byStats map[uint32]*OutputStats) error {
+	var key bpf.RelayDropKey
+	var perCPU []bpf.RelayCounter
+	iter := m.Iterate()
+	for iter.Next(&key, &perCPU) {
+		switch bpf.RelayDropScope(key.Scope) {
+		case bpf.RelayDropScopeDROP_RULE:
+			if r := byID[key.Id]; r != nil {
+				r.Drops[Reason(key.Reason)] = sum(perCPU)
+			}
+		case bpf.RelayDropScopeDROP_OUTPUT:
+			if o := byStats[key.Id]; o != nil {
+				o.Drops[Reason(key.Reason)] = sum(perCPU)
+			}
+		}
+	}
+	if err := iter.Err(); err != nil {
+		return fmt.Errorf("read drops by rule: %w", err)
+	}
+	return nil
+}
+
+func readPorts(m *ebpf.Map) ([]PortStats, error) {
+	var ports []PortStats
+	var index uint32
+	var perCPU []bpf.TransmitPortStats
+	iter := m.Iterate()
+	for iter.Next(&index, &perCPU) {
+		p := PortStats{Index: int(index)}
+		for _, c := range perCPU {
+			p.TransmitDrops += c.TransmitDrops
+			p.RedirectRefused += c.RedirectErrors
+		}
+		ports = append(ports, p)
+	}
+	if err := iter.Err(); err != nil {
+		return nil, fmt.Errorf("read counters of devices: %w", err)
+	}
+	return ports, nil
+}
+
+func sum(perCPU []bpf.RelayCounter) (c Counter) {
+	for _, v := range perCPU {
+		c.add(v.Packets, v.Bytes)
+	}
+	return c
+}
+
+// monotonic is the clock that the programs read.
+func monotonic() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		return 0 // cannot fail for this clock
+	}
+	return time.Duration(ts.Nano())
+}

@@ -1,0 +1,58 @@
+package packet
+
+import "encoding/binary"
+
+// Checksums says whether the checksums of a frame are right, computed from
+// scratch. h is what Parse said of it. A UDP checksum of zero over IPv4 is right:
+// the sender made none (RFC 768). A fragment's UDP checksum cannot be told and
+// counts as right.
+func Checksums(frame []byte, h *Headers) (ip, udp bool) {
+	l3 := frame[h.L3 : h.L3+h.L3Len]
+	addresses := l3[8:40]
+	ip = true
+	if h.Dst.Is4() {
+		addresses = l3[12:20]
+		ip = fold(sum(l3[:h.UDP-h.L3])) == 0xffff
+		if binary.BigEndian.Uint16(frame[h.UDP+6:]) == 0 {
+			return ip, true
+		}
+	}
+	if h.Fragment {
+		return ip, true
+	}
+	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
+	datagram := frame[h.UDP : h.UDP+int(length)]
+	// The pseudo header: RFC 768, and RFC 8200 section 8.1.
+	total := sum(addresses) + protocolUDP + uint64(length) + sum(datagram)
+	return ip, fold(total) == 0xffff
+}
+
+func sum(b []byte) (total uint64) {
+	for ; len(b) >= 2; b = b[2:] {
+		total += uint64(binary.BigEndian.Uint16(b))
+	}
+	if len(b) == 1 {
+		total += uint64(b[0]) << 8
+	}
+	return total
+}
+
+// FillChecksums computes both checksums of a frame from scratch. h is what Parse
+// said of it, which must not be a fragment.
+func FillChecksums(frame []byte, h *Headers) {
+	l3 := frame[h.L3 : h.L3+h.L3Len]
+	addresses := l3[8:40]
+	if h.Dst.Is4() {
+		addresses = l3[12:20]
+		binary.BigEndian.PutUint16(l3[10:], 0)
+		binary.BigEndian.PutUint16(l3[10:], ^fold(sum(l3[:h.UDP-h.L3])))
+	}
+	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
+	datagram := frame[h.UDP : h.UDP+int(length)]
+	binary.BigEndian.PutUint16(datagram[6:], 0)
+	check := ^fold(sum(addresses) + protocolUDP + uint64(length) + sum(datagram))
+	if check == 0 {
+		check = 0xffff
+	}
+	binary.BigEndian.PutUint16(datagram[6:], check)
+}
