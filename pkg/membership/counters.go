@@ -1,0 +1,75 @@
+package membership
+
+import (
+	"cmp"
+	"slices"
+)
+
+// Attempts counts operations and their outcomes. Attempted is the sum of the
+// other two whenever it is read.
+type Attempts struct {
+	Attempted, Succeeded, Failed uint64
+}
+
+// begin counts an attempt; end must follow before the manager's lock is let go.
+func (a *Attempts) begin() { a.Attempted++ }
+
+func (a *Attempts) end(err error) {
+	if err != nil {
+		a.Failed++
+		return
+	}
+	a.Succeeded++
+}
+
+// Counters is what happened on one interface since the manager was made, and
+// what it holds there now. Counters go by the interface's name, so that they
+// live on when an interface is re-created. At any time
+//
+//	Memberships == Joins.Succeeded - Leaves.Attempted - Dropped
+//
+// because a membership whose leave failed is forgotten like any other.
+type Counters struct {
+	Interface string
+	// Joins and Leaves count what was asked of the kernel, opening a helper
+	// socket for a join included. References added to or dropped from a
+	// membership that is held anyway, and calls with invalid arguments, are
+	// neither.
+	Joins, Leaves Attempts
+	// Dropped counts memberships that ended with their interface
+	// ([Manager.DropInterface]) or with the manager ([Manager.Close]).
+	Dropped uint64
+	// Memberships and HelperSockets are held now.
+	Memberships, HelperSockets int
+}
+
+// Counters returns a consistent snapshot, sorted by interface.
+func (m *Manager) Counters() []Counters {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, c := range m.counters {
+		c.Memberships, c.HelperSockets = 0, 0
+	}
+	for _, p := range m.ports {
+		m.countersOf(p.name).HelperSockets += len(p.shards)
+		for _, r := range p.records {
+			m.countersOf(r.status.Interface).Memberships++
+		}
+	}
+	all := make([]Counters, 0, len(m.counters))
+	for _, c := range m.counters {
+		all = append(all, *c)
+	}
+	slices.SortFunc(all, func(a, b Counters) int { return cmp.Compare(a.Interface, b.Interface) })
+	return all
+}
+
+// countersOf returns the counters of the named interface, new if need be.
+func (m *Manager) countersOf(name string) *Counters {
+	c := m.counters[name]
+	if c == nil {
+		c = &Counters{Interface: name}
+		m.counters[name] = c
+	}
+	return c
+}

@@ -1,0 +1,91 @@
+package membership
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Causes that are not the kernel's.
+var (
+	// ErrNotJoined is the cause of a [LeaveError] for a membership that is not
+	// held: never joined, already left, or dropped with its interface.
+	ErrNotJoined = errors.New("not joined")
+	// ErrClosed is the cause of errors from a closed [Manager].
+	ErrClosed = errors.New("membership manager is closed")
+)
+
+// JoinError says that a membership was not joined. Every error of
+// [Manager.Join] is one; what went wrong more exactly, if it is known, is an
+// [InterfaceNotFoundError] or a [HelperSocketError] that it wraps. The kernel's
+// errno is at the end of the chain.
+type JoinError struct {
+	Membership Membership
+	Err        error
+}
+
+func (e *JoinError) Error() string { return fmt.Sprintf("join %v: %v", e.Membership, e.Err) }
+func (e *JoinError) Unwrap() error { return e.Err }
+
+// LeaveError says that the kernel did not confirm that a membership was left.
+// It is for information: the membership is forgotten nevertheless, and the
+// helper socket that held it will be closed as soon as it holds no other, which
+// the kernel cannot refuse.
+type LeaveError struct {
+	Membership Membership
+	Err        error
+}
+
+func (e *LeaveError) Error() string { return fmt.Sprintf("leave %v: %v", e.Membership, e.Err) }
+func (e *LeaveError) Unwrap() error { return e.Err }
+
+// InterfaceNotFoundError says that no interface has this index.
+type InterfaceNotFoundError struct {
+	Interface string
+	Index     int
+	Err       error
+}
+
+func (e *InterfaceNotFoundError) Error() string {
+	return fmt.Sprintf("no interface with index %d: %v", e.Index, e.Err)
+}
+func (e *InterfaceNotFoundError) Unwrap() error { return e.Err }
+
+// HelperSocketError says that a helper socket could not be opened.
+type HelperSocketError struct {
+	Interface string
+	// Family is "IPv4" or "IPv6".
+	Family string
+	Err    error
+}
+
+func (e *HelperSocketError) Error() string {
+	return fmt.Sprintf("open %s helper socket for %s: %v", e.Family, e.Interface, e.Err)
+}
+func (e *HelperSocketError) Unwrap() error { return e.Err }
+
+// Transient reports whether a join that failed with err is worth another try
+// although nobody has changed it.
+func Transient(err error) bool {
+	// Not here, among what can occur: EADDRINUSE and EADDRNOTAVAIL (the socket
+	// holds it already: another socket has been tried by then), EINVAL (a wrong
+	// address, or an interface with too small an MTU for IPv6), EPERM and EACCES
+	// (a security policy), EAFNOSUPPORT and EPROTONOSUPPORT (a kernel without the
+	// family), ENOPROTOOPT (one without multicast).
+	for _, errno := range []error{
+		unix.ENOBUFS,  // no memory, even for a fresh socket
+		unix.ENOMEM,   // likewise
+		unix.ENODEV,   // the interface is not there yet, or its IP layer is not
+		unix.ENETDOWN, // the interface is coming up
+		unix.EMFILE,   // the process has too many files open now
+		unix.ENFILE,   // the host has
+		unix.EINTR,    // a signal came first
+		unix.EAGAIN,   // by its name
+	} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
+}

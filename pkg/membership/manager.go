@@ -1,0 +1,265 @@
+package membership
+
+import (
+	"errors"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options are what a [Manager] needs. The zero value is usable.
+type Options struct {
+	// Logger gets warnings. nil means none are wanted.
+	Logger *slog.Logger
+	// System makes the system calls. nil means [Kernel].
+	System System
+}
+
+// Manager holds memberships. Its methods may be called from any goroutine; they
+// wait for each other, and for the kernel's lock on network configuration.
+type Manager struct {
+	log *slog.Logger
+	sys System
+
+	mu       sync.Mutex
+	closed   bool
+	ports    map[int]*port // by interface index; none is empty
+	counters map[string]*Counters
+}
+
+// Status is one membership that is held.
+type Status struct {
+	Membership
+	// References is how many joins have not been left yet, at least 1.
+	References int
+	// Since is when the kernel joined the group.
+	Since time.Time
+}
+
+// record is one membership held by the kernel.
+type record struct {
+	status Status
+	filter *filter
+}
+
+// New makes a manager without memberships. The caller must Close it.
+func New(o Options) *Manager {
+	m := &Manager{
+		log:      o.Logger,
+		sys:      o.System,
+		ports:    map[int]*port{},
+		counters: map[string]*Counters{},
+	}
+	if m.log == nil {
+		m.log = slog.New(slog.DiscardHandler)
+	}
+	if m.sys == nil {
+		m.sys = Kernel()
+	}
+	return m
+}
+
+// Join joins a group, or adds a reference if the membership is held already.
+// It answers at once and does not retry: see [Transient] and [Backoff].
+//
+// Every error is a [*JoinError]; after one, nothing is recorded and no socket is
+// left behind.
+func (m *Manager) Join(ms Membership) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.join(ms); err != nil {
+		return &JoinError{Membership: ms, Err: err}
+	}
+	return nil
+}
+
+func (m *Manager) join(ms Membership) error {
+	if m.closed {
+		return ErrClosed
+	}
+	if err := ms.validate(); err != nil {
+		return err
+	}
+	p := m.ports[ms.Index]
+	if p == nil {
+		p = newPort(m.log, m.sys)
+	}
+	if r := p.records[ms.key()]; r != nil {
+		r.status.References++
+		return nil
+	}
+	f, err := m.kernelJoin(p, ms)
+	if err != nil {
+		return err
+	}
+	p.name = ms.Interface
+	p.records[ms.key()] = &record{
+		status: Status{Membership: ms, References: 1, Since: time.Now()},
+		filter: f,
+	}
+	m.ports[ms.Index] = p
+	if advice := Advice(ms.Group, ms.Source); advice != "" {
+		m.log.Warn("joined a group of a special kind",
+			"membership", ms.String(), "advice", advice)
+	}
+	return nil
+}
+
+// Leave takes back one Join; the last one leaves the group. Errors are
+// [*LeaveError] and only for information: whatever the kernel says, the
+// membership is forgotten.
+func (m *Manager) Leave(ms Membership) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.leave(ms); err != nil {
+		return &LeaveError{Membership: ms, Err: err}
+	}
+	return nil
+}
+
+func (m *Manager) leave(ms Membership) error {
+	if m.closed {
+		return ErrClosed
+	}
+	p := m.ports[ms.Index]
+	if p == nil {
+		return ErrNotJoined
+	}
+	r := p.records[ms.key()]
+	if r == nil {
+		return ErrNotJoined
+	}
+	if r.status.References > 1 {
+		r.status.References--
+		return nil
+	}
+	delete(p.records, ms.key())
+	err := m.kernelLeave(p, r)
+	m.forgetIfEmpty(p, ms.Index)
+	return err
+}
+
+// kernelJoin joins ms through p and counts it.
+func (m *Manager) kernelJoin(p *port, ms Membership) (*filter, error) {
+	count := m.countersOf(ms.Interface)
+	count.Joins.begin()
+	f, err := p.join(ms)
+	count.Joins.end(err)
+	return f, err
+}
+
+// kernelLeave leaves what r records and counts it.
+func (m *Manager) kernelLeave(p *port, r *record) error {
+	ms := r.status.Membership
+	count := m.countersOf(ms.Interface)
+	count.Leaves.begin()
+	err := p.leave(ms, r.filter)
+	count.Leaves.end(err)
+	if err != nil {
+		m.log.Warn("leaving a group failed", "membership", ms.String(), "err", err)
+	}
+	return err
+}
+
+func (m *Manager) forgetIfEmpty(p *port, index int) {
+	if len(p.records) == 0 {
+		delete(m.ports, index)
+	}
+}
+
+// Refresh leaves and joins again every source-specific membership on an
+// interface. Call it when the interface has been administratively down and is
+// running again (IFF_UP and IFF_RUNNING; for IPv6 it is down until then). Linux
+// puts source filters aside while an interface is down, and mixes up those that
+// change meanwhile: sources joined then are lost (ip_mc_down, ip_mc_up and
+// igmpv3_del_delrec in net/ipv4/igmp.c, and their like in net/ipv6/mcast.c). The
+// socket still holds the membership, but the interface accepts and reports it
+// no more. Any-source memberships do not suffer.
+//
+// What could not be joined again is no longer held, whatever its references,
+// and is returned. The opposite, a source left while the interface was down
+// that comes back with it, the kernel offers no way to cure: it stays until
+// the group has been left altogether and reported so, and brings unwanted
+// traffic at worst.
+func (m *Manager) Refresh(index int) []*JoinError {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.ports[index]
+	if p == nil {
+		return nil
+	}
+	var failed []*JoinError
+	for _, r := range p.sourceSpecific() {
+		// A leave that fails takes its socket out of use: the join goes elsewhere.
+		_ = m.kernelLeave(p, r)
+		f, err := m.kernelJoin(p, r.status.Membership)
+		if err != nil {
+			delete(p.records, r.status.key())
+			failed = append(failed, &JoinError{Membership: r.status.Membership, Err: err})
+			continue
+		}
+		r.filter = f
+	}
+	m.forgetIfEmpty(p, index)
+	return failed
+}
+
+// DropInterface forgets every membership on the interface with this index,
+// whatever its references, and closes its helper sockets. It is for an
+// interface that is gone: the kernel dropped the memberships with it, and an
+// interface re-created under the same name has another index and none of them.
+// Call it before joining on an interface that got the same index again.
+func (m *Manager) DropInterface(index int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.drop(index)
+}
+
+func (m *Manager) drop(index int) {
+	p := m.ports[index]
+	if p == nil {
+		return
+	}
+	for _, r := range p.records {
+		m.countersOf(r.status.Interface).Dropped++
+	}
+	p.close()
+	delete(m.ports, index)
+}
+
+// List returns a snapshot of the memberships held, sorted by interface, group
+// and source.
+func (m *Manager) List() []Status {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var all []Status
+	for _, p := range m.ports {
+		for _, r := range p.records {
+			all = append(all, r.status)
+		}
+	}
+	slices.SortFunc(all, func(a, b Status) int { return a.compare(b.Membership) })
+	return all
+}
+
+// Close leaves every group by closing every helper socket. Nothing can be
+// joined afterwards. It returns nil; closing twice is harmless.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.closed = true
+	for index := range m.ports {
+		m.drop(index)
+	}
+	return nil
+}
+
+// interfaceMissing reports whether no interface has the index, as far as that
+// can be found out.
+func interfaceMissing(sys System, fd, index int) bool {
+	_, err := sys.InterfaceName(fd, index)
+	return errors.Is(err, unix.ENODEV)
+}

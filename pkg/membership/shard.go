@@ -1,0 +1,305 @@
+package membership
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// anySource is the layer of filters for any source. Those above it hold
+// filters for named sources.
+const anySource = 0
+
+// port is an interface's memberships and the helper sockets that hold them.
+type port struct {
+	log *slog.Logger
+	sys System
+
+	name    string // as of the last join
+	records map[key]*record
+	groups  map[netip.Addr][]*filter // by layer; nil where the group has none
+	pools   map[poolKey]*pool
+	shards  map[*shard]struct{}
+}
+
+// poolKey tells sockets of one interface apart.
+type poolKey struct {
+	family family
+	layer  int
+}
+
+// pool is the sockets of one family and layer that may have room for one more
+// group. A socket that turned out to be full comes back when it loses a group.
+type pool struct {
+	open []*shard
+}
+
+// shard is one helper socket.
+type shard struct {
+	fd      int
+	pool    *pool
+	at      int // where in pool.open, -1 if it is not there
+	filters int // groups held
+
+	// stale sockets may hold what is no longer recorded, because a leave
+	// failed. They take nothing new, and are closed when they hold nothing
+	// recorded.
+	stale bool
+}
+
+// filter is one group on one socket: any source, or some.
+type filter struct {
+	shard   *shard
+	layer   int
+	sources int  // memberships held; 1 for any source
+	full    bool // the socket refused another source
+}
+
+func newPort(log *slog.Logger, sys System) *port {
+	return &port{
+		log:     log,
+		sys:     sys,
+		records: map[key]*record{},
+		groups:  map[netip.Addr][]*filter{},
+		pools:   map[poolKey]*pool{},
+		shards:  map[*shard]struct{}{},
+	}
+}
+
+// join joins m, which no socket of the port holds, and returns the filter that
+// it is now part of.
+func (p *port) join(m Membership) (*filter, error) {
+	if !m.Source.IsValid() {
+		return p.joinLayer(m, anySource)
+	}
+	layers := p.groups[m.Group]
+	unused := 0
+	for layer := anySource + 1; layer < len(layers); layer++ {
+		f := layers[layer]
+		if f == nil {
+			if unused == 0 {
+				unused = layer
+			}
+			continue
+		}
+		if f.full || f.shard.stale {
+			continue
+		}
+		err := p.joinSocket(m, f.shard.fd)
+		if err == nil {
+			f.sources++
+			return f, nil
+		}
+		if !refused(err) {
+			return nil, err
+		}
+		f.full = true
+	}
+	if unused == 0 {
+		unused = max(len(layers), anySource+1)
+	}
+	return p.joinLayer(m, unused)
+}
+
+// joinLayer joins m on a socket of a layer that m's group has no filter in: one
+// with room, or a new one.
+func (p *port) joinLayer(m Membership, layer int) (*filter, error) {
+	pl := p.pools[poolKey{m.family(), layer}]
+	if pl == nil {
+		pl = &pool{}
+	}
+	for len(pl.open) > 0 {
+		s := pl.open[len(pl.open)-1]
+		err := p.joinSocket(m, s.fd)
+		if err == nil {
+			return p.addFilter(m, layer, s), nil
+		}
+		p.undoJoin(m, s)
+		if !refused(err) {
+			return nil, err
+		}
+		pl.remove(s)
+	}
+	s, err := p.openShard(m, pl)
+	if err != nil {
+		return nil, err
+	}
+	p.pools[poolKey{m.family(), layer}] = pl
+	p.shards[s] = struct{}{}
+	pl.add(s)
+	return p.addFilter(m, layer, s), nil
+}
+
+// openShard opens a socket and joins m on it. One that refuses its first group
+// would refuse others too, and is closed again.
+func (p *port) openShard(m Membership, pl *pool) (*shard, error) {
+	fd, err := p.sys.Socket(int(m.family()))
+	if err != nil {
+		return nil, &HelperSocketError{
+			Interface: interfaceLabel(m.Interface, m.Index),
+			Family:    m.family().String(),
+			Err:       err,
+		}
+	}
+	if err := p.joinSocket(m, fd); err != nil {
+		p.closeSocket(fd)
+		return nil, err
+	}
+	return &shard{fd: fd, pool: pl, at: -1}, nil
+}
+
+// joinSocket has the kernel join m on a socket.
+func (p *port) joinSocket(m Membership, fd int) error {
+	option, value := m.join()
+	err := p.sys.Setsockopt(fd, m.family().level(), option, value)
+	switch {
+	case errors.Is(err, unix.ENODEV) && interfaceMissing(p.sys, fd, m.Index):
+		return &InterfaceNotFoundError{Interface: m.Interface, Index: m.Index, Err: err}
+	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.EINVAL):
+		// The addresses have been validated. What is left is an interface that the
+		// kernel runs no IP on: inetdev_init and ipv6_add_dev want an MTU of at
+		// least 68 and 1280.
+		return fmt.Errorf("%w (is the MTU too small for %v?)", err, m.family())
+	}
+	return err
+}
+
+// refused reports whether a join failed because of what its socket holds
+// already, so that another socket may take it: ENOBUFS or ENOMEM from the limits;
+// EADDRINUSE (any source) or EADDRNOTAVAIL (a source) from a group that the
+// socket still holds although the kernel refused to leave it.
+func refused(err error) bool {
+	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM) ||
+		errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
+}
+
+// undoJoin removes what a failed join of a group's first source may leave on a
+// socket: the kernel joins the group without sources, then adds the source, and
+// when the second step fails for lack of memory the first one stays.
+func (p *port) undoJoin(m Membership, s *shard) {
+	if !m.Source.IsValid() {
+		return
+	}
+	m.Source = netip.Addr{}
+	option, value := m.leave()
+	err := p.sys.Setsockopt(s.fd, m.family().level(), option, value)
+	if err == nil || errors.Is(err, unix.EADDRNOTAVAIL) {
+		return
+	}
+	p.log.Warn("undoing a failed join failed; its helper socket takes no more groups",
+		"membership", m.String(), "err", err)
+	s.retire()
+}
+
+// leave has the kernel leave m. Whatever it answers, m is no longer part of its
+// filter afterwards.
+func (p *port) leave(m Membership, f *filter) error {
+	s := f.shard
+	option, value := m.leave()
+	err := p.sys.Setsockopt(s.fd, m.family().level(), option, value)
+	if err != nil {
+		s.retire()
+	}
+	f.full = false
+	f.sources--
+	if f.sources == 0 {
+		p.removeFilter(m, f)
+	}
+	return err
+}
+
+// addFilter records that m is the first membership of its group in the layer,
+// held by s.
+func (p *port) addFilter(m Membership, layer int, s *shard) *filter {
+	layers := p.groups[m.Group]
+	for len(layers) <= layer {
+		layers = append(layers, nil)
+	}
+	f := &filter{shard: s, layer: layer, sources: 1}
+	layers[layer] = f
+	p.groups[m.Group] = layers
+	s.filters++
+	return f
+}
+
+// removeFilter forgets a filter that lost its last membership, and closes the
+// socket that lost its last filter.
+func (p *port) removeFilter(m Membership, f *filter) {
+	layers := p.groups[m.Group]
+	layers[f.layer] = nil
+	for len(layers) > 0 && layers[len(layers)-1] == nil {
+		layers = layers[:len(layers)-1]
+	}
+	if len(layers) == 0 {
+		delete(p.groups, m.Group)
+	} else {
+		p.groups[m.Group] = layers
+	}
+	s := f.shard
+	s.filters--
+	if s.filters > 0 {
+		s.pool.add(s)
+		return
+	}
+	s.pool.remove(s)
+	delete(p.shards, s)
+	p.closeSocket(s.fd)
+}
+
+// sourceSpecific returns the records of memberships with a source, sorted.
+func (p *port) sourceSpecific() []*record {
+	var all []*record
+	for _, r := range p.records {
+		if r.status.Source.IsValid() {
+			all = append(all, r)
+		}
+	}
+	slices.SortFunc(all, func(a, b *record) int {
+		return a.status.compare(b.status.Membership)
+	})
+	return all
+}
+
+// close closes every socket, and with them their memberships.
+func (p *port) close() {
+	for s := range p.shards {
+		p.closeSocket(s.fd)
+	}
+}
+
+func (p *port) closeSocket(fd int) {
+	if err := p.sys.Close(fd); err != nil {
+		p.log.Warn("closing a helper socket failed", "interface", p.name, "err", err)
+	}
+}
+
+// retire takes a socket out of use for joins.
+func (s *shard) retire() {
+	s.stale = true
+	s.pool.remove(s)
+}
+
+// add puts a socket among those with room, unless it is there or stale.
+func (pl *pool) add(s *shard) {
+	if s.at >= 0 || s.stale {
+		return
+	}
+	s.at = len(pl.open)
+	pl.open = append(pl.open, s)
+}
+
+// remove takes a socket out, if it is there.
+func (pl *pool) remove(s *shard) {
+	if s.at < 0 {
+		return
+	}
+	last := pl.open[len(pl.open)-1]
+	pl.open[s.at] = last
+	last.at = s.at
+	pl.open = pl.open[:len(pl.open)-1]
+	s.at = -1
+}
