@@ -1,0 +1,116 @@
+package rules
+
+import (
+	"slices"
+	"strings"
+)
+
+// Diff is what turns one set of rules into another. Add, Change and Keep are in
+// the order of the wanted set, Remove in the reverse order of the present one.
+//
+// Both sets hold together, but a step between them need not: an input can move
+// from a removed rule to an added one, or change hands between two changed ones.
+type Diff struct {
+	Add    []Rule
+	Remove []Rule
+	Change []Change
+	Keep   []Rule
+}
+
+// Change is a rule that keeps its name and nothing else for certain.
+type Change struct {
+	Old, New Rule
+}
+
+// Compute is the difference between two sets, rule by rule of the same name.
+// Of rules that share a name within a set, which ValidateSet refuses, the first
+// counts. The result shares the Out slices of the rules given.
+func Compute(have, want []Rule) Diff {
+	var d Diff
+	old := byName(have)
+	seen := make(map[string]bool, len(want))
+	for _, r := range want {
+		if seen[r.Name] {
+			continue
+		}
+		seen[r.Name] = true
+		i, ok := old[r.Name]
+		switch {
+		case !ok:
+			d.Add = append(d.Add, r)
+		case Equal(have[i], r):
+			d.Keep = append(d.Keep, r)
+		default:
+			d.Change = append(d.Change, Change{Old: have[i], New: r})
+		}
+	}
+	for i, r := range slices.Backward(have) {
+		if !seen[r.Name] && old[r.Name] == i {
+			d.Remove = append(d.Remove, r)
+		}
+	}
+	return d
+}
+
+// byName gives the first rule of each name.
+func byName(rules []Rule) map[string]int {
+	m := make(map[string]int, len(rules))
+	for i, r := range slices.Backward(rules) {
+		m[r.Name] = i
+	}
+	return m
+}
+
+// Empty reports whether there is nothing to do.
+func (d Diff) Empty() bool {
+	return len(d.Add) == 0 && len(d.Remove) == 0 && len(d.Change) == 0
+}
+
+// String is a line for each rule that is removed ("- cam2"), changed ("~ cam3"
+// and what of it) or added ("+ cam1" and the rule), in this order; "" when Empty.
+func (d Diff) String() string {
+	var b strings.Builder
+	for _, r := range d.Remove {
+		b.WriteString("- " + r.Name + "\n")
+	}
+	for _, c := range d.Change {
+		b.WriteString(c.String() + "\n")
+	}
+	for _, r := range d.Add {
+		b.WriteString("+ " + r.String() + "\n")
+	}
+	return b.String()
+}
+
+// String is the change on one line: `~ cam3 in A => B; out -C +D; path auto => kernel`.
+func (c Change) String() string {
+	var parts []string
+	if c.Old.In != c.New.In {
+		parts = append(parts, "in "+c.Old.In.String()+" => "+c.New.In.String())
+	}
+	if !slices.Equal(c.Old.Out, c.New.Out) {
+		parts = append(parts, "out"+changedOutputs(c.Old.Out, c.New.Out))
+	}
+	if c.Old.Path != c.New.Path {
+		parts = append(parts, "path "+c.Old.Path.String()+" => "+c.New.Path.String())
+	}
+	return "~ " + c.New.Name + " " + strings.Join(parts, "; ")
+}
+
+func changedOutputs(old, new []Output) string {
+	var b strings.Builder
+	for _, o := range old {
+		if !slices.Contains(new, o) {
+			b.WriteString(" -" + o.String())
+		}
+	}
+	for _, o := range new {
+		if !slices.Contains(old, o) {
+			b.WriteString(" +" + o.String())
+		}
+	}
+	if b.Len() == 0 {
+		return " in another order"
+	}
+	return b.String()
+}

@@ -1,0 +1,422 @@
+package rules
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// MaxFileSize is the largest file of rules that ParseFile reads, in bytes. A
+// rule with two outputs takes about 150. Content made to that end takes some
+// 500 times its size in memory while it is parsed: who reads files of strangers
+// sets a smaller bound first.
+const MaxFileSize = 32 << 20
+
+// ParseFile reads a YAML file of rules and validates them as a set:
+//
+//	rules:
+//	  - name: cam1
+//	    in: 10.0.0.5@239.1.1.1:5000%eth0
+//	    out: [239.2.2.2:6000%eth1, "10.0.9.9:6000%eth2,ttl=16"]
+//	    path: auto # optional
+//
+// A single output needs no list. An endpoint with a comma or with a '[' at its
+// beginning needs quotes, as YAML has a meaning for both. An empty file has no
+// rules. Unknown and repeated keys, aliases and further documents are refused.
+//
+// The error joins a *FileError for every fault, one line each, in the order of
+// the lines; at most 100, and how many more. name is the file's name for it. A
+// file that is not YAML has one fault, since nothing behind it can be read.
+func ParseFile(name string, data []byte) ([]Rule, error) {
+	p := fileParser{data: data}
+	p.parse()
+	if err := p.join(name); err != nil {
+		return nil, err
+	}
+	return p.rules, nil
+}
+
+// FormatFile writes rules as the YAML that ParseFile reads back to the same
+// rules, defaults left out. It refuses what ValidateSet refuses.
+func FormatFile(rules []Rule) ([]byte, error) {
+	if err := ValidateSet(rules); err != nil {
+		return nil, err
+	}
+	if len(rules) == 0 {
+		return []byte("rules: []\n"), nil
+	}
+	var b bytes.Buffer
+	b.WriteString("rules:\n")
+	for _, r := range rules {
+		fmt.Fprintf(&b, "  - name: %s\n    in: %s\n    out:\n", yamlText(r.Name), yamlText(r.In.String()))
+		for _, o := range r.Out {
+			fmt.Fprintf(&b, "      - %s\n", yamlText(o.String()))
+		}
+		if r.Path != PathAuto {
+			fmt.Fprintf(&b, "    path: %s\n", r.Path)
+		}
+	}
+	return b.Bytes(), nil
+}
+
+// yamlText quotes a name or endpoint if YAML could read it as anything but this
+// text, and an endpoint with a comma so that it can be moved into a [list].
+// Valid ones hold printable characters alone, which Go and YAML quote alike.
+func yamlText(s string) string {
+	plain := func(r rune) bool {
+		return r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z' || strings.ContainsRune(".:%@_-", r)
+	}
+	rest := strings.TrimLeftFunc(s, plain)
+	endpoint := strings.ContainsRune(s, '%') && !strings.HasPrefix(s, ":")
+	if rest == "" && !strings.HasSuffix(s, ":") && (endpoint || plainName(s)) {
+		return s
+	}
+	return strconv.Quote(s)
+}
+
+// plainName reports whether YAML reads a name as text: it begins with a letter,
+// which no number does, and is no word of another type (YAML 1.1 ones included).
+func plainName(s string) bool {
+	switch strings.ToLower(s) {
+	case "true", "false", "yes", "no", "on", "off", "y", "n", "null":
+		return false
+	}
+	return s[0] > '9' && !strings.ContainsRune(s, ':')
+}
+
+// fileParser reads one file.
+type fileParser struct {
+	data   []byte
+	rules  []Rule
+	places []rulePlace // by rule
+	faults []FileError
+	hidden int
+}
+
+// rulePlace says where a rule stands in the file: line numbers, 0 for what is
+// not there.
+type rulePlace struct {
+	rule, name, in, path int
+	outs                 int      // of the value of out
+	out                  []int    // of each output
+	unread               []string // fields whose value could not be read, as in FieldError
+}
+
+func (p *fileParser) fault(line int, err error) {
+	if len(p.faults) == maxFaults {
+		p.hidden++
+		return
+	}
+	p.faults = append(p.faults, FileError{Line: line, Err: err})
+}
+
+func (p *fileParser) join(name string) error {
+	slices.SortStableFunc(p.faults, func(a, b FileError) int { return cmp.Compare(a.Line, b.Line) })
+	if n := len(p.faults); n > maxFaults {
+		p.hidden += n - maxFaults
+		p.faults = p.faults[:maxFaults]
+	}
+	if p.hidden > 0 {
+		p.faults = append(p.faults, FileError{Err: moreFaults(p.hidden)})
+	}
+	var errs []error
+	for i := range p.faults {
+		p.faults[i].File = name
+		errs = append(errs, &p.faults[i])
+	}
+	return errors.Join(errs...)
+}
+
+func (p *fileParser) parse() {
+	if len(p.data) > MaxFileSize {
+		p.fault(0, fmt.Errorf("size %d bytes: want at most %d", len(p.data), MaxFileSize))
+		return
+	}
+	root, err := p.document()
+	if err != nil {
+		p.faults = append(p.faults, *err)
+		return
+	}
+	if root == nil || isNull(root) {
+		return
+	}
+	if list := p.mapping(root, "", "rules")[0]; list != nil && !isNull(list) {
+		p.ruleList(list)
+	}
+	p.validate()
+}
+
+// document is the value of the one document in the file, nil when there is none.
+func (p *fileParser) document() (*yaml.Node, *FileError) {
+	decoder := yaml.NewDecoder(bytes.NewReader(p.data))
+	var first, second yaml.Node
+	err := decoder.Decode(&first)
+	if err == io.EOF {
+		return nil, nil
+	}
+	if err == nil {
+		err = decoder.Decode(&second)
+	}
+	switch {
+	case err == nil:
+		return nil, &FileError{Line: second.Line, Err: errors.New("another document begins: want one alone")}
+	case err != io.EOF:
+		return nil, syntaxFault(p.data, err)
+	}
+	return first.Content[0], nil
+}
+
+// mapping gives the values of the known keys, in their order, nil for those
+// that are not there, and reports what else is wrong with the mapping. subject
+// begins each report.
+func (p *fileParser) mapping(n *yaml.Node, subject string, known ...string) []*yaml.Node {
+	values := make([]*yaml.Node, len(known))
+	if n.Kind != yaml.MappingNode {
+		p.fault(n.Line, fmt.Errorf("%swant a mapping (%s), not %s", subject, strings.Join(known, ", "), kindOf(n)))
+		return values
+	}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], n.Content[i+1]
+		name, isText := textOf(key)
+		at := slices.Index(known, name)
+		switch {
+		case !isText:
+			p.fault(key.Line, fmt.Errorf("%skey: want %s, not %s", subject, strings.Join(known, ", "), kindOf(key)))
+		case at < 0:
+			p.fault(key.Line, fmt.Errorf("%sunknown key %s: want %s", subject, quote(name), strings.Join(known, ", ")))
+		case values[at] != nil:
+			p.fault(key.Line, fmt.Errorf("%skey %q given again: want it once", subject, name))
+		default:
+			values[at] = value
+		}
+	}
+	return values
+}
+
+func (p *fileParser) ruleList(n *yaml.Node) {
+	if n.Kind != yaml.SequenceNode {
+		p.fault(n.Line, fmt.Errorf("rules: want a list, not %s", kindOf(n)))
+		return
+	}
+	p.rules = make([]Rule, 0, len(n.Content))
+	p.places = make([]rulePlace, 0, len(n.Content))
+	for i, item := range n.Content {
+		p.rule(item, i)
+	}
+}
+
+// rule reads one rule. What cannot be read is reported, left zero and marked as
+// unread, so that the rest can still be validated.
+func (p *fileParser) rule(n *yaml.Node, index int) {
+	r := ruleReader{fileParser: p, place: rulePlace{rule: n.Line}, subject: "rule " + quote("#"+strconv.Itoa(index+1)) + ": "}
+	if n.Kind == yaml.MappingNode {
+		if name := mappingName(n); name != "" {
+			r.subject = "rule " + quote(name) + ": "
+		}
+	}
+	values := p.mapping(n, r.subject, "name", "in", "out", "path")
+	if n.Kind != yaml.MappingNode {
+		r.place.unread = []string{"name", "in", "out"}
+	}
+	if v := values[0]; v != nil {
+		r.name(v)
+	}
+	if v := values[1]; v != nil {
+		r.in(v)
+	}
+	if v := values[2]; v != nil {
+		r.outs(v)
+	}
+	if v := values[3]; v != nil {
+		r.path(v)
+	}
+	p.rules = append(p.rules, r.rule)
+	p.places = append(p.places, r.place)
+}
+
+// mappingName is the name of a rule, for messages, "" when it has none.
+func mappingName(n *yaml.Node) string {
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value == "name" {
+			name, _ := textOf(n.Content[i+1])
+			return name
+		}
+	}
+	return ""
+}
+
+// ruleReader reads the values of one rule.
+type ruleReader struct {
+	*fileParser
+	rule    Rule
+	place   rulePlace
+	subject string // `rule "cam1": `, begins each report
+}
+
+// unread reports that a field has a value that cannot be read.
+func (r *ruleReader) unread(line int, field string, err error) {
+	r.fault(line, fmt.Errorf("%s%w", r.subject, err))
+	r.place.unread = append(r.place.unread, field)
+}
+
+// text is the text of a value; any other value is reported.
+func (r *ruleReader) text(n *yaml.Node, field string) (string, bool) {
+	s, ok := textOf(n)
+	if !ok {
+		r.unread(n.Line, field, fmt.Errorf("%s: want text, not %s", field, kindOf(n)))
+	}
+	return s, ok
+}
+
+func (r *ruleReader) name(n *yaml.Node) {
+	r.place.name = n.Line
+	r.rule.Name, _ = r.text(n, "name")
+}
+
+func (r *ruleReader) in(n *yaml.Node) {
+	r.place.in = n.Line
+	s, ok := r.text(n, "in")
+	if !ok {
+		return
+	}
+	in, err := ParseInput(s)
+	if err != nil {
+		r.unread(n.Line, "in", err)
+	}
+	r.rule.In = in
+}
+
+func (r *ruleReader) path(n *yaml.Node) {
+	r.place.path = n.Line
+	s, ok := r.text(n, "path")
+	if !ok {
+		return
+	}
+	path, err := ParsePath(s)
+	if err != nil {
+		r.unread(n.Line, "path", err)
+	}
+	r.rule.Path = path
+}
+
+func (r *ruleReader) outs(n *yaml.Node) {
+	r.place.outs = n.Line
+	switch {
+	case isNull(n):
+	case n.Kind == yaml.ScalarNode:
+		r.out(n, false)
+	case n.Kind != yaml.SequenceNode:
+		r.unread(n.Line, "out", fmt.Errorf("out: want a list of outputs, not %s", kindOf(n)))
+	default:
+		r.rule.Out = make([]Output, 0, len(n.Content))
+		r.place.out = make([]int, 0, len(n.Content))
+		for _, item := range n.Content {
+			r.out(item, n.Style&yaml.FlowStyle != 0)
+		}
+	}
+}
+
+// out reads an output; inFlow says that it stands in a [list], which ends it at
+// a comma unless it is quoted.
+func (r *ruleReader) out(n *yaml.Node, inFlow bool) {
+	field := outField(len(r.rule.Out))
+	s, ok := r.text(n, field)
+	var out Output
+	if ok {
+		var err error
+		out, err = ParseOutput(s)
+		if err != nil && inFlow && isPolicy(s) {
+			err = fmt.Errorf(`output %s: want an address before it: quote an output that has policies, "ADDRESS:PORT%%INTERFACE,%s"`, quote(s), bounded(s))
+		}
+		if err != nil {
+			r.unread(n.Line, field, err)
+		}
+	}
+	r.rule.Out = append(r.rule.Out, out)
+	r.place.out = append(r.place.out, n.Line)
+}
+
+// isPolicy reports whether the text is a policy and not an output.
+func isPolicy(s string) bool {
+	_, err := parsePolicy(s)
+	return err == nil
+}
+
+// validate reports the faults of the rules as a set, except those that come of
+// what could not be read.
+func (p *fileParser) validate() {
+	list := faultList{ignore: func(f fault) bool {
+		return slices.Contains(p.places[f.rule].unread, f.err.Field)
+	}}
+	checkSet(p.rules, func(rule int) string { return "line " + strconv.Itoa(p.places[rule].rule) }, &list)
+	for _, f := range list.faults {
+		// Not by p.fault: the faults of both steps are first put in order.
+		p.faults = append(p.faults, FileError{Line: p.places[f.rule].line(f.err.Field), Err: f.err})
+	}
+	p.hidden += list.hidden
+}
+
+// line is where a field of the rule stands, or the rule when the field is not there.
+func (l rulePlace) line(field string) int {
+	line := 0
+	switch {
+	case field == "name":
+		line = l.name
+	case field == "path":
+		line = l.path
+	case strings.HasPrefix(field, "in"):
+		line = l.in
+	case strings.HasPrefix(field, "out["):
+		slot, _, _ := strings.Cut(field[len("out["):], "]")
+		if n, err := strconv.Atoi(slot); err == nil && n < len(l.out) {
+			line = l.out[n]
+		}
+	default:
+		line = l.outs
+	}
+	return cmp.Or(line, l.rule)
+}
+
+func isNull(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" }
+
+// textOf is the text of a scalar as written, so that a rule may be named 1.50;
+// "" for null. It is false for everything else and for text tagged as another type.
+func textOf(n *yaml.Node) (string, bool) {
+	if n.Kind != yaml.ScalarNode {
+		return "", false
+	}
+	tag := n.ShortTag()
+	if n.Style&yaml.TaggedStyle != 0 && tag != "!!str" {
+		return "", false
+	}
+	if tag == "!!null" {
+		return "", true
+	}
+	return n.Value, true
+}
+
+// kindOf names the kind of a node for a message.
+func kindOf(n *yaml.Node) string {
+	switch n.Kind {
+	case yaml.MappingNode:
+		return "a mapping"
+	case yaml.SequenceNode:
+		return "a list"
+	case yaml.AliasNode:
+		return "an alias: aliases are not supported"
+	}
+	if n.Style&yaml.TaggedStyle != 0 {
+		return "a value tagged " + quote(n.Tag)
+	}
+	if isNull(n) {
+		return "nothing"
+	}
+	return "text"
+}

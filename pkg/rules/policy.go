@@ -1,0 +1,303 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// Policy says what becomes of the header fields that an output does not set by
+// its destination. The zero value is the default: source address of the output
+// interface, everything else kept.
+type Policy struct {
+	Source     SourcePolicy
+	SourceAddr netip.Addr // with SourceAddress alone
+	SourcePort uint16     // UDP source port, host byte order; 0 keeps the packet's
+	TTL        TTLPolicy
+	TTLValue   uint8 // with TTLSet alone: 1 to 255; the hop limit in IPv6
+	DSCP       DSCPPolicy
+	DSCPValue  uint8 // with DSCPSet alone: 0 to 63, not shifted (RFC 2474 section 3)
+	Checksum   ChecksumPolicy
+}
+
+// SourcePolicy says which source address a copy carries.
+type SourcePolicy uint8
+
+// The source policies.
+const (
+	SourceInterface SourcePolicy = iota // the output interface's first address of the family
+	SourceKeep                          // the packet's own
+	SourceAddress                       // Policy.SourceAddr
+)
+
+func (p SourcePolicy) String() string {
+	return enumString("SourcePolicy", p, "iface", "keep", "address")
+}
+
+// TTLPolicy says which TTL (hop limit in IPv6) a copy carries.
+type TTLPolicy uint8
+
+// The TTL policies.
+const (
+	TTLKeep      TTLPolicy = iota // the packet's own
+	TTLDecrement                  // one less
+	TTLSet                        // Policy.TTLValue
+)
+
+func (p TTLPolicy) String() string { return enumString("TTLPolicy", p, "keep", "dec", "set") }
+
+// DSCPPolicy says which DSCP a copy carries. The ECN bits are always kept.
+type DSCPPolicy uint8
+
+// The DSCP policies.
+const (
+	DSCPKeep DSCPPolicy = iota // the packet's own
+	DSCPSet                    // Policy.DSCPValue
+)
+
+func (p DSCPPolicy) String() string { return enumString("DSCPPolicy", p, "keep", "set") }
+
+// ChecksumPolicy says which UDP checksum a copy carries.
+type ChecksumPolicy uint8
+
+// The checksum policies.
+const (
+	ChecksumUpdate ChecksumPolicy = iota // updated incrementally; zero, which means none, stays zero
+	ChecksumZero                         // none (RFC 768); IPv4 only
+)
+
+func (p ChecksumPolicy) String() string { return enumString("ChecksumPolicy", p, "update", "zero") }
+
+// enumString names a value of an enumeration, or says its number when it is
+// none of them.
+func enumString[T ~uint8](kind string, v T, names ...string) string {
+	if int(v) < len(names) {
+		return names[v]
+	}
+	return fmt.Sprintf("%s(%d)", kind, uint8(v))
+}
+
+// parsePolicy reads what follows the first comma of an output.
+func parsePolicy(s string) (Policy, error) {
+	var p policyParser
+	for item := range strings.SplitSeq(s, ",") {
+		if err := p.item(item); err != nil {
+			return Policy{}, err
+		}
+	}
+	return p.Policy, nil
+}
+
+// policyParser is the policy read so far and which of its keys were given.
+type policyParser struct {
+	Policy
+	src, sport, ttl, dscp, csum bool
+}
+
+// item reads one KEY=VALUE.
+func (p *policyParser) item(item string) error {
+	key, value, _ := strings.Cut(item, "=")
+	var seen *bool
+	var want string
+	switch key {
+	case "src":
+		seen, want = &p.src, p.setSource(value)
+	case "sport":
+		seen, want = &p.sport, p.setSourcePort(value)
+	case "ttl":
+		seen, want = &p.ttl, p.setTTL(value)
+	case "dscp":
+		seen, want = &p.dscp, p.setDSCP(value)
+	case "csum":
+		seen, want = &p.csum, p.setChecksum(value)
+	default:
+		return &FieldError{Field: "policy", Value: item, Want: "KEY=VALUE, KEY one of src, sport, ttl, dscp, csum"}
+	}
+	if *seen {
+		want = key + " only once"
+	}
+	*seen = true
+	if want != "" {
+		return &FieldError{Field: "policy", Value: item, Want: want}
+	}
+	return nil
+}
+
+// The setters below answer what would have been right, or "" when they took
+// the value.
+
+func (p *policyParser) setSource(s string) (want string) {
+	const usage = "src=iface, src=keep, src=ADDRESS or src=ADDRESS:PORT (IPv6: src=[ADDRESS]:PORT)"
+	switch s {
+	case "iface":
+		p.Source = SourceInterface
+		return ""
+	case "keep":
+		p.Source = SourceKeep
+		return ""
+	}
+	host, port, hasPort := splitPort(s)
+	addr, err := parseAddr("src", host)
+	if err != nil || addr.Is4() && s[0] == '[' {
+		return usage
+	}
+	p.Source, p.SourceAddr = SourceAddress, addr
+	if !hasPort {
+		return ""
+	}
+	if p.sport {
+		return "the source port only once: sport has it"
+	}
+	n, ok := parseNumber(port, 1, 65535)
+	if !ok {
+		return usage + ", PORT 1 to 65535"
+	}
+	p.SourcePort = uint16(n)
+	return ""
+}
+
+func (p *policyParser) setSourcePort(s string) (want string) {
+	if p.SourcePort != 0 {
+		return "the source port only once: it has been set"
+	}
+	if s == "keep" {
+		return ""
+	}
+	n, ok := parseNumber(s, 1, 65535)
+	if !ok {
+		return "sport=keep or sport=1 to 65535"
+	}
+	p.SourcePort = uint16(n)
+	return ""
+}
+
+func (p *policyParser) setTTL(s string) (want string) {
+	switch s {
+	case "keep":
+		p.TTL = TTLKeep
+		return ""
+	case "dec":
+		p.TTL = TTLDecrement
+		return ""
+	}
+	n, ok := parseNumber(s, 1, 255)
+	if !ok {
+		return "ttl=keep, ttl=dec or ttl=1 to 255"
+	}
+	p.TTL, p.TTLValue = TTLSet, uint8(n)
+	return ""
+}
+
+func (p *policyParser) setDSCP(s string) (want string) {
+	if s == "keep" {
+		p.DSCP = DSCPKeep
+		return ""
+	}
+	n, ok := dscpByName(strings.ToLower(s))
+	if !ok {
+		n, ok = parseNumber(s, 0, 63)
+	}
+	if !ok {
+		return "dscp=keep, dscp=0 to 63, or a name: be, cs0 to cs7, af11 to af43, ef, voice-admit, le"
+	}
+	p.DSCP, p.DSCPValue = DSCPSet, uint8(n)
+	return ""
+}
+
+func (p *policyParser) setChecksum(s string) (want string) {
+	switch s {
+	case "update":
+		p.Checksum = ChecksumUpdate
+	case "zero":
+		p.Checksum = ChecksumZero
+	default:
+		return "csum=update or csum=zero"
+	}
+	return ""
+}
+
+// dscpNames are the code points with a name of their own, beside the class
+// selectors csN and the assured forwarding classes afXY.
+var dscpNames = [...]struct {
+	name  string
+	value int
+}{
+	{"be", 0}, // the name that is written; cs0 and default are read too (RFC 2474 section 4.1)
+	{"default", 0},
+	{"le", 1},           // RFC 8622
+	{"voice-admit", 44}, // RFC 5865
+	{"ef", 46},          // RFC 3246
+}
+
+// dscpByName gives the code point of a name in lower case.
+func dscpByName(s string) (int, bool) {
+	for _, n := range dscpNames {
+		if s == n.name {
+			return n.value, true
+		}
+	}
+	if len(s) == 3 && s[:2] == "cs" && s[2] >= '0' && s[2] <= '7' { // RFC 2474 section 4.2.2
+		return int(s[2]-'0') << 3, true
+	}
+	if len(s) == 4 && s[:2] == "af" && s[2] >= '1' && s[2] <= '4' && s[3] >= '1' && s[3] <= '3' { // RFC 2597 section 6
+		return int(s[2]-'0')<<3 | int(s[3]-'0')<<1, true
+	}
+	return 0, false
+}
+
+// dscpName is the canonical name of a code point, or its number.
+func dscpName(v uint8) string {
+	for _, n := range dscpNames {
+		if int(v) == n.value {
+			return n.name
+		}
+	}
+	class, low := v>>3, v&7
+	switch {
+	case v > 63:
+	case low == 0:
+		return fmt.Sprintf("cs%d", class)
+	case class >= 1 && class <= 4 && (low == 2 || low == 4 || low == 6):
+		return fmt.Sprintf("af%d%d", class, low>>1)
+	}
+	return strconv.Itoa(int(v))
+}
+
+// appendPolicy writes the policies that are not the default, each with its
+// comma before it.
+func appendPolicy(b []byte, p Policy) []byte {
+	sport := p.SourcePort
+	switch p.Source {
+	case SourceInterface:
+	case SourceAddress:
+		b = append(b, ",src="...)
+		if sport == 0 {
+			b = p.SourceAddr.AppendTo(b)
+		} else {
+			b = netip.AddrPortFrom(p.SourceAddr, sport).AppendTo(b)
+			sport = 0
+		}
+	default:
+		b = append(append(b, ",src="...), p.Source.String()...)
+	}
+	if sport != 0 {
+		b = strconv.AppendUint(append(b, ",sport="...), uint64(sport), 10)
+	}
+	switch p.TTL {
+	case TTLKeep:
+	case TTLSet:
+		b = strconv.AppendUint(append(b, ",ttl="...), uint64(p.TTLValue), 10)
+	default:
+		b = append(append(b, ",ttl="...), p.TTL.String()...)
+	}
+	if p.DSCP == DSCPSet {
+		b = append(append(b, ",dscp="...), dscpName(p.DSCPValue)...)
+	} else if p.DSCP != DSCPKeep {
+		b = append(append(b, ",dscp="...), p.DSCP.String()...)
+	}
+	if p.Checksum != ChecksumUpdate {
+		b = append(append(b, ",csum="...), p.Checksum.String()...)
+	}
+	return b
+}

@@ -1,0 +1,143 @@
+// Package rules is the model of what is relayed: a rule takes one UDP stream in
+// and sends it out on any number of interfaces, rewritten. The package parses,
+// formats, validates, orders and compares rules. It is pure: it makes no system
+// call and knows nothing of the host, so whether an interface exists, or a
+// unicast input is an address of this host, is for its callers to find out.
+//
+// All types are plain data. Functions keep no reference to what they are given
+// and may be called from any number of goroutines.
+package rules
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// MaxOutputs is the most outputs a rule can have: one egress program a slot.
+const MaxOutputs = 64
+
+// MaxNameLen is the longest rule name in bytes; in the kernel's maps a name has
+// 64 bytes with the NUL.
+const MaxNameLen = 63
+
+// Rule is one input and its outputs. The place of an output in Out is its slot.
+type Rule struct {
+	Name string // unique on the host; see Validate for its form
+	In   Input
+	Out  []Output
+	Path Path
+}
+
+// Input says which packets a rule takes: UDP datagrams to Address and Port that
+// arrive on Interface. It is comparable and so serves as a map key.
+type Input struct {
+	Interface string
+	Address   netip.Addr // multicast group, or a unicast address of this host
+	Port      uint16     // UDP destination port, host byte order
+	Source    netip.Addr // the one sender to take; the zero Addr takes any
+}
+
+// Output says where a copy goes and how it is rewritten.
+type Output struct {
+	Interface string
+	Address   netip.Addr // multicast group or unicast address
+	Port      uint16     // UDP destination port, host byte order
+	Policy    Policy
+}
+
+// Multicast reports whether the input is a group, to be joined, rather than a
+// unicast address.
+func (in Input) Multicast() bool { return in.Address.IsMulticast() }
+
+// Path is how the packets of a rule travel.
+type Path uint8
+
+// The paths. PathAuto takes the best that works on the rule's interfaces.
+const (
+	PathAuto   Path = iota
+	PathKernel      // XDP, never leaves the kernel
+	PathAFXDP       // AF_XDP sockets
+	PathFanout      // AF_PACKET sockets in a PACKET_FANOUT group
+)
+
+// String is the word that ParsePath takes.
+func (p Path) String() string { return enumString("Path", p, "auto", "kernel", "afxdp", "fanout") }
+
+// ParsePath is the reverse of Path.String. Its error is a *FieldError.
+func ParsePath(s string) (Path, error) {
+	for p := PathAuto; p <= PathFanout; p++ {
+		if s == p.String() {
+			return p, nil
+		}
+	}
+	return 0, &FieldError{Field: "path", Value: s, Want: wantPath}
+}
+
+const wantPath = "auto, kernel, afxdp or fanout"
+
+// Equal reports whether two rules are the same in everything. The order of the
+// outputs counts: it is their slots.
+func Equal(a, b Rule) bool {
+	return a.Name == b.Name && a.In == b.In && a.Path == b.Path && slices.Equal(a.Out, b.Out)
+}
+
+// String is the rule on one line, for people.
+func (r Rule) String() string {
+	var b strings.Builder
+	b.WriteString(r.Name + " " + r.In.String() + " ->")
+	for _, o := range r.Out {
+		b.WriteString(" " + o.String())
+	}
+	if r.Path != PathAuto {
+		b.WriteString(" path=" + r.Path.String())
+	}
+	return b.String()
+}
+
+// Compare is a total order of inputs for display: by interface, address and
+// port, and of inputs that overlap the one that wins first. It is 0 only for
+// equal inputs.
+func Compare(a, b Input) int {
+	return cmp.Or(
+		cmp.Compare(a.Interface, b.Interface),
+		a.Address.Compare(b.Address),
+		cmp.Compare(a.Port, b.Port),
+		compareSpecific(a, b),
+		a.Source.Compare(b.Source),
+	)
+}
+
+// compareSpecific puts an input with a source before one without.
+func compareSpecific(a, b Input) int {
+	switch {
+	case a.Source.IsValid() == b.Source.IsValid():
+		return 0
+	case a.Source.IsValid():
+		return -1
+	}
+	return 1
+}
+
+// Winner says which of two inputs gets a packet that both match: the one that
+// names the source, (source, group, port), before the one that takes any,
+// (any, group, port). It is false when no packet matches both.
+func Winner(a, b Input) (Input, bool) {
+	if a.anySource() != b.anySource() {
+		return Input{}, false
+	}
+	if a.Source.IsValid() && b.Source.IsValid() && a.Source != b.Source {
+		return Input{}, false
+	}
+	if compareSpecific(a, b) > 0 {
+		return b, true
+	}
+	return a, true
+}
+
+// anySource is the input with its source taken away.
+func (in Input) anySource() Input {
+	in.Source = netip.Addr{}
+	return in
+}

@@ -1,0 +1,326 @@
+package rules
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"testing"
+)
+
+func TestValidateAccepts(t *testing.T) {
+	for _, s := range []string{
+		"a 239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1",
+		"cam1.left:A_-9 10.0.0.5@239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1 10.0.9.9:6000%eth2,ttl=16",
+		strings.Repeat("n", MaxNameLen) + " 239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1",
+		"unicast-in 10.0.0.1:5000%eth0 -> 239.2.2.2:6000%eth1",
+		"unicast-from 10.0.0.5@10.0.0.1:5000%eth0 -> 239.2.2.2:6000%eth1",
+		"ssm 10.0.0.5@232.1.1.1:5000%eth0 -> 232.2.2.2:6000%eth1",
+		"edges 224.0.1.0:1%eth0 -> 239.255.255.255:65535%eth1 223.255.255.255:1%eth1 1.0.0.0:1%eth1 126.255.255.255:1%eth1 128.0.0.0:1%eth1",
+		"not-ssm 231.255.255.255:1%eth0 -> 233.0.0.0:1%eth1",
+		"same-group 239.1.1.1:5000%eth0 -> 239.1.1.1:5000%eth1",
+		"other-port 239.1.1.1:5000%eth0 -> 239.1.1.1:5001%eth0",
+		"other-iface 239.1.1.1:5000%eth0 -> 239.2.2.2:1%eth1 239.2.2.2:1%eth2 239.2.2.2:2%eth1 239.2.2.3:1%eth1",
+		"v6 [ff05::1]:5000%eth0 -> [ff0e::2]:5000%eth1 [2001:db8::1]:5000%eth1 [fe80::1]:5000%eth1,src=2001:db8::2",
+		"v6-ssm 2001:db8::5@[ff3e::1]:5000%eth0 -> [ff35::2]:5000%eth1",
+		"v6-unicast-prefix [ff3e:30:2001:db8::1]:5000%eth0 -> [ff03::2]:5000%eth1", // RFC 3306: not the SSM range
+		"policies 239.1.1.1:5%eth0 -> 239.2.2.2:6%eth1,csum=zero,ttl=1,dscp=63,src=10.0.0.1:9",
+	} {
+		if err := mustRule(t, s).Validate(); err != nil {
+			t.Errorf("%s: %v", s, err)
+		}
+	}
+}
+
+// TestValidateRefuses changes one thing of a good rule at a time.
+func TestValidateRefuses(t *testing.T) {
+	const thisNet = "an address outside 0.0.0.0/8, this network (RFC 1122 section 3.2.1.3)"
+	const loopback = "an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)"
+	const broadcast = "an address other than broadcast (RFC 1122 section 3.2.1.3)"
+	const reserved = "an address outside 240.0.0.0/4, reserved (RFC 1112 section 4)"
+	const control = "a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4)"
+	const scope = "a group of scope 3 or wider, ffx3::/16 and up: narrower ones are never forwarded between links (RFC 4291 section 2.7)"
+	in := func(s string) func(*Rule) { return func(r *Rule) { r.In.Address = netip.MustParseAddr(s) } }
+	out := func(s string) func(*Rule) { return func(r *Rule) { r.Out[0].Address = netip.MustParseAddr(s) } }
+	source := func(s string) func(*Rule) { return func(r *Rule) { r.In.Source = netip.MustParseAddr(s) } }
+	policy := func(p Policy) func(*Rule) { return func(r *Rule) { r.Out[0].Policy = p } }
+	srcAddr := func(s string) func(*Rule) {
+		return policy(Policy{Source: SourceAddress, SourceAddr: netip.MustParseAddr(s)})
+	}
+	v6 := func(f func(*Rule)) func(*Rule) {
+		return func(r *Rule) {
+			*r = mustRule(t, "a 2001:db8::5@[ff3e::1]:5000%eth0 -> [ff0e::2]:6000%eth1")
+			f(r)
+		}
+	}
+	for _, c := range []struct {
+		change func(*Rule)
+		class  error
+		want   string // without `rule "a": `
+	}{
+		{in("0.1.2.3"), nil, `in.address "0.1.2.3": want ` + thisNet},
+		{in("0.0.0.0"), nil, `in.address "0.0.0.0": want ` + thisNet},
+		{in("127.0.0.1"), nil, `in.address "127.0.0.1": want ` + loopback},
+		{in("255.255.255.255"), nil, `in.address "255.255.255.255": want ` + broadcast},
+		{in("240.0.0.1"), nil, `in.address "240.0.0.1": want ` + reserved},
+		{in("224.0.0.251"), ErrLinkLocal, `in.address "224.0.0.251": want ` + control},
+		{in("232.1.1.1"), ErrNeedSource, `in.source missing: write SOURCE@232.1.1.1: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
+		{in("::ffff:239.1.1.1"), nil, `in.address "::ffff:239.1.1.1": want 239.1.1.1: IPv4-mapped IPv6 addresses are not sent on a wire (RFC 4291 section 2.5.5.2)`},
+		{func(r *Rule) { r.In.Address = netip.Addr{} }, nil, `in.address missing: write a multicast group or a unicast address`},
+		{func(r *Rule) { r.In.Port = 0 }, nil, `in.port "0": want 1 to 65535`},
+		{func(r *Rule) { r.In.Interface = "a%b" }, nil, `in.interface "a%b": want an interface name without '/', ':', ',' or '%'`},
+		{func(r *Rule) { r.In.Interface = "" }, nil, `in.interface missing: write an interface name`},
+		{func(r *Rule) { r.In = Input{} }, nil, `in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`},
+		{source("239.9.9.9"), nil, `in.source "239.9.9.9": want a unicast address: a group is never a source`},
+		{source("0.0.0.0"), nil, `in.source "0.0.0.0": want ` + thisNet},
+		{source("127.0.0.1"), nil, `in.source "127.0.0.1": want ` + loopback},
+		{source("2001:db8::1"), ErrFamily, `in.source "2001:db8::1": want the family of 239.1.1.1`},
+
+		{v6(in("::")), nil, `in.address "::": want an address other than the unspecified one (RFC 4291 section 2.5.2)`},
+		{v6(in("::1")), nil, `in.address "::1": want an address other than loopback (RFC 4291 section 2.5.3)`},
+		{v6(in("ff02::fb")), ErrLinkLocal, `in.address "ff02::fb": want ` + scope},
+		{v6(in("ff12::1")), ErrLinkLocal, `in.address "ff12::1": want ` + scope},
+		{v6(in("ff01::1")), ErrLinkLocal, `in.address "ff01::1": want ` + scope},
+		{v6(in("ff00::1")), ErrLinkLocal, `in.address "ff00::1": want ` + scope},
+		{v6(func(r *Rule) { r.In.Source = netip.Addr{} }), ErrNeedSource, `in.source missing: write SOURCE@ff3e::1: groups of ff3x::/32 need a source (RFC 4607 section 4.1)`},
+		{v6(source("::1")), nil, `in.source "::1": want an address other than loopback (RFC 4291 section 2.5.3)`},
+		{v6(source("fe80::1%eth0")), nil, `in.source "fe80::1%eth0": want an address without a zone`},
+		{v6(out("ff02::2")), ErrLinkLocal, `out[0].address "ff02::2": want ` + scope},
+		{v6(out("fe80::1%eth0")), nil, `out[0].address "fe80::1%eth0": want an address without a zone`},
+		{v6(out("239.2.2.2")), ErrFamily, `out[0].address "239.2.2.2": want the family of the input, ff3e::1: a rule cannot translate between IPv4 and IPv6`},
+		{v6(policy(Policy{Checksum: ChecksumZero})), nil, `out[0].csum "zero": want update: IPv6 needs the UDP checksum (RFC 8200 section 8.1)`},
+		{v6(srcAddr("10.0.0.1")), ErrFamily, `out[0].src "10.0.0.1": want the family of ff0e::2`},
+
+		{out("0.1.2.3"), nil, `out[0].address "0.1.2.3": want ` + thisNet},
+		{out("127.9.9.9"), nil, `out[0].address "127.9.9.9": want ` + loopback},
+		{out("255.255.255.255"), nil, `out[0].address "255.255.255.255": want ` + broadcast},
+		{out("250.1.1.1"), nil, `out[0].address "250.1.1.1": want ` + reserved},
+		{out("224.0.0.1"), ErrLinkLocal, `out[0].address "224.0.0.1": want ` + control},
+		{out("ff0e::1"), ErrFamily, `out[0].address "ff0e::1": want the family of the input, 239.1.1.1: a rule cannot translate between IPv4 and IPv6`},
+		{func(r *Rule) { r.Out[0].Address = netip.Addr{} }, nil, `out[0].address missing: write a multicast group or a unicast address`},
+		{func(r *Rule) { r.Out[0].Port = 0 }, nil, `out[0].port "0": want 1 to 65535`},
+		{func(r *Rule) { r.Out[0].Interface = "eth0/1" }, nil, `out[0].interface "eth0/1": want an interface name without '/', ':', ',' or '%'`},
+		{func(r *Rule) { r.Out[0] = Output{} }, nil, `out[0] missing: write ADDRESS:PORT%INTERFACE[,policy...]`},
+		{func(r *Rule) { r.Out = nil }, nil, `out missing: write 1 to 64 outputs`},
+		{func(r *Rule) { r.Out = manyOutputs(65) }, ErrTooManyOutputs, `out "65 outputs": want 1 to 64 outputs`},
+		{func(r *Rule) { r.Out = append(r.Out, r.Out[0]); r.Out[1].Policy.TTL = TTLDecrement }, ErrDuplicateOutput,
+			`out[1] "239.2.2.2:6000%eth1,ttl=dec": want another interface, address or port: out[0] has these`},
+
+		{srcAddr("239.1.1.1"), nil, `out[0].src "239.1.1.1": want a unicast address: a group is never a source`},
+		{srcAddr("127.0.0.1"), nil, `out[0].src "127.0.0.1": want ` + loopback},
+		{policy(Policy{Source: SourceAddress}), nil, `out[0].src missing: write a unicast address`},
+		{policy(Policy{SourceAddr: addr("10.0.0.1")}), nil, `out[0].src "10.0.0.1": want no value with policy iface`},
+		{policy(Policy{Source: SourceKeep, SourceAddr: addr("10.0.0.1")}), nil, `out[0].src "10.0.0.1": want no value with policy keep`},
+		{policy(Policy{Source: 7}), nil, `out[0].src "SourcePolicy(7)": want one of the policies declared`},
+		{policy(Policy{TTL: TTLSet}), nil, `out[0].ttl "0": want 1 to 255`},
+		{policy(Policy{TTLValue: 9}), nil, `out[0].ttl "9": want no value with policy keep`},
+		{policy(Policy{TTL: TTLDecrement, TTLValue: 9}), nil, `out[0].ttl "9": want no value with policy dec`},
+		{policy(Policy{TTL: 7}), nil, `out[0].ttl "TTLPolicy(7)": want one of the policies declared`},
+		{policy(Policy{DSCP: DSCPSet, DSCPValue: 64}), nil, `out[0].dscp "64": want 0 to 63`},
+		{policy(Policy{DSCPValue: 1}), nil, `out[0].dscp "1": want no value with policy keep`},
+		{policy(Policy{DSCP: 7}), nil, `out[0].dscp "DSCPPolicy(7)": want one of the policies declared`},
+		{policy(Policy{Checksum: 7}), nil, `out[0].csum "ChecksumPolicy(7)": want one of the policies declared`},
+		{func(r *Rule) { r.Path = 7 }, nil, `path "Path(7)": want auto, kernel, afxdp or fanout`},
+	} {
+		r := mustRule(t, "a 239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1")
+		c.change(&r)
+		err := r.Validate()
+		checkLines(t, err, `rule "a": `+c.want)
+		if f := fieldError(t, err); f.Err != c.class || c.class != nil && !errors.Is(err, c.class) {
+			t.Errorf("%v: class %v, want %v", err, f.Err, c.class)
+		}
+	}
+}
+
+func manyOutputs(n int) []Output {
+	var out []Output
+	for i := range n {
+		out = append(out, Output{Interface: "eth1", Address: addr("239.2.2.2"), Port: uint16(i + 1)})
+	}
+	return out
+}
+
+func TestOutputLimits(t *testing.T) {
+	r := mustRule(t, "a 239.1.1.1:5000%eth0 ->")
+	r.Out = manyOutputs(MaxOutputs)
+	if err := r.Validate(); err != nil {
+		t.Error(err)
+	}
+	r.Out = manyOutputs(1 << 16)
+	r.Out[MaxOutputs] = Output{} // not looked at
+	checkLines(t, r.Validate(), `rule "a": out "65536 outputs": want 1 to 64 outputs`)
+}
+
+func TestNames(t *testing.T) {
+	r := mustRule(t, "a 239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1")
+	for _, name := range []string{"a", "9", "Z.:_-z", "null", strings.Repeat("x", MaxNameLen)} {
+		if r.Name = name; r.Validate() != nil {
+			t.Errorf("%q: %v", name, r.Validate())
+		}
+	}
+	const form = "1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first"
+	for _, name := range []string{".a", "-a", "_a", ":a", "a b", "a\n", "a/b", "#1", "é", "a\x00", strings.Repeat("x", MaxNameLen+1)} {
+		r.Name = name
+		checkLines(t, r.Validate(), fmt.Sprintf("rule %q: name %q: want %s", name, name, form))
+	}
+	r.Name = ""
+	checkLines(t, r.Validate(), "name missing: write "+form)
+}
+
+// TestValidateReportsAll: every fault of a rule, in the order of its fields.
+func TestValidateReportsAll(t *testing.T) {
+	r := mustRule(t, "bad 10.0.0.5@127.0.0.1:5000%eth0 -> 239.2.2.2:6000%eth1,ttl=9 [ff0e::1]:1%eth1 239.2.2.2:6000%eth1")
+	r.Name, r.In.Port, r.Out[0].Policy.TTL = "b d", 0, TTLKeep
+	checkLines(t, r.Validate(),
+		`rule "b d": name "b d": want 1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first`,
+		`rule "b d": in.port "0": want 1 to 65535`,
+		`rule "b d": in.address "127.0.0.1": want an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)`,
+		`rule "b d": out[0].ttl "9": want no value with policy keep`,
+		`rule "b d": out[1].address "ff0e::1": want the family of the input, 127.0.0.1: a rule cannot translate between IPv4 and IPv6`,
+		`rule "b d": out[2] "239.2.2.2:6000%eth1": want another interface, address or port: out[0] has these`,
+	)
+	for _, err := range joined(t, r.Validate()) {
+		if _, ok := err.(*FieldError); !ok {
+			t.Errorf("%T in the list", err)
+		}
+	}
+}
+
+func TestValidateSet(t *testing.T) {
+	if err := ValidateSet(nil); err != nil {
+		t.Error(err)
+	}
+	good := mustRules(t,
+		"a 239.1.1.1:1%eth0 -> 239.2.2.2:1%eth1",
+		"b 10.0.0.5@239.1.1.1:1%eth0 -> 239.2.2.2:1%eth1",
+		"c 239.1.1.1:1%eth2 -> 239.2.2.2:1%eth1",
+		"d 239.1.1.1:2%eth0 -> 239.2.2.2:1%eth1")
+	if err := ValidateSet(good); err != nil {
+		t.Error(err)
+	}
+	bad := mustRules(t,
+		"a 239.1.1.1:1%eth0 -> 239.2.2.2:1%eth1",
+		"a 10.0.0.5@239.1.1.1:1%eth0 -> 239.2.2.2:1%eth1",
+		"b 239.1.1.1:1%eth0 -> 239.2.2.2:1%eth1",
+		"x 239.1.1.9:1%eth0 -> 127.0.0.1:1%eth1",
+		"a 10.0.0.5@239.1.1.1:1%eth0 -> 239.2.2.2:1%eth1")
+	bad = append(bad, Rule{}, Rule{})
+	err := ValidateSet(bad)
+	const missingName = "name missing: write 1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first"
+	checkLines(t, err,
+		`rule "a": name "a": want a unique name: rule #1 has it`,
+		`rule "b": in "239.1.1.1:1%eth0": want an input of its own: rule "a" takes it`,
+		`rule "x": out[0].address "127.0.0.1": want an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)`,
+		`rule "a": name "a": want a unique name: rule #1 has it`,
+		`rule "a": in "10.0.0.5@239.1.1.1:1%eth0": want an input of its own: rule "a" takes it`,
+		`rule "#6": `+missingName,
+		`rule "#6": in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`,
+		`rule "#6": out missing: write 1 to 64 outputs`,
+		`rule "#7": `+missingName,
+		`rule "#7": in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`,
+		`rule "#7": out missing: write 1 to 64 outputs`,
+	)
+	for _, class := range []error{ErrDuplicateName, ErrDuplicateInput} {
+		if !errors.Is(err, class) {
+			t.Errorf("is not %v", class)
+		}
+	}
+	if errors.Is(err, ErrLoop) {
+		t.Error("is a loop")
+	}
+}
+
+// TestFaultsAreCapped: 100 faults and how many more, for one rule and for sets.
+func TestFaultsAreCapped(t *testing.T) {
+	r := mustRule(t, "a 239.1.1.1:5000%eth0 ->")
+	for range MaxOutputs {
+		r.Out = append(r.Out, Output{Interface: "eth0"}) // no address, port 0, duplicates
+	}
+	lines := errorLines(r.Validate())
+	if n := len(lines); n != maxFaults+1 || lines[maxFaults] != "and 91 more" {
+		t.Errorf("%d lines, the last %q", n, lines[n-1])
+	}
+	lines = errorLines(ValidateSet(make([]Rule, 1000)))
+	if n := len(lines); n != maxFaults+1 || lines[maxFaults] != "and 2900 more" {
+		t.Errorf("%d lines, the last %q", n, lines[n-1])
+	}
+}
+
+// TestValidRoundTrips: whatever Validate accepts can be written and read back,
+// for values put together at random from good and bad ones.
+func TestValidRoundTrips(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	valid := 0
+	for range 20_000 {
+		r := randomRule(random)
+		if r.Validate() != nil {
+			continue
+		}
+		valid++
+		if in := mustInput(t, r.In.String()); in != r.In {
+			t.Fatalf("%+v is read back as %+v", r.In, in)
+		}
+		for _, o := range r.Out {
+			if got := mustOutput(t, o.String()); got != o {
+				t.Fatalf("%+v is read back as %+v", o, got)
+			}
+		}
+		data, err := FormatFile([]Rule{r})
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := ParseFile("f", data)
+		if err != nil || len(back) != 1 || !Equal(back[0], r) {
+			t.Fatalf("%+v is read back as %+v, %v from\n%s", r, back, err, data)
+		}
+	}
+	if valid < 500 {
+		t.Errorf("only %d of the rules were valid", valid)
+	}
+}
+
+func pick[T any](random *rand.Rand, from ...T) T { return from[random.IntN(len(from))] }
+
+func randomRule(random *rand.Rand) Rule {
+	ifaces := []string{"eth0", "eth1", "br-lan", "a'b\"c", "x#y", "v\\n", "-", "?", "é", "eth 0", "e%f", "a,b", "eth+", ""}
+	groups := []string{"239.1.1.1", "239.2.2.2", "10.0.0.9", "ff0e::1", "ff3e::1", "2001:db8::9", "224.0.0.1", "::ffff:1.2.3.4", "fe80::1%z"}
+	anyAddr := func(list ...string) netip.Addr {
+		if random.IntN(4) == 0 {
+			return netip.Addr{}
+		}
+		return addr(pick(random, list...))
+	}
+	weighted := func(list []string, good int) string {
+		if random.IntN(20) == 0 {
+			return pick(random, list...)
+		}
+		return pick(random, list[:good]...)
+	}
+	r := Rule{
+		Name: pick(random, "cam1", "1.5", "true", "No", "a:", "a:b", "0x1f", "1e3", "12:30", "null", "2024-01-01", "x_", ".x", "a b"),
+		Path: Path(random.IntN(5)),
+		In: Input{Interface: weighted(ifaces, 9), Address: addr(pick(random, groups...)), Port: pick[uint16](random, 1, 5000, 65535),
+			Source: anyAddr("10.0.0.5", "2001:db8::5")},
+	}
+	for range 1 + random.IntN(2) {
+		r.Out = append(r.Out, Output{Interface: weighted(ifaces, 9), Address: addr(weighted(groups, 3)), Port: pick[uint16](random, 2, 6000, 6001),
+			Policy: randomPolicy(random)})
+	}
+	return r
+}
+
+func randomPolicy(random *rand.Rand) Policy {
+	p := Policy{Source: SourcePolicy(random.IntN(3)), SourcePort: pick[uint16](random, 0, 0, 7, 65535),
+		TTL: TTLPolicy(random.IntN(3)), DSCP: DSCPPolicy(random.IntN(2)), Checksum: ChecksumPolicy(random.IntN(2))}
+	if p.Source == SourceAddress || random.IntN(20) == 0 {
+		p.SourceAddr = addr(pick(random, "10.0.0.1", "10.0.0.5", "2001:db8::1"))
+	}
+	if p.TTL == TTLSet || random.IntN(20) == 0 {
+		p.TTLValue = uint8(random.IntN(256))
+	}
+	if p.DSCP == DSCPSet || random.IntN(20) == 0 {
+		p.DSCPValue = uint8(random.IntN(66))
+	}
+	return p
+}
