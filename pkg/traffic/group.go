@@ -1,0 +1,226 @@
+package traffic
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+)
+
+// Expected says which header fields packets must have. The zero value expects
+// nothing.
+type Expected struct {
+	// TTL is the IPv4 TTL or IPv6 hop limit; 0 for any.
+	TTL uint8
+	// Source is the sender's address; the zero value for any.
+	Source netip.Addr
+	// SourcePort is the sender's port; 0 for any.
+	SourcePort uint16
+	// DSCP is the differentiated services code point; nil for any.
+	DSCP *uint8
+}
+
+// check counts in w the fields that are not as expected and says whether there
+// were any.
+func (e *Expected) check(f Fields, w *Wrong) bool {
+	before := *w
+	if e.TTL != 0 && f.TTL != e.TTL {
+		w.TTL++
+	}
+	if e.Source.IsValid() && f.Source.Addr() != e.Source {
+		w.Source++
+	}
+	if e.SourcePort != 0 && f.Source.Port() != e.SourcePort {
+		w.SourcePort++
+	}
+	if e.DSCP != nil && f.DSCP != *e.DSCP {
+		w.DSCP++
+	}
+	return *w != before
+}
+
+// maxFlows bounds the flows that a group keeps apart. Beyond it, the one not
+// heard for longest is folded into the group's counters and forgotten.
+const maxFlows = 64
+
+type flowKey struct {
+	stream uint64
+	flow   uint32
+}
+
+type flow struct {
+	flowKey
+	tracker  *Tracker
+	received uint64
+	heard    uint64 // the group's count of datagrams at the latest packet
+}
+
+// group accounts for what one socket receives. It is not safe for concurrent
+// use.
+type group struct {
+	sub Subscription
+	fd  int
+
+	window    int
+	fromStart bool
+	expected  Expected
+
+	c          Counters // without what the flows' trackers say
+	retired    uint64   // lost of the flows that were forgotten
+	drops      uint32   // the socket's counter when it was last read
+	latency    Histogram
+	flows      map[flowKey]*flow
+	current    *flow // the latest packet's
+	firstAt    int64 // arrival of the first and the latest packet; 0: none
+	lastAt     int64
+	longestGap int64
+	last       Fields
+	lastWrong  Fields
+	anyWrong   bool
+}
+
+// handle accounts for one datagram: its payload, its header fields and when it
+// arrived (CLOCK_REALTIME, ns). It says whether that was a packet received,
+// and its latency.
+func (g *group) handle(payload []byte, f Fields, arrival int64) (latency int64, received bool) {
+	g.c.Datagrams++
+	h, err := Decode(payload)
+	switch err {
+	case nil:
+	case ErrCorrupt:
+		g.c.Corrupt++
+		return 0, false
+	default:
+		g.c.Foreign++
+		return 0, false
+	}
+	fl := g.flow(flowKey{h.Stream, h.Flow})
+	switch fl.tracker.Observe(h.Seq) {
+	case Duplicate:
+		g.c.Duplicated++
+		return 0, false
+	case Stale:
+		g.c.Stale++
+		return 0, false
+	case Reordered:
+		g.c.Reordered++
+	}
+	fl.received++
+	g.c.Received++
+	g.c.Bytes += uint64(len(payload))
+	g.arrived(arrival)
+	g.last = f
+	if g.expected.check(f, &g.c.Wrong) {
+		g.lastWrong, g.anyWrong = f, true
+	}
+	latency = arrival - h.SentAt
+	g.latency.Record(latency)
+	return latency, true
+}
+
+func (g *group) arrived(at int64) {
+	if g.firstAt == 0 {
+		g.firstAt, g.lastAt = at, at
+	}
+	g.longestGap = max(g.longestGap, at-g.lastAt)
+	g.lastAt = max(g.lastAt, at)
+}
+
+// flow finds or makes the account of a flow.
+func (g *group) flow(key flowKey) *flow {
+	if g.current != nil && g.current.flowKey == key {
+		g.current.heard = g.c.Datagrams
+		return g.current
+	}
+	fl := g.flows[key]
+	switch {
+	case fl != nil:
+	case len(g.flows) < maxFlows:
+		// The window was checked when the receiver was made.
+		fl = &flow{flowKey: key, tracker: newTracker(g.window, g.fromStart)}
+		g.flows[key] = fl
+	default:
+		fl = g.recycle(key)
+	}
+	fl.heard = g.c.Datagrams
+	g.current = fl
+	return fl
+}
+
+// recycle gives the memory of the flow not heard for longest to a new one.
+func (g *group) recycle(key flowKey) *flow {
+	var oldest *flow
+	for _, fl := range g.flows {
+		if oldest == nil || fl.heard < oldest.heard {
+			oldest = fl
+		}
+	}
+	g.retired += oldest.tracker.Lost()
+	delete(g.flows, oldest.flowKey)
+	oldest.tracker.reset()
+	*oldest = flow{flowKey: key, tracker: oldest.tracker}
+	g.flows[key] = oldest
+	return oldest
+}
+
+// counters returns the counters as of now. For a finished run, what is missing
+// or too many compared with the expected number of packets is counted in; 0
+// expects nothing.
+func (g *group) counters(expect uint64) Counters {
+	c := g.c
+	c.Lost = g.retired
+	for _, fl := range g.flows {
+		c.Lost += fl.tracker.Lost()
+	}
+	if expect > 0 {
+		if known := c.Received + c.Lost; known < expect {
+			c.Lost += expect - known
+		}
+		if c.Received > expect {
+			c.Surplus = c.Received - expect
+		}
+	}
+	return c
+}
+
+func (g *group) report(expect uint64) GroupReport {
+	r := GroupReport{
+		Endpoint:     g.sub.String(),
+		Counters:     g.counters(expect),
+		Latency:      g.latency.Latency(),
+		LongestGapNS: g.longestGap,
+		Flows:        make([]Flow, 0, len(g.flows)),
+	}
+	if g.c.Received > 0 {
+		last := g.last
+		r.Last = &last
+	}
+	if g.anyWrong {
+		wrong := g.lastWrong
+		r.LastWrong = &wrong
+	}
+	for _, fl := range g.flows {
+		r.Flows = append(r.Flows, Flow{
+			Stream:     streamName(fl.stream),
+			Flow:       fl.flowKey.flow,
+			FirstSeq:   fl.tracker.First(),
+			HighestSeq: fl.tracker.Highest(),
+			Received:   fl.received,
+			Lost:       fl.tracker.Lost(),
+		})
+	}
+	slices.SortFunc(r.Flows, func(a, b Flow) int {
+		return cmp.Or(cmp.Compare(a.Stream, b.Stream), cmp.Compare(a.Flow, b.Flow))
+	})
+	return r
+}
+
+// pollDrops adds what the kernel dropped at the socket since the last time.
+func (g *group) pollDrops() error {
+	drops, err := socketDrops(g.fd)
+	if err != nil {
+		return err
+	}
+	g.c.SocketDrops += uint64(drops - g.drops) // the counter wraps
+	g.drops = drops
+	return nil
+}

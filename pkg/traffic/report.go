@@ -1,0 +1,217 @@
+package traffic
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// SendReport is what a sender has done.
+type SendReport struct {
+	Target string `json:"target"`
+	Groups int    `json:"groups"`
+	// Stream is the run's stream id, in hexadecimal.
+	Stream string `json:"stream"`
+	// SizeBytes is the UDP payload of one packet.
+	SizeBytes int    `json:"size_bytes"`
+	Packets   uint64 `json:"packets"`
+	// Bytes of UDP payload.
+	Bytes            uint64  `json:"bytes"`
+	ElapsedNS        int64   `json:"elapsed_ns"`
+	PacketsPerSecond float64 `json:"packets_per_second"`
+	// BitsPerSecond counts UDP payload.
+	BitsPerSecond float64 `json:"bits_per_second"`
+	// BufferFull counts the times the socket or the device had no room
+	// (EAGAIN, ENOBUFS, ENOMEM). The packet was sent later.
+	BufferFull uint64 `json:"buffer_full"`
+	// NetworkErrors counts the times the network refused (ECONNREFUSED,
+	// ENETUNREACH and the like). The packet was sent later.
+	NetworkErrors uint64 `json:"network_errors"`
+	// BehindNS is how much of the schedule was given up because the rate
+	// could not be held.
+	BehindNS int64 `json:"behind_ns"`
+}
+
+// Counters says what became of packets.
+//
+// Every datagram that was read is counted once: Datagrams = Received +
+// Duplicated + Stale + Corrupt + Foreign.
+type Counters struct {
+	Datagrams uint64 `json:"datagrams"`
+	// Received counts numbered packets, each once.
+	Received uint64 `json:"received"`
+	// Bytes is the UDP payload of the received packets.
+	Bytes uint64 `json:"bytes"`
+	// Lost counts numbers that are missing. With an expected number of
+	// packets, a finished receiver also counts what is missing at the end.
+	Lost       uint64 `json:"lost"`
+	Duplicated uint64 `json:"duplicated"`
+	// Reordered packets arrived after one with a higher number; they are
+	// among the received.
+	Reordered uint64 `json:"reordered"`
+	// Stale packets are too old to tell late ones from duplicates.
+	Stale uint64 `json:"stale"`
+	// Corrupt packets were changed on the way. Their numbers are not to be
+	// trusted, so they are not received and show as lost too.
+	Corrupt uint64 `json:"corrupt"`
+	// Foreign datagrams are not numbered packets, or of another version.
+	Foreign uint64 `json:"foreign"`
+	// Surplus is how many more packets than expected were received.
+	Surplus uint64 `json:"surplus"`
+	// SocketDrops counts the datagrams that reached this host and that the
+	// kernel dropped at the receiver's own socket: its buffer was full, or the
+	// UDP checksum was wrong. Numbered ones among them show as lost too.
+	SocketDrops uint64 `json:"socket_drops"`
+	// Wrong counts received packets with a field that is not as expected.
+	Wrong Wrong `json:"wrong"`
+}
+
+// Wrong counts packets by the field that was not as expected.
+type Wrong struct {
+	TTL        uint64 `json:"ttl"`
+	Source     uint64 `json:"source"`
+	SourcePort uint64 `json:"source_port"`
+	DSCP       uint64 `json:"dscp"`
+}
+
+// Fields are what the headers of one packet said.
+type Fields struct {
+	// Source is the address and port that the packet came from.
+	Source netip.AddrPort `json:"source"`
+	// TTL is the IPv4 TTL or the IPv6 hop limit.
+	TTL  uint8 `json:"ttl"`
+	DSCP uint8 `json:"dscp"`
+}
+
+// Latency is from the send time in the packet to the kernel's receive time.
+type Latency struct {
+	Samples uint64 `json:"samples"`
+	// Negative counts packets that arrived before they were sent: the clocks
+	// differ.
+	Negative uint64 `json:"negative"`
+	MinNS    int64  `json:"min_ns"`
+	MeanNS   int64  `json:"mean_ns"`
+	P50NS    int64  `json:"p50_ns"`
+	P90NS    int64  `json:"p90_ns"`
+	P99NS    int64  `json:"p99_ns"`
+	P999NS   int64  `json:"p99_9_ns"`
+	MaxNS    int64  `json:"max_ns"`
+}
+
+// Flow is one flow of one sender as a group received it.
+type Flow struct {
+	// Stream is the sender's stream id, in hexadecimal.
+	Stream     string `json:"stream"`
+	Flow       uint32 `json:"flow"`
+	FirstSeq   uint64 `json:"first_seq"`
+	HighestSeq uint64 `json:"highest_seq"`
+	Received   uint64 `json:"received"`
+	Lost       uint64 `json:"lost"`
+}
+
+// GroupReport is what one group, or unicast address, received.
+type GroupReport struct {
+	Endpoint string `json:"endpoint"`
+	Counters
+	Latency Latency `json:"latency"`
+	// LongestGapNS is the longest time between two packets.
+	LongestGapNS int64 `json:"longest_gap_ns"`
+	// Last is of the latest packet; nil when there was none.
+	Last *Fields `json:"last,omitempty"`
+	// LastWrong is of the latest packet with a wrong field.
+	LastWrong *Fields `json:"last_wrong,omitempty"`
+	// Flows holds the flows that were heard lately, sorted.
+	Flows []Flow `json:"flows"`
+}
+
+// RecvReport is what a receiver has seen.
+type RecvReport struct {
+	// Finished says that Run has returned and that the figures are final.
+	Finished  bool  `json:"finished"`
+	ElapsedNS int64 `json:"elapsed_ns"`
+	// SpanNS is from the first to the last packet.
+	SpanNS int64 `json:"span_ns"`
+	// PacketsPerSecond and BitsPerSecond (UDP payload) are over the span.
+	PacketsPerSecond float64 `json:"packets_per_second"`
+	BitsPerSecond    float64 `json:"bits_per_second"`
+	// SocketBufferBytes is what the kernel granted each socket.
+	SocketBufferBytes int           `json:"socket_buffer_bytes"`
+	Total             Counters      `json:"total"`
+	Latency           Latency       `json:"latency"`
+	Groups            []GroupReport `json:"groups"`
+}
+
+// IntervalReport is the time since the report before it, and the totals.
+type IntervalReport struct {
+	ElapsedNS        int64    `json:"elapsed_ns"`
+	IntervalNS       int64    `json:"interval_ns"`
+	Received         uint64   `json:"received"`
+	PacketsPerSecond float64  `json:"packets_per_second"`
+	BitsPerSecond    float64  `json:"bits_per_second"`
+	Latency          Latency  `json:"latency"`
+	Total            Counters `json:"total"`
+}
+
+// Faults says what a strict receiver objects to, one phrase each: packets that
+// are lost, duplicated, corrupt, dropped, not expected or with a wrong field,
+// and groups that received nothing. It is empty when all is well.
+func (r RecvReport) Faults() []string {
+	var faults []string
+	for _, f := range []struct {
+		name string
+		n    uint64
+	}{
+		{"lost", r.Total.Lost},
+		{"duplicated", r.Total.Duplicated},
+		{"too late to judge", r.Total.Stale},
+		{"corrupt", r.Total.Corrupt},
+		{"more than expected", r.Total.Surplus},
+		{"dropped by the receiver's socket", r.Total.SocketDrops},
+		{"with a wrong ttl", r.Total.Wrong.TTL},
+		{"with a wrong source address", r.Total.Wrong.Source},
+		{"with a wrong source port", r.Total.Wrong.SourcePort},
+		{"with a wrong dscp", r.Total.Wrong.DSCP},
+	} {
+		if f.n > 0 {
+			faults = append(faults, fmt.Sprintf("%d %s", f.n, f.name))
+		}
+	}
+	return append(faults, r.silent()...)
+}
+
+func (r RecvReport) silent() []string {
+	var count int
+	var first string
+	for _, g := range r.Groups {
+		if g.Received > 0 {
+			continue
+		}
+		if count++; count == 1 {
+			first = g.Endpoint
+		}
+	}
+	switch {
+	case count == 0:
+		return nil
+	case count == len(r.Groups):
+		return []string{"nothing received"}
+	}
+	return []string{fmt.Sprintf("nothing received on %d of %d groups, such as %s", count, len(r.Groups), first)}
+}
+
+func (c *Counters) add(o Counters) {
+	c.Datagrams += o.Datagrams
+	c.Received += o.Received
+	c.Bytes += o.Bytes
+	c.Lost += o.Lost
+	c.Duplicated += o.Duplicated
+	c.Reordered += o.Reordered
+	c.Stale += o.Stale
+	c.Corrupt += o.Corrupt
+	c.Foreign += o.Foreign
+	c.Surplus += o.Surplus
+	c.SocketDrops += o.SocketDrops
+	c.Wrong.TTL += o.Wrong.TTL
+	c.Wrong.Source += o.Wrong.Source
+	c.Wrong.SourcePort += o.Wrong.SourcePort
+	c.Wrong.DSCP += o.Wrong.DSCP
+}

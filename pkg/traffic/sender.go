@@ -1,0 +1,476 @@
+package traffic
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"sync"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrRunTwice is returned by the second Run of a Sender or Receiver.
+var ErrRunTwice = errors.New("already run")
+
+// SendConfig says what to send.
+type SendConfig struct {
+	// Target is the first group, or the unicast address.
+	Target Target
+	// Groups is how many consecutive group addresses get packets in turn; 0
+	// means 1.
+	Groups int
+	// Rate is for all groups together; the zero value is as fast as possible.
+	Rate Rate
+	// Size is the UDP payload in bytes, HeaderLen to MaxPayload; 0 means
+	// HeaderLen.
+	Size int
+	// Count ends the run after that many packets, of all groups together; 0
+	// means no end.
+	Count uint64
+	// Duration ends the run after that time; 0 means no end.
+	Duration time.Duration
+	// TTL is the IPv4 TTL or IPv6 hop limit; 0 leaves the kernel's default,
+	// which is 1 for multicast (RFC 1112, section 6.1).
+	TTL uint8
+	// DSCP is the differentiated services code point, 0 to 63.
+	DSCP uint8
+	// Source is the address to send from; the zero value lets the kernel choose.
+	Source netip.Addr
+	// SourcePort is the port to send from; 0 lets the kernel choose.
+	SourcePort uint16
+	// Batch is the most packets in one system call, up to 1024; 0 means 64.
+	Batch int
+}
+
+const (
+	defaultSendBatch = 64
+	maxBatch         = 1024
+
+	sendBuffer = 4 << 20
+
+	// lastPackets is how long beyond its duration a paced run may take to
+	// send what was due within it.
+	lastPackets = 100 * time.Millisecond
+	// patience is how long the network may refuse every packet before that is
+	// the end of the run.
+	patience = 3 * time.Second
+	// fullNap is the wait for room in a full buffer. Waiting for the socket to
+	// become writable would not do: a full device queue does not show there,
+	// and a pending ICMP error makes the wait return at once.
+	fullNap = 50 * time.Microsecond
+	// errorNap is the wait after the network refused a packet.
+	errorNap = time.Millisecond
+)
+
+// Sender sends numbered packets. Run may be called on any goroutine, once;
+// Report may be called at any time from any goroutine.
+type Sender struct {
+	cfg     SendConfig
+	fd      int
+	targets []Target
+	names   []unix.RawSockaddrInet6 // of targets
+	msgs    *mmsgs
+	stream  uint64
+	pacer   pacer
+	limit   uint64 // packets
+	ran     bool   // used by Run and Close alone
+
+	mu       sync.Mutex // guards what follows
+	started  time.Time
+	sent     uint64
+	elapsed  time.Duration // to the latest sent packet
+	full     uint64
+	refused  uint64
+	behind   time.Duration
+	finished time.Duration // 0 while running
+}
+
+// NewSender checks the configuration and opens the socket in the network
+// namespace of the calling thread. The caller must Close the sender.
+func NewSender(cfg SendConfig) (*Sender, error) {
+	cfg.setDefaults()
+	targets, err := cfg.expand()
+	if err != nil {
+		return nil, err
+	}
+	s := &Sender{
+		cfg:     cfg,
+		targets: targets,
+		msgs:    newMmsgs(cfg.Batch, cfg.Size),
+		stream:  newStreamID(),
+		pacer:   pacer{perSecond: cfg.Rate.packets(cfg.Size)},
+		limit:   math.MaxUint64,
+	}
+	if cfg.Count > 0 {
+		s.limit = cfg.Count
+	}
+	if cfg.Duration > 0 {
+		if n, ok := s.pacer.until(cfg.Duration); ok {
+			s.limit = min(s.limit, n)
+		}
+	}
+	if err := s.open(); err != nil {
+		return nil, fmt.Errorf("send to %s: %w", cfg.Target, err)
+	}
+	return s, nil
+}
+
+// Send makes a sender in the network namespace of the calling thread, runs it
+// and closes it. The report is of what was sent, with an error too.
+func Send(ctx context.Context, cfg SendConfig) (SendReport, error) {
+	s, err := NewSender(cfg)
+	if err != nil {
+		return SendReport{}, err
+	}
+	err = s.Run(ctx)
+	return s.Report(), errors.Join(err, s.Close())
+}
+
+func newStreamID() uint64 {
+	var b [8]byte
+	rand.Read(b[:]) // never fails (crypto/rand)
+	return binary.BigEndian.Uint64(b[:])
+}
+
+// Check says what is wrong with the configuration as far as that can be told
+// without looking at this host. NewSender does it too.
+func (c SendConfig) Check() error {
+	c.setDefaults()
+	_, err := c.expand()
+	return err
+}
+
+func (c *SendConfig) setDefaults() {
+	if c.Groups == 0 {
+		c.Groups = 1
+	}
+	if c.Size == 0 {
+		c.Size = HeaderLen
+	}
+	if c.Batch == 0 {
+		c.Batch = defaultSendBatch
+	}
+}
+
+// expand checks the configuration and returns a target for each group.
+func (c *SendConfig) expand() ([]Target, error) {
+	addr := c.Target.Addr.Addr()
+	switch {
+	case !addr.IsValid() || c.Target.Addr.Port() == 0:
+		return nil, fmt.Errorf("target %s: must have an address and a port", c.Target)
+	case c.Size < HeaderLen || c.Size > MaxPayload:
+		return nil, fmt.Errorf("size %d: must be %d to %d bytes of UDP payload", c.Size, HeaderLen, MaxPayload)
+	case c.Batch < 1 || c.Batch > maxBatch:
+		return nil, fmt.Errorf("batch %d: must be 1 to %d packets", c.Batch, maxBatch)
+	case c.DSCP > 63:
+		return nil, fmt.Errorf("dscp %d: must be 0 to 63", c.DSCP)
+	case c.Duration < 0:
+		return nil, fmt.Errorf("duration %s: must not be negative", c.Duration)
+	case c.Rate.Value < 0 || c.Rate.Value > maxRate || math.IsNaN(c.Rate.Value):
+		return nil, fmt.Errorf("rate %g: must be 0 to %g", c.Rate.Value, float64(maxRate))
+	case c.Source.IsValid() && c.Source.Is4() != addr.Is4():
+		return nil, fmt.Errorf("source %s and target %s: must be of one family", c.Source, addr)
+	}
+	return c.Target.expand(c.Groups)
+}
+
+func (s *Sender) open() (err error) {
+	addr := s.cfg.Target.Addr.Addr()
+	fd, ifindex, err := openUDP(addr, s.cfg.Target.Interface)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
+	if err := setOptions(fd, s.options()); err != nil {
+		return err
+	}
+	if _, err := setBuffer(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, sendBuffer); err != nil {
+		return err
+	}
+	if err := s.bind(fd, ifindex); err != nil {
+		return err
+	}
+	s.addressMessages(ifindex)
+	s.fd = fd
+	return nil
+}
+
+// options returns the socket options. With IP_RECVERR a packet that a full
+// device queue turned away is an error, ENOBUFS; without it the kernel says
+// that it was sent (net/ipv4/udp.c, udp_send_skb).
+func (s *Sender) options() []option {
+	var ttl, tos = int(s.cfg.TTL), int(s.cfg.DSCP) << 2
+	multicast := s.cfg.Target.Addr.Addr().IsMulticast()
+	if s.cfg.Target.Addr.Addr().Is4() {
+		o := []option{{"IP_RECVERR", unix.IPPROTO_IP, unix.IP_RECVERR, 1}, {"IP_TOS", unix.IPPROTO_IP, unix.IP_TOS, tos}}
+		switch {
+		case ttl == 0:
+			return o
+		case multicast:
+			return append(o, option{"IP_MULTICAST_TTL", unix.IPPROTO_IP, unix.IP_MULTICAST_TTL, ttl})
+		}
+		return append(o, option{"IP_TTL", unix.IPPROTO_IP, unix.IP_TTL, ttl})
+	}
+	o := []option{{"IPV6_RECVERR", unix.IPPROTO_IPV6, unix.IPV6_RECVERR, 1}, {"IPV6_TCLASS", unix.IPPROTO_IPV6, unix.IPV6_TCLASS, tos}}
+	switch {
+	case ttl == 0:
+		return o
+	case multicast:
+		return append(o, option{"IPV6_MULTICAST_HOPS", unix.IPPROTO_IPV6, unix.IPV6_MULTICAST_HOPS, ttl})
+	}
+	return append(o, option{"IPV6_UNICAST_HOPS", unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, ttl})
+}
+
+func (s *Sender) bind(fd int, ifindex uint32) error {
+	source := s.cfg.Source
+	if !source.IsValid() {
+		if s.cfg.SourcePort == 0 {
+			return nil
+		}
+		source = netip.IPv4Unspecified()
+		if s.cfg.Target.Addr.Addr().Is6() {
+			source = netip.IPv6Unspecified()
+		}
+	}
+	from := netip.AddrPortFrom(source, s.cfg.SourcePort)
+	if err := unix.Bind(fd, sockaddr(from, ifindex)); err != nil {
+		if errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("bind to source %s: %w: must be an address of this host", from, err)
+		}
+		return fmt.Errorf("bind to source %s: %w", from, err)
+	}
+	return nil
+}
+
+// addressMessages prepares the destinations that prepare chooses from.
+func (s *Sender) addressMessages(ifindex uint32) {
+	s.names = make([]unix.RawSockaddrInet6, len(s.targets))
+	var size uint32
+	for i, t := range s.targets {
+		s.names[i], size = rawSockaddr(t.Addr, ifindex)
+	}
+	for i := range s.msgs.hdrs {
+		s.msgs.hdrs[i].hdr.Namelen = size
+	}
+}
+
+// Close closes the socket. It must not be called while Run is running.
+func (s *Sender) Close() error {
+	if s.fd < 0 {
+		return nil
+	}
+	err := unix.Close(s.fd)
+	s.fd = -1
+	if err != nil {
+		return fmt.Errorf("close sender: %w", err)
+	}
+	return nil
+}
+
+// Run sends until the count or the duration is reached or ctx is done; each of
+// these is a normal end, without an error. It returns an error when the kernel
+// refuses to send for good.
+func (s *Sender) Run(ctx context.Context) error {
+	if s.ran {
+		return fmt.Errorf("sender: %w", ErrRunTwice)
+	}
+	s.ran = true
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	s.mu.Lock()
+	s.started = time.Now()
+	s.mu.Unlock()
+	defer s.finish()
+
+	var trouble troubles
+	for ctx.Err() == nil {
+		elapsed := time.Since(s.started)
+		if s.done(elapsed) {
+			return nil
+		}
+		s.pacer.limitLag(s.sent, elapsed)
+		due := min(s.pacer.due(elapsed), s.limit)
+		if due <= s.sent {
+			waitUntil(ctx, timer, s.started.Add(s.pacer.at(s.sent)))
+			continue
+		}
+		n := int(min(due-s.sent, uint64(s.cfg.Batch)))
+		s.prepare(n)
+		n, errno := s.msgs.send(s.fd, n)
+		s.record(n, errno)
+		if err := trouble.handle(errno); err != nil {
+			return fmt.Errorf("send to %s: %w", s.cfg.Target, err)
+		}
+	}
+	return nil
+}
+
+func (s *Sender) done(elapsed time.Duration) bool {
+	if s.sent >= s.limit {
+		return true
+	}
+	if s.cfg.Duration == 0 {
+		return false
+	}
+	end := s.cfg.Duration
+	if s.pacer.perSecond > 0 {
+		end += lastPackets
+	}
+	return elapsed >= end
+}
+
+// prepare encodes the next n packets. Which flow and which number a packet has
+// follows from how many were sent, so packets that the kernel does not take
+// are simply prepared again, with the time of the new attempt.
+func (s *Sender) prepare(n int) {
+	now := time.Now().UnixNano()
+	groups := uint64(len(s.targets))
+	for i := range n {
+		seq, flow := (s.sent+uint64(i))/groups, (s.sent+uint64(i))%groups
+		Encode(s.msgs.payload(i, s.cfg.Size), Header{Stream: s.stream, Seq: seq, SentAt: now, Flow: uint32(flow)})
+		s.msgs.hdrs[i].hdr.Name = (*byte)(unsafe.Pointer(&s.names[flow]))
+	}
+}
+
+func (s *Sender) record(n int, errno unix.Errno) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sent += uint64(n)
+	if n > 0 {
+		s.elapsed = time.Since(s.started)
+	}
+	s.behind = s.pacer.shift
+	switch kindOf(errno) {
+	case bufferFull:
+		s.full++
+	case networkRefused:
+		s.refused++
+	}
+}
+
+func (s *Sender) finish() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.finished = max(time.Since(s.started), 1)
+}
+
+// Report says what has been sent so far.
+func (s *Sender) Report() SendReport {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := SendReport{
+		Target:        s.cfg.Target.String(),
+		Groups:        len(s.targets),
+		Stream:        streamName(s.stream),
+		SizeBytes:     s.cfg.Size,
+		Packets:       s.sent,
+		Bytes:         s.sent * uint64(s.cfg.Size),
+		BufferFull:    s.full,
+		NetworkErrors: s.refused,
+		BehindNS:      int64(s.behind),
+	}
+	switch {
+	case s.finished > 0:
+		r.ElapsedNS = int64(s.finished)
+	case !s.started.IsZero():
+		r.ElapsedNS = int64(time.Since(s.started))
+	}
+	// The first packet goes at time 0, so n packets are n-1 steps apart.
+	if s.sent > 1 && s.elapsed > 0 {
+		r.PacketsPerSecond = float64(s.sent-1) / s.elapsed.Seconds()
+		r.BitsPerSecond = r.PacketsPerSecond * float64(s.cfg.Size*8)
+	}
+	return r
+}
+
+func streamName(id uint64) string { return fmt.Sprintf("%016x", id) }
+
+// errorKind sorts what sendmmsg answers.
+type errorKind uint8
+
+const (
+	noError errorKind = iota
+	bufferFull
+	networkRefused
+	fatal
+)
+
+func kindOf(errno unix.Errno) errorKind {
+	switch errno {
+	case 0, unix.EINTR:
+		return noError
+	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
+		return bufferFull
+	// Mostly these report what ICMP said of an earlier packet, or a link that
+	// is down for the moment. EPERM is a packet filter's verdict.
+	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.ENETDOWN, unix.EHOSTDOWN,
+		unix.ENOPROTOOPT, unix.EPROTO, unix.EOPNOTSUPP, unix.EMSGSIZE, unix.EACCES, unix.EPERM:
+		return networkRefused
+	}
+	return fatal
+}
+
+// troubles remembers since when nothing could be sent.
+type troubles struct {
+	since time.Time
+}
+
+// handle waits as the answer to a send asks for, and returns an error when it
+// is no use to try again.
+func (t *troubles) handle(errno unix.Errno) error {
+	switch kindOf(errno) {
+	case noError:
+		t.since = time.Time{}
+	case bufferFull:
+		nap(fullNap)
+	case networkRefused:
+		if t.since.IsZero() {
+			t.since = time.Now()
+			return nil
+		}
+		if time.Since(t.since) > patience {
+			return fmt.Errorf("%w, for %s without a break", errno, patience)
+		}
+		nap(errorNap)
+	case fatal:
+		return errno
+	}
+	return nil
+}
+
+// nap blocks the thread for a short time. The runtime's own timers may be a
+// millisecond late, which is the time of thousands of packets.
+func nap(d time.Duration) {
+	ts := unix.NsecToTimespec(int64(d))
+	// Waking early, by EINTR, only means to look again earlier.
+	_ = unix.ClockNanosleep(unix.CLOCK_MONOTONIC, 0, &ts, nil)
+}
+
+// waitUntil returns at the deadline, when ctx is done, or earlier: the caller
+// looks again. A long wait can be interrupted; only its end is a nap.
+func waitUntil(ctx context.Context, timer *time.Timer, deadline time.Time) {
+	const blockable = 5 * time.Millisecond
+	left := time.Until(deadline)
+	if left <= 0 {
+		return
+	}
+	if left <= blockable {
+		nap(left)
+		return
+	}
+	timer.Reset(left - blockable/2)
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
