@@ -1,0 +1,38 @@
+package control
+
+import "context"
+
+// Backend is what the API serves: implemented by the relay, and by Client.
+//
+// Its methods are called concurrently. A ctx ends when the client goes away or
+// the server's grace at shutdown is over; a change that is under way then is
+// finished or undone, never left half done. Errors carry a kind: wrap
+// ErrNotFound, ErrConflict, ErrInvalid, ErrUnavailable or use Errorf; one
+// without a kind is reported as KindFailed.
+type Backend interface {
+	Status(ctx context.Context) (Status, error)
+
+	// Rules returns every rule, sorted by name.
+	Rules(ctx context.Context) ([]RuleStatus, error)
+	// Rule returns one rule; ErrNotFound.
+	Rule(ctx context.Context, name string) (RuleStatus, error)
+	// AddRule adds one rule; ErrInvalid, ErrConflict. A rule that waits for its
+	// interface is added, its state says pending. After an error nothing of
+	// the rule remains.
+	AddRule(ctx context.Context, r Rule) (RuleStatus, error)
+	// DeleteRule removes a rule that was added through the API; ErrNotFound,
+	// and ErrConflict for a rule of the daemon's own file.
+	DeleteRule(ctx context.Context, name string) error
+	// Apply makes the rules that were added through the API exactly these;
+	// those of the daemon's own file are untouched. With dryRun it only says
+	// what it would do. After an error nothing has changed.
+	Apply(ctx context.Context, rules []Rule, dryRun bool) (ApplyResult, error)
+
+	// Groups returns every membership, sorted by interface and group.
+	Groups(ctx context.Context) ([]Group, error)
+	Stats(ctx context.Context) (Stats, error)
+
+	// Reload reads the daemon's own file again and applies the difference.
+	// After an error nothing has changed.
+	Reload(ctx context.Context) (ApplyResult, error)
+}

@@ -1,0 +1,213 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// clientTimeout is more than a server ever takes.
+	clientTimeout = 90 * time.Second
+	// maxAnswer bounds what a client takes in, in bytes: the statistics of
+	// 100,000 rules fit several times over.
+	maxAnswer = 1 << 30
+	// expectOver is the length from which on a body is sent only once the
+	// server wants it (RFC 9110 section 10.1.1): a server that refuses without
+	// reading closes the connection, and its answer could be lost to the
+	// failing write.
+	expectOver = 32 << 10
+)
+
+// Client speaks to the daemon behind a socket. It is safe for concurrent use
+// and holds nothing open between calls.
+//
+// Every method can fail with ErrNotRunning when nobody listens, with
+// ErrForbidden, and with ErrUnavailable when the daemon does not answer.
+type Client struct {
+	socket string
+	http   http.Client
+}
+
+var _ Backend = (*Client)(nil)
+
+// NewClient returns a client of the daemon behind socket; it does not connect yet.
+func NewClient(socket string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socket)
+	}
+	return &Client{socket: socket, http: http.Client{
+		// One connection a call: a client that waits takes no place from others.
+		Transport: &http.Transport{
+			DialContext: dial, DisableKeepAlives: true, DisableCompression: true,
+			ExpectContinueTimeout: 5 * time.Second,
+		},
+		Timeout: clientTimeout,
+	}}
+}
+
+// Status implements Backend.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	return ask[Status](ctx, c, http.MethodGet, "/v1/status", nil)
+}
+
+// Rules implements Backend.
+func (c *Client) Rules(ctx context.Context) ([]RuleStatus, error) {
+	return ask[[]RuleStatus](ctx, c, http.MethodGet, "/v1/rules", nil)
+}
+
+// Rule implements Backend.
+func (c *Client) Rule(ctx context.Context, name string) (RuleStatus, error) {
+	path, err := rulePath(name)
+	if err != nil {
+		return RuleStatus{}, err
+	}
+	return ask[RuleStatus](ctx, c, http.MethodGet, path, nil)
+}
+
+// AddRule implements Backend.
+func (c *Client) AddRule(ctx context.Context, rule Rule) (RuleStatus, error) {
+	rule.fill()
+	return ask[RuleStatus](ctx, c, http.MethodPost, "/v1/rules", rule)
+}
+
+// DeleteRule implements Backend.
+func (c *Client) DeleteRule(ctx context.Context, name string) error {
+	path, err := rulePath(name)
+	if err != nil {
+		return err
+	}
+	return c.call(ctx, http.MethodDelete, path, nil, nil)
+}
+
+// Apply implements Backend.
+func (c *Client) Apply(ctx context.Context, rules []Rule, dryRun bool) (ApplyResult, error) {
+	path := "/v1/rules"
+	if dryRun {
+		path += "?dry_run=true"
+	}
+	return ask[ApplyResult](ctx, c, http.MethodPut, path, orEmpty(rules))
+}
+
+// Groups implements Backend.
+func (c *Client) Groups(ctx context.Context) ([]Group, error) {
+	return ask[[]Group](ctx, c, http.MethodGet, "/v1/groups", nil)
+}
+
+// Stats implements Backend.
+func (c *Client) Stats(ctx context.Context) (Stats, error) {
+	return ask[Stats](ctx, c, http.MethodGet, "/v1/stats", nil)
+}
+
+// Reload implements Backend.
+func (c *Client) Reload(ctx context.Context) (ApplyResult, error) {
+	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/reload", nil)
+}
+
+// ask is call for an answer of type T.
+func ask[T any](ctx context.Context, c *Client, method, path string, in any) (T, error) {
+	var v T
+	err := c.call(ctx, method, path, in, &v)
+	return v, err
+}
+
+// rulePath is the path of one rule. Dots are escaped too, or a rule named ".."
+// would be a step up.
+func rulePath(name string) (string, error) {
+	if name == "" {
+		return "", Errorf(KindInvalid, "rule name is empty")
+	}
+	return "/v1/rules/" + strings.ReplaceAll(url.PathEscape(name), ".", "%2E"), nil
+}
+
+// call sends one request and decodes the answer into out, unless that is nil.
+func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
+	req, err := request(ctx, method, path, in)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return c.transportError(ctx, err)
+	}
+	defer resp.Body.Close()
+	answer := io.LimitReader(resp.Body, maxAnswer)
+	if resp.StatusCode >= 300 {
+		return c.answeredError(resp.StatusCode, answer)
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.NewDecoder(answer).Decode(out); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return Errorf(KindUnavailable, "answer from %s: %w", c.socket, err)
+	}
+	return nil
+}
+
+func request(ctx context.Context, method, path string, in any) (*http.Request, error) {
+	var data []byte
+	if in != nil {
+		var err error
+		if data, err = json.Marshal(in); err != nil {
+			return nil, fmt.Errorf("control: %w", err)
+		}
+	}
+	if len(data) > MaxBody {
+		return nil, Errorf(KindTooLarge, "request of %d bytes, at most %d are taken", len(data), MaxBody)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://xdpcast"+path, bytes.NewReader(data))
+	if err != nil {
+		return nil, fmt.Errorf("control: %w", err)
+	}
+	if len(data) > expectOver {
+		req.Header.Set("Expect", "100-continue")
+	}
+	return req, nil
+}
+
+// transportError says in the user's words why there is no answer.
+func (c *Client) transportError(ctx context.Context, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w (no answer at %s): start one with \"xdpcast run\"", ErrNotRunning, c.socket)
+	case errors.Is(err, fs.ErrPermission):
+		return Errorf(KindForbidden, "not allowed to reach %s: root is needed", c.socket)
+	case errors.Is(err, unix.EAGAIN):
+		return Errorf(KindUnavailable, "xdpcast at %s is too busy to answer: try again", c.socket)
+	}
+	var urlErr *url.Error
+	if errors.As(err, &urlErr) {
+		err = urlErr.Err // without the method and the made-up URL
+	}
+	return Errorf(KindUnavailable, "no answer from xdpcast at %s: %w", c.socket, err)
+}
+
+// answeredError turns the body of a refusal into the error that the server had.
+func (c *Client) answeredError(status int, body io.Reader) error {
+	var e errorAnswer
+	data, err := io.ReadAll(io.LimitReader(body, 64<<10))
+	if err == nil {
+		err = json.Unmarshal(data, &e)
+	}
+	if err != nil || e.Error == "" {
+		return Errorf(KindUnavailable, "what answers at %s (%d %s) is not xdpcast", c.socket, status, http.StatusText(status))
+	}
+	return &Error{Kind: e.Kind, Msg: e.Error}
+}

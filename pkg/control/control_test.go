@@ -1,0 +1,357 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// fake is a Backend that holds rules and fails with err when that is set.
+type fake struct {
+	mu     sync.Mutex
+	rules  []RuleStatus
+	err    error
+	dryRun bool
+	block  chan struct{} // when set, Status waits for it or for its context
+	waits  chan struct{} // told each time that Status begins to wait
+}
+
+func (f *fake) Status(ctx context.Context) (Status, error) {
+	if f.block != nil {
+		f.waits <- struct{}{}
+		select {
+		case <-f.block:
+		case <-ctx.Done():
+			return Status{}, ctx.Err()
+		}
+	}
+	return Status{
+		Version: "v1", PID: 7, Started: testTime, Ready: true, PinDir: "/sys/fs/bpf/xdpcast", Schema: 1,
+		Rules: 1, Active: 1, Passed: Counter{Packets: 1 << 60, Bytes: 2},
+		Interfaces: []InterfaceStatus{{Name: "eth0", Index: 3, Mode: "native", JoinsAttempted: 2, JoinsSucceeded: 1, JoinsFailed: 1}},
+	}, f.err
+}
+
+func (f *fake) Rules(context.Context) ([]RuleStatus, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.rules), f.err
+}
+
+func (f *fake) Rule(_ context.Context, name string) (RuleStatus, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, r := range f.rules {
+		if r.Name == name {
+			return r, f.err
+		}
+	}
+	return RuleStatus{}, errors.Join(f.err, Errorf(KindNotFound, "rule %q: %w", name, ErrNotFound))
+}
+
+func (f *fake) AddRule(_ context.Context, r Rule) (RuleStatus, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err != nil {
+		return RuleStatus{}, f.err
+	}
+	f.rules = append(f.rules, RuleStatus{Rule: r, Origin: OriginAPI, State: StatePending, Reason: "interface eth0 not found"})
+	return f.rules[len(f.rules)-1], nil
+}
+
+func (f *fake) DeleteRule(_ context.Context, name string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n := len(f.rules)
+	f.rules = slices.DeleteFunc(f.rules, func(r RuleStatus) bool { return r.Name == name })
+	if n == len(f.rules) && f.err == nil {
+		return ErrNotFound
+	}
+	return f.err
+}
+
+func (f *fake) Apply(_ context.Context, rules []Rule, dryRun bool) (ApplyResult, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.dryRun = dryRun
+	res := ApplyResult{DryRun: dryRun}
+	for _, r := range rules {
+		res.Changes = append(res.Changes, Change{Op: OpChange, Rule: r, Old: &Rule{Name: r.Name}})
+	}
+	return res, f.err
+}
+
+func (f *fake) Groups(context.Context) ([]Group, error) {
+	return []Group{{Interface: "eth0", Index: 3, Group: "239.1.1.1", State: GroupJoined, Since: &testTime}}, f.err
+}
+
+func (f *fake) Stats(context.Context) (Stats, error) {
+	rules, err := f.Rules(context.Background())
+	return Stats{Time: testTime, Rules: rules, Drops: []Drop{{Reason: "loop", Counter: Counter{Packets: 1, Bytes: 60}}}}, err
+}
+
+func (f *fake) Reload(context.Context) (ApplyResult, error) {
+	return ApplyResult{Changes: []Change{{Op: OpKeep, Rule: cam1}}}, f.err
+}
+
+var (
+	testTime = time.Date(2025, 1, 2, 3, 4, 5, 6, time.UTC)
+	cam1     = Rule{Name: "cam1", In: "239.1.1.1:5000%eth0", Out: []string{"239.2.2.2:6000%eth1,src=keep,ttl=8"}, Path: "auto"}
+)
+
+// socketDir is a directory that every uid can reach and whose name leaves room
+// for a socket's.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "control")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// serve runs a server of b until the test ends.
+func serve(t *testing.T, b Backend, o Options) (socket string) {
+	t.Helper()
+	socket = filepath.Join(socketDir(t), "s")
+	ln, err := Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- NewServer(b, o).Serve(ctx, ln) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		if _, err := os.Lstat(socket); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("socket after Serve: %v, want it gone", err)
+		}
+	})
+	return socket
+}
+
+func TestEveryMethodOverTheWire(t *testing.T) {
+	b := &fake{}
+	c := NewClient(serve(t, b, Options{}))
+	ctx := context.Background()
+	check := func(what string, got any, err error, want any) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", what, diff)
+		}
+	}
+
+	wantRule := RuleStatus{Rule: cam1, Origin: OriginAPI, State: StatePending, Reason: "interface eth0 not found", Drops: []Drop{}, Outputs: []OutputStatus{}}
+	added, err := c.AddRule(ctx, cam1)
+	check("AddRule", added, err, wantRule)
+	odd := Rule{Name: "../a b%2F/..//ü?x=y#z", In: cam1.In, Out: []string{}}
+	_, err = c.AddRule(ctx, odd)
+	check("AddRule odd", nil, err, nil)
+
+	one, err := c.Rule(ctx, "cam1")
+	check("Rule", one, err, wantRule)
+	one, err = c.Rule(ctx, odd.Name)
+	check("Rule odd", one.Rule, err, odd)
+	all, err := c.Rules(ctx)
+	check("Rules", len(all), err, 2)
+	for _, name := range []string{odd.Name, "cam1"} {
+		check("DeleteRule", nil, c.DeleteRule(ctx, name), nil)
+	}
+	all, err = c.Rules(ctx)
+	check("Rules", all, err, []RuleStatus{})
+
+	status, err := c.Status(ctx)
+	wantStatus, _ := b.Status(ctx)
+	wantStatus.fill()
+	check("Status", status, err, wantStatus)
+
+	groups, err := c.Groups(ctx)
+	check("Groups", groups, err, []Group{{Interface: "eth0", Index: 3, Group: "239.1.1.1", State: GroupJoined, Since: &testTime, Rules: []string{}}})
+
+	stats, err := c.Stats(ctx)
+	check("Stats", stats, err, Stats{Time: testTime, Rules: []RuleStatus{}, Drops: []Drop{{Reason: "loop", Counter: Counter{1, 60}}}, TransmitDrops: []TransmitDrop{}})
+
+	for _, dry := range []bool{true, false} {
+		applied, err := c.Apply(ctx, []Rule{cam1}, dry)
+		check("Apply", applied, err, ApplyResult{DryRun: dry, Changes: []Change{{Op: OpChange, Rule: cam1, Old: &Rule{Name: "cam1", Out: []string{}}}}})
+		check("Apply's dryRun", b.dryRun, nil, dry)
+	}
+	applied, err := c.Apply(ctx, nil, false)
+	check("Apply none", applied, err, ApplyResult{Changes: []Change{}})
+
+	reloaded, err := c.Reload(ctx)
+	check("Reload", reloaded, err, ApplyResult{Changes: []Change{{Op: OpKeep, Rule: cam1}}})
+}
+
+func TestErrorsOverTheWire(t *testing.T) {
+	b := &fake{}
+	c := NewClient(serve(t, b, Options{}))
+	ctx := context.Background()
+	calls := map[string]func() error{
+		"Status":     func() error { _, err := c.Status(ctx); return err },
+		"Rules":      func() error { _, err := c.Rules(ctx); return err },
+		"AddRule":    func() error { _, err := c.AddRule(ctx, cam1); return err },
+		"DeleteRule": func() error { return c.DeleteRule(ctx, "cam1") },
+		"Apply":      func() error { _, err := c.Apply(ctx, nil, true); return err },
+		"Groups":     func() error { _, err := c.Groups(ctx); return err },
+		"Stats":      func() error { _, err := c.Stats(ctx); return err },
+		"Reload":     func() error { _, err := c.Reload(ctx); return err },
+	}
+	for _, tt := range []struct {
+		err  error
+		is   error
+		text string
+	}{
+		{Errorf(KindInvalid, "rule %q: port 0", "cam1"), ErrInvalid, `rule "cam1": port 0`},
+		{errors.Join(errors.New("first"), Errorf(KindConflict, "second")), ErrConflict, "first; second"},
+		{ErrNotFound, ErrNotFound, "not found"},
+		{ErrUnavailable, ErrUnavailable, "unavailable"},
+		{ErrForbidden, ErrForbidden, "forbidden"},
+		{ErrTooLarge, ErrTooLarge, "too large"},
+		{errors.New("join failed: no buffer space available"), ErrFailed, "join failed: no buffer space available"},
+		{&Error{Kind: "made up", Msg: "x"}, ErrFailed, "x"},
+		{context.Canceled, ErrUnavailable, "context canceled"},
+		{errors.New("tab\tand\x1b[2J"), ErrFailed, "tab and [2J"},
+	} {
+		b.mu.Lock()
+		b.err = tt.err
+		b.mu.Unlock()
+		for name, call := range calls {
+			err := call()
+			if !errors.Is(err, tt.is) || err.Error() != tt.text {
+				t.Errorf("%s with %v: %v, want %q as %v", name, tt.err, err, tt.text, tt.is)
+			}
+			for _, other := range []error{ErrInvalid, ErrConflict, ErrNotFound, ErrUnavailable, ErrForbidden, ErrTooLarge, ErrFailed} {
+				if other != tt.is && errors.Is(err, other) {
+					t.Errorf("%s with %v: is %v as well", name, tt.err, other)
+				}
+			}
+		}
+	}
+	b.mu.Lock()
+	b.err = errors.New(strings.Repeat("ü\n", maxErrorText))
+	b.mu.Unlock()
+	if err := c.DeleteRule(ctx, "x"); len(err.Error()) > 2*maxErrorText || strings.Contains(err.Error(), "\n") {
+		t.Errorf("long error is %d bytes", len(err.Error()))
+	}
+	b.mu.Lock()
+	b.err = nil
+	b.mu.Unlock()
+	if _, err := c.Rule(ctx, "nobody"); !errors.Is(err, ErrNotFound) || err.Error() != `rule "nobody": not found` {
+		t.Errorf("Rule: %v", err)
+	}
+	if err := c.DeleteRule(ctx, ""); !errors.Is(err, ErrInvalid) {
+		t.Errorf("DeleteRule without a name: %v", err)
+	}
+}
+
+func TestWrap(t *testing.T) {
+	cause := errors.New("cause")
+	err := Errorf(KindConflict, "rule: %w", cause)
+	if !errors.Is(err, cause) || !errors.Is(err, ErrConflict) || err.Error() != "rule: cause" {
+		t.Errorf("Errorf: %v", err)
+	}
+	if Wrap(KindFailed, nil) != nil {
+		t.Error("Wrap(nil) is not nil")
+	}
+	for kind, sentinel := range map[Kind]error{
+		KindInvalid: ErrInvalid, KindForbidden: ErrForbidden, KindNotFound: ErrNotFound, KindConflict: ErrConflict,
+		KindTooLarge: ErrTooLarge, KindFailed: ErrFailed, KindUnavailable: ErrUnavailable,
+	} {
+		if kindOf(sentinel) != kind || http.StatusText(sentinel.(*Error).status()) == "" {
+			t.Errorf("%s: kind %s, status %d", kind, kindOf(sentinel), sentinel.(*Error).status())
+		}
+	}
+}
+
+func TestClientWithoutServer(t *testing.T) {
+	dir := socketDir(t)
+	absent := filepath.Join(dir, "absent")
+	stale := filepath.Join(dir, "stale")
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: stale, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	ln.Close()
+	for _, path := range []string{absent, stale} {
+		_, err := NewClient(path).Status(context.Background())
+		want := "no xdpcast is running (no answer at " + path + `): start one with "xdpcast run"`
+		if !errors.Is(err, ErrNotRunning) || err.Error() != want {
+			t.Errorf("Status: %v, want %s", err, want)
+		}
+	}
+}
+
+func TestClientOfSomethingElse(t *testing.T) {
+	for answer, want := range map[string]string{
+		"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnope": "is not xdpcast",
+		"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnope":        "invalid character",
+		"SSH-2.0-OpenSSH\r\n":                                       "no answer from xdpcast",
+		"HTTP/1.1 302 Found\r\nLocation: x\r\n\r\n":                 "no answer from xdpcast",
+		"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{\"pid\": 1": "unexpected EOF",
+	} {
+		path := filepath.Join(socketDir(t), "s")
+		ln, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = c.Read(make([]byte, 4096))
+				_, _ = c.Write([]byte(answer))
+				c.Close()
+			}
+		}()
+		_, err = NewClient(path).Status(context.Background())
+		if !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), want) {
+			t.Errorf("answer %q: %v, want %q as unavailable", answer, err, want)
+		}
+		ln.Close()
+		<-done
+	}
+}
+
+func TestClientContext(t *testing.T) {
+	b := &fake{block: make(chan struct{}), waits: make(chan struct{}, 1)}
+	c := NewClient(serve(t, b, Options{}))
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		<-b.waits
+		cancel()
+	}()
+	if _, err := c.Status(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("Status: %v, want %v", err, context.Canceled)
+	}
+}

@@ -1,0 +1,47 @@
+package control
+
+import "xdpcast/pkg/rules"
+
+// ToRule parses and validates r by itself; how it goes with other rules is
+// rules.ValidateSet's to say. Errors match ErrInvalid and those of package
+// rules, and name the rule; they have a line for every fault.
+func ToRule(r Rule) (rules.Rule, error) {
+	out, err := toRule(r)
+	if err != nil {
+		return rules.Rule{}, Errorf(KindInvalid, "rule %.100q: %w", r.Name, err)
+	}
+	if err := out.Validate(); err != nil { // names the rule by itself
+		return rules.Rule{}, Wrap(KindInvalid, err)
+	}
+	return out, nil
+}
+
+func toRule(r Rule) (rules.Rule, error) {
+	out := rules.Rule{Name: r.Name}
+	var err error
+	if out.In, err = rules.ParseInput(r.In); err != nil {
+		return rules.Rule{}, err
+	}
+	for _, text := range r.Out {
+		o, err := rules.ParseOutput(text)
+		if err != nil {
+			return rules.Rule{}, err
+		}
+		out.Out = append(out.Out, o)
+	}
+	if r.Path != "" {
+		if out.Path, err = rules.ParsePath(r.Path); err != nil {
+			return rules.Rule{}, err
+		}
+	}
+	return out, nil
+}
+
+// FromRule is the reverse of ToRule: every part in its canonical form.
+func FromRule(r rules.Rule) Rule {
+	out := Rule{Name: r.Name, In: r.In.String(), Out: make([]string, 0, len(r.Out)), Path: r.Path.String()}
+	for _, o := range r.Out {
+		out.Out = append(out.Out, o.String())
+	}
+	return out
+}

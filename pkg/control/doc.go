@@ -1,0 +1,26 @@
+// Package control is xdpcast's API: its types, and the server and the client of
+// the HTTP+JSON that they speak over a unix socket.
+//
+//	GET    /v1/status                 Status
+//	GET    /v1/rules                  []RuleStatus
+//	POST   /v1/rules                  Rule -> 201 RuleStatus
+//	PUT    /v1/rules[?dry_run=true]   []Rule -> ApplyResult
+//	GET    /v1/rules/{name}           RuleStatus
+//	DELETE /v1/rules/{name}           204
+//	GET    /v1/groups                 []Group
+//	GET    /v1/stats                  Stats
+//	POST   /v1/reload                 ApplyResult
+//
+// Bodies are JSON with the names given in the types' tags; keys that the API
+// does not know are refused, in bodies and in queries alike. Every answer that
+// is not a success is {"error": "one line", "kind": "..."}, see Kind. Lists are
+// never null.
+//
+// Anybody may connect to the socket; the kernel's word about the peer
+// (SO_PEERCRED and SO_PEERGROUPS, unix(7), socket(7)) decides what it may do:
+// root and the daemon's own user read and write, members of Options.ReadGroups
+// read, everybody else is told what is missing.
+package control
+
+// DefaultSocket is where the daemon listens unless told otherwise.
+const DefaultSocket = "/run/xdpcast/xdpcast.sock"

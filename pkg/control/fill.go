@@ -1,0 +1,50 @@
+package control
+
+// The functions here replace nil lists by empty ones, so that programs always
+// find a list where one is documented.
+
+func orEmpty[T any](s []T) []T {
+	if s == nil {
+		return []T{}
+	}
+	return s
+}
+
+func (r *Rule) fill() { r.Out = orEmpty(r.Out) }
+
+func (r *RuleStatus) fill() {
+	r.Rule.fill()
+	r.Drops = orEmpty(r.Drops)
+	r.Outputs = orEmpty(r.Outputs)
+	for i := range r.Outputs {
+		r.Outputs[i].Drops = orEmpty(r.Outputs[i].Drops)
+	}
+}
+
+func (s *Status) fill() {
+	s.Interfaces = orEmpty(s.Interfaces)
+	for i := range s.Interfaces {
+		s.Interfaces[i].Roles = orEmpty(s.Interfaces[i].Roles)
+	}
+	s.Drops = orEmpty(s.Drops)
+	s.Warnings = orEmpty(s.Warnings)
+}
+
+func (s *Stats) fill() {
+	s.Rules = orEmpty(s.Rules)
+	for i := range s.Rules {
+		s.Rules[i].fill()
+	}
+	s.Drops = orEmpty(s.Drops)
+	s.TransmitDrops = orEmpty(s.TransmitDrops)
+}
+
+func (a *ApplyResult) fill() {
+	a.Changes = orEmpty(a.Changes)
+	for i := range a.Changes {
+		a.Changes[i].Rule.fill()
+		if a.Changes[i].Old != nil {
+			a.Changes[i].Old.fill()
+		}
+	}
+}

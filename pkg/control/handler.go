@@ -1,0 +1,310 @@
+package control
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// endpoint does one method of one path. It returns the value to answer with;
+// nil means 204.
+type endpoint struct {
+	method string
+	need   access
+	query  []string // the query keys that it knows
+	status int      // of success
+	do     func(r *http.Request) (any, error)
+}
+
+// handler routes by path and then by method, so that a wrong method on a known
+// path is told apart from an unknown path.
+func (s *Server) handler() http.Handler {
+	mux := http.NewServeMux()
+	for path, endpoints := range s.endpoints() {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			s.dispatch(w, r, endpoints)
+		})
+	}
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/reload", oneLine(r.URL.Path, 100)))
+	})
+	return mux
+}
+
+func (s *Server) endpoints() map[string][]endpoint {
+	get := func(do func(r *http.Request) (any, error)) endpoint {
+		return endpoint{method: http.MethodGet, need: accessRead, status: http.StatusOK, do: do}
+	}
+	return map[string][]endpoint{
+		"/v1/status": {get(s.getStatus)},
+		"/v1/rules": {
+			get(s.getRules),
+			{method: http.MethodPost, need: accessWrite, status: http.StatusCreated, do: s.postRule},
+			{method: http.MethodPut, need: accessWrite, status: http.StatusOK, do: s.putRules, query: []string{"dry_run"}},
+		},
+		"/v1/rules/{name}": {
+			get(s.getRule),
+			{method: http.MethodDelete, need: accessWrite, status: http.StatusNoContent, do: s.deleteRule},
+		},
+		"/v1/groups": {get(s.getGroups)},
+		"/v1/stats":  {get(s.getStats)},
+		"/v1/reload": {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload}},
+	}
+}
+
+func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, endpoints []endpoint) {
+	start := time.Now()
+	e, err := choose(endpoints, r.Method)
+	if err != nil {
+		w.Header().Set("Allow", allow(endpoints))
+		s.answerError(w, r, http.StatusMethodNotAllowed, err)
+		return
+	}
+	if err := s.permit(r, e.need); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	if err := knownQuery(r, e.query); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	if r.ContentLength > MaxBody {
+		s.fail(w, r, Errorf(KindTooLarge, "body of %d bytes, at most %d are taken", r.ContentLength, MaxBody))
+		return
+	}
+	r.Body = http.MaxBytesReader(w, r.Body, MaxBody) // for a body of unknown length
+	value, err := e.do(r)
+	if e.need == accessWrite {
+		s.audit(r, time.Since(start), err)
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, e.status, value)
+}
+
+func choose(endpoints []endpoint, method string) (endpoint, error) {
+	if method == http.MethodHead {
+		method = http.MethodGet // net/http leaves the body out
+	}
+	for _, e := range endpoints {
+		if e.method == method {
+			return e, nil
+		}
+	}
+	return endpoint{}, Errorf(KindInvalid, "method %s is not for this endpoint: use %s", oneLine(method, 20), allow(endpoints))
+}
+
+func allow(endpoints []endpoint) string {
+	var methods []string
+	for _, e := range endpoints {
+		methods = append(methods, e.method)
+	}
+	return strings.Join(methods, ", ")
+}
+
+// permit holds the peer's access against what the endpoint needs.
+func (s *Server) permit(r *http.Request, need access) error {
+	c, ok := connOf(r.Context())
+	if !ok {
+		return Errorf(KindForbidden, "the peer's credentials are unknown: connect through the unix socket")
+	}
+	if c.access >= need {
+		return nil
+	}
+	owner := "root is"
+	if s.uid != 0 {
+		owner = fmt.Sprintf("root or uid %d (the daemon's own) is", s.uid)
+	}
+	switch {
+	case need == accessWrite:
+		return Errorf(KindForbidden, "uid %d may not change rules: %s needed", c.peer.uid, owner)
+	case len(s.opts.ReadGroups) > 0:
+		return Errorf(KindForbidden, "uid %d may not read: %s needed, or membership of group %s", c.peer.uid, owner, join(s.opts.ReadGroups, " or "))
+	default:
+		return Errorf(KindForbidden, "uid %d may not read: %s needed", c.peer.uid, owner)
+	}
+}
+
+func join(gids []uint32, sep string) string {
+	var words []string
+	for _, g := range gids {
+		words = append(words, strconv.FormatUint(uint64(g), 10))
+	}
+	return strings.Join(words, sep)
+}
+
+// knownQuery refuses query keys that the endpoint does not know: a misspelt
+// dry_run must not do the real thing.
+func knownQuery(r *http.Request, known []string) error {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return Errorf(KindInvalid, "query %q: %w", oneLine(r.URL.RawQuery, 100), err)
+	}
+	for key, values := range query {
+		if !slices.Contains(known, key) {
+			return Errorf(KindInvalid, "query key %q is unknown here", oneLine(key, 100))
+		}
+		if len(values) > 1 {
+			return Errorf(KindInvalid, "query key %q is given %d times: once will do", key, len(values))
+		}
+	}
+	return nil
+}
+
+// audit logs who asked for a change.
+func (s *Server) audit(r *http.Request, took time.Duration, err error) {
+	args := []any{"method", r.Method, "path", oneLine(r.URL.Path, 200), "took", took}
+	if c, ok := connOf(r.Context()); ok {
+		args = append(args, "uid", c.peer.uid, "pid", c.peer.pid)
+	}
+	if err != nil {
+		s.opts.Log.Warn("control request failed", append(args, "kind", kindOf(err), "err", err)...)
+		return
+	}
+	s.opts.Log.Info("control request", args...)
+}
+
+func (s *Server) getStatus(r *http.Request) (any, error) {
+	v, err := s.backend.Status(r.Context())
+	v.fill()
+	return v, err
+}
+
+func (s *Server) getRules(r *http.Request) (any, error) {
+	v, err := s.backend.Rules(r.Context())
+	for i := range v {
+		v[i].fill()
+	}
+	return orEmpty(v), err
+}
+
+func (s *Server) getRule(r *http.Request) (any, error) {
+	v, err := s.backend.Rule(r.Context(), r.PathValue("name"))
+	v.fill()
+	return v, err
+}
+
+func (s *Server) postRule(r *http.Request) (any, error) {
+	var rule Rule
+	if err := decode(r.Body, &rule); err != nil {
+		return nil, err
+	}
+	v, err := s.backend.AddRule(r.Context(), rule)
+	v.fill()
+	return v, err
+}
+
+func (s *Server) deleteRule(r *http.Request) (any, error) {
+	return nil, s.backend.DeleteRule(r.Context(), r.PathValue("name"))
+}
+
+func (s *Server) putRules(r *http.Request) (any, error) {
+	dryRun, err := boolQuery(r, "dry_run")
+	if err != nil {
+		return nil, err
+	}
+	rules, err := decodeRules(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	v, err := s.backend.Apply(r.Context(), rules, dryRun)
+	v.fill()
+	return v, err
+}
+
+func (s *Server) getGroups(r *http.Request) (any, error) {
+	v, err := s.backend.Groups(r.Context())
+	for i := range v {
+		v[i].Rules = orEmpty(v[i].Rules)
+	}
+	return orEmpty(v), err
+}
+
+func (s *Server) getStats(r *http.Request) (any, error) {
+	v, err := s.backend.Stats(r.Context())
+	v.fill()
+	return v, err
+}
+
+func (s *Server) postReload(r *http.Request) (any, error) {
+	v, err := s.backend.Reload(r.Context())
+	v.fill()
+	return v, err
+}
+
+func boolQuery(r *http.Request, key string) (bool, error) {
+	switch v := r.URL.Query().Get(key); v {
+	case "", "false":
+		return false, nil
+	case "true":
+		return true, nil
+	default:
+		return false, Errorf(KindInvalid, "query key %s is %q: must be true or false", key, oneLine(v, 100))
+	}
+}
+
+func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
+	s.answerError(w, r, (&Error{Kind: kindOf(err)}).status(), err)
+}
+
+func (s *Server) answerError(w http.ResponseWriter, r *http.Request, status int, err error) {
+	s.opts.Log.Debug("control request refused", "method", oneLine(r.Method, 20), "path", oneLine(r.URL.Path, 200), "err", err)
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(errorBody(err)) // a client that is gone needs no answer
+}
+
+func (s *Server) answer(w http.ResponseWriter, r *http.Request, status int, value any) {
+	if value == nil {
+		w.WriteHeader(status)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	if err := json.NewEncoder(w).Encode(value); err != nil {
+		s.opts.Log.Debug("control answer not sent", "path", oneLine(r.URL.Path, 200), "err", err)
+	}
+}
+
+// errorAnswer is the body of every answer that is not a success.
+type errorAnswer struct {
+	Error string `json:"error"`
+	Kind  Kind   `json:"kind"`
+}
+
+// maxErrorText bounds an error's text in bytes: a set of rules can be wrong in
+// 100,000 places.
+const maxErrorText = 8 << 10
+
+func errorBody(err error) []byte {
+	body, _ := json.Marshal(errorAnswer{Error: oneLine(err.Error(), maxErrorText), Kind: kindOf(err)}) // two strings: cannot fail
+	return append(body, '\n')
+}
+
+// oneLine puts s, which may come from anywhere, on one line of at most max
+// bytes and a mark that something is missing.
+func oneLine(s string, max int) string {
+	s = strings.TrimRight(s, "\r\n")
+	cut := len(s) > max
+	if cut {
+		s = s[:max]
+	}
+	s = strings.Map(func(r rune) rune {
+		if r != '\n' && (r < ' ' || r == 0x7f) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "")) // the cut may have split a rune
+	s = strings.ReplaceAll(s, "\n", "; ")
+	if cut {
+		s += " ..."
+	}
+	return s
+}

@@ -1,0 +1,136 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"time"
+)
+
+// Bounds of the API.
+const (
+	// MaxBody is the longest request body in bytes; 100,000 rules fit.
+	MaxBody = 32 << 20
+	// DefaultMaxConns is Options.MaxConns unless set.
+	DefaultMaxConns = 64
+
+	maxHeader = 16 << 10
+)
+
+// Timeouts bound every phase of a connection: no client can hold one open by
+// being slow. The zero value of a field stands for its default.
+type Timeouts struct {
+	Header time.Duration // from connecting to the end of the request's header; 5 s
+	Read   time.Duration // to the end of the request's body; 30 s
+	Write  time.Duration // from the header's end to the end of the answer, the work included; 60 s
+	Idle   time.Duration // between two requests; 30 s
+	Grace  time.Duration // for requests under way at shutdown; 5 s
+}
+
+// Options configures a Server; the zero value is good.
+type Options struct {
+	// Log gets refused connections and every change with who asked for it; nil discards.
+	Log *slog.Logger
+	// ReadGroups are the group ids whose members may read; none by default.
+	ReadGroups []uint32
+	// MaxConns bounds the connections open at once, separately for peers who
+	// may write, who may read, and who may do neither.
+	MaxConns int
+	Timeouts Timeouts
+}
+
+// Server serves a Backend. Make it with NewServer.
+type Server struct {
+	backend Backend
+	opts    Options
+	uid     uint32 // the daemon's own
+}
+
+// NewServer returns a server of b that runs as the process's effective user.
+func NewServer(b Backend, o Options) *Server {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	setDefault(&o.MaxConns, DefaultMaxConns)
+	setDefault(&o.Timeouts.Header, 5*time.Second)
+	setDefault(&o.Timeouts.Read, 30*time.Second)
+	setDefault(&o.Timeouts.Write, 60*time.Second)
+	setDefault(&o.Timeouts.Idle, 30*time.Second)
+	setDefault(&o.Timeouts.Grace, 5*time.Second)
+	return &Server{backend: b, opts: o, uid: uint32(os.Geteuid())}
+}
+
+func setDefault[T int | time.Duration](v *T, def T) {
+	if *v == 0 {
+		*v = def
+	}
+}
+
+// Serve answers on ln, which must be of unix sockets as Listen makes them,
+// until ctx ends; then it takes no more connections, gives the requests under
+// way Timeouts.Grace to finish and returns nil. It always closes ln.
+func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
+	defer ln.Close()
+	unixLn, ok := ln.(*net.UnixListener)
+	if !ok {
+		return errors.New("control: serve: the listener is not a unix socket, so that peers cannot be told apart")
+	}
+
+	// Requests under way outlive ctx by the grace.
+	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	fresh := &newConns{conns: map[net.Conn]struct{}{}}
+	srv := s.httpServer(base, fresh)
+
+	served := make(chan error, 1)
+	go func() {
+		served <- srv.Serve(&limitListener{
+			UnixListener: unixLn, max: s.opts.MaxConns, access: s.accessOf, log: s.opts.Log,
+		})
+	}()
+	select {
+	case err := <-served:
+		_ = srv.Close()
+		return Errorf(KindFailed, "control: serve: %w", err)
+	case <-ctx.Done():
+	}
+
+	fresh.closeAll()
+	grace, stop := context.WithTimeout(base, s.opts.Timeouts.Grace)
+	defer stop()
+	if err := srv.Shutdown(grace); err != nil {
+		s.opts.Log.Warn("control requests cut off at shutdown", "grace", s.opts.Timeouts.Grace)
+		cancel()
+		_ = srv.Close()
+	}
+	<-served
+	return nil
+}
+
+func (s *Server) httpServer(base context.Context, fresh *newConns) *http.Server {
+	return &http.Server{
+		Handler:           s.handler(),
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ConnContext:       connContext,
+		ConnState:         fresh.track,
+		ReadHeaderTimeout: s.opts.Timeouts.Header,
+		ReadTimeout:       s.opts.Timeouts.Read,
+		WriteTimeout:      s.opts.Timeouts.Write,
+		IdleTimeout:       s.opts.Timeouts.Idle,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelWarn),
+	}
+}
+
+// connContext hands the peer's credentials to the requests of its connection.
+func connContext(ctx context.Context, c net.Conn) context.Context {
+	if pc, ok := c.(*peerConn); ok {
+		return withConn(ctx, pc)
+	}
+	return ctx
+}
+
+func (s *Server) accessOf(p peer) access { return p.access(s.uid, s.opts.ReadGroups) }

@@ -1,0 +1,203 @@
+package control
+
+import "time"
+
+// Rule is a rule as a person writes it; the grammar is that of package rules.
+type Rule struct {
+	// Name is unique on the host.
+	Name string `json:"name"`
+	// In is [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE.
+	In string `json:"in"`
+	// Out holds one endpoint with its policies a slot, in slot order.
+	Out []string `json:"out"`
+	// Path is "auto" (also when empty), "kernel", "afxdp" or "fanout".
+	Path string `json:"path,omitempty"`
+}
+
+// Counter counts packets and the bytes of their frames since the rule or the
+// interface was first loaded; it survives restarts of the daemon.
+type Counter struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+// Drop counts what was dropped for one reason.
+type Drop struct {
+	Reason string `json:"reason"`
+	Counter
+}
+
+// Origins of a rule.
+const (
+	OriginFile = "file" // the daemon's own file; changed by editing it and reloading
+	OriginAPI  = "api"  // added through this API
+)
+
+// States of a rule or an output. An output may have others that say more,
+// such as "no_neighbour".
+const (
+	StateActive  = "active"
+	StatePending = "pending" // waits for something, such as its interface; completes by itself
+	StateFailed  = "failed"  // needs a person
+)
+
+// OutputStatus is one output of a rule. Slot is its number within the rule.
+type OutputStatus struct {
+	Slot   int     `json:"slot"`
+	Output string  `json:"output"`
+	State  string  `json:"state"`
+	Reason string  `json:"reason,omitempty"`
+	Sent   Counter `json:"sent"`
+	Drops  []Drop  `json:"drops"`
+	// LastSeen is when a packet last left here, nil when none has.
+	LastSeen *time.Time `json:"last_seen,omitempty"`
+}
+
+// RuleStatus is a rule and what has become of it.
+type RuleStatus struct {
+	Rule
+	// ID is the rule's index in the pinned maps, 0 when it is not in them.
+	ID     uint32 `json:"id"`
+	Origin string `json:"origin"`
+	State  string `json:"state"`
+	// Reason says in one line why State is not active.
+	Reason string `json:"reason,omitempty"`
+	// UsedPath is the path that the packets travel, empty when none does yet.
+	UsedPath string  `json:"used_path,omitempty"`
+	Matched  Counter `json:"matched"`
+	// LastSeen is when a packet last matched, nil when none has.
+	LastSeen *time.Time `json:"last_seen,omitempty"`
+	// Drops holds what matched and was dropped before any output saw it.
+	Drops   []Drop         `json:"drops"`
+	Outputs []OutputStatus `json:"outputs"`
+}
+
+// States of a membership.
+const (
+	GroupWanted   = "wanted"
+	GroupJoined   = "joined"
+	GroupRetrying = "retrying"
+	GroupFailed   = "failed"
+)
+
+// Group is a membership that the daemon holds or wants.
+type Group struct {
+	Interface string `json:"interface"`
+	Index     int    `json:"index"`
+	Group     string `json:"group"`
+	// Source is empty for any source.
+	Source string `json:"source,omitempty"`
+	State  string `json:"state"`
+	// Since is when State was reached.
+	Since *time.Time `json:"since,omitempty"`
+	// Tries counts the joins tried for this membership; Next is when the next
+	// one is due, and Cause what the last one failed with.
+	Tries int        `json:"tries"`
+	Next  *time.Time `json:"next,omitempty"`
+	Cause string     `json:"cause,omitempty"`
+	// Rules names the rules that want the membership.
+	Rules []string `json:"rules"`
+	// LastPacket is when a packet of the group last matched a rule.
+	LastPacket *time.Time `json:"last_packet,omitempty"`
+}
+
+// Roles of an interface.
+const (
+	RoleInput  = "input"
+	RoleOutput = "output"
+)
+
+// InterfaceStatus is an interface that rules name.
+type InterfaceStatus struct {
+	Name string `json:"name"`
+	// Index is 0 while the interface is absent.
+	Index int `json:"index"`
+	// Mode is "native" or "generic", empty while no program is attached.
+	Mode  string   `json:"mode,omitempty"`
+	Roles []string `json:"roles"`
+	// ProgramID and LinkID are the kernel's, as bpftool shows them.
+	ProgramID uint32 `json:"program_id,omitempty"`
+	LinkID    uint32 `json:"link_id,omitempty"`
+	// Note says in one line what a person should know, such as why the mode is
+	// not native.
+	Note string `json:"note,omitempty"`
+
+	// JoinsAttempted == JoinsSucceeded + JoinsFailed, whenever one looks.
+	JoinsAttempted uint64 `json:"joins_attempted"`
+	JoinsSucceeded uint64 `json:"joins_succeeded"`
+	JoinsFailed    uint64 `json:"joins_failed"`
+	Leaves         uint64 `json:"leaves"`
+	LeavesFailed   uint64 `json:"leaves_failed"`
+
+	// TransmitDrops counts packets that the device did not take after the
+	// program had sent them; the kernel does not count their bytes.
+	TransmitDrops uint64 `json:"transmit_drops"`
+}
+
+// Status is the daemon at a glance.
+type Status struct {
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	// Ready is set once the rules are in.
+	Ready  bool   `json:"ready"`
+	PinDir string `json:"pin_dir"`
+	// Schema is the version of the pinned state.
+	Schema uint32 `json:"schema"`
+	// Config is the daemon's file, empty when it has none.
+	Config string `json:"config"`
+
+	Rules   int `json:"rules"`
+	Active  int `json:"active"`
+	Pending int `json:"pending"`
+	Failed  int `json:"failed"`
+
+	Interfaces []InterfaceStatus `json:"interfaces"`
+	// Passed counts what no rule matched, left untouched.
+	Passed Counter `json:"passed"`
+	// Drops is the total by reason, over all rules.
+	Drops    []Drop   `json:"drops"`
+	Warnings []string `json:"warnings"`
+}
+
+// Operations of a Change.
+const (
+	OpAdd    = "add"
+	OpRemove = "remove"
+	OpChange = "change"
+	OpKeep   = "keep"
+)
+
+// Change is what Apply or Reload did, or would do, with one rule.
+type Change struct {
+	Op string `json:"op"`
+	// Rule is the rule as it is now, or for OpRemove as it was.
+	Rule Rule `json:"rule"`
+	// Old is what the rule was before, for OpChange only.
+	Old *Rule `json:"old,omitempty"`
+}
+
+// ApplyResult lists what became of each rule, in the order it was done.
+type ApplyResult struct {
+	DryRun  bool     `json:"dry_run"`
+	Changes []Change `json:"changes"`
+}
+
+// TransmitDrop counts packets that an interface did not take after the program
+// had sent them, by the kernel's reason.
+type TransmitDrop struct {
+	Interface string `json:"interface"`
+	Reason    string `json:"reason"`
+	Packets   uint64 `json:"packets"`
+}
+
+// Stats is every counter, read at Time.
+type Stats struct {
+	Time  time.Time    `json:"time"`
+	Rules []RuleStatus `json:"rules"`
+	// Passed counts what no rule matched.
+	Passed Counter `json:"passed"`
+	// Drops is the total by reason, over all rules.
+	Drops         []Drop         `json:"drops"`
+	TransmitDrops []TransmitDrop `json:"transmit_drops"`
+}
