@@ -24,6 +24,7 @@ const (
 	EgressMapFlowTables6      = "flow_tables6"
 	EgressMapOutputStats      = "output_stats"
 	EgressMapOutputs          = "outputs"
+	EgressMapPassed           = "passed"
 	EgressMapPorts            = "ports"
 	EgressMapRuleDrops        = "rule_drops"
 	EgressMapRuleStats        = "rule_stats"
@@ -99,6 +100,7 @@ type EgressMapSpecs struct {
 	FlowTables6 *ebpf.MapSpec `ebpf:"flow_tables6"`
 	OutputStats *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs     *ebpf.MapSpec `ebpf:"outputs"`
+	Passed      *ebpf.MapSpec `ebpf:"passed"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
 	RuleDrops   *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats   *ebpf.MapSpec `ebpf:"rule_stats"`
@@ -150,6 +152,7 @@ type EgressMaps struct {
 	FlowTables6 *ebpf.Map `ebpf:"flow_tables6"`
 	OutputStats *ebpf.Map `ebpf:"output_stats"`
 	Outputs     *ebpf.Map `ebpf:"outputs"`
+	Passed      *ebpf.Map `ebpf:"passed"`
 	Ports       *ebpf.Map `ebpf:"ports"`
 	RuleDrops   *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats   *ebpf.Map `ebpf:"rule_stats"`
@@ -167,6 +170,7 @@ func (m *EgressMaps) Close() error {
 		m.FlowTables6,
 		m.OutputStats,
 		m.Outputs,
+		m.Passed,
 		m.Ports,
 		m.RuleDrops,
 		m.RuleStats,

@@ -100,10 +100,11 @@ static __always_inline int send_one(struct headers *h, const struct flow *flow, 
 	return verdict;
 }
 
-/* Counts the copies that are too long for their output. The kernel may skip
- * such a row before its egress program runs, so they are counted here.
+/* Counts the copies that no egress program will see: of outputs that are not ready,
+ * which have no row, and those too long for their output, whose row the kernel may
+ * skip.
  */
-__noinline int count_too_long(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
+__noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
 {
 	__u32 slot;
 
@@ -111,7 +112,11 @@ __noinline int count_too_long(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
 		__u32 index = first + slot;
 		struct output *o = bpf_map_lookup_elem(&outputs, &index);
 
-		if (o && l3_len > o->mtu)
+		if (!o)
+			continue;
+		if (!(o->flags & OUTPUT_READY))
+			count_drop(DROP_OUTPUT, o->stats, DROP_NOT_READY, bytes);
+		else if (l3_len > o->mtu)
 			count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
 	}
 	return 0;
@@ -133,7 +138,7 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 	if (bytes != (__u32)(ctx->data_end - ctx->data))
 		return count_drop(DROP_RULE, id, DROP_MULTI_BUFFER, bytes);
 	if (h->l3_len > flow->min_mtu)
-		count_too_long(first, flow->outputs, h->l3_len, bytes);
+		count_missing(first, flow->outputs, h->l3_len, bytes);
 	to->first_output = first;
 	to->l3_offset = h->l3_offset;
 	to->outputs = flow->outputs;
@@ -169,8 +174,7 @@ static __always_inline int forward(struct xdp_md *ctx, struct headers *h, const 
 	return send_many(ctx, h, flow, bytes, sequence);
 }
 
-SEC("xdp.frags")
-int relay(struct xdp_md *ctx)
+static __always_inline int relay_packet(struct xdp_md *ctx)
 {
 	void *data_end = (void *)(long)ctx->data_end;
 	void *data = (void *)(long)ctx->data;
@@ -196,6 +200,20 @@ int relay(struct xdp_md *ctx)
 		return flow ? forward(ctx, &h, flow, false) : XDP_PASS;
 	}
 	return XDP_PASS;
+}
+
+SEC("xdp.frags")
+int relay(struct xdp_md *ctx)
+{
+	int verdict = relay_packet(ctx);
+
+	if (verdict == XDP_PASS) {
+		struct counter *c = bpf_map_lookup_elem(&passed, &zero);
+
+		if (c)
+			count(c, bpf_xdp_get_buff_len(ctx));
+	}
+	return verdict;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

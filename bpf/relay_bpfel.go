@@ -207,6 +207,7 @@ const (
 	RelayMapFlowTables6      = "flow_tables6"
 	RelayMapOutputStats      = "output_stats"
 	RelayMapOutputs          = "outputs"
+	RelayMapPassed           = "passed"
 	RelayMapPorts            = "ports"
 	RelayMapRuleDrops        = "rule_drops"
 	RelayMapRuleStats        = "rule_stats"
@@ -282,6 +283,7 @@ type RelayMapSpecs struct {
 	FlowTables6 *ebpf.MapSpec `ebpf:"flow_tables6"`
 	OutputStats *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs     *ebpf.MapSpec `ebpf:"outputs"`
+	Passed      *ebpf.MapSpec `ebpf:"passed"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
 	RuleDrops   *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats   *ebpf.MapSpec `ebpf:"rule_stats"`
@@ -333,6 +335,7 @@ type RelayMaps struct {
 	FlowTables6 *ebpf.Map `ebpf:"flow_tables6"`
 	OutputStats *ebpf.Map `ebpf:"output_stats"`
 	Outputs     *ebpf.Map `ebpf:"outputs"`
+	Passed      *ebpf.Map `ebpf:"passed"`
 	Ports       *ebpf.Map `ebpf:"ports"`
 	RuleDrops   *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats   *ebpf.Map `ebpf:"rule_stats"`
@@ -350,6 +353,7 @@ func (m *RelayMaps) Close() error {
 		m.FlowTables6,
 		m.OutputStats,
 		m.Outputs,
+		m.Passed,
 		m.Ports,
 		m.RuleDrops,
 		m.RuleStats,

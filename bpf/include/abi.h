@@ -77,7 +77,7 @@ struct flow {
 	__u32 first_output; /* index into outputs; slot s is first_output + s */
 	__u32 port;	    /* row of ports, with one output */
 	__u16 outputs;	    /* 1 to XDPCAST_MAX_SLOTS */
-	__u16 min_mtu;	    /* smallest MTU of several outputs, in bytes of IP packet */
+	__u16 min_mtu;	    /* smallest MTU of several outputs; 0 when one is not ready */
 	__u8 path;	    /* enum rule_path */
 	__u8 pad;
 	__u8 input_mac[6];

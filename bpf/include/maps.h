@@ -143,6 +143,14 @@ struct {
 	__type(value, struct output_stats);
 } output_stats SEC(".maps");
 
+/* passed: one entry, what no rule matched. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct counter);
+} passed SEC(".maps");
+
 /* drops: reason -> packets and bytes of all rules together; always exact. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -39,8 +39,8 @@ type Host struct {
 // interface up and IPv6 noise (router solicitations, duplicate address
 // detection, MLD resends) off. The caller owns the host and must Close it.
 func NewHost(name string) (_ *Host, err error) {
-	if err := os.MkdirAll(RunDir, 0o755); err != nil {
-		return nil, fmt.Errorf("make %s: %w", RunDir, err)
+	if err := prepareRunDir(); err != nil {
+		return nil, err
 	}
 	h := &Host{Name: name, ns: netns.None()}
 	if err := inNewNamespace(func() error {
@@ -175,8 +175,8 @@ type End struct {
 	Queues int
 }
 
-// Connect makes a veth pair between two hosts, brings both ends up with
-// generic receive offload on - veth delivers redirected frames only to a peer
+// Connect makes a veth pair between two hosts, and brings both ends up with
+// transmit checksum offload off and generic receive offload on - veth delivers redirected frames only to a peer
 // that has it, or an XDP program. MTU 0 leaves the kernel's default.
 func Connect(a, b End, mtu int) error {
 	qa, qb := max(a.Queues, 1), max(b.Queues, 1)
@@ -211,7 +211,11 @@ func (e End) configure() error {
 			return err
 		}
 	}
-	if err := e.Host.Do(func() error { quietInterface(e.Name); return nil }); err != nil {
+	if err := e.Host.Do(func() error {
+		quietInterface(e.Name)
+		// A veth would leave checksums unfinished, for a device that never comes.
+		return SetTxChecksum(e.Name, false)
+	}); err != nil {
 		return err
 	}
 	if err := e.Host.SetUp(e.Name, true); err != nil {
@@ -249,6 +253,26 @@ func inNewNamespace(fn func() error) error {
 		}
 		return fn()
 	})
+}
+
+// prepareRunDir makes RunDir a shared mount point, as ip-netns(8) does when it
+// first makes a namespace: done later, it would hide the ones bound before.
+func prepareRunDir() error {
+	if err := os.MkdirAll(RunDir, 0o755); err != nil {
+		return fmt.Errorf("make %s: %w", RunDir, err)
+	}
+	const share = unix.MS_SHARED | unix.MS_REC
+	err := unix.Mount("", RunDir, "none", share, "")
+	if errors.Is(err, unix.EINVAL) { // not a mount point yet
+		err = unix.Mount(RunDir, RunDir, "none", unix.MS_BIND|unix.MS_REC, "")
+		if err == nil {
+			err = unix.Mount("", RunDir, "none", share, "")
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("share %s: %w", RunDir, err)
+	}
+	return nil
 }
 
 func bindNamespace(path string) error {

@@ -15,8 +15,8 @@ import (
 
 // openMaps opens the pinned maps of a pin directory and refuses what does not fit
 // this binary.
-func openMaps(dir string, readOnly bool) (_ *maps, err error) {
-	m := &maps{}
+func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
+	m := &mapSet{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -48,7 +48,7 @@ func openMaps(dir string, readOnly bool) (_ *maps, err error) {
 }
 
 // config reads the map config; a map of another shape has another schema.
-func (m *maps) config() (config bpf.RelayConfig, err error) {
+func (m *mapSet) config() (config bpf.RelayConfig, err error) {
 	if err := m.Config.Lookup(uint32(0), &config); err != nil {
 		return config, fmt.Errorf("%w: map config: %w", ErrSchema, err)
 	}
@@ -196,7 +196,7 @@ func readFlows(table4, table6 *ebpf.Map) (map[Input]bpf.RelayFlow, error) {
 }
 
 // readEntry reads what a flow entry points to.
-func readEntry(m *maps, in Input, flow bpf.RelayFlow) (*entry, error) {
+func readEntry(m *mapSet, in Input, flow bpf.RelayFlow) (*entry, error) {
 	var row bpf.RelayRule
 	if err := m.Rules.Lookup(flow.Rule, &row); err != nil {
 		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
@@ -258,6 +258,35 @@ func (l *Loader) adoptPorts() (err error) {
 		}
 	}
 	l.portRows.adopt(rows)
+	return l.clearPorts(rows)
+}
+
+// clearPorts empties the rows of ports that no rule sends by, and forgets the
+// counters of interfaces that no rule sends on.
+func (l *Loader) clearPorts(inUse map[uint32]bool) error {
+	for row := range l.maps.Ports.MaxEntries() {
+		if inUse[row] {
+			continue
+		}
+		if err := l.maps.Ports.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("clear row %d of ports: %w", row, err)
+		}
+		if err := l.maps.PortRows.Put(row, uint32(0)); err != nil {
+			return fmt.Errorf("clear row %d of ports: %w", row, err)
+		}
+	}
+	ports, err := readPorts(l.maps.PortStats)
+	if err != nil {
+		return err
+	}
+	for _, p := range ports {
+		if l.ports[p.Index] != nil {
+			continue
+		}
+		if err := l.maps.PortStats.Delete(uint32(p.Index)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget interface with index %d: %w", p.Index, err)
+		}
+	}
 	return nil
 }
 

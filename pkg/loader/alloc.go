@@ -145,11 +145,3 @@ func (a *blockAllocator) adopt(inUse []extent) error {
 	}
 	return nil
 }
-
-// unused returns how many numbers are free.
-func (a *blockAllocator) unused() (n uint32) {
-	for _, e := range a.free {
-		n += e.n
-	}
-	return n
-}

@@ -23,11 +23,13 @@ type flowEntry struct {
 }
 
 // normalize clips what the ABI has less room for, so that what is read back is
-// what was written.
+// what was written, and leaves no IPv6 packet without a UDP checksum, which
+// receivers would drop (RFC 8200 section 8.1).
 func normalize(r Rule) Rule {
 	out := make([]Output, len(r.Out))
 	for i, o := range r.Out {
 		o.MTU = min(o.MTU, maxMTU)
+		o.ZeroChecksum = o.ZeroChecksum && o.Dst.Is4()
 		out[i] = o
 	}
 	r.Out = out
@@ -108,9 +110,11 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		InputMac:    e.rule.In.MAC,
 	}
 	for _, o := range e.rule.Out {
-		if o.Ready {
-			flow.MinMtu = min(flow.MinMtu, uint16(o.MTU))
+		if !o.Ready {
+			flow.MinMtu = 0
+			continue
 		}
+		flow.MinMtu = min(flow.MinMtu, uint16(o.MTU))
 	}
 	return flow
 }

@@ -73,7 +73,7 @@ type Loader struct {
 	log  *slog.Logger
 	lock *os.File
 
-	maps     *maps
+	maps     *mapSet
 	relay    *ebpf.Program
 	egress   *ebpf.Program
 	transmit []link.Link

@@ -16,20 +16,20 @@ const (
 	pinFlows6 = "flows6"
 )
 
-// maps are all maps that the programs share.
-type maps struct {
+// mapSet is all maps that the programs share.
+type mapSet struct {
 	bpf.RelayMaps
 	bpf.TransmitMaps
 }
 
 // Close closes the file descriptors.
-func (m *maps) Close() error {
+func (m *mapSet) Close() error {
 	return errors.Join(m.RelayMaps.Close(), m.TransmitMaps.Close())
 }
 
 // slots returns where each map is held, by its name in the object, which is also
 // the name of its pin.
-func (m *maps) slots() map[string]**ebpf.Map {
+func (m *mapSet) slots() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
 		bpf.RelayMapConfig:       &m.Config,
 		bpf.RelayMapFlowTables4:  &m.FlowTables4,
@@ -43,13 +43,14 @@ func (m *maps) slots() map[string]**ebpf.Map {
 		bpf.RelayMapRuleStats:    &m.RuleStats,
 		bpf.RelayMapOutputStats:  &m.OutputStats,
 		bpf.RelayMapDrops:        &m.Drops,
+		bpf.RelayMapPassed:       &m.Passed,
 		bpf.RelayMapRuleDrops:    &m.RuleDrops,
 		bpf.TransmitMapPortStats: &m.PortStats,
 		bpf.TransmitMapPortRows:  &m.PortRows,
 	}
 }
 
-func (m *maps) byName() map[string]*ebpf.Map {
+func (m *mapSet) byName() map[string]*ebpf.Map {
 	all := map[string]*ebpf.Map{}
 	for name, slot := range m.slots() {
 		all[name] = *slot
@@ -80,12 +81,12 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 }
 
 // newMaps makes the maps, unpinned.
-func newMaps(opts Options) (_ *maps, err error) {
+func newMaps(opts Options) (_ *mapSet, err error) {
 	specs, err := mapSpecs(opts.MaxRules, opts.MaxOutputs)
 	if err != nil {
 		return nil, err
 	}
-	m := &maps{}
+	m := &mapSet{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())

@@ -12,15 +12,15 @@ import (
 
 // programSource gives the programs of one release, loaded against its maps.
 type programSource interface {
-	relay(m *maps) (*ebpf.Program, error)
-	egress(m *maps) (*ebpf.Program, error)
-	transmit(m *maps) (*bpf.TransmitPrograms, error)
+	relay(m *mapSet) (*ebpf.Program, error)
+	egress(m *mapSet) (*ebpf.Program, error)
+	transmit(m *mapSet) (*bpf.TransmitPrograms, error)
 }
 
 // embedded is this binary's own programs.
 type embedded struct{}
 
-func (embedded) relay(m *maps) (*ebpf.Program, error) {
+func (embedded) relay(m *mapSet) (*ebpf.Program, error) {
 	spec, err := bpf.LoadRelay()
 	if err != nil {
 		return nil, fmt.Errorf("read relay program: %w", err)
@@ -34,7 +34,7 @@ func (embedded) relay(m *maps) (*ebpf.Program, error) {
 	return out.Relay, nil
 }
 
-func (embedded) egress(m *maps) (*ebpf.Program, error) {
+func (embedded) egress(m *mapSet) (*ebpf.Program, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
 		return nil, fmt.Errorf("read egress program: %w", err)
@@ -48,7 +48,7 @@ func (embedded) egress(m *maps) (*ebpf.Program, error) {
 	return out.Egress, nil
 }
 
-func (embedded) transmit(m *maps) (*bpf.TransmitPrograms, error) {
+func (embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
 	spec, err := bpf.LoadTransmit()
 	if err != nil {
 		return nil, fmt.Errorf("read transmit programs: %w", err)
@@ -72,7 +72,7 @@ func (embedded) transmit(m *maps) (*bpf.TransmitPrograms, error) {
 }
 
 // loadInto loads the programs that to asks for against the given maps.
-func loadInto(spec *ebpf.CollectionSpec, m *maps, to any) error {
+func loadInto(spec *ebpf.CollectionSpec, m *mapSet, to any) error {
 	replacements := map[string]*ebpf.Map{}
 	for name, mapped := range m.byName() {
 		if s := spec.Maps[name]; s != nil {

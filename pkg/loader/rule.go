@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -57,4 +58,30 @@ func (r Rule) continues(old Rule) bool {
 		}
 	}
 	return true
+}
+
+// Used returns the indexes of all interfaces that the rules in force name.
+func (l *Loader) Used() []int {
+	used := map[int]bool{}
+	for _, e := range l.rules {
+		used[e.rule.In.Index] = true
+		for _, o := range e.rule.Out {
+			if o.Index != 0 {
+				used[o.Index] = true
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(used))
+}
+
+// Has says whether a rule is in force.
+func (l *Loader) Has(name string) bool { return l.rules[name] != nil }
+
+// Rules returns the names and resolved forms of the rules in force, unordered.
+func (l *Loader) Rules() []Rule {
+	all := make([]Rule, 0, len(l.rules))
+	for _, e := range l.rules {
+		all = append(all, e.rule)
+	}
+	return all
 }

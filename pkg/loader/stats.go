@@ -99,7 +99,9 @@ type PortStats struct {
 type Stats struct {
 	Rules []RuleStats
 	Drops map[Reason]Counter // all rules together
-	Ports []PortStats
+	// Passed is what no rule matched, on all interfaces.
+	Passed Counter
+	Ports  []PortStats
 }
 
 // Stats reads the counters. It may be called while packets flow; each counter is
@@ -112,9 +114,20 @@ func (l *Loader) Stats() (Stats, error) {
 	return readStats(l.maps, entries)
 }
 
+// StatsOf is Stats with only the named rules; those not in the kernel are left out.
+func (l *Loader) StatsOf(names []string) (Stats, error) {
+	entries := make([]*entry, 0, len(names))
+	for _, name := range names {
+		if e := l.rules[name]; e != nil {
+			entries = append(entries, e)
+		}
+	}
+	return readStats(l.maps, entries)
+}
+
 // Reader reads pinned state without changing it, beside any owner.
 type Reader struct {
-	maps           *maps
+	maps           *mapSet
 	table4, table6 *ebpf.Map
 }
 
@@ -185,10 +198,13 @@ func (r *Reader) entries() ([]*entry, error) {
 	return entries, nil
 }
 
-func readStats(m *maps, entries []*entry) (Stats, error) {
+func readStats(m *mapSet, entries []*entry) (Stats, error) {
 	var s Stats
 	var err error
 	if s.Drops, err = readDrops(m.Drops); err != nil {
+		return s, err
+	}
+	if s.Passed, err = readPassed(m.Passed); err != nil {
 		return s, err
 	}
 	if s.Ports, err = readPorts(m.PortStats); err != nil {
@@ -219,7 +235,7 @@ func readStats(m *maps, entries []*entry) (Stats, error) {
 
 // readRule reads the counter of matches first: a packet counted in between is
 // then in an output only, and never looks lost.
-func readRule(m *maps, e *entry) (RuleStats, error) {
+func readRule(m *mapSet, e *entry) (RuleStats, error) {
 	r := RuleStats{Name: e.rule.Name, ID: e.id, LastSeen: -1, Drops: map[Reason]Counter{}}
 	var perCPU []bpf.RelayRuleStats
 	if err := m.RuleStats.Lookup(e.id, &perCPU); err != nil {
@@ -274,6 +290,14 @@ func (r *RuleStats) addSkipped() {
 func (c *Counter) subtract(o Counter) {
 	c.Packets -= min(c.Packets, o.Packets)
 	c.Bytes -= min(c.Bytes, o.Bytes)
+}
+
+func readPassed(m *ebpf.Map) (Counter, error) {
+	var perCPU []bpf.RelayCounter
+	if err := m.Lookup(uint32(0), &perCPU); err != nil {
+		return Counter{}, fmt.Errorf("read map passed: %w", err)
+	}
+	return sum(perCPU), nil
 }
 
 func readDrops(m *ebpf.Map) (map[Reason]Counter, error) {

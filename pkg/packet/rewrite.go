@@ -105,7 +105,7 @@ func (r *Rewrite) applyUDP(udp []byte, addresses uint64) {
 	}
 	switch {
 	case check == 0: // sent without one: stays so
-	case r.ZeroChecksum:
+	case r.ZeroChecksum && r.Dst.Is4():
 		binary.BigEndian.PutUint16(udp[6:], 0)
 	default:
 		if check = ^fold(sum); check == 0 {

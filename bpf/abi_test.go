@@ -1,0 +1,273 @@
+package bpf
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+)
+
+// abiStructs pairs each struct of include/abi.h and include/handover.h with the Go
+// type that is written to and read from the maps.
+var abiStructs = map[string]reflect.Type{
+	"bpf_devmap_val": reflect.TypeFor[RelayBpfDevmapVal](),
+	"config":         reflect.TypeFor[RelayConfig](),
+	"copy":           reflect.TypeFor[RelayCopy](),
+	"counter":        reflect.TypeFor[RelayCounter](),
+	"drop_key":       reflect.TypeFor[RelayDropKey](),
+	"flow":           reflect.TypeFor[RelayFlow](),
+	"flow4":          reflect.TypeFor[RelayFlow4](),
+	"flow6":          reflect.TypeFor[RelayFlow6](),
+	"handover":       reflect.TypeFor[RelayHandover](),
+	"output":         reflect.TypeFor[RelayOutput](),
+	"output_stats":   reflect.TypeFor[RelayOutputStats](),
+	"port_stats":     reflect.TypeFor[TransmitPortStats](),
+	"rule":           reflect.TypeFor[RelayRule](),
+	"rule_stats":     reflect.TypeFor[RelayRuleStats](),
+	"turn":           reflect.TypeFor[RelayTurn](),
+}
+
+// abiEnums holds the enumerations with the values that Go knows.
+var abiEnums = map[string]map[string]uint64{
+	"rule_path": {
+		"PATH_NONE":   uint64(RelayRulePathPATH_NONE),
+		"PATH_KERNEL": uint64(RelayRulePathPATH_KERNEL),
+	},
+	"drop_reason": {
+		"DROP_LOOP":         uint64(RelayDropReasonDROP_LOOP),
+		"DROP_FRAGMENT":     uint64(RelayDropReasonDROP_FRAGMENT),
+		"DROP_TTL":          uint64(RelayDropReasonDROP_TTL),
+		"DROP_MTU":          uint64(RelayDropReasonDROP_MTU),
+		"DROP_MULTI_BUFFER": uint64(RelayDropReasonDROP_MULTI_BUFFER),
+		"DROP_NOT_READY":    uint64(RelayDropReasonDROP_NOT_READY),
+		"DROP_NO_DEVICE":    uint64(RelayDropReasonDROP_NO_DEVICE),
+		"DROP_NO_CHECKSUM":  uint64(RelayDropReasonDROP_NO_CHECKSUM),
+		"DROP_INTERNAL":     uint64(RelayDropReasonDROP_INTERNAL),
+		"DROP_REASONS":      uint64(RelayDropReasonDROP_REASONS),
+	},
+	"drop_scope": {
+		"DROP_RULE":    uint64(RelayDropScopeDROP_RULE),
+		"DROP_OUTPUT":  uint64(RelayDropScopeDROP_OUTPUT),
+		"DROP_UNKNOWN": uint64(RelayDropScopeDROP_UNKNOWN),
+	},
+	"lookup_kind": {
+		"LOOKUP_ANY4":    uint64(RelayLookupKindLOOKUP_ANY4),
+		"LOOKUP_SOURCE4": uint64(RelayLookupKindLOOKUP_SOURCE4),
+		"LOOKUP_ANY6":    uint64(RelayLookupKindLOOKUP_ANY6),
+		"LOOKUP_SOURCE6": uint64(RelayLookupKindLOOKUP_SOURCE6),
+	},
+	"output_flag": {
+		"OUTPUT_READY":         uint64(RelayOutputFlagOUTPUT_READY),
+		"OUTPUT_SOURCE_SET":    uint64(RelayOutputFlagOUTPUT_SOURCE_SET),
+		"OUTPUT_DSCP_SET":      uint64(RelayOutputFlagOUTPUT_DSCP_SET),
+		"OUTPUT_CHECKSUM_ZERO": uint64(RelayOutputFlagOUTPUT_CHECKSUM_ZERO),
+	},
+	"ttl_mode": {
+		"TTL_KEEP":      uint64(RelayTtlModeTTL_KEEP),
+		"TTL_DECREMENT": uint64(RelayTtlModeTTL_DECREMENT),
+		"TTL_SET":       uint64(RelayTtlModeTTL_SET),
+	},
+}
+
+func objects(t testing.TB) map[string]*ebpf.CollectionSpec {
+	t.Helper()
+	specs := map[string]*ebpf.CollectionSpec{}
+	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"relay": LoadRelay, "egress": LoadEgress, "transmit": LoadTransmit} {
+		spec, err := load()
+		if err != nil {
+			t.Fatalf("read object %s: %v", name, err)
+		}
+		specs[name] = spec
+	}
+	return specs
+}
+
+// Every struct that Go and the programs share has the same size, and every field
+// the same place and size, in each object that knows the struct.
+func TestStructLayout(t *testing.T) {
+	seen := map[string]bool{}
+	for object, spec := range objects(t) {
+		for name, goType := range abiStructs {
+			var c *btf.Struct
+			if err := spec.Types.TypeByName(name, &c); err != nil {
+				continue // not used in this object
+			}
+			seen[name] = true
+			compareStruct(t, object+": struct "+name, c, goType)
+		}
+	}
+	for name := range abiStructs {
+		if !seen[name] {
+			t.Errorf("struct %s is in no object", name)
+		}
+	}
+}
+
+// Structs that abi.h defines are all in abiStructs, so that a new one is compared.
+func TestEveryStructIsCompared(t *testing.T) {
+	definition := regexp.MustCompile(`(?m)^(struct|enum) (\w+) \{`)
+	for _, header := range []string{"include/abi.h", "include/handover.h"} {
+		for _, m := range definition.FindAllStringSubmatch(readFile(t, header), -1) {
+			known := abiStructs[m[2]] != nil
+			if m[1] == "enum" {
+				known = abiEnums[m[2]] != nil
+			}
+			if !known {
+				t.Errorf("%s: %s %s is not compared with Go", header, m[1], m[2])
+			}
+		}
+	}
+}
+
+func compareStruct(t *testing.T, what string, c *btf.Struct, goType reflect.Type) {
+	t.Helper()
+	if uintptr(c.Size) != goType.Size() {
+		t.Errorf("%s has %d bytes in C, %d in Go", what, c.Size, goType.Size())
+	}
+	fields := goFields(goType)
+	if len(c.Members) != len(fields) {
+		t.Errorf("%s has %d fields in C, %d in Go", what, len(c.Members), len(fields))
+		return
+	}
+	for i, member := range c.Members {
+		f := fields[i]
+		name := strings.ReplaceAll(member.Name, "_", "")
+		if !strings.EqualFold(name, f.Name) {
+			t.Errorf("%s: field %d is %s in C, %s in Go", what, i, member.Name, f.Name)
+		}
+		if uintptr(member.Offset.Bytes()) != f.Offset {
+			t.Errorf("%s: field %s is at byte %d in C, %d in Go", what, member.Name, member.Offset.Bytes(), f.Offset)
+		}
+		size, err := btf.Sizeof(member.Type)
+		if err != nil {
+			t.Fatalf("%s: size of field %s: %v", what, member.Name, err)
+		}
+		if uintptr(size) != f.Type.Size() {
+			t.Errorf("%s: field %s has %d bytes in C, %d in Go", what, member.Name, size, f.Type.Size())
+		}
+	}
+}
+
+// goFields returns the fields but for the marker of the host's layout.
+func goFields(goType reflect.Type) (fields []reflect.StructField) {
+	for i := range goType.NumField() {
+		if f := goType.Field(i); f.Name != "_" {
+			fields = append(fields, f)
+		}
+	}
+	return fields
+}
+
+// Nothing that the programs and Go compare byte by byte, as keys are, may have
+// holes whose content is left to chance.
+func TestNoPadding(t *testing.T) {
+	for name, goType := range abiStructs {
+		var next uintptr
+		for _, f := range goFields(goType) {
+			if f.Offset != next {
+				t.Errorf("struct %s has a hole before %s", name, f.Name)
+			}
+			next = f.Offset + f.Type.Size()
+		}
+		if next != goType.Size() {
+			t.Errorf("struct %s has a hole at its end", name)
+		}
+	}
+}
+
+func TestEnums(t *testing.T) {
+	spec := objects(t)["relay"]
+	for name, want := range abiEnums {
+		var enum *btf.Enum
+		if err := spec.Types.TypeByName(name, &enum); err != nil {
+			t.Errorf("enum %s: %v", name, err)
+			continue
+		}
+		got := map[string]uint64{}
+		for _, v := range enum.Values {
+			got[v.Name] = v.Value
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("enum %s is %v in C, %v in Go", name, got, want)
+		}
+	}
+}
+
+func TestMacros(t *testing.T) {
+	define := regexp.MustCompile(`(?m)^#define (XDPCAST_\w+)\s+(\S+)`)
+	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen}
+	got := map[string]int{}
+	for _, m := range define.FindAllStringSubmatch(readFile(t, "include/abi.h"), -1) {
+		value, err := strconv.Atoi(m[2])
+		if err != nil {
+			t.Errorf("%s: %v", m[1], err)
+		}
+		got[m[1]] = value
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("abi.h defines %v, Go has %v", got, want)
+	}
+}
+
+// The objects define a map of one name alike: the loader gives all programs the
+// same maps.
+func TestObjectsShareMaps(t *testing.T) {
+	first := map[string]*ebpf.MapSpec{}
+	for object, spec := range objects(t) {
+		for name, m := range spec.Maps {
+			other := first[name]
+			if other == nil {
+				first[name] = m
+				continue
+			}
+			if m.Type != other.Type || m.KeySize != other.KeySize || m.ValueSize != other.ValueSize || m.Flags != other.Flags || m.MaxEntries != other.MaxEntries {
+				t.Errorf("%s: map %s is %v, elsewhere %v", object, name, m, other)
+			}
+		}
+	}
+}
+
+// Maps that people look at with bpftool carry the types of their keys and values,
+// the inner flow tables too.
+func TestMapsHaveTypes(t *testing.T) {
+	for object, spec := range objects(t) {
+		for name, m := range spec.Maps {
+			if strings.HasPrefix(name, ".") {
+				continue // constants
+			}
+			if m.InnerMap != nil {
+				m = m.InnerMap
+			}
+			if m.Key == nil || m.Value == nil {
+				t.Errorf("%s: map %s has no types", object, name)
+			}
+		}
+	}
+	for name, key := range map[string]string{RelayMapFlowTables4: "flow4", RelayMapFlowTables6: "flow6"} {
+		inner := objects(t)["relay"].Maps[name].InnerMap
+		for _, side := range []struct {
+			of   btf.Type
+			want string
+		}{{inner.Key, key}, {inner.Value, "flow"}} {
+			s, ok := btf.UnderlyingType(side.of).(*btf.Struct)
+			if !ok || s.Name != side.want || len(s.Members) == 0 {
+				t.Errorf("map %s: type is %v, want all of struct %s", name, side.of, side.want)
+			}
+		}
+	}
+}
+
+func readFile(t testing.TB, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.FromSlash(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/pkg/traffic"
+)
+
+func genCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "gen",
+		Usage:     "send numbered, time-stamped packets",
+		ArgsUsage: "ADDRESS:PORT%INTERFACE",
+		Description: "Sends UDP packets that recv accounts for, until --count, --duration or an interrupt:\n\n" +
+			"   xdpcast gen --rate 100k --groups 4 --ttl 8 239.1.1.1:5000%eth0\n\n" +
+			"An IPv6 address stands in brackets: [ff3e::1]:5000%eth0. With several groups, each packet goes to the next one in turn.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "rate", Value: "1k", Usage: "`RATE` of all groups together: packets a second (100k, 1.5M), bits of UDP payload a second (20Mbit, 2.5Gbit), or max"},
+			&cli.IntFlag{Name: "size", Value: 1000, Usage: fmt.Sprintf("`BYTES` of UDP payload in a packet, %d to %d", traffic.HeaderLen, traffic.MaxPayload)},
+			&cli.IntFlag{Name: "groups", Value: 1, Usage: "send to `N` consecutive group addresses, beginning with ADDRESS"},
+			&cli.Uint64Flag{Name: "count", Usage: "end after `N` packets, of all groups together", DefaultText: "no end"},
+			&cli.DurationFlag{Name: "duration", Usage: "end after this `TIME`, such as 10s", DefaultText: "no end"},
+			&cli.StringFlag{Name: "ttl", Usage: "`TTL` or hop limit, 1 to 255", DefaultText: "the kernel's, which is 1 for multicast"},
+			&cli.StringFlag{Name: "dscp", Value: "0", Usage: "`DSCP`, 0 to 63 or a name such as ef or af41"},
+			&cli.StringFlag{Name: "source", Usage: "`ADDRESS` of this host to send from", DefaultText: "the kernel's choice"},
+			&cli.StringFlag{Name: "sport", Usage: "`PORT` to send from", DefaultText: "the kernel's choice"},
+			&cli.IntFlag{Name: "batch", Value: 64, Usage: "at most `N` packets in one system call"},
+			outputFlag(),
+		},
+		Action: gen,
+	}
+}
+
+func gen(c *cli.Context) error {
+	cfg, err := sendConfig(c)
+	if err != nil {
+		return err
+	}
+	if _, err := wantJSON(c); err != nil {
+		return err
+	}
+	s, err := traffic.NewSender(cfg)
+	if err != nil {
+		return fmt.Errorf("gen: %w", err)
+	}
+	runErr := errors.Join(s.Run(c.Context), s.Close())
+	r := s.Report()
+	if err := show(c, r, func(w io.Writer) error { return writeSendReport(w, r) }); err != nil {
+		return err
+	}
+	if runErr != nil {
+		return fmt.Errorf("gen: %w", runErr)
+	}
+	return nil
+}
+
+// sendConfig reads the command line. Its errors are of usage.
+func sendConfig(c *cli.Context) (traffic.SendConfig, error) {
+	if err := nargs(c, 1, 1); err != nil {
+		return traffic.SendConfig{}, err
+	}
+	cfg := traffic.SendConfig{
+		Groups:   c.Int("groups"),
+		Size:     c.Int("size"),
+		Count:    c.Uint64("count"),
+		Duration: c.Duration("duration"),
+		Batch:    c.Int("batch"),
+	}
+	var err error
+	if cfg.Target, err = traffic.ParseTarget(c.Args().First()); err != nil {
+		return cfg, usagef("gen: %w", err)
+	}
+	if cfg.Rate, err = traffic.ParseRate(c.String("rate")); err != nil {
+		return cfg, usagef("gen: %w", err)
+	}
+	if err := errors.Join(
+		parseFlag(c, "ttl", &cfg.TTL, parseTTL),
+		parseFlag(c, "dscp", &cfg.DSCP, traffic.ParseDSCP),
+		parseFlag(c, "source", &cfg.Source, parseAddress),
+		parseFlag(c, "sport", &cfg.SourcePort, traffic.ParsePort),
+		notZero(c, "groups", "size", "batch"),
+	); err != nil {
+		return cfg, err
+	}
+	if err := cfg.Check(); err != nil {
+		return cfg, usagef("gen: %w", err)
+	}
+	return cfg, nil
+}
+
+// parseFlag reads the value of a flag that was given.
+func parseFlag[T any](c *cli.Context, name string, value *T, parse func(string) (T, error)) error {
+	if !c.IsSet(name) {
+		return nil
+	}
+	v, err := parse(c.String(name))
+	if err != nil {
+		return usagef("--%s: %w", name, err)
+	}
+	*value = v
+	return nil
+}
+
+// notZero refuses the zero that package traffic takes for its default.
+func notZero(c *cli.Context, names ...string) error {
+	for _, name := range names {
+		if c.IsSet(name) && c.Int(name) == 0 {
+			return usagef("--%s 0: must be 1 or more", name)
+		}
+	}
+	return nil
+}
+
+func parseTTL(s string) (uint8, error) {
+	n, err := strconv.ParseUint(s, 10, 8)
+	if err != nil || n == 0 {
+		return 0, fmt.Errorf("ttl %q: must be 1 to 255", s)
+	}
+	return uint8(n), nil
+}
+
+func parseAddress(s string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(s)
+	if err != nil || addr.Zone() != "" || addr.Is4In6() || addr.IsUnspecified() || addr.IsMulticast() {
+		return netip.Addr{}, fmt.Errorf("address %q: must be a unicast IPv4 or IPv6 address", s)
+	}
+	return addr, nil
+}
+
+func writeSendReport(w io.Writer, r traffic.SendReport) error {
+	_, err := fmt.Fprintf(w, "sent %s (%s) to %s in %s: %s, %s\n",
+		plural(int(min(r.Packets, math.MaxInt)), "packet"), humanBytes(r.Bytes), sentTo(r), elapsed(r.ElapsedNS),
+		perSecond(r.PacketsPerSecond)+" packets/s", withUnit(r.BitsPerSecond, "bit/s"))
+	if err != nil {
+		return err
+	}
+	for _, note := range []struct {
+		n    uint64
+		text string
+	}{
+		{r.BufferFull, "times no room in the socket or device; every packet was sent in the end"},
+		{r.NetworkErrors, "times refused by the network; every packet was sent in the end"},
+	} {
+		if note.n > 0 {
+			if _, err := fmt.Fprintf(w, "%d %s\n", note.n, note.text); err != nil {
+				return err
+			}
+		}
+	}
+	if r.BehindNS > 0 {
+		_, err = fmt.Fprintf(w, "the rate could not be held: %s behind\n", elapsed(r.BehindNS))
+	}
+	return err
+}
+
+func sentTo(r traffic.SendReport) string {
+	if r.Groups == 1 {
+		return r.Target
+	}
+	return fmt.Sprintf("%d groups from %s", r.Groups, r.Target)
+}
+
+// elapsed is a time of the run, to the millisecond.
+func elapsed(ns int64) string { return time.Duration(ns).Round(time.Millisecond).String() }
+
+// perSecond is a rate with three digits: 1.23M.
+func perSecond(v float64) string {
+	number, prefix := scale(v, 0)
+	return number + prefix
+}

@@ -1,0 +1,29 @@
+package main
+
+import (
+	"io"
+
+	"github.com/urfave/cli/v2"
+)
+
+func reloadCommand() *cli.Command {
+	return &cli.Command{
+		Name:        "reload",
+		Usage:       "have the daemon read its file again, and say what changed",
+		Description: "Like SIGHUP to the daemon, but the answer comes here. If anything in the file is wrong, nothing changes.",
+		Flags:       []cli.Flag{outputFlag()},
+		Action: func(c *cli.Context) error {
+			if err := nargs(c, 0, 0); err != nil {
+				return err
+			}
+			if _, err := wantJSON(c); err != nil {
+				return err
+			}
+			result, err := client(c).Reload(c.Context)
+			if err != nil {
+				return err
+			}
+			return show(c, result, func(w io.Writer) error { return changeList(w, result) })
+		},
+	}
+}

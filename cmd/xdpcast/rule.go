@@ -1,0 +1,352 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/rules"
+)
+
+func ruleCommand(now func() time.Time) *cli.Command {
+	return &cli.Command{
+		Name:  "rule",
+		Usage: "add, remove and show rules",
+		Subcommands: []*cli.Command{
+			ruleAddCommand(), ruleDelCommand(), ruleShowCommand(now), ruleListCommand(), ruleExportCommand(), ruleApplyCommand(),
+		},
+	}
+}
+
+func ruleAddCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "add",
+		Usage:     "add one rule",
+		ArgsUsage: "NAME",
+		Description: "An endpoint is ADDRESS:PORT%INTERFACE, with SOURCE@ in front where only one sender is to be taken.\n" +
+			"An output can have policies after commas: ttl=8, src=keep, dscp=af41.\n\n" +
+			"   xdpcast rule add cam1 --in 10.0.0.5@239.1.1.1:5000%eth0 --out 239.2.2.2:6000%eth1,ttl=8 --out 10.0.9.9:6000%eth2\n\n" +
+			"A rule whose interface is absent is pending, and becomes active when the interface appears.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "in", Usage: "`ENDPOINT` whose packets to take"},
+			&cli.StringSliceFlag{Name: "out", Usage: "`ENDPOINT` to send a copy to; once for each output"},
+			&cli.StringFlag{Name: "path", Usage: "`PATH` of the packets: auto, kernel, afxdp or fanout", Value: "auto"},
+			outputFlag(),
+		},
+		Action: ruleAdd,
+	}
+}
+
+func ruleAdd(c *cli.Context) error {
+	if err := nargs(c, 1, 1); err != nil {
+		return err
+	}
+	for _, flag := range []string{"in", "out"} {
+		if !c.IsSet(flag) {
+			return usagef("%s: --%s missing; see \"%s --help\"", commandPath(c), flag, commandPath(c))
+		}
+	}
+	if _, err := wantJSON(c); err != nil {
+		return err
+	}
+	rule, err := control.ToRule(control.Rule{
+		Name: c.Args().First(), In: c.String("in"), Out: c.StringSlice("out"), Path: c.String("path"),
+	})
+	if err != nil {
+		return &usageError{err}
+	}
+	status, err := client(c).AddRule(c.Context, control.FromRule(rule))
+	if err != nil {
+		return err
+	}
+	return show(c, status, func(w io.Writer) error {
+		_, err := fmt.Fprintln(w, printable(outcome(status)))
+		return err
+	})
+}
+
+// outcome says on one line what has become of a rule.
+func outcome(r control.RuleStatus) string {
+	if r.State == control.StateActive {
+		return fmt.Sprintf("rule %s: active, path %s, %s", r.Name, orDash(r.UsedPath), plural(len(r.Out), "output"))
+	}
+	if r.Reason == "" {
+		return fmt.Sprintf("rule %s: %s", r.Name, r.State)
+	}
+	return fmt.Sprintf("rule %s: %s: %s", r.Name, r.State, r.Reason)
+}
+
+func ruleDelCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "del",
+		Usage:     "remove rules",
+		ArgsUsage: "NAME...",
+		Action: func(c *cli.Context) error {
+			if err := nargs(c, 1, -1); err != nil {
+				return err
+			}
+			return ruleDel(c)
+		},
+	}
+}
+
+// ruleDel removes what it can and reports each name that it could not.
+func ruleDel(c *cli.Context) error {
+	var errs []error
+	for _, name := range c.Args().Slice() {
+		err := client(c).DeleteRule(c.Context, name)
+		switch {
+		case errors.Is(err, control.ErrNotRunning), c.Context.Err() != nil: // the others would fail alike
+			return errors.Join(append(errs, err)...)
+		case err != nil:
+			errs = append(errs, err)
+		default:
+			fmt.Fprintf(c.App.Writer, "rule %s: removed\n", printable(name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func ruleShowCommand(now func() time.Time) *cli.Command {
+	return &cli.Command{
+		Name:      "show",
+		Usage:     "show one rule, its outputs and their counters",
+		ArgsUsage: "NAME",
+		Flags:     []cli.Flag{outputFlag()},
+		Action: func(c *cli.Context) error {
+			if err := nargs(c, 1, 1); err != nil {
+				return err
+			}
+			if _, err := wantJSON(c); err != nil {
+				return err
+			}
+			rule, err := client(c).Rule(c.Context, c.Args().First())
+			if err != nil {
+				return err
+			}
+			return show(c, rule, func(w io.Writer) error { return ruleDetail(w, rule, now()) })
+		},
+	}
+}
+
+func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
+	head := newTable("name", r.Name)
+	head.add("id", strconv.FormatUint(uint64(r.ID), 10))
+	head.add("origin", r.Origin)
+	head.add("state", stateText(r.State, r.Reason))
+	head.add("path", pathText(r))
+	head.add("in", r.In)
+	head.add("matched", fmt.Sprintf("%s packets, %s, last %s", humanCount(r.Matched.Packets), humanBytes(r.Matched.Bytes), ago(now, r.LastSeen)))
+	if err := head.write(w); err != nil {
+		return err
+	}
+	if len(r.Outputs) > 0 {
+		t := newTable(">SLOT", "OUTPUT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST")
+		for _, o := range r.Outputs {
+			t.add(strconv.Itoa(o.Slot), o.Output, stateText(o.State, o.Reason), humanCount(o.Sent.Packets), humanBytes(o.Sent.Bytes),
+				humanCount(dropped(o.Drops)), ago(now, o.LastSeen))
+		}
+		fmt.Fprintln(w)
+		if err := t.write(w); err != nil {
+			return err
+		}
+	}
+	return dropTable(w, allDrops(r))
+}
+
+// allDrops is what was dropped before any output, and then by each slot.
+func allDrops(r control.RuleStatus) []control.Drop {
+	drops := append([]control.Drop{}, r.Drops...)
+	for _, o := range r.Outputs {
+		for _, d := range o.Drops {
+			d.Reason = fmt.Sprintf("slot %d: %s", o.Slot, d.Reason)
+			drops = append(drops, d)
+		}
+	}
+	return drops
+}
+
+// pathText is the path in use, and the wanted one where it differs.
+func pathText(r control.RuleStatus) string {
+	wanted := r.Path
+	if wanted == "" {
+		wanted = "auto"
+	}
+	switch r.UsedPath {
+	case wanted:
+		return wanted
+	case "":
+		return "- (" + wanted + ")"
+	default:
+		return r.UsedPath + " (" + wanted + ")"
+	}
+}
+
+func stateText(state, reason string) string {
+	if reason == "" {
+		return state
+	}
+	return state + ": " + reason
+}
+
+func ruleListCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "list",
+		Usage: "list the rules",
+		Flags: []cli.Flag{outputFlag()},
+		Action: func(c *cli.Context) error {
+			if err := nargs(c, 0, 0); err != nil {
+				return err
+			}
+			if _, err := wantJSON(c); err != nil {
+				return err
+			}
+			list, err := client(c).Rules(c.Context)
+			if err != nil {
+				return err
+			}
+			return show(c, list, func(w io.Writer) error { return ruleTable(w, list) })
+		},
+	}
+}
+
+// ruleTable has a line for each output; what is the rule's own stands on the first.
+func ruleTable(w io.Writer, list []control.RuleStatus) error {
+	t := newTable("NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "REASON")
+	for _, r := range list {
+		first := "-"
+		if len(r.Out) > 0 {
+			first = r.Out[0]
+		}
+		t.add(r.Name, r.Origin, r.State, pathText(r), r.In, first, r.Reason)
+		for _, out := range r.Out[min(1, len(r.Out)):] {
+			t.add("", "", "", "", "", out, "")
+		}
+	}
+	return t.write(w)
+}
+
+func ruleExportCommand() *cli.Command {
+	return &cli.Command{
+		Name:        "export",
+		Usage:       "write the rules as a file that run -c, check and rule apply read",
+		Description: "rule apply sets the rules of origin api: to change those and apply them again, export with --origin api.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "origin", Usage: "only the rules of `ORIGIN`: file or api"},
+		},
+		Action: ruleExport,
+	}
+}
+
+func ruleExport(c *cli.Context) error {
+	if err := nargs(c, 0, 0); err != nil {
+		return err
+	}
+	origin := c.String("origin")
+	switch origin {
+	case "", control.OriginFile, control.OriginAPI:
+	default:
+		return usagef("--origin %q: want file or api", origin)
+	}
+	list, err := client(c).Rules(c.Context)
+	if err != nil {
+		return err
+	}
+	var out []rules.Rule
+	for _, r := range list {
+		if origin != "" && r.Origin != origin {
+			continue
+		}
+		rule, err := control.ToRule(r.Rule)
+		if err != nil {
+			return err
+		}
+		out = append(out, rule)
+	}
+	data, err := rules.FormatFile(out)
+	if err != nil {
+		return err
+	}
+	_, err = c.App.Writer.Write(data)
+	return err
+}
+
+func ruleApplyCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "apply",
+		Usage:     "make the rules that were added here exactly those of a file",
+		ArgsUsage: "FILE",
+		Description: "FILE is - for standard input. Rules that are in the file and not in the daemon are added, rules that are in the\n" +
+			"daemon and not in the file are removed, and rules that are the same are not touched. The rules of the daemon's\n" +
+			"own file stay. If anything in the file is wrong, nothing changes.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "dry-run", Usage: "only say what would change"},
+			outputFlag(),
+		},
+		Action: ruleApply,
+	}
+}
+
+func ruleApply(c *cli.Context) error {
+	if err := nargs(c, 1, 1); err != nil {
+		return err
+	}
+	if _, err := wantJSON(c); err != nil {
+		return err
+	}
+	wanted, err := readRules(c.App.Reader, c.Args().First())
+	if err != nil {
+		return err
+	}
+	list := make([]control.Rule, 0, len(wanted))
+	for _, r := range wanted {
+		list = append(list, control.FromRule(r))
+	}
+	result, err := client(c).Apply(c.Context, list, c.Bool("dry-run"))
+	if err != nil {
+		return err
+	}
+	return show(c, result, func(w io.Writer) error { return changeList(w, result) })
+}
+
+// changeList shows what changed, and a summary.
+func changeList(w io.Writer, result control.ApplyResult) error {
+	count := map[string]int{}
+	var text strings.Builder
+	for _, change := range result.Changes {
+		count[change.Op]++
+		switch change.Op {
+		case control.OpAdd:
+			text.WriteString("+ " + printable(ruleText(change.Rule)) + "\n")
+		case control.OpRemove:
+			text.WriteString("- " + printable(ruleText(change.Rule)) + "\n")
+		case control.OpChange:
+			if change.Old != nil {
+				text.WriteString("< " + printable(ruleText(*change.Old)) + "\n")
+			}
+			text.WriteString("> " + printable(ruleText(change.Rule)) + "\n")
+		}
+	}
+	note := ""
+	if result.DryRun {
+		note = "dry run: "
+	}
+	fmt.Fprintf(&text, "%s%d added, %d removed, %d changed, %d kept\n", note,
+		count[control.OpAdd], count[control.OpRemove], count[control.OpChange], count[control.OpKeep])
+	_, err := io.WriteString(w, text.String())
+	return err
+}
+
+func ruleText(r control.Rule) string {
+	text := r.Name + ": " + r.In + " -> " + strings.Join(r.Out, " ")
+	if r.Path != "" && r.Path != "auto" {
+		text += " (path " + r.Path + ")"
+	}
+	return text
+}

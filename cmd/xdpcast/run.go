@@ -1,0 +1,191 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/mdlayher/sdnotify"
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/relay"
+)
+
+func runCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "run",
+		Usage: "relay in the foreground: programs, memberships and the API",
+		Description: "Brings in the rules of the file and those that were added through the API before,\n" +
+			"and keeps the kernel in step with interfaces as they come and go. SIGHUP reads the\n" +
+			"file again; a broken file changes nothing. SIGINT and SIGTERM end the process, while\n" +
+			"the kernel goes on relaying: \"xdpcast unload --all\" ends that, too.",
+		Flags: append([]cli.Flag{
+			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "YAML `FILE` of rules"},
+			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "attach to `IFACE` even while no rule names it (repeatable)"},
+			modeFlag(),
+			&cli.UintFlag{Name: "max-rules", Usage: "room for `N` rules in the kernel", DefaultText: "16384, or twice those of the file"},
+			&cli.UintFlag{Name: "max-outputs", Usage: "room for `N` outputs in the kernel", DefaultText: "65536, or twice those of the file"},
+			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
+			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
+		}, pinFlags()...),
+		Action: func(c *cli.Context) error {
+			if err := nargs(c, 0, 0); err != nil {
+				return err
+			}
+			opts, err := relayOptions(c)
+			if err != nil {
+				return err
+			}
+			return runRelay(c, opts)
+		},
+	}
+}
+
+// pinFlags say where the state is that outlives a process.
+func pinFlags() []cli.Flag {
+	return []cli.Flag{pinDirFlag(), &cli.StringFlag{
+		Name: "run-dir", Usage: "`DIR` of the lock file and of rules added through the API", Value: loader.DefaultRunDir, EnvVars: []string{"XDPCAST_RUN_DIR"},
+	}}
+}
+
+func pinDirFlag() cli.Flag {
+	return &cli.StringFlag{
+		Name: "pin-dir", Usage: "`DIR` of pinned programs and maps", Value: loader.DefaultPinDir, EnvVars: []string{"XDPCAST_PIN_DIR"},
+	}
+}
+
+func modeFlag() cli.Flag {
+	return &cli.StringFlag{Name: "mode", Usage: "how to attach XDP: native, generic, or auto (native, else generic)", Value: "auto"}
+}
+
+func loaderOptions(c *cli.Context, log *slog.Logger) loader.Options {
+	return loader.Options{
+		PinDir: c.String("pin-dir"), RunDir: c.String("run-dir"), Logger: log,
+		MaxRules: uint32(c.Uint("max-rules")), MaxOutputs: uint32(c.Uint("max-outputs")),
+	}
+}
+
+func relayOptions(c *cli.Context) (relay.Options, error) {
+	log, err := newLogger(c)
+	if err != nil {
+		return relay.Options{}, err
+	}
+	mode, err := loader.ParseMode(c.String("mode"))
+	if err != nil {
+		return relay.Options{}, usagef("--mode: %w", err)
+	}
+	for _, name := range []string{"max-rules", "max-outputs"} {
+		if n := c.Uint(name); n > 1<<24 {
+			return relay.Options{}, usagef("--%s %d: want at most %d", name, n, 1<<24)
+		}
+	}
+	return relay.Options{
+		ConfigFile: c.String("config"), Interfaces: c.StringSlice("interface"), Mode: mode,
+		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
+	}, nil
+}
+
+func newLogger(c *cli.Context) (*slog.Logger, error) {
+	var level slog.Level
+	text := c.String("log-level")
+	switch strings.ToLower(text) {
+	case "debug", "info", "warn", "error":
+	default:
+		return nil, usagef("--log-level %q: want debug, info, warn or error", text)
+	}
+	if err := level.UnmarshalText([]byte(text)); err != nil {
+		return nil, usagef("--log-level: %w", err)
+	}
+	return slog.New(slog.NewTextHandler(c.App.ErrWriter, &slog.HandlerOptions{Level: level})), nil
+}
+
+// runRelay runs the relay and its API until the context ends, or either fails.
+func runRelay(c *cli.Context, opts relay.Options) error {
+	r, err := relay.New(opts)
+	if err != nil {
+		return withRootHint(err)
+	}
+	ctx, cancel := context.WithCancel(c.Context)
+	defer cancel()
+	listener, err := control.Listen(c.String("socket"))
+	if err != nil {
+		cancel() // Run then only closes
+		return errors.Join(err, r.Run(ctx, nil))
+	}
+	var groups []uint32
+	for _, gid := range c.UintSlice("read-group") {
+		groups = append(groups, uint32(gid))
+	}
+	served := make(chan error, 1)
+	go func() {
+		defer cancel()
+		served <- control.NewServer(r, control.Options{Log: opts.Logger, ReadGroups: groups}).Serve(ctx, listener)
+	}()
+	reloads := make(chan struct{})
+	go func() {
+		defer close(reloads)
+		reloadOnHangup(ctx, r, opts.Logger)
+	}()
+	err = r.Run(ctx, func() {
+		opts.Logger.Info("ready", "socket", c.String("socket"), "pins", opts.Loader.PinDir)
+		notifyReady(opts.Logger)
+	})
+	cancel()
+	<-reloads
+	return errors.Join(err, <-served)
+}
+
+// notifyReady tells systemd, if it started us, that the rules are in.
+func notifyReady(log *slog.Logger) {
+	n, err := sdnotify.New()
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err == nil {
+		err = errors.Join(n.Notify(sdnotify.Ready), n.Close())
+	}
+	if err != nil {
+		log.Warn("tell the service manager", "error", err)
+	}
+}
+
+func reloadOnHangup(ctx context.Context, r *relay.Relay, log *slog.Logger) {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangups:
+		}
+		result, err := r.Reload(ctx)
+		if err != nil {
+			for line := range strings.SplitSeq(err.Error(), "\n") {
+				log.Error("reload failed, the old rules stay", "error", line)
+			}
+			continue
+		}
+		count := map[string]int{}
+		for _, change := range result.Changes {
+			count[change.Op]++
+		}
+		log.Info("reloaded", "added", count[control.OpAdd], "changed", count[control.OpChange], "removed", count[control.OpRemove], "kept", count[control.OpKeep])
+	}
+}
+
+// withRootHint says what is needed where the kernel only says no.
+func withRootHint(err error) error {
+	if err != nil && errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w: run it as root", err)
+	}
+	return err
+}

@@ -1,0 +1,203 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/control"
+)
+
+// minInterval keeps a watch from being the load that it shows.
+const minInterval = 100 * time.Millisecond
+
+func statsCommand(now func() time.Time) *cli.Command {
+	return &cli.Command{
+		Name:      "stats",
+		Usage:     "show the counters of all rules, or of one",
+		ArgsUsage: "[NAME]",
+		Description: "With --watch, rates are shown too, and -o json writes one document a line.\n" +
+			"Bytes are those of whole frames, from the Ethernet header on.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "show them again and again, until interrupted"},
+			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between two looks with --watch", Value: time.Second},
+			outputFlag(),
+		},
+		Action: func(c *cli.Context) error { return stats(c, now) },
+	}
+}
+
+func stats(c *cli.Context, now func() time.Time) error {
+	if err := nargs(c, 0, 1); err != nil {
+		return err
+	}
+	asJSON, err := wantJSON(c)
+	if err != nil {
+		return err
+	}
+	interval := c.Duration("interval")
+	switch {
+	case interval < minInterval:
+		return usagef("--interval %v: want at least %v", interval, minInterval)
+	case c.Bool("watch"):
+		return watchStats(c, now, interval, asJSON)
+	}
+	s, err := readStats(c, now)
+	if err != nil {
+		return err
+	}
+	return show(c, s, func(w io.Writer) error { return statsTable(w, s, nil) })
+}
+
+// readStats reads the statistics of all rules, or only those of the one named.
+func readStats(c *cli.Context, now func() time.Time) (control.Stats, error) {
+	if c.NArg() == 0 {
+		return client(c).Stats(c.Context)
+	}
+	rule, err := client(c).Rule(c.Context, c.Args().First())
+	return control.Stats{
+		Time: now(), Rules: []control.RuleStatus{rule}, Drops: rule.Drops, TransmitDrops: []control.TransmitDrop{},
+	}, err
+}
+
+// watchStats shows the statistics until the context ends, which is no error.
+func watchStats(c *cli.Context, now func() time.Time, interval time.Duration, asJSON bool) error {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	clearScreen := isTerminal(c.App.Writer) && !asJSON
+	var before *control.Stats
+	for {
+		s, err := readStats(c, now)
+		switch {
+		case c.Context.Err() != nil:
+			return nil
+		case err != nil:
+			return err
+		case asJSON:
+			err = writeJSON(c.App.Writer, s, "")
+		default:
+			if clearScreen {
+				fmt.Fprint(c.App.Writer, "\x1b[H\x1b[2J") // ECMA-48: cursor home, erase the display
+			} else if before != nil {
+				fmt.Fprintln(c.App.Writer)
+			}
+			err = statsTable(c.App.Writer, s, rates(before, s))
+		}
+		if err != nil {
+			return err
+		}
+		before = &s
+		select {
+		case <-c.Context.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// endpointKey is one counter of a rule: slot -1 is what matched.
+type endpointKey struct {
+	rule string
+	slot int
+}
+
+const matchedSlot = -1
+
+// rate is what came between two looks.
+type rate struct{ packets, bits float64 } // a second
+
+// rates compares two looks. A counter that was not there before, or ran
+// backwards because its rule is a new one, has no rate.
+func rates(before *control.Stats, now control.Stats) map[endpointKey]rate {
+	out := map[endpointKey]rate{}
+	if before == nil {
+		return out
+	}
+	seconds := now.Time.Sub(before.Time).Seconds()
+	if seconds <= 0 { // the clock was set back
+		return out
+	}
+	old := counters(*before)
+	for key, n := range counters(now) {
+		o, ok := old[key]
+		if ok && n.Packets >= o.Packets && n.Bytes >= o.Bytes {
+			out[key] = rate{float64(n.Packets-o.Packets) / seconds, float64(n.Bytes-o.Bytes) * 8 / seconds}
+		}
+	}
+	return out
+}
+
+func counters(s control.Stats) map[endpointKey]control.Counter {
+	out := map[endpointKey]control.Counter{}
+	for _, r := range s.Rules {
+		out[endpointKey{r.Name, matchedSlot}] = r.Matched
+		for _, o := range r.Outputs {
+			out[endpointKey{r.Name, o.Slot}] = o.Sent
+		}
+	}
+	return out
+}
+
+// statsTable has a line for what each rule matched and one for each output's
+// copies; with rates where those are not nil.
+func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error {
+	titles := []string{"RULE", "SLOT", "ENDPOINT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST"}
+	if rates != nil {
+		titles = append(titles[:len(titles)-1], ">PACKETS/S", ">BITS/S", "LAST")
+	}
+	t := newTable(titles...)
+	add := func(name string, key endpointKey, slot, endpoint, state string, n control.Counter, drops []control.Drop, seen *time.Time) {
+		row := []string{name, slot, endpoint, state, humanCount(n.Packets), humanBytes(n.Bytes), humanCount(dropped(drops))}
+		if rates != nil {
+			row = append(row, rateCells(rates, key)...)
+		}
+		t.add(append(row, ago(s.Time, seen))...)
+	}
+	for _, r := range s.Rules {
+		add(r.Name, endpointKey{r.Name, matchedSlot}, "in", r.In, r.State, r.Matched, r.Drops, r.LastSeen)
+		for _, o := range r.Outputs {
+			add("", endpointKey{r.Name, o.Slot}, strconv.Itoa(o.Slot), o.Output, o.State, o.Sent, o.Drops, o.LastSeen)
+		}
+	}
+	if err := t.write(w); err != nil {
+		return err
+	}
+	if err := dropTable(w, s.Drops); err != nil {
+		return err
+	}
+	return transmitTable(w, s.TransmitDrops)
+}
+
+func rateCells(rates map[endpointKey]rate, key endpointKey) []string {
+	r, ok := rates[key]
+	if !ok {
+		return []string{"-", "-"}
+	}
+	return []string{humanCount(uint64(r.packets + 0.5)), withUnit(r.bits, "b")}
+}
+
+func transmitTable(w io.Writer, drops []control.TransmitDrop) error {
+	if len(drops) == 0 {
+		return nil
+	}
+	t := newTable("UNSENT BY", ">PACKETS", "REASON")
+	for _, d := range drops {
+		t.add(d.Interface, humanCount(d.Packets), d.Reason)
+	}
+	fmt.Fprintln(w)
+	return t.write(w)
+}

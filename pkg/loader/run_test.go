@@ -1,0 +1,186 @@
+package loader
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"net"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+)
+
+// Verdicts of include/uapi/linux/bpf.h, enum xdp_action.
+const (
+	xdpDrop     = 1
+	xdpPass     = 2
+	xdpRedirect = 4
+)
+
+// xdpContext is struct xdp_md.
+type xdpContext struct {
+	Data, DataEnd, DataMeta, IngressIfindex, RxQueueIndex, EgressIfindex uint32
+}
+
+// runner runs the programs of a Loader on single frames through BPF_PROG_RUN, which
+// ends before anything is sent. The kernel's part, copying the frame for every row
+// of the rule's devmap, is done here.
+type runner struct {
+	l       *Loader
+	host    *lab.Host
+	egress  *ebpf.Program
+	partial bool // the kernel can spread a frame over buffers at any byte
+	out     []byte
+}
+
+// ran is what became of one frame.
+type ran struct {
+	verdict uint32
+	frame   []byte         // as the relay program left it
+	copies  map[int][]byte // what leaves, by slot
+}
+
+// newRunner needs every interface that is run on to have the relay program.
+func newRunner(t testing.TB, l *Loader, host *lab.Host) *runner {
+	t.Helper()
+	r := &runner{l: l, host: host, egress: plainEgress(t, l.maps), out: make([]byte, 1<<16)}
+	r.stay(t)
+	for index := range l.links {
+		_, _, err := r.try(l.relay, index, make([]byte, 128), 64)
+		r.partial = err == nil
+		break
+	}
+	t.Cleanup(func() { r.egress.Close() })
+	return r
+}
+
+// stay keeps the test on one CPU: which output a copy is for, where several are on
+// one interface, is counted by CPU, as the kernel sends all copies of a frame on
+// one.
+func (r *runner) stay(t testing.TB) {
+	t.Helper()
+	var now, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &now); err != nil {
+		t.Fatal(err)
+	}
+	for cpu := 0; ; cpu++ {
+		if now.IsSet(cpu) {
+			one.Set(cpu)
+			break
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// plainEgress loads the egress program as an XDP program of an interface:
+// BPF_PROG_RUN runs no program of a devmap. Such a program may not read
+// egress_ifindex; the one instruction that does reads ingress_ifindex instead.
+func plainEgress(t testing.TB, m *mapSet) *ebpf.Program {
+	t.Helper()
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const ingressOffset, egressOffset = 12, 20
+	program, changed := spec.Programs[bpf.EgressProgEgress], 0
+	for i := range program.Instructions {
+		ins := &program.Instructions[i]
+		if ins.OpCode == asm.LoadMemOp(asm.Word) && ins.Offset == egressOffset && ins.Source() != nil && strings.Contains(ins.Source().String(), "egress_ifindex") {
+			ins.Offset = ingressOffset
+			changed++
+		}
+	}
+	if changed != 1 {
+		t.Fatalf("the egress program reads egress_ifindex %d times, want once", changed)
+	}
+	program.AttachType = ebpf.AttachXDP
+	var out struct {
+		Egress *ebpf.Program `ebpf:"egress"`
+	}
+	if err := loadInto(spec, m, &out); err != nil {
+		t.Fatal(err)
+	}
+	return out.Egress
+}
+
+// try runs a program on a frame whose first linear bytes are in its first buffer.
+func (r *runner) try(p *ebpf.Program, index int, frame []byte, linear int) (verdict uint32, out []byte, err error) {
+	opts := ebpf.RunOptions{Data: frame, DataOut: r.out, Context: xdpContext{DataEnd: uint32(linear), IngressIfindex: uint32(index)}, Repeat: 1}
+	for {
+		verdict, err = p.Run(&opts)
+		if !errors.Is(err, unix.EINTR) {
+			return verdict, bytes.Clone(opts.DataOut), err
+		}
+		opts.DataOut = r.out
+	}
+}
+
+func (r *runner) must(t testing.TB, p *ebpf.Program, index int, frame []byte, linear int) (uint32, []byte) {
+	t.Helper()
+	verdict, out, err := r.try(p, index, frame, linear)
+	if err != nil {
+		t.Fatalf("run on a frame of %d bytes, %d linear: %v", len(frame), linear, err)
+	}
+	return verdict, out
+}
+
+// run sends a frame through the relay program, and its copies through the egress
+// program.
+func (r *runner) run(t testing.TB, index int, frame []byte, linear int) ran {
+	t.Helper()
+	result := ran{copies: map[int][]byte{}}
+	result.verdict, result.frame = r.must(t, r.l.relay, index, frame, linear)
+	if result.verdict != xdpRedirect {
+		return result
+	}
+	if result.frame[6] != 0xff {
+		result.copies[0] = result.frame
+		return result
+	}
+	first := binary.NativeEndian.Uint32(result.frame)
+	var slots *ebpf.Map
+	if err := r.l.maps.Fanout.Lookup(first, &slots); err != nil {
+		t.Fatalf("devmap of the rule with first output %d: %v", first, err)
+	}
+	defer slots.Close()
+	var slot uint32
+	var row bpf.RelayBpfDevmapVal
+	iter := slots.Iterate()
+	for iter.Next(&slot, &row) {
+		switch verdict, out := r.must(t, r.egress, int(row.Ifindex), result.frame, len(result.frame)); verdict {
+		case xdpPass:
+			result.copies[int(slot)] = out
+		case xdpDrop:
+		default:
+			t.Fatalf("egress program says %d", verdict)
+		}
+	}
+	if err := iter.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return result
+}
+
+// programLab is a lab with the programs on every interface of the relay.
+func programLab(t testing.TB, sinks int) (*testLab, *runner) {
+	t.Helper()
+	n := newLab(t, sinks)
+	l := open(t, testOptions(t))
+	attachAll(t, l, append([]*net.Interface{n.in}, n.out...)...)
+	return n, newRunner(t, l, n.relay)
+}
+
+// enter puts another goroutine of the test where the runner can run.
+func (r *runner) enter(t testing.TB) {
+	labtest.Enter(t, r.host)
+	r.stay(t)
+}

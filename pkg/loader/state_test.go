@@ -1,0 +1,365 @@
+package loader
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	gosync "sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/packet"
+)
+
+// dump describes everything that a Loader keeps in the kernel but counters, and how
+// much its allocators have left. Two dumps are equal when nothing has changed and
+// nothing has leaked.
+func dump(t testing.TB, l *Loader) string {
+	t.Helper()
+	var b strings.Builder
+	config, err := l.maps.config()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(&b, "config %+v\n", config)
+	dumpFlows(t, &b, l)
+	dumpMap(t, &b, "rules", l.maps.Rules, func(_ uint32, r bpf.RelayRule) string {
+		if r.Name[0] == 0 {
+			return ""
+		}
+		return fmt.Sprintf("%+v", r)
+	})
+	dumpMap(t, &b, "ports", l.maps.Ports, func(_ uint32, v bpf.RelayBpfDevmapVal) string { return fmt.Sprintf("%+v", v) })
+	dumpMap(t, &b, "port_rows", l.maps.PortRows, func(_ uint32, v uint32) string {
+		if v == 0 {
+			return ""
+		}
+		return fmt.Sprint(v)
+	})
+	dumpMap(t, &b, "port_stats", l.maps.PortStats, func(uint32, []bpf.TransmitPortStats) string { return "counted" })
+	dumpMap(t, &b, "fanout", l.maps.Fanout, func(first uint32, id ebpf.MapID) string {
+		return fmt.Sprintf("map %d: %s", id, dumpSlots(t, id))
+	})
+	var indexes []int
+	for index, p := range l.ports {
+		indexes = append(indexes, index)
+		fmt.Fprintf(&b, "port %+v\n", *p)
+	}
+	slices.Sort(indexes)
+	fmt.Fprintf(&b, "free: %d rules, %d outputs, %d counters, %d rows; ports %v\n", freeIDs(l.ids), freeBlocks(l.outputs), freeBlocks(l.stats), freeIDs(l.portRows), indexes)
+	lines := strings.Split(strings.TrimSpace(b.String()), "\n")
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+func dumpFlows(t testing.TB, b *strings.Builder, l *Loader) {
+	t.Helper()
+	flows, err := readFlows(l.table4, l.table6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for in, flow := range flows {
+		e, err := readEntry(l.maps, in, flow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(b, "flow %+v %+v %+v\n", in, flow, e.rule)
+	}
+}
+
+func dumpMap[K, V any](t testing.TB, b *strings.Builder, name string, m *ebpf.Map, describe func(K, V) string) {
+	t.Helper()
+	var key K
+	var value V
+	iter := m.Iterate()
+	for iter.Next(&key, &value) {
+		if s := describe(key, value); s != "" {
+			fmt.Fprintf(b, "%s %v: %s\n", name, key, s)
+		}
+	}
+	if err := iter.Err(); err != nil {
+		t.Fatalf("read map %s: %v", name, err)
+	}
+}
+
+func dumpSlots(t testing.TB, id ebpf.MapID) string {
+	t.Helper()
+	slots, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slots.Close()
+	var b strings.Builder
+	dumpMap(t, &b, "", slots, func(_ uint32, v bpf.RelayBpfDevmapVal) string { return fmt.Sprintf("%+v", v) })
+	return strings.ReplaceAll(b.String(), "\n", ";")
+}
+
+func freeIDs(a *idAllocator) int { return int(a.max-a.next) + len(a.freed) }
+
+func freeBlocks(a *blockAllocator) (n int) {
+	for _, e := range a.free {
+		n += int(e.n)
+	}
+	return n
+}
+
+// kernelIDs lists every map, program and link of a Loader.
+type kernelIDs struct {
+	Maps     []ebpf.MapID
+	Programs []ebpf.ProgramID
+	Links    []uint32
+}
+
+func idsOf(t testing.TB, l *Loader) (ids kernelIDs) {
+	t.Helper()
+	all := []*ebpf.Map{l.table4, l.table6}
+	for _, m := range l.maps.byName() {
+		all = append(all, m)
+	}
+	for _, m := range all {
+		info, err := m.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, _ := info.ID()
+		ids.Maps = append(ids.Maps, id)
+	}
+	for _, first := range fanoutRows(t, l) {
+		ids.Maps = append(ids.Maps, first)
+	}
+	for _, p := range []*ebpf.Program{l.relay, l.egress} {
+		ids.Programs = append(ids.Programs, programID(t, p))
+	}
+	for _, a := range l.Attachments() {
+		ids.Links = append(ids.Links, a.LinkID)
+	}
+	for _, lk := range l.transmit {
+		info, err := lk.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids.Links = append(ids.Links, uint32(info.ID))
+		ids.Programs = append(ids.Programs, info.Program)
+	}
+	slices.Sort(ids.Maps)
+	slices.Sort(ids.Programs)
+	slices.Sort(ids.Links)
+	return ids
+}
+
+func programID(t testing.TB, p *ebpf.Program) ebpf.ProgramID {
+	t.Helper()
+	info, err := p.Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, _ := info.ID()
+	return id
+}
+
+// fanoutRows returns the devmaps of rules by first output.
+func fanoutRows(t testing.TB, l *Loader) map[uint32]ebpf.MapID {
+	t.Helper()
+	rows := map[uint32]ebpf.MapID{}
+	var first uint32
+	var id ebpf.MapID
+	iter := l.maps.Fanout.Iterate()
+	for iter.Next(&first, &id) {
+		rows[first] = id
+	}
+	if err := iter.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return rows
+}
+
+// gone says whether the kernel has none of these any more.
+func (ids kernelIDs) gone() bool {
+	for _, id := range ids.Maps {
+		if m, err := ebpf.NewMapFromID(id); !errors.Is(err, os.ErrNotExist) {
+			m.Close()
+			return false
+		}
+	}
+	for _, id := range ids.Programs {
+		if p, err := ebpf.NewProgramFromID(id); !errors.Is(err, os.ErrNotExist) {
+			p.Close()
+			return false
+		}
+	}
+	return true
+}
+
+// someRules are rules of every kind: one output, several, several on one interface,
+// one that is not ready, source-specific, IPv6.
+func someRules(n *testLab) []Rule {
+	waiting := output(n.out[0], "239.2.2.9", "10.1.0.1", 6000)
+	waiting.Ready = false
+	return []Rule{
+		{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}},
+		{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)}},
+		{Name: "same", In: input(n.in, "239.1.1.3", "192.168.7.7", 5000), Out: []Output{output(n.out[1], "239.2.2.4", "10.1.1.1", 6000), output(n.out[1], "239.2.2.5", "10.1.1.1", 6001), waiting}},
+		{Name: "waiting", In: input(n.in, "239.1.1.4", "", 5000), Out: []Output{waiting}},
+		{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []Output{output(n.out[0], "ff3e::2", "fd00::1", 6000)}},
+	}
+}
+
+// allocatorsFit checks that what rules hold and what is free is everything there
+// is.
+func allocatorsFit(t testing.TB, l *Loader) {
+	t.Helper()
+	held := 0
+	for _, e := range l.rules {
+		held += len(e.rule.Out)
+	}
+	if got, want := freeIDs(l.ids), int(l.ids.max)-len(l.rules); got != want {
+		t.Errorf("%d rules are free, want %d", got, want)
+	}
+	if got, want := freeBlocks(l.outputs), int(l.outputs.max)-held; got != want {
+		t.Errorf("%d outputs are free, want %d", got, want)
+	}
+	if got, want := freeBlocks(l.stats), int(l.stats.max)-held; got != want {
+		t.Errorf("%d output counters are free, want %d", got, want)
+	}
+	rows := 0
+	for _, p := range l.ports {
+		if p.rowUsers > 0 {
+			rows++
+		}
+	}
+	if got, want := freeIDs(l.portRows), int(l.portRows.max)-rows; got != want {
+		t.Errorf("%d rows of ports are free, want %d", got, want)
+	}
+}
+
+// kernelFits checks that the kernel holds nothing but what the rules need.
+func kernelFits(t testing.TB, l *Loader) {
+	t.Helper()
+	several, names := 0, 0
+	for _, e := range l.rules {
+		if len(e.rule.Out) > 1 {
+			several++
+		}
+	}
+	if got := len(fanoutRows(t, l)); got != several {
+		t.Errorf("%d devmaps, want %d", got, several)
+	}
+	var row bpf.RelayRule
+	var id uint32
+	iter := l.maps.Rules.Iterate()
+	for iter.Next(&id, &row) {
+		if row.Name[0] == 0 {
+			continue
+		}
+		names++
+		name, _ := decodeName(row.Name)
+		if e := l.rules[name]; e == nil || e.id != id || row != encodeRule(e) {
+			t.Errorf("rule %s is described as %+v", name, row)
+		}
+	}
+	if err := iter.Err(); err != nil {
+		t.Fatal(err)
+	}
+	if names != len(l.rules) {
+		t.Errorf("%d rules are described, want %d", names, len(l.rules))
+	}
+	s, err := l.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Ports) != len(l.ports) {
+		t.Errorf("%d interfaces are counted, want %d", len(s.Ports), len(l.ports))
+	}
+}
+
+// stream sends numbered frames from a goroutine of its own, a few at a time, and
+// sees that every copy of each arrives, once and in order.
+type stream struct {
+	t    testing.TB
+	stop atomic.Bool
+	done gosync.WaitGroup
+	sent atomic.Uint64
+}
+
+// window is how many frames are on their way at most, so that no queue overflows.
+const window = 16
+
+// startStream sends frames for a rule with outputs[i] copies at sink i.
+func startStream(t testing.TB, n *testLab, group string, outputs ...int) *stream {
+	t.Helper()
+	s := &stream{t: t}
+	source := labtest.NewTap(t, n.source, "eth0")
+	marker := "stream " + group + " "
+	taps := map[int]*labtest.Tap{}
+	for i, copies := range outputs {
+		if copies > 0 {
+			taps[i] = labtest.NewTap(t, n.sinks[i], "eth0")
+		}
+	}
+	s.done.Go(func() {
+		for next := uint64(0); !s.stop.Load() && !t.Failed(); next += window {
+			for i := range uint64(window) {
+				source.Send(sourceFrame(n, group, 5000, binary.BigEndian.AppendUint64([]byte(marker), next+i)).Build())
+			}
+			for i, tap := range taps {
+				numbers := map[netip.AddrPort]uint64{}
+				for _, f := range tap.Collect(window*outputs[i], func(f []byte) bool { return bytes.Contains(f, []byte(marker)) }) {
+					h, ok := packet.Parse(f)
+					if !ok {
+						t.Errorf("broken frame %x", f)
+						return
+					}
+					to := netip.AddrPortFrom(h.Dst, h.DstPort)
+					number := binary.BigEndian.Uint64(f[h.UDP+8+len(marker):])
+					if number != next+numbers[to] {
+						t.Errorf("%v: frame %d arrived when %d was next", to, number, next+numbers[to])
+						return
+					}
+					numbers[to]++
+				}
+			}
+			s.sent.Add(window)
+		}
+	})
+	t.Cleanup(s.finish)
+	return s
+}
+
+// more waits until further frames have gone all the way.
+func (s *stream) more() {
+	s.t.Helper()
+	before := s.sent.Load()
+	labtest.Eventually(s.t, "the stream goes on", func() bool { return s.t.Failed() || s.sent.Load() >= before+2*window })
+}
+
+// finish ends the stream after a whole window.
+func (s *stream) finish() {
+	s.stop.Store(true)
+	s.done.Wait()
+}
+
+// openFDs lists the open file descriptors by what they are.
+func openFDs(t testing.TB) (fds []string) {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil {
+			fds = append(fds, e.Name()+" "+target)
+		}
+	}
+	slices.SortFunc(fds, cmp.Compare[string])
+	return fds
+}

@@ -1,0 +1,249 @@
+// Package relay is the control loop: the one owner of what is wanted. It joins
+// rules, memberships, interfaces and the loader, and keeps the kernel in step with
+// them while interfaces come, go and change.
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/membership"
+	"xdpcast/pkg/rules"
+)
+
+// Options configures a Relay.
+type Options struct {
+	// ConfigFile is the YAML file of rules; empty for none.
+	ConfigFile string
+	// StateFile keeps the rules that were added through the API, so that they
+	// outlive the process as the kernel's state does. Empty: rules.json in the
+	// loader's RunDir.
+	StateFile string
+	// Interfaces are attached even while no rule names them.
+	Interfaces []string
+	// Mode is how XDP is attached.
+	Mode loader.Mode
+	// Loader says where the pinned state is. Its Logger is replaced.
+	Loader loader.Options
+	// Membership is for tests that inject faults. Its Logger is replaced.
+	Membership membership.Options
+	// Logger is told what happens. Nil: nobody.
+	Logger  *slog.Logger
+	Version string
+}
+
+// Relay is the control loop. It serves the control API as a control.Backend, whose
+// methods may be called from any goroutine while Run runs.
+type Relay struct {
+	opts Options
+	log  *slog.Logger
+
+	loader *loader.Loader
+	groups *membership.Manager
+	watch  *linkWatch
+
+	commands chan command
+	started  time.Time
+	ready    bool
+
+	// What follows belongs to the goroutine of Run.
+	rules      map[string]*wantedRule
+	interfaces map[string]*iface                           // by name
+	wants      map[membership.Membership]*wantedMembership // key: without the name
+	attachErrs map[int]error
+	keep       map[int]bool // interfaces that were attached before any rule
+	warnings   map[string]string
+}
+
+// New opens the pinned state, made or adopted, and reads the rules. Nothing in the
+// kernel changes for rules that it held already. Helper sockets and interfaces are
+// those of the calling thread's network namespace; Run must be called in the same.
+// The caller must Run the relay, which closes it.
+//
+// Errors to match: loader.ErrLocked and the other errors of loader.Open, and
+// *rules.FileError for each fault of the file.
+func New(opts Options) (_ *Relay, err error) {
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	if opts.Loader.RunDir == "" {
+		opts.Loader.RunDir = loader.DefaultRunDir
+	}
+	if opts.Loader.PinDir == "" {
+		opts.Loader.PinDir = loader.DefaultPinDir
+	}
+	if opts.StateFile == "" {
+		opts.StateFile = filepath.Join(opts.Loader.RunDir, "rules.json")
+	}
+	opts.Loader.Logger, opts.Membership.Logger = opts.Logger, opts.Logger
+	r := &Relay{
+		opts: opts, log: opts.Logger, started: time.Now(),
+		commands:   make(chan command),
+		rules:      map[string]*wantedRule{},
+		interfaces: map[string]*iface{},
+		wants:      map[membership.Membership]*wantedMembership{},
+		attachErrs: map[int]error{},
+		keep:       map[int]bool{},
+		warnings:   map[string]string{},
+	}
+	// The rules first: a broken file must not touch the kernel.
+	if err := r.readInitialRules(); err != nil {
+		return nil, err
+	}
+	r.sizeMaps()
+	if r.loader, err = loader.Open(r.opts.Loader); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.close())
+		}
+	}()
+	r.groups = membership.New(opts.Membership)
+	if r.watch, err = watchLinks(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// readInitialRules reads the file and the rules from the API of an earlier
+// process. A rule of the file wins over one of the API.
+func (r *Relay) readInitialRules() error {
+	fromFile, err := r.readConfig()
+	if err != nil {
+		return err
+	}
+	for _, rule := range fromFile {
+		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginFile}
+	}
+	saved, err := readState(r.opts.StateFile)
+	if err != nil {
+		return err
+	}
+	for _, rule := range saved {
+		all := append(r.wantedRules(), rule)
+		if err := rules.ValidateSet(all); err != nil {
+			r.log.Warn("rule added through the API is left out: it does not go with the file", "rule", rule.Name, "error", err)
+			continue
+		}
+		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginAPI}
+	}
+	return nil
+}
+
+func (r *Relay) readConfig() ([]rules.Rule, error) {
+	if r.opts.ConfigFile == "" {
+		return nil, nil
+	}
+	data, err := os.ReadFile(r.opts.ConfigFile)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	return rules.ParseFile(r.opts.ConfigFile, data)
+}
+
+// sizeMaps makes room for twice the rules that are there, where the caller has not
+// said how much.
+func (r *Relay) sizeMaps() {
+	outputs := 0
+	for _, w := range r.rules {
+		outputs += len(w.rule.Out)
+	}
+	grow := func(size *uint32, need, least int) {
+		if *size != 0 {
+			return
+		}
+		for *size = uint32(least); int(*size) < 2*need; {
+			*size *= 2
+		}
+	}
+	grow(&r.opts.Loader.MaxRules, len(r.rules), loader.DefaultMaxRules)
+	grow(&r.opts.Loader.MaxOutputs, outputs, loader.DefaultMaxOutputs)
+}
+
+// Run brings the rules in, calls ready, and keeps the kernel in step until ctx
+// ends. It closes the relay: memberships are left, while programs, maps and rules
+// stay in the kernel and go on. It must run in the network namespace that New was
+// called in.
+func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
+	defer func() { err = errors.Join(err, r.close()) }()
+	r.keepAdopted()
+	r.reconcile()
+	for name, w := range r.rules {
+		if w.err != nil {
+			r.log.Error("rule is not active", "rule", name, "error", w.err)
+		}
+	}
+	r.ready = true
+	if ready != nil {
+		ready()
+	}
+	for {
+		timer := time.NewTimer(r.nextWake())
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case c := <-r.commands:
+			c.done <- c.fn()
+		case <-r.watch.changed:
+			r.reconcile()
+		case <-timer.C:
+			r.reconcile()
+		}
+		timer.Stop()
+	}
+}
+
+// keepAdopted notes interfaces that were attached by hand: neither a rule of the
+// kernel's nor one of ours explains them.
+func (r *Relay) keepAdopted() {
+	used := map[int]bool{}
+	for _, index := range r.loader.Used() {
+		used[index] = true
+	}
+	for _, a := range r.loader.Attachments() {
+		if !used[a.Index] {
+			r.keep[a.Index] = true
+		}
+	}
+}
+
+func (r *Relay) close() error {
+	var errs []error
+	if r.watch != nil {
+		errs = append(errs, r.watch.Close())
+	}
+	if r.groups != nil {
+		errs = append(errs, r.groups.Close())
+	}
+	if r.loader != nil {
+		errs = append(errs, r.loader.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// command is something that the goroutine of Run is to do for another.
+type command struct {
+	fn   func() error
+	done chan error
+}
+
+// do runs fn on the goroutine of Run. When ctx ends first, fn is not run; once it
+// runs, it is waited for.
+func (r *Relay) do(ctx context.Context, fn func() error) error {
+	c := command{fn: fn, done: make(chan error, 1)}
+	select {
+	case r.commands <- c:
+		return <-c.done
+	case <-ctx.Done():
+		return control.Errorf(control.KindUnavailable, "the relay is busy: %w", ctx.Err())
+	}
+}
