@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -173,7 +174,16 @@ func (l *Loader) Detach(index int) error {
 		return nil
 	}
 	delete(l.links, index)
-	return errors.Join(removePins(linkPin(l.opts.PinDir, index)), a.link.Close())
+	return errors.Join(a.release(), removePins(linkPin(l.opts.PinDir, index)), a.link.Close())
+}
+
+// release takes the program off the interface now. Without it the kernel does so
+// some time after the last pin and file descriptor of the link are gone.
+func (a *attachment) release() error {
+	if err := a.link.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("detach from interface %s: %w", a.Interface, err)
+	}
+	return nil
 }
 
 // Attachments returns where the relay program is attached, by index.
@@ -254,5 +264,23 @@ func Unload(opts Options) error {
 		return err
 	}
 	defer lock.Close()
-	return errors.Join(sweep(opts.PinDir), removePins(opts.PinDir))
+	return errors.Join(releaseLinks(opts.PinDir), sweep(opts.PinDir), removePins(opts.PinDir))
+}
+
+// releaseLinks takes the program off all interfaces now. It needs no more of the
+// pinned state than the links, so that state of any schema can be unloaded.
+func releaseLinks(pinDir string) error {
+	paths, err := filepath.Glob(filepath.Join(pinDir, linksDir, pinInterface+"*"))
+	if err != nil {
+		return fmt.Errorf("look for pinned links: %w", err)
+	}
+	var errs []error
+	for _, path := range paths {
+		a, err := adoptLink(path)
+		if err != nil {
+			continue // its interface is gone, or it is no link: removing the pin is enough
+		}
+		errs = append(errs, a.release(), a.link.Close())
+	}
+	return errors.Join(errs...)
 }
