@@ -21,11 +21,13 @@ func statsCommand(now func() time.Time) *cli.Command {
 		Name:      "stats",
 		Usage:     "show the counters of all rules, or of one",
 		ArgsUsage: "[NAME]",
-		Description: "With --watch, rates are shown too, and -o json writes one document a line.\n" +
+		Description: "While no daemon runs, the counters of all rules come from the kernel alone.\n" +
+			"With --watch, rates are shown too, and -o json writes one document a line.\n" +
 			"Bytes are those of whole frames, from the Ethernet header on.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "show them again and again, until interrupted"},
 			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between two looks with --watch", Value: time.Second},
+			pinDirFlag(),
 			outputFlag(),
 		},
 		Action: func(c *cli.Context) error { return stats(c, now) },
@@ -57,7 +59,8 @@ func stats(c *cli.Context, now func() time.Time) error {
 // readStats reads the statistics of all rules, or only those of the one named.
 func readStats(c *cli.Context, now func() time.Time) (control.Stats, error) {
 	if c.NArg() == 0 {
-		return client(c).Stats(c.Context)
+		s, err := client(c).Stats(c.Context)
+		return orKernel(c, s, err, now())
 	}
 	rule, err := client(c).Rule(c.Context, c.Args().First())
 	return control.Stats{

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -16,7 +17,7 @@ func statusCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:  "status",
 		Usage: "show the daemon and its interfaces",
-		Flags: []cli.Flag{outputFlag()},
+		Flags: []cli.Flag{pinDirFlag(), outputFlag()},
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
@@ -25,12 +26,24 @@ func statusCommand(now func() time.Time) *cli.Command {
 				return err
 			}
 			status, err := client(c).Status(c.Context)
+			if errors.Is(err, control.ErrNotRunning) {
+				return explainNotRunning(c, err, now())
+			}
 			if err != nil {
 				return err
 			}
 			return show(c, status, func(w io.Writer) error { return statusText(w, status, now()) })
 		},
 	}
+}
+
+// explainNotRunning adds to the error what goes on without a daemon.
+func explainNotRunning(c *cli.Context, notRunning error, now time.Time) error {
+	s, err := kernelStats(c.String("pin-dir"), now)
+	if err != nil {
+		return notRunning
+	}
+	return fmt.Errorf("%w; the kernel goes on relaying %d rules without it, but holds no memberships: see \"xdpcast stats\"", notRunning, len(s.Rules))
 }
 
 func statusText(w io.Writer, s control.Status, now time.Time) error {
