@@ -69,6 +69,28 @@ static __always_inline struct output *find_output(const struct handover *from, _
 	return bpf_map_lookup_elem(&outputs, &index);
 }
 
+/* Rewrites a copy for its output. Returns why it must be dropped, DROP_REASONS when
+ * it need not. The relay program has parsed the frame: the bounds are for the
+ * verifier.
+ */
+static __always_inline __u32 rewrite_copy(struct headers *h, void *data_end, const struct output *o)
+{
+	if ((void *)(h->udp + 1) > data_end)
+		return DROP_INTERNAL;
+	if (o->family == 4) {
+		if ((void *)(h->ip4 + 1) > data_end)
+			return DROP_INTERNAL;
+		if (bpf_ntohs(h->ip4->tot_len) > o->mtu)
+			return DROP_MTU;
+		return rewrite_ip4(h, o) ? DROP_REASONS : DROP_TTL;
+	}
+	if ((void *)(h->ip6 + 1) > data_end)
+		return DROP_INTERNAL;
+	if (sizeof(*h->ip6) + bpf_ntohs(h->ip6->payload_len) > o->mtu)
+		return DROP_MTU;
+	return rewrite_ip6(h, o) ? DROP_REASONS : DROP_TTL;
+}
+
 SEC("xdp.frags/devmap")
 int egress(struct xdp_md *ctx)
 {
@@ -78,7 +100,7 @@ int egress(struct xdp_md *ctx)
 	struct handover from;
 	struct headers h;
 	struct output *o;
-	bool ok;
+	__u32 reason;
 
 	if (data + sizeof(from) > data_end)
 		return XDP_PASS;
@@ -90,26 +112,14 @@ int egress(struct xdp_md *ctx)
 		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
 	if (!(o->flags & OUTPUT_READY))
 		return count_drop(DROP_OUTPUT, o->stats, DROP_NOT_READY, bytes);
-
-	/* The relay program has parsed the frame; the bounds are for the verifier. */
 	h.eth = data;
-	h.fragment = false;
 	h.l3 = data + (from.l3_offset & 0x1f);
-	if (o->family == 4) {
-		if (!parse_ip4(data_end, &h))
-			return count_drop(DROP_OUTPUT, o->stats, DROP_INTERNAL, bytes);
-		if (h.l3_len > o->mtu)
-			return XDP_DROP; /* counted by the relay program */
-		ok = rewrite_ip4(&h, o);
-	} else {
-		if (!parse_ip6(data_end, &h))
-			return count_drop(DROP_OUTPUT, o->stats, DROP_INTERNAL, bytes);
-		if (h.l3_len > o->mtu)
-			return XDP_DROP; /* counted by the relay program */
-		ok = rewrite_ip6(&h, o);
-	}
-	if (!ok)
-		return count_drop(DROP_OUTPUT, o->stats, DROP_TTL, bytes);
+	h.udp = data + (from.udp_offset & 0x7f);
+	reason = rewrite_copy(&h, data_end, o);
+	if (reason == DROP_MTU)
+		return XDP_DROP; /* counted by the relay program */
+	if (reason != DROP_REASONS)
+		return count_drop(DROP_OUTPUT, o->stats, reason, bytes);
 	count_sent(o->stats, bytes);
 	return XDP_PASS;
 }

@@ -143,7 +143,7 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 	to->l3_offset = h->l3_offset;
 	to->outputs = flow->outputs;
 	to->mark = HANDOVER_MARK;
-	to->pad = 0;
+	to->udp_offset = (void *)h->udp - (void *)h->eth;
 	to->sequence = sequence;
 	return bpf_redirect_map(slots, 0, BPF_F_BROADCAST);
 }

@@ -110,7 +110,7 @@ type RelayHandover struct {
 	L3Offset    uint8
 	Outputs     uint8
 	Mark        uint8
-	Pad         uint8
+	UdpOffset   uint8
 	Sequence    uint32
 }
 

@@ -140,17 +140,28 @@ func (l *Loader) adoptRules() error {
 	if err != nil {
 		return err
 	}
-	inUse := map[uint32]bool{}
-	var outputs, stats []extent
 	for in, flow := range flows {
 		e, err := readEntry(l.maps, in, flow)
 		if err != nil {
 			return err
 		}
-		if l.rules[e.rule.Name] != nil || inUse[e.id] {
+		if e, err = l.dropHalfMoved(e); err != nil {
+			return err
+		}
+		if e == nil {
+			continue
+		}
+		if l.rules[e.rule.Name] != nil {
 			return fmt.Errorf("rule %s (number %d) is there twice", e.rule.Name, e.id)
 		}
 		l.rules[e.rule.Name] = e
+	}
+	inUse := map[uint32]bool{}
+	var outputs, stats []extent
+	for _, e := range l.rules {
+		if inUse[e.id] {
+			return fmt.Errorf("rule %s (number %d) is there twice", e.rule.Name, e.id)
+		}
 		inUse[e.id] = true
 		outputs = append(outputs, extent{e.first, uint32(len(e.rule.Out))})
 		stats = append(stats, extent{e.firstStats, uint32(len(e.rule.Out))})
@@ -166,6 +177,28 @@ func (l *Loader) adoptRules() error {
 		return err
 	}
 	return l.clearOrphans(inUse)
+}
+
+// dropHalfMoved settles a rule that is in both tables under one name: it was moved
+// from IPv6 to IPv4 by a process that died between the two writes. The IPv6 one is
+// unpublished; nil means that it was e, or that the IPv4 one is known already.
+func (l *Loader) dropHalfMoved(e *entry) (*entry, error) {
+	other := l.rules[e.rule.Name]
+	if other == nil || other.id == e.id || other.rule.In.Group.Is4() == e.rule.In.Group.Is4() {
+		return e, nil
+	}
+	stale, kept := e, other
+	if e.rule.In.Group.Is4() {
+		stale, kept = other, e
+	}
+	if err := l.table6.Delete(encodeKey(stale.rule.In)); err != nil {
+		return nil, fmt.Errorf("unpublish rule %s: %w", stale.rule.Name, err)
+	}
+	if kept == other {
+		return nil, nil
+	}
+	delete(l.rules, e.rule.Name)
+	return e, nil
 }
 
 // readFlows reads both flow tables.
@@ -302,7 +335,8 @@ func (l *Loader) rowHasProgram(row uint32) (bool, error) {
 	return value.BpfProg.Fd != 0, nil // read, it is the program's id
 }
 
-// clearOrphans removes what a process left that died between two steps.
+// clearOrphans removes what a process left that died between two steps, and brings
+// descriptions up to date that it did not come to write.
 func (l *Loader) clearOrphans(inUse map[uint32]bool) error {
 	free, freeStats := map[uint32]bool{}, map[uint32]bool{}
 	for _, e := range l.stats.free {
@@ -310,19 +344,21 @@ func (l *Loader) clearOrphans(inUse map[uint32]bool) error {
 			freeStats[e.first+i] = true
 		}
 	}
+	described := make(map[uint32]bpf.RelayRule, len(l.rules))
+	for _, e := range l.rules {
+		described[e.id] = encodeRule(e)
+	}
 	var row bpf.RelayRule
 	var id uint32
 	iter := l.maps.Rules.Iterate()
 	for iter.Next(&id, &row) {
-		if inUse[id] {
+		free[id] = !inUse[id]
+		want := described[id]
+		if row == want {
 			continue
 		}
-		free[id] = true
-		if row.Name[0] == 0 {
-			continue
-		}
-		if err := l.maps.Rules.Put(id, &bpf.RelayRule{}); err != nil {
-			return fmt.Errorf("clear rule number %d: %w", id, err)
+		if err := l.maps.Rules.Put(id, &want); err != nil {
+			return fmt.Errorf("describe rule number %d: %w", id, err)
 		}
 	}
 	if err := iter.Err(); err != nil {

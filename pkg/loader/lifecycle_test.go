@@ -590,7 +590,6 @@ func TestInterfaceGoes(t *testing.T) {
 	if err := l.Detach(n.out[1].Index); err != nil {
 		t.Errorf("detach from an interface that is gone: %v", err)
 	}
-	s := startStream(t, n, "239.1.1.9", 0, 0, 1)
 	for i := range rules {
 		for slot := range rules[i].Out {
 			rules[i].Out[slot].Ready = false
@@ -598,6 +597,8 @@ func TestInterfaceGoes(t *testing.T) {
 	}
 	rules = append(rules, Rule{Name: "new", In: input(n.in, "239.1.1.9", "", 5000), Out: []Output{output(n.out[2], "239.9.9.9", "10.1.2.1", 1)}})
 	sync1(t, l, rules...)
+	s := startStream(t, n, "239.1.1.9", 0, 0, 1)
+	s.more()
 	s.finish()
 	kernelFits(t, l)
 	allocatorsFit(t, l)
@@ -638,4 +639,33 @@ func TestNoFileDescriptorLeaks(t *testing.T) {
 	if diff := cmp.Diff(before, openFDs(t)); diff != "" {
 		t.Errorf("file descriptors (-before +after):\n%s", diff)
 	}
+}
+
+// A process that dies while it moves a rule from IPv6 to IPv4 leaves it in both
+// tables; the next one goes on with the new one.
+func TestAdoptsHalfMovedRule(t *testing.T) {
+	n := newLab(t, 1)
+	opts := testOptions(t)
+	l := open(t, opts)
+	old := Rule{Name: "cam1", In: input(n.in, "ff0e::1", "", 5000), Out: []Output{output(n.out[0], "ff0e::2", "fd00::1", 6000)}}
+	sync1(t, l, old)
+	moved := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	second := moved
+	second.Name = "cam2"
+	sync1(t, l, old, second)
+	// Under the other name it is what a half-done move leaves.
+	row := encodeRule(l.rules["cam2"])
+	row.Name = encodeRule(l.rules["cam1"]).Name
+	if err := l.maps.Rules.Put(l.rules["cam2"].id, &row); err != nil {
+		t.Fatal(err)
+	}
+	closeLoader(t, l)
+	l = open(t, opts)
+	if rules := l.Rules(); len(rules) != 1 || !rules[0].In.Group.Is4() {
+		t.Fatalf("adopted %+v", rules)
+	}
+	if flows, err := readFlows(l.table4, l.table6); err != nil || len(flows) != 1 {
+		t.Fatalf("%d flow entries, %v", len(flows), err)
+	}
+	sync1(t, l, moved)
 }

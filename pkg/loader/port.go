@@ -87,8 +87,9 @@ func (l *Loader) setRow(p *port) error {
 	}
 	if err != nil {
 		l.portRows.give(row)
+		return errors.Join(err, l.maps.PortRows.Put(row, uint32(0)))
 	}
-	return err
+	return nil
 }
 
 func (l *Loader) writeRow(p *port) error {

@@ -382,7 +382,7 @@ func TestRelayProgramHandsOver(t *testing.T) {
 		}
 		want := bytes.Clone(frame)
 		binary.NativeEndian.PutUint32(want[0:], first)
-		want[4], want[5], want[6], want[7] = 18, 3, 0xff, 0
+		want[4], want[5], want[6], want[7] = 18, 3, 0xff, 38
 		binary.NativeEndian.PutUint32(want[8:], sequence+1)
 		if !bytes.Equal(got, want) {
 			t.Errorf("frame\n got %x\nwant %x", got, want)

@@ -53,7 +53,11 @@ func dump(t testing.TB, l *Loader) string {
 	var indexes []int
 	for index, p := range l.ports {
 		indexes = append(indexes, index)
-		fmt.Fprintf(&b, "port %+v\n", *p)
+		held := *p
+		if held.rowUsers == 0 {
+			held.row, held.rowHasProg = 0, false
+		}
+		fmt.Fprintf(&b, "port %+v\n", held)
 	}
 	slices.Sort(indexes)
 	fmt.Fprintf(&b, "free: %d rules, %d outputs, %d counters, %d rows; ports %v\n", freeIDs(l.ids), freeBlocks(l.outputs), freeBlocks(l.stats), freeIDs(l.portRows), indexes)

@@ -227,10 +227,32 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 	if err := readRuleDrops(m.RuleDrops, byID, byStats); err != nil {
 		return s, err
 	}
+	if s.anyMissing() {
+		// Perhaps only on their way: read again when they have arrived.
+		waitForPrograms()
+		for i, e := range entries {
+			if err := readSent(m, e, &s.Rules[i]); err != nil {
+				return s, err
+			}
+		}
+		if err := readRuleDrops(m.RuleDrops, byID, byStats); err != nil {
+			return s, err
+		}
+	}
 	for i := range s.Rules {
 		s.Rules[i].addSkipped()
 	}
 	return s, nil
+}
+
+// waitForPrograms returns when every packet that was in a program, or in a queue
+// behind it, has left: the kernel frees nothing that programs read before then
+// either, and membarrier(2) waits for the same.
+func waitForPrograms() {
+	const membarrierCmdGlobal = 1 << 0 // include/uapi/linux/membarrier.h
+	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierCmdGlobal, 0, 0); errno != 0 {
+		time.Sleep(20 * time.Millisecond) // far longer than packets are under way
+	}
 }
 
 // readRule reads the counter of matches first: a packet counted in between is
@@ -249,18 +271,52 @@ func readRule(m *mapSet, e *entry) (RuleStats, error) {
 	if last != 0 {
 		r.LastSeen = max(0, monotonic()-time.Duration(last))
 	}
-	for slot, o := range e.rule.Out {
-		out := OutputStats{Rule: o, Drops: map[Reason]Counter{}}
+	for _, o := range e.rule.Out {
+		r.Outputs = append(r.Outputs, OutputStats{Rule: o, Drops: map[Reason]Counter{}})
+	}
+	return r, readSent(m, e, &r)
+}
+
+// readSent reads what the outputs of a rule have sent.
+func readSent(m *mapSet, e *entry, r *RuleStats) error {
+	for slot := range r.Outputs {
 		var perCPU []bpf.RelayOutputStats
 		if err := m.OutputStats.Lookup(e.firstStats+uint32(slot), &perCPU); err != nil {
-			return r, fmt.Errorf("read counters of rule %s, output %d: %w", e.rule.Name, slot, err)
+			return fmt.Errorf("read counters of rule %s, output %d: %w", e.rule.Name, slot, err)
 		}
+		out := &r.Outputs[slot]
+		out.Sent = Counter{}
 		for _, c := range perCPU {
 			out.Sent.add(c.Packets, c.Bytes)
 		}
-		r.Outputs = append(r.Outputs, out)
 	}
-	return r, nil
+	return nil
+}
+
+// missing is what matched and was neither sent by an output nor dropped.
+func (r *RuleStats) missing(out *OutputStats) Counter {
+	rest := r.Matched
+	rest.subtract(out.Sent)
+	for _, c := range r.Drops {
+		rest.subtract(c)
+	}
+	for _, c := range out.Drops {
+		rest.subtract(c)
+	}
+	return rest
+}
+
+// anyMissing says whether some copy of a rule with several outputs is missing.
+func (s *Stats) anyMissing() bool {
+	for i := range s.Rules {
+		r := &s.Rules[i]
+		for slot := range r.Outputs {
+			if len(r.Outputs) > 1 && r.missing(&r.Outputs[slot]).Packets > 0 {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // addSkipped accounts for the copies that the kernel did not make: a broadcast
@@ -271,14 +327,7 @@ func (r *RuleStats) addSkipped() {
 	}
 	for i := range r.Outputs {
 		out := &r.Outputs[i]
-		rest := r.Matched
-		rest.subtract(out.Sent)
-		for _, c := range r.Drops {
-			rest.subtract(c)
-		}
-		for _, c := range out.Drops {
-			rest.subtract(c)
-		}
+		rest := r.missing(out)
 		if rest.Packets > 0 {
 			skipped := out.Drops[NoDevice]
 			skipped.add(rest.Packets, rest.Bytes)

@@ -130,6 +130,14 @@ func (s *sync) stage(c change) error {
 	if err := s.allocate(c); err != nil {
 		return err
 	}
+	if !c.continues {
+		// Before the flow entry: what dies in between leaves no rule without a name.
+		row := encodeRule(e)
+		if err := s.maps.Rules.Put(e.id, &row); err != nil {
+			return fmt.Errorf("describe rule: %w", err)
+		}
+		s.onFailure(func() error { return s.maps.Rules.Put(e.id, &bpf.RelayRule{}) })
+	}
 	for slot, o := range e.rule.Out {
 		value := encodeOutput(o, e.firstStats+uint32(slot))
 		if err := s.maps.Outputs.Put(e.first+uint32(slot), &value); err != nil {
@@ -153,12 +161,19 @@ func (s *sync) stage(c change) error {
 
 func (s *sync) allocate(c change) error {
 	e, n := c.new, uint32(len(c.new.rule.Out))
-	first, _, err := s.outputs.take(n)
+	first, used, err := s.outputs.take(n)
 	if err != nil {
 		return fmt.Errorf("outputs: %w", err)
 	}
 	e.first = first
 	s.onFailure(func() error { s.outputs.give(first, n); return nil })
+	if used && n > 1 {
+		// A frame with the number of the last one that another rule counted turns
+		// for would go on with its turns.
+		if err := zeroPerCPU[bpf.RelayTurn](s.maps.Turns, first, n); err != nil {
+			return err
+		}
+	}
 	if c.continues {
 		e.id, e.firstStats = c.old.id, c.old.firstStats
 		return nil
@@ -429,7 +444,7 @@ func (s *sync) retire() error {
 		if c.old != nil {
 			errs = append(errs, s.retireOne(c, gone, goneStats))
 		}
-		if c.new != nil {
+		if c.continues {
 			row := encodeRule(c.new)
 			errs = append(errs, s.maps.Rules.Put(c.new.id, &row))
 		}

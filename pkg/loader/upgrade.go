@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 )
 
 // Upgrade replaces the programs in the kernel by this binary's, where they
@@ -31,7 +32,11 @@ func (l *Loader) upgradeRelay() error {
 		return errors.Join(err, fresh.Close())
 	}
 	for _, a := range l.links {
-		if err := a.link.Update(fresh); err != nil {
+		err := a.link.Update(fresh)
+		if errors.Is(err, unix.ENOLINK) {
+			continue // its interface has gone since
+		}
+		if err != nil {
 			return errors.Join(fmt.Errorf("upgrade interface %s: %w", a.Interface, err), fresh.Close())
 		}
 		if err := a.fillIDs(); err != nil {

@@ -8,10 +8,8 @@ import "encoding/binary"
 // counts as right.
 func Checksums(frame []byte, h *Headers) (ip, udp bool) {
 	l3 := frame[h.L3 : h.L3+h.L3Len]
-	addresses := l3[8:40]
 	ip = true
 	if h.Dst.Is4() {
-		addresses = l3[12:20]
 		ip = fold(sum(l3[:h.UDP-h.L3])) == 0xffff
 		if binary.BigEndian.Uint16(frame[h.UDP+6:]) == 0 {
 			return ip, true
@@ -23,8 +21,16 @@ func Checksums(frame []byte, h *Headers) (ip, udp bool) {
 	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
 	datagram := frame[h.UDP : h.UDP+int(length)]
 	// The pseudo header: RFC 768, and RFC 8200 section 8.1.
-	total := sum(addresses) + protocolUDP + uint64(length) + sum(datagram)
+	total := sum(addresses(l3, h)) + protocolUDP + uint64(length) + sum(datagram)
 	return ip, fold(total) == 0xffff
+}
+
+// addresses returns the source and destination, which the pseudo header begins with.
+func addresses(l3 []byte, h *Headers) []byte {
+	if h.Dst.Is4() {
+		return l3[12:20]
+	}
+	return l3[8:40]
 }
 
 func sum(b []byte) (total uint64) {
@@ -41,16 +47,14 @@ func sum(b []byte) (total uint64) {
 // said of it, which must not be a fragment.
 func FillChecksums(frame []byte, h *Headers) {
 	l3 := frame[h.L3 : h.L3+h.L3Len]
-	addresses := l3[8:40]
 	if h.Dst.Is4() {
-		addresses = l3[12:20]
 		binary.BigEndian.PutUint16(l3[10:], 0)
 		binary.BigEndian.PutUint16(l3[10:], ^fold(sum(l3[:h.UDP-h.L3])))
 	}
 	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
 	datagram := frame[h.UDP : h.UDP+int(length)]
 	binary.BigEndian.PutUint16(datagram[6:], 0)
-	check := ^fold(sum(addresses) + protocolUDP + uint64(length) + sum(datagram))
+	check := ^fold(sum(addresses(l3, h)) + protocolUDP + uint64(length) + sum(datagram))
 	if check == 0 {
 		check = 0xffff
 	}

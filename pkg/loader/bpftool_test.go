@@ -1,0 +1,68 @@
+package loader
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"xdpcast/bpf"
+)
+
+// People look at the maps with bpftool: it prints the names of fields, and
+// addresses byte by byte.
+func TestBpftoolShowsRules(t *testing.T) {
+	if _, err := exec.LookPath("bpftool"); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal("bpftool is missing")
+		}
+		t.Skip("bpftool is missing")
+	}
+	n := newLab(t, 2)
+	l := open(t, testOptions(t))
+	sync1(t, l, someRules(n)...)
+	plain := func(name string) string {
+		t.Helper()
+		var stderr bytes.Buffer
+		cmd := exec.Command("bpftool", "map", "dump", "pinned", filepath.Join(l.opts.PinDir, name))
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("bpftool: %v: %s%s", err, out, stderr.Bytes())
+		}
+		if !json.Valid(out) {
+			t.Errorf("map %s: no JSON: %s", name, out)
+		}
+		return regexp.MustCompile(`\s+`).ReplaceAllString(string(out), "")
+	}
+	for _, c := range []struct {
+		pin  string
+		want []string
+	}{
+		{pinFlows4, []string{`"group":[239,1,1,1]`, `"source":[192,168,7,7]`, `"port":5000`, `"first_output":`, `"outputs":3`}},
+		{pinFlows6, []string{`"group":[255,62,0,0,0,0,0,0,0,0,0,0,0,0,0,1]`}},
+		{bpf.RelayMapRules, []string{`"name":"one"`, `"name":"waiting"`, `"first_stats":`}},
+		{bpf.RelayMapOutputs, []string{`"dst":[239,2,2,1,`, `"src":[10,1,0,1,`, `"dst_port":6000`, `"ttl_mode":`}},
+		{bpf.RelayMapConfig, []string{`"schema":1`, `"max_rules":2048`}},
+		{bpf.RelayMapRuleStats, []string{`"packets":0`, `"last_seen_ns":`}},
+	} {
+		got := plain(c.pin)
+		for _, want := range c.want {
+			if !strings.Contains(got, want) {
+				t.Errorf("map %s: no %s in %.2000s", c.pin, want, got)
+			}
+		}
+	}
+	// The pins follow the tables in force.
+	for range 3 {
+		sync1(t, l)
+		sync1(t, l, someRules(n)[:2]...)
+	}
+	if got := plain(pinFlows4); !strings.Contains(got, `"group":[239,1,1,2]`) || strings.Contains(got, `"source":[192,168,7,7]`) {
+		t.Errorf("map flows4 is not the one in force: %s", got)
+	}
+}

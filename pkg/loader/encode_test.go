@@ -1,0 +1,129 @@
+package loader
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"xdpcast/bpf"
+)
+
+// FuzzOutput: every row that decodes means something that encodes to the same
+// again, and no row makes decoding fail badly.
+func FuzzOutput(f *testing.F) {
+	n := binary.Size(bpf.RelayOutput{})
+	f.Add(make([]byte, n))
+	for _, family := range []byte{4, 6} {
+		row := bytes.Repeat([]byte{0x5a}, n)
+		row[n-2] = family
+		f.Add(row)
+	}
+	f.Fuzz(func(t *testing.T, row []byte) {
+		if len(row) != n {
+			t.Skip("no row")
+		}
+		var b bpf.RelayOutput
+		if _, err := binary.Decode(row, binary.NativeEndian, &b); err != nil {
+			t.Fatal(err)
+		}
+		o, err := decodeOutput(&b)
+		if (err != nil) != (b.Family != 4 && b.Family != 6) {
+			t.Fatalf("family %d: %v", b.Family, err)
+		}
+		if err != nil {
+			return
+		}
+		again, err := decodeOutput(new(encodeOutput(o, b.Stats)))
+		if err != nil || again != o {
+			t.Fatalf("%+v became %+v, %v", o, again, err)
+		}
+	})
+}
+
+// FuzzKeys: keys of the flow tables mean one input each.
+func FuzzKeys(f *testing.F) {
+	f.Add(uint32(1), uint16(5000), []byte{239, 1, 1, 1}, []byte{0, 0, 0, 0})
+	f.Add(uint32(1), uint16(5000), []byte{239, 1, 1, 1}, []byte{10, 0, 0, 1})
+	f.Add(uint32(7), uint16(1), bytes.Repeat([]byte{0xff}, 16), bytes.Repeat([]byte{1}, 16))
+	f.Fuzz(func(t *testing.T, index uint32, port uint16, group, source []byte) {
+		in := Input{Index: int(index), Port: port}
+		var ok bool
+		if in.Group, ok = netip.AddrFromSlice(group); !ok || in.Group.Is4In6() {
+			t.Skip("no group")
+		}
+		if s, ok := netip.AddrFromSlice(source); ok && s.BitLen() == in.Group.BitLen() && !s.IsUnspecified() {
+			in.Source = s
+		}
+		var got Input
+		switch key := encodeKey(in).(type) {
+		case *bpf.RelayFlow4:
+			got = decodeKey4(key)
+		case *bpf.RelayFlow6:
+			got = decodeKey6(key)
+		}
+		if got != in {
+			t.Fatalf("%+v became %+v", in, got)
+		}
+	})
+}
+
+// FuzzName: a name that a rule may have is what is read back.
+func FuzzName(f *testing.F) {
+	f.Add("cam1")
+	f.Add("")
+	f.Add("größe ☃")
+	f.Add(string(bytes.Repeat([]byte{'x'}, bpf.NameLen)))
+	f.Fuzz(func(t *testing.T, name string) {
+		r := Rule{Name: name, In: Input{Index: 1, Group: netip.MustParseAddr("239.1.1.1")}, Out: make([]Output, 1)}
+		r.Out[0].Dst = r.In.Group
+		if check(r) != nil {
+			t.Skip("no name")
+		}
+		got, err := decodeName(encodeRule(&entry{rule: r}).Name)
+		if err != nil || got != name {
+			t.Fatalf("%q became %q, %v", name, got, err)
+		}
+	})
+}
+
+func TestEncodeCopies(t *testing.T) {
+	ready := func(index int) Output { return Output{Ready: true, Index: index} }
+	for _, c := range []struct {
+		name string
+		out  []Output
+		want []bpf.RelayCopy
+	}{
+		{"sorted by interface, slots in order", []Output{ready(9), ready(3), ready(9), ready(5)}, []bpf.RelayCopy{
+			{Ifindex: 3, Slot: 1, Same: 1}, {Ifindex: 5, Slot: 3, Same: 1}, {Ifindex: 9, Slot: 0, Same: 2}, {Ifindex: 9, Slot: 2},
+		}},
+		{"not ready is last and on no interface", []Output{{Index: 1}, ready(3)}, []bpf.RelayCopy{
+			{Ifindex: 3, Slot: 1, Same: 1}, {Ifindex: math.MaxUint32, Slot: 0, Same: 1},
+		}},
+		{"none ready", []Output{{}, {}}, []bpf.RelayCopy{
+			{Ifindex: math.MaxUint32, Slot: 0, Same: 2}, {Ifindex: math.MaxUint32, Slot: 1},
+		}},
+	} {
+		if got := encodeCopies(c.out); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %+v, want %+v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestEncodeFlowMTU(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		out  []Output
+		want uint16
+	}{
+		{"smallest", []Output{{Ready: true, MTU: 1500}, {Ready: true, MTU: 900}}, 900},
+		{"largest there is", []Output{{Ready: true, MTU: maxMTU}}, maxMTU},
+		{"one is not ready", []Output{{Ready: true, MTU: 1500}, {MTU: 1500}}, 0},
+	} {
+		if got := encodeFlow(&entry{rule: Rule{Out: c.out}}).MinMtu; got != c.want {
+			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		}
+	}
+}

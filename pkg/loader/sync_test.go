@@ -1,0 +1,497 @@
+package loader
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/packet"
+)
+
+func rulesOf(l *Loader) []Rule {
+	rules := l.Rules()
+	slices.SortFunc(rules, func(a, b Rule) int { return strings.Compare(a.Name, b.Name) })
+	return rules
+}
+
+// inKernel reads the rules back, as another process sees them.
+func inKernel(t testing.TB, l *Loader) []Rule {
+	t.Helper()
+	r, err := OpenReader(l.opts.PinDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	rules, err := r.Rules()
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.SortFunc(rules, func(a, b Rule) int { return strings.Compare(a.Name, b.Name) })
+	return rules
+}
+
+func sorted(rules []Rule) []Rule {
+	rules = normalized(rules)
+	slices.SortFunc(rules, func(a, b Rule) int { return strings.Compare(a.Name, b.Name) })
+	return rules
+}
+
+func sameRules(t testing.TB, what string, want, got []Rule) {
+	t.Helper()
+	if diff := cmp.Diff(fmt.Sprintf("%+v", want), fmt.Sprintf("%+v", got)); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", what, diff)
+	}
+}
+
+// Any set follows any other: the kernel holds exactly what was asked for, and with
+// no rules everything is free again. Some steps go through a restart.
+func TestSyncRandomSets(t *testing.T) {
+	n := newLab(t, 3)
+	l := open(t, testOptions(t))
+	attachAll(t, l, append(n.out, n.in)...)
+	w := newWorld(7, n)
+	var rules []Rule
+	for step := range 30 {
+		switch w.IntN(6) {
+		case 0: // all others
+			rules = w.rules(step)
+		case 1: // some more; inputs that are taken are left out
+			for _, r := range w.rules(step) {
+				if !slices.ContainsFunc(rules, func(o Rule) bool { return o.In.key() == r.In.key() }) {
+					rules = append(rules, r)
+				}
+			}
+		case 2: // some fewer
+			rules = slices.DeleteFunc(rules, func(Rule) bool { return w.chance(40) })
+		case 3: // outputs change
+			for i := range rules {
+				if w.chance(30) {
+					rules[i].Out = append(slices.Clone(rules[i].Out), w.output(rules[i].In.Group))[:min(64, len(rules[i].Out)+1)]
+				}
+			}
+		case 4: // addresses change
+			for i := range rules {
+				rules[i].In.MAC[5] = byte(step)
+				rules[i].Out = slices.Clone(rules[i].Out)
+				for slot := range rules[i].Out {
+					rules[i].Out[slot].Ready = w.chance(80)
+					rules[i].Out[slot].SrcMAC[5] = byte(step)
+				}
+			}
+		case 5: // inputs trade places
+			if len(rules) > 1 {
+				rules[0].Name, rules[1].Name = rules[1].Name, rules[0].Name
+			}
+		}
+		sync1(t, l, rules...)
+		if w.chance(10) {
+			l = reopen(t, l)
+		}
+		sameRules(t, fmt.Sprintf("step %d", step), sorted(rules), inKernel(t, l))
+		sameRules(t, fmt.Sprintf("step %d, in memory", step), sorted(rules), rulesOf(l))
+		kernelFits(t, l)
+		allocatorsFit(t, l)
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
+	sync1(t, l)
+	kernelFits(t, l)
+	allocatorsFit(t, l)
+}
+
+func TestSyncRefusals(t *testing.T) {
+	n := newLab(t, 2)
+	opts := testOptions(t)
+	opts.MaxRules, opts.MaxOutputs = 8, 12
+	l := open(t, opts)
+	rules := someRules(n)
+	sync1(t, l, rules...)
+	before := dump(t, l)
+	out := output(n.out[0], "239.3.3.3", "10.1.0.1", 7000)
+	extra := func(edit func(r *Rule)) []Rule {
+		r := Rule{Name: "extra", In: input(n.in, "239.1.1.9", "", 5000), Out: []Output{out}}
+		edit(&r)
+		return append(slices.Clone(rules), r)
+	}
+	nowhere := out
+	nowhere.Index = 9999
+	for _, c := range []struct {
+		name string
+		want []Rule
+		is   error
+		says string
+	}{
+		{"too many rules", func() []Rule {
+			all := extra(func(*Rule) {})
+			for i := range uint16(3) {
+				all = append(all, Rule{Name: fmt.Sprint("more", i), In: input(n.in, "239.1.1.8", "", i), Out: []Output{out}})
+			}
+			return all
+		}(), ErrFull, "rule more2"},
+		{"too many outputs", extra(func(r *Rule) { r.Out = slices.Repeat(r.Out, 5) }), ErrFull, "rule extra"},
+		{"no such interface", extra(func(r *Rule) { r.Out = []Output{nowhere} }), nil, "index 9999"},
+		{"no such interface, second of several", extra(func(r *Rule) { r.Out = []Output{out, nowhere} }), nil, "index 9999"},
+		{"no such interface, and everything else changes", func() []Rule {
+			all := extra(func(r *Rule) { r.Out = []Output{nowhere} })
+			all[0].In.Port, all[1].Out = 9, all[1].Out[:1]
+			return slices.Delete(all, 2, 3)
+		}(), nil, "index 9999"},
+		{"name used twice", extra(func(r *Rule) { r.Name = "one" }), nil, "name is used twice"},
+		{"input used twice", extra(func(r *Rule) { r.In = rules[0].In }), nil, "same input as rule one"},
+		{"no name", extra(func(r *Rule) { r.Name = "" }), nil, "name"},
+		{"name too long", extra(func(r *Rule) { r.Name = strings.Repeat("x", 64) }), nil, "63"},
+		{"NUL in the name", extra(func(r *Rule) { r.Name = "a\x00b" }), nil, "NUL"},
+		{"no outputs", extra(func(r *Rule) { r.Out = nil }), nil, "0 outputs"},
+		{"65 outputs", extra(func(r *Rule) { r.Out = slices.Repeat(r.Out, 65) }), nil, "65 outputs"},
+		{"no input interface", extra(func(r *Rule) { r.In.Index = 0 }), nil, "interface index 0"},
+		{"no group", extra(func(r *Rule) { r.In.Group = netip.Addr{} }), nil, "input address"},
+		{"IPv4 in IPv6", extra(func(r *Rule) { r.In.Group = netip.MustParseAddr("::ffff:239.1.1.1") }), nil, "input address"},
+		{"zone", extra(func(r *Rule) { r.In.Group = netip.MustParseAddr("ff02::1%in") }), nil, "zone"},
+		{"source of another family", extra(func(r *Rule) { r.In.Source = netip.MustParseAddr("fd00::1") }), nil, "source"},
+		{"source that is any", extra(func(r *Rule) { r.In.Source = netip.MustParseAddr("0.0.0.0") }), nil, "source"},
+		{"output of another family", extra(func(r *Rule) { r.Out = []Output{output(n.out[0], "ff3e::1", "fd00::1", 1)} }), nil, "another family"},
+		{"output without an address", extra(func(r *Rule) { r.Out = []Output{{}} }), nil, "another family"},
+		{"output source of another family", extra(func(r *Rule) { r.Out = []Output{output(n.out[0], "239.1.1.1", "fd00::1", 1)} }), nil, "another family"},
+		{"output ready without an interface", extra(func(r *Rule) {
+			o := out
+			o.Index = 0
+			r.Out = []Output{o}
+		}), nil, "interface index 0"},
+		{"negative mtu", extra(func(r *Rule) {
+			o := out
+			o.MTU = -1
+			r.Out = []Output{o}
+		}), nil, "mtu -1"},
+	} {
+		err := l.Sync(c.want)
+		var ruleErr *RuleError
+		if !errors.As(err, &ruleErr) || !strings.Contains(fmt.Sprint(err), c.says) || (c.is != nil && !errors.Is(err, c.is)) {
+			t.Errorf("%s: %v, want a RuleError that is %v and says %q", c.name, err, c.is, c.says)
+		}
+		if diff := cmp.Diff(before, dump(t, l)); diff != "" {
+			t.Fatalf("%s: has changed something (-before +after):\n%s", c.name, diff)
+		}
+	}
+	sync1(t, l, extra(func(*Rule) {})...) // there is room, after all
+}
+
+// A failure half-way leaks nothing, however often it happens.
+func TestSyncFailuresDoNotLeak(t *testing.T) {
+	n := newLab(t, 2)
+	opts := testOptions(t)
+	opts.MaxRules, opts.MaxOutputs, opts.Logger = 16, 64, nil
+	l := open(t, opts)
+	rules := someRules(n)
+	sync1(t, l, rules...)
+	before := dump(t, l)
+	nowhere := output(n.out[0], "239.3.3.3", "10.1.0.1", 7000)
+	nowhere.Index = 9999
+	good := output(n.out[1], "239.3.3.4", "10.1.1.1", 7000)
+	bad := append(slices.Clone(rules),
+		Rule{Name: "good", In: input(n.in, "239.1.1.8", "", 5000), Out: []Output{good}},
+		Rule{Name: "bad", In: input(n.in, "239.1.1.9", "", 5000), Out: []Output{nowhere}})
+	several := slices.Clone(bad)
+	several[len(several)-1].Out = []Output{good, good, nowhere}
+	for i := range 1000 {
+		want := bad
+		if i%20 == 0 {
+			want = several // makes a devmap, which the kernel is slow to free
+		}
+		if err := l.Sync(want); err == nil {
+			t.Fatal("an interface that is not there is accepted")
+		}
+	}
+	if diff := cmp.Diff(before, dump(t, l)); diff != "" {
+		t.Errorf("after 1000 failures (-before +after):\n%s", diff)
+	}
+	kernelFits(t, l)
+	allocatorsFit(t, l)
+	sync1(t, l, bad[:len(bad)-1]...)
+}
+
+// A rule that does not change loses nothing while others come, change and go, and
+// flow tables are swapped and grow.
+func TestSyncDoesNotDisturb(t *testing.T) {
+	n := newLab(t, 2)
+	opts := testOptions(t)
+	opts.MaxRules = 4096
+	l := open(t, opts)
+	attachAll(t, l, append(n.out, n.in)...)
+	steady := someRules(n)[:2]
+	sync1(t, l, steady...)
+	one, two := startStream(t, n, "239.1.1.1", 1), startStream(t, n, "239.1.1.2", 1, 1)
+	more := func(count, port int) []Rule {
+		rules := slices.Clone(steady)
+		for i := range count {
+			in := input(n.in, fmt.Sprintf("239.5.%d.%d", i/250, i%250), "", 5000)
+			rules = append(rules, Rule{Name: fmt.Sprintf("more%d", i), In: in, Out: []Output{output(n.out[i%2], "239.6.6.6", "10.1.0.1", uint16(port))}})
+		}
+		return rules
+	}
+	for round, count := range []int{1, 0, 40, 39, 1500, 3, 0} {
+		one.more()
+		two.more()
+		sync1(t, l, more(count, 1)...)
+		sync1(t, l, more(count, 2+round)...)
+	}
+	// The interface of the one output gets an egress program in its row, and loses
+	// its last other user.
+	two.finish()
+	sync1(t, l, steady[0])
+	one.more()
+	one.finish()
+	s := statsOf(t, l, "one")
+	if want := one.sent.Load(); s.Matched.Packets != want || s.Outputs[0].Sent.Packets != want || len(s.Drops)+len(s.Outputs[0].Drops) != 0 {
+		t.Errorf("%d frames sent, counters %+v", want, s)
+	}
+}
+
+// Counters outlive a change of addresses, and start anew with another destination.
+func TestSyncCounters(t *testing.T) {
+	n, r := programLab(t, 2)
+	rule := Rule{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{
+		output(n.out[0], "239.2.2.1", "10.1.0.1", 6000), output(n.out[1], "239.2.2.2", "10.1.1.1", 6000),
+	}}
+	rule.Out[1].TTLMode = packet.TTLDecrement
+	frame := sourceFrame(n, "239.1.1.1", 5000, nil)
+	frame.TTL, frame.Padding = 1, 18
+	one := frame.Build()
+	matched, sent, dropped := 0, 0, 0
+	check := func(what string) {
+		t.Helper()
+		s := statsOf(t, r.l, "r")
+		got := [3]uint64{s.Matched.Packets, s.Outputs[0].Sent.Packets, s.Outputs[1].Drops[TTL].Packets}
+		if want := [3]uint64{uint64(matched), uint64(sent), uint64(dropped)}; got != want {
+			t.Errorf("%s: matched, sent and dropped are %d, want %d", what, got, want)
+		}
+	}
+	step := func(what string, change func()) {
+		t.Helper()
+		rule.Out = slices.Clone(rule.Out)
+		change()
+		sync1(t, r.l, rule)
+		check(what)
+		r.run(t, n.in.Index, one, len(one))
+		matched, sent, dropped = matched+1, sent+1, dropped+1
+		check(what + ", one more")
+	}
+	again := func() { matched, sent, dropped = 0, 0, 0 }
+	step("new", func() {})
+	step("MAC", func() { rule.Out[0].SrcMAC[5]++; rule.Out[0].DstMAC[5]++ })
+	step("source address", func() { rule.Out[0].Src = netip.MustParseAddr("10.9.9.9") })
+	step("input MAC", func() { rule.In.MAC[5]++ })
+	step("interface", func() { rule.Out[0].Index = n.out[1].Index })
+	step("destination", func() { rule.Out[0].Dst = netip.MustParseAddr("239.2.2.9"); again() })
+	step("destination port", func() { rule.Out[0].DstPort++; again() })
+	step("input port stays, source is new", func() { rule.In.Source = netip.MustParseAddr("192.168.7.7"); again() })
+	rule.Out = append(rule.Out, rule.Out[0])
+	step("third output", again)
+	r.l = reopen(t, r.l)
+	check("restarted")
+	sync1(t, r.l)
+	again()
+	step("removed and added", func() {})
+}
+
+// Numbers of rules, outputs and counters are used again, and nothing of their past
+// shows: not counters, not drops, not which output was next.
+func TestNumbersAreUsedAgain(t *testing.T) {
+	n := newLab(t, 1)
+	opts := testOptions(t)
+	opts.MaxRules, opts.MaxOutputs = 2, 4
+	l := open(t, opts)
+	attachAll(t, l, n.in, n.out[0])
+	r := newRunner(t, l, n.relay)
+	frame := sourceFrame(n, "239.1.1.1", 5000, []byte("payload")).Build()
+	looped := sourceFrame(n, "239.1.1.1", 5000, []byte("payload"))
+	looped.SrcMAC = mac(n.in)
+	loop := looped.Build()
+	for round := range 20 {
+		rule := Rule{Name: fmt.Sprintf("round%d", round), In: input(n.in, "239.1.1.1", "", 5000)}
+		for i := range 2 {
+			rule.Out = append(rule.Out, output(n.out[0], fmt.Sprintf("239.2.2.%d", i), "10.1.0.1", uint16(round)))
+		}
+		sync1(t, r.l, rule)
+		got := r.run(t, n.in.Index, frame, len(frame))
+		for slot, o := range rule.Out {
+			if want := forwarded(t, frame, o.Rewrite); !slices.Equal(got.copies[slot], want) {
+				t.Fatalf("round %d, output %d:\n got %x\nwant %x", round, slot, got.copies[slot], want)
+			}
+		}
+		r.run(t, n.in.Index, loop, len(loop))
+		size := uint64(len(frame))
+		want := counted{Matched: Counter{2, 2 * size}, Drops: map[Reason]Counter{Loop: {1, size}}, Sent: []Counter{{1, size}, {1, size}}, Dropped: []map[Reason]Counter{{}, {}}}
+		if diff := cmp.Diff(want, counters(statsOf(t, r.l, rule.Name))); diff != "" {
+			t.Fatalf("round %d: counters (-want +got):\n%s", round, diff)
+		}
+		if round%3 == 2 {
+			r.l = reopen(t, r.l)
+		}
+	}
+}
+
+// A process that dies between any two steps leaves what the next can take over.
+func TestDiesAfterPublishing(t *testing.T) {
+	n := newLab(t, 2)
+	for _, c := range []struct {
+		name         string
+		before, want []Rule
+	}{
+		{"one more", someRules(n)[:1], someRules(n)[:2]},
+		{"first", nil, someRules(n)},
+		{"other destination", someRules(n)[:1], func() []Rule {
+			r := someRules(n)[:1]
+			r[0].Out[0].DstPort++
+			return r
+		}()},
+		{"other address", someRules(n)[:2], func() []Rule {
+			r := someRules(n)[:2]
+			r[1].Out[1].SrcMAC[5]++
+			return r
+		}()},
+		{"others", someRules(n)[:3], someRules(n)[3:]},
+		{"none", someRules(n), nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			labtest.Enter(t, n.relay)
+			l := open(t, testOptions(t))
+			sync1(t, l, c.before...)
+			// As Sync does it, up to where the process dies.
+			s := &sync{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}}
+			err := s.plan(c.want)
+			for _, change := range s.changes {
+				if err == nil && change.new != nil {
+					err = s.stage(change)
+				}
+			}
+			if err == nil {
+				err = s.publish()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			l = reopen(t, l)
+			sameRules(t, "adopted rules", sorted(c.want), rulesOf(l))
+			allocatorsFit(t, l)
+			sync1(t, l, c.want...)
+			kernelFits(t, l)
+			sync1(t, l, c.before...)
+			kernelFits(t, l)
+			allocatorsFit(t, l)
+		})
+	}
+}
+
+// crashSets are what a process applies in turn until it is killed.
+func crashSets(n *testLab) [][]Rule {
+	sets := [][]Rule{someRules(n), someRules(n)[1:4], nil, someRules(n)}
+	sets[3][1].Out[0].SrcMAC[5]++
+	sets[3][2].Out = sets[3][2].Out[:1]
+	sets[3][0].Out[0].DstPort++
+	for i := range 200 {
+		sets[1] = append(sets[1], Rule{Name: fmt.Sprint("more", i), In: input(n.in, fmt.Sprintf("239.7.0.%d", i), "", 1), Out: []Output{output(n.out[i%2], "239.8.8.8", "10.1.0.1", 1)}})
+	}
+	return sets
+}
+
+const crashDir = "XDPCAST_TEST_CRASH_DIR"
+
+// TestCrashChild is the process that TestKilled kills.
+func TestCrashChild(t *testing.T) {
+	dir := os.Getenv(crashDir)
+	if dir == "" {
+		t.Skip("is started by TestKilled")
+	}
+	l, err := Open(Options{PinDir: dir + "/bpf/xdpcast", RunDir: dir + "/run", MaxRules: 512, MaxOutputs: 1024})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &testLab{in: iface(t, "in"), out: []*net.Interface{iface(t, "out0"), iface(t, "out1")}}
+	for i := 0; ; i++ {
+		sets := crashSets(n)
+		sync1(t, l, sets[i%len(sets)]...)
+		fmt.Println("applied")
+	}
+}
+
+// A process killed at any moment leaves one of the rule sets that it was between.
+func TestKilled(t *testing.T) {
+	n := newLab(t, 2)
+	opts := testOptions(t)
+	opts.MaxRules, opts.MaxOutputs = 512, 1024
+	l := open(t, opts)
+	closeLoader(t, l)
+	random := rand.New(rand.NewPCG(3, 3))
+	// One write brings in the changes of one family.
+	ofFamily := func(rules []Rule, six bool) string {
+		rules = slices.DeleteFunc(slices.Clone(rules), func(r Rule) bool { return r.In.Group.Is6() != six })
+		return fmt.Sprintf("%+v", sorted(rules))
+	}
+	allowed := map[string]bool{}
+	for _, set := range crashSets(n) {
+		allowed[ofFamily(set, false)], allowed[ofFamily(set, true)] = true, true
+	}
+	for range 6 {
+		killChild(t, n, strings.TrimSuffix(opts.PinDir, "/bpf/xdpcast"), 1+random.IntN(8), time.Duration(random.Int64N(int64(20*time.Millisecond))))
+		l := open(t, opts)
+		if !l.Adopted() {
+			t.Fatal("the pinned state is not adopted")
+		}
+		if got := rulesOf(l); !allowed[ofFamily(got, false)] || !allowed[ofFamily(got, true)] {
+			t.Errorf("%d rules, which are none of the sets", len(got))
+		}
+		allocatorsFit(t, l)
+		sync1(t, l, someRules(n)...)
+		kernelFits(t, l)
+		closeLoader(t, l)
+	}
+}
+
+// killChild lets a child apply some sets and kills it a while into the next.
+func killChild(t *testing.T, n *testLab, dir string, sets int, while time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), labtest.Timeout)
+	defer cancel()
+	child := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestCrashChild$")
+	child.Env = append(os.Environ(), crashDir+"="+dir)
+	out, err := child.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.relay.Start(child); err != nil {
+		t.Fatal(err)
+	}
+	lines, applied := bufio.NewScanner(out), 0
+	for applied < sets && lines.Scan() {
+		if lines.Text() == "applied" {
+			applied++
+		} else {
+			t.Log("child: ", lines.Text())
+		}
+	}
+	for start := time.Now(); time.Since(start) < while; { // shorter than a sleep can be
+		continue
+	}
+	if err := child.Process.Kill(); err != nil {
+		t.Error(err)
+	}
+	err = child.Wait()
+	var exit *exec.ExitError
+	if applied < sets || !errors.As(err, &exit) || exit.Exited() {
+		t.Fatalf("child: applied %d sets, %v", applied, err)
+	}
+}
