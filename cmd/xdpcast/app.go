@@ -147,7 +147,7 @@ func report(stderr io.Writer, err error) int {
 	switch {
 	case errors.As(err, &usage), strings.HasPrefix(err.Error(), "Required flag"): // the latter is cli's own
 		return exitUsage
-	case errors.As(err, &coder):
+	case errors.As(err, &coder) && coder.ExitCode() > 0: // *exec.ExitError is one, too
 		return coder.ExitCode()
 	default:
 		return exitFailed

@@ -38,7 +38,16 @@ func loadCommand() *cli.Command {
 			if len(interfaces) == 0 {
 				return usagef("%s: --interface missing: name at least one", commandPath(c))
 			}
-			return withLoader(c, func(l *loader.Loader) error { return attach(c, l, interfaces, mode) })
+			made := false
+			err = withLoader(c, func(l *loader.Loader) error {
+				err := attach(c, l, interfaces, mode)
+				made = err != nil && !l.Adopted()
+				return err
+			})
+			if made { // and in vain
+				err = errors.Join(err, loader.Unload(loaderOptions(c, nil)))
+			}
+			return err
 		},
 	}
 }

@@ -109,17 +109,21 @@ func newLogger(c *cli.Context) (*slog.Logger, error) {
 
 // runRelay runs the relay and its API until the context ends, or either fails.
 func runRelay(c *cli.Context, opts relay.Options) error {
+	// From the start, or a hangup while the rules come in would end the process.
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+	// The socket first: a daemon that must not run must not touch the kernel.
+	listener, err := control.Listen(c.String("socket"))
+	if err != nil {
+		return explainStart(err)
+	}
 	r, err := relay.New(opts)
 	if err != nil {
-		return withRootHint(err)
+		return errors.Join(explainStart(err), listener.Close())
 	}
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
-	listener, err := control.Listen(c.String("socket"))
-	if err != nil {
-		cancel() // Run then only closes
-		return errors.Join(err, r.Run(ctx, nil))
-	}
 	var groups []uint32
 	for _, gid := range c.UintSlice("read-group") {
 		groups = append(groups, uint32(gid))
@@ -132,7 +136,7 @@ func runRelay(c *cli.Context, opts relay.Options) error {
 	reloads := make(chan struct{})
 	go func() {
 		defer close(reloads)
-		reloadOnHangup(ctx, r, opts.Logger)
+		reloadOnHangup(ctx, hangups, r, opts.Logger)
 	}()
 	err = r.Run(ctx, func() {
 		opts.Logger.Info("ready", "socket", c.String("socket"), "pins", opts.Loader.PinDir)
@@ -157,10 +161,7 @@ func notifyReady(log *slog.Logger) {
 	}
 }
 
-func reloadOnHangup(ctx context.Context, r *relay.Relay, log *slog.Logger) {
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, syscall.SIGHUP)
-	defer signal.Stop(hangups)
+func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r *relay.Relay, log *slog.Logger) {
 	for {
 		select {
 		case <-ctx.Done():
@@ -179,6 +180,18 @@ func reloadOnHangup(ctx context.Context, r *relay.Relay, log *slog.Logger) {
 			count[change.Op]++
 		}
 		log.Info("reloaded", "added", count[control.OpAdd], "changed", count[control.OpChange], "removed", count[control.OpRemove], "kept", count[control.OpKeep])
+	}
+}
+
+// explainStart says what would be right where a daemon cannot start.
+func explainStart(err error) error {
+	switch {
+	case errors.Is(err, control.ErrListening):
+		return fmt.Errorf("%w: stop it first, or choose another --socket", err)
+	case errors.Is(err, loader.ErrLocked):
+		return fmt.Errorf("%w: stop it first (the kernel goes on relaying), or choose another --pin-dir", err)
+	default:
+		return withRootHint(err)
 	}
 }
 

@@ -77,19 +77,30 @@ func (h *Host) Netlink() *netlink.Handle { return h.nl }
 
 // Close unbinds the namespace. The kernel frees it, and its end of every veth
 // pair, when the last socket and process in it are gone.
-func (h *Host) Close() error {
-	var errs []error
+func (h *Host) Close() error { return errors.Join(h.Release(), Remove(h.Name)) }
+
+// Release gives up the host without a Close: the namespace stays bound, until
+// Remove.
+func (h *Host) Release() error {
 	if h.nl != nil {
 		h.nl.Close()
 		h.nl = nil
 	}
 	if h.ns.IsOpen() {
-		errs = append(errs, h.ns.Close())
+		return h.ns.Close()
 	}
-	if err := unix.Unmount(h.Path(), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		errs = append(errs, fmt.Errorf("unmount %s: %w", h.Path(), err))
+	return nil
+}
+
+// Remove unbinds the named namespace, whoever made it. It is no error if there
+// is none.
+func Remove(name string) error {
+	path := filepath.Join(RunDir, name)
+	var errs []error
+	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		errs = append(errs, fmt.Errorf("unmount %s: %w", path, err))
 	}
-	if err := os.Remove(h.Path()); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

@@ -63,3 +63,25 @@ func TestNewHostRefusesATakenName(t *testing.T) {
 		t.Fatalf("the first host was damaged: %v", err)
 	}
 }
+
+func TestReleasedNamespaceStaysUntilRemove(t *testing.T) {
+	labtest.RequireRoot(t)
+	h, err := lab.NewHost(lab.UniqueName("labe"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Release(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(h.Path()); err != nil {
+		t.Errorf("it went with Release: %v", err)
+	}
+	for range 2 { // the second time there is none
+		if err := lab.Remove(h.Name); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(h.Path()); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is still there: %v", h.Path(), err)
+		}
+	}
+}

@@ -256,7 +256,11 @@ func adoptLink(path string) (_ *attachment, err error) {
 // pinned. ErrNotLoaded when there is nothing.
 func Unload(opts Options) error {
 	opts = opts.withDefaults()
-	if _, err := os.Stat(opts.PinDir); errors.Is(err, os.ErrNotExist) {
+	stale, err := staging(opts.PinDir)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(opts.PinDir); errors.Is(err, os.ErrNotExist) && len(stale) == 0 {
 		return fmt.Errorf("%w in %s", ErrNotLoaded, opts.PinDir)
 	}
 	lock, err := takeLock(opts)

@@ -70,9 +70,9 @@ func isBPFFS(path string) (bool, error) {
 // sweep removes what processes left that died while they were building. The
 // caller holds the lock, so nobody is building now.
 func sweep(pinDir string) error {
-	stale, err := filepath.Glob(filepath.Clean(pinDir) + "_new_*")
+	stale, err := staging(pinDir)
 	if err != nil {
-		return fmt.Errorf("look for stale pins: %w", err)
+		return err
 	}
 	var errs []error
 	for _, dir := range stale {
@@ -88,6 +88,15 @@ func removePins(dir string) error {
 		return fmt.Errorf("remove pins: %w", err)
 	}
 	return nil
+}
+
+// staging lists the directories in which pinDir is, or was, being built.
+func staging(pinDir string) ([]string, error) {
+	dirs, err := filepath.Glob(filepath.Clean(pinDir) + "_new_*")
+	if err != nil {
+		return nil, fmt.Errorf("look for stale pins: %w", err)
+	}
+	return dirs, nil
 }
 
 type pinner interface{ Pin(path string) error }

@@ -1,0 +1,343 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/traffic"
+)
+
+// demoSize is the UDP payload of the demonstration's packets, in bytes.
+const demoSize = 1000
+
+// stream is one stream of the demonstration: its rule, what the source sends,
+// and what has to arrive.
+type stream struct {
+	rule control.Rule
+	// send is the traffic from the source's own side; count and rate are added.
+	send traffic.SendConfig
+	to   string // target of send
+	// other is a second sender to the same group and port, which the rule does
+	// not name: nothing of it may come through. The zero value is none.
+	other    netip.Addr
+	arrivals []arrival // by slot
+}
+
+// arrival is what has to arrive of one output. It is written down rather than
+// derived from the rule: it is what the rule's outcome is compared with.
+type arrival struct {
+	sink string
+	at   string // group and port on the sink's interface
+	want traffic.Expected
+}
+
+// demoStreams are the four streams. Source and relay are as build makes them:
+// relay has 10.0.N.1 on ethN.
+func demoStreams() []stream {
+	source, other := netip.AddrFrom4([4]byte{10, 0, 0, 5}), netip.AddrFrom4([4]byte{10, 0, 0, 6})
+	eth1, eth3 := netip.AddrFrom4([4]byte{10, 0, 1, 1}), netip.AddrFrom4([4]byte{10, 0, 3, 1})
+	elsewhere := netip.AddrFrom4([4]byte{192, 0, 2, 9}) // documentation, RFC 5737
+	const af31, af41, ef = 26, 34, 46                   // RFC 2597, RFC 3246
+	return []stream{
+		{
+			rule: control.Rule{Name: "one-to-one", In: "239.1.1.1:5000%eth0", Out: []string{"239.2.1.1:5000%eth1,ttl=dec"}},
+			to:   "239.1.1.1:5000%eth0", send: traffic.SendConfig{Source: source, SourcePort: 41001, TTL: 16, DSCP: af31},
+			arrivals: []arrival{{"sink1", "239.2.1.1:5000%eth0", traffic.Expected{Source: eth1, SourcePort: 41001, TTL: 15, DSCP: new(uint8(af31))}}},
+		},
+		{
+			rule: control.Rule{Name: "one-to-three", In: "239.1.2.1:5000%eth0", Out: []string{
+				"239.2.2.1:5000%eth1,ttl=8", "239.2.2.2:5000%eth2,src=keep,dscp=ef", "239.2.2.3:5000%eth3,src=192.0.2.9,ttl=32,dscp=af41",
+			}},
+			to: "239.1.2.1:5000%eth0", send: traffic.SendConfig{Source: source, SourcePort: 41002, TTL: 16},
+			arrivals: []arrival{
+				{"sink1", "239.2.2.1:5000%eth0", traffic.Expected{Source: eth1, SourcePort: 41002, TTL: 8, DSCP: new(uint8(0))}},
+				{"sink2", "239.2.2.2:5000%eth0", traffic.Expected{Source: source, SourcePort: 41002, TTL: 16, DSCP: new(uint8(ef))}},
+				{"sink3", "239.2.2.3:5000%eth0", traffic.Expected{Source: elsewhere, SourcePort: 41002, TTL: 32, DSCP: new(uint8(af41))}},
+			},
+		},
+		{
+			rule: control.Rule{Name: "one-source", In: "10.0.0.5@232.1.3.1:5000%eth0", Out: []string{"239.2.3.1:5000%eth2,src=keep,ttl=4"}},
+			to:   "232.1.3.1:5000%eth0", send: traffic.SendConfig{Source: source, SourcePort: 41003, TTL: 16},
+			other:    other,
+			arrivals: []arrival{{"sink2", "239.2.3.1:5000%eth0", traffic.Expected{Source: source, SourcePort: 41003, TTL: 4, DSCP: new(uint8(0))}}},
+		},
+		{
+			rule: control.Rule{Name: "new-port", In: "239.1.4.1:5000%eth0", Out: []string{"239.2.4.1:6004%eth3,sport=7004,ttl=64"}},
+			to:   "239.1.4.1:5000%eth0", send: traffic.SendConfig{Source: source, SourcePort: 41004, TTL: 16},
+			arrivals: []arrival{{"sink3", "239.2.4.1:6004%eth0", traffic.Expected{Source: eth3, SourcePort: 7004, TTL: 64, DSCP: new(uint8(0))}}},
+		},
+	}
+}
+
+// otherShare is the part of its rival's packets that a second sender sends.
+const otherShare = 10
+
+// flight is a stream with its sender and receivers.
+type flight struct {
+	stream
+	count     uint64 // packets to send
+	sender    *traffic.Sender
+	other     *traffic.Sender     // nil when there is none
+	receivers []*traffic.Receiver // by slot
+}
+
+// flown is what became of a stream.
+type flown struct {
+	stream
+	count    uint64
+	sent     traffic.SendReport
+	other    traffic.SendReport // the zero value when there is none
+	received []traffic.RecvReport
+}
+
+// transmit sends the streams and says what became of them.
+func (d *demo) transmit(ctx context.Context) (all []flown, err error) {
+	var flights []*flight
+	defer func() {
+		for _, f := range flights {
+			err = errors.Join(err, f.close())
+		}
+	}()
+	for _, s := range d.streams {
+		f := &flight{stream: s, count: d.packets()}
+		flights = append(flights, f)
+		if err := d.open(f); err != nil {
+			return nil, fmt.Errorf("stream %s: %w", s.rule.Name, err)
+		}
+	}
+	if err := d.fly(ctx, flights); err != nil {
+		return nil, err
+	}
+	for _, f := range flights {
+		all = append(all, f.report())
+	}
+	return all, nil
+}
+
+// packets is how many packets a stream has.
+func (d *demo) packets() uint64 {
+	return max(1, uint64(math.Round(d.streamRate()*d.length.Seconds())))
+}
+
+func (d *demo) streamRate() float64 { return d.rate / float64(len(d.streams)) }
+
+// open opens the sockets: after it, nothing that is sent can be missed.
+func (d *demo) open(f *flight) error {
+	for _, a := range f.arrivals {
+		sub, err := traffic.ParseSubscription(a.at)
+		if err != nil {
+			return err
+		}
+		if err := d.hosts[a.sink].Do(func() error {
+			r, err := traffic.NewReceiver(traffic.RecvConfig{
+				Subscriptions: []traffic.Subscription{sub}, FromStart: true, Expect: f.count, Expected: a.want,
+			})
+			if err == nil {
+				f.receivers = append(f.receivers, r)
+			}
+			return err
+		}); err != nil {
+			return fmt.Errorf("%s: %w", a.sink, err)
+		}
+	}
+	cfg := f.send
+	cfg.Size, cfg.Count, cfg.Rate = demoSize, f.count, traffic.Rate{Value: d.streamRate()}
+	var err error
+	if cfg.Target, err = traffic.ParseTarget(f.to); err != nil {
+		return err
+	}
+	return d.hosts[sourceHost].Do(func() (err error) {
+		if f.sender, err = traffic.NewSender(cfg); err != nil || !f.stream.other.IsValid() {
+			return err
+		}
+		cfg.Source = f.stream.other
+		cfg.Count, cfg.Rate.Value = max(1, cfg.Count/otherShare), cfg.Rate.Value/otherShare
+		f.other, err = traffic.NewSender(cfg)
+		return err
+	})
+}
+
+func (f *flight) close() error {
+	var errs []error
+	for _, s := range []*traffic.Sender{f.sender, f.other} {
+		if s != nil {
+			errs = append(errs, s.Close())
+		}
+	}
+	for _, r := range f.receivers {
+		errs = append(errs, r.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (f *flight) report() flown {
+	out := flown{stream: f.stream, count: f.count, sent: f.sender.Report()}
+	if f.other != nil {
+		out.other = f.other.Report()
+	}
+	for _, r := range f.receivers {
+		out.received = append(out.received, r.Report())
+	}
+	return out
+}
+
+// fly runs all senders and receivers until everything has arrived, or nothing
+// more does.
+func (d *demo) fly(ctx context.Context, flights []*flight) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	group, ctx := errgroup.WithContext(ctx)
+	var sending sync.WaitGroup
+	send := func(s *traffic.Sender) {
+		sending.Add(1)
+		group.Go(func() error {
+			defer sending.Done()
+			return s.Run(ctx)
+		})
+	}
+	for _, f := range flights {
+		for _, r := range f.receivers {
+			group.Go(func() error { return r.Run(ctx) })
+		}
+	}
+	for _, f := range flights {
+		send(f.sender)
+		if f.other != nil {
+			send(f.other)
+		}
+	}
+	sent := make(chan struct{})
+	go func() {
+		sending.Wait()
+		close(sent)
+	}()
+	watchErr := d.watch(ctx, flights, sent)
+	cancel()
+	err := group.Wait() // the first failure, which may have ended the watch
+	<-sent
+	if err != nil {
+		return err
+	}
+	return watchErr
+}
+
+const (
+	// quiet is how long nothing more may arrive before everything counts as
+	// arrived: a packet too many would come in this time.
+	quiet = 200 * time.Millisecond
+	// patience is how long nothing may arrive before what is missing is lost.
+	patience = 2 * time.Second
+)
+
+// watch writes the live lines until the streams have ended and settled.
+func (d *demo) watch(ctx context.Context, flights []*flight, sent <-chan struct{}) error {
+	start := time.Now()
+	lines, looks := time.NewTicker(d.every), time.NewTicker(look)
+	defer lines.Stop()
+	defer looks.Stop()
+	fmt.Fprintf(d.live, liveFormat, "TIME", "SENT", "EXPECTED", "RECEIVED", "LOST", "SENT/S", "RECEIVED/S")
+	var shown figures
+	var shownAt time.Duration
+	last, lastChange := figures{}, start
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-lines.C:
+			now, at := figuresOf(flights), time.Since(start)
+			now.writeLine(d.live, at, shown, at-shownAt)
+			shown, shownAt = now, at
+		case <-looks.C:
+			if err := d.relay.endedEarly(); err != nil {
+				return err
+			}
+			now := figuresOf(flights)
+			if now != last {
+				last, lastChange = now, time.Now()
+			}
+			select {
+			case <-sent:
+			default:
+				continue
+			}
+			wait := patience
+			if now.received >= now.expected {
+				wait = quiet
+			}
+			if time.Since(lastChange) >= wait {
+				now.writeLine(d.live, time.Since(start), shown, 0) // all that there will be
+				fmt.Fprintln(d.live)
+				return nil
+			}
+		}
+	}
+}
+
+// figures are the sums over all streams at one moment.
+type figures struct {
+	sent      uint64 // packets
+	expected  uint64 // copies that these must become
+	received  uint64 // copies
+	lost      uint64 // copies whose numbers were skipped
+	datagrams uint64 // at the sinks, of whatever kind
+}
+
+// figuresOf adds up what the senders and receivers say.
+func figuresOf(flights []*flight) figures {
+	var f figures
+	for _, fl := range flights {
+		var received []traffic.RecvReport
+		for _, r := range fl.receivers {
+			report := r.Report()
+			received = append(received, report)
+			f.received += report.Total.Received
+			f.lost += report.Total.Lost
+			f.datagrams += report.Total.Datagrams
+		}
+		sent := sentSoFar(fl.sender.Report(), received)
+		f.sent += sent
+		f.expected += sent * uint64(len(received))
+	}
+	return f
+}
+
+// sentSoFar is how many packets a sender has sent. Its own count comes after the
+// system call that sends a batch, by when the batch may have arrived: packets are
+// numbered from 0, and what has arrived has been sent.
+func sentSoFar(sent traffic.SendReport, received []traffic.RecvReport) uint64 {
+	n := sent.Packets
+	for _, r := range received {
+		for _, g := range r.Groups {
+			for _, flow := range g.Flows {
+				if flow.Stream == sent.Stream {
+					n = max(n, flow.HighestSeq+1)
+				}
+			}
+		}
+	}
+	return n
+}
+
+// liveFormat aligns the live lines.
+const liveFormat = "%6s %12s %12s %12s %9s %11s %11s\n"
+
+// writeLine writes the figures, and the rates since those of d before; d 0 has none.
+func (f figures) writeLine(w io.Writer, at time.Duration, before figures, d time.Duration) {
+	rate := func(n uint64) string {
+		if d <= 0 {
+			return "-"
+		}
+		return perSecond(float64(n) / d.Seconds())
+	}
+	fmt.Fprintf(w, liveFormat, seconds(int64(at)), count(f.sent), count(f.expected), count(f.received), count(f.lost),
+		rate(f.sent-before.sent), rate(f.received-before.received))
+}

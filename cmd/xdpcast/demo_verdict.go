@@ -1,0 +1,257 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/traffic"
+)
+
+// verdict is what a demonstration found.
+type verdict struct {
+	// OK says that every packet arrived as its rule says, and only those.
+	OK bool `json:"ok"`
+	// Faults says what was not so, one line each.
+	Faults  []string        `json:"faults"`
+	Streams []streamVerdict `json:"streams"`
+	Total   totals          `json:"total"`
+	// Commands are to try in a lab that was kept.
+	Commands []labCommand `json:"commands,omitempty"`
+}
+
+// streamVerdict is what became of one stream.
+type streamVerdict struct {
+	Rule control.Rule `json:"rule"`
+	// Path is the one that the relay used.
+	Path string `json:"path"`
+	// Sent is what the source sent, Matched what the relay's rule took.
+	Sent    uint64         `json:"sent"`
+	Matched uint64         `json:"matched"`
+	Outputs []copyVerdict  `json:"outputs"`
+	Drops   []control.Drop `json:"drops"` // by the relay, before it made copies
+	// Other is the sender that the rule does not name, nil when there was none.
+	Other *otherVerdict `json:"other_source,omitempty"`
+}
+
+// copyVerdict is what became of the copies for one output.
+type copyVerdict struct {
+	Slot     int    `json:"slot"`
+	Sink     string `json:"sink"`
+	Endpoint string `json:"endpoint"`
+	// Expected is how many copies there must be, Relayed how many the relay
+	// sent by its own count; the rest is the receiver's.
+	Expected uint64         `json:"expected"`
+	Relayed  uint64         `json:"relayed"`
+	Drops    []control.Drop `json:"drops"` // by the relay
+	traffic.Counters
+	Latency traffic.Latency `json:"latency"`
+	// Wanted are the header fields to arrive; LastWrong is of the latest
+	// packet that had others.
+	Wanted    wantedFields    `json:"wanted"`
+	LastWrong *traffic.Fields `json:"last_wrong,omitempty"`
+}
+
+// wantedFields is traffic.Expected for programs to read.
+type wantedFields struct {
+	Source     string `json:"source"`
+	SourcePort uint16 `json:"source_port"`
+	TTL        uint8  `json:"ttl"`
+	DSCP       *uint8 `json:"dscp"`
+}
+
+// otherVerdict is what became of a sender that the rule does not name.
+type otherVerdict struct {
+	Source   string `json:"source"`
+	Sent     uint64 `json:"sent"`
+	Received uint64 `json:"received"`
+}
+
+// totals are the sums over all streams.
+type totals struct {
+	Sent     uint64 `json:"sent"`
+	Matched  uint64 `json:"matched"`
+	Expected uint64 `json:"expected"`
+	Relayed  uint64 `json:"relayed"`
+	traffic.Counters
+}
+
+// judge compares what was sent, what the relay counted and what arrived.
+func judge(all []flown, stats control.Stats) *verdict {
+	v := &verdict{Faults: []string{}}
+	var other uint64
+	for _, f := range all {
+		i := slices.IndexFunc(stats.Rules, func(r control.RuleStatus) bool { return r.Name == f.rule.Name })
+		rule := control.RuleStatus{}
+		if i >= 0 {
+			rule = stats.Rules[i]
+		}
+		s := v.judgeStream(f, rule)
+		v.Streams = append(v.Streams, s)
+		v.Total.add(s)
+		other += f.other.Packets
+	}
+	// Otherwise that nothing of them came through would show nothing.
+	if stats.Passed.Packets < other {
+		v.fault("the relay saw %d packets that no rule matched, but other sources sent %d", stats.Passed.Packets, other)
+	}
+	for _, d := range stats.TransmitDrops {
+		v.fault("the relay's interface %s did not take %s (%s)", d.Interface, plural(int(d.Packets), "packet"), d.Reason)
+	}
+	v.OK = len(v.Faults) == 0
+	return v
+}
+
+func (v *verdict) fault(format string, args ...any) {
+	v.Faults = append(v.Faults, fmt.Sprintf(format, args...))
+}
+
+func (v *verdict) judgeStream(f flown, rule control.RuleStatus) streamVerdict {
+	name := f.rule.Name
+	s := streamVerdict{Rule: f.rule, Path: rule.UsedPath, Sent: f.sent.Packets, Matched: rule.Matched.Packets, Drops: rule.Drops}
+	if rule.State != control.StateActive || rule.UsedPath == "" {
+		v.fault("%s: the rule is not active: %s", name, orDash(stateText(rule.State, rule.Reason)))
+	}
+	if s.Sent != f.count {
+		v.fault("%s: %d packets sent, not %d", name, s.Sent, f.count)
+	}
+	if s.Matched != s.Sent {
+		v.fault("%s: the rule matched %d packets of %d sent", name, s.Matched, s.Sent)
+	}
+	v.faultDrops(name, rule.Drops)
+	for slot, a := range f.arrivals {
+		out := control.OutputStatus{}
+		if slot < len(rule.Outputs) {
+			out = rule.Outputs[slot]
+		}
+		s.Outputs = append(s.Outputs, v.judgeCopy(f, slot, a, out))
+	}
+	if f.stream.other.IsValid() {
+		s.Other = v.judgeOther(f)
+	}
+	return s
+}
+
+// judgeCopy compares both the relay's count and the sink's with what was sent,
+// and so with each other.
+func (v *verdict) judgeCopy(f flown, slot int, a arrival, out control.OutputStatus) copyVerdict {
+	name := fmt.Sprintf("%s to %s", f.rule.Name, a.sink)
+	r := f.received[slot]
+	c := copyVerdict{
+		Slot: slot, Sink: a.sink, Endpoint: a.at, Expected: f.sent.Packets, Relayed: out.Sent.Packets, Drops: out.Drops,
+		Counters: r.Total, Latency: r.Latency,
+		Wanted: wantedFields{a.want.Source.String(), a.want.SourcePort, a.want.TTL, a.want.DSCP},
+	}
+	for _, g := range r.Groups {
+		c.LastWrong = g.LastWrong
+	}
+	if c.Relayed != c.Expected {
+		v.fault("%s: the relay sent %d copies of %d", name, c.Relayed, c.Expected)
+	}
+	v.faultDrops(name, out.Drops)
+	if faults := r.Faults(); len(faults) > 0 {
+		text := strings.Join(faults, ", ")
+		if w := c.LastWrong; w != nil {
+			text += fmt.Sprintf(" (the latest from %s, ttl %d, dscp %d)", w.Source, w.TTL, w.DSCP)
+		}
+		v.fault("%s: %s", name, text)
+	}
+	if c.Foreign > 0 {
+		v.fault("%s: %s not from the source", name, plural(int(c.Foreign), "packet"))
+	}
+	return c
+}
+
+func (v *verdict) faultDrops(name string, drops []control.Drop) {
+	for _, d := range drops {
+		if d.Packets > 0 {
+			v.fault("%s: the relay dropped %s: %s", name, plural(int(d.Packets), "packet"), d.Reason)
+		}
+	}
+}
+
+// judgeOther looks for packets of the second sender among what arrived.
+func (v *verdict) judgeOther(f flown) *otherVerdict {
+	o := &otherVerdict{Source: f.stream.other.String(), Sent: f.other.Packets}
+	for _, r := range f.received {
+		for _, g := range r.Groups {
+			for _, flow := range g.Flows {
+				if flow.Stream == f.other.Stream {
+					o.Received += flow.Received
+				}
+			}
+		}
+	}
+	if o.Sent == 0 {
+		v.fault("%s: the other source, %s, sent nothing", f.rule.Name, o.Source)
+	}
+	if o.Received > 0 {
+		v.fault("%s: %s from %s came through, which the rule does not name", f.rule.Name, plural(int(o.Received), "packet"), o.Source)
+	}
+	return o
+}
+
+func (t *totals) add(s streamVerdict) {
+	t.Sent += s.Sent
+	t.Matched += s.Matched
+	for _, o := range s.Outputs {
+		t.Expected += o.Expected
+		t.Relayed += o.Relayed
+		t.Received += o.Received
+		t.Datagrams += o.Datagrams
+		t.Bytes += o.Bytes
+		t.Lost += o.Lost
+		t.Duplicated += o.Duplicated
+		t.Reordered += o.Reordered
+		t.Stale += o.Stale
+		t.Corrupt += o.Corrupt
+		t.Foreign += o.Foreign
+		t.Surplus += o.Surplus
+		t.SocketDrops += o.SocketDrops
+		t.Wrong.TTL += o.Wrong.TTL
+		t.Wrong.Source += o.Wrong.Source
+		t.Wrong.SourcePort += o.Wrong.SourcePort
+		t.Wrong.DSCP += o.Wrong.DSCP
+	}
+}
+
+// write shows the verdict: a line for each stream and sink, the sums, what was
+// wrong, and the commands for a lab that stays.
+func (v *verdict) write(w io.Writer) error {
+	t := newTable("RULE", "PATH", ">SENT", ">MATCHED", "SINK", ">EXPECTED", ">RELAYED", ">RECEIVED",
+		">LOST", ">DUPLICATE", ">REORDERED", ">WRONG", ">CORRUPT", ">P50", ">P99")
+	for _, s := range v.Streams {
+		first := []string{s.Rule.Name, orDash(s.Path), count(s.Sent), count(s.Matched)}
+		for _, o := range s.Outputs {
+			row := append(first, o.Sink, count(o.Expected), count(o.Relayed))
+			row = append(row, receivedCells(o.Counters)...)
+			t.add(append(row, latency(o.Latency, o.Latency.P50NS), latency(o.Latency, o.Latency.P99NS))...)
+			first = []string{"", "", "", ""}
+		}
+	}
+	row := []string{"total", "", count(v.Total.Sent), count(v.Total.Matched), "", count(v.Total.Expected), count(v.Total.Relayed)}
+	t.add(append(append(row, receivedCells(v.Total.Counters)...), "", "")...)
+	if err := t.write(w); err != nil {
+		return err
+	}
+	fmt.Fprintln(w)
+	for _, s := range v.Streams {
+		if s.Other != nil {
+			fmt.Fprintf(w, "%s: %s from another source, %s: %d came through\n", s.Rule.Name, plural(int(s.Other.Sent), "packet"), s.Other.Source, s.Other.Received)
+		}
+	}
+	if v.OK {
+		fmt.Fprintln(w, "ok: every packet arrived as its rule says")
+	}
+	for _, fault := range v.Faults {
+		fmt.Fprintf(w, "FAILED: %s\n", printable(fault))
+	}
+	return writeLabCommands(w, v.Commands)
+}
+
+// receivedCells are what a sink counted.
+func receivedCells(c traffic.Counters) []string {
+	return []string{count(c.Received), count(c.Lost), count(c.Duplicated), count(c.Reordered), count(wrongFields(c)), count(c.Corrupt)}
+}
