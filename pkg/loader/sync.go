@@ -282,6 +282,11 @@ func (s *sync) publish() error {
 	var err error
 	if s.isSingle() {
 		err = s.publishOne(s.changes[0])
+		if err == nil && s.changes[0].old != nil {
+			// The kernel may use the old entry's memory for the next one, and retire
+			// frees what it points to. A swap of tables waits by itself.
+			waitForPrograms()
+		}
 	} else {
 		err = s.publishTables()
 	}
