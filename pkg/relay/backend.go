@@ -3,7 +3,6 @@ package relay
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 
@@ -47,27 +46,18 @@ func validateSet(all []rules.Rule) error {
 	return control.Wrap(control.KindInvalid, err)
 }
 
-// replace makes next the wanted rules. When one of the named rules then fails,
-// everything is as before, and the error says why.
+// replace makes next the wanted rules. After an error everything is as before: the
+// kernel does not take them, or one of the rules named by strict failed.
 func (r *Relay) replace(next map[string]*wantedRule, strict []string) error {
 	before := r.rules
 	r.rules = next
-	r.reconcile()
-	var errs []error
-	for _, name := range strict {
-		if w := next[name]; w.err != nil {
-			errs = append(errs, fmt.Errorf("rule %s: %w", name, w.err))
-		}
-	}
-	if msg := r.warnings["kernel"]; msg != "" && len(errs) == 0 && len(strict) > 0 {
-		errs = append(errs, errors.New(msg))
-	}
-	if len(errs) == 0 {
+	err := r.reconcile(strict)
+	if err == nil {
 		return nil
 	}
 	r.rules = before
-	r.reconcile()
-	return control.Wrap(control.KindFailed, errors.Join(errs...))
+	_ = r.reconcile(nil) // lets go of what was joined and attached for next
+	return control.Wrap(control.KindFailed, err)
 }
 
 func (r *Relay) saveState() {

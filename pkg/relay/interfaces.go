@@ -40,11 +40,28 @@ func (i *iface) firstAddr(is4 bool) (addr netip.Addr, ok bool) {
 	return addr, addr.IsValid()
 }
 
+// dumps is how often a list that changes while it is read is read again.
+const dumps = 10
+
+// readAll calls read until the kernel has not interrupted it. What an interrupted
+// dump lacks would look as if it were gone.
+func readAll[T any](what string, read func() ([]T, error)) ([]T, error) {
+	for try := 1; ; try++ {
+		all, err := read()
+		if err == nil {
+			return all, nil
+		}
+		if try == dumps || !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return nil, fmt.Errorf("list %s: %w", what, err)
+		}
+	}
+}
+
 // readInterfaces asks the kernel for all interfaces and their addresses.
 func readInterfaces() (map[string]*iface, error) {
-	links, err := netlink.LinkList()
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, fmt.Errorf("list interfaces: %w", err)
+	links, err := readAll("interfaces", netlink.LinkList)
+	if err != nil {
+		return nil, err
 	}
 	byIndex := make(map[int]*iface, len(links))
 	byName := make(map[string]*iface, len(links))
@@ -61,9 +78,11 @@ func readInterfaces() (map[string]*iface, error) {
 		}
 		byIndex[i.index], byName[i.name] = i, i
 	}
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, fmt.Errorf("list addresses: %w", err)
+	addrs, err := readAll("addresses", func() ([]netlink.Addr, error) {
+		return netlink.AddrList(nil, netlink.FAMILY_ALL)
+	})
+	if err != nil {
+		return nil, err
 	}
 	for _, a := range addrs {
 		i := byIndex[a.LinkIndex]

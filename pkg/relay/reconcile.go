@@ -3,6 +3,7 @@ package relay
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -19,6 +20,12 @@ const recheck = time.Second
 // idle is longer than anything waits for.
 const idle = time.Hour
 
+// What a warning can be about that the next try may cure.
+const (
+	aboutInterfaces = "interfaces"
+	aboutKernel     = "kernel"
+)
+
 // nextWake says when something is due although nothing has happened.
 func (r *Relay) nextWake() time.Duration {
 	wake := idle
@@ -27,6 +34,9 @@ func (r *Relay) nextWake() time.Duration {
 			wake = recheck
 			break
 		}
+	}
+	if r.warnings[aboutKernel] != "" || r.warnings[aboutInterfaces] != "" {
+		wake = recheck
 	}
 	for _, w := range r.wants {
 		if !w.joined {
@@ -40,21 +50,65 @@ func (r *Relay) nextWake() time.Duration {
 // It may be called at any time and changes nothing that is right already.
 //
 // The order is that of a rule's life: join, then publish; unpublish, then leave.
-func (r *Relay) reconcile() {
+//
+// The rules named by strict must not fail. After an error the kernel holds the
+// rules from before.
+func (r *Relay) reconcile(strict []string) error {
 	if err := r.refreshInterfaces(); err != nil {
-		r.warn("interfaces", err)
-		return
+		r.warn(aboutInterfaces, err)
+		return err
 	}
-	delete(r.warnings, "interfaces")
+	delete(r.warnings, aboutInterfaces)
 	ordered := r.orderedRules()
 	for _, w := range ordered {
 		r.resolve(w)
 	}
 	r.attach(ordered)
 	r.join(ordered)
-	r.sync(ordered)
+	if err := r.failed(strict); err != nil {
+		return err
+	}
+	if err := r.sync(ordered, strict); err != nil {
+		return err
+	}
 	r.leave()
 	r.detach()
+	r.logStates(ordered)
+	return nil
+}
+
+// failed says which of the named rules have failed.
+func (r *Relay) failed(names []string) error {
+	var errs []error
+	for _, name := range names {
+		if w := r.rules[name]; w.err != nil {
+			errs = append(errs, fmt.Errorf("rule %s: %w", name, w.err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// logStates logs what has become of rules, where that has changed.
+func (r *Relay) logStates(ordered []*wantedRule) {
+	for _, w := range ordered {
+		state := w.state
+		for _, o := range w.outputs {
+			state += " " + o.state
+		}
+		if state == w.logged {
+			continue
+		}
+		isNew := w.logged == ""
+		w.logged = state
+		switch {
+		case w.err != nil:
+			r.log.Error("rule is not active", "rule", w.rule.Name, "state", w.state, "error", w.err)
+		case w.reason != "":
+			r.log.Warn("rule is not complete", "rule", w.rule.Name, "state", w.state, "reason", w.reason)
+		case !isNew: // nothing to tell of 100,000 rules that are as they should be
+			r.log.Info("rule is complete again", "rule", w.rule.Name)
+		}
+	}
 }
 
 func (r *Relay) warn(about string, err error) {
@@ -189,8 +243,8 @@ func (r *Relay) featureCache() func(index int) loader.Features {
 }
 
 // sync writes the resolved rules to the kernel. A rule that it refuses is failed,
-// and the others go in without it.
-func (r *Relay) sync(ordered []*wantedRule) {
+// and the others go in without it, unless it is one of those named by strict.
+func (r *Relay) sync(ordered []*wantedRule, strict []string) error {
 	for {
 		want := make([]loader.Rule, 0, len(ordered))
 		for _, w := range ordered {
@@ -202,13 +256,15 @@ func (r *Relay) sync(ordered []*wantedRule) {
 		var refused *loader.RuleError
 		switch {
 		case err == nil:
-			delete(r.warnings, "kernel")
-			return
+			delete(r.warnings, aboutKernel)
+			return nil
+		case errors.As(err, &refused) && slices.Contains(strict, refused.Rule):
+			return err
 		case errors.As(err, &refused) && r.rules[refused.Rule] != nil && r.rules[refused.Rule].resolved != nil:
 			r.rules[refused.Rule].fail(refused.Err)
 		default:
-			r.warn("kernel", err)
-			return
+			r.warn(aboutKernel, err)
+			return err
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"xdpcast/pkg/control"
@@ -50,6 +51,7 @@ type Relay struct {
 	watch  *linkWatch
 
 	commands chan command
+	ended    chan struct{} // closed when Run has returned
 	started  time.Time
 	ready    bool
 
@@ -86,6 +88,7 @@ func New(opts Options) (_ *Relay, err error) {
 	r := &Relay{
 		opts: opts, log: opts.Logger, started: time.Now(),
 		commands:   make(chan command),
+		ended:      make(chan struct{}),
 		rules:      map[string]*wantedRule{},
 		interfaces: map[string]*iface{},
 		wants:      map[membership.Membership]*wantedMembership{},
@@ -127,11 +130,14 @@ func (r *Relay) readInitialRules() error {
 	if err != nil {
 		return err
 	}
+	// One by one only where something is wrong, since it takes the square of time.
+	fits := rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
 	for _, rule := range saved {
-		all := append(r.wantedRules(), rule)
-		if err := rules.ValidateSet(all); err != nil {
-			r.log.Warn("rule added through the API is left out: it does not go with the file", "rule", rule.Name, "error", err)
-			continue
+		if !fits {
+			if err := rules.ValidateSet(append(r.wantedRules(), rule)); err != nil {
+				r.log.Warn("rule added through the API is left out: it does not go with the file", "rule", rule.Name, "error", err)
+				continue
+			}
 		}
 		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginAPI}
 	}
@@ -174,13 +180,12 @@ func (r *Relay) sizeMaps() {
 // called in.
 func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	defer func() { err = errors.Join(err, r.close()) }()
-	r.keepAdopted()
-	r.reconcile()
-	for name, w := range r.rules {
-		if w.err != nil {
-			r.log.Error("rule is not active", "rule", name, "error", w.err)
-		}
+	defer close(r.ended)
+	if ctx.Err() != nil {
+		return nil
 	}
+	r.keepAdopted()
+	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
 	r.ready = true
 	if ready != nil {
 		ready()
@@ -194,9 +199,9 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case c := <-r.commands:
 			c.done <- c.fn()
 		case <-r.watch.changed:
-			r.reconcile()
+			_ = r.reconcile(nil)
 		case <-timer.C:
-			r.reconcile()
+			_ = r.reconcile(nil)
 		}
 		timer.Stop()
 	}
@@ -243,6 +248,8 @@ func (r *Relay) do(ctx context.Context, fn func() error) error {
 	select {
 	case r.commands <- c:
 		return <-c.done
+	case <-r.ended:
+		return control.Errorf(control.KindUnavailable, "the relay is stopping")
 	case <-ctx.Done():
 		return control.Errorf(control.KindUnavailable, "the relay is busy: %w", ctx.Err())
 	}

@@ -17,7 +17,8 @@ type wantedRule struct {
 
 	state   string
 	reason  string
-	err     error // why it is failed; nil otherwise
+	err     error  // why it is failed; nil otherwise
+	logged  string // the states that the log was last told
 	outputs []outputState
 	// resolved is set while the rule is to be in the kernel.
 	resolved *loader.Rule

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,13 +40,7 @@ func readState(path string) ([]rules.Rule, error) {
 // writeState saves the rules of the API, in one step: a reader, or a crash, meets
 // the old file or the new one.
 func (r *Relay) writeState() error {
-	saved := []control.Rule{}
-	for _, w := range r.orderedRules() {
-		if w.origin == control.OriginAPI {
-			saved = append(saved, control.FromRule(w.rule))
-		}
-	}
-	data, err := json.MarshalIndent(saved, "", "  ")
+	data, err := encodeState(r.orderedRules())
 	if err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}
@@ -53,11 +48,35 @@ func (r *Relay) writeState() error {
 	if err := os.MkdirAll(filepath.Dir(next), 0o755); err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}
-	if err := os.WriteFile(next, append(data, '\n'), 0o600); err != nil {
+	if err := os.WriteFile(next, data, 0o600); err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}
 	if err := os.Rename(next, r.opts.StateFile); err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}
 	return nil
+}
+
+// encodeState has a line for each rule, for people to read. It is called for every
+// rule that is added, with all of them.
+func encodeState(ordered []*wantedRule) ([]byte, error) {
+	var data bytes.Buffer
+	separator := "[\n"
+	for _, w := range ordered {
+		if w.origin != control.OriginAPI {
+			continue
+		}
+		line, err := json.Marshal(control.FromRule(w.rule))
+		if err != nil {
+			return nil, err
+		}
+		data.WriteString(separator)
+		data.Write(line)
+		separator = ",\n"
+	}
+	if data.Len() == 0 {
+		return []byte("[]\n"), nil
+	}
+	data.WriteString("\n]\n")
+	return data.Bytes(), nil
 }

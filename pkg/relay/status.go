@@ -108,9 +108,10 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 }
 
 func (w *wantedMembership) status(seen map[string]time.Duration) control.Group {
+	since := w.since // a copy, since others read it
 	g := control.Group{
 		Interface: w.Interface, Index: w.Index, Group: w.Group.String(), State: control.GroupJoined,
-		Since: &w.since, Tries: w.tries, Rules: slices.Clone(w.rules),
+		Since: &since, Tries: w.tries, Rules: slices.Clone(w.rules),
 	}
 	if w.Source.IsValid() {
 		g.Source = w.Source.String()
@@ -190,7 +191,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 			Version: r.opts.Version, PID: os.Getpid(), Started: r.started, Ready: r.ready,
 			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile,
 			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats.Ports),
-			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), Warnings: r.loader.Warnings(),
+			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
 		}
 		for _, w := range r.rules {
 			switch w.state {

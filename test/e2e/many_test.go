@@ -1,0 +1,280 @@
+package e2e_test
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/traffic"
+)
+
+// TestThousandRules adds 1,000 rules one by one, sends through some, and removes
+// them. Everything must be back to where it was.
+func TestThousandRules(t *testing.T) {
+	const count = 1000
+	n := newNetwork(t)
+	labtest.Connect(t, lab.End{Host: n.relay, Name: "in1", Addrs: []string{"10.3.0.1/24"}},
+		lab.End{Host: n.source, Name: "src1", Addrs: []string{"10.3.0.2/24"}})
+	in := newInstance(t, n.relay)
+	in.start("-i", "in0", "-i", "in1", "-i", "out0", "-i", "out1", "-i", "out2")
+	// The first of all makes what then stays, such as the runtime's own files.
+	in.addMany(t, 0, 8)
+	in.deleteMany(t, 0, 8)
+	var before holdings
+	eventually(t, "the last client is gone", func() string {
+		before = in.holdings()
+		// What stays: the control socket, and the one that hears of interfaces.
+		if n := before.Files["socket:"]; n != 2 {
+			return fmt.Sprintf("%d sockets", n)
+		}
+		return ""
+	})
+
+	started := time.Now()
+	slowest := in.addMany(t, 0, count)
+	took := time.Since(started)
+	t.Logf("adding %d rules one by one took %v; the slowest %v", count, took.Round(time.Millisecond), slowest.Round(time.Microsecond))
+	full := in.holdings()
+	t.Logf("memory of the daemon: %d kB before, %d kB with the rules", before.Memory, full.Memory)
+	if got := full.Filled["flows4"]; got != count {
+		t.Errorf("%d entries in the flow table, want %d", got, count)
+	}
+	if got := full.Filled["fanout"]; got != count/8 {
+		t.Errorf("%d devmaps, want %d", got, count/8)
+	}
+	if got := full.Memberships; got != count {
+		t.Errorf("%d memberships, want %d", got, count)
+	}
+	for _, i := range []int{0, 1, 2, 3, 255, 256, 509, 510, 511, 998, 999} {
+		m := manyRule(i)
+		var sinks []*sink
+		for slot := range m.Out {
+			sinks = append(sinks, receive(t, n.sinks[slot], fmt.Sprintf("239.%d.%d.%d:6000%%sink0", 3+slot, i>>8, i&255), traffic.Expected{}))
+		}
+		s := send(t, n.source, traffic.SendConfig{
+			Target: target(t, fmt.Sprintf("%s:5000%%src%d", manyGroup(i), i&1)), Count: 50, TTL: 16, Rate: traffic.Rate{Value: 20_000},
+		})
+		s.wait()
+		for _, sink := range sinks {
+			if fault := sink.finish(50); fault != "" {
+				t.Errorf("rule %d: %s", i, fault)
+			}
+		}
+		checkCounted(t, in.rule(m.Name), 50)
+	}
+
+	started = time.Now()
+	in.deleteMany(t, 0, count)
+	t.Logf("deleting them took %v", time.Since(started).Round(time.Millisecond))
+	var after holdings
+	eventually(t, "all is back to where it was", func() string {
+		after = in.holdings()
+		return cmp.Diff(before.exact(), after.exact())
+	})
+	t.Logf("memory of the daemon: %d kB after", after.Memory)
+	// The collector gives memory back when it likes.
+	if limit := before.Memory + 128<<10; after.Memory > limit {
+		t.Errorf("the daemon has %d kB, before the rules %d kB", after.Memory, before.Memory)
+	}
+
+	// And all at once, which is one swap of the flow table.
+	all := make([]control.Rule, count)
+	for i := range all {
+		all[i] = manyRule(i)
+	}
+	started = time.Now()
+	if _, err := in.client.Apply(t.Context(), all, false); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("applying them at once took %v", time.Since(started).Round(time.Millisecond))
+	if _, err := in.client.Apply(t.Context(), nil, false); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all is back to where it was", func() string {
+		after := in.holdings().exact()
+		// The flow table in force is another one now.
+		for _, h := range []holdings{before, after} {
+			h.Pins["flows4"] = 0
+		}
+		return cmp.Diff(before.exact(), after)
+	})
+}
+
+// manyRule is rule i of many: with one output or three, any-source or
+// source-specific, on one of two interfaces.
+func manyRule(i int) control.Rule {
+	r := control.Rule{Name: fmt.Sprintf("r%d", i), In: fmt.Sprintf("%s:5000%%in%d", manyGroup(i), i&1)}
+	if i&2 != 0 {
+		r.In = fmt.Sprintf("10.%d.0.2@", 1+2*(i&1)) + r.In
+	}
+	// Few with three: each waits until the kernel has let go of what it replaces.
+	outputs := 1
+	if i%8 == 7 {
+		outputs = 3
+	}
+	for slot := range outputs {
+		r.Out = append(r.Out, fmt.Sprintf("239.%d.%d.%d:6000%%out%d", 3+slot, i>>8, i&255, slot))
+	}
+	return r
+}
+
+func manyGroup(i int) string {
+	if i&2 != 0 {
+		return fmt.Sprintf("232.1.%d.%d", i>>8, i&255)
+	}
+	return fmt.Sprintf("239.1.%d.%d", i>>8, i&255)
+}
+
+func (in *instance) addMany(t *testing.T, from, to int) (slowest time.Duration) {
+	t.Helper()
+	for i := from; i < to; i++ {
+		started := time.Now()
+		status, err := in.client.AddRule(t.Context(), manyRule(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		slowest = max(slowest, time.Since(started))
+		if status.State != control.StateActive {
+			t.Fatalf("rule %s is %s (%s)", status.Name, status.State, status.Reason)
+		}
+	}
+	return slowest
+}
+
+func (in *instance) deleteMany(t *testing.T, from, to int) {
+	t.Helper()
+	for i := from; i < to; i++ {
+		if err := in.client.DeleteRule(t.Context(), fmt.Sprintf("r%d", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// holdings is what a daemon and its pinned state hold.
+type holdings struct {
+	// Files counts open files by kind: bpf maps, programs and links, sockets.
+	Files map[string]int
+	// Memberships is the number of groups of all interfaces.
+	Memberships int
+	Pins        map[string]uint32
+	// Filled counts the entries of maps that hold one for each rule or output.
+	Filled map[string]int
+	// Programs are those attached to interfaces.
+	Programs map[string]uint32
+	Memory   int // resident, kB
+}
+
+// exact is what must be the same, not only alike.
+func (h holdings) exact() holdings {
+	h.Memory = 0
+	h.Pins = maps.Clone(h.Pins)
+	return h
+}
+
+func (in *instance) holdings() holdings {
+	in.t.Helper()
+	pid := strconv.Itoa(in.running.cmd.Process.Pid)
+	h := holdings{
+		Files: openFiles(in.t, pid), Pins: pins(in.t, in.pinDir), Programs: attachedPrograms(in.t, in.host),
+		Filled: map[string]int{}, Memory: residentMemory(in.t, pid),
+	}
+	for _, groups := range igmp(in.t, in.host) {
+		h.Memberships += len(groups)
+	}
+	for _, name := range []string{"flows4", "flows6", "fanout", "rules", "rule_drops", "ports", "port_stats", "port_rows"} {
+		h.Filled[name] = filled(in.t, filepath.Join(in.pinDir, name))
+	}
+	return h
+}
+
+var inode = regexp.MustCompile(`\[\d+\]`)
+
+// openFiles counts the open files of a process by kind.
+func openFiles(t testing.TB, pid string) map[string]int {
+	t.Helper()
+	dir := filepath.Join("/proc", pid, "fd")
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := map[string]int{}
+	for _, e := range entries {
+		link, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err != nil {
+			continue // closed meanwhile
+		}
+		count[inode.ReplaceAllString(link, "")]++
+	}
+	return count
+}
+
+func residentMemory(t testing.TB, pid string) int {
+	t.Helper()
+	status, err := os.ReadFile(filepath.Join("/proc", pid, "status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(status)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kB, err := strconv.Atoi(strings.Fields(rest)[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return kB
+		}
+	}
+	t.Fatal("no VmRSS")
+	return 0
+}
+
+// filled counts the entries of a map: those of an array that are not zero.
+func filled(t testing.TB, path string) int {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	// Keys alone, since an array of maps gives a value only where there is one.
+	var key, next []byte
+	n := 0
+	for {
+		var from any
+		if key != nil {
+			from = key
+		}
+		if err := m.NextKey(from, &next); err != nil {
+			break
+		}
+		key = append(key[:0], next...)
+		value, err := m.LookupBytes(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !isZero(value) {
+			n++
+		}
+	}
+	return n
+}
+
+func isZero(b []byte) bool {
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,194 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/traffic"
+)
+
+// stream is traffic under way.
+type stream struct {
+	t      testing.TB
+	sender *traffic.Sender
+	cancel context.CancelFunc
+	ended  chan error
+}
+
+// send starts to send. The caller must stop the stream.
+func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
+	t.Helper()
+	s := &stream{t: t, ended: make(chan error, 1)}
+	labtest.Do(t, h, func() (err error) {
+		s.sender, err = traffic.NewSender(cfg)
+		return err
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	go func() {
+		// One CPU from the first host to the last: frames of a sender that moves
+		// to another may overtake those that it sent before. The thread ends with
+		// the goroutine.
+		runtime.LockOSThread()
+		var cpus unix.CPUSet
+		if err := unix.SchedGetaffinity(0, &cpus); err == nil {
+			first := 0
+			for !cpus.IsSet(first) {
+				first++
+			}
+			cpus.Zero()
+			cpus.Set(first)
+			_ = unix.SchedSetaffinity(0, &cpus) // as good as it gets
+		}
+		s.ended <- s.sender.Run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-s.ended
+		if err := s.sender.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// flows waits until so many packets more have been sent.
+func (s *stream) flows(packets uint64) {
+	s.t.Helper()
+	goal := s.sender.Report().Packets + packets
+	eventually(s.t, "packets have been sent", func() string {
+		if n := s.sender.Report().Packets; n < goal {
+			return fmt.Sprintf("%d of %d", n, goal)
+		}
+		return ""
+	})
+}
+
+// wait waits for the end of a stream that has one, and returns its packets.
+func (s *stream) wait() uint64 {
+	s.t.Helper()
+	select {
+	case err := <-s.ended:
+		if err != nil {
+			s.t.Error(err)
+		}
+		s.ended <- nil
+	case <-time.After(patience):
+		s.t.Error("the stream does not end")
+	}
+	return s.sender.Report().Packets
+}
+
+// stop ends the stream and returns how many packets there were.
+func (s *stream) stop() uint64 {
+	s.t.Helper()
+	s.cancel()
+	if err := <-s.ended; err != nil {
+		s.t.Error(err)
+	}
+	s.ended <- nil
+	return s.sender.Report().Packets
+}
+
+// sink receives one subscription.
+type sink struct {
+	t        testing.TB
+	endpoint string
+	receiver *traffic.Receiver
+	cancel   context.CancelFunc
+	ended    chan error
+}
+
+// receive starts to receive everything that is sent from now on. The streams must
+// begin later.
+func receive(t testing.TB, h *lab.Host, endpoint string, expected traffic.Expected) *sink {
+	t.Helper()
+	sub, err := traffic.ParseSubscription(endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &sink{t: t, endpoint: endpoint, ended: make(chan error, 1)}
+	labtest.Do(t, h, func() (err error) {
+		s.receiver, err = traffic.NewReceiver(traffic.RecvConfig{
+			Subscriptions: []traffic.Subscription{sub}, FromStart: true, Expected: expected,
+			SocketBuffer: 256 << 20, // seconds of traffic: no loss while this process waits for a CPU
+		})
+		return err
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	go func() { s.ended <- s.receiver.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		<-s.ended
+		if err := s.receiver.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// received is how many packets there have been so far.
+func (s *sink) received() uint64 { return s.receiver.Report().Total.Received }
+
+// wait waits for the number of packets.
+func (s *sink) wait(packets uint64) {
+	s.t.Helper()
+	eventually(s.t, "packets arrive at "+s.endpoint, func() string {
+		if n := s.received(); n < packets {
+			return fmt.Sprintf("%d of %d", n, packets)
+		}
+		return ""
+	})
+}
+
+// finish ends the reception and returns what is wrong if there were to be so many
+// packets, each once, in order, and as expected.
+func (s *sink) finish(packets uint64) string {
+	s.t.Helper()
+	for deadline := time.Now().Add(patience); s.received() < packets && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond)
+	}
+	s.cancel()
+	err := <-s.ended
+	s.ended <- nil
+	r := s.receiver.Report()
+	var faults []string
+	if err != nil {
+		faults = append(faults, err.Error())
+	}
+	if packets > 0 || r.Total.Received > 0 {
+		faults = append(faults, r.Faults()...)
+	}
+	if r.Total.Received != packets {
+		faults = append(faults, fmt.Sprintf("%d received of %d", r.Total.Received, packets))
+	}
+	if n := r.Total.Reordered; n > 0 {
+		faults = append(faults, fmt.Sprintf("%d reordered", n))
+	}
+	if n := r.Total.Foreign; n > 0 {
+		faults = append(faults, fmt.Sprintf("%d foreign", n))
+	}
+	if len(faults) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s: %s (last %+v, wrong %+v)", s.endpoint, strings.Join(faults, ", "), r.Groups[0].Last, r.Groups[0].LastWrong)
+}
+
+// target reads a target of a test.
+func target(t testing.TB, s string) traffic.Target {
+	t.Helper()
+	parsed, err := traffic.ParseTarget(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return parsed
+}

@@ -1,0 +1,66 @@
+// Package imports holds the packages to the direction in which they may import
+// each other, so that each can be understood, and tested, without those above it.
+package imports
+
+import (
+	"maps"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "xdpcast/"
+
+// allowed lists, for each package, which of ours it may import; test files are
+// free. What is not here may import anything and be imported by nothing: commands,
+// scripts and tests.
+var allowed = map[string][]string{
+	"bpf":              {},
+	"pkg/packet":       {},
+	"pkg/rules":        {},
+	"pkg/traffic":      {},
+	"pkg/membership":   {"pkg/rules"},
+	"pkg/loader":       {"bpf", "pkg/packet", "pkg/rules"},
+	"pkg/control":      {"pkg/rules"},
+	"pkg/relay":        {"bpf", "pkg/control", "pkg/loader", "pkg/membership", "pkg/packet", "pkg/rules"},
+	"internal/lab":     {},
+	"internal/labtest": {"internal/lab"},
+}
+
+// free are the folders of packages that nothing imports.
+var free = []string{"cmd/", "scripts/", "test/"}
+
+func TestImports(t *testing.T) {
+	cmd := exec.Command("go", "list", "-f", "{{.ImportPath}} {{join .Imports \" \"}}", module+"...")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %v", cmd, err)
+	}
+	seen := map[string]bool{}
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Fields(line)
+		name := strings.TrimPrefix(fields[0], module)
+		seen[name] = true
+		may, known := allowed[name]
+		if !known && !slices.ContainsFunc(free, func(dir string) bool { return strings.HasPrefix(name, dir) }) {
+			t.Errorf("package %s: say in this test what it may import", name)
+			continue
+		}
+		for _, path := range fields[1:] {
+			imported, ours := strings.CutPrefix(path, module)
+			switch {
+			case !ours:
+			case known && !slices.Contains(may, imported):
+				t.Errorf("package %s imports %s, may only %v", name, imported, may)
+			case !known && allowed[imported] == nil:
+				t.Errorf("package %s imports %s, which is not to be imported", name, imported)
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(allowed)) {
+		if !seen[name] {
+			t.Errorf("package %s is gone: remove it here", name)
+		}
+	}
+}
