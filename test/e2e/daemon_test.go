@@ -79,7 +79,13 @@ func (in *instance) on(host *lab.Host) *instance {
 
 func (in *instance) cleanUp() {
 	if in.running != nil {
-		in.running.stop(syscall.SIGTERM)
+		select {
+		case <-in.running.exited: // a test has ended it, and looked at how
+		default:
+			if code := in.running.stop(syscall.SIGTERM); code != 0 {
+				in.t.Errorf("the daemon ended with code %d", code)
+			}
+		}
 	}
 	if in.t.Failed() && in.running != nil {
 		in.t.Logf("log of the daemon:\n%s", in.running.log.String())
@@ -183,15 +189,6 @@ func (in *instance) rules() []control.RuleStatus {
 		in.t.Fatal(err)
 	}
 	return all
-}
-
-func (in *instance) status() control.Status {
-	in.t.Helper()
-	status, err := in.client.Status(in.t.Context())
-	if err != nil {
-		in.t.Fatal(err)
-	}
-	return status
 }
 
 // waitState waits until a rule has a state.

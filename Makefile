@@ -1,0 +1,68 @@
+# Targets that load programs or make namespaces (test, test-interop, demo, bench)
+# need root: sudo make demo. They install what they need and the machine lacks.
+
+ifndef GO
+GO := $(shell scripts/find-go)
+endif
+ifneq ($(GO),)
+export PATH := $(dir $(GO)):$(PATH):/usr/sbin:/sbin
+endif
+export GO
+
+VERSION := $(shell git -c safe.directory='$(CURDIR)' describe --tags --always --dirty 2>/dev/null)
+# The version has the commit; go build would fail to find it where the checkout
+# belongs to another user, as under sudo.
+BUILD_FLAGS := -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+
+.PHONY: build
+build: go ## make bin/xdpcast; no clang needed
+	@scripts/setup
+	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/xdpcast ./cmd/xdpcast
+	@if [ -n "$$SUDO_UID" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" bin; fi
+
+.PHONY: test
+test: go ## run the tests
+	@scripts/setup --test
+	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 10m ./...
+
+.PHONY: test-interop
+test-interop: go ## relay a video stream between ffmpeg and other programs
+	@scripts/setup --interop
+	$(GO) test -tags interop -count=1 -timeout 5m -v ./test/interop
+
+.PHONY: demo
+demo: build ## show the relay at work in network namespaces
+	bin/xdpcast demo
+
+.PHONY: bench
+bench: go ## measure the kernel path beside the kernel's own redirect
+	@scripts/setup
+	$(GO) run -buildvcs=false ./scripts/bench
+
+.PHONY: generate
+generate: go ## make the BPF objects and docs/cli.md again
+	@scripts/setup --dev
+	scripts/generate
+	$(GO) test ./cmd/xdpcast -count=1 -run '^TestReference$$' -update
+
+.PHONY: check-generated
+check-generated: go ## fail if something generated is stale
+	scripts/check-generated
+
+.PHONY: lint
+lint: go ## check the sources without running them
+	@scripts/setup --dev
+	scripts/lint
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin
+
+.PHONY: help
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | column -t -s "$$(printf '\t')"
+
+# go fails where there is no Go; scripts/find-go has said what to do.
+.PHONY: go
+go:
+	@test -n "$(GO)"

@@ -1,0 +1,153 @@
+//go:build interop
+
+package interop
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/control"
+)
+
+// network is a source and two sinks, with the relay between.
+type network struct {
+	source, relay *lab.Host
+	sinks         [2]*lab.Host
+}
+
+func newNet(t *testing.T) *network {
+	t.Helper()
+	n := &network{source: labtest.Host(t, "src"), relay: labtest.Host(t, "rly")}
+	labtest.Connect(t,
+		lab.End{Host: n.source, Name: "eth0", Addrs: []string{"10.0.0.1/24", "fd00::1/64"}},
+		lab.End{Host: n.relay, Name: "in0", Addrs: []string{"10.0.0.2/24", "fd00::2/64"}})
+	hosts := []*lab.Host{n.source}
+	for i, name := range []string{"out0", "out1"} {
+		n.sinks[i] = labtest.Host(t, "snk")
+		subnet := []string{"10.1.0.", "10.2.0."}[i]
+		subnet6 := []string{"fd00:1::", "fd00:2::"}[i]
+		labtest.Connect(t,
+			lab.End{Host: n.relay, Name: name, Addrs: []string{subnet + "1/24", subnet6 + "1/64"}},
+			lab.End{Host: n.sinks[i], Name: "eth0", Addrs: []string{subnet + "2/24", subnet6 + "2/64"}})
+		hosts = append(hosts, n.sinks[i])
+	}
+	for _, h := range hosts {
+		// The programs name no interface when they send or join. Where the source
+		// of a packet is, a sink does not know, and takes it nevertheless.
+		if err := h.AddRoute("0.0.0.0/0", "eth0"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return n
+}
+
+// process is a program that runs in a host.
+type process struct {
+	name   string
+	cmd    *exec.Cmd
+	stderr strings.Builder // to be read after done
+	done   chan struct{}
+	err    error
+	once   sync.Once
+}
+
+// start starts a program in a host. The test ends it, if it has not ended by itself.
+func start(ctx context.Context, t *testing.T, h *lab.Host, name string, args ...string) *process {
+	t.Helper()
+	p := &process{name: filepath.Base(name), cmd: exec.CommandContext(ctx, name, args...), done: make(chan struct{})}
+	p.cmd.Stderr = &p.stderr
+	if err := h.Start(p.cmd); err != nil {
+		t.Fatalf("start %s: %v", p.name, err)
+	}
+	go func() {
+		p.err = p.cmd.Wait()
+		close(p.done)
+	}()
+	t.Cleanup(func() { p.stop(syscall.SIGKILL) })
+	return p
+}
+
+// stop signals the process and waits for its end.
+func (p *process) stop(s syscall.Signal) {
+	p.once.Do(func() { _ = p.cmd.Process.Signal(s) })
+	<-p.done
+}
+
+// mustEnd waits until the process ends by itself, which must be without an error or
+// a complaint.
+func (p *process) mustEnd(t *testing.T) {
+	t.Helper()
+	<-p.done // the context bounds it
+	if p.err != nil || complaints(p.stderr.String()) != "" {
+		t.Errorf("%s: %v\n%s", strings.Join(p.cmd.Args, " "), p.err, p.stderr.String())
+	}
+}
+
+// relay is a running daemon.
+type relay struct {
+	program string
+	dirs    []string // flags that say where its state is
+	socket  string
+}
+
+// startRelay builds the program, and starts the daemon with a file of rules.
+func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string) *relay {
+	t.Helper()
+	dir := t.TempDir()
+	r := &relay{program: filepath.Join(dir, "xdpcast"), socket: filepath.Join(dir, "run", "xdpcast.sock")}
+	r.dirs = []string{"--pin-dir", filepath.Join(dir, "bpf", "xdpcast"), "--run-dir", filepath.Join(dir, "run")}
+	if out, err := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", r.program, "xdpcast/cmd/xdpcast").CombinedOutput(); err != nil {
+		t.Fatalf("build the program: %v\n%s", err, out)
+	}
+	file := filepath.Join(dir, "rules.yaml")
+	if err := os.WriteFile(file, []byte(rules), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // after the daemon has ended
+		if out, err := exec.Command(r.program, append([]string{"unload", "--all"}, r.dirs...)...).CombinedOutput(); err != nil {
+			t.Errorf("unload: %v\n%s", err, out)
+		}
+		if err := unix.Unmount(filepath.Join(dir, "bpf"), 0); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	args := append([]string{"--socket", r.socket, "run", "-c", file, "--mode", "native"}, r.dirs...)
+	daemon := start(ctx, t, h, r.program, args...)
+	eventually(t, "the relay is ready", func() bool {
+		select {
+		case <-daemon.done:
+			t.Fatalf("the relay has ended: %v\n%s", daemon.err, daemon.stderr.String())
+		default:
+		}
+		status, err := control.NewClient(r.socket).Status(ctx)
+		return err == nil && status.Ready && status.Active == 1
+	})
+	t.Cleanup(func() {
+		daemon.stop(syscall.SIGTERM)
+		if t.Failed() {
+			t.Logf("the relay's log:\n%s", daemon.stderr.String())
+		}
+	})
+	return r
+}
+
+// rule asks the program about a rule.
+func (r *relay) rule(ctx context.Context, t *testing.T, name string) (status control.RuleStatus) {
+	t.Helper()
+	text := output(ctx, t, r.program, "--socket", r.socket, "rule", "show", name, "-o", "json")
+	if err := json.Unmarshal([]byte(text), &status); err != nil {
+		t.Fatalf("%v in %s", err, text)
+	}
+	return status
+}
