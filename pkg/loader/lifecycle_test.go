@@ -526,7 +526,7 @@ func TestSweepsLeftovers(t *testing.T) {
 		}
 	}
 	orphan := bpf.RelayRule{Name: [bpf.NameLen]int8{'x'}}
-	slots, err := newSlots(2)
+	slots, err := l.newSlots(2)
 	if err != nil {
 		t.Fatal(err)
 	}

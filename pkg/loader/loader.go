@@ -73,6 +73,7 @@ type Loader struct {
 	log  *slog.Logger
 	lock *os.File
 
+	specs    map[string]*ebpf.MapSpec // for the maps inside maps
 	maps     *mapSet
 	relay    *ebpf.Program
 	egress   *ebpf.Program
@@ -103,6 +104,9 @@ func Open(opts Options) (_ *Loader, err error) {
 		links: map[int]*attachment{},
 		rules: map[string]*entry{},
 		ports: map[int]*port{},
+	}
+	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
+		return nil, err
 	}
 	if l.lock, err = takeLock(opts); err != nil {
 		return nil, err

@@ -122,11 +122,7 @@ const minTable = 1024
 
 // newTable makes a flow table for flows, not in force, with room to grow.
 func (l *Loader) newTable(outer string, flows []flowEntry) (_ *ebpf.Map, err error) {
-	specs, err := mapSpecs(1, 1)
-	if err != nil {
-		return nil, err
-	}
-	spec := specs[outer].InnerMap
+	spec := l.specs[outer].InnerMap.Copy()
 	spec.Name = outer[:len("flow_table")] + outer[len(outer)-1:]
 	for spec.MaxEntries = minTable; int(spec.MaxEntries) < 2*len(flows); {
 		spec.MaxEntries *= 2

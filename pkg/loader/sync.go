@@ -34,6 +34,7 @@ type sync struct {
 	*Loader
 	changes []change
 	undo    []func() error
+	staged  []stagedSlots
 	done    []func() error // what is left to do after success
 	// ids of rules, and of output counters, that others had before
 	reused, reusedStats map[uint32]bool
@@ -56,6 +57,7 @@ func (l *Loader) Sync(want []Rule) (err error) {
 	}
 	defer func() {
 		if err != nil {
+			s.closeStaged()
 			err = errors.Join(err, s.takeBack())
 		}
 	}()
@@ -66,6 +68,9 @@ func (l *Loader) Sync(want []Rule) (err error) {
 		if err := s.stage(c); err != nil {
 			return &RuleError{Rule: c.new.rule.Name, Err: err}
 		}
+	}
+	if err := s.writeFanout(); err != nil {
+		return err
 	}
 	if err := l.dropStaleCounters(s.reused, s.reusedStats); err != nil {
 		return err
@@ -207,11 +212,11 @@ func (s *sync) allocate(c change) error {
 
 // stageSlots makes the devmap of a rule with several outputs.
 func (s *sync) stageSlots(e *entry) error {
-	slots, err := newSlots(len(e.rule.Out))
+	slots, err := s.newSlots(len(e.rule.Out))
 	if err != nil {
 		return err
 	}
-	defer slots.Close() // the map fanout holds it
+	s.staged = append(s.staged, stagedSlots{e.first, slots})
 	for slot, o := range e.rule.Out {
 		if !o.Ready {
 			continue
@@ -229,22 +234,70 @@ func (s *sync) stageSlots(e *entry) error {
 			return fmt.Errorf("write copies: %w", err)
 		}
 	}
-	// The kernel returns from this write only when no program that started before
-	// it runs any more: a row of ports that useSlot has changed is in force.
-	if err := s.maps.Fanout.Put(e.first, slots); err != nil {
-		return fmt.Errorf("write fanout: %w", err)
+	if len(s.staged) >= fanoutBatch {
+		return s.writeFanout()
 	}
-	s.onFailure(func() error { return s.maps.Fanout.Delete(e.first) })
 	return nil
 }
 
-func newSlots(n int) (*ebpf.Map, error) {
-	specs, err := mapSpecs(1, 1)
-	if err != nil {
-		return nil, err
+// fanoutBatch bounds the devmaps that are open at once.
+const fanoutBatch = 256
+
+// stagedSlots is the devmap of a rule that the map fanout does not hold yet.
+type stagedSlots struct {
+	first uint32
+	slots *ebpf.Map
+}
+
+// writeFanout hands the staged devmaps to the map fanout, which holds them from
+// then on. The kernel returns from the write only when no program that started
+// before it runs any more - once for all of them, since Linux 6.8 - so that a row
+// of ports that useSlot has changed is in force, too.
+func (s *sync) writeFanout() error {
+	if len(s.staged) == 0 {
+		return nil
 	}
-	spec := specs[bpf.RelayMapFanout].InnerMap
+	defer s.closeStaged()
+	rows := make([]uint32, len(s.staged))
+	fds := make([]uint32, len(s.staged))
+	for i, staged := range s.staged {
+		rows[i], fds[i] = staged.first, uint32(staged.slots.FD())
+		s.onFailure(func() error {
+			if err := s.maps.Fanout.Delete(staged.first); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("take back fanout: %w", err)
+			}
+			return nil
+		})
+	}
+	n, err := s.maps.Fanout.BatchUpdate(rows, fds, nil)
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		for i := range rows {
+			if err := s.maps.Fanout.Put(rows[i], fds[i]); err != nil {
+				return fmt.Errorf("write fanout: %w", err)
+			}
+		}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("write fanout: %d of %d rows: %w", n, len(rows), err)
+	}
+	return nil
+}
+
+func (s *sync) closeStaged() {
+	for _, staged := range s.staged {
+		if err := staged.slots.Close(); err != nil {
+			s.log.Warn("close devmap", "error", err)
+		}
+	}
+	s.staged = nil
+}
+
+func (l *Loader) newSlots(n int) (*ebpf.Map, error) {
+	spec := l.specs[bpf.RelayMapFanout].InnerMap.Copy()
 	spec.Name = "slots"
+	// The kernel takes no BTF for a devmap; to find out takes 20 ms a map.
+	spec.Key, spec.Value = nil, nil
 	spec.MaxEntries = uint32(n)
 	slots, err := ebpf.NewMap(spec)
 	if err != nil {

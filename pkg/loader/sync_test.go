@@ -379,7 +379,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 				}
 			}
 			if err == nil {
-				err = s.publish()
+				err = errors.Join(s.writeFanout(), s.publish())
 			}
 			if err != nil {
 				t.Fatal(err)
