@@ -37,6 +37,7 @@ type network struct {
 	stack   *labtest.Tap // at the relay's in: what the relay program passes
 	receive *labtest.Tap // at the sink
 	number  uint32       // of the last fence
+	from    string       // source that rules name, and "@"; empty: any
 }
 
 // newNetwork starts a relay; joinIn connects the source's eth0 with the relay's in.
@@ -262,7 +263,7 @@ func (n *network) apply(t *testing.T, groups ...netip.Addr) {
 	rules := make([]control.Rule, len(groups))
 	for i, group := range groups {
 		host := func(port, ifname string) string { return net.JoinHostPort(group.String(), port) + "%" + ifname }
-		rules[i] = control.Rule{Name: "to-" + group.String(), In: host("5000", "in"), Out: []string{host("6000", "out")}}
+		rules[i] = control.Rule{Name: "to-" + group.String(), In: n.from + host("5000", "in"), Out: []string{host("6000", "out")}}
 	}
 	if _, err := n.r.Apply(context.Background(), rules, false); err != nil {
 		t.Fatal(err)

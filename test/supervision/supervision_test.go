@@ -18,18 +18,22 @@ import (
 func TestSnoopingSwitch(t *testing.T) {
 	for _, c := range []struct {
 		version       string
+		from          string
 		igmp, mld     uint8
 		fence, groups string
 		n             int
 		querier       string // how its address begins
 	}{
-		{"IGMPv3", 3, 2, "239.255.0.1", "239.1.1.1", 500, "10.0.0.254"},
-		{"IGMPv2", 2, 2, "239.255.0.1", "239.1.1.1", 500, "10.0.0.254"},
-		{"MLDv2", 3, 2, "ff1e::ff:1", "ff1e::1:1", 100, "fe80::"},
-		{"MLDv1", 3, 1, "ff1e::ff:1", "ff1e::1:1", 100, "fe80::"},
+		{"IGMPv3", "", 3, 2, "239.255.0.1", "239.1.1.1", 500, "10.0.0.254"},
+		{"IGMPv3", "10.0.0.1@", 3, 2, "232.255.0.1", "232.1.1.1", 100, "10.0.0.254"},
+		{"IGMPv2", "", 2, 2, "239.255.0.1", "239.1.1.1", 500, "10.0.0.254"},
+		{"MLDv2", "", 3, 2, "ff1e::ff:1", "ff1e::1:1", 100, "fe80::"},
+		{"MLDv2", "fd00::1@", 3, 2, "ff3e::ff:1", "ff3e::1:1", 100, "fe80::"},
+		{"MLDv1", "", 3, 1, "ff1e::ff:1", "ff1e::1:1", 100, "fe80::"},
 	} {
-		t.Run(c.version, func(t *testing.T) {
+		t.Run(c.from+c.version, func(t *testing.T) {
 			n := newNetwork(t, snooping(t, c.igmp, c.mld))
+			n.from = c.from
 			fence, groups := netip.MustParseAddr(c.fence), consecutive(c.groups, c.n)
 			n.apply(t, fence)
 			labtest.Eventually(t, "the querier is heard, and answered in its version", func() bool {
