@@ -28,6 +28,8 @@ var abiStructs = map[string]reflect.Type{
 	"output":         reflect.TypeFor[RelayOutput](),
 	"output_stats":   reflect.TypeFor[RelayOutputStats](),
 	"port_stats":     reflect.TypeFor[TransmitPortStats](),
+	"querier":        reflect.TypeFor[RelayQuerier](),
+	"querier_key":    reflect.TypeFor[RelayQuerierKey](),
 	"rule":           reflect.TypeFor[RelayRule](),
 	"rule_stats":     reflect.TypeFor[RelayRuleStats](),
 	"turn":           reflect.TypeFor[RelayTurn](),

@@ -26,6 +26,7 @@ const (
 	EgressMapOutputs          = "outputs"
 	EgressMapPassed           = "passed"
 	EgressMapPorts            = "ports"
+	EgressMapQueriers         = "queriers"
 	EgressMapRuleDrops        = "rule_drops"
 	EgressMapRuleStats        = "rule_stats"
 	EgressMapRules            = "rules"
@@ -102,6 +103,7 @@ type EgressMapSpecs struct {
 	Outputs     *ebpf.MapSpec `ebpf:"outputs"`
 	Passed      *ebpf.MapSpec `ebpf:"passed"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
+	Queriers    *ebpf.MapSpec `ebpf:"queriers"`
 	RuleDrops   *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats   *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
@@ -154,6 +156,7 @@ type EgressMaps struct {
 	Outputs     *ebpf.Map `ebpf:"outputs"`
 	Passed      *ebpf.Map `ebpf:"passed"`
 	Ports       *ebpf.Map `ebpf:"ports"`
+	Queriers    *ebpf.Map `ebpf:"queriers"`
 	RuleDrops   *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats   *ebpf.Map `ebpf:"rule_stats"`
 	Rules       *ebpf.Map `ebpf:"rules"`
@@ -172,6 +175,7 @@ func (m *EgressMaps) Close() error {
 		m.Outputs,
 		m.Passed,
 		m.Ports,
+		m.Queriers,
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,

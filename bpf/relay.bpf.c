@@ -8,6 +8,7 @@
 #include "handover.h"
 #include "maps.h"
 #include "parse.h"
+#include "query.h"
 #include "rewrite.h"
 
 static const __u32 zero;
@@ -174,6 +175,15 @@ static __always_inline int forward(struct xdp_md *ctx, struct headers *h, const 
 	return send_many(ctx, h, flow, bytes, sequence);
 }
 
+/* What is no whole UDP packet is for the stack; queries are counted on the way.
+ * The compiler is told that this is rare, to keep it out of the way of the rest.
+ */
+static __always_inline int not_udp(struct xdp_md *ctx)
+{
+	count_query(ctx);
+	return XDP_PASS;
+}
+
 static __always_inline int relay_packet(struct xdp_md *ctx)
 {
 	void *data_end = (void *)(long)ctx->data_end;
@@ -188,14 +198,14 @@ static __always_inline int relay_packet(struct xdp_md *ctx)
 		return XDP_PASS;
 	proto = parse_eth(data, data_end, &h);
 	if (proto == bpf_htons(ETH_P_IP)) {
-		if (!parse_ip4(data_end, &h))
-			return XDP_PASS;
+		if (__builtin_expect(!parse_ip4(data_end, &h), 0))
+			return not_udp(ctx);
 		flow = lookup4(ctx->ingress_ifindex, &h, cfg->lookup_kinds);
 		return flow ? forward(ctx, &h, flow, true) : XDP_PASS;
 	}
 	if (proto == bpf_htons(ETH_P_IPV6)) {
-		if (!parse_ip6(data_end, &h))
-			return XDP_PASS;
+		if (__builtin_expect(!parse_ip6(data_end, &h), 0))
+			return not_udp(ctx);
 		flow = lookup6(ctx->ingress_ifindex, &h, cfg->lookup_kinds);
 		return flow ? forward(ctx, &h, flow, false) : XDP_PASS;
 	}

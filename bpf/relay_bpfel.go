@@ -157,6 +157,21 @@ type RelayOutputStats struct {
 	Bytes   uint64
 }
 
+type RelayQuerier struct {
+	_          structs.HostLayout
+	Packets    uint64
+	LastSeenNs uint64
+	Address    [16]uint8
+	Version    uint32
+	Pad        uint32
+}
+
+type RelayQuerierKey struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Family  uint32
+}
+
 type RelayRule struct {
 	_           structs.HostLayout
 	FirstOutput uint32
@@ -209,6 +224,7 @@ const (
 	RelayMapOutputs          = "outputs"
 	RelayMapPassed           = "passed"
 	RelayMapPorts            = "ports"
+	RelayMapQueriers         = "queriers"
 	RelayMapRuleDrops        = "rule_drops"
 	RelayMapRuleStats        = "rule_stats"
 	RelayMapRules            = "rules"
@@ -285,6 +301,7 @@ type RelayMapSpecs struct {
 	Outputs     *ebpf.MapSpec `ebpf:"outputs"`
 	Passed      *ebpf.MapSpec `ebpf:"passed"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
+	Queriers    *ebpf.MapSpec `ebpf:"queriers"`
 	RuleDrops   *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats   *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
@@ -337,6 +354,7 @@ type RelayMaps struct {
 	Outputs     *ebpf.Map `ebpf:"outputs"`
 	Passed      *ebpf.Map `ebpf:"passed"`
 	Ports       *ebpf.Map `ebpf:"ports"`
+	Queriers    *ebpf.Map `ebpf:"queriers"`
 	RuleDrops   *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats   *ebpf.Map `ebpf:"rule_stats"`
 	Rules       *ebpf.Map `ebpf:"rules"`
@@ -355,6 +373,7 @@ func (m *RelayMaps) Close() error {
 		m.Outputs,
 		m.Passed,
 		m.Ports,
+		m.Queriers,
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,

@@ -157,6 +157,21 @@ struct drop_key {
 	__u16 reason; /* enum drop_reason */
 };
 
+/* Key of queriers. */
+struct querier_key {
+	__u32 ifindex;
+	__u32 family; /* 4: IGMP, 6: MLD */
+};
+
+/* The multicast querier that an interface last heard from. */
+struct querier {
+	__u64 packets;	    /* queries, of whatever querier */
+	__u64 last_seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u8 address[16];   /* IPv4: the first four bytes; 0.0.0.0 is a switch without one */
+	__u32 version;	    /* of the last query: IGMP 1 to 3, MLD 1 or 2 */
+	__u32 pad;
+};
+
 /* Where the copies of a rule with several outputs go: one for each output, sorted
  * by interface, so that the egress program finds its own.
  */

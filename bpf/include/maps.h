@@ -169,3 +169,14 @@ struct {
 	__type(key, struct drop_key);
 	__type(value, struct counter);
 } rule_drops SEC(".maps");
+
+/* queriers: interface and family -> who asks for memberships there. Entries come
+ * with the first query and go when the program is detached.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2048);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct querier_key);
+	__type(value, struct querier);
+} queriers SEC(".maps");

@@ -131,8 +131,12 @@ func (b *backend) Apply(_ context.Context, list []control.Rule, dryRun bool) (co
 
 func (b *backend) Groups(context.Context) ([]control.Group, error) {
 	return []control.Group{
-		{Interface: "eth0", Index: 2, Group: "239.1.1.1", Source: "10.0.0.5", State: control.GroupJoined, Since: before(90 * time.Minute), Tries: 1, Rules: []string{"cam1"}, LastPacket: before(2 * time.Second)},
-		{Interface: "eth7", Group: "239.9.0.1", State: control.GroupRetrying, Since: before(time.Minute), Tries: 3, Next: before(-4 * time.Second), Cause: "interface eth7 not found", Rules: []string{"feed-a", "feed-b"}},
+		{Interface: "eth0", Index: 2, Group: "239.1.1.1", Source: "10.0.0.5", State: control.GroupJoined, Since: before(90 * time.Minute), Tries: 1, Rules: []string{"cam1"}, LastPacket: before(2 * time.Second),
+			Multicast: control.Multicast{Version: "IGMPv3", Querier: "10.0.0.254", QuerierSeen: before(70 * time.Second), Queries: 44}, Detail: "joined, receiving, querier 10.0.0.254"},
+		{Interface: "eth1", Index: 3, Group: "239.1.1.1", State: control.GroupJoined, Since: before(12 * time.Second), Tries: 1, Rules: []string{"cam2"},
+			Multicast: control.Multicast{Version: "IGMPv3"}, Detail: "joined, silent for 12s, no querier heard"},
+		{Interface: "eth7", Group: "239.9.0.1", State: control.GroupRetrying, Since: before(time.Minute), Tries: 3, Next: before(-4 * time.Second), Cause: "interface eth7 not found", Rules: []string{"feed-a", "feed-b"},
+			Detail: "retrying: interface eth7 not found (next try in 4s)"},
 	}, b.note("groups")
 }
 
@@ -217,7 +221,8 @@ func TestGolden(t *testing.T) {
 	daemon(t, &backend{})
 	for name, args := range map[string]string{
 		"rule_list": "rule list", "rule_show": "rule show cam1", "rule_show_pending": "rule show feed-a",
-		"group_list": "group list", "stats_name": "stats cam1", "status": "status",
+		"group_list": "group list", "group_show": "group show 239.1.1.1", "group_show_retrying": "group show [239.9.0.1]%eth7",
+		"stats_name": "stats cam1", "status": "status",
 		"rule_apply": "rule apply --dry-run -", "reload": "reload",
 	} {
 		for _, format := range []string{"table", "json"} {
@@ -290,6 +295,8 @@ func TestCommands(t *testing.T) {
 		{[]string{"rule", "del", "none", "cam1", "nope"}, "del cam1", 1, "rule cam1: removed\n", []string{"xdpcast: rule \"none\": not found\nxdpcast: rule \"nope\": not found\n"}},
 		{[]string{"rule", "show", "none"}, "", 1, "", []string{`xdpcast: rule "none": not found`}},
 		{[]string{"stats", "none"}, "", 1, "", []string{`xdpcast: rule "none": not found`}},
+		{[]string{"group", "show", "239.7.7.7%eth0"}, "groups", 1, "", []string{`no membership of 239.7.7.7%eth0: see "xdpcast group list"`}},
+		{[]string{"group", "show", "239.1.1.1%eth7"}, "groups", 1, "", []string{`no membership of 239.1.1.1%eth7`}},
 		{[]string{"rule", "apply", file}, "apply a", 0, "+ a: 239.3.3.3:1%eth0 -> 239.4.4.4:2%eth1\n" +
 			"< cam1: 10.0.0.5@239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1,src=keep,ttl=8 10.0.9.9:6000%eth2\n" +
 			"> cam1: 10.0.0.5@239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1,src=keep,ttl=8 10.0.9.9:6000%eth2 (path kernel)\n" +
@@ -320,6 +327,9 @@ func TestCommands(t *testing.T) {
 		{[]string{"rule", "add", "cam1", "--in", in, "--out", out, "--path", "fast"}, "", 2, "", []string{`rule "cam1": path "fast": want auto, kernel, afxdp or fanout`}},
 		{[]string{"rule", "del"}, "", 2, "", []string{"NAME... missing"}},
 		{[]string{"rule", "show"}, "", 2, "", []string{"NAME missing"}},
+		{[]string{"group", "show"}, "", 2, "", []string{"GROUP[%INTERFACE] missing"}},
+		{[]string{"group", "show", "cam1"}, "", 2, "", []string{`"cam1": want GROUP or GROUP%INTERFACE`}},
+		{[]string{"group", "show", "239.1.1.1%"}, "", 2, "", []string{`"239.1.1.1%": want GROUP or GROUP%INTERFACE`}},
 		{[]string{"rule", "apply"}, "", 2, "", []string{"FILE missing"}},
 		{[]string{"rule", "export", "--origin", "x"}, "", 2, "", []string{`--origin "x": want file or api`}},
 		{[]string{"check"}, "", 2, "", []string{"FILE missing"}},
@@ -356,7 +366,7 @@ func TestDaemonErrors(t *testing.T) {
 	daemon(t, b)
 	for _, args := range []string{
 		"rule add cam1 --in 239.1.1.1:5000%eth0 --out 239.2.2.2:6000%eth1", "rule del cam1", "rule list", "rule show cam1", "rule export",
-		"group list", "stats", "stats --watch", "status", "reload",
+		"group list", "group show 239.1.1.1", "stats", "stats --watch", "status", "reload",
 	} {
 		got := call("", strings.Fields(args)...)
 		if want := (result{1, "", "xdpcast: rule \"cam1\": input is taken by rule \"cam0\"\n"}); got != want {
@@ -368,7 +378,7 @@ func TestDaemonErrors(t *testing.T) {
 func TestNoDaemon(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	want := result{1, "", "xdpcast: no xdpcast is running (no answer at " + socket + "): start one with \"xdpcast run\"\n"}
-	for _, args := range []string{"status", "rule list", "group list", "stats", "rule del a b", "reload"} {
+	for _, args := range []string{"status", "rule list", "group list", "group show 239.1.1.1", "stats", "rule del a b", "reload"} {
 		for name, line := range map[string][]string{
 			"before": append([]string{"--socket", socket}, strings.Fields(args)...),
 			"behind": append(strings.Fields(args), "--socket="+socket),

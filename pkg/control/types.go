@@ -80,6 +80,20 @@ const (
 	GroupFailed   = "failed"
 )
 
+// Multicast is how an interface and its network speak of multicast groups in one
+// family.
+type Multicast struct {
+	// Version is what the kernel speaks: "IGMPv1" to "IGMPv3", "MLDv1" or
+	// "MLDv2"; empty when it is not known.
+	Version string `json:"version,omitempty"`
+	// Querier is who was last heard asking for memberships, and QuerierSeen when;
+	// empty when none was. A switch without an address asks from 0.0.0.0.
+	Querier     string     `json:"querier,omitempty"`
+	QuerierSeen *time.Time `json:"querier_seen,omitempty"`
+	// Queries counts them since the program was attached.
+	Queries uint64 `json:"queries,omitempty"`
+}
+
 // Group is a membership that the daemon holds or wants.
 type Group struct {
 	Interface string `json:"interface"`
@@ -99,6 +113,9 @@ type Group struct {
 	Rules []string `json:"rules"`
 	// LastPacket is when a packet of the group last matched a rule.
 	LastPacket *time.Time `json:"last_packet,omitempty"`
+	Multicast
+	// Detail says all that in one line: "joined, silent for 12s, no querier heard".
+	Detail string `json:"detail,omitempty"`
 }
 
 // Roles of an interface.
@@ -132,6 +149,11 @@ type InterfaceStatus struct {
 	// TransmitDrops counts packets that the device did not take after the
 	// program had sent them; the kernel does not count their bytes.
 	TransmitDrops uint64 `json:"transmit_drops"`
+
+	// IGMP and MLD are nil while no membership is held there, and no querier
+	// heard, in the family.
+	IGMP *Multicast `json:"igmp,omitempty"`
+	MLD  *Multicast `json:"mld,omitempty"`
 }
 
 // Status is the daemon at a glance.

@@ -415,5 +415,8 @@ func (l *Loader) adoptPinnedLinks() error {
 	if counting < 2 {
 		l.attachTransmit(l.opts.PinDir)
 	}
-	return l.adoptLinks(interfaces)
+	if err := l.adoptLinks(interfaces); err != nil {
+		return err
+	}
+	return l.adoptQueriers()
 }

@@ -174,7 +174,7 @@ func (l *Loader) Detach(index int) error {
 		return nil
 	}
 	delete(l.links, index)
-	return errors.Join(a.release(), removePins(linkPin(l.opts.PinDir, index)), a.link.Close())
+	return errors.Join(a.release(), removePins(linkPin(l.opts.PinDir, index)), a.link.Close(), l.dropQueriers(index))
 }
 
 // release takes the program off the interface now. Without it the kernel does so

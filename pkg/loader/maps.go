@@ -45,6 +45,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapDrops:        &m.Drops,
 		bpf.RelayMapPassed:       &m.Passed,
 		bpf.RelayMapRuleDrops:    &m.RuleDrops,
+		bpf.RelayMapQueriers:     &m.Queriers,
 		bpf.TransmitMapPortStats: &m.PortStats,
 		bpf.TransmitMapPortRows:  &m.PortRows,
 	}

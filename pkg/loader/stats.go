@@ -102,6 +102,8 @@ type Stats struct {
 	// Passed is what no rule matched, on all interfaces.
 	Passed Counter
 	Ports  []PortStats
+	// Queriers are those heard on interfaces since the program was attached.
+	Queriers []Querier
 }
 
 // Stats reads the counters. It may be called while packets flow; each counter is
@@ -208,6 +210,9 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 		return s, err
 	}
 	if s.Ports, err = readPorts(m.PortStats); err != nil {
+		return s, err
+	}
+	if s.Queriers, err = readQueriers(m.Queriers); err != nil {
 		return s, err
 	}
 	byID := make(map[uint32]*RuleStats, len(entries))

@@ -96,8 +96,13 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 			seen[s.Name] = s.LastSeen
 		}
 		all = make([]control.Group, 0, len(r.wants))
+		now := time.Now()
+		on := r.supervise(stats.Queriers, now)
 		for _, w := range r.wants {
-			all = append(all, w.status(seen))
+			g := w.status(seen)
+			g.Multicast = on.multicast(w.Interface, w.Index, w.Group.Is4())
+			g.Detail = detail(g, now)
+			all = append(all, g)
 		}
 		slices.SortFunc(all, func(a, b control.Group) int {
 			return cmp.Or(cmp.Compare(a.Interface, b.Interface), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Source, b.Source))
@@ -190,7 +195,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 		status = control.Status{
 			Version: r.opts.Version, PID: os.Getpid(), Started: r.started, Ready: r.ready,
 			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile,
-			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats.Ports),
+			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats),
 			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
 		}
 		for _, w := range r.rules {
@@ -212,7 +217,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 }
 
 // interfaceStatuses describes the interfaces that rules or attachments name.
-func (r *Relay) interfaceStatuses(ports []loader.PortStats) []control.InterfaceStatus {
+func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus {
 	byName := map[string]*control.InterfaceStatus{}
 	get := func(name string) *control.InterfaceStatus {
 		s := byName[name]
@@ -244,7 +249,7 @@ func (r *Relay) interfaceStatuses(ports []loader.PortStats) []control.InterfaceS
 			s.Note = a.Fallback.Error()
 		}
 	}
-	for _, p := range ports {
+	for _, p := range stats.Ports {
 		get(r.nameOf(p.Index)).TransmitDrops = p.TransmitDrops + p.RedirectRefused
 	}
 	for _, c := range r.groups.Counters() {
@@ -252,6 +257,7 @@ func (r *Relay) interfaceStatuses(ports []loader.PortStats) []control.InterfaceS
 		s.JoinsAttempted, s.JoinsSucceeded, s.JoinsFailed = c.Joins.Attempted, c.Joins.Succeeded, c.Joins.Failed
 		s.Leaves, s.LeavesFailed = c.Leaves.Succeeded, c.Leaves.Failed
 	}
+	r.describeMulticast(byName, stats.Queriers)
 	all := make([]control.InterfaceStatus, 0, len(byName))
 	for _, name := range slices.Sorted(maps.Keys(byName)) {
 		all = append(all, *byName[name])

@@ -1,0 +1,87 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+)
+
+// Querier is a router or switch that asks an interface's hosts which multicast
+// groups they want (RFC 3376, RFC 3810), as the relay program heard it. Queries in
+// a VLAN are not counted.
+type Querier struct {
+	Index  int // of the interface
+	Family int // 4 (IGMP) or 6 (MLD)
+	// Version of the last query: 1 to 3 for IGMP, 1 or 2 for MLD.
+	Version int
+	// Address sent the last query. A switch without an address asks from 0.0.0.0.
+	Address netip.Addr
+	// Packets counts the queries of all queriers.
+	Packets uint64
+	// LastSeen is the age of the last query.
+	LastSeen time.Duration
+}
+
+// readQueriers returns the queriers by interface and family.
+func readQueriers(m *ebpf.Map) ([]Querier, error) {
+	var all []Querier
+	var key bpf.RelayQuerierKey
+	var value bpf.RelayQuerier
+	iter := m.Iterate()
+	for iter.Next(&key, &value) {
+		if key.Family != 4 && key.Family != 6 {
+			return nil, fmt.Errorf("read queriers: family %d: want 4 or 6", key.Family)
+		}
+		all = append(all, Querier{
+			Index: int(key.Ifindex), Family: int(key.Family), Version: int(value.Version),
+			Address: decodeAddr(value.Address, uint8(key.Family)),
+			Packets: value.Packets, LastSeen: max(0, monotonic()-time.Duration(value.LastSeenNs)),
+		})
+	}
+	if err := iter.Err(); err != nil {
+		return nil, fmt.Errorf("read queriers: %w", err)
+	}
+	slices.SortFunc(all, func(a, b Querier) int {
+		if a.Index != b.Index {
+			return a.Index - b.Index
+		}
+		return a.Family - b.Family
+	})
+	return all, nil
+}
+
+// dropQueriers forgets the queriers of an interface that has no program any more:
+// what was heard then says nothing of the network that it is in later.
+func (l *Loader) dropQueriers(index int) error {
+	for _, family := range []uint32{4, 6} {
+		key := bpf.RelayQuerierKey{Ifindex: uint32(index), Family: family}
+		if err := l.maps.Queriers.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget queriers of interface %d: %w", index, err)
+		}
+	}
+	return nil
+}
+
+// adoptQueriers forgets the queriers of interfaces that went while no process was
+// there to see it.
+func (l *Loader) adoptQueriers() error {
+	all, err := readQueriers(l.maps.Queriers)
+	if err != nil {
+		return err
+	}
+	for _, q := range all {
+		if l.links[q.Index] != nil {
+			continue
+		}
+		if err := l.dropQueriers(q.Index); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,289 @@
+// Package supervision tests group membership end to end: the relay, real traffic
+// and a switch that forwards only what its hosts have asked for.
+package supervision
+
+import (
+	"context"
+	"encoding/binary"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/relay"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// network is a source, the relay and a sink. The relay's in leads to the source,
+// over a switch if there is one, and its out to the sink.
+type network struct {
+	source, relayHost, sink *lab.Host
+	r                       *relay.Relay
+
+	send    *labtest.Tap // at the source
+	stack   *labtest.Tap // at the relay's in: what the relay program passes
+	receive *labtest.Tap // at the sink
+	number  uint32       // of the last fence
+	from    string       // source that rules name, and "@"; empty: any
+}
+
+// newNetwork starts a relay; joinIn connects the source's eth0 with the relay's in.
+func newNetwork(t *testing.T, joinIn func(source, relay lab.End)) *network {
+	t.Helper()
+	n := &network{source: labtest.Host(t, "src"), relayHost: labtest.Host(t, "rly"), sink: labtest.Host(t, "snk")}
+	joinIn(lab.End{Host: n.source, Name: "eth0", Addrs: []string{"10.0.0.1/24", "fd00::1/64"}},
+		lab.End{Host: n.relayHost, Name: "in", Addrs: []string{"10.0.0.2/24", "fd00::2/64"}})
+	labtest.Connect(t, lab.End{Host: n.relayHost, Name: "out", Addrs: []string{"10.1.0.1/24", "fd01::1/64"}},
+		lab.End{Host: n.sink, Name: "eth0", Addrs: []string{"10.1.0.2/24", "fd01::2/64"}})
+	n.send = labtest.NewTap(t, n.source, "eth0")
+	n.stack = labtest.NewTap(t, n.relayHost, "in")
+	n.receive = labtest.NewTap(t, n.sink, "eth0")
+	n.r = startRelay(t, n.relayHost)
+	return n
+}
+
+// startRelay runs a relay in a host until the test ends.
+func startRelay(t *testing.T, h *lab.Host) *relay.Relay {
+	t.Helper()
+	dir := t.TempDir()
+	opts := relay.Options{
+		Loader: loader.Options{PinDir: filepath.Join(dir, "bpf", "xdpcast"), RunDir: filepath.Join(dir, "run")},
+		Logger: slog.New(slog.DiscardHandler),
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	started, done := make(chan *relay.Relay, 1), make(chan error, 1)
+	go func() {
+		done <- h.Do(func() error {
+			r, err := relay.New(opts)
+			if err != nil {
+				return err
+			}
+			return r.Run(ctx, func() { started <- r })
+		})
+	}()
+	t.Cleanup(func() { // after the one below
+		if err := unix.Unmount(filepath.Join(dir, "bpf"), unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	select {
+	case r := <-started:
+		t.Cleanup(func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Errorf("relay: %v", err)
+			}
+		})
+		return r
+	case err := <-done:
+		cancel()
+		t.Fatalf("start relay: %v", err)
+	case <-time.After(labtest.Timeout):
+		cancel()
+		t.Fatal("the relay does not start")
+	}
+	return nil
+}
+
+// plain connects two ends by a wire.
+func plain(t *testing.T) func(a, b lab.End) {
+	return func(a, b lab.End) { labtest.Connect(t, a, b) }
+}
+
+// Times of the switch, in hundredths of a second: as short as the kernel allows, so
+// that tests need not wait for long.
+const (
+	queryInterval      = 100
+	queryResponse      = 30
+	lastMemberInterval = 10
+)
+
+// snooping connects two ends by a switch that snoops on IGMP and MLD, and asks its
+// hosts in the given versions, from 10.0.0.254 and a link-local address.
+func snooping(t *testing.T, igmpVersion, mldVersion uint8) func(a, b lab.End) {
+	return func(a, b lab.End) {
+		t.Helper()
+		sw := labtest.Host(t, "sw")
+		bridge(t, sw, unix.NLM_F_CREATE|unix.NLM_F_EXCL, map[int][]byte{
+			nl.IFLA_BR_MCAST_SNOOPING:             {1},
+			nl.IFLA_BR_MCAST_QUERY_USE_IFADDR:     {1},
+			nl.IFLA_BR_MCAST_IGMP_VERSION:         {igmpVersion},
+			nl.IFLA_BR_MCAST_MLD_VERSION:          {mldVersion},
+			nl.IFLA_BR_MCAST_LAST_MEMBER_INTVL:    nl.Uint64Attr(lastMemberInterval),
+			nl.IFLA_BR_MCAST_QUERY_INTVL:          nl.Uint64Attr(queryInterval),
+			nl.IFLA_BR_MCAST_STARTUP_QUERY_INTVL:  nl.Uint64Attr(queryInterval),
+			nl.IFLA_BR_MCAST_QUERY_RESPONSE_INTVL: nl.Uint64Attr(queryResponse),
+		})
+		if err := sw.AddAddr("br0", "10.0.0.254/24"); err != nil {
+			t.Fatal(err)
+		}
+		if err := sw.SetUp("br0", true); err != nil {
+			t.Fatal(err)
+		}
+		for i, end := range []lab.End{a, b} {
+			port := []string{"port0", "port1"}[i]
+			labtest.Connect(t, end, lab.End{Host: sw, Name: port})
+			enslave(t, sw, port)
+		}
+		// Only now: with the time for responses set, which it waits before it trusts
+		// what it has learned.
+		bridge(t, sw, 0, map[int][]byte{nl.IFLA_BR_MCAST_QUERIER: {1}})
+	}
+}
+
+// bridge makes or changes br0 (IFLA_BR_* of include/uapi/linux/if_link.h).
+func bridge(t *testing.T, h *lab.Host, flags int, options map[int][]byte) {
+	t.Helper()
+	labtest.Do(t, h, func() error {
+		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, flags|unix.NLM_F_ACK)
+		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated("br0")))
+		info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+		info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("bridge"))
+		data := info.AddRtAttr(nl.IFLA_INFO_DATA, nil)
+		for option, value := range options {
+			data.AddRtAttr(option, value)
+		}
+		req.AddData(info)
+		_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+		return err
+	})
+}
+
+func enslave(t *testing.T, sw *lab.Host, port string) {
+	t.Helper()
+	p, err := sw.Link(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	br, err := sw.Link("br0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sw.Netlink().LinkSetMaster(p, &netlink.Bridge{LinkAttrs: *br.Attrs()}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+const inPort, outPort = 5000, 6000
+
+// frame is a packet of the source to a group.
+func frame(group netip.Addr, payload []byte) []byte {
+	src := netip.MustParseAddr("10.0.0.1")
+	if group.Is6() {
+		src = netip.MustParseAddr("fd00::1")
+	}
+	return packet.Frame{
+		DstMAC: packet.MulticastMAC(group), SrcMAC: [6]byte{2, 0, 0, 0, 0, 1},
+		Src: src, Dst: group, SrcPort: 4000, DstPort: inPort, TTL: 8, Payload: payload,
+	}.Build()
+}
+
+// payload of a UDP frame to the given port; ok is false for other frames.
+func payload(b []byte, port uint16) (group netip.Addr, data []byte, ok bool) {
+	h, ok := packet.Parse(b)
+	if !ok || h.DstPort != port || !h.Dst.IsMulticast() {
+		return netip.Addr{}, nil, false
+	}
+	return h.Dst, b[h.UDP+8 : h.L3+h.L3Len], true
+}
+
+// reached counts where the packets of a probe came to, by group: to the relay's
+// stack without a rule, or to the sink.
+type reached struct {
+	stack, sink map[netip.Addr]int
+}
+
+// Fences are two frames that follow others on their way: one goes to every host
+// behind the switch, the other through the relay to the sink.
+const (
+	fenceType    = 0x88b5 // local experimental (IEEE 802)
+	fenceTimeout = 3 * time.Second
+)
+
+// fenceHeader is the Ethernet header of the first.
+var fenceHeader = append(append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, 2, 0, 0, 0, 0, 1), fenceType>>8, fenceType&0xff)
+
+// probe sends a packet to each group and tells where they came to. It sends them in
+// lots that fit every queue on the way, each followed by fences. The group of the
+// fences must be relayed; ok is false if one of them did not come.
+func (n *network) probe(fence netip.Addr, groups []netip.Addr) (got reached, ok bool) {
+	const lot = 64
+	got = reached{map[netip.Addr]int{}, map[netip.Addr]int{}}
+	for len(groups) > 0 {
+		now := groups[:min(lot, len(groups))]
+		groups = groups[len(now):]
+		for _, group := range now {
+			n.send.Send(frame(group, []byte("probe")))
+		}
+		n.number++
+		number := binary.BigEndian.AppendUint32(nil, n.number)
+		n.send.Send(append(append([]byte{}, fenceHeader...), append(number, make([]byte, 46)...)...))
+		n.send.Send(frame(fence, number))
+		atStack := n.stack.Receive(fenceTimeout, func(b []byte) bool {
+			if group, _, ok := payload(b, inPort); ok {
+				got.stack[group]++
+			}
+			return binary.BigEndian.Uint16(b[12:]) == fenceType && binary.BigEndian.Uint32(b[14:]) == n.number
+		})
+		atSink := n.receive.Receive(fenceTimeout, func(b []byte) bool {
+			group, data, ok := payload(b, outPort)
+			if !ok {
+				return false
+			}
+			if group != fence {
+				got.sink[group]++
+				return false
+			}
+			return binary.BigEndian.Uint32(data) == n.number
+		})
+		if atStack == nil || atSink == nil {
+			return got, false
+		}
+	}
+	return got, true
+}
+
+// apply makes the rules of the relay one for each group, which keeps its address.
+func (n *network) apply(t *testing.T, groups ...netip.Addr) {
+	t.Helper()
+	rules := make([]control.Rule, len(groups))
+	for i, group := range groups {
+		host := func(port, ifname string) string { return net.JoinHostPort(group.String(), port) + "%" + ifname }
+		rules[i] = control.Rule{Name: "to-" + group.String(), In: n.from + host("5000", "in"), Out: []string{host("6000", "out")}}
+	}
+	if _, err := n.r.Apply(context.Background(), rules, false); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (n *network) groups(t *testing.T) []control.Group {
+	t.Helper()
+	all, err := n.r.Groups(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// consecutive returns n addresses from first on.
+func consecutive(first string, n int) []netip.Addr {
+	all := make([]netip.Addr, n)
+	for i, addr := 0, netip.MustParseAddr(first); i < n; i, addr = i+1, addr.Next() {
+		all[i] = addr
+	}
+	return all
+}
