@@ -98,7 +98,7 @@ func compare(ctx context.Context, o options, outputs int) (r result, err error) 
 				if err != nil {
 					return err
 				}
-				rate, err := l.measure(o.frames / outputs)
+				rate, err := l.measureAgain(o.frames / outputs)
 				if err := errors.Join(err, detach()); err != nil {
 					return err
 				}
