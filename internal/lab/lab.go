@@ -229,12 +229,33 @@ func (e End) configure() error {
 	}); err != nil {
 		return err
 	}
+	if err := e.addQueue(); err != nil {
+		return err
+	}
 	if err := e.Host.SetUp(e.Name, true); err != nil {
 		return err
 	}
 	// Only now: a veth that is down does not tell its peer that it can receive
 	// redirected frames.
 	return e.Host.Do(func() error { return SetGRO(e.Name, true) })
+}
+
+// addQueue gives a veth a queue, which it has not by itself: with one, a sender
+// that is faster than the receiver waits (since Linux 6.16) instead of losing
+// packets.
+func (e End) addQueue() error {
+	l, err := e.Host.Link(e.Name)
+	if err != nil {
+		return err
+	}
+	queue := &netlink.GenericQdisc{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: l.Attrs().Index, Parent: netlink.HANDLE_ROOT},
+		QdiscType:  "pfifo",
+	}
+	if err := e.Host.nl.QdiscReplace(queue); err != nil {
+		return fmt.Errorf("queue of %s in %s: %w", e.Name, e.Host.Name, err)
+	}
+	return nil
 }
 
 // UniqueName returns a namespace name that no one else is using: the prefix
