@@ -76,7 +76,7 @@ func interfaceTable(w io.Writer, interfaces []control.InterfaceStatus) error {
 	t := newTable("INTERFACE", ">INDEX", "MODE", "ROLES", ">PROGRAM", ">LINK", ">JOINED", ">FAILED", ">LEFT", ">UNSENT", "NOTE")
 	for _, i := range interfaces {
 		t.add(i.Name, orNone(i.Index), orDash(i.Mode), orDash(strings.Join(i.Roles, "+")), orNone(int(i.ProgramID)), orNone(int(i.LinkID)),
-			humanCount(i.JoinsSucceeded), humanCount(i.JoinsFailed), humanCount(i.Leaves), humanCount(i.TransmitDrops), i.Note)
+			humanCount(i.JoinsSucceeded), humanCount(i.JoinsFailed), humanCount(i.LeavesSucceeded), humanCount(i.TransmitDrops), i.Note)
 	}
 	return t.write(w)
 }

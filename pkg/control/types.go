@@ -143,8 +143,10 @@ type InterfaceStatus struct {
 	JoinsAttempted uint64 `json:"joins_attempted"`
 	JoinsSucceeded uint64 `json:"joins_succeeded"`
 	JoinsFailed    uint64 `json:"joins_failed"`
-	Leaves         uint64 `json:"leaves"`
-	LeavesFailed   uint64 `json:"leaves_failed"`
+	// LeavesAttempted == LeavesSucceeded + LeavesFailed, likewise.
+	LeavesAttempted uint64 `json:"leaves_attempted"`
+	LeavesSucceeded uint64 `json:"leaves_succeeded"`
+	LeavesFailed    uint64 `json:"leaves_failed"`
 
 	// TransmitDrops counts packets that the device did not take after the
 	// program had sent them; the kernel does not count their bytes.

@@ -139,8 +139,8 @@ func TestFailedApplyChangesNothing(t *testing.T) {
 			}
 			for _, i := range status.Interfaces {
 				// The new group of the rule that changes was joined in vain.
-				if i.Name == "in0" && i.Leaves > 2 {
-					t.Errorf("%d groups have been left, some of them in use", i.Leaves)
+				if i.Name == "in0" && i.LeavesAttempted > 2 {
+					t.Errorf("%d groups have been left, some of them in use", i.LeavesAttempted)
 				}
 			}
 		})

@@ -255,7 +255,7 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 	for _, c := range r.groups.Counters() {
 		s := get(c.Interface)
 		s.JoinsAttempted, s.JoinsSucceeded, s.JoinsFailed = c.Joins.Attempted, c.Joins.Succeeded, c.Joins.Failed
-		s.Leaves, s.LeavesFailed = c.Leaves.Succeeded, c.Leaves.Failed
+		s.LeavesAttempted, s.LeavesSucceeded, s.LeavesFailed = c.Leaves.Attempted, c.Leaves.Succeeded, c.Leaves.Failed
 	}
 	r.describeMulticast(byName, stats.Queriers)
 	all := make([]control.InterfaceStatus, 0, len(byName))
