@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -35,14 +34,14 @@ type Features struct {
 
 // DeviceFeatures asks the kernel for the XDP features of an interface.
 func DeviceFeatures(index int) (Features, error) {
-	family, err := netlink.GenlFamilyGet(netdevFamily)
+	family, err := familyID(netdevFamily)
 	if errors.Is(err, unix.ENOENT) {
 		return Features{}, nil
 	}
 	if err != nil {
 		return Features{}, fmt.Errorf("find netlink family %s: %w", netdevFamily, err)
 	}
-	req := nl.NewNetlinkRequest(int(family.ID), 0)
+	req := nl.NewNetlinkRequest(int(family), 0)
 	req.AddData(genlHeader{netdevCmdDevGet, netdevVersion})
 	req.AddData(nl.NewRtAttr(netdevAttrIfindex, nl.Uint32Attr(uint32(index))))
 	messages, err := req.Execute(unix.NETLINK_GENERIC, 0)
@@ -65,6 +64,33 @@ func DeviceFeatures(index int) (Features, error) {
 		}
 	}
 	return Features{}, nil
+}
+
+// familyID asks for the number of a generic netlink family; ENOENT when the kernel
+// has it not. The library's own function reads two bytes beyond its header.
+func familyID(name string) (uint16, error) {
+	req := nl.NewNetlinkRequest(nl.GENL_ID_CTRL, 0)
+	req.AddData(genlHeader{nl.GENL_CTRL_CMD_GETFAMILY, nl.GENL_CTRL_VERSION})
+	req.AddData(nl.NewRtAttr(nl.GENL_CTRL_ATTR_FAMILY_NAME, nl.ZeroTerminated(name)))
+	messages, err := req.Execute(unix.NETLINK_GENERIC, 0)
+	if err != nil {
+		return 0, err
+	}
+	for _, m := range messages {
+		if len(m) < genlHeaderLen {
+			continue
+		}
+		attrs, err := nl.ParseRouteAttr(m[genlHeaderLen:])
+		if err != nil {
+			return 0, err
+		}
+		for _, a := range attrs {
+			if a.Attr.Type&nl.NLA_TYPE_MASK == nl.GENL_CTRL_ATTR_FAMILY_ID && len(a.Value) >= 2 {
+				return binary.NativeEndian.Uint16(a.Value), nil
+			}
+		}
+	}
+	return 0, errors.New("the answer names no family")
 }
 
 const genlHeaderLen = 4
