@@ -23,7 +23,8 @@ build: go ## make bin/xdpcast; no clang needed
 .PHONY: test
 test: go ## run the tests
 	@scripts/setup --test
-	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 10m ./...
+	# One package after another: several send at rates that take the whole machine.
+	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 10m ./...
 
 .PHONY: test-interop
 test-interop: go ## relay a video stream between ffmpeg and other programs
