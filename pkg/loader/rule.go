@@ -11,30 +11,63 @@ import (
 // Rule is a rule with everything resolved: interfaces are indexes, policies are
 // addresses.
 type Rule struct {
-	Name string // 1 to 63 bytes
+	Name string // 1 to 79 bytes
 	In   Input
 	Out  []Output // 1 to 64
+	// Path is PathKernel when it is not set.
+	Path Path
+	// AllowLoop takes packets that this host sent.
+	AllowLoop bool
+	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
+	AllowNoChecksum bool
+	// Rate polices the rule as a whole.
+	Rate Rate
 }
 
-// Input is what a packet is matched by.
+// Input is what a packet is matched by. It is comparable.
 type Input struct {
 	Index int     // interface index
-	MAC   [6]byte // the interface's own, for the loop check
+	MAC   [6]byte // the interface's own, for the loop check and for unicast inputs
 	Group netip.Addr
+	// Len makes Group a prefix of so many bits; 0: Group alone.
+	Len int
 	// Source is any when it is not valid.
 	Source netip.Addr
-	Port   uint16
+	Port   uint16 // 0: any
+	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN of the one
+	// around it. 0: no such tag.
+	VLAN, OuterVLAN uint16
 }
 
 // Output is where a copy goes and what it looks like.
 type Output struct {
 	// Ready is false while the output cannot send; its copies are dropped and
-	// counted as not ready.
-	Ready bool
-	Index int // interface index
-	MTU   int // bytes of IP packet
+	// counted for the reason in Blocked.
+	Ready   bool
+	Blocked Reason // NotReady or NoNeighbour; 0 is NotReady
+	Index   int    // interface index
+	MTU     int    // bytes of IP packet
 	packet.Rewrite
+	Rate Rate
 }
+
+// Rate bounds a flow with a token bucket. The zero Rate does not. Packets or Bits is
+// set, never both.
+type Rate struct {
+	Packets uint64 // a second
+	Bits    uint64 // a second, of whole frames
+	Burst   uint64 // packets with Packets, bytes with Bits; at least 1
+}
+
+// Path is how the packets of a rule travel.
+type Path uint8
+
+// The paths.
+const (
+	PathKernel Path = 1 + iota
+	PathAFXDP       // to the AF_XDP socket of the interface and queue
+	PathFanout      // to the stack, whose packet tap gives them to a PACKET_FANOUT group
+)
 
 // key is Input without what may change in place.
 func (in Input) key() Input {

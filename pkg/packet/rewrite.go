@@ -32,7 +32,31 @@ type Rewrite struct {
 	DSCP    uint8
 	// ZeroChecksum sends IPv4 without a UDP checksum.
 	ZeroChecksum bool
+	// DstLen is how many bits of Dst to write when it is a prefix: the others are
+	// the packet's own, and DstMAC is made from the whole. 0: all of them.
+	DstLen uint8
+	// PortAdd adds DstPort to the packet's port (modulo 65536, as two's complement)
+	// rather than write it: with a DstPort of 0 the port is kept.
+	PortAdd bool
+	// MinTTL is the lowest TTL or hop limit that may arrive; 0: any.
+	MinTTL uint8
+	VLAN   VLANMode
+	// VLANID and OuterVLAN are the tags with VLANSet: OuterVLAN 0 is one tag alone.
+	VLANID, OuterVLAN uint16
+	// SetPCP writes PCP into the tags that leave.
+	SetPCP bool
+	PCP    uint8
 }
+
+// VLANMode says which VLAN tags a copy carries.
+type VLANMode uint8
+
+// The modes of the VLAN tags.
+const (
+	VLANKeep VLANMode = iota
+	VLANPop
+	VLANSet
+)
 
 // Apply rewrites a frame in place. h is what Parse said of it; the address family
 // must be that of r.Dst. It is false, and the frame is unchanged, when the TTL

@@ -19,7 +19,25 @@ type Policy struct {
 	DSCP       DSCPPolicy
 	DSCPValue  uint8 // with DSCPSet alone: 0 to 63, not shifted (RFC 2474 section 3)
 	Checksum   ChecksumPolicy
+	MinTTL     uint8 // packets that arrive with a lower TTL or hop limit are dropped; 0: none
+	VLAN       VLANPolicy
+	VLANTags   VLAN  // with VLANSet alone
+	PCPSet     bool  // write PCP into the tags, else a copied tag keeps its own and a new one has 0
+	PCP        uint8 // priority code point, 0 to 7 (IEEE 802.1Q)
+	Rate       Rate
 }
+
+// VLANPolicy says which VLAN tags a copy carries.
+type VLANPolicy uint8
+
+// The VLAN policies.
+const (
+	VLANKeep VLANPolicy = iota // the packet's own
+	VLANPop                    // none
+	VLANSet                    // Policy.VLANTags, in place of those that there are
+)
+
+func (p VLANPolicy) String() string { return enumString("VLANPolicy", p, "keep", "pop", "set") }
 
 // SourcePolicy says which source address a copy carries.
 type SourcePolicy uint8

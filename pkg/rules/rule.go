@@ -24,28 +24,87 @@ const MaxNameLen = 63
 
 // Rule is one input and its outputs. The place of an output in Out is its slot.
 type Rule struct {
-	Name string // unique on the host; see Validate for its form
-	In   Input
-	Out  []Output
-	Path Path
+	Name   string // unique on the host; see Validate for its form
+	In     Input
+	Accept Acceptance
+	Out    []Output
+	Path   Path
 }
 
 // Input says which packets a rule takes: UDP datagrams to Address and Port that
 // arrive on Interface. It is comparable and so serves as a map key.
 type Input struct {
-	Interface string
-	Address   netip.Addr // multicast group, or a unicast address of this host
-	Port      uint16     // UDP destination port, host byte order
+	Interface string     // a name, or a pattern: "eth+" is every interface whose name begins with eth
+	Address   netip.Addr // multicast group or unicast address; with Len the lowest one of the prefix
+	Len       uint8      // length of the prefix in bits; 0: Address alone
+	Port      uint16     // UDP destination port, host byte order; 0: any
 	Source    netip.Addr // the one sender to take; the zero Addr takes any
+	VLAN      VLAN       // the tags that the frames carry; the zero VLAN takes untagged ones
+}
+
+// VLAN is the tags of a frame (IEEE 802.1Q). The zero VLAN has none.
+type VLAN struct {
+	ID    uint16 // of the only tag, or of the inner one; 1 to 4094
+	Outer uint16 // of the service tag around it (QinQ); 0: there is none
+}
+
+// Acceptance says what a rule takes of what its input matches, and which
+// memberships bring it.
+type Acceptance struct {
+	Join   JoinPolicy
+	Groups []netip.Addr // with JoinList alone: groups of the input's prefix
+	// ZeroChecksum takes IPv6 packets without a UDP checksum (RFC 6935), which
+	// are dropped else.
+	ZeroChecksum bool
+	// AllowLoop takes packets that this host sent, and lets a rule stand that
+	// closes a circle.
+	AllowLoop bool
+	// Rate polices the rule as a whole.
+	Rate Rate
+}
+
+// JoinPolicy says which groups of a rule's input are joined.
+type JoinPolicy uint8
+
+// The join policies. A prefix must name one of the last three.
+const (
+	JoinDefault JoinPolicy = iota // the input's one group; nothing for a unicast input
+	JoinNone                      // nothing: the network floods, or somebody else joins
+	JoinAll                       // every group of the prefix, of at most MaxJoinAll
+	JoinList                      // Acceptance.Groups
+)
+
+// MaxJoinAll is the most groups that a prefix may have to be joined as a whole.
+const MaxJoinAll = 4096
+
+// Rate bounds a flow with a token bucket. The zero Rate does not. Packets or
+// Bits is set, never both.
+type Rate struct {
+	Packets uint64 // a second
+	Bits    uint64 // a second, of whole frames as counted elsewhere
+	Burst   uint64 // packets with Packets, bytes with Bits; 0: what comes in 10 ms, at least one packet
 }
 
 // Output says where a copy goes and how it is rewritten.
 type Output struct {
-	Interface string
-	Address   netip.Addr // multicast group or unicast address
-	Port      uint16     // UDP destination port, host byte order
+	Interface string     // a name, or a pattern as in Input
+	Address   netip.Addr // multicast group or unicast address; with Len the lowest one of the prefix
+	Len       uint8      // 0: Address alone; else as long as the input's: the packet's own bits follow it
+	PortMode  PortMode
+	Port      uint16 // with PortSet: UDP destination port, host byte order
+	PortShift int32  // with PortAdd: what is added to the packet's, -65534 to 65534 without 0
 	Policy    Policy
 }
+
+// PortMode says which UDP destination port a copy carries.
+type PortMode uint8
+
+// The modes of the destination port.
+const (
+	PortSet  PortMode = iota // Output.Port
+	PortKeep                 // the packet's own
+	PortAdd                  // the packet's own and Output.PortShift; a packet whose port would leave 1 to 65535 is dropped
+)
 
 // Multicast reports whether the input is a group, to be joined, rather than a
 // unicast address.
