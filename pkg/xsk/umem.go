@@ -1,0 +1,193 @@
+package xsk
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Sizes in bytes.
+const (
+	// packetHeadroom is what the kernel keeps free before a received frame, for XDP
+	// programs (XDP_PACKET_HEADROOM).
+	packetHeadroom = unix.XDP_PACKET_HEADROOM
+	minFrameSize   = 2048    // XDP_UMEM_MIN_CHUNK_SIZE
+	hugePageSize   = 2 << 20 // MAP_HUGE_2MB
+	maxFrames      = 1 << 24
+)
+
+// mapHuge2MB asks for 2 MB pages, whatever the default size (MAP_HUGE_2MB: the
+// logarithm in the bits from MAP_HUGE_SHIFT).
+const mapHuge2MB = 21 << unix.MAP_HUGE_SHIFT
+
+// Mode is how frames get from the driver into the UMEM and back.
+type Mode uint8
+
+const (
+	// ModeAuto is zero-copy where the driver of the first interface can, and copy mode
+	// otherwise; after a first one that can, those that cannot are in copy mode.
+	// [Socket.ZeroCopy] says which it became.
+	ModeAuto Mode = iota
+	// ModeCopy has the kernel copy.
+	ModeCopy
+	// ModeZeroCopy has the driver use the UMEM; an interface that cannot is an error.
+	ModeZeroCopy
+)
+
+func (m Mode) String() string {
+	switch m {
+	case ModeAuto:
+		return "auto"
+	case ModeCopy:
+		return "copy"
+	case ModeZeroCopy:
+		return "zero-copy"
+	default:
+		return fmt.Sprintf("mode %d", uint8(m))
+	}
+}
+
+// UMEMOptions says what memory to make. Mode and MultiBuffer are here and not in
+// [Options] because the kernel lets the first socket of a UMEM decide them for all.
+type UMEMOptions struct {
+	// Frames is how many frames to make; required.
+	Frames int
+	// FrameSize is 2048 or 4096 bytes; 0 means 2048. A received frame shares it with
+	// the headroom and 256 bytes that the kernel keeps for XDP programs.
+	FrameSize int
+	// Headroom is how many more bytes to leave free before each received frame.
+	Headroom int
+	// HugePages takes the memory from 2 MB pages, which zero-copy drivers map in fewer
+	// pieces. There is no silent fallback: [ErrNoHugePages] tells the caller, who may
+	// try again without.
+	HugePages bool
+	// Mode is how frames get in and out.
+	Mode Mode
+	// MultiBuffer lets a packet have several frames (XDP_USE_SG, Linux 6.6). The XDP
+	// program needs BPF_F_XDP_HAS_FRAGS.
+	MultiBuffer bool
+	// CheckOwnership tracks which references to each frame the caller holds, and lets
+	// [Frames.Verify] and [Socket.Send] say when one is used that is not. For tests.
+	CheckOwnership bool
+}
+
+// UMEM is memory that is shared with the kernel, divided into frames. Its methods may
+// be called from any goroutine; Close must come after the last use of memory that
+// Data and Frame have returned.
+type UMEM struct {
+	opts  UMEMOptions
+	shift uint // of an address, to the number of its frame
+	mem   []byte
+	area  []byte // what was mapped: mem, and what rounds it up to whole pages
+
+	mu      sync.Mutex
+	given   int // frames that belong to a Frames
+	sockets []*Socket
+}
+
+// NewUMEM makes the memory. The caller owns it and must Close it. The first [Open]
+// registers it with the kernel, which locks it into memory.
+func NewUMEM(opts UMEMOptions) (*UMEM, error) {
+	if opts.FrameSize == 0 {
+		opts.FrameSize = minFrameSize
+	}
+	if err := opts.validate(); err != nil {
+		return nil, fmt.Errorf("make UMEM: %w", err)
+	}
+	size, page, flags := opts.Frames*opts.FrameSize, unix.Getpagesize(), unix.MAP_PRIVATE|unix.MAP_ANONYMOUS
+	if opts.HugePages {
+		page, flags = hugePageSize, flags|unix.MAP_HUGETLB|mapHuge2MB
+	}
+	area, err := unix.Mmap(-1, 0, (size+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, flags)
+	if err != nil {
+		if opts.HugePages && errors.Is(err, unix.ENOMEM) {
+			return nil, fmt.Errorf("make UMEM: %w: need %d of 2 MB (sysctl vm.nr_hugepages)", ErrNoHugePages, (size+page-1)/page)
+		}
+		return nil, fmt.Errorf("map %d bytes of UMEM: %w", size, err)
+	}
+	return &UMEM{opts: opts, shift: uint(bits.TrailingZeros(uint(opts.FrameSize))), mem: area[:size:size], area: area}, nil
+}
+
+func (o UMEMOptions) validate() error {
+	switch {
+	case o.FrameSize < minFrameSize || o.FrameSize > unix.Getpagesize() || o.FrameSize&(o.FrameSize-1) != 0:
+		return &OptionError{"FrameSize", o.FrameSize, fmt.Sprintf("a power of two from %d to %d", minFrameSize, unix.Getpagesize())}
+	case o.Frames < 1 || o.Frames > maxFrames:
+		return &OptionError{"Frames", o.Frames, fmt.Sprintf("1 to %d", maxFrames)}
+	case o.Headroom < 0 || o.Headroom >= o.FrameSize-packetHeadroom:
+		return &OptionError{"Headroom", o.Headroom, fmt.Sprintf("0 to %d", o.FrameSize-packetHeadroom-1)}
+	case o.Mode > ModeZeroCopy:
+		return &OptionError{"Mode", o.Mode, "auto, copy or zero-copy"}
+	}
+	return nil
+}
+
+// Close unmaps the memory. With sockets still open it answers [ErrInUse] and does
+// nothing; it may be called again.
+func (u *UMEM) Close() error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.area == nil {
+		return nil
+	}
+	if n := len(u.sockets); n > 0 {
+		return fmt.Errorf("close UMEM: %w: close its %d sockets first", ErrInUse, n)
+	}
+	if err := unix.Munmap(u.area); err != nil {
+		return fmt.Errorf("unmap UMEM: %w", err)
+	}
+	u.mem, u.area = nil, nil
+	return nil
+}
+
+// FrameSize returns the bytes of a frame.
+func (u *UMEM) FrameSize() int { return u.opts.FrameSize }
+
+// RXSize returns how many bytes of a packet fit one received frame. Without
+// MultiBuffer, longer packets are dropped (Statistics.RXDropped).
+func (u *UMEM) RXSize() int { return u.opts.FrameSize - u.opts.Headroom - packetHeadroom }
+
+// Data returns the bytes that a descriptor describes; nil if they are outside of the
+// UMEM. They are shared with the kernel: valid until the frame is released, sent or
+// the UMEM closed.
+func (u *UMEM) Data(d Desc) []byte {
+	size := uint64(len(u.mem))
+	if d.Addr > size || uint64(d.Len) > size-d.Addr {
+		return nil
+	}
+	end := d.Addr + uint64(d.Len)
+	return u.mem[d.Addr:end:end]
+}
+
+// Frame returns the whole frame that an address is in; nil if it is outside of the
+// UMEM.
+func (u *UMEM) Frame(addr uint64) []byte {
+	start := addr &^ uint64(u.opts.FrameSize-1)
+	return u.Data(Desc{Addr: start, Len: uint32(u.opts.FrameSize)})
+}
+
+// NewFrames gives n frames, all free, to an owner of their own. They cannot be given
+// back, only all be freed with the UMEM.
+func (u *UMEM) NewFrames(n int) (*Frames, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.area == nil {
+		return nil, fmt.Errorf("take frames: %w", ErrClosed)
+	}
+	if left := u.opts.Frames - u.given; n < 1 || n > left {
+		return nil, fmt.Errorf("take %d frames: want 1 to the %d that are left of %d", n, left, u.opts.Frames)
+	}
+	f := newFrames(u, u.given, n)
+	u.given += n
+	return f, nil
+}
+
+func (u *UMEM) remove(s *Socket) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.sockets = slices.DeleteFunc(u.sockets, func(other *Socket) bool { return other == s })
+}
