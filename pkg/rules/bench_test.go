@@ -127,7 +127,7 @@ func BenchmarkCompute(b *testing.B) {
 func BenchmarkParseInput(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := ParseInput("10.0.0.5@239.1.1.1:5000%eth0"); err != nil {
+		if _, _, err := ParseInput("10.0.0.5@239.1.1.1:5000%eth0"); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -11,31 +11,37 @@ import (
 
 // The grammar of endpoints:
 //
-//	input   [SOURCE@]ADDRESS:PORT%INTERFACE
-//	output  ADDRESS:PORT%INTERFACE[,policy...]
+//	input   [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]
+//	output  ADDRESS[/LEN][:PORT|:+N|:-N]%INTERFACE[,policy...]
 //
-// An IPv6 ADDRESS is in brackets, SOURCE may be. Policies, each at most once:
+// An IPv6 ADDRESS is in brackets, SOURCE may be; a LEN is behind the brackets. An INTERFACE that ends in '+' is a pattern. Without PORT an input takes
+// any, and an output keeps the packet's. Options and policies, each at most once:
 //
-//	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N   ttl=keep|dec|N
-//	dscp=keep|NAME|N                      csum=update|zero
+//	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow
+//	rate=Npps|Nbit   burst=N
+//
+//	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N
+//	ttl=keep|dec|N   minttl=N   dscp=keep|NAME|N   csum=update|zero
+//	vlan=keep|pop|ID|OUTER.ID   pcp=0..7   rate=Npps|Nbit   burst=N
 //
 // The first '%' ends the address and the first ',' the interface, so neither
 // can be part of an interface name here, though the kernel would allow them.
 
 const (
-	inputForm  = "[SOURCE@]ADDRESS:PORT%INTERFACE"
-	outputForm = "ADDRESS:PORT%INTERFACE[,policy...]"
+	inputForm  = "[SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]"
+	outputForm = "ADDRESS[/LEN][:PORT]%INTERFACE[,policy...]"
 )
 
-// ParseInput reads an input, `10.0.0.5@239.1.1.1:5000%eth0`. It checks the form
-// alone; Rule.Validate checks what it means. The error names the part that is
-// wrong, the whole text and what would be right, and holds a *FieldError.
-func ParseInput(s string) (Input, error) {
-	in, err := parseInput(s)
+// ParseInput reads an input with its options, `10.0.0.5@239.1.1.1:5000%eth0,vlan=7`.
+// It checks the form alone; Rule.Validate checks what it means. The error names the
+// part that is wrong, the whole text and what would be right, and holds a
+// *FieldError.
+func ParseInput(s string) (Input, Acceptance, error) {
+	in, accept, err := parseInput(s)
 	if err != nil {
-		return Input{}, fmt.Errorf("input %s: %w", quote(s), err)
+		return Input{}, Acceptance{}, fmt.Errorf("input %s: %w", quote(s), err)
 	}
-	return in, nil
+	return in, accept, nil
 }
 
 // ParseOutput reads an output, `239.2.2.2:6000%eth1,ttl=8,src=keep,dscp=af41`.
@@ -48,124 +54,214 @@ func ParseOutput(s string) (Output, error) {
 	return out, nil
 }
 
-// String is the canonical form: ParseInput of it gives the input back, if the
-// input is valid.
-func (in Input) String() string {
-	var b []byte
+// String is the canonical form without the options of acceptance: ParseInput of it
+// gives the input back, if the input is valid.
+func (in Input) String() string { return string(in.append(nil)) }
+
+func (in Input) append(b []byte) []byte {
 	if in.Source.IsValid() {
 		b = append(in.Source.AppendTo(b), '@')
 	}
-	return string(appendTarget(b, in.Address, in.Port, in.Interface))
+	port := ""
+	if in.Port != 0 {
+		port = strconv.Itoa(int(in.Port))
+	}
+	b = appendTarget(b, in.Address, in.Len, port, in.Interface)
+	if in.VLAN != (VLAN{}) {
+		b = append(append(b, ",vlan="...), in.VLAN.String()...)
+	}
+	return b
+}
+
+// FormatInput is the canonical form of an input with its options, defaults left
+// out: what ParseInput reads back.
+func FormatInput(in Input, accept Acceptance) string {
+	return string(appendAcceptance(in.append(nil), accept))
 }
 
 // String is the canonical form, defaults left out: ParseOutput of it gives the
 // output back, if the output is valid.
 func (o Output) String() string {
-	return string(appendPolicy(appendTarget(nil, o.Address, o.Port, o.Interface), o.Policy))
+	port := ""
+	switch o.PortMode {
+	case PortSet:
+		port = strconv.Itoa(int(o.Port))
+	case PortAdd:
+		port = fmt.Sprintf("%+d", o.PortShift)
+	}
+	return string(appendPolicy(appendTarget(nil, o.Address, o.Len, port, o.Interface), o.Policy))
 }
 
-func appendTarget(b []byte, addr netip.Addr, port uint16, iface string) []byte {
+func appendTarget(b []byte, addr netip.Addr, length uint8, port, iface string) []byte {
+	bracket := addr.Is6()
+	if bracket {
+		b = append(b, '[')
+	}
 	if addr.IsValid() {
-		b = netip.AddrPortFrom(addr, port).AppendTo(b)
-	} else {
-		b = strconv.AppendUint(append(b, ':'), uint64(port), 10)
+		b = addr.AppendTo(b)
+	}
+	if bracket {
+		b = append(b, ']')
+	}
+	if length != 0 {
+		b = strconv.AppendUint(append(b, '/'), uint64(length), 10)
+	}
+	if port != "" {
+		b = append(append(b, ':'), port...)
 	}
 	return append(append(b, '%'), iface...)
 }
 
-func parseInput(s string) (Input, error) {
-	left, iface, err := cutInterface(s)
+func parseInput(s string) (in Input, accept Acceptance, err error) {
+	endpoint, options, hasOptions := strings.Cut(s, ",")
+	left, iface, err := cutInterface(endpoint)
 	if err != nil {
-		return Input{}, err
+		return in, accept, err
 	}
-	if name, policies, ok := strings.Cut(iface, ","); ok {
-		return Input{}, &FieldError{Field: "interface", Value: iface,
-			Want: fmt.Sprintf("%s alone: an input takes no policies (%s)", quote(name), quote(policies))}
-	}
-	if want := interfaceFault(iface); want != "" {
-		return Input{}, &FieldError{Field: "interface", Value: iface, Want: want}
-	}
-	in := Input{Interface: iface}
+	in.Interface = iface
 	if source, target, ok := strings.Cut(left, "@"); ok {
 		if in.Source, err = parseAddr("source", unbracket(source)); err != nil {
-			return Input{}, err
+			return in, accept, err
 		}
 		left = target
 	}
-	in.Address, in.Port, err = parseTarget(left)
-	if err != nil {
-		return Input{}, err
+	var port string
+	if in.Address, in.Len, port, err = parseTarget(left); err != nil {
+		return in, accept, err
 	}
-	return in, nil
+	if port != "" {
+		n, ok := parseNumber(port[1:], 1, 65535)
+		if !ok {
+			return in, accept, &FieldError{Field: "port", Value: port[1:], Want: "1 to 65535, or no ':' for any port"}
+		}
+		in.Port = uint16(n)
+	}
+	if hasOptions {
+		in.VLAN, accept, err = parseOptions(options)
+	}
+	return in, accept, err
 }
 
-func parseOutput(s string) (Output, error) {
+func parseOutput(s string) (out Output, err error) {
 	endpoint, policies, hasPolicies := strings.Cut(s, ",")
 	left, iface, err := cutInterface(endpoint)
 	if err != nil {
-		return Output{}, err
+		return out, err
 	}
-	if want := interfaceFault(iface); want != "" {
-		return Output{}, &FieldError{Field: "interface", Value: iface, Want: want}
-	}
-	out := Output{Interface: iface}
+	out.Interface = iface
 	if source, target, ok := strings.Cut(left, "@"); ok {
-		return Output{}, &FieldError{Field: "address", Value: left,
+		return out, &FieldError{Field: "address", Value: left,
 			Want: fmt.Sprintf("%s alone: the source of an output is a policy, src=%s", bounded(target), bounded(source))}
 	}
-	if out.Address, out.Port, err = parseTarget(left); err != nil {
-		return Output{}, err
+	var port string
+	if out.Address, out.Len, port, err = parseTarget(left); err != nil {
+		return out, err
+	}
+	if err := out.setPort(port); err != nil {
+		return out, err
 	}
 	if hasPolicies {
 		out.Policy, err = parsePolicy(policies)
 	}
-	if err != nil {
-		return Output{}, err
+	return out, err
+}
+
+// setPort takes what follows the address, ":PORT", ":+N", ":-N" or nothing.
+func (o *Output) setPort(s string) error {
+	const want = "1 to 65535, +N or -N to shift the packet's, or no ':' to keep it"
+	if s == "" {
+		o.PortMode = PortKeep
+		return nil
 	}
-	return out, nil
+	s = s[1:]
+	if digits := strings.TrimLeft(s, "+-"); len(digits) == len(s)-1 {
+		n, ok := parseNumber(digits, 1, 65534)
+		if !ok {
+			return &FieldError{Field: "port", Value: s, Want: want}
+		}
+		o.PortMode, o.PortShift = PortAdd, int32(n)
+		if s[0] == '-' {
+			o.PortShift = -o.PortShift
+		}
+		return nil
+	}
+	n, ok := parseNumber(s, 1, 65535)
+	if !ok {
+		return &FieldError{Field: "port", Value: s, Want: want}
+	}
+	o.Port = uint16(n)
+	return nil
 }
 
 // cutInterface cuts s at its '%'.
 func cutInterface(s string) (left, iface string, err error) {
 	left, iface, ok := strings.Cut(s, "%")
 	if !ok {
-		return "", "", &FieldError{Field: "interface", Want: "ADDRESS:PORT%INTERFACE"}
+		return "", "", &FieldError{Field: "interface", Want: "ADDRESS[/LEN][:PORT]%INTERFACE"}
 	}
 	if strings.Contains(iface, "%") || strings.Contains(iface, "]") && strings.LastIndexByte(left, '[') > strings.LastIndexByte(left, ']') {
 		return "", "", &FieldError{Field: "interface", Value: iface,
 			Want: "one '%' alone, before the interface: addresses take no zone, and an interface with '%' in its name cannot be written"}
 	}
+	if want := interfaceFault(iface); want != "" {
+		return "", "", &FieldError{Field: "interface", Value: iface, Want: want}
+	}
 	return left, iface, nil
 }
 
-// parseTarget reads ADDRESS:PORT.
-func parseTarget(s string) (netip.Addr, uint16, error) {
-	host, port, hasPort := splitPort(s)
+// parseTarget reads ADDRESS[/LEN] and returns what follows, ":PORT" or nothing.
+func parseTarget(s string) (addr netip.Addr, length uint8, port string, err error) {
+	host, rest := splitHost(s)
 	if host == "" {
-		return netip.Addr{}, 0, &FieldError{Field: "address", Want: "ADDRESS:PORT"}
+		return addr, 0, "", &FieldError{Field: "address", Want: "ADDRESS[/LEN][:PORT]"}
 	}
-	addr, err := parseAddr("address", host)
-	if err != nil {
-		return netip.Addr{}, 0, err
+	if addr, err = parseAddr("address", host); err != nil {
+		return addr, 0, "", err
 	}
-	if !hasPort || port == "" {
-		return netip.Addr{}, 0, &FieldError{Field: "port", Want: portForm(addr)}
+	switch bracket := s[0] == '['; {
+	case addr.Is4() && bracket:
+		return addr, 0, "", &FieldError{Field: "address", Value: s, Want: "no brackets around an IPv4 address"}
+	case addr.Is6() && !bracket:
+		return addr, 0, "", &FieldError{Field: "address", Value: s, Want: "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"}
 	}
-	if addr.Is4() && s[0] == '[' {
-		return netip.Addr{}, 0, &FieldError{Field: "address", Value: s, Want: "no brackets around an IPv4 address"}
+	prefix, port, hasPort := strings.Cut(rest, ":")
+	if hasPort {
+		port = ":" + port
 	}
-	n, ok := parseNumber(port, 1, 65535)
+	if prefix == "" {
+		return addr, 0, port, nil
+	}
+	n, ok := parseNumber(prefix[1:], 1, addr.BitLen())
 	if !ok {
-		return netip.Addr{}, 0, &FieldError{Field: "port", Value: port, Want: "1 to 65535"}
+		return addr, 0, "", &FieldError{Field: "prefix", Value: prefix, Want: fmt.Sprintf("/1 to /%d", addr.BitLen())}
 	}
-	return addr, uint16(n), nil
+	if n == addr.BitLen() {
+		n = 0 // the address alone
+	}
+	return addr, uint8(n), port, nil
 }
 
-func portForm(addr netip.Addr) string {
-	if addr.Is4() {
-		return "ADDRESS:PORT"
+// splitHost splits an address from what follows it: "/LEN", ":PORT" or both.
+// Without brackets, more than one ':' is an IPv6 address.
+func splitHost(s string) (host, rest string) {
+	end := len(s)
+	switch {
+	case strings.HasPrefix(s, "["):
+		i := strings.IndexByte(s, ']')
+		if i < 0 || i+1 < len(s) && s[i+1] != ':' && s[i+1] != '/' {
+			return s, "" // not an address: its parser says so
+		}
+		return s[1:i], s[i+1:]
+	case strings.Count(s, ":") > 1:
+		if i := strings.IndexByte(s, '/'); i >= 0 {
+			end = i
+		}
+	default:
+		if i := strings.IndexAny(s, "/:"); i >= 0 {
+			end = i
+		}
 	}
-	return "[ADDRESS]:PORT"
+	return s[:end], s[end:]
 }
 
 // splitPort splits ADDRESS:PORT. Without brackets, more than one ':' is an IPv6
@@ -203,7 +299,7 @@ func parseAddr(field, s string) (netip.Addr, error) {
 		return netip.Addr{}, &FieldError{Field: field, Value: s, Want: want}
 	}
 	if strings.Contains(s, "/") {
-		return fail("one address: prefixes are not supported")
+		return fail("one address, without a prefix length")
 	}
 	if strings.HasPrefix(s, "[") {
 		return fail("an IPv4 address, or an IPv6 one in brackets")
@@ -246,8 +342,6 @@ func interfaceFault(name string) string {
 		return "the name alone, without the '@' and what follows it in the output of ip link"
 	case strings.ContainsAny(name, "/:,%"):
 		return "an interface name without '/', ':', ',' or '%'"
-	case strings.HasSuffix(name, "+"):
-		return "one interface: patterns ending in '+' are not supported"
 	case !utf8.ValidString(name) || strings.IndexByte(name, 0xa0) >= 0 || strings.ContainsFunc(name, unshown):
 		return "an interface name of printable characters without white space"
 	}

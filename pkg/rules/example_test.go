@@ -8,14 +8,14 @@ import (
 )
 
 func ExampleParseInput() {
-	in, err := rules.ParseInput("10.0.0.5@239.1.1.1:5000%eth0")
+	in, _, err := rules.ParseInput("10.0.0.5@239.1.1.1:5000%eth0")
 	fmt.Println(in.Source, in.Address, in.Port, in.Interface, err)
 
-	_, err = rules.ParseInput("239.1.1.1%eth0")
+	_, _, err = rules.ParseInput("239.1.1.1:0%eth0")
 	fmt.Println(err)
 	// Output:
 	// 10.0.0.5 239.1.1.1 5000 eth0 <nil>
-	// input "239.1.1.1%eth0": port missing: write ADDRESS:PORT
+	// input "239.1.1.1:0%eth0": port "0": want 1 to 65535, or no ':' for any port
 }
 
 func ExampleParseOutput() {
@@ -26,7 +26,7 @@ func ExampleParseOutput() {
 	fmt.Println(err)
 	// Output:
 	// 239.2.2.2:6000%eth1,ttl=8,dscp=af41 <nil>
-	// output "239.2.2.2:70000%eth1": port "70000": want 1 to 65535
+	// output "239.2.2.2:70000%eth1": port "70000": want 1 to 65535, +N or -N to shift the packet's, or no ':' to keep it
 }
 
 func ExampleParseFile() {
@@ -87,8 +87,8 @@ func ExampleCompute() {
 }
 
 func ExampleWinner() {
-	one, _ := rules.ParseInput("10.0.0.5@239.1.1.1:5000%eth0")
-	all, _ := rules.ParseInput("239.1.1.1:5000%eth0")
+	one, _, _ := rules.ParseInput("10.0.0.5@239.1.1.1:5000%eth0")
+	all, _, _ := rules.ParseInput("239.1.1.1:5000%eth0")
 	fmt.Println(rules.Winner(all, one))
 	// Output: 10.0.0.5@239.1.1.1:5000%eth0 true
 }

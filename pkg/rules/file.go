@@ -55,7 +55,7 @@ func FormatFile(rules []Rule) ([]byte, error) {
 	var b bytes.Buffer
 	b.WriteString("rules:\n")
 	for _, r := range rules {
-		fmt.Fprintf(&b, "  - name: %s\n    in: %s\n    out:\n", yamlText(r.Name), yamlText(r.In.String()))
+		fmt.Fprintf(&b, "  - name: %s\n    in: %s\n    out:\n", yamlText(r.Name), yamlText(FormatInput(r.In, r.Accept)))
 		for _, o := range r.Out {
 			fmt.Fprintf(&b, "      - %s\n", yamlText(o.String()))
 		}
@@ -71,7 +71,7 @@ func FormatFile(rules []Rule) ([]byte, error) {
 // Valid ones hold printable characters alone, which Go and YAML quote alike.
 func yamlText(s string) string {
 	plain := func(r rune) bool {
-		return r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z' || strings.ContainsRune(".:%@_-", r)
+		return r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z' || strings.ContainsRune(".:%@_-/", r)
 	}
 	rest := strings.TrimLeftFunc(s, plain)
 	endpoint := strings.ContainsRune(s, '%') && !strings.HasPrefix(s, ":")
@@ -286,11 +286,10 @@ func (r *ruleReader) in(n *yaml.Node) {
 	if !ok {
 		return
 	}
-	in, err := ParseInput(s)
-	if err != nil {
+	var err error
+	if r.rule.In, r.rule.Accept, err = ParseInput(s); err != nil {
 		r.unread(n.Line, "in", err)
 	}
-	r.rule.In = in
 }
 
 func (r *ruleReader) path(n *yaml.Node) {

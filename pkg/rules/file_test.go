@@ -78,20 +78,20 @@ func TestParseFileErrors(t *testing.T) {
 			`3: rule "#2": want a mapping (name, in, out, path), not nothing`,
 			`4: rule "#3": want a mapping (name, in, out, path), not a list`}},
 		{"missing keys", "rules:\n\n- name: a\n- in: 239.1.1.1:1%eth0\n", []string{
-			`3: rule "a": in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`,
+			`3: rule "a": in missing: write [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]`,
 			`3: rule "a": out missing: write 1 to 64 outputs`,
 			`4: rule "#2": name missing: write ` + name63,
 			`4: rule "#2": out missing: write 1 to 64 outputs`}},
 		{"empty values", "rules:\n- name:\n  in:\n  out:\n  path:\n- name: ''\n  in: ''\n  out: ''\n- name: c\n  in: 239.1.1.1:1%eth0\n  out: []\n- name: d\n  in: 239.1.1.2:1%eth0\n  out:\n  -\n", []string{
 			`2: rule "#1": name missing: write ` + name63,
-			`3: rule "#1": input "": interface missing: write ADDRESS:PORT%INTERFACE`,
+			`3: rule "#1": input "": interface missing: write ADDRESS[/LEN][:PORT]%INTERFACE`,
 			`4: rule "#1": out missing: write 1 to 64 outputs`,
 			`5: rule "#1": path missing: write auto, kernel, afxdp or fanout`,
 			`6: rule "#2": name missing: write ` + name63,
-			`7: rule "#2": input "": interface missing: write ADDRESS:PORT%INTERFACE`,
-			`8: rule "#2": output "": interface missing: write ADDRESS:PORT%INTERFACE`,
+			`7: rule "#2": input "": interface missing: write ADDRESS[/LEN][:PORT]%INTERFACE`,
+			`8: rule "#2": output "": interface missing: write ADDRESS[/LEN][:PORT]%INTERFACE`,
 			`11: rule "c": out missing: write 1 to 64 outputs`,
-			`15: rule "d": output "": interface missing: write ADDRESS:PORT%INTERFACE`}},
+			`15: rule "d": output "": interface missing: write ADDRESS[/LEN][:PORT]%INTERFACE`}},
 		{"wrong types", "rules:\n- name: [a]\n  in: {}\n  out: {}\n  path: []\n- name: b\n  in: !!int 5\n  out: [[x], {y: z}, !!float 1]\n", []string{
 			`2: rule "#1": name: want text, not a list`,
 			`3: rule "#1": in: want text, not a mapping`,
@@ -112,22 +112,22 @@ func TestParseFileErrors(t *testing.T) {
 			`11: rule "c": out[0]: want text, not an alias: aliases are not supported`,
 			`12: rule "#4": want a mapping (name, in, out, path), not an alias: aliases are not supported`,
 			`13: rule "e": unknown key "<<": want name, in, out, path`,
-			`13: rule "e": in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`,
+			`13: rule "e": in missing: write [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]`,
 			`13: rule "e": out missing: write 1 to 64 outputs`}},
-		{"endpoints", "rules:\n- name: a\n  in: 239.1.1.1:70000%eth0\n  out:\n  - 239.1.1.2:1%eth1\n  - 239.1.1.2%eth1\n  - 239.1.1.2:2%eth1,ttl=0\n  path: fast\n", []string{
-			`3: rule "a": input "239.1.1.1:70000%eth0": port "70000": want 1 to 65535`,
-			`6: rule "a": output "239.1.1.2%eth1": port missing: write ADDRESS:PORT`,
+		{"endpoints", "rules:\n- name: a\n  in: 239.1.1.1:70000%eth0\n  out:\n  - 239.1.1.2:1%eth1\n  - 239.1.1.2:x%eth1\n  - 239.1.1.2:2%eth1,ttl=0\n  path: fast\n", []string{
+			`3: rule "a": input "239.1.1.1:70000%eth0": port "70000": want 1 to 65535, or no ':' for any port`,
+			`6: rule "a": output "239.1.1.2:x%eth1": port "x": want 1 to 65535, +N or -N to shift the packet's, or no ':' to keep it`,
 			`7: rule "a": output "239.1.1.2:2%eth1,ttl=0": policy "ttl=0": want ttl=keep, ttl=dec or ttl=1 to 255`,
 			`8: rule "a": path "fast": want auto, kernel, afxdp or fanout`}},
 		{"name after the fault", "rules:\n- in: x\n  out: 239.1.1.2:1%eth1\n  name: late\n", []string{
-			`2: rule "late": input "x": interface missing: write ADDRESS:PORT%INTERFACE`}},
+			`2: rule "late": input "x": interface missing: write ADDRESS[/LEN][:PORT]%INTERFACE`}},
 		{"policy without quotes in a list", "rules:\n- name: a\n  in: 239.1.1.1:1%eth0\n  out: [239.1.1.2:1%eth1,ttl=4]\n", []string{
 			`4: rule "a": output "ttl=4": want an address before it: quote an output that has policies, "ADDRESS:PORT%INTERFACE,ttl=4"`}},
 		{"meaning", "rules:\n- name: a b\n  in: 232.1.1.1:1%eth0\n  out:\n  - 127.0.0.1:1%eth1\n  - 239.1.1.1:1%eth1\n  - 239.1.1.1:1%eth1,ttl=3\n", []string{
 			`2: rule "a b": name "a b": want ` + name63,
 			`3: rule "a b": in.source missing: write SOURCE@232.1.1.1: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`,
 			`5: rule "a b": out[0].address "127.0.0.1": want an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)`,
-			`7: rule "a b": out[2] "239.1.1.1:1%eth1,ttl=3": want another interface, address or port: out[1] has these`}},
+			`7: rule "a b": out[2] "239.1.1.1:1%eth1,ttl=3": want another interface, address, port or VLAN: out[1] has these`}},
 		{"between rules", oneRule + "- in: 239.1.1.1:1%eth0\n  name: a\n  out: 239.1.1.2:1%eth1\n- name: x\n  in: 239.1.1.2:1%eth1\n  out: [239.1.1.9:9%eth9, 239.1.1.1:1%eth0]\n", []string{
 			`5: rule "a": in "239.1.1.1:1%eth0": want an input of its own: rule "a" (line 2) takes it`,
 			`6: rule "a": name "a": want a unique name: rule #1 (line 2) has it`,

@@ -15,7 +15,7 @@ func FuzzParseInput(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		in, err := ParseInput(s)
+		in, accept, err := ParseInput(s)
 		if err != nil {
 			if in != (Input{}) {
 				t.Errorf("%q: an error and %+v", s, in)
@@ -23,7 +23,7 @@ func FuzzParseInput(f *testing.F) {
 			checkParseError(t, err, "input ")
 			return
 		}
-		if back, err := ParseInput(in.String()); err != nil || back != in {
+		if back, again, err := ParseInput(FormatInput(in, accept)); err != nil || back != in || !equalAcceptance(again, accept) {
 			t.Errorf("%q: %+v is read back as %+v, %v", s, in, back, err)
 		}
 		checkPair(t, Rule{Name: "a", In: in, Out: []Output{{Interface: in.Interface, Address: in.Address, Port: in.Port}}})

@@ -11,7 +11,7 @@ func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 
 func mustInput(t testing.TB, s string) Input {
 	t.Helper()
-	in, err := ParseInput(s)
+	in, _, err := ParseInput(s)
 	if err != nil {
 		t.Fatal(err)
 	}

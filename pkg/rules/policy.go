@@ -104,13 +104,16 @@ func parsePolicy(s string) (Policy, error) {
 			return Policy{}, err
 		}
 	}
+	if p.Rate.Burst != 0 && !p.rate {
+		return Policy{}, errBurstAlone(p.Rate.Burst)
+	}
 	return p.Policy, nil
 }
 
 // policyParser is the policy read so far and which of its keys were given.
 type policyParser struct {
 	Policy
-	src, sport, ttl, dscp, csum bool
+	src, sport, ttl, minTTL, dscp, csum, vlan, pcp, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -129,17 +132,20 @@ func (p *policyParser) item(item string) error {
 		seen, want = &p.dscp, p.setDSCP(value)
 	case "csum":
 		seen, want = &p.csum, p.setChecksum(value)
+	case "minttl":
+		seen, want = &p.minTTL, p.setMinTTL(value)
+	case "vlan":
+		seen, want = &p.vlan, p.setVLAN(value)
+	case "pcp":
+		seen, want = &p.pcp, p.setPCP(value)
+	case "rate":
+		seen, want = &p.rate, p.Rate.set(value)
+	case "burst":
+		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "policy", Value: item, Want: "KEY=VALUE, KEY one of src, sport, ttl, dscp, csum"}
+		return &FieldError{Field: "policy", Value: item, Want: "KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, rate, burst"}
 	}
-	if *seen {
-		want = key + " only once"
-	}
-	*seen = true
-	if want != "" {
-		return &FieldError{Field: "policy", Value: item, Want: want}
-	}
-	return nil
+	return checkItem(item, key, seen, want, "policy")
 }
 
 // The setters below answer what would have been right, or "" when they took
@@ -204,6 +210,41 @@ func (p *policyParser) setTTL(s string) (want string) {
 		return "ttl=keep, ttl=dec or ttl=1 to 255"
 	}
 	p.TTL, p.TTLValue = TTLSet, uint8(n)
+	return ""
+}
+
+func (p *policyParser) setMinTTL(s string) (want string) {
+	n, ok := parseNumber(s, 1, 255)
+	if !ok {
+		return "minttl=1 to 255"
+	}
+	p.MinTTL = uint8(n)
+	return ""
+}
+
+func (p *policyParser) setVLAN(s string) (want string) {
+	switch s {
+	case "keep":
+		p.VLAN = VLANKeep
+		return ""
+	case "pop":
+		p.VLAN = VLANPop
+		return ""
+	}
+	var ok bool
+	if p.VLANTags, ok = parseVLAN(s); !ok {
+		return "vlan=keep, vlan=pop, vlan=ID or vlan=OUTER.ID, each 1 to 4094"
+	}
+	p.VLAN = VLANSet
+	return ""
+}
+
+func (p *policyParser) setPCP(s string) (want string) {
+	n, ok := parseNumber(s, 0, 7)
+	if !ok {
+		return "pcp=0 to 7"
+	}
+	p.PCPSet, p.PCP = true, uint8(n)
 	return ""
 }
 
@@ -317,5 +358,18 @@ func appendPolicy(b []byte, p Policy) []byte {
 	if p.Checksum != ChecksumUpdate {
 		b = append(append(b, ",csum="...), p.Checksum.String()...)
 	}
-	return b
+	if p.MinTTL != 0 {
+		b = strconv.AppendUint(append(b, ",minttl="...), uint64(p.MinTTL), 10)
+	}
+	switch p.VLAN {
+	case VLANKeep:
+	case VLANSet:
+		b = append(append(b, ",vlan="...), p.VLANTags.String()...)
+	default:
+		b = append(append(b, ",vlan="...), p.VLAN.String()...)
+	}
+	if p.PCPSet {
+		b = strconv.AppendUint(append(b, ",pcp="...), uint64(p.PCP), 10)
+	}
+	return appendRate(b, p.Rate)
 }

@@ -106,6 +106,18 @@ const (
 	PortAdd                  // the packet's own and Output.PortShift; a packet whose port would leave 1 to 65535 is dropped
 )
 
+// Prefix is the prefix of a group or address, of its full length without Len.
+func (in Input) Prefix() netip.Prefix {
+	if in.Len == 0 {
+		return netip.PrefixFrom(in.Address, in.Address.BitLen())
+	}
+	return netip.PrefixFrom(in.Address, int(in.Len))
+}
+
+// IsPattern reports whether an interface text is a pattern, and the beginning of the
+// names that it takes.
+func IsPattern(iface string) (begin string, ok bool) { return strings.CutSuffix(iface, "+") }
+
 // Multicast reports whether the input is a group, to be joined, rather than a
 // unicast address.
 func (in Input) Multicast() bool { return in.Address.IsMulticast() }
@@ -139,13 +151,19 @@ const wantPath = "auto, kernel, afxdp or fanout"
 // Equal reports whether two rules are the same in everything. The order of the
 // outputs counts: it is their slots.
 func Equal(a, b Rule) bool {
-	return a.Name == b.Name && a.In == b.In && a.Path == b.Path && slices.Equal(a.Out, b.Out)
+	return a.Name == b.Name && a.In == b.In && a.Path == b.Path && slices.Equal(a.Out, b.Out) &&
+		equalAcceptance(a.Accept, b.Accept)
+}
+
+func equalAcceptance(a, b Acceptance) bool {
+	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && a.ZeroChecksum == b.ZeroChecksum &&
+		a.AllowLoop == b.AllowLoop && a.Rate == b.Rate
 }
 
 // String is the rule on one line, for people.
 func (r Rule) String() string {
 	var b strings.Builder
-	b.WriteString(r.Name + " " + r.In.String() + " ->")
+	b.WriteString(r.Name + " " + FormatInput(r.In, r.Accept) + " ->")
 	for _, o := range r.Out {
 		b.WriteString(" " + o.String())
 	}

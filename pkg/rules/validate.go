@@ -14,8 +14,10 @@ import (
 // letter or a digit. A rule has 1 to MaxOutputs outputs, all different and all
 // of the input's address family. Addresses are multicast or unicast and can be
 // forwarded; a source is unicast; an input of the source-specific range names
-// its source. No output feeds the rule's own input. Values of a policy are set
-// only with the policy that uses them, so that rules compare with Equal.
+// its source. A prefix is of groups or of unicast addresses, has no bits behind its
+// length and says what to join; an output that is a prefix is one of groups and as
+// long as the input's. No output feeds the rule's own input. Values of a policy are
+// set only with the policy that uses them, so that rules compare with Equal.
 func (r Rule) Validate() error {
 	var list faultList
 	r.check(0, r.Name, &list)
@@ -102,7 +104,7 @@ func (r Rule) check(index int, label string, list *faultList) {
 	if r.Path > PathFanout {
 		c.fault(nil, "path", r.Path.String(), wantPath)
 	}
-	c.input(r.In)
+	c.input(r.In, r.Accept)
 	c.outputs(r)
 }
 
@@ -154,17 +156,101 @@ func (e end) field() string {
 
 func outField(slot int) string { return "out[" + strconv.Itoa(slot) + "]" }
 
-func (c *checker) input(in Input) {
+func (c *checker) input(in Input, accept Acceptance) {
 	e := end{c, inputSlot}
 	if in == (Input{}) {
 		e.fault(nil, "", "", inputForm)
 		return
 	}
-	e.target(in.Interface, in.Address, in.Port)
+	e.target(in.Interface, in.Address, in.Len)
+	e.vlan(in.VLAN)
 	if in.Source.IsValid() {
 		e.source(".source", in.Source, in.Address)
-	} else if ssm := ssmRange(in.Address); ssm != "" {
+	} else if ssm := ssmRange(in.Address); ssm != "" && accept.Join != JoinNone {
 		e.fault(ErrNeedSource, ".source", "", fmt.Sprintf("SOURCE@%s: groups of %s need a source (RFC 4607 section 4.1)", bounded(in.Address.String()), ssm))
+	}
+	e.join(in, accept)
+	if accept.ZeroChecksum && in.Address.Is4() {
+		e.fault(nil, ".csum", "any", "no csum: IPv4 packets without a UDP checksum are always taken")
+	}
+	e.rate(accept.Rate)
+}
+
+// join checks which memberships bring what the input takes.
+func (e end) join(in Input, accept Acceptance) {
+	if accept.Join != JoinList && len(accept.Groups) > 0 {
+		e.fault(nil, ".join", accept.Groups[0].String(), "no groups with join="+accept.Join.String())
+	}
+	switch {
+	case accept.Join > JoinList:
+		e.fault(nil, ".join", accept.Join.String(), "one of the policies declared")
+	case !in.Address.IsValid():
+	case !in.Multicast():
+		if accept.Join > JoinNone {
+			e.fault(nil, ".join", accept.Join.String(), "no join: a unicast address is not joined")
+		}
+	case accept.Join == JoinDefault && in.Len != 0:
+		e.fault(nil, ".join", "", joinForms(in))
+	case accept.Join == JoinAll && in.Address.BitLen()-int(in.lengthOrAll()) > maxJoinBits:
+		e.fault(nil, ".join", "all", fmt.Sprintf("join=none or join=GROUP+GROUP...: %v has more than %d groups", in.Prefix(), MaxJoinAll))
+	case accept.Join == JoinList:
+		e.joinList(in, accept.Groups)
+	}
+}
+
+const maxJoinBits = 12 // of MaxJoinAll
+
+func joinForms(in Input) string {
+	all := "join=all to join every group, "
+	if in.Address.BitLen()-int(in.Len) > maxJoinBits {
+		all = ""
+	}
+	return all + "join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them"
+}
+
+func (e end) joinList(in Input, groups []netip.Addr) {
+	if len(groups) == 0 {
+		e.fault(nil, ".join", "", "join=GROUP+GROUP...")
+	}
+	seen := make(map[netip.Addr]bool, len(groups))
+	for _, g := range groups {
+		if !in.Prefix().Contains(g) {
+			e.fault(nil, ".join", g.String(), fmt.Sprintf("groups of the input, %v", in.Prefix()))
+		}
+		if seen[g] {
+			e.fault(nil, ".join", g.String(), "each group once")
+		}
+		seen[g] = true
+	}
+}
+
+func (in Input) lengthOrAll() uint8 {
+	if in.Len == 0 {
+		return uint8(in.Address.BitLen())
+	}
+	return in.Len
+}
+
+func (e end) vlan(v VLAN) {
+	if v.ID > maxVLAN || v.Outer > maxVLAN || v.ID == 0 && v.Outer != 0 {
+		e.fault(nil, ".vlan", v.String(), "VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)")
+	}
+}
+
+// minBitRate is below what any stream has, and what the token bucket counts
+// exactly enough.
+const minBitRate = 1000
+
+func (e end) rate(r Rate) {
+	switch {
+	case r.Packets != 0 && r.Bits != 0:
+		e.fault(nil, ".rate", fmt.Sprintf("%dpps and %dbit", r.Packets, r.Bits), "packets or bits, not both")
+	case r.Burst != 0 && r.Packets == 0 && r.Bits == 0:
+		e.fault(nil, ".burst", strconv.FormatUint(r.Burst, 10), "a rate beside it")
+	case r.Bits != 0 && r.Bits < minBitRate:
+		e.fault(nil, ".rate", fmt.Sprintf("%dbit", r.Bits), "1kbit or more")
+	case r.Packets > maxRate || r.Bits > maxRate || r.Burst > maxRate:
+		e.fault(nil, ".rate", fmt.Sprintf("%d", max(r.Packets, r.Bits, r.Burst)), "at most 1000000G")
 	}
 }
 
@@ -183,7 +269,9 @@ func (c *checker) outputs(r Rule) {
 			e.fault(nil, "", "", outputForm)
 			continue
 		}
-		e.target(o.Interface, o.Address, o.Port)
+		e.target(o.Interface, o.Address, o.Len)
+		e.prefix(o, r.In)
+		e.port(o, r.In)
 		e.family(o.Address, r.In.Address)
 		e.policy(o)
 		e.unique(o, r.Out[:slot])
@@ -194,19 +282,100 @@ func (c *checker) outputs(r Rule) {
 }
 
 // target checks what inputs and outputs have in common.
-func (e end) target(iface string, addr netip.Addr, port uint16) {
+func (e end) target(iface string, addr netip.Addr, length uint8) {
 	if want := interfaceFault(iface); want != "" {
 		e.fault(nil, ".interface", iface, want)
 	}
-	if port == 0 {
-		e.fault(nil, ".port", "0", "1 to 65535")
-	}
 	if !addr.IsValid() {
 		e.fault(nil, ".address", "", "a multicast group or a unicast address")
-	} else if want := addrFault(addr); want != "" {
+		return
+	}
+	if want := addrFault(addr); want != "" {
 		e.fault(nil, ".address", addr.String(), want)
-	} else if want := linkLocalFault(addr); want != "" {
-		e.fault(ErrLinkLocal, ".address", addr.String(), want)
+		return
+	}
+	if length == 0 {
+		if want := linkLocalFault(addr); want != "" {
+			e.fault(ErrLinkLocal, ".address", addr.String(), want)
+		}
+		return
+	}
+	e.wholePrefix(addr, length)
+}
+
+// wholePrefix checks a prefix: what it holds is of one kind.
+func (e end) wholePrefix(addr netip.Addr, length uint8) {
+	if int(length) >= addr.BitLen() {
+		e.fault(nil, ".prefix", fmt.Sprintf("/%d", length), fmt.Sprintf("/1 to /%d, or none for the address alone", addr.BitLen()-1))
+		return
+	}
+	p := netip.PrefixFrom(addr, int(length))
+	if p.Masked() != p {
+		e.fault(nil, ".address", p.String(), p.Masked().String()+", without bits behind the prefix")
+		return
+	}
+	for _, kind := range addressKinds {
+		if !p.Overlaps(kind.prefix) || kind.whole && kind.prefix.Bits() <= p.Bits() {
+			continue
+		}
+		e.fault(kind.class, ".address", p.String(), fmt.Sprintf("a prefix %s %v (%s)", kind.want, kind.prefix, kind.source))
+		return
+	}
+}
+
+// addressKinds are the blocks that a prefix must lie in as a whole or keep out of.
+var addressKinds = [...]struct {
+	prefix netip.Prefix
+	whole  bool // lying in it is all right
+	want   string
+	class  error
+	source string
+}{
+	{netip.MustParsePrefix("224.0.0.0/24"), false, "without", ErrLinkLocal, "never forwarded between links, RFC 5771 section 4"},
+	{netip.MustParsePrefix("0.0.0.0/8"), false, "without", nil, "this network, RFC 1122 section 3.2.1.3"},
+	{netip.MustParsePrefix("127.0.0.0/8"), false, "without", nil, "loopback, RFC 1122 section 3.2.1.3"},
+	{netip.MustParsePrefix("240.0.0.0/4"), false, "without", nil, "reserved, RFC 1112 section 4"},
+	{netip.MustParsePrefix("224.0.0.0/4"), true, "inside or outside of", nil, "multicast, RFC 5771 section 3"},
+	{netip.MustParsePrefix("::/127"), false, "without", nil, "unspecified and loopback, RFC 4291 section 2.5"},
+	{netip.MustParsePrefix("::ffff:0:0/96"), false, "without", nil, "IPv4-mapped, RFC 4291 section 2.5.5.2"},
+	{netip.MustParsePrefix("ff00::/8"), true, "inside or outside of", nil, "multicast, RFC 4291 section 2.7"},
+}
+
+// prefix checks an output that is a prefix.
+func (e end) prefix(o Output, in Input) {
+	switch {
+	case o.Len == 0 || !o.Address.IsValid() || !in.Address.IsValid():
+	case o.Len != in.Len:
+		e.fault(nil, ".address", netip.PrefixFrom(o.Address, int(o.Len)).String(),
+			fmt.Sprintf("one address, or a prefix as long as the input's, /%d", in.lengthOrAll()))
+	case !o.Address.IsMulticast():
+		e.fault(nil, ".address", netip.PrefixFrom(o.Address, int(o.Len)).String(),
+			"a prefix of groups: unicast addresses have a neighbour each, write one output for each")
+	}
+}
+
+// port checks the destination port of an output.
+func (e end) port(o Output, in Input) {
+	if o.PortMode != PortSet && o.Port != 0 || o.PortMode != PortAdd && o.PortShift != 0 {
+		e.fault(nil, ".port", strconv.Itoa(int(max(int32(o.Port), o.PortShift))), "no value with a port that is not set to it")
+		return
+	}
+	switch o.PortMode {
+	case PortSet:
+		if o.Port == 0 {
+			e.fault(nil, ".port", "0", "1 to 65535")
+		}
+	case PortKeep:
+	case PortAdd:
+		if o.PortShift == 0 || o.PortShift > 65534 || o.PortShift < -65534 {
+			e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), "+1 to +65534 or -1 to -65534")
+			return
+		}
+		if to := int32(in.Port) + o.PortShift; in.Port != 0 && (to < 1 || to > 65535) {
+			e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), fmt.Sprintf("what leaves the input's port %d within 1 to 65535: it would be %d", in.Port, to))
+		}
+	default:
+		e.fault(nil, ".port", strconv.Itoa(int(o.PortMode)), "one of the modes declared")
 	}
 }
 
@@ -253,6 +422,17 @@ func (e end) policy(o Output) {
 	} else if p.DSCPValue > 63 {
 		e.fault(nil, ".dscp", strconv.Itoa(int(p.DSCPValue)), "0 to 63")
 	}
+	if p.VLAN == VLANSet {
+		if e.vlan(p.VLANTags); p.VLANTags.ID == 0 {
+			e.fault(nil, ".vlan", "", "vlan=ID or vlan=OUTER.ID")
+		}
+	} else {
+		e.plain(".vlan", p.VLAN, p.VLAN <= VLANSet, p.VLANTags, p.VLANTags == VLAN{})
+	}
+	if p.PCP > 7 || p.PCP != 0 && !p.PCPSet {
+		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "0 to 7")
+	}
+	e.rate(p.Rate)
 	e.plain(".csum", p.Checksum, p.Checksum <= ChecksumZero, nil, true)
 	if p.Checksum == ChecksumZero && o.Address.Is6() {
 		e.fault(nil, ".csum", p.Checksum.String(), "update: IPv6 needs the UDP checksum (RFC 8200 section 8.1)")
@@ -272,8 +452,9 @@ func (e end) plain(part string, policy fmt.Stringer, known bool, value any, unse
 // unique checks an output against those in the slots before it.
 func (e end) unique(o Output, before []Output) {
 	for slot, b := range before {
-		if b.Port == o.Port && b.Address == o.Address && b.Interface == o.Interface {
-			e.fault(ErrDuplicateOutput, "", o.String(), "another interface, address or port: "+outField(slot)+" has these")
+		if b.Interface == o.Interface && b.Address == o.Address && b.Len == o.Len && b.PortMode == o.PortMode && b.Port == o.Port &&
+			b.PortShift == o.PortShift && b.Policy.VLAN == o.Policy.VLAN && b.Policy.VLANTags == o.Policy.VLANTags {
+			e.fault(ErrDuplicateOutput, "", o.String(), "another interface, address, port or VLAN: "+outField(slot)+" has these")
 			return
 		}
 	}

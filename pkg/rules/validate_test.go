@@ -48,6 +48,22 @@ func TestValidateRefuses(t *testing.T) {
 	srcAddr := func(s string) func(*Rule) {
 		return policy(Policy{Source: SourceAddress, SourceAddr: netip.MustParseAddr(s)})
 	}
+	prefix := func(s string) func(*Rule) {
+		p := netip.MustParsePrefix(s)
+		return func(r *Rule) { r.In.Address, r.In.Len = p.Addr(), uint8(p.Bits()) }
+	}
+	joined := func(f func(*Rule), policy JoinPolicy, groups ...string) func(*Rule) {
+		return func(r *Rule) {
+			f(r)
+			r.Accept.Join = policy
+			for _, g := range groups {
+				r.Accept.Groups = append(r.Accept.Groups, addr(g))
+			}
+		}
+	}
+	shifted := func(n int32) func(*Rule) {
+		return func(r *Rule) { r.Out[0].PortMode, r.Out[0].Port, r.Out[0].PortShift = PortAdd, 0, n }
+	}
 	v6 := func(f func(*Rule)) func(*Rule) {
 		return func(r *Rule) {
 			*r = mustRule(t, "a 2001:db8::5@[ff3e::1]:5000%eth0 -> [ff0e::2]:6000%eth1")
@@ -68,10 +84,44 @@ func TestValidateRefuses(t *testing.T) {
 		{in("232.1.1.1"), ErrNeedSource, `in.source missing: write SOURCE@232.1.1.1: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
 		{in("::ffff:239.1.1.1"), nil, `in.address "::ffff:239.1.1.1": want 239.1.1.1: IPv4-mapped IPv6 addresses are not sent on a wire (RFC 4291 section 2.5.5.2)`},
 		{func(r *Rule) { r.In.Address = netip.Addr{} }, nil, `in.address missing: write a multicast group or a unicast address`},
-		{func(r *Rule) { r.In.Port = 0 }, nil, `in.port "0": want 1 to 65535`},
+		{func(r *Rule) { r.In.Len = 16; r.Accept.Join = JoinNone }, nil, `in.address "239.1.1.1/16": want 239.1.0.0/16, without bits behind the prefix`},
+		{func(r *Rule) { r.In.Len = 32; r.Accept.Join = JoinNone }, nil, `in.prefix "/32": want /1 to /31, or none for the address alone`},
+		{prefix("239.1.1.0/24"), nil, `in.join missing: write join=all to join every group, join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
+		{prefix("239.1.0.0/16"), nil, `in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
+		{joined(prefix("239.1.0.0/16"), JoinAll), nil, `in.join "all": want join=none or join=GROUP+GROUP...: 239.1.0.0/16 has more than 4096 groups`},
+		{joined(prefix("239.1.1.0/24"), JoinList), nil, `in.join missing: write join=GROUP+GROUP...`},
+		{joined(prefix("239.1.1.0/24"), JoinList, "239.1.2.1"), nil, `in.join "239.1.2.1": want groups of the input, 239.1.1.0/24`},
+		{joined(prefix("239.1.1.0/24"), JoinList, "239.1.1.1", "239.1.1.1"), nil, `in.join "239.1.1.1": want each group once`},
+		{joined(prefix("239.1.1.0/24"), JoinNone, "239.1.1.1"), nil, `in.join "239.1.1.1": want no groups with join=none`},
+		{joined(in("10.0.0.1"), JoinAll), nil, `in.join "all": want no join: a unicast address is not joined`},
+		{joined(prefix("224.0.0.0/8"), JoinNone), ErrLinkLocal, `in.address "224.0.0.0/8": want a prefix without 224.0.0.0/24 (never forwarded between links, RFC 5771 section 4)`},
+		{joined(prefix("192.0.0.0/2"), JoinNone), ErrLinkLocal, `in.address "192.0.0.0/2": want a prefix without 224.0.0.0/24 (never forwarded between links, RFC 5771 section 4)`},
+		{prefix("64.0.0.0/2"), nil, `in.address "64.0.0.0/2": want a prefix without 127.0.0.0/8 (loopback, RFC 1122 section 3.2.1.3)`},
+		{joined(prefix("232.1.1.0/24"), JoinAll), ErrNeedSource, `in.source missing: write SOURCE@232.1.1.0: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
+		{func(r *Rule) { r.In.VLAN.ID = 4095 }, nil, `in.vlan "4095": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
+		{func(r *Rule) { r.In.VLAN.Outer = 7 }, nil, `in.vlan "7.0": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
+		{func(r *Rule) { r.Accept.ZeroChecksum = true }, nil, `in.csum "any": want no csum: IPv4 packets without a UDP checksum are always taken`},
+		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 999} }, nil, `in.rate "999bit": want 1kbit or more`},
+		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 1000, Packets: 1} }, nil, `in.rate "1pps and 1000bit": want packets or bits, not both`},
+		{func(r *Rule) { r.Accept.Rate = Rate{Burst: 9} }, nil, `in.burst "9": want a rate beside it`},
+		{func(r *Rule) { r.Out[0].Policy.Rate = Rate{Packets: 1e18} }, nil, `out[0].rate "1000000000000000000": want at most 1000000G`},
+		{func(r *Rule) { r.Out[0].Len = 16; r.Out[0].Address = addr("239.2.0.0") }, nil, `out[0].address "239.2.0.0/16": want one address, or a prefix as long as the input's, /32`},
+		{func(r *Rule) {
+			joined(prefix("10.1.0.0/16"), JoinNone)(r)
+			r.Out[0].Address, r.Out[0].Len = addr("10.2.0.0"), 16
+		}, nil, `out[0].address "10.2.0.0/16": want a prefix of groups: unicast addresses have a neighbour each, write one output for each`},
+		{shifted(61000), nil, `out[0].port "+61000": want what leaves the input's port 5000 within 1 to 65535: it would be 66000`},
+		{shifted(-5000), nil, `out[0].port "-5000": want what leaves the input's port 5000 within 1 to 65535: it would be 0`},
+		{shifted(0), nil, `out[0].port "+0": want +1 to +65534 or -1 to -65534`},
+		{func(r *Rule) { r.Out[0].PortMode = PortKeep }, nil, `out[0].port "6000": want no value with a port that is not set to it`},
+		{policy(Policy{VLAN: VLANSet}), nil, `out[0].vlan missing: write vlan=ID or vlan=OUTER.ID`},
+		{policy(Policy{VLAN: VLANPop, VLANTags: VLAN{ID: 7}}), nil, `out[0].vlan "7": want no value with policy pop`},
+		{policy(Policy{VLAN: 9}), nil, `out[0].vlan "VLANPolicy(9)": want one of the policies declared`},
+		{policy(Policy{PCP: 3}), nil, `out[0].pcp "3": want 0 to 7`},
+		{policy(Policy{PCP: 8, PCPSet: true}), nil, `out[0].pcp "8": want 0 to 7`},
 		{func(r *Rule) { r.In.Interface = "a%b" }, nil, `in.interface "a%b": want an interface name without '/', ':', ',' or '%'`},
 		{func(r *Rule) { r.In.Interface = "" }, nil, `in.interface missing: write an interface name`},
-		{func(r *Rule) { r.In = Input{} }, nil, `in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`},
+		{func(r *Rule) { r.In = Input{} }, nil, `in missing: write [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]`},
 		{source("239.9.9.9"), nil, `in.source "239.9.9.9": want a unicast address: a group is never a source`},
 		{source("0.0.0.0"), nil, `in.source "0.0.0.0": want ` + thisNet},
 		{source("127.0.0.1"), nil, `in.source "127.0.0.1": want ` + loopback},
@@ -101,11 +151,11 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) { r.Out[0].Address = netip.Addr{} }, nil, `out[0].address missing: write a multicast group or a unicast address`},
 		{func(r *Rule) { r.Out[0].Port = 0 }, nil, `out[0].port "0": want 1 to 65535`},
 		{func(r *Rule) { r.Out[0].Interface = "eth0/1" }, nil, `out[0].interface "eth0/1": want an interface name without '/', ':', ',' or '%'`},
-		{func(r *Rule) { r.Out[0] = Output{} }, nil, `out[0] missing: write ADDRESS:PORT%INTERFACE[,policy...]`},
+		{func(r *Rule) { r.Out[0] = Output{} }, nil, `out[0] missing: write ADDRESS[/LEN][:PORT]%INTERFACE[,policy...]`},
 		{func(r *Rule) { r.Out = nil }, nil, `out missing: write 1 to 64 outputs`},
 		{func(r *Rule) { r.Out = manyOutputs(65) }, ErrTooManyOutputs, `out "65 outputs": want 1 to 64 outputs`},
 		{func(r *Rule) { r.Out = append(r.Out, r.Out[0]); r.Out[1].Policy.TTL = TTLDecrement }, ErrDuplicateOutput,
-			`out[1] "239.2.2.2:6000%eth1,ttl=dec": want another interface, address or port: out[0] has these`},
+			`out[1] "239.2.2.2:6000%eth1,ttl=dec": want another interface, address, port or VLAN: out[0] has these`},
 
 		{srcAddr("239.1.1.1"), nil, `out[0].src "239.1.1.1": want a unicast address: a group is never a source`},
 		{srcAddr("127.0.0.1"), nil, `out[0].src "127.0.0.1": want ` + loopback},
@@ -171,14 +221,13 @@ func TestNames(t *testing.T) {
 // TestValidateReportsAll: every fault of a rule, in the order of its fields.
 func TestValidateReportsAll(t *testing.T) {
 	r := mustRule(t, "bad 10.0.0.5@127.0.0.1:5000%eth0 -> 239.2.2.2:6000%eth1,ttl=9 [ff0e::1]:1%eth1 239.2.2.2:6000%eth1")
-	r.Name, r.In.Port, r.Out[0].Policy.TTL = "b d", 0, TTLKeep
+	r.Name, r.Out[0].Policy.TTL = "b d", TTLKeep
 	checkLines(t, r.Validate(),
 		`rule "b d": name "b d": want 1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first`,
-		`rule "b d": in.port "0": want 1 to 65535`,
 		`rule "b d": in.address "127.0.0.1": want an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)`,
 		`rule "b d": out[0].ttl "9": want no value with policy keep`,
 		`rule "b d": out[1].address "ff0e::1": want the family of the input, 127.0.0.1: a rule cannot translate between IPv4 and IPv6`,
-		`rule "b d": out[2] "239.2.2.2:6000%eth1": want another interface, address or port: out[0] has these`,
+		`rule "b d": out[2] "239.2.2.2:6000%eth1": want another interface, address, port or VLAN: out[0] has these`,
 	)
 	for _, err := range joined(t, r.Validate()) {
 		if _, ok := err.(*FieldError); !ok {
@@ -215,10 +264,10 @@ func TestValidateSet(t *testing.T) {
 		`rule "a": name "a": want a unique name: rule #1 has it`,
 		`rule "a": in "10.0.0.5@239.1.1.1:1%eth0": want an input of its own: rule "a" takes it`,
 		`rule "#6": `+missingName,
-		`rule "#6": in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`,
+		`rule "#6": in missing: write [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]`,
 		`rule "#6": out missing: write 1 to 64 outputs`,
 		`rule "#7": `+missingName,
-		`rule "#7": in missing: write [SOURCE@]ADDRESS:PORT%INTERFACE`,
+		`rule "#7": in missing: write [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]`,
 		`rule "#7": out missing: write 1 to 64 outputs`,
 	)
 	for _, class := range []error{ErrDuplicateName, ErrDuplicateInput} {

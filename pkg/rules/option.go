@@ -1,0 +1,233 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// parseOptions reads what follows the first comma of an input.
+func parseOptions(s string) (VLAN, Acceptance, error) {
+	var p optionParser
+	for item := range strings.SplitSeq(s, ",") {
+		if err := p.item(item); err != nil {
+			return VLAN{}, Acceptance{}, err
+		}
+	}
+	if p.Rate.Burst != 0 && !p.rate {
+		return VLAN{}, Acceptance{}, errBurstAlone(p.Rate.Burst)
+	}
+	return p.vlan, p.Acceptance, nil
+}
+
+func errBurstAlone(burst uint64) error {
+	return &FieldError{Field: "burst", Value: strconv.FormatUint(burst, 10), Want: "rate=Npps or rate=Nbit beside it"}
+}
+
+// optionParser is the options read so far and which of their keys were given.
+type optionParser struct {
+	Acceptance
+	vlan                                   VLAN
+	hasVLAN, join, csum, loop, rate, burst bool
+}
+
+// item reads one KEY=VALUE.
+func (p *optionParser) item(item string) error {
+	key, value, _ := strings.Cut(item, "=")
+	var seen *bool
+	var want string
+	switch key {
+	case "vlan":
+		seen, want = &p.hasVLAN, p.setVLAN(value)
+	case "join":
+		seen, want = &p.join, p.setJoin(value)
+	case "csum":
+		seen, p.ZeroChecksum = &p.csum, true
+		if value != "any" {
+			want = "csum=any"
+		}
+	case "loop":
+		seen, p.AllowLoop = &p.loop, true
+		if value != "allow" {
+			want = "loop=allow"
+		}
+	case "rate":
+		seen, want = &p.rate, p.Rate.set(value)
+	case "burst":
+		seen, want = &p.burst, p.Rate.setBurst(value)
+	default:
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, csum, loop, rate, burst"}
+	}
+	return checkItem(item, key, seen, want, "option")
+}
+
+// checkItem refuses a key that comes twice or has a wrong value.
+func checkItem(item, key string, seen *bool, want, field string) error {
+	if *seen {
+		want = key + " only once"
+	}
+	*seen = true
+	if want != "" {
+		return &FieldError{Field: field, Value: item, Want: want}
+	}
+	return nil
+}
+
+func (p *optionParser) setVLAN(s string) (want string) {
+	var ok bool
+	if p.vlan, ok = parseVLAN(s); !ok {
+		return "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
+	}
+	return ""
+}
+
+func (p *optionParser) setJoin(s string) (want string) {
+	switch s {
+	case "none":
+		p.Join = JoinNone
+		return ""
+	case "all":
+		p.Join = JoinAll
+		return ""
+	}
+	p.Join = JoinList
+	for group := range strings.SplitSeq(s, "+") {
+		addr, err := netip.ParseAddr(group)
+		if err != nil || addrFormFault(addr) != "" {
+			return "join=none, join=all or join=GROUP+GROUP..."
+		}
+		p.Groups = append(p.Groups, addr)
+	}
+	return ""
+}
+
+// maxVLAN is the highest VLAN identifier: 4095 is reserved (IEEE 802.1Q section 9.6).
+const maxVLAN = 4094
+
+// parseVLAN reads ID or OUTER.ID.
+func parseVLAN(s string) (v VLAN, ok bool) {
+	outer, id, double := strings.Cut(s, ".")
+	if !double {
+		outer, id = "", s
+	}
+	n, ok := parseNumber(id, 1, maxVLAN)
+	if !ok {
+		return VLAN{}, false
+	}
+	v.ID = uint16(n)
+	if double {
+		if n, ok = parseNumber(outer, 1, maxVLAN); !ok {
+			return VLAN{}, false
+		}
+		v.Outer = uint16(n)
+	}
+	return v, true
+}
+
+// String is ID or OUTER.ID.
+func (v VLAN) String() string {
+	if v.Outer == 0 {
+		return strconv.Itoa(int(v.ID))
+	}
+	return fmt.Sprintf("%d.%d", v.Outer, v.ID)
+}
+
+func (p JoinPolicy) String() string {
+	return enumString("JoinPolicy", p, "default", "none", "all", "list")
+}
+
+// appendAcceptance writes the options that are not the default, each with its comma
+// before it.
+func appendAcceptance(b []byte, a Acceptance) []byte {
+	switch a.Join {
+	case JoinDefault:
+	case JoinList:
+		b = append(b, ",join="...)
+		for i, g := range a.Groups {
+			if i > 0 {
+				b = append(b, '+')
+			}
+			b = g.AppendTo(b)
+		}
+	default:
+		b = append(append(b, ",join="...), a.Join.String()...)
+	}
+	if a.ZeroChecksum {
+		b = append(b, ",csum=any"...)
+	}
+	if a.AllowLoop {
+		b = append(b, ",loop=allow"...)
+	}
+	return appendRate(b, a.Rate)
+}
+
+// units are the multiples of a rate or burst, the largest first.
+var units = [...]struct {
+	suffix string
+	factor uint64
+}{{"G", 1e9}, {"M", 1e6}, {"k", 1e3}, {"", 1}}
+
+// maxRate bounds rates and bursts far above what there is: 1 Pbit/s.
+const maxRate = 1e15
+
+// parseCount reads a number with an optional k, M or G behind it.
+func parseCount(s string) (uint64, bool) {
+	factor := uint64(1)
+	for _, u := range units {
+		if rest, ok := strings.CutSuffix(s, u.suffix); ok {
+			s, factor = rest, u.factor
+			break
+		}
+	}
+	n, err := strconv.ParseUint(s, 10, 64)
+	if err != nil || len(s) > 1 && s[0] == '0' || s[0] == '+' || n == 0 || n > maxRate/factor {
+		return 0, false
+	}
+	return n * factor, true
+}
+
+func appendCount(b []byte, n uint64) []byte {
+	for _, u := range units {
+		if n >= u.factor && n%u.factor == 0 {
+			return append(strconv.AppendUint(b, n/u.factor, 10), u.suffix...)
+		}
+	}
+	return append(b, '0')
+}
+
+func (r *Rate) set(s string) (want string) {
+	const usage = "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"
+	if count, ok := strings.CutSuffix(s, "pps"); ok {
+		if r.Packets, ok = parseCount(count); ok {
+			return ""
+		}
+	} else if count, ok := strings.CutSuffix(s, "bit"); ok {
+		if r.Bits, ok = parseCount(count); ok {
+			return ""
+		}
+	}
+	return usage
+}
+
+func (r *Rate) setBurst(s string) (want string) {
+	var ok bool
+	if r.Burst, ok = parseCount(s); !ok {
+		return "burst=N, packets or bytes as the rate is of packets or bits, N a number, or one with k, M or G"
+	}
+	return ""
+}
+
+// appendRate writes a rate and its burst, each with its comma before it.
+func appendRate(b []byte, r Rate) []byte {
+	switch {
+	case r.Packets != 0:
+		b = append(appendCount(append(b, ",rate="...), r.Packets), "pps"...)
+	case r.Bits != 0:
+		b = append(appendCount(append(b, ",rate="...), r.Bits), "bit"...)
+	}
+	if r.Burst != 0 {
+		b = appendCount(append(b, ",burst="...), r.Burst)
+	}
+	return b
+}
