@@ -27,13 +27,13 @@ import (
 // place is where relays of a test keep their things: a host with the interfaces in0,
 // out0 and out1, and the directories.
 type place struct {
-	t    *testing.T
+	t    testing.TB
 	host *lab.Host
 	opts Options
 	log  *logBuffer
 }
 
-func newPlace(t *testing.T) *place {
+func newPlace(t testing.TB) *place {
 	t.Helper()
 	host, peer := labtest.Host(t, "relay"), labtest.Host(t, "peer")
 	for i, name := range []string{"in0", "out0", "out1"} {
@@ -72,7 +72,7 @@ func (p *place) file(name, text string) string {
 // running is a relay and the goroutine that runs it.
 type running struct {
 	*Relay
-	t      *testing.T
+	t      testing.TB
 	cancel context.CancelFunc
 	ended  chan error
 }

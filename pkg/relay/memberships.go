@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"time"
 
 	"xdpcast/pkg/control"
@@ -126,7 +127,7 @@ func (r *Relay) tryJoin(w *wantedMembership, now time.Time) {
 		r.log.Error("join failed", "membership", w.Membership.String(), "tries", w.tries, "error", w.err)
 		return
 	}
-	w.joined, w.since = true, now
+	w.joined, w.since = true, time.Now()
 	r.log.Info("joined", "membership", w.Membership.String())
 }
 
@@ -153,14 +154,19 @@ func (r *Relay) leave() {
 			}
 		}
 	}
+	var left []*wantedMembership
 	for key, w := range r.wants {
 		if w.used == r.round {
 			continue
 		}
 		delete(r.wants, key)
-		if !w.joined {
-			continue
+		if w.joined {
+			left = append(left, w)
 		}
+	}
+	// The newest first: the kernel looks for them in that order.
+	slices.SortFunc(left, func(a, b *wantedMembership) int { return b.since.Compare(a.since) })
+	for _, w := range left {
 		if err := r.groups.Leave(w.Membership); err == nil {
 			r.log.Info("left", "membership", w.Membership.String())
 		}
