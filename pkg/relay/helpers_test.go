@@ -29,6 +29,7 @@ import (
 type place struct {
 	t    testing.TB
 	host *lab.Host
+	peer *lab.Host // the other end of all
 	opts Options
 	log  *logBuffer
 }
@@ -41,7 +42,7 @@ func newPlace(t testing.TB) *place {
 			lab.End{Host: peer, Name: name, Addrs: []string{fmt.Sprintf("10.%d.0.2/24", i)}})
 	}
 	dir := t.TempDir()
-	p := &place{t: t, host: host, log: &logBuffer{}}
+	p := &place{t: t, host: host, peer: peer, log: &logBuffer{}}
 	p.opts = Options{
 		Loader: loader.Options{PinDir: filepath.Join(dir, "bpf", "xdpcast"), RunDir: filepath.Join(dir, "run"), MaxRules: 64, MaxOutputs: 64},
 		Logger: slog.New(slog.NewTextHandler(p.log, nil)), Version: "test",

@@ -105,7 +105,7 @@ type rtnl struct {
 	sockets map[int]*nl.SocketHandle
 }
 
-func newRtnl() (*rtnl, error) {
+func newRtnl() (tables, error) {
 	routes, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket: %w", err)

@@ -35,16 +35,27 @@ type nextHop struct {
 // neighbour is an entry of the kernel's tables that a rule needs.
 type neighbour struct {
 	neighbourEntry
-	err   error // why the kernel did not take it
-	asked uint64
-	used  uint64
+	err    error // why the kernel did not take it
+	failed bool  // it did not answer the last time it was asked
+	asked  uint64
+	used   uint64
+}
+
+// tables are the kernel's, of routes and neighbours. See rtnl; tests inject faults.
+type tables interface {
+	route(key hopKey) (netip.Addr, error)
+	neighbour(key neighbourKey) (neighbourEntry, bool, error)
+	manage(key neighbourKey) error
+	forget(key neighbourKey) error
+	Close()
 }
 
 // hops knows the ways to the unicast destinations, and keeps the neighbours on them
 // resolved. A round is one reconcile.
 type hops struct {
-	rtnl       *rtnl // nil until a rule has a unicast output
-	follow     func(key neighbourKey, on bool)
+	rtnl       tables // nil until a rule has a unicast output
+	openTables func() (tables, error)
+	watch      *watch
 	round      uint64
 	hops       map[hopKey]*nextHop
 	neighbours map[neighbourKey]*neighbour
@@ -53,8 +64,8 @@ type hops struct {
 	routesAsked   time.Time
 }
 
-func newHops(follow func(neighbourKey, bool)) *hops {
-	return &hops{follow: follow, hops: map[hopKey]*nextHop{}, neighbours: map[neighbourKey]*neighbour{}}
+func newHops(w *watch) *hops {
+	return &hops{openTables: newRtnl, watch: w, hops: map[hopKey]*nextHop{}, neighbours: map[neighbourKey]*neighbour{}}
 }
 
 func (h *hops) close() {
@@ -74,14 +85,14 @@ func (h *hops) adopt() error {
 	}
 	for _, e := range left {
 		h.neighbours[e.key] = &neighbour{neighbourEntry: e}
-		h.follow(e.key, true)
+		h.watch.follow(e.key, true)
 	}
 	return nil
 }
 
 func (h *hops) open() (err error) {
 	if h.rtnl == nil {
-		h.rtnl, err = newRtnl()
+		h.rtnl, err = h.openTables()
 	}
 	return err
 }
@@ -92,6 +103,7 @@ func (h *hops) to(index int, dst netip.Addr) *nextHop {
 	key := hopKey{index, dst}
 	hop := h.hops[key]
 	if hop == nil {
+		h.watch.followRoutes(true)
 		hop = &nextHop{key: key}
 		h.hops[key] = hop
 	}
@@ -164,7 +176,7 @@ func (h *hops) neighbour(key neighbourKey) *neighbour {
 	if n == nil {
 		n = &neighbour{neighbourEntry: neighbourEntry{key: key}}
 		h.neighbours[key] = n
-		h.follow(key, true) // first, so that no change is missed
+		h.watch.follow(key, true) // first, so that no change is missed
 	}
 	n.used = h.round
 	if (n.asked == 0 || !n.valid()) && n.asked != h.round {
@@ -190,6 +202,8 @@ func (h *hops) askNeighbour(n *neighbour) {
 	}
 	n.neighbourEntry, n.err = e, err
 	n.key = key
+	// While it is asked again, that it did not answer is still what is known.
+	n.failed = !n.valid() && (n.failed || n.state&unix.NUD_FAILED != 0)
 }
 
 // refresh asks again for what may have changed, and returns the neighbours and ways
@@ -220,9 +234,9 @@ func (h *hops) recheck(n *neighbour) bool {
 	if n.used == 0 {
 		return false // left by an earlier process and not used so far
 	}
-	valid, mac := n.valid(), n.mac
+	valid, failed, mac := n.valid(), n.failed, n.mac
 	h.askNeighbour(n)
-	return n.valid() != valid || n.mac != mac
+	return n.valid() != valid || n.failed != failed || n.mac != mac
 }
 
 // refreshRoutes asks for every way again.
@@ -256,13 +270,16 @@ func (h *hops) sweep() error {
 			delete(h.hops, key)
 		}
 	}
+	if len(h.hops) == 0 {
+		h.watch.followRoutes(false)
+	}
 	var errs []error
 	for key, n := range h.neighbours {
 		if n.used == h.round {
 			continue
 		}
 		delete(h.neighbours, key)
-		h.follow(key, false)
+		h.watch.follow(key, false)
 		if n.ours() && !n.static() { // one made permanent has become somebody else's
 			if err := h.rtnl.forget(key); err != nil {
 				errs = append(errs, fmt.Errorf("remove neighbour %s: %w", key.addr, err))
@@ -282,7 +299,7 @@ func (h *hops) dropInterface(index int) {
 	for key := range h.neighbours {
 		if key.index == index {
 			delete(h.neighbours, key)
-			h.follow(key, false)
+			h.watch.follow(key, false)
 		}
 	}
 }
@@ -304,7 +321,7 @@ func (hop *nextHop) why(ifname string) string {
 		return fmt.Sprintf("the kernel's neighbour table has no room for %s (sysctl net.ipv4.neigh.default.gc_thresh3, or ipv6): %v", hop.who(), n.err)
 	case n.err != nil:
 		return fmt.Sprintf("neighbour %s on interface %s: %v", hop.who(), ifname, n.err)
-	case n.state&unix.NUD_FAILED != 0:
+	case n.failed:
 		return fmt.Sprintf("%s does not answer on interface %s", hop.who(), ifname)
 	}
 	return fmt.Sprintf("%s has not answered yet on interface %s", hop.who(), ifname)

@@ -31,15 +31,17 @@ func (r *Relay) nextWake() time.Duration {
 		return 0
 	}
 	wake := idle
+	// From the last time, since whoever asks for states must not put it off.
+	again := max(0, recheck-time.Since(r.reconciled))
 	for _, w := range r.ordered {
 		if !w.complete() {
-			wake = recheck
+			wake = again
 			break
 		}
 	}
 	for _, about := range []string{aboutKernel, aboutInterfaces, aboutNeighbours, aboutOwn} {
 		if r.warnings[about] != "" {
-			wake = recheck
+			wake = again
 		}
 	}
 	for _, w := range r.wants {
@@ -111,6 +113,7 @@ func (w *wantedRule) touches(changed map[string]bool) bool {
 // The rules named by strict must not fail. After an error the kernel holds the
 // rules from before.
 func (r *Relay) reconcile(strict []string) error {
+	defer func() { r.reconciled = time.Now() }()
 	r.round++
 	r.hops.round++
 	if err := r.refreshInterfaces(); err != nil {

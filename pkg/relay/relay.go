@@ -67,6 +67,7 @@ type Relay struct {
 	features   map[int]loader.Features     // by interface index; see featuresOf
 	offloads   *offloads
 	round      uint64                                      // counts reconciles
+	reconciled time.Time                                   // the last time
 	allDirty   bool                                        // every rule is to be resolved again
 	unsynced   bool                                        // the kernel does not hold what is resolved
 	wants      map[membership.Membership]*wantedMembership // key: without the name
@@ -128,7 +129,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if r.watch, err = newWatch(); err != nil {
 		return nil, err
 	}
-	r.hops = newHops(r.watch.follow)
+	r.hops = newHops(r.watch)
 	return r, nil
 }
 

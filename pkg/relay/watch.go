@@ -21,6 +21,7 @@ type watch struct {
 	mu       sync.Mutex
 	pending  news
 	followed map[neighbourKey]bool
+	routes   bool // to be told
 }
 
 // news is what has changed since one last asked.
@@ -91,8 +92,7 @@ func (w *watch) note(data []byte, lost bool) bool {
 	for _, m := range messages {
 		switch m.Header.Type {
 		case unix.RTM_NEWROUTE, unix.RTM_DELROUTE, unix.RTM_NEWRULE, unix.RTM_DELRULE:
-			// Nothing depends on routes but the way to a neighbour.
-			if len(w.followed) > 0 {
+			if w.routes {
 				w.pending.routes, matters = true, true
 			}
 		case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
@@ -125,6 +125,14 @@ func (w *watch) follow(key neighbourKey, on bool) {
 		return
 	}
 	delete(w.followed, key)
+}
+
+// followRoutes says whether changes of routes are to be told: on a router they may
+// never end.
+func (w *watch) followRoutes(on bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.routes = on
 }
 
 // take returns what has changed since the last call.
