@@ -30,10 +30,18 @@ var vlanFeatures = [...]string{"rx-vlan-hw-parse", "rx-vlan-stag-hw-parse"}
 type offloads struct {
 	file string
 	off  map[string][]string
+	open func(ifname string) (featureSet, error) // openFeatures; tests inject faults
+}
+
+// featureSet is the features of one interface.
+type featureSet interface {
+	active(name string) bool
+	set(names []string, on bool) error
+	Close()
 }
 
 func readOffloads(file string) (*offloads, error) {
-	o := &offloads{file: file, off: map[string][]string{}}
+	o := &offloads{file: file, off: map[string][]string{}, open: openFeatures}
 	data, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return o, nil
@@ -70,7 +78,7 @@ func (o *offloads) save() error {
 
 // showTags makes an interface leave tags in the frames. It may be called again.
 func (o *offloads) showTags(ifname string) error {
-	f, err := openFeatures(ifname)
+	f, err := o.open(ifname)
 	if err != nil {
 		return err
 	}
@@ -105,7 +113,7 @@ func (o *offloads) restore(keep map[string]bool) error {
 		}
 		features := o.off[ifname]
 		delete(o.off, ifname)
-		f, err := openFeatures(ifname)
+		f, err := o.open(ifname)
 		if err != nil {
 			if !errors.Is(err, unix.ENODEV) {
 				errs = append(errs, err)
@@ -157,7 +165,7 @@ type featureBlock struct{ available, requested, active, neverChanged uint32 }
 
 // openFeatures reads the features of an interface in the calling thread's network
 // namespace. The caller must Close it.
-func openFeatures(ifname string) (_ *features, err error) {
+func openFeatures(ifname string) (_ featureSet, err error) {
 	f := &features{ifname: ifname, names: map[string]int{}}
 	if f.fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("ethtool socket: %w", err)
