@@ -24,10 +24,16 @@ var abiStructs = map[string]reflect.Type{
 	"flow":           reflect.TypeFor[RelayFlow](),
 	"flow4":          reflect.TypeFor[RelayFlow4](),
 	"flow6":          reflect.TypeFor[RelayFlow6](),
+	"fragment":       reflect.TypeFor[RelayFragment](),
+	"fragment_key":   reflect.TypeFor[RelayFragmentKey](),
 	"handover":       reflect.TypeFor[RelayHandover](),
 	"output":         reflect.TypeFor[RelayOutput](),
 	"output_stats":   reflect.TypeFor[RelayOutputStats](),
+	"own_address":    reflect.TypeFor[RelayOwnAddress](),
+	"policer":        reflect.TypeFor[RelayPolicer](),
 	"port_stats":     reflect.TypeFor[TransmitPortStats](),
+	"prefix4":        reflect.TypeFor[RelayPrefix4](),
+	"prefix6":        reflect.TypeFor[RelayPrefix6](),
 	"querier":        reflect.TypeFor[RelayQuerier](),
 	"querier_key":    reflect.TypeFor[RelayQuerierKey](),
 	"rule":           reflect.TypeFor[RelayRule](),
@@ -40,40 +46,69 @@ var abiEnums = map[string]map[string]uint64{
 	"rule_path": {
 		"PATH_NONE":   uint64(RelayRulePathPATH_NONE),
 		"PATH_KERNEL": uint64(RelayRulePathPATH_KERNEL),
+		"PATH_AFXDP":  uint64(RelayRulePathPATH_AFXDP),
+		"PATH_FANOUT": uint64(RelayRulePathPATH_FANOUT),
 	},
 	"drop_reason": {
 		"DROP_LOOP":         uint64(RelayDropReasonDROP_LOOP),
-		"DROP_FRAGMENT":     uint64(RelayDropReasonDROP_FRAGMENT),
 		"DROP_TTL":          uint64(RelayDropReasonDROP_TTL),
 		"DROP_MTU":          uint64(RelayDropReasonDROP_MTU),
 		"DROP_MULTI_BUFFER": uint64(RelayDropReasonDROP_MULTI_BUFFER),
 		"DROP_NOT_READY":    uint64(RelayDropReasonDROP_NOT_READY),
+		"DROP_NO_NEIGHBOUR": uint64(RelayDropReasonDROP_NO_NEIGHBOUR),
 		"DROP_NO_DEVICE":    uint64(RelayDropReasonDROP_NO_DEVICE),
 		"DROP_NO_CHECKSUM":  uint64(RelayDropReasonDROP_NO_CHECKSUM),
+		"DROP_PORT":         uint64(RelayDropReasonDROP_PORT),
+		"DROP_POLICED":      uint64(RelayDropReasonDROP_POLICED),
+		"DROP_NO_SOCKET":    uint64(RelayDropReasonDROP_NO_SOCKET),
+		"DROP_TX_FULL":      uint64(RelayDropReasonDROP_TX_FULL),
 		"DROP_INTERNAL":     uint64(RelayDropReasonDROP_INTERNAL),
 		"DROP_REASONS":      uint64(RelayDropReasonDROP_REASONS),
 	},
-	"drop_scope": {
-		"DROP_RULE":    uint64(RelayDropScopeDROP_RULE),
-		"DROP_OUTPUT":  uint64(RelayDropScopeDROP_OUTPUT),
-		"DROP_UNKNOWN": uint64(RelayDropScopeDROP_UNKNOWN),
-	},
 	"lookup_kind": {
-		"LOOKUP_ANY4":    uint64(RelayLookupKindLOOKUP_ANY4),
-		"LOOKUP_SOURCE4": uint64(RelayLookupKindLOOKUP_SOURCE4),
-		"LOOKUP_ANY6":    uint64(RelayLookupKindLOOKUP_ANY6),
-		"LOOKUP_SOURCE6": uint64(RelayLookupKindLOOKUP_SOURCE6),
+		"LOOKUP_SOURCE_PORT": uint64(RelayLookupKindLOOKUP_SOURCE_PORT),
+		"LOOKUP_PORT":        uint64(RelayLookupKindLOOKUP_PORT),
+		"LOOKUP_SOURCE":      uint64(RelayLookupKindLOOKUP_SOURCE),
+		"LOOKUP_ANY":         uint64(RelayLookupKindLOOKUP_ANY),
+		"LOOKUP_PREFIXES":    uint64(RelayLookupKindLOOKUP_PREFIXES),
+	},
+	"fragment_kind": {
+		"FRAGMENT_FIRST":  uint64(RelayFragmentKindFRAGMENT_FIRST),
+		"FRAGMENT_LATER":  uint64(RelayFragmentKindFRAGMENT_LATER),
+		"FRAGMENT_ORPHAN": uint64(RelayFragmentKindFRAGMENT_ORPHAN),
+		"FRAGMENT_KINDS":  uint64(RelayFragmentKindFRAGMENT_KINDS),
+	},
+	"flow_flag": {
+		"FLOW_UNICAST":     uint64(RelayFlowFlagFLOW_UNICAST),
+		"FLOW_ALLOW_LOOP":  uint64(RelayFlowFlagFLOW_ALLOW_LOOP),
+		"FLOW_NO_CHECKSUM": uint64(RelayFlowFlagFLOW_NO_CHECKSUM),
+		"FLOW_POLICED":     uint64(RelayFlowFlagFLOW_POLICED),
+		"FLOW_FALLBACK":    uint64(RelayFlowFlagFLOW_FALLBACK),
 	},
 	"output_flag": {
 		"OUTPUT_READY":         uint64(RelayOutputFlagOUTPUT_READY),
 		"OUTPUT_SOURCE_SET":    uint64(RelayOutputFlagOUTPUT_SOURCE_SET),
 		"OUTPUT_DSCP_SET":      uint64(RelayOutputFlagOUTPUT_DSCP_SET),
 		"OUTPUT_CHECKSUM_ZERO": uint64(RelayOutputFlagOUTPUT_CHECKSUM_ZERO),
+		"OUTPUT_RARE":          uint64(RelayOutputFlagOUTPUT_RARE),
+		"OUTPUT_PORT_ADD":      uint64(RelayOutputFlagOUTPUT_PORT_ADD),
+		"OUTPUT_PCP_SET":       uint64(RelayOutputFlagOUTPUT_PCP_SET),
+		"OUTPUT_POLICED":       uint64(RelayOutputFlagOUTPUT_POLICED),
+	},
+	"vlan_mode": {
+		"VLAN_KEEP": uint64(RelayVlanModeVLAN_KEEP),
+		"VLAN_POP":  uint64(RelayVlanModeVLAN_POP),
+		"VLAN_SET":  uint64(RelayVlanModeVLAN_SET),
 	},
 	"ttl_mode": {
 		"TTL_KEEP":      uint64(RelayTtlModeTTL_KEEP),
 		"TTL_DECREMENT": uint64(RelayTtlModeTTL_DECREMENT),
 		"TTL_SET":       uint64(RelayTtlModeTTL_SET),
+	},
+	"drop_scope": {
+		"DROP_RULE":    uint64(RelayDropScopeDROP_RULE),
+		"DROP_OUTPUT":  uint64(RelayDropScopeDROP_OUTPUT),
+		"DROP_UNKNOWN": uint64(RelayDropScopeDROP_UNKNOWN),
 	},
 }
 
@@ -203,7 +238,7 @@ func TestEnums(t *testing.T) {
 
 func TestMacros(t *testing.T) {
 	define := regexp.MustCompile(`(?m)^#define (XDPCAST_\w+)\s+(\S+)`)
-	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen}
+	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen, "XDPCAST_MAX_QUEUES": MaxQueues}
 	got := map[string]int{}
 	for _, m := range define.FindAllStringSubmatch(readFile(t, "include/abi.h"), -1) {
 		value, err := strconv.Atoi(m[2])

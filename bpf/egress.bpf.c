@@ -11,10 +11,9 @@
  * after the other, in the order of the rows, on one CPU.
  */
 #include "account.h"
+#include "copy.h"
 #include "handover.h"
 #include "maps.h"
-#include "parse.h"
-#include "rewrite.h"
 
 /* Steps that halve XDPCAST_MAX_SLOTS to nothing. */
 #define SEARCH_STEPS 7
@@ -69,26 +68,18 @@ static __always_inline struct output *find_output(const struct handover *from, _
 	return bpf_map_lookup_elem(&outputs, &index);
 }
 
-/* Rewrites a copy for its output. Returns why it must be dropped, DROP_REASONS when
- * it need not. The relay program has parsed the frame: the bounds are for the
- * verifier.
- */
-static __always_inline __u32 rewrite_copy(struct headers *h, void *data_end, const struct output *o)
+/* Rewrites a copy for its output. Returns REWRITTEN, or why it must be dropped. */
+static __always_inline __u32 rewrite_copy(struct xdp_md *ctx, const struct handover *from,
+					  const struct output *o, __u32 bytes)
 {
-	if ((void *)(h->udp + 1) > data_end)
+	struct offsets at = {.l3 = from->l3_offset, .udp = from->udp_offset};
+	struct headers h;
+
+	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
+		return rewrite_rare(ctx, o, at.l3, at.udp, bytes);
+	if (!find_headers(ctx, &at, &h))
 		return DROP_INTERNAL;
-	if (o->family == 4) {
-		if ((void *)(h->ip4 + 1) > data_end)
-			return DROP_INTERNAL;
-		if (bpf_ntohs(h->ip4->tot_len) > o->mtu)
-			return DROP_MTU;
-		return rewrite_ip4(h, o) ? DROP_REASONS : DROP_TTL;
-	}
-	if ((void *)(h->ip6 + 1) > data_end)
-		return DROP_INTERNAL;
-	if (sizeof(*h->ip6) + bpf_ntohs(h->ip6->payload_len) > o->mtu)
-		return DROP_MTU;
-	return rewrite_ip6(h, o) ? DROP_REASONS : DROP_TTL;
+	return rewrite_headers(ctx, &h, o, false);
 }
 
 SEC("xdp.frags/devmap")
@@ -98,7 +89,6 @@ int egress(struct xdp_md *ctx)
 	void *data = (void *)(long)ctx->data;
 	__u32 bytes = data_end - data;
 	struct handover from;
-	struct headers h;
 	struct output *o;
 	__u32 reason;
 
@@ -111,14 +101,11 @@ int egress(struct xdp_md *ctx)
 	if (!o)
 		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
 	if (!(o->flags & OUTPUT_READY))
-		return count_drop(DROP_OUTPUT, o->stats, DROP_NOT_READY, bytes);
-	h.eth = data;
-	h.l3 = data + (from.l3_offset & 0x1f);
-	h.udp = data + (from.udp_offset & 0x7f);
-	reason = rewrite_copy(&h, data_end, o);
+		return count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
+	reason = rewrite_copy(ctx, &from, o, bytes);
 	if (reason == DROP_MTU)
 		return XDP_DROP; /* counted by the relay program */
-	if (reason != DROP_REASONS)
+	if (reason != REWRITTEN)
 		return count_drop(DROP_OUTPUT, o->stats, reason, bytes);
 	count_sent(o->stats, bytes);
 	return XDP_PASS;

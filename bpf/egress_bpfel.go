@@ -16,32 +16,44 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	EgressMapConfig           = "config"
-	EgressMapCopies           = "copies"
-	EgressMapDrops            = "drops"
-	EgressMapFanout           = "fanout"
-	EgressMapFlowTables4      = "flow_tables4"
-	EgressMapFlowTables6      = "flow_tables6"
-	EgressMapOutputStats      = "output_stats"
-	EgressMapOutputs          = "outputs"
-	EgressMapPassed           = "passed"
-	EgressMapPorts            = "ports"
-	EgressMapQueriers         = "queriers"
-	EgressMapRuleDrops        = "rule_drops"
-	EgressMapRuleStats        = "rule_stats"
-	EgressMapRules            = "rules"
-	EgressMapTurns            = "turns"
-	EgressProgEgress          = "egress"
-	EgressVarExportDropReason = "export_drop_reason"
-	EgressVarExportDropScope  = "export_drop_scope"
-	EgressVarExportFlow       = "export_flow"
-	EgressVarExportFlow4      = "export_flow4"
-	EgressVarExportFlow6      = "export_flow6"
-	EgressVarExportHandover   = "export_handover"
-	EgressVarExportLookupKind = "export_lookup_kind"
-	EgressVarExportOutputFlag = "export_output_flag"
-	EgressVarExportRulePath   = "export_rule_path"
-	EgressVarExportTtlMode    = "export_ttl_mode"
+	EgressMapConfig             = "config"
+	EgressMapCopies             = "copies"
+	EgressMapDrops              = "drops"
+	EgressMapFanout             = "fanout"
+	EgressMapFlowTables4        = "flow_tables4"
+	EgressMapFlowTables6        = "flow_tables6"
+	EgressMapFragmentStats      = "fragment_stats"
+	EgressMapFragments          = "fragments"
+	EgressMapOutputStats        = "output_stats"
+	EgressMapOutputs            = "outputs"
+	EgressMapOwnAddresses       = "own_addresses"
+	EgressMapPassed             = "passed"
+	EgressMapPolicers           = "policers"
+	EgressMapPorts              = "ports"
+	EgressMapPrefixTables4      = "prefix_tables4"
+	EgressMapPrefixTables6      = "prefix_tables6"
+	EgressMapQueriers           = "queriers"
+	EgressMapRuleDrops          = "rule_drops"
+	EgressMapRuleStats          = "rule_stats"
+	EgressMapRules              = "rules"
+	EgressMapTurns              = "turns"
+	EgressMapXsks               = "xsks"
+	EgressProgEgress            = "egress"
+	EgressVarExportDropReason   = "export_drop_reason"
+	EgressVarExportDropScope    = "export_drop_scope"
+	EgressVarExportFlow         = "export_flow"
+	EgressVarExportFlow4        = "export_flow4"
+	EgressVarExportFlow6        = "export_flow6"
+	EgressVarExportFlowFlag     = "export_flow_flag"
+	EgressVarExportFragmentKind = "export_fragment_kind"
+	EgressVarExportHandover     = "export_handover"
+	EgressVarExportLookupKind   = "export_lookup_kind"
+	EgressVarExportOutputFlag   = "export_output_flag"
+	EgressVarExportPrefix4      = "export_prefix4"
+	EgressVarExportPrefix6      = "export_prefix6"
+	EgressVarExportRulePath     = "export_rule_path"
+	EgressVarExportTtlMode      = "export_ttl_mode"
+	EgressVarExportVlanMode     = "export_vlan_mode"
 )
 
 // LoadEgress returns the embedded CollectionSpec for Egress.
@@ -93,37 +105,49 @@ type EgressProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressMapSpecs struct {
-	Config      *ebpf.MapSpec `ebpf:"config"`
-	Copies      *ebpf.MapSpec `ebpf:"copies"`
-	Drops       *ebpf.MapSpec `ebpf:"drops"`
-	Fanout      *ebpf.MapSpec `ebpf:"fanout"`
-	FlowTables4 *ebpf.MapSpec `ebpf:"flow_tables4"`
-	FlowTables6 *ebpf.MapSpec `ebpf:"flow_tables6"`
-	OutputStats *ebpf.MapSpec `ebpf:"output_stats"`
-	Outputs     *ebpf.MapSpec `ebpf:"outputs"`
-	Passed      *ebpf.MapSpec `ebpf:"passed"`
-	Ports       *ebpf.MapSpec `ebpf:"ports"`
-	Queriers    *ebpf.MapSpec `ebpf:"queriers"`
-	RuleDrops   *ebpf.MapSpec `ebpf:"rule_drops"`
-	RuleStats   *ebpf.MapSpec `ebpf:"rule_stats"`
-	Rules       *ebpf.MapSpec `ebpf:"rules"`
-	Turns       *ebpf.MapSpec `ebpf:"turns"`
+	Config        *ebpf.MapSpec `ebpf:"config"`
+	Copies        *ebpf.MapSpec `ebpf:"copies"`
+	Drops         *ebpf.MapSpec `ebpf:"drops"`
+	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
+	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
+	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
+	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
+	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
+	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
+	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
+	Passed        *ebpf.MapSpec `ebpf:"passed"`
+	Policers      *ebpf.MapSpec `ebpf:"policers"`
+	Ports         *ebpf.MapSpec `ebpf:"ports"`
+	PrefixTables4 *ebpf.MapSpec `ebpf:"prefix_tables4"`
+	PrefixTables6 *ebpf.MapSpec `ebpf:"prefix_tables6"`
+	Queriers      *ebpf.MapSpec `ebpf:"queriers"`
+	RuleDrops     *ebpf.MapSpec `ebpf:"rule_drops"`
+	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
+	Rules         *ebpf.MapSpec `ebpf:"rules"`
+	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
 // EgressVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressVariableSpecs struct {
-	ExportDropReason *ebpf.VariableSpec `ebpf:"export_drop_reason"`
-	ExportDropScope  *ebpf.VariableSpec `ebpf:"export_drop_scope"`
-	ExportFlow       *ebpf.VariableSpec `ebpf:"export_flow"`
-	ExportFlow4      *ebpf.VariableSpec `ebpf:"export_flow4"`
-	ExportFlow6      *ebpf.VariableSpec `ebpf:"export_flow6"`
-	ExportHandover   *ebpf.VariableSpec `ebpf:"export_handover"`
-	ExportLookupKind *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
-	ExportOutputFlag *ebpf.VariableSpec `ebpf:"export_output_flag"`
-	ExportRulePath   *ebpf.VariableSpec `ebpf:"export_rule_path"`
-	ExportTtlMode    *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportDropReason   *ebpf.VariableSpec `ebpf:"export_drop_reason"`
+	ExportDropScope    *ebpf.VariableSpec `ebpf:"export_drop_scope"`
+	ExportFlow         *ebpf.VariableSpec `ebpf:"export_flow"`
+	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
+	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
+	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
+	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
+	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
+	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 }
 
 // EgressObjects contains all objects after they have been loaded into the kernel.
@@ -146,21 +170,28 @@ func (o *EgressObjects) Close() error {
 //
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressMaps struct {
-	Config      *ebpf.Map `ebpf:"config"`
-	Copies      *ebpf.Map `ebpf:"copies"`
-	Drops       *ebpf.Map `ebpf:"drops"`
-	Fanout      *ebpf.Map `ebpf:"fanout"`
-	FlowTables4 *ebpf.Map `ebpf:"flow_tables4"`
-	FlowTables6 *ebpf.Map `ebpf:"flow_tables6"`
-	OutputStats *ebpf.Map `ebpf:"output_stats"`
-	Outputs     *ebpf.Map `ebpf:"outputs"`
-	Passed      *ebpf.Map `ebpf:"passed"`
-	Ports       *ebpf.Map `ebpf:"ports"`
-	Queriers    *ebpf.Map `ebpf:"queriers"`
-	RuleDrops   *ebpf.Map `ebpf:"rule_drops"`
-	RuleStats   *ebpf.Map `ebpf:"rule_stats"`
-	Rules       *ebpf.Map `ebpf:"rules"`
-	Turns       *ebpf.Map `ebpf:"turns"`
+	Config        *ebpf.Map `ebpf:"config"`
+	Copies        *ebpf.Map `ebpf:"copies"`
+	Drops         *ebpf.Map `ebpf:"drops"`
+	Fanout        *ebpf.Map `ebpf:"fanout"`
+	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
+	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
+	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
+	Fragments     *ebpf.Map `ebpf:"fragments"`
+	OutputStats   *ebpf.Map `ebpf:"output_stats"`
+	Outputs       *ebpf.Map `ebpf:"outputs"`
+	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
+	Passed        *ebpf.Map `ebpf:"passed"`
+	Policers      *ebpf.Map `ebpf:"policers"`
+	Ports         *ebpf.Map `ebpf:"ports"`
+	PrefixTables4 *ebpf.Map `ebpf:"prefix_tables4"`
+	PrefixTables6 *ebpf.Map `ebpf:"prefix_tables6"`
+	Queriers      *ebpf.Map `ebpf:"queriers"`
+	RuleDrops     *ebpf.Map `ebpf:"rule_drops"`
+	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
+	Rules         *ebpf.Map `ebpf:"rules"`
+	Turns         *ebpf.Map `ebpf:"turns"`
+	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
 func (m *EgressMaps) Close() error {
@@ -171,15 +202,22 @@ func (m *EgressMaps) Close() error {
 		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
+		m.FragmentStats,
+		m.Fragments,
 		m.OutputStats,
 		m.Outputs,
+		m.OwnAddresses,
 		m.Passed,
+		m.Policers,
 		m.Ports,
+		m.PrefixTables4,
+		m.PrefixTables6,
 		m.Queriers,
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,
 		m.Turns,
+		m.Xsks,
 	)
 }
 
@@ -187,16 +225,21 @@ func (m *EgressMaps) Close() error {
 //
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressVariables struct {
-	ExportDropReason *ebpf.Variable `ebpf:"export_drop_reason"`
-	ExportDropScope  *ebpf.Variable `ebpf:"export_drop_scope"`
-	ExportFlow       *ebpf.Variable `ebpf:"export_flow"`
-	ExportFlow4      *ebpf.Variable `ebpf:"export_flow4"`
-	ExportFlow6      *ebpf.Variable `ebpf:"export_flow6"`
-	ExportHandover   *ebpf.Variable `ebpf:"export_handover"`
-	ExportLookupKind *ebpf.Variable `ebpf:"export_lookup_kind"`
-	ExportOutputFlag *ebpf.Variable `ebpf:"export_output_flag"`
-	ExportRulePath   *ebpf.Variable `ebpf:"export_rule_path"`
-	ExportTtlMode    *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportDropReason   *ebpf.Variable `ebpf:"export_drop_reason"`
+	ExportDropScope    *ebpf.Variable `ebpf:"export_drop_scope"`
+	ExportFlow         *ebpf.Variable `ebpf:"export_flow"`
+	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
+	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
+	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
+	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
+	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
+	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 }
 
 // EgressPrograms contains all programs after they have been loaded into the kernel.

@@ -5,95 +5,34 @@
  * rule wants goes to the rule's outputs; everything else passes untouched.
  */
 #include "account.h"
+#include "copy.h"
+#include "fragment.h"
 #include "handover.h"
-#include "maps.h"
-#include "parse.h"
+#include "lookup.h"
+#include "own.h"
 #include "query.h"
-#include "rewrite.h"
-
-static const __u32 zero;
-
-/* The rule of an IPv4 packet, source-specific first. */
-static __always_inline struct flow *lookup4(__u32 ifindex, const struct headers *h, __u32 kinds)
-{
-	struct flow4 key = {
-		.ifindex = ifindex,
-		.vlan = h->vlan,
-		.port = bpf_ntohs(h->udp->dest),
-	};
-	struct flow *flow;
-	void *table;
-
-	if (!(kinds & (LOOKUP_SOURCE4 | LOOKUP_ANY4)))
-		return NULL;
-	table = bpf_map_lookup_elem(&flow_tables4, &zero);
-	if (!table)
-		return NULL;
-	*(__u32 *)key.group = h->ip4->daddr;
-	if (kinds & LOOKUP_SOURCE4) {
-		*(__u32 *)key.source = h->ip4->saddr;
-		flow = bpf_map_lookup_elem(table, &key);
-		if (flow)
-			return flow;
-		*(__u32 *)key.source = 0;
-	}
-	if (kinds & LOOKUP_ANY4)
-		return bpf_map_lookup_elem(table, &key);
-	return NULL;
-}
-
-static __always_inline struct flow *lookup6(__u32 ifindex, const struct headers *h, __u32 kinds)
-{
-	struct flow6 key = {
-		.ifindex = ifindex,
-		.vlan = h->vlan,
-		.port = bpf_ntohs(h->udp->dest),
-	};
-	struct flow *flow;
-	void *table;
-
-	if (!(kinds & (LOOKUP_SOURCE6 | LOOKUP_ANY6)))
-		return NULL;
-	table = bpf_map_lookup_elem(&flow_tables6, &zero);
-	if (!table)
-		return NULL;
-	*(struct in6_addr *)key.group = h->ip6->daddr;
-	if (kinds & LOOKUP_SOURCE6) {
-		*(struct in6_addr *)key.source = h->ip6->saddr;
-		flow = bpf_map_lookup_elem(table, &key);
-		if (flow)
-			return flow;
-		__builtin_memset(key.source, 0, sizeof(key.source));
-	}
-	if (kinds & LOOKUP_ANY6)
-		return bpf_map_lookup_elem(table, &key);
-	return NULL;
-}
-
-static __always_inline bool own_mac(const struct ethhdr *eth, const struct flow *flow)
-{
-	const __u16 *a = (const __u16 *)eth->h_source;
-	const __u16 *b = (const __u16 *)flow->input_mac;
-
-	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
-}
 
 /* One output: the frame itself is rewritten and sent on. */
-static __always_inline int send_one(struct headers *h, const struct flow *flow, __u32 bytes,
-				    bool ip4)
+static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const struct flow *flow,
+				    __u32 bytes, bool ip4)
 {
 	__u32 id = flow->rule, first = flow->first_output;
 	struct output *o = bpf_map_lookup_elem(&outputs, &first);
+	__u32 reason;
 	int verdict;
 
 	if (!o)
 		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
 	if (!(o->flags & OUTPUT_READY))
-		return count_drop(DROP_OUTPUT, o->stats, DROP_NOT_READY, bytes);
+		return count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
 	if (h->l3_len > o->mtu)
 		return count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
-	if (!(ip4 ? rewrite_ip4(h, o) : rewrite_ip6(h, o)))
-		return count_drop(DROP_OUTPUT, o->stats, DROP_TTL, bytes);
+	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
+		reason = rewrite_rare(ctx, o, h->l3_offset, udp_offset(h), bytes);
+	else
+		reason = ip4 ? rewrite_ip4(h, o, false) : rewrite_ip6(h, o, false);
+	if (reason != REWRITTEN)
+		return count_drop(DROP_OUTPUT, o->stats, reason, bytes);
 	verdict = bpf_redirect_map(&ports, flow->port, XDP_DROP);
 	if (verdict != XDP_REDIRECT)
 		return count_drop(DROP_OUTPUT, o->stats, DROP_NO_DEVICE, bytes);
@@ -116,11 +55,24 @@ __noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
 		if (!o)
 			continue;
 		if (!(o->flags & OUTPUT_READY))
-			count_drop(DROP_OUTPUT, o->stats, DROP_NOT_READY, bytes);
+			count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
 		else if (l3_len > o->mtu)
 			count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
 	}
 	return 0;
+}
+
+/* Tells the egress program, or a user-space path, whose packet this is. */
+static __always_inline void hand_over(struct headers *h, const struct flow *flow, __u32 sequence)
+{
+	struct handover *to = (struct handover *)h->eth;
+
+	to->first_output = flow->first_output;
+	to->l3_offset = h->l3_offset;
+	to->outputs = flow->outputs;
+	to->mark = HANDOVER_MARK;
+	to->udp_offset = udp_offset(h);
+	to->sequence = sequence;
 }
 
 /* Several outputs: the kernel clones the frame for each row of the rule's
@@ -129,7 +81,6 @@ __noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
 static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, const struct flow *flow,
 				     __u32 bytes, __u32 sequence)
 {
-	struct handover *to = (struct handover *)h->eth;
 	__u32 id = flow->rule, first = flow->first_output;
 	void *slots = bpf_map_lookup_elem(&fanout, &first);
 
@@ -140,39 +91,86 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 		return count_drop(DROP_RULE, id, DROP_MULTI_BUFFER, bytes);
 	if (h->l3_len > flow->min_mtu)
 		count_missing(first, flow->outputs, h->l3_len, bytes);
-	to->first_output = first;
-	to->l3_offset = h->l3_offset;
-	to->outputs = flow->outputs;
-	to->mark = HANDOVER_MARK;
-	to->udp_offset = (void *)h->udp - (void *)h->eth;
-	to->sequence = sequence;
+	hand_over(h, flow, sequence);
 	return bpf_redirect_map(slots, 0, BPF_F_BROADCAST);
+}
+
+/* User-space paths. Returns false when the kernel path is to serve. */
+static __always_inline bool to_user_space(struct xdp_md *ctx, struct headers *h,
+					  const struct flow *flow, __u32 bytes, __u32 sequence,
+					  int *verdict)
+{
+	__u32 queue = ctx->rx_queue_index;
+
+	*verdict = XDP_PASS;
+	if (flow->path == PATH_FANOUT)
+		return true;
+	if (flow->path == PATH_AFXDP && queue < XDPCAST_MAX_QUEUES) {
+		*verdict = bpf_redirect_map(&xsks, flow->sockets + queue, XDP_DROP);
+		if (*verdict == XDP_REDIRECT) {
+			hand_over(h, flow, sequence);
+			return true;
+		}
+	}
+	if (flow->flags & FLOW_FALLBACK)
+		return false;
+	*verdict = count_drop(DROP_RULE, flow->rule,
+			      flow->path == PATH_AFXDP ? DROP_NO_SOCKET : DROP_INTERNAL, bytes);
+	return true;
 }
 
 /* A packet with its rule. ip4 is a constant in each caller, so that the family is
  * decided once.
  */
-static __always_inline int forward(struct xdp_md *ctx, struct headers *h, const struct flow *flow,
-				   bool ip4)
+static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
+				   __u32 ifindex, struct headers *h, const struct flow *flow, bool ip4)
 {
 	__u32 bytes = bpf_xdp_get_buff_len(ctx);
 	__u32 id = flow->rule, sequence;
+	int verdict;
 
-	/* A packet cut short is for the stack to refuse. */
+	/* A packet cut short is for the stack to refuse, and one for another host's MAC
+	 * to ignore.
+	 */
 	if ((__u64)h->l3_offset + h->l3_len > bytes)
 		return XDP_PASS;
+	if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
+		return XDP_PASS;
+	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
+		remember_fragment(ifindex, h, ip4);
+		count_fragment(h->udp ? FRAGMENT_FIRST : FRAGMENT_LATER, bytes);
+	}
 	sequence = count_match(id, bytes);
-	if (own_mac(h->eth, flow))
+	if (own_packet(cfg, h, flow, ip4))
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
-	if (h->fragment)
-		return count_drop(DROP_RULE, id, DROP_FRAGMENT, bytes);
-	if (!ip4 && !h->udp->check)
+	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
-	if (flow->path != PATH_KERNEL)
-		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
+	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
+		return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
+	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&
+	    to_user_space(ctx, h, flow, bytes, sequence, &verdict))
+		return verdict;
 	if (flow->outputs == 1)
-		return send_one(h, flow, bytes, ip4);
+		return send_one(ctx, h, flow, bytes, ip4);
 	return send_many(ctx, h, flow, bytes, sequence);
+}
+
+/* The rule of a packet. */
+static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct config *cfg,
+					   __u32 ifindex, const struct headers *h, bool ip4)
+{
+	__u16 port;
+
+	if (__builtin_expect(h->part == PART_LATER, 0)) {
+		port = fragment_port(ifindex, h, ip4);
+		if (!port) {
+			count_fragment(FRAGMENT_ORPHAN, bpf_xdp_get_buff_len(ctx));
+			return NULL;
+		}
+	} else {
+		port = bpf_ntohs(h->udp->dest);
+	}
+	return ip4 ? lookup4(ifindex, h, port, cfg->lookup4) : lookup6(ifindex, h, port, cfg->lookup6);
 }
 
 /* What is no whole UDP packet is for the stack; queries are counted on the way.
@@ -191,6 +189,8 @@ static __always_inline int relay_packet(struct xdp_md *ctx)
 	struct headers h;
 	struct config *cfg;
 	struct flow *flow;
+	/* Once: an address inside the context must not be kept. */
+	__u32 ifindex = ctx->ingress_ifindex;
 	__be16 proto;
 
 	cfg = bpf_map_lookup_elem(&config, &zero);
@@ -200,14 +200,14 @@ static __always_inline int relay_packet(struct xdp_md *ctx)
 	if (proto == bpf_htons(ETH_P_IP)) {
 		if (__builtin_expect(!parse_ip4(data_end, &h), 0))
 			return not_udp(ctx);
-		flow = lookup4(ctx->ingress_ifindex, &h, cfg->lookup_kinds);
-		return flow ? forward(ctx, &h, flow, true) : XDP_PASS;
+		flow = lookup(ctx, cfg, ifindex, &h, true);
+		return flow ? forward(ctx, cfg, ifindex, &h, flow, true) : XDP_PASS;
 	}
 	if (proto == bpf_htons(ETH_P_IPV6)) {
 		if (__builtin_expect(!parse_ip6(data_end, &h), 0))
 			return not_udp(ctx);
-		flow = lookup6(ctx->ingress_ifindex, &h, cfg->lookup_kinds);
-		return flow ? forward(ctx, &h, flow, false) : XDP_PASS;
+		flow = lookup(ctx, cfg, ifindex, &h, false);
+		return flow ? forward(ctx, cfg, ifindex, &h, flow, false) : XDP_PASS;
 	}
 	return XDP_PASS;
 }

@@ -25,10 +25,12 @@ type RelayBpfDevmapVal struct {
 type RelayConfig struct {
 	_           structs.HostLayout
 	Schema      uint32
-	LookupKinds uint32
+	Lookup4     uint16
+	Lookup6     uint16
 	NetnsCookie uint64
 	MaxRules    uint32
 	MaxOutputs  uint32
+	Own         [4]uint64
 }
 
 type RelayCopy struct {
@@ -55,15 +57,19 @@ type RelayDropReason uint32
 
 const (
 	RelayDropReasonDROP_LOOP         RelayDropReason = 0
-	RelayDropReasonDROP_FRAGMENT     RelayDropReason = 1
-	RelayDropReasonDROP_TTL          RelayDropReason = 2
-	RelayDropReasonDROP_MTU          RelayDropReason = 3
-	RelayDropReasonDROP_MULTI_BUFFER RelayDropReason = 4
-	RelayDropReasonDROP_NOT_READY    RelayDropReason = 5
+	RelayDropReasonDROP_TTL          RelayDropReason = 1
+	RelayDropReasonDROP_MTU          RelayDropReason = 2
+	RelayDropReasonDROP_MULTI_BUFFER RelayDropReason = 3
+	RelayDropReasonDROP_NOT_READY    RelayDropReason = 4
+	RelayDropReasonDROP_NO_NEIGHBOUR RelayDropReason = 5
 	RelayDropReasonDROP_NO_DEVICE    RelayDropReason = 6
 	RelayDropReasonDROP_NO_CHECKSUM  RelayDropReason = 7
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 8
-	RelayDropReasonDROP_REASONS      RelayDropReason = 9
+	RelayDropReasonDROP_PORT         RelayDropReason = 8
+	RelayDropReasonDROP_POLICED      RelayDropReason = 9
+	RelayDropReasonDROP_NO_SOCKET    RelayDropReason = 10
+	RelayDropReasonDROP_TX_FULL      RelayDropReason = 11
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 12
+	RelayDropReasonDROP_REASONS      RelayDropReason = 13
 )
 
 type RelayDropScope uint32
@@ -82,27 +88,70 @@ type RelayFlow struct {
 	Outputs     uint16
 	MinMtu      uint16
 	Path        uint8
-	Pad         uint8
+	Flags       uint8
 	InputMac    [6]uint8
+	Sockets     uint32
+	Pad         uint32
 }
 
 type RelayFlow4 struct {
-	_       structs.HostLayout
-	Ifindex uint32
-	Vlan    uint16
-	Port    uint16
-	Group   [4]uint8
-	Source  [4]uint8
+	_         structs.HostLayout
+	Ifindex   uint32
+	Vlan      uint16
+	OuterVlan uint16
+	Port      uint16
+	Pad       uint16
+	Group     [4]uint8
+	Source    [4]uint8
 }
 
 type RelayFlow6 struct {
-	_       structs.HostLayout
-	Ifindex uint32
-	Vlan    uint16
-	Port    uint16
-	Group   [16]uint8
-	Source  [16]uint8
+	_         structs.HostLayout
+	Ifindex   uint32
+	Vlan      uint16
+	OuterVlan uint16
+	Port      uint16
+	Pad       uint16
+	Group     [16]uint8
+	Source    [16]uint8
 }
+
+type RelayFlowFlag uint32
+
+const (
+	RelayFlowFlagFLOW_UNICAST     RelayFlowFlag = 1
+	RelayFlowFlagFLOW_ALLOW_LOOP  RelayFlowFlag = 2
+	RelayFlowFlagFLOW_NO_CHECKSUM RelayFlowFlag = 4
+	RelayFlowFlagFLOW_POLICED     RelayFlowFlag = 8
+	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
+)
+
+type RelayFragment struct {
+	_      structs.HostLayout
+	SeenNs uint64
+	Port   uint16
+	Pad    [3]uint16
+}
+
+type RelayFragmentKey struct {
+	_         structs.HostLayout
+	Ifindex   uint32
+	Vlan      uint16
+	OuterVlan uint16
+	Id        uint32
+	Family    uint32
+	Src       [16]uint8
+	Dst       [16]uint8
+}
+
+type RelayFragmentKind uint32
+
+const (
+	RelayFragmentKindFRAGMENT_FIRST  RelayFragmentKind = 0
+	RelayFragmentKindFRAGMENT_LATER  RelayFragmentKind = 1
+	RelayFragmentKindFRAGMENT_ORPHAN RelayFragmentKind = 2
+	RelayFragmentKindFRAGMENT_KINDS  RelayFragmentKind = 3
+)
 
 type RelayHandover struct {
 	_           structs.HostLayout
@@ -117,29 +166,39 @@ type RelayHandover struct {
 type RelayLookupKind uint32
 
 const (
-	RelayLookupKindLOOKUP_ANY4    RelayLookupKind = 1
-	RelayLookupKindLOOKUP_SOURCE4 RelayLookupKind = 2
-	RelayLookupKindLOOKUP_ANY6    RelayLookupKind = 4
-	RelayLookupKindLOOKUP_SOURCE6 RelayLookupKind = 8
+	RelayLookupKindLOOKUP_SOURCE_PORT RelayLookupKind = 1
+	RelayLookupKindLOOKUP_PORT        RelayLookupKind = 2
+	RelayLookupKindLOOKUP_SOURCE      RelayLookupKind = 4
+	RelayLookupKindLOOKUP_ANY         RelayLookupKind = 8
+	RelayLookupKindLOOKUP_PREFIXES    RelayLookupKind = 4
 )
 
 type RelayOutput struct {
-	_       structs.HostLayout
-	DstMac  [6]uint8
-	SrcMac  [6]uint8
-	Dst     [16]uint8
-	Src     [16]uint8
-	DstPort uint16
-	SrcPort uint16
-	Ifindex uint32
-	Stats   uint32
-	Mtu     uint16
-	Flags   uint8
-	TtlMode uint8
-	Ttl     uint8
-	Dscp    uint8
-	Family  uint8
-	Pad     uint8
+	_         structs.HostLayout
+	DstMac    [6]uint8
+	SrcMac    [6]uint8
+	Dst       [16]uint8
+	Src       [16]uint8
+	DstPort   uint16
+	SrcPort   uint16
+	Ifindex   uint32
+	Stats     uint32
+	Mtu       uint16
+	Flags     uint16
+	TtlMode   uint8
+	Ttl       uint8
+	Dscp      uint8
+	Family    uint8
+	PortShift int32
+	Policer   uint32
+	Vlan      uint16
+	OuterVlan uint16
+	VlanMode  uint8
+	Pcp       uint8
+	MinTtl    uint8
+	DstLen    uint8
+	Blocked   uint8
+	Reserved  [47]uint8
 }
 
 type RelayOutputFlag uint32
@@ -149,12 +208,56 @@ const (
 	RelayOutputFlagOUTPUT_SOURCE_SET    RelayOutputFlag = 2
 	RelayOutputFlagOUTPUT_DSCP_SET      RelayOutputFlag = 4
 	RelayOutputFlagOUTPUT_CHECKSUM_ZERO RelayOutputFlag = 8
+	RelayOutputFlagOUTPUT_RARE          RelayOutputFlag = 16
+	RelayOutputFlagOUTPUT_PORT_ADD      RelayOutputFlag = 32
+	RelayOutputFlagOUTPUT_PCP_SET       RelayOutputFlag = 64
+	RelayOutputFlagOUTPUT_POLICED       RelayOutputFlag = 128
 )
 
 type RelayOutputStats struct {
 	_       structs.HostLayout
 	Packets uint64
 	Bytes   uint64
+}
+
+type RelayOwnAddress struct {
+	_       structs.HostLayout
+	Address [16]uint8
+}
+
+type RelayPolicer struct {
+	_       structs.HostLayout
+	Full    uint64
+	Cost    uint64
+	Depth   uint64
+	Rate    uint64
+	Burst   uint64
+	ByBytes uint32
+	Pad     uint32
+}
+
+type RelayPrefix4 struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Ifindex   uint32
+	Vlan      uint16
+	OuterVlan uint16
+	Port      uint16
+	Pad       uint16
+	Source    [4]uint8
+	Group     [4]uint8
+}
+
+type RelayPrefix6 struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Ifindex   uint32
+	Vlan      uint16
+	OuterVlan uint16
+	Port      uint16
+	Pad       uint16
+	Source    [16]uint8
+	Group     [16]uint8
 }
 
 type RelayQuerier struct {
@@ -179,7 +282,7 @@ type RelayRule struct {
 	Outputs     uint16
 	Path        uint8
 	Pad         uint8
-	Name        [64]int8
+	Name        [80]int8
 }
 
 type RelayRulePath uint32
@@ -187,6 +290,8 @@ type RelayRulePath uint32
 const (
 	RelayRulePathPATH_NONE   RelayRulePath = 0
 	RelayRulePathPATH_KERNEL RelayRulePath = 1
+	RelayRulePathPATH_AFXDP  RelayRulePath = 2
+	RelayRulePathPATH_FANOUT RelayRulePath = 3
 )
 
 type RelayRuleStats struct {
@@ -210,36 +315,57 @@ type RelayTurn struct {
 	Next     uint32
 }
 
+type RelayVlanMode uint32
+
+const (
+	RelayVlanModeVLAN_KEEP RelayVlanMode = 0
+	RelayVlanModeVLAN_POP  RelayVlanMode = 1
+	RelayVlanModeVLAN_SET  RelayVlanMode = 2
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	RelayMapConfig           = "config"
-	RelayMapCopies           = "copies"
-	RelayMapDrops            = "drops"
-	RelayMapFanout           = "fanout"
-	RelayMapFlowTables4      = "flow_tables4"
-	RelayMapFlowTables6      = "flow_tables6"
-	RelayMapOutputStats      = "output_stats"
-	RelayMapOutputs          = "outputs"
-	RelayMapPassed           = "passed"
-	RelayMapPorts            = "ports"
-	RelayMapQueriers         = "queriers"
-	RelayMapRuleDrops        = "rule_drops"
-	RelayMapRuleStats        = "rule_stats"
-	RelayMapRules            = "rules"
-	RelayMapTurns            = "turns"
-	RelayProgRelay           = "relay"
-	RelayVarExportDropReason = "export_drop_reason"
-	RelayVarExportDropScope  = "export_drop_scope"
-	RelayVarExportFlow       = "export_flow"
-	RelayVarExportFlow4      = "export_flow4"
-	RelayVarExportFlow6      = "export_flow6"
-	RelayVarExportHandover   = "export_handover"
-	RelayVarExportLookupKind = "export_lookup_kind"
-	RelayVarExportOutputFlag = "export_output_flag"
-	RelayVarExportRulePath   = "export_rule_path"
-	RelayVarExportTtlMode    = "export_ttl_mode"
+	RelayMapConfig             = "config"
+	RelayMapCopies             = "copies"
+	RelayMapDrops              = "drops"
+	RelayMapFanout             = "fanout"
+	RelayMapFlowTables4        = "flow_tables4"
+	RelayMapFlowTables6        = "flow_tables6"
+	RelayMapFragmentStats      = "fragment_stats"
+	RelayMapFragments          = "fragments"
+	RelayMapOutputStats        = "output_stats"
+	RelayMapOutputs            = "outputs"
+	RelayMapOwnAddresses       = "own_addresses"
+	RelayMapPassed             = "passed"
+	RelayMapPolicers           = "policers"
+	RelayMapPorts              = "ports"
+	RelayMapPrefixTables4      = "prefix_tables4"
+	RelayMapPrefixTables6      = "prefix_tables6"
+	RelayMapQueriers           = "queriers"
+	RelayMapRuleDrops          = "rule_drops"
+	RelayMapRuleStats          = "rule_stats"
+	RelayMapRules              = "rules"
+	RelayMapTurns              = "turns"
+	RelayMapXsks               = "xsks"
+	RelayProgRelay             = "relay"
+	RelayVarExportDropReason   = "export_drop_reason"
+	RelayVarExportDropScope    = "export_drop_scope"
+	RelayVarExportFlow         = "export_flow"
+	RelayVarExportFlow4        = "export_flow4"
+	RelayVarExportFlow6        = "export_flow6"
+	RelayVarExportFlowFlag     = "export_flow_flag"
+	RelayVarExportFragmentKind = "export_fragment_kind"
+	RelayVarExportHandover     = "export_handover"
+	RelayVarExportLookupKind   = "export_lookup_kind"
+	RelayVarExportOutputFlag   = "export_output_flag"
+	RelayVarExportPrefix4      = "export_prefix4"
+	RelayVarExportPrefix6      = "export_prefix6"
+	RelayVarExportRulePath     = "export_rule_path"
+	RelayVarExportTtlMode      = "export_ttl_mode"
+	RelayVarExportVlanMode     = "export_vlan_mode"
+	RelayVarFragmentTimeoutNs  = "fragment_timeout_ns"
 )
 
 // LoadRelay returns the embedded CollectionSpec for Relay.
@@ -291,37 +417,50 @@ type RelayProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RelayMapSpecs struct {
-	Config      *ebpf.MapSpec `ebpf:"config"`
-	Copies      *ebpf.MapSpec `ebpf:"copies"`
-	Drops       *ebpf.MapSpec `ebpf:"drops"`
-	Fanout      *ebpf.MapSpec `ebpf:"fanout"`
-	FlowTables4 *ebpf.MapSpec `ebpf:"flow_tables4"`
-	FlowTables6 *ebpf.MapSpec `ebpf:"flow_tables6"`
-	OutputStats *ebpf.MapSpec `ebpf:"output_stats"`
-	Outputs     *ebpf.MapSpec `ebpf:"outputs"`
-	Passed      *ebpf.MapSpec `ebpf:"passed"`
-	Ports       *ebpf.MapSpec `ebpf:"ports"`
-	Queriers    *ebpf.MapSpec `ebpf:"queriers"`
-	RuleDrops   *ebpf.MapSpec `ebpf:"rule_drops"`
-	RuleStats   *ebpf.MapSpec `ebpf:"rule_stats"`
-	Rules       *ebpf.MapSpec `ebpf:"rules"`
-	Turns       *ebpf.MapSpec `ebpf:"turns"`
+	Config        *ebpf.MapSpec `ebpf:"config"`
+	Copies        *ebpf.MapSpec `ebpf:"copies"`
+	Drops         *ebpf.MapSpec `ebpf:"drops"`
+	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
+	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
+	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
+	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
+	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
+	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
+	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
+	Passed        *ebpf.MapSpec `ebpf:"passed"`
+	Policers      *ebpf.MapSpec `ebpf:"policers"`
+	Ports         *ebpf.MapSpec `ebpf:"ports"`
+	PrefixTables4 *ebpf.MapSpec `ebpf:"prefix_tables4"`
+	PrefixTables6 *ebpf.MapSpec `ebpf:"prefix_tables6"`
+	Queriers      *ebpf.MapSpec `ebpf:"queriers"`
+	RuleDrops     *ebpf.MapSpec `ebpf:"rule_drops"`
+	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
+	Rules         *ebpf.MapSpec `ebpf:"rules"`
+	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
 // RelayVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RelayVariableSpecs struct {
-	ExportDropReason *ebpf.VariableSpec `ebpf:"export_drop_reason"`
-	ExportDropScope  *ebpf.VariableSpec `ebpf:"export_drop_scope"`
-	ExportFlow       *ebpf.VariableSpec `ebpf:"export_flow"`
-	ExportFlow4      *ebpf.VariableSpec `ebpf:"export_flow4"`
-	ExportFlow6      *ebpf.VariableSpec `ebpf:"export_flow6"`
-	ExportHandover   *ebpf.VariableSpec `ebpf:"export_handover"`
-	ExportLookupKind *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
-	ExportOutputFlag *ebpf.VariableSpec `ebpf:"export_output_flag"`
-	ExportRulePath   *ebpf.VariableSpec `ebpf:"export_rule_path"`
-	ExportTtlMode    *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportDropReason   *ebpf.VariableSpec `ebpf:"export_drop_reason"`
+	ExportDropScope    *ebpf.VariableSpec `ebpf:"export_drop_scope"`
+	ExportFlow         *ebpf.VariableSpec `ebpf:"export_flow"`
+	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
+	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
+	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
+	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
+	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
+	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
 }
 
 // RelayObjects contains all objects after they have been loaded into the kernel.
@@ -344,21 +483,28 @@ func (o *RelayObjects) Close() error {
 //
 // It can be passed to LoadRelayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RelayMaps struct {
-	Config      *ebpf.Map `ebpf:"config"`
-	Copies      *ebpf.Map `ebpf:"copies"`
-	Drops       *ebpf.Map `ebpf:"drops"`
-	Fanout      *ebpf.Map `ebpf:"fanout"`
-	FlowTables4 *ebpf.Map `ebpf:"flow_tables4"`
-	FlowTables6 *ebpf.Map `ebpf:"flow_tables6"`
-	OutputStats *ebpf.Map `ebpf:"output_stats"`
-	Outputs     *ebpf.Map `ebpf:"outputs"`
-	Passed      *ebpf.Map `ebpf:"passed"`
-	Ports       *ebpf.Map `ebpf:"ports"`
-	Queriers    *ebpf.Map `ebpf:"queriers"`
-	RuleDrops   *ebpf.Map `ebpf:"rule_drops"`
-	RuleStats   *ebpf.Map `ebpf:"rule_stats"`
-	Rules       *ebpf.Map `ebpf:"rules"`
-	Turns       *ebpf.Map `ebpf:"turns"`
+	Config        *ebpf.Map `ebpf:"config"`
+	Copies        *ebpf.Map `ebpf:"copies"`
+	Drops         *ebpf.Map `ebpf:"drops"`
+	Fanout        *ebpf.Map `ebpf:"fanout"`
+	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
+	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
+	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
+	Fragments     *ebpf.Map `ebpf:"fragments"`
+	OutputStats   *ebpf.Map `ebpf:"output_stats"`
+	Outputs       *ebpf.Map `ebpf:"outputs"`
+	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
+	Passed        *ebpf.Map `ebpf:"passed"`
+	Policers      *ebpf.Map `ebpf:"policers"`
+	Ports         *ebpf.Map `ebpf:"ports"`
+	PrefixTables4 *ebpf.Map `ebpf:"prefix_tables4"`
+	PrefixTables6 *ebpf.Map `ebpf:"prefix_tables6"`
+	Queriers      *ebpf.Map `ebpf:"queriers"`
+	RuleDrops     *ebpf.Map `ebpf:"rule_drops"`
+	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
+	Rules         *ebpf.Map `ebpf:"rules"`
+	Turns         *ebpf.Map `ebpf:"turns"`
+	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
 func (m *RelayMaps) Close() error {
@@ -369,15 +515,22 @@ func (m *RelayMaps) Close() error {
 		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
+		m.FragmentStats,
+		m.Fragments,
 		m.OutputStats,
 		m.Outputs,
+		m.OwnAddresses,
 		m.Passed,
+		m.Policers,
 		m.Ports,
+		m.PrefixTables4,
+		m.PrefixTables6,
 		m.Queriers,
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,
 		m.Turns,
+		m.Xsks,
 	)
 }
 
@@ -385,16 +538,22 @@ func (m *RelayMaps) Close() error {
 //
 // It can be passed to LoadRelayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RelayVariables struct {
-	ExportDropReason *ebpf.Variable `ebpf:"export_drop_reason"`
-	ExportDropScope  *ebpf.Variable `ebpf:"export_drop_scope"`
-	ExportFlow       *ebpf.Variable `ebpf:"export_flow"`
-	ExportFlow4      *ebpf.Variable `ebpf:"export_flow4"`
-	ExportFlow6      *ebpf.Variable `ebpf:"export_flow6"`
-	ExportHandover   *ebpf.Variable `ebpf:"export_handover"`
-	ExportLookupKind *ebpf.Variable `ebpf:"export_lookup_kind"`
-	ExportOutputFlag *ebpf.Variable `ebpf:"export_output_flag"`
-	ExportRulePath   *ebpf.Variable `ebpf:"export_rule_path"`
-	ExportTtlMode    *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportDropReason   *ebpf.Variable `ebpf:"export_drop_reason"`
+	ExportDropScope    *ebpf.Variable `ebpf:"export_drop_scope"`
+	ExportFlow         *ebpf.Variable `ebpf:"export_flow"`
+	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
+	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
+	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
+	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
+	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
+	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
 }
 
 // RelayPrograms contains all programs after they have been loaded into the kernel.

@@ -9,52 +9,74 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 1
+#define XDPCAST_SCHEMA 2
 #define XDPCAST_MAX_SLOTS 64
-#define XDPCAST_NAME_LEN 64
+#define XDPCAST_NAME_LEN 80
+#define XDPCAST_MAX_QUEUES 64 /* of an interface, for AF_XDP */
 
 /* How a rule's packets travel. */
 enum rule_path {
 	PATH_NONE,
 	PATH_KERNEL,
+	PATH_AFXDP,  /* to the AF_XDP socket of the interface and queue */
+	PATH_FANOUT, /* to the stack, whose packet tap has a PACKET_FANOUT group */
 };
 
 /* Why a matched packet, or one copy of it, was not sent. */
 enum drop_reason {
-	DROP_LOOP,	   /* the source MAC is the input interface's own */
-	DROP_FRAGMENT,	   /* first fragment of a datagram: the rest carry no port to match */
-	DROP_TTL,	   /* the TTL or hop limit would reach 0 */
+	DROP_LOOP,	   /* the source MAC or address is our own */
+	DROP_TTL,	   /* below what the output lets pass, or it would reach 0 */
 	DROP_MTU,	   /* longer than the output's MTU */
 	DROP_MULTI_BUFFER, /* spread over several buffers: cannot be copied */
-	DROP_NOT_READY,	   /* the output has no interface, address or neighbour yet */
+	DROP_NOT_READY,	   /* the output has no interface or address yet */
+	DROP_NO_NEIGHBOUR, /* nobody has answered for the output's next hop */
 	DROP_NO_DEVICE,	   /* the output's row in its devmap is empty */
 	DROP_NO_CHECKSUM,  /* IPv6 without a UDP checksum (RFC 8200 section 8.1) */
-	DROP_INTERNAL,	   /* the maps contradict each other */
+	DROP_PORT,	   /* the output's port would leave 1 to 65535 */
+	DROP_POLICED,	   /* beyond the rate of the rule or output */
+	DROP_NO_SOCKET,	   /* no AF_XDP socket takes the rule's packets */
+	DROP_TX_FULL,	   /* user-space paths: the output's queue stayed full */
+	DROP_INTERNAL,	   /* the maps contradict each other, or a frame has no room in front */
 	DROP_REASONS,
 };
 
-/* Lookup kinds that some rule uses; the others are skipped. */
+/* Lookup kinds, in their order: the first that finds a rule wins. */
 enum lookup_kind {
-	LOOKUP_ANY4 = 1 << 0,
-	LOOKUP_SOURCE4 = 1 << 1,
-	LOOKUP_ANY6 = 1 << 2,
-	LOOKUP_SOURCE6 = 1 << 3,
+	LOOKUP_SOURCE_PORT = 1 << 0, /* source, group, port */
+	LOOKUP_PORT = 1 << 1,	     /* any source, group, port */
+	LOOKUP_SOURCE = 1 << 2,	     /* source, group, any port */
+	LOOKUP_ANY = 1 << 3,	     /* any source, group, any port */
+	LOOKUP_PREFIXES = 4,	     /* shift: the same four for prefixes, behind all others */
 };
+
+/* Fragments, by what was known of them. */
+enum fragment_kind {
+	FRAGMENT_FIRST,	 /* carries the ports; of a datagram that a rule takes */
+	FRAGMENT_LATER,	 /* its first fragment was seen */
+	FRAGMENT_ORPHAN, /* it was not, or too long ago: passed to the stack */
+	FRAGMENT_KINDS,
+};
+
+#define OWN_WORDS 4
 
 /* config: one entry, what every part must agree on. */
 struct config {
-	__u32 schema;	    /* XDPCAST_SCHEMA */
-	__u32 lookup_kinds; /* enum lookup_kind, a superset of what the flow tables hold */
+	__u32 schema;  /* XDPCAST_SCHEMA */
+	__u16 lookup4; /* enum lookup_kind, a superset of what the tables hold */
+	__u16 lookup6;
 	__u64 netns_cookie; /* network namespace that the interface indexes belong to */
 	__u32 max_rules;
 	__u32 max_outputs;
+	__u64 own[OWN_WORDS]; /* a bit for the hash of each own address: most packets need no lookup */
 };
 
-/* Key of an IPv4 flow table. All zero source: any. */
+/* Key of an IPv4 flow table. All zero source: any; port 0: any. */
 struct flow4 {
 	__u32 ifindex;
-	__u16 vlan; /* 0: untagged */
+	__u16 vlan;	  /* of the only tag, or of the inner one; 0: untagged */
+	__u16 outer_vlan; /* 0: no second tag */
 	__u16 port;
+	__u16 pad;
 	__u8 group[4];
 	__u8 source[4];
 };
@@ -63,9 +85,46 @@ struct flow4 {
 struct flow6 {
 	__u32 ifindex;
 	__u16 vlan;
+	__u16 outer_vlan;
 	__u16 port;
+	__u16 pad;
 	__u8 group[16];
 	__u8 source[16];
+};
+
+/* Key of an IPv4 prefix table. Everything before the group is exact. */
+struct prefix4 {
+	__u32 prefixlen; /* bits of what follows: PREFIX4_EXACT and those of the group */
+	__u32 ifindex;
+	__u16 vlan;
+	__u16 outer_vlan;
+	__u16 port;
+	__u16 pad;
+	__u8 source[4];
+	__u8 group[4];
+};
+
+/* Key of an IPv6 prefix table. */
+struct prefix6 {
+	__u32 prefixlen;
+	__u32 ifindex;
+	__u16 vlan;
+	__u16 outer_vlan;
+	__u16 port;
+	__u16 pad;
+	__u8 source[16];
+	__u8 group[16];
+};
+
+#define PREFIX4_EXACT 128
+#define PREFIX6_EXACT 224
+
+enum flow_flag {
+	FLOW_UNICAST = 1 << 0,	   /* only frames sent to input_mac */
+	FLOW_ALLOW_LOOP = 1 << 1,  /* frames of our own, too */
+	FLOW_NO_CHECKSUM = 1 << 2, /* IPv6 without a UDP checksum, too */
+	FLOW_POLICED = 1 << 3,	   /* by the policer of the rule */
+	FLOW_FALLBACK = 1 << 4,	   /* the kernel path serves when no socket does */
 };
 
 /* Value of a flow table: all that a packet needs of its rule. A rule is changed by
@@ -79,8 +138,10 @@ struct flow {
 	__u16 outputs;	    /* 1 to XDPCAST_MAX_SLOTS */
 	__u16 min_mtu;	    /* smallest MTU of several outputs; 0 when one is not ready */
 	__u8 path;	    /* enum rule_path */
-	__u8 pad;
+	__u8 flags;	    /* enum flow_flag */
 	__u8 input_mac[6];
+	__u32 sockets; /* row of xsks of the input's first queue, with PATH_AFXDP */
+	__u32 pad;
 };
 
 /* What people and a restarted control loop want to know of a rule; no program
@@ -100,6 +161,16 @@ enum output_flag {
 	OUTPUT_SOURCE_SET = 1 << 1,    /* write src; else keep the packet's */
 	OUTPUT_DSCP_SET = 1 << 2,      /* write dscp; ECN is always kept */
 	OUTPUT_CHECKSUM_ZERO = 1 << 3, /* IPv4: send without a UDP checksum */
+	OUTPUT_RARE = 1 << 4,	       /* something behind the first cache line is used */
+	OUTPUT_PORT_ADD = 1 << 5,      /* rare: dst_port is the packet's and port_shift */
+	OUTPUT_PCP_SET = 1 << 6,       /* rare: write pcp */
+	OUTPUT_POLICED = 1 << 7,       /* rare: by the policer of the output */
+};
+
+enum vlan_mode {
+	VLAN_KEEP,
+	VLAN_POP,
+	VLAN_SET, /* vlan, and outer_vlan unless it is 0, in place of the packet's tags */
 };
 
 enum ttl_mode {
@@ -108,7 +179,7 @@ enum ttl_mode {
 	TTL_SET,
 };
 
-/* How one copy is rewritten. One cache line. */
+/* How one copy is rewritten. Two cache lines; most outputs need the first alone. */
 struct output {
 	__u8 dst_mac[6];
 	__u8 src_mac[6];
@@ -119,17 +190,64 @@ struct output {
 	__u32 ifindex;
 	__u32 stats; /* index into output_stats: counters outlive a change of address */
 	__u16 mtu;   /* bytes of IP packet */
-	__u8 flags;  /* enum output_flag */
+	__u16 flags; /* enum output_flag */
 	__u8 ttl_mode;
 	__u8 ttl;
 	__u8 dscp;
 	__u8 family; /* 4 or 6 */
-	__u8 pad;
+
+	__s32 port_shift;
+	__u32 policer; /* index into policers */
+	__u16 vlan;
+	__u16 outer_vlan;
+	__u8 vlan_mode; /* enum vlan_mode */
+	__u8 pcp;	/* 0 to 7 */
+	__u8 min_ttl;	/* 0: any */
+	__u8 dst_len;	/* bits of dst that are written, the others are the packet's; 0: all */
+	__u8 blocked;	/* enum drop_reason, while it is not ready */
+	__u8 reserved[47];
+};
+
+/* A token bucket, kept as the time at which it is full again (GCRA, ITU-T I.371):
+ * one word, changed by compare and swap. Time is in sixteenths of a nanosecond of
+ * CLOCK_MONOTONIC.
+ */
+struct policer {
+	__u64 full; /* when the bucket is full again */
+	__u64 cost; /* of a packet or byte, in units of 2^-16 of that time */
+	__u64 depth;	/* how far full may be ahead of the clock */
+	__u64 rate;	/* as it was asked for: packets or bits a second; 0: no policer */
+	__u64 burst;	/* packets or bytes */
+	__u32 by_bytes; /* 1: cost is of a byte, 0: of a packet */
+	__u32 pad;
+};
+
+/* Key of fragments: what all fragments of a datagram share. */
+struct fragment_key {
+	__u32 ifindex;
+	__u16 vlan;
+	__u16 outer_vlan;
+	__u32 id;
+	__u32 family; /* 4 or 6 */
+	__u8 src[16];
+	__u8 dst[16];
+};
+
+/* What a first fragment says to those that follow it. */
+struct fragment {
+	__u64 seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u16 port;
+	__u16 pad[3];
+};
+
+/* Key of own_addresses: an IPv4 address as ::ffff:a.b.c.d. */
+struct own_address {
+	__u8 address[16];
 };
 
 struct rule_stats {
 	__u64 packets;	    /* matched, whatever became of them */
-	__u64 bytes;	    /* of whole frames */
+	__u64 bytes;	    /* of whole frames as they came in */
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
 };
 

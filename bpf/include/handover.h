@@ -19,7 +19,7 @@ struct handover {
 	__u8 l3_offset;
 	__u8 outputs;
 	__u8 mark;
-	__u8 udp_offset;
+	__u8 udp_offset; /* 0: a later fragment, without UDP */
 	__u32 sequence; /* the same in all copies of a frame, another in the next frame */
 };
 

@@ -16,6 +16,8 @@
 #define EXPORT_TYPE(kind, name) const kind name *export_##name __attribute__((unused))
 EXPORT_TYPE(struct, flow4);
 EXPORT_TYPE(struct, flow6);
+EXPORT_TYPE(struct, prefix4);
+EXPORT_TYPE(struct, prefix6);
 EXPORT_TYPE(struct, flow);
 EXPORT_TYPE(struct, handover);
 EXPORT_TYPE(enum, rule_path);
@@ -24,6 +26,9 @@ EXPORT_TYPE(enum, drop_scope);
 EXPORT_TYPE(enum, lookup_kind);
 EXPORT_TYPE(enum, output_flag);
 EXPORT_TYPE(enum, ttl_mode);
+EXPORT_TYPE(enum, vlan_mode);
+EXPORT_TYPE(enum, flow_flag);
+EXPORT_TYPE(enum, fragment_kind);
 
 /* config: schema, sizes and the lookup kinds in use. */
 struct {
@@ -65,6 +70,79 @@ struct {
 	__type(key, __u32);
 	__array(values, struct flow_table6);
 } flow_tables6 SEC(".maps");
+
+struct prefix_table4 {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix4);
+	__type(value, struct flow);
+};
+
+struct prefix_table6 {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix6);
+	__type(value, struct flow);
+};
+
+/* prefix_tables4: its one entry is the IPv4 prefix table in force. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct prefix_table4);
+} prefix_tables4 SEC(".maps");
+
+/* prefix_tables6: its one entry is the IPv6 prefix table in force. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct prefix_table6);
+} prefix_tables6 SEC(".maps");
+
+/* fragments: datagrams whose first fragment was seen; the longest unused go first. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct fragment_key);
+	__type(value, struct fragment);
+} fragments SEC(".maps");
+
+/* fragment_stats: kind of fragment -> packets and bytes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, FRAGMENT_KINDS);
+	__type(key, __u32);
+	__type(value, struct counter);
+} fragment_stats SEC(".maps");
+
+/* own_addresses: unicast addresses of this host, for the loop check. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct own_address);
+	__type(value, __u8);
+} own_addresses SEC(".maps");
+
+/* policers: rule, or max_rules + stats of an output -> token bucket. Size: load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct policer);
+} policers SEC(".maps");
+
+/* xsks: row of an interface + queue -> AF_XDP socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_XSKMAP);
+	__uint(max_entries, 64 * XDPCAST_MAX_QUEUES);
+	__type(key, __u32);
+	__type(value, __u32);
+} xsks SEC(".maps");
 
 /* rules: rule -> name, path and outputs. Size: load. */
 struct {

@@ -25,6 +25,13 @@ struct vlan_hdr {
 	__be16 proto;
 };
 
+/* What part of a datagram a packet is. */
+enum part {
+	PART_WHOLE,
+	PART_FIRST, /* first of several fragments */
+	PART_LATER, /* without ports */
+};
+
 struct headers {
 	struct ethhdr *eth;
 	union {
@@ -32,12 +39,20 @@ struct headers {
 		struct iphdr *ip4;
 		struct ipv6hdr *ip6;
 	};
-	struct udphdr *udp;
+	struct udphdr *udp; /* NULL in later fragments */
 	__u32 l3_offset;
-	__u32 l3_len;  /* bytes of IP packet, without padding behind it */
-	__u16 vlan;    /* VLAN of the outer tag; 0: none, or a priority tag */
-	bool fragment; /* first of several */
+	__u32 l3_len;	   /* bytes of IP packet, without padding behind it */
+	__u32 fragment_id; /* unless PART_WHOLE */
+	__u16 vlan;	   /* VLAN of the only tag, or of the inner one; 0: none, or a priority tag */
+	__u16 outer_vlan;  /* of the outer of two tags */
+	__u8 part;	   /* enum part */
 };
+
+/* Where UDP lies in the frame; 0 in later fragments. */
+static __always_inline __u32 udp_offset(const struct headers *h)
+{
+	return h->udp ? (void *)h->udp - (void *)h->eth : 0;
+}
 
 static __always_inline bool is_vlan(__be16 proto)
 {
@@ -58,6 +73,7 @@ static __always_inline __be16 parse_eth(void *data, void *data_end, struct heade
 		return 0;
 	h->eth = eth;
 	h->vlan = 0;
+	h->outer_vlan = 0;
 	h->l3_offset = sizeof(*eth);
 	proto = eth->h_proto;
 #pragma unroll
@@ -66,8 +82,8 @@ static __always_inline __be16 parse_eth(void *data, void *data_end, struct heade
 			break;
 		if ((void *)(tag + 1) > data_end)
 			return 0;
-		if (!h->vlan)
-			h->vlan = bpf_ntohs(tag->tci) & VLAN_VID_MASK;
+		h->outer_vlan = h->vlan;
+		h->vlan = bpf_ntohs(tag->tci) & VLAN_VID_MASK;
 		proto = tag->proto;
 		h->l3_offset += sizeof(*tag);
 		tag++;
@@ -87,7 +103,7 @@ static __always_inline bool parse_udp(void *data_end, struct headers *h, __u32 l
 	h->udp = udp;
 	len = bpf_ntohs(udp->len);
 	/* The length of a first fragment's datagram goes beyond the fragment. */
-	if (len < sizeof(*udp) || (!h->fragment && l3_header_len + len > h->l3_len))
+	if (len < sizeof(*udp) || (h->part == PART_WHOLE && l3_header_len + len > h->l3_len))
 		return false;
 	return true;
 }
@@ -96,31 +112,102 @@ static __always_inline bool parse_ip4(void *data_end, struct headers *h)
 {
 	struct iphdr *ip = h->l3;
 	__u32 header_len;
-	__u16 frag;
+	__be16 frag;
 
 	if ((void *)(ip + 1) > data_end || ip->version != 4 || ip->protocol != IPPROTO_UDP)
 		return false;
 	header_len = ip->ihl * 4;
 	if (header_len < sizeof(*ip))
 		return false;
-	frag = bpf_ntohs(ip->frag_off);
-	/* Later fragments have no ports. */
-	if (frag & IP_OFFSET)
-		return false;
-	h->fragment = frag & IP_MF;
 	h->l3_len = bpf_ntohs(ip->tot_len);
+	h->part = PART_WHOLE;
+	h->fragment_id = 0;
+	frag = ip->frag_off & bpf_htons(IP_MF | IP_OFFSET);
+	if (__builtin_expect(frag != 0, 0)) {
+		h->fragment_id = ip->id;
+		h->part = PART_FIRST;
+		if (frag & bpf_htons(IP_OFFSET)) {
+			h->part = PART_LATER;
+			h->udp = NULL;
+			return h->l3_len > header_len && h->l3 + header_len <= data_end;
+		}
+	}
 	if (h->l3_len < header_len + sizeof(struct udphdr))
 		return false;
 	return parse_udp(data_end, h, header_len);
 }
 
+/* Extension headers that are walked (RFC 8200 section 4), and how far: handover
+ * has one byte for the place of UDP.
+ */
+#define MAX_EXTENSIONS 4
+#define MAX_EXTENSION_BYTES 160
+
+struct fragment_hdr { /* RFC 8200 section 4.5 */
+	__u8 nexthdr;
+	__u8 reserved;
+	__be16 offset; /* of 8 bytes in the upper 13 bits; the last one: more fragments */
+	__be32 id;
+};
+
+#define IP6_MF 1
+#define IP6_OFFSET 0xfff8
+
+/* What lies between the IPv6 header and UDP. Returns the length of all headers in
+ * front of UDP, 0 when something else comes. Out of line: rare.
+ */
+static __noinline __u32 walk_extensions(void *l3, void *data_end, __u32 next, struct headers *h)
+{
+	__u32 len = sizeof(struct ipv6hdr);
+	int i;
+
+	for (i = 0; i < MAX_EXTENSIONS && next != IPPROTO_UDP; i++) {
+		struct ipv6_opt_hdr *ext = l3 + len;
+
+		if (len > sizeof(struct ipv6hdr) + MAX_EXTENSION_BYTES - 8 || (void *)ext + 8 > data_end)
+			return 0;
+		if (next == IPPROTO_FRAGMENT) {
+			struct fragment_hdr *frag = (void *)ext;
+
+			if (h->part != PART_WHOLE)
+				return 0;
+			h->fragment_id = frag->id;
+			next = frag->nexthdr;
+			len += sizeof(*frag);
+			if (frag->offset & bpf_htons(IP6_OFFSET)) {
+				h->part = PART_LATER;
+				break;
+			}
+			if (frag->offset & bpf_htons(IP6_MF))
+				h->part = PART_FIRST;
+			continue;
+		}
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_DSTOPTS)
+			return 0;
+		next = ext->nexthdr;
+		len += (ext->hdrlen + 1) * 8;
+	}
+	return next == IPPROTO_UDP && len <= sizeof(struct ipv6hdr) + MAX_EXTENSION_BYTES ? len : 0;
+}
+
 static __always_inline bool parse_ip6(void *data_end, struct headers *h)
 {
 	struct ipv6hdr *ip = h->l3;
+	__u32 len = sizeof(*ip);
 
-	if ((void *)(ip + 1) > data_end || ip->version != 6 || ip->nexthdr != IPPROTO_UDP)
+	if ((void *)(ip + 1) > data_end || ip->version != 6)
 		return false;
-	h->fragment = false;
+	h->part = PART_WHOLE;
+	h->fragment_id = 0;
 	h->l3_len = sizeof(*ip) + bpf_ntohs(ip->payload_len);
-	return parse_udp(data_end, h, sizeof(*ip));
+	if (__builtin_expect(ip->nexthdr != IPPROTO_UDP, 0)) {
+		len = walk_extensions(ip, data_end, ip->nexthdr, h);
+		if (!len || len > sizeof(*ip) + MAX_EXTENSION_BYTES || len >= h->l3_len)
+			return false;
+		if (h->part == PART_LATER) {
+			h->udp = NULL;
+			return true;
+		}
+	}
+	return parse_udp(data_end, h, len);
 }

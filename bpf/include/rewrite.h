@@ -35,12 +35,26 @@ static __always_inline __u32 word(const __u8 *bytes, int i)
 	return ((const __u32 *)bytes)[i];
 }
 
+/* The destination port of a copy, 0 when there is none. rare is a constant in each
+ * caller, here and below: what most outputs do not need costs them nothing.
+ */
+static __always_inline __u16 new_port(const struct udphdr *udp, const struct output *o, bool rare)
+{
+	__s32 port;
+
+	if (!rare || !(o->flags & OUTPUT_PORT_ADD))
+		return o->dst_port;
+	port = bpf_ntohs(udp->dest) + o->port_shift;
+	return port > 0 && port <= 0xffff ? port : 0;
+}
+
 /* Writes the ports and the checksum; addresses is what the pseudo header's sum
  * changed by.
  */
-static __always_inline void rewrite_udp(struct udphdr *udp, const struct output *o, __u64 addresses)
+static __always_inline void rewrite_udp(struct udphdr *udp, const struct output *o, __u16 port,
+					__u64 addresses)
 {
-	__be16 dst_port = bpf_htons(o->dst_port);
+	__be16 dst_port = bpf_htons(port);
 	__u64 sum = (__u16)~udp->check + addresses + delta16(udp->dest, dst_port);
 	__u16 check;
 
@@ -62,8 +76,10 @@ static __always_inline void rewrite_udp(struct udphdr *udp, const struct output 
 }
 
 /* The TTL or hop limit that the output sends; 0 when the packet ends here. */
-static __always_inline __u8 new_ttl(const struct output *o, __u8 ttl)
+static __always_inline __u8 new_ttl(const struct output *o, __u8 ttl, bool rare)
 {
+	if (rare && ttl < o->min_ttl)
+		return 0;
 	switch (o->ttl_mode) {
 	case TTL_SET:
 		return o->ttl;
@@ -87,21 +103,59 @@ static __always_inline void rewrite_mac(struct ethhdr *eth, const struct output 
 	to[2] = word(o->dst_mac, 2);
 }
 
-/* Both rewrites return false when the TTL ends the packet, which is then
- * unchanged.
+/* Bits of a prefix that lie in its 32-bit word i, as a mask in network order. */
+static __always_inline __u32 prefix_mask(__u32 len, __u32 i)
+{
+	__u32 bits = len > 32 * i ? len - 32 * i : 0;
+
+	if (bits >= 32)
+		return ~0U;
+	return bits ? bpf_htonl(~0U << (32 - bits)) : 0;
+}
+
+/* The end of the destination MAC of a group that only the packet tells (RFC 1112
+ * section 6.4, RFC 2464 section 7); last is the last word of the address.
  */
-static __always_inline bool rewrite_ip4(struct headers *h, const struct output *o)
+static __always_inline void rewrite_group_mac(struct ethhdr *eth, const struct output *o,
+					      __u32 last)
+{
+	const __u8 *b = (const __u8 *)&last;
+
+	if (!(o->dst_mac[0] & 1))
+		return; /* unicast: the neighbour's */
+	eth->h_dest[2] = o->family == 4 ? 0x5e : b[0];
+	eth->h_dest[3] = o->family == 4 ? b[1] & 0x7f : b[1];
+	eth->h_dest[4] = b[2];
+	eth->h_dest[5] = b[3];
+}
+
+/* Both rewrites return REWRITTEN, or the reason for which the packet ends here,
+ * which is then unchanged.
+ */
+#define REWRITTEN DROP_REASONS
+
+static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output *o, bool rare)
 {
 	struct iphdr *ip = h->ip4;
 	__u16 *ttl_word = (__u16 *)&ip->ttl;
 	__u16 *tos_word = (__u16 *)ip;
-	__u8 ttl = new_ttl(o, ip->ttl);
+	__u8 ttl = new_ttl(o, ip->ttl, rare);
 	__u32 dst = word(o->dst, 0);
 	__u64 addresses, sum;
-	__u16 old;
+	__u16 old, port = 0;
 
 	if (!ttl)
-		return false;
+		return DROP_TTL;
+	if (h->udp) {
+		port = new_port(h->udp, o, rare);
+		if (rare && !port)
+			return DROP_PORT;
+	}
+	if (rare && o->dst_len) {
+		__u32 mask = prefix_mask(o->dst_len, 0);
+
+		dst = (dst & mask) | (ip->daddr & ~mask);
+	}
 	addresses = delta32(ip->daddr, dst);
 	ip->daddr = dst;
 	if (o->flags & OUTPUT_SOURCE_SET) {
@@ -122,9 +176,12 @@ static __always_inline bool rewrite_ip4(struct headers *h, const struct output *
 		sum += delta16(old, *tos_word);
 	}
 	ip->check = ~fold(sum);
-	rewrite_udp(h->udp, o, addresses);
+	if (h->udp)
+		rewrite_udp(h->udp, o, port, addresses);
 	rewrite_mac(h->eth, o);
-	return true;
+	if (rare && o->dst_len)
+		rewrite_group_mac(h->eth, o, dst);
+	return REWRITTEN;
 }
 
 static __always_inline __u64 rewrite_addr6(struct in6_addr *addr, const __u8 *to)
@@ -140,15 +197,34 @@ static __always_inline __u64 rewrite_addr6(struct in6_addr *addr, const __u8 *to
 	return delta;
 }
 
-static __always_inline bool rewrite_ip6(struct headers *h, const struct output *o)
+static __always_inline __u32 rewrite_ip6(struct headers *h, const struct output *o, bool rare)
 {
 	struct ipv6hdr *ip = h->ip6;
-	__u8 ttl = new_ttl(o, ip->hop_limit);
-	__u64 addresses;
+	__u8 ttl = new_ttl(o, ip->hop_limit, rare);
+	__u64 addresses = 0;
+	__u16 port = 0;
 
 	if (!ttl)
-		return false;
-	addresses = rewrite_addr6(&ip->daddr, o->dst);
+		return DROP_TTL;
+	if (h->udp) {
+		port = new_port(h->udp, o, rare);
+		if (rare && !port)
+			return DROP_PORT;
+	}
+	if (rare && o->dst_len) {
+		__u32 i;
+
+#pragma unroll
+		for (i = 0; i < 4; i++) {
+			__u32 *to = &ip->daddr.in6_u.u6_addr32[i], mask = prefix_mask(o->dst_len, i);
+			__u32 dst = (word(o->dst, i) & mask) | (*to & ~mask);
+
+			addresses += delta32(*to, dst);
+			*to = dst;
+		}
+	} else {
+		addresses = rewrite_addr6(&ip->daddr, o->dst);
+	}
 	if (o->flags & OUTPUT_SOURCE_SET)
 		addresses += rewrite_addr6(&ip->saddr, o->src);
 	ip->hop_limit = ttl;
@@ -159,7 +235,10 @@ static __always_inline bool rewrite_ip6(struct headers *h, const struct output *
 		b[0] = (b[0] & 0xf0) | o->dscp >> 2;
 		b[1] = (o->dscp & 0x03) << 6 | (b[1] & 0x3f);
 	}
-	rewrite_udp(h->udp, o, addresses);
+	if (h->udp)
+		rewrite_udp(h->udp, o, port, addresses);
 	rewrite_mac(h->eth, o);
-	return true;
+	if (rare && o->dst_len)
+		rewrite_group_mac(h->eth, o, ip->daddr.in6_u.u6_addr32[3]);
+	return REWRITTEN;
 }

@@ -79,7 +79,7 @@ func (l *Loader) adopt() (err error) {
 	if l.maps, err = openMaps(dir, false); err != nil {
 		return err
 	}
-	if err := l.checkNamespace(); err != nil {
+	if err := l.adoptConfig(); err != nil {
 		return err
 	}
 	if err := l.adoptTables(); err != nil {
@@ -99,7 +99,7 @@ func (l *Loader) adopt() (err error) {
 	return nil
 }
 
-func (l *Loader) checkNamespace() error {
+func (l *Loader) adoptConfig() error {
 	config, err := l.maps.config()
 	if err != nil {
 		return err
@@ -111,24 +111,7 @@ func (l *Loader) checkNamespace() error {
 	if config.NetnsCookie != cookie {
 		return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, l.opts.PinDir)
 	}
-	return nil
-}
-
-// adoptTables opens the flow tables in force. The outer maps say which they are:
-// the pins may be one swap behind.
-func (l *Loader) adoptTables() error {
-	for _, t := range []struct {
-		outer *ebpf.Map
-		table **ebpf.Map
-		pin   string
-	}{{l.maps.FlowTables4, &l.table4, pinFlows4}, {l.maps.FlowTables6, &l.table6, pinFlows6}} {
-		if err := t.outer.Lookup(uint32(0), t.table); err != nil {
-			return fmt.Errorf("open flow table: %w", err)
-		}
-		if err := repin(*t.table, filepath.Join(l.opts.PinDir, t.pin)); err != nil {
-			return err
-		}
-	}
+	l.own = config.Own
 	return nil
 }
 
@@ -136,25 +119,27 @@ func (l *Loader) adoptTables() error {
 // checking everything: a pin is foreign input.
 func (l *Loader) adoptRules() error {
 	l.resetAllocators()
-	flows, err := readFlows(l.table4, l.table6)
+	flows, err := l.tables.read()
 	if err != nil {
 		return err
 	}
-	for in, flow := range flows {
-		e, err := readEntry(l.maps, in, flow)
+	for _, flow := range flows {
+		e, err := readEntry(l.maps, flow)
 		if err != nil {
 			return err
 		}
-		if e, err = l.dropHalfMoved(e); err != nil {
+		stale, err := l.dropHalfMoved(e)
+		if err != nil {
 			return err
 		}
-		if e == nil {
+		if stale {
 			continue
 		}
 		if l.rules[e.rule.Name] != nil {
 			return fmt.Errorf("rule %s (number %d) is there twice", e.rule.Name, e.id)
 		}
 		l.rules[e.rule.Name] = e
+		l.lookups.add(e.rule.In)
 	}
 	inUse := map[uint32]bool{}
 	var outputs, stats []extent
@@ -176,60 +161,32 @@ func (l *Loader) adoptRules() error {
 	if err := l.adoptPorts(); err != nil {
 		return err
 	}
+	if err := l.adoptFans(); err != nil {
+		return err
+	}
+	if err := l.adoptSockets(); err != nil {
+		return err
+	}
 	return l.clearOrphans(inUse)
 }
 
-// dropHalfMoved settles a rule that is in both tables under one name: it was moved
-// from IPv6 to IPv4 by a process that died between the two writes. The IPv6 one is
-// unpublished; nil means that it was e, or that the IPv4 one is known already.
-func (l *Loader) dropHalfMoved(e *entry) (*entry, error) {
-	other := l.rules[e.rule.Name]
-	if other == nil || other.id == e.id || other.rule.In.Group.Is4() == e.rule.In.Group.Is4() {
-		return e, nil
+// dropHalfMoved settles a rule that is in two tables under one name: it was moved by
+// a process that died between the two writes. The later table still has the old one,
+// which is unpublished; e is from it when true.
+func (l *Loader) dropHalfMoved(e *entry) (stale bool, err error) {
+	other := l.rules[e.rule.Name] // from the same table or one before
+	if other == nil || other.id == e.id || kindOf(other.rule.In) == kindOf(e.rule.In) {
+		return false, nil
 	}
-	stale, kept := e, other
-	if e.rule.In.Group.Is4() {
-		stale, kept = other, e
+	if err := l.tableOf(e.rule.In).Delete(encodeKey(e.rule.In)); err != nil {
+		return false, fmt.Errorf("unpublish rule %s: %w", e.rule.Name, err)
 	}
-	if err := l.table6.Delete(encodeKey(stale.rule.In)); err != nil {
-		return nil, fmt.Errorf("unpublish rule %s: %w", stale.rule.Name, err)
-	}
-	if kept == other {
-		return nil, nil
-	}
-	delete(l.rules, e.rule.Name)
-	return e, nil
-}
-
-// readFlows reads both flow tables.
-func readFlows(table4, table6 *ebpf.Map) (map[Input]bpf.RelayFlow, error) {
-	flows := map[Input]bpf.RelayFlow{}
-	var flow bpf.RelayFlow
-	var key4 bpf.RelayFlow4
-	iter := table4.Iterate()
-	for iter.Next(&key4, &flow) {
-		in := decodeKey4(&key4)
-		in.MAC = flow.InputMac
-		flows[in] = flow
-	}
-	if err := iter.Err(); err != nil {
-		return nil, fmt.Errorf("read IPv4 flow table: %w", err)
-	}
-	var key6 bpf.RelayFlow6
-	iter = table6.Iterate()
-	for iter.Next(&key6, &flow) {
-		in := decodeKey6(&key6)
-		in.MAC = flow.InputMac
-		flows[in] = flow
-	}
-	if err := iter.Err(); err != nil {
-		return nil, fmt.Errorf("read IPv6 flow table: %w", err)
-	}
-	return flows, nil
+	return true, nil
 }
 
 // readEntry reads what a flow entry points to.
-func readEntry(m *mapSet, in Input, flow bpf.RelayFlow) (*entry, error) {
+func readEntry(m *mapSet, f flowEntry) (*entry, error) {
+	flow := &f.value
 	var row bpf.RelayRule
 	if err := m.Rules.Lookup(flow.Rule, &row); err != nil {
 		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
@@ -238,7 +195,13 @@ func readEntry(m *mapSet, in Input, flow bpf.RelayFlow) (*entry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
 	}
-	e := &entry{rule: Rule{Name: name, In: in}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port}
+	e := &entry{rule: Rule{Name: name, In: f.in}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port, sockets: flow.Sockets}
+	if err := decodeFlow(&e.rule, flow); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	if e.rule.Rate, err = readRate(m, flow.Rule, flow.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
 	for slot := range uint32(flow.Outputs) {
 		var b bpf.RelayOutput
 		if err := m.Outputs.Lookup(flow.FirstOutput+slot, &b); err != nil {
@@ -246,6 +209,9 @@ func readEntry(m *mapSet, in Input, flow bpf.RelayFlow) (*entry, error) {
 		}
 		o, err := decodeOutput(&b)
 		if err != nil {
+			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
+		}
+		if o.Rate, err = readRate(m, b.Policer, b.Flags&uint16(bpf.RelayOutputFlagOUTPUT_POLICED) != 0); err != nil {
 			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
 		}
 		if slot == 0 {
@@ -258,6 +224,17 @@ func readEntry(m *mapSet, in Input, flow bpf.RelayFlow) (*entry, error) {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
 	return e, nil
+}
+
+func readRate(m *mapSet, policer uint32, policed bool) (Rate, error) {
+	if !policed {
+		return Rate{}, nil
+	}
+	var p bpf.RelayPolicer
+	if err := m.Policers.Lookup(policer, &p); err != nil {
+		return Rate{}, fmt.Errorf("policer %d: %w", policer, err)
+	}
+	return decodeRate(&p), nil
 }
 
 // adoptPorts finds the rows of the map ports again.
@@ -364,12 +341,8 @@ func (l *Loader) clearOrphans(inUse map[uint32]bool) error {
 	if err := iter.Err(); err != nil {
 		return fmt.Errorf("read map rules: %w", err)
 	}
-	for _, e := range l.outputs.free {
-		for i := range e.n {
-			if err := l.maps.Fanout.Delete(e.first + i); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return fmt.Errorf("clear fanout: %w", err)
-			}
-		}
+	if err := l.clearOrphanFans(); err != nil {
+		return err
 	}
 	return l.dropStaleCounters(free, freeStats)
 }

@@ -43,11 +43,11 @@ func TestBpftoolShowsRules(t *testing.T) {
 		pin  string
 		want []string
 	}{
-		{pinFlows4, []string{`"group":[239,1,1,1]`, `"source":[192,168,7,7]`, `"port":5000`, `"first_output":`, `"outputs":3`}},
-		{pinFlows6, []string{`"group":[255,62,0,0,0,0,0,0,0,0,0,0,0,0,0,1]`}},
+		{tableNames[exact4].pin, []string{`"group":[239,1,1,1]`, `"source":[192,168,7,7]`, `"port":5000`, `"first_output":`, `"outputs":3`}},
+		{tableNames[exact6].pin, []string{`"group":[255,62,0,0,0,0,0,0,0,0,0,0,0,0,0,1]`}},
 		{bpf.RelayMapRules, []string{`"name":"one"`, `"name":"waiting"`, `"first_stats":`}},
 		{bpf.RelayMapOutputs, []string{`"dst":[239,2,2,1,`, `"src":[10,1,0,1,`, `"dst_port":6000`, `"ttl_mode":`}},
-		{bpf.RelayMapConfig, []string{`"schema":1`, `"max_rules":2048`}},
+		{bpf.RelayMapConfig, []string{`"schema":2`, `"max_rules":2048`}},
 		{bpf.RelayMapRuleStats, []string{`"packets":0`, `"last_seen_ns":`}},
 	} {
 		got := plain(c.pin)
@@ -62,7 +62,7 @@ func TestBpftoolShowsRules(t *testing.T) {
 		sync1(t, l)
 		sync1(t, l, someRules(n)[:2]...)
 	}
-	if got := plain(pinFlows4); !strings.Contains(got, `"group":[239,1,1,2]`) || strings.Contains(got, `"source":[192,168,7,7]`) {
+	if got := plain(tableNames[exact4].pin); !strings.Contains(got, `"group":[239,1,1,2]`) || strings.Contains(got, `"source":[192,168,7,7]`) {
 		t.Errorf("map flows4 is not the one in force: %s", got)
 	}
 }

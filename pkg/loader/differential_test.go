@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -17,6 +18,43 @@ import (
 type world struct {
 	*rand.Rand
 	in, out []*net.Interface
+	// fragments are still to come, on the interface with this index.
+	index     int
+	fragments [][]byte
+}
+
+// within draws an address of a prefix.
+func (w *world) within(in Input) netip.Addr {
+	host, group := w.random(in.Group).AsSlice(), in.Group.AsSlice()
+	for bit := range in.Len {
+		mask := byte(0x80 >> (bit % 8))
+		host[bit/8] = host[bit/8]&^mask | group[bit/8]&mask
+	}
+	a, _ := netip.AddrFromSlice(host)
+	return a
+}
+
+// extensions draws IPv6 extension headers that lead to UDP, mostly.
+func (w *world) extensions() (first uint8, b []byte) {
+	const udp, hopByHop, destination, fragment = 17, 0, 60, 44
+	kinds := []uint8{udp}
+	for range 1 + w.IntN(5) {
+		kinds = append(kinds, pick[uint8](w, hopByHop, destination, fragment, 43))
+	}
+	for i := 1; i < len(kinds); i++ {
+		length := 0
+		if kinds[i] != fragment {
+			length = pick(w, 0, 0, 1, 9, 19)
+		}
+		ext := make([]byte, 8+8*length)
+		ext[0], ext[1] = kinds[i-1], byte(length)
+		if kinds[i] == fragment {
+			ext[1] = 0
+			put16(ext, 2, pick[uint16](w, 0, 0, 1, 8))
+		}
+		b = append(ext, b...)
+	}
+	return kinds[len(kinds)-1], b
 }
 
 func newWorld(seed uint64, n *testLab) *world {
@@ -32,11 +70,14 @@ func pick[T any](w *world, from ...T) T { return from[w.IntN(len(from))] }
 func (w *world) chance(percent int) bool { return w.IntN(100) < percent }
 
 var (
-	groups4  = []string{"239.1.1.1", "239.129.1.1", "10.0.0.2"}
+	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2"}
 	groups6  = []string{"ff3e::1", "ff3e::8000:1", "fd00::2"}
-	sources4 = []string{"192.168.7.7", "255.255.255.255"}
-	sources6 = []string{"2001:db8::7", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
+	sources4 = []string{"192.168.7.7", "192.168.7.9", "255.255.255.255"}
+	sources6 = []string{"2001:db8::7", "2001:db8::9", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
 	ports    = []uint16{1, 5000, 65535}
+
+	// ownAddresses are those that the loader is told are the host's.
+	ownAddresses = []netip.Addr{netip.MustParseAddr("192.168.7.9"), netip.MustParseAddr("2001:db8::9")}
 )
 
 func (w *world) addr(of []string) netip.Addr { return netip.MustParseAddr(pick(w, of...)) }
@@ -55,6 +96,17 @@ func (w *world) rules(set int) (rules []Rule) {
 		if w.chance(40) {
 			r.In.Source = w.addr(sources)
 		}
+		if w.chance(25) {
+			r.In.Port = 0
+		}
+		if w.chance(30) {
+			r.In.Len = pick(w, 4, 8, 16, 24, 31)
+			r.In.Group = netip.PrefixFrom(r.In.Group, r.In.Len).Masked().Addr()
+		}
+		if w.chance(30) {
+			r.In.VLAN, r.In.OuterVLAN = pick[uint16](w, 7, 4094), pick[uint16](w, 0, 0, 9)
+		}
+		r.AllowLoop, r.AllowNoChecksum = w.chance(20), w.chance(20)
 		if inputs[r.In.key()] {
 			continue
 		}
@@ -71,7 +123,7 @@ func (w *world) output(family netip.Addr) Output {
 	out := pick(w, w.out...)
 	o := Output{Ready: w.chance(90), Index: out.Index, MTU: pick(w, 28, 60, 100, 1500, 1500, 1500, 70000)}
 	o.SrcMAC = mac(out)
-	o.DstPort = uint16(w.Uint32())
+	o.DstPort = uint16(1 + w.IntN(65535))
 	o.SrcPort = pick(w, 0, 0, uint16(w.Uint32()))
 	o.TTLMode, o.TTL = pick(w, packet.TTLKeep, packet.TTLDecrement, packet.TTLSet), pick(w, 1, 64, 255, uint8(w.Uint32()))
 	o.SetDSCP, o.DSCP = w.chance(50), uint8(w.IntN(64))
@@ -81,6 +133,19 @@ func (w *world) output(family netip.Addr) Output {
 		o.Src = w.random(family)
 	}
 	o.DstMAC = packet.MulticastMAC(o.Dst)
+	if w.chance(50) {
+		return o
+	}
+	o.Blocked = pick(w, NotReady, NoNeighbour)
+	o.DstLen = pick[uint8](w, 0, 1, 8, 16, 31, uint8(1+w.IntN(o.Dst.BitLen())))
+	if w.chance(20) {
+		o.DstMAC[0] = 2 // a neighbour's
+	}
+	o.PortAdd, o.PortShift = w.chance(30), pick[int32](w, 0, 1, -1, 60000, -60000)
+	o.MinTTL = pick[uint8](w, 0, 0, 0, 2, 64)
+	o.VLAN = pick(w, packet.VLANKeep, packet.VLANPop, packet.VLANSet)
+	o.VLANID, o.OuterVLAN = uint16(1+w.IntN(4094)), pick[uint16](w, 0, 0, 4094)
+	o.SetPCP, o.PCP = w.chance(30), uint8(w.IntN(8))
 	return o
 }
 
@@ -96,6 +161,11 @@ func (w *world) random(family netip.Addr) netip.Addr {
 // frame draws a frame that most often is for a rule and whole, and sometimes broken
 // in one place.
 func (w *world) frame(rules []Rule) (index int, frame []byte) {
+	if len(w.fragments) > 0 {
+		index, frame = w.index, w.fragments[0]
+		w.fragments = w.fragments[1:]
+		return index, frame
+	}
 	groups, sources := groups4, sources4
 	if w.chance(40) {
 		groups, sources = groups6, sources6
@@ -109,12 +179,29 @@ func (w *world) frame(rules []Rule) (index int, frame []byte) {
 	index = pick(w, w.in...).Index
 	if len(rules) > 0 && w.chance(70) {
 		in := pick(w, rules...).In
-		index, f.Dst, f.DstPort = in.Index, in.Group, in.Port
+		index, f.Dst = in.Index, in.Group
+		if in.Port != 0 {
+			f.DstPort = in.Port
+		}
+		if in.Len != 0 {
+			f.Dst = w.within(in)
+		}
+		if in.VLAN != 0 {
+			f.VLANs = []uint16{uint16(w.IntN(16))<<12 | in.VLAN}
+		}
+		if in.OuterVLAN != 0 {
+			f.VLANs = []uint16{in.OuterVLAN, f.VLANs[0]}
+		}
 		if f.Src = in.Source; !f.Src.IsValid() || w.chance(20) {
 			f.Src = w.random(in.Group)
 		}
 	}
-	f.DstMAC = packet.MulticastMAC(f.Dst)
+	if f.DstMAC = packet.MulticastMAC(f.Dst); !f.Dst.IsMulticast() && w.chance(80) {
+		f.DstMAC = mac(w.in[0])
+		if len(w.in) > 1 && index == w.in[1].Index {
+			f.DstMAC = mac(w.in[1])
+		}
+	}
 	if w.chance(3) {
 		f.SrcMAC = mac(pick(w, w.in...))
 	}
@@ -134,10 +221,20 @@ func (w *world) frame(rules []Rule) (index int, frame []byte) {
 	if w.chance(10) && f.Dst.Is4() {
 		f.Options = bytes.Repeat([]byte{1}, 4*(1+w.IntN(10)))
 	}
+	if w.chance(10) && f.Dst.Is6() {
+		f.FirstExtension, f.Extensions = w.extensions()
+	}
 	if w.chance(20) {
 		f.Padding = w.IntN(20)
 	}
 	b := f.Build()
+	if w.chance(15) && f.Extensions == nil {
+		w.index, w.fragments = index, packet.Fragment(b, w.Uint32(), 8*(1+w.IntN(40)))
+		if w.chance(30) {
+			w.Shuffle(len(w.fragments), func(i, j int) { w.fragments[i], w.fragments[j] = w.fragments[j], w.fragments[i] })
+		}
+		return w.frame(rules)
+	}
 	if w.chance(40) {
 		b = w.mutate(b)
 	}
@@ -175,7 +272,7 @@ func differential(t testing.TB, r *runner, o *oracle, index int, frame []byte, l
 	if got.verdict != verdict {
 		t.Fatalf("%s: verdict %d, the twin says %d", describe(), got.verdict, verdict)
 	}
-	if verdict != xdpRedirect && !bytes.Equal(got.frame, frame) {
+	if verdict == xdpPass && !bytes.Equal(got.frame, frame) {
 		t.Fatalf("%s: not sent, but changed to %x", describe(), got.frame)
 	}
 	for slot := range len(copies) + len(got.copies) + 64 {
@@ -224,12 +321,16 @@ func checkTotals(t testing.TB, o *oracle, drops map[Reason]Counter) {
 func TestDifferential(t *testing.T) {
 	n, r := programLab(t, 3)
 	w := newWorld(20261122, n)
+	if err := r.l.SetOwnAddresses(ownAddresses); err != nil {
+		t.Fatal(err)
+	}
+	first := map[fragmentKey]uint16{}
 	sent, matched, done := 0, uint64(0), uint64(0)
 	for set := range 15 {
 		rules := w.rules(set)
 		sync1(t, r.l, rules...)
 		before := globalStats(t, r.l)
-		o := newOracle(normalized(rules), before)
+		o := newOracle(normalized(rules), before, first)
 		for range 100 {
 			index, frame := w.frame(rules)
 			linear := len(frame)
@@ -269,12 +370,17 @@ func FuzzRelay(f *testing.F) {
 		f.Add(uint8(seed/8), frame, uint16(0))
 	}
 	opts := testOptions(f)
+	opts.programs = embedded{fragmentTimeout: time.Hour}
 	opts.Logger = nil // a fuzz target may not log through f
 	n := newLab(f, 3)
 	l := open(f, opts)
 	attachAll(f, l, append([]*net.Interface{n.in}, n.out...)...)
+	if err := l.SetOwnAddresses(ownAddresses); err != nil {
+		f.Fatal(err)
+	}
 	r := newRunner(f, l, n.relay)
 	var o *oracle
+	ports := map[fragmentKey]uint16{}
 	current, set := -1, 0
 	f.Fuzz(func(t *testing.T, seed uint8, frame []byte, linear uint16) {
 		if len(frame) < 14 || len(frame) > 3000 {
@@ -286,7 +392,7 @@ func FuzzRelay(f *testing.F) {
 			set++
 			rules := newWorld(uint64(current), n).rules(set)
 			sync1(t, r.l, rules...)
-			o = newOracle(normalized(rules), globalStats(t, r.l))
+			o = newOracle(normalized(rules), globalStats(t, r.l), ports)
 		}
 		first := len(frame)
 		if linear != 0 && r.partial {

@@ -15,13 +15,6 @@ import (
 
 const maxMTU = 0xffff
 
-// flowEntry is one entry of a flow table. Its key is a *bpf.RelayFlow4 or
-// *bpf.RelayFlow6.
-type flowEntry struct {
-	key   any
-	value bpf.RelayFlow
-}
-
 // normalize clips what the ABI has less room for, so that what is read back is
 // what was written, and leaves no IPv6 packet without a UDP checksum, which
 // receivers would drop (RFC 8200 section 8.1).
@@ -30,7 +23,30 @@ func normalize(r Rule) Rule {
 	for i, o := range r.Out {
 		o.MTU = min(o.MTU, maxMTU)
 		o.ZeroChecksum = o.ZeroChecksum && o.Dst.Is4()
+		if o.Ready || o.Blocked == 0 {
+			o.Blocked = NotReady
+		}
+		if int(o.DstLen) == o.Dst.BitLen() {
+			o.DstLen = 0
+		}
+		if !o.PortAdd {
+			o.PortShift = 0
+		} else {
+			o.DstPort = 0
+		}
+		if o.VLAN != packet.VLANSet {
+			o.VLANID, o.OuterVLAN = 0, 0
+		}
+		if !o.SetPCP {
+			o.PCP = 0
+		}
 		out[i] = o
+	}
+	if r.Path == 0 {
+		r.Path = PathKernel
+	}
+	if r.In.Len == r.In.Group.BitLen() {
+		r.In.Len = 0
 	}
 	r.Out = out
 	return r
@@ -50,53 +66,63 @@ func check(r Rule) error {
 		return fmt.Errorf("input interface index %d: want a positive number", r.In.Index)
 	case !r.In.Group.IsValid() || r.In.Group.Is4In6() || r.In.Group.Zone() != "":
 		return fmt.Errorf("input address %v: want IPv4 or IPv6 without a zone", r.In.Group)
+	case r.In.Len < 0 || r.In.Len > r.In.Group.BitLen():
+		return fmt.Errorf("input prefix length %d: want 0 to %d", r.In.Len, r.In.Group.BitLen())
+	case r.In.Len != 0 && netip.PrefixFrom(r.In.Group, r.In.Len).Masked().Addr() != r.In.Group:
+		return fmt.Errorf("input prefix %v/%d: want no bits behind the prefix", r.In.Group, r.In.Len)
+	case r.In.VLAN > maxVLAN || r.In.OuterVLAN > maxVLAN || r.In.VLAN == 0 && r.In.OuterVLAN != 0:
+		return fmt.Errorf("input VLAN %d.%d: want 1 to %d", r.In.OuterVLAN, r.In.VLAN, maxVLAN)
+	case r.Path > PathFanout:
+		return fmt.Errorf("path %d: want kernel, afxdp or fanout", r.Path)
 	case r.In.Source.IsValid() && (r.In.Source.BitLen() != r.In.Group.BitLen() || r.In.Source.IsUnspecified()):
 		return fmt.Errorf("input source %v: want an address of the family of %v", r.In.Source, r.In.Group)
 	}
+	if err := checkRate(r.Rate); err != nil {
+		return err
+	}
 	for slot, o := range r.Out {
-		switch {
-		case o.Dst.BitLen() != r.In.Group.BitLen():
-			return fmt.Errorf("output %d: address %v is of another family than %v", slot, o.Dst, r.In.Group)
-		case o.Src.IsValid() && o.Src.BitLen() != o.Dst.BitLen():
-			return fmt.Errorf("output %d: source %v is of another family than %v", slot, o.Src, o.Dst)
-		case o.Ready && o.Index <= 0:
-			return fmt.Errorf("output %d: interface index %d: want a positive number", slot, o.Index)
-		case o.MTU < 0:
-			return fmt.Errorf("output %d: mtu %d: want a positive number", slot, o.MTU)
+		if err := checkOutput(slot, o, r.In); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func encodeKey(in Input) any {
-	if in.Group.Is4() {
-		key := &bpf.RelayFlow4{Ifindex: uint32(in.Index), Port: in.Port, Group: in.Group.As4()}
-		if in.Source.IsValid() {
-			key.Source = in.Source.As4()
-		}
-		return key
+const maxVLAN = 4094 // IEEE 802.1Q: 4095 is reserved
+
+func checkOutput(slot int, o Output, in Input) error {
+	if err := checkRate(o.Rate); err != nil {
+		return fmt.Errorf("output %d: %w", slot, err)
 	}
-	key := &bpf.RelayFlow6{Ifindex: uint32(in.Index), Port: in.Port, Group: in.Group.As16()}
-	if in.Source.IsValid() {
-		key.Source = in.Source.As16()
+	switch {
+	case o.Dst.BitLen() != in.Group.BitLen():
+		return fmt.Errorf("output %d: address %v is of another family than %v", slot, o.Dst, in.Group)
+	case int(o.DstLen) > o.Dst.BitLen():
+		return fmt.Errorf("output %d: prefix length %d: want 0 to %d", slot, o.DstLen, o.Dst.BitLen())
+	case o.VLAN > packet.VLANSet || o.VLAN == packet.VLANSet && (o.VLANID == 0 || o.VLANID > maxVLAN || o.OuterVLAN > maxVLAN):
+		return fmt.Errorf("output %d: VLAN %d.%d: want 1 to %d", slot, o.OuterVLAN, o.VLANID, maxVLAN)
+	case o.PCP > 7:
+		return fmt.Errorf("output %d: priority %d: want 0 to 7", slot, o.PCP)
+	case !o.PortAdd && o.DstPort == 0:
+		return fmt.Errorf("output %d: port 0: want 1 to 65535", slot)
+	case o.PortAdd && (o.PortShift > 65534 || o.PortShift < -65534):
+		return fmt.Errorf("output %d: port shift %d: want -65534 to 65534", slot, o.PortShift)
+	case !o.Ready && o.Blocked != NotReady && o.Blocked != NoNeighbour:
+		return fmt.Errorf("output %d: blocked for reason %v: want not_ready or no_neighbour", slot, o.Blocked)
+	case o.Src.IsValid() && o.Src.BitLen() != o.Dst.BitLen():
+		return fmt.Errorf("output %d: source %v is of another family than %v", slot, o.Src, o.Dst)
+	case o.Ready && o.Index <= 0:
+		return fmt.Errorf("output %d: interface index %d: want a positive number", slot, o.Index)
+	case o.MTU < 0:
+		return fmt.Errorf("output %d: mtu %d: want a positive number", slot, o.MTU)
 	}
-	return key
+	return nil
 }
 
-func decodeKey4(key *bpf.RelayFlow4) Input {
-	in := Input{Index: int(key.Ifindex), Port: key.Port, Group: netip.AddrFrom4(key.Group)}
-	if key.Source != [4]byte{} {
-		in.Source = netip.AddrFrom4(key.Source)
-	}
-	return in
-}
-
-func decodeKey6(key *bpf.RelayFlow6) Input {
-	in := Input{Index: int(key.Ifindex), Port: key.Port, Group: netip.AddrFrom16(key.Group)}
-	if key.Source != [16]byte{} {
-		in.Source = netip.AddrFrom16(key.Source)
-	}
-	return in
+var paths = map[Path]bpf.RelayRulePath{
+	PathKernel: bpf.RelayRulePathPATH_KERNEL,
+	PathAFXDP:  bpf.RelayRulePathPATH_AFXDP,
+	PathFanout: bpf.RelayRulePathPATH_FANOUT,
 }
 
 func encodeFlow(e *entry) bpf.RelayFlow {
@@ -106,8 +132,10 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		Port:        e.row,
 		Outputs:     uint16(len(e.rule.Out)),
 		MinMtu:      maxMTU,
-		Path:        uint8(bpf.RelayRulePathPATH_KERNEL),
+		Path:        uint8(paths[e.rule.Path]),
+		Flags:       encodeFlags(e.rule),
 		InputMac:    e.rule.In.MAC,
+		Sockets:     e.sockets,
 	}
 	for _, o := range e.rule.Out {
 		if !o.Ready {
@@ -119,12 +147,42 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 	return flow
 }
 
+func encodeFlags(r Rule) (flags uint8) {
+	set := func(flag bpf.RelayFlowFlag, on bool) {
+		if on {
+			flags |= uint8(flag)
+		}
+	}
+	set(bpf.RelayFlowFlagFLOW_UNICAST, !r.In.Group.IsMulticast())
+	set(bpf.RelayFlowFlagFLOW_ALLOW_LOOP, r.AllowLoop)
+	set(bpf.RelayFlowFlagFLOW_NO_CHECKSUM, r.AllowNoChecksum)
+	set(bpf.RelayFlowFlagFLOW_POLICED, r.Rate != Rate{})
+	set(bpf.RelayFlowFlagFLOW_FALLBACK, r.Fallback)
+	return flags
+}
+
+// decodeFlow fills in what a flow entry says of its rule.
+func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
+	for path, value := range paths {
+		if flow.Path == uint8(value) {
+			r.Path = path
+		}
+	}
+	if r.Path == 0 {
+		return fmt.Errorf("path %d is none of this release", flow.Path)
+	}
+	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
+	r.AllowNoChecksum = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_NO_CHECKSUM) != 0
+	r.Fallback = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_FALLBACK) != 0
+	return nil
+}
+
 func encodeRule(e *entry) bpf.RelayRule {
 	r := bpf.RelayRule{
 		FirstOutput: e.first,
 		FirstStats:  e.firstStats,
 		Outputs:     uint16(len(e.rule.Out)),
-		Path:        uint8(bpf.RelayRulePathPATH_KERNEL),
+		Path:        uint8(paths[e.rule.Path]),
 	}
 	for i := range len(e.rule.Name) {
 		r.Name[i] = int8(e.rule.Name[i])
@@ -146,7 +204,7 @@ func decodeName(name [bpf.NameLen]int8) (string, error) {
 	return string(b), nil
 }
 
-func encodeOutput(o Output, stats uint32) bpf.RelayOutput {
+func encodeOutput(o Output, stats, policer uint32) bpf.RelayOutput {
 	b := bpf.RelayOutput{
 		DstMac: o.DstMAC, SrcMac: o.SrcMAC,
 		Dst:     encodeAddr(o.Dst),
@@ -155,38 +213,50 @@ func encodeOutput(o Output, stats uint32) bpf.RelayOutput {
 		Stats:   stats,
 		Mtu:     uint16(o.MTU),
 		TtlMode: uint8(o.TTLMode), Ttl: o.TTL,
-		Dscp:   o.DSCP,
-		Family: 4,
+		Dscp:      o.DSCP,
+		Family:    4,
+		PortShift: o.PortShift,
+		Vlan:      o.VLANID, OuterVlan: o.OuterVLAN, VlanMode: uint8(o.VLAN),
+		Pcp:     o.PCP,
+		MinTtl:  o.MinTTL,
+		DstLen:  o.DstLen,
+		Blocked: uint8(o.Blocked),
+		Policer: policer,
 	}
 	if o.Dst.Is6() {
 		b.Family = 6
 	}
-	if o.Ready {
-		b.Flags |= uint8(bpf.RelayOutputFlagOUTPUT_READY)
-	}
 	if o.Src.IsValid() {
-		b.Flags |= uint8(bpf.RelayOutputFlagOUTPUT_SOURCE_SET)
 		b.Src = encodeAddr(o.Src)
 	}
-	if o.SetDSCP {
-		b.Flags |= uint8(bpf.RelayOutputFlagOUTPUT_DSCP_SET)
+	set := func(flag bpf.RelayOutputFlag, on bool) {
+		if on {
+			b.Flags |= uint16(flag)
+		}
 	}
-	if o.ZeroChecksum {
-		b.Flags |= uint8(bpf.RelayOutputFlagOUTPUT_CHECKSUM_ZERO)
-	}
+	set(bpf.RelayOutputFlagOUTPUT_READY, o.Ready)
+	set(bpf.RelayOutputFlagOUTPUT_SOURCE_SET, o.Src.IsValid())
+	set(bpf.RelayOutputFlagOUTPUT_DSCP_SET, o.SetDSCP)
+	set(bpf.RelayOutputFlagOUTPUT_CHECKSUM_ZERO, o.ZeroChecksum)
+	set(bpf.RelayOutputFlagOUTPUT_PORT_ADD, o.PortAdd)
+	set(bpf.RelayOutputFlagOUTPUT_PCP_SET, o.SetPCP)
+	set(bpf.RelayOutputFlagOUTPUT_POLICED, o.Rate != Rate{})
+	set(bpf.RelayOutputFlagOUTPUT_RARE, o.PortAdd || o.SetPCP || o.Rate != Rate{} ||
+		o.VLAN != packet.VLANKeep || o.MinTTL != 0 || o.DstLen != 0)
 	return b
 }
 
-// decodeOutput is the inverse of encodeOutput.
+// decodeOutput is the inverse of encodeOutput; the rate is in the policer.
 func decodeOutput(b *bpf.RelayOutput) (Output, error) {
 	if b.Family != 4 && b.Family != 6 {
 		return Output{}, fmt.Errorf("output has family %d: want 4 or 6", b.Family)
 	}
-	has := func(flag bpf.RelayOutputFlag) bool { return b.Flags&uint8(flag) != 0 }
+	has := func(flag bpf.RelayOutputFlag) bool { return b.Flags&uint16(flag) != 0 }
 	o := Output{
-		Ready: has(bpf.RelayOutputFlagOUTPUT_READY),
-		Index: int(b.Ifindex),
-		MTU:   int(b.Mtu),
+		Ready:   has(bpf.RelayOutputFlagOUTPUT_READY),
+		Blocked: Reason(b.Blocked),
+		Index:   int(b.Ifindex),
+		MTU:     int(b.Mtu),
 		Rewrite: packet.Rewrite{
 			DstMAC: b.DstMac, SrcMAC: b.SrcMac,
 			Dst:     decodeAddr(b.Dst, b.Family),
@@ -195,6 +265,14 @@ func decodeOutput(b *bpf.RelayOutput) (Output, error) {
 			SetDSCP:      has(bpf.RelayOutputFlagOUTPUT_DSCP_SET),
 			DSCP:         b.Dscp,
 			ZeroChecksum: has(bpf.RelayOutputFlagOUTPUT_CHECKSUM_ZERO),
+			DstLen:       b.DstLen,
+			PortAdd:      has(bpf.RelayOutputFlagOUTPUT_PORT_ADD),
+			PortShift:    b.PortShift,
+			MinTTL:       b.MinTtl,
+			VLAN:         packet.VLANMode(b.VlanMode),
+			VLANID:       b.Vlan, OuterVLAN: b.OuterVlan,
+			SetPCP: has(bpf.RelayOutputFlagOUTPUT_PCP_SET),
+			PCP:    b.Pcp,
 		},
 	}
 	if has(bpf.RelayOutputFlagOUTPUT_SOURCE_SET) {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math"
 	"net/netip"
+	"reflect"
 	"slices"
 	"testing"
 
@@ -15,10 +16,12 @@ import (
 // again, and no row makes decoding fail badly.
 func FuzzOutput(f *testing.F) {
 	n := binary.Size(bpf.RelayOutput{})
+	family, _ := reflect.TypeFor[bpf.RelayOutput]().FieldByName("Family")
+	familyAt := family.Offset
 	f.Add(make([]byte, n))
 	for _, family := range []byte{4, 6} {
 		row := bytes.Repeat([]byte{0x5a}, n)
-		row[n-2] = family
+		row[familyAt] = family
 		f.Add(row)
 	}
 	f.Fuzz(func(t *testing.T, row []byte) {
@@ -36,7 +39,7 @@ func FuzzOutput(f *testing.F) {
 		if err != nil {
 			return
 		}
-		again, err := decodeOutput(new(encodeOutput(o, b.Stats)))
+		again, err := decodeOutput(new(encodeOutput(o, b.Stats, b.Policer)))
 		if err != nil || again != o {
 			t.Fatalf("%+v became %+v, %v", o, again, err)
 		}
@@ -45,11 +48,11 @@ func FuzzOutput(f *testing.F) {
 
 // FuzzKeys: keys of the flow tables mean one input each.
 func FuzzKeys(f *testing.F) {
-	f.Add(uint32(1), uint16(5000), []byte{239, 1, 1, 1}, []byte{0, 0, 0, 0})
-	f.Add(uint32(1), uint16(5000), []byte{239, 1, 1, 1}, []byte{10, 0, 0, 1})
-	f.Add(uint32(7), uint16(1), bytes.Repeat([]byte{0xff}, 16), bytes.Repeat([]byte{1}, 16))
-	f.Fuzz(func(t *testing.T, index uint32, port uint16, group, source []byte) {
-		in := Input{Index: int(index), Port: port}
+	f.Add(uint32(1), uint16(5000), []byte{239, 1, 1, 1}, []byte{0, 0, 0, 0}, uint8(0), uint16(0), uint16(0))
+	f.Add(uint32(1), uint16(5000), []byte{239, 1, 0, 0}, []byte{10, 0, 0, 1}, uint8(16), uint16(100), uint16(7))
+	f.Add(uint32(7), uint16(0), bytes.Repeat([]byte{0xff}, 16), bytes.Repeat([]byte{1}, 16), uint8(64), uint16(1), uint16(0))
+	f.Fuzz(func(t *testing.T, index uint32, port uint16, group, source []byte, length uint8, vlan, outer uint16) {
+		in := Input{Index: int(index), Port: port, Len: int(length), VLAN: vlan, OuterVLAN: outer}
 		var ok bool
 		if in.Group, ok = netip.AddrFromSlice(group); !ok || in.Group.Is4In6() {
 			t.Skip("no group")
@@ -63,6 +66,10 @@ func FuzzKeys(f *testing.F) {
 			got = decodeKey4(key)
 		case *bpf.RelayFlow6:
 			got = decodeKey6(key)
+		case *bpf.RelayPrefix4:
+			got = decodePrefix4(key)
+		case *bpf.RelayPrefix6:
+			got = decodePrefix6(key)
 		}
 		if got != in {
 			t.Fatalf("%+v became %+v", in, got)

@@ -20,7 +20,7 @@ func forwarded(t testing.TB, frame []byte, r packet.Rewrite) []byte {
 	t.Helper()
 	out := bytes.Clone(frame)
 	h, ok := packet.Parse(out)
-	if !ok || !r.Apply(out, &h) {
+	if !ok || r.Apply(out, &h) != packet.Rewritten {
 		t.Fatalf("the twin does not forward %x", frame)
 	}
 	return out

@@ -315,23 +315,23 @@ func TestDamagedPinsAreRefused(t *testing.T) {
 		{"no outputs", edit("two", func(_ *Loader, _ *entry, f *bpf.RelayFlow) { f.Outputs = 0 }), "0 outputs"},
 		{"too many outputs", edit("two", func(_ *Loader, _ *entry, f *bpf.RelayFlow) { f.Outputs = 65 }), "output"},
 		{"output of no family", edit("one", func(l *Loader, e *entry, _ *bpf.RelayFlow) {
-			o := encodeOutput(e.rule.Out[0], e.firstStats)
+			o := encodeOutput(e.rule.Out[0], e.firstStats, 0)
 			o.Family = 5
 			put(l.maps.Outputs, e.first, &o)
 		}), "family 5"},
 		{"output of the other family", edit("one", func(l *Loader, e *entry, _ *bpf.RelayFlow) {
-			o := encodeOutput(e.rule.Out[0], e.firstStats)
+			o := encodeOutput(e.rule.Out[0], e.firstStats, 0)
 			o.Family = 6
 			put(l.maps.Outputs, e.first, &o)
 		}), "another family"},
 		{"counters beyond the map", edit("one", func(l *Loader, e *entry, _ *bpf.RelayFlow) {
-			o := encodeOutput(e.rule.Out[0], 1<<20)
+			o := encodeOutput(e.rule.Out[0], 1<<20, 0)
 			put(l.maps.Outputs, e.first, &o)
 		}), "output counters"},
 		{"row beyond the map", edit("one", func(_ *Loader, _ *entry, f *bpf.RelayFlow) { f.Port = 1 << 20 }), "row 1048576"},
 		{"key without an interface", func(t *testing.T, l *Loader) {
 			flow := encodeFlow(l.rules["one"])
-			if err := l.table4.Put(&bpf.RelayFlow4{Port: 1, Group: [4]byte{239, 1, 1, 9}}, &flow); err != nil {
+			if err := l.tables[exact4].Put(&bpf.RelayFlow4{Port: 1, Group: [4]byte{239, 1, 1, 9}}, &flow); err != nil {
 				t.Fatal(err)
 			}
 		}, "interface index 0"},
@@ -519,14 +519,14 @@ func TestSweepsLeftovers(t *testing.T) {
 		stale + "/config":                        l.maps.Config,
 		stale + "/programs/relay":                l.relay,
 		filepath.Join(dir, "links", "if77_next"): l.maps.Drops,
-		filepath.Join(dir, "flows4_next"):        l.table4,
+		filepath.Join(dir, "flows4_next"):        l.tables[exact4],
 	} {
 		if err := repin(p, path); err != nil {
 			t.Fatal(err)
 		}
 	}
 	orphan := bpf.RelayRule{Name: [bpf.NameLen]int8{'x'}}
-	slots, err := l.newSlots(2)
+	slots, _, err := l.newFan(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -664,7 +664,7 @@ func TestAdoptsHalfMovedRule(t *testing.T) {
 	if rules := l.Rules(); len(rules) != 1 || !rules[0].In.Group.Is4() {
 		t.Fatalf("adopted %+v", rules)
 	}
-	if flows, err := readFlows(l.table4, l.table6); err != nil || len(flows) != 1 {
+	if flows, err := l.tables.read(); err != nil || len(flows) != 1 {
 		t.Fatalf("%d flow entries, %v", len(flows), err)
 	}
 	sync1(t, l, moved)

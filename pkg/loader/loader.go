@@ -80,11 +80,16 @@ type Loader struct {
 	transmit []link.Link
 	links    map[int]*attachment // by interface index
 
-	table4, table6 *ebpf.Map // the flow tables in force
+	tables         tables
+	own            [4]uint64   // of map config
+	lookups        lookupCount // of the rules in force
 	rules          map[string]*entry
 	ids            *idAllocator
 	outputs, stats *blockAllocator
-	ports          map[int]*port // by interface index
+	fans           map[string]*fan
+	socketRows     *idAllocator
+	sockets        map[int]uint32 // row of the map xsks by interface index
+	ports          map[int]*port  // by interface index
 	portRows       *idAllocator
 
 	adopted  bool
@@ -99,11 +104,14 @@ type Loader struct {
 func Open(opts Options) (_ *Loader, err error) {
 	opts = opts.withDefaults()
 	l := &Loader{
-		opts:  opts,
-		log:   opts.Logger,
-		links: map[int]*attachment{},
-		rules: map[string]*entry{},
-		ports: map[int]*port{},
+		opts:    opts,
+		log:     opts.Logger,
+		links:   map[int]*attachment{},
+		rules:   map[string]*entry{},
+		ports:   map[int]*port{},
+		fans:    map[string]*fan{},
+		lookups: lookupCount{},
+		sockets: map[int]uint32{},
 	}
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
@@ -145,7 +153,7 @@ func (l *Loader) Close() error {
 	for _, t := range l.transmit {
 		errs = append(errs, t.Close())
 	}
-	errs = append(errs, l.relay.Close(), l.egress.Close(), l.table4.Close(), l.table6.Close())
+	errs = append(errs, l.relay.Close(), l.egress.Close(), l.tables.Close())
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
@@ -153,7 +161,7 @@ func (l *Loader) Close() error {
 		errs = append(errs, l.lock.Close())
 	}
 	l.links, l.transmit, l.relay, l.egress = nil, nil, nil, nil
-	l.table4, l.table6, l.maps, l.lock = nil, nil, nil, nil
+	l.maps, l.lock = nil, nil
 	return errors.Join(errs...)
 }
 
@@ -186,7 +194,7 @@ func (l *Loader) create() (err error) {
 	if err := l.firstTables(); err != nil {
 		return err
 	}
-	if err := l.writeConfig(0); err != nil {
+	if err := l.writeConfig(); err != nil {
 		return err
 	}
 	if l.relay, err = l.opts.programs.relay(l.maps); err != nil {
@@ -212,16 +220,22 @@ func (l *Loader) resetAllocators() {
 	l.outputs = newBlockAllocator(l.maps.Outputs.MaxEntries())
 	l.stats = newBlockAllocator(l.maps.OutputStats.MaxEntries())
 	l.portRows = newIDAllocator(l.maps.Ports.MaxEntries())
+	l.socketRows = newIDAllocator(l.maps.Xsks.MaxEntries() / bpf.MaxQueues)
 }
 
-func (l *Loader) writeConfig(kinds uint32) error {
+// writeConfig writes what the rules in force and the own addresses ask for.
+func (l *Loader) writeConfig() error { return l.writeLookups(l.lookups.kinds()) }
+
+func (l *Loader) writeLookups(kinds lookups) error {
 	cookie, err := netnsCookie()
 	if err != nil {
 		return err
 	}
 	config := bpf.RelayConfig{
 		Schema:      bpf.Schema,
-		LookupKinds: kinds,
+		Lookup4:     uint16(kinds),
+		Lookup6:     uint16(kinds >> 16),
+		Own:         l.own,
 		NetnsCookie: cookie,
 		MaxRules:    l.maps.Rules.MaxEntries(),
 		MaxOutputs:  l.maps.Outputs.MaxEntries(),

@@ -9,13 +9,6 @@ import (
 	"xdpcast/bpf"
 )
 
-// Names of the pins of the flow tables in force, which have no name of their own
-// in the object.
-const (
-	pinFlows4 = "flows4"
-	pinFlows6 = "flows6"
-)
-
 // mapSet is all maps that the programs share.
 type mapSet struct {
 	bpf.RelayMaps
@@ -31,23 +24,30 @@ func (m *mapSet) Close() error {
 // the name of its pin.
 func (m *mapSet) slots() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
-		bpf.RelayMapConfig:       &m.Config,
-		bpf.RelayMapFlowTables4:  &m.FlowTables4,
-		bpf.RelayMapFlowTables6:  &m.FlowTables6,
-		bpf.RelayMapRules:        &m.Rules,
-		bpf.RelayMapOutputs:      &m.Outputs,
-		bpf.RelayMapPorts:        &m.Ports,
-		bpf.RelayMapFanout:       &m.Fanout,
-		bpf.RelayMapCopies:       &m.Copies,
-		bpf.RelayMapTurns:        &m.Turns,
-		bpf.RelayMapRuleStats:    &m.RuleStats,
-		bpf.RelayMapOutputStats:  &m.OutputStats,
-		bpf.RelayMapDrops:        &m.Drops,
-		bpf.RelayMapPassed:       &m.Passed,
-		bpf.RelayMapRuleDrops:    &m.RuleDrops,
-		bpf.RelayMapQueriers:     &m.Queriers,
-		bpf.TransmitMapPortStats: &m.PortStats,
-		bpf.TransmitMapPortRows:  &m.PortRows,
+		bpf.RelayMapConfig:        &m.Config,
+		bpf.RelayMapFlowTables4:   &m.FlowTables4,
+		bpf.RelayMapFlowTables6:   &m.FlowTables6,
+		bpf.RelayMapPrefixTables4: &m.PrefixTables4,
+		bpf.RelayMapPrefixTables6: &m.PrefixTables6,
+		bpf.RelayMapFragments:     &m.Fragments,
+		bpf.RelayMapFragmentStats: &m.FragmentStats,
+		bpf.RelayMapOwnAddresses:  &m.OwnAddresses,
+		bpf.RelayMapPolicers:      &m.Policers,
+		bpf.RelayMapXsks:          &m.Xsks,
+		bpf.RelayMapRules:         &m.Rules,
+		bpf.RelayMapOutputs:       &m.Outputs,
+		bpf.RelayMapPorts:         &m.Ports,
+		bpf.RelayMapFanout:        &m.Fanout,
+		bpf.RelayMapCopies:        &m.Copies,
+		bpf.RelayMapTurns:         &m.Turns,
+		bpf.RelayMapRuleStats:     &m.RuleStats,
+		bpf.RelayMapOutputStats:   &m.OutputStats,
+		bpf.RelayMapDrops:         &m.Drops,
+		bpf.RelayMapPassed:        &m.Passed,
+		bpf.RelayMapRuleDrops:     &m.RuleDrops,
+		bpf.RelayMapQueriers:      &m.Queriers,
+		bpf.TransmitMapPortStats:  &m.PortStats,
+		bpf.TransmitMapPortRows:   &m.PortRows,
 	}
 }
 
@@ -78,6 +78,7 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 	specs[bpf.RelayMapFanout].MaxEntries = maxOutputs
 	specs[bpf.RelayMapCopies].MaxEntries = maxOutputs
 	specs[bpf.RelayMapTurns].MaxEntries = maxOutputs
+	specs[bpf.RelayMapPolicers].MaxEntries = maxRules + maxOutputs
 	return specs, nil
 }
 
@@ -99,43 +100,4 @@ func newMaps(opts Options) (_ *mapSet, err error) {
 		}
 	}
 	return m, nil
-}
-
-// firstTables makes empty flow tables and puts them into force.
-func (l *Loader) firstTables() (err error) {
-	if l.table4, err = l.newTable(bpf.RelayMapFlowTables4, nil); err != nil {
-		return err
-	}
-	if l.table6, err = l.newTable(bpf.RelayMapFlowTables6, nil); err != nil {
-		return err
-	}
-	if err := l.maps.FlowTables4.Put(uint32(0), l.table4); err != nil {
-		return fmt.Errorf("set flow table: %w", err)
-	}
-	if err := l.maps.FlowTables6.Put(uint32(0), l.table6); err != nil {
-		return fmt.Errorf("set flow table: %w", err)
-	}
-	return nil
-}
-
-// minTable is the fewest entries that a flow table has room for.
-const minTable = 1024
-
-// newTable makes a flow table for flows, not in force, with room to grow.
-func (l *Loader) newTable(outer string, flows []flowEntry) (_ *ebpf.Map, err error) {
-	spec := l.specs[outer].InnerMap.Copy()
-	spec.Name = outer[:len("flow_table")] + outer[len(outer)-1:]
-	for spec.MaxEntries = minTable; int(spec.MaxEntries) < 2*len(flows); {
-		spec.MaxEntries *= 2
-	}
-	table, err := ebpf.NewMap(spec)
-	if err != nil {
-		return nil, fmt.Errorf("make flow table: %w", err)
-	}
-	for _, f := range flows {
-		if err := table.Update(f.key, &f.value, ebpf.UpdateNoExist); err != nil {
-			return nil, errors.Join(fmt.Errorf("fill flow table: %w", err), table.Close())
-		}
-	}
-	return table, nil
 }

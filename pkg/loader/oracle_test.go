@@ -1,8 +1,8 @@
 package loader
 
 import (
-	"bytes"
 	"net/netip"
+	"slices"
 
 	"xdpcast/pkg/packet"
 )
@@ -11,14 +11,17 @@ import (
 // that they must keep.
 type oracle struct {
 	rules []Rule
+	own   []netip.Addr
+	first map[fragmentKey]uint16 // ports of first fragments
 	want  map[string]*RuleStats
 	// passed since the counters were as before
 	passed, passedBefore Counter
 }
 
-// newOracle starts with rules that have matched nothing yet.
-func newOracle(rules []Rule, before Stats) *oracle {
-	o := &oracle{rules: rules, want: map[string]*RuleStats{}, passedBefore: before.Passed}
+// newOracle starts with rules that have matched nothing yet; first are the ports of
+// first fragments, which the programs remember beyond a rule set.
+func newOracle(rules []Rule, before Stats, first map[fragmentKey]uint16) *oracle {
+	o := &oracle{rules: rules, own: ownAddresses, first: first, want: map[string]*RuleStats{}, passedBefore: before.Passed}
 	for _, r := range rules {
 		s := &RuleStats{Name: r.Name, Drops: map[Reason]Counter{}}
 		for _, out := range r.Out {
@@ -29,36 +32,87 @@ func newOracle(rules []Rule, before Stats) *oracle {
 	return o
 }
 
-// match finds the rule of a packet: the one for its source before the one for any.
-func (o *oracle) match(index int, h *packet.Headers) *Rule {
-	if h.VLAN != 0 {
-		return nil
-	}
-	for _, source := range []netip.Addr{h.Src, {}} {
-		want := Input{Index: index, Group: h.Dst, Source: source, Port: h.DstPort}
-		for i := range o.rules {
-			if o.rules[i].In.key() == want {
-				return &o.rules[i]
-			}
+// match finds the rule of a packet to a port: the most specific one.
+func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *Rule) {
+	for i := range o.rules {
+		r := &o.rules[i]
+		if !matches(r.In, index, h, port) {
+			continue
+		}
+		if best == nil || moreSpecific(r.In, best.In) {
+			best = r
 		}
 	}
-	return nil
+	return best
+}
+
+func matches(in Input, index int, h *packet.Headers, port uint16) bool {
+	length := in.Len
+	if length == 0 {
+		length = in.Group.BitLen()
+	}
+	return in.Index == index && in.VLAN == h.VLAN && in.OuterVLAN == h.OuterVLAN &&
+		(in.Port == 0 || in.Port == port) && (!in.Source.IsValid() || in.Source == h.Src) &&
+		netip.PrefixFrom(in.Group, length).Contains(h.Dst)
+}
+
+// moreSpecific orders two inputs that match the same packet: a group before a
+// prefix, then with a port, then with a source, then the longer prefix.
+func moreSpecific(a, b Input) bool {
+	rank := func(in Input) (n int) {
+		if in.Len == 0 {
+			n += 4000
+		}
+		if in.Port != 0 {
+			n += 2000
+		}
+		if in.Source.IsValid() {
+			n += 1000
+		}
+		return n + in.Len
+	}
+	return rank(a) > rank(b)
+}
+
+// fragmentKey is what the fragments of a datagram share.
+type fragmentKey struct {
+	index       int
+	vlan, outer uint16
+	id          uint32
+	src, dst    netip.Addr
+}
+
+// port is the destination port of a packet; for a later fragment the one that the
+// first one had, 0 when it has not come.
+func (o *oracle) port(index int, h *packet.Headers) uint16 {
+	if h.Part == packet.LaterFragment {
+		return o.first[fragmentKey{index, h.VLAN, h.OuterVLAN, h.FragmentID, h.Src, h.Dst}]
+	}
+	return h.DstPort
 }
 
 // frame returns the verdict, and the copies by slot.
 func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, copies map[int][]byte) {
 	h, ok := packet.Parse(frame)
 	var rule *Rule
-	if ok && h.UDP+8 <= linear {
-		rule = o.match(index, &h)
+	if ok && h.Payload <= linear {
+		if port := o.port(index, &h); port != 0 || h.Part != packet.LaterFragment {
+			rule = o.match(index, &h, port)
+		}
+	}
+	if rule != nil && !rule.In.Group.IsMulticast() && [6]byte(frame[0:6]) != rule.In.MAC {
+		rule = nil // for another host
 	}
 	if rule == nil {
 		o.passed.add(1, uint64(len(frame)))
 		return xdpPass, nil
 	}
+	if h.Part == packet.FirstFragment {
+		o.first[fragmentKey{index, h.VLAN, h.OuterVLAN, h.FragmentID, h.Src, h.Dst}] = h.DstPort
+	}
 	stats, n := o.want[rule.Name], uint64(len(frame))
 	stats.Matched.add(1, n)
-	if reason, ok := dropAll(rule, frame, linear, &h); ok {
+	if reason, ok := o.dropAll(rule, frame, linear, &h); ok {
 		c := stats.Drops[reason]
 		c.add(1, n)
 		stats.Drops[reason] = c
@@ -84,13 +138,11 @@ func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, cop
 }
 
 // dropAll says why no output gets the packet.
-func dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers) (Reason, bool) {
+func (o *oracle) dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers) (Reason, bool) {
 	switch {
-	case [6]byte(frame[6:12]) == rule.In.MAC:
+	case !rule.AllowLoop && ([6]byte(frame[6:12]) == rule.In.MAC || slices.Contains(o.own, h.Src)):
 		return Loop, true
-	case h.Fragment:
-		return Fragment, true
-	case h.Dst.Is6() && frame[h.UDP+6] == 0 && frame[h.UDP+7] == 0:
+	case !rule.AllowNoChecksum && h.Part != packet.LaterFragment && h.Dst.Is6() && frame[h.UDP+6] == 0 && frame[h.UDP+7] == 0:
 		return NoChecksum, true
 	case len(rule.Out) > 1 && linear < len(frame):
 		return MultiBuffer, true
@@ -102,14 +154,17 @@ func dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers) (Reason, b
 // sendOne returns one output's copy, or why there is none.
 func sendOne(out Output, frame []byte, h *packet.Headers) ([]byte, Reason) {
 	if !out.Ready {
-		return nil, NotReady
+		return nil, out.Blocked
 	}
 	if h.L3Len > min(out.MTU, maxMTU) {
 		return nil, MTU
 	}
-	sent := bytes.Clone(frame)
-	if !out.Apply(sent, h) {
+	switch sent, outcome := out.Append(nil, frame, h); outcome {
+	case packet.EndsByTTL:
 		return nil, TTL
+	case packet.EndsByPort:
+		return nil, Port
+	default:
+		return append(sent, frame[h.Payload:]...), 0
 	}
-	return sent, 0
 }

@@ -125,10 +125,11 @@ func (l *Loader) pinAll(dir string) error {
 		}
 	}
 	pins := map[string]pinner{
-		filepath.Join(dir, pinFlows4): l.table4,
-		filepath.Join(dir, pinFlows6): l.table6,
-		relayPin(dir):                 l.relay,
-		egressPin(dir):                l.egress,
+		relayPin(dir):  l.relay,
+		egressPin(dir): l.egress,
+	}
+	for kind := range tableKinds {
+		pins[filepath.Join(dir, tableNames[kind].pin)] = l.tables[kind]
 	}
 	for name, m := range l.maps.byName() {
 		pins[filepath.Join(dir, name)] = m

@@ -105,6 +105,12 @@ func TestRelayProgram(t *testing.T) {
 		{name: "two priority tags", frame: func(f *packet.Frame) { f.VLANs = []uint16{0xa000, 0x2000} }, want: toDefault},
 		{name: "ip options", frame: func(f *packet.Frame) { f.Options = []byte{0x94, 4, 0, 0} }, want: toDefault},
 		{name: "all the ip options there can be", frame: func(f *packet.Frame) { f.Options = bytes.Repeat([]byte{1}, 40) }, want: toDefault},
+		{name: "first fragment", mangle: func(b []byte) []byte {
+			return fixIPChecksum(put16(b, atIP+6, 0x2000))
+		}, want: toDefault},
+		{name: "first fragment of a longer datagram", mangle: func(b []byte) []byte {
+			return fixIPChecksum(put16(put16(b, atIP+6, 0x2000), atUDP+4, 60000))
+		}, want: toDefault},
 		{name: "do not fragment", mangle: func(b []byte) []byte {
 			return fixIPChecksum(put16(b, atIP+6, 0x4000))
 		}, want: toDefault},
@@ -116,7 +122,8 @@ func TestRelayProgram(t *testing.T) {
 		{name: "any's rule for another source", more: []Rule{other("specific", "192.168.7.8")}, want: toDefault},
 		{name: "only the source's rule", rule: func(r *Rule) { r.In.Source = netip.MustParseAddr("192.168.7.7") }, want: toDefault},
 		{name: "only another source's rule", rule: func(r *Rule) { r.In.Source = netip.MustParseAddr("192.168.7.8") }, passes: true},
-		{name: "unicast", rule: func(r *Rule) { r.In.Group = netip.MustParseAddr("10.0.0.2") }, frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("10.0.0.2") }, want: toDefault},
+		{name: "unicast", rule: func(r *Rule) { r.In.Group = netip.MustParseAddr("10.0.0.2") }, frame: func(f *packet.Frame) { f.Dst, f.DstMAC = netip.MustParseAddr("10.0.0.2"), mac(n.in) }, want: toDefault},
+		{name: "unicast to another host's mac", rule: func(r *Rule) { r.In.Group = netip.MustParseAddr("10.0.0.2") }, frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("10.0.0.2") }, passes: true},
 
 		// Rewriting.
 		{name: "ttl less one", rule: out(func(o *Output) { o.TTLMode = packet.TTLDecrement }), want: to(func(f *packet.Frame) { f.TTL = 11 })},
@@ -141,10 +148,6 @@ func TestRelayProgram(t *testing.T) {
 
 		// Dropped.
 		{name: "own mac", frame: func(f *packet.Frame) { f.SrcMAC = mac(n.in) }, drop: Loop, rulewide: true},
-		{name: "first fragment", mangle: func(b []byte) []byte { return put16(b, atIP+6, 0x2000) }, drop: Fragment, rulewide: true},
-		{name: "first fragment of a longer datagram", mangle: func(b []byte) []byte {
-			return put16(put16(b, atIP+6, 0x2000), atUDP+4, 60000)
-		}, drop: Fragment, rulewide: true},
 		{name: "as long as the mtu", rule: out(func(o *Output) { o.MTU = 28 + 100 }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 100) }, want: toDefault},
 		{name: "longer than the mtu", rule: out(func(o *Output) { o.MTU = 28 + 99 }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 100) }, drop: MTU},
 		{name: "not ready", rule: out(func(o *Output) { o.Ready = false }), drop: NotReady},
@@ -195,8 +198,9 @@ func programCases6(n *testLab) []programCase {
 		{name: "ipv6, wrong group", rule: plain, frame: frame6(func(f *packet.Frame) { f.Dst = netip.MustParseAddr("ff3e::1:1") }), passes: true},
 		{name: "ipv6, the source's rule", rule: func(r *Rule) { plain(r); r.In.Source = netip.MustParseAddr("2001:db8::7") }, frame: from, want: same},
 		{name: "ipv6, another source's rule", rule: func(r *Rule) { plain(r); r.In.Source = netip.MustParseAddr("2001:db8::8") }, frame: from, passes: true},
-		{name: "ipv6, extension header", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 0; return b }, passes: true},
-		{name: "ipv6, fragment header", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 44; return b }, passes: true},
+		{name: "ipv6, udp read as options", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 0; return b }, passes: true},
+		{name: "ipv6, udp read as a fragment header", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 44; return b }, passes: true},
+		{name: "ipv6, routing header", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 43; return b }, passes: true},
 		{name: "ipv6, version 4", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP] = 0x45; return b }, passes: true},
 		{name: "ipv6, cut in the header", rule: plain, frame: from, mangle: func(b []byte) []byte { return b[:atUDP6-1] }, passes: true},
 		{name: "ipv6, cut in the udp header", rule: plain, frame: from, mangle: func(b []byte) []byte { return b[:atUDP6+7] }, passes: true},
@@ -455,7 +459,7 @@ func TestRelayProgramWithDamagedMaps(t *testing.T) {
 			key := encodeKey(input(n.in, c.group, "", 5000))
 			flow := encodeFlow(r.l.rules[c.rule])
 			c.damage(&flow)
-			if err := r.l.table4.Put(key, &flow); err != nil {
+			if err := r.l.tables[exact4].Put(key, &flow); err != nil {
 				t.Fatal(err)
 			}
 			before := globalStats(t, r.l).Drops
@@ -468,7 +472,7 @@ func TestRelayProgramWithDamagedMaps(t *testing.T) {
 				t.Errorf("drops (-want +got):\n%s", diff)
 			}
 			good := encodeFlow(r.l.rules[c.rule])
-			if err := r.l.table4.Put(key, &good); err != nil {
+			if err := r.l.tables[exact4].Put(key, &good); err != nil {
 				t.Fatal(err)
 			}
 		})

@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -18,12 +19,21 @@ type programSource interface {
 }
 
 // embedded is this binary's own programs.
-type embedded struct{}
+type embedded struct {
+	// fragmentTimeout is how long a first fragment speaks for the others; 0 leaves
+	// it as the program has it.
+	fragmentTimeout time.Duration
+}
 
-func (embedded) relay(m *mapSet) (*ebpf.Program, error) {
+func (e embedded) relay(m *mapSet) (*ebpf.Program, error) {
 	spec, err := bpf.LoadRelay()
 	if err != nil {
 		return nil, fmt.Errorf("read relay program: %w", err)
+	}
+	if e.fragmentTimeout != 0 {
+		if err := spec.Variables["fragment_timeout_ns"].Set(uint64(e.fragmentTimeout)); err != nil {
+			return nil, fmt.Errorf("set fragment_timeout_ns: %w", err)
+		}
 	}
 	var out struct {
 		Relay *ebpf.Program `ebpf:"relay"`

@@ -16,6 +16,8 @@ type Rule struct {
 	Out  []Output // 1 to 64
 	// Path is PathKernel when it is not set.
 	Path Path
+	// Fallback lets the kernel path serve a rule of PathAFXDP while no socket does.
+	Fallback bool
 	// AllowLoop takes packets that this host sent.
 	AllowLoop bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
@@ -76,7 +78,9 @@ func (in Input) key() Input {
 }
 
 func (r Rule) equal(o Rule) bool {
-	return r.Name == o.Name && r.In == o.In && slices.Equal(r.Out, o.Out)
+	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback &&
+		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
+		slices.Equal(r.Out, o.Out)
 }
 
 // continues says whether r is the same rule as old with other addresses, so that
@@ -86,7 +90,8 @@ func (r Rule) continues(old Rule) bool {
 		return false
 	}
 	for i := range r.Out {
-		if r.Out[i].Dst != old.Out[i].Dst || r.Out[i].DstPort != old.Out[i].DstPort {
+		a, b := &r.Out[i], &old.Out[i]
+		if a.Dst != b.Dst || a.DstLen != b.DstLen || a.DstPort != b.DstPort || a.PortAdd != b.PortAdd || a.PortShift != b.PortShift {
 			return false
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -152,10 +153,16 @@ func (r *runner) run(t testing.TB, index int, frame []byte, linear int) ran {
 		t.Fatalf("devmap of the rule with first output %d: %v", first, err)
 	}
 	defer slots.Close()
-	var slot uint32
+	var at uint32
 	var row bpf.RelayBpfDevmapVal
 	iter := slots.Iterate()
-	for iter.Next(&slot, &row) {
+	for iter.Next(&at, &row) {
+		// The kernel makes the copies in the order of the rows.
+		var c bpf.RelayCopy
+		if err := r.l.maps.Copies.Lookup(first+at, &c); err != nil {
+			t.Fatal(err)
+		}
+		slot := c.Slot
 		switch verdict, out := r.must(t, r.egress, int(row.Ifindex), result.frame, len(result.frame)); verdict {
 		case xdpPass:
 			result.copies[int(slot)] = out
@@ -174,7 +181,9 @@ func (r *runner) run(t testing.TB, index int, frame []byte, linear int) ran {
 func programLab(t testing.TB, sinks int) (*testLab, *runner) {
 	t.Helper()
 	n := newLab(t, sinks)
-	l := open(t, testOptions(t))
+	opts := testOptions(t)
+	opts.programs = embedded{fragmentTimeout: time.Hour}
+	l := open(t, opts)
 	attachAll(t, l, append([]*net.Interface{n.in}, n.out...)...)
 	return n, newRunner(t, l, n.relay)
 }

@@ -29,13 +29,17 @@ type Reason uint8
 // the kernel skipped before the egress program ran.
 const (
 	Loop        = Reason(bpf.RelayDropReasonDROP_LOOP)
-	Fragment    = Reason(bpf.RelayDropReasonDROP_FRAGMENT)
 	TTL         = Reason(bpf.RelayDropReasonDROP_TTL)
 	MTU         = Reason(bpf.RelayDropReasonDROP_MTU)
 	MultiBuffer = Reason(bpf.RelayDropReasonDROP_MULTI_BUFFER)
 	NotReady    = Reason(bpf.RelayDropReasonDROP_NOT_READY)
+	NoNeighbour = Reason(bpf.RelayDropReasonDROP_NO_NEIGHBOUR)
 	NoDevice    = Reason(bpf.RelayDropReasonDROP_NO_DEVICE)
 	NoChecksum  = Reason(bpf.RelayDropReasonDROP_NO_CHECKSUM)
+	Port        = Reason(bpf.RelayDropReasonDROP_PORT)
+	Policed     = Reason(bpf.RelayDropReasonDROP_POLICED)
+	NoSocket    = Reason(bpf.RelayDropReasonDROP_NO_SOCKET)
+	TxFull      = Reason(bpf.RelayDropReasonDROP_TX_FULL)
 	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
@@ -44,8 +48,6 @@ func (r Reason) String() string {
 	switch r {
 	case Loop:
 		return "loop"
-	case Fragment:
-		return "fragment"
 	case TTL:
 		return "ttl"
 	case MTU:
@@ -54,10 +56,20 @@ func (r Reason) String() string {
 		return "multi_buffer"
 	case NotReady:
 		return "not_ready"
+	case NoNeighbour:
+		return "no_neighbour"
 	case NoDevice:
 		return "no_device"
 	case NoChecksum:
 		return "no_checksum"
+	case Port:
+		return "port"
+	case Policed:
+		return "policed"
+	case NoSocket:
+		return "no_socket"
+	case TxFull:
+		return "tx_full"
 	case Internal:
 		return "internal"
 	default:
@@ -100,10 +112,33 @@ type Stats struct {
 	Rules []RuleStats
 	Drops map[Reason]Counter // all rules together
 	// Passed is what no rule matched, on all interfaces.
-	Passed Counter
-	Ports  []PortStats
+	Passed    Counter
+	Fragments Fragments
+	Ports     []PortStats
 	// Queriers are those heard on interfaces since the program was attached.
 	Queriers []Querier
+}
+
+// Fragments counts fragments of UDP datagrams by what was known of them.
+type Fragments struct {
+	First  Counter // of datagrams that a rule takes
+	Later  Counter // followed their first one
+	Orphan Counter // the first one was not seen before, or too long ago: left to the stack
+}
+
+func readFragments(m *ebpf.Map) (f Fragments, err error) {
+	for kind, c := range map[bpf.RelayFragmentKind]*Counter{
+		bpf.RelayFragmentKindFRAGMENT_FIRST:  &f.First,
+		bpf.RelayFragmentKindFRAGMENT_LATER:  &f.Later,
+		bpf.RelayFragmentKindFRAGMENT_ORPHAN: &f.Orphan,
+	} {
+		var perCPU []bpf.RelayCounter
+		if err := m.Lookup(uint32(kind), &perCPU); err != nil {
+			return f, fmt.Errorf("read map fragment_stats: %w", err)
+		}
+		*c = sum(perCPU)
+	}
+	return f, nil
 }
 
 // Stats reads the counters. It may be called while packets flow; each counter is
@@ -129,8 +164,8 @@ func (l *Loader) StatsOf(names []string) (Stats, error) {
 
 // Reader reads pinned state without changing it, beside any owner.
 type Reader struct {
-	maps           *mapSet
-	table4, table6 *ebpf.Map
+	maps   *mapSet
+	tables tables
 }
 
 // OpenReader opens the pinned state read-only; the caller must Close it. Errors
@@ -143,24 +178,14 @@ func OpenReader(pinDir string) (_ *Reader, err error) {
 	if r.maps, err = openMaps(pinDir, true); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, r.Close())
-		}
-	}()
-	if err := r.maps.FlowTables4.Lookup(uint32(0), &r.table4); err != nil {
-		return nil, fmt.Errorf("open flow table: %w", err)
-	}
-	if err := r.maps.FlowTables6.Lookup(uint32(0), &r.table6); err != nil {
-		return nil, fmt.Errorf("open flow table: %w", err)
+	if r.tables, err = openTables(r.maps); err != nil {
+		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
 }
 
 // Close closes the file descriptors.
-func (r *Reader) Close() error {
-	return errors.Join(r.maps.Close(), r.table4.Close(), r.table6.Close())
-}
+func (r *Reader) Close() error { return errors.Join(r.maps.Close(), r.tables.Close()) }
 
 // Rules reads the rules in force.
 func (r *Reader) Rules() ([]Rule, error) {
@@ -185,13 +210,13 @@ func (r *Reader) Stats() (Stats, error) {
 }
 
 func (r *Reader) entries() ([]*entry, error) {
-	flows, err := readFlows(r.table4, r.table6)
+	flows, err := r.tables.read()
 	if err != nil {
 		return nil, err
 	}
 	entries := make([]*entry, 0, len(flows))
-	for in, flow := range flows {
-		e, err := readEntry(r.maps, in, flow)
+	for _, flow := range flows {
+		e, err := readEntry(r.maps, flow)
 		if err != nil {
 			return nil, err
 		}
@@ -207,6 +232,9 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 		return s, err
 	}
 	if s.Passed, err = readPassed(m.Passed); err != nil {
+		return s, err
+	}
+	if s.Fragments, err = readFragments(m.FragmentStats); err != nil {
 		return s, err
 	}
 	if s.Ports, err = readPorts(m.PortStats); err != nil {

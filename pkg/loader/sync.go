@@ -19,6 +19,7 @@ type entry struct {
 	first      uint32 // first output
 	firstStats uint32
 	row        uint32 // row of ports, with one output
+	sockets    uint32 // row of xsks, with PathAFXDP
 }
 
 // change is one rule's way from old to new; either may be nil.
@@ -34,8 +35,8 @@ type sync struct {
 	*Loader
 	changes []change
 	undo    []func() error
-	staged  []stagedSlots
 	done    []func() error // what is left to do after success
+	staged  staged
 	// ids of rules, and of output counters, that others had before
 	reused, reusedStats map[uint32]bool
 }
@@ -48,7 +49,7 @@ type sync struct {
 // Interfaces are not attached here: see Attach. Errors to match: *RuleError,
 // ErrFull.
 func (l *Loader) Sync(want []Rule) (err error) {
-	s := &sync{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}}
+	s := &sync{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openFans{}}}
 	if err := s.plan(want); err != nil {
 		return err
 	}
@@ -56,8 +57,8 @@ func (l *Loader) Sync(want []Rule) (err error) {
 		return nil
 	}
 	defer func() {
+		err = errors.Join(err, s.staged.open.close())
 		if err != nil {
-			s.closeStaged()
 			err = errors.Join(err, s.takeBack())
 		}
 	}()
@@ -69,7 +70,7 @@ func (l *Loader) Sync(want []Rule) (err error) {
 			return &RuleError{Rule: c.new.rule.Name, Err: err}
 		}
 	}
-	if err := s.writeFanout(); err != nil {
+	if err := s.flush(); err != nil {
 		return err
 	}
 	if err := l.dropStaleCounters(s.reused, s.reusedStats); err != nil {
@@ -129,7 +130,7 @@ func (s *sync) takeBack() error {
 	return errors.Join(errs...)
 }
 
-// stage writes everything of a rule but its flow entry.
+// stage prepares everything of a rule but its flow entry.
 func (s *sync) stage(c change) error {
 	e, n := c.new, uint32(len(c.new.rule.Out))
 	if err := s.allocate(c); err != nil {
@@ -137,16 +138,18 @@ func (s *sync) stage(c change) error {
 	}
 	if !c.continues {
 		// Before the flow entry: what dies in between leaves no rule without a name.
-		row := encodeRule(e)
-		if err := s.maps.Rules.Put(e.id, &row); err != nil {
-			return fmt.Errorf("describe rule: %w", err)
-		}
+		s.staged.rules.add(e.id, encodeRule(e))
 		s.onFailure(func() error { return s.maps.Rules.Put(e.id, &bpf.RelayRule{}) })
 	}
+	s.stagePolicers(c)
 	for slot, o := range e.rule.Out {
-		value := encodeOutput(o, e.firstStats+uint32(slot))
-		if err := s.maps.Outputs.Put(e.first+uint32(slot), &value); err != nil {
-			return fmt.Errorf("write output %d: %w", slot, err)
+		stats := e.firstStats + uint32(slot)
+		s.staged.outputs.add(e.first+uint32(slot), encodeOutput(o, stats, s.outputPolicer(stats)))
+	}
+	if e.rule.Path == PathAFXDP {
+		var err error
+		if e.sockets, err = s.socketRow(e.rule.In.Index); err != nil {
+			return err
 		}
 	}
 	if n > 1 {
@@ -161,7 +164,38 @@ func (s *sync) stage(c change) error {
 	}
 	e.row = p.row
 	s.onFailure(func() error { return s.releasePort(p.index) })
-	return nil
+	return s.flushIfFull()
+}
+
+// outputPolicer is the policer of an output with the given counters. Those of the
+// rules come first.
+func (l *Loader) outputPolicer(stats uint32) uint32 { return l.maps.Rules.MaxEntries() + stats }
+
+// stagePolicers fills the buckets of a rule's rates. One whose rate stays goes on as
+// it is.
+func (s *sync) stagePolicers(c change) {
+	stage := func(index uint32, old, rate Rate) {
+		if rate == (Rate{}) || c.continues && old == rate {
+			return
+		}
+		s.staged.policers.add(index, encodePolicer(rate))
+		if c.continues {
+			before := encodePolicer(old)
+			s.onFailure(func() error { return s.maps.Policers.Put(index, &before) })
+		}
+	}
+	var old Rule
+	if c.continues {
+		old = c.old.rule
+	}
+	stage(c.new.id, old.Rate, c.new.rule.Rate)
+	for slot, o := range c.new.rule.Out {
+		var before Rate
+		if c.continues {
+			before = old.Out[slot].Rate
+		}
+		stage(s.outputPolicer(c.new.firstStats+uint32(slot)), before, o.Rate)
+	}
 }
 
 func (s *sync) allocate(c change) error {
@@ -210,14 +244,10 @@ func (s *sync) allocate(c change) error {
 	return nil
 }
 
-// stageSlots makes the devmap of a rule with several outputs.
+// stageSlots prepares the row of the map fanout and the copies of a rule with
+// several outputs.
 func (s *sync) stageSlots(e *entry) error {
-	slots, err := s.newSlots(len(e.rule.Out))
-	if err != nil {
-		return err
-	}
-	s.staged = append(s.staged, stagedSlots{e.first, slots})
-	for slot, o := range e.rule.Out {
+	for _, o := range e.rule.Out {
 		if !o.Ready {
 			continue
 		}
@@ -225,112 +255,34 @@ func (s *sync) stageSlots(e *entry) error {
 			return err
 		}
 		s.onFailure(func() error { return s.releaseSlot(o.Index) })
-		if err := s.setSlot(slots, uint32(slot), o.Index); err != nil {
-			return err
-		}
 	}
+	devmap, err := s.useFan(e.rule.Out, s.staged.open)
+	if err != nil {
+		return err
+	}
+	s.onFailure(func() error { s.releaseFan(e.rule.Out); return nil })
+	s.staged.fanout.add(e.first, uint32(devmap.FD()))
 	for i, c := range encodeCopies(e.rule.Out) {
-		if err := s.maps.Copies.Put(e.first+uint32(i), &c); err != nil {
-			return fmt.Errorf("write copies: %w", err)
-		}
+		s.staged.copies.add(e.first+uint32(i), c)
 	}
-	if len(s.staged) >= fanoutBatch {
-		return s.writeFanout()
-	}
-	return nil
-}
-
-// fanoutBatch bounds the devmaps that are open at once.
-const fanoutBatch = 256
-
-// stagedSlots is the devmap of a rule that the map fanout does not hold yet.
-type stagedSlots struct {
-	first uint32
-	slots *ebpf.Map
-}
-
-// writeFanout hands the staged devmaps to the map fanout, which holds them from
-// then on. The kernel returns from the write only when no program that started
-// before it runs any more - once for all of them, since Linux 6.8 - so that a row
-// of ports that useSlot has changed is in force, too.
-func (s *sync) writeFanout() error {
-	if len(s.staged) == 0 {
-		return nil
-	}
-	defer s.closeStaged()
-	rows := make([]uint32, len(s.staged))
-	fds := make([]uint32, len(s.staged))
-	for i, staged := range s.staged {
-		rows[i], fds[i] = staged.first, uint32(staged.slots.FD())
-		s.onFailure(func() error {
-			if err := s.maps.Fanout.Delete(staged.first); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return fmt.Errorf("take back fanout: %w", err)
-			}
-			return nil
-		})
-	}
-	n, err := s.maps.Fanout.BatchUpdate(rows, fds, nil)
-	if errors.Is(err, ebpf.ErrNotSupported) {
-		for i := range rows {
-			if err := s.maps.Fanout.Put(rows[i], fds[i]); err != nil {
-				return fmt.Errorf("write fanout: %w", err)
-			}
-		}
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("write fanout: %d of %d rows: %w", n, len(rows), err)
-	}
-	return nil
-}
-
-func (s *sync) closeStaged() {
-	for _, staged := range s.staged {
-		if err := staged.slots.Close(); err != nil {
-			s.log.Warn("close devmap", "error", err)
-		}
-	}
-	s.staged = nil
-}
-
-func (l *Loader) newSlots(n int) (*ebpf.Map, error) {
-	spec := l.specs[bpf.RelayMapFanout].InnerMap.Copy()
-	spec.Name = "slots"
-	// The kernel takes no BTF for a devmap; to find out takes 20 ms a map.
-	spec.Key, spec.Value = nil, nil
-	spec.MaxEntries = uint32(n)
-	slots, err := ebpf.NewMap(spec)
-	if err != nil {
-		return nil, fmt.Errorf("make devmap of %d slots: %w", n, err)
-	}
-	return slots, nil
-}
-
-// setSlot fills a row of a devmap with an interface and the egress program.
-func (l *Loader) setSlot(slots *ebpf.Map, slot uint32, index int) error {
-	value := bpf.RelayBpfDevmapVal{Ifindex: uint32(index)}
-	value.BpfProg.Fd = int32(l.egress.FD())
-	if err := slots.Put(slot, &value); err != nil {
-		return fmt.Errorf("output %d to interface with index %d: %w", slot, index, err)
-	}
-	return nil
+	return s.flushIfFull()
 }
 
 // publish brings the changes into force.
 func (s *sync) publish() error {
-	before := s.Loader.kinds()
+	before := s.lookups.kinds()
 	needed := before
 	for _, c := range s.changes {
 		if c.new != nil {
-			needed |= kindOf(c.new.rule.In)
+			needed |= lookupOf(c.new.rule.In)
 		}
 	}
 	if needed != before {
 		// A kind more than needed costs a lookup; a kind less would lose packets.
-		if err := s.writeConfig(needed); err != nil {
+		if err := s.writeLookups(needed); err != nil {
 			return err
 		}
-		s.onFailure(func() error { return s.writeConfig(before) })
+		s.onFailure(func() error { return s.writeLookups(before) })
 	}
 	var err error
 	if s.isSingle() {
@@ -347,6 +299,12 @@ func (s *sync) publish() error {
 		return err
 	}
 	for _, c := range s.changes {
+		if c.old != nil {
+			s.lookups.remove(c.old.rule.In)
+		}
+		if c.new != nil {
+			s.lookups.add(c.new.rule.In)
+		}
 		if c.old != nil && (c.new == nil || c.old.rule.Name != c.new.rule.Name) {
 			delete(s.rules, c.old.rule.Name)
 		}
@@ -354,31 +312,29 @@ func (s *sync) publish() error {
 			s.rules[c.new.rule.Name] = c.new
 		}
 	}
-	if kinds := s.Loader.kinds(); kinds != needed {
-		s.done = append(s.done, func() error { return s.writeConfig(kinds) })
+	if s.lookups.kinds() != needed {
+		s.done = append(s.done, s.writeConfig)
 	}
 	return nil
 }
 
-// kinds returns the lookup kinds that some rule in force uses.
-func (l *Loader) kinds() (kinds uint32) {
-	for _, e := range l.rules {
-		kinds |= kindOf(e.rule.In)
+// lookupCount counts the rules in force by the lookup kind that finds them.
+type lookupCount map[lookups]int
+
+func (c lookupCount) add(in Input) { c[lookupOf(in)]++ }
+
+func (c lookupCount) remove(in Input) {
+	kind := lookupOf(in)
+	if c[kind]--; c[kind] == 0 {
+		delete(c, kind)
 	}
-	return kinds
 }
 
-func kindOf(in Input) uint32 {
-	switch {
-	case in.Group.Is4() && in.Source.IsValid():
-		return uint32(bpf.RelayLookupKindLOOKUP_SOURCE4)
-	case in.Group.Is4():
-		return uint32(bpf.RelayLookupKindLOOKUP_ANY4)
-	case in.Source.IsValid():
-		return uint32(bpf.RelayLookupKindLOOKUP_SOURCE6)
-	default:
-		return uint32(bpf.RelayLookupKindLOOKUP_ANY6)
+func (c lookupCount) kinds() (kinds lookups) {
+	for kind := range c {
+		kinds |= kind
 	}
+	return kinds
 }
 
 // isSingle says whether one write to the flow table in force does it all.
@@ -393,12 +349,7 @@ func (s *sync) isSingle() bool {
 	return c.new == nil || len(s.rules) < int(s.tableOf(c.new.rule.In).MaxEntries())
 }
 
-func (s *sync) tableOf(in Input) *ebpf.Map {
-	if in.Group.Is4() {
-		return s.table4
-	}
-	return s.table6
-}
+func (l *Loader) tableOf(in Input) *ebpf.Map { return l.tables[kindOf(in)] }
 
 func (s *sync) publishOne(c change) error {
 	if c.new == nil {
@@ -416,29 +367,25 @@ func (s *sync) publishOne(c change) error {
 
 // publishTables builds new flow tables beside those in force and swaps them.
 func (s *sync) publishTables() (err error) {
-	flows4, flows6, changed4, changed6 := s.flowsAfter()
-	if changed4 {
-		if err := s.swap(&s.table4, s.maps.FlowTables4, bpf.RelayMapFlowTables4, pinFlows4, flows4); err != nil {
+	flows, changed := s.flowsAfter()
+	for kind := range tableKinds {
+		if !changed[kind] {
+			continue
+		}
+		if err := s.swap(kind, flows[kind]); err != nil {
 			return err
 		}
-	}
-	if changed6 {
-		return s.swap(&s.table6, s.maps.FlowTables6, bpf.RelayMapFlowTables6, pinFlows6, flows6)
 	}
 	return nil
 }
 
-// flowsAfter lists the flow entries of all rules as they will be, and which family
-// changes.
-func (s *sync) flowsAfter() (flows4, flows6 []flowEntry, changed4, changed6 bool) {
-	touched := map[string]bool{}
+// flowsAfter lists the flow entries of all rules as they will be, and which tables
+// change.
+func (s *sync) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]bool) {
+	touched := make(map[string]bool, len(s.changes))
 	add := func(e *entry) {
-		f := flowEntry{key: encodeKey(e.rule.In), value: encodeFlow(e)}
-		if e.rule.In.Group.Is4() {
-			flows4 = append(flows4, f)
-		} else {
-			flows6 = append(flows6, f)
-		}
+		kind := kindOf(e.rule.In)
+		flows[kind] = append(flows[kind], flowEntry{e.rule.In, encodeFlow(e)})
 	}
 	for _, c := range s.changes {
 		for _, e := range []*entry{c.old, c.new} {
@@ -446,27 +393,24 @@ func (s *sync) flowsAfter() (flows4, flows6 []flowEntry, changed4, changed6 bool
 				continue
 			}
 			touched[e.rule.Name] = true
-			if e.rule.In.Group.Is4() {
-				changed4 = true
-			} else {
-				changed6 = true
-			}
+			changed[kindOf(e.rule.In)] = true
 		}
 		if c.new != nil {
 			add(c.new)
 		}
 	}
 	for name, e := range s.rules {
-		if !touched[name] {
+		if !touched[name] && changed[kindOf(e.rule.In)] {
 			add(e)
 		}
 	}
-	return flows4, flows6, changed4, changed6
+	return flows, changed
 }
 
 // swap puts a new flow table into force with one write.
-func (s *sync) swap(inForce **ebpf.Map, outer *ebpf.Map, name, pin string, flows []flowEntry) error {
-	table, err := s.newTable(name, flows)
+func (s *sync) swap(kind tableKind, flows []flowEntry) error {
+	inForce, outer := &s.tables[kind], s.maps.outer(kind)
+	table, err := s.newTable(kind, flows)
 	if err != nil {
 		return err
 	}
@@ -475,7 +419,7 @@ func (s *sync) swap(inForce **ebpf.Map, outer *ebpf.Map, name, pin string, flows
 	}
 	old := *inForce
 	*inForce = table
-	path := filepath.Join(s.opts.PinDir, pin)
+	path := filepath.Join(s.opts.PinDir, tableNames[kind].pin)
 	back := func() error {
 		*inForce = old
 		// A clone, since old remembers where it was pinned and would move that pin.
@@ -497,47 +441,60 @@ func (s *sync) swap(inForce **ebpf.Map, outer *ebpf.Map, name, pin string, flows
 // rules up to date.
 func (s *sync) retire() error {
 	var errs []error
+	var rows batch[bpf.RelayRule]
+	var fanout []uint32
 	gone, goneStats := map[uint32]bool{}, map[uint32]bool{}
 	for _, c := range s.changes {
-		if c.old != nil {
-			errs = append(errs, s.retireOne(c, gone, goneStats))
-		}
 		if c.continues {
-			row := encodeRule(c.new)
-			errs = append(errs, s.maps.Rules.Put(c.new.id, &row))
+			rows.add(c.new.id, encodeRule(c.new))
+		}
+		if c.old == nil {
+			continue
+		}
+		errs = append(errs, s.releaseOutputs(c.old))
+		if len(c.old.rule.Out) > 1 {
+			fanout = append(fanout, c.old.first)
+		}
+		s.outputs.give(c.old.first, uint32(len(c.old.rule.Out)))
+		if !c.continues {
+			s.retireCounters(c.old, gone, goneStats)
+			rows.add(c.old.id, bpf.RelayRule{})
 		}
 	}
-	errs = append(errs, s.dropStaleCounters(gone, goneStats))
+	errs = append(errs, s.clearFanout(fanout), rows.put(s.maps.Rules), s.dropStaleCounters(gone, goneStats))
 	for _, fn := range s.done {
 		errs = append(errs, fn())
 	}
 	return errors.Join(errs...)
 }
 
-func (s *sync) retireOne(c change, gone, goneStats map[uint32]bool) error {
-	old, n := c.old, uint32(len(c.old.rule.Out))
-	var errs []error
-	if n > 1 {
-		errs = append(errs, s.maps.Fanout.Delete(old.first))
-		for _, o := range old.rule.Out {
-			if o.Ready {
-				errs = append(errs, s.releaseSlot(o.Index))
-			}
+// releaseOutputs lets go of the interfaces that a rule sends on.
+func (s *sync) releaseOutputs(e *entry) error {
+	out := e.rule.Out
+	if len(out) == 1 {
+		if out[0].Ready {
+			return s.releasePort(out[0].Index)
 		}
-	} else if old.rule.Out[0].Ready {
-		errs = append(errs, s.releasePort(old.rule.Out[0].Index))
+		return nil
 	}
-	s.outputs.give(old.first, n)
-	if c.continues {
-		return errors.Join(errs...)
+	s.releaseFan(out)
+	var errs []error
+	for _, o := range out {
+		if o.Ready {
+			errs = append(errs, s.releaseSlot(o.Index))
+		}
 	}
-	gone[old.id] = true
+	return errors.Join(errs...)
+}
+
+func (s *sync) retireCounters(e *entry, gone, goneStats map[uint32]bool) {
+	n := uint32(len(e.rule.Out))
+	gone[e.id] = true
 	for i := range n {
-		goneStats[old.firstStats+i] = true
+		goneStats[e.firstStats+i] = true
 	}
-	s.ids.give(old.id)
-	s.stats.give(old.firstStats, n)
-	return errors.Join(append(errs, s.maps.Rules.Put(old.id, &bpf.RelayRule{}))...)
+	s.ids.give(e.id)
+	s.stats.give(e.firstStats, n)
 }
 
 // dropStaleCounters deletes the drop counters of rules and outputs that are no

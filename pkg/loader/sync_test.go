@@ -127,6 +127,7 @@ func TestSyncRefusals(t *testing.T) {
 		edit(&r)
 		return append(slices.Clone(rules), r)
 	}
+	edit := func(change func(o *Output)) func(r *Rule) { return func(r *Rule) { change(&r.Out[0]) } }
 	nowhere := out
 	nowhere.Index = 9999
 	for _, c := range []struct {
@@ -153,7 +154,7 @@ func TestSyncRefusals(t *testing.T) {
 		{"name used twice", extra(func(r *Rule) { r.Name = "one" }), nil, "name is used twice"},
 		{"input used twice", extra(func(r *Rule) { r.In = rules[0].In }), nil, "same input as rule one"},
 		{"no name", extra(func(r *Rule) { r.Name = "" }), nil, "name"},
-		{"name too long", extra(func(r *Rule) { r.Name = strings.Repeat("x", 64) }), nil, "63"},
+		{"name too long", extra(func(r *Rule) { r.Name = strings.Repeat("x", 80) }), nil, "79"},
 		{"NUL in the name", extra(func(r *Rule) { r.Name = "a\x00b" }), nil, "NUL"},
 		{"no outputs", extra(func(r *Rule) { r.Out = nil }), nil, "0 outputs"},
 		{"65 outputs", extra(func(r *Rule) { r.Out = slices.Repeat(r.Out, 65) }), nil, "65 outputs"},
@@ -171,6 +172,22 @@ func TestSyncRefusals(t *testing.T) {
 			o.Index = 0
 			r.Out = []Output{o}
 		}), nil, "interface index 0"},
+		{"output port 0", extra(edit(func(o *Output) { o.DstPort = 0 })), nil, "port 0: want 1 to 65535"},
+		{"output prefix too long", extra(edit(func(o *Output) { o.DstLen = 33 })), nil, "prefix length 33: want 0 to 32"},
+		{"output VLAN 4095", extra(edit(func(o *Output) { o.VLAN, o.VLANID = packet.VLANSet, 4095 })), nil, "VLAN 0.4095: want 1 to 4094"},
+		{"output VLAN 0 in another", extra(edit(func(o *Output) { o.VLAN, o.OuterVLAN = packet.VLANSet, 7 })), nil, "VLAN 7.0: want 1 to 4094"},
+		{"output priority 8", extra(edit(func(o *Output) { o.SetPCP, o.PCP = true, 8 })), nil, "priority 8: want 0 to 7"},
+		{"output port shifted too far", extra(edit(func(o *Output) { o.PortAdd, o.PortShift = true, 65535 })), nil, "port shift 65535"},
+		{"output blocked for another reason", extra(edit(func(o *Output) { o.Ready, o.Blocked = false, MTU })), nil, "blocked for reason mtu"},
+		{"output rate of both kinds", extra(edit(func(o *Output) { o.Rate = Rate{Packets: 1, Bits: 8000, Burst: 1} })), nil, "want one of them"},
+		{"burst without a rate", extra(func(r *Rule) { r.Rate.Burst = 5 }), nil, "burst of 5 without a rate"},
+		{"rate without a burst", extra(func(r *Rule) { r.Rate.Packets = 5 }), nil, "burst 0: want 1 or more"},
+		{"rate too low", extra(func(r *Rule) { r.Rate = Rate{Bits: 999, Burst: 1} }), nil, "want 1000 or more"},
+		{"input prefix too long", extra(func(r *Rule) { r.In.Len = 33 }), nil, "prefix length 33"},
+		{"input prefix with host bits", extra(func(r *Rule) { r.In.Len = 16 }), nil, "239.1.1.9/16: want no bits behind"},
+		{"input VLAN 4095", extra(func(r *Rule) { r.In.VLAN = 4095 }), nil, "VLAN 0.4095"},
+		{"input outer VLAN alone", extra(func(r *Rule) { r.In.OuterVLAN = 7 }), nil, "VLAN 7.0"},
+		{"path of another release", extra(func(r *Rule) { r.Path = 9 }), nil, "path 9"},
 		{"negative mtu", extra(func(r *Rule) {
 			o := out
 			o.MTU = -1
@@ -323,7 +340,7 @@ func TestNumbersAreUsedAgain(t *testing.T) {
 	for round := range 20 {
 		rule := Rule{Name: fmt.Sprintf("round%d", round), In: input(n.in, "239.1.1.1", "", 5000)}
 		for i := range 2 {
-			rule.Out = append(rule.Out, output(n.out[0], fmt.Sprintf("239.2.2.%d", i), "10.1.0.1", uint16(round)))
+			rule.Out = append(rule.Out, output(n.out[0], fmt.Sprintf("239.2.2.%d", i), "10.1.0.1", uint16(round+1)))
 		}
 		sync1(t, r.l, rule)
 		got := r.run(t, n.in.Index, frame, len(frame))
@@ -371,7 +388,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 			l := open(t, testOptions(t))
 			sync1(t, l, c.before...)
 			// As Sync does it, up to where the process dies.
-			s := &sync{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}}
+			s := &sync{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openFans{}}}
 			err := s.plan(c.want)
 			for _, change := range s.changes {
 				if err == nil && change.new != nil {
@@ -379,7 +396,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 				}
 			}
 			if err == nil {
-				err = errors.Join(s.writeFanout(), s.publish())
+				err = errors.Join(s.flush(), s.publish())
 			}
 			if err != nil {
 				t.Fatal(err)

@@ -66,10 +66,8 @@ func (l *Loader) upgradeEgress() error {
 	}
 	old := l.egress
 	l.egress = fresh
-	for _, e := range l.rules {
-		if len(e.rule.Out) > 1 {
-			l.renewSlots(e)
-		}
+	for _, f := range l.fans {
+		l.renewFan(f)
 	}
 	for _, p := range l.ports {
 		if p.rowUsers > 0 && p.rowHasProg {
@@ -81,20 +79,6 @@ func (l *Loader) upgradeEgress() error {
 	}
 	l.log.Info("egress program upgraded")
 	return old.Close()
-}
-
-func (l *Loader) renewSlots(e *entry) {
-	var slots *ebpf.Map
-	if err := l.maps.Fanout.Lookup(e.first, &slots); err != nil {
-		l.log.Warn("upgrade egress program", "rule", e.rule.Name, "error", err)
-		return
-	}
-	defer slots.Close()
-	for slot, o := range e.rule.Out {
-		if o.Ready {
-			l.renewRow(slots, uint32(slot), o.Index)
-		}
-	}
 }
 
 // renewRow puts the egress program of this binary into a row. A row that cannot be

@@ -10,13 +10,13 @@ func Checksums(frame []byte, h *Headers) (ip, udp bool) {
 	l3 := frame[h.L3 : h.L3+h.L3Len]
 	ip = true
 	if h.Dst.Is4() {
-		ip = fold(sum(l3[:h.UDP-h.L3])) == 0xffff
-		if binary.BigEndian.Uint16(frame[h.UDP+6:]) == 0 {
-			return ip, true
-		}
+		ip = fold(sum(l3[:int(l3[0]&0x0f)*4])) == 0xffff
 	}
-	if h.Fragment {
+	if h.Part != Whole {
 		return ip, true
+	}
+	if binary.BigEndian.Uint16(frame[h.UDP+6:]) == 0 {
+		return ip, h.Dst.Is4() // IPv6 wants one (RFC 8200 section 8.1)
 	}
 	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
 	datagram := frame[h.UDP : h.UDP+int(length)]
@@ -44,12 +44,15 @@ func sum(b []byte) (total uint64) {
 }
 
 // FillChecksums computes both checksums of a frame from scratch. h is what Parse
-// said of it, which must not be a fragment.
+// said of it. A fragment's UDP checksum is left as it is.
 func FillChecksums(frame []byte, h *Headers) {
 	l3 := frame[h.L3 : h.L3+h.L3Len]
 	if h.Dst.Is4() {
 		binary.BigEndian.PutUint16(l3[10:], 0)
-		binary.BigEndian.PutUint16(l3[10:], ^fold(sum(l3[:h.UDP-h.L3])))
+		binary.BigEndian.PutUint16(l3[10:], ^fold(sum(l3[:int(l3[0]&0x0f)*4])))
+	}
+	if h.Part != Whole {
+		return
 	}
 	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
 	datagram := frame[h.UDP : h.UDP+int(length)]

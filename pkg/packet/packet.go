@@ -24,28 +24,51 @@ const (
 	etherVLAN   = 0x8100
 	etherQinQ   = 0x88a8
 	protocolUDP = 17
+
+	protocolHopByHop    = 0
+	protocolFragment    = 44
+	protocolDestination = 60
 )
 
-const maxVLANTags = 2
+// What is looked through: VLAN tags, and IPv6 extension headers (RFC 8200 section
+// 4) up to a number and length.
+const (
+	maxVLANTags       = 2
+	maxExtensions     = 4
+	maxExtensionBytes = 160
+)
+
+// Part says what part of a datagram a packet is.
+type Part uint8
+
+// The parts of a datagram.
+const (
+	Whole         Part = iota
+	FirstFragment      // of several; it alone has the UDP header
+	LaterFragment      // one of the others
+)
 
 // Headers says where the headers of a frame lie and what a flow is matched by.
 type Headers struct {
-	// L3 and UDP are offsets into the frame, in bytes.
+	// L3 and UDP are offsets into the frame, in bytes; UDP is 0 in later fragments.
 	L3, UDP int
+	// Payload is the offset of what follows the headers, UDP's included.
+	Payload int
 	// L3Len is the length of the IP packet, without padding behind it.
 	L3Len int
-	// VLAN of the outer tag; 0 without a tag, or with a priority tag.
-	VLAN uint16
-	// Fragment is set for the first of several fragments.
-	Fragment         bool
+	// VLAN is that of the only tag, or of the inner one, and OuterVLAN that of the
+	// outer of two; 0 without such a tag, or with a priority tag.
+	VLAN, OuterVLAN  uint16
+	Part             Part
+	FragmentID       uint32 // unless the packet is whole
 	Src, Dst         netip.Addr
-	SrcPort, DstPort uint16
+	SrcPort, DstPort uint16 // 0 in later fragments
 }
 
-// Parse finds the headers of a UDP packet over IPv4 or IPv6 in an Ethernet
-// frame, behind up to two VLAN tags. It is false for every frame that the relay
-// leaves alone: other protocols, later fragments, IPv6 extension headers, and
-// what is malformed or cut short.
+// Parse finds the headers of a UDP packet over IPv4 or IPv6 in an Ethernet frame,
+// behind up to two VLAN tags and, in IPv6, hop-by-hop options, destination options
+// and a fragment header. It is false for every frame that the relay leaves alone:
+// other protocols, and what is malformed or cut short.
 func Parse(frame []byte) (h Headers, ok bool) {
 	proto, ok := h.parseEthernet(frame)
 	if !ok {
@@ -78,9 +101,7 @@ func (h *Headers) parseEthernet(frame []byte) (proto uint16, ok bool) {
 		if len(frame) < h.L3+vlanLen {
 			return 0, false
 		}
-		if h.VLAN == 0 {
-			h.VLAN = binary.BigEndian.Uint16(frame[h.L3:]) & 0x0fff
-		}
+		h.OuterVLAN, h.VLAN = h.VLAN, binary.BigEndian.Uint16(frame[h.L3:])&0x0fff
 		proto = binary.BigEndian.Uint16(frame[h.L3+2:])
 		h.L3 += vlanLen
 	}
@@ -96,14 +117,18 @@ func (h *Headers) parseIPv4(frame []byte) bool {
 	if ip[0]>>4 != 4 || headerLen < ip4Len || ip[9] != protocolUDP {
 		return false
 	}
-	fragment := binary.BigEndian.Uint16(ip[6:])
-	if fragment&0x1fff != 0 {
-		return false // a later fragment: no ports
-	}
-	h.Fragment = fragment&0x2000 != 0
 	h.L3Len = int(binary.BigEndian.Uint16(ip[2:]))
 	h.Src = netip.AddrFrom4([4]byte(ip[12:16]))
 	h.Dst = netip.AddrFrom4([4]byte(ip[16:20]))
+	fragment := binary.BigEndian.Uint16(ip[6:])
+	if fragment&0x3fff != 0 {
+		h.Part, h.FragmentID = FirstFragment, uint32(binary.NativeEndian.Uint16(ip[4:]))
+	}
+	if fragment&0x1fff != 0 {
+		h.Part = LaterFragment
+		h.Payload = h.L3 + headerLen
+		return h.L3Len > headerLen
+	}
 	return h.L3Len >= headerLen+udpLen && h.parseUDP(frame, headerLen)
 }
 
@@ -112,13 +137,50 @@ func (h *Headers) parseIPv6(frame []byte) bool {
 		return false
 	}
 	ip := frame[h.L3:]
-	if ip[0]>>4 != 6 || ip[6] != protocolUDP {
+	if ip[0]>>4 != 6 {
 		return false
 	}
 	h.L3Len = ip6Len + int(binary.BigEndian.Uint16(ip[4:]))
 	h.Src = netip.AddrFrom16([16]byte(ip[8:24]))
 	h.Dst = netip.AddrFrom16([16]byte(ip[24:40]))
-	return h.parseUDP(frame, ip6Len)
+	headerLen, ok := h.walkExtensions(ip)
+	if !ok || headerLen > ip6Len && headerLen >= h.L3Len {
+		return false
+	}
+	if h.Part == LaterFragment {
+		h.Payload = h.L3 + headerLen
+		return true
+	}
+	return h.parseUDP(frame, headerLen)
+}
+
+// walkExtensions returns the length of the IPv6 header and its extensions; false
+// when they do not lead to UDP.
+func (h *Headers) walkExtensions(ip []byte) (headerLen int, ok bool) {
+	next := ip[6]
+	headerLen = ip6Len
+	for i := 0; i < maxExtensions && next != protocolUDP && h.Part != LaterFragment; i++ {
+		if headerLen > ip6Len+maxExtensionBytes-8 || headerLen+8 > len(ip) {
+			return 0, false
+		}
+		ext := ip[headerLen:]
+		switch {
+		case next == protocolFragment && h.Part == Whole:
+			h.FragmentID = binary.NativeEndian.Uint32(ext[4:])
+			if offset := binary.BigEndian.Uint16(ext[2:]); offset&0xfff8 != 0 {
+				h.Part = LaterFragment
+			} else if offset&1 != 0 {
+				h.Part = FirstFragment
+			}
+			headerLen += 8
+		case next == protocolHopByHop || next == protocolDestination:
+			headerLen += (int(ext[1]) + 1) * 8
+		default:
+			return 0, false
+		}
+		next = ext[0]
+	}
+	return headerLen, next == protocolUDP && headerLen <= ip6Len+maxExtensionBytes
 }
 
 func (h *Headers) parseUDP(frame []byte, headerLen int) bool {
@@ -129,9 +191,10 @@ func (h *Headers) parseUDP(frame []byte, headerLen int) bool {
 	udp := frame[h.UDP:]
 	length := int(binary.BigEndian.Uint16(udp[4:]))
 	// The length of a first fragment's datagram goes beyond the fragment.
-	if length < udpLen || !h.Fragment && headerLen+length > h.L3Len {
+	if length < udpLen || h.Part == Whole && headerLen+length > h.L3Len {
 		return false
 	}
+	h.Payload = h.UDP + udpLen
 	h.SrcPort = binary.BigEndian.Uint16(udp[0:])
 	h.DstPort = binary.BigEndian.Uint16(udp[2:])
 	return true

@@ -35,18 +35,26 @@ func TestFold(t *testing.T) {
 	}
 }
 
-// FuzzApply: whatever the frame, parsing and rewriting stay inside it; what is
+// FuzzAppend: whatever the frame, parsing and rewriting stay inside it; what is
 // rewritten is what was asked for and nothing else; and right checksums stay
 // right.
-func FuzzApply(f *testing.F) {
+func FuzzAppend(f *testing.F) {
 	for _, dst := range []string{"239.1.1.1", "ff3e::1"} {
 		src := netip.MustParseAddr("10.0.0.1")
 		if netip.MustParseAddr(dst).Is6() {
 			src = netip.MustParseAddr("fd00::1")
 		}
-		f.Add(Frame{Dst: netip.MustParseAddr(dst), Src: src, DstPort: 5000, TTL: 9, VLANs: []uint16{0}, Payload: []byte("payload"), Padding: 3}.Build(), uint64(1), uint16(7), uint8(3), uint8(0x2e))
+		whole := Frame{Dst: netip.MustParseAddr(dst), Src: src, DstPort: 5000, TTL: 9, VLANs: []uint16{0}, Payload: []byte("a payload of some length"), Padding: 3}
+		f.Add(whole.Build(), uint64(1), uint16(7), uint8(3), uint8(0x2e), int32(0))
+		for _, b := range Fragment(whole.Build(), 77, 16) {
+			f.Add(b, uint64(1), uint16(7), uint8(3), uint8(0x2e), int32(1))
+		}
+		if src.Is6() {
+			whole.FirstExtension, whole.Extensions = protocolHopByHop, []byte{60, 0, 1, 4, 0, 0, 0, 0, 17, 0, 1, 4, 0, 0, 0, 0}
+			f.Add(whole.Build(), uint64(1), uint16(7), uint8(0x70), uint8(0x2e), int32(-5))
+		}
 	}
-	f.Fuzz(func(t *testing.T, frame []byte, addresses uint64, ports uint16, modes, dscp uint8) {
+	f.Fuzz(func(t *testing.T, frame []byte, addresses uint64, ports uint16, modes, dscp uint8, shift int32) {
 		h, ok := Parse(frame)
 		if !ok {
 			if h != (Headers{}) {
@@ -54,43 +62,103 @@ func FuzzApply(f *testing.F) {
 			}
 			return
 		}
-		r := Rewrite{DstPort: ports, SrcPort: ports << 1, TTLMode: TTLMode(modes % 3), TTL: dscp, SetDSCP: modes&4 != 0, DSCP: dscp & 0x3f}
-		r.DstMAC[0], r.SrcMAC[5] = modes, dscp
+		r := Rewrite{DstPort: ports, SrcPort: ports << 1, TTLMode: TTLMode(modes % 3), TTL: dscp, SetDSCP: modes&4 != 0, DSCP: dscp & 0x3f,
+			PortAdd: shift != 0, PortShift: shift % 65536, MinTTL: dscp >> 6, VLAN: VLANMode(modes>>4) % 3, VLANID: ports & 0xfff, SetPCP: modes&64 != 0, PCP: dscp & 7}
+		if modes&128 != 0 {
+			r.OuterVLAN = uint16(addresses)&0xffe + 1
+		}
+		r.DstMAC[1], r.SrcMAC[5] = modes, dscp
 		wide := make([]byte, h.Dst.BitLen()/8)
 		binary.NativeEndian.PutUint32(wide, uint32(addresses))
 		r.Dst, _ = netip.AddrFromSlice(wide)
+		if shift&8 != 0 {
+			r.DstLen = uint8(1 + int(dscp)%h.Dst.BitLen())
+		}
 		if modes&8 != 0 {
 			binary.NativeEndian.PutUint32(wide, uint32(addresses>>32))
 			r.Src, _ = netip.AddrFromSlice(wide)
 		}
 		ip, udp := Checksums(frame, &h)
-		out := bytes.Clone(frame)
-		if !r.Apply(out, &h) {
-			if !bytes.Equal(out, frame) {
-				t.Fatal("refused, but changed")
+		before := bytes.Clone(frame)
+		headers, outcome := r.Append(make([]byte, 3, 3+MaxHeaders), frame, &h)
+		if !bytes.Equal(before, frame) {
+			t.Fatal("the frame has changed")
+		}
+		if outcome != Rewritten {
+			if len(headers) != 3 {
+				t.Fatal("refused, but appended")
 			}
 			return
 		}
+		out := append(headers[3:], frame[h.Payload:]...)
 		after, ok := Parse(out)
 		if !ok {
 			t.Fatalf("%x became %x, which does not parse", frame, out)
 		}
-		want := h
-		want.Dst, want.DstPort = r.Dst, r.DstPort
-		if r.Src.IsValid() {
-			want.Src = r.Src
-		}
-		if r.SrcPort != 0 {
-			want.SrcPort = r.SrcPort
-		}
-		if after != want {
-			t.Fatalf("%+v became %+v, want %+v", h, after, want)
-		}
-		if !bytes.Equal(out[h.UDP+8:], frame[h.UDP+8:]) || !bytes.Equal(out[12:h.L3], frame[12:h.L3]) {
-			t.Fatal("payload or tags have changed")
-		}
+		checkRewritten(t, &r, &h, &after)
 		if gotIP, gotUDP := Checksums(out, &after); (ip && !gotIP) || (udp && !gotUDP) {
 			t.Fatalf("checksums were %v and %v, are %v and %v: %x became %x", ip, udp, gotIP, gotUDP, frame, out)
 		}
 	})
+}
+
+// checkRewritten compares the headers after a rewrite with those before.
+func checkRewritten(t *testing.T, r *Rewrite, h, after *Headers) {
+	t.Helper()
+	want := *h
+	moved := 0
+	switch r.VLAN {
+	case VLANPop:
+		want.VLAN, want.OuterVLAN, moved = 0, 0, ethLen-h.L3
+	case VLANSet:
+		want.VLAN, want.OuterVLAN, moved = r.VLANID, r.OuterVLAN, ethLen+vlanLen-h.L3
+		if r.OuterVLAN != 0 {
+			moved += vlanLen
+		}
+	}
+	want.L3, want.Payload = h.L3+moved, h.Payload+moved
+	want.Dst = r.Dst
+	if r.DstLen != 0 {
+		prefix, host := netip.PrefixFrom(r.Dst, int(r.DstLen)), h.Dst.AsSlice()
+		if !prefix.Contains(after.Dst) {
+			t.Fatalf("%v is not in %v", after.Dst, prefix)
+		}
+		got := after.Dst.AsSlice()
+		for bit := int(r.DstLen); bit < h.Dst.BitLen(); bit++ {
+			if (got[bit/8]^host[bit/8])&(0x80>>(bit%8)) != 0 {
+				t.Fatalf("%v became %v in %v: host bits differ", h.Dst, after.Dst, prefix)
+			}
+		}
+		want.Dst = after.Dst
+	}
+	if r.Src.IsValid() {
+		want.Src = r.Src
+	}
+	if h.Part != LaterFragment {
+		want.UDP += moved
+		want.DstPort = r.DstPort
+		if r.PortAdd {
+			want.DstPort = uint16(int32(h.DstPort) + r.PortShift)
+		}
+		if r.SrcPort != 0 {
+			want.SrcPort = r.SrcPort
+		}
+	}
+	if *after != want {
+		t.Fatalf("%+v became %+v, want %+v", *h, *after, want)
+	}
+}
+
+func TestAppendDoesNotAllocate(t *testing.T) {
+	frame := Frame{Dst: netip.MustParseAddr("ff3e::1"), Src: netip.MustParseAddr("fd00::1"), DstPort: 5000, TTL: 9, Payload: make([]byte, 100)}.Build()
+	r := Rewrite{Dst: netip.MustParseAddr("ff3e::2"), DstPort: 1, VLAN: VLANSet, VLANID: 5, OuterVLAN: 6, DstLen: 64}
+	room := make([]byte, 0, MaxHeaders)
+	if n := testing.AllocsPerRun(100, func() {
+		h, _ := Parse(frame)
+		if _, outcome := r.Append(room, frame, &h); outcome != Rewritten {
+			t.Fatal(outcome)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
 }

@@ -35,9 +35,9 @@ type Rewrite struct {
 	// DstLen is how many bits of Dst to write when it is a prefix: the others are
 	// the packet's own, and DstMAC is made from the whole. 0: all of them.
 	DstLen uint8
-	// PortAdd adds DstPort to the packet's port (modulo 65536, as two's complement)
-	// rather than write it: with a DstPort of 0 the port is kept.
-	PortAdd bool
+	// PortAdd sends to the packet's port and PortShift rather than to DstPort.
+	PortAdd   bool
+	PortShift int32
 	// MinTTL is the lowest TTL or hop limit that may arrive; 0: any.
 	MinTTL uint8
 	VLAN   VLANMode
@@ -58,26 +58,128 @@ const (
 	VLANSet
 )
 
-// Apply rewrites a frame in place. h is what Parse said of it; the address family
-// must be that of r.Dst. It is false, and the frame is unchanged, when the TTL
-// would reach 0. Checksums are updated incrementally (RFC 1624, equation 3), so
-// that a wrong one stays wrong and the receiver finds out.
-func (r *Rewrite) Apply(frame []byte, h *Headers) bool {
-	ip := frame[h.L3:]
-	var ok bool
+// Outcome says what became of a packet that was to be rewritten.
+type Outcome uint8
+
+// The outcomes.
+const (
+	Rewritten  Outcome = iota
+	EndsByTTL          // the TTL or hop limit is too low, or would reach 0
+	EndsByPort         // the destination port would leave 1 to 65535
+)
+
+// MaxHeaders is the most that Append appends, in bytes: Ethernet, two tags, IPv6
+// with extension headers, UDP.
+const MaxHeaders = ethLen + maxVLANTags*vlanLen + ip6Len + maxExtensionBytes + udpLen
+
+// Append appends the headers of frame to dst as this output sends them; what
+// follows is frame[h.Payload:], unchanged. h is what Parse said of frame; the
+// address family must be that of r.Dst. dst is returned as it was when the packet
+// ends here. Checksums are updated incrementally (RFC 1624, equation 3), so that a
+// wrong one stays wrong and the receiver finds out.
+func (r *Rewrite) Append(dst, frame []byte, h *Headers) ([]byte, Outcome) {
+	port := r.newPort(h.DstPort)
+	if h.Part != LaterFragment && port == 0 && r.PortAdd {
+		if r.newTTL(ttl(frame, h)) == 0 {
+			return dst, EndsByTTL
+		}
+		return dst, EndsByPort
+	}
+	at := len(dst)
+	dst = r.appendEthernet(dst, frame, h)
+	l3 := len(dst)
+	dst = append(dst, frame[h.L3:h.Payload]...)
+	ip := dst[l3:]
 	var addresses uint64
+	var ok bool
 	if h.Dst.Is4() {
 		addresses, ok = r.applyIPv4(ip)
 	} else {
 		addresses, ok = r.applyIPv6(ip)
 	}
 	if !ok {
-		return false
+		return dst[:at], EndsByTTL
 	}
-	r.applyUDP(frame[h.UDP:h.UDP+udpLen], addresses)
-	copy(frame[0:6], r.DstMAC[:])
-	copy(frame[6:12], r.SrcMAC[:])
-	return true
+	if h.Part != LaterFragment {
+		r.applyUDP(ip[h.UDP-h.L3:], port, addresses)
+	}
+	if r.DstLen != 0 && r.DstMAC[0]&1 != 0 {
+		r.applyGroupMAC(dst[at:], ip, h.Dst.Is4())
+	}
+	return dst, Rewritten
+}
+
+// Apply is Append for an output that keeps the tags: it rewrites the frame in
+// place.
+func (r *Rewrite) Apply(frame []byte, h *Headers) Outcome {
+	var room [MaxHeaders]byte
+	headers, outcome := r.Append(room[:0], frame, h)
+	copy(frame, headers)
+	return outcome
+}
+
+// appendEthernet appends the MACs, the tags and the EtherType.
+func (r *Rewrite) appendEthernet(dst, frame []byte, h *Headers) []byte {
+	dst = append(append(dst, r.DstMAC[:]...), r.SrcMAC[:]...)
+	tags := frame[2*6 : h.L3-2] // TPID and TCI each
+	switch r.VLAN {
+	case VLANKeep:
+		for i := 0; i < len(tags); i += vlanLen {
+			old := binary.BigEndian.Uint16(tags[i+2:])
+			dst = append(dst, tags[i], tags[i+1])
+			dst = binary.BigEndian.AppendUint16(dst, r.tci(old&0x0fff, old))
+		}
+	case VLANSet:
+		var first, last uint16
+		if len(tags) > 0 {
+			first = binary.BigEndian.Uint16(tags[2:])
+			last = binary.BigEndian.Uint16(tags[len(tags)-2:])
+		}
+		if r.OuterVLAN != 0 {
+			dst = binary.BigEndian.AppendUint16(dst, etherQinQ)
+			dst = binary.BigEndian.AppendUint16(dst, r.tci(r.OuterVLAN, first))
+		}
+		dst = binary.BigEndian.AppendUint16(dst, etherVLAN)
+		dst = binary.BigEndian.AppendUint16(dst, r.tci(r.VLANID, last))
+	}
+	return append(dst, frame[h.L3-2], frame[h.L3-1])
+}
+
+// tci is the control word of a tag in place of old: the priority and drop eligible
+// bits stay, unless the priority is set.
+func (r *Rewrite) tci(id, old uint16) uint16 {
+	if r.SetPCP {
+		return uint16(r.PCP)<<13 | old&0x1000 | id
+	}
+	return old&0xf000 | id
+}
+
+// applyGroupMAC completes the destination MAC of a group that only the packet
+// tells.
+func (r *Rewrite) applyGroupMAC(eth, ip []byte, is4 bool) {
+	if is4 {
+		eth[2], eth[3], eth[4], eth[5] = 0x5e, ip[17]&0x7f, ip[18], ip[19]
+		return
+	}
+	copy(eth[2:6], ip[36:40])
+}
+
+func ttl(frame []byte, h *Headers) uint8 {
+	if h.Dst.Is4() {
+		return frame[h.L3+8]
+	}
+	return frame[h.L3+7]
+}
+
+// newPort is the destination port to send to, 0 when there is none.
+func (r *Rewrite) newPort(port uint16) uint16 {
+	if !r.PortAdd {
+		return r.DstPort
+	}
+	if p := int32(port) + r.PortShift; p > 0 && p <= 0xffff {
+		return uint16(p)
+	}
+	return 0
 }
 
 // applyIPv4 returns what the sum of the addresses changed by.
@@ -87,6 +189,7 @@ func (r *Rewrite) applyIPv4(ip []byte) (addresses uint64, ok bool) {
 		return 0, false
 	}
 	dst := r.Dst.As4()
+	r.keepHostBits(dst[:], ip[16:20])
 	addresses = replace(ip[16:20], dst[:])
 	if r.Src.IsValid() {
 		src := r.Src.As4()
@@ -107,6 +210,7 @@ func (r *Rewrite) applyIPv6(ip []byte) (addresses uint64, ok bool) {
 		return 0, false
 	}
 	dst := r.Dst.As16()
+	r.keepHostBits(dst[:], ip[24:40])
 	addresses = replace(ip[24:40], dst[:])
 	if r.Src.IsValid() {
 		src := r.Src.As16()
@@ -120,10 +224,24 @@ func (r *Rewrite) applyIPv6(ip []byte) (addresses uint64, ok bool) {
 	return addresses, true
 }
 
-func (r *Rewrite) applyUDP(udp []byte, addresses uint64) {
+// keepHostBits takes the bits of dst behind its prefix from the packet's address.
+func (r *Rewrite) keepHostBits(dst, packet []byte) {
+	if r.DstLen == 0 {
+		return
+	}
+	for i := range dst {
+		mask := byte(0xff)
+		if bits := int(r.DstLen) - 8*i; bits < 8 {
+			mask = ^byte(0xff >> max(bits, 0))
+		}
+		dst[i] = dst[i]&mask | packet[i]&^mask
+	}
+}
+
+func (r *Rewrite) applyUDP(udp []byte, port uint16, addresses uint64) {
 	check := binary.BigEndian.Uint16(udp[6:])
 	sum := uint64(^check) + addresses
-	sum += replace(udp[2:4], []byte{byte(r.DstPort >> 8), byte(r.DstPort)})
+	sum += replace(udp[2:4], []byte{byte(port >> 8), byte(port)})
 	if r.SrcPort != 0 {
 		sum += replace(udp[0:2], []byte{byte(r.SrcPort >> 8), byte(r.SrcPort)})
 	}
@@ -141,6 +259,9 @@ func (r *Rewrite) applyUDP(udp []byte, addresses uint64) {
 
 // newTTL returns the TTL to send, 0 when the packet ends here.
 func (r *Rewrite) newTTL(ttl uint8) uint8 {
+	if ttl < r.MinTTL {
+		return 0
+	}
 	switch r.TTLMode {
 	case TTLSet:
 		return r.TTL

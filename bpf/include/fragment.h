@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* Fragments behind the first have no ports. The first one leaves its port in the
+ * map fragments, and the others are then looked up like any packet, so that a rule
+ * changed in between takes effect on them, too.
+ *
+ * A fragment whose first one was not seen, for it came out of order, was lost, or
+ * was pushed out of the map by 16,384 other datagrams, is left to the stack and
+ * counted.
+ */
+#pragma once
+
+#include "account.h"
+#include "maps.h"
+#include "parse.h"
+
+/* How long a first fragment speaks for the others. Identifications come again: at
+ * 10,000 fragmented datagrams a second of one flow after 6.5 s.
+ */
+const volatile __u64 fragment_timeout_ns = 2000000000;
+
+static __always_inline void count_fragment(__u32 kind, __u32 bytes)
+{
+	struct counter *c = bpf_map_lookup_elem(&fragment_stats, &kind);
+
+	if (c)
+		count(c, bytes);
+}
+
+static __always_inline void fragment_key(struct fragment_key *key, __u32 ifindex,
+					 const struct headers *h, bool ip4)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->ifindex = ifindex;
+	key->vlan = h->vlan;
+	key->outer_vlan = h->outer_vlan;
+	key->id = h->fragment_id;
+	if (ip4) {
+		key->family = 4;
+		*(__u32 *)key->src = h->ip4->saddr;
+		*(__u32 *)key->dst = h->ip4->daddr;
+	} else {
+		key->family = 6;
+		*(struct in6_addr *)key->src = h->ip6->saddr;
+		*(struct in6_addr *)key->dst = h->ip6->daddr;
+	}
+}
+
+/* The port of a later fragment's datagram, 0 when it is not known. */
+static __always_inline __u16 fragment_port(__u32 ifindex, const struct headers *h, bool ip4)
+{
+	struct fragment_key key;
+	struct fragment *first;
+
+	fragment_key(&key, ifindex, h, ip4);
+	first = bpf_map_lookup_elem(&fragments, &key);
+	if (!first || bpf_ktime_get_coarse_ns() - first->seen_ns > fragment_timeout_ns)
+		return 0;
+	return first->port;
+}
+
+__noinline int keep_fragment(const struct fragment_key *key, __u16 port)
+{
+	struct fragment value = {.seen_ns = bpf_ktime_get_coarse_ns(), .port = port};
+
+	return key ? bpf_map_update_elem(&fragments, key, &value, BPF_ANY) : -1;
+}
+
+static __always_inline void remember_fragment(__u32 ifindex, const struct headers *h, bool ip4)
+{
+	struct fragment_key key;
+
+	if (!h->udp)
+		return;
+	fragment_key(&key, ifindex, h, ip4);
+	keep_fragment(&key, bpf_ntohs(h->udp->dest));
+}

@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* From a packet to its rule: the most specific one first, in the order of enum
+ * lookup_kind. Kinds that no rule uses are skipped.
+ */
+#pragma once
+
+#include "maps.h"
+#include "parse.h"
+
+static const __u32 zero;
+
+/* The rule of an IPv4 packet whose group is in some rule's prefix. Out of line:
+ * most rule sets have no prefixes.
+ */
+static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 source, __u32 kinds)
+{
+	struct prefix4 key = {
+		.prefixlen = PREFIX4_EXACT + 32,
+		.ifindex = exact->ifindex,
+		.vlan = exact->vlan,
+		.outer_vlan = exact->outer_vlan,
+	};
+	void *table = bpf_map_lookup_elem(&prefix_tables4, &zero);
+	struct flow *flow;
+	__u32 i;
+
+	if (!table)
+		return NULL;
+	*(__u32 *)key.group = *(const __u32 *)exact->group;
+#pragma unroll
+	for (i = 0; i < 4; i++) {
+		__u32 kind = 1 << i;
+
+		if (!(kinds & (kind << LOOKUP_PREFIXES)))
+			continue;
+		key.port = kind & (LOOKUP_SOURCE_PORT | LOOKUP_PORT) ? exact->port : 0;
+		*(__u32 *)key.source = kind & (LOOKUP_SOURCE_PORT | LOOKUP_SOURCE) ? source : 0;
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+	}
+	return NULL;
+}
+
+static __always_inline struct flow *lookup4(__u32 ifindex, const struct headers *h, __u16 port,
+					    __u32 kinds)
+{
+	struct flow4 key = {
+		.ifindex = ifindex,
+		.vlan = h->vlan,
+		.outer_vlan = h->outer_vlan,
+		.port = port,
+	};
+	__u32 source = h->ip4->saddr;
+	struct flow *flow;
+	void *table;
+
+	if (!kinds)
+		return NULL;
+	table = bpf_map_lookup_elem(&flow_tables4, &zero);
+	if (!table)
+		return NULL;
+	*(__u32 *)key.group = h->ip4->daddr;
+	if (kinds & LOOKUP_SOURCE_PORT) {
+		*(__u32 *)key.source = source;
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+		*(__u32 *)key.source = 0;
+	}
+	if (kinds & LOOKUP_PORT) {
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+	}
+	if (__builtin_expect(!(kinds & ~(LOOKUP_SOURCE_PORT | LOOKUP_PORT)), 1))
+		return NULL;
+	key.port = 0;
+	if (kinds & LOOKUP_SOURCE) {
+		*(__u32 *)key.source = source;
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+		*(__u32 *)key.source = 0;
+	}
+	if (kinds & LOOKUP_ANY) {
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+	}
+	if (!(kinds >> LOOKUP_PREFIXES))
+		return NULL;
+	key.port = port;
+	return lookup_prefix4(&key, source, kinds);
+}
+
+/* The same for IPv6. */
+static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
+					      const struct in6_addr *source, __u32 kinds)
+{
+	struct prefix6 key = {
+		.prefixlen = PREFIX6_EXACT + 128,
+		.ifindex = exact->ifindex,
+		.vlan = exact->vlan,
+		.outer_vlan = exact->outer_vlan,
+	};
+	void *table = bpf_map_lookup_elem(&prefix_tables6, &zero);
+	struct flow *flow;
+	__u32 i;
+
+	if (!table)
+		return NULL;
+	__builtin_memcpy(key.group, exact->group, sizeof(key.group));
+#pragma unroll
+	for (i = 0; i < 4; i++) {
+		__u32 kind = 1 << i;
+
+		if (!(kinds & (kind << LOOKUP_PREFIXES)))
+			continue;
+		key.port = kind & (LOOKUP_SOURCE_PORT | LOOKUP_PORT) ? exact->port : 0;
+		if (kind & (LOOKUP_SOURCE_PORT | LOOKUP_SOURCE))
+			__builtin_memcpy(key.source, source, sizeof(key.source));
+		else
+			__builtin_memset(key.source, 0, sizeof(key.source));
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+	}
+	return NULL;
+}
+
+static __always_inline struct flow *lookup6(__u32 ifindex, const struct headers *h, __u16 port,
+					    __u32 kinds)
+{
+	struct flow6 key = {
+		.ifindex = ifindex,
+		.vlan = h->vlan,
+		.outer_vlan = h->outer_vlan,
+		.port = port,
+	};
+	struct in6_addr source;
+	struct flow *flow;
+	void *table;
+
+	if (!kinds)
+		return NULL;
+	table = bpf_map_lookup_elem(&flow_tables6, &zero);
+	if (!table)
+		return NULL;
+	source = h->ip6->saddr;
+	*(struct in6_addr *)key.group = h->ip6->daddr;
+	if (kinds & LOOKUP_SOURCE_PORT) {
+		*(struct in6_addr *)key.source = source;
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+		__builtin_memset(key.source, 0, sizeof(key.source));
+	}
+	if (kinds & LOOKUP_PORT) {
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+	}
+	if (__builtin_expect(!(kinds & ~(LOOKUP_SOURCE_PORT | LOOKUP_PORT)), 1))
+		return NULL;
+	key.port = 0;
+	if (kinds & LOOKUP_SOURCE) {
+		*(struct in6_addr *)key.source = source;
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+		__builtin_memset(key.source, 0, sizeof(key.source));
+	}
+	if (kinds & LOOKUP_ANY) {
+		flow = bpf_map_lookup_elem(table, &key);
+		if (flow)
+			return flow;
+	}
+	if (!(kinds >> LOOKUP_PREFIXES))
+		return NULL;
+	key.port = port;
+	return lookup_prefix6(&key, &source, kinds);
+}

@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* What this host itself has sent must not go round: a relay that takes its own
+ * output again fills the network. Its MAC tells on the same link, its address
+ * behind routers and other relays.
+ */
+#pragma once
+
+#include "maps.h"
+#include "parse.h"
+
+static __always_inline bool same_mac(const __u8 *x, const __u8 *y)
+{
+	const __u16 *a = (const __u16 *)x, *b = (const __u16 *)y;
+
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+}
+
+/* The bit of config.own for an address: the last byte of a multiplicative hash. */
+static __always_inline __u32 own_bit(__u32 sum)
+{
+	return (__u32)(sum * 0x9e3779b1U) >> 24;
+}
+
+/* Out of line: only for packets whose bit is set. */
+static __noinline bool own_address4(__u32 addr)
+{
+	struct own_address key = {.address = {[10] = 0xff, [11] = 0xff}};
+
+	*(__u32 *)(key.address + 12) = addr;
+	return bpf_map_lookup_elem(&own_addresses, &key);
+}
+
+static __noinline bool own_address6(const struct in6_addr *addr)
+{
+	return bpf_map_lookup_elem(&own_addresses, addr);
+}
+
+static __always_inline bool own_packet(const struct config *cfg, const struct headers *h,
+				       const struct flow *flow, bool ip4)
+{
+	struct in6_addr addr;
+	__u32 bit;
+
+	if (flow->flags & FLOW_ALLOW_LOOP)
+		return false;
+	if (same_mac(h->eth->h_source, flow->input_mac))
+		return true;
+	if (ip4) {
+		bit = own_bit(h->ip4->saddr);
+	} else {
+		addr = h->ip6->saddr;
+		bit = own_bit(addr.in6_u.u6_addr32[0] ^ addr.in6_u.u6_addr32[1] ^
+			      addr.in6_u.u6_addr32[2] ^ addr.in6_u.u6_addr32[3]);
+	}
+	if (__builtin_expect(!(cfg->own[(bit >> 6) & (OWN_WORDS - 1)] & 1ULL << (bit & 63)), 1))
+		return false;
+	return ip4 ? own_address4(h->ip4->saddr) : own_address6(&addr);
+}

@@ -1,0 +1,283 @@
+package fanout
+
+import (
+	"bytes"
+	"encoding/binary"
+	"net/netip"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/packet"
+)
+
+// rawFrame is a frame as the kernel puts it into a block.
+type rawFrame struct {
+	data          []byte
+	wireLen       int
+	status        uint32
+	tci, tpid     uint16
+	network       int
+	flags, gso    uint8
+	segment       uint16
+	start, offset uint16 // of the checksum
+}
+
+// buildBlock lays frames out in a block of the given size.
+func buildBlock(size int, frames ...rawFrame) []byte {
+	order := binary.NativeEndian
+	block := make([]byte, size)
+	order.PutUint32(block[offsetOfBlockStatus:], unix.TP_STATUS_USER)
+	order.PutUint32(block[offsetOfFrames:], uint32(len(frames)))
+	order.PutUint32(block[offsetOfFirstFrame:], uint32(sizeofBlockHdr))
+	at := sizeofBlockHdr
+	for _, f := range frames {
+		const start = 96
+		h := block[at:]
+		step := (start + len(f.data) + 7) &^ 7
+		order.PutUint32(h[offsetOfNext:], uint32(step))
+		order.PutUint32(h[offsetOfSeconds:], 12)
+		order.PutUint32(h[offsetOfNanos:], 34)
+		order.PutUint32(h[offsetOfSnaplen:], uint32(len(f.data)))
+		order.PutUint32(h[offsetOfLen:], uint32(max(f.wireLen, len(f.data))))
+		order.PutUint32(h[offsetOfStatus:], unix.TP_STATUS_USER|f.status)
+		order.PutUint16(h[offsetOfMAC:], start)
+		order.PutUint16(h[offsetOfNet:], uint16(start+f.network))
+		order.PutUint32(h[offsetOfVLAN:], uint32(f.tci))
+		order.PutUint16(h[offsetOfTPID:], f.tpid)
+		v := h[start-sizeofVnetHeader:]
+		v[0], v[1] = f.flags, f.gso
+		order.PutUint16(v[4:], f.segment)
+		order.PutUint16(v[6:], f.start)
+		order.PutUint16(v[8:], f.offset)
+		copy(h[start:], f.data)
+		at += step
+	}
+	return block
+}
+
+const sizeofBlockHdr = 48
+
+// openBlock makes a block for Next alone.
+func openBlock(memory []byte) *Block {
+	b := &Block{worker: &Worker{}}
+	b.open(memory)
+	return b
+}
+
+func all(b *Block) (frames []Frame) {
+	var f Frame
+	for b.Next(&f) {
+		frames = append(frames, f)
+	}
+	return frames
+}
+
+// The offsets are those of the structs in x/sys, which are generated from the
+// kernel's headers.
+func TestOffsets(t *testing.T) {
+	var frame unix.Tpacket3Hdr
+	var block unix.TpacketHdrV1
+	hdr := unsafe.Offsetof(unix.TpacketBlockDesc{}.Hdr)
+	for _, test := range []struct {
+		name string
+		got  uintptr
+		want uintptr
+	}{
+		{"block_status", offsetOfBlockStatus, hdr + unsafe.Offsetof(block.Block_status)},
+		{"num_pkts", offsetOfFrames, hdr + unsafe.Offsetof(block.Num_pkts)},
+		{"offset_to_first_pkt", offsetOfFirstFrame, hdr + unsafe.Offsetof(block.Offset_to_first_pkt)},
+		{"tp_next_offset", offsetOfNext, unsafe.Offsetof(frame.Next_offset)},
+		{"tp_sec", offsetOfSeconds, unsafe.Offsetof(frame.Sec)},
+		{"tp_nsec", offsetOfNanos, unsafe.Offsetof(frame.Nsec)},
+		{"tp_snaplen", offsetOfSnaplen, unsafe.Offsetof(frame.Snaplen)},
+		{"tp_len", offsetOfLen, unsafe.Offsetof(frame.Len)},
+		{"tp_status", offsetOfStatus, unsafe.Offsetof(frame.Status)},
+		{"tp_mac", offsetOfMAC, unsafe.Offsetof(frame.Mac)},
+		{"tp_net", offsetOfNet, unsafe.Offsetof(frame.Net)},
+		{"tp_vlan_tci", offsetOfVLAN, unsafe.Offsetof(frame.Hv1) + unsafe.Offsetof(frame.Hv1.Vlan_tci)},
+		{"tp_vlan_tpid", offsetOfTPID, unsafe.Offsetof(frame.Hv1) + unsafe.Offsetof(frame.Hv1.Vlan_tpid)},
+	} {
+		if test.got != test.want {
+			t.Errorf("%s is at %d, not %d", test.name, test.want, test.got)
+		}
+	}
+}
+
+// mergedFrame is the frame of n datagrams of segment bytes; the tags are still in
+// it.
+func mergedFrame(v6 bool, tags []uint16, id uint16, dontFragment bool, payload []byte, segment int) rawFrame {
+	f := frame(0, 0)
+	f.VLANs, f.Payload = tags, payload
+	if v6 {
+		f.Src, f.Dst = netip.MustParseAddr("fd00::1"), netip.MustParseAddr("ff3e::1")
+	}
+	data := f.Build()
+	h, ok := packet.Parse(data)
+	if !ok {
+		panic("built no datagram")
+	}
+	if !v6 {
+		binary.BigEndian.PutUint16(data[h.L3+4:], id)
+		if dontFragment {
+			data[h.L3+6] = 0x40
+		}
+	}
+	return rawFrame{
+		data: data, network: etherLen, flags: unix.VIRTIO_NET_HDR_F_NEEDS_CSUM,
+		gso: unix.VIRTIO_NET_HDR_GSO_UDP_L4, segment: uint16(segment), start: uint16(h.UDP), offset: 6,
+	}
+}
+
+// Merged frames of every sort in one block, between plain ones: each datagram has
+// its payload, right headers, and its tags.
+func TestSplitTable(t *testing.T) {
+	payload := make([]byte, 1001)
+	for i := range payload {
+		payload[i] = byte(i)
+	}
+	for _, test := range []struct {
+		name         string
+		v6           bool
+		tags         []uint16 // left in the frame
+		id           uint16
+		dontFragment bool
+		segment      int
+		ids          []uint16
+	}{
+		{"IPv4 counts the identification up", false, nil, 65535, false, 500, []uint16{65535, 0, 1}},
+		{"IPv4 counts it up that is not zero", false, nil, 7, true, 500, []uint16{7, 8, 9}},
+		{"IPv4 leaves a zero that means nothing", false, nil, 0, true, 500, []uint16{0, 0, 0}},
+		{"one datagram", false, nil, 7, false, 1001, []uint16{7}},
+		{"IPv6", true, nil, 0, false, 500, make([]uint16, 3)},
+		{"an inner tag", false, []uint16{8}, 1, false, 500, []uint16{1, 2, 3}},
+		{"inner tags, IPv6", true, []uint16{8, 9}, 0, false, 500, make([]uint16, 3)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			merged := mergedFrame(test.v6, test.tags, test.id, test.dontFragment, payload, test.segment)
+			merged.status, merged.tci, merged.tpid = unix.TP_STATUS_VLAN_VALID|unix.TP_STATUS_VLAN_TPID_VALID, 5, 0x88a8
+			plain := rawFrame{data: frame(1, 1).Build(), network: etherLen}
+			block := openBlock(buildBlock(1<<17, plain, merged, merged, plain))
+			frames := all(block)
+			n := len(test.ids)
+			if len(frames) != 2*n+2 || !bytes.Equal(frames[0].Data, plain.data) || !bytes.Equal(frames[2*n+1].Data, plain.data) {
+				t.Fatalf("%d frames", len(frames))
+			}
+			for i, f := range frames[1 : 2*n+1] {
+				i %= n
+				f.RestoreVLAN()
+				if got := f.Data[12:16]; !bytes.Equal(got, []byte{0x88, 0xa8, 0, 5}) || f.WireLen != len(f.Data) || f.Time != 12e9+34 {
+					t.Errorf("datagram %d: tag %x, %d bytes, wire length %d, time %d", i, got, len(f.Data), f.WireLen, f.Time)
+				}
+				data := f.Data
+				for range test.tags { // more than packet.Parse knows
+					data = append(data[:12:12], data[16:]...)
+				}
+				h, ok := packet.Parse(data)
+				if !ok {
+					t.Fatalf("datagram %d: %x", i, data)
+				}
+				if ip, udp := packet.Checksums(data, &h); !ip || !udp {
+					t.Errorf("datagram %d: checksums ip %v, udp %v", i, ip, udp)
+				}
+				if got, want := data[h.UDP+8:], payload[i*test.segment:min(len(payload), (i+1)*test.segment)]; !bytes.Equal(got, want) {
+					t.Errorf("datagram %d: payload %x, want %x", i, got, want)
+				}
+				if id := binary.BigEndian.Uint16(data[h.L3+4:]); !test.v6 && id != test.ids[i] {
+					t.Errorf("datagram %d: identification %d, want %d", i, id, test.ids[i])
+				}
+			}
+		})
+	}
+}
+
+// What cannot be taken apart comes whole, and says so.
+func TestNotSplit(t *testing.T) {
+	valid := mergedFrame(false, nil, 0, false, make([]byte, 100), 10)
+	for name, change := range map[string]func(*rawFrame){
+		"TCP":                      func(f *rawFrame) { f.gso = unix.VIRTIO_NET_HDR_GSO_TCPV4 },
+		"cut":                      func(f *rawFrame) { f.wireLen = 2000 },
+		"checksum not left":        func(f *rawFrame) { f.flags = 0 },
+		"segment size 0":           func(f *rawFrame) { f.gso, f.segment = unix.VIRTIO_NET_HDR_GSO_TCPV6, 0 },
+		"checksum outside":         func(f *rawFrame) { f.start = 60000 },
+		"checksum elsewhere":       func(f *rawFrame) { f.offset = 4 },
+		"network header outside":   func(f *rawFrame) { f.network = 3000 },
+		"network header in front":  func(f *rawFrame) { f.network = -5 },
+		"neither IPv4 nor IPv6":    func(f *rawFrame) { f.data[etherLen] = 0x55 },
+		"IPv4 header of odd size":  func(f *rawFrame) { f.data[etherLen] = 0x46 },
+		"IPv6 header is too short": func(f *rawFrame) { f.data[etherLen] = 0x60 },
+	} {
+		f := valid
+		f.data = bytes.Clone(valid.data)
+		change(&f)
+		b := openBlock(buildBlock(1<<17, f))
+		frames := all(b)
+		if len(frames) != 1 || frames[0].SegmentSize == 0 || !bytes.Equal(frames[0].Data, f.data) {
+			t.Errorf("%s: %+v", name, frames)
+		}
+	}
+}
+
+// What makes no sense ends the block, and is counted.
+func TestMalformed(t *testing.T) {
+	plain := rawFrame{data: frame(1, 1).Build(), network: etherLen}
+	order := binary.NativeEndian
+	second := sizeofBlockHdr + int(order.Uint32(buildBlock(1<<17, plain)[sizeofBlockHdr:]))
+	for name, change := range map[string]func(block []byte){
+		"next frame outside":  func(b []byte) { order.PutUint32(b[sizeofBlockHdr+offsetOfNext:], 1<<31) },
+		"next frame is this":  func(b []byte) { order.PutUint32(b[sizeofBlockHdr+offsetOfNext:], 0) },
+		"length outside":      func(b []byte) { order.PutUint32(b[second+offsetOfSnaplen:], 1<<17) },
+		"data in the header":  func(b []byte) { order.PutUint16(b[second+offsetOfMAC:], 20) },
+		"more than there are": func(b []byte) { order.PutUint32(b[offsetOfFrames:], 1<<31) },
+		"first frame outside": func(b []byte) { order.PutUint32(b[offsetOfFirstFrame:], 1<<17-8) },
+	} {
+		memory := buildBlock(1<<17, plain, plain)
+		change(memory)
+		want := uint64(order.Uint32(memory[offsetOfFrames:]))
+		b := openBlock(memory)
+		n := uint64(len(all(b)))
+		if got := b.worker.malformed.Load(); got == 0 || n+got != want {
+			t.Errorf("%s: %d handed out and %d malformed of %d", name, n, got, want)
+		}
+	}
+}
+
+// TestChecksumRefused: the helper does not write where it should not.
+func TestChecksumRefused(t *testing.T) {
+	for _, f := range []rawFrame{
+		{start: 60000, offset: 6}, {start: 34, offset: 60000}, {start: 34, offset: 6, wireLen: 3000},
+	} {
+		f.data, f.flags = frame(1, 1).Build(), unix.VIRTIO_NET_HDR_F_NEEDS_CSUM
+		got := all(openBlock(buildBlock(1<<17, f)))[0]
+		if got.CompleteChecksum() || !got.ChecksumPartial || !bytes.Equal(got.Data, f.data) {
+			t.Errorf("%+v: completed", f)
+		}
+	}
+}
+
+// FuzzBlock: whatever is in a block, nothing panics, no frame reaches out of the
+// block, and each is handed out or counted.
+func FuzzBlock(f *testing.F) {
+	f.Add(buildBlock(2048, mergedFrame(false, nil, 3, false, make([]byte, 300), 100)))
+	f.Add(buildBlock(2048, mergedFrame(true, []uint16{8}, 3, false, make([]byte, 300), 7), rawFrame{data: frame(0, 0).Build()}))
+	f.Add(buildBlock(1024, rawFrame{data: frame(0, 0).Build(), status: unix.TP_STATUS_VLAN_VALID, tci: 5, flags: 1, start: 34, offset: 6}))
+	f.Fuzz(func(t *testing.T, memory []byte) {
+		if len(memory) < sizeofBlockHdr {
+			return
+		}
+		b := openBlock(memory)
+		left, n := uint64(b.left), uint64(0)
+		var fr Frame
+		for ; b.Next(&fr); n++ {
+			if len(fr.Data) > len(memory) || len(fr.room) != len(fr.Data)+vlanLen {
+				t.Fatalf("%d bytes with room %d out of %d", len(fr.Data), len(fr.room), len(memory))
+			}
+			fr.CompleteChecksum()
+			fr.RestoreVLAN()
+		}
+		if b.left != 0 || n+b.worker.malformed.Load() < left {
+			t.Fatalf("%d handed out and %d malformed of %d", n, b.worker.malformed.Load(), left)
+		}
+	})
+}

@@ -1,0 +1,59 @@
+package fanout
+
+import (
+	"errors"
+	"fmt"
+)
+
+// ErrWoken is what [Worker.Wait] returns after [Worker.Wake].
+var ErrWoken = errors.New("worker woken")
+
+// A Step is what was being done when something failed.
+type Step string
+
+// The steps of opening and running a group, in their order.
+const (
+	StepOptions    Step = "check options"
+	StepSocket     Step = "open packet socket"
+	StepDropAll    Step = "attach filter that drops everything"
+	StepVersion    Step = "set PACKET_VERSION to TPACKET_V3"
+	StepVnetHeader Step = "set PACKET_VNET_HDR"
+	StepRing       Step = "set PACKET_RX_RING"
+	StepMap        Step = "map ring"
+	StepBind       Step = "bind"
+	StepJoin       Step = "join group"
+	StepGroupID    Step = "read group id"
+	StepHardware   Step = "read hardware type"
+	StepEventFD    Step = "open eventfd"
+	StepSteering   Step = "attach steering program (PACKET_FANOUT_DATA)"
+	StepFilter     Step = "attach filter"
+	StepReceive    Step = "receive"
+	StepStats      Step = "read PACKET_STATISTICS"
+	StepClose      Step = "close"
+)
+
+// Error is a failure of a group. errors.Is finds the cause, which is the
+// kernel's errno where the kernel refused: EPERM without CAP_NET_RAW, ENODEV for
+// an interface that is gone, ENETDOWN for one that is down, ENOMEM for a ring
+// that does not fit, ENOSPC for a group that another program joined first.
+type Error struct {
+	Step Step
+	// Interface is its name as given in Options.
+	Interface string
+	// GroupID is the fanout group, -1 before the kernel chose one.
+	GroupID int
+	Mode    Mode
+	Err     error
+}
+
+// Error names PACKET_FANOUT, the group, its mode, the interface, the step and the cause.
+func (e *Error) Error() string {
+	group := "new group"
+	if e.GroupID >= 0 {
+		group = fmt.Sprintf("group %d", e.GroupID)
+	}
+	return fmt.Sprintf("PACKET_FANOUT %s (mode %s) on %s: %s: %v", group, e.Mode, e.Interface, e.Step, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }

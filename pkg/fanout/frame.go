@@ -1,0 +1,165 @@
+package fanout
+
+import (
+	"encoding/binary"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	etherAddressesLen = 12
+	etherLen          = 14
+	vlanLen           = 4
+)
+
+// Frame is one frame, with what the kernel knows of it.
+type Frame struct {
+	// Data is the frame from its link-layer header on, or from its IP header on
+	// for an interface without one.
+	Data []byte
+	// WireLen is how long the frame was, in bytes, without the VLAN tag that the
+	// kernel took out; Data is shorter if the filter cut it.
+	WireLen int
+	// Time is when the frame was received, in nanoseconds since the Unix epoch.
+	Time int64
+	// VLANProtocol is the EtherType of the VLAN tag that the kernel took out of
+	// the frame, the outermost: 0x8100 or 0x88a8; 0 if it took none.
+	VLANProtocol uint16
+	// VLANTag is that tag's control word: priority, drop eligible bit and VLAN id
+	// (IEEE 802.1Q).
+	VLANTag uint16
+	// ChecksumPartial says that the sender, on this machine, left the transport
+	// checksum to the device: what is in its place covers the pseudo header alone.
+	ChecksumPartial bool
+	// SegmentSize is the payload of each datagram, or TCP segment, of which this
+	// frame was merged, and 0 for a frame that left its sender like this. It is
+	// set only on what Next cannot take apart, TCP above all: such frames are not
+	// what was on the wire.
+	SegmentSize int
+
+	// room is Data and what may be used in front of it.
+	room []byte
+	// checksumStart is where the checksum begins to cover, and checksumAt where it
+	// is; offsets into Data.
+	checksumStart, checksumAt int
+	// network is the offset of the network header as the kernel sees it: behind
+	// the tag taken out, but in front of another one.
+	network int
+	gsoType uint8
+}
+
+// parse reads a struct tpacket3_hdr, and the frame and the struct
+// virtio_net_hdr that it points to. memory goes to the end of the block.
+func (f *Frame) parse(memory []byte) bool {
+	order := binary.NativeEndian
+	header := memory[:sizeofFrameHdr]
+	start := int(order.Uint16(header[offsetOfMAC:]))
+	length := int(order.Uint32(header[offsetOfSnaplen:]))
+	if start < sizeofFrameHdr+sizeofVnetHeader || length < 0 || length > len(memory)-start {
+		return false
+	}
+	*f = Frame{
+		// The virtio header lies just before the frame. It has been read when
+		// anything is put there.
+		room:    memory[start-vlanLen : start+length : start+length],
+		WireLen: int(order.Uint32(header[offsetOfLen:])),
+		Time:    int64(order.Uint32(header[offsetOfSeconds:]))*1e9 + int64(order.Uint32(header[offsetOfNanos:])),
+		network: int(order.Uint16(header[offsetOfNet:])) - start,
+	}
+	f.Data = f.room[vlanLen:]
+	f.parseVLAN(header)
+	f.parseVirtio(memory[start-sizeofVnetHeader:])
+	return true
+}
+
+func (f *Frame) parseVLAN(header []byte) {
+	status := binary.NativeEndian.Uint32(header[offsetOfStatus:])
+	if status&unix.TP_STATUS_VLAN_VALID == 0 {
+		return
+	}
+	f.VLANTag = uint16(binary.NativeEndian.Uint32(header[offsetOfVLAN:]))
+	f.VLANProtocol = unix.ETH_P_8021Q
+	if status&unix.TP_STATUS_VLAN_TPID_VALID != 0 {
+		f.VLANProtocol = binary.NativeEndian.Uint16(header[offsetOfTPID:])
+	}
+}
+
+// parseVirtio reads struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size,
+// csum_start, csum_offset.
+func (f *Frame) parseVirtio(header []byte) {
+	order := binary.NativeEndian
+	if header[0]&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
+		f.ChecksumPartial = true
+		f.checksumStart = int(order.Uint16(header[6:]))
+		f.checksumAt = f.checksumStart + int(order.Uint16(header[8:]))
+	}
+	if header[1] != unix.VIRTIO_NET_HDR_GSO_NONE {
+		f.gsoType = header[1] &^ unix.VIRTIO_NET_HDR_GSO_ECN
+		f.SegmentSize = max(1, int(order.Uint16(header[4:]))) // 0 would say that it is not merged
+	}
+}
+
+// merged says whether the frame is several UDP datagrams.
+func (f *Frame) merged() bool {
+	return f.gsoType == unix.VIRTIO_NET_HDR_GSO_UDP_L4
+}
+
+// CompleteChecksum completes the transport checksum in Data if ChecksumPartial
+// says that it has to be, and clears that. It is false, and changes nothing, if
+// it cannot: the frame was cut, or the kernel names a place outside it.
+func (f *Frame) CompleteChecksum() bool {
+	if !f.ChecksumPartial {
+		return true
+	}
+	if len(f.Data) < f.WireLen || f.checksumAt < f.checksumStart || f.checksumAt+2 > len(f.Data) {
+		return false
+	}
+	// The sum of the pseudo header is in the checksum's place, not complemented.
+	check := ^fold(sum(f.Data[f.checksumStart:]))
+	if check == 0 {
+		check = 0xffff // RFC 768: zero is for no checksum
+	}
+	binary.BigEndian.PutUint16(f.Data[f.checksumAt:], check)
+	f.ChecksumPartial = false
+	return true
+}
+
+// RestoreVLAN puts the VLAN tag that the kernel took out back into Data, and
+// clears VLANProtocol. It does nothing if there is none, and must not be called
+// for an interface without Ethernet header, which has none.
+func (f *Frame) RestoreVLAN() {
+	if f.VLANProtocol == 0 || len(f.Data) < etherLen || len(f.room) != len(f.Data)+vlanLen {
+		return
+	}
+	copy(f.room[:etherAddressesLen], f.Data[:etherAddressesLen])
+	binary.BigEndian.PutUint16(f.room[etherAddressesLen:], f.VLANProtocol)
+	binary.BigEndian.PutUint16(f.room[etherAddressesLen+2:], f.VLANTag)
+	f.Data = f.room
+	f.WireLen += vlanLen
+	f.checksumStart += vlanLen
+	f.checksumAt += vlanLen
+	f.network += vlanLen
+	f.VLANProtocol, f.VLANTag = 0, 0
+}
+
+// sum adds up 16-bit words (RFC 1071).
+func sum(b []byte) (total uint64) {
+	for ; len(b) >= 8; b = b[8:] {
+		v := binary.BigEndian.Uint64(b)
+		total += v>>32 + v&0xffffffff
+	}
+	for ; len(b) >= 2; b = b[2:] {
+		total += uint64(binary.BigEndian.Uint16(b))
+	}
+	if len(b) == 1 {
+		total += uint64(b[0]) << 8
+	}
+	return total
+}
+
+func fold(total uint64) uint16 {
+	for total > 0xffff {
+		total = total>>16 + total&0xffff
+	}
+	return uint16(total)
+}

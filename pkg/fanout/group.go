@@ -1,0 +1,208 @@
+package fanout
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Group is the workers that share the traffic of one interface. Its methods may
+// be called from any goroutine.
+type Group struct {
+	sys     *system
+	opts    Options
+	id      int // -1 until the kernel chose one
+	workers []*Worker
+	// ethernet says that frames begin with an Ethernet header.
+	ethernet bool
+
+	// mu is over the descriptors, but for the workers' own use of them, and over
+	// the totals.
+	mu      sync.Mutex
+	closed  bool
+	closing sync.Once
+}
+
+// Stats are a worker's counters since Open.
+type Stats struct {
+	// Received counts the frames put into the ring, a merged one once.
+	Received uint64
+	// Dropped counts the frames that passed the filter but found the ring full.
+	Dropped uint64
+	// Freezes counts how often the ring became full.
+	Freezes uint64
+	// Truncated counts the frames handed out of which the filter, or the block,
+	// cut the end.
+	Truncated uint64
+	// Malformed counts the frames passed over since what the kernel wrote of them
+	// made no sense.
+	Malformed uint64
+}
+
+// Open opens a group in the network namespace of the calling thread. The caller
+// must Close it. errors.As finds an [*Error] in the error, and nothing remains of
+// the group.
+//
+// An interface that is down can be opened since Linux 6.13: the workers' first
+// Wait answers ENETDOWN, and they receive when it comes up. Earlier kernels
+// refuse, and the error is ENETDOWN.
+func Open(opts Options) (*Group, error) { return open(opts, kernel()) }
+
+func open(opts Options, sys *system) (*Group, error) {
+	opts, err := opts.complete()
+	g := &Group{sys: sys, opts: opts, id: -1}
+	if err != nil {
+		return nil, g.fail(StepOptions, err)
+	}
+	for range opts.Workers {
+		w, err := g.openWorker()
+		if err != nil {
+			return nil, errors.Join(err, g.Close())
+		}
+		g.workers = append(g.workers, w)
+	}
+	if err := g.start(); err != nil {
+		return nil, errors.Join(err, g.Close())
+	}
+	return g, nil
+}
+
+// start lets frames in, now that all workers have joined.
+func (g *Group) start() error {
+	if g.opts.Mode == ModeEBPF {
+		// It is the group's; any member can set it.
+		if err := g.sys.setInt(g.workers[0].fd, unix.SOL_PACKET, unix.PACKET_FANOUT_DATA, g.opts.Steering.FD()); err != nil {
+			return g.fail(StepSteering, err)
+		}
+	}
+	for _, w := range g.workers {
+		if err := w.setFilter(g.opts.Filter); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (g *Group) fail(step Step, err error) error {
+	return &Error{Step: step, Interface: g.opts.Interface, GroupID: g.id, Mode: g.opts.Mode, Err: err}
+}
+
+// ID returns the number of the fanout group.
+func (g *Group) ID() uint16 { return uint16(g.id) }
+
+// Workers returns the workers. The group keeps owning them.
+func (g *Group) Workers() []*Worker { return g.workers }
+
+// Ethernet reports whether the interface's frames begin with an Ethernet header,
+// rather than with the IP header.
+func (g *Group) Ethernet() bool { return g.ethernet }
+
+// SetFilter exchanges the filter, one worker after another, each in one step: no
+// frame meets no filter. On an error the workers have the filter of before, as
+// far as the kernel lets them.
+func (g *Group) SetFilter(f Filter) error {
+	if err := f.check(); err != nil {
+		return g.fail(StepFilter, err)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return g.fail(StepFilter, os.ErrClosed)
+	}
+	for i, w := range g.workers {
+		err := w.setFilter(f)
+		if err == nil {
+			continue
+		}
+		for _, earlier := range g.workers[:i] {
+			err = errors.Join(err, earlier.setFilter(g.opts.Filter))
+		}
+		return err
+	}
+	g.opts.Filter = f
+	return nil
+}
+
+// Stats returns each worker's counters, which only ever grow. The kernel counts
+// in 32 bits: call it at least every few minutes, or counts are lost at millions
+// of frames a second. After Close it returns the last ones.
+func (g *Group) Stats() ([]Stats, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var err error
+	if !g.closed {
+		err = g.readStatistics()
+	}
+	stats := make([]Stats, len(g.workers))
+	for i, w := range g.workers {
+		stats[i] = w.total
+		stats[i].Truncated, stats[i].Malformed = w.truncated.Load(), w.malformed.Load()
+	}
+	return stats, err
+}
+
+// readStatistics adds what the kernel counted since the last call: it starts
+// from zero with each.
+func (g *Group) readStatistics() error {
+	var errs []error
+	for _, w := range g.workers {
+		s, err := g.sys.statistics(w.fd)
+		if err != nil {
+			errs = append(errs, g.fail(StepStats, err))
+			continue
+		}
+		// What the kernel calls packets is with those dropped.
+		w.total.Received += uint64(s.Packets - s.Drops)
+		w.total.Dropped += uint64(s.Drops)
+		w.total.Freezes += uint64(s.Freeze_q_cnt)
+	}
+	return errors.Join(errs...)
+}
+
+// Close wakes every worker, waits until none holds a block, and then unmaps the
+// rings and closes the sockets. Wait returns os.ErrClosed from then on. A second
+// Close does nothing. A goroutine that holds a block must release it first, or
+// Close waits for ever.
+func (g *Group) Close() error {
+	var errs []error
+	g.closing.Do(func() {
+		g.mu.Lock()
+		errs = append(errs, g.readStatistics())
+		g.closed = true
+		for _, w := range g.workers {
+			w.closed.Store(true)
+			w.wake()
+		}
+		g.mu.Unlock()
+		for _, w := range g.workers {
+			w.mu.Lock()
+			errs = append(errs, w.free())
+			w.mu.Unlock()
+		}
+	})
+	return errors.Join(errs...)
+}
+
+// hasEthernetHeader says whether a device of this type (ARPHRD_ of
+// include/uapi/linux/if_arp.h) shows packet sockets frames with an Ethernet
+// header. Those without, such as tun and WireGuard, begin with the IP header.
+func hasEthernetHeader(hardwareType uint16) bool {
+	return hardwareType == unix.ARPHRD_ETHER || hardwareType == unix.ARPHRD_LOOPBACK
+}
+
+// boundTo returns what a bound packet socket is bound to. The index is -1 when
+// the interface is gone.
+func (s *system) boundTo(fd int) (*unix.SockaddrLinklayer, error) {
+	address, err := s.getsockname(fd)
+	if err != nil {
+		return nil, err
+	}
+	link, ok := address.(*unix.SockaddrLinklayer)
+	if !ok {
+		return nil, fmt.Errorf("address of type %T: must be that of a packet socket", address)
+	}
+	return link, nil
+}

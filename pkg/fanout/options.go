@@ -1,0 +1,154 @@
+package fanout
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// Mode is how the kernel chooses a frame's worker.
+type Mode uint8
+
+// The modes. None of them overflows to another worker when a ring is full: that
+// would put packets of a flow out of order.
+const (
+	// ModeCPU gives a frame to the worker whose number is that of the CPU that
+	// the kernel handles it on, modulo the number of workers. Flows keep their
+	// order where the network card, or a cpumap, keeps each on one CPU.
+	ModeCPU Mode = iota
+	// ModeHash uses the kernel's flow hash: addresses and, but for fragments,
+	// ports, the same in both directions.
+	ModeHash
+	// ModeEBPF asks Options.Steering.
+	ModeEBPF
+)
+
+func (m Mode) String() string {
+	switch m {
+	case ModeCPU:
+		return "cpu"
+	case ModeHash:
+		return "hash"
+	case ModeEBPF:
+		return "ebpf"
+	}
+	return "mode " + strconv.Itoa(int(m))
+}
+
+// kernelMode is the mode's number in include/uapi/linux/if_packet.h.
+func (m Mode) kernelMode() uint32 {
+	switch m {
+	case ModeHash:
+		return unix.PACKET_FANOUT_HASH
+	case ModeEBPF:
+		return unix.PACKET_FANOUT_EBPF
+	}
+	return unix.PACKET_FANOUT_CPU
+}
+
+// Filter chooses the frames that reach the rings. The zero Filter chooses all.
+//
+// A filter runs with the frame's link-layer header in front, on devices that have
+// one, and without the outer VLAN tag, which it finds in the socket buffer's
+// vlan_tci. It answers how many bytes of the frame are kept: 0 drops it.
+type Filter struct {
+	// Program is a program of type SocketFilter. The caller keeps owning it, and
+	// may close it after the call: the kernel holds its own reference.
+	Program *ebpf.Program
+	// Classic is a classic BPF program, used where there is no Program.
+	Classic []unix.SockFilter
+}
+
+// Defaults of [Options].
+const (
+	DefaultBlockSize    = 128 << 10
+	DefaultBlocks       = 128
+	DefaultBlockTimeout = time.Millisecond
+)
+
+// minBlockSize has room for the longest merged frame, which is 64 KiB and its
+// headers; a frame that does not fit into a block is cut.
+const minBlockSize = 128 << 10
+
+// maxWorkers is PACKET_FANOUT_MAX of net/packet/internal.h.
+const maxWorkers = 1 << 16
+
+// Options say what [Open] opens. Interface and Index must be set.
+type Options struct {
+	// Interface is a name for messages.
+	Interface string
+	// Index is the interface's index in the network namespace of the thread that
+	// calls Open.
+	Index int
+	// Workers is the number of sockets; 0 means 1.
+	Workers int
+	Mode    Mode
+	// Steering is the program of ModeEBPF, of type SocketFilter, as from
+	// [NewSteering]: it answers a number that is taken modulo the number of
+	// workers, and sees the frame from its network header on. The caller keeps
+	// owning it, and may close it after Open.
+	Steering *ebpf.Program
+	Filter   Filter
+	// BlockSize is in bytes: a power of two, and at least 128 KiB; 0 means
+	// DefaultBlockSize.
+	BlockSize int
+	// Blocks is the number of blocks of each worker's ring; 0 means
+	// DefaultBlocks. A worker that is away loses nothing for Blocks times
+	// BlockTimeout at low rates, or until the ring's bytes are full at high ones.
+	Blocks int
+	// BlockTimeout is after which time the kernel hands over a block that is not
+	// full: whole milliseconds; 0 means DefaultBlockTimeout. It is what a frame
+	// waits at most, and its timer is what an idle worker costs. Before Linux
+	// 6.18 it is rounded up to the kernel's tick.
+	BlockTimeout time.Duration
+}
+
+// complete fills in the defaults and refuses what the kernel would, with words.
+func (o Options) complete() (Options, error) {
+	setDefault(&o.Workers, 1)
+	setDefault(&o.BlockSize, DefaultBlockSize)
+	setDefault(&o.Blocks, DefaultBlocks)
+	if o.BlockTimeout == 0 {
+		o.BlockTimeout = DefaultBlockTimeout
+	}
+	switch {
+	case o.Index <= 0 || o.Index > math.MaxInt32:
+		return o, fmt.Errorf("interface index %d: must be positive", o.Index)
+	case o.Workers < 0 || o.Workers > maxWorkers:
+		return o, fmt.Errorf("%d workers: must be 1 to %d", o.Workers, maxWorkers)
+	case o.Mode > ModeEBPF:
+		return o, fmt.Errorf("%s: must be cpu, hash or ebpf", o.Mode)
+	case (o.Mode == ModeEBPF) != (o.Steering != nil):
+		return o, fmt.Errorf("mode %s: a steering program belongs to mode ebpf, and to no other", o.Mode)
+	case o.BlockSize < minBlockSize || bits.OnesCount(uint(o.BlockSize)) != 1 || o.BlockSize%os.Getpagesize() != 0:
+		return o, fmt.Errorf("block size %d: must be a power of two, at least %d", o.BlockSize, minBlockSize)
+	case o.Blocks < 2 || o.Blocks > math.MaxInt32/o.BlockSize:
+		return o, fmt.Errorf("%d blocks of %d bytes: must be at least 2, and under 2 GiB together", o.Blocks, o.BlockSize)
+	case o.BlockTimeout < time.Millisecond || o.BlockTimeout > time.Second || o.BlockTimeout%time.Millisecond != 0:
+		return o, fmt.Errorf("block timeout %v: must be whole milliseconds, 1ms to 1s", o.BlockTimeout)
+	}
+	return o, o.Filter.check()
+}
+
+func setDefault(v *int, value int) {
+	if *v == 0 {
+		*v = value
+	}
+}
+
+func (f Filter) check() error {
+	if f.Program != nil && f.Classic != nil {
+		return errors.New("filter: a program and a classic one: must be one of the two")
+	}
+	if len(f.Classic) > math.MaxUint16 {
+		return fmt.Errorf("filter of %d instructions: must be fewer than 65536", len(f.Classic))
+	}
+	return nil
+}

@@ -1,0 +1,82 @@
+package fanout
+
+import (
+	"encoding/binary"
+
+	"golang.org/x/sys/unix"
+)
+
+// system is the system calls that a group makes. Tests put faults between the
+// two.
+type system struct {
+	socket      func(domain, kind, protocol int) (int, error)
+	setInt      func(fd, level, option, value int) error
+	getInt      func(fd, level, option int) (int, error)
+	setFilter   func(fd int, program []unix.SockFilter) error
+	setRing     func(fd int, ring *unix.TpacketReq3) error
+	setFanout   func(fd int, args fanoutArgs) error
+	mmap        func(fd, size int) ([]byte, error)
+	munmap      func(memory []byte) error
+	bind        func(fd int, address unix.Sockaddr) error
+	getsockname func(fd int) (unix.Sockaddr, error)
+	eventfd     func() (int, error)
+	poll        func(fds []unix.PollFd, milliseconds int) (int, error)
+	statistics  func(fd int) (*unix.TpacketStatsV3, error)
+	close       func(fd int) error
+}
+
+// fanoutArgs is struct fanout_args of include/uapi/linux/if_packet.h.
+type fanoutArgs struct {
+	id         uint16
+	modeFlags  uint16
+	maxMembers uint32
+}
+
+// kernel is the system that is the kernel.
+func kernel() *system {
+	return &system{
+		socket:      unix.Socket,
+		setInt:      unix.SetsockoptInt,
+		getInt:      unix.GetsockoptInt,
+		setFilter:   attachClassic,
+		setRing:     setRing,
+		setFanout:   setFanout,
+		mmap:        mapRing,
+		munmap:      unix.Munmap,
+		bind:        unix.Bind,
+		getsockname: unix.Getsockname,
+		eventfd:     func() (int, error) { return unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK) },
+		poll:        unix.Poll,
+		statistics: func(fd int) (*unix.TpacketStatsV3, error) {
+			return unix.GetsockoptTpacketStatsV3(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
+		},
+		close: unix.Close,
+	}
+}
+
+func attachClassic(fd int, program []unix.SockFilter) error {
+	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+		&unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
+}
+
+func setRing(fd int, ring *unix.TpacketReq3) error {
+	return unix.SetsockoptTpacketReq3(fd, unix.SOL_PACKET, unix.PACKET_RX_RING, ring)
+}
+
+func setFanout(fd int, args fanoutArgs) error {
+	var b [8]byte
+	// In one word, as the kernel had it before there was a struct: the id is the
+	// low half whatever the byte order.
+	binary.NativeEndian.PutUint32(b[:], uint32(args.id)|uint32(args.modeFlags)<<16)
+	binary.NativeEndian.PutUint32(b[4:], args.maxMembers)
+	return unix.SetsockoptString(fd, unix.SOL_PACKET, unix.PACKET_FANOUT, string(b[:]))
+}
+
+func mapRing(fd, size int) ([]byte, error) {
+	return unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+}
+
+// networkOrder is v as the kernel's __be16.
+func networkOrder(v uint16) uint16 {
+	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v))
+}

@@ -1,0 +1,170 @@
+package fanout
+
+import (
+	"encoding/binary"
+	"os"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// goneCheck is how often a worker whose interface went down asks whether it is
+// still there, in milliseconds: the kernel tells only that it went down.
+const goneCheck = 1000
+
+// Worker is one socket of a group. One goroutine at a time may use Wait and the
+// block that it returns; Wake may be called from any. When a goroutine has ended,
+// another may take over, even if the first one left a block unreleased: its Wait
+// does that, and receives what has come meanwhile.
+type Worker struct {
+	group *Group
+	fd    int
+	event int // eventfd: Wake or Close was called
+
+	ring      []byte
+	blockSize int
+	index     int // of the block that the kernel hands over next
+	fds       [2]unix.PollFd
+	// down is set from ENETDOWN until frames arrive again.
+	down bool
+
+	// mu is held while in Wait, and from then on for as long as the goroutine
+	// holds a block: Close takes it to know that nobody reads the ring.
+	mu    sync.Mutex
+	block Block
+
+	closed, woken        atomic.Bool
+	truncated, malformed atomic.Uint64
+	total                Stats // of the kernel's counters; under Group.mu
+}
+
+// Wait waits for the next block of frames, and releases the last one if that has
+// not been done. The goroutine's thread waits with it, at no cost but the
+// kernel's timer.
+//
+// Errors: [ErrWoken] after Wake; [os.ErrClosed] after Group.Close; an [*Error]
+// with ENETDOWN once when the interface goes down - it goes on when the
+// interface is up again, so call Wait again - and with ENODEV each time when the
+// interface is gone for good, which may take a second to be noticed. Blocks that
+// were filled before come first, but for ErrWoken and os.ErrClosed.
+func (w *Worker) Wait() (*Block, error) {
+	w.block.Release()
+	w.mu.Lock()
+	for {
+		if err := w.interrupted(); err != nil {
+			w.mu.Unlock()
+			return nil, err
+		}
+		if w.take() {
+			return &w.block, nil
+		}
+		if err := w.poll(); err != nil {
+			w.mu.Unlock()
+			return nil, err
+		}
+	}
+}
+
+func (w *Worker) interrupted() error {
+	if w.closed.Load() {
+		return os.ErrClosed
+	}
+	if w.woken.CompareAndSwap(true, false) {
+		return ErrWoken
+	}
+	return nil
+}
+
+// take takes over the next block if it is ours.
+func (w *Worker) take() bool {
+	memory := w.ring[w.index*w.blockSize:][:w.blockSize]
+	// The load orders the reads of the block after it.
+	if atomic.LoadUint32(blockStatus(memory))&unix.TP_STATUS_USER == 0 {
+		return false
+	}
+	w.down = false
+	w.block.open(memory)
+	return true
+}
+
+// poll waits until there may be a block, or Wait is interrupted.
+func (w *Worker) poll() error {
+	timeout := -1
+	if w.down {
+		timeout = goneCheck
+	}
+	n, err := w.group.sys.poll(w.fds[:], timeout)
+	switch {
+	case err == unix.EINTR:
+		return nil
+	case err != nil:
+		return w.group.fail(StepReceive, err)
+	case n == 0:
+		return w.checkGone()
+	}
+	if w.fds[1].Revents != 0 {
+		w.drainEvent()
+	}
+	if w.fds[0].Revents&^unix.POLLIN != 0 {
+		return w.socketError()
+	}
+	return nil
+}
+
+func (w *Worker) checkGone() error {
+	link, err := w.group.sys.boundTo(w.fd)
+	if err == nil && link.Ifindex < 0 {
+		err = unix.ENODEV
+	}
+	if err != nil {
+		return w.group.fail(StepReceive, err)
+	}
+	return nil
+}
+
+// socketError fetches the error that poll tells of; fetching clears it.
+func (w *Worker) socketError() error {
+	errno, err := w.group.sys.getInt(w.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err == nil && errno == 0 {
+		return nil
+	}
+	if err == nil {
+		err = unix.Errno(errno)
+	}
+	w.down = true
+	return w.group.fail(StepReceive, err)
+}
+
+// drainEvent makes the eventfd unreadable. Nothing else reads it, so it cannot
+// fail but for being so already.
+func (w *Worker) drainEvent() {
+	var count [8]byte
+	_, _ = unix.Read(w.event, count[:])
+}
+
+// Wake makes Wait return ErrWoken: the one that is waiting, or the next one.
+func (w *Worker) Wake() {
+	w.group.mu.Lock()
+	defer w.group.mu.Unlock()
+	if !w.group.closed {
+		w.woken.Store(true)
+		w.wake()
+	}
+}
+
+// wake ends a poll; under Group.mu, while the worker is open.
+func (w *Worker) wake() {
+	var one [8]byte
+	binary.NativeEndian.PutUint64(one[:], 1)
+	// The one error there is, EAGAIN for a counter at its end, means that it is
+	// readable, which is what is wanted.
+	_, _ = unix.Write(w.event, one[:])
+}
+
+// blockStatus is block_status of struct tpacket_hdr_v1, in struct
+// tpacket_block_desc at the start of a block.
+func blockStatus(block []byte) *uint32 {
+	return (*uint32)(unsafe.Pointer(&block[offsetOfBlockStatus]))
+}

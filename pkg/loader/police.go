@@ -1,0 +1,68 @@
+package loader
+
+import (
+	"fmt"
+	"math/bits"
+
+	"xdpcast/bpf"
+)
+
+// Rates are kept as the time that a packet or byte takes, in sixteenths of a
+// nanosecond with 16 more bits behind the point (bpf/include/police.h).
+const (
+	policerSecond = 1_000_000_000 << 4
+	policerPoint  = 16
+	// policerDepth bounds a burst: half of what the clock counts to.
+	policerDepth = 1 << 62
+)
+
+// MinBitRate is the lowest rate in bits a second that a Rate can have.
+const MinBitRate = 1000
+
+func checkRate(r Rate) error {
+	switch {
+	case r == Rate{}:
+	case r.Packets != 0 && r.Bits != 0:
+		return fmt.Errorf("rate of %d packets and %d bits a second: want one of them", r.Packets, r.Bits)
+	case r.Packets == 0 && r.Bits == 0:
+		return fmt.Errorf("burst of %d without a rate", r.Burst)
+	case r.Bits != 0 && r.Bits < MinBitRate:
+		return fmt.Errorf("rate of %d bits a second: want %d or more", r.Bits, MinBitRate)
+	case r.Burst == 0:
+		return fmt.Errorf("burst 0: want 1 or more")
+	}
+	return nil
+}
+
+func encodePolicer(r Rate) bpf.RelayPolicer {
+	p := bpf.RelayPolicer{Burst: r.Burst}
+	switch {
+	case r.Packets != 0:
+		p.Rate = r.Packets
+		p.Cost = mulDiv(policerSecond, 1<<policerPoint, r.Packets)
+	case r.Bits != 0:
+		p.Rate, p.ByBytes = r.Bits, 1
+		p.Cost = mulDiv(policerSecond*8, 1<<policerPoint, r.Bits)
+	}
+	p.Cost = max(p.Cost, 1)
+	p.Depth = mulDiv(r.Burst, p.Cost, 1<<policerPoint)
+	return p
+}
+
+// decodeRate is the inverse of encodePolicer.
+func decodeRate(p *bpf.RelayPolicer) Rate {
+	if p.ByBytes != 0 {
+		return Rate{Bits: p.Rate, Burst: p.Burst}
+	}
+	return Rate{Packets: p.Rate, Burst: p.Burst}
+}
+
+// mulDiv is a*b/c, at most policerDepth.
+func mulDiv(a, b, c uint64) uint64 {
+	hi, lo := bits.Mul64(a, b)
+	if hi >= c {
+		return policerDepth
+	}
+	q, _ := bits.Div64(hi, lo, c)
+	return min(q, policerDepth)
+}

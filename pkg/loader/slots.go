@@ -1,0 +1,207 @@
+package loader
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+)
+
+// fan is a devmap that rules with several outputs send by: a row for each output
+// that is ready, all with the egress program. Which output a copy is for is not told
+// by the row, so all rules with outputs on the same interfaces share one fan. The
+// rows of the map fanout hold it in the kernel.
+type fan struct {
+	indexes []int // of the interfaces, in the order of the rows
+	id      ebpf.MapID
+	users   int // rules
+}
+
+// fanKey is the interfaces of the outputs that are ready, sorted.
+func fanKey(out []Output) (key string, indexes []int) {
+	for _, o := range out {
+		if o.Ready {
+			indexes = append(indexes, o.Index)
+		}
+	}
+	slices.Sort(indexes)
+	var b []byte
+	for _, index := range indexes {
+		b = binary.NativeEndian.AppendUint32(b, uint32(index))
+	}
+	return string(b), indexes
+}
+
+// openFans are the fans that a Sync has to write into the map fanout.
+type openFans map[string]*ebpf.Map
+
+func (o openFans) close() error {
+	var errs []error
+	for key, m := range o {
+		errs = append(errs, m.Close())
+		delete(o, key)
+	}
+	return errors.Join(errs...)
+}
+
+// useFan counts a user of the fan for some outputs and returns its devmap, which
+// stays in open.
+func (l *Loader) useFan(out []Output, open openFans) (*ebpf.Map, error) {
+	key, indexes := fanKey(out)
+	f := l.fans[key]
+	devmap := open[key]
+	var err error
+	switch {
+	case f == nil:
+		if devmap, f, err = l.newFan(indexes); err != nil {
+			return nil, err
+		}
+		l.fans[key], open[key] = f, devmap
+	case devmap == nil:
+		if devmap, err = l.openFan(f); err != nil {
+			return nil, err
+		}
+		open[key] = devmap
+	}
+	f.users++
+	return devmap, nil
+}
+
+// releaseFan is the inverse of useFan.
+func (l *Loader) releaseFan(out []Output) {
+	key, _ := fanKey(out)
+	if f := l.fans[key]; f != nil {
+		if f.users--; f.users == 0 {
+			delete(l.fans, key)
+		}
+	}
+}
+
+func (l *Loader) newFan(indexes []int) (_ *ebpf.Map, _ *fan, err error) {
+	spec := l.specs[bpf.RelayMapFanout].InnerMap.Copy()
+	spec.Name = "slots"
+	// The kernel takes no BTF for a devmap; to find out takes 20 ms a map.
+	spec.Key, spec.Value = nil, nil
+	spec.MaxEntries = uint32(max(1, len(indexes)))
+	devmap, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make devmap of %d slots: %w", len(indexes), err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, devmap.Close())
+		}
+	}()
+	for row, index := range indexes {
+		if err := l.setSlot(devmap, uint32(row), index); err != nil {
+			return nil, nil, err
+		}
+	}
+	info, err := devmap.Info()
+	if err != nil {
+		return nil, nil, fmt.Errorf("devmap: %w", err)
+	}
+	id, ok := info.ID()
+	if !ok {
+		return nil, nil, fmt.Errorf("map ids are %w", ErrNotSupported)
+	}
+	return devmap, &fan{indexes: indexes, id: id}, nil
+}
+
+// openFan opens the devmap of a fan in use. The kernel empties a row when its
+// interface goes; should another have come with the same index, it gets the row.
+func (l *Loader) openFan(f *fan) (*ebpf.Map, error) {
+	devmap, err := ebpf.NewMapFromID(f.id)
+	if err != nil {
+		return nil, fmt.Errorf("open devmap: %w", err)
+	}
+	for row, index := range f.indexes {
+		var value bpf.RelayBpfDevmapVal
+		if devmap.Lookup(uint32(row), &value) == nil && int(value.Ifindex) == index {
+			continue
+		}
+		if err := l.setSlot(devmap, uint32(row), index); err != nil {
+			return nil, errors.Join(err, devmap.Close())
+		}
+	}
+	return devmap, nil
+}
+
+// setSlot fills a row of a devmap with an interface and the egress program.
+func (l *Loader) setSlot(devmap *ebpf.Map, row uint32, index int) error {
+	value := bpf.RelayBpfDevmapVal{Ifindex: uint32(index)}
+	value.BpfProg.Fd = int32(l.egress.FD())
+	if err := devmap.Put(row, &value); err != nil {
+		return fmt.Errorf("output to interface with index %d: %w", index, err)
+	}
+	return nil
+}
+
+// renewFan puts the egress program of this binary into all rows.
+func (l *Loader) renewFan(f *fan) {
+	devmap, err := ebpf.NewMapFromID(f.id)
+	if err != nil {
+		l.log.Warn("upgrade egress program", "error", err)
+		return
+	}
+	defer devmap.Close()
+	for row, index := range f.indexes {
+		l.renewRow(devmap, uint32(row), index)
+	}
+}
+
+// adoptFans finds the devmaps of the rules again.
+func (l *Loader) adoptFans() error {
+	ids := map[uint32]ebpf.MapID{}
+	var first uint32
+	var id ebpf.MapID
+	iter := l.maps.Fanout.Iterate()
+	for iter.Next(&first, &id) {
+		ids[first] = id
+	}
+	if err := iter.Err(); err != nil {
+		return fmt.Errorf("read map fanout: %w", err)
+	}
+	for _, e := range l.rules {
+		if len(e.rule.Out) < 2 {
+			continue
+		}
+		id, ok := ids[e.first]
+		if !ok {
+			return fmt.Errorf("rule %s has several outputs and no devmap", e.rule.Name)
+		}
+		key, indexes := fanKey(e.rule.Out)
+		f := l.fans[key]
+		if f == nil {
+			f = &fan{indexes: indexes, id: id}
+			l.fans[key] = f
+		}
+		f.users++
+	}
+	return nil
+}
+
+// clearOrphanFans empties the rows of the map fanout that belong to no rule.
+func (l *Loader) clearOrphanFans() error {
+	inUse := map[uint32]bool{}
+	for _, e := range l.rules {
+		inUse[e.first] = len(e.rule.Out) > 1
+	}
+	var orphans []uint32
+	var first uint32
+	var id ebpf.MapID
+	iter := l.maps.Fanout.Iterate()
+	for iter.Next(&first, &id) {
+		if !inUse[first] {
+			orphans = append(orphans, first)
+		}
+	}
+	if err := iter.Err(); err != nil {
+		return fmt.Errorf("read map fanout: %w", err)
+	}
+	return l.clearFanout(orphans)
+}

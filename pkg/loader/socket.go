@@ -1,0 +1,81 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+)
+
+// socketRow is the row of the map xsks for the first queue of an interface. It stays
+// the interface's own: packets are redirected by it before the next rule comes.
+func (l *Loader) socketRow(index int) (uint32, error) {
+	if row, ok := l.sockets[index]; ok {
+		return row, nil
+	}
+	id, _, err := l.socketRows.take()
+	if err != nil {
+		return 0, fmt.Errorf("interfaces with AF_XDP sockets: %w", err)
+	}
+	l.sockets[index] = id * bpf.MaxQueues
+	return l.sockets[index], nil
+}
+
+// SetSocket gives the packets of PathAFXDP rules that arrive on a queue of an
+// interface to an AF_XDP socket, which must be bound there. The kernel takes it out
+// again when the socket is closed.
+func (l *Loader) SetSocket(index, queue, fd int) error {
+	if queue < 0 || queue >= bpf.MaxQueues {
+		return fmt.Errorf("queue %d: want 0 to %d", queue, bpf.MaxQueues-1)
+	}
+	row, err := l.socketRow(index)
+	if err != nil {
+		return err
+	}
+	if err := l.maps.Xsks.Put(row+uint32(queue), uint32(fd)); err != nil {
+		return fmt.Errorf("give queue %d of interface with index %d to a socket: %w", queue, index, err)
+	}
+	return nil
+}
+
+// ClearSocket takes the socket of a queue out: packets take their rule's fallback.
+func (l *Loader) ClearSocket(index, queue int) error {
+	row, ok := l.sockets[index]
+	if !ok || queue < 0 || queue >= bpf.MaxQueues {
+		return nil
+	}
+	if err := l.maps.Xsks.Delete(row + uint32(queue)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("take queue %d of interface with index %d from its socket: %w", queue, index, err)
+	}
+	return nil
+}
+
+// ForgetSockets gives the row of an interface that is gone, and that no rule names
+// any more, to the next.
+func (l *Loader) forgetSockets(index int) {
+	if row, ok := l.sockets[index]; ok {
+		delete(l.sockets, index)
+		l.socketRows.give(row / bpf.MaxQueues)
+	}
+}
+
+// adoptSockets finds the rows of the interfaces again.
+func (l *Loader) adoptSockets() error {
+	inUse := map[uint32]bool{}
+	for _, e := range l.rules {
+		if e.rule.Path != PathAFXDP {
+			continue
+		}
+		index := e.rule.In.Index
+		if row, ok := l.sockets[index]; ok && row != e.sockets || !ok && inUse[e.sockets/bpf.MaxQueues] ||
+			e.sockets%bpf.MaxQueues != 0 || e.sockets >= l.maps.Xsks.MaxEntries() {
+			return fmt.Errorf("rule %s gives its packets to sockets at row %d, others differ", e.rule.Name, e.sockets)
+		}
+		l.sockets[index] = e.sockets
+		inUse[e.sockets/bpf.MaxQueues] = true
+	}
+	l.socketRows.adopt(inUse)
+	return nil
+}

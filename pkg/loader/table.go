@@ -1,0 +1,302 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+)
+
+// tableKind is one of the flow tables, each for the inputs of one shape. A change
+// of several rules comes into force in this order.
+type tableKind int
+
+const (
+	exact4 tableKind = iota
+	exact6
+	prefixes4
+	prefixes6
+	tableKinds
+)
+
+// tableNames says what each table is called: the one-entry map that holds it, in
+// the object and as a pin, the table in force as a pin, and the table itself.
+var tableNames = [tableKinds]struct{ outer, pin, name string }{
+	exact4:    {bpf.RelayMapFlowTables4, "flows4", "flow_table4"},
+	exact6:    {bpf.RelayMapFlowTables6, "flows6", "flow_table6"},
+	prefixes4: {bpf.RelayMapPrefixTables4, "prefixes4", "prefix_table4"},
+	prefixes6: {bpf.RelayMapPrefixTables6, "prefixes6", "prefix_table6"},
+}
+
+// tables are the flow tables in force.
+type tables [tableKinds]*ebpf.Map
+
+// Close closes the file descriptors.
+func (t *tables) Close() error {
+	var errs []error
+	for _, table := range t {
+		errs = append(errs, table.Close())
+	}
+	*t = tables{}
+	return errors.Join(errs...)
+}
+
+// openTables opens the tables that the outer maps say are in force.
+func openTables(m *mapSet) (t tables, err error) {
+	for kind := range tableKinds {
+		if err := m.outer(kind).Lookup(uint32(0), &t[kind]); err != nil {
+			return tables{}, errors.Join(fmt.Errorf("open flow table %s: %w", tableNames[kind].pin, err), t.Close())
+		}
+	}
+	return t, nil
+}
+
+// outer is the map that holds the table of a kind.
+func (m *mapSet) outer(kind tableKind) *ebpf.Map {
+	return [tableKinds]*ebpf.Map{m.FlowTables4, m.FlowTables6, m.PrefixTables4, m.PrefixTables6}[kind]
+}
+
+// kindOf is the table that an input belongs in.
+func kindOf(in Input) tableKind {
+	kind := exact4
+	if in.Group.Is6() {
+		kind = exact6
+	}
+	if in.Len != 0 {
+		kind += prefixes4 - exact4
+	}
+	return kind
+}
+
+// lookupOf is the lookup kind that finds an input, as bits of the IPv4 lookups and
+// of the IPv6 ones.
+func lookupOf(in Input) (kinds lookups) {
+	var bit bpf.RelayLookupKind
+	switch {
+	case in.Source.IsValid() && in.Port != 0:
+		bit = bpf.RelayLookupKindLOOKUP_SOURCE_PORT
+	case in.Port != 0:
+		bit = bpf.RelayLookupKindLOOKUP_PORT
+	case in.Source.IsValid():
+		bit = bpf.RelayLookupKindLOOKUP_SOURCE
+	default:
+		bit = bpf.RelayLookupKindLOOKUP_ANY
+	}
+	if in.Len != 0 {
+		bit <<= bpf.RelayLookupKindLOOKUP_PREFIXES
+	}
+	if in.Group.Is4() {
+		return lookups(bit)
+	}
+	return lookups(bit) << 16
+}
+
+// lookups holds the IPv4 lookup kinds in its lower half and the IPv6 ones in the
+// upper.
+type lookups uint32
+
+// flowEntry is one entry of a flow table.
+type flowEntry struct {
+	in    Input
+	value bpf.RelayFlow
+}
+
+// encodeKey returns a pointer to the key of an input in its table.
+func encodeKey(in Input) any {
+	switch kindOf(in) {
+	case exact4:
+		key := exactKey4(in)
+		return &key
+	case exact6:
+		key := exactKey6(in)
+		return &key
+	case prefixes4:
+		key := prefixKey4(in)
+		return &key
+	default:
+		key := prefixKey6(in)
+		return &key
+	}
+}
+
+func exactKey4(in Input) bpf.RelayFlow4 {
+	key := bpf.RelayFlow4{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, Group: in.Group.As4()}
+	if in.Source.IsValid() {
+		key.Source = in.Source.As4()
+	}
+	return key
+}
+
+func exactKey6(in Input) bpf.RelayFlow6 {
+	key := bpf.RelayFlow6{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, Group: in.Group.As16()}
+	if in.Source.IsValid() {
+		key.Source = in.Source.As16()
+	}
+	return key
+}
+
+func prefixKey4(in Input) bpf.RelayPrefix4 {
+	k := exactKey4(in)
+	return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Source: k.Source, Group: k.Group}
+}
+
+func prefixKey6(in Input) bpf.RelayPrefix6 {
+	k := exactKey6(in)
+	return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Source: k.Source, Group: k.Group}
+}
+
+// Bits of a prefix table's key before the group (PREFIX4_EXACT and PREFIX6_EXACT
+// in bpf/include/abi.h).
+const (
+	prefixExact4 = 128
+	prefixExact6 = 224
+)
+
+func decodeKey4(k *bpf.RelayFlow4) Input {
+	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, Group: netip.AddrFrom4(k.Group)}
+	if k.Source != [4]byte{} {
+		in.Source = netip.AddrFrom4(k.Source)
+	}
+	return in
+}
+
+func decodeKey6(k *bpf.RelayFlow6) Input {
+	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, Group: netip.AddrFrom16(k.Group)}
+	if k.Source != [16]byte{} {
+		in.Source = netip.AddrFrom16(k.Source)
+	}
+	return in
+}
+
+func decodePrefix4(k *bpf.RelayPrefix4) Input {
+	in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Group, Source: k.Source})
+	in.Len = int(k.Prefixlen) - prefixExact4
+	return in
+}
+
+func decodePrefix6(k *bpf.RelayPrefix6) Input {
+	in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Group, Source: k.Source})
+	in.Len = int(k.Prefixlen) - prefixExact6
+	return in
+}
+
+// read returns all entries of all tables, those of the first table first.
+func (t *tables) read() ([]flowEntry, error) {
+	var all []flowEntry
+	for _, err := range []error{
+		readTable(&all, t[exact4], decodeKey4),
+		readTable(&all, t[exact6], decodeKey6),
+		readTable(&all, t[prefixes4], decodePrefix4),
+		readTable(&all, t[prefixes6], decodePrefix6),
+	} {
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) Input) error {
+	var key K
+	var flow bpf.RelayFlow
+	iter := table.Iterate()
+	for iter.Next(&key, &flow) {
+		in := decode(&key)
+		in.MAC = flow.InputMac
+		*all = append(*all, flowEntry{in, flow})
+	}
+	if err := iter.Err(); err != nil {
+		return fmt.Errorf("read flow table: %w", err)
+	}
+	return nil
+}
+
+// minTable is the fewest entries that a flow table has room for.
+const minTable = 1024
+
+// newTable makes a flow table for flows, not in force, with room to grow.
+func (l *Loader) newTable(kind tableKind, flows []flowEntry) (_ *ebpf.Map, err error) {
+	spec := l.specs[tableNames[kind].outer].InnerMap.Copy()
+	spec.Name = tableNames[kind].name
+	for spec.MaxEntries = minTable; int(spec.MaxEntries) < 2*len(flows); {
+		spec.MaxEntries *= 2
+	}
+	table, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("make flow table: %w", err)
+	}
+	if err := fillTable(table, kind, flows); err != nil {
+		return nil, errors.Join(fmt.Errorf("fill flow table: %w", err), table.Close())
+	}
+	return table, nil
+}
+
+func fillTable(table *ebpf.Map, kind tableKind, flows []flowEntry) error {
+	switch kind {
+	case exact4:
+		return fill(table, flows, exactKey4)
+	case exact6:
+		return fill(table, flows, exactKey6)
+	case prefixes4:
+		return fill(table, flows, prefixKey4)
+	default:
+		return fill(table, flows, prefixKey6)
+	}
+}
+
+func fill[K any](table *ebpf.Map, flows []flowEntry, encode func(Input) K) error {
+	keys := make([]K, len(flows))
+	values := make([]bpf.RelayFlow, len(flows))
+	for i, f := range flows {
+		keys[i], values[i] = encode(f.in), f.value
+	}
+	return putAll(table, keys, values)
+}
+
+// putAll writes entries, in few system calls where the kernel can.
+func putAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	_, err := m.BatchUpdate(keys, values, nil)
+	if !errors.Is(err, ebpf.ErrNotSupported) {
+		return err
+	}
+	for i := range keys {
+		if err := m.Put(&keys[i], &values[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// firstTables makes empty flow tables and puts them into force.
+func (l *Loader) firstTables() (err error) {
+	for kind := range tableKinds {
+		if l.tables[kind], err = l.newTable(kind, nil); err != nil {
+			return err
+		}
+		if err := l.maps.outer(kind).Put(uint32(0), l.tables[kind]); err != nil {
+			return fmt.Errorf("set flow table: %w", err)
+		}
+	}
+	return nil
+}
+
+// adoptTables opens the flow tables in force. The outer maps say which they are:
+// the pins may be one swap behind.
+func (l *Loader) adoptTables() (err error) {
+	if l.tables, err = openTables(l.maps); err != nil {
+		return err
+	}
+	for kind := range tableKinds {
+		if err := repin(l.tables[kind], filepath.Join(l.opts.PinDir, tableNames[kind].pin)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
