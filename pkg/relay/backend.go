@@ -3,6 +3,7 @@ package relay
 import (
 	"context"
 	"errors"
+	"runtime/debug"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/rules"
@@ -54,6 +55,9 @@ func (r *Relay) replace(e edit, strict bool) error {
 	undo := r.apply(e)
 	err := r.reconcile(names)
 	if err == nil {
+		if len(e.put) >= manyEdits {
+			r.tidy.Go(debug.FreeOSMemory)
+		}
 		return nil
 	}
 	r.apply(undo)

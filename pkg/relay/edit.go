@@ -15,6 +15,10 @@ type edit struct {
 	remove []string
 }
 
+// manyEdits is from where on the garbage of a change is given back to the host at
+// once: it is as large as what stays, and may be for long.
+const manyEdits = 10_000
+
 // fewEdits is up to how many rules are put into the order one by one.
 const fewEdits = 16
 

@@ -129,6 +129,9 @@ func (r *Relay) reconcile(strict []string) error {
 		w.dirty = false
 		r.unsynced = r.unsynced || !sameInstances(before[i], w.instances)
 	}
+	if len(dirty) == 0 && !r.unsynced && r.warnings[aboutKernel] == "" {
+		return nil // nor has anything become needless
+	}
 	if err := r.failed(strict); err != nil {
 		return err
 	}

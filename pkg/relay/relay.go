@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"xdpcast/pkg/control"
@@ -66,7 +67,8 @@ type Relay struct {
 	ownKnown   bool                        // the kernel has them
 	features   map[int]loader.Features     // by interface index; see featuresOf
 	offloads   *offloads
-	round      uint64                                      // counts reconciles
+	round      uint64 // counts reconciles
+	tidy       sync.WaitGroup
 	reconciled time.Time                                   // the last time
 	allDirty   bool                                        // every rule is to be resolved again
 	unsynced   bool                                        // the kernel does not hold what is resolved
@@ -248,6 +250,7 @@ func (r *Relay) keepAdopted() {
 }
 
 func (r *Relay) close() error {
+	r.tidy.Wait()
 	var errs []error
 	if r.watch != nil {
 		errs = append(errs, r.watch.Close())

@@ -50,8 +50,9 @@ func BenchmarkApply(b *testing.B) {
 				b.StartTimer()
 				apply(b, r, all)
 				b.StopTimer()
-				b.ReportMetric(float64(residentBytes(b))/1e6, "MB-resident")
 				all = nil
+				r.tidy.Wait()
+				b.ReportMetric(float64(residentBytes(b))/1e6, "MB-resident")
 				runtime.GC()
 				var m runtime.MemStats
 				runtime.ReadMemStats(&m)
