@@ -3,8 +3,7 @@ package relay
 import (
 	"context"
 	"errors"
-	"maps"
-	"slices"
+	"runtime/debug"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/rules"
@@ -25,9 +24,7 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 		if err := validateSet(append(r.wantedRules(), rule)); err != nil {
 			return err
 		}
-		next := maps.Clone(r.rules)
-		next[rule.Name] = &wantedRule{rule: rule, origin: control.OriginAPI}
-		if err := r.replace(next, []string{rule.Name}); err != nil {
+		if err := r.replace(edit{put: []*wantedRule{{rule: rule, origin: control.OriginAPI}}}, true); err != nil {
 			return err
 		}
 		r.saveState()
@@ -46,17 +43,25 @@ func validateSet(all []rules.Rule) error {
 	return control.Wrap(control.KindInvalid, err)
 }
 
-// replace makes next the wanted rules. After an error everything is as before: the
-// kernel does not take them, or one of the rules named by strict failed.
-func (r *Relay) replace(next map[string]*wantedRule, strict []string) error {
-	before := r.rules
-	r.rules = next
-	err := r.reconcile(strict)
+// replace edits the wanted rules. After an error everything is as before: the
+// kernel does not take them, or, when strict, one that was put in failed.
+func (r *Relay) replace(e edit, strict bool) error {
+	var names []string
+	if strict {
+		for _, w := range e.put {
+			names = append(names, w.rule.Name)
+		}
+	}
+	undo := r.apply(e)
+	err := r.reconcile(names)
 	if err == nil {
+		if len(e.put) >= manyEdits {
+			r.tidy.Go(debug.FreeOSMemory)
+		}
 		return nil
 	}
-	r.rules = before
-	_ = r.reconcile(nil) // lets go of what was joined and attached for next
+	r.apply(undo)
+	_ = r.reconcile(nil) // lets go of what was joined and attached for them
 	return control.Wrap(control.KindFailed, err)
 }
 
@@ -78,9 +83,7 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 		case w.origin == control.OriginFile:
 			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.opts.ConfigFile)
 		}
-		next := maps.Clone(r.rules)
-		delete(next, name)
-		if err := r.replace(next, nil); err != nil {
+		if err := r.replace(edit{remove: []string{name}}, false); err != nil {
 			return err
 		}
 		r.saveState()
@@ -134,14 +137,12 @@ func (r *Relay) Reload(ctx context.Context) (result control.ApplyResult, err err
 // applyOrigin makes the rules of one origin exactly want.
 func (r *Relay) applyOrigin(origin string, want []rules.Rule, dryRun, strict bool) (control.ApplyResult, error) {
 	result := control.ApplyResult{DryRun: dryRun}
-	next := map[string]*wantedRule{}
 	var have, all []rules.Rule
-	for _, w := range r.orderedRules() {
+	for _, w := range r.ordered {
 		if w.origin == origin {
 			have = append(have, w.rule)
 			continue
 		}
-		next[w.rule.Name] = w
 		all = append(all, w.rule)
 	}
 	if err := validateSet(append(all, want...)); err != nil {
@@ -152,22 +153,17 @@ func (r *Relay) applyOrigin(origin string, want []rules.Rule, dryRun, strict boo
 	if dryRun {
 		return result, nil
 	}
-	for _, rule := range diff.Keep {
-		next[rule.Name] = r.rules[rule.Name]
-	}
-	var fresh []string
+	var e edit
 	for _, rule := range diff.Add {
-		next[rule.Name] = &wantedRule{rule: rule, origin: origin}
-		fresh = append(fresh, rule.Name)
+		e.put = append(e.put, &wantedRule{rule: rule, origin: origin})
 	}
 	for _, c := range diff.Change {
-		next[c.New.Name] = &wantedRule{rule: c.New, origin: origin}
-		fresh = append(fresh, c.New.Name)
+		e.put = append(e.put, &wantedRule{rule: c.New, origin: origin})
 	}
-	if !strict {
-		fresh = nil
+	for _, rule := range diff.Remove {
+		e.remove = append(e.remove, rule.Name)
 	}
-	return result, r.replace(next, fresh)
+	return result, r.replace(e, strict)
 }
 
 func changes(diff rules.Diff) []control.Change {
@@ -191,7 +187,7 @@ func changes(diff rules.Diff) []control.Change {
 // Rules implements control.Backend.
 func (r *Relay) Rules(ctx context.Context) (all []control.RuleStatus, err error) {
 	err = r.do(ctx, func() error {
-		all, err = r.ruleStatuses(slices.Sorted(maps.Keys(r.rules)))
+		all, err = r.ruleStatuses(r.names())
 		return err
 	})
 	return all, err

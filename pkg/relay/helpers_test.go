@@ -27,13 +27,14 @@ import (
 // place is where relays of a test keep their things: a host with the interfaces in0,
 // out0 and out1, and the directories.
 type place struct {
-	t    *testing.T
+	t    testing.TB
 	host *lab.Host
+	peer *lab.Host // the other end of all
 	opts Options
 	log  *logBuffer
 }
 
-func newPlace(t *testing.T) *place {
+func newPlace(t testing.TB) *place {
 	t.Helper()
 	host, peer := labtest.Host(t, "relay"), labtest.Host(t, "peer")
 	for i, name := range []string{"in0", "out0", "out1"} {
@@ -41,7 +42,7 @@ func newPlace(t *testing.T) *place {
 			lab.End{Host: peer, Name: name, Addrs: []string{fmt.Sprintf("10.%d.0.2/24", i)}})
 	}
 	dir := t.TempDir()
-	p := &place{t: t, host: host, log: &logBuffer{}}
+	p := &place{t: t, host: host, peer: peer, log: &logBuffer{}}
 	p.opts = Options{
 		Loader: loader.Options{PinDir: filepath.Join(dir, "bpf", "xdpcast"), RunDir: filepath.Join(dir, "run"), MaxRules: 64, MaxOutputs: 64},
 		Logger: slog.New(slog.NewTextHandler(p.log, nil)), Version: "test",
@@ -72,7 +73,7 @@ func (p *place) file(name, text string) string {
 // running is a relay and the goroutine that runs it.
 type running struct {
 	*Relay
-	t      *testing.T
+	t      testing.TB
 	cancel context.CancelFunc
 	ended  chan error
 }

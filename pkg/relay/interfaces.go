@@ -4,8 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -95,61 +95,67 @@ func readInterfaces() (map[string]*iface, error) {
 	return byName, nil
 }
 
-// isLocal says whether an address is one of the host's.
-func isLocal(interfaces map[string]*iface, addr netip.Addr) bool {
+// equal says whether nothing has changed that a rule depends on.
+func (i *iface) equal(o *iface) bool {
+	return i.name == o.name && i.index == o.index && i.mac == o.mac && i.ethernet == o.ethernet &&
+		i.mtu == o.mtu && i.up == o.up && i.running == o.running && slices.Equal(i.addrs, o.addrs)
+}
+
+// changedNames returns the names of the interfaces that are not as they were,
+// those that came and those that went.
+func changedNames(before, now map[string]*iface) map[string]bool {
+	changed := map[string]bool{}
+	for name, i := range now {
+		if old := before[name]; old == nil || !old.equal(i) {
+			changed[name] = true
+		}
+	}
+	for name := range before {
+		if now[name] == nil {
+			changed[name] = true
+		}
+	}
+	return changed
+}
+
+// ownAddresses returns every unicast address of the host, sorted.
+func ownAddresses(interfaces map[string]*iface) []netip.Addr {
+	var all []netip.Addr
 	for _, i := range interfaces {
-		if slices.Contains(i.addrs, addr) {
-			return true
+		all = append(all, i.addrs...)
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return slices.Compact(all)
+}
+
+// isPattern says whether a rule's interface stands for every interface whose name
+// begins with what is before the plus sign.
+func isPattern(name string) bool { return strings.HasSuffix(name, "+") }
+
+// matches says whether a rule's interface, a name or a pattern, means an interface.
+func matches(pattern, name string) bool {
+	if prefix, ok := strings.CutSuffix(pattern, "+"); ok {
+		return strings.HasPrefix(name, prefix)
+	}
+	return pattern == name
+}
+
+// matching returns the interfaces that a name or a pattern means, by name. A
+// pattern means only those with an Ethernet header: no path could use the others,
+// such as the loopback interface.
+func (r *Relay) matching(pattern string) []*iface {
+	if !isPattern(pattern) {
+		if i := r.interfaces[pattern]; i != nil {
+			return []*iface{i}
+		}
+		return nil
+	}
+	var all []*iface
+	for _, i := range r.interfaces {
+		if i.ethernet && matches(pattern, i.name) {
+			all = append(all, i)
 		}
 	}
-	return false
-}
-
-// linkWatch tells when interfaces or addresses change. What changed is not told:
-// the reader asks the kernel again, so that an overflow loses nothing.
-type linkWatch struct {
-	changed chan struct{} // holds at most one
-	socket  *os.File
-	ended   chan struct{}
-}
-
-// watchLinks listens to the kernel's announcements (rtnetlink(7)) in the network
-// namespace of the calling thread. The caller must Close it.
-func watchLinks() (*linkWatch, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("netlink socket: %w", err)
-	}
-	groups := uint32(0)
-	for _, g := range []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR} {
-		groups |= 1 << (g - 1)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
-		return nil, errors.Join(fmt.Errorf("bind netlink socket: %w", err), unix.Close(fd))
-	}
-	w := &linkWatch{changed: make(chan struct{}, 1), socket: os.NewFile(uintptr(fd), "rtnetlink"), ended: make(chan struct{})}
-	go w.run()
-	return w, nil
-}
-
-func (w *linkWatch) run() {
-	defer close(w.ended)
-	buf := make([]byte, 65536)
-	for {
-		// ENOBUFS: announcements were lost, so something has changed.
-		if _, err := w.socket.Read(buf); err != nil && !errors.Is(err, unix.ENOBUFS) {
-			return
-		}
-		select {
-		case w.changed <- struct{}{}:
-		default:
-		}
-	}
-}
-
-// Close ends the watch.
-func (w *linkWatch) Close() error {
-	err := w.socket.Close()
-	<-w.ended
-	return err
+	slices.SortFunc(all, func(a, b *iface) int { return strings.Compare(a.name, b.name) })
+	return all
 }

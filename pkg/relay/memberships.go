@@ -3,10 +3,13 @@ package relay
 import (
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
+	"slices"
 	"time"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/membership"
+	"xdpcast/pkg/rules"
 )
 
 // retry is how joins are tried again. All are tried for as long as they are
@@ -16,7 +19,7 @@ var retry = membership.Backoff{Min: 200 * time.Millisecond, Max: 30 * time.Secon
 // wantedMembership is a membership that some rule needs.
 type wantedMembership struct {
 	membership.Membership
-	rules  []string
+	used   uint64 // the last round in which a rule needed it
 	joined bool
 	since  time.Time // when it was joined, or first wanted
 	tries  int
@@ -24,38 +27,97 @@ type wantedMembership struct {
 	err    error     // of the last try
 }
 
-func (w *wantedMembership) key() membership.Membership { return keyOf(w.Membership) }
-
 // keyOf is what identifies a membership: an interface may be renamed.
 func keyOf(m membership.Membership) membership.Membership {
 	m.Interface = ""
 	return m
 }
 
-// join tries the memberships that rules need and that are due.
-func (r *Relay) join(ordered []*wantedRule) {
-	for _, w := range r.wants {
-		w.rules = w.rules[:0]
-	}
+// join tries the memberships that the rules need and that are due.
+func (r *Relay) join(all []*wantedRule) {
 	now := time.Now()
-	for _, rule := range ordered {
-		m, ok := r.membershipOf(rule)
-		if !ok || rule.resolved == nil {
-			continue
-		}
-		w := r.wants[keyOf(m)]
-		if w == nil {
-			w = &wantedMembership{Membership: m, since: now}
-			r.wants[keyOf(m)] = w
-		}
-		w.rules = append(w.rules, rule.rule.Name)
-		if !w.joined && !now.Before(w.next) {
-			r.tryJoin(w, now)
-		}
-		if !w.joined {
-			r.showJoinFailure(rule, w)
+	for _, w := range all {
+		for _, n := range w.instances {
+			if n.publish {
+				r.joinFor(w, n, now)
+			}
 		}
 	}
+}
+
+func (r *Relay) joinFor(w *wantedRule, n *instance, now time.Time) {
+	in := r.interfaces[n.in]
+	groups := wantedGroups(&w.rule)
+	n.joins = make([]*wantedMembership, 0, groupCount(&w.rule))
+	for group := range groups {
+		n.joins = append(n.joins, r.wanted(membership.Membership{Interface: in.name, Index: in.index, Group: group, Source: w.rule.In.Source}, now))
+	}
+	for _, m := range n.joins {
+		if !m.joined && !now.Before(m.next) {
+			r.tryJoin(m, now)
+		}
+		if !m.joined {
+			r.showJoinFailure(n, m)
+			return // the others wait for this one
+		}
+	}
+}
+
+func (r *Relay) wanted(m membership.Membership, now time.Time) *wantedMembership {
+	key := keyOf(m)
+	w := r.wants[key]
+	if w == nil {
+		w = &wantedMembership{Membership: m, since: now}
+		r.wants[key] = w
+	}
+	return w
+}
+
+// wantedGroups are the groups that a rule wants joined.
+func wantedGroups(rule *rules.Rule) func(yield func(netip.Addr) bool) {
+	return func(yield func(netip.Addr) bool) {
+		switch joinPolicy(rule) {
+		case rules.JoinDefault:
+			yield(rule.In.Address)
+		case rules.JoinList:
+			for _, group := range rule.Accept.Groups {
+				if !yield(group) {
+					return
+				}
+			}
+		case rules.JoinAll:
+			prefix := prefixOf(rule.In.Address, rule.In.Len)
+			for group := rule.In.Address; prefix.Contains(group); group = group.Next() {
+				if !yield(group) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// joinPolicy is what a rule's policy comes to: without one the group itself is
+// joined, and no prefix; for a unicast input there is nothing to join.
+func joinPolicy(rule *rules.Rule) rules.JoinPolicy {
+	switch {
+	case !rule.In.Multicast(), rule.Accept.Join == rules.JoinDefault && rule.In.Len != 0:
+		return rules.JoinNone
+	case rule.Accept.Join == rules.JoinAll && groupCount(rule) > rules.MaxJoinAll:
+		return rules.JoinNone // refused when the rule is validated
+	}
+	return rule.Accept.Join
+}
+
+// groupCount is how many groups a rule's policy asks to join, clipped above
+// rules.MaxJoinAll.
+func groupCount(rule *rules.Rule) int {
+	switch rule.Accept.Join {
+	case rules.JoinList:
+		return len(rule.Accept.Groups)
+	case rules.JoinAll:
+		return 1 << min(rule.In.Address.BitLen()-prefixOf(rule.In.Address, rule.In.Len).Bits(), 16)
+	}
+	return 1
 }
 
 func (r *Relay) tryJoin(w *wantedMembership, now time.Time) {
@@ -65,36 +127,46 @@ func (r *Relay) tryJoin(w *wantedMembership, now time.Time) {
 		r.log.Error("join failed", "membership", w.Membership.String(), "tries", w.tries, "error", w.err)
 		return
 	}
-	w.joined, w.since = true, now
+	w.joined, w.since = true, time.Now()
 	r.log.Info("joined", "membership", w.Membership.String())
 }
 
-// showJoinFailure marks a rule whose group is not joined. A new rule is not added
-// then. One that is in the kernel already stays: what arrives without a membership
-// is still to be relayed.
-func (r *Relay) showJoinFailure(rule *wantedRule, w *wantedMembership) {
-	if !r.loader.Has(rule.rule.Name) {
-		rule.resolved = nil
-	}
-	rule.err = w.err
-	rule.reason = fmt.Sprintf("%v; %d tries, next at %s", w.err, w.tries, w.next.Format(time.TimeOnly))
-	rule.state = control.StateFailed
-	if membership.Transient(w.err) {
-		rule.state = control.StatePending
+// showJoinFailure marks an instance whose group is not joined. A new one is not
+// added then. One that is in the kernel already stays: what arrives without a
+// membership is still to be relayed.
+func (r *Relay) showJoinFailure(n *instance, m *wantedMembership) {
+	n.publish = r.loader.Has(n.resolved.Name)
+	n.err = m.err
+	n.reason = fmt.Sprintf("%v; %d tries, next at %s", m.err, m.tries, m.next.Format(time.TimeOnly))
+	n.state = control.StateFailed
+	if membership.Transient(m.err) {
+		n.state = control.StatePending
 	}
 }
 
 // leave leaves what no rule needs any more. A failure is no more than a warning,
 // which the manager logs.
 func (r *Relay) leave() {
+	for _, rule := range r.rules {
+		for _, n := range rule.instances {
+			for _, m := range n.joins {
+				m.used = r.round
+			}
+		}
+	}
+	var left []*wantedMembership
 	for key, w := range r.wants {
-		if len(w.rules) > 0 {
+		if w.used == r.round {
 			continue
 		}
 		delete(r.wants, key)
-		if !w.joined {
-			continue
+		if w.joined {
+			left = append(left, w)
 		}
+	}
+	// The newest first: the kernel looks for them in that order.
+	slices.SortFunc(left, func(a, b *wantedMembership) int { return b.since.Compare(a.since) })
+	for _, w := range left {
 		if err := r.groups.Leave(w.Membership); err == nil {
 			r.log.Info("left", "membership", w.Membership.String())
 		}

@@ -1,16 +1,12 @@
 package relay
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
-	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/rules"
 )
 
 // recheck is how long to wait before what is not active is looked at again. Most
@@ -24,57 +20,143 @@ const idle = time.Hour
 const (
 	aboutInterfaces = "interfaces"
 	aboutKernel     = "kernel"
+	aboutNeighbours = "neighbours"
+	aboutOwn        = "own addresses"
+	aboutOffloads   = "vlan offload"
 )
 
 // nextWake says when something is due although nothing has happened.
 func (r *Relay) nextWake() time.Duration {
+	if r.allDirty {
+		return 0
+	}
 	wake := idle
-	for _, w := range r.rules {
-		if w.state != control.StateActive || w.reason != "" {
-			wake = recheck
+	// From the last time, since whoever asks for states must not put it off.
+	again := max(0, recheck-time.Since(r.reconciled))
+	for _, w := range r.ordered {
+		if !w.complete() {
+			wake = again
 			break
 		}
 	}
-	if r.warnings[aboutKernel] != "" || r.warnings[aboutInterfaces] != "" {
-		wake = recheck
+	for _, about := range []string{aboutKernel, aboutInterfaces, aboutNeighbours, aboutOwn} {
+		if r.warnings[about] != "" {
+			wake = again
+		}
 	}
 	for _, w := range r.wants {
-		if !w.joined {
+		if !w.joined && w.err != nil {
 			wake = min(wake, max(0, time.Until(w.next)))
 		}
 	}
 	return wake
 }
 
+// heed does what the kernel's announcements call for. Those of routes and neighbours
+// that change nothing for a rule cost no more than the question.
+func (r *Relay) heed(n news) {
+	changed := r.hops.refresh(n)
+	if changed {
+		r.dirtyUnicast()
+	}
+	if changed || n.links || n.lost {
+		_ = r.reconcile(nil)
+	}
+}
+
+func (r *Relay) dirtyUnicast() {
+	for _, w := range r.ordered {
+		w.dirty = w.dirty || w.unicastOut()
+	}
+}
+
+// unicastOut says whether an output needs a neighbour.
+func (w *wantedRule) unicastOut() bool {
+	for i := range w.rule.Out {
+		if !w.rule.Out[i].Address.IsMulticast() {
+			return true
+		}
+	}
+	return false
+}
+
+// touches says whether a rule depends on one of the interfaces named.
+func (w *wantedRule) touches(changed map[string]bool) bool {
+	touched := func(name string) bool {
+		if !isPattern(name) {
+			return changed[name]
+		}
+		for c := range changed {
+			if matches(name, c) {
+				return true
+			}
+		}
+		return false
+	}
+	if touched(w.rule.In.Interface) || !w.rule.In.Multicast() {
+		return true // whether a unicast address is the host's depends on all of them
+	}
+	for i := range w.rule.Out {
+		if o := &w.rule.Out[i]; touched(o.Interface) || !o.Address.IsMulticast() {
+			return true
+		}
+	}
+	return false
+}
+
 // reconcile makes the kernel hold what is wanted, as far as the interfaces allow.
-// It may be called at any time and changes nothing that is right already.
+// It may be called at any time and changes nothing that is right already: only rules
+// that are new, incomplete, or touched by a change are resolved again.
 //
 // The order is that of a rule's life: join, then publish; unpublish, then leave.
 //
 // The rules named by strict must not fail. After an error the kernel holds the
 // rules from before.
 func (r *Relay) reconcile(strict []string) error {
+	defer func() { r.reconciled = time.Now() }()
+	r.round++
+	r.hops.round++
 	if err := r.refreshInterfaces(); err != nil {
 		r.warn(aboutInterfaces, err)
 		return err
 	}
 	delete(r.warnings, aboutInterfaces)
-	ordered := r.orderedRules()
-	for _, w := range ordered {
-		r.resolve(w)
+	dirty, before := r.resolveDirty()
+	r.attach(dirty)
+	r.join(dirty)
+	for i, w := range dirty {
+		w.sum()
+		w.dirty = false
+		r.unsynced = r.unsynced || !sameInstances(before[i], w.instances)
 	}
-	r.attach(ordered)
-	r.join(ordered)
+	if len(dirty) == 0 && !r.unsynced && r.warnings[aboutKernel] == "" {
+		return nil // nor has anything become needless
+	}
 	if err := r.failed(strict); err != nil {
 		return err
 	}
-	if err := r.sync(ordered, strict); err != nil {
+	if err := r.sync(strict); err != nil {
 		return err
 	}
 	r.leave()
 	r.detach()
-	r.logStates(ordered)
+	r.sweepHops()
+	r.logStates(dirty)
 	return nil
+}
+
+// resolveDirty resolves the rules that need it, and returns them with the instances
+// that they had.
+func (r *Relay) resolveDirty() (dirty []*wantedRule, before [][]*instance) {
+	for _, w := range r.ordered {
+		if r.allDirty || w.dirty || !w.complete() {
+			dirty = append(dirty, w)
+			before = append(before, w.instances)
+			r.resolve(w)
+		}
+	}
+	r.allDirty = false
+	return dirty, before
 }
 
 // failed says which of the named rules have failed.
@@ -89,12 +171,9 @@ func (r *Relay) failed(names []string) error {
 }
 
 // logStates logs what has become of rules, where that has changed.
-func (r *Relay) logStates(ordered []*wantedRule) {
-	for _, w := range ordered {
-		state := w.state
-		for _, o := range w.outputs {
-			state += " " + o.state
-		}
+func (r *Relay) logStates(dirty []*wantedRule) {
+	for _, w := range dirty {
+		state := w.stateText()
 		if state == w.logged {
 			continue
 		}
@@ -111,6 +190,20 @@ func (r *Relay) logStates(ordered []*wantedRule) {
 	}
 }
 
+// stateText is the state of a rule and of whatever of it is not active.
+func (w *wantedRule) stateText() string {
+	text := w.state
+	if w.complete() {
+		return text
+	}
+	for _, n := range w.instances {
+		for _, s := range n.slots {
+			text += " " + s.state
+		}
+	}
+	return text
+}
+
 func (r *Relay) warn(about string, err error) {
 	if r.warnings[about] != err.Error() {
 		r.log.Warn("control loop", "about", about, "error", err)
@@ -118,27 +211,26 @@ func (r *Relay) warn(about string, err error) {
 	r.warnings[about] = err.Error()
 }
 
-func (r *Relay) orderedRules() []*wantedRule {
-	return slices.SortedFunc(maps.Values(r.rules), func(a, b *wantedRule) int {
-		return cmp.Compare(a.rule.Name, b.rule.Name)
-	})
-}
-
-// wantedRules returns the rules of all origins.
-func (r *Relay) wantedRules() []rules.Rule {
-	all := make([]rules.Rule, 0, len(r.rules))
-	for _, w := range r.orderedRules() {
-		all = append(all, w.rule)
+// warnUnless warns, or takes a warning back when there is no error.
+func (r *Relay) warnUnless(about string, err error) {
+	if err != nil {
+		r.warn(about, err)
+		return
 	}
-	return all
+	delete(r.warnings, about)
 }
 
-// refreshInterfaces reads the interfaces, and forgets what was held on those that
-// are gone.
+// refreshInterfaces reads the interfaces, forgets what was held on those that are
+// gone, and marks the rules that depend on what has changed.
 func (r *Relay) refreshInterfaces() error {
 	now, err := readInterfaces()
 	if err != nil {
 		return err
+	}
+	r.refreshFeatures()
+	changed := changedNames(r.interfaces, now)
+	if len(changed) == 0 && r.warnings[aboutOwn] == "" {
+		return nil
 	}
 	there := make(map[int]*iface, len(now))
 	for _, i := range now {
@@ -153,140 +245,233 @@ func (r *Relay) refreshInterfaces() error {
 		}
 	}
 	r.interfaces = now
+	r.publishOwn()
+	// The kernel does not tell of the routes that go with an interface or address.
+	r.hops.refreshRoutes()
+	for _, w := range r.ordered {
+		w.dirty = w.dirty || w.touches(changed)
+	}
 	return nil
+}
+
+// publishOwn gives the loop check the addresses of this host, when they change.
+func (r *Relay) publishOwn() {
+	own := ownAddresses(r.interfaces)
+	if r.ownKnown && slices.Equal(own, r.own) {
+		return
+	}
+	r.own = own
+	err := r.loader.SetOwnAddresses(own)
+	r.ownKnown = err == nil
+	r.warnUnless(aboutOwn, err)
 }
 
 func (r *Relay) forgetInterface(i *iface) {
 	r.groups.DropInterface(i.index)
-	for m, w := range r.wants {
+	for m := range r.wants {
 		if m.Index == i.index {
-			delete(r.wants, w.key())
+			delete(r.wants, m)
 		}
 	}
 	if err := r.loader.Detach(i.index); err != nil {
 		r.log.Warn("detach from an interface that is gone", "interface", i.name, "error", err)
 	}
+	r.hops.dropInterface(i.index)
 	delete(r.keep, i.index)
 	delete(r.attachErrs, i.index)
+	delete(r.features, i.index)
 	r.log.Info("interface is gone", "interface", i.name, "index", i.index)
 }
 
 // attach attaches the relay program to the interfaces of the rules, and completes
 // the rules' outputs.
-func (r *Relay) attach(ordered []*wantedRule) {
-	attached := map[int]loader.Attachment{}
-	for _, a := range r.loader.Attachments() {
-		attached[a.Index] = a
-	}
-	clear(r.attachErrs)
-	ensure := func(name string) (loader.Attachment, error) {
-		i := r.interfaces[name]
-		if i == nil || !i.ethernet {
-			return loader.Attachment{}, nil
-		}
-		if a, ok := attached[i.index]; ok {
-			return a, nil
-		}
-		if err := r.attachErrs[i.index]; err != nil {
-			return loader.Attachment{}, err
-		}
-		a, err := r.loader.Attach(i.index, r.opts.Mode)
-		if err != nil {
-			r.attachErrs[i.index] = err
-			return a, err
-		}
-		attached[i.index] = a
-		return a, nil
-	}
+func (r *Relay) attach(dirty []*wantedRule) {
+	a := r.newAttacher()
 	for _, name := range r.opts.Interfaces {
-		if _, err := ensure(name); err != nil {
+		if err := a.ensure(name); err != nil {
 			r.warn("interface "+name, err)
 		}
 	}
 	// All before any output is asked for its features: a veth can send once its
 	// peer, which may be another of ours, has a program.
-	for _, w := range ordered {
-		if w.resolved == nil {
-			continue
-		}
-		if _, err := ensure(w.rule.In.Interface); err != nil {
-			w.fail(err)
-			continue
-		}
-		for _, o := range w.rule.Out {
-			// Another's program there does no harm: it lets the driver send, too.
-			_, _ = ensure(o.Interface)
+	for _, w := range dirty {
+		for _, n := range w.instances {
+			if n.publish {
+				a.instance(w, n)
+			}
 		}
 	}
-	features := r.featureCache()
-	for _, w := range ordered {
-		if w.resolved != nil {
-			r.resolveOutputs(w, attached[w.resolved.In.Index].Mode == loader.ModeGeneric, features)
+	a.retry()
+	if a.added {
+		r.refreshFeatures()
+	}
+	for _, w := range dirty {
+		for _, n := range w.instances {
+			if n.publish {
+				r.resolveOutputs(&w.rule, n, a.attached[n.resolved.In.Index] == loader.ModeGeneric)
+			}
 		}
 	}
 }
 
-// featureCache asks the kernel once for each interface.
-func (r *Relay) featureCache() func(index int) loader.Features {
-	known := map[int]loader.Features{}
-	return func(index int) loader.Features {
-		f, ok := known[index]
-		if !ok {
-			var err error
-			if f, err = loader.DeviceFeatures(index); err != nil {
-				r.log.Debug("features of a device", "index", index, "error", err)
-			}
-			known[index] = f
+// attacher attaches in one round, each interface once.
+type attacher struct {
+	*Relay
+	attached map[int]loader.Mode
+	tried    map[int]bool
+	tags     map[string]error // interfaces made to leave VLAN tags in the frames
+	added    bool
+}
+
+func (r *Relay) newAttacher() *attacher {
+	a := &attacher{Relay: r, attached: map[int]loader.Mode{}, tried: map[int]bool{}, tags: map[string]error{}}
+	for _, at := range r.loader.Attachments() {
+		a.attached[at.Index] = at.Mode
+	}
+	return a
+}
+
+func (a *attacher) ensure(name string) error {
+	i := a.interfaces[name]
+	if i == nil || !i.ethernet {
+		return nil
+	}
+	if _, ok := a.attached[i.index]; ok {
+		return nil
+	}
+	if a.tried[i.index] {
+		return a.attachErrs[i.index]
+	}
+	a.tried[i.index] = true
+	at, err := a.loader.Attach(i.index, a.opts.Mode)
+	if err != nil {
+		a.attachErrs[i.index] = err
+		return err
+	}
+	delete(a.attachErrs, i.index)
+	a.attached[i.index], a.added = at.Mode, true
+	return nil
+}
+
+// instance attaches to the interfaces of an instance.
+func (a *attacher) instance(w *wantedRule, n *instance) {
+	if err := a.ensure(n.in); err != nil {
+		n.fail(err)
+		return
+	}
+	if w.rule.In.VLAN.ID != 0 {
+		if err := a.showTags(n.in); err != nil {
+			n.fail(err)
+			return
 		}
-		return f
+	}
+	for i := range n.slots {
+		// Another's program there does no harm: it lets the driver send, too.
+		_ = a.ensure(n.slots[i].ifname)
+	}
+}
+
+func (a *attacher) showTags(name string) error {
+	err, ok := a.tags[name]
+	if !ok {
+		err = a.offloads.showTags(name)
+		a.tags[name] = err
+	}
+	return err
+}
+
+// retry tries again what failed earlier, for rules that are complete without it.
+func (a *attacher) retry() {
+	for _, i := range a.interfaces {
+		if a.attachErrs[i.index] != nil {
+			_ = a.ensure(i.name)
+		}
+	}
+}
+
+// featuresOf asks the kernel once for each interface, and again when interfaces
+// change.
+func (r *Relay) featuresOf(index int) loader.Features {
+	f, ok := r.features[index]
+	if !ok {
+		f = r.askFeatures(index)
+		r.features[index] = f
+	}
+	return f
+}
+
+func (r *Relay) askFeatures(index int) loader.Features {
+	f, err := loader.DeviceFeatures(index)
+	if err != nil {
+		r.log.Debug("features of a device", "index", index, "error", err)
+	}
+	return f
+}
+
+// refreshFeatures asks again, and has every rule resolved when something is
+// different.
+func (r *Relay) refreshFeatures() {
+	for index, before := range r.features {
+		if f := r.askFeatures(index); f != before {
+			r.features[index] = f
+			r.allDirty = true
+		}
 	}
 }
 
 // sync writes the resolved rules to the kernel. A rule that it refuses is failed,
 // and the others go in without it, unless it is one of those named by strict.
-func (r *Relay) sync(ordered []*wantedRule, strict []string) error {
-	for {
-		want := make([]loader.Rule, 0, len(ordered))
-		for _, w := range ordered {
-			if w.resolved != nil {
-				want = append(want, *w.resolved)
-			}
-		}
-		err := r.loader.Sync(want)
+func (r *Relay) sync(strict []string) error {
+	for r.unsynced || r.warnings[aboutKernel] != "" {
+		err := r.loader.Sync(r.published())
 		var refused *loader.RuleError
 		switch {
 		case err == nil:
 			delete(r.warnings, aboutKernel)
-			return nil
-		case errors.As(err, &refused) && slices.Contains(strict, refused.Rule):
-			return err
-		case errors.As(err, &refused) && r.rules[refused.Rule] != nil && r.rules[refused.Rule].resolved != nil:
-			r.rules[refused.Rule].fail(refused.Err)
+			r.unsynced = false
+		case errors.As(err, &refused) && r.refuse(refused, strict):
 		default:
 			r.warn(aboutKernel, err)
 			return err
 		}
 	}
+	return nil
 }
 
-// detach takes the program off interfaces that no rule names any more.
-func (r *Relay) detach() {
-	needed := map[string]bool{}
-	for _, name := range r.opts.Interfaces {
-		needed[name] = true
-	}
-	for _, w := range r.rules {
-		needed[w.rule.In.Interface] = true
-		for _, o := range w.rule.Out {
-			needed[o.Interface] = true
+func (r *Relay) published() []loader.Rule {
+	want := make([]loader.Rule, 0, len(r.ordered))
+	for _, w := range r.ordered {
+		for _, n := range w.instances {
+			if n.publish {
+				want = append(want, n.resolved)
+			}
 		}
 	}
-	names := map[int]string{}
-	for name, i := range r.interfaces {
-		names[i.index] = name
+	return want
+}
+
+// refuse fails what the kernel does not take; false when nothing can be left out.
+func (r *Relay) refuse(refused *loader.RuleError, strict []string) bool {
+	w := r.ruleOf(refused.Rule)
+	if w == nil || slices.Contains(strict, w.rule.Name) {
+		return false
 	}
+	for _, n := range w.instances {
+		if n.publish && n.resolved.Name == refused.Rule {
+			n.fail(refused.Err)
+			w.sum()
+			return true
+		}
+	}
+	return false
+}
+
+// detach takes the program off interfaces that no rule names any more, and gives
+// them back what was switched off for rules.
+func (r *Relay) detach() {
+	needed, tagged := r.neededInterfaces()
 	for _, a := range r.loader.Attachments() {
-		if needed[names[a.Index]] || r.keep[a.Index] {
+		if needed[r.nameOf(a.Index)] || r.keep[a.Index] {
 			continue
 		}
 		if err := r.loader.Detach(a.Index); err != nil {
@@ -295,4 +480,53 @@ func (r *Relay) detach() {
 		}
 		r.log.Info("detached", "interface", a.Interface)
 	}
+	for index := range r.attachErrs {
+		if !needed[r.nameOf(index)] {
+			delete(r.attachErrs, index)
+		}
+	}
+	r.warnUnless(aboutOffloads, r.offloads.restore(tagged))
+}
+
+// neededInterfaces returns the names of the interfaces that rules use, and of those
+// where they match VLAN tags.
+func (r *Relay) neededInterfaces() (needed, tagged map[string]bool) {
+	needed, tagged = map[string]bool{}, map[string]bool{}
+	for _, name := range r.opts.Interfaces {
+		needed[name] = true
+	}
+	for _, w := range r.ordered {
+		if !isPattern(w.rule.In.Interface) {
+			needed[w.rule.In.Interface] = true
+		}
+		for i := range w.rule.Out {
+			if name := w.rule.Out[i].Interface; !isPattern(name) {
+				needed[name] = true
+			}
+		}
+		for _, n := range w.instances {
+			needed[n.in] = true
+			if w.rule.In.VLAN.ID != 0 {
+				tagged[n.in] = true
+			}
+			for i := range n.slots {
+				needed[n.slots[i].ifname] = true
+			}
+		}
+	}
+	return needed, tagged
+}
+
+// sweepHops lets go of neighbours that no rule needs any more.
+func (r *Relay) sweepHops() {
+	for _, w := range r.ordered {
+		for _, n := range w.instances {
+			for i := range n.slots {
+				if hop := n.slots[i].hop; hop != nil {
+					r.hops.use(hop)
+				}
+			}
+		}
+	}
+	r.warnUnless(aboutNeighbours, r.hops.sweep())
 }

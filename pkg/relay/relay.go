@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"xdpcast/pkg/control"
@@ -48,7 +50,8 @@ type Relay struct {
 
 	loader *loader.Loader
 	groups *membership.Manager
-	watch  *linkWatch
+	watch  *watch
+	hops   *hops
 
 	commands chan command
 	ended    chan struct{} // closed when Run has returned
@@ -57,7 +60,18 @@ type Relay struct {
 
 	// What follows belongs to the goroutine of Run.
 	rules      map[string]*wantedRule
-	interfaces map[string]*iface                           // by name
+	ordered    []*wantedRule               // the same, by name
+	inputs     map[rules.Input]*wantedRule // see inputIndex
+	interfaces map[string]*iface           // by name
+	own        []netip.Addr                // addresses of this host, sorted
+	ownKnown   bool                        // the kernel has them
+	features   map[int]loader.Features     // by interface index; see featuresOf
+	offloads   *offloads
+	round      uint64 // counts reconciles
+	tidy       sync.WaitGroup
+	reconciled time.Time                                   // the last time
+	allDirty   bool                                        // every rule is to be resolved again
+	unsynced   bool                                        // the kernel does not hold what is resolved
 	wants      map[membership.Membership]*wantedMembership // key: without the name
 	attachErrs map[int]error
 	keep       map[int]bool // interfaces that were attached before any rule
@@ -91,6 +105,7 @@ func New(opts Options) (_ *Relay, err error) {
 		ended:      make(chan struct{}),
 		rules:      map[string]*wantedRule{},
 		interfaces: map[string]*iface{},
+		features:   map[int]loader.Features{},
 		wants:      map[membership.Membership]*wantedMembership{},
 		attachErrs: map[int]error{},
 		keep:       map[int]bool{},
@@ -98,6 +113,9 @@ func New(opts Options) (_ *Relay, err error) {
 	}
 	// The rules first: a broken file must not touch the kernel.
 	if err := r.readInitialRules(); err != nil {
+		return nil, err
+	}
+	if r.offloads, err = readOffloads(filepath.Join(r.opts.Loader.RunDir, "offloads.json")); err != nil {
 		return nil, err
 	}
 	r.sizeMaps()
@@ -110,9 +128,10 @@ func New(opts Options) (_ *Relay, err error) {
 		}
 	}()
 	r.groups = membership.New(opts.Membership)
-	if r.watch, err = watchLinks(); err != nil {
+	if r.watch, err = newWatch(); err != nil {
 		return nil, err
 	}
+	r.hops = newHops(r.watch)
 	return r, nil
 }
 
@@ -126,19 +145,22 @@ func (r *Relay) readInitialRules() error {
 	for _, rule := range fromFile {
 		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginFile}
 	}
+	defer r.order()
 	saved, err := readState(r.opts.StateFile)
 	if err != nil {
 		return err
 	}
 	// One by one only where something is wrong, since it takes the square of time.
 	fits := rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
+	accepted := slices.Clone(fromFile)
 	for _, rule := range saved {
 		if !fits {
-			if err := rules.ValidateSet(append(r.wantedRules(), rule)); err != nil {
+			if err := rules.ValidateSet(append(accepted, rule)); err != nil {
 				r.log.Warn("rule added through the API is left out: it does not go with the file", "rule", rule.Name, "error", err)
 				continue
 			}
 		}
+		accepted = append(accepted, rule)
 		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginAPI}
 	}
 	return nil
@@ -185,13 +207,16 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		return nil
 	}
 	r.keepAdopted()
+	r.warnUnless(aboutNeighbours, r.hops.adopt())
+	r.allDirty, r.unsynced = true, true
 	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
 	r.ready = true
 	if ready != nil {
 		ready()
 	}
 	for {
-		timer := time.NewTimer(r.nextWake())
+		routes, wake := r.hops.wake(), r.nextWake()
+		timer := time.NewTimer(min(routes, wake))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -199,9 +224,12 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case c := <-r.commands:
 			c.done <- c.fn()
 		case <-r.watch.changed:
-			_ = r.reconcile(nil)
+			r.heed(r.watch.take())
 		case <-timer.C:
-			_ = r.reconcile(nil)
+			r.heed(news{})
+			if wake <= routes {
+				_ = r.reconcile(nil)
+			}
 		}
 		timer.Stop()
 	}
@@ -222,9 +250,13 @@ func (r *Relay) keepAdopted() {
 }
 
 func (r *Relay) close() error {
+	r.tidy.Wait()
 	var errs []error
 	if r.watch != nil {
 		errs = append(errs, r.watch.Close())
+	}
+	if r.hops != nil {
+		r.hops.close()
 	}
 	if r.groups != nil {
 		errs = append(errs, r.groups.Close())

@@ -1,121 +1,240 @@
 package relay
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/membership"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/rules"
 )
+
+// stateNoNeighbour is the state of an output whose next hop has no link-layer
+// address: it completes by itself.
+const stateNoNeighbour = "no_neighbour"
 
 // wantedRule is a rule that somebody wants, and what has become of it.
 type wantedRule struct {
 	rule   rules.Rule
 	origin string
 
-	state   string
-	reason  string
-	err     error  // why it is failed; nil otherwise
-	logged  string // the states that the log was last told
-	outputs []outputState
-	// resolved is set while the rule is to be in the kernel.
-	resolved *loader.Rule
+	state  string
+	reason string
+	err    error  // why it is failed; nil otherwise
+	logged string // the states that the log was last told
+	dirty  bool   // to be resolved again
+	// instances are the rule on each of its input interfaces, by name: one at most,
+	// unless the input is a pattern.
+	instances []*instance
 }
 
-// outputState is one output of a rule.
-type outputState struct {
+// instance is a rule on one input interface: what the kernel knows as a rule.
+type instance struct {
+	in       string // interface
+	state    string
+	reason   string
+	err      error
+	note     string // what a person should know although nothing is wrong
+	slots    []slot
+	joins    []*wantedMembership
+	resolved loader.Rule
+	publish  bool // resolved is to be in the kernel
+}
+
+// slot is one output of an instance: an output of the rule on one interface.
+type slot struct {
+	out           int // number of the output in the rule
+	ifname        string
 	state, reason string
+	hop           *nextHop // of a unicast output
 }
 
-func (w *wantedRule) pend(reason string) {
-	w.state, w.reason = control.StatePending, reason
+func (n *instance) pend(reason string) { n.state, n.reason = control.StatePending, reason }
+
+func (n *instance) fail(err error) {
+	n.state, n.reason, n.err, n.publish = control.StateFailed, err.Error(), err, false
 }
 
+// equal says whether two instances are the same to the kernel.
+func (n *instance) equal(o *instance) bool {
+	if n.publish != o.publish {
+		return false
+	}
+	a, b := &n.resolved, &o.resolved
+	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.AllowLoop == b.AllowLoop &&
+		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
+}
+
+func sameInstances(a, b []*instance) bool {
+	return slices.EqualFunc(a, b, (*instance).equal)
+}
+
+// complete says whether nothing is left to wait for.
+func (w *wantedRule) complete() bool { return w.state == control.StateActive && w.reason == "" }
+
+// fail makes a rule fail as a whole.
 func (w *wantedRule) fail(err error) {
 	w.state, w.reason, w.err = control.StateFailed, err.Error(), err
-	w.resolved = nil
+}
+
+// sum makes the state of a rule from those of its instances: it is active when one
+// of them is.
+func (w *wantedRule) sum() {
+	if len(w.instances) == 0 {
+		return // resolve has said why
+	}
+	w.state, w.reason, w.err = "", "", nil
+	for _, n := range w.instances {
+		if n.err != nil && w.err == nil {
+			w.err = n.err
+		}
+		if n.reason != "" && w.reason == "" {
+			w.reason = n.reason
+			if len(w.instances) > 1 {
+				w.reason = "on " + n.in + ": " + n.reason
+			}
+		}
+		if rank(n.state) > rank(w.state) {
+			w.state = n.state
+		}
+	}
+}
+
+// rank orders states: the rule has the highest of its instances.
+func rank(state string) int {
+	switch state {
+	case control.StateActive:
+		return 3
+	case control.StatePending, stateNoNeighbour:
+		return 2
+	case control.StateFailed:
+		return 1
+	}
+	return 0
 }
 
 // resolve turns names into indexes and policies into addresses, as far as the
 // interfaces allow now.
 func (r *Relay) resolve(w *wantedRule) {
-	w.state, w.reason, w.err, w.resolved = control.StateActive, "", nil, nil
-	w.outputs = make([]outputState, len(w.rule.Out))
-	for i := range w.outputs {
-		w.outputs[i].state = control.StatePending
-	}
+	w.state, w.reason, w.err, w.instances = control.StateActive, "", nil, nil
 	if err := unsupported(w.rule); err != nil {
 		w.fail(err)
 		return
 	}
-	in := r.interfaces[w.rule.In.Interface]
-	if in == nil {
-		w.pend(fmt.Sprintf("interface %s not found", w.rule.In.Interface))
+	inputs, reason := r.inputsOf(w.rule.In)
+	if len(inputs) == 0 {
+		w.state, w.reason = control.StatePending, reason
 		return
 	}
-	if !in.ethernet {
-		w.fail(fmt.Errorf("interface %s has no Ethernet header, which the kernel path needs", in.name))
-		return
-	}
-	if !w.rule.In.Multicast() && !isLocal(r.interfaces, w.rule.In.Address) {
-		w.fail(fmt.Errorf("address %s is neither a multicast group nor an address of this host", w.rule.In.Address))
-		return
-	}
-	if !in.up {
-		w.pend(fmt.Sprintf("interface %s is down", in.name))
-	}
-	w.resolved = &loader.Rule{
-		Name: w.rule.Name,
-		In: loader.Input{
-			Index: in.index, MAC: in.mac,
-			Group: w.rule.In.Address, Source: w.rule.In.Source, Port: w.rule.In.Port,
-		},
-		Out: make([]loader.Output, len(w.rule.Out)),
-	}
-	for slot, o := range w.rule.Out {
-		w.resolved.Out[slot] = resolvePolicy(o)
+	w.instances = make([]*instance, len(inputs))
+	for i, in := range inputs {
+		w.instances[i] = r.resolveInstance(&w.rule, in)
 	}
 }
 
+func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
+	n := &instance{in: in.name, state: control.StateActive}
+	if !in.ethernet {
+		n.fail(fmt.Errorf("interface %s has no Ethernet header, which the kernel path needs", in.name))
+		return n
+	}
+	if err := r.checkInput(rule.In); err != nil {
+		n.fail(err)
+		return n
+	}
+	if !in.up {
+		n.pend(fmt.Sprintf("interface %s is down", in.name))
+	}
+	var left string
+	if n.slots, left = r.slotsOf(rule, in); len(n.slots) == 0 {
+		n.pend(left)
+		return n
+	}
+	n.reason = cmp.Or(n.reason, left)
+	n.publish = true
+	n.resolved = loader.Rule{
+		Name: instanceName(rule, in.name),
+		In: loader.Input{
+			Index: in.index, MAC: in.mac,
+			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port,
+			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer,
+		},
+		Out:             make([]loader.Output, len(n.slots)),
+		AllowLoop:       rule.Accept.AllowLoop,
+		AllowNoChecksum: rule.Accept.ZeroChecksum,
+		Rate:            resolveRate(rule.Accept.Rate, in.mtu),
+	}
+	for i, s := range n.slots {
+		n.resolved.Out[i] = resolvePolicy(rule.Out[s.out])
+	}
+	return n
+}
+
+// checkInput says what is wrong with an input, other than its interface. A single
+// unicast address must be one of this host's: frames for another address come here
+// only when this host routes them, and then it is a prefix that says so. A prefix
+// therefore needs no address of this host.
+func (r *Relay) checkInput(in rules.Input) error {
+	if in.Multicast() || in.Len != 0 || r.isLocal(in.Address) {
+		return nil
+	}
+	return fmt.Errorf("address %s is neither a multicast group nor an address of this host (on a router, take a prefix: it needs no address of this host)", in.Address)
+}
+
+func (r *Relay) isLocal(addr netip.Addr) bool {
+	_, ok := slices.BinarySearchFunc(r.own, addr, netip.Addr.Compare)
+	return ok
+}
+
 // resolveOutputs completes the outputs, once it is known how the input is attached.
-func (r *Relay) resolveOutputs(w *wantedRule, generic bool, features func(index int) loader.Features) {
-	if generic && len(w.rule.Out) > 1 {
-		w.fail(fmt.Errorf("interface %s runs XDP in generic mode, which supports one output a rule: the kernel's copies would share one buffer", w.rule.In.Interface))
+func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
+	in := r.interfaces[n.in]
+	path, note, err := choosePath(rule, in, len(n.slots), generic)
+	if err != nil {
+		n.fail(err)
 		return
 	}
+	n.resolved.Path, n.note = path, note
 	ready := 0
-	for slot, o := range w.rule.Out {
-		out := &w.resolved.Out[slot]
-		reason := r.resolveOutput(o, out, generic, features)
-		if reason == "" {
+	for i := range n.slots {
+		s, out := &n.slots[i], &n.resolved.Out[i]
+		o := &rule.Out[s.out]
+		if !o.Address.IsMulticast() && r.isLocal(o.Address) {
+			n.fail(fmt.Errorf("output %s: %s is an address of this host: want another host's, or a multicast group", o, o.Address))
+			return
+		}
+		s.state, s.reason = control.StatePending, r.resolveOutput(o, s, out, generic)
+		if s.reason == "" {
+			s.state, s.reason = r.resolveHop(o, s, out)
+		}
+		if s.reason == "" {
 			out.Ready = true
 			ready++
-			w.outputs[slot] = outputState{state: control.StateActive}
 			continue
 		}
-		w.outputs[slot] = outputState{state: control.StatePending, reason: reason}
-		if w.reason == "" {
-			w.reason = reason
-		}
+		n.reason = cmp.Or(n.reason, s.reason)
 	}
 	if ready == 0 {
-		w.pend(w.reason)
+		n.pend(n.reason)
 	}
 }
 
 // resolveOutput fills in what depends on the interface, and returns why the output
 // cannot send yet; "" when it can.
-func (r *Relay) resolveOutput(o rules.Output, out *loader.Output, generic bool, features func(index int) loader.Features) string {
-	i := r.interfaces[o.Interface]
+func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, generic bool) string {
+	i := r.interfaces[s.ifname]
 	switch {
 	case i == nil:
-		return fmt.Sprintf("interface %s not found", o.Interface)
+		return fmt.Sprintf("interface %s not found", s.ifname)
 	case !i.ethernet:
-		return fmt.Sprintf("interface %s has no Ethernet header, which the kernel path needs", o.Interface)
+		return fmt.Sprintf("interface %s has no Ethernet header, which the kernel path needs", s.ifname)
 	}
 	out.Index, out.MTU, out.SrcMAC = i.index, i.mtu, i.mac
+	out.Rate = resolveRate(o.Policy.Rate, i.mtu)
 	if o.Policy.Source == rules.SourceInterface {
 		addr, ok := i.firstAddr(o.Address.Is4())
 		if !ok {
@@ -126,53 +245,99 @@ func (r *Relay) resolveOutput(o rules.Output, out *loader.Output, generic bool, 
 	if !i.up {
 		return fmt.Sprintf("interface %s is down", i.name)
 	}
-	if f := features(i.index); !generic && f.Known && !f.Transmit {
+	if f := r.featuresOf(i.index); !generic && f.Known && !f.Transmit {
 		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on)", i.name)
 	}
 	return ""
 }
 
+// resolveHop fills in the link-layer address of a unicast output's next hop.
+func (r *Relay) resolveHop(o *rules.Output, s *slot, out *loader.Output) (state, reason string) {
+	if o.Address.IsMulticast() {
+		return control.StateActive, ""
+	}
+	s.hop = r.hops.to(out.Index, o.Address)
+	if !s.hop.ready() {
+		out.Blocked = loader.NoNeighbour
+		return stateNoNeighbour, s.hop.why(s.ifname)
+	}
+	out.DstMAC = s.hop.neighbour.mac
+	return control.StateActive, ""
+}
+
 // resolvePolicy turns what does not depend on the interface into a rewrite.
 func resolvePolicy(o rules.Output) loader.Output {
+	p := o.Policy
 	out := loader.Output{Rewrite: packet.Rewrite{
-		DstMAC: packet.MulticastMAC(o.Address), Dst: o.Address, DstPort: o.Port,
-		SrcPort:      o.Policy.SourcePort,
-		SetDSCP:      o.Policy.DSCP == rules.DSCPSet,
-		DSCP:         o.Policy.DSCPValue,
-		ZeroChecksum: o.Policy.Checksum == rules.ChecksumZero,
+		Dst: o.Address, DstLen: o.Len, DstPort: o.Port,
+		SrcPort:      p.SourcePort,
+		SetDSCP:      p.DSCP == rules.DSCPSet,
+		DSCP:         p.DSCPValue,
+		ZeroChecksum: p.Checksum == rules.ChecksumZero,
+		MinTTL:       p.MinTTL,
+		SetPCP:       p.PCPSet,
+		PCP:          p.PCP,
 	}}
-	switch o.Policy.TTL {
+	if o.Address.IsMulticast() {
+		out.DstMAC = packet.MulticastMAC(o.Address)
+	}
+	switch o.PortMode {
+	case rules.PortKeep:
+		out.PortAdd, out.DstPort = true, 0
+	case rules.PortAdd:
+		out.PortAdd, out.DstPort = true, uint16(o.PortShift) // two's complement
+	}
+	switch p.TTL {
 	case rules.TTLDecrement:
 		out.TTLMode = packet.TTLDecrement
 	case rules.TTLSet:
-		out.TTLMode, out.TTL = packet.TTLSet, o.Policy.TTLValue
+		out.TTLMode, out.TTL = packet.TTLSet, p.TTLValue
 	}
-	if o.Policy.Source == rules.SourceAddress {
-		out.Src = o.Policy.SourceAddr
+	switch p.VLAN {
+	case rules.VLANPop:
+		out.VLAN = packet.VLANPop
+	case rules.VLANSet:
+		out.VLAN, out.VLANID, out.OuterVLAN = packet.VLANSet, p.VLANTags.ID, p.VLANTags.Outer
+	}
+	if p.Source == rules.SourceAddress {
+		out.Src = p.SourceAddr
+	}
+	return out
+}
+
+const (
+	// burstsASecond makes a burst of what comes in 10 ms.
+	burstsASecond = 100
+	// maxHeaders is what a frame has besides the IP packet: Ethernet and one VLAN
+	// tag.
+	maxHeaders = 18
+)
+
+// resolveRate gives a rate its burst: what comes in 10 ms, and at least one packet
+// of the largest size, or no packet would ever pass.
+func resolveRate(rate rules.Rate, mtu int) loader.Rate {
+	out := loader.Rate{Packets: rate.Packets, Bits: rate.Bits, Burst: rate.Burst}
+	switch {
+	case rate.Burst != 0:
+	case rate.Packets != 0:
+		out.Burst = max(1, rate.Packets/burstsASecond)
+	case rate.Bits != 0:
+		out.Burst = max(uint64(mtu+maxHeaders), rate.Bits/8/burstsASecond)
 	}
 	return out
 }
 
 // unsupported says what of the rule model no path of this release carries.
 func unsupported(rule rules.Rule) error {
-	if rule.Path != rules.PathAuto && rule.Path != rules.PathKernel {
-		return fmt.Errorf("path %s is not in this release: want auto or kernel", rule.Path)
-	}
-	for _, o := range rule.Out {
-		if !o.Address.IsMulticast() {
-			return fmt.Errorf("output %s: unicast destinations are not in this release: want a multicast group", o)
+	for slot, o := range rule.Out {
+		if o.Len != 0 && !o.Address.IsMulticast() {
+			return fmt.Errorf("output %d: %s: a unicast prefix would need a neighbour for each address: want one address, or a multicast prefix", slot, o)
 		}
 	}
-	return nil
-}
-
-// membershipOf returns what must be joined for a rule; false for a unicast input.
-func (r *Relay) membershipOf(w *wantedRule) (membership.Membership, bool) {
-	in := r.interfaces[w.rule.In.Interface]
-	if in == nil || !w.rule.In.Multicast() {
-		return membership.Membership{}, false
+	if len(rule.Out) == 0 {
+		return errors.New("no output: want at least one")
 	}
-	return membership.Membership{Interface: in.name, Index: in.index, Group: w.rule.In.Address, Source: w.rule.In.Source}, true
+	return nil
 }
 
 func family(is4 bool) string {

@@ -40,7 +40,7 @@ func readState(path string) ([]rules.Rule, error) {
 // writeState saves the rules of the API, in one step: a reader, or a crash, meets
 // the old file or the new one.
 func (r *Relay) writeState() error {
-	data, err := encodeState(r.orderedRules())
+	data, err := encodeState(r.ordered)
 	if err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}

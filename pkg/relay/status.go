@@ -27,7 +27,13 @@ func (r *Relay) ruleStatus(name string) (control.RuleStatus, error) {
 }
 
 func (r *Relay) ruleStatuses(names []string) ([]control.RuleStatus, error) {
-	stats, err := r.loader.StatsOf(names)
+	var instances []string
+	for _, name := range names {
+		for _, n := range r.rules[name].instances {
+			instances = append(instances, n.resolved.Name)
+		}
+	}
+	stats, err := r.loader.StatsOf(instances)
 	if err != nil {
 		return nil, err
 	}
@@ -41,39 +47,129 @@ func (r *Relay) describeRules(names []string, stats loader.Stats) []control.Rule
 	}
 	all := make([]control.RuleStatus, 0, len(names))
 	for _, name := range names {
-		all = append(all, r.rules[name].status(byName[name]))
+		all = append(all, r.rules[name].status(byName))
 	}
 	return all
 }
 
-// status describes a rule; s is nil while it is not in the kernel.
-func (w *wantedRule) status(s *loader.RuleStats) control.RuleStatus {
+// status describes a rule: what its instances have done, added up.
+func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStatus {
 	status := control.RuleStatus{
 		Rule: control.FromRule(w.rule), Origin: w.origin, State: w.state, Reason: w.reason,
 		Drops: []control.Drop{},
 	}
-	if s != nil {
-		status.ID = s.ID
-		status.UsedPath = "kernel"
-		status.Matched = control.Counter(s.Matched)
-		status.Drops = drops(s.Drops)
-		if s.LastSeen >= 0 {
-			at := time.Now().Add(-s.LastSeen)
-			status.LastSeen = &at
+	sum := map[loader.Reason]loader.Counter{}
+	var last time.Duration = -1
+	for _, n := range w.instances {
+		if status.Reason == "" {
+			status.Reason = n.note
+		}
+		s := stats[n.resolved.Name]
+		if s == nil { // not in the kernel
+			continue
+		}
+		if status.ID == 0 {
+			status.ID, status.UsedPath = s.ID, pathName(n.resolved.Path)
+		}
+		add(&status.Matched, s.Matched)
+		addDrops(sum, s.Drops)
+		if s.LastSeen >= 0 && (last < 0 || s.LastSeen < last) {
+			last = s.LastSeen
 		}
 	}
-	for slot, o := range w.rule.Out {
-		out := control.OutputStatus{Slot: slot, Output: o.String(), Drops: []control.Drop{}}
-		if slot < len(w.outputs) {
-			out.State, out.Reason = w.outputs[slot].state, w.outputs[slot].reason
-		}
-		if s != nil && slot < len(s.Outputs) {
-			out.Sent = control.Counter(s.Outputs[slot].Sent)
-			out.Drops = drops(s.Outputs[slot].Drops)
-		}
-		status.Outputs = append(status.Outputs, out)
+	if last >= 0 {
+		at := time.Now().Add(-last)
+		status.LastSeen = &at
 	}
+	status.Drops = drops(sum)
+	status.Outputs = w.outputStatuses(stats)
 	return status
+}
+
+// outputKey is one output of a rule on one interface.
+type outputKey struct {
+	out    int
+	ifname string
+}
+
+// outputSum is what the instances say of an output, added up.
+type outputSum struct {
+	state, reason string
+	sent          control.Counter
+	drops         map[loader.Reason]loader.Counter
+}
+
+func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []control.OutputStatus {
+	sums := map[outputKey]*outputSum{}
+	var keys []outputKey
+	get := func(key outputKey) *outputSum {
+		if sums[key] == nil {
+			sums[key] = &outputSum{drops: map[loader.Reason]loader.Counter{}}
+			keys = append(keys, key)
+		}
+		return sums[key]
+	}
+	for _, n := range w.instances {
+		s := stats[n.resolved.Name]
+		for i, slot := range n.slots {
+			sum := get(outputKey{slot.out, slot.ifname})
+			if rank(slot.state) > rank(sum.state) {
+				sum.state, sum.reason = slot.state, slot.reason
+			}
+			if s != nil && i < len(s.Outputs) {
+				add(&sum.sent, s.Outputs[i].Sent)
+				addDrops(sum.drops, s.Outputs[i].Drops)
+			}
+		}
+	}
+	served := map[int]bool{}
+	for _, key := range keys {
+		served[key.out] = true
+	}
+	for out, o := range w.rule.Out {
+		if !served[out] {
+			sum := get(outputKey{out, o.Interface})
+			if isPattern(o.Interface) {
+				sum.reason = fmt.Sprintf("no interface matches %s", o.Interface)
+			}
+		}
+	}
+	slices.SortFunc(keys, func(a, b outputKey) int {
+		return cmp.Or(cmp.Compare(a.out, b.out), cmp.Compare(a.ifname, b.ifname))
+	})
+	all := make([]control.OutputStatus, len(keys))
+	for i, key := range keys {
+		o, sum := w.rule.Out[key.out], sums[key]
+		o.Interface = key.ifname
+		all[i] = control.OutputStatus{
+			Slot: i, Output: o.String(), State: cmp.Or(sum.state, control.StatePending), Reason: sum.reason,
+			Sent: sum.sent, Drops: drops(sum.drops),
+		}
+	}
+	return all
+}
+
+func add(to *control.Counter, c loader.Counter) {
+	to.Packets += c.Packets
+	to.Bytes += c.Bytes
+}
+
+func addDrops(to, from map[loader.Reason]loader.Counter) {
+	for reason, c := range from {
+		to[reason] = loader.Counter{Packets: to[reason].Packets + c.Packets, Bytes: to[reason].Bytes + c.Bytes}
+	}
+}
+
+// pathName is the word of a path in the API.
+func pathName(p loader.Path) string {
+	switch p {
+	case loader.PathAFXDP:
+		return "afxdp"
+	case loader.PathFanout:
+		return "fanout"
+	default:
+		return "kernel"
+	}
 }
 
 func drops(counted map[loader.Reason]loader.Counter) []control.Drop {
@@ -98,8 +194,9 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 		all = make([]control.Group, 0, len(r.wants))
 		now := time.Now()
 		on := r.supervise(stats.Queriers, now)
+		users := r.users()
 		for _, w := range r.wants {
-			g := w.status(seen)
+			g := w.status(users[w], seen)
 			g.Multicast = on.multicast(w.Interface, w.Index, w.Group.Is4())
 			g.Detail = detail(g, now)
 			all = append(all, g)
@@ -112,11 +209,31 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 	return all, err
 }
 
-func (w *wantedMembership) status(seen map[string]time.Duration) control.Group {
+// users finds the rules that want each membership.
+func (r *Relay) users() map[*wantedMembership][]*instanceOf {
+	users := make(map[*wantedMembership][]*instanceOf, len(r.wants))
+	for _, w := range r.ordered {
+		for _, n := range w.instances {
+			user := &instanceOf{w, n}
+			for _, m := range n.joins {
+				users[m] = append(users[m], user)
+			}
+		}
+	}
+	return users
+}
+
+// instanceOf is an instance with its rule.
+type instanceOf struct {
+	rule     *wantedRule
+	instance *instance
+}
+
+func (w *wantedMembership) status(users []*instanceOf, seen map[string]time.Duration) control.Group {
 	since := w.since // a copy, since others read it
 	g := control.Group{
 		Interface: w.Interface, Index: w.Index, Group: w.Group.String(), State: control.GroupJoined,
-		Since: &since, Tries: w.tries, Rules: slices.Clone(w.rules),
+		Since: &since, Tries: w.tries, Rules: []string{},
 	}
 	if w.Source.IsValid() {
 		g.Source = w.Source.String()
@@ -132,8 +249,9 @@ func (w *wantedMembership) status(seen map[string]time.Duration) control.Group {
 			}
 		}
 	}
-	for _, name := range w.rules {
-		if age, ok := seen[name]; ok && age >= 0 {
+	for _, u := range users {
+		g.Rules = append(g.Rules, u.rule.rule.Name)
+		if age, ok := seen[u.instance.resolved.Name]; ok && age >= 0 {
 			at := time.Now().Add(-age)
 			if g.LastPacket == nil || at.After(*g.LastPacket) {
 				g.LastPacket = &at
@@ -151,7 +269,7 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 			return err
 		}
 		all = control.Stats{
-			Time: time.Now(), Rules: r.describeRules(slices.Sorted(maps.Keys(r.rules)), stats),
+			Time: time.Now(), Rules: r.describeRules(r.names(), stats),
 			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports),
 		}
 		return nil
@@ -228,6 +346,7 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 				if err := r.attachErrs[i.index]; err != nil {
 					s.Note = err.Error()
 				}
+				s.Note = cmp.Or(s.Note, r.offloads.note(name))
 			}
 			byName[name] = s
 		}
@@ -236,11 +355,12 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 	for _, name := range r.opts.Interfaces {
 		get(name)
 	}
-	for _, w := range r.rules {
-		addRole(get(w.rule.In.Interface), control.RoleInput)
-		for _, o := range w.rule.Out {
-			addRole(get(o.Interface), control.RoleOutput)
-		}
+	inputs, outputs := r.roles()
+	for name := range inputs {
+		addRole(get(name), control.RoleInput)
+	}
+	for name := range outputs {
+		addRole(get(name), control.RoleOutput)
 	}
 	for _, a := range r.loader.Attachments() {
 		s := get(r.nameOf(a.Index))
@@ -263,6 +383,28 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 		all = append(all, *byName[name])
 	}
 	return all
+}
+
+// roles returns the interfaces that rules name or match with a pattern.
+func (r *Relay) roles() (inputs, outputs map[string]bool) {
+	inputs, outputs = map[string]bool{}, map[string]bool{}
+	for _, w := range r.ordered {
+		if !isPattern(w.rule.In.Interface) {
+			inputs[w.rule.In.Interface] = true
+		}
+		for i := range w.rule.Out {
+			if name := w.rule.Out[i].Interface; !isPattern(name) {
+				outputs[name] = true
+			}
+		}
+		for _, n := range w.instances {
+			inputs[n.in] = true
+			for i := range n.slots {
+				outputs[n.slots[i].ifname] = true
+			}
+		}
+	}
+	return inputs, outputs
 }
 
 func addRole(s *control.InterfaceStatus, role string) {

@@ -98,7 +98,7 @@ func TestBadRules(t *testing.T) {
 		line    string
 	}{
 		{name: "neither group nor own address", input: "10.9.9.9:5000%in0", code: 1,
-			line: `rule bad: address 10.9.9.9 is neither a multicast group nor an address of this host`},
+			line: `rule bad: address 10.9.9.9 is neither a multicast group nor an address of this host (on a router, take a prefix: it needs no address of this host)`},
 		{name: "port 0", input: "239.1.1.2:0%in0", code: 2,
 			line: `rule "bad": input "239.1.1.2:0%in0": port "0": want 1 to 65535`},
 		{name: "port 65536", input: "239.1.1.2:65536%in0", code: 2,
@@ -117,8 +117,8 @@ func TestBadRules(t *testing.T) {
 			line: `rule "bad": out[0] "239.1.1.2:5000%in0": want no loop: it feeds the rule's own input, bad -> bad`},
 		{name: "interface name too long", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:6000%averylonginterface"}, code: 2,
 			line: `rule "bad": output "239.2.2.2:6000%averylonginterface": interface "averylonginterface": want at most 15 bytes`},
-		{name: "unicast output", input: "239.1.1.2:5000%in0", outputs: []string{"10.2.0.2:6000%out0"}, code: 1,
-			line: `rule bad: output 10.2.0.2:6000%out0: unicast destinations are not in this release: want a multicast group`},
+		{name: "output to this host", input: "239.1.1.2:5000%in0", outputs: []string{"10.2.1.1:6000%out0"}, code: 1,
+			line: `rule bad: output 10.2.1.1:6000%out0: 10.2.1.1 is an address of this host: want another host's, or a multicast group`},
 		{name: "path of a later release", input: "239.1.1.2:5000%in0", more: []string{"--path", "afxdp"}, code: 1,
 			line: `rule bad: path afxdp is not in this release: want auto or kernel`},
 		{name: "unknown path", input: "239.1.1.2:5000%in0", more: []string{"--path", "warp"}, code: 2,

@@ -1,0 +1,309 @@
+package relay
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/rules"
+)
+
+// flow is a packet to explain: what rules match of it. The source may be invalid,
+// and the port 0: of any.
+type flow struct {
+	Interface   string
+	Source      netip.Addr
+	Destination netip.Addr
+	Port        uint16
+	VLAN        rules.VLAN
+}
+
+// explanation says what becomes of a flow, and why.
+type explanation struct {
+	// Why says in a line which rule gets it, or why none does.
+	Why string
+	// Candidates are the rules that match, the winner first.
+	Candidates []candidate
+	// Path is how the winner's packets travel, and PathWhy why so.
+	Path, PathWhy string
+	Outputs       []explainedOutput
+	Memberships   []control.Group
+}
+
+// candidate is a rule that matches a flow.
+type candidate struct {
+	Rule, Input string
+	Kind        string // what it is matched by: "source, group, port", for a prefix with its length
+	State       string
+	Reason      string
+}
+
+// explainedOutput is one output of the winner.
+type explainedOutput struct {
+	Slot          int
+	Output        string
+	Rewrite       string // in words
+	State, Reason string
+	NextHop       string // of a unicast output, once it is known
+	Drops         bool   // copies are dropped now
+}
+
+// match is a candidate with what it is ordered by.
+type match struct {
+	rule     *wantedRule
+	instance *instance
+	kind     int // 0 wins
+	bits     int // of a prefix
+}
+
+// The kinds of lookups, the first one wins (see rules.Winner): exact addresses, then
+// prefixes, and in both (source, group, port), (any, group, port), (source, group,
+// any port), (any, group, any port).
+var kindNames = [...]string{"source, group, port", "any source, group, port", "source, group, any port", "any source, group, any port"}
+
+// explain finds the rules that match a flow, and says what the winner does.
+func (r *Relay) explain(f flow) explanation {
+	matches := r.matchesOf(f)
+	e := explanation{Why: r.whyNone(f)}
+	for _, m := range matches {
+		e.Candidates = append(e.Candidates, m.describe())
+	}
+	if len(matches) == 0 {
+		return e
+	}
+	best := matches[0]
+	e.Why = best.whyBest(matches[1:])
+	if best.instance != nil {
+		r.explainInstance(&e, f, best)
+	}
+	return e
+}
+
+// matchesOf lists the rules that match a flow, the winner first.
+func (r *Relay) matchesOf(f flow) []match {
+	var all []match
+	for _, w := range r.ordered {
+		in := w.rule.In
+		if !matchesFlow(in, f) {
+			continue
+		}
+		if isPattern(in.Interface) && r.winner(in, f.Interface) != nil {
+			continue // another rule takes exactly the same there
+		}
+		m := match{rule: w, kind: kindOf(in), bits: prefixOf(in.Address, in.Len).Bits()}
+		for _, n := range w.instances {
+			if n.in == f.Interface {
+				m.instance = n
+			}
+		}
+		all = append(all, m)
+	}
+	slices.SortStableFunc(all, func(a, b match) int {
+		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(b.bits, a.bits))
+	})
+	return all
+}
+
+func matchesFlow(in rules.Input, f flow) bool {
+	return matches(in.Interface, f.Interface) && in.VLAN == f.VLAN &&
+		prefixOf(in.Address, in.Len).Contains(f.Destination) &&
+		(in.Port == 0 || f.Port == 0 || in.Port == f.Port) &&
+		(!in.Source.IsValid() || !f.Source.IsValid() || in.Source == f.Source)
+}
+
+func kindOf(in rules.Input) int {
+	kind := 0
+	if !in.Source.IsValid() {
+		kind++
+	}
+	if in.Port == 0 {
+		kind += 2
+	}
+	if in.Len != 0 {
+		kind += len(kindNames)
+	}
+	return kind
+}
+
+func (m match) kindName() string {
+	if m.kind < len(kindNames) {
+		return kindNames[m.kind]
+	}
+	return strings.Replace(kindNames[m.kind-len(kindNames)], "group", fmt.Sprintf("prefix of %d bits", m.bits), 1)
+}
+
+func (m match) describe() candidate {
+	c := candidate{Rule: m.rule.rule.Name, Input: m.rule.rule.In.String(), Kind: m.kindName(), State: m.rule.state, Reason: m.rule.reason}
+	if m.instance != nil {
+		c.State, c.Reason = m.instance.state, m.instance.reason
+	}
+	return c
+}
+
+// whyBest says why a match wins over the others.
+func (m match) whyBest(others []match) string {
+	name := m.rule.rule.Name
+	if m.instance == nil || !m.instance.publish {
+		return fmt.Sprintf("rule %s would take it, but is not in the kernel: %s", name, cmp.Or(m.describe().Reason, m.rule.state))
+	}
+	if len(others) == 0 {
+		return fmt.Sprintf("rule %s takes it: no other matches", name)
+	}
+	return fmt.Sprintf("rule %s takes it: (%s) comes before (%s)", name, m.kindName(), others[0].kindName())
+}
+
+// whyNone says why no rule matches: the next best thing that is not right.
+func (r *Relay) whyNone(f flow) string {
+	if r.interfaces[f.Interface] == nil {
+		return fmt.Sprintf("no rule takes it: interface %s not found", f.Interface)
+	}
+	for _, wrong := range []struct {
+		what   string
+		adjust func(*flow, rules.Input)
+	}{
+		{"port", func(f *flow, in rules.Input) { f.Port = in.Port }},
+		{"source", func(f *flow, in rules.Input) { f.Source = in.Source }},
+		{"VLAN", func(f *flow, in rules.Input) { f.VLAN = in.VLAN }},
+		{"interface", func(f *flow, in rules.Input) { f.Interface = strings.TrimSuffix(in.Interface, "+") }},
+	} {
+		for _, w := range r.ordered {
+			other := f
+			wrong.adjust(&other, w.rule.In)
+			if matchesFlow(w.rule.In, other) {
+				return fmt.Sprintf("no rule takes it: rule %s (%s) takes another %s", w.rule.Name, w.rule.In, wrong.what)
+			}
+		}
+	}
+	return "no rule takes it: it goes to the host as if there were no relay"
+}
+
+// explainInstance says what an instance does with a flow.
+func (r *Relay) explainInstance(e *explanation, f flow, m match) {
+	n := m.instance
+	if n.publish {
+		e.Path, e.PathWhy = pathName(n.resolved.Path), cmp.Or(n.note, r.pathWhy(n))
+	}
+	for i, s := range n.slots {
+		o := m.rule.rule.Out[s.out]
+		o.Interface = s.ifname
+		out := explainedOutput{Slot: i, Output: o.String(), State: s.state, Reason: s.reason}
+		if i < len(n.resolved.Out) {
+			out.Rewrite = rewriteText(&n.resolved.Out[i], f)
+			out.Drops = !n.resolved.Out[i].Ready
+		}
+		if s.hop != nil {
+			out.NextHop = s.hop.describe()
+		}
+		e.Outputs = append(e.Outputs, out)
+	}
+	for _, w := range n.joins {
+		if w.Group == f.Destination {
+			e.Memberships = append(e.Memberships, w.status([]*instanceOf{{m.rule, n}}, nil))
+		}
+	}
+}
+
+func (r *Relay) pathWhy(n *instance) string {
+	for _, a := range r.loader.Attachments() {
+		if a.Index == n.resolved.In.Index {
+			return fmt.Sprintf("%s XDP on %s", a.Mode, n.in)
+		}
+	}
+	return "no program on " + n.in
+}
+
+// rewriteText says in words what an output makes of a flow.
+func rewriteText(o *loader.Output, f flow) string {
+	parts := []string{"to " + destinationText(o, f)}
+	switch {
+	case o.Src.IsValid() && o.SrcPort != 0:
+		parts = append(parts, "from "+netip.AddrPortFrom(o.Src, o.SrcPort).String())
+	case o.Src.IsValid():
+		parts = append(parts, "from "+o.Src.String()+", source port kept")
+	case o.SrcPort != 0:
+		parts = append(parts, fmt.Sprintf("source kept, from port %d", o.SrcPort))
+	default:
+		parts = append(parts, "source kept")
+	}
+	switch o.TTLMode {
+	case packet.TTLDecrement:
+		parts = append(parts, "ttl one less")
+	case packet.TTLSet:
+		parts = append(parts, fmt.Sprintf("ttl %d", o.TTL))
+	}
+	if o.MinTTL != 0 {
+		parts = append(parts, fmt.Sprintf("dropped with a ttl below %d", o.MinTTL))
+	}
+	if o.SetDSCP {
+		parts = append(parts, fmt.Sprintf("dscp %d", o.DSCP))
+	}
+	if o.ZeroChecksum {
+		parts = append(parts, "no UDP checksum")
+	}
+	parts = append(parts, tagText(o)...)
+	switch {
+	case o.Rate.Packets != 0:
+		parts = append(parts, fmt.Sprintf("at most %d packets a second, %d at once", o.Rate.Packets, o.Rate.Burst))
+	case o.Rate.Bits != 0:
+		parts = append(parts, fmt.Sprintf("at most %d bits a second, %d bytes at once", o.Rate.Bits, o.Rate.Burst))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func tagText(o *loader.Output) (parts []string) {
+	switch {
+	case o.VLAN == packet.VLANPop:
+		parts = append(parts, "VLAN tags removed")
+	case o.VLAN == packet.VLANSet && o.OuterVLAN != 0:
+		parts = append(parts, fmt.Sprintf("VLAN %d.%d", o.OuterVLAN, o.VLANID))
+	case o.VLAN == packet.VLANSet:
+		parts = append(parts, fmt.Sprintf("VLAN %d", o.VLANID))
+	}
+	if o.SetPCP {
+		parts = append(parts, fmt.Sprintf("priority %d", o.PCP))
+	}
+	return parts
+}
+
+// destinationText is the address and port that a copy of a flow goes to.
+func destinationText(o *loader.Output, f flow) string {
+	dst := o.Dst
+	if o.DstLen != 0 {
+		dst = merge(o.Dst, f.Destination, int(o.DstLen))
+	}
+	switch port := f.Port + o.DstPort; {
+	case !o.PortAdd:
+		return netip.AddrPortFrom(dst, o.DstPort).String()
+	case f.Port != 0:
+		return netip.AddrPortFrom(dst, port).String()
+	case o.DstPort == 0:
+		return dst.String() + ", port kept"
+	default:
+		return fmt.Sprintf("%s, port %+d", dst, int16(o.DstPort))
+	}
+}
+
+// merge is the first bits of prefix, and behind them those of addr.
+func merge(prefix, addr netip.Addr, bits int) netip.Addr {
+	p, a := prefix.AsSlice(), addr.AsSlice()
+	if len(p) != len(a) {
+		return prefix
+	}
+	for i := range p {
+		mask := byte(0xff)
+		switch {
+		case bits <= i*8:
+			mask = 0
+		case bits < i*8+8:
+			mask = 0xff << (i*8 + 8 - bits)
+		}
+		p[i] = p[i]&mask | a[i]&^mask
+	}
+	merged, _ := netip.AddrFromSlice(p)
+	return merged
+}

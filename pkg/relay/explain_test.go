@@ -1,0 +1,133 @@
+package relay
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/rules"
+)
+
+func (r *running) explained(f flow) (e explanation) {
+	r.t.Helper()
+	if err := r.do(r.t.Context(), func() error { e = r.explain(f); return nil }); err != nil {
+		r.t.Fatal(err)
+	}
+	return e
+}
+
+// TestExplain: the precedence of rules that overlap, what the winner does, and why
+// nothing takes a packet.
+func TestExplain(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	out := to("out0", "239.2.2.1")
+	sourced := stream("sourced", "in0", "239.1.1.1", out)
+	sourced.In.Source = addr("10.0.0.2")
+	anyPort := stream("any-port", "in0", "239.1.1.1", out)
+	anyPort.In.Port = 0
+	wide := stream("wide", "in0", "239.1.0.0", out)
+	wide.In.Len, wide.In.Port, wide.Accept.Join = 16, 0, rules.JoinNone
+	narrow := stream("narrow", "in0", "239.1.1.0", rules.Output{Interface: "out0", Address: addr("239.7.7.0"), Len: 24, PortMode: rules.PortAdd, PortShift: 10},
+		rules.Output{Interface: "out1", Address: addr("10.2.0.99"), Port: 7000, Policy: rules.Policy{TTL: rules.TTLDecrement, SourcePort: 9}})
+	narrow.In.Len, narrow.In.Port, narrow.Accept.Join = 24, 0, rules.JoinNone
+	pattern := stream("pattern", "in+", "239.1.1.1", out)
+	r.mustPut(sourced, anyPort, wide, narrow, pattern)
+
+	names := func(e explanation) (all []string) {
+		for _, c := range e.Candidates {
+			all = append(all, c.Rule)
+		}
+		return all
+	}
+	e := r.explained(flow{Interface: "in0", Source: addr("10.0.0.2"), Destination: addr("239.1.1.1"), Port: 5000})
+	if d := cmp.Diff([]string{"sourced", "pattern", "any-port", "narrow", "wide"}, names(e)); d != "" {
+		t.Errorf("candidates:\n%s", d)
+	}
+	if want := "rule sourced takes it: (source, group, port) comes before (any source, group, port)"; e.Why != want {
+		t.Errorf("why is %q, want %q", e.Why, want)
+	}
+	if len(e.Memberships) != 1 || e.Memberships[0].Source != "10.0.0.2" || e.Path != "kernel" || e.PathWhy != "native XDP on in0" {
+		t.Errorf("explanation is %+v", e)
+	}
+
+	e = r.explained(flow{Interface: "in0", Source: addr("10.0.0.9"), Destination: addr("239.1.1.7"), Port: 5000})
+	if d := cmp.Diff([]string{"narrow", "wide"}, names(e)); d != "" {
+		t.Errorf("candidates:\n%s", d)
+	}
+	if e.Candidates[0].Kind != "any source, prefix of 24 bits, any port" || len(e.Memberships) != 0 {
+		t.Errorf("explanation is %+v", e)
+	}
+	if want := "to 239.7.7.7:5010, from 10.1.0.1, source port kept"; e.Outputs[0].Rewrite != want || e.Outputs[0].Drops {
+		t.Errorf("output is %+v, want %q", e.Outputs[0], want)
+	}
+	if want := "to 10.2.0.99:7000, from 10.2.0.1:9, ttl one less"; e.Outputs[1].Rewrite != want || !e.Outputs[1].Drops || e.Outputs[1].State != "no_neighbour" {
+		t.Errorf("output is %+v, want %q", e.Outputs[1], want)
+	}
+	if err := p.peer.AddAddr("out1", "10.2.0.99/24"); err != nil {
+		t.Fatal(err)
+	}
+	mac := macOf(t, p.peer, "out1")
+	r.waitMAC("narrow", 1, mac)
+	e = r.explained(flow{Interface: "in0", Destination: addr("239.1.1.7")})
+	if got := e.Outputs[1].NextHop; !strings.HasPrefix(got, "10.2.0.99 at ") || e.Outputs[0].Rewrite != "to 239.7.7.7, port +10, from 10.1.0.1, source port kept" {
+		t.Errorf("outputs are %+v", e.Outputs)
+	}
+
+	for _, tt := range []struct {
+		flow flow
+		want string
+	}{
+		{flow{Interface: "eth9", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: interface eth9 not found"},
+		{flow{Interface: "in0", Destination: addr("239.9.1.1"), Port: 5000}, "no rule takes it: it goes to the host as if there were no relay"},
+		{flow{Interface: "in0", Destination: addr("239.1.1.1"), Port: 5000, VLAN: rules.VLAN{ID: 3}}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another VLAN"},
+		{flow{Interface: "out1", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another interface"},
+	} {
+		if e := r.explained(tt.flow); e.Why != tt.want || len(e.Candidates) != 0 {
+			t.Errorf("%+v: %q, %d candidates; want %q", tt.flow, e.Why, len(e.Candidates), tt.want)
+		}
+	}
+}
+
+func TestMerge(t *testing.T) {
+	for _, tt := range []struct {
+		prefix, addr string
+		bits         int
+		want         string
+	}{
+		{"239.101.0.0", "239.1.2.3", 16, "239.101.2.3"},
+		{"239.101.16.0", "239.1.255.3", 20, "239.101.31.3"},
+		{"239.101.0.1", "239.1.2.3", 32, "239.101.0.1"},
+		{"239.101.0.0", "239.1.2.3", 9, "239.1.2.3"},
+		{"ff15:1::", "ff18:2::77", 32, "ff15:1::77"},
+	} {
+		if got := merge(addr(tt.prefix), addr(tt.addr), tt.bits); got != addr(tt.want) {
+			t.Errorf("%v: %v", tt, got)
+		}
+	}
+}
+
+func TestRewriteText(t *testing.T) {
+	f := flow{Destination: addr("239.1.1.1"), Port: 5000}
+	for _, tt := range []struct {
+		rewrite packet.Rewrite
+		rate    loader.Rate
+		want    string
+	}{
+		{packet.Rewrite{DstPort: 1}, loader.Rate{}, "to 239.2.2.2:1, source kept"},
+		{packet.Rewrite{PortAdd: true, SrcPort: 5, TTLMode: packet.TTLSet, TTL: 7, MinTTL: 2, SetDSCP: true, DSCP: 46, ZeroChecksum: true}, loader.Rate{Packets: 5, Burst: 2},
+			"to 239.2.2.2:5000, source kept, from port 5, ttl 7, dropped with a ttl below 2, dscp 46, no UDP checksum, at most 5 packets a second, 2 at once"},
+		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANSet, VLANID: 7, OuterVLAN: 8, SetPCP: true, PCP: 1}, loader.Rate{Bits: 8, Burst: 9},
+			"to 239.2.2.2:1, source kept, VLAN 8.7, priority 1, at most 8 bits a second, 9 bytes at once"},
+		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANPop}, loader.Rate{}, "to 239.2.2.2:1, source kept, VLAN tags removed"},
+	} {
+		tt.rewrite.Dst = addr("239.2.2.2")
+		if got := rewriteText(&loader.Output{Rewrite: tt.rewrite, Rate: tt.rate}, f); got != tt.want {
+			t.Errorf("%q, want %q", got, fmt.Sprint(tt.want))
+		}
+	}
+}

@@ -1,0 +1,106 @@
+package relay
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/rules"
+)
+
+// scaleRules are many rules on in0, with one output or two, that want so many
+// different groups.
+func scaleRules(count, groups int) []rules.Rule {
+	all := make([]rules.Rule, count)
+	group := func(first byte, i int) netip.Addr {
+		return netip.AddrFrom4([4]byte{239, first, byte(i >> 8), byte(i)}) // 65,536 in one second byte
+	}
+	for i := range all {
+		g := i % groups
+		r := rules.Rule{
+			Name: fmt.Sprintf("rule-%06d", i),
+			In:   rules.Input{Interface: "in0", Address: group(byte(1+g>>16), g), Port: uint16(5000 + i/groups)},
+			Out:  []rules.Output{{Interface: "out0", Address: group(byte(100+i>>16), i), Port: 6000}},
+		}
+		if i%2 == 1 {
+			r.Out = append(r.Out, rules.Output{Interface: "out1", Address: group(byte(100+i>>16), i), Port: 6000})
+		}
+		all[i] = r
+	}
+	return all
+}
+
+// BenchmarkApply measures what applying a rule set costs the control loop, apart
+// from reading and validating it, and what one rule more costs then. The part of
+// the kernel's tables (loader.Sync) is given by itself.
+func BenchmarkApply(b *testing.B) {
+	for _, groups := range []int{1_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=100000/groups=%d", groups), func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				p := newPlace(b)
+				p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1<<18, 1<<19
+				r := p.start()
+				all := scaleRules(100_000, groups)
+				b.StartTimer()
+				apply(b, r, all)
+				b.StopTimer()
+				all = nil
+				r.tidy.Wait()
+				b.ReportMetric(float64(residentBytes(b))/1e6, "MB-resident")
+				runtime.GC()
+				var m runtime.MemStats
+				runtime.ReadMemStats(&m)
+				b.ReportMetric(float64(m.HeapAlloc)/1e6, "MB-live")
+				one := scaleRules(100_001, 100_001)[100_000]
+				one.Name = "one-more"
+				started := time.Now()
+				apply(b, r, []rules.Rule{one})
+				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/one-more")
+				started = time.Now()
+				if err := r.do(b.Context(), func() error { return r.replace(edit{remove: []string{"one-more"}}, false) }); err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/one-less")
+				started = time.Now()
+				if err := r.do(b.Context(), func() error { return r.reconcile(nil) }); err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/nothing")
+				r.stop()
+				b.StartTimer()
+			}
+		})
+	}
+}
+
+// apply puts rules in as AddRule and Apply do once they are validated.
+func apply(t testing.TB, r *running, all []rules.Rule) {
+	t.Helper()
+	var e edit
+	for _, rule := range all {
+		e.put = append(e.put, &wantedRule{rule: rule, origin: control.OriginFile})
+	}
+	if err := r.do(t.Context(), func() error { return r.replace(e, true) }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func residentBytes(t testing.TB) int {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "VmRSS:")
+	var kB int
+	if _, err := fmt.Sscan(rest, &kB); err != nil {
+		t.Fatal(err)
+	}
+	return kB << 10
+}
