@@ -67,18 +67,20 @@ func (s *sync) flush() error {
 	return errors.Join(t.fanout.put(s.maps.Fanout), t.open.close())
 }
 
-// clearFanout empties rows of the map fanout. For each row that is deleted the
-// kernel waits for running programs, so several are filled with a devmap without
-// interfaces instead, for which it waits once.
+// fewRows are deleted one by one: for each the kernel waits for running programs.
+const fewRows = 8
+
+// clearFanout empties rows of the map fanout. Many are filled with a devmap without
+// interfaces instead of being deleted, for which the kernel waits once.
 func (l *Loader) clearFanout(rows []uint32) error {
-	if len(rows) == 0 {
-		return nil
-	}
-	if len(rows) == 1 {
-		if err := l.maps.Fanout.Delete(rows[0]); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("clear map fanout: %w", err)
+	if len(rows) <= fewRows {
+		var errs []error
+		for _, row := range rows {
+			if err := l.maps.Fanout.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				errs = append(errs, fmt.Errorf("clear map fanout: %w", err))
+			}
 		}
-		return nil
+		return errors.Join(errs...)
 	}
 	empty, _, err := l.newFan(nil)
 	if err != nil {
