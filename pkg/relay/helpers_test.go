@@ -270,7 +270,8 @@ func (b *logBuffer) String() string {
 	return b.buf.String()
 }
 
-// devmaps counts the rows of the map fanout that hold a devmap.
+// devmaps counts the rows of the map fanout that hold a devmap with interfaces: one
+// without stands where a rule was.
 func (p *place) devmaps() int {
 	p.t.Helper()
 	m, err := ebpf.LoadPinnedMap(filepath.Join(p.opts.Loader.PinDir, "fanout"), &ebpf.LoadPinOptions{ReadOnly: true})
@@ -282,11 +283,26 @@ func (p *place) devmaps() int {
 	for row := range m.MaxEntries() {
 		var id uint32
 		switch err := m.Lookup(row, &id); {
-		case err == nil:
+		case err == nil && hasInterfaces(id):
 			n++
-		case !errors.Is(err, ebpf.ErrKeyNotExist):
+		case err != nil && !errors.Is(err, ebpf.ErrKeyNotExist):
 			p.t.Fatal(err)
 		}
 	}
 	return n
+}
+
+// hasInterfaces says whether a devmap has any; one that is gone meanwhile has not.
+func hasInterfaces(id uint32) bool {
+	m, err := ebpf.NewMapFromID(ebpf.MapID(id))
+	if err != nil {
+		return false
+	}
+	defer m.Close()
+	for row := range m.MaxEntries() {
+		if value, err := m.LookupBytes(row); err == nil && value != nil {
+			return true
+		}
+	}
+	return false
 }

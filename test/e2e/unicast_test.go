@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -113,7 +114,11 @@ func TestUnicastOutput(t *testing.T) {
 	if fault := group.finish(sent); fault != "" {
 		t.Error(fault)
 	}
-	checkSum(t, in.rule("mixed"), sent)
+	got := in.rule("mixed")
+	checkSum(t, got, sent)
+	if !slices.ContainsFunc(got.Outputs[2].Drops, func(d control.Drop) bool { return d.Reason == "no_neighbour" && d.Packets > 0 }) {
+		t.Errorf("output 2 dropped %v, want some for want of a neighbour", got.Outputs[2].Drops)
+	}
 }
 
 // TestUnicastToMulticast relays what is sent to the relay itself, as a tunnel through
