@@ -276,15 +276,17 @@ func destinationText(o *loader.Output, f flow) string {
 	if o.DstLen != 0 {
 		dst = merge(o.Dst, f.Destination, int(o.DstLen))
 	}
-	switch port := f.Port + o.DstPort; {
+	switch port := int32(f.Port) + o.PortShift; {
 	case !o.PortAdd:
 		return netip.AddrPortFrom(dst, o.DstPort).String()
+	case f.Port != 0 && (port < 1 || port > 65535):
+		return fmt.Sprintf("%s, dropped: port %d", dst, port)
 	case f.Port != 0:
-		return netip.AddrPortFrom(dst, port).String()
-	case o.DstPort == 0:
+		return netip.AddrPortFrom(dst, uint16(port)).String()
+	case o.PortShift == 0:
 		return dst.String() + ", port kept"
 	default:
-		return fmt.Sprintf("%s, port %+d", dst, int16(o.DstPort))
+		return fmt.Sprintf("%s, port %+d", dst, o.PortShift)
 	}
 }
 

@@ -400,3 +400,32 @@ type fixed struct{}
 func (fixed) active(string) bool       { return true }
 func (fixed) set([]string, bool) error { return unix.EOPNOTSUPP }
 func (fixed) Close()                   {}
+// TestPatternRestart: what a pattern stands for is found again, with its counters.
+func TestPatternRestart(t *testing.T) {
+	p := newPlace(t)
+	p.connect("in1", "10.11.0.1/24")
+	r := p.start()
+	r.mustAdd("any", "239.1.1.1:5000%in+", "239.2.2.1:6000%out+")
+	r.waitKernel("any%in0 -> out0 out1", "any%in1 -> out0 out1")
+	ids := func() map[string]uint32 {
+		all := map[string]uint32{}
+		if err := r.do(t.Context(), func() error {
+			s, err := r.loader.Stats()
+			for _, s := range s.Rules {
+				all[s.Name] = s.ID
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	before := ids()
+	r.stop()
+	r = p.start()
+	r.waitKernel("any%in0 -> out0 out1", "any%in1 -> out0 out1")
+	if d := cmp.Diff(before, ids()); d != "" {
+		t.Errorf("rules are not those from before:\n%s", d)
+	}
+}
+

@@ -27,9 +27,9 @@ func TestResolvePolicy(t *testing.T) {
 		{"prefix", rules.Output{Address: dst, Len: 16, PortMode: rules.PortKeep},
 			packet.Rewrite{DstMAC: packet.MulticastMAC(dst), Dst: dst, DstLen: 16, PortAdd: true}},
 		{"port added", rules.Output{Address: dst, PortMode: rules.PortAdd, PortShift: 1000},
-			packet.Rewrite{DstMAC: packet.MulticastMAC(dst), Dst: dst, PortAdd: true, DstPort: 1000}},
+			packet.Rewrite{DstMAC: packet.MulticastMAC(dst), Dst: dst, PortAdd: true, PortShift: 1000}},
 		{"port taken away", rules.Output{Address: dst, PortMode: rules.PortAdd, PortShift: -1000},
-			packet.Rewrite{DstMAC: packet.MulticastMAC(dst), Dst: dst, PortAdd: true, DstPort: 65536 - 1000}},
+			packet.Rewrite{DstMAC: packet.MulticastMAC(dst), Dst: dst, PortAdd: true, PortShift: -1000}},
 		{"all of IP and UDP", rules.Output{Address: dst, Port: 1, Policy: rules.Policy{
 			Source: rules.SourceAddress, SourceAddr: addr("10.0.0.9"), SourcePort: 7, TTL: rules.TTLSet, TTLValue: 9,
 			DSCP: rules.DSCPSet, DSCPValue: 46, Checksum: rules.ChecksumZero, MinTTL: 3}},

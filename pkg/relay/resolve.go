@@ -285,7 +285,7 @@ func resolvePolicy(o rules.Output) loader.Output {
 	case rules.PortKeep:
 		out.PortAdd, out.DstPort = true, 0
 	case rules.PortAdd:
-		out.PortAdd, out.DstPort = true, uint16(o.PortShift) // two's complement
+		out.PortAdd, out.PortShift, out.DstPort = true, o.PortShift, 0
 	}
 	switch p.TTL {
 	case rules.TTLDecrement:

@@ -17,6 +17,8 @@ const module = "xdpcast/"
 // scripts and tests.
 var allowed = map[string][]string{
 	"bpf":              {},
+	"pkg/fanout":       {},
+	"pkg/xsk":          {},
 	"pkg/packet":       {},
 	"pkg/rules":        {},
 	"pkg/traffic":      {},
