@@ -1,6 +1,7 @@
 package labtest
 
 import (
+	"encoding/binary"
 	"errors"
 	"net"
 	"runtime"
@@ -60,6 +61,7 @@ func NewTap(t testing.TB, h *lab.Host, ifname string) *Tap {
 		}
 		return errors.Join(
 			unix.SetsockoptInt(tap.fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1),
+			unix.SetsockoptInt(tap.fd, unix.SOL_PACKET, unix.PACKET_AUXDATA, 1),
 			unix.SetsockoptInt(tap.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 256<<20),
 			unix.Bind(tap.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: iface.Index}),
 		)
@@ -97,14 +99,36 @@ func (tap *Tap) Receive(timeout time.Duration, keep func([]byte) bool) []byte {
 		if n, err := unix.Poll(fds, int(left.Milliseconds())+1); n <= 0 || err != nil {
 			continue
 		}
-		n, _, err := unix.Recvfrom(tap.fd, buf, unix.MSG_DONTWAIT)
+		oob := make([]byte, 64)
+		n, oobn, _, _, err := unix.Recvmsg(tap.fd, buf, oob, unix.MSG_DONTWAIT)
 		if err != nil {
 			continue
 		}
-		if keep == nil || keep(buf[:n]) {
-			return append([]byte(nil), buf[:n]...)
+		if frame := withTag(buf[:n], oob[:oobn]); keep == nil || keep(frame) {
+			return append([]byte(nil), frame...)
 		}
 	}
+}
+
+// withTag puts the outer VLAN tag back, which the kernel takes out of a frame and
+// tells beside it (struct tpacket_auxdata in linux/if_packet.h).
+func withTag(frame, oob []byte) []byte {
+	const (
+		vlanValid = 1 << 4 // TP_STATUS_VLAN_VALID
+		tci, tpid = 16, 18 // offsets
+	)
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(messages) == 0 || len(messages[0].Data) < 20 || len(frame) < 12 {
+		return frame
+	}
+	aux := messages[0].Data
+	if binary.NativeEndian.Uint32(aux)&vlanValid == 0 {
+		return frame
+	}
+	tagged := append([]byte(nil), frame[:12]...)
+	tagged = binary.BigEndian.AppendUint16(tagged, binary.NativeEndian.Uint16(aux[tpid:]))
+	tagged = binary.BigEndian.AppendUint16(tagged, binary.NativeEndian.Uint16(aux[tci:]))
+	return append(tagged, frame[12:]...)
 }
 
 // Collect returns the next n frames that keep wants, or fails.

@@ -1,0 +1,387 @@
+package e2e_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/traffic"
+)
+
+// featureCase is one rule, the frame that comes in, and those that must leave, byte
+// for byte.
+type featureCase struct {
+	name string
+	in   string
+	out  []string
+	// frame changes the frame that comes in: from 10.1.0.2:4000 to 239.1.1.1:5000.
+	frame func(f *packet.Frame)
+	// want changes, for each output, the frame that came in into the one that leaves.
+	// The MAC addresses are filled in.
+	want []func(f *packet.Frame)
+	// drop is why the first output sends nothing.
+	drop string
+}
+
+func (c featureCase) run(t *testing.T, n *network, in *instance, path, name string) {
+	if c.in == "" {
+		c.in = "239.1.1.1:5000%in0"
+	}
+	args := []string{"rule", "add", name, "--path", path, "--in", c.in}
+	for _, o := range c.out {
+		args = append(args, "--out", o)
+	}
+	in.mustCLI(args...)
+	defer in.mustCLI("rule", "del", name)
+	in.waitState(name, "active")
+
+	frame := packet.Frame{
+		SrcMAC: macOf(t, n.source, "src0"),
+		Src:    netip.MustParseAddr("10.1.0.2"), Dst: netip.MustParseAddr("239.1.1.1"), SrcPort: 4000, DstPort: 5000,
+		TTL: 16, TOS: 0x2e<<2 | 1, Payload: []byte("a payload of odd length"),
+	}
+	if c.frame != nil {
+		c.frame(&frame)
+	}
+	if frame.DstMAC == ([6]byte{}) {
+		frame.DstMAC = packet.MulticastMAC(frame.Dst)
+	}
+	source := labtest.NewTap(t, n.source, "src0")
+	taps := n.taps(t, c.out)
+	source.Send(frame.Build())
+	if c.drop != "" {
+		eventually(t, "the drop is counted", func() string {
+			s := in.rule(name)
+			for _, d := range append(s.Drops, s.Outputs[0].Drops...) {
+				if d.Reason == c.drop && d.Packets == 1 {
+					return ""
+				}
+			}
+			return fmt.Sprintf("%+v", s)
+		})
+		return
+	}
+	for slot, edit := range c.want {
+		want := frame
+		ifname := outputInterface(c.out[slot])
+		want.SrcMAC = macOf(t, n.relay, ifname)
+		want.Src, want.DstMAC = n.firstAddr(t, ifname, frame.Dst.Is4()), [6]byte{}
+		edit(&want)
+		if want.DstMAC == ([6]byte{}) {
+			want.DstMAC = packet.MulticastMAC(want.Dst)
+		}
+		if got, want := taps[ifname].Collect(1, isUDP)[0], want.Build(); !bytes.Equal(got, want) {
+			t.Errorf("output %d:\n got  %x\n want %x", slot, got, want)
+		}
+	}
+	eventually(t, "every copy is counted", func() string {
+		s := in.rule(name)
+		for _, o := range s.Outputs {
+			if s.Matched.Packets != 1 || o.Sent.Packets != 1 || len(o.Drops) != 0 {
+				return fmt.Sprintf("%+v", s)
+			}
+		}
+		return ""
+	})
+}
+
+func outputInterface(out string) string {
+	_, rest, _ := strings.Cut(out, "%")
+	name, _, _ := strings.Cut(rest, ",")
+	return name
+}
+
+// taps listens behind the outputs.
+func (n *network) taps(t *testing.T, outs []string) map[string]*labtest.Tap {
+	t.Helper()
+	taps := map[string]*labtest.Tap{}
+	for _, o := range outs {
+		name := outputInterface(o)
+		if taps[name] != nil {
+			continue
+		}
+		switch name {
+		case "in0":
+			taps[name] = labtest.NewTap(t, n.source, "src0")
+		default:
+			taps[name] = labtest.NewTap(t, n.sinks[name[3]-'0'], "sink0")
+		}
+	}
+	return taps
+}
+
+func isUDP(frame []byte) bool {
+	_, ok := packet.Parse(frame)
+	return ok
+}
+
+// firstAddr is the source address for src=iface.
+func (n *network) firstAddr(t *testing.T, ifname string, is4 bool) netip.Addr {
+	t.Helper()
+	var first netip.Addr
+	labtest.Do(t, n.relay, func() error {
+		i, err := net.InterfaceByName(ifname)
+		if err != nil {
+			return err
+		}
+		addrs, err := i.Addrs()
+		for _, a := range addrs {
+			p, _ := netip.ParsePrefix(a.String())
+			if p.Addr().Is4() == is4 && !p.Addr().IsLinkLocalUnicast() && !first.IsValid() {
+				first = p.Addr()
+			}
+		}
+		return err
+	})
+	return first
+}
+
+// addIPv6 gives the links of the network IPv6 addresses.
+func (n *network) addIPv6(t *testing.T) {
+	t.Helper()
+	for _, a := range []struct {
+		host       *lab.Host
+		name, cidr string
+	}{
+		{n.relay, "in0", "fd00:1::1/64"}, {n.source, "src0", "fd00:1::2/64"},
+		{n.relay, "out0", "fd00:20::1/64"}, {n.sinks[0], "sink0", "fd00:20::2/64"},
+		{n.relay, "out1", "fd00:21::1/64"}, {n.sinks[1], "sink0", "fd00:21::2/64"},
+		{n.relay, "out2", "fd00:22::1/64"}, {n.sinks[2], "sink0", "fd00:22::2/64"},
+	} {
+		if err := a.host.AddAddr(a.name, a.cidr); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func dst(addr string, port uint16, more ...func(f *packet.Frame)) func(f *packet.Frame) {
+	return func(f *packet.Frame) {
+		f.Dst, f.DstPort = netip.MustParseAddr(addr), port
+		for _, m := range more {
+			m(f)
+		}
+	}
+}
+
+func tags(tci ...uint16) func(f *packet.Frame) { return func(f *packet.Frame) { f.VLANs = tci } }
+
+func from(addr string) func(f *packet.Frame) {
+	return func(f *packet.Frame) { f.Src = netip.MustParseAddr(addr) }
+}
+
+// v6 is the default frame over IPv6.
+func v6(more ...func(f *packet.Frame)) func(f *packet.Frame) {
+	return func(f *packet.Frame) {
+		f.Src, f.Dst = netip.MustParseAddr("fd00:1::2"), netip.MustParseAddr("ff3e:0:0:1::7")
+		for _, m := range more {
+			m(f)
+		}
+	}
+}
+
+// features is what every path must do alike.
+var features = []featureCase{
+	{name: "one output", out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
+	{name: "everything kept", out: []string{"239.2.2.2%out0,src=keep"}, want: []func(f *packet.Frame){dst("239.2.2.2", 5000, from("10.1.0.2"))}},
+	{name: "policies", out: []string{"239.2.2.2:6000%out0,src=10.9.9.9:77,ttl=dec,dscp=af41,csum=zero"}, want: []func(f *packet.Frame){
+		dst("239.2.2.2", 6000, from("10.9.9.9"), func(f *packet.Frame) { f.SrcPort, f.TTL, f.TOS, f.NoChecksum = 77, 15, 34<<2|1, true })}},
+	{name: "four outputs", out: []string{"239.2.2.2:6000%out0", "239.2.2.3:6001%out1,ttl=3", "239.2.2.4:6002%out2,src=keep", "239.2.2.5:6003%out0,dscp=be"}, want: []func(f *packet.Frame){
+		dst("239.2.2.2", 6000), dst("239.2.2.3", 6001, func(f *packet.Frame) { f.TTL = 3 }), dst("239.2.2.4", 6002, from("10.1.0.2")), dst("239.2.2.5", 6003, func(f *packet.Frame) { f.TOS = 1 })}},
+	{name: "any port, port shifted", in: "239.1.1.1%in0", out: []string{"239.2.2.2:+1000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
+	{name: "prefix to prefix", in: "239.1.0.0/16%in0,join=239.1.1.1", out: []string{"239.101.0.0/16%out0", "239.102.0.0/16:-1000%out1"},
+		want: []func(f *packet.Frame){dst("239.101.1.1", 5000), dst("239.102.1.1", 4000)}},
+	{name: "ttl too low", out: []string{"239.2.2.2:6000%out0,minttl=17"}, drop: "ttl"},
+	{name: "ttl high enough", out: []string{"239.2.2.2:6000%out0,minttl=16"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
+	{name: "push", out: []string{"239.2.2.2:6000%out0,vlan=100,pcp=5"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000, tags(0xa064))}},
+	{name: "rewrite, pop and keep", in: "239.1.1.1:5000%in0,vlan=7", frame: tags(0x6007), out: []string{"239.2.2.2:6000%out0,vlan=8", "239.2.2.3:6000%out1,vlan=pop", "239.2.2.4:6000%out2"},
+		want: []func(f *packet.Frame){dst("239.2.2.2", 6000, tags(0x6008)), dst("239.2.2.3", 6000, tags()), dst("239.2.2.4", 6000, tags(0x6007))}},
+	{name: "pop two tags", in: "239.1.1.1:5000%in0,vlan=9.7", frame: tags(9, 7), out: []string{"239.2.2.2:6000%out0,vlan=pop"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000, tags())}},
+	{name: "hairpin", out: []string{"239.2.2.2:6000%in0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
+	{name: "policed", out: []string{"239.2.2.2:6000%out0,rate=1000bit,burst=1"}, drop: "policed"},
+	{name: "own address", frame: from("10.2.1.1"), out: []string{"239.2.2.2:6000%out0"}, drop: "loop"},
+	{name: "own address, allowed", in: "239.1.1.1:5000%in0,loop=allow", frame: from("10.2.1.1"), out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
+
+	{name: "ipv6", in: "fd00:1::2@[ff3e:0:0:1::7]:5000%in0", frame: v6(), out: []string{"[ff3e::2]:6000%out0", "[ff0e::3]:6000%out1,src=keep,ttl=9,dscp=ef"}, want: []func(f *packet.Frame){
+		dst("ff3e::2", 6000), dst("ff0e::3", 6000, from("fd00:1::2"), func(f *packet.Frame) { f.TTL, f.TOS = 9, 46<<2|1 })}},
+	{name: "ipv6, prefix, any port, options", in: "fd00:1::2@[ff3e:0:0:1::]/64%in0,join=none", frame: v6(func(f *packet.Frame) { f.Extensions = []byte{17, 0, 1, 4, 0, 0, 0, 0} }), out: []string{"[ff38:0:0:2::]/64%out0"},
+		want: []func(f *packet.Frame){dst("ff38:0:0:2::7", 5000)}},
+	{name: "ipv6, no checksum", in: "fd00:1::2@[ff3e:0:0:1::7]:5000%in0", frame: v6(func(f *packet.Frame) { f.NoChecksum = true }), out: []string{"[ff3e::2]:6000%out0"}, drop: "no_checksum"},
+	{name: "ipv6, no checksum, allowed", in: "fd00:1::2@[ff3e:0:0:1::7]:5000%in0,csum=any", frame: v6(func(f *packet.Frame) { f.NoChecksum = true }), out: []string{"[ff3e::2]:6000%out0"}, want: []func(f *packet.Frame){dst("ff3e::2", 6000)}},
+	{name: "ipv6, vlan in a vlan", in: "fd00:1::2@[ff3e:0:0:1::7]:5000%in0,vlan=9.7", frame: v6(tags(9, 7)), out: []string{"[ff3e::2]:6000%out0,vlan=8"}, want: []func(f *packet.Frame){dst("ff3e::2", 6000, tags(8))}},
+}
+
+// TestFeatures: every feature of rules, over real interfaces.
+func TestFeatures(t *testing.T) {
+	for _, path := range paths {
+		t.Run(path, func(t *testing.T) {
+			n := newNetwork(t)
+			n.addIPv6(t)
+			in := newInstance(t, n.relay)
+			in.start()
+			for i, c := range features {
+				t.Run(c.name, func(t *testing.T) { c.run(t, n, in, path, fmt.Sprintf("case%d", i)) })
+			}
+		})
+	}
+}
+
+// paths are those that all features are tested on.
+var paths = []string{"kernel"}
+
+// TestFragmentedDatagram sends 60 kB through a rule of four outputs: the receivers
+// put the fragments together again.
+func TestFragmentedDatagram(t *testing.T) {
+	for _, path := range paths {
+		t.Run(path, func(t *testing.T) {
+			n := newNetwork(t)
+			n.addIPv6(t)
+			in := newInstance(t, n.relay)
+			in.start()
+			for _, c := range []struct{ in, to, out string }{
+				{"239.1.1.1:5000%in0", "239.1.1.1", "239.2.2.%d:6000%%out%d"},
+				{"fd00:1::2@[ff3e::1]:5000%in0", "ff3e::1", "[ff0e::%d]:6000%%out%d"},
+			} {
+				n.fragmented(t, in, path, c.in, c.to, c.out)
+			}
+		})
+	}
+}
+
+func (n *network) fragmented(t *testing.T, in *instance, path, input, to, output string) {
+	t.Helper()
+	args := []string{"rule", "add", "big", "--path", path, "--in", input}
+	var sinks []net.PacketConn
+	for i, at := range []int{0, 1, 2, 0} {
+		out := fmt.Sprintf(output, i+1, at)
+		args = append(args, "--out", out)
+		endpoint, _, _ := strings.Cut(out, "%")
+		sinks = append(sinks, listen(t, n.sinks[at], netip.MustParseAddrPort(endpoint)))
+	}
+	in.mustCLI(args...)
+	defer in.mustCLI("rule", "del", "big")
+	in.waitState("big", "active")
+	payload := make([]byte, 60_000)
+	for i := range payload {
+		payload[i] = byte(i * 7)
+	}
+	labtest.Do(t, n.source, func() error {
+		i, err := net.InterfaceByName("src0")
+		if err != nil {
+			return err
+		}
+		d := net.Dialer{Control: multicastInterface(i.Index, netip.MustParseAddr(to).Is4())}
+		c, err := d.Dial("udp", netip.AddrPortFrom(netip.MustParseAddr(to), 5000).String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = c.Write(payload)
+		return err
+	})
+	for i, s := range sinks {
+		buf := make([]byte, 65536)
+		if err := s.SetReadDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		got, _, err := s.ReadFrom(buf)
+		if err != nil || !bytes.Equal(buf[:got], payload) {
+			t.Errorf("output %d: %d bytes, %v", i, got, err)
+		}
+	}
+	status := in.rule("big")
+	if status.Matched.Packets < 40 || len(status.Drops) > 0 {
+		t.Errorf("%+v", status)
+	}
+}
+
+// TestJumbo sends frames of 9,000 bytes through rules of one output, and says what
+// becomes of them with several.
+func TestJumbo(t *testing.T) {
+	n := newNetwork(t)
+	for host, names := range map[*lab.Host][]string{n.source: {"src0"}, n.relay: {"in0", "out0", "out1"}, n.sinks[0]: {"sink0"}, n.sinks[1]: {"sink0"}} {
+		for _, name := range names {
+			l, err := host.Link(name)
+			if err == nil {
+				err = host.Netlink().LinkSetMTU(l, 9000)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	in := newInstance(t, n.relay)
+	in.start()
+	jumbo := func(f *packet.Frame) { f.Payload = bytes.Repeat([]byte("jumbo "), 1500)[:8972] }
+	for _, c := range []featureCase{
+		{name: "one output", frame: jumbo, out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
+		{name: "one output, tagged", frame: jumbo, out: []string{"239.2.2.2:6000%out0,vlan=7"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000, tags(7))}},
+		{name: "longer than the output's mtu", frame: jumbo, out: []string{"239.2.2.2:6000%out2"}, drop: "mtu"},
+		{name: "several outputs", frame: jumbo, out: []string{"239.2.2.2:6000%out0", "239.2.2.3:6000%out1"}, drop: "multi_buffer"},
+		{name: "several outputs, shorter", frame: func(f *packet.Frame) { f.Payload = make([]byte, 3000) }, out: []string{"239.2.2.2:6000%out0", "239.2.2.3:6000%out1"},
+			want: []func(f *packet.Frame){dst("239.2.2.2", 6000), dst("239.2.2.3", 6000)}},
+	} {
+		t.Run(c.name, func(t *testing.T) { c.run(t, n, in, "kernel", strings.ReplaceAll(c.name, " ", "-")[:8]) })
+	}
+}
+
+// listen receives a group, or what is sent to an address, on a sink.
+func listen(t *testing.T, h *lab.Host, group netip.AddrPort) net.PacketConn {
+	t.Helper()
+	var c net.PacketConn
+	labtest.Do(t, h, func() error {
+		i, err := net.InterfaceByName("sink0")
+		if err != nil {
+			return err
+		}
+		c, err = net.ListenMulticastUDP("udp", i, net.UDPAddrFromAddrPort(group))
+		return err
+	})
+	t.Cleanup(func() { closeAll(t, c) })
+	return c
+}
+
+func closeAll(t *testing.T, closers ...io.Closer) {
+	for _, c := range closers {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestSourceSpecific: the streams of two sources of one group go different ways, a
+// third one's goes the way of any source, and a receiver that has joined one source
+// alone hears it behind src=keep.
+func TestSourceSpecific(t *testing.T) {
+	n := newNetwork(t)
+	for _, cidr := range []string{"10.1.0.3/24", "10.1.0.4/24"} {
+		if err := n.source.AddAddr("src0", cidr); err != nil {
+			t.Fatal(err)
+		}
+	}
+	in := newInstance(t, n.relay)
+	in.start()
+	in.add("second", "10.1.0.2@239.1.1.1:5000%in0", "232.2.2.2:6000%out0,src=keep")
+	in.add("third", "10.1.0.3@239.1.1.1:5000%in0", "232.2.2.2:6000%out1,src=keep")
+	in.add("others", "239.1.1.1:5000%in0", "239.2.2.2:6000%out2")
+	sinks := []*sink{
+		receive(t, n.sinks[0], "10.1.0.2@232.2.2.2:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.1.0.2")}),
+		receive(t, n.sinks[1], "10.1.0.3@232.2.2.2:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.1.0.3")}),
+		receive(t, n.sinks[2], "239.2.2.2:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.2.2.1")}),
+	}
+	const packets = 500
+	for i, source := range []string{"10.1.0.2", "10.1.0.3", "10.1.0.4"} {
+		send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Source: netip.MustParseAddr(source), TTL: 16,
+			Rate: traffic.Rate{Value: 20_000}, Count: packets}).wait()
+		if fault := sinks[i].finish(packets); fault != "" {
+			t.Error(fault)
+		}
+	}
+}
