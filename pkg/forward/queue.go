@@ -140,18 +140,28 @@ func refused(err error) (reason loader.Reason, all bool) {
 // share: then the device is slower than what is sent there, and waiting would make
 // the other outputs as slow.
 func (q *queue) wait(queues int) bool {
-	now := time.Now()
-	q.left = min(maxPatience, q.left+now.Sub(q.filled)/time.Duration(patience*queues))
-	q.filled = now
-	if q.left <= 0 {
+	pause := q.pause(time.Now(), queues)
+	if pause <= 0 {
 		return false
 	}
-	pause := unix.NsecToTimespec(int64(min(retryPause, q.left)))
-	_ = unix.Nanosleep(&pause, nil) // woken early, it tries again early
-	after := time.Now()
-	q.left -= after.Sub(now)
-	q.filled = after
+	ts := unix.NsecToTimespec(int64(pause))
+	_ = unix.Nanosleep(&ts, nil) // woken early, it tries again early
+	q.waited(time.Now())
 	return true
+}
+
+// pause is how long to wait now, 0 when the share is used up.
+func (q *queue) pause(now time.Time, queues int) time.Duration {
+	q.left = min(maxPatience, q.left+now.Sub(q.filled)/time.Duration(patience*queues))
+	q.filled = now
+	return min(retryPause, q.left)
+}
+
+// waited takes the time since pause from the share. It may become negative: a thread
+// sleeps longer than it asks for.
+func (q *queue) waited(now time.Time) {
+	q.left -= now.Sub(q.filled)
+	q.filled = now
 }
 
 // countSent adds up what follows each other for the same output.
