@@ -1,0 +1,57 @@
+package forward
+
+import (
+	"sync/atomic"
+
+	"xdpcast/pkg/loader"
+)
+
+// reasons is the number of drop reasons.
+const reasons = int(loader.Internal) + 1
+
+// counter has one writer, and readers at any time. Each of its two numbers is
+// exact; between them a reader may see half of an addition.
+type counter struct {
+	packets, bytes atomic.Uint64
+}
+
+// add needs no locked instruction for the sum: nobody else writes.
+func (c *counter) add(packets, bytes uint64) {
+	c.packets.Store(c.packets.Load() + packets)
+	c.bytes.Store(c.bytes.Load() + bytes)
+}
+
+func (c *counter) addTo(sum *loader.Counter) {
+	sum.Packets += c.packets.Load()
+	sum.Bytes += c.bytes.Load()
+}
+
+type dropCounters [reasons]counter
+
+func (d *dropCounters) addTo(sum map[loader.Reason]loader.Counter) {
+	for reason := range d {
+		var c loader.Counter
+		if d[reason].addTo(&c); c.Packets == 0 {
+			continue
+		}
+		total := sum[loader.Reason(reason)]
+		total.Packets += c.Packets
+		total.Bytes += c.Bytes
+		sum[loader.Reason(reason)] = total
+	}
+}
+
+// ruleCounters are one worker's for one rule.
+type ruleCounters struct {
+	matched  counter
+	lastSeen atomic.Int64 // as the at of Engine.Frame; 0: never
+	drops    dropCounters
+	_        [64]byte // no cache line shared with another worker's
+}
+
+// outputCounters are one worker's for one output.
+type outputCounters struct {
+	sent  counter
+	drops dropCounters
+	_     [64]byte
+}

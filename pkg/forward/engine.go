@@ -1,0 +1,265 @@
+package forward
+
+import (
+	"encoding/binary"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+)
+
+// Engine forwards for one worker. One goroutine at a time uses it; Set's methods
+// may be called meanwhile.
+type Engine struct {
+	set    *Set
+	input  int
+	worker int
+	open   func(index int) (Sender, error)
+
+	// next is what the next batch works with, and using what the current one does:
+	// while that is so, nothing of it is closed. nil between batches.
+	next, using atomic.Pointer[view]
+	// now is using, for the worker alone.
+	now *view
+
+	// lifted is memory for frames that came without Ethernet header.
+	lifted []byte
+	// One for each part of a fragmented datagram.
+	first, later, orphan counter
+}
+
+// view is what an engine needs to forward, all of one moment.
+type view struct {
+	table *Table
+	// queues are beside Table.devices; nil where the engine's rules have no output,
+	// or there is no such interface.
+	queues []*queue
+	open   int // queues that are not nil
+}
+
+// Begin starts a batch with the rules that are in force.
+func (e *Engine) Begin() {
+	for {
+		v := e.next.Load()
+		e.using.Store(v)
+		// Whoever exchanges next looks at using afterwards: it has seen v there, or v
+		// is still the one.
+		if e.next.Load() == v {
+			e.now = v
+			return
+		}
+	}
+}
+
+// End sends what is still queued. The batch's frames may be reused then.
+func (e *Engine) End() {
+	e.flush()
+	e.now = nil
+	e.using.Store(nil)
+}
+
+func (e *Engine) flush() {
+	for _, q := range e.now.queues {
+		if q != nil && len(q.packets) > 0 {
+			q.flush(e.now.open)
+		}
+	}
+}
+
+// abandon ends a batch that failed in the middle: what was queued is dropped.
+func (e *Engine) abandon() {
+	if e.now != nil {
+		for _, q := range e.now.queues {
+			if q != nil {
+				countDropped(q.pending, loader.Internal)
+				q.reset()
+			}
+		}
+	}
+	e.now = nil
+	e.using.Store(nil)
+}
+
+// Table returns the rules of the current batch.
+func (e *Engine) Table() *Table { return e.now.table }
+
+// Frame forwards an Ethernet frame that came in on the interface with this index,
+// at this time of Set.Clock. The frame must stay as it is until End. It says
+// whether a rule took it, whatever became of it.
+func (e *Engine) Frame(index int, frame []byte, at int64) bool {
+	h, ok := packet.Parse(frame)
+	if !ok {
+		return false
+	}
+	return e.forward(index, frame, &h, at, len(frame), true)
+}
+
+// Packet is Frame for an interface without Ethernet header: data begins with the IP
+// header.
+func (e *Engine) Packet(index int, data []byte, at int64) bool {
+	frame := e.lift(data)
+	h, ok := packet.Parse(frame)
+	if !ok {
+		return false
+	}
+	return e.forward(index, frame, &h, at, len(data), false)
+}
+
+// Deliver sends the copies of a packet whose rule is known and whose checks have
+// been made. The frame may have anything in place of its MAC addresses.
+func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
+	e.match(r, at, len(frame))
+	e.copies(r, frame, h, at, len(frame))
+}
+
+// liftedSize is the memory for frames without Ethernet header: a multiple of the
+// longest.
+const (
+	etherLen   = 14
+	liftedSize = 4 << 16
+)
+
+// lift puts an Ethernet header in front of a packet, in memory that is reused after
+// the batch, or when all that is queued has been sent.
+func (e *Engine) lift(data []byte) []byte {
+	need := etherLen + len(data)
+	if len(data) == 0 || need > liftedSize {
+		return nil
+	}
+	if len(e.lifted)+need > cap(e.lifted) {
+		if e.lifted == nil {
+			e.lifted = make([]byte, 0, liftedSize)
+		}
+		e.flush()
+		e.lifted = e.lifted[:0]
+	}
+	at := len(e.lifted)
+	e.lifted = e.lifted[:at+need]
+	frame := e.lifted[at : at+need : at+need]
+	clear(frame[:etherLen])
+	protocol := uint16(unix.ETH_P_IP)
+	if data[0]>>4 == 6 {
+		protocol = unix.ETH_P_IPV6
+	}
+	binary.BigEndian.PutUint16(frame[etherLen-2:], protocol)
+	copy(frame[etherLen:], data)
+	return frame
+}
+
+// forward is the relay program's function of this name, and lookup in front of it.
+// length is of the frame as it came in.
+func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) bool {
+	port := h.DstPort
+	if h.Part == packet.LaterFragment {
+		if port = e.set.fragments.port(index, h, at); port == 0 {
+			e.orphan.add(1, uint64(length))
+			return false
+		}
+	}
+	r := e.now.table.Lookup(index, h, port)
+	if r == nil || r.unicast && ethernet && [6]byte(frame[0:6]) != r.rule.In.MAC {
+		return false
+	}
+	switch h.Part {
+	case packet.FirstFragment:
+		e.set.fragments.remember(index, h, at)
+		e.first.add(1, uint64(length))
+	case packet.LaterFragment:
+		e.later.add(1, uint64(length))
+	}
+	counts := e.match(r, at, length)
+	if reason, ok := e.refuses(r, frame, h, at, length, ethernet); ok {
+		counts.drops[reason].add(1, uint64(length))
+		return true
+	}
+	e.copies(r, frame, h, at, length)
+	return true
+}
+
+func (e *Engine) match(r *Rule, at int64, length int) *ruleCounters {
+	counts := &r.counts[e.worker]
+	counts.matched.add(1, uint64(length))
+	counts.lastSeen.Store(at)
+	return counts
+}
+
+// refuses says why no output gets a packet.
+func (e *Engine) refuses(r *Rule, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) (loader.Reason, bool) {
+	if !r.rule.AllowLoop {
+		if ethernet && [6]byte(frame[6:12]) == r.rule.In.MAC {
+			return loader.Loop, true
+		}
+		if _, own := e.now.table.own[h.Src]; own {
+			return loader.Loop, true
+		}
+	}
+	// RFC 8200 section 8.1.
+	if !r.rule.AllowNoChecksum && h.UDP != 0 && h.Dst.Is6() && frame[h.UDP+6] == 0 && frame[h.UDP+7] == 0 {
+		return loader.NoChecksum, true
+	}
+	if r.policer != nil && !r.policer.conforms(at, length) {
+		return loader.Policed, true
+	}
+	return 0, false
+}
+
+func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, at int64, length int) {
+	for slot := range r.out {
+		o := &r.out[slot]
+		counts := &o.counts[e.worker]
+		if reason, ok := e.copy(o, counts, frame, h, at, length); !ok {
+			counts.drops[reason].add(1, uint64(length))
+		}
+	}
+}
+
+// copy queues one output's copy, or says why there is none.
+func (e *Engine) copy(o *output, counts *outputCounters, frame []byte, h *packet.Headers, at int64, length int) (loader.Reason, bool) {
+	if !o.Ready {
+		return o.Blocked, false
+	}
+	if h.L3Len > o.MTU {
+		return loader.MTU, false
+	}
+	q := e.now.queues[o.device]
+	if q == nil {
+		return loader.NoDevice, false
+	}
+	header, outcome := o.Append(q.room(), frame, h)
+	switch outcome {
+	case packet.EndsByTTL:
+		return loader.TTL, false
+	case packet.EndsByPort:
+		return loader.Port, false
+	}
+	if o.policer != nil && !o.policer.conforms(at, length) {
+		return loader.Policed, false
+	}
+	payload := frame[h.Payload:]
+	if !q.ethernet {
+		header = header[len(header)-(h.Payload-h.L3):]
+		payload = frame[h.Payload : h.L3+h.L3Len]
+	}
+	q.packets = append(q.packets, fanout.Packet{Header: header, Payload: payload})
+	q.pending = append(q.pending, pending{counts, uint64(length)})
+	if len(q.packets) == batch {
+		q.flush(e.now.open)
+	}
+	return 0, true
+}
+
+// settle waits until the engine uses nothing but what next holds. A batch takes no
+// longer than sending its frames, and what waits there is bounded.
+func (e *Engine) settle() {
+	next := e.next.Load()
+	for {
+		if v := e.using.Load(); v == nil || v == next {
+			return
+		}
+		time.Sleep(retryPause)
+	}
+}

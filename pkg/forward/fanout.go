@@ -1,0 +1,303 @@
+package forward
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+)
+
+// FanoutOptions say how a [Fanout] runs. The zero value is good.
+type FanoutOptions struct {
+	Logger *slog.Logger // nil: logs nothing
+	// Workers is the number of workers for each input interface; 0 means one for each
+	// CPU that the process may use.
+	Workers int
+	// Mode and Steering are those of fanout.Options.
+	Mode     fanout.Mode
+	Steering *ebpf.Program
+	// Blocks is the length of each worker's ring, in blocks of
+	// fanout.DefaultBlockSize; 0 means fanout.DefaultBlocks.
+	Blocks int
+	// Sender is how senders send.
+	Sender fanout.SenderOptions
+}
+
+// Fanout is the PACKET_FANOUT path: for each input interface of its rules a group
+// of workers, each a goroutine with a thread of its own, a ring, an engine and its
+// own senders. The host's receivers get their packets as if it were not there. Its
+// methods may be called from any goroutine; Open, Sync and Close from threads of one
+// network namespace.
+type Fanout struct {
+	opts   FanoutOptions
+	log    *slog.Logger
+	set    *Set
+	system fanoutSystem
+
+	mu     sync.Mutex
+	closed bool
+	filter *filter
+	groups map[int]*fanoutGroup // by interface index
+}
+
+// fanoutSystem is what a Fanout opens. Tests put faults between the two.
+type fanoutSystem struct {
+	openGroup  func(fanout.Options) (*fanout.Group, error)
+	openSender func(index int, opts fanout.SenderOptions) (Sender, error)
+	wait       func(*fanout.Worker) (*fanout.Block, error)
+}
+
+// OpenFanout opens the path without rules. The caller must Close it. It needs
+// CAP_BPF and CAP_NET_RAW.
+func OpenFanout(opts FanoutOptions) (*Fanout, error) {
+	return openFanout(opts, fanoutSystem{
+		openGroup: fanout.Open,
+		openSender: func(index int, opts fanout.SenderOptions) (Sender, error) {
+			return fanout.OpenSender(index, opts)
+		},
+		wait: (*fanout.Worker).Wait,
+	})
+}
+
+func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
+	if opts.Workers < 0 {
+		return nil, fmt.Errorf("%d workers: must be positive", opts.Workers)
+	}
+	if opts.Workers == 0 {
+		opts.Workers = runtime.NumCPU()
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	filter, err := newFilter()
+	if err != nil {
+		return nil, err
+	}
+	return &Fanout{
+		opts: opts, log: opts.Logger, system: system, filter: filter,
+		set: NewSet(opts.Workers), groups: map[int]*fanoutGroup{},
+	}, nil
+}
+
+// Sync makes the path forward exactly those of the rules whose path is
+// loader.PathFanout. Rules that are there already are not touched, and their packets
+// see nothing. A group is opened before its first rule, and closed after its last.
+// own are the host's unicast addresses. Call it again, with the same rules, when
+// interfaces have changed: outputs that were gone are opened again.
+//
+// After an error all is as before. Errors to match: *loader.RuleError,
+// *fanout.Error, os.ErrClosed.
+func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return fmt.Errorf("fanout path: %w", os.ErrClosed)
+	}
+	want := slices.DeleteFunc(slices.Clone(rules), func(r loader.Rule) bool { return r.Path != loader.PathFanout })
+	inputs, allowed := map[int]bool{}, map[wantedKey]bool{}
+	for i := range want {
+		if err := check(&want[i]); err != nil {
+			return &loader.RuleError{Rule: want[i].Name, Err: err}
+		}
+		inputs[want[i].In.Index] = true
+		allowed[wantedOf(want[i].In)] = true
+	}
+	added, err := f.filter.allow(allowed)
+	if err != nil {
+		return err
+	}
+	fresh, err := f.openGroups(inputs)
+	if err == nil {
+		err = f.set.Update(want, own, nil)
+	}
+	if err != nil {
+		for _, g := range fresh {
+			err = errors.Join(err, g.close(f.set))
+		}
+		return errors.Join(err, f.filter.forget(added))
+	}
+	for _, g := range fresh {
+		f.groups[g.index] = g
+		g.start()
+	}
+	f.retire(inputs, allowed)
+	return nil
+}
+
+// openGroups opens groups on the interfaces that have none. Nothing is left of them
+// after an error.
+func (f *Fanout) openGroups(inputs map[int]bool) (fresh []*fanoutGroup, err error) {
+	for _, index := range slices.Sorted(maps.Keys(inputs)) {
+		if f.groups[index] != nil {
+			continue
+		}
+		g, err := f.openGroup(index)
+		if err != nil {
+			for _, g := range fresh {
+				err = errors.Join(err, g.close(f.set))
+			}
+			return nil, err
+		}
+		fresh = append(fresh, g)
+	}
+	return fresh, nil
+}
+
+func (f *Fanout) openGroup(index int) (*fanoutGroup, error) {
+	g := &fanoutGroup{index: index, name: interfaceName(index), done: make(chan struct{})}
+	group, err := f.system.openGroup(fanout.Options{
+		Interface: g.name, Index: index, Workers: f.opts.Workers,
+		Mode: f.opts.Mode, Steering: f.opts.Steering, Blocks: f.opts.Blocks,
+		Filter: fanout.Filter{Program: f.filter.program},
+	})
+	if err != nil {
+		return nil, err
+	}
+	g.group = group
+	for i, w := range group.Workers() {
+		e, err := f.set.NewEngine(index, i, f.openSender)
+		if err != nil {
+			return nil, errors.Join(err, g.close(f.set))
+		}
+		g.workers = append(g.workers, &fanoutWorker{
+			engine: e, socket: w, group: g, number: i, wait: f.system.wait,
+			log: f.log.With("interface", g.name, "worker", i),
+		})
+	}
+	return g, nil
+}
+
+func (f *Fanout) openSender(index int) (Sender, error) {
+	return f.system.openSender(index, f.opts.Sender)
+}
+
+// interfaceName is for messages.
+func interfaceName(index int) string {
+	i, err := net.InterfaceByIndex(index)
+	if err != nil {
+		return "interface " + strconv.Itoa(index)
+	}
+	return i.Name
+}
+
+// retire closes what no rule needs any more. What fails there harms no packet.
+func (f *Fanout) retire(inputs map[int]bool, allowed map[wantedKey]bool) {
+	for index, g := range f.groups {
+		if inputs[index] {
+			continue
+		}
+		delete(f.groups, index)
+		if err := g.close(f.set); err != nil {
+			f.log.Warn("close group", "interface", g.name, "error", err)
+		}
+	}
+	if err := f.filter.restrict(allowed); err != nil {
+		f.log.Warn("clean up after old rules", "error", err)
+	}
+}
+
+// Stats reads the counters of the rules by these names, of all with nil.
+func (f *Fanout) Stats(names []string) []loader.RuleStats { return f.set.Stats(names) }
+
+// Fragments counts fragments of UDP datagrams.
+func (f *Fanout) Fragments() loader.Fragments { return f.set.Fragments() }
+
+// GroupStatus is how the workers of an input interface are.
+type GroupStatus struct {
+	Index     int
+	Interface string
+	GroupID   uint16
+	Workers   []WorkerStatus
+}
+
+// WorkerStatus is how a worker is.
+type WorkerStatus struct {
+	fanout.Stats
+	// Failures counts how often the worker has failed and was started again.
+	Failures uint64
+}
+
+// Groups reads how the groups are, by interface index. The kernel counts in 32
+// bits: call it every few minutes.
+func (f *Fanout) Groups() ([]GroupStatus, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []GroupStatus
+	var errs []error
+	for _, index := range slices.Sorted(maps.Keys(f.groups)) {
+		g := f.groups[index]
+		stats, err := g.group.Stats()
+		if err != nil {
+			errs = append(errs, err)
+		}
+		status := GroupStatus{Index: index, Interface: g.name, GroupID: g.group.ID()}
+		for i, w := range g.workers {
+			status.Workers = append(status.Workers, WorkerStatus{stats[i], w.failures.Load()})
+		}
+		all = append(all, status)
+	}
+	return all, errors.Join(errs...)
+}
+
+// Close ends all workers and closes everything. A second Close does nothing.
+func (f *Fanout) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil
+	}
+	f.closed = true
+	var errs []error
+	for _, g := range f.groups {
+		errs = append(errs, g.close(f.set))
+	}
+	clear(f.groups)
+	return errors.Join(append(errs, f.filter.close())...)
+}
+
+// fanoutGroup is the workers of one input interface.
+type fanoutGroup struct {
+	index   int
+	name    string
+	group   *fanout.Group
+	workers []*fanoutWorker
+	done    chan struct{} // closed to end the workers
+	running sync.WaitGroup
+}
+
+func (g *fanoutGroup) start() {
+	for _, w := range g.workers {
+		g.running.Go(w.run)
+	}
+}
+
+// close ends the workers.
+func (g *fanoutGroup) close(set *Set) error {
+	close(g.done)
+	errs := []error{g.group.Close()}
+	g.running.Wait()
+	for _, w := range g.workers {
+		errs = append(errs, set.Remove(w.engine))
+	}
+	return errors.Join(errs...)
+}
+
+// How long a worker that failed pauses before it starts again, at first and at
+// most.
+const (
+	firstPause = 10 * time.Millisecond
+	lastPause  = time.Second
+)

@@ -1,0 +1,210 @@
+package forward
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/loader"
+)
+
+// filter is the socket filter of all groups of a Fanout: it lets UDP packets in
+// whose destination some rule of the interface has, group or prefix, so that what
+// no rule wants never reaches user space. VLAN, source and port are left to Table.
+type filter struct {
+	wanted  *ebpf.Map
+	program *ebpf.Program
+	have    map[wantedKey]bool
+}
+
+// wantedKey is the key of the map: a prefix of an interface and an address, an IPv4
+// one as ::ffff:a.b.c.d.
+type wantedKey struct {
+	PrefixLen uint32 // bits of what follows
+	Index     uint32
+	Address   [16]byte
+}
+
+const maxWanted = 1 << 20
+
+func wantedOf(in loader.Input) wantedKey {
+	length := in.Len
+	if length == 0 {
+		length = in.Group.BitLen()
+	}
+	return wantedKey{
+		PrefixLen: uint32(32 + 128 - in.Group.BitLen() + length),
+		Index:     uint32(in.Index),
+		Address:   in.Group.As16(),
+	}
+}
+
+func newFilter() (*filter, error) {
+	wanted, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name: "xdpcast_wanted", Type: ebpf.LPMTrie, Flags: unix.BPF_F_NO_PREALLOC,
+		KeySize: uint32(binary.Size(wantedKey{})), ValueSize: 1, MaxEntries: maxWanted,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make map of the socket filter: %w", err)
+	}
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "xdpcast_filter", Type: ebpf.SocketFilter, License: "MIT",
+		Instructions: filterProgram(wanted),
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("load socket filter: %w", err), wanted.Close())
+	}
+	return &filter{wanted: wanted, program: program, have: map[wantedKey]bool{}}, nil
+}
+
+func (f *filter) close() error { return errors.Join(f.program.Close(), f.wanted.Close()) }
+
+// allow lets in what rules want, too. It returns what it has added.
+func (f *filter) allow(want map[wantedKey]bool) (added []wantedKey, err error) {
+	for key := range want {
+		if f.have[key] {
+			continue
+		}
+		if err := f.wanted.Put(key, uint8(1)); err != nil {
+			return nil, errors.Join(fmt.Errorf("write map of the socket filter: %w", err), f.forget(added))
+		}
+		f.have[key] = true
+		added = append(added, key)
+	}
+	return added, nil
+}
+
+// restrict lets in no more than rules want.
+func (f *filter) restrict(want map[wantedKey]bool) error {
+	var gone []wantedKey
+	for key := range f.have {
+		if !want[key] {
+			gone = append(gone, key)
+		}
+	}
+	return f.forget(gone)
+}
+
+func (f *filter) forget(keys []wantedKey) error {
+	var errs []error
+	for _, key := range keys {
+		if err := f.wanted.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("write map of the socket filter: %w", err))
+			continue
+		}
+		delete(f.have, key)
+	}
+	return errors.Join(errs...)
+}
+
+const (
+	// Offsets into struct __sk_buff of include/uapi/linux/bpf.h; the protocol is in
+	// network byte order.
+	skbProtocol = 16
+	skbIndex    = 40
+	// hdrStartNet is BPF_HDR_START_NET: offsets count from the network header.
+	hdrStartNet = 1
+	// keepAll is the answer that keeps a whole frame.
+	keepAll = -1
+
+	// Where the program puts on its stack what it looks up, and what it loads.
+	stackKey     = -24
+	stackIndex   = stackKey + 4
+	stackAddress = stackKey + 8
+	stackIP      = stackKey - ip6Len
+
+	ip4Len = 20
+	ip6Len = 40
+)
+
+func filterProgram(wanted *ebpf.Map) asm.Instructions {
+	const context, offset, protocol = asm.R6, asm.R7, asm.R8
+	load := func(size int32) asm.Instructions {
+		return asm.Instructions{
+			asm.Mov.Reg(asm.R1, context),
+			asm.Mov.Reg(asm.R2, offset),
+			asm.Mov.Reg(asm.R3, asm.RFP),
+			asm.Add.Imm(asm.R3, stackIP),
+			asm.Mov.Imm(asm.R4, size),
+			asm.Mov.Imm(asm.R5, hdrStartNet),
+			asm.FnSkbLoadBytesRelative.Call(),
+			asm.JNE.Imm(asm.R0, 0, "drop"),
+		}
+	}
+	program := asm.Instructions{
+		asm.Mov.Reg(context, asm.R1),
+		asm.Mov.Imm(offset, 0),
+		asm.LoadMem(protocol, context, skbIndex, asm.Word),
+		asm.StoreMem(asm.RFP, stackIndex, protocol, asm.Word),
+		asm.Mov.Imm(protocol, 32+128),
+		asm.StoreMem(asm.RFP, stackKey, protocol, asm.Word),
+		asm.LoadMem(protocol, context, skbProtocol, asm.Word),
+		asm.JEq.Imm(protocol, networkOrder(unix.ETH_P_8021Q), "tag"),
+		asm.JEq.Imm(protocol, networkOrder(unix.ETH_P_8021AD), "tag"),
+		asm.Ja.Label("network"),
+	}
+	// One tag the kernel took out; this is another: tag control, EtherType.
+	tag := load(4)
+	tag[0] = tag[0].WithSymbol("tag")
+	program = append(program, tag...)
+	program = append(program,
+		asm.LoadMem(protocol, asm.RFP, stackIP+2, asm.Half),
+		asm.Mov.Imm(offset, 4),
+		asm.JEq.Imm(protocol, networkOrder(unix.ETH_P_IP), "ipv4").WithSymbol("network"),
+		asm.JEq.Imm(protocol, networkOrder(unix.ETH_P_IPV6), "ipv6"),
+		asm.Ja.Label("drop"),
+	)
+	ipv4 := load(ip4Len)
+	ipv4[0] = ipv4[0].WithSymbol("ipv4")
+	program = append(program, ipv4...)
+	program = append(program,
+		asm.LoadMem(asm.R0, asm.RFP, stackIP+9, asm.Byte),
+		asm.JNE.Imm(asm.R0, unix.IPPROTO_UDP, "drop"),
+		asm.Mov.Imm(asm.R0, 0),
+		asm.StoreMem(asm.RFP, stackAddress, asm.R0, asm.DWord),
+		asm.StoreMem(asm.RFP, stackAddress+8, asm.R0, asm.Word),
+		asm.Mov.Imm(asm.R0, 0xffff),
+		asm.StoreMem(asm.RFP, stackAddress+10, asm.R0, asm.Half),
+		asm.LoadMem(asm.R0, asm.RFP, stackIP+16, asm.Word),
+		asm.StoreMem(asm.RFP, stackAddress+12, asm.R0, asm.Word),
+		asm.Ja.Label("lookup"),
+	)
+	ipv6 := load(ip6Len)
+	ipv6[0] = ipv6[0].WithSymbol("ipv6")
+	program = append(program, ipv6...)
+	program = append(program,
+		// UDP, or extension headers that may lead there.
+		asm.LoadMem(asm.R0, asm.RFP, stackIP+6, asm.Byte),
+		asm.JEq.Imm(asm.R0, unix.IPPROTO_UDP, "address"),
+		asm.JEq.Imm(asm.R0, unix.IPPROTO_HOPOPTS, "address"),
+		asm.JEq.Imm(asm.R0, unix.IPPROTO_FRAGMENT, "address"),
+		asm.JNE.Imm(asm.R0, unix.IPPROTO_DSTOPTS, "drop"),
+	)
+	for i := range int16(4) {
+		word := asm.LoadMem(asm.R0, asm.RFP, stackIP+24+4*i, asm.Word)
+		if i == 0 {
+			word = word.WithSymbol("address")
+		}
+		program = append(program, word, asm.StoreMem(asm.RFP, stackAddress+4*i, asm.R0, asm.Word))
+	}
+	return append(program,
+		asm.LoadMapPtr(asm.R1, wanted.FD()).WithSymbol("lookup"),
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, stackKey),
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "drop"),
+		asm.Mov.Imm(asm.R0, keepAll),
+		asm.Return(),
+		asm.Mov.Imm(asm.R0, 0).WithSymbol("drop"),
+		asm.Return(),
+	)
+}
+
+// networkOrder is v as the kernel's __be16, as an operand.
+func networkOrder(v uint16) int32 {
+	return int32(binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v)))
+}

@@ -1,0 +1,317 @@
+package forward
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+)
+
+// counted takes the numbered frames of streams that arrive on an interface, and
+// says what is wrong with them: each stream must count up by one.
+type counted struct {
+	t     testing.TB
+	name  string
+	total atomic.Int64
+	next  map[string]int
+	done  chan struct{}
+}
+
+// countOn begins to count on the eth0 of a sink.
+func countOn(t testing.TB, h *lab.Host) *counted {
+	t.Helper()
+	catcher := catch(t, h, "eth0")
+	c := &counted{t: t, name: h.Name, next: map[string]int{}, done: make(chan struct{})}
+	go func() {
+		defer close(c.done)
+		for {
+			block, err := catcher.group.Workers()[0].Wait()
+			if errors.Is(err, fanout.ErrWoken) || errors.Is(err, os.ErrClosed) {
+				return
+			}
+			if err != nil {
+				continue // the interface was deleted or set down by the test
+			}
+			var f fanout.Frame
+			for block.Next(&f) {
+				c.frame(f.Data)
+			}
+			block.Release()
+		}
+	}()
+	return c
+}
+
+func (c *counted) frame(data []byte) {
+	stream, n, ok := number(data)
+	if !ok {
+		return
+	}
+	key := fmt.Sprintf("%x stream %d", data[0:6], stream)
+	if n != c.next[key] {
+		c.t.Errorf("%s: %s: frame %d after %d", c.name, key, n, c.next[key]-1)
+	}
+	c.next[key] = n + 1
+	c.total.Add(1)
+}
+
+// window bounds the frames on their way, to less than the queue of a veth.
+const window = 400
+
+// load sends streams round and round, frame after frame, from one CPU, as a network
+// card would that keeps a flow on one queue; arrived says how many frames of how
+// many are through.
+func (b *bench) load(t testing.TB, streams, frames int, arrived func() int64) {
+	t.Helper()
+	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	onOneCPU(t, func() {
+		var burst [][]byte
+		for i := range frames {
+			burst = append(burst, numbered(i%streams, i/streams).Build())
+			if len(burst) < 50 && i < frames-1 {
+				continue
+			}
+			sendFrames(t, source, burst)
+			burst = burst[:0]
+			labtest.Eventually(t, "earlier frames have arrived", func() bool { return arrived() > int64(i-window) })
+		}
+	})
+	labtest.Eventually(t, fmt.Sprintf("all frames have arrived, of which %d have", arrived()), func() bool { return arrived() >= int64(frames) })
+}
+
+// onOneCPU runs fn on one CPU.
+func onOneCPU(t testing.TB, fn func()) {
+	t.Helper()
+	var before, one unix.CPUSet
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.SchedGetaffinity(0, &before); err != nil {
+		t.Fatal(err)
+	}
+	for cpu := range 1024 {
+		if before.IsSet(cpu) {
+			one.Set(cpu)
+			break
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.SchedSetaffinity(0, &before); err != nil {
+			t.Error(err)
+		}
+	}()
+	fn()
+}
+
+// However many workers and streams there are: every frame leaves once, and each
+// stream in its order.
+func TestExactlyOnce(t *testing.T) {
+	for _, mode := range []fanout.Mode{fanout.ModeCPU, fanout.ModeHash} {
+		for _, workers := range []int{1, 2, 3, 8} {
+			for _, streams := range []int{1, 64} {
+				t.Run(fmt.Sprintf("%s, %d workers, %d streams", mode, workers, streams), func(t *testing.T) {
+					b := newBench(t, 2)
+					f := b.path(t, FanoutOptions{Workers: workers, Mode: mode, Blocks: 16})
+					sinks := []*counted{countOn(t, b.sinks[0]), countOn(t, b.sinks[1])}
+					b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000), sendTo(b.out[1], "239.9.9.2", 6000)))
+					const frames = 6400
+					b.load(t, streams, frames, func() int64 { return min(sinks[0].total.Load(), sinks[1].total.Load()) })
+					s := adds(t, f, "r", frames)
+					for slot, out := range s.Outputs {
+						if out.Sent.Packets != frames || sinks[slot].total.Load() != frames {
+							t.Errorf("output %d: %+v, %d arrived", slot, out, sinks[slot].total.Load())
+						}
+					}
+					used := 0
+					groups, err := f.Groups()
+					if err != nil {
+						t.Fatal(err)
+					}
+					for _, w := range groups[0].Workers {
+						if w.Dropped != 0 || w.Failures != 0 {
+							t.Errorf("worker: %+v", w)
+						}
+						if w.Received > 0 {
+							used++
+						}
+					}
+					if mode == fanout.ModeHash && streams == 64 && used != workers {
+						t.Errorf("%d of %d workers had frames, which proves little", used, workers)
+					}
+				})
+			}
+		}
+	}
+}
+
+// While rules come and go, and those that stay get other addresses, not one frame
+// is lost.
+func TestExchangeUnderLoad(t *testing.T) {
+	b := newBench(t, 3)
+	f := b.path(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash})
+	sink := countOn(t, b.sinks[0])
+	steady := rule("steady", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+	b.sync(t, f, steady)
+	stop, exchanges := make(chan struct{}), 0
+	done := make(chan error)
+	go func() {
+		done <- b.relay.Do(func() error {
+			for {
+				select {
+				case <-stop:
+					return nil
+				default:
+				}
+				exchanges++
+				changed := steady
+				changed.Out = []loader.Output{steady.Out[0]}
+				changed.Out[0].TTLMode, changed.Out[0].TTL = 2, uint8(exchanges)|1
+				set := []loader.Rule{changed}
+				if exchanges%2 == 0 {
+					set = append(set, rule("other", b.in, "239.1.1.0", 0, sendTo(b.out[1+exchanges/2%2], "239.9.9.3", 7000)))
+					set[1].In.Len = 24
+				}
+				if exchanges%3 == 0 {
+					set = append(set, rule("elsewhere", b.out[1], "239.1.1.1", 5000, sendTo(b.out[2], "239.9.9.4", 7000)))
+				}
+				if err := f.Sync(set, ownAddresses); err != nil {
+					return err
+				}
+			}
+		})
+	}()
+	const frames = 20000
+	b.load(t, 8, frames, sink.total.Load)
+	close(stop)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if s := adds(t, f, "steady", frames); s.Outputs[0].Sent.Packets != frames {
+		t.Errorf("%+v", s)
+	}
+	if exchanges < 20 {
+		t.Errorf("%d exchanges prove little", exchanges)
+	}
+	t.Logf("%d exchanges", exchanges)
+}
+
+// An output whose interface goes down, comes back, or vanishes loses its own
+// copies, for a reason, and nobody else's.
+func TestOutputFails(t *testing.T) {
+	b := newBench(t, 3)
+	f := b.path(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash})
+	sink := countOn(t, b.sinks[0])
+	r := rule("r", b.in, "239.1.1.1", 5000,
+		sendTo(b.out[0], "239.9.9.1", 6000), sendTo(b.out[1], "239.9.9.2", 6000), sendTo(b.out[2], "239.9.9.3", 6000))
+	b.sync(t, f, r)
+	out := func(slot int) loader.OutputStats { return f.Stats([]string{"r"})[0].Outputs[slot] }
+	const frames = 30000
+	acts := []struct {
+		at int64
+		do func() error
+	}{
+		{frames / 5, func() error { return b.relay.SetUp("out1", false) }},
+		{2 * frames / 5, func() error {
+			link, err := b.relay.Link("out2")
+			if err != nil {
+				return err
+			}
+			return b.relay.Netlink().LinkDel(link)
+		}},
+		{3 * frames / 5, func() error { return b.relay.SetUp("out1", true) }},
+	}
+	done := make(chan error, 1)
+	var whileDown, whenUp loader.OutputStats
+	go func() {
+		for i, act := range acts {
+			for sink.total.Load() < act.at {
+				time.Sleep(time.Millisecond)
+			}
+			if i == 2 {
+				whileDown = out(1)
+			}
+			if err := act.do(); err != nil {
+				done <- err
+				return
+			}
+			if i == 2 {
+				whenUp = out(1)
+			}
+		}
+		done <- nil
+	}()
+	b.load(t, 4, frames, sink.total.Load)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	s := adds(t, f, "r", frames)
+	if s.Outputs[0].Sent.Packets != frames {
+		t.Errorf("output 0: %+v", s.Outputs[0])
+	}
+	if whileDown.Drops[loader.NoDevice].Packets == 0 || s.Outputs[1].Sent.Packets <= whenUp.Sent.Packets {
+		t.Errorf("output 1: while down %+v, when up %+v, at last %+v", whileDown, whenUp, s.Outputs[1])
+	}
+	if gone := s.Outputs[2].Drops[loader.NoDevice].Packets; gone == 0 || gone+s.Outputs[2].Sent.Packets != frames {
+		t.Errorf("output 2: %+v", s.Outputs[2])
+	}
+
+	// It comes back, with another index, and the control loop says so.
+	labtest.Connect(t, lab.End{Host: b.relay, Name: "out2"}, lab.End{Host: b.sinks[2], Name: "eth9"})
+	back := iface(t, b.relay, "out2")
+	r.Out[2].Index = back.Index
+	before := out(2).Sent.Packets
+	b.sync(t, f, r)
+	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	sendFrames(t, source, [][]byte{numbered(99, 0).Build()})
+	labtest.Eventually(t, "the output sends again", func() bool { return out(2).Sent.Packets == before+1 })
+}
+
+// A worker that fails, by an error or a panic, is started again, and no frame is
+// lost.
+func TestWorkerFails(t *testing.T) {
+	for name, fail := range map[string]func() error{
+		"error": func() error { return errors.New("made up") },
+		"panic": func() error { panic("made up") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, 1)
+			var calls, failed atomic.Int64
+			f := b.pathWith(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash}, func(s *fanoutSystem) {
+				s.wait = func(w *fanout.Worker) (*fanout.Block, error) {
+					if calls.Add(1)%50 == 0 && failed.Add(1) <= 5 {
+						return nil, fail()
+					}
+					return w.Wait()
+				}
+			})
+			sink := countOn(t, b.sinks[0])
+			b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))
+			const frames = 20000
+			b.load(t, 8, frames, sink.total.Load)
+			adds(t, f, "r", frames)
+			groups, err := f.Groups()
+			if err != nil {
+				t.Fatal(err)
+			}
+			failures := uint64(0)
+			for _, w := range groups[0].Workers {
+				failures += w.Failures
+			}
+			if failures == 0 || failures != uint64(min(5, failed.Load())) {
+				t.Errorf("%d failures counted of %d", failures, failed.Load())
+			}
+		})
+	}
+}

@@ -1,0 +1,183 @@
+package forward
+
+import (
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+)
+
+// Sender sends frames out of one interface; a [fanout.Sender] is one. One goroutine
+// at a time uses it.
+type Sender interface {
+	// Send sends packets in their order, without waiting. It returns how many were
+	// taken; if not all, err is the unix.Errno for which packets[n] was refused, and
+	// the caller may go on with packets[n+1:]. Neither part of a packet may be used
+	// after Send has returned.
+	//
+	//	EAGAIN, ENOBUFS, ENOMEM  no room now
+	//	EMSGSIZE                 too long for the interface
+	//	ENETDOWN                 the interface is down
+	//	ENXIO, ENODEV            the interface is gone
+	Send(packets []fanout.Packet) (n int, err error)
+	// Ethernet reports whether frames begin with an Ethernet header, rather than
+	// with the IP header.
+	Ethernet() bool
+	Close() error
+}
+
+// batch is how many packets a queue collects.
+const batch = fanout.DefaultBatch
+
+// headerRoom is for the headers of one packet.
+const headerRoom = 256
+
+var _ [headerRoom - packet.MaxHeaders]struct{}
+
+// How long an engine waits for devices without room: at most the part 1/patience of
+// its time, and never longer than maxPatience at once. What does not go away in that
+// time is no burst.
+const (
+	patience    = 8
+	maxPatience = 2 * time.Millisecond
+	retryPause  = 50 * time.Microsecond
+)
+
+// queue is what an engine has for one output interface.
+type queue struct {
+	sender   Sender
+	ethernet bool
+	// gone: the interface is no more, and the sender with it.
+	gone    atomic.Bool
+	packets []fanout.Packet
+	pending []pending // beside packets
+	headers []byte
+
+	// left is the time that may still be waited, as of filled.
+	left   time.Duration
+	filled time.Time
+}
+
+// pending is what a packet of a queue is counted for.
+type pending struct {
+	counts *outputCounters
+	bytes  uint64
+}
+
+func newQueue(s Sender) *queue {
+	return &queue{
+		sender: s, ethernet: s.Ethernet(),
+		packets: make([]fanout.Packet, 0, batch),
+		pending: make([]pending, 0, batch),
+		headers: make([]byte, batch*headerRoom),
+	}
+}
+
+// room is where the headers of the next packet go.
+func (q *queue) room() []byte {
+	at := len(q.packets) * headerRoom
+	return q.headers[at : at : at+headerRoom]
+}
+
+// flush sends what is queued. queues is how many the engine has.
+func (q *queue) flush(queues int) {
+	packets, pending := q.packets, q.pending
+	for len(packets) > 0 {
+		n, err := q.sender.Send(packets)
+		countSent(pending[:n])
+		packets, pending = packets[n:], pending[n:]
+		if len(packets) == 0 {
+			break
+		}
+		reason, all := refused(err)
+		if reason == loader.TxFull && q.wait(queues) {
+			continue
+		}
+		n = 1
+		if all {
+			n = len(packets)
+		}
+		if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
+			q.gone.Store(true)
+		}
+		countDropped(pending[:n], reason)
+		packets, pending = packets[n:], pending[n:]
+	}
+	q.reset()
+}
+
+// reset forgets what is queued, and leaves no pointer behind: payloads may lie in
+// memory that is unmapped before the queue is used again.
+func (q *queue) reset() {
+	clear(q.packets)
+	clear(q.pending)
+	q.packets, q.pending = q.packets[:0], q.pending[:0]
+}
+
+// refused is the reason behind an error of Send, and whether all that follows would
+// meet it too.
+func refused(err error) (reason loader.Reason, all bool) {
+	switch {
+	case errors.Is(err, unix.EAGAIN):
+		return loader.TxFull, true
+	case errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
+		return loader.TxFull, false
+	case errors.Is(err, unix.EMSGSIZE):
+		return loader.MTU, false
+	case errors.Is(err, unix.ENETDOWN), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
+		return loader.NoDevice, true
+	default:
+		return loader.Internal, false
+	}
+}
+
+// wait waits for the device a little. It is false when the queue has waited its
+// share: then the device is slower than what is sent there, and waiting would make
+// the other outputs as slow.
+func (q *queue) wait(queues int) bool {
+	pause := q.pause(time.Now(), queues)
+	if pause <= 0 {
+		return false
+	}
+	ts := unix.NsecToTimespec(int64(pause))
+	_ = unix.Nanosleep(&ts, nil) // woken early, it tries again early
+	q.waited(time.Now())
+	return true
+}
+
+// pause is how long to wait now, 0 when the share is used up.
+func (q *queue) pause(now time.Time, queues int) time.Duration {
+	q.left = min(maxPatience, q.left+now.Sub(q.filled)/time.Duration(patience*queues))
+	q.filled = now
+	return min(retryPause, q.left)
+}
+
+// waited takes the time since pause from the share. It may become negative: a thread
+// sleeps longer than it asks for.
+func (q *queue) waited(now time.Time) {
+	q.left -= now.Sub(q.filled)
+	q.filled = now
+}
+
+// countSent adds up what follows each other for the same output.
+func countSent(sent []pending) {
+	for i := 0; i < len(sent); {
+		counts, n, bytes := sent[i].counts, uint64(0), uint64(0)
+		for ; i < len(sent) && sent[i].counts == counts; i++ {
+			n++
+			bytes += sent[i].bytes
+		}
+		counts.sent.add(n, bytes)
+	}
+}
+
+func countDropped(dropped []pending, reason loader.Reason) {
+	for _, p := range dropped {
+		p.counts.drops[reason].add(1, p.bytes)
+	}
+}

@@ -1,0 +1,354 @@
+package forward
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/loader"
+)
+
+// Set is the rules of a path, and what its workers share. Its methods may be called
+// from any goroutine.
+type Set struct {
+	workers   int
+	start     time.Time
+	fragments *fragments
+
+	mu      sync.Mutex
+	table   *Table
+	given   given
+	engines []*Engine
+	// Of engines that are no more.
+	gone loader.Fragments
+}
+
+// NewSet makes a set without rules, for inputs with so many workers each.
+func NewSet(workers int) *Set {
+	return &Set{
+		workers: max(1, workers),
+		// So that the time of a packet from before the start is positive, too.
+		start:     time.Now().Add(-time.Minute),
+		fragments: newFragments(),
+		table:     &Table{},
+	}
+}
+
+// Clock is the time that engines are told when packets came, in nanoseconds: it
+// never goes back, and never stands at 0.
+func (s *Set) Clock(t time.Time) int64 { return int64(t.Sub(s.start)) }
+
+// NewEngine adds an engine for the rules of one input interface. worker, from 0 on,
+// is different for each engine of an input. open opens a sender on an interface, in
+// the goroutine that calls Update. Remove it when its goroutine has ended.
+func (s *Set) NewEngine(input, worker int, open func(index int) (Sender, error)) (*Engine, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if worker < 0 || worker >= s.workers {
+		return nil, fmt.Errorf("worker %d: want 0 to %d", worker, s.workers-1)
+	}
+	e := &Engine{set: s, input: input, worker: worker, open: open}
+	// Without senders before the next Update, and so without rules.
+	e.next.Store(&view{table: &Table{}})
+	s.engines = append(s.engines, e)
+	return e, nil
+}
+
+// Remove closes the senders of an engine, which must not be used any more.
+func (s *Set) Remove(e *Engine) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := slices.Index(s.engines, e)
+	if at < 0 {
+		return nil
+	}
+	s.engines = slices.Delete(s.engines, at, at+1)
+	e.addFragments(&s.gone)
+	return closeQueues(e.next.Load().queues, nil)
+}
+
+// Update makes the rules exactly want; own are the host's unicast addresses, whose
+// packets are loops. firstOutputs is for paths that look rules up by
+// Table.ByFirstOutput: the number by rule name, nil elsewhere. The counters of rules
+// that stay go on, even with other addresses.
+//
+// An interface without a sender gets one now, if it is there; the copies for it are
+// dropped with reason NoDevice otherwise, until the next Update. After an error all
+// is as before. Errors to match: *loader.RuleError.
+func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.holds(want, own, firstOutputs) {
+		return nil
+	}
+	table, err := newTable(want, own, firstOutputs, s.table, s.workers)
+	if err != nil {
+		return err
+	}
+	views := make([]*view, len(s.engines))
+	for i, e := range s.engines {
+		if views[i], err = e.view(s.table, table); err != nil {
+			for j := range views[:i+1] {
+				if views[j] != nil {
+					err = errors.Join(err, closeQueues(views[j].queues, s.engines[j].next.Load().queues))
+				}
+			}
+			return err
+		}
+	}
+	old := make([]*view, len(s.engines))
+	for i, e := range s.engines {
+		old[i] = e.next.Swap(views[i])
+	}
+	s.table = table
+	s.given = given{cloneRules(want), slices.Clone(own), maps.Clone(firstOutputs)}
+	for i, e := range s.engines {
+		e.settle()
+		// What cannot be closed is closed nevertheless: close(2) frees the descriptor
+		// whatever it answers.
+		_ = closeQueues(old[i].queues, views[i].queues)
+	}
+	return nil
+}
+
+// given is what the table was made of.
+type given struct {
+	rules        []loader.Rule
+	own          []netip.Addr
+	firstOutputs map[string]uint32
+}
+
+// cloneRules copies what the caller might change later.
+func cloneRules(rules []loader.Rule) []loader.Rule {
+	rules = slices.Clone(rules)
+	for i := range rules {
+		rules[i].Out = slices.Clone(rules[i].Out)
+	}
+	return rules
+}
+
+// holds says whether there is nothing to do.
+func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) bool {
+	if !slices.Equal(own, s.given.own) || !maps.Equal(firstOutputs, s.given.firstOutputs) ||
+		!slices.EqualFunc(rules, s.given.rules, equal) {
+		return false
+	}
+	for _, e := range s.engines {
+		if !e.complete(s.table) {
+			return false
+		}
+	}
+	return true
+}
+
+func equal(a, b loader.Rule) bool {
+	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop &&
+		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
+}
+
+// complete says whether the engine works with this table, and has all of its
+// senders.
+func (e *Engine) complete(table *Table) bool {
+	v := e.next.Load()
+	if v.table != table {
+		return false
+	}
+	for i, used := range table.devicesOf(e.input) {
+		if used && (v.queues[i] == nil || v.queues[i].gone.Load()) {
+			return false
+		}
+	}
+	return true
+}
+
+// view makes what the engine is to use with a table, with its queues from before
+// and new ones.
+func (e *Engine) view(before, table *Table) (*view, error) {
+	v := &view{table: table, queues: make([]*queue, len(table.devices))}
+	current := e.next.Load()
+	used := table.devicesOf(e.input)
+	for i, index := range table.devices {
+		if !used[i] {
+			continue
+		}
+		if at := slices.Index(before.devices, index); at >= 0 && at < len(current.queues) && current.queues[at] != nil && !current.queues[at].gone.Load() {
+			v.queues[i] = current.queues[at]
+			v.open++
+			continue
+		}
+		sender, err := e.open(index)
+		if errors.Is(err, unix.ENODEV) {
+			continue
+		}
+		if err != nil {
+			return v, err
+		}
+		v.queues[i] = newQueue(sender)
+		v.open++
+	}
+	return v, nil
+}
+
+// closeQueues closes those that are not among others.
+func closeQueues(queues, others []*queue) error {
+	var errs []error
+	for _, q := range queues {
+		if q != nil && !slices.Contains(others, q) {
+			errs = append(errs, q.sender.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32, before *Table, workers int) (*Table, error) {
+	t := &Table{own: map[netip.Addr]struct{}{}, byFirst: map[uint32]*Rule{}}
+	for _, a := range own {
+		t.own[a.Unmap().WithZone("")] = struct{}{}
+	}
+	old := make(map[string]*Rule, len(before.rules))
+	for _, r := range before.rules {
+		old[r.rule.Name] = r
+	}
+	names, inputs := map[string]bool{}, map[loader.Input]string{}
+	devices := map[int]int{}
+	for i := range want {
+		if err := check(&want[i]); err != nil {
+			return nil, &loader.RuleError{Rule: want[i].Name, Err: err}
+		}
+		r := newRule(want[i], old[want[i].Name], workers)
+		in := r.rule.In
+		in.MAC = [6]byte{}
+		if names[r.rule.Name] {
+			return nil, &loader.RuleError{Rule: r.rule.Name, Err: errors.New("name is used twice")}
+		}
+		if other, ok := inputs[in]; ok {
+			return nil, &loader.RuleError{Rule: r.rule.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
+		}
+		names[r.rule.Name], inputs[in] = true, r.rule.Name
+		for slot := range r.out {
+			o := &r.out[slot]
+			if !o.Ready {
+				continue
+			}
+			at, ok := devices[o.Index]
+			if !ok {
+				at = len(t.devices)
+				devices[o.Index] = at
+				t.devices = append(t.devices, o.Index)
+			}
+			o.device = at
+		}
+		t.add(r)
+		if first, ok := firstOutputs[r.rule.Name]; ok {
+			t.byFirst[first] = r
+		}
+	}
+	slices.SortFunc(t.rules, func(a, b *Rule) int { return strings.Compare(a.rule.Name, b.rule.Name) })
+	return t, nil
+}
+
+func (t *Table) add(r *Rule) {
+	t.rules = append(t.rules, r)
+	in := r.rule.In
+	if in.Group.Is4() {
+		var source [4]byte
+		if in.Source.IsValid() {
+			source = in.Source.As4()
+		}
+		t.v4.add(in, in.Group.As4(), source, r)
+		return
+	}
+	var source [16]byte
+	if in.Source.IsValid() {
+		source = in.Source.As16()
+	}
+	t.v6.add(in, in.Group.As16(), source, r)
+}
+
+// devicesOf says which devices the rules of an input send to.
+func (t *Table) devicesOf(input int) []bool {
+	used := make([]bool, len(t.devices))
+	for _, r := range t.rules {
+		if r.rule.In.Index != input {
+			continue
+		}
+		for slot := range r.out {
+			if device := r.out[slot].device; device >= 0 {
+				used[device] = true
+			}
+		}
+	}
+	return used
+}
+
+// Stats reads the counters of the rules in force by these names, of all with nil.
+// Each is exact; a packet that an engine still has is matched but not yet sent.
+func (s *Set) Stats(names []string) []loader.RuleStats {
+	s.mu.Lock()
+	table := s.table
+	s.mu.Unlock()
+	now := s.Clock(time.Now())
+	if names == nil {
+		all := make([]loader.RuleStats, len(table.rules))
+		for i, r := range table.rules {
+			all[i] = r.stats(now)
+		}
+		return all
+	}
+	all := make([]loader.RuleStats, 0, len(names))
+	for _, name := range names {
+		at, ok := slices.BinarySearchFunc(table.rules, name, func(r *Rule, name string) int { return strings.Compare(r.rule.Name, name) })
+		if ok {
+			all = append(all, table.rules[at].stats(now))
+		}
+	}
+	return all
+}
+
+func (r *Rule) stats(now int64) loader.RuleStats {
+	s := loader.RuleStats{Name: r.rule.Name, LastSeen: -1, Drops: map[loader.Reason]loader.Counter{}}
+	var last int64
+	for i := range r.counts {
+		c := &r.counts[i]
+		c.matched.addTo(&s.Matched)
+		c.drops.addTo(s.Drops)
+		last = max(last, c.lastSeen.Load())
+	}
+	if last != 0 {
+		s.LastSeen = time.Duration(max(0, now-last))
+	}
+	for slot := range r.out {
+		o := &r.out[slot]
+		out := loader.OutputStats{Rule: o.Output, Drops: map[loader.Reason]loader.Counter{}}
+		for i := range o.counts {
+			o.counts[i].sent.addTo(&out.Sent)
+			o.counts[i].drops.addTo(out.Drops)
+		}
+		s.Outputs = append(s.Outputs, out)
+	}
+	return s
+}
+
+// Fragments counts the fragments that engines were given.
+func (s *Set) Fragments() loader.Fragments {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sum := s.gone
+	for _, e := range s.engines {
+		e.addFragments(&sum)
+	}
+	return sum
+}
+
+func (e *Engine) addFragments(sum *loader.Fragments) {
+	e.first.addTo(&sum.First)
+	e.later.addTo(&sum.Later)
+	e.orphan.addTo(&sum.Orphan)
+}

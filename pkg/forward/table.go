@@ -1,0 +1,143 @@
+package forward
+
+import (
+	"net/netip"
+	"slices"
+
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+)
+
+// Table is the rules of a path, and nothing in it ever changes: any number of
+// goroutines may read it.
+type Table struct {
+	v4      flows[[4]byte]
+	v6      flows[[16]byte]
+	own     map[netip.Addr]struct{}
+	rules   []*Rule
+	byFirst map[uint32]*Rule
+	// devices are the indexes of the outputs' interfaces; Rule names them by their
+	// place here.
+	devices []int
+}
+
+// Lookup returns the rule of a packet to this port that came in on the interface
+// with this index, nil when there is none: the most specific one, in the order of
+// enum lookup_kind of bpf/include/abi.h. It does not allocate.
+func (t *Table) Lookup(index int, h *packet.Headers, port uint16) *Rule {
+	if h.Dst.Is4() {
+		return t.v4.lookup(key[[4]byte]{
+			index: uint32(index), vlan: h.VLAN, outer: h.OuterVLAN, port: port,
+			group: h.Dst.As4(), source: h.Src.As4(),
+		})
+	}
+	return t.v6.lookup(key[[16]byte]{
+		index: uint32(index), vlan: h.VLAN, outer: h.OuterVLAN, port: port,
+		group: h.Dst.As16(), source: h.Src.As16(),
+	})
+}
+
+// ByFirstOutput returns the rule whose first output the loader gave this number,
+// nil when there is none: how the relay program names a rule in struct handover
+// (bpf/include/handover.h).
+func (t *Table) ByFirstOutput(first uint32) *Rule { return t.byFirst[first] }
+
+// bytesOf is the address families, as they stand in packets.
+type bytesOf interface{ [4]byte | [16]byte }
+
+// key is what a rule is found by. Source all zero: any; port 0: any; bits 0: the
+// group alone, else a prefix of so many.
+type key[A bytesOf] struct {
+	index             uint32
+	vlan, outer, port uint16
+	bits              uint16
+	group, source     A
+}
+
+// The lookup kinds: bit 1 is any port, bit 0 any source; prefixes come behind all
+// others.
+const (
+	anySource = 1
+	anyPort   = 2
+	prefixes  = 4
+	kinds     = 8
+)
+
+// flows are the rules of an address family.
+type flows[A bytesOf] struct {
+	rules map[key[A]]*Rule
+	used  [kinds]bool
+	// lengths are those of the prefixes, the longest first.
+	lengths []uint16
+}
+
+func (f *flows[A]) add(in loader.Input, group, source A, r *Rule) {
+	kind := 0
+	if !in.Source.IsValid() {
+		kind |= anySource
+	}
+	if in.Port == 0 {
+		kind |= anyPort
+	}
+	if in.Len != 0 {
+		kind |= prefixes
+		if !slices.Contains(f.lengths, uint16(in.Len)) {
+			f.lengths = append(f.lengths, uint16(in.Len))
+			slices.SortFunc(f.lengths, func(a, b uint16) int { return int(b) - int(a) })
+		}
+	}
+	f.used[kind] = true
+	if f.rules == nil {
+		f.rules = map[key[A]]*Rule{}
+	}
+	f.rules[key[A]{
+		index: uint32(in.Index), vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port,
+		bits: uint16(in.Len), group: group, source: source,
+	}] = r
+}
+
+func (f *flows[A]) lookup(packet key[A]) *Rule {
+	for kind := range kinds {
+		if !f.used[kind] {
+			continue
+		}
+		k := packet
+		if kind&anySource != 0 {
+			setZero(&k.source)
+		}
+		if kind&anyPort != 0 {
+			k.port = 0
+		}
+		if kind&prefixes == 0 {
+			if r := f.rules[k]; r != nil {
+				return r
+			}
+			continue
+		}
+		for _, bits := range f.lengths {
+			k.bits, k.group = bits, masked(packet.group, int(bits))
+			if r := f.rules[k]; r != nil {
+				return r
+			}
+		}
+	}
+	return nil
+}
+
+func setZero[A bytesOf](a *A) {
+	var none A
+	*a = none
+}
+
+// masked is an address without what lies behind a prefix.
+func masked[A bytesOf](a A, bits int) A {
+	for i := range len(a) {
+		switch left := bits - 8*i; {
+		case left <= 0:
+			a[i] = 0
+		case left < 8:
+			a[i] &= ^byte(0xff >> left)
+		}
+	}
+	return a
+}

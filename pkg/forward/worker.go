@@ -1,0 +1,114 @@
+package forward
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/fanout"
+)
+
+// fanoutWorker takes the frames of one socket through its engine.
+type fanoutWorker struct {
+	engine   *Engine
+	socket   *fanout.Worker
+	group    *fanoutGroup
+	number   int
+	wait     func(*fanout.Worker) (*fanout.Block, error)
+	log      *slog.Logger
+	failures atomic.Uint64
+	// worked says that a block was forwarded since the last failure.
+	worked bool
+}
+
+// run works until the group is closed. Whatever fails, it starts again.
+func (w *fanoutWorker) run() {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	pause := firstPause
+	var last string
+	for {
+		err := w.work()
+		if errors.Is(err, os.ErrClosed) {
+			return
+		}
+		w.failures.Add(1)
+		if w.worked {
+			pause, last = firstPause, ""
+		}
+		if err.Error() != last {
+			w.log.Error("worker failed, and is started again", "error", err)
+			last = err.Error()
+		}
+		w.worked = false
+		select {
+		case <-w.group.done:
+			return
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, lastPause)
+	}
+}
+
+// work forwards blocks until something fails.
+func (w *fanoutWorker) work() (err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = fmt.Errorf("panic: %v", cause)
+			w.log.Error("worker panicked", "cause", cause, "stack", string(debug.Stack()))
+		}
+		w.engine.abandon()
+	}()
+	for {
+		block, err := w.wait(w.socket)
+		switch {
+		case err == nil:
+			w.forward(block)
+			w.worked = true
+		case errors.Is(err, unix.ENETDOWN):
+			w.log.Info("interface is down")
+		case errors.Is(err, fanout.ErrWoken):
+		default:
+			return err
+		}
+	}
+}
+
+func (w *fanoutWorker) forward(block *fanout.Block) {
+	e := w.engine
+	e.Begin()
+	now := time.Now()
+	clock, wall := e.set.Clock(now), now.UnixNano()
+	ethernet := w.group.group.Ethernet()
+	var f fanout.Frame
+	for block.Next(&f) {
+		// A checksum that cannot be completed stays wrong, and the receiver finds out.
+		f.CompleteChecksum()
+		at := clock - age(wall, f.Time)
+		if !ethernet {
+			e.Packet(w.group.index, f.Data, at)
+			continue
+		}
+		f.RestoreVLAN()
+		e.Frame(w.group.index, f.Data, at)
+	}
+	e.End()
+	block.Release()
+}
+
+// age is how long a frame has waited, in nanoseconds. The wall clock may have been
+// set in between: then it is not believed.
+func age(wall, received int64) int64 {
+	waited := wall - received
+	if waited < 0 || waited > int64(time.Second) {
+		return 0
+	}
+	return waited
+}
