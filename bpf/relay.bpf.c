@@ -95,16 +95,15 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 	return bpf_redirect_map(slots, 0, BPF_F_BROADCAST);
 }
 
-/* User-space paths. Returns false when the kernel path is to serve. */
-static __always_inline bool to_user_space(struct xdp_md *ctx, struct headers *h,
-					  const struct flow *flow, __u32 bytes, __u32 sequence,
-					  int *verdict)
+/* To the AF_XDP socket of the interface and queue. Returns false when the kernel path
+ * is to serve.
+ */
+static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
+				      const struct flow *flow, __u32 bytes, __u32 sequence,
+				      int *verdict)
 {
 	__u32 queue = ctx->rx_queue_index;
 
-	*verdict = XDP_PASS;
-	if (flow->path == PATH_FANOUT)
-		return true;
 	if (flow->path == PATH_AFXDP && queue < XDPCAST_MAX_QUEUES) {
 		*verdict = bpf_redirect_map(&xsks, flow->sockets + queue, XDP_DROP);
 		if (*verdict == XDP_REDIRECT) {
@@ -118,6 +117,9 @@ static __always_inline bool to_user_space(struct xdp_md *ctx, struct headers *h,
 			      flow->path == PATH_AFXDP ? DROP_NO_SOCKET : DROP_INTERNAL, bytes);
 	return true;
 }
+
+/* What no rule takes passes untouched. */
+#define NOT_OURS (-1)
 
 /* A packet with its rule. ip4 is a constant in each caller, so that the family is
  * decided once.
@@ -133,13 +135,16 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	 * to ignore.
 	 */
 	if ((__u64)h->l3_offset + h->l3_len > bytes)
-		return XDP_PASS;
+		return NOT_OURS;
 	if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
-		return XDP_PASS;
+		return NOT_OURS;
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
 		remember_fragment(ifindex, h, ip4);
 		count_fragment(h->udp ? FRAGMENT_FIRST : FRAGMENT_LATER, bytes);
 	}
+	/* The workers behind the packet tap do and count all that follows. */
+	if (__builtin_expect(flow->path == PATH_FANOUT, 0))
+		return XDP_PASS;
 	sequence = count_match(id, bytes);
 	if (own_packet(cfg, h, flow, ip4))
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
@@ -148,7 +153,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
 		return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
 	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&
-	    to_user_space(ctx, h, flow, bytes, sequence, &verdict))
+	    to_socket(ctx, h, flow, bytes, sequence, &verdict))
 		return verdict;
 	if (flow->outputs == 1)
 		return send_one(ctx, h, flow, bytes, ip4);
@@ -179,7 +184,7 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 static __always_inline int not_udp(struct xdp_md *ctx)
 {
 	count_query(ctx);
-	return XDP_PASS;
+	return NOT_OURS;
 }
 
 static __always_inline int relay_packet(struct xdp_md *ctx)
@@ -195,35 +200,35 @@ static __always_inline int relay_packet(struct xdp_md *ctx)
 
 	cfg = bpf_map_lookup_elem(&config, &zero);
 	if (!cfg)
-		return XDP_PASS;
+		return NOT_OURS;
 	proto = parse_eth(data, data_end, &h);
 	if (proto == bpf_htons(ETH_P_IP)) {
 		if (__builtin_expect(!parse_ip4(data_end, &h), 0))
 			return not_udp(ctx);
 		flow = lookup(ctx, cfg, ifindex, &h, true);
-		return flow ? forward(ctx, cfg, ifindex, &h, flow, true) : XDP_PASS;
+		return flow ? forward(ctx, cfg, ifindex, &h, flow, true) : NOT_OURS;
 	}
 	if (proto == bpf_htons(ETH_P_IPV6)) {
 		if (__builtin_expect(!parse_ip6(data_end, &h), 0))
 			return not_udp(ctx);
 		flow = lookup(ctx, cfg, ifindex, &h, false);
-		return flow ? forward(ctx, cfg, ifindex, &h, flow, false) : XDP_PASS;
+		return flow ? forward(ctx, cfg, ifindex, &h, flow, false) : NOT_OURS;
 	}
-	return XDP_PASS;
+	return NOT_OURS;
 }
 
 SEC("xdp.frags")
 int relay(struct xdp_md *ctx)
 {
 	int verdict = relay_packet(ctx);
+	struct counter *c;
 
-	if (verdict == XDP_PASS) {
-		struct counter *c = bpf_map_lookup_elem(&passed, &zero);
-
-		if (c)
-			count(c, bpf_xdp_get_buff_len(ctx));
-	}
-	return verdict;
+	if (verdict != NOT_OURS)
+		return verdict;
+	c = bpf_map_lookup_elem(&passed, &zero);
+	if (c)
+		count(c, bpf_xdp_get_buff_len(ctx));
+	return XDP_PASS;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -260,7 +260,7 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 	if err := readRuleDrops(m.RuleDrops, byID, byStats); err != nil {
 		return s, err
 	}
-	if s.anyMissing() {
+	if s.anyMissing(entries) {
 		// Perhaps only on their way: read again when they have arrived.
 		waitForPrograms()
 		for i, e := range entries {
@@ -273,7 +273,9 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 		}
 	}
 	for i := range s.Rules {
-		s.Rules[i].addSkipped()
+		if entries[i].rule.Path == PathKernel { // what others send is counted elsewhere
+			s.Rules[i].addSkipped()
+		}
 	}
 	return s, nil
 }
@@ -340,9 +342,12 @@ func (r *RuleStats) missing(out *OutputStats) Counter {
 }
 
 // anyMissing says whether some copy of a rule with several outputs is missing.
-func (s *Stats) anyMissing() bool {
+func (s *Stats) anyMissing(entries []*entry) bool {
 	for i := range s.Rules {
 		r := &s.Rules[i]
+		if entries[i].rule.Path != PathKernel {
+			continue
+		}
 		for slot := range r.Outputs {
 			if len(r.Outputs) > 1 && r.missing(&r.Outputs[slot]).Packets > 0 {
 				return true

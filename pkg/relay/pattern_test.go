@@ -400,6 +400,7 @@ type fixed struct{}
 func (fixed) active(string) bool       { return true }
 func (fixed) set([]string, bool) error { return unix.EOPNOTSUPP }
 func (fixed) Close()                   {}
+
 // TestPatternRestart: what a pattern stands for is found again, with its counters.
 func TestPatternRestart(t *testing.T) {
 	p := newPlace(t)
@@ -428,4 +429,3 @@ func TestPatternRestart(t *testing.T) {
 		t.Errorf("rules are not those from before:\n%s", d)
 	}
 }
-

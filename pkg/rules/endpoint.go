@@ -17,7 +17,7 @@ import (
 // An IPv6 ADDRESS is in brackets, SOURCE may be; a LEN is behind the brackets. An INTERFACE that ends in '+' is a pattern. Without PORT an input takes
 // any, and an output keeps the packet's. Options and policies, each at most once:
 //
-//	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow
+//	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
 //	rate=Npps|Nbit   burst=N
 //
 //	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N

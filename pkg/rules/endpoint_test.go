@@ -46,7 +46,7 @@ func TestParseInputErrors(t *testing.T) {
 	const (
 		wantPort     = "1 to 65535, or no ':' for any port"
 		wantBrackets = "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"
-		wantKey      = "KEY=VALUE, KEY one of vlan, join, csum, loop, rate, burst"
+		wantKey      = "KEY=VALUE, KEY one of vlan, join, csum, loop, local, rate, burst"
 		wantVLAN     = "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
 		wantJoin     = "join=none, join=all or join=GROUP+GROUP..."
 		wantRate     = "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"
@@ -130,6 +130,7 @@ func TestParseInputErrors(t *testing.T) {
 		{"239.1.0.0/16%eth0,join=239.1.1.1+", "option", "join=239.1.1.1+", wantJoin},
 		{"239.1.0.0/16%eth0,join=::ffff:239.1.1.1", "option", "join=::ffff:239.1.1.1", wantJoin},
 		{"239.1.1.1:5%eth0,csum=zero", "option", "csum=zero", "csum=any"},
+		{"239.1.1.1:5%eth0,local=no", "option", "local=no", "local=yes"},
 		{"239.1.1.1:5%eth0,loop=yes", "option", "loop=yes", "loop=allow"},
 		{"239.1.1.1:5%eth0,rate=5", "option", "rate=5", wantRate},
 		{"239.1.1.1:5%eth0,rate=0pps", "option", "rate=0pps", wantRate},

@@ -28,8 +28,8 @@ func errBurstAlone(burst uint64) error {
 // optionParser is the options read so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
-	vlan                                   VLAN
-	hasVLAN, join, csum, loop, rate, burst bool
+	vlan                                          VLAN
+	hasVLAN, join, csum, loop, local, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -52,12 +52,17 @@ func (p *optionParser) item(item string) error {
 		if value != "allow" {
 			want = "loop=allow"
 		}
+	case "local":
+		seen, p.Local = &p.local, true
+		if value != "yes" {
+			want = "local=yes"
+		}
 	case "rate":
 		seen, want = &p.rate, p.Rate.set(value)
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, csum, loop, rate, burst"}
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, csum, loop, local, rate, burst"}
 	}
 	return checkItem(item, key, seen, want, "option")
 }
@@ -158,6 +163,9 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	}
 	if a.AllowLoop {
 		b = append(b, ",loop=allow"...)
+	}
+	if a.Local {
+		b = append(b, ",local=yes"...)
 	}
 	return appendRate(b, a.Rate)
 }

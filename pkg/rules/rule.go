@@ -59,6 +59,8 @@ type Acceptance struct {
 	// AllowLoop takes packets that this host sent, and lets a rule stand that
 	// closes a circle.
 	AllowLoop bool
+	// Local leaves the packets to the host's own receivers, too.
+	Local bool
 	// Rate polices the rule as a whole.
 	Rate Rate
 }
@@ -157,7 +159,7 @@ func Equal(a, b Rule) bool {
 
 func equalAcceptance(a, b Acceptance) bool {
 	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && a.ZeroChecksum == b.ZeroChecksum &&
-		a.AllowLoop == b.AllowLoop && a.Rate == b.Rate
+		a.AllowLoop == b.AllowLoop && a.Local == b.Local && a.Rate == b.Rate
 }
 
 // String is the rule on one line, for people.

@@ -104,7 +104,7 @@ func (r Rule) check(index int, label string, list *faultList) {
 	if r.Path > PathFanout {
 		c.fault(nil, "path", r.Path.String(), wantPath)
 	}
-	c.input(r.In, r.Accept)
+	c.input(r.In, r.Accept, r.Path)
 	c.outputs(r)
 }
 
@@ -156,7 +156,7 @@ func (e end) field() string {
 
 func outField(slot int) string { return "out[" + strconv.Itoa(slot) + "]" }
 
-func (c *checker) input(in Input, accept Acceptance) {
+func (c *checker) input(in Input, accept Acceptance, path Path) {
 	e := end{c, inputSlot}
 	if in == (Input{}) {
 		e.fault(nil, "", "", inputForm)
@@ -170,6 +170,9 @@ func (c *checker) input(in Input, accept Acceptance) {
 		e.fault(ErrNeedSource, ".source", "", fmt.Sprintf("SOURCE@%s: groups of %s need a source (RFC 4607 section 4.1)", bounded(in.Address.String()), ssm))
 	}
 	e.join(in, accept)
+	if accept.Local && path != PathAuto && path != PathFanout {
+		e.fault(nil, ".local", "yes", "path auto or fanout: path "+path.String()+" takes the packets away from the host's receivers")
+	}
 	if accept.ZeroChecksum && in.Address.Is4() {
 		e.fault(nil, ".csum", "any", "no csum: IPv4 packets without a UDP checksum are always taken")
 	}

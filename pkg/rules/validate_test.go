@@ -101,6 +101,7 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) { r.In.VLAN.ID = 4095 }, nil, `in.vlan "4095": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
 		{func(r *Rule) { r.In.VLAN.Outer = 7 }, nil, `in.vlan "7.0": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
 		{func(r *Rule) { r.Accept.ZeroChecksum = true }, nil, `in.csum "any": want no csum: IPv4 packets without a UDP checksum are always taken`},
+		{func(r *Rule) { r.Accept.Local, r.Path = true, PathKernel }, nil, `in.local "yes": want path auto or fanout: path kernel takes the packets away from the host's receivers`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 999} }, nil, `in.rate "999bit": want 1kbit or more`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 1000, Packets: 1} }, nil, `in.rate "1pps and 1000bit": want packets or bits, not both`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Burst: 9} }, nil, `in.burst "9": want a rate beside it`},
