@@ -234,7 +234,7 @@ func TestFeatures(t *testing.T) {
 }
 
 // paths are those that all features are tested on.
-var paths = []string{"kernel"}
+var paths = []string{"kernel", "fanout"}
 
 // TestFragmentedDatagram sends 60 kB through a rule of four outputs: the receivers
 // put the fragments together again.
