@@ -271,6 +271,9 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 		all = control.Stats{
 			Time: time.Now(), Rules: r.describeRules(r.names(), stats),
 			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports),
+			Fragments: control.Fragments{
+				First: control.Counter(stats.Fragments.First), Later: control.Counter(stats.Fragments.Later), Orphan: control.Counter(stats.Fragments.Orphan),
+			},
 		}
 		return nil
 	})
