@@ -284,16 +284,17 @@ func TestSyncFails(t *testing.T) {
 	nowhere.In.Index = 9999
 	elsewhere := rule("elsewhere", b.out[1], "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.3", 6000))
 	var group *fanout.Error
-	if err := try(good, elsewhere, nowhere); !errors.As(err, &group) || !errors.Is(err, unix.ENODEV) {
+	var refused *loader.RuleError
+	err := try(good, elsewhere, nowhere)
+	if !errors.As(err, &group) || !errors.Is(err, unix.ENODEV) || !errors.As(err, &refused) || refused.Rule != "nowhere" {
 		t.Errorf("an input interface that is not there: %v", err)
 	}
 	faulty = true
-	if err := try(good, elsewhere); !errors.Is(err, unix.EMFILE) {
+	if err := try(good, elsewhere); !errors.Is(err, unix.EMFILE) || !errors.As(err, &refused) || refused.Rule != "elsewhere" {
 		t.Errorf("no descriptors: %v", err)
 	}
 	bad := good
 	bad.In.Group = netip.Addr{}
-	var refused *loader.RuleError
 	if err := try(bad); !errors.As(err, &refused) {
 		t.Errorf("a rule without a group: %v", err)
 	}
@@ -373,4 +374,45 @@ func TestOpenClose(t *testing.T) {
 	}
 	close(stop)
 	<-done
+}
+
+// An input interface that vanishes costs nothing but its own packets, and its rule
+// goes on where it comes back.
+func TestInputVanishes(t *testing.T) {
+	b := newBench(t, 2)
+	f := b.path(t, FanoutOptions{Workers: 2})
+	sink := countOn(t, b.sinks[0])
+	stays := rule("stays", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+	goes := rule("goes", b.out[1], "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.2", 6000))
+	b.sync(t, f, stays, goes)
+	link, err := b.relay.Link("out1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.relay.Netlink().LinkDel(link); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "its workers have noticed", func() bool {
+		groups, err := f.Groups()
+		if err != nil {
+			t.Fatal(err)
+		}
+		failures := uint64(0)
+		for _, g := range groups {
+			if g.Index == b.out[1].Index {
+				failures = min(g.Workers[0].Failures, g.Workers[1].Failures)
+			}
+		}
+		return failures > 0
+	})
+	b.load(t, 1, 500, sink.total.Load)
+	adds(t, f, "stays", 500)
+
+	labtest.Connect(t, lab.End{Host: b.relay, Name: "out1"}, lab.End{Host: b.sinks[1], Name: "eth9"})
+	back := iface(t, b.relay, "out1")
+	goes.In.Index, goes.In.MAC = back.Index, mac(back)
+	b.sync(t, f, stays, goes)
+	source := openSender(t, b.sinks[1], iface(t, b.sinks[1], "eth9").Index)
+	sendFrames(t, source, [][]byte{numbered(0, 0).Build()})
+	adds(t, f, "goes", 1)
 }
