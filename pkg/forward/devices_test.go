@@ -131,14 +131,12 @@ func TestLocalReceiver(t *testing.T) {
 	b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))
 	const frames = 200
 	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
-	for i := range frames {
-		sendFrames(t, source, [][]byte{numbered(0, i).Build()})
-	}
 	if err := conn.SetReadDeadline(time.Now().Add(labtest.Timeout)); err != nil {
 		t.Fatal(err)
 	}
 	data := make([]byte, 2000)
 	for i := range frames {
+		sendFrames(t, source, [][]byte{numbered(0, i).Build()})
 		n, err := conn.Read(data)
 		if err != nil {
 			t.Fatalf("the local receiver got %d of %d: %v", i, frames, err)
