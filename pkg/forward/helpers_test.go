@@ -78,6 +78,11 @@ func (b *bench) pathWith(t testing.TB, opts FanoutOptions, change func(*fanoutSy
 		change(&f.system)
 	}
 	t.Cleanup(func() {
+		if t.Failed() {
+			groups, err := f.Groups()
+			t.Logf("%+v, %v", groups, err)
+			t.Logf("%+v", f.Stats(nil))
+		}
 		if err := f.Close(); err != nil {
 			t.Error(err)
 		}
@@ -258,6 +263,10 @@ func catch(t testing.TB, h *lab.Host, ifname string) *catcher {
 		return err
 	})
 	t.Cleanup(func() {
+		if t.Failed() {
+			stats, err := c.group.Stats()
+			t.Logf("%s/%s: %+v, %v", h.Name, ifname, stats, err)
+		}
 		if err := c.group.Close(); err != nil {
 			t.Error(err)
 		}

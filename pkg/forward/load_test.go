@@ -17,21 +17,26 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// counted takes the numbered frames of streams that arrive on an interface, and
-// says what is wrong with them: each stream must count up by one.
+// counted takes the numbered frames of streams that arrive on an interface. Each
+// must come once, and be the next of its stream.
 type counted struct {
 	t     testing.TB
 	name  string
 	total atomic.Int64
-	next  map[string]int
-	done  chan struct{}
+	// disorder counts the frames that were not the next of their stream, where that
+	// is no error.
+	disorder  atomic.Int64
+	unordered atomic.Bool
+	seen      map[string]bool
+	next      map[string]int
+	done      chan struct{}
 }
 
 // countOn begins to count on the eth0 of a sink.
 func countOn(t testing.TB, h *lab.Host) *counted {
 	t.Helper()
 	catcher := catch(t, h, "eth0")
-	c := &counted{t: t, name: h.Name, next: map[string]int{}, done: make(chan struct{})}
+	c := &counted{t: t, name: h.Name, seen: map[string]bool{}, next: map[string]int{}, done: make(chan struct{})}
 	go func() {
 		defer close(c.done)
 		for {
@@ -59,8 +64,16 @@ func (c *counted) frame(data []byte) {
 	}
 	key := fmt.Sprintf("%x stream %d", data[0:6], stream)
 	if n != c.next[key] {
-		c.t.Errorf("%s: %s: frame %d after %d", c.name, key, n, c.next[key]-1)
+		c.disorder.Add(1)
+		if !c.unordered.Load() {
+			c.t.Errorf("%s: %s: frame %d after %d", c.name, key, n, c.next[key]-1)
+		}
 	}
+	one := fmt.Sprintf("%s frame %d", key, n)
+	if c.seen[one] {
+		c.t.Errorf("%s: %s comes twice", c.name, one)
+	}
+	c.seen[one] = true
 	c.next[key] = n + 1
 	c.total.Add(1)
 }
@@ -116,7 +129,8 @@ func onOneCPU(t testing.TB, fn func()) {
 }
 
 // However many workers and streams there are: every frame leaves once, and each
-// stream in its order.
+// stream in its order, as long as the kernel keeps it on one worker. By CPU it does so
+// where a device keeps a stream on one CPU, which a veth with a queue does not always.
 func TestExactlyOnce(t *testing.T) {
 	for _, mode := range []fanout.Mode{fanout.ModeCPU, fanout.ModeHash} {
 		for _, workers := range []int{1, 2, 3, 8} {
@@ -125,6 +139,9 @@ func TestExactlyOnce(t *testing.T) {
 					b := newBench(t, 2)
 					f := b.path(t, FanoutOptions{Workers: workers, Mode: mode, Blocks: 16})
 					sinks := []*counted{countOn(t, b.sinks[0]), countOn(t, b.sinks[1])}
+					for _, sink := range sinks {
+						sink.unordered.Store(mode == fanout.ModeCPU)
+					}
 					b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000), sendTo(b.out[1], "239.9.9.2", 6000)))
 					const frames = 6400
 					b.load(t, streams, frames, func() int64 { return min(sinks[0].total.Load(), sinks[1].total.Load()) })
@@ -146,6 +163,9 @@ func TestExactlyOnce(t *testing.T) {
 						if w.Received > 0 {
 							used++
 						}
+					}
+					if disorder := sinks[0].disorder.Load() + sinks[1].disorder.Load(); used == 1 && disorder != 0 {
+						t.Errorf("%d frames of one worker out of order", disorder)
 					}
 					if mode == fanout.ModeHash && streams == 64 && used != workers {
 						t.Errorf("%d of %d workers had frames, which proves little", used, workers)
@@ -314,4 +334,53 @@ func TestWorkerFails(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A worker that panics in the middle of a batch goes on with the next one, and its
+// counters add up.
+func TestPanicInBatch(t *testing.T) {
+	b := newBench(t, 1)
+	var calls atomic.Int64
+	f := b.pathWith(t, FanoutOptions{Workers: 1}, func(s *fanoutSystem) {
+		open := s.openSender
+		s.openSender = func(index int, opts fanout.SenderOptions) (Sender, error) {
+			sender, err := open(index, opts)
+			return &panicking{sender, &calls}, err
+		}
+	})
+	b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))
+	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	total := func() (sent, dropped uint64) {
+		s := f.Stats(nil)[0].Outputs[0]
+		return s.Sent.Packets, s.Drops[loader.Internal].Packets
+	}
+	for i := 0; ; i++ {
+		sendFrames(t, source, [][]byte{numbered(0, i).Build()})
+		if sent, dropped := total(); sent > 20 && dropped > 0 && calls.Load() > 10 {
+			break
+		}
+		if i > 1000 {
+			time.Sleep(time.Millisecond)
+		}
+		if i > 1000+int(labtest.Timeout/time.Millisecond) {
+			t.Fatalf("%+v", f.Stats(nil))
+		}
+	}
+	labtest.Eventually(t, "all is accounted for", func() bool {
+		s := f.Stats(nil)[0]
+		return accounted(&s, 0) == s.Matched
+	})
+}
+
+// panicking is a sender that panics at its fifth call.
+type panicking struct {
+	Sender
+	calls *atomic.Int64
+}
+
+func (p *panicking) Send(packets []fanout.Packet) (int, error) {
+	if p.calls.Add(1) == 5 {
+		panic("made up")
+	}
+	return p.Sender.Send(packets)
 }
