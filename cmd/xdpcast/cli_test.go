@@ -241,7 +241,7 @@ func TestGolden(t *testing.T) {
 		"rule_list": "rule list", "rule_show": "rule show cam1", "rule_show_pending": "rule show feed-a",
 		"group_list": "group list", "group_show": "group show 239.1.1.1", "group_show_retrying": "group show [239.9.0.1]%eth7",
 		"stats_name": "stats cam1", "status": "status",
-		"explain": "explain 10.0.0.5@239.1.1.1:5000%eth0",
+		"explain":    "explain 10.0.0.5@239.1.1.1:5000%eth0",
 		"rule_apply": "rule apply --dry-run -", "reload": "reload",
 	} {
 		for _, format := range []string{"table", "json"} {

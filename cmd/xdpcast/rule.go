@@ -148,6 +148,9 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 	head.add("state", stateText(r.State, r.Reason))
 	head.add("path", pathText(r))
 	head.add("in", r.In)
+	if len(r.YieldsTo)+len(r.WinsOver) > 0 {
+		head.add("overlaps", overlapText(r))
+	}
 	head.add("matched", fmt.Sprintf("%s packets, %s, last %s", humanCount(r.Matched.Packets), humanBytes(r.Matched.Bytes), ago(now, r.LastSeen)))
 	if err := head.write(w); err != nil {
 		return err
@@ -224,18 +227,30 @@ func ruleListCommand() *cli.Command {
 
 // ruleTable has a line for each output; what is the rule's own stands on the first.
 func ruleTable(w io.Writer, list []control.RuleStatus) error {
-	t := newTable("NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "REASON")
+	t := newTable("NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "OVERLAPS", "REASON")
 	for _, r := range list {
 		first := "-"
 		if len(r.Out) > 0 {
 			first = r.Out[0]
 		}
-		t.add(r.Name, r.Origin, r.State, pathText(r), r.In, first, r.Reason)
+		t.add(r.Name, r.Origin, r.State, pathText(r), r.In, first, overlapText(r), r.Reason)
 		for _, out := range r.Out[min(1, len(r.Out)):] {
-			t.add("", "", "", "", "", out, "")
+			t.add("", "", "", "", "", out, "", "")
 		}
 	}
 	return t.write(w)
+}
+
+// overlapText says which other rules take packets that a rule matches, too.
+func overlapText(r control.RuleStatus) string {
+	var parts []string
+	if len(r.YieldsTo) > 0 {
+		parts = append(parts, "after "+strings.Join(r.YieldsTo, ", "))
+	}
+	if len(r.WinsOver) > 0 {
+		parts = append(parts, "before "+strings.Join(r.WinsOver, ", "))
+	}
+	return orDash(strings.Join(parts, "; "))
 }
 
 func ruleExportCommand() *cli.Command {

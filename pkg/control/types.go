@@ -62,6 +62,11 @@ type RuleStatus struct {
 	State  string `json:"state"`
 	// Reason says in one line why State is not active.
 	Reason string `json:"reason,omitempty"`
+	// YieldsTo names rules that get packets which this one matches, too, and WinsOver
+	// those that this one takes packets from; at most some of each, and only where
+	// rules are listed or shown.
+	YieldsTo []string `json:"yields_to,omitempty"`
+	WinsOver []string `json:"wins_over,omitempty"`
 	// UsedPath is the path that the packets travel, empty when none does yet.
 	UsedPath string  `json:"used_path,omitempty"`
 	Matched  Counter `json:"matched"`

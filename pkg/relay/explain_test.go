@@ -2,6 +2,7 @@ package relay
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -91,6 +92,35 @@ func TestExplain(t *testing.T) {
 		if e := r.explained(tt.flow); e.Why != tt.want || len(e.Candidates) != 0 {
 			t.Errorf("%+v: %q, %d candidates; want %q", tt.flow, e.Why, len(e.Candidates), tt.want)
 		}
+	}
+}
+
+// TestOverlapsAreTold: rules say which others take packets that they match, until the
+// rule set changes.
+func TestOverlapsAreTold(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	r.mustAdd("all", "239.1.0.0/16%in0,join=none", out0)
+	r.mustAdd("one", "239.1.1.1:5000%in0", "239.2.2.7:6000%out0")
+	check := func(name string, yields, wins []string) {
+		t.Helper()
+		s, err := r.Rule(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(s.YieldsTo, yields) || !slices.Equal(s.WinsOver, wins) {
+			t.Errorf("rule %s yields to %v and wins over %v, want %v and %v", name, s.YieldsTo, s.WinsOver, yields, wins)
+		}
+	}
+	check("all", []string{"one"}, nil)
+	check("one", nil, []string{"all"})
+	if err := r.DeleteRule(t.Context(), "one"); err != nil {
+		t.Fatal(err)
+	}
+	check("all", nil, nil)
+	list, err := r.Rules(t.Context())
+	if err != nil || len(list) != 1 || len(list[0].YieldsTo) != 0 {
+		t.Errorf("%+v, %v", list, err)
 	}
 }
 

@@ -62,6 +62,7 @@ type Relay struct {
 	paths      userPaths
 	rules      map[string]*wantedRule
 	ordered    []*wantedRule               // the same, by name
+	overlaps   map[string][]overlap        // by name; nil: not known
 	inputs     map[rules.Input]*wantedRule // see inputIndex
 	interfaces map[string]*iface           // by name
 	own        []netip.Addr                // addresses of this host, sorted
