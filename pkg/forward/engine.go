@@ -75,8 +75,7 @@ func (e *Engine) abandon() {
 	if e.now != nil {
 		for _, q := range e.now.queues {
 			if q != nil {
-				countDropped(q.pending, loader.Internal)
-				q.reset()
+				q.abandon()
 			}
 		}
 	}

@@ -98,8 +98,9 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 // own are the host's unicast addresses. Call it again, with the same rules, when
 // interfaces have changed: outputs that were gone are opened again.
 //
-// After an error all is as before. Errors to match: *loader.RuleError,
-// *fanout.Error, os.ErrClosed.
+// After an error all is as before. Errors to match: *loader.RuleError, which names a
+// rule without which the others may succeed, and holds a *fanout.Error where it is
+// the group of its input that cannot be opened; os.ErrClosed.
 func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -107,12 +108,14 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 		return fmt.Errorf("fanout path: %w", os.ErrClosed)
 	}
 	want := slices.DeleteFunc(slices.Clone(rules), func(r loader.Rule) bool { return r.Path != loader.PathFanout })
-	inputs, allowed := map[int]bool{}, map[wantedKey]bool{}
+	inputs, allowed := map[int]string{}, map[wantedKey]bool{}
 	for i := range want {
 		if err := check(&want[i]); err != nil {
 			return &loader.RuleError{Rule: want[i].Name, Err: err}
 		}
-		inputs[want[i].In.Index] = true
+		if _, ok := inputs[want[i].In.Index]; !ok {
+			inputs[want[i].In.Index] = want[i].Name
+		}
 		allowed[wantedOf(want[i].In)] = true
 	}
 	added, err := f.filter.allow(allowed)
@@ -137,15 +140,16 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 	return nil
 }
 
-// openGroups opens groups on the interfaces that have none. Nothing is left of them
-// after an error.
-func (f *Fanout) openGroups(inputs map[int]bool) (fresh []*fanoutGroup, err error) {
+// openGroups opens groups on the interfaces that have none; inputs says which rule
+// is the first of each. Nothing is left of them after an error.
+func (f *Fanout) openGroups(inputs map[int]string) (fresh []*fanoutGroup, err error) {
 	for _, index := range slices.Sorted(maps.Keys(inputs)) {
 		if f.groups[index] != nil {
 			continue
 		}
 		g, err := f.openGroup(index)
 		if err != nil {
+			err = &loader.RuleError{Rule: inputs[index], Err: err}
 			for _, g := range fresh {
 				err = errors.Join(err, g.close(f.set))
 			}
@@ -194,9 +198,9 @@ func interfaceName(index int) string {
 }
 
 // retire closes what no rule needs any more. What fails there harms no packet.
-func (f *Fanout) retire(inputs map[int]bool, allowed map[wantedKey]bool) {
+func (f *Fanout) retire(inputs map[int]string, allowed map[wantedKey]bool) {
 	for index, g := range f.groups {
-		if inputs[index] {
+		if inputs[index] != "" {
 			continue
 		}
 		delete(f.groups, index)

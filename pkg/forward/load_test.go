@@ -315,3 +315,52 @@ func TestWorkerFails(t *testing.T) {
 		})
 	}
 }
+
+// A worker that panics in the middle of a batch goes on with the next one, and its
+// counters add up.
+func TestPanicInBatch(t *testing.T) {
+	b := newBench(t, 1)
+	var calls atomic.Int64
+	f := b.pathWith(t, FanoutOptions{Workers: 1}, func(s *fanoutSystem) {
+		open := s.openSender
+		s.openSender = func(index int, opts fanout.SenderOptions) (Sender, error) {
+			sender, err := open(index, opts)
+			return &panicking{sender, &calls}, err
+		}
+	})
+	b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))
+	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	total := func() (sent, dropped uint64) {
+		s := f.Stats(nil)[0].Outputs[0]
+		return s.Sent.Packets, s.Drops[loader.Internal].Packets
+	}
+	for i := 0; ; i++ {
+		sendFrames(t, source, [][]byte{numbered(0, i).Build()})
+		if sent, dropped := total(); sent > 20 && dropped > 0 && calls.Load() > 10 {
+			break
+		}
+		if i > 1000 {
+			time.Sleep(time.Millisecond)
+		}
+		if i > 1000+int(labtest.Timeout/time.Millisecond) {
+			t.Fatalf("%+v", f.Stats(nil))
+		}
+	}
+	labtest.Eventually(t, "all is accounted for", func() bool {
+		s := f.Stats(nil)[0]
+		return accounted(&s, 0) == s.Matched
+	})
+}
+
+// panicking is a sender that panics at its fifth call.
+type panicking struct {
+	Sender
+	calls *atomic.Int64
+}
+
+func (p *panicking) Send(packets []fanout.Packet) (int, error) {
+	if p.calls.Add(1) == 5 {
+		panic("made up")
+	}
+	return p.Sender.Send(packets)
+}

@@ -56,6 +56,7 @@ type queue struct {
 	gone    atomic.Bool
 	packets []fanout.Packet
 	pending []pending // beside packets
+	done    int       // of them, sent or dropped
 	headers []byte
 
 	// left is the time that may still be waited, as of filled.
@@ -86,28 +87,37 @@ func (q *queue) room() []byte {
 
 // flush sends what is queued. queues is how many the engine has.
 func (q *queue) flush(queues int) {
-	packets, pending := q.packets, q.pending
-	for len(packets) > 0 {
-		n, err := q.sender.Send(packets)
-		countSent(pending[:n])
-		packets, pending = packets[n:], pending[n:]
-		if len(packets) == 0 {
+	for q.done < len(q.packets) {
+		n, err := q.sender.Send(q.packets[q.done:])
+		countSent(q.take(n))
+		if q.done == len(q.packets) {
 			break
 		}
 		reason, all := refused(err)
 		if reason == loader.TxFull && q.wait(queues) {
 			continue
 		}
-		n = 1
-		if all {
-			n = len(packets)
-		}
 		if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
 			q.gone.Store(true)
 		}
-		countDropped(pending[:n], reason)
-		packets, pending = packets[n:], pending[n:]
+		n = 1
+		if all {
+			n = len(q.packets) - q.done
+		}
+		countDropped(q.take(n), reason)
 	}
+	q.reset()
+}
+
+// take is what the next n packets are counted for, which are done with.
+func (q *queue) take(n int) []pending {
+	q.done += n
+	return q.pending[q.done-n : q.done]
+}
+
+// abandon drops what is queued.
+func (q *queue) abandon() {
+	countDropped(q.pending[q.done:], loader.Internal)
 	q.reset()
 }
 
@@ -116,7 +126,7 @@ func (q *queue) flush(queues int) {
 func (q *queue) reset() {
 	clear(q.packets)
 	clear(q.pending)
-	q.packets, q.pending = q.packets[:0], q.pending[:0]
+	q.packets, q.pending, q.done = q.packets[:0], q.pending[:0], 0
 }
 
 // refused is the reason behind an error of Send, and whether all that follows would

@@ -188,7 +188,7 @@ func (e *Engine) view(before, table *Table) (*view, error) {
 			continue
 		}
 		if err != nil {
-			return v, err
+			return v, &loader.RuleError{Rule: table.user(e.input, i), Err: err}
 		}
 		v.queues[i] = newQueue(sender)
 		v.open++
@@ -270,6 +270,16 @@ func (t *Table) add(r *Rule) {
 		source = in.Source.As16()
 	}
 	t.v6.add(in, in.Group.As16(), source, r)
+}
+
+// user is the first rule of an input that sends to a device.
+func (t *Table) user(input, device int) string {
+	for _, r := range t.rules {
+		if r.rule.In.Index == input && slices.ContainsFunc(r.out, func(o output) bool { return o.device == device }) {
+			return r.rule.Name
+		}
+	}
+	return ""
 }
 
 // devicesOf says which devices the rules of an input send to.
