@@ -51,6 +51,7 @@ const (
 // queue is what an engine has for one output interface.
 type queue struct {
 	sender   Sender
+	dropper  dropper // sender, if it is one
 	ethernet bool
 	// gone: the interface is no more, and the sender with it.
 	gone    atomic.Bool
@@ -71,8 +72,9 @@ type pending struct {
 }
 
 func newQueue(s Sender) *queue {
+	dropper, _ := s.(dropper)
 	return &queue{
-		sender: s, ethernet: s.Ethernet(),
+		sender: s, dropper: dropper, ethernet: s.Ethernet(),
 		packets: make([]fanout.Packet, 0, batch),
 		pending: make([]pending, 0, batch),
 		headers: make([]byte, batch*headerRoom),
@@ -89,7 +91,7 @@ func (q *queue) room() []byte {
 func (q *queue) flush(queues int) {
 	for q.done < len(q.packets) {
 		n, err := q.sender.Send(q.packets[q.done:])
-		countSent(q.take(n))
+		q.count(q.take(n))
 		if q.done == len(q.packets) {
 			break
 		}
@@ -107,6 +109,31 @@ func (q *queue) flush(queues int) {
 		countDropped(q.take(n), reason)
 	}
 	q.reset()
+}
+
+// dropper is a Sender whose device may drop what it has taken.
+type dropper interface {
+	// Dropped returns the places of such packets among those of the last Send, in
+	// ascending order. It is valid until the next Send.
+	Dropped() []int
+}
+
+// count counts what the sender has taken just now.
+func (q *queue) count(taken []pending) {
+	if q.dropper == nil {
+		countSent(taken)
+		return
+	}
+	from := 0
+	for _, at := range q.dropper.Dropped() {
+		if at < from || at >= len(taken) {
+			continue
+		}
+		countSent(taken[from:at])
+		countDropped(taken[at:at+1], loader.TxFull)
+		from = at + 1
+	}
+	countSent(taken[from:])
 }
 
 // take is what the next n packets are counted for, which are done with.

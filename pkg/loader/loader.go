@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	gosync "sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -87,6 +88,7 @@ type Loader struct {
 	ids            *idAllocator
 	outputs, stats *blockAllocator
 	fans           map[string]*fan
+	socketsMu      gosync.Mutex // around the next two: workers of other goroutines set sockets
 	socketRows     *idAllocator
 	sockets        map[int]uint32 // row of the map xsks by interface index
 	ports          map[int]*port  // by interface index

@@ -115,6 +115,17 @@ func (l *Loader) Used() []int {
 // Has says whether a rule is in force.
 func (l *Loader) Has(name string) bool { return l.rules[name] != nil }
 
+// FirstOutput returns the number by which the relay program names a rule in force to
+// the sockets of PathAFXDP (struct handover of bpf/include/handover.h). It changes when
+// the number of outputs does, and another rule may get it then.
+func (l *Loader) FirstOutput(name string) (uint32, bool) {
+	e := l.rules[name]
+	if e == nil {
+		return 0, false
+	}
+	return e.first, true
+}
+
 // Rules returns the names and resolved forms of the rules in force, unordered.
 func (l *Loader) Rules() []Rule {
 	all := make([]Rule, 0, len(l.rules))

@@ -12,6 +12,8 @@ import (
 // socketRow is the row of the map xsks for the first queue of an interface. It stays
 // the interface's own: packets are redirected by it before the next rule comes.
 func (l *Loader) socketRow(index int) (uint32, error) {
+	l.socketsMu.Lock()
+	defer l.socketsMu.Unlock()
 	if row, ok := l.sockets[index]; ok {
 		return row, nil
 	}
@@ -25,7 +27,7 @@ func (l *Loader) socketRow(index int) (uint32, error) {
 
 // SetSocket gives the packets of PathAFXDP rules that arrive on a queue of an
 // interface to an AF_XDP socket, which must be bound there. The kernel takes it out
-// again when the socket is closed.
+// again when the socket is closed. It may be called from any goroutine.
 func (l *Loader) SetSocket(index, queue, fd int) error {
 	if queue < 0 || queue >= bpf.MaxQueues {
 		return fmt.Errorf("queue %d: want 0 to %d", queue, bpf.MaxQueues-1)
@@ -40,9 +42,12 @@ func (l *Loader) SetSocket(index, queue, fd int) error {
 	return nil
 }
 
-// ClearSocket takes the socket of a queue out: packets take their rule's fallback.
+// ClearSocket takes the socket of a queue out: packets take their rule's fallback. It
+// may be called from any goroutine.
 func (l *Loader) ClearSocket(index, queue int) error {
+	l.socketsMu.Lock()
 	row, ok := l.sockets[index]
+	l.socketsMu.Unlock()
 	if !ok || queue < 0 || queue >= bpf.MaxQueues {
 		return nil
 	}
@@ -55,6 +60,8 @@ func (l *Loader) ClearSocket(index, queue int) error {
 // ForgetSockets gives the row of an interface that is gone, and that no rule names
 // any more, to the next.
 func (l *Loader) forgetSockets(index int) {
+	l.socketsMu.Lock()
+	defer l.socketsMu.Unlock()
 	if row, ok := l.sockets[index]; ok {
 		delete(l.sockets, index)
 		l.socketRows.give(row / bpf.MaxQueues)

@@ -1,0 +1,514 @@
+package forward
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"runtime"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+)
+
+// xdpBench is a bench with the relay program and the AF_XDP path.
+type xdpBench struct {
+	*bench
+	loader *loader.Loader
+	path   *AFXDP
+}
+
+// newXDPBench makes a bench with so many receive queues of the input, and attaches the
+// program to it.
+func newXDPBench(t testing.TB, outputs, queues, mtu int) *xdpBench {
+	t.Helper()
+	b := &xdpBench{bench: &bench{source: labtest.Host(t, "src"), relay: labtest.Host(t, "rly")}}
+	connect := func(x, y lab.End) {
+		t.Helper()
+		if err := lab.Connect(x, y, mtu); err != nil {
+			t.Fatal(err)
+		}
+	}
+	connect(lab.End{Host: b.source, Name: "eth0", Addrs: []string{"10.0.0.1/24"}, Queues: queues},
+		lab.End{Host: b.relay, Name: "in", Addrs: []string{"10.0.0.2/24"}, Queues: queues})
+	b.in = iface(t, b.relay, "in")
+	for i := range outputs {
+		sink := labtest.Host(t, "snk")
+		b.sinks = append(b.sinks, sink)
+		name := fmt.Sprintf("out%d", i)
+		connect(lab.End{Host: b.relay, Name: name}, lab.End{Host: sink, Name: "eth0"})
+		b.out = append(b.out, iface(t, b.relay, name))
+	}
+	dir := t.TempDir()
+	t.Cleanup(func() {
+		if err := unix.Unmount(filepath.Join(dir, "bpf"), unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	labtest.Do(t, b.relay, func() (err error) {
+		b.loader, err = loader.Open(loader.Options{PinDir: filepath.Join(dir, "bpf", "xdpcast"), RunDir: filepath.Join(dir, "run"), MaxRules: 256, MaxOutputs: 4096})
+		return err
+	})
+	t.Cleanup(func() {
+		if err := b.loader.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, i := range append([]*net.Interface{b.in}, b.out...) {
+		b.attach(t, i)
+	}
+	return b
+}
+
+func (b *xdpBench) attach(t testing.TB, i *net.Interface) {
+	t.Helper()
+	labtest.Do(t, b.relay, func() error {
+		_, err := b.loader.Attach(i.Index, loader.ModeNative)
+		return err
+	})
+}
+
+func (b *xdpBench) open(t testing.TB) {
+	t.Helper()
+	b.openWith(t, AFXDPOptions{CheckOwnership: true})
+}
+
+func (b *xdpBench) openWith(t testing.TB, opts AFXDPOptions) {
+	t.Helper()
+	opts.Loader = b.loader
+	opts.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
+	var err error
+	if b.path, err = OpenAFXDP(opts); err != nil {
+		t.Fatal(err)
+	}
+	path := b.path
+	t.Cleanup(func() {
+		if err := path.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// sync does what the control loop does.
+func (b *xdpBench) sync(t testing.TB, rules ...loader.Rule) {
+	t.Helper()
+	labtest.Do(t, b.relay, func() error {
+		if err := b.path.Prepare(rules, ownAddresses); err != nil {
+			return err
+		}
+		if err := b.loader.Sync(rules); err != nil {
+			return err
+		}
+		return b.path.Sync(rules, ownAddresses)
+	})
+}
+
+func xdpRule(name string, in *net.Interface, group string, port uint16, out ...loader.Output) loader.Rule {
+	r := rule(name, in, group, port, out...)
+	r.Path = loader.PathAFXDP
+	return r
+}
+
+func (b *xdpBench) kernelStats(t testing.TB, name string) loader.RuleStats {
+	t.Helper()
+	stats, err := b.loader.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range stats.Rules {
+		if r.Name == name {
+			return r
+		}
+	}
+	t.Fatalf("rule %s has no counters", name)
+	return loader.RuleStats{}
+}
+
+// inputs is the state of the path.
+func (b *xdpBench) inputs(t testing.TB) []InputStatus {
+	t.Helper()
+	all, err := b.path.Inputs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// adds checks that all that the program matched is accounted for.
+func (b *xdpBench) adds(t testing.TB, name string, matched uint64) loader.RuleStats {
+	t.Helper()
+	var user, kernel loader.RuleStats
+	labtest.Eventually(t, "the counters add up", func() bool {
+		kernel = b.kernelStats(t, name)
+		user = b.path.Stats([]string{name})[0]
+		for slot := range user.Outputs {
+			sum := accounted(&user, slot)
+			if sum != user.Matched {
+				return false
+			}
+			served := accounted(&kernel, slot)
+			if served.Packets+user.Matched.Packets+b.unseen(t) != kernel.Matched.Packets {
+				return false
+			}
+		}
+		return kernel.Matched.Packets >= matched
+	})
+	if kernel.Matched.Packets != matched {
+		t.Fatalf("%d packets matched, want %d", kernel.Matched.Packets, matched)
+	}
+	return user
+}
+
+// unseen are packets that the sockets lost, or whose rule was gone.
+func (b *xdpBench) unseen(t testing.TB) (n uint64) {
+	t.Helper()
+	for _, in := range b.inputs(t) {
+		for _, q := range in.Workers {
+			n += q.Socket.RXDropped + q.Socket.RXRingFull + q.Unclaimed.Packets
+		}
+	}
+	return n
+}
+
+func udpFrame(group, source string, size int, change func(*packet.Frame)) []byte {
+	dst := netip.MustParseAddr(group)
+	f := packet.Frame{
+		DstMAC: packet.MulticastMAC(dst), SrcMAC: [6]byte{2, 0, 0, 0, 0, 9},
+		Src: netip.MustParseAddr(source), Dst: dst, SrcPort: 4000, DstPort: 5000, TTL: 8, Payload: make([]byte, size),
+	}
+	for i := range f.Payload {
+		f.Payload[i] = byte(i * 7)
+	}
+	if change != nil {
+		change(&f)
+	}
+	return f.Build()
+}
+
+// exactly checks that so many frames arrived, and no more.
+func exactly(t testing.TB, c *counted, n int) {
+	t.Helper()
+	labtest.Eventually(t, "all frames have arrived", func() bool { return c.total.Load() >= int64(n) })
+	if got := c.total.Load(); got != int64(n) {
+		t.Errorf("%s: %d frames arrived, want %d", c.name, got, n)
+	}
+}
+
+// fragmented is a datagram in several fragments.
+func fragmented(t testing.TB) [][]byte {
+	t.Helper()
+	parts := packet.Fragment(udpFrame("239.1.1.1", "10.0.0.1", 3000, nil), 77, 1000)
+	if len(parts) < 3 {
+		t.Fatalf("%d fragments", len(parts))
+	}
+	return parts
+}
+
+// TestAFXDPBytes sends every kind of frame through 1, 4 and 16 outputs.
+func TestAFXDPBytes(t *testing.T) {
+	for _, outputs := range []int{1, 4, 16} {
+		t.Run(fmt.Sprint(outputs), func(t *testing.T) {
+			b := newXDPBench(t, outputs, 1, 9000)
+			b.open(t)
+			var out4, out6, tagged []loader.Output
+			for i, o := range b.out {
+				o4 := sendTo(o, fmt.Sprintf("239.2.2.%d", i+1), 6000)
+				o6 := sendTo(o, fmt.Sprintf("ff3e::2:%x", i+1), 6000)
+				switch i % 4 {
+				case 1:
+					o4.VLAN, o4.VLANID = packet.VLANSet, 77
+				case 2:
+					o4.TTLMode, o4.TTL, o4.SetDSCP, o4.DSCP = packet.TTLSet, 33, true, 46
+				case 3:
+					o6.VLAN, o6.VLANID, o6.OuterVLAN = packet.VLANSet, 5, 6
+				}
+				ot := sendTo(o, fmt.Sprintf("239.3.3.%d", i+1), 6100)
+				if i%2 == 0 {
+					ot.VLAN = packet.VLANPop
+				}
+				out4, out6, tagged = append(out4, o4), append(out6, o6), append(tagged, ot)
+			}
+			vlan := xdpRule("vlan", b.in, "239.1.1.1", 5000, tagged...)
+			vlan.In.VLAN = 100
+			b.sync(t, xdpRule("v4", b.in, "239.1.1.1", 5000, out4...), xdpRule("v6", b.in, "ff3e::1", 5000, out6...), vlan)
+			source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+			var sent [][]byte
+			var use [][]loader.Output
+			add := func(frame []byte, out []loader.Output) { sent, use = append(sent, frame), append(use, out) }
+			for _, size := range []int{0, 18, 22, 64, 1000, 1400, 1472, 1500, 2000, 3500, 3800, 4096, 8000, 8900} {
+				add(udpFrame("239.1.1.1", "10.0.0.1", size, nil), out4)
+				add(udpFrame("ff3e::1", "fd00::1", size, nil), out6)
+				add(udpFrame("239.1.1.1", "10.0.0.1", size, func(f *packet.Frame) { f.VLANs = []uint16{100} }), tagged)
+			}
+			for _, f := range fragmented(t) {
+				add(f, out4)
+			}
+			var catchers []*catcher
+			for i := range b.out {
+				catchers = append(catchers, catch(t, b.sinks[i], "eth0"))
+			}
+			sendFrames(t, source, sent)
+			for i, c := range catchers {
+				var want [][]byte
+				for j := range sent {
+					want = append(want, expect(t, use[j][i], sent[j]))
+				}
+				receive(t, c, want)
+			}
+			b.adds(t, "v4", uint64(14+len(fragmented(t))))
+			b.adds(t, "v6", 14)
+			b.adds(t, "vlan", 14)
+			for _, s := range b.inputs(t)[0].Workers[0].Senders {
+				if s.Queue != 0 {
+					t.Errorf("output %d is sent to by queue %d: %s", s.Index, s.Queue, s.Cause)
+				}
+			}
+			if w := b.inputs(t)[0].Workers[0]; w.ZeroCopy || !w.MultiBuffer {
+				t.Errorf("%v: want copy, multi-buffer", w)
+			}
+		})
+	}
+}
+
+// TestAFXDPExactlyOnce relays 50 streams over two queues.
+func TestAFXDPExactlyOnce(t *testing.T) {
+	b := newXDPBench(t, 2, 2, 0)
+	b.open(t)
+	b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)))
+	c0, c1 := countOn(t, b.sinks[0]), countOn(t, b.sinks[1])
+	const frames = 20000
+	b.loadQueues(t, 50, frames, func() int64 { return min(c0.total.Load(), c1.total.Load()) })
+	exactly(t, c0, frames)
+	exactly(t, c1, frames)
+	b.adds(t, "r", frames)
+	for _, q := range b.inputs(t)[0].Workers {
+		t.Log(q, q.Senders)
+	}
+}
+
+func (b *xdpBench) loadQueues(t testing.TB, streams, frames int, arrived func() int64) {
+	b.load(t, streams, frames, arrived)
+}
+
+// TestAFXDPFallback takes the path away and gives it back.
+func TestAFXDPFallback(t *testing.T) {
+	for _, fallback := range []bool{true, false} {
+		t.Run(fmt.Sprint(fallback), func(t *testing.T) {
+			b := newXDPBench(t, 1, 1, 0)
+			b.open(t)
+			r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
+			r.Fallback = fallback
+			b.sync(t, r)
+			source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+			c := catch(t, b.sinks[0], "eth0")
+			send := func(n int) {
+				f := numbered(0, n).Build()
+				sendFrames(t, source, [][]byte{f})
+				receive(t, c, [][]byte{expect(t, r.Out[0], f)})
+			}
+			send(0)
+			b.adds(t, "r", 1)
+			if err := b.path.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if fallback {
+				send(1)
+			} else {
+				sendFrames(t, source, [][]byte{numbered(0, 1).Build()})
+				labtest.Eventually(t, "the packet is dropped", func() bool {
+					return b.kernelStats(t, "r").Drops[loader.NoSocket].Packets == 1
+				})
+			}
+			b.open(t)
+			b.sync(t, r)
+			send(2)
+			if got := b.path.Stats(nil)[0].Matched.Packets; got != 1 {
+				t.Errorf("%d packets came to the path, want 1", got)
+			}
+			if got := b.kernelStats(t, "r").Matched.Packets; got != 3 {
+				t.Errorf("%d packets matched, want 3", got)
+			}
+		})
+	}
+}
+
+// TestAFXDPFault sets the interfaces down and deletes one, under traffic.
+func TestAFXDPFault(t *testing.T) {
+	b := newXDPBench(t, 3, 1, 0)
+	b.open(t)
+	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000), sendTo(b.out[2], "239.2.2.3", 6000))
+	b.sync(t, r)
+	c := countOn(t, b.sinks[0])
+	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	n := 0
+	send := func(times int) {
+		t.Helper()
+		for range times {
+			sendFrames(t, source, [][]byte{numbered(0, n).Build()})
+			n++
+		}
+		labtest.Eventually(t, "all arrived", func() bool { return c.total.Load() == int64(n) })
+	}
+	out := func(slot int) loader.OutputStats { return b.adds(t, "r", uint64(n)).Outputs[slot] }
+	send(50)
+	if err := b.relay.SetUp("out1", false); err != nil {
+		t.Fatal(err)
+	}
+	link, err := b.relay.Link("out2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.relay.Netlink().LinkDel(link); err != nil {
+		t.Fatal(err)
+	}
+	send(50)
+	for slot := 1; slot < 3; slot++ {
+		if o := out(slot); o.Sent.Packets != 50 || o.Drops[loader.NoDevice].Packets != 50 {
+			t.Errorf("output %d: %d sent, drops %v: want 50 each", slot, o.Sent.Packets, o.Drops)
+		}
+	}
+	b.sync(t, r) // with the faults there
+	send(10)
+	if err := b.relay.SetUp("out1", true); err != nil {
+		t.Fatal(err)
+	}
+	b.sync(t, r)
+	send(10)
+	if o := out(1); o.Sent.Packets != 60 || o.Drops[loader.NoDevice].Packets != 60 {
+		t.Errorf("%d sent, drops %v: want 60 each", o.Sent.Packets, o.Drops)
+	}
+	// The input: what comes while it is down is nobody's.
+	if err := b.relay.SetUp("in", false); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "the worker says so", func() bool { return b.inputs(t)[0].Workers[0].Down })
+	if err := b.relay.SetUp("in", true); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "the worker says so", func() bool { return !b.inputs(t)[0].Workers[0].Down })
+	send(10)
+	exactly(t, c, n)
+}
+
+// TestAFXDPRuleChanges adds, changes and removes rules beside one that loses nothing.
+func TestAFXDPRuleChanges(t *testing.T) {
+	b := newXDPBench(t, 2, 1, 0)
+	b.open(t)
+	steady := xdpRule("steady", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
+	other := xdpRule("other", b.in, "239.9.9.9", 5000, sendTo(b.out[1], "239.2.2.9", 6000))
+	wide := steady
+	wide.Out = []loader.Output{sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)}
+	kernel := steady
+	kernel.Path = loader.PathKernel
+	b.sync(t, steady)
+	c := countOn(t, b.sinks[0])
+	stop := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		sets := [][]loader.Rule{{steady, other}, {other, wide}, {wide}, {other, steady}, {steady}, {kernel, other}, {steady, other}, {kernel}, {steady}}
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			rules := sets[i%len(sets)]
+			if err := b.relay.Do(func() error {
+				if err := b.path.Prepare(rules, nil); err != nil {
+					return err
+				}
+				if err := b.loader.Sync(rules); err != nil {
+					return err
+				}
+				return b.path.Sync(rules, nil)
+			}); err != nil {
+				t.Error(err)
+				return
+			}
+			runtime.Gosched()
+		}
+	}()
+	const frames = 20000
+	b.load(t, 1, frames, c.total.Load)
+	close(stop)
+	<-done
+	exactly(t, c, frames)
+}
+
+// TestAFXDPSlowOutput has one output whose device takes nothing.
+func TestAFXDPSlowOutput(t *testing.T) {
+	b := newXDPBench(t, 2, 1, 0)
+	b.open(t)
+	b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)))
+	c := countOn(t, b.sinks[1])
+	b.freeze(t, 0)
+	const frames = 5000
+	b.load(t, 1, frames, c.total.Load)
+	exactly(t, c, frames)
+	s := b.adds(t, "r", frames)
+	if s.Outputs[0].Drops[loader.TxFull].Packets == 0 || s.Outputs[1].Sent.Packets != frames {
+		t.Errorf("slow: %+v, other: %+v", s.Outputs[0], s.Outputs[1])
+	}
+}
+
+// freeze has an output's senders refuse everything: a limit of no descriptor is what a
+// device is whose ring is full and never completes.
+func (b *xdpBench) freeze(t testing.TB, out int) {
+	t.Helper()
+	for _, in := range b.path.inputs {
+		for _, w := range in.workers {
+			w.mu.Lock()
+			for _, s := range w.senders {
+				if s.index == b.out[out].Index {
+					s.limit = 0
+				}
+			}
+			w.mu.Unlock()
+		}
+	}
+}
+
+// TestAFXDPAllocs holds that nothing is allocated for a packet.
+func TestAFXDPAllocs(t *testing.T) {
+	b := newXDPBench(t, 2, 1, 9000)
+	b.openWith(t, AFXDPOptions{})
+	b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)))
+	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	frames := []fanout.Packet{{Header: udpFrame("239.1.1.1", "10.0.0.1", 100, nil)}, {Header: udpFrame("239.1.1.1", "10.0.0.1", 8900, nil)}}
+	w := b.path.inputs[b.in.Index].workers[0]
+	w.mu.Lock() // the worker waits, and the test does its work
+	defer w.mu.Unlock()
+	turn := func() {
+		if _, err := source.Send(frames); err != nil {
+			t.Fatal(err)
+		}
+		for got := 0; got < 2; {
+			n := w.socket.Receive(w.descs)
+			if n == 0 {
+				runtime.Gosched()
+				continue
+			}
+			w.held = w.descs[:n]
+			for rest := w.held; len(rest) > 0; got++ {
+				for rest[0].Options != 0 {
+					rest = rest[1:]
+				}
+				rest = rest[1:]
+			}
+			w.forward(w.held)
+			w.release()
+		}
+	}
+	turn()
+	if n := testing.AllocsPerRun(200, turn); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
