@@ -66,7 +66,7 @@ func (n *instance) equal(o *instance) bool {
 		return false
 	}
 	a, b := &n.resolved, &o.resolved
-	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.AllowLoop == b.AllowLoop &&
+	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.Fallback == b.Fallback && a.AllowLoop == b.AllowLoop &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 
@@ -209,6 +209,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 		return
 	}
 	n.resolved.Path, n.note = path, note
+	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == ""
 	ready := 0
 	for i := range n.slots {
 		s, out := &n.slots[i], &n.resolved.Out[i]
