@@ -148,6 +148,10 @@ func (w *wantedRule) inKernel() map[string]bool {
 
 func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 	n := &instance{in: in.name, state: control.StateActive}
+	if in.loopback {
+		n.fail(fmt.Errorf("interface %s is the loopback: want one that leads to a network", in.name))
+		return n
+	}
 	if !in.ethernet && !mayTap(rule) {
 		n.fail(fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.name, rule.Path))
 		return n
@@ -240,6 +244,9 @@ func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, path
 	i := r.interfaces[s.ifname]
 	if i == nil {
 		return fmt.Sprintf("interface %s not found", s.ifname)
+	}
+	if i.loopback {
+		return fmt.Sprintf("interface %s is the loopback: want one that leads to a network", i.name)
 	}
 	out.Index, out.MTU, out.SrcMAC = i.index, i.mtu, i.mac
 	out.Rate = resolveRate(o.Policy.Rate, i.mtu)
