@@ -182,6 +182,9 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 			numbers[want[i].Name] = first
 		}
 	}
+	if a.drops(want) {
+		a.finish()
+	}
 	// Before the rules, so that the engines of new workers get them at once.
 	fresh := a.openInputs(inputs)
 	if err := a.set.Update(want, own, numbers); err != nil {
@@ -201,6 +204,33 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 		a.retire(in.workers)
 	}
 	return nil
+}
+
+// drops says whether a rule in force is not among those that are wanted.
+func (a *AFXDP) drops(want []loader.Rule) bool {
+	stays := make(map[loader.Input]bool, len(want))
+	for i := range want {
+		stays[inputKey(want[i].In)] = true
+	}
+	return slices.ContainsFunc(a.set.given.rules, func(r loader.Rule) bool { return !stays[inputKey(r.In)] })
+}
+
+// membarrierGlobal is MEMBARRIER_CMD_GLOBAL of include/uapi/linux/membarrier.h.
+const membarrierGlobal = 1
+
+// finish forwards all that the relay program has redirected so far. It waits until
+// every CPU that was running the program has left it, which the program's last look at
+// a rule is before (membarrier(2): MEMBARRIER_CMD_GLOBAL is an RCU grace period), and
+// then empties the rings. A kernel without membarrier leaves a gap of microseconds.
+func (a *AFXDP) finish() {
+	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
+	for _, in := range a.inputs {
+		for _, w := range in.workers {
+			if w != nil {
+				w.finish()
+			}
+		}
+	}
 }
 
 // openInputs opens workers for the queues that have none, and closes those of queues
@@ -508,13 +538,7 @@ func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	}
 	w.ended.Wait()
 	if w.engine != nil {
-		// What was redirected before the socket was cleared.
-		for {
-			if n, err := w.turn(); n == 0 || err != nil {
-				errs = append(errs, err)
-				break
-			}
-		}
+		w.finish() // what was redirected before the socket was cleared
 		errs = append(errs, a.set.Remove(w.engine))
 	}
 	if w.waiter != nil {

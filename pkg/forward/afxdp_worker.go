@@ -199,6 +199,17 @@ func (w *afxdpWorker) turn() (n int, err error) {
 	return n, nil
 }
 
+// finish forwards what is in the RX ring now, beside the worker's own turns.
+func (w *afxdpWorker) finish() {
+	for total := 0; total < ringSize; {
+		n, err := w.turn()
+		if n == 0 || err != nil {
+			return // an error has been logged
+		}
+		total += n
+	}
+}
+
 // release gives up what was received, and gives the kernel frames to receive into.
 func (w *afxdpWorker) release() {
 	w.frames.ReleaseAll(w.held)
