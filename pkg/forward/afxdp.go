@@ -151,7 +151,7 @@ func (a *AFXDP) Prepare(rules []loader.Rule, own []netip.Addr) error {
 // rules, when interfaces have changed, and while [AFXDP.Pending]: queues are followed,
 // and inputs and outputs that were down or gone are opened again.
 //
-// An input that cannot be received from, since it is down or another has its queue, is
+// An input that cannot be received from, since it is gone or another has its queue, is
 // no error: Inputs says it. After an error all is as before. Errors to match:
 // *loader.RuleError, os.ErrClosed.
 func (a *AFXDP) Sync(rules []loader.Rule, own []netip.Addr) error {
@@ -257,7 +257,7 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 	if err != nil {
 		a.retire(in.workers)
 		in.workers = nil
-		return nil, fmt.Errorf("interface %s: %w", in.name, unix.ENODEV)
+		return nil, fmt.Errorf("open input %s: %w", in.name, unix.ENODEV)
 	}
 	queues, err := channelsOf(iface.Name)
 	if err != nil {
