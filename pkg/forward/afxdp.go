@@ -20,6 +20,7 @@ import (
 	"xdpcast/bpf"
 	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
 	"xdpcast/pkg/xsk"
 )
 
@@ -477,7 +478,7 @@ func (s *afxdpSender) prepare() {
 	s.descs = make([]xsk.Desc, 0, xsk.MaxSegments+1)
 	s.ends = make([]int, 0, batch)
 	s.dropped = make([]int, 0, batch)
-	s.share = shareCopy
+	s.share = s.worker.umem.FrameSize() - packet.MaxHeaders
 	if s.socket.ZeroCopy() {
 		s.share = shareZeroCopy
 	}

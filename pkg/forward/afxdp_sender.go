@@ -12,13 +12,11 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// Payloads of so many bytes and more are shared between copies rather than copied. A
-// zero-copy driver reads them where they are; in copy mode the kernel copies
-// every part of a frame anyway, and takes a page for each part behind the first.
-const (
-	shareZeroCopy = 256
-	shareCopy     = 16 << 10
-)
+// shareZeroCopy is from how many bytes on a payload is shared between copies, rather
+// than copied, where the driver reads it in place. In copy mode the kernel copies each
+// part of a frame anyway and takes a page for each behind the first, so that only
+// frames are shared that have several parts in any case.
+const shareZeroCopy = 256
 
 // kickTries bounds how often a device or the kernel's memory is tried that has no room.
 const kickTries = 4

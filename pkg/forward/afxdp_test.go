@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -253,10 +254,15 @@ func fragmented(t testing.TB) [][]byte {
 	return parts
 }
 
-// TestAFXDPBytes sends every kind of frame through 1, 4 and 16 outputs.
+// TestAFXDPBytes sends every kind of frame through 1, 4 and 16 outputs, with the payload
+// of short frames copied, as in copy mode, and shared, as with zero-copy.
 func TestAFXDPBytes(t *testing.T) {
-	for _, outputs := range []int{1, 4, 16} {
-		t.Run(fmt.Sprint(outputs), func(t *testing.T) {
+	for _, c := range []struct {
+		outputs int
+		shared  bool
+	}{{1, false}, {4, false}, {4, true}, {16, false}, {16, true}} {
+		t.Run(fmt.Sprintf("%d outputs, shared %v", c.outputs, c.shared), func(t *testing.T) {
+			outputs := c.outputs
 			b := newXDPBench(t, outputs, 1, 9000)
 			b.open(t)
 			var out4, out6, tagged []loader.Output
@@ -280,6 +286,9 @@ func TestAFXDPBytes(t *testing.T) {
 			vlan := xdpRule("vlan", b.in, "239.1.1.1", 5000, tagged...)
 			vlan.In.VLAN = 100
 			b.sync(t, xdpRule("v4", b.in, "239.1.1.1", 5000, out4...), xdpRule("v6", b.in, "ff3e::1", 5000, out6...), vlan)
+			if c.shared {
+				b.senders(func(s *afxdpSender) { s.share = 1 })
+			}
 			source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
 			var sent [][]byte
 			var use [][]loader.Output
@@ -319,6 +328,19 @@ func TestAFXDPBytes(t *testing.T) {
 	}
 }
 
+// senders calls fn for each sender, while no worker runs.
+func (b *xdpBench) senders(fn func(s *afxdpSender)) {
+	for _, in := range b.path.inputs {
+		for _, w := range in.workers {
+			w.mu.Lock()
+			for _, s := range w.senders {
+				fn(s)
+			}
+			w.mu.Unlock()
+		}
+	}
+}
+
 // TestAFXDPExactlyOnce relays 50 streams over two queues.
 func TestAFXDPExactlyOnce(t *testing.T) {
 	b := newXDPBench(t, 2, 2, 0)
@@ -326,17 +348,16 @@ func TestAFXDPExactlyOnce(t *testing.T) {
 	b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)))
 	c0, c1 := countOn(t, b.sinks[0]), countOn(t, b.sinks[1])
 	const frames = 20000
-	b.loadQueues(t, 50, frames, func() int64 { return min(c0.total.Load(), c1.total.Load()) })
+	b.load(t, 50, frames, func() int64 { return min(c0.total.Load(), c1.total.Load()) })
 	exactly(t, c0, frames)
 	exactly(t, c1, frames)
 	b.adds(t, "r", frames)
-	for _, q := range b.inputs(t)[0].Workers {
-		t.Log(q, q.Senders)
+	table := b.path.set.table
+	for q := range 2 {
+		if table.rules[0].counts[q].matched.packets.Load() == 0 {
+			t.Errorf("queue %d had no frames, which proves little", q)
+		}
 	}
-}
-
-func (b *xdpBench) loadQueues(t testing.TB, streams, frames int, arrived func() int64) {
-	b.load(t, streams, frames, arrived)
 }
 
 // TestAFXDPFallback takes the path away and gives it back.
@@ -578,26 +599,87 @@ func TestAFXDPAllocs(t *testing.T) {
 		if _, err := source.Send(frames); err != nil {
 			t.Fatal(err)
 		}
-		for got := 0; got < 2; {
-			n := w.socket.Receive(w.descs)
-			if n == 0 {
-				runtime.Gosched()
-				continue
-			}
-			w.held = w.descs[:n]
-			for rest := w.held; len(rest) > 0; got++ {
-				for rest[0].Options != 0 {
-					rest = rest[1:]
-				}
-				rest = rest[1:]
-			}
-			w.forward(w.held)
-			w.release()
-		}
+		work(w, len(frames))
 	}
 	turn()
 	if n := testing.AllocsPerRun(200, turn); n != 0 {
 		t.Errorf("%v allocations", n)
+	}
+}
+
+// work does a worker's work until so many frames have come, and returns how much
+// processor time forwarding took.
+func work(w *afxdpWorker, frames int) (busy time.Duration) {
+	for got := 0; got < frames; {
+		n := w.socket.Receive(w.descs)
+		if n == 0 {
+			runtime.Gosched()
+			continue
+		}
+		w.held = w.descs[:n]
+		for _, d := range w.held {
+			if d.Options == 0 {
+				got++
+			}
+		}
+		before := threadTime()
+		w.forward(w.held)
+		w.release()
+		busy += threadTime() - before
+	}
+	return busy
+}
+
+// threadTime is the processor time of the calling thread.
+func threadTime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
+		panic(err)
+	}
+	return time.Duration(ts.Nano())
+}
+
+// BenchmarkAFXDPWork measures the processor time of a worker for a frame, from the RX
+// ring to the device and what the kernel does there in the same system call.
+func BenchmarkAFXDPWork(b *testing.B) {
+	for _, outputs := range []int{1, 4} {
+		for _, size := range []int{86, 1400} {
+			b.Run(fmt.Sprintf("1 to %d, %d bytes", outputs, size+42), func(b *testing.B) {
+				n := newXDPBench(b, outputs, 1, 0)
+				n.openWith(b, AFXDPOptions{})
+				var out []loader.Output
+				for i, o := range n.out {
+					out = append(out, sendTo(o, fmt.Sprintf("239.2.2.%d", i+1), 6000))
+				}
+				n.sync(b, xdpRule("r", n.in, "239.1.1.1", 5000, out...))
+				source := openSender(b, n.source, iface(b, n.source, "eth0").Index)
+				var frames []fanout.Packet
+				for range 64 {
+					frames = append(frames, fanout.Packet{Header: udpFrame("239.1.1.1", "10.0.0.1", size, nil)})
+				}
+				w := n.path.inputs[n.in.Index].workers[0]
+				w.mu.Lock()
+				runtime.LockOSThread()
+				defer runtime.UnlockOSThread()
+				var busy time.Duration
+				total := 0
+				for b.Loop() {
+					if m, err := source.Send(frames); err != nil || m != len(frames) {
+						b.Fatal(m, err)
+					}
+					busy += work(w, len(frames))
+					total += len(frames)
+				}
+				w.mu.Unlock()
+				b.ReportMetric(float64(busy.Nanoseconds())/float64(total), "cpu-ns/frame")
+				b.ReportMetric(0, "ns/op")
+				for i, o := range n.path.Stats(nil)[0].Outputs {
+					if o.Sent.Packets != uint64(total) {
+						b.Errorf("output %d: %+v of %d", i, o, total)
+					}
+				}
+			})
+		}
 	}
 }
 
