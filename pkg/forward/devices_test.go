@@ -126,7 +126,7 @@ func TestLocalReceiver(t *testing.T) {
 		return err
 	})
 	t.Cleanup(func() { conn.Close() })
-	f := b.path(t, FanoutOptions{Workers: 2})
+	f := b.path(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash})
 	sink := countOn(t, b.sinks[0])
 	b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))
 	const frames = 200

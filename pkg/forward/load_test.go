@@ -17,21 +17,26 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// counted takes the numbered frames of streams that arrive on an interface, and
-// says what is wrong with them: each stream must count up by one.
+// counted takes the numbered frames of streams that arrive on an interface. Each
+// must come once, and be the next of its stream.
 type counted struct {
 	t     testing.TB
 	name  string
 	total atomic.Int64
-	next  map[string]int
-	done  chan struct{}
+	// disorder counts the frames that were not the next of their stream, where that
+	// is no error.
+	disorder  atomic.Int64
+	unordered atomic.Bool
+	seen      map[string]bool
+	next      map[string]int
+	done      chan struct{}
 }
 
 // countOn begins to count on the eth0 of a sink.
 func countOn(t testing.TB, h *lab.Host) *counted {
 	t.Helper()
 	catcher := catch(t, h, "eth0")
-	c := &counted{t: t, name: h.Name, next: map[string]int{}, done: make(chan struct{})}
+	c := &counted{t: t, name: h.Name, seen: map[string]bool{}, next: map[string]int{}, done: make(chan struct{})}
 	go func() {
 		defer close(c.done)
 		for {
@@ -59,14 +64,22 @@ func (c *counted) frame(data []byte) {
 	}
 	key := fmt.Sprintf("%x stream %d", data[0:6], stream)
 	if n != c.next[key] {
-		c.t.Errorf("%s: %s: frame %d after %d", c.name, key, n, c.next[key]-1)
+		c.disorder.Add(1)
+		if !c.unordered.Load() {
+			c.t.Errorf("%s: %s: frame %d after %d", c.name, key, n, c.next[key]-1)
+		}
 	}
+	one := fmt.Sprintf("%s frame %d", key, n)
+	if c.seen[one] {
+		c.t.Errorf("%s: %s comes twice", c.name, one)
+	}
+	c.seen[one] = true
 	c.next[key] = n + 1
 	c.total.Add(1)
 }
 
 // window bounds the frames on their way, to less than the queue of a veth.
-const window = 400
+const window = 800
 
 // load sends streams round and round, frame after frame, from one CPU, as a network
 // card would that keeps a flow on one queue; arrived says how many frames of how
@@ -116,15 +129,19 @@ func onOneCPU(t testing.TB, fn func()) {
 }
 
 // However many workers and streams there are: every frame leaves once, and each
-// stream in its order.
+// stream in its order, as long as the kernel keeps it on one worker. By CPU it does so
+// where a device keeps a stream on one CPU, which a veth with a queue does not always.
 func TestExactlyOnce(t *testing.T) {
 	for _, mode := range []fanout.Mode{fanout.ModeCPU, fanout.ModeHash} {
 		for _, workers := range []int{1, 2, 3, 8} {
 			for _, streams := range []int{1, 64} {
 				t.Run(fmt.Sprintf("%s, %d workers, %d streams", mode, workers, streams), func(t *testing.T) {
 					b := newBench(t, 2)
-					f := b.path(t, FanoutOptions{Workers: workers, Mode: mode, Blocks: 16})
+					f := b.path(t, FanoutOptions{Workers: workers, Mode: mode})
 					sinks := []*counted{countOn(t, b.sinks[0]), countOn(t, b.sinks[1])}
+					for _, sink := range sinks {
+						sink.unordered.Store(mode == fanout.ModeCPU)
+					}
 					b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000), sendTo(b.out[1], "239.9.9.2", 6000)))
 					const frames = 6400
 					b.load(t, streams, frames, func() int64 { return min(sinks[0].total.Load(), sinks[1].total.Load()) })
@@ -147,6 +164,9 @@ func TestExactlyOnce(t *testing.T) {
 							used++
 						}
 					}
+					if disorder := sinks[0].disorder.Load() + sinks[1].disorder.Load(); used == 1 && disorder != 0 {
+						t.Errorf("%d frames of one worker out of order", disorder)
+					}
 					if mode == fanout.ModeHash && streams == 64 && used != workers {
 						t.Errorf("%d of %d workers had frames, which proves little", used, workers)
 					}
@@ -164,17 +184,17 @@ func TestExchangeUnderLoad(t *testing.T) {
 	sink := countOn(t, b.sinks[0])
 	steady := rule("steady", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
 	b.sync(t, f, steady)
-	stop, exchanges := make(chan struct{}), 0
+	stop := make(chan struct{})
+	var exchanged atomic.Int64
 	done := make(chan error)
 	go func() {
 		done <- b.relay.Do(func() error {
-			for {
+			for exchanges := 1; ; exchanges++ {
 				select {
 				case <-stop:
 					return nil
 				default:
 				}
-				exchanges++
 				changed := steady
 				changed.Out = []loader.Output{steady.Out[0]}
 				changed.Out[0].TTLMode, changed.Out[0].TTL = 2, uint8(exchanges)|1
@@ -189,11 +209,13 @@ func TestExchangeUnderLoad(t *testing.T) {
 				if err := f.Sync(set, ownAddresses); err != nil {
 					return err
 				}
+				exchanged.Store(int64(exchanges))
 			}
 		})
 	}()
-	const frames = 20000
-	b.load(t, 8, frames, sink.total.Load)
+	const frames = 8000
+	// At least one exchange every 100 frames.
+	b.load(t, 8, frames, func() int64 { return min(sink.total.Load(), 100*exchanged.Load()) })
 	close(stop)
 	if err := <-done; err != nil {
 		t.Fatal(err)
@@ -201,10 +223,6 @@ func TestExchangeUnderLoad(t *testing.T) {
 	if s := adds(t, f, "steady", frames); s.Outputs[0].Sent.Packets != frames {
 		t.Errorf("%+v", s)
 	}
-	if exchanges < 20 {
-		t.Errorf("%d exchanges prove little", exchanges)
-	}
-	t.Logf("%d exchanges", exchanges)
 }
 
 // An output whose interface goes down, comes back, or vanishes loses its own
@@ -217,7 +235,7 @@ func TestOutputFails(t *testing.T) {
 		sendTo(b.out[0], "239.9.9.1", 6000), sendTo(b.out[1], "239.9.9.2", 6000), sendTo(b.out[2], "239.9.9.3", 6000))
 	b.sync(t, f, r)
 	out := func(slot int) loader.OutputStats { return f.Stats([]string{"r"})[0].Outputs[slot] }
-	const frames = 30000
+	const frames = 12000
 	acts := []struct {
 		at int64
 		do func() error
@@ -290,7 +308,7 @@ func TestWorkerFails(t *testing.T) {
 			var calls, failed atomic.Int64
 			f := b.pathWith(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash}, func(s *fanoutSystem) {
 				s.wait = func(w *fanout.Worker) (*fanout.Block, error) {
-					if calls.Add(1)%50 == 0 && failed.Add(1) <= 5 {
+					if calls.Add(1)%5 == 0 && failed.Add(1) <= 5 {
 						return nil, fail()
 					}
 					return w.Wait()
@@ -298,7 +316,7 @@ func TestWorkerFails(t *testing.T) {
 			})
 			sink := countOn(t, b.sinks[0])
 			b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))
-			const frames = 20000
+			const frames = 8000
 			b.load(t, 8, frames, sink.total.Load)
 			adds(t, f, "r", frames)
 			groups, err := f.Groups()
