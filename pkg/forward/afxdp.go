@@ -624,8 +624,8 @@ type SenderStatus struct {
 	Queue    int
 	ZeroCopy bool
 	Cause    string
-	// Outstanding are the frames on their way, and Lost those that were given to a
-	// device that went before it took them.
+	// Outstanding are the descriptors on their way, and Lost those that were counted as
+	// sent, and given up since the device went before it took them.
 	Outstanding int
 	Lost        uint64
 	Failed      bool // the interface is down or gone: the next Sync opens it again
