@@ -159,9 +159,7 @@ func TestAFXDPPending(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.sync(t, r)
-	if err := b.relay.SetUp("in", true); err != nil {
-		t.Fatal(err)
-	}
+	b.up(t, "in", b.source)
 	if b.path.Pending() {
 		t.Errorf("still pending: %v", b.inputs(t)[0].Error)
 	}

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
@@ -74,6 +75,26 @@ func (b *xdpBench) attach(t testing.TB, i *net.Interface) {
 	labtest.Do(t, b.relay, func() error {
 		_, err := b.loader.Attach(i.Index, loader.ModeNative)
 		return err
+	})
+}
+
+// up sets an interface of the relay up, and waits until the host at its other end can
+// send, which takes the kernel a moment.
+func (b *xdpBench) up(t testing.TB, name string, other *lab.Host) {
+	t.Helper()
+	if err := b.relay.SetUp(name, true); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, name+" is up", func() bool {
+		near, err := b.relay.Link(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		far, err := other.Link("eth0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return near.Attrs().OperState == netlink.OperUp && far.Attrs().OperState == netlink.OperUp
 	})
 }
 
@@ -439,9 +460,7 @@ func TestAFXDPFault(t *testing.T) {
 	}
 	b.sync(t, r) // with the faults there
 	send(10)
-	if err := b.relay.SetUp("out1", true); err != nil {
-		t.Fatal(err)
-	}
+	b.up(t, "out1", b.sinks[1])
 	b.sync(t, r)
 	send(10)
 	if o := out(1); o.Sent.Packets != 60 || o.Drops[loader.NoDevice].Packets != 60 {
@@ -452,9 +471,7 @@ func TestAFXDPFault(t *testing.T) {
 		t.Fatal(err)
 	}
 	labtest.Eventually(t, "the worker says so", func() bool { return b.inputs(t)[0].Workers[0].Down })
-	if err := b.relay.SetUp("in", true); err != nil {
-		t.Fatal(err)
-	}
+	b.up(t, "in", b.source)
 	labtest.Eventually(t, "the worker says so", func() bool { return !b.inputs(t)[0].Workers[0].Down })
 	send(10)
 	exactly(t, c, n)
