@@ -140,6 +140,24 @@ func (b *backend) Groups(context.Context) ([]control.Group, error) {
 	}, b.note("groups")
 }
 
+func (b *backend) Explain(_ context.Context, packet string) (control.Explanation, error) {
+	e := control.Explanation{
+		Packet: packet, Why: "rule cam1 takes it: (source, group, port) comes before (any source, prefix of 16 bits, any port)",
+		Candidates: []control.Candidate{
+			{Rule: "cam1", Input: "10.0.0.5@239.1.1.1:5000%eth0", Kind: "source, group, port", State: control.StateActive},
+			{Rule: "all", Input: "239.1.0.0/16%eth0", Kind: "any source, prefix of 16 bits, any port", State: control.StatePending, Reason: "interface eth7 not found"},
+		},
+		Path: "kernel", PathReason: "native XDP on eth0",
+		Outputs: []control.ExplainedOutput{
+			{Slot: 0, Output: "239.2.2.2:6000%eth1", Rewrite: "to 239.2.2.2:6000, from 10.1.0.1, source port kept", State: control.StateActive},
+			{Slot: 1, Output: "10.0.9.9:6000%eth2", Rewrite: "to 10.0.9.9:6000, source kept, ttl 16", State: "no_neighbour", Reason: "nobody answers for 10.0.9.9 on eth2", NextHop: "10.0.9.9 on eth2", Dropped: true},
+		},
+	}
+	groups, err := b.Groups(context.Background())
+	e.Memberships = groups[:1]
+	return e, err
+}
+
 // Stats counts on by 1,000 packets of 1,250 bytes and one second a look.
 func (b *backend) Stats(context.Context) (control.Stats, error) {
 	err := b.note("stats")
@@ -223,6 +241,7 @@ func TestGolden(t *testing.T) {
 		"rule_list": "rule list", "rule_show": "rule show cam1", "rule_show_pending": "rule show feed-a",
 		"group_list": "group list", "group_show": "group show 239.1.1.1", "group_show_retrying": "group show [239.9.0.1]%eth7",
 		"stats_name": "stats cam1", "status": "status",
+		"explain":    "explain 10.0.0.5@239.1.1.1:5000%eth0",
 		"rule_apply": "rule apply --dry-run -", "reload": "reload",
 	} {
 		for _, format := range []string{"table", "json"} {

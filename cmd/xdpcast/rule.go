@@ -30,12 +30,14 @@ func ruleAddCommand() *cli.Command {
 		Usage:     "add one rule",
 		ArgsUsage: "NAME",
 		Description: "An endpoint is ADDRESS:PORT%INTERFACE, with SOURCE@ in front where only one sender is to be taken.\n" +
-			"An output can have policies after commas: ttl=8, src=keep, dscp=af41.\n\n" +
+			"ADDRESS/LEN is a prefix, without :PORT any port is taken and kept, and INTERFACE may end in '+' for all that begin so.\n" +
+			"An input can have options after commas (vlan=100, join=none, rate=50Mbit), an output policies (ttl=8, src=keep, dscp=af41, vlan=200).\n\n" +
 			"   xdpcast rule add cam1 --in 10.0.0.5@239.1.1.1:5000%eth0 --out 239.2.2.2:6000%eth1,ttl=8 --out 10.0.9.9:6000%eth2\n\n" +
 			"A rule whose interface is absent is pending, and becomes active when the interface appears.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "in", Usage: "`ENDPOINT` whose packets to take"},
 			&cli.StringSliceFlag{Name: "out", Usage: "`ENDPOINT` to send a copy to; once for each output"},
+			&cli.BoolFlag{Name: "allow-loop", Usage: "take packets that this host has sent, and close a circle if need be (loop=allow)"},
 			&cli.StringFlag{Name: "path", Usage: "`PATH` of the packets: auto, kernel, afxdp or fanout", Value: "auto"},
 			outputFlag(),
 		},
@@ -55,8 +57,12 @@ func ruleAdd(c *cli.Context) error {
 	if _, err := wantJSON(c); err != nil {
 		return err
 	}
+	in := c.String("in")
+	if c.Bool("allow-loop") {
+		in += ",loop=allow"
+	}
 	rule, err := control.ToRule(control.Rule{
-		Name: c.Args().First(), In: c.String("in"), Out: c.StringSlice("out"), Path: c.String("path"),
+		Name: c.Args().First(), In: in, Out: c.StringSlice("out"), Path: c.String("path"),
 	})
 	if err != nil {
 		return &usageError{err}
@@ -142,6 +148,9 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 	head.add("state", stateText(r.State, r.Reason))
 	head.add("path", pathText(r))
 	head.add("in", r.In)
+	if len(r.YieldsTo)+len(r.WinsOver) > 0 {
+		head.add("overlaps", overlapText(r))
+	}
 	head.add("matched", fmt.Sprintf("%s packets, %s, last %s", humanCount(r.Matched.Packets), humanBytes(r.Matched.Bytes), ago(now, r.LastSeen)))
 	if err := head.write(w); err != nil {
 		return err
@@ -218,18 +227,30 @@ func ruleListCommand() *cli.Command {
 
 // ruleTable has a line for each output; what is the rule's own stands on the first.
 func ruleTable(w io.Writer, list []control.RuleStatus) error {
-	t := newTable("NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "REASON")
+	t := newTable("NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "OVERLAPS", "REASON")
 	for _, r := range list {
 		first := "-"
 		if len(r.Out) > 0 {
 			first = r.Out[0]
 		}
-		t.add(r.Name, r.Origin, r.State, pathText(r), r.In, first, r.Reason)
+		t.add(r.Name, r.Origin, r.State, pathText(r), r.In, first, overlapText(r), r.Reason)
 		for _, out := range r.Out[min(1, len(r.Out)):] {
-			t.add("", "", "", "", "", out, "")
+			t.add("", "", "", "", "", out, "", "")
 		}
 	}
 	return t.write(w)
+}
+
+// overlapText says which other rules take packets that a rule matches, too.
+func overlapText(r control.RuleStatus) string {
+	var parts []string
+	if len(r.YieldsTo) > 0 {
+		parts = append(parts, "after "+strings.Join(r.YieldsTo, ", "))
+	}
+	if len(r.WinsOver) > 0 {
+		parts = append(parts, "before "+strings.Join(r.WinsOver, ", "))
+	}
+	return orDash(strings.Join(parts, "; "))
 }
 
 func ruleExportCommand() *cli.Command {

@@ -32,6 +32,10 @@ type Backend interface {
 	Groups(ctx context.Context) ([]Group, error)
 	Stats(ctx context.Context) (Stats, error)
 
+	// Explain says what becomes of a packet, given as the input of a rule is, or of
+	// those of a rule, given by its name; ErrInvalid, ErrNotFound.
+	Explain(ctx context.Context, packet string) (Explanation, error)
+
 	// Reload reads the daemon's own file again and applies the difference.
 	// After an error nothing has changed.
 	Reload(ctx context.Context) (ApplyResult, error)

@@ -111,6 +111,11 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 	return ask[Stats](ctx, c, http.MethodGet, "/v1/stats", nil)
 }
 
+// Explain implements Backend.
+func (c *Client) Explain(ctx context.Context, packet string) (Explanation, error) {
+	return ask[Explanation](ctx, c, http.MethodGet, "/v1/explain?packet="+url.QueryEscape(packet), nil)
+}
+
 // Reload implements Backend.
 func (c *Client) Reload(ctx context.Context) (ApplyResult, error) {
 	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/reload", nil)

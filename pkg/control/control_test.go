@@ -104,6 +104,13 @@ func (f *fake) Stats(context.Context) (Stats, error) {
 	return Stats{Time: testTime, Rules: rules, Drops: []Drop{{Reason: "loop", Counter: Counter{Packets: 1, Bytes: 60}}}}, err
 }
 
+func (f *fake) Explain(_ context.Context, packet string) (Explanation, error) {
+	if packet == "nobody" {
+		return Explanation{}, Errorf(KindNotFound, "no rule is called nobody")
+	}
+	return Explanation{Packet: packet, Why: "rule cam1 takes it", Candidates: []Candidate{{Rule: "cam1", Kind: "any source, group, port"}}}, f.err
+}
+
 func (f *fake) Reload(context.Context) (ApplyResult, error) {
 	return ApplyResult{Changes: []Change{{Op: OpKeep, Rule: cam1}}}, f.err
 }
@@ -189,6 +196,18 @@ func TestEveryMethodOverTheWire(t *testing.T) {
 	wantStatus, _ := b.Status(ctx)
 	wantStatus.fill()
 	check("Status", status, err, wantStatus)
+
+	packet := "10.0.0.5@[ff3e::1]:5000%eth0,vlan=9.7&x=y z+"
+	explained, err := c.Explain(ctx, packet)
+	wantExplained, _ := b.Explain(ctx, packet)
+	wantExplained.fill()
+	check("Explain", explained, err, wantExplained)
+	if _, err := c.Explain(ctx, "nobody"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("Explain of nobody: %v", err)
+	}
+	if _, err := c.Explain(ctx, ""); !errors.Is(err, ErrInvalid) {
+		t.Errorf("Explain of nothing: %v", err)
+	}
 
 	groups, err := c.Groups(ctx)
 	check("Groups", groups, err, []Group{{Interface: "eth0", Index: 3, Group: "239.1.1.1", State: GroupJoined, Since: &testTime, Rules: []string{}}})

@@ -48,3 +48,9 @@ func (a *ApplyResult) fill() {
 		}
 	}
 }
+
+func (e *Explanation) fill() {
+	e.Candidates = orEmpty(e.Candidates)
+	e.Outputs = orEmpty(e.Outputs)
+	e.Memberships = orEmpty(e.Memberships)
+}

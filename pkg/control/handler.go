@@ -31,7 +31,7 @@ func (s *Server) handler() http.Handler {
 		})
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/reload", oneLine(r.URL.Path, 100)))
+		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/explain, /v1/reload", oneLine(r.URL.Path, 100)))
 	})
 	return mux
 }
@@ -51,9 +51,10 @@ func (s *Server) endpoints() map[string][]endpoint {
 			get(s.getRule),
 			{method: http.MethodDelete, need: accessWrite, status: http.StatusNoContent, do: s.deleteRule},
 		},
-		"/v1/groups": {get(s.getGroups)},
-		"/v1/stats":  {get(s.getStats)},
-		"/v1/reload": {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload}},
+		"/v1/groups":  {get(s.getGroups)},
+		"/v1/stats":   {get(s.getStats)},
+		"/v1/explain": {{method: http.MethodGet, need: accessRead, status: http.StatusOK, do: s.getExplain, query: []string{"packet"}}},
+		"/v1/reload":  {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload}},
 	}
 }
 
@@ -229,6 +230,16 @@ func (s *Server) getGroups(r *http.Request) (any, error) {
 
 func (s *Server) getStats(r *http.Request) (any, error) {
 	v, err := s.backend.Stats(r.Context())
+	v.fill()
+	return v, err
+}
+
+func (s *Server) getExplain(r *http.Request) (any, error) {
+	packet := r.URL.Query().Get("packet")
+	if packet == "" {
+		return nil, Errorf(KindInvalid, "packet is missing: write ?packet=ENDPOINT or ?packet=NAME")
+	}
+	v, err := s.backend.Explain(r.Context(), packet)
 	v.fill()
 	return v, err
 }

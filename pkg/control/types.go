@@ -62,6 +62,11 @@ type RuleStatus struct {
 	State  string `json:"state"`
 	// Reason says in one line why State is not active.
 	Reason string `json:"reason,omitempty"`
+	// YieldsTo names rules that get packets which this one matches, too, and WinsOver
+	// those that this one takes packets from; at most some of each, and only where
+	// rules are listed or shown.
+	YieldsTo []string `json:"yields_to,omitempty"`
+	WinsOver []string `json:"wins_over,omitempty"`
 	// UsedPath is the path that the packets travel, empty when none does yet.
 	UsedPath string  `json:"used_path,omitempty"`
 	Matched  Counter `json:"matched"`
@@ -215,13 +220,69 @@ type TransmitDrop struct {
 	Packets   uint64 `json:"packets"`
 }
 
+// Fragments counts fragments by what was known of them.
+type Fragments struct {
+	// First are those of datagrams that a rule takes.
+	First Counter `json:"first"`
+	// Later are those that followed their first one.
+	Later Counter `json:"later"`
+	// Orphan are those whose first one was not seen before, or too long ago: left
+	// to the host.
+	Orphan Counter `json:"orphan"`
+}
+
 // Stats is every counter, read at Time.
 type Stats struct {
 	Time  time.Time    `json:"time"`
 	Rules []RuleStatus `json:"rules"`
 	// Passed counts what no rule matched.
 	Passed Counter `json:"passed"`
+	// Fragments counts fragments of UDP datagrams.
+	Fragments Fragments `json:"fragments"`
 	// Drops is the total by reason, over all rules.
 	Drops         []Drop         `json:"drops"`
 	TransmitDrops []TransmitDrop `json:"transmit_drops"`
+}
+
+// Explanation says what becomes of a packet, and why.
+type Explanation struct {
+	// Packet is what was asked for, in its canonical form.
+	Packet string `json:"packet"`
+	// Why says in a line which rule takes it, or why none does.
+	Why string `json:"why"`
+	// Candidates are the rules that match, the winner first.
+	Candidates []Candidate `json:"candidates"`
+	// Path is how the winner's packets travel, empty when none does; PathReason
+	// says why so.
+	Path       string `json:"path,omitempty"`
+	PathReason string `json:"path_reason,omitempty"`
+	// Outputs are the winner's.
+	Outputs []ExplainedOutput `json:"outputs"`
+	// Memberships are those that bring the packet.
+	Memberships []Group `json:"memberships"`
+}
+
+// Candidate is a rule that matches a packet.
+type Candidate struct {
+	Rule  string `json:"rule"`
+	Input string `json:"input"`
+	// Kind is what it is matched by: "source, group, port", for a prefix with its
+	// length. Of two kinds the more specific wins.
+	Kind   string `json:"kind"`
+	State  string `json:"state"`
+	Reason string `json:"reason,omitempty"`
+}
+
+// ExplainedOutput is one output of the rule that takes a packet.
+type ExplainedOutput struct {
+	Slot   int    `json:"slot"`
+	Output string `json:"output"`
+	// Rewrite says in words what the copy looks like.
+	Rewrite string `json:"rewrite"`
+	State   string `json:"state"`
+	Reason  string `json:"reason,omitempty"`
+	// NextHop is where a unicast copy goes, once it is known.
+	NextHop string `json:"next_hop,omitempty"`
+	// Dropped is set while copies for this output are dropped.
+	Dropped bool `json:"dropped"`
 }

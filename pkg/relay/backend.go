@@ -187,7 +187,9 @@ func changes(diff rules.Diff) []control.Change {
 // Rules implements control.Backend.
 func (r *Relay) Rules(ctx context.Context) (all []control.RuleStatus, err error) {
 	err = r.do(ctx, func() error {
-		all, err = r.ruleStatuses(r.names())
+		if all, err = r.ruleStatuses(r.names()); err == nil {
+			r.addOverlaps(all)
+		}
 		return err
 	})
 	return all, err
@@ -196,7 +198,11 @@ func (r *Relay) Rules(ctx context.Context) (all []control.RuleStatus, err error)
 // Rule implements control.Backend.
 func (r *Relay) Rule(ctx context.Context, name string) (status control.RuleStatus, err error) {
 	err = r.do(ctx, func() error {
-		status, err = r.ruleStatus(name)
+		if status, err = r.ruleStatus(name); err == nil {
+			one := []control.RuleStatus{status}
+			r.addOverlaps(one)
+			status = one[0]
+		}
 		return err
 	})
 	return status, err

@@ -53,7 +53,7 @@ func (r *Relay) apply(e edit) (undo edit) {
 	if !few {
 		r.order()
 	}
-	r.inputs, r.unsynced = nil, true
+	r.inputs, r.overlaps, r.unsynced = nil, nil, true
 	r.dirtyPatterns()
 	return undo
 }

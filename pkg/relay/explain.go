@@ -2,6 +2,7 @@ package relay
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -23,34 +24,46 @@ type flow struct {
 	VLAN        rules.VLAN
 }
 
-// explanation says what becomes of a flow, and why.
-type explanation struct {
-	// Why says in a line which rule gets it, or why none does.
-	Why string
-	// Candidates are the rules that match, the winner first.
-	Candidates []candidate
-	// Path is how the winner's packets travel, and PathWhy why so.
-	Path, PathWhy string
-	Outputs       []explainedOutput
-	Memberships   []control.Group
+// Explain implements control.Backend.
+func (r *Relay) Explain(ctx context.Context, packet string) (e control.Explanation, err error) {
+	err = r.do(ctx, func() error {
+		f, err := r.flowOf(packet)
+		if err != nil {
+			return err
+		}
+		e = r.explain(f)
+		e.Packet = f.String()
+		return nil
+	})
+	return e, err
 }
 
-// candidate is a rule that matches a flow.
-type candidate struct {
-	Rule, Input string
-	Kind        string // what it is matched by: "source, group, port", for a prefix with its length
-	State       string
-	Reason      string
+// flowOf reads an endpoint, or the name of a rule for a packet that it takes.
+func (r *Relay) flowOf(packet string) (flow, error) {
+	var in rules.Input
+	if w := r.rules[packet]; w != nil {
+		in = w.rule.In
+		for _, n := range w.instances {
+			in.Interface = n.in // of a pattern the last one
+		}
+	} else if !strings.Contains(packet, "%") {
+		return flow{}, control.Errorf(control.KindNotFound, "no rule is called %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", packet)
+	} else {
+		var accept rules.Acceptance
+		var err error
+		if in, accept, err = rules.ParseInput(packet); err != nil {
+			return flow{}, control.Wrap(control.KindInvalid, err)
+		}
+		if in.Len != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
+			return flow{}, control.Errorf(control.KindInvalid, "packet %.100q: want one address on one interface, with no option but vlan", packet)
+		}
+	}
+	return flow{in.Interface, in.Source, in.Address, in.Port, in.VLAN}, nil
 }
 
-// explainedOutput is one output of the winner.
-type explainedOutput struct {
-	Slot          int
-	Output        string
-	Rewrite       string // in words
-	State, Reason string
-	NextHop       string // of a unicast output, once it is known
-	Drops         bool   // copies are dropped now
+// String is the flow as an input of a rule is written.
+func (f flow) String() string {
+	return rules.Input{Interface: f.Interface, Source: f.Source, Address: f.Destination, Port: f.Port, VLAN: f.VLAN}.String()
 }
 
 // match is a candidate with what it is ordered by.
@@ -67,9 +80,9 @@ type match struct {
 var kindNames = [...]string{"source, group, port", "any source, group, port", "source, group, any port", "any source, group, any port"}
 
 // explain finds the rules that match a flow, and says what the winner does.
-func (r *Relay) explain(f flow) explanation {
+func (r *Relay) explain(f flow) control.Explanation {
 	matches := r.matchesOf(f)
-	e := explanation{Why: r.whyNone(f)}
+	e := control.Explanation{Why: r.whyNone(f)}
 	for _, m := range matches {
 		e.Candidates = append(e.Candidates, m.describe())
 	}
@@ -137,8 +150,8 @@ func (m match) kindName() string {
 	return strings.Replace(kindNames[m.kind-len(kindNames)], "group", fmt.Sprintf("prefix of %d bits", m.bits), 1)
 }
 
-func (m match) describe() candidate {
-	c := candidate{Rule: m.rule.rule.Name, Input: m.rule.rule.In.String(), Kind: m.kindName(), State: m.rule.state, Reason: m.rule.reason}
+func (m match) describe() control.Candidate {
+	c := control.Candidate{Rule: m.rule.rule.Name, Input: m.rule.rule.In.String(), Kind: m.kindName(), State: m.rule.state, Reason: m.rule.reason}
 	if m.instance != nil {
 		c.State, c.Reason = m.instance.state, m.instance.reason
 	}
@@ -183,18 +196,18 @@ func (r *Relay) whyNone(f flow) string {
 }
 
 // explainInstance says what an instance does with a flow.
-func (r *Relay) explainInstance(e *explanation, f flow, m match) {
+func (r *Relay) explainInstance(e *control.Explanation, f flow, m match) {
 	n := m.instance
 	if n.publish {
-		e.Path, e.PathWhy = pathName(n.resolved.Path), cmp.Or(n.note, r.pathWhy(n))
+		e.Path, e.PathReason = pathName(n.resolved.Path), cmp.Or(n.note, r.pathWhy(n))
 	}
 	for i, s := range n.slots {
 		o := m.rule.rule.Out[s.out]
 		o.Interface = s.ifname
-		out := explainedOutput{Slot: i, Output: o.String(), State: s.state, Reason: s.reason}
+		out := control.ExplainedOutput{Slot: i, Output: o.String(), State: s.state, Reason: s.reason}
 		if i < len(n.resolved.Out) {
 			out.Rewrite = rewriteText(&n.resolved.Out[i], f)
-			out.Drops = !n.resolved.Out[i].Ready
+			out.Dropped = !n.resolved.Out[i].Ready
 		}
 		if s.hop != nil {
 			out.NextHop = s.hop.describe()

@@ -2,17 +2,19 @@ package relay
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
+	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/rules"
 )
 
-func (r *running) explained(f flow) (e explanation) {
+func (r *running) explained(f flow) (e control.Explanation) {
 	r.t.Helper()
 	if err := r.do(r.t.Context(), func() error { e = r.explain(f); return nil }); err != nil {
 		r.t.Fatal(err)
@@ -38,7 +40,7 @@ func TestExplain(t *testing.T) {
 	pattern := stream("pattern", "in+", "239.1.1.1", out)
 	r.mustPut(sourced, anyPort, wide, narrow, pattern)
 
-	names := func(e explanation) (all []string) {
+	names := func(e control.Explanation) (all []string) {
 		for _, c := range e.Candidates {
 			all = append(all, c.Rule)
 		}
@@ -51,8 +53,8 @@ func TestExplain(t *testing.T) {
 	if want := "rule sourced takes it: (source, group, port) comes before (any source, group, port)"; e.Why != want {
 		t.Errorf("why is %q, want %q", e.Why, want)
 	}
-	if len(e.Memberships) != 1 || e.Memberships[0].Source != "10.0.0.2" || e.Path != "kernel" || e.PathWhy != "native XDP on in0" {
-		t.Errorf("explanation is %+v", e)
+	if len(e.Memberships) != 1 || e.Memberships[0].Source != "10.0.0.2" || e.Path != "kernel" || e.PathReason != "native XDP on in0" {
+		t.Errorf("control.Explanation is %+v", e)
 	}
 
 	e = r.explained(flow{Interface: "in0", Source: addr("10.0.0.9"), Destination: addr("239.1.1.7"), Port: 5000})
@@ -60,12 +62,12 @@ func TestExplain(t *testing.T) {
 		t.Errorf("candidates:\n%s", d)
 	}
 	if e.Candidates[0].Kind != "any source, prefix of 24 bits, any port" || len(e.Memberships) != 0 {
-		t.Errorf("explanation is %+v", e)
+		t.Errorf("control.Explanation is %+v", e)
 	}
-	if want := "to 239.7.7.7:5010, from 10.1.0.1, source port kept"; e.Outputs[0].Rewrite != want || e.Outputs[0].Drops {
+	if want := "to 239.7.7.7:5010, from 10.1.0.1, source port kept"; e.Outputs[0].Rewrite != want || e.Outputs[0].Dropped {
 		t.Errorf("output is %+v, want %q", e.Outputs[0], want)
 	}
-	if want := "to 10.2.0.99:7000, from 10.2.0.1:9, ttl one less"; e.Outputs[1].Rewrite != want || !e.Outputs[1].Drops || e.Outputs[1].State != "no_neighbour" {
+	if want := "to 10.2.0.99:7000, from 10.2.0.1:9, ttl one less"; e.Outputs[1].Rewrite != want || !e.Outputs[1].Dropped || e.Outputs[1].State != "no_neighbour" {
 		t.Errorf("output is %+v, want %q", e.Outputs[1], want)
 	}
 	if err := p.peer.AddAddr("out1", "10.2.0.99/24"); err != nil {
@@ -90,6 +92,35 @@ func TestExplain(t *testing.T) {
 		if e := r.explained(tt.flow); e.Why != tt.want || len(e.Candidates) != 0 {
 			t.Errorf("%+v: %q, %d candidates; want %q", tt.flow, e.Why, len(e.Candidates), tt.want)
 		}
+	}
+}
+
+// TestOverlapsAreTold: rules say which others take packets that they match, until the
+// rule set changes.
+func TestOverlapsAreTold(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	r.mustAdd("all", "239.1.0.0/16%in0,join=none", out0)
+	r.mustAdd("one", "239.1.1.1:5000%in0", "239.2.2.7:6000%out0")
+	check := func(name string, yields, wins []string) {
+		t.Helper()
+		s, err := r.Rule(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(s.YieldsTo, yields) || !slices.Equal(s.WinsOver, wins) {
+			t.Errorf("rule %s yields to %v and wins over %v, want %v and %v", name, s.YieldsTo, s.WinsOver, yields, wins)
+		}
+	}
+	check("all", []string{"one"}, nil)
+	check("one", nil, []string{"all"})
+	if err := r.DeleteRule(t.Context(), "one"); err != nil {
+		t.Fatal(err)
+	}
+	check("all", nil, nil)
+	list, err := r.Rules(t.Context())
+	if err != nil || len(list) != 1 || len(list[0].YieldsTo) != 0 {
+		t.Errorf("%+v, %v", list, err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
@@ -71,35 +72,62 @@ func TestResolveRate(t *testing.T) {
 }
 
 func TestChoosePath(t *testing.T) {
+	const kernel, sockets, tapped = loader.PathKernel, loader.PathAFXDP, loader.PathFanout
 	for _, tt := range []struct {
 		name      string
 		path      rules.Path
-		mtu, n    int
+		out       []string // interfaces
+		edit      func(rule *rules.Rule, in *iface, n *instance)
 		generic   bool
+		want      loader.Path
 		note, err string
 	}{
-		{"auto", rules.PathAuto, 1500, 4, false, "", ""},
-		{"kernel", rules.PathKernel, 1500, 1, true, "", ""},
-		{"generic, several", rules.PathAuto, 1500, 2, true, "", "in generic mode, which supports one output a rule"},
-		{"afxdp", rules.PathAFXDP, 1500, 1, false, "", "path afxdp is not in this release: want auto or kernel"},
-		{"jumbo, one", rules.PathAuto, 9000, 1, false, "", ""},
-		{"jumbo, two", rules.PathAuto, 9000, 2, false, "frames of more than 3520 bytes are dropped for the reason multi_buffer", ""},
-		{"just not jumbo", rules.PathAuto, 3502, 2, false, "", ""},
-		{"just jumbo", rules.PathAuto, 3503, 2, false, "multi_buffer", ""},
+		{name: "auto", out: []string{"eth1", "eth2"}, want: kernel},
+		{name: "kernel, generic", path: rules.PathKernel, out: []string{"eth1"}, generic: true, want: kernel},
+		{name: "fanout", path: rules.PathFanout, out: []string{"eth1"}, want: tapped},
+		{name: "generic, several", out: []string{"eth1", "eth2"}, generic: true, want: sockets, note: "path afxdp: interface eth0 runs XDP in generic mode, which supports one output a rule"},
+		{name: "kernel, generic, several", path: rules.PathKernel, out: []string{"eth1", "eth2"}, generic: true, err: "in generic mode, which supports one output a rule"},
+		{name: "afxdp", path: rules.PathAFXDP, out: []string{"eth1"}, want: sockets},
+		{name: "afxdp, output without Ethernet", path: rules.PathAFXDP, out: []string{"eth1", "tun0"}, err: "path afxdp: interface tun0 has no Ethernet header"},
+		{name: "jumbo, one", out: []string{"eth1"}, edit: mtu(9000), want: kernel},
+		{name: "jumbo, two", out: []string{"eth1", "eth2"}, edit: mtu(9000), want: sockets, note: "path afxdp: the kernel path cannot copy frames of more than 3520 bytes to 2 outputs, and the MTU of eth0 is 9000"},
+		{name: "kernel, jumbo, two", path: rules.PathKernel, out: []string{"eth1", "eth2"}, edit: mtu(9000), want: kernel, note: "dropped for the reason multi_buffer"},
+		{name: "just not jumbo", out: []string{"eth1", "eth2"}, edit: mtu(3502), want: kernel},
+		{name: "just jumbo", out: []string{"eth1", "eth2"}, edit: mtu(3503), want: sockets, note: "3520"},
+		{name: "local", out: []string{"eth1"}, edit: func(rule *rules.Rule, _ *iface, _ *instance) { rule.Accept.Local = true }, want: tapped, note: "local=yes"},
+		{name: "input without Ethernet", out: []string{"eth1"}, edit: func(_ *rules.Rule, in *iface, _ *instance) { in.ethernet = false }, want: tapped, note: "interface eth0 has no Ethernet header"},
+		{name: "input without XDP", out: []string{"eth1"}, edit: func(_ *rules.Rule, _ *iface, n *instance) { n.noXDP = errors.New("taken") }, want: tapped, note: "path fanout: taken"},
+		{name: "output without Ethernet", out: []string{"eth1", "tun0"}, want: tapped, note: "interface tun0 has no Ethernet header"},
+		{name: "output that does not transmit", out: []string{"eth1", "mute0"}, want: sockets, note: "interface mute0 does not send redirected frames"},
+		{name: "output that is down", out: []string{"eth1", "down0"}, want: kernel},
+		{name: "output that is absent", out: []string{"eth1", "late0"}, want: kernel},
+		{name: "kernel, output that does not transmit", path: rules.PathKernel, out: []string{"eth1", "mute0"}, want: kernel},
 	} {
-		rule := rules.Rule{Path: tt.path}
-		path, note, err := choosePath(&rule, &iface{name: "eth0", mtu: tt.mtu}, tt.n, tt.generic)
+		r := &Relay{interfaces: map[string]*iface{}, features: map[int]loader.Features{}}
+		for i, name := range []string{"eth0", "eth1", "eth2", "tun0", "mute0", "down0"} {
+			r.interfaces[name] = &iface{name: name, index: i + 1, mtu: 1500, ethernet: name != "tun0", up: name != "down0"}
+			r.features[i+1] = loader.Features{Known: true, Transmit: name != "mute0" && name != "down0"}
+		}
+		rule, in, n := rules.Rule{Path: tt.path}, r.interfaces["eth0"], &instance{}
+		for _, name := range tt.out {
+			n.slots = append(n.slots, slot{ifname: name})
+		}
+		if tt.edit != nil {
+			tt.edit(&rule, in, n)
+		}
+		path, note, err := r.choosePath(&rule, in, n, tt.generic)
 		text := ""
 		if err != nil {
 			text = err.Error()
 		}
-		if !strings.Contains(text, tt.err) || (tt.err == "") != (err == nil) || !strings.Contains(note, tt.note) || (tt.note == "") != (note == "") {
-			t.Errorf("%s: %q, %v", tt.name, note, err)
-		}
-		if err == nil && path != loader.PathKernel {
-			t.Errorf("%s: path is %v", tt.name, path)
+		if !strings.Contains(text, tt.err) || (tt.err == "") != (err == nil) || !strings.Contains(note, tt.note) || (tt.note == "") != (note == "") || path != tt.want {
+			t.Errorf("%s: path %v, %q, %v", tt.name, path, note, err)
 		}
 	}
+}
+
+func mtu(n int) func(*rules.Rule, *iface, *instance) {
+	return func(_ *rules.Rule, in *iface, _ *instance) { in.mtu = n }
 }
 
 func TestLongerPatterns(t *testing.T) {

@@ -122,6 +122,8 @@ func (r *Relay) reconcile(strict []string) error {
 	}
 	delete(r.warnings, aboutInterfaces)
 	dirty, before := r.resolveDirty()
+	// Devices that are there again are opened again.
+	r.unsynced = r.unsynced || len(dirty) > 0 && r.paths.busy()
 	r.attach(dirty)
 	r.join(dirty)
 	for i, w := range dirty {
@@ -356,8 +358,11 @@ func (a *attacher) ensure(name string) error {
 // instance attaches to the interfaces of an instance.
 func (a *attacher) instance(w *wantedRule, n *instance) {
 	if err := a.ensure(n.in); err != nil {
-		n.fail(err)
-		return
+		if !mayTap(&w.rule) {
+			n.fail(err)
+			return
+		}
+		n.noXDP = err
 	}
 	if w.rule.In.VLAN.ID != 0 {
 		if err := a.showTags(n.in); err != nil {
@@ -423,14 +428,14 @@ func (r *Relay) refreshFeatures() {
 // and the others go in without it, unless it is one of those named by strict.
 func (r *Relay) sync(strict []string) error {
 	for r.unsynced || r.warnings[aboutKernel] != "" {
-		err := r.loader.Sync(r.published())
-		var refused *loader.RuleError
-		switch {
-		case err == nil:
+		err := r.syncPaths()
+		if err == nil {
 			delete(r.warnings, aboutKernel)
 			r.unsynced = false
-		case errors.As(err, &refused) && r.refuse(refused, strict):
-		default:
+			continue
+		}
+		names, cause := r.blame(err)
+		if !r.refuse(names, cause, strict) {
 			r.warn(aboutKernel, err)
 			return err
 		}
@@ -450,20 +455,25 @@ func (r *Relay) published() []loader.Rule {
 	return want
 }
 
-// refuse fails what the kernel does not take; false when nothing can be left out.
-func (r *Relay) refuse(refused *loader.RuleError, strict []string) bool {
-	w := r.ruleOf(refused.Rule)
-	if w == nil || slices.Contains(strict, w.rule.Name) {
-		return false
-	}
-	for _, n := range w.instances {
-		if n.publish && n.resolved.Name == refused.Rule {
-			n.fail(refused.Err)
-			w.sum()
-			return true
+// refuse fails what a path does not take; false when nothing can be left out.
+func (r *Relay) refuse(names []string, cause error, strict []string) bool {
+	for _, name := range names {
+		if w := r.ruleOf(name); w == nil || slices.Contains(strict, w.rule.Name) {
+			return false
 		}
 	}
-	return false
+	failed := false
+	for _, name := range names {
+		w := r.ruleOf(name)
+		for _, n := range w.instances {
+			if n.publish && n.resolved.Name == name {
+				n.fail(cause)
+				w.sum()
+				failed = true
+			}
+		}
+	}
+	return failed
 }
 
 // detach takes the program off interfaces that no rule names any more, and gives

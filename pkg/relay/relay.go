@@ -59,8 +59,10 @@ type Relay struct {
 	ready    bool
 
 	// What follows belongs to the goroutine of Run.
+	paths      userPaths
 	rules      map[string]*wantedRule
 	ordered    []*wantedRule               // the same, by name
+	overlaps   map[string][]overlap        // by name; nil: not known
 	inputs     map[rules.Input]*wantedRule // see inputIndex
 	interfaces map[string]*iface           // by name
 	own        []netip.Addr                // addresses of this host, sorted
@@ -128,6 +130,7 @@ func New(opts Options) (_ *Relay, err error) {
 		}
 	}()
 	r.groups = membership.New(opts.Membership)
+	r.paths = r.newUserPaths()
 	if r.watch, err = newWatch(); err != nil {
 		return nil, err
 	}
@@ -261,6 +264,7 @@ func (r *Relay) close() error {
 	if r.groups != nil {
 		errs = append(errs, r.groups.Close())
 	}
+	errs = append(errs, r.paths.close())
 	if r.loader != nil {
 		errs = append(errs, r.loader.Close())
 	}

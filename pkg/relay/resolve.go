@@ -2,7 +2,6 @@ package relay
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -39,6 +38,8 @@ type instance struct {
 	reason   string
 	err      error
 	note     string // what a person should know although nothing is wrong
+	noXDP    error  // why the input interface runs no program
+	stays    bool   // on the kernel path: streams run there
 	slots    []slot
 	joins    []*wantedMembership
 	resolved loader.Rule
@@ -65,7 +66,7 @@ func (n *instance) equal(o *instance) bool {
 		return false
 	}
 	a, b := &n.resolved, &o.resolved
-	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.AllowLoop == b.AllowLoop &&
+	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.Fallback == b.Fallback && a.AllowLoop == b.AllowLoop &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 
@@ -120,11 +121,8 @@ func rank(state string) int {
 // resolve turns names into indexes and policies into addresses, as far as the
 // interfaces allow now.
 func (r *Relay) resolve(w *wantedRule) {
+	inKernel := w.inKernel()
 	w.state, w.reason, w.err, w.instances = control.StateActive, "", nil, nil
-	if err := unsupported(w.rule); err != nil {
-		w.fail(err)
-		return
-	}
 	inputs, reason := r.inputsOf(w.rule.In)
 	if len(inputs) == 0 {
 		w.state, w.reason = control.StatePending, reason
@@ -133,13 +131,29 @@ func (r *Relay) resolve(w *wantedRule) {
 	w.instances = make([]*instance, len(inputs))
 	for i, in := range inputs {
 		w.instances[i] = r.resolveInstance(&w.rule, in)
+		w.instances[i].stays = inKernel[in.name]
 	}
+}
+
+// inKernel says on which input interfaces the kernel path sends for a rule.
+func (w *wantedRule) inKernel() map[string]bool {
+	on := map[string]bool{}
+	for _, n := range w.instances {
+		if n.publish && n.resolved.Path == loader.PathKernel && slices.ContainsFunc(n.resolved.Out, func(o loader.Output) bool { return o.Ready }) {
+			on[n.in] = true
+		}
+	}
+	return on
 }
 
 func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 	n := &instance{in: in.name, state: control.StateActive}
-	if !in.ethernet {
-		n.fail(fmt.Errorf("interface %s has no Ethernet header, which the kernel path needs", in.name))
+	if in.loopback {
+		n.fail(fmt.Errorf("interface %s is the loopback: want one that leads to a network", in.name))
+		return n
+	}
+	if !in.ethernet && !mayTap(rule) {
+		n.fail(fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.name, rule.Path))
 		return n
 	}
 	if err := r.checkInput(rule.In); err != nil {
@@ -193,12 +207,13 @@ func (r *Relay) isLocal(addr netip.Addr) bool {
 // resolveOutputs completes the outputs, once it is known how the input is attached.
 func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 	in := r.interfaces[n.in]
-	path, note, err := choosePath(rule, in, len(n.slots), generic)
+	path, note, err := r.choosePath(rule, in, n, generic)
 	if err != nil {
 		n.fail(err)
 		return
 	}
 	n.resolved.Path, n.note = path, note
+	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == ""
 	ready := 0
 	for i := range n.slots {
 		s, out := &n.slots[i], &n.resolved.Out[i]
@@ -207,7 +222,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 			n.fail(fmt.Errorf("output %s: %s is an address of this host: want another host's, or a multicast group", o, o.Address))
 			return
 		}
-		s.state, s.reason = control.StatePending, r.resolveOutput(o, s, out, generic)
+		s.state, s.reason = control.StatePending, r.resolveOutput(o, s, out, path, generic)
 		if s.reason == "" {
 			s.state, s.reason = r.resolveHop(o, s, out)
 		}
@@ -225,13 +240,13 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 
 // resolveOutput fills in what depends on the interface, and returns why the output
 // cannot send yet; "" when it can.
-func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, generic bool) string {
+func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, path loader.Path, generic bool) string {
 	i := r.interfaces[s.ifname]
-	switch {
-	case i == nil:
+	if i == nil {
 		return fmt.Sprintf("interface %s not found", s.ifname)
-	case !i.ethernet:
-		return fmt.Sprintf("interface %s has no Ethernet header, which the kernel path needs", s.ifname)
+	}
+	if i.loopback {
+		return fmt.Sprintf("interface %s is the loopback: want one that leads to a network", i.name)
 	}
 	out.Index, out.MTU, out.SrcMAC = i.index, i.mtu, i.mac
 	out.Rate = resolveRate(o.Policy.Rate, i.mtu)
@@ -245,15 +260,15 @@ func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, gene
 	if !i.up {
 		return fmt.Sprintf("interface %s is down", i.name)
 	}
-	if f := r.featuresOf(i.index); !generic && f.Known && !f.Transmit {
-		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on)", i.name)
+	if path == loader.PathKernel {
+		return r.cannotTransmit(i, generic)
 	}
 	return ""
 }
 
 // resolveHop fills in the link-layer address of a unicast output's next hop.
 func (r *Relay) resolveHop(o *rules.Output, s *slot, out *loader.Output) (state, reason string) {
-	if o.Address.IsMulticast() {
+	if o.Address.IsMulticast() || !r.interfaces[s.ifname].ethernet {
 		return control.StateActive, ""
 	}
 	s.hop = r.hops.to(out.Index, o.Address)
@@ -325,19 +340,6 @@ func resolveRate(rate rules.Rate, mtu int) loader.Rate {
 		out.Burst = max(uint64(mtu+maxHeaders), rate.Bits/8/burstsASecond)
 	}
 	return out
-}
-
-// unsupported says what of the rule model no path of this release carries.
-func unsupported(rule rules.Rule) error {
-	for slot, o := range rule.Out {
-		if o.Len != 0 && !o.Address.IsMulticast() {
-			return fmt.Errorf("output %d: %s: a unicast prefix would need a neighbour for each address: want one address, or a multicast prefix", slot, o)
-		}
-	}
-	if len(rule.Out) == 0 {
-		return errors.New("no output: want at least one")
-	}
-	return nil
 }
 
 func family(is4 bool) string {

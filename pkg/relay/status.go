@@ -33,7 +33,7 @@ func (r *Relay) ruleStatuses(names []string) ([]control.RuleStatus, error) {
 			instances = append(instances, n.resolved.Name)
 		}
 	}
-	stats, err := r.loader.StatsOf(instances)
+	stats, err := r.statsOf(instances, false)
 	if err != nil {
 		return nil, err
 	}
@@ -183,7 +183,7 @@ func drops(counted map[loader.Reason]loader.Counter) []control.Drop {
 // Groups implements control.Backend.
 func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 	err = r.do(ctx, func() error {
-		stats, err := r.loader.Stats()
+		stats, err := r.statsOf(nil, true)
 		if err != nil {
 			return err
 		}
@@ -264,13 +264,16 @@ func (w *wantedMembership) status(users []*instanceOf, seen map[string]time.Dura
 // Stats implements control.Backend.
 func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 	err = r.do(ctx, func() error {
-		stats, err := r.loader.Stats()
+		stats, err := r.statsOf(nil, true)
 		if err != nil {
 			return err
 		}
 		all = control.Stats{
 			Time: time.Now(), Rules: r.describeRules(r.names(), stats),
 			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports),
+			Fragments: control.Fragments{
+				First: control.Counter(stats.Fragments.First), Later: control.Counter(stats.Fragments.Later), Orphan: control.Counter(stats.Fragments.Orphan),
+			},
 		}
 		return nil
 	})
@@ -306,7 +309,7 @@ func (r *Relay) nameOf(index int) string {
 // Status implements control.Backend.
 func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 	err = r.do(ctx, func() error {
-		stats, err := r.loader.StatsOf(nil)
+		stats, err := r.statsOf(nil, false)
 		if err != nil {
 			return err
 		}

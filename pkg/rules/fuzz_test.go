@@ -66,9 +66,8 @@ func checkParseError(t *testing.T, err error, prefix string) {
 // and reads it back if it is valid.
 func checkPair(t *testing.T, r Rule) {
 	t.Helper()
-	mirror := Rule{Name: "b", In: r.Out[0].target(), Out: []Output{{Interface: r.In.Interface, Address: r.In.Address, Port: r.In.Port}}}
-	if err := ValidateSet([]Rule{r, mirror}); err == nil {
-		t.Errorf("%v and back: no loop", r)
+	if mirror, ok := mirrorRule(r); ok && ValidateSet([]Rule{r, mirror}) == nil {
+		t.Errorf("%v and %v: no loop", r, mirror)
 	}
 	if r.Validate() != nil {
 		return

@@ -2,6 +2,7 @@ package rules
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -10,7 +11,7 @@ import (
 // hub, a switch port in loopback or a hairpin port returns it, and a relay that
 // then takes it again fills the link. So an output is said to feed an input
 // when it sends what the input would take, on the same interface: same address,
-// same port, and a source that the input takes.
+// same port, same VLAN tags, and a source that the input takes.
 //
 // The source that an output sends from is known only in part:
 //
@@ -18,44 +19,93 @@ import (
 //	src=keep            known when the rule's input names a source, else any
 //	src=iface           unknown here; taken to match inputs of any source alone
 //
-// A packet of a known source goes to the input of that source if there is one,
-// else to the one of any source; that is the precedence of Winner.
+// An output may send many kinds of packet: to every address of a prefix, to every
+// port, on every interface of a pattern. It feeds a rule when it sends at least one
+// that the rule gets, by the precedence of Before. Rules that feed each other in a
+// circle are refused, even when no single packet goes round: when what the first
+// sends of one group comes back as another that it does not take, or the port grows
+// until it is out of range, or two rules together, but neither alone, win all that
+// the third is fed. A set that is right nevertheless says loop=allow.
+//
+// An output to a pattern does not send on the interface that its packet came from
+// if that would feed its own input.
 
-// sentSource is the source of the packets that an output of a rule with the
-// given input sends: an address, or the zero Addr, with every telling whether it
-// may be any at all.
-func sentSource(o Output, in Input) (source netip.Addr, every bool) {
+// sent is the traffic of an output of a rule with the given input. It is false when
+// there is none.
+func (o Output) sent(in Input) (traffic, bool) {
+	t := traffic{iface: o.Interface, prefix: o.prefix(), vlan: in.VLAN}
+	switch o.Policy.VLAN {
+	case VLANPop:
+		t.vlan = VLAN{}
+	case VLANSet:
+		t.vlan = o.Policy.VLANTags
+	}
 	switch o.Policy.Source {
 	case SourceKeep:
-		return in.Source, !in.Source.IsValid()
+		t.source, t.every = in.Source, !in.Source.IsValid()
 	case SourceAddress:
-		return o.Policy.SourceAddr, false
+		t.source = o.Policy.SourceAddr
 	}
-	return netip.Addr{}, false
+	var ok bool
+	t.low, t.high, ok = o.sentPorts(in.Port)
+	return t, ok && t.prefix.IsValid()
 }
 
-// target is the input of any source that takes what an output sends.
-func (o Output) target() Input {
-	return Input{Interface: o.Interface, Address: o.Address, Port: o.Port}
+// prefix is where an output sends to, masked.
+func (o Output) prefix() netip.Prefix {
+	return Input{Address: o.Address, Len: o.Len}.Prefix().Masked()
 }
 
-// feedsSelf reports whether an output feeds the input of its own rule.
-func feedsSelf(o Output, in Input) bool {
-	if o.target() != in.anySource() {
-		return false
+// sentPorts are the ports that an output sends to, given the port of the input. It
+// is false when there are none.
+func (o Output) sentPorts(in uint16) (low, high uint16, ok bool) {
+	from, to := int32(in), int32(in)
+	if in == 0 {
+		to = 65535 // packets to port 0 match an input of any port, too
 	}
-	source, _ := sentSource(o, in)
-	return !in.Source.IsValid() || source == in.Source
+	switch o.PortMode {
+	case PortSet:
+		return o.Port, o.Port, o.Port != 0
+	case PortKeep:
+		return uint16(from), uint16(to), true
+	case PortAdd:
+		from, to = max(from+o.PortShift, 1), min(to+o.PortShift, 65535)
+		return uint16(from), uint16(to), from <= to
+	}
+	return 0, 0, false
 }
 
-// feedGraph has a node for each rule, and behind them one for each (interface,
-// address, port) that has inputs naming sources: an output that sends from any
-// source feeds all of those, and without the node between, n outputs and n
+// feeds reports whether an output of a rule with the given input sends packets that
+// the input matches, on one and the same interface. An output to a pattern sends
+// none where its packet came from: with both interfaces patterns it feeds the input
+// by way of two interfaces, and with the input's a name, not at all.
+func feeds(o Output, in Input) bool {
+	sent, ok := o.sent(in)
+	return ok && (!isPattern(o.Interface) || isPattern(in.Interface)) && sent.overlaps(in.traffic())
+}
+
+// feedsSelf reports whether an output feeds the input of its own rule, unless the
+// rule allows it.
+func (r Rule) feedsSelf(o Output) bool { return !r.Accept.AllowLoop && feeds(o, r.In) }
+
+// maxFeedPairs bounds the search in sets where very many outputs of many addresses,
+// ports or sources overlap with very many inputs each. After so many pairs of output
+// and input, an output is taken to send from every source to every port: the
+// circles found are then still all that there are, but one may be found that is
+// none.
+const maxFeedPairs = 1 << 20
+
+// feedGraph has a node for each rule, and behind them one for each kind of traffic
+// that may feed more than one rule: without the node between, n outputs and n
 // inputs would make n*n edges.
 type feedGraph struct {
-	set   *ruleSet
-	group map[Input]int // node of the inputs that name a source, by Input.anySource
-	edges [][]feedEdge  // by node
+	set      *ruleSet
+	pool     *inputPool
+	boxes    map[traffic]*feedBox
+	edges    [][]feedEdge // by node
+	pairs    int          // of traffic and input, looked at so far
+	maxPairs int
+	list     *faultList
 }
 
 type feedEdge struct {
@@ -63,87 +113,158 @@ type feedEdge struct {
 	slot int // of the output, at a rule's node
 }
 
-func newFeedGraph(s *ruleSet) *feedGraph {
-	g := &feedGraph{set: s, group: map[Input]int{}, edges: make([][]feedEdge, len(s.rules))}
-	shared := s.sharedInterfaces()
-	for i, r := range s.rules {
-		if shared[r.In.Interface] && r.In.Source.IsValid() && s.inputs[r.In] == i {
-			g.addSpecific(r.In.anySource(), i)
-		}
+// feedHop is an output on a circle.
+type feedHop struct {
+	rule, slot int
+}
+
+// feedBox is the node of one kind of traffic.
+type feedBox struct {
+	node int
+	fed  []int   // rules, sorted
+	self feedHop // the first output found of this traffic whose own rule is among fed
+	has  bool    // there is a self
+}
+
+func newFeedGraph(s *ruleSet, maxPairs int, list *faultList) *feedGraph {
+	g := &feedGraph{set: s, boxes: map[traffic]*feedBox{}, edges: make([][]feedEdge, len(s.rules)),
+		maxPairs: maxPairs, list: list}
+	inputs, outputs := s.sharedInterfaces()
+	if len(outputs) == 0 {
+		return g
 	}
+	g.pool = newInputPool(s.rules, s.inputs, func(rule int) bool { return inputs[s.rules[rule].In.Interface] })
 	for i, r := range s.rules {
+		if r.Accept.AllowLoop {
+			continue
+		}
 		for slot, o := range r.Out[:min(len(r.Out), MaxOutputs)] {
-			if shared[o.Interface] {
-				g.addOutput(i, slot, o, r.In)
+			if !outputs[o.Interface] {
+				continue
+			}
+			if sent, ok := o.sent(r.In); ok {
+				g.addOutput(feedHop{i, slot}, sent)
 			}
 		}
 	}
 	return g
 }
 
-// sharedInterfaces are those with both inputs and outputs. Most sets have none,
-// and then nothing else need be looked at.
-func (s *ruleSet) sharedInterfaces() map[string]bool {
-	inputs, shared := map[string]bool{}, map[string]bool{}
+// sharedInterfaces are the interface texts of inputs that overlap with those of
+// outputs, and the reverse. Most sets have none, and then nothing else need be
+// looked at.
+func (s *ruleSet) sharedInterfaces() (inputs, outputs map[string]bool) {
+	var all ifaceSet
 	for _, r := range s.rules {
-		inputs[r.In.Interface] = true
+		all.add(r.In.Interface)
 	}
+	inputs, outputs = map[string]bool{}, map[string]bool{}
 	for _, r := range s.rules {
 		for _, o := range r.Out {
-			if inputs[o.Interface] {
-				shared[o.Interface] = true
+			if outputs[o.Interface] {
+				continue
+			}
+			for _, iface := range all.overlapping(o.Interface) {
+				inputs[iface], outputs[o.Interface] = true, true
 			}
 		}
 	}
-	return shared
+	return inputs, outputs
 }
 
-func (g *feedGraph) addSpecific(target Input, rule int) {
-	node, ok := g.group[target]
-	if !ok {
-		node = len(g.edges)
-		g.group[target] = node
-		g.edges = append(g.edges, nil)
+// addOutput adds the edges of an output. One of a rule to itself is left out: the
+// rule's own check reports it.
+func (g *feedGraph) addOutput(hop feedHop, sent traffic) {
+	if sent.exact() && !sent.every {
+		if to, ok := g.winner(sent); ok && to != hop.rule {
+			g.addEdge(hop, to)
+		}
+		return
 	}
-	g.edges[node] = append(g.edges[node], feedEdge{to: rule})
-}
-
-func (g *feedGraph) addOutput(rule, slot int, o Output, in Input) {
-	if !o.Address.IsValid() {
-		return // the rule's own check has reported it
+	box := g.box(sent)
+	if len(box.fed) == 0 {
+		return
 	}
-	target := o.target()
-	source, every := sentSource(o, in)
-	if node, ok := g.group[target]; ok {
-		if every {
-			g.edges[rule] = append(g.edges[rule], feedEdge{node, slot})
-		} else if source.IsValid() {
-			specific := target
-			specific.Source = source
-			if g.addEdge(rule, slot, specific) {
-				return // it wins over the input of any source
+	_, self := slices.BinarySearch(box.fed, hop.rule)
+	switch {
+	case !self:
+		g.addEdge(hop, box.node)
+	case !box.has: // its own edges, without the one to itself
+		box.self, box.has = hop, true
+		for _, to := range box.fed {
+			if to != hop.rule {
+				g.addEdge(hop, to)
 			}
 		}
+	case box.self.rule != hop.rule: // both are among what both feed
+		g.report([]feedHop{box.self, hop})
 	}
-	g.addEdge(rule, slot, target)
 }
 
-// addEdge adds the edge to the rule with an input, if there is one. The edge of
-// a rule to itself is left out: its own check reports it.
-func (g *feedGraph) addEdge(rule, slot int, in Input) bool {
-	to, ok := g.set.inputs[in]
-	if ok && to != rule {
-		g.edges[rule] = append(g.edges[rule], feedEdge{to, slot})
+func (g *feedGraph) addEdge(from feedHop, to int) {
+	g.edges[from.rule] = append(g.edges[from.rule], feedEdge{to, from.slot})
+}
+
+// winner is the rule that gets traffic which an input matches as a whole or not at
+// all.
+func (g *feedGraph) winner(sent traffic) (rule int, ok bool) {
+	for i := range g.pool.each(sent, false) {
+		if !ok || Before(g.set.rules[i].In, g.set.rules[rule].In) {
+			rule, ok = i, true
+		}
 	}
-	return ok
+	return rule, ok
+}
+
+// box is the node of some traffic, made when it is first asked for.
+func (g *feedGraph) box(sent traffic) *feedBox {
+	if g.pairs > g.maxPairs {
+		sent.low, sent.high, sent.source, sent.every = 0, 65535, netip.Addr{}, true
+	}
+	if b := g.boxes[sent]; b != nil {
+		return b
+	}
+	b := &feedBox{node: len(g.edges)}
+	for i := range g.pool.each(sent, false) {
+		g.pairs++
+		if !g.shadowed(sent, i) {
+			b.fed = append(b.fed, i)
+		}
+	}
+	slices.Sort(b.fed)
+	edges := make([]feedEdge, len(b.fed))
+	for i, to := range b.fed {
+		edges[i].to = to
+	}
+	g.edges = append(g.edges, edges)
+	g.boxes[sent] = b
+	return b
+}
+
+// shadowed reports whether another rule gets all of the traffic that a rule matches.
+// That rule's input is narrower in something than this one's and goes before it, but
+// not narrower than what is sent: so what is sent of this one's is only a part.
+func (g *feedGraph) shadowed(sent traffic, rule int) bool {
+	in := g.set.rules[rule].In
+	if sent.covers(in.traffic()) {
+		return false
+	}
+	for i := range g.pool.each(sent.meet(in.traffic()), true) {
+		if Before(g.set.rules[i].In, in) {
+			return true
+		}
+	}
+	return false
 }
 
 // checkLoops reports circles of rules, each once, at the last of its rules.
 // Between rules that hang together by many circles not every one is named, but
 // one is named as long as there is any.
-func (s *ruleSet) checkLoops(list *faultList) {
-	g := newFeedGraph(s)
-	walk := feedWalk{graph: g, list: list, depth: make([]int, len(g.edges))}
+func (s *ruleSet) checkLoops(list *faultList) { s.findLoops(maxFeedPairs, list) }
+
+func (s *ruleSet) findLoops(maxPairs int, list *faultList) {
+	g := newFeedGraph(s, maxPairs, list)
+	walk := feedWalk{graph: g, depth: make([]int, len(g.edges))}
 	for i := range s.rules {
 		walk.from(i)
 	}
@@ -154,7 +275,6 @@ func (s *ruleSet) checkLoops(list *faultList) {
 // closes a circle.
 type feedWalk struct {
 	graph *feedGraph
-	list  *faultList
 	depth []int // by node: 0 not seen, doneDepth left behind, else place on the way + 1
 	way   []feedStep
 }
@@ -185,7 +305,7 @@ func (w *feedWalk) from(node int) {
 		case d == 0:
 			w.enter(to)
 		case d > 0:
-			w.circle(w.way[d-1:])
+			w.closes(w.way[d-1:])
 		}
 	}
 }
@@ -195,55 +315,57 @@ func (w *feedWalk) enter(node int) {
 	w.depth[node] = len(w.way)
 }
 
-// circle reports the circle that the last edge taken of steps closes.
-func (w *feedWalk) circle(steps []feedStep) {
-	if len(w.list.faults) == maxFaults { // a long circle is not put in words just to be counted
-		w.list.hidden++
+// closes reports the circle that the last edge taken of steps closes.
+func (w *feedWalk) closes(steps []feedStep) {
+	g := w.graph
+	if len(g.list.faults) == maxFaults { // a long circle is not put in words just to be counted
+		g.list.hidden++
 		return
 	}
-	s := w.graph.set
-	var members []feedStep // the rules alone
+	var circle []feedHop
 	for _, step := range steps {
-		if step.node < len(s.rules) {
-			members = append(members, step)
+		if step.node < len(g.set.rules) { // the rules alone
+			circle = append(circle, feedHop{step.node, g.edges[step.node][step.taken-1].slot})
 		}
 	}
-	last := 0
-	for i, m := range members {
-		if m.node > members[last].node {
-			last = i
+	g.report(circle)
+}
+
+func (g *feedGraph) report(circle []feedHop) {
+	s := g.set
+	last := circle[0]
+	for _, hop := range circle {
+		if hop.rule > last.rule {
+			last = hop
 		}
 	}
-	at := members[last]
-	slot := w.graph.edges[at.node][at.taken-1].slot
-	r := s.rules[at.node]
-	w.list.add(fault{at.node, &FieldError{
-		Rule: s.label(at.node), Field: outField(slot), Value: r.Out[slot].String(),
-		Want: "no loop between rules: " + s.circleText(members), Err: ErrLoop,
+	g.list.add(fault{last.rule, &FieldError{
+		Rule: s.label(last.rule), Field: outField(last.slot), Value: s.rules[last.rule].Out[last.slot].String(),
+		Want: "no loop between rules: " + s.circleText(circle), Err: ErrLoop,
 	}})
 }
 
 // circleText is `a -> b -> a`, beginning with the first rule of the set and
 // shortened in the middle when it is long.
-func (s *ruleSet) circleText(members []feedStep) string {
+func (s *ruleSet) circleText(circle []feedHop) string {
 	const most = 8
 	first := 0
-	for i, m := range members {
-		if m.node < members[first].node {
+	for i, hop := range circle {
+		if hop.rule < circle[first].rule {
 			first = i
 		}
 	}
 	var b strings.Builder
-	for i := range members {
-		if i == most-1 && len(members) > most {
-			b.WriteString("(" + strconv.Itoa(len(members)-most) + " more) -> ")
+	for i := range circle {
+		if i == most-1 && len(circle) > most {
+			b.WriteString("(" + strconv.Itoa(len(circle)-most) + " more) -> ")
 		}
-		if i >= most-1 && i < len(members)-1 {
+		if i >= most-1 && i < len(circle)-1 {
 			continue
 		}
-		node := members[(first+i)%len(members)].node
-		b.WriteString(bounded(s.label(node)) + s.where(node) + " -> ")
+		rule := circle[(first+i)%len(circle)].rule
+		b.WriteString(bounded(s.label(rule)) + s.where(rule) + " -> ")
 	}
-	b.WriteString(bounded(s.label(members[first].node)))
+	b.WriteString(bounded(s.label(circle[first].rule)))
 	return b.String()
 }

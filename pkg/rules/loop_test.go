@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -28,8 +28,44 @@ func TestSelfLoop(t *testing.T) {
 		{from5, "239.1.1.1:1%eth0,src=10.0.0.5", true},
 		{from5, "239.1.1.1:1%eth0,src=10.0.0.6", false},
 		{from5, "239.1.1.1:1%eth0", false}, // the interface's address, not known here
+
+		{any, "239.1.1.1%eth0", true},
+		{any, "239.1.1.1:+1%eth0", false},
+		{"239.1.1.1%eth0", "239.1.1.1:+1%eth0", true}, // until the port is out of range
+		{"239.1.1.1%eth0", "239.1.1.1:7%eth0", true},
+		{"239.1.0.0/16%eth0,join=none", "239.1.0.0/16%eth0", true},
+		{"239.1.0.0/16%eth0,join=none", "239.1.9.9%eth0", true},
+		{"239.1.0.0/16%eth0,join=none", "239.2.0.0/16%eth0", false},
+		{"239.1.0.0/16:1%eth0,join=none", "239.1.0.0/16:2%eth0", false},
+		{"239.1.1.1:1%eth0,vlan=7", "239.1.1.1:1%eth0", true},
+		{"239.1.1.1:1%eth0,vlan=7", "239.1.1.1:1%eth0,vlan=7", true},
+		{"239.1.1.1:1%eth0,vlan=7", "239.1.1.1:1%eth0,vlan=8", false},
+		{"239.1.1.1:1%eth0,vlan=7", "239.1.1.1:1%eth0,vlan=8.7", false},
+		{"239.1.1.1:1%eth0,vlan=7", "239.1.1.1:1%eth0,vlan=pop", false},
+		{any, "239.1.1.1:1%eth0,vlan=pop", true},
+		{any, "239.1.1.1:1%eth+", false}, // not on eth0
+		{"239.1.1.1:1%eth+", "239.1.1.1:1%eth1", true},
+		{"239.1.1.1:1%eth+", "239.1.1.1:1%eth+", true}, // from eth0 to eth1 and back
+		{"239.1.1.1:1%eth+", "239.1.1.1:1%+", true},
+		{"239.1.1.1:1%eth+", "239.1.1.1:1%eth1+", true},
+		{"239.1.1.1:1%eth+", "239.1.1.1:1%wan0", false},
+		{"239.1.1.1:1%eth+", "239.1.1.1:1%wan+", false},
+		{"10.0.0.1%eth0", "10.0.0.1%eth0", true},
+		{"10.0.0.1%eth0", "10.0.0.2%eth0", false},
+		{"[ff1e:1::]/96%eth0,join=none", "[ff1e:1::]/96%eth0", true},
+		{"[ff1e:1::]/96%eth0,join=none", "[ff1e:2::]/96%eth0", false},
 	} {
-		err := mustRule(t, "a "+c.in+" -> "+c.out).Validate()
+		in, accept, err := ParseInput(c.in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := Rule{Name: "a", In: in, Accept: accept, Out: []Output{mustOutput(t, c.out)}}
+		allowed := r
+		allowed.Accept.AllowLoop = true
+		if err := allowed.Validate(); err != nil {
+			t.Errorf("%s,loop=allow -> %s: %v", c.in, c.out, err)
+		}
+		err = r.Validate()
 		if !c.loop {
 			if err != nil {
 				t.Errorf("%s -> %s: %v", c.in, c.out, err)
@@ -44,6 +80,19 @@ func TestSelfLoop(t *testing.T) {
 	}
 }
 
+// acceptedRules is mustRules with the options of the inputs.
+func acceptedRules(t *testing.T, lines ...string) []Rule {
+	rules := mustRules(t, lines...)
+	for i, line := range lines {
+		_, accept, err := ParseInput(strings.Fields(line)[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		rules[i].Accept = accept
+	}
+	return rules
+}
+
 func TestLoopsBetweenRules(t *testing.T) {
 	const fault = "want no loop between rules: "
 	for _, c := range []struct {
@@ -51,6 +100,126 @@ func TestLoopsBetweenRules(t *testing.T) {
 		rules []string
 		want  []string
 	}{
+		{"prefixes, three rules, ports shifted", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.0/16:+1000%eth1",
+			"b 239.2.0.0/16%eth1,join=none -> 239.3.0.0/16:-2000%eth2",
+			"c 239.3.7.0/24%eth2,join=none -> 239.1.7.0/24:+1000%eth0",
+		}, []string{`rule "c": out[0] "239.1.7.0/24:+1000%eth0": ` + fault + "a -> b -> c -> a"}},
+		{"prefixes, three rules, ports shifted away", []string{
+			"a 239.1.0.0/16:5000%eth0,join=none -> 239.2.0.0/16:+1000%eth1",
+			"b 239.2.0.0/16:6000%eth1,join=none -> 239.3.0.0/16:-2000%eth2",
+			"c 239.3.7.0/24:4000%eth2,join=none -> 239.1.7.0/24:+2000%eth0",
+		}, nil},
+		{"any port shifted above the port", []string{
+			"a 239.1.1.1%eth0 -> 239.2.1.1:+1000%eth1",
+			"b 239.2.1.1:999%eth1 -> 239.1.1.1%eth0",
+		}, nil},
+		{"any port shifted to the port", []string{
+			"a 239.1.1.1%eth0 -> 239.2.1.1:+1000%eth1",
+			"b 239.2.1.1:1001%eth1 -> 239.1.1.1%eth0",
+		}, []string{`rule "b": out[0] "239.1.1.1%eth0": ` + fault + "a -> b -> a"}},
+		{"a prefix and one of its groups", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.0/16%eth1",
+			"b 239.2.5.5:7%eth1 -> 239.1.9.9:7%eth0",
+		}, []string{`rule "b": out[0] "239.1.9.9:7%eth0": ` + fault + "a -> b -> a"}},
+		{"a prefix and a group outside", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.0/16%eth1",
+			"b 239.3.5.5:7%eth1 -> 239.1.9.9:7%eth0",
+		}, nil},
+		{"one address for a prefix", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.1:7%eth1",
+			"b 239.2.0.0/24%eth1,join=none -> 239.1.0.1:7%eth0",
+		}, []string{`rule "b": out[0] "239.1.0.1:7%eth0": ` + fault + "a -> b -> a"}},
+		{"the exact input wins and ends it", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.1:7%eth1",
+			"b 239.2.0.0/24%eth1,join=none -> 239.1.0.1:7%eth0",
+			"c 239.2.0.1:7%eth1 -> 239.9.9.9:7%eth2",
+		}, nil},
+		{"the longer prefix wins and ends it", []string{
+			"a 239.1.0.0/25%eth0,join=none -> 239.2.0.0/25%eth1",
+			"b 239.2.0.0/16%eth1,join=none -> 239.1.0.1%eth0",
+			"c 239.2.0.0/24%eth1,join=none -> 239.9.9.9:7%eth2",
+		}, nil},
+		{"the longer prefix wins a part", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.0/16%eth1",
+			"b 239.2.0.0/16%eth1,join=none -> 239.1.0.1%eth0",
+			"c 239.2.0.0/24%eth1,join=none -> 239.9.9.9:7%eth2",
+		}, []string{`rule "b": out[0] "239.1.0.1%eth0": ` + fault + "a -> b -> a"}},
+		{"the port wins and ends it", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.0/16:7%eth1",
+			"b 239.2.0.0/16%eth1,join=none -> 239.1.0.1%eth0",
+			"c 239.2.0.0/16:7%eth1,join=none -> 239.9.9.9:7%eth2",
+		}, nil},
+		{"tags set", []string{
+			"a 239.1.1.1:1%eth0 -> 239.1.1.2:1%eth0,vlan=5.7",
+			"b 239.1.1.2:1%eth0,vlan=5.7 -> 239.1.1.1:1%eth0,vlan=pop",
+		}, []string{`rule "b": out[0] "239.1.1.1:1%eth0,vlan=pop": ` + fault + "a -> b -> a"}},
+		{"tags kept", []string{
+			"a 239.1.1.1:1%eth0,vlan=7 -> 239.1.1.2:1%eth0",
+			"b 239.1.1.2:1%eth0,vlan=7 -> 239.1.1.1:1%eth0",
+		}, []string{`rule "b": out[0] "239.1.1.1:1%eth0": ` + fault + "a -> b -> a"}},
+		{"other tags", []string{
+			"a 239.1.1.1:1%eth0,vlan=7 -> 239.1.1.2:1%eth0",
+			"b 239.1.1.2:1%eth0,vlan=7 -> 239.1.1.1:1%eth0,vlan=8",
+			"c 239.1.1.1:1%eth0,vlan=8.7 -> 239.1.1.2:1%eth0",
+		}, nil},
+		{"patterns", []string{
+			"a 239.1.1.1:1%eth+ -> 239.1.1.2:1%wan0",
+			"b 239.1.1.2:1%+ -> 239.1.1.1:1%eth10",
+		}, []string{`rule "b": out[0] "239.1.1.1:1%eth10": ` + fault + "a -> b -> a"}},
+		{"patterns apart", []string{
+			"a 239.1.1.1:1%eth+ -> 239.1.1.2:1%wan+",
+			"b 239.1.1.2:1%lan+ -> 239.1.1.1:1%eth+",
+		}, nil},
+		{"patterns that no name matches together", []string{
+			"a 239.1.1.1:1%eth0+ -> 239.1.1.2:1%eth1+",
+			"b 239.1.1.2:1%eth1+ -> 239.1.1.1:1%eth2+",
+		}, nil},
+		{"the interface wins over the pattern and ends it", []string{
+			"a 239.1.1.1:1%eth0 -> 239.1.1.2:1%wan0",
+			"b 239.1.1.2:1%wan+ -> 239.1.1.1:1%eth0",
+			"c 239.1.1.2:1%wan0 -> 239.9.9.9:1%eth0",
+		}, nil},
+		{"the longer pattern wins and ends it", []string{
+			"a 239.1.1.1:1%eth0 -> 239.1.1.2:1%wan0+",
+			"b 239.1.1.2:1%wan+ -> 239.1.1.1:1%eth0",
+			"c 239.1.1.2:1%wan0+ -> 239.9.9.9:1%eth0",
+		}, nil},
+		{"to all interfaces but the own, alone", []string{
+			"a 239.1.1.1:1%eth0 -> 239.1.1.1:1%eth+",
+			"b 239.1.1.2:1%eth1 -> 239.1.1.1:1%eth+",
+		}, nil},
+		{"to all interfaces but the own, both ways", []string{
+			"a 239.1.1.1:1%eth0 -> 239.1.1.1:1%eth+",
+			"b 239.1.1.1:1%eth1 -> 239.1.1.1:1%eth+",
+		}, []string{`rule "b": out[0] "239.1.1.1:1%eth+": ` + fault + "a -> b -> a"}},
+		{"to all interfaces but the own, and another way back", []string{
+			"x 239.1.1.9:1%eth0 -> 239.1.1.1:1%eth+",
+			"a 239.1.1.1:1%eth0 -> 239.1.1.1:1%eth+",
+			"b 239.1.1.1:1%eth1 -> 239.1.1.2:1%wan0",
+			"c 239.1.1.2:1%wan0 -> 239.1.1.1:1%eth0",
+		}, []string{`rule "c": out[0] "239.1.1.1:1%eth0": ` + fault + "a -> b -> c -> a"}},
+		{"the input that names a source wins but a part of any", []string{
+			"a 239.1.1.1:1%eth0 -> 239.1.1.2:1%eth1,src=keep",
+			"b 239.1.1.2%eth1 -> 239.1.1.1:1%eth0",
+			"c 10.0.0.5@239.1.1.2:1%eth1 -> 239.9.9.9:1%eth2",
+		}, []string{`rule "b": out[0] "239.1.1.1:1%eth0": ` + fault + "a -> b -> a"}},
+		{"a prefix keeps any source", []string{
+			"a 239.1.0.0/16%eth0,join=none -> 239.2.0.0/16%eth1,src=keep",
+			"b 10.0.0.5@239.2.1.1:7%eth1 -> 239.1.1.1:7%eth0",
+		}, []string{`rule "b": out[0] "239.1.1.1:7%eth0": ` + fault + "a -> b -> a"}},
+		{"a prefix of another source", []string{
+			"a 10.0.0.6@239.1.0.0/16%eth0,join=none -> 239.2.0.0/16%eth1,src=keep",
+			"b 10.0.0.5@239.2.1.1:7%eth1 -> 239.1.1.1:7%eth0,src=10.0.0.6",
+		}, nil},
+		{"IPv6 prefixes", []string{
+			"a [ff1e:1::]/96%eth0,join=none -> [ff1e:2::]/96%eth1",
+			"b [ff1e:2::]/64%eth1,join=none -> [ff1e:1::]/64%eth0",
+		}, []string{`rule "b": out[0] "[ff1e:1::]/64%eth0": ` + fault + "a -> b -> a"}},
+		{"unicast, any port", []string{
+			"a 10.0.0.1%eth0 -> 239.2.1.1%eth1",
+			"b 239.2.0.0/16%eth1,join=none -> 10.0.0.1%eth0",
+		}, []string{`rule "b": out[0] "10.0.0.1%eth0": ` + fault + "a -> b -> a"}},
 		{"two", []string{
 			"a 239.0.1.1:1%eth0 -> 239.0.1.2:1%eth1",
 			"b 239.0.1.2:1%eth1 -> 239.9.9.9:9%eth5 239.0.1.1:1%eth0",
@@ -114,12 +283,36 @@ func TestLoopsBetweenRules(t *testing.T) {
 		}, []string{`rule "b": out[0] "[ff0e::1]:1%eth0": ` + fault + "a -> b -> a"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			err := ValidateSet(mustRules(t, c.rules...))
+			err := ValidateSet(acceptedRules(t, c.rules...))
 			checkLines(t, err, c.want...)
 			if c.want != nil && !errors.Is(err, ErrLoop) {
 				t.Error("is not ErrLoop")
 			}
 		})
+	}
+}
+
+// TestAllowLoop: a rule that allows loops is no part of any.
+func TestAllowLoop(t *testing.T) {
+	for _, rules := range [][]Rule{
+		acceptedRules(t, "a 239.0.1.1:1%eth0 -> 239.0.1.2:1%eth1", "b 239.0.1.2:1%eth1 -> 239.0.1.3:1%eth0", "c 239.0.1.3:1%eth0 -> 239.0.1.1:1%eth0"),
+		acceptedRules(t, "a 239.1.0.0/16%eth0,join=none -> 239.2.0.0/16%eth+", "b 239.2.0.0/24%eth1,join=all -> 239.3.0.0/24%eth2",
+			"c 239.3.0.0/24%+,join=none -> 239.1.1.1%eth0"),
+	} {
+		if err := ValidateSet(rules); !errors.Is(err, ErrLoop) {
+			t.Fatalf("%v: %v", rules, err)
+		}
+		for i := range rules {
+			rules[i].Accept.AllowLoop = true
+			if err := ValidateSet(rules); err != nil {
+				t.Errorf("%v allows it: %v", rules[i], err)
+			}
+			rules[i].Accept.AllowLoop = false
+		}
+		open := acceptedRules(t, "d 239.9.9.9:1%eth9,loop=allow -> 239.0.1.1:1%eth0 239.1.1.1:1%eth0")[0]
+		if err := ValidateSet(append(rules, open)); !errors.Is(err, ErrLoop) {
+			t.Errorf("a rule beside the circle allows it: %v", err)
+		}
 	}
 }
 
@@ -152,131 +345,285 @@ func TestManyLoops(t *testing.T) {
 	}
 }
 
-// feeds says by trying sources, without the graph, whether a packet that an
-// output of a sends is taken by b.
-func feeds(rules []Rule, a, b int, slot int) bool {
-	o, in := rules[a].Out[slot], rules[a].In
-	unnamed := addr("10.9.9.9") // a source that no input names
-	sources := []netip.Addr{unnamed}
-	switch {
-	case o.Policy.Source == SourceAddress:
-		sources = []netip.Addr{o.Policy.SourceAddr}
-	case o.Policy.Source == SourceKeep && in.Source.IsValid():
-		sources = []netip.Addr{in.Source}
-	case o.Policy.Source == SourceKeep:
-		sources = append(sources, addr("10.0.0.1"), addr("10.0.0.2"))
+// mirrorRule is a rule that takes what the first output of r sends and sends it back
+// to r. It is false when the output sends nothing.
+func mirrorRule(r Rule) (Rule, bool) {
+	o := r.Out[0]
+	sent, ok := o.sent(r.In)
+	if !ok {
+		return Rule{}, false
 	}
-	for _, source := range sources {
-		best := -1
-		for i, r := range rules {
-			if r.In.Interface != o.Interface || r.In.Address != o.Address || r.In.Port != o.Port ||
-				r.In.Source.IsValid() && r.In.Source != source {
-				continue
-			}
-			if best >= 0 {
-				if w, ok := Winner(rules[best].In, r.In); !ok || w != r.In {
-					continue
-				}
-			}
-			best = i
+	in := Input{Interface: o.Interface, Address: o.Address, Len: o.Len, VLAN: sent.vlan}
+	if sent.low == sent.high {
+		in.Port = sent.low
+	}
+	back := Output{Interface: r.In.Interface, Address: r.In.Address, Len: r.In.Len, Port: r.In.Port}
+	if back.Port == 0 {
+		back.PortMode = PortKeep
+	}
+	if back.Policy.VLAN = VLANPop; r.In.VLAN != (VLAN{}) {
+		back.Policy.VLAN, back.Policy.VLANTags = VLANSet, r.In.VLAN
+	}
+	if r.In.Source.IsValid() {
+		back.Policy.Source, back.Policy.SourceAddr = SourceAddress, r.In.Source
+	}
+	return Rule{Name: "b", In: in, Out: []Output{back}}, true
+}
+
+// feedOracle knows by trying packets, without the graph, which rules feed which.
+type feedOracle struct {
+	rules   []Rule
+	packets []packet
+	takes   [][]bool // by rule and packet: its input matches it
+	winner  []int    // by packet: the rule that gets it, or -1
+}
+
+func newFeedOracle(rules []Rule, packets []packet) *feedOracle {
+	f := &feedOracle{rules: rules, packets: packets, winner: winners(rules, packets)}
+	for _, r := range rules {
+		takes := make([]bool, len(packets))
+		for i, p := range packets {
+			takes[i] = p.matches(r.In)
 		}
-		if best == b {
+		f.takes = append(f.takes, takes)
+	}
+	return f
+}
+
+// feeds reports whether rule a sends a packet that rule b gets, and whether it may
+// be taken to: no other rule alone gets all that it sends of what b matches.
+func (f *feedOracle) feeds(a, b, slot int) (truly, taken bool) {
+	var sent []int
+	for i, p := range f.packets {
+		if f.takes[b][i] && p.sentBy(f.rules[a], slot) {
+			sent = append(sent, i)
+		}
+	}
+	for _, i := range sent {
+		truly = truly || f.winner[i] == b
+	}
+	taken = len(sent) > 0
+	for c := range f.rules {
+		all := rank(f.rules[c].In) > rank(f.rules[b].In)
+		for _, i := range sent {
+			all = all && f.takes[c][i]
+		}
+		taken = taken && !all
+	}
+	return truly, taken
+}
+
+// circles closes a relation (Warshall) and reports whether it has a circle.
+func circles(edge [][]bool) bool {
+	reach := make([][]bool, len(edge))
+	for a := range edge {
+		reach[a] = slices.Clone(edge[a])
+	}
+	for k := range reach {
+		for a := range reach {
+			for b := range reach {
+				reach[a][b] = reach[a][b] || reach[a][k] && reach[k][b]
+			}
+		}
+	}
+	for a := range reach {
+		if reach[a][a] {
 			return true
 		}
 	}
 	return false
 }
 
-// TestLoopsAgainstOracle compares with a search that tries every pair of rules
-// and closes the relation (Warshall), on small sets over few addresses.
+// TestLoopsAgainstOracle compares the check with a trial of every packet, on small
+// sets over few addresses, ports, interfaces, tags and sources.
 func TestLoopsAgainstOracle(t *testing.T) {
 	random := rand.New(rand.NewPCG(5, 6))
-	circle := regexp.MustCompile(`want no loop between rules: (.*)$`)
-	loops, none := 0, 0
-	for range 4000 {
-		rules := randomFeeders(random)
-		n := len(rules)
-		edge, reach := make([][]bool, n), make([][]bool, n)
-		for a := range n {
-			edge[a], reach[a] = make([]bool, n), make([]bool, n)
-			for b := range n {
-				for slot := range rules[a].Out {
-					edge[a][b] = edge[a][b] || a != b && feeds(rules, a, b, slot)
-				}
-				reach[a][b] = edge[a][b]
-			}
-		}
-		for k := range n {
-			for a := range n {
-				for b := range n {
-					reach[a][b] = reach[a][b] || reach[a][k] && reach[k][b]
+	packets := allPackets()
+	loops, none, beyond := 0, 0, 0
+	for range 3000 {
+		rules := randomRules(random, 2+random.IntN(6))
+		oracle := newFeedOracle(rules, packets)
+		edge, real := make([][]bool, len(rules)), make([][]bool, len(rules))
+		for a, r := range rules {
+			edge[a], real[a] = make([]bool, len(rules)), make([]bool, len(rules))
+			for b := range rules {
+				for slot := range r.Out {
+					if a != b && !r.Accept.AllowLoop {
+						truly, taken := oracle.feeds(a, b, slot)
+						real[a][b], edge[a][b] = real[a][b] || truly, edge[a][b] || taken
+					}
 				}
 			}
 		}
-		want := false
-		for a := range n {
-			want = want || reach[a][a]
+		want := circles(edge)
+		if circles(real) && !want {
+			t.Fatalf("the oracle does not agree with itself on %v", rules)
 		}
-		got := false
-		for _, line := range errorLines(ValidateSet(rules)) {
-			m := circle.FindStringSubmatch(line)
-			if m == nil {
-				continue
-			}
-			got = true
-			names := strings.Split(m[1], " -> ")
-			for i := 1; i < len(names); i++ {
-				var a, b int
-				_, _ = fmt.Sscanf(names[i-1]+" "+names[i], "r%d r%d", &a, &b)
-				if !edge[a][b] {
-					t.Fatalf("%s: r%d does not feed r%d in %v", line, a, b, rules)
-				}
-			}
-			if len(names) < 3 || names[0] != names[len(names)-1] {
-				t.Fatalf("no circle: %s", line)
-			}
+		var list, bounded faultList
+		newSet(rules, nil).findLoops(maxFeedPairs, &list)
+		for _, f := range list.faults {
+			checkCircle(t, f.err, rules, edge)
 		}
-		if got != want {
-			t.Fatalf("loop reported: %v, there is one: %v\n%v\n%v", got, want, rules, ValidateSet(rules))
+		if got := len(list.faults) > 0; got != want {
+			t.Fatalf("loop reported: %v, there is one: %v\n%v\n%v", got, want, rules, list.join())
 		}
-		if want {
-			loops++
-		} else {
+		newSet(rules, nil).findLoops(-1, &bounded)
+		if want && len(bounded.faults) == 0 {
+			t.Fatalf("not found by the bounded search: %v", list.join())
+		}
+		switch {
+		case !want:
 			none++
+		case circles(real):
+			loops++
+		default:
+			beyond++
 		}
 	}
-	if loops < 100 || none < 100 {
-		t.Errorf("%d sets with loops, %d without: too few of one", loops, none)
+	if loops < 300 || none < 300 || beyond > 30 {
+		t.Errorf("%d sets with loops, %d without, %d with none in truth that are taken to have one", loops, none, beyond)
 	}
 }
 
-// randomFeeders are rules with different inputs over two interfaces, two groups
-// and two sources.
-func randomFeeders(random *rand.Rand) []Rule {
-	var rules []Rule
-	taken := map[Input]bool{}
-	groups := []string{"239.1.1.1", "239.1.1.2"}
-	for range 2 + random.IntN(6) {
-		in := Input{Interface: pick(random, "eth0", "eth1"), Address: addr(pick(random, groups...)), Port: 1}
-		if random.IntN(2) == 0 {
-			in.Source = addr(pick(random, "10.0.0.1", "10.0.0.2"))
+// checkCircle holds a fault to being a circle of edges.
+func checkCircle(t *testing.T, f *FieldError, rules []Rule, edge [][]bool) {
+	t.Helper()
+	_, text, ok := strings.Cut(f.Want, "no loop between rules: ")
+	names := strings.Split(text, " -> ")
+	if !ok || len(names) < 3 || names[0] != names[len(names)-1] {
+		t.Fatalf("no circle: %v", f)
+	}
+	for i := 1; i < len(names); i++ {
+		var a, b int
+		if _, err := fmt.Sscanf(names[i-1]+" "+names[i], "r%d r%d", &a, &b); err != nil {
+			t.Fatal(err)
 		}
-		if taken[in] {
-			continue
+		if !edge[a][b] {
+			t.Fatalf("%v: r%d does not feed r%d in %v", f, a, b, rules)
 		}
-		taken[in] = true
-		r := Rule{Name: fmt.Sprintf("r%d", len(rules)), In: in}
-		for range 1 + random.IntN(2) {
-			o := Output{Interface: pick(random, "eth0", "eth1"), Address: addr(pick(random, groups...)), Port: pick[uint16](random, 1, 2)}
-			switch random.IntN(3) {
-			case 0:
-				o.Policy.Source = SourceKeep
-			case 1:
-				o.Policy.Source, o.Policy.SourceAddr = SourceAddress, addr(pick(random, "10.0.0.1", "10.0.0.2", "10.0.0.3"))
+	}
+}
+
+// TestSelfLoopAgainstOracle tries every packet and interface with one rule.
+func TestSelfLoopAgainstOracle(t *testing.T) {
+	random := rand.New(rand.NewPCG(7, 8))
+	packets := allPackets()
+	loops, none := 0, 0
+	for range 3000 {
+		r := randomRules(random, 1)[0]
+		for slot, o := range r.Out {
+			want := false
+			for _, p := range packets {
+				if !p.matches(r.In) || !p.sentBy(r, slot) {
+					continue
+				}
+				for _, from := range packetInterfaces { // a pattern does not send where it comes from
+					if ifaceMatches(r.In.Interface, from) && (from != p.iface || !strings.HasSuffix(o.Interface, "+")) {
+						want = true
+					}
+				}
 			}
-			r.Out = append(r.Out, o)
+			if got := feeds(o, r.In); got != want {
+				t.Fatalf("%v: feeds itself: %v, want %v", r, got, want)
+			}
+			if r.feedsSelf(o) != (want && !r.Accept.AllowLoop) {
+				t.Fatalf("%v: loop=allow is not heeded", r)
+			}
+			if want {
+				loops++
+			} else {
+				none++
+			}
 		}
-		rules = append(rules, r)
+	}
+	if loops < 300 || none < 300 {
+		t.Errorf("%d loops, %d without: too few of one", loops, none)
+	}
+}
+
+// prefixRules are rules of prefixes, half of which feed the other half.
+func prefixRules(n int, from, to func(i int) Input) []Rule {
+	var rules []Rule
+	for i := range n / 2 {
+		in := from(i)
+		out := Output{Interface: "eth0", Address: netip.MustParseAddr("238.0.0.0"), Len: in.Len, PortMode: PortKeep, Policy: Policy{Source: SourceKeep}}
+		rules = append(rules, Rule{Name: fmt.Sprintf("from%d", i), In: in, Out: []Output{out}},
+			Rule{Name: fmt.Sprintf("to%d", i), In: to(i), Out: []Output{{Interface: "eth2", Address: in.Address, Port: 1}}})
 	}
 	return rules
+}
+
+// manyFeeders are sets of n rules that would make n*n/4 edges.
+func manyFeeders(n int) map[string][]Rule {
+	base := netip.MustParseAddr("239.0.0.0")
+	at := func(a byte, i int) netip.Addr {
+		return netip.AddrFrom4([4]byte{a, byte(i >> 16), byte(i >> 8), byte(i)})
+	}
+	group := func(i int) Input { return Input{Interface: "eth0", Address: at(238, i), Port: uint16(1 + i%9)} }
+	return map[string][]Rule{
+		"ports, any to exact": prefixRules(n, func(i int) Input {
+			return Input{Interface: fmt.Sprintf("in%d", i), Address: base, Len: 8}
+		}, group),
+		"sources, any to exact": prefixRules(n, func(i int) Input {
+			return Input{Interface: "eth1", Address: base, Len: 8, Source: at(10, i)}
+		}, group),
+		"ports to prefixes": prefixRules(n, func(i int) Input {
+			return Input{Interface: "eth1", Address: base, Len: 8, Port: uint16(1 + i%65535), Source: at(10, i/65535)}
+		}, func(i int) Input {
+			return Input{Interface: "eth0", Address: at(238, i<<1&0xffffff), Len: 31}
+		}),
+	}
+}
+
+// TestManyPrefixes: sets in which each of one half feeds each of the other are
+// searched within bounds, and what closes the circle is found.
+func TestManyPrefixes(t *testing.T) {
+	const maxPairs = 1 << 14
+	for name, rules := range manyFeeders(1000) {
+		var list faultList
+		edges := 0
+		for _, e := range newFeedGraph(newSet(rules, nil), maxPairs, &list).edges {
+			edges += len(e)
+		}
+		if edges > 2*maxPairs {
+			t.Errorf("%s: %d edges", name, edges)
+		}
+		newSet(rules, nil).findLoops(maxPairs, &list)
+		if err := list.join(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		last := &rules[len(rules)-1]
+		in := rules[2].In
+		back := Output{Interface: in.Interface, Address: in.Address, Port: max(in.Port, 1)}
+		if in.Source.IsValid() {
+			back.Policy.Source, back.Policy.SourceAddr = SourceAddress, in.Source
+		}
+		last.Out = append(last.Out, back)
+		newSet(rules, nil).findLoops(maxPairs, &list)
+		if !errors.Is(list.join(), ErrLoop) {
+			t.Errorf("%s: the circle is not found", name)
+		}
+	}
+}
+
+func BenchmarkCheckLoops(b *testing.B) {
+	sets := manyFeeders(10_000)
+	sets["100,000 exact, chain"] = chainRules(100_000, false)
+	sets["100,000 exact, apart"] = camRules(100_000)
+	mixed := chainRules(100_000, false)
+	for i := range 100 {
+		in := Input{Interface: "eth+", Address: netip.AddrFrom4([4]byte{239, byte(i), 0, 0}), Len: 16}
+		mixed = append(mixed, Rule{Name: fmt.Sprintf("p%d", i), In: in, Out: []Output{{Interface: "eth9", Address: in.Address, Len: 16, PortMode: PortKeep}}})
+	}
+	sets["100,000 exact, chain, 100 prefixes of patterns"] = mixed
+	for name, rules := range sets {
+		b.Run(name, func(b *testing.B) {
+			s := newSet(rules, nil)
+			b.ReportAllocs()
+			for b.Loop() {
+				var list faultList
+				s.checkLoops(&list)
+			}
+		})
+	}
 }

@@ -9,7 +9,6 @@
 package rules
 
 import (
-	"cmp"
 	"net/netip"
 	"slices"
 	"strings"
@@ -173,50 +172,4 @@ func (r Rule) String() string {
 		b.WriteString(" path=" + r.Path.String())
 	}
 	return b.String()
-}
-
-// Compare is a total order of inputs for display: by interface, address and
-// port, and of inputs that overlap the one that wins first. It is 0 only for
-// equal inputs.
-func Compare(a, b Input) int {
-	return cmp.Or(
-		cmp.Compare(a.Interface, b.Interface),
-		a.Address.Compare(b.Address),
-		cmp.Compare(a.Port, b.Port),
-		compareSpecific(a, b),
-		a.Source.Compare(b.Source),
-	)
-}
-
-// compareSpecific puts an input with a source before one without.
-func compareSpecific(a, b Input) int {
-	switch {
-	case a.Source.IsValid() == b.Source.IsValid():
-		return 0
-	case a.Source.IsValid():
-		return -1
-	}
-	return 1
-}
-
-// Winner says which of two inputs gets a packet that both match: the one that
-// names the source, (source, group, port), before the one that takes any,
-// (any, group, port). It is false when no packet matches both.
-func Winner(a, b Input) (Input, bool) {
-	if a.anySource() != b.anySource() {
-		return Input{}, false
-	}
-	if a.Source.IsValid() && b.Source.IsValid() && a.Source != b.Source {
-		return Input{}, false
-	}
-	if compareSpecific(a, b) > 0 {
-		return b, true
-	}
-	return a, true
-}
-
-// anySource is the input with its source taken away.
-func (in Input) anySource() Input {
-	in.Source = netip.Addr{}
-	return in
 }

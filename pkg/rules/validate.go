@@ -278,7 +278,7 @@ func (c *checker) outputs(r Rule) {
 		e.family(o.Address, r.In.Address)
 		e.policy(o)
 		e.unique(o, r.Out[:slot])
-		if feedsSelf(o, r.In) {
+		if r.feedsSelf(o) {
 			e.fault(ErrLoop, "", o.String(), fmt.Sprintf("no loop: it feeds the rule's own input, %[1]s -> %[1]s", bounded(c.rule)))
 		}
 	}

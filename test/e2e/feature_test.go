@@ -29,11 +29,15 @@ type featureCase struct {
 	want []func(f *packet.Frame)
 	// drop is why the first output sends nothing.
 	drop string
+	path string // instead of the path of the test
 }
 
 func (c featureCase) run(t *testing.T, n *network, in *instance, path, name string) {
 	if c.in == "" {
 		c.in = "239.1.1.1:5000%in0"
+	}
+	if c.path != "" {
+		path = c.path
 	}
 	args := []string{"rule", "add", name, "--path", path, "--in", c.in}
 	for _, o := range c.out {
@@ -226,6 +230,8 @@ func TestFeatures(t *testing.T) {
 			n.addIPv6(t)
 			in := newInstance(t, n.relay)
 			in.start()
+			// Keeps what the path opens for the first rule.
+			in.mustCLI("rule", "add", "first", "--path", path, "--in", "239.99.99.99:9%in0", "--out", "239.99.99.98:9%out0")
 			for i, c := range features {
 				t.Run(c.name, func(t *testing.T) { c.run(t, n, in, path, fmt.Sprintf("case%d", i)) })
 			}
@@ -234,7 +240,7 @@ func TestFeatures(t *testing.T) {
 }
 
 // paths are those that all features are tested on.
-var paths = []string{"kernel"}
+var paths = []string{"kernel", "afxdp", "fanout"}
 
 // TestFragmentedDatagram sends 60 kB through a rule of four outputs: the receivers
 // put the fragments together again.
@@ -320,15 +326,16 @@ func TestJumbo(t *testing.T) {
 	in := newInstance(t, n.relay)
 	in.start()
 	jumbo := func(f *packet.Frame) { f.Payload = bytes.Repeat([]byte("jumbo "), 1500)[:8972] }
-	for _, c := range []featureCase{
+	for i, c := range []featureCase{
 		{name: "one output", frame: jumbo, out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
 		{name: "one output, tagged", frame: jumbo, out: []string{"239.2.2.2:6000%out0,vlan=7"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000, tags(7))}},
 		{name: "longer than the output's mtu", frame: jumbo, out: []string{"239.2.2.2:6000%out2"}, drop: "mtu"},
 		{name: "several outputs", frame: jumbo, out: []string{"239.2.2.2:6000%out0", "239.2.2.3:6000%out1"}, drop: "multi_buffer"},
+		{name: "several outputs, auto", path: "auto", frame: jumbo, out: []string{"239.2.2.2:6000%out0", "239.2.2.3:6000%out1,vlan=7"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000), dst("239.2.2.3", 6000, tags(7))}},
 		{name: "several outputs, shorter", frame: func(f *packet.Frame) { f.Payload = make([]byte, 3000) }, out: []string{"239.2.2.2:6000%out0", "239.2.2.3:6000%out1"},
 			want: []func(f *packet.Frame){dst("239.2.2.2", 6000), dst("239.2.2.3", 6000)}},
 	} {
-		t.Run(c.name, func(t *testing.T) { c.run(t, n, in, "kernel", strings.ReplaceAll(c.name, " ", "-")[:8]) })
+		t.Run(c.name, func(t *testing.T) { c.run(t, n, in, "kernel", fmt.Sprint("case", i)) })
 	}
 }
 

@@ -1,0 +1,255 @@
+package relay
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/forward"
+	"xdpcast/pkg/loader"
+)
+
+// userPath is what the control loop needs of a path whose packets go through this
+// process: *forward.Fanout and *forward.AFXDP. Tests put faults between the two.
+type userPath interface {
+	Sync(rules []loader.Rule, own []netip.Addr) error
+	Stats(names []string) []loader.RuleStats
+	Close() error
+}
+
+// userPaths are these paths, by kind. Each is opened for its first rule.
+type userPaths map[loader.Path]*openPath
+
+type openPath struct {
+	open  func() (userPath, error)
+	path  userPath      // nil until there is a rule
+	rules []loader.Rule // that the path has now
+}
+
+func (r *Relay) newUserPaths() userPaths {
+	return userPaths{
+		loader.PathFanout: {open: func() (userPath, error) {
+			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log})
+		}},
+		loader.PathAFXDP: {open: func() (userPath, error) {
+			return forward.OpenAFXDP(forward.AFXDPOptions{Logger: r.log, Loader: r.loader})
+		}},
+	}
+}
+
+// close ends the workers.
+func (u userPaths) close() error {
+	var errs []error
+	for _, p := range u {
+		if p.path != nil {
+			errs = append(errs, p.path.Close())
+			p.path, p.rules = nil, nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// busy says whether some path has rules.
+func (u userPaths) busy() bool {
+	for _, p := range u {
+		if len(p.rules) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// prepare gives each path its rules besides those that it has.
+func (u userPaths) prepare(want map[loader.Path][]loader.Rule, own []netip.Addr) error {
+	for kind, p := range u {
+		if err := p.sync(p.with(want[kind]), own); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// finish gives each path its rules alone.
+func (u userPaths) finish(want map[loader.Path][]loader.Rule, own []netip.Addr) error {
+	leaving := false
+	for kind, p := range u {
+		leaving = leaving || len(p.rules) > len(want[kind])
+	}
+	if leaving {
+		time.Sleep(drain) // what the rings still hold goes out
+	}
+	for kind, p := range u {
+		if err := p.sync(want[kind], own); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *openPath) sync(rules []loader.Rule, own []netip.Addr) error {
+	if p.path == nil {
+		if len(rules) == 0 {
+			return nil
+		}
+		path, err := p.open()
+		if err != nil {
+			return err
+		}
+		p.path = path
+	}
+	if err := p.path.Sync(rules, own); err != nil {
+		return err
+	}
+	p.rules = rules
+	return nil
+}
+
+// with returns want and those of the rules in force that are not in it.
+func (p *openPath) with(want []loader.Rule) []loader.Rule {
+	names := make(map[string]bool, len(want))
+	inputs := make(map[loader.Input]bool, len(want))
+	for i := range want {
+		names[want[i].Name] = true
+		inputs[inputKey(want[i].In)] = true
+	}
+	all := slices.Clone(want)
+	for _, r := range p.rules {
+		if !names[r.Name] && !inputs[inputKey(r.In)] {
+			all = append(all, r)
+		}
+	}
+	return all
+}
+
+func inputKey(in loader.Input) loader.Input {
+	in.MAC = [6]byte{}
+	return in
+}
+
+// add adds what the user-space paths have counted to what the kernel has: the drops
+// of all rules, and the rest to the rules that stats has.
+func (u userPaths) add(stats *loader.Stats) {
+	at := make(map[string]int, len(stats.Rules))
+	for i := range stats.Rules {
+		at[stats.Rules[i].Name] = i
+	}
+	for kind, p := range u {
+		if p.path == nil {
+			continue
+		}
+		for _, s := range p.path.Stats(nil) {
+			if kind == loader.PathAFXDP {
+				s.Matched = loader.Counter{} // the relay program has counted them
+			}
+			addDrops(stats.Drops, s.Drops)
+			for _, o := range s.Outputs {
+				addDrops(stats.Drops, o.Drops)
+			}
+			if i, ok := at[s.Name]; ok {
+				addRule(&stats.Rules[i], &s)
+			}
+		}
+		counts, ok := p.path.(interface{ Fragments() loader.Fragments })
+		if !ok {
+			continue // the relay program has seen them
+		}
+		f := counts.Fragments()
+		sumCounter(&stats.Fragments.First, f.First)
+		sumCounter(&stats.Fragments.Later, f.Later)
+		sumCounter(&stats.Fragments.Orphan, f.Orphan)
+	}
+}
+
+func addRule(to, from *loader.RuleStats) {
+	sumCounter(&to.Matched, from.Matched)
+	if from.LastSeen >= 0 && (to.LastSeen < 0 || from.LastSeen < to.LastSeen) {
+		to.LastSeen = from.LastSeen
+	}
+	addDrops(to.Drops, from.Drops)
+	for slot := range min(len(to.Outputs), len(from.Outputs)) {
+		sumCounter(&to.Outputs[slot].Sent, from.Outputs[slot].Sent)
+		addDrops(to.Outputs[slot].Drops, from.Outputs[slot].Drops)
+	}
+}
+
+func sumCounter(to *loader.Counter, c loader.Counter) {
+	to.Packets += c.Packets
+	to.Bytes += c.Bytes
+}
+
+// statsOf reads the counters of rules on all paths; nil names are all rules.
+func (r *Relay) statsOf(names []string, all bool) (stats loader.Stats, err error) {
+	if all {
+		stats, err = r.loader.Stats()
+	} else {
+		stats, err = r.loader.StatsOf(names)
+	}
+	if err == nil {
+		r.paths.add(&stats)
+	}
+	return stats, err
+}
+
+// forKernel is a rule as the kernel's tables have it. Those of a rule of the fanout
+// path only say that its packets pass: its outputs may be on devices that no program
+// can send to.
+func forKernel(rule loader.Rule) loader.Rule {
+	if rule.Path != loader.PathFanout {
+		return rule
+	}
+	out := slices.Clone(rule.Out)
+	for i := range out {
+		out[i].Ready, out[i].Blocked = false, loader.NotReady
+	}
+	rule.Out = out
+	return rule
+}
+
+// drain is how long a rule that leaves the fanout path is still served there: many
+// times the millisecond that the rings hold packets back for.
+const drain = 20 * time.Millisecond
+
+// syncPaths brings the rules into force on all paths. A rule that changes its path
+// has both for a moment, in an order in which one of them always takes its packets:
+// while the kernel path has them, none reach the packet tap.
+func (r *Relay) syncPaths() error {
+	published := r.published()
+	kernel := make([]loader.Rule, len(published))
+	want := map[loader.Path][]loader.Rule{}
+	for i, rule := range published {
+		if rule.Path != loader.PathKernel {
+			want[rule.Path] = append(want[rule.Path], rule)
+		}
+		kernel[i] = forKernel(rule)
+	}
+	if err := r.paths.prepare(want, r.own); err != nil {
+		return err
+	}
+	if err := r.loader.Sync(kernel); err != nil {
+		return err
+	}
+	return r.paths.finish(want, r.own)
+}
+
+// blame finds the rules that an error of syncPaths is about, by the names that the
+// kernel has; none when it is about none.
+func (r *Relay) blame(err error) (names []string, cause error) {
+	var refused *loader.RuleError
+	if errors.As(err, &refused) {
+		return []string{refused.Rule}, refused.Err
+	}
+	var setUp *fanout.Error
+	if !errors.As(err, &setUp) {
+		return nil, nil
+	}
+	for _, w := range r.ordered {
+		for _, n := range w.instances {
+			if n.publish && n.resolved.Path == loader.PathFanout && n.in == setUp.Interface {
+				names = append(names, n.resolved.Name)
+			}
+		}
+	}
+	return names, err
+}

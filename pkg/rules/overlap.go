@@ -1,0 +1,500 @@
+package rules
+
+import (
+	"cmp"
+	"iter"
+	"net/netip"
+	"slices"
+	"sort"
+	"strings"
+)
+
+// Before reports whether a gets the packets that both inputs match. An input of one
+// address goes before a prefix, then one of a port before one of any port, then one
+// that names its source, then the longer prefix, then one that names its interface
+// before a pattern, then the longer pattern: the order in which the kernel's tables
+// are searched. Inputs that this does not decide have no packet in common; they
+// follow each other by their values, so that Before is a strict total order.
+func Before(a, b Input) bool {
+	return cmp.Or(
+		precedence(a, b),
+		a.Address.Compare(b.Address),
+		cmp.Compare(a.Port, b.Port),
+		a.Source.Compare(b.Source),
+		cmp.Compare(a.Interface, b.Interface),
+		compareVLAN(a.VLAN, b.VLAN),
+		cmp.Compare(a.Len, b.Len),
+	) < 0
+}
+
+// precedence is negative when a goes before b, and 0 when they do not overlap or
+// are equal.
+func precedence(a, b Input) int {
+	return cmp.Or(
+		first(a.Len == 0, b.Len == 0),
+		first(a.Port != 0, b.Port != 0),
+		first(a.Source.IsValid(), b.Source.IsValid()),
+		cmp.Compare(b.Len, a.Len),
+		first(!isPattern(a.Interface), !isPattern(b.Interface)),
+		comparePattern(a.Interface, b.Interface),
+	)
+}
+
+// first puts what has something before what has not.
+func first(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return -1
+	}
+	return 1
+}
+
+// comparePattern puts the longer of two patterns first.
+func comparePattern(a, b string) int {
+	if !isPattern(a) || !isPattern(b) {
+		return 0
+	}
+	return cmp.Compare(len(b), len(a))
+}
+
+func compareVLAN(a, b VLAN) int {
+	return cmp.Or(cmp.Compare(a.Outer, b.Outer), cmp.Compare(a.ID, b.ID))
+}
+
+// Compare is a total order of inputs for display: by interface, address and port,
+// any port last, and of inputs of one interface and address that overlap the one
+// that wins first. It is 0 only for equal inputs.
+func Compare(a, b Input) int {
+	return cmp.Or(
+		cmp.Compare(a.Interface, b.Interface),
+		a.Address.Compare(b.Address),
+		first(a.Len == 0, b.Len == 0),
+		first(a.Port != 0, b.Port != 0),
+		cmp.Compare(a.Port, b.Port),
+		precedence(a, b),
+		a.Source.Compare(b.Source),
+		compareVLAN(a.VLAN, b.VLAN),
+	)
+}
+
+// Overlaps reports whether some packet matches both inputs.
+func (in Input) Overlaps(o Input) bool { return in.traffic().overlaps(o.traffic()) }
+
+// Winner says which of two inputs gets a packet that both match; see Before. It is
+// false when no packet matches both.
+func Winner(a, b Input) (Input, bool) {
+	if !a.Overlaps(b) {
+		return Input{}, false
+	}
+	if Before(b, a) {
+		return b, true
+	}
+	return a, true
+}
+
+// Overlap is a rule that takes packets which another rule matches, too.
+type Overlap struct {
+	Rule int  // its place in the set
+	Wins bool // it gets the packets that both match
+}
+
+// Overlaps says of each rule of a set which others match packets that it matches,
+// too, at most limit of them, in the order in which they win. Which ones are left
+// out beyond the limit is not specified, but the same for the same set. Of rules
+// with one and the same input, which no valid set has, only the first is listed.
+//
+// The time it takes grows with the number of rules and of overlaps listed, little
+// faster.
+func Overlaps(rules []Rule, limit int) [][]Overlap {
+	pool := newInputPool(rules, newSet(rules, nil).inputs, func(int) bool { return true })
+	all := make([][]Overlap, len(rules))
+	for i, r := range rules {
+		if limit <= 0 {
+			break
+		}
+		var list []Overlap
+		for other := range pool.each(r.In.traffic(), false) {
+			if other == i {
+				continue
+			}
+			in := rules[other].In
+			list = append(list, Overlap{Rule: other, Wins: Before(in, r.In) || in == r.In})
+			if len(list) == limit {
+				break
+			}
+		}
+		slices.SortFunc(list, func(a, b Overlap) int {
+			if Before(rules[a.Rule].In, rules[b.Rule].In) {
+				return -1
+			}
+			return 1
+		})
+		all[i] = list
+	}
+	return all
+}
+
+// anySource is the input with its source taken away.
+func (in Input) anySource() Input {
+	in.Source = netip.Addr{}
+	return in
+}
+
+// exact reports whether an input can be found by a map: it has one interface, one
+// address and one port.
+func (in Input) exact() bool { return in.Len == 0 && in.Port != 0 && !isPattern(in.Interface) }
+
+func isPattern(iface string) bool {
+	_, ok := IsPattern(iface)
+	return ok
+}
+
+// ifaceCovers reports whether every name that narrow stands for is one of those
+// that wide stands for.
+func ifaceCovers(wide, narrow string) bool {
+	begin, ok := IsPattern(wide)
+	name, _ := IsPattern(narrow)
+	return wide == narrow || ok && strings.HasPrefix(name, begin)
+}
+
+// traffic is a set of packets: all that match an input, or all that an output sends.
+type traffic struct {
+	iface     string // a name or a pattern
+	vlan      VLAN
+	prefix    netip.Prefix // destination addresses, masked
+	low, high uint16       // destination ports
+	source    netip.Addr   // the one source if it is valid, else:
+	every     bool         // any source whatever, or one that no input names
+}
+
+func (in Input) traffic() traffic {
+	t := traffic{iface: in.Interface, vlan: in.VLAN, prefix: in.Prefix().Masked(), low: in.Port, high: in.Port,
+		source: in.Source, every: !in.Source.IsValid()}
+	if in.Port == 0 {
+		t.high = 65535
+	}
+	return t
+}
+
+// exact reports whether an input either matches all of the traffic, whatever its
+// source, or nothing of it.
+func (t traffic) exact() bool {
+	return t.low == t.high && t.low != 0 && t.prefix.IsSingleIP() && !isPattern(t.iface)
+}
+
+// overlaps reports whether some packet of t matches an input, u.
+func (t traffic) overlaps(u traffic) bool {
+	return t.vlan == u.vlan && t.low <= u.high && u.low <= t.high && t.prefix.Overlaps(u.prefix) &&
+		(ifaceCovers(t.iface, u.iface) || ifaceCovers(u.iface, t.iface)) &&
+		(u.every || t.every || t.source == u.source)
+}
+
+// covers reports whether all packets of u are in t.
+func (t traffic) covers(u traffic) bool {
+	return t.vlan == u.vlan && t.low <= u.low && u.high <= t.high &&
+		t.prefix.Bits() <= u.prefix.Bits() && t.prefix.Overlaps(u.prefix) && ifaceCovers(t.iface, u.iface) &&
+		(t.every || t.source.IsValid() && t.source == u.source)
+}
+
+// meet is what is in both; they overlap.
+func (t traffic) meet(u traffic) traffic {
+	if ifaceCovers(t.iface, u.iface) {
+		t.iface = u.iface
+	}
+	if t.prefix.Bits() < u.prefix.Bits() {
+		t.prefix = u.prefix
+	}
+	t.low, t.high = max(t.low, u.low), min(t.high, u.high)
+	if u.source.IsValid() {
+		t.source = u.source
+	}
+	t.every = t.every && u.every
+	return t
+}
+
+// inputPool finds the inputs of a set that traffic matches: exact ones for exact
+// traffic by maps, all others by an index. It is not for concurrent use.
+type inputPool struct {
+	rules   []Rule
+	members []int           // the rules it has, each of a different input
+	inputs  map[Input]int   // all of the set
+	sources map[Input][]int // exact inputs that name a source, by Input.anySource
+	general *inputIndex     // those that are not exact
+	all     *inputIndex     // of all, built when it is first needed
+}
+
+func newInputPool(rules []Rule, inputs map[Input]int, has func(rule int) bool) *inputPool {
+	p := &inputPool{rules: rules, inputs: inputs, sources: map[Input][]int{}}
+	var general []int
+	for i, r := range rules {
+		if first, ok := inputs[r.In]; !ok || first != i || !has(i) {
+			continue
+		}
+		p.members = append(p.members, i)
+		switch {
+		case !r.In.exact():
+			general = append(general, i)
+		case r.In.Source.IsValid():
+			p.sources[r.In.anySource()] = append(p.sources[r.In.anySource()], i)
+		}
+	}
+	p.general = newInputIndex(rules, general)
+	return p
+}
+
+// each gives the rules whose inputs overlap with the traffic, or only those whose
+// inputs cover it.
+func (p *inputPool) each(t traffic, cover bool) iter.Seq[int] {
+	if t.exact() {
+		return p.eachOfExact(t, cover)
+	}
+	if p.all == nil {
+		p.all = newInputIndex(p.rules, p.members)
+	}
+	return p.all.each(t, cover)
+}
+
+func (p *inputPool) eachOfExact(t traffic, cover bool) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		in := Input{Interface: t.iface, Address: t.prefix.Addr(), Port: t.low, VLAN: t.vlan}
+		if i, ok := p.inputs[in]; ok && !yield(i) {
+			return
+		}
+		if t.every && !cover {
+			for _, i := range p.sources[in] {
+				if !yield(i) {
+					return
+				}
+			}
+		}
+		if t.source.IsValid() {
+			in.Source = t.source
+			if i, ok := p.inputs[in]; ok && !yield(i) {
+				return
+			}
+		}
+		for i := range p.general.each(t, cover) {
+			if !yield(i) {
+				return
+			}
+		}
+	}
+}
+
+// inputIndex finds inputs by their overlap with traffic. An input stands in a table
+// of its port and one of all ports, of its source and one of all sources each, so
+// that nearly all that is looked at overlaps: only ports that are neither one nor
+// all are sought among all.
+type inputIndex struct {
+	rules  []Rule
+	ifaces ifaceSet
+	tables map[tableKey]*addressTable
+}
+
+type tableKey struct {
+	iface   string
+	vlan    VLAN
+	port    int32      // allPorts, or Input.Port, where 0 is any port
+	source  netip.Addr // Input.Source, where the zero Addr is any source
+	sources bool       // the table of all sources
+}
+
+const allPorts = -1
+
+func newInputIndex(rules []Rule, members []int) *inputIndex {
+	x := &inputIndex{rules: rules, tables: map[tableKey]*addressTable{}}
+	sorted := make([]addressEntry, 0, len(members))
+	for _, i := range members {
+		if p := rules[i].In.Prefix().Masked(); p.IsValid() {
+			sorted = append(sorted, addressEntry{prefix: p, rule: i})
+			x.ifaces.add(rules[i].In.Interface)
+		}
+	}
+	slices.SortFunc(sorted, func(a, b addressEntry) int {
+		return cmp.Or(comparePrefix(a.prefix, b.prefix), cmp.Compare(a.rule, b.rule))
+	})
+	for _, e := range sorted {
+		in := rules[e.rule].In
+		for _, port := range [...]int32{allPorts, int32(in.Port)} {
+			key := tableKey{iface: in.Interface, vlan: in.VLAN, port: port}
+			key.source = in.Source
+			x.table(key).add(e)
+			key.source, key.sources = netip.Addr{}, true
+			x.table(key).add(e)
+		}
+	}
+	return x
+}
+
+func (x *inputIndex) table(key tableKey) *addressTable {
+	t := x.tables[key]
+	if t == nil {
+		t = &addressTable{}
+		x.tables[key] = t
+	}
+	return t
+}
+
+// each is inputPool.each for the inputs of the index.
+func (x *inputIndex) each(t traffic, cover bool) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		for _, iface := range x.ifaces.overlapping(t.iface) {
+			if cover && !ifaceCovers(iface, t.iface) {
+				continue
+			}
+			if !x.eachOn(iface, t, cover, yield) {
+				return
+			}
+		}
+	}
+}
+
+// eachOn gives the inputs with one interface text, and is false when yield was.
+func (x *inputIndex) eachOn(iface string, t traffic, cover bool, yield func(int) bool) bool {
+	ports := [2]int32{0, int32(t.low)}
+	portCount := 2
+	some := t.low != t.high // more than one port
+	if some || t.low == 0 {
+		portCount = 1
+	}
+	if some && !cover {
+		ports[0] = allPorts
+	}
+	sources := [2]tableKey{{sources: t.every && !cover}, {source: t.source}}
+	sourceCount := 1
+	if t.source.IsValid() {
+		sourceCount = 2
+	}
+	for _, port := range ports[:portCount] {
+		for _, key := range sources[:sourceCount] {
+			key.iface, key.vlan, key.port = iface, t.vlan, port
+			table := x.tables[key]
+			if table == nil {
+				continue
+			}
+			for rule := range table.each(t.prefix, cover) {
+				if p := x.rules[rule].In.Port; p != 0 && (p < t.low || p > t.high) {
+					continue
+				}
+				if !yield(rule) {
+					return false
+				}
+			}
+		}
+	}
+	return true
+}
+
+// addressTable has inputs in the order of their prefixes, an enclosing one before
+// those in it.
+type addressTable struct {
+	entries []addressEntry
+}
+
+type addressEntry struct {
+	prefix netip.Prefix // masked
+	rule   int
+	up     int // place of the last entry of the next shorter prefix that encloses this one, or -1
+}
+
+// comparePrefix orders by address, then the shorter prefix first.
+func comparePrefix(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+func encloses(a, b netip.Prefix) bool { return a.Bits() < b.Bits() && a.Contains(b.Addr()) }
+
+// add appends an entry, which must not go before one that there is.
+func (t *addressTable) add(e addressEntry) {
+	e.up = len(t.entries) - 1
+	for e.up >= 0 && !encloses(t.entries[e.up].prefix, e.prefix) {
+		e.up = t.entries[e.up].up
+	}
+	t.entries = append(t.entries, e)
+}
+
+// each gives the rules whose prefixes overlap with p, or only those whose prefixes
+// cover it.
+func (t *addressTable) each(p netip.Prefix, cover bool) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		from := sort.Search(len(t.entries), func(i int) bool { return comparePrefix(t.entries[i].prefix, p) >= 0 })
+		for _, e := range t.entries[from:] {
+			if !p.Contains(e.prefix.Addr()) || cover && e.prefix != p {
+				break
+			}
+			if !yield(e.rule) {
+				return
+			}
+		}
+		for i := from - 1; i >= 0; i = t.entries[i].up {
+			if !encloses(t.entries[i].prefix, p) {
+				continue
+			}
+			for same := i; same >= 0 && t.entries[same].prefix == t.entries[i].prefix; same-- {
+				if !yield(t.entries[same].rule) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// ifaceSet is a set of interface names and patterns. The zero value is empty. It is
+// not for concurrent use.
+type ifaceSet struct {
+	has    map[string]bool
+	sorted []string            // of has, made when it is first needed
+	found  map[string][]string // answers of overlapping
+}
+
+func (s *ifaceSet) add(iface string) {
+	if s.has == nil {
+		s.has, s.found = map[string]bool{}, map[string][]string{}
+	}
+	s.has[iface] = true
+}
+
+// overlapping are the members that some name matches which matches iface, too.
+// Nothing may be added after it has been called.
+func (s *ifaceSet) overlapping(iface string) []string {
+	if len(s.has) == 0 {
+		return nil
+	}
+	list, ok := s.found[iface]
+	if !ok {
+		list = s.find(iface)
+		s.found[iface] = list
+	}
+	return list
+}
+
+func (s *ifaceSet) find(iface string) (list []string) {
+	begin, pattern := IsPattern(iface)
+	for n := range len(begin) + 1 { // patterns that cover it
+		if p := begin[:n] + "+"; s.has[p] && p != iface {
+			list = append(list, p)
+		}
+	}
+	if !pattern {
+		if s.has[iface] {
+			list = append(list, iface)
+		}
+		return list
+	}
+	if s.sorted == nil {
+		for member := range s.has {
+			s.sorted = append(s.sorted, member)
+		}
+		slices.Sort(s.sorted)
+	}
+	from := sort.SearchStrings(s.sorted, begin)
+	for _, member := range s.sorted[from:] { // what it covers
+		if !strings.HasPrefix(member, begin) {
+			break
+		}
+		list = append(list, member)
+	}
+	return list
+}

@@ -1,0 +1,145 @@
+package e2e_test
+
+import (
+	"bytes"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/traffic"
+)
+
+// TestLocalReceivers: with local=yes the relay's own receivers get what is relayed,
+// each packet once, and so do the sinks.
+func TestLocalReceivers(t *testing.T) {
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	in.start()
+	rule := in.add("both", "239.1.1.1:5000%in0,local=yes", "239.2.2.2:6000%out0", "239.2.2.3:6000%out1")
+	if s := in.rule("both"); s.UsedPath != "fanout" || !strings.Contains(s.Reason, "local=yes") {
+		t.Errorf("path %s, %q: want fanout and why (%+v)", s.UsedPath, s.Reason, rule)
+	}
+	sinks := []*sink{
+		receive(t, n.relay, "239.1.1.1:5000%in0", traffic.Expected{Source: netip.MustParseAddr("10.1.0.2")}),
+		receive(t, n.sinks[0], "239.2.2.2:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.2.0.1")}),
+		receive(t, n.sinks[1], "239.2.2.3:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.2.1.1")}),
+	}
+	const packets = 2000
+	send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: 20_000}, Count: packets}).wait()
+	for _, s := range sinks {
+		if fault := s.finish(packets); fault != "" {
+			t.Error(fault)
+		}
+	}
+	s := in.rule("both")
+	if s.Matched.Packets != packets || s.Outputs[0].Sent.Packets != packets || s.Outputs[1].Sent.Packets != packets || len(s.Drops) != 0 {
+		t.Errorf("counted %+v", s)
+	}
+}
+
+// newTun makes a tun device, which has no Ethernet header, and returns its other end.
+func newTun(t *testing.T, h *lab.Host, name, cidr string) *os.File {
+	t.Helper()
+	var f *os.File
+	labtest.Do(t, h, func() error {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		request, err := unix.NewIfreq(name)
+		if err != nil {
+			return err
+		}
+		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+			return err
+		}
+		f = os.NewFile(uintptr(fd), name)
+		return nil
+	})
+	t.Cleanup(func() { closeAll(t, f) })
+	if err := h.AddAddr(name, cidr); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.SetUp(name, true); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// TestTunOutput: a rule with an output that has no Ethernet header takes the fanout
+// path by itself and says why; a unicast output there needs no neighbour.
+func TestTunOutput(t *testing.T) {
+	n := newNetwork(t)
+	tun := newTun(t, n.relay, "tun0", "10.8.0.1/24")
+	in := newInstance(t, n.relay)
+	in.start()
+	in.add("mixed", "239.1.1.1:5000%in0", "10.8.0.9:7000%tun0,ttl=5", "239.2.2.2:6000%out0")
+	if s := in.rule("mixed"); s.UsedPath != "fanout" || !strings.Contains(s.Reason, "interface tun0 has no Ethernet header") {
+		t.Errorf("path %s, %q: want fanout and why", s.UsedPath, s.Reason)
+	}
+	frame := packet.Frame{
+		SrcMAC: macOf(t, n.source, "src0"), DstMAC: packet.MulticastMAC(netip.MustParseAddr("239.1.1.1")),
+		Src: netip.MustParseAddr("10.1.0.2"), Dst: netip.MustParseAddr("239.1.1.1"), SrcPort: 4000, DstPort: 5000, TTL: 16, Payload: []byte("through the tunnel"),
+	}
+	source, taps := labtest.NewTap(t, n.source, "src0"), n.taps(t, []string{"239.2.2.2:6000%out0"})
+	source.Send(frame.Build())
+	want := frame
+	want.Src, want.Dst, want.DstPort, want.TTL = netip.MustParseAddr("10.8.0.1"), netip.MustParseAddr("10.8.0.9"), 7000, 5
+	buf := make([]byte, 2048)
+	for {
+		if err := tun.SetReadDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		got, err := tun.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if buf[0]>>4 == 4 { // not the kernel's own IPv6
+			if !bytes.Equal(buf[:got], want.Build()[14:]) {
+				t.Errorf("tunnel\n got  %x\n want %x", buf[:got], want.Build()[14:])
+			}
+			break
+		}
+	}
+	if got := taps["out0"].Collect(1, isUDP)[0]; !bytes.HasSuffix(got, frame.Payload) {
+		t.Errorf("output beside it: %x", got)
+	}
+}
+
+// TestPathChanges: a stream goes on, without a packet lost or doubled, while its rule moves to
+// the fanout path and back.
+func TestPathChanges(t *testing.T) {
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	file := func(path string) string {
+		return "rules:\n  - name: cam1\n    in: 239.1.1.1:5000%in0\n    out: 239.2.2.2:6000%out0\n    path: " + path + "\n"
+	}
+	config := in.write("rules.yaml", file("kernel"))
+	in.start("-c", config)
+	in.waitState("cam1", "active")
+	s := receive(t, n.sinks[0], "239.2.2.2:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.2.0.1")})
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: 5_000}})
+	for _, path := range []string{"fanout", "kernel", "fanout", "kernel"} {
+		stream.flows(500)
+		in.write("rules.yaml", file(path))
+		in.mustCLI("reload")
+		if got := in.waitState("cam1", "active").UsedPath; got != path {
+			t.Errorf("path is %s, want %s", got, path)
+		}
+	}
+	stream.flows(500)
+	sent := stream.stop()
+	fault := s.finish(sent)
+	// What is still in the rings may leave behind what the kernel path sends.
+	if r := s.receiver.Report().Total; r.Received != sent || r.Duplicated != 0 || r.Lost != 0 {
+		t.Error(fault)
+	}
+}
