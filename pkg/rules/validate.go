@@ -277,6 +277,7 @@ func (c *checker) outputs(r Rule) {
 		e.port(o, r.In)
 		e.family(o.Address, r.In.Address)
 		e.policy(o)
+		e.priority(o, r.In)
 		e.unique(o, r.Out[:slot])
 		if r.feedsSelf(o) {
 			e.fault(ErrLoop, "", o.String(), fmt.Sprintf("no loop: it feeds the rule's own input, %[1]s -> %[1]s", bounded(c.rule)))
@@ -316,6 +317,12 @@ func (e end) wholePrefix(addr netip.Addr, length uint8) {
 	if p.Masked() != p {
 		e.fault(nil, ".address", p.String(), p.Masked().String()+", without bits behind the prefix")
 		return
+	}
+	if addr.Is6() { // the lowest group of a prefix has the narrowest scope
+		if want := linkLocalFault(addr); want != "" {
+			e.fault(ErrLinkLocal, ".address", p.String(), want)
+			return
+		}
 	}
 	for _, kind := range addressKinds {
 		if !p.Overlaps(kind.prefix) || kind.whole && kind.prefix.Bits() <= p.Bits() {
@@ -439,6 +446,13 @@ func (e end) policy(o Output) {
 	e.plain(".csum", p.Checksum, p.Checksum <= ChecksumZero, nil, true)
 	if p.Checksum == ChecksumZero && o.Address.Is6() {
 		e.fault(nil, ".csum", p.Checksum.String(), "update: IPv6 needs the UDP checksum (RFC 8200 section 8.1)")
+	}
+}
+
+// priority checks that a copy whose priority is set has a tag to carry it.
+func (e end) priority(o Output, in Input) {
+	if p := o.Policy; p.PCPSet && p.PCP <= 7 && (p.VLAN == VLANPop || p.VLAN == VLANKeep && in.VLAN == VLAN{}) {
+		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "a copy with a VLAN tag, which carries the priority: vlan=ID beside it")
 	}
 }
 
