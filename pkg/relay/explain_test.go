@@ -180,8 +180,7 @@ func TestStatusOfPatternsAndNextHops(t *testing.T) {
 		got.Outputs[1].Interface != "out1" || got.Outputs[1].NextHop != "10.2.0.99" {
 		t.Errorf("outputs are %+v", got.Outputs)
 	}
-	r.mustAdd("named", anyIn, "239.2.2.2:1%none+")
-	if got, err = r.Rule(t.Context(), "named"); err != nil || got.Inputs == nil || len(got.Inputs) != 0 || got.Outputs[0].Interface != "" {
+	if got, err = r.add("named", anyIn, "239.2.2.2:1%none+"); err != nil || got.Inputs == nil || len(got.Inputs) != 0 || got.Outputs[0].Interface != "" {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
