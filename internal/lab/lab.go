@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -213,7 +214,28 @@ func Connect(a, b End, mtu int) error {
 			return err
 		}
 	}
-	return nil
+	return errors.Join(a.waitCarrier(), b.waitCarrier())
+}
+
+// carrierTimeout bounds the wait for a link; the kernel's work queue takes some
+// milliseconds, on a busy machine more.
+const carrierTimeout = 10 * time.Second
+
+// waitCarrier waits until frames pass: until the kernel has seen the carrier, the
+// interface drops what it is to send.
+func (e End) waitCarrier() error {
+	for deadline := time.Now().Add(carrierTimeout); ; time.Sleep(time.Millisecond) {
+		l, err := e.Host.Link(e.Name)
+		if err != nil {
+			return err
+		}
+		if l.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("interface %s in %s is %s, not up", e.Name, e.Host.Name, l.Attrs().OperState)
+		}
+	}
 }
 
 func (e End) configure() error {

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"testing"
 
+	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
 )
 
@@ -20,7 +21,7 @@ func BenchmarkFanout(b *testing.B) {
 
 func benchmarkFanout(b *testing.B, outputs, size int) {
 	n := newBench(b, outputs)
-	f := n.path(b, FanoutOptions{})
+	f := n.path(b, FanoutOptions{Blocks: fanout.DefaultBlocks, BlockTimeout: fanout.DefaultBlockTimeout})
 	r := rule("r", n.in, "239.1.1.1", 5000)
 	for i := range outputs {
 		r.Out = append(r.Out, sendTo(n.out[i], "239.9.9.1", 6000))

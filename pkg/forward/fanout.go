@@ -30,8 +30,12 @@ type FanoutOptions struct {
 	Mode     fanout.Mode
 	Steering *ebpf.Program
 	// Blocks is the length of each worker's ring, in blocks of
-	// fanout.DefaultBlockSize; 0 means fanout.DefaultBlocks.
-	Blocks int
+	// fanout.DefaultBlockSize; 0 means fanout.DefaultBlocks. BlockTimeout is what a
+	// frame waits at most until its block is handed over; 0 means
+	// fanout.DefaultBlockTimeout. At low rates a worker that does not get a CPU for
+	// Blocks times BlockTimeout loses packets.
+	Blocks       int
+	BlockTimeout time.Duration
 	// Sender is how senders send.
 	Sender fanout.SenderOptions
 }
@@ -164,7 +168,7 @@ func (f *Fanout) openGroup(index int) (*fanoutGroup, error) {
 	g := &fanoutGroup{index: index, name: interfaceName(index), done: make(chan struct{})}
 	group, err := f.system.openGroup(fanout.Options{
 		Interface: g.name, Index: index, Workers: f.opts.Workers,
-		Mode: f.opts.Mode, Steering: f.opts.Steering, Blocks: f.opts.Blocks,
+		Mode: f.opts.Mode, Steering: f.opts.Steering, Blocks: f.opts.Blocks, BlockTimeout: f.opts.BlockTimeout,
 		Filter: fanout.Filter{Program: f.filter.program},
 	})
 	if err != nil {

@@ -66,7 +66,11 @@ func (b *bench) path(t testing.TB, opts FanoutOptions) *Fanout {
 func (b *bench) pathWith(t testing.TB, opts FanoutOptions, change func(*fanoutSystem)) *Fanout {
 	t.Helper()
 	if opts.Blocks == 0 {
-		opts.Blocks = 64
+		opts.Blocks = 32
+	}
+	// On a busy machine a worker may be away for long: 640 ms do no harm.
+	if opts.BlockTimeout == 0 {
+		opts.BlockTimeout = 20 * time.Millisecond
 	}
 	opts.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
 	var f *Fanout
@@ -259,7 +263,7 @@ func catch(t testing.TB, h *lab.Host, ifname string) *catcher {
 		if err != nil {
 			return err
 		}
-		c.group, err = fanout.Open(fanout.Options{Interface: ifname, Index: i.Index})
+		c.group, err = fanout.Open(fanout.Options{Interface: ifname, Index: i.Index, BlockTimeout: 20 * time.Millisecond})
 		return err
 	})
 	t.Cleanup(func() {

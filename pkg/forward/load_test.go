@@ -79,7 +79,7 @@ func (c *counted) frame(data []byte) {
 }
 
 // window bounds the frames on their way, to less than the queue of a veth.
-const window = 400
+const window = 800
 
 // load sends streams round and round, frame after frame, from one CPU, as a network
 // card would that keeps a flow on one queue; arrived says how many frames of how
@@ -137,7 +137,7 @@ func TestExactlyOnce(t *testing.T) {
 			for _, streams := range []int{1, 64} {
 				t.Run(fmt.Sprintf("%s, %d workers, %d streams", mode, workers, streams), func(t *testing.T) {
 					b := newBench(t, 2)
-					f := b.path(t, FanoutOptions{Workers: workers, Mode: mode, Blocks: 16})
+					f := b.path(t, FanoutOptions{Workers: workers, Mode: mode})
 					sinks := []*counted{countOn(t, b.sinks[0]), countOn(t, b.sinks[1])}
 					for _, sink := range sinks {
 						sink.unordered.Store(mode == fanout.ModeCPU)
@@ -184,17 +184,17 @@ func TestExchangeUnderLoad(t *testing.T) {
 	sink := countOn(t, b.sinks[0])
 	steady := rule("steady", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
 	b.sync(t, f, steady)
-	stop, exchanges := make(chan struct{}), 0
+	stop := make(chan struct{})
+	var exchanged atomic.Int64
 	done := make(chan error)
 	go func() {
 		done <- b.relay.Do(func() error {
-			for {
+			for exchanges := 1; ; exchanges++ {
 				select {
 				case <-stop:
 					return nil
 				default:
 				}
-				exchanges++
 				changed := steady
 				changed.Out = []loader.Output{steady.Out[0]}
 				changed.Out[0].TTLMode, changed.Out[0].TTL = 2, uint8(exchanges)|1
@@ -209,11 +209,13 @@ func TestExchangeUnderLoad(t *testing.T) {
 				if err := f.Sync(set, ownAddresses); err != nil {
 					return err
 				}
+				exchanged.Store(int64(exchanges))
 			}
 		})
 	}()
-	const frames = 20000
-	b.load(t, 8, frames, sink.total.Load)
+	const frames = 8000
+	// At least one exchange every 100 frames.
+	b.load(t, 8, frames, func() int64 { return min(sink.total.Load(), 100*exchanged.Load()) })
 	close(stop)
 	if err := <-done; err != nil {
 		t.Fatal(err)
@@ -221,10 +223,6 @@ func TestExchangeUnderLoad(t *testing.T) {
 	if s := adds(t, f, "steady", frames); s.Outputs[0].Sent.Packets != frames {
 		t.Errorf("%+v", s)
 	}
-	if exchanges < 20 {
-		t.Errorf("%d exchanges prove little", exchanges)
-	}
-	t.Logf("%d exchanges", exchanges)
 }
 
 // An output whose interface goes down, comes back, or vanishes loses its own
@@ -237,7 +235,7 @@ func TestOutputFails(t *testing.T) {
 		sendTo(b.out[0], "239.9.9.1", 6000), sendTo(b.out[1], "239.9.9.2", 6000), sendTo(b.out[2], "239.9.9.3", 6000))
 	b.sync(t, f, r)
 	out := func(slot int) loader.OutputStats { return f.Stats([]string{"r"})[0].Outputs[slot] }
-	const frames = 30000
+	const frames = 12000
 	acts := []struct {
 		at int64
 		do func() error
@@ -310,7 +308,7 @@ func TestWorkerFails(t *testing.T) {
 			var calls, failed atomic.Int64
 			f := b.pathWith(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash}, func(s *fanoutSystem) {
 				s.wait = func(w *fanout.Worker) (*fanout.Block, error) {
-					if calls.Add(1)%50 == 0 && failed.Add(1) <= 5 {
+					if calls.Add(1)%5 == 0 && failed.Add(1) <= 5 {
 						return nil, fail()
 					}
 					return w.Wait()
@@ -318,7 +316,7 @@ func TestWorkerFails(t *testing.T) {
 			})
 			sink := countOn(t, b.sinks[0])
 			b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))
-			const frames = 20000
+			const frames = 8000
 			b.load(t, 8, frames, sink.total.Load)
 			adds(t, f, "r", frames)
 			groups, err := f.Groups()

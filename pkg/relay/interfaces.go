@@ -17,6 +17,7 @@ type iface struct {
 	index    int
 	mac      [6]byte
 	ethernet bool // frames have an Ethernet header
+	loopback bool
 	mtu      int
 	up       bool // administratively
 	running  bool // up, and able to carry frames
@@ -70,6 +71,7 @@ func readInterfaces() (map[string]*iface, error) {
 		i := &iface{
 			name: a.Name, index: a.Index, mtu: a.MTU,
 			ethernet: a.EncapType == "ether" && len(a.HardwareAddr) == 6,
+			loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
 			up:       a.RawFlags&unix.IFF_UP != 0,
 			running:  a.RawFlags&unix.IFF_UP != 0 && a.RawFlags&unix.IFF_RUNNING != 0,
 		}

@@ -1,6 +1,8 @@
 package relay
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 
 	"xdpcast/pkg/loader"
@@ -19,28 +21,48 @@ func mayTap(rule *rules.Rule) bool {
 	return rule.Path == rules.PathAuto || rule.Path == rules.PathFanout
 }
 
-// choosePath decides how the packets of an instance travel. The note is what a
-// person should know of the choice, "" for nothing; the error says why no path does.
+// choosePath decides how the packets of an instance travel: the kernel path where it
+// can carry them, else AF_XDP sockets, else the packet tap. The note is what a person
+// should know of the choice, "" for nothing; the error says why no path does.
 func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic bool) (path loader.Path, note string, err error) {
+	notKernel, jumbo := r.notInKernel(rule, in, n, generic), r.jumboFault(in, n)
 	switch rule.Path {
-	case rules.PathAFXDP:
-		return 0, "", fmt.Errorf("path %s is not in this release: want auto, kernel or fanout", rule.Path)
 	case rules.PathFanout:
 		return loader.PathFanout, "", nil
+	case rules.PathKernel:
+		if notKernel != "" {
+			return 0, "", errors.New(notKernel)
+		}
+		if jumbo != "" {
+			note = jumbo + ": they are dropped for the reason multi_buffer (paths afxdp and fanout can)"
+		}
+		return loader.PathKernel, note, nil
+	case rules.PathAFXDP:
+		if why := r.notBySockets(rule, in, n); why != "" {
+			return 0, "", fmt.Errorf("path afxdp: %s", why)
+		}
+		return loader.PathAFXDP, "", nil
 	}
-	why := r.notInKernel(rule, in, n, generic)
-	jumbo := len(n.slots) > 1 && in.mtu+maxHeaders > broadcastFrame
-	switch {
-	case why == "" && !jumbo:
+	why := cmp.Or(notKernel, jumbo)
+	if why == "" {
 		return loader.PathKernel, "", nil
-	case why == "" && rule.Path == rules.PathKernel:
-		return loader.PathKernel, fmt.Sprintf("frames of more than %d bytes are dropped for the reason multi_buffer: the kernel path cannot copy them to %d outputs (the MTU of %s is %d); path fanout can", broadcastFrame, len(n.slots), in.name, in.mtu), nil
-	case rule.Path == rules.PathKernel:
-		return 0, "", fmt.Errorf("%s", why)
-	case why == "":
-		why = fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs, and the MTU of %s is %d", broadcastFrame, len(n.slots), in.name, in.mtu)
 	}
-	return loader.PathFanout, "path fanout: " + why, nil
+	if notSockets := r.notBySockets(rule, in, n); notSockets != "" {
+		if notSockets != why {
+			why += "; not path afxdp: " + notSockets
+		}
+		return loader.PathFanout, "path fanout: " + why, nil
+	}
+	return loader.PathAFXDP, "path afxdp: " + why, nil
+}
+
+// jumboFault says why the kernel path cannot copy every frame of an input, "" when it
+// can.
+func (r *Relay) jumboFault(in *iface, n *instance) string {
+	if len(n.slots) < 2 || in.mtu+maxHeaders <= broadcastFrame {
+		return ""
+	}
+	return fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs, and the MTU of %s is %d", broadcastFrame, len(n.slots), in.name, in.mtu)
 }
 
 // notInKernel says why the kernel path cannot carry an instance, "" when it can. An
@@ -48,13 +70,9 @@ func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic boo
 // lacks leaves that output pending alone when the rule must take the kernel path, or
 // has streams there: they are not moved because another interface has come.
 func (r *Relay) notInKernel(rule *rules.Rule, in *iface, n *instance, generic bool) string {
-	switch {
-	case rule.Accept.Local:
-		return "local=yes keeps the packets for the host's receivers"
-	case !in.ethernet:
-		return fmt.Sprintf("interface %s has no Ethernet header", in.name)
-	case n.noXDP != nil:
-		return n.noXDP.Error()
+	switch why := notByProgram(rule, in, n); {
+	case why != "":
+		return why
 	case generic && len(n.slots) > 1:
 		return fmt.Sprintf("interface %s runs XDP in generic mode, which supports one output a rule: the kernel's copies would share one buffer", in.name)
 	case rule.Path == rules.PathKernel || n.stays:
@@ -65,6 +83,33 @@ func (r *Relay) notInKernel(rule *rules.Rule, in *iface, n *instance, generic bo
 			if why := r.cannotTransmit(out, generic); why != "" {
 				return why
 			}
+		}
+	}
+	return ""
+}
+
+// notByProgram says why the relay program cannot take an instance's packets, "" when
+// it can.
+func notByProgram(rule *rules.Rule, in *iface, n *instance) string {
+	switch {
+	case rule.Accept.Local:
+		return "local=yes keeps the packets for the host's receivers"
+	case !in.ethernet:
+		return fmt.Sprintf("interface %s has no Ethernet header", in.name)
+	case n.noXDP != nil:
+		return n.noXDP.Error()
+	}
+	return ""
+}
+
+// notBySockets says why AF_XDP sockets cannot carry an instance, "" when they can.
+func (r *Relay) notBySockets(rule *rules.Rule, in *iface, n *instance) string {
+	if why := notByProgram(rule, in, n); why != "" {
+		return why
+	}
+	for i := range n.slots {
+		if out := r.interfaces[n.slots[i].ifname]; out != nil && !out.ethernet {
+			return fmt.Sprintf("interface %s has no Ethernet header", out.name)
 		}
 	}
 	return ""

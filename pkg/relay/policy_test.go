@@ -72,7 +72,7 @@ func TestResolveRate(t *testing.T) {
 }
 
 func TestChoosePath(t *testing.T) {
-	const kernel, tapped = loader.PathKernel, loader.PathFanout
+	const kernel, sockets, tapped = loader.PathKernel, loader.PathAFXDP, loader.PathFanout
 	for _, tt := range []struct {
 		name      string
 		path      rules.Path
@@ -85,19 +85,20 @@ func TestChoosePath(t *testing.T) {
 		{name: "auto", out: []string{"eth1", "eth2"}, want: kernel},
 		{name: "kernel, generic", path: rules.PathKernel, out: []string{"eth1"}, generic: true, want: kernel},
 		{name: "fanout", path: rules.PathFanout, out: []string{"eth1"}, want: tapped},
-		{name: "generic, several", out: []string{"eth1", "eth2"}, generic: true, want: tapped, note: "path fanout: interface eth0 runs XDP in generic mode, which supports one output a rule"},
+		{name: "generic, several", out: []string{"eth1", "eth2"}, generic: true, want: sockets, note: "path afxdp: interface eth0 runs XDP in generic mode, which supports one output a rule"},
 		{name: "kernel, generic, several", path: rules.PathKernel, out: []string{"eth1", "eth2"}, generic: true, err: "in generic mode, which supports one output a rule"},
-		{name: "afxdp", path: rules.PathAFXDP, out: []string{"eth1"}, err: "path afxdp is not in this release: want auto, kernel or fanout"},
+		{name: "afxdp", path: rules.PathAFXDP, out: []string{"eth1"}, want: sockets},
+		{name: "afxdp, output without Ethernet", path: rules.PathAFXDP, out: []string{"eth1", "tun0"}, err: "path afxdp: interface tun0 has no Ethernet header"},
 		{name: "jumbo, one", out: []string{"eth1"}, edit: mtu(9000), want: kernel},
-		{name: "jumbo, two", out: []string{"eth1", "eth2"}, edit: mtu(9000), want: tapped, note: "path fanout: the kernel path cannot copy frames of more than 3520 bytes to 2 outputs, and the MTU of eth0 is 9000"},
+		{name: "jumbo, two", out: []string{"eth1", "eth2"}, edit: mtu(9000), want: sockets, note: "path afxdp: the kernel path cannot copy frames of more than 3520 bytes to 2 outputs, and the MTU of eth0 is 9000"},
 		{name: "kernel, jumbo, two", path: rules.PathKernel, out: []string{"eth1", "eth2"}, edit: mtu(9000), want: kernel, note: "dropped for the reason multi_buffer"},
 		{name: "just not jumbo", out: []string{"eth1", "eth2"}, edit: mtu(3502), want: kernel},
-		{name: "just jumbo", out: []string{"eth1", "eth2"}, edit: mtu(3503), want: tapped, note: "3520"},
+		{name: "just jumbo", out: []string{"eth1", "eth2"}, edit: mtu(3503), want: sockets, note: "3520"},
 		{name: "local", out: []string{"eth1"}, edit: func(rule *rules.Rule, _ *iface, _ *instance) { rule.Accept.Local = true }, want: tapped, note: "local=yes"},
 		{name: "input without Ethernet", out: []string{"eth1"}, edit: func(_ *rules.Rule, in *iface, _ *instance) { in.ethernet = false }, want: tapped, note: "interface eth0 has no Ethernet header"},
 		{name: "input without XDP", out: []string{"eth1"}, edit: func(_ *rules.Rule, _ *iface, n *instance) { n.noXDP = errors.New("taken") }, want: tapped, note: "path fanout: taken"},
 		{name: "output without Ethernet", out: []string{"eth1", "tun0"}, want: tapped, note: "interface tun0 has no Ethernet header"},
-		{name: "output that does not transmit", out: []string{"eth1", "mute0"}, want: tapped, note: "interface mute0 does not send redirected frames"},
+		{name: "output that does not transmit", out: []string{"eth1", "mute0"}, want: sockets, note: "interface mute0 does not send redirected frames"},
 		{name: "output that is down", out: []string{"eth1", "down0"}, want: kernel},
 		{name: "output that is absent", out: []string{"eth1", "late0"}, want: kernel},
 		{name: "kernel, output that does not transmit", path: rules.PathKernel, out: []string{"eth1", "mute0"}, want: kernel},

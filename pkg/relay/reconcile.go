@@ -123,7 +123,7 @@ func (r *Relay) reconcile(strict []string) error {
 	delete(r.warnings, aboutInterfaces)
 	dirty, before := r.resolveDirty()
 	// Devices that are there again are opened again.
-	r.unsynced = r.unsynced || len(dirty) > 0 && len(r.paths.rules) > 0
+	r.unsynced = r.unsynced || len(dirty) > 0 && r.paths.busy()
 	r.attach(dirty)
 	r.join(dirty)
 	for i, w := range dirty {

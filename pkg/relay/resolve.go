@@ -66,7 +66,7 @@ func (n *instance) equal(o *instance) bool {
 		return false
 	}
 	a, b := &n.resolved, &o.resolved
-	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.AllowLoop == b.AllowLoop &&
+	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.Fallback == b.Fallback && a.AllowLoop == b.AllowLoop &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 
@@ -148,6 +148,10 @@ func (w *wantedRule) inKernel() map[string]bool {
 
 func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 	n := &instance{in: in.name, state: control.StateActive}
+	if in.loopback {
+		n.fail(fmt.Errorf("interface %s is the loopback: want one that leads to a network", in.name))
+		return n
+	}
 	if !in.ethernet && !mayTap(rule) {
 		n.fail(fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.name, rule.Path))
 		return n
@@ -209,6 +213,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 		return
 	}
 	n.resolved.Path, n.note = path, note
+	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == ""
 	ready := 0
 	for i := range n.slots {
 		s, out := &n.slots[i], &n.resolved.Out[i]
@@ -239,6 +244,9 @@ func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, path
 	i := r.interfaces[s.ifname]
 	if i == nil {
 		return fmt.Sprintf("interface %s not found", s.ifname)
+	}
+	if i.loopback {
+		return fmt.Sprintf("interface %s is the loopback: want one that leads to a network", i.name)
 	}
 	out.Index, out.MTU, out.SrcMAC = i.index, i.mtu, i.mac
 	out.Rate = resolveRate(o.Policy.Rate, i.mtu)

@@ -2,7 +2,6 @@ package relay
 
 import (
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -12,60 +11,103 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// fanoutPath is what the control loop needs of *forward.Fanout. Tests put faults
-// between the two.
-type fanoutPath interface {
+// userPath is what the control loop needs of a path whose packets go through this
+// process: *forward.Fanout and *forward.AFXDP. Tests put faults between the two.
+type userPath interface {
 	Sync(rules []loader.Rule, own []netip.Addr) error
 	Stats(names []string) []loader.RuleStats
-	Fragments() loader.Fragments
 	Close() error
 }
 
-// userPaths are the paths whose packets go through this process. Each is opened for
-// its first rule.
-type userPaths struct {
-	open   func() (fanoutPath, error)
-	fanout fanoutPath
-	rules  []loader.Rule // that the fanout path has now
+// userPaths are these paths, by kind. Each is opened for its first rule.
+type userPaths map[loader.Path]*openPath
+
+type openPath struct {
+	open  func() (userPath, error)
+	path  userPath      // nil until there is a rule
+	rules []loader.Rule // that the path has now
 }
 
 func (r *Relay) newUserPaths() userPaths {
-	return userPaths{open: func() (fanoutPath, error) {
-		return forward.OpenFanout(forward.FanoutOptions{Logger: r.log})
-	}}
+	return userPaths{
+		loader.PathFanout: {open: func() (userPath, error) {
+			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log})
+		}},
+		loader.PathAFXDP: {open: func() (userPath, error) {
+			return forward.OpenAFXDP(forward.AFXDPOptions{Logger: r.log, Loader: r.loader})
+		}},
+	}
 }
 
 // close ends the workers.
-func (u *userPaths) close() error {
-	if u.fanout == nil {
-		return nil
+func (u userPaths) close() error {
+	var errs []error
+	for _, p := range u {
+		if p.path != nil {
+			errs = append(errs, p.path.Close())
+			p.path, p.rules = nil, nil
+		}
 	}
-	err := u.fanout.Close()
-	u.fanout, u.rules = nil, nil
-	return err
+	return errors.Join(errs...)
 }
 
-// sync gives the fanout path its rules.
-func (u *userPaths) sync(rules []loader.Rule, own []netip.Addr) error {
-	if u.fanout == nil {
+// busy says whether some path has rules.
+func (u userPaths) busy() bool {
+	for _, p := range u {
+		if len(p.rules) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// prepare gives each path its rules besides those that it has.
+func (u userPaths) prepare(want map[loader.Path][]loader.Rule, own []netip.Addr) error {
+	for kind, p := range u {
+		if err := p.sync(p.with(want[kind]), own); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// finish gives each path its rules alone.
+func (u userPaths) finish(want map[loader.Path][]loader.Rule, own []netip.Addr) error {
+	leaving := false
+	for kind, p := range u {
+		leaving = leaving || len(p.rules) > len(want[kind])
+	}
+	if leaving {
+		time.Sleep(drain) // what the rings still hold goes out
+	}
+	for kind, p := range u {
+		if err := p.sync(want[kind], own); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *openPath) sync(rules []loader.Rule, own []netip.Addr) error {
+	if p.path == nil {
 		if len(rules) == 0 {
 			return nil
 		}
-		path, err := u.open()
+		path, err := p.open()
 		if err != nil {
-			return fmt.Errorf("open the fanout path: %w", err)
+			return err
 		}
-		u.fanout = path
+		p.path = path
 	}
-	if err := u.fanout.Sync(rules, own); err != nil {
+	if err := p.path.Sync(rules, own); err != nil {
 		return err
 	}
-	u.rules = rules
+	p.rules = rules
 	return nil
 }
 
 // with returns want and those of the rules in force that are not in it.
-func (u *userPaths) with(want []loader.Rule) []loader.Rule {
+func (p *openPath) with(want []loader.Rule) []loader.Rule {
 	names := make(map[string]bool, len(want))
 	inputs := make(map[loader.Input]bool, len(want))
 	for i := range want {
@@ -73,7 +115,7 @@ func (u *userPaths) with(want []loader.Rule) []loader.Rule {
 		inputs[inputKey(want[i].In)] = true
 	}
 	all := slices.Clone(want)
-	for _, r := range u.rules {
+	for _, r := range p.rules {
 		if !names[r.Name] && !inputs[inputKey(r.In)] {
 			all = append(all, r)
 		}
@@ -88,27 +130,36 @@ func inputKey(in loader.Input) loader.Input {
 
 // add adds what the user-space paths have counted to what the kernel has: the drops
 // of all rules, and the rest to the rules that stats has.
-func (u *userPaths) add(stats *loader.Stats) {
-	if u.fanout == nil {
-		return
-	}
+func (u userPaths) add(stats *loader.Stats) {
 	at := make(map[string]int, len(stats.Rules))
 	for i := range stats.Rules {
 		at[stats.Rules[i].Name] = i
 	}
-	for _, s := range u.fanout.Stats(nil) {
-		addDrops(stats.Drops, s.Drops)
-		for _, o := range s.Outputs {
-			addDrops(stats.Drops, o.Drops)
+	for kind, p := range u {
+		if p.path == nil {
+			continue
 		}
-		if i, ok := at[s.Name]; ok {
-			addRule(&stats.Rules[i], &s)
+		for _, s := range p.path.Stats(nil) {
+			if kind == loader.PathAFXDP {
+				s.Matched = loader.Counter{} // the relay program has counted them
+			}
+			addDrops(stats.Drops, s.Drops)
+			for _, o := range s.Outputs {
+				addDrops(stats.Drops, o.Drops)
+			}
+			if i, ok := at[s.Name]; ok {
+				addRule(&stats.Rules[i], &s)
+			}
 		}
+		counts, ok := p.path.(interface{ Fragments() loader.Fragments })
+		if !ok {
+			continue // the relay program has seen them
+		}
+		f := counts.Fragments()
+		sumCounter(&stats.Fragments.First, f.First)
+		sumCounter(&stats.Fragments.Later, f.Later)
+		sumCounter(&stats.Fragments.Orphan, f.Orphan)
 	}
-	f := u.fanout.Fragments()
-	sumCounter(&stats.Fragments.First, f.First)
-	sumCounter(&stats.Fragments.Later, f.Later)
-	sumCounter(&stats.Fragments.Orphan, f.Orphan)
 }
 
 func addRule(to, from *loader.RuleStats) {
@@ -164,23 +215,22 @@ const drain = 20 * time.Millisecond
 // has both for a moment, in an order in which one of them always takes its packets:
 // while the kernel path has them, none reach the packet tap.
 func (r *Relay) syncPaths() error {
-	var kernel, tapped []loader.Rule
-	for _, rule := range r.published() {
-		if rule.Path == loader.PathFanout {
-			tapped = append(tapped, rule)
+	published := r.published()
+	kernel := make([]loader.Rule, len(published))
+	want := map[loader.Path][]loader.Rule{}
+	for i, rule := range published {
+		if rule.Path != loader.PathKernel {
+			want[rule.Path] = append(want[rule.Path], rule)
 		}
-		kernel = append(kernel, forKernel(rule))
+		kernel[i] = forKernel(rule)
 	}
-	if err := r.paths.sync(r.paths.with(tapped), r.own); err != nil {
+	if err := r.paths.prepare(want, r.own); err != nil {
 		return err
 	}
 	if err := r.loader.Sync(kernel); err != nil {
 		return err
 	}
-	if len(r.paths.rules) > len(tapped) {
-		time.Sleep(drain) // what the tap has still goes out
-	}
-	return r.paths.sync(tapped, r.own)
+	return r.paths.finish(want, r.own)
 }
 
 // blame finds the rules that an error of syncPaths is about, by the names that the

@@ -100,15 +100,15 @@ func TestBadRules(t *testing.T) {
 		{name: "neither group nor own address", input: "10.9.9.9:5000%in0", code: 1,
 			line: `rule bad: address 10.9.9.9 is neither a multicast group nor an address of this host (on a router, take a prefix: it needs no address of this host)`},
 		{name: "port 0", input: "239.1.1.2:0%in0", code: 2,
-			line: `rule "bad": input "239.1.1.2:0%in0": port "0": want 1 to 65535`},
+			line: `rule "bad": input "239.1.1.2:0%in0": port "0": want 1 to 65535, or no ':' for any port`},
 		{name: "port 65536", input: "239.1.1.2:65536%in0", code: 2,
-			line: `rule "bad": input "239.1.1.2:65536%in0": port "65536": want 1 to 65535`},
+			line: `rule "bad": input "239.1.1.2:65536%in0": port "65536": want 1 to 65535, or no ':' for any port`},
 		{name: "output port 0", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:0%out0"}, code: 2,
-			line: `rule "bad": output "239.2.2.2:0%out0": port "0": want 1 to 65535`},
+			line: `rule "bad": output "239.2.2.2:0%out0": port "0": want 1 to 65535, +N or -N to shift the packet's, or no ':' to keep it`},
 		{name: "no address", input: "cam1%in0", code: 2,
 			line: `rule "bad": input "cam1%in0": address "cam1": want an IPv4 or IPv6 address`},
 		{name: "no interface", input: "239.1.1.2:5000", code: 2,
-			line: `rule "bad": input "239.1.1.2:5000": interface missing: write ADDRESS:PORT%INTERFACE`},
+			line: `rule "bad": input "239.1.1.2:5000": interface missing: write ADDRESS[/LEN][:PORT]%INTERFACE`},
 		{name: "duplicate input", input: "239.1.1.1:5000%in0", code: 1,
 			line: `rule "bad": in "239.1.1.1:5000%in0": want an input of its own: rule "there" takes it`},
 		{name: "65 outputs", input: "239.1.1.2:5000%in0", outputs: manyOutputs(65), code: 2,
@@ -119,12 +119,20 @@ func TestBadRules(t *testing.T) {
 			line: `rule "bad": output "239.2.2.2:6000%averylonginterface": interface "averylonginterface": want at most 15 bytes`},
 		{name: "output to this host", input: "239.1.1.2:5000%in0", outputs: []string{"10.2.1.1:6000%out0"}, code: 1,
 			line: `rule bad: output 10.2.1.1:6000%out0: 10.2.1.1 is an address of this host: want another host's, or a multicast group`},
-		{name: "path of a later release", input: "239.1.1.2:5000%in0", more: []string{"--path", "afxdp"}, code: 1,
-			line: `rule bad: path afxdp is not in this release: want auto or kernel`},
+		{name: "prefix without a word on joining", input: "239.1.0.0/16%in0", code: 2,
+			line: `rule "bad": in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
+		{name: "feeds itself through a prefix", input: "239.1.0.0/24%in0,join=none", outputs: []string{"239.1.0.7:5000%in0"}, code: 2,
+			line: `rule "bad": out[0] "239.1.0.7:5000%in0": want no loop: it feeds the rule's own input, bad -> bad`},
+		{name: "port shifted out of range", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:-5000%out1"}, code: 2,
+			line: `rule "bad": out[0].port "-5000": want what leaves the input's port 5000 within 1 to 65535: it would be 0`},
+		{name: "VLAN 4095", input: "239.1.1.2:5000%in0,vlan=4095", code: 2,
+			line: `rule "bad": input "239.1.1.2:5000%in0,vlan=4095": option "vlan=4095": want vlan=ID or vlan=OUTER.ID, each 1 to 4094`},
+		{name: "rate of nothing", input: "239.1.1.2:5000%in0,rate=0pps", code: 2,
+			line: `rule "bad": input "239.1.1.2:5000%in0,rate=0pps": option "rate=0pps": want rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)`},
 		{name: "unknown path", input: "239.1.1.2:5000%in0", more: []string{"--path", "warp"}, code: 2,
 			line: `rule "bad": path "warp": want auto, kernel, afxdp or fanout`},
 		{name: "unknown policy", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:6000%out1,tll=3"}, code: 2,
-			line: `rule "bad": output "239.2.2.2:6000%out1,tll=3": policy "tll=3": want KEY=VALUE, KEY one of src, sport, ttl, dscp, csum`},
+			line: `rule "bad": output "239.2.2.2:6000%out1,tll=3": policy "tll=3": want KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, rate, burst`},
 		{name: "TTL 256", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:6000%out1,ttl=256"}, code: 2,
 			line: `rule "bad": output "239.2.2.2:6000%out1,ttl=256": policy "ttl=256": want ttl=keep, ttl=dec or ttl=1 to 255`},
 		{name: "source is a group", input: "239.9.9.9@239.1.1.2:5000%in0", code: 2,
@@ -132,7 +140,7 @@ func TestBadRules(t *testing.T) {
 		{name: "families mixed", input: "239.1.1.2:5000%in0", outputs: []string{"[ff3e::1]:6000%out1"}, code: 2,
 			line: `rule "bad": out[0].address "ff3e::1": want the family of the input, 239.1.1.2: a rule cannot translate between IPv4 and IPv6`},
 		{name: "loopback input", input: "239.1.1.2:5000%lo", code: 1,
-			line: `rule bad: interface lo has no Ethernet header, which the kernel path needs`},
+			line: `rule bad: interface lo is the loopback: want one that leads to a network`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -195,7 +203,7 @@ func badYAMLFaults(path string) []string {
 	return []string{
 		path + `:2: rule "a": out missing: write 1 to 64 outputs`,
 		path + `:4: rule "a": unknown key "outs": want name, in, out, path`,
-		path + `:6: rule "b": input "239.1.1.3:0%in0": port "0": want 1 to 65535`,
+		path + `:6: rule "b": input "239.1.1.3:0%in0": port "0": want 1 to 65535, or no ':' for any port`,
 		path + `:11: rule "c": path "warp": want auto, kernel, afxdp or fanout`,
 	}
 }
@@ -280,7 +288,12 @@ func TestAnothersProgram(t *testing.T) {
 	line := fmt.Sprintf("interface in0 already has an XDP program (program other, id %d), which is left alone: detach it first", attachOther(t, n.relay, "in0"))
 	in.refused(t, 1, []string{line}, "load", "-i", "out0", "-i", "in0")
 	in.start()
-	in.refused(t, 1, []string{"rule x: " + line}, "rule", "add", "x", "--in", "239.1.1.2:5000%in0", "--out", "239.2.1.1:6000%out0")
+	in.refused(t, 1, []string{"rule x: " + line}, "rule", "add", "x", "--path", "kernel", "--in", "239.1.1.2:5000%in0", "--out", "239.2.1.1:6000%out0")
+	// The packet tap needs no program.
+	in.add("x", "239.1.1.3:5000%in0", "239.2.1.1:6000%out0")
+	if s := in.rule("x"); s.UsedPath != "fanout" || s.Reason != "path fanout: "+line {
+		t.Errorf("path %s, %q", s.UsedPath, s.Reason)
+	}
 
 	// As an output it does no harm: the driver sends all the same.
 	in.add("y", "239.1.1.2:5000%out0", "239.2.1.1:6000%in0")

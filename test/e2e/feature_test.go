@@ -240,7 +240,7 @@ func TestFeatures(t *testing.T) {
 }
 
 // paths are those that all features are tested on.
-var paths = []string{"kernel", "fanout"}
+var paths = []string{"kernel", "afxdp", "fanout"}
 
 // TestFragmentedDatagram sends 60 kB through a rule of four outputs: the receivers
 // put the fragments together again.

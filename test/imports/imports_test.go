@@ -25,7 +25,7 @@ var allowed = map[string][]string{
 	"pkg/membership":   {"pkg/rules"},
 	"pkg/loader":       {"bpf", "pkg/packet", "pkg/rules"},
 	"pkg/control":      {"pkg/rules"},
-	"pkg/forward":      {"bpf", "pkg/fanout", "pkg/loader", "pkg/packet"},
+	"pkg/forward":      {"bpf", "pkg/fanout", "pkg/loader", "pkg/packet", "pkg/xsk"},
 	"pkg/relay":        {"bpf", "pkg/control", "pkg/fanout", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/packet", "pkg/rules"},
 	"internal/lab":     {},
 	"internal/labtest": {"internal/lab"},
