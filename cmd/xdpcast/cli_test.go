@@ -54,6 +54,7 @@ func (b *backend) list() []control.RuleStatus {
 			},
 			ID: 3, Origin: control.OriginAPI, State: control.StateActive, UsedPath: "kernel",
 			Matched: control.Counter{Packets: 1_234_567, Bytes: 1_604_937_100}, LastSeen: before(2 * time.Second),
+			YieldsTo: []string{"cam0"}, WinsOver: []string{"wide", "wider"},
 			Drops:  []control.Drop{{Reason: "ttl", Counter: control.Counter{Packets: 2, Bytes: 2600}}},
 			Inputs: []control.InputStatus{{Interface: "eth0", State: control.StateActive}, {Interface: "eth1", State: control.StatePending, Reason: "interface eth1 is down"}},
 			Outputs: []control.OutputStatus{

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -164,10 +165,19 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 		return err
 	}
 	if len(r.Outputs) > 0 {
-		t := newTable(">SLOT", "OUTPUT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST", "NEXT HOP")
+		titles := []string{">SLOT", "OUTPUT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST"}
+		hops := slices.ContainsFunc(r.Outputs, func(o control.OutputStatus) bool { return o.NextHop != "" })
+		if hops {
+			titles = append(titles, "NEXT HOP")
+		}
+		t := newTable(titles...)
 		for _, o := range r.Outputs {
-			t.add(strconv.Itoa(o.Slot), o.Output, stateText(o.State, o.Reason), humanCount(o.Sent.Packets), humanBytes(o.Sent.Bytes),
-				humanCount(dropped(o.Drops)), ago(now, o.LastSeen), nextHop(o))
+			row := []string{strconv.Itoa(o.Slot), o.Output, stateText(o.State, o.Reason), humanCount(o.Sent.Packets), humanBytes(o.Sent.Bytes),
+				humanCount(dropped(o.Drops)), ago(now, o.LastSeen)}
+			if hops {
+				row = append(row, nextHop(o))
+			}
+			t.add(row...)
 		}
 		fmt.Fprintln(w)
 		if err := t.write(w); err != nil {
@@ -243,15 +253,26 @@ func ruleListCommand() *cli.Command {
 
 // ruleTable has a line for each output; what is the rule's own stands on the first.
 func ruleTable(w io.Writer, list []control.RuleStatus) error {
-	t := newTable("NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "OVERLAPS", "REASON")
+	titles := []string{"NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "REASON"}
+	overlaps := slices.ContainsFunc(list, func(r control.RuleStatus) bool { return overlapText(r) != "-" })
+	if overlaps { // which few sets have
+		titles = slices.Insert(titles, len(titles)-1, "OVERLAPS")
+	}
+	t := newTable(titles...)
 	for _, r := range list {
 		first := "-"
 		if len(r.Out) > 0 {
 			first = r.Out[0]
 		}
-		t.add(r.Name, r.Origin, r.State, pathText(r), r.In, first, overlapText(r), r.Reason)
+		row := []string{r.Name, r.Origin, r.State, pathText(r), r.In, first, r.Reason}
+		if overlaps {
+			row = slices.Insert(row, len(row)-1, overlapText(r))
+		}
+		t.add(row...)
 		for _, out := range r.Out[min(1, len(r.Out)):] {
-			t.add("", "", "", "", "", out, "", "")
+			row := make([]string, len(titles))
+			row[5] = out
+			t.add(row...)
 		}
 	}
 	return t.write(w)

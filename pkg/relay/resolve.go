@@ -77,11 +77,6 @@ func sameInstances(a, b []*instance) bool {
 // complete says whether nothing is left to wait for.
 func (w *wantedRule) complete() bool { return w.state == control.StateActive && w.reason == "" }
 
-// fail makes a rule fail as a whole.
-func (w *wantedRule) fail(err error) {
-	w.state, w.reason, w.err = control.StateFailed, err.Error(), err
-}
-
 // sum makes the state of a rule from those of its instances: it is active when one
 // of them is.
 func (w *wantedRule) sum() {
