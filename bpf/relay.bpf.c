@@ -124,8 +124,8 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 /* A packet with its rule. ip4 is a constant in each caller, so that the family is
  * decided once.
  */
-static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
-				   __u32 ifindex, struct headers *h, const struct flow *flow, bool ip4)
+static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg, __u32 ifindex,
+				   struct headers *h, const struct flow *flow, bool ip4)
 {
 	__u32 bytes = bpf_xdp_get_buff_len(ctx);
 	__u32 id = flow->rule, sequence;
@@ -175,7 +175,8 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 	} else {
 		port = bpf_ntohs(h->udp->dest);
 	}
-	return ip4 ? lookup4(ifindex, h, port, cfg->lookup4) : lookup6(ifindex, h, port, cfg->lookup6);
+	return ip4 ? lookup4(ifindex, h, port, cfg->lookup4)
+		   : lookup6(ifindex, h, port, cfg->lookup6);
 }
 
 /* What is no whole UDP packet is for the stack; queries are counted on the way.

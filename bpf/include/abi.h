@@ -67,7 +67,8 @@ struct config {
 	__u64 netns_cookie; /* network namespace that the interface indexes belong to */
 	__u32 max_rules;
 	__u32 max_outputs;
-	__u64 own[OWN_WORDS]; /* a bit for the hash of each own address: most packets need no lookup */
+	__u64 own[OWN_WORDS]; /* a bit for the hash of each own address: most packets need no lookup
+			       */
 };
 
 /* Key of an IPv4 flow table. All zero source: any; port 0: any. */
@@ -213,8 +214,8 @@ struct output {
  * CLOCK_MONOTONIC.
  */
 struct policer {
-	__u64 full; /* when the bucket is full again */
-	__u64 cost; /* of a packet or byte, in units of 2^-16 of that time */
+	__u64 full;	/* when the bucket is full again */
+	__u64 cost;	/* of a packet or byte, in units of 2^-16 of that time */
 	__u64 depth;	/* how far full may be ahead of the clock */
 	__u64 rate;	/* as it was asked for: packets or bits a second; 0: no policer */
 	__u64 burst;	/* packets or bytes */

@@ -20,7 +20,7 @@ struct handover {
 	__u8 outputs;
 	__u8 mark;
 	__u8 udp_offset; /* 0: a later fragment, without UDP */
-	__u32 sequence; /* the same in all copies of a frame, another in the next frame */
+	__u32 sequence;	 /* the same in all copies of a frame, another in the next frame */
 };
 
 _Static_assert(sizeof(struct handover) == 2 * ETH_ALEN, "takes the place of the two MAC addresses");

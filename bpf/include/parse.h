@@ -43,9 +43,9 @@ struct headers {
 	__u32 l3_offset;
 	__u32 l3_len;	   /* bytes of IP packet, without padding behind it */
 	__u32 fragment_id; /* unless PART_WHOLE */
-	__u16 vlan;	   /* VLAN of the only tag, or of the inner one; 0: none, or a priority tag */
-	__u16 outer_vlan;  /* of the outer of two tags */
-	__u8 part;	   /* enum part */
+	__u16 vlan; /* VLAN of the only tag, or of the inner one; 0: none, or a priority tag */
+	__u16 outer_vlan; /* of the outer of two tags */
+	__u8 part;	  /* enum part */
 };
 
 /* Where UDP lies in the frame; 0 in later fragments. */
@@ -164,7 +164,8 @@ static __noinline __u32 walk_extensions(void *l3, void *data_end, __u32 next, st
 	for (i = 0; i < MAX_EXTENSIONS && next != IPPROTO_UDP; i++) {
 		struct ipv6_opt_hdr *ext = l3 + len;
 
-		if (len > sizeof(struct ipv6hdr) + MAX_EXTENSION_BYTES - 8 || (void *)ext + 8 > data_end)
+		if (len > sizeof(struct ipv6hdr) + MAX_EXTENSION_BYTES - 8 ||
+		    (void *)ext + 8 > data_end)
 			return 0;
 		if (next == IPPROTO_FRAGMENT) {
 			struct fragment_hdr *frag = (void *)ext;

@@ -216,7 +216,8 @@ static __always_inline __u32 rewrite_ip6(struct headers *h, const struct output 
 
 #pragma unroll
 		for (i = 0; i < 4; i++) {
-			__u32 *to = &ip->daddr.in6_u.u6_addr32[i], mask = prefix_mask(o->dst_len, i);
+			__u32 *to = &ip->daddr.in6_u.u6_addr32[i],
+			      mask = prefix_mask(o->dst_len, i);
 			__u32 dst = (word(o->dst, i) & mask) | (*to & ~mask);
 
 			addresses += delta32(*to, dst);

@@ -20,6 +20,7 @@ import (
 	"xdpcast/bpf"
 	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
 	"xdpcast/pkg/xsk"
 )
 
@@ -151,7 +152,7 @@ func (a *AFXDP) Prepare(rules []loader.Rule, own []netip.Addr) error {
 // rules, when interfaces have changed, and while [AFXDP.Pending]: queues are followed,
 // and inputs and outputs that were down or gone are opened again.
 //
-// An input that cannot be received from, since it is down or another has its queue, is
+// An input that cannot be received from, since it is gone or another has its queue, is
 // no error: Inputs says it. After an error all is as before. Errors to match:
 // *loader.RuleError, os.ErrClosed.
 func (a *AFXDP) Sync(rules []loader.Rule, own []netip.Addr) error {
@@ -182,6 +183,9 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 			numbers[want[i].Name] = first
 		}
 	}
+	if a.drops(want) {
+		a.finish()
+	}
 	// Before the rules, so that the engines of new workers get them at once.
 	fresh := a.openInputs(inputs)
 	if err := a.set.Update(want, own, numbers); err != nil {
@@ -201,6 +205,33 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 		a.retire(in.workers)
 	}
 	return nil
+}
+
+// drops says whether a rule in force is not among those that are wanted.
+func (a *AFXDP) drops(want []loader.Rule) bool {
+	stays := make(map[loader.Input]bool, len(want))
+	for i := range want {
+		stays[inputKey(want[i].In)] = true
+	}
+	return slices.ContainsFunc(a.set.given.rules, func(r loader.Rule) bool { return !stays[inputKey(r.In)] })
+}
+
+// membarrierGlobal is MEMBARRIER_CMD_GLOBAL of include/uapi/linux/membarrier.h.
+const membarrierGlobal = 1
+
+// finish forwards all that the relay program has redirected so far. It waits until
+// every CPU that was running the program has left it, which the program's last look at
+// a rule is before (membarrier(2): MEMBARRIER_CMD_GLOBAL is an RCU grace period), and
+// then empties the rings. A kernel without membarrier leaves a gap of microseconds.
+func (a *AFXDP) finish() {
+	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
+	for _, in := range a.inputs {
+		for _, w := range in.workers {
+			if w != nil {
+				w.finish()
+			}
+		}
+	}
 }
 
 // openInputs opens workers for the queues that have none, and closes those of queues
@@ -227,7 +258,7 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 	if err != nil {
 		a.retire(in.workers)
 		in.workers = nil
-		return nil, fmt.Errorf("interface %s: %w", in.name, unix.ENODEV)
+		return nil, fmt.Errorf("open input %s: %w", in.name, unix.ENODEV)
 	}
 	queues, err := channelsOf(iface.Name)
 	if err != nil {
@@ -447,7 +478,7 @@ func (s *afxdpSender) prepare() {
 	s.descs = make([]xsk.Desc, 0, xsk.MaxSegments+1)
 	s.ends = make([]int, 0, batch)
 	s.dropped = make([]int, 0, batch)
-	s.share = shareCopy
+	s.share = s.worker.umem.FrameSize() - packet.MaxHeaders
 	if s.socket.ZeroCopy() {
 		s.share = shareZeroCopy
 	}
@@ -508,13 +539,7 @@ func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	}
 	w.ended.Wait()
 	if w.engine != nil {
-		// What was redirected before the socket was cleared.
-		for {
-			if n, err := w.turn(); n == 0 || err != nil {
-				errs = append(errs, err)
-				break
-			}
-		}
+		w.finish() // what was redirected before the socket was cleared
 		errs = append(errs, a.set.Remove(w.engine))
 	}
 	if w.waiter != nil {
@@ -599,8 +624,8 @@ type SenderStatus struct {
 	Queue    int
 	ZeroCopy bool
 	Cause    string
-	// Outstanding are the frames on their way, and Lost those that were given to a
-	// device that went before it took them.
+	// Outstanding are the descriptors on their way, and Lost those that were counted as
+	// sent, and given up since the device went before it took them.
 	Outstanding int
 	Lost        uint64
 	Failed      bool // the interface is down or gone: the next Sync opens it again

@@ -12,13 +12,11 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// Payloads of so many bytes and more are shared between copies rather than copied. A
-// zero-copy driver reads them where they are; in copy mode the kernel copies
-// every part of a frame anyway, and takes a page for each part behind the first.
-const (
-	shareZeroCopy = 256
-	shareCopy     = 16 << 10
-)
+// shareZeroCopy is from how many bytes on a payload is shared between copies, rather
+// than copied, where the driver reads it in place. In copy mode the kernel copies each
+// part of a frame anyway and takes a page for each behind the first, so that only
+// frames are shared that have several parts in any case.
+const shareZeroCopy = 256
 
 // kickTries bounds how often a device or the kernel's memory is tried that has no room.
 const kickTries = 4
@@ -40,8 +38,8 @@ type afxdpSender struct {
 	descs   []xsk.Desc // of one packet
 	ends    []int      // descriptors in the TX ring behind each packet of a chunk
 	dropped []int
-	// lost are frames that were counted as sent and still in the TX ring when the
-	// interface went.
+	// lost are descriptors of frames that were counted as sent and still in the TX ring
+	// when the interface went, or that the device dropped later.
 	lost uint64
 }
 
@@ -86,7 +84,7 @@ func (s *afxdpSender) Send(packets []fanout.Packet) (n int, err error) {
 		}
 		kicked := s.kick(n)
 		if s.failed {
-			return n + s.taken(), unix.ENXIO
+			return n + len(s.ends), unix.ENXIO // fail leaves those taken
 		}
 		n += queued
 		if kicked != nil && n < len(packets) {
@@ -97,25 +95,13 @@ func (s *afxdpSender) Send(packets []fanout.Packet) (n int, err error) {
 	return n, nil
 }
 
-// taken is how many packets of the chunk the kernel has taken. The socket must not
-// have been closed before, or fail has kept the number.
-func (s *afxdpSender) taken() int {
-	unsent, n := s.unsent(), 0
-	total := 0
-	if len(s.ends) > 0 {
-		total = s.ends[len(s.ends)-1]
-	}
-	for n < len(s.ends) && s.ends[n] <= total-unsent {
+// taken is how many packets of the chunk the kernel has taken, when it has left so many
+// descriptors.
+func (s *afxdpSender) taken(left int) (n int) {
+	for n < len(s.ends) && s.ends[n] <= s.ends[len(s.ends)-1]-left {
 		n++
 	}
 	return n
-}
-
-func (s *afxdpSender) unsent() int {
-	if s.socket == nil {
-		return 0
-	}
-	return s.socket.Unsent()
 }
 
 // kick has the kernel send what is in the TX ring. first is the place of the chunk's
@@ -168,12 +154,7 @@ func (s *afxdpSender) drop(first, left, silent int) {
 		s.lost++
 		return
 	}
-	taken := s.ends[len(s.ends)-1] - left
-	n := 0
-	for n < len(s.ends) && s.ends[n] <= taken {
-		n++
-	}
-	if n += silent - 1; n >= 0 && n < len(s.ends) {
+	if n := s.taken(left) + silent - 1; n >= 0 && n < len(s.ends) {
 		s.dropped = append(s.dropped, first+n)
 	}
 }
@@ -184,12 +165,13 @@ func fatal(err error) bool {
 }
 
 // fail gives the queue up, so that nothing old leaves when the interface is up again.
+// It leaves the packets in ends that were taken.
 func (s *afxdpSender) fail() error {
-	taken := s.taken()
-	if total := len(s.ends); total == 0 {
-		s.lost += uint64(s.unsent())
+	left := s.socket.Unsent()
+	if len(s.ends) == 0 {
+		s.lost += uint64(left)
 	}
-	s.ends = s.ends[:taken]
+	s.ends = s.ends[:s.taken(left)]
 	s.failed = true
 	if !s.shared {
 		// It is closed whatever close(2) answers.

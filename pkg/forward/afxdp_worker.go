@@ -191,6 +191,7 @@ func (w *afxdpWorker) turn() (n int, err error) {
 	}()
 	n = w.socket.Receive(w.descs)
 	if n == 0 {
+		w.wakeDriver()
 		return 0, nil
 	}
 	w.held = w.descs[:n]
@@ -199,11 +200,29 @@ func (w *afxdpWorker) turn() (n int, err error) {
 	return n, nil
 }
 
+// finish forwards what is in the RX ring now, beside the worker's own turns.
+func (w *afxdpWorker) finish() {
+	for total := 0; total < ringSize; {
+		n, err := w.turn()
+		if n == 0 || err != nil {
+			return // an error has been logged
+		}
+		total += n
+	}
+}
+
 // release gives up what was received, and gives the kernel frames to receive into.
 func (w *afxdpWorker) release() {
 	w.frames.ReleaseAll(w.held)
 	w.held, w.current = nil, -1
 	w.socket.Fill(ringSize)
+	w.wakeDriver()
+}
+
+// wakeDriver lets the driver go on when it has to be asked: in zero-copy mode after it
+// ran out of frames, and in every turn when it is polled. Otherwise it costs nothing.
+func (w *afxdpWorker) wakeDriver() {
+	_ = w.socket.WakeRX() // Check says what is wrong
 }
 
 func (w *afxdpWorker) forward(descs []xsk.Desc) {
@@ -398,7 +417,6 @@ func (w *afxdpWorker) housekeep() (busy bool) {
 		}
 	}
 	w.socket.Fill(ringSize)
-	// In zero-copy mode the driver has to be asked to go on.
-	_ = w.socket.WakeRX() // Check says what is wrong
+	w.wakeDriver()
 	return busy
 }

@@ -16,7 +16,8 @@
 //	engine.End() // from here on the frames may be reused
 //
 // [Set.Update] exchanges the rules at any time; an engine takes them up at its next
-// batch. [Fanout] is the PACKET_FANOUT path made of these and package fanout.
+// batch. [Fanout] is the PACKET_FANOUT path made of these and package fanout, and
+// [AFXDP] the AF_XDP path, of these and package xsk.
 //
 // # Never in each other's way
 //

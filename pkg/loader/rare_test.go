@@ -542,3 +542,20 @@ func TestOwnAddresses(t *testing.T) {
 		}
 	}
 }
+
+// Rows of the map xsks are used again by other interfaces, however many come and go.
+func TestSocketRowsAreUsedAgain(t *testing.T) {
+	n, r := programLab(t, 1)
+	for i := range 200 {
+		rule := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Path: PathAFXDP, Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+		rule.In.Index = 1000 + i
+		sync1(t, r.l, rule)
+		if len(r.l.sockets) != 1 {
+			t.Fatalf("%d interfaces have rows", len(r.l.sockets))
+		}
+		sync1(t, r.l)
+	}
+	if len(r.l.sockets) != 0 {
+		t.Errorf("%d interfaces have rows", len(r.l.sockets))
+	}
+}

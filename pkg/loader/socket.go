@@ -57,14 +57,25 @@ func (l *Loader) ClearSocket(index, queue int) error {
 	return nil
 }
 
-// ForgetSockets gives the row of an interface that is gone, and that no rule names
-// any more, to the next.
-func (l *Loader) forgetSockets(index int) {
+// forgetSockets gives the rows of interfaces that no rule of PathAFXDP names any more
+// to others.
+func (l *Loader) forgetSockets() {
 	l.socketsMu.Lock()
 	defer l.socketsMu.Unlock()
-	if row, ok := l.sockets[index]; ok {
-		delete(l.sockets, index)
-		l.socketRows.give(row / bpf.MaxQueues)
+	if len(l.sockets) == 0 {
+		return
+	}
+	used := map[int]bool{}
+	for _, e := range l.rules {
+		if e.rule.Path == PathAFXDP {
+			used[e.rule.In.Index] = true
+		}
+	}
+	for index, row := range l.sockets {
+		if !used[index] {
+			delete(l.sockets, index)
+			l.socketRows.give(row / bpf.MaxQueues)
+		}
 	}
 }
 

@@ -461,6 +461,7 @@ func (s *sync) retire() error {
 			rows.add(c.old.id, bpf.RelayRule{})
 		}
 	}
+	s.forgetSockets()
 	errs = append(errs, s.clearFanout(fanout), rows.put(s.maps.Rules), s.dropStaleCounters(gone, goneStats))
 	for _, fn := range s.done {
 		errs = append(errs, fn())

@@ -44,6 +44,9 @@ func (r *Relay) nextWake() time.Duration {
 			wake = again
 		}
 	}
+	if r.paths.pending() {
+		wake = again
+	}
 	for _, w := range r.wants {
 		if !w.joined && w.err != nil {
 			wake = min(wake, max(0, time.Until(w.next)))
@@ -123,7 +126,7 @@ func (r *Relay) reconcile(strict []string) error {
 	delete(r.warnings, aboutInterfaces)
 	dirty, before := r.resolveDirty()
 	// Devices that are there again are opened again.
-	r.unsynced = r.unsynced || len(dirty) > 0 && r.paths.busy()
+	r.unsynced = r.unsynced || len(dirty) > 0 && r.paths.busy() || r.paths.pending()
 	r.attach(dirty)
 	r.join(dirty)
 	for i, w := range dirty {

@@ -61,6 +61,17 @@ func (u userPaths) busy() bool {
 	return false
 }
 
+// pending says whether a path waits for something that nobody announces, such as a
+// queue that another program holds: it is to be synced again.
+func (u userPaths) pending() bool {
+	for _, p := range u {
+		if waits, ok := p.path.(interface{ Pending() bool }); ok && waits.Pending() {
+			return true
+		}
+	}
+	return false
+}
+
 // prepare gives each path its rules besides those that it has.
 func (u userPaths) prepare(want map[loader.Path][]loader.Rule, own []netip.Addr) error {
 	for kind, p := range u {
