@@ -62,10 +62,6 @@ func (r *Relay) replace(e edit, strict bool) error {
 	}
 	r.apply(undo)
 	_ = r.reconcile(nil) // lets go of what was joined and attached for them
-	var known *control.Error
-	if errors.As(err, &known) { // what no path carries is the rule's fault
-		return control.Wrap(known.Kind, err)
-	}
 	return control.Wrap(control.KindFailed, err)
 }
 

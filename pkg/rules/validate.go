@@ -420,15 +420,15 @@ func (e end) policy(o Output) {
 	if p.Source == SourceAddress {
 		e.source(".src", p.SourceAddr, o.Address)
 	} else {
-		e.plain(".src", p.Source, p.Source <= SourceAddress, p.SourceAddr, !p.SourceAddr.IsValid())
+		plain(e, ".src", p.Source, p.Source <= SourceAddress, p.SourceAddr, !p.SourceAddr.IsValid())
 	}
 	if p.TTL != TTLSet {
-		e.plain(".ttl", p.TTL, p.TTL <= TTLSet, p.TTLValue, p.TTLValue == 0)
+		plain(e, ".ttl", p.TTL, p.TTL <= TTLSet, p.TTLValue, p.TTLValue == 0)
 	} else if p.TTLValue == 0 {
 		e.fault(nil, ".ttl", "0", "1 to 255")
 	}
 	if p.DSCP != DSCPSet {
-		e.plain(".dscp", p.DSCP, p.DSCP <= DSCPSet, p.DSCPValue, p.DSCPValue == 0)
+		plain(e, ".dscp", p.DSCP, p.DSCP <= DSCPSet, p.DSCPValue, p.DSCPValue == 0)
 	} else if p.DSCPValue > 63 {
 		e.fault(nil, ".dscp", strconv.Itoa(int(p.DSCPValue)), "0 to 63")
 	}
@@ -437,13 +437,13 @@ func (e end) policy(o Output) {
 			e.fault(nil, ".vlan", "", "vlan=ID or vlan=OUTER.ID")
 		}
 	} else {
-		e.plain(".vlan", p.VLAN, p.VLAN <= VLANSet, p.VLANTags, p.VLANTags == VLAN{})
+		plain(e, ".vlan", p.VLAN, p.VLAN <= VLANSet, p.VLANTags, p.VLANTags == VLAN{})
 	}
 	if p.PCP > 7 || p.PCP != 0 && !p.PCPSet {
 		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "0 to 7")
 	}
 	e.rate(p.Rate)
-	e.plain(".csum", p.Checksum, p.Checksum <= ChecksumZero, nil, true)
+	plain(e, ".csum", p.Checksum, p.Checksum <= ChecksumZero, 0, true)
 	if p.Checksum == ChecksumZero && o.Address.Is6() {
 		e.fault(nil, ".csum", p.Checksum.String(), "update: IPv6 needs the UDP checksum (RFC 8200 section 8.1)")
 	}
@@ -458,7 +458,7 @@ func (e end) priority(o Output, in Input) {
 
 // plain checks a policy that takes no value: that it is one of its enumeration,
 // and that the value beside it is not set.
-func (e end) plain(part string, policy fmt.Stringer, known bool, value any, unset bool) {
+func plain[V any](e end, part string, policy fmt.Stringer, known bool, value V, unset bool) {
 	if !known {
 		e.fault(nil, part, policy.String(), "one of the policies declared")
 	} else if !unset {
