@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
 	"testing"
@@ -87,19 +88,48 @@ func BenchmarkValidateSet(b *testing.B) {
 	}
 }
 
+// compactFile writes rules with their outputs on one line, as people do.
+func compactFile(rules []Rule) []byte {
+	var b bytes.Buffer
+	b.WriteString("rules:\n")
+	for _, r := range rules {
+		fmt.Fprintf(&b, "  - name: %s\n    in: %s\n    out: [", r.Name, yamlText(FormatInput(r.In, r.Accept)))
+		for i, o := range r.Out {
+			if i > 0 {
+				b.WriteString(", ")
+			}
+			b.WriteString(yamlText(o.String()))
+		}
+		b.WriteString("]\n")
+	}
+	return b.Bytes()
+}
+
 func BenchmarkParseFile(b *testing.B) {
 	rules := camRules(manyRules)
-	data, err := FormatFile(rules)
+	formatted, err := FormatFile(rules)
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.SetBytes(int64(len(data)))
-	b.ReportAllocs()
-	for b.Loop() {
-		got, err := ParseFile("bench.yaml", data)
-		if err != nil || len(got) != len(rules) {
-			b.Fatalf("%d rules, %v", len(got), err)
-		}
+	compact := compactFile(rules)
+	for _, file := range []struct {
+		name string
+		data []byte
+	}{
+		{"formatted", formatted},
+		{"compact", compact},
+		{"other", append([]byte("--- # by way of the YAML package\n"), formatted...)},
+	} {
+		b.Run(file.name, func(b *testing.B) {
+			b.SetBytes(int64(len(file.data)))
+			b.ReportAllocs()
+			for b.Loop() {
+				got, err := ParseFile("bench.yaml", file.data)
+				if err != nil || len(got) != len(rules) {
+					b.Fatalf("%d rules, %v", len(got), err)
+				}
+			}
+		})
 	}
 }
 

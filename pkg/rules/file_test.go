@@ -8,15 +8,17 @@ import (
 	"testing"
 )
 
-func TestParseFile(t *testing.T) {
+type goodFile struct {
+	name, text string
+	want       []Rule
+}
+
+func goodFiles(t testing.TB) []goodFile {
 	two := mustRules(t,
 		"cam1 10.0.0.5@239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1 10.0.9.9:6000%eth2,ttl=16",
 		"1.50 239.1.1.2:5000%eth0 -> 239.2.2.3:6000%eth1,src=keep")
 	two[1].Path = PathKernel
-	for _, c := range []struct {
-		name, text string
-		want       []Rule
-	}{
+	return []goodFile{
 		{"empty", "", nil},
 		{"comment", "# nothing yet\n", nil},
 		{"document mark", "---\n", nil},
@@ -46,8 +48,13 @@ rules:
 			mustRules(t, "a 239.1.1.1:1%eth0 -> 239.1.1.2:1%eth1")},
 		{"IPv6", "rules:\n- name: a\n  in: \"[ff0e::1]:1%eth0\"\n  out: '[ff0e::2]:1%eth1'\n",
 			mustRules(t, "a [ff0e::1]:1%eth0 -> [ff0e::2]:1%eth1")},
-	} {
+	}
+}
+
+func TestParseFile(t *testing.T) {
+	for _, c := range goodFiles(t) {
 		t.Run(c.name, func(t *testing.T) {
+			checkScan(t, []byte(c.text))
 			got, err := ParseFile("f.yaml", []byte(c.text))
 			if err != nil || !slices.EqualFunc(got, c.want, Equal) {
 				t.Errorf("got %v, %v\nwant %v", got, err, c.want)
@@ -56,13 +63,15 @@ rules:
 	}
 }
 
-func TestParseFileErrors(t *testing.T) {
+type faultyFile struct {
+	name, text string
+	want       []string // without the file's name
+}
+
+func faultyFiles() []faultyFile {
 	const name63 = "1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first"
 	const oneRule = "rules:\n- name: a\n  in: 239.1.1.1:1%eth0\n  out: 239.1.1.2:1%eth1\n"
-	for _, c := range []struct {
-		name, text string
-		want       []string // without the file's name
-	}{
+	return []faultyFile{
 		{"not a mapping", "- a", []string{`1: want a mapping (rules), not a list`}},
 		{"text", "\n\nhello", []string{`3: want a mapping (rules), not text`}},
 		{"tagged", "!!binary x", []string{`1: want a mapping (rules), not a value tagged "!!binary"`}},
@@ -146,8 +155,13 @@ func TestParseFileErrors(t *testing.T) {
 		{"first line", "a: b: c", []string{`1: mapping values are not allowed in this context`}},
 		{"not UTF-8", "rules:\n- name: \xff\n", []string{`2: invalid leading UTF-8 octet`}},
 		{"too deep", strings.Repeat("[", 20_000), []string{`1: exceeded max depth of 10000`}},
-	} {
+	}
+}
+
+func TestParseFileErrors(t *testing.T) {
+	for _, c := range faultyFiles() {
 		t.Run(c.name, func(t *testing.T) {
+			checkScan(t, []byte(c.text))
 			got, err := ParseFile("f.yaml", []byte(c.text))
 			if got != nil {
 				t.Errorf("rules %v beside the error", got)
