@@ -129,6 +129,16 @@ func nargs(c *cli.Context, min, max int) error {
 	}
 }
 
+// showArgs is nargs for a command that shows something: its -o is checked, too, before
+// anything is done.
+func showArgs(c *cli.Context, min, max int) error {
+	if err := nargs(c, min, max); err != nil {
+		return err
+	}
+	_, err := wantJSON(c)
+	return err
+}
+
 func client(c *cli.Context) *control.Client { return control.NewClient(c.String("socket")) }
 
 // report writes an error to stderr, a line each for what was joined, and

@@ -54,10 +54,12 @@ func (b *backend) list() []control.RuleStatus {
 			},
 			ID: 3, Origin: control.OriginAPI, State: control.StateActive, UsedPath: "kernel",
 			Matched: control.Counter{Packets: 1_234_567, Bytes: 1_604_937_100}, LastSeen: before(2 * time.Second),
-			Drops: []control.Drop{{Reason: "ttl", Counter: control.Counter{Packets: 2, Bytes: 2600}}},
+			YieldsTo: []string{"cam0"}, WinsOver: []string{"wide", "wider"},
+			Drops:  []control.Drop{{Reason: "ttl", Counter: control.Counter{Packets: 2, Bytes: 2600}}},
+			Inputs: []control.InputStatus{{Interface: "eth0", State: control.StateActive}, {Interface: "eth1", State: control.StatePending, Reason: "interface eth1 is down"}},
 			Outputs: []control.OutputStatus{
 				{Slot: 0, Output: "239.2.2.2:6000%eth1,src=keep,ttl=8", State: control.StateActive, Sent: control.Counter{Packets: 1_234_565, Bytes: 1_604_934_500}, LastSeen: before(2 * time.Second)},
-				{Slot: 1, Output: "10.0.9.9:6000%eth2", State: "no_neighbour", Reason: "10.0.9.9 does not answer", Drops: []control.Drop{{Reason: "no_neighbour", Counter: control.Counter{Packets: 1_234_565, Bytes: 1_604_934_500}}}},
+				{Slot: 1, Output: "10.0.9.9:6000%eth2", Interface: "eth2", State: "no_neighbour", Reason: "10.0.9.9 does not answer", NextHop: "10.0.8.1", MAC: "02:00:00:00:00:07", Drops: []control.Drop{{Reason: "no_neighbour", Counter: control.Counter{Packets: 1_234_565, Bytes: 1_604_934_500}}}},
 			},
 		},
 		{
@@ -329,7 +331,12 @@ func TestCommands(t *testing.T) {
 		{[]string{"check", "/proc/self"}, "", 1, "", []string{"is a directory"}},
 		{[]string{"--version"}, "", 0, "xdpcast version " + buildVersion() + "\n", nil},
 
+		{[]string{"rule", "add", "cam1", "--in", "239.1.1.1:5000%eth0,vlan=7", "--out", "239.1.1.1:5000%eth0,vlan=7", "--allow-loop"}, "add cam1: 239.1.1.1:5000%eth0,vlan=7,loop=allow -> 239.1.1.1:5000%eth0,vlan=7", 0, "rule cam1: active, path kernel, 1 output\n", nil},
+		{[]string{"rule", "add", "cam1", "--in", in + ",loop=allow", "--out", in, "--allow-loop"}, "add cam1: " + in + ",loop=allow -> " + in, 0, "rule cam1: active, path kernel, 1 output\n", nil},
+
 		// Wrong usage.
+		{[]string{"rule", "add", "cam1", "--in", in, "--out", in}, "", 2, "", []string{"want no loop: it feeds the rule's own input, cam1 -> cam1"}},
+		{[]string{"rule", "add", "cam1", "--in", "x", "--out", in, "--allow-loop"}, "", 2, "", []string{`input "x": interface missing`}},
 		{[]string{"rool"}, "", 2, "", []string{`xdpcast: unknown command "rool": want one of run, `}},
 		{[]string{"rule"}, "", 2, "", []string{"xdpcast rule: which? want one of add, del, show, list, export, apply"}},
 		{[]string{"rule", "ad"}, "", 2, "", []string{`xdpcast rule: unknown command "ad": want one of add, `}},

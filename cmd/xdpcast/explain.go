@@ -21,10 +21,7 @@ func explainCommand(now func() time.Time) *cli.Command {
 			"   xdpcast explain 10.0.0.5@239.1.1.1:5000%eth0\n   xdpcast explain 239.1.1.1:5000%eth0,vlan=100\n   xdpcast explain cam1",
 		Flags: []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
-			if err := nargs(c, 1, 1); err != nil {
-				return err
-			}
-			if _, err := wantJSON(c); err != nil {
+			if err := showArgs(c, 1, 1); err != nil {
 				return err
 			}
 			e, err := client(c).Explain(c.Context, c.Args().First())

@@ -23,10 +23,7 @@ func groupCommand(now func() time.Time) *cli.Command {
 			Usage: "list the memberships and their state",
 			Flags: []cli.Flag{outputFlag()},
 			Action: func(c *cli.Context) error {
-				if err := nargs(c, 0, 0); err != nil {
-					return err
-				}
-				if _, err := wantJSON(c); err != nil {
+				if err := showArgs(c, 0, 0); err != nil {
 					return err
 				}
 				groups, err := client(c).Groups(c.Context)
@@ -49,10 +46,7 @@ func groupShowCommand(now func() time.Time) *cli.Command {
 			"Between two hosts there is no querier; behind a switch with snooping, packets end some minutes after the last query.",
 		Flags: []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
-			if err := nargs(c, 1, 1); err != nil {
-				return err
-			}
-			if _, err := wantJSON(c); err != nil {
+			if err := showArgs(c, 1, 1); err != nil {
 				return err
 			}
 			group, ifname, err := groupOn(c.Args().First())

@@ -13,10 +13,7 @@ func reloadCommand() *cli.Command {
 		Description: "Like SIGHUP to the daemon, but the answer comes here. If anything in the file is wrong, nothing changes.",
 		Flags:       []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
-			if err := nargs(c, 0, 0); err != nil {
-				return err
-			}
-			if _, err := wantJSON(c); err != nil {
+			if err := showArgs(c, 0, 0); err != nil {
 				return err
 			}
 			result, err := client(c).Reload(c.Context)

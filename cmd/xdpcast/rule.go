@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -46,7 +47,7 @@ func ruleAddCommand() *cli.Command {
 }
 
 func ruleAdd(c *cli.Context) error {
-	if err := nargs(c, 1, 1); err != nil {
+	if err := showArgs(c, 1, 1); err != nil {
 		return err
 	}
 	for _, flag := range []string{"in", "out"} {
@@ -54,12 +55,9 @@ func ruleAdd(c *cli.Context) error {
 			return usagef("%s: --%s missing; see \"%s --help\"", commandPath(c), flag, commandPath(c))
 		}
 	}
-	if _, err := wantJSON(c); err != nil {
-		return err
-	}
 	in := c.String("in")
 	if c.Bool("allow-loop") {
-		in += ",loop=allow"
+		in = withLoop(in)
 	}
 	rule, err := control.ToRule(control.Rule{
 		Name: c.Args().First(), In: in, Out: c.StringSlice("out"), Path: c.String("path"),
@@ -75,6 +73,17 @@ func ruleAdd(c *cli.Context) error {
 		_, err := fmt.Fprintln(w, printable(outcome(status)))
 		return err
 	})
+}
+
+// withLoop is an input with loop=allow; one that cannot be read is left as it is, for
+// the error to be about what was typed.
+func withLoop(input string) string {
+	in, accept, err := rules.ParseInput(input)
+	if err != nil {
+		return input
+	}
+	accept.AllowLoop = true
+	return rules.FormatInput(in, accept)
 }
 
 // outcome says on one line what has become of a rule.
@@ -126,10 +135,7 @@ func ruleShowCommand(now func() time.Time) *cli.Command {
 		ArgsUsage: "NAME",
 		Flags:     []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
-			if err := nargs(c, 1, 1); err != nil {
-				return err
-			}
-			if _, err := wantJSON(c); err != nil {
+			if err := showArgs(c, 1, 1); err != nil {
 				return err
 			}
 			rule, err := client(c).Rule(c.Context, c.Args().First())
@@ -148,6 +154,9 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 	head.add("state", stateText(r.State, r.Reason))
 	head.add("path", pathText(r))
 	head.add("in", r.In)
+	for _, in := range r.Inputs {
+		head.add("in on "+in.Interface, stateText(in.State, in.Reason))
+	}
 	if len(r.YieldsTo)+len(r.WinsOver) > 0 {
 		head.add("overlaps", overlapText(r))
 	}
@@ -156,10 +165,19 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 		return err
 	}
 	if len(r.Outputs) > 0 {
-		t := newTable(">SLOT", "OUTPUT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST")
+		titles := []string{">SLOT", "OUTPUT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST"}
+		hops := slices.ContainsFunc(r.Outputs, func(o control.OutputStatus) bool { return o.NextHop != "" })
+		if hops {
+			titles = append(titles, "NEXT HOP")
+		}
+		t := newTable(titles...)
 		for _, o := range r.Outputs {
-			t.add(strconv.Itoa(o.Slot), o.Output, stateText(o.State, o.Reason), humanCount(o.Sent.Packets), humanBytes(o.Sent.Bytes),
-				humanCount(dropped(o.Drops)), ago(now, o.LastSeen))
+			row := []string{strconv.Itoa(o.Slot), o.Output, stateText(o.State, o.Reason), humanCount(o.Sent.Packets), humanBytes(o.Sent.Bytes),
+				humanCount(dropped(o.Drops)), ago(now, o.LastSeen)}
+			if hops {
+				row = append(row, nextHop(o))
+			}
+			t.add(row...)
 		}
 		fmt.Fprintln(w)
 		if err := t.write(w); err != nil {
@@ -167,6 +185,17 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 		}
 	}
 	return dropTable(w, allDrops(r))
+}
+
+// nextHop is whom an output sends to, where that is one host.
+func nextHop(o control.OutputStatus) string {
+	switch {
+	case o.NextHop == "":
+		return "-"
+	case o.MAC == "":
+		return o.NextHop
+	}
+	return o.NextHop + " at " + o.MAC
 }
 
 // allDrops is what was dropped before any output, and then by each slot.
@@ -210,10 +239,7 @@ func ruleListCommand() *cli.Command {
 		Usage: "list the rules",
 		Flags: []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
-			if err := nargs(c, 0, 0); err != nil {
-				return err
-			}
-			if _, err := wantJSON(c); err != nil {
+			if err := showArgs(c, 0, 0); err != nil {
 				return err
 			}
 			list, err := client(c).Rules(c.Context)
@@ -227,15 +253,26 @@ func ruleListCommand() *cli.Command {
 
 // ruleTable has a line for each output; what is the rule's own stands on the first.
 func ruleTable(w io.Writer, list []control.RuleStatus) error {
-	t := newTable("NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "OVERLAPS", "REASON")
+	titles := []string{"NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "REASON"}
+	overlaps := slices.ContainsFunc(list, func(r control.RuleStatus) bool { return overlapText(r) != "-" })
+	if overlaps { // which few sets have
+		titles = slices.Insert(titles, len(titles)-1, "OVERLAPS")
+	}
+	t := newTable(titles...)
 	for _, r := range list {
 		first := "-"
 		if len(r.Out) > 0 {
 			first = r.Out[0]
 		}
-		t.add(r.Name, r.Origin, r.State, pathText(r), r.In, first, overlapText(r), r.Reason)
+		row := []string{r.Name, r.Origin, r.State, pathText(r), r.In, first, r.Reason}
+		if overlaps {
+			row = slices.Insert(row, len(row)-1, overlapText(r))
+		}
+		t.add(row...)
 		for _, out := range r.Out[min(1, len(r.Out)):] {
-			t.add("", "", "", "", "", out, "", "")
+			row := make([]string, len(titles))
+			row[5] = out
+			t.add(row...)
 		}
 	}
 	return t.write(w)
@@ -315,10 +352,7 @@ func ruleApplyCommand() *cli.Command {
 }
 
 func ruleApply(c *cli.Context) error {
-	if err := nargs(c, 1, 1); err != nil {
-		return err
-	}
-	if _, err := wantJSON(c); err != nil {
+	if err := showArgs(c, 1, 1); err != nil {
 		return err
 	}
 	wanted, err := readRules(c.App.Reader, c.Args().First())

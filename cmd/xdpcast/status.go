@@ -19,10 +19,7 @@ func statusCommand(now func() time.Time) *cli.Command {
 		Usage: "show the daemon and its interfaces",
 		Flags: []cli.Flag{pinDirFlag(), outputFlag()},
 		Action: func(c *cli.Context) error {
-			if err := nargs(c, 0, 0); err != nil {
-				return err
-			}
-			if _, err := wantJSON(c); err != nil {
+			if err := showArgs(c, 0, 0); err != nil {
 				return err
 			}
 			status, err := client(c).Status(c.Context)

@@ -173,7 +173,7 @@ func TestEveryMethodOverTheWire(t *testing.T) {
 		}
 	}
 
-	wantRule := RuleStatus{Rule: cam1, Origin: OriginAPI, State: StatePending, Reason: "interface eth0 not found", Drops: []Drop{}, Outputs: []OutputStatus{}}
+	wantRule := RuleStatus{Rule: cam1, Origin: OriginAPI, State: StatePending, Reason: "interface eth0 not found", Drops: []Drop{}, Outputs: []OutputStatus{}, Inputs: []InputStatus{}}
 	added, err := c.AddRule(ctx, cam1)
 	check("AddRule", added, err, wantRule)
 	odd := Rule{Name: "../a b%2F/..//ü?x=y#z", In: cam1.In, Out: []string{}}

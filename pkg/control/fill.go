@@ -16,6 +16,7 @@ func (r *RuleStatus) fill() {
 	r.Rule.fill()
 	r.Drops = orEmpty(r.Drops)
 	r.Outputs = orEmpty(r.Outputs)
+	r.Inputs = orEmpty(r.Inputs)
 	for i := range r.Outputs {
 		r.Outputs[i].Drops = orEmpty(r.Outputs[i].Drops)
 	}

@@ -6,7 +6,7 @@ import "time"
 type Rule struct {
 	// Name is unique on the host.
 	Name string `json:"name"`
-	// In is [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE.
+	// In is [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...].
 	In string `json:"in"`
 	// Out holds one endpoint with its policies a slot, in slot order.
 	Out []string `json:"out"`
@@ -43,14 +43,31 @@ const (
 
 // OutputStatus is one output of a rule. Slot is its number within the rule.
 type OutputStatus struct {
-	Slot   int     `json:"slot"`
-	Output string  `json:"output"`
-	State  string  `json:"state"`
-	Reason string  `json:"reason,omitempty"`
-	Sent   Counter `json:"sent"`
-	Drops  []Drop  `json:"drops"`
+	Slot   int    `json:"slot"`
+	Output string `json:"output"`
+	// Interface is where the copies leave: of an output with a pattern one of
+	// those that match, empty as long as none does.
+	Interface string `json:"interface,omitempty"`
+	State     string `json:"state"`
+	Reason    string `json:"reason,omitempty"`
+	// NextHop is whom a unicast output sends to, the destination itself or a
+	// gateway, and MAC the address that this one was resolved to; both are empty
+	// for a group, and while they are not known.
+	NextHop string `json:"next_hop,omitempty"`
+	MAC     string `json:"mac,omitempty"`
+
+	Sent  Counter `json:"sent"`
+	Drops []Drop  `json:"drops"`
 	// LastSeen is when a packet last left here, nil when none has.
 	LastSeen *time.Time `json:"last_seen,omitempty"`
+}
+
+// InputStatus is one interface that a rule whose input is a pattern takes
+// packets on.
+type InputStatus struct {
+	Interface string `json:"interface"`
+	State     string `json:"state"`
+	Reason    string `json:"reason,omitempty"`
 }
 
 // RuleStatus is a rule and what has become of it.
@@ -75,6 +92,9 @@ type RuleStatus struct {
 	// Drops holds what matched and was dropped before any output saw it.
 	Drops   []Drop         `json:"drops"`
 	Outputs []OutputStatus `json:"outputs"`
+	// Inputs has an entry for each interface that a pattern of the input
+	// matches; it is empty for an input that names its interface.
+	Inputs []InputStatus `json:"inputs"`
 }
 
 // States of a membership.

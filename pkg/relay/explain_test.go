@@ -162,3 +162,25 @@ func TestRewriteText(t *testing.T) {
 		}
 	}
 }
+
+// TestStatusOfPatternsAndNextHops: on which interfaces a pattern takes packets, where an
+// output leaves, and whom it sends to.
+func TestStatusOfPatternsAndNextHops(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	r.mustAdd("pattern", "239.9.9.9:1%in+", out0, "10.2.0.99:7000%out1")
+	got, err := r.Rule(t.Context(), "pattern")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Inputs) != 1 || got.Inputs[0].Interface != "in0" || got.Inputs[0].State != control.StateActive {
+		t.Errorf("inputs are %+v", got.Inputs)
+	}
+	if len(got.Outputs) != 2 || got.Outputs[0].Interface != "out0" || got.Outputs[0].NextHop != "" ||
+		got.Outputs[1].Interface != "out1" || got.Outputs[1].NextHop != "10.2.0.99" {
+		t.Errorf("outputs are %+v", got.Outputs)
+	}
+	if got, err = r.add("named", anyIn, "239.2.2.2:1%none+"); err != nil || got.Inputs == nil || len(got.Inputs) != 0 || got.Outputs[0].Interface != "" {
+		t.Errorf("%+v, %v", got, err)
+	}
+}

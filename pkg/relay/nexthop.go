@@ -343,6 +343,17 @@ func (hop *nextHop) describe() string {
 	return fmt.Sprintf("%s at %s", hop.who(), net.HardwareAddr(hop.neighbour.mac[:]))
 }
 
+// addresses are those of the neighbour, as far as they are known; empty of no hop.
+func (hop *nextHop) addresses() (via, mac string) {
+	if hop == nil || !hop.via.IsValid() {
+		return "", ""
+	}
+	if hop.ready() {
+		mac = net.HardwareAddr(hop.neighbour.mac[:]).String()
+	}
+	return hop.via.String(), mac
+}
+
 // use notes that a rule still sends that way.
 func (h *hops) use(hop *nextHop) {
 	hop.used = h.round

@@ -82,8 +82,21 @@ func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStat
 		status.LastSeen = &at
 	}
 	status.Drops = drops(sum)
+	status.Inputs = w.inputStatuses()
 	status.Outputs = w.outputStatuses(stats)
 	return status
+}
+
+// inputStatuses describes the interfaces of a pattern.
+func (w *wantedRule) inputStatuses() []control.InputStatus {
+	all := []control.InputStatus{}
+	if !isPattern(w.rule.In.Interface) {
+		return all
+	}
+	for _, n := range w.instances {
+		all = append(all, control.InputStatus{Interface: n.in, State: n.state, Reason: n.reason})
+	}
+	return all
 }
 
 // outputKey is one output of a rule on one interface.
@@ -95,6 +108,7 @@ type outputKey struct {
 // outputSum is what the instances say of an output, added up.
 type outputSum struct {
 	state, reason string
+	hop           *nextHop
 	sent          control.Counter
 	drops         map[loader.Reason]loader.Counter
 }
@@ -114,7 +128,7 @@ func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []contro
 		for i, slot := range n.slots {
 			sum := get(outputKey{slot.out, slot.ifname})
 			if rank(slot.state) > rank(sum.state) {
-				sum.state, sum.reason = slot.state, slot.reason
+				sum.state, sum.reason, sum.hop = slot.state, slot.reason, slot.hop
 			}
 			if s != nil && i < len(s.Outputs) {
 				add(&sum.sent, s.Outputs[i].Sent)
@@ -145,6 +159,10 @@ func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []contro
 			Slot: i, Output: o.String(), State: cmp.Or(sum.state, control.StatePending), Reason: sum.reason,
 			Sent: sum.sent, Drops: drops(sum.drops),
 		}
+		if !isPattern(key.ifname) {
+			all[i].Interface = key.ifname
+		}
+		all[i].NextHop, all[i].MAC = sum.hop.addresses()
 	}
 	return all
 }

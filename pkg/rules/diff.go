@@ -85,8 +85,8 @@ func (d Diff) String() string {
 // String is the change on one line: `~ cam3 in A => B; out -C +D; path auto => kernel`.
 func (c Change) String() string {
 	var parts []string
-	if c.Old.In != c.New.In {
-		parts = append(parts, "in "+c.Old.In.String()+" => "+c.New.In.String())
+	if old, new := FormatInput(c.Old.In, c.Old.Accept), FormatInput(c.New.In, c.New.Accept); old != new {
+		parts = append(parts, "in "+old+" => "+new)
 	}
 	if !slices.Equal(c.Old.Out, c.New.Out) {
 		parts = append(parts, "out"+changedOutputs(c.Old.Out, c.New.Out))

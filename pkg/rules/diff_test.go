@@ -46,6 +46,18 @@ func TestCompute(t *testing.T) {
 	}
 }
 
+// TestChangeOfOptions: that an option of the input alone changes is a change, and is
+// said.
+func TestChangeOfOptions(t *testing.T) {
+	have := mustRules(t, "a 239.1.1.1:1%eth0 -> 239.2.2.1:1%eth1")
+	want := slices.Clone(have)
+	want[0].Accept = Acceptance{Rate: Rate{Packets: 5}, AllowLoop: true}
+	const text = "~ a in 239.1.1.1:1%eth0 => 239.1.1.1:1%eth0,loop=allow,rate=5pps\n"
+	if got := Compute(have, want).String(); got != text {
+		t.Errorf("%q, want %q", got, text)
+	}
+}
+
 // TestComputeProperty: the difference, applied to what there is, gives what is
 // wanted; no rule is in two parts of it; it is the same each time.
 func TestComputeProperty(t *testing.T) {

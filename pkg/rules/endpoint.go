@@ -14,8 +14,9 @@ import (
 //	input   [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]
 //	output  ADDRESS[/LEN][:PORT|:+N|:-N]%INTERFACE[,policy...]
 //
-// An IPv6 ADDRESS is in brackets, SOURCE may be; a LEN is behind the brackets. An INTERFACE that ends in '+' is a pattern. Without PORT an input takes
-// any, and an output keeps the packet's. Options and policies, each at most once:
+// An IPv6 ADDRESS is in brackets, SOURCE may be; a LEN is behind the brackets. An
+// INTERFACE that ends in '+' is a pattern. Without PORT an input takes any, and an
+// output keeps the packet's. Options and policies, each at most once:
 //
 //	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
 //	rate=Npps|Nbit   burst=N
@@ -224,9 +225,9 @@ func parseTarget(s string) (addr netip.Addr, length uint8, port string, err erro
 	case addr.Is6() && !bracket:
 		return addr, 0, "", &FieldError{Field: "address", Value: s, Want: "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"}
 	}
-	prefix, port, hasPort := strings.Cut(rest, ":")
-	if hasPort {
-		port = ":" + port
+	prefix := rest
+	if i := strings.IndexByte(rest, ':'); i >= 0 {
+		prefix, port = rest[:i], rest[i:]
 	}
 	if prefix == "" {
 		return addr, 0, port, nil

@@ -277,6 +277,7 @@ func (c *checker) outputs(r Rule) {
 		e.port(o, r.In)
 		e.family(o.Address, r.In.Address)
 		e.policy(o)
+		e.priority(o, r.In)
 		e.unique(o, r.Out[:slot])
 		if r.feedsSelf(o) {
 			e.fault(ErrLoop, "", o.String(), fmt.Sprintf("no loop: it feeds the rule's own input, %[1]s -> %[1]s", bounded(c.rule)))
@@ -316,6 +317,12 @@ func (e end) wholePrefix(addr netip.Addr, length uint8) {
 	if p.Masked() != p {
 		e.fault(nil, ".address", p.String(), p.Masked().String()+", without bits behind the prefix")
 		return
+	}
+	if addr.Is6() { // the lowest group of a prefix has the narrowest scope
+		if want := linkLocalFault(addr); want != "" {
+			e.fault(ErrLinkLocal, ".address", p.String(), want)
+			return
+		}
 	}
 	for _, kind := range addressKinds {
 		if !p.Overlaps(kind.prefix) || kind.whole && kind.prefix.Bits() <= p.Bits() {
@@ -413,15 +420,15 @@ func (e end) policy(o Output) {
 	if p.Source == SourceAddress {
 		e.source(".src", p.SourceAddr, o.Address)
 	} else {
-		e.plain(".src", p.Source, p.Source <= SourceAddress, p.SourceAddr, !p.SourceAddr.IsValid())
+		plain(e, ".src", p.Source, p.Source <= SourceAddress, p.SourceAddr, !p.SourceAddr.IsValid())
 	}
 	if p.TTL != TTLSet {
-		e.plain(".ttl", p.TTL, p.TTL <= TTLSet, p.TTLValue, p.TTLValue == 0)
+		plain(e, ".ttl", p.TTL, p.TTL <= TTLSet, p.TTLValue, p.TTLValue == 0)
 	} else if p.TTLValue == 0 {
 		e.fault(nil, ".ttl", "0", "1 to 255")
 	}
 	if p.DSCP != DSCPSet {
-		e.plain(".dscp", p.DSCP, p.DSCP <= DSCPSet, p.DSCPValue, p.DSCPValue == 0)
+		plain(e, ".dscp", p.DSCP, p.DSCP <= DSCPSet, p.DSCPValue, p.DSCPValue == 0)
 	} else if p.DSCPValue > 63 {
 		e.fault(nil, ".dscp", strconv.Itoa(int(p.DSCPValue)), "0 to 63")
 	}
@@ -430,21 +437,28 @@ func (e end) policy(o Output) {
 			e.fault(nil, ".vlan", "", "vlan=ID or vlan=OUTER.ID")
 		}
 	} else {
-		e.plain(".vlan", p.VLAN, p.VLAN <= VLANSet, p.VLANTags, p.VLANTags == VLAN{})
+		plain(e, ".vlan", p.VLAN, p.VLAN <= VLANSet, p.VLANTags, p.VLANTags == VLAN{})
 	}
 	if p.PCP > 7 || p.PCP != 0 && !p.PCPSet {
 		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "0 to 7")
 	}
 	e.rate(p.Rate)
-	e.plain(".csum", p.Checksum, p.Checksum <= ChecksumZero, nil, true)
+	plain(e, ".csum", p.Checksum, p.Checksum <= ChecksumZero, 0, true)
 	if p.Checksum == ChecksumZero && o.Address.Is6() {
 		e.fault(nil, ".csum", p.Checksum.String(), "update: IPv6 needs the UDP checksum (RFC 8200 section 8.1)")
 	}
 }
 
+// priority checks that a copy whose priority is set has a tag to carry it.
+func (e end) priority(o Output, in Input) {
+	if p := o.Policy; p.PCPSet && p.PCP <= 7 && (p.VLAN == VLANPop || p.VLAN == VLANKeep && in.VLAN == VLAN{}) {
+		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "a copy with a VLAN tag, which carries the priority: vlan=ID beside it")
+	}
+}
+
 // plain checks a policy that takes no value: that it is one of its enumeration,
 // and that the value beside it is not set.
-func (e end) plain(part string, policy fmt.Stringer, known bool, value any, unset bool) {
+func plain[V any](e end, part string, policy fmt.Stringer, known bool, value V, unset bool) {
 	if !known {
 		e.fault(nil, part, policy.String(), "one of the policies declared")
 	} else if !unset {

@@ -171,6 +171,10 @@ func TestValidateRefuses(t *testing.T) {
 		{policy(Policy{DSCP: DSCPSet, DSCPValue: 64}), nil, `out[0].dscp "64": want 0 to 63`},
 		{policy(Policy{DSCPValue: 1}), nil, `out[0].dscp "1": want no value with policy keep`},
 		{policy(Policy{DSCP: 7}), nil, `out[0].dscp "DSCPPolicy(7)": want one of the policies declared`},
+		{policy(Policy{PCPSet: true, PCP: 3}), nil, `out[0].pcp "3": want a copy with a VLAN tag, which carries the priority: vlan=ID beside it`},
+		{policy(Policy{PCPSet: true, VLAN: VLANPop}), nil, `out[0].pcp "0": want a copy with a VLAN tag, which carries the priority: vlan=ID beside it`},
+		{v6(func(r *Rule) { r.In.Address, r.In.Len, r.Accept.Join = addr("ff02::"), 64, JoinNone }), ErrLinkLocal, `in.address "ff02::/64": want ` + scope},
+		{v6(func(r *Rule) { r.In.Address, r.In.Len, r.Accept.Join = addr("ff00::"), 8, JoinNone }), ErrLinkLocal, `in.address "ff00::/8": want ` + scope},
 		{policy(Policy{Checksum: 7}), nil, `out[0].csum "ChecksumPolicy(7)": want one of the policies declared`},
 		{func(r *Rule) { r.Path = 7 }, nil, `path "Path(7)": want auto, kernel, afxdp or fanout`},
 	} {
