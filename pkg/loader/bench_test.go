@@ -2,6 +2,7 @@ package loader
 
 import (
 	"fmt"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -33,17 +34,17 @@ func bareRedirect(b *testing.B, ports *ebpf.Map) *ebpf.Program {
 func BenchmarkRelay(b *testing.B) {
 	for _, c := range []struct {
 		rules, outputs int
-	}{{1, 1}, {10000, 1}, {1, 4}} {
+	}{{1, 1}, {100, 1}, {10_000, 1}, {100_000, 1}, {1, 4}} {
 		b.Run(fmt.Sprintf("rules=%d/outputs=%d", c.rules, c.outputs), func(b *testing.B) {
 			n := newLab(b, 1)
 			opts := testOptions(b)
-			opts.Logger, opts.MaxRules, opts.MaxOutputs = nil, 16384, 65536
+			opts.Logger, opts.MaxRules, opts.MaxOutputs = nil, 131072, 262144
 			l := open(b, opts)
 			attachAll(b, l, n.in, n.out[0])
 			r := newRunner(b, l, n.relay)
 			rules := make([]Rule, c.rules)
 			for i := range rules {
-				group := fmt.Sprintf("239.1.%d.%d", i/250, i%250)
+				group := netip.AddrFrom4([4]byte{239, 1 + byte(i>>16), byte(i >> 8), byte(i)}).String()
 				rules[i] = Rule{Name: fmt.Sprint("rule", i), In: input(n.in, group, "", 5000)}
 				for range c.outputs {
 					rules[i].Out = append(rules[i].Out, output(n.out[0], group, "10.1.0.1", 5000))
