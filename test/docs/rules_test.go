@@ -1,76 +1,486 @@
 package docs
 
 import (
+	"errors"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
+	"xdpcast/bpf"
+	"xdpcast/pkg/loader"
 	"xdpcast/pkg/rules"
 )
 
-// TestRulesDocument holds the reference of rules to the program: every example is a
-// good rule, all of them together are a good set, and what it says is refused is, in
-// the words that it gives.
-func TestRulesDocument(t *testing.T) {
-	text := read(t, "docs/rules.md")
-	var all []rules.Rule
+// parseLine reads a rule as the documents write it: NAME: INPUT -> OUTPUT... [path=PATH].
+func parseLine(line string) (r rules.Rule, err error) {
+	name, rest, ok := strings.Cut(line, ": ")
+	if !ok {
+		return r, fmt.Errorf("%q: want NAME: INPUT -> OUTPUT", line)
+	}
+	return parseRule(name, rest)
+}
+
+// parseRule reads INPUT -> OUTPUT... [path=PATH].
+func parseRule(name, text string) (r rules.Rule, err error) {
+	in, out, ok := strings.Cut(text, " -> ")
+	if !ok {
+		return r, fmt.Errorf("%q: want INPUT -> OUTPUT", text)
+	}
+	r.Name = name
+	if r.In, r.Accept, err = rules.ParseInput(strings.TrimSpace(in)); err != nil {
+		return r, err
+	}
+	for word := range strings.FieldsSeq(out) {
+		if path, ok := strings.CutPrefix(word, "path="); ok {
+			if r.Path, err = rules.ParsePath(path); err != nil {
+				return r, err
+			}
+			continue
+		}
+		o, err := rules.ParseOutput(word)
+		if err != nil {
+			return r, err
+		}
+		r.Out = append(r.Out, o)
+	}
+	return r, nil
+}
+
+// ruleBlock reads a block of rules; what stands behind "error: " is returned apart.
+func ruleBlock(text string) (set []rules.Rule, refusal string, err error) {
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if message, ok := strings.CutPrefix(line, "error: "); ok {
+			refusal = message
+			continue
+		}
+		r, err := parseLine(line)
+		if err != nil {
+			return nil, "", err
+		}
+		set = append(set, r)
+	}
+	return set, refusal, nil
+}
+
+// Every example of rules is one set that is right.
+func TestRuleExamples(t *testing.T) {
+	checked := 0
+	for name, text := range documents(t) {
+		for _, b := range blocks(text) {
+			if b.language != "rule" {
+				continue
+			}
+			set, refusal, err := ruleBlock(b.text)
+			if err == nil {
+				err = rules.ValidateSet(set)
+			}
+			if err != nil || refusal != "" {
+				t.Errorf("%s:%d: %v %s", name, b.line, err, refusal)
+			}
+			checked += len(set)
+		}
+	}
+	if checked < 30 {
+		t.Errorf("found %d rules only", checked)
+	}
+}
+
+// Every set that a document says is refused is refused with these words.
+func TestRefusedSets(t *testing.T) {
+	checked := 0
+	for name, text := range documents(t) {
+		for _, b := range blocks(text) {
+			if b.language != "refused" {
+				continue
+			}
+			checked++
+			set, want, err := ruleBlock(b.text)
+			if err != nil {
+				t.Errorf("%s:%d: %v", name, b.line, err)
+				continue
+			}
+			if err := rules.ValidateSet(set); err == nil || err.Error() != want {
+				t.Errorf("%s:%d: the program says\n%v\nthe document\n%s", name, b.line, err, want)
+			}
+		}
+	}
+	if checked < 3 {
+		t.Errorf("found %d sets only", checked)
+	}
+}
+
+// table is a table of a document; cells are without blanks around them.
+type table struct {
+	head []string
+	rows []row
+}
+
+type row struct {
+	line  int
+	cells []string
+}
+
+func tables(text string) (all []table) {
+	var now *table
+	n := 0
+	for line := range strings.Lines(withBlankBlocks(text)) {
+		n++
+		line = strings.TrimSpace(line)
+		if !strings.HasPrefix(line, "|") {
+			now = nil
+			continue
+		}
+		cells := strings.Split(strings.Trim(line, "|"), "|")
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		switch {
+		case now == nil:
+			all = append(all, table{head: cells})
+			now = &all[len(all)-1]
+		case strings.Trim(line, "|-: ") != "":
+			now.rows = append(now.rows, row{n, cells})
+		}
+	}
+	return all
+}
+
+// withBlankBlocks empties the blocks and keeps the numbers of lines.
+func withBlankBlocks(text string) string {
 	for _, b := range blocks(text) {
-		switch b.language {
-		case "rules":
-			for line := range strings.Lines(b.text) {
-				rule, err := parseLine(line)
-				if err == nil {
-					err = rule.Validate()
-				}
-				if err != nil {
-					t.Errorf("docs/rules.md, %q: %v", strings.TrimSpace(line), err)
-				}
-				all = append(all, rule)
+		text = strings.Replace(text, b.text, strings.Repeat("\n", strings.Count(b.text, "\n")), 1)
+	}
+	return text
+}
+
+// code is what a cell holds between backquotes.
+func code(cell string) (string, bool) {
+	text, ok := strings.CutPrefix(cell, "`")
+	if ok {
+		text, ok = strings.CutSuffix(text, "`")
+	}
+	return text, ok && !strings.Contains(text, "`")
+}
+
+// refusalOf is what the program says of a rule, without what is in front: the name of
+// the rule, or the whole input or output.
+func refusalOf(text string) (string, error) {
+	r, err := parseRule("x", text)
+	if err == nil {
+		err = r.Validate()
+	}
+	if err == nil {
+		return "", errors.New("the rule is right")
+	}
+	var fault *rules.FieldError
+	if !errors.As(err, &fault) {
+		return "", fmt.Errorf("no fault of a field: %w", err)
+	}
+	if strings.Contains(err.Error(), "\n") {
+		return "", fmt.Errorf("more than one fault: %w", err)
+	}
+	alone := *fault
+	alone.Rule = ""
+	if !strings.HasSuffix(err.Error(), alone.Error()) {
+		return "", fmt.Errorf("%v does not end in %v", err, &alone)
+	}
+	return alone.Error(), nil
+}
+
+// Every refusal that a document quotes is the program's answer to the rule beside it.
+func TestRefusals(t *testing.T) {
+	checked := 0
+	for name, text := range documents(t) {
+		for _, tab := range tables(text) {
+			if tab.head[0] != "refused" {
+				continue
 			}
-		case "yaml":
-			if _, err := rules.ParseFile("docs/rules.md", []byte(b.text)); err != nil {
-				t.Error(err)
+			for _, r := range tab.rows {
+				checked++
+				rule, isRule := code(r.cells[0])
+				want, isMessage := code(r.cells[1])
+				if !isRule || !isMessage {
+					t.Errorf("%s:%d: want a rule and a message, each between backquotes", name, r.line)
+					continue
+				}
+				if got, err := refusalOf(rule); err != nil || got != want {
+					t.Errorf("%s:%d: %s: the program says\n%s\n%v\nthe document\n%s", name, r.line, rule, got, err, want)
+				}
 			}
 		}
 	}
-	if len(all) < 20 {
-		t.Errorf("only %d examples", len(all))
+	if checked < 40 {
+		t.Errorf("found %d refusals only", checked)
 	}
-	if err := rules.ValidateSet(all); err != nil {
-		t.Errorf("docs/rules.md, all examples together: %v", err)
-	}
-	refused := regexp.MustCompile("(?m)^\\| `([^`]*%[^`]*)` \\| `([^`]*)` \\|$").FindAllStringSubmatch(text, -1)
-	if len(refused) < 10 {
-		t.Errorf("only %d refusals", len(refused))
-	}
-	for _, m := range refused {
-		if !strings.Contains(m[1], "->") {
-			m[1] += " -> 239.9.9.9:9%eth9"
+}
+
+// endpoint is an input or output in running text; the grammar itself is in capitals.
+var endpoint = regexp.MustCompile("`([^` ]*[0-9:][^` ]*%[^` ]+)`")
+
+// Every endpoint in the text is one.
+func TestEndpoints(t *testing.T) {
+	checked := 0
+	for name, text := range documents(t) {
+		for _, e := range endpoint.FindAllStringSubmatch(withoutBlocks(text), -1) {
+			checked++
+			_, _, inErr := rules.ParseInput(e[1])
+			_, outErr := rules.ParseOutput(e[1])
+			if inErr != nil && outErr != nil {
+				t.Errorf("%s: %v; %v", name, inErr, outErr)
+			}
 		}
-		rule, err := parseLine("x: " + m[1])
-		if err == nil {
-			err = rule.Validate()
+	}
+	if checked < 10 {
+		t.Errorf("found %d endpoints only", checked)
+	}
+}
+
+// Every rule that a document adds by a command is right.
+func TestAddedRules(t *testing.T) {
+	checked := 0
+	for name, text := range documents(t) {
+		for _, c := range commandLines(text) {
+			rule, ok := addedRule(c.words)
+			if !ok {
+				continue
+			}
+			checked++
+			r, err := parseLine(rule)
+			if err == nil {
+				err = r.Validate()
+			}
+			if err != nil {
+				t.Errorf("%s:%d: %v", name, c.line, err)
+			}
 		}
-		if err == nil || !strings.Contains(err.Error(), m[2]) {
-			t.Errorf("docs/rules.md, %q: %v, the document says %q", m[1], err, m[2])
+	}
+	if checked < 4 {
+		t.Errorf("found %d rules only", checked)
+	}
+}
+
+// addedRule is the rule of `xdpcast rule add`, as parseLine reads it.
+func addedRule(words []string) (string, bool) {
+	if len(words) < 4 || filepath.Base(words[0]) != "xdpcast" || words[1] != "rule" || words[2] != "add" {
+		return "", false
+	}
+	in, out := "", ""
+	for i := 4; i+1 < len(words); i += 2 {
+		switch words[i] {
+		case "--in":
+			in = words[i+1]
+		case "--out":
+			out += " " + words[i+1]
+		case "--path":
+			out += " path=" + words[i+1]
+		}
+	}
+	return words[3] + ": " + in + " ->" + out, true
+}
+
+// messageForms are the texts of a package as patterns: anything may stand where it has
+// verbs.
+func messageForms(t *testing.T, dir string) (all []*regexp.Regexp) {
+	t.Helper()
+	files, err := filepath.Glob(root + dir + "/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			lit, ok := n.(*ast.BasicLit)
+			if !ok || lit.Kind != token.STRING {
+				return true
+			}
+			text, err := strconv.Unquote(lit.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fixed := verb.ReplaceAllString(text, "")
+			if len(fixed) >= 12 { // else nearly everything matches
+				all = append(all, regexp.MustCompile("^"+verb.ReplaceAllString(regexp.QuoteMeta(text), `\S+`)+"$"))
+			}
+			return true
+		})
+	}
+	return all
+}
+
+var verb = regexp.MustCompile(`%[svdwq]`)
+
+// Every reason for a state or a path that a document quotes is one of the program's;
+// words in capitals stand for what it is about.
+func TestReasons(t *testing.T) {
+	forms := messageForms(t, "pkg/relay")
+	checked := 0
+	for name, text := range documents(t) {
+		for _, tab := range tables(text) {
+			if head := strings.Join(tab.head, " | "); head != "reason | what to do" && head != "reason | then it takes" {
+				continue
+			}
+			for _, r := range tab.rows {
+				checked++
+				if reason, ok := code(r.cells[0]); !ok || !matchesAny(forms, reason) {
+					t.Errorf("%s:%d: the program has no reason %s", name, r.line, r.cells[0])
+				}
+			}
+		}
+	}
+	if checked < 15 {
+		t.Errorf("found %d reasons only", checked)
+	}
+	if matchesAny(forms, "interface IFACE was not found") {
+		t.Error("a reason that the program does not give is found")
+	}
+}
+
+func matchesAny(forms []*regexp.Regexp, text string) bool {
+	for _, form := range forms {
+		if form.MatchString(text) {
+			return true
+		}
+	}
+	return false
+}
+
+// tableOf is the one table of a document with a heading.
+func tableOf(t *testing.T, name, heading string) table {
+	t.Helper()
+	var found []table
+	for _, tab := range tables(read(t, name)) {
+		if strings.Join(tab.head, " | ") == heading {
+			found = append(found, tab)
+		}
+	}
+	if len(found) != 1 {
+		t.Fatalf("%s has %d tables %q", name, len(found), heading)
+	}
+	return found[0]
+}
+
+// The table of drop reasons has all of them, in the program's order, and no other.
+func TestDropReasons(t *testing.T) {
+	var got, want []string
+	for _, r := range tableOf(t, "docs/rules.md", "reason | what was dropped | what to do").rows {
+		reason, _ := code(r.cells[0])
+		got = append(got, reason)
+	}
+	for r := loader.Reason(0); !strings.HasPrefix(r.String(), "reason_"); r++ {
+		want = append(want, r.String())
+	}
+	if strings.Join(got, " ") != strings.Join(want, " ") {
+		t.Errorf("docs/rules.md has the reasons\n%v\nthe program\n%v", got, want)
+	}
+}
+
+// The table of precedence is in the order in which inputs win, each over all that
+// follow it.
+func TestPrecedence(t *testing.T) {
+	var inputs []rules.Input
+	for i, r := range tableOf(t, "docs/rules.md", "rank | kind | example").rows {
+		text, _ := code(r.cells[2])
+		in, _, err := rules.ParseInput(text)
+		if err != nil {
+			t.Fatalf("docs/rules.md:%d: %v", r.line, err)
+		}
+		if r.cells[0] != strconv.Itoa(i+1) {
+			t.Errorf("docs/rules.md:%d: rank %s, want %d", r.line, r.cells[0], i+1)
+		}
+		for _, better := range inputs {
+			if winner, ok := rules.Winner(in, better); !ok || winner != better {
+				t.Errorf("docs/rules.md:%d: between %v and %v wins %v (%v)", r.line, better, in, winner, ok)
+			}
+		}
+		inputs = append(inputs, in)
+	}
+	if len(inputs) < 8 {
+		t.Errorf("found %d inputs only", len(inputs))
+	}
+}
+
+// The limits are those of the program.
+func TestLimits(t *testing.T) {
+	spec, err := bpf.LoadRelay()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var timeout uint64
+	if err := spec.Variables["fragment_timeout_ns"].Get(&timeout); err != nil {
+		t.Fatal(err)
+	}
+	longest := 0
+	for name := "e"; ; name += "e" {
+		if _, err := rules.ParseOutput("239.1.1.1:5000%" + name); err != nil {
+			break
+		}
+		longest = len(name)
+	}
+	want := map[string]int{
+		"outputs of a rule, patterns expanded":      rules.MaxOutputs,
+		"groups that `join=all` joins":              rules.MaxJoinAll,
+		"bytes of a rule's name":                    rules.MaxNameLen,
+		"bytes of an interface's name":              longest,
+		"fragmented datagrams followed at a time":   int(spec.Maps["fragments"].MaxEntries),
+		"seconds that a first fragment is followed": int(timeout / 1e9),
+		"MiB of a file of rules":                    rules.MaxFileSize >> 20,
+	}
+	rows := tableOf(t, "docs/rules.md", "what | at most").rows
+	if len(rows) != len(want) {
+		t.Errorf("%d limits, want %d", len(rows), len(want))
+	}
+	for _, r := range rows {
+		if n, ok := want[r.cells[0]]; !ok || r.cells[1] != strconv.Itoa(n) {
+			t.Errorf("docs/rules.md:%d: %s: %s, want %d (%v)", r.line, r.cells[0], r.cells[1], n, ok)
 		}
 	}
 }
 
-// parseLine reads NAME: INPUT -> OUTPUT OUTPUT.
-func parseLine(line string) (rule rules.Rule, err error) {
-	name, rest, _ := strings.Cut(line, ":")
-	in, outs, _ := strings.Cut(rest, "->")
-	rule.Name = name
-	if rule.In, rule.Accept, err = rules.ParseInput(strings.TrimSpace(in)); err != nil {
-		return rule, err
-	}
-	for out := range strings.FieldsSeq(outs) {
-		o, err := rules.ParseOutput(out)
-		if err != nil {
-			return rule, err
+// Headings that a document points to are there.
+func TestAnchors(t *testing.T) {
+	checked := 0
+	all := documents(t)
+	for name, text := range all {
+		for _, l := range anchor.FindAllStringSubmatch(text, -1) {
+			checked++
+			to := name
+			if l[1] != "" {
+				to = filepath.ToSlash(filepath.Join(filepath.Dir(name), l[1]))
+			}
+			if !hasHeading(all[to], l[2]) {
+				t.Errorf("%s: %s has no heading #%s", name, to, l[2])
+			}
 		}
-		rule.Out = append(rule.Out, o)
 	}
-	return rule, nil
+	if checked < 20 {
+		t.Errorf("found %d links to headings only", checked)
+	}
+}
+
+var anchor = regexp.MustCompile(`\]\(([^)#:]*)#([^)]+)\)`)
+
+func hasHeading(text, id string) bool {
+	for line := range strings.Lines(withBlankBlocks(text)) {
+		title, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " ")
+		if !ok || line[0] != '#' {
+			continue
+		}
+		if strings.ReplaceAll(strings.ToLower(strings.TrimSpace(title)), " ", "-") == id {
+			return true
+		}
+	}
+	return false
 }
