@@ -153,6 +153,7 @@ func (r *Relay) readInitialRules() error {
 	if err != nil {
 		return err
 	}
+	saved = r.withoutConflicts(fromFile, saved)
 	// One by one only where something is wrong, since it takes the square of time.
 	fits := rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
 	accepted := slices.Clone(fromFile)
@@ -167,6 +168,22 @@ func (r *Relay) readInitialRules() error {
 		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginAPI}
 	}
 	return nil
+}
+
+// withoutConflicts leaves out the saved rules that have a name or an input of the
+// file's.
+func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
+	names, inputs := make(map[string]bool, len(fromFile)), make(map[rules.Input]bool, len(fromFile))
+	for i := range fromFile {
+		names[fromFile[i].Name], inputs[fromFile[i].In] = true, true
+	}
+	return slices.DeleteFunc(saved, func(rule rules.Rule) bool {
+		taken := names[rule.Name] || inputs[rule.In]
+		if taken {
+			r.log.Warn("rule added through the API is left out: the file has its name or its input", "rule", rule.Name)
+		}
+		return taken
+	})
 }
 
 func (r *Relay) readConfig() ([]rules.Rule, error) {
