@@ -58,7 +58,7 @@ func (b *backend) list() []control.RuleStatus {
 			Drops:  []control.Drop{{Reason: "ttl", Counter: control.Counter{Packets: 2, Bytes: 2600}}},
 			Inputs: []control.InputStatus{{Interface: "eth0", State: control.StateActive}, {Interface: "eth1", State: control.StatePending, Reason: "interface eth1 is down"}},
 			Outputs: []control.OutputStatus{
-				{Slot: 0, Output: "239.2.2.2:6000%eth1,src=keep,ttl=8", State: control.StateActive, Sent: control.Counter{Packets: 1_234_565, Bytes: 1_604_934_500}, LastSeen: before(2 * time.Second)},
+				{Slot: 0, Output: "239.2.2.2:6000%eth1,src=keep,ttl=8", State: control.StateActive, Sent: control.Counter{Packets: 1_234_565, Bytes: 1_604_934_500}},
 				{Slot: 1, Output: "10.0.9.9:6000%eth2", Interface: "eth2", State: "no_neighbour", Reason: "10.0.9.9 does not answer", NextHop: "10.0.8.1", MAC: "02:00:00:00:00:07", Drops: []control.Drop{{Reason: "no_neighbour", Counter: control.Counter{Packets: 1_234_565, Bytes: 1_604_934_500}}}},
 			},
 		},

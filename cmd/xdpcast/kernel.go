@@ -13,6 +13,7 @@ import (
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
+	"xdpcast/pkg/relay"
 	"xdpcast/pkg/rules"
 )
 
@@ -36,13 +37,13 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 		return control.Stats{}, err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	in, err := r.Rules()
+	all, err := r.Rules()
 	if err != nil {
 		return control.Stats{}, err
 	}
-	inputs := map[string]loader.Input{}
-	for _, rule := range in {
-		inputs[rule.Name] = rule.In
+	byName := map[string]loader.Rule{}
+	for _, rule := range all {
+		byName[rule.Name] = rule
 	}
 	counted, err := r.Stats()
 	if err != nil {
@@ -50,10 +51,11 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 	}
 	s := control.Stats{
 		Time: now, Rules: []control.RuleStatus{}, Passed: control.Counter(counted.Passed),
-		Drops: kernelDrops(counted.Drops), TransmitDrops: []control.TransmitDrop{},
+		Drops: relay.Drops(counted.Drops), TransmitDrops: []control.TransmitDrop{},
+		Fragments: relay.Fragments(counted.Fragments),
 	}
 	for _, rule := range counted.Rules {
-		s.Rules = append(s.Rules, kernelRule(rule, inputs[rule.Name], now))
+		s.Rules = append(s.Rules, kernelRule(rule, byName[rule.Name], now))
 	}
 	slices.SortFunc(s.Rules, func(a, b control.RuleStatus) int { return cmp.Compare(a.Name, b.Name) })
 	for _, p := range counted.Ports {
@@ -64,11 +66,12 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 	return s, nil
 }
 
-func kernelRule(rule loader.RuleStats, in loader.Input, now time.Time) control.RuleStatus {
-	input := rules.Input{Interface: interfaceName(in.Index), Address: in.Group, Port: in.Port, Source: in.Source}
+// kernelRule describes a rule as the kernel has it. Without the daemon, a rule of the
+// fanout path does nothing, and its outputs are not in the kernel.
+func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time) control.RuleStatus {
 	status := control.RuleStatus{
-		Rule: control.Rule{Name: rule.Name, In: input.String()}, ID: rule.ID, State: control.StateActive, UsedPath: "kernel",
-		Matched: control.Counter(rule.Matched), Drops: kernelDrops(rule.Drops),
+		Rule: control.Rule{Name: rule.Name, In: kernelInput(as)}, ID: rule.ID, State: control.StateActive, UsedPath: relay.PathName(as.Path),
+		Matched: control.Counter(rule.Matched), Drops: relay.Drops(rule.Drops),
 	}
 	if rule.LastSeen >= 0 {
 		at := now.Add(-rule.LastSeen)
@@ -77,7 +80,7 @@ func kernelRule(rule loader.RuleStats, in loader.Input, now time.Time) control.R
 	for slot, o := range rule.Outputs {
 		out := control.OutputStatus{
 			Slot: slot, Output: kernelOutput(o.Rule).String(), State: control.StateActive,
-			Sent: control.Counter(o.Sent), Drops: kernelDrops(o.Drops),
+			Sent: control.Counter(o.Sent), Drops: relay.Drops(o.Drops),
 		}
 		if !o.Rule.Ready {
 			out.State = control.StatePending
@@ -88,35 +91,52 @@ func kernelRule(rule loader.RuleStats, in loader.Input, now time.Time) control.R
 	return status
 }
 
+// kernelInput writes the input of a rule in the grammar of rules. What is joined is not
+// in the kernel's tables.
+func kernelInput(r loader.Rule) string {
+	in := rules.Input{
+		Interface: interfaceName(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, Source: r.In.Source,
+		VLAN: rules.VLAN{ID: r.In.VLAN, Outer: r.In.OuterVLAN},
+	}
+	return rules.FormatInput(in, rules.Acceptance{
+		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, Rate: rules.Rate(r.Rate),
+	})
+}
+
 // kernelOutput writes a resolved output in the grammar of rules.
 func kernelOutput(o loader.Output) rules.Output {
-	out := rules.Output{Interface: interfaceName(o.Index), Address: o.Dst, Port: o.DstPort}
-	out.Policy.Source, out.Policy.SourcePort = rules.SourceKeep, o.SrcPort
+	out := rules.Output{Interface: interfaceName(o.Index), Address: o.Dst, Len: o.DstLen, Port: o.DstPort}
+	switch {
+	case o.PortAdd && o.PortShift == 0:
+		out.PortMode = rules.PortKeep
+	case o.PortAdd:
+		out.PortMode, out.PortShift = rules.PortAdd, o.PortShift
+	}
+	p := &out.Policy
+	p.Source, p.SourcePort, p.MinTTL, p.Rate = rules.SourceKeep, o.SrcPort, o.MinTTL, rules.Rate(o.Rate)
+	p.PCPSet, p.PCP = o.SetPCP, o.PCP
 	if o.Src.IsValid() {
-		out.Policy.Source, out.Policy.SourceAddr = rules.SourceAddress, o.Src
+		p.Source, p.SourceAddr = rules.SourceAddress, o.Src
 	}
 	switch o.TTLMode {
 	case packet.TTLDecrement:
-		out.Policy.TTL = rules.TTLDecrement
+		p.TTL = rules.TTLDecrement
 	case packet.TTLSet:
-		out.Policy.TTL, out.Policy.TTLValue = rules.TTLSet, o.TTL
+		p.TTL, p.TTLValue = rules.TTLSet, o.TTL
+	}
+	switch o.VLAN {
+	case packet.VLANPop:
+		p.VLAN = rules.VLANPop
+	case packet.VLANSet:
+		p.VLAN, p.VLANTags = rules.VLANSet, rules.VLAN{ID: o.VLANID, Outer: o.OuterVLAN}
 	}
 	if o.SetDSCP {
-		out.Policy.DSCP, out.Policy.DSCPValue = rules.DSCPSet, o.DSCP
+		p.DSCP, p.DSCPValue = rules.DSCPSet, o.DSCP
 	}
 	if o.ZeroChecksum {
-		out.Policy.Checksum = rules.ChecksumZero
+		p.Checksum = rules.ChecksumZero
 	}
 	return out
-}
-
-func kernelDrops(counted map[loader.Reason]loader.Counter) []control.Drop {
-	all := make([]control.Drop, 0, len(counted))
-	for reason, c := range counted {
-		all = append(all, control.Drop{Reason: reason.String(), Counter: control.Counter(c)})
-	}
-	slices.SortFunc(all, func(a, b control.Drop) int { return cmp.Compare(a.Reason, b.Reason) })
-	return all
 }
 
 func interfaceName(index int) string {

@@ -165,7 +165,7 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 		return err
 	}
 	if len(r.Outputs) > 0 {
-		titles := []string{">SLOT", "OUTPUT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST"}
+		titles := []string{">SLOT", "OUTPUT", "STATE", ">PACKETS", ">BYTES", ">DROPPED"}
 		hops := slices.ContainsFunc(r.Outputs, func(o control.OutputStatus) bool { return o.NextHop != "" })
 		if hops {
 			titles = append(titles, "NEXT HOP")
@@ -173,7 +173,7 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 		t := newTable(titles...)
 		for _, o := range r.Outputs {
 			row := []string{strconv.Itoa(o.Slot), o.Output, stateText(o.State, o.Reason), humanCount(o.Sent.Packets), humanBytes(o.Sent.Bytes),
-				humanCount(dropped(o.Drops)), ago(now, o.LastSeen)}
+				humanCount(dropped(o.Drops))}
 			if hops {
 				row = append(row, nextHop(o))
 			}

@@ -62,10 +62,25 @@ func readStats(c *cli.Context, now func() time.Time) (control.Stats, error) {
 		s, err := client(c).Stats(c.Context)
 		return orKernel(c, s, err, now())
 	}
-	rule, err := client(c).Rule(c.Context, c.Args().First())
-	return control.Stats{
+	name := c.Args().First()
+	rule, err := client(c).Rule(c.Context, name)
+	s := control.Stats{
 		Time: now(), Rules: []control.RuleStatus{rule}, Drops: rule.Drops, TransmitDrops: []control.TransmitDrop{},
-	}, err
+	}
+	if s, err = orKernel(c, s, err, s.Time); err != nil {
+		return s, err
+	}
+	return ofRule(s, name)
+}
+
+// ofRule leaves one rule of the statistics.
+func ofRule(s control.Stats, name string) (control.Stats, error) {
+	for _, rule := range s.Rules {
+		if rule.Name == name {
+			return control.Stats{Time: s.Time, Rules: []control.RuleStatus{rule}, Drops: rule.Drops, TransmitDrops: []control.TransmitDrop{}}, nil
+		}
+	}
+	return s, fmt.Errorf("no rule is called %s in the kernel, and no xdpcast is running", name)
 }
 
 // watchStats shows the statistics until the context ends, which is no error.
@@ -168,12 +183,16 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 		if rates != nil {
 			row = append(row, rateCells(rates, key)...)
 		}
-		t.add(append(row, ago(s.Time, seen))...)
+		last := "" // the kernel does not tell it of outputs
+		if key.slot == matchedSlot {
+			last = ago(s.Time, seen)
+		}
+		t.add(append(row, last)...)
 	}
 	for _, r := range s.Rules {
 		add(r.Name, endpointKey{r.Name, matchedSlot}, "in", r.In, r.State, r.Matched, r.Drops, r.LastSeen)
 		for _, o := range r.Outputs {
-			add("", endpointKey{r.Name, o.Slot}, strconv.Itoa(o.Slot), o.Output, o.State, o.Sent, o.Drops, o.LastSeen)
+			add("", endpointKey{r.Name, o.Slot}, strconv.Itoa(o.Slot), o.Output, o.State, o.Sent, o.Drops, nil)
 		}
 	}
 	if err := t.write(w); err != nil {

@@ -58,8 +58,6 @@ type OutputStatus struct {
 
 	Sent  Counter `json:"sent"`
 	Drops []Drop  `json:"drops"`
-	// LastSeen is when a packet last left here, nil when none has.
-	LastSeen *time.Time `json:"last_seen,omitempty"`
 }
 
 // InputStatus is one interface that a rule whose input is a pattern takes

@@ -69,7 +69,7 @@ func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStat
 			continue
 		}
 		if status.ID == 0 {
-			status.ID, status.UsedPath = s.ID, pathName(n.resolved.Path)
+			status.ID, status.UsedPath = s.ID, PathName(n.resolved.Path)
 		}
 		add(&status.Matched, s.Matched)
 		addDrops(sum, s.Drops)
@@ -81,7 +81,7 @@ func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStat
 		at := time.Now().Add(-last)
 		status.LastSeen = &at
 	}
-	status.Drops = drops(sum)
+	status.Drops = Drops(sum)
 	status.Inputs = w.inputStatuses()
 	status.Outputs = w.outputStatuses(stats)
 	return status
@@ -157,7 +157,7 @@ func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []contro
 		o.Interface = key.ifname
 		all[i] = control.OutputStatus{
 			Slot: i, Output: o.String(), State: cmp.Or(sum.state, control.StatePending), Reason: sum.reason,
-			Sent: sum.sent, Drops: drops(sum.drops),
+			Sent: sum.sent, Drops: Drops(sum.drops),
 		}
 		if !isPattern(key.ifname) {
 			all[i].Interface = key.ifname
@@ -178,8 +178,8 @@ func addDrops(to, from map[loader.Reason]loader.Counter) {
 	}
 }
 
-// pathName is the word of a path in the API.
-func pathName(p loader.Path) string {
+// PathName is the word of a path in the API.
+func PathName(p loader.Path) string {
 	switch p {
 	case loader.PathAFXDP:
 		return "afxdp"
@@ -190,7 +190,13 @@ func pathName(p loader.Path) string {
 	}
 }
 
-func drops(counted map[loader.Reason]loader.Counter) []control.Drop {
+// Fragments writes counters of fragments as the API has them.
+func Fragments(f loader.Fragments) control.Fragments {
+	return control.Fragments{First: control.Counter(f.First), Later: control.Counter(f.Later), Orphan: control.Counter(f.Orphan)}
+}
+
+// Drops writes counters by reason as the API has them.
+func Drops(counted map[loader.Reason]loader.Counter) []control.Drop {
 	all := make([]control.Drop, 0, len(counted))
 	for _, reason := range slices.Sorted(maps.Keys(counted)) {
 		all = append(all, control.Drop{Reason: reason.String(), Counter: control.Counter(counted[reason])})
@@ -288,10 +294,8 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 		}
 		all = control.Stats{
 			Time: time.Now(), Rules: r.describeRules(r.names(), stats),
-			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports),
-			Fragments: control.Fragments{
-				First: control.Counter(stats.Fragments.First), Later: control.Counter(stats.Fragments.Later), Orphan: control.Counter(stats.Fragments.Orphan),
-			},
+			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports),
+			Fragments: Fragments(stats.Fragments),
 		}
 		return nil
 	})
@@ -335,7 +339,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 			Version: r.opts.Version, PID: os.Getpid(), Started: r.started, Ready: r.ready,
 			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile,
 			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats),
-			Passed: control.Counter(stats.Passed), Drops: drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
+			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
 		}
 		for _, w := range r.rules {
 			switch w.state {
