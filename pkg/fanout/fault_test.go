@@ -100,7 +100,7 @@ func TestOpenFails(t *testing.T) {
 	h := labtest.Host(t, "flt")
 	labtest.Enter(t, h)
 	opts := faultOptions(t)
-	before := held()
+	before := labtest.Held()
 	steps := map[Step]int{}
 	for i := 1; ; i++ {
 		f := &faults{failAt: i, err: unix.EPERM}
@@ -127,7 +127,7 @@ func TestOpenFails(t *testing.T) {
 			!strings.Contains(text, "(mode ebpf) on lo: "+string(failure.Step)+": operation not permitted") {
 			t.Errorf("call %d: %s", i, text)
 		}
-		if after := held(); after != before {
+		if after := labtest.Held(); after != before {
 			t.Fatalf("call %d, %s: holds %+v, want %+v", i, failure.Step, after, before)
 		}
 		steps[failure.Step]++
@@ -146,7 +146,7 @@ func TestCloseFails(t *testing.T) {
 	h := labtest.Host(t, "flt")
 	labtest.Enter(t, h)
 	opts := faultOptions(t)
-	before := held()
+	before := labtest.Held()
 	for i := 1; ; i++ {
 		f := &faults{err: unix.EIO}
 		g, err := open(opts, f.system())
@@ -155,7 +155,7 @@ func TestCloseFails(t *testing.T) {
 		}
 		f.calls, f.failAt = 0, i
 		err = g.Close()
-		if after := held(); after != before {
+		if after := labtest.Held(); after != before {
 			t.Fatalf("call %d: holds %+v, want %+v", i, after, before)
 		}
 		if !f.failed {

@@ -480,7 +480,7 @@ func sendUntilSeen(t testing.TB, s *Sender, c *collector, stream int) {
 func TestClose(t *testing.T) {
 	b := newBench(t)
 	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeCPU})
-	before := held()
+	before := labtest.Held()
 	c := collect(t, g)
 	closed := make(chan error)
 	for range 2 {
@@ -493,8 +493,8 @@ func TestClose(t *testing.T) {
 	}
 	c.wg.Wait()
 	want := before
-	want.sockets, want.eventfds, want.rings = before.sockets-2, before.eventfds-2, before.rings-2
-	if after := held(); after != want {
+	want.Sockets, want.Eventfds, want.Rings = before.Sockets-2, before.Eventfds-2, before.Rings-2
+	if after := labtest.Held(); after != want {
 		t.Errorf("holds %+v, want %+v", after, want)
 	}
 	w := g.Workers()[0]

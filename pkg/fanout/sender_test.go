@@ -191,7 +191,7 @@ func TestOutputDownAndDeletedUnderLoad(t *testing.T) {
 
 func TestOpenSenderRefuses(t *testing.T) {
 	labtest.RequireRoot(t)
-	before := held()
+	before := labtest.Held()
 	for _, test := range []struct {
 		index int
 		opts  SenderOptions
@@ -208,7 +208,7 @@ func TestOpenSenderRefuses(t *testing.T) {
 			t.Errorf("%+v: %v", test, err)
 		}
 	}
-	if after := held(); after != before {
+	if after := labtest.Held(); after != before {
 		t.Errorf("holds %+v, want %+v", after, before)
 	}
 }
