@@ -61,7 +61,7 @@ enum fragment_kind {
 
 /* config: one entry, what every part must agree on. */
 struct config {
-	__u32 schema;  /* XDPCAST_SCHEMA */
+	__u32 schema;  /* XDPCAST_SCHEMA; first in every release */
 	__u16 lookup4; /* enum lookup_kind, a superset of what the tables hold */
 	__u16 lookup6;
 	__u64 netns_cookie; /* network namespace that the interface indexes belong to */

@@ -136,10 +136,10 @@ func (a *AFXDP) Prepare(rules []loader.Rule, own []netip.Addr) error {
 	want := slices.DeleteFunc(slices.Clone(rules), notAFXDP)
 	names, inputs := map[string]bool{}, map[loader.Input]bool{}
 	for _, r := range want {
-		names[r.Name], inputs[inputKey(r.In)] = true, true
+		names[r.Name], inputs[r.In.Key()] = true, true
 	}
 	for _, r := range a.set.given.rules {
-		if !names[r.Name] && !inputs[inputKey(r.In)] {
+		if !names[r.Name] && !inputs[r.In.Key()] {
 			want = append(want, r)
 		}
 	}
@@ -163,19 +163,13 @@ func (a *AFXDP) Sync(rules []loader.Rule, own []netip.Addr) error {
 
 func notAFXDP(r loader.Rule) bool { return r.Path != loader.PathAFXDP }
 
-// inputKey is Input without what may change in place.
-func inputKey(in loader.Input) loader.Input {
-	in.MAC = [6]byte{}
-	return in
-}
-
 func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 	if a.closed {
 		return fmt.Errorf("AF_XDP path: %w", os.ErrClosed)
 	}
 	inputs, numbers := map[int]bool{}, map[string]uint32{}
 	for i := range want {
-		if err := check(&want[i]); err != nil {
+		if err := want[i].Normalized().Check(); err != nil {
 			return &loader.RuleError{Rule: want[i].Name, Err: err}
 		}
 		inputs[want[i].In.Index] = true
@@ -211,9 +205,9 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 func (a *AFXDP) drops(want []loader.Rule) bool {
 	stays := make(map[loader.Input]bool, len(want))
 	for i := range want {
-		stays[inputKey(want[i].In)] = true
+		stays[want[i].In.Key()] = true
 	}
-	return slices.ContainsFunc(a.set.given.rules, func(r loader.Rule) bool { return !stays[inputKey(r.In)] })
+	return slices.ContainsFunc(a.set.given.rules, func(r loader.Rule) bool { return !stays[r.In.Key()] })
 }
 
 // membarrierGlobal is MEMBARRIER_CMD_GLOBAL of include/uapi/linux/membarrier.h.

@@ -273,7 +273,7 @@ func TestSyncFails(t *testing.T) {
 	sink := countOn(t, b.sinks[0])
 	good := rule("good", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
 	b.sync(t, f, good)
-	before := held()
+	before := labtest.Held()
 	try := func(rules ...loader.Rule) error {
 		return b.relay.Do(func() error { return f.Sync(rules, ownAddresses) })
 	}
@@ -296,7 +296,7 @@ func TestSyncFails(t *testing.T) {
 	if err := try(bad); !errors.As(err, &refused) {
 		t.Errorf("a rule without a group: %v", err)
 	}
-	if after := held(); after != before {
+	if after := labtest.Held(); after != before {
 		t.Errorf("before %+v, after %+v", before, after)
 	}
 	if groups, err := f.Groups(); err != nil || len(groups) != 1 {
@@ -324,12 +324,12 @@ func TestSyncFails(t *testing.T) {
 func TestOtherPaths(t *testing.T) {
 	b := newBench(t, 1)
 	f := b.path(t, FanoutOptions{Workers: 2})
-	before := held()
+	before := labtest.Held()
 	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
 	for _, path := range []loader.Path{0, loader.PathKernel, loader.PathAFXDP} {
 		r.Path = path
 		b.sync(t, f, r)
-		if after := held(); after != before || len(f.Stats(nil)) != 0 {
+		if after := labtest.Held(); after != before || len(f.Stats(nil)) != 0 {
 			t.Errorf("path %d: before %+v, after %+v", path, before, after)
 		}
 	}
@@ -353,7 +353,7 @@ func TestOpenClose(t *testing.T) {
 		}
 	}()
 	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
-	before := held()
+	before := labtest.Held()
 	for i := range 100 {
 		f, err := OpenFanout(FanoutOptions{Workers: 2, Blocks: 2})
 		if err != nil {
@@ -366,7 +366,7 @@ func TestOpenClose(t *testing.T) {
 		if err := errors.Join(f.Close(), f.Close()); err != nil {
 			t.Fatal(err)
 		}
-		if after := held(); after != before {
+		if after := labtest.Held(); after != before {
 			t.Fatalf("before %+v, after %+v", before, after)
 		}
 	}

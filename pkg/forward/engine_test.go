@@ -207,7 +207,7 @@ func TestUpdateRefuses(t *testing.T) {
 		"output port":     func(r *loader.Rule) { r.Out[0].DstPort = 0 },
 		"output index":    func(r *loader.Rule) { r.Out[0].Index = 0 },
 		"output VLAN":     func(r *loader.Rule) { r.Out[0].VLAN = 3 },
-		"blocked":         func(r *loader.Rule) { r.Out[0].Blocked = 200 },
+		"blocked":         func(r *loader.Rule) { r.Out[0].Ready, r.Out[0].Blocked = false, 200 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := good

@@ -114,7 +114,7 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 	want := slices.DeleteFunc(slices.Clone(rules), func(r loader.Rule) bool { return r.Path != loader.PathFanout })
 	inputs, allowed := map[int]string{}, map[wantedKey]bool{}
 	for i := range want {
-		if err := check(&want[i]); err != nil {
+		if err := want[i].Normalized().Check(); err != nil {
 			return &loader.RuleError{Rule: want[i].Name, Err: err}
 		}
 		if _, ok := inputs[want[i].In.Index]; !ok {

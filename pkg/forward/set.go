@@ -219,7 +219,7 @@ func newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint
 	names, inputs := map[string]bool{}, map[loader.Input]string{}
 	devices := map[int]int{}
 	for i := range want {
-		if err := check(&want[i]); err != nil {
+		if err := want[i].Normalized().Check(); err != nil {
 			return nil, &loader.RuleError{Rule: want[i].Name, Err: err}
 		}
 		r := newRule(want[i], old[want[i].Name], workers)

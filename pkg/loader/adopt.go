@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -47,13 +48,21 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 	return m, nil
 }
 
-// config reads the map config; a map of another shape has another schema.
+// config reads the map config. The schema is its first field in every release, whatever
+// else the map holds.
 func (m *mapSet) config() (config bpf.RelayConfig, err error) {
-	if err := m.Config.Lookup(uint32(0), &config); err != nil {
+	raw, err := m.Config.LookupBytes(uint32(0))
+	if err != nil {
 		return config, fmt.Errorf("%w: map config: %w", ErrSchema, err)
 	}
-	if config.Schema != bpf.Schema {
-		return config, fmt.Errorf("%w: it has %d, this xdpcast has %d; unload it with the release that made it, or with unload --all", ErrSchema, config.Schema, bpf.Schema)
+	if len(raw) < 4 {
+		return config, fmt.Errorf("%w: an entry of map config has %d bytes, a schema number 4", ErrSchema, len(raw))
+	}
+	if schema := binary.NativeEndian.Uint32(raw); schema != bpf.Schema {
+		return config, fmt.Errorf("%w: it has %d, this xdpcast has %d; unload it with the release that made it, or with unload --all", ErrSchema, schema, bpf.Schema)
+	}
+	if err := m.Config.Lookup(uint32(0), &config); err != nil {
+		return config, fmt.Errorf("%w: map config: %w", ErrSchema, err)
 	}
 	return config, nil
 }
@@ -220,7 +229,7 @@ func readEntry(m *mapSet, f flowEntry) (*entry, error) {
 		}
 		e.rule.Out = append(e.rule.Out, o)
 	}
-	if err := check(e.rule); err != nil {
+	if err := e.rule.Check(); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
 	return e, nil

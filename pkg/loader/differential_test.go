@@ -107,10 +107,10 @@ func (w *world) rules(set int) (rules []Rule) {
 			r.In.VLAN, r.In.OuterVLAN = pick[uint16](w, 7, 4094), pick[uint16](w, 0, 0, 9)
 		}
 		r.AllowLoop, r.AllowNoChecksum = w.chance(20), w.chance(20)
-		if inputs[r.In.key()] {
+		if inputs[r.In.Key()] {
 			continue
 		}
-		inputs[r.In.key()] = true
+		inputs[r.In.Key()] = true
 		for range pick(w, 1, 1, 2, 3, 5, 64) {
 			r.Out = append(r.Out, w.output(r.In.Group))
 		}
@@ -356,7 +356,7 @@ func TestDifferential(t *testing.T) {
 func normalized(rules []Rule) []Rule {
 	out := make([]Rule, len(rules))
 	for i, r := range rules {
-		out[i] = normalize(r)
+		out[i] = r.Normalized()
 	}
 	return out
 }

@@ -15,10 +15,10 @@ import (
 
 const maxMTU = 0xffff
 
-// normalize clips what the ABI has less room for, so that what is read back is
-// what was written, and leaves no IPv6 packet without a UDP checksum, which
-// receivers would drop (RFC 8200 section 8.1).
-func normalize(r Rule) Rule {
+// Normalized gives what means the same one form: it clips what the ABI has less room
+// for, so that what is read back is what was written, and leaves no IPv6 packet without
+// a UDP checksum, which receivers would drop (RFC 8200 section 8.1).
+func (r Rule) Normalized() Rule {
 	out := make([]Output, len(r.Out))
 	for i, o := range r.Out {
 		o.MTU = min(o.MTU, maxMTU)
@@ -52,9 +52,9 @@ func normalize(r Rule) Rule {
 	return r
 }
 
-// check refuses what cannot be encoded. Callers validate rules for people; this
-// guards the kernel's state.
-func check(r Rule) error {
+// Check refuses what no path can carry. Callers validate rules for people; this guards
+// the kernel's state and the workers. The rule is Normalized.
+func (r Rule) Check() error {
 	switch {
 	case r.Name == "" || len(r.Name) >= bpf.NameLen:
 		return fmt.Errorf("name %q: want 1 to %d bytes", r.Name, bpf.NameLen-1)

@@ -224,8 +224,33 @@ func TestSchemaMismatchIsRefused(t *testing.T) {
 	if id := xdpProgram(t, n.in.Index); id == 0 {
 		t.Error("the refused Open has detached the program")
 	}
+	replaceConfig(t, opts.PinDir, bpf.Schema-1)
+	_, err = Open(opts)
+	if !errors.Is(err, ErrSchema) || !strings.Contains(err.Error(), fmt.Sprintf("it has %d, this xdpcast has %d", bpf.Schema-1, bpf.Schema)) {
+		t.Errorf("Open of a shorter config: %v, want ErrSchema with both versions", err)
+	}
 	if err := Unload(opts); err != nil {
 		t.Errorf("Unload: %v", err)
+	}
+}
+
+// replaceConfig pins a config map of 8 bytes, as another release may have had.
+func replaceConfig(t *testing.T, dir string, schema uint32) {
+	t.Helper()
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := m.Put(uint32(0), [2]uint32{schema}); err != nil {
+		t.Fatal(err)
+	}
+	pin := filepath.Join(dir, bpf.RelayMapConfig)
+	if err := os.Remove(pin); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Pin(pin); err != nil {
+		t.Fatal(err)
 	}
 }
 

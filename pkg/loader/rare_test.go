@@ -426,7 +426,7 @@ func TestAdoptRareRules(t *testing.T) {
 	var rules []Rule
 	for set := range 8 {
 		for _, r := range w.rules(set) {
-			if slices.ContainsFunc(rules, func(o Rule) bool { return o.In.key() == r.In.key() }) {
+			if slices.ContainsFunc(rules, func(o Rule) bool { return o.In.Key() == r.In.Key() }) {
 				continue
 			}
 			r.Rate = pick(w, Rate{}, Rate{Packets: 7, Burst: 3}, Rate{Bits: 1_234_567, Burst: 1500})

@@ -71,22 +71,23 @@ const (
 	PathFanout      // to the stack, whose packet tap gives them to a PACKET_FANOUT group
 )
 
-// key is Input without what may change in place.
-func (in Input) key() Input {
+// Key is Input without what may change in place: rules must differ in it.
+func (in Input) Key() Input {
 	in.MAC = [6]byte{}
 	return in
 }
 
-func (r Rule) equal(o Rule) bool {
+// Equal says whether two rules are the same in everything.
+func (r Rule) Equal(o Rule) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback &&
 		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
 		slices.Equal(r.Out, o.Out)
 }
 
-// continues says whether r is the same rule as old with other addresses, so that
-// its counters go on.
-func (r Rule) continues(old Rule) bool {
-	if r.Name != old.Name || r.In.key() != old.In.key() || len(r.Out) != len(old.Out) {
+// Continues says whether r is the same rule as old with other addresses, so that
+// its counters go on. Both are Normalized.
+func (r Rule) Continues(old Rule) bool {
+	if r.Name != old.Name || r.In.Key() != old.In.Key() || len(r.Out) != len(old.Out) {
 		return false
 	}
 	for i := range r.Out {

@@ -92,22 +92,22 @@ func (s *sync) plan(want []Rule) error {
 	wanted := make(map[string]bool, len(want))
 	inputs := make(map[Input]string, len(want))
 	for _, r := range want {
-		r = normalize(r)
-		if err := check(r); err != nil {
+		r = r.Normalized()
+		if err := r.Check(); err != nil {
 			return &RuleError{Rule: r.Name, Err: err}
 		}
 		if wanted[r.Name] {
 			return &RuleError{Rule: r.Name, Err: errors.New("name is used twice")}
 		}
-		if other, ok := inputs[r.In.key()]; ok {
+		if other, ok := inputs[r.In.Key()]; ok {
 			return &RuleError{Rule: r.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
 		}
-		wanted[r.Name], inputs[r.In.key()] = true, r.Name
+		wanted[r.Name], inputs[r.In.Key()] = true, r.Name
 		old := s.rules[r.Name]
-		if old != nil && old.rule.equal(r) {
+		if old != nil && old.rule.Equal(r) {
 			continue
 		}
-		s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.continues(old.rule)})
+		s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.Continues(old.rule)})
 	}
 	var gone []change
 	for name, e := range s.rules {
@@ -344,7 +344,7 @@ func (s *sync) isSingle() bool {
 	}
 	c := s.changes[0]
 	if c.old != nil && c.new != nil {
-		return c.old.rule.In.key() == c.new.rule.In.key()
+		return c.old.rule.In.Key() == c.new.rule.In.Key()
 	}
 	return c.new == nil || len(s.rules) < int(s.tableOf(c.new.rule.In).MaxEntries())
 }

@@ -70,7 +70,7 @@ func TestSyncRandomSets(t *testing.T) {
 			rules = w.rules(step)
 		case 1: // some more; inputs that are taken are left out
 			for _, r := range w.rules(step) {
-				if !slices.ContainsFunc(rules, func(o Rule) bool { return o.In.key() == r.In.key() }) {
+				if !slices.ContainsFunc(rules, func(o Rule) bool { return o.In.Key() == r.In.Key() }) {
 					rules = append(rules, r)
 				}
 			}

@@ -63,21 +63,19 @@ func (r *Relay) flowOf(packet string) (flow, error) {
 
 // String is the flow as an input of a rule is written.
 func (f flow) String() string {
-	return rules.Input{Interface: f.Interface, Source: f.Source, Address: f.Destination, Port: f.Port, VLAN: f.VLAN}.String()
+	return f.input().String()
 }
 
-// match is a candidate with what it is ordered by.
+// input is the flow as the input of a rule that takes just this.
+func (f flow) input() rules.Input {
+	return rules.Input{Interface: f.Interface, Source: f.Source, Address: f.Destination, Port: f.Port, VLAN: f.VLAN}
+}
+
+// match is a candidate; the instance is nil while the interface is absent.
 type match struct {
 	rule     *wantedRule
 	instance *instance
-	kind     int // 0 wins
-	bits     int // of a prefix
 }
-
-// The kinds of lookups, the first one wins (see rules.Winner): exact addresses, then
-// prefixes, and in both (source, group, port), (any, group, port), (source, group,
-// any port), (any, group, any port).
-var kindNames = [...]string{"source, group, port", "any source, group, port", "source, group, any port", "any source, group, any port"}
 
 // explain finds the rules that match a flow, and says what the winner does.
 func (r *Relay) explain(f flow) control.Explanation {
@@ -100,15 +98,16 @@ func (r *Relay) explain(f flow) control.Explanation {
 // matchesOf lists the rules that match a flow, the winner first.
 func (r *Relay) matchesOf(f flow) []match {
 	var all []match
+	wanted := f.input()
 	for _, w := range r.ordered {
 		in := w.rule.In
-		if !matchesFlow(in, f) {
+		if !in.Overlaps(wanted) {
 			continue
 		}
 		if isPattern(in.Interface) && r.winner(in, f.Interface) != nil {
 			continue // another rule takes exactly the same there
 		}
-		m := match{rule: w, kind: kindOf(in), bits: prefixOf(in.Address, in.Len).Bits()}
+		m := match{rule: w}
 		for _, n := range w.instances {
 			if n.in == f.Interface {
 				m.instance = n
@@ -116,38 +115,28 @@ func (r *Relay) matchesOf(f flow) []match {
 		}
 		all = append(all, m)
 	}
-	slices.SortStableFunc(all, func(a, b match) int {
-		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(b.bits, a.bits))
+	slices.SortFunc(all, func(a, b match) int {
+		if rules.Before(a.rule.rule.In, b.rule.rule.In) {
+			return -1
+		}
+		return 1
 	})
 	return all
 }
 
-func matchesFlow(in rules.Input, f flow) bool {
-	return matches(in.Interface, f.Interface) && in.VLAN == f.VLAN &&
-		prefixOf(in.Address, in.Len).Contains(f.Destination) &&
-		(in.Port == 0 || f.Port == 0 || in.Port == f.Port) &&
-		(!in.Source.IsValid() || !f.Source.IsValid() || in.Source == f.Source)
-}
-
-func kindOf(in rules.Input) int {
-	kind := 0
+// kindName says what a match is found by.
+func (m match) kindName() string {
+	in, source, group, port := m.rule.rule.In, "source", "group", "port"
 	if !in.Source.IsValid() {
-		kind++
-	}
-	if in.Port == 0 {
-		kind += 2
+		source = "any source"
 	}
 	if in.Len != 0 {
-		kind += len(kindNames)
+		group = fmt.Sprintf("prefix of %d bits", in.Len)
 	}
-	return kind
-}
-
-func (m match) kindName() string {
-	if m.kind < len(kindNames) {
-		return kindNames[m.kind]
+	if in.Port == 0 {
+		port = "any port"
 	}
-	return strings.Replace(kindNames[m.kind-len(kindNames)], "group", fmt.Sprintf("prefix of %d bits", m.bits), 1)
+	return source + ", " + group + ", " + port
 }
 
 func (m match) describe() control.Candidate {
@@ -187,7 +176,7 @@ func (r *Relay) whyNone(f flow) string {
 		for _, w := range r.ordered {
 			other := f
 			wrong.adjust(&other, w.rule.In)
-			if matchesFlow(w.rule.In, other) {
+			if w.rule.In.Overlaps(other.input()) {
 				return fmt.Sprintf("no rule takes it: rule %s (%s) takes another %s", w.rule.Name, w.rule.In, wrong.what)
 			}
 		}
@@ -199,7 +188,7 @@ func (r *Relay) whyNone(f flow) string {
 func (r *Relay) explainInstance(e *control.Explanation, f flow, m match) {
 	n := m.instance
 	if n.publish {
-		e.Path, e.PathReason = pathName(n.resolved.Path), cmp.Or(n.note, r.pathWhy(n))
+		e.Path, e.PathReason = PathName(n.resolved.Path), cmp.Or(n.note, r.pathWhy(n))
 	}
 	for i, s := range n.slots {
 		o := m.rule.rule.Out[s.out]

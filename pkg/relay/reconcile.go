@@ -125,8 +125,7 @@ func (r *Relay) reconcile(strict []string) error {
 	}
 	delete(r.warnings, aboutInterfaces)
 	dirty, before := r.resolveDirty()
-	// Devices that are there again are opened again.
-	r.unsynced = r.unsynced || len(dirty) > 0 && r.paths.busy() || r.paths.pending()
+	r.unsynced = r.unsynced || r.paths.pending()
 	r.attach(dirty)
 	r.join(dirty)
 	for i, w := range dirty {
@@ -237,6 +236,8 @@ func (r *Relay) refreshInterfaces() error {
 	if len(changed) == 0 && r.warnings[aboutOwn] == "" {
 		return nil
 	}
+	// Devices that are there again are opened again.
+	r.unsynced = r.unsynced || r.paths.busy()
 	there := make(map[int]*iface, len(now))
 	for _, i := range now {
 		there[i.index] = i

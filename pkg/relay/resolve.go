@@ -65,9 +65,7 @@ func (n *instance) equal(o *instance) bool {
 	if n.publish != o.publish {
 		return false
 	}
-	a, b := &n.resolved, &o.resolved
-	return !n.publish || a.Name == b.Name && a.In == b.In && a.Path == b.Path && a.Fallback == b.Fallback && a.AllowLoop == b.AllowLoop &&
-		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
+	return !n.publish || n.resolved.Equal(o.resolved)
 }
 
 func sameInstances(a, b []*instance) bool {

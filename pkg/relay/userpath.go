@@ -123,20 +123,15 @@ func (p *openPath) with(want []loader.Rule) []loader.Rule {
 	inputs := make(map[loader.Input]bool, len(want))
 	for i := range want {
 		names[want[i].Name] = true
-		inputs[inputKey(want[i].In)] = true
+		inputs[want[i].In.Key()] = true
 	}
 	all := slices.Clone(want)
 	for _, r := range p.rules {
-		if !names[r.Name] && !inputs[inputKey(r.In)] {
+		if !names[r.Name] && !inputs[r.In.Key()] {
 			all = append(all, r)
 		}
 	}
 	return all
-}
-
-func inputKey(in loader.Input) loader.Input {
-	in.MAC = [6]byte{}
-	return in
 }
 
 // add adds what the user-space paths have counted to what the kernel has: the drops

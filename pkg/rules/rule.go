@@ -14,7 +14,7 @@ import (
 	"strings"
 )
 
-// MaxOutputs is the most outputs a rule can have: one egress program a slot.
+// MaxOutputs is the most outputs that a rule can have.
 const MaxOutputs = 64
 
 // MaxNameLen is the longest rule name in bytes; in the kernel's maps a name has

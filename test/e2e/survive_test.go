@@ -164,7 +164,7 @@ func withoutCounters(all []control.RuleStatus) []control.RuleStatus {
 		all[i].Matched, all[i].LastSeen, all[i].Drops = control.Counter{}, nil, nil
 		for k := range all[i].Outputs {
 			o := &all[i].Outputs[k]
-			o.Sent, o.LastSeen, o.Drops = control.Counter{}, nil, nil
+			o.Sent, o.Drops = control.Counter{}, nil
 		}
 	}
 	return all
