@@ -10,9 +10,6 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// maxRuleFile bounds a file of rules in bytes: 100,000 rules fit.
-const maxRuleFile = 64 << 20
-
 func checkCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "check",
@@ -49,10 +46,24 @@ func check(c *cli.Context) error {
 
 // readRules reads, parses and validates a file of rules, "-" for stdin.
 func readRules(stdin io.Reader, name string) ([]rules.Rule, error) {
-	in := stdin
+	data, err := readRuleFile(stdin, name)
+	if err != nil {
+		return nil, err
+	}
+	return parseRules(name, data)
+}
+
+func parseRules(name string, data []byte) ([]rules.Rule, error) {
 	if name == "-" {
 		name = "stdin"
-	} else {
+	}
+	return rules.ParseFile(name, data)
+}
+
+// readRuleFile reads a file of rules, "-" for stdin.
+func readRuleFile(stdin io.Reader, name string) ([]byte, error) {
+	in := stdin
+	if name != "-" {
 		f, err := os.Open(name)
 		if err != nil {
 			return nil, err
@@ -60,12 +71,12 @@ func readRules(stdin io.Reader, name string) ([]rules.Rule, error) {
 		defer f.Close()
 		in = f
 	}
-	data, err := io.ReadAll(io.LimitReader(in, maxRuleFile+1))
+	data, err := io.ReadAll(io.LimitReader(in, rules.MaxFileSize+1))
 	switch {
 	case err != nil:
 		return nil, err
-	case len(data) > maxRuleFile:
-		return nil, fmt.Errorf("%s: over %d bytes, which is more than a file of rules can have", name, maxRuleFile)
+	case len(data) > rules.MaxFileSize:
+		return nil, fmt.Errorf("%s: over %d bytes, which is more than a file of rules can have", name, rules.MaxFileSize)
 	}
-	return rules.ParseFile(name, data)
+	return data, nil
 }

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/rules"
 )
 
 var update = flag.Bool("update", false, "write the golden files and docs/cli.md instead of comparing")
@@ -113,21 +114,21 @@ func (b *backend) DeleteRule(_ context.Context, name string) error {
 	return b.note("del " + name)
 }
 
-func (b *backend) Apply(_ context.Context, list []control.Rule, dryRun bool) (control.ApplyResult, error) {
+func (b *backend) Apply(_ context.Context, list []rules.Rule, o control.ApplyOptions) (control.ApplyResult, error) {
 	call := "apply"
-	if dryRun {
+	if o.DryRun {
 		call = "dry run"
 	}
-	result := control.ApplyResult{DryRun: dryRun}
+	result := control.ApplyResult{DryRun: o.DryRun, Added: len(list), Changed: 1, Removed: 1, Kept: 1}
 	for _, r := range list {
 		call += " " + r.Name
-		result.Changes = append(result.Changes, control.Change{Op: control.OpAdd, Rule: r})
+		result.Changes = append(result.Changes, control.Change{Op: control.OpAdd, Rule: control.FromRule(r)})
 	}
 	old := b.list()
 	changed := old[0].Rule
 	changed.Path = "kernel"
 	result.Changes = append(result.Changes, control.Change{Op: control.OpChange, Rule: changed, Old: &old[0].Rule},
-		control.Change{Op: control.OpRemove, Rule: old[1].Rule}, control.Change{Op: control.OpKeep, Rule: old[0].Rule})
+		control.Change{Op: control.OpRemove, Rule: old[1].Rule})
 	return result, b.note(call)
 }
 
@@ -178,8 +179,10 @@ func (b *backend) Stats(context.Context) (control.Stats, error) {
 	return s, err
 }
 
-func (b *backend) Reload(context.Context) (control.ApplyResult, error) {
-	return control.ApplyResult{Changes: []control.Change{{Op: control.OpAdd, Rule: b.list()[0].Rule}}}, b.note("reload")
+func (b *backend) Reload(_ context.Context, o control.ApplyOptions) (control.ApplyResult, error) {
+	return control.ApplyResult{
+		DryRun: o.DryRun, Added: 1200, Kept: 3, Changes: []control.Change{{Op: control.OpAdd, Rule: b.list()[0].Rule}},
+	}, b.note("reload")
 }
 
 // daemon serves b; the commands find it by the environment.

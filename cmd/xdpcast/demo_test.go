@@ -213,7 +213,7 @@ func TestDemoFindsSabotage(t *testing.T) {
 				if err := d.writeRules(); err != nil {
 					t.Fatal(err)
 				}
-				if _, err := d.client.Reload(t.Context()); err != nil {
+				if _, err := d.client.Reload(t.Context(), control.ApplyOptions{}); err != nil {
 					t.Fatal(err)
 				}
 			},

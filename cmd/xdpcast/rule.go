@@ -344,7 +344,7 @@ func ruleApplyCommand() *cli.Command {
 			"daemon and not in the file are removed, and rules that are the same are not touched. The rules of the daemon's\n" +
 			"own file stay. If anything in the file is wrong, nothing changes.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "dry-run", Usage: "only say what would change"},
+			dryRunFlag(),
 			outputFlag(),
 		},
 		Action: ruleApply,
@@ -355,27 +355,43 @@ func ruleApply(c *cli.Context) error {
 	if err := showArgs(c, 1, 1); err != nil {
 		return err
 	}
-	wanted, err := readRules(c.App.Reader, c.Args().First())
+	name := c.Args().First()
+	data, err := readRuleFile(c.App.Reader, name)
 	if err != nil {
 		return err
 	}
-	list := make([]control.Rule, 0, len(wanted))
-	for _, r := range wanted {
-		list = append(list, control.FromRule(r))
-	}
-	result, err := client(c).Apply(c.Context, list, c.Bool("dry-run"))
+	result, err := client(c).ApplyFile(c.Context, data, applyOptions(c))
 	if err != nil {
+		// The daemon reads the file, once. What is wrong in it is told with every line here.
+		if _, wrong := parseRules(name, data); wrong != nil {
+			return wrong
+		}
 		return err
 	}
 	return show(c, result, func(w io.Writer) error { return changeList(w, result) })
 }
 
+// shownChanges is how many changes are listed for people: so many that all of a
+// change made by hand are, and a large set is not slowed down by being told.
+const shownChanges = 1000
+
+// applyOptions has programs, and who asks what would change, told of every change.
+func applyOptions(c *cli.Context) control.ApplyOptions {
+	o := control.ApplyOptions{DryRun: c.Bool("dry-run"), MaxChanges: shownChanges}
+	if o.DryRun || c.String("output") == "json" {
+		o.MaxChanges = 0
+	}
+	return o
+}
+
+func dryRunFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "dry-run", Usage: "only say what would change"}
+}
+
 // changeList shows what changed, and a summary.
 func changeList(w io.Writer, result control.ApplyResult) error {
-	count := map[string]int{}
 	var text strings.Builder
 	for _, change := range result.Changes {
-		count[change.Op]++
 		switch change.Op {
 		case control.OpAdd:
 			text.WriteString("+ " + printable(ruleText(change.Rule)) + "\n")
@@ -388,12 +404,14 @@ func changeList(w io.Writer, result control.ApplyResult) error {
 			text.WriteString("> " + printable(ruleText(change.Rule)) + "\n")
 		}
 	}
+	if more := result.Added + result.Removed + result.Changed - len(result.Changes); more > 0 {
+		fmt.Fprintf(&text, "... and %d more\n", more)
+	}
 	note := ""
 	if result.DryRun {
 		note = "dry run: "
 	}
-	fmt.Fprintf(&text, "%s%d added, %d removed, %d changed, %d kept\n", note,
-		count[control.OpAdd], count[control.OpRemove], count[control.OpChange], count[control.OpKeep])
+	fmt.Fprintf(&text, "%s%d added, %d removed, %d changed, %d kept\n", note, result.Added, result.Removed, result.Changed, result.Kept)
 	_, err := io.WriteString(w, text.String())
 	return err
 }

@@ -168,18 +168,14 @@ func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r *relay.Rela
 			return
 		case <-hangups:
 		}
-		result, err := r.Reload(ctx)
+		result, err := r.Reload(ctx, control.ApplyOptions{MaxChanges: 1}) // they are only counted here
 		if err != nil {
 			for line := range strings.SplitSeq(err.Error(), "\n") {
 				log.Error("reload failed, the old rules stay", "error", line)
 			}
 			continue
 		}
-		count := map[string]int{}
-		for _, change := range result.Changes {
-			count[change.Op]++
-		}
-		log.Info("reloaded", "added", count[control.OpAdd], "changed", count[control.OpChange], "removed", count[control.OpRemove], "kept", count[control.OpKeep])
+		log.Info("reloaded", "added", result.Added, "changed", result.Changed, "removed", result.Removed, "kept", result.Kept)
 	}
 }
 

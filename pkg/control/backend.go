@@ -1,6 +1,10 @@
 package control
 
-import "context"
+import (
+	"context"
+
+	"xdpcast/pkg/rules"
+)
 
 // Backend is what the API serves: implemented by the relay, and by Client.
 //
@@ -23,10 +27,10 @@ type Backend interface {
 	// DeleteRule removes a rule that was added through the API; ErrNotFound,
 	// and ErrConflict for a rule of the daemon's own file.
 	DeleteRule(ctx context.Context, name string) error
-	// Apply makes the rules that were added through the API exactly these;
-	// those of the daemon's own file are untouched. With dryRun it only says
-	// what it would do. After an error nothing has changed.
-	Apply(ctx context.Context, rules []Rule, dryRun bool) (ApplyResult, error)
+	// Apply makes the rules that were added through the API exactly these, which
+	// must hold together (rules.ValidateSet); those of the daemon's own file are
+	// untouched. After an error nothing has changed.
+	Apply(ctx context.Context, all []rules.Rule, o ApplyOptions) (ApplyResult, error)
 
 	// Groups returns every membership, sorted by interface and group.
 	Groups(ctx context.Context) ([]Group, error)
@@ -38,5 +42,5 @@ type Backend interface {
 
 	// Reload reads the daemon's own file again and applies the difference.
 	// After an error nothing has changed.
-	Reload(ctx context.Context) (ApplyResult, error)
+	Reload(ctx context.Context, o ApplyOptions) (ApplyResult, error)
 }

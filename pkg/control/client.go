@@ -11,10 +11,13 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/rules"
 )
 
 const (
@@ -93,12 +96,32 @@ func (c *Client) DeleteRule(ctx context.Context, name string) error {
 }
 
 // Apply implements Backend.
-func (c *Client) Apply(ctx context.Context, rules []Rule, dryRun bool) (ApplyResult, error) {
-	path := "/v1/rules"
-	if dryRun {
-		path += "?dry_run=true"
+func (c *Client) Apply(ctx context.Context, all []rules.Rule, o ApplyOptions) (ApplyResult, error) {
+	file, err := rules.FormatFile(all)
+	if err != nil {
+		return ApplyResult{}, Wrap(KindInvalid, err)
 	}
-	return ask[ApplyResult](ctx, c, http.MethodPut, path, orEmpty(rules))
+	return c.ApplyFile(ctx, file, o)
+}
+
+// ApplyFile is Apply with the text of a file of rules (rules.ParseFile).
+func (c *Client) ApplyFile(ctx context.Context, file []byte, o ApplyOptions) (ApplyResult, error) {
+	return ask[ApplyResult](ctx, c, http.MethodPut, "/v1/rules"+o.query(), rulesFile(file))
+}
+
+// query is the part of the path that says how.
+func (o ApplyOptions) query() string {
+	q := url.Values{}
+	if o.DryRun {
+		q.Set(queryDryRun, "true")
+	}
+	if o.MaxChanges > 0 {
+		q.Set(queryMaxChanges, strconv.Itoa(o.MaxChanges))
+	}
+	if len(q) == 0 {
+		return ""
+	}
+	return "?" + q.Encode()
 }
 
 // Groups implements Backend.
@@ -117,9 +140,12 @@ func (c *Client) Explain(ctx context.Context, packet string) (Explanation, error
 }
 
 // Reload implements Backend.
-func (c *Client) Reload(ctx context.Context) (ApplyResult, error) {
-	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/reload", nil)
+func (c *Client) Reload(ctx context.Context, o ApplyOptions) (ApplyResult, error) {
+	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/reload"+o.query(), nil)
 }
+
+// rulesFile is a body that is a file of rules rather than JSON.
+type rulesFile []byte
 
 // ask is call for an answer of type T.
 func ask[T any](ctx context.Context, c *Client, method, path string, in any) (T, error) {
@@ -165,8 +191,8 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 }
 
 func request(ctx context.Context, method, path string, in any) (*http.Request, error) {
-	var data []byte
-	if in != nil {
+	data, isFile := in.(rulesFile)
+	if in != nil && !isFile {
 		var err error
 		if data, err = json.Marshal(in); err != nil {
 			return nil, fmt.Errorf("control: %w", err)
@@ -178,6 +204,9 @@ func request(ctx context.Context, method, path string, in any) (*http.Request, e
 	req, err := http.NewRequestWithContext(ctx, method, "http://xdpcast"+path, bytes.NewReader(data))
 	if err != nil {
 		return nil, fmt.Errorf("control: %w", err)
+	}
+	if isFile {
+		req.Header.Set("Content-Type", yamlType)
 	}
 	if len(data) > expectOver {
 		req.Header.Set("Expect", "100-continue")

@@ -16,18 +16,20 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+
+	"xdpcast/pkg/rules"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // fake is a Backend that holds rules and fails with err when that is set.
 type fake struct {
-	mu     sync.Mutex
-	rules  []RuleStatus
-	err    error
-	dryRun bool
-	block  chan struct{} // when set, Status waits for it or for its context
-	waits  chan struct{} // told each time that Status begins to wait
+	mu      sync.Mutex
+	rules   []RuleStatus
+	err     error
+	options ApplyOptions
+	block   chan struct{} // when set, Status waits for it or for its context
+	waits   chan struct{} // told each time that Status begins to wait
 }
 
 func (f *fake) Status(ctx context.Context) (Status, error) {
@@ -84,13 +86,13 @@ func (f *fake) DeleteRule(_ context.Context, name string) error {
 	return f.err
 }
 
-func (f *fake) Apply(_ context.Context, rules []Rule, dryRun bool) (ApplyResult, error) {
+func (f *fake) Apply(_ context.Context, all []rules.Rule, o ApplyOptions) (ApplyResult, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.dryRun = dryRun
-	res := ApplyResult{DryRun: dryRun}
-	for _, r := range rules {
-		res.Changes = append(res.Changes, Change{Op: OpChange, Rule: r, Old: &Rule{Name: r.Name}})
+	f.options = o
+	res := ApplyResult{DryRun: o.DryRun, Changed: len(all)}
+	for _, r := range all {
+		res.Changes = append(res.Changes, Change{Op: OpChange, Rule: FromRule(r), Old: &Rule{Name: r.Name}})
 	}
 	return res, f.err
 }
@@ -111,8 +113,9 @@ func (f *fake) Explain(_ context.Context, packet string) (Explanation, error) {
 	return Explanation{Packet: packet, Why: "rule cam1 takes it", Candidates: []Candidate{{Rule: "cam1", Kind: "any source, group, port"}}}, f.err
 }
 
-func (f *fake) Reload(context.Context) (ApplyResult, error) {
-	return ApplyResult{Changes: []Change{{Op: OpKeep, Rule: cam1}}}, f.err
+func (f *fake) Reload(_ context.Context, o ApplyOptions) (ApplyResult, error) {
+	f.options = o
+	return ApplyResult{Kept: 1, Removed: 1, Changes: []Change{{Op: OpRemove, Rule: cam1}}}, f.err
 }
 
 var (
@@ -215,16 +218,26 @@ func TestEveryMethodOverTheWire(t *testing.T) {
 	stats, err := c.Stats(ctx)
 	check("Stats", stats, err, Stats{Time: testTime, Rules: []RuleStatus{}, Drops: []Drop{{Reason: "loop", Counter: Counter{1, 60}}}, TransmitDrops: []TransmitDrop{}})
 
-	for _, dry := range []bool{true, false} {
-		applied, err := c.Apply(ctx, []Rule{cam1}, dry)
-		check("Apply", applied, err, ApplyResult{DryRun: dry, Changes: []Change{{Op: OpChange, Rule: cam1, Old: &Rule{Name: "cam1", Out: []string{}}}}})
-		check("Apply's dryRun", b.dryRun, nil, dry)
+	parsed, err := ToRule(cam1)
+	if err != nil {
+		t.Fatal(err)
 	}
-	applied, err := c.Apply(ctx, nil, false)
+	for _, o := range []ApplyOptions{{}, {DryRun: true}, {MaxChanges: 7}, {true, 1}} {
+		applied, err := c.Apply(ctx, []rules.Rule{parsed}, o)
+		check("Apply", applied, err, ApplyResult{DryRun: o.DryRun, Changed: 1, Changes: []Change{{Op: OpChange, Rule: cam1, Old: &Rule{Name: "cam1", Out: []string{}}}}})
+		check("Apply's options", b.options, nil, o)
+		reloaded, err := c.Reload(ctx, o)
+		check("Reload", reloaded, err, ApplyResult{Kept: 1, Removed: 1, Changes: []Change{{Op: OpRemove, Rule: cam1}}})
+		check("Reload's options", b.options, nil, o)
+	}
+	applied, err := c.Apply(ctx, nil, ApplyOptions{})
 	check("Apply none", applied, err, ApplyResult{Changes: []Change{}})
-
-	reloaded, err := c.Reload(ctx)
-	check("Reload", reloaded, err, ApplyResult{Changes: []Change{{Op: OpKeep, Rule: cam1}}})
+	if _, err := c.Apply(ctx, []rules.Rule{parsed, parsed}, ApplyOptions{}); !errors.Is(err, ErrInvalid) {
+		t.Errorf("Apply of one rule twice: %v", err)
+	}
+	if _, err := c.ApplyFile(ctx, []byte("rules: [{name: a, in: 239.1.1.1:5%eth0}]"), ApplyOptions{}); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "body:1:") {
+		t.Errorf("ApplyFile of a rule without outputs: %v", err)
+	}
 }
 
 func TestErrorsOverTheWire(t *testing.T) {
@@ -236,10 +249,10 @@ func TestErrorsOverTheWire(t *testing.T) {
 		"Rules":      func() error { _, err := c.Rules(ctx); return err },
 		"AddRule":    func() error { _, err := c.AddRule(ctx, cam1); return err },
 		"DeleteRule": func() error { return c.DeleteRule(ctx, "cam1") },
-		"Apply":      func() error { _, err := c.Apply(ctx, nil, true); return err },
+		"Apply":      func() error { _, err := c.Apply(ctx, nil, ApplyOptions{DryRun: true}); return err },
 		"Groups":     func() error { _, err := c.Groups(ctx); return err },
 		"Stats":      func() error { _, err := c.Stats(ctx); return err },
-		"Reload":     func() error { _, err := c.Reload(ctx); return err },
+		"Reload":     func() error { _, err := c.Reload(ctx, ApplyOptions{}); return err },
 	}
 	for _, tt := range []struct {
 		err  error

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"mime"
 	"net/http"
 	"strings"
+
+	"xdpcast/pkg/rules"
 )
 
 // decode reads exactly one JSON value without unknown keys.
@@ -18,10 +21,29 @@ func decode(body io.Reader, v any) error {
 	return bodyError(atEnd(dec))
 }
 
+// yamlType is the media type of a file of rules (RFC 9512).
+const yamlType = "application/yaml"
+
+// readRules reads the set of rules that a body is: a file of rules if it says so, else
+// a JSON list.
+func readRules(r *http.Request) ([]rules.Rule, error) {
+	switch media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); {
+	case err == nil && media == yamlType:
+		data, err := io.ReadAll(r.Body)
+		if err != nil {
+			return nil, bodyError(err)
+		}
+		all, err := rules.ParseFile("body", data)
+		return all, wrapSet(err)
+	default: // curl calls all that it sends a form
+		return decodeRules(r.Body)
+	}
+}
+
 // decodeRules reads a list of rules, one at a time: the text of 100,000 of
 // them is never held as a whole. null is refused, as it is not a way to say
 // that every rule should go.
-func decodeRules(body io.Reader) ([]Rule, error) {
+func decodeRules(body io.Reader) ([]rules.Rule, error) {
 	dec := newDecoder(body)
 	first, err := dec.Token()
 	if err != nil {
@@ -30,13 +52,17 @@ func decodeRules(body io.Reader) ([]Rule, error) {
 	if first != json.Delim('[') {
 		return nil, Errorf(KindInvalid, "body: a list of rules is needed, [] for none")
 	}
-	rules := []Rule{}
-	for dec.More() {
+	all, faults := []rules.Rule{}, []error(nil)
+	for n := 1; dec.More(); n++ {
 		var r Rule
 		if err := dec.Decode(&r); err != nil {
-			return nil, bodyError(fmt.Errorf("rule %d of the list: %w", len(rules)+1, plain(err)))
+			return nil, bodyError(fmt.Errorf("rule %d of the list: %w", n, plain(err)))
 		}
-		rules = append(rules, r)
+		rule, err := toRule(r)
+		if err != nil {
+			faults = append(faults, fmt.Errorf("rule %.100q: %w", r.Name, err))
+		}
+		all = append(all, rule)
 	}
 	if _, err := dec.Token(); err != nil { // the closing bracket
 		return nil, bodyError(unexpectedEnd(err))
@@ -44,7 +70,21 @@ func decodeRules(body io.Reader) ([]Rule, error) {
 	if err := atEnd(dec); err != nil {
 		return nil, bodyError(err)
 	}
-	return rules, nil
+	if len(faults) > 0 {
+		return nil, Wrap(KindInvalid, errors.Join(faults...))
+	}
+	return all, ValidateSet(all)
+}
+
+// ValidateSet is rules.ValidateSet, with the kind that a fault has here: KindConflict for
+// one between rules, KindInvalid for one of a rule by itself.
+func ValidateSet(all []rules.Rule) error { return wrapSet(rules.ValidateSet(all)) }
+
+func wrapSet(err error) error {
+	if errors.Is(err, rules.ErrDuplicateInput) || errors.Is(err, rules.ErrDuplicateName) || errors.Is(err, rules.ErrLoop) {
+		return Wrap(KindConflict, err)
+	}
+	return Wrap(KindInvalid, err)
 }
 
 func newDecoder(body io.Reader) *json.Decoder {

@@ -45,7 +45,7 @@ func (s *Server) endpoints() map[string][]endpoint {
 		"/v1/rules": {
 			get(s.getRules),
 			{method: http.MethodPost, need: accessWrite, status: http.StatusCreated, do: s.postRule},
-			{method: http.MethodPut, need: accessWrite, status: http.StatusOK, do: s.putRules, query: []string{"dry_run"}},
+			{method: http.MethodPut, need: accessWrite, status: http.StatusOK, do: s.putRules, query: applyQuery},
 		},
 		"/v1/rules/{name}": {
 			get(s.getRule),
@@ -54,7 +54,7 @@ func (s *Server) endpoints() map[string][]endpoint {
 		"/v1/groups":  {get(s.getGroups)},
 		"/v1/stats":   {get(s.getStats)},
 		"/v1/explain": {{method: http.MethodGet, need: accessRead, status: http.StatusOK, do: s.getExplain, query: []string{"packet"}}},
-		"/v1/reload":  {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload}},
+		"/v1/reload":  {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload, query: applyQuery}},
 	}
 }
 
@@ -207,15 +207,15 @@ func (s *Server) deleteRule(r *http.Request) (any, error) {
 }
 
 func (s *Server) putRules(r *http.Request) (any, error) {
-	dryRun, err := boolQuery(r, "dry_run")
+	o, err := applyOptions(r)
 	if err != nil {
 		return nil, err
 	}
-	rules, err := decodeRules(r.Body)
+	all, err := readRules(r)
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.backend.Apply(r.Context(), rules, dryRun)
+	v, err := s.backend.Apply(r.Context(), all, o)
 	v.fill()
 	return v, err
 }
@@ -245,9 +245,33 @@ func (s *Server) getExplain(r *http.Request) (any, error) {
 }
 
 func (s *Server) postReload(r *http.Request) (any, error) {
-	v, err := s.backend.Reload(r.Context())
+	o, err := applyOptions(r)
+	if err != nil {
+		return nil, err
+	}
+	v, err := s.backend.Reload(r.Context(), o)
 	v.fill()
 	return v, err
+}
+
+// Query keys of ApplyOptions.
+const (
+	queryDryRun     = "dry_run"
+	queryMaxChanges = "max_changes"
+)
+
+var applyQuery = []string{queryDryRun, queryMaxChanges}
+
+func applyOptions(r *http.Request) (o ApplyOptions, err error) {
+	if o.DryRun, err = boolQuery(r, queryDryRun); err != nil {
+		return o, err
+	}
+	if v := r.URL.Query().Get(queryMaxChanges); v != "" {
+		if o.MaxChanges, err = strconv.Atoi(v); err != nil || o.MaxChanges < 1 {
+			return o, Errorf(KindInvalid, "query key %s is %q: must be a number from 1", queryMaxChanges, oneLine(v, 100))
+		}
+	}
+	return o, nil
 }
 
 func boolQuery(r *http.Request, key string) (bool, error) {

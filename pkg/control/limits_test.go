@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/rules"
 )
 
 // exchange writes a raw request to the socket and reads one answer.
@@ -127,13 +129,24 @@ func TestBodyLimit(t *testing.T) {
 	if err != nil || 100_000*len(one) > MaxBody {
 		t.Fatalf("100,000 rules of %d bytes do not fit %d, %v", len(one), MaxBody, err)
 	}
-	rules := slices.Repeat([]Rule{long}, 2_000)
-	if res, err := c.Apply(context.Background(), rules, true); err != nil || len(res.Changes) != len(rules) {
-		t.Fatalf("%d rules: %d changes, %v", len(rules), len(res.Changes), err)
+	var file []byte
+	for i := range 2_000 {
+		long.Name, long.In = fmt.Sprint("market-data-feed-a-", i), fmt.Sprintf("10.100.200.200@239.255.255.255:%d%%enp129s0f0", 50_000+i)
+		rule, err := ToRule(long)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file = rules.AppendRule(file, rule)
+	}
+	if 50*len(file) > MaxBody {
+		t.Fatalf("2,000 rules take %d bytes: 100,000 do not fit %d", len(file), MaxBody)
+	}
+	if res, err := c.ApplyFile(context.Background(), file, ApplyOptions{}); err != nil || res.Changed != 2_000 || len(res.Changes) != 2_000 {
+		t.Fatalf("2,000 rules: %d changed, %d changes, %v", res.Changed, len(res.Changes), err)
 	}
 
-	rules[0].Name = strings.Repeat("x", MaxBody)
-	if _, err := c.Apply(context.Background(), rules[:1], true); !errors.Is(err, ErrTooLarge) {
+	file = append(file, bytes.Repeat([]byte("#"), MaxBody)...)
+	if _, err := c.ApplyFile(context.Background(), file, ApplyOptions{}); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("client with a huge body: %v, want %v", err, ErrTooLarge)
 	}
 	request := fmt.Sprintf("PUT /v1/rules HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n[", MaxBody+1)

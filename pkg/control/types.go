@@ -212,7 +212,6 @@ const (
 	OpAdd    = "add"
 	OpRemove = "remove"
 	OpChange = "change"
-	OpKeep   = "keep"
 )
 
 // Change is what Apply or Reload did, or would do, with one rule.
@@ -224,9 +223,24 @@ type Change struct {
 	Old *Rule `json:"old,omitempty"`
 }
 
-// ApplyResult lists what became of each rule, in the order it was done.
+// ApplyOptions are how to Apply or Reload.
+type ApplyOptions struct {
+	// DryRun is to say only what would change.
+	DryRun bool
+	// MaxChanges is how many changes the result lists; 0 is all. 100,000 of them
+	// take longer to tell than to do.
+	MaxChanges int
+}
+
+// ApplyResult says what became of the rules.
 type ApplyResult struct {
-	DryRun  bool     `json:"dry_run"`
+	DryRun  bool `json:"dry_run"`
+	Added   int  `json:"added"`
+	Changed int  `json:"changed"`
+	Removed int  `json:"removed"`
+	Kept    int  `json:"kept"`
+	// Changes lists what was added, changed and removed, in this order; the first
+	// ApplyOptions.MaxChanges of it.
 	Changes []Change `json:"changes"`
 }
 

@@ -2,8 +2,8 @@ package relay
 
 import (
 	"context"
-	"errors"
 	"runtime/debug"
+	"time"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/rules"
@@ -21,7 +21,7 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 		if old := r.rules[rule.Name]; old != nil {
 			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): delete it first, or choose another name", rule.Name, old.origin)
 		}
-		if err := validateSet(append(r.wantedRules(), rule)); err != nil {
+		if err := control.ValidateSet(append(r.wantedRules(), rule)); err != nil {
 			return err
 		}
 		if err := r.replace(edit{put: []*wantedRule{{rule: rule, origin: control.OriginAPI}}}, true); err != nil {
@@ -32,15 +32,6 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 		return err
 	})
 	return status, err
-}
-
-// validateSet gives the faults between rules their kind.
-func validateSet(all []rules.Rule) error {
-	err := rules.ValidateSet(all)
-	if errors.Is(err, rules.ErrDuplicateInput) || errors.Is(err, rules.ErrDuplicateName) || errors.Is(err, rules.ErrLoop) {
-		return control.Wrap(control.KindConflict, err)
-	}
-	return control.Wrap(control.KindInvalid, err)
 }
 
 // replace edits the wanted rules. After an error everything is as before: the
@@ -55,9 +46,6 @@ func (r *Relay) replace(e edit, strict bool) error {
 	undo := r.apply(e)
 	err := r.reconcile(names)
 	if err == nil {
-		if len(e.put) >= manyEdits {
-			r.tidy.Go(debug.FreeOSMemory)
-		}
 		return nil
 	}
 	r.apply(undo)
@@ -65,12 +53,29 @@ func (r *Relay) replace(e edit, strict bool) error {
 	return control.Wrap(control.KindFailed, err)
 }
 
-func (r *Relay) saveState() {
-	if err := r.writeState(); err != nil {
-		r.warn("saved rules", err)
+// tidyUp gives memory back to the host soon, once a large change and its answer are
+// done: the garbage is as large as what stays, and may be for long.
+func (r *Relay) tidyUp() {
+	if !r.tidying.CompareAndSwap(false, true) {
 		return
 	}
-	delete(r.warnings, "saved rules")
+	r.tidy.Go(func() {
+		select {
+		case <-r.ended:
+			return
+		case <-time.After(tidyAfter):
+		}
+		r.tidying.Store(false) // what is freed from here on is the next one's
+		debug.FreeOSMemory()
+	})
+}
+
+func (r *Relay) saveState() {
+	if err := r.writeState(); err != nil {
+		r.warn(aboutSaved, err)
+		return
+	}
+	delete(r.warnings, aboutSaved)
 }
 
 // DeleteRule implements control.Backend.
@@ -92,23 +97,10 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 }
 
 // Apply implements control.Backend.
-func (r *Relay) Apply(ctx context.Context, want []control.Rule, dryRun bool) (result control.ApplyResult, err error) {
-	parsed := make([]rules.Rule, 0, len(want))
-	var errs []error
-	for _, c := range want {
-		rule, err := control.ToRule(c)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		parsed = append(parsed, rule)
-	}
-	if len(errs) > 0 {
-		return result, control.Wrap(control.KindInvalid, errors.Join(errs...))
-	}
+func (r *Relay) Apply(ctx context.Context, want []rules.Rule, o control.ApplyOptions) (result control.ApplyResult, err error) {
 	err = r.do(ctx, func() error {
-		result, err = r.applyOrigin(control.OriginAPI, parsed, dryRun, true)
-		if err == nil && !dryRun {
+		result, err = r.applyOrigin(control.OriginAPI, want, o, true)
+		if err == nil && !o.DryRun && (len(result.Changes) > 0 || r.warnings[aboutSaved] != "") {
 			r.saveState()
 		}
 		return err
@@ -119,7 +111,7 @@ func (r *Relay) Apply(ctx context.Context, want []control.Rule, dryRun bool) (re
 // Reload implements control.Backend. Unlike a rule that is added through the API,
 // one of the file that cannot be brought in stays wanted, is shown as failed, and
 // is tried again.
-func (r *Relay) Reload(ctx context.Context) (result control.ApplyResult, err error) {
+func (r *Relay) Reload(ctx context.Context, o control.ApplyOptions) (result control.ApplyResult, err error) {
 	err = r.do(ctx, func() error {
 		if r.opts.ConfigFile == "" {
 			return control.Errorf(control.KindConflict, "nothing to reload: the relay was started without a file")
@@ -128,29 +120,33 @@ func (r *Relay) Reload(ctx context.Context) (result control.ApplyResult, err err
 		if err != nil {
 			return control.Wrap(control.KindInvalid, err)
 		}
-		result, err = r.applyOrigin(control.OriginFile, fromFile, false, false)
+		result, err = r.applyOrigin(control.OriginFile, fromFile, o, false)
 		return err
 	})
 	return result, err
 }
 
-// applyOrigin makes the rules of one origin exactly want.
-func (r *Relay) applyOrigin(origin string, want []rules.Rule, dryRun, strict bool) (control.ApplyResult, error) {
-	result := control.ApplyResult{DryRun: dryRun}
-	var have, all []rules.Rule
+// applyOrigin makes the rules of one origin exactly want, which hold together.
+func (r *Relay) applyOrigin(origin string, want []rules.Rule, o control.ApplyOptions, strict bool) (control.ApplyResult, error) {
+	var have, others []rules.Rule
 	for _, w := range r.ordered {
 		if w.origin == origin {
 			have = append(have, w.rule)
 			continue
 		}
-		all = append(all, w.rule)
+		others = append(others, w.rule)
 	}
-	if err := validateSet(append(all, want...)); err != nil {
-		return result, err
+	if len(others) > 0 {
+		if err := control.ValidateSet(append(others, want...)); err != nil {
+			return control.ApplyResult{}, err
+		}
+	}
+	if len(have)+len(want) >= manyEdits {
+		r.tidyUp()
 	}
 	diff := rules.Compute(have, want)
-	result.Changes = changes(diff)
-	if dryRun {
+	result := summary(diff, o)
+	if o.DryRun || diff.Empty() {
 		return result, nil
 	}
 	var e edit
@@ -166,22 +162,44 @@ func (r *Relay) applyOrigin(origin string, want []rules.Rule, dryRun, strict boo
 	return result, r.replace(e, strict)
 }
 
-func changes(diff rules.Diff) []control.Change {
-	all := []control.Change{}
+// summary counts the changes, and lists as many as are asked for.
+func summary(diff rules.Diff, o control.ApplyOptions) control.ApplyResult {
+	result := control.ApplyResult{
+		DryRun: o.DryRun, Added: len(diff.Add), Changed: len(diff.Change), Removed: len(diff.Remove), Kept: len(diff.Keep),
+	}
+	total := result.Added + result.Changed + result.Removed
+	if o.MaxChanges > 0 {
+		total = min(total, o.MaxChanges)
+	}
+	result.Changes = make([]control.Change, 0, total)
+	list := func(c control.Change) bool {
+		result.Changes = append(result.Changes, c)
+		return len(result.Changes) < total
+	}
+	if total > 0 {
+		listChanges(diff, list)
+	}
+	return result
+}
+
+// listChanges gives the changes to list until that returns false.
+func listChanges(diff rules.Diff, list func(control.Change) bool) {
 	for _, rule := range diff.Add {
-		all = append(all, control.Change{Op: control.OpAdd, Rule: control.FromRule(rule)})
+		if !list(control.Change{Op: control.OpAdd, Rule: control.FromRule(rule)}) {
+			return
+		}
 	}
 	for _, c := range diff.Change {
 		old := control.FromRule(c.Old)
-		all = append(all, control.Change{Op: control.OpChange, Rule: control.FromRule(c.New), Old: &old})
+		if !list(control.Change{Op: control.OpChange, Rule: control.FromRule(c.New), Old: &old}) {
+			return
+		}
 	}
 	for _, rule := range diff.Remove {
-		all = append(all, control.Change{Op: control.OpRemove, Rule: control.FromRule(rule)})
+		if !list(control.Change{Op: control.OpRemove, Rule: control.FromRule(rule)}) {
+			return
+		}
 	}
-	for _, rule := range diff.Keep {
-		all = append(all, control.Change{Op: control.OpKeep, Rule: control.FromRule(rule)})
-	}
-	return all
 }
 
 // Rules implements control.Backend.

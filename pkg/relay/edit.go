@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"xdpcast/pkg/rules"
 )
@@ -15,9 +16,12 @@ type edit struct {
 	remove []string
 }
 
-// manyEdits is from where on the garbage of a change is given back to the host at
-// once: it is as large as what stays, and may be for long.
-const manyEdits = 10_000
+// manyEdits is from how many rules on the memory that a change has taken is given back
+// to the host, tidyAfter later.
+const (
+	manyEdits = 10_000
+	tidyAfter = 2 * time.Second
+)
 
 // fewEdits is up to how many rules are put into the order one by one.
 const fewEdits = 16

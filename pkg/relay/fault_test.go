@@ -15,6 +15,7 @@ import (
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
+	"xdpcast/pkg/rules"
 )
 
 const (
@@ -122,11 +123,11 @@ func TestFailedApplyChangesNothing(t *testing.T) {
 			r.mustAdd("goes", sourceIn, out1)
 			before := p.footprint(r)
 			tt.fault(system)
-			_, err := r.Apply(t.Context(), []control.Rule{
-				{Name: "stays", In: "239.1.1.1:5000%in0", Out: []string{out0}},
-				{Name: "changes", In: "239.1.1.3:5000%in0", Out: []string{out1}},
+			_, err := r.Apply(t.Context(), parsed(t,
+				control.Rule{Name: "stays", In: "239.1.1.1:5000%in0", Out: []string{out0}},
+				control.Rule{Name: "changes", In: "239.1.1.3:5000%in0", Out: []string{out1}},
 				tt.bad,
-			}, false)
+			), control.ApplyOptions{})
 			if err == nil || tt.want != nil && !errors.Is(err, tt.want) || !strings.Contains(err.Error(), "rule "+tt.bad.Name+": ") {
 				t.Errorf("error is %v, want %v", err, tt.want)
 			}
@@ -145,6 +146,20 @@ func TestFailedApplyChangesNothing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// parsed reads rules as the API does.
+func parsed(t *testing.T, all ...control.Rule) []rules.Rule {
+	t.Helper()
+	var out []rules.Rule
+	for _, c := range all {
+		rule, err := control.ToRule(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, rule)
+	}
+	return out
 }
 
 func manyOut(n int) []string {
@@ -249,8 +264,10 @@ func TestBadStart(t *testing.T) {
 	}{
 		{"file absent", func(p *place) { p.opts.ConfigFile = "/nonexistent/rules.yaml" }, "/nonexistent/rules.yaml: no such file"},
 		{"file broken", func(p *place) { p.opts.ConfigFile = p.file("rules.yaml", "rules: 7\n") }, "rules.yaml:1: "},
-		{"saved rules broken", func(p *place) { p.opts.StateFile = p.file("saved.json", "{") }, "saved.json: unexpected end of JSON input; remove the file to start without them"},
-		{"saved rules wrong", func(p *place) { p.opts.StateFile = p.file("saved.json", `[{"name":"a","in":"x","out":[]}]`) }, "saved.json: rule "},
+		{"saved rules broken", func(p *place) { p.opts.StateFile = p.file("saved.yaml", "{") }, "saved.yaml:1: did not find expected node content; remove the file to start without them"},
+		{"saved rules wrong", func(p *place) {
+			p.opts.StateFile = p.file("saved.yaml", "rules:\n  - name: a\n    in: x\n    out: []\n")
+		}, `saved.yaml:3: rule "a": `},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPlace(t)

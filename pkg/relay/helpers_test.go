@@ -187,12 +187,12 @@ func (p *place) footprint(r *running) footprint {
 		}
 	}
 	f.Groups = p.groups()
-	saved, err := os.ReadFile(filepath.Join(p.opts.Loader.RunDir, "rules.json"))
+	saved, err := os.ReadFile(filepath.Join(p.opts.Loader.RunDir, "api-rules.yaml"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		p.t.Fatal(err)
 	}
 	f.Saved = strings.TrimSpace(string(saved))
-	if f.Saved == "[]" {
+	if f.Saved == "rules: []" {
 		f.Saved = ""
 	}
 	return f

@@ -23,6 +23,7 @@ const (
 	aboutNeighbours = "neighbours"
 	aboutOwn        = "own addresses"
 	aboutOffloads   = "vlan offload"
+	aboutSaved      = "saved rules"
 )
 
 // nextWake says when something is due although nothing has happened.

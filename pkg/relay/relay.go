@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"xdpcast/pkg/control"
@@ -26,7 +27,7 @@ type Options struct {
 	// ConfigFile is the YAML file of rules; empty for none.
 	ConfigFile string
 	// StateFile keeps the rules that were added through the API, so that they
-	// outlive the process as the kernel's state does. Empty: rules.json in the
+	// outlive the process as the kernel's state does. Empty: api-rules.yaml in the
 	// loader's RunDir.
 	StateFile string
 	// Interfaces are attached even while no rule names them.
@@ -71,6 +72,7 @@ type Relay struct {
 	offloads   *offloads
 	round      uint64 // counts reconciles
 	tidy       sync.WaitGroup
+	tidying    atomic.Bool                                 // a tidy-up is to come
 	reconciled time.Time                                   // the last time
 	allDirty   bool                                        // every rule is to be resolved again
 	unsynced   bool                                        // the kernel does not hold what is resolved
@@ -98,7 +100,7 @@ func New(opts Options) (_ *Relay, err error) {
 		opts.Loader.PinDir = loader.DefaultPinDir
 	}
 	if opts.StateFile == "" {
-		opts.StateFile = filepath.Join(opts.Loader.RunDir, "rules.json")
+		opts.StateFile = filepath.Join(opts.Loader.RunDir, "api-rules.yaml")
 	}
 	opts.Loader.Logger, opts.Membership.Logger = opts.Logger, opts.Logger
 	r := &Relay{

@@ -71,7 +71,7 @@ func TestSavedRules(t *testing.T) {
 // is shown until it works.
 func TestStateIsNotSaved(t *testing.T) {
 	p := newPlace(t)
-	p.opts.StateFile = filepath.Join(t.TempDir(), "rules.json")
+	p.opts.StateFile = filepath.Join(t.TempDir(), "api-rules.yaml")
 	inTheWay := p.opts.StateFile + ".next"
 	if err := os.Mkdir(inTheWay, 0o700); err != nil {
 		t.Fatal(err)

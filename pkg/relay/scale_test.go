@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
@@ -51,7 +52,7 @@ func BenchmarkApply(b *testing.B) {
 				apply(b, r, all)
 				b.StopTimer()
 				all = nil
-				r.tidy.Wait()
+				debug.FreeOSMemory()
 				b.ReportMetric(float64(residentBytes(b))/1e6, "MB-resident")
 				runtime.GC()
 				var m runtime.MemStats

@@ -1,8 +1,6 @@
 package relay
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -22,17 +20,9 @@ func readState(path string) ([]rules.Rule, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read saved rules: %w", err)
 	}
-	var saved []control.Rule
-	if err := json.Unmarshal(data, &saved); err != nil {
-		return nil, fmt.Errorf("saved rules %s: %w; remove the file to start without them", path, err)
-	}
-	all := make([]rules.Rule, 0, len(saved))
-	for _, s := range saved {
-		rule, err := control.ToRule(s)
-		if err != nil {
-			return nil, fmt.Errorf("saved rules %s: %w; remove the file to start without them", path, err)
-		}
-		all = append(all, rule)
+	all, err := rules.ParseFile(path, data)
+	if err != nil {
+		return nil, fmt.Errorf("saved rules: %w; remove the file to start without them", err)
 	}
 	return all, nil
 }
@@ -40,15 +30,11 @@ func readState(path string) ([]rules.Rule, error) {
 // writeState saves the rules of the API, in one step: a reader, or a crash, meets
 // the old file or the new one.
 func (r *Relay) writeState() error {
-	data, err := encodeState(r.ordered)
-	if err != nil {
-		return fmt.Errorf("save rules: %w", err)
-	}
 	next := r.opts.StateFile + ".next"
 	if err := os.MkdirAll(filepath.Dir(next), 0o755); err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}
-	if err := os.WriteFile(next, data, 0o600); err != nil {
+	if err := os.WriteFile(next, encodeState(r.ordered), 0o600); err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}
 	if err := os.Rename(next, r.opts.StateFile); err != nil {
@@ -57,26 +43,14 @@ func (r *Relay) writeState() error {
 	return nil
 }
 
-// encodeState has a line for each rule, for people to read. It is called for every
+// encodeState writes the rules of the API as a file of rules. It is called for every
 // rule that is added, with all of them.
-func encodeState(ordered []*wantedRule) ([]byte, error) {
-	var data bytes.Buffer
-	separator := "[\n"
+func encodeState(ordered []*wantedRule) []byte {
+	var file []byte
 	for _, w := range ordered {
-		if w.origin != control.OriginAPI {
-			continue
+		if w.origin == control.OriginAPI {
+			file = rules.AppendRule(file, w.rule)
 		}
-		line, err := json.Marshal(control.FromRule(w.rule))
-		if err != nil {
-			return nil, err
-		}
-		data.WriteString(separator)
-		data.Write(line)
-		separator = ",\n"
 	}
-	if data.Len() == 0 {
-		return []byte("[]\n"), nil
-	}
-	data.WriteString("\n]\n")
-	return data.Bytes(), nil
+	return rules.EndFile(file)
 }

@@ -29,6 +29,11 @@ func Compute(have, want []Rule) Diff {
 	var d Diff
 	old := byName(have)
 	seen := make(map[string]bool, len(want))
+	if len(have) == 0 {
+		d.Add = make([]Rule, 0, len(want))
+	} else {
+		d.Keep = make([]Rule, 0, len(want)) // most, in general
+	}
 	for _, r := range want {
 		if seen[r.Name] {
 			continue

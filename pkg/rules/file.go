@@ -51,21 +51,37 @@ func FormatFile(rules []Rule) ([]byte, error) {
 	if err := ValidateSet(rules); err != nil {
 		return nil, err
 	}
-	if len(rules) == 0 {
-		return []byte("rules: []\n"), nil
-	}
-	var b bytes.Buffer
-	b.WriteString("rules:\n")
+	var b []byte
 	for _, r := range rules {
-		fmt.Fprintf(&b, "  - name: %s\n    in: %s\n    out:\n", yamlText(r.Name), yamlText(FormatInput(r.In, r.Accept)))
-		for _, o := range r.Out {
-			fmt.Fprintf(&b, "      - %s\n", yamlText(o.String()))
-		}
-		if r.Path != PathAuto {
-			fmt.Fprintf(&b, "    path: %s\n", r.Path)
-		}
+		b = AppendRule(b, r)
 	}
-	return b.Bytes(), nil
+	return EndFile(b), nil
+}
+
+// AppendRule appends a valid rule to the file b, which begins empty; FormatFile
+// without the validation. EndFile makes a whole of it.
+func AppendRule(b []byte, r Rule) []byte {
+	if len(b) == 0 {
+		b = append(b, "rules:\n"...)
+	}
+	b = append(append(append(b, "  - name: "...), yamlText(r.Name)...), '\n')
+	b = append(append(append(b, "    in: "...), yamlText(FormatInput(r.In, r.Accept))...), '\n')
+	b = append(b, "    out:\n"...)
+	for _, o := range r.Out {
+		b = append(append(append(b, "      - "...), yamlText(o.String())...), '\n')
+	}
+	if r.Path != PathAuto {
+		b = append(append(append(b, "    path: "...), r.Path.String()...), '\n')
+	}
+	return b
+}
+
+// EndFile ends a file made by AppendRule: one of no rules says so.
+func EndFile(b []byte) []byte {
+	if len(b) == 0 {
+		return []byte("rules: []\n")
+	}
+	return b
 }
 
 // yamlText quotes a name or endpoint if YAML could read it as anything but this

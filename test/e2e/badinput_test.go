@@ -47,7 +47,7 @@ func (in *instance) everything() everything {
 			e.Files = append(e.Files, f.Name())
 		}
 	}
-	state, err := os.ReadFile(in.runDir + "/rules.json")
+	state, err := os.ReadFile(in.runDir + "/api-rules.yaml")
 	if err != nil && !os.IsNotExist(err) {
 		in.t.Fatal(err)
 	}

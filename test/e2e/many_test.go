@@ -18,6 +18,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/rules"
 	"xdpcast/pkg/traffic"
 )
 
@@ -91,16 +92,19 @@ func TestThousandRules(t *testing.T) {
 	}
 
 	// And all at once, which is one swap of the flow table.
-	all := make([]control.Rule, count)
+	all := make([]rules.Rule, count)
 	for i := range all {
-		all[i] = manyRule(i)
+		var err error
+		if all[i], err = control.ToRule(manyRule(i)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	started = time.Now()
-	if _, err := in.client.Apply(t.Context(), all, false); err != nil {
+	if _, err := in.client.Apply(t.Context(), all, control.ApplyOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("applying them at once took %v", time.Since(started).Round(time.Millisecond))
-	if _, err := in.client.Apply(t.Context(), nil, false); err != nil {
+	if _, err := in.client.Apply(t.Context(), nil, control.ApplyOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "all is back to where it was", func() string {

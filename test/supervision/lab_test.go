@@ -23,6 +23,7 @@ import (
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/relay"
+	"xdpcast/pkg/rules"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -260,12 +261,16 @@ func (n *network) probe(fence netip.Addr, groups []netip.Addr) (got reached, ok 
 // apply makes the rules of the relay one for each group, which keeps its address.
 func (n *network) apply(t *testing.T, groups ...netip.Addr) {
 	t.Helper()
-	rules := make([]control.Rule, len(groups))
+	all := make([]rules.Rule, len(groups))
 	for i, group := range groups {
 		host := func(port, ifname string) string { return net.JoinHostPort(group.String(), port) + "%" + ifname }
-		rules[i] = control.Rule{Name: "to-" + group.String(), In: n.from + host("5000", "in"), Out: []string{host("6000", "out")}}
+		rule, err := control.ToRule(control.Rule{Name: "to-" + group.String(), In: n.from + host("5000", "in"), Out: []string{host("6000", "out")}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[i] = rule
 	}
-	if _, err := n.r.Apply(context.Background(), rules, false); err != nil {
+	if _, err := n.r.Apply(context.Background(), all, control.ApplyOptions{}); err != nil {
 		t.Fatal(err)
 	}
 }
