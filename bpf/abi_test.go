@@ -84,6 +84,7 @@ var abiEnums = map[string]map[string]uint64{
 		"FLOW_NO_CHECKSUM": uint64(RelayFlowFlagFLOW_NO_CHECKSUM),
 		"FLOW_POLICED":     uint64(RelayFlowFlagFLOW_POLICED),
 		"FLOW_FALLBACK":    uint64(RelayFlowFlagFLOW_FALLBACK),
+		"FLOW_LOCAL":       uint64(RelayFlowFlagFLOW_LOCAL),
 	},
 	"output_flag": {
 		"OUTPUT_READY":         uint64(RelayOutputFlagOUTPUT_READY),
@@ -115,7 +116,7 @@ var abiEnums = map[string]map[string]uint64{
 func objects(t testing.TB) map[string]*ebpf.CollectionSpec {
 	t.Helper()
 	specs := map[string]*ebpf.CollectionSpec{}
-	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"relay": LoadRelay, "egress": LoadEgress, "transmit": LoadTransmit} {
+	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"relay": LoadRelay, "egress": LoadEgress, "tapped": LoadTapped, "transmit": LoadTransmit} {
 		spec, err := load()
 		if err != nil {
 			t.Fatalf("read object %s: %v", name, err)

@@ -24,6 +24,7 @@ const (
 	EgressMapFlowTables6        = "flow_tables6"
 	EgressMapFragmentStats      = "fragment_stats"
 	EgressMapFragments          = "fragments"
+	EgressMapKept               = "kept"
 	EgressMapOutputStats        = "output_stats"
 	EgressMapOutputs            = "outputs"
 	EgressMapOwnAddresses       = "own_addresses"
@@ -113,6 +114,7 @@ type EgressMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	Kept          *ebpf.MapSpec `ebpf:"kept"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -178,6 +180,7 @@ type EgressMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	Kept          *ebpf.Map `ebpf:"kept"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -204,6 +207,7 @@ func (m *EgressMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.Kept,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,

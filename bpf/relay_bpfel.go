@@ -124,6 +124,7 @@ const (
 	RelayFlowFlagFLOW_NO_CHECKSUM RelayFlowFlag = 4
 	RelayFlowFlagFLOW_POLICED     RelayFlowFlag = 8
 	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
+	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
 )
 
 type RelayFragment struct {
@@ -335,6 +336,7 @@ const (
 	RelayMapFlowTables6        = "flow_tables6"
 	RelayMapFragmentStats      = "fragment_stats"
 	RelayMapFragments          = "fragments"
+	RelayMapKept               = "kept"
 	RelayMapOutputStats        = "output_stats"
 	RelayMapOutputs            = "outputs"
 	RelayMapOwnAddresses       = "own_addresses"
@@ -425,6 +427,7 @@ type RelayMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	Kept          *ebpf.MapSpec `ebpf:"kept"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -491,6 +494,7 @@ type RelayMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	Kept          *ebpf.Map `ebpf:"kept"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -517,6 +521,7 @@ func (m *RelayMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.Kept,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,

@@ -9,7 +9,7 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 2
+#define XDPCAST_SCHEMA 3
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
 #define XDPCAST_MAX_QUEUES 64 /* of an interface, for AF_XDP */
@@ -126,6 +126,7 @@ enum flow_flag {
 	FLOW_NO_CHECKSUM = 1 << 2, /* IPv6 without a UDP checksum, too */
 	FLOW_POLICED = 1 << 3,	   /* by the policer of the rule */
 	FLOW_FALLBACK = 1 << 4,	   /* the kernel path serves when no socket does */
+	FLOW_LOCAL = 1 << 5,	   /* PATH_FANOUT: the host's own receivers get the packets, too */
 };
 
 /* Value of a flow table: all that a packet needs of its rule. A rule is changed by

@@ -229,6 +229,14 @@ struct {
 	__type(value, struct counter);
 } passed SEC(".maps");
 
+/* kept: one entry, what rules of the fanout path took and the host's stack did not get. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct counter);
+} kept SEC(".maps");
+
 /* drops: reason -> packets and bytes of all rules together; always exact. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

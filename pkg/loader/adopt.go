@@ -374,7 +374,7 @@ func (l *Loader) adoptPinnedLinks() error {
 	if err != nil {
 		return fmt.Errorf("read pinned links: %w", err)
 	}
-	var interfaces []string
+	var interfaces, inputs []string
 	counting := 0
 	for _, f := range links {
 		path := filepath.Join(dir, f.Name())
@@ -389,6 +389,8 @@ func (l *Loader) adoptPinnedLinks() error {
 			}
 		case strings.HasPrefix(name, pinInterface):
 			interfaces = append(interfaces, path)
+		case strings.HasPrefix(name, pinTapped):
+			inputs = append(inputs, path)
 		}
 		if err != nil {
 			return fmt.Errorf("open pinned link: %w", err)
@@ -398,6 +400,9 @@ func (l *Loader) adoptPinnedLinks() error {
 		l.attachTransmit(l.opts.PinDir)
 	}
 	if err := l.adoptLinks(interfaces); err != nil {
+		return err
+	}
+	if err := l.adoptTapped(inputs); err != nil {
 		return err
 	}
 	return l.adoptQueriers()

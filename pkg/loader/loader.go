@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	gosync "sync"
 
 	"github.com/cilium/ebpf"
@@ -80,6 +81,7 @@ type Loader struct {
 	egress   *ebpf.Program
 	transmit []link.Link
 	links    map[int]*attachment // by interface index
+	tapped   map[int]*tapped     // by interface index
 
 	tables         tables
 	own            [4]uint64   // of map config
@@ -109,6 +111,7 @@ func Open(opts Options) (_ *Loader, err error) {
 		opts:    opts,
 		log:     opts.Logger,
 		links:   map[int]*attachment{},
+		tapped:  map[int]*tapped{},
 		rules:   map[string]*entry{},
 		ports:   map[int]*port{},
 		fans:    map[string]*fan{},
@@ -155,7 +158,7 @@ func (l *Loader) Close() error {
 	for _, t := range l.transmit {
 		errs = append(errs, t.Close())
 	}
-	errs = append(errs, l.relay.Close(), l.egress.Close(), l.tables.Close())
+	errs = append(errs, l.closeTapped(), l.relay.Close(), l.egress.Close(), l.tables.Close())
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
@@ -171,7 +174,7 @@ func (l *Loader) Close() error {
 func (l *Loader) Adopted() bool { return l.adopted }
 
 // Warnings says in a line each what works less well than it could.
-func (l *Loader) Warnings() []string { return l.warnings }
+func (l *Loader) Warnings() []string { return slices.Concat(l.warnings, l.tappedWarnings()) }
 
 // Limits returns how many rules and outputs there is room for.
 func (l *Loader) Limits() (rules, outputs uint32) {

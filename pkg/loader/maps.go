@@ -44,6 +44,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapOutputStats:   &m.OutputStats,
 		bpf.RelayMapDrops:         &m.Drops,
 		bpf.RelayMapPassed:        &m.Passed,
+		bpf.RelayMapKept:          &m.Kept,
 		bpf.RelayMapRuleDrops:     &m.RuleDrops,
 		bpf.RelayMapQueriers:      &m.Queriers,
 		bpf.TransmitMapPortStats:  &m.PortStats,

@@ -22,6 +22,7 @@ const (
 	pinRelay       = "relay"
 	pinEgress      = "egress"
 	pinInterface   = "if"
+	pinTapped      = "tapped"
 	pinDevmapXmit  = "devmap_xmit"
 	pinRedirectErr = "redirect_err"
 )

@@ -15,6 +15,7 @@ import (
 type programSource interface {
 	relay(m *mapSet) (*ebpf.Program, error)
 	egress(m *mapSet) (*ebpf.Program, error)
+	tapped(m *mapSet, ethernet bool) (*ebpf.Program, error)
 	transmit(m *mapSet) (*bpf.TransmitPrograms, error)
 }
 
@@ -30,10 +31,8 @@ func (e embedded) relay(m *mapSet) (*ebpf.Program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read relay program: %w", err)
 	}
-	if e.fragmentTimeout != 0 {
-		if err := spec.Variables["fragment_timeout_ns"].Set(uint64(e.fragmentTimeout)); err != nil {
-			return nil, fmt.Errorf("set fragment_timeout_ns: %w", err)
-		}
+	if err := e.setTimeout(spec); err != nil {
+		return nil, err
 	}
 	var out struct {
 		Relay *ebpf.Program `ebpf:"relay"`
@@ -42,6 +41,16 @@ func (e embedded) relay(m *mapSet) (*ebpf.Program, error) {
 		return nil, fmt.Errorf("load relay program: %w", err)
 	}
 	return out.Relay, nil
+}
+
+func (e embedded) setTimeout(spec *ebpf.CollectionSpec) error {
+	if e.fragmentTimeout == 0 {
+		return nil
+	}
+	if err := spec.Variables["fragment_timeout_ns"].Set(uint64(e.fragmentTimeout)); err != nil {
+		return fmt.Errorf("set fragment_timeout_ns: %w", err)
+	}
+	return nil
 }
 
 func (embedded) egress(m *mapSet) (*ebpf.Program, error) {

@@ -112,7 +112,9 @@ type Stats struct {
 	Rules []RuleStats
 	Drops map[Reason]Counter // all rules together
 	// Passed is what no rule matched, on all interfaces.
-	Passed    Counter
+	Passed Counter
+	// Kept is what rules of PathFanout took from the host's stack.
+	Kept      Counter
 	Fragments Fragments
 	Ports     []PortStats
 	// Queriers are those heard on interfaces since the program was attached.
@@ -231,7 +233,10 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 	if s.Drops, err = readDrops(m.Drops); err != nil {
 		return s, err
 	}
-	if s.Passed, err = readPassed(m.Passed); err != nil {
+	if s.Passed, err = readTotal("passed", m.Passed); err != nil {
+		return s, err
+	}
+	if s.Kept, err = readTotal("kept", m.Kept); err != nil {
 		return s, err
 	}
 	if s.Fragments, err = readFragments(m.FragmentStats); err != nil {
@@ -379,10 +384,11 @@ func (c *Counter) subtract(o Counter) {
 	c.Bytes -= min(c.Bytes, o.Bytes)
 }
 
-func readPassed(m *ebpf.Map) (Counter, error) {
+// readTotal reads a counter of one entry.
+func readTotal(name string, m *ebpf.Map) (Counter, error) {
 	var perCPU []bpf.RelayCounter
 	if err := m.Lookup(uint32(0), &perCPU); err != nil {
-		return Counter{}, fmt.Errorf("read map passed: %w", err)
+		return Counter{}, fmt.Errorf("read map %s: %w", name, err)
 	}
 	return sum(perCPU), nil
 }

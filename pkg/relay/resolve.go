@@ -171,6 +171,7 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer,
 		},
 		Out:             make([]loader.Output, len(n.slots)),
+		Local:           rule.Accept.Local,
 		AllowLoop:       rule.Accept.AllowLoop,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.mtu),
