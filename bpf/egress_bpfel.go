@@ -18,6 +18,7 @@ import (
 const (
 	EgressMapConfig             = "config"
 	EgressMapCopies             = "copies"
+	EgressMapCpus               = "cpus"
 	EgressMapDrops              = "drops"
 	EgressMapFanout             = "fanout"
 	EgressMapFlowTables4        = "flow_tables4"
@@ -108,6 +109,7 @@ type EgressProgramSpecs struct {
 type EgressMapSpecs struct {
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
+	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
 	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
@@ -174,6 +176,7 @@ func (o *EgressObjects) Close() error {
 type EgressMaps struct {
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
+	Cpus          *ebpf.Map `ebpf:"cpus"`
 	Drops         *ebpf.Map `ebpf:"drops"`
 	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
@@ -201,6 +204,7 @@ func (m *EgressMaps) Close() error {
 	return _EgressClose(
 		m.Config,
 		m.Copies,
+		m.Cpus,
 		m.Drops,
 		m.Fanout,
 		m.FlowTables4,

@@ -13,6 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type RelayBpfCpumapVal struct {
+	_       structs.HostLayout
+	Qsize   uint32
+	BpfProg struct {
+		_  structs.HostLayout
+		Fd int32
+	}
+}
+
 type RelayBpfDevmapVal struct {
 	_       structs.HostLayout
 	Ifindex uint32
@@ -31,6 +40,9 @@ type RelayConfig struct {
 	MaxRules    uint32
 	MaxOutputs  uint32
 	Own         [4]uint64
+	Steered     uint32
+	Cpu         [64]uint16
+	Pad         uint32
 }
 
 type RelayCopy struct {
@@ -68,8 +80,9 @@ const (
 	RelayDropReasonDROP_POLICED      RelayDropReason = 9
 	RelayDropReasonDROP_NO_SOCKET    RelayDropReason = 10
 	RelayDropReasonDROP_TX_FULL      RelayDropReason = 11
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 12
-	RelayDropReasonDROP_REASONS      RelayDropReason = 13
+	RelayDropReasonDROP_CPU_FULL     RelayDropReason = 12
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 13
+	RelayDropReasonDROP_REASONS      RelayDropReason = 14
 )
 
 type RelayDropScope uint32
@@ -125,6 +138,7 @@ const (
 	RelayFlowFlagFLOW_POLICED     RelayFlowFlag = 8
 	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
 	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
+	RelayFlowFlagFLOW_STEERED     RelayFlowFlag = 64
 )
 
 type RelayFragment struct {
@@ -330,6 +344,7 @@ const (
 const (
 	RelayMapConfig             = "config"
 	RelayMapCopies             = "copies"
+	RelayMapCpus               = "cpus"
 	RelayMapDrops              = "drops"
 	RelayMapFanout             = "fanout"
 	RelayMapFlowTables4        = "flow_tables4"
@@ -421,6 +436,7 @@ type RelayProgramSpecs struct {
 type RelayMapSpecs struct {
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
+	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
 	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
@@ -488,6 +504,7 @@ func (o *RelayObjects) Close() error {
 type RelayMaps struct {
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
+	Cpus          *ebpf.Map `ebpf:"cpus"`
 	Drops         *ebpf.Map `ebpf:"drops"`
 	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
@@ -515,6 +532,7 @@ func (m *RelayMaps) Close() error {
 	return _RelayClose(
 		m.Config,
 		m.Copies,
+		m.Cpus,
 		m.Drops,
 		m.Fanout,
 		m.FlowTables4,

@@ -40,28 +40,43 @@ static __always_inline void show_headers(struct __sk_buff *skb)
 static __always_inline __be16 parse_link(struct __sk_buff *skb, void *data, void *data_end,
 					 struct headers *h)
 {
-	__be16 proto;
+	struct ethhdr *eth = data;
+	__be16 proto = skb->protocol;
+	__u32 tags, start = link_header;
 
-	if (!link_header) {
-		h->eth = data;
-		h->l3 = data;
-		h->l3_offset = 0;
-		h->vlan = 0;
-		h->outer_vlan = 0;
-		return skb->protocol;
+	if (link_header) {
+		if ((void *)(eth + 1) > data_end)
+			return 0;
+		/* A buffer that generic XDP has copied has no mac_len (Linux 6.18): the data
+		 * begins behind the Ethernet header then.
+		 */
+		if (eth->h_proto != proto)
+			start = 0;
 	}
-	proto = parse_eth(data, data_end, h);
-	if (!skb->vlan_present)
-		return proto;
-	switch (h->l3_offset) {
-	case ETH_HLEN:
-		h->vlan = skb->vlan_tci & VLAN_VID_MASK;
-		return proto;
-	case ETH_HLEN + sizeof(struct vlan_hdr):
-		h->outer_vlan = skb->vlan_tci & VLAN_VID_MASK;
-		return proto;
+	h->l3_offset = start;
+	proto = parse_tags(data + start, data_end, proto, h);
+	/* The kernel has taken out the outer one. */
+	if (skb->vlan_present) {
+		tags = (h->l3_offset - start) / sizeof(struct vlan_hdr);
+		if (tags == MAX_VLAN_TAGS)
+			return 0;
+		if (tags)
+			h->outer_vlan = skb->vlan_tci & VLAN_VID_MASK;
+		else
+			h->vlan = skb->vlan_tci & VLAN_VID_MASK;
 	}
-	return 0; /* three tags */
+	return proto;
+}
+
+/* Whether a frame was sent to the MAC address of the flow's input. */
+static __always_inline bool to_input(struct __sk_buff *skb, const struct flow *flow)
+{
+	__u8 mac[ETH_ALEN] = {};
+
+	if (!link_header)
+		return true;
+	return !bpf_skb_load_bytes_relative(skb, 0, mac, sizeof(mac), BPF_HDR_START_MAC) &&
+	       same_mac(mac, flow->input_mac);
 }
 
 /* Whether a rule of the fanout path takes a packet and leaves none to the host. */
@@ -83,7 +98,7 @@ static __always_inline bool ours(struct __sk_buff *skb, struct headers *h, bool 
 		return false;
 	if ((__u64)h->l3_offset + h->l3_len > skb->len)
 		return false;
-	if (flow->flags & FLOW_UNICAST && link_header && !same_mac(h->eth->h_dest, flow->input_mac))
+	if (flow->flags & FLOW_UNICAST && !to_input(skb, flow))
 		return false;
 	/* The relay program may not be there to do so. */
 	if (h->part == PART_FIRST)

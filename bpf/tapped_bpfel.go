@@ -18,6 +18,7 @@ import (
 const (
 	TappedMapConfig             = "config"
 	TappedMapCopies             = "copies"
+	TappedMapCpus               = "cpus"
 	TappedMapDrops              = "drops"
 	TappedMapFanout             = "fanout"
 	TappedMapFlowTables4        = "flow_tables4"
@@ -110,6 +111,7 @@ type TappedProgramSpecs struct {
 type TappedMapSpecs struct {
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
+	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
 	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
@@ -178,6 +180,7 @@ func (o *TappedObjects) Close() error {
 type TappedMaps struct {
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
+	Cpus          *ebpf.Map `ebpf:"cpus"`
 	Drops         *ebpf.Map `ebpf:"drops"`
 	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
@@ -205,6 +208,7 @@ func (m *TappedMaps) Close() error {
 	return _TappedClose(
 		m.Config,
 		m.Copies,
+		m.Cpus,
 		m.Drops,
 		m.Fanout,
 		m.FlowTables4,

@@ -144,6 +144,14 @@ struct {
 	__type(value, __u32);
 } xsks SEC(".maps");
 
+/* cpus: CPU -> length of the queue to it, for steering. Size: load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_CPUMAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct bpf_cpumap_val);
+} cpus SEC(".maps");
+
 /* rules: rule -> name, path and outputs. Size: load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -121,7 +121,7 @@ func (l *Loader) adoptConfig() error {
 		return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, l.opts.PinDir)
 	}
 	l.own = config.Own
-	return nil
+	return l.adoptSteering(&config)
 }
 
 // adoptRules reads the rules back from the flow tables and what they point to,
@@ -381,7 +381,7 @@ func (l *Loader) adoptPinnedLinks() error {
 		switch name := f.Name(); {
 		case strings.HasSuffix(name, "_next"):
 			err = removePins(path) // a process died while it was pinning
-		case name == pinDevmapXmit, name == pinRedirectErr:
+		case name == pinDevmapXmit, name == pinRedirectErr, name == pinCPUEnqueue, name == pinCPUThread:
 			var t link.Link
 			if t, err = link.LoadPinnedLink(path, nil); err == nil {
 				l.transmit = append(l.transmit, t)
@@ -396,7 +396,7 @@ func (l *Loader) adoptPinnedLinks() error {
 			return fmt.Errorf("open pinned link: %w", err)
 		}
 	}
-	if counting < 2 {
+	if counting < 4 {
 		l.attachTransmit(l.opts.PinDir)
 	}
 	if err := l.adoptLinks(interfaces); err != nil {

@@ -96,6 +96,11 @@ type Loader struct {
 	ports          map[int]*port  // by interface index
 	portRows       *idAllocator
 
+	steerTo       []int // as SetSteering says
+	steering      []int // as map config says
+	steeringKnown bool  // the queues were made by this process, or left by it
+	steeringFault error
+
 	adopted  bool
 	warnings []string
 }
@@ -174,7 +179,9 @@ func (l *Loader) Close() error {
 func (l *Loader) Adopted() bool { return l.adopted }
 
 // Warnings says in a line each what works less well than it could.
-func (l *Loader) Warnings() []string { return slices.Concat(l.warnings, l.tappedWarnings()) }
+func (l *Loader) Warnings() []string {
+	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings())
+}
 
 // Limits returns how many rules and outputs there is room for.
 func (l *Loader) Limits() (rules, outputs uint32) {
@@ -244,6 +251,10 @@ func (l *Loader) writeLookups(kinds lookups) error {
 		NetnsCookie: cookie,
 		MaxRules:    l.maps.Rules.MaxEntries(),
 		MaxOutputs:  l.maps.Outputs.MaxEntries(),
+		Steered:     uint32(len(l.steering)),
+	}
+	for i, cpu := range l.steering {
+		config.Cpu[i] = uint16(cpu)
 	}
 	if err := l.maps.Config.Put(uint32(0), &config); err != nil {
 		return fmt.Errorf("write map config: %w", err)

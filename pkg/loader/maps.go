@@ -34,6 +34,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapOwnAddresses:  &m.OwnAddresses,
 		bpf.RelayMapPolicers:      &m.Policers,
 		bpf.RelayMapXsks:          &m.Xsks,
+		bpf.RelayMapCpus:          &m.Cpus,
 		bpf.RelayMapRules:         &m.Rules,
 		bpf.RelayMapOutputs:       &m.Outputs,
 		bpf.RelayMapPorts:         &m.Ports,
@@ -49,6 +50,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapQueriers:      &m.Queriers,
 		bpf.TransmitMapPortStats:  &m.PortStats,
 		bpf.TransmitMapPortRows:   &m.PortRows,
+		bpf.TransmitMapCpuDrops:   &m.CpuDrops,
 	}
 }
 
@@ -72,6 +74,11 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 			specs[name] = m
 		}
 	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("number of CPUs: %w", err)
+	}
+	specs[bpf.RelayMapCpus].MaxEntries = uint32(cpus)
 	specs[bpf.RelayMapRules].MaxEntries = maxRules
 	specs[bpf.RelayMapRuleStats].MaxEntries = maxRules
 	specs[bpf.RelayMapOutputs].MaxEntries = maxOutputs

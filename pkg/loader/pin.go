@@ -25,6 +25,8 @@ const (
 	pinTapped      = "tapped"
 	pinDevmapXmit  = "devmap_xmit"
 	pinRedirectErr = "redirect_err"
+	pinCPUEnqueue  = "cpumap_enqueue"
+	pinCPUThread   = "cpumap_kthread"
 )
 
 func relayPin(dir string) string { return filepath.Join(dir, programsDir, pinRelay) }

@@ -72,16 +72,18 @@ func (embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read transmit programs: %w", err)
 	}
-	info, err := m.Ports.Info()
-	if err != nil {
-		return nil, fmt.Errorf("map ports: %w", err)
-	}
-	id, ok := info.ID()
-	if !ok {
-		return nil, fmt.Errorf("map ids are %w", ErrNotSupported)
-	}
-	if err := spec.Variables["ports_id"].Set(uint32(id)); err != nil {
-		return nil, fmt.Errorf("set ports_id: %w", err)
+	for variable, of := range map[string]*ebpf.Map{"ports_id": m.Ports, "cpus_id": m.Cpus} {
+		info, err := of.Info()
+		if err != nil {
+			return nil, fmt.Errorf("map for %s: %w", variable, err)
+		}
+		id, ok := info.ID()
+		if !ok {
+			return nil, fmt.Errorf("map ids are %w", ErrNotSupported)
+		}
+		if err := spec.Variables[variable].Set(uint32(id)); err != nil {
+			return nil, fmt.Errorf("set %s: %w", variable, err)
+		}
 	}
 	var out bpf.TransmitPrograms
 	if err := loadInto(spec, m, &out); err != nil {

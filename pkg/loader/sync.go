@@ -55,6 +55,7 @@ func (l *Loader) Sync(want []Rule) (err error) {
 	}
 	inputs := inputsToKeep(want)
 	l.attachTapped(inputs)
+	l.steer(want)
 	if len(s.changes) == 0 {
 		return nil
 	}

@@ -108,10 +108,24 @@ func (o *oracle) rule(index int, frame []byte) *Rule {
 }
 
 // On the wire, where the kernel takes the outer tag out of a frame: the host gets
-// none of a rule's packets, and all others. No XDP is on the interface.
+// none of a rule's packets, and all others. XDP is on the interface, or not.
 func TestTappedOnTheWire(t *testing.T) {
+	for _, mode := range []Mode{ModeAuto, ModeNative, ModeGeneric} {
+		t.Run(map[Mode]string{ModeAuto: "without XDP", ModeNative: "native XDP", ModeGeneric: "generic XDP"}[mode], func(t *testing.T) {
+			tappedOnTheWire(t, mode)
+		})
+	}
+}
+
+// tappedOnTheWire attaches in a mode, not at all for ModeAuto.
+func tappedOnTheWire(t *testing.T, mode Mode) {
 	n := newLab(t, 0)
 	l := open(t, testOptions(t))
+	if mode != ModeAuto {
+		if _, err := l.Attach(n.in.Index, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
 	vlan := func(inner, outer uint16) Input {
 		in := input(n.in, "239.1.1.1", "", 5000)
 		in.VLAN, in.OuterVLAN = inner, outer
