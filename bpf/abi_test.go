@@ -62,6 +62,7 @@ var abiEnums = map[string]map[string]uint64{
 		"DROP_POLICED":      uint64(RelayDropReasonDROP_POLICED),
 		"DROP_NO_SOCKET":    uint64(RelayDropReasonDROP_NO_SOCKET),
 		"DROP_TX_FULL":      uint64(RelayDropReasonDROP_TX_FULL),
+		"DROP_CPU_FULL":     uint64(RelayDropReasonDROP_CPU_FULL),
 		"DROP_INTERNAL":     uint64(RelayDropReasonDROP_INTERNAL),
 		"DROP_REASONS":      uint64(RelayDropReasonDROP_REASONS),
 	},
@@ -84,6 +85,8 @@ var abiEnums = map[string]map[string]uint64{
 		"FLOW_NO_CHECKSUM": uint64(RelayFlowFlagFLOW_NO_CHECKSUM),
 		"FLOW_POLICED":     uint64(RelayFlowFlagFLOW_POLICED),
 		"FLOW_FALLBACK":    uint64(RelayFlowFlagFLOW_FALLBACK),
+		"FLOW_LOCAL":       uint64(RelayFlowFlagFLOW_LOCAL),
+		"FLOW_STEERED":     uint64(RelayFlowFlagFLOW_STEERED),
 	},
 	"output_flag": {
 		"OUTPUT_READY":         uint64(RelayOutputFlagOUTPUT_READY),
@@ -115,7 +118,7 @@ var abiEnums = map[string]map[string]uint64{
 func objects(t testing.TB) map[string]*ebpf.CollectionSpec {
 	t.Helper()
 	specs := map[string]*ebpf.CollectionSpec{}
-	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"relay": LoadRelay, "egress": LoadEgress, "transmit": LoadTransmit} {
+	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"relay": LoadRelay, "egress": LoadEgress, "tapped": LoadTapped, "transmit": LoadTransmit} {
 		spec, err := load()
 		if err != nil {
 			t.Fatalf("read object %s: %v", name, err)
@@ -238,7 +241,7 @@ func TestEnums(t *testing.T) {
 
 func TestMacros(t *testing.T) {
 	define := regexp.MustCompile(`(?m)^#define (XDPCAST_\w+)\s+(\S+)`)
-	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen, "XDPCAST_MAX_QUEUES": MaxQueues}
+	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen, "XDPCAST_MAX_QUEUES": MaxQueues, "XDPCAST_MAX_STEERED": MaxSteered}
 	got := map[string]int{}
 	for _, m := range define.FindAllStringSubmatch(readFile(t, "include/abi.h"), -1) {
 		value, err := strconv.Atoi(m[2])

@@ -18,12 +18,14 @@ import (
 const (
 	EgressMapConfig             = "config"
 	EgressMapCopies             = "copies"
+	EgressMapCpus               = "cpus"
 	EgressMapDrops              = "drops"
 	EgressMapFanout             = "fanout"
 	EgressMapFlowTables4        = "flow_tables4"
 	EgressMapFlowTables6        = "flow_tables6"
 	EgressMapFragmentStats      = "fragment_stats"
 	EgressMapFragments          = "fragments"
+	EgressMapKept               = "kept"
 	EgressMapOutputStats        = "output_stats"
 	EgressMapOutputs            = "outputs"
 	EgressMapOwnAddresses       = "own_addresses"
@@ -107,12 +109,14 @@ type EgressProgramSpecs struct {
 type EgressMapSpecs struct {
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
+	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
 	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	Kept          *ebpf.MapSpec `ebpf:"kept"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -172,12 +176,14 @@ func (o *EgressObjects) Close() error {
 type EgressMaps struct {
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
+	Cpus          *ebpf.Map `ebpf:"cpus"`
 	Drops         *ebpf.Map `ebpf:"drops"`
 	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	Kept          *ebpf.Map `ebpf:"kept"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -198,12 +204,14 @@ func (m *EgressMaps) Close() error {
 	return _EgressClose(
 		m.Config,
 		m.Copies,
+		m.Cpus,
 		m.Drops,
 		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.Kept,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,

@@ -11,6 +11,7 @@
 #include "lookup.h"
 #include "own.h"
 #include "query.h"
+#include "steer.h"
 
 /* One output: the frame itself is rewritten and sent on. */
 static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const struct flow *flow,
@@ -140,11 +141,12 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		return NOT_OURS;
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
 		remember_fragment(ifindex, h, ip4);
-		count_fragment(h->udp ? FRAGMENT_FIRST : FRAGMENT_LATER, bytes);
+		if (flow->path != PATH_FANOUT)
+			count_fragment(h->udp ? FRAGMENT_FIRST : FRAGMENT_LATER, bytes);
 	}
 	/* The workers behind the packet tap do and count all that follows. */
 	if (__builtin_expect(flow->path == PATH_FANOUT, 0))
-		return XDP_PASS;
+		return flow->flags & FLOW_STEERED ? steer(ifindex, h, ip4) : XDP_PASS;
 	sequence = count_match(id, bytes);
 	if (own_packet(cfg, h, flow, ip4))
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);

@@ -13,6 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type RelayBpfCpumapVal struct {
+	_       structs.HostLayout
+	Qsize   uint32
+	BpfProg struct {
+		_  structs.HostLayout
+		Fd int32
+	}
+}
+
 type RelayBpfDevmapVal struct {
 	_       structs.HostLayout
 	Ifindex uint32
@@ -31,6 +40,9 @@ type RelayConfig struct {
 	MaxRules    uint32
 	MaxOutputs  uint32
 	Own         [4]uint64
+	Steered     uint32
+	Cpu         [64]uint16
+	Pad         uint32
 }
 
 type RelayCopy struct {
@@ -68,8 +80,9 @@ const (
 	RelayDropReasonDROP_POLICED      RelayDropReason = 9
 	RelayDropReasonDROP_NO_SOCKET    RelayDropReason = 10
 	RelayDropReasonDROP_TX_FULL      RelayDropReason = 11
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 12
-	RelayDropReasonDROP_REASONS      RelayDropReason = 13
+	RelayDropReasonDROP_CPU_FULL     RelayDropReason = 12
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 13
+	RelayDropReasonDROP_REASONS      RelayDropReason = 14
 )
 
 type RelayDropScope uint32
@@ -124,6 +137,8 @@ const (
 	RelayFlowFlagFLOW_NO_CHECKSUM RelayFlowFlag = 4
 	RelayFlowFlagFLOW_POLICED     RelayFlowFlag = 8
 	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
+	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
+	RelayFlowFlagFLOW_STEERED     RelayFlowFlag = 64
 )
 
 type RelayFragment struct {
@@ -329,12 +344,14 @@ const (
 const (
 	RelayMapConfig             = "config"
 	RelayMapCopies             = "copies"
+	RelayMapCpus               = "cpus"
 	RelayMapDrops              = "drops"
 	RelayMapFanout             = "fanout"
 	RelayMapFlowTables4        = "flow_tables4"
 	RelayMapFlowTables6        = "flow_tables6"
 	RelayMapFragmentStats      = "fragment_stats"
 	RelayMapFragments          = "fragments"
+	RelayMapKept               = "kept"
 	RelayMapOutputStats        = "output_stats"
 	RelayMapOutputs            = "outputs"
 	RelayMapOwnAddresses       = "own_addresses"
@@ -419,12 +436,14 @@ type RelayProgramSpecs struct {
 type RelayMapSpecs struct {
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
+	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
 	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	Kept          *ebpf.MapSpec `ebpf:"kept"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -485,12 +504,14 @@ func (o *RelayObjects) Close() error {
 type RelayMaps struct {
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
+	Cpus          *ebpf.Map `ebpf:"cpus"`
 	Drops         *ebpf.Map `ebpf:"drops"`
 	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	Kept          *ebpf.Map `ebpf:"kept"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -511,12 +532,14 @@ func (m *RelayMaps) Close() error {
 	return _RelayClose(
 		m.Config,
 		m.Copies,
+		m.Cpus,
 		m.Drops,
 		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.Kept,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,

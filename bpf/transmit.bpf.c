@@ -37,6 +37,17 @@ struct {
 /* The id of the map ports; set at load. */
 const volatile __u32 ports_id = 0;
 
+/* cpu_drops: one entry, frames lost on their way to the CPUs that they were steered to. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} cpu_drops SEC(".maps");
+
+/* The id of the map cpus; set at load. */
+const volatile __u32 cpus_id = 0;
+
 /* The driver's answer to a bulk of frames for one device. */
 SEC("tp_btf/xdp_devmap_xmit")
 int BPF_PROG(devmap_xmit, const struct net_device *from, const struct net_device *to, int sent,
@@ -73,6 +84,33 @@ int BPF_PROG(redirect_err, const struct net_device *dev, const void *prog, const
 	if (stats)
 		stats->redirect_errors++;
 	return 0;
+}
+
+static __always_inline int cpu_drop(__u32 map_id, __u32 drops)
+{
+	__u32 key = 0;
+	__u64 *sum;
+
+	if (map_id != cpus_id || !drops)
+		return 0;
+	sum = bpf_map_lookup_elem(&cpu_drops, &key);
+	if (sum)
+		*sum += drops;
+	return 0;
+}
+
+/* A queue to a CPU had no room for some frames of a bulk. */
+SEC("tp_btf/xdp_cpumap_enqueue")
+int BPF_PROG(cpumap_enqueue, int map_id, unsigned int processed, unsigned int drops, int to_cpu)
+{
+	return cpu_drop(map_id, drops);
+}
+
+/* The CPU had no memory for the packets of some frames. */
+SEC("tp_btf/xdp_cpumap_kthread")
+int BPF_PROG(cpumap_kthread, int map_id, unsigned int processed, unsigned int drops, int sched)
+{
+	return cpu_drop(map_id, drops);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

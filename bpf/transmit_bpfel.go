@@ -23,11 +23,15 @@ type TransmitPortStats struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	TransmitMapPortRows     = "port_rows"
-	TransmitMapPortStats    = "port_stats"
-	TransmitProgDevmapXmit  = "devmap_xmit"
-	TransmitProgRedirectErr = "redirect_err"
-	TransmitVarPortsId      = "ports_id"
+	TransmitMapCpuDrops       = "cpu_drops"
+	TransmitMapPortRows       = "port_rows"
+	TransmitMapPortStats      = "port_stats"
+	TransmitProgCpumapEnqueue = "cpumap_enqueue"
+	TransmitProgCpumapKthread = "cpumap_kthread"
+	TransmitProgDevmapXmit    = "devmap_xmit"
+	TransmitProgRedirectErr   = "redirect_err"
+	TransmitVarCpusId         = "cpus_id"
+	TransmitVarPortsId        = "ports_id"
 )
 
 // LoadTransmit returns the embedded CollectionSpec for Transmit.
@@ -72,14 +76,17 @@ type TransmitSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TransmitProgramSpecs struct {
-	DevmapXmit  *ebpf.ProgramSpec `ebpf:"devmap_xmit"`
-	RedirectErr *ebpf.ProgramSpec `ebpf:"redirect_err"`
+	CpumapEnqueue *ebpf.ProgramSpec `ebpf:"cpumap_enqueue"`
+	CpumapKthread *ebpf.ProgramSpec `ebpf:"cpumap_kthread"`
+	DevmapXmit    *ebpf.ProgramSpec `ebpf:"devmap_xmit"`
+	RedirectErr   *ebpf.ProgramSpec `ebpf:"redirect_err"`
 }
 
 // TransmitMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TransmitMapSpecs struct {
+	CpuDrops  *ebpf.MapSpec `ebpf:"cpu_drops"`
 	PortRows  *ebpf.MapSpec `ebpf:"port_rows"`
 	PortStats *ebpf.MapSpec `ebpf:"port_stats"`
 }
@@ -88,6 +95,7 @@ type TransmitMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TransmitVariableSpecs struct {
+	CpusId  *ebpf.VariableSpec `ebpf:"cpus_id"`
 	PortsId *ebpf.VariableSpec `ebpf:"ports_id"`
 }
 
@@ -111,12 +119,14 @@ func (o *TransmitObjects) Close() error {
 //
 // It can be passed to LoadTransmitObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TransmitMaps struct {
+	CpuDrops  *ebpf.Map `ebpf:"cpu_drops"`
 	PortRows  *ebpf.Map `ebpf:"port_rows"`
 	PortStats *ebpf.Map `ebpf:"port_stats"`
 }
 
 func (m *TransmitMaps) Close() error {
 	return _TransmitClose(
+		m.CpuDrops,
 		m.PortRows,
 		m.PortStats,
 	)
@@ -126,6 +136,7 @@ func (m *TransmitMaps) Close() error {
 //
 // It can be passed to LoadTransmitObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TransmitVariables struct {
+	CpusId  *ebpf.Variable `ebpf:"cpus_id"`
 	PortsId *ebpf.Variable `ebpf:"ports_id"`
 }
 
@@ -133,12 +144,16 @@ type TransmitVariables struct {
 //
 // It can be passed to LoadTransmitObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TransmitPrograms struct {
-	DevmapXmit  *ebpf.Program `ebpf:"devmap_xmit"`
-	RedirectErr *ebpf.Program `ebpf:"redirect_err"`
+	CpumapEnqueue *ebpf.Program `ebpf:"cpumap_enqueue"`
+	CpumapKthread *ebpf.Program `ebpf:"cpumap_kthread"`
+	DevmapXmit    *ebpf.Program `ebpf:"devmap_xmit"`
+	RedirectErr   *ebpf.Program `ebpf:"redirect_err"`
 }
 
 func (p *TransmitPrograms) Close() error {
 	return _TransmitClose(
+		p.CpumapEnqueue,
+		p.CpumapKthread,
 		p.DevmapXmit,
 		p.RedirectErr,
 	)

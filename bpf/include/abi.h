@@ -9,10 +9,11 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 2
+#define XDPCAST_SCHEMA 3
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
-#define XDPCAST_MAX_QUEUES 64 /* of an interface, for AF_XDP */
+#define XDPCAST_MAX_QUEUES 64  /* of an interface, for AF_XDP */
+#define XDPCAST_MAX_STEERED 64 /* CPUs that packets are steered to; a power of two */
 
 /* How a rule's packets travel. */
 enum rule_path {
@@ -36,6 +37,7 @@ enum drop_reason {
 	DROP_POLICED,	   /* beyond the rate of the rule or output */
 	DROP_NO_SOCKET,	   /* no AF_XDP socket takes the rule's packets */
 	DROP_TX_FULL,	   /* user-space paths: the output's queue stayed full */
+	DROP_CPU_FULL,	   /* fanout path: the queue to the worker's CPU was full */
 	DROP_INTERNAL,	   /* the maps contradict each other, or a frame has no room in front */
 	DROP_REASONS,
 };
@@ -69,6 +71,9 @@ struct config {
 	__u32 max_outputs;
 	__u64 own[OWN_WORDS]; /* a bit for the hash of each own address: most packets need no lookup
 			       */
+	__u32 steered; /* how many CPUs packets are steered to; 0: they stay where they are */
+	__u16 cpu[XDPCAST_MAX_STEERED]; /* their numbers */
+	__u32 pad;
 };
 
 /* Key of an IPv4 flow table. All zero source: any; port 0: any. */
@@ -126,6 +131,8 @@ enum flow_flag {
 	FLOW_NO_CHECKSUM = 1 << 2, /* IPv6 without a UDP checksum, too */
 	FLOW_POLICED = 1 << 3,	   /* by the policer of the rule */
 	FLOW_FALLBACK = 1 << 4,	   /* the kernel path serves when no socket does */
+	FLOW_LOCAL = 1 << 5,	   /* PATH_FANOUT: the host's own receivers get the packets, too */
+	FLOW_STEERED = 1 << 6,	   /* PATH_FANOUT: to a worker's CPU, chosen by flow */
 };
 
 /* Value of a flow table: all that a packet needs of its rule. A rule is changed by

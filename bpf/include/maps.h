@@ -144,6 +144,14 @@ struct {
 	__type(value, __u32);
 } xsks SEC(".maps");
 
+/* cpus: CPU -> length of the queue to it, for steering. Size: load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_CPUMAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct bpf_cpumap_val);
+} cpus SEC(".maps");
+
 /* rules: rule -> name, path and outputs. Size: load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -228,6 +236,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct counter);
 } passed SEC(".maps");
+
+/* kept: one entry, what rules of the fanout path took and the host's stack did not get. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct counter);
+} kept SEC(".maps");
 
 /* drops: reason -> packets and bytes of all rules together; always exact. */
 struct {

@@ -59,23 +59,16 @@ static __always_inline bool is_vlan(__be16 proto)
 	return proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD);
 }
 
-/* Ethernet and up to two VLAN tags. Returns the EtherType in network order, 0
- * when the frame is too short.
+/* Up to two VLAN tags behind h->l3_offset. Returns the EtherType behind them in network
+ * order, 0 when the frame is too short.
  */
-static __always_inline __be16 parse_eth(void *data, void *data_end, struct headers *h)
+static __always_inline __be16 parse_tags(struct vlan_hdr *tag, void *data_end, __be16 proto,
+					 struct headers *h)
 {
-	struct ethhdr *eth = data;
-	struct vlan_hdr *tag = (void *)(eth + 1);
-	__be16 proto;
 	int i;
 
-	if ((void *)(eth + 1) > data_end)
-		return 0;
-	h->eth = eth;
 	h->vlan = 0;
 	h->outer_vlan = 0;
-	h->l3_offset = sizeof(*eth);
-	proto = eth->h_proto;
 #pragma unroll
 	for (i = 0; i < MAX_VLAN_TAGS; i++) {
 		if (!is_vlan(proto))
@@ -90,6 +83,20 @@ static __always_inline __be16 parse_eth(void *data, void *data_end, struct heade
 	}
 	h->l3 = tag;
 	return proto;
+}
+
+/* Ethernet and up to two VLAN tags. Returns the EtherType in network order, 0
+ * when the frame is too short.
+ */
+static __always_inline __be16 parse_eth(void *data, void *data_end, struct headers *h)
+{
+	struct ethhdr *eth = data;
+
+	if ((void *)(eth + 1) > data_end)
+		return 0;
+	h->eth = eth;
+	h->l3_offset = sizeof(*eth);
+	return parse_tags((struct vlan_hdr *)(eth + 1), data_end, eth->h_proto, h);
 }
 
 /* UDP behind h->l3 at the given distance, with l3_len bytes of IP packet. */

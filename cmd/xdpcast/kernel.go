@@ -99,7 +99,7 @@ func kernelInput(r loader.Rule) string {
 		VLAN: rules.VLAN{ID: r.In.VLAN, Outer: r.In.OuterVLAN},
 	}
 	return rules.FormatInput(in, rules.Acceptance{
-		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, Rate: rules.Rate(r.Rate),
+		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, Local: r.Local, Rate: rules.Rate(r.Rate),
 	})
 }
 

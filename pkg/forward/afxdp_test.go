@@ -25,6 +25,7 @@ import (
 type xdpBench struct {
 	*bench
 	loader *loader.Loader
+	opts   loader.Options
 	path   *AFXDP
 }
 
@@ -55,8 +56,9 @@ func newXDPBench(t testing.TB, outputs, queues, mtu int) *xdpBench {
 			t.Errorf("unmount: %v", err)
 		}
 	})
+	b.opts = loader.Options{PinDir: filepath.Join(dir, "bpf", "xdpcast"), RunDir: filepath.Join(dir, "run"), MaxRules: 256, MaxOutputs: 4096}
 	labtest.Do(t, b.relay, func() (err error) {
-		b.loader, err = loader.Open(loader.Options{PinDir: filepath.Join(dir, "bpf", "xdpcast"), RunDir: filepath.Join(dir, "run"), MaxRules: 256, MaxOutputs: 4096})
+		b.loader, err = loader.Open(b.opts)
 		return err
 	})
 	t.Cleanup(func() {

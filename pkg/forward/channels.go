@@ -11,6 +11,13 @@ import (
 // channels is how many queues an interface has in use.
 type channels struct{ rx, tx int }
 
+// ReceiveQueues returns how many receive queues an interface has in use. Errors to match:
+// unix.ENODEV.
+func ReceiveQueues(ifname string) (int, error) {
+	c, err := channelsOf(ifname)
+	return c.rx, err
+}
+
 // ethtoolChannels is struct ethtool_channels of include/uapi/linux/ethtool.h.
 type ethtoolChannels struct {
 	cmd                                   uint32

@@ -80,9 +80,7 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 	if opts.Workers < 0 {
 		return nil, fmt.Errorf("%d workers: must be positive", opts.Workers)
 	}
-	if opts.Workers == 0 {
-		opts.Workers = runtime.NumCPU()
-	}
+	opts.Workers = FanoutWorkers(opts.Workers)
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -142,6 +140,14 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 	}
 	f.retire(inputs, allowed)
 	return nil
+}
+
+// FanoutWorkers is how many workers an input has that is opened with so many.
+func FanoutWorkers(workers int) int {
+	if workers == 0 {
+		return runtime.NumCPU()
+	}
+	return workers
 }
 
 // openGroups opens groups on the interfaces that have none; inputs says which rule

@@ -121,7 +121,7 @@ func (l *Loader) adoptConfig() error {
 		return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, l.opts.PinDir)
 	}
 	l.own = config.Own
-	return nil
+	return l.adoptSteering(&config)
 }
 
 // adoptRules reads the rules back from the flow tables and what they point to,
@@ -374,14 +374,14 @@ func (l *Loader) adoptPinnedLinks() error {
 	if err != nil {
 		return fmt.Errorf("read pinned links: %w", err)
 	}
-	var interfaces []string
+	var interfaces, inputs []string
 	counting := 0
 	for _, f := range links {
 		path := filepath.Join(dir, f.Name())
 		switch name := f.Name(); {
 		case strings.HasSuffix(name, "_next"):
 			err = removePins(path) // a process died while it was pinning
-		case name == pinDevmapXmit, name == pinRedirectErr:
+		case name == pinDevmapXmit, name == pinRedirectErr, name == pinCPUEnqueue, name == pinCPUThread:
 			var t link.Link
 			if t, err = link.LoadPinnedLink(path, nil); err == nil {
 				l.transmit = append(l.transmit, t)
@@ -389,15 +389,20 @@ func (l *Loader) adoptPinnedLinks() error {
 			}
 		case strings.HasPrefix(name, pinInterface):
 			interfaces = append(interfaces, path)
+		case strings.HasPrefix(name, pinTapped):
+			inputs = append(inputs, path)
 		}
 		if err != nil {
 			return fmt.Errorf("open pinned link: %w", err)
 		}
 	}
-	if counting < 2 {
+	if counting < 4 {
 		l.attachTransmit(l.opts.PinDir)
 	}
 	if err := l.adoptLinks(interfaces); err != nil {
+		return err
+	}
+	if err := l.adoptTapped(inputs); err != nil {
 		return err
 	}
 	return l.adoptQueriers()

@@ -286,5 +286,16 @@ func releaseLinks(pinDir string) error {
 		}
 		errs = append(errs, a.release(), a.link.Close())
 	}
+	taps, err := filepath.Glob(filepath.Join(pinDir, linksDir, pinTapped+"*"))
+	if err != nil {
+		return fmt.Errorf("look for pinned links: %w", err)
+	}
+	for _, path := range taps {
+		lk, _, err := openTCX(path)
+		if err != nil {
+			continue // as above
+		}
+		errs = append(errs, releaseTCX(lk), lk.Close())
+	}
 	return errors.Join(errs...)
 }

@@ -158,6 +158,8 @@ func encodeFlags(r Rule) (flags uint8) {
 	set(bpf.RelayFlowFlagFLOW_NO_CHECKSUM, r.AllowNoChecksum)
 	set(bpf.RelayFlowFlagFLOW_POLICED, r.Rate != Rate{})
 	set(bpf.RelayFlowFlagFLOW_FALLBACK, r.Fallback)
+	set(bpf.RelayFlowFlagFLOW_LOCAL, r.Local)
+	set(bpf.RelayFlowFlagFLOW_STEERED, r.Steered)
 	return flags
 }
 
@@ -174,6 +176,8 @@ func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
 	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
 	r.AllowNoChecksum = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_NO_CHECKSUM) != 0
 	r.Fallback = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_FALLBACK) != 0
+	r.Steered = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_STEERED) != 0
+	r.Local = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_LOCAL) != 0
 	return nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	gosync "sync"
 
 	"github.com/cilium/ebpf"
@@ -80,6 +81,7 @@ type Loader struct {
 	egress   *ebpf.Program
 	transmit []link.Link
 	links    map[int]*attachment // by interface index
+	tapped   map[int]*tapped     // by interface index
 
 	tables         tables
 	own            [4]uint64   // of map config
@@ -93,6 +95,11 @@ type Loader struct {
 	sockets        map[int]uint32 // row of the map xsks by interface index
 	ports          map[int]*port  // by interface index
 	portRows       *idAllocator
+
+	steerTo       []int // as SetSteering says
+	steering      []int // as map config says
+	steeringKnown bool  // the queues were made by this process, or left by it
+	steeringFault error
 
 	adopted  bool
 	warnings []string
@@ -109,6 +116,7 @@ func Open(opts Options) (_ *Loader, err error) {
 		opts:    opts,
 		log:     opts.Logger,
 		links:   map[int]*attachment{},
+		tapped:  map[int]*tapped{},
 		rules:   map[string]*entry{},
 		ports:   map[int]*port{},
 		fans:    map[string]*fan{},
@@ -155,7 +163,7 @@ func (l *Loader) Close() error {
 	for _, t := range l.transmit {
 		errs = append(errs, t.Close())
 	}
-	errs = append(errs, l.relay.Close(), l.egress.Close(), l.tables.Close())
+	errs = append(errs, l.closeTapped(), l.relay.Close(), l.egress.Close(), l.tables.Close())
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
@@ -171,7 +179,9 @@ func (l *Loader) Close() error {
 func (l *Loader) Adopted() bool { return l.adopted }
 
 // Warnings says in a line each what works less well than it could.
-func (l *Loader) Warnings() []string { return l.warnings }
+func (l *Loader) Warnings() []string {
+	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings())
+}
 
 // Limits returns how many rules and outputs there is room for.
 func (l *Loader) Limits() (rules, outputs uint32) {
@@ -241,6 +251,10 @@ func (l *Loader) writeLookups(kinds lookups) error {
 		NetnsCookie: cookie,
 		MaxRules:    l.maps.Rules.MaxEntries(),
 		MaxOutputs:  l.maps.Outputs.MaxEntries(),
+		Steered:     uint32(len(l.steering)),
+	}
+	for i, cpu := range l.steering {
+		config.Cpu[i] = uint16(cpu)
 	}
 	if err := l.maps.Config.Put(uint32(0), &config); err != nil {
 		return fmt.Errorf("write map config: %w", err)

@@ -34,6 +34,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapOwnAddresses:  &m.OwnAddresses,
 		bpf.RelayMapPolicers:      &m.Policers,
 		bpf.RelayMapXsks:          &m.Xsks,
+		bpf.RelayMapCpus:          &m.Cpus,
 		bpf.RelayMapRules:         &m.Rules,
 		bpf.RelayMapOutputs:       &m.Outputs,
 		bpf.RelayMapPorts:         &m.Ports,
@@ -44,10 +45,12 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapOutputStats:   &m.OutputStats,
 		bpf.RelayMapDrops:         &m.Drops,
 		bpf.RelayMapPassed:        &m.Passed,
+		bpf.RelayMapKept:          &m.Kept,
 		bpf.RelayMapRuleDrops:     &m.RuleDrops,
 		bpf.RelayMapQueriers:      &m.Queriers,
 		bpf.TransmitMapPortStats:  &m.PortStats,
 		bpf.TransmitMapPortRows:   &m.PortRows,
+		bpf.TransmitMapCpuDrops:   &m.CpuDrops,
 	}
 }
 
@@ -71,6 +74,11 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 			specs[name] = m
 		}
 	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("number of CPUs: %w", err)
+	}
+	specs[bpf.RelayMapCpus].MaxEntries = uint32(cpus)
 	specs[bpf.RelayMapRules].MaxEntries = maxRules
 	specs[bpf.RelayMapRuleStats].MaxEntries = maxRules
 	specs[bpf.RelayMapOutputs].MaxEntries = maxOutputs

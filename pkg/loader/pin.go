@@ -22,8 +22,11 @@ const (
 	pinRelay       = "relay"
 	pinEgress      = "egress"
 	pinInterface   = "if"
+	pinTapped      = "tapped"
 	pinDevmapXmit  = "devmap_xmit"
 	pinRedirectErr = "redirect_err"
+	pinCPUEnqueue  = "cpumap_enqueue"
+	pinCPUThread   = "cpumap_kthread"
 )
 
 func relayPin(dir string) string { return filepath.Join(dir, programsDir, pinRelay) }

@@ -15,6 +15,7 @@ import (
 type programSource interface {
 	relay(m *mapSet) (*ebpf.Program, error)
 	egress(m *mapSet) (*ebpf.Program, error)
+	tapped(m *mapSet, ethernet bool) (*ebpf.Program, error)
 	transmit(m *mapSet) (*bpf.TransmitPrograms, error)
 }
 
@@ -30,10 +31,8 @@ func (e embedded) relay(m *mapSet) (*ebpf.Program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read relay program: %w", err)
 	}
-	if e.fragmentTimeout != 0 {
-		if err := spec.Variables["fragment_timeout_ns"].Set(uint64(e.fragmentTimeout)); err != nil {
-			return nil, fmt.Errorf("set fragment_timeout_ns: %w", err)
-		}
+	if err := e.setTimeout(spec); err != nil {
+		return nil, err
 	}
 	var out struct {
 		Relay *ebpf.Program `ebpf:"relay"`
@@ -42,6 +41,16 @@ func (e embedded) relay(m *mapSet) (*ebpf.Program, error) {
 		return nil, fmt.Errorf("load relay program: %w", err)
 	}
 	return out.Relay, nil
+}
+
+func (e embedded) setTimeout(spec *ebpf.CollectionSpec) error {
+	if e.fragmentTimeout == 0 {
+		return nil
+	}
+	if err := spec.Variables["fragment_timeout_ns"].Set(uint64(e.fragmentTimeout)); err != nil {
+		return fmt.Errorf("set fragment_timeout_ns: %w", err)
+	}
+	return nil
 }
 
 func (embedded) egress(m *mapSet) (*ebpf.Program, error) {
@@ -63,16 +72,18 @@ func (embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read transmit programs: %w", err)
 	}
-	info, err := m.Ports.Info()
-	if err != nil {
-		return nil, fmt.Errorf("map ports: %w", err)
-	}
-	id, ok := info.ID()
-	if !ok {
-		return nil, fmt.Errorf("map ids are %w", ErrNotSupported)
-	}
-	if err := spec.Variables["ports_id"].Set(uint32(id)); err != nil {
-		return nil, fmt.Errorf("set ports_id: %w", err)
+	for variable, of := range map[string]*ebpf.Map{"ports_id": m.Ports, "cpus_id": m.Cpus} {
+		info, err := of.Info()
+		if err != nil {
+			return nil, fmt.Errorf("map for %s: %w", variable, err)
+		}
+		id, ok := info.ID()
+		if !ok {
+			return nil, fmt.Errorf("map ids are %w", ErrNotSupported)
+		}
+		if err := spec.Variables[variable].Set(uint32(id)); err != nil {
+			return nil, fmt.Errorf("set %s: %w", variable, err)
+		}
 	}
 	var out bpf.TransmitPrograms
 	if err := loadInto(spec, m, &out); err != nil {

@@ -18,6 +18,12 @@ type Rule struct {
 	Path Path
 	// Fallback lets the kernel path serve a rule of PathAFXDP while no socket does.
 	Fallback bool
+	// Local leaves the packets of a rule of PathFanout to the host's own receivers, too.
+	Local bool
+	// Steered spreads the packets of a rule of PathFanout over the CPUs of SetSteering, by
+	// flow. The input must have the relay program, in native mode: a buffer that generic XDP
+	// has copied comes to the other CPU with its headers misplaced (Linux 6.18).
+	Steered bool
 	// AllowLoop takes packets that this host sent.
 	AllowLoop bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
@@ -79,7 +85,7 @@ func (in Input) Key() Input {
 
 // Equal says whether two rules are the same in everything.
 func (r Rule) Equal(o Rule) bool {
-	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback &&
+	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
 		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
 		slices.Equal(r.Out, o.Out)
 }

@@ -40,6 +40,7 @@ const (
 	Policed     = Reason(bpf.RelayDropReasonDROP_POLICED)
 	NoSocket    = Reason(bpf.RelayDropReasonDROP_NO_SOCKET)
 	TxFull      = Reason(bpf.RelayDropReasonDROP_TX_FULL)
+	CPUFull     = Reason(bpf.RelayDropReasonDROP_CPU_FULL)
 	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
@@ -70,6 +71,8 @@ func (r Reason) String() string {
 		return "no_socket"
 	case TxFull:
 		return "tx_full"
+	case CPUFull:
+		return "cpu_full"
 	case Internal:
 		return "internal"
 	default:
@@ -110,9 +113,13 @@ type PortStats struct {
 // Stats is a reading of all counters.
 type Stats struct {
 	Rules []RuleStats
-	Drops map[Reason]Counter // all rules together
+	// Drops are those of all rules together. The bytes of CPUFull, which no rule has by
+	// itself, are not known.
+	Drops map[Reason]Counter
 	// Passed is what no rule matched, on all interfaces.
-	Passed    Counter
+	Passed Counter
+	// Kept is what rules of PathFanout took from the host's stack.
+	Kept      Counter
 	Fragments Fragments
 	Ports     []PortStats
 	// Queriers are those heard on interfaces since the program was attached.
@@ -231,7 +238,17 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 	if s.Drops, err = readDrops(m.Drops); err != nil {
 		return s, err
 	}
-	if s.Passed, err = readPassed(m.Passed); err != nil {
+	lost, err := readCPUDrops(m.CpuDrops)
+	if err != nil {
+		return s, err
+	}
+	if lost > 0 {
+		s.Drops[CPUFull] = Counter{Packets: lost}
+	}
+	if s.Passed, err = readTotal("passed", m.Passed); err != nil {
+		return s, err
+	}
+	if s.Kept, err = readTotal("kept", m.Kept); err != nil {
 		return s, err
 	}
 	if s.Fragments, err = readFragments(m.FragmentStats); err != nil {
@@ -379,10 +396,11 @@ func (c *Counter) subtract(o Counter) {
 	c.Bytes -= min(c.Bytes, o.Bytes)
 }
 
-func readPassed(m *ebpf.Map) (Counter, error) {
+// readTotal reads a counter of one entry.
+func readTotal(name string, m *ebpf.Map) (Counter, error) {
 	var perCPU []bpf.RelayCounter
 	if err := m.Lookup(uint32(0), &perCPU); err != nil {
-		return Counter{}, fmt.Errorf("read map passed: %w", err)
+		return Counter{}, fmt.Errorf("read map %s: %w", name, err)
 	}
 	return sum(perCPU), nil
 }

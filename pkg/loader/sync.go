@@ -53,6 +53,9 @@ func (l *Loader) Sync(want []Rule) (err error) {
 	if err := s.plan(want); err != nil {
 		return err
 	}
+	inputs := inputsToKeep(want)
+	l.attachTapped(inputs)
+	l.steer(want)
 	if len(s.changes) == 0 {
 		return nil
 	}
@@ -80,7 +83,7 @@ func (l *Loader) Sync(want []Rule) (err error) {
 		return err
 	}
 	s.undo = nil // from here on the new rules are in force
-	if err := s.retire(); err != nil {
+	if err := errors.Join(s.retire(), l.detachTapped(inputs)); err != nil {
 		// Nothing that a packet sees: at worst some memory is held in vain.
 		l.log.Warn("clean up after old rules", "error", err)
 	}

@@ -24,7 +24,10 @@ func (l *Loader) tryAttachTransmit(dir string) error {
 		return err
 	}
 	defer programs.Close() // the links hold them
-	for name, p := range map[string]*ebpf.Program{pinDevmapXmit: programs.DevmapXmit, pinRedirectErr: programs.RedirectErr} {
+	for name, p := range map[string]*ebpf.Program{
+		pinDevmapXmit: programs.DevmapXmit, pinRedirectErr: programs.RedirectErr,
+		pinCPUEnqueue: programs.CpumapEnqueue, pinCPUThread: programs.CpumapKthread,
+	} {
 		t, err := link.AttachTracing(link.TracingOptions{Program: p})
 		if err != nil {
 			return fmt.Errorf("attach %s: %w", name, err)

@@ -19,7 +19,10 @@ func (l *Loader) Upgrade() error {
 	if err := l.upgradeEgress(); err != nil {
 		return err
 	}
-	return l.upgradeRelay()
+	if err := l.upgradeRelay(); err != nil {
+		return err
+	}
+	return l.upgradeTapped()
 }
 
 func (l *Loader) upgradeRelay() error {

@@ -34,6 +34,11 @@ type Options struct {
 	Interfaces []string
 	// Mode is how XDP is attached.
 	Mode loader.Mode
+	// Workers is how many workers an input of the fanout path has; 0: one for each CPU that
+	// the process may use.
+	Workers int
+	// Steering is when packets are spread over the CPUs of these workers.
+	Steering Steering
 	// Loader says where the pinned state is. Its Logger is replaced.
 	Loader loader.Options
 	// Membership is for tests that inject faults. Its Logger is replaced.
@@ -131,6 +136,9 @@ func New(opts Options) (_ *Relay, err error) {
 			err = errors.Join(err, r.close())
 		}
 	}()
+	if err := r.setUpSteering(); err != nil {
+		return nil, err
+	}
 	r.groups = membership.New(opts.Membership)
 	r.paths = r.newUserPaths()
 	if r.watch, err = newWatch(); err != nil {

@@ -171,6 +171,7 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer,
 		},
 		Out:             make([]loader.Output, len(n.slots)),
+		Local:           rule.Accept.Local,
 		AllowLoop:       rule.Accept.AllowLoop,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.mtu),
@@ -206,6 +207,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 		return
 	}
 	n.resolved.Path, n.note = path, note
+	n.resolved.Steered = path == loader.PathFanout && r.steers(in, n.noXDP == nil && in.ethernet, generic)
 	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == ""
 	ready := 0
 	for i := range n.slots {

@@ -31,7 +31,7 @@ type openPath struct {
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
 		loader.PathFanout: {open: func() (userPath, error) {
-			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log})
+			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers})
 		}},
 		loader.PathAFXDP: {open: func() (userPath, error) {
 			return forward.OpenAFXDP(forward.AFXDPOptions{Logger: r.log, Loader: r.loader})

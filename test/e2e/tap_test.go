@@ -2,16 +2,20 @@ package e2e_test
 
 import (
 	"bytes"
+	"fmt"
 	"net/netip"
 	"os"
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/traffic"
 )
@@ -42,6 +46,137 @@ func TestLocalReceivers(t *testing.T) {
 	if s.Matched.Packets != packets || s.Outputs[0].Sent.Packets != packets || s.Outputs[1].Sent.Packets != packets || len(s.Drops) != 0 {
 		t.Errorf("counted %+v", s)
 	}
+}
+
+// routesMulticast makes the kernel of a host route a group from in0 to out0, until the
+// test ends (include/uapi/linux/mroute.h).
+func routesMulticast(t *testing.T, h *lab.Host, source, group string) {
+	t.Helper()
+	const mrtInit, mrtAddVIF, mrtAddMFC, useIndex = 200, 202, 204, 8
+	type vifctl struct {
+		number           uint16
+		flags, threshold uint8
+		rate             uint32
+		index            int32
+		remote           [4]byte
+	}
+	type mfcctl struct {
+		origin, group                 [4]byte
+		parent                        uint16
+		ttls                          [32]uint8
+		packets, bytes, wrong, expire uint32
+	}
+	labtest.Do(t, h, func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_IGMP)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IP, mrtInit, 1); err != nil {
+			return fmt.Errorf("MRT_INIT: %w", err)
+		}
+		set := func(option int, p unsafe.Pointer, size uintptr) error {
+			return unix.SetsockoptString(fd, unix.IPPROTO_IP, option, string(unsafe.Slice((*byte)(p), size)))
+		}
+		for i, name := range []string{"in0", "out0"} {
+			link, err := h.Link(name)
+			if err != nil {
+				return err
+			}
+			vif := vifctl{number: uint16(i), flags: useIndex, threshold: 1, index: int32(link.Attrs().Index)}
+			if err := set(mrtAddVIF, unsafe.Pointer(&vif), unsafe.Sizeof(vif)); err != nil {
+				return fmt.Errorf("MRT_ADD_VIF %s: %w", name, err)
+			}
+		}
+		route := mfcctl{origin: netip.MustParseAddr(source).As4(), group: netip.MustParseAddr(group).As4()}
+		route.ttls[1] = 1
+		if err := set(mrtAddMFC, unsafe.Pointer(&route), unsafe.Sizeof(route)); err != nil {
+			return fmt.Errorf("MRT_ADD_MFC: %w", err)
+		}
+		return nil
+	})
+}
+
+// TestHostGetsNoCopy: what a rule of the fanout path takes goes to its outputs alone,
+// once, and to no receiver or multicast route of the host, while the daemon runs and
+// while it does not. With local=yes the host has it all. XDP is on the input, or not.
+func TestHostGetsNoCopy(t *testing.T) {
+	for _, c := range []struct {
+		name, input string
+		busy        bool // another's XDP program is on the input
+		local       bool
+	}{
+		{"taken", "239.1.1.1:5000%in0", false, false},
+		{"taken without XDP", "239.1.1.1:5000%in0", true, false},
+		{"left", "239.1.1.1:5000%in0,local=yes", false, true},
+		{"left without XDP", "239.1.1.1:5000%in0,local=yes", true, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := newNetwork(t)
+			if c.busy {
+				attachOther(t, n.relay, "in0")
+			}
+			routesMulticast(t, n.relay, "10.1.0.2", "239.1.1.1")
+			in := newInstance(t, n.relay)
+			d := in.start()
+			if _, err := in.client.AddRule(t.Context(), control.Rule{Name: "r", In: c.input, Out: []string{"239.2.2.2:6000%out0,ttl=9"}, Path: "fanout"}); err != nil {
+				t.Fatal(err)
+			}
+			relayed := receive(t, n.sinks[0], "239.2.2.2:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.2.0.1")})
+			host := receive(t, n.relay, "239.1.1.1:5000%in0", traffic.Expected{})
+			routed := receive(t, n.sinks[0], "239.1.1.1:5000%sink0", traffic.Expected{})
+			const packets = 2000
+			flow := func() {
+				t.Helper()
+				send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: 20_000}, Count: packets}).wait()
+			}
+			flow()
+			if fault := relayed.finish(packets); fault != "" {
+				t.Error(fault)
+			}
+			if c.local {
+				for _, s := range []*sink{host, routed} {
+					if fault := s.finish(packets); fault != "" {
+						t.Error(fault)
+					}
+				}
+				if kept := in.kept(); kept != 0 {
+					t.Errorf("%d packets were kept from the host", kept)
+				}
+				return
+			}
+			if kept := in.kept(); kept != packets {
+				t.Errorf("%d packets were kept from the host, want %d", kept, packets)
+			}
+			d.stop(unix.SIGKILL)
+			flow()
+			if kept := in.kept(); kept != 2*packets {
+				t.Errorf("%d packets were kept from the host without the daemon, want %d", kept-packets, packets)
+			}
+			for _, s := range []*sink{host, routed} {
+				if fault := s.finish(0); fault != "" {
+					t.Error(fault)
+				}
+			}
+		})
+	}
+}
+
+// kept is how many packets the relay took from the host's stack.
+func (in *instance) kept() uint64 {
+	in.t.Helper()
+	var kept uint64
+	labtest.Do(in.t, in.host, func() error {
+		r, err := loader.OpenReader(in.pinDir)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		stats, err := r.Stats()
+		kept = stats.Kept.Packets
+		return err
+	})
+	return kept
 }
 
 // newTun makes a tun device, which has no Ethernet header, and returns its other end.

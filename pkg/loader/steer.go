@@ -1,0 +1,113 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+)
+
+// cpuQueue is how many frames may wait for a CPU. At a million frames a second they
+// are there for 4 ms, the scheduler's patience with others. The kernel allows 16384.
+const cpuQueue = 4096
+
+// MaxSteering is the most CPUs that packets are steered to.
+const MaxSteering = bpf.MaxSteered
+
+// SetSteering says to which CPUs the packets of Steered rules go, at most 64; none
+// leaves them where they arrive. It takes effect with the next Sync. Where it cannot
+// be done packets stay where they arrive, and Warnings says so.
+func (l *Loader) SetSteering(cpus []int) error {
+	if len(cpus) > bpf.MaxSteered {
+		return fmt.Errorf("steer to %d CPUs: want at most %d", len(cpus), bpf.MaxSteered)
+	}
+	for i, cpu := range cpus {
+		if cpu < 0 || uint32(cpu) >= l.maps.Cpus.MaxEntries() || slices.Contains(cpus[:i], cpu) {
+			return fmt.Errorf("steer to CPUs %v: want each once, and below %d", cpus, l.maps.Cpus.MaxEntries())
+		}
+	}
+	l.steerTo = slices.Clone(cpus)
+	return nil
+}
+
+// steer makes the queues to the CPUs while a rule needs them: each is a thread of the
+// kernel's.
+func (l *Loader) steer(rules []Rule) {
+	var want []int
+	if slices.ContainsFunc(rules, func(r Rule) bool { return r.Steered }) {
+		want = l.steerTo
+	}
+	if l.steeringKnown && slices.Equal(want, l.steering) {
+		return
+	}
+	err := l.makeQueues(want)
+	if err != nil && l.steeringFault == nil {
+		l.log.Warn("packets are not steered to CPUs", "error", err)
+	}
+	l.steeringFault, l.steeringKnown = err, err == nil
+}
+
+// makeQueues makes the queues before packets go there, and takes away those of other
+// CPUs after.
+func (l *Loader) makeQueues(cpus []int) error {
+	for _, cpu := range cpus {
+		// One that is there stays: another one would let packets overtake those in it.
+		var there bpf.RelayBpfCpumapVal
+		err := l.maps.Cpus.Lookup(uint32(cpu), &there)
+		if err == nil && there.Qsize == cpuQueue {
+			continue
+		}
+		if err := l.maps.Cpus.Put(uint32(cpu), &bpf.RelayBpfCpumapVal{Qsize: cpuQueue}); err != nil {
+			return fmt.Errorf("make a queue to CPU %d: %w", cpu, err)
+		}
+	}
+	before := l.steering
+	l.steering = cpus
+	if err := l.writeConfig(); err != nil {
+		l.steering = before
+		return err
+	}
+	for cpu := range l.maps.Cpus.MaxEntries() {
+		if slices.Contains(cpus, int(cpu)) {
+			continue
+		}
+		if err := l.maps.Cpus.Delete(cpu); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("take away the queue to CPU %d: %w", cpu, err)
+		}
+	}
+	return nil
+}
+
+func (l *Loader) steeringWarnings() []string {
+	if l.steeringFault == nil {
+		return nil
+	}
+	return []string{fmt.Sprintf("packets are not steered to CPUs: %v", l.steeringFault)}
+}
+
+// adoptSteering goes on with what the programs do now.
+func (l *Loader) adoptSteering(config *bpf.RelayConfig) error {
+	if config.Steered > bpf.MaxSteered {
+		return fmt.Errorf("%w: map config steers to %d CPUs, want at most %d", ErrSchema, config.Steered, bpf.MaxSteered)
+	}
+	l.steering = nil
+	for _, cpu := range config.Cpu[:config.Steered] {
+		l.steering = append(l.steering, int(cpu))
+	}
+	return nil
+}
+
+// readCPUDrops reads how many frames were lost on their way to CPUs.
+func readCPUDrops(m *ebpf.Map) (sum uint64, err error) {
+	var perCPU []uint64
+	if err := m.Lookup(uint32(0), &perCPU); err != nil {
+		return 0, fmt.Errorf("read map cpu_drops: %w", err)
+	}
+	for _, n := range perCPU {
+		sum += n
+	}
+	return sum, nil
+}

@@ -1,0 +1,244 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strconv"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+)
+
+// tapped is the tapped program (bpf/tapped.bpf.c) on one interface.
+type tapped struct {
+	link link.Link
+	// fault is why it is not there, nil when it is.
+	fault error
+}
+
+func tappedPin(dir string, index int) string {
+	return filepath.Join(dir, linksDir, pinTapped+strconv.Itoa(index))
+}
+
+// tapped loads the program for interfaces with or without an Ethernet header.
+func (e embedded) tapped(m *mapSet, ethernet bool) (*ebpf.Program, error) {
+	spec, err := bpf.LoadTapped()
+	if err != nil {
+		return nil, fmt.Errorf("read tapped program: %w", err)
+	}
+	if err := e.setTimeout(spec); err != nil {
+		return nil, err
+	}
+	if !ethernet {
+		if err := spec.Variables["link_header"].Set(uint32(0)); err != nil {
+			return nil, fmt.Errorf("set link_header: %w", err)
+		}
+	}
+	var out struct {
+		Tapped *ebpf.Program `ebpf:"tapped"`
+	}
+	if err := loadInto(spec, m, &out); err != nil {
+		return nil, fmt.Errorf("load tapped program: %w", err)
+	}
+	return out.Tapped, nil
+}
+
+// inputsToKeep are the inputs of rules of PathFanout whose packets the host's stack
+// must not get.
+func inputsToKeep(rules []Rule) map[int]bool {
+	inputs := map[int]bool{}
+	for i := range rules {
+		if rules[i].Path == PathFanout && !rules[i].Local {
+			inputs[rules[i].In.Index] = true
+		}
+	}
+	return inputs
+}
+
+// attachTapped attaches the tapped program where it is needed. It does nothing until
+// the flow tables say so. Without it the relay works, and the host's stack gets the
+// packets, too: Warnings says so, and the next Sync tries again.
+func (l *Loader) attachTapped(inputs map[int]bool) {
+	for _, index := range slices.Sorted(maps.Keys(inputs)) {
+		t := l.tapped[index]
+		if t != nil && t.fault == nil {
+			continue
+		}
+		lk, err := l.attachTCX(index)
+		if err != nil && t == nil {
+			l.log.Warn("packets of the fanout path reach the host's stack", "interface", programInterface(index), "error", err)
+		}
+		l.tapped[index] = &tapped{link: lk, fault: err}
+	}
+}
+
+// detachTapped takes the tapped program off interfaces that do not need it any more.
+func (l *Loader) detachTapped(inputs map[int]bool) error {
+	var errs []error
+	for index, t := range l.tapped {
+		if inputs[index] {
+			continue
+		}
+		delete(l.tapped, index)
+		if t.link != nil {
+			errs = append(errs, releaseTCX(t.link), removePins(tappedPin(l.opts.PinDir, index)), t.link.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// attachTCX attaches in front of other programs: what the relay takes, it takes from
+// them, too, as XDP does.
+func (l *Loader) attachTCX(index int) (_ link.Link, err error) {
+	ethernet, err := hasEthernetHeader(index)
+	if err != nil {
+		return nil, err
+	}
+	program, err := l.opts.programs.tapped(l.maps, ethernet)
+	if err != nil {
+		return nil, err
+	}
+	defer program.Close() // the link holds it
+	lk, err := link.AttachTCX(link.TCXOptions{Program: program, Interface: index, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		return nil, fmt.Errorf("tcx is %w (needs Linux 6.6 or newer)", ErrNotSupported)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach tapped program: %w", err)
+	}
+	if err := repin(lk, tappedPin(l.opts.PinDir, index)); err != nil {
+		return nil, errors.Join(err, lk.Close())
+	}
+	return lk, nil
+}
+
+// hasEthernetHeader says whether frames of an interface begin with one.
+func hasEthernetHeader(index int) (bool, error) {
+	dev, err := netlink.LinkByIndex(index)
+	if err != nil {
+		return false, fmt.Errorf("interface with index %d: %w", index, err)
+	}
+	kind := dev.Attrs().EncapType
+	return kind == "ether" || kind == "loopback", nil
+}
+
+// releaseTCX detaches now; see attachment.release.
+func releaseTCX(lk link.Link) error {
+	if err := lk.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("detach tapped program: %w", err)
+	}
+	return nil
+}
+
+// openTCX opens a pinned link and says where it is. The error matches ENODEV when its
+// interface is gone.
+func openTCX(path string) (lk link.Link, index int, err error) {
+	lk, err = link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil, 0, fmt.Errorf("open link %s: %w", path, err)
+	}
+	info, err := lk.Info()
+	if err == nil && info.TCX() == nil {
+		err = fmt.Errorf("pin %s is not a tcx link", path)
+	} else if err == nil && info.TCX().Ifindex == 0 {
+		err = fmt.Errorf("link %s: %w", path, unix.ENODEV)
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, lk.Close())
+	}
+	return lk, int(info.TCX().Ifindex), nil
+}
+
+// adoptTapped takes over pinned links; those of interfaces that are gone go.
+func (l *Loader) adoptTapped(paths []string) error {
+	for _, path := range paths {
+		lk, index, err := openTCX(path)
+		if errors.Is(err, unix.ENODEV) {
+			if err := removePins(path); err != nil {
+				return err
+			}
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		l.tapped[index] = &tapped{link: lk}
+	}
+	return nil
+}
+
+// upgradeTapped replaces the program where it differs from this binary's.
+func (l *Loader) upgradeTapped() error {
+	for index, t := range l.tapped {
+		if t.link == nil {
+			continue
+		}
+		if err := l.upgradeTCX(t.link, index); err != nil && !errors.Is(err, unix.ENOLINK) {
+			return fmt.Errorf("upgrade tapped program of interface with index %d: %w", index, err)
+		}
+	}
+	return nil
+}
+
+func (l *Loader) upgradeTCX(lk link.Link, index int) error {
+	info, err := lk.Info()
+	if err != nil {
+		return fmt.Errorf("read link: %w", err)
+	}
+	old, err := ebpf.NewProgramFromID(info.Program)
+	if err != nil {
+		return fmt.Errorf("open program: %w", err)
+	}
+	defer old.Close()
+	ethernet, err := hasEthernetHeader(index)
+	if err != nil {
+		return err
+	}
+	fresh, err := l.opts.programs.tapped(l.maps, ethernet)
+	if err != nil {
+		return err
+	}
+	defer fresh.Close()
+	same, err := sameProgram(fresh, old)
+	if err != nil || same {
+		return err
+	}
+	return lk.Update(fresh)
+}
+
+// closeTapped closes the file descriptors; what is pinned stays.
+func (l *Loader) closeTapped() error {
+	var errs []error
+	for _, t := range l.tapped {
+		if t.link != nil {
+			errs = append(errs, t.link.Close())
+		}
+	}
+	l.tapped = nil
+	return errors.Join(errs...)
+}
+
+// tappedWarnings says where the tapped program is missing.
+func (l *Loader) tappedWarnings() (warnings []string) {
+	for _, index := range slices.Sorted(maps.Keys(l.tapped)) {
+		if fault := l.tapped[index].fault; fault != nil {
+			warnings = append(warnings, fmt.Sprintf("packets of the fanout path from %s reach the host's stack, too: %v", programInterface(index), fault))
+		}
+	}
+	return warnings
+}
+
+// programInterface names an interface, for people.
+func programInterface(index int) string {
+	if dev, err := netlink.LinkByIndex(index); err == nil {
+		return dev.Attrs().Name
+	}
+	return "interface " + strconv.Itoa(index)
+}
