@@ -88,6 +88,14 @@ type AFXDP struct {
 	closed  bool
 	inputs  map[int]*afxdpInput
 	claimed map[queueKey]*afxdpSender // nil: a worker receives there
+	past    map[int]*pastInput        // what workers that are closed have counted
+}
+
+// pastInput keeps what was lost on an interface: it is not to be forgotten when a
+// worker goes.
+type pastInput struct {
+	name string
+	lost Lost
 }
 
 type queueKey struct{ index, queue int }
@@ -98,6 +106,7 @@ type afxdpInput struct {
 	name    string
 	workers []*afxdpWorker // by queue; nil where there is none
 	err     error          // why one is missing
+	causes  []QueueError   // the same by queue, where it is about one
 }
 
 // OpenAFXDP opens the path without rules. The caller must Close it.
@@ -124,7 +133,7 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	}
 	return &AFXDP{
 		opts: opts, log: opts.Logger, set: NewSet(opts.Queues),
-		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{},
+		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{}, past: map[int]*pastInput{},
 	}, nil
 }
 
@@ -248,6 +257,8 @@ func (a *AFXDP) openInputs(inputs map[int]bool) (fresh []*afxdpWorker) {
 }
 
 func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
+	before := in.causes
+	in.causes = nil
 	iface, err := net.InterfaceByIndex(in.index)
 	if err != nil {
 		a.retire(in.workers)
@@ -277,9 +288,14 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 		if w != nil {
 			a.retire(in.workers[q : q+1])
 		}
-		w, err := a.openWorker(in, q, iface.MTU)
+		tries := busyTries
+		if slices.ContainsFunc(before, func(c QueueError) bool { return c.Queue == q && errors.Is(c.Err, unix.EBUSY) }) {
+			tries = 1 // it is not ours that holds it: nobody is to wait for that every time
+		}
+		w, err := a.openWorker(in, q, iface.MTU, tries)
 		if err != nil {
 			errs = append(errs, err)
+			in.causes = append(in.causes, QueueError{Queue: q, Err: err})
 		} else {
 			fresh = append(fresh, w)
 		}
@@ -296,8 +312,8 @@ const (
 )
 
 // openSocket opens a socket, with what the kernel and the process's rights allow.
-func openSocket(frames *xsk.Frames, index, queue int, opts xsk.Options) (s *xsk.Socket, err error) {
-	for range busyTries {
+func openSocket(frames *xsk.Frames, index, queue int, opts xsk.Options, tries int) (s *xsk.Socket, err error) {
+	for range tries {
 		s, err = xsk.Open(frames, index, queue, opts)
 		switch {
 		case errors.Is(err, unix.ENOPROTOOPT) && opts.TXBudget != 0: // before Linux 6.17
@@ -316,7 +332,7 @@ func openSocket(frames *xsk.Frames, index, queue int, opts xsk.Options) (s *xsk.
 // sendBuffer lets a ring full of frames be with a driver.
 const sendBuffer = ringSize * 4096
 
-func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu int) (_ *afxdpWorker, err error) {
+func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorker, err error) {
 	key := queueKey{in.index, queue}
 	if s := a.claimed[key]; s != nil {
 		if err := s.usePacket("a worker receives on the queue"); err != nil {
@@ -338,8 +354,8 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu int) (_ *afxdpWorker, err 
 		}
 	}()
 	// Multi-buffer needs Linux 6.6.
-	if err = w.openMemory(a.opts, mtu, true); errors.Is(err, unix.EINVAL) {
-		err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, false))
+	if err = w.openMemory(a.opts, mtu, tries, true); errors.Is(err, unix.EINVAL) {
+		err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, tries, false))
 	}
 	if err != nil {
 		return nil, err
@@ -358,7 +374,7 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu int) (_ *afxdpWorker, err 
 	return w, nil
 }
 
-func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu int, multiBuffer bool) (err error) {
+func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer bool) (err error) {
 	size := 2048
 	if mtu+18+4 > size-2*unix.XDP_PACKET_HEADROOM { // a frame with two tags
 		size = 4096
@@ -376,7 +392,7 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu int, multiBuffer bool) (
 	w.multiBuffer, w.shift = multiBuffer, bits.TrailingZeros(uint(size))
 	w.area = w.umem.Data(xsk.Desc{Len: uint32(defaultFrames * size)})
 	w.claims = make([]uint64, defaultFrames)
-	w.socket, err = openSocket(w.frames, w.index, w.queue, w.path.socketOptions())
+	w.socket, err = openSocket(w.frames, w.index, w.queue, w.path.socketOptions(), tries)
 	if err == nil {
 		w.fd = w.socket.FD()
 	}
@@ -453,7 +469,7 @@ func (s *afxdpSender) openSocket(iface *net.Interface) error {
 			continue
 		}
 		w.mu.Lock()
-		s.socket, err = openSocket(w.frames, iface.Index, q, opts)
+		s.socket, err = openSocket(w.frames, iface.Index, q, opts, busyTries)
 		w.mu.Unlock()
 		if err == nil {
 			w.path.claimed[key] = s
@@ -539,7 +555,7 @@ func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	if w.waiter != nil {
 		errs = append(errs, w.waiter.Close())
 	}
-	errs = append(errs, w.closeMemory())
+	errs = append(errs, a.remember(w), w.closeMemory())
 	delete(a.claimed, queueKey{w.index, w.queue})
 	for _, in := range a.inputs {
 		for i := range in.workers {
@@ -588,9 +604,33 @@ func (a *AFXDP) Stats(names []string) []loader.RuleStats { return a.set.Stats(na
 type InputStatus struct {
 	Index     int
 	Interface string
-	Workers   []QueueStatus
-	// Error is why a queue has no worker; nil if all have.
-	Error error
+	Workers   []QueueStatus // none on an interface that no rule has any more
+	// Error is why a queue has no worker; nil if all have. Missing is the same by
+	// queue, but for what is wrong with the whole interface.
+	Error   error
+	Missing []QueueError
+	// Lost is the sum of all workers that there are and were on the interface.
+	Lost Lost
+}
+
+// QueueError is why a queue has no worker.
+type QueueError struct {
+	Queue int
+	Err   error
+}
+
+// Lost counts packets that the relay program gave to the path, and that came to no
+// rule.
+type Lost struct {
+	NoFrame   uint64 // no memory was free, since the worker did not keep up; or the packet was too long
+	RingFull  uint64 // the worker did not keep up
+	Unclaimed uint64 // the rule was removed meanwhile
+}
+
+func (l *Lost) add(s *QueueStatus) {
+	l.NoFrame += s.Socket.RXDropped
+	l.RingFull += s.Socket.RXRingFull
+	l.Unclaimed += s.Unclaimed.Packets
 }
 
 // QueueStatus is how the worker of a queue is.
@@ -599,15 +639,21 @@ type QueueStatus struct {
 	// ZeroCopy and MultiBuffer are what the driver and kernel gave.
 	ZeroCopy, MultiBuffer bool
 	FrameSize             int // bytes
+	// WakeRX and WakeTX say whether the kernel asks now to be woken by a system call
+	// (XDP_RING_NEED_WAKEUP): in copy mode always for TX, and never for RX.
+	WakeRX, WakeTX bool
+	// Received counts the packets that came to the worker.
+	Received uint64
 	// Socket is what the kernel counted: RXDropped and RXRingFull are lost packets.
 	Socket xsk.Statistics
 	// Unclaimed are packets of rules that were gone when they were read.
 	Unclaimed loader.Counter
 	Failures  uint64
 	LastError string // empty if there was none
-	// Down and Gone say what the interface is.
-	Down, Gone bool
-	Senders    []SenderStatus
+	// Down and Gone say what the interface is. Stopped: the worker has failed, and
+	// begins anew in a moment; until then the rules' fallback serves the queue.
+	Down, Gone, Stopped bool
+	Senders             []SenderStatus
 }
 
 // SenderStatus is how a worker sends to an interface.
@@ -625,7 +671,8 @@ type SenderStatus struct {
 	Failed      bool // the interface is down or gone: the next Sync opens it again
 }
 
-// Inputs reads how the workers are, by interface index.
+// Inputs reads how the workers are, by interface index. What was lost on an interface is
+// listed even when no rule has it any more.
 func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -633,7 +680,10 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	var errs []error
 	for _, index := range slices.Sorted(maps.Keys(a.inputs)) {
 		in := a.inputs[index]
-		status := InputStatus{Index: index, Interface: in.name, Error: in.err}
+		status := InputStatus{Index: index, Interface: in.name, Error: in.err, Missing: slices.Clone(in.causes)}
+		if past := a.past[index]; past != nil {
+			status.Lost = past.lost
+		}
 		for _, w := range in.workers {
 			if w == nil {
 				continue
@@ -643,10 +693,36 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 				errs = append(errs, err)
 			}
 			status.Workers = append(status.Workers, s)
+			status.Lost.add(&s)
 		}
 		all = append(all, status)
 	}
+	for index, past := range a.past {
+		if a.inputs[index] == nil {
+			all = append(all, InputStatus{Index: index, Interface: past.name, Lost: past.lost})
+		}
+	}
+	slices.SortFunc(all, func(a, b InputStatus) int { return a.Index - b.Index })
 	return all, errors.Join(errs...)
+}
+
+// remember keeps what a worker has lost, which its socket forgets.
+func (a *AFXDP) remember(w *afxdpWorker) error {
+	if w.engine == nil { // it never served
+		return nil
+	}
+	s, err := w.status()
+	var lost Lost
+	if lost.add(&s); lost == (Lost{}) {
+		return err
+	}
+	past := a.past[w.index]
+	if past == nil {
+		past = &pastInput{name: w.name}
+		a.past[w.index] = past
+	}
+	past.lost.add(&s)
+	return err
 }
 
 func (w *afxdpWorker) status() (s QueueStatus, err error) {
@@ -655,7 +731,9 @@ func (w *afxdpWorker) status() (s QueueStatus, err error) {
 	s = QueueStatus{
 		Queue: w.queue, ZeroCopy: w.socket.ZeroCopy(), MultiBuffer: w.multiBuffer, FrameSize: w.umem.FrameSize(),
 		Failures: w.failures.Load(), Down: w.interfaceC.Load() == interfaceDown, Gone: w.interfaceC.Load() == interfaceGone,
+		Stopped: w.stopped.Load(), Received: w.received.Load(),
 	}
+	s.WakeRX, s.WakeTX = w.socket.NeedWakeup()
 	w.unclaimed.addTo(&s.Unclaimed)
 	if text := w.lastError.Load(); text != nil {
 		s.LastError = *text
