@@ -57,6 +57,8 @@ type AFXDPOptions struct {
 	Sender fanout.SenderOptions
 	// CheckOwnership is that of xsk.UMEMOptions, for tests.
 	CheckOwnership bool
+	// oneFrame is what a kernel without multi-buffer is like, for tests.
+	oneFrame bool
 }
 
 // AFXDP is the AF_XDP path: for each queue of each input interface of its rules a
@@ -191,6 +193,7 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 	}
 	// Before the rules, so that the engines of new workers get them at once.
 	fresh := a.openInputs(inputs)
+	a.reviewSenders()
 	if err := a.set.Update(want, own, numbers); err != nil {
 		for _, w := range fresh {
 			err = errors.Join(err, a.closeWorker(w))
@@ -282,7 +285,7 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 	}
 	errs := []error{err}
 	for q, w := range in.workers {
-		if w != nil && w.interfaceC.Load() != interfaceGone {
+		if w != nil && w.interfaceC.Load() != interfaceGone && w.takes(iface.MTU) {
 			continue
 		}
 		if w != nil {
@@ -304,6 +307,11 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 	return fresh, errors.Join(errs...)
 }
 
+// takes says whether a worker can receive all packets of an MTU.
+func (w *afxdpWorker) takes(mtu int) bool {
+	return w.multiBuffer || frameSizeFor(mtu) <= w.umem.FrameSize()
+}
+
 // How often, and after which pause, a queue is tried that the kernel has not yet given
 // up after another socket was closed.
 const (
@@ -311,10 +319,13 @@ const (
 	busyPause = 5 * time.Millisecond
 )
 
-// openSocket opens a socket, with what the kernel and the process's rights allow.
-func openSocket(frames *xsk.Frames, index, queue int, opts xsk.Options, tries int) (s *xsk.Socket, err error) {
+// openSocket opens a socket for a worker, with what the kernel and the process's rights
+// allow. The worker goes on between two tries.
+func (w *afxdpWorker) openSocket(index, queue int, opts xsk.Options, tries int) (s *xsk.Socket, err error) {
 	for range tries {
-		s, err = xsk.Open(frames, index, queue, opts)
+		w.mu.Lock()
+		s, err = xsk.Open(w.frames, index, queue, opts)
+		w.mu.Unlock()
 		switch {
 		case errors.Is(err, unix.ENOPROTOOPT) && opts.TXBudget != 0: // before Linux 6.17
 			opts.TXBudget = 0
@@ -354,7 +365,8 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 		}
 	}()
 	// Multi-buffer needs Linux 6.6.
-	if err = w.openMemory(a.opts, mtu, tries, true); errors.Is(err, unix.EINVAL) {
+	err = w.openMemory(a.opts, mtu, tries, !a.opts.oneFrame)
+	if errors.Is(err, unix.EINVAL) && !a.opts.oneFrame {
 		err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, tries, false))
 	}
 	if err != nil {
@@ -374,11 +386,17 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 	return w, nil
 }
 
-func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer bool) (err error) {
-	size := 2048
-	if mtu+18+4 > size-2*unix.XDP_PACKET_HEADROOM { // a frame with two tags
-		size = 4096
+// frameSizeFor is the size of a frame that takes all packets of an MTU, with an Ethernet
+// header and two tags; or the largest, which longer packets take several of.
+func frameSizeFor(mtu int) int {
+	if mtu+18+4 > 2048-2*unix.XDP_PACKET_HEADROOM {
+		return 4096
 	}
+	return 2048
+}
+
+func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer bool) (err error) {
+	size := frameSizeFor(mtu)
 	w.umem, err = xsk.NewUMEM(xsk.UMEMOptions{
 		Frames: defaultFrames, FrameSize: size, HugePages: opts.HugePages, Mode: opts.Mode,
 		MultiBuffer: multiBuffer, CheckOwnership: opts.CheckOwnership,
@@ -392,7 +410,7 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer 
 	w.multiBuffer, w.shift = multiBuffer, bits.TrailingZeros(uint(size))
 	w.area = w.umem.Data(xsk.Desc{Len: uint32(defaultFrames * size)})
 	w.claims = make([]uint64, defaultFrames)
-	w.socket, err = openSocket(w.frames, w.index, w.queue, w.path.socketOptions(), tries)
+	w.socket, err = w.openSocket(w.index, w.queue, w.path.socketOptions(), tries)
 	if err == nil {
 		w.fd = w.socket.FD()
 	}
@@ -423,7 +441,7 @@ func (w *afxdpWorker) openSender(index int) (Sender, error) {
 		if errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENODEV) {
 			return nil, errors.Join(fmt.Errorf("open sender on %s: %w: %w", iface.Name, unix.ENODEV, err), packet.Close())
 		}
-		s.why = err.Error()
+		s.why, s.noQueue = err.Error(), errors.Is(err, errNoQueue)
 	}
 	if s.socket != nil {
 		s.packet = nil
@@ -468,9 +486,7 @@ func (s *afxdpSender) openSocket(iface *net.Interface) error {
 		if _, taken := w.path.claimed[key]; taken {
 			continue
 		}
-		w.mu.Lock()
-		s.socket, err = openSocket(w.frames, iface.Index, q, opts, busyTries)
-		w.mu.Unlock()
+		s.socket, err = w.openSocket(iface.Index, q, opts, busyTries)
 		if err == nil {
 			w.path.claimed[key] = s
 			s.prepare()
@@ -482,6 +498,46 @@ func (s *afxdpSender) openSocket(iface *net.Interface) error {
 		}
 	}
 	return err
+}
+
+// reviewSenders notes which packet sockets are to make room for AF_XDP sockets, since
+// transmit queues of their interfaces are free now. The other way round needs nothing: the
+// kernel removes no queue that has a socket (ethnl_set_channels of
+// net/ethtool/channels.c).
+func (a *AFXDP) reviewSenders() {
+	for _, in := range a.inputs {
+		for _, w := range in.workers {
+			if w == nil {
+				continue
+			}
+			for _, s := range w.openSenders() {
+				if s.noQueue {
+					s.stale.Store(a.hasRoom(s.index))
+				}
+			}
+		}
+	}
+}
+
+// hasRoom says whether an interface has a transmit queue that no worker uses.
+func (a *AFXDP) hasRoom(index int) bool {
+	queues, err := channelsOf(interfaceName(index))
+	if err != nil {
+		return false // it is gone, which its senders notice
+	}
+	for q := range queues.tx {
+		if _, taken := a.claimed[queueKey{index, q}]; !taken {
+			return true
+		}
+	}
+	return false
+}
+
+// openSenders are the senders of a worker now.
+func (w *afxdpWorker) openSenders() []*afxdpSender {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.senders)
 }
 
 func (s *afxdpSender) prepare() {

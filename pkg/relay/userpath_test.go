@@ -1,11 +1,16 @@
 package relay
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -38,6 +43,28 @@ func (r *running) workers() []control.Worker {
 		r.t.Fatal(err)
 	}
 	return s.Workers
+}
+
+// workerList is a line for each: "in0 afxdp 0 active".
+func (r *running) workerList() (all []string) {
+	for _, w := range r.workers() {
+		all = append(all, strings.Join([]string{w.Interface, w.Path, string(rune('0' + w.Queue)), w.State}, " "))
+	}
+	return all
+}
+
+func (r *running) waitWorkers(want ...string) {
+	r.t.Helper()
+	var last []string
+	defer func() {
+		if r.t.Failed() {
+			r.t.Logf("workers: %q", last)
+		}
+	}()
+	labtest.Eventually(r.t, "the workers are "+strings.Join(want, ", "), func() bool {
+		last = r.workerList()
+		return slices.Equal(last, want)
+	})
 }
 
 // The status tells of every worker: how it receives and sends, and why a queue has none.
@@ -173,4 +200,205 @@ func TestReceiveDropsAreTold(t *testing.T) {
 			t.Errorf("rule %s (-want +got):\n%s", name, d)
 		}
 	}
+}
+
+// relaysAll sends numbered packets of 8 groups through the rules of follow, each of which
+// must come out once.
+func (p *place) relaysAll(name string, size int) {
+	p.t.Helper()
+	p.t.(*testing.T).Run(name, func(t *testing.T) {
+		var to []*traffic.Receiver
+		for i := range followed {
+			to = append(to, receives(t, p.peer, fmt.Sprintf("239.2.2.%d:6000%%outq", i+1)))
+		}
+		target, err := traffic.ParseTarget("239.1.1.1:5000%in1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		const count = 25 // all of them fit the rings
+		var s *traffic.Sender
+		labtest.Do(t, p.peer, func() (err error) {
+			s, err = traffic.NewSender(traffic.SendConfig{Target: target, Groups: followed, TTL: 16, Size: size, Count: count * followed, Rate: traffic.Rate{Value: 10_000}})
+			return err
+		})
+		defer s.Close()
+		if err := s.Run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for i, r := range to {
+			labtest.Eventually(t, fmt.Sprintf("the packets of group %d have arrived", i), func() bool { return r.Report().Total.Received >= count })
+			if c := r.Report().Total; c.Received != count || c.Lost+c.Duplicated+c.Corrupt != 0 {
+				t.Errorf("group %d: %+v, want %d packets", i, c, count)
+			}
+		}
+	})
+}
+
+const followed = 8
+
+// follow starts a relay whose rules take groups on path afxdp from in1 to outq, both with
+// up to two queues, while packets of another group flow until the test ends.
+func (p *place) follow() *running {
+	p.t.Helper()
+	p.connectQueues("in1", "10.9.0.1/24", "10.9.0.2/24", 2)
+	p.connectQueues("outq", "10.10.0.1/24", "10.10.0.2/24", 2)
+	// Attached with all queues: a veth does not run the program on those that it gets
+	// later (docs/operations.md).
+	p.opts.Interfaces = []string{"in1"}
+	r := p.start()
+	p.queues(1)
+	p.t.Cleanup(func() {
+		if !p.t.Failed() {
+			return
+		}
+		if s, err := r.Stats(context.Background()); err == nil {
+			p.t.Logf("drops %+v, lost before workers %+v", s.Drops, s.ReceiveDrops)
+		}
+	})
+	for i := range followed {
+		r.mustPut(onPath(rules.PathAFXDP, stream(fmt.Sprintf("r%d", i), "in1", fmt.Sprintf("239.1.1.%d", i+1), to("outq", fmt.Sprintf("239.2.2.%d", i+1)))))
+	}
+	r.mustPut(onPath(rules.PathAFXDP, stream("background", "in1", "239.1.3.1", to("outq", "239.2.3.1"))))
+	sent, _ := p.sends("239.1.3.1:5000%in1", traffic.SendConfig{Rate: traffic.Rate{Value: 500}})
+	labtest.Eventually(p.t, "packets flow", func() bool { return sent() > 100 })
+	return r
+}
+
+// queues gives in1 so many receive queues, and outq so many transmit queues.
+func (p *place) queues(n int) {
+	p.t.Helper()
+	near := func() {
+		labtest.Do(p.t, p.host, func() error {
+			return errors.Join(lab.SetChannels("in1", n, 2), lab.SetChannels("outq", 2, n))
+		})
+	}
+	// A veth with a program receives on as many queues as its peer sends on.
+	far := func() { labtest.Do(p.t, p.peer, func() error { return lab.SetChannels("in1", 2, n) }) }
+	if n == 1 {
+		far()
+		near()
+	} else {
+		near()
+		far()
+	}
+}
+
+// Queues that are added while packets flow get workers, by the kernel's announcement
+// alone.
+func TestQueuesAreFollowed(t *testing.T) {
+	p := newPlace(t)
+	r := p.follow()
+	r.waitWorkers("in1 afxdp 0 active")
+	p.relaysAll("one queue", 0)
+	before := labtest.Held()
+	p.queues(2)
+	r.waitWorkers("in1 afxdp 0 active", "in1 afxdp 1 active")
+	labtest.Eventually(t, "each worker has a transmit queue", func() bool {
+		all := r.workers()
+		return len(all[0].Senders) == 1 && len(all[1].Senders) == 1 && all[0].Senders[0].Queue == 0 && all[1].Senders[0].Queue == 1
+	})
+	p.relaysAll("two queues", 0)
+	for _, rule := range r.rulesOf() {
+		r.mustDelete(rule)
+	}
+	r.waitWorkers()
+	if held := labtest.Held(); held.Rings >= before.Rings {
+		t.Errorf("with two queues closed %+v are held, with one open %+v", held, before)
+	}
+}
+
+// rulesOf names all rules.
+func (r *running) rulesOf() (names []string) {
+	r.t.Helper()
+	all, err := r.Rules(r.t.Context())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, rule := range all {
+		names = append(names, rule.Name)
+	}
+	return names
+}
+
+func (r *running) mustDelete(name string) {
+	r.t.Helper()
+	if err := r.DeleteRule(r.t.Context(), name); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// setMTU sets the MTU of an interface of the relay, and then that of its other end.
+func (p *place) setMTU(name string, mtu int) {
+	p.t.Helper()
+	for _, h := range []*lab.Host{p.host, p.peer} {
+		link, err := h.Link(name)
+		if err == nil {
+			err = h.Netlink().LinkSetMTU(link, mtu)
+		}
+		if err != nil {
+			p.t.Fatal(err)
+		}
+	}
+}
+
+// The MTU of input and output changes while packets flow, and either goes down and up:
+// afterwards every packet of the new size is relayed.
+func TestInterfaceChangesAreFollowed(t *testing.T) {
+	p := newPlace(t)
+	r := p.follow()
+	for _, mtu := range []int{9000, 3000, 1500, 9000} {
+		p.setMTU("outq", mtu)
+		p.setMTU("in1", mtu)
+		labtest.Eventually(t, "the rules know the MTU", func() bool { return r.mtuOf("r0") == mtu })
+		p.relaysAll(fmt.Sprintf("MTU %d", mtu), mtu-28)
+	}
+	for _, name := range []string{"in1", "outq"} {
+		if err := p.host.SetUp(name, false); err != nil {
+			t.Fatal(err)
+		}
+		if name == "in1" {
+			r.waitWorkers("in1 afxdp 0 down")
+		} else {
+			labtest.Eventually(t, "the sender says so", func() bool {
+				all := r.workers()
+				return len(all) == 1 && (len(all[0].Senders) == 0 || all[0].Senders[0].State == control.WorkerDown)
+			})
+		}
+		if err := p.host.SetUp(name, true); err != nil {
+			t.Fatal(err)
+		}
+		labtest.Eventually(t, "both ends are up", func() bool {
+			for _, h := range []*lab.Host{p.host, p.peer} {
+				link, err := h.Link(name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if link.Attrs().OperState != netlink.OperUp {
+					return false
+				}
+			}
+			return true
+		})
+		labtest.Eventually(t, "all is active", func() bool {
+			all := r.workers()
+			return len(all) == 1 && all[0].State == control.StateActive && len(all[0].Senders) == 1 && all[0].Senders[0].State == control.StateActive
+		})
+		p.relaysAll(name+" down and up", 0)
+	}
+}
+
+// mtuOf is the MTU that the first output of a rule in the kernel goes by.
+func (r *running) mtuOf(name string) (mtu int) {
+	r.t.Helper()
+	if err := r.do(r.t.Context(), func() error {
+		for _, rule := range r.loader.Rules() {
+			if rule.Name == name {
+				mtu = rule.Out[0].MTU
+			}
+		}
+		return nil
+	}); err != nil {
+		r.t.Fatal(err)
+	}
+	return mtu
 }
