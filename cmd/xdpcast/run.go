@@ -35,7 +35,7 @@ func runCommand() *cli.Command {
 			&cli.UintFlag{Name: "max-outputs", Usage: "room for `N` outputs in the kernel", DefaultText: "65536, or twice those of the file"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
-		}, pinFlags()...),
+		}, append(afxdpFlags(), pinFlags()...)...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
@@ -87,8 +87,12 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 			return relay.Options{}, usagef("--%s %d: want at most %d", name, n, 1<<24)
 		}
 	}
+	afxdp, err := afxdpOptions(c)
+	if err != nil {
+		return relay.Options{}, err
+	}
 	return relay.Options{
-		ConfigFile: c.String("config"), Interfaces: c.StringSlice("interface"), Mode: mode,
+		AFXDP: afxdp, ConfigFile: c.String("config"), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil
 }

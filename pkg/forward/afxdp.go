@@ -51,8 +51,13 @@ type AFXDPOptions struct {
 	// Spin is how long a worker looks for more frames before it sleeps; 0 means 20
 	// microseconds, and less not at all.
 	Spin time.Duration
-	// BusyPoll is that of xsk.Options.
-	BusyPoll time.Duration
+	// Frames is how many frames of memory each worker has, of 2 or 4 kB; 0 means 8192.
+	// Receiving takes 4096, and copies on their way out the rest.
+	Frames int
+	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
+	BusyPoll       time.Duration
+	PreferBusyPoll bool
+	BusyPollBudget int
 	// Sender is how packet sockets send, where AF_XDP cannot.
 	Sender fanout.SenderOptions
 	// CheckOwnership is that of xsk.UMEMOptions, for tests.
@@ -119,13 +124,11 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	if opts.Queues == 0 {
 		opts.Queues = min(max(16, runtime.NumCPU()), bpf.MaxQueues)
 	}
-	if opts.Queues < 0 || opts.Queues > bpf.MaxQueues {
-		return nil, fmt.Errorf("open AF_XDP path: option Queues is %d: want 1 to %d", opts.Queues, bpf.MaxQueues)
+	if opts.Frames == 0 {
+		opts.Frames = defaultFrames
 	}
-	for _, cpu := range opts.CPUs {
-		if cpu < 0 {
-			return nil, fmt.Errorf("open AF_XDP path: option CPUs has %d: want the numbers of CPUs", cpu)
-		}
+	if err := opts.Validate(); err != nil {
+		return nil, fmt.Errorf("open AF_XDP path: %w", err)
 	}
 	if opts.Spin == 0 {
 		opts.Spin = 20 * time.Microsecond
@@ -137,6 +140,27 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 		opts: opts, log: opts.Logger, set: NewSet(opts.Queues),
 		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{}, past: map[int]*pastInput{},
 	}, nil
+}
+
+// Validate says which option cannot be used, by an *xsk.OptionError. Whether there are
+// enough huge pages shows only when a worker is opened.
+func (o AFXDPOptions) Validate() error {
+	switch {
+	case o.Queues < 0 || o.Queues > bpf.MaxQueues:
+		return &xsk.OptionError{Option: "Queues", Value: o.Queues, Want: fmt.Sprintf("1 to %d", bpf.MaxQueues)}
+	case o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames):
+		return &xsk.OptionError{Option: "Frames", Value: o.Frames, Want: fmt.Sprintf("%d to %d", minFrames, maxFrames)}
+	}
+	var allowed unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
+		return fmt.Errorf("read the CPUs of the process: %w", err)
+	}
+	for _, cpu := range o.CPUs {
+		if cpu < 0 || !allowed.IsSet(cpu) {
+			return &xsk.OptionError{Option: "CPUs", Value: cpu, Want: "numbers of CPUs that the process may use"}
+		}
+	}
+	return xsk.Options{BusyPoll: o.BusyPoll, PreferBusyPoll: o.PreferBusyPoll, BusyPollBudget: o.BusyPollBudget}.Validate()
 }
 
 // Prepare makes the path forward the rules of loader.PathAFXDP among these, and goes on
@@ -398,18 +422,18 @@ func frameSizeFor(mtu int) int {
 func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer bool) (err error) {
 	size := frameSizeFor(mtu)
 	w.umem, err = xsk.NewUMEM(xsk.UMEMOptions{
-		Frames: defaultFrames, FrameSize: size, HugePages: opts.HugePages, Mode: opts.Mode,
+		Frames: opts.Frames, FrameSize: size, HugePages: opts.HugePages, Mode: opts.Mode,
 		MultiBuffer: multiBuffer, CheckOwnership: opts.CheckOwnership,
 	})
 	if err != nil {
 		return err
 	}
-	if w.frames, err = w.umem.NewFrames(defaultFrames); err != nil {
+	if w.frames, err = w.umem.NewFrames(opts.Frames); err != nil {
 		return err
 	}
 	w.multiBuffer, w.shift = multiBuffer, bits.TrailingZeros(uint(size))
-	w.area = w.umem.Data(xsk.Desc{Len: uint32(defaultFrames * size)})
-	w.claims = make([]uint64, defaultFrames)
+	w.area = w.umem.Data(xsk.Desc{Len: uint32(opts.Frames * size)})
+	w.claims = make([]uint64, opts.Frames)
 	w.socket, err = w.openSocket(w.index, w.queue, w.path.socketOptions(), tries)
 	if err == nil {
 		w.fd = w.socket.FD()
@@ -420,7 +444,8 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer 
 func (a *AFXDP) socketOptions() xsk.Options {
 	return xsk.Options{
 		FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize,
-		TXBudget: 256, SendBuffer: sendBuffer, BusyPoll: a.opts.BusyPoll,
+		TXBudget: 256, SendBuffer: sendBuffer,
+		BusyPoll: a.opts.BusyPoll, PreferBusyPoll: a.opts.PreferBusyPoll, BusyPollBudget: a.opts.BusyPollBudget,
 	}
 }
 
@@ -560,7 +585,7 @@ func (w *afxdpWorker) setLimits() {
 		}
 	}
 	for _, s := range w.senders {
-		s.limit = min(ringSize, (defaultFrames-2*ringSize)/max(n, 1))
+		s.limit = min(ringSize, (w.path.opts.Frames-2*ringSize)/max(n, 1))
 	}
 }
 

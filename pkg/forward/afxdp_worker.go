@@ -23,6 +23,8 @@ import (
 const (
 	ringSize      = 2048
 	defaultFrames = 4 * ringSize
+	minFrames     = 3 * ringSize
+	maxFrames     = 1 << 19 // 2 GB of the larger ones
 	receiveBatch  = batch
 	// maxPacket is the longest packet of several frames.
 	maxPacket = 64 << 10

@@ -131,6 +131,12 @@ func (o Options) validate(ifindex, queue int) error {
 	if queue < 0 || queue > 65535 {
 		return &OptionError{"queue", queue, "0 to 65535"}
 	}
+	return o.Validate()
+}
+
+// Validate says by an [*OptionError] which option Open would refuse.
+func (o Options) Validate() error {
+	o = o.withDefaults()
 	for _, ring := range []struct {
 		name string
 		size int
