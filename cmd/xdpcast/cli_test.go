@@ -80,6 +80,19 @@ func (b *backend) Status(context.Context) (control.Status, error) {
 			{Name: "eth1", Index: 3, Mode: "generic", Roles: []string{"input", "output"}, ProgramID: 71, LinkID: 13, Note: "driver has no native XDP", TransmitDrops: 250_000},
 			{Name: "eth7", Roles: []string{"input"}, Note: "absent"},
 		},
+		Workers: []control.Worker{
+			{
+				Interface: "eth0", Path: "afxdp", Queue: 0, State: control.StateActive, Mode: "copy", Received: 99_000,
+				Lost:   []control.Loss{{Reason: "ring_full", Packets: 1000}, {Reason: "rule_gone", Packets: 3}},
+				Socket: &control.SocketStatus{MultiBuffer: true, FrameSize: 2048, TXNeedWakeup: true, RXRingFull: 1000, TXRingEmpty: 12},
+				Senders: []control.WorkerSender{
+					{Interface: "eth1", Queue: 0, Mode: "copy", State: control.StateActive, Lost: 2},
+					{Interface: "wg0", Queue: -1, Mode: "packet", State: control.StateActive, Cause: "the interface has no Ethernet header"},
+				},
+			},
+			{Interface: "eth0", Path: "afxdp", Queue: 1, State: control.WorkerMissing, Cause: "bind to queue 1 of interface 2: another socket has it: device or resource busy"},
+			{Interface: "eth3", Path: "fanout", Queue: 0, State: control.StateActive, Mode: "hash", Group: 4711, Received: 5, Lost: []control.Loss{{Reason: "ring_full", Packets: 7}}, Failures: 1},
+		},
 		Passed:   control.Counter{Packets: 99_999, Bytes: 6_400_000},
 		Drops:    []control.Drop{{Reason: "ttl", Counter: control.Counter{Packets: 2, Bytes: 2600}}, {Reason: "loop"}},
 		Warnings: []string{"eth1: generic mode is slow"},
@@ -174,6 +187,7 @@ func (b *backend) Stats(context.Context) (control.Stats, error) {
 		Time: clock.Add(time.Duration(b.looks) * time.Second), Rules: list,
 		Drops:         []control.Drop{{Reason: "no_neighbour", Counter: control.Counter{Packets: 1_234_565, Bytes: 1_604_934_500}}, {Reason: "ttl", Counter: control.Counter{Packets: 2, Bytes: 2600}}},
 		TransmitDrops: []control.TransmitDrop{{Interface: "eth1", Reason: "ENOSPC", Packets: 250_000}},
+		ReceiveDrops:  []control.ReceiveDrop{{Interface: "eth0", Path: "afxdp", Loss: control.Loss{Reason: "ring_full", Packets: 1000}}},
 	}
 	b.looks++
 	return s, err

@@ -184,7 +184,10 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 			return err
 		}
 	}
-	return dropTable(w, allDrops(r))
+	if err := dropTable(w, allDrops(r)); err != nil {
+		return err
+	}
+	return receiveTable(w, r.ReceiveDrops)
 }
 
 // nextHop is whom an output sends to, where that is one host.

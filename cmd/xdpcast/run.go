@@ -37,7 +37,7 @@ func runCommand() *cli.Command {
 			&cli.StringFlag{Name: "steer", Usage: "spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
-		}, pinFlags()...),
+		}, append(afxdpFlags(), pinFlags()...)...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
@@ -97,8 +97,12 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 	if workers > maxWorkers {
 		return relay.Options{}, usagef("--workers %d: want at most %d", workers, maxWorkers)
 	}
+	afxdp, err := afxdpOptions(c)
+	if err != nil {
+		return relay.Options{}, err
+	}
 	return relay.Options{
-		Workers: int(workers), Steering: steering,
+		AFXDP: afxdp, Workers: int(workers), Steering: steering,
 		ConfigFile: c.String("config"), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil

@@ -64,9 +64,7 @@ func readStats(c *cli.Context, now func() time.Time) (control.Stats, error) {
 	}
 	name := c.Args().First()
 	rule, err := client(c).Rule(c.Context, name)
-	s := control.Stats{
-		Time: now(), Rules: []control.RuleStatus{rule}, Drops: rule.Drops, TransmitDrops: []control.TransmitDrop{},
-	}
+	s := statsOf(now(), rule)
 	if s, err = orKernel(c, s, err, s.Time); err != nil {
 		return s, err
 	}
@@ -77,10 +75,18 @@ func readStats(c *cli.Context, now func() time.Time) (control.Stats, error) {
 func ofRule(s control.Stats, name string) (control.Stats, error) {
 	for _, rule := range s.Rules {
 		if rule.Name == name {
-			return control.Stats{Time: s.Time, Rules: []control.RuleStatus{rule}, Drops: rule.Drops, TransmitDrops: []control.TransmitDrop{}}, nil
+			return statsOf(s.Time, rule), nil
 		}
 	}
 	return s, fmt.Errorf("no rule is called %s in the kernel, and no xdpcast is running", name)
+}
+
+// statsOf is what a rule's own counters tell.
+func statsOf(at time.Time, rule control.RuleStatus) control.Stats {
+	return control.Stats{
+		Time: at, Rules: []control.RuleStatus{rule}, Drops: rule.Drops, TransmitDrops: []control.TransmitDrop{},
+		ReceiveDrops: append([]control.ReceiveDrop{}, rule.ReceiveDrops...),
+	}
 }
 
 // watchStats shows the statistics until the context ends, which is no error.
@@ -201,6 +207,9 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 	if err := dropTable(w, s.Drops); err != nil {
 		return err
 	}
+	if err := receiveTable(w, s.ReceiveDrops); err != nil {
+		return err
+	}
 	return transmitTable(w, s.TransmitDrops)
 }
 
@@ -210,6 +219,19 @@ func rateCells(rates map[endpointKey]rate, key endpointKey) []string {
 		return []string{"-", "-"}
 	}
 	return []string{humanCount(uint64(r.packets + 0.5)), withUnit(r.bits, "b")}
+}
+
+// receiveTable shows what was lost on the way to workers, nothing when nothing was.
+func receiveTable(w io.Writer, drops []control.ReceiveDrop) error {
+	if len(drops) == 0 {
+		return nil
+	}
+	t := newTable("LOST BEFORE", "ON", ">PACKETS", "REASON")
+	for _, d := range drops {
+		t.add("path "+d.Path, d.Interface, humanCount(d.Packets), d.Reason)
+	}
+	fmt.Fprintln(w)
+	return t.write(w)
 }
 
 func transmitTable(w io.Writer, drops []control.TransmitDrop) error {

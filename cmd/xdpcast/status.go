@@ -66,7 +66,77 @@ func statusText(w io.Writer, s control.Status, now time.Time) error {
 			return err
 		}
 	}
+	if len(s.Workers) > 0 {
+		if err := workerTables(w, s.Workers); err != nil {
+			return err
+		}
+	}
 	return dropTable(w, s.Drops)
+}
+
+// workerTables has a line for each worker of the user-space paths, with what the kernel
+// counted for it, and one for each interface that such a worker sends on.
+func workerTables(w io.Writer, workers []control.Worker) error {
+	t := newTable("WORKER ON", "PATH", ">QUEUE", "STATE", "MODE", "WAKEUP", ">RECEIVED", ">RING FULL", ">NO FRAME", ">RULE GONE",
+		">RX INVALID", ">TX INVALID", ">FILL EMPTY", ">TX EMPTY", ">FAILURES", "CAUSE")
+	senders := newTable("WORKER ON", ">QUEUE", "SENDS ON", ">TX QUEUE", "MODE", "STATE", ">LOST", "CAUSE")
+	for i := range workers {
+		o := &workers[i]
+		row := append([]string{o.Interface, o.Path, strconv.Itoa(o.Queue), o.State, workerMode(o)}, receiveCells(o)...)
+		t.add(append(row, humanCount(o.Failures), o.Cause)...)
+		for _, s := range o.Senders {
+			queue := "-"
+			if s.Queue >= 0 {
+				queue = strconv.Itoa(s.Queue)
+			}
+			senders.add(o.Interface, strconv.Itoa(o.Queue), s.Interface, queue, s.Mode, s.State, humanCount(s.Lost), s.Cause)
+		}
+	}
+	fmt.Fprintln(w)
+	if err := t.write(w); err != nil || len(senders.rows) == 1 {
+		return err
+	}
+	fmt.Fprintln(w)
+	return senders.write(w)
+}
+
+func workerMode(o *control.Worker) string {
+	switch {
+	case o.Group != 0:
+		return fmt.Sprintf("%s, group %d", o.Mode, o.Group)
+	case o.Socket != nil && o.Socket.MultiBuffer:
+		return o.Mode + ", multi-buffer"
+	}
+	return orDash(o.Mode)
+}
+
+// receiveCells are what came to a worker and what did not; a dash where the path has no
+// such counter.
+func receiveCells(o *control.Worker) []string {
+	lost := map[string]uint64{}
+	for _, l := range o.Lost {
+		lost[l.Reason] = l.Packets
+	}
+	full, received := humanCount(lost["ring_full"]), humanCount(o.Received)
+	s := o.Socket
+	if s == nil {
+		return []string{"-", received, full, "-", "-", "-", "-", "-", "-"}
+	}
+	return []string{wakeup(s), received, full, humanCount(lost["no_frame"]), humanCount(lost["rule_gone"]),
+		humanCount(s.RXInvalidDescs), humanCount(s.TXInvalidDescs), humanCount(s.RXFillRingEmpty), humanCount(s.TXRingEmpty)}
+}
+
+// wakeup says for which directions the kernel asks to be woken.
+func wakeup(s *control.SocketStatus) string {
+	switch {
+	case s.RXNeedWakeup && s.TXNeedWakeup:
+		return "rx+tx"
+	case s.RXNeedWakeup:
+		return "rx"
+	case s.TXNeedWakeup:
+		return "tx"
+	}
+	return "no"
 }
 
 func interfaceTable(w io.Writer, interfaces []control.InterfaceStatus) error {

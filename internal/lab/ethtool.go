@@ -12,11 +12,30 @@ import (
 const (
 	ethtoolSetTxCsum = 0x00000017 // ETHTOOL_STXCSUM
 	ethtoolSetGRO    = 0x0000002c // ETHTOOL_SGRO
+
+	ethtoolSetChannels = 0x0000003d // ETHTOOL_SCHANNELS
 )
 
 // struct ethtool_value of include/uapi/linux/ethtool.h.
 type ethtoolValue struct {
 	cmd, data uint32
+}
+
+// struct ethtool_channels of include/uapi/linux/ethtool.h.
+type ethtoolChannels struct {
+	cmd                                      uint32
+	_                                        [4]uint32 // the most that there can be
+	rxCount, txCount, otherCount, combineNum uint32
+}
+
+// SetChannels sets how many receive and transmit queues an interface in the current
+// network namespace uses, as ethtool -L does.
+func SetChannels(ifname string, rx, tx int) error {
+	value := ethtoolChannels{cmd: ethtoolSetChannels, rxCount: uint32(rx), txCount: uint32(tx)}
+	if err := ethtool(ifname, unsafe.Pointer(&value)); err != nil {
+		return fmt.Errorf("set %d receive and %d transmit queues on %s: %w", rx, tx, ifname, err)
+	}
+	return nil
 }
 
 // SetGRO turns generic receive offload of an interface in the current network
@@ -30,15 +49,23 @@ func SetTxChecksum(ifname string, on bool) error {
 }
 
 func setFeature(ifname, feature string, cmd uint32, on bool) error {
+	value := ethtoolValue{cmd: cmd}
+	if on {
+		value.data = 1
+	}
+	if err := ethtool(ifname, unsafe.Pointer(&value)); err != nil {
+		return fmt.Errorf("set %s %v on %s: %w", feature, on, ifname, err)
+	}
+	return nil
+}
+
+// ethtool makes the request whose struct is at data.
+func ethtool(ifname string, data unsafe.Pointer) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("ethtool socket: %w", err)
 	}
 	defer unix.Close(fd)
-	value := ethtoolValue{cmd: cmd}
-	if on {
-		value.data = 1
-	}
 	var ifr struct {
 		name [unix.IFNAMSIZ]byte
 		data unsafe.Pointer
@@ -48,11 +75,11 @@ func setFeature(ifname, feature string, cmd uint32, on bool) error {
 		return fmt.Errorf("interface name %q: longer than %d bytes", ifname, len(ifr.name)-1)
 	}
 	copy(ifr.name[:], ifname)
-	ifr.data = unsafe.Pointer(&value)
+	ifr.data = data
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&ifr)))
-	runtime.KeepAlive(&value)
+	runtime.KeepAlive(data)
 	if errno != 0 {
-		return fmt.Errorf("set %s %v on %s: %w", feature, on, ifname, errno)
+		return errno
 	}
 	return nil
 }

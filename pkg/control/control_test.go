@@ -216,7 +216,7 @@ func TestEveryMethodOverTheWire(t *testing.T) {
 	check("Groups", groups, err, []Group{{Interface: "eth0", Index: 3, Group: "239.1.1.1", State: GroupJoined, Since: &testTime, Rules: []string{}}})
 
 	stats, err := c.Stats(ctx)
-	check("Stats", stats, err, Stats{Time: testTime, Rules: []RuleStatus{}, Drops: []Drop{{Reason: "loop", Counter: Counter{1, 60}}}, TransmitDrops: []TransmitDrop{}})
+	check("Stats", stats, err, Stats{Time: testTime, Rules: []RuleStatus{}, Drops: []Drop{{Reason: "loop", Counter: Counter{1, 60}}}, TransmitDrops: []TransmitDrop{}, ReceiveDrops: []ReceiveDrop{}})
 
 	parsed, err := ToRule(cam1)
 	if err != nil {

@@ -27,6 +27,11 @@ func (s *Status) fill() {
 	for i := range s.Interfaces {
 		s.Interfaces[i].Roles = orEmpty(s.Interfaces[i].Roles)
 	}
+	s.Workers = orEmpty(s.Workers)
+	for i := range s.Workers {
+		s.Workers[i].Lost = orEmpty(s.Workers[i].Lost)
+		s.Workers[i].Senders = orEmpty(s.Workers[i].Senders)
+	}
 	s.Drops = orEmpty(s.Drops)
 	s.Warnings = orEmpty(s.Warnings)
 }
@@ -38,6 +43,7 @@ func (s *Stats) fill() {
 	}
 	s.Drops = orEmpty(s.Drops)
 	s.TransmitDrops = orEmpty(s.TransmitDrops)
+	s.ReceiveDrops = orEmpty(s.ReceiveDrops)
 }
 
 func (a *ApplyResult) fill() {

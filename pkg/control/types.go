@@ -93,6 +93,9 @@ type RuleStatus struct {
 	// Inputs has an entry for each interface that a pattern of the input
 	// matches; it is empty for an input that names its interface.
 	Inputs []InputStatus `json:"inputs"`
+	// ReceiveDrops are those of the rule's path on its interfaces, of all rules there:
+	// the kernel does not tell them by rule.
+	ReceiveDrops []ReceiveDrop `json:"receive_drops,omitempty"`
 }
 
 // States of a membership.
@@ -181,6 +184,81 @@ type InterfaceStatus struct {
 	MLD  *Multicast `json:"mld,omitempty"`
 }
 
+// States of a worker, besides StateActive and StateFailed.
+const (
+	WorkerDown    = "down"    // its interface is down; goes on by itself
+	WorkerMissing = "missing" // the queue has none; it is tried again
+)
+
+// Worker takes packets of an input interface to a path in user space: with path afxdp
+// those of a receive queue, with path fanout its share of a PACKET_FANOUT group.
+type Worker struct {
+	Interface string `json:"interface"`
+	// Path is "afxdp" or "fanout".
+	Path string `json:"path"`
+	// Queue is the receive queue; with path fanout the worker's number in its group.
+	Queue int    `json:"queue"`
+	State string `json:"state"`
+	// Cause says why State is not active, or what the worker last failed with.
+	Cause string `json:"cause,omitempty"`
+	// Failures counts how often the worker has failed and was started again.
+	Failures uint64 `json:"failures"`
+	// Mode is "zero-copy" or "copy"; with path fanout how the kernel spreads packets:
+	// "cpu", "hash" or "ebpf".
+	Mode string `json:"mode,omitempty"`
+	// Group is the id of the PACKET_FANOUT group; 0 with path afxdp.
+	Group uint16 `json:"group,omitempty"`
+	// Received counts the packets that came to the worker, and Lost by reason those that
+	// the kernel meant for it and that came to no rule. A worker that is closed takes its
+	// counters along; Stats.ReceiveDrops keeps them.
+	Received uint64 `json:"received"`
+	Lost     []Loss `json:"lost"`
+	// Socket is nil with path fanout.
+	Socket *SocketStatus `json:"socket,omitempty"`
+	// Senders are how the copies leave; with path fanout they are not listed.
+	Senders []WorkerSender `json:"senders"`
+}
+
+// Loss counts packets that were lost on their way to a path in user space. Reasons:
+// "ring_full" (the worker did not keep up), "no_frame" (path afxdp: no memory was free
+// to receive into, since the worker did not keep up; or the packet was too long for it),
+// and "rule_gone" (path afxdp: the rule was removed meanwhile).
+type Loss struct {
+	Reason  string `json:"reason"`
+	Packets uint64 `json:"packets"`
+}
+
+// SocketStatus is an AF_XDP socket that receives.
+type SocketStatus struct {
+	MultiBuffer bool `json:"multi_buffer"` // packets may take several frames
+	FrameSize   int  `json:"frame_size"`   // bytes
+	// RXNeedWakeup and TXNeedWakeup say whether the kernel asks now to be woken by a
+	// system call. In copy mode it always does to send, and never to receive.
+	RXNeedWakeup bool `json:"rx_need_wakeup"`
+	TXNeedWakeup bool `json:"tx_need_wakeup"`
+	// What follows is struct xdp_statistics, as the kernel names it.
+	RXDropped       uint64 `json:"rx_dropped"`
+	RXInvalidDescs  uint64 `json:"rx_invalid_descs"`
+	TXInvalidDescs  uint64 `json:"tx_invalid_descs"`
+	RXRingFull      uint64 `json:"rx_ring_full"`
+	RXFillRingEmpty uint64 `json:"rx_fill_ring_empty_descs"`
+	TXRingEmpty     uint64 `json:"tx_ring_empty_descs"`
+}
+
+// WorkerSender is how a worker of path afxdp sends on an interface.
+type WorkerSender struct {
+	Interface string `json:"interface"`
+	// Queue is the transmit queue of an AF_XDP socket; -1 for a packet socket, and
+	// Cause says why it is one.
+	Queue int    `json:"queue"`
+	Mode  string `json:"mode"` // "zero-copy", "copy" or "packet"
+	State string `json:"state"`
+	Cause string `json:"cause,omitempty"`
+	// Lost counts frames that were counted as sent and given up, since the device went
+	// before it took them or dropped them later.
+	Lost uint64 `json:"lost"`
+}
+
 // Status is the daemon at a glance.
 type Status struct {
 	Version string    `json:"version"`
@@ -200,6 +278,8 @@ type Status struct {
 	Failed  int `json:"failed"`
 
 	Interfaces []InterfaceStatus `json:"interfaces"`
+	// Workers are those of the paths in user space, by interface, path and queue.
+	Workers []Worker `json:"workers"`
 	// Passed counts what no rule matched, left untouched.
 	Passed Counter `json:"passed"`
 	// Drops is the total by reason, over all rules.
@@ -252,6 +332,15 @@ type TransmitDrop struct {
 	Packets   uint64 `json:"packets"`
 }
 
+// ReceiveDrop counts packets of the rules of a path on an interface that were lost on
+// their way to the path's workers, by the reasons of Loss: the rules' counters of what
+// matched have them on path afxdp, and not on path fanout.
+type ReceiveDrop struct {
+	Interface string `json:"interface"`
+	Path      string `json:"path"`
+	Loss
+}
+
 // Fragments counts fragments by what was known of them.
 type Fragments struct {
 	// First are those of datagrams that a rule takes.
@@ -274,6 +363,8 @@ type Stats struct {
 	// Drops is the total by reason, over all rules.
 	Drops         []Drop         `json:"drops"`
 	TransmitDrops []TransmitDrop `json:"transmit_drops"`
+	// ReceiveDrops counts since the daemon was started.
+	ReceiveDrops []ReceiveDrop `json:"receive_drops"`
 }
 
 // Explanation says what becomes of a packet, and why.

@@ -51,12 +51,19 @@ type AFXDPOptions struct {
 	// Spin is how long a worker looks for more frames before it sleeps; 0 means 20
 	// microseconds, and less not at all.
 	Spin time.Duration
-	// BusyPoll is that of xsk.Options.
-	BusyPoll time.Duration
+	// Frames is how many frames of memory each worker has, of 2 or 4 kB; 0 means 8192.
+	// Receiving takes 4096, and copies on their way out the rest.
+	Frames int
+	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
+	BusyPoll       time.Duration
+	PreferBusyPoll bool
+	BusyPollBudget int
 	// Sender is how packet sockets send, where AF_XDP cannot.
 	Sender fanout.SenderOptions
 	// CheckOwnership is that of xsk.UMEMOptions, for tests.
 	CheckOwnership bool
+	// oneFrame is what a kernel without multi-buffer is like, for tests.
+	oneFrame bool
 }
 
 // AFXDP is the AF_XDP path: for each queue of each input interface of its rules a
@@ -88,6 +95,14 @@ type AFXDP struct {
 	closed  bool
 	inputs  map[int]*afxdpInput
 	claimed map[queueKey]*afxdpSender // nil: a worker receives there
+	past    map[int]*pastInput        // what workers that are closed have counted
+}
+
+// pastInput keeps what was lost on an interface: it is not to be forgotten when a
+// worker goes.
+type pastInput struct {
+	name string
+	lost Lost
 }
 
 type queueKey struct{ index, queue int }
@@ -98,6 +113,7 @@ type afxdpInput struct {
 	name    string
 	workers []*afxdpWorker // by queue; nil where there is none
 	err     error          // why one is missing
+	causes  []QueueError   // the same by queue, where it is about one
 }
 
 // OpenAFXDP opens the path without rules. The caller must Close it.
@@ -108,13 +124,11 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	if opts.Queues == 0 {
 		opts.Queues = min(max(16, runtime.NumCPU()), bpf.MaxQueues)
 	}
-	if opts.Queues < 0 || opts.Queues > bpf.MaxQueues {
-		return nil, fmt.Errorf("open AF_XDP path: option Queues is %d: want 1 to %d", opts.Queues, bpf.MaxQueues)
+	if opts.Frames == 0 {
+		opts.Frames = defaultFrames
 	}
-	for _, cpu := range opts.CPUs {
-		if cpu < 0 {
-			return nil, fmt.Errorf("open AF_XDP path: option CPUs has %d: want the numbers of CPUs", cpu)
-		}
+	if err := opts.Validate(); err != nil {
+		return nil, fmt.Errorf("open AF_XDP path: %w", err)
 	}
 	if opts.Spin == 0 {
 		opts.Spin = 20 * time.Microsecond
@@ -124,8 +138,29 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	}
 	return &AFXDP{
 		opts: opts, log: opts.Logger, set: NewSet(opts.Queues),
-		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{},
+		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{}, past: map[int]*pastInput{},
 	}, nil
+}
+
+// Validate says which option cannot be used, by an *xsk.OptionError. Whether there are
+// enough huge pages shows only when a worker is opened.
+func (o AFXDPOptions) Validate() error {
+	switch {
+	case o.Queues < 0 || o.Queues > bpf.MaxQueues:
+		return &xsk.OptionError{Option: "Queues", Value: o.Queues, Want: fmt.Sprintf("1 to %d", bpf.MaxQueues)}
+	case o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames):
+		return &xsk.OptionError{Option: "Frames", Value: o.Frames, Want: fmt.Sprintf("%d to %d", minFrames, maxFrames)}
+	}
+	var allowed unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
+		return fmt.Errorf("read the CPUs of the process: %w", err)
+	}
+	for _, cpu := range o.CPUs {
+		if cpu < 0 || !allowed.IsSet(cpu) {
+			return &xsk.OptionError{Option: "CPUs", Value: cpu, Want: "numbers of CPUs that the process may use"}
+		}
+	}
+	return xsk.Options{BusyPoll: o.BusyPoll, PreferBusyPoll: o.PreferBusyPoll, BusyPollBudget: o.BusyPollBudget}.Validate()
 }
 
 // Prepare makes the path forward the rules of loader.PathAFXDP among these, and goes on
@@ -182,6 +217,7 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 	}
 	// Before the rules, so that the engines of new workers get them at once.
 	fresh := a.openInputs(inputs)
+	a.reviewSenders()
 	if err := a.set.Update(want, own, numbers); err != nil {
 		for _, w := range fresh {
 			err = errors.Join(err, a.closeWorker(w))
@@ -248,6 +284,8 @@ func (a *AFXDP) openInputs(inputs map[int]bool) (fresh []*afxdpWorker) {
 }
 
 func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
+	before := in.causes
+	in.causes = nil
 	iface, err := net.InterfaceByIndex(in.index)
 	if err != nil {
 		a.retire(in.workers)
@@ -271,21 +309,31 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 	}
 	errs := []error{err}
 	for q, w := range in.workers {
-		if w != nil && w.interfaceC.Load() != interfaceGone {
+		if w != nil && w.interfaceC.Load() != interfaceGone && w.takes(iface.MTU) {
 			continue
 		}
 		if w != nil {
 			a.retire(in.workers[q : q+1])
 		}
-		w, err := a.openWorker(in, q, iface.MTU)
+		tries := busyTries
+		if slices.ContainsFunc(before, func(c QueueError) bool { return c.Queue == q && errors.Is(c.Err, unix.EBUSY) }) {
+			tries = 1 // it is not ours that holds it: nobody is to wait for that every time
+		}
+		w, err := a.openWorker(in, q, iface.MTU, tries)
 		if err != nil {
 			errs = append(errs, err)
+			in.causes = append(in.causes, QueueError{Queue: q, Err: err})
 		} else {
 			fresh = append(fresh, w)
 		}
 		in.workers[q] = w
 	}
 	return fresh, errors.Join(errs...)
+}
+
+// takes says whether a worker can receive all packets of an MTU.
+func (w *afxdpWorker) takes(mtu int) bool {
+	return w.multiBuffer || frameSizeFor(mtu) <= w.umem.FrameSize()
 }
 
 // How often, and after which pause, a queue is tried that the kernel has not yet given
@@ -295,10 +343,13 @@ const (
 	busyPause = 5 * time.Millisecond
 )
 
-// openSocket opens a socket, with what the kernel and the process's rights allow.
-func openSocket(frames *xsk.Frames, index, queue int, opts xsk.Options) (s *xsk.Socket, err error) {
-	for range busyTries {
-		s, err = xsk.Open(frames, index, queue, opts)
+// openSocket opens a socket for a worker, with what the kernel and the process's rights
+// allow. The worker goes on between two tries.
+func (w *afxdpWorker) openSocket(index, queue int, opts xsk.Options, tries int) (s *xsk.Socket, err error) {
+	for range tries {
+		w.mu.Lock()
+		s, err = xsk.Open(w.frames, index, queue, opts)
+		w.mu.Unlock()
 		switch {
 		case errors.Is(err, unix.ENOPROTOOPT) && opts.TXBudget != 0: // before Linux 6.17
 			opts.TXBudget = 0
@@ -316,7 +367,7 @@ func openSocket(frames *xsk.Frames, index, queue int, opts xsk.Options) (s *xsk.
 // sendBuffer lets a ring full of frames be with a driver.
 const sendBuffer = ringSize * 4096
 
-func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu int) (_ *afxdpWorker, err error) {
+func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorker, err error) {
 	key := queueKey{in.index, queue}
 	if s := a.claimed[key]; s != nil {
 		if err := s.usePacket("a worker receives on the queue"); err != nil {
@@ -338,8 +389,9 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu int) (_ *afxdpWorker, err 
 		}
 	}()
 	// Multi-buffer needs Linux 6.6.
-	if err = w.openMemory(a.opts, mtu, true); errors.Is(err, unix.EINVAL) {
-		err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, false))
+	err = w.openMemory(a.opts, mtu, tries, !a.opts.oneFrame)
+	if errors.Is(err, unix.EINVAL) && !a.opts.oneFrame {
+		err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, tries, false))
 	}
 	if err != nil {
 		return nil, err
@@ -358,25 +410,31 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu int) (_ *afxdpWorker, err 
 	return w, nil
 }
 
-func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu int, multiBuffer bool) (err error) {
-	size := 2048
-	if mtu+18+4 > size-2*unix.XDP_PACKET_HEADROOM { // a frame with two tags
-		size = 4096
+// frameSizeFor is the size of a frame that takes all packets of an MTU, with an Ethernet
+// header and two tags; or the largest, which longer packets take several of.
+func frameSizeFor(mtu int) int {
+	if mtu+18+4 > 2048-2*unix.XDP_PACKET_HEADROOM {
+		return 4096
 	}
+	return 2048
+}
+
+func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer bool) (err error) {
+	size := frameSizeFor(mtu)
 	w.umem, err = xsk.NewUMEM(xsk.UMEMOptions{
-		Frames: defaultFrames, FrameSize: size, HugePages: opts.HugePages, Mode: opts.Mode,
+		Frames: opts.Frames, FrameSize: size, HugePages: opts.HugePages, Mode: opts.Mode,
 		MultiBuffer: multiBuffer, CheckOwnership: opts.CheckOwnership,
 	})
 	if err != nil {
 		return err
 	}
-	if w.frames, err = w.umem.NewFrames(defaultFrames); err != nil {
+	if w.frames, err = w.umem.NewFrames(opts.Frames); err != nil {
 		return err
 	}
 	w.multiBuffer, w.shift = multiBuffer, bits.TrailingZeros(uint(size))
-	w.area = w.umem.Data(xsk.Desc{Len: uint32(defaultFrames * size)})
-	w.claims = make([]uint64, defaultFrames)
-	w.socket, err = openSocket(w.frames, w.index, w.queue, w.path.socketOptions())
+	w.area = w.umem.Data(xsk.Desc{Len: uint32(opts.Frames * size)})
+	w.claims = make([]uint64, opts.Frames)
+	w.socket, err = w.openSocket(w.index, w.queue, w.path.socketOptions(), tries)
 	if err == nil {
 		w.fd = w.socket.FD()
 	}
@@ -386,7 +444,8 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu int, multiBuffer bool) (
 func (a *AFXDP) socketOptions() xsk.Options {
 	return xsk.Options{
 		FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize,
-		TXBudget: 256, SendBuffer: sendBuffer, BusyPoll: a.opts.BusyPoll,
+		TXBudget: 256, SendBuffer: sendBuffer,
+		BusyPoll: a.opts.BusyPoll, PreferBusyPoll: a.opts.PreferBusyPoll, BusyPollBudget: a.opts.BusyPollBudget,
 	}
 }
 
@@ -407,7 +466,7 @@ func (w *afxdpWorker) openSender(index int) (Sender, error) {
 		if errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENODEV) {
 			return nil, errors.Join(fmt.Errorf("open sender on %s: %w: %w", iface.Name, unix.ENODEV, err), packet.Close())
 		}
-		s.why = err.Error()
+		s.why, s.noQueue = err.Error(), errors.Is(err, errNoQueue)
 	}
 	if s.socket != nil {
 		s.packet = nil
@@ -452,9 +511,7 @@ func (s *afxdpSender) openSocket(iface *net.Interface) error {
 		if _, taken := w.path.claimed[key]; taken {
 			continue
 		}
-		w.mu.Lock()
-		s.socket, err = openSocket(w.frames, iface.Index, q, opts)
-		w.mu.Unlock()
+		s.socket, err = w.openSocket(iface.Index, q, opts, busyTries)
 		if err == nil {
 			w.path.claimed[key] = s
 			s.prepare()
@@ -466,6 +523,46 @@ func (s *afxdpSender) openSocket(iface *net.Interface) error {
 		}
 	}
 	return err
+}
+
+// reviewSenders notes which packet sockets are to make room for AF_XDP sockets, since
+// transmit queues of their interfaces are free now. The other way round needs nothing: the
+// kernel removes no queue that has a socket (ethnl_set_channels of
+// net/ethtool/channels.c).
+func (a *AFXDP) reviewSenders() {
+	for _, in := range a.inputs {
+		for _, w := range in.workers {
+			if w == nil {
+				continue
+			}
+			for _, s := range w.openSenders() {
+				if s.noQueue {
+					s.stale.Store(a.hasRoom(s.index))
+				}
+			}
+		}
+	}
+}
+
+// hasRoom says whether an interface has a transmit queue that no worker uses.
+func (a *AFXDP) hasRoom(index int) bool {
+	queues, err := channelsOf(interfaceName(index))
+	if err != nil {
+		return false // it is gone, which its senders notice
+	}
+	for q := range queues.tx {
+		if _, taken := a.claimed[queueKey{index, q}]; !taken {
+			return true
+		}
+	}
+	return false
+}
+
+// openSenders are the senders of a worker now.
+func (w *afxdpWorker) openSenders() []*afxdpSender {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.senders)
 }
 
 func (s *afxdpSender) prepare() {
@@ -488,7 +585,7 @@ func (w *afxdpWorker) setLimits() {
 		}
 	}
 	for _, s := range w.senders {
-		s.limit = min(ringSize, (defaultFrames-2*ringSize)/max(n, 1))
+		s.limit = min(ringSize, (w.path.opts.Frames-2*ringSize)/max(n, 1))
 	}
 }
 
@@ -539,7 +636,7 @@ func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	if w.waiter != nil {
 		errs = append(errs, w.waiter.Close())
 	}
-	errs = append(errs, w.closeMemory())
+	errs = append(errs, a.remember(w), w.closeMemory())
 	delete(a.claimed, queueKey{w.index, w.queue})
 	for _, in := range a.inputs {
 		for i := range in.workers {
@@ -588,9 +685,33 @@ func (a *AFXDP) Stats(names []string) []loader.RuleStats { return a.set.Stats(na
 type InputStatus struct {
 	Index     int
 	Interface string
-	Workers   []QueueStatus
-	// Error is why a queue has no worker; nil if all have.
-	Error error
+	Workers   []QueueStatus // none on an interface that no rule has any more
+	// Error is why a queue has no worker; nil if all have. Missing is the same by
+	// queue, but for what is wrong with the whole interface.
+	Error   error
+	Missing []QueueError
+	// Lost is the sum of all workers that there are and were on the interface.
+	Lost Lost
+}
+
+// QueueError is why a queue has no worker.
+type QueueError struct {
+	Queue int
+	Err   error
+}
+
+// Lost counts packets that the relay program gave to the path, and that came to no
+// rule.
+type Lost struct {
+	NoFrame   uint64 // no memory was free, since the worker did not keep up; or the packet was too long
+	RingFull  uint64 // the worker did not keep up
+	Unclaimed uint64 // the rule was removed meanwhile
+}
+
+func (l *Lost) add(s *QueueStatus) {
+	l.NoFrame += s.Socket.RXDropped
+	l.RingFull += s.Socket.RXRingFull
+	l.Unclaimed += s.Unclaimed.Packets
 }
 
 // QueueStatus is how the worker of a queue is.
@@ -599,15 +720,21 @@ type QueueStatus struct {
 	// ZeroCopy and MultiBuffer are what the driver and kernel gave.
 	ZeroCopy, MultiBuffer bool
 	FrameSize             int // bytes
+	// WakeRX and WakeTX say whether the kernel asks now to be woken by a system call
+	// (XDP_RING_NEED_WAKEUP): in copy mode always for TX, and never for RX.
+	WakeRX, WakeTX bool
+	// Received counts the packets that came to the worker.
+	Received uint64
 	// Socket is what the kernel counted: RXDropped and RXRingFull are lost packets.
 	Socket xsk.Statistics
 	// Unclaimed are packets of rules that were gone when they were read.
 	Unclaimed loader.Counter
 	Failures  uint64
 	LastError string // empty if there was none
-	// Down and Gone say what the interface is.
-	Down, Gone bool
-	Senders    []SenderStatus
+	// Down and Gone say what the interface is. Stopped: the worker has failed, and
+	// begins anew in a moment; until then the rules' fallback serves the queue.
+	Down, Gone, Stopped bool
+	Senders             []SenderStatus
 }
 
 // SenderStatus is how a worker sends to an interface.
@@ -625,7 +752,8 @@ type SenderStatus struct {
 	Failed      bool // the interface is down or gone: the next Sync opens it again
 }
 
-// Inputs reads how the workers are, by interface index.
+// Inputs reads how the workers are, by interface index. What was lost on an interface is
+// listed even when no rule has it any more.
 func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -633,7 +761,10 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	var errs []error
 	for _, index := range slices.Sorted(maps.Keys(a.inputs)) {
 		in := a.inputs[index]
-		status := InputStatus{Index: index, Interface: in.name, Error: in.err}
+		status := InputStatus{Index: index, Interface: in.name, Error: in.err, Missing: slices.Clone(in.causes)}
+		if past := a.past[index]; past != nil {
+			status.Lost = past.lost
+		}
 		for _, w := range in.workers {
 			if w == nil {
 				continue
@@ -643,10 +774,36 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 				errs = append(errs, err)
 			}
 			status.Workers = append(status.Workers, s)
+			status.Lost.add(&s)
 		}
 		all = append(all, status)
 	}
+	for index, past := range a.past {
+		if a.inputs[index] == nil {
+			all = append(all, InputStatus{Index: index, Interface: past.name, Lost: past.lost})
+		}
+	}
+	slices.SortFunc(all, func(a, b InputStatus) int { return a.Index - b.Index })
 	return all, errors.Join(errs...)
+}
+
+// remember keeps what a worker has lost, which its socket forgets.
+func (a *AFXDP) remember(w *afxdpWorker) error {
+	if w.engine == nil { // it never served
+		return nil
+	}
+	s, err := w.status()
+	var lost Lost
+	if lost.add(&s); lost == (Lost{}) {
+		return err
+	}
+	past := a.past[w.index]
+	if past == nil {
+		past = &pastInput{name: w.name}
+		a.past[w.index] = past
+	}
+	past.lost.add(&s)
+	return err
 }
 
 func (w *afxdpWorker) status() (s QueueStatus, err error) {
@@ -655,7 +812,9 @@ func (w *afxdpWorker) status() (s QueueStatus, err error) {
 	s = QueueStatus{
 		Queue: w.queue, ZeroCopy: w.socket.ZeroCopy(), MultiBuffer: w.multiBuffer, FrameSize: w.umem.FrameSize(),
 		Failures: w.failures.Load(), Down: w.interfaceC.Load() == interfaceDown, Gone: w.interfaceC.Load() == interfaceGone,
+		Stopped: w.stopped.Load(), Received: w.received.Load(),
 	}
+	s.WakeRX, s.WakeTX = w.socket.NeedWakeup()
 	w.unclaimed.addTo(&s.Unclaimed)
 	if text := w.lastError.Load(); text != nil {
 		s.LastError = *text

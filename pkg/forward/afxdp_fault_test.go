@@ -3,13 +3,15 @@ package forward
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"testing"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
@@ -101,48 +103,78 @@ func TestAFXDPBothWays(t *testing.T) {
 	b.adds(t, "hairpin", 1)
 }
 
-// Queues that are added get workers, and those of queues that go are closed.
+// Queues that are added get workers and senders. The kernel removes none that has a
+// socket; once it has none, it can go.
 func TestAFXDPQueues(t *testing.T) {
-	b := newXDPBench(t, 1, 2, 0)
+	b := newXDPBench(t, 0, 2, 0)
+	b.sinks = append(b.sinks, labtest.Host(t, "snk"))
+	labtest.Connect(t, lab.End{Host: b.relay, Name: "out0", Queues: 2}, lab.End{Host: b.sinks[0], Name: "eth0", Queues: 2})
+	b.out = append(b.out, iface(t, b.relay, "out0"))
+	b.attach(t, b.out[0])
 	b.open(t)
 	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
-	workers := func() int { return len(b.inputs(t)[0].Workers) }
-	set := func(rx uint32) {
+	near := func(rx, tx int) {
 		t.Helper()
-		// The peer's transmit queues first: a veth with a program receives on as many.
-		labtest.Do(t, b.source, func() error { return setChannels("eth0", 2, rx) })
-		labtest.Do(t, b.relay, func() error { return setChannels("in", rx, 2) })
+		labtest.Do(t, b.relay, func() error { return errors.Join(lab.SetChannels("in", rx, 2), lab.SetChannels("out0", 2, tx)) })
 	}
-	set(1)
-	b.sync(t, r)
-	if workers() != 1 {
-		t.Fatalf("%d workers, want 1", workers())
+	// A veth with a program receives on as many queues as its peer sends on: those are
+	// added after its own, and removed before.
+	far := func(tx int) {
+		t.Helper()
+		labtest.Do(t, b.source, func() error { return lab.SetChannels("eth0", 2, tx) })
 	}
-	labtest.Do(t, b.relay, func() error { return setChannels("in", 2, 2) })
-	labtest.Do(t, b.source, func() error { return setChannels("eth0", 2, 2) })
-	b.sync(t, r)
-	if workers() != 2 {
-		t.Fatalf("%d workers, want 2", workers())
+	// by lists the transmit queue of each worker's sender.
+	by := func() (queues []int) {
+		b.sync(t, r)
+		for i, w := range b.inputs(t)[0].Workers {
+			if w.Queue != i || len(w.Senders) != 1 {
+				t.Fatalf("%+v", w)
+			}
+			queues = append(queues, w.Senders[0].Queue)
+		}
+		return queues
 	}
-	c := countOn(t, b.sinks[0])
-	b.load(t, 50, 2000, c.total.Load)
-	exactly(t, c, 2000)
-	b.adds(t, "r", 2000)
-}
-
-// setChannels is ETHTOOL_SCHANNELS for a device with separate queues.
-func setChannels(ifname string, rx, tx uint32) error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
+	matched := uint64(0)
+	relays := func(rx, tx int, want ...int) {
+		t.Helper()
+		if got := by(); !slices.Equal(got, want) {
+			t.Fatalf("%d receive and %d transmit queues: workers send on %v, want %v", rx, tx, got, want)
+		}
+		if got, want := len(b.path.claimed), rx+min(rx, tx); got != want {
+			t.Errorf("%d receive and %d transmit queues: %d are claimed, want %d", rx, tx, got, want)
+		}
+		t.Run(fmt.Sprintf("%d receive, %d transmit", rx, tx), func(t *testing.T) {
+			const frames = 1000
+			c := countOn(t, b.sinks[0])
+			b.load(t, 50, frames, c.total.Load)
+			exactly(t, c, frames)
+			matched += frames
+			b.adds(t, "r", matched)
+		})
 	}
-	defer unix.Close(fd)
-	request, err := unix.NewIfreq(ifname)
-	if err != nil {
-		return err
+	far(1)
+	near(1, 1)
+	relays(1, 1, 0)
+	near(2, 1)
+	far(2)
+	relays(2, 1, 0, -1)
+	near(2, 2)
+	relays(2, 2, 0, 1)
+	far(1)
+	for name, rx := range map[string]int{"in": 1, "out0": 2} {
+		if err := b.relay.Do(func() error { return lab.SetChannels(name, rx, 3-rx) }); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("remove a queue of %s: %v, want %v", name, err, unix.EINVAL)
+		}
 	}
-	c := ethtoolChannels{cmd: unix.ETHTOOL_SCHANNELS, rxCount: rx, txCount: tx}
-	return ioctlData(fd, request, unsafe.Pointer(&c))
+	b.sync(t)
+	if len(b.path.claimed) != 0 {
+		t.Errorf("without rules, %d queues are claimed", len(b.path.claimed))
+	}
+	labtest.Eventually(t, "the queues can be removed", func() bool {
+		return b.relay.Do(func() error { return errors.Join(lab.SetChannels("in", 1, 2), lab.SetChannels("out0", 2, 1)) }) == nil
+	})
+	matched = 0
+	relays(1, 1, 0)
 }
 
 // labInterface is one that needs not be there.
@@ -231,4 +263,39 @@ func TestHandedOver(t *testing.T) {
 	if err := set.Remove(e); err != nil {
 		t.Error(err)
 	}
+}
+
+// Where a packet must fit one frame, a worker gets larger ones with the MTU.
+func TestAFXDPLargerFrames(t *testing.T) {
+	b := newXDPBench(t, 1, 1, 1500)
+	b.openWith(t, AFXDPOptions{CheckOwnership: true, oneFrame: true})
+	setMTU := func(h *lab.Host, name string) {
+		t.Helper()
+		link, err := h.Link(name)
+		if err == nil {
+			err = h.Netlink().LinkSetMTU(link, 3400)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
+	b.sync(t, r)
+	if w := b.inputs(t)[0].Workers[0]; w.FrameSize != 2048 || w.MultiBuffer {
+		t.Errorf("%+v", w)
+	}
+	setMTU(b.source, "eth0")
+	setMTU(b.sinks[0], "eth0")
+	setMTU(b.relay, "in")
+	setMTU(b.relay, "out0")
+	r.Out[0].MTU = 3400
+	b.sync(t, r)
+	if w := b.inputs(t)[0].Workers[0]; w.FrameSize != 4096 {
+		t.Errorf("%+v", w)
+	}
+	source, c := openSender(t, b.source, iface(t, b.source, "eth0").Index), catch(t, b.sinks[0], "eth0")
+	f := udpFrame("239.1.1.1", "10.0.0.1", 3300, nil)
+	sendFrames(t, source, [][]byte{f})
+	receive(t, c, [][]byte{expect(t, r.Out[0], f)})
+	b.adds(t, "r", 1)
 }

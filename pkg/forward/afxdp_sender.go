@@ -3,6 +3,7 @@ package forward
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -31,9 +32,13 @@ type afxdpSender struct {
 	shared bool        // socket is the worker's own, for input and output
 	packet Sender
 	why    string // why it is packet
-	limit  int    // descriptors on their way
-	share  int    // payloads from this length on are shared
-	failed bool   // the interface is down or gone
+	// noQueue: it is packet since others have all queues, which may change.
+	noQueue bool
+	// stale: it is to be opened again; see reviewSenders.
+	stale  atomic.Bool
+	limit  int  // descriptors on their way
+	share  int  // payloads from this length on are shared
+	failed bool // the interface is down or gone
 
 	descs   []xsk.Desc // of one packet
 	ends    []int      // descriptors in the TX ring behind each packet of a chunk
@@ -46,6 +51,9 @@ type afxdpSender struct {
 // Ethernet reports that frames have an Ethernet header, but for a packet socket on an
 // interface without.
 func (s *afxdpSender) Ethernet() bool { return s.packet == nil || s.packet.Ethernet() }
+
+// Stale says that another sender is to take this one's place.
+func (s *afxdpSender) Stale() bool { return s.stale.Load() }
 
 // Dropped returns the places of the packets of the last Send that were taken, and
 // dropped by the device.
@@ -332,7 +340,7 @@ func (s *afxdpSender) usePacket(why string) error {
 	defer s.worker.mu.Unlock()
 	delete(s.worker.path.claimed, queueKey{s.index, s.socket.Queue()})
 	err = s.socket.Close()
-	s.packet, s.why = packet, why
+	s.packet, s.why, s.noQueue = packet, why, true
 	return err
 }
 

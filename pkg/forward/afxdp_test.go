@@ -195,9 +195,7 @@ func (b *xdpBench) adds(t testing.TB, name string, matched uint64) loader.RuleSt
 func (b *xdpBench) unseen(t testing.TB) (n uint64) {
 	t.Helper()
 	for _, in := range b.inputs(t) {
-		for _, q := range in.Workers {
-			n += q.Socket.RXDropped + q.Socket.RXRingFull + q.Unclaimed.Packets
-		}
+		n += in.Lost.NoFrame + in.Lost.RingFull + in.Lost.Unclaimed
 	}
 	return n
 }

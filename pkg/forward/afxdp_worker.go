@@ -23,6 +23,8 @@ import (
 const (
 	ringSize      = 2048
 	defaultFrames = 4 * ringSize
+	minFrames     = 3 * ringSize
+	maxFrames     = 1 << 19 // 2 GB of the larger ones
 	receiveBatch  = batch
 	// maxPacket is the longest packet of several frames.
 	maxPacket = 64 << 10
@@ -55,6 +57,8 @@ type afxdpWorker struct {
 	fd         int
 	failures   atomic.Uint64
 	unclaimed  counter
+	received   atomic.Uint64 // packets; written with mu held
+	stopped    atomic.Bool   // failed, and not yet started again
 	lastError  atomic.Pointer[string]
 	interfaceC atomic.Uint32 // interfaceState
 
@@ -113,6 +117,7 @@ func (w *afxdpWorker) run() {
 		}
 		// First of all, so that the rules' fallback takes over.
 		err = errors.Join(err, w.path.opts.Loader.ClearSocket(w.index, w.queue))
+		w.stopped.Store(true)
 		w.failed(err)
 		if errors.Is(err, unix.ENXIO) {
 			w.interfaceC.Store(interfaceGone)
@@ -135,6 +140,7 @@ func (w *afxdpWorker) run() {
 			}
 			started = true
 		}
+		w.stopped.Store(false)
 	}
 }
 
@@ -231,13 +237,16 @@ func (w *afxdpWorker) forward(descs []xsk.Desc) {
 	w.batch++
 	w.joined, w.whole = w.joined[:0], w.whole[:0]
 	at := e.set.Clock(time.Now())
+	packets := uint64(0)
 	for len(descs) > 0 {
 		var parts []xsk.Desc
 		parts, descs = xsk.NextPacket(descs)
+		packets++
 		w.current = w.frameOf(parts[0].Addr)
 		w.packet(parts, at)
 	}
 	w.current = -1
+	w.received.Store(w.received.Load() + packets)
 	e.End()
 }
 

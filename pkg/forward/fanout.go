@@ -234,6 +234,7 @@ type GroupStatus struct {
 	Index     int
 	Interface string
 	GroupID   uint16
+	Mode      fanout.Mode
 	Workers   []WorkerStatus
 }
 
@@ -257,7 +258,7 @@ func (f *Fanout) Groups() ([]GroupStatus, error) {
 		if err != nil {
 			errs = append(errs, err)
 		}
-		status := GroupStatus{Index: index, Interface: g.name, GroupID: g.group.ID()}
+		status := GroupStatus{Index: index, Interface: g.name, GroupID: g.group.ID(), Mode: f.opts.Mode}
 		for i, w := range g.workers {
 			status.Workers = append(status.Workers, WorkerStatus{stats[i], w.failures.Load()})
 		}

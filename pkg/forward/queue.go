@@ -65,6 +65,13 @@ type queue struct {
 	filled time.Time
 }
 
+// usable says whether the queue goes on with its sender: not when the interface is no
+// more, nor when another sender is to take its place.
+func (q *queue) usable() bool {
+	s, ok := q.sender.(interface{ Stale() bool })
+	return !q.gone.Load() && !(ok && s.Stale())
+}
+
 // pending is what a packet of a queue is counted for.
 type pending struct {
 	counts *outputCounters

@@ -161,7 +161,7 @@ func (e *Engine) complete(table *Table) bool {
 		return false
 	}
 	for i, used := range table.devicesOf(e.input) {
-		if used && (v.queues[i] == nil || v.queues[i].gone.Load()) {
+		if used && (v.queues[i] == nil || !v.queues[i].usable()) {
 			return false
 		}
 	}
@@ -178,7 +178,7 @@ func (e *Engine) view(before, table *Table) (*view, error) {
 		if !used[i] {
 			continue
 		}
-		if at := slices.Index(before.devices, index); at >= 0 && at < len(current.queues) && current.queues[at] != nil && !current.queues[at].gone.Load() {
+		if at := slices.Index(before.devices, index); at >= 0 && at < len(current.queues) && current.queues[at] != nil && current.queues[at].usable() {
 			v.queues[i] = current.queues[at]
 			v.open++
 			continue

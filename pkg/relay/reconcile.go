@@ -63,7 +63,10 @@ func (r *Relay) heed(n news) {
 	if changed {
 		r.dirtyUnicast()
 	}
-	if changed || n.links || n.lost {
+	if n.queues || n.lost {
+		r.unsynced = r.unsynced || r.paths.busy() // a worker for each
+	}
+	if changed || n.links || n.queues || n.lost {
 		_ = r.reconcile(nil)
 	}
 }

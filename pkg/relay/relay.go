@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/forward"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
 	"xdpcast/pkg/rules"
@@ -43,6 +44,8 @@ type Options struct {
 	Loader loader.Options
 	// Membership is for tests that inject faults. Its Logger is replaced.
 	Membership membership.Options
+	// AFXDP says how the AF_XDP path runs. Its Loader and Logger are replaced.
+	AFXDP forward.AFXDPOptions
 	// Logger is told what happens. Nil: nobody.
 	Logger  *slog.Logger
 	Version string
@@ -119,6 +122,10 @@ func New(opts Options) (_ *Relay, err error) {
 		attachErrs: map[int]error{},
 		keep:       map[int]bool{},
 		warnings:   map[string]string{},
+	}
+	// The path is opened for its first rule, which is late to hear of it.
+	if err := opts.AFXDP.Validate(); err != nil {
+		return nil, fmt.Errorf("path afxdp: %w", err)
 	}
 	// The rules first: a broken file must not touch the kernel.
 	if err := r.readInitialRules(); err != nil {

@@ -37,17 +37,19 @@ func (r *Relay) ruleStatuses(names []string) ([]control.RuleStatus, error) {
 	if err != nil {
 		return nil, err
 	}
-	return r.describeRules(names, stats), nil
+	return r.describeRules(names, stats, r.workerStatus().lost), nil
 }
 
-func (r *Relay) describeRules(names []string, stats loader.Stats) []control.RuleStatus {
+func (r *Relay) describeRules(names []string, stats loader.Stats, lost []control.ReceiveDrop) []control.RuleStatus {
 	byName := make(map[string]*loader.RuleStats, len(stats.Rules))
 	for i := range stats.Rules {
 		byName[stats.Rules[i].Name] = &stats.Rules[i]
 	}
 	all := make([]control.RuleStatus, 0, len(names))
 	for _, name := range names {
-		all = append(all, r.rules[name].status(byName))
+		status := r.rules[name].status(byName)
+		status.ReceiveDrops = r.rules[name].receiveDrops(lost)
+		all = append(all, status)
 	}
 	return all
 }
@@ -292,8 +294,9 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 		if err != nil {
 			return err
 		}
+		lost := r.workerStatus().lost
 		all = control.Stats{
-			Time: time.Now(), Rules: r.describeRules(r.names(), stats),
+			Time: time.Now(), Rules: r.describeRules(r.names(), stats, lost), ReceiveDrops: lost,
 			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports),
 			Fragments: Fragments(stats.Fragments),
 		}
@@ -338,7 +341,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 		status = control.Status{
 			Version: r.opts.Version, PID: os.Getpid(), Started: r.started, Ready: r.ready,
 			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile,
-			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats),
+			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats), Workers: r.workerStatus().workers,
 			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
 		}
 		for _, w := range r.rules {

@@ -19,7 +19,10 @@ func (p *place) sends(endpoint string, cfg traffic.SendConfig) (sent func() uint
 	if cfg.Target, err = traffic.ParseTarget(endpoint); err != nil {
 		p.t.Fatal(err)
 	}
-	cfg.TTL, cfg.Rate = 16, traffic.Rate{Value: 10_000}
+	cfg.TTL = 16
+	if cfg.Rate.Value == 0 {
+		cfg.Rate.Value = 10_000
+	}
 	var s *traffic.Sender
 	labtest.Do(p.t, p.peer, func() (err error) { s, err = traffic.NewSender(cfg); return err })
 	ctx, cancel := context.WithCancel(context.Background())

@@ -34,7 +34,9 @@ func (r *Relay) newUserPaths() userPaths {
 			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers})
 		}},
 		loader.PathAFXDP: {open: func() (userPath, error) {
-			return forward.OpenAFXDP(forward.AFXDPOptions{Logger: r.log, Loader: r.loader})
+			opts := r.opts.AFXDP
+			opts.Logger, opts.Loader = r.log, r.loader
+			return forward.OpenAFXDP(opts)
 		}},
 	}
 }

@@ -10,13 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watch tells when interfaces, addresses, routes or neighbours change. What changed
+// watch tells when interfaces, their queues, addresses, routes or neighbours change. What changed
 // is told only as far as it says what to ask the kernel again, so that an overflow
 // loses nothing and no answer is older than the question.
 type watch struct {
 	changed chan struct{} // holds at most one
 	socket  *os.File
-	ended   chan struct{}
+	ethtool *os.File // nil: the kernel does not tell of queues
+	running sync.WaitGroup
 
 	mu       sync.Mutex
 	pending  news
@@ -27,6 +28,7 @@ type watch struct {
 // news is what has changed since one last asked.
 type news struct {
 	links      bool // interfaces or addresses
+	queues     bool // of interfaces
 	routes     bool
 	neighbours map[neighbourKey]bool // of those followed
 	lost       bool                  // the kernel told more than was heard
@@ -53,23 +55,30 @@ func newWatch() (*watch, error) {
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
 		return nil, errors.Join(fmt.Errorf("bind netlink socket: %w", err), unix.Close(fd))
 	}
+	ethtool, err := listenEthtool()
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
 	w := &watch{
-		changed: make(chan struct{}, 1), socket: os.NewFile(uintptr(fd), "rtnetlink"), ended: make(chan struct{}),
+		changed: make(chan struct{}, 1), socket: os.NewFile(uintptr(fd), "rtnetlink"), ethtool: ethtool,
 		followed: map[neighbourKey]bool{},
 	}
-	go w.run()
+	w.running.Go(func() { w.run(w.socket, w.note) })
+	if ethtool != nil {
+		w.running.Go(func() { w.run(ethtool, w.noteQueues) })
+	}
 	return w, nil
 }
 
-func (w *watch) run() {
-	defer close(w.ended)
+// run reads a socket until it is closed.
+func (w *watch) run(socket *os.File, note func(data []byte, lost bool) bool) {
 	buf := make([]byte, 65536)
 	for {
-		n, err := w.socket.Read(buf)
+		n, err := socket.Read(buf)
 		if err != nil && !errors.Is(err, unix.ENOBUFS) {
 			return
 		}
-		if !w.note(buf[:max(n, 0)], err != nil) {
+		if !note(buf[:max(n, 0)], err != nil) {
 			continue
 		}
 		select {
@@ -107,6 +116,17 @@ func (w *watch) note(data []byte, lost bool) bool {
 		}
 	}
 	return matters
+}
+
+// noteQueues is note for the messages of ethtool.
+func (w *watch) noteQueues(data []byte, lost bool) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !lost && !tellsOfQueues(data) {
+		return false
+	}
+	w.pending.queues = true
+	return true
 }
 
 // neighbourOf reads which entry a message is about: struct ndmsg and the attribute
@@ -147,6 +167,9 @@ func (w *watch) take() news {
 // Close ends the watch.
 func (w *watch) Close() error {
 	err := w.socket.Close()
-	<-w.ended
+	if w.ethtool != nil {
+		err = errors.Join(err, w.ethtool.Close())
+	}
+	w.running.Wait()
 	return err
 }

@@ -131,6 +131,12 @@ func (o Options) validate(ifindex, queue int) error {
 	if queue < 0 || queue > 65535 {
 		return &OptionError{"queue", queue, "0 to 65535"}
 	}
+	return o.Validate()
+}
+
+// Validate says by an [*OptionError] which option Open would refuse.
+func (o Options) Validate() error {
+	o = o.withDefaults()
 	for _, ring := range []struct {
 		name string
 		size int
@@ -352,6 +358,13 @@ func (s *Socket) Queue() int { return s.queue }
 
 // ZeroCopy reports whether the driver uses the UMEM itself; otherwise the kernel copies.
 func (s *Socket) ZeroCopy() bool { return s.zeroCopy }
+
+// NeedWakeup reports whether the kernel asks now to be woken by a system call, to go on
+// receiving and to send (XDP_RING_NEED_WAKEUP); false for a direction that the socket
+// has not. WakeRX and Kick ask the same.
+func (s *Socket) NeedWakeup() (rx, tx bool) {
+	return s.fill.needsWakeup(), s.tx.needsWakeup()
+}
 
 // Frames returns what the socket was opened with.
 func (s *Socket) Frames() *Frames { return s.frames }

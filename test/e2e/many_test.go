@@ -37,8 +37,8 @@ func TestThousandRules(t *testing.T) {
 	var before holdings
 	eventually(t, "the last client is gone", func() string {
 		before = in.holdings()
-		// What stays: the control socket, and the one that hears of interfaces.
-		if n := before.Files["socket:"]; n != 2 {
+		// What stays: the control socket, and those that hear of interfaces and of their queues.
+		if n := before.Files["socket:"]; n != 3 {
 			return fmt.Sprintf("%d sockets", n)
 		}
 		return ""

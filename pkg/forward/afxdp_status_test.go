@@ -1,0 +1,158 @@
+package forward
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/xsk"
+)
+
+// What is lost since a worker does not keep up is told, also when its worker is no more.
+func TestAFXDPLost(t *testing.T) {
+	b := newXDPBench(t, 1, 1, 0)
+	b.open(t)
+	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
+	b.sync(t, r)
+	w := b.path.inputs[b.in.Index].workers[0]
+	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	const frames = 2*ringSize + 500
+	w.mu.Lock() // the worker does not come to its ring
+	stalled := make(chan struct{})
+	go func() {
+		defer close(stalled)
+		labtest.Eventually(t, "all have matched", func() bool { return b.kernelStats(t, "r").Matched.Packets == frames })
+	}()
+	for n := range frames {
+		sendFrames(t, source, [][]byte{numbered(0, n).Build()})
+	}
+	<-stalled
+	w.mu.Unlock()
+	labtest.Eventually(t, "the rest is through", func() bool {
+		return b.path.Stats(nil)[0].Matched.Packets+b.unseen(t) == frames
+	})
+	in := b.inputs(t)[0]
+	q := in.Workers[0]
+	if in.Lost.RingFull+in.Lost.NoFrame == 0 || in.Lost != (Lost{q.Socket.RXDropped, q.Socket.RXRingFull, 0}) || q.Received != frames-b.unseen(t) {
+		t.Errorf("%+v", in)
+	}
+	if q.WakeRX || !q.WakeTX {
+		t.Errorf("wakeup for RX %v and TX %v: copy mode asks for TX alone", q.WakeRX, q.WakeTX)
+	}
+	b.sync(t)
+	after := b.inputs(t)
+	if len(after) != 1 || after[0].Lost != in.Lost || len(after[0].Workers) != 0 || after[0].Interface != "in" {
+		t.Errorf("without rules: %+v, want %+v lost", after, in.Lost)
+	}
+	b.sync(t, r)
+	if after := b.inputs(t); len(after) != 1 || after[0].Lost != in.Lost || len(after[0].Workers) != 1 {
+		t.Errorf("with the rule again: %+v, want %+v lost", after, in.Lost)
+	}
+}
+
+// A queue that another program has is told with the cause, and taken when it is free.
+func TestAFXDPQueueTaken(t *testing.T) {
+	b := newXDPBench(t, 1, 2, 0)
+	umem, err := xsk.NewUMEM(xsk.UMEMOptions{Frames: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer umem.Close()
+	frames, err := umem.NewFrames(64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var other *xsk.Socket
+	labtest.Do(t, b.relay, func() (err error) {
+		other, err = xsk.Open(frames, b.in.Index, 1, xsk.Options{NoTX: true})
+		return err
+	})
+	defer other.Close()
+	b.open(t)
+	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
+	b.sync(t, r)
+	in := b.inputs(t)[0]
+	if len(in.Workers) != 1 || len(in.Missing) != 1 || in.Missing[0].Queue != 1 || !errors.Is(in.Missing[0].Err, unix.EBUSY) || !b.path.Pending() {
+		t.Errorf("pending %v: %+v", b.path.Pending(), in)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "the kernel has given the queue up", func() bool {
+		b.sync(t, r)
+		return !b.path.Pending()
+	})
+	if in := b.inputs(t)[0]; len(in.Workers) != 2 || len(in.Missing) != 0 || in.Error != nil || b.path.Pending() {
+		t.Errorf("pending %v: %+v", b.path.Pending(), in)
+	}
+}
+
+// The settings come to the sockets and threads.
+func TestAFXDPSettings(t *testing.T) {
+	b := newXDPBench(t, 1, 1, 0)
+	b.openWith(t, AFXDPOptions{
+		CheckOwnership: true, CPUs: []int{0}, Frames: minFrames,
+		BusyPoll: 30 * time.Microsecond, PreferBusyPoll: true, BusyPollBudget: 16,
+	})
+	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
+	b.sync(t, r)
+	w := b.path.inputs[b.in.Index].workers[0]
+	for name, option := range map[string]struct{ number, want int }{
+		"SO_BUSY_POLL": {unix.SO_BUSY_POLL, 30}, "SO_PREFER_BUSY_POLL": {unix.SO_PREFER_BUSY_POLL, 1},
+	} {
+		if got, err := unix.GetsockoptInt(w.fd, unix.SOL_SOCKET, option.number); err != nil || got != option.want {
+			t.Errorf("%s is %d, %v, want %d", name, got, err, option.want)
+		}
+	}
+	if got := len(w.claims); got != minFrames {
+		t.Errorf("%d frames, want %d", got, minFrames)
+	}
+	labtest.Eventually(t, "a thread is pinned", func() bool {
+		threads, err := filepath.Glob("/proc/self/task/*/status")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.ContainsFunc(threads, func(name string) bool {
+			status, _ := os.ReadFile(name) // a thread may end meanwhile
+			return strings.Contains(string(status), "Cpus_allowed_list:\t0\n")
+		})
+	})
+	source, c := openSender(t, b.source, iface(t, b.source, "eth0").Index), catch(t, b.sinks[0], "eth0")
+	f := numbered(0, 0).Build()
+	sendFrames(t, source, [][]byte{f})
+	receive(t, c, [][]byte{expect(t, r.Out[0], f)})
+}
+
+// Without huge pages each queue says so, and how many are needed.
+func TestAFXDPHugePages(t *testing.T) {
+	b := newXDPBench(t, 1, 1, 0)
+	b.openWith(t, AFXDPOptions{HugePages: true, Frames: 16 * ringSize})
+	b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
+	in := b.inputs(t)[0]
+	switch {
+	case len(in.Workers) == 1 && len(in.Missing) == 0: // the machine has them
+	case len(in.Missing) != 1 || !errors.Is(in.Missing[0].Err, xsk.ErrNoHugePages) || !strings.Contains(in.Missing[0].Err.Error(), "need 32 of 2 MB"):
+		t.Errorf("%+v", in)
+	}
+}
+
+// What cannot be is refused when the path is opened.
+func TestAFXDPOptions(t *testing.T) {
+	for _, opts := range []AFXDPOptions{
+		{Queues: -1}, {Queues: 100_000}, {CPUs: []int{-1}}, {CPUs: []int{1 << 20}}, {Frames: 1}, {Frames: 1 << 30}, {BusyPoll: -1}, {PreferBusyPoll: true},
+	} {
+		opts.Loader = &loader.Loader{}
+		var wrong *xsk.OptionError
+		if _, err := OpenAFXDP(opts); !errors.As(err, &wrong) {
+			t.Errorf("%+v: %v", opts, err)
+		}
+	}
+}
