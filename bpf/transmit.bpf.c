@@ -11,9 +11,18 @@
 
 #include "abi.h"
 
-/* The one field of the kernel's struct that is used; the offset is relocated. */
+/* The fields of the kernel's structs that are used; their offsets are relocated. */
+struct net {
+	__u64 net_cookie;
+} __attribute__((preserve_access_index));
+
+typedef struct {
+	struct net *net;
+} __attribute__((preserve_access_index)) possible_net_t;
+
 struct net_device {
 	int ifindex;
+	possible_net_t nd_net;
 } __attribute__((preserve_access_index));
 
 /* port_stats: output interface -> frames lost behind the programs. The loader
@@ -33,6 +42,11 @@ struct {
 	__type(key, __u32);
 	__type(value, __u32);
 } port_rows SEC(".maps");
+
+/* The network namespace of the interfaces: the tracepoints tell of the devices of all.
+ * Set at load.
+ */
+const volatile __u64 netns_cookie = 0;
 
 /* The id of the map ports; set at load. */
 const volatile __u32 ports_id = 0;
@@ -56,7 +70,7 @@ int BPF_PROG(devmap_xmit, const struct net_device *from, const struct net_device
 	struct port_stats *stats;
 	__u32 ifindex;
 
-	if (dropped <= 0)
+	if (dropped <= 0 || to->nd_net.net->net_cookie != netns_cookie)
 		return 0;
 	ifindex = to->ifindex;
 	stats = bpf_map_lookup_elem(&port_stats, &ifindex);

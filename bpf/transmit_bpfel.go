@@ -31,6 +31,7 @@ const (
 	TransmitProgDevmapXmit    = "devmap_xmit"
 	TransmitProgRedirectErr   = "redirect_err"
 	TransmitVarCpusId         = "cpus_id"
+	TransmitVarNetnsCookie    = "netns_cookie"
 	TransmitVarPortsId        = "ports_id"
 )
 
@@ -95,8 +96,9 @@ type TransmitMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TransmitVariableSpecs struct {
-	CpusId  *ebpf.VariableSpec `ebpf:"cpus_id"`
-	PortsId *ebpf.VariableSpec `ebpf:"ports_id"`
+	CpusId      *ebpf.VariableSpec `ebpf:"cpus_id"`
+	NetnsCookie *ebpf.VariableSpec `ebpf:"netns_cookie"`
+	PortsId     *ebpf.VariableSpec `ebpf:"ports_id"`
 }
 
 // TransmitObjects contains all objects after they have been loaded into the kernel.
@@ -136,8 +138,9 @@ func (m *TransmitMaps) Close() error {
 //
 // It can be passed to LoadTransmitObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TransmitVariables struct {
-	CpusId  *ebpf.Variable `ebpf:"cpus_id"`
-	PortsId *ebpf.Variable `ebpf:"ports_id"`
+	CpusId      *ebpf.Variable `ebpf:"cpus_id"`
+	NetnsCookie *ebpf.Variable `ebpf:"netns_cookie"`
+	PortsId     *ebpf.Variable `ebpf:"ports_id"`
 }
 
 // TransmitPrograms contains all programs after they have been loaded into the kernel.

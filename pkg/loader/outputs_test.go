@@ -309,3 +309,45 @@ func TestForwardAtTheMTU(t *testing.T) {
 		t.Errorf("output of mtu 1499: sent %+v, drops %v", s.Sent, s.Drops)
 	}
 }
+
+// TestTransmitDropsOfOthers: frames that a device did not take are counted by the loader
+// that sent them alone, although a device of another network namespace has the same index
+// and the tracepoint tells of both.
+func TestTransmitDropsOfOthers(t *testing.T) {
+	const frames = 5
+	drops := func(l *Loader, index int) (n uint64) {
+		for _, p := range globalStats(t, l).Ports {
+			if p.Index == index {
+				n += p.TransmitDrops
+			}
+		}
+		return n
+	}
+	start := func() (*testLab, *Loader) {
+		n := newLab(t, 1)
+		l := open(t, testOptions(t))
+		attachAll(t, l, n.in, n.out[0])
+		sync1(t, l, Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}})
+		return n, l
+	}
+	other, idle := start()
+	n, l := start()
+	if other.out[0].Index != n.out[0].Index {
+		t.Fatalf("the outputs have the indexes %d and %d: the test needs them to be the same", other.out[0].Index, n.out[0].Index)
+	}
+	labtest.Do(t, n.sinks[0], func() error { // the sender does not know what its peer takes
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetMTU(link, 1000)
+	})
+	source := labtest.NewTap(t, n.source, "eth0")
+	for range frames {
+		source.Send(sourceFrame(n, "239.1.1.1", 5000, make([]byte, 1200)).Build())
+	}
+	labtest.Eventually(t, "the sender's loader counts them", func() bool { return drops(l, n.out[0].Index) == frames })
+	if got := drops(idle, n.out[0].Index); got != 0 {
+		t.Errorf("another loader counts %d", got)
+	}
+}

@@ -85,6 +85,13 @@ func (embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
 			return nil, fmt.Errorf("set %s: %w", variable, err)
 		}
 	}
+	cookie, err := netnsCookie()
+	if err != nil {
+		return nil, err
+	}
+	if err := spec.Variables["netns_cookie"].Set(cookie); err != nil {
+		return nil, fmt.Errorf("set netns_cookie: %w", err)
+	}
 	var out bpf.TransmitPrograms
 	if err := loadInto(spec, m, &out); err != nil {
 		return nil, fmt.Errorf("load transmit programs: %w", err)
