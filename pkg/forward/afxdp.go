@@ -96,6 +96,7 @@ type AFXDP struct {
 	inputs  map[int]*afxdpInput
 	claimed map[queueKey]*afxdpSender // nil: a worker receives there
 	past    map[int]*pastInput        // what workers that are closed have counted
+	unsent  map[int]uint64            // the same of senders, by output interface
 }
 
 // pastInput keeps what was lost on an interface: it is not to be forgotten when a
@@ -138,7 +139,7 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	}
 	return &AFXDP{
 		opts: opts, log: opts.Logger, set: NewSet(opts.Queues),
-		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{}, past: map[int]*pastInput{},
+		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{}, past: map[int]*pastInput{}, unsent: map[int]uint64{},
 	}, nil
 }
 
@@ -591,6 +592,10 @@ func (w *afxdpWorker) setLimits() {
 
 // forget takes a sender out.
 func (w *afxdpWorker) forget(s *afxdpSender) {
+	if s.lost > 0 {
+		w.path.unsent[s.index] += s.lost
+		s.lost = 0
+	}
 	w.senders = slices.DeleteFunc(w.senders, func(other *afxdpSender) bool { return other == s })
 	w.setLimits()
 }
@@ -785,6 +790,30 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	}
 	slices.SortFunc(all, func(a, b InputStatus) int { return a.Index - b.Index })
 	return all, errors.Join(errs...)
+}
+
+// Unsent counts by output interface the packets that were counted as sent, and that the
+// device did not take: those that were in a TX ring when it went down or away, and those
+// that it dropped later.
+func (a *AFXDP) Unsent() map[int]uint64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	all := maps.Clone(a.unsent)
+	for _, in := range a.inputs {
+		for _, w := range in.workers {
+			if w == nil {
+				continue
+			}
+			w.mu.Lock()
+			for _, s := range w.senders {
+				if s.lost > 0 {
+					all[s.index] += s.lost
+				}
+			}
+			w.mu.Unlock()
+		}
+	}
+	return all
 }
 
 // remember keeps what a worker has lost, which its socket forgets.

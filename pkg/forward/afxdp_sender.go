@@ -315,6 +315,9 @@ func (s *afxdpSender) Close() error {
 	}
 	s.worker.mu.Lock()
 	defer s.worker.mu.Unlock()
+	if s.packet == nil && !s.shared && !s.failed {
+		s.lost += uint64(s.socket.Unsent())
+	}
 	s.worker.forget(s)
 	if s.packet != nil {
 		return s.packet.Close()

@@ -2,6 +2,7 @@ package forward
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -154,5 +155,40 @@ func TestAFXDPOptions(t *testing.T) {
 		if _, err := OpenAFXDP(opts); !errors.As(err, &wrong) {
 			t.Errorf("%+v: %v", opts, err)
 		}
+	}
+}
+
+// What a device did not take is told when its sender is no more, too.
+func TestAFXDPUnsent(t *testing.T) {
+	b := newXDPBench(t, 1, 1, 0)
+	b.open(t)
+	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
+	b.sync(t, r)
+	if got := b.path.Unsent(); len(got) != 0 {
+		t.Errorf("%v unsent at first", got)
+	}
+	// Frames that are in the TX ring when the device goes: no worker sends them.
+	w := b.path.inputs[b.in.Index].workers[0]
+	w.mu.Lock()
+	s := w.senders[0]
+	for range 3 {
+		addr, ok := w.frames.Get()
+		if !ok {
+			t.Fatal("no frame is free")
+		}
+		if n, err := s.socket.Send([]xsk.Desc{{Addr: addr, Len: 60}}); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	err := b.relay.SetUp("out0", false)
+	w.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[int]uint64{b.out[0].Index: 3}
+	labtest.Eventually(t, "the sender has noticed", func() bool { return maps.Equal(b.path.Unsent(), want) })
+	b.sync(t)
+	if got := b.path.Unsent(); !maps.Equal(got, want) {
+		t.Errorf("%v unsent without rules, want %v", got, want)
 	}
 }

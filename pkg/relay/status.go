@@ -297,7 +297,7 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 		lost := r.workerStatus().lost
 		all = control.Stats{
 			Time: time.Now(), Rules: r.describeRules(r.names(), stats, lost), ReceiveDrops: lost,
-			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports),
+			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports, r.paths.unsent()),
 			Fragments: Fragments(stats.Fragments),
 		}
 		return nil
@@ -305,8 +305,11 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 	return all, err
 }
 
-func (r *Relay) transmitDrops(ports []loader.PortStats) []control.TransmitDrop {
+func (r *Relay) transmitDrops(ports []loader.PortStats, unsent map[int]uint64) []control.TransmitDrop {
 	all := []control.TransmitDrop{}
+	for index, packets := range unsent {
+		all = append(all, control.TransmitDrop{Interface: r.nameOf(index), Reason: "afxdp", Packets: packets})
+	}
 	for _, p := range ports {
 		name := r.nameOf(p.Index)
 		if p.TransmitDrops > 0 {

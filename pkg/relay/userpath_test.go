@@ -156,15 +156,18 @@ func holdQueue(t *testing.T, index, queue int) *xsk.Socket {
 // lossy is a path of which a test says what was lost.
 type lossy struct {
 	userPath
-	lost forward.Lost
+	lost   forward.Lost
+	unsent map[int]uint64
 }
+
+func (l *lossy) Unsent() map[int]uint64 { return l.unsent }
 
 func (l *lossy) Inputs() ([]forward.InputStatus, error) {
 	return []forward.InputStatus{{Index: 1, Interface: "in0", Lost: l.lost}, {Index: 2, Interface: "gone0", Lost: l.lost}}, nil
 }
 
 // What is lost before a worker is told by interface and path, and with each rule that it
-// may concern.
+// may concern; what a device did not take, by interface.
 func TestReceiveDropsAreTold(t *testing.T) {
 	p := newPlace(t)
 	r := p.start()
@@ -174,7 +177,10 @@ func TestReceiveDropsAreTold(t *testing.T) {
 	)
 	if err := r.do(t.Context(), func() error {
 		sockets := r.paths[loader.PathAFXDP]
-		sockets.path = &lossy{userPath: sockets.path, lost: forward.Lost{NoFrame: 3, RingFull: 4}}
+		sockets.path = &lossy{
+			userPath: sockets.path, lost: forward.Lost{NoFrame: 3, RingFull: 4},
+			unsent: map[int]uint64{r.interfaces["out0"].index: 5},
+		}
 		return nil
 	}); err != nil {
 		t.Fatal(err)
@@ -190,6 +196,9 @@ func TestReceiveDropsAreTold(t *testing.T) {
 	want := append([]control.ReceiveDrop{drop("gone0", "no_frame", 3), drop("gone0", "ring_full", 4)}, here...)
 	if d := cmp.Diff(want, s.ReceiveDrops); d != "" {
 		t.Errorf("statistics (-want +got):\n%s", d)
+	}
+	if want := []control.TransmitDrop{{Interface: "out0", Reason: "afxdp", Packets: 5}}; !slices.Equal(s.TransmitDrops, want) {
+		t.Errorf("transmit drops %+v, want %+v", s.TransmitDrops, want)
 	}
 	for name, want := range map[string][]control.ReceiveDrop{"a": here, "k": {}} {
 		rule, err := r.Rule(t.Context(), name)

@@ -49,6 +49,14 @@ func (u userPaths) status(nameOf func(index int) string) (s workerStatus, err er
 	return s, errors.Join(errs...)
 }
 
+// unsent is what devices did not take after a path had counted it as sent, by interface.
+func (u userPaths) unsent() map[int]uint64 {
+	if path, ok := u[loader.PathAFXDP].path.(interface{ Unsent() map[int]uint64 }); ok {
+		return path.Unsent()
+	}
+	return nil
+}
+
 func (s *workerStatus) addInput(path string, in *forward.InputStatus, nameOf func(index int) string) {
 	for i := range in.Workers {
 		s.workers = append(s.workers, afxdpWorker(path, in.Interface, &in.Workers[i], nameOf))

@@ -321,6 +321,81 @@ func holding(t *testing.T) (h holdingCounts) {
 	return h
 }
 
+// The pages that the kernel locks are given back: with room for a few UMEMs alone
+// (RLIMIT_MEMLOCK, without CAP_IPC_LOCK), any number comes and goes.
+func TestLockedPagesAreGivenBack(t *testing.T) {
+	const size, room = 64 * 4096, 4
+	host, _ := pair(t, 0, 1)
+	index := iface(t, host, "eth0")
+	labtest.Enter(t, host)
+	var before unix.Rlimit
+	err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &before)
+	if limit := (unix.Rlimit{Cur: room * size, Max: before.Max}); err == nil {
+		err = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &before); err != nil {
+			t.Error(err)
+		}
+	})
+	withoutCapability(t, unix.CAP_IPC_LOCK)
+	// open opens a socket on the queue, which registers a UMEM of so many times the size.
+	open := func(times int) error {
+		u, err := NewUMEM(UMEMOptions{Frames: times * size / 4096, FrameSize: 4096})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer u.Close()
+		f, err := u.NewFrames(1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := Open(f, index, 0, Options{FillSize: 1, CompletionSize: 1, RXSize: 1, TXSize: 1})
+		if err != nil {
+			return err
+		}
+		return s.Close()
+	}
+	if err := open(room + 1); !errors.Is(err, unix.ENOBUFS) {
+		t.Fatalf("more than the limit: %v, want %v", err, unix.ENOBUFS)
+	}
+	for range 25 * room {
+		var err error
+		// Pages and queue are given up a moment after the close.
+		labtest.Eventually(t, "there is room", func() bool {
+			err = open(1)
+			return !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EBUSY)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// withoutCapability takes one from the calling thread, which must be locked, until the
+// test ends.
+func withoutCapability(t *testing.T, capability int) {
+	t.Helper()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var before [2]unix.CapUserData
+	if err := unix.Capget(&header, &before[0]); err != nil {
+		t.Fatal(err)
+	}
+	without := before
+	without[capability/32].Effective &^= 1 << (capability % 32)
+	if err := unix.Capset(&header, &without[0]); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Capset(&header, &before[0]); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Hugepages are an error that says so where there are none.
 func TestHugePages(t *testing.T) {
 	const count = "/proc/sys/vm/nr_hugepages"
