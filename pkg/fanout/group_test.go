@@ -674,3 +674,50 @@ func TestSteering(t *testing.T) {
 		})
 	}
 }
+
+// A thousand groups and senders, opened and closed under traffic with a worker
+// waiting, leave no descriptor, mapping or goroutine.
+func TestOpenCloseThousandTimes(t *testing.T) {
+	b := newBench(t)
+	labtest.Enter(t, b.relay)
+	in, out := index(t, b.relay, "in"), index(t, b.relay, "out")
+	source := openSender(t, b.source, "eth0", SenderOptions{})
+	packets := []Packet{{Header: frame(1, 0).Build()}, {Header: frame(2, 0).Build()}}
+	before, goroutines := labtest.Held(), runtime.NumGoroutine()
+	for i := range 1000 {
+		g, err := Open(Options{Interface: "in", Index: in, Workers: 2, Mode: ModeHash, Blocks: 2})
+		if err != nil {
+			t.Fatalf("cycle %d: %v", i, err)
+		}
+		sender, err := OpenSender(out, SenderOptions{})
+		if err != nil {
+			t.Fatalf("cycle %d: %v", i, err)
+		}
+		ended := make(chan error)
+		go func() {
+			for {
+				if _, err := g.Workers()[0].Wait(); err != nil {
+					ended <- err
+					return
+				}
+			}
+		}()
+		sendAll(t, source, packets)
+		if err := errors.Join(g.Close(), sender.Close()); err != nil {
+			t.Fatalf("cycle %d: %v", i, err)
+		}
+		if err := <-ended; !errors.Is(err, os.ErrClosed) {
+			t.Fatalf("cycle %d: %v", i, err)
+		}
+		if i%100 != 0 {
+			continue
+		}
+		if after := labtest.Held(); after != before {
+			t.Fatalf("cycle %d: holds %+v, want %+v", i, after, before)
+		}
+	}
+	if after := labtest.Held(); after != before {
+		t.Errorf("holds %+v, want %+v", after, before)
+	}
+	labtest.Eventually(t, "goroutines have ended", func() bool { return runtime.NumGoroutine() <= goroutines })
+}

@@ -82,6 +82,8 @@ type Loader struct {
 	transmit []link.Link
 	links    map[int]*attachment // by interface index
 	tapped   map[int]*tapped     // by interface index
+	// tappedPrograms are for interfaces with and without an Ethernet header.
+	tappedPrograms map[bool]*ebpf.Program
 
 	tables         tables
 	own            [4]uint64   // of map config
@@ -113,15 +115,17 @@ type Loader struct {
 func Open(opts Options) (_ *Loader, err error) {
 	opts = opts.withDefaults()
 	l := &Loader{
-		opts:    opts,
-		log:     opts.Logger,
-		links:   map[int]*attachment{},
-		tapped:  map[int]*tapped{},
-		rules:   map[string]*entry{},
-		ports:   map[int]*port{},
-		fans:    map[string]*fan{},
-		lookups: lookupCount{},
-		sockets: map[int]uint32{},
+		opts:   opts,
+		log:    opts.Logger,
+		links:  map[int]*attachment{},
+		tapped: map[int]*tapped{},
+
+		tappedPrograms: map[bool]*ebpf.Program{},
+		rules:          map[string]*entry{},
+		ports:          map[int]*port{},
+		fans:           map[string]*fan{},
+		lookups:        lookupCount{},
+		sockets:        map[int]uint32{},
 	}
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err

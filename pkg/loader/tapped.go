@@ -50,6 +50,22 @@ func (e embedded) tapped(m *mapSet, ethernet bool) (*ebpf.Program, error) {
 	return out.Tapped, nil
 }
 
+// tappedProgram loads the program once for all interfaces of a kind.
+func (l *Loader) tappedProgram(index int) (*ebpf.Program, error) {
+	ethernet, err := hasEthernetHeader(index)
+	if err != nil {
+		return nil, err
+	}
+	if p := l.tappedPrograms[ethernet]; p != nil {
+		return p, nil
+	}
+	p, err := l.opts.programs.tapped(l.maps, ethernet)
+	if err == nil {
+		l.tappedPrograms[ethernet] = p
+	}
+	return p, err
+}
+
 // inputsToKeep are the inputs of rules of PathFanout whose packets the host's stack
 // must not get.
 func inputsToKeep(rules []Rule) map[int]bool {
@@ -68,7 +84,7 @@ func inputsToKeep(rules []Rule) map[int]bool {
 func (l *Loader) attachTapped(inputs map[int]bool) {
 	for _, index := range slices.Sorted(maps.Keys(inputs)) {
 		t := l.tapped[index]
-		if t != nil && t.fault == nil {
+		if t != nil && (t.fault == nil || errors.Is(t.fault, ErrNotSupported)) {
 			continue
 		}
 		lk, err := l.attachTCX(index)
@@ -97,15 +113,10 @@ func (l *Loader) detachTapped(inputs map[int]bool) error {
 // attachTCX attaches in front of other programs: what the relay takes, it takes from
 // them, too, as XDP does.
 func (l *Loader) attachTCX(index int) (_ link.Link, err error) {
-	ethernet, err := hasEthernetHeader(index)
+	program, err := l.tappedProgram(index)
 	if err != nil {
 		return nil, err
 	}
-	program, err := l.opts.programs.tapped(l.maps, ethernet)
-	if err != nil {
-		return nil, err
-	}
-	defer program.Close() // the link holds it
 	lk, err := link.AttachTCX(link.TCXOptions{Program: program, Interface: index, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
 	if errors.Is(err, ebpf.ErrNotSupported) {
 		return nil, fmt.Errorf("tcx is %w (needs Linux 6.6 or newer)", ErrNotSupported)
@@ -197,15 +208,10 @@ func (l *Loader) upgradeTCX(lk link.Link, index int) error {
 		return fmt.Errorf("open program: %w", err)
 	}
 	defer old.Close()
-	ethernet, err := hasEthernetHeader(index)
+	fresh, err := l.tappedProgram(index)
 	if err != nil {
 		return err
 	}
-	fresh, err := l.opts.programs.tapped(l.maps, ethernet)
-	if err != nil {
-		return err
-	}
-	defer fresh.Close()
 	same, err := sameProgram(fresh, old)
 	if err != nil || same {
 		return err
@@ -221,7 +227,10 @@ func (l *Loader) closeTapped() error {
 			errs = append(errs, t.link.Close())
 		}
 	}
-	l.tapped = nil
+	for _, p := range l.tappedPrograms {
+		errs = append(errs, p.Close())
+	}
+	l.tapped, l.tappedPrograms = nil, nil
 	return errors.Join(errs...)
 }
 

@@ -179,6 +179,63 @@ func (in *instance) kept() uint64 {
 	return kept
 }
 
+// TestSteer: with run --steer on the streams of an input with one queue go through the
+// workers' CPUs, each packet once and in order, before and after a restart.
+func TestSteer(t *testing.T) {
+	n := newNetwork(t)
+	// A device's checksum is lost on the way to another CPU.
+	labtest.Do(t, n.source, func() error { return lab.SetTxChecksum("src0", false) })
+	in := newInstance(t, n.relay)
+	const streams, packets = 4, 1000
+	d := in.start("--steer", "on", "--workers", "2")
+	for i := range streams {
+		rule := control.Rule{Name: fmt.Sprint("r", i), In: fmt.Sprintf("239.1.1.%d:5000%%in0", i), Out: []string{fmt.Sprintf("239.2.2.%d:6000%%out0", i)}, Path: "fanout"}
+		if _, err := in.client.AddRule(t.Context(), rule); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		var sinks []*sink
+		for i := range streams {
+			sinks = append(sinks, receive(t, n.sinks[0], fmt.Sprintf("239.2.2.%d:6000%%sink0", i), traffic.Expected{Source: netip.MustParseAddr("10.2.0.1")}))
+		}
+		var all []*stream
+		for i := range streams {
+			all = append(all, send(t, n.source, traffic.SendConfig{Target: target(t, fmt.Sprintf("239.1.1.%d:5000%%src0", i)), TTL: 16, Rate: traffic.Rate{Value: 5_000}, Count: packets}))
+		}
+		for _, s := range all {
+			s.wait()
+		}
+		for _, s := range sinks {
+			if fault := s.finish(packets); fault != "" {
+				t.Error(fault)
+			}
+		}
+		for _, r := range in.kernelRules() {
+			if !r.Steered {
+				t.Errorf("rule %s is not steered", r.Name)
+			}
+		}
+		d.stop(unix.SIGKILL)
+		d = in.start("--steer", "on", "--workers", "2")
+	}
+}
+
+// kernelRules are the rules as the kernel has them.
+func (in *instance) kernelRules() (rules []loader.Rule) {
+	in.t.Helper()
+	labtest.Do(in.t, in.host, func() error {
+		r, err := loader.OpenReader(in.pinDir)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		rules, err = r.Rules()
+		return err
+	})
+	return rules
+}
+
 // newTun makes a tun device, which has no Ethernet header, and returns its other end.
 func newTun(t *testing.T, h *lab.Host, name, cidr string) *os.File {
 	t.Helper()
