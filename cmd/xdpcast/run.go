@@ -33,8 +33,8 @@ func runCommand() *cli.Command {
 			modeFlag(),
 			&cli.UintFlag{Name: "max-rules", Usage: "room for `N` rules in the kernel", DefaultText: "16384, or twice those of the file"},
 			&cli.UintFlag{Name: "max-outputs", Usage: "room for `N` outputs in the kernel", DefaultText: "65536, or twice those of the file"},
-			&cli.UintFlag{Name: "workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one a CPU"},
-			&cli.StringFlag{Name: "steer", Usage: "spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
+			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one a CPU"},
+			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
 		}, append(afxdpFlags(), pinFlags()...)...),
@@ -89,13 +89,13 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 			return relay.Options{}, usagef("--%s %d: want at most %d", name, n, 1<<24)
 		}
 	}
-	steering, err := relay.ParseSteering(c.String("steer"))
+	steering, err := relay.ParseSteering(c.String("fanout-steer"))
 	if err != nil {
-		return relay.Options{}, usagef("--steer: %w", err)
+		return relay.Options{}, usagef("--fanout-steer: %w", err)
 	}
-	workers := c.Uint("workers")
+	workers := c.Uint("fanout-workers")
 	if workers > maxWorkers {
-		return relay.Options{}, usagef("--workers %d: want at most %d", workers, maxWorkers)
+		return relay.Options{}, usagef("--fanout-workers %d: want at most %d", workers, maxWorkers)
 	}
 	afxdp, err := afxdpOptions(c)
 	if err != nil {

@@ -179,7 +179,7 @@ func (in *instance) kept() uint64 {
 	return kept
 }
 
-// TestSteer: with run --steer on the streams of an input with one queue go through the
+// TestSteer: with run --fanout-steer on the streams of an input with one queue go through the
 // workers' CPUs, each packet once and in order, before and after a restart.
 func TestSteer(t *testing.T) {
 	n := newNetwork(t)
@@ -187,7 +187,7 @@ func TestSteer(t *testing.T) {
 	labtest.Do(t, n.source, func() error { return lab.SetTxChecksum("src0", false) })
 	in := newInstance(t, n.relay)
 	const streams, packets = 4, 1000
-	d := in.start("--steer", "on", "--workers", "2")
+	d := in.start("--fanout-steer", "on", "--fanout-workers", "2")
 	for i := range streams {
 		rule := control.Rule{Name: fmt.Sprint("r", i), In: fmt.Sprintf("239.1.1.%d:5000%%in0", i), Out: []string{fmt.Sprintf("239.2.2.%d:6000%%out0", i)}, Path: "fanout"}
 		if _, err := in.client.AddRule(t.Context(), rule); err != nil {
@@ -217,7 +217,7 @@ func TestSteer(t *testing.T) {
 			}
 		}
 		d.stop(unix.SIGKILL)
-		d = in.start("--steer", "on", "--workers", "2")
+		d = in.start("--fanout-steer", "on", "--fanout-workers", "2")
 	}
 }
 
