@@ -2,7 +2,6 @@ package main
 
 import (
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/xml"
 	"errors"
@@ -68,23 +67,25 @@ func TestBucketEnds(t *testing.T) {
 // A subject that loses from a rate on is found to, within the precision.
 func TestSearch(t *testing.T) {
 	for _, can := range []float64{700, 1234, 50_000, 99_999, 1e6, 13.9e6} {
-		trials := 0
-		s := search{most: 14e6, least: 500, precision: 0.02, tries: 1}
-		got, all, err := s.lossFree(func(rate float64) (bool, error) {
-			trials++
-			return rate <= can, nil
-		})
-		if err != nil || all || got > can || got < can/1.02 {
-			t.Errorf("rate %v, all %v, %v; want from %v to %v", got, all, err, can/1.02, can)
-		}
-		if trials > 25 {
-			t.Errorf("%d trials for %v, want at most 25", trials, can)
+		for _, start := range []float64{600, can / 3, can, can * 1.4, 1e9} {
+			trials := 0
+			s := search{start: start, most: 14e6, least: 500, precision: 0.02, tries: 1}
+			got, all, err := s.lossFree(func(rate float64) (bool, error) {
+				trials++
+				return rate <= can, nil
+			})
+			if err != nil || all || got > can || got < can/1.02 {
+				t.Errorf("from %v: rate %v, all %v, %v; want from %v to %v", start, got, all, err, can/1.02, can)
+			}
+			if trials > 25 {
+				t.Errorf("from %v: %d trials for %v, want at most 25", start, trials, can)
+			}
 		}
 	}
 }
 
 func TestSearchEnds(t *testing.T) {
-	s := search{most: 1000, least: 100, precision: 0.1, tries: 3}
+	s := search{start: 1000, most: 1000, least: 100, precision: 0.1, tries: 3}
 	if rate, all, err := s.lossFree(func(float64) (bool, error) { return true, nil }); rate != 1000 || !all || err != nil {
 		t.Errorf("of one that loses nothing: %v, %v, %v", rate, all, err)
 	}
@@ -142,28 +143,25 @@ func TestParseCPU(t *testing.T) {
 	}
 }
 
-// The sums with what the source program adds to them give the checksums that a
-// whole frame has.
-func TestHeaderSums(t *testing.T) {
-	frame := everyday.template()
-	h := newHeader(frame)
-	group := number(firstGroup)
-	groupWord := binary.NativeEndian.Uint32(binary.BigEndian.AppendUint32(nil, group))
-	fold := func(s uint64) uint16 {
-		for s>>16 != 0 {
-			s = s&0xffff + s>>16
+// A frame that is filled in has the checksums that it would have been built with.
+func TestHeaderFill(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	with := everyday
+	with.Rules, with.Flows = 5*maxFlows, maxFlows
+	h := newHeader(with.template())
+	for range 10_000 {
+		frame := with.template()
+		flow := uint32(random.IntN(maxFlows))
+		h.fill(frame, random.Uint32(), flow, random.Uint32(), random.Uint32(), with.groupStep())
+		parsed, ok := packet.Parse(frame)
+		if want := plus(firstGroup, int(flow)*5); !ok || parsed.Dst != want || packet.MulticastMAC(want) != [6]byte(frame[:6]) {
+			t.Fatalf("flow %d: %+v, %v; want the group %v", flow, parsed, ok, want)
 		}
-		return ^uint16(s)
-	}
-	split := func(v uint32) uint64 { return uint64(v>>16) + uint64(v&0xffff) }
-	if got, want := fold(h.ipSum+split(groupWord)), binary.NativeEndian.Uint16(frame[24:]); got != want {
-		t.Errorf("IPv4 checksum %#04x, want %#04x", got, want)
-	}
-	if got, want := fold(h.udpSum+split(groupWord)), binary.NativeEndian.Uint16(frame[40:]); got != want {
-		t.Errorf("UDP checksum %#04x, want %#04x", got, want)
-	}
-	if parsed, ok := packet.Parse(frame); !ok || parsed.Dst != firstGroup || len(frame) != everyday.Frame {
-		t.Errorf("the frame of %d bytes is %+v, %v", len(frame), parsed, ok)
+		built := slices.Clone(frame)
+		packet.FillChecksums(built, &parsed)
+		if !slices.Equal(built, frame) {
+			t.Fatalf("frame\n% x, built anew\n% x", frame[:58], built[:58])
+		}
 	}
 }
 

@@ -23,7 +23,7 @@ type network struct {
 	dir    string    // for files of the subject
 	relay  *lab.Host // nil with nothing between
 	outs   []string  // the relay's interface of each sink
-	source *source
+	source source
 	sinks  *sinks
 
 	cleanup cleanup

@@ -2,8 +2,12 @@ package main
 
 import (
 	"errors"
+	"net"
+	"net/netip"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/labtest"
 )
@@ -28,6 +32,7 @@ func TestTrialAccountsForAll(t *testing.T) {
 		{Outputs: 1, Frame: leastFrame, Rules: 1, Flows: 1, Queues: 1},
 		{Outputs: 3, Frame: 64, Rules: 1, Flows: 1, Queues: 1},
 		{Outputs: 4, Frame: 1400, Rules: 100, Flows: 64, Queues: 2},
+		{Outputs: 1, Frame: mostFrame, Rules: 1, Flows: 5, Queues: 1},
 		{Outputs: 64, Frame: 128, Rules: 1, Flows: maxFlows, Queues: 1},
 	} {
 		b, err := newBench(t.Context(), broadcast(), with, options{})
@@ -72,8 +77,8 @@ func TestSourceKeepsItsRate(t *testing.T) {
 			if most := rate * float64(got.frames) / float64(got.frames-1) * 1.001; got.rate() > most {
 				t.Errorf("%.0f frames/s, want at most %.0f", got.rate(), most)
 			}
-			if got.waited <= 0 || got.waited > got.took {
-				t.Errorf("of %v it waited %v", got.took, got.waited)
+			if got.waited <= 0 || got.waited > got.took() {
+				t.Errorf("of %v it waited %v", got.took(), got.waited)
 			}
 		}
 		return nil
@@ -89,5 +94,53 @@ func TestSubjectThatDoesNotStart(t *testing.T) {
 	_, err := newBench(t.Context(), xdpcast("kernel"), everyday, options{program: "/nonexistent/xdpcast"})
 	if err == nil || errors.Is(err, errAddress) {
 		t.Errorf("the error is %v", err)
+	}
+}
+
+// The source program in BPF and its twin in Go write the same frames: both are
+// received by a sink that checks the addresses, and by the host's own stack, which
+// checks both checksums.
+func TestFramesHaveChecksums(t *testing.T) {
+	labtest.RequireRoot(t)
+	for _, size := range []int{64, 1400, mostFrame} {
+		with := everyday
+		with.Frame, with.Flows = size, 7
+		n, err := newNetwork(with, false, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var fd int
+		labtest.Do(t, n.relay, func() (err error) {
+			fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			in, err := net.InterfaceByName("in")
+			if err != nil {
+				return err
+			}
+			return errors.Join(
+				unix.SetsockoptIPMreqn(fd, unix.IPPROTO_IP, unix.IP_ADD_MEMBERSHIP, &unix.IPMreqn{Multiaddr: firstGroup.As4(), Ifindex: int32(in.Index)}),
+				unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}),
+				unix.Bind(fd, &unix.SockaddrInet4{Port: groupPort}))
+		})
+		const frames = 7
+		if _, err := n.source.send(t.Context(), plan{trial: 1, frames: frames, rate: 1000, batch: 1, stamped: true}); err != nil {
+			t.Error(err)
+		}
+		buf := make([]byte, mostFrame)
+		for i := range frames {
+			got, from, err := unix.Recvfrom(fd, buf, 0)
+			if err != nil || got != size-42 {
+				t.Errorf("%d bytes, frame %d: %d bytes, %v", size, i, got, err)
+				break
+			}
+			if addr := from.(*unix.SockaddrInet4); addr.Port != flowPort+i || netip.AddrFrom4(addr.Addr) != sourceAddr {
+				t.Errorf("%d bytes, frame %d: from %v port %d", size, i, addr.Addr, addr.Port)
+			}
+		}
+		if err := errors.Join(unix.Close(fd), n.close()); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -56,7 +56,7 @@ func run(ctx context.Context, args []string) error {
 // measureAll proves, measures and reports.
 func measureAll(ctx context.Context, o options, log *slog.Logger) (err error) {
 	r := report{
-		Started: time.Now(), Command: append([]string{"bench"}, os.Args[1:]...), Profile: o.profile, Rounds: o.rounds, TrialTime: o.trial.Seconds(),
+		Started: time.Now(), Command: append([]string{"bench"}, os.Args[1:]...), Profile: o.profile, Rounds: o.rounds, Searches: o.searches, TrialTime: o.trial.Seconds(),
 		Precision: o.precision, Machine: thisMachine(ctx, o),
 	}
 	m := &measurer{options: o, log: log}

@@ -59,6 +59,7 @@ func (r *report) writeProofs(b *bytes.Buffer) {
 }
 
 func (r *report) writeContents(b *bytes.Buffer) {
+	trial := time.Duration(r.TrialTime * float64(time.Second))
 	fmt.Fprintf(b, `
 ## What the figures contain
 
@@ -67,13 +68,13 @@ sender: with kernel subjects, source, relay and sinks are all on CPU 0, and a fi
 the time of all three; user-space workers may take the other CPUs. Source and sink alone
 take %.0f ns a frame at full load, %.3f s of processor time a million.
 
-Figures are medians of %d measurements of %v in turns, ± half the distance of the outer
-quartiles. Copies are what arrived at the sinks; at full load that is with whatever was
-lost before, which the loss says. The loss-free rate is the highest, within %.0f %%, at which
-all arrived in order and the source kept within %.0f %% of its schedule; a rate fails when it
-failed twice. CPU is what all CPUs did, but for the source's waiting: it includes source,
+Figures are medians of %d measurements of %v in turns, loss-free rates of %d searches with
+trials of %v; ± is half the distance of the outer quartiles. Copies are what arrived at the sinks, by the time until the last one did; at full
+load many may have been lost before, which the loss says. The loss-free rate is the highest, within %.0f %%, at which
+all arrived, the last copy within %v of its frame, and the source kept within %.0f %% of its
+schedule; no loss is tolerated, and a rate fails when it failed twice. CPU is what all CPUs did, but for the source's waiting: it includes source,
 sinks, and whatever else ran.
-`, 1e9/r.Ceiling.Full, r.Ceiling.CPU, r.Rounds, time.Duration(r.TrialTime*float64(time.Second)), r.Precision*100, (1-onTime)*100)
+`, 1e9/r.Ceiling.Full, r.Ceiling.CPU, r.Rounds, trial, r.Searches, 2*trial, r.Precision*100, drainTime, (1-onTime)*100)
 }
 
 func (r *report) writeFullLoad(b *bytes.Buffer) {
@@ -104,8 +105,8 @@ func (r *report) writeLossFree(b *bytes.Buffer) {
 			continue
 		}
 		note := ""
-		if res.SourceBound {
-			note = "as much as the source sends"
+		if res.AtFullLoad {
+			note = "nothing is lost at full load"
 		}
 		t.add(fmt.Sprint(res.Outputs), res.Subject, million(res.LossFree), percent(res.LossFree.Spread),
 			fmt.Sprintf("%.3f", res.LossFree.Median*float64(res.Outputs)/1e6), note)
@@ -162,7 +163,7 @@ func (r *report) writeMemory(b *bytes.Buffer) {
 		t.add(row...)
 	}
 	if len(t) > 1 {
-		b.WriteString("\n## Memory and accounts\n\nCopies of all trials, and what the subject says of those that were lost.\n\n")
+		b.WriteString("\n## Memory and accounts\n\nCopies of all trials, and what the subject says of those that were lost. Not accounted for is\nwhat was lost where the subject does not count: in the rings of sockets that are full.\n\n")
 		t.write(b)
 	}
 }

@@ -73,7 +73,7 @@ func proveDirect(ctx context.Context, o options, top *ceiling) (p proof, err err
 				return fmt.Errorf("source to sink: %d of %d frames lost, %d numbers missing, %d late, %d strays: want none", t.lost(), t.wanted, t.missing, t.late, t.stray)
 			}
 		}
-		find := search{most: fast.rate(), least: fixedRate, precision: o.precision, tries: 2}
+		find := search{start: fast.rate(), most: fast.rate(), least: fixedRate, precision: o.precision, tries: 2}
 		free, _, err := find.lossFree(func(rate float64) (bool, error) { return b.passes(ctx, rate, o.trial) })
 		if err != nil {
 			return err

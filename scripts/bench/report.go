@@ -17,6 +17,7 @@ type report struct {
 	Command   []string  `json:"command"`
 	Profile   string    `json:"profile"`
 	Rounds    int       `json:"rounds"`
+	Searches  int       `json:"loss_free_searches"`
 	TrialTime float64   `json:"trial_seconds"`
 	Precision float64   `json:"loss_free_precision"`
 	Machine   machine   `json:"machine"`

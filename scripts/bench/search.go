@@ -8,9 +8,9 @@ import (
 
 // search is RFC 2544's (section 26.1): the highest rate at which nothing is lost.
 type search struct {
-	// most is a rate, in frames a second, at which it begins, and least one below
-	// which it gives up.
-	most, least float64
+	// start is a rate, in frames a second, to begin with; most one that is not
+	// exceeded, and least one below which it gives up.
+	start, most, least float64
 	// precision is what the rate found may be below the one that exists, as a part.
 	precision float64
 	// tries is how often a rate must fail.
@@ -18,47 +18,45 @@ type search struct {
 }
 
 // lossFree returns the highest rate that passed, and whether it is the most asked
-// for; 0 when none did. It goes down in halves to a rate that passes, and then cuts
-// the distance between the highest that passed and the lowest that failed.
+// for; 0 when none did. It goes up or down in doubles until it knows a rate that
+// passes below one that fails, and then halves what is between, in proportion.
 func (s search) lossFree(passes func(rate float64) (bool, error)) (rate float64, all bool, err error) {
-	again := func(rate float64) (bool, error) {
-		for range max(1, s.tries) {
-			if ok, err := passes(rate); ok || err != nil {
-				return ok, err
-			}
-		}
-		return false, nil
-	}
-	low, high := s.most, s.most
-	for {
-		ok, err := again(low)
+	low, high := 0.0, 0.0 // the highest that passed, the lowest that failed; 0 for none yet
+	for at := min(s.start, s.most); ; {
+		ok, err := s.try(at, passes)
 		if err != nil {
 			return 0, false, err
 		}
 		if ok {
-			break
-		}
-		if low <= s.least {
-			return 0, false, nil
-		}
-		high, low = low, max(low/2, s.least)
-	}
-	if low == s.most {
-		return low, true, nil
-	}
-	for high > low*(1+s.precision) {
-		middle := math.Sqrt(low * high)
-		ok, err := again(middle)
-		if err != nil {
-			return 0, false, err
-		}
-		if ok {
-			low = middle
+			low = at
 		} else {
-			high = middle
+			high = at
+		}
+		switch {
+		case low == s.most:
+			return low, true, nil
+		case low == 0 && high <= s.least:
+			return 0, false, nil
+		case low == 0:
+			at = max(high/2, s.least)
+		case high == 0:
+			at = min(low*2, s.most)
+		case high <= low*(1+s.precision):
+			return low, false, nil
+		default:
+			at = math.Sqrt(low * high)
 		}
 	}
-	return low, false, nil
+}
+
+// try says whether a rate passes at least once.
+func (s search) try(rate float64, passes func(rate float64) (bool, error)) (bool, error) {
+	for range max(1, s.tries) {
+		if ok, err := passes(rate); ok || err != nil {
+			return ok, err
+		}
+	}
+	return false, nil
 }
 
 // onTime is the part of the rate that the source must have reached: it shares a CPU
@@ -66,13 +64,17 @@ func (s search) lossFree(passes func(rate float64) (bool, error)) (rate float64,
 // lost.
 const onTime = 0.99
 
-// passes tries a rate: everything arrives, and the source is on time.
+// drainTime is when the last copy must have come: a relay with deep queues that
+// cannot keep up would else pass every trial that is short enough.
+const drainTime = 10 * time.Millisecond
+
+// passes tries a rate: everything arrives, soon, and the source is on time.
 func (b *bench) passes(ctx context.Context, rate float64, took time.Duration) (bool, error) {
 	t, err := b.run(ctx, trialPlan{frames: framesFor(rate, took), rate: rate, timed: true})
 	if err != nil {
 		return false, err
 	}
-	return t.lost() == 0 && t.rate() >= rate*onTime, nil
+	return t.lost() == 0 && t.drained() <= drainTime && t.rate() >= rate*onTime, nil
 }
 
 // framesFor is how many frames a rate sends in a time.

@@ -21,6 +21,7 @@ type arrived struct {
 	late    uint64 // numbers that had been passed over or seen before
 	address uint64 // not addressed as any output
 	stray   uint64 // of an earlier trial
+	last    uint64 // when the last one came, in nanoseconds of CLOCK_MONOTONIC
 	latency histogram
 }
 
@@ -133,6 +134,7 @@ func (s *sinks) read(outputs int) (arrived, error) {
 				all.bytes += a.Bytes
 				all.missing += a.Missing
 				all.late += a.Late
+				all.last = max(all.last, a.Last)
 			}
 		}
 		var wrongs []sinkWrong

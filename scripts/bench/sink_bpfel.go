@@ -19,6 +19,7 @@ type sinkArrived struct {
 	Bytes   uint64
 	Missing uint64
 	Late    uint64
+	Last    uint64
 }
 
 type sinkHistogram struct {

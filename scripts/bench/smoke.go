@@ -13,7 +13,7 @@ import (
 // was sent has arrived, or the subject says that it dropped it. A subject that is
 // not installed is skipped with a line.
 func smoke(ctx context.Context, o options, log *slog.Logger) (err error) {
-	o.trial, o.precision, o.rounds = 20*time.Millisecond, 0.3, 1
+	o.trial, o.precision, o.rounds, o.searches = 20*time.Millisecond, 0.3, 1, 1
 	proofs, _, err := prove(ctx, o)
 	if err != nil {
 		return err

@@ -27,31 +27,47 @@ type plan struct {
 // sent is what the source did.
 type sent struct {
 	frames uint64
-	took   time.Duration // from the first frame to the last
+	// started is when the first frame was sent and ended when the last one was, in
+	// nanoseconds of CLOCK_MONOTONIC.
+	started, ended uint64
 	// waited is what the source's CPUs spent waiting for the next frame to be due,
 	// and setUp what the kernel took before and after.
 	waited, setUp time.Duration
 }
 
-func (s sent) rate() float64 { return float64(s.frames) / s.took.Seconds() }
+// rate is frames a second.
+func (s sent) rate() float64 { return float64(s.frames) / (float64(s.ended-s.started) / 1e9) }
 
-// source sends frames from the source host: one program a CPU. It is not safe for
-// concurrent use.
-type source struct {
+// source sends frames from the source host. It is not safe for concurrent use.
+type source interface {
+	// send sends what is planned, or less when ctx ends, which is an error.
+	send(ctx context.Context, p plan) (sent, error)
+	close() error
+}
+
+// newSource returns a source that sends by the host's interface eth0. The caller
+// closes it.
+func newSource(host *lab.Host, s setup) (source, error) {
+	if s.Frame > liveFrame {
+		return newXSKSource(host, s)
+	}
+	return newLiveSource(host, s)
+}
+
+// liveSource sends by BPF_PROG_RUN with live frames: one program a CPU.
+type liveSource struct {
 	host  *lab.Host
 	index int // of the interface
 	frame []byte
 	parts []*sourceObjects
 }
 
-// newSource returns a source that sends by the host's interface eth0. The caller
-// closes it.
-func newSource(host *lab.Host, s setup) (_ *source, err error) {
+func newLiveSource(host *lab.Host, s setup) (_ *liveSource, err error) {
 	l, err := host.Link("eth0")
 	if err != nil {
 		return nil, err
 	}
-	src := &source{host: host, index: l.Attrs().Index, frame: s.template()}
+	src := &liveSource{host: host, index: l.Attrs().Index, frame: s.template()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, src.close())
@@ -98,7 +114,7 @@ func set(vars map[string]*ebpf.VariableSpec, values map[string]any) error {
 	return nil
 }
 
-func (s *source) close() error {
+func (s *liveSource) close() error {
 	var errs []error
 	for _, p := range s.parts {
 		errs = append(errs, p.Close())
@@ -106,8 +122,7 @@ func (s *source) close() error {
 	return errors.Join(errs...)
 }
 
-// send sends what is planned, or less when ctx ends.
-func (s *source) send(ctx context.Context, p plan) (sent, error) {
+func (s *liveSource) send(ctx context.Context, p plan) (sent, error) {
 	var group errgroup.Group
 	done := make([]sent, len(s.parts))
 	for i, part := range s.parts {
@@ -124,12 +139,12 @@ func (s *source) send(ctx context.Context, p plan) (sent, error) {
 	if err := group.Wait(); err != nil {
 		return sent{}, err
 	}
-	var all sent
+	all := sent{started: math.MaxUint64}
 	for _, d := range done {
 		all.frames += d.frames
 		all.waited += d.waited
 		all.setUp += d.setUp
-		all.took = max(all.took, d.took)
+		all.started, all.ended = min(all.started, d.started), max(all.ended, d.ended)
 	}
 	return all, ctx.Err()
 }
@@ -140,7 +155,7 @@ type xdpMD struct {
 }
 
 // run sends a part on a thread of its own, which it keeps to one CPU.
-func (s *source) run(ctx context.Context, part *sourceObjects, p plan, cpu int) (sent, error) {
+func (s *liveSource) run(ctx context.Context, part *sourceObjects, p plan, cpu int) (sent, error) {
 	if err := pin(cpu); err != nil {
 		return sent{}, err
 	}
@@ -175,13 +190,12 @@ func (s *source) run(ctx context.Context, part *sourceObjects, p plan, cpu int) 
 		return sent{}, err
 	}
 	var d sent
-	var started, ended, waited uint64
-	if err := errors.Join(v.Sent.Get(&d.frames), v.Started.Get(&started), v.Ended.Get(&ended), v.Waited.Get(&waited)); err != nil {
+	var waited uint64
+	if err := errors.Join(v.Sent.Get(&d.frames), v.Started.Get(&d.started), v.Ended.Get(&d.ended), v.Waited.Get(&waited)); err != nil {
 		return sent{}, fmt.Errorf("read source: %w", err)
 	}
-	d.took = time.Duration(ended - started)
 	d.waited = time.Duration(waited)
-	d.setUp = max(after-before-d.took, 0)
+	d.setUp = max(after-before-time.Duration(d.ended-d.started), 0)
 	return d, nil
 }
 

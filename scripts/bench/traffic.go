@@ -133,3 +133,11 @@ func sum(b []byte) (s uint64) {
 	}
 	return s
 }
+
+// checksum is the complement of a sum, folded (RFC 1071).
+func checksum(s uint64) uint16 {
+	for s>>16 != 0 {
+		s = s&0xffff + s>>16
+	}
+	return ^uint16(s)
+}

@@ -56,8 +56,14 @@ func (t trial) lost() int64 { return int64(t.wanted) - int64(t.packets) }
 
 func (t trial) lossRatio() float64 { return float64(t.lost()) / float64(t.wanted) }
 
+// took is the time from the first frame sent to the last one sent or received.
+func (t trial) took() time.Duration { return time.Duration(max(t.ended, t.last) - t.started) }
+
+// drained is how long after the last frame was sent the last copy came.
+func (t trial) drained() time.Duration { return t.took() - time.Duration(t.ended-t.started) }
+
 // copies is how many arrived a second.
-func (t trial) copies() float64 { return float64(t.packets) / t.took.Seconds() }
+func (t trial) copies() float64 { return float64(t.packets) / t.took().Seconds() }
 
 // cpuSeconds is the processor time of a million copies: of all that the machine
 // did, but for the source's waiting and setting up.

@@ -42,6 +42,7 @@ struct arrived {
 	__u64 bytes;
 	__u64 missing; /* numbers that were passed over */
 	__u64 late;    /* numbers that had been passed over or seen */
+	__u64 last;    /* about when the last one came, of bpf_ktime_get_ns() */
 };
 
 /* What is not what it should be, of all outputs. */
@@ -114,10 +115,10 @@ static __u32 bucket(__u32 ns)
 	return octave * STEPS + (ns >> octave);
 }
 
-static void time_it(__u32 stamp)
+static void time_it(__u32 ns)
 {
 	struct histogram *h;
-	__u32 zero = 0, b = bucket((__u32)bpf_ktime_get_ns() - stamp);
+	__u32 zero = 0, b = bucket(ns);
 
 	h = bpf_map_lookup_elem(&latency, &zero);
 	if (h && b < BUCKETS)
@@ -194,8 +195,12 @@ int sink(struct xdp_md *ctx)
 	a->bytes += bpf_xdp_get_buff_len(ctx);
 	if (ordered)
 		follow(a, tag, output);
+	/* The clock costs as much as all else. */
+	if (!timed && a->packets >= 64 && a->packets % 64)
+		return XDP_DROP;
+	a->last = bpf_ktime_get_ns();
 	if (timed)
-		time_it(tag->stamp);
+		time_it((__u32)a->last - tag->stamp);
 	return XDP_DROP;
 }
 

@@ -150,8 +150,8 @@ static void register_socket(int map, int fd)
 		fail("enter socket into map");
 }
 
-/* Gives frames that have been sent back to the fill ring. */
-static void recycle(struct xsk *in, struct xsk *out)
+/* Gives frames that have been sent back to the fill ring; returns how many. */
+static uint32_t recycle(struct xsk *in, struct xsk *out)
 {
 	uint32_t i, n = filled(&out->completion), space = room(&in->fill);
 	uint64_t *from = out->completion.entries, *to = in->fill.entries;
@@ -165,6 +165,7 @@ static void recycle(struct xsk *in, struct xsk *out)
 		consume(&out->completion, n);
 		produce(&in->fill, n);
 	}
+	return n;
 }
 
 static void swap_addresses(uint8_t *frame)
@@ -205,7 +206,7 @@ int main(int argc, char **argv)
 	struct xsk in, out;
 	struct pollfd wait;
 	uint8_t *umem;
-	uint32_t i;
+	uint32_t i, outstanding = 0;
 
 	if (argc != 4) {
 		fprintf(stderr, "usage: forward IN OUT XSKMAP\n");
@@ -226,14 +227,15 @@ int main(int argc, char **argv)
 	wait.fd = in.fd;
 	wait.events = POLLIN;
 	for (;;) {
-		recycle(&in, &out);
-		if (!forward(&in, &out, umem)) {
+		outstanding += forward(&in, &out, umem);
+		if (!outstanding) {
 			poll(&wait, 1, 100);
 			continue;
 		}
-		/* In copy mode the system call sends. */
+		/* In copy mode the system call sends, some frames at a time. */
 		if (needs_wakeup(&out.tx) && sendto(out.fd, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0 &&
 		    errno != EAGAIN && errno != EBUSY && errno != ENOBUFS && errno != ENETDOWN)
 			fail("send");
+		outstanding -= recycle(&in, &out);
 	}
 }
