@@ -55,7 +55,7 @@ func (r *report) rateByRules() chart {
 
 // latencyChart shows the 99th percentile by load.
 func (r *report) latencyChart() chart {
-	c := chart{title: fmt.Sprintf("Latency p99, 1 output, %d-byte frames", everyday.Frame), x: "part of the subject's own loss-free rate", y: "nanoseconds"}
+	c := chart{title: fmt.Sprintf("Latency p99, 1 output, %d-byte frames", everyday.Frame), x: "part of the subject's own loss-free rate", y: "microseconds"}
 	for _, load := range loads {
 		c.categories = append(c.categories, fmt.Sprintf("%.0f %%", load*100))
 	}
@@ -70,7 +70,7 @@ func (r *report) latencyChart() chart {
 			if i := slices.Index(loads, at.Load); i >= 0 {
 				place = i + 1
 			}
-			l.points = append(l.points, point{float64(place), at.P99.Median})
+			l.points = append(l.points, point{float64(place), at.P99.Median / 1e3})
 		}
 		c.lines = append(c.lines, l)
 	}

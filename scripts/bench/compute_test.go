@@ -319,7 +319,7 @@ func TestTargets(t *testing.T) {
 		{Axis: "outputs", Subject: "broadcast", setup: four, Full: summarize([]float64{100})},
 		{Axis: "outputs", Subject: "mroute", setup: four, Full: summarize([]float64{20})},
 	})
-	if got[1].verdict() != "met" || got[1].Measured != "0.95" || got[3].verdict() != "missed" || got[3].Measured != "4.75" {
+	if got[1].verdict() != "met" || got[1].Measured != "0.950" || got[3].verdict() != "missed" || got[3].Measured != "4.750" {
 		t.Errorf("%+v, %+v", got[1], got[3])
 	}
 }

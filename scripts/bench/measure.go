@@ -25,7 +25,8 @@ type result struct {
 	CPU *figure `json:"cpu_seconds_per_million,omitempty"`
 	// LossFree is frames a second into the relay.
 	LossFree *figure `json:"loss_free_frames_per_second,omitempty"`
-	// AtFullLoad: nothing was lost at any rate that the source can keep.
+	// AtFullLoad: no search found a rate, of those that the source can keep, at which
+	// anything was lost.
 	AtFullLoad bool            `json:"loss_free_at_full_load,omitempty"`
 	Latency    []latencyResult `json:"latency,omitempty"`
 
@@ -204,7 +205,7 @@ func (m *measurer) lossFree(ctx context.Context, s *samples) error {
 	if err != nil {
 		return err
 	}
-	s.atFullLoad = s.atFullLoad || all
+	s.atFullLoad = all && (s.atFullLoad || len(s.lossFree) == 0)
 	s.lossFree = append(s.lossFree, rate)
 	m.log.Debug("loss-free", "subject", s.result.Subject, "frames/s", rate)
 	return nil

@@ -146,8 +146,7 @@ type scale struct {
 	linear    bool
 }
 
-// newScale makes a logarithmic scale with whole decades at its ends, or, for few
-// values, with room around them.
+// newScale makes a logarithmic scale with room above the values, and ends at ticks.
 func newScale(values []float64, from, to float64) scale {
 	low, high := slices.Min(values), slices.Max(values)
 	return scale{low: floor125(low), high: floor125(high) * 2.5, from: from, to: to}

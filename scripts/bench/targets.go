@@ -69,7 +69,7 @@ func lossFree(r *result) *figure { return r.LossFree }
 
 // ratio is a target of one median to another.
 func ratio(what string, least float64, pick func(*result) *figure, ours, theirs *result) target {
-	t := target{Figure: what, Want: fmt.Sprintf("at least %.2f", least), Why: notInRun}
+	t := target{Figure: what, Want: fmt.Sprintf("at least %g", least), Why: notInRun}
 	if ours == nil || theirs == nil {
 		return t
 	}
@@ -78,7 +78,7 @@ func ratio(what string, least float64, pick func(*result) *figure, ours, theirs 
 		return t
 	}
 	measured := a.Median / b.Median
-	return target{Figure: t.Figure, Want: t.Want, Measured: fmt.Sprintf("%.2f", measured), Met: measured >= least}
+	return target{Figure: t.Figure, Want: t.Want, Measured: fmt.Sprintf("%.3f", measured), Met: measured >= least}
 }
 
 // below is a target of a figure that is to be small.
