@@ -60,11 +60,17 @@ func startXDP(n *network, choose func(*forwardObjects) *ebpf.Program) (*running,
 
 // attachXDP is startXDP that returns the programs, which the caller closes.
 func attachXDP(n *network, choose func(*forwardObjects) *ebpf.Program) (*forwardObjects, error) {
-	objs := new(forwardObjects)
-	if err := loadForwardObjects(objs, nil); err != nil {
+	spec, err := loadForward()
+	if err != nil {
 		return nil, err
 	}
-	err := n.relay.Do(func() error {
+	// A broadcast looks at every entry there could be.
+	spec.Maps["outputs"].MaxEntries = uint32(n.setup.Outputs)
+	objs := new(forwardObjects)
+	if err := spec.LoadAndAssign(objs, nil); err != nil {
+		return nil, err
+	}
+	err = n.relay.Do(func() error {
 		for output := range n.setup.Outputs {
 			i, err := net.InterfaceByName(n.out(output))
 			if err != nil {

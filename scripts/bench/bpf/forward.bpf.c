@@ -8,7 +8,7 @@
 /* outputs: output -> interface. */
 struct {
 	__uint(type, BPF_MAP_TYPE_DEVMAP);
-	__uint(max_entries, 64);
+	__uint(max_entries, 1); /* as many as there are outputs; set at load */
 	__type(key, __u32);
 	__type(value, struct bpf_devmap_val);
 } outputs SEC(".maps");
