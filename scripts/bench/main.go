@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -66,6 +67,13 @@ func measureAll(ctx context.Context, o options, log *slog.Logger) (err error) {
 	if r.Proofs, r.Ceiling, err = prove(ctx, o); err != nil {
 		return err
 	}
+	if slices.Contains(o.subjects, "xdpcast-kernel") {
+		survived, err := survive(ctx, o)
+		if err != nil {
+			return fmt.Errorf("restart under load: %w", err)
+		}
+		r.Survival = &survived
+	}
 	for i, j := range o.jobs {
 		log.Info("measure", "job", fmt.Sprintf("%d of %d", i+1, len(o.jobs)), "axis", j.axis, "what", j.entries[0].setup.String())
 		if err := m.listen(ctx); err != nil {
@@ -77,7 +85,7 @@ func measureAll(ctx context.Context, o options, log *slog.Logger) (err error) {
 		}
 		r.Results = append(r.Results, results...)
 	}
-	r.Targets = targets(r.Results)
+	r.Targets = targets(r.Results, r.Survival)
 	r.Noise = noise(r.Results, m.stolen, m.others)
 	r.Seconds = time.Since(r.Started).Seconds()
 	if err := r.write(o.report); err != nil {

@@ -13,18 +13,20 @@ import (
 type report struct {
 	Started time.Time `json:"started"`
 	// Seconds is how long the run took.
-	Seconds   float64   `json:"seconds"`
-	Command   []string  `json:"command"`
-	Profile   string    `json:"profile"`
-	Rounds    int       `json:"rounds"`
-	Searches  int       `json:"loss_free_searches"`
-	TrialTime float64   `json:"trial_seconds"`
-	Precision float64   `json:"loss_free_precision"`
-	Machine   machine   `json:"machine"`
-	Proofs    []proof   `json:"proofs"`
-	Ceiling   ceiling   `json:"ceiling"`
-	Results   []*result `json:"results"`
-	Targets   []target  `json:"targets"`
+	Seconds   float64  `json:"seconds"`
+	Command   []string `json:"command"`
+	Profile   string   `json:"profile"`
+	Rounds    int      `json:"rounds"`
+	Searches  int      `json:"loss_free_searches"`
+	TrialTime float64  `json:"trial_seconds"`
+	Precision float64  `json:"loss_free_precision"`
+	Machine   machine  `json:"machine"`
+	Proofs    []proof  `json:"proofs"`
+	Ceiling   ceiling  `json:"ceiling"`
+	// Survival is nil where the kernel path was not measured.
+	Survival *survival `json:"survival,omitempty"`
+	Results  []*result `json:"results"`
+	Targets  []target  `json:"targets"`
 	// Noise says what spoilt the figures, nothing when nothing is known to have.
 	Noise []string `json:"noise"`
 }

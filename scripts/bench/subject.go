@@ -30,6 +30,8 @@ type running struct {
 	account func(ctx context.Context) (account, error)
 	// applied is how long it took to take in its rules, in seconds, if it has any.
 	applied float64
+	// restart kills the control loop and starts it again, nil where there is none.
+	restart func(ctx context.Context) error
 }
 
 // account is what a subject counted since it started.

@@ -30,7 +30,9 @@ func xdpcast(path string) subject {
 type daemon struct {
 	*process
 	client  *control.Client
+	path    string
 	program string
+	args    []string
 	env     []string
 	pinDir  string
 	network *network
@@ -40,27 +42,43 @@ type daemon struct {
 // are in.
 func startDaemon(ctx context.Context, n *network, program, path string) (_ *running, err error) {
 	socket := filepath.Join(n.dir, "run", "xdpcast.sock")
-	d := &daemon{client: control.NewClient(socket), program: program, pinDir: filepath.Join(n.dir, "bpf", "xdpcast"), network: n}
+	d := &daemon{client: control.NewClient(socket), path: path, program: program, pinDir: filepath.Join(n.dir, "bpf", "xdpcast"), network: n}
 	d.env = append(os.Environ(), "XDPCAST_SOCKET="+socket, "XDPCAST_PIN_DIR="+d.pinDir, "XDPCAST_RUN_DIR="+filepath.Join(n.dir, "run"))
 	config := filepath.Join(n.dir, "rules.yaml")
 	if err := os.WriteFile(config, rulesFile(n, path), 0o644); err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(program, "run", "--log-level", "warn", "--max-rules", fmt.Sprint(2*max(n.setup.Rules, 1024)),
-		"--max-outputs", fmt.Sprint(2*max(n.setup.Rules*n.setup.Outputs, 4096)), "-c", config)
-	cmd.Env = d.env
+	d.args = []string{"run", "--log-level", "warn", "--max-rules", fmt.Sprint(2 * max(n.setup.Rules, 1024)),
+		"--max-outputs", fmt.Sprint(2 * max(n.setup.Rules*n.setup.Outputs, 4096)), "-c", config}
 	started := time.Now()
-	if d.process, err = startProcess(n.relay, cmd); err != nil {
-		return nil, err
-	}
-	if err := d.until(ctx, func() string { return d.lacks(ctx, path) }); err != nil {
+	if err := d.begin(ctx); err != nil {
 		return nil, errors.Join(err, d.stop(ctx))
 	}
 	return &running{
 		stop: func() error { return d.stop(context.WithoutCancel(ctx)) }, pids: []int{d.cmd.Process.Pid},
 		kernelMemory: func() (uint64, error) { return pinnedMemory(d.pinDir) }, account: d.account,
-		applied: time.Since(started).Seconds(),
+		applied: time.Since(started).Seconds(), restart: d.restart,
 	}, nil
+}
+
+// begin starts the process and waits until its rules are in.
+func (d *daemon) begin(ctx context.Context) (err error) {
+	cmd := exec.Command(d.program, d.args...)
+	cmd.Env = d.env
+	if d.process, err = startProcess(d.network.relay, cmd); err != nil {
+		return err
+	}
+	return d.until(ctx, func() string { return d.lacks(ctx) })
+}
+
+// restart kills the process, which leaves it no time for anything, and starts it
+// again.
+func (d *daemon) restart(ctx context.Context) error {
+	if err := d.cmd.Process.Kill(); err != nil {
+		return fmt.Errorf("kill %s: %w", d.cmd, err)
+	}
+	<-d.exited
+	return d.begin(ctx)
 }
 
 // rulesFile is the configuration of a setup: the flows are spread over the rules.
@@ -81,7 +99,7 @@ func rulesFile(n *network, path string) []byte {
 }
 
 // lacks says what the daemon has not done yet.
-func (d *daemon) lacks(ctx context.Context, path string) string {
+func (d *daemon) lacks(ctx context.Context) string {
 	status, err := d.client.Status(ctx)
 	switch {
 	case err != nil:
@@ -95,7 +113,7 @@ func (d *daemon) lacks(ctx context.Context, path string) string {
 	switch {
 	case err != nil:
 		return err.Error()
-	case rule.UsedPath != path:
+	case rule.UsedPath != d.path:
 		return fmt.Sprintf("the rule's path is %q (%s)", rule.UsedPath, rule.Reason)
 	}
 	return ""
@@ -103,7 +121,13 @@ func (d *daemon) lacks(ctx context.Context, path string) string {
 
 // stop ends the daemon and removes what it keeps in the kernel.
 func (d *daemon) stop(ctx context.Context) error {
-	err := d.process.stop()
+	var err error
+	if d.process != nil {
+		err = d.process.stop()
+	}
+	if _, statErr := os.Stat(d.pinDir); errors.Is(statErr, os.ErrNotExist) {
+		return err // it never came to that
+	}
 	unload := exec.CommandContext(ctx, d.program, "unload", "--all")
 	unload.Env = d.env
 	if _, unloadErr := runOn(d.network.relay, unload); unloadErr != nil {

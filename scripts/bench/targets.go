@@ -34,7 +34,7 @@ func of(all []*result, axis, subject string, with setup) *result {
 }
 
 // targets compares the results of a run with what must be reached.
-func targets(all []*result) []target {
+func targets(all []*result, s *survival) []target {
 	outputs := func(subject string, n int) *result {
 		with := everyday
 		with.Outputs = n
@@ -57,7 +57,9 @@ func targets(all []*result) []target {
 		ratio("kernel path, 100,000 rules, full load, to 1 rule", 0.95, fullLoad, rules(100_000), rules(1)),
 		below("kernel path, 100,000 rules: from the start of the daemon until all are active", "s", 3, rules(100_000), func(r *result) float64 { return r.AppliedSeconds }),
 		below("kernel path, 100,000 rules: resident memory of the daemon", "MB", 200, rules(100_000), func(r *result) float64 { return float64(r.ResidentBytes) / 1e6 }),
+		survived(s),
 		addedLatency(kernel, outputs("redirect", 1)),
+		{Figure: "10,000 groups on one interface joined", Want: "under 1 s", Why: "go test -count=1 -v -run TenThousand ./pkg/membership measures it"},
 	}
 }
 
@@ -88,6 +90,20 @@ func below(what, unit string, most float64, r *result, pick func(*result) float6
 		return t
 	}
 	return target{Figure: t.Figure, Want: t.Want, Measured: fmt.Sprintf("%.1f %s", pick(r), unit), Met: pick(r) < most}
+}
+
+// survived is the target of a stream that nothing interrupts.
+func survived(s *survival) target {
+	t := target{Figure: "kernel path, daemon killed (-9) and started again at 500,000 frames/s: packets lost", Want: "0", Why: notInRun}
+	if s == nil {
+		return t
+	}
+	if s.Restarts == 0 {
+		t.Why = fmt.Sprintf("the daemon took longer to come back than it took to send %d frames", s.Sent)
+		return t
+	}
+	measured := fmt.Sprintf("%d of %d, %d restarts, %.0f frames/s", s.Lost, s.Sent, s.Restarts, s.Rate)
+	return target{Figure: t.Figure, Want: t.Want, Measured: measured, Met: s.Lost == 0}
 }
 
 // addedLatency compares the 99th percentiles at the fixed rate.
