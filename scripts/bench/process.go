@@ -87,7 +87,7 @@ func (p *process) until(ctx context.Context, ready func() string) error {
 
 // until waits until lacks, which says what is missing, says nothing.
 func until(ctx context.Context, lacks func() string) error {
-	for deadline := time.Now().Add(patience); ; {
+	for start, deadline := time.Now(), time.Now().Add(patience); ; {
 		what := lacks()
 		if what == "" {
 			return nil
@@ -98,7 +98,8 @@ func until(ctx context.Context, lacks func() string) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(2 * time.Millisecond):
+		// To ask all the time would slow down who is asked.
+		case <-time.After(max(2*time.Millisecond, time.Since(start)/20)):
 		}
 	}
 }
