@@ -1,0 +1,140 @@
+//go:build ignore
+
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/* The source: run by BPF_PROG_RUN on live frames, it writes each frame anew (the
+ * kernel uses a frame's buffer again, with what became of it), and waits in the
+ * kernel until the frame is due. So one call sends at any rate, from a few
+ * thousand frames a second to all that the CPU can make.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+
+#include "tag.h"
+
+/* Set at load. Sums are of 16-bit words as the machine reads them (RFC 1071). */
+const volatile __u64 header[HEADER_LEN / 8] = {}; /* without group, source port and checksums */
+const volatile __u64 ip_sum = 0;		  /* of the IPv4 header without the group */
+const volatile __u64 udp_sum = 0;		  /* of all else that the UDP checksum covers */
+const volatile __u32 first_group = 0;		  /* of flow 0; the machine's byte order */
+const volatile __u32 group_step = 0;		  /* from one flow's group to the next one's */
+const volatile __u16 first_port = 0; /* UDP source port of flow 0; each flow has its own */
+const volatile __u32 first_flow = 0; /* sources share the flows; this one's are */
+const volatile __u32 flow_step = 1;  /* first_flow, first_flow + flow_step, ... */
+const volatile __u32 flows = 1;	     /* below this */
+
+/* Set before a run. */
+__u32 trial = 0;
+__u32 stamped = 0;  /* frames carry the time */
+__u64 limit = 0;    /* frames to send; what is asked for beyond is not sent */
+__u64 interval = 0; /* between frames, in ns / 2^16; 0 sends as fast as it can */
+__u32 batch = 1;    /* frames that are sent at one time */
+
+/* What the run did. */
+__u64 sent = 0;
+__u64 started = 0; /* bpf_ktime_get_ns() at the first frame, */
+__u64 ended = 0;   /* and at the last */
+__u64 waited = 0;  /* ns spent waiting for frames to be due */
+__u64 late = 0;	   /* ns that the last batch was behind its time */
+
+static __u32 flow = 0; /* the next frame's */
+static __u32 seq = 0;
+
+static __u16 fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+struct wait {
+	__u64 due;
+	__u64 now;
+};
+
+static long until(__u32 i, void *ctx)
+{
+	struct wait *w = ctx;
+
+	w->now = bpf_ktime_get_ns();
+	return w->now >= w->due;
+}
+
+/* pace waits until the frame number n is due. */
+static void pace(__u64 n)
+{
+	struct wait w = {.now = bpf_ktime_get_ns()};
+	__u64 before = w.now;
+
+	if (n == 0)
+		started = w.now;
+	w.due = started + (n * interval >> 16);
+	late = 0;
+	if (w.now >= w.due)
+		late = w.now - w.due;
+	else
+		bpf_loop(1 << 23, until, &w, 0);
+	waited += w.now - before;
+	ended = w.now;
+}
+
+/* write fills in the frame of a flow. */
+static void write(void *data, __u32 f, __u32 s)
+{
+	struct tag *tag = data + OFF_TAG;
+	__u32 group = bpf_htonl(first_group + f * group_step);
+	__u16 port = bpf_htons(first_port + f);
+	__u32 now = stamped ? (__u32)bpf_ktime_get_ns() : 0;
+	__u64 *words = data;
+	__u16 check;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < HEADER_LEN / 8; i++)
+		words[i] = header[i];
+	/* The Ethernet address of a group: its low 23 bits (RFC 1112 section 6.4). */
+	*(__u32 *)(data + OFF_MAC_GROUP) = (group & bpf_htonl(0x7fffff)) | bpf_htonl(0x5e000000);
+	*(__u32 *)(data + OFF_IP_DST) = group;
+	*(__u16 *)(data + OFF_UDP_SRC) = port;
+	*(__u16 *)(data + OFF_IP_CHECK) = ~fold(ip_sum + group);
+	check = ~fold(udp_sum + group + port + trial + f + s + now);
+	*(__u16 *)(data + OFF_UDP_CHECK) = check ? check : 0xffff;
+	tag->trial = trial;
+	tag->flow = f;
+	tag->seq = s;
+	tag->stamp = now;
+}
+
+SEC("xdp")
+int source(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data;
+	void *data_end = (void *)(long)ctx->data_end;
+	__u64 n = sent;
+	__u32 f = flow, s = seq;
+
+	if (data + LEAST_FRAME > data_end)
+		return XDP_ABORTED;
+	if (n >= limit)
+		return XDP_DROP;
+	if (n == 0) {
+		f = first_flow;
+		s = 0;
+	}
+	/* Without a rate the clock is read now and then: it costs as much as the frame. */
+	if (n % batch == 0 && (interval || n % 64 == 0))
+		pace(n);
+	write(data, f, s);
+	f += flow_step;
+	if (f >= flows) {
+		f = first_flow;
+		s++;
+	}
+	flow = f;
+	seq = s;
+	sent = n + 1;
+	return XDP_TX;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

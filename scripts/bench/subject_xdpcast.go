@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/control"
+)
+
+// xdpcast is the program under test with all rules on one path.
+func xdpcast(path string) subject {
+	return subject{
+		name: "xdpcast-" + path, what: "xdpcast run, path " + path + ": both MACs, both addresses, port, TTL and both checksums rewritten",
+		rewrites: true,
+		start: func(ctx context.Context, n *network, o options) (*running, error) {
+			return startDaemon(ctx, n, o.program, path)
+		},
+	}
+}
+
+// daemon is a process of `xdpcast run` and where it keeps its things.
+type daemon struct {
+	*process
+	client  *control.Client
+	path    string
+	program string
+	args    []string
+	env     []string
+	pinDir  string
+	network *network
+}
+
+// startDaemon starts a daemon with the rules of the setup and waits until they all
+// are in.
+func startDaemon(ctx context.Context, n *network, program, path string) (_ *running, err error) {
+	socket := filepath.Join(n.dir, "run", "xdpcast.sock")
+	d := &daemon{client: control.NewClient(socket), path: path, program: program, pinDir: filepath.Join(n.dir, "bpf", "xdpcast"), network: n}
+	d.env = append(os.Environ(), "XDPCAST_SOCKET="+socket, "XDPCAST_PIN_DIR="+d.pinDir, "XDPCAST_RUN_DIR="+filepath.Join(n.dir, "run"))
+	config := filepath.Join(n.dir, "rules.yaml")
+	if err := os.WriteFile(config, rulesFile(n, path), 0o644); err != nil {
+		return nil, err
+	}
+	d.args = []string{"run", "--log-level", "warn", "--max-rules", fmt.Sprint(2 * max(n.setup.Rules, 1024)),
+		"--max-outputs", fmt.Sprint(2 * max(n.setup.Rules*n.setup.Outputs, 4096)), "-c", config}
+	started := time.Now()
+	if err := d.begin(ctx); err != nil {
+		return nil, errors.Join(err, d.stop(ctx))
+	}
+	return &running{
+		stop: func() error { return d.stop(context.WithoutCancel(ctx)) }, pids: []int{d.cmd.Process.Pid},
+		kernelMemory: func() (uint64, error) { return pinnedMemory(d.pinDir) }, account: d.account,
+		applied: time.Since(started).Seconds(), restart: d.restart,
+	}, nil
+}
+
+// begin starts the process and waits until its rules are in.
+func (d *daemon) begin(ctx context.Context) (err error) {
+	cmd := exec.Command(d.program, d.args...)
+	cmd.Env = d.env
+	if d.process, err = startProcess(d.network.relay, cmd); err != nil {
+		return err
+	}
+	return d.until(ctx, func() string { return d.lacks(ctx) })
+}
+
+// restart kills the process, which leaves it no time for anything, and starts it
+// again.
+func (d *daemon) restart(ctx context.Context) error {
+	if err := d.cmd.Process.Kill(); err != nil {
+		return fmt.Errorf("kill %s: %w", d.cmd, err)
+	}
+	<-d.exited
+	return d.begin(ctx)
+}
+
+// rulesFile is the configuration of a setup: the flows are spread over the rules.
+func rulesFile(n *network, path string) []byte {
+	var b strings.Builder
+	b.WriteString("rules:\n")
+	for rule := range n.setup.Rules {
+		fmt.Fprintf(&b, "  - {name: r%d, path: %s, in: \"%v:%d%%in\", out: [", rule, path, plus(firstGroup, rule), groupPort)
+		for output := range n.setup.Outputs {
+			if output > 0 {
+				b.WriteString(", ")
+			}
+			fmt.Fprintf(&b, "\"%v:%d%%%s,ttl=8\"", plus(firstOut, output), outPort+output, n.out(output))
+		}
+		b.WriteString("]}\n")
+	}
+	return []byte(b.String())
+}
+
+// lacks says what the daemon has not done yet.
+func (d *daemon) lacks(ctx context.Context) string {
+	status, err := d.client.Status(ctx)
+	switch {
+	case err != nil:
+		return err.Error()
+	case !status.Ready:
+		return "it is not ready"
+	case status.Active != d.network.setup.Rules:
+		return fmt.Sprintf("%d of %d rules are active", status.Active, d.network.setup.Rules)
+	}
+	rule, err := d.client.Rule(ctx, "r0")
+	switch {
+	case err != nil:
+		return err.Error()
+	case rule.UsedPath != d.path:
+		return fmt.Sprintf("the rule's path is %q (%s)", rule.UsedPath, rule.Reason)
+	}
+	return ""
+}
+
+// stop ends the daemon and removes what it keeps in the kernel.
+func (d *daemon) stop(ctx context.Context) error {
+	var err error
+	if d.process != nil {
+		err = d.process.stop()
+	}
+	if _, statErr := os.Stat(d.pinDir); errors.Is(statErr, os.ErrNotExist) {
+		return err // it never came to that
+	}
+	unload := exec.CommandContext(ctx, d.program, "unload", "--all")
+	unload.Env = d.env
+	if _, unloadErr := runOn(d.network.relay, unload); unloadErr != nil {
+		err = errors.Join(err, unloadErr)
+	}
+	// Nothing is mounted where no daemon came so far.
+	if unmountErr := unix.Unmount(filepath.Dir(d.pinDir), 0); unmountErr != nil && !errors.Is(unmountErr, unix.EINVAL) && !errors.Is(unmountErr, unix.ENOENT) {
+		err = errors.Join(err, fmt.Errorf("unmount %s: %w", filepath.Dir(d.pinDir), unmountErr))
+	}
+	return err
+}
+
+// account is what the daemon's counters say. What a device did not take is left out:
+// the kernel's tracepoint tells of all namespaces, and other subjects have interfaces
+// of the same index.
+func (d *daemon) account(ctx context.Context) (a account, err error) {
+	stats, err := d.client.Stats(ctx)
+	if err != nil {
+		return a, err
+	}
+	outputs := uint64(d.network.setup.Outputs)
+	for _, r := range stats.Rules {
+		a.Matched += r.Matched.Packets
+		for _, drop := range r.Drops {
+			a.Dropped += drop.Packets * outputs
+		}
+		for _, out := range r.Outputs {
+			a.Sent += out.Sent.Packets
+			for _, drop := range out.Drops {
+				a.Dropped += drop.Packets
+			}
+		}
+	}
+	return a, nil
+}

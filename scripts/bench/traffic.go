@@ -1,0 +1,143 @@
+package main
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	"xdpcast/pkg/packet"
+)
+
+// setup is what a subject is measured with.
+type setup struct {
+	Outputs int `json:"outputs"`
+	// Frame is the length of an Ethernet frame in bytes, without the frame check
+	// sequence, which a veth does not have.
+	Frame int `json:"frame_bytes"`
+	Rules int `json:"rules"`
+	Flows int `json:"flows"`
+	// Queues is the number of receive queues of the relay's input, each fed by a CPU.
+	Queues int `json:"queues"`
+}
+
+func (s setup) String() string {
+	return fmt.Sprintf("%d outputs, %d bytes, %d rules, %d flows, %d queues", s.Outputs, s.Frame, s.Rules, s.Flows, s.Queues)
+}
+
+// Limits of bpf/tag.h, and of what the addresses below have room for.
+const (
+	maxOutputs = 64
+	maxFlows   = 4096
+	maxRules   = 1 << 17
+	// leastFrame holds the headers and the tag.
+	leastFrame = 58
+	mostFrame  = 9000
+)
+
+// Addresses of the traffic. Rule n listens to the group firstGroup + n, and sends to
+// firstOut + slot.
+const (
+	groupPort = 5000
+	outPort   = 6000
+	flowPort  = 10000
+	headerLen = 40
+)
+
+var (
+	sourceAddr = netip.AddrFrom4([4]byte{10, 0, 0, 1})
+	firstGroup = netip.AddrFrom4([4]byte{239, 16, 0, 0})
+	firstOut   = netip.AddrFrom4([4]byte{239, 200, 0, 0})
+)
+
+// plus returns the IPv4 address that is n after a.
+func plus(a netip.Addr, n int) netip.Addr {
+	b := a.As4()
+	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+uint32(n))
+	return netip.AddrFrom4(b)
+}
+
+func number(a netip.Addr) uint32 {
+	b := a.As4()
+	return binary.BigEndian.Uint32(b[:])
+}
+
+// groupStep is how far the groups of two flows are apart: the flows are spread over
+// all rules, or share the one there is.
+func (s setup) groupStep() int {
+	if s.Rules < s.Flows {
+		return 0
+	}
+	return s.Rules / s.Flows
+}
+
+// check says what is wrong with a setup.
+func (s setup) check() error {
+	switch {
+	case s.Outputs < 1 || s.Outputs > maxOutputs:
+		return fmt.Errorf("outputs %d: want 1 to %d", s.Outputs, maxOutputs)
+	case s.Frame < leastFrame || s.Frame > mostFrame:
+		return fmt.Errorf("frame of %d bytes: want %d to %d", s.Frame, leastFrame, mostFrame)
+	case s.Rules < 1 || s.Rules > maxRules:
+		return fmt.Errorf("rules %d: want 1 to %d", s.Rules, maxRules)
+	case s.Flows < 1 || s.Flows > maxFlows:
+		return fmt.Errorf("flows %d: want 1 to %d", s.Flows, maxFlows)
+	case s.Rules > 1 && s.Rules < s.Flows:
+		return fmt.Errorf("%d flows over %d rules: want one rule, or at least as many as flows", s.Flows, s.Rules)
+	case s.Queues < 1 || s.Queues > s.Flows:
+		return fmt.Errorf("queues %d: want 1 to as many as flows (%d)", s.Queues, s.Flows)
+	}
+	return nil
+}
+
+// template is a frame of flow 0 and group 0 with an empty tag.
+func (s setup) template() []byte {
+	return packet.Frame{
+		DstMAC: packet.MulticastMAC(firstGroup), SrcMAC: [6]byte{2, 0, 0, 0, 0, 1},
+		Src: sourceAddr, Dst: firstGroup, DstPort: groupPort, TTL: 16, Payload: make([]byte, s.Frame-42),
+	}.Build()
+}
+
+// header is the template as the source program has it: without what it fills in,
+// and with sums of the rest for the checksums.
+type header struct {
+	words         [headerLen / 8]uint64
+	ipSum, udpSum uint64
+}
+
+func newHeader(frame []byte) (h header) {
+	const ip, udp, dst = 14, 34, 30
+	f := append([]byte{}, frame...)
+	copy(f[2:6], []byte{0, 0, 0, 0})       // of the group's MAC
+	copy(f[24:26], []byte{0, 0})           // IPv4 checksum
+	copy(f[dst:dst+4], []byte{0, 0, 0, 0}) // group
+	copy(f[udp:udp+2], []byte{0, 0})       // source port
+	copy(f[40:42], []byte{0, 0})           // UDP checksum
+	for i := range h.words {
+		h.words[i] = binary.NativeEndian.Uint64(f[i*8:])
+	}
+	h.ipSum = sum(f[ip:udp])
+	// The pseudo header: source, group (added later), protocol, length (RFC 768).
+	pseudo := []byte{0, 17, f[38], f[39]}
+	h.udpSum = sum(f[26:dst]) + sum(pseudo) + sum(f[udp:])
+	return h
+}
+
+// sum adds 16-bit words in the machine's byte order, the last one filled up with
+// zero (RFC 1071).
+func sum(b []byte) (s uint64) {
+	for ; len(b) > 1; b = b[2:] {
+		s += uint64(binary.NativeEndian.Uint16(b))
+	}
+	if len(b) == 1 {
+		s += uint64(binary.NativeEndian.Uint16([]byte{b[0], 0}))
+	}
+	return s
+}
+
+// checksum is the complement of a sum, folded (RFC 1071).
+func checksum(s uint64) uint16 {
+	for s>>16 != 0 {
+		s = s&0xffff + s>>16
+	}
+	return ^uint16(s)
+}

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// bench is a subject in its network, ready for trials.
+type bench struct {
+	subject subject
+	network *network
+	running *running
+	trials  uint32
+	// Of all trials.
+	frames, copies uint64
+}
+
+// newBench makes the network and starts the subject. The caller closes it.
+func newBench(ctx context.Context, s subject, with setup, o options) (*bench, error) {
+	n, err := newNetwork(with, s.rewrites, s.direct)
+	if err != nil {
+		return nil, err
+	}
+	b := &bench{subject: s, network: n}
+	r, err := s.start(ctx, n, o)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start %s: %w", s.name, err), n.close())
+	}
+	b.running = r
+	n.cleanup.add(r.stop)
+	return b, nil
+}
+
+func (b *bench) close() error { return b.network.close() }
+
+// trialPlan is what a trial is to do.
+type trialPlan struct {
+	frames int
+	rate   float64 // frames a second; 0 sends as fast as it can
+	timed  bool    // frames carry the time, and their order is checked
+}
+
+// trial is what came of it.
+type trial struct {
+	sent
+	arrived
+	wanted uint64 // copies
+	// busy is what all CPUs spent working until everything had arrived, and stolen
+	// what a hypervisor withheld.
+	busy, stolen time.Duration
+}
+
+func (t trial) lost() int64 { return int64(t.wanted) - int64(t.packets) }
+
+func (t trial) lossRatio() float64 { return float64(t.lost()) / float64(t.wanted) }
+
+// took is the time from the first frame sent to the last one sent or received.
+func (t trial) took() time.Duration { return time.Duration(max(t.ended, t.last) - t.started) }
+
+// drained is how long after the last frame was sent the last copy came.
+func (t trial) drained() time.Duration { return t.took() - time.Duration(t.ended-t.started) }
+
+// copies is how many arrived a second.
+func (t trial) copies() float64 { return float64(t.packets) / t.took().Seconds() }
+
+// cpuSeconds is the processor time of a million copies: of all that the machine
+// did, but for the source's waiting and setting up.
+func (t trial) cpuSeconds() float64 {
+	return max(t.busy-t.waited-t.setUp, 0).Seconds() / float64(max(t.packets, 1)) * 1e6
+}
+
+// burst is the longest time of frames that the source sends at once when it sends at
+// a rate, as long as they are several.
+const burst = 8 * time.Microsecond
+
+// run does a trial. Everything that arrives must be what was sent: an address that
+// no output has, a frame twice or of another trial is an error, not a loss.
+func (b *bench) run(ctx context.Context, p trialPlan) (t trial, err error) {
+	b.trials++
+	send := plan{trial: b.trials, frames: p.frames, rate: p.rate, batch: b.network.batch(), stamped: p.timed}
+	if p.rate > 0 {
+		send.batch = max(1, min(send.batch, int(p.rate*burst.Seconds())))
+	}
+	n := b.network
+	// Copies that are not rewritten cannot be told apart where they share a sink.
+	ordered := p.timed && (b.subject.rewrites || n.setup.Outputs <= mostSinks)
+	if err := n.sinks.expect(b.trials, ordered, p.timed); err != nil {
+		return t, err
+	}
+	before, err := readCPU()
+	if err != nil {
+		return t, err
+	}
+	if t.sent, err = n.source.send(ctx, send); err != nil {
+		return t, err
+	}
+	t.wanted = t.frames * uint64(n.setup.Outputs)
+	if err := n.settle(ctx, t.wanted); err != nil {
+		return t, err
+	}
+	after, err := readCPU()
+	if err != nil {
+		return t, err
+	}
+	t.busy, t.stolen = after.busy-before.busy, after.stolen-before.stolen
+	if t.arrived, err = n.sinks.read(n.setup.Outputs); err != nil {
+		return t, err
+	}
+	b.frames += t.frames
+	b.copies += t.packets
+	return t, t.check()
+}
+
+// errAddress: what arrived was not addressed as any output's copies are.
+var errAddress = errors.New("a destination that no output has")
+
+// check says what must never be.
+func (t trial) check() error {
+	switch {
+	case t.frames == 0:
+		return errors.New("the source sent nothing")
+	case t.packets > t.wanted:
+		return fmt.Errorf("%d copies arrived of %d", t.packets, t.wanted)
+	case t.address > 0:
+		return fmt.Errorf("%d copies: %w", t.address, errAddress)
+	}
+	return nil
+}
+
+// settle waits until all copies have arrived, or no more do.
+func (n *network) settle(ctx context.Context, wanted uint64) error {
+	const quiet = 60 * time.Millisecond
+	last, since := uint64(0), time.Now()
+	for {
+		now, err := n.sinks.packets(n.setup.Outputs)
+		if err != nil || now == wanted {
+			return err
+		}
+		if now != last {
+			last, since = now, time.Now()
+		}
+		if time.Since(since) > quiet {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
