@@ -41,6 +41,29 @@ func (d *dropCounters) addTo(sum map[loader.Reason]loader.Counter) {
 	}
 }
 
+// perWorker are the counters of each worker, made with the first packet that it counts:
+// of the workers that there could be, few serve a rule.
+type perWorker[C any] []atomic.Pointer[C]
+
+// of returns the counters of a worker, to that worker alone.
+func (p perWorker[C]) of(worker int) *C {
+	if c := p[worker].Load(); c != nil {
+		return c
+	}
+	c := new(C)
+	p[worker].Store(c)
+	return c
+}
+
+// all are the counters that there are, for anybody to read.
+func (p perWorker[C]) all(yield func(*C) bool) {
+	for i := range p {
+		if c := p[i].Load(); c != nil && !yield(c) {
+			return
+		}
+	}
+}
+
 // ruleCounters are one worker's for one rule.
 type ruleCounters struct {
 	matched  counter

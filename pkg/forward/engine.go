@@ -180,7 +180,7 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 }
 
 func (e *Engine) match(r *Rule, at int64, length int) *ruleCounters {
-	counts := &r.counts[e.worker]
+	counts := r.counts.of(e.worker)
 	counts.matched.add(1, uint64(length))
 	counts.lastSeen.Store(at)
 	return counts
@@ -209,7 +209,7 @@ func (e *Engine) refuses(r *Rule, frame []byte, h *packet.Headers, at int64, len
 func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, at int64, length int) {
 	for slot := range r.out {
 		o := &r.out[slot]
-		counts := &o.counts[e.worker]
+		counts := o.counts.of(e.worker)
 		if reason, ok := e.copy(o, counts, frame, h, at, length); !ok {
 			counts.drops[reason].add(1, uint64(length))
 		}

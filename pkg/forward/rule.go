@@ -10,7 +10,7 @@ type Rule struct {
 	rule    loader.Rule
 	unicast bool
 	policer *policer
-	counts  []ruleCounters // by worker
+	counts  perWorker[ruleCounters]
 	out     []output
 }
 
@@ -21,7 +21,7 @@ type output struct {
 	loader.Output
 	device  int // place in Table.devices; -1 while there is none
 	policer *policer
-	counts  []outputCounters // by worker
+	counts  perWorker[outputCounters]
 }
 
 // newRule makes a rule; old is the one with the same name in the table before, or
@@ -36,14 +36,14 @@ func newRule(r loader.Rule, old *Rule, workers int) *Rule {
 			n.policer = old.policer
 		}
 	} else {
-		n.counts = make([]ruleCounters, workers)
+		n.counts = make(perWorker[ruleCounters], workers)
 	}
 	n.out = make([]output, len(r.Out))
 	for slot := range n.out {
 		o := &n.out[slot]
 		*o = output{Output: n.rule.Out[slot], device: -1, policer: newPolicer(r.Out[slot].Rate)}
 		if !goesOn {
-			o.counts = make([]outputCounters, workers)
+			o.counts = make(perWorker[outputCounters], workers)
 			continue
 		}
 		before := &old.out[slot]

@@ -325,8 +325,7 @@ func (s *Set) Stats(names []string) []loader.RuleStats {
 func (r *Rule) stats(now int64) loader.RuleStats {
 	s := loader.RuleStats{Name: r.rule.Name, LastSeen: -1, Drops: map[loader.Reason]loader.Counter{}}
 	var last int64
-	for i := range r.counts {
-		c := &r.counts[i]
+	for c := range r.counts.all {
 		c.matched.addTo(&s.Matched)
 		c.drops.addTo(s.Drops)
 		last = max(last, c.lastSeen.Load())
@@ -337,9 +336,9 @@ func (r *Rule) stats(now int64) loader.RuleStats {
 	for slot := range r.out {
 		o := &r.out[slot]
 		out := loader.OutputStats{Rule: o.Output, Drops: map[loader.Reason]loader.Counter{}}
-		for i := range o.counts {
-			o.counts[i].sent.addTo(&out.Sent)
-			o.counts[i].drops.addTo(out.Drops)
+		for c := range o.counts.all {
+			c.sent.addTo(&out.Sent)
+			c.drops.addTo(out.Drops)
 		}
 		s.Outputs = append(s.Outputs, out)
 	}
