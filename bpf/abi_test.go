@@ -241,7 +241,7 @@ func TestEnums(t *testing.T) {
 
 func TestMacros(t *testing.T) {
 	define := regexp.MustCompile(`(?m)^#define (XDPCAST_\w+)\s+(\S+)`)
-	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen, "XDPCAST_MAX_QUEUES": MaxQueues, "XDPCAST_MAX_STEERED": MaxSteered}
+	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen, "XDPCAST_MAX_QUEUES": MaxQueues, "XDPCAST_MAX_STEERED": MaxSteered, "XDPCAST_GUESSES": Guesses}
 	got := map[string]int{}
 	for _, m := range define.FindAllStringSubmatch(readFile(t, "include/abi.h"), -1) {
 		value, err := strconv.Atoi(m[2])

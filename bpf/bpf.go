@@ -16,6 +16,8 @@ const (
 	Schema = 3
 	// MaxQueues is the most queues of an interface that can have AF_XDP sockets.
 	MaxQueues = 64
+	// Guesses is the size of the map guesses.
+	Guesses = 4096
 	// MaxSteered is the most CPUs that packets are steered to.
 	MaxSteered = 64
 	// MaxSlots is the most outputs that a rule can have.

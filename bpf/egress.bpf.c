@@ -19,7 +19,7 @@
 #define SEARCH_STEPS 7
 
 /* The first of n copies, sorted by interface, that is not below the interface. */
-static __always_inline __u32 lower_bound(__u32 first, __u32 n, __u32 ifindex)
+static __noinline __u32 lower_bound(__u32 first, __u32 n, __u32 ifindex)
 {
 	__u32 low = 0, high = n;
 	int i;
@@ -39,13 +39,45 @@ static __always_inline __u32 lower_bound(__u32 first, __u32 n, __u32 ifindex)
 	return low;
 }
 
+static __always_inline bool is_first_on(const struct copy *copy, __u32 ifindex)
+{
+	return copy && copy->ifindex == ifindex && copy->same;
+}
+
+/* The first copy of the rule for the interface. It is where it was the last time, which a
+ * look at it proves: only then is there no need to search.
+ */
+static __always_inline struct copy *find_copy(const struct handover *from, __u32 ifindex,
+					      __u32 *index)
+{
+	__u32 first = from->first_output, at = (first + ifindex) & (XDPCAST_GUESSES - 1);
+	__u32 *guess = bpf_map_lookup_elem(&guesses, &at);
+	struct copy *copy;
+
+	if (guess) {
+		*index = *guess;
+		if (*index - first < from->outputs) {
+			copy = bpf_map_lookup_elem(&copies, index);
+			if (is_first_on(copy, ifindex))
+				return copy;
+		}
+	}
+	*index = first + lower_bound(first, from->outputs, ifindex);
+	copy = bpf_map_lookup_elem(&copies, index);
+	if (!is_first_on(copy, ifindex))
+		return NULL;
+	if (guess)
+		*guess = *index;
+	return copy;
+}
+
 /* The output that this copy is for; NULL when the maps contradict each other. */
 static __always_inline struct output *find_output(const struct handover *from, __u32 ifindex)
 {
-	__u32 index = from->first_output + lower_bound(from->first_output, from->outputs, ifindex);
-	struct copy *copy = bpf_map_lookup_elem(&copies, &index);
+	__u32 index;
+	struct copy *copy = find_copy(from, ifindex, &index);
 
-	if (!copy || copy->ifindex != ifindex)
+	if (!copy)
 		return NULL;
 	if (copy->same > 1) {
 		struct turn *turn = bpf_map_lookup_elem(&turns, &index);
@@ -90,14 +122,15 @@ int egress(struct xdp_md *ctx)
 	__u32 bytes = data_end - data;
 	struct handover from;
 	struct output *o;
-	__u32 reason;
+	__u32 ifindex, reason;
 
 	if (data + sizeof(from) > data_end)
 		return XDP_PASS;
-	__builtin_memcpy(&from, data, sizeof(from));
+	from = *(const struct handover *)data;
 	if (from.mark != HANDOVER_MARK)
 		return XDP_PASS; /* of a rule with one output: rewritten already */
-	o = find_output(&from, ctx->egress_ifindex);
+	ifindex = ctx->egress_ifindex;
+	o = find_output(&from, ifindex);
 	if (!o)
 		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
 	if (!(o->flags & OUTPUT_READY))

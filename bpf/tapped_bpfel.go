@@ -25,6 +25,7 @@ const (
 	TappedMapFlowTables6        = "flow_tables6"
 	TappedMapFragmentStats      = "fragment_stats"
 	TappedMapFragments          = "fragments"
+	TappedMapGuesses            = "guesses"
 	TappedMapKept               = "kept"
 	TappedMapOutputStats        = "output_stats"
 	TappedMapOutputs            = "outputs"
@@ -118,6 +119,7 @@ type TappedMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
@@ -187,6 +189,7 @@ type TappedMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
@@ -215,6 +218,7 @@ func (m *TappedMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.Guesses,
 		m.Kept,
 		m.OutputStats,
 		m.Outputs,

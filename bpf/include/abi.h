@@ -12,6 +12,7 @@
 #define XDPCAST_SCHEMA 3
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
+#define XDPCAST_GUESSES 4096   /* a power of two */
 #define XDPCAST_MAX_QUEUES 64  /* of an interface, for AF_XDP */
 #define XDPCAST_MAX_STEERED 64 /* CPUs that packets are steered to; a power of two */
 

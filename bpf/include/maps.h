@@ -203,6 +203,16 @@ struct {
 	__type(value, struct copy);
 } copies SEC(".maps");
 
+/* guesses: where the egress program last found the copy for an interface. CPUs share it:
+ * a guess is checked before it is used, and may be anything.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, XDPCAST_GUESSES);
+	__type(key, __u32);
+	__type(value, __u32);
+} guesses SEC(".maps");
+
 /* turns: first output + first position of an interface -> which of several outputs
  * on it is next. Size: load.
  */

@@ -40,6 +40,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapPorts:         &m.Ports,
 		bpf.RelayMapFanout:        &m.Fanout,
 		bpf.RelayMapCopies:        &m.Copies,
+		bpf.RelayMapGuesses:       &m.Guesses,
 		bpf.RelayMapTurns:         &m.Turns,
 		bpf.RelayMapRuleStats:     &m.RuleStats,
 		bpf.RelayMapOutputStats:   &m.OutputStats,

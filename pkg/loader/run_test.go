@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
-	"strings"
 	"testing"
 	"time"
 
@@ -93,11 +92,18 @@ func plainEgress(t testing.TB, m *mapSet) *ebpf.Program {
 	}
 	const ingressOffset, egressOffset = 12, 20
 	program, changed := spec.Programs[bpf.EgressProgEgress], 0
+	context := map[asm.Register]bool{asm.R1: true} // what holds the context, in the straight code at the beginning
 	for i := range program.Instructions {
 		ins := &program.Instructions[i]
-		if ins.OpCode == asm.LoadMemOp(asm.Word) && ins.Offset == egressOffset && ins.Source() != nil && strings.Contains(ins.Source().String(), "egress_ifindex") {
+		if ins.OpCode == asm.LoadMemOp(asm.Word) && ins.Offset == egressOffset && context[ins.Src] {
 			ins.Offset = ingressOffset
 			changed++
+		}
+		if ins.IsBuiltinCall() || changed > 0 {
+			break
+		}
+		if class := ins.OpCode.Class(); class.IsLoad() || class.IsALU() {
+			context[ins.Dst] = ins.OpCode == asm.Mov.Reg(ins.Dst, ins.Src).OpCode && context[ins.Src]
 		}
 	}
 	if changed != 1 {
