@@ -163,7 +163,7 @@ func (r *report) writeMemory(b *bytes.Buffer) {
 		t.add(row...)
 	}
 	if len(t) > 1 {
-		b.WriteString("\n## Memory and accounts\n\nCopies of all trials, and what the subject says of those that were lost. Not accounted for is\nwhat was lost where the subject does not count: in full rings of sockets and veths.\n\n")
+		b.WriteString("\n## Memory and accounts\n\nCopies of all trials, and what the subject says of those that were lost. Not accounted for is\nwhat was lost where the subject does not count: in rings of the kernel.\n\n")
 		t.write(b)
 	}
 }

@@ -140,15 +140,17 @@ func (d *daemon) stop(ctx context.Context) error {
 	return err
 }
 
-// account is what the daemon's counters say. What a device did not take is left out:
-// the kernel's tracepoint tells of all namespaces, and other subjects have interfaces
-// of the same index.
+// account is what the daemon's counters say: a packet that never came to a worker misses
+// every output.
 func (d *daemon) account(ctx context.Context) (a account, err error) {
 	stats, err := d.client.Stats(ctx)
 	if err != nil {
 		return a, err
 	}
 	outputs := uint64(d.network.setup.Outputs)
+	for _, drop := range stats.ReceiveDrops {
+		a.Dropped += drop.Packets * outputs
+	}
 	for _, r := range stats.Rules {
 		a.Matched += r.Matched.Packets
 		for _, drop := range r.Drops {
@@ -160,6 +162,11 @@ func (d *daemon) account(ctx context.Context) (a account, err error) {
 				a.Dropped += drop.Packets
 			}
 		}
+	}
+	// Counted as sent, too: the program had done its part.
+	for _, drop := range stats.TransmitDrops {
+		a.Sent -= min(a.Sent, drop.Packets)
+		a.Dropped += drop.Packets
 	}
 	return a, nil
 }
