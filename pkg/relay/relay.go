@@ -247,6 +247,9 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	r.warnUnless(aboutNeighbours, r.hops.adopt())
 	r.allDirty, r.unsynced = true, true
 	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
+	if len(r.rules) >= manyEdits {
+		r.tidyUp()
+	}
 	r.ready = true
 	if ready != nil {
 		ready()
