@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+
+	"xdpcast/internal/labtest"
 )
 
 // budget is what the verifier may find in one program.
@@ -27,10 +29,7 @@ type budget struct {
 // that needs more raises the budget with it, where a reviewer sees it.
 func TestVerifierBudget(t *testing.T) {
 	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root to load programs")
-		}
-		t.Skip("needs root to load programs")
+		labtest.Lacking(t, "needs root to load programs")
 	}
 	var budgets map[string]budget
 	if err := json.Unmarshal([]byte(readFile(t, "testdata/verifier_budget.json")), &budgets); err != nil {

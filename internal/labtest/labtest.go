@@ -40,15 +40,20 @@ func Do(t testing.TB, h *lab.Host, fn func() error) {
 	}
 }
 
-// RequireRoot skips the test for a user who cannot make namespaces. Where the
-// variable CI is set it fails instead, so that the skip cannot last.
+// RequireRoot skips the test for a user who cannot make namespaces.
 func RequireRoot(t testing.TB) {
 	t.Helper()
-	if os.Geteuid() == 0 {
-		return
+	if os.Geteuid() != 0 {
+		Lacking(t, "needs root to make network namespaces")
 	}
+}
+
+// Lacking skips the test for what the machine lacks. Where the variable CI is set it
+// fails instead, so that the skip cannot last.
+func Lacking(t testing.TB, what string) {
+	t.Helper()
 	if os.Getenv("CI") != "" {
-		t.Fatal("needs root to make network namespaces")
+		t.Fatal(what)
 	}
-	t.Skip("needs root to make network namespaces")
+	t.Skip(what)
 }

@@ -35,7 +35,7 @@ func cpusOf(t testing.TB) []int {
 		}
 	}
 	if len(cpus) < 2 {
-		t.Skip("needs two CPUs, an even and an odd one")
+		labtest.Lacking(t, "needs two CPUs, an even and an odd one")
 	}
 	return cpus
 }

@@ -3,7 +3,6 @@ package loader
 import (
 	"bytes"
 	"encoding/json"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -11,16 +10,14 @@ import (
 	"testing"
 
 	"xdpcast/bpf"
+	"xdpcast/internal/labtest"
 )
 
 // People look at the maps with bpftool: it prints the names of fields, and
 // addresses byte by byte.
 func TestBpftoolShowsRules(t *testing.T) {
 	if _, err := exec.LookPath("bpftool"); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("bpftool is missing")
-		}
-		t.Skip("bpftool is missing")
+		labtest.Lacking(t, "bpftool is missing")
 	}
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))

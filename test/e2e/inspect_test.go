@@ -2,12 +2,12 @@ package e2e_test
 
 import (
 	"encoding/json"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/pkg/traffic"
 )
 
@@ -15,10 +15,7 @@ import (
 func TestBpftool(t *testing.T) {
 	bpftool, err := exec.LookPath("bpftool")
 	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("bpftool is missing")
-		}
-		t.Skip("bpftool is missing")
+		labtest.Lacking(t, "bpftool is missing")
 	}
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
