@@ -7,6 +7,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/genl"
 )
 
 // The netdev generic netlink family: include/uapi/linux/netdev.h, Linux 6.3.
@@ -34,28 +36,18 @@ type Features struct {
 
 // DeviceFeatures asks the kernel for the XDP features of an interface.
 func DeviceFeatures(index int) (Features, error) {
-	family, err := familyID(netdevFamily)
+	family, err := genl.Find(netdevFamily)
 	if errors.Is(err, unix.ENOENT) {
 		return Features{}, nil
 	}
 	if err != nil {
-		return Features{}, fmt.Errorf("find netlink family %s: %w", netdevFamily, err)
+		return Features{}, err
 	}
-	req := nl.NewNetlinkRequest(int(family), 0)
-	req.AddData(genlHeader{netdevCmdDevGet, netdevVersion})
-	req.AddData(nl.NewRtAttr(netdevAttrIfindex, nl.Uint32Attr(uint32(index))))
-	messages, err := req.Execute(unix.NETLINK_GENERIC, 0)
+	answers, err := genl.Ask(family.ID, genl.Header{Command: netdevCmdDevGet, Version: netdevVersion}, nl.NewRtAttr(netdevAttrIfindex, nl.Uint32Attr(uint32(index))))
 	if err != nil {
 		return Features{}, fmt.Errorf("xdp features of interface with index %d: %w", index, err)
 	}
-	for _, m := range messages {
-		if len(m) < genlHeaderLen {
-			continue
-		}
-		attrs, err := nl.ParseRouteAttr(m[genlHeaderLen:])
-		if err != nil {
-			return Features{}, fmt.Errorf("xdp features of interface with index %d: %w", index, err)
-		}
+	for _, attrs := range answers {
 		for _, a := range attrs {
 			if a.Attr.Type&nl.NLA_TYPE_MASK == netdevAttrXDPFeatures && len(a.Value) >= 8 {
 				bits := binary.NativeEndian.Uint64(a.Value)
@@ -65,39 +57,3 @@ func DeviceFeatures(index int) (Features, error) {
 	}
 	return Features{}, nil
 }
-
-// familyID asks for the number of a generic netlink family; ENOENT when the kernel
-// has it not. The library's own function reads two bytes beyond its header.
-func familyID(name string) (uint16, error) {
-	req := nl.NewNetlinkRequest(nl.GENL_ID_CTRL, 0)
-	req.AddData(genlHeader{nl.GENL_CTRL_CMD_GETFAMILY, nl.GENL_CTRL_VERSION})
-	req.AddData(nl.NewRtAttr(nl.GENL_CTRL_ATTR_FAMILY_NAME, nl.ZeroTerminated(name)))
-	messages, err := req.Execute(unix.NETLINK_GENERIC, 0)
-	if err != nil {
-		return 0, err
-	}
-	for _, m := range messages {
-		if len(m) < genlHeaderLen {
-			continue
-		}
-		attrs, err := nl.ParseRouteAttr(m[genlHeaderLen:])
-		if err != nil {
-			return 0, err
-		}
-		for _, a := range attrs {
-			if a.Attr.Type&nl.NLA_TYPE_MASK == nl.GENL_CTRL_ATTR_FAMILY_ID && len(a.Value) >= 2 {
-				return binary.NativeEndian.Uint16(a.Value), nil
-			}
-		}
-	}
-	return 0, errors.New("the answer names no family")
-}
-
-const genlHeaderLen = 4
-
-// genlHeader is struct genlmsghdr; the library's own leaves its last two bytes
-// unset, which this family refuses.
-type genlHeader struct{ command, version byte }
-
-func (h genlHeader) Len() int          { return genlHeaderLen }
-func (h genlHeader) Serialize() []byte { return []byte{h.command, h.version, 0, 0} }

@@ -23,10 +23,11 @@ var allowed = map[string][]string{
 	"pkg/rules":        {},
 	"pkg/traffic":      {},
 	"pkg/membership":   {"pkg/rules"},
-	"pkg/loader":       {"bpf", "pkg/packet", "pkg/rules"},
+	"pkg/loader":       {"bpf", "internal/genl", "pkg/packet", "pkg/rules"},
 	"pkg/control":      {"pkg/rules"},
 	"pkg/forward":      {"bpf", "pkg/fanout", "pkg/loader", "pkg/packet", "pkg/xsk"},
-	"pkg/relay":        {"bpf", "pkg/control", "pkg/fanout", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/packet", "pkg/rules"},
+	"pkg/relay":        {"bpf", "internal/genl", "pkg/control", "pkg/fanout", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/packet", "pkg/rules"},
+	"internal/genl":    {},
 	"internal/lab":     {},
 	"internal/labtest": {"internal/lab"},
 }
