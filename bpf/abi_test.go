@@ -38,6 +38,7 @@ var abiStructs = map[string]reflect.Type{
 	"querier_key":    reflect.TypeFor[RelayQuerierKey](),
 	"rule":           reflect.TypeFor[RelayRule](),
 	"rule_stats":     reflect.TypeFor[RelayRuleStats](),
+	"shortcut":       reflect.TypeFor[RelayShortcut](),
 	"turn":           reflect.TypeFor[RelayTurn](),
 }
 

@@ -39,6 +39,7 @@ const (
 	EgressMapRuleDrops          = "rule_drops"
 	EgressMapRuleStats          = "rule_stats"
 	EgressMapRules              = "rules"
+	EgressMapShortcuts          = "shortcuts"
 	EgressMapTurns              = "turns"
 	EgressMapXsks               = "xsks"
 	EgressProgEgress            = "egress"
@@ -131,6 +132,7 @@ type EgressMapSpecs struct {
 	RuleDrops     *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
+	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
@@ -199,6 +201,7 @@ type EgressMaps struct {
 	RuleDrops     *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
+	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
@@ -228,6 +231,7 @@ func (m *EgressMaps) Close() error {
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,
+		m.Shortcuts,
 		m.Turns,
 		m.Xsks,
 	)

@@ -177,8 +177,7 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 	} else {
 		port = bpf_ntohs(h->udp->dest);
 	}
-	return ip4 ? lookup4(ifindex, h, port, cfg->lookup4)
-		   : lookup6(ifindex, h, port, cfg->lookup6);
+	return ip4 ? lookup4(cfg, ifindex, h, port) : lookup6(cfg, ifindex, h, port);
 }
 
 /* What is no whole UDP packet is for the stack; queries are counted on the way.

@@ -32,17 +32,17 @@ type RelayBpfDevmapVal struct {
 }
 
 type RelayConfig struct {
-	_           structs.HostLayout
-	Schema      uint32
-	Lookup4     uint16
-	Lookup6     uint16
-	NetnsCookie uint64
-	MaxRules    uint32
-	MaxOutputs  uint32
-	Own         [4]uint64
-	Steered     uint32
-	Cpu         [64]uint16
-	Pad         uint32
+	_             structs.HostLayout
+	Schema        uint32
+	Lookup4       uint16
+	Lookup6       uint16
+	NetnsCookie   uint64
+	MaxRules      uint32
+	MaxOutputs    uint32
+	Own           [4]uint64
+	Steered       uint32
+	Cpu           [64]uint16
+	ShortcutShift uint32
 }
 
 type RelayCopy struct {
@@ -316,6 +316,23 @@ type RelayRuleStats struct {
 	LastSeenNs uint64
 }
 
+type RelayShortcut struct {
+	_         structs.HostLayout
+	Flow      RelayFlow
+	Ifindex   uint32
+	Vlan      uint16
+	OuterVlan uint16
+	Port      uint16
+	Family    uint8
+	Pad       uint8
+	Group     [4]uint8
+	Source    [4]uint8
+	Reserved  [12]uint8
+	Group6    [16]uint8
+	Source6   [16]uint8
+	Reserved6 [32]uint8
+}
+
 type RelayTtlMode uint32
 
 const (
@@ -365,6 +382,7 @@ const (
 	RelayMapRuleDrops          = "rule_drops"
 	RelayMapRuleStats          = "rule_stats"
 	RelayMapRules              = "rules"
+	RelayMapShortcuts          = "shortcuts"
 	RelayMapTurns              = "turns"
 	RelayMapXsks               = "xsks"
 	RelayProgRelay             = "relay"
@@ -458,6 +476,7 @@ type RelayMapSpecs struct {
 	RuleDrops     *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
+	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
@@ -527,6 +546,7 @@ type RelayMaps struct {
 	RuleDrops     *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
+	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
@@ -556,6 +576,7 @@ func (m *RelayMaps) Close() error {
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,
+		m.Shortcuts,
 		m.Turns,
 		m.Xsks,
 	)

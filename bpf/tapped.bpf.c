@@ -92,8 +92,7 @@ static __always_inline bool ours(struct __sk_buff *skb, struct headers *h, bool 
 	port = h->udp ? bpf_ntohs(h->udp->dest) : fragment_port(ifindex, h, ip4);
 	if (!port && !h->udp)
 		return false;
-	flow = ip4 ? lookup4(ifindex, h, port, cfg->lookup4)
-		   : lookup6(ifindex, h, port, cfg->lookup6);
+	flow = ip4 ? lookup4(cfg, ifindex, h, port) : lookup6(cfg, ifindex, h, port);
 	if (!flow || flow->path != PATH_FANOUT)
 		return false;
 	if ((__u64)h->l3_offset + h->l3_len > skb->len)

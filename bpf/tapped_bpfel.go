@@ -39,6 +39,7 @@ const (
 	TappedMapRuleDrops          = "rule_drops"
 	TappedMapRuleStats          = "rule_stats"
 	TappedMapRules              = "rules"
+	TappedMapShortcuts          = "shortcuts"
 	TappedMapTurns              = "turns"
 	TappedMapXsks               = "xsks"
 	TappedProgTapped            = "tapped"
@@ -133,6 +134,7 @@ type TappedMapSpecs struct {
 	RuleDrops     *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
+	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
@@ -203,6 +205,7 @@ type TappedMaps struct {
 	RuleDrops     *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
+	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
@@ -232,6 +235,7 @@ func (m *TappedMaps) Close() error {
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,
+		m.Shortcuts,
 		m.Turns,
 		m.Xsks,
 	)

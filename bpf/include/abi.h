@@ -9,7 +9,7 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 3
+#define XDPCAST_SCHEMA 4
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
 #define XDPCAST_GUESSES 4096   /* a power of two */
@@ -74,7 +74,8 @@ struct config {
 			       */
 	__u32 steered; /* how many CPUs packets are steered to; 0: they stay where they are */
 	__u16 cpu[XDPCAST_MAX_STEERED]; /* their numbers */
-	__u32 pad;
+	__u32 shortcut_shift; /* 64 less the bits of a place among shortcuts; 0: they are not used
+			       */
 };
 
 /* Key of an IPv4 flow table. All zero source: any; port 0: any. */
@@ -151,6 +152,26 @@ struct flow {
 	__u8 input_mac[6];
 	__u32 sockets; /* row of xsks of the input's first queue, with PATH_AFXDP */
 	__u32 pad;
+};
+
+/* One place of the map shortcuts: what a rule takes, and its flow entry. With IPv4 it is
+ * one cache line.
+ */
+struct shortcut {
+	struct flow flow;
+	__u32 ifindex;
+	__u16 vlan;
+	__u16 outer_vlan;
+	__u16 port;
+	__u8 family; /* 4 or 6; 0: nobody is here */
+	__u8 pad;
+	__u8 group[4];
+	__u8 source[4]; /* all zero: any */
+	__u8 reserved[12];
+
+	__u8 group6[16];
+	__u8 source6[16];
+	__u8 reserved6[32];
 };
 
 /* What people and a restarted control loop want to know of a rule; no program

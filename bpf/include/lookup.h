@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
 /* From a packet to its rule: the most specific one first, in the order of enum
- * lookup_kind. Kinds that no rule uses are skipped.
+ * lookup_kind. Kinds that no rule uses are skipped. Most packets take a shortcut, which has
+ * the same answer.
  */
 #pragma once
 
 #include "maps.h"
 #include "parse.h"
+#include "shortcut.h"
 
 static const __u32 zero;
 
@@ -42,8 +44,8 @@ static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 s
 	return NULL;
 }
 
-static __always_inline struct flow *lookup4(__u32 ifindex, const struct headers *h, __u16 port,
-					    __u32 kinds)
+static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifindex,
+					    const struct headers *h, __u16 port)
 {
 	struct flow4 key = {
 		.ifindex = ifindex,
@@ -52,11 +54,15 @@ static __always_inline struct flow *lookup4(__u32 ifindex, const struct headers 
 		.port = port,
 	};
 	__u32 source = h->ip4->saddr;
+	__u32 kinds = cfg->lookup4;
 	struct flow *flow;
 	void *table;
 
 	if (!kinds)
 		return NULL;
+	flow = shortcut4(cfg, ifindex, h, port);
+	if (flow)
+		return flow;
 	table = bpf_map_lookup_elem(&flow_tables4, &zero);
 	if (!table)
 		return NULL;
@@ -129,8 +135,8 @@ static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
 	return NULL;
 }
 
-static __always_inline struct flow *lookup6(__u32 ifindex, const struct headers *h, __u16 port,
-					    __u32 kinds)
+static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifindex,
+					    const struct headers *h, __u16 port)
 {
 	struct flow6 key = {
 		.ifindex = ifindex,
@@ -139,11 +145,15 @@ static __always_inline struct flow *lookup6(__u32 ifindex, const struct headers 
 		.port = port,
 	};
 	struct in6_addr source;
+	__u32 kinds = cfg->lookup6;
 	struct flow *flow;
 	void *table;
 
 	if (!kinds)
 		return NULL;
+	flow = shortcut6(cfg, ifindex, h, port);
+	if (flow)
+		return flow;
 	table = bpf_map_lookup_elem(&flow_tables6, &zero);
 	if (!table)
 		return NULL;

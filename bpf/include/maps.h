@@ -103,6 +103,16 @@ struct {
 	__array(values, struct prefix_table6);
 } prefix_tables6 SEC(".maps");
 
+/* shortcuts: place by hash -> input and flow entry of a rule, beside the flow tables. Size:
+ * load.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct shortcut);
+} shortcuts SEC(".maps");
+
 /* fragments: datagrams whose first fragment was seen; the longest unused go first. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

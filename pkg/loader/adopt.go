@@ -97,6 +97,9 @@ func (l *Loader) adopt() (err error) {
 	if err := l.adoptRules(); err != nil {
 		return fmt.Errorf("pinned state %s is damaged: %w; remove it with unload --all", dir, err)
 	}
+	if err := l.adoptShortcuts(); err != nil {
+		return err
+	}
 	if err := l.adoptPrograms(); err != nil {
 		return err
 	}

@@ -88,6 +88,7 @@ type Loader struct {
 	tables         tables
 	own            [4]uint64   // of map config
 	lookups        lookupCount // of the rules in force
+	shortcuts      shortcuts   // to them
 	rules          map[string]*entry
 	ids            *idAllocator
 	outputs, stats *blockAllocator
@@ -210,6 +211,7 @@ func (l *Loader) create() (err error) {
 	if err := l.firstTables(); err != nil {
 		return err
 	}
+	l.shortcuts = newShortcuts(l.maps.Shortcuts.MaxEntries(), true)
 	if err := l.writeConfig(); err != nil {
 		return err
 	}
@@ -256,6 +258,8 @@ func (l *Loader) writeLookups(kinds lookups) error {
 		MaxRules:    l.maps.Rules.MaxEntries(),
 		MaxOutputs:  l.maps.Outputs.MaxEntries(),
 		Steered:     uint32(len(l.steering)),
+
+		ShortcutShift: l.shortcuts.shiftInForce(),
 	}
 	for i, cpu := range l.steering {
 		config.Cpu[i] = uint16(cpu)

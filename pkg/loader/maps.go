@@ -29,6 +29,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapFlowTables6:   &m.FlowTables6,
 		bpf.RelayMapPrefixTables4: &m.PrefixTables4,
 		bpf.RelayMapPrefixTables6: &m.PrefixTables6,
+		bpf.RelayMapShortcuts:     &m.Shortcuts,
 		bpf.RelayMapFragments:     &m.Fragments,
 		bpf.RelayMapFragmentStats: &m.FragmentStats,
 		bpf.RelayMapOwnAddresses:  &m.OwnAddresses,
@@ -82,6 +83,7 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 	specs[bpf.RelayMapCpus].MaxEntries = uint32(cpus)
 	specs[bpf.RelayMapRules].MaxEntries = maxRules
 	specs[bpf.RelayMapRuleStats].MaxEntries = maxRules
+	specs[bpf.RelayMapShortcuts].MaxEntries = shortcutPlaces(maxRules)
 	specs[bpf.RelayMapOutputs].MaxEntries = maxOutputs
 	specs[bpf.RelayMapOutputStats].MaxEntries = maxOutputs
 	specs[bpf.RelayMapFanout].MaxEntries = maxOutputs

@@ -39,6 +39,9 @@ func dump(t testing.TB, l *Loader) string {
 		}
 		return fmt.Sprintf("%+v", r)
 	})
+	for at, s := range shortcutsOf(t, l.maps) {
+		fmt.Fprintf(&b, "shortcut %d: %+v\n", at, s)
+	}
 	dumpMap(t, &b, "ports", l.maps.Ports, func(_ uint32, v bpf.RelayBpfDevmapVal) string { return fmt.Sprintf("%+v", v) })
 	dumpMap(t, &b, "port_rows", l.maps.PortRows, func(_ uint32, v uint32) string {
 		if v == 0 {
@@ -284,6 +287,7 @@ func kernelFits(t testing.TB, l *Loader) {
 	if names != len(l.rules) {
 		t.Errorf("%d rules are described, want %d", names, len(l.rules))
 	}
+	shortcutsAgree(t, l.maps)
 	s, err := l.Stats()
 	if err != nil {
 		t.Fatal(err)

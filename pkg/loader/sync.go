@@ -83,6 +83,9 @@ func (l *Loader) Sync(want []Rule) (err error) {
 		return err
 	}
 	s.undo = nil // from here on the new rules are in force
+	if err := s.openShortcuts(); err != nil {
+		l.log.Warn("packets find their rules in the flow tables alone, which takes longer", "error", err)
+	}
 	if err := errors.Join(s.retire(), l.detachTapped(inputs)); err != nil {
 		// Nothing that a packet sees: at worst some memory is held in vain.
 		l.log.Warn("clean up after old rules", "error", err)
@@ -280,13 +283,12 @@ func (s *sync) publish() error {
 			needed |= lookupOf(c.new.rule.In)
 		}
 	}
-	if needed != before {
-		// A kind more than needed costs a lookup; a kind less would lose packets.
-		if err := s.writeLookups(needed); err != nil {
-			return err
-		}
-		s.onFailure(func() error { return s.writeLookups(before) })
+	s.closeShortcuts()
+	// A kind more than needed costs a lookup; a kind less would lose packets.
+	if err := s.writeLookups(needed); err != nil {
+		return err
 	}
+	s.onFailure(func() error { return s.writeLookups(before) })
 	var err error
 	if s.isSingle() {
 		err = s.publishOne(s.changes[0])
@@ -314,9 +316,6 @@ func (s *sync) publish() error {
 		if c.new != nil {
 			s.rules[c.new.rule.Name] = c.new
 		}
-	}
-	if s.lookups.kinds() != needed {
-		s.done = append(s.done, s.writeConfig)
 	}
 	return nil
 }

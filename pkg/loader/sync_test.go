@@ -464,6 +464,12 @@ func TestKilled(t *testing.T) {
 	}
 	for range 6 {
 		killChild(t, n, strings.TrimSuffix(opts.PinDir, "/bpf/xdpcast"), 1+random.IntN(8), time.Duration(random.Int64N(int64(20*time.Millisecond))))
+		m, err := openMaps(opts.PinDir, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shortcutsAgree(t, m)
+		m.Close()
 		l := open(t, opts)
 		if !l.Adopted() {
 			t.Fatal("the pinned state is not adopted")

@@ -1,0 +1,215 @@
+package loader
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+
+	"xdpcast/bpf"
+)
+
+// shortcuts are the places of the map shortcuts, where the relay program finds most
+// rules without a look at the flow tables (bpf/include/shortcut.h). They are open, or the
+// tables alone count: what is open agrees with the tables. Each rule has two places to
+// choose from, and those for which there is none are found in the tables.
+type shortcuts struct {
+	open   bool
+	known  bool     // places are as in the kernel
+	places []*entry // by place; nil: nobody
+	shift  uint32   // 64 less the bits of a place
+}
+
+// shortcutPlaces is the size of the map shortcuts: twice the rules at least, so that
+// hardly one of them finds no place.
+func shortcutPlaces(maxRules uint32) uint32 {
+	return 1 << min(bits.Len64(2*uint64(maxRules)-1), 31)
+}
+
+// newShortcuts is for a map with n places. Those of a map that was just made are
+// empty, so that they can be open from the start.
+func newShortcuts(n uint32, fresh bool) shortcuts {
+	return shortcuts{open: fresh, known: fresh, places: make([]*entry, n), shift: uint32(64 - bits.TrailingZeros32(n))}
+}
+
+// shiftInForce is what map config says.
+func (s *shortcuts) shiftInForce() uint32 {
+	if !s.open {
+		return 0
+	}
+	return s.shift
+}
+
+// Multipliers of shortcut_hash in bpf/include/shortcut.h.
+const (
+	shortcutK1 = 0xbf58476d1ce4e5b9
+	shortcutK2 = 0x94d049bb133111eb
+)
+
+// placesOf are the two places of an input with a port.
+func (s *shortcuts) placesOf(in Input) (first, second uint32) {
+	var group uint64
+	if in.Group.Is4() {
+		b := in.Group.As4()
+		group = uint64(binary.NativeEndian.Uint32(b[:]))
+	} else {
+		b := in.Group.As16()
+		group = binary.NativeEndian.Uint64(b[:8]) ^ binary.NativeEndian.Uint64(b[8:])
+	}
+	tags := uint64(in.Port)<<32 | uint64(in.OuterVLAN)<<16 | uint64(in.VLAN)
+	hash := (group^uint64(in.Index)<<32)*shortcutK1 + tags*shortcutK2
+	again := (hash ^ hash>>32) * shortcutK2
+	return uint32(hash >> s.shift), uint32(again >> s.shift)
+}
+
+// has says whether an entry has its place.
+func (s *shortcuts) has(e *entry) bool {
+	first, second := s.placesOf(e.rule.In)
+	return s.places[first] == e || s.places[second] == e
+}
+
+// maxMoves is how many rules change their place for a new one.
+const maxMoves = 32
+
+// put finds a place for an entry; others may have to go to their second one (cuckoo
+// hashing: Pagh, Rodler 2001). The last that finds none has none. It notes in changed
+// which places have someone else.
+func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
+	first, second := s.placesOf(e.rule.In)
+	at := first
+	if s.places[first] != nil {
+		at = second
+	}
+	for range maxMoves {
+		changed[at] = true
+		e, s.places[at] = s.places[at], e
+		if e == nil {
+			return
+		}
+		if first, second = s.placesOf(e.rule.In); at == first {
+			at = second
+		} else {
+			at = first
+		}
+	}
+}
+
+// closeShortcuts leaves the flow tables alone to say which rule a packet takes.
+// The map config is yet to be written.
+func (s *sync) closeShortcuts() {
+	if s.shortcuts.open {
+		s.shortcuts.open = false
+		s.onFailure(func() error {
+			s.shortcuts.open = true
+			return s.writeConfig()
+		})
+	}
+}
+
+// openShortcuts gives the rules in force their places.
+func (l *Loader) openShortcuts() error {
+	// Programs that have seen them open may still read them.
+	waitForPrograms()
+	s := &l.shortcuts
+	changed := map[uint32]bool{}
+	wants := l.shortcutRules()
+	for at, e := range s.places {
+		if e != nil && (l.rules[e.rule.Name] != e || !wants(e)) {
+			s.places[at] = nil
+			changed[uint32(at)] = true
+		}
+	}
+	for _, e := range l.rules {
+		if wants(e) && !s.has(e) {
+			s.put(e, changed)
+		}
+	}
+	if err := l.writeShortcuts(changed); err != nil {
+		return err
+	}
+	s.known, s.open = true, true
+	if err := l.writeConfig(); err != nil {
+		s.open = false
+		return err
+	}
+	return nil
+}
+
+// shortcutRules returns which rules may have a place: those of one group and one port
+// that no more specific rule can take packets from.
+func (l *Loader) shortcutRules() func(*entry) bool {
+	anySource := func(in Input) Input {
+		in = in.Key()
+		in.Source = Input{}.Source
+		return in
+	}
+	sourced := map[Input]bool{}
+	for _, e := range l.rules {
+		if e.rule.In.Source.IsValid() {
+			sourced[anySource(e.rule.In)] = true
+		}
+	}
+	return func(e *entry) bool {
+		in := e.rule.In
+		if in.Port == 0 || in.Len != 0 {
+			return false
+		}
+		return in.Source.IsValid() || len(sourced) == 0 || !sourced[anySource(in)]
+	}
+}
+
+// maxStagedShortcuts is how many places are written at once.
+const maxStagedShortcuts = 4096
+
+// writeShortcuts writes the places that have changed; all of them when it is not known
+// what the kernel has.
+func (l *Loader) writeShortcuts(changed map[uint32]bool) error {
+	known := l.shortcuts.known
+	l.shortcuts.known = false // until all is written
+	var b batch[bpf.RelayShortcut]
+	for at, e := range l.shortcuts.places {
+		if known && !changed[uint32(at)] {
+			continue
+		}
+		b.add(uint32(at), encodeShortcut(e))
+		if len(b.keys) == maxStagedShortcuts {
+			if err := b.put(l.maps.Shortcuts); err != nil {
+				return err
+			}
+		}
+	}
+	return b.put(l.maps.Shortcuts)
+}
+
+func encodeShortcut(e *entry) (b bpf.RelayShortcut) {
+	if e == nil {
+		return b
+	}
+	in := e.rule.In
+	b.Flow = encodeFlow(e)
+	b.Ifindex, b.Vlan, b.OuterVlan, b.Port = uint32(in.Index), in.VLAN, in.OuterVLAN, in.Port
+	if in.Group.Is4() {
+		b.Family, b.Group = 4, in.Group.As4()
+		if in.Source.IsValid() {
+			b.Source = in.Source.As4()
+		}
+		return b
+	}
+	b.Family, b.Group6 = 6, in.Group.As16()
+	if in.Source.IsValid() {
+		b.Source6 = in.Source.As16()
+	}
+	return b
+}
+
+// adoptShortcuts closes what an earlier process left open, and opens it as this one
+// knows it to be right.
+func (l *Loader) adoptShortcuts() error {
+	l.shortcuts = newShortcuts(l.maps.Shortcuts.MaxEntries(), false)
+	if err := l.writeConfig(); err != nil {
+		return err
+	}
+	if err := l.openShortcuts(); err != nil {
+		return fmt.Errorf("shortcuts to the rules: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,324 @@
+package loader
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+	"xdpcast/pkg/packet"
+)
+
+// shortcutsOf reads the places in which somebody is.
+func shortcutsOf(t testing.TB, m *mapSet) map[uint32]bpf.RelayShortcut {
+	t.Helper()
+	found := map[uint32]bpf.RelayShortcut{}
+	var at uint32
+	var s bpf.RelayShortcut
+	iter := m.Shortcuts.Iterate()
+	for iter.Next(&at, &s) {
+		if s.Family != 0 {
+			found[at] = s
+		}
+	}
+	if err := iter.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func shortcutInput(s *bpf.RelayShortcut) Input {
+	if s.Family == 4 {
+		return decodeKey4(&bpf.RelayFlow4{Ifindex: s.Ifindex, Vlan: s.Vlan, OuterVlan: s.OuterVlan, Port: s.Port, Group: s.Group, Source: s.Source})
+	}
+	return decodeKey6(&bpf.RelayFlow6{Ifindex: s.Ifindex, Vlan: s.Vlan, OuterVlan: s.OuterVlan, Port: s.Port, Group: s.Group6, Source: s.Source6})
+}
+
+// shortcutsAgree checks what programs rely on: a shortcut that is open says what the
+// flow tables say.
+func shortcutsAgree(t testing.TB, m *mapSet) {
+	t.Helper()
+	config, err := m.config()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if config.ShortcutShift == 0 {
+		return
+	}
+	tables, err := openTables(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tables.Close()
+	flows, err := tables.read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inForce, sourced := map[Input]bpf.RelayFlow{}, map[Input]bool{}
+	for _, f := range flows {
+		inForce[f.in.Key()] = f.value
+		if in := f.in.Key(); in.Source.IsValid() {
+			in.Source = netip.Addr{}
+			sourced[in] = true
+		}
+	}
+	for at, s := range shortcutsOf(t, m) {
+		in := shortcutInput(&s)
+		if flow, ok := inForce[in]; !ok || flow != s.Flow {
+			t.Errorf("place %d has %+v, the flow tables say %+v", at, s, flow)
+		}
+		if sourced[in] {
+			t.Errorf("place %d takes the packets of a more specific rule from %+v", at, in)
+		}
+	}
+}
+
+// shortcutCases are rules for which there is a shortcut, with frames that take it.
+func shortcutCases(n *testLab) map[string]struct {
+	rule  Rule
+	frame []byte
+} {
+	frame := func(src, dst string, vlans ...uint16) []byte {
+		f := packet.Frame{SrcMAC: [6]byte{2, 0, 0, 0, 0, 1}, Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst), SrcPort: 1, DstPort: 5000, TTL: 9, VLANs: vlans, Payload: []byte("payload")}
+		f.DstMAC = packet.MulticastMAC(f.Dst)
+		return f.Build()
+	}
+	tagged := input(n.in, "239.1.1.3", "", 5000)
+	tagged.VLAN, tagged.OuterVLAN = 7, 9
+	out4, out6 := output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[0], "ff3e::2", "fd00::1", 6000)
+	rule := func(name string, in Input, out ...Output) Rule { return Rule{Name: name, In: in, Out: out} }
+	type c = struct {
+		rule  Rule
+		frame []byte
+	}
+	return map[string]c{
+		"any source":    {rule("a", input(n.in, "239.1.1.1", "", 5000), out4), frame("192.168.7.7", "239.1.1.1")},
+		"one source":    {rule("b", input(n.in, "239.1.1.2", "192.168.7.7", 5000), out4), frame("192.168.7.7", "239.1.1.2")},
+		"VLANs":         {rule("c", tagged, out4), frame("192.168.7.7", "239.1.1.3", 9, 7)},
+		"several":       {rule("d", input(n.in, "239.1.1.4", "", 5000), out4, out4), frame("192.168.7.7", "239.1.1.4")},
+		"IPv6":          {rule("e", input(n.in, "ff3e::1", "", 5000), out6), frame("2001:db8::7", "ff3e::1")},
+		"IPv6, sourced": {rule("f", input(n.in, "ff3e::3", "2001:db8::7", 5000), out6), frame("2001:db8::7", "ff3e::3")},
+	}
+}
+
+// A packet whose rule has a shortcut needs no flow table, and one without it finds its
+// rule in the tables.
+func TestShortcutsAreTaken(t *testing.T) {
+	n, r := programLab(t, 1)
+	cases := shortcutCases(n)
+	var rules []Rule
+	for _, c := range cases {
+		rules = append(rules, c.rule)
+	}
+	sync1(t, r.l, rules...)
+	shortcutsAgree(t, r.l.maps)
+	if got := len(shortcutsOf(t, r.l.maps)); got != len(rules) {
+		t.Errorf("%d shortcuts to %d rules", got, len(rules))
+	}
+	verdict := func(frame []byte) uint32 {
+		verdict, _ := r.must(t, r.l.relay, n.in.Index, frame, len(frame))
+		return verdict
+	}
+	open := func(t *testing.T, yes bool) {
+		t.Helper()
+		r.l.shortcuts.open = yes
+		if err := r.l.writeConfig(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			r.enter(t)
+			open(t, false)
+			if got := verdict(c.frame); got != xdpRedirect {
+				t.Errorf("verdict %d without shortcuts", got)
+			}
+			if err := r.l.tableOf(c.rule.In).Delete(encodeKey(c.rule.In)); err != nil {
+				t.Fatal(err)
+			}
+			if got := verdict(c.frame); got != xdpPass {
+				t.Errorf("verdict %d without shortcuts and flow entry", got)
+			}
+			open(t, true)
+			if got := verdict(c.frame); got != xdpRedirect {
+				t.Errorf("verdict %d with a shortcut alone", got)
+			}
+			other := bytes.Clone(c.frame)
+			other[len(other)-len("payload")-5]++ // the destination port
+			if got := verdict(other); got != xdpPass {
+				t.Errorf("verdict %d for another port", got)
+			}
+		})
+	}
+}
+
+// A rule has a shortcut only while no more specific one can take its packets.
+func TestShortcutsOfOverlappingRules(t *testing.T) {
+	n := newLab(t, 1)
+	l := open(t, testOptions(t))
+	rule := func(name, source string, port uint16) Rule {
+		return Rule{Name: name, In: input(n.in, "239.1.1.1", source, port), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	}
+	prefix := rule("prefix", "", 5000)
+	prefix.In.Group, prefix.In.Len = netip.MustParseAddr("239.1.0.0"), 16
+	elsewhere := rule("elsewhere", "192.168.7.7", 5000)
+	elsewhere.In.VLAN = 7
+	anySource, s1, s2, anyPort, other := rule("any", "", 5000), rule("s1", "192.168.7.7", 5000), rule("s2", "192.168.7.9", 5000), rule("port", "", 0), rule("other", "192.168.7.7", 5001)
+	for _, c := range []struct {
+		name  string
+		rules []Rule
+		want  string
+	}{
+		{"any source", []Rule{anySource, prefix, anyPort, other, elsewhere}, "any elsewhere other"},
+		{"a source beside it", []Rule{anySource, s1, prefix}, "s1"},
+		{"more sources than places", []Rule{anySource, s1, s2}, "s1 s2"},
+		{"sources alone", []Rule{s1, s2, anyPort}, "s1 s2"},
+		{"any source again", []Rule{anySource}, "any"},
+		{"none", nil, ""},
+	} {
+		sync1(t, l, c.rules...)
+		shortcutsAgree(t, l.maps)
+		var names []string
+		for _, s := range shortcutsOf(t, l.maps) {
+			for _, e := range l.rules {
+				if e.id == s.Flow.Rule {
+					names = append(names, e.rule.Name)
+				}
+			}
+		}
+		slices.Sort(names)
+		if got := strings.Join(names, " "); got != c.want {
+			t.Errorf("%s: shortcuts to %q, want %q", c.name, got, c.want)
+		}
+	}
+}
+
+// Nearly every rule finds a place, however many there are, and stays there when others
+// come and go.
+func TestShortcutPlaces(t *testing.T) {
+	const n = 16384
+	s := newShortcuts(shortcutPlaces(n), true)
+	if len(s.places) != 2*n {
+		t.Fatalf("%d places for %d rules", len(s.places), n)
+	}
+	var entries []*entry
+	for i := range n {
+		group := netip.AddrFrom4([4]byte{239, 1, byte(i >> 8), byte(i)})
+		if i%2 == 1 {
+			group = netip.MustParseAddr(fmt.Sprintf("ff3e::%x", i))
+		}
+		entries = append(entries, &entry{rule: Rule{In: Input{Index: 2 + i%3, Group: group, Port: uint16(5000 + i%2)}}})
+	}
+	for _, e := range entries {
+		s.put(e, map[uint32]bool{})
+	}
+	placed, seen := 0, map[*entry]bool{}
+	for _, e := range entries {
+		if s.has(e) {
+			placed++
+		}
+	}
+	for _, e := range s.places {
+		if e != nil && seen[e] {
+			t.Fatalf("%v has two places", e.rule.In)
+		}
+		seen[e] = true
+	}
+	if placed < n*99/100 {
+		t.Errorf("%d of %d rules have a place", placed, n)
+	}
+}
+
+// What a process left that died, or anything else, is made right before it counts.
+func TestShortcutsAreMadeAnew(t *testing.T) {
+	n := newLab(t, 2)
+	l := open(t, testOptions(t))
+	rules := someRules(n)
+	sync1(t, l, rules...)
+	want := shortcutsOf(t, l.maps)
+	if len(want) == 0 {
+		t.Fatal("no rule has a shortcut")
+	}
+	for at := range uint32(len(l.shortcuts.places)) {
+		wrong := bpf.RelayShortcut{Family: 4, Group: [4]byte{239, 9, 9, 9}, Port: 1}
+		if err := l.maps.Shortcuts.Put(at, &wrong); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.shortcuts.open = false
+	if err := l.writeConfig(); err != nil {
+		t.Fatal(err)
+	}
+	l = reopen(t, l)
+	shortcutsAgree(t, l.maps)
+	if got := len(shortcutsOf(t, l.maps)); got != len(want) {
+		t.Errorf("%d shortcuts, want %d", got, len(want))
+	}
+	if config, _ := l.maps.config(); config.ShortcutShift == 0 {
+		t.Error("the shortcuts are not used")
+	}
+}
+
+// Shortcuts that cannot be written cost time, not packets, and are made up for.
+func TestShortcutsThatFail(t *testing.T) {
+	n, r := programLab(t, 1)
+	var log bytes.Buffer
+	r.l.log = slog.New(slog.NewTextHandler(&log, nil))
+	cases := shortcutCases(n)
+	a, b := cases["any source"], cases["one source"]
+	sync1(t, r.l, a.rule)
+
+	good := r.l.maps.Shortcuts
+	var err error
+	if r.l.maps.Shortcuts, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: good.ValueSize(), MaxEntries: 1}); err != nil {
+		t.Fatal(err)
+	}
+	sync1(t, r.l, a.rule, b.rule)
+	err = r.l.maps.Shortcuts.Close()
+	r.l.maps.Shortcuts = good
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(log.String(), "level=WARN") {
+		t.Errorf("no warning in the log: %s", log.String())
+	}
+	for _, frame := range [][]byte{a.frame, b.frame} {
+		if verdict, _ := r.must(t, r.l.relay, n.in.Index, frame, len(frame)); verdict != xdpRedirect {
+			t.Errorf("verdict %d while there are no shortcuts", verdict)
+		}
+	}
+	sync1(t, r.l, b.rule)
+	shortcutsAgree(t, r.l.maps)
+	if got := shortcutsOf(t, r.l.maps); len(got) != 1 {
+		t.Errorf("%d shortcuts to 1 rule", len(got))
+	}
+	if config, _ := r.l.maps.config(); config.ShortcutShift == 0 {
+		t.Error("the shortcuts stay closed")
+	}
+
+	// A change that fails leaves them as they were.
+	nowhere := cases["VLANs"].rule
+	nowhere.Out = []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}
+	nowhere.Out[0].Index = 9999
+	if err := r.l.Sync([]Rule{b.rule, nowhere}); err == nil {
+		t.Fatal("an interface that is not there is accepted")
+	}
+	table := r.l.tables[exact4]
+	r.l.tables[exact4] = r.l.tables[prefixes4]
+	err = r.l.Sync([]Rule{a.rule, b.rule})
+	r.l.tables[exact4] = table
+	if refused := (*RuleError)(nil); err == nil || errors.As(err, &refused) {
+		t.Fatalf("the flow table cannot be written: %v", err)
+	}
+	if config, _ := r.l.maps.config(); config.ShortcutShift == 0 || !r.l.shortcuts.open {
+		t.Error("the shortcuts stay closed after a failure")
+	}
+	shortcutsAgree(t, r.l.maps)
+}
