@@ -41,7 +41,7 @@ func BenchmarkRelay(b *testing.B) {
 			opts.Logger, opts.MaxRules, opts.MaxOutputs = nil, 131072, 262144
 			l := open(b, opts)
 			attachAll(b, l, n.in, n.out[0])
-			r := newRunner(b, l, n.relay)
+			newRunner(b, l, n.relay) // stays on one CPU
 			rules := make([]Rule, c.rules)
 			for i := range rules {
 				group := netip.AddrFrom4([4]byte{239, 1 + byte(i>>16), byte(i >> 8), byte(i)}).String()
@@ -57,9 +57,9 @@ func BenchmarkRelay(b *testing.B) {
 			var relayed, redirected time.Duration
 			runs := 0
 			for b.Loop() {
-				relayed += measure(b, r, l.relay, n.in.Index, frame, repeat)
+				relayed += measure(b, l.relay, n.in.Index, frame, repeat, xdpRedirect)
 				if c.outputs == 1 {
-					redirected += measure(b, r, bare, n.in.Index, frame, repeat)
+					redirected += measure(b, bare, n.in.Index, frame, repeat, xdpRedirect)
 				}
 				runs += repeat
 			}
@@ -79,13 +79,57 @@ func BenchmarkRelay(b *testing.B) {
 
 // measure runs a program many times on one frame. The program meets the frame as it
 // has left it, so the rules send to the group that they match.
-func measure(b *testing.B, r *runner, p *ebpf.Program, index int, frame []byte, repeat uint32) time.Duration {
+func measure(b *testing.B, p *ebpf.Program, index int, frame []byte, repeat, want uint32) time.Duration {
 	b.Helper()
 	opts := ebpf.RunOptions{Data: frame, Context: xdpContext{DataEnd: uint32(len(frame)), IngressIfindex: uint32(index)}, Repeat: repeat}
 	start := time.Now()
 	verdict, err := p.Run(&opts)
-	if err != nil || verdict != xdpRedirect {
+	if err != nil || verdict != want {
 		b.Fatalf("verdict %d, %v", verdict, err)
 	}
 	return time.Since(start)
+}
+
+// BenchmarkEgress measures one run of the egress program for a copy. The output's MACs
+// are those that hand it over, so that the program meets the next copy when it is done.
+func BenchmarkEgress(b *testing.B) {
+	for _, outputs := range []int{2, 64} {
+		b.Run(fmt.Sprintf("outputs=%d", outputs), func(b *testing.B) {
+			n := newLab(b, 1)
+			opts := testOptions(b)
+			opts.Logger = nil
+			l := open(b, opts)
+			attachAll(b, l, n.in, n.out[0])
+			r := newRunner(b, l, n.relay)
+			frame := sourceFrame(n, "239.1.0.0", 5000, make([]byte, 86)).Build()
+			rule := Rule{Name: "rule", In: input(n.in, "239.1.0.0", "", 5000)}
+			for range outputs {
+				rule.Out = append(rule.Out, output(n.out[0], "239.1.0.0", "10.1.0.1", 5000))
+			}
+			for i := range rule.Out[1:] { // elsewhere
+				rule.Out[1+i].Ready = false
+			}
+			sync1(b, l, rule)
+			_, handed := r.must(b, l.relay, n.in.Index, frame, len(frame))
+			copy(rule.Out[0].DstMAC[:], handed)
+			copy(rule.Out[0].SrcMAC[:], handed[6:])
+			e := l.rules["rule"]
+			first := encodeOutput(rule.Out[0], e.firstStats, 0)
+			if err := l.maps.Outputs.Put(e.first, &first); err != nil {
+				b.Fatal(err)
+			}
+			const repeat = 1_000_000
+			var took time.Duration
+			runs := 0
+			for b.Loop() {
+				took += measure(b, r.egress, n.out[0].Index, handed, repeat, xdpPass)
+				runs += repeat
+			}
+			if s := statsOf(b, l, "rule"); s.Outputs[0].Sent.Packets < uint64(runs) {
+				b.Fatalf("%d runs, counters %+v", runs, s)
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(float64(took.Nanoseconds())/float64(runs), "egress-ns/copy")
+		})
+	}
 }
