@@ -17,30 +17,19 @@ const maxMTU = 0xffff
 
 // Normalized gives what means the same one form: it clips what the ABI has less room
 // for, so that what is read back is what was written, and leaves no IPv6 packet without
-// a UDP checksum, which receivers would drop (RFC 8200 section 8.1).
+// a UDP checksum, which receivers would drop (RFC 8200 section 8.1). Outputs that are
+// in that form already are shared with r, not copied.
 func (r Rule) Normalized() Rule {
-	out := make([]Output, len(r.Out))
+	shared := true
 	for i, o := range r.Out {
-		o.MTU = min(o.MTU, maxMTU)
-		o.ZeroChecksum = o.ZeroChecksum && o.Dst.Is4()
-		if o.Ready || o.Blocked == 0 {
-			o.Blocked = NotReady
+		n := o.normalized()
+		if n == o {
+			continue
 		}
-		if int(o.DstLen) == o.Dst.BitLen() {
-			o.DstLen = 0
+		if shared {
+			r.Out, shared = slices.Clone(r.Out), false
 		}
-		if !o.PortAdd {
-			o.PortShift = 0
-		} else {
-			o.DstPort = 0
-		}
-		if o.VLAN != packet.VLANSet {
-			o.VLANID, o.OuterVLAN = 0, 0
-		}
-		if !o.SetPCP {
-			o.PCP = 0
-		}
-		out[i] = o
+		r.Out[i] = n
 	}
 	if r.Path == 0 {
 		r.Path = PathKernel
@@ -48,8 +37,30 @@ func (r Rule) Normalized() Rule {
 	if r.In.Len == r.In.Group.BitLen() {
 		r.In.Len = 0
 	}
-	r.Out = out
 	return r
+}
+
+func (o Output) normalized() Output {
+	o.MTU = min(o.MTU, maxMTU)
+	o.ZeroChecksum = o.ZeroChecksum && o.Dst.Is4()
+	if o.Ready || o.Blocked == 0 {
+		o.Blocked = NotReady
+	}
+	if int(o.DstLen) == o.Dst.BitLen() {
+		o.DstLen = 0
+	}
+	if !o.PortAdd {
+		o.PortShift = 0
+	} else {
+		o.DstPort = 0
+	}
+	if o.VLAN != packet.VLANSet {
+		o.VLANID, o.OuterVLAN = 0, 0
+	}
+	if !o.SetPCP {
+		o.PCP = 0
+	}
+	return o
 }
 
 // Check refuses what no path can carry. Callers validate rules for people; this guards

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/packet"
 )
 
 // FuzzOutput: every row that decodes means something that encodes to the same
@@ -132,5 +133,21 @@ func TestEncodeFlowMTU(t *testing.T) {
 		if got := encodeFlow(&entry{rule: Rule{Out: c.out}}).MinMtu; got != c.want {
 			t.Errorf("%s: %d, want %d", c.name, got, c.want)
 		}
+	}
+}
+
+// Outputs are copied only where something is not in its normal form, and never changed
+// where they are.
+func TestNormalizedCopiesOnDemand(t *testing.T) {
+	odd := Output{Blocked: NotReady, Rewrite: packet.Rewrite{Dst: netip.MustParseAddr("239.1.1.1"), DstPort: 1, PCP: 3}}
+	r := Rule{Name: "r", Out: []Output{{Blocked: NotReady, Rewrite: odd.Rewrite}}}
+	r.Out[0].PCP = 0
+	if n := r.Normalized(); &n.Out[0] != &r.Out[0] {
+		t.Error("copied without need")
+	}
+	r.Out = append(r.Out, odd)
+	n := r.Normalized()
+	if &n.Out[0] == &r.Out[0] || n.Out[1].PCP != 0 || r.Out[1].PCP != 3 {
+		t.Errorf("normalized %+v from %+v", n.Out, r.Out)
 	}
 }

@@ -44,7 +44,8 @@ type sync struct {
 // Sync makes the kernel hold exactly the rules in want. Rules that are there
 // already are not touched, and their packets see nothing. Several changes come
 // into force in one write for each address family. After an error the rules in
-// the kernel are those from before.
+// the kernel are those from before. The Loader keeps the rules and their outputs: the
+// caller must not change them afterwards.
 //
 // Interfaces are not attached here: see Attach. Errors to match: *RuleError,
 // ErrFull.
@@ -385,6 +386,15 @@ func (s *sync) publishTables() (err error) {
 // change.
 func (s *sync) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]bool) {
 	touched := make(map[string]bool, len(s.changes))
+	var n [tableKinds]int
+	for _, c := range s.changes {
+		if c.new != nil {
+			n[kindOf(c.new.rule.In)]++
+		}
+	}
+	for kind := range flows {
+		flows[kind] = make([]flowEntry, 0, n[kind])
+	}
 	add := func(e *entry) {
 		kind := kindOf(e.rule.In)
 		flows[kind] = append(flows[kind], flowEntry{e.rule.In, encodeFlow(e)})

@@ -23,7 +23,7 @@ type port struct {
 
 	name    string // as of the last join
 	records map[key]*record
-	groups  map[netip.Addr][]*filter // by layer; nil where the group has none
+	groups  map[netip.Addr][]*filter // of named sources, by layer; nil where the group has none
 	pools   map[poolKey]*pool
 	shards  map[*shard]struct{}
 	opened  int // sockets so far
@@ -220,29 +220,25 @@ func (p *port) leave(m Membership, f *filter) error {
 // addFilter records that m is the first membership of its group in the layer,
 // held by s.
 func (p *port) addFilter(m Membership, layer int, s *shard) *filter {
+	f := &filter{shard: s, layer: layer, sources: 1}
+	s.filters++
+	if layer == anySource {
+		return f // nobody else joins this one
+	}
 	layers := p.groups[m.Group]
 	for len(layers) <= layer {
 		layers = append(layers, nil)
 	}
-	f := &filter{shard: s, layer: layer, sources: 1}
 	layers[layer] = f
 	p.groups[m.Group] = layers
-	s.filters++
 	return f
 }
 
 // removeFilter forgets a filter that lost its last membership, and closes the
 // socket that lost its last filter.
 func (p *port) removeFilter(m Membership, f *filter) {
-	layers := p.groups[m.Group]
-	layers[f.layer] = nil
-	for len(layers) > 0 && layers[len(layers)-1] == nil {
-		layers = layers[:len(layers)-1]
-	}
-	if len(layers) == 0 {
-		delete(p.groups, m.Group)
-	} else {
-		p.groups[m.Group] = layers
+	if f.layer != anySource {
+		p.removeLayer(m, f.layer)
 	}
 	s := f.shard
 	s.filters--
@@ -253,6 +249,19 @@ func (p *port) removeFilter(m Membership, f *filter) {
 	s.pool.remove(s)
 	delete(p.shards, s)
 	p.closeSocket(s.fd)
+}
+
+func (p *port) removeLayer(m Membership, layer int) {
+	layers := p.groups[m.Group]
+	layers[layer] = nil
+	for len(layers) > 0 && layers[len(layers)-1] == nil {
+		layers = layers[:len(layers)-1]
+	}
+	if len(layers) == 0 {
+		delete(p.groups, m.Group)
+		return
+	}
+	p.groups[m.Group] = layers
 }
 
 // sourceSpecific returns the records of memberships with a source, sorted.

@@ -1,7 +1,9 @@
 package relay
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -19,33 +21,68 @@ var retry = membership.Backoff{Min: 200 * time.Millisecond, Max: 30 * time.Secon
 // wantedMembership is a membership that some rule needs.
 type wantedMembership struct {
 	membership.Membership
-	used   uint64 // the last round in which a rule needed it
-	joined bool
+	used   uint64    // the last round in which a rule needed it
 	since  time.Time // when it was joined, or first wanted
-	tries  int
-	next   time.Time // when to try again
-	err    error     // of the last try
+	joined bool
+	tries  int32
+	failed *failedJoin // the last try; nil: there was none yet, or it is joined
 }
 
-// keyOf is what identifies a membership: an interface may be renamed.
-func keyOf(m membership.Membership) membership.Membership {
-	m.Interface = ""
-	return m
+// failedJoin is why a membership is not joined.
+type failedJoin struct {
+	err  error
+	next time.Time // when to try again
+}
+
+// due says whether it is time to try.
+func (w *wantedMembership) due(now time.Time) bool {
+	return !w.joined && (w.failed == nil || !now.Before(w.failed.next))
+}
+
+// membershipKey is what identifies a membership: an interface may be renamed.
+type membershipKey struct {
+	index         int
+	group, source netip.Addr
+}
+
+func keyOf(m membership.Membership) membershipKey {
+	return membershipKey{m.Index, m.Group, m.Source}
 }
 
 // join tries the memberships that the rules need and that are due.
 func (r *Relay) join(all []*wantedRule) {
 	now := time.Now()
+	var joined []*wantedMembership
 	for _, w := range all {
 		for _, n := range w.instances {
 			if n.publish {
-				r.joinFor(w, n, now)
+				joined = r.joinFor(w, n, now, joined)
 			}
 		}
 	}
+	r.logMemberships("joined", joined)
 }
 
-func (r *Relay) joinFor(w *wantedRule, n *instance, now time.Time) {
+// manyMemberships is how many at once are not worth a line each in the log.
+const manyMemberships = 32
+
+// logMemberships logs what was done to memberships, at once for very many.
+func (r *Relay) logMemberships(done string, all []*wantedMembership) {
+	level := slog.LevelInfo
+	if len(all) > manyMemberships {
+		r.log.Info(done, "memberships", len(all), "first", all[0].Membership.String(), "last", all[len(all)-1].Membership.String())
+		level = slog.LevelDebug
+	}
+	if !r.log.Enabled(context.Background(), level) {
+		return
+	}
+	for _, w := range all {
+		r.log.Log(context.Background(), level, done, "membership", w.Membership.String())
+	}
+}
+
+// joinFor joins what an instance needs, and adds to joined what was not joined before.
+func (r *Relay) joinFor(w *wantedRule, n *instance, now time.Time, joined []*wantedMembership) []*wantedMembership {
 	in := r.interfaces[n.in]
 	groups := wantedGroups(&w.rule)
 	n.joins = make([]*wantedMembership, 0, groupCount(&w.rule))
@@ -53,14 +90,16 @@ func (r *Relay) joinFor(w *wantedRule, n *instance, now time.Time) {
 		n.joins = append(n.joins, r.wanted(membership.Membership{Interface: in.name, Index: in.index, Group: group, Source: w.rule.In.Source}, now))
 	}
 	for _, m := range n.joins {
-		if !m.joined && !now.Before(m.next) {
-			r.tryJoin(m, now)
+		if m.joined {
+			continue
 		}
-		if !m.joined {
+		if !m.due(now) || !r.tryJoin(m, now) {
 			r.showJoinFailure(n, m)
-			return // the others wait for this one
+			return joined // the others wait for this one
 		}
+		joined = append(joined, m)
 	}
+	return joined
 }
 
 func (r *Relay) wanted(m membership.Membership, now time.Time) *wantedMembership {
@@ -120,15 +159,15 @@ func groupCount(rule *rules.Rule) int {
 	return 1
 }
 
-func (r *Relay) tryJoin(w *wantedMembership, now time.Time) {
+func (r *Relay) tryJoin(w *wantedMembership, now time.Time) bool {
 	w.tries++
-	if w.err = r.groups.Join(w.Membership); w.err != nil {
-		w.next = now.Add(retry.Next(w.tries, rand.Float64()))
-		r.log.Error("join failed", "membership", w.Membership.String(), "tries", w.tries, "error", w.err)
-		return
+	if err := r.groups.Join(w.Membership); err != nil {
+		w.failed = &failedJoin{err, now.Add(retry.Next(int(w.tries), rand.Float64()))}
+		r.log.Error("join failed", "membership", w.Membership.String(), "tries", w.tries, "error", err)
+		return false
 	}
-	w.joined, w.since = true, time.Now()
-	r.log.Info("joined", "membership", w.Membership.String())
+	w.joined, w.since, w.failed = true, time.Now(), nil
+	return true
 }
 
 // showJoinFailure marks an instance whose group is not joined. A new one is not
@@ -136,10 +175,11 @@ func (r *Relay) tryJoin(w *wantedMembership, now time.Time) {
 // membership is still to be relayed.
 func (r *Relay) showJoinFailure(n *instance, m *wantedMembership) {
 	n.publish = r.loader.Has(n.resolved.Name)
-	n.err = m.err
-	n.reason = fmt.Sprintf("%v; %d tries, next at %s", m.err, m.tries, m.next.Format(time.TimeOnly))
+	err := m.failed.err
+	n.err = err
+	n.reason = fmt.Sprintf("%v; %d tries, next at %s", err, m.tries, m.failed.next.Format(time.TimeOnly))
 	n.state = control.StateFailed
-	if membership.Transient(m.err) {
+	if membership.Transient(err) {
 		n.state = control.StatePending
 	}
 }
@@ -166,11 +206,8 @@ func (r *Relay) leave() {
 	}
 	// The newest first: the kernel looks for them in that order.
 	slices.SortFunc(left, func(a, b *wantedMembership) int { return b.since.Compare(a.since) })
-	for _, w := range left {
-		if err := r.groups.Leave(w.Membership); err == nil {
-			r.log.Info("left", "membership", w.Membership.String())
-		}
-	}
+	left = slices.DeleteFunc(left, func(w *wantedMembership) bool { return r.groups.Leave(w.Membership) != nil })
+	r.logMemberships("left", left)
 }
 
 // refreshMemberships makes the kernel take up what it mixes up while an interface
@@ -178,7 +215,7 @@ func (r *Relay) leave() {
 func (r *Relay) refreshMemberships(i *iface) {
 	for _, failed := range r.groups.Refresh(i.index) {
 		if w := r.wants[keyOf(failed.Membership)]; w != nil {
-			w.joined, w.err, w.tries, w.next = false, failed.Err, 0, time.Time{}
+			w.joined, w.tries, w.failed = false, 0, &failedJoin{err: failed.Err}
 		}
 	}
 }

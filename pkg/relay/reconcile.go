@@ -49,8 +49,8 @@ func (r *Relay) nextWake() time.Duration {
 		wake = again
 	}
 	for _, w := range r.wants {
-		if !w.joined && w.err != nil {
-			wake = min(wake, max(0, time.Until(w.next)))
+		if w.failed != nil {
+			wake = min(wake, max(0, time.Until(w.failed.next)))
 		}
 	}
 	return wake
@@ -279,7 +279,7 @@ func (r *Relay) publishOwn() {
 func (r *Relay) forgetInterface(i *iface) {
 	r.groups.DropInterface(i.index)
 	for m := range r.wants {
-		if m.Index == i.index {
+		if m.index == i.index {
 			delete(r.wants, m)
 		}
 	}

@@ -80,11 +80,12 @@ type Relay struct {
 	offloads   *offloads
 	round      uint64 // counts reconciles
 	tidy       sync.WaitGroup
-	tidying    atomic.Bool                                 // a tidy-up is to come
-	reconciled time.Time                                   // the last time
-	allDirty   bool                                        // every rule is to be resolved again
-	unsynced   bool                                        // the kernel does not hold what is resolved
-	wants      map[membership.Membership]*wantedMembership // key: without the name
+	tidying    atomic.Bool // a tidy-up is to come
+	reconciled time.Time   // the last time
+	allDirty   bool        // every rule is to be resolved again
+	unsynced   bool        // the kernel does not hold what is resolved
+	wants      map[membershipKey]*wantedMembership
+	igmp       igmpVersions
 	attachErrs map[int]error
 	keep       map[int]bool // interfaces that were attached before any rule
 	warnings   map[string]string
@@ -118,7 +119,7 @@ func New(opts Options) (_ *Relay, err error) {
 		rules:      map[string]*wantedRule{},
 		interfaces: map[string]*iface{},
 		features:   map[int]loader.Features{},
-		wants:      map[membership.Membership]*wantedMembership{},
+		wants:      map[membershipKey]*wantedMembership{},
 		attachErrs: map[int]error{},
 		keep:       map[int]bool{},
 		warnings:   map[string]string{},
@@ -171,6 +172,9 @@ func (r *Relay) readInitialRules() error {
 		return err
 	}
 	saved = r.withoutConflicts(fromFile, saved)
+	if len(saved) == 0 {
+		return nil
+	}
 	// One by one only where something is wrong, since it takes the square of time.
 	fits := rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
 	accepted := slices.Clone(fromFile)

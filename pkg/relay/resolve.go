@@ -178,6 +178,7 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 	}
 	for i, s := range n.slots {
 		n.resolved.Out[i] = resolvePolicy(rule.Out[s.out])
+		n.resolved.Out[i].Blocked = loader.NotReady
 	}
 	return n
 }

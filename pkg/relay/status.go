@@ -259,18 +259,18 @@ func (w *wantedMembership) status(users []*instanceOf, seen map[string]time.Dura
 	since := w.since // a copy, since others read it
 	g := control.Group{
 		Interface: w.Interface, Index: w.Index, Group: w.Group.String(), State: control.GroupJoined,
-		Since: &since, Tries: w.tries, Rules: []string{},
+		Since: &since, Tries: int(w.tries), Rules: []string{},
 	}
 	if w.Source.IsValid() {
 		g.Source = w.Source.String()
 	}
 	if !w.joined {
 		g.State = control.GroupWanted
-		if w.err != nil {
-			g.State, g.Cause = control.GroupFailed, w.err.Error()
-			next := w.next
+		if w.failed != nil {
+			g.State, g.Cause = control.GroupFailed, w.failed.err.Error()
+			next := w.failed.next
 			g.Next = &next
-			if membership.Transient(w.err) {
+			if membership.Transient(w.failed.err) {
 				g.State = control.GroupRetrying
 			}
 		}

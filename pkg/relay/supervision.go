@@ -39,11 +39,32 @@ func (r *Relay) supervise(heard []loader.Querier, now time.Time) *supervision {
 	for _, q := range heard {
 		s.queriers[querierKey{q.Index, q.Family == 4}] = q
 	}
-	var err error
-	if s.igmp, err = membership.IGMPVersions(); err != nil {
+	if err := r.igmp.refresh(now); err != nil {
 		r.log.Debug("IGMP versions", "error", err)
 	}
+	s.igmp = r.igmp.byIndex
 	return s
+}
+
+// igmpVersions is what the kernel last said. How long that takes grows with the square of
+// the groups, half a second with 100,000: then it is asked less often.
+type igmpVersions struct {
+	byIndex map[int]int
+	asked   time.Time
+	took    time.Duration
+}
+
+// askedShare is the part of the time that asking may take.
+const askedShare = 100
+
+func (v *igmpVersions) refresh(now time.Time) (err error) {
+	if now.Sub(v.asked) < askedShare*v.took {
+		return nil
+	}
+	start := time.Now()
+	v.byIndex, err = membership.IGMPVersions()
+	v.asked, v.took = now, time.Since(start)
+	return err
 }
 
 func (s *supervision) multicast(ifname string, index int, is4 bool) control.Multicast {

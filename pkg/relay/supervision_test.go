@@ -1,12 +1,16 @@
 package relay
 
 import (
+	"bytes"
+	"log/slog"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/membership"
 )
 
 func TestDetail(t *testing.T) {
@@ -66,6 +70,44 @@ func TestMulticast(t *testing.T) {
 		got := s.multicast("absent", 2, c.is4)
 		if got.Version != c.version || got.Queries != c.queries || (got.QuerierSeen != nil) != (c.queries > 0) || (got.Querier != "") != (c.queries > 0) {
 			t.Errorf("%s: %+v, want %s and %d queries", c.name, got, c.version, c.queries)
+		}
+	}
+}
+
+// The kernel is asked for versions again after a hundred times as long as it took.
+func TestIGMPVersionsAreAskedForWithMeasure(t *testing.T) {
+	asked := time.Now()
+	known := map[int]int{4711: 3}
+	v := igmpVersions{byIndex: known, asked: asked, took: time.Second}
+	if err := v.refresh(asked.Add(99 * time.Second)); err != nil || v.byIndex[4711] != 3 || v.asked != asked {
+		t.Errorf("asked again at once: %+v, %v", v, err)
+	}
+	now := asked.Add(101 * time.Second)
+	if err := v.refresh(now); err != nil || v.byIndex[4711] != 0 || v.asked != now {
+		t.Errorf("not asked again: %+v, %v", v, err)
+	}
+}
+
+// A few memberships have a line each in the log, very many one together.
+func TestLogsManyMembershipsAtOnce(t *testing.T) {
+	for _, c := range []struct {
+		memberships, lines int
+		has                string
+	}{
+		{0, 0, ""},
+		{1, 1, `msg=joined membership="239.0.0.0 on eth0"`},
+		{manyMemberships, manyMemberships, `membership="239.0.0.31 on eth0"`},
+		{manyMemberships + 1, 1, `msg=joined memberships=33 first="239.0.0.0 on eth0" last="239.0.0.32 on eth0"`},
+	} {
+		var log bytes.Buffer
+		r := &Relay{log: slog.New(slog.NewTextHandler(&log, nil))}
+		var all []*wantedMembership
+		for i := range c.memberships {
+			all = append(all, &wantedMembership{Membership: membership.Membership{Interface: "eth0", Group: netip.AddrFrom4([4]byte{239, 0, 0, byte(i)})}})
+		}
+		r.logMemberships("joined", all)
+		if lines := strings.Count(log.String(), "\n"); lines != c.lines || !strings.Contains(log.String(), c.has) {
+			t.Errorf("%d memberships: %d lines, want %d with %s: %s", c.memberships, lines, c.lines, c.has, log.String())
 		}
 	}
 }

@@ -223,10 +223,9 @@ const drain = 20 * time.Millisecond
 // has both for a moment, in an order in which one of them always takes its packets:
 // while the kernel path has them, none reach the packet tap.
 func (r *Relay) syncPaths() error {
-	published := r.published()
-	kernel := make([]loader.Rule, len(published))
+	kernel := r.published()
 	want := map[loader.Path][]loader.Rule{}
-	for i, rule := range published {
+	for i, rule := range kernel {
 		if rule.Path != loader.PathKernel {
 			want[rule.Path] = append(want[rule.Path], rule)
 		}
