@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
+	"slices"
 
 	"xdpcast/bpf"
 )
@@ -19,10 +20,10 @@ type shortcuts struct {
 	shift  uint32   // 64 less the bits of a place
 }
 
-// shortcutPlaces is the size of the map shortcuts: twice the rules at least, so that
-// hardly one of them finds no place.
+// shortcutPlaces is the size of the map shortcuts. Up to half as many rules nearly all
+// find a place.
 func shortcutPlaces(maxRules uint32) uint32 {
-	return 1 << min(bits.Len64(2*uint64(maxRules)-1), 31)
+	return 1 << max(1, min(bits.Len32(maxRules-1), 31))
 }
 
 // newShortcuts is for a map with n places. Those of a map that was just made are
@@ -70,27 +71,32 @@ func (s *shortcuts) has(e *entry) bool {
 // maxMoves is how many rules change their place for a new one.
 const maxMoves = 32
 
-// put finds a place for an entry; others may have to go to their second one (cuckoo
-// hashing: Pagh, Rodler 2001). The last that finds none has none. It notes in changed
-// which places have someone else.
+// put gives an entry a place, for which others may have to go to their second one (cuckoo
+// hashing: Pagh, Rodler 2001). When no place comes free that way, all stay where they are.
+// It notes in changed which places have someone else.
 func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
-	first, second := s.placesOf(e.rule.In)
-	at := first
-	if s.places[first] != nil {
+	at, second := s.placesOf(e.rule.In)
+	if s.places[at] != nil && s.places[second] == nil {
 		at = second
 	}
-	for range maxMoves {
-		changed[at] = true
-		e, s.places[at] = s.places[at], e
-		if e == nil {
+	var moves []uint32 // places whose holders go on to the next one
+	for s.places[at] != nil {
+		if len(moves) == maxMoves || slices.Contains(moves, at) {
 			return
 		}
-		if first, second = s.placesOf(e.rule.In); at == first {
-			at = second
-		} else {
-			at = first
+		moves = append(moves, at)
+		first, second := s.placesOf(s.places[at].rule.In)
+		if at = first ^ second ^ at; at == moves[len(moves)-1] {
+			return // both its places are the same
 		}
 	}
+	for _, from := range slices.Backward(moves) {
+		s.places[at] = s.places[from]
+		changed[at] = true
+		at = from
+	}
+	s.places[at] = e
+	changed[at] = true
 }
 
 // closeShortcuts leaves the flow tables alone to say which rule a packet takes.

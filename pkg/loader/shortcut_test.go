@@ -203,11 +203,13 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 // Nearly every rule finds a place, however many there are, and stays there when others
 // come and go.
 func TestShortcutPlaces(t *testing.T) {
-	const n = 16384
-	s := newShortcuts(shortcutPlaces(n), true)
-	if len(s.places) != 2*n {
-		t.Fatalf("%d places for %d rules", len(s.places), n)
+	for _, c := range []struct{ rules, places uint32 }{{1, 2}, {2, 2}, {3, 4}, {16384, 16384}, {16385, 32768}, {1 << 31, 1 << 31}, {1<<32 - 1, 1 << 31}} {
+		if got := shortcutPlaces(c.rules); got != c.places {
+			t.Errorf("%d places for %d rules, want %d", got, c.rules, c.places)
+		}
 	}
+	const n = 16384
+	s := newShortcuts(shortcutPlaces(2*n), true)
 	var entries []*entry
 	for i := range n {
 		group := netip.AddrFrom4([4]byte{239, 1, byte(i >> 8), byte(i)})
@@ -233,6 +235,30 @@ func TestShortcutPlaces(t *testing.T) {
 	}
 	if placed < n*99/100 {
 		t.Errorf("%d of %d rules have a place", placed, n)
+	}
+	// For more than have room, nobody loses a place, and nothing is written in vain.
+	full := newShortcuts(shortcutPlaces(n), true)
+	for _, e := range entries {
+		full.put(e, map[uint32]bool{})
+	}
+	before := slices.Clone(full.places)
+	placed = 0
+	for _, e := range entries {
+		if full.has(e) {
+			placed++
+			continue
+		}
+		changed := map[uint32]bool{}
+		if full.put(e, changed); len(changed) != 0 {
+			t.Errorf("%v: a second try changes %v", e.rule.In, changed)
+		}
+	}
+	if !slices.Equal(before, full.places) {
+		t.Error("places have changed")
+	}
+	t.Logf("%d of %d rules have one of as many places", placed, n)
+	if placed < n*2/3 {
+		t.Errorf("only %d of %d rules have a place", placed, n)
 	}
 }
 
