@@ -60,7 +60,7 @@ static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifin
 
 	if (!kinds)
 		return NULL;
-	flow = shortcut4(cfg, ifindex, h, port);
+	flow = find_shortcut(cfg, ifindex, h, port, true);
 	if (flow)
 		return flow;
 	table = bpf_map_lookup_elem(&flow_tables4, &zero);
@@ -151,7 +151,7 @@ static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifin
 
 	if (!kinds)
 		return NULL;
-	flow = shortcut6(cfg, ifindex, h, port);
+	flow = find_shortcut(cfg, ifindex, h, port, false);
 	if (flow)
 		return flow;
 	table = bpf_map_lookup_elem(&flow_tables6, &zero);

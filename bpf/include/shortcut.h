@@ -52,32 +52,11 @@ static __always_inline bool same_input(const struct shortcut *s, __u32 ifindex,
 	       s->outer_vlan == h->outer_vlan;
 }
 
-/* The flow entry of an IPv4 packet's rule; NULL: ask the flow tables. */
-static __always_inline struct flow *shortcut4(const struct config *cfg, __u32 ifindex,
-					      const struct headers *h, __u16 port)
+static __always_inline bool same_addresses4(const struct shortcut *s, __u32 group, __u32 source)
 {
-	__u32 group = h->ip4->daddr, source = h->ip4->saddr;
-	__u64 hash = shortcut_hash(group, ifindex, shortcut_tags(h, port));
-	struct shortcut *s;
-	int i;
+	__u32 want = *(const __u32 *)s->source;
 
-	if (!cfg->shortcut_shift)
-		return NULL;
-#pragma unroll
-	for (i = 0; i < SHORTCUT_PLACES; i++) {
-		s = shortcut_at(cfg, hash);
-		if (!s)
-			return NULL;
-		if (*(const __u32 *)s->group == group && s->family == 4 &&
-		    same_input(s, ifindex, h, port)) {
-			__u32 want = *(const __u32 *)s->source;
-
-			if (!want || want == source)
-				return &s->flow;
-		}
-		hash = shortcut_rehash(hash);
-	}
-	return NULL;
+	return *(const __u32 *)s->group == group && s->family == 4 && (!want || want == source);
 }
 
 static __always_inline bool same_addr6(const __u64 *a, const __u64 *b)
@@ -85,30 +64,48 @@ static __always_inline bool same_addr6(const __u64 *a, const __u64 *b)
 	return !((a[0] ^ b[0]) | (a[1] ^ b[1]));
 }
 
-/* The same for IPv6. */
-static __always_inline struct flow *shortcut6(const struct config *cfg, __u32 ifindex,
-					      const struct headers *h, __u16 port)
+static __always_inline bool same_addresses6(const struct shortcut *s, const __u64 *group,
+					    const __u64 *source)
 {
-	struct in6_addr group = h->ip6->daddr, source = h->ip6->saddr;
-	const __u64 *to = (const __u64 *)&group, *from = (const __u64 *)&source;
-	__u64 hash = shortcut_hash(to[0] ^ to[1], ifindex, shortcut_tags(h, port));
+	const __u64 *want = (const __u64 *)s->source6;
+
+	return s->family == 6 && same_addr6((const __u64 *)s->group6, group) &&
+	       (!(want[0] | want[1]) || same_addr6(want, source));
+}
+
+/* The flow entry of a packet's rule; NULL: ask the flow tables. ip4 is a constant in each
+ * caller.
+ */
+static __always_inline struct flow *find_shortcut(const struct config *cfg, __u32 ifindex,
+						  const struct headers *h, __u16 port, bool ip4)
+{
+	struct in6_addr group6, source6;
+	__u32 group = 0, source = 0;
 	struct shortcut *s;
+	__u64 hash;
 	int i;
 
 	if (!cfg->shortcut_shift)
 		return NULL;
+	if (ip4) {
+		group = h->ip4->daddr;
+		source = h->ip4->saddr;
+		hash = group;
+	} else {
+		group6 = h->ip6->daddr;
+		source6 = h->ip6->saddr;
+		hash = *(const __u64 *)&group6 ^ *((const __u64 *)&group6 + 1);
+	}
+	hash = shortcut_hash(hash, ifindex, shortcut_tags(h, port));
 #pragma unroll
 	for (i = 0; i < SHORTCUT_PLACES; i++) {
 		s = shortcut_at(cfg, hash);
 		if (!s)
 			return NULL;
-		if (s->family == 6 && same_addr6((const __u64 *)s->group6, to) &&
-		    same_input(s, ifindex, h, port)) {
-			const __u64 *want = (const __u64 *)s->source6;
-
-			if (!(want[0] | want[1]) || same_addr6(want, from))
-				return &s->flow;
-		}
+		if ((ip4 ? same_addresses4(s, group, source)
+			 : same_addresses6(s, (const __u64 *)&group6, (const __u64 *)&source6)) &&
+		    same_input(s, ifindex, h, port))
+			return &s->flow;
 		hash = shortcut_rehash(hash);
 	}
 	return NULL;
