@@ -401,6 +401,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			shortcutsAgree(t, l.maps) // with nobody to make them right again
 			l = reopen(t, l)
 			sameRules(t, "adopted rules", sorted(c.want), rulesOf(l))
 			allocatorsFit(t, l)
