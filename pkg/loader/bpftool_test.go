@@ -17,7 +17,7 @@ import (
 // addresses byte by byte.
 func TestBpftoolShowsRules(t *testing.T) {
 	if _, err := exec.LookPath("bpftool"); err != nil {
-		labtest.Lacking(t, "bpftool is missing")
+		labtest.Lacking(t, "bpftool is not installed: scripts/setup --test installs it")
 	}
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))

@@ -15,7 +15,7 @@ import (
 func TestBpftool(t *testing.T) {
 	bpftool, err := exec.LookPath("bpftool")
 	if err != nil {
-		labtest.Lacking(t, "bpftool is missing")
+		labtest.Lacking(t, "bpftool is not installed: scripts/setup --test installs it")
 	}
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
