@@ -241,7 +241,7 @@ func (m *Manager) List() []Status {
 			all = append(all, r.status)
 		}
 	}
-	slices.SortFunc(all, func(a, b Status) int { return a.compare(b.Membership) })
+	slices.SortFunc(all, func(a, b Status) int { return a.Compare(b.Membership) })
 	return all
 }
 

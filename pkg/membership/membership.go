@@ -46,8 +46,8 @@ func (m Membership) family() family {
 	return unix.AF_INET6
 }
 
-// compare orders memberships by interface, then group, then source.
-func (m Membership) compare(o Membership) int {
+// Compare orders memberships by interface, then group, then source.
+func (m Membership) Compare(o Membership) int {
 	return cmp.Or(
 		cmp.Compare(m.Interface, o.Interface),
 		cmp.Compare(m.Index, o.Index),

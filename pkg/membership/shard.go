@@ -273,7 +273,7 @@ func (p *port) sourceSpecific() []*record {
 		}
 	}
 	slices.SortFunc(all, func(a, b *record) int {
-		return a.status.compare(b.status.Membership)
+		return a.status.Compare(b.status.Membership)
 	})
 	return all
 }

@@ -201,28 +201,30 @@ func (p *place) footprint(r *running) footprint {
 // groups is what the kernel lists, without reporters and timers.
 func (p *place) groups() string {
 	p.t.Helper()
-	var text strings.Builder
+	var lines []string
 	labtest.Do(p.t, p.host, func() error {
 		for _, name := range []string{"igmp", "mcfilter"} {
 			data, err := os.ReadFile("/proc/thread-self/net/" + name)
 			if err != nil {
 				return err
 			}
+			ifname := ""
 			for line := range strings.Lines(string(data)) {
 				fields := strings.Fields(line)
 				switch {
 				case name == "igmp" && strings.HasPrefix(line, "\t"):
-					fmt.Fprintln(&text, "group", fields[0], "users", fields[1])
+					lines = append(lines, fmt.Sprintln(ifname, "group", fields[0], "users", fields[1]))
 				case name == "igmp" && len(fields) > 1:
-					fmt.Fprintln(&text, fields[1])
+					ifname = fields[1]
 				case name == "mcfilter":
-					fmt.Fprintln(&text, fields)
+					lines = append(lines, fmt.Sprintln(fields))
 				}
 			}
 		}
 		return nil
 	})
-	return text.String()
+	slices.Sort(lines) // the kernel has the newest first
+	return strings.Join(lines, "")
 }
 
 // faulty is the kernel, but for joins and sockets that fail as long as err is set.

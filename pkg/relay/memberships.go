@@ -49,16 +49,41 @@ func keyOf(m membership.Membership) membershipKey {
 	return membershipKey{m.Index, m.Group, m.Source}
 }
 
-// join tries the memberships that the rules need and that are due.
+// dueJoin is a membership to try, and an instance that needs it.
+type dueJoin struct {
+	membership *wantedMembership
+	instance   *instance
+}
+
+// join tries the memberships that the rules need and that are due: those of an instance
+// until one fails.
 func (r *Relay) join(all []*wantedRule) {
 	now := time.Now()
-	var joined []*wantedMembership
+	failed := map[*instance]*wantedMembership{}
+	var due []dueJoin
 	for _, w := range all {
 		for _, n := range w.instances {
 			if n.publish {
-				joined = r.joinFor(w, n, now, joined)
+				due = r.dueFor(w, n, now, due, failed)
 			}
 		}
+	}
+	slices.SortFunc(due, func(a, b dueJoin) int {
+		return membership.CompareToJoin(a.membership.Membership, b.membership.Membership)
+	})
+	joined := make([]*wantedMembership, 0, len(due))
+	for _, d := range due {
+		if d.membership.joined || failed[d.instance] != nil {
+			continue
+		}
+		if !d.membership.due(now) || !r.tryJoin(d.membership, now) {
+			failed[d.instance] = d.membership
+			continue
+		}
+		joined = append(joined, d.membership)
+	}
+	for n, m := range failed {
+		r.showJoinFailure(n, m)
 	}
 	r.logMemberships("joined", joined)
 }
@@ -68,38 +93,40 @@ const manyMemberships = 32
 
 // logMemberships logs what was done to memberships, at once for very many.
 func (r *Relay) logMemberships(done string, all []*wantedMembership) {
+	byGroup := func(a, b *wantedMembership) int { return a.Compare(b.Membership) }
 	level := slog.LevelInfo
 	if len(all) > manyMemberships {
-		r.log.Info(done, "memberships", len(all), "first", all[0].Membership.String(), "last", all[len(all)-1].Membership.String())
+		r.log.Info(done, "memberships", len(all), "first", slices.MinFunc(all, byGroup).Membership.String(), "last", slices.MaxFunc(all, byGroup).Membership.String())
 		level = slog.LevelDebug
 	}
 	if !r.log.Enabled(context.Background(), level) {
 		return
 	}
+	slices.SortFunc(all, byGroup)
 	for _, w := range all {
 		r.log.Log(context.Background(), level, done, "membership", w.Membership.String())
 	}
 }
 
-// joinFor joins what an instance needs, and adds to joined what was not joined before.
-func (r *Relay) joinFor(w *wantedRule, n *instance, now time.Time, joined []*wantedMembership) []*wantedMembership {
+// dueFor adds to due what an instance needs and is not joined, as far as the first that
+// failed and is not due yet: the others wait for that one.
+func (r *Relay) dueFor(w *wantedRule, n *instance, now time.Time, due []dueJoin, failed map[*instance]*wantedMembership) []dueJoin {
 	in := r.interfaces[n.in]
-	groups := wantedGroups(&w.rule)
 	n.joins = make([]*wantedMembership, 0, groupCount(&w.rule))
-	for group := range groups {
+	for group := range wantedGroups(&w.rule) {
 		n.joins = append(n.joins, r.wanted(membership.Membership{Interface: in.name, Index: in.index, Group: group, Source: w.rule.In.Source}, now))
 	}
 	for _, m := range n.joins {
 		if m.joined {
 			continue
 		}
-		if !m.due(now) || !r.tryJoin(m, now) {
-			r.showJoinFailure(n, m)
-			return joined // the others wait for this one
+		if !m.due(now) {
+			failed[n] = m
+			break
 		}
-		joined = append(joined, m)
+		due = append(due, dueJoin{m, n})
 	}
-	return joined
+	return due
 }
 
 func (r *Relay) wanted(m membership.Membership, now time.Time) *wantedMembership {

@@ -105,7 +105,7 @@ func TestInputPattern(t *testing.T) {
 	p.connect("in1b", "10.12.0.1/24")
 	r.waitKernel("any%in0 -> out0", "any%in1 -> out0", "any%in1b -> out0")
 	for _, name := range []string{"in0", "in1", "in1b"} {
-		if got := p.groups(); !strings.Contains(got, name+"\n") || strings.Count(got, "010101EF") != 3 {
+		if got := p.groups(); !strings.Contains(got, name+" group 010101EF") || strings.Count(got, "010101EF") != 3 {
 			t.Errorf("groups are\n%s", got)
 		}
 	}

@@ -229,9 +229,7 @@ func (r *Relay) sizeMaps() {
 		if *size != 0 {
 			return
 		}
-		for *size = uint32(least); int(*size) < 2*need; {
-			*size *= 2
-		}
+		*size = uint32(max(least, 2*need))
 	}
 	grow(&r.opts.Loader.MaxRules, len(r.rules), loader.DefaultMaxRules)
 	grow(&r.opts.Loader.MaxOutputs, outputs, loader.DefaultMaxOutputs)
