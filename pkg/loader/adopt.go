@@ -135,8 +135,12 @@ func (l *Loader) adoptRules() error {
 	if err != nil {
 		return err
 	}
+	pointed, err := readPointedAt(l.maps, flows)
+	if err != nil {
+		return err
+	}
 	for _, flow := range flows {
-		e, err := readEntry(l.maps, flow)
+		e, err := pointed.entry(flow)
 		if err != nil {
 			return err
 		}
@@ -173,13 +177,14 @@ func (l *Loader) adoptRules() error {
 	if err := l.adoptPorts(); err != nil {
 		return err
 	}
-	if err := l.adoptFans(); err != nil {
+	fans, err := l.adoptFans()
+	if err != nil {
 		return err
 	}
 	if err := l.adoptSockets(); err != nil {
 		return err
 	}
-	return l.clearOrphans(inUse)
+	return l.clearOrphans(inUse, fans)
 }
 
 // dropHalfMoved settles a rule that is in two tables under one name: it was moved by
@@ -194,59 +199,6 @@ func (l *Loader) dropHalfMoved(e *entry) (stale bool, err error) {
 		return false, fmt.Errorf("unpublish rule %s: %w", e.rule.Name, err)
 	}
 	return true, nil
-}
-
-// readEntry reads what a flow entry points to.
-func readEntry(m *mapSet, f flowEntry) (*entry, error) {
-	flow := &f.value
-	var row bpf.RelayRule
-	if err := m.Rules.Lookup(flow.Rule, &row); err != nil {
-		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
-	}
-	name, err := decodeName(row.Name)
-	if err != nil {
-		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
-	}
-	e := &entry{rule: Rule{Name: name, In: f.in}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port, sockets: flow.Sockets}
-	if err := decodeFlow(&e.rule, flow); err != nil {
-		return nil, fmt.Errorf("rule %s: %w", name, err)
-	}
-	if e.rule.Rate, err = readRate(m, flow.Rule, flow.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {
-		return nil, fmt.Errorf("rule %s: %w", name, err)
-	}
-	for slot := range uint32(flow.Outputs) {
-		var b bpf.RelayOutput
-		if err := m.Outputs.Lookup(flow.FirstOutput+slot, &b); err != nil {
-			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
-		}
-		o, err := decodeOutput(&b)
-		if err != nil {
-			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
-		}
-		if o.Rate, err = readRate(m, b.Policer, b.Flags&uint16(bpf.RelayOutputFlagOUTPUT_POLICED) != 0); err != nil {
-			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
-		}
-		if slot == 0 {
-			// The description may be older than the flow entry.
-			e.firstStats = b.Stats
-		}
-		e.rule.Out = append(e.rule.Out, o)
-	}
-	if err := e.rule.Check(); err != nil {
-		return nil, fmt.Errorf("rule %s: %w", name, err)
-	}
-	return e, nil
-}
-
-func readRate(m *mapSet, policer uint32, policed bool) (Rate, error) {
-	if !policed {
-		return Rate{}, nil
-	}
-	var p bpf.RelayPolicer
-	if err := m.Policers.Lookup(policer, &p); err != nil {
-		return Rate{}, fmt.Errorf("policer %d: %w", policer, err)
-	}
-	return decodeRate(&p), nil
 }
 
 // adoptPorts finds the rows of the map ports again.
@@ -273,10 +225,13 @@ func (l *Loader) adoptPorts() (err error) {
 			}
 			p.row = e.row
 			p.rowUsers++
+			if rows[e.row] {
+				continue
+			}
+			rows[e.row] = true
 			if p.rowHasProg, err = l.rowHasProgram(p.row); err != nil {
 				return err
 			}
-			rows[e.row] = true
 		}
 	}
 	l.portRows.adopt(rows)
@@ -326,7 +281,7 @@ func (l *Loader) rowHasProgram(row uint32) (bool, error) {
 
 // clearOrphans removes what a process left that died between two steps, and brings
 // descriptions up to date that it did not come to write.
-func (l *Loader) clearOrphans(inUse map[uint32]bool) error {
+func (l *Loader) clearOrphans(inUse map[uint32]bool, fans []uint32) error {
 	free, freeStats := map[uint32]bool{}, map[uint32]bool{}
 	for _, e := range l.stats.free {
 		for i := range e.n {
@@ -337,23 +292,22 @@ func (l *Loader) clearOrphans(inUse map[uint32]bool) error {
 	for _, e := range l.rules {
 		described[e.id] = encodeRule(e)
 	}
-	var row bpf.RelayRule
-	var id uint32
-	iter := l.maps.Rules.Iterate()
-	for iter.Next(&id, &row) {
+	rows, err := readArray[bpf.RelayRule](l.maps.Rules, int(l.maps.Rules.MaxEntries()))
+	if err != nil {
+		return fmt.Errorf("read map rules: %w", err)
+	}
+	for i := range rows {
+		id := uint32(i)
 		free[id] = !inUse[id]
 		want := described[id]
-		if row == want {
+		if rows[i] == want {
 			continue
 		}
 		if err := l.maps.Rules.Put(id, &want); err != nil {
 			return fmt.Errorf("describe rule number %d: %w", id, err)
 		}
 	}
-	if err := iter.Err(); err != nil {
-		return fmt.Errorf("read map rules: %w", err)
-	}
-	if err := l.clearOrphanFans(); err != nil {
+	if err := l.clearOrphanFans(fans); err != nil {
 		return err
 	}
 	return l.dropStaleCounters(free, freeStats)

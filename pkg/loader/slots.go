@@ -154,17 +154,16 @@ func (l *Loader) renewFan(f *fan) {
 	}
 }
 
-// adoptFans finds the devmaps of the rules again.
-func (l *Loader) adoptFans() error {
-	ids := map[uint32]ebpf.MapID{}
-	var first uint32
-	var id ebpf.MapID
-	iter := l.maps.Fanout.Iterate()
-	for iter.Next(&first, &id) {
-		ids[first] = id
+// adoptFans finds the devmaps of the rules again, and returns the rows of the map fanout
+// that there are.
+func (l *Loader) adoptFans() (rows []uint32, err error) {
+	rows, maps, err := readAll[uint32, ebpf.MapID](l.maps.Fanout)
+	if err != nil {
+		return nil, fmt.Errorf("read map fanout: %w", err)
 	}
-	if err := iter.Err(); err != nil {
-		return fmt.Errorf("read map fanout: %w", err)
+	ids := make(map[uint32]ebpf.MapID, len(rows))
+	for i, row := range rows {
+		ids[row] = maps[i]
 	}
 	for _, e := range l.rules {
 		if len(e.rule.Out) < 2 {
@@ -172,7 +171,7 @@ func (l *Loader) adoptFans() error {
 		}
 		id, ok := ids[e.first]
 		if !ok {
-			return fmt.Errorf("rule %s has several outputs and no devmap", e.rule.Name)
+			return nil, fmt.Errorf("rule %s has several outputs and no devmap", e.rule.Name)
 		}
 		key, indexes := fanKey(e.rule.Out)
 		f := l.fans[key]
@@ -182,26 +181,14 @@ func (l *Loader) adoptFans() error {
 		}
 		f.users++
 	}
-	return nil
+	return rows, nil
 }
 
-// clearOrphanFans empties the rows of the map fanout that belong to no rule.
-func (l *Loader) clearOrphanFans() error {
+// clearOrphanFans empties those of the rows of the map fanout that belong to no rule.
+func (l *Loader) clearOrphanFans(rows []uint32) error {
 	inUse := map[uint32]bool{}
 	for _, e := range l.rules {
 		inUse[e.first] = len(e.rule.Out) > 1
 	}
-	var orphans []uint32
-	var first uint32
-	var id ebpf.MapID
-	iter := l.maps.Fanout.Iterate()
-	for iter.Next(&first, &id) {
-		if !inUse[first] {
-			orphans = append(orphans, first)
-		}
-	}
-	if err := iter.Err(); err != nil {
-		return fmt.Errorf("read map fanout: %w", err)
-	}
-	return l.clearFanout(orphans)
+	return l.clearFanout(slices.DeleteFunc(rows, func(row uint32) bool { return inUse[row] }))
 }

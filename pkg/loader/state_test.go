@@ -79,8 +79,12 @@ func dumpFlows(t testing.TB, b *strings.Builder, l *Loader) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	pointed, err := readPointedAt(l.maps, flows)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, flow := range flows {
-		e, err := readEntry(l.maps, flow)
+		e, err := pointed.entry(flow)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -221,9 +221,13 @@ func (r *Reader) entries() ([]*entry, error) {
 	if err != nil {
 		return nil, err
 	}
+	pointed, err := readPointedAt(r.maps, flows)
+	if err != nil {
+		return nil, err
+	}
 	entries := make([]*entry, 0, len(flows))
 	for _, flow := range flows {
-		e, err := readEntry(r.maps, flow)
+		e, err := pointed.entry(flow)
 		if err != nil {
 			return nil, err
 		}

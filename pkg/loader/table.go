@@ -201,16 +201,14 @@ func (t *tables) read() ([]flowEntry, error) {
 }
 
 func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) Input) error {
-	var key K
-	var flow bpf.RelayFlow
-	iter := table.Iterate()
-	for iter.Next(&key, &flow) {
-		in := decode(&key)
-		in.MAC = flow.InputMac
-		*all = append(*all, flowEntry{in, flow})
-	}
-	if err := iter.Err(); err != nil {
+	keys, flows, err := readAll[K, bpf.RelayFlow](table)
+	if err != nil {
 		return fmt.Errorf("read flow table: %w", err)
+	}
+	for i := range keys {
+		in := decode(&keys[i])
+		in.MAC = flows[i].InputMac
+		*all = append(*all, flowEntry{in, flows[i]})
 	}
 	return nil
 }
