@@ -157,17 +157,17 @@ func (l *Loader) adoptRules() error {
 		l.rules[e.rule.Name] = e
 		l.lookups.add(e.rule.In)
 	}
-	inUse := map[uint32]bool{}
+	byID := make([]*entry, l.maps.Rules.MaxEntries())
 	var outputs, stats []extent
 	for _, e := range l.rules {
-		if inUse[e.id] {
+		if byID[e.id] != nil {
 			return fmt.Errorf("rule %s (number %d) is there twice", e.rule.Name, e.id)
 		}
-		inUse[e.id] = true
+		byID[e.id] = e
 		outputs = append(outputs, extent{e.first, uint32(len(e.rule.Out))})
 		stats = append(stats, extent{e.firstStats, uint32(len(e.rule.Out))})
 	}
-	l.ids.adopt(inUse)
+	l.ids.adopt(func(id uint32) bool { return byID[id] != nil })
 	if err := l.outputs.adopt(outputs); err != nil {
 		return fmt.Errorf("outputs: %w", err)
 	}
@@ -184,7 +184,7 @@ func (l *Loader) adoptRules() error {
 	if err := l.adoptSockets(); err != nil {
 		return err
 	}
-	return l.clearOrphans(inUse, fans)
+	return l.clearOrphans(byID, fans)
 }
 
 // dropHalfMoved settles a rule that is in two tables under one name: it was moved by
@@ -234,7 +234,7 @@ func (l *Loader) adoptPorts() (err error) {
 			}
 		}
 	}
-	l.portRows.adopt(rows)
+	l.portRows.adopt(has(rows))
 	return l.clearPorts(rows)
 }
 
@@ -281,36 +281,32 @@ func (l *Loader) rowHasProgram(row uint32) (bool, error) {
 
 // clearOrphans removes what a process left that died between two steps, and brings
 // descriptions up to date that it did not come to write.
-func (l *Loader) clearOrphans(inUse map[uint32]bool, fans []uint32) error {
-	free, freeStats := map[uint32]bool{}, map[uint32]bool{}
-	for _, e := range l.stats.free {
-		for i := range e.n {
-			freeStats[e.first+i] = true
-		}
-	}
-	described := make(map[uint32]bpf.RelayRule, len(l.rules))
-	for _, e := range l.rules {
-		described[e.id] = encodeRule(e)
-	}
-	rows, err := readArray[bpf.RelayRule](l.maps.Rules, int(l.maps.Rules.MaxEntries()))
+func (l *Loader) clearOrphans(byID []*entry, fans []uint32) error {
+	rows, err := readArray[bpf.RelayRule](l.maps.Rules, len(byID))
 	if err != nil {
 		return fmt.Errorf("read map rules: %w", err)
 	}
-	for i := range rows {
-		id := uint32(i)
-		free[id] = !inUse[id]
-		want := described[id]
-		if rows[i] == want {
+	usedStats := make([]bool, l.maps.OutputStats.MaxEntries())
+	for id, e := range byID {
+		var want bpf.RelayRule
+		if e != nil {
+			want = encodeRule(e)
+			for i := range e.rule.Out {
+				usedStats[int(e.firstStats)+i] = true
+			}
+		}
+		if rows[id] == want {
 			continue
 		}
-		if err := l.maps.Rules.Put(id, &want); err != nil {
+		if err := l.maps.Rules.Put(uint32(id), &want); err != nil {
 			return fmt.Errorf("describe rule number %d: %w", id, err)
 		}
 	}
 	if err := l.clearOrphanFans(fans); err != nil {
 		return err
 	}
-	return l.dropStaleCounters(free, freeStats)
+	return l.dropStaleCounters(func(id uint32) bool { return int(id) >= len(byID) || byID[id] == nil },
+		func(i uint32) bool { return int(i) >= len(usedStats) || !usedStats[i] })
 }
 
 // adoptPrograms opens the pinned programs and links.

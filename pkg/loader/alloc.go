@@ -31,10 +31,10 @@ func (a *idAllocator) take() (id uint32, used bool, err error) {
 func (a *idAllocator) give(id uint32) { a.freed = append(a.freed, id) }
 
 // adopt marks the numbers in use after a restart; all others count as used before.
-func (a *idAllocator) adopt(inUse map[uint32]bool) {
+func (a *idAllocator) adopt(inUse func(uint32) bool) {
 	a.next, a.freed = a.max, a.freed[:0]
 	for id := range a.max {
-		if !inUse[id] {
+		if !inUse(id) {
 			a.freed = append(a.freed, id)
 		}
 	}

@@ -112,7 +112,7 @@ func TestIDAllocatorAgainstModel(t *testing.T) {
 	for range 5000 {
 		switch op := random.IntN(30); {
 		case op == 0:
-			a.adopt(held)
+			a.adopt(has(held))
 			for id := range uint32(size) {
 				before[id] = true
 			}

@@ -94,6 +94,6 @@ func (l *Loader) adoptSockets() error {
 		l.sockets[index] = e.sockets
 		inUse[e.sockets/bpf.MaxQueues] = true
 	}
-	l.socketRows.adopt(inUse)
+	l.socketRows.adopt(has(inUse))
 	return nil
 }

@@ -77,7 +77,7 @@ func (l *Loader) Sync(want []Rule) (err error) {
 	if err := s.flush(); err != nil {
 		return err
 	}
-	if err := l.dropStaleCounters(s.reused, s.reusedStats); err != nil {
+	if err := l.dropCountersOf(s.reused, s.reusedStats); err != nil {
 		return err
 	}
 	if err := s.publish(); err != nil {
@@ -474,7 +474,7 @@ func (s *sync) retire() error {
 		}
 	}
 	s.forgetSockets()
-	errs = append(errs, s.clearFanout(fanout), rows.put(s.maps.Rules), s.dropStaleCounters(gone, goneStats))
+	errs = append(errs, s.clearFanout(fanout), rows.put(s.maps.Rules), s.dropCountersOf(gone, goneStats))
 	for _, fn := range s.done {
 		errs = append(errs, fn())
 	}
@@ -510,22 +510,27 @@ func (s *sync) retireCounters(e *entry, gone, goneStats map[uint32]bool) {
 	s.stats.give(e.firstStats, n)
 }
 
-// dropStaleCounters deletes the drop counters of rules and outputs that are no
-// more.
-func (l *Loader) dropStaleCounters(ids, stats map[uint32]bool) error {
+// dropCountersOf deletes the drop counters of some rules and outputs.
+func (l *Loader) dropCountersOf(ids, stats map[uint32]bool) error {
 	if len(ids) == 0 && len(stats) == 0 {
 		return nil
 	}
+	return l.dropStaleCounters(has(ids), has(stats))
+}
+
+// dropStaleCounters deletes the drop counters of rules and outputs that are no
+// more.
+func (l *Loader) dropStaleCounters(isGone, isGoneStats func(uint32) bool) error {
 	var stale []bpf.RelayDropKey
 	var key bpf.RelayDropKey
 	var values []bpf.RelayCounter
 	iter := l.maps.RuleDrops.Iterate()
 	for iter.Next(&key, &values) {
-		gone := ids
+		gone := isGone
 		if bpf.RelayDropScope(key.Scope) == bpf.RelayDropScopeDROP_OUTPUT {
-			gone = stats
+			gone = isGoneStats
 		}
-		if gone[key.Id] {
+		if gone(key.Id) {
 			stale = append(stale, key)
 		}
 	}
@@ -538,6 +543,11 @@ func (l *Loader) dropStaleCounters(ids, stats map[uint32]bool) error {
 		}
 	}
 	return nil
+}
+
+// has asks a set for a number.
+func has(set map[uint32]bool) func(uint32) bool {
+	return func(i uint32) bool { return set[i] }
 }
 
 // zeroPerCPU clears n values of a per-CPU array.

@@ -105,3 +105,32 @@ func residentBytes(t testing.TB) int {
 	}
 	return kB << 10
 }
+
+// BenchmarkRestart measures how long a new process takes until it has taken over the
+// programs and maps of the last one, and joined all groups again.
+func BenchmarkRestart(b *testing.B) {
+	for _, count := range []int{3, 10_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=%d", count), func(b *testing.B) {
+			p := newPlace(b)
+			p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 0, 0
+			text := strings.Builder{}
+			text.WriteString("rules:\n")
+			for _, r := range scaleRules(count, count) {
+				fmt.Fprintf(&text, "  - {name: %s, in: %v, out: [%q]}\n", r.Name, r.In, r.Out[0])
+			}
+			p.opts.ConfigFile = p.file("rules.yaml", text.String())
+			r := p.start()
+			for b.Loop() {
+				b.StopTimer()
+				r.stop()
+				b.StartTimer()
+				r = p.start()
+			}
+			b.StopTimer()
+			status, err := r.Status(b.Context())
+			if err != nil || status.Active != count {
+				b.Fatalf("status is %+v, %v", status, err)
+			}
+		})
+	}
+}
