@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 )
 
@@ -105,6 +106,15 @@ func compactFile(rules []Rule) []byte {
 	return b.Bytes()
 }
 
+// flowFile writes each rule as a {mapping} on one line.
+func flowFile(rules []Rule) []byte {
+	text := string(compactFile(rules))
+	text = strings.ReplaceAll(text, "  - name: ", "  - {name: ")
+	text = strings.ReplaceAll(text, "\n    ", ", ")
+	text = strings.ReplaceAll(text, "]\n", "]}\n")
+	return []byte(text)
+}
+
 func BenchmarkParseFile(b *testing.B) {
 	rules := camRules(manyRules)
 	formatted, err := FormatFile(rules)
@@ -118,6 +128,7 @@ func BenchmarkParseFile(b *testing.B) {
 	}{
 		{"formatted", formatted},
 		{"compact", compact},
+		{"a line each", flowFile(rules)},
 		{"other", append([]byte("--- # by way of the YAML package\n"), formatted...)},
 	} {
 		b.Run(file.name, func(b *testing.B) {

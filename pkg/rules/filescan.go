@@ -21,10 +21,11 @@ import (
 //	    out:
 //	      - 239.2.2.3:6000%eth1
 //	    name: cam2
+//	  - {name: cam3, in: 239.1.1.3:5000%eth0, out: [239.2.2.4:6000%eth1]}
 //
 // This is a small part of YAML, and what the scanner takes it must read as the
 // YAML package does: known keys with a value, each on one line as is each item of
-// a list and each [list]; values in quotes without escapes, or of ASCII letters,
+// a list, each [list] and each {rule}; values in quotes without escapes, or of ASCII letters,
 // digits and a few marks. Everything else, and so every fault of syntax, is left
 // to the YAML package.
 type ruleScanner struct {
@@ -54,7 +55,11 @@ func (s *ruleScanner) scan(begin func(rules int), read func(rule *yaml.Node) boo
 	if list < 0 {
 		return false
 	}
-	rules := 1 + bytes.Count(s.rest, []byte("\n"+strings.Repeat(" ", list)+"- "))
+	dash := strings.Repeat(" ", list) + "- "
+	rules := 1 + bytes.Count(s.rest, []byte("\n"+dash))
+	if bytes.HasPrefix(s.rest, []byte(dash)) {
+		rules++
+	}
 	begin(min(rules, 1+len(s.rest)/minRuleSize))
 	for s.indent == list {
 		rule, ok := s.rule()
@@ -91,6 +96,9 @@ func (s *ruleScanner) rule() (*yaml.Node, bool) {
 	if !s.dash() {
 		return nil, false
 	}
+	if s.line[0] == '{' {
+		return s.flowRule()
+	}
 	n, column := s.node(yaml.MappingNode), s.indent
 	for s.indent == column {
 		key, ok := s.key()
@@ -104,6 +112,26 @@ func (s *ruleScanner) rule() (*yaml.Node, bool) {
 		n.Content = append(n.Content, key, value)
 	}
 	return n, true
+}
+
+// flowRule reads a {rule}, and goes to the line behind it.
+func (s *ruleScanner) flowRule() (*yaml.Node, bool) {
+	n := s.node(yaml.MappingNode)
+	n.Style = yaml.FlowStyle
+	for more := s.take("{"); more; more = s.take(",") {
+		s.blanks()
+		key, ok := s.key()
+		if !ok || !s.blanks() {
+			return nil, false
+		}
+		value, ok := s.inline(key.Value, true)
+		if !ok {
+			return nil, false
+		}
+		n.Content = append(n.Content, key, value)
+		s.blanks()
+	}
+	return n, s.take("}") && s.lineEnds() && s.next()
 }
 
 func (s *ruleScanner) key() (*yaml.Node, bool) {
@@ -125,14 +153,17 @@ func (s *ruleScanner) value(key string, column int) (*yaml.Node, bool) {
 	if !s.blanks() {
 		return nil, false
 	}
-	var n *yaml.Node
-	var ok bool
-	if key == "out" && s.line[0] == '[' {
-		n, ok = s.flow()
-	} else {
-		n, ok = s.scalar(false)
-	}
+	n, ok := s.inline(key, false)
 	return n, ok && s.lineEnds() && s.next()
+}
+
+// inline reads a value that stands on the line of its key; inFlow says that it stands in
+// a {rule}.
+func (s *ruleScanner) inline(key string, inFlow bool) (*yaml.Node, bool) {
+	if key == "out" && s.line[0] == '[' {
+		return s.flow()
+	}
+	return s.scalar(inFlow)
 }
 
 // items reads a list with an item a line, which may begin in the column of its key.
@@ -170,7 +201,7 @@ func (s *ruleScanner) flow() (*yaml.Node, bool) {
 	return n, s.take("]")
 }
 
-// scalar reads a value; inFlow says that it stands in a [list].
+// scalar reads a value; inFlow says that it stands in a [list] or {rule}.
 func (s *ruleScanner) scalar(inFlow bool) (*yaml.Node, bool) {
 	if len(s.line) == 0 {
 		return nil, false

@@ -116,13 +116,15 @@ var takenFiles = []string{
 	"rules:\n- name: \"null\"\n- name: '~'\n- name: \"\"\n- name: ''\n- name: ' a '\n- name: \"a # b: c\"\n- name: 'a\"b'\n- name: \"a'b\"\n- name: \"- a\"\n- name: \"&a *b !c\"\n",
 	"rules:\n- name: a:b\n- name: a,b\n- name: a[b]\n- name: a/b\n- name: a@b%c\n- name: a=b+c-\n- name: a]\n- name: a,\n- name: 1.\n",
 	"rules:\n- path: kernel\n  out:\n  - a\n- path: x\n  in: z\n",
+	"rules:\n- {name: a}\n", "rules:\n- { name: 'a', name: \"b\" }\n- {out: x , out: [y ,z] ,in: 1}\n", "rules:\n- {name: \"a}\"}\n- {name: 'a, b: c'}\n",
+	"rules:\n  # c\n  -   {name: cam1, path: kernel, in: \"10.0.0.5@239.1.1.1:5000%eth0\", out: [\"239.2.2.2:6000%eth1,ttl=8\", 10.0.9.9:6000%eth2]}   # c\n\n  - name: b\n    in: 239.1.1.1:2%eth0\n    out: 239.1.1.2:1%eth1\n  - {in: 239.1.1.2:5000%eth0, out: 239.1.1.3:1%eth1, name: c}",
 }
 
 // leftFiles use more of YAML, or are not YAML.
 var leftFiles = []string{
 	"", "\n", "#", "rules:", "rules:\n", "rules: []\n", "rules: {}\n", "rules: ~\n", "rules:\n-\n", "rules:\n- \n", "rules:\n- a\n", "rules:\n- - a\n", "rules:\n-name: a\n",
 	"---\n" + scanHead, scanHead + "...\n", scanHead + "---\n", "%YAML 1.1\n---\n" + scanHead, "\ufeff" + scanHead, "\xff\xfer\x00", "\x00",
-	" rules:\n - name: a\n", "\"rules\":\n- name: a\n", "rules :\n- name: a\n", "? rules\n: - name: a\n", "rules:- name: a\n", "rules:\n- {name: a}\n", "rules: [{name: a}]\n", "{rules: [{name: a}]}\n",
+	" rules:\n - name: a\n", "\"rules\":\n- name: a\n", "rules :\n- name: a\n", "? rules\n: - name: a\n", "rules:- name: a\n", "rules: [{name: a}]\n", "{rules: [{name: a}]}\n",
 	scanHead + "rules:\n- name: b\n", scanHead + "other: x\n", scanHead + "x\n", scanHead + " - name: b\n", scanHead + "   out: x\n", scanHead + " out: x\n", scanHead + "out: x\n",
 	"rules:\n  - name: a\n   - name: b\n", "rules:\n  - name: a\n - name: b\n", "rules:\n  - name: a\n- name: b\n", "rules:\n  -  name: a\n    in: b\n", "rules:\n -\n  name: a\n", "rules:\n- # c\n  name: a\n",
 	"rules:\r\n- name: a\r\n", "rules:\n- name: a\r\n", "rules:\r- name: a\r", "rules:\n- name: a\rb\n", "rules:\n- name: \"a\r\"\n",
@@ -135,6 +137,7 @@ var leftFiles = []string{
 	"rules:\n- name: \"a\u0085b\"\n", "rules:\n- name: a # c\u0085d\n", "rules:\n- name: a # c\u2028d\n", "# \u2029\nrules:\n- name: a\n", "# \xff\nrules:\n- name: a\n", "# \x00\nrules:\n- name: a\n", "# \x7f\nrules:\n- name: a\n", "# \ufeff\nrules:\n- name: a\n", "rules:\n- name: a # \x1b\n", "rules:\n- name: \"\u00a0\"\n", "# \ufffe\nrules:\n- name: a\n", "# \u009f\nrules:\n- name: a\n", "# \xed\xa0\x80\nrules:\n- name: a\n",
 	scanHead + "  out:\n", scanHead + "  out:\n  path: auto\n", scanHead + "  out:\n  -\n", scanHead + "  out:\n  - a\n   b\n", scanHead + "  out:\n  - a\n    b\n", scanHead + "  out:\n    - a\n   - b\n", scanHead + "  out:\n    - a\n  - b\n", scanHead + "  out:\n    - a\n      - b\n", scanHead + "  out:\n - a\n", scanHead + "  out:\n- a\n", scanHead + "  out:\n  - - a\n", scanHead + "  out:\n  - a: b\n", scanHead + "  out:\n  - [a]\n", scanHead + "  out:\n  - {a: b}\n", scanHead + "  out:\n    a\n", scanHead + "  out: a\n  - b\n", scanHead + "  out: - b\n", scanHead + "  out:\n  - &x a\n  - *x\n", scanHead + "  out:\n  - a\n  x\n", scanHead + "  out:\n  -a\n", scanHead + "  out:[a]\n",
 	scanHead + "  out: []\n", scanHead + "  out: [ ]\n", scanHead + "  out: [a,]\n", scanHead + "  out: [,a]\n", scanHead + "  out: [a,,b]\n", scanHead + "  out: [a b]\n", scanHead + "  out: [a: b]\n", scanHead + "  out: [a:]\n", scanHead + "  out: [a:,b]\n", scanHead + "  out: [[a]]\n", scanHead + "  out: [{a: b}]\n", scanHead + "  out: [\"a\": b]\n", scanHead + "  out: [\"a\"b]\n", scanHead + "  out: [a \"b\"]\n", scanHead + "  out: [a\"b\"]\n", scanHead + "  out: [ff0e::1]:1%eth0\n", scanHead + "  out: [a] b\n", scanHead + "  out: [a]# c\n", scanHead + "  out: [a\n", scanHead + "  out: [a,\n    b]\n", scanHead + "  out: [\n    a,\n    b\n  ]\n", scanHead + "  out: [a # c\n    ]\n", scanHead + "  out: [a]]\n", scanHead + "  out: [? a]\n", scanHead + "  out: [-a]\n", scanHead + "  out: [- a]\n", scanHead + "  out: [null]\n", scanHead + "  out: [~]\n", scanHead + "  out: [&x a, *x]\n", scanHead + "  out: [a#b]\n", scanHead + "  out: [a}]\n", scanHead + "  out: ['a''b']\n", scanHead + "  out: [\"a,\n    b\"]\n", scanHead + "  out: &x [a]\n", scanHead + "  out: !!seq [a]\n", scanHead + "  out: [a]: b\n", scanHead + "  out: [a] : b\n",
+	"rules:\n- {}\n", "rules:\n- { }\n", "rules:\n- {name: a,}\n", "rules:\n- {,name: a}\n", "rules:\n- {name: a,, in: b}\n", "rules:\n- {name}\n", "rules:\n- {name:}\n", "rules:\n- {name: }\n", "rules:\n- {name:a}\n", "rules:\n- {name : a}\n", "rules:\n- {\"name\":a}\n", "rules:\n- {\"name\": a}\n", "rules:\n- {name: a\n", "rules:\n- {name: a\n  }\n", "rules:\n- {name: a,\n  in: b}\n", "rules:\n- {name: a}}\n", "rules:\n- {name: a} x\n", "rules:\n- {name: a}# c\n", "rules:\n- {name: a}: b\n", "rules:\n- {name: a}\n  in: b\n", "rules:\n- {name: a}\n   # c\n  x\n", "rules:\n- {name: a # c}\n", "rules:\n- {name: a b}\n", "rules:\n- {name: a: b}\n", "rules:\n- {name: a:}\n", "rules:\n- {name: a:, in: b}\n", "rules:\n- {name: [a]}\n", "rules:\n- {name: {a: b}}\n", "rules:\n- {name: null}\n", "rules:\n- {name: ~}\n", "rules:\n- {name: *x}\n", "rules:\n- {name: a{b}\n", "rules:\n- {out: []}\n", "rules:\n- {out: [a}\n", "rules:\n- {out: [a]]}\n", "rules:\n- {out: [a]b}\n", "rules:\n- {out:\n  - a}\n", "rules:\n- {name: \"a\\\"\"}\n", "rules:\n- {name: 'a''b'}\n", "rules:\n- {name: a\tb}\n", "rules:\n- {? name: a}\n", "rules:\n- {<<: a}\n", "rules:\n- {NAME: a}\n", "rules:\n-{name: a}\n", "rules:\n- &x {name: a}\n",
 	scanHead + "  IN: x\n", scanHead + "  names: x\n", scanHead + "  1: x\n", scanHead + "  # c\n  : x\n", "x: y\n" + scanHead,
 }
 
@@ -145,7 +148,7 @@ func TestScanTakes(t *testing.T) {
 		}
 	}
 	data, err := FormatFile(camRules(1000))
-	if err != nil || !checkScan(t, data) || !checkScan(t, compactFile(camRules(1000))) {
+	if err != nil || !checkScan(t, data) || !checkScan(t, compactFile(camRules(1000))) || !checkScan(t, flowFile(camRules(1000))) {
 		t.Errorf("written rules left to the YAML package, %v", err)
 	}
 }
@@ -170,7 +173,7 @@ func TestScanIsBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, data := range [][]byte{data, compactFile(camRules(1000))} {
+	for _, data := range [][]byte{data, compactFile(camRules(1000)), flowFile(camRules(1000))} {
 		if n := room(data); n != 1000 {
 			t.Errorf("room for %d rules of 1000", n)
 		}
