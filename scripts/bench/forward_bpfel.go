@@ -22,7 +22,6 @@ const (
 	forwardProgLossy     = "lossy"
 	forwardProgRedirect  = "redirect"
 	forwardProgToSocket  = "to_socket"
-	forwardVarSeen       = "seen"
 )
 
 // loadForward returns the embedded CollectionSpec for forward.
@@ -85,7 +84,6 @@ type forwardMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type forwardVariableSpecs struct {
-	Seen *ebpf.VariableSpec `ebpf:"seen"`
 }
 
 // forwardObjects contains all objects after they have been loaded into the kernel.
@@ -123,7 +121,6 @@ func (m *forwardMaps) Close() error {
 //
 // It can be passed to loadForwardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type forwardVariables struct {
-	Seen *ebpf.Variable `ebpf:"seen"`
 }
 
 // forwardPrograms contains all programs after they have been loaded into the kernel.

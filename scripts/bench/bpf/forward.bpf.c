@@ -3,7 +3,12 @@
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
 /* The least that a forwarder can do, and a forwarder that loses. */
 #include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+
+#include "tag.h"
 
 /* outputs: output -> interface. */
 struct {
@@ -21,8 +26,6 @@ struct {
 	__type(value, __u32);
 } sockets SEC(".maps");
 
-__u32 seen = 0;
-
 SEC("xdp.frags")
 int redirect(struct xdp_md *ctx)
 {
@@ -35,11 +38,18 @@ int broadcast(struct xdp_md *ctx)
 	return bpf_redirect_map(&outputs, 0, BPF_F_BROADCAST);
 }
 
-/* lossy drops one frame in a hundred. */
+/* lossy drops one of the source's frames in a hundred, by their numbers: what hosts say
+ * by themselves, as neighbours, must not count.
+ */
 SEC("xdp.frags")
 int lossy(struct xdp_md *ctx)
 {
-	if (seen++ % 100 == 0)
+	const __u8 *data = (const __u8 *)(long)ctx->data;
+	const struct tag *tag = (const struct tag *)(data + OFF_TAG);
+
+	if (data + LEAST_FRAME <= (const __u8 *)(long)ctx->data_end &&
+	    *(const __u16 *)(data + OFF_ETHER_TYPE) == bpf_htons(ETH_P_IP) &&
+	    data[OFF_IP_PROTOCOL] == IPPROTO_UDP && tag->seq % 100 == 0)
 		return XDP_DROP;
 	return bpf_redirect_map(&outputs, 0, 0);
 }
