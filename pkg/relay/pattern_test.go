@@ -302,6 +302,23 @@ func TestPrefixJoinFails(t *testing.T) {
 	if d := cmp.Diff(before, p.footprint(r)); d != "" {
 		t.Errorf("something remains:\n%s", d)
 	}
+	// Where none can be joined, one try tells: the others wait for it.
+	tries := func() uint64 {
+		status, err := r.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(status.Interfaces, func(i control.InterfaceStatus) bool { return i.Name == "in0" })
+		return status.Interfaces[i].JoinsFailed
+	}
+	system.fail(unix.EPERM, "")
+	failed := tries()
+	if err := r.put(rule); !errors.Is(err, unix.EPERM) {
+		t.Errorf("error is %v", err)
+	}
+	if got := tries() - failed; got != 1 {
+		t.Errorf("%d joins of 16 were tried, want 1", got)
+	}
 	system.fail(nil, "")
 	r.mustPut(rule)
 }
