@@ -1,0 +1,93 @@
+package loader
+
+import (
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+)
+
+// pointedAt is what flow entries point to.
+type pointedAt struct {
+	rules    []bpf.RelayRule
+	outputs  []bpf.RelayOutput
+	policers *ebpf.Map
+}
+
+// readPointedAt reads what the flows point to, as far as it is there.
+func readPointedAt(m *mapSet, flows []flowEntry) (p pointedAt, err error) {
+	rules, outputs := 0, 0
+	for i := range flows {
+		f := &flows[i].value
+		rules, outputs = max(rules, int(f.Rule)+1), max(outputs, int(f.FirstOutput)+int(f.Outputs))
+	}
+	if p.rules, err = readArray[bpf.RelayRule](m.Rules, rules); err != nil {
+		return p, fmt.Errorf("read map rules: %w", err)
+	}
+	if p.outputs, err = readArray[bpf.RelayOutput](m.Outputs, outputs); err != nil {
+		return p, fmt.Errorf("read map outputs: %w", err)
+	}
+	p.policers = m.Policers
+	return p, nil
+}
+
+// entry makes a rule of a flow entry and of what it points to.
+func (p *pointedAt) entry(f flowEntry) (*entry, error) {
+	flow := &f.value
+	if int(flow.Rule) >= len(p.rules) {
+		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, ebpf.ErrKeyNotExist)
+	}
+	row := &p.rules[flow.Rule]
+	name, err := decodeName(row.Name)
+	if err != nil {
+		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
+	}
+	e := &entry{rule: Rule{Name: name, In: f.in}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port, sockets: flow.Sockets}
+	if err := decodeFlow(&e.rule, flow); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	if e.rule.Rate, err = p.rate(flow.Rule, flow.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	e.rule.Out = make([]Output, 0, flow.Outputs)
+	for slot := range uint32(flow.Outputs) {
+		o, stats, err := p.output(flow.FirstOutput, slot)
+		if err != nil {
+			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
+		}
+		if slot == 0 {
+			// The description may be older than the flow entry.
+			e.firstStats = stats
+		}
+		e.rule.Out = append(e.rule.Out, o)
+	}
+	if err := e.rule.Check(); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	return e, nil
+}
+
+// output is the output of a slot, with the index of its counters.
+func (p *pointedAt) output(first, slot uint32) (o Output, stats uint32, err error) {
+	if int(first)+int(slot) >= len(p.outputs) {
+		return o, 0, ebpf.ErrKeyNotExist
+	}
+	row := &p.outputs[first+slot]
+	if o, err = decodeOutput(row); err != nil {
+		return o, 0, err
+	}
+	o.Rate, err = p.rate(row.Policer, row.Flags&uint16(bpf.RelayOutputFlagOUTPUT_POLICED) != 0)
+	return o, row.Stats, err
+}
+
+func (p *pointedAt) rate(policer uint32, policed bool) (Rate, error) {
+	if !policed {
+		return Rate{}, nil
+	}
+	var row bpf.RelayPolicer
+	if err := p.policers.Lookup(policer, &row); err != nil {
+		return Rate{}, fmt.Errorf("policer %d: %w", policer, err)
+	}
+	return decodeRate(&row), nil
+}
