@@ -10,9 +10,9 @@ import (
 	"xdpcast/pkg/fanout"
 )
 
-// flow is the way from a source through the path to a sink, with everything that
+// trip is the way from a source through the path to a sink, with everything that
 // counts frames on it.
-type flow struct {
+type trip struct {
 	*bench
 	fanout *Fanout
 	source *fanout.Sender
@@ -20,9 +20,9 @@ type flow struct {
 	sent   int // frames, ever
 }
 
-func newFlow(t testing.TB, workers int) *flow {
+func newTrip(t testing.TB, workers int) *trip {
 	t.Helper()
-	f := &flow{bench: newBench(t, 1)}
+	f := &trip{bench: newBench(t, 1)}
 	f.fanout = f.path(t, FanoutOptions{Workers: workers, Mode: fanout.ModeHash, Blocks: fanout.DefaultBlocks})
 	f.sink = countOn(t, f.sinks[0])
 	f.sink.lossy.Store(true)
@@ -44,7 +44,7 @@ func refusedBy(t testing.TB, h *lab.Host, name string) int {
 // lost is how many frames were lost on the way, as those who lost them count: the
 // queue of the input, rings, outputs, and on the other side the queue and ring of the
 // sink.
-func (f *flow) lost(t testing.TB) (lost int) {
+func (f *trip) lost(t testing.TB) (lost int) {
 	t.Helper()
 	groups, err := f.fanout.Groups()
 	if err != nil {
@@ -66,7 +66,7 @@ func (f *flow) lost(t testing.TB) (lost int) {
 // send sends frames of so many streams, so many a second or, with 0, without a
 // break, and waits until each has arrived or is counted as lost. It returns how many
 // were lost, and how long it took.
-func (f *flow) send(t testing.TB, streams, frames int, rate float64) (lost int, took time.Duration) {
+func (f *trip) send(t testing.TB, streams, frames int, rate float64) (lost int, took time.Duration) {
 	t.Helper()
 	before, start := f.lost(t), time.Now()
 	from := f.sent
@@ -100,7 +100,7 @@ func TestCapacity(t *testing.T) {
 	for _, workers := range []int{1, 2, 4, 8} {
 		for _, streams := range []int{1, 64} {
 			t.Run(fmt.Sprintf("%d workers, %d streams", workers, streams), func(t *testing.T) {
-				f := newFlow(t, workers)
+				f := newTrip(t, workers)
 				const frames = 64 * 200
 				lost, took := f.send(t, streams, frames, 0)
 				capacity := float64(frames-lost) / took.Seconds()

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -70,7 +71,7 @@ func (w world) rules(set int) (rules []loader.Rule) {
 
 func (w world) output(family netip.Addr) loader.Output {
 	o := loader.Output{
-		Ready: w.chance(90), Blocked: pick(w, loader.NotReady, loader.NoNeighbour), Index: pick(w, devices...),
+		Ready: w.chance(90), Blocked: pick(w, flow.NotReady, flow.NoNeighbour), Index: pick(w, devices...),
 		MTU: pick(w, 28, 60, 100, 1500, 1500, 1500, 70000),
 	}
 	o.SrcMAC, o.DstPort, o.SrcPort = macOf(o.Index), uint16(1+w.IntN(65535)), pick(w, 0, 0, uint16(w.Uint32()))
@@ -288,7 +289,7 @@ func (o *oracle) drop(r *loader.Rule, frame []byte, h *packet.Headers) (loader.R
 
 func copyOf(out *loader.Output, frame []byte, h *packet.Headers) ([]byte, loader.Reason) {
 	if !out.Ready {
-		return nil, out.Blocked
+		return nil, loader.ReasonOf(out.Blocked)
 	}
 	if h.L3Len > min(out.MTU, 0xffff) {
 		return nil, loader.MTU

@@ -219,7 +219,7 @@ func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, at int64, leng
 // copy queues one output's copy, or says why there is none.
 func (e *Engine) copy(o *output, counts *outputCounters, frame []byte, h *packet.Headers, at int64, length int) (loader.Reason, bool) {
 	if !o.Ready {
-		return o.Blocked, false
+		return loader.ReasonOf(o.Blocked), false
 	}
 	if h.L3Len > o.MTU {
 		return loader.MTU, false

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -136,7 +137,7 @@ func (w *world) output(family netip.Addr) Output {
 	if w.chance(50) {
 		return o
 	}
-	o.Blocked = pick(w, NotReady, NoNeighbour)
+	o.Blocked = pick(w, flow.NotReady, flow.NoNeighbour)
 	o.DstLen = pick[uint8](w, 0, 1, 8, 16, 31, uint8(1+w.IntN(o.Dst.BitLen())))
 	if w.chance(20) {
 		o.DstMAC[0] = 2 // a neighbour's

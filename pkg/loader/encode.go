@@ -1,7 +1,6 @@
 package loader
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -10,125 +9,9 @@ import (
 	"slices"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
-
-const maxMTU = 0xffff
-
-// Normalized gives what means the same one form: it clips what the ABI has less room
-// for, so that what is read back is what was written, and leaves no IPv6 packet without
-// a UDP checksum, which receivers would drop (RFC 8200 section 8.1). Outputs that are
-// in that form already are shared with r, not copied.
-func (r Rule) Normalized() Rule {
-	shared := true
-	for i, o := range r.Out {
-		n := o.normalized()
-		if n == o {
-			continue
-		}
-		if shared {
-			r.Out, shared = slices.Clone(r.Out), false
-		}
-		r.Out[i] = n
-	}
-	if r.Path == 0 {
-		r.Path = PathKernel
-	}
-	if r.In.Len == r.In.Group.BitLen() {
-		r.In.Len = 0
-	}
-	return r
-}
-
-func (o Output) normalized() Output {
-	o.MTU = min(o.MTU, maxMTU)
-	o.ZeroChecksum = o.ZeroChecksum && o.Dst.Is4()
-	if o.Ready || o.Blocked == 0 {
-		o.Blocked = NotReady
-	}
-	if int(o.DstLen) == o.Dst.BitLen() {
-		o.DstLen = 0
-	}
-	if !o.PortAdd {
-		o.PortShift = 0
-	} else {
-		o.DstPort = 0
-	}
-	if o.VLAN != packet.VLANSet {
-		o.VLANID, o.OuterVLAN = 0, 0
-	}
-	if !o.SetPCP {
-		o.PCP = 0
-	}
-	return o
-}
-
-// Check refuses what no path can carry. Callers validate rules for people; this guards
-// the kernel's state and the workers. The rule is Normalized.
-func (r Rule) Check() error {
-	switch {
-	case r.Name == "" || len(r.Name) >= bpf.NameLen:
-		return fmt.Errorf("name %q: want 1 to %d bytes", r.Name, bpf.NameLen-1)
-	case bytes.IndexByte([]byte(r.Name), 0) >= 0:
-		return fmt.Errorf("name %q: holds a NUL byte", r.Name)
-	case len(r.Out) == 0 || len(r.Out) > bpf.MaxSlots:
-		return fmt.Errorf("%d outputs: want 1 to %d", len(r.Out), bpf.MaxSlots)
-	case r.In.Index <= 0:
-		return fmt.Errorf("input interface index %d: want a positive number", r.In.Index)
-	case !r.In.Group.IsValid() || r.In.Group.Is4In6() || r.In.Group.Zone() != "":
-		return fmt.Errorf("input address %v: want IPv4 or IPv6 without a zone", r.In.Group)
-	case r.In.Len < 0 || r.In.Len > r.In.Group.BitLen():
-		return fmt.Errorf("input prefix length %d: want 0 to %d", r.In.Len, r.In.Group.BitLen())
-	case r.In.Len != 0 && netip.PrefixFrom(r.In.Group, r.In.Len).Masked().Addr() != r.In.Group:
-		return fmt.Errorf("input prefix %v/%d: want no bits behind the prefix", r.In.Group, r.In.Len)
-	case r.In.VLAN > maxVLAN || r.In.OuterVLAN > maxVLAN || r.In.VLAN == 0 && r.In.OuterVLAN != 0:
-		return fmt.Errorf("input VLAN %d.%d: want 1 to %d", r.In.OuterVLAN, r.In.VLAN, maxVLAN)
-	case r.Path > PathFanout:
-		return fmt.Errorf("path %d: want kernel, afxdp or fanout", r.Path)
-	case r.In.Source.IsValid() && (r.In.Source.BitLen() != r.In.Group.BitLen() || r.In.Source.IsUnspecified()):
-		return fmt.Errorf("input source %v: want an address of the family of %v", r.In.Source, r.In.Group)
-	}
-	if err := checkRate(r.Rate); err != nil {
-		return err
-	}
-	for slot, o := range r.Out {
-		if err := checkOutput(slot, o, r.In); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-const maxVLAN = 4094 // IEEE 802.1Q: 4095 is reserved
-
-func checkOutput(slot int, o Output, in Input) error {
-	if err := checkRate(o.Rate); err != nil {
-		return fmt.Errorf("output %d: %w", slot, err)
-	}
-	switch {
-	case o.Dst.BitLen() != in.Group.BitLen():
-		return fmt.Errorf("output %d: address %v is of another family than %v", slot, o.Dst, in.Group)
-	case int(o.DstLen) > o.Dst.BitLen():
-		return fmt.Errorf("output %d: prefix length %d: want 0 to %d", slot, o.DstLen, o.Dst.BitLen())
-	case o.VLAN > packet.VLANSet || o.VLAN == packet.VLANSet && (o.VLANID == 0 || o.VLANID > maxVLAN || o.OuterVLAN > maxVLAN):
-		return fmt.Errorf("output %d: VLAN %d.%d: want 1 to %d", slot, o.OuterVLAN, o.VLANID, maxVLAN)
-	case o.PCP > 7:
-		return fmt.Errorf("output %d: priority %d: want 0 to 7", slot, o.PCP)
-	case !o.PortAdd && o.DstPort == 0:
-		return fmt.Errorf("output %d: port 0: want 1 to 65535", slot)
-	case o.PortAdd && (o.PortShift > 65534 || o.PortShift < -65534):
-		return fmt.Errorf("output %d: port shift %d: want -65534 to 65534", slot, o.PortShift)
-	case !o.Ready && o.Blocked != NotReady && o.Blocked != NoNeighbour:
-		return fmt.Errorf("output %d: blocked for reason %v: want not_ready or no_neighbour", slot, o.Blocked)
-	case o.Src.IsValid() && o.Src.BitLen() != o.Dst.BitLen():
-		return fmt.Errorf("output %d: source %v is of another family than %v", slot, o.Src, o.Dst)
-	case o.Ready && o.Index <= 0:
-		return fmt.Errorf("output %d: interface index %d: want a positive number", slot, o.Index)
-	case o.MTU < 0:
-		return fmt.Errorf("output %d: mtu %d: want a positive number", slot, o.MTU)
-	}
-	return nil
-}
 
 var paths = map[Path]bpf.RelayRulePath{
 	PathKernel: bpf.RelayRulePathPATH_KERNEL,
@@ -137,12 +20,12 @@ var paths = map[Path]bpf.RelayRulePath{
 }
 
 func encodeFlow(e *entry) bpf.RelayFlow {
-	flow := bpf.RelayFlow{
+	value := bpf.RelayFlow{
 		Rule:        e.id,
 		FirstOutput: e.first,
 		Port:        e.row,
 		Outputs:     uint16(len(e.rule.Out)),
-		MinMtu:      maxMTU,
+		MinMtu:      flow.MaxMTU,
 		Path:        uint8(paths[e.rule.Path]),
 		Flags:       encodeFlags(e.rule),
 		InputMac:    e.rule.In.MAC,
@@ -150,12 +33,12 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 	}
 	for _, o := range e.rule.Out {
 		if !o.Ready {
-			flow.MinMtu = 0
+			value.MinMtu = 0
 			continue
 		}
-		flow.MinMtu = min(flow.MinMtu, uint16(o.MTU))
+		value.MinMtu = min(value.MinMtu, uint16(o.MTU))
 	}
-	return flow
+	return value
 }
 
 func encodeFlags(r Rule) (flags uint8) {
@@ -235,7 +118,7 @@ func encodeOutput(o Output, stats, policer uint32) bpf.RelayOutput {
 		Pcp:     o.PCP,
 		MinTtl:  o.MinTTL,
 		DstLen:  o.DstLen,
-		Blocked: uint8(o.Blocked),
+		Blocked: uint8(ReasonOf(o.Blocked)),
 		Policer: policer,
 	}
 	if o.Dst.Is6() {
@@ -269,7 +152,7 @@ func decodeOutput(b *bpf.RelayOutput) (Output, error) {
 	has := func(flag bpf.RelayOutputFlag) bool { return b.Flags&uint16(flag) != 0 }
 	o := Output{
 		Ready:   has(bpf.RelayOutputFlagOUTPUT_READY),
-		Blocked: Reason(b.Blocked),
+		Blocked: blockedOf(Reason(b.Blocked)),
 		Index:   int(b.Ifindex),
 		MTU:     int(b.Mtu),
 		Rewrite: packet.Rewrite{

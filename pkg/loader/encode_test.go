@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -127,7 +128,7 @@ func TestEncodeFlowMTU(t *testing.T) {
 		want uint16
 	}{
 		{"smallest", []Output{{Ready: true, MTU: 1500}, {Ready: true, MTU: 900}}, 900},
-		{"largest there is", []Output{{Ready: true, MTU: maxMTU}}, maxMTU},
+		{"largest there is", []Output{{Ready: true, MTU: flow.MaxMTU}}, flow.MaxMTU},
 		{"one is not ready", []Output{{Ready: true, MTU: 1500}, {MTU: 1500}}, 0},
 	} {
 		if got := encodeFlow(&entry{rule: Rule{Out: c.out}}).MinMtu; got != c.want {
@@ -139,8 +140,8 @@ func TestEncodeFlowMTU(t *testing.T) {
 // Outputs are copied only where something is not in its normal form, and never changed
 // where they are.
 func TestNormalizedCopiesOnDemand(t *testing.T) {
-	odd := Output{Blocked: NotReady, Rewrite: packet.Rewrite{Dst: netip.MustParseAddr("239.1.1.1"), DstPort: 1, PCP: 3}}
-	r := Rule{Name: "r", Out: []Output{{Blocked: NotReady, Rewrite: odd.Rewrite}}}
+	odd := Output{Blocked: flow.NotReady, Rewrite: packet.Rewrite{Dst: netip.MustParseAddr("239.1.1.1"), DstPort: 1, PCP: 3}}
+	r := Rule{Name: "r", Out: []Output{{Blocked: flow.NotReady, Rewrite: odd.Rewrite}}}
 	r.Out[0].PCP = 0
 	if n := r.Normalized(); &n.Out[0] != &r.Out[0] {
 		t.Error("copied without need")
@@ -149,5 +150,12 @@ func TestNormalizedCopiesOnDemand(t *testing.T) {
 	n := r.Normalized()
 	if &n.Out[0] == &r.Out[0] || n.Out[1].PCP != 0 || r.Out[1].PCP != 3 {
 		t.Errorf("normalized %+v from %+v", n.Out, r.Out)
+	}
+}
+
+// Package flow may not import the ABI, so its limits are compared here.
+func TestLimitsOfFlows(t *testing.T) {
+	if flow.MaxName != bpf.NameLen-1 || flow.MaxOutputs != bpf.MaxSlots {
+		t.Errorf("package flow has names of %d bytes and %d outputs, the programs %d and %d", flow.MaxName, flow.MaxOutputs, bpf.NameLen-1, bpf.MaxSlots)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -154,9 +155,9 @@ func (o *oracle) dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers
 // sendOne returns one output's copy, or why there is none.
 func sendOne(out Output, frame []byte, h *packet.Headers) ([]byte, Reason) {
 	if !out.Ready {
-		return nil, out.Blocked
+		return nil, ReasonOf(out.Blocked)
 	}
-	if h.L3Len > min(out.MTU, maxMTU) {
+	if h.L3Len > min(out.MTU, flow.MaxMTU) {
 		return nil, MTU
 	}
 	switch sent, outcome := out.Append(nil, frame, h); outcome {

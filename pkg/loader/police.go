@@ -1,7 +1,6 @@
 package loader
 
 import (
-	"fmt"
 	"math/bits"
 
 	"xdpcast/bpf"
@@ -15,24 +14,6 @@ const (
 	// policerDepth bounds a burst: half of what the clock counts to.
 	policerDepth = 1 << 62
 )
-
-// MinBitRate is the lowest rate in bits a second that a Rate can have.
-const MinBitRate = 1000
-
-func checkRate(r Rate) error {
-	switch {
-	case r == Rate{}:
-	case r.Packets != 0 && r.Bits != 0:
-		return fmt.Errorf("rate of %d packets and %d bits a second: want one of them", r.Packets, r.Bits)
-	case r.Packets == 0 && r.Bits == 0:
-		return fmt.Errorf("burst of %d without a rate", r.Burst)
-	case r.Bits != 0 && r.Bits < MinBitRate:
-		return fmt.Errorf("rate of %d bits a second: want %d or more", r.Bits, MinBitRate)
-	case r.Burst == 0:
-		return fmt.Errorf("burst 0: want 1 or more")
-	}
-	return nil
-}
 
 func encodePolicer(r Rate) bpf.RelayPolicer {
 	p := bpf.RelayPolicer{Burst: r.Burst}

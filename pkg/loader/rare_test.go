@@ -14,6 +14,7 @@ import (
 
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -111,7 +112,7 @@ func TestRelayProgramRare(t *testing.T) {
 		{name: "ttl as low as may be", rule: out(func(o *Output) { o.MinTTL = 12 }), want: toDefault},
 		{name: "ttl too low", rule: out(func(o *Output) { o.MinTTL = 13 }), drop: TTL},
 		{name: "ttl too low, though it would be set", rule: out(func(o *Output) { o.MinTTL, o.TTLMode, o.TTL = 13, packet.TTLSet, 64 }), drop: TTL},
-		{name: "no neighbour", rule: out(func(o *Output) { o.Ready, o.Blocked = false, NoNeighbour }), drop: NoNeighbour},
+		{name: "no neighbour", rule: out(func(o *Output) { o.Ready, o.Blocked = false, flow.NoNeighbour }), drop: NoNeighbour},
 		{name: "push a tag", rule: vlan(packet.VLANSet, 100, 0), want: to(tags(100))},
 		{name: "push a tag with a priority", rule: func(r *Rule) { vlan(packet.VLANSet, 100, 0)(r); r.Out[0].SetPCP, r.Out[0].PCP = true, 5 }, want: to(tags(0xa064))},
 		{name: "rewrite a tag, priority kept", rule: taggedIn(7, 0, vlan(packet.VLANSet, 100, 0)), frame: tags(0x7007), want: to(tags(0x7064))},

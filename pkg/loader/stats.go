@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // Counter counts packets, and the bytes of their frames as they came in.
@@ -44,6 +45,22 @@ const (
 	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
+
+// ReasonOf is the reason that copies of a blocked output are dropped for.
+func ReasonOf(b flow.Blocked) Reason {
+	if b == flow.NoNeighbour {
+		return NoNeighbour
+	}
+	return NotReady
+}
+
+// blockedOf is the inverse of ReasonOf.
+func blockedOf(r Reason) flow.Blocked {
+	if r == NoNeighbour {
+		return flow.NoNeighbour
+	}
+	return flow.NotReady
+}
 
 func (r Reason) String() string {
 	switch r {

@@ -178,7 +178,7 @@ func TestSyncRefusals(t *testing.T) {
 		{"output VLAN 0 in another", extra(edit(func(o *Output) { o.VLAN, o.OuterVLAN = packet.VLANSet, 7 })), nil, "VLAN 7.0: want 1 to 4094"},
 		{"output priority 8", extra(edit(func(o *Output) { o.SetPCP, o.PCP = true, 8 })), nil, "priority 8: want 0 to 7"},
 		{"output port shifted too far", extra(edit(func(o *Output) { o.PortAdd, o.PortShift = true, 65535 })), nil, "port shift 65535"},
-		{"output blocked for another reason", extra(edit(func(o *Output) { o.Ready, o.Blocked = false, MTU })), nil, "blocked for reason mtu"},
+		{"output blocked for another reason", extra(edit(func(o *Output) { o.Ready, o.Blocked = false, 200 })), nil, "blocked for reason Blocked(200)"},
 		{"output rate of both kinds", extra(edit(func(o *Output) { o.Rate = Rate{Packets: 1, Bits: 8000, Burst: 1} })), nil, "want one of them"},
 		{"burst without a rate", extra(func(r *Rule) { r.Rate.Burst = 5 }), nil, "burst of 5 without a rate"},
 		{"rate without a burst", extra(func(r *Rule) { r.Rate.Packets = 5 }), nil, "burst 0: want 1 or more"},

@@ -14,9 +14,9 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// flow is a packet to explain: what rules match of it. The source may be invalid,
+// probe is a packet to explain: what rules match of it. The source may be invalid,
 // and the port 0: of any.
-type flow struct {
+type probe struct {
 	Interface   string
 	Source      netip.Addr
 	Destination netip.Addr
@@ -39,7 +39,7 @@ func (r *Relay) Explain(ctx context.Context, packet string) (e control.Explanati
 }
 
 // flowOf reads an endpoint, or the name of a rule for a packet that it takes.
-func (r *Relay) flowOf(packet string) (flow, error) {
+func (r *Relay) flowOf(packet string) (probe, error) {
 	var in rules.Input
 	if w := r.rules[packet]; w != nil {
 		in = w.rule.In
@@ -47,27 +47,27 @@ func (r *Relay) flowOf(packet string) (flow, error) {
 			in.Interface = n.in // of a pattern the last one
 		}
 	} else if !strings.Contains(packet, "%") {
-		return flow{}, control.Errorf(control.KindNotFound, "no rule is called %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", packet)
+		return probe{}, control.Errorf(control.KindNotFound, "no rule is called %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", packet)
 	} else {
 		var accept rules.Acceptance
 		var err error
 		if in, accept, err = rules.ParseInput(packet); err != nil {
-			return flow{}, control.Wrap(control.KindInvalid, err)
+			return probe{}, control.Wrap(control.KindInvalid, err)
 		}
 		if in.Len != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
-			return flow{}, control.Errorf(control.KindInvalid, "packet %.100q: want one address on one interface, with no option but vlan", packet)
+			return probe{}, control.Errorf(control.KindInvalid, "packet %.100q: want one address on one interface, with no option but vlan", packet)
 		}
 	}
-	return flow{in.Interface, in.Source, in.Address, in.Port, in.VLAN}, nil
+	return probe{in.Interface, in.Source, in.Address, in.Port, in.VLAN}, nil
 }
 
-// String is the flow as an input of a rule is written.
-func (f flow) String() string {
+// String is the packet as an input of a rule is written.
+func (f probe) String() string {
 	return f.input().String()
 }
 
-// input is the flow as the input of a rule that takes just this.
-func (f flow) input() rules.Input {
+// input is the packet as the input of a rule that takes just this.
+func (f probe) input() rules.Input {
 	return rules.Input{Interface: f.Interface, Source: f.Source, Address: f.Destination, Port: f.Port, VLAN: f.VLAN}
 }
 
@@ -77,8 +77,8 @@ type match struct {
 	instance *instance
 }
 
-// explain finds the rules that match a flow, and says what the winner does.
-func (r *Relay) explain(f flow) control.Explanation {
+// explain finds the rules that match a packet, and says what the winner does.
+func (r *Relay) explain(f probe) control.Explanation {
 	matches := r.matchesOf(f)
 	e := control.Explanation{Why: r.whyNone(f)}
 	for _, m := range matches {
@@ -95,8 +95,8 @@ func (r *Relay) explain(f flow) control.Explanation {
 	return e
 }
 
-// matchesOf lists the rules that match a flow, the winner first.
-func (r *Relay) matchesOf(f flow) []match {
+// matchesOf lists the rules that match a packet, the winner first.
+func (r *Relay) matchesOf(f probe) []match {
 	var all []match
 	wanted := f.input()
 	for _, w := range r.ordered {
@@ -160,18 +160,18 @@ func (m match) whyBest(others []match) string {
 }
 
 // whyNone says why no rule matches: the next best thing that is not right.
-func (r *Relay) whyNone(f flow) string {
+func (r *Relay) whyNone(f probe) string {
 	if r.interfaces[f.Interface] == nil {
 		return fmt.Sprintf("no rule takes it: interface %s not found", f.Interface)
 	}
 	for _, wrong := range []struct {
 		what   string
-		adjust func(*flow, rules.Input)
+		adjust func(*probe, rules.Input)
 	}{
-		{"port", func(f *flow, in rules.Input) { f.Port = in.Port }},
-		{"source", func(f *flow, in rules.Input) { f.Source = in.Source }},
-		{"VLAN", func(f *flow, in rules.Input) { f.VLAN = in.VLAN }},
-		{"interface", func(f *flow, in rules.Input) { f.Interface = strings.TrimSuffix(in.Interface, "+") }},
+		{"port", func(f *probe, in rules.Input) { f.Port = in.Port }},
+		{"source", func(f *probe, in rules.Input) { f.Source = in.Source }},
+		{"VLAN", func(f *probe, in rules.Input) { f.VLAN = in.VLAN }},
+		{"interface", func(f *probe, in rules.Input) { f.Interface = strings.TrimSuffix(in.Interface, "+") }},
 	} {
 		for _, w := range r.ordered {
 			other := f
@@ -184,8 +184,8 @@ func (r *Relay) whyNone(f flow) string {
 	return "no rule takes it: it goes to the host as if there were no relay"
 }
 
-// explainInstance says what an instance does with a flow.
-func (r *Relay) explainInstance(e *control.Explanation, f flow, m match) {
+// explainInstance says what an instance does with a packet.
+func (r *Relay) explainInstance(e *control.Explanation, f probe, m match) {
 	n := m.instance
 	if n.publish {
 		e.Path, e.PathReason = PathName(n.resolved.Path), cmp.Or(n.note, r.pathWhy(n))
@@ -219,8 +219,8 @@ func (r *Relay) pathWhy(n *instance) string {
 	return "no program on " + n.in
 }
 
-// rewriteText says in words what an output makes of a flow.
-func rewriteText(o *loader.Output, f flow) string {
+// rewriteText says in words what an output makes of a packet.
+func rewriteText(o *loader.Output, f probe) string {
 	parts := []string{"to " + destinationText(o, f)}
 	switch {
 	case o.Src.IsValid() && o.SrcPort != 0:
@@ -272,8 +272,8 @@ func tagText(o *loader.Output) (parts []string) {
 	return parts
 }
 
-// destinationText is the address and port that a copy of a flow goes to.
-func destinationText(o *loader.Output, f flow) string {
+// destinationText is the address and port that a copy of a packet goes to.
+func destinationText(o *loader.Output, f probe) string {
 	dst := o.Dst
 	if o.DstLen != 0 {
 		dst = merge(o.Dst, f.Destination, int(o.DstLen))

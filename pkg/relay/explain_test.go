@@ -14,7 +14,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-func (r *running) explained(f flow) (e control.Explanation) {
+func (r *running) explained(f probe) (e control.Explanation) {
 	r.t.Helper()
 	if err := r.do(r.t.Context(), func() error { e = r.explain(f); return nil }); err != nil {
 		r.t.Fatal(err)
@@ -46,7 +46,7 @@ func TestExplain(t *testing.T) {
 		}
 		return all
 	}
-	e := r.explained(flow{Interface: "in0", Source: addr("10.0.0.2"), Destination: addr("239.1.1.1"), Port: 5000})
+	e := r.explained(probe{Interface: "in0", Source: addr("10.0.0.2"), Destination: addr("239.1.1.1"), Port: 5000})
 	if d := cmp.Diff([]string{"sourced", "pattern", "any-port", "narrow", "wide"}, names(e)); d != "" {
 		t.Errorf("candidates:\n%s", d)
 	}
@@ -57,7 +57,7 @@ func TestExplain(t *testing.T) {
 		t.Errorf("control.Explanation is %+v", e)
 	}
 
-	e = r.explained(flow{Interface: "in0", Source: addr("10.0.0.9"), Destination: addr("239.1.1.7"), Port: 5000})
+	e = r.explained(probe{Interface: "in0", Source: addr("10.0.0.9"), Destination: addr("239.1.1.7"), Port: 5000})
 	if d := cmp.Diff([]string{"narrow", "wide"}, names(e)); d != "" {
 		t.Errorf("candidates:\n%s", d)
 	}
@@ -75,22 +75,22 @@ func TestExplain(t *testing.T) {
 	}
 	mac := macOf(t, p.peer, "out1")
 	r.waitMAC("narrow", 1, mac)
-	e = r.explained(flow{Interface: "in0", Destination: addr("239.1.1.7")})
+	e = r.explained(probe{Interface: "in0", Destination: addr("239.1.1.7")})
 	if got := e.Outputs[1].NextHop; !strings.HasPrefix(got, "10.2.0.99 at ") || e.Outputs[0].Rewrite != "to 239.7.7.7, port +10, from 10.1.0.1, source port kept" {
 		t.Errorf("outputs are %+v", e.Outputs)
 	}
 
 	for _, tt := range []struct {
-		flow flow
-		want string
+		packet probe
+		want   string
 	}{
-		{flow{Interface: "eth9", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: interface eth9 not found"},
-		{flow{Interface: "in0", Destination: addr("239.9.1.1"), Port: 5000}, "no rule takes it: it goes to the host as if there were no relay"},
-		{flow{Interface: "in0", Destination: addr("239.1.1.1"), Port: 5000, VLAN: rules.VLAN{ID: 3}}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another VLAN"},
-		{flow{Interface: "out1", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another interface"},
+		{probe{Interface: "eth9", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: interface eth9 not found"},
+		{probe{Interface: "in0", Destination: addr("239.9.1.1"), Port: 5000}, "no rule takes it: it goes to the host as if there were no relay"},
+		{probe{Interface: "in0", Destination: addr("239.1.1.1"), Port: 5000, VLAN: rules.VLAN{ID: 3}}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another VLAN"},
+		{probe{Interface: "out1", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another interface"},
 	} {
-		if e := r.explained(tt.flow); e.Why != tt.want || len(e.Candidates) != 0 {
-			t.Errorf("%+v: %q, %d candidates; want %q", tt.flow, e.Why, len(e.Candidates), tt.want)
+		if e := r.explained(tt.packet); e.Why != tt.want || len(e.Candidates) != 0 {
+			t.Errorf("%+v: %q, %d candidates; want %q", tt.packet, e.Why, len(e.Candidates), tt.want)
 		}
 	}
 }
@@ -143,7 +143,7 @@ func TestMerge(t *testing.T) {
 }
 
 func TestRewriteText(t *testing.T) {
-	f := flow{Destination: addr("239.1.1.1"), Port: 5000}
+	f := probe{Destination: addr("239.1.1.1"), Port: 5000}
 	for _, tt := range []struct {
 		rewrite packet.Rewrite
 		rate    loader.Rate

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/rules"
@@ -178,7 +179,7 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 	}
 	for i, s := range n.slots {
 		n.resolved.Out[i] = resolvePolicy(rule.Out[s.out])
-		n.resolved.Out[i].Blocked = loader.NotReady
+		n.resolved.Out[i].Blocked = flow.NotReady
 	}
 	return n
 }
@@ -269,7 +270,7 @@ func (r *Relay) resolveHop(o *rules.Output, s *slot, out *loader.Output) (state,
 	}
 	s.hop = r.hops.to(out.Index, o.Address)
 	if !s.hop.ready() {
-		out.Blocked = loader.NoNeighbour
+		out.Blocked = flow.NoNeighbour
 		return stateNoNeighbour, s.hop.why(s.ifname)
 	}
 	out.DstMAC = s.hop.neighbour.mac

@@ -16,6 +16,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 )
 
@@ -189,7 +190,7 @@ func TestUnicastUnresolved(t *testing.T) {
 	}
 	r.waitOutput("uni", 0, "no_neighbour", "10.1.0.77 does not answer on interface out0")
 	k := r.kernel("uni")
-	if k.Out[0].Ready || k.Out[0].Blocked != loader.NoNeighbour || !k.Out[1].Ready {
+	if k.Out[0].Ready || k.Out[0].Blocked != flow.NoNeighbour || !k.Out[1].Ready {
 		t.Errorf("outputs are %+v", k.Out)
 	}
 	single, err := r.add("single", "239.1.1.8:5000%in0", "10.1.0.77:7000%out0")

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/forward"
 	"xdpcast/pkg/loader"
 )
@@ -209,7 +210,7 @@ func forKernel(rule loader.Rule) loader.Rule {
 	}
 	out := slices.Clone(rule.Out)
 	for i := range out {
-		out[i].Ready, out[i].Blocked = false, loader.NotReady
+		out[i].Ready, out[i].Blocked = false, flow.NotReady
 	}
 	rule.Out = out
 	return rule

@@ -1,0 +1,140 @@
+// Package flow holds resolved flows: what is to become of the packets of a rule on one
+// input interface, with every name turned into an index and every policy into addresses.
+// It is what package plan makes, and what packages loader and forward bring into force.
+//
+// All types are plain data; functions keep no reference to what they are given and may be
+// called from any number of goroutines.
+package flow
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"xdpcast/pkg/packet"
+)
+
+// Limits of a flow. They are those of the BPF programs (NAME_LEN and MAX_SLOTS of
+// bpf/include/abi.h); a test of package loader compares them.
+const (
+	MaxName    = 79 // bytes
+	MaxOutputs = 64
+)
+
+// Flow is a rule on one input interface with everything resolved: interfaces are
+// indexes, policies are addresses.
+type Flow struct {
+	Name string // unique; 1 to MaxName bytes
+	In   Input
+	Out  []Output // 1 to MaxOutputs; the place of an output is its slot
+	// Path is PathKernel when it is not set.
+	Path Path
+	// Fallback lets the kernel path serve a flow of PathAFXDP while no socket does.
+	Fallback bool
+	// Local leaves the packets of a flow of PathFanout to the host's own receivers, too.
+	Local bool
+	// Steered spreads the packets of a flow of PathFanout over the CPUs of loader.SetSteering, by
+	// flow. The input must have the relay program, in native mode: a buffer that generic XDP
+	// has copied comes to the other CPU with its headers misplaced (Linux 6.18).
+	Steered bool
+	// AllowLoop takes packets that this host sent.
+	AllowLoop bool
+	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
+	AllowNoChecksum bool
+	// Rate polices the flow as a whole.
+	Rate Rate
+}
+
+// Input is what a packet is matched by. It is comparable.
+type Input struct {
+	Index int     // interface index
+	MAC   [6]byte // the interface's own, for the loop check and for unicast inputs
+	Group netip.Addr
+	// Len makes Group a prefix of so many bits; 0: Group alone.
+	Len int
+	// Source is any when it is not valid.
+	Source netip.Addr
+	Port   uint16 // 0: any
+	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN of the one
+	// around it. 0: no such tag.
+	VLAN, OuterVLAN uint16
+}
+
+// Output is where a copy goes and what it looks like.
+type Output struct {
+	// Ready is false while the output cannot send; its copies are dropped and
+	// counted for the reason in Blocked.
+	Ready   bool
+	Blocked Blocked
+	Index   int // interface index
+	MTU     int // bytes of IP packet
+	packet.Rewrite
+	Rate Rate
+}
+
+// Blocked says why an output cannot send.
+type Blocked uint8
+
+// Why an output is blocked. The zero value is the usual one.
+const (
+	NotReady    Blocked = iota // its interface or source address is missing
+	NoNeighbour                // its next hop has no link-layer address
+	blockedKinds
+)
+
+// String is the drop reason that the copies are counted for.
+func (b Blocked) String() string {
+	switch b {
+	case NotReady:
+		return "not_ready"
+	case NoNeighbour:
+		return "no_neighbour"
+	}
+	return fmt.Sprintf("Blocked(%d)", uint8(b))
+}
+
+// Rate bounds a flow with a token bucket. The zero Rate does not. Packets or Bits is
+// set, never both.
+type Rate struct {
+	Packets uint64 // a second
+	Bits    uint64 // a second, of whole frames
+	Burst   uint64 // packets with Packets, bytes with Bits; at least 1
+}
+
+// Path is how the packets of a flow travel.
+type Path uint8
+
+// The paths.
+const (
+	PathKernel Path = 1 + iota // XDP programs alone
+	PathAFXDP                  // to the AF_XDP socket of the interface and queue
+	PathFanout                 // to the stack, whose packet tap gives them to a PACKET_FANOUT group
+)
+
+// Key is Input without what may change in place: flows must differ in it.
+func (in Input) Key() Input {
+	in.MAC = [6]byte{}
+	return in
+}
+
+// Equal says whether two flows are the same in everything.
+func (r Flow) Equal(o Flow) bool {
+	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
+		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
+		slices.Equal(r.Out, o.Out)
+}
+
+// Continues says whether r is the same flow as old with other addresses, so that
+// its counters go on. Both are Normalized.
+func (r Flow) Continues(old Flow) bool {
+	if r.Name != old.Name || r.In.Key() != old.In.Key() || len(r.Out) != len(old.Out) {
+		return false
+	}
+	for i := range r.Out {
+		a, b := &r.Out[i], &old.Out[i]
+		if a.Dst != b.Dst || a.DstLen != b.DstLen || a.DstPort != b.DstPort || a.PortAdd != b.PortAdd || a.PortShift != b.PortShift {
+			return false
+		}
+	}
+	return true
+}
