@@ -1,0 +1,263 @@
+// Package network says what this host's network is. A Watcher listens to the kernel and
+// makes Snapshots: values that hold the links with their addresses and features, and
+// the next hops that were asked for. Nothing else of the program reads the host's network, so
+// that all of it is decided from one picture.
+//
+// A Snapshot is immutable: it may be read from any number of goroutines and kept.
+package network
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+)
+
+// LinkID identifies an interface over its life. An index alone does not: an interface
+// that is deleted and made again, or that leaves the network namespace and comes back, may
+// have the same index, while the kernel has dropped what was attached to the old one.
+type LinkID struct {
+	Index      int
+	Generation uint64 // at least 1; never the same for two lives of one index
+}
+
+// Link is an interface as the kernel last described it.
+type Link struct {
+	LinkID
+	Name     string
+	AltNames []string // alternative names (ip link property), sorted
+	Kind     string   // IFLA_INFO_KIND, such as "veth" or "bridge"; empty for network cards
+	// Master is the index of the bridge, bond or team that the interface is a port of, and
+	// MasterKind its kind; 0 and empty for none.
+	Master     int
+	MasterKind string
+	// Lower is the index of the interface that this one is made upon (IFLA_LINK): a
+	// macvlan's parent. 0 for none, and for one in another network namespace.
+	Lower    int
+	Hardware bool // there is a device on a bus behind it
+	MAC      [6]byte
+	Ethernet bool // frames have an Ethernet header
+	Loopback bool
+	MTU      int
+	Up       bool // administratively
+	Carrier  bool // the lower layer is up: a cable is plugged, a peer is up
+	Queues   int  // receive queues; 0: not known
+	Features Features
+	XDP      []XDP        // programs attached to it, whosever they are
+	Addrs    []netip.Addr // unicast addresses that are usable, in the kernel's order
+}
+
+// Features is what the driver of an interface says that XDP can do on it.
+type Features struct {
+	// Known is false on kernels that do not tell (before Linux 6.3).
+	Known bool
+	// Native: programs run in the driver.
+	Native bool
+	// Transmit: frames redirected to the interface are sent. A veth has it only
+	// while its peer has generic receive offload or an XDP program on.
+	Transmit bool
+	// TransmitSG: so are frames in several buffers.
+	TransmitSG bool
+}
+
+// XDP is a program attached to an interface.
+type XDP struct {
+	Program uint32 // the kernel's id
+	Generic bool   // in the stack rather than in the driver
+}
+
+// Running says whether the link can carry frames.
+func (l *Link) Running() bool { return l.Up && l.Carrier }
+
+// FirstAddr is the source address for what is sent on the link in a family: the first of
+// its addresses, for IPv6 rather one that is valid beyond the link.
+func (l *Link) FirstAddr(is4 bool) (addr netip.Addr, ok bool) {
+	for _, a := range l.Addrs {
+		if a.Is4() != is4 {
+			continue
+		}
+		if !a.IsLinkLocalUnicast() {
+			return a, true
+		}
+		if !addr.IsValid() {
+			addr = a
+		}
+	}
+	return addr, addr.IsValid()
+}
+
+// Equal says whether two descriptions are the same in everything.
+func (l *Link) Equal(o *Link) bool {
+	return l.LinkID == o.LinkID && l.Name == o.Name && l.Kind == o.Kind && l.Master == o.Master && l.MasterKind == o.MasterKind &&
+		l.Lower == o.Lower && l.Hardware == o.Hardware && l.MAC == o.MAC && l.Ethernet == o.Ethernet && l.Loopback == o.Loopback &&
+		l.MTU == o.MTU && l.Up == o.Up && l.Carrier == o.Carrier && l.Queues == o.Queues && l.Features == o.Features &&
+		slices.Equal(l.XDP, o.XDP) && slices.Equal(l.AltNames, o.AltNames) && slices.Equal(l.Addrs, o.Addrs)
+}
+
+// HopKey is where a unicast output sends: an address by way of an interface.
+type HopKey struct {
+	Link LinkID
+	Dst  netip.Addr
+}
+
+// HopKind is what the host's routes say of a destination by an interface.
+type HopKind uint8
+
+// The kinds.
+const (
+	HopUnknown   HopKind = iota // not asked for yet, or Err says why there is no answer
+	HopNone                     // no route leads there by the interface
+	HopUnicast                  // Via is the neighbour to send to
+	HopBroadcast                // a broadcast address of the interface's network
+	HopLocal                    // an address of this host
+)
+
+// Hop is the way to a unicast destination. It is comparable but for Err.
+type Hop struct {
+	Kind HopKind
+	// Via is the neighbour whose link-layer address the frames get: the destination
+	// itself or, with Gateway, a router. Valid for HopUnicast alone.
+	Via     netip.Addr
+	Gateway bool
+	// MAC is the neighbour's address; Resolved says whether it is known, and Failed that the
+	// neighbour did not answer when it was last asked.
+	MAC      [6]byte
+	Resolved bool
+	Failed   bool
+	// Err is why the kernel gave no answer, nil when it did.
+	Err error
+}
+
+// Equal compares in everything, errors by their texts.
+func (h Hop) Equal(o Hop) bool {
+	a, b := h.Err, o.Err
+	if (a == nil) != (b == nil) || a != nil && a.Error() != b.Error() {
+		return false
+	}
+	h.Err, o.Err = nil, nil
+	return h == o
+}
+
+// NeighbourKey names an entry of the kernel's neighbour tables.
+type NeighbourKey struct {
+	Index int
+	Addr  netip.Addr
+}
+
+// Snapshot is this host's network at one moment.
+type Snapshot struct {
+	links  []*Link // by name
+	names  map[string]*Link
+	index  map[int]*Link
+	own    []netip.Addr // sorted
+	hops   map[HopKey]Hop
+	ownMAC [][6]byte // sorted
+}
+
+// NewSnapshot makes a snapshot of links and hops, which it keeps: nobody may change them
+// afterwards. Where a name is one link's own and another's alternative one, it means the
+// first.
+func NewSnapshot(links []*Link, hops map[HopKey]Hop) *Snapshot {
+	s := &Snapshot{links: slices.Clone(links), names: make(map[string]*Link, len(links)), index: make(map[int]*Link, len(links)), hops: hops}
+	slices.SortFunc(s.links, func(a, b *Link) int { return cmp.Compare(a.Name, b.Name) })
+	for _, l := range s.links {
+		s.index[l.Index] = l
+		for _, name := range l.AltNames {
+			s.names[name] = l
+		}
+		s.own = append(s.own, l.Addrs...)
+		if l.Ethernet {
+			s.ownMAC = append(s.ownMAC, l.MAC)
+		}
+	}
+	for _, l := range s.links {
+		s.names[l.Name] = l
+	}
+	slices.SortFunc(s.own, netip.Addr.Compare)
+	s.own = slices.Compact(s.own)
+	slices.SortFunc(s.ownMAC, func(a, b [6]byte) int { return slices.Compare(a[:], b[:]) })
+	s.ownMAC = slices.Compact(s.ownMAC)
+	return s
+}
+
+// Link returns the link with a name or alternative name, nil when there is none.
+func (s *Snapshot) Link(name string) *Link { return s.names[name] }
+
+// ByIndex returns the link with an index, nil when there is none.
+func (s *Snapshot) ByIndex(index int) *Link { return s.index[index] }
+
+// Links returns all links by name. The caller must not change them.
+func (s *Snapshot) Links() []*Link { return s.links }
+
+// Own returns every unicast address of the host, sorted.
+func (s *Snapshot) Own() []netip.Addr { return s.own }
+
+// IsOwn says whether an address is one of the host's.
+func (s *Snapshot) IsOwn(addr netip.Addr) bool {
+	_, ok := slices.BinarySearchFunc(s.own, addr, netip.Addr.Compare)
+	return ok
+}
+
+// OwnMACs returns the MAC addresses of all links with an Ethernet header, sorted.
+func (s *Snapshot) OwnMACs() [][6]byte { return s.ownMAC }
+
+// Hop returns the way to a destination. Its Kind is HopUnknown for one that the snapshot
+// was not asked for: whoever decides from it asks, and decides again with the next one.
+func (s *Snapshot) Hop(key HopKey) Hop { return s.hops[key] }
+
+// Change says what differs between two snapshots.
+type Change struct {
+	// Links are the names and alternative names, old and new, of links that came, went, or
+	// changed.
+	Links map[string]bool
+	// Indexes are their indexes.
+	Indexes map[int]bool
+	// Own: the host's addresses, or the MAC addresses of its links, are others.
+	Own bool
+	// Hops are the ways that are others now.
+	Hops map[HopKey]bool
+}
+
+// Empty says whether nothing differs.
+func (c Change) Empty() bool { return len(c.Links) == 0 && !c.Own && len(c.Hops) == 0 }
+
+// Diff compares two snapshots. before may be nil: everything is new then.
+func Diff(before, now *Snapshot) Change {
+	c := Change{Links: map[string]bool{}, Indexes: map[int]bool{}, Hops: map[HopKey]bool{}}
+	if before == nil {
+		before = NewSnapshot(nil, nil)
+		c.Own = true
+	}
+	note := func(l *Link) {
+		c.Indexes[l.Index], c.Links[l.Name] = true, true
+		for _, name := range l.AltNames {
+			c.Links[name] = true
+		}
+	}
+	for _, l := range now.links {
+		old := before.index[l.Index]
+		if old == l || old != nil && old.Equal(l) {
+			continue
+		}
+		note(l)
+		if old != nil {
+			note(old)
+		}
+	}
+	for _, old := range before.links {
+		if now.index[old.Index] == nil {
+			note(old)
+		}
+	}
+	c.Own = c.Own || !slices.Equal(before.own, now.own) || !slices.Equal(before.ownMAC, now.ownMAC)
+	for key, hop := range now.hops {
+		if old, ok := before.hops[key]; !ok || !old.Equal(hop) {
+			c.Hops[key] = true
+		}
+	}
+	for key := range before.hops {
+		if _, ok := now.hops[key]; !ok {
+			c.Hops[key] = true
+		}
+	}
+	return c
+}
