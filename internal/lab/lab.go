@@ -185,6 +185,8 @@ type End struct {
 	Addrs []string
 	// Queues is the number of receive and of transmit queues; 0 means 1.
 	Queues int
+	// Index is the interface's index; 0: one that the kernel chooses.
+	Index int
 }
 
 // Connect makes a veth pair between two hosts, and brings both ends up with
@@ -193,7 +195,7 @@ type End struct {
 func Connect(a, b End, mtu int) error {
 	qa, qb := max(a.Queues, 1), max(b.Queues, 1)
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = a.Name
+	attrs.Name, attrs.Index = a.Name, a.Index
 	attrs.NumTxQueues, attrs.NumRxQueues = qa, qa
 	attrs.MTU = mtu
 	veth := &netlink.Veth{
@@ -367,4 +369,35 @@ func quietInterface(name string) {
 	} {
 		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/"+key, []byte(value), 0o644)
 	}
+}
+
+// Excursion moves an interface of a host to another host and back. It keeps its index,
+// and its XDP program, while the kernel drops what else was held on it: memberships, rows of
+// devmaps, addresses. Afterwards it is up and has the addresses again.
+func (h *Host) Excursion(e End, to *Host) error {
+	l, err := h.Link(e.Name)
+	if err != nil {
+		return err
+	}
+	if err := h.nl.LinkSetNsFd(l, to.FD()); err != nil {
+		return fmt.Errorf("move interface %s: %w", e.Name, err)
+	}
+	away, err := to.Link(e.Name)
+	if err != nil {
+		return err
+	}
+	if err := to.nl.LinkSetNsFd(away, h.FD()); err != nil {
+		return fmt.Errorf("move interface %s back: %w", e.Name, err)
+	}
+	back, err := h.Link(e.Name)
+	if err != nil {
+		return err
+	}
+	if back.Attrs().Index != l.Attrs().Index {
+		return fmt.Errorf("interface %s came back with index %d, had %d", e.Name, back.Attrs().Index, l.Attrs().Index)
+	}
+	if err := e.configure(); err != nil {
+		return err
+	}
+	return e.waitCarrier()
 }

@@ -106,6 +106,10 @@ func (l *Loader) adopt() (err error) {
 	if err := l.Upgrade(); err != nil {
 		return err
 	}
+	// What the kernel has dropped with an interface while no process was there to see it.
+	for _, repaired := range l.Observe().Repaired {
+		l.log.Info("pinned state", "repaired", repaired)
+	}
 	l.adopted = true
 	l.log.Info("pinned state adopted", "dir", dir, "rules", len(l.rules), "interfaces", len(l.links))
 	return nil

@@ -69,7 +69,16 @@ type attachment struct {
 // Errors to match: *BusyError, *AttachError.
 func (l *Loader) Attach(index int, mode Mode) (Attachment, error) {
 	if a := l.links[index]; a != nil {
-		return a.Attachment, nil
+		_, err := a.info()
+		if err == nil {
+			return a.Attachment, nil
+		}
+		if !errors.Is(err, unix.ENODEV) {
+			return Attachment{}, err
+		}
+		if err := l.forgetLink(index); err != nil {
+			return Attachment{}, err
+		}
 	}
 	iface, err := net.InterfaceByIndex(index)
 	if err != nil {

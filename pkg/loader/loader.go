@@ -104,6 +104,9 @@ type Loader struct {
 	steeringKnown bool  // the queues were made by this process, or left by it
 	steeringFault error
 
+	fanCursor string // where Observe goes on among many devmaps
+	cookie    uint64 // of the network namespace; 0 until it is asked for
+
 	adopted  bool
 	warnings []string
 }
@@ -143,6 +146,9 @@ func Open(opts Options) (_ *Loader, err error) {
 		return nil, err
 	}
 	if err := sweep(opts.PinDir); err != nil {
+		return nil, err
+	}
+	if _, err := l.dropForeign(); err != nil {
 		return nil, err
 	}
 	_, err = os.Stat(opts.PinDir)
@@ -245,16 +251,29 @@ func (l *Loader) resetAllocators() {
 func (l *Loader) writeConfig() error { return l.writeLookups(l.lookups.kinds()) }
 
 func (l *Loader) writeLookups(kinds lookups) error {
-	cookie, err := netnsCookie()
+	config, err := l.config(kinds)
 	if err != nil {
 		return err
 	}
-	config := bpf.RelayConfig{
+	if err := l.maps.Config.Put(uint32(0), &config); err != nil {
+		return fmt.Errorf("write map config: %w", err)
+	}
+	return nil
+}
+
+// config is what the map config is to hold.
+func (l *Loader) config(kinds lookups) (config bpf.RelayConfig, err error) {
+	if l.cookie == 0 {
+		if l.cookie, err = netnsCookie(); err != nil {
+			return config, err
+		}
+	}
+	config = bpf.RelayConfig{
 		Schema:      bpf.Schema,
 		Lookup4:     uint16(kinds),
 		Lookup6:     uint16(kinds >> 16),
 		Own:         l.own,
-		NetnsCookie: cookie,
+		NetnsCookie: l.cookie,
 		MaxRules:    l.maps.Rules.MaxEntries(),
 		MaxOutputs:  l.maps.Outputs.MaxEntries(),
 		Steered:     uint32(len(l.steering)),
@@ -264,10 +283,7 @@ func (l *Loader) writeLookups(kinds lookups) error {
 	for i, cpu := range l.steering {
 		config.Cpu[i] = uint16(cpu)
 	}
-	if err := l.maps.Config.Put(uint32(0), &config); err != nil {
-		return fmt.Errorf("write map config: %w", err)
-	}
-	return nil
+	return config, nil
 }
 
 // netnsCookie identifies the network namespace of the calling thread

@@ -1,0 +1,75 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"xdpcast/bpf"
+)
+
+// dropForeign removes pinned state of another network namespace that serves no interface
+// any more, as a container leaves it that has ended, and says whether it has. It leaves
+// everything else alone. The error matches ErrForeignNamespace when the state is in use.
+// The caller holds the lock.
+func (l *Loader) dropForeign() (dropped bool, err error) {
+	dir := l.opts.PinDir
+	m := &mapSet{}
+	m.Config, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.RelayMapConfig), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return false, nil // whoever adopts it says what is wrong
+	}
+	defer func() { err = errors.Join(err, m.Config.Close()) }()
+	config, err := m.config()
+	if err != nil {
+		return false, nil // likewise
+	}
+	cookie, err := netnsCookie()
+	if err != nil || cookie == config.NetnsCookie {
+		return false, err
+	}
+	pin, index, err := servedLink(dir)
+	if err != nil {
+		return false, err
+	}
+	if index != 0 {
+		return false, fmt.Errorf("%w (%s): it relays there, by link %s on the interface with index %d: start xdpcast there, use another pin directory, or end it with unload --all --pin-dir %s",
+			ErrForeignNamespace, dir, filepath.Base(pin), index, dir)
+	}
+	l.log.Warn("pinned state of a network namespace that has no interface of it any more is removed", "dir", dir)
+	return true, removePins(dir)
+}
+
+// servedLink finds a pinned link that leads to an interface, in whatever network namespace;
+// index 0 when none does.
+func servedLink(pinDir string) (pin string, index int, err error) {
+	entries, err := os.ReadDir(filepath.Join(pinDir, linksDir))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return "", 0, fmt.Errorf("look at pinned links: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(pinDir, linksDir, e.Name())
+		lk, err := link.LoadPinnedLink(path, nil)
+		if err != nil {
+			return "", 0, fmt.Errorf("open link %s: %w", path, err)
+		}
+		info, err := lk.Info()
+		if err := errors.Join(err, lk.Close()); err != nil {
+			return "", 0, fmt.Errorf("link %s: %w", path, err)
+		}
+		switch {
+		case info.XDP() != nil:
+			index = int(info.XDP().Ifindex)
+		case info.TCX() != nil:
+			index = int(info.TCX().Ifindex)
+		}
+		if index != 0 {
+			return path, index, nil
+		}
+	}
+	return "", 0, nil
+}

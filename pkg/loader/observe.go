@@ -1,0 +1,319 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+)
+
+// Observation is what Observe found that was not as the Loader had left it.
+type Observation struct {
+	// Lost are the attachments that are no more: the interface is gone, also when another
+	// has come with the same index, or the link was detached by force. They are forgotten;
+	// Attach attaches again.
+	Lost []Attachment
+	// Repaired says in a line each what was put right.
+	Repaired []string
+	// Errs are why something could not be looked at, or not be put right.
+	Errs []error
+}
+
+func (o *Observation) repaired(format string, args ...any) {
+	o.Repaired = append(o.Repaired, fmt.Sprintf(format, args...))
+}
+
+func (o *Observation) fail(err error) {
+	if err != nil {
+		o.Errs = append(o.Errs, err)
+	}
+}
+
+// Observe asks the kernel for everything besides the rules' own entries that packets
+// need, or that is to outlive the process: links, rows of devmaps, the map config, and
+// pins. What is not as the Loader had left it is put right, except for lost attachments. It
+// takes about as many system calls as there are interfaces, devmaps and pins; of very many
+// devmaps each call looks at some.
+func (l *Loader) Observe() Observation {
+	var o Observation
+	l.observeLinks(&o)
+	l.observeTapped(&o)
+	l.observePorts(&o)
+	l.observeFans(&o)
+	l.observeConfig(&o)
+	l.observePins(&o)
+	return o
+}
+
+// observeLinks forgets the XDP links that lead nowhere, and puts the relay program back
+// into those that another process has updated.
+func (l *Loader) observeLinks(o *Observation) {
+	for _, index := range slices.Sorted(maps.Keys(l.links)) {
+		a := l.links[index]
+		info, err := a.info()
+		switch {
+		case errors.Is(err, unix.ENODEV):
+			o.Lost = append(o.Lost, a.Attachment)
+			o.fail(l.forgetLink(index))
+		case err != nil:
+			o.fail(err)
+		case uint32(info.Program) != a.ProgramID:
+			err := a.link.Update(l.relay)
+			if err == nil {
+				err = a.fillIDs()
+			}
+			if err != nil {
+				o.fail(fmt.Errorf("interface %s runs program %d, not the relay program: %w", a.Interface, info.Program, err))
+				continue
+			}
+			o.repaired("interface %s ran program %d: it runs the relay program again", a.Interface, info.Program)
+		}
+	}
+}
+
+// info reads the link. The error matches ENODEV when it leads to no interface any more, or
+// to another.
+func (a *attachment) info() (*link.Info, error) {
+	info, err := a.link.Info()
+	if err != nil {
+		return nil, fmt.Errorf("link of interface %s: %w", a.Interface, err)
+	}
+	if xdp := info.XDP(); xdp == nil || int(xdp.Ifindex) != a.Index {
+		return nil, fmt.Errorf("link of interface %s leads nowhere: %w", a.Interface, unix.ENODEV)
+	}
+	return info, nil
+}
+
+// forgetLink lets go of a link that leads nowhere.
+func (l *Loader) forgetLink(index int) error {
+	a := l.links[index]
+	delete(l.links, index)
+	return errors.Join(removePins(linkPin(l.opts.PinDir, index)), a.link.Close(), l.dropQueriers(index))
+}
+
+// observeTapped is observeLinks for the tcx links. Those that are lost are attached again
+// where the interface is there.
+func (l *Loader) observeTapped(o *Observation) {
+	lost := false
+	for _, index := range slices.Sorted(maps.Keys(l.tapped)) {
+		t := l.tapped[index]
+		if t.link == nil {
+			continue
+		}
+		info, err := t.link.Info()
+		switch {
+		case err != nil:
+			o.fail(fmt.Errorf("tcx link of %s: %w", programInterface(index), err))
+		case info.TCX() == nil || int(info.TCX().Ifindex) != index:
+			delete(l.tapped, index)
+			o.fail(errors.Join(removePins(tappedPin(l.opts.PinDir, index)), t.link.Close()))
+			o.repaired("the tapped program was off %s", programInterface(index))
+			lost = true
+		}
+	}
+	if !lost {
+		return
+	}
+	inputs := map[int]bool{}
+	for _, e := range l.rules {
+		if e.rule.Path == PathFanout && !e.rule.Local {
+			_, err := hasEthernetHeader(e.rule.In.Index)
+			inputs[e.rule.In.Index] = err == nil
+		}
+	}
+	maps.DeleteFunc(inputs, func(_ int, there bool) bool { return !there })
+	l.attachTapped(inputs)
+}
+
+// observePorts fills the rows of the map ports again that the kernel emptied when their
+// interface went. It is no error that the interface is not there now: no packet goes to
+// it then.
+func (l *Loader) observePorts(o *Observation) {
+	egress := l.egressID(o)
+	for _, index := range slices.Sorted(maps.Keys(l.ports)) {
+		p := l.ports[index]
+		if p.rowUsers == 0 {
+			continue
+		}
+		var have bpf.RelayBpfDevmapVal
+		err := l.maps.Ports.Lookup(p.row, &have)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			o.fail(fmt.Errorf("read row %d of ports: %w", p.row, err))
+			continue
+		}
+		program := ebpf.ProgramID(have.BpfProg.Fd) // read, it is the program's id
+		p.rowHasProg = err == nil && program != 0
+		if err == nil && int(have.Ifindex) == index && (program == egress || program == 0 && p.slotUsers == 0) {
+			continue
+		}
+		if l.writeRow(p) == nil {
+			o.repaired("outputs on %s had no device: their row is filled again", programInterface(index))
+		}
+	}
+}
+
+func (l *Loader) egressID(o *Observation) ebpf.ProgramID {
+	info, err := l.egress.Info()
+	if err != nil {
+		o.fail(fmt.Errorf("egress program: %w", err))
+		return 0
+	}
+	id, _ := info.ID()
+	return id
+}
+
+// observedRows is how many rows of devmaps one Observe reads.
+const observedRows = 8192
+
+// observeFans is observePorts for the devmaps of rules with several outputs.
+func (l *Loader) observeFans(o *Observation) {
+	if len(l.fans) == 0 {
+		return
+	}
+	egress := l.egressID(o)
+	keys := slices.Sorted(maps.Keys(l.fans))
+	start, _ := slices.BinarySearch(keys, l.fanCursor)
+	filled := map[int]bool{}
+	for i, rows := 0, 0; i < len(keys) && rows < observedRows; i++ {
+		key := keys[(start+i)%len(keys)]
+		f := l.fans[key]
+		rows += 1 + len(f.indexes)
+		o.fail(l.observeFan(f, egress, filled))
+		l.fanCursor = key + "\x00" // the least that comes after it
+	}
+	for _, index := range slices.Sorted(maps.Keys(filled)) {
+		o.repaired("outputs on %s of rules with several had no device: their rows are filled again", programInterface(index))
+	}
+}
+
+func (l *Loader) observeFan(f *fan, egress ebpf.ProgramID, filled map[int]bool) error {
+	if len(f.indexes) == 0 {
+		return nil
+	}
+	devmap, err := ebpf.NewMapFromID(f.id)
+	if err != nil {
+		return fmt.Errorf("open devmap: %w", err)
+	}
+	for row, index := range f.indexes {
+		var have bpf.RelayBpfDevmapVal
+		err := devmap.Lookup(uint32(row), &have)
+		if err == nil && int(have.Ifindex) == index && ebpf.ProgramID(have.BpfProg.Fd) == egress {
+			continue
+		}
+		if l.setSlot(devmap, uint32(row), index) == nil {
+			filled[index] = true
+		}
+	}
+	return devmap.Close()
+}
+
+func (l *Loader) observeConfig(o *Observation) {
+	want, err := l.config(l.lookups.kinds())
+	if err != nil {
+		o.fail(err)
+		return
+	}
+	var have bpf.RelayConfig
+	if err := l.maps.Config.Lookup(uint32(0), &have); err != nil {
+		o.fail(fmt.Errorf("read map config: %w", err))
+		return
+	}
+	if have == want {
+		return
+	}
+	if err := l.writeConfig(); err != nil {
+		o.fail(err)
+		return
+	}
+	o.repaired("map config was changed: it is written again")
+}
+
+// observePins pins again what is not pinned any more: without its pins the relay would end
+// with the process.
+func (l *Loader) observePins(o *Observation) {
+	dir := l.opts.PinDir
+	have := map[string]bool{}
+	for _, sub := range []string{"", programsDir, linksDir} {
+		entries, err := os.ReadDir(filepath.Join(dir, sub))
+		if errors.Is(err, os.ErrNotExist) {
+			err = os.MkdirAll(filepath.Join(dir, sub), 0o700)
+		}
+		if err != nil {
+			o.fail(fmt.Errorf("look at pins: %w", err))
+			return
+		}
+		for _, e := range entries {
+			have[filepath.Join(dir, sub, e.Name())] = true
+		}
+	}
+	missing := 0
+	for path, p := range l.pins() {
+		if have[path] {
+			continue
+		}
+		missing++
+		// An object that was pinned remembers where, and would not be pinned there again.
+		err := p.Unpin()
+		if err == nil {
+			err = repin(p, path)
+		}
+		o.fail(err)
+	}
+	if len(l.transmit) > 0 && slices.ContainsFunc(transmitPins(), func(name string) bool { return !have[filepath.Join(dir, linksDir, name)] }) {
+		missing++
+		o.fail(l.renewTransmit())
+	}
+	if missing > 0 {
+		o.repaired("%d pins were removed from %s: they are made again", missing, dir)
+	}
+}
+
+type unpinner interface {
+	pinner
+	Unpin() error
+}
+
+// pins are all pins of the state by path, but those of the links that count.
+func (l *Loader) pins() map[string]unpinner {
+	dir := l.opts.PinDir
+	all := map[string]unpinner{relayPin(dir): l.relay, egressPin(dir): l.egress}
+	for kind := range tableKinds {
+		all[filepath.Join(dir, tableNames[kind].pin)] = l.tables[kind]
+	}
+	for name, m := range l.maps.byName() {
+		all[filepath.Join(dir, name)] = m
+	}
+	for index, a := range l.links {
+		all[linkPin(dir, index)] = a.link
+	}
+	for index, t := range l.tapped {
+		if t.link != nil {
+			all[tappedPin(dir, index)] = t.link
+		}
+	}
+	return all
+}
+
+func transmitPins() []string {
+	return []string{pinDevmapXmit, pinRedirectErr, pinCPUEnqueue, pinCPUThread}
+}
+
+// renewTransmit attaches the programs that count anew: which of the links was at which pin
+// is not known.
+func (l *Loader) renewTransmit() error {
+	old := l.transmit
+	l.transmit = nil
+	errs := []error{l.tryAttachTransmit(l.opts.PinDir)}
+	for _, t := range old {
+		errs = append(errs, t.Close())
+	}
+	return errors.Join(errs...)
+}
