@@ -2,6 +2,7 @@ package membership
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 )
 
@@ -62,6 +63,21 @@ func (m *Manager) Counters() []Counters {
 	}
 	slices.SortFunc(all, func(a, b Counters) int { return cmp.Compare(a.Interface, b.Interface) })
 	return all
+}
+
+// Prune forgets the counters of the interfaces that hold no membership and that keep does
+// not want. Interfaces come and go, and those of containers never under the same name.
+func (m *Manager) Prune(keep func(ifname string) bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	held := map[string]bool{}
+	for _, p := range m.ports {
+		held[p.name] = true
+		for _, r := range p.records {
+			held[r.status.Interface] = true
+		}
+	}
+	maps.DeleteFunc(m.counters, func(name string, _ *Counters) bool { return !held[name] && !keep(name) })
 }
 
 // countersOf returns the counters of the named interface, new if need be.

@@ -317,13 +317,13 @@ func TestRefreshFails(t *testing.T) {
 	mustJoin(t, f.m, asm, one, one, two)
 
 	f.sys.fault("leave", 1, unix.EPERM)
-	if failed := f.m.Refresh(one.Index); failed != nil {
+	if failed := f.m.Refresh(one.Index, 0); failed != nil {
 		t.Errorf("failed: %v", failed)
 	}
 	b.checkState(t, "eth0 232.1.1.1 2", "eth0 10.9.0.5@232.1.1.1 1/0", "eth0 10.9.0.6@232.1.1.1 1/0")
 
 	f.sys.fault("join", 1, unix.EPERM)
-	failed := f.m.Refresh(one.Index)
+	failed := f.m.Refresh(one.Index, 0)
 	if len(failed) != 1 || failed[0].Membership != one || !errors.Is(failed[0], unix.EPERM) {
 		t.Errorf("failed: %v", failed)
 	}
@@ -339,11 +339,11 @@ func TestRefreshFails(t *testing.T) {
 	mustLeave(t, f.m, asm, one)
 
 	f.sys.fault("join", 1, unix.EPERM)
-	if failed := f.m.Refresh(one.Index); len(failed) != 1 {
+	if failed := f.m.Refresh(one.Index, 0); len(failed) != 1 {
 		t.Errorf("failed: %v", failed)
 	}
 	checkNothingHeld(t, f.m)
-	if failed := f.m.Refresh(one.Index); failed != nil {
+	if failed := f.m.Refresh(one.Index, 0); failed != nil {
 		t.Errorf("failed with nothing to refresh: %v", failed)
 	}
 }
@@ -372,7 +372,7 @@ func TestCloseOfSocketFails(t *testing.T) {
 		mustLeave(t, f.m, ms)
 	}
 	mustJoin(t, f.m, ms)
-	f.m.DropInterface(ms.Index)
+	f.m.DropInterface(ms.Index, 0)
 	if got := strings.Count(f.log.String(), "closing a helper socket failed"); got != 3 {
 		t.Errorf("%d warnings, want 3: %s", got, f.log)
 	}

@@ -16,17 +16,21 @@ type Options struct {
 	Logger *slog.Logger
 	// System makes the system calls. nil means [Kernel].
 	System System
+	// Reserve is how many file descriptors helper sockets leave to the rest of the process:
+	// a join that would need one of the last fails with EMFILE. 0 means all may be used.
+	Reserve int
 }
 
 // Manager holds memberships. Its methods may be called from any goroutine; they
 // wait for each other, and for the kernel's lock on network configuration.
 type Manager struct {
-	log *slog.Logger
-	sys System
+	log     *slog.Logger
+	sys     System
+	reserve int
 
 	mu       sync.Mutex
 	closed   bool
-	ports    map[int]*port // by interface index; none is empty
+	ports    map[life]*port // none is empty
 	counters map[string]*Counters
 }
 
@@ -50,7 +54,8 @@ func New(o Options) *Manager {
 	m := &Manager{
 		log:      o.Logger,
 		sys:      o.System,
-		ports:    map[int]*port{},
+		reserve:  o.Reserve,
+		ports:    map[life]*port{},
 		counters: map[string]*Counters{},
 	}
 	if m.log == nil {
@@ -83,9 +88,10 @@ func (m *Manager) join(ms Membership) error {
 	if err := ms.validate(); err != nil {
 		return err
 	}
-	p := m.ports[ms.Index]
+	p := m.ports[ms.life()]
 	if p == nil {
 		p = newPort(m.log, m.sys)
+		p.reserve = m.reserve
 	}
 	if r := p.records[ms.key()]; r != nil {
 		r.status.References++
@@ -100,7 +106,7 @@ func (m *Manager) join(ms Membership) error {
 		status: Status{Membership: ms, References: 1, Since: time.Now()},
 		filter: f,
 	}
-	m.ports[ms.Index] = p
+	m.ports[ms.life()] = p
 	if advice := Advice(ms.Group, ms.Source); advice != "" {
 		m.log.Warn("joined a group of a special kind",
 			"membership", ms.String(), "advice", advice)
@@ -124,7 +130,7 @@ func (m *Manager) leave(ms Membership) error {
 	if m.closed {
 		return ErrClosed
 	}
-	p := m.ports[ms.Index]
+	p := m.ports[ms.life()]
 	if p == nil {
 		return ErrNotJoined
 	}
@@ -138,7 +144,7 @@ func (m *Manager) leave(ms Membership) error {
 	}
 	delete(p.records, ms.key())
 	err := m.kernelLeave(p, r)
-	m.forgetIfEmpty(p, ms.Index)
+	m.forgetIfEmpty(p, ms.life())
 	return err
 }
 
@@ -164,9 +170,9 @@ func (m *Manager) kernelLeave(p *port, r *record) error {
 	return err
 }
 
-func (m *Manager) forgetIfEmpty(p *port, index int) {
+func (m *Manager) forgetIfEmpty(p *port, of life) {
 	if len(p.records) == 0 {
-		delete(m.ports, index)
+		delete(m.ports, of)
 	}
 }
 
@@ -184,10 +190,11 @@ func (m *Manager) forgetIfEmpty(p *port, index int) {
 // that comes back with it, the kernel offers no way to cure: it stays until
 // the group has been left altogether and reported so, and brings unwanted
 // traffic at worst.
-func (m *Manager) Refresh(index int) []*JoinError {
+func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	p := m.ports[index]
+	of := life{index, generation}
+	p := m.ports[of]
 	if p == nil {
 		return nil
 	}
@@ -203,23 +210,24 @@ func (m *Manager) Refresh(index int) []*JoinError {
 		}
 		r.filter = f
 	}
-	m.forgetIfEmpty(p, index)
+	m.forgetIfEmpty(p, of)
 	return failed
 }
 
-// DropInterface forgets every membership on the interface with this index,
-// whatever its references, and closes its helper sockets. It is for an
-// interface that is gone: the kernel dropped the memberships with it, and an
-// interface re-created under the same name has another index and none of them.
-// Call it before joining on an interface that got the same index again.
-func (m *Manager) DropInterface(index int) {
+// DropInterface forgets every membership of one life of an interface, whatever its
+// references, and closes its helper sockets. It is for an interface that is gone: the
+// kernel dropped the memberships with it, and an interface that comes back, under the same
+// name or even with the same index, has none of them. Call it before joining on an
+// interface that got the same index again: the kernel takes what the sockets of the last life
+// leave for the new one's.
+func (m *Manager) DropInterface(index int, generation uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.drop(index)
+	m.drop(life{index, generation})
 }
 
-func (m *Manager) drop(index int) {
-	p := m.ports[index]
+func (m *Manager) drop(of life) {
+	p := m.ports[of]
 	if p == nil {
 		return
 	}
@@ -227,7 +235,7 @@ func (m *Manager) drop(index int) {
 		m.countersOf(r.status.Interface).Dropped++
 	}
 	p.close()
-	delete(m.ports, index)
+	delete(m.ports, of)
 }
 
 // List returns a snapshot of the memberships held, sorted by interface, group
@@ -251,8 +259,8 @@ func (m *Manager) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
-	for index := range m.ports {
-		m.drop(index)
+	for of := range m.ports {
+		m.drop(of)
 	}
 	return nil
 }

@@ -437,7 +437,7 @@ func TestSourcesAfterInterfaceWasDown(t *testing.T) {
 						b.set(t, "eth0", step == "u")
 					}
 				}
-				if failed := m.Refresh(b.index(t, "eth0")); failed != nil {
+				if failed := m.Refresh(b.index(t, "eth0"), 0); failed != nil {
 					t.Errorf("refresh: %v", failed)
 				}
 				state := b.kernelState(t)
@@ -480,7 +480,7 @@ func TestInterfaceRecreated(t *testing.T) {
 		t.Errorf("join on a deleted interface: %v", err)
 	}
 
-	m.DropInterface(old[0].Index)
+	m.DropInterface(old[0].Index, 0)
 	if got := openSockets() - before; got != 1 {
 		t.Errorf("%d helper sockets after dropping eth0, want eth1's", got)
 	}
@@ -495,8 +495,8 @@ func TestInterfaceRecreated(t *testing.T) {
 	}
 	mustJoin(t, m, b.membership(t, "eth0", "239.1.1.1"))
 	b.checkState(t, "eth0 239.1.1.1 1", "eth1 239.1.1.1 1")
-	m.DropInterface(old[0].Index) // again: nothing
-	m.DropInterface(9999)         // never there
+	m.DropInterface(old[0].Index, 0) // again: nothing
+	m.DropInterface(9999, 0)         // never there
 	b.checkState(t, "eth0 239.1.1.1 1", "eth1 239.1.1.1 1")
 }
 

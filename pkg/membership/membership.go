@@ -10,12 +10,15 @@ import (
 )
 
 // Membership is one multicast group on one interface, from any source or from
-// one. Index, Group and Source identify it.
+// one. Index, Generation, Group and Source identify it.
 type Membership struct {
 	// Interface is the name used in messages and counters. It is not looked up.
 	Interface string
 	// Index is the interface's index (RFC 3493 section 4).
 	Index int
+	// Generation tells lives of the interface with this index apart, since its memberships
+	// end with each: 0 when nobody does.
+	Generation uint64
 	// Group is the multicast group, without a zone.
 	Group netip.Addr
 	// Source is the sender, of the group's family and without a zone. The zero
@@ -37,6 +40,14 @@ type key struct {
 	group, source netip.Addr
 }
 
+// life is one life of an interface.
+type life struct {
+	index      int
+	generation uint64
+}
+
+func (m Membership) life() life { return life{m.Index, m.Generation} }
+
 func (m Membership) key() key { return key{m.Group, m.Source} }
 
 func (m Membership) family() family {
@@ -51,6 +62,7 @@ func (m Membership) Compare(o Membership) int {
 	return cmp.Or(
 		cmp.Compare(m.Interface, o.Interface),
 		cmp.Compare(m.Index, o.Index),
+		cmp.Compare(m.Generation, o.Generation),
 		m.Group.Compare(o.Group),
 		m.Source.Compare(o.Source),
 	)

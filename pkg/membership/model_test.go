@@ -217,7 +217,7 @@ func (w *world) flap(t *testing.T, b bench, m *Manager) {
 	defer w.Unlock()
 	b.set(t, "eth0", false)
 	b.set(t, "eth0", true)
-	for _, err := range m.Refresh(w.index["eth0"]) {
+	for _, err := range m.Refresh(w.index["eth0"], 0) {
 		t.Error(err)
 	}
 }
@@ -227,7 +227,7 @@ func (w *world) recreate(t *testing.T, b bench, m *Manager, truth *model) {
 	b.delete(t, "eth1")
 	w.Lock()
 	defer w.Unlock()
-	m.DropInterface(w.index["eth1"])
+	m.DropInterface(w.index["eth1"], 0)
 	truth.dropInterface(w.index["eth1"])
 	w.index["eth1"] = b.connect(t, "eth1")
 }

@@ -298,7 +298,7 @@ func TestIGMPv3OnTheWire(t *testing.T) {
 	mustJoin(t, m, ms)
 	c.expect("joined", igmp3(rec("ALLOW_NEW_SOURCES", "232.1.1.1", "10.9.0.5")))
 	b.delete(t, "eth0")
-	m.DropInterface(ms.Index)
+	m.DropInterface(ms.Index, 0)
 	b.connect(t, "eth0")
 	c = b.capture(t, "eth0")
 	mustJoin(t, m, b.membership(t, "eth0", "10.9.0.5@232.1.1.1"))
@@ -340,7 +340,7 @@ func TestRefreshOnTheWire(t *testing.T) {
 	b.set(t, "eth0", false)
 	mustJoin(t, m, two)
 	b.set(t, "eth0", true)
-	if failed := m.Refresh(one.Index); failed != nil {
+	if failed := m.Refresh(one.Index, 0); failed != nil {
 		t.Fatal(failed)
 	}
 	allowed := map[netip.Addr]bool{}

@@ -240,7 +240,7 @@ func (r *Relay) leave() {
 // refreshMemberships makes the kernel take up what it mixes up while an interface
 // is down; what it then refuses is joined again.
 func (r *Relay) refreshMemberships(i *iface) {
-	for _, failed := range r.groups.Refresh(i.index) {
+	for _, failed := range r.groups.Refresh(i.index, 0) {
 		if w := r.wants[keyOf(failed.Membership)]; w != nil {
 			w.joined, w.tries, w.failed = false, 0, &failedJoin{err: failed.Err}
 		}

@@ -277,7 +277,7 @@ func (r *Relay) publishOwn() {
 }
 
 func (r *Relay) forgetInterface(i *iface) {
-	r.groups.DropInterface(i.index)
+	r.groups.DropInterface(i.index, 0)
 	for m := range r.wants {
 		if m.index == i.index {
 			delete(r.wants, m)

@@ -1,0 +1,197 @@
+package membership
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+)
+
+// What an interface loses while it is elsewhere is found missing, and can be joined again on
+// the same index; what it has not lost stays as it is, and nothing goes out for it.
+func TestObserve(t *testing.T) {
+	b := newBench(t)
+	away := labtest.Host(t, "away")
+	labtest.Enter(t, b.host)
+	m := New(Options{})
+	defer m.Close()
+	var all []Membership
+	for _, ifname := range []string{"eth0", "eth1"} {
+		for _, what := range []string{"239.1.1.1", "10.0.0.9@232.1.1.1", "10.0.0.8@232.1.1.1", "ff3e::1", "fd00::9@ff3e::2"} {
+			all = append(all, b.membership(t, ifname, what))
+		}
+	}
+	mustJoin(t, m, all...)
+	before := b.kernelState(t)
+	observe := func() []Membership {
+		t.Helper()
+		lost, err := m.Observe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lost
+	}
+	if lost := observe(); len(lost) != 0 {
+		t.Errorf("lost %v although nothing has happened", lost)
+	}
+	b.set(t, "eth1", false)
+	if lost := observe(); len(lost) != 0 {
+		t.Errorf("lost %v although an interface is only down", lost)
+	}
+	b.set(t, "eth1", true)
+	if err := b.host.Excursion(lab.End{Host: b.host, Name: "eth0", Addrs: []string{"10.0.0.1/24"}}, away); err != nil {
+		t.Fatal(err)
+	}
+	sameMembers := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
+	lost := observe()
+	if diff := cmp.Diff(5, len(lost)); diff != "" {
+		t.Errorf("lost %v:\n%s", lost, diff)
+	}
+	for _, ms := range lost {
+		if ms.Interface != "eth0" {
+			t.Errorf("lost %v", ms)
+		}
+	}
+	if lost := observe(); len(lost) != 0 {
+		t.Errorf("lost twice: %v", lost)
+	}
+	mustJoin(t, m, lost...)
+	if diff := cmp.Diff(before, b.kernelState(t), sameMembers); diff != "" {
+		t.Errorf("the kernel (-before +after):\n%s", diff)
+	}
+	if lost := observe(); len(lost) != 0 {
+		t.Errorf("lost %v after it was joined again", lost)
+	}
+	for _, c := range m.Counters() {
+		if c.Memberships != 5 || uint64(c.Memberships) != c.Joins.Succeeded-c.Leaves.Attempted-c.Dropped {
+			t.Errorf("counters %+v", c)
+		}
+	}
+	mustLeave(t, m, all...)
+}
+
+// Lives of one index are kept apart: the end of the first one leaves the next one alone.
+func TestGenerations(t *testing.T) {
+	b := newBench(t)
+	m := b.manager(t)
+	first := b.membership(t, "eth0", "239.1.1.1")
+	first.Generation = 1
+	mustJoin(t, m, first)
+	b.delete(t, "eth0")
+	labtest.Connect(t, lab.End{Host: b.host, Name: "eth0", Index: first.Index}, lab.End{Host: b.peer, Name: "eth0"})
+	second := first
+	second.Generation = 2
+	m.DropInterface(first.Index, 1)
+	mustJoin(t, m, second)
+	m.DropInterface(first.Index, 1) // again: nothing
+	if got := m.List(); len(got) != 1 || got[0].Membership != second {
+		t.Errorf("held: %+v", got)
+	}
+	if got := b.kernelState(t).Users[kernelGroup{second.Index, second.Group}]; got != 1 {
+		t.Errorf("%d sockets hold the group, want 1", got)
+	}
+	if err := m.Leave(first); !errors.Is(err, ErrNotJoined) {
+		t.Errorf("the first life is left: %v", err)
+	}
+}
+
+// Counters of interfaces that are gone can be forgotten; those of memberships that are held
+// stay.
+func TestPrune(t *testing.T) {
+	b := newBench(t)
+	m := b.manager(t)
+	mustJoin(t, m, b.membership(t, "eth0", "239.1.1.1"), b.membership(t, "eth1", "239.1.1.1"))
+	mustLeave(t, m, b.membership(t, "eth1", "239.1.1.1"))
+	names := func() (all []string) {
+		for _, c := range m.Counters() {
+			all = append(all, c.Interface)
+		}
+		return all
+	}
+	m.Prune(func(name string) bool { return name == "eth1" })
+	if got := names(); !cmp.Equal(got, []string{"eth0", "eth1"}) {
+		t.Errorf("counters of %v", got)
+	}
+	m.Prune(func(string) bool { return false })
+	if got := names(); !cmp.Equal(got, []string{"eth0"}) {
+		t.Errorf("counters of %v", got)
+	}
+}
+
+// Helper sockets leave the last descriptors to the rest of the process. It runs in a process
+// of its own, whose limit is low.
+func TestReserve(t *testing.T) {
+	if os.Getenv("XDPCAST_TEST_RESERVE") == "" {
+		b := newBench(t)
+		cmd := exec.Command(os.Args[0], "-test.run=^TestReserve$", "-test.v")
+		cmd.Env = append(os.Environ(), "XDPCAST_TEST_RESERVE=1")
+		var out []byte
+		var err error
+		labtest.Do(t, b.host, func() error { out, err = cmd.CombinedOutput(); return nil })
+		if err != nil || !strings.Contains(string(out), "--- PASS: TestReserve") {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 64, Max: 64}); err != nil {
+		t.Fatal(err)
+	}
+	m := New(Options{Reserve: 32})
+	defer m.Close()
+	var err error
+	joined := 0
+	for i := 0; err == nil && i < 2000; i++ {
+		if err = m.Join(Membership{Interface: "lo", Index: 1, Group: netip.AddrFrom4([4]byte{239, 1, byte(i >> 8), byte(i)})}); err == nil {
+			joined++
+		}
+	}
+	if !errors.Is(err, unix.EMFILE) || !Transient(err) || !strings.Contains(err.Error(), "limit 64, of which 32 are kept") || joined < 100 {
+		t.Errorf("%d joined, then %v", joined, err)
+	}
+	for range 24 { // the runtime has some, too
+		f, err := os.Open("/proc/self/status")
+		if err != nil {
+			t.Fatalf("nothing is kept: %v", err)
+		}
+		defer f.Close()
+	}
+}
+
+func TestAddGroups(t *testing.T) {
+	joined := map[groupOn]bool{}
+	if err := addGroups4(joined, []byte("Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n12\ta:b       :     1      V3\n\t\t\t\t010107EF     1 0:00000000\t\t0\n")); err != nil {
+		t.Fatal(err)
+	}
+	if err := addGroups6(joined, []byte("7    eth0            ff3e0000000000000000000000000001     1 00000004 0\n")); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for g := range joined {
+		got = append(got, fmt.Sprint(g.index, " ", g.group))
+	}
+	want := map[groupOn]bool{{1, netip.MustParseAddr("224.0.0.1")}: true, {12, netip.MustParseAddr("239.7.1.1")}: true, {7, netip.MustParseAddr("ff3e::1")}: true}
+	for g := range want {
+		if !joined[g] || len(joined) != len(want) {
+			t.Errorf("groups are %v, want %v", got, want)
+		}
+	}
+	for _, bad := range []string{"x\tlo :\n", "\tzz 1\n"} {
+		if err := addGroups4(joined, []byte(bad)); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
+	for _, bad := range []string{"7 eth0\n", "x eth0 ff3e0000000000000000000000000001\n", "7 eth0 ff3e\n", "7 eth0 " + strings.Repeat("z", 32) + "\n"} {
+		if err := addGroups6(joined, []byte(bad)); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
+}
