@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -260,4 +261,14 @@ func mac(s string) net.HardwareAddr {
 		panic(err)
 	}
 	return m
+}
+
+// runIP runs ip(8) in a host.
+func runIP(h *lab.Host, args ...string) error {
+	return h.Do(func() error {
+		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("ip %s: %w: %s", strings.Join(args, " "), err, out)
+		}
+		return nil
+	})
 }

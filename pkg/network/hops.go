@@ -18,6 +18,9 @@ type hops struct {
 	neighbours map[NeighbourKey]*neighbour
 	answers    map[HopKey]Hop // of the last snapshot, which has it
 	stale      bool           // asked for others since the last snapshot
+	// own are this host's addresses: its routes have only those of the interface that
+	// they are looked up by.
+	own map[netip.Addr]bool
 }
 
 // way is the kernel's last answer about a destination.
@@ -79,6 +82,7 @@ func (w *Watcher) readHops(retrying bool) (differ bool) {
 			w.followNeighbours()
 		}
 		w.readNeighbours(retrying)
+		h.own = w.ownAddrs()
 		differ = h.answer(w.links)
 		h.stale = false
 	}
@@ -203,6 +207,9 @@ func (h *hops) answer(links map[int]*Link) (differ bool) {
 }
 
 func (h *hops) hop(key HopKey, way *way) Hop {
+	if h.own[key.Dst] {
+		return Hop{Kind: HopLocal}
+	}
 	if way.err != nil {
 		return Hop{Err: way.err}
 	}
@@ -218,6 +225,20 @@ func (h *hops) hop(key HopKey, way *way) Hop {
 		hop.MAC, hop.Resolved = n.entry.mac, true
 	}
 	return hop
+}
+
+// ownAddrs returns the addresses of all links; nil when nobody asks for hops.
+func (w *Watcher) ownAddrs() map[netip.Addr]bool {
+	if len(w.hops.ways) == 0 {
+		return nil
+	}
+	own := map[netip.Addr]bool{}
+	for _, l := range w.links {
+		for _, addr := range l.Addrs {
+			own[addr] = true
+		}
+	}
+	return own
 }
 
 // compose makes a snapshot of what is known now.

@@ -29,6 +29,9 @@ type kernel interface {
 	close() error
 }
 
+// limitedBroadcast is 255.255.255.255 (RFC 919).
+var limitedBroadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
 // families are the generic netlink families of the running kernel; the zero Family for one
 // that it has not.
 type families struct{ ethtool, netdev genl.Family }
@@ -177,9 +180,12 @@ func (s *sockets) queues(index int) (map[int]int, error) {
 // whatever other interface the host itself would take: without one, IPv4 takes any
 // destination to be on the link.
 func (s *sockets) route(key HopKey) (foundRoute, error) {
-	r, err := s.lookUp(key, unix.RTM_F_LOOKUP_TABLE|unix.RTM_F_FIB_MATCH)
+	if key.Dst == limitedBroadcast {
+		return foundRoute{kind: HopBroadcast}, nil // no table has it
+	}
+	r, err := s.lookUp(key, unix.RTM_F_FIB_MATCH)
 	if err == nil && r.object {
-		r, err = s.lookUp(key, unix.RTM_F_LOOKUP_TABLE)
+		r, err = s.lookUp(key, 0)
 	}
 	switch {
 	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENODEV),
