@@ -31,7 +31,8 @@ type Link struct {
 	Master     int
 	MasterKind string
 	// Lower is the index of the interface that this one is made upon (IFLA_LINK): a
-	// macvlan's parent. 0 for none, and for one in another network namespace.
+	// macvlan's parent. 0 for none, for one in another network namespace, and for a veth,
+	// whose peer is no lower layer.
 	Lower    int
 	Hardware bool // there is a device on a bus behind it
 	MAC      [6]byte
@@ -39,11 +40,19 @@ type Link struct {
 	Loopback bool
 	MTU      int
 	Up       bool // administratively
-	Carrier  bool // the lower layer is up: a cable is plugged, a peer is up
-	Queues   int  // receive queues; 0: not known
+	// Carrier: the link is up, its lower layer too, and it is ready to send: flags IFF_LOWER_UP
+	// and IFF_RUNNING. The first is the driver's carrier: a cable is plugged, a
+	// veth's peer is up, a tun device is being read, a port of a bridge has a carrier -
+	// a bridge that never had a port has it, too. The second is the operational state of
+	// RFC 2863, up or unknown, which follows a moment later, and lacks on a port
+	// that waits for 802.1X.
+	Carrier  bool
+	Queues   int // receive queues; 0: not known
 	Features Features
-	XDP      []XDP        // programs attached to it, whosever they are
-	Addrs    []netip.Addr // unicast addresses that are usable, in the kernel's order
+	// XDP are the programs attached to it, whosever they are. The kernel does not
+	// announce those of BPF links: see Watcher.
+	XDP   []XDP
+	Addrs []netip.Addr // unicast addresses that are usable, in the kernel's order
 }
 
 // Features is what the driver of an interface says that XDP can do on it.
@@ -105,7 +114,7 @@ type HopKind uint8
 // The kinds.
 const (
 	HopUnknown   HopKind = iota // not asked for yet, or Err says why there is no answer
-	HopNone                     // no route leads there by the interface
+	HopNone                     // no route leads there by the interface, or one that forbids it
 	HopUnicast                  // Via is the neighbour to send to
 	HopBroadcast                // a broadcast address of the interface's network
 	HopLocal                    // an address of this host
@@ -119,11 +128,13 @@ type Hop struct {
 	Via     netip.Addr
 	Gateway bool
 	// MAC is the neighbour's address; Resolved says whether it is known, and Failed that the
-	// neighbour did not answer when it was last asked.
+	// neighbour did not answer when it was last asked, also while it is asked again. All
+	// are zero where the kernel has no entry for it: Neighbours.Manage makes one.
 	MAC      [6]byte
 	Resolved bool
 	Failed   bool
-	// Err is why the kernel gave no answer, nil when it did.
+	// Err is why the kernel gave no answer about the route or, for HopUnicast, about the
+	// neighbour; nil when it did. It is asked again (Watcher.Due).
 	Err error
 }
 

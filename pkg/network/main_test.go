@@ -1,0 +1,9 @@
+package network
+
+import (
+	"testing"
+
+	"xdpcast/internal/labtest"
+)
+
+func TestMain(m *testing.M) { labtest.Main(m) }

@@ -1,0 +1,431 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+)
+
+// passing loads an XDP program that passes everything.
+func passing(t testing.TB) *ebpf.Program {
+	t.Helper()
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.XDP, Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 2), asm.Return()}, License: "GPL"})
+	must(t, err)
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
+// TestEvents: each change of a link is announced, and seen.
+func TestEvents(t *testing.T) {
+	h, peer := labtest.Host(t, "network"), labtest.Host(t, "networkp")
+	connect := func(name string) {
+		labtest.Connect(t, lab.End{Host: h, Name: name, Queues: 2}, lab.End{Host: peer, Name: name, Queues: 2})
+	}
+	connect("eth0")
+	add(t, h, &netlink.Bridge{LinkAttrs: attrs("br0")})
+	must(t, h.SetUp("br0", true))
+	program := passing(t)
+	nl := h.Netlink()
+	index := linkOf(t, h, "eth0").Attrs().Index
+	eth := func() netlink.Link { return linkOf(t, h, "eth0") }
+	attach := func(fd, flags int) error {
+		return h.Do(func() error { return netlink.LinkSetXdpFdWithFlags(eth(), fd, flags) })
+	}
+	f := follow(t, watchHost(t, h, receiveBuffer))
+	addrs := func(l *Link, want ...netip.Addr) bool {
+		return slices.Equal(slices.DeleteFunc(slices.Clone(l.Addrs), netip.Addr.Is6), want)
+	}
+	for _, tt := range []struct {
+		name string
+		do   func() error
+		want func(l *Link) bool
+	}{
+		{"as made", func() error { return nil }, func(l *Link) bool {
+			return l.Name == "eth0" && l.Kind == "veth" && l.Ethernet && !l.Loopback && !l.Hardware && l.Lower == 0 && l.Running() &&
+				l.MTU == 1500 && l.Queues == 2 && l.Features == Features{true, true, true, true}
+		}},
+		{"down", func() error { return h.SetUp("eth0", false) }, func(l *Link) bool { return !l.Up && !l.Carrier }},
+		{"up", func() error { return h.SetUp("eth0", true) }, (*Link).Running},
+		{"peer down", func() error { return peer.SetUp("eth0", false) }, func(l *Link) bool { return l.Up && !l.Carrier }},
+		{"peer up", func() error { return peer.SetUp("eth0", true) }, (*Link).Running},
+		{"receive offload of the peer off", func() error { return peer.Do(func() error { return lab.SetGRO("eth0", false) }) },
+			func(l *Link) bool { return l.Features == Features{Known: true, Native: true} }},
+		{"receive offload of the peer on", func() error { return peer.Do(func() error { return lab.SetGRO("eth0", true) }) },
+			func(l *Link) bool { return l.Features.Transmit }},
+		{"one queue", func() error {
+			if err := peer.Do(func() error { return lab.SetChannels("eth0", 2, 1) }); err != nil {
+				return err
+			}
+			return h.Do(func() error { return lab.SetChannels("eth0", 1, 1) })
+		}, func(l *Link) bool { return l.Queues == 1 }},
+		{"two queues", func() error { return h.Do(func() error { return lab.SetChannels("eth0", 2, 2) }) }, func(l *Link) bool { return l.Queues == 2 }},
+		{"MTU", func() error { return nl.LinkSetMTU(eth(), 1400) }, func(l *Link) bool { return l.MTU == 1400 }},
+		{"MAC", func() error { return nl.LinkSetHardwareAddr(eth(), mac("02:00:00:00:00:07")) },
+			func(l *Link) bool { return l.MAC == [6]byte{2, 0, 0, 0, 0, 7} }},
+		{"alternative names", func() error {
+			return errors.Join(nl.LinkAddAltName(eth(), "wire-number-two-of-the-front"), nl.LinkAddAltName(eth(), "alt"))
+		}, func(l *Link) bool { return slices.Equal(l.AltNames, []string{"alt", "wire-number-two-of-the-front"}) }},
+		{"alternative name removed", func() error { return nl.LinkDelAltName(eth(), "alt") }, func(l *Link) bool { return len(l.AltNames) == 1 }},
+		{"address", func() error { return nl.AddrAdd(eth(), mustAddr("10.0.0.1/24")) },
+			func(l *Link) bool { return addrs(l, netip.MustParseAddr("10.0.0.1")) }},
+		{"address gone", func() error { return nl.AddrDel(eth(), mustAddr("10.0.0.1/24")) }, func(l *Link) bool { return addrs(l) }},
+		{"point to point", func() error {
+			a := mustAddr("10.0.0.1/32")
+			a.Peer = mustAddr("10.0.9.9/32").IPNet
+			return nl.AddrAdd(eth(), a)
+		}, func(l *Link) bool { return addrs(l, netip.MustParseAddr("10.0.0.1")) }},
+		{"master", func() error { return nl.LinkSetMaster(eth(), linkOf(t, h, "br0")) },
+			func(l *Link) bool { return l.Master == linkOf(t, h, "br0").Attrs().Index && l.MasterKind == "bridge" }},
+		{"no master", func() error { return nl.LinkSetNoMaster(eth()) }, func(l *Link) bool { return l.Master == 0 && l.MasterKind == "" }},
+		{"program", func() error { return attach(program.FD(), unix.XDP_FLAGS_SKB_MODE) },
+			func(l *Link) bool { return slices.Equal(l.XDP, []XDP{{idOf(t, program), true}}) }},
+		{"program gone", func() error { return attach(-1, unix.XDP_FLAGS_SKB_MODE) }, func(l *Link) bool { return len(l.XDP) == 0 }},
+		{"program in the driver", func() error { return attach(program.FD(), unix.XDP_FLAGS_DRV_MODE) },
+			func(l *Link) bool { return slices.Equal(l.XDP, []XDP{{idOf(t, program), false}}) }},
+		{"rename", func() error { return nl.LinkSetName(eth(), "wan") }, func(l *Link) bool { return l.Name == "wan" }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f.t = t
+			before := f.last.ByIndex(index)
+			must(t, tt.do())
+			s := f.until(tt.name, func(s *Snapshot) bool { l := s.ByIndex(index); return l != nil && tt.want(l) })
+			if l := s.ByIndex(index); l.LinkID != before.LinkID {
+				t.Errorf("the link is %v, was %v", l.LinkID, before.LinkID)
+			}
+			f.agree(h, nil)
+			for _, name := range append(f.last.ByIndex(index).AltNames, f.last.ByIndex(index).Name) {
+				if got := f.last.Link(name); got != f.last.ByIndex(index) {
+					t.Errorf("link %s is %v", name, got)
+				}
+			}
+		})
+	}
+}
+
+func idOf(t testing.TB, p *ebpf.Program) uint32 {
+	t.Helper()
+	info, err := p.Info()
+	must(t, err)
+	id, _ := info.ID()
+	return uint32(id)
+}
+
+// TestCarrier: what the kernel says of devices that have no wire.
+func TestCarrier(t *testing.T) {
+	h := labtest.Host(t, "network")
+	f := follow(t, watchHost(t, h, receiveBuffer))
+	carrier := func(name string, want bool) {
+		t.Helper()
+		f.until(fmt.Sprintf("the carrier of %s is %v", name, want), func(s *Snapshot) bool {
+			l := s.Link(name)
+			return l != nil && l.Up && l.Carrier == want
+		})
+	}
+	carrier("lo", true)
+	add(t, h, &netlink.Ifb{LinkAttrs: attrs("ifb0")})
+	must(t, h.SetUp("ifb0", true))
+	carrier("ifb0", true)
+	add(t, h, &netlink.Bridge{LinkAttrs: attrs("br0")})
+	must(t, h.SetUp("br0", true))
+	carrier("br0", true) // until it has had a port, to the kernel
+	must(t, h.Netlink().LinkSetMaster(linkOf(t, h, "ifb0"), linkOf(t, h, "br0")))
+	carrier("br0", true)
+	must(t, h.Netlink().LinkSetNoMaster(linkOf(t, h, "ifb0")))
+	carrier("br0", false)
+	add(t, h, &netlink.Veth{LinkAttrs: attrs("wire0"), PeerName: "wire1"})
+	must(t, h.SetUp("wire0", true))
+	must(t, h.SetUp("wire1", true))
+	lower := linkOf(t, h, "wire0").Attrs().Index
+	a := attrs("mac0")
+	a.ParentIndex = lower
+	add(t, h, &netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_BRIDGE})
+	must(t, h.SetUp("mac0", true))
+	carrier("mac0", true)
+	if l := f.last.Link("mac0"); l.Lower != lower || l.Kind != "macvlan" {
+		t.Errorf("macvlan is %+v", l)
+	}
+	must(t, h.SetUp("wire1", false))
+	carrier("mac0", false)
+
+	// A tun device has a carrier while somebody reads it.
+	var reader *os.File
+	attach := func() {
+		labtest.Do(t, h, func() error {
+			fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+			if err != nil {
+				labtest.Lacking(t, "no /dev/net/tun: "+err.Error())
+			}
+			request, err := unix.NewIfreq("tun0")
+			if err != nil {
+				return err
+			}
+			request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+			if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+				return err
+			}
+			reader = os.NewFile(uintptr(fd), "tun")
+			return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1)
+		})
+	}
+	attach()
+	must(t, h.SetUp("tun0", true))
+	carrier("tun0", true)
+	if l := f.last.Link("tun0"); l.Ethernet || l.MAC != [6]byte{} {
+		t.Errorf("tun is %+v", l)
+	}
+	must(t, reader.Close())
+	carrier("tun0", false)
+	attach()
+	carrier("tun0", true)
+	must(t, reader.Close())
+	f.agree(h, nil)
+}
+
+// TestGenerations: each life of a link is told from the others, also of the same index and
+// between two snapshots; what only looks like an end is none.
+func TestGenerations(t *testing.T) {
+	h, peer := labtest.Host(t, "network"), labtest.Host(t, "networkp")
+	nl := h.Netlink()
+	a := attrs("eth0")
+	a.Index = 4000
+	remake := func() error { return nl.LinkAdd(&netlink.Ifb{LinkAttrs: a}) }
+	must(t, remake())
+	add(t, h, &netlink.Bridge{LinkAttrs: attrs("br0")})
+	w := watchHost(t, h, receiveBuffer)
+	last := snapshot(t, w).ByIndex(4000)
+	other := snapshot(t, w).Link("br0")
+	eth := func() netlink.Link { return linkOf(t, h, "eth0") }
+	for _, tt := range []struct {
+		name  string
+		do    func() error
+		other bool // another life
+	}{
+		{"made again", func() error { return errors.Join(nl.LinkDel(eth()), remake()) }, true},
+		{"made again twice", func() error { return errors.Join(nl.LinkDel(eth()), remake(), nl.LinkDel(eth()), remake()) }, true},
+		{"away and back", func() error {
+			err := nl.LinkSetNsFd(eth(), peer.FD())
+			return errors.Join(err, peer.Netlink().LinkSetNsFd(linkOf(t, peer, "eth0"), h.FD()))
+		}, true},
+		{"enslaved", func() error { return nl.LinkSetMaster(eth(), linkOf(t, h, "br0")) }, false},
+		{"freed", func() error { return nl.LinkSetNoMaster(eth()) }, false},
+		{"renamed", func() error { return nl.LinkSetName(eth(), "eth1") }, false},
+		{"renamed back", func() error { return nl.LinkSetName(linkOf(t, h, "eth1"), "eth0") }, false},
+		{"down and up", func() error { return errors.Join(h.SetUp("eth0", true), h.SetUp("eth0", false)) }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			must(t, tt.do())
+			s := snapshot(t, w)
+			l := s.ByIndex(4000)
+			if l == nil {
+				t.Fatalf("the link is gone:\n%s", describe(s))
+			}
+			if (l.Generation > last.Generation) != tt.other || l.Generation < last.Generation {
+				t.Errorf("the link is %v, was %v", l.LinkID, last.LinkID)
+			}
+			if s.Link(l.Name) != l {
+				t.Errorf("link %s is %+v", l.Name, s.Link(l.Name))
+			}
+			last = l
+		})
+	}
+	must(t, nl.LinkDel(eth()))
+	if l := snapshot(t, w).ByIndex(4000); l != nil {
+		t.Errorf("the link is there after its end: %+v", l)
+	}
+	must(t, remake())
+	if l := snapshot(t, w).ByIndex(4000); l == nil || l.Generation <= last.Generation {
+		t.Errorf("the link is %+v, was %v", l, last.LinkID)
+	}
+	if now := snapshot(t, w).Link("br0"); now.LinkID != other.LinkID {
+		t.Errorf("another link is %v, was %v", now.LinkID, other.LinkID)
+	}
+}
+
+// TestUnchanged: links that are as they were keep their pointers, a snapshot of the same is the
+// same, and asks the kernel nothing.
+func TestUnchanged(t *testing.T) {
+	h := labtest.Host(t, "network")
+	for i := range 20 {
+		add(t, h, &netlink.Ifb{LinkAttrs: attrs(fmt.Sprint("eth", i))})
+	}
+	w := watchHost(t, h, receiveBuffer)
+	first := snapshot(t, w)
+	c := count(w)
+	if again := snapshot(t, w); again != first || len(c.calls) != 0 {
+		t.Errorf("nothing changed, and the kernel was asked %v; the same snapshot: %v", c.calls, again == first)
+	}
+	must(t, h.Netlink().LinkSetMTU(linkOf(t, h, "eth7"), 1400))
+	second := snapshot(t, w)
+	if got := c.take(); len(got) != 4 || got["link"] != 1 || got["addrs"] != 1 || got["features"] != 1 || got["queues"] != 1 {
+		t.Errorf("one link changed, and the kernel was asked %v", got)
+	}
+	d := Diff(first, second)
+	if len(d.Links) != 1 || !d.Links["eth7"] || d.Own || len(d.Hops) != 0 {
+		t.Errorf("the difference is %+v", d)
+	}
+	for _, l := range second.Links() {
+		if same := l == first.Link(l.Name); same == (l.Name == "eth7") {
+			t.Errorf("link %s is the same pointer: %v", l.Name, same)
+		}
+	}
+	w.Resync()
+	if again := snapshot(t, w); again != second {
+		t.Error("a look at everything made another snapshot of the same")
+	}
+	if got := c.take(); got["links"] != 1 || got["all addrs"] != 1 || got["all features"] != 1 || got["all queues"] != 1 {
+		t.Errorf("for a look at everything the kernel was asked %v", got)
+	}
+	select {
+	case <-w.Changed():
+	default:
+		t.Error("Resync was not announced")
+	}
+}
+
+// TestStorm: many links that come and go cost a look at the lists, not one at each.
+func TestStorm(t *testing.T) {
+	h := labtest.Host(t, "network")
+	w := watchHost(t, h, receiveBuffer)
+	first := snapshot(t, w)
+	c := count(w)
+	for i := range 1000 {
+		l := &netlink.Veth{LinkAttrs: attrs("v"), PeerName: "p"}
+		add(t, h, l)
+		must(t, h.Netlink().LinkDel(l))
+		if i == 500 {
+			add(t, h, &netlink.Ifb{LinkAttrs: attrs("stays")})
+		}
+	}
+	s := snapshot(t, w)
+	if d := Diff(first, s); len(d.Links) != 1 || !d.Links["stays"] {
+		t.Errorf("the difference is %+v", d)
+	}
+	got := c.take()
+	if got["links"] != 1 || got["all addrs"] != 1 || got["link"] != 0 || got["addrs"] != 0 {
+		t.Errorf("the kernel was asked %v", got)
+	}
+}
+
+// TestOverflow: announcements that are lost lose nothing, but that each link may be another.
+func TestOverflow(t *testing.T) {
+	h := labtest.Host(t, "network")
+	a := attrs("eth0")
+	a.Index = 4000
+	add(t, h, &netlink.Ifb{LinkAttrs: a})
+	w := watchHost(t, h, 1) // the kernel's least
+	before := snapshot(t, w)
+	lost := false
+	for range 100 {
+		// While it is held, nothing is read.
+		w.mu.Lock()
+		for i := range 20 {
+			must(t, h.Netlink().LinkSetMTU(linkOf(t, h, "lo"), 10000+i))
+		}
+		must(t, h.Netlink().LinkDel(linkOf(t, h, "eth0")))
+		add(t, h, &netlink.Ifb{LinkAttrs: a})
+		w.mu.Unlock()
+		s := snapshot(t, w)
+		if d := describe(anew(t, h, nil)); describe(s) != d {
+			t.Fatalf("the snapshot is\n%s, read anew it is\n%s", describe(s), d)
+		}
+		if l := s.ByIndex(4000); l.Generation <= before.ByIndex(4000).Generation {
+			t.Fatalf("the link is %v, was %v", l.LinkID, before.ByIndex(4000).LinkID)
+		}
+		lost = lost || s.Link("lo").Generation > before.Link("lo").Generation
+		before = s
+	}
+	if !lost {
+		t.Error("nothing was lost: the test shows nothing")
+	}
+}
+
+// TestFaults: an answer that fails changes nothing, and is asked for again.
+func TestFaults(t *testing.T) {
+	h := labtest.Host(t, "network")
+	w := watchHost(t, h, receiveBuffer)
+	first := snapshot(t, w)
+	c := count(w)
+	for _, what := range []string{"link", "addrs", "features", "links", "all addrs", "all features"} {
+		t.Run(what, func(t *testing.T) {
+			c.fail = func(asked string) error {
+				if asked == what {
+					return unix.ENOBUFS
+				}
+				return nil
+			}
+			mtu := first.Link("lo").MTU - 1
+			must(t, h.Netlink().LinkSetMTU(linkOf(t, h, "lo"), mtu))
+			if what[0] == 'a' && what != "addrs" || what == "links" {
+				w.Resync()
+			}
+			if s, err := w.Snapshot(); !errors.Is(err, unix.ENOBUFS) || s != nil {
+				t.Fatalf("snapshot is %v, error %v", s, err)
+			}
+			if due := w.Due(); due > retryPause {
+				t.Errorf("it is due in %v", due)
+			}
+			c.fail = nil
+			s := snapshot(t, w)
+			if l := s.Link("lo"); l.MTU != mtu || l.LinkID != first.Link("lo").LinkID {
+				t.Errorf("the link is %+v", l)
+			}
+			first = s
+		})
+	}
+	// Without queues a link is as good.
+	c.fail = func(asked string) error {
+		if asked == "all queues" {
+			return unix.ENODEV
+		}
+		return nil
+	}
+	w.Resync()
+	if s := snapshot(t, w); s != first {
+		t.Errorf("with devices asleep it is another snapshot:\n%s", describe(s))
+	}
+}
+
+// TestInterrupted: a list that changes while it is read is read again, and given up at last.
+func TestInterrupted(t *testing.T) {
+	for _, tt := range []struct {
+		times int
+		err   error
+		want  bool
+	}{{0, nil, true}, {3, errInterrupted, true}, {3, unix.EBUSY, true}, {dumps, errInterrupted, false}, {1, unix.EPERM, false}} {
+		tries := 0
+		err := readAll("things", func() error {
+			if tries++; tries <= tt.times {
+				return tt.err
+			}
+			return nil
+		})
+		if (err == nil) != tt.want || err != nil && !errors.Is(err, tt.err) {
+			t.Errorf("%d times %v: error is %v", tt.times, tt.err, err)
+		}
+	}
+}
+
+// TestClosed: a watcher that is closed says so and can be closed again.
+func TestClosed(t *testing.T) {
+	h := labtest.Host(t, "network")
+	w := watchHost(t, h, receiveBuffer)
+	snapshot(t, w)
+	must(t, w.Close())
+	if _, err := w.Snapshot(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("error is %v", err)
+	}
+	w.Ask([]HopKey{{Dst: netip.MustParseAddr("10.0.0.1")}})
+	w.Resync()
+	w.Due()
+}
