@@ -137,6 +137,11 @@ type Group struct {
 	Cause string     `json:"cause,omitempty"`
 	// Rules names the rules that want the membership.
 	Rules []string `json:"rules"`
+	// Master is the bridge, bond or team that the interface is a port of, which answers queries
+	// for it; the group is joined there, too. For names the ports that a membership of
+	// a master is for.
+	Master string   `json:"master,omitempty"`
+	For    []string `json:"for,omitempty"`
 	// LastPacket is when a packet of the group last matched a rule.
 	LastPacket *time.Time `json:"last_packet,omitempty"`
 	Multicast
@@ -150,11 +155,24 @@ const (
 	RoleOutput = "output"
 )
 
+// How an interface is.
+const (
+	LinkUp        = "up"
+	LinkNoCarrier = "no_carrier" // administratively up, while no cable is plugged or no peer is up
+	LinkDown      = "down"
+	LinkAbsent    = "absent"
+)
+
 // InterfaceStatus is an interface that rules name.
 type InterfaceStatus struct {
 	Name string `json:"name"`
 	// Index is 0 while the interface is absent.
 	Index int `json:"index"`
+	// Link is how the interface is; packets go to it, and are counted as sent, only while that
+	// is "up".
+	Link string `json:"link"`
+	// Master is the bridge, bond or other interface that it is a port of, empty for none.
+	Master string `json:"master,omitempty"`
 	// Mode is "native" or "generic", empty while no program is attached.
 	Mode  string   `json:"mode,omitempty"`
 	Roles []string `json:"roles"`
@@ -383,6 +401,8 @@ type Explanation struct {
 	Outputs []ExplainedOutput `json:"outputs"`
 	// Memberships are those that bring the packet.
 	Memberships []Group `json:"memberships"`
+	// Notes are what else a person should know of the packet, a line each.
+	Notes []string `json:"notes,omitempty"`
 }
 
 // Candidate is a rule that matches a packet.

@@ -37,6 +37,15 @@ func (l *Loader) Used() []int {
 	return slices.Sorted(maps.Keys(used))
 }
 
+// InForce returns the names of the rules in force, with their paths.
+func (l *Loader) InForce() map[string]Path {
+	all := make(map[string]Path, len(l.rules))
+	for name, e := range l.rules {
+		all[name] = e.rule.Path
+	}
+	return all
+}
+
 // Has says whether a rule is in force.
 func (l *Loader) Has(name string) bool { return l.rules[name] != nil }
 

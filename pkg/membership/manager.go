@@ -226,6 +226,28 @@ func (m *Manager) DropInterface(index int, generation uint64) {
 	m.drop(life{index, generation})
 }
 
+// Reborn carries the memberships of one life of an interface over to the next, as far as it
+// has none of its own: it is for an interface that may be another one under the same
+// index. Observe then tells which of them the kernel still holds.
+func (m *Manager) Reborn(index int, from, to uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before, now := life{index, from}, life{index, to}
+	p := m.ports[before]
+	if p == nil || before == now {
+		return
+	}
+	if m.ports[now] != nil {
+		m.drop(before)
+		return
+	}
+	for _, r := range p.records {
+		r.status.Generation = to
+	}
+	delete(m.ports, before)
+	m.ports[now] = p
+}
+
 func (m *Manager) drop(of life) {
 	p := m.ports[of]
 	if p == nil {

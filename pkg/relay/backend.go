@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/plan"
 	"xdpcast/pkg/rules"
 )
 
@@ -18,37 +19,48 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 		return control.RuleStatus{}, err
 	}
 	err = r.do(ctx, func() error {
-		if old := r.rules[rule.Name]; old != nil {
-			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): delete it first, or choose another name", rule.Name, old.origin)
+		if old := r.rule(rule.Name); old != nil {
+			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): delete it first, or choose another name", rule.Name, old.Origin)
 		}
 		if err := control.ValidateSet(append(r.wantedRules(), rule)); err != nil {
 			return err
 		}
-		if err := r.replace(edit{put: []*wantedRule{{rule: rule, origin: control.OriginAPI}}}, true); err != nil {
+		if err := r.replace(edit{put: []*plan.Rule{{Rule: rule, Origin: plan.OriginAPI}}}, true, true); err != nil {
 			return err
 		}
-		r.saveState()
 		status, err = r.ruleStatus(rule.Name)
 		return err
 	})
 	return status, err
 }
 
-// replace edits the wanted rules. After an error everything is as before: the
-// kernel does not take them, or, when strict, one that was put in failed.
-func (r *Relay) replace(e edit, strict bool) error {
+// replace edits the wanted rules, and saves those of the API. After an error everything is
+// as before: they cannot be saved, the kernel does not take them, or, when strict, one that
+// was put in failed.
+func (r *Relay) replace(e edit, strict, save bool) error {
 	var names []string
 	if strict {
-		for _, w := range e.put {
-			names = append(names, w.rule.Name)
+		for _, rule := range e.put {
+			names = append(names, rule.Name)
 		}
 	}
-	undo := r.apply(e)
+	before := r.rules
+	r.setRules(edited(before, e))
+	if save {
+		// First: what there is no room for is found out before any packet sees it.
+		if err := r.stageState(); err != nil {
+			r.setRules(before)
+			return control.Wrap(control.KindFailed, err)
+		}
+	}
 	err := r.reconcile(names)
+	if err == nil && save {
+		err = r.commitState()
+	}
 	if err == nil {
 		return nil
 	}
-	r.apply(undo)
+	r.setRules(before)
 	_ = r.reconcile(nil) // lets go of what was joined and attached for them
 	return control.Wrap(control.KindFailed, err)
 }
@@ -70,39 +82,24 @@ func (r *Relay) tidyUp() {
 	})
 }
 
-func (r *Relay) saveState() {
-	if err := r.writeState(); err != nil {
-		r.warn(aboutSaved, err)
-		return
-	}
-	delete(r.warnings, aboutSaved)
-}
-
 // DeleteRule implements control.Backend.
 func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 	return r.do(ctx, func() error {
-		w := r.rules[name]
+		rule := r.rule(name)
 		switch {
-		case w == nil:
+		case rule == nil:
 			return control.Errorf(control.KindNotFound, "no rule is called %s", name)
-		case w.origin == control.OriginFile:
+		case rule.Origin == plan.OriginFile:
 			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.opts.ConfigFile)
 		}
-		if err := r.replace(edit{remove: []string{name}}, false); err != nil {
-			return err
-		}
-		r.saveState()
-		return nil
+		return r.replace(edit{remove: []string{name}}, false, true)
 	})
 }
 
 // Apply implements control.Backend.
 func (r *Relay) Apply(ctx context.Context, want []rules.Rule, o control.ApplyOptions) (result control.ApplyResult, err error) {
 	err = r.do(ctx, func() error {
-		result, err = r.applyOrigin(control.OriginAPI, want, o, true)
-		if err == nil && !o.DryRun && (len(result.Changes) > 0 || r.warnings[aboutSaved] != "") {
-			r.saveState()
-		}
+		result, err = r.applyOrigin(plan.OriginAPI, want, o, true)
 		return err
 	})
 	return result, err
@@ -120,21 +117,21 @@ func (r *Relay) Reload(ctx context.Context, o control.ApplyOptions) (result cont
 		if err != nil {
 			return control.Wrap(control.KindInvalid, err)
 		}
-		result, err = r.applyOrigin(control.OriginFile, fromFile, o, false)
+		result, err = r.applyOrigin(plan.OriginFile, fromFile, o, false)
 		return err
 	})
 	return result, err
 }
 
 // applyOrigin makes the rules of one origin exactly want, which hold together.
-func (r *Relay) applyOrigin(origin string, want []rules.Rule, o control.ApplyOptions, strict bool) (control.ApplyResult, error) {
+func (r *Relay) applyOrigin(origin plan.Origin, want []rules.Rule, o control.ApplyOptions, strict bool) (control.ApplyResult, error) {
 	var have, others []rules.Rule
-	for _, w := range r.ordered {
-		if w.origin == origin {
-			have = append(have, w.rule)
+	for _, rule := range r.rules {
+		if rule.Origin == origin {
+			have = append(have, rule.Rule)
 			continue
 		}
-		others = append(others, w.rule)
+		others = append(others, rule.Rule)
 	}
 	if len(others) > 0 {
 		if err := control.ValidateSet(append(others, want...)); err != nil {
@@ -151,15 +148,15 @@ func (r *Relay) applyOrigin(origin string, want []rules.Rule, o control.ApplyOpt
 	}
 	var e edit
 	for _, rule := range diff.Add {
-		e.put = append(e.put, &wantedRule{rule: rule, origin: origin})
+		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: origin})
 	}
 	for _, c := range diff.Change {
-		e.put = append(e.put, &wantedRule{rule: c.New, origin: origin})
+		e.put = append(e.put, &plan.Rule{Rule: c.New, Origin: origin})
 	}
 	for _, rule := range diff.Remove {
 		e.remove = append(e.remove, rule.Name)
 	}
-	return result, r.replace(e, strict)
+	return result, r.replace(e, strict, origin == plan.OriginAPI)
 }
 
 // summary counts the changes, and lists as many as are asked for.
@@ -205,7 +202,7 @@ func listChanges(diff rules.Diff, list func(control.Change) bool) {
 // Rules implements control.Backend.
 func (r *Relay) Rules(ctx context.Context) (all []control.RuleStatus, err error) {
 	err = r.do(ctx, func() error {
-		if all, err = r.ruleStatuses(r.names()); err == nil {
+		if all, err = r.ruleStatuses(nil); err == nil {
 			r.addOverlaps(all)
 		}
 		return err

@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -9,14 +8,13 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"xdpcast/pkg/control"
-	"xdpcast/pkg/loader"
-	"xdpcast/pkg/packet"
+	"xdpcast/pkg/plan"
 	"xdpcast/pkg/rules"
 )
 
-func (r *running) explained(f probe) (e control.Explanation) {
+func (r *running) explained(k plan.Packet) (e control.Explanation) {
 	r.t.Helper()
-	if err := r.do(r.t.Context(), func() error { e = r.explain(f); return nil }); err != nil {
+	if err := r.do(r.t.Context(), func() (err error) { e, err = r.explain(k); return err }); err != nil {
 		r.t.Fatal(err)
 	}
 	return e
@@ -46,7 +44,7 @@ func TestExplain(t *testing.T) {
 		}
 		return all
 	}
-	e := r.explained(probe{Interface: "in0", Source: addr("10.0.0.2"), Destination: addr("239.1.1.1"), Port: 5000})
+	e := r.explained(plan.Packet{Interface: "in0", Source: addr("10.0.0.2"), Destination: addr("239.1.1.1"), Port: 5000})
 	if d := cmp.Diff([]string{"sourced", "pattern", "any-port", "narrow", "wide"}, names(e)); d != "" {
 		t.Errorf("candidates:\n%s", d)
 	}
@@ -57,7 +55,7 @@ func TestExplain(t *testing.T) {
 		t.Errorf("control.Explanation is %+v", e)
 	}
 
-	e = r.explained(probe{Interface: "in0", Source: addr("10.0.0.9"), Destination: addr("239.1.1.7"), Port: 5000})
+	e = r.explained(plan.Packet{Interface: "in0", Source: addr("10.0.0.9"), Destination: addr("239.1.1.7"), Port: 5000})
 	if d := cmp.Diff([]string{"narrow", "wide"}, names(e)); d != "" {
 		t.Errorf("candidates:\n%s", d)
 	}
@@ -75,19 +73,19 @@ func TestExplain(t *testing.T) {
 	}
 	mac := macOf(t, p.peer, "out1")
 	r.waitMAC("narrow", 1, mac)
-	e = r.explained(probe{Interface: "in0", Destination: addr("239.1.1.7")})
+	e = r.explained(plan.Packet{Interface: "in0", Destination: addr("239.1.1.7")})
 	if got := e.Outputs[1].NextHop; !strings.HasPrefix(got, "10.2.0.99 at ") || e.Outputs[0].Rewrite != "to 239.7.7.7, port +10, from 10.1.0.1, source port kept" {
 		t.Errorf("outputs are %+v", e.Outputs)
 	}
 
 	for _, tt := range []struct {
-		packet probe
+		packet plan.Packet
 		want   string
 	}{
-		{probe{Interface: "eth9", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: interface eth9 not found"},
-		{probe{Interface: "in0", Destination: addr("239.9.1.1"), Port: 5000}, "no rule takes it: it goes to the host as if there were no relay"},
-		{probe{Interface: "in0", Destination: addr("239.1.1.1"), Port: 5000, VLAN: rules.VLAN{ID: 3}}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another VLAN"},
-		{probe{Interface: "out1", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another interface"},
+		{plan.Packet{Interface: "eth9", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: interface eth9 not found"},
+		{plan.Packet{Interface: "in0", Destination: addr("239.9.1.1"), Port: 5000}, "no rule takes it: it goes to the host as if there were no relay"},
+		{plan.Packet{Interface: "in0", Destination: addr("239.1.1.1"), Port: 5000, VLAN: rules.VLAN{ID: 3}}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another VLAN"},
+		{plan.Packet{Interface: "out1", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another interface"},
 	} {
 		if e := r.explained(tt.packet); e.Why != tt.want || len(e.Candidates) != 0 {
 			t.Errorf("%+v: %q, %d candidates; want %q", tt.packet, e.Why, len(e.Candidates), tt.want)
@@ -121,45 +119,6 @@ func TestOverlapsAreTold(t *testing.T) {
 	list, err := r.Rules(t.Context())
 	if err != nil || len(list) != 1 || len(list[0].YieldsTo) != 0 {
 		t.Errorf("%+v, %v", list, err)
-	}
-}
-
-func TestMerge(t *testing.T) {
-	for _, tt := range []struct {
-		prefix, addr string
-		bits         int
-		want         string
-	}{
-		{"239.101.0.0", "239.1.2.3", 16, "239.101.2.3"},
-		{"239.101.16.0", "239.1.255.3", 20, "239.101.31.3"},
-		{"239.101.0.1", "239.1.2.3", 32, "239.101.0.1"},
-		{"239.101.0.0", "239.1.2.3", 9, "239.1.2.3"},
-		{"ff15:1::", "ff18:2::77", 32, "ff15:1::77"},
-	} {
-		if got := merge(addr(tt.prefix), addr(tt.addr), tt.bits); got != addr(tt.want) {
-			t.Errorf("%v: %v", tt, got)
-		}
-	}
-}
-
-func TestRewriteText(t *testing.T) {
-	f := probe{Destination: addr("239.1.1.1"), Port: 5000}
-	for _, tt := range []struct {
-		rewrite packet.Rewrite
-		rate    loader.Rate
-		want    string
-	}{
-		{packet.Rewrite{DstPort: 1}, loader.Rate{}, "to 239.2.2.2:1, source kept"},
-		{packet.Rewrite{PortAdd: true, SrcPort: 5, TTLMode: packet.TTLSet, TTL: 7, MinTTL: 2, SetDSCP: true, DSCP: 46, ZeroChecksum: true}, loader.Rate{Packets: 5, Burst: 2},
-			"to 239.2.2.2:5000, source kept, from port 5, ttl 7, dropped with a ttl below 2, dscp 46, no UDP checksum, at most 5 packets a second, 2 at once"},
-		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANSet, VLANID: 7, OuterVLAN: 8, SetPCP: true, PCP: 1}, loader.Rate{Bits: 8, Burst: 9},
-			"to 239.2.2.2:1, source kept, VLAN 8.7, priority 1, at most 8 bits a second, 9 bytes at once"},
-		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANPop}, loader.Rate{}, "to 239.2.2.2:1, source kept, VLAN tags removed"},
-	} {
-		tt.rewrite.Dst = addr("239.2.2.2")
-		if got := rewriteText(&loader.Output{Rewrite: tt.rewrite, Rate: tt.rate}, f); got != tt.want {
-			t.Errorf("%q, want %q", got, fmt.Sprint(tt.want))
-		}
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/membership"
+	"xdpcast/pkg/plan"
 	"xdpcast/pkg/rules"
 )
 
@@ -25,9 +26,9 @@ func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 func (r *running) put(all ...rules.Rule) error {
 	var e edit
 	for _, rule := range all {
-		e.put = append(e.put, &wantedRule{rule: rule, origin: control.OriginAPI})
+		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginAPI})
 	}
-	return r.do(r.t.Context(), func() error { return r.replace(e, true) })
+	return r.do(r.t.Context(), func() error { return r.replace(e, true, false) })
 }
 
 func (r *running) mustPut(all ...rules.Rule) {
@@ -170,68 +171,6 @@ func TestOutputPattern(t *testing.T) {
 	})
 	p.connect("out5", "10.22.0.1/24")
 	r.waitKernel("out -> out5")
-}
-
-func TestSlots(t *testing.T) {
-	eth := func(names ...string) map[string]*iface {
-		all := map[string]*iface{"lo": {name: "lo", index: 1}}
-		for i, name := range names {
-			all[name] = &iface{name: name, index: i + 2, ethernet: true, addrs: []netip.Addr{addr(fmt.Sprintf("10.0.%d.1", i))}}
-		}
-		return all
-	}
-	var many []string
-	for i := range 70 {
-		many = append(many, fmt.Sprintf("eth%02d", i))
-	}
-	keep := rules.Output{Interface: "+", Address: addr("239.1.0.0"), Len: 16, PortMode: rules.PortKeep}
-	shifted := keep
-	shifted.PortMode, shifted.PortShift = rules.PortAdd, 5
-	tagged := keep
-	tagged.Policy = rules.Policy{VLAN: rules.VLANSet, VLANTags: rules.VLAN{ID: 7}}
-	prefix := rules.Rule{In: rules.Input{Interface: "eth0", Address: addr("239.1.0.0"), Len: 16}}
-	with := func(r rules.Rule, out ...rules.Output) rules.Rule { r.Out = out; return r }
-	loop := with(prefix, keep)
-	loop.Accept.AllowLoop = true
-	source := stream("a", "eth0", "239.1.1.1", rules.Output{Interface: "+", Address: addr("239.1.1.1"), Port: 5000})
-	source.In.Source = addr("10.9.9.9")
-	for _, tt := range []struct {
-		name   string
-		rule   rules.Rule
-		ifaces map[string]*iface
-		want   string
-		reason string
-	}{
-		{"by name", stream("a", "eth0", "239.1.1.1", to("+", "239.2.2.2")), eth("eth0", "eth1", "b"), "0b 0eth0 0eth1", ""},
-		{"named besides", stream("a", "eth0", "239.1.1.1", to("eth+", "239.2.2.2"), to("eth1", "239.2.2.2")), eth("eth0", "eth1"), "0eth0 1eth1", ""},
-		{"two patterns", stream("a", "eth0", "239.1.1.1", to("e+", "239.2.2.2"), to("eth+", "239.2.2.2")), eth("eth0", "eth1", "ens1"), "0ens1 1eth0 1eth1", ""},
-		{"patterns that send different things", stream("a", "eth0", "239.1.1.1", to("e+", "239.2.2.3"), to("eth+", "239.2.2.2")), eth("eth0"), "0eth0 1eth0", ""},
-		{"feeds itself", with(prefix, keep), eth("eth0", "eth1"), "0eth1", ""},
-		{"feeds itself, shifted, any port", with(prefix, shifted), eth("eth0", "eth1"), "0eth1", ""},
-		{"feeds itself on another VLAN", with(prefix, tagged), eth("eth0", "eth1"), "0eth0 0eth1", ""},
-		{"may feed itself", loop, eth("eth0", "eth1"), "0eth0 0eth1", ""},
-		{"from another source", source, eth("eth0", "eth1"), "0eth0 0eth1", ""},
-		{"no match", stream("a", "eth0", "239.1.1.1", to("x+", "239.2.2.2")), eth("eth0"), "", "no interface matches x+"},
-		{"too many", stream("a", "eth0", "239.1.1.1", to("eth+", "239.2.2.2")), eth(many...), "64", "70 outputs after the patterns: the first 64 are served, up to eth63"},
-	} {
-		r := &Relay{interfaces: tt.ifaces, rules: map[string]*wantedRule{}}
-		in := tt.ifaces["eth0"]
-		if in == nil {
-			in = tt.ifaces["eth00"]
-		}
-		slots, reason := r.slotsOf(&tt.rule, in)
-		var names []string
-		for _, s := range slots {
-			names = append(names, fmt.Sprint(s.out, s.ifname))
-		}
-		got := strings.Join(names, " ")
-		if tt.name == "too many" {
-			got = fmt.Sprint(len(slots))
-		}
-		if got != tt.want || reason != tt.reason {
-			t.Errorf("%s: %q (%s), want %q (%s)", tt.name, got, reason, tt.want, tt.reason)
-		}
-	}
 }
 
 // TestPrefixMemberships: which groups are joined is what the rule says.
@@ -397,7 +336,7 @@ func TestVLANOffload(t *testing.T) {
 	}
 	// What cannot be switched off fails the rule.
 	if err := r.do(t.Context(), func() error {
-		r.offloads.open = func(string) (featureSet, error) { return fixed{}, nil }
+		r.tags.open = func(string) (featureSet, error) { return fixed{}, nil }
 		return nil
 	}); err != nil {
 		t.Fatal(err)

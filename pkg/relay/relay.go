@@ -1,6 +1,18 @@
-// Package relay is the control loop: the one owner of what is wanted. It joins
-// rules, memberships, interfaces and the loader, and keeps the kernel in step with
-// them while interfaces come, go and change.
+// Package relay is the control loop, and what the control API asks: the one owner of
+// what is wanted. It takes the rules and a snapshot of the host's network (package network)
+// to package plan, which decides, and has one reconciler for each kind of thing in the kernel
+// that brings about what the plan wants:
+//
+//	attachments   the relay program on interfaces     package loader
+//	tags          VLAN tags that stay in the frames   ethtool
+//	neighbours    next hops that are kept resolved    package network
+//	tables        the flows, on all paths             packages loader and forward
+//	memberships   joined groups                       package membership
+//
+// Each asks the kernel what it holds and applies the difference; what the kernel answers is part
+// of the next plan. See reconcile for the order. What is remembered from one round to the next is
+// keyed by identity - the life of an interface, the name of a flow - and is only
+// what nobody can be asked for: since when, and when to try again.
 package relay
 
 import (
@@ -8,19 +20,19 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
-	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/forward"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
-	"xdpcast/pkg/rules"
+	"xdpcast/pkg/network"
+	"xdpcast/pkg/plan"
 )
 
 // Options configures a Relay.
@@ -39,16 +51,20 @@ type Options struct {
 	// the process may use.
 	Workers int
 	// Steering is when packets are spread over the CPUs of these workers.
-	Steering Steering
+	Steering plan.Steering
 	// Loader says where the pinned state is. Its Logger is replaced.
 	Loader loader.Options
-	// Membership is for tests that inject faults. Its Logger is replaced.
+	// Membership is for tests that inject faults. Its Logger is replaced, and its Reserve
+	// when it is 0.
 	Membership membership.Options
 	// AFXDP says how the AF_XDP path runs. Its Loader and Logger are replaced.
 	AFXDP forward.AFXDPOptions
 	// Logger is told what happens. Nil: nobody.
 	Logger  *slog.Logger
 	Version string
+
+	// observeEvery replaces observePause for tests.
+	observeEvery time.Duration
 }
 
 // Relay is the control loop. It serves the control API as a control.Backend, whose
@@ -57,10 +73,8 @@ type Relay struct {
 	opts Options
 	log  *slog.Logger
 
-	loader *loader.Loader
-	groups *membership.Manager
-	watch  *watch
-	hops   *hops
+	loader  *loader.Loader
+	watcher *network.Watcher
 
 	commands chan command
 	ended    chan struct{} // closed when Run has returned
@@ -68,27 +82,28 @@ type Relay struct {
 	ready    bool
 
 	// What follows belongs to the goroutine of Run.
-	paths      userPaths
-	rules      map[string]*wantedRule
-	ordered    []*wantedRule               // the same, by name
-	overlaps   map[string][]overlap        // by name; nil: not known
-	inputs     map[rules.Input]*wantedRule // see inputIndex
-	interfaces map[string]*iface           // by name
-	own        []netip.Addr                // addresses of this host, sorted
-	ownKnown   bool                        // the kernel has them
-	features   map[int]loader.Features     // by interface index; see featuresOf
-	offloads   *offloads
-	round      uint64 // counts reconciles
-	tidy       sync.WaitGroup
-	tidying    atomic.Bool // a tidy-up is to come
-	reconciled time.Time   // the last time
-	allDirty   bool        // every rule is to be resolved again
-	unsynced   bool        // the kernel does not hold what is resolved
-	wants      map[membershipKey]*wantedMembership
-	igmp       igmpVersions
-	attachErrs map[int]error
-	keep       map[int]bool // interfaces that were attached before any rule
+	rules    []*plan.Rule // wanted, by name; replaced as a whole, never changed
+	planner  *plan.Planner
+	plan     *plan.Plan        // the last
+	network  *network.Snapshot // that it was made from
+	stale    bool              // the rules or the answers are others than those it was made from
+	overlaps map[string]plan.Overlaps
+
+	attachments *attachments
+	tags        *tags
+	neighbours  *neighbours
+	memberships *memberships
+	tables      *tables
+	states      states
+
+	reconciled time.Time // the last time
+	observed   time.Time // likewise, everything
+	observing  time.Duration
 	warnings   map[string]string
+
+	igmp    igmpVersions
+	tidy    sync.WaitGroup
+	tidying atomic.Bool // a tidy-up is to come
 }
 
 // New opens the pinned state, made or adopted, and reads the rules. Nothing in the
@@ -99,30 +114,18 @@ type Relay struct {
 // Errors to match: loader.ErrLocked and the other errors of loader.Open, and
 // *rules.FileError for each fault of the file.
 func New(opts Options) (_ *Relay, err error) {
-	if opts.Logger == nil {
-		opts.Logger = slog.New(slog.DiscardHandler)
-	}
-	if opts.Loader.RunDir == "" {
-		opts.Loader.RunDir = loader.DefaultRunDir
-	}
-	if opts.Loader.PinDir == "" {
-		opts.Loader.PinDir = loader.DefaultPinDir
-	}
-	if opts.StateFile == "" {
-		opts.StateFile = filepath.Join(opts.Loader.RunDir, "api-rules.yaml")
-	}
-	opts.Loader.Logger, opts.Membership.Logger = opts.Logger, opts.Logger
+	opts = opts.withDefaults()
 	r := &Relay{
 		opts: opts, log: opts.Logger, started: time.Now(),
-		commands:   make(chan command),
-		ended:      make(chan struct{}),
-		rules:      map[string]*wantedRule{},
-		interfaces: map[string]*iface{},
-		features:   map[int]loader.Features{},
-		wants:      map[membershipKey]*wantedMembership{},
-		attachErrs: map[int]error{},
-		keep:       map[int]bool{},
-		warnings:   map[string]string{},
+		commands: make(chan command),
+		ended:    make(chan struct{}),
+		planner: plan.New(plan.Options{
+			Interfaces: opts.Interfaces, Steering: opts.Steering, FanoutWorkers: forward.FanoutWorkers(opts.Workers),
+			Kernel: plan.Capabilities{RedirectSG: true, SocketSG: true},
+		}),
+		plan: &plan.Plan{}, network: network.NewSnapshot(nil, nil), stale: true,
+		states:   states{log: opts.Logger, told: map[string]string{}},
+		warnings: map[string]string{},
 	}
 	// The path is opened for its first rule, which is late to hear of it.
 	if err := opts.AFXDP.Validate(); err != nil {
@@ -132,7 +135,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := r.readInitialRules(); err != nil {
 		return nil, err
 	}
-	if r.offloads, err = readOffloads(filepath.Join(r.opts.Loader.RunDir, "offloads.json")); err != nil {
+	if r.tags, err = readTags(filepath.Join(r.opts.Loader.RunDir, "offloads.json")); err != nil {
 		return nil, err
 	}
 	r.sizeMaps()
@@ -147,83 +150,56 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := r.setUpSteering(); err != nil {
 		return nil, err
 	}
-	r.groups = membership.New(opts.Membership)
-	r.paths = r.newUserPaths()
-	if r.watch, err = newWatch(); err != nil {
-		return nil, err
-	}
-	r.hops = newHops(r.watch)
-	return r, nil
+	r.attachments = newAttachments(r.loader, opts.Mode, r.log)
+	r.memberships = newMemberships(membership.New(opts.Membership), r.log)
+	r.neighbours = newNeighbours()
+	r.tables = r.newTables()
+	r.watcher, err = network.Open(network.Options{Logger: r.log})
+	return r, err
 }
 
-// readInitialRules reads the file and the rules from the API of an earlier
-// process. A rule of the file wins over one of the API.
-func (r *Relay) readInitialRules() error {
-	fromFile, err := r.readConfig()
-	if err != nil {
-		return err
+func (o Options) withDefaults() Options {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	for _, rule := range fromFile {
-		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginFile}
+	if o.Loader.RunDir == "" {
+		o.Loader.RunDir = loader.DefaultRunDir
 	}
-	defer r.order()
-	saved, err := readState(r.opts.StateFile)
-	if err != nil {
-		return err
+	if o.Loader.PinDir == "" {
+		o.Loader.PinDir = loader.DefaultPinDir
 	}
-	saved = r.withoutConflicts(fromFile, saved)
-	if len(saved) == 0 {
-		return nil
+	if o.StateFile == "" {
+		o.StateFile = filepath.Join(o.Loader.RunDir, "api-rules.yaml")
 	}
-	// One by one only where something is wrong, since it takes the square of time.
-	fits := rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
-	accepted := slices.Clone(fromFile)
-	for _, rule := range saved {
-		if !fits {
-			if err := rules.ValidateSet(append(accepted, rule)); err != nil {
-				r.log.Warn("rule added through the API is left out: it does not go with the file", "rule", rule.Name, "error", err)
-				continue
-			}
-		}
-		accepted = append(accepted, rule)
-		r.rules[rule.Name] = &wantedRule{rule: rule, origin: control.OriginAPI}
+	if o.observeEvery == 0 {
+		o.observeEvery = observePause
 	}
-	return nil
+	if o.Membership.Reserve == 0 {
+		o.Membership.Reserve = descriptorReserve()
+	}
+	o.Loader.Logger, o.Membership.Logger = o.Logger, o.Logger
+	return o
 }
 
-// withoutConflicts leaves out the saved rules that have a name or an input of the
-// file's.
-func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
-	names, inputs := make(map[string]bool, len(fromFile)), make(map[rules.Input]bool, len(fromFile))
-	for i := range fromFile {
-		names[fromFile[i].Name], inputs[fromFile[i].In] = true, true
-	}
-	return slices.DeleteFunc(saved, func(rule rules.Rule) bool {
-		taken := names[rule.Name] || inputs[rule.In]
-		if taken {
-			r.log.Warn("rule added through the API is left out: the file has its name or its input", "rule", rule.Name)
-		}
-		return taken
-	})
-}
+// maxReserve is how many descriptors a process can use besides helper sockets: the maps,
+// devmaps that are written, sockets of workers, connections of the API.
+const maxReserve = 512
 
-func (r *Relay) readConfig() ([]rules.Rule, error) {
-	if r.opts.ConfigFile == "" {
-		return nil, nil
+// descriptorReserve is how many descriptors helper sockets leave to the rest: of few, a third.
+func descriptorReserve() int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0
 	}
-	data, err := os.ReadFile(r.opts.ConfigFile)
-	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w", err)
-	}
-	return rules.ParseFile(r.opts.ConfigFile, data)
+	return int(min(maxReserve, limit.Cur/3))
 }
 
 // sizeMaps makes room for twice the rules that are there, where the caller has not
 // said how much.
 func (r *Relay) sizeMaps() {
 	outputs := 0
-	for _, w := range r.rules {
-		outputs += len(w.rule.Out)
+	for _, rule := range r.rules {
+		outputs += len(rule.Out)
 	}
 	grow := func(size *uint32, need, least int) {
 		if *size != 0 {
@@ -245,9 +221,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	if ctx.Err() != nil {
 		return nil
 	}
-	r.keepAdopted()
-	r.warnUnless(aboutNeighbours, r.hops.adopt())
-	r.allDirty, r.unsynced = true, true
+	r.adopt()
 	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
 	if len(r.rules) >= manyEdits {
 		r.tidyUp()
@@ -257,53 +231,48 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		ready()
 	}
 	for {
-		routes, wake := r.hops.wake(), r.nextWake()
-		timer := time.NewTimer(min(routes, wake))
+		timer := time.NewTimer(r.wake())
 		select {
 		case <-ctx.Done():
 			timer.Stop()
 			return nil
 		case c := <-r.commands:
 			c.done <- c.fn()
-		case <-r.watch.changed:
-			r.heed(r.watch.take())
+		case <-r.watcher.Changed():
+			r.tables.refresh = true
+			_ = r.reconcile(nil)
 		case <-timer.C:
-			r.heed(news{})
-			if wake <= routes {
-				_ = r.reconcile(nil)
-			}
+			r.observeIfDue()
+			r.stale = true // what waits for its time is part of the answers
+			_ = r.reconcile(nil)
 		}
 		timer.Stop()
 	}
 }
 
-// keepAdopted notes interfaces that were attached by hand: neither a rule of the
-// kernel's nor one of ours explains them.
-func (r *Relay) keepAdopted() {
-	used := map[int]bool{}
-	for _, index := range r.loader.Used() {
-		used[index] = true
-	}
-	for _, a := range r.loader.Attachments() {
-		if !used[a.Index] {
-			r.keep[a.Index] = true
-		}
-	}
+// adopt takes over what an earlier process left.
+func (r *Relay) adopt() {
+	r.observed = time.Now()
+	r.attachments.adopt(r.loader.Used())
+	r.tables.adopt()
+	r.warnUnless(aboutNeighbours, r.neighbours.observe())
 }
 
 func (r *Relay) close() error {
 	r.tidy.Wait()
 	var errs []error
-	if r.watch != nil {
-		errs = append(errs, r.watch.Close())
+	if r.watcher != nil {
+		errs = append(errs, r.watcher.Close())
 	}
-	if r.hops != nil {
-		r.hops.close()
+	if r.neighbours != nil {
+		errs = append(errs, r.neighbours.close())
 	}
-	if r.groups != nil {
-		errs = append(errs, r.groups.Close())
+	if r.memberships != nil {
+		errs = append(errs, r.memberships.manager.Close())
 	}
-	errs = append(errs, r.paths.close())
+	if r.tables != nil {
+		errs = append(errs, r.tables.paths.close())
+	}
 	if r.loader != nil {
 		errs = append(errs, r.loader.Close())
 	}
@@ -329,3 +298,16 @@ func (r *Relay) do(ctx context.Context, fn func() error) error {
 		return control.Errorf(control.KindUnavailable, "the relay is busy: %w", ctx.Err())
 	}
 }
+
+// Steering is when packets of the fanout path are spread over the workers' CPUs.
+type Steering = plan.Steering
+
+// The choices.
+const (
+	SteerAuto = plan.SteerAuto
+	SteerOn   = plan.SteerOn
+	SteerOff  = plan.SteerOff
+)
+
+// ParseSteering reads what Steering.String writes.
+func ParseSteering(s string) (Steering, error) { return plan.ParseSteering(s) }

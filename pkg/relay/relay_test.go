@@ -3,16 +3,11 @@ package relay
 import (
 	"errors"
 	"fmt"
-	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -64,33 +59,6 @@ func TestSavedRules(t *testing.T) {
 	}
 	if err := r.DeleteRule(t.Context(), "nobody"); !errors.Is(err, control.ErrNotFound) {
 		t.Errorf("a rule that is not there is deleted: %v", err)
-	}
-}
-
-// TestStateIsNotSaved: that the rules cannot be saved is no reason not to relay; it
-// is shown until it works.
-func TestStateIsNotSaved(t *testing.T) {
-	p := newPlace(t)
-	p.opts.StateFile = filepath.Join(t.TempDir(), "api-rules.yaml")
-	inTheWay := p.opts.StateFile + ".next"
-	if err := os.Mkdir(inTheWay, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	r := p.start()
-	r.mustAdd("a", anyIn, out0)
-	status, err := r.Status(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(status.Warnings) != 1 || !strings.HasPrefix(status.Warnings[0], "saved rules: ") {
-		t.Errorf("warnings are %q", status.Warnings)
-	}
-	if err := os.Remove(inTheWay); err != nil {
-		t.Fatal(err)
-	}
-	r.mustAdd("b", sourceIn, out0)
-	if status, err = r.Status(t.Context()); err != nil || len(status.Warnings) != 0 {
-		t.Errorf("warnings are %q, %v", status.Warnings, err)
 	}
 }
 
@@ -152,55 +120,5 @@ func TestEverythingAtOnce(t *testing.T) {
 	})
 	if s, err := r.Rule(t.Context(), "stays"); err != nil || s.State != control.StateActive {
 		t.Errorf("rule is %s (%s), %v", s.State, s.Reason, err)
-	}
-}
-
-// TestInterruptedDumps: what the kernel could not list in one go is listed again,
-// and given up as an error: an interface that it lacks would look as if it were gone.
-func TestInterruptedDumps(t *testing.T) {
-	for _, interruptions := range []int{0, 1, dumps - 1} {
-		calls := 0
-		got, err := readAll("things", func() ([]int, error) {
-			if calls++; calls <= interruptions {
-				return []int{1}, netlink.ErrDumpInterrupted
-			}
-			return []int{1, 2}, nil
-		})
-		if err != nil || !cmp.Equal(got, []int{1, 2}) {
-			t.Errorf("after %d interruptions: %v, %v", interruptions, got, err)
-		}
-	}
-	for _, cause := range []error{netlink.ErrDumpInterrupted, unix.ENOBUFS} {
-		got, err := readAll("things", func() ([]int, error) { return []int{1}, cause })
-		if got != nil || !errors.Is(err, cause) || !strings.HasPrefix(err.Error(), "list things: ") {
-			t.Errorf("%v, %v; want %v", got, err, cause)
-		}
-	}
-}
-
-func TestFirstAddr(t *testing.T) {
-	addrs := func(all ...string) *iface {
-		i := &iface{}
-		for _, a := range all {
-			i.addrs = append(i.addrs, netip.MustParseAddr(a))
-		}
-		return i
-	}
-	for _, tt := range []struct {
-		iface *iface
-		is4   bool
-		want  string
-	}{
-		{addrs(), true, ""},
-		{addrs("fe80::1"), true, ""},
-		{addrs("fe80::1", "10.0.0.1", "10.0.0.2"), true, "10.0.0.1"},
-		{addrs("10.0.0.1", "fe80::1"), false, "fe80::1"},
-		{addrs("fe80::1", "2001:db8::1", "2001:db8::2"), false, "2001:db8::1"},
-		{addrs("169.254.0.1"), true, "169.254.0.1"},
-	} {
-		got, ok := tt.iface.firstAddr(tt.is4)
-		if ok != (tt.want != "") || ok && got.String() != tt.want {
-			t.Errorf("first address of %v (IPv4: %v) is %v, %v; want %q", tt.iface.addrs, tt.is4, got, ok, tt.want)
-		}
 	}
 }

@@ -13,10 +13,13 @@ import (
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
+	"xdpcast/pkg/network"
+	"xdpcast/pkg/plan"
+	"xdpcast/pkg/rules"
 )
 
 func (r *Relay) ruleStatus(name string) (control.RuleStatus, error) {
-	if r.rules[name] == nil {
+	if r.plan.Rule(name) == nil {
 		return control.RuleStatus{}, control.Errorf(control.KindNotFound, "no rule is called %s", name)
 	}
 	all, err := r.ruleStatuses([]string{name})
@@ -26,52 +29,57 @@ func (r *Relay) ruleStatus(name string) (control.RuleStatus, error) {
 	return all[0], nil
 }
 
+// ruleStatuses describes the rules named; all for nil.
 func (r *Relay) ruleStatuses(names []string) ([]control.RuleStatus, error) {
-	var instances []string
-	for _, name := range names {
-		for _, n := range r.rules[name].instances {
-			instances = append(instances, n.resolved.Name)
+	all := r.plan.Rules
+	if names != nil {
+		all = make([]*plan.RulePlan, len(names))
+		for i, name := range names {
+			all[i] = r.plan.Rule(name)
 		}
 	}
-	stats, err := r.statsOf(instances, false)
+	var flows []string
+	for _, p := range all {
+		for _, f := range p.Flows {
+			flows = append(flows, f.Flow.Name)
+		}
+	}
+	stats, err := r.statsOf(flows, false)
 	if err != nil {
 		return nil, err
 	}
-	return r.describeRules(names, stats, r.workerStatus().lost), nil
+	return r.describeRules(all, stats, r.workerStatus().lost), nil
 }
 
-func (r *Relay) describeRules(names []string, stats loader.Stats, lost []control.ReceiveDrop) []control.RuleStatus {
+func (r *Relay) describeRules(rules []*plan.RulePlan, stats loader.Stats, lost []control.ReceiveDrop) []control.RuleStatus {
 	byName := make(map[string]*loader.RuleStats, len(stats.Rules))
 	for i := range stats.Rules {
 		byName[stats.Rules[i].Name] = &stats.Rules[i]
 	}
-	all := make([]control.RuleStatus, 0, len(names))
-	for _, name := range names {
-		status := r.rules[name].status(byName)
-		status.ReceiveDrops = r.rules[name].receiveDrops(lost)
+	all := make([]control.RuleStatus, 0, len(rules))
+	for _, p := range rules {
+		status := r.describeRule(p, byName)
+		status.ReceiveDrops = receiveDrops(p, lost)
 		all = append(all, status)
 	}
 	return all
 }
 
-// status describes a rule: what its instances have done, added up.
-func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStatus {
+// describeRule describes a rule: what its flows have done, added up.
+func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStats) control.RuleStatus {
 	status := control.RuleStatus{
-		Rule: control.FromRule(w.rule), Origin: w.origin, State: w.state, Reason: w.reason,
+		Rule: control.FromRule(p.Rule.Rule), Origin: string(p.Rule.Origin), State: string(p.State), Reason: cmp.Or(p.Reason, p.Note()),
 		Drops: []control.Drop{},
 	}
 	sum := map[loader.Reason]loader.Counter{}
 	var last time.Duration = -1
-	for _, n := range w.instances {
-		if status.Reason == "" {
-			status.Reason = n.note
-		}
-		s := stats[n.resolved.Name]
+	for _, f := range p.Flows {
+		s := stats[f.Flow.Name]
 		if s == nil { // not in the kernel
 			continue
 		}
 		if status.ID == 0 {
-			status.ID, status.UsedPath = s.ID, PathName(n.resolved.Path)
+			status.ID, status.UsedPath = s.ID, PathName(f.Flow.Path)
 		}
 		add(&status.Matched, s.Matched)
 		addDrops(sum, s.Drops)
@@ -84,21 +92,26 @@ func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStat
 		status.LastSeen = &at
 	}
 	status.Drops = Drops(sum)
-	status.Inputs = w.inputStatuses()
-	status.Outputs = w.outputStatuses(stats)
+	status.Inputs = inputStatuses(p)
+	status.Outputs = r.outputStatuses(p, stats)
 	return status
 }
 
 // inputStatuses describes the interfaces of a pattern.
-func (w *wantedRule) inputStatuses() []control.InputStatus {
+func inputStatuses(p *plan.RulePlan) []control.InputStatus {
 	all := []control.InputStatus{}
-	if !isPattern(w.rule.In.Interface) {
+	if !isPattern(p.Rule.In.Interface) {
 		return all
 	}
-	for _, n := range w.instances {
-		all = append(all, control.InputStatus{Interface: n.in, State: n.state, Reason: n.reason})
+	for _, f := range p.Flows {
+		all = append(all, control.InputStatus{Interface: f.Input, State: string(f.State), Reason: f.Reason})
 	}
 	return all
+}
+
+func isPattern(ifname string) bool {
+	_, ok := rules.IsPattern(ifname)
+	return ok
 }
 
 // outputKey is one output of a rule on one interface.
@@ -107,15 +120,15 @@ type outputKey struct {
 	ifname string
 }
 
-// outputSum is what the instances say of an output, added up.
+// outputSum is what the flows say of an output, added up.
 type outputSum struct {
-	state, reason string
-	hop           *nextHop
-	sent          control.Counter
-	drops         map[loader.Reason]loader.Counter
+	plan   *plan.OutputPlan // of the flow that is best off; nil for none
+	reason string
+	sent   control.Counter
+	drops  map[loader.Reason]loader.Counter
 }
 
-func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []control.OutputStatus {
+func (r *Relay) outputStatuses(p *plan.RulePlan, stats map[string]*loader.RuleStats) []control.OutputStatus {
 	sums := map[outputKey]*outputSum{}
 	var keys []outputKey
 	get := func(key outputKey) *outputSum {
@@ -125,12 +138,15 @@ func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []contro
 		}
 		return sums[key]
 	}
-	for _, n := range w.instances {
-		s := stats[n.resolved.Name]
-		for i, slot := range n.slots {
-			sum := get(outputKey{slot.out, slot.ifname})
-			if rank(slot.state) > rank(sum.state) {
-				sum.state, sum.reason, sum.hop = slot.state, slot.reason, slot.hop
+	served := map[int]bool{}
+	for _, f := range p.Flows {
+		s := stats[f.Flow.Name]
+		for i := range f.Outputs {
+			o := &f.Outputs[i]
+			served[o.Out] = true
+			sum := get(outputKey{o.Out, o.Interface})
+			if sum.plan == nil || plan.Rank(o.State) > plan.Rank(sum.plan.State) {
+				sum.plan, sum.reason = o, o.Reason
 			}
 			if s != nil && i < len(s.Outputs) {
 				add(&sum.sent, s.Outputs[i].Sent)
@@ -138,11 +154,7 @@ func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []contro
 			}
 		}
 	}
-	served := map[int]bool{}
-	for _, key := range keys {
-		served[key.out] = true
-	}
-	for out, o := range w.rule.Out {
+	for out, o := range p.Rule.Out {
 		if !served[out] {
 			sum := get(outputKey{out, o.Interface})
 			if isPattern(o.Interface) {
@@ -155,16 +167,19 @@ func (w *wantedRule) outputStatuses(stats map[string]*loader.RuleStats) []contro
 	})
 	all := make([]control.OutputStatus, len(keys))
 	for i, key := range keys {
-		o, sum := w.rule.Out[key.out], sums[key]
+		o, sum := p.Rule.Out[key.out], sums[key]
 		o.Interface = key.ifname
 		all[i] = control.OutputStatus{
-			Slot: i, Output: o.String(), State: cmp.Or(sum.state, control.StatePending), Reason: sum.reason,
+			Slot: i, Output: o.String(), State: control.StatePending, Reason: sum.reason,
 			Sent: sum.sent, Drops: Drops(sum.drops),
 		}
 		if !isPattern(key.ifname) {
 			all[i].Interface = key.ifname
 		}
-		all[i].NextHop, all[i].MAC = sum.hop.addresses()
+		if sum.plan != nil {
+			all[i].State = string(sum.plan.State)
+			all[i].NextHop, all[i].MAC = r.plan.NextHop(sum.plan)
+		}
 	}
 	return all
 }
@@ -181,16 +196,7 @@ func addDrops(to, from map[loader.Reason]loader.Counter) {
 }
 
 // PathName is the word of a path in the API.
-func PathName(p loader.Path) string {
-	switch p {
-	case loader.PathAFXDP:
-		return "afxdp"
-	case loader.PathFanout:
-		return "fanout"
-	default:
-		return "kernel"
-	}
-}
+func PathName(p loader.Path) string { return plan.PathName(p) }
 
 // Fragments writes counters of fragments as the API has them.
 func Fragments(f loader.Fragments) control.Fragments {
@@ -217,15 +223,12 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 		for _, s := range stats.Rules {
 			seen[s.Name] = s.LastSeen
 		}
-		all = make([]control.Group, 0, len(r.wants))
 		now := time.Now()
 		on := r.supervise(stats.Queriers, now)
 		users := r.users()
-		for _, w := range r.wants {
-			g := w.status(users[w], seen)
-			g.Multicast = on.multicast(w.Interface, w.Index, w.Group.Is4())
-			g.Detail = detail(g, now)
-			all = append(all, g)
+		all = make([]control.Group, 0, len(r.plan.Memberships))
+		for _, m := range r.plan.Memberships {
+			all = append(all, r.group(m, users[m], seen, on))
 		}
 		slices.SortFunc(all, func(a, b control.Group) int {
 			return cmp.Or(cmp.Compare(a.Interface, b.Interface), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Source, b.Source))
@@ -235,56 +238,81 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 	return all, err
 }
 
-// users finds the rules that want each membership.
-func (r *Relay) users() map[*wantedMembership][]*instanceOf {
-	users := make(map[*wantedMembership][]*instanceOf, len(r.wants))
-	for _, w := range r.ordered {
-		for _, n := range w.instances {
-			user := &instanceOf{w, n}
-			for _, m := range n.joins {
-				users[m] = append(users[m], user)
+// users finds the flows that want each membership.
+func (r *Relay) users() map[plan.Membership][]flowOf {
+	users := make(map[plan.Membership][]flowOf, len(r.plan.Memberships))
+	for _, p := range r.plan.Rules {
+		for _, f := range p.Flows {
+			for _, m := range f.Memberships {
+				users[m] = append(users[m], flowOf{p, f})
 			}
 		}
 	}
 	return users
 }
 
-// instanceOf is an instance with its rule.
-type instanceOf struct {
-	rule     *wantedRule
-	instance *instance
+// flowOf is a flow with its rule.
+type flowOf struct {
+	rule *plan.RulePlan
+	flow *plan.FlowPlan
 }
 
-func (w *wantedMembership) status(users []*instanceOf, seen map[string]time.Duration) control.Group {
-	since := w.since // a copy, since others read it
-	g := control.Group{
-		Interface: w.Interface, Index: w.Index, Group: w.Group.String(), State: control.GroupJoined,
-		Since: &since, Tries: int(w.tries), Rules: []string{},
+// group describes a membership.
+func (r *Relay) group(m plan.Membership, users []flowOf, seen map[string]time.Duration, on *supervision) control.Group {
+	g := control.Group{Interface: r.nameOf(m.Link.Index), Index: m.Link.Index, Group: m.Group.String(), State: control.GroupWanted, Rules: []string{}}
+	if m.Source.IsValid() {
+		g.Source = m.Source.String()
 	}
-	if w.Source.IsValid() {
-		g.Source = w.Source.String()
-	}
-	if !w.joined {
-		g.State = control.GroupWanted
-		if w.failed != nil {
-			g.State, g.Cause = control.GroupFailed, w.failed.err.Error()
-			next := w.failed.next
-			g.Next = &next
-			if membership.Transient(w.failed.err) {
-				g.State = control.GroupRetrying
-			}
-		}
+	if w := r.memberships.wanted[m]; w != nil {
+		w.describe(&g)
 	}
 	for _, u := range users {
-		g.Rules = append(g.Rules, u.rule.rule.Name)
-		if age, ok := seen[u.instance.resolved.Name]; ok && age >= 0 {
+		g.Rules = append(g.Rules, u.rule.Rule.Name)
+		if u.flow.Link != m.Link {
+			g.For = append(g.For, u.flow.Input)
+		}
+		if age, ok := seen[u.flow.Flow.Name]; ok && age >= 0 {
 			at := time.Now().Add(-age)
 			if g.LastPacket == nil || at.After(*g.LastPacket) {
 				g.LastPacket = &at
 			}
 		}
 	}
+	slices.Sort(g.For)
+	g.For = slices.Compact(g.For)
+	if link := r.network.ByIndex(m.Link.Index); link != nil {
+		g.Master = r.masterOf(link)
+	}
+	if on != nil {
+		g.Multicast = on.multicast(g.Interface, g.Index, m.Group.Is4())
+		g.Detail = detail(g, on.now)
+	}
 	return g
+}
+
+// describe says how a membership is.
+func (w *wantedMembership) describe(g *control.Group) {
+	since := w.since // a copy, since others read it
+	g.Since, g.Tries = &since, int(w.tries)
+	switch {
+	case w.joined:
+		g.State = control.GroupJoined
+	case w.failed != nil:
+		g.State, g.Cause = control.GroupFailed, w.failed.err.Error()
+		next := w.failed.next
+		g.Next = &next
+		if membership.Transient(w.failed.err) {
+			g.State = control.GroupRetrying
+		}
+	}
+}
+
+// masterOf names the interface that an interface is a port of; empty for none.
+func (r *Relay) masterOf(link *network.Link) string {
+	if link.Master == 0 {
+		return ""
+	}
+	return r.nameOf(link.Master)
 }
 
 // Stats implements control.Backend.
@@ -296,8 +324,8 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 		}
 		lost := r.workerStatus().lost
 		all = control.Stats{
-			Time: time.Now(), Rules: r.describeRules(r.names(), stats, lost), ReceiveDrops: lost,
-			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports, r.paths.unsent()),
+			Time: time.Now(), Rules: r.describeRules(r.plan.Rules, stats, lost), ReceiveDrops: lost,
+			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports, r.tables.paths.unsent()),
 			Fragments: Fragments(stats.Fragments),
 		}
 		return nil
@@ -326,10 +354,8 @@ func (r *Relay) transmitDrops(ports []loader.PortStats, unsent map[int]uint64) [
 }
 
 func (r *Relay) nameOf(index int) string {
-	for name, i := range r.interfaces {
-		if i.index == index {
-			return name
-		}
+	if link := r.network.ByIndex(index); link != nil {
+		return link.Name
 	}
 	return fmt.Sprintf("if%d", index)
 }
@@ -347,16 +373,17 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats), Workers: r.workerStatus().workers,
 			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
 		}
-		for _, w := range r.rules {
-			switch w.state {
-			case control.StateActive:
+		for _, p := range r.plan.Rules {
+			switch p.State {
+			case plan.Active:
 				status.Active++
-			case control.StatePending:
+			case plan.Pending:
 				status.Pending++
 			default:
 				status.Failed++
 			}
 		}
+		status.Warnings = append(status.Warnings, r.attachWarnings()...)
 		for _, about := range slices.Sorted(maps.Keys(r.warnings)) {
 			status.Warnings = append(status.Warnings, about+": "+r.warnings[about])
 		}
@@ -365,20 +392,30 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 	return status, err
 }
 
+// attachWarnings says where the program is not that the operator asked for, whether rules
+// need it or not.
+func (r *Relay) attachWarnings() (warnings []string) {
+	for _, name := range r.opts.Interfaces {
+		if link := r.network.Link(name); link != nil {
+			if err := r.attachments.answers[link.LinkID].Err; err != nil {
+				warnings = append(warnings, fmt.Sprintf("interface %s: %v", name, err))
+			}
+		}
+	}
+	return warnings
+}
+
 // interfaceStatuses describes the interfaces that rules or attachments name.
 func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus {
 	byName := map[string]*control.InterfaceStatus{}
 	get := func(name string) *control.InterfaceStatus {
+		link := r.network.Link(name)
+		if link != nil {
+			name = link.Name // known by an alternative one
+		}
 		s := byName[name]
 		if s == nil {
-			s = &control.InterfaceStatus{Name: name, Roles: []string{}}
-			if i := r.interfaces[name]; i != nil {
-				s.Index = i.index
-				if err := r.attachErrs[i.index]; err != nil {
-					s.Note = err.Error()
-				}
-				s.Note = cmp.Or(s.Note, r.offloads.note(name))
-			}
+			s = r.interfaceStatus(name, link)
 			byName[name] = s
 		}
 		return s
@@ -394,6 +431,9 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 		addRole(get(name), control.RoleOutput)
 	}
 	for _, a := range r.loader.Attachments() {
+		if r.network.ByIndex(a.Index) == nil {
+			continue // gone a moment ago
+		}
 		s := get(r.nameOf(a.Index))
 		s.Mode, s.ProgramID, s.LinkID = a.Mode.String(), a.ProgramID, a.LinkID
 		if a.Fallback != nil {
@@ -401,10 +441,21 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 		}
 	}
 	for _, p := range stats.Ports {
-		get(r.nameOf(p.Index)).TransmitDrops = p.TransmitDrops + p.RedirectRefused
+		if r.network.ByIndex(p.Index) != nil {
+			get(r.nameOf(p.Index)).TransmitDrops = p.TransmitDrops + p.RedirectRefused
+		}
 	}
-	for _, c := range r.groups.Counters() {
-		s := get(c.Interface)
+	for _, m := range r.plan.Memberships {
+		get(r.nameOf(m.Link.Index))
+	}
+	for _, c := range r.memberships.manager.Counters() {
+		s := byName[c.Interface]
+		if s == nil && r.network.Link(c.Interface) != nil {
+			s = get(c.Interface)
+		}
+		if s == nil {
+			continue // of an interface that is gone, and that no rule names
+		}
 		s.JoinsAttempted, s.JoinsSucceeded, s.JoinsFailed = c.Joins.Attempted, c.Joins.Succeeded, c.Joins.Failed
 		s.LeavesAttempted, s.LeavesSucceeded, s.LeavesFailed = c.Leaves.Attempted, c.Leaves.Succeeded, c.Leaves.Failed
 	}
@@ -416,22 +467,44 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 	return all
 }
 
+// interfaceStatus is what the network says of an interface; link is nil while it is absent.
+func (r *Relay) interfaceStatus(name string, link *network.Link) *control.InterfaceStatus {
+	s := &control.InterfaceStatus{Name: name, Roles: []string{}, Link: control.LinkAbsent}
+	if link == nil {
+		return s
+	}
+	s.Index, s.Master = link.Index, r.masterOf(link)
+	switch {
+	case !link.Up:
+		s.Link = control.LinkDown
+	case !link.Carrier:
+		s.Link = control.LinkNoCarrier
+	default:
+		s.Link = control.LinkUp
+	}
+	if err := r.attachments.answers[link.LinkID].Err; err != nil {
+		s.Note = err.Error()
+	}
+	s.Note = cmp.Or(s.Note, r.tags.note(name))
+	return s
+}
+
 // roles returns the interfaces that rules name or match with a pattern.
 func (r *Relay) roles() (inputs, outputs map[string]bool) {
 	inputs, outputs = map[string]bool{}, map[string]bool{}
-	for _, w := range r.ordered {
-		if !isPattern(w.rule.In.Interface) {
-			inputs[w.rule.In.Interface] = true
+	for _, p := range r.plan.Rules {
+		if !isPattern(p.Rule.In.Interface) {
+			inputs[p.Rule.In.Interface] = true
 		}
-		for i := range w.rule.Out {
-			if name := w.rule.Out[i].Interface; !isPattern(name) {
+		for i := range p.Rule.Out {
+			if name := p.Rule.Out[i].Interface; !isPattern(name) {
 				outputs[name] = true
 			}
 		}
-		for _, n := range w.instances {
-			inputs[n.in] = true
-			for i := range n.slots {
-				outputs[n.slots[i].ifname] = true
+		for _, f := range p.Flows {
+			inputs[f.Input] = true
+			for i := range f.Outputs {
+				outputs[f.Outputs[i].Interface] = true
 			}
 		}
 	}

@@ -32,17 +32,6 @@ func TestSteerTo(t *testing.T) {
 	}
 }
 
-func TestParseSteering(t *testing.T) {
-	for _, s := range []Steering{SteerAuto, SteerOn, SteerOff} {
-		if got, err := ParseSteering(s.String()); err != nil || got != s {
-			t.Errorf("%s: %v, %v", s, got, err)
-		}
-	}
-	if _, err := ParseSteering("maybe"); err == nil {
-		t.Error("maybe is accepted")
-	}
-}
-
 // A virtual device is steered when asked for, with fewer queues than workers, and in
 // native mode.
 func TestSteers(t *testing.T) {

@@ -111,8 +111,8 @@ func (r *Relay) describeMulticast(byName map[string]*control.InterfaceStatus, he
 		}
 	}
 	seen := map[querierKey]bool{}
-	for _, w := range r.wants {
-		seen[querierKey{w.Index, w.Group.Is4()}] = true
+	for key := range r.memberships.families() {
+		seen[key] = true
 	}
 	for key := range on.queriers {
 		seen[key] = true

@@ -100,12 +100,12 @@ func TestLogsManyMembershipsAtOnce(t *testing.T) {
 		{manyMemberships + 1, 1, `msg=joined memberships=33 first="239.0.0.0 on eth0" last="239.0.0.32 on eth0"`},
 	} {
 		var log bytes.Buffer
-		r := &Relay{log: slog.New(slog.NewTextHandler(&log, nil))}
-		var all []*wantedMembership
+		m := newMemberships(nil, slog.New(slog.NewTextHandler(&log, nil)))
+		var all []membership.Membership
 		for i := range c.memberships {
-			all = append(all, &wantedMembership{Membership: membership.Membership{Interface: "eth0", Group: netip.AddrFrom4([4]byte{239, 0, 0, byte(i)})}})
+			all = append(all, membership.Membership{Interface: "eth0", Group: netip.AddrFrom4([4]byte{239, 0, 0, byte(i)})})
 		}
-		r.logMemberships("joined", all)
+		m.logMemberships("joined", all)
 		if lines := strings.Count(log.String(), "\n"); lines != c.lines || !strings.Contains(log.String(), c.has) {
 			t.Errorf("%d memberships: %d lines, want %d with %s: %s", c.memberships, lines, c.lines, c.has, log.String())
 		}

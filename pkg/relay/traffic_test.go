@@ -174,7 +174,7 @@ func TestOwnAddress(t *testing.T) {
 	_, before := drops("a")
 	labtest.Eventually(t, "the relay knows", func() bool {
 		known := true
-		if err := r.do(t.Context(), func() error { known = r.isLocal(addr("10.2.0.1")); return nil }); err != nil {
+		if err := r.do(t.Context(), func() error { known = r.network.IsOwn(addr("10.2.0.1")); return nil }); err != nil {
 			t.Fatal(err)
 		}
 		return !known

@@ -18,6 +18,7 @@ import (
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/network"
 )
 
 // kernel returns a rule as the loader has it; nil when it does not.
@@ -78,8 +79,8 @@ func setSysctl(t testing.TB, h *lab.Host, name, value string) {
 	labtest.Do(t, h, func() error { return os.WriteFile("/proc/sys/net/"+name, []byte(value), 0o644) })
 }
 
-// neighbours lists the entries of a host that are managed, or permanent.
-func neighbours(t testing.TB, h *lab.Host) (all []string) {
+// neighboursOf lists the entries of a host that are managed, or permanent.
+func neighboursOf(t testing.TB, h *lab.Host) (all []string) {
 	t.Helper()
 	labtest.Do(t, h, func() error {
 		for _, f := range []int{unix.AF_INET, unix.AF_INET6} {
@@ -105,7 +106,7 @@ func neighbours(t testing.TB, h *lab.Host) (all []string) {
 func waitNeighbours(t testing.TB, h *lab.Host, want ...string) {
 	t.Helper()
 	labtest.Eventually(t, fmt.Sprintf("the neighbours kept are %q", want), func() bool {
-		return slices.Equal(neighbours(t, h), want)
+		return slices.Equal(neighboursOf(t, h), want)
 	})
 }
 
@@ -163,8 +164,8 @@ func TestUnicastNeighbour(t *testing.T) {
 	r.waitMAC("other", 0, mac)
 
 	for i, name := range []string{"uni", "other"} {
-		if len(neighbours(t, p.host)) != 1 {
-			t.Errorf("with %d rules less the neighbours are %q", i, neighbours(t, p.host))
+		if len(neighboursOf(t, p.host)) != 1 {
+			t.Errorf("with %d rules less the neighbours are %q", i, neighboursOf(t, p.host))
 		}
 		if err := r.DeleteRule(t.Context(), name); err != nil {
 			t.Fatal(err)
@@ -231,7 +232,7 @@ func TestUnicastGateway(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.waitOutput("uni", 0, "no_neighbour", "no route to 10.99.0.5 by interface out0")
-	if got := neighbours(t, p.host); len(got) != 0 {
+	if got := neighboursOf(t, p.host); len(got) != 0 {
 		t.Errorf("without a route, the neighbours are %q", got)
 	}
 	nl := p.host.Netlink()
@@ -334,6 +335,7 @@ func TestUnicastRefused(t *testing.T) {
 	before := p.footprint(r)
 	for _, tt := range []struct{ out, want string }{
 		{"10.1.0.1:6000%out0", "rule bad: output 10.1.0.1:6000%out0: 10.1.0.1 is an address of this host: want another host's, or a multicast group"},
+		{"10.1.0.255:6000%out0", "rule bad: output 10.1.0.255:6000%out0: 10.1.0.255 is a broadcast address of the network: want another host's address, or a multicast group"},
 		{"10.2.0.1:6000%out0", "rule bad: output 10.2.0.1:6000%out0: 10.2.0.1 is an address of this host: want another host's, or a multicast group"},
 	} {
 		if _, err := r.add("bad", anyIn, out1, tt.out); err == nil || err.Error() != tt.want || !errors.Is(err, control.ErrFailed) {
@@ -343,23 +345,19 @@ func TestUnicastRefused(t *testing.T) {
 	if after := p.footprint(r); !slices.Equal(after.Rules, before.Rules) || after.Groups != before.Groups {
 		t.Errorf("something remains: %+v", after)
 	}
-	if _, err := r.add("broadcast", anyIn, "10.1.0.255:6000%out0"); err != nil {
-		t.Fatal(err)
-	}
-	r.waitOutput("broadcast", 0, "no_neighbour", "10.1.0.255 is a broadcast address of the network")
 }
 
 // faultyTables are the kernel's, but for entries that it does not take.
 type faultyTables struct {
-	tables
+	neighbourTables
 	err error
 }
 
-func (f *faultyTables) manage(key neighbourKey) error {
+func (f *faultyTables) Manage(key network.NeighbourKey) error {
 	if f.err != nil {
 		return f.err
 	}
-	return f.tables.manage(key)
+	return f.neighbourTables.Manage(key)
 }
 
 // TestNeighbourTableFull: that is shown, and tried again.
@@ -369,9 +367,8 @@ func TestNeighbourTableFull(t *testing.T) {
 	faulty := &faultyTables{err: unix.ENOBUFS}
 	set := func(err error) {
 		if err := r.do(t.Context(), func() error {
-			r.hops.openTables = func() (tables, error) {
-				real, err := newRtnl()
-				faulty.tables = real
+			r.neighbours.open = func() (_ neighbourTables, err error) {
+				faulty.neighbourTables, err = network.OpenNeighbours()
 				return faulty, err
 			}
 			faulty.err = err

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/forward"
 	"xdpcast/pkg/loader"
@@ -97,6 +96,19 @@ func (u userPaths) finish(want map[loader.Path][]loader.Rule, own []netip.Addr) 
 	for kind, p := range u {
 		if err := p.sync(want[kind], own); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// refresh has the paths look at their devices again: what comes with an interface that is there
+// again, and with queues, nobody gives them.
+func (u userPaths) refresh(own []netip.Addr) error {
+	for _, p := range u {
+		if len(p.rules) > 0 {
+			if err := p.sync(p.rules, own); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -196,7 +208,7 @@ func (r *Relay) statsOf(names []string, all bool) (stats loader.Stats, err error
 		stats, err = r.loader.StatsOf(names)
 	}
 	if err == nil {
-		r.paths.add(&stats)
+		r.tables.paths.add(&stats)
 	}
 	return stats, err
 }
@@ -214,50 +226,4 @@ func forKernel(rule loader.Rule) loader.Rule {
 	}
 	rule.Out = out
 	return rule
-}
-
-// drain is how long a rule that leaves the fanout path is still served there: many
-// times the millisecond that the rings hold packets back for.
-const drain = 20 * time.Millisecond
-
-// syncPaths brings the rules into force on all paths. A rule that changes its path
-// has both for a moment, in an order in which one of them always takes its packets:
-// while the kernel path has them, none reach the packet tap.
-func (r *Relay) syncPaths() error {
-	kernel := r.published()
-	want := map[loader.Path][]loader.Rule{}
-	for i, rule := range kernel {
-		if rule.Path != loader.PathKernel {
-			want[rule.Path] = append(want[rule.Path], rule)
-		}
-		kernel[i] = forKernel(rule)
-	}
-	if err := r.paths.prepare(want, r.own); err != nil {
-		return err
-	}
-	if err := r.loader.Sync(kernel); err != nil {
-		return err
-	}
-	return r.paths.finish(want, r.own)
-}
-
-// blame finds the rules that an error of syncPaths is about, by the names that the
-// kernel has; none when it is about none.
-func (r *Relay) blame(err error) (names []string, cause error) {
-	var refused *loader.RuleError
-	if errors.As(err, &refused) {
-		return []string{refused.Rule}, refused.Err
-	}
-	var setUp *fanout.Error
-	if !errors.As(err, &setUp) {
-		return nil, nil
-	}
-	for _, w := range r.ordered {
-		for _, n := range w.instances {
-			if n.publish && n.resolved.Path == loader.PathFanout && n.in == setUp.Interface {
-				names = append(names, n.resolved.Name)
-			}
-		}
-	}
-	return names, err
 }

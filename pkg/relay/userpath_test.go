@@ -176,10 +176,10 @@ func TestReceiveDropsAreTold(t *testing.T) {
 		onPath(rules.PathKernel, stream("k", "in0", "239.1.1.2", to("out0", "239.2.2.2"))),
 	)
 	if err := r.do(t.Context(), func() error {
-		sockets := r.paths[loader.PathAFXDP]
+		sockets := r.tables.paths[loader.PathAFXDP]
 		sockets.path = &lossy{
 			userPath: sockets.path, lost: forward.Lost{NoFrame: 3, RingFull: 4},
-			unsent: map[int]uint64{r.interfaces["out0"].index: 5},
+			unsent: map[int]uint64{r.network.Link("out0").Index: 5},
 		}
 		return nil
 	}); err != nil {

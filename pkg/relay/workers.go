@@ -8,6 +8,7 @@ import (
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/forward"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/plan"
 )
 
 // workerStatus is what the user-space paths say of their workers.
@@ -28,7 +29,7 @@ func (u userPaths) status(nameOf func(index int) string) (s workerStatus, err er
 			inputs, err := path.Inputs()
 			errs = append(errs, err)
 			for i := range inputs {
-				s.addInput(PathName(kind), &inputs[i], nameOf)
+				s.addInput(plan.PathName(kind), &inputs[i], nameOf)
 			}
 		case interface {
 			Groups() ([]forward.GroupStatus, error)
@@ -36,7 +37,7 @@ func (u userPaths) status(nameOf func(index int) string) (s workerStatus, err er
 			groups, err := path.Groups()
 			errs = append(errs, err)
 			for i := range groups {
-				s.addGroup(PathName(kind), &groups[i])
+				s.addGroup(plan.PathName(kind), &groups[i])
 			}
 		}
 	}
@@ -145,7 +146,7 @@ func (s *workerStatus) addGroup(path string, g *forward.GroupStatus) {
 // workerStatus reads how the workers are. What cannot be read is logged: it must not
 // hide the rest.
 func (r *Relay) workerStatus() workerStatus {
-	s, err := r.paths.status(r.nameOf)
+	s, err := r.tables.paths.status(r.nameOf)
 	if err != nil {
 		r.log.Warn("status of workers", "error", err)
 	}
@@ -153,11 +154,11 @@ func (r *Relay) workerStatus() workerStatus {
 }
 
 // receiveDrops are those of a rule's interfaces, on its path.
-func (w *wantedRule) receiveDrops(all []control.ReceiveDrop) []control.ReceiveDrop {
+func receiveDrops(p *plan.RulePlan, all []control.ReceiveDrop) []control.ReceiveDrop {
 	drops := []control.ReceiveDrop{}
 	for _, d := range all {
-		if slices.ContainsFunc(w.instances, func(n *instance) bool {
-			return n.publish && n.resolved.Path != loader.PathKernel && n.in == d.Interface && PathName(n.resolved.Path) == d.Path
+		if slices.ContainsFunc(p.Flows, func(f *plan.FlowPlan) bool {
+			return f.Publish && f.Flow.Path != loader.PathKernel && f.Input == d.Interface && plan.PathName(f.Flow.Path) == d.Path
 		}) {
 			drops = append(drops, d)
 		}

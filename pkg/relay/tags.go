@@ -8,13 +8,15 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/network"
+	"xdpcast/pkg/plan"
 )
 
 // A device that takes VLAN tags off the frames that it receives hides them from XDP,
@@ -25,12 +27,15 @@ import (
 // ones of 802.1ad (netdev_features_strings of net/ethtool/common.c).
 var vlanFeatures = [...]string{"rx-vlan-hw-parse", "rx-vlan-stag-hw-parse"}
 
-// offloads are the features that the relay has switched off, by interface name. The
-// file keeps them for a later process, since the rules outlive this one.
-type offloads struct {
-	file string
-	off  map[string][]string
-	open func(ifname string) (featureSet, error) // openFeatures; tests inject faults
+// tags reconciles which interfaces leave VLAN tags in the frames. Whether they do, the
+// kernel is asked. What was switched off for that is kept, by interface name, in a file for a
+// later process, since the rules outlive this one.
+type tags struct {
+	file    string
+	off     map[string][]string
+	open    func(ifname string) (featureSet, error) // openFeatures; tests inject faults
+	answers map[network.LinkID]error
+	looked  map[network.LinkID]*network.Link // as of the last look at the interface's features
 }
 
 // featureSet is the features of one interface.
@@ -40,45 +45,71 @@ type featureSet interface {
 	Close()
 }
 
-func readOffloads(file string) (*offloads, error) {
-	o := &offloads{file: file, off: map[string][]string{}, open: openFeatures}
+func readTags(file string) (*tags, error) {
+	t := &tags{file: file, off: map[string][]string{}, open: openFeatures, answers: map[network.LinkID]error{}, looked: map[network.LinkID]*network.Link{}}
 	data, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
-		return o, nil
+		return t, nil
 	}
 	if err == nil {
-		err = json.Unmarshal(data, &o.off)
+		err = json.Unmarshal(data, &t.off)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("features switched off earlier: %s: %w; remove the file to forget them", file, err)
 	}
-	return o, nil
+	return t, nil
 }
 
-func (o *offloads) save() error {
-	if len(o.off) == 0 {
-		if err := os.Remove(o.file); err != nil && !errors.Is(err, os.ErrNotExist) {
+func (t *tags) save() error {
+	if len(t.off) == 0 {
+		if err := os.Remove(t.file); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 		return nil
 	}
-	data, err := json.Marshal(o.off)
+	data, err := json.Marshal(t.off)
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(o.file), 0o755); err != nil {
+	if err := stageFile(t.file, append(data, '\n')); err != nil {
 		return err
 	}
-	next := o.file + ".next"
-	if err := os.WriteFile(next, append(data, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(next, o.file)
+	return commitFile(t.file)
 }
 
-// showTags makes an interface leave tags in the frames. It may be called again.
-func (o *offloads) showTags(ifname string) error {
-	f, err := o.open(ifname)
+// apply makes the interfaces that the plan names leave tags in the frames, and says whether
+// an answer has changed. An interface is looked at once, and again when it changes.
+func (t *tags) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
+	for _, id := range p.Tags {
+		link := now.ByIndex(id.Index)
+		if link == nil || link.LinkID != id {
+			continue
+		}
+		before, known := t.answers[id]
+		if known && t.looked[id] == link {
+			continue
+		}
+		err := t.show(link.Name)
+		t.answers[id], t.looked[id] = err, link
+		changed = changed || !known || errorText(before) != errorText(err)
+	}
+	return changed
+}
+
+// again has the next apply look at all interfaces.
+func (t *tags) again() { clear(t.looked) }
+
+// rename takes a note along when an interface gets another name.
+func (t *tags) rename(before, now *network.Link) {
+	if features := t.off[before.Name]; before.Name != now.Name && features != nil {
+		delete(t.off, before.Name)
+		t.off[now.Name] = union(t.off[now.Name], features)
+	}
+}
+
+// show makes an interface leave tags in the frames. It may be called again.
+func (t *tags) show(ifname string) error {
+	f, err := t.open(ifname)
 	if err != nil {
 		return err
 	}
@@ -93,8 +124,8 @@ func (o *offloads) showTags(ifname string) error {
 		return nil
 	}
 	// Noted first: what dies in between leaves too much to restore, not too little.
-	o.off[ifname] = union(o.off[ifname], on)
-	if err := o.save(); err != nil {
+	t.off[ifname] = union(t.off[ifname], on)
+	if err := t.save(); err != nil {
 		return fmt.Errorf("note the features of interface %s: %w", ifname, err)
 	}
 	if err := f.set(on, false); err != nil {
@@ -103,17 +134,33 @@ func (o *offloads) showTags(ifname string) error {
 	return nil
 }
 
-// restore gives interfaces that no rule needs so any more what they had, and keeps
-// those named. An interface that is gone is forgotten.
-func (o *offloads) restore(keep map[string]bool) error {
+// restore gives the interfaces that the plan does not name any more what they had. One that is
+// gone is forgotten.
+func (t *tags) restore(p *plan.Plan, now *network.Snapshot) error {
+	keep := map[string]bool{}
+	wanted := map[network.LinkID]bool{}
+	for _, id := range p.Tags {
+		wanted[id] = true
+		if link := now.ByIndex(id.Index); link != nil {
+			keep[link.Name] = true
+		}
+	}
+	for id := range t.answers {
+		if !wanted[id] {
+			delete(t.answers, id)
+			delete(t.looked, id)
+		}
+	}
 	var errs []error
-	for _, ifname := range slices.Sorted(maps.Keys(o.off)) {
+	changed := false
+	for _, ifname := range slices.Sorted(maps.Keys(t.off)) {
 		if keep[ifname] {
 			continue
 		}
-		features := o.off[ifname]
-		delete(o.off, ifname)
-		f, err := o.open(ifname)
+		changed = true
+		features := t.off[ifname]
+		delete(t.off, ifname)
+		f, err := t.open(ifname)
 		if err != nil {
 			if !errors.Is(err, unix.ENODEV) {
 				errs = append(errs, err)
@@ -125,15 +172,18 @@ func (o *offloads) restore(keep map[string]bool) error {
 		}
 		f.Close()
 	}
-	return errors.Join(append(errs, o.save())...)
+	if changed {
+		errs = append(errs, t.save())
+	}
+	return errors.Join(errs...)
 }
 
 // note says what has been done to an interface; "" for nothing.
-func (o *offloads) note(ifname string) string {
-	if len(o.off[ifname]) == 0 {
+func (t *tags) note(ifname string) string {
+	if len(t.off[ifname]) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%s is off while rules match VLAN tags here", strings.Join(o.off[ifname], " and "))
+	return fmt.Sprintf("%s is off while rules match VLAN tags here", strings.Join(t.off[ifname], " and "))
 }
 
 func union(a, b []string) []string {
