@@ -90,6 +90,18 @@ func (g *Group) fail(step Step, err error) error {
 	return &Error{Step: step, Interface: g.opts.Interface, GroupID: g.id, Mode: g.opts.Mode, Err: err}
 }
 
+// Gone asks the kernel whether the interface is gone for which the group was opened,
+// whatever has the same index now.
+func (g *Group) Gone() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed || len(g.workers) == 0 {
+		return false
+	}
+	link, err := g.sys.boundTo(g.workers[0].fd)
+	return err == nil && link.Ifindex != g.opts.Index
+}
+
 // ID returns the number of the fanout group.
 func (g *Group) ID() uint16 { return uint16(g.id) }
 

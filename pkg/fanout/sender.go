@@ -128,6 +128,13 @@ func linkAddress(index int, protocol uint16) unix.RawSockaddrLinklayer {
 	return unix.RawSockaddrLinklayer{Family: unix.AF_PACKET, Protocol: networkOrder(protocol), Ifindex: int32(index)}
 }
 
+// Stale asks the kernel whether the interface is gone for which the sender was opened,
+// whatever has the same index now.
+func (s *Sender) Stale() bool {
+	link, err := kernel().boundTo(s.fd)
+	return err == nil && link.Ifindex != int(s.toIPv4.Ifindex)
+}
+
 // Ethernet reports whether frames must begin with an Ethernet header, rather than
 // with the IP header.
 func (s *Sender) Ethernet() bool { return s.ethernet }

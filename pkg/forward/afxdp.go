@@ -310,7 +310,7 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 	}
 	errs := []error{err}
 	for q, w := range in.workers {
-		if w != nil && w.interfaceC.Load() != interfaceGone && w.takes(iface.MTU) {
+		if w != nil && w.interfaceC.Load() != interfaceGone && !errors.Is(w.socket.Check(), unix.ENXIO) && w.takes(iface.MTU) {
 			continue
 		}
 		if w != nil {

@@ -52,8 +52,18 @@ type afxdpSender struct {
 // interface without.
 func (s *afxdpSender) Ethernet() bool { return s.packet == nil || s.packet.Ethernet() }
 
-// Stale says that another sender is to take this one's place.
-func (s *afxdpSender) Stale() bool { return s.stale.Load() }
+// Stale says that another sender is to take this one's place: for an interface that is
+// gone, whatever has the same index now, the kernel is asked.
+func (s *afxdpSender) Stale() bool {
+	switch {
+	case s.stale.Load():
+		return true
+	case s.socket != nil:
+		return errors.Is(s.socket.Check(), unix.ENXIO)
+	}
+	packet, ok := s.packet.(interface{ Stale() bool })
+	return ok && packet.Stale()
+}
 
 // Dropped returns the places of the packets of the last Send that were taken, and
 // dropped by the device.

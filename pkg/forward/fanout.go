@@ -124,6 +124,7 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 	if err != nil {
 		return err
 	}
+	f.closeGone()
 	fresh, err := f.openGroups(inputs)
 	if err == nil {
 		err = f.set.Update(want, own, nil)
@@ -140,6 +141,20 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 	}
 	f.retire(inputs, allowed)
 	return nil
+}
+
+// closeGone closes the groups of interfaces that are gone, so that those which have come
+// with their indexes get their own.
+func (f *Fanout) closeGone() {
+	for index, g := range f.groups {
+		if !g.group.Gone() {
+			continue
+		}
+		delete(f.groups, index)
+		if err := g.close(f.set); err != nil {
+			f.log.Warn("close group", "interface", g.name, "error", err)
+		}
+	}
 }
 
 // FanoutWorkers is how many workers an input has that is opened with so many.

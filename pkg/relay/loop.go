@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	"xdpcast/pkg/loader"
 	"xdpcast/pkg/network"
 	"xdpcast/pkg/plan"
 )
@@ -262,12 +261,4 @@ func (r *Relay) warnUnless(about string, err error) {
 		return
 	}
 	delete(r.warnings, about)
-}
-
-// modeName is the word of a mode that is in use.
-func modeName(generic bool) string {
-	if generic {
-		return loader.ModeGeneric.String()
-	}
-	return loader.ModeNative.String()
 }
