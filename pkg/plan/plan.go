@@ -279,4 +279,3 @@ func FlowName(rule *rules.Rule, ifname string) string {
 }
 
 const flowSeparator = "%"
-

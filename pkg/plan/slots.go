@@ -27,7 +27,7 @@ func (m *maker) slotsOf(rule *rules.Rule, in *network.Link) (slots []slot, reaso
 			if s.link != nil {
 				s.ifname = s.link.Name
 				if same := sameOutput(rule, slots, s, o); same >= 0 {
-					reason = cmp.Or(reason, fmt.Sprintf("interface %s is %s: out[%d] sends the same there", o.Interface, s.link.Name, same))
+					reason = cmp.Or(reason, fmt.Sprintf("interface %s is known by several names: out[%d] sends the same there", s.link.Name, same))
 					continue
 				}
 			}
