@@ -14,7 +14,9 @@ import (
 // links.
 func manyRules(count int) []*Rule {
 	all := make([]*Rule, count)
-	group := func(first byte, i int) netip.Addr { return netip.AddrFrom4([4]byte{239, first + byte(i>>16), byte(i >> 8), byte(i)}) }
+	group := func(first byte, i int) netip.Addr {
+		return netip.AddrFrom4([4]byte{239, first + byte(i>>16), byte(i >> 8), byte(i)})
+	}
 	for i := range all {
 		r := &Rule{Origin: OriginFile, Rule: rules.Rule{
 			Name: fmt.Sprintf("rule-%06d", i),

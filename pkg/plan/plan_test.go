@@ -50,10 +50,10 @@ func TestStates(t *testing.T) {
 		// Names.
 		{name: "alternative names", links: []string{"eth0 alt=enp3s0f0np0", "eth1 10.1.0.1 alt=enp3s0f1np1"},
 			rules: []string{"a: 239.1.1.1:5000%enp3s0f0np0 -> 239.2.2.2:6000%enp3s0f1np1 239.2.2.2:6000%eth1 239.2.2.3:6000%eth1"},
-			want: []string{"rule a active: interface eth1 is known by several names: out[0] sends the same there", "flow a on eth0 active kernel: interface eth1 is known by several names: out[0] sends the same there", "out a eth1 active"}},
+			want:  []string{"rule a active: interface eth1 is known by several names: out[0] sends the same there", "flow a on eth0 active kernel: interface eth1 is known by several names: out[0] sends the same there", "out a eth1 active"}},
 		{name: "one input by two names", links: []string{"eth0 alt=enp3s0f0np0", "eth1 10.1.0.1"},
 			rules: []string{"a: 239.1.1.1:5000%enp3s0f0np0" + toEth1, "b: 239.1.1.1:5000%eth0" + toEth1},
-			want: []string{"rule b active", "rule a failed: interface eth0 is known by several names: rule b takes the same input by another of them: want an input of its own"}},
+			want:  []string{"rule b active", "rule a failed: interface eth0 is known by several names: rule b takes the same input by another of them: want an input of its own"}},
 		{name: "one input by two names, one in force", links: []string{"eth0 alt=enp3s0f0np0", "eth1 10.1.0.1"},
 			rules: []string{"a: 239.1.1.1:5000%enp3s0f0np0" + toEth1, "file/b: 239.1.1.1:5000%eth0" + toEth1},
 			edit:  func(_ *testing.T, w *World) { w.Answers.Carried["a"] = flow.PathKernel },
