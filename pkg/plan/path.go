@@ -50,10 +50,6 @@ type chooser struct {
 	path     flow.Path // the choice
 }
 
-func (m *maker) chooser(_ *FlowPlan, rule *Rule, in *network.Link, slots []slot) *chooser {
-	return &chooser{maker: m, rule: rule, in: in, slots: slots}
-}
-
 // choice is a path. why is what speaks against a better one, and note what else a person should
 // know; err says why no path does.
 type choice struct {

@@ -8,6 +8,7 @@ import (
 
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/network"
+	"xdpcast/pkg/rules"
 )
 
 // Planner makes plans of worlds that follow each other. A rule whose plan depends on nothing that
@@ -36,6 +37,7 @@ type seen struct {
 	noTransmit map[network.LinkID]string
 	neighbours map[network.NeighbourKey]error
 	inputs     *inputIndex
+	names      map[string]bool // interfaces that rules name or have flows on, and whether tags are matched there
 }
 
 // Plan plans a world.
@@ -96,7 +98,7 @@ func see(w World) seen {
 
 // effect is what planning the rules has changed besides them.
 type effect struct {
-	any, memberships, hops bool
+	names, memberships, hops bool
 }
 
 // rules plans those rules that need it.
@@ -126,7 +128,7 @@ func (p *Planner) rules(plan, last *Plan, m *maker, c *changes) (e effect) {
 
 // note adds what differs between two plans of a rule; each may be nil.
 func (e *effect) note(before, now *RulePlan) {
-	e.any = true
+	e.names = e.names || before == nil || now == nil || before.Rule != now.Rule || hasPattern(now.Rule)
 	e.memberships = e.memberships || !sameMemberships(before, now)
 	e.hops = e.hops || hasHops(before) || hasHops(now)
 }
@@ -152,6 +154,11 @@ func sameMemberships(a, b *RulePlan) bool {
 		}
 	}
 	return true
+}
+
+// hasPattern says whether the interfaces of a rule depend on which there are.
+func hasPattern(r *Rule) bool {
+	return isPattern(r.In.Interface) || slices.ContainsFunc(r.Out, func(o rules.Output) bool { return isPattern(o.Interface) })
 }
 
 func hasHops(r *RulePlan) bool {
@@ -337,8 +344,12 @@ func (c *changes) touchesHops(f *FlowPlan) bool {
 func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	first := p.last == nil
 	plan.Attach, plan.Tags, plan.Memberships, plan.Hops, plan.Neighbours = last.Attach, last.Tags, last.Memberships, last.Hops, last.Neighbours
-	if first || e.any || len(c.links) > 0 {
-		plan.Attach, plan.Tags = p.attachments(plan)
+	plan.seen.names = last.seen.names
+	if first || e.names {
+		plan.seen.names = p.names(plan.Rules)
+	}
+	if first || e.names || len(c.links) > 0 {
+		plan.Attach, plan.Tags = attachments(plan.seen.names, plan.seen.network)
 	}
 	if first || e.memberships {
 		plan.Memberships = memberships(plan.Rules, len(last.Memberships))
@@ -348,42 +359,45 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	}
 }
 
-// attachments are the links that rules name, or have flows on, and those of them where frames are
-// to keep their tags.
-func (p *Planner) attachments(plan *Plan) (attach, tags []network.LinkID) {
-	byName := map[string]bool{} // all, and which match tags
-	for _, name := range p.opts.Interfaces {
-		byName[name] = false
-	}
+// names are the interfaces that rules name, or have flows on, and whether tags are matched there.
+func (p *Planner) names(all []*RulePlan) map[string]bool {
+	names := map[string]bool{}
 	add := func(name string, tagged bool) {
-		if was, ok := byName[name]; !ok || tagged && !was {
-			byName[name] = tagged
+		if was, ok := names[name]; !ok || tagged && !was {
+			names[name] = tagged
 		}
 	}
-	for _, r := range plan.Rules {
+	for _, name := range p.opts.Interfaces {
+		add(name, false)
+	}
+	for _, r := range all {
+		tagged := r.Rule.In.VLAN.ID != 0
 		if !isPattern(r.Rule.In.Interface) {
-			add(r.Rule.In.Interface, r.Rule.In.VLAN.ID != 0)
+			add(r.Rule.In.Interface, tagged)
 		}
-		expanded := false
 		for i := range r.Rule.Out {
 			if name := r.Rule.Out[i].Interface; !isPattern(name) {
 				add(name, false)
-			} else {
-				expanded = true
 			}
 		}
+		if !hasPattern(r.Rule) {
+			continue
+		}
 		for _, f := range r.Flows {
-			add(f.Input, r.Rule.In.VLAN.ID != 0)
+			add(f.Input, tagged)
 			for i := range f.Outputs {
-				if !expanded {
-					break
-				}
 				add(f.Outputs[i].Interface, false)
 			}
 		}
 	}
-	for name, tagged := range byName {
-		l := plan.seen.network.Link(name)
+	return names
+}
+
+// attachments are the links of some names that can have a program, and those where frames are to
+// keep their tags.
+func attachments(names map[string]bool, net *network.Snapshot) (attach, tags []network.LinkID) {
+	for name, tagged := range names {
+		l := net.Link(name)
 		if l == nil || l.Loopback {
 			continue
 		}

@@ -20,6 +20,7 @@ type maker struct {
 	failed  map[Membership]Join // of Answers.Joined, those with an error
 	inputs  *inputIndex
 	taken   map[*Rule]*Rule // see takenInputs
+	scratch []slot          // of slotsOf
 }
 
 // rule plans a rule.
@@ -126,7 +127,7 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 		f.Outputs[i] = OutputPlan{Out: s.out, Interface: s.ifname, State: Pending}
 		f.Flow.Out[i] = resolvePolicy(&rule.Out[s.out])
 	}
-	c := m.chooser(f, rule, in, slots)
+	c := &chooser{maker: m, rule: rule, in: in, slots: slots}
 	if err := m.prepareInput(f, c); err != nil {
 		f.fail(err)
 		return

@@ -17,9 +17,9 @@ type slot struct {
 }
 
 // slotsOf expands the outputs of a rule that takes packets in on a link: a pattern into one slot for
-// each link, by name. The reason says what was left out that somebody may miss.
+// each link, by name. The reason says what was left out that somebody may miss. The slots are valid until the next call.
 func (m *maker) slotsOf(rule *rules.Rule, in *network.Link) (slots []slot, reason string) {
-	slots = make([]slot, 0, len(rule.Out))
+	slots = m.scratch[:0]
 	for number := range rule.Out {
 		o := &rule.Out[number]
 		if !isPattern(o.Interface) {
@@ -27,7 +27,7 @@ func (m *maker) slotsOf(rule *rules.Rule, in *network.Link) (slots []slot, reaso
 			if s.link != nil {
 				s.ifname = s.link.Name
 				if same := sameOutput(rule, slots, s, o); same >= 0 {
-					reason = cmp.Or(reason, fmt.Sprintf("interface %s is %s: out[%d] sends the same there", o.Interface, s.link.Name, same))
+					reason = cmp.Or(reason, fmt.Sprintf("interface %s is known by several names: out[%d] sends the same there", s.link.Name, same))
 					continue
 				}
 			}
@@ -50,6 +50,7 @@ func (m *maker) slotsOf(rule *rules.Rule, in *network.Link) (slots []slot, reaso
 		reason = fmt.Sprintf("%d outputs after the patterns: the first %d are served, up to %s", len(slots), rules.MaxOutputs, slots[rules.MaxOutputs-1].ifname)
 		slots = slots[:rules.MaxOutputs]
 	}
+	m.scratch = slots
 	return slots, reason
 }
 

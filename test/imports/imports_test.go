@@ -22,6 +22,8 @@ var allowed = map[string][]string{
 	"pkg/packet":       {},
 	"pkg/flow":         {"pkg/packet"},
 	"pkg/rules":        {},
+	"pkg/network":      {},
+	"pkg/plan":         {"pkg/flow", "pkg/network", "pkg/packet", "pkg/rules"},
 	"pkg/traffic":      {},
 	"pkg/network":      {"internal/genl"},
 	"pkg/plan":         {"pkg/flow", "pkg/network", "pkg/packet", "pkg/rules"},
