@@ -156,7 +156,7 @@ func TestHops(t *testing.T) {
 			f.t = t
 			must(t, tt.do())
 			f.until(fmt.Sprintf("%s is %+v", tt.dst, tt.want), func(s *Snapshot) bool { return s.Hop(key(tt.dst)).Equal(tt.want) })
-			f.agree(h, keys)
+			f.agree(h, func() []HopKey { return keys })
 		})
 	}
 	f.t = t

@@ -300,7 +300,7 @@ func (w *Watcher) Snapshot() (*Snapshot, error) {
 		w.again()
 		return nil, err
 	}
-	hopsDiffer := w.readHops(retrying)
+	hopsDiffer := w.readHops(linksDiffer, retrying)
 	if w.last != nil && !linksDiffer && !hopsDiffer {
 		return w.last, nil
 	}
