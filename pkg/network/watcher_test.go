@@ -2,11 +2,15 @@ package network
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -428,4 +432,44 @@ func TestClosed(t *testing.T) {
 	w.Ask([]HopKey{{Dst: netip.MustParseAddr("10.0.0.1")}})
 	w.Resync()
 	w.Due()
+}
+
+var linksFlag = flag.Int("links", 500, "links of TestManyLinks")
+
+// TestManyLinks: a change of one link among many costs a look at that link.
+func TestManyLinks(t *testing.T) {
+	h := labtest.Host(t, "network")
+	var batch strings.Builder
+	for i := range *linksFlag {
+		fmt.Fprintf(&batch, "link add eth%d type ifb\n", i)
+	}
+	must(t, h.Do(func() error {
+		cmd := exec.Command("ip", "-batch", "-")
+		cmd.Stdin = strings.NewReader(batch.String())
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}))
+	began := time.Now()
+	w := watchHost(t, h, receiveBuffer)
+	last := snapshot(t, w)
+	t.Logf("%d links: the first snapshot took %v", len(last.Links()), time.Since(began))
+	c := count(w)
+	least := time.Hour
+	for i := range 20 {
+		name := fmt.Sprint("eth", i*len(last.Links())/25)
+		must(t, h.Netlink().LinkSetMTU(linkOf(t, h, name), 1400))
+		began = time.Now()
+		s := snapshot(t, w)
+		least = min(least, time.Since(began))
+		if d := Diff(last, s); len(d.Links) != 1 || !d.Links[name] {
+			t.Fatalf("the difference is %+v", d)
+		}
+		last = s
+		if got := c.take(); len(got) != 4 || got["link"] != 1 || got["addrs"] != 1 || got["features"] != 1 || got["queues"] != 1 {
+			t.Fatalf("the kernel was asked %v", got)
+		}
+	}
+	t.Logf("one after a change of one took %v", least)
 }

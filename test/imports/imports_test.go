@@ -21,6 +21,7 @@ var allowed = map[string][]string{
 	"pkg/xsk":          {},
 	"pkg/packet":       {},
 	"pkg/flow":         {"pkg/packet"},
+	"pkg/network":      {"internal/genl"},
 	"pkg/rules":        {},
 	"pkg/traffic":      {},
 	"pkg/membership":   {"pkg/rules"},
