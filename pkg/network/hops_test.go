@@ -215,11 +215,25 @@ func TestHopKeeps(t *testing.T) {
 	if most := 1 + int(time.Since(began)/routesPause); c.calls["route"] == 0 || c.calls["route"] > most {
 		t.Errorf("the route was asked for %d times, at most %d are due", c.calls["route"], most)
 	}
-	// The last change waits for its time, of which the watcher tells.
-	f := follow(t, w)
-	must(t, nl.RouteReplace(routeTo(t, h, "10.0.0.0/26", "", "eth0")))
+	// The last change waits for its time, which is announced.
 	must(t, nl.RouteReplace(routeTo(t, h, "10.0.0.2/32", "10.0.0.99", "eth0")))
-	f.until("the gateway is known", func(s *Snapshot) bool { return s.Hop(key).Via == netip.MustParseAddr("10.0.0.99") })
+	w.mu.Lock()
+	const pause = 2 * time.Second
+	w.routesAt = time.Now().Add(pause)
+	w.mu.Unlock()
+	if s := snapshot(t, w); s != first {
+		t.Error("the pause was not kept")
+	}
+	if due := w.Due(); due == 0 || due > pause {
+		t.Errorf("the last change is due in %v", due)
+	}
+	for snapshot(t, w).Hop(key).Via != netip.MustParseAddr("10.0.0.99") {
+		select {
+		case <-w.Changed():
+		case <-time.After(labtest.Timeout):
+			t.Fatal("the last change was never announced")
+		}
+	}
 }
 
 // TestNexthopObjects: routes by such objects are followed, also where the kernel hides what

@@ -9,11 +9,13 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -472,4 +474,70 @@ func TestManyLinks(t *testing.T) {
 		}
 	}
 	t.Logf("one after a change of one took %v", least)
+}
+
+// TestTentative: an address counts when the kernel has found no duplicate of it.
+func TestTentative(t *testing.T) {
+	h, peer := labtest.Host(t, "network"), labtest.Host(t, "networkp")
+	labtest.Connect(t, lab.End{Host: h, Name: "eth0"}, lab.End{Host: peer, Name: "eth0"})
+	addr := netip.MustParseAddr("2001:db8::1")
+	labtest.Do(t, h, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/eth0/accept_dad", []byte("1"), 0o644) })
+	labtest.Do(t, h, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/accept_dad", []byte("1"), 0o644) })
+	f := follow(t, watchHost(t, h, receiveBuffer))
+	must(t, h.Netlink().AddrAdd(linkOf(t, h, "eth0"), mustAddr("2001:db8::1/64")))
+	if s := snapshot(t, f.w); s.IsOwn(addr) {
+		t.Error("the address counts while duplicates of it are looked for")
+	}
+	f.until("the address counts", func(s *Snapshot) bool { return s.IsOwn(addr) })
+}
+
+// TestBPFLink: a program of a BPF link is not announced; Resync sees it come and go.
+func TestBPFLink(t *testing.T) {
+	h := labtest.Host(t, "network")
+	add(t, h, &netlink.Bridge{LinkAttrs: attrs("br0")})
+	w := watchHost(t, h, receiveBuffer)
+	snapshot(t, w)
+	program := passing(t)
+	var l link.Link
+	labtest.Do(t, h, func() (err error) {
+		l, err = link.AttachXDP(link.XDPOptions{Program: program, Interface: linkOf(t, h, "br0").Attrs().Index, Flags: link.XDPGenericMode})
+		return err
+	})
+	w.Resync()
+	if got := snapshot(t, w).Link("br0").XDP; !slices.Equal(got, []XDP{{idOf(t, program), true}}) {
+		t.Errorf("the programs are %v", got)
+	}
+	must(t, l.Close())
+	w.Resync()
+	if got := snapshot(t, w).Link("br0").XDP; len(got) != 0 {
+		t.Errorf("the programs are %v", got)
+	}
+}
+
+// TestConcurrent: everything may be called at once, also while the watcher is closed.
+func TestConcurrent(t *testing.T) {
+	h := labtest.Host(t, "network")
+	add(t, h, &netlink.Bridge{LinkAttrs: attrs("br0")})
+	w := watchHost(t, h, receiveBuffer)
+	key := HopKey{snapshot(t, w).Link("br0").LinkID, netip.MustParseAddr("10.0.0.2")}
+	var all sync.WaitGroup
+	closed := make(chan struct{})
+	for _, call := range []func(){
+		func() { _, _ = w.Snapshot() }, func() { _, _ = w.Snapshot() }, func() { w.Due() }, w.Resync,
+		func() { w.Ask([]HopKey{key}) }, func() { w.Ask(nil) },
+		func() { _ = h.SetUp("br0", true); _ = h.SetUp("br0", false) },
+	} {
+		all.Go(func() {
+			for range 50 {
+				call()
+			}
+			<-closed
+			call()
+		})
+	}
+	<-w.Changed()
+	must(t, w.Close())
+	close(closed)
+	all.Wait()
+	must(t, w.Close())
 }
