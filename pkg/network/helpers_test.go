@@ -123,11 +123,15 @@ func (f *follower) until(what string, condition func(s *Snapshot) bool) *Snapsho
 	return f.last
 }
 
-// agree waits until what the watcher says is what a new one reads.
-func (f *follower) agree(h *lab.Host, keys []HopKey) *Snapshot {
+// agree waits until what the watcher says is what a new one reads; ask asks for hops.
+func (f *follower) agree(h *lab.Host, ask func() []HopKey) *Snapshot {
 	f.t.Helper()
 	var want string
 	for deadline := time.Now().Add(labtest.Timeout); ; f.step() {
+		var keys []HopKey
+		if ask != nil {
+			keys = ask()
+		}
 		if want = describe(anew(f.t, h, keys)); describe(f.last) == want {
 			return f.last
 		}

@@ -74,15 +74,17 @@ func (way *way) neighbour(key HopKey) (NeighbourKey, bool) {
 
 // readHops asks again for what todo says of hops, and says whether any is different. After it
 // nothing is left to do but routes whose time has not come.
-func (w *Watcher) readHops(retrying bool) (differ bool) {
+func (w *Watcher) readHops(linksDiffer, retrying bool) (differ bool) {
 	h := &w.hops
 	left := w.routesLeft()
-	if h.stale || retrying || !w.todo.empty() {
+	if h.stale || retrying || linksDiffer || !w.todo.empty() {
 		if w.readRoutes(retrying, left.routesChanged()) || h.stale {
 			w.followNeighbours()
 		}
 		w.readNeighbours(retrying)
-		h.own = w.ownAddrs()
+		if linksDiffer || h.own == nil {
+			h.own = w.ownAddrs()
+		}
 		differ = h.answer(w.links)
 		h.stale = false
 	}

@@ -13,6 +13,7 @@ const fewLinks = 64
 // nothing is.
 func (w *Watcher) readLinks() (differ bool, err error) {
 	n := &w.todo
+	w.addUppers()
 	all := n.all || len(n.links) > fewLinks+len(w.links)/8
 	if !all && len(n.links) == 0 {
 		return false, nil
@@ -38,6 +39,23 @@ func (w *Watcher) readLinks() (differ bool, err error) {
 	}
 	n.gone, n.reborn = nil, false // counted
 	return differ, nil
+}
+
+// addUppers adds to todo the links that are made upon one that comes or goes. The kernel does
+// not announce that a lower link has left for another namespace, or is back.
+func (w *Watcher) addUppers() {
+	came := false
+	for index := range w.todo.links {
+		came = came || w.links[index] == nil
+	}
+	if !came && len(w.todo.gone) == 0 {
+		return
+	}
+	for index, l := range w.links {
+		if came && l.outside || l.Lower != 0 && w.todo.gone[l.Lower] {
+			w.todo.link(index)
+		}
+	}
 }
 
 // replace takes a link as it is now, nil when it is gone, for what was known of its index, and

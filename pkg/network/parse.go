@@ -57,7 +57,7 @@ func parseLink(data []byte) (*Link, bool) {
 		Carrier:  flags&running == running,
 	}
 	ether := binary.NativeEndian.Uint16(data[2:]) == unix.ARPHRD_ETHER
-	sound, elsewhere := true, false
+	sound := true
 	sound = attributes(data[unix.SizeofIfInfomsg:], func(kind uint16, value []byte) {
 		switch kind {
 		case unix.IFLA_IFNAME:
@@ -71,7 +71,7 @@ func parseLink(data []byte) (*Link, bool) {
 		case unix.IFLA_LINK:
 			l.Lower = int(uint32Of(value))
 		case unix.IFLA_LINK_NETNSID:
-			elsewhere = true
+			l.outside = true
 		case unix.IFLA_MASTER:
 			l.Master = int(uint32Of(value))
 		case unix.IFLA_PARENT_DEV_NAME:
@@ -98,7 +98,8 @@ func parseLink(data []byte) (*Link, bool) {
 		}
 	}) && sound
 	slices.Sort(l.AltNames)
-	if elsewhere || paired(l.Kind) {
+	l.outside = l.outside && !paired(l.Kind)
+	if l.outside || paired(l.Kind) {
 		l.Lower = 0
 	}
 	return l, sound && l.Index > 0 && l.Name != ""

@@ -34,6 +34,7 @@ type Link struct {
 	// macvlan's parent. 0 for none, for one in another network namespace, and for a veth,
 	// whose peer is no lower layer.
 	Lower    int
+	outside  bool // it is made upon one in another network namespace
 	Hardware bool // there is a device on a bus behind it
 	MAC      [6]byte
 	Ethernet bool // frames have an Ethernet header
@@ -97,7 +98,7 @@ func (l *Link) FirstAddr(is4 bool) (addr netip.Addr, ok bool) {
 // Equal says whether two descriptions are the same in everything.
 func (l *Link) Equal(o *Link) bool {
 	return l.LinkID == o.LinkID && l.Name == o.Name && l.Kind == o.Kind && l.Master == o.Master && l.MasterKind == o.MasterKind &&
-		l.Lower == o.Lower && l.Hardware == o.Hardware && l.MAC == o.MAC && l.Ethernet == o.Ethernet && l.Loopback == o.Loopback &&
+		l.Lower == o.Lower && l.outside == o.outside && l.Hardware == o.Hardware && l.MAC == o.MAC && l.Ethernet == o.Ethernet && l.Loopback == o.Loopback &&
 		l.MTU == o.MTU && l.Up == o.Up && l.Carrier == o.Carrier && l.Queues == o.Queues && l.Features == o.Features &&
 		slices.Equal(l.XDP, o.XDP) && slices.Equal(l.AltNames, o.AltNames) && slices.Equal(l.Addrs, o.Addrs)
 }

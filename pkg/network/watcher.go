@@ -40,6 +40,9 @@ const (
 // those who know them by it a look at what the kernel holds, while a link that is taken
 // for another would hide that it holds nothing.
 //
+// Features are announced by the netdev netlink family, which is what tells them at all: also
+// those that a veth gains or loses with its peer's receive offload or program.
+//
 // The kernel does not announce everything. Programs that are attached or detached by a BPF
 // link, and alternative names and programs of interfaces that are down, are seen when
 // something else of the interface changes, or with Resync.
@@ -300,7 +303,7 @@ func (w *Watcher) Snapshot() (*Snapshot, error) {
 		w.again()
 		return nil, err
 	}
-	hopsDiffer := w.readHops(retrying)
+	hopsDiffer := w.readHops(linksDiffer, retrying)
 	if w.last != nil && !linksDiffer && !hopsDiffer {
 		return w.last, nil
 	}

@@ -2,14 +2,20 @@ package network
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -428,4 +434,110 @@ func TestClosed(t *testing.T) {
 	w.Ask([]HopKey{{Dst: netip.MustParseAddr("10.0.0.1")}})
 	w.Resync()
 	w.Due()
+}
+
+var linksFlag = flag.Int("links", 500, "links of TestManyLinks")
+
+// TestManyLinks: a change of one link among many costs a look at that link.
+func TestManyLinks(t *testing.T) {
+	h := labtest.Host(t, "network")
+	var batch strings.Builder
+	for i := range *linksFlag {
+		fmt.Fprintf(&batch, "link add eth%d type ifb\n", i)
+	}
+	must(t, h.Do(func() error {
+		cmd := exec.Command("ip", "-batch", "-")
+		cmd.Stdin = strings.NewReader(batch.String())
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}))
+	began := time.Now()
+	w := watchHost(t, h, receiveBuffer)
+	last := snapshot(t, w)
+	t.Logf("%d links: the first snapshot took %v", len(last.Links()), time.Since(began))
+	c := count(w)
+	least := time.Hour
+	for i := range 20 {
+		name := fmt.Sprint("eth", i*len(last.Links())/25)
+		must(t, h.Netlink().LinkSetMTU(linkOf(t, h, name), 1400))
+		began = time.Now()
+		s := snapshot(t, w)
+		least = min(least, time.Since(began))
+		if d := Diff(last, s); len(d.Links) != 1 || !d.Links[name] {
+			t.Fatalf("the difference is %+v", d)
+		}
+		last = s
+		if got := c.take(); len(got) != 4 || got["link"] != 1 || got["addrs"] != 1 || got["features"] != 1 || got["queues"] != 1 {
+			t.Fatalf("the kernel was asked %v", got)
+		}
+	}
+	t.Logf("one after a change of one took %v", least)
+}
+
+// TestTentative: an address counts when the kernel has found no duplicate of it.
+func TestTentative(t *testing.T) {
+	h, peer := labtest.Host(t, "network"), labtest.Host(t, "networkp")
+	labtest.Connect(t, lab.End{Host: h, Name: "eth0"}, lab.End{Host: peer, Name: "eth0"})
+	addr := netip.MustParseAddr("2001:db8::1")
+	labtest.Do(t, h, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/eth0/accept_dad", []byte("1"), 0o644) })
+	labtest.Do(t, h, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/accept_dad", []byte("1"), 0o644) })
+	f := follow(t, watchHost(t, h, receiveBuffer))
+	must(t, h.Netlink().AddrAdd(linkOf(t, h, "eth0"), mustAddr("2001:db8::1/64")))
+	if s := snapshot(t, f.w); s.IsOwn(addr) {
+		t.Error("the address counts while duplicates of it are looked for")
+	}
+	f.until("the address counts", func(s *Snapshot) bool { return s.IsOwn(addr) })
+}
+
+// TestBPFLink: a program of a BPF link is not announced; Resync sees it come and go.
+func TestBPFLink(t *testing.T) {
+	h := labtest.Host(t, "network")
+	add(t, h, &netlink.Bridge{LinkAttrs: attrs("br0")})
+	w := watchHost(t, h, receiveBuffer)
+	snapshot(t, w)
+	program := passing(t)
+	var l link.Link
+	labtest.Do(t, h, func() (err error) {
+		l, err = link.AttachXDP(link.XDPOptions{Program: program, Interface: linkOf(t, h, "br0").Attrs().Index, Flags: link.XDPGenericMode})
+		return err
+	})
+	w.Resync()
+	if got := snapshot(t, w).Link("br0").XDP; !slices.Equal(got, []XDP{{idOf(t, program), true}}) {
+		t.Errorf("the programs are %v", got)
+	}
+	must(t, l.Close())
+	w.Resync()
+	if got := snapshot(t, w).Link("br0").XDP; len(got) != 0 {
+		t.Errorf("the programs are %v", got)
+	}
+}
+
+// TestConcurrent: everything may be called at once, also while the watcher is closed.
+func TestConcurrent(t *testing.T) {
+	h := labtest.Host(t, "network")
+	add(t, h, &netlink.Bridge{LinkAttrs: attrs("br0")})
+	w := watchHost(t, h, receiveBuffer)
+	key := HopKey{snapshot(t, w).Link("br0").LinkID, netip.MustParseAddr("10.0.0.2")}
+	var all sync.WaitGroup
+	closed := make(chan struct{})
+	for _, call := range []func(){
+		func() { _, _ = w.Snapshot() }, func() { _, _ = w.Snapshot() }, func() { w.Due() }, w.Resync,
+		func() { w.Ask([]HopKey{key}) }, func() { w.Ask(nil) },
+		func() { _ = h.SetUp("br0", true); _ = h.SetUp("br0", false) },
+	} {
+		all.Go(func() {
+			for range 50 {
+				call()
+			}
+			<-closed
+			call()
+		})
+	}
+	<-w.Changed()
+	must(t, w.Close())
+	close(closed)
+	all.Wait()
+	must(t, w.Close())
 }

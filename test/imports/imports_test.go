@@ -21,6 +21,7 @@ var allowed = map[string][]string{
 	"pkg/xsk":          {},
 	"pkg/packet":       {},
 	"pkg/flow":         {"pkg/packet"},
+	"pkg/network":      {"internal/genl"},
 	"pkg/rules":        {},
 	"pkg/network":      {},
 	"pkg/plan":         {"pkg/flow", "pkg/network", "pkg/packet", "pkg/rules"},
