@@ -16,6 +16,7 @@ import (
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/membership"
+	"xdpcast/pkg/network"
 	"xdpcast/pkg/plan"
 	"xdpcast/pkg/rules"
 )
@@ -289,12 +290,12 @@ func TestVLANOffload(t *testing.T) {
 	active := func() (on bool) {
 		t.Helper()
 		labtest.Do(t, p.host, func() error {
-			f, err := openFeatures("in0")
+			f, err := network.OpenFeatures("in0")
 			if err != nil {
 				return err
 			}
 			defer f.Close()
-			on = f.active(vlanFeatures[0]) && f.active(vlanFeatures[1])
+			on = f.Active(network.TagFeatures()[0]) && f.Active(network.TagFeatures()[1])
 			return nil
 		})
 		return on
@@ -353,9 +354,9 @@ func TestVLANOffload(t *testing.T) {
 // fixed are features that cannot be changed.
 type fixed struct{}
 
-func (fixed) active(string) bool       { return true }
-func (fixed) set([]string, bool) error { return unix.EOPNOTSUPP }
-func (fixed) Close()                   {}
+func (fixed) Active(string) bool       { return true }
+func (fixed) Set([]string, bool) error { return unix.EOPNOTSUPP }
+func (fixed) Close() error             { return nil }
 
 // TestPatternRestart: what a pattern stands for is found again, with its counters.
 func TestPatternRestart(t *testing.T) {

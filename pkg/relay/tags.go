@@ -1,17 +1,13 @@
 package relay
 
 import (
-	"bytes"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -23,27 +19,25 @@ import (
 // which then sees untagged frames. While a rule matches tags on an interface, that
 // is switched off.
 
-// vlanFeatures are what must be off: for the tags of IEEE 802.1Q, and for the outer
-// ones of 802.1ad (netdev_features_strings of net/ethtool/common.c).
-var vlanFeatures = [...]string{"rx-vlan-hw-parse", "rx-vlan-stag-hw-parse"}
-
 // tags reconciles which interfaces leave VLAN tags in the frames. Whether they do, the
 // kernel is asked. What was switched off for that is kept, by interface name, in a file for a
 // later process, since the rules outlive this one.
 type tags struct {
 	file    string
 	off     map[string][]string
-	open    func(ifname string) (featureSet, error) // openFeatures; tests inject faults
+	open    func(ifname string) (featureSet, error) // network.OpenFeatures; tests inject faults
 	answers map[network.LinkID]error
 	looked  map[network.LinkID]*network.Link // as of the last look at the interface's features
 }
 
-// featureSet is the features of one interface.
+// featureSet is the features of one interface: *network.DeviceFeatures.
 type featureSet interface {
-	active(name string) bool
-	set(names []string, on bool) error
-	Close()
+	Active(name string) bool
+	Set(names []string, on bool) error
+	Close() error
 }
+
+func openFeatures(ifname string) (featureSet, error) { return network.OpenFeatures(ifname) }
 
 func readTags(file string) (*tags, error) {
 	t := &tags{file: file, off: map[string][]string{}, open: openFeatures, answers: map[network.LinkID]error{}, looked: map[network.LinkID]*network.Link{}}
@@ -108,15 +102,15 @@ func (t *tags) rename(before, now *network.Link) {
 }
 
 // show makes an interface leave tags in the frames. It may be called again.
-func (t *tags) show(ifname string) error {
+func (t *tags) show(ifname string) (err error) {
 	f, err := t.open(ifname)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer func() { err = errors.Join(err, f.Close()) }()
 	var on []string
-	for _, name := range vlanFeatures {
-		if f.active(name) {
+	for _, name := range network.TagFeatures() {
+		if f.Active(name) {
 			on = append(on, name)
 		}
 	}
@@ -128,7 +122,7 @@ func (t *tags) show(ifname string) error {
 	if err := t.save(); err != nil {
 		return fmt.Errorf("note the features of interface %s: %w", ifname, err)
 	}
-	if err := f.set(on, false); err != nil {
+	if err := f.Set(on, false); err != nil {
 		return fmt.Errorf("interface %s takes VLAN tags off before XDP sees them, and that cannot be switched off (ethtool -K %s rxvlan off): %w", ifname, ifname, err)
 	}
 	return nil
@@ -167,10 +161,10 @@ func (t *tags) restore(p *plan.Plan, now *network.Snapshot) error {
 			}
 			continue
 		}
-		if err := f.set(features, true); err != nil {
+		if err := f.Set(features, true); err != nil {
 			errs = append(errs, fmt.Errorf("switch %s of interface %s on again: %w", strings.Join(features, ", "), ifname, err))
 		}
-		f.Close()
+		errs = append(errs, f.Close())
 	}
 	if changed {
 		errs = append(errs, t.save())
@@ -190,152 +184,4 @@ func union(a, b []string) []string {
 	all := append(slices.Clone(a), b...)
 	slices.Sort(all)
 	return slices.Compact(all)
-}
-
-// Of include/uapi/linux/ethtool.h.
-const (
-	ethtoolGetFeatures = 0x3a
-	ethtoolSetFeatures = 0x3b
-	ethtoolGetStrings  = 0x1b
-	ethtoolGetSetInfo  = 0x37
-	ethSSFeatures      = 4
-	ethGStringLen      = 32
-)
-
-// features are those of one interface.
-type features struct {
-	fd     int
-	ifname string
-	names  map[string]int // bit number
-	blocks []featureBlock
-}
-
-// featureBlock is 32 features: struct ethtool_get_features_block.
-type featureBlock struct{ available, requested, active, neverChanged uint32 }
-
-// openFeatures reads the features of an interface in the calling thread's network
-// namespace. The caller must Close it.
-func openFeatures(ifname string) (_ featureSet, err error) {
-	f := &features{ifname: ifname, names: map[string]int{}}
-	if f.fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
-		return nil, fmt.Errorf("ethtool socket: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-			err = fmt.Errorf("features of interface %s: %w", ifname, err)
-		}
-	}()
-	if err := f.readNames(); err != nil {
-		return nil, err
-	}
-	return f, f.readState()
-}
-
-// Close closes the socket.
-func (f *features) Close() { _ = unix.Close(f.fd) }
-
-func (f *features) readNames() error {
-	// struct ethtool_sset_info with room for one count.
-	info := binary.NativeEndian.AppendUint32(nil, ethtoolGetSetInfo)
-	info = binary.NativeEndian.AppendUint32(info, 0)
-	info = binary.NativeEndian.AppendUint64(info, 1<<ethSSFeatures)
-	info = binary.NativeEndian.AppendUint32(info, 0)
-	if err := f.ioctl(info); err != nil {
-		return err
-	}
-	count := binary.NativeEndian.Uint32(info[16:])
-	// struct ethtool_gstrings.
-	text := binary.NativeEndian.AppendUint32(nil, ethtoolGetStrings)
-	text = binary.NativeEndian.AppendUint32(text, ethSSFeatures)
-	text = binary.NativeEndian.AppendUint32(text, count)
-	text = append(text, make([]byte, int(count)*ethGStringLen)...)
-	if err := f.ioctl(text); err != nil {
-		return err
-	}
-	for i := range int(count) {
-		name, _, _ := bytes.Cut(text[12+i*ethGStringLen:][:ethGStringLen], []byte{0})
-		f.names[string(name)] = i
-	}
-	f.blocks = make([]featureBlock, (count+31)/32)
-	return nil
-}
-
-func (f *features) readState() error {
-	const size = 16 // of a block
-	// struct ethtool_gfeatures.
-	data := binary.NativeEndian.AppendUint32(nil, ethtoolGetFeatures)
-	data = binary.NativeEndian.AppendUint32(data, uint32(len(f.blocks)))
-	data = append(data, make([]byte, size*len(f.blocks))...)
-	if err := f.ioctl(data); err != nil {
-		return err
-	}
-	for i := range f.blocks {
-		b := data[8+size*i:]
-		f.blocks[i] = featureBlock{
-			binary.NativeEndian.Uint32(b), binary.NativeEndian.Uint32(b[4:]),
-			binary.NativeEndian.Uint32(b[8:]), binary.NativeEndian.Uint32(b[12:]),
-		}
-	}
-	return nil
-}
-
-// active says whether a feature is on; one that the kernel does not know is not.
-func (f *features) active(name string) bool {
-	bit, ok := f.names[name]
-	return ok && f.blocks[bit/32].active&(1<<(bit%32)) != 0
-}
-
-// set switches features on or off, and checks that they then are.
-func (f *features) set(names []string, on bool) error {
-	// struct ethtool_sfeatures: valid and requested of each block.
-	data := binary.NativeEndian.AppendUint32(nil, ethtoolSetFeatures)
-	data = binary.NativeEndian.AppendUint32(data, uint32(len(f.blocks)))
-	valid, requested := make([]uint32, len(f.blocks)), make([]uint32, len(f.blocks))
-	for _, name := range names {
-		bit, ok := f.names[name]
-		if !ok {
-			continue
-		}
-		valid[bit/32] |= 1 << (bit % 32)
-		if on {
-			requested[bit/32] |= 1 << (bit % 32)
-		}
-	}
-	for i := range f.blocks {
-		data = binary.NativeEndian.AppendUint32(data, valid[i])
-		data = binary.NativeEndian.AppendUint32(data, requested[i])
-	}
-	if err := f.ioctl(data); err != nil {
-		return err
-	}
-	if err := f.readState(); err != nil {
-		return err
-	}
-	for _, name := range names {
-		if _, ok := f.names[name]; ok && f.active(name) != on {
-			return fmt.Errorf("%s is fixed: %w", name, unix.EOPNOTSUPP)
-		}
-	}
-	return nil
-}
-
-// ioctl makes a SIOCETHTOOL request whose data the kernel reads and writes.
-func (f *features) ioctl(data []byte) error {
-	var ifr struct {
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte // the rest of struct ifreq's union
-	}
-	if len(f.ifname) >= len(ifr.name) {
-		return fmt.Errorf("name is longer than %d bytes: %w", len(ifr.name)-1, unix.ENODEV)
-	}
-	copy(ifr.name[:], f.ifname)
-	ifr.data = unsafe.Pointer(&data[0])
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(f.fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&ifr)))
-	runtime.KeepAlive(data)
-	if errno != 0 {
-		return errno
-	}
-	return nil
 }
