@@ -143,11 +143,14 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 	return nil
 }
 
-// closeGone closes the groups of interfaces that are gone, so that those which have come
-// with their indexes get their own.
+// closeGone closes the groups of interfaces that are gone where others have come with
+// their indexes, which get their own. Otherwise a group stays for as long as a rule is there.
 func (f *Fanout) closeGone() {
 	for index, g := range f.groups {
 		if !g.group.Gone() {
+			continue
+		}
+		if _, err := net.InterfaceByIndex(index); err != nil {
 			continue
 		}
 		delete(f.groups, index)

@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"xdpcast/pkg/fanout"
@@ -66,7 +65,7 @@ func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed
 	t.applied = nil
 	if err := t.syncPaths(want, own); err != nil {
 		names, cause := blame(p, err)
-		if t.refuse(names, cause, strict) {
+		if t.refuse(p, names, cause, strict) {
 			return true, nil
 		}
 		return false, err
@@ -169,10 +168,10 @@ func blame(p *plan.Plan, err error) (names []string, cause error) {
 }
 
 // refuse notes what a path does not take; false when nothing can be left out.
-func (t *tables) refuse(names []string, cause error, strict []string) bool {
+func (t *tables) refuse(p *plan.Plan, names []string, cause error, strict []string) bool {
 	for _, name := range names {
-		rule, _, _ := strings.Cut(name, "%") // as plan.FlowName makes it
-		if slices.Contains(strict, rule) {
+		rule, f := p.Flow(name)
+		if f == nil || !f.Publish || slices.Contains(strict, rule.Rule.Name) {
 			return false
 		}
 	}
