@@ -27,6 +27,7 @@ var allowed = map[string][]string{
 	"pkg/loader":       {"bpf", "internal/genl", "pkg/flow", "pkg/packet", "pkg/rules"},
 	"pkg/control":      {"pkg/rules"},
 	"pkg/forward":      {"bpf", "pkg/fanout", "pkg/flow", "pkg/loader", "pkg/packet", "pkg/xsk"},
+	"pkg/metrics":      {"pkg/control"},
 	"pkg/relay":        {"bpf", "internal/genl", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/packet", "pkg/rules"},
 	"internal/genl":    {},
 	"internal/lab":     {},
