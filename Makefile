@@ -9,10 +9,11 @@ export PATH := $(dir $(GO)):$(PATH):/usr/sbin:/sbin
 endif
 export GO
 
-VERSION := $(shell git -c safe.directory='$(CURDIR)' describe --tags --always --dirty 2>/dev/null)
+VERSION := $(shell cat VERSION)
+COMMIT := $(shell git -c safe.directory='$(CURDIR)' describe --always --dirty --exclude='*' --abbrev=12 2>/dev/null)
 # The version has the commit; go build would fail to find it where the checkout
 # belongs to another user, as under sudo.
-BUILD_FLAGS := -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+BUILD_FLAGS := -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)'
 
 .PHONY: build
 build: go ## make bin/xdpcast; no clang needed
@@ -58,10 +59,10 @@ bench-smoke: build ## only prove that the bench and what it measures work; no fi
 	$(BENCH) -smoke
 
 .PHONY: generate
-generate: go ## make the BPF objects and docs/cli.md again
+generate: go ## make the BPF objects, docs/cli.md, the man page and the completions again
 	@scripts/setup --dev
 	scripts/generate
-	$(GO) test ./cmd/xdpcast -count=1 -run '^TestReference$$' -update
+	$(GO) test ./cmd/xdpcast -count=1 -run '^Test(Reference|ManPage|FishCompletion)$$' -update
 
 .PHONY: check-generated
 check-generated: go ## fail if something generated is stale
@@ -72,9 +73,19 @@ lint: go ## check the sources without running them
 	@scripts/setup --dev
 	scripts/lint
 
+.PHONY: package
+package: go ## make Debian and RPM packages in dist/
+	scripts/package
+	@if [ -n "$$SUDO_UID" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" dist; fi
+
+.PHONY: test-package
+test-package: go ## install, upgrade, remove and purge the packages in a Debian root
+	@scripts/setup --package
+	scripts/test-package
+
 .PHONY: clean
 clean: ## remove what was built
-	rm -rf bin
+	rm -rf bin dist
 
 .PHONY: help
 help: ## list the targets

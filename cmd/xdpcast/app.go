@@ -29,6 +29,10 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 func runAt(ctx context.Context, now func() time.Time, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	app := newApp(now)
 	app.Reader, app.Writer, app.ErrWriter = stdin, stdout, stderr
+	if len(args) > 1 && args[len(args)-1] == completeFlag {
+		complete(ctx, app, args[1:len(args)-1], stdout)
+		return exitDone
+	}
 	return report(stderr, app.RunContext(ctx, flagsFirst(app, args)))
 }
 
@@ -44,7 +48,7 @@ func newApp(now func() time.Time) *cli.App {
 		Commands: []*cli.Command{
 			runCommand(), loadCommand(), unloadCommand(), upgradeCommand(),
 			ruleCommand(now), groupCommand(now), statsCommand(now), statusCommand(now), explainCommand(now), reloadCommand(), checkCommand(),
-			genCommand(), recvCommand(), demoCommand(),
+			genCommand(), recvCommand(), demoCommand(), versionCommand(),
 		},
 		Action:                    chooseCommand,
 		OnUsageError:              onUsageError,

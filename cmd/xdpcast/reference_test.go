@@ -6,12 +6,80 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cpuguy83/go-md2man/v2/md2man"
 	"github.com/urfave/cli/v2"
 )
 
 // TestReference holds docs/cli.md to the commands as they are.
 func TestReference(t *testing.T) {
 	golden(t, "../../docs/cli.md", reference(newApp(time.Now)))
+}
+
+// TestManPage holds the man page of the packages to the commands as they are.
+func TestManPage(t *testing.T) {
+	golden(t, "../../packaging/man/xdpcast.8", string(md2man.Render([]byte(manPage(newApp(time.Now))))))
+}
+
+// TestFishCompletion holds the completion of the fish shell to the commands as they are. Those
+// of bash and zsh ask the program.
+func TestFishCompletion(t *testing.T) {
+	text, err := newApp(time.Now).ToFishCompletion()
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "../../packaging/completion/xdpcast.fish", text)
+}
+
+// manPage renders the commands as the Markdown that md2man makes a man page of.
+func manPage(app *cli.App) string {
+	var b strings.Builder
+	b.WriteString("% XDPCAST 8\n\n# NAME\n\nxdpcast - " + app.Usage + "\n\n# SYNOPSIS\n\n**xdpcast** [*flags*] *command* [*arguments*]\n\n" +
+		"# DESCRIPTION\n\nxdpcast takes UDP streams in on one interface and sends them out, rewritten, on others: in XDP programs " +
+		"where the devices allow it, through AF_XDP or AF_PACKET sockets elsewhere. **xdpcast run** is the daemon; the other commands " +
+		"talk to it, or read what it has pinned in the kernel.\n\n" +
+		"A rule's input is written *[SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]*, and its outputs likewise with policies, such as " +
+		"*239.2.2.2:6000%eth1,ttl=8*. **/usr/share/doc/xdpcast/rules.md** has the grammar.\n\n# FLAGS\n\n")
+	manFlags(&b, app.Flags)
+	b.WriteString("# COMMANDS\n\n")
+	manCommands(&b, app.Name, app.Commands)
+	b.WriteString("# FILES\n\n**/etc/xdpcast/rules.yaml**\n: the rules of the packaged service\n\n" +
+		"**/run/xdpcast**\n: the control socket, the lock file, and the rules that were added through the API\n\n" +
+		"**/sys/fs/bpf/xdpcast**\n: programs, maps and attachments, which outlive the daemon\n\n" +
+		"# EXIT STATUS\n\n0: done and saved. 1: failed. 2: wrong usage. Errors go to standard error, a line each.\n\n" +
+		"# SEE ALSO\n\n**bpftool**(8), **ip-link**(8), **ethtool**(8); /usr/share/doc/xdpcast\n")
+	return b.String()
+}
+
+func manCommands(b *strings.Builder, parent string, commands []*cli.Command) {
+	for _, c := range commands {
+		if c.Hidden {
+			continue
+		}
+		path := parent + " " + c.Name
+		if len(c.Subcommands) > 0 {
+			manCommands(b, path, c.Subcommands)
+			continue
+		}
+		fmt.Fprintf(b, "## %s %s\n\n%s\n\n", path, strings.ReplaceAll(c.ArgsUsage, "<", "\\<"), c.Usage)
+		if c.Description != "" {
+			fmt.Fprintf(b, "%s\n\n", description(c.Description))
+		}
+		manFlags(b, c.Flags)
+	}
+}
+
+func manFlags(b *strings.Builder, flags []cli.Flag) {
+	for _, f := range flags {
+		doc, ok := f.(cli.DocGenerationFlag)
+		if visible, isVisible := f.(cli.VisibleFlag); !ok || isVisible && !visible.IsVisible() {
+			continue
+		}
+		fmt.Fprintf(b, "**%s**\n: %s", strings.ReplaceAll(flagNames(doc), "`", ""), strings.ReplaceAll(flagMeaning(doc), "`", "*"))
+		if value := flagDefault(doc); value != "" {
+			fmt.Fprintf(b, " (default %s)", strings.Trim(value, "`"))
+		}
+		b.WriteString("\n\n")
+	}
 }
 
 // reference renders the commands as Markdown.

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/http"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -16,6 +18,7 @@ import (
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/metrics"
 	"xdpcast/pkg/relay"
 )
 
@@ -37,7 +40,7 @@ func runCommand() *cli.Command {
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
-		}, append(afxdpFlags(), pinFlags()...)...),
+		}, slices.Concat(listenFlags(), afxdpFlags(), pinFlags())...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
@@ -46,7 +49,11 @@ func runCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return runRelay(c, opts)
+			listen, err := listenOptions(c)
+			if err != nil {
+				return err
+			}
+			return runRelay(c, opts, listen)
 		},
 	}
 }
@@ -126,7 +133,7 @@ func newLogger(c *cli.Context) (*slog.Logger, error) {
 }
 
 // runRelay runs the relay and its API until the context ends, or either fails.
-func runRelay(c *cli.Context, opts relay.Options) error {
+func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err error) {
 	// From the start, or a hangup while the rules come in would end the process.
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
@@ -136,25 +143,35 @@ func runRelay(c *cli.Context, opts relay.Options) error {
 	if err != nil {
 		return explainStart(err)
 	}
+	page, err := listen.open()
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
 	r, err := relay.New(opts)
 	if err != nil {
-		return errors.Join(explainStart(err), listener.Close())
+		return errors.Join(explainStart(err), listener.Close(), page.close())
 	}
+	observed := metrics.Observe(r)
+	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger})
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
 	var groups []uint32
 	for _, gid := range c.UintSlice("read-group") {
 		groups = append(groups, uint32(gid))
 	}
-	served := make(chan error, 1)
+	served := make(chan error, 2)
 	go func() {
 		defer cancel()
-		served <- control.NewServer(r, control.Options{Log: opts.Logger, ReadGroups: groups}).Serve(ctx, listener)
+		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", web)}).Serve(ctx, listener)
+	}()
+	go func() {
+		defer cancel()
+		served <- page.serve(ctx, web, opts.Logger)
 	}()
 	reloads := make(chan struct{})
 	go func() {
 		defer close(reloads)
-		reloadOnHangup(ctx, hangups, r, opts.Logger)
+		reloadOnHangup(ctx, hangups, observed, opts.Logger)
 	}()
 	err = r.Run(ctx, func() {
 		opts.Logger.Info("ready", "socket", c.String("socket"), "pins", opts.Loader.PinDir)
@@ -162,7 +179,7 @@ func runRelay(c *cli.Context, opts relay.Options) error {
 	})
 	cancel()
 	<-reloads
-	return errors.Join(err, <-served)
+	return errors.Join(err, <-served, <-served)
 }
 
 // notifyReady tells systemd, if it started us, that the rules are in.
@@ -179,7 +196,7 @@ func notifyReady(log *slog.Logger) {
 	}
 }
 
-func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r *relay.Relay, log *slog.Logger) {
+func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Backend, log *slog.Logger) {
 	for {
 		select {
 		case <-ctx.Done():

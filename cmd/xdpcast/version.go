@@ -1,39 +1,94 @@
 package main
 
-import "runtime/debug"
+import (
+	"fmt"
+	"io"
+	"runtime"
+	"runtime/debug"
 
-// version is set when a release is built: -ldflags "-X main.version=v1.2.3".
-var version string
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
-// buildVersion is the release, or else the module's version, with the commit
-// that it was built from if the build knows it.
-func buildVersion() string {
-	v := version
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return orUnknown(v)
-	}
-	if v == "" {
-		v = info.Main.Version
-	}
-	var revision, modified string
-	for _, s := range info.Settings {
-		switch {
-		case s.Key == "vcs.revision":
-			revision = s.Value[:min(12, len(s.Value))]
-		case s.Key == "vcs.modified" && s.Value == "true":
-			modified = ", modified"
-		}
-	}
-	if revision == "" {
-		return orUnknown(v)
-	}
-	return orUnknown(v) + " (commit " + revision + modified + ")"
+	"xdpcast/bpf"
+)
+
+// version and commit are set when a release is built: -ldflags "-X main.version=1.2.3".
+var version, commit string
+
+// versionInfo is what "xdpcast version" says.
+type versionInfo struct {
+	Version string `json:"version"`
+	Commit  string `json:"commit"`
+	// Schema is the version of the pinned state that the program reads and writes.
+	Schema uint32 `json:"schema"`
+	Go     string `json:"go"`
+	Arch   string `json:"arch"`
+	// Kernel is the running one.
+	Kernel string `json:"kernel"`
 }
 
-func orUnknown(v string) string {
-	if v == "" {
-		return "unknown"
+func versionCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "version",
+		Usage: "show the version, with the schema of the pinned state and the running kernel",
+		Flags: []cli.Flag{outputFlag()},
+		Action: func(c *cli.Context) error {
+			if err := showArgs(c, 0, 0); err != nil {
+				return err
+			}
+			v, rev := built()
+			info := versionInfo{Version: v, Commit: rev, Schema: bpf.Schema, Go: runtime.Version(), Arch: runtime.GOARCH}
+			var uts unix.Utsname
+			if err := unix.Uname(&uts); err != nil {
+				return fmt.Errorf("kernel version: %w", err)
+			}
+			info.Kernel = unix.ByteSliceToString(uts.Release[:])
+			return show(c, info, func(w io.Writer) error {
+				_, err := fmt.Fprintf(w, "xdpcast %s\ncommit  %s\nschema  %d\ngo      %s %s\nkernel  %s\n",
+					info.Version, info.Commit, info.Schema, info.Go, info.Arch, info.Kernel)
+				return err
+			})
+		},
 	}
-	return v
+}
+
+// buildVersion is the release, with the commit that it was built from.
+func buildVersion() string {
+	v, rev := built()
+	if rev == unknown {
+		return v
+	}
+	return v + " (commit " + rev + ")"
+}
+
+const unknown = "unknown"
+
+// built returns the release, or else the module's version, and the commit, if the build
+// knows it.
+func built() (v, rev string) {
+	v, rev = version, commit
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if v == "" {
+			v = info.Main.Version
+		}
+		modified := ""
+		for _, s := range info.Settings {
+			switch {
+			case s.Key == "vcs.revision" && rev == "":
+				rev = s.Value[:min(12, len(s.Value))]
+			case s.Key == "vcs.modified" && s.Value == "true":
+				modified = ", modified"
+			}
+		}
+		if rev != "" {
+			rev += modified
+		}
+	}
+	if v == "" {
+		v = unknown
+	}
+	if rev == "" {
+		rev = unknown
+	}
+	return v, rev
 }

@@ -30,6 +30,9 @@ func (s *Server) handler() http.Handler {
 			s.dispatch(w, r, endpoints)
 		})
 	}
+	if s.opts.Metrics != nil {
+		mux.HandleFunc("/v1/metrics", s.serveMetrics)
+	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/explain, /v1/reload", oneLine(r.URL.Path, 100)))
 	})
@@ -88,6 +91,21 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, endpoints []en
 		return
 	}
 	s.answer(w, r, e.status, value)
+}
+
+// serveMetrics hands a request on that may read.
+func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
+	only := []endpoint{{method: http.MethodGet, need: accessRead}}
+	if _, err := choose(only, r.Method); err != nil {
+		w.Header().Set("Allow", allow(only))
+		s.answerError(w, r, http.StatusMethodNotAllowed, err)
+		return
+	}
+	if err := s.permit(r, accessRead); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.opts.Metrics.ServeHTTP(w, r)
 }
 
 func choose(endpoints []endpoint, method string) (endpoint, error) {

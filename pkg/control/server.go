@@ -40,6 +40,8 @@ type Options struct {
 	// may write, who may read, and who may do neither.
 	MaxConns int
 	Timeouts Timeouts
+	// Metrics answers GET /v1/metrics for those who may read; nil: there is no such endpoint.
+	Metrics http.Handler
 }
 
 // Server serves a Backend. Make it with NewServer.

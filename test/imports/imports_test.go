@@ -29,6 +29,7 @@ var allowed = map[string][]string{
 	"pkg/loader":       {"bpf", "pkg/flow", "pkg/packet"},
 	"pkg/control":      {"pkg/rules"},
 	"pkg/forward":      {"bpf", "pkg/fanout", "pkg/flow", "pkg/loader", "pkg/packet", "pkg/xsk"},
+	"pkg/metrics":      {"pkg/control"},
 	"pkg/relay":        {"bpf", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/network", "pkg/plan", "pkg/rules"},
 	"internal/genl":    {},
 	"internal/lab":     {},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -101,8 +102,8 @@ type relay struct {
 	socket  string
 }
 
-// startRelay builds the program, and starts the daemon with a file of rules.
-func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string) *relay {
+// startRelay builds the program, and starts the daemon with a file of rules and more flags.
+func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, flags ...string) *relay {
 	t.Helper()
 	dir := t.TempDir()
 	r := &relay{program: filepath.Join(dir, "xdpcast"), socket: filepath.Join(dir, "run", "xdpcast.sock")}
@@ -122,7 +123,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string) *r
 			t.Errorf("unmount: %v", err)
 		}
 	})
-	args := append([]string{"--socket", r.socket, "run", "-c", file, "--mode", "native"}, r.dirs...)
+	args := slices.Concat([]string{"--socket", r.socket, "run", "-c", file, "--mode", "native"}, r.dirs, flags)
 	daemon := start(ctx, t, h, r.program, args...)
 	eventually(t, "the relay is ready", func() bool {
 		select {

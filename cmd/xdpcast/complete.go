@@ -1,0 +1,82 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/pkg/control"
+)
+
+// completeFlag ends a command line that a shell wants completed; the scripts in
+// packaging/completion add it. It is the one of the CLI library, whose scripts they come from.
+const completeFlag = "--generate-bash-completion"
+
+// completeTimeout bounds how long a shell waits for the daemon's rule names.
+const completeTimeout = time.Second
+
+// takesRules are the commands whose arguments are names of rules.
+var takesRules = []string{"xdpcast rule show", "xdpcast rule del", "xdpcast stats", "xdpcast explain"}
+
+// complete writes what may stand at the end of a command line, a line each: words are those
+// behind the program's name, and the last one is being typed when it begins with a dash.
+func complete(ctx context.Context, app *cli.App, words []string, out io.Writer) {
+	path, flags, commands := app.Name, app.Flags, app.Commands
+	typing := "" // a flag
+	if n := len(words); n > 0 && strings.HasPrefix(words[n-1], "-") {
+		words, typing = words[:n-1], words[n-1]
+	}
+	socket := cmp.Or(os.Getenv("XDPCAST_SOCKET"), control.DefaultSocket)
+	for len(commands) > 0 {
+		var taken []string
+		taken, words = takeFlags(words, slices.Concat(flags, app.Flags))
+		if i := slices.Index(taken, "--socket"); i >= 0 && i+1 < len(taken) {
+			socket = taken[i+1]
+		}
+		if len(words) == 0 {
+			break
+		}
+		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(words[0]) })
+		if i < 0 {
+			return // an unknown command has nothing behind it
+		}
+		path += " " + commands[i].Name
+		flags, commands, words = commands[i].Flags, commands[i].Subcommands, words[1:]
+	}
+	switch {
+	case typing != "":
+		writeFlagNames(out, slices.Concat(flags, app.Flags))
+	case len(commands) > 0:
+		for _, c := range commands {
+			if !c.Hidden {
+				fmt.Fprintln(out, c.Name)
+			}
+		}
+	case slices.Contains(takesRules, path):
+		ctx, cancel := context.WithTimeout(ctx, completeTimeout)
+		defer cancel()
+		rules, err := control.NewClient(socket).Rules(ctx)
+		if err != nil {
+			return // no daemon, no names; a shell has no place for the reason
+		}
+		for _, r := range rules {
+			fmt.Fprintln(out, r.Name)
+		}
+	}
+}
+
+func writeFlagNames(out io.Writer, flags []cli.Flag) {
+	for _, f := range flags {
+		if visible, ok := f.(cli.VisibleFlag); ok && !visible.IsVisible() {
+			continue
+		}
+		fmt.Fprintln(out, "--"+f.Names()[0])
+	}
+}

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/pkg/metrics"
+)
+
+// listenFlags are those of the HTTP server of "xdpcast run".
+func listenFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "listen", Usage: "serve /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464"},
+		&cli.BoolFlag{Name: "listen-public", Usage: "let that be an address that is not loopback, without TLS"},
+		&cli.StringFlag{Name: "tls-cert", Usage: "PEM `FILE` of its certificate"},
+		&cli.StringFlag{Name: "tls-key", Usage: "PEM `FILE` of the certificate's key"},
+		&cli.StringFlag{Name: "metrics-rules", Usage: "`RULES` that have metrics of their own: all, active (a packet has matched), none, or a regular expression of names", Value: "all"},
+	}
+}
+
+// listenConfig is what the flags say.
+type listenConfig struct {
+	addr  string // empty: no server
+	opts  metrics.ListenOptions
+	rules metrics.Selection
+}
+
+func listenOptions(c *cli.Context) (*listenConfig, error) {
+	l := &listenConfig{addr: c.String("listen"), opts: metrics.ListenOptions{
+		Public: c.Bool("listen-public"), CertFile: c.String("tls-cert"), KeyFile: c.String("tls-key"),
+	}}
+	for _, name := range []string{"listen-public", "tls-cert", "tls-key"} {
+		if l.addr == "" && c.IsSet(name) {
+			return nil, usagef("--%s without --listen: want an address to listen on", name)
+		}
+	}
+	var err error
+	if l.rules, err = metrics.ParseSelection(c.String("metrics-rules")); err != nil {
+		return nil, usagef("--metrics-rules: %w", err)
+	}
+	return l, nil
+}
+
+// webListener is the HTTP server's socket; nil inside when there is none.
+type webListener struct{ ln net.Listener }
+
+func (l *listenConfig) open() (webListener, error) {
+	if l.addr == "" {
+		return webListener{}, nil
+	}
+	ln, err := metrics.Listen(l.addr, l.opts)
+	var refused *net.OpError // by the kernel, whatever was asked for is right
+	switch {
+	case errors.As(err, &refused):
+		return webListener{}, fmt.Errorf("listen at %s: %w", l.addr, err)
+	case err != nil:
+		return webListener{}, usagef("--listen: %w", err)
+	}
+	return webListener{ln}, nil
+}
+
+func (w webListener) close() error {
+	if w.ln == nil {
+		return nil
+	}
+	return w.ln.Close()
+}
+
+// serve answers until ctx ends.
+func (w webListener) serve(ctx context.Context, h http.Handler, log *slog.Logger) error {
+	if w.ln == nil {
+		<-ctx.Done()
+		return nil
+	}
+	log.Info("listening", "address", w.ln.Addr().String())
+	return metrics.Serve(ctx, w.ln, h, log)
+}

@@ -1,0 +1,105 @@
+// Package metrics tells Prometheus what a relay does. Every figure comes from the relay's
+// one account of packets, read when somebody asks; nothing is counted twice, and nothing is
+// counted for Prometheus alone but reloads.
+package metrics
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// metric is one metric that the collector has. docs/metrics.md is made from these.
+type metric struct {
+	name   string
+	kind   prometheus.ValueType
+	help   string
+	labels []string
+	desc   *prometheus.Desc
+}
+
+const (
+	counter = prometheus.CounterValue
+	gauge   = prometheus.GaugeValue
+)
+
+func define(kind prometheus.ValueType, name, help string, labels ...string) *metric {
+	return &metric{name, kind, help, labels, prometheus.NewDesc(name, help, labels, nil)}
+}
+
+// definitions are the metrics by what they are of. Names follow
+// prometheus.io/docs/practices/naming.
+type definitions struct {
+	buildInfo, started, ready, warnings, rules     *metric
+	passedPackets, passedBytes, totalDropped       *metric
+	fragments                                      *metric
+	reloads, reloadSucceeded, reloadTime           *metric
+	scrapeFailed                                   *metric
+	ruleInfo, ruleState, ruleLast                  *metric
+	ruleReceivedPackets, ruleReceivedBytes         *metric
+	droppedPackets, droppedBytes                   *metric
+	outputState, outputSentPackets, outputSentByte *metric
+	unsent, lost                                   *metric
+	interfaceInfo                                  *metric
+	joinsAttempted, joinsSucceeded, joinsFailed    *metric
+	leavesAttempted, leavesFailed                  *metric
+	memberships, querierSeen                       *metric
+	workers, workerReceived, workerFailures        *metric
+}
+
+func newDefinitions() definitions {
+	return definitions{
+		buildInfo:    define(gauge, "xdpcast_build_info", "The daemon's release, and the schema of its pinned state; always 1.", "version", "schema"),
+		started:      define(gauge, "xdpcast_start_time_seconds", "When the daemon was started, in seconds since 1970."),
+		ready:        define(gauge, "xdpcast_ready", "1 once the rules are in."),
+		warnings:     define(gauge, "xdpcast_warnings", "What \"xdpcast status\" warns of."),
+		scrapeFailed: define(gauge, "xdpcast_scrape_failed", "1 when the relay did not tell its counters, by what was asked for: the metrics of it are missing then.", "of"),
+
+		rules:         define(gauge, "xdpcast_rules", "Rules by state.", "state"),
+		passedPackets: define(counter, "xdpcast_passed_packets_total", "Packets that no rule matched, left to the host."),
+		passedBytes:   define(counter, "xdpcast_passed_bytes_total", "Bytes of the frames that no rule matched."),
+		totalDropped:  define(counter, "xdpcast_relay_dropped_packets_total", "Packets and copies that were dropped, by reason, over all rules, those not listed here and those removed included.", "reason"),
+		fragments:     define(counter, "xdpcast_fragments_total", "Fragments of UDP datagrams: first of a rule's datagrams, later ones that followed their first, and orphans, whose first one was not seen.", "kind"),
+
+		reloads:         define(counter, "xdpcast_reloads_total", "Reloads of the daemon's file that were tried."),
+		reloadSucceeded: define(gauge, "xdpcast_last_reload_successful", "1 when the last reload brought its rules in, or none was tried yet."),
+		reloadTime:      define(gauge, "xdpcast_last_reload_success_timestamp_seconds", "When a reload last succeeded, in seconds since 1970; the daemon's start before the first."),
+
+		ruleInfo:            define(gauge, "xdpcast_rule_info", "What a rule is; always 1. path is empty while none is used.", "rule", "origin", "input", "path"),
+		ruleState:           define(gauge, "xdpcast_rule_state", "1 for the state that a rule is in.", "rule", "state"),
+		ruleLast:            define(gauge, "xdpcast_rule_last_packet_timestamp_seconds", "When a packet last matched the rule, in seconds since 1970; absent before the first.", "rule"),
+		ruleReceivedPackets: define(counter, "xdpcast_rule_received_packets_total", "Packets that matched the rule.", "rule"),
+		ruleReceivedBytes:   define(counter, "xdpcast_rule_received_bytes_total", "Bytes of the frames that matched the rule.", "rule"),
+		droppedPackets:      define(counter, "xdpcast_dropped_packets_total", "Packets of a rule that were dropped before copying (slot \"in\"), and copies dropped at an output, by reason.", "rule", "slot", "reason"),
+		droppedBytes:        define(counter, "xdpcast_dropped_bytes_total", "Bytes of the frames of xdpcast_dropped_packets_total.", "rule", "slot", "reason"),
+		outputState:         define(gauge, "xdpcast_output_state", "1 for the state that an output is in.", "rule", "slot", "interface", "state"),
+		outputSentPackets:   define(counter, "xdpcast_output_sent_packets_total", "Copies handed to the output's device.", "rule", "slot", "interface"),
+		outputSentByte:      define(counter, "xdpcast_output_sent_bytes_total", "Bytes of the frames of these copies.", "rule", "slot", "interface"),
+
+		unsent: define(counter, "xdpcast_interface_unsent_packets_total", "Frames handed to a device that it did not take, by the kernel's reason; not known by rule.", "interface", "reason"),
+		lost:   define(counter, "xdpcast_path_lost_packets_total", "Packets of rules that were lost on the way to a path in user space; not known by rule.", "interface", "path", "reason"),
+
+		interfaceInfo:   define(gauge, "xdpcast_interface_info", "How XDP runs on an interface that rules name; always 1. mode is empty while no program is attached.", "interface", "mode"),
+		joinsAttempted:  define(counter, "xdpcast_joins_attempted_total", "Joins of multicast groups that were tried: succeeded and failed ones together.", "interface"),
+		joinsSucceeded:  define(counter, "xdpcast_joins_succeeded_total", "Joins that succeeded.", "interface"),
+		joinsFailed:     define(counter, "xdpcast_joins_failed_total", "Joins that failed.", "interface"),
+		leavesAttempted: define(counter, "xdpcast_leaves_attempted_total", "Leaves of multicast groups that were tried.", "interface"),
+		leavesFailed:    define(counter, "xdpcast_leaves_failed_total", "Leaves that failed.", "interface"),
+		memberships:     define(gauge, "xdpcast_memberships", "Memberships by state.", "interface", "state"),
+		querierSeen:     define(gauge, "xdpcast_querier_last_seen_timestamp_seconds", "When an IGMP or MLD querier was last heard on an interface, in seconds since 1970; absent when none was.", "interface", "protocol", "querier"),
+
+		workers:        define(gauge, "xdpcast_workers", "Workers of the paths in user space by state.", "interface", "path", "state"),
+		workerReceived: define(counter, "xdpcast_worker_received_packets_total", "Packets that came to a worker.", "interface", "path", "queue"),
+		workerFailures: define(counter, "xdpcast_worker_failures_total", "How often a worker failed and was started again.", "interface", "path", "queue"),
+	}
+}
+
+// all lists the metrics in the order of the documentation.
+func (d *definitions) all() []*metric {
+	return []*metric{
+		d.buildInfo, d.started, d.ready, d.warnings, d.scrapeFailed, d.rules,
+		d.passedPackets, d.passedBytes, d.totalDropped, d.fragments,
+		d.reloads, d.reloadSucceeded, d.reloadTime,
+		d.ruleInfo, d.ruleState, d.ruleLast, d.ruleReceivedPackets, d.ruleReceivedBytes,
+		d.droppedPackets, d.droppedBytes, d.outputState, d.outputSentPackets, d.outputSentByte,
+		d.unsent, d.lost, d.interfaceInfo,
+		d.joinsAttempted, d.joinsSucceeded, d.joinsFailed, d.leavesAttempted, d.leavesFailed,
+		d.memberships, d.querierSeen, d.workers, d.workerReceived, d.workerFailures,
+	}
+}
