@@ -76,9 +76,9 @@ func (b *backend) Status(context.Context) (control.Status, error) {
 		Version: "v1.2.3", PID: 42, Started: clock.Add(-27 * time.Hour), Ready: true, PinDir: "/sys/fs/bpf/xdpcast", Schema: 1,
 		Config: "/etc/xdpcast/rules.yaml", Rules: 2, Active: 1, Pending: 1,
 		Interfaces: []control.InterfaceStatus{
-			{Name: "eth0", Index: 2, Mode: "native", Roles: []string{"input"}, ProgramID: 71, LinkID: 12, JoinsAttempted: 3, JoinsSucceeded: 2, JoinsFailed: 1, LeavesAttempted: 1, LeavesSucceeded: 1},
-			{Name: "eth1", Index: 3, Mode: "generic", Roles: []string{"input", "output"}, ProgramID: 71, LinkID: 13, Note: "driver has no native XDP", TransmitDrops: 250_000},
-			{Name: "eth7", Roles: []string{"input"}, Note: "absent"},
+			{Name: "eth0", Index: 2, Link: control.LinkUp, Mode: "native", Roles: []string{"input"}, ProgramID: 71, LinkID: 12, JoinsAttempted: 3, JoinsSucceeded: 2, JoinsFailed: 1, LeavesAttempted: 1, LeavesSucceeded: 1},
+			{Name: "eth1", Index: 3, Link: control.LinkNoCarrier, Master: "br0", Mode: "generic", Roles: []string{"input", "output"}, ProgramID: 71, LinkID: 13, Note: "driver has no native XDP", TransmitDrops: 250_000},
+			{Name: "eth7", Link: control.LinkAbsent, Roles: []string{"input"}},
 		},
 		Workers: []control.Worker{
 			{

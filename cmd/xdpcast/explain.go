@@ -39,6 +39,9 @@ func explainText(w io.Writer, e control.Explanation, now time.Time) error {
 	if e.Path != "" {
 		head.add("path", stateText(e.Path, e.PathReason))
 	}
+	for _, note := range e.Notes {
+		head.add("note", note)
+	}
 	if err := head.write(w); err != nil {
 		return err
 	}

@@ -103,6 +103,12 @@ func groupText(w io.Writer, groups []control.Group, now time.Time) error {
 		t := newTable("group", g.Group)
 		t.add("source", orAny(g.Source))
 		t.add("interface", fmt.Sprintf("%s, index %d", g.Interface, g.Index))
+		if g.Master != "" {
+			t.add("port of", g.Master)
+		}
+		if len(g.For) > 0 {
+			t.add("joined for", strings.Join(g.For, " "))
+		}
 		t.add("state", fmt.Sprintf("%s, since %s", g.State, ago(now, g.Since)))
 		t.add("detail", orDash(g.Detail))
 		t.add("tries", strconv.Itoa(g.Tries))

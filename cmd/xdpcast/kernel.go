@@ -49,18 +49,24 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 	if err != nil {
 		return control.Stats{}, err
 	}
+	name := interfaceName
+	if here, err := r.Here(); err != nil {
+		return control.Stats{}, err
+	} else if !here {
+		name = numberOf // what has these indexes here is something else
+	}
 	s := control.Stats{
 		Time: now, Rules: []control.RuleStatus{}, Passed: control.Counter(counted.Passed),
 		Drops: relay.Drops(counted.Drops), TransmitDrops: []control.TransmitDrop{}, ReceiveDrops: []control.ReceiveDrop{},
 		Fragments: relay.Fragments(counted.Fragments),
 	}
 	for _, rule := range counted.Rules {
-		s.Rules = append(s.Rules, kernelRule(rule, byName[rule.Name], now))
+		s.Rules = append(s.Rules, kernelRule(rule, byName[rule.Name], now, name))
 	}
 	slices.SortFunc(s.Rules, func(a, b control.RuleStatus) int { return cmp.Compare(a.Name, b.Name) })
 	for _, p := range counted.Ports {
 		if n := p.TransmitDrops + p.RedirectRefused; n > 0 {
-			s.TransmitDrops = append(s.TransmitDrops, control.TransmitDrop{Interface: interfaceName(p.Index), Reason: "device", Packets: n})
+			s.TransmitDrops = append(s.TransmitDrops, control.TransmitDrop{Interface: name(p.Index), Reason: "device", Packets: n})
 		}
 	}
 	return s, nil
@@ -68,9 +74,9 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 
 // kernelRule describes a rule as the kernel has it. Without the daemon, a rule of the
 // fanout path does nothing, and its outputs are not in the kernel.
-func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time) control.RuleStatus {
+func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time, name func(index int) string) control.RuleStatus {
 	status := control.RuleStatus{
-		Rule: control.Rule{Name: rule.Name, In: kernelInput(as)}, ID: rule.ID, State: control.StateActive, UsedPath: relay.PathName(as.Path),
+		Rule: control.Rule{Name: rule.Name, In: kernelInput(as, name)}, ID: rule.ID, State: control.StateActive, UsedPath: relay.PathName(as.Path),
 		Matched: control.Counter(rule.Matched), Drops: relay.Drops(rule.Drops),
 	}
 	if rule.LastSeen >= 0 {
@@ -79,7 +85,7 @@ func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time) control.Ru
 	}
 	for slot, o := range rule.Outputs {
 		out := control.OutputStatus{
-			Slot: slot, Output: kernelOutput(o.Rule).String(), State: control.StateActive,
+			Slot: slot, Output: kernelOutput(o.Rule, name).String(), State: control.StateActive,
 			Sent: control.Counter(o.Sent), Drops: relay.Drops(o.Drops),
 		}
 		if !o.Rule.Ready {
@@ -93,9 +99,9 @@ func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time) control.Ru
 
 // kernelInput writes the input of a rule in the grammar of rules. What is joined is not
 // in the kernel's tables.
-func kernelInput(r loader.Rule) string {
+func kernelInput(r loader.Rule, name func(index int) string) string {
 	in := rules.Input{
-		Interface: interfaceName(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, Source: r.In.Source,
+		Interface: name(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, Source: r.In.Source,
 		VLAN: rules.VLAN{ID: r.In.VLAN, Outer: r.In.OuterVLAN},
 	}
 	return rules.FormatInput(in, rules.Acceptance{
@@ -104,8 +110,8 @@ func kernelInput(r loader.Rule) string {
 }
 
 // kernelOutput writes a resolved output in the grammar of rules.
-func kernelOutput(o loader.Output) rules.Output {
-	out := rules.Output{Interface: interfaceName(o.Index), Address: o.Dst, Len: o.DstLen, Port: o.DstPort}
+func kernelOutput(o loader.Output, name func(index int) string) rules.Output {
+	out := rules.Output{Interface: name(o.Index), Address: o.Dst, Len: o.DstLen, Port: o.DstPort}
 	switch {
 	case o.PortAdd && o.PortShift == 0:
 		out.PortMode = rules.PortKeep
@@ -142,7 +148,10 @@ func kernelOutput(o loader.Output) rules.Output {
 func interfaceName(index int) string {
 	i, err := net.InterfaceByIndex(index)
 	if err != nil {
-		return fmt.Sprintf("if%d", index)
+		return numberOf(index)
 	}
 	return i.Name
 }
+
+// numberOf stands for an interface whose name is not known.
+func numberOf(index int) string { return fmt.Sprintf("if%d", index) }

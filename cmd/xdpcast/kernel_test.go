@@ -21,7 +21,7 @@ func TestKernelInput(t *testing.T) {
 		"[ff3e::1]:5000%lo,csum=any":                  {In: loader.Input{Index: 1, Group: netip.MustParseAddr("ff3e::1"), Port: 5000}, AllowNoChecksum: true},
 		"239.1.0.0%lo,loop=allow,rate=1kpps,burst=50": {In: loader.Input{Index: 1, Group: group}, AllowLoop: true, Rate: loader.Rate{Packets: 1000, Burst: 50}},
 	} {
-		if got := kernelInput(rule); got != want {
+		if got := kernelInput(rule, interfaceName); got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
 	}
@@ -41,16 +41,16 @@ func TestKernelOutput(t *testing.T) {
 		"239.2.0.0:6000%lo,src=keep,vlan=100.7,pcp=5":    {Dst: dst, DstPort: 6000, VLAN: packet.VLANSet, VLANID: 7, OuterVLAN: 100, SetPCP: true, PCP: 5},
 	} {
 		out := loader.Output{Index: 1, Ready: true, Rewrite: rewrite}
-		got := kernelOutput(out).String()
+		got := kernelOutput(out, interfaceName).String()
 		if got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
-		if back, err := rules.ParseOutput(got); err != nil || back != kernelOutput(out) {
+		if back, err := rules.ParseOutput(got); err != nil || back != kernelOutput(out, interfaceName) {
 			t.Errorf("%s reads back as %+v, %v", got, back, err)
 		}
 	}
 	out := loader.Output{Index: 1, Rewrite: packet.Rewrite{Dst: dst, DstPort: 6000}, Rate: loader.Rate{Bits: 8_000_000, Burst: 64_000}}
-	if got, want := kernelOutput(out).String(), "239.2.0.0:6000%lo,src=keep,rate=8Mbit,burst=64k"; got != want {
+	if got, want := kernelOutput(out, interfaceName).String(), "239.2.0.0:6000%lo,src=keep,rate=8Mbit,burst=64k"; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
 }

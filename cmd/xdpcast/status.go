@@ -140,12 +140,20 @@ func wakeup(s *control.SocketStatus) string {
 }
 
 func interfaceTable(w io.Writer, interfaces []control.InterfaceStatus) error {
-	t := newTable("INTERFACE", ">INDEX", "MODE", "ROLES", ">PROGRAM", ">LINK", ">JOINED", ">FAILED", ">LEFT", ">UNSENT", "NOTE")
+	t := newTable("INTERFACE", ">INDEX", "STATE", "MODE", "ROLES", ">PROGRAM", ">LINK", ">JOINED", ">FAILED", ">LEFT", ">UNSENT", "NOTE")
 	for _, i := range interfaces {
-		t.add(i.Name, orNone(i.Index), orDash(i.Mode), orDash(strings.Join(i.Roles, "+")), orNone(int(i.ProgramID)), orNone(int(i.LinkID)),
-			humanCount(i.JoinsSucceeded), humanCount(i.JoinsFailed), humanCount(i.LeavesSucceeded), humanCount(i.TransmitDrops), i.Note)
+		t.add(i.Name, orNone(i.Index), orDash(i.Link), orDash(i.Mode), orDash(strings.Join(i.Roles, "+")), orNone(int(i.ProgramID)), orNone(int(i.LinkID)),
+			humanCount(i.JoinsSucceeded), humanCount(i.JoinsFailed), humanCount(i.LeavesSucceeded), humanCount(i.TransmitDrops), interfaceNote(i))
 	}
 	return t.write(w)
+}
+
+// interfaceNote is what a person should know of an interface.
+func interfaceNote(i control.InterfaceStatus) string {
+	if i.Master == "" {
+		return i.Note
+	}
+	return strings.TrimSuffix("port of "+i.Master+"; "+i.Note, "; ")
 }
 
 // orNone shows a kernel's number, which is never 0.

@@ -44,6 +44,17 @@ func (l *Loader) dropForeign() (dropped bool, err error) {
 	return true, removePins(dir)
 }
 
+// Here says whether the state is of the calling thread's network namespace: interface
+// indexes mean something there alone.
+func (r *Reader) Here() (bool, error) {
+	config, err := r.maps.config()
+	if err != nil {
+		return false, err
+	}
+	cookie, err := netnsCookie()
+	return cookie == config.NetnsCookie, err
+}
+
 // servedLink finds a pinned link that leads to an interface, in whatever network namespace;
 // index 0 when none does.
 func servedLink(pinDir string) (pin string, index int, err error) {

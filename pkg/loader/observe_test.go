@@ -278,7 +278,17 @@ func TestNamespaceIsGone(t *testing.T) {
 		_, err = l.Attach(iface(t, "eth0").Index, ModeNative)
 		return errors.Join(err, l.Close())
 	})
-	_, err := Open(opts)
+	r, err := OpenReader(opts.PinDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if here, err := r.Here(); err != nil || here {
+		t.Errorf("the state is called this namespace's: %v, %v", here, err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Open(opts)
 	if !errors.Is(err, ErrForeignNamespace) || !strings.Contains(err.Error(), "unload --all --pin-dir "+opts.PinDir) {
 		t.Errorf("Open: %v, want ErrForeignNamespace and what to do", err)
 	}
