@@ -647,6 +647,9 @@ func (w *changingWorld) told() (api, kernel string) {
 	status, err := w.r.Status(w.t.Context())
 	w.must(err)
 	for _, i := range status.Interfaces {
+		if len(i.Roles) == 0 && i.Mode == "" {
+			continue // has only counters of what was
+		}
 		if strings.HasPrefix(i.Note, "native: ") {
 			i.Note = "" // why it could not be attached so is not known of one that is adopted
 		}

@@ -29,7 +29,6 @@ type tables struct {
 	applied *plan.Plan
 	own     []netip.Addr // as the user-space paths have them
 	refresh bool         // the user-space paths are to look at their devices
-	swept   time.Time    // the last time they did
 }
 
 // refusedFlow is when to try again to bring a flow into force.
@@ -53,12 +52,12 @@ func (t *tables) adopt() { t.carried = t.loader.InForce() }
 // apply brings the flows of a plan into force, and says whether what is in force, or refused, is
 // not what the plan was made from.
 func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed bool, err error) {
-	if t.applied != nil && sameFlows(t.applied, p) && slices.Equal(own, t.own) {
+	if t.applied != nil && sameFlows(t.applied, p) {
 		t.applied = p
-		if (t.refresh || t.paths.pending()) && t.paths.busy() {
-			t.refresh, t.swept = false, time.Now()
+		if (t.refresh || t.paths.pending() || !slices.Equal(own, t.own)) && t.paths.busy() {
 			err = t.paths.refresh(own)
 		}
+		t.own, t.refresh = own, false
 		return t.forgetRefused(p), err
 	}
 	want := published(p)
@@ -70,7 +69,7 @@ func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed
 		}
 		return false, err
 	}
-	t.applied, t.own, t.refresh, t.swept = p, own, false, time.Now()
+	t.applied, t.own, t.refresh = p, own, false
 	changed = t.carry(want)
 	return t.forgetRefused(p) || changed, nil
 }
