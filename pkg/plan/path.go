@@ -206,25 +206,21 @@ func (c *chooser) delivers(p flow.Path) string {
 	if c.in.MTU+maxHeaders <= broadcastFrame || p == flow.PathFanout {
 		return ""
 	}
-	kernel := c.maker.opts.Kernel
-	var why string
-	switch {
-	case p == flow.PathAFXDP && !kernel.SocketSG:
-		why = fmt.Sprintf("AF_XDP sockets of this kernel cannot receive frames of more than %d bytes", broadcastFrame)
-	case p == flow.PathAFXDP:
+	name, mtu := c.in.Name, c.in.MTU
+	switch kernel := c.maker.opts.Kernel; {
+	case p == flow.PathAFXDP && kernel.SocketSG:
 		return ""
+	case p == flow.PathAFXDP:
+		return fmt.Sprintf("AF_XDP sockets of this kernel cannot receive frames of more than %d bytes, and the MTU of %s is %d", broadcastFrame, name, mtu)
 	case len(c.slots) > 1:
-		why = fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs", broadcastFrame, len(c.slots))
+		return fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs, and the MTU of %s is %d", broadcastFrame, len(c.slots), name, mtu)
 	case c.attached.Generic:
-		return "" // the stack's frames, which are in one piece for the program
+		return "" // frames of a generic program are sent as those of the stack
 	case !kernel.RedirectSG:
-		why = fmt.Sprintf("this kernel cannot redirect frames of more than %d bytes", broadcastFrame)
-	default:
-		l := c.slots[0].link
-		if isUnknown(l) || !l.Features.Known || l.Features.TransmitSG {
-			return ""
-		}
-		why = fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes (its driver says so)", l.Name, broadcastFrame)
+		return fmt.Sprintf("this kernel cannot redirect frames of more than %d bytes, and the MTU of %s is %d", broadcastFrame, name, mtu)
 	}
-	return fmt.Sprintf("%s, and the MTU of %s is %d", why, c.in.Name, c.in.MTU)
+	if l := c.slots[0].link; !isUnknown(l) && l.Features.Known && !l.Features.TransmitSG {
+		return fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes (its driver says so), and the MTU of %s is %d", l.Name, broadcastFrame, name, mtu)
+	}
+	return ""
 }

@@ -94,6 +94,7 @@ func TestPaths(t *testing.T) {
 		{name: "on afxdp, an output is absent and one has no Ethernet header", rule: "eth0" + to("tun0", "late0"), edit: carried(flow.PathAFXDP), path: "fanout",
 			note: "path fanout: interface tun0 has no Ethernet header, which the kernel path needs; not path afxdp: interface tun0 has no Ethernet header"},
 		{name: "on afxdp, an output is absent and no program is on the input", rule: "eth0" + to("eth1", "late0"), edit: func(t *testing.T, w *World) { carried(flow.PathAFXDP)(t, w); taken(t, w) }, path: "fanout", note: "path fanout: another program has it"},
+		{name: "on afxdp, an output is absent and frames are too long", rule: "jumbo0" + to("late0"), kernel: &Capabilities{RedirectSG: true}, edit: carried(flow.PathAFXDP), path: "kernel"},
 		{name: "on kernel, an output is absent", rule: "eth0" + to("eth1", "late0"), edit: carried(flow.PathKernel), path: "kernel"},
 		{name: "on fanout, but the rule says kernel", rule: "eth0" + to("eth1", "late0") + " path=kernel", edit: carried(flow.PathFanout), path: "kernel"},
 	} {

@@ -354,7 +354,7 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	if first || e.memberships {
 		plan.Memberships = memberships(plan.Rules, len(last.Memberships))
 	}
-	if first || e.hops || len(c.hops) > 0 {
+	if first || e.hops {
 		plan.Hops, plan.Neighbours = hops(plan.Rules, plan.seen.network)
 	}
 }

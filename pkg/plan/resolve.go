@@ -363,16 +363,12 @@ func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *
 	case network.HopNone:
 		s.Reason = fmt.Sprintf("no route to %s by interface %s", o.Address, l.Name)
 	case network.HopUnicast:
-		out.DstMAC = hop.MAC
-		s.Reason = m.whyNoNeighbour(hop, o, l)
-		if s.Reason == "" {
-			out.Blocked = flow.NotReady
-		} else {
-			out.DstMAC = [6]byte{}
+		if s.Reason = m.whyNoNeighbour(hop, o, l); s.Reason == "" {
+			out.DstMAC, out.Blocked = hop.MAC, flow.NotReady
 		}
 	case network.HopBroadcast:
 		s.Reason = fmt.Sprintf("%s is a broadcast address of the network", o.Address)
-		return fmt.Errorf("output %s: %s: want another host's address, or a multicast group", o, s.Reason)
+		return fmt.Errorf("output %s: %s is a broadcast address of the network: want another host's, or a multicast group", o, o.Address)
 	case network.HopLocal:
 		s.Reason = fmt.Sprintf("%s is an address of this host", o.Address)
 		return ownAddress(o)
