@@ -107,3 +107,28 @@ func TestPlannerFollows(t *testing.T) {
 		})
 	}
 }
+
+// TestPlansAreShared: a plan is read while the next one is made. The race detector watches.
+func TestPlansAreShared(t *testing.T) {
+	w := newWorld(t, three, "a: 239.1.1.1:5000%eth+"+toEth1, "b: 239.1.1.1:5000%eth0"+toBoth, "c: 239.1.0.0/16%eth0,join=none"+toEth1)
+	planner := New(Options{})
+	p := planner.Plan(w)
+	done := make(chan string)
+	go func() {
+		text := ""
+		for range 100 {
+			text = explain(t, p, "239.1.1.1:5000%eth0", Known{}).Why
+			p.Overlaps()
+		}
+		done <- text
+	}()
+	for i := range 100 {
+		next := w
+		next.Network = flip(&w, "eth1")[i%2]
+		next.Answers.Refused = map[string]error{"a": errTaken}
+		planner.Plan(next)
+	}
+	if why, want := <-done, "rule b takes it: (any source, group, port) comes before (any source, prefix of 16 bits, any port)"; why != want {
+		t.Errorf("why is %q, want %q", why, want)
+	}
+}
