@@ -72,12 +72,15 @@ func (c *chooser) find(carried flow.Path) choice {
 		if why := c.carries(flow.PathKernel); why != "" {
 			return choice{err: c.failure(why)}
 		}
-		return c.explicit(flow.PathKernel, "they are dropped for the reason multi_buffer (paths afxdp and fanout can)")
+		if c.delivers(flow.PathAFXDP) != "" {
+			return c.explicit(flow.PathKernel, "path fanout")
+		}
+		return c.explicit(flow.PathKernel, "paths afxdp and fanout")
 	case rules.PathAFXDP:
 		if why := cmp.Or(c.carries(flow.PathAFXDP), c.servesAll(flow.PathAFXDP)); why != "" {
 			return choice{err: fmt.Errorf("path afxdp: %w", c.failure(why))}
 		}
-		return c.explicit(flow.PathAFXDP, "they are lost (path fanout can)")
+		return c.explicit(flow.PathAFXDP, "path fanout")
 	}
 	if c.untried && carried != 0 && c.fault(carried) == "" {
 		return choice{path: carried}
@@ -99,11 +102,12 @@ func (c *chooser) failure(why string) error {
 	return errors.New(why)
 }
 
-// explicit is a path that the rule names, with a note of frames that it cannot pass on.
-func (c *chooser) explicit(p flow.Path, become string) (got choice) {
+// explicit is a path that the rule names, with a note of frames that it cannot pass on, and which
+// others can.
+func (c *chooser) explicit(p flow.Path, others string) (got choice) {
 	got.path = p
 	if why := c.delivers(p); why != "" {
-		got.note = why + ": " + become
+		got.note = fmt.Sprintf("%s: they are dropped for the reason multi_buffer (%s can)", why, others)
 	}
 	return got
 }
@@ -178,7 +182,7 @@ func (c *chooser) serves(p flow.Path, l *network.Link) string {
 	case p == flow.PathAFXDP || c.attached.Generic || isUnknown(l):
 		return "" // frames of a generic program are sent as those of the stack
 	case l.Features.Known && !l.Features.Transmit:
-		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on)", l.Name)
+		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again where it was switched on while the veth was down)", l.Name)
 	}
 	if why, ok := c.maker.answers.NoTransmit[l.LinkID]; ok {
 		return fmt.Sprintf("interface %s does not send redirected frames (%s)", l.Name, cmp.Or(why, "it refused some"))
@@ -206,25 +210,20 @@ func (c *chooser) delivers(p flow.Path) string {
 	if c.in.MTU+maxHeaders <= broadcastFrame || p == flow.PathFanout {
 		return ""
 	}
-	kernel := c.maker.opts.Kernel
-	var why string
-	switch {
-	case p == flow.PathAFXDP && !kernel.SocketSG:
-		why = fmt.Sprintf("AF_XDP sockets of this kernel cannot receive frames of more than %d bytes", broadcastFrame)
-	case p == flow.PathAFXDP:
+	name, mtu := c.in.Name, c.in.MTU
+	switch kernel := c.maker.opts.Kernel; {
+	case p == flow.PathAFXDP && kernel.SocketSG:
 		return ""
+	case p == flow.PathAFXDP:
+		return fmt.Sprintf("AF_XDP sockets take no frames of more than %d bytes before Linux 6.6, and the MTU of %s is %d", broadcastFrame, name, mtu)
 	case len(c.slots) > 1:
-		why = fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs", broadcastFrame, len(c.slots))
+		return fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs, and the MTU of %s is %d", broadcastFrame, len(c.slots), name, mtu)
 	case c.attached.Generic:
-		return "" // the stack's frames, which are in one piece for the program
-	case !kernel.RedirectSG:
-		why = fmt.Sprintf("this kernel cannot redirect frames of more than %d bytes", broadcastFrame)
-	default:
-		l := c.slots[0].link
-		if isUnknown(l) || !l.Features.Known || l.Features.TransmitSG {
-			return ""
-		}
-		why = fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes (its driver says so)", l.Name, broadcastFrame)
+		return "" // frames of a generic program are sent as those of the stack
 	}
-	return fmt.Sprintf("%s, and the MTU of %s is %d", why, c.in.Name, c.in.MTU)
+	l := c.slots[0].link
+	if isUnknown(l) || l.MTU+maxHeaders <= broadcastFrame || c.maker.opts.Kernel.RedirectSG && (!l.Features.Known || l.Features.TransmitSG) {
+		return "" // or what is longer is dropped in any case
+	}
+	return fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of %s is %d", l.Name, broadcastFrame, name, mtu)
 }

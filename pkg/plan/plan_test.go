@@ -95,7 +95,7 @@ func TestStates(t *testing.T) {
 		{name: "no route", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1 239.2.2.2:6000%eth2"}, edit: hop(network.Hop{Kind: network.HopNone}),
 			want: []string{"rule a active: no route to 10.1.0.5 by interface eth1", "out a eth1 no_neighbour: no route to 10.1.0.5 by interface eth1"}},
 		{name: "broadcast", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1"}, edit: hop(network.Hop{Kind: network.HopBroadcast}),
-			want: []string{"rule a failed: output 10.1.0.5:6000%eth1: 10.1.0.5 is a broadcast address of the network: want another host's address, or a multicast group"}},
+			want: []string{"rule a failed: output 10.1.0.5:6000%eth1: 10.1.0.5 is a broadcast address of the network of interface eth1: want a host's address, or a multicast group"}},
 		{name: "local", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1"}, edit: hop(network.Hop{Kind: network.HopLocal}),
 			want: []string{"rule a failed: output 10.1.0.5:6000%eth1: 10.1.0.5 is an address of this host: want another host's, or a multicast group"}},
 		{name: "not resolved", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1"}, edit: hop(network.Hop{Kind: network.HopUnicast, Via: addr("10.1.0.5")}),
@@ -122,6 +122,10 @@ func TestStates(t *testing.T) {
 			clear(w.Answers.Attached)
 			w.Answers.Carried["a"] = flow.PathAFXDP
 		}, want: []string{"flow a on eth0 pending afxdp: the relay program is being attached to interface eth0", "out a eth1 active"}},
+		{name: "not attached again yet, and another path is asked for", rules: []string{"a: 239.1.1.1:5000%eth0" + toEth1 + " path=kernel"}, edit: func(_ *testing.T, w *World) {
+			clear(w.Answers.Attached)
+			w.Answers.Carried["a"] = flow.PathFanout
+		}, want: []string{"flow a on eth0 pending waits: the relay program is being attached to interface eth0"}},
 		{name: "cannot be attached", rules: []string{"a: 239.1.1.1:5000%eth0" + toEth1, "k: 239.1.1.2:5000%eth0" + toEth1 + " path=kernel", "x: 239.1.1.3:5000%eth0" + toEth1 + " path=afxdp", "f: 239.1.1.4:5000%eth0" + toEth1 + " path=fanout"},
 			edit: func(t *testing.T, w *World) { w.Answers.Attached[w.link(t, "eth0").LinkID] = Attached{Err: errTaken} },
 			want: []string{"flow a on eth0 active fanout", "note a: path fanout: another program has it", "rule k failed: another program has it", "rule x failed: another program has it", "flow f on eth0 active fanout"}},

@@ -354,7 +354,7 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	if first || e.memberships {
 		plan.Memberships = memberships(plan.Rules, len(last.Memberships))
 	}
-	if first || e.hops || len(c.hops) > 0 {
+	if first || e.hops {
 		plan.Hops, plan.Neighbours = hops(plan.Rules, plan.seen.network)
 	}
 }
@@ -420,25 +420,21 @@ func sorted(links []network.LinkID) []network.LinkID {
 
 // memberships are those of all flows, each once, in the order of the rules.
 func memberships(all []*RulePlan, size int) []Membership {
-	seen := make(map[Membership]struct{}, size)
-	list := make([]Membership, 0, size)
+	found := newDistinct[Membership](size)
 	for _, r := range all {
 		for _, f := range r.Flows {
 			for _, m := range f.Memberships {
-				if _, ok := seen[m]; !ok {
-					seen[m] = struct{}{}
-					list = append(list, m)
-				}
+				found.add(m)
 			}
 		}
 	}
-	return slices.Clip(list)
+	return slices.Clip(found.list)
 }
 
 // hops are the ways that outputs ask for, and the neighbours on them, each once, in the order of
 // the rules.
-func hops(all []*RulePlan, net *network.Snapshot) (keys []network.HopKey, neighbours []network.NeighbourKey) {
-	seen, known := map[network.HopKey]struct{}{}, map[network.NeighbourKey]struct{}{}
+func hops(all []*RulePlan, net *network.Snapshot) ([]network.HopKey, []network.NeighbourKey) {
+	keys, neighbours := newDistinct[network.HopKey](0), newDistinct[network.NeighbourKey](0)
 	for _, r := range all {
 		if !hasHops(r) {
 			continue
@@ -446,19 +442,14 @@ func hops(all []*RulePlan, net *network.Snapshot) (keys []network.HopKey, neighb
 		for _, f := range r.Flows {
 			for i := range f.Outputs {
 				key := f.Outputs[i].Hop
-				if _, ok := seen[key]; ok || key == (network.HopKey{}) {
+				if key == (network.HopKey{}) || !keys.add(key) {
 					continue
 				}
-				seen[key] = struct{}{}
-				keys = append(keys, key)
-				hop := net.Hop(key)
-				n := network.NeighbourKey{Index: key.Link.Index, Addr: hop.Via}
-				if _, ok := known[n]; !ok && hop.Kind == network.HopUnicast {
-					known[n] = struct{}{}
-					neighbours = append(neighbours, n)
+				if hop := net.Hop(key); hop.Kind == network.HopUnicast {
+					neighbours.add(network.NeighbourKey{Index: key.Link.Index, Addr: hop.Via})
 				}
 			}
 		}
 	}
-	return keys, neighbours
+	return keys.list, neighbours.list
 }

@@ -298,12 +298,12 @@ func (m *maker) resolveOutputs(f *FlowPlan, rule *Rule, c *chooser) {
 	var fault error
 	for i := range f.Outputs {
 		s, out, o, link := &f.Outputs[i], &f.Flow.Out[i], &rule.Out[f.Outputs[i].Out], c.slots[i].link
-		if !o.Address.IsMulticast() && m.net.IsOwn(o.Address) {
+		if isUnicast(*o) && m.net.IsOwn(o.Address) {
 			fault = cmp.Or(fault, ownAddress(o))
 			continue
 		}
 		s.Reason = m.resolveOutput(o, s, out, link, c)
-		if s.Reason == "" && !o.Address.IsMulticast() && link.Ethernet {
+		if s.Reason == "" && isUnicast(*o) && link.Ethernet {
 			fault = cmp.Or(fault, m.resolveHop(o, s, out, link))
 		}
 		if s.Reason == "" {
@@ -337,7 +337,7 @@ func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, 
 	out.Index, out.MTU, out.SrcMAC = l.Index, l.MTU, l.MAC
 	out.Rate = resolveRate(o.Policy.Rate, l.MTU)
 	if o.Policy.Source == rules.SourceInterface {
-		addr, ok := l.FirstAddr(o.Address.Is4())
+		addr, ok := sourceOn(l, o)
 		if !ok {
 			return fmt.Sprintf("interface %s has no %s address to send from (or write src=keep, or src=ADDRESS)", l.Name, family(o.Address.Is4()))
 		}
@@ -363,16 +363,12 @@ func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *
 	case network.HopNone:
 		s.Reason = fmt.Sprintf("no route to %s by interface %s", o.Address, l.Name)
 	case network.HopUnicast:
-		out.DstMAC = hop.MAC
-		s.Reason = m.whyNoNeighbour(hop, o, l)
-		if s.Reason == "" {
-			out.Blocked = flow.NotReady
-		} else {
-			out.DstMAC = [6]byte{}
+		if s.Reason = m.whyNoNeighbour(hop, o, l); s.Reason == "" {
+			out.DstMAC, out.Blocked = hop.MAC, flow.NotReady
 		}
 	case network.HopBroadcast:
 		s.Reason = fmt.Sprintf("%s is a broadcast address of the network", o.Address)
-		return fmt.Errorf("output %s: %s: want another host's address, or a multicast group", o, s.Reason)
+		return fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, or a multicast group", o, o.Address, l.Name)
 	case network.HopLocal:
 		s.Reason = fmt.Sprintf("%s is an address of this host", o.Address)
 		return ownAddress(o)

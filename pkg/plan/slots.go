@@ -139,11 +139,17 @@ func sameSource(in rules.Input, o *rules.Output, l *network.Link) bool {
 	case o.Policy.Source == rules.SourceAddress:
 		return o.Policy.SourceAddr == in.Source
 	case o.Policy.Source == rules.SourceInterface:
-		addr, ok := l.FirstAddr(o.Address.Is4())
+		addr, ok := sourceOn(l, o)
 		return ok && addr == in.Source
 	default:
 		return true
 	}
 }
 
+// isUnicast says whether an output is sent to a neighbour.
 func isUnicast(o rules.Output) bool { return !o.Address.IsMulticast() }
+
+// sourceOn is the address that an output with src=iface is sent from on a link.
+func sourceOn(l *network.Link, o *rules.Output) (netip.Addr, bool) {
+	return l.FirstAddr(o.Address.Is4())
+}
