@@ -72,12 +72,12 @@ func (way *way) neighbour(key HopKey) (NeighbourKey, bool) {
 	return NeighbourKey{key.Link.Index, key.Dst}, true
 }
 
-// readHops asks again for what todo says of hops, and says whether any is different. After it
+// readHops asks again for what unread says of hops, and says whether any is different. After it
 // nothing is left to do but routes whose time has not come.
 func (w *Watcher) readHops(linksDiffer, retrying bool) (differ bool) {
 	h := &w.hops
 	left := w.routesLeft()
-	if h.stale || retrying || linksDiffer || !w.todo.empty() {
+	if h.stale || retrying || linksDiffer || !w.unread.empty() {
 		if w.readRoutes(retrying, left.routesChanged()) || h.stale {
 			w.followNeighbours()
 		}
@@ -88,7 +88,7 @@ func (w *Watcher) readHops(linksDiffer, retrying bool) (differ bool) {
 		differ = h.answer(w.links)
 		h.stale = false
 	}
-	w.todo = left
+	w.unread = left
 	return differ
 }
 
@@ -96,7 +96,7 @@ func (w *Watcher) readHops(linksDiffer, retrying bool) (differ bool) {
 func (w *Watcher) routesLeft() (left news) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.todo.routesChanged() {
+	if !w.unread.routesChanged() {
 		return left
 	}
 	wait := time.Until(w.routesAt)
@@ -106,7 +106,7 @@ func (w *Watcher) routesLeft() (left news) {
 	if !w.closed {
 		w.timer.Reset(wait)
 	}
-	return news{routes: w.todo.routes, prefixes: w.todo.prefixes}
+	return news{routes: w.unread.routes, prefixes: w.unread.prefixes}
 }
 
 // readRoutes asks for the routes of ways that are new, whose link changed - the kernel
@@ -114,7 +114,7 @@ func (w *Watcher) routesLeft() (left news) {
 // address - and, unless they wait, of those that were announced. It says whether any is
 // different.
 func (w *Watcher) readRoutes(retrying, wait bool) (differ bool) {
-	n, began, announced := &w.todo, time.Now(), false
+	n, began, announced := &w.unread, time.Now(), false
 	for key, way := range w.hops.ways {
 		if l := w.links[key.Link.Index]; l == nil || l.LinkID != key.Link {
 			continue
@@ -173,7 +173,7 @@ func (w *Watcher) followNeighbours() {
 
 // readNeighbours asks for the entries that are new or changed.
 func (w *Watcher) readNeighbours(retrying bool) {
-	n := &w.todo
+	n := &w.unread
 	for key, known := range w.hops.neighbours {
 		if known.asked && !n.all && !n.tables && !n.links[key.Index] && !n.neighbours[key] && (known.err == nil || !retrying) {
 			continue

@@ -9,10 +9,10 @@ import (
 // which an eighth may be more.
 const fewLinks = 64
 
-// readLinks reads again what todo says of links, and says whether any is different. On an error
+// readLinks reads again what unread says of links, and says whether any is different. On an error
 // nothing is.
 func (w *Watcher) readLinks() (differ bool, err error) {
-	n := &w.todo
+	n := &w.unread
 	w.addUppers()
 	all := n.all || len(n.links) > fewLinks+len(w.links)/8
 	if !all && len(n.links) == 0 {
@@ -41,19 +41,19 @@ func (w *Watcher) readLinks() (differ bool, err error) {
 	return differ, nil
 }
 
-// addUppers adds to todo the links that are made upon one that comes or goes. The kernel does
+// addUppers adds to unread the links that are made upon one that comes or goes. The kernel does
 // not announce that a lower link has left for another namespace, or is back.
 func (w *Watcher) addUppers() {
 	came := false
-	for index := range w.todo.links {
+	for index := range w.unread.links {
 		came = came || w.links[index] == nil
 	}
-	if !came && len(w.todo.gone) == 0 {
+	if !came && len(w.unread.gone) == 0 {
 		return
 	}
 	for index, l := range w.links {
-		if came && l.outside || l.Lower != 0 && w.todo.gone[l.Lower] {
-			w.todo.link(index)
+		if came && l.outside || l.Lower != 0 && w.unread.gone[l.Lower] {
+			w.unread.link(index)
 		}
 	}
 }
@@ -66,7 +66,7 @@ func (w *Watcher) replace(index int, l *Link) bool {
 	case l == nil:
 		delete(w.links, index)
 		return old != nil
-	case old == nil || w.todo.reborn || w.todo.gone[index]:
+	case old == nil || w.unread.reborn || w.unread.gone[index]:
 		w.generations++
 		l.Generation = w.generations
 	default:
@@ -109,10 +109,10 @@ func (w *Watcher) readEveryLink() (map[int]*Link, error) {
 	return all, nil
 }
 
-// readSomeLinks reads the links of todo; nil for those that are gone.
+// readSomeLinks reads the links of unread; nil for those that are gone.
 func (w *Watcher) readSomeLinks() (map[int]*Link, error) {
-	some := make(map[int]*Link, len(w.todo.links))
-	for index := range w.todo.links {
+	some := make(map[int]*Link, len(w.unread.links))
+	for index := range w.unread.links {
 		l, err := w.kernel.link(index)
 		if err != nil {
 			return nil, err

@@ -64,7 +64,7 @@ type Watcher struct {
 
 	// state guards the rest, from one snapshot to the next. Lock it before mu.
 	state       sync.Mutex
-	todo        news // not yet looked at
+	unread      news // not yet looked at
 	links       map[int]*Link
 	generations uint64 // the last given
 	hops        hops
@@ -80,7 +80,7 @@ func open(opts Options, room int) (_ *Watcher, err error) {
 	w := &Watcher{
 		log: opts.Logger, changed: make(chan struct{}, 1),
 		links: map[int]*Link{}, hops: newHops(),
-		todo: news{all: true},
+		unread: news{all: true},
 	}
 	if w.log == nil {
 		w.log = slog.New(slog.DiscardHandler)
@@ -223,7 +223,7 @@ func (w *Watcher) Due() time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	due := time.Duration(idle)
-	if w.todo.routesChanged() || w.pending.routesChanged() {
+	if w.unread.routesChanged() || w.pending.routesChanged() {
 		due = min(due, time.Until(w.routesAt))
 	}
 	if !w.retry.IsZero() {
@@ -280,7 +280,7 @@ func (w *Watcher) take() {
 	if w.pending.reborn {
 		w.log.Warn("the kernel announced more changes of interfaces than were read: all are looked at again")
 	}
-	w.todo.add(w.pending)
+	w.unread.add(w.pending)
 	w.pending = news{}
 }
 
