@@ -88,6 +88,10 @@ func (l *Loader) adopt() (err error) {
 	if l.maps, err = openMaps(dir, false); err != nil {
 		return err
 	}
+	// Left by a process that died right after it had published what it built.
+	if err := os.Remove(filepath.Join(dir, pinBuilding)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("mark the pin directory as built: %w", err)
+	}
 	if err := l.adoptConfig(); err != nil {
 		return err
 	}

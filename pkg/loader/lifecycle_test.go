@@ -535,7 +535,7 @@ func TestSweepsLeftovers(t *testing.T) {
 	pins := pinsBelow(t, filepath.Dir(l.opts.PinDir))
 	dir := l.opts.PinDir
 	stale := dir + "_new_1234"
-	for _, sub := range []string{"", "/links", "/programs"} {
+	for _, sub := range []string{"", "/building", "/links", "/programs"} {
 		if err := os.Mkdir(stale+sub, 0o700); err != nil {
 			t.Fatal(err)
 		}

@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -28,8 +27,8 @@ type Options struct {
 	// ConfigFile is the YAML file of rules; empty for none.
 	ConfigFile string
 	// StateFile keeps the rules that were added through the API, so that they
-	// outlive the process as the kernel's state does. Empty: api-rules.yaml in the
-	// loader's RunDir.
+	// outlive the process as the kernel's state does. Empty: the loader's RunFile
+	// api-rules.yaml.
 	StateFile string
 	// Interfaces are attached even while no rule names them.
 	Interfaces []string
@@ -102,14 +101,11 @@ func New(opts Options) (_ *Relay, err error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	if opts.Loader.RunDir == "" {
-		opts.Loader.RunDir = loader.DefaultRunDir
-	}
-	if opts.Loader.PinDir == "" {
-		opts.Loader.PinDir = loader.DefaultPinDir
+	if opts.Loader, err = opts.Loader.Absolute(); err != nil {
+		return nil, err
 	}
 	if opts.StateFile == "" {
-		opts.StateFile = filepath.Join(opts.Loader.RunDir, "api-rules.yaml")
+		opts.StateFile = loader.RunFile(opts.Loader.RunDir, opts.Loader.PinDir, "api-rules.yaml")
 	}
 	opts.Loader.Logger, opts.Membership.Logger = opts.Logger, opts.Logger
 	r := &Relay{
@@ -132,7 +128,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := r.readInitialRules(); err != nil {
 		return nil, err
 	}
-	if r.offloads, err = readOffloads(filepath.Join(r.opts.Loader.RunDir, "offloads.json")); err != nil {
+	if r.offloads, err = readOffloads(loader.RunFile(r.opts.Loader.RunDir, r.opts.Loader.PinDir, "offloads.json")); err != nil {
 		return nil, err
 	}
 	r.sizeMaps()
