@@ -208,7 +208,7 @@ func daemon(t *testing.T, b control.Backend) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	socket := filepath.Join(dir, "s")
-	ln, err := control.Listen(socket)
+	ln, err := control.Listen(socket, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
