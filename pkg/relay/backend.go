@@ -24,19 +24,19 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 		if err := control.ValidateSet(append(r.wantedRules(), rule)); err != nil {
 			return err
 		}
-		if err := r.replace(edit{put: []*wantedRule{{rule: rule, origin: control.OriginAPI}}}, true); err != nil {
+		if err := r.replace(edit{put: []*wantedRule{{rule: rule, origin: control.OriginAPI}}}, true, true); err != nil {
 			return err
 		}
-		r.saveState()
 		status, err = r.ruleStatus(rule.Name)
 		return err
 	})
 	return status, err
 }
 
-// replace edits the wanted rules. After an error everything is as before: the
-// kernel does not take them, or, when strict, one that was put in failed.
-func (r *Relay) replace(e edit, strict bool) error {
+// replace edits the wanted rules, and saves those of the API. After an error everything is
+// as before: they cannot be saved, the kernel does not take them, or, when strict, one that
+// was put in failed.
+func (r *Relay) replace(e edit, strict, save bool) error {
 	var names []string
 	if strict {
 		for _, w := range e.put {
@@ -44,7 +44,17 @@ func (r *Relay) replace(e edit, strict bool) error {
 		}
 	}
 	undo := r.apply(e)
+	if save {
+		// First: what there is no room for is found out before any packet sees it.
+		if err := r.stageState(); err != nil {
+			r.apply(undo)
+			return control.Wrap(control.KindFailed, err)
+		}
+	}
 	err := r.reconcile(names)
+	if err == nil && save {
+		err = r.commitState()
+	}
 	if err == nil {
 		return nil
 	}
@@ -70,14 +80,6 @@ func (r *Relay) tidyUp() {
 	})
 }
 
-func (r *Relay) saveState() {
-	if err := r.writeState(); err != nil {
-		r.warn(aboutSaved, err)
-		return
-	}
-	delete(r.warnings, aboutSaved)
-}
-
 // DeleteRule implements control.Backend.
 func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 	return r.do(ctx, func() error {
@@ -88,11 +90,7 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 		case w.origin == control.OriginFile:
 			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.opts.ConfigFile)
 		}
-		if err := r.replace(edit{remove: []string{name}}, false); err != nil {
-			return err
-		}
-		r.saveState()
-		return nil
+		return r.replace(edit{remove: []string{name}}, false, true)
 	})
 }
 
@@ -100,9 +98,6 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 func (r *Relay) Apply(ctx context.Context, want []rules.Rule, o control.ApplyOptions) (result control.ApplyResult, err error) {
 	err = r.do(ctx, func() error {
 		result, err = r.applyOrigin(control.OriginAPI, want, o, true)
-		if err == nil && !o.DryRun && (len(result.Changes) > 0 || r.warnings[aboutSaved] != "") {
-			r.saveState()
-		}
 		return err
 	})
 	return result, err
@@ -159,7 +154,7 @@ func (r *Relay) applyOrigin(origin string, want []rules.Rule, o control.ApplyOpt
 	for _, rule := range diff.Remove {
 		e.remove = append(e.remove, rule.Name)
 	}
-	return result, r.replace(e, strict)
+	return result, r.replace(e, strict, origin == control.OriginAPI)
 }
 
 // summary counts the changes, and lists as many as are asked for.

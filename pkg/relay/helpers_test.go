@@ -70,6 +70,11 @@ func (p *place) file(name, text string) string {
 	return path
 }
 
+// stateFile is where the rules of the API are saved.
+func (p *place) stateFile() string {
+	return loader.RunFile(p.opts.Loader.RunDir, p.opts.Loader.PinDir, "api-rules.yaml")
+}
+
 // running is a relay and the goroutine that runs it.
 type running struct {
 	*Relay
@@ -187,7 +192,7 @@ func (p *place) footprint(r *running) footprint {
 		}
 	}
 	f.Groups = p.groups()
-	saved, err := os.ReadFile(filepath.Join(p.opts.Loader.RunDir, "api-rules.yaml"))
+	saved, err := os.ReadFile(p.stateFile())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		p.t.Fatal(err)
 	}

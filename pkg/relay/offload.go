@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -66,14 +65,10 @@ func (o *offloads) save() error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(o.file), 0o755); err != nil {
+	if err := stageFile(o.file, append(data, '\n')); err != nil {
 		return err
 	}
-	next := o.file + ".next"
-	if err := os.WriteFile(next, append(data, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(next, o.file)
+	return commitFile(o.file)
 }
 
 // showTags makes an interface leave tags in the frames. It may be called again.

@@ -27,7 +27,7 @@ func (r *running) put(all ...rules.Rule) error {
 	for _, rule := range all {
 		e.put = append(e.put, &wantedRule{rule: rule, origin: control.OriginAPI})
 	}
-	return r.do(r.t.Context(), func() error { return r.replace(e, true) })
+	return r.do(r.t.Context(), func() error { return r.replace(e, true, false) })
 }
 
 func (r *running) mustPut(all ...rules.Rule) {
@@ -388,7 +388,7 @@ func TestVLANOffload(t *testing.T) {
 	if active() {
 		t.Error("in0 strips tags although the kernel has rule 2")
 	}
-	if err := os.WriteFile(p.opts.Loader.RunDir+"/api-rules.yaml", []byte("rules: []"), 0o600); err != nil {
+	if err := os.WriteFile(p.stateFile(), []byte("rules: []"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r = p.start()

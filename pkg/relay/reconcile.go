@@ -23,7 +23,6 @@ const (
 	aboutNeighbours = "neighbours"
 	aboutOwn        = "own addresses"
 	aboutOffloads   = "vlan offload"
-	aboutSaved      = "saved rules"
 )
 
 // nextWake says when something is due although nothing has happened.

@@ -67,30 +67,77 @@ func TestSavedRules(t *testing.T) {
 	}
 }
 
-// TestStateIsNotSaved: that the rules cannot be saved is no reason not to relay; it
-// is shown until it works.
-func TestStateIsNotSaved(t *testing.T) {
+// TestWhatIsNotSavedIsNotDone: a change whose rules cannot be saved fails and is undone,
+// since a restart would take it back.
+func TestWhatIsNotSavedIsNotDone(t *testing.T) {
 	p := newPlace(t)
-	p.opts.StateFile = filepath.Join(t.TempDir(), "api-rules.yaml")
-	inTheWay := p.opts.StateFile + ".next"
-	if err := os.Mkdir(inTheWay, 0o700); err != nil {
+	if err := os.MkdirAll(p.opts.Loader.RunDir, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	const small = 64 << 10
+	if err := unix.Mount("tmpfs", p.opts.Loader.RunDir, "tmpfs", 0, fmt.Sprintf("size=%d,mode=755", small)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(p.opts.Loader.RunDir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
 	r := p.start()
 	r.mustAdd("a", anyIn, out0)
-	status, err := r.Status(t.Context())
-	if err != nil {
+	before := p.footprint(r)
+	refuses := func(why string) {
+		t.Helper()
+		_, added := r.add("b", sourceIn, out0)
+		deleted := r.DeleteRule(t.Context(), "a")
+		_, applied := r.Apply(t.Context(), nil, control.ApplyOptions{})
+		for what, err := range map[string]error{"add": added, "delete": deleted, "apply": applied} {
+			if !errors.Is(err, control.ErrFailed) || !strings.Contains(err.Error(), "save rules: ") || !strings.Contains(err.Error(), why) {
+				t.Errorf("%s: %v, want that it fails as the rules cannot be saved: %s", what, err, why)
+			}
+			if diff := cmp.Diff(before, p.footprint(r)); diff != "" {
+				t.Errorf("after the failed %s (-before +after):\n%s", what, diff)
+			}
+		}
+	}
+	// The directory is full.
+	filler := filepath.Join(p.opts.Loader.RunDir, "filler")
+	if err := os.WriteFile(filler, make([]byte, small), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("fill the run directory: %v", err)
+	}
+	refuses("no space left on device")
+	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
-	if len(status.Warnings) != 1 || !strings.HasPrefix(status.Warnings[0], "saved rules: ") {
-		t.Errorf("warnings are %q", status.Warnings)
+	// Something is in the way of what is written first, and of what takes its place.
+	for _, path := range []string{p.stateFile() + ".next", p.stateFile()} {
+		saved, err := os.ReadFile(p.stateFile())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(os.RemoveAll(path), os.MkdirAll(path+"/full", 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		if path == p.stateFile() {
+			before.Saved = "" // it cannot be read
+			if _, err := r.add("b", sourceIn, out0); !errors.Is(err, control.ErrFailed) {
+				t.Errorf("add: %v, want that it fails", err)
+			}
+		} else {
+			refuses("directory not empty")
+		}
+		if err := errors.Join(os.RemoveAll(path), os.WriteFile(p.stateFile(), saved, 0o600)); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if err := os.Remove(inTheWay); err != nil {
-		t.Fatal(err)
+	if err := r.DeleteRule(t.Context(), "a"); err != nil {
+		t.Error(err)
 	}
 	r.mustAdd("b", sourceIn, out0)
-	if status, err = r.Status(t.Context()); err != nil || len(status.Warnings) != 0 {
-		t.Errorf("warnings are %q, %v", status.Warnings, err)
+	r.stop()
+	r = p.start()
+	if all, err := r.Rules(t.Context()); err != nil || len(all) != 1 || all[0].Name != "b" {
+		t.Errorf("after a restart: %v, %v", all, err)
 	}
 }
 

@@ -313,7 +313,7 @@ func TestUnicastRestart(t *testing.T) {
 	before := *r.kernel("uni0")
 	r.stop()
 	waitNeighbours(t, p.host, "managed 10.1.0.2", "managed 10.2.0.2")
-	if err := os.WriteFile(p.opts.Loader.RunDir+"/api-rules.yaml", fmt.Appendf(nil, "rules: [{name: uni0, in: %s, out: 10.1.0.2:6000%%out0}]\n", anyIn), 0o600); err != nil {
+	if err := os.WriteFile(p.stateFile(), fmt.Appendf(nil, "rules: [{name: uni0, in: %s, out: 10.1.0.2:6000%%out0}]\n", anyIn), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r = p.start()
