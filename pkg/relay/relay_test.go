@@ -251,3 +251,25 @@ func TestFirstAddr(t *testing.T) {
 		}
 	}
 }
+
+// TestEmptyFileChangesNothing: what a producer leaves that failed is no order to remove
+// every rule.
+func TestEmptyFileChangesNothing(t *testing.T) {
+	p := newPlace(t)
+	p.opts.ConfigFile = p.file("rules.yaml", `rules: [{name: a, in: "239.1.1.1:5000%in0", out: "239.2.2.1:6000%out0"}]`)
+	r := p.start()
+	before := p.footprint(r)
+	for _, text := range []string{"", "# rules:\n", "rules:\n"} {
+		p.file("rules.yaml", text)
+		if _, err := r.Reload(t.Context(), control.ApplyOptions{}); !errors.Is(err, control.ErrInvalid) || !strings.Contains(err.Error(), `"rules: []" for none on purpose`) {
+			t.Errorf("reload of %q: %v", text, err)
+		}
+		if diff := cmp.Diff(before, p.footprint(r)); diff != "" {
+			t.Errorf("after the reload of %q (-before +after):\n%s", text, diff)
+		}
+	}
+	p.file("rules.yaml", "rules: []\n")
+	if result, err := r.Reload(t.Context(), control.ApplyOptions{}); err != nil || result.Removed != 1 {
+		t.Errorf("reload of no rules on purpose: %+v, %v", result, err)
+	}
+}

@@ -19,13 +19,8 @@ func goodFiles(t testing.TB) []goodFile {
 		"1.50 239.1.1.2:5000%eth0 -> 239.2.2.3:6000%eth1,src=keep")
 	two[1].Path = PathKernel
 	return []goodFile{
-		{"empty", "", nil},
-		{"comment", "# nothing yet\n", nil},
-		{"document mark", "---\n", nil},
-		{"null", "~", nil},
-		{"no rules", "rules:\n", nil},
 		{"empty list", "rules: []\n", nil},
-		{"empty mapping", "{}", nil},
+		{"empty list of lines", "# none\n---\nrules:\n  []\n", nil},
 		{"plain", `
 rules:
   - name: cam1
@@ -71,7 +66,16 @@ type faultyFile struct {
 func faultyFiles() []faultyFile {
 	const name63 = "1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first"
 	const oneRule = "rules:\n- name: a\n  in: 239.1.1.1:1%eth0\n  out: 239.1.1.2:1%eth1\n"
+	const noRules = `rules missing: want them in a list below "rules:", or "rules: []" for none on purpose`
 	return []faultyFile{
+		{"empty", "", []string{" " + noRules}},
+		{"blank", " \n\n", []string{" " + noRules}},
+		{"comment", "# nothing yet\n", []string{" " + noRules}},
+		{"document mark", "---\n", []string{" " + noRules}},
+		{"null", "~", []string{" " + noRules}},
+		{"cut off behind the key", "# head\nrules:\n", []string{"2: " + noRules}},
+		{"null as rules", "rules: null\n", []string{"1: " + noRules}},
+		{"empty mapping", "{}", []string{"1: " + noRules}},
 		{"not a mapping", "- a", []string{`1: want a mapping (rules), not a list`}},
 		{"text", "\n\nhello", []string{`3: want a mapping (rules), not text`}},
 		{"tagged", "!!binary x", []string{`1: want a mapping (rules), not a value tagged "!!binary"`}},

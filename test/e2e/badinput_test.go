@@ -17,6 +17,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
 )
 
 // everything is all state that a wrong request must not change.
@@ -47,7 +48,7 @@ func (in *instance) everything() everything {
 			e.Files = append(e.Files, f.Name())
 		}
 	}
-	state, err := os.ReadFile(in.runDir + "/api-rules.yaml")
+	state, err := os.ReadFile(loader.RunFile(in.runDir, in.pinDir, "api-rules.yaml"))
 	if err != nil && !os.IsNotExist(err) {
 		in.t.Fatal(err)
 	}
@@ -235,7 +236,7 @@ func TestBadStart(t *testing.T) {
 	}
 	absent, bad := in.dir+"/absent.yaml", in.write("bad.yaml", badYAML)
 	broken, other := in.write("broken.yaml", "rules: [\n  - name: {"), in.write("other.yaml", "rulez: []\n")
-	lock := in.runDir + "/" + strings.ReplaceAll(strings.Trim(in.pinDir, "/"), "/", "-") + ".lock"
+	lock := loader.RunFile(in.runDir, in.pinDir, "lock")
 	add := []string{"rule", "add", "x", "--in", "239.1.1.2:5000%in0", "--out", "239.2.1.1:6000%out0"}
 
 	// Nothing is loaded.
@@ -252,7 +253,7 @@ func TestBadStart(t *testing.T) {
 		{nil, 1, []string{"nothing is loaded in " + in.pinDir}, []string{"unload", "--all"}},
 		{nil, 1, []string{"nothing is loaded in " + in.pinDir}, []string{"upgrade"}},
 		{nil, 1, []string{"no xdpcast is running (no answer at " + in.socket + `): start one with "xdpcast run"`}, []string{"rule", "list"}},
-		{nobody, 1, []string{"listen: listen unix " + in.socket + ": bind: permission denied: run it as root"}, []string{"run"}},
+		{nobody, 1, []string{"listen: open lock file: open " + in.socket + ".lock: permission denied: run it as root"}, []string{"run"}},
 		{nobody, 1, []string{"open lock file: open " + lock + ": permission denied: run it as root"}, []string{"load", "-i", "in0"}},
 	})
 
@@ -268,10 +269,10 @@ func TestBadStart(t *testing.T) {
 		{nil, 1, locked, []string{"load", "-i", "in0"}},
 		{nil, 1, locked, []string{"unload", "--all"}},
 		{nil, 1, locked, []string{"upgrade"}},
-		{nobody, 1, []string{"uid 65534 may not change rules: root is needed"}, add},
-		{nobody, 1, []string{"uid 65534 may not read: root is needed"}, []string{"rule", "list"}},
-		{nobody, 1, listening, []string{"run"}},
-		{nobody, 1, []string{"open lock file: open " + lock + ": permission denied: run it as root"}, []string{"unload", "--all"}},
+		{nobody, 1, []string{"not allowed to reach " + in.socket + ": root is needed"}, add},
+		{nobody, 1, []string{"not allowed to reach " + in.socket + ": root is needed"}, []string{"rule", "list"}},
+		{nobody, 1, []string{"listen: open lock file: open " + in.socket + ".lock: permission denied: run it as root"}, []string{"run"}},
+		{nobody, 1, []string{"look for stale pins: open " + filepath.Dir(in.pinDir) + ": permission denied: run it as root"}, []string{"unload", "--all"}},
 	})
 	for _, path := range []string{in.dir + "/second.sock", in.dir + "/bpf/second"} {
 		if _, err := os.Stat(path); !os.IsNotExist(err) {
