@@ -148,7 +148,7 @@ func (l *Loader) adoptRules() error {
 		if err != nil {
 			return err
 		}
-		stale, err := l.dropHalfMoved(e)
+		stale, err := l.dropHalfMoved(e, &pointed)
 		if err != nil {
 			return err
 		}
@@ -191,12 +191,13 @@ func (l *Loader) adoptRules() error {
 	return l.clearOrphans(byID, fans)
 }
 
-// dropHalfMoved settles a rule that is in two tables under one name: it was moved by
-// a process that died between the two writes. The later table still has the old one,
-// which is unpublished; e is from it when true.
-func (l *Loader) dropHalfMoved(e *entry) (stale bool, err error) {
+// dropHalfMoved settles a rule that is there twice under one name: it was moved by a
+// process that died before the old entry was gone. Each of the two is whole, with a row of
+// its own that describes it; e is unpublished when the result is true, whichever it is: the
+// one that stays had its packets at that moment, and Sync makes it the one that is wanted.
+func (l *Loader) dropHalfMoved(e *entry, pointed *pointedAt) (stale bool, err error) {
 	other := l.rules[e.rule.Name] // from the same table or one before
-	if other == nil || other.id == e.id || kindOf(other.rule.In) == kindOf(e.rule.In) {
+	if other == nil || other.id == e.id || !pointed.describes(other) || !pointed.describes(e) {
 		return false, nil
 	}
 	if err := l.tableOf(e.rule.In).Delete(encodeKey(e.rule.In)); err != nil {

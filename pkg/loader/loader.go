@@ -48,6 +48,7 @@ type Options struct {
 	Logger *slog.Logger
 
 	programs programSource // tests replace it to stand for another release
+	wait     func()        // waitForPrograms; tests look at what holds meanwhile
 }
 
 // Absolute returns the options with absolute paths, the defaults where none are given.
@@ -78,6 +79,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.programs == nil {
 		o.programs = embedded{}
+	}
+	if o.wait == nil {
+		o.wait = waitForPrograms
 	}
 	return o, nil
 }

@@ -111,10 +111,9 @@ func (s *sync) closeShortcuts() {
 	}
 }
 
-// openShortcuts gives the rules in force their places.
+// openShortcuts gives the rules in force their places. The caller has waited for the
+// programs that have seen the shortcuts open.
 func (l *Loader) openShortcuts() error {
-	// Programs that have seen them open may still read them.
-	waitForPrograms()
 	s := &l.shortcuts
 	changed := map[uint32]bool{}
 	wants := l.shortcutRules()
@@ -214,6 +213,7 @@ func (l *Loader) adoptShortcuts() error {
 	if err := l.writeConfig(); err != nil {
 		return err
 	}
+	l.opts.wait()
 	if err := l.openShortcuts(); err != nil {
 		return fmt.Errorf("shortcuts to the rules: %w", err)
 	}
