@@ -319,7 +319,7 @@ func TestDamagedPinsAreRefused(t *testing.T) {
 			if err := os.Remove(egressPin(l.opts.PinDir)); err != nil {
 				t.Fatal(err)
 			}
-		}, "egress program"},
+		}, "programs/egress is missing"},
 		{"rule without a name", edit("one", func(l *Loader, e *entry, _ *bpf.RelayFlow) { put(l.maps.Rules, e.id, &bpf.RelayRule{}) }), "has no name"},
 		{"name without an end", edit("one", func(l *Loader, e *entry, _ *bpf.RelayFlow) {
 			row := encodeRule(e)

@@ -122,6 +122,7 @@ type Loader struct {
 	steeringFault error
 
 	adopted  bool
+	cookie   uint64 // of the network namespace
 	warnings []string
 }
 
@@ -150,6 +151,13 @@ func Open(opts Options) (_ *Loader, err error) {
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
 	}
+	if l.cookie, err = netnsCookie(); err != nil {
+		return nil, err
+	}
+	warning, err := checkCapabilities()
+	if err != nil {
+		return nil, err
+	}
 	if l.lock.run, err = takeRunLock(opts); err != nil {
 		return nil, err
 	}
@@ -160,7 +168,17 @@ func Open(opts Options) (_ *Loader, err error) {
 	if err := l.open(); err != nil {
 		return nil, errors.Join(err, l.Close(), mounted.undo()) // what is open keeps the mount
 	}
+	l.warn(warning)
+	l.warn(privateMount(opts.PinDir))
 	return l, nil
+}
+
+// warn keeps a warning, "" for none.
+func (l *Loader) warn(warning string) {
+	if warning != "" {
+		l.log.Warn(warning)
+		l.warnings = append(l.warnings, warning)
+	}
 }
 
 // open makes or adopts the pinned state, whichever is right once the pin directory is
@@ -279,16 +297,12 @@ func (l *Loader) resetAllocators() {
 func (l *Loader) writeConfig() error { return l.writeLookups(l.lookups.kinds()) }
 
 func (l *Loader) writeLookups(kinds lookups) error {
-	cookie, err := netnsCookie()
-	if err != nil {
-		return err
-	}
 	config := bpf.RelayConfig{
 		Schema:      bpf.Schema,
 		Lookup4:     uint16(kinds),
 		Lookup6:     uint16(kinds >> 16),
 		Own:         l.own,
-		NetnsCookie: cookie,
+		NetnsCookie: l.cookie,
 		MaxRules:    l.maps.Rules.MaxEntries(),
 		MaxOutputs:  l.maps.Outputs.MaxEntries(),
 		Steered:     uint32(len(l.steering)),

@@ -236,7 +236,6 @@ func TestBadStart(t *testing.T) {
 	}
 	absent, bad := in.dir+"/absent.yaml", in.write("bad.yaml", badYAML)
 	broken, other := in.write("broken.yaml", "rules: [\n  - name: {"), in.write("other.yaml", "rulez: []\n")
-	lock := loader.RunFile(in.runDir, in.pinDir, "lock")
 	add := []string{"rule", "add", "x", "--in", "239.1.1.2:5000%in0", "--out", "239.2.1.1:6000%out0"}
 
 	// Nothing is loaded.
@@ -254,7 +253,7 @@ func TestBadStart(t *testing.T) {
 		{nil, 1, []string{"nothing is loaded in " + in.pinDir}, []string{"upgrade"}},
 		{nil, 1, []string{"no xdpcast is running (no answer at " + in.socket + `): start one with "xdpcast run"`}, []string{"rule", "list"}},
 		{nobody, 1, []string{"listen: open lock file: open " + in.socket + ".lock: permission denied: run it as root"}, []string{"run"}},
-		{nobody, 1, []string{"open lock file: open " + lock + ": permission denied: run it as root"}, []string{"load", "-i", "in0"}},
+		{nobody, 1, []string{"without CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN (see capabilities(7)): operation not permitted: run it as root"}, []string{"load", "-i", "in0"}},
 	})
 
 	in.start()
