@@ -131,6 +131,9 @@ func (h *hops) askRoute(hop *nextHop) {
 // errNoRoute is why there is no next hop.
 var errNoRoute = errors.New("no route")
 
+// errBroadcast is why there is none either, whatever answers.
+var errBroadcast = errors.New("a broadcast address of the network")
+
 // route returns the next hop of a destination by an interface: the gateway, or the
 // destination itself. It asks for the entry of the routing table
 // (RTM_F_FIB_MATCH), since without one IPv4 takes any destination to be on the link.
@@ -147,7 +150,7 @@ func (c *rtnl) route(key hopKey) (netip.Addr, error) {
 	switch r.Type {
 	case unix.RTN_UNICAST:
 	case unix.RTN_BROADCAST:
-		return netip.Addr{}, fmt.Errorf("%s is a broadcast address of the network", key.dst)
+		return netip.Addr{}, fmt.Errorf("%s is %w", key.dst, errBroadcast)
 	case unix.RTN_LOCAL:
 		return netip.Addr{}, fmt.Errorf("%s is an address of this host", key.dst)
 	default:

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -222,6 +223,10 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 		s.state, s.reason = control.StatePending, r.resolveOutput(o, s, out, path, generic)
 		if s.reason == "" {
 			s.state, s.reason = r.resolveHop(o, s, out)
+		}
+		if s.hop != nil && errors.Is(s.hop.err, errBroadcast) {
+			n.fail(fmt.Errorf("output %s: %w of interface %s: want a host's address, or a multicast group", o, s.hop.err, s.ifname))
+			return
 		}
 		if s.reason == "" {
 			out.Ready = true

@@ -335,6 +335,7 @@ func TestUnicastRefused(t *testing.T) {
 	for _, tt := range []struct{ out, want string }{
 		{"10.1.0.1:6000%out0", "rule bad: output 10.1.0.1:6000%out0: 10.1.0.1 is an address of this host: want another host's, or a multicast group"},
 		{"10.2.0.1:6000%out0", "rule bad: output 10.2.0.1:6000%out0: 10.2.0.1 is an address of this host: want another host's, or a multicast group"},
+		{"10.1.0.255:6000%out0", "rule bad: output 10.1.0.255:6000%out0: 10.1.0.255 is a broadcast address of the network of interface out0: want a host's address, or a multicast group"},
 	} {
 		if _, err := r.add("bad", anyIn, out1, tt.out); err == nil || err.Error() != tt.want || !errors.Is(err, control.ErrFailed) {
 			t.Errorf("output %s: %v, want %s", tt.out, err, tt.want)
@@ -343,10 +344,18 @@ func TestUnicastRefused(t *testing.T) {
 	if after := p.footprint(r); !slices.Equal(after.Rules, before.Rules) || after.Groups != before.Groups {
 		t.Errorf("something remains: %+v", after)
 	}
-	if _, err := r.add("broadcast", anyIn, "10.1.0.255:6000%out0"); err != nil {
+	// One whose interface is late fails as soon as that is known.
+	if _, err := r.add("late", anyIn, "10.5.0.255:6000%late0"); err != nil {
 		t.Fatal(err)
 	}
-	r.waitOutput("broadcast", 0, "no_neighbour", "10.1.0.255 is a broadcast address of the network")
+	labtest.Connect(t, lab.End{Host: p.host, Name: "late0", Addrs: []string{"10.5.0.1/24"}}, lab.End{Host: p.peer, Name: "late0"})
+	labtest.Eventually(t, "the rule fails", func() bool {
+		status, err := r.Rule(t.Context(), "late")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return status.State == control.StateFailed && strings.Contains(status.Reason, "10.5.0.255 is a broadcast address")
+	})
 }
 
 // faultyTables are the kernel's, but for entries that it does not take.
