@@ -81,14 +81,12 @@ func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
 	}
 	var moves []uint32 // places whose holders go on to the next one
 	for s.places[at] != nil {
-		if len(moves) == maxMoves || slices.Contains(moves, at) {
+		if len(moves) == maxMoves { // what goes in a circle comes here, too
 			return
 		}
 		moves = append(moves, at)
 		first, second := s.placesOf(s.places[at].rule.In)
-		if at = first ^ second ^ at; at == moves[len(moves)-1] {
-			return // both its places are the same
-		}
+		at = first ^ second ^ at
 	}
 	for _, from := range slices.Backward(moves) {
 		s.places[at] = s.places[from]

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/membership"
 )
 
 // TestSavedRules: rules of the API outlive the relay; where the file now has
@@ -272,4 +274,59 @@ func TestEmptyFileChangesNothing(t *testing.T) {
 	if result, err := r.Reload(t.Context(), control.ApplyOptions{}); err != nil || result.Removed != 1 {
 		t.Errorf("reload of no rules on purpose: %+v, %v", result, err)
 	}
+}
+
+// TestMembershipsGoWithTheirInterface: an interface that goes and comes back, with the same
+// index or another, is joined anew.
+func TestMembershipsGoWithTheirInterface(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	r.mustAdd("a", anyIn, out0)
+	r.mustAdd("b", sourceIn, out0)
+	onIn0 := func() (lines []string) {
+		for line := range strings.Lines(p.groups()) {
+			if strings.HasPrefix(line, "in0 group") {
+				lines = append(lines, line)
+			}
+		}
+		return lines
+	}
+	want := onIn0()
+	for _, same := range []bool{true, false} {
+		in0, err := p.host.Link("in0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.host.Netlink().LinkDel(in0); err != nil {
+			t.Fatal(err)
+		}
+		labtest.Eventually(t, "the relay knows", func() bool {
+			status, err := r.Rule(t.Context(), "a")
+			return err == nil && status.State == control.StatePending
+		})
+		if all, err := r.Groups(t.Context()); err != nil || len(r.groupsHeld(t)) != 0 {
+			t.Errorf("held on an interface that is gone: %v, %v, %v", r.groupsHeld(t), all, err)
+		}
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "in0"
+		if same {
+			attrs.Index = in0.Attrs().Index
+		}
+		if err := p.host.Netlink().LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "peer0"}); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(p.host.AddAddr("in0", "10.0.0.1/24"), p.host.SetUp("in0", true), p.host.SetUp("peer0", true)); err != nil {
+			t.Fatal(err)
+		}
+		labtest.Eventually(t, "the groups are joined again", func() bool { return slices.Equal(onIn0(), want) })
+	}
+}
+
+// groupsHeld is what the relay's manager of memberships holds.
+func (r *running) groupsHeld(t *testing.T) (held []membership.Status) {
+	t.Helper()
+	if err := r.do(t.Context(), func() error { held = r.groups.List(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return held
 }

@@ -327,6 +327,34 @@ func TestUnicastRestart(t *testing.T) {
 	waitNeighbours(t, p.host)
 }
 
+// TestPermanentNeighbourStays: an entry of the relay's that somebody makes permanent has
+// become theirs, and stays when no rule needs it.
+func TestPermanentNeighbourStays(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	if _, err := r.add("uni", anyIn, "10.1.0.2:6000%out0"); err != nil {
+		t.Fatal(err)
+	}
+	r.waitMAC("uni", 0, macOf(t, p.peer, "out0"))
+	theirs := permanent(t, p.host, "out0", "10.1.0.2", "02:00:00:00:00:77")
+	if err := p.host.Netlink().NeighSet(theirs); err != nil {
+		t.Fatal(err)
+	}
+	r.waitMAC("uni", 0, [6]byte{2, 0, 0, 0, 0, 0x77})
+	if err := r.DeleteRule(t.Context(), "uni"); err != nil {
+		t.Fatal(err)
+	}
+	left, err := p.host.Netlink().NeighList(theirs.LinkIndex, netlink.FAMILY_V4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(left, func(n netlink.Neigh) bool {
+		return n.IP.Equal(theirs.IP) && n.State == unix.NUD_PERMANENT && n.HardwareAddr.String() == theirs.HardwareAddr.String()
+	}) {
+		t.Errorf("of neighbours are left %v, want the permanent one among them", left)
+	}
+}
+
 // TestUnicastRefused: what can never be sent is no rule.
 func TestUnicastRefused(t *testing.T) {
 	p := newPlace(t)
