@@ -23,8 +23,9 @@ import (
 const maxSocketPath = 107
 
 // Listen makes the unix socket at path, and its directory (0755) if that is absent. Root,
-// the process's own user and members of readGroups can connect to it, and nobody else: what
-// they may do there is the Server's to decide. A socket that a dead daemon left is
+// the process's own user and members of readGroups can connect to it, and nobody else
+// (unless there are groups and its file system has no access control lists); what they may
+// do there is the Server's to decide. A socket that a dead daemon left is
 // replaced; a live one is not: errors.Is(err, ErrListening). Anything else at path is left
 // alone and an error. A lock file stays beside the socket.
 //
@@ -82,18 +83,13 @@ func letIn(path string, groups []uint32) error {
 	}
 	defer unix.Close(fd)
 	socket := fmt.Sprintf("/proc/self/fd/%d", fd)
-	switch len(groups) {
-	case 0:
-		err = os.Chmod(socket, 0o600)
-	case 1:
-		if err = os.Chown(socket, -1, int(groups[0])); err == nil {
-			err = os.Chmod(socket, 0o660)
-		}
-	default:
-		err = unix.Setxattr(socket, "system.posix_acl_access", groupACL(groups), 0)
-		if errors.Is(err, unix.EOPNOTSUPP) {
-			return fmt.Errorf("socket %s: its file system has no access control lists, which it takes for more than one read group: name one", path)
-		}
+	if len(groups) == 0 {
+		return os.Chmod(socket, 0o600)
+	}
+	// Not by chown, which the packaged service may not.
+	err = unix.Setxattr(socket, "system.posix_acl_access", groupACL(groups), 0)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return os.Chmod(socket, 0o666) // the Server tells them apart
 	}
 	if err != nil {
 		return fmt.Errorf("give groups %s access to socket %s: %w", join(groups, ", "), path, err)
