@@ -144,7 +144,7 @@ func faultyFiles() []faultyFile {
 		{"between rules", oneRule + "- in: 239.1.1.1:1%eth0\n  name: a\n  out: 239.1.1.2:1%eth1\n- name: x\n  in: 239.1.1.2:1%eth1\n  out: [239.1.1.9:9%eth9, 239.1.1.1:1%eth0]\n", []string{
 			`5: rule "a": in "239.1.1.1:1%eth0": want an input of its own: rule "a" (line 2) takes it`,
 			`6: rule "a": name "a": want a unique name: rule #1 (line 2) has it`,
-			`10: rule "x": out[1] "239.1.1.1:1%eth0": want no loop between rules: a (line 2) -> x (line 8) -> a`}},
+			`10: rule "x": out[1] "239.1.1.1:1%eth0": want no loop between rules: a (line 2) -> x (line 8) -> a` + insist}},
 		{"a second document", oneRule + "---\nrules: []\n", []string{`5: another document begins: want one alone`}},
 		{"an empty second document", oneRule + "---\n", []string{`5: another document begins: want one alone`}},
 		{"a broken second document", oneRule + "---\na: b: c\n", []string{`6: mapping values are not allowed in this context`}},

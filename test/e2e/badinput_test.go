@@ -115,7 +115,7 @@ func TestBadRules(t *testing.T) {
 		{name: "65 outputs", input: "239.1.1.2:5000%in0", outputs: manyOutputs(65), code: 2,
 			line: `rule "bad": out "65 outputs": want 1 to 64 outputs`},
 		{name: "feeds its own input", input: "239.1.1.2:5000%in0", outputs: []string{"239.1.1.2:5000%in0"}, code: 2,
-			line: `rule "bad": out[0] "239.1.1.2:5000%in0": want no loop: it feeds the rule's own input, bad -> bad`},
+			line: `rule "bad": out[0] "239.1.1.2:5000%in0": want no loop: it feeds the rule's own input, bad -> bad` + loopHint},
 		{name: "interface name too long", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:6000%averylonginterface"}, code: 2,
 			line: `rule "bad": output "239.2.2.2:6000%averylonginterface": interface "averylonginterface": want at most 15 bytes`},
 		{name: "output to this host", input: "239.1.1.2:5000%in0", outputs: []string{"10.2.1.1:6000%out0"}, code: 1,
@@ -123,7 +123,7 @@ func TestBadRules(t *testing.T) {
 		{name: "prefix without a word on joining", input: "239.1.0.0/16%in0", code: 2,
 			line: `rule "bad": in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
 		{name: "feeds itself through a prefix", input: "239.1.0.0/24%in0,join=none", outputs: []string{"239.1.0.7:5000%in0"}, code: 2,
-			line: `rule "bad": out[0] "239.1.0.7:5000%in0": want no loop: it feeds the rule's own input, bad -> bad`},
+			line: `rule "bad": out[0] "239.1.0.7:5000%in0": want no loop: it feeds the rule's own input, bad -> bad` + loopHint},
 		{name: "port shifted out of range", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:-5000%out1"}, code: 2,
 			line: `rule "bad": out[0].port "-5000": want what leaves the input's port 5000 within 1 to 65535: it would be 0`},
 		{name: "VLAN 4095", input: "239.1.1.2:5000%in0,vlan=4095", code: 2,
@@ -186,6 +186,9 @@ func TestBadRules(t *testing.T) {
 		in.refused(t, tt.code, tt.lines, tt.args...)
 	}
 }
+
+// loopHint ends the report of a circle.
+const loopHint = " (loop=allow on an input of it lets it stand: it then needs ttl=dec on an output, which ends what goes round)"
 
 const badYAML = `rules:
   - name: a
