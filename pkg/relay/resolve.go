@@ -225,7 +225,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 			s.state, s.reason = r.resolveHop(o, s, out)
 		}
 		if s.hop != nil && errors.Is(s.hop.err, errBroadcast) {
-			n.fail(fmt.Errorf("output %s: %w of interface %s: want a host's address, or a multicast group", o, s.hop.err, s.ifname))
+			n.fail(fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, or a multicast group", o, o.Address, s.ifname))
 			return
 		}
 		if s.reason == "" {
