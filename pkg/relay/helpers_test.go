@@ -196,6 +196,9 @@ func (p *place) footprint(r *running) footprint {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		p.t.Fatal(err)
 	}
+	if next, err := os.Lstat(p.stateFile() + ".next"); err == nil && next.Mode().IsRegular() {
+		p.t.Error("a change that was not made has left what was to be saved")
+	}
 	f.Saved = strings.TrimSpace(string(saved))
 	if f.Saved == "rules: []" {
 		f.Saved = ""
