@@ -330,3 +330,25 @@ func (r *running) groupsHeld(t *testing.T) (held []membership.Status) {
 	}
 	return held
 }
+
+// TestTwoRelaysShareARunDirectory: each keeps its own rules there, also over a restart.
+func TestTwoRelaysShareARunDirectory(t *testing.T) {
+	one, two := newPlace(t), newPlace(t)
+	two.opts.Loader.RunDir = one.opts.Loader.RunDir
+	first, second := one.start(), two.start()
+	first.mustAdd("first", anyIn, out0)
+	second.mustAdd("second", sourceIn, out1)
+	if first.offloads.file == second.offloads.file {
+		t.Errorf("both note in %s what they have switched off", first.offloads.file)
+	}
+	first.stop()
+	second.stop()
+	for p, want := range map[*place]string{one: "first", two: "second"} {
+		r := p.start()
+		all, err := r.Rules(t.Context())
+		if err != nil || len(all) != 1 || all[0].Name != want {
+			t.Errorf("after a restart: %v, %v, want rule %s alone", all, err, want)
+		}
+		r.stop()
+	}
+}
