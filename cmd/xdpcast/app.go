@@ -143,7 +143,11 @@ func showArgs(c *cli.Context, min, max int) error {
 	return err
 }
 
-func client(c *cli.Context) *control.Client { return control.NewClient(c.String("socket")) }
+func client(c *cli.Context) *control.Client {
+	daemon := control.NewClient(c.String("socket"))
+	daemon.Slow = func(line string) { fmt.Fprintf(c.App.ErrWriter, "xdpcast: %s\n", printable(line)) }
+	return daemon
+}
 
 // report writes an error to stderr, a line each for what was joined, and
 // returns the exit code.

@@ -208,7 +208,7 @@ func daemon(t *testing.T, b control.Backend) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	socket := filepath.Join(dir, "s")
-	ln, err := control.Listen(socket)
+	ln, err := control.Listen(socket, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -341,6 +341,7 @@ func TestCommands(t *testing.T) {
 			"- feed-a: 239.9.0.1:15000%eth7 -> 239.9.0.1:15000%eth1 (path kernel)\n" +
 			"1 added, 1 removed, 1 changed, 1 kept\n", nil},
 		{[]string{"rule", "apply", bad}, "", 1, "", []string{"xdpcast: " + bad + ":3: ", "xdpcast: " + bad + ":6: ", "colour"}},
+		{[]string{"rule", "apply", "-"}, "", 1, "", []string{`xdpcast: stdin: rules missing: want them in a list below "rules:", or "rules: []" for none on purpose`}}, // of nothing
 		{[]string{"rule", "apply", "/absent"}, "", 1, "", []string{"/absent: no such file"}},
 		{[]string{"check", file}, "", 0, "ok: 1 rule\n", nil},
 		{[]string{"check", "-c", file}, "", 0, "ok: 1 rule\n", nil},

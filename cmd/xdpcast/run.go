@@ -138,8 +138,12 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
 	defer signal.Stop(hangups)
+	var groups []uint32
+	for _, gid := range c.UintSlice("read-group") {
+		groups = append(groups, uint32(gid))
+	}
 	// The socket first: a daemon that must not run must not touch the kernel.
-	listener, err := control.Listen(c.String("socket"))
+	listener, err := control.Listen(c.String("socket"), groups)
 	if err != nil {
 		return explainStart(err)
 	}
@@ -155,10 +159,6 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger})
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
-	var groups []uint32
-	for _, gid := range c.UintSlice("read-group") {
-		groups = append(groups, uint32(gid))
-	}
 	served := make(chan error, 2)
 	go func() {
 		defer cancel()

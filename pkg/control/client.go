@@ -11,8 +11,10 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +25,11 @@ import (
 const (
 	// clientTimeout is more than a server ever takes.
 	clientTimeout = 90 * time.Second
+	// slowAfter is when a client says that it waits, and how long it tries to connect to a
+	// daemon whose queue is full.
+	slowAfter = 2 * time.Second
+	// queuePause is between two such tries.
+	queuePause = 20 * time.Millisecond
 	// maxAnswer bounds what a client takes in, in bytes: the statistics of
 	// 100,000 rules fit several times over.
 	maxAnswer = 1 << 30
@@ -39,6 +46,11 @@ const (
 // Every method can fail with ErrNotRunning when nobody listens, with
 // ErrForbidden, and with ErrUnavailable when the daemon does not answer.
 type Client struct {
+	// Slow is told, in a line for people, when a call has had no answer for 2 seconds;
+	// the call goes on. Nil: nobody. Set it before the first call; it is called from other
+	// goroutines.
+	Slow func(line string)
+
 	socket string
 	http   http.Client
 }
@@ -47,10 +59,7 @@ var _ Backend = (*Client)(nil)
 
 // NewClient returns a client of the daemon behind socket; it does not connect yet.
 func NewClient(socket string) *Client {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", socket)
-	}
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, socket) }
 	return &Client{socket: socket, http: http.Client{
 		// One connection a call: a client that waits takes no place from others.
 		Transport: &http.Transport{
@@ -59,6 +68,65 @@ func NewClient(socket string) *Client {
 		},
 		Timeout: clientTimeout,
 	}}
+}
+
+// dial connects to a socket. While its queue is full, which is no more than many clients at
+// once, it tries again.
+func dial(ctx context.Context, socket string) (net.Conn, error) {
+	var d net.Dialer
+	for end := time.Now().Add(slowAfter); ; {
+		c, err := d.DialContext(ctx, "unix", socket)
+		if err == nil {
+			if w, ok := ctx.Value(waitKey{}).(*wait); ok {
+				w.connected(c)
+			}
+			return c, nil
+		}
+		if !errors.Is(err, unix.EAGAIN) || time.Now().After(end) {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(queuePause):
+		}
+	}
+}
+
+// wait is a call that waits for its answer.
+type wait struct{ pid atomic.Int32 } // of the daemon, 0 before it is known
+
+// waitKey is the context key of a call's *wait.
+type waitKey struct{}
+
+func (w *wait) connected(c net.Conn) {
+	if u, ok := c.(*net.UnixConn); ok {
+		if p, err := peerOf(u); err == nil {
+			w.pid.Store(p.pid)
+		}
+	}
+}
+
+// line says what is waited for.
+func (w *wait) line(socket string) string {
+	who, why := "xdpcast", "it is busy, or hangs"
+	if pid := w.pid.Load(); pid > 0 {
+		who = fmt.Sprintf("xdpcast (process %d)", pid)
+		if isStopped(pid) {
+			why = fmt.Sprintf("it is stopped: kill -CONT %d lets it go on", pid)
+		}
+	}
+	return fmt.Sprintf("no answer from %s at %s for %v, waiting up to %v: %s", who, socket, slowAfter, clientTimeout, why)
+}
+
+// isStopped says whether a process is stopped, by a signal or a tracer (proc_pid_stat(5)).
+func isStopped(pid int32) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	_, state, _ := strings.Cut(string(stat), ") ") // behind the name, which may hold anything
+	return strings.HasPrefix(state, "T") || strings.HasPrefix(state, "t")
 }
 
 // Status implements Backend.
@@ -169,7 +237,12 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 	if err != nil {
 		return err
 	}
-	resp, err := c.http.Do(req)
+	w := &wait{}
+	if c.Slow != nil {
+		slow := time.AfterFunc(slowAfter, func() { c.Slow(w.line(c.socket)) })
+		defer slow.Stop()
+	}
+	resp, err := c.http.Do(req.WithContext(context.WithValue(ctx, waitKey{}, w)))
 	if err != nil {
 		return c.transportError(ctx, err)
 	}

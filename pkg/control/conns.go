@@ -1,9 +1,9 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -17,6 +17,26 @@ type peerConn struct {
 	peer    peer
 	access  access
 	release func() // gives the slot back, once
+}
+
+// Write turns errors that net/http answers by itself into those of the API.
+func (c *peerConn) Write(b []byte) (int, error) {
+	answer := ownError(b)
+	if answer == nil {
+		return c.Conn.Write(b)
+	}
+	if _, err := c.Conn.Write(answer); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// CloseWrite has net/http wait for a client that is still sending what was refused.
+func (c *peerConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
 }
 
 func (c *peerConn) Close() error {
@@ -36,6 +56,28 @@ type limitListener struct {
 
 	mu   sync.Mutex
 	open [accessLevels]int
+
+	refused [accessLevels]refusals // of Accept, which one goroutine calls
+}
+
+// refusalPause is how often refused connections are logged, for each level of access:
+// whoever connects as fast as it can must not fill the log.
+const refusalPause = 10 * time.Second
+
+// refusals says which refused connections to log.
+type refusals struct {
+	logged time.Time // the last one
+	silent int       // since then
+}
+
+// log says whether to log one at a time, and how many were not logged before it.
+func (r *refusals) log(now time.Time) (silent int, ok bool) {
+	if !r.logged.IsZero() && now.Sub(r.logged) < refusalPause {
+		r.silent++
+		return 0, false
+	}
+	silent, r.silent, r.logged = r.silent, 0, now
+	return silent, true
 }
 
 // Accept returns a *peerConn.
@@ -47,19 +89,30 @@ func (l *limitListener) Accept() (net.Conn, error) {
 		}
 		p, err := peerOf(c)
 		if err != nil {
-			l.log.Warn("control connection refused", "err", err)
+			l.logRefusal(accessNone, "err", err)
 			c.Close()
 			continue
 		}
 		level := l.access(p)
 		if !l.take(level) {
-			l.log.Warn("control connection refused", "err", "too many connections", "uid", p.uid, "pid", p.pid, "max", l.max)
+			l.logRefusal(level, "err", "too many connections", "uid", p.uid, "pid", p.pid, "max", l.max)
 			refuse(c, l.max)
 			continue
 		}
 		release := sync.OnceFunc(func() { l.give(level) })
 		return &peerConn{Conn: c, peer: p, access: level, release: release}, nil
 	}
+}
+
+func (l *limitListener) logRefusal(level access, args ...any) {
+	silent, ok := l.refused[level].log(time.Now())
+	if !ok {
+		return
+	}
+	if silent > 0 {
+		args = append(args, "not_logged_before", silent)
+	}
+	l.log.Warn("control connection refused", args...)
 }
 
 func (l *limitListener) take(a access) bool {
@@ -82,10 +135,36 @@ func (l *limitListener) give(a access) {
 // buffer; the deadline is for the case that it should not.
 func refuse(c *net.UnixConn, max int) {
 	defer c.Close()
-	body := errorBody(Errorf(KindUnavailable, "too many connections: %d are open", max))
 	_ = c.SetDeadline(time.Now().Add(100 * time.Millisecond))
-	_, _ = io.WriteString(c, fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
-		http.StatusServiceUnavailable, http.StatusText(http.StatusServiceUnavailable), len(body), body))
+	_, _ = c.Write(rawAnswer(http.StatusServiceUnavailable, Errorf(KindUnavailable, "too many connections: %d are open", max)))
+}
+
+// rawAnswer is a whole answer, after which the connection is closed.
+func rawAnswer(status int, err error) []byte {
+	body := errorBody(err)
+	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
+		status, http.StatusText(status), len(body), body)
+}
+
+// ownError is the answer to send in place of one that net/http makes by itself for
+// requests that come to no handler, nil for every other. Those have these two headers alone,
+// or are a bare 417, and come in one write; JSON holds no line break to look like it.
+func ownError(b []byte) []byte {
+	head, text, whole := bytes.Cut(b, []byte("\r\n\r\n"))
+	line, headers, _ := bytes.Cut(head, []byte("\r\n"))
+	var minor, status int
+	if n, err := fmt.Sscanf(string(line[:min(len(line), len("HTTP/1.1 400"))]), "HTTP/1.%d %d", &minor, &status); !whole || n != 2 || err != nil || status < 400 {
+		return nil
+	}
+	switch {
+	case status == http.StatusExpectationFailed:
+		return rawAnswer(status, Errorf(KindInvalid, "header Expect: want 100-continue"))
+	case string(headers) != "Content-Type: text/plain; charset=utf-8\r\nConnection: close":
+		return nil
+	case status == http.StatusRequestHeaderFieldsTooLarge:
+		return rawAnswer(status, Errorf(KindTooLarge, "header of the request: want at most %d bytes", maxHeader))
+	}
+	return rawAnswer(status, Errorf(KindInvalid, "request: %s", oneLine(string(text), 200)))
 }
 
 // connKey is the context key of a request's *peerConn.

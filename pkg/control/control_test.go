@@ -3,20 +3,25 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/pkg/rules"
 )
 
@@ -142,8 +147,12 @@ func socketDir(t *testing.T) string {
 func serve(t *testing.T, b Backend, o Options) (socket string) {
 	t.Helper()
 	socket = filepath.Join(socketDir(t), "s")
-	ln, err := Listen(socket)
+	ln, err := Listen(socket, nil)
 	if err != nil {
+		t.Fatal(err)
+	}
+	// The server's own decisions are tested: everybody gets as far as to it.
+	if err := os.Chmod(socket, 0o666); err != nil {
 		t.Fatal(err)
 	}
 	o.Log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -385,5 +394,90 @@ func TestClientContext(t *testing.T) {
 	}()
 	if _, err := c.Status(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("Status: %v, want %v", err, context.Canceled)
+	}
+}
+
+// A daemon that does not answer is told of after two seconds, by its process; one that is
+// stopped, as that.
+func TestSlowDaemonIsTold(t *testing.T) {
+	b := &fake{block: make(chan struct{}), waits: make(chan struct{}, 1)}
+	c := NewClient(serve(t, b, Options{}))
+	told := make(chan string, 2)
+	c.Slow = func(line string) { told <- line }
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.Status(context.Background())
+		done <- err
+	}()
+	<-b.waits
+	select {
+	case line := <-told:
+		if want := fmt.Sprintf("no answer from xdpcast (process %d) at %s for 2s", os.Getpid(), c.socket); !strings.HasPrefix(line, want) {
+			t.Errorf("told %q, want %q", line, want)
+		}
+	case err := <-done:
+		t.Fatalf("the call ends: %v", err)
+	}
+	close(b.block)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Groups(context.Background()); err != nil || len(told) != 0 {
+		t.Errorf("a quick call: %v, told %d times more", err, len(told))
+	}
+
+	sleep := exec.Command("sleep", "60")
+	if err := sleep.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _ = sleep.Process.Kill(), sleep.Wait() }()
+	var w wait
+	w.pid.Store(int32(sleep.Process.Pid))
+	if line := w.line("s"); !strings.Contains(line, "it is busy, or hangs") {
+		t.Errorf("of a process that runs: %q", line)
+	}
+	if err := sleep.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("it is stopped: kill -CONT %d lets it go on", sleep.Process.Pid)
+	labtest.Eventually(t, "the stop is told", func() bool { return strings.Contains(w.line("s"), want) })
+}
+
+// A queue that is full for a moment is waited for.
+func TestFullQueueIsWaitedFor(t *testing.T) {
+	path := filepath.Join(socketDir(t), "s")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		c, err := net.Dial("unix", path)
+		if errors.Is(err, unix.EAGAIN) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	dialled := make(chan error, 1)
+	go func() {
+		c, err := dial(context.Background(), path)
+		if err == nil {
+			err = c.Close()
+		}
+		dialled <- err
+	}()
+	accepted, _, err := unix.Accept(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(accepted)
+	if err := <-dialled; err != nil {
+		t.Errorf("a queue that is full for a moment: %v", err)
 	}
 }

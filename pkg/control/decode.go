@@ -12,13 +12,54 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// decode reads exactly one JSON value without unknown keys.
-func decode(body io.Reader, v any) error {
+// decodeRule reads exactly one rule.
+func decodeRule(body io.Reader) (r Rule, err error) {
 	dec := newDecoder(body)
-	if err := dec.Decode(v); err != nil {
-		return bodyError(err)
+	if err := r.decode(dec); err != nil {
+		return r, bodyError(err)
 	}
-	return bodyError(atEnd(dec))
+	return r, bodyError(atEnd(dec))
+}
+
+// decode reads one rule, and takes the keys for what they are: encoding/json by itself
+// lets case and all but the last of several of one name pass.
+func (r *Rule) decode(dec *json.Decoder) error {
+	start, err := dec.Token()
+	if err != nil {
+		return err
+	}
+	if start != json.Delim('{') {
+		return errors.New("a rule is needed: {\"name\": ..., \"in\": ..., \"out\": [...]}")
+	}
+	fields := map[string]any{"name": &r.Name, "in": &r.In, "out": &r.Out, "path": &r.Path}
+	read := map[string]bool{}
+	for dec.More() {
+		token, err := dec.Token()
+		if err != nil {
+			return unexpectedEnd(err)
+		}
+		key := token.(string) // the decoder takes no other for a key
+		field := fields[key]
+		switch {
+		case field == nil:
+			return fmt.Errorf("unknown field %q: want name, in, out, path", oneLine(key, 100))
+		case read[key]:
+			return fmt.Errorf("field %q given again: want it once", key)
+		}
+		read[key] = true
+		err = dec.Decode(field)
+		var wrongType *json.UnmarshalTypeError
+		switch {
+		case errors.As(err, &wrongType) && key == "out":
+			return fmt.Errorf("field %q: want a list of texts, not %s", key, wrongType.Value)
+		case errors.As(err, &wrongType):
+			return fmt.Errorf("field %q: want text, not %s", key, wrongType.Value)
+		case err != nil:
+			return fmt.Errorf("field %q: %w", key, plain(err))
+		}
+	}
+	_, err = dec.Token() // the closing brace
+	return unexpectedEnd(err)
 }
 
 // yamlType is the media type of a file of rules (RFC 9512).
@@ -55,7 +96,7 @@ func decodeRules(body io.Reader) ([]rules.Rule, error) {
 	all, faults := []rules.Rule{}, []error(nil)
 	for n := 1; dec.More(); n++ {
 		var r Rule
-		if err := dec.Decode(&r); err != nil {
+		if err := r.decode(dec); err != nil {
 			return nil, bodyError(fmt.Errorf("rule %d of the list: %w", n, plain(err)))
 		}
 		rule, err := toRule(r)
@@ -73,7 +114,10 @@ func decodeRules(body io.Reader) ([]rules.Rule, error) {
 	if len(faults) > 0 {
 		return nil, Wrap(KindInvalid, errors.Join(faults...))
 	}
-	return all, ValidateSet(all)
+	if err := ValidateSet(all); err != nil {
+		return nil, err
+	}
+	return all, nil
 }
 
 // ValidateSet is rules.ValidateSet, with the kind that a fault has here: KindConflict for
@@ -87,10 +131,45 @@ func wrapSet(err error) error {
 	return Wrap(KindInvalid, err)
 }
 
-func newDecoder(body io.Reader) *json.Decoder {
-	dec := json.NewDecoder(body)
-	dec.DisallowUnknownFields()
-	return dec
+func newDecoder(body io.Reader) *json.Decoder { return json.NewDecoder(&oneSpace{from: body}) }
+
+// oneSpace passes JSON on with a single byte for each run of white space between its
+// values. json.Decoder looks a run over from its beginning with each read, which takes
+// quadratic time: seconds for some megabytes of blanks.
+type oneSpace struct {
+	from                     io.Reader
+	inText, escaped, inSpace bool
+}
+
+// Read implements io.Reader.
+func (r *oneSpace) Read(p []byte) (int, error) {
+	for {
+		n, err := r.from.Read(p)
+		if n = r.squeeze(p[:n]); n > 0 || err != nil || len(p) == 0 {
+			return n, err
+		}
+	}
+}
+
+// squeeze moves what stays to the front, and returns how much that is.
+func (r *oneSpace) squeeze(p []byte) (n int) {
+	for _, c := range p {
+		space := !r.inText && (c == ' ' || c == '\t' || c == '\r' || c == '\n')
+		switch {
+		case space && r.inSpace:
+			continue
+		case r.escaped:
+			r.escaped = false
+		case c == '"':
+			r.inText = !r.inText
+		case c == '\\':
+			r.escaped = r.inText
+		}
+		r.inSpace = space
+		p[n] = c
+		n++
+	}
+	return n
 }
 
 // atEnd makes sure that nothing follows the value.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,18 +26,27 @@ type endpoint struct {
 // path is told apart from an unknown path.
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
-	for path, endpoints := range s.endpoints() {
-		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+	for pattern, endpoints := range s.endpoints() {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			s.dispatch(w, r, endpoints)
 		})
 	}
 	if s.opts.Metrics != nil {
 		mux.HandleFunc("/v1/metrics", s.serveMetrics)
 	}
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+	unknown := func(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/explain, /v1/reload", oneLine(r.URL.Path, 100)))
+	}
+	mux.HandleFunc("/", unknown)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// ServeMux would answer these by itself: what is no path with 400, and "//" or
+		// ".." in one with a redirection to a page.
+		if p := r.URL.EscapedPath(); r.RequestURI == "*" || path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
+			unknown(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
 	})
-	return mux
 }
 
 func (s *Server) endpoints() map[string][]endpoint {
@@ -211,8 +221,8 @@ func (s *Server) getRule(r *http.Request) (any, error) {
 }
 
 func (s *Server) postRule(r *http.Request) (any, error) {
-	var rule Rule
-	if err := decode(r.Body, &rule); err != nil {
+	rule, err := decodeRule(r.Body)
+	if err != nil {
 		return nil, err
 	}
 	v, err := s.backend.AddRule(r.Context(), rule)

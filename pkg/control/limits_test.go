@@ -8,14 +8,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -93,8 +97,19 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/rules", "", 400, KindInvalid, "body is empty"},
 		{"POST", "/v1/rules", rule + "}", 400, KindInvalid, "body: invalid character"},
 		{"POST", "/v1/rules", `{"name":"a","port":5}`, 400, KindInvalid, `unknown field "port"`},
-		{"POST", "/v1/rules", `{"name":1}`, 400, KindInvalid, "cannot unmarshal number"},
-		{"POST", "/v1/rules", strings.Repeat("[", 20000), 400, KindInvalid, "exceeded max depth"},
+		{"POST", "/v1/rules", `{"name":1}`, 400, KindInvalid, `field "name": want text, not number`},
+		{"POST", "/v1/rules", `{"out":"c"}`, 400, KindInvalid, `field "out": want a list of texts, not string`},
+		{"POST", "/v1/rules", `{"name":` + strings.Repeat("[", 20000), 400, KindInvalid, "exceeded max depth"},
+		{"POST", "/v1/rules", "[" + rule + "]", 400, KindInvalid, "body: a rule is needed: {"},
+		{"POST", "/v1/rules", `{"Name":"a","in":"b","out":["c"]}`, 400, KindInvalid, `unknown field "Name": want name, in, out, path`},
+		{"POST", "/v1/rules", `{"name":"a","in":"b","out":["c"],"in":"d"}`, 400, KindInvalid, `field "in" given again: want it once`},
+		{"PUT", "/v1/rules", `[{"name":"a","OUT":[]}]`, 400, KindInvalid, `rule 1 of the list: unknown field "OUT"`},
+		{"PUT", "/v1/rules", `[{"name":"a","name":"b"}]`, 400, KindInvalid, `rule 1 of the list: field "name" given again`},
+		{"PUT", "/v1/rules", `[null]`, 400, KindInvalid, `rule 1 of the list: a rule is needed`},
+		{"GET", "//v1/status", "", 404, KindNotFound, "no endpoint"},
+		{"GET", "/v1/rules/../status", "", 404, KindNotFound, "no endpoint"},
+		{"GET", "/v1/status/", "", 404, KindNotFound, "no endpoint"},
+		{"OPTIONS", "*", "", 404, KindNotFound, "no endpoint *"},
 	} {
 		status, header, body := exchange(t, socket, raw(tt.method, tt.path, tt.body))
 		if status != tt.status || body.Kind != tt.kind || !strings.Contains(body.Error, tt.text) || strings.Contains(body.Error, "\n") {
@@ -166,7 +181,7 @@ func TestBodyLimit(t *testing.T) {
 
 // Whatever a body holds, the answer is rules or an error that is the client's.
 func FuzzDecodeRules(f *testing.F) {
-	for _, seed := range []string{`[]`, `[{"name":"a","in":"b","out":["c"]}]`, `null`, `[null]`, `[{}] x`, `[{"x":1}]`, `{`, `[`, `"`} {
+	for _, seed := range []string{`[]`, `[{"name":"a","in":"239.1.1.1:5000%eth0","out":["239.1.1.2%eth1"]}]`, `[ {"name" : "a\"  b\\" } ]`, `null`, `[null]`, `[{}] x`, `[{"x":1}]`, `{`, `[`, `"`} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -177,7 +192,11 @@ func FuzzDecodeRules(f *testing.F) {
 		if err != nil {
 			return
 		}
-		text, err := json.Marshal(got)
+		list := []Rule{}
+		for _, r := range got {
+			list = append(list, FromRule(r))
+		}
+		text, err := json.Marshal(list)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -204,6 +223,78 @@ func TestHugeHeaderIsCut(t *testing.T) {
 	if resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 		t.Errorf("status %d, want %d", resp.StatusCode, http.StatusRequestHeaderFieldsTooLarge)
 	}
+}
+
+// Errors that net/http answers before any handler is asked are those of the API, too.
+func TestErrorsOfTheProtocolAreJSON(t *testing.T) {
+	socket := serve(t, &fake{}, Options{})
+	for request, want := range map[string]struct {
+		status int
+		kind   Kind
+	}{
+		"nonsense\r\n\r\n":                                                                    {400, KindInvalid},
+		"GET /v1/status HTTP/1.1\r\n\r\n":                                                     {400, KindInvalid}, // no Host
+		"GET /v1/status HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n":                                {400, KindInvalid},
+		"GET /v1/status HTTP/1.1\r\nHost: x\r\nExpect: miracles\r\n\r\n":                      {417, KindInvalid},
+		"GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n": {431, KindTooLarge},
+		"POST /v1/rules HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n":               {501, KindInvalid},
+		"GET /v1/status HTTP/7.0\r\nHost: x\r\n\r\n":                                          {505, KindInvalid},
+		"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n":                                             {404, KindNotFound},
+	} {
+		status, header, body := exchange(t, socket, request)
+		if status != want.status || body.Kind != want.kind || body.Error == "" || header.Get("Content-Type") != "application/json" {
+			t.Errorf("%.70q: %d %v %+v, want %d %s", request, status, header, body, want.status, want.kind)
+		}
+	}
+}
+
+// However much white space a body holds, reading it takes time in proportion: what takes
+// hours of CPU time when each read looks all of it over again takes less than the test's
+// deadline.
+func TestBlanksTakeNoTime(t *testing.T) {
+	blanks := strings.Repeat(" \t\r\n", MaxBody/4-10)
+	for name, body := range map[string]string{
+		"before": blanks + "[]", "inside": "[" + blanks + "]", "behind": "[]" + blanks,
+		"in a rule": `[{"name"` + blanks + `:"a"}]`,
+	} {
+		start := cpuTime(t)
+		_, err := decodeRules(strings.NewReader(body))
+		if name == "in a rule" && !errors.Is(err, ErrInvalid) || name != "in a rule" && err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if took := cpuTime(t) - start; took > 3*time.Second {
+			t.Errorf("%s: %d MiB of blanks took %v of CPU time", name, len(body)>>20, took)
+		}
+	}
+}
+
+// cpuTime is what the process has used.
+func cpuTime(t *testing.T) time.Duration {
+	t.Helper()
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// What oneSpace passes on means the same to a JSON reader.
+func FuzzOneSpace(f *testing.F) {
+	for _, seed := range []string{`[ ]`, ` { "a  b" :  "c\\"  , "\"  " : 1  2 }`, `"  `, `\"  "  `, "\t\n"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		data, err := io.ReadAll(&oneSpace{from: iotest.OneByteReader(strings.NewReader(text))})
+		whole, wholeErr := io.ReadAll(&oneSpace{from: strings.NewReader(text)})
+		if err != nil || wholeErr != nil || !bytes.Equal(data, whole) {
+			t.Fatalf("%q: %q by bytes, %q as a whole, %v, %v", text, data, whole, err, wholeErr)
+		}
+		var before, after any
+		errBefore, errAfter := json.Unmarshal([]byte(text), &before), json.Unmarshal(data, &after)
+		if (errBefore == nil) != (errAfter == nil) || !reflect.DeepEqual(before, after) {
+			t.Fatalf("%q: %v, %v; as %q: %v, %v", text, before, errBefore, data, after, errAfter)
+		}
+	})
 }
 
 // Each of these clients keeps its connection open without getting on; the
@@ -316,6 +407,87 @@ func TestTooManyConnections(t *testing.T) {
 	}
 }
 
+// Whoever connects as fast as it can neither takes the places of root nor fills the log.
+func TestFloodOfConnections(t *testing.T) {
+	log := &lines{}
+	path := filepath.Join(socketDir(t), "s")
+	ln, err := Listen(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o666); err != nil { // as if they were let in
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() {
+		served <- NewServer(&fake{}, Options{MaxConns: 2, Log: slog.New(slog.NewTextHandler(log, nil))}).Serve(ctx, ln)
+	}()
+	const flood = 500
+	conns := make(chan net.Conn, flood)
+	for range flood {
+		c, err := dialAs(t, 65534, nil, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns <- c
+	}
+	if _, err := NewClient(path).Groups(context.Background()); err != nil {
+		t.Errorf("root behind the flood: %v", err)
+	}
+	close(conns)
+	for c := range conns {
+		c.Close()
+	}
+	cancel()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	if got := log.count("control connection refused"); got == 0 || got > 3 {
+		t.Errorf("%d lines in the log for %d refused connections, want one each %v", got, flood-2, refusalPause)
+	}
+}
+
+func TestRefusalsAreCounted(t *testing.T) {
+	var r refusals
+	start := time.Unix(1000, 0)
+	for _, tt := range []struct {
+		after  time.Duration
+		silent int
+		log    bool
+	}{
+		{0, 0, true}, {1, 0, false}, {refusalPause - 1, 0, false}, {refusalPause, 2, true}, {refusalPause + 1, 0, false}, {3 * refusalPause, 1, true}, {5 * refusalPause, 0, true},
+	} {
+		if silent, log := r.log(start.Add(tt.after)); silent != tt.silent || log != tt.log {
+			t.Errorf("after %v: %d, %v, want %d, %v", tt.after, silent, log, tt.silent, tt.log)
+		}
+	}
+}
+
+// lines is a log that is counted.
+type lines struct {
+	mu  sync.Mutex
+	all []string
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = append(l.all, string(b))
+	return len(b), nil
+}
+
+func (l *lines) count(text string) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, line := range l.all {
+		if strings.Contains(line, text) {
+			n++
+		}
+	}
+	return n
+}
+
 func TestShutdown(t *testing.T) {
 	for name, tt := range map[string]struct {
 		grace   time.Duration
@@ -328,7 +500,7 @@ func TestShutdown(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := &fake{block: make(chan struct{}), waits: make(chan struct{}, 1)}
 			path := filepath.Join(socketDir(t), "s")
-			ln, err := Listen(path)
+			ln, err := Listen(path, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -376,7 +548,7 @@ func TestServeNeedsUnixSocket(t *testing.T) {
 	if err := NewServer(&fake{}, Options{}).Serve(context.Background(), ln); err == nil {
 		t.Error("Serve on TCP: no error")
 	}
-	ln2, err := Listen(filepath.Join(socketDir(t), "s"))
+	ln2, err := Listen(filepath.Join(socketDir(t), "s"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -446,6 +618,18 @@ func TestPermitNamesWhatIsNeeded(t *testing.T) {
 // exchangeAs is exchange by a thread that the kernel knows as uid and groups.
 func exchangeAs(t *testing.T, uid int, groups []uint32, socket, request string) (status int, header http.Header, body errorAnswer) {
 	t.Helper()
+	c, err := dialAs(t, uid, groups, socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	go func() { _, _ = io.WriteString(c, request) }()
+	return readAnswer(t, c)
+}
+
+// dialAs is net.Dial by such a thread.
+func dialAs(t *testing.T, uid int, groups []uint32, socket string) (net.Conn, error) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		labtest.Lacking(t, "needs root to become another user")
 	}
@@ -463,12 +647,7 @@ func exchangeAs(t *testing.T, uid int, groups []uint32, socket, request string) 
 		dialled <- result{c, err}
 	}()
 	r := <-dialled
-	if r.err != nil {
-		t.Fatal(r.err)
-	}
-	defer r.c.Close()
-	go func() { _, _ = io.WriteString(r.c, request) }()
-	return readAnswer(t, r.c)
+	return r.c, r.err
 }
 
 // becomeThread changes the credentials of the calling thread alone; package

@@ -1,63 +1,128 @@
 package control
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lockfile"
 )
 
 // maxSocketPath is what fits sockaddr_un.sun_path with its closing NUL, unix(7).
 const maxSocketPath = 107
 
-// Listen makes the unix socket at path, and its directory (0755) if that is
-// absent. A socket that a dead daemon left is replaced; a live one is not:
-// errors.Is(err, ErrListening). Anything else at path is left alone and an
-// error. Anybody may connect: Server decides by who the peer is.
+// Listen makes the unix socket at path, and its directory (0755) if that is absent. Root,
+// the process's own user and members of readGroups can connect to it, and nobody else
+// (unless there are groups and its file system has no access control lists); what they may
+// do there is the Server's to decide. A socket that a dead daemon left is
+// replaced; a live one is not: errors.Is(err, ErrListening). Anything else at path is left
+// alone and an error. A lock file stays beside the socket.
 //
 // The caller closes the listener, or gives it to Server.Serve which does;
 // closing removes the socket.
-func Listen(path string) (net.Listener, error) {
+func Listen(path string, readGroups []uint32) (_ net.Listener, err error) {
 	switch {
 	case path == "" || strings.HasPrefix(path, "@"):
 		return nil, fmt.Errorf("listen: socket %q: must be a path", path)
 	case len(path) > maxSocketPath:
 		return nil, fmt.Errorf("listen: socket %q: path of %d bytes, at most %d fit a unix socket", path, len(path), maxSocketPath)
 	}
-	dir := filepath.Dir(path)
-	if err := makeDir(dir); err != nil {
+	if err := makeDir(filepath.Dir(path)); err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 
 	// Two daemons that start at once would both find a dead socket, and the
-	// second would remove the first one's new socket. The lock on the
-	// directory keeps one of them out from the look to the bind.
-	unlock, err := lockDir(dir)
-	if errors.Is(err, unix.EWOULDBLOCK) {
+	// second would remove the first one's new socket. The lock keeps one of them
+	// out from the look to the bind.
+	lock, err := lockfile.Take(path + ".lock")
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
 		return nil, fmt.Errorf("%w at %s, or about to", ErrListening, path)
 	} else if err != nil {
-		return nil, fmt.Errorf("listen: lock %s: %w", dir, err)
+		return nil, fmt.Errorf("listen: %w", err)
 	}
-	defer unlock()
+	defer func() { err = errors.Join(err, lock.Close()) }()
 
 	if err := removeStale(path); err != nil {
 		return nil, err
 	}
-	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	// The socket has the mode of its descriptor from the first moment on
+	// (unix_bind in net/unix/af_unix.c).
+	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var chmodErr error
+		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmodErr)
+	}}
+	ln, err := private.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
-	if err := os.Chmod(path, 0o666); err != nil {
-		ln.Close()
-		return nil, fmt.Errorf("listen: %w", err)
+	if err := letIn(path, readGroups); err != nil {
+		return nil, errors.Join(fmt.Errorf("listen: %w", err), ln.Close())
 	}
 	return ln, nil
+}
+
+// letIn lets members of groups connect to the socket at path, and its owner whatever the
+// umask was. Without others nobody can fill its queue but those who may use it.
+func letIn(path string, groups []uint32) error {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open socket %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	socket := fmt.Sprintf("/proc/self/fd/%d", fd)
+	if len(groups) == 0 {
+		return os.Chmod(socket, 0o600)
+	}
+	// Not by chown, which the packaged service may not.
+	err = unix.Setxattr(socket, "system.posix_acl_access", groupACL(groups), 0)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return os.Chmod(socket, 0o666) // the Server tells them apart
+	}
+	if err != nil {
+		return fmt.Errorf("give groups %s access to socket %s: %w", join(groups, ", "), path, err)
+	}
+	return nil
+}
+
+// groupACL is an access control list in the form of the xattr system.posix_acl_access
+// (include/uapi/linux/posix_acl_xattr.h, little-endian), as of mode 0600 and with groups
+// that may read and write.
+func groupACL(groups []uint32) []byte {
+	const (
+		version                             = 2
+		userObj, groupObj, group, mask, oth = 0x01, 0x04, 0x08, 0x10, 0x20
+		none, readWrite                     = 0, 6
+		noID                                = 1<<32 - 1
+	)
+	acl := binary.LittleEndian.AppendUint32(nil, version)
+	add := func(tag, perm uint16, id uint32) {
+		acl = binary.LittleEndian.AppendUint16(acl, tag)
+		acl = binary.LittleEndian.AppendUint16(acl, perm)
+		acl = binary.LittleEndian.AppendUint32(acl, id)
+	}
+	add(userObj, readWrite, noID)
+	add(groupObj, none, noID)
+	sorted := slices.Clone(groups)
+	slices.Sort(sorted)
+	for _, gid := range slices.Compact(sorted) {
+		add(group, readWrite, gid)
+	}
+	add(mask, readWrite, noID)
+	add(oth, none, noID)
+	return acl
 }
 
 // makeDir makes an absent directory 0755 whatever the umask; one that is there
@@ -70,19 +135,6 @@ func makeDir(dir string) error {
 		return err
 	}
 	return os.Chmod(dir, 0o755)
-}
-
-// lockDir takes flock(2) on a directory, EWOULDBLOCK when somebody else has it.
-func lockDir(dir string) (unlock func(), err error) {
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return func() { f.Close() }, nil
 }
 
 // removeStale removes the socket at path if nobody listens on it.

@@ -9,27 +9,79 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lockfile"
 )
 
 func TestListen(t *testing.T) {
 	old := unix.Umask(0o077) // the modes must not depend on it
 	defer unix.Umask(old)
 	path := filepath.Join(socketDir(t), "a", "s")
-	ln, err := Listen(path)
+	ln, err := Listen(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for file, want := range map[string]os.FileMode{filepath.Dir(path): os.ModeDir | 0o755, path: os.ModeSocket | 0o666} {
+	for file, want := range map[string]os.FileMode{filepath.Dir(path): os.ModeDir | 0o755, path: os.ModeSocket | 0o600} {
 		if info, err := os.Lstat(file); err != nil || info.Mode() != want {
 			t.Errorf("%s: mode %v, %v, want %v", file, info.Mode(), err, want)
 		}
 	}
-	if _, err := Listen(path); !errors.Is(err, ErrListening) || !strings.Contains(err.Error(), path) {
+	if _, err := Listen(path, nil); !errors.Is(err, ErrListening) || !strings.Contains(err.Error(), path) {
 		t.Errorf("second Listen: %v, want %v with the path", err, ErrListening)
 	}
 	ln.Close()
 	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("socket after Close: %v", err)
+	}
+}
+
+// Whom the socket is not for does not get as far as its queue.
+func TestListenLetsIn(t *testing.T) {
+	const nobody = 65534
+	for name, tt := range map[string]struct {
+		groups, member []uint32
+		in             bool
+	}{
+		"nobody":               {nil, nil, false},
+		"nobody with one":      {[]uint32{4242}, []uint32{1}, false},
+		"nobody with several":  {[]uint32{4242, 4243}, []uint32{1}, false},
+		"member":               {[]uint32{4242}, []uint32{4242}, true},
+		"member of the second": {[]uint32{5000, 4242, 5000}, []uint32{1, 4242}, true},
+	} {
+		path := filepath.Join(socketDir(t), "s")
+		ln, err := Listen(path, tt.groups)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := dialAs(t, nobody, tt.member, path)
+		if (err == nil) != tt.in || !tt.in && !errors.Is(err, os.ErrPermission) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if c != nil {
+			c.Close()
+		}
+		ln.Close()
+	}
+}
+
+// A lock on the directory, which anybody can open, is nobody's business.
+func TestListenIgnoresLocksOfOthers(t *testing.T) {
+	path := filepath.Join(socketDir(t), "s")
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := Listen(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
+	if info, err := os.Stat(path + ".lock"); err != nil || info.Mode() != 0o600 {
+		t.Errorf("lock file: mode %v, %v, want 0600", info.Mode(), err)
 	}
 }
 
@@ -41,7 +93,7 @@ func TestListenReplacesStaleSocket(t *testing.T) {
 	}
 	dead.SetUnlinkOnClose(false)
 	dead.Close()
-	ln, err := Listen(path)
+	ln, err := Listen(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,21 +117,21 @@ func TestListenBusyBacklogIsAlive(t *testing.T) {
 		}
 		defer c.Close()
 	}
-	if _, err := Listen(path); !errors.Is(err, ErrListening) {
+	if _, err := Listen(path, nil); !errors.Is(err, ErrListening) {
 		t.Errorf("Listen: %v, want %v", err, ErrListening)
 	}
 }
 
 func TestListenTwoAtOnce(t *testing.T) {
 	path := filepath.Join(socketDir(t), "s")
-	unlock, err := lockDir(filepath.Dir(path))
+	lock, err := lockfile.Take(path + ".lock")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Listen(path); !errors.Is(err, ErrListening) {
+	if _, err := Listen(path, nil); !errors.Is(err, ErrListening) {
 		t.Errorf("Listen while another is about to: %v, want %v", err, ErrListening)
 	}
-	unlock()
+	lock.Close()
 
 	type result struct {
 		ln  net.Listener
@@ -89,7 +141,7 @@ func TestListenTwoAtOnce(t *testing.T) {
 	const n = 16
 	for range n {
 		go func() {
-			ln, err := Listen(path)
+			ln, err := Listen(path, nil)
 			results <- result{ln, err}
 		}()
 	}
@@ -136,7 +188,7 @@ func TestListenRefuses(t *testing.T) {
 		datagram:                       "cannot tell whether",
 		filepath.Join(file, "s"):       "not a directory",
 	} {
-		ln, err := Listen(path)
+		ln, err := Listen(path, nil)
 		if err == nil {
 			ln.Close()
 		}

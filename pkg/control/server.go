@@ -123,7 +123,9 @@ func (s *Server) httpServer(base context.Context, fresh *newConns) *http.Server 
 		WriteTimeout:      s.opts.Timeouts.Write,
 		IdleTimeout:       s.opts.Timeouts.Idle,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelWarn),
+
+		DisableGeneralOptionsHandler: true, // answers without the API's errors
+		ErrorLog:                     slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelWarn),
 	}
 }
 

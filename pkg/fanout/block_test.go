@@ -281,3 +281,34 @@ func FuzzBlock(f *testing.F) {
 		}
 	})
 }
+
+// A checksum that comes out as zero is sent as 0xffff: zero would say that there is none
+// (RFC 768), and IPv6 forbids it.
+func TestChecksumIsNeverZero(t *testing.T) {
+	const udp, check = 34, 34 + 6
+	data := frame(1, 1).Build()
+	// Unfinished as the kernel leaves it: the sum of the pseudo header alone is there.
+	pseudo := sum(data[26:34]) + unix.IPPROTO_UDP + uint64(len(data)-udp)
+	binary.BigEndian.PutUint16(data[check:], fold(pseudo))
+	// The last word of the payload makes the whole sum 0xffff, whose complement is zero.
+	last := data[len(data)-2:]
+	if len(data[udp:])%2 != 0 {
+		last = data[len(data)-3:]
+	}
+	binary.BigEndian.PutUint16(last, 0)
+	binary.BigEndian.PutUint16(last, 0xffff-fold(sum(data[udp:])))
+	got := all(openBlock(buildBlock(1<<17, rawFrame{data: data, flags: unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, start: udp, offset: 6})))[0]
+	if !got.CompleteChecksum() {
+		t.Fatal("not completed")
+	}
+	if sent := binary.BigEndian.Uint16(got.Data[check:]); sent != 0xffff {
+		t.Errorf("checksum %#04x, want 0xffff", sent)
+	}
+	h, ok := packet.Parse(got.Data)
+	if !ok {
+		t.Fatal("not parsed")
+	}
+	if _, right := packet.Checksums(got.Data, &h); !right {
+		t.Error("the checksum is wrong")
+	}
+}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
@@ -478,5 +479,44 @@ func BenchmarkEngine(b *testing.B) {
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/64, "ns/frame")
 		})
+	}
+}
+
+// closing is a sender that says when it is closed.
+type closing struct {
+	recorder
+	done chan struct{}
+}
+
+func (c *closing) Close() error {
+	close(c.done)
+	return c.recorder.Close()
+}
+
+// An update closes no sender that a batch still uses: it waits for the end of the batch.
+func TestUpdateWaitsForTheBatch(t *testing.T) {
+	sender := &closing{done: make(chan struct{})}
+	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
+	set, e := newEngine(t, map[int]Sender{3: sender}, r)
+	before := e.next.Load()
+	e.Begin()
+	updated := make(chan error, 1)
+	go func() { updated <- set.Update(nil, ownAddresses, nil) }()
+	labtest.Eventually(t, "the rules are replaced", func() bool { return e.next.Load() != before })
+	select {
+	case <-sender.done:
+		t.Error("the sender is closed within the batch")
+	case err := <-updated:
+		t.Errorf("the update is done within the batch: %v", err)
+	case <-time.After(100 * time.Millisecond): // long enough for one that does not wait
+	}
+	frame := numbered(0, 1).Build()
+	e.Frame(1, frame, 1) // by the rules of the batch
+	e.End()
+	if err := <-updated; err != nil {
+		t.Error(err)
+	}
+	if !sender.closed || len(sender.sent) != 1 {
+		t.Errorf("closed: %v, %d sent, want closed after 1", sender.closed, len(sender.sent))
 	}
 }

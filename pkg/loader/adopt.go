@@ -25,7 +25,7 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 	}()
 	opts := &ebpf.LoadPinOptions{ReadOnly: readOnly}
 	if m.Config, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.RelayMapConfig), opts); err != nil {
-		return nil, fmt.Errorf("open pinned state %s: %w", dir, err)
+		return nil, pinError(filepath.Join(dir, bpf.RelayMapConfig), err)
 	}
 	config, err := m.config()
 	if err != nil {
@@ -38,7 +38,7 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 	for name, slot := range m.slots() {
 		if *slot == nil {
 			if *slot, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), opts); err != nil {
-				return nil, fmt.Errorf("open pinned map %s: %w", name, err)
+				return nil, pinError(filepath.Join(dir, name), err)
 			}
 		}
 		if err := fits(*slot, specs[name]); err != nil {
@@ -46,6 +46,14 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 		}
 	}
 	return m, nil
+}
+
+// pinError says which pin cannot be opened. Without one the others are of no use.
+func pinError(path string, err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("pin %s is missing, so that the pinned state cannot be used: remove the rest with \"xdpcast unload --all\"", path)
+	}
+	return fmt.Errorf("open pin %s: %w", path, err)
 }
 
 // config reads the map config. The schema is its first field in every release, whatever
@@ -88,6 +96,10 @@ func (l *Loader) adopt() (err error) {
 	if l.maps, err = openMaps(dir, false); err != nil {
 		return err
 	}
+	// Left by a process that died right after it had published what it built.
+	if err := os.Remove(filepath.Join(dir, pinBuilding)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("mark the pin directory as built: %w", err)
+	}
 	if err := l.adoptConfig(); err != nil {
 		return err
 	}
@@ -120,11 +132,7 @@ func (l *Loader) adoptConfig() error {
 	if err != nil {
 		return err
 	}
-	cookie, err := netnsCookie()
-	if err != nil {
-		return err
-	}
-	if config.NetnsCookie != cookie {
+	if config.NetnsCookie != l.cookie {
 		return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, l.opts.PinDir)
 	}
 	l.own = config.Own
@@ -148,7 +156,7 @@ func (l *Loader) adoptRules() error {
 		if err != nil {
 			return err
 		}
-		stale, err := l.dropHalfMoved(e)
+		stale, err := l.dropHalfMoved(e, &pointed)
 		if err != nil {
 			return err
 		}
@@ -191,12 +199,13 @@ func (l *Loader) adoptRules() error {
 	return l.clearOrphans(byID, fans)
 }
 
-// dropHalfMoved settles a rule that is in two tables under one name: it was moved by
-// a process that died between the two writes. The later table still has the old one,
-// which is unpublished; e is from it when true.
-func (l *Loader) dropHalfMoved(e *entry) (stale bool, err error) {
+// dropHalfMoved settles a rule that is there twice under one name: it was moved by a
+// process that died before the old entry was gone. Each of the two is whole, with a row of
+// its own that describes it; e is unpublished when the result is true, whichever it is: the
+// one that stays had its packets at that moment, and Sync makes it the one that is wanted.
+func (l *Loader) dropHalfMoved(e *entry, pointed *pointedAt) (stale bool, err error) {
 	other := l.rules[e.rule.Name] // from the same table or one before
-	if other == nil || other.id == e.id || kindOf(other.rule.In) == kindOf(e.rule.In) {
+	if other == nil || other.id == e.id || !pointed.describes(other) || !pointed.describes(e) {
 		return false, nil
 	}
 	if err := l.tableOf(e.rule.In).Delete(encodeKey(e.rule.In)); err != nil {
@@ -317,10 +326,10 @@ func (l *Loader) clearOrphans(byID []*entry, fans []uint32) error {
 func (l *Loader) adoptPrograms() (err error) {
 	dir := l.opts.PinDir
 	if l.relay, err = ebpf.LoadPinnedProgram(relayPin(dir), nil); err != nil {
-		return fmt.Errorf("open pinned relay program: %w", err)
+		return pinError(relayPin(dir), err)
 	}
 	if l.egress, err = ebpf.LoadPinnedProgram(egressPin(dir), nil); err != nil {
-		return fmt.Errorf("open pinned egress program: %w", err)
+		return pinError(egressPin(dir), err)
 	}
 	return l.adoptPinnedLinks()
 }
@@ -329,7 +338,7 @@ func (l *Loader) adoptPinnedLinks() error {
 	dir := filepath.Join(l.opts.PinDir, linksDir)
 	links, err := os.ReadDir(dir)
 	if err != nil {
-		return fmt.Errorf("read pinned links: %w", err)
+		return pinError(dir, err)
 	}
 	var interfaces, inputs []string
 	counting := 0

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -263,8 +264,10 @@ func adoptLink(path string) (_ *attachment, err error) {
 
 // Unload detaches the relay program everywhere and removes everything that is
 // pinned. ErrNotLoaded when there is nothing.
-func Unload(opts Options) error {
-	opts = opts.withDefaults()
+func Unload(opts Options) (err error) {
+	if opts, err = opts.withDefaults(); err != nil {
+		return err
+	}
 	stale, err := staging(opts.PinDir)
 	if err != nil {
 		return err
@@ -272,39 +275,41 @@ func Unload(opts Options) error {
 	if _, err := os.Stat(opts.PinDir); errors.Is(err, os.ErrNotExist) && len(stale) == 0 {
 		return fmt.Errorf("%w in %s", ErrNotLoaded, opts.PinDir)
 	}
-	lock, err := takeLock(opts)
-	if err != nil {
+	var lock locks
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	if lock.run, err = takeRunLock(opts); err != nil {
 		return err
 	}
-	defer lock.Close()
+	if lock.pins, err = takePinLock(opts); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	return errors.Join(releaseLinks(opts.PinDir), sweep(opts.PinDir), removePins(opts.PinDir))
 }
 
 // releaseLinks takes the program off all interfaces now. It needs no more of the
 // pinned state than the links, so that state of any schema can be unloaded.
 func releaseLinks(pinDir string) error {
-	paths, err := filepath.Glob(filepath.Join(pinDir, linksDir, pinInterface+"*"))
-	if err != nil {
+	pins, err := os.ReadDir(filepath.Join(pinDir, linksDir))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("look for pinned links: %w", err)
 	}
 	var errs []error
-	for _, path := range paths {
-		a, err := adoptLink(path)
-		if err != nil {
-			continue // its interface is gone, or it is no link: removing the pin is enough
+	for _, pin := range pins {
+		path := filepath.Join(pinDir, linksDir, pin.Name())
+		switch {
+		case strings.HasPrefix(pin.Name(), pinInterface):
+			a, err := adoptLink(path)
+			if err != nil {
+				continue // its interface is gone, or it is no link: removing the pin is enough
+			}
+			errs = append(errs, a.release(), a.link.Close())
+		case strings.HasPrefix(pin.Name(), pinTapped):
+			lk, _, err := openTCX(path)
+			if err != nil {
+				continue // as above
+			}
+			errs = append(errs, releaseTCX(lk), lk.Close())
 		}
-		errs = append(errs, a.release(), a.link.Close())
-	}
-	taps, err := filepath.Glob(filepath.Join(pinDir, linksDir, pinTapped+"*"))
-	if err != nil {
-		return fmt.Errorf("look for pinned links: %w", err)
-	}
-	for _, path := range taps {
-		lk, _, err := openTCX(path)
-		if err != nil {
-			continue // as above
-		}
-		errs = append(errs, releaseTCX(lk), lk.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -3,11 +3,14 @@ package loader
 import (
 	"bytes"
 	"encoding/json"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
@@ -62,5 +65,31 @@ func TestBpftoolShowsRules(t *testing.T) {
 	}
 	if got := plain(tableNames[exact4].pin); !strings.Contains(got, `"group":[239,1,1,2]`) || strings.Contains(got, `"source":[192,168,7,7]`) {
 		t.Errorf("map flows4 is not the one in force: %s", got)
+	}
+}
+
+// The dump in docs/operations.md has the fields that bpftool shows.
+func TestDocsShowFlowEntriesAsTheyAre(t *testing.T) {
+	if _, err := exec.LookPath("bpftool"); err != nil {
+		labtest.Lacking(t, "bpftool is not installed: scripts/setup --test installs it")
+	}
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const command = "$ bpftool map dump pinned /sys/fs/bpf/xdpcast/flows4\n"
+	_, documented, _ := strings.Cut(string(text), command)
+	documented, _, _ = strings.Cut(documented, "$ ")
+	n := newLab(t, 1)
+	l := open(t, testOptions(t))
+	sync1(t, l, Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}})
+	shown, err := exec.Command("bpftool", "map", "dump", "pinned", filepath.Join(l.opts.PinDir, tableNames[exact4].pin)).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Numbers depend on the host.
+	shape := func(dump string) string { return regexp.MustCompile(`\b\d+\b`).ReplaceAllString(dump, "N") }
+	if diff := cmp.Diff(shape(string(shown)), shape(documented)); diff != "" {
+		t.Errorf("docs/operations.md has another dump (-bpftool +docs); it is now\n%s\n%s", shown, diff)
 	}
 }

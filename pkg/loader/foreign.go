@@ -28,9 +28,8 @@ func (l *Loader) dropForeign() (dropped bool, err error) {
 	if err != nil {
 		return false, nil // likewise
 	}
-	cookie, err := netnsCookie()
-	if err != nil || cookie == config.NetnsCookie {
-		return false, err
+	if l.cookie == config.NetnsCookie {
+		return false, nil
 	}
 	pin, index, err := servedLink(dir)
 	if err != nil {

@@ -27,10 +27,13 @@ func forwarded(t testing.TB, frame []byte, r packet.Rewrite) []byte {
 }
 
 func sourceFrame(n *testLab, group string, port uint16, payload []byte) packet.Frame {
-	dst := netip.MustParseAddr(group)
+	dst, src := netip.MustParseAddr(group), netip.MustParseAddr("192.168.7.7")
+	if dst.Is6() {
+		src = netip.MustParseAddr("fd00:7::7")
+	}
 	return packet.Frame{
 		DstMAC: packet.MulticastMAC(dst), SrcMAC: [6]byte{2, 0, 0, 0, 0, 1},
-		Src: netip.MustParseAddr("192.168.7.7"), Dst: dst, SrcPort: 4321, DstPort: port, TTL: 12, TOS: 0x89, Payload: payload,
+		Src: src, Dst: dst, SrcPort: 4321, DstPort: port, TTL: 12, TOS: 0x89, Payload: payload,
 	}
 }
 

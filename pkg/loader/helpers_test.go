@@ -47,7 +47,7 @@ func open(t testing.TB, opts Options) *Loader {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if l.lock != nil {
+		if l.lock != (locks{}) {
 			closeLoader(t, l)
 		}
 	})

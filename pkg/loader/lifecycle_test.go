@@ -319,7 +319,7 @@ func TestDamagedPinsAreRefused(t *testing.T) {
 			if err := os.Remove(egressPin(l.opts.PinDir)); err != nil {
 				t.Fatal(err)
 			}
-		}, "egress program"},
+		}, "programs/egress is missing"},
 		{"rule without a name", edit("one", func(l *Loader, e *entry, _ *bpf.RelayFlow) { put(l.maps.Rules, e.id, &bpf.RelayRule{}) }), "has no name"},
 		{"name without an end", edit("one", func(l *Loader, e *entry, _ *bpf.RelayFlow) {
 			row := encodeRule(e)
@@ -535,7 +535,7 @@ func TestSweepsLeftovers(t *testing.T) {
 	pins := pinsBelow(t, filepath.Dir(l.opts.PinDir))
 	dir := l.opts.PinDir
 	stale := dir + "_new_1234"
-	for _, sub := range []string{"", "/links", "/programs"} {
+	for _, sub := range []string{"", "/building", "/links", "/programs"} {
 		if err := os.Mkdir(stale+sub, 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -693,4 +693,32 @@ func TestAdoptsHalfMovedRule(t *testing.T) {
 		t.Fatalf("%d flow entries, %v", len(flows), err)
 	}
 	sync1(t, l, moved)
+}
+
+// A process that dies after it has put new entries beside those that leave leaves a rule
+// twice in one table, too.
+func TestAdoptsRuleThatIsThereTwice(t *testing.T) {
+	n := newLab(t, 1)
+	opts := testOptions(t)
+	l := open(t, opts)
+	rule := func(name, group string) Rule {
+		return Rule{Name: name, In: input(n.in, group, "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	}
+	sync1(t, l, rule("cam1", "239.1.1.1"), rule("cam2", "239.1.1.2"))
+	row := encodeRule(l.rules["cam2"])
+	row.Name = encodeRule(l.rules["cam1"]).Name
+	if err := l.maps.Rules.Put(l.rules["cam2"].id, &row); err != nil {
+		t.Fatal(err)
+	}
+	l = reopen(t, l)
+	if rules := l.Rules(); len(rules) != 1 || rules[0].Name != "cam1" {
+		t.Fatalf("adopted %+v", rules)
+	}
+	if flows, err := l.tables.read(); err != nil || len(flows) != 1 {
+		t.Fatalf("%d flow entries, %v", len(flows), err)
+	}
+	kernelFits(t, l)
+	allocatorsFit(t, l)
+	sync1(t, l, rule("cam1", "239.1.1.2"))
+	kernelFits(t, l)
 }

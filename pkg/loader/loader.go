@@ -9,10 +9,12 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	gosync "sync"
 
@@ -33,10 +35,11 @@ const (
 
 // Options says where the pinned state is and how large to make it.
 type Options struct {
-	// PinDir is a directory below a BPF file system, which is mounted when
-	// nothing is mounted there. Empty: DefaultPinDir. Its name holds no dot.
+	// PinDir is a directory directly below a BPF file system. Where none is mounted one
+	// is, over /sys/fs/bpf or a directory called bpf that is new or empty, and over no
+	// other. Empty: DefaultPinDir. Its name holds no dot.
 	PinDir string
-	// RunDir holds the lock file. Empty: DefaultRunDir.
+	// RunDir holds the lock file; nobody else may write there. Empty: DefaultRunDir.
 	RunDir string
 	// MaxRules and MaxOutputs size the maps when the state is made; adopted
 	// state keeps its sizes. 0: the defaults.
@@ -45,14 +48,25 @@ type Options struct {
 	Logger *slog.Logger
 
 	programs programSource // tests replace it to stand for another release
+	wait     func()        // waitForPrograms; tests look at what holds meanwhile
 }
 
-func (o Options) withDefaults() Options {
-	if o.PinDir == "" {
-		o.PinDir = DefaultPinDir
+// Absolute returns the options with absolute paths, the defaults where none are given.
+func (o Options) Absolute() (Options, error) {
+	for path, def := range map[*string]string{&o.PinDir: DefaultPinDir, &o.RunDir: DefaultRunDir} {
+		abs, err := filepath.Abs(cmp.Or(*path, def))
+		if err != nil {
+			return o, fmt.Errorf("path %s: %w", *path, err)
+		}
+		*path = abs
 	}
-	if o.RunDir == "" {
-		o.RunDir = DefaultRunDir
+	return o, nil
+}
+
+func (o Options) withDefaults() (Options, error) {
+	o, err := o.Absolute()
+	if err != nil {
+		return o, err
 	}
 	if o.MaxRules == 0 {
 		o.MaxRules = DefaultMaxRules
@@ -66,14 +80,17 @@ func (o Options) withDefaults() Options {
 	if o.programs == nil {
 		o.programs = embedded{}
 	}
-	return o
+	if o.wait == nil {
+		o.wait = waitForPrograms
+	}
+	return o, nil
 }
 
 // Loader owns the pinned state of one pin directory.
 type Loader struct {
 	opts Options
 	log  *slog.Logger
-	lock *os.File
+	lock locks
 
 	specs    map[string]*ebpf.MapSpec // for the maps inside maps
 	maps     *mapSet
@@ -105,9 +122,9 @@ type Loader struct {
 	steeringFault error
 
 	fanCursor string // where Observe goes on among many devmaps
-	cookie    uint64 // of the network namespace; 0 until it is asked for
 
 	adopted  bool
+	cookie   uint64 // of the network namespace
 	warnings []string
 }
 
@@ -117,7 +134,9 @@ type Loader struct {
 //
 // Errors to match: ErrLocked, ErrSchema, ErrForeignNamespace, ErrNotSupported.
 func Open(opts Options) (_ *Loader, err error) {
-	opts = opts.withDefaults()
+	if opts, err = opts.withDefaults(); err != nil {
+		return nil, err
+	}
 	l := &Loader{
 		opts:   opts,
 		log:    opts.Logger,
@@ -134,39 +153,76 @@ func Open(opts Options) (_ *Loader, err error) {
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
 	}
-	if l.lock, err = takeLock(opts); err != nil {
+	if l.cookie, err = netnsCookie(); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, l.Close())
-		}
-	}()
-	if err := mountBPFFS(opts.PinDir); err != nil {
-		return nil, err
-	}
-	if err := sweep(opts.PinDir); err != nil {
-		return nil, err
-	}
-	if _, err := l.dropForeign(); err != nil {
-		return nil, err
-	}
-	_, err = os.Stat(opts.PinDir)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		err = l.create()
-	case err == nil:
-		err = l.adopt()
-	}
+	warning, err := checkCapabilities()
 	if err != nil {
 		return nil, err
 	}
+	if l.lock.run, err = takeRunLock(opts); err != nil {
+		return nil, err
+	}
+	mounted, err := mountBPFFS(opts.PinDir)
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	if err := l.open(); err != nil {
+		return nil, errors.Join(err, l.Close(), mounted.undo()) // what is open keeps the mount
+	}
+	l.warn(warning)
+	l.warn(privateMount(opts.PinDir))
 	return l, nil
+}
+
+// warn keeps a warning, "" for none.
+func (l *Loader) warn(warning string) {
+	if warning != "" {
+		l.log.Warn(warning)
+		l.warnings = append(l.warnings, warning)
+	}
+}
+
+// open makes or adopts the pinned state, whichever is right once the pin directory is
+// locked.
+func (l *Loader) open() (err error) {
+	if err := sweep(l.opts.PinDir); err != nil {
+		return err
+	}
+	for {
+		l.lock.pins, err = takePinLock(l.opts)
+		if err == nil {
+			dropped, err := l.dropForeign()
+			if err != nil {
+				return err
+			}
+			if !dropped {
+				return l.adopt()
+			}
+			if err := l.lock.dropPins(); err != nil {
+				return err
+			}
+			continue
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		if err := l.create(); !errors.Is(err, os.ErrExist) {
+			return err
+		}
+		// Another process, with another run directory, was faster.
+		if err := l.closeState(); err != nil {
+			return err
+		}
+	}
 }
 
 // Close closes every file descriptor and gives the lock back. Programs, maps and
 // links stay pinned and go on.
-func (l *Loader) Close() error {
+func (l *Loader) Close() error { return errors.Join(l.closeState(), l.lock.Close()) }
+
+// closeState is Close without the locks.
+func (l *Loader) closeState() error {
 	var errs []error
 	for _, a := range l.links {
 		errs = append(errs, a.link.Close())
@@ -178,11 +234,8 @@ func (l *Loader) Close() error {
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
-	if l.lock != nil {
-		errs = append(errs, l.lock.Close())
-	}
-	l.links, l.transmit, l.relay, l.egress = nil, nil, nil, nil
-	l.maps, l.lock = nil, nil
+	l.links, l.transmit, l.relay, l.egress = map[int]*attachment{}, nil, nil, nil
+	l.maps, l.warnings = nil, nil
 	return errors.Join(errs...)
 }
 
@@ -200,15 +253,17 @@ func (l *Loader) Limits() (rules, outputs uint32) {
 }
 
 // create builds the whole state in a directory of its own and publishes it with
-// one rename, so that nobody ever opens half of it.
+// one rename, so that nobody ever opens half of it. The error matches os.ErrExist when
+// the pin directory has appeared meanwhile.
 func (l *Loader) create() (err error) {
-	building := stagingDir(l.opts.PinDir)
-	if err := os.MkdirAll(building, 0o700); err != nil {
-		return fmt.Errorf("make %s: %w", building, err)
+	if l.lock.pins, err = newStaging(l.opts.PinDir); err != nil {
+		return err
 	}
+	building := l.lock.pins.Name()
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removePins(building))
+			err = errors.Join(err, removePins(building), l.lock.pins.Close())
+			l.lock.pins = nil
 		}
 	}()
 	if l.maps, err = newMaps(l.opts); err != nil {
@@ -232,8 +287,11 @@ func (l *Loader) create() (err error) {
 	}
 	l.attachTransmit(building)
 	l.resetAllocators()
-	if err := os.Rename(building, l.opts.PinDir); err != nil {
+	if err := unix.Renameat2(unix.AT_FDCWD, building, unix.AT_FDCWD, l.opts.PinDir, unix.RENAME_NOREPLACE); err != nil {
 		return fmt.Errorf("publish %s: %w", l.opts.PinDir, err)
+	}
+	if err := os.Remove(filepath.Join(l.opts.PinDir, pinBuilding)); err != nil {
+		l.log.Warn("mark the pin directory as built", "error", err)
 	}
 	l.log.Debug("pinned state made", "dir", l.opts.PinDir)
 	return nil
@@ -251,10 +309,7 @@ func (l *Loader) resetAllocators() {
 func (l *Loader) writeConfig() error { return l.writeLookups(l.lookups.kinds()) }
 
 func (l *Loader) writeLookups(kinds lookups) error {
-	config, err := l.config(kinds)
-	if err != nil {
-		return err
-	}
+	config := l.config(kinds)
 	if err := l.maps.Config.Put(uint32(0), &config); err != nil {
 		return fmt.Errorf("write map config: %w", err)
 	}
@@ -262,13 +317,8 @@ func (l *Loader) writeLookups(kinds lookups) error {
 }
 
 // config is what the map config is to hold.
-func (l *Loader) config(kinds lookups) (config bpf.RelayConfig, err error) {
-	if l.cookie == 0 {
-		if l.cookie, err = netnsCookie(); err != nil {
-			return config, err
-		}
-	}
-	config = bpf.RelayConfig{
+func (l *Loader) config(kinds lookups) bpf.RelayConfig {
+	config := bpf.RelayConfig{
 		Schema:      bpf.Schema,
 		Lookup4:     uint16(kinds),
 		Lookup6:     uint16(kinds >> 16),
@@ -283,7 +333,7 @@ func (l *Loader) config(kinds lookups) (config bpf.RelayConfig, err error) {
 	for i, cpu := range l.steering {
 		config.Cpu[i] = uint16(cpu)
 	}
-	return config, nil
+	return config
 }
 
 // netnsCookie identifies the network namespace of the calling thread

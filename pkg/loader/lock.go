@@ -5,50 +5,137 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lockfile"
 )
+
+// locks are what keeps two writers apart: that of the run directory's files, which
+// go with one pin directory, and that of the pin directory itself, which processes with
+// other run directories may share. Either may be nil.
+type locks struct{ run, pins *os.File }
+
+// Close gives the locks back.
+func (l *locks) Close() error {
+	var errs []error
+	for _, f := range []*os.File{l.pins, l.run} {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	*l = locks{}
+	return errors.Join(errs...)
+}
+
+// dropPins gives the lock of the pin directory back.
+func (l *locks) dropPins() error {
+	f := l.pins
+	l.pins = nil
+	return f.Close()
+}
+
+// renew locks the pin directory where it is not the one that is locked any more: somebody has
+// removed it, and it was made again.
+func (l *locks) renew(opts Options) error {
+	same, err := isAt(l.pins, opts.PinDir)
+	if err != nil || same {
+		return err
+	}
+	f, err := takePinLock(opts)
+	if err != nil {
+		return err
+	}
+	old := l.pins
+	l.pins = f
+	return old.Close()
+}
 
 // lockPath names the lock file of a pin directory: /sys/fs/bpf/xdpcast has
 // RunDir/sys-fs-bpf-xdpcast.lock.
-func lockPath(opts Options) string {
-	name := strings.ReplaceAll(strings.Trim(filepath.Clean(opts.PinDir), "/"), "/", "-")
-	return filepath.Join(opts.RunDir, name+".lock")
-}
+func lockPath(opts Options) string { return filepath.Join(opts.RunDir, runName(opts.PinDir)+".lock") }
 
-// takeLock keeps two writers of one pin directory apart. The kernel gives the
-// lock back when the file is closed, in whatever way the process ends.
-func takeLock(opts Options) (*os.File, error) {
+// takeRunLock locks the run directory's files of a pin directory. It makes the directory
+// if it is absent, and refuses one in which others could plant files.
+func takeRunLock(opts Options) (*os.File, error) {
 	if err := os.MkdirAll(opts.RunDir, 0o755); err != nil {
 		return nil, fmt.Errorf("make run directory: %w", err)
 	}
-	path := lockPath(opts)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o644)
-	if err != nil {
-		return nil, fmt.Errorf("open lock file: %w", err)
+	if err := lockfile.Private(opts.RunDir); err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		holder := lockHolder(f)
-		closeErr := f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, errors.Join(fmt.Errorf("%w %s%s", ErrLocked, opts.PinDir, holder), closeErr)
-		}
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), closeErr)
-	}
-	// The number only tells people who holds the lock; nothing depends on it.
-	if err := f.Truncate(0); err == nil {
-		_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	}
-	return f, nil
+	f, err := lockfile.Take(lockPath(opts))
+	return f, lockError(opts, err)
 }
 
-func lockHolder(f *os.File) string {
-	buf := make([]byte, 16)
-	n, _ := f.ReadAt(buf, 0)
-	if pid, err := strconv.Atoi(strings.TrimSpace(string(buf[:n]))); err == nil {
-		return fmt.Sprintf(" (process %d)", pid)
+// takePinLock locks a pin directory that is there. The error matches os.ErrNotExist
+// when it is not.
+func takePinLock(opts Options) (*os.File, error) {
+	for {
+		f, err := lockfile.TakeDir(opts.PinDir)
+		if err != nil {
+			return nil, lockError(opts, err)
+		}
+		same, err := isAt(f, opts.PinDir)
+		if err == nil && same {
+			return f, nil
+		}
+		// It was unloaded, and maybe made anew, between the opening and the lock.
+		if err := errors.Join(err, f.Close()); err != nil {
+			return nil, err
+		}
 	}
-	return ""
+}
+
+// isAt says whether a path still leads to what is open.
+func isAt(f *os.File, path string) (bool, error) {
+	var open, there unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &open); err != nil {
+		return false, fmt.Errorf("stat %s: %w", path, err)
+	}
+	err := unix.Lstat(path, &there)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("stat %s: %w", path, err)
+	}
+	return open.Dev == there.Dev && open.Ino == there.Ino, nil
+}
+
+func lockError(opts Options, err error) error {
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
+		return fmt.Errorf("%w %s%s", ErrLocked, opts.PinDir, held.Process())
+	}
+	return err
+}
+
+// RunFile is the path of the run directory's file of a name, such as api-rules.yaml, that
+// belongs to a pin directory, so that daemons with pins of their own may share a run
+// directory. That of the default pin directory has the name alone, and that of
+// /sys/fs/bpf/two is sys-fs-bpf-two.api-rules.yaml.
+func RunFile(runDir, pinDir, name string) string {
+	if filepath.Clean(pinDir) != DefaultPinDir {
+		name = runName(pinDir) + "." + name
+	}
+	return filepath.Join(runDir, name)
+}
+
+// runName is a pin directory as the name of a file: no two of them have the same, since
+// what is written as '-' is told from what is one.
+func runName(pinDir string) string {
+	var name []byte
+	for i, c := range []byte(filepath.Clean(pinDir)) {
+		switch {
+		case c == '/' && i == 0:
+		case c == '/':
+			name = append(name, '-')
+		case c == '-' || c == '%':
+			name = fmt.Appendf(name, "%%%02x", c)
+		default:
+			name = append(name, c)
+		}
+	}
+	return string(name)
 }

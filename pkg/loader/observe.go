@@ -216,11 +216,7 @@ func (l *Loader) observeFan(f *fan, egress ebpf.ProgramID, filled map[int]bool) 
 }
 
 func (l *Loader) observeConfig(o *Observation) {
-	want, err := l.config(l.lookups.kinds())
-	if err != nil {
-		o.fail(err)
-		return
-	}
+	want := l.config(l.lookups.kinds())
 	var have bpf.RelayConfig
 	if err := l.maps.Config.Lookup(uint32(0), &have); err != nil {
 		o.fail(fmt.Errorf("read map config: %w", err))
@@ -253,6 +249,10 @@ func (l *Loader) observePins(o *Observation) {
 		for _, e := range entries {
 			have[filepath.Join(dir, sub, e.Name())] = true
 		}
+	}
+	if err := l.lock.renew(l.opts); err != nil {
+		o.fail(err)
+		return
 	}
 	missing := 0
 	for path, p := range l.pins() {

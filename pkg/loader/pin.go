@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lockfile"
 )
 
 // Directories below the pin directory, beside the maps.
@@ -38,26 +40,123 @@ func linkPin(dir string, index int) string {
 	return filepath.Join(dir, linksDir, pinInterface+strconv.Itoa(index))
 }
 
-// stagingDir is where a pin directory is built before it is published.
-func stagingDir(pinDir string) string {
-	return filepath.Clean(pinDir) + "_new_" + strconv.Itoa(os.Getpid())
+// pinBuilding is a directory in a pin directory that is being built. It tells what a
+// process left that died meanwhile from a pin directory whose name only looks like that.
+const pinBuilding = "building"
+
+// stagingMark is between the name of a pin directory and the number of one that is
+// built to take its place.
+const stagingMark = "_new_"
+
+// newStaging makes a directory in which a pin directory is built before it is published,
+// and locks it: nobody sweeps it away meanwhile.
+func newStaging(pinDir string) (*os.File, error) {
+	for n := os.Getpid(); ; n++ { // a process of another PID namespace may have our number
+		dir := pinDir + stagingMark + strconv.Itoa(n)
+		err := os.Mkdir(dir, 0o700)
+		if errors.Is(err, os.ErrExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("make pin directory: %w", err)
+		}
+		lock, err := lockfile.TakeDir(dir)
+		if err == nil {
+			if err = os.Mkdir(filepath.Join(dir, pinBuilding), 0o700); err == nil {
+				return lock, nil
+			}
+			err = errors.Join(err, lock.Close())
+		}
+		return nil, errors.Join(fmt.Errorf("make pin directory: %w", err), removePins(dir))
+	}
 }
 
-// mountBPFFS mounts a BPF file system for the pin directory when none is there:
-// at its parent, as systemd does at /sys/fs/bpf.
-func mountBPFFS(pinDir string) error {
+// mounted is what mountBPFFS did.
+type mounted struct {
+	at           string // "" when a BPF file system was there
+	parent, made string // the lowest and the topmost directory made for it; "" for none
+}
+
+// mountBPFFS mounts a BPF file system for the pin directory when none is there: at its
+// parent, as systemd does at /sys/fs/bpf. A mount hides what is below it, so that the parent
+// must be /sys/fs/bpf, or a directory called bpf that is new or empty.
+func mountBPFFS(pinDir string) (m mounted, err error) {
 	if strings.Contains(filepath.Base(pinDir), ".") {
-		return fmt.Errorf("pin directory %q: the BPF file system allows no dot in a name", pinDir)
+		return m, fmt.Errorf("pin directory %q: the BPF file system allows no dot in a name", pinDir)
 	}
-	parent := filepath.Dir(filepath.Clean(pinDir))
-	if mounted, err := isBPFFS(parent); err == nil && mounted {
-		return nil
+	parent := filepath.Dir(pinDir)
+	if is, err := isBPFFS(parent); err == nil && is {
+		return m, nil
 	}
+	if err := mayMount(pinDir, parent); err != nil {
+		return m, err
+	}
+	m.parent, m.made = parent, topmostAbsent(parent)
 	if err := os.MkdirAll(parent, 0o755); err != nil {
-		return fmt.Errorf("make %s: %w", parent, err)
+		return m, errors.Join(fmt.Errorf("make %s: %w", parent, err), m.undo())
 	}
 	if err := unix.Mount("bpf", parent, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RELATIME, "mode=700"); err != nil {
-		return fmt.Errorf("mount BPF file system at %s: %w", parent, err)
+		if errors.Is(err, unix.EPERM) {
+			err = fmt.Errorf("%w: needs CAP_SYS_ADMIN, or a BPF file system that is mounted there before", err)
+		}
+		return m, errors.Join(fmt.Errorf("mount BPF file system at %s: %w", parent, err), m.undo())
+	}
+	m.at = parent
+	return m, nil
+}
+
+// bpffsDir is where BPF file systems are mounted by convention.
+const bpffsDir = "/sys/fs/bpf"
+
+func mayMount(pinDir, parent string) error {
+	if parent == bpffsDir {
+		return nil
+	}
+	refuse := func(why string) error {
+		return fmt.Errorf("pin directory %s: %s is no BPF file system, and none is mounted over it, as %s: want one below %s, or mount one first (mount -t bpf bpf DIR)",
+			pinDir, parent, why, bpffsDir)
+	}
+	if filepath.Base(parent) != filepath.Base(bpffsDir) {
+		return refuse("it is not called bpf")
+	}
+	entries, err := os.ReadDir(parent)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("pin directory %s: %w", pinDir, err)
+	case len(entries) > 0:
+		return refuse("it is not empty")
+	}
+	return nil
+}
+
+// topmostAbsent is the first directory on the way to dir that is not there, "" when
+// all are.
+func topmostAbsent(dir string) (absent string) {
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
+			return absent
+		}
+		absent = dir
+	}
+}
+
+// undo takes the mount back, and the directories that were made for it as far as they are
+// empty.
+func (m mounted) undo() error {
+	if m.at != "" {
+		if err := unix.Unmount(m.at, 0); err != nil {
+			return fmt.Errorf("unmount %s: %w", m.at, err)
+		}
+	}
+	for dir := m.parent; m.made != ""; dir = filepath.Dir(dir) {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil // others have put something there
+		}
+		if dir == m.made {
+			break
+		}
 	}
 	return nil
 }
@@ -70,8 +169,8 @@ func isBPFFS(path string) (bool, error) {
 	return uint32(fs.Type) == unix.BPF_FS_MAGIC, nil
 }
 
-// sweep removes what processes left that died while they were building. The
-// caller holds the lock, so nobody is building now.
+// sweep removes what processes left that died while they were building. What is being
+// built now is locked.
 func sweep(pinDir string) error {
 	stale, err := staging(pinDir)
 	if err != nil {
@@ -79,7 +178,16 @@ func sweep(pinDir string) error {
 	}
 	var errs []error
 	for _, dir := range stale {
-		errs = append(errs, removePins(dir))
+		lock, err := lockfile.TakeDir(dir)
+		var held *lockfile.HeldError
+		if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
+			continue // its builder lives, or is done
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, removePins(dir), lock.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -94,10 +202,24 @@ func removePins(dir string) error {
 }
 
 // staging lists the directories in which pinDir is, or was, being built.
-func staging(pinDir string) ([]string, error) {
-	dirs, err := filepath.Glob(filepath.Clean(pinDir) + "_new_*")
+func staging(pinDir string) (dirs []string, err error) {
+	parent, prefix := filepath.Dir(pinDir), filepath.Base(pinDir)+stagingMark
+	entries, err := os.ReadDir(parent)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("look for stale pins: %w", err)
+	}
+	for _, e := range entries {
+		number, ok := strings.CutPrefix(e.Name(), prefix)
+		if _, err := strconv.Atoi(number); !ok || err != nil {
+			continue
+		}
+		dir := filepath.Join(parent, e.Name())
+		if _, err := os.Lstat(filepath.Join(dir, pinBuilding)); err == nil {
+			dirs = append(dirs, dir)
+		}
 	}
 	return dirs, nil
 }

@@ -68,6 +68,9 @@ func (p *pointedAt) entry(f flowEntry) (*entry, error) {
 	return e, nil
 }
 
+// describes says whether the row of an entry is about the entry's own counters.
+func (p *pointedAt) describes(e *entry) bool { return p.rules[e.id].FirstStats == e.firstStats }
+
 // output is the output of a slot, with the index of its counters.
 func (p *pointedAt) output(first, slot uint32) (o Output, stats uint32, err error) {
 	if int(first)+int(slot) >= len(p.outputs) {

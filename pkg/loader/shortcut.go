@@ -81,14 +81,12 @@ func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
 	}
 	var moves []uint32 // places whose holders go on to the next one
 	for s.places[at] != nil {
-		if len(moves) == maxMoves || slices.Contains(moves, at) {
+		if len(moves) == maxMoves { // what goes in a circle comes here, too
 			return
 		}
 		moves = append(moves, at)
 		first, second := s.placesOf(s.places[at].rule.In)
-		if at = first ^ second ^ at; at == moves[len(moves)-1] {
-			return // both its places are the same
-		}
+		at = first ^ second ^ at
 	}
 	for _, from := range slices.Backward(moves) {
 		s.places[at] = s.places[from]
@@ -111,10 +109,9 @@ func (s *sync) closeShortcuts() {
 	}
 }
 
-// openShortcuts gives the rules in force their places.
+// openShortcuts gives the rules in force their places. The caller has waited for the
+// programs that have seen the shortcuts open.
 func (l *Loader) openShortcuts() error {
-	// Programs that have seen them open may still read them.
-	waitForPrograms()
 	s := &l.shortcuts
 	changed := map[uint32]bool{}
 	wants := l.shortcutRules()
@@ -214,6 +211,7 @@ func (l *Loader) adoptShortcuts() error {
 	if err := l.writeConfig(); err != nil {
 		return err
 	}
+	l.opts.wait()
 	if err := l.openShortcuts(); err != nil {
 		return fmt.Errorf("shortcuts to the rules: %w", err)
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -347,4 +349,43 @@ func TestShortcutsThatFail(t *testing.T) {
 		t.Error("the shortcuts stay closed after a failure")
 	}
 	shortcutsAgree(t, r.l.maps)
+}
+
+// Wherever rules have their places, be these few and full, a new one takes no place from
+// another: each has one of its own two, or none, and what has changed is noted.
+func TestShortcutsAreNotLost(t *testing.T) {
+	for seed := range uint64(200) {
+		random := rand.New(rand.NewPCG(seed, 1))
+		s := newShortcuts(1<<(1+random.IntN(5)), true)
+		placed := map[*entry]bool{}
+		for i := range 2 * len(s.places) {
+			e := &entry{rule: Rule{In: Input{Index: 2, Group: netip.AddrFrom4([4]byte{239, byte(seed), byte(i >> 8), byte(i)}), Port: uint16(1 + random.IntN(3))}}}
+			before := slices.Clone(s.places)
+			changed := map[uint32]bool{}
+			s.put(e, changed)
+			if s.has(e) {
+				placed[e] = true
+			}
+			found := map[*entry]bool{}
+			for at, holder := range s.places {
+				if (holder != before[at]) != changed[uint32(at)] {
+					t.Fatalf("seed %d, rule %d: place %d noted as changed: %v", seed, i, at, changed[uint32(at)])
+				}
+				if holder == nil {
+					continue
+				}
+				first, second := s.placesOf(holder.rule.In)
+				if found[holder] || uint32(at) != first && uint32(at) != second {
+					t.Fatalf("seed %d, rule %d: place %d has a rule of places %d and %d, twice: %v", seed, i, at, first, second, found[holder])
+				}
+				found[holder] = true
+			}
+			if !maps.Equal(found, placed) {
+				t.Fatalf("seed %d, rule %d: %d rules have places, want the %d that had one", seed, i, len(found), len(placed))
+			}
+		}
+		if len(placed) < len(s.places)/2 {
+			t.Errorf("seed %d: %d of %d places are taken", seed, len(placed), len(s.places))
+		}
+	}
 }

@@ -84,6 +84,9 @@ func (l *Loader) Sync(want []Rule) (err error) {
 		return err
 	}
 	s.undo = nil // from here on the new rules are in force
+	// Programs that have seen the old rules may still use what these point to, the memory
+	// of their entries and the shortcuts to them.
+	l.opts.wait()
 	if err := s.openShortcuts(); err != nil {
 		l.log.Warn("packets find their rules in the flow tables alone, which takes longer", "error", err)
 	}
@@ -293,12 +296,12 @@ func (s *sync) publish() error {
 	var err error
 	if s.isSingle() {
 		err = s.publishOne(s.changes[0])
-		if err == nil && s.changes[0].old != nil {
-			// The kernel may use the old entry's memory for the next one, and retire
-			// frees what it points to. A swap of tables waits by itself.
-			waitForPrograms()
-		}
 	} else {
+		if needed != before {
+			// A program that has not seen the new kinds would look for a rule that has
+			// moved to one of them where it was.
+			s.opts.wait()
+		}
 		err = s.publishTables()
 	}
 	if err != nil {
@@ -368,18 +371,59 @@ func (s *sync) publishOne(c change) error {
 	return nil
 }
 
-// publishTables builds new flow tables beside those in force and swaps them.
+// publishTables builds new flow tables beside those in force and swaps them. Each swap waits
+// until no program uses the table from before.
+//
+// A packet is looked for in the exact table of its family and then in the prefix table, so
+// the prefixes come last: what has become exact is found there first. What leaves the exact
+// table may be for a prefix to take, and stays in it until the prefixes are swapped. So a
+// packet meets the rule that it had before or the one that it has afterwards, never none
+// and no third one.
 func (s *sync) publishTables() (err error) {
 	flows, changed := s.flowsAfter()
-	for kind := range tableKinds {
-		if !changed[kind] {
-			continue
+	for kind := range prefixes4 {
+		prefixes := kind + prefixes4
+		var leaving []flowEntry
+		if changed[prefixes] {
+			leaving = s.leaving(kind)
 		}
-		if err := s.swap(kind, flows[kind]); err != nil {
-			return err
+		if len(leaving) > 0 {
+			if err := s.swap(kind, slices.Concat(flows[kind], leaving)); err != nil {
+				return err
+			}
+		} else if changed[kind] {
+			if err := s.swap(kind, flows[kind]); err != nil {
+				return err
+			}
+		}
+		if changed[prefixes] {
+			if err := s.swap(prefixes, flows[prefixes]); err != nil {
+				return err
+			}
+		}
+		if len(leaving) > 0 {
+			if err := s.swap(kind, flows[kind]); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// leaving lists the flow entries of a table whose inputs no rule has any more.
+func (s *sync) leaving(kind tableKind) (flows []flowEntry) {
+	kept := map[Input]bool{}
+	for _, c := range s.changes {
+		if c.new != nil {
+			kept[c.new.rule.In.Key()] = true
+		}
+	}
+	for _, c := range s.changes {
+		if c.old != nil && kindOf(c.old.rule.In) == kind && !kept[c.old.rule.In.Key()] {
+			flows = append(flows, flowEntry{c.old.rule.In, encodeFlow(c.old)})
+		}
+	}
+	return flows
 }
 
 // flowsAfter lists the flow entries of all rules as they will be, and which tables

@@ -11,8 +11,8 @@ import (
 	"xdpcast/bpf"
 )
 
-// tableKind is one of the flow tables, each for the inputs of one shape. A change
-// of several rules comes into force in this order.
+// tableKind is one of the flow tables, each for the inputs of one shape: the exact ones
+// first, and the prefixes of the same families in the same order.
 type tableKind int
 
 const (

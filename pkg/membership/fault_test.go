@@ -3,6 +3,7 @@ package membership
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -377,4 +378,38 @@ func TestCloseOfSocketFails(t *testing.T) {
 		t.Errorf("%d warnings, want 3: %s", got, f.log)
 	}
 	checkNothingHeld(t, f.m)
+}
+
+// TestRefusedByOneSocket: what one socket refuses for what it holds, or may still hold,
+// another one takes; any other error is the caller's.
+func TestRefusedByOneSocket(t *testing.T) {
+	b := newBench(t)
+	for errno, elsewhere := range map[unix.Errno]bool{
+		unix.ENOBUFS: true, unix.ENOMEM: true, unix.EADDRINUSE: true, unix.EADDRNOTAVAIL: true,
+		unix.EPERM: false, unix.EINVAL: false, unix.EINTR: false,
+	} {
+		for _, pair := range [][2]string{
+			{"239.1.1.1", "239.1.1.2"}, {"ff1e::1", "ff1e::2"},
+			{"10.9.0.5@232.1.1.1", "10.9.0.6@232.1.1.1"}, // the group is on the socket already
+		} {
+			t.Run(fmt.Sprint(errno.Error(), " ", pair[1]), func(t *testing.T) {
+				f := newFaultBench(t, b)
+				first, second := b.membership(t, "eth0", pair[0]), b.membership(t, "eth0", pair[1])
+				mustJoin(t, f.m, first)
+				f.sys.fault("join", 1, errno)
+				err := f.m.Join(second)
+				sockets := openSockets() - f.sockets
+				switch {
+				case elsewhere && (err != nil || sockets != 2):
+					t.Errorf("%v with %d sockets, want that a second one takes it", err, sockets)
+				case !elsewhere && (!errors.Is(err, errno) || sockets != 1):
+					t.Errorf("%v with %d sockets, want the error and one", err, sockets)
+				}
+				f.sys.fault("", 0, nil)
+				if err := f.m.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
 }

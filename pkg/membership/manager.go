@@ -16,17 +16,13 @@ type Options struct {
 	Logger *slog.Logger
 	// System makes the system calls. nil means [Kernel].
 	System System
-	// Reserve is how many file descriptors helper sockets leave to the rest of the process:
-	// a join that would need one of the last fails with EMFILE. 0 means all may be used.
-	Reserve int
 }
 
 // Manager holds memberships. Its methods may be called from any goroutine; they
 // wait for each other, and for the kernel's lock on network configuration.
 type Manager struct {
-	log     *slog.Logger
-	sys     System
-	reserve int
+	log *slog.Logger
+	sys System
 
 	mu       sync.Mutex
 	closed   bool
@@ -54,7 +50,6 @@ func New(o Options) *Manager {
 	m := &Manager{
 		log:      o.Logger,
 		sys:      o.System,
-		reserve:  o.Reserve,
 		ports:    map[life]*port{},
 		counters: map[string]*Counters{},
 	}
@@ -91,7 +86,6 @@ func (m *Manager) join(ms Membership) error {
 	p := m.ports[ms.life()]
 	if p == nil {
 		p = newPort(m.log, m.sys)
-		p.reserve = m.reserve
 	}
 	if r := p.records[ms.key()]; r != nil {
 		r.status.References++

@@ -4,13 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"os/exec"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -124,45 +121,6 @@ func TestPrune(t *testing.T) {
 	m.Prune(func(string) bool { return false })
 	if got := names(); !cmp.Equal(got, []string{"eth0"}) {
 		t.Errorf("counters of %v", got)
-	}
-}
-
-// Helper sockets leave the last descriptors to the rest of the process. It runs in a process
-// of its own, whose limit is low.
-func TestReserve(t *testing.T) {
-	if os.Getenv("XDPCAST_TEST_RESERVE") == "" {
-		b := newBench(t)
-		cmd := exec.Command(os.Args[0], "-test.run=^TestReserve$", "-test.v")
-		cmd.Env = append(os.Environ(), "XDPCAST_TEST_RESERVE=1")
-		var out []byte
-		var err error
-		labtest.Do(t, b.host, func() error { out, err = cmd.CombinedOutput(); return nil })
-		if err != nil || !strings.Contains(string(out), "--- PASS: TestReserve") {
-			t.Errorf("%v\n%s", err, out)
-		}
-		return
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 64, Max: 64}); err != nil {
-		t.Fatal(err)
-	}
-	m := New(Options{Reserve: 32})
-	defer m.Close()
-	var err error
-	joined := 0
-	for i := 0; err == nil && i < 2000; i++ {
-		if err = m.Join(Membership{Interface: "lo", Index: 1, Group: netip.AddrFrom4([4]byte{239, 1, byte(i >> 8), byte(i)})}); err == nil {
-			joined++
-		}
-	}
-	if !errors.Is(err, unix.EMFILE) || !Transient(err) || !strings.Contains(err.Error(), "limit 64, of which 32 are kept") || joined < 100 {
-		t.Errorf("%d joined, then %v", joined, err)
-	}
-	for range 24 { // the runtime has some, too
-		f, err := os.Open("/proc/self/status")
-		if err != nil {
-			t.Fatalf("nothing is kept: %v", err)
-		}
-		defer f.Close()
 	}
 }
 

@@ -18,9 +18,8 @@ const anySource = 0
 
 // port is an interface's memberships and the helper sockets that hold them.
 type port struct {
-	log     *slog.Logger
-	sys     System
-	reserve int // as in [Options]
+	log *slog.Logger
+	sys System
 
 	name    string // as of the last join
 	records map[key]*record
@@ -142,7 +141,7 @@ func (p *port) joinLayer(m Membership, layer int) (*filter, error) {
 // openShard opens a socket and joins m on it. One that refuses its first group
 // would refuse others too, and is closed again.
 func (p *port) openShard(m Membership, pl *pool) (*shard, error) {
-	fd, err := p.openSocket(m.family())
+	fd, err := p.sys.Socket(int(m.family()))
 	if err != nil {
 		return nil, &HelperSocketError{
 			Interface: interfaceLabel(m.Interface, m.Index),
@@ -156,25 +155,6 @@ func (p *port) openShard(m Membership, pl *pool) (*shard, error) {
 	}
 	p.opened++
 	return &shard{fd: fd, pool: pl, at: -1, number: p.opened}, nil
-}
-
-// openSocket opens a socket unless it would take one of the last descriptors.
-func (p *port) openSocket(f family) (int, error) {
-	fd, err := p.sys.Socket(int(f))
-	if err != nil || p.reserve == 0 {
-		return fd, err
-	}
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		p.closeSocket(fd)
-		return 0, err
-	}
-	// The kernel gives the lowest number that is free.
-	if uint64(fd)+uint64(p.reserve) >= limit.Cur {
-		p.closeSocket(fd)
-		return 0, fmt.Errorf("%w (limit %d, of which %d are kept for other uses: raise it, ulimit -n or LimitNOFILE=)", unix.EMFILE, limit.Cur, p.reserve)
-	}
-	return fd, nil
 }
 
 // joinSocket has the kernel join m on a socket.

@@ -2,6 +2,8 @@ package membership
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"math/bits"
 	"net/netip"
 
@@ -30,8 +32,25 @@ func Kernel() System { return kernel{} }
 type kernel struct{}
 
 func (kernel) Socket(family int) (int, error) {
-	return unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
+	if err != nil {
+		return -1, err
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	// The kernel gives the lowest number that is free: all below it are in use.
+	if kept := reserve(limit.Cur); uint64(fd) >= limit.Cur-kept {
+		return -1, errors.Join(fmt.Errorf("%w: the last %d of %d file descriptors are kept for rules and requests (raise the limit: ulimit -n, or LimitNOFILE= of the service)",
+			unix.EMFILE, kept, limit.Cur), unix.Close(fd))
+	}
+	return fd, nil
 }
+
+// reserve is how many file descriptors helper sockets leave for everything else that the
+// process does, of so many.
+func reserve(limit uint64) uint64 { return min(max(limit/4, 16), 256, limit) }
 
 func (kernel) Setsockopt(fd, level, option int, value []byte) error {
 	return unix.SetsockoptString(fd, level, option, string(value))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -160,5 +161,41 @@ func TestAppendDoesNotAllocate(t *testing.T) {
 		}
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
+	}
+}
+
+// The drop eligible indicator (IEEE 802.1Q, bit 12 of the tag) stays whatever happens to the
+// priority and the VLAN.
+func TestDropEligibleStays(t *testing.T) {
+	for name, c := range map[string]struct {
+		rewrite  Rewrite
+		in, want []uint16
+	}{
+		"kept":                         {Rewrite{}, []uint16{0xf007}, []uint16{0xf007}},
+		"priority set":                 {Rewrite{SetPCP: true, PCP: 2}, []uint16{0xf007}, []uint16{0x5007}},
+		"priority set, not eligible":   {Rewrite{SetPCP: true, PCP: 2}, []uint16{0xe007}, []uint16{0x4007}},
+		"priority set in both":         {Rewrite{SetPCP: true, PCP: 3}, []uint16{0xe009, 0x1007}, []uint16{0x6009, 0x7007}},
+		"VLAN set":                     {Rewrite{VLAN: VLANSet, VLANID: 100}, []uint16{0x7007}, []uint16{0x7064}},
+		"VLAN and priority set":        {Rewrite{VLAN: VLANSet, VLANID: 100, SetPCP: true, PCP: 5}, []uint16{0x7007}, []uint16{0xb064}},
+		"two tags for one":             {Rewrite{VLAN: VLANSet, VLANID: 100, OuterVLAN: 8, SetPCP: true, PCP: 1}, []uint16{0x1007}, []uint16{0x3008, 0x3064}},
+		"new tag with a priority":      {Rewrite{VLAN: VLANSet, VLANID: 100, SetPCP: true, PCP: 5}, nil, []uint16{0xa064}},
+		"priority set where no tag is": {Rewrite{SetPCP: true, PCP: 5}, nil, nil},
+	} {
+		f := Frame{Dst: netip.MustParseAddr("239.1.1.1"), Src: netip.MustParseAddr("10.0.0.1"), DstPort: 5000, TTL: 9, VLANs: c.in, Payload: []byte("payload")}
+		frame := f.Build()
+		h, ok := Parse(frame)
+		if !ok {
+			t.Fatalf("%s: not parsed", name)
+		}
+		r := c.rewrite
+		r.Dst, r.DstPort = f.Dst, 6000
+		out, outcome := r.Append(nil, frame, &h)
+		var tags []uint16
+		for at := 12; len(out) > at+4 && (binary.BigEndian.Uint16(out[at:]) == etherVLAN || binary.BigEndian.Uint16(out[at:]) == etherQinQ); at += vlanLen {
+			tags = append(tags, binary.BigEndian.Uint16(out[at+2:]))
+		}
+		if outcome != 0 || !slices.Equal(tags, c.want) {
+			t.Errorf("%s: tags %#04x become %#04x (outcome %v), want %#04x", name, c.in, tags, outcome, c.want)
+		}
 	}
 }

@@ -60,6 +60,9 @@ func (r *Relay) replace(e edit, strict, save bool) error {
 	if err == nil {
 		return nil
 	}
+	if save {
+		discardFile(r.opts.StateFile)
+	}
 	r.setRules(before)
 	_ = r.reconcile(nil) // lets go of what was joined and attached for them
 	return control.Wrap(control.KindFailed, err)

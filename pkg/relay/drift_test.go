@@ -22,6 +22,7 @@ import (
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/membership"
 	"xdpcast/pkg/plan"
 	"xdpcast/pkg/rules"
 	"xdpcast/pkg/traffic"
@@ -557,16 +558,26 @@ func TestNoCarrier(t *testing.T) {
 	p.arrives("with it", "239.1.1.1:5000%in0", "239.2.2.1:6000%out0", "239.2.2.2:6000%out1")
 }
 
+// fewSockets is the kernel with descriptors for some sockets alone.
+type fewSockets struct {
+	membership.System
+	left int
+}
+
+func (f *fewSockets) Socket(family int) (int, error) {
+	if f.left == 0 {
+		return -1, unix.EMFILE
+	}
+	f.left--
+	return f.System.Socket(family)
+}
+
 // Where memberships take all descriptors that they may, all rules are in force nevertheless, and
 // the API answers.
 func TestDescriptorsRunOut(t *testing.T) {
 	p := newPlace(t)
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
 	p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 4096, 4096
-	p.opts.Membership.Reserve = int(limit.Cur) - openFiles(t) - 70
+	p.opts.Membership.System = &fewSockets{System: membership.Kernel(), left: 50}
 	text := strings.Builder{}
 	text.WriteString("rules:\n")
 	const count = 3000

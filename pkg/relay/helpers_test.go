@@ -70,6 +70,11 @@ func (p *place) file(name, text string) string {
 	return path
 }
 
+// stateFile is where the rules of the API are saved.
+func (p *place) stateFile() string {
+	return loader.RunFile(p.opts.Loader.RunDir, p.opts.Loader.PinDir, "api-rules.yaml")
+}
+
 // running is a relay and the goroutine that runs it.
 type running struct {
 	*Relay
@@ -187,9 +192,12 @@ func (p *place) footprint(r *running) footprint {
 		}
 	}
 	f.Groups = p.groups()
-	saved, err := os.ReadFile(filepath.Join(p.opts.Loader.RunDir, "api-rules.yaml"))
+	saved, err := os.ReadFile(p.stateFile())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		p.t.Fatal(err)
+	}
+	if next, err := os.Lstat(p.stateFile() + ".next"); err == nil && next.Mode().IsRegular() {
+		p.t.Error("a change that was not made has left what was to be saved")
 	}
 	f.Saved = strings.TrimSpace(string(saved))
 	if f.Saved == "rules: []" {

@@ -328,7 +328,7 @@ func TestVLANOffload(t *testing.T) {
 	if active() {
 		t.Error("in0 strips tags although the kernel has rule 2")
 	}
-	if err := os.WriteFile(p.opts.Loader.RunDir+"/api-rules.yaml", []byte("rules: []"), 0o600); err != nil {
+	if err := os.WriteFile(p.stateFile(), []byte("rules: []"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r = p.start()

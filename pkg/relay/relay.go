@@ -20,12 +20,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/forward"
@@ -40,8 +37,8 @@ type Options struct {
 	// ConfigFile is the YAML file of rules; empty for none.
 	ConfigFile string
 	// StateFile keeps the rules that were added through the API, so that they
-	// outlive the process as the kernel's state does. Empty: api-rules.yaml in the
-	// loader's RunDir.
+	// outlive the process as the kernel's state does. Empty: the loader's RunFile
+	// api-rules.yaml.
 	StateFile string
 	// Interfaces are attached even while no rule names them.
 	Interfaces []string
@@ -54,8 +51,7 @@ type Options struct {
 	Steering plan.Steering
 	// Loader says where the pinned state is. Its Logger is replaced.
 	Loader loader.Options
-	// Membership is for tests that inject faults. Its Logger is replaced, and its Reserve
-	// when it is 0.
+	// Membership is for tests that inject faults. Its Logger is replaced.
 	Membership membership.Options
 	// AFXDP says how the AF_XDP path runs. Its Loader and Logger are replaced.
 	AFXDP forward.AFXDPOptions
@@ -114,7 +110,9 @@ type Relay struct {
 // Errors to match: loader.ErrLocked and the other errors of loader.Open, and
 // *rules.FileError for each fault of the file.
 func New(opts Options) (_ *Relay, err error) {
-	opts = opts.withDefaults()
+	if opts, err = opts.withDefaults(); err != nil {
+		return nil, err
+	}
 	r := &Relay{
 		opts: opts, log: opts.Logger, started: time.Now(),
 		commands: make(chan command),
@@ -135,7 +133,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := r.readInitialRules(); err != nil {
 		return nil, err
 	}
-	if r.tags, err = readTags(filepath.Join(r.opts.Loader.RunDir, "offloads.json")); err != nil {
+	if r.tags, err = readTags(loader.RunFile(r.opts.Loader.RunDir, r.opts.Loader.PinDir, "offloads.json")); err != nil {
 		return nil, err
 	}
 	r.sizeMaps()
@@ -158,40 +156,21 @@ func New(opts Options) (_ *Relay, err error) {
 	return r, err
 }
 
-func (o Options) withDefaults() Options {
+func (o Options) withDefaults() (_ Options, err error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.Loader.RunDir == "" {
-		o.Loader.RunDir = loader.DefaultRunDir
-	}
-	if o.Loader.PinDir == "" {
-		o.Loader.PinDir = loader.DefaultPinDir
+	if o.Loader, err = o.Loader.Absolute(); err != nil {
+		return o, err
 	}
 	if o.StateFile == "" {
-		o.StateFile = filepath.Join(o.Loader.RunDir, "api-rules.yaml")
+		o.StateFile = loader.RunFile(o.Loader.RunDir, o.Loader.PinDir, "api-rules.yaml")
 	}
 	if o.observeEvery == 0 {
 		o.observeEvery = observePause
 	}
-	if o.Membership.Reserve == 0 {
-		o.Membership.Reserve = descriptorReserve()
-	}
 	o.Loader.Logger, o.Membership.Logger = o.Logger, o.Logger
-	return o
-}
-
-// maxReserve is how many descriptors a process can use besides helper sockets: the maps,
-// devmaps that are written, sockets of workers, connections of the API.
-const maxReserve = 512
-
-// descriptorReserve is how many descriptors helper sockets leave to the rest: of few, a third.
-func descriptorReserve() int {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 0
-	}
-	return int(min(maxReserve, limit.Cur/3))
+	return o, nil
 }
 
 // sizeMaps makes room for twice the rules that are there, where the caller has not

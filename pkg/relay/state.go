@@ -63,16 +63,19 @@ func stageFile(path string, data []byte) (err error) {
 		err = f.Sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
-		_ = os.Remove(next)
+		discardFile(path)
 	}
 	return err
 }
+
+// discardFile removes what stageFile wrote.
+func discardFile(path string) { _ = os.Remove(path + ".next") }
 
 // commitFile puts path.next in the place of path, and has the directory on the disk. After
 // an error either of the two may be in the file.
 func commitFile(path string) error {
 	if err := os.Rename(path+".next", path); err != nil {
-		_ = os.Remove(path + ".next")
+		discardFile(path)
 		return err
 	}
 	return syncDir(filepath.Dir(path))

@@ -314,7 +314,7 @@ func TestUnicastRestart(t *testing.T) {
 	before := *r.kernel("uni0")
 	r.stop()
 	waitNeighbours(t, p.host, "managed 10.1.0.2", "managed 10.2.0.2")
-	if err := os.WriteFile(p.opts.Loader.RunDir+"/api-rules.yaml", fmt.Appendf(nil, "rules: [{name: uni0, in: %s, out: 10.1.0.2:6000%%out0}]\n", anyIn), 0o600); err != nil {
+	if err := os.WriteFile(p.stateFile(), fmt.Appendf(nil, "rules: [{name: uni0, in: %s, out: 10.1.0.2:6000%%out0}]\n", anyIn), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r = p.start()
@@ -328,6 +328,34 @@ func TestUnicastRestart(t *testing.T) {
 	waitNeighbours(t, p.host)
 }
 
+// TestPermanentNeighbourStays: an entry of the relay's that somebody makes permanent has
+// become theirs, and stays when no rule needs it.
+func TestPermanentNeighbourStays(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	if _, err := r.add("uni", anyIn, "10.1.0.2:6000%out0"); err != nil {
+		t.Fatal(err)
+	}
+	r.waitMAC("uni", 0, macOf(t, p.peer, "out0"))
+	theirs := permanent(t, p.host, "out0", "10.1.0.2", "02:00:00:00:00:77")
+	if err := p.host.Netlink().NeighSet(theirs); err != nil {
+		t.Fatal(err)
+	}
+	r.waitMAC("uni", 0, [6]byte{2, 0, 0, 0, 0, 0x77})
+	if err := r.DeleteRule(t.Context(), "uni"); err != nil {
+		t.Fatal(err)
+	}
+	left, err := p.host.Netlink().NeighList(theirs.LinkIndex, netlink.FAMILY_V4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(left, func(n netlink.Neigh) bool {
+		return n.IP.Equal(theirs.IP) && n.State == unix.NUD_PERMANENT && n.HardwareAddr.String() == theirs.HardwareAddr.String()
+	}) {
+		t.Errorf("of neighbours are left %v, want the permanent one among them", left)
+	}
+}
+
 // TestUnicastRefused: what can never be sent is no rule.
 func TestUnicastRefused(t *testing.T) {
 	p := newPlace(t)
@@ -335,8 +363,8 @@ func TestUnicastRefused(t *testing.T) {
 	before := p.footprint(r)
 	for _, tt := range []struct{ out, want string }{
 		{"10.1.0.1:6000%out0", "rule bad: output 10.1.0.1:6000%out0: 10.1.0.1 is an address of this host: want another host's, or a multicast group"},
-		{"10.1.0.255:6000%out0", "rule bad: output 10.1.0.255:6000%out0: 10.1.0.255 is a broadcast address of the network of interface out0: want a host's address, or a multicast group"},
 		{"10.2.0.1:6000%out0", "rule bad: output 10.2.0.1:6000%out0: 10.2.0.1 is an address of this host: want another host's, or a multicast group"},
+		{"10.1.0.255:6000%out0", "rule bad: output 10.1.0.255:6000%out0: 10.1.0.255 is a broadcast address of the network of interface out0: want a host's address, or a multicast group"},
 	} {
 		if _, err := r.add("bad", anyIn, out1, tt.out); err == nil || err.Error() != tt.want || !errors.Is(err, control.ErrFailed) {
 			t.Errorf("output %s: %v, want %s", tt.out, err, tt.want)
@@ -345,6 +373,18 @@ func TestUnicastRefused(t *testing.T) {
 	if after := p.footprint(r); !slices.Equal(after.Rules, before.Rules) || after.Groups != before.Groups {
 		t.Errorf("something remains: %+v", after)
 	}
+	// One whose interface is late fails as soon as that is known.
+	if _, err := r.add("late", anyIn, "10.5.0.255:6000%late0"); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Connect(t, lab.End{Host: p.host, Name: "late0", Addrs: []string{"10.5.0.1/24"}}, lab.End{Host: p.peer, Name: "late0"})
+	labtest.Eventually(t, "the rule fails", func() bool {
+		status, err := r.Rule(t.Context(), "late")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return status.State == control.StateFailed && strings.Contains(status.Reason, "10.5.0.255 is a broadcast address")
+	})
 }
 
 // faultyTables are the kernel's, but for entries that it does not take.

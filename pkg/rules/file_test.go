@@ -19,13 +19,8 @@ func goodFiles(t testing.TB) []goodFile {
 		"1.50 239.1.1.2:5000%eth0 -> 239.2.2.3:6000%eth1,src=keep")
 	two[1].Path = PathKernel
 	return []goodFile{
-		{"empty", "", nil},
-		{"comment", "# nothing yet\n", nil},
-		{"document mark", "---\n", nil},
-		{"null", "~", nil},
-		{"no rules", "rules:\n", nil},
 		{"empty list", "rules: []\n", nil},
-		{"empty mapping", "{}", nil},
+		{"empty list of lines", "# none\n---\nrules:\n  []\n", nil},
 		{"plain", `
 rules:
   - name: cam1
@@ -71,7 +66,16 @@ type faultyFile struct {
 func faultyFiles() []faultyFile {
 	const name63 = "1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first"
 	const oneRule = "rules:\n- name: a\n  in: 239.1.1.1:1%eth0\n  out: 239.1.1.2:1%eth1\n"
+	const noRules = `rules missing: want them in a list below "rules:", or "rules: []" for none on purpose`
 	return []faultyFile{
+		{"empty", "", []string{" " + noRules}},
+		{"blank", " \n\n", []string{" " + noRules}},
+		{"comment", "# nothing yet\n", []string{" " + noRules}},
+		{"document mark", "---\n", []string{" " + noRules}},
+		{"null", "~", []string{" " + noRules}},
+		{"cut off behind the key", "# head\nrules:\n", []string{"2: " + noRules}},
+		{"null as rules", "rules: null\n", []string{"1: " + noRules}},
+		{"empty mapping", "{}", []string{"1: " + noRules}},
 		{"not a mapping", "- a", []string{`1: want a mapping (rules), not a list`}},
 		{"text", "\n\nhello", []string{`3: want a mapping (rules), not text`}},
 		{"tagged", "!!binary x", []string{`1: want a mapping (rules), not a value tagged "!!binary"`}},
@@ -140,7 +144,7 @@ func faultyFiles() []faultyFile {
 		{"between rules", oneRule + "- in: 239.1.1.1:1%eth0\n  name: a\n  out: 239.1.1.2:1%eth1\n- name: x\n  in: 239.1.1.2:1%eth1\n  out: [239.1.1.9:9%eth9, 239.1.1.1:1%eth0]\n", []string{
 			`5: rule "a": in "239.1.1.1:1%eth0": want an input of its own: rule "a" (line 2) takes it`,
 			`6: rule "a": name "a": want a unique name: rule #1 (line 2) has it`,
-			`10: rule "x": out[1] "239.1.1.1:1%eth0": want no loop between rules: a (line 2) -> x (line 8) -> a`}},
+			`10: rule "x": out[1] "239.1.1.1:1%eth0": want no loop between rules: a (line 2) -> x (line 8) -> a` + insist}},
 		{"a second document", oneRule + "---\nrules: []\n", []string{`5: another document begins: want one alone`}},
 		{"an empty second document", oneRule + "---\n", []string{`5: another document begins: want one alone`}},
 		{"a broken second document", oneRule + "---\na: b: c\n", []string{`6: mapping values are not allowed in this context`}},

@@ -88,6 +88,10 @@ func feeds(o Output, in Input) bool {
 // rule allows it.
 func (r Rule) feedsSelf(o Output) bool { return !r.Accept.AllowLoop && feeds(o, r.In) }
 
+// insist ends the report of a circle: what lets it stand, and what ends the packets that
+// then go round.
+const insist = " (loop=allow on an input of it lets it stand: it then needs ttl=dec on an output, which ends what goes round)"
+
 // maxFeedPairs bounds the search in sets where very many outputs of many addresses,
 // ports or sources overlap with very many inputs each. After so many pairs of output
 // and input, an output is taken to send from every source to every port: the
@@ -341,7 +345,7 @@ func (g *feedGraph) report(circle []feedHop) {
 	}
 	g.list.add(fault{last.rule, &FieldError{
 		Rule: s.label(last.rule), Field: outField(last.slot), Value: s.rules[last.rule].Out[last.slot].String(),
-		Want: "no loop between rules: " + s.circleText(circle), Err: ErrLoop,
+		Want: "no loop between rules: " + s.circleText(circle) + insist, Err: ErrLoop,
 	}})
 }
 

@@ -280,7 +280,7 @@ func (c *checker) outputs(r Rule) {
 		e.priority(o, r.In)
 		e.unique(o, r.Out[:slot])
 		if r.feedsSelf(o) {
-			e.fault(ErrLoop, "", o.String(), fmt.Sprintf("no loop: it feeds the rule's own input, %[1]s -> %[1]s", bounded(c.rule)))
+			e.fault(ErrLoop, "", o.String(), fmt.Sprintf("no loop: it feeds the rule's own input, %[1]s -> %[1]s%[2]s", bounded(c.rule), insist))
 		}
 	}
 }

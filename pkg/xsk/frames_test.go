@@ -280,3 +280,25 @@ func TestRandomTransfers(t *testing.T) {
 		})
 	}
 }
+
+// Verify tells the first misuse, since those after it may be its consequences.
+func TestVerifyTellsTheFirst(t *testing.T) {
+	u, err := NewUMEM(UMEMOptions{Frames: 4, CheckOwnership: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	f, err := u.NewFrames(4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr, _ := f.Get()
+	f.Release(addr)
+	f.Release(addr) // the first
+	f.Retain(addr+uint64(u.FrameSize()), 1)
+	f.Release(1 << 40)
+	var misuse *OwnershipError
+	if err := f.Verify(); !errors.As(err, &misuse) || misuse.Op != "release" || misuse.Addr != addr {
+		t.Errorf("Verify: %+v, want the second release of %#x", err, addr)
+	}
+}

@@ -17,6 +17,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
 )
 
 // everything is all state that a wrong request must not change.
@@ -47,7 +48,7 @@ func (in *instance) everything() everything {
 			e.Files = append(e.Files, f.Name())
 		}
 	}
-	state, err := os.ReadFile(in.runDir + "/api-rules.yaml")
+	state, err := os.ReadFile(loader.RunFile(in.runDir, in.pinDir, "api-rules.yaml"))
 	if err != nil && !os.IsNotExist(err) {
 		in.t.Fatal(err)
 	}
@@ -114,7 +115,7 @@ func TestBadRules(t *testing.T) {
 		{name: "65 outputs", input: "239.1.1.2:5000%in0", outputs: manyOutputs(65), code: 2,
 			line: `rule "bad": out "65 outputs": want 1 to 64 outputs`},
 		{name: "feeds its own input", input: "239.1.1.2:5000%in0", outputs: []string{"239.1.1.2:5000%in0"}, code: 2,
-			line: `rule "bad": out[0] "239.1.1.2:5000%in0": want no loop: it feeds the rule's own input, bad -> bad`},
+			line: `rule "bad": out[0] "239.1.1.2:5000%in0": want no loop: it feeds the rule's own input, bad -> bad` + loopHint},
 		{name: "interface name too long", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:6000%averylonginterface"}, code: 2,
 			line: `rule "bad": output "239.2.2.2:6000%averylonginterface": interface "averylonginterface": want at most 15 bytes`},
 		{name: "output to this host", input: "239.1.1.2:5000%in0", outputs: []string{"10.2.1.1:6000%out0"}, code: 1,
@@ -122,7 +123,7 @@ func TestBadRules(t *testing.T) {
 		{name: "prefix without a word on joining", input: "239.1.0.0/16%in0", code: 2,
 			line: `rule "bad": in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
 		{name: "feeds itself through a prefix", input: "239.1.0.0/24%in0,join=none", outputs: []string{"239.1.0.7:5000%in0"}, code: 2,
-			line: `rule "bad": out[0] "239.1.0.7:5000%in0": want no loop: it feeds the rule's own input, bad -> bad`},
+			line: `rule "bad": out[0] "239.1.0.7:5000%in0": want no loop: it feeds the rule's own input, bad -> bad` + loopHint},
 		{name: "port shifted out of range", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:-5000%out1"}, code: 2,
 			line: `rule "bad": out[0].port "-5000": want what leaves the input's port 5000 within 1 to 65535: it would be 0`},
 		{name: "VLAN 4095", input: "239.1.1.2:5000%in0,vlan=4095", code: 2,
@@ -186,6 +187,9 @@ func TestBadRules(t *testing.T) {
 	}
 }
 
+// loopHint ends the report of a circle.
+const loopHint = " (loop=allow on an input of it lets it stand: it then needs ttl=dec on an output, which ends what goes round)"
+
 const badYAML = `rules:
   - name: a
     in: 239.1.1.2:5000%in0
@@ -235,7 +239,6 @@ func TestBadStart(t *testing.T) {
 	}
 	absent, bad := in.dir+"/absent.yaml", in.write("bad.yaml", badYAML)
 	broken, other := in.write("broken.yaml", "rules: [\n  - name: {"), in.write("other.yaml", "rulez: []\n")
-	lock := in.runDir + "/" + strings.ReplaceAll(strings.Trim(in.pinDir, "/"), "/", "-") + ".lock"
 	add := []string{"rule", "add", "x", "--in", "239.1.1.2:5000%in0", "--out", "239.2.1.1:6000%out0"}
 
 	// Nothing is loaded.
@@ -252,8 +255,8 @@ func TestBadStart(t *testing.T) {
 		{nil, 1, []string{"nothing is loaded in " + in.pinDir}, []string{"unload", "--all"}},
 		{nil, 1, []string{"nothing is loaded in " + in.pinDir}, []string{"upgrade"}},
 		{nil, 1, []string{"no xdpcast is running (no answer at " + in.socket + `): start one with "xdpcast run"`}, []string{"rule", "list"}},
-		{nobody, 1, []string{"listen: listen unix " + in.socket + ": bind: permission denied: run it as root"}, []string{"run"}},
-		{nobody, 1, []string{"open lock file: open " + lock + ": permission denied: run it as root"}, []string{"load", "-i", "in0"}},
+		{nobody, 1, []string{"listen: open lock file: open " + in.socket + ".lock: permission denied: run it as root"}, []string{"run"}},
+		{nobody, 1, []string{"without CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN (see capabilities(7)): operation not permitted: run it as root"}, []string{"load", "-i", "in0"}},
 	})
 
 	in.start()
@@ -268,10 +271,10 @@ func TestBadStart(t *testing.T) {
 		{nil, 1, locked, []string{"load", "-i", "in0"}},
 		{nil, 1, locked, []string{"unload", "--all"}},
 		{nil, 1, locked, []string{"upgrade"}},
-		{nobody, 1, []string{"uid 65534 may not change rules: root is needed"}, add},
-		{nobody, 1, []string{"uid 65534 may not read: root is needed"}, []string{"rule", "list"}},
-		{nobody, 1, listening, []string{"run"}},
-		{nobody, 1, []string{"open lock file: open " + lock + ": permission denied: run it as root"}, []string{"unload", "--all"}},
+		{nobody, 1, []string{"not allowed to reach " + in.socket + ": root is needed"}, add},
+		{nobody, 1, []string{"not allowed to reach " + in.socket + ": root is needed"}, []string{"rule", "list"}},
+		{nobody, 1, []string{"listen: open lock file: open " + in.socket + ".lock: permission denied: run it as root"}, []string{"run"}},
+		{nobody, 1, []string{"look for stale pins: open " + filepath.Dir(in.pinDir) + ": permission denied: run it as root"}, []string{"unload", "--all"}},
 	})
 	for _, path := range []string{in.dir + "/second.sock", in.dir + "/bpf/second"} {
 		if _, err := os.Stat(path); !os.IsNotExist(err) {

@@ -16,24 +16,25 @@ const module = "xdpcast/"
 // free. What is not here may import anything and be imported by nothing: commands,
 // scripts and tests.
 var allowed = map[string][]string{
-	"bpf":              {},
-	"pkg/fanout":       {},
-	"pkg/xsk":          {},
-	"pkg/packet":       {},
-	"pkg/flow":         {"pkg/packet"},
-	"pkg/rules":        {},
-	"pkg/traffic":      {},
-	"pkg/network":      {"internal/genl"},
-	"pkg/plan":         {"pkg/flow", "pkg/network", "pkg/packet", "pkg/rules"},
-	"pkg/membership":   {},
-	"pkg/loader":       {"bpf", "pkg/flow", "pkg/packet"},
-	"pkg/control":      {"pkg/rules"},
-	"pkg/forward":      {"bpf", "pkg/fanout", "pkg/flow", "pkg/loader", "pkg/packet", "pkg/xsk"},
-	"pkg/metrics":      {"pkg/control"},
-	"pkg/relay":        {"bpf", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/network", "pkg/plan", "pkg/rules"},
-	"internal/genl":    {},
-	"internal/lab":     {},
-	"internal/labtest": {"internal/lab"},
+	"bpf":               {},
+	"pkg/fanout":        {},
+	"pkg/xsk":           {},
+	"pkg/packet":        {},
+	"pkg/flow":          {"pkg/packet"},
+	"pkg/rules":         {},
+	"pkg/traffic":       {},
+	"pkg/membership":    {},
+	"pkg/network":       {"internal/genl"},
+	"pkg/plan":          {"pkg/flow", "pkg/network", "pkg/packet", "pkg/rules"},
+	"pkg/loader":        {"bpf", "internal/lockfile", "pkg/flow", "pkg/packet"},
+	"pkg/control":       {"internal/lockfile", "pkg/rules"},
+	"pkg/forward":       {"bpf", "pkg/fanout", "pkg/loader", "pkg/packet", "pkg/xsk"},
+	"pkg/metrics":       {"pkg/control"},
+	"pkg/relay":         {"bpf", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/network", "pkg/plan", "pkg/rules"},
+	"internal/genl":     {},
+	"internal/lockfile": {},
+	"internal/lab":      {},
+	"internal/labtest":  {"internal/lab"},
 }
 
 // free are the folders of packages that nothing imports.
@@ -54,6 +55,11 @@ func TestImports(t *testing.T) {
 		if !known && !slices.ContainsFunc(free, func(dir string) bool { return strings.HasPrefix(name, dir) }) {
 			t.Errorf("package %s: say in this test what it may import", name)
 			continue
+		}
+		for _, listed := range may {
+			if !slices.Contains(fields[1:], module+listed) {
+				t.Errorf("package %s does not import %s any more: remove it here", name, listed)
+			}
 		}
 		for _, path := range fields[1:] {
 			imported, ours := strings.CutPrefix(path, module)
