@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -102,7 +103,12 @@ func TestTwoRelays(t *testing.T) {
 	a.running = nil
 	before := a.everything()
 	intruder := a.on(second.relay)
-	want := "pinned state belongs to another network namespace (" + a.pinDir + "): start xdpcast there, or use another pin directory"
+	in0, err := first.relay.Link("in0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("pinned state belongs to another network namespace (%s): it relays there, by link if%d on the interface with index %d: start xdpcast there, use another pin directory, or end it with unload --all --pin-dir %s",
+		a.pinDir, in0.Attrs().Index, in0.Attrs().Index, a.pinDir)
 	intruder.refused(t, 1, []string{want}, "run")
 	intruder.refused(t, 1, []string{want}, "load", "-i", "in0")
 	a.unchanged(t, before, "a relay in another namespace")

@@ -37,8 +37,9 @@ func TestThousandRules(t *testing.T) {
 	var before holdings
 	eventually(t, "the last client is gone", func() string {
 		before = in.holdings()
-		// What stays: the control socket, and those that hear of interfaces and of their queues.
-		if n := before.Files["socket:"]; n != 3 {
+		// What stays: the control socket; those that hear of interfaces, of routes and neighbours,
+		// of queues, and of features; and two that ask for all that.
+		if n := before.Files["socket:"]; n != 7 {
 			return fmt.Sprintf("%d sockets", n)
 		}
 		return ""
