@@ -57,7 +57,9 @@ func NewHost(name string) (_ *Host, err error) {
 	if h.ns, err = netns.GetFromPath(h.Path()); err != nil {
 		return nil, fmt.Errorf("open namespace %s: %w", name, err)
 	}
-	if h.nl, err = netlink.NewHandleAt(h.ns); err != nil {
+	// Without a list the library opens every family that it knows, for which the kernel
+	// needs the modules nfnetlink and xfrm_user.
+	if h.nl, err = netlink.NewHandleAt(h.ns, unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("netlink in namespace %s: %w", name, err)
 	}
 	if err := h.Do(quiet); err != nil {
