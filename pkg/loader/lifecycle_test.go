@@ -560,6 +560,7 @@ func TestSweepsLeftovers(t *testing.T) {
 	perCPU := make([]bpf.RelayCounter, ebpf.MustPossibleCPU())
 	for _, err := range []error{
 		l.maps.Rules.Put(uint32(999), &orphan),
+		l.maps.Copies.Put(uint32(4000), &bpf.RelayCopy{Ifindex: 1, Same: 1}),
 		l.maps.Fanout.Put(uint32(4000), slots),
 		l.maps.RuleDrops.Put(&key, perCPU),
 		l.maps.Ports.Put(uint32(500), &bpf.RelayBpfDevmapVal{Ifindex: uint32(n.out[0].Index)}),
