@@ -19,8 +19,9 @@ const (
 	netdevAttrIfindex     = 1
 	netdevAttrXDPFeatures = 3
 
-	xdpActBasic   = 1 << 0
-	xdpActNDOXmit = 1 << 2
+	xdpActBasic     = 1 << 0
+	xdpActNDOXmit   = 1 << 2
+	xdpActNDOXmitSG = 1 << 6
 )
 
 // Features is what the driver of an interface says that XDP can do on it.
@@ -32,6 +33,9 @@ type Features struct {
 	// Transmit: frames redirected to the interface are sent. A veth has it only
 	// while its peer has generic receive offload or an XDP program on.
 	Transmit bool
+	// TransmitSG: redirected frames of several buffers are sent, too. Kernels that do
+	// not tell refuse them on every device, and nothing counts it.
+	TransmitSG bool
 }
 
 // DeviceFeatures asks the kernel for the XDP features of an interface.
@@ -51,7 +55,10 @@ func DeviceFeatures(index int) (Features, error) {
 		for _, a := range attrs {
 			if a.Attr.Type&nl.NLA_TYPE_MASK == netdevAttrXDPFeatures && len(a.Value) >= 8 {
 				bits := binary.NativeEndian.Uint64(a.Value)
-				return Features{Known: true, Native: bits&xdpActBasic != 0, Transmit: bits&xdpActNDOXmit != 0}, nil
+				return Features{
+					Known: true, Native: bits&xdpActBasic != 0,
+					Transmit: bits&xdpActNDOXmit != 0, TransmitSG: bits&xdpActNDOXmitSG != 0,
+				}, nil
 			}
 		}
 	}
