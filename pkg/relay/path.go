@@ -25,7 +25,8 @@ func mayTap(rule *rules.Rule) bool {
 // can carry them, else AF_XDP sockets, else the packet tap. The note is what a person
 // should know of the choice, "" for nothing; the error says why no path does.
 func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic bool) (path loader.Path, note string, err error) {
-	notKernel, jumbo := r.notInKernel(rule, in, n, generic), r.jumboFault(in, n)
+	notKernel, jumbo := r.notInKernel(rule, in, n, generic), r.jumboFault(in, n, generic)
+	bySockets := r.socketJumboFault(in)
 	switch rule.Path {
 	case rules.PathFanout:
 		return loader.PathFanout, "", nil
@@ -34,20 +35,27 @@ func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic boo
 			return 0, "", errors.New(notKernel)
 		}
 		if jumbo != "" {
-			note = jumbo + ": they are dropped for the reason multi_buffer (paths afxdp and fanout can)"
+			others := "paths afxdp and fanout"
+			if bySockets != "" {
+				others = "path fanout"
+			}
+			note = jumbo + ": they are dropped for the reason multi_buffer (" + others + " can)"
 		}
 		return loader.PathKernel, note, nil
 	case rules.PathAFXDP:
 		if why := r.notBySockets(rule, in, n); why != "" {
 			return 0, "", fmt.Errorf("path afxdp: %s", why)
 		}
-		return loader.PathAFXDP, "", nil
+		if bySockets != "" {
+			note = bySockets + ": they are dropped for the reason multi_buffer (path fanout can)"
+		}
+		return loader.PathAFXDP, note, nil
 	}
 	why := cmp.Or(notKernel, jumbo)
 	if why == "" {
 		return loader.PathKernel, "", nil
 	}
-	if notSockets := r.notBySockets(rule, in, n); notSockets != "" {
+	if notSockets := cmp.Or(r.notBySockets(rule, in, n), bySockets); notSockets != "" {
 		if notSockets != why {
 			why += "; not path afxdp: " + notSockets
 		}
@@ -56,13 +64,29 @@ func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic boo
 	return loader.PathAFXDP, "path afxdp: " + why, nil
 }
 
-// jumboFault says why the kernel path cannot copy every frame of an input, "" when it
-// can.
-func (r *Relay) jumboFault(in *iface, n *instance) string {
-	if len(n.slots) < 2 || in.mtu+maxHeaders <= broadcastFrame {
+// jumboFault says why the kernel path cannot carry every frame of an input, "" when it
+// can. In generic mode frames come in one buffer.
+func (r *Relay) jumboFault(in *iface, n *instance, generic bool) string {
+	if in.mtu+maxHeaders <= broadcastFrame {
 		return ""
 	}
+	if len(n.slots) == 1 {
+		out := r.interfaces[n.slots[0].ifname]
+		if generic || out == nil || !out.up || out.mtu+maxHeaders <= broadcastFrame || r.featuresOf(out.index).TransmitSG {
+			return ""
+		}
+		return fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of %s is %d", out.name, broadcastFrame, in.name, in.mtu)
+	}
 	return fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs, and the MTU of %s is %d", broadcastFrame, len(n.slots), in.name, in.mtu)
+}
+
+// socketJumboFault says why AF_XDP sockets cannot take every frame of an input, "" when
+// they can.
+func (r *Relay) socketJumboFault(in *iface) string {
+	if in.mtu+maxHeaders <= broadcastFrame || r.can.SocketMultiBuffer {
+		return ""
+	}
+	return fmt.Sprintf("AF_XDP sockets take no frames of more than %d bytes before Linux 6.6, and the MTU of %s is %d", broadcastFrame, in.name, in.mtu)
 }
 
 // notInKernel says why the kernel path cannot carry an instance, "" when it can. An

@@ -79,6 +79,7 @@ func TestChoosePath(t *testing.T) {
 		out       []string // interfaces
 		edit      func(rule *rules.Rule, in *iface, n *instance)
 		generic   bool
+		old       bool // Linux 6.1
 		want      loader.Path
 		note, err string
 	}{
@@ -92,6 +93,17 @@ func TestChoosePath(t *testing.T) {
 		{name: "jumbo, one", out: []string{"eth1"}, edit: mtu(9000), want: kernel},
 		{name: "jumbo, two", out: []string{"eth1", "eth2"}, edit: mtu(9000), want: sockets, note: "path afxdp: the kernel path cannot copy frames of more than 3520 bytes to 2 outputs, and the MTU of eth0 is 9000"},
 		{name: "kernel, jumbo, two", path: rules.PathKernel, out: []string{"eth1", "eth2"}, edit: mtu(9000), want: kernel, note: "dropped for the reason multi_buffer"},
+		{name: "jumbo, one, device sends one buffer", out: []string{"plain0"}, edit: mtu(9000), want: sockets, note: "path afxdp: interface plain0 does not send redirected frames of more than 3520 bytes"},
+		{name: "jumbo, one, short MTU at the device that sends one buffer", out: []string{"short0"}, edit: mtu(9000), want: kernel},
+		{name: "jumbo, one, generic", out: []string{"plain0"}, edit: mtu(9000), generic: true, want: kernel},
+		{name: "jumbo, one, device down", out: []string{"down0"}, edit: mtu(9000), want: kernel},
+		{name: "kernel, jumbo, one, device sends one buffer", path: rules.PathKernel, out: []string{"plain0"}, edit: mtu(9000), want: kernel, note: "dropped for the reason multi_buffer"},
+		{name: "old kernel, jumbo, one", out: []string{"plain0"}, edit: mtu(9000), old: true, want: tapped, note: "path fanout: interface plain0 does not send redirected frames of more than 3520 bytes"},
+		{name: "old kernel, jumbo, two", out: []string{"eth1", "eth2"}, edit: mtu(9000), old: true, want: tapped, note: "not path afxdp: AF_XDP sockets take no frames of more than 3520 bytes before Linux 6.6"},
+		{name: "old kernel, kernel, jumbo", path: rules.PathKernel, out: []string{"plain0"}, edit: mtu(9000), old: true, want: kernel, note: "dropped for the reason multi_buffer (path fanout can)"},
+		{name: "old kernel, just not jumbo", out: []string{"plain0"}, edit: mtu(3502), old: true, want: kernel},
+		{name: "old kernel, afxdp, jumbo", path: rules.PathAFXDP, out: []string{"eth1"}, edit: mtu(9000), old: true, want: sockets, note: "dropped for the reason multi_buffer (path fanout can)"},
+		{name: "old kernel, afxdp", path: rules.PathAFXDP, out: []string{"eth1"}, old: true, want: sockets},
 		{name: "just not jumbo", out: []string{"eth1", "eth2"}, edit: mtu(3502), want: kernel},
 		{name: "just jumbo", out: []string{"eth1", "eth2"}, edit: mtu(3503), want: sockets, note: "3520"},
 		{name: "local", out: []string{"eth1"}, edit: func(rule *rules.Rule, _ *iface, _ *instance) { rule.Accept.Local = true }, want: tapped, note: "local=yes"},
@@ -103,11 +115,15 @@ func TestChoosePath(t *testing.T) {
 		{name: "output that is absent", out: []string{"eth1", "late0"}, want: kernel},
 		{name: "kernel, output that does not transmit", path: rules.PathKernel, out: []string{"eth1", "mute0"}, want: kernel},
 	} {
-		r := &Relay{interfaces: map[string]*iface{}, features: map[int]loader.Features{}}
-		for i, name := range []string{"eth0", "eth1", "eth2", "tun0", "mute0", "down0"} {
-			r.interfaces[name] = &iface{name: name, index: i + 1, mtu: 1500, ethernet: name != "tun0", up: name != "down0"}
-			r.features[i+1] = loader.Features{Known: true, Transmit: name != "mute0" && name != "down0"}
+		r := &Relay{interfaces: map[string]*iface{}, features: map[int]loader.Features{}, can: loader.Capabilities{SocketMultiBuffer: !tt.old}}
+		for i, name := range []string{"eth0", "eth1", "eth2", "tun0", "mute0", "down0", "plain0", "short0"} {
+			r.interfaces[name] = &iface{name: name, index: i + 1, mtu: 9000, ethernet: name != "tun0", up: name != "down0"}
+			r.features[i+1] = loader.Features{
+				Known: !tt.old, Transmit: !tt.old && name != "mute0" && name != "down0",
+				TransmitSG: !tt.old && (name == "eth1" || name == "eth2"),
+			}
 		}
+		r.interfaces["eth0"].mtu, r.interfaces["short0"].mtu = 1500, 1500
 		rule, in, n := rules.Rule{Path: tt.path}, r.interfaces["eth0"], &instance{}
 		for _, name := range tt.out {
 			n.slots = append(n.slots, slot{ifname: name})

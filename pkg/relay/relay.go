@@ -76,6 +76,7 @@ type Relay struct {
 	own        []netip.Addr                // addresses of this host, sorted
 	ownKnown   bool                        // the kernel has them
 	features   map[int]loader.Features     // by interface index; see featuresOf
+	can        loader.Capabilities
 	offloads   *offloads
 	round      uint64 // counts reconciles
 	tidy       sync.WaitGroup
@@ -135,6 +136,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if r.loader, err = loader.Open(r.opts.Loader); err != nil {
 		return nil, err
 	}
+	r.can = r.loader.Capabilities()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())

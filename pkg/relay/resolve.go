@@ -211,10 +211,12 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 	}
 	n.resolved.Path, n.note = path, note
 	n.resolved.Steered = path == loader.PathFanout && r.steers(in, n.noXDP == nil && in.ethernet, generic)
-	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == ""
+	jumbo := r.jumboFault(in, n, generic) != ""
+	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && !jumbo
 	ready := 0
 	for i := range n.slots {
 		s, out := &n.slots[i], &n.resolved.Out[i]
+		out.OneBuffer = jumbo && path == loader.PathKernel && len(n.slots) == 1
 		o := &rule.Out[s.out]
 		if !o.Address.IsMulticast() && r.isLocal(o.Address) {
 			n.fail(fmt.Errorf("output %s: %s is an address of this host: want another host's, or a multicast group", o, o.Address))
