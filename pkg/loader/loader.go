@@ -121,6 +121,8 @@ type Loader struct {
 	ports          map[int]*port  // by interface index
 	portRows       *idAllocator
 
+	taken taken // as Refusals last read it
+
 	steerTo       []int // as SetSteering says
 	steering      []int // as map config says
 	steeringKnown bool  // the queues were made by this process, or left by it
