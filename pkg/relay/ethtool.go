@@ -18,12 +18,20 @@ const (
 	ethtoolGroup  = "monitor"
 )
 
-// listenEthtool opens a socket that hears of queues, in the network namespace of the
-// calling thread; nil on a kernel that does not tell (before Linux 5.6). The caller must
-// close it.
-func listenEthtool() (*os.File, error) {
-	family, err := genl.Find(ethtoolFamily)
-	group := family.Groups[ethtoolGroup]
+// It tells of XDP features that change, such as those of a veth whose peer is given generic
+// receive offload, to the group "mgmt" of the family "netdev"
+// (Documentation/netlink/specs/netdev.yaml, Linux 6.3).
+const (
+	netdevFamily = "netdev"
+	netdevGroup  = "mgmt"
+)
+
+// listenGeneric opens a socket that hears a multicast group of a generic netlink family, in
+// the network namespace of the calling thread; nil on a kernel that has it not. The caller
+// must close it.
+func listenGeneric(familyName, groupName string) (*os.File, error) {
+	family, err := genl.Find(familyName)
+	group := family.Groups[groupName]
 	switch {
 	case errors.Is(err, unix.ENOENT) || err == nil && group == 0:
 		return nil, nil
@@ -40,9 +48,9 @@ func listenEthtool() (*os.File, error) {
 		err = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, int(group))
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("listen to netlink group %s of family %s: %w", ethtoolGroup, ethtoolFamily, err), unix.Close(fd))
+		return nil, errors.Join(fmt.Errorf("listen to netlink group %s of family %s: %w", groupName, familyName, err), unix.Close(fd))
 	}
-	return os.NewFile(uintptr(fd), "ethtool netlink"), nil
+	return os.NewFile(uintptr(fd), familyName+" netlink"), nil
 }
 
 // tellsOfQueues says whether one of some messages of the family is about queues; also when

@@ -146,7 +146,7 @@ func (r *Relay) cannotTransmit(i *iface, generic bool) string {
 		return fmt.Sprintf("interface %s has no Ethernet header, which the kernel path needs", i.name)
 	}
 	if f := r.featuresOf(i.index); !generic && f.Known && !f.Transmit {
-		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on)", i.name)
+		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again where it was switched on while the veth was down)", i.name)
 	}
 	return ""
 }

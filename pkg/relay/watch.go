@@ -10,13 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watch tells when interfaces, their queues, addresses, routes or neighbours change. What changed
+// watch tells when interfaces, their queues, XDP features, addresses, routes or neighbours change. What changed
 // is told only as far as it says what to ask the kernel again, so that an overflow
 // loses nothing and no answer is older than the question.
 type watch struct {
 	changed chan struct{} // holds at most one
 	socket  *os.File
 	ethtool *os.File // nil: the kernel does not tell of queues
+	netdev  *os.File // nil: nor of XDP features
 	running sync.WaitGroup
 
 	mu       sync.Mutex
@@ -27,7 +28,7 @@ type watch struct {
 
 // news is what has changed since one last asked.
 type news struct {
-	links      bool // interfaces or addresses
+	links      bool // interfaces, their features or addresses
 	queues     bool // of interfaces
 	routes     bool
 	neighbours map[neighbourKey]bool // of those followed
@@ -55,17 +56,27 @@ func newWatch() (*watch, error) {
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
 		return nil, errors.Join(fmt.Errorf("bind netlink socket: %w", err), unix.Close(fd))
 	}
-	ethtool, err := listenEthtool()
+	ethtool, err := listenGeneric(ethtoolFamily, ethtoolGroup)
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
 	}
+	netdev, err := listenGeneric(netdevFamily, netdevGroup)
+	if err != nil {
+		if ethtool != nil {
+			err = errors.Join(err, ethtool.Close())
+		}
+		return nil, errors.Join(err, unix.Close(fd))
+	}
 	w := &watch{
-		changed: make(chan struct{}, 1), socket: os.NewFile(uintptr(fd), "rtnetlink"), ethtool: ethtool,
+		changed: make(chan struct{}, 1), socket: os.NewFile(uintptr(fd), "rtnetlink"), ethtool: ethtool, netdev: netdev,
 		followed: map[neighbourKey]bool{},
 	}
 	w.running.Go(func() { w.run(w.socket, w.note) })
 	if ethtool != nil {
 		w.running.Go(func() { w.run(ethtool, w.noteQueues) })
+	}
+	if netdev != nil {
+		w.running.Go(func() { w.run(netdev, w.noteFeatures) })
 	}
 	return w, nil
 }
@@ -129,6 +140,14 @@ func (w *watch) noteQueues(data []byte, lost bool) bool {
 	return true
 }
 
+// noteFeatures is note for the messages of netdev.
+func (w *watch) noteFeatures([]byte, bool) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pending.links = true
+	return true
+}
+
 // neighbourOf reads which entry a message is about: struct ndmsg and the attribute
 // NDA_DST (include/uapi/linux/neighbour.h).
 func neighbourOf(data []byte) (neighbourKey, bool) {
@@ -169,6 +188,9 @@ func (w *watch) Close() error {
 	err := w.socket.Close()
 	if w.ethtool != nil {
 		err = errors.Join(err, w.ethtool.Close())
+	}
+	if w.netdev != nil {
+		err = errors.Join(err, w.netdev.Close())
 	}
 	w.running.Wait()
 	return err
