@@ -221,7 +221,7 @@ func Connect(a, b End, mtu int) error {
 
 // carrierTimeout bounds the wait for a link; the kernel's work queue takes some
 // milliseconds, on a busy machine more.
-const carrierTimeout = 10 * time.Second
+const carrierTimeout = time.Minute
 
 // waitCarrier waits until frames pass: until the kernel has seen the carrier, the
 // interface drops what it is to send.
