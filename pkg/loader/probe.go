@@ -207,6 +207,9 @@ const nowhere = math.MaxInt32
 // (xsk_bind of net/xdp/xsk.c).
 func hasSocketMultiBuffer() (_ bool, err error) {
 	fd, err := unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if errors.Is(err, unix.EPERM) { // without CAP_NET_RAW the path does not work at all
+		return false, nil
+	}
 	if err != nil {
 		return false, fmt.Errorf("AF_XDP socket: %w", err)
 	}
