@@ -9,12 +9,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"xdpcast/internal/rulefile"
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/forward"
 	"xdpcast/pkg/loader"
@@ -207,11 +207,11 @@ func (r *Relay) readConfig() ([]rules.Rule, error) {
 	if r.opts.ConfigFile == "" {
 		return nil, nil
 	}
-	data, err := os.ReadFile(r.opts.ConfigFile)
+	data, err := rulefile.ReadFile(r.opts.ConfigFile)
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)
 	}
-	return rules.ParseFile(r.opts.ConfigFile, data)
+	return rulefile.Parse(r.opts.ConfigFile, data)
 }
 
 // sizeMaps makes room for twice the rules that are there, where the caller has not

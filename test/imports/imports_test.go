@@ -28,11 +28,12 @@ var allowed = map[string][]string{
 	"pkg/control":       {"internal/lockfile", "pkg/rules"},
 	"pkg/forward":       {"bpf", "pkg/fanout", "pkg/loader", "pkg/packet", "pkg/xsk"},
 	"pkg/metrics":       {"pkg/control"},
-	"pkg/relay":         {"bpf", "internal/genl", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/packet", "pkg/rules"},
+	"pkg/relay":         {"bpf", "internal/genl", "internal/rulefile", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/packet", "pkg/rules"},
 	"internal/genl":     {},
 	"internal/lockfile": {},
 	"internal/lab":      {},
 	"internal/labtest":  {"internal/lab"},
+	"internal/rulefile": {"pkg/rules"},
 }
 
 // free are the folders of packages that nothing imports.
