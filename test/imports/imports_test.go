@@ -34,6 +34,7 @@ var allowed = map[string][]string{
 	"internal/lab":      {},
 	"internal/labtest":  {"internal/lab"},
 	"internal/rulefile": {"pkg/rules"},
+	"pkg/convert":       {"pkg/rules"},
 }
 
 // free are the folders of packages that nothing imports.
