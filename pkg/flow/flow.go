@@ -39,6 +39,9 @@ type Flow struct {
 	Steered bool
 	// AllowLoop takes packets that this host sent.
 	AllowLoop bool
+	// Broadcast says that In.Group is a broadcast address of the link, and not this host's:
+	// frames for any MAC address are taken.
+	Broadcast bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
 	// Rate polices the flow as a whole.
@@ -111,6 +114,9 @@ const (
 	PathFanout                 // to the stack, whose packet tap gives them to a PACKET_FANOUT group
 )
 
+// Unicast says whether only frames to the input's MAC address are taken.
+func (r Flow) Unicast() bool { return !r.In.Group.IsMulticast() && !r.Broadcast }
+
 // Key is Input without what may change in place: flows must differ in it.
 func (in Input) Key() Input {
 	in.MAC = [6]byte{}
@@ -120,7 +126,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
+		r.AllowLoop == o.AllowLoop && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
 		slices.Equal(r.Out, o.Out)
 }
 

@@ -24,7 +24,7 @@ func pick[T any](w world, from ...T) T { return from[w.IntN(len(from))] }
 func (w world) chance(percent int) bool { return w.IntN(100) < percent }
 
 var (
-	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2"}
+	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2", "255.255.255.255", "10.0.0.255"}
 	groups6  = []string{"ff3e::1", "ff3e::8000:1", "fd00::2"}
 	sources4 = []string{"192.168.7.7", "192.168.7.9", "255.255.255.255"}
 	sources6 = []string{"2001:db8::7", "2001:db8::9", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
@@ -61,6 +61,7 @@ func (w world) rules(set int) (rules []loader.Rule) {
 		seen[in] = true
 		in.MAC = macOf(in.Index)
 		r := loader.Rule{Name: fmt.Sprintf("set%d-%d", set, i), In: in, AllowLoop: w.chance(20), AllowNoChecksum: w.chance(20)}
+		r.Broadcast = in.Len == 0 && in.Group.Is4() && !in.Group.IsMulticast() && w.chance(50)
 		for range pick(w, 1, 1, 2, 3, 5, 64) {
 			r.Out = append(r.Out, w.output(in.Group))
 		}
@@ -251,7 +252,7 @@ func (o *oracle) frame(index int, frame []byte) (copies map[int][][]byte) {
 		}
 	}
 	r := o.match(index, &h, port)
-	if r == nil || !r.In.Group.IsMulticast() && [6]byte(frame[0:6]) != r.In.MAC {
+	if r == nil || !r.In.Group.IsMulticast() && !r.Broadcast && [6]byte(frame[0:6]) != r.In.MAC {
 		return copies
 	}
 	if h.Part == packet.FirstFragment {

@@ -149,7 +149,7 @@ func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[stri
 }
 
 func equal(a, b loader.Rule) bool {
-	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop &&
+	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Broadcast == b.Broadcast &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 

@@ -71,7 +71,7 @@ func pick[T any](w *world, from ...T) T { return from[w.IntN(len(from))] }
 func (w *world) chance(percent int) bool { return w.IntN(100) < percent }
 
 var (
-	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2"}
+	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2", "255.255.255.255", "10.0.0.255"}
 	groups6  = []string{"ff3e::1", "ff3e::8000:1", "fd00::2"}
 	sources4 = []string{"192.168.7.7", "192.168.7.9", "255.255.255.255"}
 	sources6 = []string{"2001:db8::7", "2001:db8::9", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
@@ -107,6 +107,7 @@ func (w *world) rules(set int) (rules []Rule) {
 		if w.chance(30) {
 			r.In.VLAN, r.In.OuterVLAN = pick[uint16](w, 7, 4094), pick[uint16](w, 0, 0, 9)
 		}
+		r.Broadcast = r.In.Len == 0 && r.In.Group.Is4() && !r.In.Group.IsMulticast() && w.chance(50)
 		r.AllowLoop, r.AllowNoChecksum = w.chance(20), w.chance(20)
 		if inputs[r.In.Key()] {
 			continue

@@ -101,7 +101,7 @@ func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, cop
 			rule = o.match(index, &h, port)
 		}
 	}
-	if rule != nil && !rule.In.Group.IsMulticast() && [6]byte(frame[0:6]) != rule.In.MAC {
+	if rule != nil && !rule.In.Group.IsMulticast() && !rule.Broadcast && [6]byte(frame[0:6]) != rule.In.MAC {
 		rule = nil // for another host
 	}
 	if rule == nil {

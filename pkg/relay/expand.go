@@ -173,7 +173,7 @@ func sameSource(in rules.Input, o *rules.Output, i *iface) bool {
 	case o.Policy.Source == rules.SourceAddress:
 		return o.Policy.SourceAddr == in.Source
 	case o.Policy.Source == rules.SourceInterface:
-		addr, ok := i.firstAddr(o.Address.Is4())
+		addr, ok := i.sourceTo(o.Address)
 		return ok && addr == in.Source
 	default:
 		return true

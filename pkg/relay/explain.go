@@ -222,6 +222,9 @@ func (r *Relay) pathWhy(n *instance) string {
 // rewriteText says in words what an output makes of a packet.
 func rewriteText(o *loader.Output, f probe) string {
 	parts := []string{"to " + destinationText(o, f)}
+	if o.DstMAC == packet.BroadcastMAC {
+		parts = append(parts, "to every host on the link")
+	}
 	switch {
 	case o.Src.IsValid() && o.SrcPort != 0:
 		parts = append(parts, "from "+netip.AddrPortFrom(o.Src, o.SrcPort).String())

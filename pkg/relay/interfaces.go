@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/rules"
 )
 
 // iface is an interface as the kernel last described it.
@@ -39,6 +41,19 @@ func (i *iface) firstAddr(is4 bool) (addr netip.Addr, ok bool) {
 		}
 	}
 	return addr, addr.IsValid()
+}
+
+// sourceTo is the source address of src=iface for packets to an address: to an IPv6
+// group of the link, the link's own (RFC 6724 section 5, rule 2), or else firstAddr.
+func (i *iface) sourceTo(dst netip.Addr) (addr netip.Addr, ok bool) {
+	if dst.Is6() && rules.LinkScope(dst) {
+		for _, a := range i.addrs {
+			if a.Is6() && a.IsLinkLocalUnicast() {
+				return a, true
+			}
+		}
+	}
+	return i.firstAddr(dst.Is4())
 }
 
 // dumps is how often a list that changes while it is read is read again.

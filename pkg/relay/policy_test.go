@@ -25,6 +25,8 @@ func TestResolvePolicy(t *testing.T) {
 			packet.Rewrite{DstMAC: [6]byte{0x33, 0x33, 0, 0, 0, 1}, Dst: addr("ff15::1"), DstPort: 6000}},
 		{"unicast has its MAC later", rules.Output{Address: addr("10.0.0.5"), Port: 6000},
 			packet.Rewrite{Dst: addr("10.0.0.5"), DstPort: 6000}},
+		{"broadcast", rules.Output{Address: addr("10.0.0.255"), Port: 9, Policy: rules.Policy{Broadcast: true}},
+			packet.Rewrite{DstMAC: packet.BroadcastMAC, Dst: addr("10.0.0.255"), DstPort: 9}},
 		{"prefix", rules.Output{Address: dst, Len: 16, PortMode: rules.PortKeep},
 			packet.Rewrite{DstMAC: packet.MulticastMAC(dst), Dst: dst, DstLen: 16, PortAdd: true}},
 		{"port added", rules.Output{Address: dst, PortMode: rules.PortAdd, PortShift: 1000},

@@ -79,7 +79,7 @@ func (r *Relay) dirtyUnicast() {
 // unicastOut says whether an output needs a neighbour.
 func (w *wantedRule) unicastOut() bool {
 	for i := range w.rule.Out {
-		if !w.rule.Out[i].Address.IsMulticast() {
+		if w.rule.Out[i].Unicast() {
 			return true
 		}
 	}
@@ -103,7 +103,7 @@ func (w *wantedRule) touches(changed map[string]bool) bool {
 		return true // whether a unicast address is the host's depends on all of them
 	}
 	for i := range w.rule.Out {
-		if o := &w.rule.Out[i]; touched(o.Interface) || !o.Address.IsMulticast() {
+		if o := &w.rule.Out[i]; touched(o.Interface) || o.Unicast() {
 			return true
 		}
 	}

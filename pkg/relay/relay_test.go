@@ -350,5 +350,21 @@ func TestTwoRelaysShareARunDirectory(t *testing.T) {
 			t.Errorf("after a restart: %v, %v, want rule %s alone", all, err, want)
 		}
 		r.stop()
+}
+
+// TestSourceTo: for a group of the link, the link's own address goes first.
+func TestSourceTo(t *testing.T) {
+	i := &iface{addrs: []netip.Addr{addr("10.0.0.1"), addr("2001:db8::1"), addr("fe80::1"), addr("169.254.0.1")}}
+	for dst, want := range map[string]string{
+		"239.1.1.1": "10.0.0.1", "224.0.0.251": "10.0.0.1", "255.255.255.255": "10.0.0.1",
+		"ff05::1": "2001:db8::1", "ff02::fb": "fe80::1", "ff12::1": "fe80::1", "2001:db8::9": "2001:db8::1",
+	} {
+		if got, ok := i.sourceTo(addr(dst)); !ok || got != addr(want) {
+			t.Errorf("to %s: %v, %v; want %s", dst, got, ok, want)
+		}
+	}
+	i = &iface{addrs: []netip.Addr{addr("2001:db8::1")}}
+	if got, ok := i.sourceTo(addr("ff02::fb")); !ok || got != addr("2001:db8::1") {
+		t.Errorf("without an address of the link: %v, %v", got, ok)
 	}
 }

@@ -151,7 +151,7 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 		n.fail(fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.name, rule.Path))
 		return n
 	}
-	if err := r.checkInput(rule.In); err != nil {
+	if err := r.checkInput(rule); err != nil {
 		n.fail(err)
 		return n
 	}
@@ -175,6 +175,7 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 		Out:             make([]loader.Output, len(n.slots)),
 		Local:           rule.Accept.Local,
 		AllowLoop:       rule.Accept.AllowLoop,
+		Broadcast:       rule.Accept.Broadcast,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.mtu),
 	}
@@ -189,8 +190,9 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 // unicast address must be one of this host's: frames for another address come here
 // only when this host routes them, and then it is a prefix that says so. A prefix
 // therefore needs no address of this host.
-func (r *Relay) checkInput(in rules.Input) error {
-	if in.Multicast() || in.Len != 0 || r.isLocal(in.Address) {
+func (r *Relay) checkInput(rule *rules.Rule) error {
+	in := rule.In
+	if in.Multicast() || in.Len != 0 || rule.Accept.Broadcast || r.isLocal(in.Address) {
 		return nil
 	}
 	return fmt.Errorf("address %s is neither a multicast group nor an address of this host (on a router, take a prefix: it needs no address of this host)", in.Address)
@@ -216,7 +218,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 	for i := range n.slots {
 		s, out := &n.slots[i], &n.resolved.Out[i]
 		o := &rule.Out[s.out]
-		if !o.Address.IsMulticast() && r.isLocal(o.Address) {
+		if o.Unicast() && r.isLocal(o.Address) {
 			n.fail(fmt.Errorf("output %s: %s is an address of this host: want another host's, or a multicast group", o, o.Address))
 			return
 		}
@@ -225,7 +227,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 			s.state, s.reason = r.resolveHop(o, s, out)
 		}
 		if s.hop != nil && errors.Is(s.hop.err, errBroadcast) {
-			n.fail(fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, or a multicast group", o, o.Address, s.ifname))
+			n.fail(fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, a multicast group, or broadcast=allow beside it", o, o.Address, s.ifname))
 			return
 		}
 		if s.reason == "" {
@@ -253,7 +255,7 @@ func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, path
 	out.Index, out.MTU, out.SrcMAC = i.index, i.mtu, i.mac
 	out.Rate = resolveRate(o.Policy.Rate, i.mtu)
 	if o.Policy.Source == rules.SourceInterface {
-		addr, ok := i.firstAddr(o.Address.Is4())
+		addr, ok := i.sourceTo(o.Address)
 		if !ok {
 			return fmt.Sprintf("interface %s has no %s address to send from (or write src=keep, or src=ADDRESS)", i.name, family(o.Address.Is4()))
 		}
@@ -270,7 +272,7 @@ func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, path
 
 // resolveHop fills in the link-layer address of a unicast output's next hop.
 func (r *Relay) resolveHop(o *rules.Output, s *slot, out *loader.Output) (state, reason string) {
-	if o.Address.IsMulticast() || !r.interfaces[s.ifname].ethernet {
+	if !o.Unicast() || !r.interfaces[s.ifname].ethernet {
 		return control.StateActive, ""
 	}
 	s.hop = r.hops.to(out.Index, o.Address)
@@ -295,7 +297,10 @@ func resolvePolicy(o rules.Output) loader.Output {
 		SetPCP:       p.PCPSet,
 		PCP:          p.PCP,
 	}}
-	if o.Address.IsMulticast() {
+	switch {
+	case p.Broadcast:
+		out.DstMAC = packet.BroadcastMAC
+	case o.Address.IsMulticast():
 		out.DstMAC = packet.MulticastMAC(o.Address)
 	}
 	switch o.PortMode {

@@ -19,11 +19,11 @@ import (
 // output keeps the packet's. Options and policies, each at most once:
 //
 //	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
-//	rate=Npps|Nbit   burst=N
+//	local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
 //
 //	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N
 //	ttl=keep|dec|N   minttl=N   dscp=keep|NAME|N   csum=update|zero
-//	vlan=keep|pop|ID|OUTER.ID   pcp=0..7   rate=Npps|Nbit   burst=N
+//	vlan=keep|pop|ID|OUTER.ID   pcp=0..7   broadcast=allow   rate=Npps|Nbit   burst=N
 //
 // The first '%' ends the address and the first ',' the interface, so neither
 // can be part of an interface name here, though the kernel would allow them.

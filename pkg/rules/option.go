@@ -28,8 +28,8 @@ func errBurstAlone(burst uint64) error {
 // optionParser is the options read so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
-	vlan                                          VLAN
-	hasVLAN, join, csum, loop, local, rate, burst bool
+	vlan                                                                   VLAN
+	hasVLAN, join, csum, loop, local, localControl, broadcast, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -57,14 +57,26 @@ func (p *optionParser) item(item string) error {
 		if value != "yes" {
 			want = "local=yes"
 		}
+	case "local-control":
+		seen, p.LocalControl, want = &p.localControl, true, wantAllow(key, value)
+	case "broadcast":
+		seen, p.Broadcast, want = &p.broadcast, true, wantAllow(key, value)
 	case "rate":
 		seen, want = &p.rate, p.Rate.set(value)
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, csum, loop, local, rate, burst"}
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, csum, loop, local, local-control, broadcast, rate, burst"}
 	}
 	return checkItem(item, key, seen, want, "option")
+}
+
+// wantAllow is what a key should have that takes allow alone.
+func wantAllow(key, value string) (want string) {
+	if value != "allow" {
+		return key + "=allow"
+	}
+	return ""
 }
 
 // checkItem refuses a key that comes twice or has a wrong value.
@@ -166,6 +178,12 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	}
 	if a.Local {
 		b = append(b, ",local=yes"...)
+	}
+	if a.LocalControl {
+		b = append(b, ",local-control=allow"...)
+	}
+	if a.Broadcast {
+		b = append(b, ",broadcast=allow"...)
 	}
 	return appendRate(b, a.Rate)
 }

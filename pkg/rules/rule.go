@@ -60,6 +60,12 @@ type Acceptance struct {
 	AllowLoop bool
 	// Local leaves the packets to the host's own receivers, too.
 	Local bool
+	// LocalControl lets addresses of the rule be single groups of one link (LinkScope),
+	// which no router forwards.
+	LocalControl bool
+	// Broadcast says that Input.Address is a broadcast address of the input's link, the
+	// limited one or one of a network there, and not of a host.
+	Broadcast bool
 	// Rate polices the rule as a whole.
 	Rate Rate
 }
@@ -158,7 +164,8 @@ func Equal(a, b Rule) bool {
 
 func equalAcceptance(a, b Acceptance) bool {
 	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && a.ZeroChecksum == b.ZeroChecksum &&
-		a.AllowLoop == b.AllowLoop && a.Local == b.Local && a.Rate == b.Rate
+		a.AllowLoop == b.AllowLoop && a.Local == b.Local && a.LocalControl == b.LocalControl && a.Broadcast == b.Broadcast &&
+		a.Rate == b.Rate
 }
 
 // String is the rule on one line, for people.

@@ -97,7 +97,7 @@ func (s *ruleSet) checkDuplicates(i int, list *faultList) {
 
 // check reports the faults of one rule under the label given.
 func (r Rule) check(index int, label string, list *faultList) {
-	c := checker{index: index, rule: label, list: list}
+	c := checker{index: index, rule: label, list: list, localControl: r.Accept.LocalControl}
 	if !validName(r.Name) {
 		c.fault(nil, "name", r.Name, fmt.Sprintf("1 to %d bytes of A-Z a-z 0-9 . _ : -, a letter or digit first", MaxNameLen))
 	}
@@ -106,6 +106,7 @@ func (r Rule) check(index int, label string, list *faultList) {
 	}
 	c.input(r.In, r.Accept, r.Path)
 	c.outputs(r)
+	c.localControlNeeded(r)
 }
 
 func validName(s string) bool {
@@ -128,6 +129,8 @@ type checker struct {
 	index int
 	rule  string
 	list  *faultList
+	// localControl lets single groups of one link stand.
+	localControl bool
 }
 
 func (c *checker) fault(class error, field, value, want string) {
@@ -162,7 +165,7 @@ func (c *checker) input(in Input, accept Acceptance, path Path) {
 		e.fault(nil, "", "", inputForm)
 		return
 	}
-	e.target(in.Interface, in.Address, in.Len)
+	e.target(in.Interface, in.Address, in.Len, accept.Broadcast)
 	e.vlan(in.VLAN)
 	if in.Source.IsValid() {
 		e.source(".source", in.Source, in.Address)
@@ -272,7 +275,7 @@ func (c *checker) outputs(r Rule) {
 			e.fault(nil, "", "", outputForm)
 			continue
 		}
-		e.target(o.Interface, o.Address, o.Len)
+		e.target(o.Interface, o.Address, o.Len, o.Policy.Broadcast)
 		e.prefix(o, r.In)
 		e.port(o, r.In)
 		e.family(o.Address, r.In.Address)
@@ -286,7 +289,10 @@ func (c *checker) outputs(r Rule) {
 }
 
 // target checks what inputs and outputs have in common.
-func (e end) target(iface string, addr netip.Addr, length uint8) {
+func (e end) target(iface string, addr netip.Addr, length uint8, broadcast bool) {
+	if broadcast {
+		e.broadcast(addr, length)
+	}
 	if want := interfaceFault(iface); want != "" {
 		e.fault(nil, ".interface", iface, want)
 	}
@@ -294,12 +300,12 @@ func (e end) target(iface string, addr netip.Addr, length uint8) {
 		e.fault(nil, ".address", "", "a multicast group or a unicast address")
 		return
 	}
-	if want := addrFault(addr); want != "" {
+	if want := e.addrFault(addr, broadcast); want != "" {
 		e.fault(nil, ".address", addr.String(), want)
 		return
 	}
 	if length == 0 {
-		if want := linkLocalFault(addr); want != "" {
+		if want := e.linkLocalFault(addr); want != "" {
 			e.fault(ErrLinkLocal, ".address", addr.String(), want)
 		}
 		return

@@ -25,6 +25,11 @@ func TestValidateAccepts(t *testing.T) {
 		"v6 [ff05::1]:5000%eth0 -> [ff0e::2]:5000%eth1 [2001:db8::1]:5000%eth1 [fe80::1]:5000%eth1,src=2001:db8::2",
 		"v6-ssm 2001:db8::5@[ff3e::1]:5000%eth0 -> [ff35::2]:5000%eth1",
 		"v6-unicast-prefix [ff3e:30:2001:db8::1]:5000%eth0 -> [ff03::2]:5000%eth1", // RFC 3306: not the SSM range
+		"mdns 224.0.0.251:5353%eth0,local-control=allow -> 224.0.0.251:5353%eth1 239.2.2.2:5353%eth2",
+		"mdns6 [ff02::fb]:5353%eth0,local-control=allow -> [ff02::fb]:5353%eth1",
+		"to-the-link 239.1.1.9:5353%eth0,local-control=allow -> 224.0.0.251:5353%eth1",
+		"wol 255.255.255.255:9%eth0,broadcast=allow -> 255.255.255.255:9%eth1,broadcast=allow 10.0.1.255:9%eth2,broadcast=allow 239.1.1.1%eth3",
+		"directed 10.0.0.255%eth0,broadcast=allow -> 10.0.0.7%eth1",
 		"policies 239.1.1.1:5%eth0 -> 239.2.2.2:6%eth1,csum=zero,ttl=1,dscp=63,src=10.0.0.1:9",
 	} {
 		if err := mustRule(t, s).Validate(); err != nil {
@@ -37,10 +42,11 @@ func TestValidateAccepts(t *testing.T) {
 func TestValidateRefuses(t *testing.T) {
 	const thisNet = "an address outside 0.0.0.0/8, this network (RFC 1122 section 3.2.1.3)"
 	const loopback = "an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)"
-	const broadcast = "an address other than broadcast (RFC 1122 section 3.2.1.3)"
+	const broadcast = "an address other than broadcast (RFC 1122 section 3.2.1.3), unless broadcast=allow is beside it"
 	const reserved = "an address outside 240.0.0.0/4, reserved (RFC 1112 section 4)"
-	const control = "a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4)"
+	const control = "a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4), unless the rule's input says local-control=allow"
 	const scope = "a group of scope 3 or wider, ffx3::/16 and up: narrower ones are never forwarded between links (RFC 4291 section 2.7)"
+	const linkScope = scope + ", unless the rule's input says local-control=allow"
 	in := func(s string) func(*Rule) { return func(r *Rule) { r.In.Address = netip.MustParseAddr(s) } }
 	out := func(s string) func(*Rule) { return func(r *Rule) { r.Out[0].Address = netip.MustParseAddr(s) } }
 	source := func(s string) func(*Rule) { return func(r *Rule) { r.In.Source = netip.MustParseAddr(s) } }
@@ -101,6 +107,25 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) { r.In.VLAN.ID = 4095 }, nil, `in.vlan "4095": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
 		{func(r *Rule) { r.In.VLAN.Outer = 7 }, nil, `in.vlan "7.0": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
 		{func(r *Rule) { r.Accept.ZeroChecksum = true }, nil, `in.csum "any": want no csum: IPv4 packets without a UDP checksum are always taken`},
+		{func(r *Rule) { r.Accept.LocalControl = true }, nil, `in.local-control "allow": want no local-control: no address of the rule is a single group of 224.0.0.0/24 or ffx2::/16`},
+		{func(r *Rule) {
+			joined(prefix("224.0.0.0/28"), JoinAll)(r)
+			r.Accept.LocalControl = true
+			r.Out[0].Address = addr("224.0.0.9")
+		},
+			ErrLinkLocal, `in.address "224.0.0.0/28": want a prefix without 224.0.0.0/24 (never forwarded between links, RFC 5771 section 4)`},
+		{v6(func(r *Rule) {
+			r.In.Address = addr("ff01::1")
+			r.Accept.LocalControl = true
+			r.Out[0].Address = addr("ff02::1")
+		}), ErrLinkLocal, `in.address "ff01::1": want ` + scope},
+		{func(r *Rule) { r.Accept.Broadcast = true }, nil, `in.broadcast "allow": want no broadcast: 239.1.1.1 is a group`},
+		{policy(Policy{Broadcast: true}), nil, `out[0].broadcast "allow": want no broadcast: 239.2.2.2 is a group`},
+		{func(r *Rule) { prefix("10.1.0.0/16")(r); r.Accept.Broadcast = true }, nil,
+			`in.broadcast "allow": want one address, without a prefix length: 255.255.255.255, or the highest of a network of the link`},
+		{v6(func(r *Rule) { r.In.Address = addr("2001:db8::1"); r.Accept.Broadcast = true }), nil, `in.broadcast "allow": want no broadcast: IPv6 has none (RFC 4291 section 2)`},
+		{func(r *Rule) { joined(in("255.255.255.255"), JoinAll)(r); r.Accept.Broadcast = true }, nil, `in.join "all": want no join: a unicast address is not joined`},
+		{func(r *Rule) { in("250.1.1.255")(r); r.Accept.Broadcast = true }, nil, `in.address "250.1.1.255": want ` + reserved},
 		{func(r *Rule) { r.Accept.Local, r.Path = true, PathKernel }, nil, `in.local "yes": want path auto or fanout: path kernel takes the packets away from the host's receivers`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 999} }, nil, `in.rate "999bit": want 1kbit or more`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 1000, Packets: 1} }, nil, `in.rate "1pps and 1000bit": want packets or bits, not both`},
@@ -130,14 +155,14 @@ func TestValidateRefuses(t *testing.T) {
 
 		{v6(in("::")), nil, `in.address "::": want an address other than the unspecified one (RFC 4291 section 2.5.2)`},
 		{v6(in("::1")), nil, `in.address "::1": want an address other than loopback (RFC 4291 section 2.5.3)`},
-		{v6(in("ff02::fb")), ErrLinkLocal, `in.address "ff02::fb": want ` + scope},
-		{v6(in("ff12::1")), ErrLinkLocal, `in.address "ff12::1": want ` + scope},
+		{v6(in("ff02::fb")), ErrLinkLocal, `in.address "ff02::fb": want ` + linkScope},
+		{v6(in("ff12::1")), ErrLinkLocal, `in.address "ff12::1": want ` + linkScope},
 		{v6(in("ff01::1")), ErrLinkLocal, `in.address "ff01::1": want ` + scope},
 		{v6(in("ff00::1")), ErrLinkLocal, `in.address "ff00::1": want ` + scope},
 		{v6(func(r *Rule) { r.In.Source = netip.Addr{} }), ErrNeedSource, `in.source missing: write SOURCE@ff3e::1: groups of ff3x::/32 need a source (RFC 4607 section 4.1)`},
 		{v6(source("::1")), nil, `in.source "::1": want an address other than loopback (RFC 4291 section 2.5.3)`},
 		{v6(source("fe80::1%eth0")), nil, `in.source "fe80::1%eth0": want an address without a zone`},
-		{v6(out("ff02::2")), ErrLinkLocal, `out[0].address "ff02::2": want ` + scope},
+		{v6(out("ff02::2")), ErrLinkLocal, `out[0].address "ff02::2": want ` + linkScope},
 		{v6(out("fe80::1%eth0")), nil, `out[0].address "fe80::1%eth0": want an address without a zone`},
 		{v6(out("239.2.2.2")), ErrFamily, `out[0].address "239.2.2.2": want the family of the input, ff3e::1: a rule cannot translate between IPv4 and IPv6`},
 		{v6(policy(Policy{Checksum: ChecksumZero})), nil, `out[0].csum "zero": want update: IPv6 needs the UDP checksum (RFC 8200 section 8.1)`},
