@@ -55,6 +55,7 @@ const (
 	EgressVarExportOutputFlag   = "export_output_flag"
 	EgressVarExportPrefix4      = "export_prefix4"
 	EgressVarExportPrefix6      = "export_prefix6"
+	EgressVarExportPrefixBy     = "export_prefix_by"
 	EgressVarExportRulePath     = "export_rule_path"
 	EgressVarExportTtlMode      = "export_ttl_mode"
 	EgressVarExportVlanMode     = "export_vlan_mode"
@@ -153,6 +154,7 @@ type EgressVariableSpecs struct {
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
@@ -253,6 +255,7 @@ type EgressVariables struct {
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`

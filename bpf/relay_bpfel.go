@@ -181,11 +181,13 @@ type RelayHandover struct {
 type RelayLookupKind uint32
 
 const (
-	RelayLookupKindLOOKUP_SOURCE_PORT RelayLookupKind = 1
-	RelayLookupKindLOOKUP_PORT        RelayLookupKind = 2
-	RelayLookupKindLOOKUP_SOURCE      RelayLookupKind = 4
-	RelayLookupKindLOOKUP_ANY         RelayLookupKind = 8
-	RelayLookupKindLOOKUP_PREFIXES    RelayLookupKind = 4
+	RelayLookupKindLOOKUP_SOURCE_PORT  RelayLookupKind = 1
+	RelayLookupKindLOOKUP_PORT         RelayLookupKind = 2
+	RelayLookupKindLOOKUP_SOURCE       RelayLookupKind = 4
+	RelayLookupKindLOOKUP_ANY          RelayLookupKind = 8
+	RelayLookupKindLOOKUP_PREFIXES     RelayLookupKind = 4
+	RelayLookupKindLOOKUP_SOURCES_PORT RelayLookupKind = 256
+	RelayLookupKindLOOKUP_SOURCES      RelayLookupKind = 512
 )
 
 type RelayOutput struct {
@@ -258,7 +260,7 @@ type RelayPrefix4 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	By        uint16
 	Source    [4]uint8
 	Group     [4]uint8
 }
@@ -270,10 +272,17 @@ type RelayPrefix6 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	By        uint16
 	Source    [16]uint8
 	Group     [16]uint8
 }
+
+type RelayPrefixBy uint32
+
+const (
+	RelayPrefixByPREFIX_BY_GROUP  RelayPrefixBy = 0
+	RelayPrefixByPREFIX_BY_SOURCE RelayPrefixBy = 1
+)
 
 type RelayQuerier struct {
 	_          structs.HostLayout
@@ -398,6 +407,7 @@ const (
 	RelayVarExportOutputFlag   = "export_output_flag"
 	RelayVarExportPrefix4      = "export_prefix4"
 	RelayVarExportPrefix6      = "export_prefix6"
+	RelayVarExportPrefixBy     = "export_prefix_by"
 	RelayVarExportRulePath     = "export_rule_path"
 	RelayVarExportTtlMode      = "export_ttl_mode"
 	RelayVarExportVlanMode     = "export_vlan_mode"
@@ -497,6 +507,7 @@ type RelayVariableSpecs struct {
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
@@ -598,6 +609,7 @@ type RelayVariables struct {
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`

@@ -55,6 +55,7 @@ const (
 	TappedVarExportOutputFlag   = "export_output_flag"
 	TappedVarExportPrefix4      = "export_prefix4"
 	TappedVarExportPrefix6      = "export_prefix6"
+	TappedVarExportPrefixBy     = "export_prefix_by"
 	TappedVarExportRulePath     = "export_rule_path"
 	TappedVarExportTtlMode      = "export_ttl_mode"
 	TappedVarExportVlanMode     = "export_vlan_mode"
@@ -155,6 +156,7 @@ type TappedVariableSpecs struct {
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
@@ -257,6 +259,7 @@ type TappedVariables struct {
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`

@@ -9,7 +9,7 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 4
+#define XDPCAST_SCHEMA 5
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
 #define XDPCAST_GUESSES 4096   /* a power of two */
@@ -50,6 +50,20 @@ enum lookup_kind {
 	LOOKUP_SOURCE = 1 << 2,	     /* source, group, any port */
 	LOOKUP_ANY = 1 << 3,	     /* any source, group, any port */
 	LOOKUP_PREFIXES = 4,	     /* shift: the same four for prefixes, behind all others */
+	/* In between: prefixes of sources, each behind the kind of one source and in front
+	 * of that of any.
+	 */
+	LOOKUP_SOURCES_PORT = 1 << 8, /* prefix of sources, group, port */
+	LOOKUP_SOURCES = 1 << 9,      /* prefix of sources, group, any port */
+};
+
+/* What the longest prefix of a prefix table's key is of. */
+enum prefix_by {
+	PREFIX_BY_GROUP,
+	/* group and source change places: the group stands in source, and the prefix of
+	 * sources in group. A flow of PATH_NONE is of sources that no rule takes.
+	 */
+	PREFIX_BY_SOURCE,
 };
 
 /* Fragments, by what was known of them. */
@@ -107,7 +121,7 @@ struct prefix4 {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u16 pad;
+	__u16 by; /* enum prefix_by */
 	__u8 source[4];
 	__u8 group[4];
 };
@@ -119,7 +133,7 @@ struct prefix6 {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u16 pad;
+	__u16 by;
 	__u8 source[16];
 	__u8 group[16];
 };

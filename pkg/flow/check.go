@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -34,6 +35,7 @@ func (r Flow) Normalized() Flow {
 	if r.In.Len == r.In.Group.BitLen() {
 		r.In.Len = 0
 	}
+	r.Except = NormalExcept(r.Except)
 	return r
 }
 
@@ -87,7 +89,7 @@ func (r Flow) Check() error {
 	case r.In.Source.IsValid() && (r.In.Source.BitLen() != r.In.Group.BitLen() || r.In.Source.IsUnspecified()):
 		return fmt.Errorf("input source %v: want an address of the family of %v", r.In.Source, r.In.Group)
 	}
-	if err := checkRate(r.Rate); err != nil {
+	if err := cmp.Or(r.checkSenders(), checkRate(r.Rate)); err != nil {
 		return err
 	}
 	for slot, o := range r.Out {

@@ -44,6 +44,8 @@ type Flow struct {
 	Broadcast bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
+	// Except are senders that a flow with In.BySource does not take, sorted.
+	Except []netip.Prefix
 	// Rate polices the flow as a whole.
 	Rate Rate
 }
@@ -57,7 +59,12 @@ type Input struct {
 	Len int
 	// Source is any when it is not valid.
 	Source netip.Addr
-	Port   uint16 // 0: any
+	// BySource makes Source a prefix of SourceLen bits; without Source any sender is
+	// taken but those of Flow.Except.
+	BySource  bool
+	SourceLen int
+	Port      uint16 // 0: any
+	PortTo    uint16 // the last port of a range that Port begins; 0: Port alone
 	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN of the one
 	// around it. 0: no such tag.
 	VLAN, OuterVLAN uint16
@@ -127,7 +134,7 @@ func (in Input) Key() Input {
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
 		r.AllowLoop == o.AllowLoop && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
-		slices.Equal(r.Out, o.Out)
+		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 
 // Continues says whether r is the same flow as old with other addresses, so that

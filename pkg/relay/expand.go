@@ -148,8 +148,8 @@ func samePorts(in rules.Input, o *rules.Output) bool {
 	switch {
 	case in.Port == 0 || o.PortMode == rules.PortKeep:
 		return true
-	case o.PortMode == rules.PortAdd:
-		return false // one port, and another
+	case o.PortMode == rules.PortAdd || in.PortTo != 0:
+		return o.PortsMeet(in) // one port, and another, or ranges that may meet
 	default:
 		return o.Port == in.Port
 	}
@@ -171,10 +171,10 @@ func sameSource(in rules.Input, o *rules.Output, i *iface) bool {
 	case !in.Source.IsValid():
 		return true
 	case o.Policy.Source == rules.SourceAddress:
-		return o.Policy.SourceAddr == in.Source
+		return in.Senders().Contains(o.Policy.SourceAddr)
 	case o.Policy.Source == rules.SourceInterface:
 		addr, ok := i.sourceTo(o.Address)
-		return ok && addr == in.Source
+		return ok && in.Senders().Contains(addr)
 	default:
 		return true
 	}

@@ -54,7 +54,7 @@ func (r *Relay) flowOf(packet string) (probe, error) {
 		if in, accept, err = rules.ParseInput(packet); err != nil {
 			return probe{}, control.Wrap(control.KindInvalid, err)
 		}
-		if in.Len != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
+		if in.Len != 0 || in.SourceLen != 0 || in.PortTo != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
 			return probe{}, control.Errorf(control.KindInvalid, "packet %.100q: want one address on one interface, with no option but vlan", packet)
 		}
 	}
@@ -101,7 +101,7 @@ func (r *Relay) matchesOf(f probe) []match {
 	wanted := f.input()
 	for _, w := range r.ordered {
 		in := w.rule.In
-		if !in.Overlaps(wanted) {
+		if !in.Overlaps(wanted) || w.rule.Accept.Excludes(f.Source) {
 			continue
 		}
 		if isPattern(in.Interface) && r.winner(in, f.Interface) != nil {
@@ -127,13 +127,19 @@ func (r *Relay) matchesOf(f probe) []match {
 // kindName says what a match is found by.
 func (m match) kindName() string {
 	in, source, group, port := m.rule.rule.In, "source", "group", "port"
-	if !in.Source.IsValid() {
+	switch {
+	case in.SourceLen != 0:
+		source = fmt.Sprintf("source prefix of %d bits", in.SourceLen)
+	case !in.Source.IsValid():
 		source = "any source"
 	}
 	if in.Len != 0 {
 		group = fmt.Sprintf("prefix of %d bits", in.Len)
 	}
-	if in.Port == 0 {
+	switch {
+	case in.PortTo != 0:
+		port = "range of ports"
+	case in.Port == 0:
 		port = "any port"
 	}
 	return source + ", " + group + ", " + port
@@ -163,6 +169,11 @@ func (m match) whyBest(others []match) string {
 func (r *Relay) whyNone(f probe) string {
 	if r.interfaces[f.Interface] == nil {
 		return fmt.Sprintf("no rule takes it: interface %s not found", f.Interface)
+	}
+	for _, w := range r.ordered {
+		if w.rule.Accept.Excludes(f.Source) && w.rule.In.Overlaps(f.input()) {
+			return fmt.Sprintf("no rule takes it: rule %s (%s) leaves its sender out", w.rule.Name, w.rule.In)
+		}
 	}
 	for _, wrong := range []struct {
 		what   string

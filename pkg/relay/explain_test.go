@@ -155,6 +155,7 @@ func TestRewriteText(t *testing.T) {
 		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANSet, VLANID: 7, OuterVLAN: 8, SetPCP: true, PCP: 1}, loader.Rate{Bits: 8, Burst: 9},
 			"to 239.2.2.2:1, source kept, VLAN 8.7, priority 1, at most 8 bits a second, 9 bytes at once"},
 		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANPop}, loader.Rate{}, "to 239.2.2.2:1, source kept, VLAN tags removed"},
+		{packet.Rewrite{DstPort: 1, DstMAC: packet.BroadcastMAC}, loader.Rate{}, "to 239.2.2.2:1, to every host on the link, source kept"},
 	} {
 		tt.rewrite.Dst = addr("239.2.2.2")
 		if got := rewriteText(&loader.Output{Rewrite: tt.rewrite, Rate: tt.rate}, f); got != tt.want {

@@ -114,7 +114,7 @@ func (r *Relay) dueFor(w *wantedRule, n *instance, now time.Time, due []dueJoin,
 	in := r.interfaces[n.in]
 	n.joins = make([]*wantedMembership, 0, groupCount(&w.rule))
 	for group := range wantedGroups(&w.rule) {
-		n.joins = append(n.joins, r.wanted(membership.Membership{Interface: in.name, Index: in.index, Group: group, Source: w.rule.In.Source}, now))
+		n.joins = append(n.joins, r.wanted(membership.Membership{Interface: in.name, Index: in.index, Group: group, Source: w.rule.In.Sender()}, now))
 	}
 	for _, m := range n.joins {
 		if m.joined {

@@ -350,6 +350,7 @@ func TestTwoRelaysShareARunDirectory(t *testing.T) {
 			t.Errorf("after a restart: %v, %v, want rule %s alone", all, err, want)
 		}
 		r.stop()
+	}
 }
 
 // TestSourceTo: for a group of the link, the link's own address goes first.

@@ -169,13 +169,15 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 		Name: instanceName(rule, in.name),
 		In: loader.Input{
 			Index: in.index, MAC: in.mac,
-			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port,
+			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port, PortTo: rule.In.PortTo,
+			SourceLen: int(rule.In.SourceLen), BySource: rule.In.SourceLen != 0 || len(rule.Accept.Except) > 0,
 			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer,
 		},
 		Out:             make([]loader.Output, len(n.slots)),
 		Local:           rule.Accept.Local,
 		AllowLoop:       rule.Accept.AllowLoop,
 		Broadcast:       rule.Accept.Broadcast,
+		Except:          rule.Accept.Except,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.mtu),
 	}

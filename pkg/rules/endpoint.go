@@ -11,7 +11,7 @@ import (
 
 // The grammar of endpoints:
 //
-//	input   [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]
+//	input   [SOURCE[/LEN]@]ADDRESS[/LEN][:PORT[-PORT]]%INTERFACE[,option...]
 //	output  ADDRESS[/LEN][:PORT|:+N|:-N]%INTERFACE[,policy...]
 //
 // An IPv6 ADDRESS is in brackets, SOURCE may be; a LEN is behind the brackets. An
@@ -19,7 +19,7 @@ import (
 // output keeps the packet's. Options and policies, each at most once:
 //
 //	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
-//	local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
+//	except=SOURCE[/LEN]+SOURCE[/LEN]...   local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
 //
 //	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N
 //	ttl=keep|dec|N   minttl=N   dscp=keep|NAME|N   csum=update|zero
@@ -61,11 +61,14 @@ func (in Input) String() string { return string(in.append(nil)) }
 
 func (in Input) append(b []byte) []byte {
 	if in.Source.IsValid() {
-		b = append(in.Source.AppendTo(b), '@')
+		b = append(appendPrefix(b, in.Senders()), '@')
 	}
 	port := ""
 	if in.Port != 0 {
 		port = strconv.Itoa(int(in.Port))
+	}
+	if in.PortTo != 0 {
+		port += "-" + strconv.Itoa(int(in.PortTo))
 	}
 	b = appendTarget(b, in.Address, in.Len, port, in.Interface)
 	if in.VLAN != (VLAN{}) {
@@ -121,7 +124,7 @@ func parseInput(s string) (in Input, accept Acceptance, err error) {
 	}
 	in.Interface = iface
 	if source, target, ok := strings.Cut(left, "@"); ok {
-		if in.Source, err = parseAddr("source", unbracket(source)); err != nil {
+		if err = in.parseSenders(source); err != nil {
 			return in, accept, err
 		}
 		left = target
@@ -131,11 +134,9 @@ func parseInput(s string) (in Input, accept Acceptance, err error) {
 		return in, accept, err
 	}
 	if port != "" {
-		n, ok := parseNumber(port[1:], 1, 65535)
-		if !ok {
-			return in, accept, &FieldError{Field: "port", Value: port[1:], Want: "1 to 65535, or no ':' for any port"}
+		if err := in.parsePorts(port[1:]); err != nil {
+			return in, accept, err
 		}
-		in.Port = uint16(n)
 	}
 	if hasOptions {
 		in.VLAN, accept, err = parseOptions(options)

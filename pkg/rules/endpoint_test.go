@@ -46,7 +46,7 @@ func TestParseInputErrors(t *testing.T) {
 	const (
 		wantPort     = "1 to 65535, or no ':' for any port"
 		wantBrackets = "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"
-		wantKey      = "KEY=VALUE, KEY one of vlan, join, csum, loop, local, local-control, broadcast, rate, burst"
+		wantKey      = "KEY=VALUE, KEY one of vlan, join, except, csum, loop, local, local-control, broadcast, rate, burst"
 		wantVLAN     = "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
 		wantJoin     = "join=none, join=all or join=GROUP+GROUP..."
 		wantRate     = "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"
@@ -95,7 +95,20 @@ func TestParseInputErrors(t *testing.T) {
 		{"::ffff:10.0.0.5@239.1.1.1:5%eth0", "source", "::ffff:10.0.0.5", "10.0.0.5: IPv4-mapped IPv6 addresses are not sent on a wire (RFC 4291 section 2.5.5.2)"},
 		{"@239.1.1.1:5%eth0", "source", "", "an IPv4 or IPv6 address"},
 		{"*@239.1.1.1:5%eth0", "source", "*", "an IPv4 or IPv6 address"},
-		{"10.0.0.0/8@239.1.1.1:5%eth0", "source", "10.0.0.0/8", "one address, without a prefix length"},
+		{"10.0.0.0/33@239.1.1.1:5%eth0", "source", "/33", "/1 to /32"},
+		{"10.0.0.0/0@239.1.1.1:5%eth0", "source", "/0", "/1 to /32"},
+		{"10.0.0.0/@239.1.1.1:5%eth0", "source", "/", "/1 to /32"},
+		{"2001:db8::/129@[ff3e::1]:5%eth0", "source", "/129", "/1 to /128"},
+		{"239.1.1.1:5-%eth0", "port", "5-", wantRange},
+		{"239.1.1.1:5-5%eth0", "port", "5-5", wantRange},
+		{"239.1.1.1:6-5%eth0", "port", "6-5", wantRange},
+		{"239.1.1.1:0-5%eth0", "port", "0-5", wantRange},
+		{"239.1.1.1:5-65536%eth0", "port", "5-65536", wantRange},
+		{"239.1.1.1:5-6-7%eth0", "port", "5-6-7", wantRange},
+		{"239.1.1.1:5%eth0,except=", "option", "except=", "except=ADDRESS+ADDRESS/LEN..."},
+		{"239.1.1.1:5%eth0,except=10.0.0.1+", "option", "except=10.0.0.1+", "except=ADDRESS+ADDRESS/LEN..."},
+		{"239.1.1.1:5%eth0,except=10.0.0.0/33", "option", "except=10.0.0.0/33", "except=ADDRESS+ADDRESS/LEN..."},
+		{"239.1.1.1:5%eth0,except=fe80::1%eth0", "option", "except=fe80::1%eth0", "except=ADDRESS+ADDRESS/LEN..."},
 		{"[10.0.0.5]@239.1.1.1:5%eth0", "source", "[10.0.0.5]", "an IPv4 address, or an IPv6 one in brackets"},
 		{"10.0.0.5:9@239.1.1.1:5%eth0", "source", "10.0.0.5:9", "an IPv4 or IPv6 address"},
 		{"10.0.0.5@10.0.0.6@239.1.1.1:5%eth0", "address", "10.0.0.6@239.1.1.1", "an IPv4 or IPv6 address"},

@@ -79,3 +79,30 @@ func (e end) broadcast(addr netip.Addr, length uint8) {
 		e.fault(nil, ".broadcast", "allow", "one address, without a prefix length: 255.255.255.255, or the highest of a network of the link")
 	}
 }
+
+// The prefixes of all groups. They leave out what no router may forward.
+var (
+	allGroups4 = netip.MustParsePrefix("224.0.0.0/4")
+	allGroups6 = netip.MustParsePrefix("ff00::/8")
+)
+
+func isAllGroups(p netip.Prefix) bool { return p == allGroups4 || p == allGroups6 }
+
+// meets reports whether two prefixes have an address in common: one address that no
+// router may forward is in no prefix that is longer.
+func meets(a, b netip.Prefix) bool {
+	if !a.Overlaps(b) {
+		return false
+	}
+	if a.Bits() > b.Bits() {
+		a, b = b, a
+	}
+	return a.IsSingleIP() || !b.IsSingleIP() || linkLocalFault(b.Addr()) == ""
+}
+
+// allGroups checks an output to the prefix of all groups.
+func (e end) allGroups(o Output, in Input) {
+	if p := (Input{Address: o.Address, Len: o.Len}).Prefix(); o.Len == in.Len && isAllGroups(p) && in.Prefix() != p {
+		e.fault(ErrLinkLocal, ".address", p.String(), fmt.Sprintf("an input of %v, too: else some would go to groups that are never forwarded between links", p))
+	}
+}

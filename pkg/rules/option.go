@@ -28,8 +28,8 @@ func errBurstAlone(burst uint64) error {
 // optionParser is the options read so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
-	vlan                                                                   VLAN
-	hasVLAN, join, csum, loop, local, localControl, broadcast, rate, burst bool
+	vlan                                                                           VLAN
+	hasVLAN, join, except, csum, loop, local, localControl, broadcast, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -42,6 +42,8 @@ func (p *optionParser) item(item string) error {
 		seen, want = &p.hasVLAN, p.setVLAN(value)
 	case "join":
 		seen, want = &p.join, p.setJoin(value)
+	case "except":
+		seen, want = &p.except, p.setExcept(value)
 	case "csum":
 		seen, p.ZeroChecksum = &p.csum, true
 		if value != "any" {
@@ -66,7 +68,7 @@ func (p *optionParser) item(item string) error {
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, csum, loop, local, local-control, broadcast, rate, burst"}
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, except, csum, loop, local, local-control, broadcast, rate, burst"}
 	}
 	return checkItem(item, key, seen, want, "option")
 }
@@ -170,6 +172,7 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	default:
 		b = append(append(b, ",join="...), a.Join.String()...)
 	}
+	b = appendExcept(b, a.Except)
 	if a.ZeroChecksum {
 		b = append(b, ",csum=any"...)
 	}

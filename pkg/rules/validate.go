@@ -42,6 +42,7 @@ func checkSet(rules []Rule, place func(rule int) string, list *faultList) {
 		r.check(i, s.label(i), list)
 		s.checkDuplicates(i, list)
 	}
+	s.checkRanges(list)
 	s.checkLoops(list)
 }
 
@@ -167,11 +168,8 @@ func (c *checker) input(in Input, accept Acceptance, path Path) {
 	}
 	e.target(in.Interface, in.Address, in.Len, accept.Broadcast)
 	e.vlan(in.VLAN)
-	if in.Source.IsValid() {
-		e.source(".source", in.Source, in.Address)
-	} else if ssm := ssmRange(in.Address); ssm != "" && accept.Join != JoinNone {
-		e.fault(ErrNeedSource, ".source", "", fmt.Sprintf("SOURCE@%s: groups of %s need a source (RFC 4607 section 4.1)", bounded(in.Address.String()), ssm))
-	}
+	e.senders(in, accept)
+	e.ports(in)
 	e.join(in, accept)
 	if accept.Local && path != PathAuto && path != PathFanout {
 		e.fault(nil, ".local", "yes", "path auto or fanout: path "+path.String()+" takes the packets away from the host's receivers")
@@ -222,6 +220,9 @@ func (e end) joinList(in Input, groups []netip.Addr) {
 	for _, g := range groups {
 		if !in.Prefix().Contains(g) {
 			e.fault(nil, ".join", g.String(), fmt.Sprintf("groups of the input, %v", in.Prefix()))
+		}
+		if want := linkLocalFault(g); want != "" && in.Len != 0 && in.Prefix().Contains(g) {
+			e.fault(ErrLinkLocal, ".join", g.String(), want)
 		}
 		if seen[g] {
 			e.fault(nil, ".join", g.String(), "each group once")
@@ -324,6 +325,9 @@ func (e end) wholePrefix(addr netip.Addr, length uint8) {
 		e.fault(nil, ".address", p.String(), p.Masked().String()+", without bits behind the prefix")
 		return
 	}
+	if isAllGroups(p) {
+		return
+	}
 	if addr.Is6() { // the lowest group of a prefix has the narrowest scope
 		if want := linkLocalFault(addr); want != "" {
 			e.fault(ErrLinkLocal, ".address", p.String(), want)
@@ -359,6 +363,7 @@ var addressKinds = [...]struct {
 
 // prefix checks an output that is a prefix.
 func (e end) prefix(o Output, in Input) {
+	e.allGroups(o, in)
 	switch {
 	case o.Len == 0 || !o.Address.IsValid() || !in.Address.IsValid():
 	case o.Len != in.Len:
@@ -387,8 +392,11 @@ func (e end) port(o Output, in Input) {
 			e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), "+1 to +65534 or -1 to -65534")
 			return
 		}
-		if to := int32(in.Port) + o.PortShift; in.Port != 0 && (to < 1 || to > 65535) {
-			e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), fmt.Sprintf("what leaves the input's port %d within 1 to 65535: it would be %d", in.Port, to))
+		for _, port := range [...]uint16{in.Port, in.PortTo} {
+			if to := int32(port) + o.PortShift; port != 0 && (to < 1 || to > 65535) {
+				e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), fmt.Sprintf("what leaves the input's port %d within 1 to 65535: it would be %d", port, to))
+				break
+			}
 		}
 	default:
 		e.fault(nil, ".port", strconv.Itoa(int(o.PortMode)), "one of the modes declared")
