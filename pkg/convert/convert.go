@@ -317,7 +317,7 @@ func (c *converter) rule(r route) rules.Rule {
 		Accept: rules.Acceptance{Join: r.join, Groups: r.groups},
 	}
 	if r.source.IsValid() {
-		rule.In.Source = r.source.Addr()
+		rule.In.Source, rule.In.SourceLen = r.source.Addr(), prefixLen(r.source)
 	}
 	for _, name := range r.out {
 		out := rules.Output{Interface: name, Address: rule.In.Address, Len: rule.In.Len, PortMode: rules.PortKeep}

@@ -41,7 +41,7 @@ func (c *converter) igmpproxy(lines []source) {
 		case "quickleave":
 			c.note(l, "memberships are held while the rules are there")
 		case "altnet":
-			c.note(l, "the rules take the groups from any sender; a source before the group, SOURCE@GROUP, limits it")
+			c.note(l, "the rules take the groups from any sender; NETWORK@GROUP limits a rule for one group")
 		case "whitelist":
 			p, err := parsePrefix(l.word(1))
 			switch {

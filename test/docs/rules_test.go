@@ -431,6 +431,8 @@ func TestLimits(t *testing.T) {
 	}
 	want := map[string]int{
 		"outputs of a rule, patterns expanded":                rules.MaxOutputs,
+		"ports of a range":              rules.MaxPorts,
+		"senders, or prefixes of them, that `except=` leaves out": rules.MaxExcept,
 		"groups that `join=all` joins":                        rules.MaxJoinAll,
 		"bytes of a rule's name":                              rules.MaxNameLen,
 		"bytes of an interface's name":                        longest,
