@@ -430,15 +430,15 @@ func TestLimits(t *testing.T) {
 		longest = len(name)
 	}
 	want := map[string]int{
-		"outputs of a rule, patterns expanded":                rules.MaxOutputs,
-		"ports of a range":              rules.MaxPorts,
+		"outputs of a rule, patterns expanded":                    rules.MaxOutputs,
+		"ports of a range":                                        rules.MaxPorts,
 		"senders, or prefixes of them, that `except=` leaves out": rules.MaxExcept,
-		"groups that `join=all` joins":                        rules.MaxJoinAll,
-		"bytes of a rule's name":                              rules.MaxNameLen,
-		"bytes of an interface's name":                        longest,
-		"fragmented datagrams followed at a time":             int(spec.Maps["fragments"].MaxEntries),
-		"seconds that a first fragment is followed":           int(timeout / 1e9),
-		"MiB of a file of rules, with those that it includes": rules.MaxFileSize >> 20,
+		"groups that `join=all` joins":                            rules.MaxJoinAll,
+		"bytes of a rule's name":                                  rules.MaxNameLen,
+		"bytes of an interface's name":                            longest,
+		"fragmented datagrams followed at a time":                 int(spec.Maps["fragments"].MaxEntries),
+		"seconds that a first fragment is followed":               int(timeout / 1e9),
+		"MiB of a file of rules, with those that it includes":     rules.MaxFileSize >> 20,
 	}
 	rows := tableOf(t, "docs/rules.md", "what | at most").rows
 	if len(rows) != len(want) {
