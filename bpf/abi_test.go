@@ -77,6 +77,7 @@ var abiEnums = map[string]map[string]uint64{
 		"LOOKUP_SOURCES_PORT": uint64(RelayLookupKindLOOKUP_SOURCES_PORT),
 		"LOOKUP_SOURCES":      uint64(RelayLookupKindLOOKUP_SOURCES),
 	},
+	"flow_from": {"FROM_HOST": uint64(RelayFlowFromFROM_HOST)},
 	"prefix_by": {
 		"PREFIX_BY_GROUP":  uint64(RelayPrefixByPREFIX_BY_GROUP),
 		"PREFIX_BY_SOURCE": uint64(RelayPrefixByPREFIX_BY_SOURCE),

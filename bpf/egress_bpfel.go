@@ -49,6 +49,7 @@ const (
 	EgressVarExportFlow4        = "export_flow4"
 	EgressVarExportFlow6        = "export_flow6"
 	EgressVarExportFlowFlag     = "export_flow_flag"
+	EgressVarExportFlowFrom     = "export_flow_from"
 	EgressVarExportFragmentKind = "export_fragment_kind"
 	EgressVarExportHandover     = "export_handover"
 	EgressVarExportLookupKind   = "export_lookup_kind"
@@ -148,6 +149,7 @@ type EgressVariableSpecs struct {
 	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
@@ -249,6 +251,7 @@ type EgressVariables struct {
 	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`

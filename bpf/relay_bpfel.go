@@ -113,7 +113,7 @@ type RelayFlow4 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	From      uint16
 	Group     [4]uint8
 	Source    [4]uint8
 }
@@ -124,7 +124,7 @@ type RelayFlow6 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	From      uint16
 	Group     [16]uint8
 	Source    [16]uint8
 }
@@ -139,6 +139,12 @@ const (
 	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
 	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
 	RelayFlowFlagFLOW_STEERED     RelayFlowFlag = 64
+)
+
+type RelayFlowFrom uint32
+
+const (
+	RelayFlowFromFROM_HOST RelayFlowFrom = 256
 )
 
 type RelayFragment struct {
@@ -401,6 +407,7 @@ const (
 	RelayVarExportFlow4        = "export_flow4"
 	RelayVarExportFlow6        = "export_flow6"
 	RelayVarExportFlowFlag     = "export_flow_flag"
+	RelayVarExportFlowFrom     = "export_flow_from"
 	RelayVarExportFragmentKind = "export_fragment_kind"
 	RelayVarExportHandover     = "export_handover"
 	RelayVarExportLookupKind   = "export_lookup_kind"
@@ -501,6 +508,7 @@ type RelayVariableSpecs struct {
 	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
@@ -603,6 +611,7 @@ type RelayVariables struct {
 	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`

@@ -49,6 +49,7 @@ const (
 	TappedVarExportFlow4        = "export_flow4"
 	TappedVarExportFlow6        = "export_flow6"
 	TappedVarExportFlowFlag     = "export_flow_flag"
+	TappedVarExportFlowFrom     = "export_flow_from"
 	TappedVarExportFragmentKind = "export_fragment_kind"
 	TappedVarExportHandover     = "export_handover"
 	TappedVarExportLookupKind   = "export_lookup_kind"
@@ -150,6 +151,7 @@ type TappedVariableSpecs struct {
 	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
@@ -253,6 +255,7 @@ type TappedVariables struct {
 	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`

@@ -92,13 +92,20 @@ struct config {
 			       */
 };
 
+/* Bit of the field from of a key: a flow of what this host sends. The workers behind the
+ * packet tap take it, and no program looks such a key up.
+ */
+enum flow_from {
+	FROM_HOST = 1 << 8,
+};
+
 /* Key of an IPv4 flow table. All zero source: any; port 0: any. */
 struct flow4 {
 	__u32 ifindex;
 	__u16 vlan;	  /* of the only tag, or of the inner one; 0: untagged */
 	__u16 outer_vlan; /* 0: no second tag */
 	__u16 port;
-	__u16 pad;
+	__u16 from; /* enum flow_from */
 	__u8 group[4];
 	__u8 source[4];
 };
@@ -109,7 +116,7 @@ struct flow6 {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u16 pad;
+	__u16 from;
 	__u8 group[16];
 	__u8 source[16];
 };
@@ -121,7 +128,7 @@ struct prefix4 {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u16 by; /* enum prefix_by */
+	__u16 by; /* enum prefix_by, and FROM_HOST */
 	__u8 source[4];
 	__u8 group[4];
 };

@@ -96,8 +96,8 @@ func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time) control.Ru
 func kernelInput(r loader.Rule) string {
 	in := rules.Input{
 		Interface: interfaceName(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, PortTo: r.In.PortTo, Source: r.In.Source,
-		SourceLen: uint8(r.In.SourceLen),
-		VLAN:      rules.VLAN{ID: r.In.VLAN, Outer: r.In.OuterVLAN},
+		SourceLen: uint8(r.In.SourceLen), FromHost: r.In.FromHost,
+		VLAN: rules.VLAN{ID: r.In.VLAN, Outer: r.In.OuterVLAN},
 	}
 	return rules.FormatInput(in, rules.Acceptance{
 		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, Local: r.Local, Except: r.Except, Broadcast: r.Broadcast, LocalControl: localControl(r), Rate: rules.Rate(r.Rate),

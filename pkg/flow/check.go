@@ -84,6 +84,8 @@ func (r Flow) Check() error {
 		return fmt.Errorf("input VLAN %d.%d: want 1 to %d", r.In.OuterVLAN, r.In.VLAN, maxVLAN)
 	case r.Broadcast && (!r.In.Group.Is4() || r.In.Group.IsMulticast() || r.In.Len != 0):
 		return fmt.Errorf("input address %v: want one IPv4 address other than a group for broadcast", netip.PrefixFrom(r.In.Group, r.In.Len))
+	case r.In.FromHost && r.Path != PathFanout:
+		return fmt.Errorf("path %d: want fanout for what this host sends", r.Path)
 	case r.Path > PathFanout:
 		return fmt.Errorf("path %d: want kernel, afxdp or fanout", r.Path)
 	case r.In.Source.IsValid() && (r.In.Source.BitLen() != r.In.Group.BitLen() || r.In.Source.IsUnspecified()):

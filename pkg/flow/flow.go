@@ -68,6 +68,9 @@ type Input struct {
 	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN of the one
 	// around it. 0: no such tag.
 	VLAN, OuterVLAN uint16
+	// FromHost takes packets that sockets of this host send by the interface, rather than
+	// those that arrive; with PathFanout alone.
+	FromHost bool
 }
 
 // Output is where a copy goes and what it looks like.

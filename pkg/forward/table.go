@@ -25,14 +25,19 @@ type Table struct {
 // with this index, nil when there is none: the most specific one, in the order of
 // enum lookup_kind of bpf/include/abi.h. It does not allocate.
 func (t *Table) Lookup(index int, h *packet.Headers, port uint16) *Rule {
+	return t.lookup(index, h, port, false)
+}
+
+// lookup is Lookup, with fromHost for a packet that this host sends by the interface.
+func (t *Table) lookup(index int, h *packet.Headers, port uint16, fromHost bool) *Rule {
 	if h.Dst.Is4() {
 		return t.v4.lookup(key[[4]byte]{
-			index: uint32(index), vlan: h.VLAN, outer: h.OuterVLAN, port: port,
+			index: uint32(index), fromHost: fromHost, vlan: h.VLAN, outer: h.OuterVLAN, port: port,
 			group: h.Dst.As4(), source: h.Src.As4(),
 		}, h)
 	}
 	return t.v6.lookup(key[[16]byte]{
-		index: uint32(index), vlan: h.VLAN, outer: h.OuterVLAN, port: port,
+		index: uint32(index), fromHost: fromHost, vlan: h.VLAN, outer: h.OuterVLAN, port: port,
 		group: h.Dst.As16(), source: h.Src.As16(),
 	}, h)
 }
@@ -49,6 +54,7 @@ type bytesOf interface{ [4]byte | [16]byte }
 // group alone, else a prefix of so many.
 type key[A bytesOf] struct {
 	index             uint32
+	fromHost          bool
 	vlan, outer, port uint16
 	bits              uint16
 	group, source     A
@@ -98,7 +104,7 @@ func (f *flows[A]) add(in loader.Input, group, source A, r *Rule) {
 		f.rules = map[key[A]]*Rule{}
 	}
 	k := key[A]{
-		index: uint32(in.Index), vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port,
+		index: uint32(in.Index), fromHost: in.FromHost, vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port,
 		bits: uint16(in.Len), group: group, source: source,
 	}
 	for last := max(in.Port, in.PortTo); ; k.port++ {
@@ -114,7 +120,7 @@ func (f *flows[A]) addSources(in loader.Input, group A, r *Rule) {
 	if f.sources == nil {
 		f.sources = map[key[A]][]*Rule{}
 	}
-	k := key[A]{index: uint32(in.Index), vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port, group: group}
+	k := key[A]{index: uint32(in.Index), fromHost: in.FromHost, vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port, group: group}
 	for last := max(in.Port, in.PortTo); ; k.port++ {
 		f.sources[k] = append(f.sources[k], r)
 		slices.SortStableFunc(f.sources[k], func(a, b *Rule) int { return b.rule.In.SourceLen - a.rule.In.SourceLen })

@@ -150,7 +150,7 @@ func (l *Loader) shortcutRules() func(*entry) bool {
 	}
 	return func(e *entry) bool {
 		in := e.rule.In
-		if in.Port == 0 || in.Len != 0 || !in.IsOne() {
+		if in.Port == 0 || in.Len != 0 || !in.IsOne() || in.FromHost {
 			return false
 		}
 		return in.Source.IsValid() || len(sourced) == 0 || !sourced[in.AnySource()]

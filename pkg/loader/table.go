@@ -77,6 +77,8 @@ func kindOf(in Input) tableKind {
 func lookupOf(in Input) (kinds lookups) {
 	var bit bpf.RelayLookupKind
 	switch {
+	case in.FromHost:
+		return 0
 	case in.BySource && in.Port != 0:
 		bit = bpf.RelayLookupKindLOOKUP_SOURCES_PORT
 	case in.BySource:
@@ -128,8 +130,18 @@ func encodeKey(in Input) any {
 	}
 }
 
+const fromHost = uint16(bpf.RelayFlowFromFROM_HOST)
+
+// from is the field of this name in the keys of an input.
+func from(in Input) uint16 {
+	if in.FromHost {
+		return fromHost
+	}
+	return 0
+}
+
 func exactKey4(in Input) bpf.RelayFlow4 {
-	key := bpf.RelayFlow4{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, Group: in.Group.As4()}
+	key := bpf.RelayFlow4{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, From: from(in), Group: in.Group.As4()}
 	if in.Source.IsValid() {
 		key.Source = in.Source.As4()
 	}
@@ -137,7 +149,7 @@ func exactKey4(in Input) bpf.RelayFlow4 {
 }
 
 func exactKey6(in Input) bpf.RelayFlow6 {
-	key := bpf.RelayFlow6{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, Group: in.Group.As16()}
+	key := bpf.RelayFlow6{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, From: from(in), Group: in.Group.As16()}
 	if in.Source.IsValid() {
 		key.Source = in.Source.As16()
 	}
@@ -148,18 +160,18 @@ func prefixKey4(in Input) bpf.RelayPrefix4 {
 	k := exactKey4(in)
 	if in.BySource {
 		return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
-			By: uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
+			By: k.From | uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
 	}
-	return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Source: k.Source, Group: k.Group}
+	return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
 }
 
 func prefixKey6(in Input) bpf.RelayPrefix6 {
 	k := exactKey6(in)
 	if in.BySource {
 		return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
-			By: uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
+			By: k.From | uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
 	}
-	return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Source: k.Source, Group: k.Group}
+	return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
 }
 
 // Bits of a prefix table's key before the group (PREFIX4_EXACT and PREFIX6_EXACT
@@ -170,7 +182,7 @@ const (
 )
 
 func decodeKey4(k *bpf.RelayFlow4) Input {
-	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, Group: netip.AddrFrom4(k.Group)}
+	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom4(k.Group)}
 	if k.Source != [4]byte{} {
 		in.Source = netip.AddrFrom4(k.Source)
 	}
@@ -178,7 +190,7 @@ func decodeKey4(k *bpf.RelayFlow4) Input {
 }
 
 func decodeKey6(k *bpf.RelayFlow6) Input {
-	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, Group: netip.AddrFrom16(k.Group)}
+	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom16(k.Group)}
 	if k.Source != [16]byte{} {
 		in.Source = netip.AddrFrom16(k.Source)
 	}
@@ -186,23 +198,23 @@ func decodeKey6(k *bpf.RelayFlow6) Input {
 }
 
 func decodePrefix4(k *bpf.RelayPrefix4) Input {
-	if k.By == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
-		in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Source})
+	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
+		in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
 		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom4(k.Group), int(k.Prefixlen)-prefixExact4
 		return in
 	}
-	in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Group, Source: k.Source})
+	in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group, Source: k.Source})
 	in.Len = int(k.Prefixlen) - prefixExact4
 	return in
 }
 
 func decodePrefix6(k *bpf.RelayPrefix6) Input {
-	if k.By == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
-		in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Source})
+	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
+		in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
 		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom16(k.Group), int(k.Prefixlen)-prefixExact6
 		return in
 	}
-	in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Group, Source: k.Source})
+	in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group, Source: k.Source})
 	in.Len = int(k.Prefixlen) - prefixExact6
 	return in
 }

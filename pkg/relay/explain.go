@@ -22,6 +22,7 @@ type probe struct {
 	Destination netip.Addr
 	Port        uint16
 	VLAN        rules.VLAN
+	FromHost    bool // this host sends it by the interface
 }
 
 // Explain implements control.Backend.
@@ -55,10 +56,10 @@ func (r *Relay) flowOf(packet string) (probe, error) {
 			return probe{}, control.Wrap(control.KindInvalid, err)
 		}
 		if in.Len != 0 || in.SourceLen != 0 || in.PortTo != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
-			return probe{}, control.Errorf(control.KindInvalid, "packet %.100q: want one address on one interface, with no option but vlan", packet)
+			return probe{}, control.Errorf(control.KindInvalid, "packet %.100q: want one address on one interface, with no option but vlan and from", packet)
 		}
 	}
-	return probe{in.Interface, in.Source, in.Address, in.Port, in.VLAN}, nil
+	return probe{in.Interface, in.Source, in.Address, in.Port, in.VLAN, in.FromHost}, nil
 }
 
 // String is the packet as an input of a rule is written.
@@ -68,7 +69,7 @@ func (f probe) String() string {
 
 // input is the packet as the input of a rule that takes just this.
 func (f probe) input() rules.Input {
-	return rules.Input{Interface: f.Interface, Source: f.Source, Address: f.Destination, Port: f.Port, VLAN: f.VLAN}
+	return rules.Input{Interface: f.Interface, Source: f.Source, Address: f.Destination, Port: f.Port, VLAN: f.VLAN, FromHost: f.FromHost}
 }
 
 // match is a candidate; the instance is nil while the interface is absent.

@@ -166,7 +166,7 @@ func wantedGroups(rule *rules.Rule) func(yield func(netip.Addr) bool) {
 // joined, and no prefix; for a unicast input there is nothing to join.
 func joinPolicy(rule *rules.Rule) rules.JoinPolicy {
 	switch {
-	case !rule.In.Multicast(), rule.Accept.Join == rules.JoinDefault && rule.In.Len != 0:
+	case !rule.In.Multicast(), rule.In.FromHost, rule.Accept.Join == rules.JoinDefault && rule.In.Len != 0:
 		return rules.JoinNone
 	case rule.Accept.Join == rules.JoinAll && groupCount(rule) > rules.MaxJoinAll:
 		return rules.JoinNone // refused when the rule is validated

@@ -92,6 +92,8 @@ func (r *Relay) notInKernel(rule *rules.Rule, in *iface, n *instance, generic bo
 // it can.
 func notByProgram(rule *rules.Rule, in *iface, n *instance) string {
 	switch {
+	case rule.In.FromHost:
+		return "from=host takes what this host sends, which the packet tap alone sees"
 	case rule.Accept.Local:
 		return "local=yes keeps the packets for the host's receivers"
 	case !in.ethernet:

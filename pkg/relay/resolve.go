@@ -171,7 +171,7 @@ func (r *Relay) resolveInstance(rule *rules.Rule, in *iface) *instance {
 			Index: in.index, MAC: in.mac,
 			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port, PortTo: rule.In.PortTo,
 			SourceLen: int(rule.In.SourceLen), BySource: rule.In.SourceLen != 0 || len(rule.Accept.Except) > 0,
-			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer,
+			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer, FromHost: rule.In.FromHost,
 		},
 		Out:             make([]loader.Output, len(n.slots)),
 		Local:           rule.Accept.Local,
@@ -214,7 +214,7 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 		return
 	}
 	n.resolved.Path, n.note = path, note
-	n.resolved.Steered = path == loader.PathFanout && r.steers(in, n.noXDP == nil && in.ethernet, generic)
+	n.resolved.Steered = path == loader.PathFanout && !rule.In.FromHost && r.steers(in, n.noXDP == nil && in.ethernet, generic)
 	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == ""
 	ready := 0
 	for i := range n.slots {

@@ -18,7 +18,7 @@ import (
 // INTERFACE that ends in '+' is a pattern. Without PORT an input takes any, and an
 // output keeps the packet's. Options and policies, each at most once:
 //
-//	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
+//	vlan=ID|OUTER.ID   from=host   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
 //	except=SOURCE[/LEN]+SOURCE[/LEN]...   local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
 //
 //	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N
@@ -73,6 +73,9 @@ func (in Input) append(b []byte) []byte {
 	b = appendTarget(b, in.Address, in.Len, port, in.Interface)
 	if in.VLAN != (VLAN{}) {
 		b = append(append(b, ",vlan="...), in.VLAN.String()...)
+	}
+	if in.FromHost {
+		b = append(b, ",from=host"...)
 	}
 	return b
 }
@@ -139,7 +142,7 @@ func parseInput(s string) (in Input, accept Acceptance, err error) {
 		}
 	}
 	if hasOptions {
-		in.VLAN, accept, err = parseOptions(options)
+		accept, err = parseOptions(options, &in)
 	}
 	return in, accept, err
 }

@@ -46,7 +46,7 @@ func TestParseInputErrors(t *testing.T) {
 	const (
 		wantPort     = "1 to 65535, or no ':' for any port"
 		wantBrackets = "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"
-		wantKey      = "KEY=VALUE, KEY one of vlan, join, except, csum, loop, local, local-control, broadcast, rate, burst"
+		wantKey      = "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, local, local-control, broadcast, rate, burst"
 		wantVLAN     = "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
 		wantJoin     = "join=none, join=all or join=GROUP+GROUP..."
 		wantRate     = "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"
@@ -95,6 +95,7 @@ func TestParseInputErrors(t *testing.T) {
 		{"::ffff:10.0.0.5@239.1.1.1:5%eth0", "source", "::ffff:10.0.0.5", "10.0.0.5: IPv4-mapped IPv6 addresses are not sent on a wire (RFC 4291 section 2.5.5.2)"},
 		{"@239.1.1.1:5%eth0", "source", "", "an IPv4 or IPv6 address"},
 		{"*@239.1.1.1:5%eth0", "source", "*", "an IPv4 or IPv6 address"},
+		{"239.1.1.1:5%eth0,from=net", "option", "from=net", "from=host"},
 		{"10.0.0.0/33@239.1.1.1:5%eth0", "source", "/33", "/1 to /32"},
 		{"10.0.0.0/0@239.1.1.1:5%eth0", "source", "/0", "/1 to /32"},
 		{"10.0.0.0/@239.1.1.1:5%eth0", "source", "/", "/1 to /32"},

@@ -7,18 +7,20 @@ import (
 	"strings"
 )
 
-// parseOptions reads what follows the first comma of an input.
-func parseOptions(s string) (VLAN, Acceptance, error) {
+// parseOptions reads what follows the first comma of an input, and what of it is the
+// input's own.
+func parseOptions(s string, in *Input) (Acceptance, error) {
 	var p optionParser
 	for item := range strings.SplitSeq(s, ",") {
 		if err := p.item(item); err != nil {
-			return VLAN{}, Acceptance{}, err
+			return Acceptance{}, err
 		}
 	}
 	if p.Rate.Burst != 0 && !p.rate {
-		return VLAN{}, Acceptance{}, errBurstAlone(p.Rate.Burst)
+		return Acceptance{}, errBurstAlone(p.Rate.Burst)
 	}
-	return p.vlan, p.Acceptance, nil
+	in.VLAN, in.FromHost = p.vlan, p.from
+	return p.Acceptance, nil
 }
 
 func errBurstAlone(burst uint64) error {
@@ -28,8 +30,8 @@ func errBurstAlone(burst uint64) error {
 // optionParser is the options read so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
-	vlan                                                                           VLAN
-	hasVLAN, join, except, csum, loop, local, localControl, broadcast, rate, burst bool
+	vlan                                                                                 VLAN
+	hasVLAN, from, join, except, csum, loop, local, localControl, broadcast, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -40,6 +42,11 @@ func (p *optionParser) item(item string) error {
 	switch key {
 	case "vlan":
 		seen, want = &p.hasVLAN, p.setVLAN(value)
+	case "from":
+		seen = &p.from
+		if value != "host" {
+			want = "from=host"
+		}
 	case "join":
 		seen, want = &p.join, p.setJoin(value)
 	case "except":
@@ -68,7 +75,7 @@ func (p *optionParser) item(item string) error {
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, except, csum, loop, local, local-control, broadcast, rate, burst"}
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, local, local-control, broadcast, rate, burst"}
 	}
 	return checkItem(item, key, seen, want, "option")
 }

@@ -25,6 +25,7 @@ func Before(a, b Input) bool {
 		compareVLAN(a.VLAN, b.VLAN),
 		cmp.Compare(a.Len, b.Len),
 		cmp.Compare(a.PortTo, b.PortTo),
+		first(!a.FromHost, !b.FromHost),
 	) < 0
 }
 
@@ -78,6 +79,7 @@ func Compare(a, b Input) int {
 		a.Source.Compare(b.Source),
 		compareVLAN(a.VLAN, b.VLAN),
 		cmp.Compare(a.PortTo, b.PortTo),
+		first(!a.FromHost, !b.FromHost),
 	)
 }
 
@@ -173,12 +175,13 @@ type traffic struct {
 	prefix    netip.Prefix // destination addresses, masked
 	low, high uint16       // destination ports
 	source    netip.Prefix // the sources if it is valid, else:
+	fromHost  bool         // what this host sends, which nothing that a rule sends is
 	every     bool         // any source whatever, or one that no input names
 }
 
 func (in Input) traffic() traffic {
 	return traffic{iface: in.Interface, vlan: in.VLAN, prefix: in.Prefix().Masked(), low: in.Port, high: in.lastPort(),
-		source: in.Senders().Masked(), every: !in.Source.IsValid()}
+		source: in.Senders().Masked(), every: !in.Source.IsValid(), fromHost: in.FromHost}
 }
 
 // exact reports whether an input either matches all of the traffic, whatever its
@@ -189,14 +192,14 @@ func (t traffic) exact() bool {
 
 // overlaps reports whether some packet of t matches an input, u.
 func (t traffic) overlaps(u traffic) bool {
-	return t.vlan == u.vlan && t.low <= u.high && u.low <= t.high && meets(t.prefix, u.prefix) &&
+	return t.fromHost == u.fromHost && t.vlan == u.vlan && t.low <= u.high && u.low <= t.high && meets(t.prefix, u.prefix) &&
 		(ifaceCovers(t.iface, u.iface) || ifaceCovers(u.iface, t.iface)) &&
 		(u.every || t.every || t.source.Overlaps(u.source))
 }
 
 // covers reports whether all packets of u are in t.
 func (t traffic) covers(u traffic) bool {
-	return t.vlan == u.vlan && t.low <= u.low && u.high <= t.high &&
+	return t.fromHost == u.fromHost && t.vlan == u.vlan && t.low <= u.low && u.high <= t.high &&
 		t.prefix.Bits() <= u.prefix.Bits() && t.prefix.Overlaps(u.prefix) && ifaceCovers(t.iface, u.iface) &&
 		(t.every || t.source.IsValid() && u.source.IsValid() && t.source.Bits() <= u.source.Bits() && t.source.Overlaps(u.source))
 }
@@ -272,7 +275,7 @@ func (p *inputPool) eachUnlessExcluded(t traffic, cover bool) iter.Seq[int] {
 
 func (p *inputPool) eachOfExact(t traffic, cover bool) iter.Seq[int] {
 	return func(yield func(int) bool) {
-		in := Input{Interface: t.iface, Address: t.prefix.Addr(), Port: t.low, VLAN: t.vlan}
+		in := Input{Interface: t.iface, Address: t.prefix.Addr(), Port: t.low, VLAN: t.vlan, FromHost: t.fromHost}
 		if i, ok := p.inputs[in]; ok && !yield(i) {
 			return
 		}
@@ -311,6 +314,7 @@ type inputIndex struct {
 type tableKey struct {
 	iface   string
 	vlan    VLAN
+	host    bool       // of Input.FromHost
 	port    int32      // allPorts, or Input.Port, where 0 is any port
 	source  netip.Addr // Input.Source, where the zero Addr is any source
 	sources bool       // the table of all sources
@@ -342,7 +346,7 @@ func newInputIndex(rules []Rule, members []int) *inputIndex {
 			own = portRange
 		}
 		for _, port := range [...]int32{allPorts, own} {
-			key := tableKey{iface: in.Interface, vlan: in.VLAN, port: port}
+			key := tableKey{iface: in.Interface, vlan: in.VLAN, host: in.FromHost, port: port}
 			if key.prefix = in.SourceLen != 0; !key.prefix {
 				key.source = in.Source
 			}
@@ -403,7 +407,7 @@ func (x *inputIndex) eachOn(iface string, t traffic, cover bool, yield func(int)
 	}
 	for _, port := range ports {
 		for _, key := range sources {
-			key.iface, key.vlan, key.port = iface, t.vlan, port
+			key.iface, key.vlan, key.host, key.port = iface, t.vlan, t.fromHost, port
 			table := x.tables[key]
 			if table == nil {
 				continue

@@ -16,6 +16,7 @@ type packet struct {
 	dst    netip.Addr
 	port   uint16
 	source netip.Addr
+	sent   bool // by this host
 }
 
 var packetInterfaces = []string{"eth0", "eth1", "eth10", "wan0"}
@@ -28,7 +29,7 @@ func allPackets() (all []packet) {
 			for dst := range byte(4) {
 				for _, port := range []uint16{1, 2, 3, 4, 65533, 65534, 65535} {
 					for _, source := range []string{"10.0.0.0", "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.9"} {
-						all = append(all, packet{iface, vlan, netip.AddrFrom4([4]byte{239, 0, 0, dst}), port, addr(source)})
+						all = append(all, packet{iface, vlan, netip.AddrFrom4([4]byte{239, 0, 0, dst}), port, addr(source), false})
 					}
 				}
 			}
@@ -45,7 +46,7 @@ func ifaceMatches(text, name string) bool {
 }
 
 func (p packet) matches(in Input) bool {
-	return ifaceMatches(in.Interface, p.iface) && in.VLAN == p.vlan && in.Prefix().Contains(p.dst) &&
+	return in.FromHost == p.sent && ifaceMatches(in.Interface, p.iface) && in.VLAN == p.vlan && in.Prefix().Contains(p.dst) &&
 		p.toPort(in) && (!in.Source.IsValid() || in.Senders().Contains(p.source))
 }
 
@@ -263,6 +264,16 @@ func TestInputOverlaps(t *testing.T) {
 		want bool
 	}{
 		{"239.1.1.1:1%eth0", "239.1.1.1:1%eth0", true},
+		{"239.1.1.1:1%eth0,from=host", "239.1.1.1:1%eth0", false},
+		{"239.1.1.1:1%eth0,from=host", "239.1.0.0/16%eth+,from=host", true},
+		{"224.0.0.0/4%eth0", "224.0.0.251:1%eth0", false},
+		{"224.0.0.0/4%eth0", "224.0.1.251:1%eth0", true},
+		{"[ff00::]/8%eth0", "[ff02::fb]:1%eth0", false},
+		{"[ff00::]/8%eth0", "[ff05::fb]:1%eth0", true},
+		{"239.1.1.1:1-5%eth0", "239.1.1.1:5-9%eth0", true},
+		{"239.1.1.1:1-5%eth0", "239.1.1.1:6-9%eth0", false},
+		{"10.0.0.0/8@239.1.1.1:1%eth0", "10.1.0.0/16@239.1.1.1:1%eth0", true},
+		{"10.0.0.0/8@239.1.1.1:1%eth0", "11.0.0.1@239.1.1.1:1%eth0", false},
 		{"239.1.1.1:1%eth0", "239.1.1.1:2%eth0", false},
 		{"239.1.1.1:1%eth0", "239.1.1.1%eth0", true},
 		{"239.1.1.1:1%eth0", "239.1.1.2%eth0", false},

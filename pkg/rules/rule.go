@@ -41,6 +41,7 @@ type Input struct {
 	Source    netip.Addr // the one sender to take, with SourceLen the lowest one of a prefix; the zero Addr takes any
 	SourceLen uint8      // length of the prefix of senders in bits; 0: Source alone
 	VLAN      VLAN       // the tags that the frames carry; the zero VLAN takes untagged ones
+	FromHost  bool       // packets that sockets of this host send by Interface, rather than those that arrive
 }
 
 // VLAN is the tags of a frame (IEEE 802.1Q). The zero VLAN has none.

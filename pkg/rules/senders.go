@@ -155,7 +155,7 @@ func (e end) senders(in Input, accept Acceptance) {
 	case in.SourceLen != 0:
 		e.fault(nil, ".source", fmt.Sprintf("/%d", in.SourceLen), "an address in front of the length")
 	}
-	if ssm := ssmRange(in.Address); ssm != "" && (!in.Source.IsValid() || in.SourceLen != 0) && accept.Join != JoinNone {
+	if ssm := ssmRange(in.Address); ssm != "" && (!in.Source.IsValid() || in.SourceLen != 0) && accept.Join != JoinNone && !in.FromHost {
 		value, want := "", fmt.Sprintf("SOURCE@%s", bounded(in.Address.String()))
 		if in.SourceLen != 0 {
 			value, want = in.Senders().String(), "one source, or join=none"

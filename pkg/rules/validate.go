@@ -170,7 +170,9 @@ func (c *checker) input(in Input, accept Acceptance, path Path) {
 	e.vlan(in.VLAN)
 	e.senders(in, accept)
 	e.ports(in)
-	e.join(in, accept)
+	if e.fromHost(in, accept, path); !in.FromHost {
+		e.join(in, accept)
+	}
 	if accept.Local && path != PathAuto && path != PathFanout {
 		e.fault(nil, ".local", "yes", "path auto or fanout: path "+path.String()+" takes the packets away from the host's receivers")
 	}

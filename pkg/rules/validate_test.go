@@ -25,6 +25,10 @@ func TestValidateAccepts(t *testing.T) {
 		"v6 [ff05::1]:5000%eth0 -> [ff0e::2]:5000%eth1 [2001:db8::1]:5000%eth1 [fe80::1]:5000%eth1,src=2001:db8::2",
 		"v6-ssm 2001:db8::5@[ff3e::1]:5000%eth0 -> [ff35::2]:5000%eth1",
 		"v6-unicast-prefix [ff3e:30:2001:db8::1]:5000%eth0 -> [ff03::2]:5000%eth1", // RFC 3306: not the SSM range
+		"own 239.1.1.1:5000%eth0,from=host -> 239.1.1.1:5000%eth0 239.1.1.1:5000%eth1",
+		"own-prefix 239.1.0.0/16%eth0,from=host,vlan=7 -> 239.2.2.2%eth1",
+		"own-ssm 232.1.1.1:5000%eth0,from=host -> 232.1.1.1:5000%eth1",
+		"own-broadcast 255.255.255.255:9%eth0,from=host,broadcast=allow -> 239.1.1.1:9%eth1",
 		"all 224.0.0.0/4%eth0,join=239.1.1.1+224.0.1.1 -> 224.0.0.0/4%eth1 239.2.2.2:5000%eth2",
 		"all6 [ff00::]/8%eth0,join=none -> [ff00::]/8%eth1",
 		"senders 10.0.0.0/24@239.1.1.1:5000-5010%eth0,except=10.0.0.7+10.0.0.64/26 -> 239.2.2.2:+1000%eth1 239.2.2.3%eth2 239.2.2.4:6000%eth2",
@@ -76,6 +80,7 @@ func TestValidateRefuses(t *testing.T) {
 	shifted := func(n int32) func(*Rule) {
 		return func(r *Rule) { r.Out[0].PortMode, r.Out[0].Port, r.Out[0].PortShift = PortAdd, 0, n }
 	}
+	host := func(f func(*Rule)) func(*Rule) { return func(r *Rule) { r.In.FromHost = true; f(r) } }
 	senders := func(s string) func(*Rule) {
 		p := netip.MustParsePrefix(s)
 		return func(r *Rule) { r.In.Source, r.In.SourceLen = p.Addr(), uint8(p.Bits()) }
@@ -223,6 +228,10 @@ func TestValidateRefuses(t *testing.T) {
 			joined(prefix("16.0.0.0/4"), JoinNone)(r)
 			r.Out[0].Address, r.Out[0].Len = addr("224.0.0.0"), 4
 		}, ErrLinkLocal, `out[0].address "224.0.0.0/4": want an input of 224.0.0.0/4, too: else some would go to groups that are never forwarded between links`},
+		{host(func(r *Rule) { r.Path = PathKernel }), nil, `in.from "host": want path auto or fanout: what this host sends does not pass path kernel`},
+		{host(func(r *Rule) { r.Accept.Join = JoinNone }), nil, `in.from "host": want no join: what this host sends needs no membership`},
+		{host(func(r *Rule) { r.Accept.Local = true }), nil, `in.from "host": want no local: the host's receivers get what it sends anyway`},
+		{host(in("10.0.0.1")), nil, `in.from "host": want a multicast group, or broadcast=allow`},
 		{senders("10.0.0.1/24"), nil, `in.source "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
 		{senders("10.0.0.0/32"), nil, `in.source "/32": want /1 to /31, or none for the address alone`},
 		{senders("128.0.0.0/1"), nil, `in.source "128.0.0.0/1": want a prefix of unicast addresses: a group is never a source`},
