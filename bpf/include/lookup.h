@@ -53,7 +53,8 @@ static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 s
 	struct flow *flow;
 	__u32 i;
 
-	if (!table || (*(const __u32 *)exact->group & bpf_htonl(0xffffff00)) == bpf_htonl(0xe0000000))
+	if (!table ||
+	    (*(const __u32 *)exact->group & bpf_htonl(0xffffff00)) == bpf_htonl(0xe0000000))
 		return NULL;
 	*(__u32 *)key.group = *(const __u32 *)exact->group;
 #pragma unroll
