@@ -73,6 +73,14 @@ var abiEnums = map[string]map[string]uint64{
 		"LOOKUP_SOURCE":      uint64(RelayLookupKindLOOKUP_SOURCE),
 		"LOOKUP_ANY":         uint64(RelayLookupKindLOOKUP_ANY),
 		"LOOKUP_PREFIXES":    uint64(RelayLookupKindLOOKUP_PREFIXES),
+
+		"LOOKUP_SOURCES_PORT": uint64(RelayLookupKindLOOKUP_SOURCES_PORT),
+		"LOOKUP_SOURCES":      uint64(RelayLookupKindLOOKUP_SOURCES),
+	},
+	"flow_from": {"FROM_HOST": uint64(RelayFlowFromFROM_HOST)},
+	"prefix_by": {
+		"PREFIX_BY_GROUP":  uint64(RelayPrefixByPREFIX_BY_GROUP),
+		"PREFIX_BY_SOURCE": uint64(RelayPrefixByPREFIX_BY_SOURCE),
 	},
 	"fragment_kind": {
 		"FRAGMENT_FIRST":  uint64(RelayFragmentKindFRAGMENT_FIRST),

@@ -49,12 +49,14 @@ const (
 	EgressVarExportFlow4        = "export_flow4"
 	EgressVarExportFlow6        = "export_flow6"
 	EgressVarExportFlowFlag     = "export_flow_flag"
+	EgressVarExportFlowFrom     = "export_flow_from"
 	EgressVarExportFragmentKind = "export_fragment_kind"
 	EgressVarExportHandover     = "export_handover"
 	EgressVarExportLookupKind   = "export_lookup_kind"
 	EgressVarExportOutputFlag   = "export_output_flag"
 	EgressVarExportPrefix4      = "export_prefix4"
 	EgressVarExportPrefix6      = "export_prefix6"
+	EgressVarExportPrefixBy     = "export_prefix_by"
 	EgressVarExportRulePath     = "export_rule_path"
 	EgressVarExportTtlMode      = "export_ttl_mode"
 	EgressVarExportVlanMode     = "export_vlan_mode"
@@ -147,12 +149,14 @@ type EgressVariableSpecs struct {
 	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
@@ -247,12 +251,14 @@ type EgressVariables struct {
 	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`

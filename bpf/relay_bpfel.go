@@ -113,7 +113,7 @@ type RelayFlow4 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	From      uint16
 	Group     [4]uint8
 	Source    [4]uint8
 }
@@ -124,7 +124,7 @@ type RelayFlow6 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	From      uint16
 	Group     [16]uint8
 	Source    [16]uint8
 }
@@ -139,6 +139,12 @@ const (
 	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
 	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
 	RelayFlowFlagFLOW_STEERED     RelayFlowFlag = 64
+)
+
+type RelayFlowFrom uint32
+
+const (
+	RelayFlowFromFROM_HOST RelayFlowFrom = 256
 )
 
 type RelayFragment struct {
@@ -181,11 +187,13 @@ type RelayHandover struct {
 type RelayLookupKind uint32
 
 const (
-	RelayLookupKindLOOKUP_SOURCE_PORT RelayLookupKind = 1
-	RelayLookupKindLOOKUP_PORT        RelayLookupKind = 2
-	RelayLookupKindLOOKUP_SOURCE      RelayLookupKind = 4
-	RelayLookupKindLOOKUP_ANY         RelayLookupKind = 8
-	RelayLookupKindLOOKUP_PREFIXES    RelayLookupKind = 4
+	RelayLookupKindLOOKUP_SOURCE_PORT  RelayLookupKind = 1
+	RelayLookupKindLOOKUP_PORT         RelayLookupKind = 2
+	RelayLookupKindLOOKUP_SOURCE       RelayLookupKind = 4
+	RelayLookupKindLOOKUP_ANY          RelayLookupKind = 8
+	RelayLookupKindLOOKUP_PREFIXES     RelayLookupKind = 4
+	RelayLookupKindLOOKUP_SOURCES_PORT RelayLookupKind = 256
+	RelayLookupKindLOOKUP_SOURCES      RelayLookupKind = 512
 )
 
 type RelayOutput struct {
@@ -259,7 +267,7 @@ type RelayPrefix4 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	By        uint16
 	Source    [4]uint8
 	Group     [4]uint8
 }
@@ -271,10 +279,17 @@ type RelayPrefix6 struct {
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
-	Pad       uint16
+	By        uint16
 	Source    [16]uint8
 	Group     [16]uint8
 }
+
+type RelayPrefixBy uint32
+
+const (
+	RelayPrefixByPREFIX_BY_GROUP  RelayPrefixBy = 0
+	RelayPrefixByPREFIX_BY_SOURCE RelayPrefixBy = 1
+)
 
 type RelayQuerier struct {
 	_          structs.HostLayout
@@ -393,12 +408,14 @@ const (
 	RelayVarExportFlow4        = "export_flow4"
 	RelayVarExportFlow6        = "export_flow6"
 	RelayVarExportFlowFlag     = "export_flow_flag"
+	RelayVarExportFlowFrom     = "export_flow_from"
 	RelayVarExportFragmentKind = "export_fragment_kind"
 	RelayVarExportHandover     = "export_handover"
 	RelayVarExportLookupKind   = "export_lookup_kind"
 	RelayVarExportOutputFlag   = "export_output_flag"
 	RelayVarExportPrefix4      = "export_prefix4"
 	RelayVarExportPrefix6      = "export_prefix6"
+	RelayVarExportPrefixBy     = "export_prefix_by"
 	RelayVarExportRulePath     = "export_rule_path"
 	RelayVarExportTtlMode      = "export_ttl_mode"
 	RelayVarExportVlanMode     = "export_vlan_mode"
@@ -493,12 +510,14 @@ type RelayVariableSpecs struct {
 	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
@@ -595,12 +614,14 @@ type RelayVariables struct {
 	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`

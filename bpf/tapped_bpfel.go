@@ -49,12 +49,14 @@ const (
 	TappedVarExportFlow4        = "export_flow4"
 	TappedVarExportFlow6        = "export_flow6"
 	TappedVarExportFlowFlag     = "export_flow_flag"
+	TappedVarExportFlowFrom     = "export_flow_from"
 	TappedVarExportFragmentKind = "export_fragment_kind"
 	TappedVarExportHandover     = "export_handover"
 	TappedVarExportLookupKind   = "export_lookup_kind"
 	TappedVarExportOutputFlag   = "export_output_flag"
 	TappedVarExportPrefix4      = "export_prefix4"
 	TappedVarExportPrefix6      = "export_prefix6"
+	TappedVarExportPrefixBy     = "export_prefix_by"
 	TappedVarExportRulePath     = "export_rule_path"
 	TappedVarExportTtlMode      = "export_ttl_mode"
 	TappedVarExportVlanMode     = "export_vlan_mode"
@@ -149,12 +151,14 @@ type TappedVariableSpecs struct {
 	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
@@ -251,12 +255,14 @@ type TappedVariables struct {
 	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
 	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`

@@ -9,7 +9,7 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 4
+#define XDPCAST_SCHEMA 5
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
 #define XDPCAST_GUESSES 4096   /* a power of two */
@@ -50,6 +50,20 @@ enum lookup_kind {
 	LOOKUP_SOURCE = 1 << 2,	     /* source, group, any port */
 	LOOKUP_ANY = 1 << 3,	     /* any source, group, any port */
 	LOOKUP_PREFIXES = 4,	     /* shift: the same four for prefixes, behind all others */
+	/* In between: prefixes of sources, each behind the kind of one source and in front
+	 * of that of any.
+	 */
+	LOOKUP_SOURCES_PORT = 1 << 8, /* prefix of sources, group, port */
+	LOOKUP_SOURCES = 1 << 9,      /* prefix of sources, group, any port */
+};
+
+/* What the longest prefix of a prefix table's key is of. */
+enum prefix_by {
+	PREFIX_BY_GROUP,
+	/* group and source change places: the group stands in source, and the prefix of
+	 * sources in group. A flow of PATH_NONE is of sources that no rule takes.
+	 */
+	PREFIX_BY_SOURCE,
 };
 
 /* Fragments, by what was known of them. */
@@ -78,13 +92,20 @@ struct config {
 			       */
 };
 
+/* Bit of the field from of a key: a flow of what this host sends. The workers behind the
+ * packet tap take it, and no program looks such a key up.
+ */
+enum flow_from {
+	FROM_HOST = 1 << 8,
+};
+
 /* Key of an IPv4 flow table. All zero source: any; port 0: any. */
 struct flow4 {
 	__u32 ifindex;
 	__u16 vlan;	  /* of the only tag, or of the inner one; 0: untagged */
 	__u16 outer_vlan; /* 0: no second tag */
 	__u16 port;
-	__u16 pad;
+	__u16 from; /* enum flow_from */
 	__u8 group[4];
 	__u8 source[4];
 };
@@ -95,7 +116,7 @@ struct flow6 {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u16 pad;
+	__u16 from;
 	__u8 group[16];
 	__u8 source[16];
 };
@@ -107,7 +128,7 @@ struct prefix4 {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u16 pad;
+	__u16 by; /* enum prefix_by, and FROM_HOST */
 	__u8 source[4];
 	__u8 group[4];
 };
@@ -119,7 +140,7 @@ struct prefix6 {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u16 pad;
+	__u16 by;
 	__u8 source[16];
 	__u8 group[16];
 };

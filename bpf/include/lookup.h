@@ -11,8 +11,35 @@
 
 static const __u32 zero;
 
+#define LOOKUP_IN_PREFIXES(kinds) ((kinds) >> LOOKUP_PREFIXES & 0xf)
+
+/* The rule of an IPv4 packet whose source is in some rule's prefix. Out of line, as few
+ * rule sets have such.
+ */
+static __noinline struct flow *lookup_sources4(const struct flow4 *exact, __u32 source)
+{
+	struct prefix4 key = {
+		.prefixlen = PREFIX4_EXACT + 32,
+		.ifindex = exact->ifindex,
+		.vlan = exact->vlan,
+		.outer_vlan = exact->outer_vlan,
+		.port = exact->port,
+		.by = PREFIX_BY_SOURCE,
+	};
+	void *table = bpf_map_lookup_elem(&prefix_tables4, &zero);
+	struct flow *flow;
+
+	if (!table)
+		return NULL;
+	*(__u32 *)key.source = *(const __u32 *)exact->group;
+	*(__u32 *)key.group = source;
+	flow = bpf_map_lookup_elem(table, &key);
+	return flow && flow->path != PATH_NONE ? flow : NULL;
+}
+
 /* The rule of an IPv4 packet whose group is in some rule's prefix. Out of line:
- * most rule sets have no prefixes.
+ * most rule sets have no prefixes. None takes what is meant for one link: the prefix of
+ * all groups goes without.
  */
 static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 source, __u32 kinds)
 {
@@ -26,7 +53,8 @@ static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 s
 	struct flow *flow;
 	__u32 i;
 
-	if (!table)
+	if (!table ||
+	    (*(const __u32 *)exact->group & bpf_htonl(0xffffff00)) == bpf_htonl(0xe0000000))
 		return NULL;
 	*(__u32 *)key.group = *(const __u32 *)exact->group;
 #pragma unroll
@@ -74,6 +102,11 @@ static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifin
 			return flow;
 		*(__u32 *)key.source = 0;
 	}
+	if (__builtin_expect(kinds & LOOKUP_SOURCES_PORT, 0)) {
+		flow = lookup_sources4(&key, source);
+		if (flow)
+			return flow;
+	}
 	if (kinds & LOOKUP_PORT) {
 		flow = bpf_map_lookup_elem(table, &key);
 		if (flow)
@@ -89,18 +122,45 @@ static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifin
 			return flow;
 		*(__u32 *)key.source = 0;
 	}
+	if (__builtin_expect(kinds & LOOKUP_SOURCES, 0)) {
+		flow = lookup_sources4(&key, source);
+		if (flow)
+			return flow;
+	}
 	if (kinds & LOOKUP_ANY) {
 		flow = bpf_map_lookup_elem(table, &key);
 		if (flow)
 			return flow;
 	}
-	if (!(kinds >> LOOKUP_PREFIXES))
+	if (!LOOKUP_IN_PREFIXES(kinds))
 		return NULL;
 	key.port = port;
 	return lookup_prefix4(&key, source, kinds);
 }
 
 /* The same for IPv6. */
+static __noinline struct flow *lookup_sources6(const struct flow6 *exact,
+					       const struct in6_addr *source)
+{
+	struct prefix6 key = {
+		.prefixlen = PREFIX6_EXACT + 128,
+		.ifindex = exact->ifindex,
+		.vlan = exact->vlan,
+		.outer_vlan = exact->outer_vlan,
+		.port = exact->port,
+		.by = PREFIX_BY_SOURCE,
+	};
+	void *table = bpf_map_lookup_elem(&prefix_tables6, &zero);
+	struct flow *flow;
+
+	if (!table)
+		return NULL;
+	__builtin_memcpy(key.source, exact->group, sizeof(key.source));
+	__builtin_memcpy(key.group, source, sizeof(key.group));
+	flow = bpf_map_lookup_elem(table, &key);
+	return flow && flow->path != PATH_NONE ? flow : NULL;
+}
+
 static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
 					      const struct in6_addr *source, __u32 kinds)
 {
@@ -114,7 +174,8 @@ static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
 	struct flow *flow;
 	__u32 i;
 
-	if (!table)
+	/* Multicast of scope 2 and below (RFC 4291 section 2.7). */
+	if (!table || (exact->group[0] == 0xff && (exact->group[1] & 0xf) <= 2))
 		return NULL;
 	__builtin_memcpy(key.group, exact->group, sizeof(key.group));
 #pragma unroll
@@ -166,6 +227,11 @@ static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifin
 			return flow;
 		__builtin_memset(key.source, 0, sizeof(key.source));
 	}
+	if (__builtin_expect(kinds & LOOKUP_SOURCES_PORT, 0)) {
+		flow = lookup_sources6(&key, &source);
+		if (flow)
+			return flow;
+	}
 	if (kinds & LOOKUP_PORT) {
 		flow = bpf_map_lookup_elem(table, &key);
 		if (flow)
@@ -181,12 +247,17 @@ static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifin
 			return flow;
 		__builtin_memset(key.source, 0, sizeof(key.source));
 	}
+	if (__builtin_expect(kinds & LOOKUP_SOURCES, 0)) {
+		flow = lookup_sources6(&key, &source);
+		if (flow)
+			return flow;
+	}
 	if (kinds & LOOKUP_ANY) {
 		flow = bpf_map_lookup_elem(table, &key);
 		if (flow)
 			return flow;
 	}
-	if (!(kinds >> LOOKUP_PREFIXES))
+	if (!LOOKUP_IN_PREFIXES(kinds))
 		return NULL;
 	key.port = port;
 	return lookup_prefix6(&key, &source, kinds);

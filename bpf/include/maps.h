@@ -24,6 +24,8 @@ EXPORT_TYPE(enum, rule_path);
 EXPORT_TYPE(enum, drop_reason);
 EXPORT_TYPE(enum, drop_scope);
 EXPORT_TYPE(enum, lookup_kind);
+EXPORT_TYPE(enum, prefix_by);
+EXPORT_TYPE(enum, flow_from);
 EXPORT_TYPE(enum, output_flag);
 EXPORT_TYPE(enum, ttl_mode);
 EXPORT_TYPE(enum, vlan_mode);

@@ -3,10 +3,10 @@ package main
 import (
 	"fmt"
 	"io"
-	"os"
 
 	"github.com/urfave/cli/v2"
 
+	"xdpcast/internal/rulefile"
 	"xdpcast/pkg/rules"
 )
 
@@ -53,25 +53,20 @@ func readRules(stdin io.Reader, name string) ([]rules.Rule, error) {
 	return parseRules(name, data)
 }
 
+// parseRules parses a file of rules with those that it includes.
 func parseRules(name string, data []byte) ([]rules.Rule, error) {
 	if name == "-" {
-		name = "stdin"
+		return rules.ParseFile("stdin", data)
 	}
-	return rules.ParseFile(name, data)
+	return rulefile.Parse(name, data)
 }
 
 // readRuleFile reads a file of rules, "-" for stdin.
 func readRuleFile(stdin io.Reader, name string) ([]byte, error) {
-	in := stdin
 	if name != "-" {
-		f, err := os.Open(name)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		in = f
+		return rulefile.ReadFile(name)
 	}
-	data, err := io.ReadAll(io.LimitReader(in, rules.MaxFileSize+1))
+	data, err := io.ReadAll(io.LimitReader(stdin, rules.MaxFileSize+1))
 	switch {
 	case err != nil:
 		return nil, err

@@ -347,6 +347,9 @@ func TestCommands(t *testing.T) {
 		{[]string{"check", "-c", file}, "", 0, "ok: 1 rule\n", nil},
 		{[]string{"check", bad}, "", 1, "", []string{"xdpcast: " + bad + ":3: ", "port", "xdpcast: " + bad + ":6: ", "colour"}},
 		{[]string{"check", "/proc/self"}, "", 1, "", []string{"is a directory"}},
+		{[]string{"convert", "/proc/self"}, "", 1, "", []string{"is a directory"}},
+		{[]string{"convert", file}, "", 1, "", []string{"xdpcast: " + file + ": no line of smcroute.conf (mroute from ...), igmpproxy.conf"}},
+		{[]string{"convert", "--from", "frr", "/dev/null"}, "", 0, "rules: []\n", []string{"xdpcast: frr: 0 rules; 0 lines without an equal, in whole or in part\n"}},
 		{[]string{"--version"}, "", 0, "xdpcast version " + buildVersion() + "\n", nil},
 
 		{[]string{"rule", "add", "cam1", "--in", "239.1.1.1:5000%eth0,vlan=7", "--out", "239.1.1.1:5000%eth0,vlan=7", "--allow-loop"}, "add cam1: 239.1.1.1:5000%eth0,vlan=7,loop=allow -> 239.1.1.1:5000%eth0,vlan=7", 0, "rule cam1: active, path kernel, 1 output\n", nil},
@@ -377,6 +380,8 @@ func TestCommands(t *testing.T) {
 		{[]string{"rule", "apply"}, "", 2, "", []string{"FILE missing"}},
 		{[]string{"rule", "export", "--origin", "x"}, "", 2, "", []string{`--origin "x": want file or api`}},
 		{[]string{"check"}, "", 2, "", []string{"FILE missing"}},
+		{[]string{"convert"}, "", 2, "", []string{"FILE"}},
+		{[]string{"convert", "--from", "mrouted", file}, "", 2, "", []string{`--from "mrouted": want smcroute, igmpproxy, frr or detect`}},
 		{[]string{"check", "-c", file, file}, "", 2, "", []string{"one file at a time"}},
 		{[]string{"stats", "--watch", "--interval", "1ms"}, "", 2, "", []string{"--interval 1ms: want at least 100ms"}},
 		{[]string{"stats", "--interval", "soon"}, "", 2, "", []string{`invalid value "soon" for flag -interval`}},

@@ -101,12 +101,19 @@ func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time, name func(
 // in the kernel's tables.
 func kernelInput(r loader.Rule, name func(index int) string) string {
 	in := rules.Input{
-		Interface: name(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, Source: r.In.Source,
+		Interface: name(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, PortTo: r.In.PortTo, Source: r.In.Source,
+		SourceLen: uint8(r.In.SourceLen), FromHost: r.In.FromHost,
 		VLAN: rules.VLAN{ID: r.In.VLAN, Outer: r.In.OuterVLAN},
 	}
 	return rules.FormatInput(in, rules.Acceptance{
-		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, Local: r.Local, Rate: rules.Rate(r.Rate),
+		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, Local: r.Local, Except: r.Except, Broadcast: r.Broadcast, LocalControl: localControl(r), Rate: rules.Rate(r.Rate),
 	})
+}
+
+// localControl says whether a rule has a group of one link, which needs the option.
+func localControl(r loader.Rule) bool {
+	return r.In.Len == 0 && rules.LinkScope(r.In.Group) ||
+		slices.ContainsFunc(r.Out, func(o loader.Output) bool { return o.DstLen == 0 && rules.LinkScope(o.Dst) })
 }
 
 // kernelOutput writes a resolved output in the grammar of rules.
@@ -121,6 +128,7 @@ func kernelOutput(o loader.Output, name func(index int) string) rules.Output {
 	p := &out.Policy
 	p.Source, p.SourcePort, p.MinTTL, p.Rate = rules.SourceKeep, o.SrcPort, o.MinTTL, rules.Rate(o.Rate)
 	p.PCPSet, p.PCP = o.SetPCP, o.PCP
+	p.Broadcast = o.DstMAC == packet.BroadcastMAC
 	if o.Src.IsValid() {
 		p.Source, p.SourceAddr = rules.SourceAddress, o.Src
 	}

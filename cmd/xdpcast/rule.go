@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -362,6 +363,15 @@ func ruleApply(c *cli.Context) error {
 	data, err := readRuleFile(c.App.Reader, name)
 	if err != nil {
 		return err
+	}
+	if bytes.Contains(data, []byte("include")) { // the daemon reads no files for others
+		all, err := parseRules(name, data)
+		if err != nil {
+			return err
+		}
+		if data, err = rules.FormatFile(all); err != nil {
+			return err
+		}
 	}
 	result, err := client(c).ApplyFile(c.Context, data, applyOptions(c))
 	if err != nil {

@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain reload check gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain reload check convert gen recv demo version
             return 1
         end
     end
@@ -106,6 +106,9 @@ complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l output -s o -r
 complete -c xdpcast -n '__fish_seen_subcommand_from check' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'check' -d 'check a file of rules and say every error with its line'
 complete -c xdpcast -n '__fish_seen_subcommand_from check' -f -l config -s c -r -d '`FILE` to check, as for run'
+complete -c xdpcast -n '__fish_seen_subcommand_from convert' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'convert' -d 'make rules of another relay\'s configuration'
+complete -c xdpcast -n '__fish_seen_subcommand_from convert' -f -l from -r -d '`FORMAT` of FILE: smcroute, igmpproxy, frr, or detect'
 complete -c xdpcast -n '__fish_seen_subcommand_from gen' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'gen' -d 'send numbered, time-stamped packets'
 complete -c xdpcast -n '__fish_seen_subcommand_from gen' -f -l rate -r -d '`RATE` of all groups together: packets a second (100k, 1.5M), bits of UDP payload a second (20Mbit, 2.5Gbit), or max'

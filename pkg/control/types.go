@@ -214,7 +214,8 @@ type Worker struct {
 	Interface string `json:"interface"`
 	// Path is "afxdp" or "fanout".
 	Path string `json:"path"`
-	// Queue is the receive queue; with path fanout the worker's number in its group.
+	// Queue is the receive queue; with path fanout the worker's number in its group, those
+	// of what this host sends (from=host) numbered behind those of what arrives.
 	Queue int    `json:"queue"`
 	State string `json:"state"`
 	// Cause says why State is not active, or what the worker last failed with.

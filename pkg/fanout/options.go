@@ -98,6 +98,8 @@ type Options struct {
 	// owning it, and may close it after Open.
 	Steering *ebpf.Program
 	Filter   Filter
+	// Outgoing lets frames in, too, that leave by the interface.
+	Outgoing bool
 	// BlockSize is in bytes: a power of two, and at least 128 KiB; 0 means
 	// DefaultBlockSize.
 	BlockSize int

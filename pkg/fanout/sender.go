@@ -15,6 +15,10 @@ const (
 	DefaultSendBuffer = 4 << 20
 )
 
+// Mark is the mark (SO_MARK) of the frames that a Sender sends, "xdpc" in ASCII: a packet
+// tap tells them by it from what other sockets of the host send.
+const Mark = 0x78647063
+
 // maxBatch is UIO_MAXIOV, the most that one sendmmsg(2) takes.
 const maxBatch = 1024
 
@@ -96,6 +100,9 @@ func (s *Sender) configure(index int, opts SenderOptions) error {
 		if err := unix.SetsockoptInt(s.fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1); err != nil {
 			return fmt.Errorf("set PACKET_QDISC_BYPASS: %w", err)
 		}
+	}
+	if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_MARK, Mark); err != nil {
+		return fmt.Errorf("set mark: %w", err)
 	}
 	err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, opts.SendBuffer)
 	if err == unix.EPERM {

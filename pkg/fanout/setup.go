@@ -108,8 +108,11 @@ func (w *Worker) join() error {
 	// A group has a hook of its own into the traffic: PACKET_IGNORE_OUTGOING, the
 	// option of a socket, does not reach it.
 	args := fanoutArgs{
-		modeFlags:  uint16(g.opts.Mode.kernelMode() | unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING),
+		modeFlags:  uint16(g.opts.Mode.kernelMode()),
 		maxMembers: uint32(g.opts.Workers),
+	}
+	if !g.opts.Outgoing {
+		args.modeFlags |= unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING
 	}
 	if g.id < 0 {
 		args.modeFlags |= unix.PACKET_FANOUT_FLAG_UNIQUEID

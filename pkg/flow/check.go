@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -34,6 +35,7 @@ func (r Flow) Normalized() Flow {
 	if r.In.Len == r.In.Group.BitLen() {
 		r.In.Len = 0
 	}
+	r.Except = NormalExcept(r.Except)
 	return r
 }
 
@@ -80,12 +82,16 @@ func (r Flow) Check() error {
 		return fmt.Errorf("input prefix %v/%d: want no bits behind the prefix", r.In.Group, r.In.Len)
 	case r.In.VLAN > maxVLAN || r.In.OuterVLAN > maxVLAN || r.In.VLAN == 0 && r.In.OuterVLAN != 0:
 		return fmt.Errorf("input VLAN %d.%d: want 1 to %d", r.In.OuterVLAN, r.In.VLAN, maxVLAN)
+	case r.Broadcast && (!r.In.Group.Is4() || r.In.Group.IsMulticast() || r.In.Len != 0):
+		return fmt.Errorf("input address %v: want one IPv4 address other than a group for broadcast", netip.PrefixFrom(r.In.Group, r.In.Len))
+	case r.In.FromHost && r.Path != PathFanout:
+		return fmt.Errorf("path %d: want fanout for what this host sends", r.Path)
 	case r.Path > PathFanout:
 		return fmt.Errorf("path %d: want kernel, afxdp or fanout", r.Path)
 	case r.In.Source.IsValid() && (r.In.Source.BitLen() != r.In.Group.BitLen() || r.In.Source.IsUnspecified()):
 		return fmt.Errorf("input source %v: want an address of the family of %v", r.In.Source, r.In.Group)
 	}
-	if err := checkRate(r.Rate); err != nil {
+	if err := cmp.Or(r.checkSenders(), checkRate(r.Rate)); err != nil {
 		return err
 	}
 	for slot, o := range r.Out {

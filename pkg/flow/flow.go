@@ -39,8 +39,13 @@ type Flow struct {
 	Steered bool
 	// AllowLoop takes packets that this host sent.
 	AllowLoop bool
+	// Broadcast says that In.Group is a broadcast address of the link, and not this host's:
+	// frames for any MAC address are taken.
+	Broadcast bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
+	// Except are senders that a flow with In.BySource does not take, sorted.
+	Except []netip.Prefix
 	// Rate polices the flow as a whole.
 	Rate Rate
 }
@@ -54,10 +59,18 @@ type Input struct {
 	Len int
 	// Source is any when it is not valid.
 	Source netip.Addr
-	Port   uint16 // 0: any
+	// BySource makes Source a prefix of SourceLen bits; without Source any sender is
+	// taken but those of Flow.Except.
+	BySource  bool
+	SourceLen int
+	Port      uint16 // 0: any
+	PortTo    uint16 // the last port of a range that Port begins; 0: Port alone
 	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN of the one
 	// around it. 0: no such tag.
 	VLAN, OuterVLAN uint16
+	// FromHost takes packets that sockets of this host send by the interface, rather than
+	// those that arrive; with PathFanout alone.
+	FromHost bool
 }
 
 // Output is where a copy goes and what it looks like.
@@ -115,6 +128,9 @@ const (
 	PathFanout                 // to the stack, whose packet tap gives them to a PACKET_FANOUT group
 )
 
+// Unicast says whether only frames to the input's MAC address are taken.
+func (r Flow) Unicast() bool { return !r.In.Group.IsMulticast() && !r.Broadcast }
+
 // Key is Input without what may change in place: flows must differ in it.
 func (in Input) Key() Input {
 	in.MAC = [6]byte{}
@@ -124,8 +140,8 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
-		slices.Equal(r.Out, o.Out)
+		r.AllowLoop == o.AllowLoop && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
+		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 
 // Continues says whether r is the same flow as old with other addresses, so that

@@ -24,10 +24,10 @@ func pick[T any](w world, from ...T) T { return from[w.IntN(len(from))] }
 func (w world) chance(percent int) bool { return w.IntN(100) < percent }
 
 var (
-	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2"}
+	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2", "255.255.255.255", "10.0.0.255"}
 	groups6  = []string{"ff3e::1", "ff3e::8000:1", "fd00::2"}
-	sources4 = []string{"192.168.7.7", "192.168.7.9", "255.255.255.255"}
-	sources6 = []string{"2001:db8::7", "2001:db8::9", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
+	sources4 = []string{"192.168.7.7", "192.168.7.9", "192.168.9.9", "192.1.7.7", "255.255.255.255"}
+	sources6 = []string{"2001:db8::7", "2001:db8::9", "2001:dbf::7", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
 	ports    = []uint16{1, 5000, 65535}
 	inputs   = []int{1, 2}
 	devices  = []int{3, 4, 5}
@@ -55,18 +55,50 @@ func (w world) rules(set int) (rules []loader.Rule) {
 		if w.chance(30) {
 			in.VLAN, in.OuterVLAN = pick[uint16](w, 7, 4094), pick[uint16](w, 0, 0, 9)
 		}
-		if seen[in] {
+		r := loader.Rule{Name: fmt.Sprintf("set%d-%d", set, i), In: in, AllowLoop: w.chance(20), AllowNoChecksum: w.chance(20)}
+		w.spread(&r, sources)
+		taken := false
+		for in := range r.In.EveryPort() {
+			taken = taken || seen[in]
+		}
+		if taken {
 			continue
 		}
-		seen[in] = true
-		in.MAC = macOf(in.Index)
-		r := loader.Rule{Name: fmt.Sprintf("set%d-%d", set, i), In: in, AllowLoop: w.chance(20), AllowNoChecksum: w.chance(20)}
+		for in := range r.In.EveryPort() {
+			seen[in] = true
+		}
+		r.In.MAC = macOf(in.Index)
+		r.Broadcast = in.Len == 0 && in.Group.Is4() && !in.Group.IsMulticast() && w.chance(50)
 		for range pick(w, 1, 1, 2, 3, 5, 64) {
 			r.Out = append(r.Out, w.output(in.Group))
 		}
 		rules = append(rules, r)
 	}
 	return rules
+}
+
+// spread makes a rule take a range of ports, a prefix of sources, or any but some.
+func (w world) spread(r *loader.Rule, sources []string) {
+	in := &r.In
+	if in.Port == 5000 && w.chance(30) {
+		in.PortTo = pick[uint16](w, 5001, 5003)
+	}
+	if in.Len != 0 || !w.chance(40) {
+		return
+	}
+	in.BySource, in.Source = true, netip.Addr{}
+	if w.chance(70) {
+		in.SourceLen = pick(w, 8, 16, 24, 31)
+		in.Source = netip.PrefixFrom(w.addr(sources), in.SourceLen).Masked().Addr()
+	}
+	for range w.IntN(3) {
+		source := w.addr(sources)
+		p := netip.PrefixFrom(source, pick(w, 9, 17, 25, source.BitLen())).Masked()
+		if p.Bits() > in.SourceLen && (!in.Source.IsValid() || netip.PrefixFrom(in.Source, in.SourceLen).Contains(source)) {
+			r.Except = append(r.Except, p)
+		}
+	}
+	*r = r.Normalized()
 }
 
 func (w world) output(family netip.Addr) loader.Output {
@@ -134,6 +166,9 @@ func (w world) frames(rules []loader.Rule) (index int, frames [][]byte) {
 		index, f.Dst = in.Index, in.Group
 		if in.Port != 0 {
 			f.DstPort = in.Port
+		}
+		if in.PortTo != 0 {
+			f.DstPort = pick(w, in.PortTo, in.PortTo-1, in.PortTo+1)
 		}
 		if in.Len != 0 {
 			f.Dst = w.within(in)
@@ -212,13 +247,16 @@ func newOracle(rules []loader.Rule, first map[firstKey]uint16) *oracle {
 func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *loader.Rule) {
 	rank := func(in loader.Input) (n int) {
 		if in.Len == 0 {
-			n += 4000
+			n += 400_000
 		}
 		if in.Port != 0 {
-			n += 2000
+			n += 200_000
 		}
-		if in.Source.IsValid() {
-			n += 1000
+		switch {
+		case in.BySource:
+			n += 1000 * (1 + in.SourceLen)
+		case in.Source.IsValid():
+			n += 1000 * (1 + in.Source.BitLen())
 		}
 		return n + in.Len
 	}
@@ -229,12 +267,19 @@ func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *loader.
 			length = in.Group.BitLen()
 		}
 		if in.Index == index && in.VLAN == h.VLAN && in.OuterVLAN == h.OuterVLAN &&
-			(in.Port == 0 || in.Port == port) && (!in.Source.IsValid() || in.Source == h.Src) &&
-			netip.PrefixFrom(in.Group, length).Contains(h.Dst) && (best == nil || rank(in) > rank(best.In)) {
+			(in.Port == 0 || in.Port <= port && port <= max(in.Port, in.PortTo)) &&
+			(!in.Source.IsValid() || in.Source == h.Src || in.SourceLen != 0 && netip.PrefixFrom(in.Source, in.SourceLen).Contains(h.Src)) &&
+			!slices.ContainsFunc(o.rules[i].Except, func(p netip.Prefix) bool { return p.Contains(h.Src) }) &&
+			(in.Len == 0 || !ofOneLink(h.Dst)) && netip.PrefixFrom(in.Group, length).Contains(h.Dst) && (best == nil || rank(in) > rank(best.In)) {
 			best = &o.rules[i]
 		}
 	}
 	return best
+}
+
+// ofOneLink says whether no prefix takes a group.
+func ofOneLink(dst netip.Addr) bool {
+	return netip.MustParsePrefix("224.0.0.0/24").Contains(dst) || dst.Is6() && dst.IsMulticast() && dst.As16()[1]&15 < 3
 }
 
 // frame returns the copies by device, in the order of the outputs.
@@ -251,7 +296,7 @@ func (o *oracle) frame(index int, frame []byte) (copies map[int][][]byte) {
 		}
 	}
 	r := o.match(index, &h, port)
-	if r == nil || !r.In.Group.IsMulticast() && [6]byte(frame[0:6]) != r.In.MAC {
+	if r == nil || !r.In.Group.IsMulticast() && !r.Broadcast && [6]byte(frame[0:6]) != r.In.MAC {
 		return copies
 	}
 	if h.Part == packet.FirstFragment {

@@ -19,6 +19,8 @@ type Engine struct {
 	input  int
 	worker int
 	open   func(index int) (Sender, error)
+	// fromHost says that the frames are what this host sends by the input.
+	fromHost bool
 
 	// next is what the next batch works with, and using what the current one does:
 	// while that is so, nothing of it is closed. nil between batches.
@@ -159,7 +161,7 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 			return false
 		}
 	}
-	r := e.now.table.Lookup(index, h, port)
+	r := e.now.table.lookup(index, h, port, e.fromHost)
 	if r == nil || r.unicast && ethernet && [6]byte(frame[0:6]) != r.rule.In.MAC {
 		return false
 	}
@@ -188,7 +190,7 @@ func (e *Engine) match(r *Rule, at int64, length int) *ruleCounters {
 
 // refuses says why no output gets a packet.
 func (e *Engine) refuses(r *Rule, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) (loader.Reason, bool) {
-	if !r.rule.AllowLoop {
+	if !r.rule.AllowLoop && !e.fromHost {
 		if ethernet && [6]byte(frame[6:12]) == r.rule.In.MAC {
 			return loader.Loop, true
 		}

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -54,7 +56,24 @@ type Fanout struct {
 	mu     sync.Mutex
 	closed bool
 	filter *filter
-	groups map[int]*fanoutGroup // by interface index
+	groups map[groupKey]*fanoutGroup
+}
+
+// groupKey is what a group is of: an interface, and what arrives on it or what this host
+// sends by it.
+type groupKey struct {
+	index    int
+	fromHost bool
+}
+
+func groupOf(in loader.Input) groupKey { return groupKey{in.Index, in.FromHost} }
+
+func (k groupKey) compare(o groupKey) int {
+	return cmp.Or(cmp.Compare(k.index, o.index), strings.Compare(strconv.FormatBool(k.fromHost), strconv.FormatBool(o.fromHost)))
+}
+
+func sortedGroups[V any](m map[groupKey]V) []groupKey {
+	return slices.SortedFunc(maps.Keys(m), groupKey.compare)
 }
 
 // fanoutSystem is what a Fanout opens. Tests put faults between the two.
@@ -90,7 +109,7 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 	}
 	return &Fanout{
 		opts: opts, log: opts.Logger, system: system, filter: filter,
-		set: NewSet(opts.Workers), groups: map[int]*fanoutGroup{},
+		set: NewSet(opts.Workers), groups: map[groupKey]*fanoutGroup{},
 	}, nil
 }
 
@@ -110,13 +129,13 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 		return fmt.Errorf("fanout path: %w", os.ErrClosed)
 	}
 	want := slices.DeleteFunc(slices.Clone(rules), func(r loader.Rule) bool { return r.Path != loader.PathFanout })
-	inputs, allowed := map[int]string{}, map[wantedKey]bool{}
+	inputs, allowed := map[groupKey]string{}, map[wantedKey]bool{}
 	for i := range want {
 		if err := want[i].Normalized().Check(); err != nil {
 			return &loader.RuleError{Rule: want[i].Name, Err: err}
 		}
-		if _, ok := inputs[want[i].In.Index]; !ok {
-			inputs[want[i].In.Index] = want[i].Name
+		if _, ok := inputs[groupOf(want[i].In)]; !ok {
+			inputs[groupOf(want[i].In)] = want[i].Name
 		}
 		allowed[wantedOf(want[i].In)] = true
 	}
@@ -136,7 +155,7 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 		return errors.Join(err, f.filter.forget(added))
 	}
 	for _, g := range fresh {
-		f.groups[g.index] = g
+		f.groups[g.groupKey] = g
 		g.start()
 	}
 	f.retire(inputs, allowed)
@@ -146,14 +165,14 @@ func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
 // closeGone closes the groups of interfaces that are gone where others have come with
 // their indexes, which get their own. Otherwise a group stays for as long as a rule is there.
 func (f *Fanout) closeGone() {
-	for index, g := range f.groups {
+	for key, g := range f.groups {
 		if !g.group.Gone() {
 			continue
 		}
-		if _, err := net.InterfaceByIndex(index); err != nil {
+		if _, err := net.InterfaceByIndex(key.index); err != nil {
 			continue
 		}
-		delete(f.groups, index)
+		delete(f.groups, key)
 		if err := g.close(f.set); err != nil {
 			f.log.Warn("close group", "interface", g.name, "error", err)
 		}
@@ -170,14 +189,14 @@ func FanoutWorkers(workers int) int {
 
 // openGroups opens groups on the interfaces that have none; inputs says which rule
 // is the first of each. Nothing is left of them after an error.
-func (f *Fanout) openGroups(inputs map[int]string) (fresh []*fanoutGroup, err error) {
-	for _, index := range slices.Sorted(maps.Keys(inputs)) {
-		if f.groups[index] != nil {
+func (f *Fanout) openGroups(inputs map[groupKey]string) (fresh []*fanoutGroup, err error) {
+	for _, key := range sortedGroups(inputs) {
+		if f.groups[key] != nil {
 			continue
 		}
-		g, err := f.openGroup(index)
+		g, err := f.openGroup(key)
 		if err != nil {
-			err = &loader.RuleError{Rule: inputs[index], Err: err}
+			err = &loader.RuleError{Rule: inputs[key], Err: err}
 			for _, g := range fresh {
 				err = errors.Join(err, g.close(f.set))
 			}
@@ -188,22 +207,27 @@ func (f *Fanout) openGroups(inputs map[int]string) (fresh []*fanoutGroup, err er
 	return fresh, nil
 }
 
-func (f *Fanout) openGroup(index int) (*fanoutGroup, error) {
-	g := &fanoutGroup{index: index, name: interfaceName(index), done: make(chan struct{})}
+func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
+	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), done: make(chan struct{})}
+	filter := f.filter.program
+	if key.fromHost {
+		filter = f.filter.sent
+	}
 	group, err := f.system.openGroup(fanout.Options{
-		Interface: g.name, Index: index, Workers: f.opts.Workers,
+		Interface: g.name, Index: key.index, Outgoing: key.fromHost, Workers: f.opts.Workers,
 		Mode: f.opts.Mode, Steering: f.opts.Steering, Blocks: f.opts.Blocks, BlockTimeout: f.opts.BlockTimeout,
-		Filter: fanout.Filter{Program: f.filter.program},
+		Filter: fanout.Filter{Program: filter},
 	})
 	if err != nil {
 		return nil, err
 	}
 	g.group = group
 	for i, w := range group.Workers() {
-		e, err := f.set.NewEngine(index, i, f.openSender)
+		e, err := f.set.NewEngine(key.index, i, f.openSender)
 		if err != nil {
 			return nil, errors.Join(err, g.close(f.set))
 		}
+		e.fromHost = key.fromHost
 		g.workers = append(g.workers, &fanoutWorker{
 			engine: e, socket: w, group: g, number: i, wait: f.system.wait,
 			log: f.log.With("interface", g.name, "worker", i),
@@ -226,12 +250,12 @@ func interfaceName(index int) string {
 }
 
 // retire closes what no rule needs any more. What fails there harms no packet.
-func (f *Fanout) retire(inputs map[int]string, allowed map[wantedKey]bool) {
-	for index, g := range f.groups {
-		if inputs[index] != "" {
+func (f *Fanout) retire(inputs map[groupKey]string, allowed map[wantedKey]bool) {
+	for key, g := range f.groups {
+		if inputs[key] != "" {
 			continue
 		}
-		delete(f.groups, index)
+		delete(f.groups, key)
 		if err := g.close(f.set); err != nil {
 			f.log.Warn("close group", "interface", g.name, "error", err)
 		}
@@ -251,6 +275,7 @@ func (f *Fanout) Fragments() loader.Fragments { return f.set.Fragments() }
 type GroupStatus struct {
 	Index     int
 	Interface string
+	FromHost  bool // of what this host sends by the interface
 	GroupID   uint16
 	Mode      fanout.Mode
 	Workers   []WorkerStatus
@@ -270,13 +295,13 @@ func (f *Fanout) Groups() ([]GroupStatus, error) {
 	defer f.mu.Unlock()
 	var all []GroupStatus
 	var errs []error
-	for _, index := range slices.Sorted(maps.Keys(f.groups)) {
-		g := f.groups[index]
+	for _, key := range sortedGroups(f.groups) {
+		g := f.groups[key]
 		stats, err := g.group.Stats()
 		if err != nil {
 			errs = append(errs, err)
 		}
-		status := GroupStatus{Index: index, Interface: g.name, GroupID: g.group.ID(), Mode: f.opts.Mode}
+		status := GroupStatus{Index: key.index, Interface: g.name, FromHost: key.fromHost, GroupID: g.group.ID(), Mode: f.opts.Mode}
 		for i, w := range g.workers {
 			status.Workers = append(status.Workers, WorkerStatus{stats[i], w.failures.Load()})
 		}
@@ -303,7 +328,7 @@ func (f *Fanout) Close() error {
 
 // fanoutGroup is the workers of one input interface.
 type fanoutGroup struct {
-	index   int
+	groupKey
 	name    string
 	group   *fanout.Group
 	workers []*fanoutWorker

@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
 )
 
@@ -20,6 +21,7 @@ import (
 type filter struct {
 	wanted  *ebpf.Map
 	program *ebpf.Program
+	sent    *ebpf.Program // for groups of what this host sends
 	have    map[wantedKey]bool
 }
 
@@ -55,15 +57,24 @@ func newFilter() (*filter, error) {
 	}
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "xdpcast_filter", Type: ebpf.SocketFilter, License: "MIT",
-		Instructions: filterProgram(wanted),
+		Instructions: append(arriving(), filterProgram(wanted)...),
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("load socket filter: %w", err), wanted.Close())
 	}
-	return &filter{wanted: wanted, program: program, have: map[wantedKey]bool{}}, nil
+	sent, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "xdpcast_sent", Type: ebpf.SocketFilter, License: "MIT",
+		Instructions: append(sentByHost(), filterProgram(wanted)...),
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("load socket filter: %w", err), program.Close(), wanted.Close())
+	}
+	return &filter{wanted: wanted, program: program, sent: sent, have: map[wantedKey]bool{}}, nil
 }
 
-func (f *filter) close() error { return errors.Join(f.program.Close(), f.wanted.Close()) }
+func (f *filter) close() error {
+	return errors.Join(f.program.Close(), f.sent.Close(), f.wanted.Close())
+}
 
 // allow lets in what rules want, too. It returns what it has added.
 func (f *filter) allow(want map[wantedKey]bool) (added []wantedKey, err error) {
@@ -106,9 +117,11 @@ func (f *filter) forget(keys []wantedKey) error {
 const (
 	// Offsets into struct __sk_buff of include/uapi/linux/bpf.h; the protocol is in
 	// network byte order.
-	skbType     = 4
-	skbProtocol = 16
-	skbIndex    = 40
+	skbPacketType = 4
+	skbMark       = 8
+	skbProtocol   = 16
+	skbIngress    = 36
+	skbIndex      = 40
 	// hdrStartNet is BPF_HDR_START_NET: offsets count from the network header.
 	hdrStartNet = 1
 	// keepAll is the answer that keeps a whole frame.
@@ -123,6 +136,28 @@ const (
 	ip4Len = 20
 	ip6Len = 40
 )
+
+// arriving goes on with what arrives: not with what the host sends, which
+// PACKET_FANOUT_FLAG_IGNORE_OUTGOING leaves out from Linux 6.2 on.
+func arriving() asm.Instructions {
+	return asm.Instructions{
+		asm.LoadMem(asm.R0, asm.R1, skbPacketType, asm.Word),
+		asm.JEq.Imm(asm.R0, unix.PACKET_OUTGOING, "drop"),
+	}
+}
+
+// sentByHost goes on with what a socket of this host sends: not with what arrives, what
+// the host forwards, which has come in on an interface, and what the relay itself sends.
+func sentByHost() asm.Instructions {
+	return asm.Instructions{
+		asm.LoadMem(asm.R0, asm.R1, skbPacketType, asm.Word),
+		asm.JNE.Imm(asm.R0, unix.PACKET_OUTGOING, "drop"),
+		asm.LoadMem(asm.R0, asm.R1, skbIngress, asm.Word),
+		asm.JNE.Imm(asm.R0, 0, "drop"),
+		asm.LoadMem(asm.R0, asm.R1, skbMark, asm.Word),
+		asm.JEq.Imm(asm.R0, fanout.Mark, "drop"),
+	}
+}
 
 func filterProgram(wanted *ebpf.Map) asm.Instructions {
 	const context, offset, protocol = asm.R6, asm.R7, asm.R8
@@ -140,8 +175,6 @@ func filterProgram(wanted *ebpf.Map) asm.Instructions {
 	}
 	program := asm.Instructions{
 		asm.Mov.Reg(context, asm.R1),
-		asm.LoadMem(protocol, context, skbType, asm.Word),
-		asm.JEq.Imm(protocol, unix.PACKET_OUTGOING, "drop"),
 		asm.Mov.Imm(offset, 0),
 		asm.LoadMem(protocol, context, skbIndex, asm.Word),
 		asm.StoreMem(asm.RFP, stackIndex, protocol, asm.Word),

@@ -27,7 +27,7 @@ type output struct {
 // newRule makes a rule; old is the one with the same name in the table before, or
 // nil.
 func newRule(r loader.Rule, old *Rule, workers int) *Rule {
-	n := &Rule{rule: r.Normalized(), unicast: !r.In.Group.IsMulticast()}
+	n := &Rule{rule: r.Normalized(), unicast: r.Unicast()}
 	goesOn := old != nil && n.rule.Continues(old.rule)
 	n.policer = newPolicer(r.Rate)
 	if goesOn {

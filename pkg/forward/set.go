@@ -149,7 +149,7 @@ func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[stri
 }
 
 func equal(a, b loader.Rule) bool {
-	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop &&
+	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 
@@ -228,10 +228,13 @@ func newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint
 		if names[r.rule.Name] {
 			return nil, &loader.RuleError{Rule: r.rule.Name, Err: errors.New("name is used twice")}
 		}
-		if other, ok := inputs[in]; ok {
-			return nil, &loader.RuleError{Rule: r.rule.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
+		for in := range in.EveryPort() {
+			if other, ok := inputs[in]; ok {
+				return nil, &loader.RuleError{Rule: r.rule.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
+			}
+			inputs[in] = r.rule.Name
 		}
-		names[r.rule.Name], inputs[in] = true, r.rule.Name
+		names[r.rule.Name] = true
 		for slot := range r.out {
 			o := &r.out[slot]
 			if !o.Ready {

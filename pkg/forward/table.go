@@ -25,16 +25,21 @@ type Table struct {
 // with this index, nil when there is none: the most specific one, in the order of
 // enum lookup_kind of bpf/include/abi.h. It does not allocate.
 func (t *Table) Lookup(index int, h *packet.Headers, port uint16) *Rule {
+	return t.lookup(index, h, port, false)
+}
+
+// lookup is Lookup, with fromHost for a packet that this host sends by the interface.
+func (t *Table) lookup(index int, h *packet.Headers, port uint16, fromHost bool) *Rule {
 	if h.Dst.Is4() {
 		return t.v4.lookup(key[[4]byte]{
-			index: uint32(index), vlan: h.VLAN, outer: h.OuterVLAN, port: port,
+			index: uint32(index), fromHost: fromHost, vlan: h.VLAN, outer: h.OuterVLAN, port: port,
 			group: h.Dst.As4(), source: h.Src.As4(),
-		})
+		}, h)
 	}
 	return t.v6.lookup(key[[16]byte]{
-		index: uint32(index), vlan: h.VLAN, outer: h.OuterVLAN, port: port,
+		index: uint32(index), fromHost: fromHost, vlan: h.VLAN, outer: h.OuterVLAN, port: port,
 		group: h.Dst.As16(), source: h.Src.As16(),
-	})
+	}, h)
 }
 
 // ByFirstOutput returns the rule whose first output the loader gave this number,
@@ -49,6 +54,7 @@ type bytesOf interface{ [4]byte | [16]byte }
 // group alone, else a prefix of so many.
 type key[A bytesOf] struct {
 	index             uint32
+	fromHost          bool
 	vlan, outer, port uint16
 	bits              uint16
 	group, source     A
@@ -67,11 +73,18 @@ const (
 type flows[A bytesOf] struct {
 	rules map[key[A]]*Rule
 	used  [kinds]bool
+	// sources are the rules of prefixes of sources, by everything else, the longest
+	// prefix first.
+	sources map[key[A]][]*Rule
 	// lengths are those of the prefixes, the longest first.
 	lengths []uint16
 }
 
 func (f *flows[A]) add(in loader.Input, group, source A, r *Rule) {
+	if in.BySource {
+		f.addSources(in, group, r)
+		return
+	}
 	kind := 0
 	if !in.Source.IsValid() {
 		kind |= anySource
@@ -90,14 +103,69 @@ func (f *flows[A]) add(in loader.Input, group, source A, r *Rule) {
 	if f.rules == nil {
 		f.rules = map[key[A]]*Rule{}
 	}
-	f.rules[key[A]{
-		index: uint32(in.Index), vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port,
+	k := key[A]{
+		index: uint32(in.Index), fromHost: in.FromHost, vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port,
 		bits: uint16(in.Len), group: group, source: source,
-	}] = r
+	}
+	for last := max(in.Port, in.PortTo); ; k.port++ {
+		f.rules[k] = r
+		if k.port == last {
+			return
+		}
+	}
 }
 
-func (f *flows[A]) lookup(packet key[A]) *Rule {
+// addSources adds a rule of a prefix of sources.
+func (f *flows[A]) addSources(in loader.Input, group A, r *Rule) {
+	if f.sources == nil {
+		f.sources = map[key[A]][]*Rule{}
+	}
+	k := key[A]{index: uint32(in.Index), fromHost: in.FromHost, vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port, group: group}
+	for last := max(in.Port, in.PortTo); ; k.port++ {
+		f.sources[k] = append(f.sources[k], r)
+		slices.SortStableFunc(f.sources[k], func(a, b *Rule) int { return b.rule.In.SourceLen - a.rule.In.SourceLen })
+		if k.port == last {
+			return
+		}
+	}
+}
+
+// bySource finds the rule of the longest prefix of sources that takes a packet's.
+func (f *flows[A]) bySource(k key[A], h *packet.Headers) *Rule {
+	setZero(&k.source)
+	for _, r := range f.sources[k] {
+		if r.rule.TakesSource(h.Src) {
+			return r
+		}
+	}
+	return nil
+}
+
+// ofTheLink says whether no prefix takes a group: 224.0.0.0/24 (RFC 5771 section 4), and
+// IPv6 groups of scope 2 and below (RFC 4291 section 2.7).
+func ofTheLink(dst netip.Addr) bool {
+	if dst.Is4() {
+		b := dst.As4()
+		return b[0] == 224 && b[1] == 0 && b[2] == 0
+	}
+	b := dst.As16()
+	return b[0] == 0xff && b[1]&0xf <= 2
+}
+
+func (f *flows[A]) lookup(packet key[A], h *packet.Headers) *Rule {
 	for kind := range kinds {
+		if kind&anySource != 0 && kind&prefixes == 0 && f.sources != nil {
+			k := packet
+			if kind&anyPort != 0 {
+				k.port = 0
+			}
+			if r := f.bySource(k, h); r != nil {
+				return r
+			}
+		}
+		if kind == prefixes && ofTheLink(h.Dst) {
+			return nil
+		}
 		if !f.used[kind] {
 			continue
 		}

@@ -168,6 +168,7 @@ func (l *Loader) adoptRules() error {
 		}
 		l.rules[e.rule.Name] = e
 		l.lookups.add(e.rule.In)
+		l.extra += e.rule.ExtraEntries()
 	}
 	byID := make([]*entry, l.maps.Rules.MaxEntries())
 	var outputs, stats []extent
@@ -207,7 +208,7 @@ func (l *Loader) dropHalfMoved(e *entry, pointed *pointedAt) (stale bool, err er
 	if other == nil || other.id == e.id || !pointed.describes(other) || !pointed.describes(e) {
 		return false, nil
 	}
-	if err := l.tableOf(e.rule.In).Delete(encodeKey(e.rule.In)); err != nil {
+	if err := l.unpublish(e); err != nil {
 		return false, fmt.Errorf("unpublish rule %s: %w", e.rule.Name, err)
 	}
 	return true, nil

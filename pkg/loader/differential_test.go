@@ -71,10 +71,10 @@ func pick[T any](w *world, from ...T) T { return from[w.IntN(len(from))] }
 func (w *world) chance(percent int) bool { return w.IntN(100) < percent }
 
 var (
-	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2"}
+	groups4  = []string{"239.1.1.1", "239.129.1.1", "239.1.2.1", "10.0.0.2", "255.255.255.255", "10.0.0.255"}
 	groups6  = []string{"ff3e::1", "ff3e::8000:1", "fd00::2"}
-	sources4 = []string{"192.168.7.7", "192.168.7.9", "255.255.255.255"}
-	sources6 = []string{"2001:db8::7", "2001:db8::9", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
+	sources4 = []string{"192.168.7.7", "192.168.7.9", "192.168.9.9", "192.1.7.7", "255.255.255.255"}
+	sources6 = []string{"2001:db8::7", "2001:db8::9", "2001:dbf::7", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
 	ports    = []uint16{1, 5000, 65535}
 
 	// ownAddresses are those that the loader is told are the host's.
@@ -107,17 +107,49 @@ func (w *world) rules(set int) (rules []Rule) {
 		if w.chance(30) {
 			r.In.VLAN, r.In.OuterVLAN = pick[uint16](w, 7, 4094), pick[uint16](w, 0, 0, 9)
 		}
+		r.Broadcast = r.In.Len == 0 && r.In.Group.Is4() && !r.In.Group.IsMulticast() && w.chance(50)
 		r.AllowLoop, r.AllowNoChecksum = w.chance(20), w.chance(20)
-		if inputs[r.In.Key()] {
+		w.spread(&r, sources)
+		taken := false
+		for in := range r.In.Key().EveryPort() {
+			taken = taken || inputs[in]
+		}
+		if taken {
 			continue
 		}
-		inputs[r.In.Key()] = true
+		for in := range r.In.Key().EveryPort() {
+			inputs[in] = true
+		}
 		for range pick(w, 1, 1, 2, 3, 5, 64) {
 			r.Out = append(r.Out, w.output(r.In.Group))
 		}
 		rules = append(rules, r)
 	}
 	return rules
+}
+
+// spread makes a rule take a range of ports, a prefix of sources, or any but some.
+func (w *world) spread(r *Rule, sources []string) {
+	in := &r.In
+	if in.Port == 5000 && w.chance(30) {
+		in.PortTo = pick[uint16](w, 5001, 5003)
+	}
+	if in.Len != 0 || !w.chance(40) {
+		return
+	}
+	in.BySource, in.Source = true, netip.Addr{}
+	if w.chance(70) {
+		in.SourceLen = pick(w, 8, 16, 24, 31)
+		in.Source = netip.PrefixFrom(w.addr(sources), in.SourceLen).Masked().Addr()
+	}
+	for range w.IntN(3) {
+		source := w.addr(sources)
+		p := netip.PrefixFrom(source, pick(w, 9, 17, 25, source.BitLen())).Masked()
+		if p.Bits() > in.SourceLen && (!in.Source.IsValid() || netip.PrefixFrom(in.Source, in.SourceLen).Contains(source)) {
+			r.Except = append(r.Except, p)
+		}
+	}
+	*r = r.Normalized()
 }
 
 func (w *world) output(family netip.Addr) Output {
@@ -185,6 +217,9 @@ func (w *world) frame(rules []Rule) (index int, frame []byte) {
 		if in.Port != 0 {
 			f.DstPort = in.Port
 		}
+		if in.PortTo != 0 {
+			f.DstPort = pick(w, in.PortTo, in.PortTo-1, in.PortTo+1)
+		}
 		if in.Len != 0 {
 			f.Dst = w.within(in)
 		}
@@ -196,6 +231,9 @@ func (w *world) frame(rules []Rule) (index int, frame []byte) {
 		}
 		if f.Src = in.Source; !f.Src.IsValid() || w.chance(20) {
 			f.Src = w.random(in.Group)
+		}
+		if in.BySource && w.chance(80) {
+			f.Src = w.addr(map[bool][]string{true: sources4, false: sources6}[in.Group.Is4()])
 		}
 	}
 	if f.DstMAC = packet.MulticastMAC(f.Dst); !f.Dst.IsMulticast() && w.chance(80) {

@@ -47,7 +47,7 @@ func encodeFlags(r Rule) (flags uint8) {
 			flags |= uint8(flag)
 		}
 	}
-	set(bpf.RelayFlowFlagFLOW_UNICAST, !r.In.Group.IsMulticast())
+	set(bpf.RelayFlowFlagFLOW_UNICAST, r.Unicast())
 	set(bpf.RelayFlowFlagFLOW_ALLOW_LOOP, r.AllowLoop)
 	set(bpf.RelayFlowFlagFLOW_NO_CHECKSUM, r.AllowNoChecksum)
 	set(bpf.RelayFlowFlagFLOW_POLICED, r.Rate != Rate{})
@@ -68,6 +68,7 @@ func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
 		return fmt.Errorf("path %d is none of this release", flow.Path)
 	}
 	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
+	r.Broadcast = !r.In.Group.IsMulticast() && flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNICAST) == 0
 	r.AllowNoChecksum = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_NO_CHECKSUM) != 0
 	r.Fallback = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_FALLBACK) != 0
 	r.Steered = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_STEERED) != 0

@@ -110,6 +110,7 @@ type Loader struct {
 	tables         tables
 	own            [4]uint64   // of map config
 	lookups        lookupCount // of the rules in force
+	extra          int         // entries of theirs in the flow tables besides one each
 	shortcuts      shortcuts   // to them
 	rules          map[string]*entry
 	ids            *idAllocator

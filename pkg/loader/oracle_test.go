@@ -37,7 +37,7 @@ func newOracle(rules []Rule, before Stats, first map[fragmentKey]uint16) *oracle
 func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *Rule) {
 	for i := range o.rules {
 		r := &o.rules[i]
-		if !matches(r.In, index, h, port) {
+		if !matches(r.In, index, h, port) || slices.ContainsFunc(r.Except, func(p netip.Prefix) bool { return p.Contains(h.Src) }) {
 			continue
 		}
 		if best == nil || moreSpecific(r.In, best.In) {
@@ -53,22 +53,32 @@ func matches(in Input, index int, h *packet.Headers, port uint16) bool {
 		length = in.Group.BitLen()
 	}
 	return in.Index == index && in.VLAN == h.VLAN && in.OuterVLAN == h.OuterVLAN &&
-		(in.Port == 0 || in.Port == port) && (!in.Source.IsValid() || in.Source == h.Src) &&
-		netip.PrefixFrom(in.Group, length).Contains(h.Dst)
+		(in.Port == 0 || in.Port <= port && port <= max(in.Port, in.PortTo)) &&
+		(!in.Source.IsValid() || in.Source == h.Src || in.SourceLen != 0 && netip.PrefixFrom(in.Source, in.SourceLen).Contains(h.Src)) &&
+		netip.PrefixFrom(in.Group, length).Contains(h.Dst) && (in.Len == 0 || !ofOneLink(h.Dst))
+}
+
+// ofOneLink says whether no prefix takes a group.
+func ofOneLink(dst netip.Addr) bool {
+	return netip.MustParsePrefix("224.0.0.0/24").Contains(dst) || dst.Is6() && dst.IsMulticast() && dst.As16()[1]&15 < 3
 }
 
 // moreSpecific orders two inputs that match the same packet: a group before a
-// prefix, then with a port, then with a source, then the longer prefix.
+// prefix, then with a port, then with a source or the longer prefix of sources, then the
+// longer prefix.
 func moreSpecific(a, b Input) bool {
 	rank := func(in Input) (n int) {
 		if in.Len == 0 {
-			n += 4000
+			n += 400_000
 		}
 		if in.Port != 0 {
-			n += 2000
+			n += 200_000
 		}
-		if in.Source.IsValid() {
-			n += 1000
+		switch {
+		case in.BySource:
+			n += 1000 * (1 + in.SourceLen)
+		case in.Source.IsValid():
+			n += 1000 * (1 + in.Source.BitLen())
 		}
 		return n + in.Len
 	}
@@ -101,7 +111,7 @@ func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, cop
 			rule = o.match(index, &h, port)
 		}
 	}
-	if rule != nil && !rule.In.Group.IsMulticast() && [6]byte(frame[0:6]) != rule.In.MAC {
+	if rule != nil && !rule.In.Group.IsMulticast() && !rule.Broadcast && [6]byte(frame[0:6]) != rule.In.MAC {
 		rule = nil // for another host
 	}
 	if rule == nil {

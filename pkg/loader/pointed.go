@@ -43,7 +43,7 @@ func (p *pointedAt) entry(f flowEntry) (*entry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
 	}
-	e := &entry{rule: Rule{Name: name, In: f.in}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port, sockets: flow.Sockets}
+	e := &entry{rule: Rule{Name: name, In: f.in, Except: f.except}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port, sockets: flow.Sockets}
 	if err := decodeFlow(&e.rule, flow); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}

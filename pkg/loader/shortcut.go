@@ -150,23 +150,20 @@ func (l *Loader) openShortcuts() error {
 // shortcutRules returns which rules may have a place: those of one group and one port
 // that no more specific rule can take packets from.
 func (l *Loader) shortcutRules() func(*entry) bool {
-	anySource := func(in Input) Input {
-		in = in.Key()
-		in.Source = Input{}.Source
-		return in
-	}
 	sourced := map[Input]bool{}
 	for _, e := range l.rules {
-		if e.rule.In.Source.IsValid() {
-			sourced[anySource(e.rule.In)] = true
+		if e.rule.In.Source.IsValid() || e.rule.In.BySource {
+			for in := range e.rule.In.EveryPort() {
+				sourced[in.AnySource()] = true
+			}
 		}
 	}
 	return func(e *entry) bool {
 		in := e.rule.In
-		if in.Port == 0 || in.Len != 0 {
+		if in.Port == 0 || in.Len != 0 || !in.IsOne() || in.FromHost {
 			return false
 		}
-		return in.Source.IsValid() || len(sourced) == 0 || !sourced[anySource(in)]
+		return in.Source.IsValid() || len(sourced) == 0 || !sourced[in.AnySource()]
 	}
 }
 

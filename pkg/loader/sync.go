@@ -109,10 +109,13 @@ func (s *sync) plan(want []Rule) error {
 		if wanted[r.Name] {
 			return &RuleError{Rule: r.Name, Err: errors.New("name is used twice")}
 		}
-		if other, ok := inputs[r.In.Key()]; ok {
-			return &RuleError{Rule: r.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
+		for in := range r.In.Key().EveryPort() {
+			if other, ok := inputs[in]; ok {
+				return &RuleError{Rule: r.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
+			}
+			inputs[in] = r.Name
 		}
-		wanted[r.Name], inputs[r.In.Key()] = true, r.Name
+		wanted[r.Name] = true
 		old := s.rules[r.Name]
 		if old != nil && old.rule.Equal(r) {
 			continue
@@ -310,9 +313,11 @@ func (s *sync) publish() error {
 	for _, c := range s.changes {
 		if c.old != nil {
 			s.lookups.remove(c.old.rule.In)
+			s.extra -= c.old.rule.ExtraEntries()
 		}
 		if c.new != nil {
 			s.lookups.add(c.new.rule.In)
+			s.extra += c.new.rule.ExtraEntries()
 		}
 		if c.old != nil && (c.new == nil || c.old.rule.Name != c.new.rule.Name) {
 			delete(s.rules, c.old.rule.Name)
@@ -349,10 +354,13 @@ func (s *sync) isSingle() bool {
 		return false
 	}
 	c := s.changes[0]
+	if c.old != nil && !c.old.rule.In.IsOne() || c.new != nil && !c.new.rule.In.IsOne() {
+		return false
+	}
 	if c.old != nil && c.new != nil {
 		return c.old.rule.In.Key() == c.new.rule.In.Key()
 	}
-	return c.new == nil || len(s.rules) < int(s.tableOf(c.new.rule.In).MaxEntries())
+	return c.new == nil || len(s.rules)+s.extra < int(s.tableOf(c.new.rule.In).MaxEntries())
 }
 
 func (l *Loader) tableOf(in Input) *ebpf.Map { return l.tables[kindOf(in)] }
@@ -374,7 +382,8 @@ func (s *sync) publishOne(c change) error {
 // publishTables builds new flow tables beside those in force and swaps them. Each swap waits
 // until no program uses the table from before.
 //
-// A packet is looked for in the exact table of its family and then in the prefix table, so
+// A packet is looked for in the exact table of its family and then in the prefix table (but
+// for prefixes of sources, which go before any source), so
 // the prefixes come last: what has become exact is found there first. What leaves the exact
 // table may be for a prefix to take, and stays in it until the prefixes are swapped. So a
 // packet meets the rule that it had before or the one that it has afterwards, never none
@@ -415,12 +424,19 @@ func (s *sync) leaving(kind tableKind) (flows []flowEntry) {
 	kept := map[Input]bool{}
 	for _, c := range s.changes {
 		if c.new != nil {
-			kept[c.new.rule.In.Key()] = true
+			for in := range c.new.rule.In.Key().EveryPort() {
+				kept[in] = true
+			}
 		}
 	}
 	for _, c := range s.changes {
-		if c.old != nil && kindOf(c.old.rule.In) == kind && !kept[c.old.rule.In.Key()] {
-			flows = append(flows, flowEntry{c.old.rule.In, encodeFlow(c.old)})
+		if c.old == nil || kindOf(c.old.rule.In) != kind {
+			continue
+		}
+		for in := range c.old.rule.In.EveryPort() {
+			if !kept[in.Key()] {
+				flows = append(flows, flowEntry{in: in, value: encodeFlow(c.old)})
+			}
 		}
 	}
 	return flows
@@ -439,9 +455,16 @@ func (s *sync) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]
 	for kind := range flows {
 		flows[kind] = make([]flowEntry, 0, n[kind])
 	}
+	var sourced [tableKinds][]*entry
 	add := func(e *entry) {
 		kind := kindOf(e.rule.In)
-		flows[kind] = append(flows[kind], flowEntry{e.rule.In, encodeFlow(e)})
+		if e.rule.In.BySource {
+			sourced[kind] = append(sourced[kind], e)
+			return
+		}
+		for in := range e.rule.In.EveryPort() {
+			flows[kind] = append(flows[kind], flowEntry{in: in, value: encodeFlow(e)})
+		}
 	}
 	for _, c := range s.changes {
 		for _, e := range []*entry{c.old, c.new} {
@@ -459,6 +482,9 @@ func (s *sync) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]
 		if !touched[name] && changed[kindOf(e.rule.In)] {
 			add(e)
 		}
+	}
+	for kind := range sourced {
+		flows[kind] = append(flows[kind], sourceFlows(sourced[kind])...)
 	}
 	return flows, changed
 }

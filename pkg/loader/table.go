@@ -66,7 +66,7 @@ func kindOf(in Input) tableKind {
 	if in.Group.Is6() {
 		kind = exact6
 	}
-	if in.Len != 0 {
+	if in.Len != 0 || in.BySource {
 		kind += prefixes4 - exact4
 	}
 	return kind
@@ -77,6 +77,12 @@ func kindOf(in Input) tableKind {
 func lookupOf(in Input) (kinds lookups) {
 	var bit bpf.RelayLookupKind
 	switch {
+	case in.FromHost:
+		return 0
+	case in.BySource && in.Port != 0:
+		bit = bpf.RelayLookupKindLOOKUP_SOURCES_PORT
+	case in.BySource:
+		bit = bpf.RelayLookupKindLOOKUP_SOURCES
 	case in.Source.IsValid() && in.Port != 0:
 		bit = bpf.RelayLookupKindLOOKUP_SOURCE_PORT
 	case in.Port != 0:
@@ -101,8 +107,9 @@ type lookups uint32
 
 // flowEntry is one entry of a flow table.
 type flowEntry struct {
-	in    Input
-	value bpf.RelayFlow
+	in     Input
+	value  bpf.RelayFlow
+	except []netip.Prefix // of a rule, see gather
 }
 
 // encodeKey returns a pointer to the key of an input in its table.
@@ -123,8 +130,18 @@ func encodeKey(in Input) any {
 	}
 }
 
+const fromHost = uint16(bpf.RelayFlowFromFROM_HOST)
+
+// from is the field of this name in the keys of an input.
+func from(in Input) uint16 {
+	if in.FromHost {
+		return fromHost
+	}
+	return 0
+}
+
 func exactKey4(in Input) bpf.RelayFlow4 {
-	key := bpf.RelayFlow4{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, Group: in.Group.As4()}
+	key := bpf.RelayFlow4{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, From: from(in), Group: in.Group.As4()}
 	if in.Source.IsValid() {
 		key.Source = in.Source.As4()
 	}
@@ -132,7 +149,7 @@ func exactKey4(in Input) bpf.RelayFlow4 {
 }
 
 func exactKey6(in Input) bpf.RelayFlow6 {
-	key := bpf.RelayFlow6{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, Group: in.Group.As16()}
+	key := bpf.RelayFlow6{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, From: from(in), Group: in.Group.As16()}
 	if in.Source.IsValid() {
 		key.Source = in.Source.As16()
 	}
@@ -141,12 +158,20 @@ func exactKey6(in Input) bpf.RelayFlow6 {
 
 func prefixKey4(in Input) bpf.RelayPrefix4 {
 	k := exactKey4(in)
-	return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Source: k.Source, Group: k.Group}
+	if in.BySource {
+		return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
+			By: k.From | uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
+	}
+	return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
 }
 
 func prefixKey6(in Input) bpf.RelayPrefix6 {
 	k := exactKey6(in)
-	return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Source: k.Source, Group: k.Group}
+	if in.BySource {
+		return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
+			By: k.From | uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
+	}
+	return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
 }
 
 // Bits of a prefix table's key before the group (PREFIX4_EXACT and PREFIX6_EXACT
@@ -157,7 +182,7 @@ const (
 )
 
 func decodeKey4(k *bpf.RelayFlow4) Input {
-	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, Group: netip.AddrFrom4(k.Group)}
+	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom4(k.Group)}
 	if k.Source != [4]byte{} {
 		in.Source = netip.AddrFrom4(k.Source)
 	}
@@ -165,7 +190,7 @@ func decodeKey4(k *bpf.RelayFlow4) Input {
 }
 
 func decodeKey6(k *bpf.RelayFlow6) Input {
-	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, Group: netip.AddrFrom16(k.Group)}
+	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom16(k.Group)}
 	if k.Source != [16]byte{} {
 		in.Source = netip.AddrFrom16(k.Source)
 	}
@@ -173,31 +198,54 @@ func decodeKey6(k *bpf.RelayFlow6) Input {
 }
 
 func decodePrefix4(k *bpf.RelayPrefix4) Input {
-	in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Group, Source: k.Source})
+	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
+		in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
+		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom4(k.Group), int(k.Prefixlen)-prefixExact4
+		return in
+	}
+	in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group, Source: k.Source})
 	in.Len = int(k.Prefixlen) - prefixExact4
 	return in
 }
 
 func decodePrefix6(k *bpf.RelayPrefix6) Input {
-	in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, Group: k.Group, Source: k.Source})
+	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
+		in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
+		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom16(k.Group), int(k.Prefixlen)-prefixExact6
+		return in
+	}
+	in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group, Source: k.Source})
 	in.Len = int(k.Prefixlen) - prefixExact6
 	return in
 }
 
-// read returns all entries of all tables, those of the first table first.
+// read returns an entry for each rule of all tables, those of the first table first but
+// for rules of several entries, which come last.
 func (t *tables) read() ([]flowEntry, error) {
 	var all []flowEntry
-	for _, err := range []error{
-		readTable(&all, t[exact4], decodeKey4),
-		readTable(&all, t[exact6], decodeKey6),
-		readTable(&all, t[prefixes4], decodePrefix4),
-		readTable(&all, t[prefixes6], decodePrefix6),
-	} {
+	for kind, table := range t {
+		flows, err := readKind(tableKind(kind), table)
 		if err != nil {
 			return nil, err
 		}
+		all = append(all, flows...)
 	}
-	return all, nil
+	return gather(all), nil
+}
+
+// readKind returns all entries of a table of a kind.
+func readKind(kind tableKind, table *ebpf.Map) (all []flowEntry, err error) {
+	switch kind {
+	case exact4:
+		err = readTable(&all, table, decodeKey4)
+	case exact6:
+		err = readTable(&all, table, decodeKey6)
+	case prefixes4:
+		err = readTable(&all, table, decodePrefix4)
+	default:
+		err = readTable(&all, table, decodePrefix6)
+	}
+	return all, err
 }
 
 func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) Input) error {
@@ -208,7 +256,7 @@ func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) Input) 
 	for i := range keys {
 		in := decode(&keys[i])
 		in.MAC = flows[i].InputMac
-		*all = append(*all, flowEntry{in, flows[i]})
+		*all = append(*all, flowEntry{in: in, value: flows[i]})
 	}
 	return nil
 }

@@ -71,7 +71,7 @@ func (l *Loader) tappedProgram(index int) (*ebpf.Program, error) {
 func inputsToKeep(rules []Rule) map[int]bool {
 	inputs := map[int]bool{}
 	for i := range rules {
-		if rules[i].Path == PathFanout && !rules[i].Local {
+		if rules[i].Path == PathFanout && !rules[i].Local && !rules[i].In.FromHost {
 			inputs[rules[i].In.Index] = true
 		}
 	}

@@ -98,7 +98,7 @@ func (o *oracle) rule(index int, frame []byte) *Rule {
 		return nil
 	}
 	rule := o.match(index, &h, port)
-	if rule != nil && !rule.In.Group.IsMulticast() && [6]byte(frame[0:6]) != rule.In.MAC {
+	if rule != nil && !rule.In.Group.IsMulticast() && !rule.Broadcast && [6]byte(frame[0:6]) != rule.In.MAC {
 		return nil
 	}
 	if rule != nil && h.Part == packet.FirstFragment {

@@ -200,6 +200,9 @@ func (h *Headers) parseUDP(frame []byte, headerLen int) bool {
 	return true
 }
 
+// BroadcastMAC is the Ethernet address of every host on a link.
+var BroadcastMAC = [6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+
 // MulticastMAC returns the Ethernet address that a multicast group is sent to:
 // RFC 1112 section 6.4 for IPv4, RFC 2464 section 7 for IPv6.
 func MulticastMAC(group netip.Addr) [6]byte {

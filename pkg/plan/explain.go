@@ -19,6 +19,7 @@ type Packet struct {
 	Destination netip.Addr
 	Port        uint16
 	VLAN        rules.VLAN
+	FromHost    bool // this host sends it by the interface
 }
 
 // ErrNoRule is wrapped by the error of ParsePacket for the name of a rule that there is not.
@@ -41,11 +42,11 @@ func (p *Plan) ParsePacket(text string) (Packet, error) {
 		if in, accept, err = rules.ParseInput(text); err != nil {
 			return Packet{}, err
 		}
-		if in.Len != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
-			return Packet{}, fmt.Errorf("packet %.100q: want one address on one interface, with no option but vlan", text)
+		if in.Len != 0 || in.SourceLen != 0 || in.PortTo != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
+			return Packet{}, fmt.Errorf("packet %.100q: want one address on one interface, with no option but vlan and from", text)
 		}
 	}
-	return Packet{in.Interface, in.Source, in.Address, in.Port, in.VLAN}, nil
+	return Packet{in.Interface, in.Source, in.Address, in.Port, in.VLAN, in.FromHost}, nil
 }
 
 // noRuleError is ErrNoRule with a text of its own.
@@ -59,7 +60,7 @@ func (k Packet) String() string { return k.input().String() }
 
 // input is the packet as the input of a rule that takes just this.
 func (k Packet) input() rules.Input {
-	return rules.Input{Interface: k.Interface, Source: k.Source, Address: k.Destination, Port: k.Port, VLAN: k.VLAN}
+	return rules.Input{Interface: k.Interface, Source: k.Source, Address: k.Destination, Port: k.Port, VLAN: k.VLAN, FromHost: k.FromHost}
 }
 
 // Known is what explaining may use beyond the plan.
@@ -177,7 +178,7 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 	}
 	for _, r := range p.Rules {
 		in := p.canonical(r.Rule.In)
-		if !in.Overlaps(k.input()) || isPattern(in.Interface) && p.seen.inputs.winner(in, link) != nil {
+		if !in.Overlaps(k.input()) || r.Rule.Accept.Excludes(k.Source) || isPattern(in.Interface) && p.seen.inputs.winner(in, link) != nil {
 			continue // nothing, or another rule takes exactly the same there
 		}
 		c := Candidate{Rule: r, Kind: kindName(in)}
@@ -204,13 +205,19 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 // kindName says what an input is found by.
 func kindName(in rules.Input) string {
 	source, group, port := "source", "group", "port"
-	if !in.Source.IsValid() {
+	switch {
+	case in.SourceLen != 0:
+		source = fmt.Sprintf("source prefix of %d bits", in.SourceLen)
+	case !in.Source.IsValid():
 		source = "any source"
 	}
 	if in.Len != 0 {
 		group = fmt.Sprintf("prefix of %d bits", in.Len)
 	}
-	if in.Port == 0 {
+	switch {
+	case in.PortTo != 0:
+		port = "range of ports"
+	case in.Port == 0:
 		port = "any port"
 	}
 	return source + ", " + group + ", " + port
@@ -233,6 +240,11 @@ func (c *Candidate) whyBest(others []Candidate) string {
 func (p *Plan) whyNone(k Packet) string {
 	if p.seen.network.Link(k.Interface) == nil {
 		return fmt.Sprintf("no rule takes it: interface %s not found", k.Interface)
+	}
+	for _, r := range p.Rules {
+		if in := p.canonical(r.Rule.In); r.Rule.Accept.Excludes(k.Source) && in.Overlaps(k.input()) {
+			return fmt.Sprintf("no rule takes it: rule %s (%s) leaves its sender out", r.Rule.Name, r.Rule.In)
+		}
 	}
 	for _, wrong := range []struct {
 		what   string

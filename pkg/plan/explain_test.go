@@ -109,9 +109,9 @@ func TestExplain(t *testing.T) {
 	}
 	for packet, want := range map[string]string{
 		"none":                    `no rule is called "none": want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%INTERFACE[,vlan=ID]`,
-		"239.1.0.0/16%in0":        `packet "239.1.0.0/16%in0": want one address on one interface, with no option but vlan`,
-		"239.1.1.1%in+":           `packet "239.1.1.1%in+": want one address on one interface, with no option but vlan`,
-		"239.1.1.1%in0,local=yes": `packet "239.1.1.1%in0,local=yes": want one address on one interface, with no option but vlan`,
+		"239.1.0.0/16%in0":        `packet "239.1.0.0/16%in0": want one address on one interface, with no option but vlan and from`,
+		"239.1.1.1%in+":           `packet "239.1.1.1%in+": want one address on one interface, with no option but vlan and from`,
+		"239.1.1.1%in0,local=yes": `packet "239.1.1.1%in0,local=yes": want one address on one interface, with no option but vlan and from`,
 	} {
 		if _, err := p.ParsePacket(packet); err == nil || err.Error() != want || errors.Is(err, ErrNoRule) != (packet == "none") {
 			t.Errorf("%s: %v", packet, err)
@@ -198,6 +198,7 @@ func TestRewriteText(t *testing.T) {
 			"to 239.2.2.2:1, source kept, VLAN 8.7, priority 1, at most 8 bits a second, 9 bytes at once"},
 		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANSet, VLANID: 7}, flow.Rate{}, "to 239.2.2.2:1, source kept, VLAN 7"},
 		{packet.Rewrite{DstPort: 1, VLAN: packet.VLANPop}, flow.Rate{}, "to 239.2.2.2:1, source kept, VLAN tags removed"},
+		{packet.Rewrite{DstPort: 1, DstMAC: packet.BroadcastMAC}, flow.Rate{}, "to 239.2.2.2:1, to every host on the link, source kept"},
 		{packet.Rewrite{PortAdd: true, PortShift: -5000}, flow.Rate{}, "to 239.2.2.2, dropped: port 0, source kept"},
 	} {
 		tt.rewrite.Dst = addr("239.2.2.2")

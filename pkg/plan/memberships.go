@@ -27,9 +27,9 @@ func (m *maker) resolveMemberships(f *FlowPlan, rule *rules.Rule, in *network.Li
 		if f.Memberships == nil {
 			f.Memberships = make([]Membership, 0, count)
 		}
-		f.Memberships = append(f.Memberships, Membership{in.LinkID, group, rule.In.Source})
+		f.Memberships = append(f.Memberships, Membership{in.LinkID, group, rule.In.Sender()})
 		if master != nil {
-			f.Memberships = append(f.Memberships, Membership{master.LinkID, group, rule.In.Source})
+			f.Memberships = append(f.Memberships, Membership{master.LinkID, group, rule.In.Sender()})
 		}
 	}
 	if master != nil && len(f.Memberships) > 0 {
@@ -100,7 +100,7 @@ func wantedGroups(rule *rules.Rule) iter.Seq[netip.Addr] {
 // prefix; for a unicast input there is nothing to join.
 func joinPolicy(rule *rules.Rule) rules.JoinPolicy {
 	switch {
-	case !rule.In.Multicast(), rule.Accept.Join == rules.JoinDefault && rule.In.Len != 0:
+	case !rule.In.Multicast(), rule.In.FromHost, rule.Accept.Join == rules.JoinDefault && rule.In.Len != 0:
 		return rules.JoinNone
 	case rule.Accept.Join == rules.JoinAll && groupCount(rule) > rules.MaxJoinAll:
 		return rules.JoinNone // refused when the rule is validated

@@ -145,6 +145,8 @@ func (c *chooser) carries(p flow.Path) string {
 		return ""
 	}
 	switch {
+	case c.rule.In.FromHost:
+		return "from=host takes what this host sends, which the packet tap alone sees"
 	case c.rule.Accept.Local:
 		return "local=yes keeps the packets for the host's receivers"
 	case !c.in.Ethernet:

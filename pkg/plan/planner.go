@@ -162,7 +162,7 @@ func hasPattern(r *Rule) bool {
 }
 
 func hasHops(r *RulePlan) bool {
-	return r != nil && slices.ContainsFunc(r.Rule.Out, isUnicast)
+	return r != nil && slices.ContainsFunc(r.Rule.Out, rules.Output.Unicast)
 }
 
 // changes is what differs between two worlds, by what the plan of a rule can depend on.
@@ -278,7 +278,7 @@ func (c *changes) touchesOutputs(r *Rule) bool {
 		return false
 	}
 	for i := range r.Out {
-		if o := &r.Out[i]; c.touchesName(o.Interface) || c.own && isUnicast(*o) {
+		if o := &r.Out[i]; c.touchesName(o.Interface) || c.own && o.Unicast() {
 			return true
 		}
 	}

@@ -147,7 +147,7 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	if c.untried && choice.path != f.carried {
 		f.Publish = false // another path than the one in force is not taken on a guess
 	}
-	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && m.opts.steers(in, c.attached)
+	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
 	f.Flow.Fallback = choice.path == flow.PathAFXDP && c.fault(flow.PathKernel) == ""
 	if m.resolveOutputs(f, rule, c); f.Err != nil {
 		return
@@ -211,7 +211,7 @@ func (m *maker) checkInput(rule *Rule, taken string, in *network.Link) error {
 		return fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.Name, rule.Path)
 	case taken != "":
 		return fmt.Errorf("interface %s is known by several names: rule %s takes the same input by another of them: want an input of its own", in.Name, taken)
-	case rule.In.Multicast() || rule.In.Len != 0 || m.net.IsOwn(a):
+	case rule.In.Multicast() || rule.In.Len != 0 || rule.Accept.Broadcast || m.net.IsOwn(a):
 		return nil
 	default:
 		return fmt.Errorf("address %s is neither a multicast group nor an address of this host (on a router, take a prefix: it needs no address of this host)", a)
@@ -225,12 +225,15 @@ func resolveInput(rule *rules.Rule, in *network.Link) flow.Flow {
 		Name: FlowName(rule, in.Name),
 		In: flow.Input{
 			Index: in.Index, MAC: in.MAC,
-			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port,
-			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer,
+			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port, PortTo: rule.In.PortTo,
+			SourceLen: int(rule.In.SourceLen), BySource: rule.In.SourceLen != 0 || len(rule.Accept.Except) > 0,
+			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer, FromHost: rule.In.FromHost,
 		},
 		Path:            flow.PathKernel,
 		Local:           rule.Accept.Local,
 		AllowLoop:       rule.Accept.AllowLoop,
+		Broadcast:       rule.Accept.Broadcast,
+		Except:          rule.Accept.Except,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.MTU),
 	}
@@ -250,7 +253,10 @@ func resolvePolicy(o *rules.Output) flow.Output {
 		SetPCP:       p.PCPSet,
 		PCP:          p.PCP,
 	}}
-	if o.Address.IsMulticast() {
+	switch {
+	case p.Broadcast:
+		out.DstMAC = packet.BroadcastMAC
+	case o.Address.IsMulticast():
 		out.DstMAC = packet.MulticastMAC(o.Address)
 	}
 	switch o.PortMode {
@@ -301,12 +307,12 @@ func (m *maker) resolveOutputs(f *FlowPlan, rule *Rule, c *chooser) {
 	var fault error
 	for i := range f.Outputs {
 		s, out, o, link := &f.Outputs[i], &f.Flow.Out[i], &rule.Out[f.Outputs[i].Out], c.slots[i].link
-		if isUnicast(*o) && m.net.IsOwn(o.Address) {
+		if o.Unicast() && m.net.IsOwn(o.Address) {
 			fault = cmp.Or(fault, ownAddress(o))
 			continue
 		}
 		s.Reason = m.resolveOutput(o, s, out, link, c)
-		if s.Reason == "" && isUnicast(*o) && link.Ethernet {
+		if s.Reason == "" && o.Unicast() && link.Ethernet {
 			fault = cmp.Or(fault, m.resolveHop(o, s, out, link))
 		}
 		if s.Reason == "" {
@@ -340,7 +346,7 @@ func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, 
 	out.Index, out.MTU, out.SrcMAC = l.Index, l.MTU, l.MAC
 	out.Rate = resolveRate(o.Policy.Rate, l.MTU)
 	if o.Policy.Source == rules.SourceInterface {
-		addr, ok := sourceOn(l, o)
+		addr, ok := sourceTo(l, o.Address)
 		if !ok {
 			return fmt.Sprintf("interface %s has no %s address to send from (or write src=keep, or src=ADDRESS)", l.Name, family(o.Address.Is4()))
 		}
@@ -371,7 +377,7 @@ func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *
 		}
 	case network.HopBroadcast:
 		s.Reason = fmt.Sprintf("%s is a broadcast address of the network", o.Address)
-		return fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, or a multicast group", o, o.Address, l.Name)
+		return fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, a multicast group, or broadcast=allow beside it", o, o.Address, l.Name)
 	case network.HopLocal:
 		s.Reason = fmt.Sprintf("%s is an address of this host", o.Address)
 		return ownAddress(o)

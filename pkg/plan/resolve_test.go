@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"go/parser"
 	"go/token"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"xdpcast/pkg/flow"
+	"xdpcast/pkg/network"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/rules"
 )
@@ -28,6 +30,8 @@ func TestResolvePolicy(t *testing.T) {
 			packet.Rewrite{DstMAC: [6]byte{1, 0, 0x5e, 2, 2, 1}, Dst: addr("239.2.2.1"), DstPort: 6000}},
 		{"IPv6", rules.Output{Address: addr("ff15::1"), Port: 6000},
 			packet.Rewrite{DstMAC: [6]byte{0x33, 0x33, 0, 0, 0, 1}, Dst: addr("ff15::1"), DstPort: 6000}},
+		{"broadcast", rules.Output{Address: addr("10.0.0.255"), Port: 9, Policy: rules.Policy{Broadcast: true}},
+			packet.Rewrite{DstMAC: packet.BroadcastMAC, Dst: addr("10.0.0.255"), DstPort: 9}},
 		{"unicast has its MAC later", rules.Output{Address: addr("10.0.0.5"), Port: 6000},
 			packet.Rewrite{Dst: addr("10.0.0.5"), DstPort: 6000}},
 		{"prefix", rules.Output{Address: dst, Len: 16, PortMode: rules.PortKeep},
@@ -193,5 +197,22 @@ func TestIsPure(t *testing.T) {
 				t.Errorf("%s calls %s", name, call)
 			}
 		}
+	}
+}
+
+// TestSourceTo: for a group of the link, the link's own address goes first.
+func TestSourceTo(t *testing.T) {
+	l := &network.Link{Addrs: []netip.Addr{addr("10.0.0.1"), addr("2001:db8::1"), addr("fe80::1"), addr("169.254.0.1")}}
+	for dst, want := range map[string]string{
+		"239.1.1.1": "10.0.0.1", "224.0.0.251": "10.0.0.1", "255.255.255.255": "10.0.0.1",
+		"ff05::1": "2001:db8::1", "ff02::fb": "fe80::1", "ff12::1": "fe80::1", "2001:db8::9": "2001:db8::1",
+	} {
+		if got, ok := sourceTo(l, addr(dst)); !ok || got != addr(want) {
+			t.Errorf("to %s: %v, %v; want %s", dst, got, ok, want)
+		}
+	}
+	l = &network.Link{Addrs: []netip.Addr{addr("2001:db8::1")}}
+	if got, ok := sourceTo(l, addr("ff02::fb")); !ok || got != addr("2001:db8::1") {
+		t.Errorf("without an address of the link: %v, %v", got, ok)
 	}
 }

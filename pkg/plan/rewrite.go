@@ -12,6 +12,9 @@ import (
 // RewriteText says in words what an output makes of a packet.
 func RewriteText(o *flow.Output, k Packet) string {
 	parts := []string{"to " + destinationText(o, k)}
+	if o.DstMAC == packet.BroadcastMAC {
+		parts = append(parts, "to every host on the link")
+	}
 	switch {
 	case o.Src.IsValid() && o.SrcPort != 0:
 		parts = append(parts, "from "+netip.AddrPortFrom(o.Src, o.SrcPort).String())

@@ -114,8 +114,8 @@ func samePorts(in rules.Input, o *rules.Output) bool {
 	switch {
 	case in.Port == 0 || o.PortMode == rules.PortKeep:
 		return true
-	case o.PortMode == rules.PortAdd:
-		return false // one port, and another
+	case o.PortMode == rules.PortAdd || in.PortTo != 0:
+		return o.PortsMeet(in) // one port, and another, or ranges that may meet
 	default:
 		return o.Port == in.Port
 	}
@@ -137,19 +137,24 @@ func sameSource(in rules.Input, o *rules.Output, l *network.Link) bool {
 	case !in.Source.IsValid():
 		return true
 	case o.Policy.Source == rules.SourceAddress:
-		return o.Policy.SourceAddr == in.Source
+		return in.Senders().Contains(o.Policy.SourceAddr)
 	case o.Policy.Source == rules.SourceInterface:
-		addr, ok := sourceOn(l, o)
-		return ok && addr == in.Source
+		addr, ok := sourceTo(l, o.Address)
+		return ok && in.Senders().Contains(addr)
 	default:
 		return true
 	}
 }
 
-// isUnicast says whether an output is sent to a neighbour.
-func isUnicast(o rules.Output) bool { return !o.Address.IsMulticast() }
-
-// sourceOn is the address that an output with src=iface is sent from on a link.
-func sourceOn(l *network.Link, o *rules.Output) (netip.Addr, bool) {
-	return l.FirstAddr(o.Address.Is4())
+// sourceTo is the address that an output with src=iface is sent from on a link: to an IPv6 group of
+// the link, the link's own (RFC 6724 section 5, rule 2), or else the link's first.
+func sourceTo(l *network.Link, dst netip.Addr) (netip.Addr, bool) {
+	if dst.Is6() && rules.LinkScope(dst) {
+		for _, a := range l.Addrs {
+			if a.Is6() && a.IsLinkLocalUnicast() {
+				return a, true
+			}
+		}
+	}
+	return l.FirstAddr(dst.Is4())
 }

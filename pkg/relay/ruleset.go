@@ -3,11 +3,11 @@ package relay
 import (
 	"cmp"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"xdpcast/internal/rulefile"
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/plan"
 	"xdpcast/pkg/rules"
@@ -125,11 +125,11 @@ func (r *Relay) readConfig() ([]rules.Rule, error) {
 	if r.opts.ConfigFile == "" {
 		return nil, nil
 	}
-	data, err := os.ReadFile(r.opts.ConfigFile)
+	data, err := rulefile.ReadFile(r.opts.ConfigFile)
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)
 	}
-	return rules.ParseFile(r.opts.ConfigFile, data)
+	return rulefile.Parse(r.opts.ConfigFile, data)
 }
 
 // addOverlaps says of rules which others take packets that they match.

@@ -79,6 +79,13 @@ func (s *workerStatus) addInput(path string, in *forward.InputStatus, nameOf fun
 
 func (s *workerStatus) drop(ifname, path string, lost []control.Loss) {
 	for _, l := range lost {
+		at := slices.IndexFunc(s.lost, func(d control.ReceiveDrop) bool {
+			return d.Interface == ifname && d.Path == path && d.Reason == l.Reason
+		})
+		if at >= 0 { // of another group on the interface
+			s.lost[at].Packets += l.Packets
+			continue
+		}
 		s.lost = append(s.lost, control.ReceiveDrop{Interface: ifname, Path: path, Loss: l})
 	}
 }
@@ -134,8 +141,12 @@ func (s *workerStatus) addGroup(path string, g *forward.GroupStatus) {
 	for i := range g.Workers {
 		lost := forward.Lost{RingFull: g.Workers[i].Dropped}
 		sum.RingFull += lost.RingFull
+		number := i
+		if g.FromHost { // behind those of what arrives, so that all differ
+			number += len(g.Workers)
+		}
 		s.workers = append(s.workers, control.Worker{
-			Interface: g.Interface, Path: path, Queue: i, State: control.StateActive, Failures: g.Workers[i].Failures,
+			Interface: g.Interface, Path: path, Queue: number, State: control.StateActive, Failures: g.Workers[i].Failures,
 			Mode: g.Mode.String(), Group: g.GroupID, Received: g.Workers[i].Received, Lost: losses(lost),
 			Senders: []control.WorkerSender{},
 		})

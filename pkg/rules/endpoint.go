@@ -11,19 +11,19 @@ import (
 
 // The grammar of endpoints:
 //
-//	input   [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]
+//	input   [SOURCE[/LEN]@]ADDRESS[/LEN][:PORT[-PORT]]%INTERFACE[,option...]
 //	output  ADDRESS[/LEN][:PORT|:+N|:-N]%INTERFACE[,policy...]
 //
 // An IPv6 ADDRESS is in brackets, SOURCE may be; a LEN is behind the brackets. An
 // INTERFACE that ends in '+' is a pattern. Without PORT an input takes any, and an
 // output keeps the packet's. Options and policies, each at most once:
 //
-//	vlan=ID|OUTER.ID   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
-//	rate=Npps|Nbit   burst=N
+//	vlan=ID|OUTER.ID   from=host   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
+//	except=SOURCE[/LEN]+SOURCE[/LEN]...   local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
 //
 //	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N
 //	ttl=keep|dec|N   minttl=N   dscp=keep|NAME|N   csum=update|zero
-//	vlan=keep|pop|ID|OUTER.ID   pcp=0..7   rate=Npps|Nbit   burst=N
+//	vlan=keep|pop|ID|OUTER.ID   pcp=0..7   broadcast=allow   rate=Npps|Nbit   burst=N
 //
 // The first '%' ends the address and the first ',' the interface, so neither
 // can be part of an interface name here, though the kernel would allow them.
@@ -61,15 +61,21 @@ func (in Input) String() string { return string(in.append(nil)) }
 
 func (in Input) append(b []byte) []byte {
 	if in.Source.IsValid() {
-		b = append(in.Source.AppendTo(b), '@')
+		b = append(appendPrefix(b, in.Senders()), '@')
 	}
 	port := ""
 	if in.Port != 0 {
 		port = strconv.Itoa(int(in.Port))
 	}
+	if in.PortTo != 0 {
+		port += "-" + strconv.Itoa(int(in.PortTo))
+	}
 	b = appendTarget(b, in.Address, in.Len, port, in.Interface)
 	if in.VLAN != (VLAN{}) {
 		b = append(append(b, ",vlan="...), in.VLAN.String()...)
+	}
+	if in.FromHost {
+		b = append(b, ",from=host"...)
 	}
 	return b
 }
@@ -121,7 +127,7 @@ func parseInput(s string) (in Input, accept Acceptance, err error) {
 	}
 	in.Interface = iface
 	if source, target, ok := strings.Cut(left, "@"); ok {
-		if in.Source, err = parseAddr("source", unbracket(source)); err != nil {
+		if err = in.parseSenders(source); err != nil {
 			return in, accept, err
 		}
 		left = target
@@ -131,14 +137,12 @@ func parseInput(s string) (in Input, accept Acceptance, err error) {
 		return in, accept, err
 	}
 	if port != "" {
-		n, ok := parseNumber(port[1:], 1, 65535)
-		if !ok {
-			return in, accept, &FieldError{Field: "port", Value: port[1:], Want: "1 to 65535, or no ':' for any port"}
+		if err := in.parsePorts(port[1:]); err != nil {
+			return in, accept, err
 		}
-		in.Port = uint16(n)
 	}
 	if hasOptions {
-		in.VLAN, accept, err = parseOptions(options)
+		accept, err = parseOptions(options, &in)
 	}
 	return in, accept, err
 }

@@ -46,7 +46,7 @@ func TestParseInputErrors(t *testing.T) {
 	const (
 		wantPort     = "1 to 65535, or no ':' for any port"
 		wantBrackets = "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"
-		wantKey      = "KEY=VALUE, KEY one of vlan, join, csum, loop, local, rate, burst"
+		wantKey      = "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, local, local-control, broadcast, rate, burst"
 		wantVLAN     = "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
 		wantJoin     = "join=none, join=all or join=GROUP+GROUP..."
 		wantRate     = "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"
@@ -95,7 +95,21 @@ func TestParseInputErrors(t *testing.T) {
 		{"::ffff:10.0.0.5@239.1.1.1:5%eth0", "source", "::ffff:10.0.0.5", "10.0.0.5: IPv4-mapped IPv6 addresses are not sent on a wire (RFC 4291 section 2.5.5.2)"},
 		{"@239.1.1.1:5%eth0", "source", "", "an IPv4 or IPv6 address"},
 		{"*@239.1.1.1:5%eth0", "source", "*", "an IPv4 or IPv6 address"},
-		{"10.0.0.0/8@239.1.1.1:5%eth0", "source", "10.0.0.0/8", "one address, without a prefix length"},
+		{"239.1.1.1:5%eth0,from=net", "option", "from=net", "from=host"},
+		{"10.0.0.0/33@239.1.1.1:5%eth0", "source", "/33", "/1 to /32"},
+		{"10.0.0.0/0@239.1.1.1:5%eth0", "source", "/0", "/1 to /32"},
+		{"10.0.0.0/@239.1.1.1:5%eth0", "source", "/", "/1 to /32"},
+		{"2001:db8::/129@[ff3e::1]:5%eth0", "source", "/129", "/1 to /128"},
+		{"239.1.1.1:5-%eth0", "port", "5-", wantRange},
+		{"239.1.1.1:5-5%eth0", "port", "5-5", wantRange},
+		{"239.1.1.1:6-5%eth0", "port", "6-5", wantRange},
+		{"239.1.1.1:0-5%eth0", "port", "0-5", wantRange},
+		{"239.1.1.1:5-65536%eth0", "port", "5-65536", wantRange},
+		{"239.1.1.1:5-6-7%eth0", "port", "5-6-7", wantRange},
+		{"239.1.1.1:5%eth0,except=", "option", "except=", "except=ADDRESS+ADDRESS/LEN..."},
+		{"239.1.1.1:5%eth0,except=10.0.0.1+", "option", "except=10.0.0.1+", "except=ADDRESS+ADDRESS/LEN..."},
+		{"239.1.1.1:5%eth0,except=10.0.0.0/33", "option", "except=10.0.0.0/33", "except=ADDRESS+ADDRESS/LEN..."},
+		{"239.1.1.1:5%eth0,except=fe80::1%eth0", "option", "except=fe80::1%eth0", "except=ADDRESS+ADDRESS/LEN..."},
 		{"[10.0.0.5]@239.1.1.1:5%eth0", "source", "[10.0.0.5]", "an IPv4 address, or an IPv6 one in brackets"},
 		{"10.0.0.5:9@239.1.1.1:5%eth0", "source", "10.0.0.5:9", "an IPv4 or IPv6 address"},
 		{"10.0.0.5@10.0.0.6@239.1.1.1:5%eth0", "address", "10.0.0.6@239.1.1.1", "an IPv4 or IPv6 address"},
@@ -131,6 +145,9 @@ func TestParseInputErrors(t *testing.T) {
 		{"239.1.0.0/16%eth0,join=::ffff:239.1.1.1", "option", "join=::ffff:239.1.1.1", wantJoin},
 		{"239.1.1.1:5%eth0,csum=zero", "option", "csum=zero", "csum=any"},
 		{"239.1.1.1:5%eth0,local=no", "option", "local=no", "local=yes"},
+		{"224.0.0.1:5%eth0,local-control=yes", "option", "local-control=yes", "local-control=allow"},
+		{"224.0.0.1:5%eth0,local-control=allow,local-control=allow", "option", "local-control=allow", "local-control only once"},
+		{"10.0.0.255:5%eth0,broadcast", "option", "broadcast", "broadcast=allow"},
 		{"239.1.1.1:5%eth0,loop=yes", "option", "loop=yes", "loop=allow"},
 		{"239.1.1.1:5%eth0,rate=5", "option", "rate=5", wantRate},
 		{"239.1.1.1:5%eth0,rate=0pps", "option", "rate=0pps", wantRate},
@@ -185,6 +202,7 @@ func TestParseOutput(t *testing.T) {
 		{",dscp=63", Policy{DSCP: DSCPSet, DSCPValue: 63}, ""},
 		{",csum=zero", Policy{Checksum: ChecksumZero}, ""},
 		{",minttl=2", Policy{MinTTL: 2}, ""},
+		{",broadcast=allow,ttl=dec", Policy{TTL: TTLDecrement, Broadcast: true}, ",ttl=dec,broadcast=allow"},
 		{",vlan=pop", Policy{VLAN: VLANPop}, ",vlan=pop"},
 		{",vlan=pop", Policy{VLAN: VLANPop}, ""},
 		{",vlan=100", Policy{VLAN: VLANSet, VLANTags: VLAN{ID: 100}}, ""},
@@ -220,7 +238,7 @@ func TestParseOutputErrors(t *testing.T) {
 	const (
 		wantPort = "1 to 65535, +N or -N to shift the packet's, or no ':' to keep it"
 		wantVLAN = "vlan=keep, vlan=pop, vlan=ID or vlan=OUTER.ID, each 1 to 4094"
-		wantKey  = "KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, rate, burst"
+		wantKey  = "KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, broadcast, rate, burst"
 		wantSrc  = "src=iface, src=keep, src=ADDRESS or src=ADDRESS:PORT (IPv6: src=[ADDRESS]:PORT)"
 		wantDSCP = "dscp=keep, dscp=0 to 63, or a name: be, cs0 to cs7, af11 to af43, ef, voice-admit, le"
 	)
@@ -298,7 +316,7 @@ func TestParseErrorText(t *testing.T) {
 	for text, want := range map[string]string{
 		"239.2.2.2:70000%eth1":      `output "239.2.2.2:70000%eth1": port "70000": want 1 to 65535, +N or -N to shift the packet's, or no ':' to keep it`,
 		"ff0e::2:6000%eth1":         `output "ff0e::2:6000%eth1": address "ff0e::2:6000": want brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT`,
-		"239.2.2.2:6000%eth1,foo=1": `output "239.2.2.2:6000%eth1,foo=1": policy "foo=1": want KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, rate, burst`,
+		"239.2.2.2:6000%eth1,foo=1": `output "239.2.2.2:6000%eth1,foo=1": policy "foo=1": want KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, broadcast, rate, burst`,
 		"239.2.2.2:6000%a\nb":       `output "239.2.2.2:6000%a\nb": interface "a\nb": want an interface name of printable characters without white space`,
 	} {
 		_, err := ParseOutput(text)

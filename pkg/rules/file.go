@@ -29,21 +29,15 @@ const MaxFileSize = 32 << 20
 //
 // A single output needs no list. An endpoint with a comma or with a '[' at its
 // beginning needs quotes, as YAML has a meaning for both. A file without a list is
-// refused: one of no rules says so, "rules: []". Unknown and repeated keys, aliases and further documents are refused.
+// refused: one of no rules says so, "rules: []". Unknown and repeated keys, aliases and
+// further documents are refused, and so is include, which only ParseFiles can follow.
 // Any YAML does, but large files are read in a third of the time and a fifth of the
 // memory when they are written as above or by FormatFile.
 //
 // The error joins a *FileError for every fault, one line each, in the order of
 // the lines; at most 100, and how many more. name is the file's name for it. A
 // file that is not YAML has one fault, since nothing behind it can be read.
-func ParseFile(name string, data []byte) ([]Rule, error) {
-	p := fileParser{data: data}
-	p.parse()
-	if err := p.join(name); err != nil {
-		return nil, err
-	}
-	return p.rules, nil
-}
+func ParseFile(name string, data []byte) ([]Rule, error) { return ParseFiles(name, data, nil) }
 
 // FormatFile writes rules as the YAML that ParseFile reads back to the same
 // rules, defaults left out. It refuses what ValidateSet refuses.
@@ -111,11 +105,14 @@ func plainName(s string) bool {
 
 // fileParser reads one file.
 type fileParser struct {
-	data   []byte
-	rules  []Rule
-	places []rulePlace // by rule
-	faults []FileError
-	hidden int
+	name     string
+	data     []byte
+	rules    []Rule
+	places   []rulePlace // by rule
+	includes []includeText
+	broken   bool // not YAML: what it holds is not known
+	faults   []FileError
+	hidden   int
 
 	interfaces map[string]string // the names, by themselves
 }
@@ -137,32 +134,16 @@ func (p *fileParser) fault(line int, err error) {
 	p.faults = append(p.faults, FileError{Line: line, Err: err})
 }
 
-func (p *fileParser) join(name string) error {
-	slices.SortStableFunc(p.faults, func(a, b FileError) int { return cmp.Compare(a.Line, b.Line) })
-	if n := len(p.faults); n > maxFaults {
-		p.hidden += n - maxFaults
-		p.faults = p.faults[:maxFaults]
-	}
-	if p.hidden > 0 {
-		p.faults = append(p.faults, FileError{Err: moreFaults(p.hidden)})
-	}
-	var errs []error
-	for i := range p.faults {
-		p.faults[i].File = name
-		errs = append(errs, &p.faults[i])
-	}
-	return errors.Join(errs...)
-}
-
+// parse reads the file; what it holds is validated by the set that it belongs to.
 func (p *fileParser) parse() {
 	if len(p.data) > MaxFileSize {
 		p.fault(0, fmt.Errorf("size %d bytes: want at most %d", len(p.data), MaxFileSize))
+		p.broken = true
 		return
 	}
-	if !p.scan() && !p.read() {
-		return
+	if !p.scan() {
+		p.read()
 	}
-	p.validate()
 }
 
 // scan reads the rules of a file in the common shape. It is false, and has read
@@ -174,24 +155,31 @@ func (p *fileParser) scan() bool {
 		return len(p.faults) == 0
 	})
 	if !ok {
-		*p = fileParser{data: p.data}
+		*p = fileParser{name: p.name, data: p.data}
 	}
 	return ok
 }
 
-// read reads the rules by way of the YAML package. It is false when there are none
-// to validate.
-func (p *fileParser) read() bool {
+// read reads the rules by way of the YAML package.
+func (p *fileParser) read() {
 	root, err := p.document()
 	if err != nil {
 		p.faults = append(p.faults, *err)
-		return false
+		p.broken = true
+		return
 	}
 	if root == nil || isNull(root) {
 		p.fault(0, errNoRules)
-		return false
+		return
 	}
-	switch list := p.mapping(root, "", "rules")[0]; {
+	values := p.mapping(root, "", "rules", "include")
+	if list := values[1]; list != nil && !isNull(list) {
+		p.includeList(list)
+		if values[0] == nil {
+			return // the others have them
+		}
+	}
+	switch list := values[0]; {
 	case list == nil && len(p.faults) == 0:
 		p.fault(root.Line, errNoRules)
 	case list == nil: // which has been said, or is a matter of the faults
@@ -200,7 +188,6 @@ func (p *fileParser) read() bool {
 	default:
 		p.ruleList(list)
 	}
-	return true
 }
 
 // errNoRules is that of a file without a list of rules. It is refused since that is what a
@@ -435,20 +422,6 @@ func (r *ruleReader) out(n *yaml.Node, inFlow bool) {
 func isPolicy(s string) bool {
 	_, err := parsePolicy(s)
 	return err == nil
-}
-
-// validate reports the faults of the rules as a set, except those that come of
-// what could not be read.
-func (p *fileParser) validate() {
-	list := faultList{ignore: func(f fault) bool {
-		return slices.Contains(p.places[f.rule].unread, f.err.Field)
-	}}
-	checkSet(p.rules, func(rule int) string { return "line " + strconv.Itoa(p.places[rule].rule) }, &list)
-	for _, f := range list.faults {
-		// Not by p.fault: the faults of both steps are first put in order.
-		p.faults = append(p.faults, FileError{Line: p.places[f.rule].line(f.err.Field), Err: f.err})
-	}
-	p.hidden += list.hidden
 }
 
 // line is where a field of the rule stands, or the rule when the field is not there.

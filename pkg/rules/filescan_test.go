@@ -41,12 +41,13 @@ func checkScan(t *testing.T, data []byte) bool {
 	if taken {
 		checkSameNodes(t, data, list)
 	}
-	got, want := fileParser{data: data}, fileParser{data: data}
+	got, want := fileParser{name: "f.yaml", data: data}, fileParser{name: "f.yaml", data: data}
 	got.parse()
-	if want.read() {
-		want.validate()
-	}
-	gotErr, wantErr := got.join("f.yaml"), want.join("f.yaml")
+	want.read()
+	gotSet, wantSet := fileSet{files: []*fileParser{&got}}, fileSet{files: []*fileParser{&want}}
+	gotSet.validate()
+	wantSet.validate()
+	gotErr, wantErr := gotSet.join(), wantSet.join()
 	if g, w := errorLines(gotErr), errorLines(wantErr); !slices.Equal(g, w) {
 		t.Errorf("%q (taken: %v):\ngot faults  %q\nwant faults %q", data, taken, g, w)
 	}

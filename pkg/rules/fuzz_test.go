@@ -11,6 +11,8 @@ func FuzzParseInput(f *testing.F) {
 	for _, s := range []string{
 		"239.1.1.1:5000%eth0", "10.0.0.5@239.1.1.1:5000%eth0", "2001:db8::5@[ff3e::1]:5000%eth0", "[::1]@[::]:1%é",
 		"[fe80::1%eth0]:5000%eth1", "239.1.0.0/16%eth0", "@:%", "[]:1%e", "[%]", "239.1.1.1:5%eth0,ttl=8", "239.1.1.1:05%eth+",
+		"10.0.0.0/24@239.1.1.1:5000-5010%e,except=10.0.0.7+10.0.0.64/26", "2001:db8::/32@[ff05::1]:1-2%e", "224.0.0.0/4%e,join=none", "239.1.1.1:5%e,from=host,vlan=7", "1.2.3.4/@239.1.1.1:1-%e",
+		"224.0.0.251:5353%eth0,local-control=allow", "255.255.255.255:9%e,broadcast=allow", "[ff02::fb]:1%e,local-control=allow,broadcast=allow",
 	} {
 		f.Add(s)
 	}
@@ -34,6 +36,7 @@ func FuzzParseOutput(f *testing.F) {
 	for _, s := range []string{
 		"239.2.2.2:6000%eth1", "239.2.2.2:6000%eth1,ttl=8,src=keep,dscp=af41", "[ff3e::2]:1%e,src=[2001:db8::1]:7,csum=update",
 		"1.2.3.4:5%e,src=1.2.3.4:5,sport=6", "1.2.3.4:5%e,sport=1,src=::", "1.2.3.4:5%e,dscp=CS7,dscp=1", "1.2.3.4:5%e,,", "10.0.0.5@1.2.3.4:5%e",
+		"255.255.255.255:9%e,broadcast=allow", "224.0.0.251:5353%e,broadcast=allow,broadcast=allow",
 	} {
 		f.Add(s)
 	}

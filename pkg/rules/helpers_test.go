@@ -35,6 +35,7 @@ func mustRule(t testing.TB, s string) Rule {
 		t.Fatalf("rule %q: want NAME IN -> OUT...", s)
 	}
 	r := Rule{Name: words[0], In: mustInput(t, words[1])}
+	_, r.Accept, _ = ParseInput(words[1])
 	for _, w := range words[3:] {
 		r.Out = append(r.Out, mustOutput(t, w))
 	}

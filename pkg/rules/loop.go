@@ -42,12 +42,12 @@ func (o Output) sent(in Input) (traffic, bool) {
 	}
 	switch o.Policy.Source {
 	case SourceKeep:
-		t.source, t.every = in.Source, !in.Source.IsValid()
+		t.source, t.every = in.Senders(), !in.Source.IsValid()
 	case SourceAddress:
-		t.source = o.Policy.SourceAddr
+		t.source = oneAddr(o.Policy.SourceAddr)
 	}
 	var ok bool
-	t.low, t.high, ok = o.sentPorts(in.Port)
+	t.low, t.high, ok = o.sentPorts(in)
 	return t, ok && t.prefix.IsValid()
 }
 
@@ -56,13 +56,10 @@ func (o Output) prefix() netip.Prefix {
 	return Input{Address: o.Address, Len: o.Len}.Prefix().Masked()
 }
 
-// sentPorts are the ports that an output sends to, given the port of the input. It
-// is false when there are none.
-func (o Output) sentPorts(in uint16) (low, high uint16, ok bool) {
-	from, to := int32(in), int32(in)
-	if in == 0 {
-		to = 65535 // packets to port 0 match an input of any port, too
-	}
+// sentPorts are the ports that an output sends to, given its input. It is false when
+// there are none.
+func (o Output) sentPorts(in Input) (low, high uint16, ok bool) {
+	from, to := int32(in.Port), int32(in.lastPort()) // packets to port 0 match an input of any port, too
 	switch o.PortMode {
 	case PortSet:
 		return o.Port, o.Port, o.Port != 0
@@ -86,7 +83,21 @@ func feeds(o Output, in Input) bool {
 
 // feedsSelf reports whether an output feeds the input of its own rule, unless the
 // rule allows it.
-func (r Rule) feedsSelf(o Output) bool { return !r.Accept.AllowLoop && feeds(o, r.In) }
+func (r Rule) feedsSelf(o Output) bool {
+	if r.Accept.AllowLoop || !feeds(o, r.In) {
+		return false
+	}
+	sent, _ := o.sent(r.In)
+	return !r.excludes(sent)
+}
+
+// excludes reports whether all of some traffic comes from senders that a rule leaves
+// out.
+func (r Rule) excludes(t traffic) bool {
+	return t.source.IsValid() && slices.ContainsFunc(r.Accept.Except, func(p netip.Prefix) bool {
+		return p.Bits() <= t.source.Bits() && p.Contains(t.source.Addr())
+	})
+}
 
 // insist ends the report of a circle: what lets it stand, and what ends the packets that
 // then go round.
@@ -179,7 +190,7 @@ func (s *ruleSet) sharedInterfaces() (inputs, outputs map[string]bool) {
 // addOutput adds the edges of an output. One of a rule to itself is left out: the
 // rule's own check reports it.
 func (g *feedGraph) addOutput(hop feedHop, sent traffic) {
-	if sent.exact() && !sent.every {
+	if sent.exact() && !sent.every && (!sent.source.IsValid() || sent.source.IsSingleIP()) {
 		if to, ok := g.winner(sent); ok && to != hop.rule {
 			g.addEdge(hop, to)
 		}
@@ -223,7 +234,7 @@ func (g *feedGraph) winner(sent traffic) (rule int, ok bool) {
 // box is the node of some traffic, made when it is first asked for.
 func (g *feedGraph) box(sent traffic) *feedBox {
 	if g.pairs > g.maxPairs {
-		sent.low, sent.high, sent.source, sent.every = 0, 65535, netip.Addr{}, true
+		sent.low, sent.high, sent.source, sent.every = 0, 65535, netip.Prefix{}, true
 	}
 	if b := g.boxes[sent]; b != nil {
 		return b

@@ -386,7 +386,7 @@ func newFeedOracle(rules []Rule, packets []packet) *feedOracle {
 	for _, r := range rules {
 		takes := make([]bool, len(packets))
 		for i, p := range packets {
-			takes[i] = p.matches(r.In)
+			takes[i] = p.takenBy(r)
 		}
 		f.takes = append(f.takes, takes)
 	}
@@ -464,6 +464,13 @@ func TestLoopsAgainstOracle(t *testing.T) {
 		}
 		var list, bounded faultList
 		newSet(rules, nil).findLoops(maxFeedPairs, &list)
+		if slices.ContainsFunc(rules, func(r Rule) bool { return r.Accept.Except != nil }) {
+			// A rule that leaves senders out is not taken to win all of anything.
+			if want && len(list.faults) == 0 {
+				t.Fatalf("no loop reported, there is one: %v", rules)
+			}
+			continue
+		}
 		for _, f := range list.faults {
 			checkCircle(t, f.err, rules, edge)
 		}
@@ -483,7 +490,7 @@ func TestLoopsAgainstOracle(t *testing.T) {
 			beyond++
 		}
 	}
-	if loops < 300 || none < 300 || beyond > 30 {
+	if loops < 150 || none < 300 || beyond > 30 {
 		t.Errorf("%d sets with loops, %d without, %d with none in truth that are taken to have one", loops, none, beyond)
 	}
 }
@@ -521,7 +528,7 @@ func TestSelfLoopAgainstOracle(t *testing.T) {
 		for slot, o := range r.Out {
 			want := false
 			for _, p := range packets {
-				if !p.matches(r.In) || !p.sentBy(r, slot) {
+				if !p.takenBy(r) || !p.sentBy(r, slot) {
 					continue
 				}
 				for _, from := range packetInterfaces { // a pattern does not send where it comes from
@@ -530,7 +537,8 @@ func TestSelfLoopAgainstOracle(t *testing.T) {
 					}
 				}
 			}
-			if got := feeds(o, r.In); got != want {
+			sent, _ := o.sent(r.In)
+			if got := feeds(o, r.In) && !r.excludes(sent); got != want {
 				t.Fatalf("%v: feeds itself: %v, want %v", r, got, want)
 			}
 			if r.feedsSelf(o) != (want && !r.Accept.AllowLoop) {
@@ -543,7 +551,7 @@ func TestSelfLoopAgainstOracle(t *testing.T) {
 			}
 		}
 	}
-	if loops < 300 || none < 300 {
+	if loops < 150 || none < 300 {
 		t.Errorf("%d loops, %d without: too few of one", loops, none)
 	}
 }

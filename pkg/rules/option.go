@@ -7,18 +7,20 @@ import (
 	"strings"
 )
 
-// parseOptions reads what follows the first comma of an input.
-func parseOptions(s string) (VLAN, Acceptance, error) {
+// parseOptions reads what follows the first comma of an input, and what of it is the
+// input's own.
+func parseOptions(s string, in *Input) (Acceptance, error) {
 	var p optionParser
 	for item := range strings.SplitSeq(s, ",") {
 		if err := p.item(item); err != nil {
-			return VLAN{}, Acceptance{}, err
+			return Acceptance{}, err
 		}
 	}
 	if p.Rate.Burst != 0 && !p.rate {
-		return VLAN{}, Acceptance{}, errBurstAlone(p.Rate.Burst)
+		return Acceptance{}, errBurstAlone(p.Rate.Burst)
 	}
-	return p.vlan, p.Acceptance, nil
+	in.VLAN, in.FromHost = p.vlan, p.from
+	return p.Acceptance, nil
 }
 
 func errBurstAlone(burst uint64) error {
@@ -28,8 +30,8 @@ func errBurstAlone(burst uint64) error {
 // optionParser is the options read so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
-	vlan                                          VLAN
-	hasVLAN, join, csum, loop, local, rate, burst bool
+	vlan                                                                                 VLAN
+	hasVLAN, from, join, except, csum, loop, local, localControl, broadcast, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -40,8 +42,15 @@ func (p *optionParser) item(item string) error {
 	switch key {
 	case "vlan":
 		seen, want = &p.hasVLAN, p.setVLAN(value)
+	case "from":
+		seen = &p.from
+		if value != "host" {
+			want = "from=host"
+		}
 	case "join":
 		seen, want = &p.join, p.setJoin(value)
+	case "except":
+		seen, want = &p.except, p.setExcept(value)
 	case "csum":
 		seen, p.ZeroChecksum = &p.csum, true
 		if value != "any" {
@@ -57,14 +66,26 @@ func (p *optionParser) item(item string) error {
 		if value != "yes" {
 			want = "local=yes"
 		}
+	case "local-control":
+		seen, p.LocalControl, want = &p.localControl, true, wantAllow(key, value)
+	case "broadcast":
+		seen, p.Broadcast, want = &p.broadcast, true, wantAllow(key, value)
 	case "rate":
 		seen, want = &p.rate, p.Rate.set(value)
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, join, csum, loop, local, rate, burst"}
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, local, local-control, broadcast, rate, burst"}
 	}
 	return checkItem(item, key, seen, want, "option")
+}
+
+// wantAllow is what a key should have that takes allow alone.
+func wantAllow(key, value string) (want string) {
+	if value != "allow" {
+		return key + "=allow"
+	}
+	return ""
 }
 
 // checkItem refuses a key that comes twice or has a wrong value.
@@ -158,6 +179,7 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	default:
 		b = append(append(b, ",join="...), a.Join.String()...)
 	}
+	b = appendExcept(b, a.Except)
 	if a.ZeroChecksum {
 		b = append(b, ",csum=any"...)
 	}
@@ -166,6 +188,12 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	}
 	if a.Local {
 		b = append(b, ",local=yes"...)
+	}
+	if a.LocalControl {
+		b = append(b, ",local-control=allow"...)
+	}
+	if a.Broadcast {
+		b = append(b, ",broadcast=allow"...)
 	}
 	return appendRate(b, a.Rate)
 }

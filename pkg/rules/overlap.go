@@ -11,7 +11,7 @@ import (
 
 // Before reports whether a gets the packets that both inputs match. An input of one
 // address goes before a prefix, then one of a port before one of any port, then one
-// that names its source, then the longer prefix, then one that names its interface
+// that names its source, and of two prefixes of sources the longer, then the longer prefix, then one that names its interface
 // before a pattern, then the longer pattern: the order in which the kernel's tables
 // are searched. Inputs that this does not decide have no packet in common; they
 // follow each other by their values, so that Before is a strict total order.
@@ -24,6 +24,8 @@ func Before(a, b Input) bool {
 		cmp.Compare(a.Interface, b.Interface),
 		compareVLAN(a.VLAN, b.VLAN),
 		cmp.Compare(a.Len, b.Len),
+		cmp.Compare(a.PortTo, b.PortTo),
+		first(!a.FromHost, !b.FromHost),
 	) < 0
 }
 
@@ -33,7 +35,7 @@ func precedence(a, b Input) int {
 	return cmp.Or(
 		first(a.Len == 0, b.Len == 0),
 		first(a.Port != 0, b.Port != 0),
-		first(a.Source.IsValid(), b.Source.IsValid()),
+		cmp.Compare(b.senderBits(), a.senderBits()),
 		cmp.Compare(b.Len, a.Len),
 		first(!isPattern(a.Interface), !isPattern(b.Interface)),
 		comparePattern(a.Interface, b.Interface),
@@ -65,7 +67,7 @@ func compareVLAN(a, b VLAN) int {
 
 // Compare is a total order of inputs for display: by interface, address and port,
 // any port last, and of inputs of one interface and address that overlap the one
-// that wins first. It is 0 only for equal inputs.
+// that wins first, ranges of ports by their first port. It is 0 only for equal inputs.
 func Compare(a, b Input) int {
 	return cmp.Or(
 		cmp.Compare(a.Interface, b.Interface),
@@ -76,6 +78,8 @@ func Compare(a, b Input) int {
 		precedence(a, b),
 		a.Source.Compare(b.Source),
 		compareVLAN(a.VLAN, b.VLAN),
+		cmp.Compare(a.PortTo, b.PortTo),
+		first(!a.FromHost, !b.FromHost),
 	)
 }
 
@@ -143,8 +147,13 @@ func (in Input) anySource() Input {
 }
 
 // exact reports whether an input can be found by a map: it has one interface, one
-// address and one port.
-func (in Input) exact() bool { return in.Len == 0 && in.Port != 0 && !isPattern(in.Interface) }
+// address, one port, and one source or any.
+func (in Input) exact() bool {
+	return in.Len == 0 && in.Port != 0 && in.PortTo == 0 && in.SourceLen == 0 && !isPattern(in.Interface)
+}
+
+// oneAddr is the prefix of one address, not valid for the zero Addr.
+func oneAddr(a netip.Addr) netip.Prefix { return Input{Source: a}.Senders() }
 
 func isPattern(iface string) bool {
 	_, ok := IsPattern(iface)
@@ -165,17 +174,14 @@ type traffic struct {
 	vlan      VLAN
 	prefix    netip.Prefix // destination addresses, masked
 	low, high uint16       // destination ports
-	source    netip.Addr   // the one source if it is valid, else:
+	source    netip.Prefix // the sources if it is valid, else:
+	fromHost  bool         // what this host sends, which nothing that a rule sends is
 	every     bool         // any source whatever, or one that no input names
 }
 
 func (in Input) traffic() traffic {
-	t := traffic{iface: in.Interface, vlan: in.VLAN, prefix: in.Prefix().Masked(), low: in.Port, high: in.Port,
-		source: in.Source, every: !in.Source.IsValid()}
-	if in.Port == 0 {
-		t.high = 65535
-	}
-	return t
+	return traffic{iface: in.Interface, vlan: in.VLAN, prefix: in.Prefix().Masked(), low: in.Port, high: in.lastPort(),
+		source: in.Senders().Masked(), every: !in.Source.IsValid(), fromHost: in.FromHost}
 }
 
 // exact reports whether an input either matches all of the traffic, whatever its
@@ -186,16 +192,16 @@ func (t traffic) exact() bool {
 
 // overlaps reports whether some packet of t matches an input, u.
 func (t traffic) overlaps(u traffic) bool {
-	return t.vlan == u.vlan && t.low <= u.high && u.low <= t.high && t.prefix.Overlaps(u.prefix) &&
+	return t.fromHost == u.fromHost && t.vlan == u.vlan && t.low <= u.high && u.low <= t.high && meets(t.prefix, u.prefix) &&
 		(ifaceCovers(t.iface, u.iface) || ifaceCovers(u.iface, t.iface)) &&
-		(u.every || t.every || t.source == u.source)
+		(u.every || t.every || t.source.Overlaps(u.source))
 }
 
 // covers reports whether all packets of u are in t.
 func (t traffic) covers(u traffic) bool {
-	return t.vlan == u.vlan && t.low <= u.low && u.high <= t.high &&
+	return t.fromHost == u.fromHost && t.vlan == u.vlan && t.low <= u.low && u.high <= t.high &&
 		t.prefix.Bits() <= u.prefix.Bits() && t.prefix.Overlaps(u.prefix) && ifaceCovers(t.iface, u.iface) &&
-		(t.every || t.source.IsValid() && t.source == u.source)
+		(t.every || t.source.IsValid() && u.source.IsValid() && t.source.Bits() <= u.source.Bits() && t.source.Overlaps(u.source))
 }
 
 // meet is what is in both; they overlap.
@@ -207,7 +213,7 @@ func (t traffic) meet(u traffic) traffic {
 		t.prefix = u.prefix
 	}
 	t.low, t.high = max(t.low, u.low), min(t.high, u.high)
-	if u.source.IsValid() {
+	if u.source.IsValid() && (!t.source.IsValid() || t.source.Bits() < u.source.Bits()) {
 		t.source = u.source
 	}
 	t.every = t.every && u.every
@@ -247,6 +253,17 @@ func newInputPool(rules []Rule, inputs map[Input]int, has func(rule int) bool) *
 // each gives the rules whose inputs overlap with the traffic, or only those whose
 // inputs cover it.
 func (p *inputPool) each(t traffic, cover bool) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		for i := range p.eachUnlessExcluded(t, cover) {
+			if !p.rules[i].excludes(t) && !(cover && len(p.rules[i].Accept.Except) > 0) && !yield(i) {
+				return
+			}
+		}
+	}
+}
+
+// eachUnlessExcluded is each, whatever senders the rules leave out.
+func (p *inputPool) eachUnlessExcluded(t traffic, cover bool) iter.Seq[int] {
 	if t.exact() {
 		return p.eachOfExact(t, cover)
 	}
@@ -258,19 +275,20 @@ func (p *inputPool) each(t traffic, cover bool) iter.Seq[int] {
 
 func (p *inputPool) eachOfExact(t traffic, cover bool) iter.Seq[int] {
 	return func(yield func(int) bool) {
-		in := Input{Interface: t.iface, Address: t.prefix.Addr(), Port: t.low, VLAN: t.vlan}
+		in := Input{Interface: t.iface, Address: t.prefix.Addr(), Port: t.low, VLAN: t.vlan, FromHost: t.fromHost}
 		if i, ok := p.inputs[in]; ok && !yield(i) {
 			return
 		}
-		if t.every && !cover {
+		many := t.source.IsValid() && !t.source.IsSingleIP()
+		if (t.every || many) && !cover {
 			for _, i := range p.sources[in] {
-				if !yield(i) {
+				if (t.every || t.source.Contains(p.rules[i].In.Source)) && !yield(i) {
 					return
 				}
 			}
 		}
-		if t.source.IsValid() {
-			in.Source = t.source
+		if t.source.IsValid() && !many {
+			in.Source = t.source.Addr()
 			if i, ok := p.inputs[in]; ok && !yield(i) {
 				return
 			}
@@ -296,12 +314,18 @@ type inputIndex struct {
 type tableKey struct {
 	iface   string
 	vlan    VLAN
+	host    bool       // of Input.FromHost
 	port    int32      // allPorts, or Input.Port, where 0 is any port
 	source  netip.Addr // Input.Source, where the zero Addr is any source
 	sources bool       // the table of all sources
+	prefix  bool       // the table of prefixes of sources
 }
 
-const allPorts = -1
+// Numbers of tables that are of no one port.
+const (
+	allPorts  = -1
+	portRange = -2 // inputs with a range of ports
+)
 
 func newInputIndex(rules []Rule, members []int) *inputIndex {
 	x := &inputIndex{rules: rules, tables: map[tableKey]*addressTable{}}
@@ -317,11 +341,17 @@ func newInputIndex(rules []Rule, members []int) *inputIndex {
 	})
 	for _, e := range sorted {
 		in := rules[e.rule].In
-		for _, port := range [...]int32{allPorts, int32(in.Port)} {
-			key := tableKey{iface: in.Interface, vlan: in.VLAN, port: port}
-			key.source = in.Source
+		own := int32(in.Port)
+		if in.PortTo != 0 {
+			own = portRange
+		}
+		for _, port := range [...]int32{allPorts, own} {
+			key := tableKey{iface: in.Interface, vlan: in.VLAN, host: in.FromHost, port: port}
+			if key.prefix = in.SourceLen != 0; !key.prefix {
+				key.source = in.Source
+			}
 			x.table(key).add(e)
-			key.source, key.sources = netip.Addr{}, true
+			key.source, key.sources, key.prefix = netip.Addr{}, true, false
 			x.table(key).add(e)
 		}
 	}
@@ -353,29 +383,44 @@ func (x *inputIndex) each(t traffic, cover bool) iter.Seq[int] {
 
 // eachOn gives the inputs with one interface text, and is false when yield was.
 func (x *inputIndex) eachOn(iface string, t traffic, cover bool, yield func(int) bool) bool {
-	ports := [2]int32{0, int32(t.low)}
-	portCount := 2
-	some := t.low != t.high // more than one port
-	if some || t.low == 0 {
-		portCount = 1
+	var portRoom [3]int32
+	ports := portRoom[:0]
+	switch some := t.low != t.high; { // more than one port
+	case some && !cover:
+		ports = append(ports, allPorts)
+	case some || t.low == 0:
+		ports = append(ports, 0, portRange)
+	default:
+		ports = append(ports, 0, portRange, int32(t.low))
 	}
-	if some && !cover {
-		ports[0] = allPorts
+	var sourceRoom [3]tableKey
+	sources := sourceRoom[:0]
+	switch many := t.source.IsValid() && !t.source.IsSingleIP(); {
+	case (t.every || many) && !cover:
+		sources = append(sources, tableKey{sources: true})
+	case many:
+		sources = append(sources, tableKey{}, tableKey{prefix: true})
+	case t.source.IsValid():
+		sources = append(sources, tableKey{}, tableKey{prefix: true}, tableKey{source: t.source.Addr()})
+	default:
+		sources = append(sources, tableKey{})
 	}
-	sources := [2]tableKey{{sources: t.every && !cover}, {source: t.source}}
-	sourceCount := 1
-	if t.source.IsValid() {
-		sourceCount = 2
-	}
-	for _, port := range ports[:portCount] {
-		for _, key := range sources[:sourceCount] {
-			key.iface, key.vlan, key.port = iface, t.vlan, port
+	for _, port := range ports {
+		for _, key := range sources {
+			key.iface, key.vlan, key.host, key.port = iface, t.vlan, t.fromHost, port
 			table := x.tables[key]
 			if table == nil {
 				continue
 			}
 			for rule := range table.each(t.prefix, cover) {
-				if p := x.rules[rule].In.Port; p != 0 && (p < t.low || p > t.high) {
+				in := &x.rules[rule].In
+				if in.Port > t.high || in.lastPort() < t.low || cover && (in.Port > t.low || in.lastPort() < t.high) {
+					continue
+				}
+				if in.Len != 0 && !meets(in.Prefix(), t.prefix) {
+					continue
+				}
+				if s := in.Senders(); !t.every && s.IsValid() && (!s.Overlaps(t.source) || cover && s.Bits() > t.source.Bits()) {
 					continue
 				}
 				if !yield(rule) {

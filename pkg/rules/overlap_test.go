@@ -16,6 +16,7 @@ type packet struct {
 	dst    netip.Addr
 	port   uint16
 	source netip.Addr
+	sent   bool // by this host
 }
 
 var packetInterfaces = []string{"eth0", "eth1", "eth10", "wan0"}
@@ -26,9 +27,9 @@ func allPackets() (all []packet) {
 	for _, iface := range packetInterfaces {
 		for _, vlan := range []VLAN{{}, {ID: 7}, {ID: 7, Outer: 5}} {
 			for dst := range byte(4) {
-				for _, port := range []uint16{1, 2, 3, 65534, 65535} {
-					for _, source := range []string{"10.0.0.1", "10.0.0.2", "10.0.0.9"} {
-						all = append(all, packet{iface, vlan, netip.AddrFrom4([4]byte{239, 0, 0, dst}), port, addr(source)})
+				for _, port := range []uint16{1, 2, 3, 4, 65533, 65534, 65535} {
+					for _, source := range []string{"10.0.0.0", "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.9"} {
+						all = append(all, packet{iface, vlan, netip.AddrFrom4([4]byte{239, 0, 0, dst}), port, addr(source), false})
 					}
 				}
 			}
@@ -45,8 +46,17 @@ func ifaceMatches(text, name string) bool {
 }
 
 func (p packet) matches(in Input) bool {
-	return ifaceMatches(in.Interface, p.iface) && in.VLAN == p.vlan && in.Prefix().Contains(p.dst) &&
-		(in.Port == 0 || in.Port == p.port) && (!in.Source.IsValid() || in.Source == p.source)
+	return in.FromHost == p.sent && ifaceMatches(in.Interface, p.iface) && in.VLAN == p.vlan && in.Prefix().Contains(p.dst) &&
+		p.toPort(in) && (!in.Source.IsValid() || in.Senders().Contains(p.source))
+}
+
+func (p packet) toPort(in Input) bool {
+	return in.Port == 0 || in.Port == p.port || in.PortTo != 0 && in.Port < p.port && p.port <= in.PortTo
+}
+
+// takenBy is matches for a rule that may leave senders out.
+func (p packet) takenBy(r Rule) bool {
+	return p.matches(r.In) && !slices.ContainsFunc(r.Accept.Except, func(e netip.Prefix) bool { return e.Contains(p.source) })
 }
 
 // sentBy reports whether an output sends the packet for some packet that its rule
@@ -65,8 +75,9 @@ func (p packet) sentBy(r Rule, slot int) bool {
 	case SourceAddress:
 		source = o.Policy.SourceAddr
 	case SourceKeep:
-		if source = r.In.Source; !source.IsValid() {
-			source = p.source
+		source = p.source
+		if !(packet{source: source, iface: "a", dst: r.In.Address}).takenBy(Rule{In: Input{Interface: "a", Address: r.In.Address, Source: r.In.Source, SourceLen: r.In.SourceLen}, Accept: r.Accept}) {
+			return false
 		}
 	}
 	prefix := Input{Address: o.Address, Len: o.Len}.Prefix()
@@ -78,7 +89,7 @@ func (p packet) portSentBy(in Input, o Output) bool {
 		return p.port == o.Port
 	}
 	came := int32(p.port) - o.PortShift // a shift of 0 keeps it
-	return came >= 0 && came <= 65535 && (in.Port == 0 || int32(in.Port) == came)
+	return came >= 0 && came <= 65535 && packet{port: uint16(came)}.toPort(in)
 }
 
 // rank is higher the earlier an input goes.
@@ -90,6 +101,7 @@ func rank(in Input) int {
 			n++
 		}
 	}
+	n = n*64 + in.Senders().Bits() + 1
 	n = n*256 + int(in.Len)
 	if begin, ok := strings.CutSuffix(in.Interface, "+"); ok {
 		return n*32 + len(begin)
@@ -103,7 +115,7 @@ func winners(rules []Rule, packets []packet) []int {
 	for i, p := range packets {
 		all[i] = -1
 		for n, r := range rules {
-			if p.matches(r.In) && (all[i] < 0 || rank(r.In) > rank(rules[all[i]].In)) {
+			if p.takenBy(r) && (all[i] < 0 || rank(r.In) > rank(rules[all[i]].In)) {
 				all[i] = n
 			}
 		}
@@ -125,7 +137,24 @@ func randomInput(random *rand.Rand) Input {
 	if random.IntN(3) == 0 {
 		in.Source = addr(pick(random, "10.0.0.1", "10.0.0.2"))
 	}
+	if random.IntN(4) == 0 {
+		in.Source, in.SourceLen = addr("10.0.0.0"), pick[uint8](random, 30, 31)
+	}
+	if in.Port != 0 && in.Port < 65535 && random.IntN(3) == 0 {
+		in.PortTo = pick[uint16](random, 2, 3, 65534, 65535)
+		if in.PortTo <= in.Port || in.Port == 1 && in.PortTo == 65535 { // none but port 0 is left then
+			in.PortTo = 0
+		}
+	}
 	return in
+}
+
+// rangesClash reports whether a set cannot have both inputs, since a range of one has
+// a port of the other.
+func rangesClash(a, b Input) bool {
+	same := a.withoutPorts()
+	same.Interface = b.Interface
+	return a.PortTo+b.PortTo != 0 && a.Port != 0 && b.Port != 0 && same == b.withoutPorts() && a.Overlaps(b) && (a.Port != b.Port || a.PortTo != b.PortTo)
 }
 
 func randomOutput(random *rand.Rand, in Input) Output {
@@ -154,18 +183,25 @@ func randomOutput(random *rand.Rand, in Input) Output {
 // randomRules are up to n rules of different inputs, over few of everything.
 func randomRules(random *rand.Rand, n int) (rules []Rule) {
 	taken := map[Input]bool{}
+	excepts := random.IntN(4) == 0
 	simple := random.IntN(3) == 0 // no tags, so that more of them meet
 	for range n {
 		in := randomInput(random)
 		if simple {
 			in.VLAN = VLAN{}
 		}
-		if taken[in] {
+		if taken[in] || slices.ContainsFunc(rules, func(r Rule) bool { return rangesClash(r.In, in) }) {
 			continue
 		}
 		taken[in] = true
 		r := Rule{Name: fmt.Sprintf("r%d", len(rules)), In: in}
 		r.Accept.AllowLoop = random.IntN(10) == 0
+		if excepts && (!in.Source.IsValid() || in.SourceLen != 0) && random.IntN(2) == 0 {
+			r.Accept.Except = []netip.Prefix{netip.MustParsePrefix(pick(random, "10.0.0.1/32", "10.0.0.2/32", "10.0.0.0/31"))}
+			if in.SourceLen == 31 {
+				r.Accept.Except[0] = netip.MustParsePrefix("10.0.0.1/32")
+			}
+		}
 		for range 1 + random.IntN(2) {
 			o := randomOutput(random, in)
 			if simple {
@@ -185,6 +221,8 @@ func TestBefore(t *testing.T) {
 		"10.0.0.5@239.1.1.1:1%eth0",
 		"10.0.0.5@239.1.1.1:1%eth+",
 		"10.0.0.5@239.1.1.1:1%e+",
+		"10.0.0.0/24@239.1.1.1:1%eth0",
+		"10.0.0.0/8@239.1.1.1:1-5%eth0",
 		"239.1.1.1:1%eth0",
 		"239.1.1.1:1%eth+",
 		"10.0.0.5@239.1.1.1%eth0",
@@ -226,6 +264,16 @@ func TestInputOverlaps(t *testing.T) {
 		want bool
 	}{
 		{"239.1.1.1:1%eth0", "239.1.1.1:1%eth0", true},
+		{"239.1.1.1:1%eth0,from=host", "239.1.1.1:1%eth0", false},
+		{"239.1.1.1:1%eth0,from=host", "239.1.0.0/16%eth+,from=host", true},
+		{"224.0.0.0/4%eth0", "224.0.0.251:1%eth0", false},
+		{"224.0.0.0/4%eth0", "224.0.1.251:1%eth0", true},
+		{"[ff00::]/8%eth0", "[ff02::fb]:1%eth0", false},
+		{"[ff00::]/8%eth0", "[ff05::fb]:1%eth0", true},
+		{"239.1.1.1:1-5%eth0", "239.1.1.1:5-9%eth0", true},
+		{"239.1.1.1:1-5%eth0", "239.1.1.1:6-9%eth0", false},
+		{"10.0.0.0/8@239.1.1.1:1%eth0", "10.1.0.0/16@239.1.1.1:1%eth0", true},
+		{"10.0.0.0/8@239.1.1.1:1%eth0", "11.0.0.1@239.1.1.1:1%eth0", false},
 		{"239.1.1.1:1%eth0", "239.1.1.1:2%eth0", false},
 		{"239.1.1.1:1%eth0", "239.1.1.1%eth0", true},
 		{"239.1.1.1:1%eth0", "239.1.1.2%eth0", false},
@@ -272,7 +320,7 @@ func TestOrderOfRandomInputs(t *testing.T) {
 		if a.Overlaps(b) != overlap || b.Overlaps(a) != overlap {
 			t.Fatalf("%v and %v: overlap %v, want %v", a, b, a.Overlaps(b), overlap)
 		}
-		if overlap && a != b && Before(a, b) != (rank(a) > rank(b)) {
+		if overlap && a != b && !rangesClash(a, b) && Before(a, b) != (rank(a) > rank(b)) {
 			t.Fatalf("Before(%v, %v) = %v", a, b, Before(a, b))
 		}
 		if Before(a, b) == Before(b, a) && a != b || Before(a, a) {
@@ -287,7 +335,7 @@ func TestOrderOfRandomInputs(t *testing.T) {
 		if Compare(a, b) < 0 && Compare(b, c) < 0 && Compare(a, c) >= 0 {
 			t.Fatalf("Compare: %v, %v, %v are no order", a, b, c)
 		}
-		if overlap && a != b && a.Interface == b.Interface && a.Address == b.Address && Before(a, b) != (Compare(a, b) < 0) {
+		if overlap && a != b && (a.Port == b.Port || a.PortTo+b.PortTo == 0) && !rangesClash(a, b) && a.Interface == b.Interface && a.Address == b.Address && Before(a, b) != (Compare(a, b) < 0) {
 			t.Fatalf("%v and %v: Before %v, Compare %d", a, b, Before(a, b), Compare(a, b))
 		}
 	}
@@ -354,7 +402,7 @@ func TestOverlapsAgainstAllPairs(t *testing.T) {
 				if i == j {
 					continue
 				}
-				if w, ok := Winner(r.In, o.In); ok {
+				if w, ok := Winner(r.In, o.In); ok && !o.excludes(r.In.traffic()) {
 					want = append(want, Overlap{j, w == o.In})
 				}
 			}
@@ -399,10 +447,10 @@ func FuzzOverlap(f *testing.F) {
 			t.Errorf("Before(%v, %v) = %v both ways", a, b, Before(a, b))
 		}
 		rules := []Rule{{Name: "a", In: a, Accept: acceptA, Out: []Output{o}}, {Name: "b", In: b, Accept: acceptB, Out: []Output{o}}}
-		if got := Overlaps(rules, 2); a != b && (len(got[0]) == 1) != a.Overlaps(b) {
+		if got := Overlaps(rules, 2); a != b && acceptB.Except == nil && (len(got[0]) == 1) != a.Overlaps(b) {
 			t.Errorf("%v and %v: %v", a, b, got)
 		}
-		if mirror, ok := mirrorRule(rules[0]); ok && !acceptA.AllowLoop && ValidateSet([]Rule{rules[0], mirror}) == nil {
+		if mirror, ok := mirrorRule(rules[0]); ok && !acceptA.AllowLoop && acceptA.Except == nil && ValidateSet([]Rule{rules[0], mirror}) == nil {
 			t.Errorf("%v and %v: no loop", rules[0], mirror)
 		}
 	})

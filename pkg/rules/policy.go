@@ -24,6 +24,7 @@ type Policy struct {
 	VLANTags   VLAN  // with VLANSet alone
 	PCPSet     bool  // write PCP into the tags, else a copied tag keeps its own and a new one has 0
 	PCP        uint8 // priority code point, 0 to 7 (IEEE 802.1Q)
+	Broadcast  bool  // Output.Address is a broadcast address of the output's link: frames go to every host
 	Rate       Rate
 }
 
@@ -113,7 +114,7 @@ func parsePolicy(s string) (Policy, error) {
 // policyParser is the policy read so far and which of its keys were given.
 type policyParser struct {
 	Policy
-	src, sport, ttl, minTTL, dscp, csum, vlan, pcp, rate, burst bool
+	src, sport, ttl, minTTL, dscp, csum, vlan, pcp, broadcast, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -138,12 +139,14 @@ func (p *policyParser) item(item string) error {
 		seen, want = &p.vlan, p.setVLAN(value)
 	case "pcp":
 		seen, want = &p.pcp, p.setPCP(value)
+	case "broadcast":
+		seen, p.Broadcast, want = &p.broadcast, true, wantAllow(key, value)
 	case "rate":
 		seen, want = &p.rate, p.Rate.set(value)
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "policy", Value: item, Want: "KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, rate, burst"}
+		return &FieldError{Field: "policy", Value: item, Want: "KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, broadcast, rate, burst"}
 	}
 	return checkItem(item, key, seen, want, "policy")
 }
@@ -370,6 +373,9 @@ func appendPolicy(b []byte, p Policy) []byte {
 	}
 	if p.PCPSet {
 		b = strconv.AppendUint(append(b, ",pcp="...), uint64(p.PCP), 10)
+	}
+	if p.Broadcast {
+		b = append(b, ",broadcast=allow"...)
 	}
 	return appendRate(b, p.Rate)
 }

@@ -37,8 +37,11 @@ type Input struct {
 	Address   netip.Addr // multicast group or unicast address; with Len the lowest one of the prefix
 	Len       uint8      // length of the prefix in bits; 0: Address alone
 	Port      uint16     // UDP destination port, host byte order; 0: any
-	Source    netip.Addr // the one sender to take; the zero Addr takes any
+	PortTo    uint16     // the last port of a range that Port begins; 0: Port alone
+	Source    netip.Addr // the one sender to take, with SourceLen the lowest one of a prefix; the zero Addr takes any
+	SourceLen uint8      // length of the prefix of senders in bits; 0: Source alone
 	VLAN      VLAN       // the tags that the frames carry; the zero VLAN takes untagged ones
+	FromHost  bool       // packets that sockets of this host send by Interface, rather than those that arrive
 }
 
 // VLAN is the tags of a frame (IEEE 802.1Q). The zero VLAN has none.
@@ -55,11 +58,19 @@ type Acceptance struct {
 	// ZeroChecksum takes IPv6 packets without a UDP checksum (RFC 6935), which
 	// are dropped else.
 	ZeroChecksum bool
+	// Except are senders that are not taken, though Input.Source holds them.
+	Except []netip.Prefix
 	// AllowLoop takes packets that this host sent, and lets a rule stand that
 	// closes a circle.
 	AllowLoop bool
 	// Local leaves the packets to the host's own receivers, too.
 	Local bool
+	// LocalControl lets addresses of the rule be single groups of one link (LinkScope),
+	// which no router forwards.
+	LocalControl bool
+	// Broadcast says that Input.Address is a broadcast address of the input's link, the
+	// limited one or one of a network there, and not of a host.
+	Broadcast bool
 	// Rate polices the rule as a whole.
 	Rate Rate
 }
@@ -157,8 +168,9 @@ func Equal(a, b Rule) bool {
 }
 
 func equalAcceptance(a, b Acceptance) bool {
-	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && a.ZeroChecksum == b.ZeroChecksum &&
-		a.AllowLoop == b.AllowLoop && a.Local == b.Local && a.Rate == b.Rate
+	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && slices.Equal(a.Except, b.Except) && a.ZeroChecksum == b.ZeroChecksum &&
+		a.AllowLoop == b.AllowLoop && a.Local == b.Local && a.LocalControl == b.LocalControl && a.Broadcast == b.Broadcast &&
+		a.Rate == b.Rate
 }
 
 // String is the rule on one line, for people.

@@ -127,3 +127,27 @@ func TestWinner(t *testing.T) {
 		}
 	}
 }
+
+// TestPortRangesClash: a port of a range goes to no other rule for the same group and
+// senders, but ranges may be of different interfaces, senders and groups.
+func TestPortRangesClash(t *testing.T) {
+	base := "a 239.1.1.1:5000-5010%eth0 -> 239.2.2.2:+1000%eth9"
+	const want = `rule "a": in "239.1.1.1:5000-5010%eth0": want ports that no other rule has for the same: rule "b" takes `
+	for other, clash := range map[string]bool{
+		"239.1.1.1:5005%eth0": true, "239.1.1.1:5010-5020%eth0": true, "239.1.1.1:5005%eth+": true, "239.1.1.1:4990-5990%+": true,
+		"239.1.1.1:5011%eth0": false, "239.1.1.1%eth0": false, "10.0.0.1@239.1.1.1:5005%eth0": false, "10.0.0.0/8@239.1.1.1:5005-5006%eth0": false,
+		"239.1.1.0/24:5005%eth0,join=none": false, "239.1.1.1:5005%eth1": false, "239.1.1.1:5005%eth0,vlan=7": false, "239.1.1.1:5000-5010%eth+": false,
+	} {
+		err := ValidateSet(mustRules(t, base, "b "+other+" -> 239.2.2.3:7%eth9"))
+		if !clash {
+			if err != nil {
+				t.Errorf("%s: %v", other, err)
+			}
+			continue
+		}
+		f := fieldError(t, err)
+		if f.Err != ErrDuplicateInput || len(errorLines(err)) != 1 || f.Rule == "a" && err.Error() != want+mustInput(t, other).String() {
+			t.Errorf("%s: %v", other, err)
+		}
+	}
+}

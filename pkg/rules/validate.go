@@ -42,6 +42,7 @@ func checkSet(rules []Rule, place func(rule int) string, list *faultList) {
 		r.check(i, s.label(i), list)
 		s.checkDuplicates(i, list)
 	}
+	s.checkRanges(list)
 	s.checkLoops(list)
 }
 
@@ -97,7 +98,7 @@ func (s *ruleSet) checkDuplicates(i int, list *faultList) {
 
 // check reports the faults of one rule under the label given.
 func (r Rule) check(index int, label string, list *faultList) {
-	c := checker{index: index, rule: label, list: list}
+	c := checker{index: index, rule: label, list: list, localControl: r.Accept.LocalControl}
 	if !validName(r.Name) {
 		c.fault(nil, "name", r.Name, fmt.Sprintf("1 to %d bytes of A-Z a-z 0-9 . _ : -, a letter or digit first", MaxNameLen))
 	}
@@ -106,6 +107,7 @@ func (r Rule) check(index int, label string, list *faultList) {
 	}
 	c.input(r.In, r.Accept, r.Path)
 	c.outputs(r)
+	c.localControlNeeded(r)
 }
 
 func validName(s string) bool {
@@ -128,6 +130,8 @@ type checker struct {
 	index int
 	rule  string
 	list  *faultList
+	// localControl lets single groups of one link stand.
+	localControl bool
 }
 
 func (c *checker) fault(class error, field, value, want string) {
@@ -162,14 +166,13 @@ func (c *checker) input(in Input, accept Acceptance, path Path) {
 		e.fault(nil, "", "", inputForm)
 		return
 	}
-	e.target(in.Interface, in.Address, in.Len)
+	e.target(in.Interface, in.Address, in.Len, accept.Broadcast)
 	e.vlan(in.VLAN)
-	if in.Source.IsValid() {
-		e.source(".source", in.Source, in.Address)
-	} else if ssm := ssmRange(in.Address); ssm != "" && accept.Join != JoinNone {
-		e.fault(ErrNeedSource, ".source", "", fmt.Sprintf("SOURCE@%s: groups of %s need a source (RFC 4607 section 4.1)", bounded(in.Address.String()), ssm))
+	e.senders(in, accept)
+	e.ports(in)
+	if e.fromHost(in, accept, path); !in.FromHost {
+		e.join(in, accept)
 	}
-	e.join(in, accept)
 	if accept.Local && path != PathAuto && path != PathFanout {
 		e.fault(nil, ".local", "yes", "path auto or fanout: path "+path.String()+" takes the packets away from the host's receivers")
 	}
@@ -219,6 +222,9 @@ func (e end) joinList(in Input, groups []netip.Addr) {
 	for _, g := range groups {
 		if !in.Prefix().Contains(g) {
 			e.fault(nil, ".join", g.String(), fmt.Sprintf("groups of the input, %v", in.Prefix()))
+		}
+		if want := linkLocalFault(g); want != "" && in.Len != 0 && in.Prefix().Contains(g) {
+			e.fault(ErrLinkLocal, ".join", g.String(), want)
 		}
 		if seen[g] {
 			e.fault(nil, ".join", g.String(), "each group once")
@@ -272,7 +278,7 @@ func (c *checker) outputs(r Rule) {
 			e.fault(nil, "", "", outputForm)
 			continue
 		}
-		e.target(o.Interface, o.Address, o.Len)
+		e.target(o.Interface, o.Address, o.Len, o.Policy.Broadcast)
 		e.prefix(o, r.In)
 		e.port(o, r.In)
 		e.family(o.Address, r.In.Address)
@@ -286,7 +292,10 @@ func (c *checker) outputs(r Rule) {
 }
 
 // target checks what inputs and outputs have in common.
-func (e end) target(iface string, addr netip.Addr, length uint8) {
+func (e end) target(iface string, addr netip.Addr, length uint8, broadcast bool) {
+	if broadcast {
+		e.broadcast(addr, length)
+	}
 	if want := interfaceFault(iface); want != "" {
 		e.fault(nil, ".interface", iface, want)
 	}
@@ -294,12 +303,12 @@ func (e end) target(iface string, addr netip.Addr, length uint8) {
 		e.fault(nil, ".address", "", "a multicast group or a unicast address")
 		return
 	}
-	if want := addrFault(addr); want != "" {
+	if want := e.addrFault(addr, broadcast); want != "" {
 		e.fault(nil, ".address", addr.String(), want)
 		return
 	}
 	if length == 0 {
-		if want := linkLocalFault(addr); want != "" {
+		if want := e.linkLocalFault(addr); want != "" {
 			e.fault(ErrLinkLocal, ".address", addr.String(), want)
 		}
 		return
@@ -316,6 +325,9 @@ func (e end) wholePrefix(addr netip.Addr, length uint8) {
 	p := netip.PrefixFrom(addr, int(length))
 	if p.Masked() != p {
 		e.fault(nil, ".address", p.String(), p.Masked().String()+", without bits behind the prefix")
+		return
+	}
+	if isAllGroups(p) {
 		return
 	}
 	if addr.Is6() { // the lowest group of a prefix has the narrowest scope
@@ -353,6 +365,7 @@ var addressKinds = [...]struct {
 
 // prefix checks an output that is a prefix.
 func (e end) prefix(o Output, in Input) {
+	e.allGroups(o, in)
 	switch {
 	case o.Len == 0 || !o.Address.IsValid() || !in.Address.IsValid():
 	case o.Len != in.Len:
@@ -381,8 +394,11 @@ func (e end) port(o Output, in Input) {
 			e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), "+1 to +65534 or -1 to -65534")
 			return
 		}
-		if to := int32(in.Port) + o.PortShift; in.Port != 0 && (to < 1 || to > 65535) {
-			e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), fmt.Sprintf("what leaves the input's port %d within 1 to 65535: it would be %d", in.Port, to))
+		for _, port := range [...]uint16{in.Port, in.PortTo} {
+			if to := int32(port) + o.PortShift; port != 0 && (to < 1 || to > 65535) {
+				e.fault(nil, ".port", fmt.Sprintf("%+d", o.PortShift), fmt.Sprintf("what leaves the input's port %d within 1 to 65535: it would be %d", port, to))
+				break
+			}
 		}
 	default:
 		e.fault(nil, ".port", strconv.Itoa(int(o.PortMode)), "one of the modes declared")

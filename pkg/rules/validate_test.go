@@ -25,6 +25,21 @@ func TestValidateAccepts(t *testing.T) {
 		"v6 [ff05::1]:5000%eth0 -> [ff0e::2]:5000%eth1 [2001:db8::1]:5000%eth1 [fe80::1]:5000%eth1,src=2001:db8::2",
 		"v6-ssm 2001:db8::5@[ff3e::1]:5000%eth0 -> [ff35::2]:5000%eth1",
 		"v6-unicast-prefix [ff3e:30:2001:db8::1]:5000%eth0 -> [ff03::2]:5000%eth1", // RFC 3306: not the SSM range
+		"own 239.1.1.1:5000%eth0,from=host -> 239.1.1.1:5000%eth0 239.1.1.1:5000%eth1",
+		"own-prefix 239.1.0.0/16%eth0,from=host,vlan=7 -> 239.2.2.2%eth1",
+		"own-ssm 232.1.1.1:5000%eth0,from=host -> 232.1.1.1:5000%eth1",
+		"own-broadcast 255.255.255.255:9%eth0,from=host,broadcast=allow -> 239.1.1.1:9%eth1",
+		"all 224.0.0.0/4%eth0,join=239.1.1.1+224.0.1.1 -> 224.0.0.0/4%eth1 239.2.2.2:5000%eth2",
+		"all6 [ff00::]/8%eth0,join=none -> [ff00::]/8%eth1",
+		"senders 10.0.0.0/24@239.1.1.1:5000-5010%eth0,except=10.0.0.7+10.0.0.64/26 -> 239.2.2.2:+1000%eth1 239.2.2.3%eth2 239.2.2.4:6000%eth2",
+		"senders6 2001:db8::/32@[ff05::1]%eth0,except=2001:db8:1::/48 -> [ff05::2]%eth1",
+		"but-one 239.1.1.1%eth0,except=10.0.0.7 -> 239.2.2.2%eth1",
+		"any-ssm 10.0.0.0/8@232.1.1.1:5%eth0,join=none -> 239.2.2.2:5%eth1",
+		"mdns 224.0.0.251:5353%eth0,local-control=allow -> 224.0.0.251:5353%eth1 239.2.2.2:5353%eth2",
+		"mdns6 [ff02::fb]:5353%eth0,local-control=allow -> [ff02::fb]:5353%eth1",
+		"to-the-link 239.1.1.9:5353%eth0,local-control=allow -> 224.0.0.251:5353%eth1",
+		"wol 255.255.255.255:9%eth0,broadcast=allow -> 255.255.255.255:9%eth1,broadcast=allow 10.0.1.255:9%eth2,broadcast=allow 239.1.1.1%eth3",
+		"directed 10.0.0.255%eth0,broadcast=allow -> 10.0.0.7%eth1",
 		"policies 239.1.1.1:5%eth0 -> 239.2.2.2:6%eth1,csum=zero,ttl=1,dscp=63,src=10.0.0.1:9",
 	} {
 		if err := mustRule(t, s).Validate(); err != nil {
@@ -37,10 +52,11 @@ func TestValidateAccepts(t *testing.T) {
 func TestValidateRefuses(t *testing.T) {
 	const thisNet = "an address outside 0.0.0.0/8, this network (RFC 1122 section 3.2.1.3)"
 	const loopback = "an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)"
-	const broadcast = "an address other than broadcast (RFC 1122 section 3.2.1.3)"
+	const broadcast = "an address other than broadcast (RFC 1122 section 3.2.1.3), unless broadcast=allow is beside it"
 	const reserved = "an address outside 240.0.0.0/4, reserved (RFC 1112 section 4)"
-	const control = "a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4)"
+	const control = "a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4), unless the rule's input says local-control=allow"
 	const scope = "a group of scope 3 or wider, ffx3::/16 and up: narrower ones are never forwarded between links (RFC 4291 section 2.7)"
+	const linkScope = scope + ", unless the rule's input says local-control=allow"
 	in := func(s string) func(*Rule) { return func(r *Rule) { r.In.Address = netip.MustParseAddr(s) } }
 	out := func(s string) func(*Rule) { return func(r *Rule) { r.Out[0].Address = netip.MustParseAddr(s) } }
 	source := func(s string) func(*Rule) { return func(r *Rule) { r.In.Source = netip.MustParseAddr(s) } }
@@ -64,6 +80,19 @@ func TestValidateRefuses(t *testing.T) {
 	shifted := func(n int32) func(*Rule) {
 		return func(r *Rule) { r.Out[0].PortMode, r.Out[0].Port, r.Out[0].PortShift = PortAdd, 0, n }
 	}
+	host := func(f func(*Rule)) func(*Rule) { return func(r *Rule) { r.In.FromHost = true; f(r) } }
+	senders := func(s string) func(*Rule) {
+		p := netip.MustParsePrefix(s)
+		return func(r *Rule) { r.In.Source, r.In.SourceLen = p.Addr(), uint8(p.Bits()) }
+	}
+	except := func(all ...string) func(*Rule) {
+		return func(r *Rule) {
+			for _, s := range all {
+				r.Accept.Except = append(r.Accept.Except, netip.MustParsePrefix(s))
+			}
+		}
+	}
+	ports := func(first, last uint16) func(*Rule) { return func(r *Rule) { r.In.Port, r.In.PortTo = first, last } }
 	v6 := func(f func(*Rule)) func(*Rule) {
 		return func(r *Rule) {
 			*r = mustRule(t, "a 2001:db8::5@[ff3e::1]:5000%eth0 -> [ff0e::2]:6000%eth1")
@@ -101,6 +130,25 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) { r.In.VLAN.ID = 4095 }, nil, `in.vlan "4095": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
 		{func(r *Rule) { r.In.VLAN.Outer = 7 }, nil, `in.vlan "7.0": want VLANs of 1 to 4094 (IEEE 802.1Q section 9.6)`},
 		{func(r *Rule) { r.Accept.ZeroChecksum = true }, nil, `in.csum "any": want no csum: IPv4 packets without a UDP checksum are always taken`},
+		{func(r *Rule) { r.Accept.LocalControl = true }, nil, `in.local-control "allow": want no local-control: no address of the rule is a single group of 224.0.0.0/24 or ffx2::/16`},
+		{func(r *Rule) {
+			joined(prefix("224.0.0.0/28"), JoinAll)(r)
+			r.Accept.LocalControl = true
+			r.Out[0].Address = addr("224.0.0.9")
+		},
+			ErrLinkLocal, `in.address "224.0.0.0/28": want a prefix without 224.0.0.0/24 (never forwarded between links, RFC 5771 section 4)`},
+		{v6(func(r *Rule) {
+			r.In.Address = addr("ff01::1")
+			r.Accept.LocalControl = true
+			r.Out[0].Address = addr("ff02::1")
+		}), ErrLinkLocal, `in.address "ff01::1": want ` + scope},
+		{func(r *Rule) { r.Accept.Broadcast = true }, nil, `in.broadcast "allow": want no broadcast: 239.1.1.1 is a group`},
+		{policy(Policy{Broadcast: true}), nil, `out[0].broadcast "allow": want no broadcast: 239.2.2.2 is a group`},
+		{func(r *Rule) { prefix("10.1.0.0/16")(r); r.Accept.Broadcast = true }, nil,
+			`in.broadcast "allow": want one address, without a prefix length: 255.255.255.255, or the highest of a network of the link`},
+		{v6(func(r *Rule) { r.In.Address = addr("2001:db8::1"); r.Accept.Broadcast = true }), nil, `in.broadcast "allow": want no broadcast: IPv6 has none (RFC 4291 section 2)`},
+		{func(r *Rule) { joined(in("255.255.255.255"), JoinAll)(r); r.Accept.Broadcast = true }, nil, `in.join "all": want no join: a unicast address is not joined`},
+		{func(r *Rule) { in("250.1.1.255")(r); r.Accept.Broadcast = true }, nil, `in.address "250.1.1.255": want ` + reserved},
 		{func(r *Rule) { r.Accept.Local, r.Path = true, PathKernel }, nil, `in.local "yes": want path auto or fanout: path kernel takes the packets away from the host's receivers`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 999} }, nil, `in.rate "999bit": want 1kbit or more`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 1000, Packets: 1} }, nil, `in.rate "1pps and 1000bit": want packets or bits, not both`},
@@ -130,14 +178,14 @@ func TestValidateRefuses(t *testing.T) {
 
 		{v6(in("::")), nil, `in.address "::": want an address other than the unspecified one (RFC 4291 section 2.5.2)`},
 		{v6(in("::1")), nil, `in.address "::1": want an address other than loopback (RFC 4291 section 2.5.3)`},
-		{v6(in("ff02::fb")), ErrLinkLocal, `in.address "ff02::fb": want ` + scope},
-		{v6(in("ff12::1")), ErrLinkLocal, `in.address "ff12::1": want ` + scope},
+		{v6(in("ff02::fb")), ErrLinkLocal, `in.address "ff02::fb": want ` + linkScope},
+		{v6(in("ff12::1")), ErrLinkLocal, `in.address "ff12::1": want ` + linkScope},
 		{v6(in("ff01::1")), ErrLinkLocal, `in.address "ff01::1": want ` + scope},
 		{v6(in("ff00::1")), ErrLinkLocal, `in.address "ff00::1": want ` + scope},
 		{v6(func(r *Rule) { r.In.Source = netip.Addr{} }), ErrNeedSource, `in.source missing: write SOURCE@ff3e::1: groups of ff3x::/32 need a source (RFC 4607 section 4.1)`},
 		{v6(source("::1")), nil, `in.source "::1": want an address other than loopback (RFC 4291 section 2.5.3)`},
 		{v6(source("fe80::1%eth0")), nil, `in.source "fe80::1%eth0": want an address without a zone`},
-		{v6(out("ff02::2")), ErrLinkLocal, `out[0].address "ff02::2": want ` + scope},
+		{v6(out("ff02::2")), ErrLinkLocal, `out[0].address "ff02::2": want ` + linkScope},
 		{v6(out("fe80::1%eth0")), nil, `out[0].address "fe80::1%eth0": want an address without a zone`},
 		{v6(out("239.2.2.2")), ErrFamily, `out[0].address "239.2.2.2": want the family of the input, ff3e::1: a rule cannot translate between IPv4 and IPv6`},
 		{v6(policy(Policy{Checksum: ChecksumZero})), nil, `out[0].csum "zero": want update: IPv6 needs the UDP checksum (RFC 8200 section 8.1)`},
@@ -174,7 +222,41 @@ func TestValidateRefuses(t *testing.T) {
 		{policy(Policy{PCPSet: true, PCP: 3}), nil, `out[0].pcp "3": want a copy with a VLAN tag, which carries the priority: vlan=ID beside it`},
 		{policy(Policy{PCPSet: true, VLAN: VLANPop}), nil, `out[0].pcp "0": want a copy with a VLAN tag, which carries the priority: vlan=ID beside it`},
 		{v6(func(r *Rule) { r.In.Address, r.In.Len, r.Accept.Join = addr("ff02::"), 64, JoinNone }), ErrLinkLocal, `in.address "ff02::/64": want ` + scope},
-		{v6(func(r *Rule) { r.In.Address, r.In.Len, r.Accept.Join = addr("ff00::"), 8, JoinNone }), ErrLinkLocal, `in.address "ff00::/8": want ` + scope},
+		{joined(prefix("224.0.0.0/4"), JoinList, "239.1.1.1", "224.0.0.5"), ErrLinkLocal, `in.join "224.0.0.5": want a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4)`},
+		{joined(prefix("224.0.0.0/4"), JoinAll), nil, `in.join "all": want join=none or join=GROUP+GROUP...: 224.0.0.0/4 has more than 4096 groups`},
+		{func(r *Rule) {
+			joined(prefix("16.0.0.0/4"), JoinNone)(r)
+			r.Out[0].Address, r.Out[0].Len = addr("224.0.0.0"), 4
+		}, ErrLinkLocal, `out[0].address "224.0.0.0/4": want an input of 224.0.0.0/4, too: else some would go to groups that are never forwarded between links`},
+		{host(func(r *Rule) { r.Path = PathKernel }), nil, `in.from "host": want path auto or fanout: what this host sends does not pass path kernel`},
+		{host(func(r *Rule) { r.Accept.Join = JoinNone }), nil, `in.from "host": want no join: what this host sends needs no membership`},
+		{host(func(r *Rule) { r.Accept.Local = true }), nil, `in.from "host": want no local: the host's receivers get what it sends anyway`},
+		{host(in("10.0.0.1")), nil, `in.from "host": want a multicast group, or broadcast=allow`},
+		{senders("10.0.0.1/24"), nil, `in.source "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
+		{senders("10.0.0.0/32"), nil, `in.source "/32": want /1 to /31, or none for the address alone`},
+		{senders("128.0.0.0/1"), nil, `in.source "128.0.0.0/1": want a prefix of unicast addresses: a group is never a source`},
+		{senders("2001:db8::/32"), ErrFamily, `in.source "2001:db8::": want the family of 239.1.1.1`},
+		{func(r *Rule) { r.In.SourceLen = 8 }, nil, `in.source "/8": want an address in front of the length`},
+		{func(r *Rule) { senders("10.0.0.0/8")(r); joined(prefix("239.1.0.0/16"), JoinNone)(r) }, nil,
+			`in.source "10.0.0.0/8": want one source, or one group: a prefix of sources does not go with a prefix of groups`},
+		{func(r *Rule) { in("232.1.1.1")(r); senders("10.0.0.0/8")(r) }, ErrNeedSource,
+			`in.source "10.0.0.0/8": want one source, or join=none: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
+		{except("10.0.0.1/24"), nil, `in.except "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
+		{except("2001:db8::1/128"), ErrFamily, `in.except "2001:db8::1": want the family of 239.1.1.1`},
+		{except("10.0.0.0/24", "10.0.0.7/32"), nil, `in.except "10.0.0.7": want each sender once`},
+		{func(r *Rule) { senders("10.0.0.0/24")(r); except("10.0.1.0/32")(r) }, nil, `in.except "10.0.1.0": want senders of the input, 10.0.0.0/24`},
+		{func(r *Rule) { senders("10.0.0.0/24")(r); except("10.0.0.0/24")(r) }, nil, `in.except "10.0.0.0/24": want senders of the input, 10.0.0.0/24`},
+		{func(r *Rule) { source("10.0.0.1")(r); except("10.0.0.1/32")(r) }, nil, `in.except "10.0.0.1": want no except: one sender alone is taken`},
+		{func(r *Rule) { joined(prefix("239.1.0.0/16"), JoinNone)(r); except("10.0.0.1/32")(r) }, nil, `in.except "10.0.0.1": want one group: senders cannot be left out of a prefix of groups`},
+		{func(r *Rule) {
+			for i := range 65 {
+				r.Accept.Except = append(r.Accept.Except, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 32))
+			}
+		}, nil, `in.except "65 prefixes": want at most 64`},
+		{ports(5000, 5000), nil, `in.port "5000-5000": want a range of ports from a lower to a higher one, as 5000-5010`},
+		{ports(0, 5000), nil, `in.port "0-5000": want a range of ports from a lower to a higher one, as 5000-5010`},
+		{ports(5000, 6024), nil, `in.port "5000-6024": want at most 1024 ports, or no ':' for any port`},
+		{func(r *Rule) { ports(5000, 5010)(r); shifted(60530)(r) }, nil, `out[0].port "+60530": want what leaves the input's port 5010 within 1 to 65535: it would be 65540`},
 		{policy(Policy{Checksum: 7}), nil, `out[0].csum "ChecksumPolicy(7)": want one of the policies declared`},
 		{func(r *Rule) { r.Path = 7 }, nil, `path "Path(7)": want auto, kernel, afxdp or fanout`},
 	} {

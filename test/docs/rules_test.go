@@ -431,13 +431,15 @@ func TestLimits(t *testing.T) {
 		longest = len(name)
 	}
 	want := map[string]int{
-		"outputs of a rule, patterns expanded":      rules.MaxOutputs,
-		"groups that `join=all` joins":              rules.MaxJoinAll,
-		"bytes of a rule's name":                    rules.MaxNameLen,
-		"bytes of an interface's name":              longest,
-		"fragmented datagrams followed at a time":   int(spec.Maps["fragments"].MaxEntries),
-		"seconds that a first fragment is followed": int(timeout / 1e9),
-		"MiB of a file of rules":                    rules.MaxFileSize >> 20,
+		"outputs of a rule, patterns expanded":                    rules.MaxOutputs,
+		"ports of a range":                                        rules.MaxPorts,
+		"senders, or prefixes of them, that `except=` leaves out": rules.MaxExcept,
+		"groups that `join=all` joins":                            rules.MaxJoinAll,
+		"bytes of a rule's name":                                  rules.MaxNameLen,
+		"bytes of an interface's name":                            longest,
+		"fragmented datagrams followed at a time":                 int(spec.Maps["fragments"].MaxEntries),
+		"seconds that a first fragment is followed":               int(timeout / 1e9),
+		"MiB of a file of rules, with those that it includes":     rules.MaxFileSize >> 20,
 	}
 	rows := tableOf(t, "docs/rules.md", "what | at most").rows
 	if len(rows) != len(want) {
@@ -446,6 +448,54 @@ func TestLimits(t *testing.T) {
 	for _, r := range rows {
 		if n, ok := want[r.cells[0]]; !ok || r.cells[1] != strconv.Itoa(n) {
 			t.Errorf("docs/rules.md:%d: %s: %s, want %d (%v)", r.line, r.cells[0], r.cells[1], n, ok)
+		}
+	}
+}
+
+// includeFaults are files that end in each fault: the one that includes the others, and
+// two in rules.d.
+var includeFaults = map[string]struct{ main, a, b string }{
+	"one name in two files":    {main: "include: rules.d/*.yaml", a: cam1, b: strings.ReplaceAll(cam1, "1.1:5", "1.2:5")},
+	"one input in two files":   {main: "include: rules.d/*.yaml", a: cam1, b: strings.ReplaceAll(cam1, "cam1", "cam2")},
+	"nested, or a circle":      {main: "include: rules.d/*.yaml", a: cam1, b: "include: ../rules.yaml"},
+	"a file twice":             {main: "include:\n- rules.d/a.yaml\n- rules.d/*.yaml"},
+	"the file itself":          {main: "include: '*.yaml'"},
+	"a pattern of directories": {main: "include: '*/a.yaml'"},
+	"from standard input":      {main: "include: rules.d/*.yaml"},
+}
+
+const cam1 = "rules:\n- name: cam1\n  in: 239.1.1.1:5000%eth0\n  out: 239.2.2.2:5000%eth1\n"
+
+// includeDisk is rules.Files of such a file.
+type includeDisk map[string]string
+
+func (d includeDisk) ReadFile(name string) ([]byte, error) { return []byte(d[name]), nil }
+
+func (d includeDisk) ReadDir(dir string) (names []string, err error) {
+	for name := range d {
+		if filepath.Dir(name) == dir {
+			names = append(names, filepath.Base(name))
+		}
+	}
+	return names, nil
+}
+
+// Every fault of files that include others is the program's.
+func TestIncludeFaults(t *testing.T) {
+	rows := tableOf(t, "docs/rules.md", "fault | message").rows
+	if len(rows) != len(includeFaults) {
+		t.Errorf("%d faults, want %d", len(rows), len(includeFaults))
+	}
+	for _, r := range rows {
+		f, ok := includeFaults[r.cells[0]]
+		want, _ := code(r.cells[1])
+		name, files := "rules.yaml", rules.Files(includeDisk{"rules.yaml": "", "rules.d/a.yaml": f.a, "rules.d/b.yaml": f.b})
+		if strings.HasPrefix(want, "stdin:") {
+			name, files = "stdin", nil
+		}
+		_, err := rules.ParseFiles(name, []byte(f.main), files)
+		if !ok || err == nil || strings.Split(err.Error(), "\n")[0] != want {
+			t.Errorf("docs/rules.md:%d: the program says\n%v\nthe document\n%s", r.line, err, want)
 		}
 	}
 }

@@ -133,7 +133,7 @@ func TestBadRules(t *testing.T) {
 		{name: "unknown path", input: "239.1.1.2:5000%in0", more: []string{"--path", "warp"}, code: 2,
 			line: `rule "bad": path "warp": want auto, kernel, afxdp or fanout`},
 		{name: "unknown policy", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:6000%out1,tll=3"}, code: 2,
-			line: `rule "bad": output "239.2.2.2:6000%out1,tll=3": policy "tll=3": want KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, rate, burst`},
+			line: `rule "bad": output "239.2.2.2:6000%out1,tll=3": policy "tll=3": want KEY=VALUE, KEY one of src, sport, ttl, minttl, dscp, csum, vlan, pcp, broadcast, rate, burst`},
 		{name: "TTL 256", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:6000%out1,ttl=256"}, code: 2,
 			line: `rule "bad": output "239.2.2.2:6000%out1,ttl=256": policy "ttl=256": want ttl=keep, ttl=dec or ttl=1 to 255`},
 		{name: "source is a group", input: "239.9.9.9@239.1.1.2:5000%in0", code: 2,

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,7 +13,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/loader"
+	hostnet "xdpcast/pkg/network"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/traffic"
 )
@@ -104,6 +105,9 @@ func (n *network) compare(t *testing.T, frame packet.Frame, taps map[string]*lab
 		edit(&want)
 		if want.DstMAC == ([6]byte{}) {
 			want.DstMAC = packet.MulticastMAC(want.Dst)
+		}
+		if want.Src == ofTheLink {
+			want.Src = linkLocal(t, n.relay, ifname)
 		}
 		if got, want := taps[ifname].Collect(1, isUDP)[0], want.Build(); !bytes.Equal(got, want) {
 			t.Errorf("output %d:\n got  %x\n want %x", slot, got, want)
@@ -341,13 +345,17 @@ func TestJumbo(t *testing.T) {
 	in.start()
 	// byKernel is how the kernel path must fare: before Linux 6.3 no device sends
 	// redirected frames of several buffers.
-	var sends loader.Features
+	var sends hostnet.Features
 	labtest.Do(t, n.relay, func() error {
-		i, err := net.InterfaceByName("out0")
-		if err == nil {
-			sends, err = loader.DeviceFeatures(i.Index)
+		w, err := hostnet.Open(hostnet.Options{})
+		if err != nil {
+			return err
 		}
-		return err
+		now, err := w.Snapshot()
+		if err == nil {
+			sends = now.Link("out0").Features
+		}
+		return errors.Join(err, w.Close())
 	})
 	byKernel := func(c featureCase) featureCase {
 		if !sends.Known {

@@ -30,11 +30,13 @@ var allowed = map[string][]string{
 	"pkg/control":       {"internal/lockfile", "pkg/rules"},
 	"pkg/forward":       {"bpf", "pkg/fanout", "pkg/loader", "pkg/packet", "pkg/xsk"},
 	"pkg/metrics":       {"pkg/control"},
-	"pkg/relay":         {"bpf", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/network", "pkg/plan", "pkg/rules"},
+	"pkg/relay":         {"bpf", "internal/rulefile", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/network", "pkg/plan", "pkg/rules"},
 	"internal/genl":     {},
 	"internal/lockfile": {},
 	"internal/lab":      {},
 	"internal/labtest":  {"internal/lab"},
+	"internal/rulefile": {"pkg/rules"},
+	"pkg/convert":       {"pkg/rules"},
 }
 
 // free are the folders of packages that nothing imports.

@@ -1,0 +1,186 @@
+package loader
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
+)
+
+// A rule of a range of ports has an entry in its flow table for each. Rules of prefixes
+// of sources (Input.BySource) are entries of the prefix tables with the longest prefix
+// over the source. Each prefix that such rules of a group and port name, taken or left
+// out, is an entry there that says which of them gets it, or that none does: what the
+// longest prefix finds is then right, whatever the rules leave out.
+
+// sourceFlows are the entries of rules with BySource.
+func sourceFlows(entries []*entry) (flows []flowEntry) {
+	groups := map[Input][]*entry{} // by everything but the sources
+	for _, e := range entries {
+		for in := range e.rule.In.EveryPort() {
+			groups[in.AnySource()] = append(groups[in.AnySource()], e)
+		}
+	}
+	for in, members := range groups {
+		// The longest prefix goes first.
+		slices.SortFunc(members, func(a, b *entry) int { return cmp.Compare(b.rule.In.SourceLen, a.rule.In.SourceLen) })
+		points := map[netip.Prefix]bool{}
+		for _, e := range members {
+			points[e.rule.In.Senders()] = true
+			for _, p := range e.rule.Except {
+				points[p] = true
+			}
+		}
+		for p := range points {
+			f := flowEntry{in: in}
+			f.in.BySource, f.in.Source, f.in.SourceLen = true, p.Addr(), p.Bits()
+			for _, e := range members {
+				if e.rule.TakesAll(p) {
+					f.value = encodeFlow(e)
+					break
+				}
+			}
+			flows = append(flows, f)
+		}
+	}
+	return flows
+}
+
+// gather makes one entry of all entries of a rule. What does not go together is left as
+// it is, for the caller to find damaged.
+func gather(flows []flowEntry) []flowEntry {
+	count := map[uint32]int{}
+	several := false
+	for i := range flows {
+		f := &flows[i]
+		if f.in.BySource {
+			several = true
+			continue
+		}
+		count[f.value.Rule]++
+		several = several || count[f.value.Rule] > 1
+	}
+	if !several {
+		return flows
+	}
+	var all []flowEntry
+	rules := map[uint32][]flowEntry{}
+	sources := map[Input][]flowEntry{} // entries of prefixes of sources, by everything else
+	for _, f := range flows {
+		if f.in.BySource {
+			sources[f.in.AnySource()] = append(sources[f.in.AnySource()], f)
+		}
+		switch {
+		case f.in.BySource && isNone(f):
+		case f.in.BySource || count[f.value.Rule] > 1:
+			rules[f.value.Rule] = append(rules[f.value.Rule], f)
+		default:
+			all = append(all, f)
+		}
+	}
+	for _, id := range sortedKeys(rules) {
+		all = append(all, gatherRule(rules[id], sources)...)
+	}
+	return all
+}
+
+func isNone(f flowEntry) bool { return bpf.RelayRulePath(f.value.Path) == bpf.RelayRulePathPATH_NONE }
+
+func sortedKeys[V any](m map[uint32]V) []uint32 {
+	keys := make([]uint32, 0, len(m))
+	for key := range m {
+		keys = append(keys, key)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+// gatherRule is gather for the entries of one rule.
+func gatherRule(flows []flowEntry, sources map[Input][]flowEntry) []flowEntry {
+	withoutPort := func(in Input) Input {
+		if in.BySource {
+			in.Source, in.SourceLen = netip.Addr{}, 0
+		}
+		in.Port = 0
+		return in
+	}
+	one := flows[0]
+	ports := map[uint16]bool{}
+	for _, f := range flows {
+		if withoutPort(f.in) != withoutPort(one.in) || f.value != one.value {
+			return flows
+		}
+		if ports[f.in.Port] && !f.in.BySource {
+			return flows
+		}
+		ports[f.in.Port] = true
+	}
+	own := flows[0].in
+	first, last := own.Port, own.Port
+	for _, f := range flows {
+		first, last = min(first, f.in.Port), max(last, f.in.Port)
+		if f.in.SourceLen < own.SourceLen {
+			own = f.in
+		}
+	}
+	if int(last-first)+1 != len(ports) {
+		return flows
+	}
+	one.in = own
+	one.in.Port, one.in.PortTo = first, 0
+	if last > first {
+		one.in.PortTo = last
+	}
+	if own.BySource {
+		one.except = excepted(one, sources)
+		if own.SourceLen == 0 {
+			one.in.Source = netip.Addr{}
+		}
+	}
+	return []flowEntry{one}
+}
+
+// excepted are the sources that a rule leaves out, as far as the entries tell: those of
+// its prefix that go to a shorter prefix's rule, or to none. What a longer prefix's rule
+// takes may have been left out besides, and need not be.
+func excepted(f flowEntry, sources map[Input][]flowEntry) (except []netip.Prefix) {
+	own := f.in.Senders()
+	at := f.in
+	at.PortTo = 0
+	entries := sources[at.AnySource()]
+	shortest := map[uint32]int{} // prefix of each rule
+	for _, e := range entries {
+		if bits, ok := shortest[e.value.Rule]; !isNone(e) && (!ok || e.in.SourceLen < bits) {
+			shortest[e.value.Rule] = e.in.SourceLen
+		}
+	}
+	for _, e := range entries {
+		p := e.in.Senders()
+		if flow.Covers(own, p) && p != own && (isNone(e) || shortest[e.value.Rule] < own.Bits()) {
+			except = append(except, p)
+		}
+	}
+	return flow.NormalExcept(except)
+}
+
+// unpublish deletes the entries of a rule from its flow table.
+func (l *Loader) unpublish(e *entry) error {
+	if e.rule.In.IsOne() {
+		return l.tableOf(e.rule.In).Delete(encodeKey(e.rule.In))
+	}
+	table := l.tableOf(e.rule.In)
+	flows, err := readKind(kindOf(e.rule.In), table)
+	if err != nil {
+		return err
+	}
+	for _, f := range flows {
+		if f.value.Rule == e.id && !isNone(f) {
+			if err := table.Delete(encodeKey(f.in)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

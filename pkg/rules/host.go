@@ -1,0 +1,18 @@
+package rules
+
+// fromHost checks an input of packets that this host itself sends: no membership brings
+// them, and they pass the packet tap alone.
+func (e end) fromHost(in Input, accept Acceptance, path Path) {
+	const field = ".from"
+	switch {
+	case !in.FromHost:
+	case path != PathAuto && path != PathFanout:
+		e.fault(nil, field, "host", "path auto or fanout: what this host sends does not pass path "+path.String())
+	case accept.Join != JoinDefault:
+		e.fault(nil, field, "host", "no join: what this host sends needs no membership")
+	case accept.Local:
+		e.fault(nil, field, "host", "no local: the host's receivers get what it sends anyway")
+	case in.Address.IsValid() && !in.Multicast() && !accept.Broadcast:
+		e.fault(nil, field, "host", "a multicast group, or broadcast=allow")
+	}
+}

@@ -1,0 +1,108 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// What is meant for one link: groups that no router may forward, and broadcast. A rule
+// relays them when it says so.
+
+// LinkScope reports whether a group is of one link, though it leaves the host:
+// 224.0.0.0/24 (RFC 5771 section 4) or one of IPv6 scope 2 (RFC 4291 section 2.7).
+func LinkScope(a netip.Addr) bool {
+	if a.Is4() {
+		b := a.As4()
+		return b[0] == 224 && b[1] == 0 && b[2] == 0
+	}
+	b := a.As16()
+	return b[0] == 0xff && b[1]&0xf == 2
+}
+
+// limitedBroadcast is 255.255.255.255 (RFC 919 section 7).
+var limitedBroadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// Unicast reports whether an output sends to one host, by its next hop.
+func (o Output) Unicast() bool { return !o.Address.IsMulticast() && !o.Policy.Broadcast }
+
+const (
+	insistLocalControl = ", unless the rule's input says local-control=allow"
+	insistBroadcast    = ", unless broadcast=allow is beside it"
+)
+
+// addrFault is the fault of an address where packets come in or go out; broadcast says
+// that it is one of the link.
+func (e end) addrFault(addr netip.Addr, broadcast bool) string {
+	switch {
+	case addr != limitedBroadcast:
+		return addrFault(addr)
+	case broadcast:
+		return ""
+	}
+	return addrFault(addr) + insistBroadcast
+}
+
+// linkLocalFault is the fault of a single group that no router may forward.
+func (e end) linkLocalFault(addr netip.Addr) string {
+	want := linkLocalFault(addr)
+	switch {
+	case want == "" || !LinkScope(addr):
+		return want
+	case e.localControl:
+		return ""
+	}
+	return want + insistLocalControl
+}
+
+// localControlNeeded refuses the option in a rule that has no use for it.
+func (c *checker) localControlNeeded(r Rule) {
+	if !r.Accept.LocalControl || r.In.Len == 0 && r.In.Address.IsValid() && LinkScope(r.In.Address) {
+		return
+	}
+	for _, o := range r.Out {
+		if o.Len == 0 && o.Address.IsValid() && LinkScope(o.Address) {
+			return
+		}
+	}
+	end{c, inputSlot}.fault(nil, ".local-control", "allow", "no local-control: no address of the rule is a single group of 224.0.0.0/24 or ffx2::/16")
+}
+
+// broadcast checks the option beside an address.
+func (e end) broadcast(addr netip.Addr, length uint8) {
+	switch {
+	case !addr.IsValid():
+	case addr.Is6():
+		e.fault(nil, ".broadcast", "allow", "no broadcast: IPv6 has none (RFC 4291 section 2)")
+	case addr.IsMulticast():
+		e.fault(nil, ".broadcast", "allow", fmt.Sprintf("no broadcast: %v is a group", addr))
+	case length != 0:
+		e.fault(nil, ".broadcast", "allow", "one address, without a prefix length: 255.255.255.255, or the highest of a network of the link")
+	}
+}
+
+// The prefixes of all groups. They leave out what no router may forward.
+var (
+	allGroups4 = netip.MustParsePrefix("224.0.0.0/4")
+	allGroups6 = netip.MustParsePrefix("ff00::/8")
+)
+
+func isAllGroups(p netip.Prefix) bool { return p == allGroups4 || p == allGroups6 }
+
+// meets reports whether two prefixes have an address in common: one address that no
+// router may forward is in no prefix that is longer.
+func meets(a, b netip.Prefix) bool {
+	if !a.Overlaps(b) {
+		return false
+	}
+	if a.Bits() > b.Bits() {
+		a, b = b, a
+	}
+	return a.IsSingleIP() || !b.IsSingleIP() || linkLocalFault(b.Addr()) == ""
+}
+
+// allGroups checks an output to the prefix of all groups.
+func (e end) allGroups(o Output, in Input) {
+	if p := (Input{Address: o.Address, Len: o.Len}).Prefix(); o.Len == in.Len && isAllGroups(p) && in.Prefix() != p {
+		e.fault(ErrLinkLocal, ".address", p.String(), fmt.Sprintf("an input of %v, too: else some would go to groups that are never forwarded between links", p))
+	}
+}
