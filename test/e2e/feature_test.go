@@ -12,7 +12,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/loader"
+	host "xdpcast/pkg/network"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/traffic"
 )
@@ -341,14 +341,7 @@ func TestJumbo(t *testing.T) {
 	in.start()
 	// byKernel is how the kernel path must fare: before Linux 6.3 no device sends
 	// redirected frames of several buffers.
-	var sends loader.Features
-	labtest.Do(t, n.relay, func() error {
-		i, err := net.InterfaceByName("out0")
-		if err == nil {
-			sends, err = loader.DeviceFeatures(i.Index)
-		}
-		return err
-	})
+	sends := n.features(t, "out0")
 	byKernel := func(c featureCase) featureCase {
 		if !sends.Known {
 			c.want, c.drop = nil, "multi_buffer"
@@ -369,6 +362,24 @@ func TestJumbo(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, n, in, "kernel", fmt.Sprint("case", i)) })
 	}
+}
+
+// features is what the kernel says of an interface of the relay.
+func (n *network) features(t *testing.T, ifname string) (f host.Features) {
+	t.Helper()
+	labtest.Do(t, n.relay, func() error {
+		w, err := host.Open(host.Options{})
+		if err != nil {
+			return err
+		}
+		defer w.Close()
+		s, err := w.Snapshot()
+		if err == nil {
+			f = s.Link(ifname).Features
+		}
+		return err
+	})
+	return f
 }
 
 // listen receives a group, or what is sent to an address, on a sink.
