@@ -2,7 +2,6 @@ package e2e_test
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -13,7 +12,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	hostnet "xdpcast/pkg/network"
+	host "xdpcast/pkg/network"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/traffic"
 )
@@ -105,9 +104,6 @@ func (n *network) compare(t *testing.T, frame packet.Frame, taps map[string]*lab
 		edit(&want)
 		if want.DstMAC == ([6]byte{}) {
 			want.DstMAC = packet.MulticastMAC(want.Dst)
-		}
-		if want.Src == ofTheLink {
-			want.Src = linkLocal(t, n.relay, ifname)
 		}
 		if got, want := taps[ifname].Collect(1, isUDP)[0], want.Build(); !bytes.Equal(got, want) {
 			t.Errorf("output %d:\n got  %x\n want %x", slot, got, want)
@@ -345,18 +341,7 @@ func TestJumbo(t *testing.T) {
 	in.start()
 	// byKernel is how the kernel path must fare: before Linux 6.3 no device sends
 	// redirected frames of several buffers.
-	var sends hostnet.Features
-	labtest.Do(t, n.relay, func() error {
-		w, err := hostnet.Open(hostnet.Options{})
-		if err != nil {
-			return err
-		}
-		now, err := w.Snapshot()
-		if err == nil {
-			sends = now.Link("out0").Features
-		}
-		return errors.Join(err, w.Close())
-	})
+	sends := n.features(t, "out0")
 	byKernel := func(c featureCase) featureCase {
 		if !sends.Known {
 			c.want, c.drop = nil, "multi_buffer"
@@ -377,6 +362,24 @@ func TestJumbo(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, n, in, "kernel", fmt.Sprint("case", i)) })
 	}
+}
+
+// features is what the kernel says of an interface of the relay.
+func (n *network) features(t *testing.T, ifname string) (f host.Features) {
+	t.Helper()
+	labtest.Do(t, n.relay, func() error {
+		w, err := host.Open(host.Options{})
+		if err != nil {
+			return err
+		}
+		defer w.Close()
+		s, err := w.Snapshot()
+		if err == nil {
+			f = s.Link(ifname).Features
+		}
+		return err
+	})
+	return f
 }
 
 // listen receives a group, or what is sent to an address, on a sink.
