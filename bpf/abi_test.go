@@ -39,7 +39,9 @@ var abiStructs = map[string]reflect.Type{
 	"rule":           reflect.TypeFor[RelayRule](),
 	"rule_stats":     reflect.TypeFor[RelayRuleStats](),
 	"shortcut":       reflect.TypeFor[RelayShortcut](),
+	"egress_drops":   reflect.TypeFor[TransmitEgressDrops](),
 	"turn":           reflect.TypeFor[RelayTurn](),
+	"user_counter":   reflect.TypeFor[RelayUserCounter](),
 }
 
 // abiEnums holds the enumerations with the values that Go knows.
@@ -64,6 +66,8 @@ var abiEnums = map[string]map[string]uint64{
 		"DROP_NO_SOCKET":    uint64(RelayDropReasonDROP_NO_SOCKET),
 		"DROP_TX_FULL":      uint64(RelayDropReasonDROP_TX_FULL),
 		"DROP_CPU_FULL":     uint64(RelayDropReasonDROP_CPU_FULL),
+		"DROP_NO_CARRIER":   uint64(RelayDropReasonDROP_NO_CARRIER),
+		"DROP_WORKER_LOST":  uint64(RelayDropReasonDROP_WORKER_LOST),
 		"DROP_INTERNAL":     uint64(RelayDropReasonDROP_INTERNAL),
 		"DROP_REASONS":      uint64(RelayDropReasonDROP_REASONS),
 	},
@@ -113,6 +117,37 @@ var abiEnums = map[string]map[string]uint64{
 		"DROP_RULE":    uint64(RelayDropScopeDROP_RULE),
 		"DROP_OUTPUT":  uint64(RelayDropScopeDROP_OUTPUT),
 		"DROP_UNKNOWN": uint64(RelayDropScopeDROP_UNKNOWN),
+		"DROP_NOTE":    uint64(RelayDropScopeDROP_NOTE),
+	},
+	"note": {
+		"NOTE_MALFORMED":  uint64(RelayNoteNOTE_MALFORMED),
+		"NOTE_ORPHAN":     uint64(RelayNoteNOTE_ORPHAN),
+		"NOTE_UNFINISHED": uint64(RelayNoteNOTE_UNFINISHED),
+		"NOTES":           uint64(RelayNoteNOTES),
+	},
+	"user_scope": {
+		"USER_FREE":   uint64(RelayUserScopeUSER_FREE),
+		"USER_RULE":   uint64(RelayUserScopeUSER_RULE),
+		"USER_OUTPUT": uint64(RelayUserScopeUSER_OUTPUT),
+		"USER_TOTAL":  uint64(RelayUserScopeUSER_TOTAL),
+		"USER_INPUT":  uint64(RelayUserScopeUSER_INPUT),
+		"USER_DEVICE": uint64(RelayUserScopeUSER_DEVICE),
+		"USER_LOOSE":  uint64(RelayUserScopeUSER_LOOSE),
+		"USER_HEADER": uint64(RelayUserScopeUSER_HEADER),
+	},
+	"user_kind": {
+		"USER_MATCHED":         uint64(RelayUserKindUSER_MATCHED),
+		"USER_DELIVERED":       uint64(RelayUserKindUSER_DELIVERED),
+		"USER_SENT":            uint64(RelayUserKindUSER_SENT),
+		"USER_FRAGMENT_FIRST":  uint64(RelayUserKindUSER_FRAGMENT_FIRST),
+		"USER_FRAGMENT_LATER":  uint64(RelayUserKindUSER_FRAGMENT_LATER),
+		"USER_FRAGMENT_ORPHAN": uint64(RelayUserKindUSER_FRAGMENT_ORPHAN),
+		"USER_UNSENT":          uint64(RelayUserKindUSER_UNSENT),
+		"USER_NO_FRAME":        uint64(RelayUserKindUSER_NO_FRAME),
+		"USER_RING_FULL":       uint64(RelayUserKindUSER_RING_FULL),
+		"USER_RULE_GONE":       uint64(RelayUserKindUSER_RULE_GONE),
+		"USER_NOTE":            uint64(RelayUserKindUSER_NOTE),
+		"USER_DROP":            uint64(RelayUserKindUSER_DROP),
 	},
 }
 

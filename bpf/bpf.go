@@ -5,7 +5,7 @@
 // Generate through `make generate`, which sets the compiler flags.
 package bpf
 
-//go:generate go tool bpf2go -go-package bpf -target bpfel -type flow4 -type flow6 -type flow -type handover -type rule_path -type drop_reason -type drop_scope -type lookup_kind -type output_flag -type ttl_mode -type prefix4 -type prefix6 -type vlan_mode -type flow_flag -type fragment_kind -type shortcut Relay relay.bpf.c -- -Iinclude
+//go:generate go tool bpf2go -go-package bpf -target bpfel -type flow4 -type flow6 -type flow -type handover -type rule_path -type drop_reason -type drop_scope -type lookup_kind -type output_flag -type ttl_mode -type prefix4 -type prefix6 -type vlan_mode -type flow_flag -type fragment_kind -type note -type user_scope -type user_kind -type shortcut Relay relay.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel -no-global-types Egress egress.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel Transmit transmit.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel -no-global-types Tapped tapped.bpf.c -- -Iinclude
@@ -13,7 +13,7 @@ package bpf
 // Constants of include/abi.h that are macros there; a test holds them equal.
 const (
 	// Schema is the version of the maps' layout and meaning.
-	Schema = 4
+	Schema = 5
 	// MaxQueues is the most queues of an interface that can have AF_XDP sockets.
 	MaxQueues = 64
 	// Guesses is the size of the map guesses.

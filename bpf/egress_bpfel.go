@@ -20,6 +20,7 @@ const (
 	EgressMapCopies             = "copies"
 	EgressMapCpus               = "cpus"
 	EgressMapDrops              = "drops"
+	EgressMapEgressDrops        = "egress_drops"
 	EgressMapFanout             = "fanout"
 	EgressMapFlowTables4        = "flow_tables4"
 	EgressMapFlowTables6        = "flow_tables6"
@@ -41,6 +42,7 @@ const (
 	EgressMapRules              = "rules"
 	EgressMapShortcuts          = "shortcuts"
 	EgressMapTurns              = "turns"
+	EgressMapUserStats          = "user_stats"
 	EgressMapXsks               = "xsks"
 	EgressProgEgress            = "egress"
 	EgressVarExportDropReason   = "export_drop_reason"
@@ -52,11 +54,14 @@ const (
 	EgressVarExportFragmentKind = "export_fragment_kind"
 	EgressVarExportHandover     = "export_handover"
 	EgressVarExportLookupKind   = "export_lookup_kind"
+	EgressVarExportNote         = "export_note"
 	EgressVarExportOutputFlag   = "export_output_flag"
 	EgressVarExportPrefix4      = "export_prefix4"
 	EgressVarExportPrefix6      = "export_prefix6"
 	EgressVarExportRulePath     = "export_rule_path"
 	EgressVarExportTtlMode      = "export_ttl_mode"
+	EgressVarExportUserKind     = "export_user_kind"
+	EgressVarExportUserScope    = "export_user_scope"
 	EgressVarExportVlanMode     = "export_vlan_mode"
 )
 
@@ -113,6 +118,7 @@ type EgressMapSpecs struct {
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
 	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
+	EgressDrops   *ebpf.MapSpec `ebpf:"egress_drops"`
 	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
@@ -134,6 +140,7 @@ type EgressMapSpecs struct {
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -150,11 +157,14 @@ type EgressVariableSpecs struct {
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 }
 
@@ -182,6 +192,7 @@ type EgressMaps struct {
 	Copies        *ebpf.Map `ebpf:"copies"`
 	Cpus          *ebpf.Map `ebpf:"cpus"`
 	Drops         *ebpf.Map `ebpf:"drops"`
+	EgressDrops   *ebpf.Map `ebpf:"egress_drops"`
 	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
@@ -203,6 +214,7 @@ type EgressMaps struct {
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
+	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -212,6 +224,7 @@ func (m *EgressMaps) Close() error {
 		m.Copies,
 		m.Cpus,
 		m.Drops,
+		m.EgressDrops,
 		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
@@ -233,6 +246,7 @@ func (m *EgressMaps) Close() error {
 		m.Rules,
 		m.Shortcuts,
 		m.Turns,
+		m.UserStats,
 		m.Xsks,
 	)
 }
@@ -250,11 +264,14 @@ type EgressVariables struct {
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 }
 

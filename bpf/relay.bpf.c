@@ -100,15 +100,17 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
  * is to serve.
  */
 static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
-				      const struct flow *flow, __u32 bytes, __u32 sequence,
-				      int *verdict)
+				      const struct flow *flow, __u32 bytes,
+				      struct rule_stats *stats, int *verdict)
 {
 	__u32 queue = ctx->rx_queue_index;
 
 	if (flow->path == PATH_AFXDP && queue < XDPCAST_MAX_QUEUES) {
 		*verdict = bpf_redirect_map(&xsks, flow->sockets + queue, XDP_DROP);
 		if (*verdict == XDP_REDIRECT) {
-			hand_over(h, flow, sequence);
+			stats->handed_packets++;
+			stats->handed_bytes += bytes;
+			hand_over(h, flow, stats->packets);
 			return true;
 		}
 	}
@@ -129,7 +131,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 				   struct headers *h, const struct flow *flow, bool ip4)
 {
 	__u32 bytes = bpf_xdp_get_buff_len(ctx);
-	__u32 id = flow->rule, sequence;
+	struct rule_stats *stats;
+	__u32 id = flow->rule;
 	int verdict;
 
 	/* A packet cut short is for the stack to refuse, and one for another host's MAC
@@ -147,7 +150,9 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	/* The workers behind the packet tap do and count all that follows. */
 	if (__builtin_expect(flow->path == PATH_FANOUT, 0))
 		return flow->flags & FLOW_STEERED ? steer(ifindex, h, ip4) : XDP_PASS;
-	sequence = count_match(id, bytes);
+	stats = count_match(id, bytes);
+	if (!stats)
+		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
 	if (own_packet(cfg, h, flow, ip4))
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
@@ -155,11 +160,11 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
 		return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
 	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&
-	    to_socket(ctx, h, flow, bytes, sequence, &verdict))
+	    to_socket(ctx, h, flow, bytes, stats, &verdict))
 		return verdict;
 	if (flow->outputs == 1)
 		return send_one(ctx, h, flow, bytes, ip4);
-	return send_many(ctx, h, flow, bytes, sequence);
+	return send_many(ctx, h, flow, bytes, stats->packets);
 }
 
 /* The rule of a packet. */

@@ -81,8 +81,10 @@ const (
 	RelayDropReasonDROP_NO_SOCKET    RelayDropReason = 10
 	RelayDropReasonDROP_TX_FULL      RelayDropReason = 11
 	RelayDropReasonDROP_CPU_FULL     RelayDropReason = 12
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 13
-	RelayDropReasonDROP_REASONS      RelayDropReason = 14
+	RelayDropReasonDROP_NO_CARRIER   RelayDropReason = 13
+	RelayDropReasonDROP_WORKER_LOST  RelayDropReason = 14
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 15
+	RelayDropReasonDROP_REASONS      RelayDropReason = 16
 )
 
 type RelayDropScope uint32
@@ -91,6 +93,7 @@ const (
 	RelayDropScopeDROP_RULE    RelayDropScope = 0
 	RelayDropScopeDROP_OUTPUT  RelayDropScope = 1
 	RelayDropScopeDROP_UNKNOWN RelayDropScope = 2
+	RelayDropScopeDROP_NOTE    RelayDropScope = 3
 )
 
 type RelayFlow struct {
@@ -104,7 +107,8 @@ type RelayFlow struct {
 	Flags       uint8
 	InputMac    [6]uint8
 	Sockets     uint32
-	Pad         uint32
+	Finish      uint8
+	Pad         [3]uint8
 }
 
 type RelayFlow4 struct {
@@ -186,6 +190,15 @@ const (
 	RelayLookupKindLOOKUP_SOURCE      RelayLookupKind = 4
 	RelayLookupKindLOOKUP_ANY         RelayLookupKind = 8
 	RelayLookupKindLOOKUP_PREFIXES    RelayLookupKind = 4
+)
+
+type RelayNote uint32
+
+const (
+	RelayNoteNOTE_MALFORMED  RelayNote = 0
+	RelayNoteNOTE_ORPHAN     RelayNote = 1
+	RelayNoteNOTE_UNFINISHED RelayNote = 2
+	RelayNoteNOTES           RelayNote = 3
 )
 
 type RelayOutput struct {
@@ -310,10 +323,12 @@ const (
 )
 
 type RelayRuleStats struct {
-	_          structs.HostLayout
-	Packets    uint64
-	Bytes      uint64
-	LastSeenNs uint64
+	_             structs.HostLayout
+	Packets       uint64
+	Bytes         uint64
+	LastSeenNs    uint64
+	HandedPackets uint64
+	HandedBytes   uint64
 }
 
 type RelayShortcut struct {
@@ -346,6 +361,47 @@ type RelayTurn struct {
 	Sequence uint32
 	Next     uint32
 }
+
+type RelayUserCounter struct {
+	_          structs.HostLayout
+	Id         uint32
+	Scope      uint8
+	Kind       uint8
+	Writer     uint16
+	Packets    uint64
+	Bytes      uint64
+	LastSeenNs uint64
+}
+
+type RelayUserKind uint32
+
+const (
+	RelayUserKindUSER_MATCHED         RelayUserKind = 0
+	RelayUserKindUSER_DELIVERED       RelayUserKind = 1
+	RelayUserKindUSER_SENT            RelayUserKind = 2
+	RelayUserKindUSER_FRAGMENT_FIRST  RelayUserKind = 3
+	RelayUserKindUSER_FRAGMENT_LATER  RelayUserKind = 4
+	RelayUserKindUSER_FRAGMENT_ORPHAN RelayUserKind = 5
+	RelayUserKindUSER_UNSENT          RelayUserKind = 6
+	RelayUserKindUSER_NO_FRAME        RelayUserKind = 7
+	RelayUserKindUSER_RING_FULL       RelayUserKind = 8
+	RelayUserKindUSER_RULE_GONE       RelayUserKind = 9
+	RelayUserKindUSER_NOTE            RelayUserKind = 16
+	RelayUserKindUSER_DROP            RelayUserKind = 32
+)
+
+type RelayUserScope uint32
+
+const (
+	RelayUserScopeUSER_FREE   RelayUserScope = 0
+	RelayUserScopeUSER_RULE   RelayUserScope = 1
+	RelayUserScopeUSER_OUTPUT RelayUserScope = 2
+	RelayUserScopeUSER_TOTAL  RelayUserScope = 3
+	RelayUserScopeUSER_INPUT  RelayUserScope = 4
+	RelayUserScopeUSER_DEVICE RelayUserScope = 5
+	RelayUserScopeUSER_LOOSE  RelayUserScope = 6
+	RelayUserScopeUSER_HEADER RelayUserScope = 7
+)
 
 type RelayVlanMode uint32
 
@@ -384,6 +440,7 @@ const (
 	RelayMapRules              = "rules"
 	RelayMapShortcuts          = "shortcuts"
 	RelayMapTurns              = "turns"
+	RelayMapUserStats          = "user_stats"
 	RelayMapXsks               = "xsks"
 	RelayProgRelay             = "relay"
 	RelayVarExportDropReason   = "export_drop_reason"
@@ -395,11 +452,14 @@ const (
 	RelayVarExportFragmentKind = "export_fragment_kind"
 	RelayVarExportHandover     = "export_handover"
 	RelayVarExportLookupKind   = "export_lookup_kind"
+	RelayVarExportNote         = "export_note"
 	RelayVarExportOutputFlag   = "export_output_flag"
 	RelayVarExportPrefix4      = "export_prefix4"
 	RelayVarExportPrefix6      = "export_prefix6"
 	RelayVarExportRulePath     = "export_rule_path"
 	RelayVarExportTtlMode      = "export_ttl_mode"
+	RelayVarExportUserKind     = "export_user_kind"
+	RelayVarExportUserScope    = "export_user_scope"
 	RelayVarExportVlanMode     = "export_vlan_mode"
 	RelayVarFragmentTimeoutNs  = "fragment_timeout_ns"
 )
@@ -478,6 +538,7 @@ type RelayMapSpecs struct {
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -494,11 +555,14 @@ type RelayVariableSpecs struct {
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
 }
@@ -548,6 +612,7 @@ type RelayMaps struct {
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
+	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -578,6 +643,7 @@ func (m *RelayMaps) Close() error {
 		m.Rules,
 		m.Shortcuts,
 		m.Turns,
+		m.UserStats,
 		m.Xsks,
 	)
 }
@@ -595,11 +661,14 @@ type RelayVariables struct {
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
 }

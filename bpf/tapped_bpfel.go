@@ -41,6 +41,7 @@ const (
 	TappedMapRules              = "rules"
 	TappedMapShortcuts          = "shortcuts"
 	TappedMapTurns              = "turns"
+	TappedMapUserStats          = "user_stats"
 	TappedMapXsks               = "xsks"
 	TappedProgTapped            = "tapped"
 	TappedVarExportDropReason   = "export_drop_reason"
@@ -52,11 +53,14 @@ const (
 	TappedVarExportFragmentKind = "export_fragment_kind"
 	TappedVarExportHandover     = "export_handover"
 	TappedVarExportLookupKind   = "export_lookup_kind"
+	TappedVarExportNote         = "export_note"
 	TappedVarExportOutputFlag   = "export_output_flag"
 	TappedVarExportPrefix4      = "export_prefix4"
 	TappedVarExportPrefix6      = "export_prefix6"
 	TappedVarExportRulePath     = "export_rule_path"
 	TappedVarExportTtlMode      = "export_ttl_mode"
+	TappedVarExportUserKind     = "export_user_kind"
+	TappedVarExportUserScope    = "export_user_scope"
 	TappedVarExportVlanMode     = "export_vlan_mode"
 	TappedVarFragmentTimeoutNs  = "fragment_timeout_ns"
 	TappedVarLinkHeader         = "link_header"
@@ -136,6 +140,7 @@ type TappedMapSpecs struct {
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -152,11 +157,14 @@ type TappedVariableSpecs struct {
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
 	LinkHeader         *ebpf.VariableSpec `ebpf:"link_header"`
@@ -207,6 +215,7 @@ type TappedMaps struct {
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
+	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -237,6 +246,7 @@ func (m *TappedMaps) Close() error {
 		m.Rules,
 		m.Shortcuts,
 		m.Turns,
+		m.UserStats,
 		m.Xsks,
 	)
 }
@@ -254,11 +264,14 @@ type TappedVariables struct {
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
 	LinkHeader         *ebpf.Variable `ebpf:"link_header"`

@@ -29,6 +29,9 @@ EXPORT_TYPE(enum, ttl_mode);
 EXPORT_TYPE(enum, vlan_mode);
 EXPORT_TYPE(enum, flow_flag);
 EXPORT_TYPE(enum, fragment_kind);
+EXPORT_TYPE(enum, note);
+EXPORT_TYPE(enum, user_scope);
+EXPORT_TYPE(enum, user_kind);
 
 /* config: schema, sizes and the lookup kinds in use. */
 struct {
@@ -283,6 +286,17 @@ struct {
 	__type(key, struct drop_key);
 	__type(value, struct counter);
 } rule_drops SEC(".maps");
+
+/* user_stats: what the user-space paths count, in cells that workers have mapped into
+ * their memory; package account owns them. Size: load.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct user_counter);
+} user_stats SEC(".maps");
 
 /* queriers: interface and family -> who asks for memberships there. Entries come
  * with the first query and go when the program is detached.

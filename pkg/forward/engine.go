@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
@@ -28,8 +29,11 @@ type Engine struct {
 
 	// lifted is memory for frames that came without Ethernet header.
 	lifted []byte
-	// One for each part of a fragmented datagram.
-	first, later, orphan counter
+	writer account.Writer
+	// global counts what is of no rule: fragments, by what is known of them.
+	global    *account.Counters
+	fragments [fragmentKinds]*account.Cell
+	batches   atomic.Uint64 // that have ended
 }
 
 // view is what an engine needs to forward, all of one moment.
@@ -60,6 +64,7 @@ func (e *Engine) End() {
 	e.flush()
 	e.now = nil
 	e.using.Store(nil)
+	e.batches.Add(1)
 }
 
 func (e *Engine) flush() {
@@ -81,6 +86,7 @@ func (e *Engine) abandon() {
 	}
 	e.now = nil
 	e.using.Store(nil)
+	e.batches.Add(1)
 }
 
 // Table returns the rules of the current batch.
@@ -155,7 +161,7 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	port := h.DstPort
 	if h.Part == packet.LaterFragment {
 		if port = e.set.fragments.port(index, h, at); port == 0 {
-			e.orphan.add(1, uint64(length))
+			e.fragment(account.FragmentOrphan, length)
 			return false
 		}
 	}
@@ -166,23 +172,34 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	switch h.Part {
 	case packet.FirstFragment:
 		e.set.fragments.remember(index, h, at)
-		e.first.add(1, uint64(length))
+		e.fragment(account.FragmentFirst, length)
 	case packet.LaterFragment:
-		e.later.add(1, uint64(length))
+		e.fragment(account.FragmentLater, length)
 	}
 	counts := e.match(r, at, length)
 	if reason, ok := e.refuses(r, frame, h, at, length, ethernet); ok {
-		counts.drops[reason].add(1, uint64(length))
+		counts.drop(reason, 1, uint64(length))
 		return true
 	}
 	e.copies(r, frame, h, at, length)
 	return true
 }
 
-func (e *Engine) match(r *Rule, at int64, length int) *ruleCounters {
-	counts := r.counts.of(e.worker)
-	counts.matched.add(1, uint64(length))
-	counts.lastSeen.Store(at)
+// fragmentKinds are account.FragmentFirst and those behind it.
+const fragmentKinds = 3
+
+func (e *Engine) fragment(kind account.Kind, length int) {
+	at := kind - account.FragmentFirst
+	if e.fragments[at] == nil {
+		e.fragments[at] = e.global.Cell(e.writer, kind)
+	}
+	e.fragments[at].Add(1, uint64(length))
+}
+
+func (e *Engine) match(r *Rule, at int64, length int) *counters {
+	counts := r.counts.of(e, e.set.matches)
+	counts.all.Add(1, uint64(length))
+	counts.all.Seen(at)
 	return counts
 }
 
@@ -209,15 +226,15 @@ func (e *Engine) refuses(r *Rule, frame []byte, h *packet.Headers, at int64, len
 func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, at int64, length int) {
 	for slot := range r.out {
 		o := &r.out[slot]
-		counts := o.counts.of(e.worker)
+		counts := o.counts.of(e, account.Sent)
 		if reason, ok := e.copy(o, counts, frame, h, at, length); !ok {
-			counts.drops[reason].add(1, uint64(length))
+			counts.drop(reason, 1, uint64(length))
 		}
 	}
 }
 
 // copy queues one output's copy, or says why there is none.
-func (e *Engine) copy(o *output, counts *outputCounters, frame []byte, h *packet.Headers, at int64, length int) (loader.Reason, bool) {
+func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Headers, at int64, length int) (loader.Reason, bool) {
 	if !o.Ready {
 		return loader.ReasonOf(o.Blocked), false
 	}
@@ -259,6 +276,14 @@ func (e *Engine) settle() {
 		if v := e.using.Load(); v == nil || v == next {
 			return
 		}
+		time.Sleep(retryPause)
+	}
+}
+
+// idle waits until the batch in hand has ended.
+func (e *Engine) idle() {
+	before := e.batches.Load()
+	for e.using.Load() != nil && e.batches.Load() == before {
 		time.Sleep(retryPause)
 	}
 }

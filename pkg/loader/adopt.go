@@ -103,6 +103,9 @@ func (l *Loader) adopt() (err error) {
 	if err := l.adoptConfig(); err != nil {
 		return err
 	}
+	if err := l.openAccount(); err != nil {
+		return fmt.Errorf("pinned state %s is damaged: %w; remove it with unload --all", dir, err)
+	}
 	if err := l.adoptTables(); err != nil {
 		return err
 	}
@@ -314,6 +317,7 @@ func (l *Loader) clearOrphans(byID []*entry, fans []uint32) error {
 	if err := l.clearOrphanFans(fans); err != nil {
 		return err
 	}
+	l.adoptAccount(byID, usedStats)
 	return l.dropStaleCounters(func(id uint32) bool { return int(id) >= len(byID) || byID[id] == nil },
 		func(i uint32) bool { return int(i) >= len(usedStats) || !usedStats[i] })
 }

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/account"
 )
 
 // Defaults of Options.
@@ -121,6 +122,10 @@ type Loader struct {
 	steeringKnown bool  // the queues were made by this process, or left by it
 	steeringFault error
 
+	account  *account.Account
+	counters map[string][]openCounters // that paths have opened, by rule
+	lost     losses
+
 	adopted  bool
 	cookie   uint64 // of the network namespace
 	warnings []string
@@ -147,6 +152,8 @@ func Open(opts Options) (_ *Loader, err error) {
 		fans:           map[string]*fan{},
 		lookups:        lookupCount{},
 		sockets:        map[int]uint32{},
+		counters:       map[string][]openCounters{},
+		lost:           losses{},
 	}
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
@@ -219,6 +226,9 @@ func (l *Loader) closeState() error {
 		errs = append(errs, t.Close())
 	}
 	errs = append(errs, l.closeTapped(), l.relay.Close(), l.egress.Close(), l.tables.Close())
+	if l.account != nil {
+		errs = append(errs, l.account.Close())
+	}
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
@@ -232,7 +242,7 @@ func (l *Loader) Adopted() bool { return l.adopted }
 
 // Warnings says in a line each what works less well than it could.
 func (l *Loader) Warnings() []string {
-	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings())
+	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings(), l.accountWarnings())
 }
 
 // Limits returns how many rules and outputs there is room for.
@@ -255,6 +265,9 @@ func (l *Loader) create() (err error) {
 		}
 	}()
 	if l.maps, err = newMaps(l.opts); err != nil {
+		return err
+	}
+	if err := l.openAccount(); err != nil {
 		return err
 	}
 	if err := l.firstTables(); err != nil {
