@@ -27,6 +27,7 @@ var abiStructs = map[string]reflect.Type{
 	"fragment":       reflect.TypeFor[RelayFragment](),
 	"fragment_key":   reflect.TypeFor[RelayFragmentKey](),
 	"handover":       reflect.TypeFor[RelayHandover](),
+	"orphans":        reflect.TypeFor[RelayOrphans](),
 	"output":         reflect.TypeFor[RelayOutput](),
 	"output_stats":   reflect.TypeFor[RelayOutputStats](),
 	"own_address":    reflect.TypeFor[RelayOwnAddress](),

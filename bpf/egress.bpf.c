@@ -108,6 +108,8 @@ static __always_inline __u32 rewrite_copy(struct xdp_md *ctx, const struct hando
 	struct offsets at = {.l3 = from->l3_offset, .udp = from->udp_offset};
 	struct headers h;
 
+	if (bytes > (__u32)o->mtu + FRAME_ROOM)
+		return DROP_MTU;
 	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
 		return rewrite_rare(ctx, o, at.l3, at.udp, bytes);
 	if (!find_headers(ctx, &at, &h))

@@ -28,6 +28,7 @@ const (
 	EgressMapFragments          = "fragments"
 	EgressMapGuesses            = "guesses"
 	EgressMapKept               = "kept"
+	EgressMapOrphans            = "orphans"
 	EgressMapOutputStats        = "output_stats"
 	EgressMapOutputs            = "outputs"
 	EgressMapOwnAddresses       = "own_addresses"
@@ -126,6 +127,7 @@ type EgressMapSpecs struct {
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -200,6 +202,7 @@ type EgressMaps struct {
 	Fragments     *ebpf.Map `ebpf:"fragments"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -232,6 +235,7 @@ func (m *EgressMaps) Close() error {
 		m.Fragments,
 		m.Guesses,
 		m.Kept,
+		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,

@@ -6,6 +6,7 @@
  */
 #include "account.h"
 #include "copy.h"
+#include "finish.h"
 #include "fragment.h"
 #include "handover.h"
 #include "lookup.h"
@@ -26,7 +27,8 @@ static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const
 		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
 	if (!(o->flags & OUTPUT_READY))
 		return count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
-	if (h->l3_len > o->mtu)
+	if (__builtin_expect(frame_size(h->l3_offset, bytes) > o->mtu, 0) &&
+	    (h->l3_len > o->mtu || too_long(o, h->l3_offset, bytes)))
 		return count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
 	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
 		reason = rewrite_rare(ctx, o, h->l3_offset, udp_offset(h), bytes);
@@ -45,7 +47,7 @@ static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const
  * which have no row, and those too long for their output, whose row the kernel may
  * skip.
  */
-__noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
+__noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 l3_offset, __u32 bytes)
 {
 	__u32 slot;
 
@@ -57,7 +59,8 @@ __noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
 			continue;
 		if (!(o->flags & OUTPUT_READY))
 			count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
-		else if (l3_len > o->mtu)
+		else if (l3_len > o->mtu || bytes > (__u32)o->mtu + FRAME_ROOM ||
+			 too_long(o, l3_offset, bytes))
 			count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
 	}
 	return 0;
@@ -90,8 +93,8 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 	/* The kernel's clone leaves the further buffers of a frame behind. */
 	if (bytes != (__u32)(ctx->data_end - ctx->data))
 		return count_drop(DROP_RULE, id, DROP_MULTI_BUFFER, bytes);
-	if (h->l3_len > flow->min_mtu)
-		count_missing(first, flow->outputs, h->l3_len, bytes);
+	if (frame_size(h->l3_offset, bytes) > flow->min_mtu)
+		count_missing(first, flow->outputs, h->l3_len, h->l3_offset, bytes);
 	hand_over(h, flow, sequence);
 	return bpf_redirect_map(slots, 0, BPF_F_BROADCAST);
 }
@@ -138,14 +141,20 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	/* A packet cut short is for the stack to refuse, and one for another host's MAC
 	 * to ignore.
 	 */
-	if ((__u64)h->l3_offset + h->l3_len > bytes)
+	if ((__u64)h->l3_offset + h->l3_len > bytes) {
+		if (flow->path != PATH_FANOUT)
+			count_note(id, NOTE_MALFORMED, 1, bytes);
 		return NOT_OURS;
+	}
 	if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
 		return NOT_OURS;
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
 		remember_fragment(ifindex, h, ip4);
-		if (flow->path != PATH_FANOUT)
+		if (flow->path != PATH_FANOUT) {
 			count_fragment(h->udp ? FRAGMENT_FIRST : FRAGMENT_LATER, bytes);
+			if (h->udp)
+				claim_orphans(ifindex, h, id, ip4);
+		}
 	}
 	/* The workers behind the packet tap do and count all that follows. */
 	if (__builtin_expect(flow->path == PATH_FANOUT, 0))
@@ -162,6 +171,9 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&
 	    to_socket(ctx, h, flow, bytes, stats, &verdict))
 		return verdict;
+	if (__builtin_expect(flow->finish, 0) && h->part == PART_WHOLE &&
+	    finish_checksum(ctx, h->l3_offset, udp_offset(h)))
+		count_note(id, NOTE_UNFINISHED, 1, bytes);
 	if (flow->outputs == 1)
 		return send_one(ctx, h, flow, bytes, ip4);
 	return send_many(ctx, h, flow, bytes, stats->packets);
@@ -176,7 +188,7 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 	if (__builtin_expect(h->part == PART_LATER, 0)) {
 		port = fragment_port(ifindex, h, ip4);
 		if (!port) {
-			count_fragment(FRAGMENT_ORPHAN, bpf_xdp_get_buff_len(ctx));
+			orphan(ifindex, h, bpf_xdp_get_buff_len(ctx), ip4);
 			return NULL;
 		}
 	} else {

@@ -201,6 +201,13 @@ const (
 	RelayNoteNOTES           RelayNote = 3
 )
 
+type RelayOrphans struct {
+	_       structs.HostLayout
+	SeenNs  uint64
+	Packets uint32
+	Bytes   uint32
+}
+
 type RelayOutput struct {
 	_         structs.HostLayout
 	DstMac    [6]uint8
@@ -426,6 +433,7 @@ const (
 	RelayMapFragments          = "fragments"
 	RelayMapGuesses            = "guesses"
 	RelayMapKept               = "kept"
+	RelayMapOrphans            = "orphans"
 	RelayMapOutputStats        = "output_stats"
 	RelayMapOutputs            = "outputs"
 	RelayMapOwnAddresses       = "own_addresses"
@@ -524,6 +532,7 @@ type RelayMapSpecs struct {
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -598,6 +607,7 @@ type RelayMaps struct {
 	Fragments     *ebpf.Map `ebpf:"fragments"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -629,6 +639,7 @@ func (m *RelayMaps) Close() error {
 		m.Fragments,
 		m.Guesses,
 		m.Kept,
+		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,

@@ -27,6 +27,7 @@ const (
 	TappedMapFragments          = "fragments"
 	TappedMapGuesses            = "guesses"
 	TappedMapKept               = "kept"
+	TappedMapOrphans            = "orphans"
 	TappedMapOutputStats        = "output_stats"
 	TappedMapOutputs            = "outputs"
 	TappedMapOwnAddresses       = "own_addresses"
@@ -126,6 +127,7 @@ type TappedMapSpecs struct {
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -201,6 +203,7 @@ type TappedMaps struct {
 	Fragments     *ebpf.Map `ebpf:"fragments"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -232,6 +235,7 @@ func (m *TappedMaps) Close() error {
 		m.Fragments,
 		m.Guesses,
 		m.Kept,
+		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,

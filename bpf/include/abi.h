@@ -281,6 +281,13 @@ struct fragment {
 	__u16 pad[3];
 };
 
+/* Fragments of a datagram that came before its first one. */
+struct orphans {
+	__u64 seen_ns; /* the first of them; CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u32 packets;
+	__u32 bytes;
+};
+
 /* Key of own_addresses: an IPv4 address as ::ffff:a.b.c.d. */
 struct own_address {
 	__u8 address[16];

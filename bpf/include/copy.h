@@ -143,7 +143,11 @@ __noinline int rewrite_rare(struct xdp_md *ctx, const struct output *o, __u32 l3
 	struct headers h;
 	__u32 reason;
 
-	if (!o || !retag(ctx, o, &at) || !find_headers(ctx, &at, &h))
+	if (!o)
+		return DROP_INTERNAL;
+	if (too_long(o, l3, bytes))
+		return DROP_MTU;
+	if (!retag(ctx, o, &at) || !find_headers(ctx, &at, &h))
 		return DROP_INTERNAL;
 	reason = rewrite_headers(ctx, &h, o, true);
 	if (reason != REWRITTEN)

@@ -124,6 +124,14 @@ struct {
 	__type(value, struct fragment);
 } fragments SEC(".maps");
 
+/* orphans: datagrams whose first fragment has not come; the longest unused go first. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct fragment_key);
+	__type(value, struct orphans);
+} orphans SEC(".maps");
+
 /* fragment_stats: kind of fragment -> packets and bytes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -41,6 +41,10 @@ type Flow struct {
 	AllowLoop bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
+	// Finish completes UDP checksums that their sender left to a device that was none. The
+	// input is one that a local stack may send over, and runs the relay program in native
+	// mode, or the path is PathAFXDP.
+	Finish bool
 	// Rate polices the flow as a whole.
 	Rate Rate
 }
@@ -79,6 +83,7 @@ type Blocked uint8
 const (
 	NotReady    Blocked = iota // its interface or source address is missing
 	NoNeighbour                // its next hop has no link-layer address
+	NoCarrier                  // its interface is up and carries nothing
 	blockedKinds
 )
 
@@ -89,6 +94,8 @@ func (b Blocked) String() string {
 		return "not_ready"
 	case NoNeighbour:
 		return "no_neighbour"
+	case NoCarrier:
+		return "no_carrier"
 	}
 	return fmt.Sprintf("Blocked(%d)", uint8(b))
 }
@@ -120,7 +127,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
+		r.AllowLoop == o.AllowLoop && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate &&
 		slices.Equal(r.Out, o.Out)
 }
 

@@ -98,6 +98,7 @@ func (e *Engine) Table() *Table { return e.now.table }
 func (e *Engine) Frame(index int, frame []byte, at int64) bool {
 	h, ok := packet.Parse(frame)
 	if !ok {
+		e.malformed(index, frame, len(frame), true)
 		return false
 	}
 	return e.forward(index, frame, &h, at, len(frame), true)
@@ -109,6 +110,7 @@ func (e *Engine) Packet(index int, data []byte, at int64) bool {
 	frame := e.lift(data)
 	h, ok := packet.Parse(frame)
 	if !ok {
+		e.malformed(index, frame, len(data), false)
 		return false
 	}
 	return e.forward(index, frame, &h, at, len(data), false)
@@ -117,7 +119,10 @@ func (e *Engine) Packet(index int, data []byte, at int64) bool {
 // Deliver sends the copies of a packet whose rule is known and whose checks have
 // been made. The frame may have anything in place of its MAC addresses.
 func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
-	e.match(r, at, len(frame))
+	counts := e.match(r, at, len(frame))
+	if r.rule.Finish && packet.FinishChecksum(frame, h) {
+		counts.note(loader.UnfinishedChecksum, 1, uint64(len(frame)))
+	}
 	e.copies(r, frame, h, at, len(frame))
 }
 
@@ -162,6 +167,7 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	if h.Part == packet.LaterFragment {
 		if port = e.set.fragments.port(index, h, at); port == 0 {
 			e.fragment(account.FragmentOrphan, length)
+			e.set.fragments.orphan(index, h, at, length)
 			return false
 		}
 	}
@@ -169,20 +175,35 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	if r == nil || r.unicast && ethernet && [6]byte(frame[0:6]) != r.rule.In.MAC {
 		return false
 	}
+	var before orphans
 	switch h.Part {
 	case packet.FirstFragment:
-		e.set.fragments.remember(index, h, at)
+		before = e.set.fragments.remember(index, h, at)
 		e.fragment(account.FragmentFirst, length)
 	case packet.LaterFragment:
 		e.fragment(account.FragmentLater, length)
 	}
 	counts := e.match(r, at, length)
+	if before.packets > 0 {
+		counts.note(loader.OrphanFragment, before.packets, before.bytes)
+	}
 	if reason, ok := e.refuses(r, frame, h, at, length, ethernet); ok {
 		counts.drop(reason, 1, uint64(length))
 		return true
 	}
 	e.copies(r, frame, h, at, length)
 	return true
+}
+
+// malformed notes a packet that would be a rule's, did it not end too early.
+func (e *Engine) malformed(index int, frame []byte, length int, ethernet bool) {
+	h, ok := packet.Malformed(frame)
+	if !ok || h.Part == packet.LaterFragment {
+		return
+	}
+	if r := e.now.table.Lookup(index, &h, h.DstPort); r != nil && (!r.unicast || !ethernet || [6]byte(frame[0:6]) == r.rule.In.MAC) {
+		r.counts.of(e, e.set.matches).note(loader.Malformed, 1, uint64(length))
+	}
 }
 
 // fragmentKinds are account.FragmentFirst and those behind it.
@@ -238,12 +259,12 @@ func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Heade
 	if !o.Ready {
 		return loader.ReasonOf(o.Blocked), false
 	}
-	if h.L3Len > o.MTU {
-		return loader.MTU, false
-	}
 	q := e.now.queues[o.device]
 	if q == nil {
 		return loader.NoDevice, false
+	}
+	if o.TooLong(h, len(frame), o.MTU, q.ethernet) {
+		return loader.MTU, false
 	}
 	header, outcome := o.Append(q.room(), frame, h)
 	switch outcome {

@@ -341,7 +341,6 @@ func (l *Loader) adoptPinnedLinks() error {
 		return pinError(dir, err)
 	}
 	var interfaces, inputs []string
-	counting := 0
 	for _, f := range links {
 		path := filepath.Join(dir, f.Name())
 		switch name := f.Name(); {
@@ -350,8 +349,7 @@ func (l *Loader) adoptPinnedLinks() error {
 		case name == pinDevmapXmit, name == pinRedirectErr, name == pinCPUEnqueue, name == pinCPUThread:
 			var t link.Link
 			if t, err = link.LoadPinnedLink(path, nil); err == nil {
-				l.transmit = append(l.transmit, t)
-				counting++
+				l.transmit[name] = t
 			}
 		case strings.HasPrefix(name, pinInterface):
 			interfaces = append(interfaces, path)
@@ -362,9 +360,7 @@ func (l *Loader) adoptPinnedLinks() error {
 			return fmt.Errorf("open pinned link: %w", err)
 		}
 	}
-	if counting < 4 {
-		l.attachTransmit(l.opts.PinDir)
-	}
+	l.attachTransmit(l.opts.PinDir)
 	if err := l.adoptLinks(interfaces); err != nil {
 		return err
 	}

@@ -97,9 +97,9 @@ type Loader struct {
 	maps     *mapSet
 	relay    *ebpf.Program
 	egress   *ebpf.Program
-	transmit []link.Link
-	links    map[int]*attachment // by interface index
-	tapped   map[int]*tapped     // by interface index
+	transmit map[string]link.Link // by the name of the pin
+	links    map[int]*attachment  // by interface index
+	tapped   map[int]*tapped      // by interface index
 	// tappedPrograms are for interfaces with and without an Ethernet header.
 	tappedPrograms map[bool]*ebpf.Program
 
@@ -141,10 +141,11 @@ func Open(opts Options) (_ *Loader, err error) {
 		return nil, err
 	}
 	l := &Loader{
-		opts:   opts,
-		log:    opts.Logger,
-		links:  map[int]*attachment{},
-		tapped: map[int]*tapped{},
+		opts:     opts,
+		log:      opts.Logger,
+		links:    map[int]*attachment{},
+		transmit: map[string]link.Link{},
+		tapped:   map[int]*tapped{},
 
 		tappedPrograms: map[bool]*ebpf.Program{},
 		rules:          map[string]*entry{},

@@ -52,16 +52,22 @@ const (
 
 // ReasonOf is the reason that copies of a blocked output are dropped for.
 func ReasonOf(b flow.Blocked) Reason {
-	if b == flow.NoNeighbour {
+	switch b {
+	case flow.NoNeighbour:
 		return NoNeighbour
+	case flow.NoCarrier:
+		return NoCarrier
 	}
 	return NotReady
 }
 
 // blockedOf is the inverse of ReasonOf.
 func blockedOf(r Reason) flow.Blocked {
-	if r == NoNeighbour {
+	switch r {
+	case NoNeighbour:
 		return flow.NoNeighbour
+	case NoCarrier:
+		return flow.NoCarrier
 	}
 	return flow.NotReady
 }
