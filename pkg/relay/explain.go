@@ -33,9 +33,32 @@ func (r *Relay) Explain(ctx context.Context, packet string) (e control.Explanati
 		}
 		e = r.explain(f)
 		e.Packet = f.String()
+		r.explainNotes(&e)
 		return nil
 	})
 	return e, err
+}
+
+// explainNotes says which packets like this one the winner has not taken so far, or not as
+// they should be.
+func (r *Relay) explainNotes(e *control.Explanation) {
+	if len(e.Candidates) == 0 {
+		return
+	}
+	status, err := r.ruleStatus(e.Candidates[0].Rule)
+	if err != nil {
+		return // the counters cannot be read, which stats says
+	}
+	for _, n := range status.Notes {
+		switch n.Reason {
+		case loader.Malformed.String():
+			e.Why += fmt.Sprintf("; %d packets for it were malformed and passed to the host", n.Packets)
+		case loader.OrphanFragment.String():
+			e.Why += fmt.Sprintf("; %d fragments came before the first of their datagram and passed to the host", n.Packets)
+		case loader.UnfinishedChecksum.String():
+			e.Why += fmt.Sprintf("; %d packets came with an unfinished checksum", n.Packets)
+		}
+	}
 }
 
 // flowOf reads an endpoint, or the name of a rule for a packet that it takes.
@@ -193,7 +216,7 @@ func (r *Relay) explainInstance(e *control.Explanation, f probe, m match) {
 	for i, s := range n.slots {
 		o := m.rule.rule.Out[s.out]
 		o.Interface = s.ifname
-		out := control.ExplainedOutput{Slot: i, Output: o.String(), State: s.state, Reason: s.reason}
+		out := control.ExplainedOutput{Slot: i, Output: o.String(), State: s.state, Reason: cmp.Or(s.reason, r.macvlanAbove(s.ifname))}
 		if i < len(n.resolved.Out) {
 			out.Rewrite = rewriteText(&n.resolved.Out[i], f)
 			out.Dropped = !n.resolved.Out[i].Ready
@@ -208,6 +231,26 @@ func (r *Relay) explainInstance(e *control.Explanation, f probe, m match) {
 			e.Memberships = append(e.Memberships, w.status([]*instanceOf{{m.rule, n}}, nil))
 		}
 	}
+}
+
+// macvlanAbove says that what is sent on an interface does not reach the macvlan devices
+// on it; "" when there are none. Those in other namespaces cannot be seen.
+func (r *Relay) macvlanAbove(ifname string) string {
+	out := r.interfaces[ifname]
+	if out == nil {
+		return ""
+	}
+	var above []string
+	for name, i := range r.interfaces {
+		if i.parent == out.index && (i.kind == "macvlan" || i.kind == "macvtap" || i.kind == "ipvlan") {
+			above = append(above, name)
+		}
+	}
+	if len(above) == 0 {
+		return ""
+	}
+	slices.Sort(above)
+	return fmt.Sprintf("copies sent on %s do not reach the devices on it: to reach %s, send on a macvlan device of your own", ifname, strings.Join(above, ", "))
 }
 
 func (r *Relay) pathWhy(n *instance) string {

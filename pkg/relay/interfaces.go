@@ -19,8 +19,10 @@ type iface struct {
 	ethernet bool // frames have an Ethernet header
 	loopback bool
 	mtu      int
-	up       bool // administratively
-	running  bool // up, and able to carry frames
+	kind     string // of the device, as netlink names it; "device" for hardware
+	parent   int    // index of the device below, 0 for none here
+	up       bool   // administratively
+	running  bool   // up, and able to carry frames
 	addrs    []netip.Addr
 }
 
@@ -69,11 +71,14 @@ func readInterfaces() (map[string]*iface, error) {
 	for _, l := range links {
 		a := l.Attrs()
 		i := &iface{
-			name: a.Name, index: a.Index, mtu: a.MTU,
+			name: a.Name, index: a.Index, mtu: a.MTU, kind: l.Type(),
 			ethernet: a.EncapType == "ether" && len(a.HardwareAddr) == 6,
 			loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
 			up:       a.RawFlags&unix.IFF_UP != 0,
 			running:  a.RawFlags&unix.IFF_UP != 0 && a.RawFlags&unix.IFF_RUNNING != 0,
+		}
+		if a.NetNsID < 0 {
+			i.parent = a.ParentIndex // else the number means another namespace's
 		}
 		if i.ethernet {
 			i.mac = [6]byte(a.HardwareAddr)

@@ -35,6 +35,8 @@ func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic boo
 		}
 		if jumbo != "" {
 			note = jumbo + ": they are dropped for the reason multi_buffer (paths afxdp and fanout can)"
+		} else if local := r.localSenders(in); local != "" {
+			note = local + ": they leave with wrong checksums, or are dropped for the reason mtu (path fanout can)"
 		}
 		return loader.PathKernel, note, nil
 	case rules.PathAFXDP:
@@ -42,6 +44,9 @@ func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic boo
 			return 0, "", fmt.Errorf("path afxdp: %s", why)
 		}
 		return loader.PathAFXDP, "", nil
+	}
+	if local := r.localSenders(in); local != "" {
+		return loader.PathFanout, "path fanout: " + local, nil
 	}
 	why := cmp.Or(notKernel, jumbo)
 	if why == "" {
@@ -54,6 +59,49 @@ func (r *Relay) choosePath(rule *rules.Rule, in *iface, n *instance, generic boo
 		return loader.PathFanout, "path fanout: " + why, nil
 	}
 	return loader.PathAFXDP, "path afxdp: " + why, nil
+}
+
+// softKinds are the kinds of devices on which frames of local stacks come in that no wire
+// has seen: with checksums that were left to the device, and several datagrams in one
+// (UDP_SEGMENT). XDP sees such frames as they are, and can neither finish nor divide
+// them; the packet tap is told what is left to do. On a veth with native XDP the kernel
+// divides them, and the relay program finishes checksums.
+var softKinds = map[string]bool{
+	"bridge": true, "openvswitch": true, "macvlan": true, "macvtap": true, "ipvlan": true, "ipvtap": true,
+	"tuntap": true, "vxlan": true, "geneve": true, "gretap": true, "ip6gretap": true,
+}
+
+// localSenders says which senders make an input one for the packet tap; "" for none. It
+// depends on the kind of the device alone, for a VLAN device on that of the one below.
+func (r *Relay) localSenders(in *iface) string {
+	kind, below := in.kind, in
+	for kind == "vlan" {
+		if below = r.byIndex(below.parent); below == nil {
+			return ""
+		}
+		kind = below.kind
+	}
+	if !softKinds[kind] || !in.ethernet {
+		return ""
+	}
+	return fmt.Sprintf("interface %s (%s) carries packets of senders on this host, with checksums and segments that only the packet tap finishes", in.name, kind)
+}
+
+func (r *Relay) byIndex(index int) *iface {
+	for _, i := range r.interfaces {
+		if i.index == index {
+			return i
+		}
+	}
+	return nil
+}
+
+// finishes says whether unfinished checksums are to be completed on the way: by the relay
+// program, where a buffer has nothing else that says so, or by workers of AF_XDP sockets,
+// who never see more than the frame.
+func (r *Relay) finishes(in *iface, path loader.Path, generic bool) bool {
+	soft := in.kind == "veth" || r.localSenders(in) != ""
+	return soft && (path == loader.PathAFXDP || path == loader.PathKernel && !generic)
 }
 
 // jumboFault says why the kernel path cannot copy every frame of an input, "" when it

@@ -210,8 +210,9 @@ func (r *Relay) resolveOutputs(rule *rules.Rule, n *instance, generic bool) {
 		return
 	}
 	n.resolved.Path, n.note = path, note
+	n.resolved.Finish = r.finishes(in, path, generic)
 	n.resolved.Steered = path == loader.PathFanout && r.steers(in, n.noXDP == nil && in.ethernet, generic)
-	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == ""
+	n.resolved.Fallback = path == loader.PathAFXDP && r.notInKernel(rule, in, n, generic) == "" && r.jumboFault(in, n) == "" && r.localSenders(in) == ""
 	ready := 0
 	for i := range n.slots {
 		s, out := &n.slots[i], &n.resolved.Out[i]
@@ -261,6 +262,10 @@ func (r *Relay) resolveOutput(o *rules.Output, s *slot, out *loader.Output, path
 	}
 	if !i.up {
 		return fmt.Sprintf("interface %s is down", i.name)
+	}
+	if !i.running {
+		out.Blocked = flow.NoCarrier
+		return fmt.Sprintf("interface %s has no carrier", i.name)
 	}
 	if path == loader.PathKernel {
 		return r.cannotTransmit(i, generic)

@@ -60,7 +60,7 @@ func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStat
 		Rule: control.FromRule(w.rule), Origin: w.origin, State: w.state, Reason: w.reason,
 		Drops: []control.Drop{},
 	}
-	sum := map[loader.Reason]loader.Counter{}
+	sum, notes := map[loader.Reason]loader.Counter{}, map[loader.Note]loader.Counter{}
 	var last time.Duration = -1
 	for _, n := range w.instances {
 		if status.Reason == "" {
@@ -75,6 +75,7 @@ func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStat
 		}
 		add(&status.Matched, s.Matched)
 		addDrops(sum, s.Drops)
+		addDrops(notes, s.Notes)
 		if s.LastSeen >= 0 && (last < 0 || s.LastSeen < last) {
 			last = s.LastSeen
 		}
@@ -83,7 +84,7 @@ func (w *wantedRule) status(stats map[string]*loader.RuleStats) control.RuleStat
 		at := time.Now().Add(-last)
 		status.LastSeen = &at
 	}
-	status.Drops = Drops(sum)
+	status.Drops, status.Notes = Drops(sum), Notes(notes)
 	status.Inputs = w.inputStatuses()
 	status.Outputs = w.outputStatuses(stats)
 	return status
@@ -174,7 +175,7 @@ func add(to *control.Counter, c loader.Counter) {
 	to.Bytes += c.Bytes
 }
 
-func addDrops(to, from map[loader.Reason]loader.Counter) {
+func addDrops[R comparable](to, from map[R]loader.Counter) {
 	for reason, c := range from {
 		to[reason] = loader.Counter{Packets: to[reason].Packets + c.Packets, Bytes: to[reason].Bytes + c.Bytes}
 	}
@@ -202,6 +203,14 @@ func Drops(counted map[loader.Reason]loader.Counter) []control.Drop {
 	all := make([]control.Drop, 0, len(counted))
 	for _, reason := range slices.Sorted(maps.Keys(counted)) {
 		all = append(all, control.Drop{Reason: reason.String(), Counter: control.Counter(counted[reason])})
+	}
+	return all
+}
+
+// Notes writes counters of notes as the API has them; nil when there are none.
+func Notes(counted map[loader.Note]loader.Counter) (all []control.Drop) {
+	for _, note := range slices.Sorted(maps.Keys(counted)) {
+		all = append(all, control.Drop{Reason: note.String(), Counter: control.Counter(counted[note])})
 	}
 	return all
 }
