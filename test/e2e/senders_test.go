@@ -17,6 +17,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/packet"
 	"xdpcast/pkg/traffic"
 )
 
@@ -249,9 +250,48 @@ func TestSendersOfThisHost(t *testing.T) {
 					}
 				}
 			}
+			if kind == "macvlan" {
+				in.add("parent", "239.6.2.1:5000%in0", "239.7.200.1:6000%par0,src=keep")
+				if text := in.mustCLI("explain", "parent"); !strings.Contains(text, "do not reach the devices on it: to reach mv0") {
+					t.Errorf("explain says\n%s, want that the parent does not reach mv0", text)
+				}
+			}
 			why := in.mustCLI("explain", "r1")
 			if kind != "veth" && !strings.Contains(why, "carries packets of senders on this host") {
 				t.Errorf("explain says\n%s, want why it is path fanout", why)
+			}
+		})
+	}
+}
+
+// What would be a rule's packet, did it not end too early, is told by stats, rule show and
+// explain, on every path.
+func TestMalformedIsTold(t *testing.T) {
+	for _, path := range []string{"kernel", "afxdp", "fanout"} {
+		t.Run(path, func(t *testing.T) {
+			n := newNetwork(t)
+			in := newInstance(t, n.relay)
+			in.start()
+			in.mustCLI("rule", "add", "m", "--path", path, "--in", "239.9.1.1:5000%in0", "--out", "239.9.2.1:6000%out0")
+			in.waitState("m", control.StateActive)
+			group := netip.MustParseAddr("239.9.1.1")
+			f := packet.Frame{
+				DstMAC: packet.MulticastMAC(group), SrcMAC: [6]byte{2, 0, 0, 0, 0, 1}, Src: netip.MustParseAddr("10.1.0.2"), Dst: group,
+				SrcPort: 4000, DstPort: 5000, TTL: 8, Payload: []byte("payload"),
+			}
+			frame := f.Build()
+			binary.BigEndian.PutUint16(frame[38:], 2000) // the length of the datagram
+			labtest.NewTap(t, n.source, "src0").Send(frame)
+			for _, command := range [][]string{{"stats"}, {"stats", "m"}, {"rule", "show", "m"}, {"explain", "m"}} {
+				eventually(t, strings.Join(command, " ")+" tells", func() string {
+					if text := in.mustCLI(command...); !strings.Contains(text, "malformed") {
+						return text
+					}
+					return ""
+				})
+			}
+			if r := in.rule("m"); r.Matched.Packets != 0 {
+				t.Errorf("%d packets matched", r.Matched.Packets)
 			}
 		})
 	}
