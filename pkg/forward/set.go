@@ -266,8 +266,8 @@ func closeQueues(queues, others []*queue) error {
 	return errors.Join(errs...)
 }
 
-func (s *Set) newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) (t *Table, err error) {
-	t = &Table{own: map[netip.Addr]struct{}{}, byFirst: map[uint32]*Rule{}}
+func (s *Set) newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) (_ *Table, err error) {
+	t := &Table{own: map[netip.Addr]struct{}{}, byFirst: map[uint32]*Rule{}}
 	for _, a := range own {
 		t.own[a.Unmap().WithZone("")] = struct{}{}
 	}
