@@ -11,6 +11,7 @@
  * after the other, in the order of the rows, on one CPU.
  */
 #include "account.h"
+#include "bulk.h"
 #include "copy.h"
 #include "handover.h"
 #include "maps.h"
@@ -107,11 +108,29 @@ static __always_inline __u32 rewrite_copy(struct xdp_md *ctx, const struct hando
 	struct offsets at = {.l3 = from->l3_offset, .udp = from->udp_offset};
 	struct headers h;
 
+	if (bytes > (__u32)o->mtu + FRAME_ROOM)
+		return DROP_MTU;
 	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
 		return rewrite_rare(ctx, o, at.l3, at.udp, bytes);
 	if (!find_headers(ctx, &at, &h))
 		return DROP_INTERNAL;
 	return rewrite_headers(ctx, &h, o, false);
+}
+
+/* A copy ends here, and not at the device. */
+static __always_inline int drop_copy(__u32 ifindex)
+{
+	__u32 key = 0;
+	struct egress_drops *drops = bpf_map_lookup_elem(&egress_drops, &key);
+
+	if (!drops)
+		return XDP_DROP;
+	if (drops->ifindex != ifindex) {
+		drops->ifindex = ifindex;
+		drops->packets = 0;
+	}
+	drops->packets++;
+	return XDP_DROP;
 }
 
 SEC("xdp.frags/devmap")
@@ -131,15 +150,21 @@ int egress(struct xdp_md *ctx)
 		return XDP_PASS; /* of a rule with one output: rewritten already */
 	ifindex = ctx->egress_ifindex;
 	o = find_output(&from, ifindex);
-	if (!o)
-		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
-	if (!(o->flags & OUTPUT_READY))
-		return count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
+	if (!o) {
+		count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
+		return drop_copy(ifindex);
+	}
+	if (!(o->flags & OUTPUT_READY)) {
+		count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
+		return drop_copy(ifindex);
+	}
 	reason = rewrite_copy(ctx, &from, o, bytes);
 	if (reason == DROP_MTU)
-		return XDP_DROP; /* counted by the relay program */
-	if (reason != REWRITTEN)
-		return count_drop(DROP_OUTPUT, o->stats, reason, bytes);
+		return drop_copy(ifindex); /* counted by the relay program */
+	if (reason != REWRITTEN) {
+		count_drop(DROP_OUTPUT, o->stats, reason, bytes);
+		return drop_copy(ifindex);
+	}
 	count_sent(o->stats, bytes);
 	return XDP_PASS;
 }

@@ -20,6 +20,7 @@ const (
 	EgressMapCopies             = "copies"
 	EgressMapCpus               = "cpus"
 	EgressMapDrops              = "drops"
+	EgressMapEgressDrops        = "egress_drops"
 	EgressMapFanout             = "fanout"
 	EgressMapFlowTables4        = "flow_tables4"
 	EgressMapFlowTables6        = "flow_tables6"
@@ -27,6 +28,7 @@ const (
 	EgressMapFragments          = "fragments"
 	EgressMapGuesses            = "guesses"
 	EgressMapKept               = "kept"
+	EgressMapOrphans            = "orphans"
 	EgressMapOutputStats        = "output_stats"
 	EgressMapOutputs            = "outputs"
 	EgressMapOwnAddresses       = "own_addresses"
@@ -41,6 +43,7 @@ const (
 	EgressMapRules              = "rules"
 	EgressMapShortcuts          = "shortcuts"
 	EgressMapTurns              = "turns"
+	EgressMapUserStats          = "user_stats"
 	EgressMapXsks               = "xsks"
 	EgressProgEgress            = "egress"
 	EgressVarExportDropReason   = "export_drop_reason"
@@ -53,12 +56,15 @@ const (
 	EgressVarExportFragmentKind = "export_fragment_kind"
 	EgressVarExportHandover     = "export_handover"
 	EgressVarExportLookupKind   = "export_lookup_kind"
+	EgressVarExportNote         = "export_note"
 	EgressVarExportOutputFlag   = "export_output_flag"
 	EgressVarExportPrefix4      = "export_prefix4"
 	EgressVarExportPrefix6      = "export_prefix6"
 	EgressVarExportPrefixBy     = "export_prefix_by"
 	EgressVarExportRulePath     = "export_rule_path"
 	EgressVarExportTtlMode      = "export_ttl_mode"
+	EgressVarExportUserKind     = "export_user_kind"
+	EgressVarExportUserScope    = "export_user_scope"
 	EgressVarExportVlanMode     = "export_vlan_mode"
 )
 
@@ -115,6 +121,7 @@ type EgressMapSpecs struct {
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
 	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
+	EgressDrops   *ebpf.MapSpec `ebpf:"egress_drops"`
 	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
@@ -122,6 +129,7 @@ type EgressMapSpecs struct {
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -136,6 +144,7 @@ type EgressMapSpecs struct {
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -153,12 +162,15 @@ type EgressVariableSpecs struct {
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 }
 
@@ -186,6 +198,7 @@ type EgressMaps struct {
 	Copies        *ebpf.Map `ebpf:"copies"`
 	Cpus          *ebpf.Map `ebpf:"cpus"`
 	Drops         *ebpf.Map `ebpf:"drops"`
+	EgressDrops   *ebpf.Map `ebpf:"egress_drops"`
 	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
@@ -193,6 +206,7 @@ type EgressMaps struct {
 	Fragments     *ebpf.Map `ebpf:"fragments"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -207,6 +221,7 @@ type EgressMaps struct {
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
+	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -216,6 +231,7 @@ func (m *EgressMaps) Close() error {
 		m.Copies,
 		m.Cpus,
 		m.Drops,
+		m.EgressDrops,
 		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
@@ -223,6 +239,7 @@ func (m *EgressMaps) Close() error {
 		m.Fragments,
 		m.Guesses,
 		m.Kept,
+		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
@@ -237,6 +254,7 @@ func (m *EgressMaps) Close() error {
 		m.Rules,
 		m.Shortcuts,
 		m.Turns,
+		m.UserStats,
 		m.Xsks,
 	)
 }
@@ -255,12 +273,15 @@ type EgressVariables struct {
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 }
 

@@ -7,6 +7,7 @@
 #include "account.h"
 #include "buffers.h"
 #include "copy.h"
+#include "finish.h"
 #include "fragment.h"
 #include "handover.h"
 #include "lookup.h"
@@ -27,7 +28,8 @@ static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const
 		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
 	if (!(o->flags & OUTPUT_READY))
 		return count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
-	if (h->l3_len > o->mtu)
+	if (__builtin_expect(frame_size(h->l3_offset, bytes) > o->mtu, 0) &&
+	    (h->l3_len > o->mtu || too_long(o, h->l3_offset, bytes)))
 		return count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
 	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
 		reason = rewrite_rare(ctx, o, h->l3_offset, udp_offset(h), bytes);
@@ -46,7 +48,7 @@ static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const
  * which have no row, and those too long for their output, whose row the kernel may
  * skip.
  */
-__noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
+__noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 l3_offset, __u32 bytes)
 {
 	__u32 slot;
 
@@ -58,7 +60,8 @@ __noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 bytes)
 			continue;
 		if (!(o->flags & OUTPUT_READY))
 			count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
-		else if (l3_len > o->mtu)
+		else if (l3_len > o->mtu || bytes > (__u32)o->mtu + FRAME_ROOM ||
+			 too_long(o, l3_offset, bytes))
 			count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
 	}
 	return 0;
@@ -91,8 +94,8 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 	/* The kernel's clone leaves the further buffers of a frame behind. */
 	if (bytes != first_buffer(ctx))
 		return count_drop(DROP_RULE, id, DROP_MULTI_BUFFER, bytes);
-	if (h->l3_len > flow->min_mtu)
-		count_missing(first, flow->outputs, h->l3_len, bytes);
+	if (frame_size(h->l3_offset, bytes) > flow->min_mtu)
+		count_missing(first, flow->outputs, h->l3_len, h->l3_offset, bytes);
 	hand_over(h, flow, sequence);
 	return bpf_redirect_map(slots, 0, BPF_F_BROADCAST);
 }
@@ -104,8 +107,8 @@ const volatile bool socket_multi_buffer = true;
  * is to serve.
  */
 static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
-				      const struct flow *flow, __u32 bytes, __u32 sequence,
-				      int *verdict)
+				      const struct flow *flow, __u32 bytes,
+				      struct rule_stats *stats, int *verdict)
 {
 	__u32 queue = ctx->rx_queue_index;
 
@@ -119,7 +122,9 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 	if (flow->path == PATH_AFXDP && queue < XDPCAST_MAX_QUEUES) {
 		*verdict = bpf_redirect_map(&xsks, flow->sockets + queue, XDP_DROP);
 		if (*verdict == XDP_REDIRECT) {
-			hand_over(h, flow, sequence);
+			stats->handed_packets++;
+			stats->handed_bytes += bytes;
+			hand_over(h, flow, stats->packets);
 			return true;
 		}
 	}
@@ -140,25 +145,34 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 				   struct headers *h, const struct flow *flow, bool ip4)
 {
 	__u32 bytes = bpf_xdp_get_buff_len(ctx);
-	__u32 id = flow->rule, sequence;
+	struct rule_stats *stats;
+	__u32 id = flow->rule;
 	int verdict;
 
 	/* A packet cut short is for the stack to refuse, and one for another host's MAC
 	 * to ignore.
 	 */
-	if ((__u64)h->l3_offset + h->l3_len > bytes)
+	if ((__u64)h->l3_offset + h->l3_len > bytes) {
+		if (flow->path != PATH_FANOUT)
+			count_note(id, NOTE_MALFORMED, 1, bytes);
 		return NOT_OURS;
+	}
 	if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
 		return NOT_OURS;
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
 		remember_fragment(ifindex, h, ip4);
-		if (flow->path != PATH_FANOUT)
+		if (flow->path != PATH_FANOUT) {
 			count_fragment(h->udp ? FRAGMENT_FIRST : FRAGMENT_LATER, bytes);
+			if (h->udp)
+				claim_orphans(ifindex, h, id, ip4);
+		}
 	}
 	/* The workers behind the packet tap do and count all that follows. */
 	if (__builtin_expect(flow->path == PATH_FANOUT, 0))
 		return flow->flags & FLOW_STEERED ? steer(ifindex, h, ip4) : XDP_PASS;
-	sequence = count_match(id, bytes);
+	stats = count_match(id, bytes);
+	if (!stats)
+		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
 	if (own_packet(cfg, h, flow, ip4))
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
@@ -166,11 +180,14 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
 		return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
 	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&
-	    to_socket(ctx, h, flow, bytes, sequence, &verdict))
+	    to_socket(ctx, h, flow, bytes, stats, &verdict))
 		return verdict;
+	if (__builtin_expect(flow->finish, 0) && h->part == PART_WHOLE &&
+	    finish_checksum(ctx, h->l3_offset, udp_offset(h)))
+		count_note(id, NOTE_UNFINISHED, 1, bytes);
 	if (flow->outputs == 1)
 		return send_one(ctx, h, flow, bytes, ip4);
-	return send_many(ctx, h, flow, bytes, sequence);
+	return send_many(ctx, h, flow, bytes, stats->packets);
 }
 
 /* The rule of a packet. */
@@ -182,7 +199,7 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 	if (__builtin_expect(h->part == PART_LATER, 0)) {
 		port = fragment_port(ifindex, h, ip4);
 		if (!port) {
-			count_fragment(FRAGMENT_ORPHAN, bpf_xdp_get_buff_len(ctx));
+			orphan(ifindex, h, bpf_xdp_get_buff_len(ctx), ip4);
 			return NULL;
 		}
 	} else {

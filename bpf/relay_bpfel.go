@@ -81,8 +81,10 @@ const (
 	RelayDropReasonDROP_NO_SOCKET    RelayDropReason = 10
 	RelayDropReasonDROP_TX_FULL      RelayDropReason = 11
 	RelayDropReasonDROP_CPU_FULL     RelayDropReason = 12
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 13
-	RelayDropReasonDROP_REASONS      RelayDropReason = 14
+	RelayDropReasonDROP_NO_CARRIER   RelayDropReason = 13
+	RelayDropReasonDROP_WORKER_LOST  RelayDropReason = 14
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 15
+	RelayDropReasonDROP_REASONS      RelayDropReason = 16
 )
 
 type RelayDropScope uint32
@@ -91,6 +93,7 @@ const (
 	RelayDropScopeDROP_RULE    RelayDropScope = 0
 	RelayDropScopeDROP_OUTPUT  RelayDropScope = 1
 	RelayDropScopeDROP_UNKNOWN RelayDropScope = 2
+	RelayDropScopeDROP_NOTE    RelayDropScope = 3
 )
 
 type RelayFlow struct {
@@ -104,7 +107,8 @@ type RelayFlow struct {
 	Flags       uint8
 	InputMac    [6]uint8
 	Sockets     uint32
-	Pad         uint32
+	Finish      uint8
+	Pad         [3]uint8
 }
 
 type RelayFlow4 struct {
@@ -195,6 +199,22 @@ const (
 	RelayLookupKindLOOKUP_SOURCES_PORT RelayLookupKind = 256
 	RelayLookupKindLOOKUP_SOURCES      RelayLookupKind = 512
 )
+
+type RelayNote uint32
+
+const (
+	RelayNoteNOTE_MALFORMED  RelayNote = 0
+	RelayNoteNOTE_ORPHAN     RelayNote = 1
+	RelayNoteNOTE_UNFINISHED RelayNote = 2
+	RelayNoteNOTES           RelayNote = 3
+)
+
+type RelayOrphans struct {
+	_       structs.HostLayout
+	SeenNs  uint64
+	Packets uint32
+	Bytes   uint32
+}
 
 type RelayOutput struct {
 	_         structs.HostLayout
@@ -326,10 +346,12 @@ const (
 )
 
 type RelayRuleStats struct {
-	_          structs.HostLayout
-	Packets    uint64
-	Bytes      uint64
-	LastSeenNs uint64
+	_             structs.HostLayout
+	Packets       uint64
+	Bytes         uint64
+	LastSeenNs    uint64
+	HandedPackets uint64
+	HandedBytes   uint64
 }
 
 type RelayShortcut struct {
@@ -363,6 +385,47 @@ type RelayTurn struct {
 	Next     uint32
 }
 
+type RelayUserCounter struct {
+	_          structs.HostLayout
+	Id         uint32
+	Scope      uint8
+	Kind       uint8
+	Writer     uint16
+	Packets    uint64
+	Bytes      uint64
+	LastSeenNs uint64
+}
+
+type RelayUserKind uint32
+
+const (
+	RelayUserKindUSER_MATCHED         RelayUserKind = 0
+	RelayUserKindUSER_DELIVERED       RelayUserKind = 1
+	RelayUserKindUSER_SENT            RelayUserKind = 2
+	RelayUserKindUSER_FRAGMENT_FIRST  RelayUserKind = 3
+	RelayUserKindUSER_FRAGMENT_LATER  RelayUserKind = 4
+	RelayUserKindUSER_FRAGMENT_ORPHAN RelayUserKind = 5
+	RelayUserKindUSER_UNSENT          RelayUserKind = 6
+	RelayUserKindUSER_NO_FRAME        RelayUserKind = 7
+	RelayUserKindUSER_RING_FULL       RelayUserKind = 8
+	RelayUserKindUSER_RULE_GONE       RelayUserKind = 9
+	RelayUserKindUSER_NOTE            RelayUserKind = 16
+	RelayUserKindUSER_DROP            RelayUserKind = 32
+)
+
+type RelayUserScope uint32
+
+const (
+	RelayUserScopeUSER_FREE   RelayUserScope = 0
+	RelayUserScopeUSER_RULE   RelayUserScope = 1
+	RelayUserScopeUSER_OUTPUT RelayUserScope = 2
+	RelayUserScopeUSER_TOTAL  RelayUserScope = 3
+	RelayUserScopeUSER_INPUT  RelayUserScope = 4
+	RelayUserScopeUSER_DEVICE RelayUserScope = 5
+	RelayUserScopeUSER_LOOSE  RelayUserScope = 6
+	RelayUserScopeUSER_HEADER RelayUserScope = 7
+)
+
 type RelayVlanMode uint32
 
 const (
@@ -386,6 +449,7 @@ const (
 	RelayMapFragments          = "fragments"
 	RelayMapGuesses            = "guesses"
 	RelayMapKept               = "kept"
+	RelayMapOrphans            = "orphans"
 	RelayMapOutputStats        = "output_stats"
 	RelayMapOutputs            = "outputs"
 	RelayMapOwnAddresses       = "own_addresses"
@@ -400,6 +464,7 @@ const (
 	RelayMapRules              = "rules"
 	RelayMapShortcuts          = "shortcuts"
 	RelayMapTurns              = "turns"
+	RelayMapUserStats          = "user_stats"
 	RelayMapXsks               = "xsks"
 	RelayProgRelay             = "relay"
 	RelayVarExportDropReason   = "export_drop_reason"
@@ -412,12 +477,15 @@ const (
 	RelayVarExportFragmentKind = "export_fragment_kind"
 	RelayVarExportHandover     = "export_handover"
 	RelayVarExportLookupKind   = "export_lookup_kind"
+	RelayVarExportNote         = "export_note"
 	RelayVarExportOutputFlag   = "export_output_flag"
 	RelayVarExportPrefix4      = "export_prefix4"
 	RelayVarExportPrefix6      = "export_prefix6"
 	RelayVarExportPrefixBy     = "export_prefix_by"
 	RelayVarExportRulePath     = "export_rule_path"
 	RelayVarExportTtlMode      = "export_ttl_mode"
+	RelayVarExportUserKind     = "export_user_kind"
+	RelayVarExportUserScope    = "export_user_scope"
 	RelayVarExportVlanMode     = "export_vlan_mode"
 	RelayVarFragmentTimeoutNs  = "fragment_timeout_ns"
 	RelayVarSocketMultiBuffer  = "socket_multi_buffer"
@@ -483,6 +551,7 @@ type RelayMapSpecs struct {
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -497,6 +566,7 @@ type RelayMapSpecs struct {
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -514,12 +584,15 @@ type RelayVariableSpecs struct {
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
 	SocketMultiBuffer  *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
@@ -556,6 +629,7 @@ type RelayMaps struct {
 	Fragments     *ebpf.Map `ebpf:"fragments"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -570,6 +644,7 @@ type RelayMaps struct {
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
+	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -586,6 +661,7 @@ func (m *RelayMaps) Close() error {
 		m.Fragments,
 		m.Guesses,
 		m.Kept,
+		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
@@ -600,6 +676,7 @@ func (m *RelayMaps) Close() error {
 		m.Rules,
 		m.Shortcuts,
 		m.Turns,
+		m.UserStats,
 		m.Xsks,
 	)
 }
@@ -618,12 +695,15 @@ type RelayVariables struct {
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
 	SocketMultiBuffer  *ebpf.Variable `ebpf:"socket_multi_buffer"`

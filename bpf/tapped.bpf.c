@@ -7,6 +7,7 @@
  * further: to no receiver, bridge or multicast route of the host. It needs no XDP on
  * the interface, and decides as the relay program does.
  */
+#include <linux/if_packet.h>
 #include <linux/pkt_cls.h>
 
 #include "fragment.h"
@@ -111,6 +112,9 @@ static __always_inline bool taken(struct __sk_buff *skb)
 	void *data, *data_end;
 	__be16 proto;
 
+	/* What processes of this host send each other: no packet tap has seen it. */
+	if (skb->pkt_type == PACKET_LOOPBACK)
+		return false;
 	show_headers(skb);
 	data = (void *)(long)skb->data;
 	data_end = (void *)(long)skb->data_end;

@@ -27,6 +27,7 @@ const (
 	TappedMapFragments          = "fragments"
 	TappedMapGuesses            = "guesses"
 	TappedMapKept               = "kept"
+	TappedMapOrphans            = "orphans"
 	TappedMapOutputStats        = "output_stats"
 	TappedMapOutputs            = "outputs"
 	TappedMapOwnAddresses       = "own_addresses"
@@ -41,6 +42,7 @@ const (
 	TappedMapRules              = "rules"
 	TappedMapShortcuts          = "shortcuts"
 	TappedMapTurns              = "turns"
+	TappedMapUserStats          = "user_stats"
 	TappedMapXsks               = "xsks"
 	TappedProgTapped            = "tapped"
 	TappedVarExportDropReason   = "export_drop_reason"
@@ -53,12 +55,15 @@ const (
 	TappedVarExportFragmentKind = "export_fragment_kind"
 	TappedVarExportHandover     = "export_handover"
 	TappedVarExportLookupKind   = "export_lookup_kind"
+	TappedVarExportNote         = "export_note"
 	TappedVarExportOutputFlag   = "export_output_flag"
 	TappedVarExportPrefix4      = "export_prefix4"
 	TappedVarExportPrefix6      = "export_prefix6"
 	TappedVarExportPrefixBy     = "export_prefix_by"
 	TappedVarExportRulePath     = "export_rule_path"
 	TappedVarExportTtlMode      = "export_ttl_mode"
+	TappedVarExportUserKind     = "export_user_kind"
+	TappedVarExportUserScope    = "export_user_scope"
 	TappedVarExportVlanMode     = "export_vlan_mode"
 	TappedVarFragmentTimeoutNs  = "fragment_timeout_ns"
 	TappedVarLinkHeader         = "link_header"
@@ -124,6 +129,7 @@ type TappedMapSpecs struct {
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
@@ -138,6 +144,7 @@ type TappedMapSpecs struct {
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -155,12 +162,15 @@ type TappedVariableSpecs struct {
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
 	LinkHeader         *ebpf.VariableSpec `ebpf:"link_header"`
@@ -197,6 +207,7 @@ type TappedMaps struct {
 	Fragments     *ebpf.Map `ebpf:"fragments"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
@@ -211,6 +222,7 @@ type TappedMaps struct {
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
 	Turns         *ebpf.Map `ebpf:"turns"`
+	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -227,6 +239,7 @@ func (m *TappedMaps) Close() error {
 		m.Fragments,
 		m.Guesses,
 		m.Kept,
+		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
@@ -241,6 +254,7 @@ func (m *TappedMaps) Close() error {
 		m.Rules,
 		m.Shortcuts,
 		m.Turns,
+		m.UserStats,
 		m.Xsks,
 	)
 }
@@ -259,12 +273,15 @@ type TappedVariables struct {
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote         *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
 	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
 	LinkHeader         *ebpf.Variable `ebpf:"link_header"`

@@ -10,6 +10,7 @@
 #include <bpf/bpf_tracing.h>
 
 #include "abi.h"
+#include "bulk.h"
 
 /* The fields of the kernel's structs that are used; their offsets are relocated. */
 struct net {
@@ -67,15 +68,23 @@ SEC("tp_btf/xdp_devmap_xmit")
 int BPF_PROG(devmap_xmit, const struct net_device *from, const struct net_device *to, int sent,
 	     int dropped, int err)
 {
+	struct egress_drops *own;
 	struct port_stats *stats;
-	__u32 ifindex;
+	__u32 ifindex, key = 0, by_program = 0;
 
 	if (dropped <= 0 || to->nd_net.net->net_cookie != netns_cookie)
 		return 0;
 	ifindex = to->ifindex;
+	own = bpf_map_lookup_elem(&egress_drops, &key);
+	if (own && own->ifindex == ifindex) {
+		by_program = own->packets;
+		own->packets = 0;
+	}
+	if (by_program >= (__u32)dropped)
+		return 0;
 	stats = bpf_map_lookup_elem(&port_stats, &ifindex);
 	if (stats)
-		stats->transmit_drops += dropped;
+		stats->transmit_drops += dropped - by_program;
 	return 0;
 }
 

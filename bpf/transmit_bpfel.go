@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type TransmitEgressDrops struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Packets uint32
+}
+
 type TransmitPortStats struct {
 	_              structs.HostLayout
 	TransmitDrops  uint64
@@ -24,6 +30,7 @@ type TransmitPortStats struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	TransmitMapCpuDrops       = "cpu_drops"
+	TransmitMapEgressDrops    = "egress_drops"
 	TransmitMapPortRows       = "port_rows"
 	TransmitMapPortStats      = "port_stats"
 	TransmitProgCpumapEnqueue = "cpumap_enqueue"
@@ -87,9 +94,10 @@ type TransmitProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TransmitMapSpecs struct {
-	CpuDrops  *ebpf.MapSpec `ebpf:"cpu_drops"`
-	PortRows  *ebpf.MapSpec `ebpf:"port_rows"`
-	PortStats *ebpf.MapSpec `ebpf:"port_stats"`
+	CpuDrops    *ebpf.MapSpec `ebpf:"cpu_drops"`
+	EgressDrops *ebpf.MapSpec `ebpf:"egress_drops"`
+	PortRows    *ebpf.MapSpec `ebpf:"port_rows"`
+	PortStats   *ebpf.MapSpec `ebpf:"port_stats"`
 }
 
 // TransmitVariableSpecs contains global variables before they are loaded into the kernel.
@@ -121,14 +129,16 @@ func (o *TransmitObjects) Close() error {
 //
 // It can be passed to LoadTransmitObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TransmitMaps struct {
-	CpuDrops  *ebpf.Map `ebpf:"cpu_drops"`
-	PortRows  *ebpf.Map `ebpf:"port_rows"`
-	PortStats *ebpf.Map `ebpf:"port_stats"`
+	CpuDrops    *ebpf.Map `ebpf:"cpu_drops"`
+	EgressDrops *ebpf.Map `ebpf:"egress_drops"`
+	PortRows    *ebpf.Map `ebpf:"port_rows"`
+	PortStats   *ebpf.Map `ebpf:"port_stats"`
 }
 
 func (m *TransmitMaps) Close() error {
 	return _TransmitClose(
 		m.CpuDrops,
+		m.EgressDrops,
 		m.PortRows,
 		m.PortStats,
 	)

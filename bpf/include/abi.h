@@ -39,6 +39,8 @@ enum drop_reason {
 	DROP_NO_SOCKET,	   /* no AF_XDP socket takes the rule's packets */
 	DROP_TX_FULL,	   /* user-space paths: the output's queue stayed full */
 	DROP_CPU_FULL,	   /* fanout path: the queue to the worker's CPU was full */
+	DROP_NO_CARRIER,   /* the output's interface is up and carries nothing */
+	DROP_WORKER_LOST,  /* user-space paths: given to a worker that did not forward it */
 	DROP_INTERNAL,	   /* the maps contradict each other, or a frame has no room in front */
 	DROP_REASONS,
 };
@@ -72,6 +74,14 @@ enum fragment_kind {
 	FRAGMENT_LATER,	 /* its first fragment was seen */
 	FRAGMENT_ORPHAN, /* it was not, or too long ago: passed to the stack */
 	FRAGMENT_KINDS,
+};
+
+/* What is worth knowing of a rule's packets, and is no drop. */
+enum note {
+	NOTE_MALFORMED,	 /* UDP that ends beyond its packet, or a packet cut short: passed */
+	NOTE_ORPHAN,	 /* fragments that came before the first of their datagram: passed */
+	NOTE_UNFINISHED, /* the sender left the UDP checksum to a device that was none */
+	NOTES,
 };
 
 #define OWN_WORDS 4
@@ -172,7 +182,8 @@ struct flow {
 	__u8 flags;	    /* enum flow_flag */
 	__u8 input_mac[6];
 	__u32 sockets; /* row of xsks of the input's first queue, with PATH_AFXDP */
-	__u32 pad;
+	__u8 finish;   /* 1: packets may have unfinished UDP checksums, which are finished */
+	__u8 pad[3];
 };
 
 /* One place of the map shortcuts: what a rule takes, and its flow entry. With IPv4 it is
@@ -292,6 +303,13 @@ struct fragment {
 	__u16 pad[3];
 };
 
+/* Fragments of a datagram that came before its first one. */
+struct orphans {
+	__u64 seen_ns; /* the first of them; CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u32 packets;
+	__u32 bytes;
+};
+
 /* Key of own_addresses: an IPv4 address as ::ffff:a.b.c.d. */
 struct own_address {
 	__u8 address[16];
@@ -301,6 +319,9 @@ struct rule_stats {
 	__u64 packets;	    /* matched, whatever became of them */
 	__u64 bytes;	    /* of whole frames as they came in */
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	/* Of them, what went to AF_XDP sockets. */
+	__u64 handed_packets;
+	__u64 handed_bytes;
 };
 
 struct output_stats {
@@ -318,6 +339,7 @@ enum drop_scope {
 	DROP_RULE,    /* before the packet was copied: it misses every output */
 	DROP_OUTPUT,  /* one output's copy */
 	DROP_UNKNOWN, /* nobody can tell whose it was; id is 0 */
+	DROP_NOTE,    /* no drop: a note on a rule; reason is enum note */
 };
 
 /* Key of rule_drops. */
@@ -325,6 +347,44 @@ struct drop_key {
 	__u32 id;     /* rule, or stats of an output */
 	__u16 scope;  /* enum drop_scope */
 	__u16 reason; /* enum drop_reason */
+};
+
+/* What a cell of user_stats counts for, and what. */
+enum user_scope {
+	USER_FREE,
+	USER_RULE,   /* id: rule */
+	USER_OUTPUT, /* id: stats of an output */
+	USER_TOTAL,  /* id 0: what rules dropped that are gone, and what no rule has */
+	USER_INPUT,  /* id: interface, of packets lost on the way to workers */
+	USER_DEVICE, /* id: interface, of packets lost behind workers */
+	USER_LOOSE,  /* of a rule or output without number */
+	USER_HEADER, /* the first cell: packets is how many pages were ever used */
+};
+
+enum user_kind {
+	USER_MATCHED,
+	USER_DELIVERED, /* matched by the relay program, and came to a worker */
+	USER_SENT,
+	USER_FRAGMENT_FIRST,
+	USER_FRAGMENT_LATER,
+	USER_FRAGMENT_ORPHAN,
+	USER_UNSENT, /* counted as sent, and not taken by the device */
+	USER_NO_FRAME,
+	USER_RING_FULL,
+	USER_RULE_GONE,
+	USER_NOTE = 16, /* and enum note */
+	USER_DROP = 32, /* and enum drop_reason */
+};
+
+/* A cell of user_stats. */
+struct user_counter {
+	__u32 id;
+	__u8 scope;   /* enum user_scope */
+	__u8 kind;    /* enum user_kind */
+	__u16 writer; /* path << 14 | worker */
+	__u64 packets;
+	__u64 bytes;
+	__u64 last_seen_ns; /* CLOCK_MONOTONIC */
 };
 
 /* Key of queriers. */
@@ -355,6 +415,14 @@ struct copy {
 struct turn {
 	__u32 sequence; /* of the frame whose copies are being counted */
 	__u32 next;
+};
+
+/* What the egress program has dropped of the bulk that is being sent: the kernel's
+ * tracepoint does not tell it from what the device dropped.
+ */
+struct egress_drops {
+	__u32 ifindex;
+	__u32 packets;
 };
 
 /* What devices did with frames after the programs had returned. */

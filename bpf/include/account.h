@@ -6,17 +6,19 @@
 
 #include "maps.h"
 
-/* Returns a number that the rule's next packet on this CPU does not get. */
-static __always_inline __u32 count_match(__u32 rule, __u32 bytes)
+/* Returns the counters of the rule on this CPU; their packets are a number that the
+ * rule's next packet on this CPU does not get.
+ */
+static __always_inline struct rule_stats *count_match(__u32 rule, __u32 bytes)
 {
 	struct rule_stats *stats = bpf_map_lookup_elem(&rule_stats, &rule);
 
 	if (!stats)
-		return 0;
+		return NULL;
 	stats->packets++;
 	stats->bytes += bytes;
 	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
-	return stats->packets;
+	return stats;
 }
 
 static __always_inline void count_sent(__u32 output, __u32 bytes)
@@ -35,28 +37,43 @@ static __always_inline void count(struct counter *c, __u32 bytes)
 	c->bytes += bytes;
 }
 
+/* Counts in rule_drops, whose entries come with the first count. Global, so that it is
+ * verified once.
+ */
+__noinline int count_rare(__u32 scope, __u32 id, __u32 reason, __u32 packets, __u32 bytes)
+{
+	struct drop_key key = {.id = id, .scope = scope, .reason = reason};
+	struct counter first = {.packets = packets, .bytes = bytes};
+	struct counter *c = bpf_map_lookup_elem(&rule_drops, &key);
+
+	if (!c) {
+		/* Another CPU may make the entry first: then count in its. */
+		if (!bpf_map_update_elem(&rule_drops, &key, &first, BPF_NOEXIST))
+			return 0;
+		c = bpf_map_lookup_elem(&rule_drops, &key);
+		if (!c)
+			return 0;
+	}
+	c->packets += packets;
+	c->bytes += bytes;
+	return 0;
+}
+
 /* Counts a drop; out of line, since no fast path comes here, and global, so that it
  * is verified once.
  */
 __noinline int count_drop(__u32 scope, __u32 id, __u32 reason, __u32 bytes)
 {
-	struct drop_key key = {.id = id, .scope = scope, .reason = reason};
-	struct counter first = {.packets = 1, .bytes = bytes};
-	struct counter *c;
+	struct counter *c = bpf_map_lookup_elem(&drops, &reason);
 
-	c = bpf_map_lookup_elem(&drops, &reason);
 	if (c)
 		count(c, bytes);
-	c = bpf_map_lookup_elem(&rule_drops, &key);
-	if (c) {
-		count(c, bytes);
-		return XDP_DROP;
-	}
-	/* Another CPU may make the entry first: then count in its. */
-	if (bpf_map_update_elem(&rule_drops, &key, &first, BPF_NOEXIST)) {
-		c = bpf_map_lookup_elem(&rule_drops, &key);
-		if (c)
-			count(c, bytes);
-	}
+	count_rare(scope, id, reason, 1, bytes);
 	return XDP_DROP;
+}
+
+/* Notes something of a rule's packets that is no drop. */
+static __always_inline void count_note(__u32 rule, __u32 note, __u32 packets, __u32 bytes)
+{
+	count_rare(DROP_NOTE, rule, note, packets, bytes);
 }

@@ -144,12 +144,16 @@ __noinline int rewrite_rare(struct xdp_md *ctx, const struct output *o, __u32 l3
 	struct headers h;
 	__u32 reason;
 
+	if (!o)
+		return DROP_INTERNAL;
+	if (too_long(o, l3, bytes))
+		return DROP_MTU;
 	/* In a copy there is one buffer always. Of other frames the kernel would drop those
 	 * of several, and count it nowhere.
 	 */
-	if (o && o->flags & OUTPUT_ONE_BUFFER && bytes != first_buffer(ctx))
+	if (o->flags & OUTPUT_ONE_BUFFER && bytes != first_buffer(ctx))
 		return DROP_MULTI_BUFFER;
-	if (!o || !retag(ctx, o, &at) || !find_headers(ctx, &at, &h))
+	if (!retag(ctx, o, &at) || !find_headers(ctx, &at, &h))
 		return DROP_INTERNAL;
 	reason = rewrite_headers(ctx, &h, o, true);
 	if (reason != REWRITTEN)

@@ -45,6 +45,63 @@ static __always_inline void fragment_key(struct fragment_key *key, __u32 ifindex
 	}
 }
 
+/* Notes a fragment whose first one was not seen. Should that come yet, its rule can
+ * tell that the datagram is lost: see claim_orphans.
+ */
+static __noinline int keep_orphan(const struct fragment_key *key, __u32 bytes)
+{
+	struct orphans first = {.seen_ns = bpf_ktime_get_coarse_ns(), .packets = 1, .bytes = bytes};
+	struct orphans *have;
+
+	if (!key)
+		return 0;
+	have = bpf_map_lookup_elem(&orphans, key);
+	if (!have || first.seen_ns - have->seen_ns > fragment_timeout_ns)
+		return bpf_map_update_elem(&orphans, key, &first, BPF_ANY);
+	__sync_fetch_and_add(&have->packets, 1);
+	__sync_fetch_and_add(&have->bytes, bytes);
+	return 0;
+}
+
+static __always_inline void orphan(__u32 ifindex, const struct headers *h, __u32 bytes, bool ip4)
+{
+	struct fragment_key key;
+
+	count_fragment(FRAGMENT_ORPHAN, bytes);
+	fragment_key(&key, ifindex, h, ip4);
+	keep_orphan(&key, bytes);
+}
+
+static __noinline int note_orphans(const struct fragment_key *key, __u32 rule)
+{
+	struct orphans *have;
+	__u32 packets, bytes;
+	__u64 seen_ns;
+
+	if (!key)
+		return 0;
+	have = bpf_map_lookup_elem(&orphans, key);
+	if (!have)
+		return 0;
+	packets = have->packets;
+	bytes = have->bytes;
+	seen_ns = have->seen_ns;
+	if (!bpf_map_delete_elem(&orphans, key) &&
+	    bpf_ktime_get_coarse_ns() - seen_ns <= fragment_timeout_ns)
+		count_note(rule, NOTE_ORPHAN, packets, bytes);
+	return 0;
+}
+
+/* A first fragment has come: the rule takes note of those before it. */
+static __always_inline void claim_orphans(__u32 ifindex, const struct headers *h, __u32 rule,
+					  bool ip4)
+{
+	struct fragment_key key;
+
+	fragment_key(&key, ifindex, h, ip4);
+	note_orphans(&key, rule);
+}
+
 /* The port of a later fragment's datagram, 0 when it is not known. */
 static __always_inline __u16 fragment_port(__u32 ifindex, const struct headers *h, bool ip4)
 {

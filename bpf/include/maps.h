@@ -31,6 +31,9 @@ EXPORT_TYPE(enum, ttl_mode);
 EXPORT_TYPE(enum, vlan_mode);
 EXPORT_TYPE(enum, flow_flag);
 EXPORT_TYPE(enum, fragment_kind);
+EXPORT_TYPE(enum, note);
+EXPORT_TYPE(enum, user_scope);
+EXPORT_TYPE(enum, user_kind);
 
 /* config: schema, sizes and the lookup kinds in use. */
 struct {
@@ -122,6 +125,14 @@ struct {
 	__type(key, struct fragment_key);
 	__type(value, struct fragment);
 } fragments SEC(".maps");
+
+/* orphans: datagrams whose first fragment has not come; the longest unused go first. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct fragment_key);
+	__type(value, struct orphans);
+} orphans SEC(".maps");
 
 /* fragment_stats: kind of fragment -> packets and bytes. */
 struct {
@@ -285,6 +296,17 @@ struct {
 	__type(key, struct drop_key);
 	__type(value, struct counter);
 } rule_drops SEC(".maps");
+
+/* user_stats: what the user-space paths count, in cells that workers have mapped into
+ * their memory; package account owns them. Size: load.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct user_counter);
+} user_stats SEC(".maps");
 
 /* queriers: interface and family -> who asks for memberships there. Entries come
  * with the first query and go when the program is detached.

@@ -99,7 +99,12 @@ static __always_inline __be16 parse_eth(void *data, void *data_end, struct heade
 	return parse_tags((struct vlan_hdr *)(eth + 1), data_end, eth->h_proto, h);
 }
 
-/* UDP behind h->l3 at the given distance, with l3_len bytes of IP packet. */
+/* l3_len of UDP that ends beyond its packet: longer than any frame. */
+#define MALFORMED 0x7fffffff
+
+/* UDP behind h->l3 at the given distance, with l3_len bytes of IP packet. A malformed
+ * one gets the length MALFORMED, so that who looks for its rule can tell of it.
+ */
 static __always_inline bool parse_udp(void *data_end, struct headers *h, __u32 l3_header_len)
 {
 	struct udphdr *udp = h->l3 + l3_header_len;
@@ -111,7 +116,7 @@ static __always_inline bool parse_udp(void *data_end, struct headers *h, __u32 l
 	len = bpf_ntohs(udp->len);
 	/* The length of a first fragment's datagram goes beyond the fragment. */
 	if (len < sizeof(*udp) || (h->part == PART_WHOLE && l3_header_len + len > h->l3_len))
-		return false;
+		h->l3_len = MALFORMED;
 	return true;
 }
 
@@ -140,7 +145,7 @@ static __always_inline bool parse_ip4(void *data_end, struct headers *h)
 		}
 	}
 	if (h->l3_len < header_len + sizeof(struct udphdr))
-		return false;
+		h->l3_len = MALFORMED;
 	return parse_udp(data_end, h, header_len);
 }
 
@@ -183,8 +188,11 @@ static __noinline __u32 walk_extensions(void *l3, void *data_end, __u32 next, st
 			next = frag->nexthdr;
 			len += sizeof(*frag);
 			if (frag->offset & bpf_htons(IP6_OFFSET)) {
+				/* What the first fragment begins with, which alone has it: UDP,
+				 * or options in front of it.
+				 */
 				h->part = PART_LATER;
-				break;
+				return next == IPPROTO_UDP || next == IPPROTO_DSTOPTS ? len : 0;
 			}
 			if (frag->offset & bpf_htons(IP6_MF))
 				h->part = PART_FIRST;

@@ -129,6 +129,40 @@ static __always_inline void rewrite_group_mac(struct ethhdr *eth, const struct o
 	eth->h_dest[5] = b[3];
 }
 
+/* What the kernel lets a frame have besides the MTU: Ethernet and one tag
+ * (xdp_ok_fwd_dev and is_skb_forwardable). A longer one takes others with it: a driver
+ * may give up a whole bulk with the frame that it refuses.
+ */
+#define FRAME_ROOM (ETH_HLEN + 4)
+
+/* Compared with the MTU: not more for any frame that fits with the tags it has. */
+static __always_inline __u32 frame_size(__u32 l3_offset, __u32 bytes)
+{
+	return bytes - (l3_offset < FRAME_ROOM ? l3_offset : FRAME_ROOM);
+}
+
+/* Whether the frame that leaves is longer than the output's device takes: with the tags
+ * that are pushed or kept, and what lies behind the IP packet.
+ */
+static __always_inline bool too_long(const struct output *o, __u32 l3_offset, __u32 bytes)
+{
+	__u32 header = l3_offset;
+
+	if (o->vlan_mode == VLAN_POP)
+		header = ETH_HLEN;
+	else if (o->vlan_mode == VLAN_SET)
+		header = ETH_HLEN + (o->outer_vlan ? 2 : 1) * sizeof(struct vlan_hdr);
+	return bytes - l3_offset + header > (__u32)o->mtu + FRAME_ROOM;
+}
+
+/* Fragments of two senders that are sent from one address may have one number: each
+ * sender's get others, the same for all fragments of a datagram.
+ */
+static __always_inline __u16 merged_id(__u16 id, __u32 source)
+{
+	return id ^ (__u16)(source * 0x9e3779b1U >> 16);
+}
+
 /* Both rewrites return REWRITTEN, or the reason for which the packet ends here,
  * which is then unchanged.
  */
@@ -141,7 +175,7 @@ static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output 
 	__u16 *tos_word = (__u16 *)ip;
 	__u8 ttl = new_ttl(o, ip->ttl, rare);
 	__u32 dst = word(o->dst, 0);
-	__u64 addresses, sum;
+	__u64 addresses, sum, id = 0;
 	__u16 old, port = 0;
 
 	if (!ttl)
@@ -162,9 +196,14 @@ static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output 
 		__u32 src = word(o->src, 0);
 
 		addresses += delta32(ip->saddr, src);
+		if (__builtin_expect(ip->frag_off & bpf_htons(IP_MF | IP_OFFSET), 0)) {
+			old = ip->id;
+			ip->id = merged_id(old, ip->saddr);
+			id = delta16(old, ip->id);
+		}
 		ip->saddr = src;
 	}
-	sum = (__u16)~ip->check + addresses;
+	sum = (__u16)~ip->check + addresses + id;
 	if (ttl != ip->ttl) {
 		old = *ttl_word;
 		ip->ttl = ttl;

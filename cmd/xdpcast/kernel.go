@@ -77,7 +77,7 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time, name func(index int) string) control.RuleStatus {
 	status := control.RuleStatus{
 		Rule: control.Rule{Name: rule.Name, In: kernelInput(as, name)}, ID: rule.ID, State: control.StateActive, UsedPath: relay.PathName(as.Path),
-		Matched: control.Counter(rule.Matched), Drops: relay.Drops(rule.Drops),
+		Matched: control.Counter(rule.Matched), Drops: relay.Drops(rule.Drops), Notes: relay.Notes(rule.Notes),
 	}
 	if rule.LastSeen >= 0 {
 		at := now.Add(-rule.LastSeen)

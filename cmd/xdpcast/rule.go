@@ -185,6 +185,9 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 			return err
 		}
 	}
+	if err := noteTable(w, control.Stats{Rules: []control.RuleStatus{r}}); err != nil {
+		return err
+	}
 	if err := dropTable(w, allDrops(r)); err != nil {
 		return err
 	}

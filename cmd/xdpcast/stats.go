@@ -210,7 +210,29 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 	if err := receiveTable(w, s.ReceiveDrops); err != nil {
 		return err
 	}
-	return transmitTable(w, s.TransmitDrops)
+	if err := transmitTable(w, s.TransmitDrops); err != nil {
+		return err
+	}
+	return noteTable(w, s)
+}
+
+// noteTable shows what is no drop and worth knowing, nothing when there is nothing. Of
+// fragments without a first one nobody knows a rule unless that comes.
+func noteTable(w io.Writer, s control.Stats) error {
+	t := newTable("NOTED", "OF", ">PACKETS", ">BYTES")
+	for _, r := range s.Rules {
+		for _, n := range r.Notes {
+			t.add(n.Reason, "rule "+r.Name, humanCount(n.Packets), humanBytes(n.Bytes))
+		}
+	}
+	if o := s.Fragments.Orphan; o.Packets > 0 {
+		t.add("orphan_fragment", "all traffic", humanCount(o.Packets), humanBytes(o.Bytes))
+	}
+	if len(t.rows) == 1 {
+		return nil
+	}
+	fmt.Fprintln(w)
+	return t.write(w)
 }
 
 func rateCells(rates map[endpointKey]rate, key endpointKey) []string {

@@ -87,6 +87,9 @@ type RuleStatus struct {
 	Matched  Counter `json:"matched"`
 	// LastSeen is when a packet last matched, nil when none has.
 	LastSeen *time.Time `json:"last_seen,omitempty"`
+	// Notes count what is worth knowing of the rule's packets and is no drop, by reason:
+	// malformed, orphan_fragment, unfinished_checksum.
+	Notes []Drop `json:"notes,omitempty"`
 	// Drops holds what matched and was dropped before any output saw it.
 	Drops   []Drop         `json:"drops"`
 	Outputs []OutputStatus `json:"outputs"`
@@ -382,7 +385,8 @@ type Stats struct {
 	// Drops is the total by reason, over all rules.
 	Drops         []Drop         `json:"drops"`
 	TransmitDrops []TransmitDrop `json:"transmit_drops"`
-	// ReceiveDrops counts since the daemon was started.
+	// ReceiveDrops counts since the state was pinned; after a daemon was killed, without its
+	// last second.
 	ReceiveDrops []ReceiveDrop `json:"receive_drops"`
 }
 

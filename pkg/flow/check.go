@@ -122,7 +122,7 @@ func checkOutput(slot int, o Output, in Input) error {
 	case o.PortAdd && (o.PortShift > 65534 || o.PortShift < -65534):
 		return fmt.Errorf("output %d: port shift %d: want -65534 to 65534", slot, o.PortShift)
 	case o.Blocked >= blockedKinds:
-		return fmt.Errorf("output %d: blocked for reason %v: want not_ready or no_neighbour", slot, o.Blocked)
+		return fmt.Errorf("output %d: blocked for reason %v: want not_ready, no_neighbour or no_carrier", slot, o.Blocked)
 	case o.Src.IsValid() && o.Src.BitLen() != o.Dst.BitLen():
 		return fmt.Errorf("output %d: source %v is of another family than %v", slot, o.Src, o.Dst)
 	case o.Ready && o.Index <= 0:

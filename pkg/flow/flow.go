@@ -46,6 +46,10 @@ type Flow struct {
 	AllowNoChecksum bool
 	// Except are senders that a flow with In.BySource does not take, sorted.
 	Except []netip.Prefix
+	// Finish completes UDP checksums that their sender left to a device that was none. The
+	// input is one that a local stack may send over, and runs the relay program in native
+	// mode, or the path is PathAFXDP.
+	Finish bool
 	// Rate polices the flow as a whole.
 	Rate Rate
 }
@@ -96,6 +100,7 @@ type Blocked uint8
 const (
 	NotReady    Blocked = iota // its interface or source address is missing
 	NoNeighbour                // its next hop has no link-layer address
+	NoCarrier                  // its interface is up and carries nothing
 	blockedKinds
 )
 
@@ -106,6 +111,8 @@ func (b Blocked) String() string {
 		return "not_ready"
 	case NoNeighbour:
 		return "no_neighbour"
+	case NoCarrier:
+		return "no_carrier"
 	}
 	return fmt.Sprintf("Blocked(%d)", uint8(b))
 }
@@ -140,7 +147,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Rate == o.Rate &&
+		r.AllowLoop == o.AllowLoop && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate &&
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 

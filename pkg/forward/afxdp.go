@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
@@ -38,7 +39,9 @@ type Sockets interface {
 // AFXDPOptions say how an [AFXDP] runs. Only Loader is required.
 type AFXDPOptions struct {
 	Loader Sockets
-	Logger *slog.Logger // nil: logs nothing
+	// Accounts is where packets are counted; nil: in memory that ends with the path.
+	Accounts Accounts
+	Logger   *slog.Logger // nil: logs nothing
 	// Queues is how many receive queues an interface may have at most; 0 means 16, or
 	// the number of CPUs if there are more. Counters are kept for so many workers.
 	Queues int
@@ -91,19 +94,13 @@ type AFXDP struct {
 	log  *slog.Logger
 	set  *Set
 
+	unregister func()
+
 	mu      sync.Mutex
 	closed  bool
 	inputs  map[int]*afxdpInput
+	names   map[int]string            // of inputs that there were, too
 	claimed map[queueKey]*afxdpSender // nil: a worker receives there
-	past    map[int]*pastInput        // what workers that are closed have counted
-	unsent  map[int]uint64            // the same of senders, by output interface
-}
-
-// pastInput keeps what was lost on an interface: it is not to be forgotten when a
-// worker goes.
-type pastInput struct {
-	name string
-	lost Lost
 }
 
 type queueKey struct{ index, queue int }
@@ -137,10 +134,12 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &AFXDP{
-		opts: opts, log: opts.Logger, set: NewSet(opts.Queues),
-		inputs: map[int]*afxdpInput{}, claimed: map[queueKey]*afxdpSender{}, past: map[int]*pastInput{}, unsent: map[int]uint64{},
-	}, nil
+	a := &AFXDP{
+		opts: opts, log: opts.Logger, set: newSet(loader.PathAFXDP, opts.Queues, opts.Accounts),
+		inputs: map[int]*afxdpInput{}, names: map[int]string{}, claimed: map[queueKey]*afxdpSender{},
+	}
+	a.unregister = a.set.accounts.Account().OnSettle(a.settle)
+	return a, nil
 }
 
 // Validate says which option cannot be used, by an *xsk.OptionError. Whether there are
@@ -265,6 +264,13 @@ func (a *AFXDP) finish() {
 	}
 }
 
+// settle forwards all that was redirected so far, and returns when it has been counted.
+func (a *AFXDP) settle() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.finish()
+}
+
 // openInputs opens workers for the queues that have none, and closes those of queues
 // that are no more, or whose interface is.
 func (a *AFXDP) openInputs(inputs map[int]bool) (fresh []*afxdpWorker) {
@@ -272,6 +278,7 @@ func (a *AFXDP) openInputs(inputs map[int]bool) (fresh []*afxdpWorker) {
 		in := a.inputs[index]
 		if in == nil {
 			in = &afxdpInput{index: index, name: interfaceName(index)}
+			a.names[index] = in.name
 			a.inputs[index] = in
 		}
 		before := in.err
@@ -416,6 +423,10 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 	if err != nil {
 		return nil, err
 	}
+	w.account = a.set.accounts.Account().Open(account.Target{Scope: account.Input, ID: uint32(in.index)})
+	w.noFrame = w.account.Cell(w.engine.writer, account.NoFrame)
+	w.ringFull = w.account.Cell(w.engine.writer, account.RingFull)
+	w.ruleGone = w.account.Cell(w.engine.writer, account.RuleGone)
 	return w, nil
 }
 
@@ -469,11 +480,12 @@ func (w *afxdpWorker) openSender(index int) (Sender, error) {
 		return nil, err
 	}
 	s := &afxdpSender{worker: w, index: index, packet: packet}
+	s.account = w.path.set.accounts.Account().Open(account.Target{Scope: account.Device, ID: uint32(index)})
 	if !packet.Ethernet() {
 		s.why = "the interface has no Ethernet header"
 	} else if err := s.openSocket(iface); err != nil {
 		if errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENODEV) {
-			return nil, errors.Join(fmt.Errorf("open sender on %s: %w: %w", iface.Name, unix.ENODEV, err), packet.Close())
+			return nil, errors.Join(fmt.Errorf("open sender on %s: %w: %w", iface.Name, unix.ENODEV, err), packet.Close(), s.account.Close())
 		}
 		s.why, s.noQueue = err.Error(), errors.Is(err, errNoQueue)
 	}
@@ -600,10 +612,7 @@ func (w *afxdpWorker) setLimits() {
 
 // forget takes a sender out.
 func (w *afxdpWorker) forget(s *afxdpSender) {
-	if s.lost > 0 {
-		w.path.unsent[s.index] += s.lost
-		s.lost = 0
-	}
+	_ = s.account.Close() // of memory, and closed here alone
 	w.senders = slices.DeleteFunc(w.senders, func(other *afxdpSender) bool { return other == s })
 	w.setLimits()
 }
@@ -721,10 +730,42 @@ type Lost struct {
 	Unclaimed uint64 // the rule was removed meanwhile
 }
 
-func (l *Lost) add(s *QueueStatus) {
-	l.NoFrame += s.Socket.RXDropped
-	l.RingFull += s.Socket.RXRingFull
-	l.Unclaimed += s.Unclaimed.Packets
+// nameOf is the name of an input that may be gone.
+func (a *AFXDP) nameOf(index int) string {
+	if name, ok := a.names[index]; ok {
+		return name
+	}
+	return interfaceName(index) // of an earlier process
+}
+
+// lostBy reads what was lost on each input interface, and unsent what devices did not take,
+// since the account was made.
+func lostBy(a *account.Account) (inputs map[int]Lost, unsent map[int]uint64) {
+	inputs, unsent = map[int]Lost{}, map[int]uint64{}
+	a.Each(func(t account.Target, kind account.Kind, w account.Writer, sum account.Sum) {
+		if w.Path() != uint8(loader.PathAFXDP) || sum.Packets == 0 {
+			return
+		}
+		index := int(t.ID)
+		switch {
+		case t.Scope == account.Device:
+			unsent[index] += sum.Packets
+			return
+		case t.Scope != account.Input:
+			return
+		}
+		lost := inputs[index]
+		switch kind {
+		case account.NoFrame:
+			lost.NoFrame += sum.Packets
+		case account.RingFull:
+			lost.RingFull += sum.Packets
+		case account.RuleGone:
+			lost.Unclaimed += sum.Packets
+		}
+		inputs[index] = lost
+	})
+	return inputs, unsent
 }
 
 // QueueStatus is how the worker of a queue is.
@@ -775,9 +816,6 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	for _, index := range slices.Sorted(maps.Keys(a.inputs)) {
 		in := a.inputs[index]
 		status := InputStatus{Index: index, Interface: in.name, Error: in.err, Missing: slices.Clone(in.causes)}
-		if past := a.past[index]; past != nil {
-			status.Lost = past.lost
-		}
 		for _, w := range in.workers {
 			if w == nil {
 				continue
@@ -787,13 +825,16 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 				errs = append(errs, err)
 			}
 			status.Workers = append(status.Workers, s)
-			status.Lost.add(&s)
 		}
 		all = append(all, status)
 	}
-	for index, past := range a.past {
+	lost, _ := lostBy(a.set.accounts.Account()) // what the workers have just noted, too
+	for i := range all {
+		all[i].Lost = lost[all[i].Index]
+	}
+	for index := range lost {
 		if a.inputs[index] == nil {
-			all = append(all, InputStatus{Index: index, Interface: past.name, Lost: past.lost})
+			all = append(all, InputStatus{Index: index, Interface: a.nameOf(index), Lost: lost[index]})
 		}
 	}
 	slices.SortFunc(all, func(a, b InputStatus) int { return a.Index - b.Index })
@@ -804,43 +845,25 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 // device did not take: those that were in a TX ring when it went down or away, and those
 // that it dropped later.
 func (a *AFXDP) Unsent() map[int]uint64 {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	all := maps.Clone(a.unsent)
-	for _, in := range a.inputs {
-		for _, w := range in.workers {
-			if w == nil {
-				continue
-			}
-			w.mu.Lock()
-			for _, s := range w.senders {
-				if s.lost > 0 {
-					all[s.index] += s.lost
-				}
-			}
-			w.mu.Unlock()
-		}
-	}
-	return all
+	_, unsent := lostBy(a.set.accounts.Account())
+	return unsent
 }
 
-// remember keeps what a worker has lost, which its socket forgets.
+// remember notes what a worker has lost, which its socket forgets.
 func (a *AFXDP) remember(w *afxdpWorker) error {
 	if w.engine == nil { // it never served
 		return nil
 	}
-	s, err := w.status()
-	var lost Lost
-	if lost.add(&s); lost == (Lost{}) {
-		return err
-	}
-	past := a.past[w.index]
-	if past == nil {
-		past = &pastInput{name: w.name}
-		a.past[w.index] = past
-	}
-	past.lost.add(&s)
-	return err
+	_, err := w.status()
+	return errors.Join(err, w.account.Close())
+}
+
+// noteLost adds what the socket has lost since the last time to the account. The
+// worker's lock is held.
+func (w *afxdpWorker) noteLost(s xsk.Statistics) {
+	w.noFrame.Add(s.RXDropped-w.noted.RXDropped, 0)
+	w.ringFull.Add(s.RXRingFull-w.noted.RXRingFull, 0)
+	w.noted = s
 }
 
 func (w *afxdpWorker) status() (s QueueStatus, err error) {
@@ -856,7 +879,9 @@ func (w *afxdpWorker) status() (s QueueStatus, err error) {
 	if text := w.lastError.Load(); text != nil {
 		s.LastError = *text
 	}
-	s.Socket, err = w.socket.Statistics()
+	if s.Socket, err = w.socket.Statistics(); err == nil {
+		w.noteLost(s.Socket)
+	}
 	for _, o := range w.senders {
 		status := SenderStatus{Index: o.index, Queue: -1, Cause: o.why, Lost: o.lost, Failed: o.failed}
 		if o.packet == nil {
@@ -888,6 +913,7 @@ func (a *AFXDP) Close() error {
 		return nil
 	}
 	a.closed = true
+	a.unregister()
 	var errs []error
 	for _, in := range a.inputs {
 		for _, w := range slices.Clone(in.workers) {
@@ -897,5 +923,5 @@ func (a *AFXDP) Close() error {
 		}
 	}
 	clear(a.inputs)
-	return errors.Join(errs...)
+	return errors.Join(append(errs, a.set.close())...)
 }

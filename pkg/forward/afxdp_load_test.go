@@ -180,7 +180,7 @@ func (b *xdpBench) allAccounted(t *testing.T, sinks []*tally, sent uint64) {
 		t.Logf("of %d frames the source's device dropped %d, rings %d, output 0 %v", sent, b.sourceDrops(t), b.unseen(t), s.Outputs[0].Drops)
 	}
 	for q := range 2 {
-		if b.path.set.table.rules[0].counts[q].Load() == nil {
+		if b.path.set.table.rules[0].counts.workers[q] == nil {
 			t.Errorf("queue %d had no frames, which proves little", q)
 		}
 	}

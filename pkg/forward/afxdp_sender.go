@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/xsk"
 )
@@ -45,7 +46,21 @@ type afxdpSender struct {
 	dropped []int
 	// lost are descriptors of frames that were counted as sent and still in the TX ring
 	// when the interface went, or that the device dropped later.
-	lost uint64
+	lost    uint64
+	account *account.Counters
+	unsent  *account.Cell // the same, for all senders on the interface; nil: none yet
+}
+
+// lose counts frames as lost.
+func (s *afxdpSender) lose(n int) {
+	if n == 0 {
+		return
+	}
+	if s.unsent == nil {
+		s.unsent = s.account.Cell(s.worker.engine.writer, account.Unsent)
+	}
+	s.lost += uint64(n)
+	s.unsent.Add(uint64(n), 0)
 }
 
 // Ethernet reports that frames have an Ethernet header, but for a packet socket on an
@@ -169,7 +184,7 @@ func (s *afxdpSender) kick(first int) error {
 // kernel has taken. What was in the ring before the chunk is lost.
 func (s *afxdpSender) drop(first, left, silent int) {
 	if len(s.ends) == 0 {
-		s.lost++
+		s.lose(1)
 		return
 	}
 	if n := s.taken(left) + silent - 1; n >= 0 && n < len(s.ends) {
@@ -187,7 +202,7 @@ func fatal(err error) bool {
 func (s *afxdpSender) fail() error {
 	left := s.socket.Unsent()
 	if len(s.ends) == 0 {
-		s.lost += uint64(left)
+		s.lose(left)
 	}
 	s.ends = s.ends[:s.taken(left)]
 	s.failed = true
@@ -326,7 +341,7 @@ func (s *afxdpSender) Close() error {
 	s.worker.mu.Lock()
 	defer s.worker.mu.Unlock()
 	if s.packet == nil && !s.shared && !s.failed {
-		s.lost += uint64(s.socket.Unsent())
+		s.lose(s.socket.Unsent())
 	}
 	s.worker.forget(s)
 	if s.packet != nil {

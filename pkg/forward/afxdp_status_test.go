@@ -30,7 +30,20 @@ func TestAFXDPLost(t *testing.T) {
 	stalled := make(chan struct{})
 	go func() {
 		defer close(stalled)
-		labtest.Eventually(t, "all have matched", func() bool { return b.kernelStats(t, "r").Matched.Packets == frames })
+		// By a reader, who does not wait for the worker.
+		labtest.Eventually(t, "all have matched", func() bool {
+			reader, err := loader.OpenReader(b.opts.PinDir)
+			if err != nil {
+				t.Error(err)
+				return true
+			}
+			defer reader.Close()
+			stats, err := reader.Stats()
+			if err != nil {
+				t.Error(err)
+			}
+			return err != nil || stats.Rules[0].Matched.Packets == frames
+		})
 	}()
 	for n := range frames {
 		sendFrames(t, source, [][]byte{numbered(0, n).Build()})

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/xsk"
 )
@@ -39,6 +40,10 @@ const (
 	longSleep  = 500 * time.Millisecond
 )
 
+// noteEvery is how often an idle worker notes what its socket has lost, which is
+// forgotten when the process is killed.
+const noteEvery = time.Second
+
 // afxdpWorker takes the frames of one queue through its engine.
 type afxdpWorker struct {
 	path       *AFXDP
@@ -57,6 +62,12 @@ type afxdpWorker struct {
 	fd         int
 	failures   atomic.Uint64
 	unclaimed  counter
+	account    *account.Counters // of the input, and what was lost on it
+	noFrame    *account.Cell
+	ringFull   *account.Cell
+	ruleGone   *account.Cell
+	noted      xsk.Statistics // that are in the account
+	notedAt    time.Time
 	received   atomic.Uint64 // packets; written with mu held
 	stopped    atomic.Bool   // failed, and not yet started again
 	lastError  atomic.Pointer[string]
@@ -262,6 +273,7 @@ func (w *afxdpWorker) packet(parts []xsk.Desc, at int64) {
 	}
 	if r == nil {
 		w.unclaimed.add(1, uint64(len(frame)))
+		w.ruleGone.Add(1, uint64(len(frame)))
 		return
 	}
 	w.engine.Deliver(r, frame, &h, at)
@@ -427,5 +439,11 @@ func (w *afxdpWorker) housekeep() (busy bool) {
 	}
 	w.socket.Fill(ringSize)
 	w.wakeDriver()
+	if now := time.Now(); now.Sub(w.notedAt) >= noteEvery {
+		w.notedAt = now
+		if s, err := w.socket.Statistics(); err == nil { // else Check says what is wrong
+			w.noteLost(s)
+		}
+	}
 	return busy
 }

@@ -336,7 +336,7 @@ func copyOf(out *loader.Output, frame []byte, h *packet.Headers) ([]byte, loader
 	if !out.Ready {
 		return nil, loader.ReasonOf(out.Blocked)
 	}
-	if h.L3Len > min(out.MTU, 0xffff) {
+	if out.TooLong(h, len(frame), min(out.MTU, 0xffff), true) {
 		return nil, loader.MTU
 	}
 	switch sent, outcome := out.Append(nil, frame, h); outcome {

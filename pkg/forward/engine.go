@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
@@ -30,8 +31,11 @@ type Engine struct {
 
 	// lifted is memory for frames that came without Ethernet header.
 	lifted []byte
-	// One for each part of a fragmented datagram.
-	first, later, orphan counter
+	writer account.Writer
+	// global counts what is of no rule: fragments, by what is known of them.
+	global    *account.Counters
+	fragments [fragmentKinds]*account.Cell
+	batches   atomic.Uint64 // that have ended
 }
 
 // view is what an engine needs to forward, all of one moment.
@@ -62,6 +66,7 @@ func (e *Engine) End() {
 	e.flush()
 	e.now = nil
 	e.using.Store(nil)
+	e.batches.Add(1)
 }
 
 func (e *Engine) flush() {
@@ -83,6 +88,7 @@ func (e *Engine) abandon() {
 	}
 	e.now = nil
 	e.using.Store(nil)
+	e.batches.Add(1)
 }
 
 // Table returns the rules of the current batch.
@@ -94,6 +100,7 @@ func (e *Engine) Table() *Table { return e.now.table }
 func (e *Engine) Frame(index int, frame []byte, at int64) bool {
 	h, ok := packet.Parse(frame)
 	if !ok {
+		e.malformed(index, frame, len(frame), true)
 		return false
 	}
 	return e.forward(index, frame, &h, at, len(frame), true)
@@ -105,6 +112,7 @@ func (e *Engine) Packet(index int, data []byte, at int64) bool {
 	frame := e.lift(data)
 	h, ok := packet.Parse(frame)
 	if !ok {
+		e.malformed(index, frame, len(data), false)
 		return false
 	}
 	return e.forward(index, frame, &h, at, len(data), false)
@@ -113,7 +121,10 @@ func (e *Engine) Packet(index int, data []byte, at int64) bool {
 // Deliver sends the copies of a packet whose rule is known and whose checks have
 // been made. The frame may have anything in place of its MAC addresses.
 func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
-	e.match(r, at, len(frame))
+	counts := e.match(r, at, len(frame))
+	if r.rule.Finish && packet.FinishChecksum(frame, h) {
+		counts.note(loader.UnfinishedChecksum, 1, uint64(len(frame)))
+	}
 	e.copies(r, frame, h, at, len(frame))
 }
 
@@ -157,7 +168,8 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	port := h.DstPort
 	if h.Part == packet.LaterFragment {
 		if port = e.set.fragments.port(index, h, at); port == 0 {
-			e.orphan.add(1, uint64(length))
+			e.fragment(account.FragmentOrphan, length)
+			e.set.fragments.orphan(index, h, at, length)
 			return false
 		}
 	}
@@ -165,26 +177,52 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	if r == nil || r.unicast && ethernet && [6]byte(frame[0:6]) != r.rule.In.MAC {
 		return false
 	}
+	var before orphans
 	switch h.Part {
 	case packet.FirstFragment:
-		e.set.fragments.remember(index, h, at)
-		e.first.add(1, uint64(length))
+		before = e.set.fragments.remember(index, h, at)
+		e.fragment(account.FragmentFirst, length)
 	case packet.LaterFragment:
-		e.later.add(1, uint64(length))
+		e.fragment(account.FragmentLater, length)
 	}
 	counts := e.match(r, at, length)
+	if before.packets > 0 {
+		counts.note(loader.OrphanFragment, before.packets, before.bytes)
+	}
 	if reason, ok := e.refuses(r, frame, h, at, length, ethernet); ok {
-		counts.drops[reason].add(1, uint64(length))
+		counts.drop(reason, 1, uint64(length))
 		return true
 	}
 	e.copies(r, frame, h, at, length)
 	return true
 }
 
-func (e *Engine) match(r *Rule, at int64, length int) *ruleCounters {
-	counts := r.counts.of(e.worker)
-	counts.matched.add(1, uint64(length))
-	counts.lastSeen.Store(at)
+// malformed notes a packet that would be a rule's, did it not end too early.
+func (e *Engine) malformed(index int, frame []byte, length int, ethernet bool) {
+	h, ok := packet.Malformed(frame)
+	if !ok || h.Part == packet.LaterFragment {
+		return
+	}
+	if r := e.now.table.Lookup(index, &h, h.DstPort); r != nil && (!r.unicast || !ethernet || [6]byte(frame[0:6]) == r.rule.In.MAC) {
+		r.counts.of(e, e.set.matches).note(loader.Malformed, 1, uint64(length))
+	}
+}
+
+// fragmentKinds are account.FragmentFirst and those behind it.
+const fragmentKinds = 3
+
+func (e *Engine) fragment(kind account.Kind, length int) {
+	at := kind - account.FragmentFirst
+	if e.fragments[at] == nil {
+		e.fragments[at] = e.global.Cell(e.writer, kind)
+	}
+	e.fragments[at].Add(1, uint64(length))
+}
+
+func (e *Engine) match(r *Rule, at int64, length int) *counters {
+	counts := r.counts.of(e, e.set.matches)
+	counts.all.Add(1, uint64(length))
+	counts.all.Seen(at)
 	return counts
 }
 
@@ -211,24 +249,24 @@ func (e *Engine) refuses(r *Rule, frame []byte, h *packet.Headers, at int64, len
 func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, at int64, length int) {
 	for slot := range r.out {
 		o := &r.out[slot]
-		counts := o.counts.of(e.worker)
+		counts := o.counts.of(e, account.Sent)
 		if reason, ok := e.copy(o, counts, frame, h, at, length); !ok {
-			counts.drops[reason].add(1, uint64(length))
+			counts.drop(reason, 1, uint64(length))
 		}
 	}
 }
 
 // copy queues one output's copy, or says why there is none.
-func (e *Engine) copy(o *output, counts *outputCounters, frame []byte, h *packet.Headers, at int64, length int) (loader.Reason, bool) {
+func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Headers, at int64, length int) (loader.Reason, bool) {
 	if !o.Ready {
 		return loader.ReasonOf(o.Blocked), false
-	}
-	if h.L3Len > o.MTU {
-		return loader.MTU, false
 	}
 	q := e.now.queues[o.device]
 	if q == nil {
 		return loader.NoDevice, false
+	}
+	if o.TooLong(h, len(frame), o.MTU, q.ethernet) {
+		return loader.MTU, false
 	}
 	header, outcome := o.Append(q.room(), frame, h)
 	switch outcome {
@@ -261,6 +299,14 @@ func (e *Engine) settle() {
 		if v := e.using.Load(); v == nil || v == next {
 			return
 		}
+		time.Sleep(retryPause)
+	}
+}
+
+// idle waits until the batch in hand has ended.
+func (e *Engine) idle() {
+	before := e.batches.Load()
+	for e.using.Load() != nil && e.batches.Load() == before {
 		time.Sleep(retryPause)
 	}
 }

@@ -28,6 +28,8 @@ type FanoutOptions struct {
 	// Workers is the number of workers for each input interface; 0 means one for each
 	// CPU that the process may use.
 	Workers int
+	// Accounts is where packets are counted; nil: in memory that ends with the path.
+	Accounts Accounts
 	// Mode and Steering are those of fanout.Options.
 	Mode     fanout.Mode
 	Steering *ebpf.Program
@@ -52,6 +54,8 @@ type Fanout struct {
 	log    *slog.Logger
 	set    *Set
 	system fanoutSystem
+
+	unregister func()
 
 	mu     sync.Mutex
 	closed bool
@@ -107,10 +111,12 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Fanout{
+	f := &Fanout{
 		opts: opts, log: opts.Logger, system: system, filter: filter,
-		set: NewSet(opts.Workers), groups: map[groupKey]*fanoutGroup{},
-	}, nil
+		set: newSet(loader.PathFanout, opts.Workers, opts.Accounts), groups: map[groupKey]*fanoutGroup{},
+	}
+	f.unregister = f.set.accounts.Account().OnSettle(f.set.settle)
+	return f, nil
 }
 
 // Sync makes the path forward exactly those of the rules whose path is
@@ -318,12 +324,13 @@ func (f *Fanout) Close() error {
 		return nil
 	}
 	f.closed = true
+	f.unregister()
 	var errs []error
 	for _, g := range f.groups {
 		errs = append(errs, g.close(f.set))
 	}
 	clear(f.groups)
-	return errors.Join(append(errs, f.filter.close())...)
+	return errors.Join(append(errs, f.filter.close(), f.set.close())...)
 }
 
 // fanoutGroup is the workers of one input interface.

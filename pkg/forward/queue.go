@@ -74,7 +74,7 @@ func (q *queue) usable() bool {
 
 // pending is what a packet of a queue is counted for.
 type pending struct {
-	counts *outputCounters
+	counts *counters
 	bytes  uint64
 }
 
@@ -216,12 +216,12 @@ func countSent(sent []pending) {
 			n++
 			bytes += sent[i].bytes
 		}
-		counts.sent.add(n, bytes)
+		counts.all.Add(n, bytes)
 	}
 }
 
 func countDropped(dropped []pending, reason loader.Reason) {
 	for _, p := range dropped {
-		p.counts.drops[reason].add(1, p.bytes)
+		p.counts.drop(reason, 1, p.bytes)
 	}
 }

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/loader"
 )
 
@@ -10,7 +11,8 @@ type Rule struct {
 	rule    loader.Rule
 	unicast bool
 	policer *policer
-	counts  perWorker[ruleCounters]
+	open    *account.RuleCounters
+	counts  *perWorker
 	out     []output
 }
 
@@ -21,29 +23,30 @@ type output struct {
 	loader.Output
 	device  int // place in Table.devices; -1 while there is none
 	policer *policer
-	counts  perWorker[outputCounters]
+	counts  *perWorker
 }
 
 // newRule makes a rule; old is the one with the same name in the table before, or
 // nil.
-func newRule(r loader.Rule, old *Rule, workers int) *Rule {
+func (s *Set) newRule(r loader.Rule, old *Rule) *Rule {
 	n := &Rule{rule: r.Normalized(), unicast: r.Unicast()}
 	goesOn := old != nil && n.rule.Continues(old.rule)
 	n.policer = newPolicer(r.Rate)
 	if goesOn {
-		n.counts = old.counts
+		n.open, n.counts = old.open, old.counts
 		if r.Rate == old.rule.Rate {
 			n.policer = old.policer
 		}
 	} else {
-		n.counts = make(perWorker[ruleCounters], workers)
+		n.open = s.accounts.OpenCounters(n.rule)
+		n.counts = newPerWorker(n.open.Rule, s.workers)
 	}
 	n.out = make([]output, len(r.Out))
 	for slot := range n.out {
 		o := &n.out[slot]
 		*o = output{Output: n.rule.Out[slot], device: -1, policer: newPolicer(r.Out[slot].Rate)}
 		if !goesOn {
-			o.counts = make(perWorker[outputCounters], workers)
+			o.counts = newPerWorker(n.open.Outputs[slot], s.workers)
 			continue
 		}
 		before := &old.out[slot]

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/loader"
 )
 
@@ -21,28 +22,41 @@ type Set struct {
 	workers   int
 	start     time.Time
 	fragments *fragments
+	accounts  Accounts
+	path      loader.Path
+	matches   account.Kind // what a packet that comes to a worker is counted as
 
 	mu      sync.Mutex
 	table   *Table
 	given   given
 	engines []*Engine
-	// Of engines that are no more.
-	gone loader.Fragments
 }
 
-// NewSet makes a set without rules, for inputs with so many workers each.
-func NewSet(workers int) *Set {
-	return &Set{
-		workers: max(1, workers),
-		// So that the time of a packet from before the start is positive, too.
-		start:     time.Now().Add(-time.Minute),
+// NewSet makes a set without rules, for inputs with so many workers each, which counts in
+// memory of its own.
+func NewSet(workers int) *Set { return newSet(loader.PathFanout, workers, nil) }
+
+func newSet(path loader.Path, workers int, accounts Accounts) *Set {
+	now := time.Now()
+	var clock unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &clock) // cannot fail for this clock
+	s := &Set{
+		workers:   max(1, workers),
+		start:     now.Add(-time.Duration(clock.Nano())),
 		fragments: newFragments(),
 		table:     &Table{},
+		accounts:  accountsOr(accounts),
+		path:      path,
+		matches:   account.Matched,
 	}
+	if path == loader.PathAFXDP {
+		s.matches = account.Delivered
+	}
+	return s
 }
 
-// Clock is the time that engines are told when packets came, in nanoseconds: it
-// never goes back, and never stands at 0.
+// Clock is the time that engines are told when packets came, in nanoseconds of
+// CLOCK_MONOTONIC.
 func (s *Set) Clock(t time.Time) int64 { return int64(t.Sub(s.start)) }
 
 // NewEngine adds an engine for the rules of one input interface. worker, from 0 on,
@@ -54,7 +68,11 @@ func (s *Set) NewEngine(input, worker int, open func(index int) (Sender, error))
 	if worker < 0 || worker >= s.workers {
 		return nil, fmt.Errorf("worker %d: want 0 to %d", worker, s.workers-1)
 	}
-	e := &Engine{set: s, input: input, worker: worker, open: open}
+	e := &Engine{
+		set: s, input: input, worker: worker, open: open,
+		writer: account.WriterOf(uint8(s.path), worker),
+		global: s.accounts.Account().Open(account.Target{Scope: account.Total}),
+	}
 	// Without senders before the next Update, and so without rules.
 	e.next.Store(&view{table: &Table{}})
 	s.engines = append(s.engines, e)
@@ -70,8 +88,7 @@ func (s *Set) Remove(e *Engine) error {
 		return nil
 	}
 	s.engines = slices.Delete(s.engines, at, at+1)
-	e.addFragments(&s.gone)
-	return closeQueues(e.next.Load().queues, nil)
+	return errors.Join(closeQueues(e.next.Load().queues, nil), e.global.Close())
 }
 
 // Update makes the rules exactly want; own are the host's unicast addresses, whose
@@ -82,16 +99,21 @@ func (s *Set) Remove(e *Engine) error {
 // An interface without a sender gets one now, if it is there; the copies for it are
 // dropped with reason NoDevice otherwise, until the next Update. After an error all
 // is as before. Errors to match: *loader.RuleError.
-func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) error {
+func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.holds(want, own, firstOutputs) {
 		return nil
 	}
-	table, err := newTable(want, own, firstOutputs, s.table, s.workers)
+	table, err := s.newTable(want, own, firstOutputs)
 	if err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, table.closeCounters(s.table))
+		}
+	}()
 	views := make([]*view, len(s.engines))
 	for i, e := range s.engines {
 		if views[i], err = e.view(s.table, table); err != nil {
@@ -107,6 +129,7 @@ func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[stri
 	for i, e := range s.engines {
 		old[i] = e.next.Swap(views[i])
 	}
+	before := s.table
 	s.table = table
 	s.given = given{cloneRules(want), slices.Clone(own), maps.Clone(firstOutputs)}
 	for i, e := range s.engines {
@@ -115,7 +138,43 @@ func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[stri
 		// whatever it answers.
 		_ = closeQueues(old[i].queues, views[i].queues)
 	}
+	_ = before.closeCounters(table) // of memory, and not closed yet
 	return nil
+}
+
+// closeCounters closes the counters of the rules, but for those that another table has,
+// too.
+func (t *Table) closeCounters(other *Table) error {
+	stays := make(map[*account.RuleCounters]bool, len(other.rules))
+	for _, r := range other.rules {
+		stays[r.open] = true
+	}
+	var errs []error
+	for _, r := range t.rules {
+		if !stays[r.open] {
+			errs = append(errs, r.open.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// close closes the counters of all rules; no engine is left.
+func (s *Set) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.table.closeCounters(&Table{})
+	s.table, s.given = &Table{}, given{}
+	return err
+}
+
+// settle waits until the batches in hand have ended.
+func (s *Set) settle() {
+	s.mu.Lock()
+	engines := slices.Clone(s.engines)
+	s.mu.Unlock()
+	for _, e := range engines {
+		e.idle()
+	}
 }
 
 // given is what the table was made of.
@@ -207,13 +266,18 @@ func closeQueues(queues, others []*queue) error {
 	return errors.Join(errs...)
 }
 
-func newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32, before *Table, workers int) (*Table, error) {
+func (s *Set) newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) (_ *Table, err error) {
 	t := &Table{own: map[netip.Addr]struct{}{}, byFirst: map[uint32]*Rule{}}
 	for _, a := range own {
 		t.own[a.Unmap().WithZone("")] = struct{}{}
 	}
-	old := make(map[string]*Rule, len(before.rules))
-	for _, r := range before.rules {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.closeCounters(s.table))
+		}
+	}()
+	old := make(map[string]*Rule, len(s.table.rules))
+	for _, r := range s.table.rules {
 		old[r.rule.Name] = r
 	}
 	names, inputs := map[string]bool{}, map[loader.Input]string{}
@@ -222,18 +286,17 @@ func newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint
 		if err := want[i].Normalized().Check(); err != nil {
 			return nil, &loader.RuleError{Rule: want[i].Name, Err: err}
 		}
-		r := newRule(want[i], old[want[i].Name], workers)
-		in := r.rule.In
-		in.MAC = [6]byte{}
-		if names[r.rule.Name] {
-			return nil, &loader.RuleError{Rule: r.rule.Name, Err: errors.New("name is used twice")}
+		in := want[i].Normalized().In.Key()
+		if names[want[i].Name] {
+			return nil, &loader.RuleError{Rule: want[i].Name, Err: errors.New("name is used twice")}
 		}
 		for in := range in.EveryPort() {
 			if other, ok := inputs[in]; ok {
-				return nil, &loader.RuleError{Rule: r.rule.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
+				return nil, &loader.RuleError{Rule: want[i].Name, Err: fmt.Errorf("has the same input as rule %s", other)}
 			}
-			inputs[in] = r.rule.Name
+			inputs[in] = want[i].Name
 		}
+		r := s.newRule(want[i], old[want[i].Name])
 		names[r.rule.Name] = true
 		for slot := range r.out {
 			o := &r.out[slot]
@@ -326,41 +389,45 @@ func (s *Set) Stats(names []string) []loader.RuleStats {
 }
 
 func (r *Rule) stats(now int64) loader.RuleStats {
-	s := loader.RuleStats{Name: r.rule.Name, LastSeen: -1, Drops: map[loader.Reason]loader.Counter{}}
-	var last int64
-	for c := range r.counts.all {
-		c.matched.addTo(&s.Matched)
-		c.drops.addTo(s.Drops)
-		last = max(last, c.lastSeen.Load())
-	}
-	if last != 0 {
-		s.LastSeen = time.Duration(max(0, now-last))
+	s := loader.RuleStats{Name: r.rule.Name, LastSeen: -1}
+	var sums map[account.Kind]account.Sum
+	sums, s.Drops = sentAndDropped(r.open.Rule)
+	for _, kind := range []account.Kind{account.Matched, account.Delivered} {
+		sum := sums[kind]
+		s.Matched.Packets += sum.Packets
+		s.Matched.Bytes += sum.Bytes
+		if sum.LastSeen != 0 {
+			s.LastSeen = time.Duration(max(0, now-int64(sum.LastSeen)))
+		}
 	}
 	for slot := range r.out {
-		o := &r.out[slot]
-		out := loader.OutputStats{Rule: o.Output, Drops: map[loader.Reason]loader.Counter{}}
-		for c := range o.counts.all {
-			c.sent.addTo(&out.Sent)
-			c.drops.addTo(out.Drops)
-		}
+		out := loader.OutputStats{Rule: r.out[slot].Output}
+		sums, out.Drops = sentAndDropped(r.open.Outputs[slot])
+		out.Sent = loader.Counter{Packets: sums[account.Sent].Packets, Bytes: sums[account.Sent].Bytes}
 		s.Outputs = append(s.Outputs, out)
 	}
 	return s
 }
 
 // Fragments counts the fragments that engines were given.
-func (s *Set) Fragments() loader.Fragments {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	sum := s.gone
-	for _, e := range s.engines {
-		e.addFragments(&sum)
-	}
+func (s *Set) Fragments() (sum loader.Fragments) {
+	s.accounts.Account().Each(func(_ account.Target, kind account.Kind, w account.Writer, n account.Sum) {
+		if w.Path() != uint8(s.path) {
+			return
+		}
+		var to *loader.Counter
+		switch kind {
+		case account.FragmentFirst:
+			to = &sum.First
+		case account.FragmentLater:
+			to = &sum.Later
+		case account.FragmentOrphan:
+			to = &sum.Orphan
+		default:
+			return
+		}
+		to.Packets += n.Packets
+		to.Bytes += n.Bytes
+	})
 	return sum
-}
-
-func (e *Engine) addFragments(sum *loader.Fragments) {
-	e.first.addTo(&sum.First)
-	e.later.addTo(&sum.Later)
-	e.orphan.addTo(&sum.Orphan)
 }

@@ -103,6 +103,9 @@ func (l *Loader) adopt() (err error) {
 	if err := l.adoptConfig(); err != nil {
 		return err
 	}
+	if err := l.openAccount(); err != nil {
+		return fmt.Errorf("pinned state %s is damaged: %w; remove it with unload --all", dir, err)
+	}
 	if err := l.adoptTables(); err != nil {
 		return err
 	}
@@ -322,6 +325,7 @@ func (l *Loader) clearOrphans(byID []*entry) error {
 	if err := l.clearFanout(fans, fans); err != nil {
 		return err
 	}
+	l.adoptAccount(byID, usedStats)
 	return l.dropStaleCounters(func(id uint32) bool { return int(id) >= len(byID) || byID[id] == nil },
 		func(i uint32) bool { return int(i) >= len(usedStats) || !usedStats[i] })
 }
@@ -345,7 +349,6 @@ func (l *Loader) adoptPinnedLinks() error {
 		return pinError(dir, err)
 	}
 	var interfaces, inputs []string
-	counting := 0
 	for _, f := range links {
 		path := filepath.Join(dir, f.Name())
 		switch name := f.Name(); {
@@ -354,8 +357,7 @@ func (l *Loader) adoptPinnedLinks() error {
 		case name == pinDevmapXmit, name == pinRedirectErr, name == pinCPUEnqueue, name == pinCPUThread:
 			var t link.Link
 			if t, err = link.LoadPinnedLink(path, nil); err == nil {
-				l.transmit = append(l.transmit, t)
-				counting++
+				l.transmit[name] = t
 			}
 		case strings.HasPrefix(name, pinInterface):
 			interfaces = append(interfaces, path)
@@ -366,9 +368,7 @@ func (l *Loader) adoptPinnedLinks() error {
 			return fmt.Errorf("open pinned link: %w", err)
 		}
 	}
-	if counting < 4 {
-		l.attachTransmit(l.opts.PinDir)
-	}
+	l.attachTransmit(l.opts.PinDir)
 	if err := l.adoptLinks(interfaces); err != nil {
 		return err
 	}

@@ -31,15 +31,25 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		InputMac:    e.rule.In.MAC,
 		Sockets:     e.sockets,
 	}
+	if e.rule.Finish {
+		value.Finish = 1
+	}
 	for _, o := range e.rule.Out {
 		if !o.Ready {
 			value.MinMtu = 0
 			continue
 		}
-		value.MinMtu = min(value.MinMtu, uint16(o.MTU))
+		room := o.MTU
+		if o.VLAN == packet.VLANSet && o.OuterVLAN != 0 {
+			room = max(0, room-vlanTag) // the kernel has room for one tag
+		}
+		value.MinMtu = min(value.MinMtu, uint16(room))
 	}
 	return value
 }
+
+// vlanTag is the length of a tag in bytes.
+const vlanTag = 4
 
 func encodeFlags(r Rule) (flags uint8) {
 	set := func(flag bpf.RelayFlowFlag, on bool) {
@@ -67,6 +77,7 @@ func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
 	if r.Path == 0 {
 		return fmt.Errorf("path %d is none of this release", flow.Path)
 	}
+	r.Finish = flow.Finish != 0
 	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
 	r.Broadcast = !r.In.Group.IsMulticast() && flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNICAST) == 0
 	r.AllowNoChecksum = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_NO_CHECKSUM) != 0

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/account"
 )
 
 // Defaults of Options.
@@ -101,9 +102,9 @@ type Loader struct {
 	maps     *mapSet
 	relay    *ebpf.Program
 	egress   *ebpf.Program
-	transmit []link.Link
-	links    map[int]*attachment // by interface index
-	tapped   map[int]*tapped     // by interface index
+	transmit map[string]link.Link // by the name of the pin
+	links    map[int]*attachment  // by interface index
+	tapped   map[int]*tapped      // by interface index
 	// tappedPrograms are for interfaces with and without an Ethernet header.
 	tappedPrograms map[bool]*ebpf.Program
 
@@ -130,6 +131,9 @@ type Loader struct {
 	steeringFault error
 
 	fanCursor string // where Observe goes on among many devmaps
+	account  *account.Account
+	counters map[string][]openCounters // that paths have opened, by rule
+	lost     losses
 
 	adopted  bool
 	cookie   uint64 // of the network namespace
@@ -146,10 +150,11 @@ func Open(opts Options) (_ *Loader, err error) {
 		return nil, err
 	}
 	l := &Loader{
-		opts:   opts,
-		log:    opts.Logger,
-		links:  map[int]*attachment{},
-		tapped: map[int]*tapped{},
+		opts:     opts,
+		log:      opts.Logger,
+		links:    map[int]*attachment{},
+		transmit: map[string]link.Link{},
+		tapped:   map[int]*tapped{},
 
 		tappedPrograms: map[bool]*ebpf.Program{},
 		rules:          map[string]*entry{},
@@ -157,6 +162,8 @@ func Open(opts Options) (_ *Loader, err error) {
 		fans:           map[string]*fan{},
 		lookups:        lookupCount{},
 		sockets:        map[int]uint32{},
+		counters:       map[string][]openCounters{},
+		lost:           losses{},
 	}
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
@@ -243,6 +250,9 @@ func (l *Loader) closeState() error {
 		errs = append(errs, t.Close())
 	}
 	errs = append(errs, l.closeTapped(), l.relay.Close(), l.egress.Close(), l.tables.Close())
+	if l.account != nil {
+		errs = append(errs, l.account.Close())
+	}
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
@@ -259,7 +269,7 @@ func (l *Loader) Capabilities() Capabilities { return l.can }
 
 // Warnings says in a line each what works less well than it could.
 func (l *Loader) Warnings() []string {
-	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings())
+	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings(), l.accountWarnings())
 }
 
 // Limits returns how many rules and outputs there is room for.
@@ -282,6 +292,9 @@ func (l *Loader) create() (err error) {
 		}
 	}()
 	if l.maps, err = newMaps(l.opts); err != nil {
+		return err
+	}
+	if err := l.openAccount(); err != nil {
 		return err
 	}
 	if err := l.firstTables(); err != nil {

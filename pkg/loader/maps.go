@@ -24,35 +24,37 @@ func (m *mapSet) Close() error {
 // the name of its pin.
 func (m *mapSet) slots() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
-		bpf.RelayMapConfig:        &m.Config,
-		bpf.RelayMapFlowTables4:   &m.FlowTables4,
-		bpf.RelayMapFlowTables6:   &m.FlowTables6,
-		bpf.RelayMapPrefixTables4: &m.PrefixTables4,
-		bpf.RelayMapPrefixTables6: &m.PrefixTables6,
-		bpf.RelayMapShortcuts:     &m.Shortcuts,
-		bpf.RelayMapFragments:     &m.Fragments,
-		bpf.RelayMapFragmentStats: &m.FragmentStats,
-		bpf.RelayMapOwnAddresses:  &m.OwnAddresses,
-		bpf.RelayMapPolicers:      &m.Policers,
-		bpf.RelayMapXsks:          &m.Xsks,
-		bpf.RelayMapCpus:          &m.Cpus,
-		bpf.RelayMapRules:         &m.Rules,
-		bpf.RelayMapOutputs:       &m.Outputs,
-		bpf.RelayMapPorts:         &m.Ports,
-		bpf.RelayMapFanout:        &m.Fanout,
-		bpf.RelayMapCopies:        &m.Copies,
-		bpf.RelayMapGuesses:       &m.Guesses,
-		bpf.RelayMapTurns:         &m.Turns,
-		bpf.RelayMapRuleStats:     &m.RuleStats,
-		bpf.RelayMapOutputStats:   &m.OutputStats,
-		bpf.RelayMapDrops:         &m.Drops,
-		bpf.RelayMapPassed:        &m.Passed,
-		bpf.RelayMapKept:          &m.Kept,
-		bpf.RelayMapRuleDrops:     &m.RuleDrops,
-		bpf.RelayMapQueriers:      &m.Queriers,
-		bpf.TransmitMapPortStats:  &m.PortStats,
-		bpf.TransmitMapPortRows:   &m.PortRows,
-		bpf.TransmitMapCpuDrops:   &m.CpuDrops,
+		bpf.RelayMapConfig:         &m.Config,
+		bpf.RelayMapFlowTables4:    &m.FlowTables4,
+		bpf.RelayMapFlowTables6:    &m.FlowTables6,
+		bpf.RelayMapPrefixTables4:  &m.PrefixTables4,
+		bpf.RelayMapPrefixTables6:  &m.PrefixTables6,
+		bpf.RelayMapShortcuts:      &m.Shortcuts,
+		bpf.RelayMapFragments:      &m.Fragments,
+		bpf.RelayMapFragmentStats:  &m.FragmentStats,
+		bpf.RelayMapOwnAddresses:   &m.OwnAddresses,
+		bpf.RelayMapPolicers:       &m.Policers,
+		bpf.RelayMapXsks:           &m.Xsks,
+		bpf.RelayMapCpus:           &m.Cpus,
+		bpf.RelayMapRules:          &m.Rules,
+		bpf.RelayMapOutputs:        &m.Outputs,
+		bpf.RelayMapPorts:          &m.Ports,
+		bpf.RelayMapFanout:         &m.Fanout,
+		bpf.RelayMapCopies:         &m.Copies,
+		bpf.RelayMapGuesses:        &m.Guesses,
+		bpf.RelayMapTurns:          &m.Turns,
+		bpf.RelayMapRuleStats:      &m.RuleStats,
+		bpf.RelayMapOutputStats:    &m.OutputStats,
+		bpf.RelayMapDrops:          &m.Drops,
+		bpf.RelayMapPassed:         &m.Passed,
+		bpf.RelayMapKept:           &m.Kept,
+		bpf.RelayMapRuleDrops:      &m.RuleDrops,
+		bpf.RelayMapQueriers:       &m.Queriers,
+		bpf.RelayMapUserStats:      &m.UserStats,
+		bpf.TransmitMapPortStats:   &m.PortStats,
+		bpf.TransmitMapPortRows:    &m.PortRows,
+		bpf.TransmitMapCpuDrops:    &m.CpuDrops,
+		bpf.TransmitMapEgressDrops: &m.EgressDrops,
 	}
 }
 
@@ -90,6 +92,9 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 	specs[bpf.RelayMapCopies].MaxEntries = maxOutputs
 	specs[bpf.RelayMapTurns].MaxEntries = maxOutputs
 	specs[bpf.RelayMapPolicers].MaxEntries = maxRules + maxOutputs
+	specs[bpf.RelayMapUserStats].MaxEntries = accountCells(maxRules, maxOutputs)
+	// A drop that found no room here would be missing in its rule's sum.
+	specs[bpf.RelayMapRuleDrops].MaxEntries = max(specs[bpf.RelayMapRuleDrops].MaxEntries, 2*(maxRules+maxOutputs))
 	return specs, nil
 }
 

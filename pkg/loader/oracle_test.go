@@ -132,7 +132,7 @@ func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, cop
 	copies = map[int][]byte{}
 	for slot := range rule.Out {
 		out := &stats.Outputs[slot]
-		sent, reason := sendOne(rule.Out[slot], frame, &h, len(rule.Out) == 1 && linear < len(frame))
+		sent, reason := sendOne(rule.Out[slot], frame, &h, len(rule.Out) > 1, len(rule.Out) == 1 && linear < len(frame))
 		if sent == nil {
 			c := out.Drops[reason]
 			c.add(1, n)
@@ -164,11 +164,13 @@ func (o *oracle) dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers
 
 // sendOne returns one output's copy, or why there is none. spread says that the frame
 // itself is sent and has several buffers.
-func sendOne(out Output, frame []byte, h *packet.Headers, spread bool) ([]byte, Reason) {
+func sendOne(out Output, frame []byte, h *packet.Headers, many, spread bool) ([]byte, Reason) {
 	if !out.Ready {
 		return nil, ReasonOf(out.Blocked)
 	}
-	if h.L3Len > min(out.MTU, flow.MaxMTU) {
+	mtu := min(out.MTU, flow.MaxMTU)
+	// The kernel copies no frame that is too long as it came.
+	if out.TooLong(h, len(frame), mtu, true) || many && len(frame) > mtu+18 {
 		return nil, MTU
 	}
 	if spread && out.OneBuffer {

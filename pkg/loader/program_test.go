@@ -43,6 +43,14 @@ func put16(b []byte, at int, v uint16) []byte {
 	return b
 }
 
+// renumbered is the identification of a fragment that a sender gave a number, when it is
+// sent from another address.
+func renumbered(id uint16, sender netip.Addr) uint16 {
+	b := sender.As4()
+	mask := uint16(binary.LittleEndian.Uint32(b[:]) * 0x9e3779b1 >> 16)
+	return id ^ (mask<<8 | mask>>8)
+}
+
 // Offsets in an untagged IPv4 frame without options, and in an IPv6 frame.
 const (
 	atIP   = 14
@@ -269,6 +277,10 @@ func runProgramCase(t *testing.T, n *testLab, r *runner, name string, c programC
 		wantFrame = frame.Build()
 		if c.mangle != nil {
 			wantFrame = c.mangle(wantFrame)
+			if is4 := wantFrame[12] == 8; is4 && binary.BigEndian.Uint16(wantFrame[atIP+6:])&0x3fff != 0 {
+				sender := netip.AddrFrom4([4]byte(sent[atIP+12:]))
+				wantFrame = fixIPChecksum(put16(wantFrame, atIP+4, renumbered(binary.BigEndian.Uint16(wantFrame[atIP+4:]), sender)))
+			}
 		}
 		want.Matched, want.Outputs[0].Sent = one, one
 	case c.rulewide:

@@ -4,12 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/account"
 	"xdpcast/pkg/flow"
 )
 
@@ -42,22 +44,30 @@ const (
 	NoSocket    = Reason(bpf.RelayDropReasonDROP_NO_SOCKET)
 	TxFull      = Reason(bpf.RelayDropReasonDROP_TX_FULL)
 	CPUFull     = Reason(bpf.RelayDropReasonDROP_CPU_FULL)
+	NoCarrier   = Reason(bpf.RelayDropReasonDROP_NO_CARRIER)
+	WorkerLost  = Reason(bpf.RelayDropReasonDROP_WORKER_LOST)
 	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
 
 // ReasonOf is the reason that copies of a blocked output are dropped for.
 func ReasonOf(b flow.Blocked) Reason {
-	if b == flow.NoNeighbour {
+	switch b {
+	case flow.NoNeighbour:
 		return NoNeighbour
+	case flow.NoCarrier:
+		return NoCarrier
 	}
 	return NotReady
 }
 
 // blockedOf is the inverse of ReasonOf.
 func blockedOf(r Reason) flow.Blocked {
-	if r == NoNeighbour {
+	switch r {
+	case NoNeighbour:
 		return flow.NoNeighbour
+	case NoCarrier:
+		return flow.NoCarrier
 	}
 	return flow.NotReady
 }
@@ -90,6 +100,10 @@ func (r Reason) String() string {
 		return "tx_full"
 	case CPUFull:
 		return "cpu_full"
+	case NoCarrier:
+		return "no_carrier"
+	case WorkerLost:
+		return "worker_lost"
 	case Internal:
 		return "internal"
 	default:
@@ -111,6 +125,8 @@ type RuleStats struct {
 	// Drops happened before the packet was copied: it missed every output.
 	Drops   map[Reason]Counter
 	Outputs []OutputStats // by slot
+	// Notes is what is worth knowing, and is no drop.
+	Notes map[Note]Counter
 }
 
 // OutputStats is what became of one output's copies.
@@ -172,7 +188,7 @@ func (l *Loader) Stats() (Stats, error) {
 	for _, e := range l.rules {
 		entries = append(entries, e)
 	}
-	return readStats(l.maps, entries)
+	return readStats(l.maps, entries, l.account, l.account.Settle, l.lost)
 }
 
 // StatsOf is Stats with only the named rules; those not in the kernel are left out.
@@ -183,7 +199,7 @@ func (l *Loader) StatsOf(names []string) (Stats, error) {
 			entries = append(entries, e)
 		}
 	}
-	return readStats(l.maps, entries)
+	return readStats(l.maps, entries, l.account, l.account.Settle, l.lost)
 }
 
 // Reader reads pinned state without changing it, beside any owner.
@@ -230,7 +246,11 @@ func (r *Reader) Stats() (Stats, error) {
 	if err != nil {
 		return Stats{}, err
 	}
-	return readStats(r.maps, entries)
+	a, err := readAccount(r.maps.UserStats)
+	if err != nil {
+		return Stats{}, err
+	}
+	return readStats(r.maps, entries, a, func() {}, nil)
 }
 
 func (r *Reader) entries() ([]*entry, error) {
@@ -253,18 +273,19 @@ func (r *Reader) entries() ([]*entry, error) {
 	return entries, nil
 }
 
-func readStats(m *mapSet, entries []*entry) (Stats, error) {
+// readStats reads the counters. settle waits for what workers have; lost may be nil.
+func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), lost losses) (Stats, error) {
 	var s Stats
 	var err error
 	if s.Drops, err = readDrops(m.Drops); err != nil {
 		return s, err
 	}
-	lost, err := readCPUDrops(m.CpuDrops)
+	dropped, err := readCPUDrops(m.CpuDrops)
 	if err != nil {
 		return s, err
 	}
-	if lost > 0 {
-		s.Drops[CPUFull] = Counter{Packets: lost}
+	if dropped > 0 {
+		s.Drops[CPUFull] = Counter{Packets: dropped}
 	}
 	if s.Passed, err = readTotal("passed", m.Passed); err != nil {
 		return s, err
@@ -275,47 +296,69 @@ func readStats(m *mapSet, entries []*entry) (Stats, error) {
 	if s.Fragments, err = readFragments(m.FragmentStats); err != nil {
 		return s, err
 	}
+	s.addUser(a)
 	if s.Ports, err = readPorts(m.PortStats); err != nil {
 		return s, err
 	}
 	if s.Queriers, err = readQueriers(m.Queriers); err != nil {
 		return s, err
 	}
-	byID := make(map[uint32]*RuleStats, len(entries))
-	byStats := map[uint32]*OutputStats{}
-	s.Rules = make([]RuleStats, 0, len(entries))
-	for _, e := range entries {
-		r, err := readRule(m, e)
-		if err != nil {
+	tallies := make([]*tally, len(entries))
+	for i, e := range entries {
+		if tallies[i], err = readTally(m, e); err != nil {
 			return s, err
 		}
-		s.Rules = append(s.Rules, r)
-		byID[e.id] = &s.Rules[len(s.Rules)-1]
-		for slot := range r.Outputs {
-			byStats[e.firstStats+uint32(slot)] = &r.Outputs[slot]
-		}
 	}
-	if err := readRuleDrops(m.RuleDrops, byID, byStats); err != nil {
+	// Each counter is read before those that come behind it on a packet's way: what comes
+	// in between is then behind alone, and never looks lost.
+	for _, t := range tallies {
+		t.readUser(a, true)
+	}
+	if err := readSinks(m, tallies); err != nil {
 		return s, err
 	}
-	if s.anyMissing(entries) {
+	if slices.ContainsFunc(tallies, (*tally).missing) {
 		// Perhaps only on their way: read again when they have arrived.
 		waitForPrograms()
-		for i, e := range entries {
-			if err := readSent(m, e, &s.Rules[i]); err != nil {
-				return s, err
-			}
+		settle()
+		for _, t := range tallies {
+			t.resetSinks()
+			t.readUser(a, false)
 		}
-		if err := readRuleDrops(m.RuleDrops, byID, byStats); err != nil {
+		if err := readSinks(m, tallies); err != nil {
 			return s, err
 		}
 	}
-	for i := range s.Rules {
-		if entries[i].rule.Path == PathKernel { // what others send is counted elsewhere
-			s.Rules[i].addSkipped()
-		}
+	s.Rules = make([]RuleStats, len(tallies))
+	for i, t := range tallies {
+		s.Rules[i] = t.stats(lost)
 	}
 	return s, nil
+}
+
+// addUser adds what workers have counted of all rules together.
+func (s *Stats) addUser(a *account.Account) {
+	a.Each(func(t account.Target, kind account.Kind, w account.Writer, sum account.Sum) {
+		var to *Counter
+		switch {
+		case kind >= account.FirstDrop:
+			reason := Reason(kind - account.FirstDrop)
+			total := s.Drops[reason]
+			if total.add(sum.Packets, sum.Bytes); total.Packets > 0 {
+				s.Drops[reason] = total
+			}
+			return
+		case kind == account.FragmentFirst:
+			to = &s.Fragments.First
+		case kind == account.FragmentLater:
+			to = &s.Fragments.Later
+		case kind == account.FragmentOrphan:
+			to = &s.Fragments.Orphan
+		default:
+			return
+		}
+		to.add(sum.Packets, sum.Bytes)
+	})
 }
 
 // waitForPrograms returns when every packet that was in a program, or in a queue
@@ -328,93 +371,40 @@ func waitForPrograms() {
 	}
 }
 
-// readRule reads the counter of matches first: a packet counted in between is
-// then in an output only, and never looks lost.
-func readRule(m *mapSet, e *entry) (RuleStats, error) {
-	r := RuleStats{Name: e.rule.Name, ID: e.id, LastSeen: -1, Drops: map[Reason]Counter{}}
+// readTally reads what the relay program has matched.
+func readTally(m *mapSet, e *entry) (*tally, error) {
+	t := &tally{entry: e, out: make([]outputTally, len(e.rule.Out))}
 	var perCPU []bpf.RelayRuleStats
 	if err := m.RuleStats.Lookup(e.id, &perCPU); err != nil {
-		return r, fmt.Errorf("read counters of rule %s: %w", e.rule.Name, err)
+		return nil, fmt.Errorf("read counters of rule %s: %w", e.rule.Name, err)
 	}
-	var last uint64
 	for _, c := range perCPU {
-		r.Matched.add(c.Packets, c.Bytes)
-		last = max(last, c.LastSeenNs)
+		t.matched.add(c.Packets, c.Bytes)
+		t.handed.add(c.HandedPackets, c.HandedBytes)
+		t.lastSeen = max(t.lastSeen, c.LastSeenNs)
 	}
-	if last != 0 {
-		r.LastSeen = max(0, monotonic()-time.Duration(last))
-	}
-	for _, o := range e.rule.Out {
-		r.Outputs = append(r.Outputs, OutputStats{Rule: o, Drops: map[Reason]Counter{}})
-	}
-	return r, readSent(m, e, &r)
+	return t, nil
 }
 
-// readSent reads what the outputs of a rule have sent.
-func readSent(m *mapSet, e *entry, r *RuleStats) error {
-	for slot := range r.Outputs {
-		var perCPU []bpf.RelayOutputStats
-		if err := m.OutputStats.Lookup(e.firstStats+uint32(slot), &perCPU); err != nil {
-			return fmt.Errorf("read counters of rule %s, output %d: %w", e.rule.Name, slot, err)
-		}
-		out := &r.Outputs[slot]
-		out.Sent = Counter{}
-		for _, c := range perCPU {
-			out.Sent.add(c.Packets, c.Bytes)
-		}
-	}
-	return nil
-}
-
-// missing is what matched and was neither sent by an output nor dropped.
-func (r *RuleStats) missing(out *OutputStats) Counter {
-	rest := r.Matched
-	rest.subtract(out.Sent)
-	for _, c := range r.Drops {
-		rest.subtract(c)
-	}
-	for _, c := range out.Drops {
-		rest.subtract(c)
-	}
-	return rest
-}
-
-// anyMissing says whether some copy of a rule with several outputs is missing.
-func (s *Stats) anyMissing(entries []*entry) bool {
-	for i := range s.Rules {
-		r := &s.Rules[i]
-		if entries[i].rule.Path != PathKernel {
-			continue
-		}
-		for slot := range r.Outputs {
-			if len(r.Outputs) > 1 && r.missing(&r.Outputs[slot]).Packets > 0 {
-				return true
+// readSinks reads where packets and copies ended on the kernel path.
+func readSinks(m *mapSet, tallies []*tally) error {
+	byID, byStats := make(map[uint32]*tally, len(tallies)), map[uint32]*outputSink{}
+	for _, t := range tallies {
+		byID[t.entry.id] = t
+		for slot := range t.out {
+			index := t.entry.firstStats + uint32(slot)
+			o := &t.out[slot].kernel
+			byStats[index] = o
+			var perCPU []bpf.RelayOutputStats
+			if err := m.OutputStats.Lookup(index, &perCPU); err != nil {
+				return fmt.Errorf("read counters of rule %s, output %d: %w", t.entry.rule.Name, slot, err)
+			}
+			for _, c := range perCPU {
+				o.sent.add(c.Packets, c.Bytes)
 			}
 		}
 	}
-	return false
-}
-
-// addSkipped accounts for the copies that the kernel did not make: a broadcast
-// skips rows whose device is gone, down, or refuses the frame, without a word.
-func (r *RuleStats) addSkipped() {
-	if len(r.Outputs) < 2 {
-		return
-	}
-	for i := range r.Outputs {
-		out := &r.Outputs[i]
-		rest := r.missing(out)
-		if rest.Packets > 0 {
-			skipped := out.Drops[NoDevice]
-			skipped.add(rest.Packets, rest.Bytes)
-			out.Drops[NoDevice] = skipped
-		}
-	}
-}
-
-func (c *Counter) subtract(o Counter) {
-	c.Packets -= min(c.Packets, o.Packets)
-	c.Bytes -= min(c.Bytes, o.Bytes)
+	return readRuleDrops(m.RuleDrops, byID, byStats)
 }
 
 // readTotal reads a counter of one entry.
@@ -440,19 +430,23 @@ func readDrops(m *ebpf.Map) (map[Reason]Counter, error) {
 	return drops, nil
 }
 
-func readRuleDrops(m *ebpf.Map, byID map[uint32]*RuleStats, byStats map[uint32]*OutputStats) error {
+func readRuleDrops(m *ebpf.Map, byID map[uint32]*tally, byStats map[uint32]*outputSink) error {
 	var key bpf.RelayDropKey
 	var perCPU []bpf.RelayCounter
 	iter := m.Iterate()
 	for iter.Next(&key, &perCPU) {
 		switch bpf.RelayDropScope(key.Scope) {
 		case bpf.RelayDropScopeDROP_RULE:
-			if r := byID[key.Id]; r != nil {
-				r.Drops[Reason(key.Reason)] = sum(perCPU)
+			if t := byID[key.Id]; t != nil {
+				t.kernel.add(Reason(key.Reason), sum(perCPU))
 			}
 		case bpf.RelayDropScopeDROP_OUTPUT:
 			if o := byStats[key.Id]; o != nil {
-				o.Drops[Reason(key.Reason)] = sum(perCPU)
+				o.add(Reason(key.Reason), sum(perCPU))
+			}
+		case bpf.RelayDropScopeDROP_NOTE:
+			if t := byID[key.Id]; t != nil {
+				t.note(Note(key.Reason), sum(perCPU))
 			}
 		}
 	}
@@ -487,6 +481,9 @@ func sum(perCPU []bpf.RelayCounter) (c Counter) {
 	}
 	return c
 }
+
+// monotonicOf is a time of that clock.
+func monotonicOf(ns uint64) time.Duration { return time.Duration(ns) }
 
 // monotonic is the clock that the programs read.
 func monotonic() time.Duration {

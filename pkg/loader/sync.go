@@ -154,6 +154,7 @@ func (s *sync) stage(c change) error {
 		s.staged.rules.add(e.id, encodeRule(e))
 		s.onFailure(func() error { return s.maps.Rules.Put(e.id, &bpf.RelayRule{}) })
 	}
+	s.bindCounters(e)
 	s.stagePolicers(c)
 	for slot, o := range e.rule.Out {
 		stats := e.firstStats + uint32(slot)
@@ -575,6 +576,7 @@ func (s *sync) releaseOutputs(e *entry) error {
 
 func (s *sync) retireCounters(e *entry, gone, goneStats map[uint32]bool) {
 	n := uint32(len(e.rule.Out))
+	s.retireAccount(e)
 	gone[e.id] = true
 	for i := range n {
 		goneStats[e.firstStats+i] = true

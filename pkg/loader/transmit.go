@@ -11,7 +11,9 @@ import (
 
 // attachTransmit attaches the programs that count what devices did with frames
 // after the relay program had returned, and pins them below dir. Without them the
-// relay works; only these counters stay empty, and Warnings says so.
+// relay works; only these counters stay empty, and Warnings says so. Those that are
+// attached already stay, unless they are of another release: two of them would count
+// everything twice.
 func (l *Loader) attachTransmit(dir string) {
 	if err := l.tryAttachTransmit(dir); err != nil {
 		l.warnings = append(l.warnings, fmt.Sprintf("frames that devices refuse are not counted: %v", err))
@@ -28,14 +30,45 @@ func (l *Loader) tryAttachTransmit(dir string) error {
 		pinDevmapXmit: programs.DevmapXmit, pinRedirectErr: programs.RedirectErr,
 		pinCPUEnqueue: programs.CpumapEnqueue, pinCPUThread: programs.CpumapKthread,
 	} {
-		t, err := link.AttachTracing(link.TracingOptions{Program: p})
-		if err != nil {
-			return fmt.Errorf("attach %s: %w", name, err)
+		if err := l.attachTracing(name, filepath.Join(dir, linksDir, name), p); err != nil {
+			return err
 		}
-		if err := repin(t, filepath.Join(dir, linksDir, name)); err != nil {
-			return errors.Join(err, t.Close())
-		}
-		l.transmit = append(l.transmit, t)
 	}
 	return nil
+}
+
+func (l *Loader) attachTracing(name, path string, p *ebpf.Program) error {
+	if old := l.transmit[name]; old != nil {
+		if same, err := runs(old, p); err == nil && same {
+			return nil
+		}
+		// The kernel cannot update a tracing link: a moment is not counted.
+		delete(l.transmit, name)
+		if err := errors.Join(old.Close(), removePins(path)); err != nil {
+			return fmt.Errorf("replace %s: %w", name, err)
+		}
+	}
+	t, err := link.AttachTracing(link.TracingOptions{Program: p})
+	if err != nil {
+		return fmt.Errorf("attach %s: %w", name, err)
+	}
+	if err := repin(t, path); err != nil {
+		return errors.Join(err, t.Close())
+	}
+	l.transmit[name] = t
+	return nil
+}
+
+// runs says whether a link runs this program.
+func runs(lk link.Link, p *ebpf.Program) (bool, error) {
+	info, err := lk.Info()
+	if err != nil {
+		return false, fmt.Errorf("link info: %w", err)
+	}
+	attached, err := ebpf.NewProgramFromID(info.Program)
+	if err != nil {
+		return false, fmt.Errorf("program of a link: %w", err)
+	}
+	defer attached.Close()
+	return sameProgram(attached, p)
 }

@@ -43,6 +43,27 @@ func sum(b []byte) (total uint64) {
 	return total
 }
 
+// FinishChecksum computes the UDP checksum of a whole datagram whose sender left that to
+// a device: in its place is the sum of the pseudo header. It is false, and changes
+// nothing, where that is not so.
+func FinishChecksum(frame []byte, h *Headers) bool {
+	if h.Part != Whole {
+		return false
+	}
+	l3 := frame[h.L3 : h.L3+h.L3Len]
+	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
+	pseudo := sum(addresses(l3, h)) + protocolUDP + uint64(length)
+	check := binary.BigEndian.Uint16(frame[h.UDP+6:])
+	if check == 0 || fold(pseudo) != check {
+		return false
+	}
+	if check = ^fold(sum(frame[h.UDP : h.UDP+int(length)])); check == 0 {
+		check = 0xffff
+	}
+	binary.BigEndian.PutUint16(frame[h.UDP+6:], check)
+	return true
+}
+
 // FillChecksums computes both checksums of a frame from scratch. h is what Parse
 // said of it. A fragment's UDP checksum is left as it is.
 func FillChecksums(frame []byte, h *Headers) {

@@ -70,6 +70,29 @@ type Headers struct {
 // and a fragment header. It is false for every frame that the relay leaves alone:
 // other protocols, and what is malformed or cut short.
 func Parse(frame []byte) (h Headers, ok bool) {
+	h, ok = parse(frame)
+	if !ok || h.L3+h.L3Len > len(frame) {
+		return Headers{}, false
+	}
+	return h, true
+}
+
+// Malformed finds the addresses and ports of a UDP packet that Parse refuses since it
+// ends beyond the frame, or its datagram beyond the packet. It is false for all others.
+func Malformed(frame []byte) (h Headers, ok bool) {
+	h, ok = parse(frame)
+	if !ok || h.L3+h.L3Len <= len(frame) {
+		return Headers{}, false
+	}
+	return h, true
+}
+
+// malformed is the length of a packet that its datagram goes beyond: longer than any
+// frame (MALFORMED of bpf/include/parse.h).
+const malformed = 0x7fffffff
+
+// parse is Parse, but for the length of the packet.
+func parse(frame []byte) (h Headers, ok bool) {
 	proto, ok := h.parseEthernet(frame)
 	if !ok {
 		return Headers{}, false
@@ -82,10 +105,7 @@ func Parse(frame []byte) (h Headers, ok bool) {
 	default:
 		ok = false
 	}
-	if !ok || h.L3+h.L3Len > len(frame) {
-		return Headers{}, false
-	}
-	return h, true
+	return h, ok
 }
 
 func (h *Headers) parseEthernet(frame []byte) (proto uint16, ok bool) {
@@ -129,7 +149,10 @@ func (h *Headers) parseIPv4(frame []byte) bool {
 		h.Payload = h.L3 + headerLen
 		return h.L3Len > headerLen
 	}
-	return h.L3Len >= headerLen+udpLen && h.parseUDP(frame, headerLen)
+	if h.L3Len < headerLen+udpLen {
+		h.L3Len = malformed
+	}
+	return h.parseUDP(frame, headerLen)
 }
 
 func (h *Headers) parseIPv6(frame []byte) bool {
@@ -180,7 +203,10 @@ func (h *Headers) walkExtensions(ip []byte) (headerLen int, ok bool) {
 		}
 		next = ext[0]
 	}
-	return headerLen, next == protocolUDP && headerLen <= ip6Len+maxExtensionBytes
+	// A later fragment goes on with what the first one begins with, which alone has it:
+	// UDP, or options in front of it.
+	leads := next == protocolUDP || h.Part == LaterFragment && next == protocolDestination
+	return headerLen, leads && headerLen <= ip6Len+maxExtensionBytes
 }
 
 func (h *Headers) parseUDP(frame []byte, headerLen int) bool {
@@ -192,7 +218,7 @@ func (h *Headers) parseUDP(frame []byte, headerLen int) bool {
 	length := int(binary.BigEndian.Uint16(udp[4:]))
 	// The length of a first fragment's datagram goes beyond the fragment.
 	if length < udpLen || h.Part == Whole && headerLen+length > h.L3Len {
-		return false
+		h.L3Len = malformed
 	}
 	h.Payload = h.UDP + udpLen
 	h.SrcPort = binary.BigEndian.Uint16(udp[0:])

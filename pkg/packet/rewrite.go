@@ -68,6 +68,29 @@ const (
 	EndsByPort         // the destination port would leave 1 to 65535
 )
 
+// frameRoom is what the kernel lets a frame have besides the MTU: Ethernet and one tag
+// (FRAME_ROOM of bpf/include/rewrite.h).
+const frameRoom = ethLen + vlanLen
+
+// TooLong says whether the copy of a frame of so many bytes is longer than a device of
+// this MTU takes: with the tags that are pushed or kept, and with what lies behind the
+// IP packet. Without Ethernet, only the packet counts.
+func (r *Rewrite) TooLong(h *Headers, frame, mtu int, ethernet bool) bool {
+	if h.L3Len > mtu || !ethernet {
+		return h.L3Len > mtu
+	}
+	header := h.L3
+	switch {
+	case r.VLAN == VLANPop:
+		header = ethLen
+	case r.VLAN == VLANSet && r.OuterVLAN != 0:
+		header = ethLen + 2*vlanLen
+	case r.VLAN == VLANSet:
+		header = ethLen + vlanLen
+	}
+	return frame-h.L3+header > mtu+frameRoom
+}
+
 // MaxHeaders is the most that Append appends, in bytes: Ethernet, two tags, IPv6
 // with extension headers, UDP.
 const MaxHeaders = ethLen + maxVLANTags*vlanLen + ip6Len + maxExtensionBytes + udpLen
@@ -191,11 +214,16 @@ func (r *Rewrite) applyIPv4(ip []byte) (addresses uint64, ok bool) {
 	dst := r.Dst.As4()
 	r.keepHostBits(dst[:], ip[16:20])
 	addresses = replace(ip[16:20], dst[:])
+	var number uint64
 	if r.Src.IsValid() {
 		src := r.Src.As4()
+		if binary.BigEndian.Uint16(ip[6:])&0x3fff != 0 {
+			id := mergedID([2]byte(ip[4:]), [4]byte(ip[12:]))
+			number = replace(ip[4:6], id[:])
+		}
 		addresses += replace(ip[12:16], src[:])
 	}
-	sum := uint64(^binary.BigEndian.Uint16(ip[10:])) + addresses
+	sum := uint64(^binary.BigEndian.Uint16(ip[10:])) + addresses + number
 	sum += replace(ip[8:10], []byte{ttl, ip[9]})
 	if r.SetDSCP {
 		sum += replace(ip[0:2], []byte{ip[0], r.DSCP<<2 | ip[1]&0x03})
@@ -222,6 +250,15 @@ func (r *Rewrite) applyIPv6(ip []byte) (addresses uint64, ok bool) {
 		ip[1] = r.DSCP<<6 | ip[1]&0x3f
 	}
 	return addresses, true
+}
+
+// mergedID is the identification of a fragment that is sent from another address than its
+// own, by that and its own identification: two senders that are merged may use the same
+// (merged_id of bpf/include/rewrite.h).
+func mergedID(id [2]byte, source [4]byte) (merged [2]byte) {
+	mask := uint16(binary.NativeEndian.Uint32(source[:]) * 0x9e3779b1 >> 16)
+	binary.NativeEndian.PutUint16(merged[:], binary.NativeEndian.Uint16(id[:])^mask)
+	return merged
 }
 
 // keepHostBits takes the bits of dst behind its prefix from the packet's address.

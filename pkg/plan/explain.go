@@ -276,6 +276,7 @@ func (e *Explanation) flow(p *Plan, c *Candidate, k Packet, dropped bool) {
 		o := c.Rule.Rule.Out[s.Out]
 		o.Interface = s.Interface
 		out := &f.Flow.Out[i]
+		s.Reason = cmp.Or(s.Reason, p.macvlanAbove(s.Interface))
 		e.Outputs = append(e.Outputs, ExplainedOutput{
 			OutputPlan: s, Output: o.String(), Rewrite: RewriteText(out, k), NextHop: p.nextHopText(s.Hop, &o), Dropped: dropped || !out.Ready,
 		})
@@ -327,4 +328,23 @@ func (p *Plan) NextHop(o *OutputPlan) (via, mac string) {
 // macText writes a link-layer address as package net does.
 func macText(mac [6]byte) string {
 	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", mac[0], mac[1], mac[2], mac[3], mac[4], mac[5])
+}
+
+// macvlanAbove says that what is sent on an interface does not reach the macvlan devices on it; ""
+// when there are none. Those in other namespaces cannot be seen.
+func (p *Plan) macvlanAbove(ifname string) string {
+	out := p.seen.network.Link(ifname)
+	if out == nil {
+		return ""
+	}
+	var above []string
+	for _, l := range p.seen.network.Links() {
+		if l.Lower == out.Index && (l.Kind == "macvlan" || l.Kind == "macvtap" || l.Kind == "ipvlan") {
+			above = append(above, l.Name)
+		}
+	}
+	if len(above) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("copies sent on %s do not reach the devices on it: to reach %s, send on a macvlan device of your own", ifname, strings.Join(above, ", "))
 }

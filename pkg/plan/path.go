@@ -108,6 +108,8 @@ func (c *chooser) explicit(p flow.Path, others string) (got choice) {
 	got.path = p
 	if why := c.delivers(p); why != "" {
 		got.note = fmt.Sprintf("%s: they are dropped for the reason multi_buffer (%s can)", why, others)
+	} else if why := c.maker.localSenders(c.in); why != "" && p == flow.PathKernel {
+		got.note = why + ": they leave with wrong checksums, or are dropped for the reason mtu (path fanout can)"
 	}
 	return got
 }
@@ -132,6 +134,11 @@ func (c *chooser) best() choice {
 func (c *chooser) fault(p flow.Path) string {
 	if why := c.carries(p); why != "" {
 		return why
+	}
+	if p != flow.PathFanout {
+		if why := c.maker.localSenders(c.in); why != "" {
+			return why
+		}
 	}
 	if why := c.servesAll(p); why != "" {
 		return why
@@ -228,4 +235,40 @@ func (c *chooser) delivers(p flow.Path) string {
 		return "" // or what is longer is dropped in any case
 	}
 	return fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of %s is %d", l.Name, broadcastFrame, name, mtu)
+}
+
+// softKind says whether a kind is one of links on which frames of local stacks come in that no wire has seen:
+// with checksums that were left to the device, and several datagrams in one (UDP_SEGMENT). XDP
+// sees such frames as they are, and can neither finish nor divide them; the packet tap is told
+// what is left to do. On a veth with native XDP the kernel divides them, and the relay program
+// finishes checksums.
+func softKind(kind string) bool {
+	switch kind {
+	case "bridge", "openvswitch", "macvlan", "macvtap", "ipvlan", "ipvtap", "tun", "vxlan", "geneve", "gretap", "ip6gretap":
+		return true
+	}
+	return false
+}
+
+// localSenders says which senders make an input one for the packet tap; "" for none. It depends on
+// the kind of the link alone, for a VLAN device on that of the one below.
+func (m *maker) localSenders(in *network.Link) string {
+	below := in
+	for below.Kind == "vlan" {
+		if below = m.net.ByIndex(below.Lower); below == nil {
+			return ""
+		}
+	}
+	if !softKind(below.Kind) || !in.Ethernet {
+		return ""
+	}
+	return fmt.Sprintf("interface %s (%s) carries packets of senders on this host, with checksums and segments that only the packet tap finishes", in.Name, below.Kind)
+}
+
+// finishes says whether unfinished checksums are to be completed on the way: by the relay program,
+// where a buffer has nothing else that says so, or by workers of AF_XDP sockets, who never see more
+// than the frame.
+func (c *chooser) finishes() bool {
+	soft := c.in.Kind == "veth" || c.maker.localSenders(c.in) != ""
+	return soft && (c.path == flow.PathAFXDP || c.path == flow.PathKernel && !c.attached.Generic)
 }

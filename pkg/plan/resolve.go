@@ -149,6 +149,7 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	}
 	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
 	f.Flow.Fallback = choice.path == flow.PathAFXDP && c.fault(flow.PathKernel) == ""
+	f.Flow.Finish = c.finishes()
 	if m.resolveOutputs(f, rule, c); f.Err != nil {
 		return
 	}
@@ -356,6 +357,7 @@ func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, 
 	case !l.Up:
 		return fmt.Sprintf("interface %s is down", l.Name)
 	case !l.Carrier:
+		out.Blocked = flow.NoCarrier
 		return fmt.Sprintf("interface %s has no carrier", l.Name)
 	default:
 		return c.serves(c.path, l)

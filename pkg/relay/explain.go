@@ -3,8 +3,10 @@ package relay
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
 	"xdpcast/pkg/plan"
 )
 
@@ -18,10 +20,34 @@ func (r *Relay) Explain(ctx context.Context, text string) (e control.Explanation
 		case err != nil:
 			return control.Wrap(control.KindInvalid, err)
 		}
-		e, err = r.explain(packet)
+		if e, err = r.explain(packet); err == nil {
+			r.explainNotes(&e)
+		}
 		return err
 	})
 	return e, err
+}
+
+// explainNotes says which packets like this one the winner has not taken so far, or not as
+// they should be.
+func (r *Relay) explainNotes(e *control.Explanation) {
+	if len(e.Candidates) == 0 {
+		return
+	}
+	status, err := r.ruleStatus(e.Candidates[0].Rule)
+	if err != nil {
+		return // the counters cannot be read, which stats says
+	}
+	for _, n := range status.Notes {
+		switch n.Reason {
+		case loader.Malformed.String():
+			e.Why += fmt.Sprintf("; %d packets for it were malformed and passed to the host", n.Packets)
+		case loader.OrphanFragment.String():
+			e.Why += fmt.Sprintf("; %d fragments came before the first of their datagram and passed to the host", n.Packets)
+		case loader.UnfinishedChecksum.String():
+			e.Why += fmt.Sprintf("; %d packets came with an unfinished checksum", n.Packets)
+		}
+	}
 }
 
 // explain says what becomes of a packet, as the API has it.

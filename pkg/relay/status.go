@@ -71,7 +71,7 @@ func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStat
 		Rule: control.FromRule(p.Rule.Rule), Origin: string(p.Rule.Origin), State: string(p.State), Reason: cmp.Or(p.Reason, p.Note()),
 		Drops: []control.Drop{},
 	}
-	sum := map[loader.Reason]loader.Counter{}
+	sum, notes := map[loader.Reason]loader.Counter{}, map[loader.Note]loader.Counter{}
 	var last time.Duration = -1
 	for _, f := range p.Flows {
 		s := stats[f.Flow.Name]
@@ -83,6 +83,7 @@ func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStat
 		}
 		add(&status.Matched, s.Matched)
 		addDrops(sum, s.Drops)
+		addDrops(notes, s.Notes)
 		if s.LastSeen >= 0 && (last < 0 || s.LastSeen < last) {
 			last = s.LastSeen
 		}
@@ -91,7 +92,7 @@ func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStat
 		at := time.Now().Add(-last)
 		status.LastSeen = &at
 	}
-	status.Drops = Drops(sum)
+	status.Drops, status.Notes = Drops(sum), Notes(notes)
 	status.Inputs = inputStatuses(p)
 	status.Outputs = r.outputStatuses(p, stats)
 	return status
@@ -189,7 +190,7 @@ func add(to *control.Counter, c loader.Counter) {
 	to.Bytes += c.Bytes
 }
 
-func addDrops(to, from map[loader.Reason]loader.Counter) {
+func addDrops[R comparable](to, from map[R]loader.Counter) {
 	for reason, c := range from {
 		to[reason] = loader.Counter{Packets: to[reason].Packets + c.Packets, Bytes: to[reason].Bytes + c.Bytes}
 	}
@@ -208,6 +209,14 @@ func Drops(counted map[loader.Reason]loader.Counter) []control.Drop {
 	all := make([]control.Drop, 0, len(counted))
 	for _, reason := range slices.Sorted(maps.Keys(counted)) {
 		all = append(all, control.Drop{Reason: reason.String(), Counter: control.Counter(counted[reason])})
+	}
+	return all
+}
+
+// Notes writes counters of notes as the API has them; nil when there are none.
+func Notes(counted map[loader.Note]loader.Counter) (all []control.Drop) {
+	for _, note := range slices.Sorted(maps.Keys(counted)) {
+		all = append(all, control.Drop{Reason: note.String(), Counter: control.Counter(counted[note])})
 	}
 	return all
 }

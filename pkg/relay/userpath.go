@@ -15,7 +15,6 @@ import (
 // process: *forward.Fanout and *forward.AFXDP. Tests put faults between the two.
 type userPath interface {
 	Sync(rules []loader.Rule, own []netip.Addr) error
-	Stats(names []string) []loader.RuleStats
 	Close() error
 }
 
@@ -31,11 +30,11 @@ type openPath struct {
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
 		loader.PathFanout: {open: func() (userPath, error) {
-			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers})
+			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Accounts: r.loader})
 		}},
 		loader.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP
-			opts.Logger, opts.Loader = r.log, r.loader
+			opts.Logger, opts.Loader, opts.Accounts = r.log, r.loader, r.loader
 			return forward.OpenAFXDP(opts)
 		}},
 	}
@@ -149,66 +148,12 @@ func (p *openPath) with(want []loader.Rule) []loader.Rule {
 	return all
 }
 
-// add adds what the user-space paths have counted to what the kernel has: the drops
-// of all rules, and the rest to the rules that stats has.
-func (u userPaths) add(stats *loader.Stats) {
-	at := make(map[string]int, len(stats.Rules))
-	for i := range stats.Rules {
-		at[stats.Rules[i].Name] = i
-	}
-	for kind, p := range u {
-		if p.path == nil {
-			continue
-		}
-		for _, s := range p.path.Stats(nil) {
-			if kind == loader.PathAFXDP {
-				s.Matched = loader.Counter{} // the relay program has counted them
-			}
-			addDrops(stats.Drops, s.Drops)
-			for _, o := range s.Outputs {
-				addDrops(stats.Drops, o.Drops)
-			}
-			if i, ok := at[s.Name]; ok {
-				addRule(&stats.Rules[i], &s)
-			}
-		}
-		counts, ok := p.path.(interface{ Fragments() loader.Fragments })
-		if !ok {
-			continue // the relay program has seen them
-		}
-		f := counts.Fragments()
-		sumCounter(&stats.Fragments.First, f.First)
-		sumCounter(&stats.Fragments.Later, f.Later)
-		sumCounter(&stats.Fragments.Orphan, f.Orphan)
-	}
-}
-
-func addRule(to, from *loader.RuleStats) {
-	sumCounter(&to.Matched, from.Matched)
-	if from.LastSeen >= 0 && (to.LastSeen < 0 || from.LastSeen < to.LastSeen) {
-		to.LastSeen = from.LastSeen
-	}
-	addDrops(to.Drops, from.Drops)
-	for slot := range min(len(to.Outputs), len(from.Outputs)) {
-		sumCounter(&to.Outputs[slot].Sent, from.Outputs[slot].Sent)
-		addDrops(to.Outputs[slot].Drops, from.Outputs[slot].Drops)
-	}
-}
-
-func sumCounter(to *loader.Counter, c loader.Counter) {
-	to.Packets += c.Packets
-	to.Bytes += c.Bytes
-}
-
 // statsOf reads the counters of rules on all paths; nil names are all rules.
 func (r *Relay) statsOf(names []string, all bool) (stats loader.Stats, err error) {
 	if all {
 		stats, err = r.loader.Stats()
 	} else {
 		stats, err = r.loader.StatsOf(names)
-	}
-	if err == nil {
-		r.tables.paths.add(&stats)
 	}
 	return stats, err
 }

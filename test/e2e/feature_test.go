@@ -105,6 +105,9 @@ func (n *network) compare(t *testing.T, frame packet.Frame, taps map[string]*lab
 		if want.DstMAC == ([6]byte{}) {
 			want.DstMAC = packet.MulticastMAC(want.Dst)
 		}
+		if want.Src == ofTheLink {
+			want.Src = linkLocal(t, n.relay, ifname)
+		}
 		if got, want := taps[ifname].Collect(1, isUDP)[0], want.Build(); !bytes.Equal(got, want) {
 			t.Errorf("output %d:\n got  %x\n want %x", slot, got, want)
 		}

@@ -1,0 +1,651 @@
+// Package account keeps what the user-space paths count: cells in memory that
+// outlives the process, a shared mapping of the pinned map user_stats. A worker adds
+// to cells of its own with plain stores, so that counting takes no system call and no
+// lock, and what was counted is there after the process was killed.
+//
+// # Ownership
+//
+// The [Account] belongs to the loader, which numbers rules and outputs. A path opens
+// [Counters] of a rule or output, and each of its workers takes the cells that it
+// needs from there. Cells of counters that are closed stay, and are taken again by the
+// next worker. All methods may be called from any goroutine; a [Cell] has one writer at
+// a time.
+package account
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+)
+
+// Scope says what a cell counts for.
+type Scope uint8
+
+// The scopes (enum user_scope of bpf/include/abi.h).
+const (
+	Rule   Scope = 1 + iota // ID: number of a rule
+	Output                  // ID: index of an output's counters
+	Total                   // what rules dropped that are gone, and what no rule has
+	Input                   // ID: interface index; lost on the way to workers
+	Device                  // ID: interface index; lost behind senders
+	loose                   // of counters without number
+	header                  // the first cell: how many chunks were ever used
+)
+
+// Kind says what is counted.
+type Kind uint8
+
+// The kinds (enum user_kind of bpf/include/abi.h). Notes and drop reasons follow
+// FirstNote and FirstDrop.
+const (
+	Matched       Kind = iota // came to a worker, which found the rule
+	Delivered                 // came to a worker; the relay program has matched it
+	Sent                      // handed to the device
+	FragmentFirst             // as enum fragment_kind
+	FragmentLater
+	FragmentOrphan
+	Unsent   // counted as sent, and not taken by the device
+	NoFrame  // no memory was free to receive into
+	RingFull // the worker did not keep up
+	RuleGone // the rule was removed meanwhile
+
+	FirstNote Kind = 16
+	FirstDrop Kind = 32
+)
+
+// Target is what Counters are of.
+type Target struct {
+	Scope Scope
+	ID    uint32
+}
+
+// Writer tells the cells of a path's worker from those of others.
+type Writer uint16
+
+const workerBits = 14
+
+// WriterOf is a worker of a path; both are small numbers.
+func WriterOf(path uint8, worker int) Writer {
+	return Writer(path)<<workerBits | Writer(worker)&(1<<workerBits-1)
+}
+
+// Path is the path of a writer.
+func (w Writer) Path() uint8 { return uint8(w >> workerBits) }
+
+// Cell is a counter: struct user_counter of bpf/include/abi.h. Each of its numbers is
+// exact; between them a reader may see half of an addition.
+type Cell struct {
+	key, packets, bytes, lastSeen atomic.Uint64
+}
+
+// CellSize is the size of a cell in bytes.
+const CellSize = int(unsafe.Sizeof(Cell{}))
+
+// Add adds to the cell. It needs no locked instruction: a cell has one writer.
+func (c *Cell) Add(packets, bytes uint64) {
+	c.packets.Store(c.packets.Load() + packets)
+	c.bytes.Store(c.bytes.Load() + bytes)
+}
+
+// Seen sets the time of the last packet, in nanoseconds of CLOCK_MONOTONIC.
+func (c *Cell) Seen(at int64) { c.lastSeen.Store(uint64(at)) }
+
+// Sum is what cells have counted. LastSeen is 0 for never.
+type Sum struct{ Packets, Bytes, LastSeen uint64 }
+
+func (s *Sum) add(c *Cell) {
+	s.Packets += c.packets.Load()
+	s.Bytes += c.bytes.Load()
+	s.LastSeen = max(s.LastSeen, c.lastSeen.Load())
+}
+
+// key is the first eight bytes of struct user_counter, little-endian as the programs.
+type key uint64
+
+func keyOf(t Target, kind Kind, w Writer) key {
+	return key(t.ID) | key(t.Scope)<<32 | key(kind)<<40 | key(w)<<48
+}
+
+func (k key) target() Target { return Target{Scope(k >> 32), uint32(k)} }
+func (k key) kind() Kind     { return Kind(k >> 40) }
+func (k key) writer() Writer { return Writer(k >> 48) }
+
+// chunk is how many cells a worker gets at once: a page, so that workers share no
+// cache line.
+const chunk = 4096 / CellSize
+
+// ref is a cell that counts for something.
+type ref struct {
+	*Cell
+	used bool // some worker has it
+}
+
+func (r *ref) is() key { return key(r.key.Load()) }
+
+// Account is all cells of a pin directory.
+type Account struct {
+	mu      sync.Mutex
+	cells   []Cell
+	chunks  int                // that were ever used
+	empty   []int              // of them, chunks without a cell in use
+	free    map[Writer][]*Cell // by the writer whose chunk they are in
+	targets map[Target][]*ref
+	open    map[Target][]*Counters
+	loose   []*ref // of open counters without number
+	waits   map[int]func()
+	nextID  int
+
+	handles  int // open counters
+	closed   bool
+	unmap    func() error
+	overflow bool
+}
+
+// New takes an account over from memory, whose length is a multiple of a page and
+// whose content is zero at first; unmap gives the memory back, after Close and when no
+// counters are open any more. Errors: the memory does not hold an account.
+func New(memory []byte, unmap func() error) (*Account, error) {
+	if len(memory) == 0 || len(memory)%(chunk*CellSize) != 0 {
+		return nil, fmt.Errorf("account of %d bytes: want a multiple of %d", len(memory), chunk*CellSize)
+	}
+	a := &Account{
+		cells: unsafe.Slice((*Cell)(unsafe.Pointer(&memory[0])), len(memory)/CellSize),
+		free:  map[Writer][]*Cell{}, targets: map[Target][]*ref{}, open: map[Target][]*Counters{},
+		waits: map[int]func(){}, unmap: unmap,
+	}
+	first := &a.cells[0]
+	switch k := key(first.key.Load()); {
+	case k == 0:
+		first.key.Store(uint64(keyOf(Target{Scope: header}, 0, 0)))
+	case k.target().Scope != header:
+		return nil, fmt.Errorf("account begins with a cell of scope %d: want %d", k.target().Scope, header)
+	}
+	chunks := first.packets.Load()
+	if chunks > uint64(len(a.cells)/chunk) {
+		return nil, fmt.Errorf("account has %d chunks in use of %d", chunks, len(a.cells)/chunk)
+	}
+	for a.chunks < int(chunks) {
+		if err := a.adopt(a.chunks); err != nil {
+			return nil, err
+		}
+		a.chunks++
+	}
+	return a, nil
+}
+
+// NewInMemory makes an account that ends with the process.
+func NewInMemory() *Account {
+	const cells = 64 * chunk
+	memory := make([]Cell, cells)
+	bytes := unsafe.Slice((*byte)(unsafe.Pointer(&memory[0])), cells*CellSize)
+	a, err := New(bytes, nil)
+	if err != nil {
+		panic(err) // the size is right, and there is nothing in it
+	}
+	return a
+}
+
+// adopt takes over the cells of a chunk. What had no number when its process ended is
+// of no rule; only its drops go on in the total.
+func (a *Account) adopt(n int) error {
+	var owner Writer
+	var spare []*Cell
+	owned := false
+	for i := range chunk {
+		c := &a.cells[n*chunk+i]
+		k := key(c.key.Load())
+		t := k.target()
+		switch {
+		case n == 0 && i == 0:
+			continue
+		case k == 0:
+			spare = append(spare, c)
+			continue
+		case t.Scope >= header:
+			return fmt.Errorf("account: cell %d has scope %d: want 1 to %d", n*chunk+i, t.Scope, loose)
+		case !owned:
+			owner, owned = k.writer(), true
+		}
+		if t.Scope == loose {
+			a.retire(&ref{Cell: c})
+			continue
+		}
+		a.targets[t] = append(a.targets[t], &ref{Cell: c})
+	}
+	if !owned && n > 0 {
+		a.empty = append(a.empty, n)
+		return nil
+	}
+	for _, c := range spare {
+		clearCell(c) // a process died between the two steps of that
+	}
+	a.free[owner] = append(a.free[owner], spare...)
+	return nil
+}
+
+// clearCell makes a cell free: the key first, so that nobody takes its numbers for
+// those of its next target.
+func clearCell(c *Cell) {
+	c.key.Store(0)
+	c.packets.Store(0)
+	c.bytes.Store(0)
+	c.lastSeen.Store(0)
+}
+
+// take returns a cell that is zero, of the writer's own cache lines as long as there
+// are any, and from the heap when all are in use.
+func (a *Account) take(w Writer) *Cell {
+	if len(a.free[w]) == 0 {
+		a.grow(w)
+	}
+	for len(a.free[w]) == 0 {
+		other, ok := a.anyFree()
+		if !ok {
+			a.overflow = true
+			return &Cell{}
+		}
+		w = other
+	}
+	all := a.free[w]
+	c := all[len(all)-1]
+	a.free[w] = all[:len(all)-1]
+	return c
+}
+
+func (a *Account) anyFree() (Writer, bool) {
+	for w, cells := range a.free {
+		if len(cells) > 0 {
+			return w, true
+		}
+	}
+	return 0, false
+}
+
+// grow gives a writer a chunk, if there is one.
+func (a *Account) grow(w Writer) {
+	n := a.chunks
+	switch {
+	case len(a.empty) > 0:
+		n, a.empty = a.empty[len(a.empty)-1], a.empty[:len(a.empty)-1]
+	case (n+1)*chunk <= len(a.cells):
+		a.chunks++
+		a.cells[0].packets.Store(uint64(a.chunks))
+	default:
+		return
+	}
+	for i := chunk - 1; i >= 0; i-- {
+		if n+i > 0 {
+			c := &a.cells[n*chunk+i]
+			clearCell(c)
+			a.free[w] = append(a.free[w], c)
+		}
+	}
+}
+
+// Full says whether cells were needed for which there was no room: those are lost with
+// the process.
+func (a *Account) Full() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.overflow
+}
+
+// Close gives the memory back when no counters are open any more.
+func (a *Account) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return nil
+	}
+	a.closed = true
+	return a.release()
+}
+
+func (a *Account) release() error {
+	if !a.closed || a.handles > 0 || a.unmap == nil {
+		return nil
+	}
+	unmap := a.unmap
+	a.unmap, a.cells, a.targets, a.free = nil, nil, nil, nil
+	return unmap()
+}
+
+// Retire says that a rule or output is no more. What it dropped goes on in the total;
+// counters that are open have no number from now on.
+func (a *Account) Retire(t Target) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, c := range a.open[t] {
+		a.loosen(c)
+	}
+	delete(a.open, t)
+	for _, r := range a.targets[t] {
+		a.retire(r)
+	}
+	delete(a.targets, t)
+}
+
+// RetireOthers is Retire for all rules and outputs that do not stay, and all
+// interfaces.
+func (a *Account) RetireOthers(stays func(Target) bool) {
+	a.mu.Lock()
+	var gone []Target
+	for t := range a.targets {
+		if t.Scope != Total && !stays(t) {
+			gone = append(gone, t)
+		}
+	}
+	a.mu.Unlock()
+	for _, t := range gone {
+		a.Retire(t)
+	}
+}
+
+// retire frees a cell that is in no list any more. The first cell of a drop reason
+// becomes the one of the total, in one store.
+func (a *Account) retire(r *ref) {
+	k := r.is()
+	if k.kind() < FirstDrop {
+		a.give(r.Cell, k.writer())
+		return
+	}
+	total := Target{Scope: Total}
+	for _, to := range a.targets[total] {
+		if to.is().kind() == k.kind() && !to.used {
+			to.Add(r.packets.Load(), r.bytes.Load())
+			a.give(r.Cell, k.writer())
+			return
+		}
+	}
+	r.used = false
+	r.key.Store(uint64(keyOf(total, k.kind(), k.writer())))
+	a.targets[total] = append(a.targets[total], r)
+}
+
+func (a *Account) give(c *Cell, w Writer) {
+	clearCell(c)
+	a.free[w] = append(a.free[w], c)
+}
+
+// Sums are what all cells of a target have counted, by kind.
+func (a *Account) Sums(t Target) map[Kind]Sum {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return sums(a.targets[t])
+}
+
+func sums(refs []*ref) map[Kind]Sum {
+	if len(refs) == 0 {
+		return nil
+	}
+	all := make(map[Kind]Sum, len(refs))
+	for _, r := range refs {
+		kind := r.is().kind()
+		sum := all[kind]
+		sum.add(r.Cell)
+		all[kind] = sum
+	}
+	return all
+}
+
+// Each calls yield for what each writer has counted, of all targets and of counters
+// without number, whose Target is zero. yield must not call the account.
+func (a *Account) Each(yield func(Target, Kind, Writer, Sum)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	one := func(t Target, r *ref) {
+		var sum Sum
+		sum.add(r.Cell)
+		yield(t, r.is().kind(), r.is().writer(), sum)
+	}
+	for t, refs := range a.targets {
+		for _, r := range refs {
+			one(t, r)
+		}
+	}
+	for _, r := range a.loose {
+		one(Target{}, r)
+	}
+}
+
+// OnSettle has Settle call fn, until cancel is called.
+func (a *Account) OnSettle(fn func()) (cancel func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	id := a.nextID
+	a.nextID++
+	a.waits[id] = fn
+	return func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.waits, id)
+	}
+}
+
+// Settle returns when every packet that workers had, or that waited for them, has been
+// counted for what became of it.
+func (a *Account) Settle() {
+	a.mu.Lock()
+	var all []func()
+	for _, fn := range a.waits {
+		all = append(all, fn)
+	}
+	a.mu.Unlock()
+	for _, fn := range all {
+		fn()
+	}
+}
+
+// Counters are the open counters of a target.
+type Counters struct {
+	account *Account
+	scope   Scope
+	id      uint32
+	bound   bool
+	closed  bool
+	refs    []*ref
+}
+
+// Open opens the counters of a target. The caller must Close them.
+func (a *Account) Open(t Target) *Counters {
+	c := a.OpenLoose(t.Scope)
+	c.Bind(t.ID)
+	return c
+}
+
+// OpenLoose opens counters of a rule or output that has no number yet.
+func (a *Account) OpenLoose(s Scope) *Counters {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.handles++
+	return &Counters{account: a, scope: s}
+}
+
+func (c *Counters) target() Target { return Target{c.scope, c.id} }
+
+// Bind gives counters the number of their rule or output, and what they have counted
+// with it. It does nothing to those that have one.
+func (c *Counters) Bind(id uint32) {
+	a := c.account
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if c.bound || c.closed {
+		return
+	}
+	c.bound, c.id = true, id
+	t := c.target()
+	a.open[t] = append(a.open[t], c)
+	for _, r := range c.refs {
+		k := r.is()
+		r.key.Store(uint64(keyOf(t, k.kind(), k.writer())))
+		a.targets[t] = append(a.targets[t], r)
+	}
+	a.dropLoose(c.refs)
+}
+
+// Bound says whether the counters have a number.
+func (c *Counters) Bound() bool {
+	c.account.mu.Lock()
+	defer c.account.mu.Unlock()
+	return c.bound
+}
+
+// Loosen takes the number away again.
+func (c *Counters) Loosen() {
+	a := c.account
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !c.bound {
+		return
+	}
+	t := c.target()
+	a.open[t] = without(a.open[t], c)
+	a.loosen(c)
+}
+
+func (a *Account) loosen(c *Counters) {
+	t := c.target()
+	c.bound = false
+	for _, r := range c.refs {
+		k := r.is()
+		r.key.Store(uint64(keyOf(Target{Scope: loose}, k.kind(), k.writer())))
+		a.targets[t] = without(a.targets[t], r)
+	}
+	a.loose = append(a.loose, c.refs...)
+}
+
+func (a *Account) dropLoose(refs []*ref) {
+	for _, r := range refs {
+		a.loose = without(a.loose, r)
+	}
+}
+
+func without[T comparable](all []T, one T) []T {
+	for i := range all {
+		if all[i] == one {
+			all[i] = all[len(all)-1]
+			return all[:len(all)-1]
+		}
+	}
+	return all
+}
+
+// Cell returns a cell for a worker alone, until the counters are closed: with what it,
+// or another worker by this name, counted earlier.
+func (c *Counters) Cell(w Writer, kind Kind) *Cell {
+	a := c.account
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if c.closed || c.account.cells == nil {
+		return &Cell{} // counts for nobody
+	}
+	k := keyOf(Target{Scope: loose}, kind, w)
+	if c.bound {
+		k = keyOf(c.target(), kind, w)
+		for _, r := range a.targets[c.target()] {
+			if !r.used && r.is() == k {
+				r.used = true
+				c.refs = append(c.refs, r)
+				return r.Cell
+			}
+		}
+	}
+	r := &ref{Cell: a.take(w), used: true}
+	r.key.Store(uint64(k))
+	c.refs = append(c.refs, r)
+	if c.bound {
+		a.targets[c.target()] = append(a.targets[c.target()], r)
+	} else {
+		a.loose = append(a.loose, r)
+	}
+	return r.Cell
+}
+
+// Sums are what the target has counted, by kind; without a number, these counters.
+func (c *Counters) Sums() map[Kind]Sum {
+	c.account.mu.Lock()
+	defer c.account.mu.Unlock()
+	if c.bound {
+		return sums(c.account.targets[c.target()])
+	}
+	return sums(c.refs)
+}
+
+// Close ends the use of the counters: nobody may add to their cells any more. What was
+// counted stays, unless they have no number: then only drops do, in the total.
+func (c *Counters) Close() error {
+	a := c.account
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if c.closed {
+		return fmt.Errorf("close counters: %w", os.ErrClosed)
+	}
+	c.closed = true
+	for _, r := range c.refs {
+		r.used = false
+	}
+	if c.bound {
+		a.open[c.target()] = without(a.open[c.target()], c)
+		if len(a.open[c.target()]) == 0 {
+			delete(a.open, c.target())
+		}
+	} else {
+		a.dropLoose(c.refs)
+		for _, r := range c.refs {
+			a.retire(r)
+		}
+	}
+	c.refs = nil
+	a.handles--
+	return a.release()
+}
+
+// RuleCounters are the counters of a rule and of its outputs, by slot.
+type RuleCounters struct {
+	Rule    *Counters
+	Outputs []*Counters
+}
+
+// OpenRule opens counters of a rule that has no number yet.
+func (a *Account) OpenRule(outputs int) *RuleCounters {
+	r := &RuleCounters{Rule: a.OpenLoose(Rule), Outputs: make([]*Counters, outputs)}
+	for i := range r.Outputs {
+		r.Outputs[i] = a.OpenLoose(Output)
+	}
+	return r
+}
+
+// Bind gives the rule its number and the outputs theirs, which follow each other.
+func (r *RuleCounters) Bind(rule, firstOutput uint32) {
+	r.Rule.Bind(rule)
+	for i, o := range r.Outputs {
+		o.Bind(firstOutput + uint32(i))
+	}
+}
+
+// Loosen takes the numbers away again.
+func (r *RuleCounters) Loosen() {
+	r.Rule.Loosen()
+	for _, o := range r.Outputs {
+		o.Loosen()
+	}
+}
+
+// Closed says whether Close was called.
+func (r *RuleCounters) Closed() bool {
+	r.Rule.account.mu.Lock()
+	defer r.Rule.account.mu.Unlock()
+	return r.Rule.closed
+}
+
+// Close is that of Counters.
+func (r *RuleCounters) Close() error {
+	errs := []error{r.Rule.Close()}
+	for _, o := range r.Outputs {
+		errs = append(errs, o.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,138 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+	"xdpcast/pkg/account"
+)
+
+// minAccount is the fewest cells of the map user_stats, and the page in cells that
+// their number is a multiple of.
+const (
+	minAccount  = 4096
+	accountPage = 128
+)
+
+// accountCells is how many cells there are: what each rule and output needs on one
+// worker. Few rules are on user-space paths, and those have several workers.
+func accountCells(maxRules, maxOutputs uint32) uint32 {
+	n := max(maxRules+maxOutputs, minAccount)
+	return (n + accountPage - 1) / accountPage * accountPage
+}
+
+// openAccount maps the map user_stats into memory.
+func (l *Loader) openAccount() error {
+	m := l.maps.UserStats
+	page := os.Getpagesize()
+	size := int(m.MaxEntries()) * account.CellSize
+	mapped := (size + page - 1) / page * page
+	memory, err := unix.Mmap(m.FD(), 0, mapped, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("map user_stats into memory: %w", err)
+	}
+	l.account, err = account.New(memory[:size], func() error { return unix.Munmap(memory) })
+	if err != nil {
+		return errors.Join(fmt.Errorf("map user_stats: %w", err), unix.Munmap(memory))
+	}
+	return nil
+}
+
+// readAccount copies what the map user_stats holds.
+func readAccount(m *ebpf.Map) (*account.Account, error) {
+	cells, err := readArray[bpf.RelayUserCounter](m, int(m.MaxEntries()))
+	if err != nil {
+		return nil, fmt.Errorf("read map user_stats: %w", err)
+	}
+	a, err := account.New(bytesOf(cells), nil)
+	if err != nil {
+		return nil, fmt.Errorf("map user_stats: %w", err)
+	}
+	return a, nil
+}
+
+// Account is what the user-space paths count in. It lives until the Loader is closed and
+// no counters are open any more.
+func (l *Loader) Account() *account.Account { return l.account }
+
+// openCounters are counters that a path has opened of a rule.
+type openCounters struct {
+	rule     Rule
+	counters *account.RuleCounters
+}
+
+// OpenCounters opens the counters of a rule for a path: those that the rule in force
+// has, when it goes on; else they become those of the rule when Sync brings it into
+// force. The caller must Close them.
+func (l *Loader) OpenCounters(rule Rule) *account.RuleCounters {
+	rule = rule.Normalized()
+	c := l.account.OpenRule(len(rule.Out))
+	if e := l.rules[rule.Name]; e != nil && rule.Continues(e.rule) {
+		c.Bind(e.id, e.firstStats)
+	}
+	others := slices.DeleteFunc(l.counters[rule.Name], func(o openCounters) bool { return o.counters.Closed() })
+	l.counters[rule.Name] = append(others, openCounters{rule, c})
+	return c
+}
+
+// bindCounters gives the counters that were opened of a new rule its numbers.
+func (s *sync) bindCounters(e *entry) {
+	open := slices.DeleteFunc(s.counters[e.rule.Name], func(o openCounters) bool { return o.counters.Closed() })
+	if len(open) == 0 {
+		delete(s.counters, e.rule.Name)
+		return
+	}
+	s.counters[e.rule.Name] = open
+	for _, o := range open {
+		if o.rule.Continues(e.rule) && !o.counters.Rule.Bound() {
+			o.counters.Bind(e.id, e.firstStats)
+			s.onFailure(func() error { o.counters.Loosen(); return nil })
+		}
+	}
+}
+
+// retireAccount says that a rule's numbers are free for others.
+func (l *Loader) retireAccount(e *entry) {
+	l.account.Retire(account.Target{Scope: account.Rule, ID: e.id})
+	for i := range e.rule.Out {
+		l.account.Retire(account.Target{Scope: account.Output, ID: e.firstStats + uint32(i)})
+	}
+	l.lost.forget(e)
+}
+
+// adoptAccount drops what an earlier process has counted of rules and interfaces that
+// are no more.
+func (l *Loader) adoptAccount(byID []*entry, usedStats []bool) {
+	l.account.RetireOthers(func(t account.Target) bool {
+		switch t.Scope {
+		case account.Rule:
+			return int(t.ID) < len(byID) && byID[t.ID] != nil
+		case account.Output:
+			return int(t.ID) < len(usedStats) && usedStats[t.ID]
+		}
+		_, err := net.InterfaceByIndex(int(t.ID))
+		return err == nil
+	})
+}
+
+// accountWarnings says what is not counted as it should be.
+func (l *Loader) accountWarnings() []string {
+	if l.account == nil || !l.account.Full() {
+		return nil
+	}
+	return []string{fmt.Sprintf("the map user_stats has no room for all counters of the paths afxdp and fanout: some are lost when the daemon ends (it has %d cells; --max-rules and --max-outputs size it)", l.maps.UserStats.MaxEntries())}
+}
+
+// bytesOf are the bytes that values consist of.
+func bytesOf[V any](values []V) []byte {
+	var one V
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(values))), len(values)*int(unsafe.Sizeof(one)))
+}
