@@ -32,6 +32,21 @@ test-interop: go ## relay a video stream between ffmpeg and other programs
 	@scripts/setup --interop
 	$(GO) test -tags interop -count=1 -timeout 5m -v ./test/interop
 
+.PHONY: test-kernels
+test-kernels: go ## run the program and the tests that fit on Linux 6.1, 6.12 and 7 in virtual machines; no root needed
+	@scripts/setup --kernels
+	scripts/kernels/test
+
+.PHONY: test-kernels-short
+test-kernels-short: go ## prove in a few minutes that the relay lives there
+	@scripts/setup --kernels
+	scripts/kernels/test --short
+
+.PHONY: test-arm64
+test-arm64: go ## the same as test-kernels on an emulated arm64 machine with Linux 6.12
+	@scripts/setup --kernels-arm64
+	ARCH=arm64 scripts/kernels/test 6.12
+
 .PHONY: demo
 demo: build ## show the relay at work in network namespaces
 	bin/xdpcast demo
@@ -89,7 +104,7 @@ clean: ## remove what was built
 
 .PHONY: help
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | column -t -s "$$(printf '\t')"
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | column -t -s "$$(printf '\t')"
 
 # go fails where there is no Go; scripts/find-go has said what to do.
 .PHONY: go

@@ -5,6 +5,7 @@
  * rule wants goes to the rule's outputs; everything else passes untouched.
  */
 #include "account.h"
+#include "buffers.h"
 #include "copy.h"
 #include "fragment.h"
 #include "handover.h"
@@ -88,13 +89,16 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 	if (!slots)
 		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
 	/* The kernel's clone leaves the further buffers of a frame behind. */
-	if (bytes != (__u32)(ctx->data_end - ctx->data))
+	if (bytes != first_buffer(ctx))
 		return count_drop(DROP_RULE, id, DROP_MULTI_BUFFER, bytes);
 	if (h->l3_len > flow->min_mtu)
 		count_missing(first, flow->outputs, h->l3_len, bytes);
 	hand_over(h, flow, sequence);
 	return bpf_redirect_map(slots, 0, BPF_F_BROADCAST);
 }
+
+/* AF_XDP sockets take frames of several buffers (Linux 6.6). Set at load. */
+const volatile bool socket_multi_buffer = true;
 
 /* To the AF_XDP socket of the interface and queue. Returns false when the kernel path
  * is to serve.
@@ -105,6 +109,13 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 {
 	__u32 queue = ctx->rx_queue_index;
 
+	/* The kernel would drop it, and count it nowhere. */
+	if (!socket_multi_buffer && bytes != first_buffer(ctx)) {
+		if (flow->flags & FLOW_FALLBACK)
+			return false;
+		*verdict = count_drop(DROP_RULE, flow->rule, DROP_MULTI_BUFFER, bytes);
+		return true;
+	}
 	if (flow->path == PATH_AFXDP && queue < XDPCAST_MAX_QUEUES) {
 		*verdict = bpf_redirect_map(&xsks, flow->sockets + queue, XDP_DROP);
 		if (*verdict == XDP_REDIRECT) {

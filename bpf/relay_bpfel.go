@@ -227,6 +227,7 @@ const (
 	RelayOutputFlagOUTPUT_PORT_ADD      RelayOutputFlag = 32
 	RelayOutputFlagOUTPUT_PCP_SET       RelayOutputFlag = 64
 	RelayOutputFlagOUTPUT_POLICED       RelayOutputFlag = 128
+	RelayOutputFlagOUTPUT_ONE_BUFFER    RelayOutputFlag = 256
 )
 
 type RelayOutputStats struct {
@@ -402,6 +403,7 @@ const (
 	RelayVarExportTtlMode      = "export_ttl_mode"
 	RelayVarExportVlanMode     = "export_vlan_mode"
 	RelayVarFragmentTimeoutNs  = "fragment_timeout_ns"
+	RelayVarSocketMultiBuffer  = "socket_multi_buffer"
 )
 
 // LoadRelay returns the embedded CollectionSpec for Relay.
@@ -501,6 +503,7 @@ type RelayVariableSpecs struct {
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
+	SocketMultiBuffer  *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
 }
 
 // RelayObjects contains all objects after they have been loaded into the kernel.
@@ -602,6 +605,7 @@ type RelayVariables struct {
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
+	SocketMultiBuffer  *ebpf.Variable `ebpf:"socket_multi_buffer"`
 }
 
 // RelayPrograms contains all programs after they have been loaded into the kernel.

@@ -195,6 +195,7 @@ enum output_flag {
 	OUTPUT_PORT_ADD = 1 << 5,      /* rare: dst_port is the packet's and port_shift */
 	OUTPUT_PCP_SET = 1 << 6,       /* rare: write pcp */
 	OUTPUT_POLICED = 1 << 7,       /* rare: by the policer of the output */
+	OUTPUT_ONE_BUFFER = 1 << 8,    /* rare: the device sends no frames of several buffers */
 };
 
 enum vlan_mode {

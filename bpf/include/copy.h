@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "buffers.h"
 #include "police.h"
 #include "rewrite.h"
 
@@ -143,6 +144,11 @@ __noinline int rewrite_rare(struct xdp_md *ctx, const struct output *o, __u32 l3
 	struct headers h;
 	__u32 reason;
 
+	/* In a copy there is one buffer always. Of other frames the kernel would drop those
+	 * of several, and count it nowhere.
+	 */
+	if (o && o->flags & OUTPUT_ONE_BUFFER && bytes != first_buffer(ctx))
+		return DROP_MULTI_BUFFER;
 	if (!o || !retag(ctx, o, &at) || !find_headers(ctx, &at, &h))
 		return DROP_INTERNAL;
 	reason = rewrite_headers(ctx, &h, o, true);

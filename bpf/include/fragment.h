@@ -58,11 +58,11 @@ static __always_inline __u16 fragment_port(__u32 ifindex, const struct headers *
 	return first->port;
 }
 
-__noinline int keep_fragment(const struct fragment_key *key, __u16 port)
+static __noinline int keep_fragment(const struct fragment_key *key, __u16 port)
 {
 	struct fragment value = {.seen_ns = bpf_ktime_get_coarse_ns(), .port = port};
 
-	return key ? bpf_map_update_elem(&fragments, key, &value, BPF_ANY) : -1;
+	return bpf_map_update_elem(&fragments, key, &value, BPF_ANY);
 }
 
 static __always_inline void remember_fragment(__u32 ifindex, const struct headers *h, bool ip4)

@@ -57,7 +57,9 @@ func NewHost(name string) (_ *Host, err error) {
 	if h.ns, err = netns.GetFromPath(h.Path()); err != nil {
 		return nil, fmt.Errorf("open namespace %s: %w", name, err)
 	}
-	if h.nl, err = netlink.NewHandleAt(h.ns); err != nil {
+	// Without a list the library opens every family that it knows, for which the kernel
+	// needs the modules nfnetlink and xfrm_user.
+	if h.nl, err = netlink.NewHandleAt(h.ns, unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("netlink in namespace %s: %w", name, err)
 	}
 	if err := h.Do(quiet); err != nil {
@@ -221,7 +223,7 @@ func Connect(a, b End, mtu int) error {
 
 // carrierTimeout bounds the wait for a link; the kernel's work queue takes some
 // milliseconds, on a busy machine more.
-const carrierTimeout = 10 * time.Second
+const carrierTimeout = time.Minute
 
 // waitCarrier waits until frames pass: until the kernel has seen the carrier, the
 // interface drops what it is to send.

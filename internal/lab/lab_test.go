@@ -6,9 +6,22 @@ import (
 	"os"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 )
+
+// A host asks the kernel for no netlink family but rtnetlink: the others are modules, which
+// need not be there.
+func TestHostNeedsNoNetlinkModules(t *testing.T) {
+	nl := labtest.Host(t, "lab").Netlink()
+	for family := range unix.NETLINK_CRYPTO + 2 {
+		if got, want := nl.SupportsNetlinkFamily(family), family == unix.NETLINK_ROUTE; got != want {
+			t.Errorf("netlink family %d: open %v, want %v", family, got, want)
+		}
+	}
+}
 
 func TestConnectCarriesTraffic(t *testing.T) {
 	a, b := labtest.Host(t, "laba"), labtest.Host(t, "labb")

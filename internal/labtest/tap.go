@@ -13,8 +13,9 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// Timeout bounds every wait for a condition in a test.
-const Timeout = 10 * time.Second
+// Timeout bounds every wait for a condition in a test. It is long, for machines that are busy
+// or emulated; nothing waits for its end while all is well.
+const Timeout = time.Minute
 
 // Enter moves the test's goroutine, and what it calls, into the host. The thread
 // is thrown away with the goroutine.

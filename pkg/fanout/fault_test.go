@@ -181,8 +181,8 @@ func TestSetFilterFails(t *testing.T) {
 		if err := set(fd, program); err != nil {
 			return err
 		}
-		if len(program) > 3 {
-			attached[fd] = program[3].K
+		if at := skipLen + 3; len(program) > at {
+			attached[fd] = program[at].K
 		}
 		return nil
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"os"
 	"runtime"
@@ -246,6 +247,46 @@ func TestHostTrafficUntouched(t *testing.T) {
 		if err != nil || !bytes.Equal(buf[:size], frame(0, i).Payload) {
 			t.Fatalf("local receiver: datagram %d is %x, %v", i, buf[:size], err)
 		}
+	}
+}
+
+// What the host sends is not received where the kernel takes the flag for it and does
+// nothing, either: with no filter, with one, and with one set later.
+func TestHostTrafficIgnoredBeforeLinux62(t *testing.T) {
+	old := kernel()
+	old.setFanout = func(fd int, args fanoutArgs) error {
+		args.modeFlags &^= unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING
+		return setFanout(fd, args)
+	}
+	// A jump of the program's own: offsets are relative, and what stands in front must
+	// not move them.
+	jump := []unix.SockFilter{{Code: unix.BPF_JMP | unix.BPF_JA, K: 1}, {Code: unix.BPF_RET | unix.BPF_K, K: 0}, {Code: unix.BPF_RET | unix.BPF_K, K: math.MaxUint32}}
+	for _, tt := range []struct {
+		name          string
+		filter, later Filter
+	}{
+		{"no filter", Filter{}, Filter{}},
+		{"classic", Filter{Classic: jump}, Filter{Classic: jump}},
+		{"classic later", Filter{}, Filter{Classic: jump}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBench(t)
+			g := openGroupOn(t, old, b.relay, "in", Options{Filter: tt.filter})
+			if err := g.SetFilter(tt.later); err != nil {
+				t.Fatal(err)
+			}
+			c := collect(t, g)
+			back := openSender(t, b.relay, "in", SenderOptions{})
+			forth := openSender(t, b.source, "eth0", SenderOptions{})
+			const n = 20
+			for i := range n {
+				sendAll(t, back, []Packet{{Header: frame(0, i).Build()}})
+				sendAll(t, forth, []Packet{{Header: frame(0, i).Build()}})
+			}
+			frames := c.udp(n, toGroup)
+			c.stop()
+			checkOnceInOrder(t, frames, 1, n)
+		})
 	}
 }
 

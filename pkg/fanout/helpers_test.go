@@ -50,11 +50,16 @@ func index(t testing.TB, h *lab.Host, name string) int {
 // closed when the test ends.
 func openGroup(t testing.TB, h *lab.Host, ifname string, opts Options) *Group {
 	t.Helper()
+	return openGroupOn(t, kernel(), h, ifname, opts)
+}
+
+func openGroupOn(t testing.TB, sys *system, h *lab.Host, ifname string, opts Options) *Group {
+	t.Helper()
 	opts.Interface, opts.Index = ifname, index(t, h, ifname)
 	setDefault(&opts.Blocks, 64) // 64 ms without a look at it, on a busy machine
 	var g *Group
 	labtest.Do(t, h, func() (err error) {
-		g, err = Open(opts)
+		g, err = open(opts, sys)
 		return err
 	})
 	t.Cleanup(func() {

@@ -59,10 +59,12 @@ func (m Mode) kernelMode() uint32 {
 // one, and without the outer VLAN tag, which it finds in the socket buffer's
 // vlan_tci. It answers how many bytes of the frame are kept: 0 drops it.
 type Filter struct {
-	// Program is a program of type SocketFilter. The caller keeps owning it, and
+	// Program is a program of type SocketFilter. Before Linux 6.2 it must itself drop
+	// the frames that the host sends, of packet type PACKET_OUTGOING. The caller keeps owning it, and
 	// may close it after the call: the kernel holds its own reference.
 	Program *ebpf.Program
-	// Classic is a classic BPF program, used where there is no Program.
+	// Classic is a classic BPF program, used where there is no Program. It never sees
+	// frames that the host sends.
 	Classic []unix.SockFilter
 }
 
@@ -147,8 +149,8 @@ func (f Filter) check() error {
 	if f.Program != nil && f.Classic != nil {
 		return errors.New("filter: a program and a classic one: must be one of the two")
 	}
-	if len(f.Classic) > math.MaxUint16 {
-		return fmt.Errorf("filter of %d instructions: must be fewer than 65536", len(f.Classic))
+	if most := math.MaxUint16 - skipLen; len(f.Classic) > most {
+		return fmt.Errorf("filter of %d instructions: must be at most %d", len(f.Classic), most)
 	}
 	return nil
 }

@@ -9,6 +9,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Of include/uapi/linux/filter.h: where a classic program finds the type of the packet.
+const (
+	skfAdOff     = 1<<32 - 0x1000 // SKF_AD_OFF, -0x1000
+	skfAdPktType = 4              // SKF_AD_PKTTYPE
+)
+
+// skipOutgoing puts in front of a classic BPF program what drops the frames that the host
+// sends. PACKET_FANOUT_FLAG_IGNORE_OUTGOING does so without a filter, but kernels before
+// Linux 6.2 take the flag and do nothing.
+func skipOutgoing(program []unix.SockFilter) []unix.SockFilter {
+	return append([]unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: skfAdOff + skfAdPktType},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.PACKET_OUTGOING, Jf: skipLen - 2},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	}, program...)
+}
+
+// skipLen is how many instructions skipOutgoing adds.
+const skipLen = 3
+
 // keep is a classic BPF program that keeps so many bytes of every frame.
 func keep(bytes uint32) []unix.SockFilter {
 	return []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: bytes}}
@@ -131,9 +151,9 @@ func (w *Worker) setFilter(f Filter) (err error) {
 	case f.Program != nil:
 		err = w.group.sys.setInt(w.fd, unix.SOL_SOCKET, unix.SO_ATTACH_BPF, f.Program.FD())
 	case len(f.Classic) > 0:
-		err = w.group.sys.setFilter(w.fd, f.Classic)
+		err = w.group.sys.setFilter(w.fd, skipOutgoing(f.Classic))
 	default:
-		err = w.group.sys.setFilter(w.fd, keep(math.MaxUint32))
+		err = w.group.sys.setFilter(w.fd, skipOutgoing(keep(math.MaxUint32)))
 	}
 	if err != nil {
 		return w.group.fail(StepFilter, err)

@@ -70,6 +70,10 @@ type Output struct {
 	MTU     int // bytes of IP packet
 	packet.Rewrite
 	Rate Rate
+	// OneBuffer: the device does not send frames of several buffers (loader.Features).
+	// The kernel path of a flow with one output drops them for the reason
+	// loader.MultiBuffer.
+	OneBuffer bool
 }
 
 // Blocked says why an output cannot send.

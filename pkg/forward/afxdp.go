@@ -346,23 +346,31 @@ const (
 
 // openSocket opens a socket for a worker, with what the kernel and the process's rights
 // allow. The worker goes on between two tries.
-func (w *afxdpWorker) openSocket(index, queue int, opts xsk.Options, tries int) (s *xsk.Socket, err error) {
-	for range tries {
+func (w *afxdpWorker) openSocket(index, queue int, opts xsk.Options, tries int) (*xsk.Socket, error) {
+	return tryOpen(func(opts xsk.Options) (*xsk.Socket, error) {
 		w.mu.Lock()
-		s, err = xsk.Open(w.frames, index, queue, opts)
-		w.mu.Unlock()
+		defer w.mu.Unlock()
+		return xsk.Open(w.frames, index, queue, opts)
+	}, opts, tries)
+}
+
+// tryOpen calls open until it succeeds or the queue was busy so many times. An option that
+// is refused is left out, which is no try of the queue.
+func tryOpen(open func(xsk.Options) (*xsk.Socket, error), opts xsk.Options, tries int) (*xsk.Socket, error) {
+	for {
+		s, err := open(opts)
 		switch {
 		case errors.Is(err, unix.ENOPROTOOPT) && opts.TXBudget != 0: // before Linux 6.17
 			opts.TXBudget = 0
 		case errors.Is(err, unix.EPERM) && opts.SendBuffer != 0: // without CAP_NET_ADMIN
 			opts.SendBuffer = 0
-		case errors.Is(err, unix.EBUSY):
+		case errors.Is(err, unix.EBUSY) && tries > 1:
+			tries--
 			time.Sleep(busyPause)
 		default:
 			return s, err
 		}
 	}
-	return s, err
 }
 
 // sendBuffer lets a ring full of frames be with a driver.

@@ -14,7 +14,9 @@ import (
 
 // filter is the socket filter of all groups of a Fanout: it lets UDP packets in
 // whose destination some rule of the interface has, group or prefix, so that what
-// no rule wants never reaches user space. VLAN, source and port are left to Table.
+// no rule wants never reaches user space. VLAN, source and port are left to Table. What the
+// host sends is dropped: the flag that asks the kernel for that does nothing before Linux
+// 6.2.
 type filter struct {
 	wanted  *ebpf.Map
 	program *ebpf.Program
@@ -104,6 +106,7 @@ func (f *filter) forget(keys []wantedKey) error {
 const (
 	// Offsets into struct __sk_buff of include/uapi/linux/bpf.h; the protocol is in
 	// network byte order.
+	skbType     = 4
 	skbProtocol = 16
 	skbIndex    = 40
 	// hdrStartNet is BPF_HDR_START_NET: offsets count from the network header.
@@ -137,6 +140,8 @@ func filterProgram(wanted *ebpf.Map) asm.Instructions {
 	}
 	program := asm.Instructions{
 		asm.Mov.Reg(context, asm.R1),
+		asm.LoadMem(protocol, context, skbType, asm.Word),
+		asm.JEq.Imm(protocol, unix.PACKET_OUTGOING, "drop"),
 		asm.Mov.Imm(offset, 0),
 		asm.LoadMem(protocol, context, skbIndex, asm.Word),
 		asm.StoreMem(asm.RFP, stackIndex, protocol, asm.Word),

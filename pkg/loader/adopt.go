@@ -189,14 +189,13 @@ func (l *Loader) adoptRules() error {
 	if err := l.adoptPorts(); err != nil {
 		return err
 	}
-	fans, err := l.adoptFans()
-	if err != nil {
+	if err := l.adoptFans(); err != nil {
 		return err
 	}
 	if err := l.adoptSockets(); err != nil {
 		return err
 	}
-	return l.clearOrphans(byID, fans)
+	return l.clearOrphans(byID)
 }
 
 // dropHalfMoved settles a rule that is there twice under one name: it was moved by a
@@ -294,7 +293,7 @@ func (l *Loader) rowHasProgram(row uint32) (bool, error) {
 
 // clearOrphans removes what a process left that died between two steps, and brings
 // descriptions up to date that it did not come to write.
-func (l *Loader) clearOrphans(byID []*entry, fans []uint32) error {
+func (l *Loader) clearOrphans(byID []*entry) error {
 	rows, err := readArray[bpf.RelayRule](l.maps.Rules, len(byID))
 	if err != nil {
 		return fmt.Errorf("read map rules: %w", err)
@@ -315,7 +314,11 @@ func (l *Loader) clearOrphans(byID []*entry, fans []uint32) error {
 			return fmt.Errorf("describe rule number %d: %w", id, err)
 		}
 	}
-	if err := l.clearOrphanFans(fans); err != nil {
+	fans, err := l.orphanFans()
+	if err != nil {
+		return err
+	}
+	if err := l.clearFanout(fans, fans); err != nil {
 		return err
 	}
 	return l.dropStaleCounters(func(id uint32) bool { return int(id) >= len(byID) || byID[id] == nil },

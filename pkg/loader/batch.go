@@ -3,6 +3,8 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"slices"
+	gosync "sync"
 
 	"github.com/cilium/ebpf"
 
@@ -53,34 +55,82 @@ func (s *sync) flushIfFull() error {
 }
 
 // flush writes what is staged. The kernel returns from the write to the map fanout
-// only when no program that started before it runs any more - once for all rows,
-// since Linux 6.8 - so that a row of ports that useSlot has changed is in force, too.
+// only when no program that started before it runs any more, so that a row of ports that useSlot has changed is in force, too.
 func (s *sync) flush() error {
 	t := &s.staged
+	copies := slices.Clone(t.copies.keys)
 	if err := errors.Join(t.rules.put(s.maps.Rules), t.outputs.put(s.maps.Outputs),
 		t.copies.put(s.maps.Copies), t.policers.put(s.maps.Policers)); err != nil {
 		return err
 	}
-	if rows := append([]uint32(nil), t.fanout.keys...); len(rows) > 0 {
-		s.onFailure(func() error { return s.clearFanout(rows) })
+	rows := slices.Clone(t.fanout.keys)
+	if len(rows) > 0 {
+		s.onFailure(func() error { return s.clearFanout(rows, copies) })
 	}
-	return errors.Join(t.fanout.put(s.maps.Fanout), t.open.close())
+	return errors.Join(t.fanout.putRows(s.maps.Fanout), t.open.close())
 }
 
-// fewRows are deleted one by one: for each the kernel waits for running programs.
+// rowWaits is how many rows of a map of maps are written or read at a time. Before Linux
+// 6.8 the kernel waits for running programs with each row, tens of milliseconds; those that
+// wait at the same time wait together.
+const rowWaits = 64
+
+// atOnce calls fn for parts of 0 to n, up to rowWaits of them at the same time, and waits
+// for all.
+func atOnce(n int, fn func(from, to int) error) error {
+	parts := min(n, rowWaits)
+	if parts == 1 {
+		return fn(0, n)
+	}
+	errs := make([]error, parts)
+	var running gosync.WaitGroup
+	for i := range parts {
+		running.Go(func() { errs[i] = fn(i*n/parts, (i+1)*n/parts) })
+	}
+	running.Wait()
+	return errors.Join(errs...)
+}
+
+// putRows is put for a map of maps.
+func (b *batch[V]) putRows(m *ebpf.Map) error {
+	err := atOnce(len(b.keys), func(from, to int) error {
+		part := batch[V]{b.keys[from:to], b.values[from:to]}
+		return part.put(m)
+	})
+	if err == nil {
+		b.keys, b.values = b.keys[:0], b.values[:0]
+	}
+	return err
+}
+
+// fewRows are deleted; more are filled with a devmap without interfaces, which takes fewer
+// system calls.
 const fewRows = 8
 
-// clearFanout empties rows of the map fanout. Many are filled with a devmap without
-// interfaces instead of being deleted, for which the kernel waits once.
-func (l *Loader) clearFanout(rows []uint32) error {
+// clearFanout empties rows of the map fanout, and then the rows of the map copies that
+// belong to them: see orphanFans.
+func (l *Loader) clearFanout(rows, copies []uint32) error {
+	if err := l.emptyFanout(rows); err != nil {
+		return err
+	}
+	var b batch[bpf.RelayCopy]
+	for _, row := range copies {
+		b.add(row, bpf.RelayCopy{})
+	}
+	return b.put(l.maps.Copies)
+}
+
+func (l *Loader) emptyFanout(rows []uint32) error {
 	if len(rows) <= fewRows {
-		var errs []error
-		for _, row := range rows {
-			if err := l.maps.Fanout.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				errs = append(errs, fmt.Errorf("clear map fanout: %w", err))
+		return atOnce(len(rows), func(from, to int) error {
+			var errs []error
+			for _, row := range rows[from:to] {
+				if err := l.maps.Fanout.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+					errs = append(errs, fmt.Errorf("clear map fanout: %w", err))
+				}
 			}
-		}
-		return errors.Join(errs...)
+			return errors.Join(errs...)
+		})
 	}
 	empty, _, err := l.newFan(nil)
 	if err != nil {
@@ -90,5 +140,5 @@ func (l *Loader) clearFanout(rows []uint32) error {
 	for _, row := range rows {
 		b.add(row, uint32(empty.FD()))
 	}
-	return errors.Join(b.put(l.maps.Fanout), empty.Close())
+	return errors.Join(b.putRows(l.maps.Fanout), empty.Close())
 }

@@ -139,7 +139,8 @@ func encodeOutput(o Output, stats, policer uint32) bpf.RelayOutput {
 	set(bpf.RelayOutputFlagOUTPUT_PORT_ADD, o.PortAdd)
 	set(bpf.RelayOutputFlagOUTPUT_PCP_SET, o.SetPCP)
 	set(bpf.RelayOutputFlagOUTPUT_POLICED, o.Rate != Rate{})
-	set(bpf.RelayOutputFlagOUTPUT_RARE, o.PortAdd || o.SetPCP || o.Rate != Rate{} ||
+	set(bpf.RelayOutputFlagOUTPUT_ONE_BUFFER, o.OneBuffer)
+	set(bpf.RelayOutputFlagOUTPUT_RARE, o.OneBuffer || o.PortAdd || o.SetPCP || o.Rate != Rate{} ||
 		o.VLAN != packet.VLANKeep || o.MinTTL != 0 || o.DstLen != 0)
 	return b
 }
@@ -155,6 +156,8 @@ func decodeOutput(b *bpf.RelayOutput) (Output, error) {
 		Blocked: blockedOf(Reason(b.Blocked)),
 		Index:   int(b.Ifindex),
 		MTU:     int(b.Mtu),
+
+		OneBuffer: has(bpf.RelayOutputFlagOUTPUT_ONE_BUFFER),
 		Rewrite: packet.Rewrite{
 			DstMAC: b.DstMac, SrcMAC: b.SrcMac,
 			Dst:     decodeAddr(b.Dst, b.Family),

@@ -105,7 +105,7 @@ func padded(spec *ebpf.CollectionSpec, name string) {
 	p.Instructions = append(asm.Instructions{more, first}, p.Instructions[1:]...)
 }
 
-func (otherRelease) relay(m *mapSet) (*ebpf.Program, error) {
+func (otherRelease) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	spec, err := bpf.LoadRelay()
 	if err != nil {
 		return nil, err
@@ -118,7 +118,7 @@ func (otherRelease) relay(m *mapSet) (*ebpf.Program, error) {
 	return out.P, err
 }
 
-func (otherRelease) egress(m *mapSet) (*ebpf.Program, error) {
+func (otherRelease) egress(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
 		return nil, err
@@ -523,7 +523,9 @@ var errBroken = errors.New("broken")
 
 type brokenRelease struct{ embedded }
 
-func (brokenRelease) egress(*mapSet) (*ebpf.Program, error) { return nil, errBroken }
+func (brokenRelease) egress(None *mapSet, can Capabilities) (*ebpf.Program, error) {
+	return nil, errBroken
+}
 
 // What a process leaves that dies in the middle is swept by the next.
 func TestSweepsLeftovers(t *testing.T) {
@@ -560,6 +562,7 @@ func TestSweepsLeftovers(t *testing.T) {
 	perCPU := make([]bpf.RelayCounter, ebpf.MustPossibleCPU())
 	for _, err := range []error{
 		l.maps.Rules.Put(uint32(999), &orphan),
+		l.maps.Copies.Put(uint32(4000), &bpf.RelayCopy{Ifindex: 1, Same: 1}),
 		l.maps.Fanout.Put(uint32(4000), slots),
 		l.maps.RuleDrops.Put(&key, perCPU),
 		l.maps.Ports.Put(uint32(500), &bpf.RelayBpfDevmapVal{Ifindex: uint32(n.out[0].Index)}),

@@ -49,6 +49,7 @@ type Options struct {
 
 	programs programSource // tests replace it to stand for another release
 	wait     func()        // waitForPrograms; tests look at what holds meanwhile
+	probes   *kernelProbes // tests replace it to stand for another kernel
 }
 
 // Absolute returns the options with absolute paths, the defaults where none are given.
@@ -77,6 +78,9 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	if o.probes == nil {
+		o.probes = probesOfKernel()
+	}
 	if o.programs == nil {
 		o.programs = embedded{}
 	}
@@ -91,6 +95,7 @@ type Loader struct {
 	opts Options
 	log  *slog.Logger
 	lock locks
+	can  Capabilities
 
 	specs    map[string]*ebpf.MapSpec // for the maps inside maps
 	maps     *mapSet
@@ -115,6 +120,8 @@ type Loader struct {
 	sockets        map[int]uint32 // row of the map xsks by interface index
 	ports          map[int]*port  // by interface index
 	portRows       *idAllocator
+
+	taken taken // as Refusals last read it
 
 	steerTo       []int // as SetSteering says
 	steering      []int // as map config says
@@ -153,10 +160,14 @@ func Open(opts Options) (_ *Loader, err error) {
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
 	}
-	if l.cookie, err = netnsCookie(); err != nil {
+	warning, err := checkCapabilities()
+	if err != nil {
 		return nil, err
 	}
-	warning, err := checkCapabilities()
+	if l.can, err = opts.probes.run(); err != nil {
+		return nil, err
+	}
+	l.cookie, err = netnsCookie()
 	if err != nil {
 		return nil, err
 	}
@@ -242,6 +253,9 @@ func (l *Loader) closeState() error {
 // Adopted says whether Open found pinned state and took it over.
 func (l *Loader) Adopted() bool { return l.adopted }
 
+// Capabilities returns what the kernel has, as Open found it.
+func (l *Loader) Capabilities() Capabilities { return l.can }
+
 // Warnings says in a line each what works less well than it could.
 func (l *Loader) Warnings() []string {
 	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings())
@@ -276,10 +290,10 @@ func (l *Loader) create() (err error) {
 	if err := l.writeConfig(); err != nil {
 		return err
 	}
-	if l.relay, err = l.opts.programs.relay(l.maps); err != nil {
+	if l.relay, err = l.opts.programs.relay(l.maps, l.can); err != nil {
 		return err
 	}
-	if l.egress, err = l.opts.programs.egress(l.maps); err != nil {
+	if l.egress, err = l.opts.programs.egress(l.maps, l.can); err != nil {
 		return err
 	}
 	if err := l.pinAll(building); err != nil {

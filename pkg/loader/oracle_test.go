@@ -122,7 +122,7 @@ func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, cop
 	copies = map[int][]byte{}
 	for slot := range rule.Out {
 		out := &stats.Outputs[slot]
-		sent, reason := sendOne(rule.Out[slot], frame, &h)
+		sent, reason := sendOne(rule.Out[slot], frame, &h, len(rule.Out) == 1 && linear < len(frame))
 		if sent == nil {
 			c := out.Drops[reason]
 			c.add(1, n)
@@ -152,13 +152,17 @@ func (o *oracle) dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers
 	}
 }
 
-// sendOne returns one output's copy, or why there is none.
-func sendOne(out Output, frame []byte, h *packet.Headers) ([]byte, Reason) {
+// sendOne returns one output's copy, or why there is none. spread says that the frame
+// itself is sent and has several buffers.
+func sendOne(out Output, frame []byte, h *packet.Headers, spread bool) ([]byte, Reason) {
 	if !out.Ready {
 		return nil, ReasonOf(out.Blocked)
 	}
 	if h.L3Len > min(out.MTU, flow.MaxMTU) {
 		return nil, MTU
+	}
+	if spread && out.OneBuffer {
+		return nil, MultiBuffer
 	}
 	switch sent, outcome := out.Append(nil, frame, h); outcome {
 	case packet.EndsByTTL:

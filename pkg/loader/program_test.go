@@ -115,6 +115,8 @@ func TestRelayProgram(t *testing.T) {
 			return fixIPChecksum(put16(b, atIP+6, 0x4000))
 		}, want: toDefault},
 		{name: "spread over buffers", linear: 64, frame: func(f *packet.Frame) { f.Payload = make([]byte, 200) }, want: toDefault},
+		{name: "spread over buffers, to a device that sends one", linear: 64, rule: out(func(o *Output) { o.OneBuffer = true }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 200) }, drop: MultiBuffer},
+		{name: "in one buffer, to a device that sends one", rule: out(func(o *Output) { o.OneBuffer = true }), want: toDefault},
 		{name: "headers spread over buffers", linear: 40, passes: true},
 
 		// Precedence.

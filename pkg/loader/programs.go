@@ -6,15 +6,18 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
 )
 
-// programSource gives the programs of one release, loaded against its maps.
+// programSource gives the programs of one release, loaded against its maps, for a kernel
+// that can so much.
 type programSource interface {
-	relay(m *mapSet) (*ebpf.Program, error)
-	egress(m *mapSet) (*ebpf.Program, error)
+	relay(m *mapSet, can Capabilities) (*ebpf.Program, error)
+	egress(m *mapSet, can Capabilities) (*ebpf.Program, error)
 	tapped(m *mapSet, ethernet bool) (*ebpf.Program, error)
 	transmit(m *mapSet) (*bpf.TransmitPrograms, error)
 }
@@ -26,12 +29,15 @@ type embedded struct {
 	fragmentTimeout time.Duration
 }
 
-func (e embedded) relay(m *mapSet) (*ebpf.Program, error) {
+func (e embedded) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	spec, err := bpf.LoadRelay()
 	if err != nil {
 		return nil, fmt.Errorf("read relay program: %w", err)
 	}
 	if err := e.setTimeout(spec); err != nil {
+		return nil, err
+	}
+	if err := fitKernel(spec, can); err != nil {
 		return nil, err
 	}
 	var out struct {
@@ -41,6 +47,58 @@ func (e embedded) relay(m *mapSet) (*ebpf.Program, error) {
 		return nil, fmt.Errorf("load relay program: %w", err)
 	}
 	return out.Relay, nil
+}
+
+// fitKernel leaves out of XDP programs what the kernel has not. All programs that meet the
+// same frames must agree on whether they take several buffers: the kernel refuses to mix
+// them in one devmap.
+func fitKernel(spec *ebpf.CollectionSpec, can Capabilities) error {
+	for _, p := range spec.Programs {
+		if !can.MultiBuffer {
+			p.Flags &^= unix.BPF_F_XDP_HAS_FRAGS
+			replaceBuffLen(p)
+		}
+	}
+	const name = "socket_multi_buffer"
+	if v := spec.Variables[name]; v != nil {
+		if err := v.Set(can.SocketMultiBuffer); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// replaceBuffLen has a program measure the first buffer of a frame, the only one there is,
+// where it asks for the length of all. In C the choice would make the verifier look at half
+// as many instructions again on every kernel.
+func replaceBuffLen(p *ebpf.ProgramSpec) {
+	const name = "first_buffer"
+	used := false
+	for i := range p.Instructions {
+		ins := &p.Instructions[i]
+		if ins.IsBuiltinCall() && asm.BuiltinFunc(ins.Constant) == asm.FnXdpGetBuffLen {
+			call := asm.Call.Label(name)
+			call.Metadata = ins.Metadata
+			*ins = call.WithReference(name)
+			used = true
+		}
+	}
+	if !used {
+		return
+	}
+	// Offsets into struct xdp_md of include/uapi/linux/bpf.h.
+	const data, dataEnd = 0, 4
+	first := asm.LoadMem(asm.R0, asm.R1, dataEnd, asm.Word).WithSymbol(name)
+	if main := btf.FuncMetadata(&p.Instructions[0]); main != nil { // it takes the same argument
+		first = btf.WithFuncMetadata(first, &btf.Func{Name: name, Type: main.Type, Linkage: btf.StaticFunc})
+		first = first.WithSource(p.Instructions[0].Source()) // the kernel wants a line for each function
+	}
+	p.Instructions = append(p.Instructions,
+		first,
+		asm.LoadMem(asm.R1, asm.R1, data, asm.Word),
+		asm.Sub.Reg(asm.R0, asm.R1),
+		asm.Return(),
+	)
 }
 
 func (e embedded) setTimeout(spec *ebpf.CollectionSpec) error {
@@ -53,10 +111,13 @@ func (e embedded) setTimeout(spec *ebpf.CollectionSpec) error {
 	return nil
 }
 
-func (embedded) egress(m *mapSet) (*ebpf.Program, error) {
+func (embedded) egress(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
 		return nil, fmt.Errorf("read egress program: %w", err)
+	}
+	if err := fitKernel(spec, can); err != nil {
+		return nil, err
 	}
 	var out struct {
 		Egress *ebpf.Program `ebpf:"egress"`
@@ -113,10 +174,12 @@ func loadInto(spec *ebpf.CollectionSpec, m *mapSet, to any) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &verifier):
+		return fmt.Errorf("%w (%s): its verifier refuses the program: %w", ErrNotSupported, kernelRelease(), err)
 	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("%w (needs Linux 5.18 or newer): %w", ErrNotSupported, err)
-	case errors.Is(err, unix.EPERM) && !errors.As(err, &verifier):
-		return fmt.Errorf("%w: needs root, or the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON", err)
+		return fmt.Errorf("%w (%s): %w", ErrNotSupported, kernelRelease(), err)
+	case errors.Is(err, unix.EPERM):
+		return permissionError(err)
 	default:
 		return err
 	}

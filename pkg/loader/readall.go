@@ -2,6 +2,7 @@ package loader
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/cilium/ebpf"
 )
@@ -11,11 +12,15 @@ const readChunk = 4096
 
 // readAll returns the entries of a map, in no order. What is written meanwhile may be
 // missing.
+//
+// It refuses maps of maps, of which only the rows in use may be read: see rowWaits.
 func readAll[K, V any](m *ebpf.Map) ([]K, []V, error) {
+	if m.Type() == ebpf.ArrayOfMaps || m.Type() == ebpf.HashOfMaps {
+		return nil, nil, fmt.Errorf("read all of a map of type %s: %w", m.Type(), errors.ErrUnsupported)
+	}
 	keys, values, err := readMany[K, V](m, int(m.MaxEntries()))
 	if err != nil {
-		// The kernel cannot, or not with so many empty rows in a map of maps (before
-		// Linux 6.14).
+		// The kernel cannot read entries of this type many at a time.
 		return readEach[K, V](m)
 	}
 	return keys, values, nil

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
+	"runtime"
 	"slices"
 
 	"xdpcast/bpf"
@@ -109,6 +110,10 @@ func (s *sync) closeShortcuts() {
 	}
 }
 
+// storesInOrder: every CPU sees the stores of another in their order and loads in its own
+// (x86 TSO). Others, arm64 among them, promise neither between two system calls.
+const storesInOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
+
 // openShortcuts gives the rules in force their places. The caller has waited for the
 // programs that have seen the shortcuts open.
 func (l *Loader) openShortcuts() error {
@@ -130,6 +135,11 @@ func (l *Loader) openShortcuts() error {
 		return err
 	}
 	s.known, s.open = true, true
+	if len(changed) > 0 && !storesInOrder {
+		// A program that reads that they are open must read no place as it was before:
+		// one that starts after a grace period cannot.
+		l.opts.wait()
+	}
 	if err := l.writeConfig(); err != nil {
 		s.open = false
 		return err

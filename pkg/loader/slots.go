@@ -154,41 +154,59 @@ func (l *Loader) renewFan(f *fan) {
 	}
 }
 
-// adoptFans finds the devmaps of the rules again, and returns the rows of the map fanout
-// that there are.
-func (l *Loader) adoptFans() (rows []uint32, err error) {
-	rows, maps, err := readAll[uint32, ebpf.MapID](l.maps.Fanout)
-	if err != nil {
-		return nil, fmt.Errorf("read map fanout: %w", err)
-	}
-	ids := make(map[uint32]ebpf.MapID, len(rows))
-	for i, row := range rows {
-		ids[row] = maps[i]
-	}
+// adoptFans finds the devmaps of the rules again. It reads the rows of the map fanout that
+// rules use and no others: see rowWaits.
+func (l *Loader) adoptFans() error {
+	rules := make([]*entry, 0, len(l.rules))
 	for _, e := range l.rules {
-		if len(e.rule.Out) < 2 {
-			continue
+		if len(e.rule.Out) > 1 {
+			rules = append(rules, e)
 		}
-		id, ok := ids[e.first]
-		if !ok {
-			return nil, fmt.Errorf("rule %s has several outputs and no devmap", e.rule.Name)
+	}
+	ids := make([]ebpf.MapID, len(rules))
+	err := atOnce(len(rules), func(from, to int) error {
+		for i := from; i < to; i++ {
+			if err := l.maps.Fanout.Lookup(rules[i].first, &ids[i]); errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("rule %s has several outputs and no devmap", rules[i].rule.Name)
+			} else if err != nil {
+				return fmt.Errorf("read map fanout: %w", err)
+			}
 		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for i, e := range rules {
 		key, indexes := fanKey(e.rule.Out)
 		f := l.fans[key]
 		if f == nil {
-			f = &fan{indexes: indexes, id: id}
+			f = &fan{indexes: indexes, id: ids[i]}
 			l.fans[key] = f
 		}
 		f.users++
 	}
-	return rows, nil
+	return nil
 }
 
-// clearOrphanFans empties those of the rows of the map fanout that belong to no rule.
-func (l *Loader) clearOrphanFans(rows []uint32) error {
-	inUse := map[uint32]bool{}
-	for _, e := range l.rules {
-		inUse[e.first] = len(e.rule.Out) > 1
+// orphanFans returns the rows of the map fanout that may hold a devmap that belongs to no
+// rule. The map itself would tell only row by row: see rowWaits. But what goes into a row
+// has its copies in the map copies before, and loses them after.
+func (l *Loader) orphanFans() ([]uint32, error) {
+	copies, err := readArray[bpf.RelayCopy](l.maps.Copies, int(l.maps.Copies.MaxEntries()))
+	if err != nil {
+		return nil, fmt.Errorf("read map copies: %w", err)
 	}
-	return l.clearFanout(slices.DeleteFunc(rows, func(row uint32) bool { return inUse[row] }))
+	for _, e := range l.rules {
+		if n := uint32(len(e.rule.Out)); n > 1 {
+			clear(copies[e.first : e.first+n])
+		}
+	}
+	var rows []uint32
+	for row := range copies {
+		if copies[row] != (bpf.RelayCopy{}) {
+			rows = append(rows, uint32(row))
+		}
+	}
+	return rows, nil
 }

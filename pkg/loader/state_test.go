@@ -57,6 +57,15 @@ func dump(t testing.TB, l *Loader) string {
 		}
 		return fmt.Sprintf("map %d: %s", id, slots)
 	})
+	copies, err := readArray[bpf.RelayCopy](l.maps.Copies, int(l.maps.Copies.MaxEntries()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range copies {
+		if c != (bpf.RelayCopy{}) {
+			fmt.Fprintf(&b, "copy %d: %+v\n", i, c)
+		}
+	}
 	var indexes []int
 	for index, p := range l.ports {
 		indexes = append(indexes, index)

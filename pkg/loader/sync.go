@@ -498,7 +498,7 @@ func (s *sync) swap(kind tableKind, flows []flowEntry) error {
 func (s *sync) retire() error {
 	var errs []error
 	var rows batch[bpf.RelayRule]
-	var fanout []uint32
+	var fanout, copies []uint32
 	gone, goneStats := map[uint32]bool{}, map[uint32]bool{}
 	for _, c := range s.changes {
 		if c.continues {
@@ -510,6 +510,9 @@ func (s *sync) retire() error {
 		errs = append(errs, s.releaseOutputs(c.old))
 		if len(c.old.rule.Out) > 1 {
 			fanout = append(fanout, c.old.first)
+			for slot := range c.old.rule.Out {
+				copies = append(copies, c.old.first+uint32(slot))
+			}
 		}
 		s.outputs.give(c.old.first, uint32(len(c.old.rule.Out)))
 		if !c.continues {
@@ -518,7 +521,7 @@ func (s *sync) retire() error {
 		}
 	}
 	s.forgetSockets()
-	errs = append(errs, s.clearFanout(fanout), rows.put(s.maps.Rules), s.dropCountersOf(gone, goneStats))
+	errs = append(errs, s.clearFanout(fanout, copies), rows.put(s.maps.Rules), s.dropCountersOf(gone, goneStats))
 	for _, fn := range s.done {
 		errs = append(errs, fn())
 	}

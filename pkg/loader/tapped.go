@@ -113,14 +113,14 @@ func (l *Loader) detachTapped(inputs map[int]bool) error {
 // attachTCX attaches in front of other programs: what the relay takes, it takes from
 // them, too, as XDP does.
 func (l *Loader) attachTCX(index int) (_ link.Link, err error) {
+	if !l.can.TCX { // the program takes the verifier a while
+		return nil, fmt.Errorf("tcx is %w (needs Linux 6.6 or newer)", ErrNotSupported)
+	}
 	program, err := l.tappedProgram(index)
 	if err != nil {
 		return nil, err
 	}
 	lk, err := link.AttachTCX(link.TCXOptions{Program: program, Interface: index, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
-	if errors.Is(err, ebpf.ErrNotSupported) {
-		return nil, fmt.Errorf("tcx is %w (needs Linux 6.6 or newer)", ErrNotSupported)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("attach tapped program: %w", err)
 	}

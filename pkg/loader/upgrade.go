@@ -26,7 +26,7 @@ func (l *Loader) Upgrade() error {
 }
 
 func (l *Loader) upgradeRelay() error {
-	fresh, err := l.opts.programs.relay(l.maps)
+	fresh, err := l.opts.programs.relay(l.maps, l.can)
 	if err != nil {
 		return err
 	}
@@ -59,7 +59,7 @@ func (l *Loader) upgradeRelay() error {
 
 // upgradeEgress replaces the egress program in every row that runs it.
 func (l *Loader) upgradeEgress() error {
-	fresh, err := l.opts.programs.egress(l.maps)
+	fresh, err := l.opts.programs.egress(l.maps, l.can)
 	if err != nil {
 		return err
 	}

@@ -222,7 +222,7 @@ func (c *chooser) delivers(p flow.Path) string {
 		return "" // frames of a generic program are sent as those of the stack
 	}
 	l := c.slots[0].link
-	if isUnknown(l) || l.MTU+maxHeaders <= broadcastFrame || c.maker.opts.Kernel.RedirectSG && (!l.Features.Known || l.Features.TransmitSG) {
+	if isUnknown(l) || l.MTU+maxHeaders <= broadcastFrame || l.Features.TransmitSG {
 		return "" // or what is longer is dropped in any case
 	}
 	return fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of %s is %d", l.Name, broadcastFrame, name, mtu)

@@ -13,10 +13,10 @@ import (
 func TestPaths(t *testing.T) {
 	links := []string{
 		"eth0 10.0.0.1", "eth1 10.1.0.1", "eth2 10.2.0.1", "jumbo0 mtu=9000", "tun0 10.3.0.1 noeth", "mute0 10.4.0.1 notx",
-		"down0 10.5.0.1 notx down", "veth0 10.6.0.1 kind=veth notx down", "veth1 10.7.0.1 kind=veth notx nocarrier", "nosg0 10.8.0.1 nosg mtu=9000", "old0 10.9.0.1 unknown mtu=9000", "long0 10.10.0.1 mtu=9000",
+		"down0 10.5.0.1 notx down", "veth0 10.6.0.1 kind=veth notx down", "veth1 10.7.0.1 kind=veth notx nocarrier", "nosg0 10.8.0.1 nosg mtu=9000", "old0 10.9.0.1 unknown mtu=9000", "long0 10.10.0.1 unknown mtu=9000",
 		"page0 mtu=3502", "more0 mtu=3503",
 	}
-	all := Capabilities{RedirectSG: true, SocketSG: true}
+	all := Capabilities{SocketSG: true}
 	const one, two = " -> 239.2.2.1:6000%eth1", " -> 239.2.2.1:6000%eth1 239.2.2.2:6000%eth2"
 	to := func(names ...string) string {
 		out := " ->"
@@ -78,10 +78,10 @@ func TestPaths(t *testing.T) {
 		{name: "jumbo, kernel with sockets", rule: "jumbo0" + to("long0"), kernel: &Capabilities{SocketSG: true}, path: "afxdp", note: "path afxdp: interface long0 does not send redirected frames of more than 3520 bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of jumbo0 is 9000"},
 		{name: "jumbo, old kernel, kernel", rule: "jumbo0" + to("long0") + " path=kernel", kernel: &Capabilities{}, path: "kernel",
 			note: "interface long0 does not send redirected frames of more than 3520 bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of jumbo0 is 9000: they are dropped for the reason multi_buffer (path fanout can)"},
-		{name: "jumbo, old kernel, afxdp", rule: "jumbo0" + one + " path=afxdp", kernel: &Capabilities{RedirectSG: true}, path: "afxdp",
+		{name: "jumbo, old kernel, afxdp", rule: "jumbo0" + one + " path=afxdp", kernel: &Capabilities{}, path: "afxdp",
 			note: "AF_XDP sockets take no frames of more than 3520 bytes before Linux 6.6, and the MTU of jumbo0 is 9000: they are dropped for the reason multi_buffer (path fanout can)"},
 		{name: "jumbo, driver without", rule: "jumbo0" + to("nosg0"), path: "afxdp", note: "path afxdp: interface nosg0 does not send redirected frames of more than 3520 bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of jumbo0 is 9000"},
-		{name: "jumbo, driver that does not tell", rule: "jumbo0" + to("old0"), path: "kernel"},
+		{name: "jumbo, driver that does not tell", rule: "jumbo0" + to("old0"), path: "afxdp", note: "path afxdp: interface old0 does not send redirected frames of more than 3520 bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of jumbo0 is 9000"},
 		{name: "jumbo, generic", rule: "jumbo0" + to("nosg0"), edit: func(t *testing.T, w *World) { w.Answers.Attached[w.link(t, "jumbo0").LinkID] = Attached{Generic: true} }, path: "kernel"},
 
 		// What is in force.
@@ -95,7 +95,7 @@ func TestPaths(t *testing.T) {
 		{name: "on afxdp, an output is absent and one has no Ethernet header", rule: "eth0" + to("tun0", "late0"), edit: carried(flow.PathAFXDP), path: "fanout",
 			note: "path fanout: interface tun0 has no Ethernet header, which the kernel path needs; not path afxdp: interface tun0 has no Ethernet header"},
 		{name: "on afxdp, an output is absent and no program is on the input", rule: "eth0" + to("eth1", "late0"), edit: func(t *testing.T, w *World) { carried(flow.PathAFXDP)(t, w); taken(t, w) }, path: "fanout", note: "path fanout: another program has it"},
-		{name: "on afxdp, an output is absent and frames are too long", rule: "jumbo0" + to("late0"), kernel: &Capabilities{RedirectSG: true}, edit: carried(flow.PathAFXDP), path: "kernel"},
+		{name: "on afxdp, an output is absent and frames are too long", rule: "jumbo0" + to("late0"), kernel: &Capabilities{}, edit: carried(flow.PathAFXDP), path: "kernel"},
 		{name: "on kernel, an output is absent", rule: "eth0" + to("eth1", "late0"), edit: carried(flow.PathKernel), path: "kernel"},
 		{name: "on fanout, but the rule says kernel", rule: "eth0" + to("eth1", "late0") + " path=kernel", edit: carried(flow.PathFanout), path: "kernel"},
 	} {
@@ -158,7 +158,7 @@ func TestFallback(t *testing.T) {
 	w := newWorld(t, []string{"eth0", "eth1 10.1.0.1", "mute0 10.2.0.1 notx", "jumbo0 mtu=9000"},
 		"could: 239.1.1.1:5000%eth0 -> 239.2.2.2:1%eth1 path=afxdp", "mute: 239.1.1.2:5000%eth0 -> 239.2.2.2:1%mute0 path=afxdp",
 		"jumbo: 239.1.1.1:5000%jumbo0 -> 239.2.2.2:1%eth1 239.2.2.3:1%eth1 path=afxdp", "kernel: 239.1.1.3:5000%eth0 -> 239.2.2.2:1%eth1")
-	p := Make(w, Options{Kernel: Capabilities{RedirectSG: true, SocketSG: true}})
+	p := Make(w, Options{Kernel: Capabilities{SocketSG: true}})
 	for name, want := range map[string]bool{"could": true, "mute": false, "jumbo": false, "kernel": false} {
 		if _, f := p.Flow(name); f.Flow.Fallback != want {
 			t.Errorf("%s: fallback %v, want %v", name, f.Flow.Fallback, want)

@@ -70,9 +70,6 @@ type Options struct {
 // Capabilities is what the running kernel can do beyond what the relay needs in any case.
 // They are found by trying, never by version numbers: distributions backport.
 type Capabilities struct {
-	// RedirectSG: frames in several buffers can be redirected to devices that can send them
-	// (devmap, Linux 6.3).
-	RedirectSG bool
 	// SocketSG: AF_XDP sockets receive and send frames in several buffers (Linux 6.6).
 	SocketSG bool
 }

@@ -336,7 +336,7 @@ func (m *model) settle(t testing.TB, planner *Planner, opts Options) *Plan {
 func randomOptions(d *dice) Options {
 	return Options{
 		Interfaces: []string{pick(d, "eth0", "alt0", "none")}, Steering: Steering(d.n(3)), FanoutWorkers: d.n(3),
-		Kernel: Capabilities{RedirectSG: d.rare(2), SocketSG: d.rare(2)},
+		Kernel: Capabilities{SocketSG: d.rare(2)},
 	}
 }
 

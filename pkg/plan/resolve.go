@@ -152,6 +152,9 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	if m.resolveOutputs(f, rule, c); f.Err != nil {
 		return
 	}
+	if choice.path == flow.PathKernel && len(slots) == 1 {
+		f.Flow.Out[0].OneBuffer = c.delivers(flow.PathKernel) != ""
+	}
 	m.resolveMemberships(f, &rule.Rule, in)
 }
 

@@ -34,6 +34,7 @@ const (
 	aboutOffloads   = "vlan offload"
 	aboutGroups     = "memberships"
 	aboutPinned     = "pinned state"
+	aboutRefusals   = "refused frames"
 )
 
 // reconcile brings about what the rules and the network ask for, as far as can be. It may be
@@ -106,7 +107,7 @@ func (r *Relay) prepare() error {
 func (r *Relay) answers() plan.Answers {
 	return plan.Answers{
 		Attached: r.attachments.answers, Tags: r.tags.answers, Neighbours: r.neighbours.refused,
-		Joined: r.memberships.failed, Carried: r.tables.carried, Refused: r.tables.refusedFlows(),
+		Joined: r.memberships.failed, Carried: r.tables.carried, Refused: r.tables.refusedFlows(), NoTransmit: r.refusals.answers,
 	}
 }
 
@@ -187,6 +188,8 @@ func (r *Relay) observeIfDue() {
 	r.observeKernel(false)
 	r.warnUnless(aboutNeighbours, r.neighbours.observe())
 	r.tags.again()
+	_, err := r.refusals.observe(r.plan, r.network)
+	r.warnUnless(aboutRefusals, err)
 	r.publishOwn()
 	r.stale = true // the reconcilers look again
 	r.observed = time.Now()

@@ -90,6 +90,7 @@ type Relay struct {
 	neighbours  *neighbours
 	memberships *memberships
 	tables      *tables
+	refusals    *refusals
 	states      states
 
 	reconciled time.Time // the last time
@@ -117,11 +118,7 @@ func New(opts Options) (_ *Relay, err error) {
 		opts: opts, log: opts.Logger, started: time.Now(),
 		commands: make(chan command),
 		ended:    make(chan struct{}),
-		planner: plan.New(plan.Options{
-			Interfaces: opts.Interfaces, Steering: opts.Steering, FanoutWorkers: forward.FanoutWorkers(opts.Workers),
-			Kernel: plan.Capabilities{RedirectSG: true, SocketSG: true},
-		}),
-		plan: &plan.Plan{}, network: network.NewSnapshot(nil, nil), stale: true,
+		plan:     &plan.Plan{}, network: network.NewSnapshot(nil, nil), stale: true,
 		states:   states{log: opts.Logger, told: map[string]string{}},
 		warnings: map[string]string{},
 	}
@@ -140,6 +137,10 @@ func New(opts Options) (_ *Relay, err error) {
 	if r.loader, err = loader.Open(r.opts.Loader); err != nil {
 		return nil, err
 	}
+	r.planner = plan.New(plan.Options{
+		Interfaces: opts.Interfaces, Steering: opts.Steering, FanoutWorkers: forward.FanoutWorkers(opts.Workers),
+		Kernel: plan.Capabilities{SocketSG: r.loader.Capabilities().SocketMultiBuffer},
+	})
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -152,6 +153,7 @@ func New(opts Options) (_ *Relay, err error) {
 	r.memberships = newMemberships(membership.New(opts.Membership), r.log)
 	r.neighbours = newNeighbours()
 	r.tables = r.newTables()
+	r.refusals = newRefusals(r.loader.Refusals, r.log)
 	r.watcher, err = network.Open(network.Options{Logger: r.log})
 	return r, err
 }

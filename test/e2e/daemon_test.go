@@ -21,8 +21,9 @@ import (
 )
 
 // patience bounds every wait for a condition. It is long, since a test machine may
-// be busy; nothing waits for its end while all is well.
-const patience = 20 * time.Second
+// be busy, or emulated, which makes loading the programs take a minute; nothing waits for
+// its end while all is well.
+const patience = 2 * time.Minute
 
 // eventually waits until the condition, which says what it lacks, lacks nothing.
 func eventually(t testing.TB, what string, lacks func() string) {

@@ -1,0 +1,121 @@
+package loader
+
+import "slices"
+
+// Refusal is an output interface that has refused what the kernel path gave it: the driver
+// does not send redirected frames. Where the kernel tells so beforehand (Features), there is
+// no need to find out.
+type Refusal struct {
+	Index int // of the interface
+	// Frames is how many frames were for the interface between two calls of Refusals, and
+	// Refused how many of them it did not take.
+	Frames, Refused uint64
+}
+
+// An interface refuses when it takes less than a tenth of so many frames. A device that can
+// send and whose queue is full takes more; and what is on its way between two counters looks
+// as if it was taken.
+const (
+	refusalFrames = 16
+	refusalShare  = 10
+)
+
+// Refusals returns which of some interfaces have refused frames since the last call for
+// them, by index. The first call for an interface, and for a rule, only takes note. Frames
+// of rules that are not on the kernel path do not count. It reads the counters of every
+// rule that sends on the interfaces, some microseconds each.
+func (l *Loader) Refusals(indexes []int) ([]Refusal, error) {
+	asked := make(map[int]bool, len(indexes))
+	for _, index := range indexes {
+		asked[index] = true
+	}
+	now, err := l.readTaken(asked)
+	if err != nil {
+		return nil, err
+	}
+	found := refusals(l.taken, now)
+	l.taken = now
+	return found, nil
+}
+
+// taken is a reading of what interfaces were given and what they took of it.
+type taken struct {
+	refused map[int]uint64 // by interface index
+	outputs map[takenKey]takenOutput
+}
+
+type takenKey struct {
+	rule string
+	id   uint32
+	slot int
+}
+
+type takenOutput struct {
+	index         int
+	sent, skipped uint64
+}
+
+// readTaken reads the interfaces' counters after those of the rules: a frame that is
+// refused in between is never missing among those given.
+func (l *Loader) readTaken(asked map[int]bool) (t taken, err error) {
+	t = taken{map[int]uint64{}, map[takenKey]takenOutput{}}
+	if len(asked) == 0 {
+		return t, nil
+	}
+	var names []string
+	for name, e := range l.rules {
+		if e.rule.Path == PathKernel && slices.ContainsFunc(e.rule.Out, func(o Output) bool { return asked[o.Index] }) {
+			names = append(names, name)
+		}
+	}
+	stats, err := l.StatsOf(names)
+	if err != nil {
+		return t, err
+	}
+	for i := range stats.Rules {
+		r := &stats.Rules[i]
+		for slot := range r.Outputs {
+			if o := &r.Outputs[slot]; o.Rule.Ready && asked[o.Rule.Index] {
+				t.outputs[takenKey{r.Name, r.ID, slot}] = takenOutput{o.Rule.Index, o.Sent.Packets, o.Drops[NoDevice].Packets}
+			}
+		}
+	}
+	ports, err := readPorts(l.maps.PortStats)
+	if err != nil {
+		return t, err
+	}
+	for _, p := range ports {
+		if asked[p.Index] {
+			t.refused[p.Index] = p.TransmitDrops + p.RedirectRefused
+		}
+	}
+	return t, nil
+}
+
+// refusals compares two readings.
+func refusals(before, now taken) (found []Refusal) {
+	since := map[int]*Refusal{}
+	for index, refused := range now.refused {
+		if was, ok := before.refused[index]; ok && refused >= was {
+			since[index] = &Refusal{Index: index, Refused: refused - was}
+		}
+	}
+	for key, o := range now.outputs {
+		was, ok := before.outputs[key]
+		r := since[o.index]
+		if !ok || r == nil || was.index != o.index || o.sent < was.sent || o.skipped < was.skipped {
+			continue
+		}
+		r.Frames += o.sent - was.sent + o.skipped - was.skipped
+		r.Refused += o.skipped - was.skipped
+	}
+	for _, r := range since {
+		// Rules that are new have sent, too.
+		r.Frames = max(r.Frames, r.Refused)
+		if r.Refused >= refusalFrames && r.Frames-r.Refused < r.Frames/refusalShare {
+			found = append(found, *r)
+		}
+	}
+	slices.SortFunc(found, func(a, b Refusal) int { return a.Index - b.Index })
+	return found
+}
