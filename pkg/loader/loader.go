@@ -131,9 +131,9 @@ type Loader struct {
 	steeringFault error
 
 	fanCursor string // where Observe goes on among many devmaps
-	account  *account.Account
-	counters map[string][]openCounters // that paths have opened, by rule
-	lost     losses
+	account   *account.Account
+	counters  map[string][]openCounters // that paths have opened, by rule
+	lost      losses
 
 	adopted  bool
 	cookie   uint64 // of the network namespace

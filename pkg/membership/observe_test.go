@@ -153,3 +153,48 @@ func TestAddGroups(t *testing.T) {
 		}
 	}
 }
+
+// What is carried over to another life of an interface is kept where the kernel still holds it,
+// with no word to the network, and found lost where it does not.
+func TestReborn(t *testing.T) {
+	b := newBench(t)
+	away := labtest.Host(t, "away")
+	labtest.Enter(t, b.host)
+	m := New(Options{})
+	defer m.Close()
+	ms := b.membership(t, "eth0", "239.1.1.1")
+	ms.Generation = 1
+	mustJoin(t, m, ms)
+	observe := func() []Membership {
+		t.Helper()
+		lost, err := m.Observe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lost
+	}
+	m.Reborn(ms.Index, 1, 2) // announcements were lost, the interface is the same
+	if lost := observe(); len(lost) != 0 {
+		t.Errorf("lost %v", lost)
+	}
+	for _, c := range m.Counters() {
+		if c.Leaves.Attempted != 0 || c.Joins.Attempted != 1 {
+			t.Errorf("counters %+v", c)
+		}
+	}
+	if err := b.host.Excursion(lab.End{Host: b.host, Name: "eth0", Addrs: []string{"10.0.0.1/24"}}, away); err != nil {
+		t.Fatal(err)
+	}
+	m.Reborn(ms.Index, 2, 3)
+	ms.Generation = 3
+	if lost := observe(); len(lost) != 1 || lost[0] != ms {
+		t.Errorf("lost %v, want %v of generation 3", lost, ms)
+	}
+	mustJoin(t, m, ms)
+	if got := b.kernelState(t).Users[kernelGroup{ms.Index, ms.Group}]; got != 1 {
+		t.Errorf("%d sockets hold the group, want 1", got)
+	}
+	if got := m.List(); len(got) != 1 || got[0].Membership != ms {
+		t.Errorf("held: %+v", got)
+	}
+}

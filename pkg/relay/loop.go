@@ -13,11 +13,11 @@ const (
 	// recheck is how long to wait before what the kernel refused is tried again.
 	recheck = time.Second
 	// observePause is how often all of the kernel's state is looked at although nothing is
-	// announced. Where that takes long, it takes no more than its share of the time, but is
-	// done every observeLatest.
+	// announced. Where that takes long, it takes no more than its share of the time, up to
+	// so many pauses.
 	observePause  = 3 * time.Second
 	observeShare  = 50
-	observeLatest = time.Minute
+	observePauses = 20
 	// maxRounds bounds how often one reconcile plans and prepares until nothing changes any
 	// more. Two or three are usual; what is not settled then is left to the next one.
 	maxRounds = 16
@@ -197,7 +197,7 @@ func (r *Relay) observeIfDue() {
 }
 
 func (r *Relay) observeAt() time.Time {
-	return r.observed.Add(max(r.opts.observeEvery, min(observeShare*r.observing, observeLatest)))
+	return r.observed.Add(max(r.opts.observeEvery, min(observeShare*r.observing, observePauses*r.opts.observeEvery)))
 }
 
 // observeKernel looks at what the kernel holds for the loader and the memberships: at

@@ -6,10 +6,12 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/pkg/plan"
 	"xdpcast/pkg/rules"
 )
@@ -132,5 +134,59 @@ func BenchmarkRestart(b *testing.B) {
 				b.Fatalf("status is %+v, %v", status, err)
 			}
 		})
+	}
+}
+
+// BenchmarkEvent measures what an event costs the control loop that touches an interface which
+// no rule names.
+func BenchmarkEvent(b *testing.B) {
+	for _, count := range []int{10_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=%d", count), func(b *testing.B) {
+			p := newPlace(b)
+			p.opts.observeEvery = time.Hour
+			p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1<<18, 1<<19
+			r := p.start()
+			apply(b, r, scaleRules(count, 1000))
+			p.connect("other0", "10.77.0.1/24")
+			for i := 0; b.Loop(); i++ {
+				b.StopTimer()
+				if err := p.host.AddAddr("other0", fmt.Sprintf("10.78.%d.%d/24", i>>8&255, i&255)); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				if err := r.do(b.Context(), func() error { return r.reconcile(nil) }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// An event that touches an interface which no rule names leaves all rules as they were planned.
+func TestUnrelatedInterface(t *testing.T) {
+	p := newPlace(t)
+	p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1024, 2048
+	r := p.start()
+	apply(t, r, scaleRules(500, 500))
+	planned := func() (all []*plan.RulePlan, links int) {
+		t.Helper()
+		if err := r.do(t.Context(), func() error {
+			all, links = r.plan.Rules, len(r.network.Links())
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return all, links
+	}
+	before, had := planned()
+	p.connect("other0", "10.77.0.1/24")
+	var after []*plan.RulePlan
+	labtest.Eventually(t, "the relay knows of the interface", func() bool {
+		var links int
+		after, links = planned()
+		return links == had+1
+	})
+	if !slices.Equal(before, after) {
+		t.Error("rules were planned again")
 	}
 }

@@ -1,0 +1,58 @@
+package docs
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// TestArchitectureNames: the files and functions that docs/architecture.md names are there.
+func TestArchitectureNames(t *testing.T) {
+	text := read(t, "docs/architecture.md")
+	var sources []string
+	for _, pattern := range []string{"cmd/*/*.go", "pkg/*/*.go", "bpf/*.c", "bpf/include/*.h", "test/*/*.go"} {
+		files, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sources = append(sources, files...)
+	}
+	all := ""
+	for _, file := range sources {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all += string(data)
+	}
+	checked := 0
+	for _, name := range regexp.MustCompile("`([^`\n]+)`").FindAllStringSubmatch(text, -1) {
+		switch name := name[1]; {
+		case regexp.MustCompile(`^[\w/.]+\.(go|c|h)$`).MatchString(name):
+			checked++
+			found := false
+			for _, file := range sources {
+				found = found || strings.HasSuffix(file, "/"+name)
+			}
+			if !found {
+				t.Errorf("there is no file %s", name)
+			}
+		case regexp.MustCompile(`^(pkg|cmd|test)/\w+$`).MatchString(name):
+			checked++
+			if _, err := os.Stat(filepath.Join(root, name)); err != nil {
+				t.Error(err)
+			}
+		case regexp.MustCompile(`^[A-Za-z]+(\.[A-Z][A-Za-z]+)?$`).MatchString(name) && name != "cmd" && name != "ports":
+			checked++
+			word := name[strings.LastIndex(name, ".")+1:]
+			if !regexp.MustCompile(`(func (\([^)]*\) )?|type )` + word + `\b`).MatchString(all) {
+				t.Errorf("there is no function or type %s", name)
+			}
+		}
+	}
+	if checked < 50 {
+		t.Errorf("%d names are looked at, want more: has the page changed its form?", checked)
+	}
+}
