@@ -30,6 +30,7 @@ var allowed = map[string][]string{
 	"pkg/control":       {"internal/lockfile", "pkg/rules"},
 	"pkg/forward":       {"bpf", "pkg/fanout", "pkg/loader", "pkg/packet", "pkg/xsk"},
 	"pkg/metrics":       {"pkg/control"},
+	"internal/demo":     {"internal/lab", "pkg/control", "pkg/loader", "pkg/rules", "pkg/traffic"},
 	"pkg/relay":         {"bpf", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/network", "pkg/plan", "pkg/rules"},
 	"internal/genl":     {},
 	"internal/lockfile": {},
