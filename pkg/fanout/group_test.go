@@ -224,7 +224,7 @@ func TestForeignSocketCannotJoin(t *testing.T) {
 // sends is not received.
 func TestHostTrafficUntouched(t *testing.T) {
 	b := newBench(t)
-	local := joinGroup(t, b.relay, "in")
+	local := labtest.Listen(t, b.relay, "in", netip.MustParseAddrPort("239.1.1.1:5000"))
 	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeHash})
 	c := collect(t, g)
 	back := openSender(t, b.relay, "in", SenderOptions{})
@@ -410,13 +410,7 @@ func TestInterfaceDownUpGone(t *testing.T) {
 			t.Errorf("error is %v", err)
 		}
 	}
-	link, err := b.relay.Link("in")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := b.relay.Netlink().LinkDel(link); err != nil {
-		t.Fatal(err)
-	}
+	labtest.RemoveLink(t, b.relay, "in")
 	labtest.Eventually(t, "both workers know that it is gone", func() bool {
 		n := 0
 		for _, err := range c.errors() {

@@ -126,7 +126,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, fl
 	})
 	args := slices.Concat([]string{"--socket", r.socket, "run", "-c", file, "--mode", "native"}, r.dirs, flags)
 	daemon := start(ctx, t, h, r.program, args...)
-	eventually(t, "the relay is ready", func() bool {
+	labtest.Eventually(t, "the relay is ready", func() bool {
 		select {
 		case <-daemon.done:
 			t.Fatalf("the relay has ended: %v\n%s", daemon.err, daemon.stderr.String())
