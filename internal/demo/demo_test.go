@@ -30,7 +30,7 @@ var program string
 func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) }
 
 func buildAndRun(m *testing.M) int {
-	if os.Geteuid() != 0 {
+	if !labtest.Root() {
 		return m.Run()
 	}
 	dir, err := os.MkdirTemp("", "xdpcast-test-")

@@ -16,6 +16,9 @@ var program string
 func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) }
 
 func buildAndRun(m *testing.M) int {
+	if !labtest.Root() {
+		return m.Run() // which skips everything
+	}
 	dir, err := os.MkdirTemp("", "xdpcast-e2e-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
