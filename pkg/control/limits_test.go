@@ -410,6 +410,7 @@ func TestTooManyConnections(t *testing.T) {
 
 // Whoever connects as fast as it can neither takes the places of root nor fills the log.
 func TestFloodOfConnections(t *testing.T) {
+	labtest.RequireRoot(t) // to become others
 	log := &lines{}
 	path := filepath.Join(socketDir(t), "s")
 	ln, err := Listen(path, nil)
