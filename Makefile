@@ -1,4 +1,4 @@
-# Targets that load programs or make namespaces (test, test-interop, demo, bench)
+# Targets that load programs or make namespaces (test, test-interop, soak, demo, bench)
 # need root: sudo make demo. They install what they need and the machine lacks.
 
 ifndef GO
@@ -21,11 +21,19 @@ build: go ## make bin/xdpcast; no clang needed
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/xdpcast ./cmd/xdpcast
 	@if [ -n "$$SUDO_UID" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" bin; fi
 
+.PHONY: check
+check: go ## build, check the sources and run the tests that need no root, in under a minute
+	scripts/check
+
 .PHONY: test
-test: go ## run the tests
+test: go ## run all tests
 	@scripts/setup --test
-	# One package after another: several send at rates that take the whole machine.
-	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 10m ./...
+	scripts/test
+
+.PHONY: soak
+soak: go ## run the long forms of tests, and each fuzz target for FUZZTIME (1m)
+	@scripts/setup --test
+	scripts/soak
 
 .PHONY: test-interop
 test-interop: go ## relay a video stream between ffmpeg and other programs

@@ -2,7 +2,6 @@ package bpf
 
 import (
 	"encoding/json"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -31,9 +30,7 @@ type budget struct {
 // Every program stays inside the budget of testdata/verifier_budget.json. A change
 // that needs more raises the budget with it, where a reviewer sees it.
 func TestVerifierBudget(t *testing.T) {
-	if os.Geteuid() != 0 {
-		labtest.Lacking(t, "needs root to load programs")
-	}
+	labtest.RequireRoot(t)
 	var budgets map[string]budget
 	if err := json.Unmarshal([]byte(readFile(t, "testdata/verifier_budget.json")), &budgets); err != nil {
 		t.Fatal(err)

@@ -1,10 +1,14 @@
 package main
 
+// The program as a whole: its commands, usage errors, arguments, exit codes.
+
 import (
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"strings"
 	"time"
 
@@ -170,4 +174,12 @@ func report(stderr io.Writer, err error) int {
 	default:
 		return exitFailed
 	}
+}
+
+// withRootHint says what is needed where the kernel only says no.
+func withRootHint(err error) error {
+	if err != nil && errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w: run it as root", err)
+	}
+	return err
 }

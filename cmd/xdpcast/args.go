@@ -1,5 +1,7 @@
 package main
 
+// The command line before the CLI library reads it.
+
 import (
 	"slices"
 	"strings"

@@ -425,6 +425,7 @@ func TestDaemonErrors(t *testing.T) {
 }
 
 func TestNoDaemon(t *testing.T) {
+	t.Setenv("XDPCAST_PIN_DIR", filepath.Join(t.TempDir(), "absent")) // whatever this machine's own daemon has pinned
 	socket := filepath.Join(t.TempDir(), "s")
 	want := result{1, "", "xdpcast: no xdpcast is running (no answer at " + socket + "): start one with \"xdpcast run\"\n"}
 	for _, args := range []string{"status", "rule list", "group list", "group show 239.1.1.1", "stats", "rule del a b", "reload"} {

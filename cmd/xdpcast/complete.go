@@ -1,5 +1,7 @@
 package main
 
+// Completion for shells: it is no command, but what every command line may end with.
+
 import (
 	"cmp"
 	"context"

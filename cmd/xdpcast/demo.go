@@ -1,32 +1,21 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/internal/lab"
-	"xdpcast/pkg/control"
+	"xdpcast/internal/demo"
 	"xdpcast/pkg/traffic"
 )
 
-const (
-	demoPrefix = "xdpcast"
-	// maxDemoPrefix leaves room for the socket's path in struct sockaddr_un.
-	maxDemoPrefix = 32
-	// maxDemoPackets is the most that a demonstration sends.
-	maxDemoPackets = 1e9
-	// liveInterval is between two live lines.
-	liveInterval = time.Second
-)
+// liveInterval is between two live lines.
+const liveInterval = time.Second
 
 func demoCommand() *cli.Command {
 	return &cli.Command{
@@ -42,18 +31,18 @@ func demoCommand() *cli.Command {
 			&cli.StringFlag{Name: "rate", Usage: "packets a second, of all streams together: `RATE` such as 20k", Value: "20k"},
 			&cli.BoolFlag{Name: "keep", Usage: "leave the lab and its relay, and show commands to try"},
 			&cli.BoolFlag{Name: "remove", Usage: "remove a lab that was kept, or left by a demonstration that was killed"},
-			&cli.StringFlag{Name: "prefix", Usage: "begin the names of the lab with `NAME`, so that several can stand side by side", Value: demoPrefix},
+			&cli.StringFlag{Name: "prefix", Usage: "begin the names of the lab with `NAME`, so that several can stand side by side", Value: demo.DefaultPrefix},
 			outputFlag(),
 		},
 		Action: func(c *cli.Context) error {
-			cfg, err := demoConfigOf(c)
+			cfg, err := demoConfig(c)
 			switch {
 			case err != nil:
 				return err
 			case os.Geteuid() != 0:
 				return errors.New("demo: run it as root: it makes network namespaces and loads programs into the kernel")
 			case c.Bool("remove"):
-				return demoError(removeKept(cfg.places))
+				return demoError(demo.Remove(cfg.Prefix))
 			default:
 				return runDemo(c, cfg)
 			}
@@ -61,22 +50,10 @@ func demoCommand() *cli.Command {
 	}
 }
 
-// demoConfig is what a demonstration is to do.
-type demoConfig struct {
-	places  labPlaces
-	streams []stream
-	rate    float64 // packets a second of all streams
-	length  time.Duration
-	keep    bool
-	every   time.Duration // between two live lines
-	live    io.Writer
-}
-
-// demoConfigOf reads the command line. Its errors are of usage.
-func demoConfigOf(c *cli.Context) (demoConfig, error) {
-	cfg := demoConfig{
-		places: labPlaces{c.String("prefix")}, streams: demoStreams(),
-		length: c.Duration("duration"), keep: c.Bool("keep"), every: liveInterval, live: c.App.Writer,
+// demoConfig reads the command line. Its errors are of usage.
+func demoConfig(c *cli.Context) (demo.Config, error) {
+	cfg := demo.Config{
+		Prefix: c.String("prefix"), Duration: c.Duration("duration"), Keep: c.Bool("keep"), Interval: liveInterval,
 	}
 	if err := nargs(c, 0, 0); err != nil {
 		return cfg, err
@@ -85,10 +62,7 @@ func demoConfigOf(c *cli.Context) (demoConfig, error) {
 	if err != nil {
 		return cfg, err
 	}
-	if asJSON {
-		cfg.live = io.Discard
-	}
-	if err := checkPrefix(cfg.places.prefix); err != nil {
+	if err := demo.CheckPrefix(cfg.Prefix); err != nil {
 		return cfg, usagef("--prefix: %w", err)
 	}
 	if c.Bool("keep") && c.Bool("remove") {
@@ -100,31 +74,30 @@ func demoConfigOf(c *cli.Context) (demoConfig, error) {
 		return cfg, usagef("--rate: %w", err)
 	case rate.Bits || rate.Value < 1:
 		return cfg, usagef("--rate %s: want packets a second, such as 20k", c.String("rate"))
-	case cfg.length <= 0:
-		return cfg, usagef("--duration %v: want more than 0s", cfg.length)
-	case rate.Value*cfg.length.Seconds() > maxDemoPackets:
-		return cfg, usagef("--rate %s for %v: want at most %g packets in all", c.String("rate"), cfg.length, float64(maxDemoPackets))
+	case cfg.Duration <= 0:
+		return cfg, usagef("--duration %v: want more than 0s", cfg.Duration)
+	case rate.Value*cfg.Duration.Seconds() > demo.MaxPackets:
+		return cfg, usagef("--rate %s for %v: want at most %g packets in all", c.String("rate"), cfg.Duration, float64(demo.MaxPackets))
 	}
-	cfg.rate = rate.Value
+	cfg.Rate = rate.Value
+	live := &liveView{w: c.App.Writer, rate: cfg.Rate, duration: cfg.Duration}
+	if asJSON {
+		live.w = io.Discard
+	}
+	cfg.Observer = live
 	return cfg, nil
 }
 
-// checkPrefix takes what can stand in file names, network namespaces and pins.
-func checkPrefix(prefix string) error {
-	const letters = "abcdefghijklmnopqrstuvwxyz0123456789-"
-	if prefix == "" || len(prefix) > maxDemoPrefix || prefix[0] == '-' || strings.Trim(prefix, letters) != "" {
-		return fmt.Errorf("name %q: want 1 to %d of a to z, 0 to 9 and -, the first not a -", prefix, maxDemoPrefix)
-	}
-	return nil
-}
-
 // runDemo shows the demonstration, and fails if anything was not as it must be.
-func runDemo(c *cli.Context, cfg demoConfig) error {
-	v, err := newDemo(cfg).run(c.Context)
+func runDemo(c *cli.Context, cfg demo.Config) (err error) {
+	if cfg.Program, err = os.Executable(); err != nil {
+		return demoError(err)
+	}
+	v, err := demo.Run(c.Context, cfg)
 	if v == nil {
 		return demoError(err)
 	}
-	showErr := show(c, v, func(w io.Writer) error { return v.write(w) })
+	showErr := show(c, v, func(w io.Writer) error { return writeVerdict(w, v) })
 	if err := errors.Join(showErr, demoError(err)); err != nil {
 		return err
 	}
@@ -141,91 +114,125 @@ func demoError(err error) error {
 	return fmt.Errorf("demo: %w", withRootHint(err))
 }
 
-// demo is a demonstration and what it holds.
-type demo struct {
-	demoConfig
-	hosts  map[string]*lab.Host
-	relay  *relayProcess
-	client *control.Client
+// liveView writes what there is, then a line of figures an interval.
+type liveView struct {
+	w        io.Writer
+	rate     float64 // packets a second
+	duration time.Duration
+	shown    demo.Figures // by the line before
+	shownAt  time.Duration
 }
 
-func newDemo(cfg demoConfig) *demo {
-	return &demo{demoConfig: cfg, hosts: map[string]*lab.Host{}, client: control.NewClient(cfg.places.socket())}
-}
+// liveFormat aligns the live lines.
+const liveFormat = "%6s %12s %12s %12s %9s %11s %11s\n"
 
-// run builds the lab, plays the streams and removes the lab. The verdict is nil
-// when none was reached; there may be one and an error, of the removal.
-func (d *demo) run(ctx context.Context) (*verdict, error) {
-	if err := d.places.claim(); err != nil {
-		return nil, err
+// Ready says what there is, before the figures begin.
+func (l *liveView) Ready(made demo.Lab) error {
+	modes := make([]string, len(made.Modes))
+	for i, mode := range made.Modes {
+		modes[i] = orDash(mode)
 	}
-	v, err := d.play(ctx)
-	if ctx.Err() != nil {
-		v, err = nil, errors.New("interrupted before there was a verdict")
-	}
-	if err == nil && d.keep {
-		v.Commands, err = d.places.commands()
-		if err == nil {
-			return v, d.release()
-		}
-	}
-	return v, errors.Join(err, d.clean())
-}
-
-// play is the demonstration itself.
-func (d *demo) play(ctx context.Context) (*verdict, error) {
-	if err := d.build(); err != nil {
-		return nil, err
-	}
-	if err := d.startRelay(); err != nil {
-		return nil, err
-	}
-	status, err := d.waitReady(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := d.introduce(status); err != nil {
-		return nil, err
-	}
-	outcomes, err := d.transmit(ctx)
-	if err != nil {
-		return nil, err
-	}
-	stats, err := d.stats(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return judge(outcomes, stats), nil
-}
-
-// introduce says what there is, before the figures begin.
-func (d *demo) introduce(s control.Status) error {
-	modes := map[string]bool{}
-	for _, i := range s.Interfaces {
-		modes[orDash(i.Mode)] = true
-	}
-	head := newTable("lab", fmt.Sprintf("network namespaces %s -> %s -> %s, %s, %s",
-		d.places.namespace(sourceHost), d.places.namespace(relayHost),
-		d.places.namespace("sink1"), d.places.namespace("sink2"), d.places.namespace("sink3")))
-	head.add("relay", fmt.Sprintf("pid %d, %s active, XDP %s", s.PID, plural(s.Active, "rule"), strings.Join(slices.Sorted(maps.Keys(modes)), " and ")))
-	head.add("source", fmt.Sprintf("%s packets/s for %v, %d bytes each", perSecond(d.rate), d.length, demoSize))
-	if err := head.write(d.live); err != nil {
+	head := newTable("lab", fmt.Sprintf("network namespaces %s -> %s -> %s", made.Source, made.Relay, strings.Join(made.Sinks, ", ")))
+	head.add("relay", fmt.Sprintf("pid %d, %s active, XDP %s", made.PID, plural(made.Active, "rule"), strings.Join(modes, " and ")))
+	head.add("source", fmt.Sprintf("%s packets/s for %v, %d bytes each", perSecond(l.rate), l.duration, demo.PacketSize))
+	if err := head.write(l.w); err != nil {
 		return err
 	}
 	t := newTable("RULE", "IN", "OUT")
-	for _, s := range d.streams {
-		for slot, out := range s.rule.Out {
+	for _, r := range made.Rules {
+		for slot, out := range r.Out {
 			if slot == 0 {
-				t.add(s.rule.Name, s.rule.In, out)
+				t.add(r.Name, r.In, out)
 			} else {
 				t.add("", "", out)
 			}
 		}
 	}
-	fmt.Fprintln(d.live)
-	if err := t.write(d.live); err != nil {
+	fmt.Fprintln(l.w)
+	if err := t.write(l.w); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintln(d.live)
+	_, err := fmt.Fprintln(l.w)
 	return err
+}
+
+// Flowing writes the titles of the live lines.
+func (l *liveView) Flowing() {
+	fmt.Fprintf(l.w, liveFormat, "TIME", "SENT", "EXPECTED", "RECEIVED", "LOST", "SENT/S", "RECEIVED/S")
+}
+
+// Progress writes the figures, and the rates since the line before; the last line, of
+// all that there will be, has none.
+func (l *liveView) Progress(elapsed time.Duration, now demo.Figures, done bool) {
+	since := elapsed - l.shownAt
+	rate := func(n uint64) string {
+		if done || since <= 0 {
+			return "-"
+		}
+		return perSecond(float64(n) / since.Seconds())
+	}
+	fmt.Fprintf(l.w, liveFormat, seconds(int64(elapsed)), count(now.Sent), count(now.Expected), count(now.Received), count(now.Lost),
+		rate(now.Sent-l.shown.Sent), rate(now.Received-l.shown.Received))
+	l.shown, l.shownAt = now, elapsed
+	if done {
+		fmt.Fprintln(l.w)
+	}
+}
+
+// writeVerdict shows the verdict: a line for each stream and sink, the sums, what was
+// wrong, and the commands for a lab that stays.
+func writeVerdict(w io.Writer, v *demo.Verdict) error {
+	t := newTable("RULE", "PATH", ">SENT", ">MATCHED", "SINK", ">EXPECTED", ">RELAYED", ">RECEIVED",
+		">LOST", ">DUPLICATE", ">REORDERED", ">WRONG", ">CORRUPT", ">P50", ">P99")
+	for _, s := range v.Streams {
+		first := []string{s.Rule.Name, orDash(s.Path), count(s.Sent), count(s.Matched)}
+		for _, o := range s.Outputs {
+			row := append(first, o.Sink, count(o.Expected), count(o.Relayed))
+			row = append(row, receivedCells(o.Counters)...)
+			t.add(append(row, latency(o.Latency, o.Latency.P50NS), latency(o.Latency, o.Latency.P99NS))...)
+			first = []string{"", "", "", ""}
+		}
+	}
+	row := []string{"total", "", count(v.Total.Sent), count(v.Total.Matched), "", count(v.Total.Expected), count(v.Total.Relayed)}
+	t.add(append(append(row, receivedCells(v.Total.Counters)...), "", "")...)
+	if err := t.write(w); err != nil {
+		return err
+	}
+	fmt.Fprintln(w)
+	for _, s := range v.Streams {
+		if s.Other != nil {
+			fmt.Fprintf(w, "%s: %s from another source, %s: %d came through\n", s.Rule.Name, plural(int(s.Other.Sent), "packet"), s.Other.Source, s.Other.Received)
+		}
+	}
+	if v.OK {
+		fmt.Fprintln(w, "ok: every packet arrived as its rule says")
+	}
+	for _, fault := range v.Faults {
+		fmt.Fprintf(w, "FAILED: %s\n", printable(fault))
+	}
+	return writeDemoCommands(w, v.Commands)
+}
+
+// receivedCells are what a sink counted.
+func receivedCells(c traffic.Counters) []string {
+	return []string{count(c.Received), count(c.Lost), count(c.Duplicated), count(c.Reordered), count(wrongFields(c)), count(c.Corrupt)}
+}
+
+// writeDemoCommands shows the commands; none when there are none.
+func writeDemoCommands(w io.Writer, commands []demo.Command) error {
+	if len(commands) == 0 {
+		return nil
+	}
+	if _, err := fmt.Fprintln(w, "\nThe lab stays, with its relay running. To try, as root:"); err != nil {
+		return err
+	}
+	for _, c := range commands {
+		if c.About != "" {
+			fmt.Fprintf(w, "\n# %s\n", c.About)
+		}
+		if _, err := fmt.Fprintln(w, c.Command); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -5,9 +5,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"net/netip"
-	"strconv"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -96,45 +93,6 @@ func sendConfig(c *cli.Context) (traffic.SendConfig, error) {
 	return cfg, nil
 }
 
-// parseFlag reads the value of a flag that was given.
-func parseFlag[T any](c *cli.Context, name string, value *T, parse func(string) (T, error)) error {
-	if !c.IsSet(name) {
-		return nil
-	}
-	v, err := parse(c.String(name))
-	if err != nil {
-		return usagef("--%s: %w", name, err)
-	}
-	*value = v
-	return nil
-}
-
-// notZero refuses the zero that package traffic takes for its default.
-func notZero(c *cli.Context, names ...string) error {
-	for _, name := range names {
-		if c.IsSet(name) && c.Int(name) == 0 {
-			return usagef("--%s 0: must be 1 or more", name)
-		}
-	}
-	return nil
-}
-
-func parseTTL(s string) (uint8, error) {
-	n, err := strconv.ParseUint(s, 10, 8)
-	if err != nil || n == 0 {
-		return 0, fmt.Errorf("ttl %q: must be 1 to 255", s)
-	}
-	return uint8(n), nil
-}
-
-func parseAddress(s string) (netip.Addr, error) {
-	addr, err := netip.ParseAddr(s)
-	if err != nil || addr.Zone() != "" || addr.Is4In6() || addr.IsUnspecified() || addr.IsMulticast() {
-		return netip.Addr{}, fmt.Errorf("address %q: must be a unicast IPv4 or IPv6 address", s)
-	}
-	return addr, nil
-}
-
 func writeSendReport(w io.Writer, r traffic.SendReport) error {
 	_, err := fmt.Fprintf(w, "sent %s (%s) to %s in %s: %s, %s\n",
 		plural(int(min(r.Packets, math.MaxInt)), "packet"), humanBytes(r.Bytes), sentTo(r), elapsed(r.ElapsedNS),
@@ -166,13 +124,4 @@ func sentTo(r traffic.SendReport) string {
 		return r.Target
 	}
 	return fmt.Sprintf("%d groups from %s", r.Groups, r.Target)
-}
-
-// elapsed is a time of the run, to the millisecond.
-func elapsed(ns int64) string { return time.Duration(ns).Round(time.Millisecond).String() }
-
-// perSecond is a rate with three digits: 1.23M.
-func perSecond(v float64) string {
-	number, prefix := scale(v, 0)
-	return number + prefix
 }

@@ -1,5 +1,8 @@
 package main
 
+// What the pinned maps say while no daemon runs, as the daemon would say it: for
+// stats and status.
+
 import (
 	"cmp"
 	"errors"

@@ -1,5 +1,8 @@
 package main
 
+// What commands that show something share: -o, tables, and texts of counts, times and
+// states. Those of package traffic's reports come last.
+
 import (
 	"encoding/json"
 	"fmt"
@@ -12,6 +15,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"xdpcast/pkg/control"
+	"xdpcast/pkg/traffic"
 )
 
 // outputFlag is -o of every command that shows something.
@@ -228,4 +232,47 @@ func orDash(s string) string {
 		return "-"
 	}
 	return s
+}
+
+// stateText is a state with its reason, if there is one.
+func stateText(state, reason string) string {
+	if reason == "" {
+		return state
+	}
+	return state + ": " + reason
+}
+
+// elapsed is a time of the run, to the millisecond.
+func elapsed(ns int64) string { return time.Duration(ns).Round(time.Millisecond).String() }
+
+// perSecond is a rate with three digits: 1.23M.
+func perSecond(v float64) string {
+	number, prefix := scale(v, 0)
+	return number + prefix
+}
+
+// wrongFields is the number of wrong header fields, of whatever kind.
+func wrongFields(c traffic.Counters) uint64 {
+	return c.Wrong.TTL + c.Wrong.Source + c.Wrong.SourcePort + c.Wrong.DSCP
+}
+
+// count is exact: every packet matters here.
+func count(n uint64) string { return strconv.FormatUint(n, 10) }
+
+func seconds(ns int64) string { return strconv.FormatFloat(float64(ns)/1e9, 'f', 1, 64) + "s" }
+
+// latency is a time of a few digits, "-" when there was no packet.
+func latency(of traffic.Latency, ns int64) string {
+	if of.Samples == 0 {
+		return "-"
+	}
+	for _, unit := range []struct {
+		name string
+		ns   float64
+	}{{"s", 1e9}, {"ms", 1e6}, {"us", 1e3}} {
+		if v := float64(ns) / unit.ns; v >= 1 || v <= -1 {
+			return strconv.FormatFloat(v, 'f', 1, 64) + unit.name
+		}
+	}
+	return strconv.FormatInt(ns, 10) + "ns"
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -233,29 +232,4 @@ func writeWrong(w io.Writer, r traffic.RecvReport) error {
 		return err
 	}
 	return t.write(w)
-}
-
-func wrongFields(c traffic.Counters) uint64 {
-	return c.Wrong.TTL + c.Wrong.Source + c.Wrong.SourcePort + c.Wrong.DSCP
-}
-
-// count is exact: every packet matters here.
-func count(n uint64) string { return strconv.FormatUint(n, 10) }
-
-func seconds(ns int64) string { return strconv.FormatFloat(float64(ns)/1e9, 'f', 1, 64) + "s" }
-
-// latency is a time of a few digits, "-" when there was no packet.
-func latency(of traffic.Latency, ns int64) string {
-	if of.Samples == 0 {
-		return "-"
-	}
-	for _, unit := range []struct {
-		name string
-		ns   float64
-	}{{"s", 1e9}, {"ms", 1e6}, {"us", 1e3}} {
-		if v := float64(ns) / unit.ns; v >= 1 || v <= -1 {
-			return strconv.FormatFloat(v, 'f', 1, 64) + unit.name
-		}
-	}
-	return strconv.FormatInt(ns, 10) + "ns"
 }

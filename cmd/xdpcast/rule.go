@@ -233,13 +233,6 @@ func pathText(r control.RuleStatus) string {
 	}
 }
 
-func stateText(state, reason string) string {
-	if reason == "" {
-		return state
-	}
-	return state + ": " + reason
-}
-
 func ruleListCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "list",
@@ -385,23 +378,6 @@ func ruleApply(c *cli.Context) error {
 		return err
 	}
 	return show(c, result, func(w io.Writer) error { return changeList(w, result) })
-}
-
-// shownChanges is how many changes are listed for people: so many that all of a
-// change made by hand are, and a large set is not slowed down by being told.
-const shownChanges = 1000
-
-// applyOptions has programs, and who asks what would change, told of every change.
-func applyOptions(c *cli.Context) control.ApplyOptions {
-	o := control.ApplyOptions{DryRun: c.Bool("dry-run"), MaxChanges: shownChanges}
-	if o.DryRun || c.String("output") == "json" {
-		o.MaxChanges = 0
-	}
-	return o
-}
-
-func dryRunFlag() cli.Flag {
-	return &cli.BoolFlag{Name: "dry-run", Usage: "only say what would change"}
 }
 
 // changeList shows what changed, and a summary.

@@ -58,30 +58,6 @@ func runCommand() *cli.Command {
 	}
 }
 
-// pinFlags say where the state is that outlives a process.
-func pinFlags() []cli.Flag {
-	return []cli.Flag{pinDirFlag(), &cli.StringFlag{
-		Name: "run-dir", Usage: "`DIR` of the lock file and of rules added through the API", Value: loader.DefaultRunDir, EnvVars: []string{"XDPCAST_RUN_DIR"},
-	}}
-}
-
-func pinDirFlag() cli.Flag {
-	return &cli.StringFlag{
-		Name: "pin-dir", Usage: "`DIR` of pinned programs and maps", Value: loader.DefaultPinDir, EnvVars: []string{"XDPCAST_PIN_DIR"},
-	}
-}
-
-func modeFlag() cli.Flag {
-	return &cli.StringFlag{Name: "mode", Usage: "how to attach XDP: native, generic, or auto (native, else generic)", Value: "auto"}
-}
-
-func loaderOptions(c *cli.Context, log *slog.Logger) loader.Options {
-	return loader.Options{
-		PinDir: c.String("pin-dir"), RunDir: c.String("run-dir"), Logger: log,
-		MaxRules: uint32(c.Uint("max-rules")), MaxOutputs: uint32(c.Uint("max-outputs")),
-	}
-}
-
 func relayOptions(c *cli.Context) (relay.Options, error) {
 	log, err := newLogger(c)
 	if err != nil {
@@ -224,12 +200,4 @@ func explainStart(err error) error {
 	default:
 		return withRootHint(err)
 	}
-}
-
-// withRootHint says what is needed where the kernel only says no.
-func withRootHint(err error) error {
-	if err != nil && errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
-		return fmt.Errorf("%w: run it as root", err)
-	}
-	return err
 }

@@ -362,6 +362,7 @@ func waitHangup(c *net.UnixConn) error {
 }
 
 func TestTooManyConnections(t *testing.T) {
+	labtest.RequireRoot(t) // to become the user who may do nothing
 	b := &fake{block: make(chan struct{}), waits: make(chan struct{}, 8)}
 	socket := serve(t, b, Options{MaxConns: 2})
 	done := make(chan error, 2)
@@ -409,6 +410,7 @@ func TestTooManyConnections(t *testing.T) {
 
 // Whoever connects as fast as it can neither takes the places of root nor fills the log.
 func TestFloodOfConnections(t *testing.T) {
+	labtest.RequireRoot(t) // to become others
 	log := &lines{}
 	path := filepath.Join(socketDir(t), "s")
 	ln, err := Listen(path, nil)
@@ -630,9 +632,7 @@ func exchangeAs(t *testing.T, uid int, groups []uint32, socket, request string) 
 // dialAs is net.Dial by such a thread.
 func dialAs(t *testing.T, uid int, groups []uint32, socket string) (net.Conn, error) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		labtest.Lacking(t, "needs root to become another user")
-	}
+	labtest.RequireRoot(t)
 	type result struct {
 		c   net.Conn
 		err error

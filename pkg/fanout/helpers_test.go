@@ -3,7 +3,6 @@ package fanout
 import (
 	"encoding/binary"
 	"errors"
-	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -212,19 +211,3 @@ func (c *collector) errors() []error {
 
 // toGroup keeps the frames that frame makes.
 func toGroup(h packet.Headers) bool { return h.Dst == netip.MustParseAddr("239.1.1.1") }
-
-// joinGroup opens a socket that receives 239.1.1.1:5000 in the host.
-func joinGroup(t testing.TB, h *lab.Host, ifname string) *net.UDPConn {
-	t.Helper()
-	var conn *net.UDPConn
-	labtest.Do(t, h, func() error {
-		i, err := net.InterfaceByName(ifname)
-		if err != nil {
-			return err
-		}
-		conn, err = net.ListenMulticastUDP("udp4", i, &net.UDPAddr{IP: net.IPv4(239, 1, 1, 1), Port: 5000})
-		return err
-	})
-	t.Cleanup(func() { conn.Close() })
-	return conn
-}

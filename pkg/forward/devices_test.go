@@ -354,7 +354,7 @@ func TestOpenClose(t *testing.T) {
 	}()
 	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
 	before := labtest.Held()
-	for i := range 100 {
+	for i := range labtest.Soak(20, 100) {
 		f, err := OpenFanout(FanoutOptions{Workers: 2, Blocks: 2})
 		if err != nil {
 			t.Fatal(err)

@@ -7,11 +7,14 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+
+	"xdpcast/internal/labtest"
 )
 
 // TestReadMany: many entries at once are what there is one by one, however many, and
 // with rows empty in between.
 func TestReadMany(t *testing.T) {
+	labtest.RequireRoot(t)
 	for _, tt := range []struct {
 		name    string
 		kind    ebpf.MapType

@@ -202,7 +202,7 @@ func TestSocketMemoryLimit(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			b := newBench(t)
 			for limit := lowest; limit <= 1000; limit += 16 {
-				sysctl(t, b.host, "net/core/optmem_max", fmt.Sprint(limit))
+				labtest.Sysctl(t, b.host, "net/core/optmem_max", fmt.Sprint(limit))
 				m := b.manager(t)
 				var all []Membership
 				for i := 1; i <= 25; i++ {
@@ -382,7 +382,7 @@ func TestInterfaceChanges(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "the interface is running", func() bool { return b.running("video0") })
+	labtest.Eventually(t, "the interface is running", func() bool { return labtest.Running(b.host, "video0") })
 	b.checkState(t, "video0 239.1.1.1 2", "video0 10.9.0.5@239.1.1.1 1/0", "video0 ff1e::1 2", "video0 fd00::5@ff1e::1 1/0")
 	// The new name means the same memberships.
 	for _, what := range whats {
@@ -437,7 +437,7 @@ func TestSourcesAfterInterfaceWasDown(t *testing.T) {
 						b.set(t, "eth0", step == "u")
 					}
 				}
-				if failed := m.Refresh(b.index(t, "eth0"), 0); failed != nil {
+				if failed := m.Refresh(labtest.Index(t, b.host, "eth0"), 0); failed != nil {
 					t.Errorf("refresh: %v", failed)
 				}
 				state := b.kernelState(t)
@@ -464,7 +464,7 @@ func TestInterfaceRecreated(t *testing.T) {
 	}
 	mustJoin(t, m, old...)
 	mustJoin(t, m, b.membership(t, "eth1", "239.1.1.1"))
-	b.delete(t, "eth0")
+	labtest.RemoveLink(t, b.host, "eth0")
 
 	// Leaves answer one way or the other, and forget the membership either way.
 	for _, ms := range []Membership{old[0], old[2], old[4]} {
@@ -490,7 +490,7 @@ func TestInterfaceRecreated(t *testing.T) {
 	checkCounters(t, m)
 
 	b.connect(t, "eth0")
-	if b.index(t, "eth0") == old[0].Index {
+	if labtest.Index(t, b.host, "eth0") == old[0].Index {
 		t.Fatal("the new interface has the old one's index")
 	}
 	mustJoin(t, m, b.membership(t, "eth0", "239.1.1.1"))

@@ -9,6 +9,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sync/errgroup"
+
+	"xdpcast/internal/labtest"
 )
 
 // model is what a correct manager would hold: references by membership.
@@ -75,7 +77,7 @@ func TestRandomOperations(t *testing.T) {
 	}
 	m := b.manager(t)
 	truth := &model{refs: map[Membership]int{}}
-	w := &world{index: map[string]int{"eth0": b.index(t, "eth0"), "eth1": b.index(t, "eth1")}}
+	w := &world{index: map[string]int{"eth0": labtest.Index(t, b.host, "eth0"), "eth1": labtest.Index(t, b.host, "eth1")}}
 
 	var group errgroup.Group
 	held := make([][]Membership, workers)
@@ -224,7 +226,7 @@ func (w *world) flap(t *testing.T, b bench, m *Manager) {
 
 // recreate deletes eth1, makes it again and tells the manager and the model.
 func (w *world) recreate(t *testing.T, b bench, m *Manager, truth *model) {
-	b.delete(t, "eth1")
+	labtest.RemoveLink(t, b.host, "eth1")
 	w.Lock()
 	defer w.Unlock()
 	m.DropInterface(w.index["eth1"], 0)

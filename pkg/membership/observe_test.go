@@ -83,7 +83,7 @@ func TestGenerations(t *testing.T) {
 	first := b.membership(t, "eth0", "239.1.1.1")
 	first.Generation = 1
 	mustJoin(t, m, first)
-	b.delete(t, "eth0")
+	labtest.RemoveLink(t, b.host, "eth0")
 	labtest.Connect(t, lab.End{Host: b.host, Name: "eth0", Index: first.Index}, lab.End{Host: b.peer, Name: "eth0"})
 	second := first
 	second.Generation = 2

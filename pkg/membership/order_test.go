@@ -49,7 +49,7 @@ func BenchmarkJoinOrder(b *testing.B) {
 	const groups = 100_000
 	join := func(ordered bool) time.Duration {
 		bn := newBench(b) // one that has not to forget others' groups first
-		all := manyMemberships(groups, bn.index(b, "eth0"), "239.0.0.0", "")
+		all := manyMemberships(groups, labtest.Index(b, bn.host, "eth0"), "239.0.0.0", "")
 		m := managerOn(b, nil)
 		defer m.Close() // the next one needs the descriptors
 		started := time.Now()

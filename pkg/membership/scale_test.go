@@ -30,7 +30,7 @@ func TestTenThousandGroups(t *testing.T) {
 				t.Skip("seconds of the kernel's time; run without -short")
 			}
 			b := newBench(t) // one that has not to forget others' groups first
-			groups := manyMemberships(manyGroups, b.index(t, "eth0"), test.first, test.source)
+			groups := manyMemberships(manyGroups, labtest.Index(t, b.host, "eth0"), test.first, test.source)
 			m := managerOn(t, nil)
 			sockets, memory := openSockets(), heap()
 			labtest.Do(t, b.host, func() error { // the sockets belong to this thread's namespace
@@ -94,7 +94,7 @@ func BenchmarkJoinLeave(b *testing.B) {
 	for _, first := range []string{"239.0.0.0", "ff1e::"} {
 		b.Run(first, func(b *testing.B) {
 			bn := newBench(b)
-			groups := manyMemberships(manyGroups, bn.index(b, "eth0"), first, "")
+			groups := manyMemberships(manyGroups, labtest.Index(b, bn.host, "eth0"), first, "")
 			m := managerOn(b, nil)
 			var joining, leaving time.Duration
 			labtest.Do(b, bn.host, func() error {

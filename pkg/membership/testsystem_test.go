@@ -8,9 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
-	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
@@ -84,16 +82,10 @@ func (b bench) connect(t testing.TB, name string) int {
 	labtest.Connect(t,
 		lab.End{Host: b.host, Name: name, Addrs: []string{subnet + ".1/24"}},
 		lab.End{Host: b.peer, Name: name, Addrs: []string{subnet + ".2/24"}})
-	eventually(t, name+" is up with its link-local address", func() bool {
-		return b.running(name) && b.linkLocal(t, name).IsValid()
+	labtest.Eventually(t, name+" is up with its link-local address", func() bool {
+		return labtest.Running(b.host, name) && b.linkLocal(t, name).IsValid()
 	})
-	return b.index(t, name)
-}
-
-// running reports whether the interface is up and has its carrier.
-func (b bench) running(name string) bool {
-	link, err := b.host.Link(name)
-	return err == nil && link.Attrs().OperState == netlink.OperUp
+	return labtest.Index(t, b.host, name)
 }
 
 // set takes an interface down or up, and waits until it is no longer running,
@@ -103,7 +95,7 @@ func (b bench) set(t testing.TB, name string, up bool) {
 	if err := b.host.SetUp(name, up); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, fmt.Sprintf("%s is running: %v", name, up), func() bool { return b.running(name) == up })
+	labtest.Eventually(t, fmt.Sprintf("%s is running: %v", name, up), func() bool { return labtest.Running(b.host, name) == up })
 }
 
 func (b bench) linkLocal(t testing.TB, name string) netip.Addr {
@@ -124,31 +116,10 @@ func (b bench) linkLocal(t testing.TB, name string) netip.Addr {
 	return netip.Addr{}
 }
 
-func (b bench) index(t testing.TB, name string) int {
-	t.Helper()
-	link, err := b.host.Link(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return link.Attrs().Index
-}
-
-// delete removes the named interface and its peer.
-func (b bench) delete(t testing.TB, name string) {
-	t.Helper()
-	link, err := b.host.Link(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := b.host.Netlink().LinkDel(link); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // membership parses "GROUP" or "SOURCE@GROUP".
 func (b bench) membership(t testing.TB, ifname, what string) Membership {
 	t.Helper()
-	return parseMembership(ifname, b.index(t, ifname), what)
+	return parseMembership(ifname, labtest.Index(t, b.host, ifname), what)
 }
 
 func parseMembership(ifname string, index int, what string) Membership {
@@ -159,14 +130,6 @@ func parseMembership(ifname string, index int, what string) Membership {
 		m.Group = netip.MustParseAddr(what)
 	}
 	return m
-}
-
-// sysctl writes a setting of the host's namespace.
-func sysctl(t testing.TB, h *lab.Host, name, value string) {
-	t.Helper()
-	labtest.Do(t, h, func() error {
-		return os.WriteFile("/proc/sys/"+name, []byte(value), 0o644)
-	})
 }
 
 // manager makes a manager whose sockets are in the host, closed after the test.
@@ -200,16 +163,6 @@ func mustLeave(t testing.TB, m *Manager, all ...Membership) {
 	for _, ms := range all {
 		if err := m.Leave(ms); err != nil {
 			t.Fatal(err)
-		}
-	}
-}
-
-// eventually waits for a condition, and fails the test when it takes too long.
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !condition(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain: %s", what)
 		}
 	}
 }

@@ -48,7 +48,7 @@ func newWire6(t testing.TB) wire {
 func (w wire) waitIPv6(t testing.TB, ifname string) {
 	t.Helper()
 	for _, h := range []*lab.Host{w.tx, w.rx} {
-		waitFor(t, "an IPv6 multicast route", func() bool { return hasMulticastRoute(t, h, ifname) })
+		labtest.Eventually(t, "an IPv6 multicast route", func() bool { return hasMulticastRoute(t, h, ifname) })
 	}
 }
 
@@ -128,15 +128,6 @@ func (r *running) stop(condition func(traffic.RecvReport) bool) traffic.RecvRepo
 	}
 	r.cancel()
 	return r.wait()
-}
-
-func waitFor(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited too long for %s", what)
-		}
-	}
 }
 
 // wait waits for the run's own end.
@@ -465,11 +456,11 @@ func TestOwnSocketDrops(t *testing.T) {
 	})
 	defer r.Close()
 	sent := send(t, w.tx, traffic.SendConfig{Target: target(t, endpoint), Count: 500, Size: 1000})
-	waitFor(t, "a drop", func() bool { return r.Report().Total.SocketDrops > 0 })
+	labtest.Eventually(t, "a drop", func() bool { return r.Report().Total.SocketDrops > 0 })
 	ctx, cancel := context.WithCancel(t.Context())
 	result := make(chan error, 1)
 	go func() { result <- r.Run(ctx) }()
-	waitFor(t, "every packet to be accounted for", func() bool {
+	labtest.Eventually(t, "every packet to be accounted for", func() bool {
 		c := r.Report().Total
 		return c.Received+c.SocketDrops >= sent.Packets
 	})
@@ -542,7 +533,7 @@ func TestSenderStopsWithItsContext(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
 		result := make(chan error, 1)
 		go func() { result <- s.Run(ctx) }()
-		waitFor(t, "a packet", func() bool { return s.Report().Packets > 0 })
+		labtest.Eventually(t, "a packet", func() bool { return s.Report().Packets > 0 })
 		cancel()
 		select {
 		case err := <-result:
@@ -597,7 +588,7 @@ func TestIntervals(t *testing.T) {
 	var sum uint64
 	for i := range 3 {
 		send(t, w.tx, traffic.SendConfig{Target: target(t, endpoint), Count: 100})
-		waitFor(t, "the packets", func() bool { return r.Report().Total.Received == uint64(i+1)*100 })
+		labtest.Eventually(t, "the packets", func() bool { return r.Report().Total.Received == uint64(i+1)*100 })
 		got := r.Interval()
 		if got.Received != 100 || got.Latency.Samples != 100 || got.PacketsPerSecond <= 0 || got.IntervalNS <= 0 {
 			t.Errorf("interval %d: %+v", i, got)
@@ -650,7 +641,7 @@ func TestNobodyListens(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	result := make(chan error, 1)
 	go func() { result <- s.Run(ctx) }()
-	waitFor(t, "a refusal", func() bool { return s.Report().NetworkErrors > 0 })
+	labtest.Eventually(t, "a refusal", func() bool { return s.Report().NetworkErrors > 0 })
 	r := receive(t, w.rx, traffic.RecvConfig{Count: 200}, "10.1.0.2:5000%eth0")
 	got := r.wait()
 	cancel()
@@ -672,14 +663,8 @@ func TestSenderGivesUpOnADeadInterface(t *testing.T) {
 	defer s.Close()
 	result := make(chan error, 1)
 	go func() { result <- s.Run(t.Context()) }()
-	waitFor(t, "a packet", func() bool { return s.Report().Packets > 0 })
-	link, err := w.tx.Link("eth0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := w.tx.Netlink().LinkDel(link); err != nil {
-		t.Fatal(err)
-	}
+	labtest.Eventually(t, "a packet", func() bool { return s.Report().Packets > 0 })
+	labtest.RemoveLink(t, w.tx, "eth0")
 	select {
 	case err := <-result:
 		if err == nil || !strings.HasPrefix(err.Error(), "send to 239.1.1.1:5000%eth0: ") {

@@ -176,7 +176,7 @@ func (l *forwardLab) forward(t testing.TB, n int) (sent int) {
 // until stop, which returns when the last is sent.
 func generate(t testing.TB, h *lab.Host, size int) (stop func()) {
 	t.Helper()
-	index := iface(t, h, "eth0")
+	index := labtest.Index(t, h, "eth0")
 	var p *ebpf.Program
 	labtest.Do(t, h, func() (err error) {
 		p, err = ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.XDP, License: "GPL", Instructions: asm.Instructions{

@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"net"
-	"os"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -27,25 +25,11 @@ const (
 	batchOfAll = 256
 )
 
-func iface(t testing.TB, h *lab.Host, name string) (index int) {
-	t.Helper()
-	labtest.Do(t, h, func() error {
-		i, err := net.InterfaceByName(name)
-		if err == nil {
-			index = i.Index
-		}
-		return err
-	})
-	return index
-}
-
 // newHost makes a host whose stack sends nothing by itself.
 func newHost(t testing.TB, prefix string) *lab.Host {
 	t.Helper()
 	h := labtest.Host(t, prefix)
-	labtest.Do(t, h, func() error {
-		return os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0o644)
-	})
+	labtest.Sysctl(t, h, "net/ipv6/conf/default/disable_ipv6", "1")
 	return h
 }
 
@@ -62,8 +46,6 @@ func connect(t testing.TB, a *lab.Host, aName string, b *lab.Host, bName string,
 	if err := lab.Connect(lab.End{Host: a, Name: aName, Queues: queues}, lab.End{Host: b, Name: bName, Queues: queues}, mtu); err != nil {
 		t.Fatal(err)
 	}
-	waitUp(t, a, aName)
-	waitUp(t, b, bName)
 }
 
 func makeUMEM(t testing.TB, opts UMEMOptions) (*UMEM, *Frames) {
@@ -95,21 +77,11 @@ func makeUMEMAsIs(t testing.TB, opts UMEMOptions) (*UMEM, *Frames) {
 	return u, f
 }
 
-// waitUp waits until the kernel has taken note of the carrier: packets are dropped
-// until then, without a word.
-func waitUp(t testing.TB, h *lab.Host, name string) {
-	t.Helper()
-	labtest.Eventually(t, name+" is up", func() bool {
-		l, err := h.Link(name)
-		return err == nil && l.Attrs().OperState == netlink.OperUp
-	})
-}
-
 // openOn opens a socket inside of a host. The kernel gives a queue up a moment after
 // its last socket was closed.
 func openOn(t testing.TB, h *lab.Host, name string, f *Frames, queue int, opts Options) *Socket {
 	t.Helper()
-	index := iface(t, h, name)
+	index := labtest.Index(t, h, name)
 	var s *Socket
 	labtest.Eventually(t, "the queue is free", func() bool {
 		err := h.Do(func() (err error) {
@@ -133,7 +105,7 @@ func openOn(t testing.TB, h *lab.Host, name string, f *Frames, queue int, opts O
 // passes those without. It takes packets of several buffers.
 func redirect(t testing.TB, h *lab.Host, name string, sockets ...*Socket) {
 	t.Helper()
-	index := iface(t, h, name)
+	index := labtest.Index(t, h, name)
 	xsks, err := ebpf.NewMap(&ebpf.MapSpec{Name: "xsks", Type: ebpf.XSKMap, KeySize: 4, ValueSize: 4, MaxEntries: 64})
 	if err != nil {
 		t.Fatal(err)

@@ -76,7 +76,7 @@ func TestOptions(t *testing.T) {
 
 func TestBindErrors(t *testing.T) {
 	host, peer := pair(t, 0, 2)
-	index := iface(t, host, "eth0")
+	index := labtest.Index(t, host, "eth0")
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64})
 	_, others := makeUMEM(t, UMEMOptions{Frames: 64})
 	_, zeroCopy := makeUMEM(t, UMEMOptions{Frames: 64, Mode: ModeZeroCopy})
@@ -252,13 +252,14 @@ func TestCloseRetiresFramesOfADriver(t *testing.T) {
 	}
 }
 
-// 1,000 sockets and UMEMs leave nothing behind.
+// Many sockets and UMEMs leave nothing behind.
 func TestLeaks(t *testing.T) {
 	host, _ := pair(t, 0, 4)
-	index := iface(t, host, "eth0")
+	index := labtest.Index(t, host, "eth0")
 	labtest.Enter(t, host)
 	before := holding(t)
-	for i := range 1000 {
+	cycles := labtest.Soak(200, 1000)
+	for i := range cycles {
 		u, err := NewUMEM(UMEMOptions{Frames: 64, FrameSize: 4096})
 		if err != nil {
 			t.Fatal(err)
@@ -291,7 +292,7 @@ func TestLeaks(t *testing.T) {
 		t.Errorf("before %+v, after %+v", before, after)
 	}
 	// The UMEMs were 64 pages each; the Go heap grows, too, but not by that much.
-	if grown := after.mapped - before.mapped; grown > 1000*64/2 {
+	if grown := after.mapped - before.mapped; grown > cycles*64/2 {
 		t.Errorf("%d more pages are mapped", grown)
 	}
 }
@@ -326,7 +327,7 @@ func holding(t *testing.T) (h holdingCounts) {
 func TestLockedPagesAreGivenBack(t *testing.T) {
 	const size, room = 64 * 4096, 4
 	host, _ := pair(t, 0, 1)
-	index := iface(t, host, "eth0")
+	index := labtest.Index(t, host, "eth0")
 	labtest.Enter(t, host)
 	var before unix.Rlimit
 	err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &before)
@@ -452,7 +453,7 @@ func TestInterfaceDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	tap := labtest.NewTap(t, peer, "eth0")
-	waitUp(t, host, "eth0")
+	labtest.Eventually(t, "eth0 is up", func() bool { return labtest.Running(host, "eth0") })
 	labtest.Eventually(t, "the frame is sent", func() bool { return s.Flush() == nil })
 	equal(t, "sent after the interface came up", tap.Collect(1, ours)[0], frame(1, 60))
 	completeAll(t, s)
@@ -493,13 +494,7 @@ func TestInterfaceVanishes(t *testing.T) {
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64})
 	s := openOn(t, host, "eth0", frames, 0, Options{FillSize: 16})
 	s.Fill(16)
-	l, err := host.Link("eth0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := host.Netlink().LinkDel(l); err != nil {
-		t.Fatal(err)
-	}
+	labtest.RemoveLink(t, host, "eth0")
 	if n, err := s.Send(write(t, frames, frame(1, 60), 2048)); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}

@@ -1,11 +1,3 @@
-// Command bench measures xdpcast beside what one would use instead, in one run on
-// one machine, and writes a report. Everything runs in network namespaces of its
-// own: source, relay and sinks.
-//
-// The source is BPF_PROG_RUN with live frames, paced inside the kernel; the sinks are
-// XDP programs that check and count and drop. Every subject has a network of its own
-// and all run at once, while the trials take turns, so that a change of the machine's
-// pace meets all of them.
 package main
 
 import (

@@ -19,7 +19,10 @@ const root = "../../"
 // documents are the files that people read; docs/cli.md is generated.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
-	all := map[string]string{"README.md": read(t, "README.md")}
+	all := map[string]string{}
+	for _, name := range []string{"README.md", "CONTRIBUTING.md", "SECURITY.md"} {
+		all[name] = read(t, name)
+	}
 	files, err := filepath.Glob(root + "docs/*.md")
 	if err != nil {
 		t.Fatal(err)
@@ -28,7 +31,7 @@ func documents(t *testing.T) map[string]string {
 		name := strings.TrimPrefix(filepath.ToSlash(file), root)
 		all[name] = read(t, name)
 	}
-	if len(all) < 4 {
+	if len(all) < 6 {
 		t.Fatalf("found %d documents only", len(all))
 	}
 	return all

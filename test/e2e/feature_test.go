@@ -286,7 +286,7 @@ func (n *network) fragmented(t *testing.T, in *instance, path, input, to, output
 		out := fmt.Sprintf(output, i+1, at)
 		args = append(args, "--out", out)
 		endpoint, _, _ := strings.Cut(out, "%")
-		sinks = append(sinks, listen(t, n.sinks[at], netip.MustParseAddrPort(endpoint)))
+		sinks = append(sinks, labtest.Listen(t, n.sinks[at], "sink0", netip.MustParseAddrPort(endpoint)))
 	}
 	in.mustCLI(args...)
 	defer in.mustCLI("rule", "del", "big")
@@ -383,22 +383,6 @@ func (n *network) features(t *testing.T, ifname string) (f host.Features) {
 		return err
 	})
 	return f
-}
-
-// listen receives a group, or what is sent to an address, on a sink.
-func listen(t *testing.T, h *lab.Host, group netip.AddrPort) net.PacketConn {
-	t.Helper()
-	var c net.PacketConn
-	labtest.Do(t, h, func() error {
-		i, err := net.InterfaceByName("sink0")
-		if err != nil {
-			return err
-		}
-		c, err = net.ListenMulticastUDP("udp", i, net.UDPAddrFromAddrPort(group))
-		return err
-	})
-	t.Cleanup(func() { closeAll(t, c) })
-	return c
 }
 
 func closeAll(t *testing.T, closers ...io.Closer) {

@@ -77,8 +77,8 @@ func (in *instance) waitOutput(name string, slot int, state, reason string) {
 
 func TestPendingCompletes(t *testing.T) {
 	n := newNetwork(t)
-	n.remove("in0")
-	n.remove("out1")
+	labtest.RemoveLink(n.t, n.relay, "in0")
+	labtest.RemoveLink(n.t, n.relay, "out1")
 	in := newInstance(t, n.relay)
 	in.start()
 	text := in.mustCLI("rule", "add", "late", "--in", "239.1.1.1:5000%in0", "--out", "239.2.2.0:6000%out0", "--out", "239.2.2.1:6000%out1")
@@ -122,7 +122,7 @@ func TestInputComesBack(t *testing.T) {
 
 	t.Run("re-created", func(t *testing.T) {
 		for range 3 {
-			n.remove("in0")
+			labtest.RemoveLink(n.t, n.relay, "in0")
 			got := in.waitState("source", control.StatePending)
 			if want := "interface in0 not found"; got.Reason != want {
 				t.Errorf("reason is %q, want %q", got.Reason, want)
@@ -133,7 +133,7 @@ func TestInputComesBack(t *testing.T) {
 	})
 	t.Run("re-created at once", func(t *testing.T) {
 		for range 3 {
-			n.remove("in0")
+			labtest.RemoveLink(n.t, n.relay, "in0")
 			n.connectInput()
 			index := linkIndex(t, n.relay, "in0")
 			in.waitKernel("rules are those of the new interface", func(all []loader.Rule) string {
@@ -267,13 +267,13 @@ func TestOutputComesBack(t *testing.T) {
 	}
 	active("10.2.1.1")
 
-	n.remove("out1")
+	labtest.RemoveLink(n.t, n.relay, "out1")
 	pending("interface out1 not found")
 	n.connectOutput(1)
 	active("10.2.1.1")
 
 	// Before the daemon can look.
-	n.remove("out1")
+	labtest.RemoveLink(n.t, n.relay, "out1")
 	n.connectOutput(1)
 	n.setAddr("out1", "10.2.1.50/24")
 	active("10.2.1.50")

@@ -227,7 +227,7 @@ func TestSendersOfThisHost(t *testing.T) {
 					for o := range outputs {
 						to := netip.AddrPortFrom(netip.AddrFrom4([4]byte{239, 7, byte(number), byte(o)}), 6000)
 						outs = append(outs, fmt.Sprintf("%s%%out%d", to, o))
-						sinks = append(sinks, listen(t, n.sinks[o], to))
+						sinks = append(sinks, labtest.Listen(t, n.sinks[o], "sink0", to))
 					}
 					if kind != "macvlan" { // which has what its parent has
 						offload(t, c, "eth0", s.offload)

@@ -56,18 +56,6 @@ func (n *network) connectOutput(i int) {
 		lab.End{Host: n.sinks[i], Name: "sink0", Addrs: []string{fmt.Sprintf("10.2.%d.2/24", i)}})
 }
 
-// remove deletes an interface of the relay, and with it its peer.
-func (n *network) remove(name string) {
-	n.t.Helper()
-	l, err := n.relay.Link(name)
-	if err == nil {
-		err = n.relay.Netlink().LinkDel(l)
-	}
-	if err != nil {
-		n.t.Fatal(err)
-	}
-}
-
 // igmp returns the IPv4 groups of each interface, as the kernel lists them, without
 // that of all hosts.
 func igmp(t testing.TB, h *lab.Host) map[string][]netip.Addr {

@@ -3,7 +3,6 @@ package e2e_test
 import (
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"syscall"
 	"testing"
@@ -16,11 +15,6 @@ import (
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/traffic"
 )
-
-func sysctl(t testing.TB, h *lab.Host, name, value string) {
-	t.Helper()
-	labtest.Do(t, h, func() error { return os.WriteFile("/proc/sys/net/"+name, []byte(value), 0o644) })
-}
 
 // gateway routes a network by a gateway on an interface of the relay.
 func (n *network) gateway(dst, gateway, ifname string) {
@@ -68,8 +62,8 @@ func TestUnicastOutput(t *testing.T) {
 	in.start()
 	// At once and once a second, rather than for 3 seconds and every 5.
 	for _, name := range []string{"out1", "out2"} {
-		sysctl(t, n.relay, "ipv4/neigh/"+name+"/retrans_time_ms", "20")
-		sysctl(t, n.relay, "ipv4/neigh/"+name+"/interval_probe_time_ms", "1000")
+		labtest.Sysctl(t, n.relay, "net/ipv4/neigh/"+name+"/retrans_time_ms", "20")
+		labtest.Sysctl(t, n.relay, "net/ipv4/neigh/"+name+"/interval_probe_time_ms", "1000")
 	}
 	if err := n.sinks[2].AddAddr("lo", "10.99.0.5/32"); err != nil {
 		t.Fatal(err)
@@ -96,7 +90,7 @@ func TestUnicastOutput(t *testing.T) {
 	arrives(2, "10.99.0.5:6000%sink0")
 
 	// The neighbour gets another MAC and says so.
-	sysctl(t, n.sinks[1], "ipv4/conf/sink0/arp_notify", "1")
+	labtest.Sysctl(t, n.sinks[1], "net/ipv4/conf/sink0/arp_notify", "1")
 	setMAC(t, n.sinks[1], "sink0", "02:00:00:00:00:55")
 	in.waitNextHop("mixed", 1, [6]byte{2, 0, 0, 0, 0, 0x55})
 	arrives(1, "10.2.1.2:6000%sink0")

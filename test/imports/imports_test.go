@@ -31,6 +31,7 @@ var allowed = map[string][]string{
 	"pkg/control":       {"internal/lockfile", "pkg/rules"},
 	"pkg/forward":       {"bpf", "pkg/account", "pkg/fanout", "pkg/flow", "pkg/loader", "pkg/packet", "pkg/xsk"},
 	"pkg/metrics":       {"pkg/control"},
+	"internal/demo":     {"internal/lab", "pkg/control", "pkg/loader", "pkg/rules", "pkg/traffic"},
 	"pkg/relay":         {"bpf", "internal/rulefile", "pkg/control", "pkg/fanout", "pkg/flow", "pkg/forward", "pkg/loader", "pkg/membership", "pkg/network", "pkg/plan", "pkg/rules"},
 	"internal/genl":     {},
 	"internal/lockfile": {},

@@ -27,8 +27,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
-
-	"xdpcast/internal/labtest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -226,9 +224,4 @@ func fileSize(path string) int64 {
 		return -1
 	}
 	return info.Size()
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	labtest.Eventually(t, what, condition)
 }

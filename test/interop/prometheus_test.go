@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
 )
 
 // TestAlerts has promtool make each fault that an alert is for, and see it fire.
@@ -91,7 +92,7 @@ func TestDashboard(t *testing.T) {
 		for _, q := range p.Targets {
 			expr := strings.NewReplacer("$__rate_interval", "20s", `"$instance"`, `".*"`, `"$rule"`, `"video"`).Replace(q.Expr)
 			last := ""
-			eventually(t, fmt.Sprintf("panel %q has data for %s", p.Title, expr), func() bool {
+			labtest.Eventually(t, fmt.Sprintf("panel %q has data for %s", p.Title, expr), func() bool {
 				last = query(ctx, t, n.relay, expr)
 				return last != ""
 			})
@@ -103,7 +104,7 @@ func TestDashboard(t *testing.T) {
 	// What Prometheus has in the end is what the relay says.
 	rule := relay.rule(ctx, t, "video")
 	want := fmt.Sprintf("=> %d @", rule.Matched.Packets)
-	eventually(t, "Prometheus has "+want, func() bool {
+	labtest.Eventually(t, "Prometheus has "+want, func() bool {
 		return strings.Contains(query(ctx, t, n.relay, `xdpcast_rule_received_packets_total{rule="video"}`), want)
 	})
 	dropped := rule.Outputs[1].Drops

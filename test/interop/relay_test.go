@@ -106,11 +106,12 @@ type relay struct {
 func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, flags ...string) *relay {
 	t.Helper()
 	dir := t.TempDir()
-	r := &relay{program: filepath.Join(dir, "xdpcast"), socket: filepath.Join(dir, "run", "xdpcast.sock")}
-	r.dirs = []string{"--pin-dir", filepath.Join(dir, "bpf", "xdpcast"), "--run-dir", filepath.Join(dir, "run")}
-	if out, err := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", r.program, "xdpcast/cmd/xdpcast").CombinedOutput(); err != nil {
-		t.Fatalf("build the program: %v\n%s", err, out)
+	program, err := labtest.BuildProgram(dir)
+	if err != nil {
+		t.Fatal(err)
 	}
+	r := &relay{program: program, socket: filepath.Join(dir, "run", "xdpcast.sock")}
+	r.dirs = []string{"--pin-dir", filepath.Join(dir, "bpf", "xdpcast"), "--run-dir", filepath.Join(dir, "run")}
 	file := filepath.Join(dir, "rules.yaml")
 	if err := os.WriteFile(file, []byte(rules), 0o600); err != nil {
 		t.Fatal(err)
@@ -125,7 +126,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, fl
 	})
 	args := slices.Concat([]string{"--socket", r.socket, "run", "-c", file, "--mode", "native"}, r.dirs, flags)
 	daemon := start(ctx, t, h, r.program, args...)
-	eventually(t, "the relay is ready", func() bool {
+	labtest.Eventually(t, "the relay is ready", func() bool {
 		select {
 		case <-daemon.done:
 			t.Fatalf("the relay has ended: %v\n%s", daemon.err, daemon.stderr.String())

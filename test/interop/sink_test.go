@@ -51,13 +51,13 @@ func startSink(ctx context.Context, t *testing.T, h *lab.Host, want sinkCase) *s
 // waitReady waits until all three would see a packet.
 func (s *sink) waitReady(t *testing.T) {
 	t.Helper()
-	eventually(t, "ffmpeg and socat have bound "+s.want.group.String(), func() bool {
+	labtest.Eventually(t, "ffmpeg and socat have bound "+s.want.group.String(), func() bool {
 		return s.bound(t) == 2
 	})
-	eventually(t, "ffmpeg and socat have joined "+s.want.group.Addr().String(), func() bool {
+	labtest.Eventually(t, "ffmpeg and socat have joined "+s.want.group.Addr().String(), func() bool {
 		return s.members(t) == 2
 	})
-	eventually(t, "tshark captures", func() bool { return fileSize(s.capture) >= pcapHeader })
+	labtest.Eventually(t, "tshark captures", func() bool { return fileSize(s.capture) >= pcapHeader })
 }
 
 // bound counts the sockets on the sink's port.
@@ -116,7 +116,7 @@ func (s *sink) checkLive(t *testing.T, sent frames) {
 func (s *sink) checkRecording(ctx context.Context, t *testing.T, sent frames, counted control.Counter) {
 	t.Helper()
 	payload := int64(counted.Bytes) - int64(counted.Packets)*int64(s.headers())
-	eventually(t, fmt.Sprintf("socat has written %d bytes", payload), func() bool { return fileSize(s.recording) >= payload })
+	labtest.Eventually(t, fmt.Sprintf("socat has written %d bytes", payload), func() bool { return fileSize(s.recording) >= payload })
 	s.socat.stop(syscall.SIGTERM)
 	if got := fileSize(s.recording); got != payload {
 		t.Errorf("socat has written %d bytes, want %d", got, payload)
@@ -144,7 +144,7 @@ const (
 func (s *sink) checkCapture(ctx context.Context, t *testing.T, counted control.Counter) {
 	t.Helper()
 	size := int64(pcapHeader + pcapPacketHeader*counted.Packets + counted.Bytes)
-	eventually(t, fmt.Sprintf("tshark has written %d bytes", size), func() bool { return fileSize(s.capture) >= size })
+	labtest.Eventually(t, fmt.Sprintf("tshark has written %d bytes", size), func() bool { return fileSize(s.capture) >= size })
 	s.shark.stop(syscall.SIGINT)
 
 	read := []string{"-r", s.capture, "-o", "ip.check_checksum:TRUE", "-o", "udp.check_checksum:TRUE",

@@ -1,4 +1,4 @@
-package main
+package demo
 
 import (
 	"errors"
@@ -27,19 +27,19 @@ func sinkHosts() []string { return []string{"sink1", "sink2", "sink3"} }
 
 func labHosts() []string { return append([]string{sourceHost, relayHost}, sinkHosts()...) }
 
-// labPlaces says what a lab is called and where its things are.
-type labPlaces struct{ prefix string }
+// places says what a lab is called and where its things are.
+type places struct{ prefix string }
 
-func (p labPlaces) namespace(host string) string { return p.prefix + "-" + host }
-func (p labPlaces) runDir() string               { return "/run/" + p.prefix + "-demo" }
-func (p labPlaces) pinDir() string               { return "/sys/fs/bpf/" + p.prefix + "_demo" }
-func (p labPlaces) socket() string               { return filepath.Join(p.runDir(), "xdpcast.sock") }
-func (p labPlaces) rulesFile() string            { return filepath.Join(p.runDir(), "rules.yaml") }
-func (p labPlaces) logFile() string              { return filepath.Join(p.runDir(), "relay.log") }
+func (p places) namespace(host string) string { return p.prefix + "-" + host }
+func (p places) runDir() string               { return "/run/" + p.prefix + "-demo" }
+func (p places) pinDir() string               { return "/sys/fs/bpf/" + p.prefix + "_demo" }
+func (p places) socket() string               { return filepath.Join(p.runDir(), "xdpcast.sock") }
+func (p places) rulesFile() string            { return filepath.Join(p.runDir(), "rules.yaml") }
+func (p places) logFile() string              { return filepath.Join(p.runDir(), "relay.log") }
 
 // removal is the command that removes the lab.
-func (p labPlaces) removal() string {
-	if p.prefix == demoPrefix {
+func (p places) removal() string {
+	if p.prefix == DefaultPrefix {
 		return "xdpcast demo --remove"
 	}
 	return "xdpcast demo --remove --prefix " + p.prefix
@@ -47,7 +47,7 @@ func (p labPlaces) removal() string {
 
 // found lists what there is of the lab: nothing before it is made and after it
 // is removed.
-func (p labPlaces) found() ([]string, error) {
+func (p places) found() ([]string, error) {
 	paths := []string{p.runDir()}
 	for _, host := range labHosts() {
 		paths = append(paths, filepath.Join(lab.RunDir, p.namespace(host)))
@@ -66,11 +66,11 @@ func (p labPlaces) found() ([]string, error) {
 }
 
 // staging lists the pins of a relay that was killed before it published them.
-func (p labPlaces) staging() ([]string, error) { return filepath.Glob(p.pinDir() + "_new_*") }
+func (p places) staging() ([]string, error) { return filepath.Glob(p.pinDir() + "_new_*") }
 
 // claim makes the run directory, which marks everything by the lab's names as
 // the demonstration's own.
-func (p labPlaces) claim() error {
+func (p places) claim() error {
 	there, err := p.found()
 	if err != nil {
 		return err
@@ -86,7 +86,7 @@ func (p labPlaces) claim() error {
 	return nil
 }
 
-func (p labPlaces) taken(path string) error {
+func (p places) taken(path string) error {
 	if _, err := os.Lstat(p.runDir()); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s is there already, and not from a demonstration: remove it, or name the lab otherwise with --prefix", path)
 	}
@@ -95,7 +95,7 @@ func (p labPlaces) taken(path string) error {
 
 // remove removes everything but running processes. It can be done again until
 // it succeeds: the run directory, the mark, goes last.
-func (p labPlaces) remove() error {
+func (p places) remove() error {
 	var errs []error
 	if err := loader.Unload(loader.Options{PinDir: p.pinDir(), RunDir: p.runDir()}); err != nil && !errors.Is(err, loader.ErrNotLoaded) {
 		errs = append(errs, err)
@@ -121,8 +121,11 @@ func (p labPlaces) remove() error {
 	return err
 }
 
-// removeKept removes a lab of an earlier process.
-func removeKept(p labPlaces) error {
+// Remove removes the lab of that prefix, which an earlier demonstration kept or left
+// behind, and ends its relay. It is an error if there is none, or if processes of
+// others run in it; nothing has changed then.
+func Remove(prefix string) error {
+	p := places{prefix}
 	if _, err := os.Lstat(p.runDir()); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("no lab called %s is there (no %s)", p.prefix, p.runDir())
 	} else if err != nil {
@@ -136,7 +139,7 @@ func removeKept(p labPlaces) error {
 
 // stopKeptRelay ends the relay of a lab. It refuses, and ends nothing, while
 // processes of others run in the lab: their namespaces would live on.
-func stopKeptRelay(p labPlaces) error {
+func stopKeptRelay(p places) error {
 	pid, err := listenerOf(p.socket())
 	if err != nil {
 		return err
@@ -170,7 +173,7 @@ func stopKeptRelay(p labPlaces) error {
 }
 
 // clean removes everything that the demonstration made.
-func (d *demo) clean() error {
+func (d *demonstration) clean() error {
 	var errs []error
 	if d.relay != nil {
 		errs = append(errs, d.relay.stop())
@@ -182,7 +185,7 @@ func (d *demo) clean() error {
 }
 
 // release lets go of the lab, which stays.
-func (d *demo) release() error {
+func (d *demonstration) release() error {
 	d.relay.release()
 	var errs []error
 	for _, h := range d.hosts {
@@ -196,7 +199,7 @@ func (d *demo) release() error {
 //	source eth0 ---- eth0 relay eth1 ---- eth0 sink1
 //	                            eth2 ---- eth0 sink2
 //	                            eth3 ---- eth0 sink3
-func (d *demo) build() error {
+func (d *demonstration) build() error {
 	for _, name := range labHosts() {
 		h, err := lab.NewHost(d.places.namespace(name))
 		if errors.Is(err, fs.ErrPermission) {
@@ -238,7 +241,7 @@ func connect(a, b lab.End) error {
 }
 
 // writeRules writes the streams' rules as the relay's file.
-func (d *demo) writeRules() error {
+func (d *demonstration) writeRules() error {
 	list := make([]rules.Rule, 0, len(d.streams))
 	for _, s := range d.streams {
 		rule, err := control.ToRule(s.rule)

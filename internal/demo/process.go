@@ -1,4 +1,4 @@
-package main
+package demo
 
 import (
 	"errors"
@@ -104,7 +104,7 @@ type insider struct {
 
 // processesIn looks for processes in the namespaces of a lab. Those that end
 // meanwhile are not there.
-func processesIn(p labPlaces) ([]insider, error) {
+func processesIn(p places) ([]insider, error) {
 	spaces := map[string]os.FileInfo{}
 	for _, host := range labHosts() {
 		info, err := os.Stat(filepath.Join(lab.RunDir, p.namespace(host)))
@@ -132,7 +132,7 @@ func processesIn(p labPlaces) ([]insider, error) {
 			}
 			pid, _ := strconv.Atoi(filepath.Base(dir)) // digits, as the pattern says
 			comm, _ := os.ReadFile(filepath.Join(dir, "comm"))
-			all = append(all, insider{pid, printable(strings.TrimSpace(string(comm))), name})
+			all = append(all, insider{pid, strings.TrimSpace(string(comm)), name})
 		}
 	}
 	return all, nil

@@ -1,10 +1,9 @@
-package main
+package demo
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"net/netip"
 	"sync"
@@ -16,8 +15,8 @@ import (
 	"xdpcast/pkg/traffic"
 )
 
-// demoSize is the UDP payload of the demonstration's packets, in bytes.
-const demoSize = 1000
+// PacketSize is the UDP payload of the demonstration's packets, in bytes.
+const PacketSize = 1000
 
 // stream is one stream of the demonstration: its rule, what the source sends,
 // and what has to arrive.
@@ -40,9 +39,9 @@ type arrival struct {
 	want traffic.Expected
 }
 
-// demoStreams are the four streams. Source and relay are as build makes them:
+// testStreams are the four streams. Source and relay are as build makes them:
 // relay has 10.0.N.1 on ethN.
-func demoStreams() []stream {
+func testStreams() []stream {
 	source, other := netip.AddrFrom4([4]byte{10, 0, 0, 5}), netip.AddrFrom4([4]byte{10, 0, 0, 6})
 	eth1, eth3 := netip.AddrFrom4([4]byte{10, 0, 1, 1}), netip.AddrFrom4([4]byte{10, 0, 3, 1})
 	elsewhere := netip.AddrFrom4([4]byte{192, 0, 2, 9}) // documentation, RFC 5737
@@ -100,7 +99,7 @@ type flown struct {
 }
 
 // transmit sends the streams and says what became of them.
-func (d *demo) transmit(ctx context.Context) (all []flown, err error) {
+func (d *demonstration) transmit(ctx context.Context) (all []flown, err error) {
 	var flights []*flight
 	defer func() {
 		for _, f := range flights {
@@ -124,14 +123,14 @@ func (d *demo) transmit(ctx context.Context) (all []flown, err error) {
 }
 
 // packets is how many packets a stream has.
-func (d *demo) packets() uint64 {
-	return max(1, uint64(math.Round(d.streamRate()*d.length.Seconds())))
+func (d *demonstration) packets() uint64 {
+	return max(1, uint64(math.Round(d.streamRate()*d.Duration.Seconds())))
 }
 
-func (d *demo) streamRate() float64 { return d.rate / float64(len(d.streams)) }
+func (d *demonstration) streamRate() float64 { return d.Rate / float64(len(d.streams)) }
 
 // open opens the sockets: after it, nothing that is sent can be missed.
-func (d *demo) open(f *flight) error {
+func (d *demonstration) open(f *flight) error {
 	for _, a := range f.arrivals {
 		sub, err := traffic.ParseSubscription(a.at)
 		if err != nil {
@@ -150,7 +149,7 @@ func (d *demo) open(f *flight) error {
 		}
 	}
 	cfg := f.send
-	cfg.Size, cfg.Count, cfg.Rate = demoSize, f.count, traffic.Rate{Value: d.streamRate()}
+	cfg.Size, cfg.Count, cfg.Rate = PacketSize, f.count, traffic.Rate{Value: d.streamRate()}
 	var err error
 	if cfg.Target, err = traffic.ParseTarget(f.to); err != nil {
 		return err
@@ -192,7 +191,7 @@ func (f *flight) report() flown {
 
 // fly runs all senders and receivers until everything has arrived, or nothing
 // more does.
-func (d *demo) fly(ctx context.Context, flights []*flight) error {
+func (d *demonstration) fly(ctx context.Context, flights []*flight) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	group, ctx := errgroup.WithContext(ctx)
@@ -238,24 +237,20 @@ const (
 	patience = 2 * time.Second
 )
 
-// watch writes the live lines until the streams have ended and settled.
-func (d *demo) watch(ctx context.Context, flights []*flight, sent <-chan struct{}) error {
+// watch reports figures until the streams have ended and settled.
+func (d *demonstration) watch(ctx context.Context, flights []*flight, sent <-chan struct{}) error {
 	start := time.Now()
-	lines, looks := time.NewTicker(d.every), time.NewTicker(look)
-	defer lines.Stop()
+	reports, looks := time.NewTicker(d.Interval), time.NewTicker(look)
+	defer reports.Stop()
 	defer looks.Stop()
-	fmt.Fprintf(d.live, liveFormat, "TIME", "SENT", "EXPECTED", "RECEIVED", "LOST", "SENT/S", "RECEIVED/S")
-	var shown figures
-	var shownAt time.Duration
-	last, lastChange := figures{}, start
+	d.Observer.Flowing()
+	last, lastChange := Figures{}, start
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-lines.C:
-			now, at := figuresOf(flights), time.Since(start)
-			now.writeLine(d.live, at, shown, at-shownAt)
-			shown, shownAt = now, at
+		case <-reports.C:
+			d.Observer.Progress(time.Since(start), figuresOf(flights), false)
 		case <-looks.C:
 			if err := d.relay.endedEarly(); err != nil {
 				return err
@@ -270,42 +265,41 @@ func (d *demo) watch(ctx context.Context, flights []*flight, sent <-chan struct{
 				continue
 			}
 			wait := patience
-			if now.received >= now.expected {
+			if now.Received >= now.Expected {
 				wait = quiet
 			}
 			if time.Since(lastChange) >= wait {
-				now.writeLine(d.live, time.Since(start), shown, 0) // all that there will be
-				fmt.Fprintln(d.live)
+				d.Observer.Progress(time.Since(start), now, true)
 				return nil
 			}
 		}
 	}
 }
 
-// figures are the sums over all streams at one moment.
-type figures struct {
-	sent      uint64 // packets
-	expected  uint64 // copies that these must become
-	received  uint64 // copies
-	lost      uint64 // copies whose numbers were skipped
-	datagrams uint64 // at the sinks, of whatever kind
+// Figures are the sums over all streams at one moment.
+type Figures struct {
+	Sent      uint64 // packets
+	Expected  uint64 // copies that these must become
+	Received  uint64 // copies
+	Lost      uint64 // copies whose numbers were skipped
+	Datagrams uint64 // at the sinks, of whatever kind
 }
 
 // figuresOf adds up what the senders and receivers say.
-func figuresOf(flights []*flight) figures {
-	var f figures
+func figuresOf(flights []*flight) Figures {
+	var f Figures
 	for _, fl := range flights {
 		var received []traffic.RecvReport
 		for _, r := range fl.receivers {
 			report := r.Report()
 			received = append(received, report)
-			f.received += report.Total.Received
-			f.lost += report.Total.Lost
-			f.datagrams += report.Total.Datagrams
+			f.Received += report.Total.Received
+			f.Lost += report.Total.Lost
+			f.Datagrams += report.Total.Datagrams
 		}
 		sent := sentSoFar(fl.sender.Report(), received)
-		f.sent += sent
-		f.expected += sent * uint64(len(received))
+		f.Sent += sent
+		f.Expected += sent * uint64(len(received))
 	}
 	return f
 }
@@ -325,19 +319,4 @@ func sentSoFar(sent traffic.SendReport, received []traffic.RecvReport) uint64 {
 		}
 	}
 	return n
-}
-
-// liveFormat aligns the live lines.
-const liveFormat = "%6s %12s %12s %12s %9s %11s %11s\n"
-
-// writeLine writes the figures, and the rates since those of d before; d 0 has none.
-func (f figures) writeLine(w io.Writer, at time.Duration, before figures, d time.Duration) {
-	rate := func(n uint64) string {
-		if d <= 0 {
-			return "-"
-		}
-		return perSecond(float64(n) / d.Seconds())
-	}
-	fmt.Fprintf(w, liveFormat, seconds(int64(at)), count(f.sent), count(f.expected), count(f.received), count(f.lost),
-		rate(f.sent-before.sent), rate(f.received-before.received))
 }

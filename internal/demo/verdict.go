@@ -1,8 +1,8 @@
-package main
+package demo
 
 import (
+	"cmp"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 
@@ -10,34 +10,34 @@ import (
 	"xdpcast/pkg/traffic"
 )
 
-// verdict is what a demonstration found.
-type verdict struct {
+// Verdict is what a demonstration found.
+type Verdict struct {
 	// OK says that every packet arrived as its rule says, and only those.
 	OK bool `json:"ok"`
 	// Faults says what was not so, one line each.
 	Faults  []string        `json:"faults"`
-	Streams []streamVerdict `json:"streams"`
-	Total   totals          `json:"total"`
+	Streams []StreamVerdict `json:"streams"`
+	Total   Totals          `json:"total"`
 	// Commands are to try in a lab that was kept.
-	Commands []labCommand `json:"commands,omitempty"`
+	Commands []Command `json:"commands,omitempty"`
 }
 
-// streamVerdict is what became of one stream.
-type streamVerdict struct {
+// StreamVerdict is what became of one stream.
+type StreamVerdict struct {
 	Rule control.Rule `json:"rule"`
 	// Path is the one that the relay used.
 	Path string `json:"path"`
 	// Sent is what the source sent, Matched what the relay's rule took.
 	Sent    uint64         `json:"sent"`
 	Matched uint64         `json:"matched"`
-	Outputs []copyVerdict  `json:"outputs"`
+	Outputs []CopyVerdict  `json:"outputs"`
 	Drops   []control.Drop `json:"drops"` // by the relay, before it made copies
 	// Other is the sender that the rule does not name, nil when there was none.
-	Other *otherVerdict `json:"other_source,omitempty"`
+	Other *OtherVerdict `json:"other_source,omitempty"`
 }
 
-// copyVerdict is what became of the copies for one output.
-type copyVerdict struct {
+// CopyVerdict is what became of the copies for one output.
+type CopyVerdict struct {
 	Slot     int    `json:"slot"`
 	Sink     string `json:"sink"`
 	Endpoint string `json:"endpoint"`
@@ -50,27 +50,27 @@ type copyVerdict struct {
 	Latency traffic.Latency `json:"latency"`
 	// Wanted are the header fields to arrive; LastWrong is of the latest
 	// packet that had others.
-	Wanted    wantedFields    `json:"wanted"`
+	Wanted    WantedFields    `json:"wanted"`
 	LastWrong *traffic.Fields `json:"last_wrong,omitempty"`
 }
 
-// wantedFields is traffic.Expected for programs to read.
-type wantedFields struct {
+// WantedFields is traffic.Expected for programs to read.
+type WantedFields struct {
 	Source     string `json:"source"`
 	SourcePort uint16 `json:"source_port"`
 	TTL        uint8  `json:"ttl"`
 	DSCP       *uint8 `json:"dscp"`
 }
 
-// otherVerdict is what became of a sender that the rule does not name.
-type otherVerdict struct {
+// OtherVerdict is what became of a sender that the rule does not name.
+type OtherVerdict struct {
 	Source   string `json:"source"`
 	Sent     uint64 `json:"sent"`
 	Received uint64 `json:"received"`
 }
 
-// totals are the sums over all streams.
-type totals struct {
+// Totals are the sums over all streams.
+type Totals struct {
 	Sent     uint64 `json:"sent"`
 	Matched  uint64 `json:"matched"`
 	Expected uint64 `json:"expected"`
@@ -79,8 +79,8 @@ type totals struct {
 }
 
 // judge compares what was sent, what the relay counted and what arrived.
-func judge(all []flown, stats control.Stats) *verdict {
-	v := &verdict{Faults: []string{}}
+func judge(all []flown, stats control.Stats) *Verdict {
+	v := &Verdict{Faults: []string{}}
 	var other uint64
 	for _, f := range all {
 		i := slices.IndexFunc(stats.Rules, func(r control.RuleStatus) bool { return r.Name == f.rule.Name })
@@ -98,21 +98,21 @@ func judge(all []flown, stats control.Stats) *verdict {
 		v.fault("the relay saw %d packets that no rule matched, but other sources sent %d", stats.Passed.Packets, other)
 	}
 	for _, d := range stats.TransmitDrops {
-		v.fault("the relay's interface %s did not take %s (%s)", d.Interface, plural(int(d.Packets), "packet"), d.Reason)
+		v.fault("the relay's interface %s did not take %s (%s)", d.Interface, packets(d.Packets), d.Reason)
 	}
 	v.OK = len(v.Faults) == 0
 	return v
 }
 
-func (v *verdict) fault(format string, args ...any) {
+func (v *Verdict) fault(format string, args ...any) {
 	v.Faults = append(v.Faults, fmt.Sprintf(format, args...))
 }
 
-func (v *verdict) judgeStream(f flown, rule control.RuleStatus) streamVerdict {
+func (v *Verdict) judgeStream(f flown, rule control.RuleStatus) StreamVerdict {
 	name := f.rule.Name
-	s := streamVerdict{Rule: f.rule, Path: rule.UsedPath, Sent: f.sent.Packets, Matched: rule.Matched.Packets, Drops: rule.Drops}
+	s := StreamVerdict{Rule: f.rule, Path: rule.UsedPath, Sent: f.sent.Packets, Matched: rule.Matched.Packets, Drops: rule.Drops}
 	if rule.State != control.StateActive || rule.UsedPath == "" {
-		v.fault("%s: the rule is not active: %s", name, orDash(stateText(rule.State, rule.Reason)))
+		v.fault("%s: the rule is not active: %s", name, cmp.Or(stateText(rule), "-"))
 	}
 	if s.Sent != f.count {
 		v.fault("%s: %d packets sent, not %d", name, s.Sent, f.count)
@@ -136,13 +136,13 @@ func (v *verdict) judgeStream(f flown, rule control.RuleStatus) streamVerdict {
 
 // judgeCopy compares both the relay's count and the sink's with what was sent,
 // and so with each other.
-func (v *verdict) judgeCopy(f flown, slot int, a arrival, out control.OutputStatus) copyVerdict {
+func (v *Verdict) judgeCopy(f flown, slot int, a arrival, out control.OutputStatus) CopyVerdict {
 	name := fmt.Sprintf("%s to %s", f.rule.Name, a.sink)
 	r := f.received[slot]
-	c := copyVerdict{
+	c := CopyVerdict{
 		Slot: slot, Sink: a.sink, Endpoint: a.at, Expected: f.sent.Packets, Relayed: out.Sent.Packets, Drops: out.Drops,
 		Counters: r.Total, Latency: r.Latency,
-		Wanted: wantedFields{a.want.Source.String(), a.want.SourcePort, a.want.TTL, a.want.DSCP},
+		Wanted: WantedFields{a.want.Source.String(), a.want.SourcePort, a.want.TTL, a.want.DSCP},
 	}
 	for _, g := range r.Groups {
 		c.LastWrong = g.LastWrong
@@ -159,22 +159,22 @@ func (v *verdict) judgeCopy(f flown, slot int, a arrival, out control.OutputStat
 		v.fault("%s: %s", name, text)
 	}
 	if c.Foreign > 0 {
-		v.fault("%s: %s not from the source", name, plural(int(c.Foreign), "packet"))
+		v.fault("%s: %s not from the source", name, packets(c.Foreign))
 	}
 	return c
 }
 
-func (v *verdict) faultDrops(name string, drops []control.Drop) {
+func (v *Verdict) faultDrops(name string, drops []control.Drop) {
 	for _, d := range drops {
 		if d.Packets > 0 {
-			v.fault("%s: the relay dropped %s: %s", name, plural(int(d.Packets), "packet"), d.Reason)
+			v.fault("%s: the relay dropped %s: %s", name, packets(d.Packets), d.Reason)
 		}
 	}
 }
 
 // judgeOther looks for packets of the second sender among what arrived.
-func (v *verdict) judgeOther(f flown) *otherVerdict {
-	o := &otherVerdict{Source: f.stream.other.String(), Sent: f.other.Packets}
+func (v *Verdict) judgeOther(f flown) *OtherVerdict {
+	o := &OtherVerdict{Source: f.stream.other.String(), Sent: f.other.Packets}
 	for _, r := range f.received {
 		for _, g := range r.Groups {
 			for _, flow := range g.Flows {
@@ -188,12 +188,12 @@ func (v *verdict) judgeOther(f flown) *otherVerdict {
 		v.fault("%s: the other source, %s, sent nothing", f.rule.Name, o.Source)
 	}
 	if o.Received > 0 {
-		v.fault("%s: %s from %s came through, which the rule does not name", f.rule.Name, plural(int(o.Received), "packet"), o.Source)
+		v.fault("%s: %s from %s came through, which the rule does not name", f.rule.Name, packets(o.Received), o.Source)
 	}
 	return o
 }
 
-func (t *totals) add(s streamVerdict) {
+func (t *Totals) add(s StreamVerdict) {
 	t.Sent += s.Sent
 	t.Matched += s.Matched
 	for _, o := range s.Outputs {
@@ -217,41 +217,18 @@ func (t *totals) add(s streamVerdict) {
 	}
 }
 
-// write shows the verdict: a line for each stream and sink, the sums, what was
-// wrong, and the commands for a lab that stays.
-func (v *verdict) write(w io.Writer) error {
-	t := newTable("RULE", "PATH", ">SENT", ">MATCHED", "SINK", ">EXPECTED", ">RELAYED", ">RECEIVED",
-		">LOST", ">DUPLICATE", ">REORDERED", ">WRONG", ">CORRUPT", ">P50", ">P99")
-	for _, s := range v.Streams {
-		first := []string{s.Rule.Name, orDash(s.Path), count(s.Sent), count(s.Matched)}
-		for _, o := range s.Outputs {
-			row := append(first, o.Sink, count(o.Expected), count(o.Relayed))
-			row = append(row, receivedCells(o.Counters)...)
-			t.add(append(row, latency(o.Latency, o.Latency.P50NS), latency(o.Latency, o.Latency.P99NS))...)
-			first = []string{"", "", "", ""}
-		}
+// packets is "1 packet", "2 packets".
+func packets(n uint64) string {
+	if n == 1 {
+		return "1 packet"
 	}
-	row := []string{"total", "", count(v.Total.Sent), count(v.Total.Matched), "", count(v.Total.Expected), count(v.Total.Relayed)}
-	t.add(append(append(row, receivedCells(v.Total.Counters)...), "", "")...)
-	if err := t.write(w); err != nil {
-		return err
-	}
-	fmt.Fprintln(w)
-	for _, s := range v.Streams {
-		if s.Other != nil {
-			fmt.Fprintf(w, "%s: %s from another source, %s: %d came through\n", s.Rule.Name, plural(int(s.Other.Sent), "packet"), s.Other.Source, s.Other.Received)
-		}
-	}
-	if v.OK {
-		fmt.Fprintln(w, "ok: every packet arrived as its rule says")
-	}
-	for _, fault := range v.Faults {
-		fmt.Fprintf(w, "FAILED: %s\n", printable(fault))
-	}
-	return writeLabCommands(w, v.Commands)
+	return fmt.Sprintf("%d packets", n)
 }
 
-// receivedCells are what a sink counted.
-func receivedCells(c traffic.Counters) []string {
-	return []string{count(c.Received), count(c.Lost), count(c.Duplicated), count(c.Reordered), count(wrongFields(c)), count(c.Corrupt)}
+// stateText is a rule's state with its reason, if there is one.
+func stateText(r control.RuleStatus) string {
+	if r.Reason == "" {
+		return r.State
+	}
+	return r.State + ": " + r.Reason
 }

@@ -1,9 +1,6 @@
-package main
+package demo
 
 import (
-	"fmt"
-	"io"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -11,18 +8,15 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// labCommand is a command to try in a lab.
-type labCommand struct {
+// Command is a shell command to try in a lab.
+type Command struct {
 	About   string `json:"about"`
 	Command string `json:"command"`
 }
 
-// commands are those to try in a lab that stays, as root.
-func (p labPlaces) commands() ([]labCommand, error) {
-	self, err := ownName()
-	if err != nil {
-		return nil, err
-	}
+// commands lists what to try in a lab that stays, as root.
+func (p places) commands(program string) []Command {
+	self := shellName(program)
 	relay := self + " --socket " + p.socket() + " "
 	inside := func(host string) string {
 		return "nsenter --net=" + filepath.Join(lab.RunDir, p.namespace(host)) + " " + self + " "
@@ -31,7 +25,7 @@ func (p labPlaces) commands() ([]labCommand, error) {
 		return "bpftool map " + what + " pinned " + filepath.Join(p.pinDir(), name) + key
 	}
 	const first = " key 0 0 0 0" // the maps of rules and outputs are long arrays
-	return []labCommand{
+	return []Command{
 		{"the relay and its interfaces", relay + "status"},
 		{"the rules", relay + "rule list"},
 		{"the memberships", relay + "group list"},
@@ -43,38 +37,15 @@ func (p labPlaces) commands() ([]labCommand, error) {
 		{"the first rule and the first output in the kernel", bpftool("lookup", "rules", first)},
 		{"", bpftool("lookup", "outputs", first)},
 		{"remove the lab", self + strings.TrimPrefix(p.removal(), "xdpcast")},
-	}, nil
+	}
 }
 
-// ownName is how a shell finds this program.
-func ownName() (string, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return "", err
-	}
+// shellName is how a shell finds the program: by its name alone where that does.
+func shellName(program string) string {
 	if found, err := exec.LookPath("xdpcast"); err == nil {
-		if found, err = filepath.EvalSymlinks(found); err == nil && found == self {
-			return "xdpcast", nil
+		if found, err = filepath.EvalSymlinks(found); err == nil && found == program {
+			return "xdpcast"
 		}
 	}
-	return self, nil
-}
-
-// writeLabCommands shows the commands; none when there are none.
-func writeLabCommands(w io.Writer, commands []labCommand) error {
-	if len(commands) == 0 {
-		return nil
-	}
-	if _, err := fmt.Fprintln(w, "\nThe lab stays, with its relay running. To try, as root:"); err != nil {
-		return err
-	}
-	for _, c := range commands {
-		if c.About != "" {
-			fmt.Fprintf(w, "\n# %s\n", c.About)
-		}
-		if _, err := fmt.Fprintln(w, c.Command); err != nil {
-			return err
-		}
-	}
-	return nil
+	return program
 }

@@ -1,4 +1,4 @@
-package main
+package demo
 
 import (
 	"context"
@@ -23,7 +23,7 @@ const (
 	look = 10 * time.Millisecond
 )
 
-// relayProcess is the relay of a lab: this program, run once more.
+// relayProcess is the relay of a lab: Config.Program, run in the lab.
 type relayProcess struct {
 	cmd     *exec.Cmd
 	process *process
@@ -31,12 +31,8 @@ type relayProcess struct {
 }
 
 // startRelay starts "xdpcast run" in the relay's namespace.
-func (d *demo) startRelay() error {
+func (d *demonstration) startRelay() error {
 	if err := d.writeRules(); err != nil {
-		return err
-	}
-	self, err := os.Executable()
-	if err != nil {
 		return err
 	}
 	log, err := os.Create(d.places.logFile())
@@ -44,7 +40,7 @@ func (d *demo) startRelay() error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(self, "--socket", d.places.socket(), "run", "-c", d.places.rulesFile(),
+	cmd := exec.Command(d.Program, "--socket", d.places.socket(), "run", "-c", d.places.rulesFile(),
 		"--pin-dir", d.places.pinDir(), "--run-dir", d.places.runDir())
 	cmd.Stdout, cmd.Stderr = log, log
 	// An interrupt from the terminal is for the demonstration alone, which ends
@@ -116,7 +112,7 @@ func lastWords(log string) string {
 }
 
 // waitReady waits until the relay answers and all of its rules are active.
-func (d *demo) waitReady(ctx context.Context) (control.Status, error) {
+func (d *demonstration) waitReady(ctx context.Context) (control.Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, readyPatience)
 	defer cancel()
 	ticker := time.NewTicker(look)
@@ -144,7 +140,7 @@ func (d *demo) waitReady(ctx context.Context) (control.Status, error) {
 }
 
 // inactive says which rule is not active, and why; nil when all are.
-func (d *demo) inactive(ctx context.Context) error {
+func (d *demonstration) inactive(ctx context.Context) error {
 	list, err := d.client.Rules(ctx)
 	if err != nil {
 		return err
@@ -152,18 +148,18 @@ func (d *demo) inactive(ctx context.Context) error {
 	active := 0
 	for _, r := range list {
 		if r.State != control.StateActive || r.Reason != "" {
-			return errors.New(outcome(r))
+			return fmt.Errorf("rule %s: %s", r.Name, stateText(r))
 		}
 		active++
 	}
 	if active != len(d.streams) {
-		return fmt.Errorf("%d of %s are active", active, plural(len(d.streams), "rule"))
+		return fmt.Errorf("%d of %d rules are active", active, len(d.streams))
 	}
 	return nil
 }
 
 // stats reads the relay's counters.
-func (d *demo) stats(ctx context.Context) (control.Stats, error) {
+func (d *demonstration) stats(ctx context.Context) (control.Stats, error) {
 	ctx, cancel := context.WithTimeout(ctx, readyPatience)
 	defer cancel()
 	stats, err := d.client.Stats(ctx)

@@ -1,0 +1,96 @@
+package main
+
+// Flags that several commands have, and how the values of flags are read.
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strconv"
+
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/loader"
+)
+
+// pinFlags say where the state is that outlives a process.
+func pinFlags() []cli.Flag {
+	return []cli.Flag{pinDirFlag(), &cli.StringFlag{
+		Name: "run-dir", Usage: "`DIR` of the lock file and of rules added through the API", Value: loader.DefaultRunDir, EnvVars: []string{"XDPCAST_RUN_DIR"},
+	}}
+}
+
+func pinDirFlag() cli.Flag {
+	return &cli.StringFlag{
+		Name: "pin-dir", Usage: "`DIR` of pinned programs and maps", Value: loader.DefaultPinDir, EnvVars: []string{"XDPCAST_PIN_DIR"},
+	}
+}
+
+func modeFlag() cli.Flag {
+	return &cli.StringFlag{Name: "mode", Usage: "how to attach XDP: native, generic, or auto (native, else generic)", Value: "auto"}
+}
+
+func loaderOptions(c *cli.Context, log *slog.Logger) loader.Options {
+	return loader.Options{
+		PinDir: c.String("pin-dir"), RunDir: c.String("run-dir"), Logger: log,
+		MaxRules: uint32(c.Uint("max-rules")), MaxOutputs: uint32(c.Uint("max-outputs")),
+	}
+}
+
+// dryRunFlag is of the commands that change a set of rules.
+func dryRunFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "dry-run", Usage: "only say what would change"}
+}
+
+// shownChanges is how many changes are listed for people: so many that all of a
+// change made by hand are, and a large set is not slowed down by being told.
+const shownChanges = 1000
+
+// applyOptions has programs, and who asks what would change, told of every change.
+func applyOptions(c *cli.Context) control.ApplyOptions {
+	o := control.ApplyOptions{DryRun: c.Bool("dry-run"), MaxChanges: shownChanges}
+	if o.DryRun || c.String("output") == "json" {
+		o.MaxChanges = 0
+	}
+	return o
+}
+
+// parseFlag reads the value of a flag that was given.
+func parseFlag[T any](c *cli.Context, name string, value *T, parse func(string) (T, error)) error {
+	if !c.IsSet(name) {
+		return nil
+	}
+	v, err := parse(c.String(name))
+	if err != nil {
+		return usagef("--%s: %w", name, err)
+	}
+	*value = v
+	return nil
+}
+
+// notZero refuses the zero that package traffic takes for its default.
+func notZero(c *cli.Context, names ...string) error {
+	for _, name := range names {
+		if c.IsSet(name) && c.Int(name) == 0 {
+			return usagef("--%s 0: must be 1 or more", name)
+		}
+	}
+	return nil
+}
+
+func parseTTL(s string) (uint8, error) {
+	n, err := strconv.ParseUint(s, 10, 8)
+	if err != nil || n == 0 {
+		return 0, fmt.Errorf("ttl %q: must be 1 to 255", s)
+	}
+	return uint8(n), nil
+}
+
+func parseAddress(s string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(s)
+	if err != nil || addr.Zone() != "" || addr.Is4In6() || addr.IsUnspecified() || addr.IsMulticast() {
+		return netip.Addr{}, fmt.Errorf("address %q: must be a unicast IPv4 or IPv6 address", s)
+	}
+	return addr, nil
+}

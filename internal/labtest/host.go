@@ -1,0 +1,67 @@
+package labtest
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"xdpcast/internal/lab"
+)
+
+// Link returns the named interface of the host.
+func Link(t testing.TB, h *lab.Host, ifname string) netlink.Link {
+	t.Helper()
+	l, err := h.Link(ifname)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// Index returns the index of the named interface of the host.
+func Index(t testing.TB, h *lab.Host, ifname string) int {
+	t.Helper()
+	return Link(t, h, ifname).Attrs().Index
+}
+
+// Running says whether the named interface of the host is up and the kernel has seen
+// its carrier; what it is to send before that is dropped.
+func Running(h *lab.Host, ifname string) bool {
+	l, err := h.Link(ifname)
+	return err == nil && l.Attrs().OperState == netlink.OperUp
+}
+
+// RemoveLink deletes the named interface of the host, and a veth's peer with it.
+func RemoveLink(t testing.TB, h *lab.Host, ifname string) {
+	t.Helper()
+	if err := h.Netlink().LinkDel(Link(t, h, ifname)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Sysctl writes a setting of the host's namespace: a path below /proc/sys, such as
+// net/ipv4/ip_forward.
+func Sysctl(t testing.TB, h *lab.Host, path, value string) {
+	t.Helper()
+	Do(t, h, func() error { return os.WriteFile("/proc/sys/"+path, []byte(value), 0o644) })
+}
+
+// Listen joins a group on the named interface of the host and receives what is sent to
+// it there. The socket is closed when the test ends.
+func Listen(t testing.TB, h *lab.Host, ifname string, group netip.AddrPort) *net.UDPConn {
+	t.Helper()
+	var conn *net.UDPConn
+	Do(t, h, func() error {
+		i, err := net.InterfaceByName(ifname)
+		if err != nil {
+			return err
+		}
+		conn, err = net.ListenMulticastUDP("udp", i, net.UDPAddrFromAddrPort(group))
+		return err
+	})
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}

@@ -1,0 +1,57 @@
+// Command bench measures xdpcast beside what one would use instead, in one run on
+// one machine, and writes a report. Everything runs in network namespaces of its
+// own: source, relay and sinks.
+//
+// The source is BPF_PROG_RUN with live frames, paced inside the kernel; the sinks are
+// XDP programs that check and count and drop. Every subject has a network of its own
+// and all run at once, while the trials take turns, so that a change of the machine's
+// pace meets all of them.
+//
+// # Map
+//
+// What to run:
+//
+//	main.go     the modes: measure everything, or only prove that it works
+//	options.go  the command line, and which subject is measured with what (jobs)
+//	traffic.go  setup: outputs, flows, frame length; the addresses of both sides
+//
+// Subjects, what is measured:
+//
+//	subject.go          what a subject is, how it starts and accounts for packets
+//	subject_xdpcast.go  xdpcast, on each of its paths
+//	subject_xdp.go      direct, a bare redirect and a bare broadcast: the ceilings
+//	subject_kernel.go   multicast routing, tc, nftables
+//	subject_afxdp.go    ref/forward.c, an AF_XDP forwarder in C
+//	subject_socat.go    socat
+//	process.go          programs that run on a host of the lab
+//
+// Around a subject:
+//
+//	lab.go         its network: source, relay, sinks
+//	programs.go    generation of the BPF programs in bpf/
+//	source.go      sends, by BPF_PROG_RUN
+//	source_xsk.go  sends frames that are longer than that can, by AF_XDP
+//	sink.go        what has arrived: counts, faults, latencies
+//	histogram.go   the sinks' latencies
+//
+// Measuring:
+//
+//	trial.go    one trial: so many frames at a rate, and what became of them
+//	search.go   the highest loss-free rate (RFC 2544)
+//	measure.go  rounds of trials in turns: throughput, loss-free rate, latency
+//	survive.go  packets lost while the daemon is killed and restarted
+//	memory.go   the memory of the daemon and of its maps
+//	proof.go    proofs that the bench measures what it says
+//	smoke.go    every subject once, without figures (CI)
+//	cpu.go      time that others took from the machine
+//	machine.go  what the figures were measured on, and with
+//
+// Reporting:
+//
+//	report.go    everything of a run, as JSON, and whether the machine was noisy
+//	summary.go   figures from samples
+//	targets.go   the targets and their verdicts
+//	markdown.go  the report for people
+//	charts.go    which charts there are
+//	svg.go       how a chart is drawn
+package main

@@ -1,0 +1,94 @@
+package docs
+
+import (
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// testFunctions returns the packages of each test, by its name.
+func testFunctions(t *testing.T) map[string][]string {
+	t.Helper()
+	function := regexp.MustCompile(`(?m)^func (Test\w+)\(t \*testing\.T\)`)
+	found := map[string][]string{}
+	if err := filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		file := strings.TrimPrefix(filepath.ToSlash(path), root)
+		for _, m := range function.FindAllStringSubmatch(read(t, file), -1) {
+			found[m[1]] = append(found[m[1]], filepath.ToSlash(filepath.Dir(file)))
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// listed is an entry of a list of tests.
+type listed struct{ pkg, test string }
+
+// readList reads a list: a package, a test and a text in each line.
+func readList(t *testing.T, file string) (all []listed) {
+	t.Helper()
+	for line := range strings.Lines(read(t, file)) {
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		fields := strings.Fields(line)
+		if len(fields) < 5 {
+			t.Errorf("%s: line %q: want a package, a test and a reason", file, line)
+			continue
+		}
+		all = append(all, listed{fields[0], fields[1]})
+	}
+	if len(all) == 0 {
+		t.Errorf("%s lists nothing", file)
+	}
+	return all
+}
+
+// A test that is listed to run alone is skipped by its name wherever it is, and run
+// where the list says: it must be there, and nowhere else.
+func TestListOfTestsThatRunAlone(t *testing.T) {
+	functions := testFunctions(t)
+	for _, e := range readList(t, "test/alone.txt") {
+		if got := functions[e.test]; !slices.Equal(got, []string{e.pkg}) {
+			t.Errorf("test/alone.txt: %s is in %v, want it in %s alone", e.test, got, e.pkg)
+		}
+	}
+}
+
+// The list of tests with a long form names all that ask labtest.Soak, and no other.
+func TestListOfLongForms(t *testing.T) {
+	functions := testFunctions(t)
+	want := map[string]bool{} // packages that ask
+	if err := filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") || strings.Contains(path, "lists_test") {
+			return err
+		}
+		file := strings.TrimPrefix(filepath.ToSlash(path), root)
+		for _, text := range strings.Split(read(t, file), "\nfunc ") {
+			if name, body, _ := strings.Cut(text, "("); strings.Contains(body, "labtest.Soak(") {
+				want[filepath.ToSlash(filepath.Dir(file))+" "+name] = true
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range readList(t, "test/soak.txt") {
+		if !slices.Contains(functions[e.test], e.pkg) || !want[e.pkg+" "+e.test] {
+			t.Errorf("test/soak.txt: %s of %s is not there, or does not ask labtest.Soak", e.test, e.pkg)
+		}
+		delete(want, e.pkg+" "+e.test)
+	}
+	for _, missing := range slices.Sorted(maps.Keys(want)) {
+		t.Errorf("test/soak.txt does not list %s", missing)
+	}
+}
