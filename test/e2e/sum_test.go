@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/pkg/control"
 	"xdpcast/pkg/traffic"
 )
@@ -157,7 +158,7 @@ func (w *sumWorld) noCarrier() {
 
 func (w *sumWorld) outputGone() {
 	i := w.rand.IntN(3)
-	w.n.remove(fmt.Sprintf("out%d", i))
+	labtest.RemoveLink(w.n.t, w.n.relay, fmt.Sprintf("out%d", i))
 	w.n.connectOutput(i)
 }
 
