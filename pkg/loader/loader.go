@@ -256,7 +256,7 @@ func (l *Loader) closeState() error {
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
-	l.links, l.transmit, l.relay, l.egress = map[int]*attachment{}, nil, nil, nil
+	l.links, l.transmit, l.relay, l.egress = map[int]*attachment{}, map[string]link.Link{}, nil, nil
 	l.maps, l.warnings = nil, nil
 	return errors.Join(errs...)
 }

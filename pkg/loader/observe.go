@@ -267,10 +267,6 @@ func (l *Loader) observePins(o *Observation) {
 		}
 		o.fail(err)
 	}
-	if len(l.transmit) > 0 && slices.ContainsFunc(transmitPins(), func(name string) bool { return !have[filepath.Join(dir, linksDir, name)] }) {
-		missing++
-		o.fail(l.renewTransmit())
-	}
 	if missing > 0 {
 		o.repaired("%d pins were removed from %s: they are made again", missing, dir)
 	}
@@ -281,7 +277,7 @@ type unpinner interface {
 	Unpin() error
 }
 
-// pins are all pins of the state by path, but those of the links that count.
+// pins are all pins of the state by path.
 func (l *Loader) pins() map[string]unpinner {
 	dir := l.opts.PinDir
 	all := map[string]unpinner{relayPin(dir): l.relay, egressPin(dir): l.egress}
@@ -294,26 +290,13 @@ func (l *Loader) pins() map[string]unpinner {
 	for index, a := range l.links {
 		all[linkPin(dir, index)] = a.link
 	}
+	for name, t := range l.transmit {
+		all[filepath.Join(dir, linksDir, name)] = t
+	}
 	for index, t := range l.tapped {
 		if t.link != nil {
 			all[tappedPin(dir, index)] = t.link
 		}
 	}
 	return all
-}
-
-func transmitPins() []string {
-	return []string{pinDevmapXmit, pinRedirectErr, pinCPUEnqueue, pinCPUThread}
-}
-
-// renewTransmit attaches the programs that count anew: which of the links was at which pin
-// is not known.
-func (l *Loader) renewTransmit() error {
-	old := l.transmit
-	l.transmit = nil
-	errs := []error{l.tryAttachTransmit(l.opts.PinDir)}
-	for _, t := range old {
-		errs = append(errs, t.Close())
-	}
-	return errors.Join(errs...)
 }
