@@ -25,11 +25,14 @@ const (
 	EgressMapFlowTables6        = "flow_tables6"
 	EgressMapFragmentStats      = "fragment_stats"
 	EgressMapFragments          = "fragments"
+	EgressMapGuardSlots         = "guard_slots"
 	EgressMapGuesses            = "guesses"
 	EgressMapKept               = "kept"
+	EgressMapLoops              = "loops"
 	EgressMapOutputStats        = "output_stats"
 	EgressMapOutputs            = "outputs"
 	EgressMapOwnAddresses       = "own_addresses"
+	EgressMapOwnMacs            = "own_macs"
 	EgressMapPassed             = "passed"
 	EgressMapPolicers           = "policers"
 	EgressMapPorts              = "ports"
@@ -51,6 +54,8 @@ const (
 	EgressVarExportFlowFlag     = "export_flow_flag"
 	EgressVarExportFlowFrom     = "export_flow_from"
 	EgressVarExportFragmentKind = "export_fragment_kind"
+	EgressVarExportGuardOther   = "export_guard_other"
+	EgressVarExportGuardWay     = "export_guard_way"
 	EgressVarExportHandover     = "export_handover"
 	EgressVarExportLookupKind   = "export_lookup_kind"
 	EgressVarExportOutputFlag   = "export_output_flag"
@@ -60,6 +65,11 @@ const (
 	EgressVarExportRulePath     = "export_rule_path"
 	EgressVarExportTtlMode      = "export_ttl_mode"
 	EgressVarExportVlanMode     = "export_vlan_mode"
+	EgressVarGuardBudget        = "guard_budget"
+	EgressVarGuardRace          = "guard_race"
+	EgressVarGuardSecret        = "guard_secret"
+	EgressVarGuardWatch         = "guard_watch"
+	EgressVarGuardWindow        = "guard_window"
 )
 
 // LoadEgress returns the embedded CollectionSpec for Egress.
@@ -120,11 +130,14 @@ type EgressMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	GuardSlots    *ebpf.MapSpec `ebpf:"guard_slots"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Loops         *ebpf.MapSpec `ebpf:"loops"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
@@ -151,6 +164,8 @@ type EgressVariableSpecs struct {
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
@@ -160,6 +175,11 @@ type EgressVariableSpecs struct {
 	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
+	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
 }
 
 // EgressObjects contains all objects after they have been loaded into the kernel.
@@ -191,11 +211,14 @@ type EgressMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	GuardSlots    *ebpf.Map `ebpf:"guard_slots"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Loops         *ebpf.Map `ebpf:"loops"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
 	Ports         *ebpf.Map `ebpf:"ports"`
@@ -221,11 +244,14 @@ func (m *EgressMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.GuardSlots,
 		m.Guesses,
 		m.Kept,
+		m.Loops,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
+		m.OwnMacs,
 		m.Passed,
 		m.Policers,
 		m.Ports,
@@ -253,6 +279,8 @@ type EgressVariables struct {
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
@@ -262,6 +290,11 @@ type EgressVariables struct {
 	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
+	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
 }
 
 // EgressPrograms contains all programs after they have been loaded into the kernel.

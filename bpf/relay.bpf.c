@@ -8,6 +8,7 @@
 #include "buffers.h"
 #include "copy.h"
 #include "fragment.h"
+#include "guard.h"
 #include "handover.h"
 #include "lookup.h"
 #include "own.h"
@@ -141,6 +142,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 {
 	__u32 bytes = bpf_xdp_get_buff_len(ctx);
 	__u32 id = flow->rule, sequence;
+	struct rule_stats *stats;
 	int verdict;
 
 	/* A packet cut short is for the stack to refuse, and one for another host's MAC
@@ -158,9 +160,16 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	/* The workers behind the packet tap do and count all that follows. */
 	if (__builtin_expect(flow->path == PATH_FANOUT, 0))
 		return flow->flags & FLOW_STEERED ? steer(ifindex, h, ip4) : XDP_PASS;
-	sequence = count_match(id, bytes);
+	stats = count_match(id, bytes);
+	if (!stats)
+		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
+	sequence = stats->packets;
 	if (own_packet(cfg, h, flow, ip4))
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
+	if (!(flow->flags & FLOW_UNGUARDED) && guard_looks(stats) &&
+	    guard_returned(ctx, id, guard_place(h, ip4, flow->outputs), h->fragment_id,
+			   stats->last_seen_ns))
+		return count_drop(DROP_RULE, id, DROP_LOOPING, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
 	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))

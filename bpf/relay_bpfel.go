@@ -43,6 +43,7 @@ type RelayConfig struct {
 	Steered       uint32
 	Cpu           [64]uint16
 	ShortcutShift uint32
+	OwnMacs       [8]uint64
 }
 
 type RelayCopy struct {
@@ -81,8 +82,9 @@ const (
 	RelayDropReasonDROP_NO_SOCKET    RelayDropReason = 10
 	RelayDropReasonDROP_TX_FULL      RelayDropReason = 11
 	RelayDropReasonDROP_CPU_FULL     RelayDropReason = 12
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 13
-	RelayDropReasonDROP_REASONS      RelayDropReason = 14
+	RelayDropReasonDROP_LOOPING      RelayDropReason = 13
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 14
+	RelayDropReasonDROP_REASONS      RelayDropReason = 15
 )
 
 type RelayDropScope uint32
@@ -139,6 +141,7 @@ const (
 	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
 	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
 	RelayFlowFlagFLOW_STEERED     RelayFlowFlag = 64
+	RelayFlowFlagFLOW_UNGUARDED   RelayFlowFlag = 128
 )
 
 type RelayFlowFrom uint32
@@ -174,6 +177,49 @@ const (
 	RelayFragmentKindFRAGMENT_KINDS  RelayFragmentKind = 3
 )
 
+type RelayGuardOther struct {
+	_       structs.HostLayout
+	Sender  uint32
+	Packets uint16
+	Soon    uint16
+}
+
+type RelayGuardSlot struct {
+	_         structs.HostLayout
+	Signature uint32
+	Seen      uint32
+	Rule      uint32
+	Sender    uint32
+	Packets   uint32
+	Soon      uint32
+	Cut       uint32
+	Born      uint32
+	Early     uint32
+	Arrivals  uint32
+	Marks     uint32
+	Marked    uint32
+	Port      uint16
+	Sum       uint16
+	Others    [6]RelayGuardOther
+}
+
+type RelayGuardWay struct {
+	_          structs.HostLayout
+	FirstNs    uint64
+	LastNs     uint64
+	ForgivenNs uint64
+	Packets    uint64
+	ProbeNs    uint64
+	Probe      uint32
+	Orphans    uint32
+	Sender     uint32
+	Ifindex    uint32
+	From       uint32
+	Mac        [6]uint8
+	Pad        [6]uint8
+	Source     [16]uint8
+}
+
 type RelayHandover struct {
 	_           structs.HostLayout
 	FirstOutput uint32
@@ -195,6 +241,13 @@ const (
 	RelayLookupKindLOOKUP_SOURCES_PORT RelayLookupKind = 256
 	RelayLookupKindLOOKUP_SOURCES      RelayLookupKind = 512
 )
+
+type RelayLoop struct {
+	_       structs.HostLayout
+	SinceNs uint64
+	LastNs  uint64
+	Ways    [4]RelayGuardWay
+}
 
 type RelayOutput struct {
 	_         structs.HostLayout
@@ -247,6 +300,12 @@ type RelayOutputStats struct {
 type RelayOwnAddress struct {
 	_       structs.HostLayout
 	Address [16]uint8
+}
+
+type RelayOwnMac struct {
+	_   structs.HostLayout
+	Mac [6]uint8
+	Pad [2]uint8
 }
 
 type RelayPolicer struct {
@@ -326,10 +385,13 @@ const (
 )
 
 type RelayRuleStats struct {
-	_          structs.HostLayout
-	Packets    uint64
-	Bytes      uint64
-	LastSeenNs uint64
+	_           structs.HostLayout
+	Packets     uint64
+	Bytes       uint64
+	LastSeenNs  uint64
+	TickPackets uint64
+	Pace        uint32
+	Watched     uint32
 }
 
 type RelayShortcut struct {
@@ -384,11 +446,14 @@ const (
 	RelayMapFlowTables6        = "flow_tables6"
 	RelayMapFragmentStats      = "fragment_stats"
 	RelayMapFragments          = "fragments"
+	RelayMapGuardSlots         = "guard_slots"
 	RelayMapGuesses            = "guesses"
 	RelayMapKept               = "kept"
+	RelayMapLoops              = "loops"
 	RelayMapOutputStats        = "output_stats"
 	RelayMapOutputs            = "outputs"
 	RelayMapOwnAddresses       = "own_addresses"
+	RelayMapOwnMacs            = "own_macs"
 	RelayMapPassed             = "passed"
 	RelayMapPolicers           = "policers"
 	RelayMapPorts              = "ports"
@@ -410,6 +475,8 @@ const (
 	RelayVarExportFlowFlag     = "export_flow_flag"
 	RelayVarExportFlowFrom     = "export_flow_from"
 	RelayVarExportFragmentKind = "export_fragment_kind"
+	RelayVarExportGuardOther   = "export_guard_other"
+	RelayVarExportGuardWay     = "export_guard_way"
 	RelayVarExportHandover     = "export_handover"
 	RelayVarExportLookupKind   = "export_lookup_kind"
 	RelayVarExportOutputFlag   = "export_output_flag"
@@ -420,6 +487,11 @@ const (
 	RelayVarExportTtlMode      = "export_ttl_mode"
 	RelayVarExportVlanMode     = "export_vlan_mode"
 	RelayVarFragmentTimeoutNs  = "fragment_timeout_ns"
+	RelayVarGuardBudget        = "guard_budget"
+	RelayVarGuardRace          = "guard_race"
+	RelayVarGuardSecret        = "guard_secret"
+	RelayVarGuardWatch         = "guard_watch"
+	RelayVarGuardWindow        = "guard_window"
 	RelayVarSocketMultiBuffer  = "socket_multi_buffer"
 )
 
@@ -481,11 +553,14 @@ type RelayMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	GuardSlots    *ebpf.MapSpec `ebpf:"guard_slots"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Loops         *ebpf.MapSpec `ebpf:"loops"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
@@ -512,6 +587,8 @@ type RelayVariableSpecs struct {
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
@@ -522,6 +599,11 @@ type RelayVariableSpecs struct {
 	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
+	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
 	SocketMultiBuffer  *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
 }
 
@@ -554,11 +636,14 @@ type RelayMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	GuardSlots    *ebpf.Map `ebpf:"guard_slots"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Loops         *ebpf.Map `ebpf:"loops"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
 	Ports         *ebpf.Map `ebpf:"ports"`
@@ -584,11 +669,14 @@ func (m *RelayMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.GuardSlots,
 		m.Guesses,
 		m.Kept,
+		m.Loops,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
+		m.OwnMacs,
 		m.Passed,
 		m.Policers,
 		m.Ports,
@@ -616,6 +704,8 @@ type RelayVariables struct {
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
@@ -626,6 +716,11 @@ type RelayVariables struct {
 	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
+	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
 	SocketMultiBuffer  *ebpf.Variable `ebpf:"socket_multi_buffer"`
 }
 

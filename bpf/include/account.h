@@ -4,19 +4,27 @@
  */
 #pragma once
 
+#include "guard.h"
 #include "maps.h"
 
-/* Returns a number that the rule's next packet on this CPU does not get. */
-static __always_inline __u32 count_match(__u32 rule, __u32 bytes)
+/* Returns the counters of the rule on this CPU; their packets are a number that the
+ * rule's next packet on this CPU does not get.
+ */
+static __always_inline struct rule_stats *count_match(__u32 rule, __u32 bytes)
 {
 	struct rule_stats *stats = bpf_map_lookup_elem(&rule_stats, &rule);
+	__u64 now;
 
 	if (!stats)
-		return 0;
+		return NULL;
+	now = bpf_ktime_get_coarse_ns();
+	if (stats->last_seen_ns != now) {
+		guard_tick(stats, rule);
+		stats->last_seen_ns = now;
+	}
 	stats->packets++;
 	stats->bytes += bytes;
-	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
-	return stats->packets;
+	return stats;
 }
 
 static __always_inline void count_sent(__u32 output, __u32 bytes)

@@ -4,6 +4,7 @@ import (
 	"sync/atomic"
 
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
 )
 
 // reasons is the number of drop reasons.
@@ -69,7 +70,8 @@ type ruleCounters struct {
 	matched  counter
 	lastSeen atomic.Int64 // as the at of Engine.Frame; 0: never
 	drops    dropCounters
-	_        [64]byte // no cache line shared with another worker's
+	pace     packet.GuardPace // the worker's alone
+	_        [64]byte         // no cache line shared with another worker's
 }
 
 // outputCounters are one worker's for one output.

@@ -9,6 +9,7 @@ import (
 type Rule struct {
 	rule    loader.Rule
 	unicast bool
+	number  uint32 // by which the guard knows it
 	policer *policer
 	counts  perWorker[ruleCounters]
 	out     []output
@@ -31,7 +32,7 @@ func newRule(r loader.Rule, old *Rule, workers int) *Rule {
 	goesOn := old != nil && n.rule.Continues(old.rule)
 	n.policer = newPolicer(r.Rate)
 	if goesOn {
-		n.counts = old.counts
+		n.counts, n.number = old.counts, old.number
 		if r.Rate == old.rule.Rate {
 			n.policer = old.policer
 		}

@@ -4,15 +4,18 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
 )
 
 // Set is the rules of a path, and what its workers share. Its methods may be called
@@ -21,8 +24,11 @@ type Set struct {
 	workers   int
 	start     time.Time
 	fragments *fragments
+	guard     *packet.Guard
+	ownMACs   atomic.Pointer[map[[6]byte]struct{}]
 
 	mu      sync.Mutex
+	numbers uint32 // given to rules, for the guard
 	table   *Table
 	given   given
 	engines []*Engine
@@ -37,6 +43,7 @@ func NewSet(workers int) *Set {
 		// So that the time of a packet from before the start is positive, too.
 		start:     time.Now().Add(-time.Minute),
 		fragments: newFragments(),
+		guard:     &packet.Guard{Secret: rand.Uint32()},
 		table:     &Table{},
 	}
 }
@@ -92,6 +99,7 @@ func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[stri
 	if err != nil {
 		return err
 	}
+	s.number(table)
 	views := make([]*view, len(s.engines))
 	for i, e := range s.engines {
 		if views[i], err = e.view(s.table, table); err != nil {
@@ -107,6 +115,7 @@ func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[stri
 	for i, e := range s.engines {
 		old[i] = e.next.Swap(views[i])
 	}
+	s.forget(s.table, table)
 	s.table = table
 	s.given = given{cloneRules(want), slices.Clone(own), maps.Clone(firstOutputs)}
 	for i, e := range s.engines {
@@ -149,7 +158,7 @@ func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[stri
 }
 
 func equal(a, b loader.Rule) bool {
-	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
+	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Unguarded == b.Unguarded && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 
@@ -255,6 +264,29 @@ func newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint
 	}
 	slices.SortFunc(t.rules, func(a, b *Rule) int { return strings.Compare(a.rule.Name, b.rule.Name) })
 	return t, nil
+}
+
+// number gives the rules that are new a number of their own.
+func (s *Set) number(t *Table) {
+	for _, r := range t.rules {
+		if r.number == 0 {
+			s.numbers++
+			r.number = s.numbers
+		}
+	}
+}
+
+// forget makes the guard forget the rules that are no more.
+func (s *Set) forget(before, now *Table) {
+	stays := make(map[uint32]bool, len(now.rules))
+	for _, r := range now.rules {
+		stays[r.number] = true
+	}
+	for _, r := range before.rules {
+		if !stays[r.number] {
+			s.guard.Forget(r.number)
+		}
+	}
 }
 
 func (t *Table) add(r *Rule) {

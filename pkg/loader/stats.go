@@ -42,6 +42,7 @@ const (
 	NoSocket    = Reason(bpf.RelayDropReasonDROP_NO_SOCKET)
 	TxFull      = Reason(bpf.RelayDropReasonDROP_TX_FULL)
 	CPUFull     = Reason(bpf.RelayDropReasonDROP_CPU_FULL)
+	Looping     = Reason(bpf.RelayDropReasonDROP_LOOPING)
 	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
@@ -90,6 +91,8 @@ func (r Reason) String() string {
 		return "tx_full"
 	case CPUFull:
 		return "cpu_full"
+	case Looping:
+		return "looping"
 	case Internal:
 		return "internal"
 	default:
