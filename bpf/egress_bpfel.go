@@ -26,12 +26,15 @@ const (
 	EgressMapFlowTables6        = "flow_tables6"
 	EgressMapFragmentStats      = "fragment_stats"
 	EgressMapFragments          = "fragments"
+	EgressMapGuardSlots         = "guard_slots"
 	EgressMapGuesses            = "guesses"
 	EgressMapKept               = "kept"
+	EgressMapLoops              = "loops"
 	EgressMapOrphans            = "orphans"
 	EgressMapOutputStats        = "output_stats"
 	EgressMapOutputs            = "outputs"
 	EgressMapOwnAddresses       = "own_addresses"
+	EgressMapOwnMacs            = "own_macs"
 	EgressMapPassed             = "passed"
 	EgressMapPolicers           = "policers"
 	EgressMapPorts              = "ports"
@@ -54,6 +57,8 @@ const (
 	EgressVarExportFlowFlag     = "export_flow_flag"
 	EgressVarExportFlowFrom     = "export_flow_from"
 	EgressVarExportFragmentKind = "export_fragment_kind"
+	EgressVarExportGuardOther   = "export_guard_other"
+	EgressVarExportGuardWay     = "export_guard_way"
 	EgressVarExportHandover     = "export_handover"
 	EgressVarExportLookupKind   = "export_lookup_kind"
 	EgressVarExportNote         = "export_note"
@@ -66,6 +71,11 @@ const (
 	EgressVarExportUserKind     = "export_user_kind"
 	EgressVarExportUserScope    = "export_user_scope"
 	EgressVarExportVlanMode     = "export_vlan_mode"
+	EgressVarGuardBudget        = "guard_budget"
+	EgressVarGuardRace          = "guard_race"
+	EgressVarGuardSecret        = "guard_secret"
+	EgressVarGuardWatch         = "guard_watch"
+	EgressVarGuardWindow        = "guard_window"
 )
 
 // LoadEgress returns the embedded CollectionSpec for Egress.
@@ -127,12 +137,15 @@ type EgressMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	GuardSlots    *ebpf.MapSpec `ebpf:"guard_slots"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Loops         *ebpf.MapSpec `ebpf:"loops"`
 	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
@@ -160,6 +173,8 @@ type EgressVariableSpecs struct {
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
@@ -172,6 +187,11 @@ type EgressVariableSpecs struct {
 	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
 	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
+	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
 }
 
 // EgressObjects contains all objects after they have been loaded into the kernel.
@@ -204,12 +224,15 @@ type EgressMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	GuardSlots    *ebpf.Map `ebpf:"guard_slots"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Loops         *ebpf.Map `ebpf:"loops"`
 	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
 	Ports         *ebpf.Map `ebpf:"ports"`
@@ -237,12 +260,15 @@ func (m *EgressMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.GuardSlots,
 		m.Guesses,
 		m.Kept,
+		m.Loops,
 		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
+		m.OwnMacs,
 		m.Passed,
 		m.Policers,
 		m.Ports,
@@ -271,6 +297,8 @@ type EgressVariables struct {
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportNote         *ebpf.Variable `ebpf:"export_note"`
@@ -283,6 +311,11 @@ type EgressVariables struct {
 	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
 	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
+	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
 }
 
 // EgressPrograms contains all programs after they have been loaded into the kernel.

@@ -9,6 +9,7 @@
 #include "copy.h"
 #include "finish.h"
 #include "fragment.h"
+#include "guard.h"
 #include "handover.h"
 #include "lookup.h"
 #include "own.h"
@@ -145,8 +146,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 				   struct headers *h, const struct flow *flow, bool ip4)
 {
 	__u32 bytes = bpf_xdp_get_buff_len(ctx);
-	struct rule_stats *stats;
 	__u32 id = flow->rule;
+	struct rule_stats *stats;
 	int verdict;
 
 	/* A packet cut short is for the stack to refuse, and one for another host's MAC
@@ -175,6 +176,10 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
 	if (own_packet(cfg, h, flow, ip4))
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
+	if (!(flow->flags & FLOW_UNGUARDED) && guard_looks(stats) &&
+	    guard_returned(ctx, id, guard_place(h, ip4, flow->outputs), h->fragment_id,
+			   stats->last_seen_ns))
+		return count_drop(DROP_RULE, id, DROP_LOOPING, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
 	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))

@@ -43,6 +43,7 @@ type RelayConfig struct {
 	Steered       uint32
 	Cpu           [64]uint16
 	ShortcutShift uint32
+	OwnMacs       [8]uint64
 }
 
 type RelayCopy struct {
@@ -83,8 +84,9 @@ const (
 	RelayDropReasonDROP_CPU_FULL     RelayDropReason = 12
 	RelayDropReasonDROP_NO_CARRIER   RelayDropReason = 13
 	RelayDropReasonDROP_WORKER_LOST  RelayDropReason = 14
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 15
-	RelayDropReasonDROP_REASONS      RelayDropReason = 16
+	RelayDropReasonDROP_LOOPING      RelayDropReason = 15
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 16
+	RelayDropReasonDROP_REASONS      RelayDropReason = 17
 )
 
 type RelayDropScope uint32
@@ -143,6 +145,7 @@ const (
 	RelayFlowFlagFLOW_FALLBACK    RelayFlowFlag = 16
 	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
 	RelayFlowFlagFLOW_STEERED     RelayFlowFlag = 64
+	RelayFlowFlagFLOW_UNGUARDED   RelayFlowFlag = 128
 )
 
 type RelayFlowFrom uint32
@@ -178,6 +181,49 @@ const (
 	RelayFragmentKindFRAGMENT_KINDS  RelayFragmentKind = 3
 )
 
+type RelayGuardOther struct {
+	_       structs.HostLayout
+	Sender  uint32
+	Packets uint16
+	Soon    uint16
+}
+
+type RelayGuardSlot struct {
+	_         structs.HostLayout
+	Signature uint32
+	Seen      uint32
+	Rule      uint32
+	Sender    uint32
+	Packets   uint32
+	Soon      uint32
+	Cut       uint32
+	Born      uint32
+	Early     uint32
+	Arrivals  uint32
+	Marks     uint32
+	Marked    uint32
+	Port      uint16
+	Sum       uint16
+	Others    [6]RelayGuardOther
+}
+
+type RelayGuardWay struct {
+	_          structs.HostLayout
+	FirstNs    uint64
+	LastNs     uint64
+	ForgivenNs uint64
+	Packets    uint64
+	ProbeNs    uint64
+	Probe      uint32
+	Orphans    uint32
+	Sender     uint32
+	Ifindex    uint32
+	From       uint32
+	Mac        [6]uint8
+	Pad        [6]uint8
+	Source     [16]uint8
+}
+
 type RelayHandover struct {
 	_           structs.HostLayout
 	FirstOutput uint32
@@ -199,6 +245,13 @@ const (
 	RelayLookupKindLOOKUP_SOURCES_PORT RelayLookupKind = 256
 	RelayLookupKindLOOKUP_SOURCES      RelayLookupKind = 512
 )
+
+type RelayLoop struct {
+	_       structs.HostLayout
+	SinceNs uint64
+	LastNs  uint64
+	Ways    [4]RelayGuardWay
+}
 
 type RelayNote uint32
 
@@ -267,6 +320,12 @@ type RelayOutputStats struct {
 type RelayOwnAddress struct {
 	_       structs.HostLayout
 	Address [16]uint8
+}
+
+type RelayOwnMac struct {
+	_   structs.HostLayout
+	Mac [6]uint8
+	Pad [2]uint8
 }
 
 type RelayPolicer struct {
@@ -352,6 +411,9 @@ type RelayRuleStats struct {
 	LastSeenNs    uint64
 	HandedPackets uint64
 	HandedBytes   uint64
+	TickPackets   uint64
+	Pace          uint32
+	Watched       uint32
 }
 
 type RelayShortcut struct {
@@ -447,12 +509,15 @@ const (
 	RelayMapFlowTables6        = "flow_tables6"
 	RelayMapFragmentStats      = "fragment_stats"
 	RelayMapFragments          = "fragments"
+	RelayMapGuardSlots         = "guard_slots"
 	RelayMapGuesses            = "guesses"
 	RelayMapKept               = "kept"
+	RelayMapLoops              = "loops"
 	RelayMapOrphans            = "orphans"
 	RelayMapOutputStats        = "output_stats"
 	RelayMapOutputs            = "outputs"
 	RelayMapOwnAddresses       = "own_addresses"
+	RelayMapOwnMacs            = "own_macs"
 	RelayMapPassed             = "passed"
 	RelayMapPolicers           = "policers"
 	RelayMapPorts              = "ports"
@@ -475,6 +540,8 @@ const (
 	RelayVarExportFlowFlag     = "export_flow_flag"
 	RelayVarExportFlowFrom     = "export_flow_from"
 	RelayVarExportFragmentKind = "export_fragment_kind"
+	RelayVarExportGuardOther   = "export_guard_other"
+	RelayVarExportGuardWay     = "export_guard_way"
 	RelayVarExportHandover     = "export_handover"
 	RelayVarExportLookupKind   = "export_lookup_kind"
 	RelayVarExportNote         = "export_note"
@@ -488,6 +555,11 @@ const (
 	RelayVarExportUserScope    = "export_user_scope"
 	RelayVarExportVlanMode     = "export_vlan_mode"
 	RelayVarFragmentTimeoutNs  = "fragment_timeout_ns"
+	RelayVarGuardBudget        = "guard_budget"
+	RelayVarGuardRace          = "guard_race"
+	RelayVarGuardSecret        = "guard_secret"
+	RelayVarGuardWatch         = "guard_watch"
+	RelayVarGuardWindow        = "guard_window"
 	RelayVarSocketMultiBuffer  = "socket_multi_buffer"
 )
 
@@ -549,12 +621,15 @@ type RelayMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	GuardSlots    *ebpf.MapSpec `ebpf:"guard_slots"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Loops         *ebpf.MapSpec `ebpf:"loops"`
 	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
@@ -582,6 +657,8 @@ type RelayVariableSpecs struct {
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
@@ -595,6 +672,11 @@ type RelayVariableSpecs struct {
 	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
+	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
 	SocketMultiBuffer  *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
 }
 
@@ -627,12 +709,15 @@ type RelayMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	GuardSlots    *ebpf.Map `ebpf:"guard_slots"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Loops         *ebpf.Map `ebpf:"loops"`
 	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
 	Ports         *ebpf.Map `ebpf:"ports"`
@@ -659,12 +744,15 @@ func (m *RelayMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.GuardSlots,
 		m.Guesses,
 		m.Kept,
+		m.Loops,
 		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
+		m.OwnMacs,
 		m.Passed,
 		m.Policers,
 		m.Ports,
@@ -693,6 +781,8 @@ type RelayVariables struct {
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportNote         *ebpf.Variable `ebpf:"export_note"`
@@ -706,6 +796,11 @@ type RelayVariables struct {
 	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
+	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
 	SocketMultiBuffer  *ebpf.Variable `ebpf:"socket_multi_buffer"`
 }
 

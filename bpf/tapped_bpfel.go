@@ -25,12 +25,15 @@ const (
 	TappedMapFlowTables6        = "flow_tables6"
 	TappedMapFragmentStats      = "fragment_stats"
 	TappedMapFragments          = "fragments"
+	TappedMapGuardSlots         = "guard_slots"
 	TappedMapGuesses            = "guesses"
 	TappedMapKept               = "kept"
+	TappedMapLoops              = "loops"
 	TappedMapOrphans            = "orphans"
 	TappedMapOutputStats        = "output_stats"
 	TappedMapOutputs            = "outputs"
 	TappedMapOwnAddresses       = "own_addresses"
+	TappedMapOwnMacs            = "own_macs"
 	TappedMapPassed             = "passed"
 	TappedMapPolicers           = "policers"
 	TappedMapPorts              = "ports"
@@ -53,6 +56,8 @@ const (
 	TappedVarExportFlowFlag     = "export_flow_flag"
 	TappedVarExportFlowFrom     = "export_flow_from"
 	TappedVarExportFragmentKind = "export_fragment_kind"
+	TappedVarExportGuardOther   = "export_guard_other"
+	TappedVarExportGuardWay     = "export_guard_way"
 	TappedVarExportHandover     = "export_handover"
 	TappedVarExportLookupKind   = "export_lookup_kind"
 	TappedVarExportNote         = "export_note"
@@ -66,6 +71,11 @@ const (
 	TappedVarExportUserScope    = "export_user_scope"
 	TappedVarExportVlanMode     = "export_vlan_mode"
 	TappedVarFragmentTimeoutNs  = "fragment_timeout_ns"
+	TappedVarGuardBudget        = "guard_budget"
+	TappedVarGuardRace          = "guard_race"
+	TappedVarGuardSecret        = "guard_secret"
+	TappedVarGuardWatch         = "guard_watch"
+	TappedVarGuardWindow        = "guard_window"
 	TappedVarLinkHeader         = "link_header"
 )
 
@@ -127,12 +137,15 @@ type TappedMapSpecs struct {
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	GuardSlots    *ebpf.MapSpec `ebpf:"guard_slots"`
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
+	Loops         *ebpf.MapSpec `ebpf:"loops"`
 	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
 	OwnAddresses  *ebpf.MapSpec `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
@@ -160,6 +173,8 @@ type TappedVariableSpecs struct {
 	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
@@ -173,6 +188,11 @@ type TappedVariableSpecs struct {
 	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
+	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
 	LinkHeader         *ebpf.VariableSpec `ebpf:"link_header"`
 }
 
@@ -205,12 +225,15 @@ type TappedMaps struct {
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	GuardSlots    *ebpf.Map `ebpf:"guard_slots"`
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
+	Loops         *ebpf.Map `ebpf:"loops"`
 	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
 	OwnAddresses  *ebpf.Map `ebpf:"own_addresses"`
+	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
 	Ports         *ebpf.Map `ebpf:"ports"`
@@ -237,12 +260,15 @@ func (m *TappedMaps) Close() error {
 		m.FlowTables6,
 		m.FragmentStats,
 		m.Fragments,
+		m.GuardSlots,
 		m.Guesses,
 		m.Kept,
+		m.Loops,
 		m.Orphans,
 		m.OutputStats,
 		m.Outputs,
 		m.OwnAddresses,
+		m.OwnMacs,
 		m.Passed,
 		m.Policers,
 		m.Ports,
@@ -271,6 +297,8 @@ type TappedVariables struct {
 	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
 	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
 	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
 	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
 	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportNote         *ebpf.Variable `ebpf:"export_note"`
@@ -284,6 +312,11 @@ type TappedVariables struct {
 	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
 	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
 	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
+	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
 	LinkHeader         *ebpf.Variable `ebpf:"link_header"`
 }
 

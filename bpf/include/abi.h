@@ -41,6 +41,7 @@ enum drop_reason {
 	DROP_CPU_FULL,	   /* fanout path: the queue to the worker's CPU was full */
 	DROP_NO_CARRIER,   /* the output's interface is up and carries nothing */
 	DROP_WORKER_LOST,  /* user-space paths: given to a worker that did not forward it */
+	DROP_LOOPING,	   /* it has left this host before, and came back by a way that loops */
 	DROP_INTERNAL,	   /* the maps contradict each other, or a frame has no room in front */
 	DROP_REASONS,
 };
@@ -85,6 +86,7 @@ enum note {
 };
 
 #define OWN_WORDS 4
+#define OWN_MAC_WORDS 8
 
 /* config: one entry, what every part must agree on. */
 struct config {
@@ -100,6 +102,7 @@ struct config {
 	__u16 cpu[XDPCAST_MAX_STEERED]; /* their numbers */
 	__u32 shortcut_shift; /* 64 less the bits of a place among shortcuts; 0: they are not used
 			       */
+	__u64 own_macs[OWN_MAC_WORDS]; /* the same as own, for own MAC addresses */
 };
 
 /* Bit of the field from of a key: a flow of what this host sends. The workers behind the
@@ -166,6 +169,7 @@ enum flow_flag {
 	FLOW_FALLBACK = 1 << 4,	   /* the kernel path serves when no socket does */
 	FLOW_LOCAL = 1 << 5,	   /* PATH_FANOUT: the host's own receivers get the packets, too */
 	FLOW_STEERED = 1 << 6,	   /* PATH_FANOUT: to a worker's CPU, chosen by flow */
+	FLOW_UNGUARDED = 1 << 7,   /* the loop guard does not look at its packets */
 };
 
 /* Value of a flow table: all that a packet needs of its rule. A rule is changed by
@@ -315,6 +319,12 @@ struct own_address {
 	__u8 address[16];
 };
 
+/* Key of own_macs. */
+struct own_mac {
+	__u8 mac[6];
+	__u8 pad[2];
+};
+
 struct rule_stats {
 	__u64 packets;	    /* matched, whatever became of them */
 	__u64 bytes;	    /* of whole frames as they came in */
@@ -322,6 +332,64 @@ struct rule_stats {
 	/* Of them, what went to AF_XDP sockets. */
 	__u64 handed_packets;
 	__u64 handed_bytes;
+	/* Of the loop guard, see guard.h. */
+	__u64 tick_packets; /* packets when this tick began */
+	__u32 pace;	    /* the most packets a tick, slowly forgotten */
+	__u32 watched;	    /* ticks for which every packet is still looked at */
+};
+
+#define GUARD_SLOTS 2048 /* of each CPU; a power of two */
+#define GUARD_OTHERS 6
+#define GUARD_WAYS 4
+
+/* One who sent a content after its first sender had. */
+struct guard_other {
+	__u32 sender;  /* hash of source MAC, address and port; 0: free */
+	__u16 packets; /* that were relayed */
+	__u16 soon;    /* of them, soon after the content was relayed before */
+};
+
+/* What a CPU remembers of one content: who brought it, and how often since. */
+struct guard_slot {
+	__u32 signature; /* of some bytes of the payload */
+	__u32 seen;	 /* when it was last relayed, in 2^20 ns of CLOCK_MONOTONIC */
+	__u32 rule;	 /* that relayed it last */
+	__u32 sender;	 /* hash of source MAC and address of the first packet */
+	__u32 packets;	 /* of that sender and port */
+	__u32 soon;	 /* of them, soon after the content was relayed before */
+	__u32 cut;	 /* packets that were dropped as returns */
+	__u32 born;	 /* when the first packet came, as seen */
+	__u32 early;	 /* a bit for each of others that came so soon after that */
+	__u32 arrivals;	 /* packets after the first, of whomever */
+	__u32 marks;	 /* that have come back, each another */
+	__u32 marked;	 /* arrivals when the last of them came */
+	__u16 port;	 /* source port of the first packet, as in the packet */
+	__u16 sum;	 /* of the payload, from a UDP checksum; 0: not known */
+	struct guard_other others[GUARD_OTHERS];
+};
+
+/* A way on which packets come back to a rule. */
+struct guard_way {
+	__u64 first_ns;	   /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u64 last_ns;	   /* 0: free */
+	__u64 forgiven_ns; /* when the sender proved to send by itself */
+	__u64 packets;	   /* dropped */
+	__u64 probe_ns;	   /* when a packet was last let pass, to see whether it comes back */
+	__u32 probe;	   /* its signature, while that is not known; else 0 */
+	__u32 orphans;	   /* packets in a row that nothing sent before */
+	__u32 sender;
+	__u32 ifindex; /* they come in on */
+	__u32 from;    /* rule that had sent the last one */
+	__u8 mac[6];   /* their source MAC */
+	__u8 pad[6];
+	__u8 source[16]; /* their source; IPv4 as ::ffff:a.b.c.d */
+};
+
+/* A rule whose packets come back. */
+struct loop {
+	__u64 since_ns; /* the first return after none for GUARD_HEAL_NS */
+	__u64 last_ns;	/* the last one */
+	struct guard_way ways[GUARD_WAYS];
 };
 
 struct output_stats {

@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "guard.h"
 #include "maps.h"
 
 /* Returns the counters of the rule on this CPU; their packets are a number that the
@@ -12,12 +13,17 @@
 static __always_inline struct rule_stats *count_match(__u32 rule, __u32 bytes)
 {
 	struct rule_stats *stats = bpf_map_lookup_elem(&rule_stats, &rule);
+	__u64 now;
 
 	if (!stats)
 		return NULL;
+	now = bpf_ktime_get_coarse_ns();
+	if (stats->last_seen_ns != now) {
+		guard_tick(stats, rule);
+		stats->last_seen_ns = now;
+	}
 	stats->packets++;
 	stats->bytes += bytes;
-	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
 	return stats;
 }
 

@@ -20,6 +20,8 @@ EXPORT_TYPE(struct, prefix4);
 EXPORT_TYPE(struct, prefix6);
 EXPORT_TYPE(struct, flow);
 EXPORT_TYPE(struct, handover);
+EXPORT_TYPE(struct, guard_way);
+EXPORT_TYPE(struct, guard_other);
 EXPORT_TYPE(enum, rule_path);
 EXPORT_TYPE(enum, drop_reason);
 EXPORT_TYPE(enum, drop_scope);
@@ -150,6 +152,34 @@ struct {
 	__type(key, struct own_address);
 	__type(value, __u8);
 } own_addresses SEC(".maps");
+
+/* own_macs: MAC addresses of this host's interfaces, for the loop check. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct own_mac);
+	__type(value, __u8);
+} own_macs SEC(".maps");
+
+/* guard_slots: place by signature -> a content that was relayed, and its senders. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, GUARD_SLOTS);
+	__type(key, __u32);
+	__type(value, struct guard_slot);
+} guard_slots SEC(".maps");
+
+/* loops: rule -> the ways on which its packets have come back. Entries come with the
+ * first loop and go with the rule.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct loop);
+} loops SEC(".maps");
 
 /* policers: rule, or max_rules + stats of an output -> token bucket. Size: load. */
 struct {

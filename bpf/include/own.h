@@ -35,6 +35,36 @@ static __noinline bool own_address6(const struct in6_addr *addr)
 	return bpf_map_lookup_elem(&own_addresses, addr);
 }
 
+/* The bit of config.own_macs for a MAC address: of its last four bytes, since the first
+ * are those of the vendor.
+ */
+static __always_inline __u32 own_mac_bit(const __u8 *mac)
+{
+	return (((__u32)((const __u16 *)mac)[2] << 16 | ((const __u16 *)mac)[1]) * 0x9e3779b1U) >>
+	       23;
+}
+
+static __noinline bool own_mac(const __u8 *mac)
+{
+	struct own_mac key = {};
+
+	__builtin_memcpy(key.mac, mac, sizeof(key.mac));
+	return bpf_map_lookup_elem(&own_macs, &key);
+}
+
+/* Whether some interface of this host has the MAC that the frame comes from: a copy
+ * carries that of its output, which may lead to the LAN of the input.
+ */
+static __always_inline bool from_own_mac(const struct config *cfg, const struct headers *h)
+{
+	__u32 bit = own_mac_bit(h->eth->h_source);
+
+	if (__builtin_expect(
+		    !(cfg->own_macs[(bit >> 6) & (OWN_MAC_WORDS - 1)] & 1ULL << (bit & 63)), 1))
+		return false;
+	return own_mac(h->eth->h_source);
+}
+
 static __always_inline bool own_packet(const struct config *cfg, const struct headers *h,
 				       const struct flow *flow, bool ip4)
 {
@@ -43,7 +73,7 @@ static __always_inline bool own_packet(const struct config *cfg, const struct he
 
 	if (flow->flags & FLOW_ALLOW_LOOP)
 		return false;
-	if (same_mac(h->eth->h_source, flow->input_mac))
+	if (same_mac(h->eth->h_source, flow->input_mac) || from_own_mac(cfg, h))
 		return true;
 	if (ip4) {
 		bit = own_bit(h->ip4->saddr);

@@ -83,7 +83,7 @@ func withLoop(input string) string {
 	if err != nil {
 		return input
 	}
-	accept.AllowLoop = true
+	accept.AllowLoop, accept.TwoWay = true, false
 	return rules.FormatInput(in, accept)
 }
 

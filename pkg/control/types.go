@@ -39,6 +39,9 @@ const (
 	StateActive  = "active"
 	StatePending = "pending" // waits for something, such as its interface; completes by itself
 	StateFailed  = "failed"  // needs a person
+	// StateLooping is of a rule that is active and whose packets come back to it; those
+	// that do are dropped. Reason says the way that they take.
+	StateLooping = "looping"
 )
 
 // OutputStatus is one output of a rule. Slot is its number within the rule.

@@ -42,6 +42,8 @@ type Flow struct {
 	// Broadcast says that In.Group is a broadcast address of the link, and not this host's:
 	// frames for any MAC address are taken.
 	Broadcast bool
+	// Unguarded keeps the loop guard away from its packets.
+	Unguarded bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
 	// Except are senders that a flow with In.BySource does not take, sorted.
@@ -147,7 +149,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate &&
+		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate &&
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 

@@ -6,6 +6,7 @@ import (
 	"xdpcast/pkg/account"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
 )
 
 // Accounts is where a path counts what becomes of packets; *loader.Loader is one, whose
@@ -62,6 +63,7 @@ type counters struct {
 	all    *account.Cell // what matched, or was sent
 	drops  [reasons]*account.Cell
 	notes  [notes]*account.Cell
+	pace   packet.GuardPace // of a rule
 }
 
 // notes is the number of notes.

@@ -125,7 +125,7 @@ func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
 	if r.rule.Finish && packet.FinishChecksum(frame, h) {
 		counts.note(loader.UnfinishedChecksum, 1, uint64(len(frame)))
 	}
-	e.copies(r, frame, h, at, len(frame))
+	e.copies(r, frame, h, packet.GuardMark{}, at, len(frame))
 }
 
 // liftedSize is the memory for frames without Ethernet header: a multiple of the
@@ -189,11 +189,12 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	if before.packets > 0 {
 		counts.note(loader.OrphanFragment, before.packets, before.bytes)
 	}
-	if reason, ok := e.refuses(r, frame, h, at, length, ethernet); ok {
+	reason, mark, refused := e.refuses(r, counts, frame, h, at, length, ethernet)
+	if refused {
 		counts.drop(reason, 1, uint64(length))
 		return true
 	}
-	e.copies(r, frame, h, at, length)
+	e.copies(r, frame, h, mark, at, length)
 	return true
 }
 
@@ -226,38 +227,56 @@ func (e *Engine) match(r *Rule, at int64, length int) *counters {
 	return counts
 }
 
-// refuses says why no output gets a packet.
-func (e *Engine) refuses(r *Rule, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) (loader.Reason, bool) {
-	if !r.rule.AllowLoop && !e.fromHost {
-		if ethernet && [6]byte(frame[6:12]) == r.rule.In.MAC {
-			return loader.Loop, true
-		}
-		if _, own := e.now.table.own[h.Src]; own {
-			return loader.Loop, true
+// refuses says why no output gets a packet, and what its copies are to bear else.
+func (e *Engine) refuses(r *Rule, counts *counters, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) (reason loader.Reason, mark packet.GuardMark, refused bool) {
+	if !r.rule.AllowLoop && !e.fromHost && e.own(r, frame, h, ethernet) {
+		return loader.Loop, mark, true
+	}
+	if !r.rule.Unguarded && counts.pace.Looks(e.set.guard, r.number, at) {
+		refused, mark = e.set.guard.Returned(frame, h, packet.GuardPacket{Rule: r.number, Index: r.rule.In.Index, Outputs: len(r.out), Ethernet: ethernet, At: at})
+		if refused {
+			return loader.Looping, mark, true
 		}
 	}
 	// RFC 8200 section 8.1.
 	if !r.rule.AllowNoChecksum && h.UDP != 0 && h.Dst.Is6() && frame[h.UDP+6] == 0 && frame[h.UDP+7] == 0 {
-		return loader.NoChecksum, true
+		return loader.NoChecksum, mark, true
 	}
 	if r.policer != nil && !r.policer.conforms(at, length) {
-		return loader.Policed, true
+		return loader.Policed, mark, true
 	}
-	return 0, false
+	return 0, mark, false
 }
 
-func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, at int64, length int) {
+// own says whether this host has sent a packet.
+func (e *Engine) own(r *Rule, frame []byte, h *packet.Headers, ethernet bool) bool {
+	if ethernet {
+		mac := [6]byte(frame[6:12])
+		if mac == r.rule.In.MAC {
+			return true
+		}
+		if macs := e.set.ownMACs.Load(); macs != nil {
+			if _, own := (*macs)[mac]; own {
+				return true
+			}
+		}
+	}
+	_, own := e.now.table.own[h.Src]
+	return own
+}
+
+func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, mark packet.GuardMark, at int64, length int) {
 	for slot := range r.out {
 		o := &r.out[slot]
 		counts := o.counts.of(e, account.Sent)
-		if reason, ok := e.copy(o, counts, frame, h, at, length); !ok {
+		if reason, ok := e.copy(o, counts, frame, h, mark, at, length); !ok {
 			counts.drop(reason, 1, uint64(length))
 		}
 	}
 }
 
 // copy queues one output's copy, or says why there is none.
-func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Headers, at int64, length int) (loader.Reason, bool) {
+func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Headers, mark packet.GuardMark, at int64, length int) (loader.Reason, bool) {
 	if !o.Ready {
 		return loader.ReasonOf(o.Blocked), false
 	}
@@ -278,6 +297,7 @@ func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Heade
 	if o.policer != nil && !o.policer.conforms(at, length) {
 		return loader.Policed, false
 	}
+	mark.Apply(header, len(header)-(h.Payload-h.L3), h.Dst.Is4())
 	payload := frame[h.Payload:]
 	if !q.ethernet {
 		header = header[len(header)-(h.Payload-h.L3):]

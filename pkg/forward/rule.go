@@ -10,6 +10,7 @@ import (
 type Rule struct {
 	rule    loader.Rule
 	unicast bool
+	number  uint32 // by which the guard knows it
 	policer *policer
 	open    *account.RuleCounters
 	counts  *perWorker
@@ -33,7 +34,7 @@ func (s *Set) newRule(r loader.Rule, old *Rule) *Rule {
 	goesOn := old != nil && n.rule.Continues(old.rule)
 	n.policer = newPolicer(r.Rate)
 	if goesOn {
-		n.open, n.counts = old.open, old.counts
+		n.open, n.counts, n.number = old.open, old.counts, old.number
 		if r.Rate == old.rule.Rate {
 			n.policer = old.policer
 		}

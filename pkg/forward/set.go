@@ -4,16 +4,19 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"xdpcast/pkg/account"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
 )
 
 // Set is the rules of a path, and what its workers share. Its methods may be called
@@ -25,8 +28,11 @@ type Set struct {
 	accounts  Accounts
 	path      loader.Path
 	matches   account.Kind // what a packet that comes to a worker is counted as
+	guard     *packet.Guard
+	ownMACs   atomic.Pointer[map[[6]byte]struct{}]
 
 	mu      sync.Mutex
+	numbers uint32 // given to rules, for the guard
 	table   *Table
 	given   given
 	engines []*Engine
@@ -44,6 +50,7 @@ func newSet(path loader.Path, workers int, accounts Accounts) *Set {
 		workers:   max(1, workers),
 		start:     now.Add(-time.Duration(clock.Nano())),
 		fragments: newFragments(),
+		guard:     &packet.Guard{Secret: rand.Uint32()},
 		table:     &Table{},
 		accounts:  accountsOr(accounts),
 		path:      path,
@@ -114,6 +121,7 @@ func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[stri
 			err = errors.Join(err, table.closeCounters(s.table))
 		}
 	}()
+	s.number(table)
 	views := make([]*view, len(s.engines))
 	for i, e := range s.engines {
 		if views[i], err = e.view(s.table, table); err != nil {
@@ -130,6 +138,7 @@ func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[stri
 		old[i] = e.next.Swap(views[i])
 	}
 	before := s.table
+	s.forget(s.table, table)
 	s.table = table
 	s.given = given{cloneRules(want), slices.Clone(own), maps.Clone(firstOutputs)}
 	for i, e := range s.engines {
@@ -208,7 +217,7 @@ func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[stri
 }
 
 func equal(a, b loader.Rule) bool {
-	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
+	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Unguarded == b.Unguarded && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 
@@ -318,6 +327,29 @@ func (s *Set) newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[st
 	}
 	slices.SortFunc(t.rules, func(a, b *Rule) int { return strings.Compare(a.rule.Name, b.rule.Name) })
 	return t, nil
+}
+
+// number gives the rules that are new a number of their own.
+func (s *Set) number(t *Table) {
+	for _, r := range t.rules {
+		if r.number == 0 {
+			s.numbers++
+			r.number = s.numbers
+		}
+	}
+}
+
+// forget makes the guard forget the rules that are no more.
+func (s *Set) forget(before, now *Table) {
+	stays := make(map[uint32]bool, len(now.rules))
+	for _, r := range now.rules {
+		stays[r.number] = true
+	}
+	for _, r := range before.rules {
+		if !stays[r.number] {
+			s.guard.Forget(r.number)
+		}
+	}
 }
 
 func (t *Table) add(r *Rule) {

@@ -138,7 +138,7 @@ func (l *Loader) adoptConfig() error {
 	if config.NetnsCookie != l.cookie {
 		return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, l.opts.PinDir)
 	}
-	l.own = config.Own
+	l.own, l.ownMACs = config.Own, config.OwnMacs
 	return l.adoptSteering(&config)
 }
 

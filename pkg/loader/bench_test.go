@@ -39,6 +39,7 @@ func BenchmarkRelay(b *testing.B) {
 			n := newLab(b, 1)
 			opts := testOptions(b)
 			opts.Logger, opts.MaxRules, opts.MaxOutputs = nil, 131072, 262144
+			opts.programs = embedded{noPacket: true}
 			l := open(b, opts)
 			attachAll(b, l, n.in, n.out[0])
 			newRunner(b, l, n.relay) // stays on one CPU

@@ -59,6 +59,7 @@ func encodeFlags(r Rule) (flags uint8) {
 	}
 	set(bpf.RelayFlowFlagFLOW_UNICAST, r.Unicast())
 	set(bpf.RelayFlowFlagFLOW_ALLOW_LOOP, r.AllowLoop)
+	set(bpf.RelayFlowFlagFLOW_UNGUARDED, r.Unguarded)
 	set(bpf.RelayFlowFlagFLOW_NO_CHECKSUM, r.AllowNoChecksum)
 	set(bpf.RelayFlowFlagFLOW_POLICED, r.Rate != Rate{})
 	set(bpf.RelayFlowFlagFLOW_FALLBACK, r.Fallback)
@@ -80,6 +81,7 @@ func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
 	r.Finish = flow.Finish != 0
 	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
 	r.Broadcast = !r.In.Group.IsMulticast() && flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNICAST) == 0
+	r.Unguarded = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNGUARDED) != 0
 	r.AllowNoChecksum = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_NO_CHECKSUM) != 0
 	r.Fallback = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_FALLBACK) != 0
 	r.Steered = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_STEERED) != 0

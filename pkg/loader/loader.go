@@ -110,6 +110,7 @@ type Loader struct {
 
 	tables         tables
 	own            [4]uint64   // of map config
+	ownMACs        [8]uint64   // of map config
 	lookups        lookupCount // of the rules in force
 	extra          int         // entries of theirs in the flow tables besides one each
 	shortcuts      shortcuts   // to them
@@ -351,6 +352,7 @@ func (l *Loader) config(kinds lookups) bpf.RelayConfig {
 		Lookup4:     uint16(kinds),
 		Lookup6:     uint16(kinds >> 16),
 		Own:         l.own,
+		OwnMacs:     l.ownMACs,
 		NetnsCookie: l.cookie,
 		MaxRules:    l.maps.Rules.MaxEntries(),
 		MaxOutputs:  l.maps.Outputs.MaxEntries(),

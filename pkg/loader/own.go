@@ -19,26 +19,32 @@ func (l *Loader) SetOwnAddresses(addrs []netip.Addr) error {
 	for _, a := range addrs {
 		want[bpf.RelayOwnAddress{Address: a.As16()}] = true // an IPv4 address as ::ffff:a.b.c.d
 	}
-	have := map[bpf.RelayOwnAddress]bool{}
-	var key bpf.RelayOwnAddress
+	return setOwn(l, l.maps.OwnAddresses, bpf.RelayMapOwnAddresses, want, func() { l.own = ownBits(want) })
+}
+
+// setOwn makes a map of what is this host's own hold want; setFilter sets the field of
+// map config that spares most packets the map.
+func setOwn[K comparable](l *Loader, m *ebpf.Map, name string, want map[K]bool, setFilter func()) error {
+	have := map[K]bool{}
+	var key K
 	var value uint8
-	iter := l.maps.OwnAddresses.Iterate()
+	iter := m.Iterate()
 	for iter.Next(&key, &value) {
 		have[key] = true
 	}
 	if err := iter.Err(); err != nil {
-		return fmt.Errorf("read map own_addresses: %w", err)
+		return fmt.Errorf("read map %s: %w", name, err)
 	}
 	for key := range want {
 		if have[key] {
 			continue
 		}
-		if err := l.maps.OwnAddresses.Put(&key, uint8(1)); err != nil {
-			return fmt.Errorf("write map own_addresses: %w", err)
+		if err := m.Put(&key, uint8(1)); err != nil {
+			return fmt.Errorf("write map %s: %w", name, err)
 		}
 	}
-	// The bits before what they stand for goes, behind what they stand for comes.
-	l.own = ownBits(want)
+	// Update the filter after adding addresses and before deleting them.
+	setFilter()
 	if err := l.writeConfig(); err != nil {
 		return err
 	}
@@ -46,8 +52,8 @@ func (l *Loader) SetOwnAddresses(addrs []netip.Addr) error {
 		if want[key] {
 			continue
 		}
-		if err := l.maps.OwnAddresses.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("write map own_addresses: %w", err)
+		if err := m.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("write map %s: %w", name, err)
 		}
 	}
 	return nil

@@ -3,6 +3,8 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"math"
+	"math/rand/v2"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -27,6 +29,12 @@ type embedded struct {
 	// fragmentTimeout is how long a first fragment speaks for the others; 0 leaves
 	// it as the program has it.
 	fragmentTimeout time.Duration
+	// everyPacket makes the loop guard look at every packet, for as long as a test
+	// takes, and its marks foreseeable.
+	everyPacket bool
+	// noPacket makes it look at none, as at most of a fast rule: a benchmark that gives a
+	// program its frame as it left it is a loop.
+	noPacket bool
 }
 
 func (e embedded) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
@@ -35,6 +43,9 @@ func (e embedded) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 		return nil, fmt.Errorf("read relay program: %w", err)
 	}
 	if err := e.setTimeout(spec); err != nil {
+		return nil, err
+	}
+	if err := e.setGuard(spec); err != nil {
 		return nil, err
 	}
 	if err := fitKernel(spec, can); err != nil {
@@ -107,6 +118,23 @@ func (e embedded) setTimeout(spec *ebpf.CollectionSpec) error {
 	}
 	if err := spec.Variables["fragment_timeout_ns"].Set(uint64(e.fragmentTimeout)); err != nil {
 		return fmt.Errorf("set fragment_timeout_ns: %w", err)
+	}
+	return nil
+}
+
+func (e embedded) setGuard(spec *ebpf.CollectionSpec) error {
+	set := map[string]uint32{"guard_secret": rand.Uint32()}
+	if e.everyPacket {
+		set = map[string]uint32{"guard_secret": 0, "guard_budget": math.MaxUint32, "guard_window": math.MaxInt32, "guard_race": math.MaxInt32}
+	}
+	// Tests that set the time of fragments send one frame again and again, as loops do.
+	if e.noPacket || e.fragmentTimeout != 0 && !e.everyPacket {
+		set["guard_budget"], set["guard_watch"] = 0, 0
+	}
+	for name, value := range set {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
 	}
 	return nil
 }

@@ -46,6 +46,7 @@ const (
 	CPUFull     = Reason(bpf.RelayDropReasonDROP_CPU_FULL)
 	NoCarrier   = Reason(bpf.RelayDropReasonDROP_NO_CARRIER)
 	WorkerLost  = Reason(bpf.RelayDropReasonDROP_WORKER_LOST)
+	Looping     = Reason(bpf.RelayDropReasonDROP_LOOPING)
 	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
@@ -104,6 +105,8 @@ func (r Reason) String() string {
 		return "no_carrier"
 	case WorkerLost:
 		return "worker_lost"
+	case Looping:
+		return "looping"
 	case Internal:
 		return "internal"
 	default:

@@ -596,6 +596,9 @@ func (l *Loader) dropCountersOf(ids, stats map[uint32]bool) error {
 // dropStaleCounters deletes the drop counters of rules and outputs that are no
 // more.
 func (l *Loader) dropStaleCounters(isGone, isGoneStats func(uint32) bool) error {
+	if err := l.forgetLoops(isGone); err != nil {
+		return err
+	}
 	var stale []bpf.RelayDropKey
 	var key bpf.RelayDropKey
 	var values []bpf.RelayCounter

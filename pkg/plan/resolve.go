@@ -235,6 +235,7 @@ func resolveInput(rule *rules.Rule, in *network.Link) flow.Flow {
 		AllowLoop:       rule.Accept.AllowLoop,
 		Broadcast:       rule.Accept.Broadcast,
 		Except:          rule.Accept.Except,
+		Unguarded:       rule.Accept.Unguarded,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.MTU),
 	}

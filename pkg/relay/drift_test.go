@@ -548,7 +548,7 @@ func TestNoCarrier(t *testing.T) {
 	}
 	p.arrives("without the carrier of out0", "239.1.1.1:5000%in0", "239.2.2.2:6000%out1")
 	s, err := r.Rule(t.Context(), "a")
-	if err != nil || s.Outputs[0].Sent.Packets != 0 || len(s.Outputs[0].Drops) != 1 || s.Outputs[0].Drops[0].Reason != "not_ready" || s.Outputs[0].Drops[0].Packets != s.Outputs[1].Sent.Packets {
+	if err != nil || s.Outputs[0].Sent.Packets != 0 || len(s.Outputs[0].Drops) != 1 || s.Outputs[0].Drops[0].Reason != "no_carrier" || s.Outputs[0].Drops[0].Packets != s.Outputs[1].Sent.Packets {
 		t.Errorf("outputs are %+v, %v", s.Outputs, err)
 	}
 	if err := p.peer.SetUp("out0", true); err != nil {

@@ -68,6 +68,11 @@ func (r *Relay) explain(packet plan.Packet) (control.Explanation, error) {
 	e := control.Explanation{
 		Packet: found.Packet.String(), Why: found.Why, Path: found.Path, PathReason: found.PathReason, Notes: found.Notes,
 	}
+	if found.Flow != nil && len(found.Candidates) > 0 {
+		if text := r.loopText(found.Candidates[0].Rule, r.loops()); text != "" {
+			e.Why += "; it is looping: " + text
+		}
+	}
 	for _, c := range found.Candidates {
 		state, reason := c.Rule.State, c.Rule.Reason
 		if c.Flow != nil {

@@ -176,6 +176,7 @@ func (r *Relay) forget(link *network.Link) {
 // publishOwn gives the loop check the addresses of this host.
 func (r *Relay) publishOwn() {
 	r.warnUnless(aboutOwn, r.loader.SetOwnAddresses(r.network.Own()))
+	r.publishMACs()
 }
 
 // observeIfDue looks at everything when it is time.

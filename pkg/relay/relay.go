@@ -96,6 +96,9 @@ type Relay struct {
 	reconciled time.Time // the last time
 	observed   time.Time // likewise, everything
 	observing  time.Duration
+	macs       [][6]byte       // of this host's interfaces, sorted
+	macsKnown  bool            // the kernel has them
+	looping    map[string]bool // rules that the log was told of
 	warnings   map[string]string
 
 	igmp    igmpVersions
@@ -211,6 +214,8 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	if ready != nil {
 		ready()
 	}
+	loops := time.NewTicker(loopCheck)
+	defer loops.Stop()
 	for {
 		timer := time.NewTimer(r.wake())
 		select {
@@ -222,6 +227,8 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case <-r.watcher.Changed():
 			r.tables.refresh = true
 			_ = r.reconcile(nil)
+		case <-loops.C:
+			r.logLoops()
 		case <-timer.C:
 			r.observeIfDue()
 			r.stale = true // what waits for its time is part of the answers

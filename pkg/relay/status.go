@@ -57,8 +57,10 @@ func (r *Relay) describeRules(rules []*plan.RulePlan, stats loader.Stats, lost [
 		byName[stats.Rules[i].Name] = &stats.Rules[i]
 	}
 	all := make([]control.RuleStatus, 0, len(rules))
+	loops := r.loops()
 	for _, p := range rules {
 		status := r.describeRule(p, byName)
+		r.markLooping(&status, p, loops)
 		status.ReceiveDrops = receiveDrops(p, lost)
 		all = append(all, status)
 	}

@@ -30,7 +30,11 @@ type openPath struct {
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
 		loader.PathFanout: {open: func() (userPath, error) {
-			return forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Accounts: r.loader})
+			path, err := forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Accounts: r.loader})
+			if err == nil {
+				path.SetOwnMACs(r.macs)
+			}
+			return path, err
 		}},
 		loader.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP

@@ -18,8 +18,9 @@ import (
 // INTERFACE that ends in '+' is a pattern. Without PORT an input takes any, and an
 // output keeps the packet's. Options and policies, each at most once:
 //
-//	vlan=ID|OUTER.ID   from=host   join=none|all|GROUP+GROUP...   csum=any   loop=allow   local=yes
-//	except=SOURCE[/LEN]+SOURCE[/LEN]...   local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
+//	vlan=ID|OUTER.ID   from=host   join=none|all|GROUP+GROUP...   csum=any   local=yes
+//	loop=two-way|allow   loop-guard=off   except=SOURCE[/LEN]+SOURCE[/LEN]...
+//	local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
 //
 //	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N
 //	ttl=keep|dec|N   minttl=N   dscp=keep|NAME|N   csum=update|zero

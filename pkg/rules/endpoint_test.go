@@ -46,7 +46,7 @@ func TestParseInputErrors(t *testing.T) {
 	const (
 		wantPort     = "1 to 65535, or no ':' for any port"
 		wantBrackets = "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"
-		wantKey      = "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, local, local-control, broadcast, rate, burst"
+		wantKey      = "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, loop-guard, local, local-control, broadcast, rate, burst"
 		wantVLAN     = "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
 		wantJoin     = "join=none, join=all or join=GROUP+GROUP..."
 		wantRate     = "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"
@@ -148,7 +148,9 @@ func TestParseInputErrors(t *testing.T) {
 		{"224.0.0.1:5%eth0,local-control=yes", "option", "local-control=yes", "local-control=allow"},
 		{"224.0.0.1:5%eth0,local-control=allow,local-control=allow", "option", "local-control=allow", "local-control only once"},
 		{"10.0.0.255:5%eth0,broadcast", "option", "broadcast", "broadcast=allow"},
-		{"239.1.1.1:5%eth0,loop=yes", "option", "loop=yes", "loop=allow"},
+		{"239.1.1.1:5%eth0,loop=yes", "option", "loop=yes", "loop=two-way or loop=allow"},
+		{"239.1.1.1:5%eth0,loop-guard=on", "option", "loop-guard=on", "loop-guard=off"},
+		{"239.1.1.1:5%eth0,loop=two-way,loop=allow", "option", "loop=allow", "loop only once"},
 		{"239.1.1.1:5%eth0,rate=5", "option", "rate=5", wantRate},
 		{"239.1.1.1:5%eth0,rate=0pps", "option", "rate=0pps", wantRate},
 		{"239.1.1.1:5%eth0,rate=pps", "option", "rate=pps", wantRate},

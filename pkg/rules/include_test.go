@@ -112,7 +112,7 @@ func TestIncludeErrors(t *testing.T) {
 		{"one name here and there", listed("b 9") + "include: rules.d/b.yaml", []string{
 			`rules.d/b.yaml:6: rule "b": name "b": want a unique name: rule #1 (main.yaml:2) has it`}},
 		{"a circle of rules over files", listed("forth 9") + "include: loop/*", []string{
-			`loop/back.yaml:4: rule "back": out[0] "239.1.1.9:1%in": want no loop between rules: forth (main.yaml:2) -> back (loop/back.yaml:2) -> forth (loop=allow on an input of it lets it stand: it then needs ttl=dec on an output, which ends what goes round)`}},
+			`loop/back.yaml:4: rule "back": out[0] "239.1.1.9:1%in": want no loop between rules: forth (main.yaml:2) -> back (loop/back.yaml:2) -> forth (loop=two-way on an input lets a circle between interfaces stand, loop=allow any: what goes round is found, and dropped)`}},
 		{"faults in several files", "include: broken/*.yaml\nrules:\n- name: m\n", []string{
 			`broken/x.yaml:2: found character that cannot start any token`,
 			`broken/y.yaml:3: rule "y": input "239.1.1.1:0%eth0": port "0": want 1 to 65535, or no ':' for any port`}},

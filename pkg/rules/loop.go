@@ -25,7 +25,8 @@ import (
 // circle are refused, even when no single packet goes round: when what the first
 // sends of one group comes back as another that it does not take, or the port grows
 // until it is out of range, or two rules together, but neither alone, win all that
-// the third is fed. A set that is right nevertheless says loop=allow.
+// the third is fed. A set that is right nevertheless says loop=allow, or loop=two-way
+// when it is to take nothing that this host has sent.
 //
 // An output to a pattern does not send on the interface that its packet came from
 // if that would feed its own input.
@@ -82,9 +83,10 @@ func feeds(o Output, in Input) bool {
 }
 
 // feedsSelf reports whether an output feeds the input of its own rule, unless the
-// rule allows it.
+// rule allows it. Relaying both ways is between interfaces, so with TwoWay a pattern may
+// feed itself, and a named interface may not.
 func (r Rule) feedsSelf(o Output) bool {
-	if r.Accept.AllowLoop || !feeds(o, r.In) {
+	if r.Accept.AllowLoop || r.Accept.TwoWay && isPattern(o.Interface) || !feeds(o, r.In) {
 		return false
 	}
 	sent, _ := o.sent(r.In)
@@ -99,9 +101,9 @@ func (r Rule) excludes(t traffic) bool {
 	})
 }
 
-// insist ends the report of a circle: what lets it stand, and what ends the packets that
-// then go round.
-const insist = " (loop=allow on an input of it lets it stand: it then needs ttl=dec on an output, which ends what goes round)"
+// insist ends the report of a circle: what lets it stand, and what then becomes of packets
+// that go round.
+const insist = " (loop=two-way on an input lets a circle between interfaces stand, loop=allow any: what goes round is found, and dropped)"
 
 // maxFeedPairs bounds the search in sets where very many outputs of many addresses,
 // ports or sources overlap with very many inputs each. After so many pairs of output
@@ -150,7 +152,7 @@ func newFeedGraph(s *ruleSet, maxPairs int, list *faultList) *feedGraph {
 	}
 	g.pool = newInputPool(s.rules, s.inputs, func(rule int) bool { return inputs[s.rules[rule].In.Interface] })
 	for i, r := range s.rules {
-		if r.Accept.AllowLoop {
+		if r.Accept.AllowLoop || r.Accept.TwoWay {
 			continue
 		}
 		for slot, o := range r.Out[:min(len(r.Out), MaxOutputs)] {

@@ -642,3 +642,42 @@ func BenchmarkCheckLoops(b *testing.B) {
 		})
 	}
 }
+
+// TestTwoWay: loop=two-way lets both directions stand, whichever of them says it, and a
+// pattern that feeds itself by other interfaces; an output never feeds its own input on one
+// interface.
+func TestTwoWay(t *testing.T) {
+	for _, c := range []struct {
+		rules []string
+		fine  bool
+	}{
+		{[]string{"a 239.255.255.250:1900%eth0 -> 239.255.255.250:1900%eth1", "b 239.255.255.250:1900%eth1 -> 239.255.255.250:1900%eth0"}, false},
+		{[]string{"a 239.255.255.250:1900%eth0,loop=two-way -> 239.255.255.250:1900%eth1", "b 239.255.255.250:1900%eth1 -> 239.255.255.250:1900%eth0"}, true},
+		{[]string{"a 239.255.255.250:1900%eth0 -> 239.255.255.250:1900%eth1", "b 239.255.255.250:1900%eth1,loop=two-way -> 239.255.255.250:1900%eth0"}, true},
+		{[]string{"a 239.1.1.1:5%eth0,loop=two-way -> 239.1.1.1:5%eth1", "b 239.1.1.1:5%eth1 -> 239.1.1.1:5%eth2", "c 239.1.1.1:5%eth2 -> 239.1.1.1:5%eth0"}, true},
+		{[]string{"a 239.1.1.1:5%eth0,loop=two-way -> 239.1.1.1:5%eth0"}, false},
+		{[]string{"a 239.1.1.1:5%eth+ -> 239.1.1.1:5%eth+"}, false},
+		{[]string{"a 239.1.1.1:5%eth+,loop=two-way -> 239.1.1.1:5%eth+"}, true},
+	} {
+		if err := ValidateSet(acceptedRules(t, c.rules...)); (err == nil) != c.fine || err != nil && !errors.Is(err, ErrLoop) {
+			t.Errorf("%v: %v", c.rules, err)
+		}
+	}
+}
+
+// TestGuardOptions: the options of loops are written as they are read.
+func TestGuardOptions(t *testing.T) {
+	for _, s := range []string{"", ",loop=allow", ",loop=two-way", ",loop-guard=off", ",loop=two-way,loop-guard=off"} {
+		in, accept, err := ParseInput("239.1.1.1:5%eth0" + s)
+		if err != nil || FormatInput(in, accept) != "239.1.1.1:5%eth0"+s {
+			t.Errorf("%q becomes %q, %v", s, FormatInput(in, accept), err)
+		}
+		want := Acceptance{AllowLoop: s == ",loop=allow", TwoWay: strings.Contains(s, "two-way"), Unguarded: strings.Contains(s, "guard")}
+		if !equalAcceptance(accept, want) {
+			t.Errorf("%q is read as %+v", s, accept)
+		}
+		if s != "" && equalAcceptance(accept, Acceptance{}) {
+			t.Errorf("%q is equal to nothing", s)
+		}
+	}
+}

@@ -30,8 +30,8 @@ func errBurstAlone(burst uint64) error {
 // optionParser is the options read so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
-	vlan                                                                                 VLAN
-	hasVLAN, from, join, except, csum, loop, local, localControl, broadcast, rate, burst bool
+	vlan                                                                                        VLAN
+	hasVLAN, from, join, except, csum, loop, guard, local, localControl, broadcast, rate, burst bool
 }
 
 // item reads one KEY=VALUE.
@@ -57,9 +57,11 @@ func (p *optionParser) item(item string) error {
 			want = "csum=any"
 		}
 	case "loop":
-		seen, p.AllowLoop = &p.loop, true
-		if value != "allow" {
-			want = "loop=allow"
+		seen, want = &p.loop, p.setLoop(value)
+	case "loop-guard":
+		seen, p.Unguarded = &p.guard, true
+		if value != "off" {
+			want = "loop-guard=off"
 		}
 	case "local":
 		seen, p.Local = &p.local, true
@@ -75,7 +77,7 @@ func (p *optionParser) item(item string) error {
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
 	default:
-		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, local, local-control, broadcast, rate, burst"}
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, loop-guard, local, local-control, broadcast, rate, burst"}
 	}
 	return checkItem(item, key, seen, want, "option")
 }
@@ -104,6 +106,18 @@ func (p *optionParser) setVLAN(s string) (want string) {
 	var ok bool
 	if p.vlan, ok = parseVLAN(s); !ok {
 		return "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
+	}
+	return ""
+}
+
+func (p *optionParser) setLoop(s string) (want string) {
+	switch s {
+	case "two-way":
+		p.TwoWay = true
+	case "allow":
+		p.AllowLoop = true
+	default:
+		return "loop=two-way or loop=allow"
 	}
 	return ""
 }
@@ -185,6 +199,11 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	}
 	if a.AllowLoop {
 		b = append(b, ",loop=allow"...)
+	} else if a.TwoWay { // what loop=allow says, too
+		b = append(b, ",loop=two-way"...)
+	}
+	if a.Unguarded {
+		b = append(b, ",loop-guard=off"...)
 	}
 	if a.Local {
 		b = append(b, ",local=yes"...)

@@ -63,6 +63,11 @@ type Acceptance struct {
 	// AllowLoop takes packets that this host sent, and lets a rule stand that
 	// closes a circle.
 	AllowLoop bool
+	// TwoWay lets a rule stand that closes a circle with others, as relaying both ways
+	// between networks does; what this host sent is dropped as ever.
+	TwoWay bool
+	// Unguarded keeps the loop guard away from the rule.
+	Unguarded bool
 	// Local leaves the packets to the host's own receivers, too.
 	Local bool
 	// LocalControl lets addresses of the rule be single groups of one link (LinkScope),
@@ -169,7 +174,7 @@ func Equal(a, b Rule) bool {
 
 func equalAcceptance(a, b Acceptance) bool {
 	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && slices.Equal(a.Except, b.Except) && a.ZeroChecksum == b.ZeroChecksum &&
-		a.AllowLoop == b.AllowLoop && a.Local == b.Local && a.LocalControl == b.LocalControl && a.Broadcast == b.Broadcast &&
+		a.AllowLoop == b.AllowLoop && a.TwoWay == b.TwoWay && a.Unguarded == b.Unguarded && a.Local == b.Local && a.LocalControl == b.LocalControl && a.Broadcast == b.Broadcast &&
 		a.Rate == b.Rate
 }
 

@@ -188,7 +188,7 @@ func TestBadRules(t *testing.T) {
 }
 
 // loopHint ends the report of a circle.
-const loopHint = " (loop=allow on an input of it lets it stand: it then needs ttl=dec on an output, which ends what goes round)"
+const loopHint = " (loop=two-way on an input lets a circle between interfaces stand, loop=allow any: what goes round is found, and dropped)"
 
 const badYAML = `rules:
   - name: a

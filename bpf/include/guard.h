@@ -1,0 +1,601 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* The loop guard: packets that this host has sent and that come back to it, by other
+ * relays, reflectors or switches, are found and cut. docs/decisions/0014 has the reasons;
+ * pkg/packet/guard.go is the twin in Go.
+ *
+ * No rewriting changes the payload, so a signature of it tells a packet that was relayed
+ * before, whatever its addresses, ports and tags are now. Who sends it (source MAC and
+ * address) tells a return from a sender that repeats itself: a return comes from somebody
+ * else than the first packet did. Several senders of one content are told apart from a
+ * loop by count: each packet relayed comes back, so that the returns outnumber those of
+ * the first sender without end.
+ *
+ * Most packets of a fast rule are not looked at: the first of each tick are, and all
+ * while the rule's rate multiplies, as it does with a loop.
+ */
+#pragma once
+
+#include "maps.h"
+#include "parse.h"
+
+/* Packets of a rule that are looked at in each tick of the kernel (1 to 10 ms), on each
+ * CPU. Set at load by tests.
+ */
+const volatile __u32 guard_budget = 64;
+
+/* What makes the marks of this host its own. Set at load. */
+const volatile __u32 guard_secret = 0;
+
+/* Ticks for which every packet is looked at when the rate multiplies. */
+const volatile __u32 guard_watch = 64;
+
+/* For how long a content is remembered after it was relayed, in 2^20 ns: loops that take
+ * longer are not found.
+ */
+const volatile __u32 guard_window = 512;
+
+/* Who comes within so many 2^20 ns of the first packet, and within GUARD_EARLY packets, may
+ * have been before it.
+ */
+const volatile __u32 guard_race = 512;
+
+#define GUARD_RETURNS 6 /* so many packets of another sender are returns ... */
+#define GUARD_EARLY 32
+#define GUARD_MOST 0xffff
+#define GUARD_RATIO 4  /* ... if they are this many times those of the first */
+#define GUARD_MARKS 4  /* so many marks that come back are a loop ... */
+#define GUARD_NEAR 16  /* ... with no more packets between two */
+#define GUARD_ASK 4    /* so many of one sender: ask the other CPUs who was first */
+#define GUARD_CPUS 128 /* that are asked */
+#define GUARD_SELF 32  /* so many more than were sent: the sender sends by itself */
+
+#define GUARD_SOON 64	/* 2^20 ns: a loop's returns mostly come within so long */
+#define GUARD_FRESH 64	/* 2^20 ns: a content that came twice keeps its slot */
+#define GUARD_LATE 256	/* 2^20 ns: no return takes so long ... */
+#define GUARD_ORPHANS 4 /* ... and so many that do are sent by themselves */
+
+#define GUARD_TAIL_MASK 0x7fff
+
+#define GUARD_HEAL_NS 10000000000ULL   /* a loop is over when nothing came back for so long */
+#define GUARD_MEMORY_NS 60000000000ULL /* its way is remembered for so long */
+
+#define GUARD_PROBE_NS 2000000000ULL /* how often a packet is let pass, to see whether ... */
+#define GUARD_BACK_NS 512000000ULL   /* ... it comes back within so long */
+
+/* Multipliers of SplitMix64 (Steele, Lea, Flood 2014). */
+#define GUARD_K1 0xbf58476d1ce4e5b9ULL
+#define GUARD_K2 0x94d049bb133111ebULL
+
+/* A packet as the guard sees it. */
+struct guard_packet {
+	__u64 now_ns;
+	__u32 signature;
+	__u32 sender; /* of guard_sender */
+	__u32 rule;
+	__u32 ifindex;
+	__u8 mac[6];
+	__u16 port; /* source port, as in the packet; 0 in later fragments */
+	__u8 source[16];
+	__u16 mark;	/* where a mark would be, as in the packet */
+	__u16 can_bear; /* 1: the packet is whole and can be marked */
+	__u8 outputs;	/* of the rule */
+	__u8 pad;
+	__u16 sum; /* of guard_sum; 0 without a checksum */
+};
+
+/* What guard_slot says of a packet: to be relayed, dropped, or marked and relayed. */
+enum guard_verdict {
+	GUARD_PASS,
+	GUARD_CUT,
+	GUARD_MARK, /* the mark is above */
+};
+
+#define GUARD_MARK_SHIFT 8
+
+/* A tick of the clock has passed for a rule on this CPU. Global, so that it is verified
+ * once.
+ */
+__noinline int guard_tick(struct rule_stats *stats, __u32 rule)
+{
+	__u64 packets;
+	__u32 n;
+
+	if (!stats)
+		return 0;
+	packets = stats->packets - stats->tick_packets;
+	n = packets > 1 << 28 ? 1 << 28 : packets;
+	stats->tick_packets = stats->packets;
+	if (n > 2 * stats->pace + guard_budget || bpf_map_lookup_elem(&loops, &rule))
+		stats->watched = guard_watch;
+	else if (stats->watched)
+		stats->watched--;
+	stats->pace = n > stats->pace ? n : stats->pace - (stats->pace >> 8);
+	return 0;
+}
+
+/* Whether this packet is one to look at. */
+static __always_inline bool guard_looks(const struct rule_stats *stats)
+{
+	return stats->packets - stats->tick_packets <= guard_budget || stats->watched;
+}
+
+static __always_inline __u32 guard_hash(__u64 a, __u64 b)
+{
+	return (a * GUARD_K1 + b * GUARD_K2) >> 32;
+}
+
+/* The sender of a packet: its MAC and address. Never 0. */
+static __always_inline __u32 guard_sender(const struct headers *h, bool ip4)
+{
+	const __u16 *mac = (const __u16 *)h->eth->h_source;
+	__u64 low = (__u32)mac[2] << 16 | mac[1], source;
+
+	if (ip4) {
+		source = h->ip4->saddr;
+	} else {
+		const struct in6_addr *a = &h->ip6->saddr;
+
+		source = ((__u64)a->in6_u.u6_addr32[0] << 32 | a->in6_u.u6_addr32[1]) ^
+			 ((__u64)a->in6_u.u6_addr32[2] << 32 | a->in6_u.u6_addr32[3]) * GUARD_K2;
+	}
+	return guard_hash(source, low << 16 | mac[0]) | 1;
+}
+
+/* The sum of the payload: what the UDP checksum is without the addresses and ports, which
+ * relays change (RFC 768; RFC 1624 for the arithmetic).
+ */
+static __always_inline __u16 guard_sum(const struct headers *h, bool ip4)
+{
+	const __u32 *ports = (const __u32 *)h->udp;
+	__u64 sum = (__u16)~h->udp->check;
+
+	sum += (__u32) ~*ports;
+	if (ip4) {
+		sum += (__u32)~h->ip4->saddr;
+		sum += (__u32)~h->ip4->daddr;
+	} else {
+		int i;
+
+#pragma unroll
+		for (i = 0; i < 4; i++) {
+			sum += (__u32)~h->ip6->saddr.in6_u.u6_addr32[i];
+			sum += (__u32)~h->ip6->daddr.in6_u.u6_addr32[i];
+		}
+	}
+	sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* The signature of a datagram: of its length, its first 16 bytes and its last 8. */
+static __noinline __u32 guard_signature(const struct udphdr *udp, const void *data_end)
+{
+	const __u32 *payload = (const void *)(udp + 1);
+	__u32 len = bpf_ntohs(udp->len), i;
+	const void *tail;
+	__u64 hash = len;
+
+#pragma unroll
+	for (i = 1; i <= 4; i++) {
+		if (len < sizeof(*udp) + 4 * i || (const void *)(payload + i) > data_end)
+			break;
+		hash = (hash ^ payload[i - 1]) * GUARD_K1;
+		hash ^= hash >> 32;
+	}
+	/* The verifier follows a packet for 64 kB. */
+	tail = (const void *)udp + ((len - 8) & GUARD_TAIL_MASK);
+	if (len < 2 * sizeof(*udp) || len - 8 > GUARD_TAIL_MASK || tail + 8 > data_end) {
+		const __u8 *end = (const void *)udp + ((len - 3) & GUARD_TAIL_MASK);
+
+		if (len < sizeof(*udp) + 3 || len - 3 > GUARD_TAIL_MASK ||
+		    (const void *)(end + 3) > data_end)
+			return guard_hash(hash, 1);
+		return guard_hash(hash, (__u32)end[0] << 16 | end[1] << 8 | end[2]);
+	}
+	hash = (hash ^ ((const __u32 *)tail)[0]) * GUARD_K1;
+	hash ^= hash >> 32;
+	return guard_hash(hash, ((const __u32 *)tail)[1]);
+}
+
+/* A later fragment has no UDP header. Routers and relays keep its number and length, and
+ * where it belongs in IPv4; in IPv6 its last bytes stand for that.
+ */
+static __always_inline __u32 guard_fragment(const struct headers *h, const void *data_end, bool ip4)
+{
+	__u64 whole = (__u64)h->fragment_id << 32 | h->l3_len;
+	const void *tail;
+
+	if (ip4)
+		return guard_hash(whole, h->ip4->frag_off);
+	tail = h->l3 + ((h->l3_len - 8) & GUARD_TAIL_MASK);
+	if (h->l3_len - 8 > GUARD_TAIL_MASK || tail + 8 > data_end)
+		return guard_hash(whole, 1);
+	return guard_hash(whole, *(const __u32 *)tail ^ *(const __u32 *)(tail + 4) * GUARD_K2);
+}
+
+/* Whether a packet's content is that of a slot. Relays may drop the checksum. */
+static __always_inline bool guard_same(const struct guard_slot *slot, const struct guard_packet *p)
+{
+	return slot->signature == p->signature && (slot->sum == p->sum || !slot->sum || !p->sum);
+}
+
+/* The way of a sender back to a rule; NULL when none is known. */
+static __always_inline struct guard_way *guard_way_of(struct loop *loop, __u32 sender)
+{
+	int i;
+
+#pragma unroll
+	for (i = 0; i < GUARD_WAYS; i++)
+		if (loop->ways[i].last_ns && loop->ways[i].sender == sender)
+			return &loop->ways[i];
+	return NULL;
+}
+
+/* The entry for a new way: a free one, or the one longest unused. */
+static __always_inline struct guard_way *guard_oldest_way(struct loop *loop)
+{
+	struct guard_way *oldest = &loop->ways[0];
+	int i;
+
+#pragma unroll
+	for (i = 1; i < GUARD_WAYS; i++)
+		if (loop->ways[i].last_ns < oldest->last_ns)
+			oldest = &loop->ways[i];
+	return oldest;
+}
+
+/* The place among the others of a slot of a sender and its port: its own, or that of the one
+ * with the fewest packets, those that came early last.
+ */
+static __always_inline __u32 guard_other_of(struct guard_slot *slot, __u32 sender, __u32 seen)
+{
+	__u32 i, at = 0, fewest = ~0U;
+
+#pragma unroll
+	for (i = 0; i < GUARD_OTHERS; i++) {
+		__u32 packets = slot->others[i].packets | (slot->early >> i & 1) << 31;
+
+		if (slot->others[i].sender == sender)
+			return i;
+		if (packets < fewest) {
+			fewest = packets;
+			at = i;
+		}
+	}
+	at &= 7;
+	if (at >= GUARD_OTHERS)
+		return 0;
+	slot->others[at].sender = sender;
+	slot->others[at].packets = 0;
+	slot->others[at].soon = 0;
+	slot->early &= ~(1U << at);
+	if (seen - slot->born <= guard_race && slot->arrivals <= GUARD_EARLY)
+		slot->early |= 1U << at;
+	return at;
+}
+
+/* The fewest packets of one who may have been first, but for the one at place not. */
+static __always_inline __u32 guard_fewest(const struct guard_slot *slot, __u32 fewest, __u32 not )
+{
+	__u32 i;
+
+#pragma unroll
+	for (i = 0; i < GUARD_OTHERS; i++)
+		if (slot->early >> i & 1 && i != not &&slot->others[i].packets < fewest)
+			fewest = slot->others[i].packets;
+	return fewest;
+}
+
+/* Cuts a packet that came back by a known way. */
+static __always_inline void guard_cut(struct loop *loop, struct guard_way *way,
+				      struct guard_slot *slot, const struct guard_packet *p)
+{
+	if (!loop->since_ns || p->now_ns - loop->last_ns > GUARD_HEAL_NS)
+		loop->since_ns = p->now_ns;
+	loop->last_ns = p->now_ns;
+	way->last_ns = p->now_ns;
+	way->ifindex = p->ifindex;
+	way->from = slot->rule;
+	__sync_fetch_and_add(&way->packets, 1);
+	slot->cut++;
+}
+
+static const struct loop guard_no_loop;
+
+/* Makes a way known. */
+static __noinline void guard_found(struct guard_slot *slot, const struct guard_packet *p)
+{
+	__u32 rule = p->rule;
+	struct loop *loop = bpf_map_lookup_elem(&loops, &rule);
+	struct guard_way *way;
+
+	if (!loop) {
+		bpf_map_update_elem(&loops, &rule, &guard_no_loop, BPF_NOEXIST);
+		loop = bpf_map_lookup_elem(&loops, &rule);
+		if (!loop)
+			return;
+	}
+	way = guard_oldest_way(loop);
+	way->sender = p->sender;
+	way->first_ns = p->now_ns;
+	way->forgiven_ns = 0;
+	way->packets = 0;
+	way->probe_ns = p->now_ns;
+	way->probe = 0;
+	way->orphans = 0;
+	__builtin_memcpy(way->mac, p->mac, sizeof(way->mac));
+	__builtin_memcpy(way->source, p->source, sizeof(way->source));
+	guard_cut(loop, way, slot, p);
+}
+
+/* Whether a way was found to be none, not long ago. */
+static __always_inline bool guard_forgiven(const struct guard_way *way, __u64 now)
+{
+	return way && way->forgiven_ns && now - way->forgiven_ns < GUARD_MEMORY_NS;
+}
+
+/* What becomes of a packet on a known way: GUARD_CUT mostly. Now and then one is let pass
+ * (GUARD_PASS), and when it does not come back the way is forgotten. So is one on which more
+ * comes than was sent. GUARD_MARK: the way is not known, or no more.
+ */
+static __always_inline __u32 guard_known(struct loop *loop, struct guard_way *way,
+					 struct guard_slot *slot, const struct guard_packet *p)
+{
+	__u32 seen = p->now_ns >> 20;
+
+	if (!way || p->now_ns - way->last_ns >= GUARD_MEMORY_NS || guard_forgiven(way, p->now_ns))
+		return GUARD_MARK;
+	way->orphans = seen - slot->seen > GUARD_LATE ? way->orphans + 1 : 0;
+	if (way->orphans >= GUARD_ORPHANS ||
+	    slot->cut > GUARD_SELF + GUARD_RATIO * p->outputs * (slot->arrivals + 1)) {
+		way->forgiven_ns = p->now_ns;
+		way->orphans = 0;
+		return GUARD_MARK;
+	}
+	if (way->probe && p->now_ns - way->probe_ns > GUARD_BACK_NS) {
+		way->probe = 0;
+		way->last_ns = 0;
+		return GUARD_MARK;
+	}
+	if (way->probe == p->signature) {
+		way->probe = 0;
+	} else if (!way->probe && p->now_ns - way->probe_ns > GUARD_PROBE_NS) {
+		way->probe = p->signature;
+		way->probe_ns = p->now_ns;
+		slot->seen = seen;
+		slot->rule = p->rule;
+		slot->arrivals++;
+		return GUARD_PASS;
+	}
+	guard_cut(loop, way, slot, p);
+	return GUARD_CUT;
+}
+
+/* The packet of a sender's that was relayed first may have come to another CPU. */
+static __noinline void guard_ask(struct guard_slot *slot, const struct guard_packet *p)
+{
+	__u32 at = p->signature & (GUARD_SLOTS - 1), seen = p->now_ns >> 20, cpu;
+
+	for (cpu = 0; cpu < GUARD_CPUS; cpu++) {
+		struct guard_slot *there = bpf_map_lookup_percpu_elem(&guard_slots, &at, cpu);
+
+		if (!there)
+			return;
+		if (there->signature != p->signature || there->sender == p->sender ||
+		    seen - there->seen > guard_window)
+			continue;
+		slot->others[0].sender = guard_hash(p->sender, p->port) | 1;
+		slot->others[0].packets = slot->packets;
+		slot->others[0].soon = slot->soon;
+		slot->sender = there->sender;
+		slot->packets = there->packets;
+		slot->soon = there->soon;
+		return;
+	}
+}
+
+/* The mark that a content's packets get now. */
+static __always_inline __u16 guard_mark(const struct guard_slot *slot)
+{
+	return guard_hash((__u64)slot->signature << 32 | slot->marks, guard_secret);
+}
+
+/* Whether a sender has repeated itself so often that some of its packets are marked: 8 from
+ * the 32nd on, and again from the 256th, the 2048th ...
+ */
+static __always_inline bool guard_asks(__u32 packets)
+{
+	__u32 from = packets & ~7U;
+
+	return from == 32 || from == 256 || from == 2048 || from == 16384;
+}
+
+/* The packet's content is in the slot: says whether the packet is a return, to be cut.
+ *
+ * Where the senders tell nothing, a mark does: in the identification of IPv4, which means
+ * nothing in whole packets (RFC 6864), or in the flow label of IPv6. A packet that comes
+ * with the mark that one was just sent with has gone round. Each mark is used until it has
+ * come back once, so that no sender's counter meets them.
+ */
+static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_packet *p)
+{
+	__u32 rule = p->rule, seen = p->now_ns >> 20, packets, fewest, at, known;
+	__u32 returns = GUARD_RETURNS, ratio = GUARD_RATIO, soon;
+	struct loop *loop = bpf_map_lookup_elem(&loops, &rule);
+	struct guard_way *way = NULL;
+	bool found;
+
+	if (loop) {
+		way = guard_way_of(loop, p->sender);
+		known = guard_known(loop, way, slot, p);
+		if (known != GUARD_MARK)
+			return known;
+	}
+	slot->arrivals++;
+	if (!slot->sum)
+		slot->sum = p->sum;
+	soon = seen - slot->seen <= GUARD_SOON;
+	if (p->sender == slot->sender) {
+		if (p->port == slot->port) {
+			slot->packets++;
+			slot->soon += soon;
+		}
+		packets = slot->packets;
+		soon = slot->soon;
+		if (packets == GUARD_ASK && !slot->others[0].sender)
+			guard_ask(slot, p);
+		fewest = guard_fewest(slot, packets, GUARD_OTHERS);
+	} else {
+		struct guard_other *o;
+
+		at = guard_other_of(slot, guard_hash(p->sender, p->port) | 1, seen);
+		if (at >= GUARD_OTHERS)
+			return GUARD_PASS;
+		o = &slot->others[at];
+		if (o->packets < GUARD_MOST) {
+			o->packets++;
+			o->soon += soon;
+		}
+		packets = o->packets;
+		soon = o->soon;
+		fewest = guard_fewest(slot, slot->packets, at);
+		if (slot->cut) { /* it loops: other ways need less to be believed */
+			returns = 2;
+			ratio = 1;
+		}
+	}
+	found = soon >= returns && soon > ratio * fewest;
+	if (p->can_bear && p->mark == guard_mark(slot)) {
+		if (slot->arrivals - slot->marked > GUARD_NEAR)
+			slot->marks &= ~(GUARD_MARKS - 1);
+		slot->marked = slot->arrivals;
+		slot->marks++;
+		found = found || !(slot->marks & (GUARD_MARKS - 1));
+	}
+	if (found && !guard_forgiven(way, p->now_ns)) {
+		guard_found(slot, p);
+		return GUARD_CUT;
+	}
+	slot->seen = seen;
+	slot->rule = p->rule;
+	if (p->can_bear && (slot->marks & (GUARD_MARKS - 1) || guard_asks(packets)))
+		return (__u32)guard_mark(slot) << GUARD_MARK_SHIFT | GUARD_MARK;
+	return GUARD_PASS;
+}
+
+/* Whether a content comes again and again, or has just come again. */
+static __always_inline bool guard_counts(const struct guard_slot *slot, __u32 seen)
+{
+	__u32 age = seen - slot->seen;
+
+	return (slot->arrivals > 1 && age <= guard_window) ||
+	       (slot->arrivals && age <= GUARD_FRESH);
+}
+
+/* Remembers a packet, unless its content is in the slot: then it says whether the packet is
+ * a return, to be cut. Global, so that it is verified once.
+ */
+__noinline int guard_slot(const struct guard_packet *p)
+{
+	struct guard_slot *slot;
+	__u32 at, seen;
+
+	if (!p)
+		return GUARD_PASS;
+	at = p->signature & (GUARD_SLOTS - 1);
+	seen = p->now_ns >> 20;
+	slot = bpf_map_lookup_elem(&guard_slots, &at);
+	if (!slot)
+		return GUARD_PASS;
+	/* Another content must not hide one that is being counted: it gets the next slot. */
+	if (!guard_same(slot, p) && guard_counts(slot, seen)) {
+		at ^= 1;
+		slot = bpf_map_lookup_elem(&guard_slots, &at);
+		if (!slot)
+			return GUARD_PASS;
+	}
+	if (seen - slot->seen <= guard_window && guard_same(slot, p))
+		return guard_again(slot, p);
+	if (guard_counts(slot, seen))
+		return GUARD_PASS;
+	__builtin_memset(slot, 0, sizeof(*slot));
+	slot->signature = p->signature;
+	slot->seen = seen;
+	slot->rule = p->rule;
+	slot->sender = p->sender;
+	slot->packets = 1;
+	slot->born = seen;
+	slot->port = p->port;
+	slot->sum = p->sum;
+	return GUARD_PASS;
+}
+
+/* Where the headers of a packet lie, and where it goes: the offset of IP, of UDP (0: a later
+ * fragment), the family and the number of outputs, one byte each.
+ */
+static __always_inline __u32 guard_place(const struct headers *h, bool ip4, __u32 outputs)
+{
+	return h->l3_offset | udp_offset(h) << 8 | (ip4 ? 4 : 6) << 16 | outputs << 24;
+}
+
+/* Says whether a packet has left this host before and comes back by a way that loops;
+ * remembers it otherwise. Global, so that it is verified once, and not for each way to here;
+ * the bounds are for the verifier, the packet has been parsed.
+ */
+__noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32 fragment_id,
+			      __u64 now)
+{
+	void *data_end = (void *)(long)ctx->data_end;
+	void *data = (void *)(long)ctx->data;
+	struct guard_packet p = {.now_ns = now, .rule = rule, .ifindex = ctx->ingress_ifindex};
+	struct headers h = {.eth = data, .fragment_id = fragment_id};
+	bool ip4 = (place >> 16 & 0xff) == 4;
+	__u32 verdict;
+
+	if ((void *)(h.eth + 1) > data_end)
+		return false;
+	p.outputs = place >> 24;
+	h.l3 = data + (place & 0x1f);
+	if (ip4) {
+		if ((void *)(h.ip4 + 1) > data_end)
+			return false;
+		h.l3_len = bpf_ntohs(h.ip4->tot_len);
+		p.mark = h.ip4->id;
+		p.can_bear = !(h.ip4->frag_off & bpf_htons(IP_MF | IP_OFFSET));
+		p.source[10] = p.source[11] = 0xff;
+		*(__u32 *)(p.source + 12) = h.ip4->saddr;
+		p.sender = guard_sender(&h, true);
+	} else {
+		if ((void *)(h.ip6 + 1) > data_end)
+			return false;
+		h.l3_len = sizeof(*h.ip6) + bpf_ntohs(h.ip6->payload_len);
+		p.mark = ((__u16 *)h.ip6)[1]; /* the lower 16 bits of the flow label */
+		p.can_bear = !fragment_id;
+		*(struct in6_addr *)p.source = h.ip6->saddr;
+		p.sender = guard_sender(&h, false);
+	}
+	__builtin_memcpy(p.mac, h.eth->h_source, sizeof(p.mac));
+	if (place >> 8 & 0xff) {
+		h.udp = data + (place >> 8 & 0xff);
+		if ((void *)(h.udp + 1) > data_end)
+			return false;
+		p.port = h.udp->source;
+		p.signature = guard_signature(h.udp, data_end);
+		if (h.udp->check)
+			p.sum = guard_sum(&h, ip4);
+	} else {
+		p.signature = guard_fragment(&h, data_end, ip4);
+	}
+	verdict = guard_slot(&p);
+	if ((verdict & GUARD_MARK) && ip4) {
+		__u64 sum = (__u16)~h.ip4->check + (__u16)~h.ip4->id;
+
+		h.ip4->id = verdict >> GUARD_MARK_SHIFT;
+		sum += h.ip4->id;
+		sum = (sum & 0xffff) + (sum >> 16);
+		h.ip4->check = ~((sum & 0xffff) + (sum >> 16));
+	} else if (verdict & GUARD_MARK) {
+		((__u16 *)h.ip6)[1] = verdict >> GUARD_MARK_SHIFT;
+	}
+	return verdict == GUARD_CUT;
+}

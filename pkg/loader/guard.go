@@ -1,0 +1,133 @@
+package loader
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+	"xdpcast/pkg/packet"
+)
+
+// SetOwnMACs says which MAC addresses the interfaces of this host have: a frame that
+// comes from one of them was sent by us and is dropped with reason Loop, unless its rule
+// says otherwise. The addresses stay when the loader is closed.
+func (l *Loader) SetOwnMACs(macs [][6]byte) error {
+	want := map[bpf.RelayOwnMac]bool{}
+	for _, mac := range macs {
+		want[bpf.RelayOwnMac{Mac: mac}] = true
+	}
+	return setOwn(l, l.maps.OwnMacs, bpf.RelayMapOwnMacs, want, func() { l.ownMACs = ownMACBits(want) })
+}
+
+// ownMACBits is the field own_macs of map config: bpf/include/own.h has the same hash.
+func ownMACBits(macs map[bpf.RelayOwnMac]bool) (bits [8]uint64) {
+	for key := range macs {
+		bit := binary.NativeEndian.Uint32(key.Mac[2:]) * 0x9e3779b1 >> 23
+		bits[bit>>6] |= 1 << (bit & 63)
+	}
+	return bits
+}
+
+// LoopingRule is a rule whose packets come back to it.
+type LoopingRule struct {
+	Rule string
+	// Since is when the first packet came back, and Last when the last one did; of
+	// CLOCK_MONOTONIC turned into the wall clock.
+	Since, Last time.Time
+	// Looping says that packets have come back within packet.GuardHeal.
+	Looping bool
+	Ways    []LoopWay // the one that was used last first
+}
+
+// LoopWay is a way that packets take back to a rule.
+type LoopWay struct {
+	Index  int        // interface that they come in on
+	MAC    [6]byte    // their source MAC; zero where there is no Ethernet header
+	Source netip.Addr // their source address
+	From   string     // rule that had sent the last of them, by whose outputs it left; "" when it is no more
+	Last   time.Time
+	// Packets were dropped with reason Looping.
+	Packets uint64
+}
+
+// Loops reads the rules whose packets have come back within packet.GuardMemory, by name.
+func (l *Loader) Loops() ([]LoopingRule, error) {
+	names := make(map[uint32]string, len(l.rules))
+	for _, e := range l.rules {
+		names[e.id] = e.rule.Name
+	}
+	return readLoops(l.maps, names)
+}
+
+// Loops is that of Loader.
+func (r *Reader) Loops() ([]LoopingRule, error) {
+	entries, err := r.entries()
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[uint32]string, len(entries))
+	for _, e := range entries {
+		names[e.id] = e.rule.Name
+	}
+	return readLoops(r.maps, names)
+}
+
+func readLoops(m *mapSet, names map[uint32]string) ([]LoopingRule, error) {
+	var all []LoopingRule
+	var rule uint32
+	var value bpf.RelayLoop
+	now, wall := monotonic(), time.Now()
+	at := func(ns uint64) time.Time { return wall.Add(time.Duration(ns) - now) }
+	iter := m.Loops.Iterate()
+	for iter.Next(&rule, &value) {
+		name, ok := names[rule]
+		if !ok || now-time.Duration(value.LastNs) > packet.GuardMemory {
+			continue
+		}
+		loop := LoopingRule{Rule: name, Since: at(value.SinceNs), Last: at(value.LastNs), Looping: now-time.Duration(value.LastNs) < packet.GuardHeal}
+		for i := range value.Ways {
+			if w := &value.Ways[i]; w.LastNs != 0 && now-time.Duration(w.LastNs) < packet.GuardMemory {
+				loop.Ways = append(loop.Ways, LoopWay{
+					Index: int(w.Ifindex), MAC: w.Mac, Source: netip.AddrFrom16(w.Source).Unmap(),
+					From: names[w.From], Last: at(w.LastNs), Packets: w.Packets,
+				})
+			}
+		}
+		slices.SortFunc(loop.Ways, func(a, b LoopWay) int { return b.Last.Compare(a.Last) })
+		all = append(all, loop)
+	}
+	if err := iter.Err(); err != nil {
+		return nil, fmt.Errorf("read map loops: %w", err)
+	}
+	slices.SortFunc(all, func(a, b LoopingRule) int { return cmp.Compare(a.Rule, b.Rule) })
+	return all, nil
+}
+
+// forgetLoops deletes the loops of rules that are no more.
+func (l *Loader) forgetLoops(isGone func(uint32) bool) error {
+	var stale []uint32
+	var rule uint32
+	var value bpf.RelayLoop
+	iter := l.maps.Loops.Iterate()
+	for iter.Next(&rule, &value) {
+		if isGone(rule) {
+			stale = append(stale, rule)
+		}
+	}
+	if err := iter.Err(); err != nil {
+		return fmt.Errorf("read map loops: %w", err)
+	}
+	for _, rule := range stale {
+		if err := l.maps.Loops.Delete(rule); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("clear map loops: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,464 @@
+package e2e_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/control"
+	"xdpcast/pkg/packet"
+)
+
+// lans is some LANs, each a bridge that floods, a host with an interface on each
+// (lan0, lan1, ...; 10.N.0.100), and relays that have the same (10.N.0.1 and up).
+type lans struct {
+	t      testing.TB
+	sw     *lab.Host
+	host   *lab.Host
+	taps   []*labtest.Tap
+	macs   [][6]byte
+	relays []*instance
+	sent   int // packets that host has sent so far
+}
+
+// mostExtra is how many packets a loop may make in every test beyond those that were
+// asked for.
+const mostExtra = 100
+
+func newLANs(t testing.TB, n int) *lans {
+	t.Helper()
+	l := &lans{t: t, sw: labtest.Host(t, "switch"), host: labtest.Host(t, "host")}
+	for i := range n {
+		snooping := false
+		bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("lan%d", i)}, MulticastSnooping: &snooping}
+		if err := l.sw.Netlink().LinkAdd(bridge); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.sw.SetUp(bridge.Name, true); err != nil {
+			t.Fatal(err)
+		}
+		name := fmt.Sprintf("lan%d", i)
+		l.plug(l.host, i, name, fmt.Sprintf("10.%d.0.100/24", i))
+		l.taps = append(l.taps, labtest.NewTap(t, l.host, name))
+		l.macs = append(l.macs, l.mac(l.host, name))
+	}
+	return l
+}
+
+// plug connects an interface of a host to a LAN.
+func (l *lans) plug(h *lab.Host, lan int, name, addr string) {
+	l.t.Helper()
+	port := fmt.Sprintf("p%d-%s", lan, h.Name[max(0, len(h.Name)-8):])
+	if len(name) > 4 { // a second one on the same LAN
+		port = "q" + port[1:]
+	}
+	labtest.Connect(l.t, lab.End{Host: h, Name: name, Addrs: []string{addr}}, lab.End{Host: l.sw, Name: port})
+	// The bridge gives tags to the port beside the frame, where XDP does not see them.
+	if err := l.sw.Do(exec.Command("ethtool", "-K", port, "txvlan", "off").Run); err != nil {
+		l.t.Fatal(err)
+	}
+	bridge, err := l.sw.Link(fmt.Sprintf("lan%d", lan))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	end, err := l.sw.Link(port)
+	if err == nil {
+		err = l.sw.Netlink().LinkSetMaster(end, bridge)
+	}
+	if err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func (l *lans) mac(h *lab.Host, name string) [6]byte {
+	l.t.Helper()
+	link, err := h.Link(name)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return [6]byte(link.Attrs().HardwareAddr)
+}
+
+// relay starts a relay with an interface on each of the LANs.
+func (l *lans) relay(on ...int) *instance {
+	l.t.Helper()
+	number := len(l.relays) + 1
+	h := labtest.Host(l.t, fmt.Sprintf("relay%d", number))
+	for _, lan := range on {
+		l.plug(h, lan, fmt.Sprintf("lan%d", lan), fmt.Sprintf("10.%d.0.%d/24", lan, number))
+	}
+	in := newInstance(l.t, h)
+	in.start()
+	l.relays = append(l.relays, in)
+	return in
+}
+
+// marker begins each payload that these tests send.
+const marker = "loop guard test "
+
+func marked(frame []byte) bool { return bytes.Contains(frame, []byte(marker)) }
+
+// frame is a datagram of the host to a group of a LAN.
+func (l *lans) frame(lan int, dst netip.AddrPort, payload string, change ...func(*packet.Frame)) []byte {
+	src := netip.AddrFrom4([4]byte{10, byte(lan), 0, 100})
+	if dst.Addr().Is6() {
+		src = netip.MustParseAddr(fmt.Sprintf("fd00:%d::100", lan))
+	}
+	f := packet.Frame{
+		SrcMAC: l.macs[lan], DstMAC: packet.MulticastMAC(dst.Addr()), Src: src, Dst: dst.Addr(),
+		SrcPort: 40000, DstPort: dst.Port(), TTL: 64, Payload: []byte(marker + payload),
+	}
+	for _, c := range change {
+		c(&f)
+	}
+	return f.Build()
+}
+
+func (l *lans) send(lan int, frame []byte) {
+	l.t.Helper()
+	l.taps[lan].Send(frame)
+	l.sent++
+}
+
+// counts waits until no marked packet has come for a while on any LAN, and returns how
+// many have come on each. More than a bound says that the loop goes on.
+func (l *lans) counts() []int {
+	l.t.Helper()
+	got := make([]int, len(l.taps))
+	for quiet := false; !quiet; {
+		quiet = true
+		for i, tap := range l.taps {
+			for tap.Receive(150*time.Millisecond, marked) != nil {
+				got[i]++
+				quiet = false
+				if got[i] > 20*mostExtra {
+					l.t.Fatalf("packets do not stop: %v on the LANs after %d sent", got, l.sent)
+				}
+			}
+		}
+	}
+	return got
+}
+
+func sum(counts []int) (n int) {
+	for _, c := range counts {
+		n += c
+	}
+	return n
+}
+
+// looping returns the rules that are looping, with the ways.
+func (l *lans) looping() (all []string) {
+	l.t.Helper()
+	for i, in := range l.relays {
+		for _, r := range in.rules() {
+			if r.State == control.StateLooping {
+				all = append(all, fmt.Sprintf("relay %d rule %s: %s", i+1, r.Name, r.Reason))
+			}
+		}
+	}
+	return all
+}
+
+// addPath adds a rule with a path.
+func addPath(in *instance, path, name, input string, outputs ...string) {
+	in.t.Helper()
+	status, err := in.client.AddRule(in.t.Context(), control.Rule{Name: name, In: input, Out: outputs, Path: path})
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	if status.State != control.StateActive {
+		in.waitState(name, control.StateActive)
+	}
+}
+
+// guardPaths are those that a loop is tried on.
+var guardPaths = []string{"kernel", "afxdp", "fanout"}
+
+// twoWay adds the rules that relay a group both ways.
+func twoWay(in *instance, path, group string, a, b int, policy string) {
+	in.t.Helper()
+	addPath(in, path, "there", fmt.Sprintf("%s%%lan%d,loop=two-way", group, a), fmt.Sprintf("%s%%lan%d%s", group, b, policy))
+	addPath(in, path, "back", fmt.Sprintf("%s%%lan%d,loop=two-way", group, b), fmt.Sprintf("%s%%lan%d%s", group, a, policy))
+}
+
+const (
+	ssdpText = "239.255.255.250:1900"
+	tagText  = "%s%%lan%d,vlan=7,loop=two-way"
+)
+
+var ssdp = netip.MustParseAddrPort(ssdpText)
+
+// loopCase is a topology that sends packets round.
+type loopCase struct {
+	name string
+	lans int
+	make func(l *lans, path string)
+	// reached is how many packets on the LANs one packet makes without a loop.
+	reached int
+	frame   func(l *lans, payload string) []byte
+	most    int  // packets too many, if not mostExtra
+	from    int  // LAN that it is sent on
+	calm    bool // ended by the check of own packets: nothing loops
+}
+
+var loopCases = []loopCase{
+	{name: "two interfaces on one LAN", lans: 1, reached: 1, calm: true, make: func(l *lans, path string) {
+		r := l.relay(0)
+		l.plug(r.host, 0, "lan0b", "10.0.0.200/24")
+		addPath(r, path, "there", "239.5.1.1:5000%lan0", "239.5.1.1:5000%lan0b,src=keep")
+	}, frame: func(l *lans, payload string) []byte {
+		return l.frame(0, netip.MustParseAddrPort("239.5.1.1:5000"), payload)
+	}},
+	{name: "two relays, two ways", lans: 2, reached: 2, make: func(l *lans, path string) {
+		for range 2 {
+			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, "")
+		}
+	}},
+	{name: "two relays, two ways, sources kept", lans: 2, reached: 2, make: func(l *lans, path string) {
+		for range 2 {
+			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
+		}
+	}},
+	// Each hears two others: what goes round doubles with each round.
+	{name: "three relays, two ways", lans: 2, reached: 3, most: 2 * mostExtra, make: func(l *lans, path string) {
+		for range 3 {
+			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
+		}
+	}},
+	{name: "three relays in a ring", lans: 3, reached: 3, make: func(l *lans, path string) {
+		for i := range 3 {
+			addPath(l.relay(i, (i+1)%3), path, "on", fmt.Sprintf("%s%%lan%d", ssdpText, i), fmt.Sprintf("%s%%lan%d", ssdpText, (i+1)%3))
+		}
+	}},
+	{name: "three relays in a ring, two ways", lans: 3, reached: 4, make: func(l *lans, path string) {
+		for i := range 3 {
+			twoWay(l.relay(i, (i+1)%3), path, ssdpText, i, (i+1)%3, "")
+		}
+	}},
+	{name: "a group rewritten and back", lans: 2, reached: 2, make: func(l *lans, path string) {
+		addPath(l.relay(0, 1), path, "there", ssdpText+"%lan0", "239.7.7.7:7000%lan1")
+		addPath(l.relay(0, 1), path, "back", "239.7.7.7:7000%lan1", ssdpText+"%lan0")
+	}},
+	{name: "VLAN tags", lans: 2, reached: 2, make: func(l *lans, path string) {
+		for range 2 {
+			r := l.relay(0, 1)
+			addPath(r, path, "there", fmt.Sprintf(tagText, ssdpText, 0), ssdpText+"%lan1")
+			addPath(r, path, "back", fmt.Sprintf(tagText, ssdpText, 1), ssdpText+"%lan0")
+		}
+	}, frame: func(l *lans, payload string) []byte {
+		return l.frame(0, ssdp, payload, func(f *packet.Frame) { f.VLANs = []uint16{7} })
+	}},
+	{name: "without checksums", lans: 2, reached: 2, make: func(l *lans, path string) {
+		for range 2 {
+			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, "")
+		}
+	}, frame: func(l *lans, payload string) []byte {
+		return l.frame(0, ssdp, payload, func(f *packet.Frame) { f.NoChecksum = true })
+	}},
+	{name: "own packets allowed", lans: 2, reached: 2, make: func(l *lans, path string) {
+		for range 2 {
+			r := l.relay(0, 1)
+			addPath(r, path, "there", ssdpText+"%lan0,loop=allow", ssdpText+"%lan1")
+			addPath(r, path, "back", ssdpText+"%lan1,loop=allow", ssdpText+"%lan0")
+		}
+	}},
+	{name: "a reflector of sockets", lans: 2, reached: 1, make: func(l *lans, path string) {
+		addPath(l.relay(0, 1), path, "there", ssdpText+"%lan0", ssdpText+"%lan1")
+		l.reflector(1, 0)
+	}},
+	{name: "the sender behind the loop", lans: 3, reached: 2, make: func(l *lans, path string) {
+		addPath(l.relay(0, 1), path, "there", ssdpText+"%lan0", ssdpText+"%lan1")
+		r := l.relay(0, 1, 2)
+		addPath(r, path, "back", ssdpText+"%lan1", ssdpText+"%lan0")
+		addPath(r, path, "bring", ssdpText+"%lan2", ssdpText+"%lan0")
+	}, frame: func(l *lans, payload string) []byte { return l.frame(2, ssdp, payload) }, from: 2},
+	{name: "IPv6", lans: 2, reached: 2, make: func(l *lans, path string) {
+		for range 2 {
+			twoWay(l.relay(0, 1), path, "[ff05::c]:1900", 0, 1, ",src=keep")
+		}
+	}, frame: func(l *lans, payload string) []byte {
+		return l.frame(0, netip.MustParseAddrPort("[ff05::c]:1900"), payload)
+	}},
+	{name: "several outputs", lans: 3, reached: 4, make: func(l *lans, path string) {
+		for range 2 {
+			r := l.relay(0, 1, 2)
+			addPath(r, path, "there", ssdpText+"%lan0,loop=two-way", ssdpText+"%lan1", ssdpText+"%lan2")
+			addPath(r, path, "back", ssdpText+"%lan1,loop=two-way", ssdpText+"%lan0", ssdpText+"%lan2")
+		}
+	}},
+}
+
+// In every topology that sends packets round, on every path: the loop is found, at most
+// mostExtra packets are made, and the rule says the way. With the way known, the next
+// packet makes few.
+func TestLoopGuard(t *testing.T) {
+	for _, c := range loopCases {
+		for _, path := range guardPaths {
+			t.Run(c.name+"/"+path, func(t *testing.T) {
+				l := newLANs(t, c.lans)
+				c.make(l, path)
+				frame := c.frame
+				if frame == nil {
+					frame = func(l *lans, payload string) []byte { return l.frame(0, ssdp, payload) }
+				}
+				start := time.Now()
+				l.send(c.from, frame(l, "first"))
+				first := l.counts()
+				took := time.Since(start)
+				ways := l.looping()
+				t.Logf("%v on the LANs, quiet after %v, looping %q", first, took, ways)
+				if extra := sum(first) - c.reached; extra < 0 || extra > max(c.most, mostExtra) || c.calm && extra != 0 {
+					t.Errorf("%d packets, %d without a loop", sum(first), c.reached)
+				}
+				if c.calm {
+					if len(ways) != 0 || !slices.ContainsFunc(l.relays[0].rule("there").Drops, func(d control.Drop) bool { return d.Reason == "loop" && d.Packets == 1 }) {
+						t.Errorf("looping %q, %+v", ways, l.relays[0].rule("there").Drops)
+					}
+					return
+				}
+				if len(ways) == 0 || !strings.Contains(ways[0], "packets come back on lan") || !strings.Contains(ways[0], "having left by rule ") {
+					t.Errorf("the ways are %q", ways)
+				}
+				for i := range 20 {
+					l.send(c.from, frame(l, fmt.Sprint("next ", i)))
+				}
+				more := l.counts()
+				if extra := sum(more) - 20*c.reached; extra < 0 || extra > 5*mostExtra {
+					t.Errorf("%d more packets, %d without a loop", sum(more), 20*c.reached)
+				}
+				t.Logf("%v for 20 more packets", more)
+			})
+		}
+	}
+}
+
+// reflector is a program that sends what it receives of a group on one LAN to another, by
+// plain sockets, until the test ends.
+func (l *lans) reflector(from, to int) {
+	l.t.Helper()
+	h := labtest.Host(l.t, "reflect")
+	names := map[int]string{from: fmt.Sprintf("lan%d", from), to: fmt.Sprintf("lan%d", to)}
+	for lan, name := range names {
+		l.plug(h, lan, name, fmt.Sprintf("10.%d.0.99/24", lan))
+	}
+	labtest.Do(l.t, h, func() error {
+		in, err := net.InterfaceByName(names[from])
+		if err != nil {
+			return err
+		}
+		receive, err := net.ListenMulticastUDP("udp4", in, net.UDPAddrFromAddrPort(ssdp))
+		if err != nil {
+			return err
+		}
+		send, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(10, byte(to), 0, 99)})
+		if err != nil {
+			return errors.Join(err, receive.Close())
+		}
+		raw, err := send.SyscallConn()
+		if err != nil {
+			return err
+		}
+		var fault error
+		if err := raw.Control(func(fd uintptr) {
+			fault = errors.Join(
+				unix.SetsockoptInet4Addr(int(fd), unix.IPPROTO_IP, unix.IP_MULTICAST_IF, [4]byte{10, byte(to), 0, 99}),
+				unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MULTICAST_LOOP, 0))
+		}); err != nil || fault != nil {
+			return errors.Join(err, fault)
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			buf := make([]byte, 65536)
+			for {
+				n, _, err := receive.ReadFromUDPAddrPort(buf)
+				if err != nil {
+					return
+				}
+				_, _ = send.WriteToUDPAddrPort(buf[:n], ssdp)
+			}
+		}()
+		l.t.Cleanup(func() {
+			receive.Close()
+			<-done
+			send.Close()
+		})
+		return nil
+	})
+}
+
+// A loop that is gone heals: the rule is active again, and takes from the one who sent the
+// packets back what is its own.
+func TestLoopGuardHeals(t *testing.T) {
+	l := newLANs(t, 2)
+	for range 2 {
+		twoWay(l.relay(0, 1), "kernel", ssdpText, 0, 1, "")
+	}
+	first, second := l.relays[0], l.relays[1]
+	l.send(0, l.frame(0, ssdp, "first"))
+	l.counts()
+	if len(l.looping()) == 0 {
+		t.Fatal("nothing is looping")
+	}
+	eventually(t, "the log says it", func() string {
+		if text := first.running.log.String() + second.running.log.String(); !strings.Contains(text, "rule is looping") {
+			return text
+		}
+		return ""
+	})
+	for _, name := range []string{"there", "back"} {
+		second.mustCLI("rule", "del", name)
+	}
+	first.waitState("there", control.StateActive)
+	first.waitState("back", control.StateActive)
+	eventually(t, "the log says that it is over", func() string {
+		if text := first.running.log.String(); strings.Contains(text, "rule is looping") && !strings.Contains(text, "rule is looping no more") {
+			return text
+		}
+		return ""
+	})
+	l.send(0, l.frame(0, ssdp, "second"))
+	if got := l.counts(); got[0] != 0 || got[1] != 1 {
+		t.Errorf("%v on the LANs", got)
+	}
+}
+
+// Real senders of equal content, on two inputs and on one, lose nothing.
+func TestLoopGuardLeavesSendersAlone(t *testing.T) {
+	for _, path := range guardPaths {
+		t.Run(path, func(t *testing.T) {
+			l := newLANs(t, 3)
+			r := l.relay(0, 1, 2)
+			addPath(r, path, "a", "239.5.1.1:5000%lan0", "239.5.2.1:5000%lan2")
+			addPath(r, path, "b", "239.5.1.1:5000%lan1", "239.5.2.2:5000%lan2")
+			group := netip.MustParseAddrPort("239.5.1.1:5000")
+			other := func(f *packet.Frame) { f.SrcMAC[5] ^= 0x55; f.Src = f.Src.Next() }
+			const n = 300
+			for i := range n {
+				payload := fmt.Sprint("leg ", i)
+				l.send(0, l.frame(0, group, payload))        // two legs of one stream
+				l.send(1, l.frame(1, group, payload))        // on two inputs
+				l.send(0, l.frame(0, group, payload, other)) // and on one
+				l.send(0, l.frame(0, group, "null packet"))  // one that repeats itself
+				l.send(1, l.frame(1, group, "null packet"))
+				l.send(1, l.frame(1, group, "null packet", other)) // and another that does the same
+			}
+			if got := l.counts(); got[2] != l.sent || len(l.looping()) != 0 {
+				t.Errorf("%v on the LANs of %d, looping %q", got, l.sent, l.looping())
+			}
+		})
+	}
+}
