@@ -33,7 +33,6 @@ const (
 	guardSoon   = 64
 	guardEarly  = 32
 	guardMost   = 0xffff
-	guardAsk    = 8
 	guardMarks  = 4
 	guardNear   = 16
 	guardFresh  = 64
@@ -285,7 +284,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		return true, GuardMark{}
 	}
 	s.seen, s.rule = seen, p.Rule
-	if mark != nil && (s.marks%guardMarks != 0 || guardAsks(packets)) {
+	if mark != nil && (s.marks%guardMarks != 0 || g.asks(packets)) {
 		return false, GuardMark{g.mark(s), true}
 	}
 	return false, GuardMark{}
@@ -304,14 +303,16 @@ func (g *Guard) mark(s *guardSlot) uint16 {
 	return uint16(guardHash(uint64(s.signature)<<32|uint64(s.marks), uint64(g.Secret)))
 }
 
-// guardAsks says whether a sender has repeated itself so often that some of its packets
-// are marked: 8 from the 32nd on, and again from the 256th, the 2048th ...
-func guardAsks(packets uint32) bool {
-	switch packets &^ (guardAsk - 1) {
-	case 32, 256, 2048, 16384:
-		return true
+// asks says whether a sender has repeated itself so often that its packets are marked: from
+// the 8th to the 71st, the 256th to the 319th, the 2048th to the 2111th, and of these half,
+// eight in a row. Which half is the host's own: two relays that both mark would not find their
+// marks.
+func (g *Guard) asks(packets uint32) bool {
+	eight := packets / 8
+	if eight-1 >= 8 && eight-32 >= 8 && eight-256 >= 8 {
+		return false
 	}
-	return false
+	return guardHash(uint64(eight), uint64(g.Secret))&1 != 0
 }
 
 // markOf is where a mark is in a frame, nil if it can bear none.

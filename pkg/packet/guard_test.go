@@ -367,7 +367,7 @@ func TestGuardMarks(t *testing.T) {
 				continue
 			}
 			marked++
-			if i < 31 {
+			if i < 7 {
 				t.Errorf("packet %d is marked", i)
 			}
 			if netip.MustParseAddr(dst).Is4() {
@@ -380,7 +380,7 @@ func TestGuardMarks(t *testing.T) {
 				t.Fatalf("%x became %x", was, b)
 			}
 		}
-		if marked != 3*8 {
+		if marked < 8 || marked > 3*64 {
 			t.Errorf("%s: %d of 5000 marked", dst, marked)
 		}
 	}
