@@ -40,6 +40,7 @@ const convergeTime = 50 * time.Second
 //
 // XDPCAST_SEQUENCES says how many sequences there are, XDPCAST_SEED which is the first.
 func TestConverges(t *testing.T) {
+	labtest.RequireRoot(t)
 	count, first := 0, uint64(time.Now().UnixNano()%1_000_000)
 	if s := os.Getenv("XDPCAST_SEQUENCES"); s != "" {
 		n, err := strconv.Atoi(s)
