@@ -345,11 +345,13 @@ func (s *Set) forget(before, now *Table) {
 	for _, r := range now.rules {
 		stays[r.number] = true
 	}
+	gone := map[uint32]bool{}
 	for _, r := range before.rules {
 		if !stays[r.number] {
-			s.guard.Forget(r.number)
+			gone[r.number] = true
 		}
 	}
+	s.guard.Forget(gone)
 }
 
 func (t *Table) add(r *Rule) {

@@ -449,11 +449,24 @@ func (g *Guard) Loops(at int64) []GuardLoop {
 	return all
 }
 
-// Forget forgets the loops of a rule that is no more.
-func (g *Guard) Forget(rule uint32) {
+// Forget forgets the loops of rules that are no more, and what they relayed last.
+func (g *Guard) Forget(gone map[uint32]bool) {
+	if len(gone) == 0 {
+		return
+	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	delete(g.loops, rule)
+	for rule := range gone {
+		delete(g.loops, rule)
+	}
+	g.mu.Unlock()
+	for i := range g.slots {
+		s := &g.slots[i]
+		s.mu.Lock()
+		if gone[s.rule] {
+			s.guardContent = guardContent{}
+		}
+		s.mu.Unlock()
+	}
 }
 
 func guardHash(a, b uint64) uint32 { return uint32((a*guardK1 + b*guardK2) >> 32) }

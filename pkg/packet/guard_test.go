@@ -436,3 +436,18 @@ func TestGuardPace(t *testing.T) {
 		t.Errorf("%d of a rate that multiplies are looked at", n)
 	}
 }
+
+// What is known of a rule goes with it.
+func TestGuardForgets(t *testing.T) {
+	l := newGuardLab(t)
+	l.ring(1, from(1, "first"), time.Millisecond, as(t, 9, true))
+	l.guard.Forget(map[uint32]bool{1: true})
+	if len(l.guard.Loops(l.at)) != 0 {
+		t.Error("the loop is known")
+	}
+	for range 3 {
+		if !l.take(1, from(9, "first")) {
+			t.Error("the content is known")
+		}
+	}
+}
