@@ -150,6 +150,11 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
 	f.Flow.Fallback = choice.path == flow.PathAFXDP && c.fault(flow.PathKernel) == ""
 	f.Flow.Finish = c.finishes()
+	if choice.path == flow.PathFanout && !rule.Accept.TwoWay && !rule.Accept.AllowLoop {
+		// Workers take packets in batches, which hides who sent first: other senders of the same
+		// content would be taken for returns.
+		f.Flow.Unguarded = true
+	}
 	if m.resolveOutputs(f, rule, c); f.Err != nil {
 		return
 	}
