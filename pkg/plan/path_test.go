@@ -245,17 +245,16 @@ func TestSets(t *testing.T) {
 	}
 }
 
-// TestGuardedFlows: on the fanout path the loop guard watches the rules that may be in a loop alone.
+// TestGuardedFlows: the loop guard watches the rules that may be in a loop on purpose alone.
 func TestGuardedFlows(t *testing.T) {
 	links := []string{"eth0 10.0.0.1", "eth1 10.1.0.1"}
 	for rule, unguarded := range map[string]bool{
-		"eth0 -> 239.2.2.1:6000%eth1":                                         false,
-		"eth0,loop-guard=off -> 239.2.2.1:6000%eth1":                          true,
-		"eth0 -> 239.2.2.1:6000%eth1 path=afxdp":                              false,
-		"eth0 -> 239.2.2.1:6000%eth1 path=fanout":                             true,
-		"eth0,loop=two-way -> 239.2.2.1:6000%eth1 path=fanout":                false,
-		"eth0,loop=allow -> 239.2.2.1:6000%eth1 path=fanout":                  false,
-		"eth0,loop=two-way,loop-guard=off -> 239.2.2.1:6000%eth1 path=fanout": true,
+		"eth0 -> 239.2.2.1:6000%eth1":                             true,
+		"eth0 -> 239.2.2.1:6000%eth1 path=fanout":                 true,
+		"eth0,loop=two-way -> 239.2.2.1:6000%eth1":                false,
+		"eth0,loop=two-way -> 239.2.2.1:6000%eth1 path=afxdp":     false,
+		"eth0,loop=allow -> 239.2.2.1:6000%eth1 path=fanout":      false,
+		"eth0,loop=two-way,loop-guard=off -> 239.2.2.1:6000%eth1": true,
 	} {
 		w := newWorld(t, links, "a: 239.1.1.1:5000%"+rule)
 		p := Make(w, Options{})

@@ -150,11 +150,6 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
 	f.Flow.Fallback = choice.path == flow.PathAFXDP && c.fault(flow.PathKernel) == ""
 	f.Flow.Finish = c.finishes()
-	if choice.path == flow.PathFanout && !rule.Accept.TwoWay && !rule.Accept.AllowLoop {
-		// Workers take packets in batches, which hides who sent first: other senders of the same
-		// content would be taken for returns.
-		f.Flow.Unguarded = true
-	}
 	if m.resolveOutputs(f, rule, c); f.Err != nil {
 		return
 	}
@@ -235,12 +230,14 @@ func resolveInput(rule *rules.Rule, in *network.Link) flow.Flow {
 			SourceLen: int(rule.In.SourceLen), BySource: rule.In.SourceLen != 0 || len(rule.Accept.Except) > 0,
 			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer, FromHost: rule.In.FromHost,
 		},
-		Path:            flow.PathKernel,
-		Local:           rule.Accept.Local,
-		AllowLoop:       rule.Accept.AllowLoop,
-		Broadcast:       rule.Accept.Broadcast,
-		Except:          rule.Accept.Except,
-		Unguarded:       rule.Accept.Unguarded,
+		Path:      flow.PathKernel,
+		Local:     rule.Accept.Local,
+		AllowLoop: rule.Accept.AllowLoop,
+		Broadcast: rule.Accept.Broadcast,
+		Except:    rule.Accept.Except,
+		// The guard goes by likelihood, and marks packets of repeated content: that is for rules that
+		// may be in a loop on purpose alone.
+		Unguarded:       rule.Accept.Unguarded || !rule.Accept.TwoWay && !rule.Accept.AllowLoop,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.MTU),
 	}

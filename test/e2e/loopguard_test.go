@@ -175,8 +175,8 @@ func (l *lans) looping() (all []string) {
 // addPath adds a rule with a path.
 func addPath(in *instance, path, name, input string, outputs ...string) {
 	in.t.Helper()
-	if path == "fanout" && strings.Contains(input, ":1900") && !strings.Contains(input, "loop=") {
-		input += ",loop=two-way" // there the guard watches no others
+	if strings.Contains(input, ":1900") && !strings.Contains(input, "loop=") {
+		input += ",loop=two-way" // the guard watches no others
 	}
 	status, err := in.client.AddRule(in.t.Context(), control.Rule{Name: name, In: input, Out: outputs, Path: path})
 	if err != nil {
