@@ -161,7 +161,7 @@ func restart(t *testing.T, in *instance, s *stream, sig syscall.Signal, code int
 // withoutCounters strips what changes while packets flow.
 func withoutCounters(all []control.RuleStatus) []control.RuleStatus {
 	for i := range all {
-		all[i].Matched, all[i].LastSeen, all[i].Drops = control.Counter{}, nil, nil
+		all[i].Matched, all[i].LastSeen, all[i].Drops, all[i].Notes = control.Counter{}, nil, nil, nil
 		for k := range all[i].Outputs {
 			o := &all[i].Outputs[k]
 			o.Sent, o.Drops = control.Counter{}, nil
