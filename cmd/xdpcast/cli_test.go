@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 	"xdpcast/pkg/rules"
 )
 

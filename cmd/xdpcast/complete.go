@@ -14,7 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 // completeFlag ends a command line that a shell wants completed; the scripts in

@@ -7,7 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/convert"
+	"xdpcast/internal/convert"
 )
 
 func convertCommand() *cli.Command {

@@ -11,7 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"xdpcast/internal/demo"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // liveInterval is between two live lines.

@@ -17,10 +17,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/demo"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
 )
 
 // asProgram in the environment makes the test binary the program: the relay of

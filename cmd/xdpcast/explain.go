@@ -8,7 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 func explainCommand(now func() time.Time) *cli.Command {

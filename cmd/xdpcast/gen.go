@@ -8,7 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 func genCommand() *cli.Command {

@@ -9,7 +9,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // xdpcastIn runs the program inside a host.

@@ -11,7 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 func groupCommand(now func() time.Time) *cli.Command {

@@ -13,10 +13,10 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
+	"xdpcast/internal/relay"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
-	"xdpcast/pkg/relay"
 	"xdpcast/pkg/rules"
 )
 

@@ -14,8 +14,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/control"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/control"
+	"xdpcast/internal/traffic"
 )
 
 // outputFlag is -o of every command that shows something.

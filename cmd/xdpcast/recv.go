@@ -10,7 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 func recvCommand() *cli.Command {

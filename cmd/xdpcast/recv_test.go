@@ -11,7 +11,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // recvResult is how recv ended.

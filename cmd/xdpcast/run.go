@@ -16,10 +16,10 @@ import (
 	"github.com/mdlayher/sdnotify"
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
+	"xdpcast/internal/metrics"
+	"xdpcast/internal/relay"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/metrics"
-	"xdpcast/pkg/relay"
 )
 
 func runCommand() *cli.Command {

@@ -8,7 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/forward"
+	"xdpcast/internal/forward"
 	"xdpcast/pkg/xsk"
 )
 

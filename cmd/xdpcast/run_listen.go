@@ -10,7 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/metrics"
+	"xdpcast/internal/metrics"
 )
 
 // listenFlags are those of the HTTP server of "xdpcast run".

@@ -10,7 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 // minInterval keeps a watch from being the load that it shows.

@@ -10,7 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 func statusCommand(now func() time.Time) *cli.Command {

@@ -23,8 +23,8 @@ import (
 	"strings"
 	"time"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
-	"xdpcast/pkg/control"
 )
 
 // DefaultPrefix is the Config.Prefix of a demonstration that is not named otherwise.

@@ -17,10 +17,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // program is the program that is run as the relay; set once by TestMain, before any

@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
-	"xdpcast/pkg/control"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/rules"
 )

@@ -10,7 +10,7 @@ import (
 	"syscall"
 	"time"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 const (

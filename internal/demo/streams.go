@@ -11,8 +11,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"xdpcast/pkg/control"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/control"
+	"xdpcast/internal/traffic"
 )
 
 // PacketSize is the UDP payload of the demonstration's packets, in bytes.

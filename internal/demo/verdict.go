@@ -6,8 +6,8 @@ import (
 	"slices"
 	"strings"
 
-	"xdpcast/pkg/control"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/control"
+	"xdpcast/internal/traffic"
 )
 
 // Verdict is what a demonstration found.

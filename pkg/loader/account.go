@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
-	"xdpcast/pkg/account"
+	"xdpcast/internal/account"
 )
 
 // minAccount is the fewest cells of the map user_stats, and the page in cells that

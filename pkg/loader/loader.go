@@ -23,7 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
-	"xdpcast/pkg/account"
+	"xdpcast/internal/account"
 )
 
 // Defaults of Options.

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
-	"xdpcast/pkg/account"
+	"xdpcast/internal/account"
 	"xdpcast/pkg/flow"
 )
 

@@ -4,7 +4,7 @@ import (
 	"maps"
 
 	"xdpcast/bpf"
-	"xdpcast/pkg/account"
+	"xdpcast/internal/account"
 )
 
 // tally is all that was counted of one rule. What the programs count and what workers

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 // xdpcast is the program under test with all rules on one path.

@@ -12,7 +12,7 @@ import (
 func TestArchitectureNames(t *testing.T) {
 	text := read(t, "docs/architecture.md")
 	var sources []string
-	for _, pattern := range []string{"cmd/*/*.go", "pkg/*/*.go", "bpf/*.c", "bpf/include/*.h", "test/*/*.go"} {
+	for _, pattern := range []string{"cmd/*/*.go", "pkg/*/*.go", "internal/*/*.go", "bpf/*.c", "bpf/include/*.h", "test/*/*.go"} {
 		files, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			t.Fatal(err)
@@ -39,7 +39,7 @@ func TestArchitectureNames(t *testing.T) {
 			if !found {
 				t.Errorf("there is no file %s", name)
 			}
-		case regexp.MustCompile(`^(pkg|cmd|test)/\w+$`).MatchString(name):
+		case regexp.MustCompile(`^(pkg|internal|cmd|test)/\w+$`).MatchString(name):
 			checked++
 			if _, err := os.Stat(filepath.Join(root, name)); err != nil {
 				t.Error(err)

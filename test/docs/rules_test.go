@@ -326,7 +326,7 @@ var verb = regexp.MustCompile(`%[svdwq]`)
 // Every reason for a state or a path that a document quotes is one of the program's;
 // words in capitals stand for what it is about.
 func TestReasons(t *testing.T) {
-	forms := slices.Concat(messageForms(t, "pkg/plan"), messageForms(t, "pkg/relay"), messageForms(t, "pkg/network"))
+	forms := slices.Concat(messageForms(t, "internal/plan"), messageForms(t, "internal/relay"), messageForms(t, "internal/network"))
 	checked := 0
 	for name, text := range documents(t) {
 		for _, tab := range tables(text) {

@@ -8,10 +8,10 @@ import (
 	"syscall"
 	"testing"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // TestAFXDPWithoutDaemon: while the daemon is gone, however it went, the kernel path

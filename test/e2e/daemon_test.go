@@ -16,8 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
-	"xdpcast/pkg/control"
 )
 
 // patience bounds every wait for a condition. It is long, since a test machine may

@@ -12,9 +12,9 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	host "xdpcast/pkg/network"
+	host "xdpcast/internal/network"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/packet"
-	"xdpcast/pkg/traffic"
 )
 
 // featureCase is one rule, the frame that comes in, and those that must leave, byte

@@ -9,11 +9,11 @@ import (
 	"strings"
 	"testing"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/traffic"
 )
 
 // ends is where the packets of a probe are to arrive, and from which address.

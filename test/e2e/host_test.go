@@ -10,9 +10,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
 	"xdpcast/pkg/packet"
 )
 

@@ -9,7 +9,7 @@ import (
 	"testing"
 
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // TestBpftool: what is pinned can be read by people, with the kernel's own tool.

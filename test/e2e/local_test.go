@@ -14,11 +14,11 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/packet"
-	"xdpcast/pkg/traffic"
 )
 
 // container connects a host to the relay as a container is: its frames reach the relay

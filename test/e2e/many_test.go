@@ -15,11 +15,11 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/rules"
-	"xdpcast/pkg/traffic"
 )
 
 // TestThousandRules adds 1,000 rules one by one, sends through some, and removes

@@ -8,7 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
 )
 
 // TestReload: a broken file changes nothing and every fault is in the log with its

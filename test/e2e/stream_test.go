@@ -12,7 +12,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // stream is traffic under way.

@@ -12,9 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
-	"xdpcast/pkg/traffic"
+	"xdpcast/internal/traffic"
 )
 
 // sumRounds is how many events a run of TestSumRule has; XDPCAST_SUM_ROUNDS sets it for a

@@ -9,9 +9,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"xdpcast/pkg/control"
+	"xdpcast/internal/control"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/traffic"
 )
 
 // The streams of the tests in which no packet may be missing: two groups in turn,

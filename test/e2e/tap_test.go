@@ -12,12 +12,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
-	"xdpcast/pkg/traffic"
 )
 
 // TestLocalReceivers: with local=yes the relay's own receivers get what is relayed,

@@ -9,11 +9,11 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/traffic"
 )
 
 // gateway routes a network by a gateway on an interface of the relay.

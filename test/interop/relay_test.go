@@ -16,9 +16,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
 )
 
 // network is a source and two sinks, with the relay between.

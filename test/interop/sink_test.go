@@ -14,9 +14,9 @@ import (
 	"syscall"
 	"testing"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
 )
 
 // sink receives the stream with three programs at once: ffmpeg decodes it as it

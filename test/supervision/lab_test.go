@@ -17,12 +17,12 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
+	"xdpcast/internal/relay"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
-	"xdpcast/pkg/relay"
 	"xdpcast/pkg/rules"
 )
 

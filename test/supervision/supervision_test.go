@@ -9,8 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/control"
 )
 
 // Behind a switch that snoops, packets reach the relay while it is a member, and

@@ -1,0 +1,927 @@
+package forward
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/bits"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+	"xdpcast/internal/account"
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/xsk"
+)
+
+// Sockets is what the path needs of package loader; *loader.Loader is one.
+type Sockets interface {
+	// SetSocket gives a queue's packets to a socket, and ClearSocket takes them back.
+	// They are called from any goroutine.
+	SetSocket(index, queue, fd int) error
+	ClearSocket(index, queue int) error
+	// FirstOutput is the number by which the relay program names a rule. It is called
+	// by Sync and Prepare.
+	FirstOutput(rule string) (uint32, bool)
+}
+
+// AFXDPOptions say how an [AFXDP] runs. Only Loader is required.
+type AFXDPOptions struct {
+	Loader Sockets
+	// Accounts is where packets are counted; nil: in memory that ends with the path.
+	Accounts Accounts
+	Logger   *slog.Logger // nil: logs nothing
+	// Queues is how many receive queues an interface may have at most; 0 means 16, or
+	// the number of CPUs if there are more. Counters are kept for so many workers.
+	Queues int
+	// CPUs pins the worker of each queue to the CPU in its place, from the first again
+	// behind the last; empty pins none.
+	CPUs []int
+	// Mode and HugePages are those of xsk.UMEMOptions.
+	Mode      xsk.Mode
+	HugePages bool
+	// Spin is how long a worker looks for more frames before it sleeps; 0 means 20
+	// microseconds, and less not at all.
+	Spin time.Duration
+	// Frames is how many frames of memory each worker has, of 2 or 4 kB; 0 means 8192.
+	// Receiving takes 4096, and copies on their way out the rest.
+	Frames int
+	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
+	BusyPoll       time.Duration
+	PreferBusyPoll bool
+	BusyPollBudget int
+	// Sender is how packet sockets send, where AF_XDP cannot.
+	Sender fanout.SenderOptions
+	// CheckOwnership is that of xsk.UMEMOptions, for tests.
+	CheckOwnership bool
+	// oneFrame is what a kernel without multi-buffer is like, for tests.
+	oneFrame bool
+}
+
+// AFXDP is the AF_XDP path: for each queue of each input interface of its rules a
+// worker, which is a goroutine with a thread, memory, sockets and an engine of its own.
+// The relay program has matched, counted, checked and policed what comes here. Its
+// methods may be called from any goroutine; Open, Prepare, Sync and Close from threads
+// of one network namespace.
+//
+// # Changing rules
+//
+// A rule's packets come as soon as the loader has it, so this path has it first:
+//
+//	path.Prepare(rules, own) // the new ones besides the old
+//	loader.Sync(rules)
+//	path.Sync(rules, own)    // the new ones alone
+//
+// # Outputs
+//
+// The kernel gives a queue of a device to one AF_XDP memory. A worker sends to an
+// output by a socket on the transmit queue of its own number, or any that is free;
+// to its own input interface by the socket that it receives on; and by a packet socket
+// where no queue is left: other workers have them, or receive there.
+type AFXDP struct {
+	opts AFXDPOptions
+	log  *slog.Logger
+	set  *Set
+
+	unregister func()
+
+	mu      sync.Mutex
+	closed  bool
+	inputs  map[int]*afxdpInput
+	names   map[int]string            // of inputs that there were, too
+	claimed map[queueKey]*afxdpSender // nil: a worker receives there
+}
+
+type queueKey struct{ index, queue int }
+
+// afxdpInput is the workers of an input interface.
+type afxdpInput struct {
+	index   int
+	name    string
+	workers []*afxdpWorker // by queue; nil where there is none
+	err     error          // why one is missing
+	causes  []QueueError   // the same by queue, where it is about one
+}
+
+// OpenAFXDP opens the path without rules. The caller must Close it.
+func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
+	if opts.Loader == nil {
+		return nil, errors.New("open AF_XDP path: option Loader: must be there")
+	}
+	if opts.Queues == 0 {
+		opts.Queues = min(max(16, runtime.NumCPU()), bpf.MaxQueues)
+	}
+	if opts.Frames == 0 {
+		opts.Frames = defaultFrames
+	}
+	if err := opts.Validate(); err != nil {
+		return nil, fmt.Errorf("open AF_XDP path: %w", err)
+	}
+	if opts.Spin == 0 {
+		opts.Spin = 20 * time.Microsecond
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	a := &AFXDP{
+		opts: opts, log: opts.Logger, set: newSet(loader.PathAFXDP, opts.Queues, opts.Accounts),
+		inputs: map[int]*afxdpInput{}, names: map[int]string{}, claimed: map[queueKey]*afxdpSender{},
+	}
+	a.unregister = a.set.accounts.Account().OnSettle(a.settle)
+	return a, nil
+}
+
+// Validate says which option cannot be used, by an *xsk.OptionError. Whether there are
+// enough huge pages shows only when a worker is opened.
+func (o AFXDPOptions) Validate() error {
+	switch {
+	case o.Queues < 0 || o.Queues > bpf.MaxQueues:
+		return &xsk.OptionError{Option: "Queues", Value: o.Queues, Want: fmt.Sprintf("1 to %d", bpf.MaxQueues)}
+	case o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames):
+		return &xsk.OptionError{Option: "Frames", Value: o.Frames, Want: fmt.Sprintf("%d to %d", minFrames, maxFrames)}
+	}
+	var allowed unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
+		return fmt.Errorf("read the CPUs of the process: %w", err)
+	}
+	for _, cpu := range o.CPUs {
+		if cpu < 0 || !allowed.IsSet(cpu) {
+			return &xsk.OptionError{Option: "CPUs", Value: cpu, Want: "numbers of CPUs that the process may use"}
+		}
+	}
+	return xsk.Options{BusyPoll: o.BusyPoll, PreferBusyPoll: o.PreferBusyPoll, BusyPollBudget: o.BusyPollBudget}.Validate()
+}
+
+// Prepare makes the path forward the rules of loader.PathAFXDP among these, and goes on
+// with those it has under other names. Otherwise it is Sync.
+func (a *AFXDP) Prepare(rules []loader.Rule, own []netip.Addr) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	want := slices.DeleteFunc(slices.Clone(rules), notAFXDP)
+	names, inputs := map[string]bool{}, map[loader.Input]bool{}
+	for _, r := range want {
+		names[r.Name], inputs[r.In.Key()] = true, true
+	}
+	for _, r := range a.set.given.rules {
+		if !names[r.Name] && !inputs[r.In.Key()] {
+			want = append(want, r)
+		}
+	}
+	return a.sync(want, own)
+}
+
+// Sync makes the path forward exactly those of the rules whose path is
+// loader.PathAFXDP. Rules that are there already are not touched, and their packets
+// see nothing. own are the host's unicast addresses. Call it again, with the same
+// rules, when interfaces have changed, and while [AFXDP.Pending]: queues are followed,
+// and inputs and outputs that were down or gone are opened again.
+//
+// An input that cannot be received from, since it is gone or another has its queue, is
+// no error: Inputs says it. After an error all is as before. Errors to match:
+// *loader.RuleError, os.ErrClosed.
+func (a *AFXDP) Sync(rules []loader.Rule, own []netip.Addr) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.sync(slices.DeleteFunc(slices.Clone(rules), notAFXDP), own)
+}
+
+func notAFXDP(r loader.Rule) bool { return r.Path != loader.PathAFXDP }
+
+func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
+	if a.closed {
+		return fmt.Errorf("AF_XDP path: %w", os.ErrClosed)
+	}
+	inputs, numbers := map[int]bool{}, map[string]uint32{}
+	for i := range want {
+		if err := want[i].Normalized().Check(); err != nil {
+			return &loader.RuleError{Rule: want[i].Name, Err: err}
+		}
+		inputs[want[i].In.Index] = true
+		if first, ok := a.opts.Loader.FirstOutput(want[i].Name); ok {
+			numbers[want[i].Name] = first
+		}
+	}
+	if a.drops(want) {
+		a.finish()
+	}
+	// Before the rules, so that the engines of new workers get them at once.
+	fresh := a.openInputs(inputs)
+	a.reviewSenders()
+	if err := a.set.Update(want, own, numbers); err != nil {
+		for _, w := range fresh {
+			err = errors.Join(err, a.closeWorker(w))
+		}
+		return err
+	}
+	for _, w := range fresh {
+		a.start(w)
+	}
+	for index, in := range a.inputs {
+		if inputs[index] {
+			continue
+		}
+		delete(a.inputs, index)
+		a.retire(in.workers)
+	}
+	return nil
+}
+
+// drops says whether a rule in force is not among those that are wanted.
+func (a *AFXDP) drops(want []loader.Rule) bool {
+	stays := make(map[loader.Input]bool, len(want))
+	for i := range want {
+		stays[want[i].In.Key()] = true
+	}
+	return slices.ContainsFunc(a.set.given.rules, func(r loader.Rule) bool { return !stays[r.In.Key()] })
+}
+
+// membarrierGlobal is MEMBARRIER_CMD_GLOBAL of include/uapi/linux/membarrier.h.
+const membarrierGlobal = 1
+
+// finish forwards all that the relay program has redirected so far. It waits until
+// every CPU that was running the program has left it, which the program's last look at
+// a rule is before (membarrier(2): MEMBARRIER_CMD_GLOBAL is an RCU grace period), and
+// then empties the rings. A kernel without membarrier leaves a gap of microseconds.
+func (a *AFXDP) finish() {
+	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
+	for _, in := range a.inputs {
+		for _, w := range in.workers {
+			if w != nil {
+				w.finish()
+			}
+		}
+	}
+}
+
+// settle forwards all that was redirected so far, and returns when it has been counted.
+func (a *AFXDP) settle() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.finish()
+}
+
+// openInputs opens workers for the queues that have none, and closes those of queues
+// that are no more, or whose interface is.
+func (a *AFXDP) openInputs(inputs map[int]bool) (fresh []*afxdpWorker) {
+	for _, index := range slices.Sorted(maps.Keys(inputs)) {
+		in := a.inputs[index]
+		if in == nil {
+			in = &afxdpInput{index: index, name: interfaceName(index)}
+			a.names[index] = in.name
+			a.inputs[index] = in
+		}
+		before := in.err
+		opened, err := a.openQueues(in)
+		fresh = append(fresh, opened...)
+		if in.err = err; err != nil && (before == nil || before.Error() != err.Error()) {
+			a.log.Warn("input has queues without worker", "interface", in.name, "error", err)
+		}
+	}
+	return fresh
+}
+
+func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
+	before := in.causes
+	in.causes = nil
+	iface, err := net.InterfaceByIndex(in.index)
+	if err != nil {
+		a.retire(in.workers)
+		in.workers = nil
+		return nil, fmt.Errorf("open input %s: %w", in.name, unix.ENODEV)
+	}
+	queues, err := channelsOf(iface.Name)
+	if err != nil {
+		return nil, err
+	}
+	if queues.rx > a.opts.Queues {
+		err = fmt.Errorf("interface %s has %d receive queues: want at most %d (option Queues)", in.name, queues.rx, a.opts.Queues)
+		queues.rx = a.opts.Queues
+	}
+	if len(in.workers) > queues.rx {
+		a.retire(in.workers[queues.rx:])
+		in.workers = in.workers[:queues.rx]
+	}
+	for len(in.workers) < queues.rx {
+		in.workers = append(in.workers, nil)
+	}
+	errs := []error{err}
+	for q, w := range in.workers {
+		if w != nil && w.interfaceC.Load() != interfaceGone && !errors.Is(w.socket.Check(), unix.ENXIO) && w.takes(iface.MTU) {
+			continue
+		}
+		if w != nil {
+			a.retire(in.workers[q : q+1])
+		}
+		tries := busyTries
+		if slices.ContainsFunc(before, func(c QueueError) bool { return c.Queue == q && errors.Is(c.Err, unix.EBUSY) }) {
+			tries = 1 // it is not ours that holds it: nobody is to wait for that every time
+		}
+		w, err := a.openWorker(in, q, iface.MTU, tries)
+		if err != nil {
+			errs = append(errs, err)
+			in.causes = append(in.causes, QueueError{Queue: q, Err: err})
+		} else {
+			fresh = append(fresh, w)
+		}
+		in.workers[q] = w
+	}
+	return fresh, errors.Join(errs...)
+}
+
+// takes says whether a worker can receive all packets of an MTU.
+func (w *afxdpWorker) takes(mtu int) bool {
+	return w.multiBuffer || frameSizeFor(mtu) <= w.umem.FrameSize()
+}
+
+// How often, and after which pause, a queue is tried that the kernel has not yet given
+// up after another socket was closed.
+const (
+	busyTries = 100
+	busyPause = 5 * time.Millisecond
+)
+
+// openSocket opens a socket for a worker, with what the kernel and the process's rights
+// allow. The worker goes on between two tries.
+func (w *afxdpWorker) openSocket(index, queue int, opts xsk.Options, tries int) (*xsk.Socket, error) {
+	return tryOpen(func(opts xsk.Options) (*xsk.Socket, error) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return xsk.Open(w.frames, index, queue, opts)
+	}, opts, tries)
+}
+
+// tryOpen calls open until it succeeds or the queue was busy so many times. An option that
+// is refused is left out, which is no try of the queue.
+func tryOpen(open func(xsk.Options) (*xsk.Socket, error), opts xsk.Options, tries int) (*xsk.Socket, error) {
+	for {
+		s, err := open(opts)
+		switch {
+		case errors.Is(err, unix.ENOPROTOOPT) && opts.TXBudget != 0: // before Linux 6.17
+			opts.TXBudget = 0
+		case errors.Is(err, unix.EPERM) && opts.SendBuffer != 0: // without CAP_NET_ADMIN
+			opts.SendBuffer = 0
+		case errors.Is(err, unix.EBUSY) && tries > 1:
+			tries--
+			time.Sleep(busyPause)
+		default:
+			return s, err
+		}
+	}
+}
+
+// sendBuffer lets a ring full of frames be with a driver.
+const sendBuffer = ringSize * 4096
+
+func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorker, err error) {
+	key := queueKey{in.index, queue}
+	if s := a.claimed[key]; s != nil {
+		if err := s.usePacket("a worker receives on the queue"); err != nil {
+			return nil, err
+		}
+	}
+	w := &afxdpWorker{
+		path: a, index: in.index, queue: queue, cpu: -1, name: in.name, done: make(chan struct{}), current: -1,
+		descs: make([]xsk.Desc, receiveBatch), parts: make([]xsk.Desc, 0, receiveBatch),
+		log: a.log.With("interface", in.name, "queue", queue),
+	}
+	if n := len(a.opts.CPUs); n > 0 {
+		w.cpu = a.opts.CPUs[queue%n]
+	}
+	a.claimed[key] = nil
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.closeWorker(w))
+		}
+	}()
+	// Multi-buffer needs Linux 6.6.
+	err = w.openMemory(a.opts, mtu, tries, !a.opts.oneFrame)
+	if errors.Is(err, unix.EINVAL) && !a.opts.oneFrame {
+		err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, tries, false))
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.socket.Fill(ringSize)
+	if w.waiter, err = xsk.NewWaiter(); err != nil {
+		return nil, err
+	}
+	if err = w.waiter.Set(w.socket, xsk.Readable); err != nil {
+		return nil, err
+	}
+	w.engine, err = a.set.NewEngine(in.index, queue, w.openSender)
+	if err != nil {
+		return nil, err
+	}
+	w.account = a.set.accounts.Account().Open(account.Target{Scope: account.Input, ID: uint32(in.index)})
+	w.noFrame = w.account.Cell(w.engine.writer, account.NoFrame)
+	w.ringFull = w.account.Cell(w.engine.writer, account.RingFull)
+	w.ruleGone = w.account.Cell(w.engine.writer, account.RuleGone)
+	return w, nil
+}
+
+// frameSizeFor is the size of a frame that takes all packets of an MTU, with an Ethernet
+// header and two tags; or the largest, which longer packets take several of.
+func frameSizeFor(mtu int) int {
+	if mtu+18+4 > 2048-2*unix.XDP_PACKET_HEADROOM {
+		return 4096
+	}
+	return 2048
+}
+
+func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer bool) (err error) {
+	size := frameSizeFor(mtu)
+	w.umem, err = xsk.NewUMEM(xsk.UMEMOptions{
+		Frames: opts.Frames, FrameSize: size, HugePages: opts.HugePages, Mode: opts.Mode,
+		MultiBuffer: multiBuffer, CheckOwnership: opts.CheckOwnership,
+	})
+	if err != nil {
+		return err
+	}
+	if w.frames, err = w.umem.NewFrames(opts.Frames); err != nil {
+		return err
+	}
+	w.multiBuffer, w.shift = multiBuffer, bits.TrailingZeros(uint(size))
+	w.area = w.umem.Data(xsk.Desc{Len: uint32(opts.Frames * size)})
+	w.claims = make([]uint64, opts.Frames)
+	w.socket, err = w.openSocket(w.index, w.queue, w.path.socketOptions(), tries)
+	if err == nil {
+		w.fd = w.socket.FD()
+	}
+	return err
+}
+
+func (a *AFXDP) socketOptions() xsk.Options {
+	return xsk.Options{
+		FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize,
+		TXBudget: 256, SendBuffer: sendBuffer,
+		BusyPoll: a.opts.BusyPoll, PreferBusyPoll: a.opts.PreferBusyPoll, BusyPollBudget: a.opts.BusyPollBudget,
+	}
+}
+
+// openSender opens a sender, in the goroutine that syncs.
+func (w *afxdpWorker) openSender(index int) (Sender, error) {
+	iface, err := net.InterfaceByIndex(index)
+	if err != nil {
+		return nil, fmt.Errorf("open sender on interface %d: %w", index, unix.ENODEV)
+	}
+	packet, err := w.path.openPacket(index)
+	if err != nil {
+		return nil, err
+	}
+	s := &afxdpSender{worker: w, index: index, packet: packet}
+	s.account = w.path.set.accounts.Account().Open(account.Target{Scope: account.Device, ID: uint32(index)})
+	if !packet.Ethernet() {
+		s.why = "the interface has no Ethernet header"
+	} else if err := s.openSocket(iface); err != nil {
+		if errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENODEV) {
+			return nil, errors.Join(fmt.Errorf("open sender on %s: %w: %w", iface.Name, unix.ENODEV, err), packet.Close(), s.account.Close())
+		}
+		s.why, s.noQueue = err.Error(), errors.Is(err, errNoQueue)
+	}
+	if s.socket != nil {
+		s.packet = nil
+		if err := packet.Close(); err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
+	} else {
+		w.log.Info("output is sent to by a packet socket", "output", iface.Name, "cause", s.why)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.senders = append(w.senders, s)
+	w.setLimits()
+	return s, nil
+}
+
+func (a *AFXDP) openPacket(index int) (Sender, error) {
+	return fanout.OpenSender(index, a.opts.Sender)
+}
+
+// errNoQueue: all transmit queues are used by others.
+var errNoQueue = errors.New("no transmit queue is free")
+
+// openSocket finds a queue for the sender.
+func (s *afxdpSender) openSocket(iface *net.Interface) error {
+	w := s.worker
+	if iface.Index == w.index {
+		s.socket, s.shared = w.socket, true
+		s.prepare()
+		return nil
+	}
+	queues, err := channelsOf(iface.Name)
+	if err != nil {
+		return err
+	}
+	opts := w.path.socketOptions()
+	opts.NoRX, opts.FillSize = true, 1
+	err = errNoQueue
+	for i := range queues.tx {
+		q := (w.queue + i) % queues.tx
+		key := queueKey{iface.Index, q}
+		if _, taken := w.path.claimed[key]; taken {
+			continue
+		}
+		s.socket, err = w.openSocket(iface.Index, q, opts, busyTries)
+		if err == nil {
+			w.path.claimed[key] = s
+			s.prepare()
+			return nil
+		}
+		s.socket = nil
+		if !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+	}
+	return err
+}
+
+// reviewSenders notes which packet sockets are to make room for AF_XDP sockets, since
+// transmit queues of their interfaces are free now. The other way round needs nothing: the
+// kernel removes no queue that has a socket (ethnl_set_channels of
+// net/ethtool/channels.c).
+func (a *AFXDP) reviewSenders() {
+	for _, in := range a.inputs {
+		for _, w := range in.workers {
+			if w == nil {
+				continue
+			}
+			for _, s := range w.openSenders() {
+				if s.noQueue {
+					s.stale.Store(a.hasRoom(s.index))
+				}
+			}
+		}
+	}
+}
+
+// hasRoom says whether an interface has a transmit queue that no worker uses.
+func (a *AFXDP) hasRoom(index int) bool {
+	queues, err := channelsOf(interfaceName(index))
+	if err != nil {
+		return false // it is gone, which its senders notice
+	}
+	for q := range queues.tx {
+		if _, taken := a.claimed[queueKey{index, q}]; !taken {
+			return true
+		}
+	}
+	return false
+}
+
+// openSenders are the senders of a worker now.
+func (w *afxdpWorker) openSenders() []*afxdpSender {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.senders)
+}
+
+func (s *afxdpSender) prepare() {
+	s.descs = make([]xsk.Desc, 0, xsk.MaxSegments+1)
+	s.ends = make([]int, 0, batch)
+	s.dropped = make([]int, 0, batch)
+	s.share = s.worker.umem.FrameSize() - packet.MaxHeaders
+	if s.socket.ZeroCopy() {
+		s.share = shareZeroCopy
+	}
+}
+
+// setLimits divides the frames that receiving leaves among the senders, so that a slow
+// one does not take those of others.
+func (w *afxdpWorker) setLimits() {
+	n := 0
+	for _, s := range w.senders {
+		if s.socket != nil {
+			n++
+		}
+	}
+	for _, s := range w.senders {
+		s.limit = min(ringSize, (w.path.opts.Frames-2*ringSize)/max(n, 1))
+	}
+}
+
+// forget takes a sender out.
+func (w *afxdpWorker) forget(s *afxdpSender) {
+	_ = s.account.Close() // of memory, and closed here alone
+	w.senders = slices.DeleteFunc(w.senders, func(other *afxdpSender) bool { return other == s })
+	w.setLimits()
+}
+
+// start gives a worker its queue's packets.
+func (a *AFXDP) start(w *afxdpWorker) {
+	if err := a.opts.Loader.SetSocket(w.index, w.queue, w.fd); err != nil {
+		w.failed(err)
+		w.interfaceC.Store(interfaceGone) // the next Sync tries again
+		return
+	}
+	w.ended.Go(w.run)
+}
+
+// retire closes workers. What fails there harms no packet.
+func (a *AFXDP) retire(workers []*afxdpWorker) {
+	for i, w := range workers {
+		if w == nil {
+			continue
+		}
+		workers[i] = nil
+		if err := a.closeWorker(w); err != nil {
+			a.log.Warn("close worker", "interface", w.name, "queue", w.queue, "error", err)
+		}
+	}
+}
+
+// closeWorker ends a worker, which may be half open, and closes what it has.
+func (a *AFXDP) closeWorker(w *afxdpWorker) error {
+	var errs []error
+	if w.socket != nil {
+		errs = append(errs, a.opts.Loader.ClearSocket(w.index, w.queue))
+	}
+	close(w.done)
+	if w.waiter != nil {
+		w.waiter.Wake()
+	}
+	w.ended.Wait()
+	if w.engine != nil {
+		w.finish() // what was redirected before the socket was cleared
+		errs = append(errs, a.set.Remove(w.engine))
+	}
+	if w.waiter != nil {
+		errs = append(errs, w.waiter.Close())
+	}
+	errs = append(errs, a.remember(w), w.closeMemory())
+	delete(a.claimed, queueKey{w.index, w.queue})
+	for _, in := range a.inputs {
+		for i := range in.workers {
+			if in.workers[i] == w {
+				in.workers[i] = nil
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (w *afxdpWorker) closeMemory() error {
+	var errs []error
+	if w.socket != nil {
+		errs = append(errs, w.socket.Close())
+		w.socket = nil
+	}
+	if w.frames != nil {
+		errs = append(errs, w.frames.Verify())
+	}
+	if w.umem != nil {
+		errs = append(errs, w.umem.Close())
+		w.umem = nil
+	}
+	return errors.Join(errs...)
+}
+
+// Pending says whether an input has a queue without worker, for a reason that may pass.
+func (a *AFXDP) Pending() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, in := range a.inputs {
+		if slices.ContainsFunc(in.workers, func(w *afxdpWorker) bool { return w == nil || w.interfaceC.Load() == interfaceGone }) || in.err != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// Stats reads the counters of the rules by these names, of all with nil. Matched is
+// what came to the workers: less than the relay program matched by what it dropped, the
+// kernel path served, and sockets lost (Inputs).
+func (a *AFXDP) Stats(names []string) []loader.RuleStats { return a.set.Stats(names) }
+
+// InputStatus is how the workers of an input interface are.
+type InputStatus struct {
+	Index     int
+	Interface string
+	Workers   []QueueStatus // none on an interface that no rule has any more
+	// Error is why a queue has no worker; nil if all have. Missing is the same by
+	// queue, but for what is wrong with the whole interface.
+	Error   error
+	Missing []QueueError
+	// Lost is the sum of all workers that there are and were on the interface.
+	Lost Lost
+}
+
+// QueueError is why a queue has no worker.
+type QueueError struct {
+	Queue int
+	Err   error
+}
+
+// Lost counts packets that the relay program gave to the path, and that came to no
+// rule.
+type Lost struct {
+	NoFrame   uint64 // no memory was free, since the worker did not keep up; or the packet was too long
+	RingFull  uint64 // the worker did not keep up
+	Unclaimed uint64 // the rule was removed meanwhile
+}
+
+// nameOf is the name of an input that may be gone.
+func (a *AFXDP) nameOf(index int) string {
+	if name, ok := a.names[index]; ok {
+		return name
+	}
+	return interfaceName(index) // of an earlier process
+}
+
+// lostBy reads what was lost on each input interface, and unsent what devices did not take,
+// since the account was made.
+func lostBy(a *account.Account) (inputs map[int]Lost, unsent map[int]uint64) {
+	inputs, unsent = map[int]Lost{}, map[int]uint64{}
+	a.Each(func(t account.Target, kind account.Kind, w account.Writer, sum account.Sum) {
+		if w.Path() != uint8(loader.PathAFXDP) || sum.Packets == 0 {
+			return
+		}
+		index := int(t.ID)
+		switch {
+		case t.Scope == account.Device:
+			unsent[index] += sum.Packets
+			return
+		case t.Scope != account.Input:
+			return
+		}
+		lost := inputs[index]
+		switch kind {
+		case account.NoFrame:
+			lost.NoFrame += sum.Packets
+		case account.RingFull:
+			lost.RingFull += sum.Packets
+		case account.RuleGone:
+			lost.Unclaimed += sum.Packets
+		}
+		inputs[index] = lost
+	})
+	return inputs, unsent
+}
+
+// QueueStatus is how the worker of a queue is.
+type QueueStatus struct {
+	Queue int
+	// ZeroCopy and MultiBuffer are what the driver and kernel gave.
+	ZeroCopy, MultiBuffer bool
+	FrameSize             int // bytes
+	// WakeRX and WakeTX say whether the kernel asks now to be woken by a system call
+	// (XDP_RING_NEED_WAKEUP): in copy mode always for TX, and never for RX.
+	WakeRX, WakeTX bool
+	// Received counts the packets that came to the worker.
+	Received uint64
+	// Socket is what the kernel counted: RXDropped and RXRingFull are lost packets.
+	Socket xsk.Statistics
+	// Unclaimed are packets of rules that were gone when they were read.
+	Unclaimed loader.Counter
+	Failures  uint64
+	LastError string // empty if there was none
+	// Down and Gone say what the interface is. Stopped: the worker has failed, and
+	// begins anew in a moment; until then the rules' fallback serves the queue.
+	Down, Gone, Stopped bool
+	Senders             []SenderStatus
+}
+
+// SenderStatus is how a worker sends to an interface.
+type SenderStatus struct {
+	Index int
+	// Queue is the transmit queue of the AF_XDP socket; -1 for a packet socket, and
+	// Cause says why it is one.
+	Queue    int
+	ZeroCopy bool
+	Cause    string
+	// Outstanding are the descriptors on their way, and Lost those that were counted as
+	// sent, and given up since the device went before it took them.
+	Outstanding int
+	Lost        uint64
+	Failed      bool // the interface is down or gone: the next Sync opens it again
+}
+
+// Inputs reads how the workers are, by interface index. What was lost on an interface is
+// listed even when no rule has it any more.
+func (a *AFXDP) Inputs() ([]InputStatus, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var all []InputStatus
+	var errs []error
+	for _, index := range slices.Sorted(maps.Keys(a.inputs)) {
+		in := a.inputs[index]
+		status := InputStatus{Index: index, Interface: in.name, Error: in.err, Missing: slices.Clone(in.causes)}
+		for _, w := range in.workers {
+			if w == nil {
+				continue
+			}
+			s, err := w.status()
+			if err != nil {
+				errs = append(errs, err)
+			}
+			status.Workers = append(status.Workers, s)
+		}
+		all = append(all, status)
+	}
+	lost, _ := lostBy(a.set.accounts.Account()) // what the workers have just noted, too
+	for i := range all {
+		all[i].Lost = lost[all[i].Index]
+	}
+	for index := range lost {
+		if a.inputs[index] == nil {
+			all = append(all, InputStatus{Index: index, Interface: a.nameOf(index), Lost: lost[index]})
+		}
+	}
+	slices.SortFunc(all, func(a, b InputStatus) int { return a.Index - b.Index })
+	return all, errors.Join(errs...)
+}
+
+// Unsent counts by output interface the packets that were counted as sent, and that the
+// device did not take: those that were in a TX ring when it went down or away, and those
+// that it dropped later.
+func (a *AFXDP) Unsent() map[int]uint64 {
+	_, unsent := lostBy(a.set.accounts.Account())
+	return unsent
+}
+
+// remember notes what a worker has lost, which its socket forgets.
+func (a *AFXDP) remember(w *afxdpWorker) error {
+	if w.engine == nil { // it never served
+		return nil
+	}
+	_, err := w.status()
+	return errors.Join(err, w.account.Close())
+}
+
+// noteLost adds what the socket has lost since the last time to the account. The
+// worker's lock is held.
+func (w *afxdpWorker) noteLost(s xsk.Statistics) {
+	w.noFrame.Add(s.RXDropped-w.noted.RXDropped, 0)
+	w.ringFull.Add(s.RXRingFull-w.noted.RXRingFull, 0)
+	w.noted = s
+}
+
+func (w *afxdpWorker) status() (s QueueStatus, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s = QueueStatus{
+		Queue: w.queue, ZeroCopy: w.socket.ZeroCopy(), MultiBuffer: w.multiBuffer, FrameSize: w.umem.FrameSize(),
+		Failures: w.failures.Load(), Down: w.interfaceC.Load() == interfaceDown, Gone: w.interfaceC.Load() == interfaceGone,
+		Stopped: w.stopped.Load(), Received: w.received.Load(),
+	}
+	s.WakeRX, s.WakeTX = w.socket.NeedWakeup()
+	w.unclaimed.addTo(&s.Unclaimed)
+	if text := w.lastError.Load(); text != nil {
+		s.LastError = *text
+	}
+	if s.Socket, err = w.socket.Statistics(); err == nil {
+		w.noteLost(s.Socket)
+	}
+	for _, o := range w.senders {
+		status := SenderStatus{Index: o.index, Queue: -1, Cause: o.why, Lost: o.lost, Failed: o.failed}
+		if o.packet == nil {
+			status.Queue, status.ZeroCopy, status.Outstanding = o.socket.Queue(), o.socket.ZeroCopy(), o.socket.Outstanding()
+		}
+		s.Senders = append(s.Senders, status)
+	}
+	slices.SortFunc(s.Senders, func(a, b SenderStatus) int { return a.Index - b.Index })
+	return s, err
+}
+
+// String says how packets are received, for people.
+func (s QueueStatus) String() string {
+	mode := []string{"copy"}
+	if s.ZeroCopy {
+		mode[0] = "zero-copy"
+	}
+	if s.MultiBuffer {
+		mode = append(mode, "multi-buffer")
+	}
+	return fmt.Sprintf("queue %d: %s", s.Queue, strings.Join(mode, ", "))
+}
+
+// Close ends all workers and closes everything. A second Close does nothing.
+func (a *AFXDP) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return nil
+	}
+	a.closed = true
+	a.unregister()
+	var errs []error
+	for _, in := range a.inputs {
+		for _, w := range slices.Clone(in.workers) {
+			if w != nil {
+				errs = append(errs, a.closeWorker(w))
+			}
+		}
+	}
+	clear(a.inputs)
+	return errors.Join(append(errs, a.set.close())...)
+}

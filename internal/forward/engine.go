@@ -1,0 +1,332 @@
+package forward
+
+import (
+	"encoding/binary"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/account"
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/packet"
+)
+
+// Engine forwards for one worker. One goroutine at a time uses it; Set's methods
+// may be called meanwhile.
+type Engine struct {
+	set    *Set
+	input  int
+	worker int
+	open   func(index int) (Sender, error)
+	// fromHost says that the frames are what this host sends by the input.
+	fromHost bool
+
+	// next is what the next batch works with, and using what the current one does:
+	// while that is so, nothing of it is closed. nil between batches.
+	next, using atomic.Pointer[view]
+	// now is using, for the worker alone.
+	now *view
+
+	// lifted is memory for frames that came without Ethernet header.
+	lifted []byte
+	writer account.Writer
+	// global counts what is of no rule: fragments, by what is known of them.
+	global    *account.Counters
+	fragments [fragmentKinds]*account.Cell
+	batches   atomic.Uint64 // that have ended
+}
+
+// view is what an engine needs to forward, all of one moment.
+type view struct {
+	table *Table
+	// queues are beside Table.devices; nil where the engine's rules have no output,
+	// or there is no such interface.
+	queues []*queue
+	open   int // queues that are not nil
+}
+
+// Begin starts a batch with the rules that are in force.
+func (e *Engine) Begin() {
+	for {
+		v := e.next.Load()
+		e.using.Store(v)
+		// Whoever exchanges next looks at using afterwards: it has seen v there, or v
+		// is still the one.
+		if e.next.Load() == v {
+			e.now = v
+			return
+		}
+	}
+}
+
+// End sends what is still queued. The batch's frames may be reused then.
+func (e *Engine) End() {
+	e.flush()
+	e.now = nil
+	e.using.Store(nil)
+	e.batches.Add(1)
+}
+
+func (e *Engine) flush() {
+	for _, q := range e.now.queues {
+		if q != nil && len(q.packets) > 0 {
+			q.flush(e.now.open)
+		}
+	}
+}
+
+// abandon ends a batch that failed in the middle: what was queued is dropped.
+func (e *Engine) abandon() {
+	if e.now != nil {
+		for _, q := range e.now.queues {
+			if q != nil {
+				q.abandon()
+			}
+		}
+	}
+	e.now = nil
+	e.using.Store(nil)
+	e.batches.Add(1)
+}
+
+// Table returns the rules of the current batch.
+func (e *Engine) Table() *Table { return e.now.table }
+
+// Frame forwards an Ethernet frame that came in on the interface with this index,
+// at this time of Set.Clock. The frame must stay as it is until End. It says
+// whether a rule took it, whatever became of it.
+func (e *Engine) Frame(index int, frame []byte, at int64) bool {
+	h, ok := packet.Parse(frame)
+	if !ok {
+		e.malformed(index, frame, len(frame), true)
+		return false
+	}
+	return e.forward(index, frame, &h, at, len(frame), true)
+}
+
+// Packet is Frame for an interface without Ethernet header: data begins with the IP
+// header.
+func (e *Engine) Packet(index int, data []byte, at int64) bool {
+	frame := e.lift(data)
+	h, ok := packet.Parse(frame)
+	if !ok {
+		e.malformed(index, frame, len(data), false)
+		return false
+	}
+	return e.forward(index, frame, &h, at, len(data), false)
+}
+
+// Deliver sends the copies of a packet whose rule is known and whose checks have
+// been made. The frame may have anything in place of its MAC addresses.
+func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
+	counts := e.match(r, at, len(frame))
+	if r.rule.Finish && packet.FinishChecksum(frame, h) {
+		counts.note(loader.UnfinishedChecksum, 1, uint64(len(frame)))
+	}
+	e.copies(r, frame, h, packet.GuardMark{}, at, len(frame))
+}
+
+// liftedSize is the memory for frames without Ethernet header: a multiple of the
+// longest.
+const (
+	etherLen   = 14
+	liftedSize = 4 << 16
+)
+
+// lift puts an Ethernet header in front of a packet, in memory that is reused after
+// the batch, or when all that is queued has been sent.
+func (e *Engine) lift(data []byte) []byte {
+	need := etherLen + len(data)
+	if len(data) == 0 || need > liftedSize {
+		return nil
+	}
+	if len(e.lifted)+need > cap(e.lifted) {
+		if e.lifted == nil {
+			e.lifted = make([]byte, 0, liftedSize)
+		}
+		e.flush()
+		e.lifted = e.lifted[:0]
+	}
+	at := len(e.lifted)
+	e.lifted = e.lifted[:at+need]
+	frame := e.lifted[at : at+need : at+need]
+	clear(frame[:etherLen])
+	protocol := uint16(unix.ETH_P_IP)
+	if data[0]>>4 == 6 {
+		protocol = unix.ETH_P_IPV6
+	}
+	binary.BigEndian.PutUint16(frame[etherLen-2:], protocol)
+	copy(frame[etherLen:], data)
+	return frame
+}
+
+// forward is the relay program's function of this name, and lookup in front of it.
+// length is of the frame as it came in.
+func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) bool {
+	port := h.DstPort
+	if h.Part == packet.LaterFragment {
+		if port = e.set.fragments.port(index, h, at); port == 0 {
+			e.fragment(account.FragmentOrphan, length)
+			e.set.fragments.orphan(index, h, at, length)
+			return false
+		}
+	}
+	r := e.now.table.lookup(index, h, port, e.fromHost)
+	if r == nil || r.unicast && ethernet && [6]byte(frame[0:6]) != r.rule.In.MAC {
+		return false
+	}
+	var before orphans
+	switch h.Part {
+	case packet.FirstFragment:
+		before = e.set.fragments.remember(index, h, at)
+		e.fragment(account.FragmentFirst, length)
+	case packet.LaterFragment:
+		e.fragment(account.FragmentLater, length)
+	}
+	counts := e.match(r, at, length)
+	if before.packets > 0 {
+		counts.note(loader.OrphanFragment, before.packets, before.bytes)
+	}
+	reason, mark, refused := e.refuses(r, counts, frame, h, at, length, ethernet)
+	if refused {
+		counts.drop(reason, 1, uint64(length))
+		return true
+	}
+	e.copies(r, frame, h, mark, at, length)
+	return true
+}
+
+// malformed notes a packet that would be a rule's, did it not end too early.
+func (e *Engine) malformed(index int, frame []byte, length int, ethernet bool) {
+	h, ok := packet.Malformed(frame)
+	if !ok || h.Part == packet.LaterFragment {
+		return
+	}
+	if r := e.now.table.Lookup(index, &h, h.DstPort); r != nil && (!r.unicast || !ethernet || [6]byte(frame[0:6]) == r.rule.In.MAC) {
+		r.counts.of(e, e.set.matches).note(loader.Malformed, 1, uint64(length))
+	}
+}
+
+// fragmentKinds are account.FragmentFirst and those behind it.
+const fragmentKinds = 3
+
+func (e *Engine) fragment(kind account.Kind, length int) {
+	at := kind - account.FragmentFirst
+	if e.fragments[at] == nil {
+		e.fragments[at] = e.global.Cell(e.writer, kind)
+	}
+	e.fragments[at].Add(1, uint64(length))
+}
+
+func (e *Engine) match(r *Rule, at int64, length int) *counters {
+	counts := r.counts.of(e, e.set.matches)
+	counts.all.Add(1, uint64(length))
+	counts.all.Seen(at)
+	return counts
+}
+
+// refuses says why no output gets a packet, and what its copies are to bear else.
+func (e *Engine) refuses(r *Rule, counts *counters, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) (reason loader.Reason, mark packet.GuardMark, refused bool) {
+	if !r.rule.AllowLoop && !e.fromHost && e.own(r, frame, h, ethernet) {
+		return loader.Loop, mark, true
+	}
+	if !r.rule.Unguarded && counts.pace.Looks(e.set.guard, r.number, at) {
+		refused, mark = e.set.guard.Returned(frame, h, packet.GuardPacket{Rule: r.number, Index: r.rule.In.Index, Outputs: len(r.out), Ethernet: ethernet, At: at})
+		if refused {
+			return loader.Looping, mark, true
+		}
+	}
+	// RFC 8200 section 8.1.
+	if !r.rule.AllowNoChecksum && h.UDP != 0 && h.Dst.Is6() && frame[h.UDP+6] == 0 && frame[h.UDP+7] == 0 {
+		return loader.NoChecksum, mark, true
+	}
+	if r.policer != nil && !r.policer.conforms(at, length) {
+		return loader.Policed, mark, true
+	}
+	return 0, mark, false
+}
+
+// own says whether this host has sent a packet.
+func (e *Engine) own(r *Rule, frame []byte, h *packet.Headers, ethernet bool) bool {
+	if ethernet {
+		mac := [6]byte(frame[6:12])
+		if mac == r.rule.In.MAC {
+			return true
+		}
+		if macs := e.set.ownMACs.Load(); macs != nil {
+			if _, own := (*macs)[mac]; own {
+				return true
+			}
+		}
+	}
+	_, own := e.now.table.own[h.Src]
+	return own
+}
+
+func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, mark packet.GuardMark, at int64, length int) {
+	for slot := range r.out {
+		o := &r.out[slot]
+		counts := o.counts.of(e, account.Sent)
+		if reason, ok := e.copy(o, counts, frame, h, mark, at, length); !ok {
+			counts.drop(reason, 1, uint64(length))
+		}
+	}
+}
+
+// copy queues one output's copy, or says why there is none.
+func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Headers, mark packet.GuardMark, at int64, length int) (loader.Reason, bool) {
+	if !o.Ready {
+		return loader.ReasonOf(o.Blocked), false
+	}
+	q := e.now.queues[o.device]
+	if q == nil {
+		return loader.NoDevice, false
+	}
+	if o.TooLong(h, len(frame), o.MTU, q.ethernet) {
+		return loader.MTU, false
+	}
+	header, outcome := o.Append(q.room(), frame, h)
+	switch outcome {
+	case packet.EndsByTTL:
+		return loader.TTL, false
+	case packet.EndsByPort:
+		return loader.Port, false
+	}
+	if o.policer != nil && !o.policer.conforms(at, length) {
+		return loader.Policed, false
+	}
+	mark.Apply(header, len(header)-(h.Payload-h.L3), h.Dst.Is4())
+	payload := frame[h.Payload:]
+	if !q.ethernet {
+		header = header[len(header)-(h.Payload-h.L3):]
+		payload = frame[h.Payload : h.L3+h.L3Len]
+	}
+	q.packets = append(q.packets, fanout.Packet{Header: header, Payload: payload})
+	q.pending = append(q.pending, pending{counts, uint64(length)})
+	if len(q.packets) == batch {
+		q.flush(e.now.open)
+	}
+	return 0, true
+}
+
+// settle waits until the engine uses nothing but what next holds. A batch takes no
+// longer than sending its frames, and what waits there is bounded.
+func (e *Engine) settle() {
+	next := e.next.Load()
+	for {
+		if v := e.using.Load(); v == nil || v == next {
+			return
+		}
+		time.Sleep(retryPause)
+	}
+}
+
+// idle waits until the batch in hand has ended.
+func (e *Engine) idle() {
+	before := e.batches.Load()
+	for e.using.Load() != nil && e.batches.Load() == before {
+		time.Sleep(retryPause)
+	}
+}

@@ -1,0 +1,50 @@
+package metrics
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"xdpcast/internal/control"
+)
+
+// Backend is a relay whose reloads are counted. Whoever reloads must do so through it.
+type Backend struct {
+	control.Backend
+	now func() time.Time
+
+	mu   sync.Mutex
+	seen reloads
+}
+
+// reloads is what is known of reloads.
+type reloads struct {
+	tried     uint64
+	failed    bool      // the last one
+	succeeded time.Time // the last one that did; zero for none
+}
+
+// Observe counts the reloads of a relay.
+func Observe(b control.Backend) *Backend { return &Backend{Backend: b, now: time.Now} }
+
+// Reload implements control.Backend. A dry run is not counted.
+func (b *Backend) Reload(ctx context.Context, o control.ApplyOptions) (control.ApplyResult, error) {
+	result, err := b.Backend.Reload(ctx, o)
+	if o.DryRun {
+		return result, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.seen.tried++
+	b.seen.failed = err != nil
+	if err == nil {
+		b.seen.succeeded = b.now()
+	}
+	return result, err
+}
+
+func (b *Backend) reloaded() reloads {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.seen
+}

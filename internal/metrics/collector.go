@@ -1,0 +1,261 @@
+package metrics
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"xdpcast/internal/control"
+)
+
+// Selection says which rules have metrics of their own. The totals are of all rules in any case.
+type Selection struct {
+	kind    string
+	pattern *regexp.Regexp
+}
+
+// ParseSelection reads "all", "active" (rules that a packet has matched), "none", or a regular
+// expression (RE2) that the whole name of a rule must match.
+func ParseSelection(s string) (Selection, error) {
+	switch s {
+	case "all", "active", "none":
+		return Selection{kind: s}, nil
+	}
+	pattern, err := regexp.Compile("^(?:" + s + ")$")
+	if err != nil {
+		return Selection{}, fmt.Errorf("rules %q: want all, active, none, or a regular expression: %w", s, err)
+	}
+	return Selection{pattern: pattern}, nil
+}
+
+func (s Selection) takes(r *control.RuleStatus) bool {
+	switch {
+	case s.pattern != nil:
+		return s.pattern.MatchString(r.Name)
+	case s.kind == "active":
+		return r.Matched.Packets > 0
+	default:
+		return s.kind != "none"
+	}
+}
+
+// collector reads the relay when Prometheus asks. It may be used from any goroutine.
+type collector struct {
+	definitions
+	backend  *Backend
+	selected Selection
+	timeout  time.Duration
+}
+
+// Describe implements prometheus.Collector.
+func (c *collector) Describe(out chan<- *prometheus.Desc) {
+	for _, m := range c.all() {
+		out <- m.desc
+	}
+}
+
+// sink makes metrics and sends them on.
+type sink chan<- prometheus.Metric
+
+func (s sink) put(m *metric, value float64, labels ...string) {
+	for i, label := range labels {
+		if !validLabel(label) {
+			labels[i] = strings.ToValidUTF8(label, "\uFFFD")
+		}
+	}
+	s <- prometheus.MustNewConstMetric(m.desc, m.kind, value, labels...)
+}
+
+// validLabel is quick for the ASCII that almost all labels are.
+func validLabel(s string) bool {
+	for i := range len(s) {
+		if s[i] >= 0x80 {
+			return false
+		}
+	}
+	return true
+}
+
+func (s sink) count(packets, bytes *metric, c control.Counter, labels ...string) {
+	s.put(packets, float64(c.Packets), labels...)
+	s.put(bytes, float64(c.Bytes), labels...)
+}
+
+func one(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}
+
+// seconds is a time as Prometheus has it.
+func seconds(t time.Time) float64 { return float64(t.UnixNano()) / 1e9 }
+
+// Collect implements prometheus.Collector. What the relay does not tell is left out, and
+// xdpcast_scrape_failed says so: the rest is told all the same.
+func (c *collector) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), c.timeout)
+	defer cancel()
+	s := sink(out)
+	status, err := c.backend.Status(ctx)
+	s.put(c.scrapeFailed, one(err != nil), "status")
+	if err == nil {
+		c.collectStatus(s, &status)
+	}
+	stats, err := c.backend.Stats(ctx)
+	s.put(c.scrapeFailed, one(err != nil), "stats")
+	if err == nil {
+		c.collectStats(s, &stats)
+	}
+	groups, err := c.backend.Groups(ctx)
+	s.put(c.scrapeFailed, one(err != nil), "groups")
+	if err == nil {
+		c.collectGroups(s, groups)
+	}
+	r := c.backend.reloaded()
+	s.put(c.reloads, float64(r.tried))
+	s.put(c.reloadSucceeded, one(!r.failed))
+	if last := r.succeeded; !last.IsZero() {
+		s.put(c.reloadTime, seconds(last))
+	} else if !status.Started.IsZero() {
+		s.put(c.reloadTime, seconds(status.Started))
+	}
+}
+
+func (c *collector) collectStatus(s sink, status *control.Status) {
+	s.put(c.buildInfo, 1, status.Version, strconv.FormatUint(uint64(status.Schema), 10))
+	s.put(c.started, seconds(status.Started))
+	s.put(c.ready, one(status.Ready))
+	s.put(c.warnings, float64(len(status.Warnings)))
+	s.put(c.rules, float64(status.Active), control.StateActive)
+	s.put(c.rules, float64(status.Pending), control.StatePending)
+	s.put(c.rules, float64(status.Failed), control.StateFailed)
+	for i := range status.Interfaces {
+		n := &status.Interfaces[i]
+		s.put(c.interfaceInfo, 1, n.Name, n.Mode)
+		s.put(c.joinsAttempted, float64(n.JoinsAttempted), n.Name)
+		s.put(c.joinsSucceeded, float64(n.JoinsSucceeded), n.Name)
+		s.put(c.joinsFailed, float64(n.JoinsFailed), n.Name)
+		s.put(c.leavesAttempted, float64(n.LeavesAttempted), n.Name)
+		s.put(c.leavesFailed, float64(n.LeavesFailed), n.Name)
+		for protocol, m := range map[string]*control.Multicast{"igmp": n.IGMP, "mld": n.MLD} {
+			if m != nil && m.QuerierSeen != nil {
+				s.put(c.querierSeen, seconds(*m.QuerierSeen), n.Name, protocol, m.Querier)
+			}
+		}
+	}
+	c.collectWorkers(s, status.Workers)
+}
+
+// workerKey is what workers are counted by.
+type workerKey struct{ iface, path, state string }
+
+func (c *collector) collectWorkers(s sink, workers []control.Worker) {
+	states := map[workerKey]int{}
+	for i := range workers {
+		w := &workers[i]
+		states[workerKey{w.Interface, w.Path, w.State}]++
+		queue := strconv.Itoa(w.Queue)
+		s.put(c.workerReceived, float64(w.Received), w.Interface, w.Path, queue)
+		s.put(c.workerFailures, float64(w.Failures), w.Interface, w.Path, queue)
+	}
+	for key, n := range states {
+		s.put(c.workers, float64(n), key.iface, key.path, key.state)
+	}
+}
+
+func (c *collector) collectStats(s sink, stats *control.Stats) {
+	s.count(c.passedPackets, c.passedBytes, stats.Passed)
+	for _, d := range stats.Drops {
+		s.put(c.totalDropped, float64(d.Packets), d.Reason)
+	}
+	s.put(c.fragments, float64(stats.Fragments.First.Packets), "first")
+	s.put(c.fragments, float64(stats.Fragments.Later.Packets), "later")
+	s.put(c.fragments, float64(stats.Fragments.Orphan.Packets), "orphan")
+	for _, d := range stats.TransmitDrops {
+		s.put(c.unsent, float64(d.Packets), d.Interface, d.Reason)
+	}
+	for _, d := range stats.ReceiveDrops {
+		s.put(c.lost, float64(d.Packets), d.Interface, d.Path, d.Reason)
+	}
+	for i := range stats.Rules {
+		if r := &stats.Rules[i]; c.selected.takes(r) {
+			c.collectRule(s, r)
+		}
+	}
+}
+
+func (c *collector) collectRule(s sink, r *control.RuleStatus) {
+	s.put(c.ruleInfo, 1, r.Name, r.Origin, r.In, r.UsedPath)
+	s.put(c.ruleState, 1, r.Name, r.State)
+	s.count(c.ruleReceivedPackets, c.ruleReceivedBytes, r.Matched, r.Name)
+	if r.LastSeen != nil {
+		s.put(c.ruleLast, seconds(*r.LastSeen), r.Name)
+	}
+	for _, d := range r.Drops {
+		s.count(c.droppedPackets, c.droppedBytes, d.Counter, r.Name, "in", d.Reason)
+	}
+	for i := range r.Outputs {
+		o := &r.Outputs[i]
+		slot := strconv.Itoa(o.Slot)
+		s.put(c.outputState, 1, r.Name, slot, o.Interface, o.State)
+		s.count(c.outputSentPackets, c.outputSentByte, o.Sent, r.Name, slot, o.Interface)
+		for _, d := range o.Drops {
+			s.count(c.droppedPackets, c.droppedBytes, d.Counter, r.Name, slot, d.Reason)
+		}
+	}
+}
+
+// membershipKey is what memberships are counted by.
+type membershipKey struct{ iface, state string }
+
+func (c *collector) collectGroups(s sink, groups []control.Group) {
+	states := map[membershipKey]int{}
+	interfaces := map[string]bool{}
+	for i := range groups {
+		g := &groups[i]
+		states[membershipKey{g.Interface, g.State}]++
+		interfaces[g.Interface] = true
+	}
+	for iface := range interfaces {
+		// All states, so that an alert on one need not know whether it ever was.
+		for _, state := range []string{control.GroupWanted, control.GroupJoined, control.GroupRetrying, control.GroupFailed} {
+			s.put(c.memberships, float64(states[membershipKey{iface, state}]), iface, state)
+		}
+	}
+}
+
+// Markdown describes every metric, for docs/metrics.md.
+func Markdown() string {
+	d := newDefinitions()
+	var b strings.Builder
+	for _, m := range d.all() {
+		kind := "gauge"
+		if m.kind == counter {
+			kind = "counter"
+		}
+		labels := make([]string, len(m.labels))
+		for i, l := range m.labels {
+			labels[i] = "`" + l + "`"
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", m.name, kind, strings.Join(labels, ", "), strings.ReplaceAll(m.help, "|", "\\|"))
+	}
+	return b.String()
+}
+
+// Names returns the name of every metric, sorted.
+func Names() []string {
+	d := newDefinitions()
+	var names []string
+	for _, m := range d.all() {
+		names = append(names, m.name)
+	}
+	slices.Sort(names)
+	return names
+}

@@ -1,0 +1,345 @@
+package metrics
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.uber.org/goleak"
+
+	"xdpcast/internal/control"
+)
+
+var update = flag.Bool("update", false, "write docs/metrics.md and the golden files instead of comparing")
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// relay is a backend that tells what it is given.
+type relay struct {
+	control.Backend // nil: what no metric asks for
+	status          control.Status
+	stats           control.Stats
+	groups          []control.Group
+	err, reload     error
+}
+
+func (r *relay) Status(context.Context) (control.Status, error)      { return r.status, r.err }
+func (r *relay) Stats(context.Context) (control.Stats, error)        { return r.stats, r.err }
+func (r *relay) Groups(context.Context) ([]control.Group, error)     { return r.groups, r.err }
+func (r *relay) Rules(context.Context) ([]control.RuleStatus, error) { return r.stats.Rules, r.err }
+func (r *relay) Reload(context.Context, control.ApplyOptions) (control.ApplyResult, error) {
+	return control.ApplyResult{}, r.reload
+}
+
+var (
+	start = time.Unix(1_700_000_000, 0)
+	seen  = time.Unix(1_700_000_100, 500_000_000)
+)
+
+func full() *relay {
+	return &relay{
+		status: control.Status{
+			Version: "1.2.3", Schema: 9, Started: start, Ready: true, Rules: 3, Active: 1, Pending: 1, Failed: 1, Warnings: []string{"w"},
+			Interfaces: []control.InterfaceStatus{
+				{Name: "eth0", Mode: "native", JoinsAttempted: 5, JoinsSucceeded: 3, JoinsFailed: 2, LeavesAttempted: 4, LeavesFailed: 1,
+					IGMP: &control.Multicast{Querier: "10.0.0.254", QuerierSeen: &seen}, MLD: &control.Multicast{}},
+				{Name: "eth1"},
+			},
+			Workers: []control.Worker{
+				{Interface: "eth0", Path: "afxdp", Queue: 0, State: "active", Received: 70, Failures: 1},
+				{Interface: "eth0", Path: "afxdp", Queue: 1, State: "down"},
+			},
+		},
+		stats: control.Stats{
+			Rules: []control.RuleStatus{
+				{Rule: control.Rule{Name: "cam1", In: "239.1.1.1:5000%eth0"}, Origin: "file", State: "active", UsedPath: "kernel",
+					Matched: control.Counter{Packets: 10, Bytes: 1000}, LastSeen: &seen,
+					Drops: []control.Drop{{Reason: "loop", Counter: control.Counter{Packets: 1, Bytes: 100}}},
+					Outputs: []control.OutputStatus{
+						{Slot: 0, Interface: "eth1", State: "active", Sent: control.Counter{Packets: 9, Bytes: 900}},
+						{Slot: 1, Interface: "eth2", State: "no_neighbour", Drops: []control.Drop{{Reason: "no_neighbour", Counter: control.Counter{Packets: 9, Bytes: 900}}}},
+					}},
+				{Rule: control.Rule{Name: "idle", In: "239.1.1.2:5000%eth0"}, Origin: "api", State: "pending", Reason: "interface eth9 not found",
+					Outputs: []control.OutputStatus{{Slot: 0, State: "pending"}}},
+			},
+			Passed: control.Counter{Packets: 3, Bytes: 300}, Fragments: control.Fragments{First: control.Counter{Packets: 1}, Orphan: control.Counter{Packets: 2}},
+			Drops:         []control.Drop{{Reason: "loop", Counter: control.Counter{Packets: 7}}},
+			TransmitDrops: []control.TransmitDrop{{Interface: "eth1", Reason: "driver", Packets: 2}},
+			ReceiveDrops:  []control.ReceiveDrop{{Interface: "eth0", Path: "afxdp", Loss: control.Loss{Reason: "ring_full", Packets: 6}}},
+		},
+		groups: []control.Group{{Interface: "eth0", State: control.GroupJoined}, {Interface: "eth0", State: control.GroupFailed}},
+	}
+}
+
+func newCollector(r *relay, rules string) *collector {
+	selected, err := ParseSelection(rules)
+	if err != nil {
+		panic(err)
+	}
+	return &collector{definitions: newDefinitions(), backend: Observe(r), selected: selected, timeout: time.Minute}
+}
+
+func golden(t *testing.T, file, got string) {
+	t.Helper()
+	if *update {
+		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), got); diff != "" {
+		t.Errorf("%s (-want +got), write it anew with -update:\n%s", file, diff)
+	}
+}
+
+func get(t *testing.T, h http.Handler, path string) (int, string) {
+	t.Helper()
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+	return w.Code, w.Body.String()
+}
+
+// own are the lines of our metrics: those of Go and the process are not ours to fix.
+func own(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		if strings.Contains(line, "xdpcast_") {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
+}
+
+// TestExposition holds every metric, with its value, to a page.
+func TestExposition(t *testing.T) {
+	b := Observe(full())
+	b.now = func() time.Time { return time.Unix(1_700_000_200, 0) }
+	if _, err := b.Reload(t.Context(), control.ApplyOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Reload(t.Context(), control.ApplyOptions{DryRun: true}); err != nil {
+		t.Fatal(err)
+	}
+	code, text := get(t, Handler(b, Options{}), "/metrics")
+	if code != http.StatusOK {
+		t.Fatalf("%d: %s", code, text)
+	}
+	golden(t, "testdata/metrics.txt", own(text))
+	for _, name := range Names() {
+		if !strings.Contains(text, "\n"+name+"{") && !strings.Contains(text, "\n"+name+" ") {
+			t.Errorf("%s is not on the page", name)
+		}
+	}
+}
+
+// TestLint holds names and help texts to Prometheus' guidelines.
+func TestLint(t *testing.T) {
+	problems, err := testutil.CollectAndLint(newCollector(full(), "all"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+}
+
+// TestDocument holds docs/metrics.md to the metrics as they are.
+func TestDocument(t *testing.T) {
+	const file = "../../docs/metrics.md"
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const begin = "| metric | type | labels | meaning |\n|---|---|---|---|\n"
+	head, rest, ok := strings.Cut(string(text), begin)
+	if !ok {
+		t.Fatalf("%s has no table that begins with\n%s", file, begin)
+	}
+	_, tail, _ := strings.Cut(rest, "\n\n")
+	golden(t, file, head+begin+Markdown()+"\n"+tail)
+}
+
+func TestSelection(t *testing.T) {
+	for rules, want := range map[string]int{"all": 2, "active": 1, "none": 0, "cam.*": 1, "cam": 0, "cam1|idle": 2} {
+		if got := testutil.CollectAndCount(newCollector(full(), rules), "xdpcast_rule_info"); got != want {
+			t.Errorf("%s: %d rules, want %d", rules, got, want)
+		}
+		if got := testutil.CollectAndCount(newCollector(full(), rules), "xdpcast_rules"); got != 3 {
+			t.Errorf("%s: the totals are of %d states, want 3", rules, got)
+		}
+	}
+	if _, err := ParseSelection("("); err == nil || !strings.Contains(err.Error(), "want all, active, none, or a regular expression") {
+		t.Errorf("error is %v", err)
+	}
+}
+
+// TestFailedScrape: a relay that does not answer is told of, and nothing else is made up.
+func TestFailedScrape(t *testing.T) {
+	r := full()
+	r.err = errors.New("busy")
+	code, text := get(t, Handler(Observe(r), Options{}), "/metrics")
+	if code != http.StatusOK || !strings.Contains(text, `xdpcast_scrape_failed{of="stats"} 1`) || strings.Contains(text, "xdpcast_rule_") {
+		t.Errorf("%d: %s", code, own(text))
+	}
+}
+
+func TestReloads(t *testing.T) {
+	r := full()
+	r.reload = errors.New("broken")
+	b := Observe(r)
+	if _, err := b.Reload(t.Context(), control.ApplyOptions{}); !errors.Is(err, r.reload) {
+		t.Errorf("error is %v", err)
+	}
+	_, text := get(t, Handler(b, Options{}), "/metrics")
+	for _, want := range []string{"xdpcast_reloads_total 1\n", "xdpcast_last_reload_successful 0\n", "xdpcast_last_reload_success_timestamp_seconds 1.7e+09\n"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in %s", want, own(text))
+		}
+	}
+}
+
+func TestHealth(t *testing.T) {
+	r := full()
+	h := Handler(Observe(r), Options{})
+	check := func(path string, code int, want string) {
+		t.Helper()
+		if got, text := get(t, h, path); got != code || !strings.Contains(text, want) {
+			t.Errorf("%s: %d: %s; want %d with %q", path, got, text, code, want)
+		}
+	}
+	check("/healthz", 200, "ok")
+	check("/readyz", 503, "2 of 3 rules are not active\nrule idle: pending: interface eth9 not found\n")
+	r.status.Pending, r.status.Failed = 0, 0
+	check("/readyz", 200, "ok")
+	r.status.Ready = false
+	check("/readyz", 503, "the rules are not in yet")
+	r.err = errors.New("the relay is busy")
+	check("/healthz", 503, "the relay is busy")
+	check("/readyz", 503, "the relay is busy")
+	check("/other", 404, "")
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/metrics", nil))
+	if w.Code != http.StatusMethodNotAllowed {
+		t.Errorf("POST: %d", w.Code)
+	}
+}
+
+func TestListen(t *testing.T) {
+	for _, tt := range []struct {
+		addr string
+		opts ListenOptions
+		want string // of the error; empty for none
+	}{
+		{"127.0.0.1:0", ListenOptions{}, ""},
+		{"localhost:0", ListenOptions{}, ""},
+		{"[::1]:0", ListenOptions{}, ""},
+		{"0.0.0.0:0", ListenOptions{Public: true}, ""},
+		{"0.0.0.0:0", ListenOptions{}, "want TLS (--tls-cert and --tls-key), or --listen-public"},
+		{":0", ListenOptions{}, "not a loopback address"},
+		{"127.0.0.1", ListenOptions{}, "want HOST:PORT, such as 127.0.0.1:9464"},
+		{"127.0.0.1:0", ListenOptions{CertFile: "x"}, "one of the two files is missing"},
+		{"127.0.0.1:0", ListenOptions{CertFile: "/none", KeyFile: "/none"}, "TLS certificate /none with key /none"},
+	} {
+		ln, err := Listen(tt.addr, tt.opts)
+		switch {
+		case err == nil && tt.want != "", err != nil && (tt.want == "" || !strings.Contains(err.Error(), tt.want)):
+			t.Errorf("%s %+v: error is %v, want %q", tt.addr, tt.opts, err, tt.want)
+		case err == nil:
+			ln.Close()
+		}
+	}
+}
+
+func TestServeEnds(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- Serve(ctx, ln, Handler(Observe(full()), Options{}), slog.New(slog.DiscardHandler)) }()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	answer, err := client.Get("http://" + ln.Addr().String() + "/healthz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(answer.Body)
+	answer.Body.Close()
+	if string(text) != "ok\n" || err != nil {
+		t.Errorf("%q, %v", text, err)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// many makes a relay with rules of four outputs each.
+func many(rules int) *relay {
+	r := full()
+	r.stats.Rules = make([]control.RuleStatus, rules)
+	for i := range r.stats.Rules {
+		s := full().stats.Rules[0]
+		s.Name = fmt.Sprintf("rule%06d", i)
+		s.Outputs = nil
+		for slot := range 4 {
+			s.Outputs = append(s.Outputs, control.OutputStatus{Slot: slot, Interface: fmt.Sprintf("eth%d", slot), State: "active", Sent: control.Counter{Packets: 1, Bytes: 2}})
+		}
+		r.stats.Rules[i] = s
+	}
+	return r
+}
+
+// BenchmarkScrape is what 10,000 rules with four outputs each cost the collector.
+func BenchmarkScrape(b *testing.B) {
+	h := Handler(Observe(many(10_000)), Options{})
+	b.ReportAllocs()
+	for b.Loop() {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		if w.Code != http.StatusOK {
+			b.Fatal(w.Code)
+		}
+	}
+}
+
+// TestScrapeMemory: a scrape of 10,000 rules with four outputs each takes no more than 100 MB of
+// heap beside the relay's own answer.
+func TestScrapeMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a second")
+	}
+	r := many(10_000)
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(newCollector(r, "all"))
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if used := int64(after.HeapAlloc) - int64(before.HeapAlloc); used > 100<<20 {
+		t.Errorf("%d MB", used>>20)
+	}
+	runtime.KeepAlive(families)
+}

@@ -1,0 +1,160 @@
+package metrics
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"xdpcast/internal/control"
+)
+
+// Options configures a handler; the zero value is good.
+type Options struct {
+	// Rules are those that have metrics of their own; all of them by default.
+	Rules Selection
+	// Log gets what goes wrong; nil discards.
+	Log *slog.Logger
+}
+
+const (
+	// scrapeTimeout bounds one reading of the relay, and maxScrapes how many go on at once: with
+	// 100,000 rules a scrape takes memory as well as time.
+	scrapeTimeout = 30 * time.Second
+	maxScrapes    = 2
+)
+
+// Handler serves /metrics, /healthz and /readyz of a relay over HTTP. It only reads.
+func Handler(b *Backend, o Options) http.Handler {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(
+		&collector{definitions: newDefinitions(), backend: b, selected: o.Rules, timeout: scrapeTimeout},
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
+		ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn), MaxRequestsInFlight: maxScrapes, EnableOpenMetrics: true,
+	}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
+		// The control loop answers, so it goes round.
+		_, err := b.Status(r.Context())
+		answer(w, err)
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { answer(w, ready(r.Context(), b)) })
+	return mux
+}
+
+func answer(w http.ResponseWriter, err error) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	if err != nil {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		fmt.Fprintln(w, err)
+		return
+	}
+	fmt.Fprintln(w, "ok")
+}
+
+// maxReasons is how many rules /readyz names.
+const maxReasons = 20
+
+// ready says why not all rules are active; nil when they are.
+func ready(ctx context.Context, b control.Backend) error {
+	status, err := b.Status(ctx)
+	switch {
+	case err != nil:
+		return err
+	case !status.Ready:
+		return errors.New("the rules are not in yet")
+	case status.Pending+status.Failed == 0:
+		return nil
+	}
+	rules, err := b.Rules(ctx)
+	if err != nil {
+		return err
+	}
+	lines := []string{fmt.Sprintf("%d of %d rules are not active", status.Pending+status.Failed, status.Rules)}
+	for i := range rules {
+		if r := &rules[i]; r.State != control.StateActive {
+			if len(lines) > maxReasons {
+				lines = append(lines, "...")
+				break
+			}
+			lines = append(lines, fmt.Sprintf("rule %s: %s: %s", r.Name, r.State, r.Reason))
+		}
+	}
+	return errors.New(strings.Join(lines, "\n"))
+}
+
+// ListenOptions says who may connect.
+type ListenOptions struct {
+	// Public allows an address that is not loopback without TLS.
+	Public bool
+	// CertFile and KeyFile are in PEM; both or neither.
+	CertFile, KeyFile string
+}
+
+// ErrNotLoopback is matched by the error for an address that others could read from in the clear.
+var ErrNotLoopback = errors.New("not a loopback address")
+
+// Listen opens a TCP listener for a handler. The address must be a loopback one unless o
+// allows others: the metrics name every rule and address of the plant.
+func Listen(addr string, o ListenOptions) (net.Listener, error) {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, fmt.Errorf("address %q: want HOST:PORT, such as 127.0.0.1:9464: %w", addr, err)
+	}
+	ip := net.ParseIP(host)
+	loopback := host == "localhost" || ip != nil && ip.IsLoopback()
+	secure := o.CertFile != "" || o.KeyFile != ""
+	if !loopback && !o.Public && !secure {
+		return nil, fmt.Errorf("address %s: %w: everybody there could read all rules and counters; want TLS (--tls-cert and --tls-key), or --listen-public", addr, ErrNotLoopback)
+	}
+	if !secure {
+		return net.Listen("tcp", addr)
+	}
+	if o.CertFile == "" || o.KeyFile == "" {
+		return nil, errors.New("TLS needs a certificate and a key: one of the two files is missing")
+	}
+	certificate, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("TLS certificate %s with key %s: %w", o.CertFile, o.KeyFile, err)
+	}
+	return tls.Listen("tcp", addr, &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12})
+}
+
+// Serve answers on ln until ctx ends, and closes it. No client can hold it up: every phase of
+// a connection is bounded.
+func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) error {
+	server := &http.Server{
+		Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
+		WriteTimeout: 2 * scrapeTimeout, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	done := make(chan struct{})
+	stopped := context.AfterFunc(ctx, func() {
+		defer close(done)
+		grace, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		if err := server.Shutdown(grace); err != nil {
+			_ = server.Close()
+		}
+	})
+	if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		stopped()
+		return fmt.Errorf("serve metrics: %w", err)
+	}
+	<-done
+	return nil
+}

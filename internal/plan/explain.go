@@ -1,0 +1,350 @@
+package plan
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"xdpcast/internal/network"
+	"xdpcast/pkg/rules"
+)
+
+// Packet is what is to be explained. The source may be invalid, and the port 0: of any.
+type Packet struct {
+	Interface   string
+	Source      netip.Addr
+	Destination netip.Addr
+	Port        uint16
+	VLAN        rules.VLAN
+	FromHost    bool // this host sends it by the interface
+}
+
+// ErrNoRule is wrapped by the error of ParsePacket for the name of a rule that there is not.
+var ErrNoRule = errors.New("no such rule")
+
+// ParsePacket reads an endpoint, or the name of a rule for a packet that it takes.
+func (p *Plan) ParsePacket(text string) (Packet, error) {
+	var in rules.Input
+	switch r := p.Rule(text); {
+	case r != nil:
+		in = r.Rule.In
+		for _, f := range r.Flows {
+			in.Interface = f.Input // of a pattern the last one
+		}
+	case !strings.Contains(text, "%"):
+		return Packet{}, noRuleError(fmt.Sprintf("no rule is called %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", text))
+	default:
+		var accept rules.Acceptance
+		var err error
+		if in, accept, err = rules.ParseInput(text); err != nil {
+			return Packet{}, err
+		}
+		if in.Len != 0 || in.SourceLen != 0 || in.PortTo != 0 || isPattern(in.Interface) || rules.FormatInput(in, accept) != in.String() {
+			return Packet{}, fmt.Errorf("packet %.100q: want one address on one interface, with no option but vlan and from", text)
+		}
+	}
+	return Packet{in.Interface, in.Source, in.Address, in.Port, in.VLAN, in.FromHost}, nil
+}
+
+// noRuleError is ErrNoRule with a text of its own.
+type noRuleError string
+
+func (e noRuleError) Error() string        { return string(e) }
+func (e noRuleError) Is(target error) bool { return target == ErrNoRule }
+
+// String is the packet as an input of a rule is written.
+func (k Packet) String() string { return k.input().String() }
+
+// input is the packet as the input of a rule that takes just this.
+func (k Packet) input() rules.Input {
+	return rules.Input{Interface: k.Interface, Source: k.Source, Address: k.Destination, Port: k.Port, VLAN: k.VLAN, FromHost: k.FromHost}
+}
+
+// Known is what explaining may use beyond the plan.
+type Known struct {
+	// QuerierVersion is the version of IGMP or MLD that the querier speaks which was last heard on the
+	// packet's interface in its family; 0 when none is known.
+	QuerierVersion int
+}
+
+// Explanation says what becomes of a packet, and why.
+type Explanation struct {
+	Packet Packet
+	// Why says in a line which rule takes it, or why none does.
+	Why string
+	// Candidates are the rules that match, the winner first.
+	Candidates []Candidate
+	// Flow is the winner's on the packet's interface; nil while there is none. What follows is
+	// empty then.
+	Flow *FlowPlan
+	// Path is how its packets travel, empty when it is not published; PathReason says why so.
+	Path, PathReason string
+	Outputs          []ExplainedOutput
+	// Memberships are those that bring the packet.
+	Memberships []Membership
+	// Notes are what else a person should know of the packet, a line each.
+	Notes []string
+}
+
+// Candidate is a rule that matches a packet.
+type Candidate struct {
+	Rule *RulePlan
+	Flow *FlowPlan // on the packet's interface; nil while that is absent
+	Kind string    // what it is matched by: "source, group, port", for a prefix with its length
+}
+
+// State and reason of the flow, or without one of the rule.
+func (c *Candidate) state() (State, string) {
+	if c.Flow != nil {
+		return c.Flow.State, c.Flow.Reason
+	}
+	return c.Rule.State, c.Rule.Reason
+}
+
+// ExplainedOutput is one output of the flow that takes a packet.
+type ExplainedOutput struct {
+	OutputPlan
+	Output  string // as it is written in a rule that names the interface
+	Rewrite string // in words what the copy looks like
+	NextHop string // where a unicast copy goes, once it is known
+	Dropped bool   // copies for this output are dropped
+}
+
+// Explain finds the rules that match a packet, and says what the winner does with it.
+func (p *Plan) Explain(k Packet, known Known) Explanation {
+	e := Explanation{Packet: k}
+	if l := p.seen.network.Link(k.Interface); l != nil {
+		k.Interface = l.Name
+	}
+	e.Candidates = p.candidates(k)
+	if len(e.Candidates) == 0 {
+		e.Why = p.whyNone(k)
+		return e
+	}
+	best := &e.Candidates[0]
+	e.Why = best.whyBest(e.Candidates[1:])
+	if e.Flow = best.Flow; e.Flow == nil {
+		return e
+	}
+	dropped := ""
+	if best.Flow.Publish {
+		dropped = p.ownSource(best, k)
+	}
+	if dropped != "" {
+		e.Why = fmt.Sprintf("rule %s takes it and drops it, reason loop: %s", best.Rule.Rule.Name, dropped)
+	}
+	e.flow(p, best, k, dropped != "")
+	e.querier(best.Rule.Rule, known)
+	return e
+}
+
+// ownSource says why a packet that a rule takes is dropped as one of this host's; "" when it is not.
+func (p *Plan) ownSource(c *Candidate, k Packet) string {
+	if c.Rule.Rule.Accept.AllowLoop || !k.Source.IsValid() || !p.seen.network.IsOwn(k.Source) {
+		return ""
+	}
+	return fmt.Sprintf("%s is an address of this host (loop=allow on the input takes what comes back from the network; what this host itself sends there does not arrive on the interface, and is not relayed in any case)", k.Source)
+}
+
+// querier notes a source that the network is not told of.
+func (e *Explanation) querier(r *Rule, known Known) {
+	protocol, sources := "IGMP", 3 // RFC 3376
+	if r.In.Address.Is6() {
+		protocol, sources = "MLD", 2 // RFC 3810
+	}
+	if !r.In.Source.IsValid() || len(e.Memberships) == 0 || known.QuerierVersion == 0 || known.QuerierVersion >= sources {
+		return
+	}
+	e.Notes = append(e.Notes, fmt.Sprintf("the querier on %s speaks %sv%d, which has no sources: the network is told of group %s alone, not of source %s, and brings what every sender sends there (want %sv%d)",
+		e.Flow.Input, protocol, known.QuerierVersion, e.Packet.Destination, r.In.Source, protocol, sources))
+}
+
+// canonical is an input with the interface's own name.
+func (p *Plan) canonical(in rules.Input) rules.Input {
+	if l := p.seen.network.Link(in.Interface); l != nil {
+		in.Interface = l.Name
+	}
+	return in
+}
+
+// candidates lists the rules that match a packet, the winner first.
+func (p *Plan) candidates(k Packet) (all []Candidate) {
+	link := p.seen.network.Link(k.Interface)
+	if link == nil {
+		link = &network.Link{Name: k.Interface}
+	}
+	for _, r := range p.Rules {
+		in := p.canonical(r.Rule.In)
+		if !in.Overlaps(k.input()) || r.Rule.Accept.Excludes(k.Source) || isPattern(in.Interface) && p.seen.inputs.winner(in, link) != nil {
+			continue // nothing, or another rule takes exactly the same there
+		}
+		c := Candidate{Rule: r, Kind: kindName(in)}
+		for _, f := range r.Flows {
+			if f.Input == k.Interface {
+				c.Flow = f
+			}
+		}
+		all = append(all, c)
+	}
+	slices.SortStableFunc(all, func(a, b Candidate) int {
+		x, y := p.canonical(a.Rule.Rule.In), p.canonical(b.Rule.Rule.In)
+		switch {
+		case rules.Before(x, y):
+			return -1
+		case rules.Before(y, x):
+			return 1
+		}
+		return first(a.Rule.taken == "", b.Rule.taken == "")
+	})
+	return all
+}
+
+// kindName says what an input is found by.
+func kindName(in rules.Input) string {
+	source, group, port := "source", "group", "port"
+	switch {
+	case in.SourceLen != 0:
+		source = fmt.Sprintf("source prefix of %d bits", in.SourceLen)
+	case !in.Source.IsValid():
+		source = "any source"
+	}
+	if in.Len != 0 {
+		group = fmt.Sprintf("prefix of %d bits", in.Len)
+	}
+	switch {
+	case in.PortTo != 0:
+		port = "range of ports"
+	case in.Port == 0:
+		port = "any port"
+	}
+	return source + ", " + group + ", " + port
+}
+
+// whyBest says why a rule wins over the others.
+func (c *Candidate) whyBest(others []Candidate) string {
+	name := c.Rule.Rule.Name
+	if c.Flow == nil || !c.Flow.Publish {
+		state, reason := c.state()
+		return fmt.Sprintf("rule %s would take it, but is not in the kernel: %s", name, cmp.Or(reason, string(state)))
+	}
+	if len(others) == 0 {
+		return fmt.Sprintf("rule %s takes it: no other matches", name)
+	}
+	return fmt.Sprintf("rule %s takes it: (%s) comes before (%s)", name, c.Kind, others[0].Kind)
+}
+
+// whyNone says why no rule matches: the next best thing that is not right.
+func (p *Plan) whyNone(k Packet) string {
+	if p.seen.network.Link(k.Interface) == nil {
+		return fmt.Sprintf("no rule takes it: interface %s not found", k.Interface)
+	}
+	for _, r := range p.Rules {
+		if in := p.canonical(r.Rule.In); r.Rule.Accept.Excludes(k.Source) && in.Overlaps(k.input()) {
+			return fmt.Sprintf("no rule takes it: rule %s (%s) leaves its sender out", r.Rule.Name, r.Rule.In)
+		}
+	}
+	for _, wrong := range []struct {
+		what   string
+		adjust func(*Packet, rules.Input)
+	}{
+		{"port", func(k *Packet, in rules.Input) { k.Port = in.Port }},
+		{"source", func(k *Packet, in rules.Input) { k.Source = in.Source }},
+		{"VLAN", func(k *Packet, in rules.Input) { k.VLAN = in.VLAN }},
+		{"interface", func(k *Packet, in rules.Input) { k.Interface = strings.TrimSuffix(in.Interface, "+") }},
+	} {
+		for _, r := range p.Rules {
+			in, other := p.canonical(r.Rule.In), k
+			wrong.adjust(&other, in)
+			if in.Overlaps(other.input()) {
+				return fmt.Sprintf("no rule takes it: rule %s (%s) takes another %s", r.Rule.Name, r.Rule.In, wrong.what)
+			}
+		}
+	}
+	return "no rule takes it: it goes to the host as if there were no relay"
+}
+
+// flow says what a flow does with a packet.
+func (e *Explanation) flow(p *Plan, c *Candidate, k Packet, dropped bool) {
+	f := c.Flow
+	if f.Publish {
+		e.Path, e.PathReason = PathName(f.Flow.Path), cmp.Or(f.PathReason, p.modeText(f))
+	}
+	for i, s := range f.Outputs {
+		o := c.Rule.Rule.Out[s.Out]
+		o.Interface = s.Interface
+		out := &f.Flow.Out[i]
+		s.Reason = cmp.Or(s.Reason, p.macvlanAbove(s.Interface))
+		e.Outputs = append(e.Outputs, ExplainedOutput{
+			OutputPlan: s, Output: o.String(), Rewrite: RewriteText(out, k), NextHop: p.nextHopText(s.Hop, &o), Dropped: dropped || !out.Ready,
+		})
+	}
+	for _, m := range f.Memberships {
+		if m.Group == k.Destination {
+			e.Memberships = append(e.Memberships, m)
+		}
+	}
+	if f.Note != "" && f.Note != f.PathReason {
+		e.Notes = append(e.Notes, f.Note)
+	}
+}
+
+// modeText says how the relay program runs on the input of a flow.
+func (p *Plan) modeText(f *FlowPlan) string {
+	switch a, ok := p.seen.attached[f.Link]; {
+	case !ok || a.Err != nil:
+		return "no program on " + f.Input
+	case a.Generic:
+		return "generic XDP on " + f.Input
+	default:
+		return "native XDP on " + f.Input
+	}
+}
+
+// nextHopText says where a unicast copy goes; "" while that is not known.
+func (p *Plan) nextHopText(key network.HopKey, o *rules.Output) string {
+	hop := p.seen.network.Hop(key)
+	if hop.Kind != network.HopUnicast || !hop.Resolved {
+		return ""
+	}
+	return fmt.Sprintf("%s at %s", neighbourText(hop, o), macText(hop.MAC))
+}
+
+// NextHop returns the neighbour that an output sends to and its link-layer address, in text; each
+// is empty while it is not known, and for a group.
+func (p *Plan) NextHop(o *OutputPlan) (via, mac string) {
+	hop := p.seen.network.Hop(o.Hop)
+	if o.Hop == (network.HopKey{}) || hop.Kind != network.HopUnicast {
+		return "", ""
+	}
+	if hop.Resolved {
+		mac = macText(hop.MAC)
+	}
+	return hop.Via.String(), mac
+}
+
+// macText writes a link-layer address as package net does.
+func macText(mac [6]byte) string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", mac[0], mac[1], mac[2], mac[3], mac[4], mac[5])
+}
+
+// macvlanAbove says that what is sent on an interface does not reach the macvlan devices on it; ""
+// when there are none. Those in other namespaces cannot be seen.
+func (p *Plan) macvlanAbove(ifname string) string {
+	out := p.seen.network.Link(ifname)
+	if out == nil {
+		return ""
+	}
+	var above []string
+	for _, l := range p.seen.network.Links() {
+		if l.Lower == out.Index && (l.Kind == "macvlan" || l.Kind == "macvtap" || l.Kind == "ipvlan") {
+			above = append(above, l.Name)
+		}
+	}
+	if len(above) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("copies sent on %s do not reach the devices on it: to reach %s, send on a macvlan device of your own", ifname, strings.Join(above, ", "))
+}

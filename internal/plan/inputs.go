@@ -1,0 +1,179 @@
+package plan
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"xdpcast/internal/network"
+	"xdpcast/pkg/flow"
+	"xdpcast/pkg/rules"
+)
+
+func isPattern(ifname string) bool {
+	_, ok := rules.IsPattern(ifname)
+	return ok
+}
+
+// matches says whether a rule's interface, a name or a pattern, means an interface name.
+func matches(pattern, name string) bool {
+	if begin, ok := rules.IsPattern(pattern); ok {
+		return strings.HasPrefix(name, begin)
+	}
+	return pattern == name
+}
+
+// matching returns the links that a pattern means, by name: those with an Ethernet header whose own
+// name begins so. No path could use the others for a pattern's sake, such as the loopback.
+func (m *maker) matching(pattern string) (all []*network.Link) {
+	begin, _ := rules.IsPattern(pattern)
+	links := m.net.Links()
+	from, _ := slices.BinarySearchFunc(links, begin, func(l *network.Link, name string) int { return strings.Compare(l.Name, name) })
+	for _, l := range links[from:] {
+		if !strings.HasPrefix(l.Name, begin) {
+			break
+		}
+		if l.Ethernet {
+			all = append(all, l)
+		}
+	}
+	return all
+}
+
+// inputsOf returns the links that an input takes packets on, by name, and if there is none,
+// why.
+func (m *maker) inputsOf(in rules.Input) (all []*network.Link, reason string) {
+	if !isPattern(in.Interface) {
+		if l := m.net.Link(in.Interface); l != nil {
+			return []*network.Link{l}, ""
+		}
+		return nil, fmt.Sprintf("interface %s not found", in.Interface)
+	}
+	reason = fmt.Sprintf("no interface matches %s", in.Interface)
+	for _, l := range m.matching(in.Interface) {
+		if winner := m.inputs.winner(in, l); winner != nil {
+			reason = fmt.Sprintf("the interfaces that match %s are taken: rule %s takes the same on %s", in.Interface, winner.Name, winner.In.Interface)
+			continue
+		}
+		all = append(all, l)
+	}
+	return all, reason
+}
+
+// inputIndex finds the rules that win over patterns, by their inputs. It holds those only that take
+// the same as some pattern.
+type inputIndex struct {
+	rules map[rules.Input]*Rule
+}
+
+func newInputIndex(all []*Rule) *inputIndex {
+	x := &inputIndex{rules: map[rules.Input]*Rule{}}
+	patterns := map[rules.Input]bool{}
+	for _, r := range all {
+		if isPattern(r.In.Interface) {
+			patterns[anywhere(r.In)] = true
+		}
+	}
+	if len(patterns) == 0 {
+		return x
+	}
+	for _, r := range all {
+		if patterns[anywhere(r.In)] && x.rules[r.In] == nil {
+			x.rules[r.In] = r
+		}
+	}
+	return x
+}
+
+// anywhere is an input without its interface.
+func anywhere(in rules.Input) rules.Input {
+	in.Interface = ""
+	return in
+}
+
+// winner is the rule that takes what a pattern's input would take on a link: one that names the
+// link, or else the one with the longest pattern. It is nil when that is the input itself.
+func (x *inputIndex) winner(in rules.Input, l *network.Link) *Rule {
+	find := func(name string) *Rule {
+		in.Interface = name
+		return x.rules[in]
+	}
+	pattern := in.Interface
+	if r := find(l.Name); r != nil {
+		return r
+	}
+	for _, name := range l.AltNames {
+		if r := find(name); r != nil {
+			return r
+		}
+	}
+	for _, name := range longerPatterns(pattern, l.Name) {
+		if r := find(name); r != nil {
+			return r
+		}
+	}
+	return nil
+}
+
+// longerPatterns are the patterns that match an interface and are longer than one that does,
+// the longest first.
+func longerPatterns(pattern, ifname string) (all []string) {
+	for n := len(ifname); n >= len(pattern); n-- {
+		all = append(all, ifname[:n]+"+")
+	}
+	return all
+}
+
+// takenInputs finds rules that name one link by different names for the same input, and returns for
+// each that loses the one that wins: the one in force, or else one of the file before one of the
+// API, one that has the link's own name, and the first by name.
+func takenInputs(all []*Rule, net *network.Snapshot, carried map[string]flow.Path) map[*Rule]*Rule {
+	if !slices.ContainsFunc(net.Links(), func(l *network.Link) bool { return len(l.AltNames) > 0 }) {
+		return nil
+	}
+	claims := map[rules.Input][]*Rule{}
+	for _, r := range all {
+		if l := net.Link(r.In.Interface); l != nil && l.Name != r.In.Interface {
+			in := r.In
+			in.Interface = l.Name
+			claims[in] = append(claims[in], r)
+		}
+	}
+	if len(claims) == 0 {
+		return nil
+	}
+	for _, r := range all {
+		if claim := claims[r.In]; claim != nil && net.Link(r.In.Interface) != nil && !slices.Contains(claim, r) {
+			claims[r.In] = append(claim, r)
+		}
+	}
+	taken := map[*Rule]*Rule{}
+	for in, claim := range claims {
+		winner := slices.MinFunc(claim, func(a, b *Rule) int {
+			return cmp.Or(
+				first(carried[a.Name] != 0, carried[b.Name] != 0),
+				first(a.Origin == OriginFile, b.Origin == OriginFile),
+				first(a.In.Interface == in.Interface, b.In.Interface == in.Interface),
+				cmp.Compare(a.Name, b.Name),
+			)
+		})
+		for _, r := range claim {
+			if r != winner {
+				taken[r] = winner
+			}
+		}
+	}
+	return taken
+}
+
+// first puts what has something before what has not.
+func first(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return -1
+	}
+	return 1
+}

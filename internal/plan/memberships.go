@@ -1,0 +1,120 @@
+package plan
+
+import (
+	"fmt"
+	"iter"
+	"net/netip"
+	"time"
+
+	"xdpcast/internal/network"
+	"xdpcast/pkg/rules"
+)
+
+// resolveMemberships adds what a flow needs joined once it is published, and says what could not
+// be. A membership that was not tried yet holds nothing back: the flow table first, then the join.
+// One that failed keeps a flow that is not in force yet out of it. One that is in force stays:
+// what arrives without a membership is still to be relayed.
+func (m *maker) resolveMemberships(f *FlowPlan, rule *rules.Rule, in *network.Link) {
+	if !f.Publish {
+		return
+	}
+	master := m.master(in)
+	count := groupCount(rule)
+	if master != nil {
+		count *= 2
+	}
+	for group := range wantedGroups(rule) {
+		if f.Memberships == nil {
+			f.Memberships = make([]Membership, 0, count)
+		}
+		f.Memberships = append(f.Memberships, Membership{in.LinkID, group, rule.In.Sender()})
+		if master != nil {
+			f.Memberships = append(f.Memberships, Membership{master.LinkID, group, rule.In.Sender()})
+		}
+	}
+	if master != nil && len(f.Memberships) > 0 {
+		f.note(fmt.Sprintf("interface %s is a port of the %s %s, which answers queries for it: groups are joined on %s, too", in.Name, master.Kind, master.Name, master.Name))
+	}
+	if len(m.failed) == 0 {
+		return
+	}
+	for _, membership := range f.Memberships {
+		if join, failed := m.failed[membership]; failed {
+			f.notJoined(join)
+			return
+		}
+	}
+}
+
+// notJoined shows a membership that failed.
+func (f *FlowPlan) notJoined(join Join) {
+	f.NotJoined = join.Err
+	f.Publish = f.Publish && f.carried != 0
+	f.Reason = fmt.Sprintf("%v; %d tries, next at %s", join.Err, join.Tries, join.Next.Format(time.TimeOnly))
+	if join.Transient {
+		f.State = Pending
+		return
+	}
+	f.State, f.Err = Failed, join.Err
+}
+
+// master is the link whose answers to queries the network hears for a port: the bridge, bond or
+// team that it belongs to. It is nil for no port, and for a master of another kind.
+func (m *maker) master(in *network.Link) *network.Link {
+	if in.Master == 0 {
+		return nil
+	}
+	switch master := m.net.ByIndex(in.Master); {
+	case master == nil:
+		return nil
+	case master.Kind == "bridge", master.Kind == "bond", master.Kind == "team":
+		return master
+	}
+	return nil
+}
+
+// wantedGroups are the groups that a rule wants joined.
+func wantedGroups(rule *rules.Rule) iter.Seq[netip.Addr] {
+	return func(yield func(netip.Addr) bool) {
+		switch joinPolicy(rule) {
+		case rules.JoinDefault:
+			yield(rule.In.Address)
+		case rules.JoinList:
+			for _, group := range rule.Accept.Groups {
+				if !yield(group) {
+					return
+				}
+			}
+		case rules.JoinAll:
+			prefix := rule.In.Prefix()
+			for group := rule.In.Address; prefix.Contains(group); group = group.Next() {
+				if !yield(group) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// joinPolicy is what a rule's policy comes to: without one the group itself is joined, and no
+// prefix; for a unicast input there is nothing to join.
+func joinPolicy(rule *rules.Rule) rules.JoinPolicy {
+	switch {
+	case !rule.In.Multicast(), rule.In.FromHost, rule.Accept.Join == rules.JoinDefault && rule.In.Len != 0:
+		return rules.JoinNone
+	case rule.Accept.Join == rules.JoinAll && groupCount(rule) > rules.MaxJoinAll:
+		return rules.JoinNone // refused when the rule is validated
+	}
+	return rule.Accept.Join
+}
+
+// groupCount is how many groups a rule's policy asks to join, clipped above rules.MaxJoinAll.
+func groupCount(rule *rules.Rule) int {
+	switch rule.Accept.Join {
+	case rules.JoinList:
+		return len(rule.Accept.Groups)
+	case rules.JoinAll:
+		return 1 << min(rule.In.Address.BitLen()-rule.In.Prefix().Bits(), 16)
+	}
+	return 1
+}

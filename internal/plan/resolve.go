@@ -1,0 +1,429 @@
+package plan
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+
+	"xdpcast/internal/network"
+	"xdpcast/pkg/flow"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/rules"
+)
+
+// maker plans rules, one by one, from one world. What it finds of a rule depends on nothing but
+// what changes.touch asks about: a rule that this says is untouched keeps its plan.
+type maker struct {
+	opts    *Options
+	net     *network.Snapshot
+	answers *Answers
+	failed  map[Membership]Join // of Answers.Joined, those with an error
+	inputs  *inputIndex
+	taken   map[*Rule]*Rule // see takenInputs
+	scratch []slot          // of slotsOf
+}
+
+// rule plans a rule.
+func (m *maker) rule(r *Rule) *RulePlan {
+	p := &RulePlan{Rule: r}
+	if winner := m.taken[r]; winner != nil {
+		p.taken = winner.Name
+	}
+	inputs, reason := m.inputsOf(r.In)
+	if len(inputs) == 0 {
+		p.State, p.Reason = Pending, reason
+		return p
+	}
+	p.Flows = make([]*FlowPlan, len(inputs))
+	for i, in := range inputs {
+		p.Flows[i] = m.flow(r, p.taken, in)
+	}
+	p.sum()
+	return p
+}
+
+// sum makes the state of a rule from those of its flows: it is active when one of them is.
+func (r *RulePlan) sum() {
+	var failed error
+	for _, f := range r.Flows {
+		failed = cmp.Or(failed, f.Err)
+		if f.Reason != "" && r.Reason == "" {
+			r.Reason = f.Reason
+			if len(r.Flows) > 1 {
+				r.Reason = "on " + f.Input + ": " + f.Reason
+			}
+		}
+		if Rank(f.State) > Rank(r.State) {
+			r.State = f.State
+		}
+	}
+	if r.State == Failed {
+		r.Err = failed
+	}
+}
+
+// Rank orders states: of several flows a rule has the highest.
+func Rank(s State) int {
+	switch s {
+	case Active:
+		return 3
+	case Pending, NoNeighbour:
+		return 2
+	case Failed:
+		return 1
+	}
+	return 0
+}
+
+// pend notes what a flow waits for; what was noted first is shown.
+func (f *FlowPlan) pend(reason string) { f.State, f.Reason = Pending, cmp.Or(f.Reason, reason) }
+
+func (f *FlowPlan) fail(err error) {
+	f.State, f.Reason, f.Err, f.Publish = Failed, err.Error(), err, false
+}
+
+func (f *FlowPlan) note(text string) {
+	if f.Note != "" {
+		f.Note += "; "
+	}
+	f.Note += text
+}
+
+// flow plans a rule on one interface, in the order of its life: the input, how it is attached, the
+// path, the outputs, the memberships.
+func (m *maker) flow(rule *Rule, taken string, in *network.Link) *FlowPlan {
+	f := &FlowPlan{Input: in.Name, Link: in.LinkID, State: Active, Publish: true}
+	f.Flow = resolveInput(&rule.Rule, in)
+	f.carried = m.answers.Carried[f.Flow.Name]
+	if err := m.checkInput(rule, taken, in); err != nil {
+		f.fail(err)
+		return f
+	}
+	if !in.Up {
+		f.pend(fmt.Sprintf("interface %s is down", in.Name))
+	} else if !in.Carrier {
+		f.note(fmt.Sprintf("interface %s has no carrier", in.Name))
+	}
+	slots, left := m.slotsOf(&rule.Rule, in)
+	if len(slots) == 0 {
+		f.pend(left)
+		f.Publish = false
+		return f
+	}
+	f.Reason = cmp.Or(f.Reason, left)
+	m.resolveFlow(f, rule, in, slots)
+	if err := m.answers.Refused[f.Flow.Name]; err != nil && f.Err == nil {
+		f.fail(err) // the memberships stay: the next try may be soon
+	}
+	f.settle()
+	return f
+}
+
+// resolveFlow plans a flow whose input is right and that has outputs.
+func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []slot) {
+	f.Outputs = make([]OutputPlan, len(slots))
+	f.Flow.Out = make([]flow.Output, len(slots))
+	for i, s := range slots {
+		f.Outputs[i] = OutputPlan{Out: s.out, Interface: s.ifname, State: Pending}
+		f.Flow.Out[i] = resolvePolicy(&rule.Out[s.out])
+	}
+	c := &chooser{maker: m, rule: rule, in: in, slots: slots}
+	if err := m.prepareInput(f, c); err != nil {
+		f.fail(err)
+		return
+	}
+	choice := c.choose(f.carried)
+	if choice.err != nil {
+		f.fail(choice.err)
+		return
+	}
+	f.Flow.Path, f.PathReason = choice.path, choice.why
+	if choice.why != "" {
+		f.note(choice.why)
+	}
+	if choice.note != "" {
+		f.note(choice.note)
+	}
+	if c.untried && choice.path != f.carried {
+		f.Publish = false // another path than the one in force is not taken on a guess
+	}
+	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
+	f.Flow.Fallback = choice.path == flow.PathAFXDP && c.fault(flow.PathKernel) == ""
+	f.Flow.Finish = c.finishes()
+	if m.resolveOutputs(f, rule, c); f.Err != nil {
+		return
+	}
+	if choice.path == flow.PathKernel && len(slots) == 1 {
+		f.Flow.Out[0].OneBuffer = c.delivers(flow.PathKernel) != ""
+	}
+	m.resolveMemberships(f, &rule.Rule, in)
+}
+
+// prepareInput waits for what is done to the input interface before a flow is published there: the
+// program, and VLAN tags that stay in the frames. A flow that is in force stays so meanwhile. The
+// error is why it cannot be done.
+func (m *maker) prepareInput(f *FlowPlan, c *chooser) error {
+	if in := c.in; in.Ethernet {
+		a, tried := m.answers.Attached[in.LinkID]
+		c.attached, c.untried = a, !tried
+		if !tried {
+			m.wait(f, fmt.Sprintf("the relay program is being attached to interface %s", in.Name))
+		}
+		if a.Err != nil && !mayTap(c.rule) {
+			return a.Err
+		}
+	}
+	if c.rule.In.VLAN.ID == 0 {
+		return nil
+	}
+	err, tried := m.answers.Tags[c.in.LinkID]
+	if !tried {
+		m.wait(f, fmt.Sprintf("interface %s is being made to leave VLAN tags in the frames", c.in.Name))
+	}
+	return err
+}
+
+func (m *maker) wait(f *FlowPlan, reason string) {
+	f.pend(reason)
+	f.Publish = f.Publish && f.carried != 0
+}
+
+// settle makes the outputs of a flow that is not published say so.
+func (f *FlowPlan) settle() {
+	if !f.Publish {
+		for i := range f.Outputs {
+			f.Flow.Out[i].Ready = false
+			o := &f.Outputs[i]
+			if o.State == Active || o.Reason == "" {
+				o.State, o.Reason = Pending, f.Reason
+			}
+		}
+	}
+}
+
+// checkInput says what is wrong with an input. A single unicast address must be one of this
+// host's: frames for another address come here only when this host routes them, and then it is a
+// prefix that says so. A prefix therefore needs no address of this host.
+func (m *maker) checkInput(rule *Rule, taken string, in *network.Link) error {
+	switch a := rule.In.Address; {
+	case in.Loopback:
+		return fmt.Errorf("interface %s is the loopback: want one that leads to a network", in.Name)
+	case !in.Ethernet && !mayTap(rule):
+		return fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.Name, rule.Path)
+	case taken != "":
+		return fmt.Errorf("interface %s is known by several names: rule %s takes the same input by another of them: want an input of its own", in.Name, taken)
+	case rule.In.Multicast() || rule.In.Len != 0 || rule.Accept.Broadcast || m.net.IsOwn(a):
+		return nil
+	default:
+		return fmt.Errorf("address %s is neither a multicast group nor an address of this host (on a router, take a prefix: it needs no address of this host)", a)
+	}
+}
+
+// resolveInput is what a rule says of a flow besides its outputs: an option of an input that says
+// nothing of the host is carried over here, and nowhere else.
+func resolveInput(rule *rules.Rule, in *network.Link) flow.Flow {
+	return flow.Flow{
+		Name: FlowName(rule, in.Name),
+		In: flow.Input{
+			Index: in.Index, MAC: in.MAC,
+			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port, PortTo: rule.In.PortTo,
+			SourceLen: int(rule.In.SourceLen), BySource: rule.In.SourceLen != 0 || len(rule.Accept.Except) > 0,
+			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer, FromHost: rule.In.FromHost,
+		},
+		Path:      flow.PathKernel,
+		Local:     rule.Accept.Local,
+		AllowLoop: rule.Accept.AllowLoop,
+		Broadcast: rule.Accept.Broadcast,
+		Except:    rule.Accept.Except,
+		// The guard goes by likelihood, and marks packets of repeated content: that is for rules that
+		// may be in a loop on purpose alone.
+		Unguarded:       rule.Accept.Unguarded || !rule.Accept.TwoWay && !rule.Accept.AllowLoop,
+		AllowNoChecksum: rule.Accept.ZeroChecksum,
+		Rate:            resolveRate(rule.Accept.Rate, in.MTU),
+	}
+}
+
+// resolvePolicy turns what does not depend on the interface into a rewrite: a policy of an
+// output is carried over here, and nowhere else.
+func resolvePolicy(o *rules.Output) flow.Output {
+	p := &o.Policy
+	out := flow.Output{Blocked: flow.NotReady, Rewrite: packet.Rewrite{
+		Dst: o.Address, DstLen: o.Len, DstPort: o.Port,
+		SrcPort:      p.SourcePort,
+		SetDSCP:      p.DSCP == rules.DSCPSet,
+		DSCP:         p.DSCPValue,
+		ZeroChecksum: p.Checksum == rules.ChecksumZero,
+		MinTTL:       p.MinTTL,
+		SetPCP:       p.PCPSet,
+		PCP:          p.PCP,
+	}}
+	switch {
+	case p.Broadcast:
+		out.DstMAC = packet.BroadcastMAC
+	case o.Address.IsMulticast():
+		out.DstMAC = packet.MulticastMAC(o.Address)
+	}
+	switch o.PortMode {
+	case rules.PortKeep:
+		out.PortAdd, out.DstPort = true, 0
+	case rules.PortAdd:
+		out.PortAdd, out.PortShift, out.DstPort = true, o.PortShift, 0
+	}
+	switch p.TTL {
+	case rules.TTLDecrement:
+		out.TTLMode = packet.TTLDecrement
+	case rules.TTLSet:
+		out.TTLMode, out.TTL = packet.TTLSet, p.TTLValue
+	}
+	switch p.VLAN {
+	case rules.VLANPop:
+		out.VLAN = packet.VLANPop
+	case rules.VLANSet:
+		out.VLAN, out.VLANID, out.OuterVLAN = packet.VLANSet, p.VLANTags.ID, p.VLANTags.Outer
+	}
+	if p.Source == rules.SourceAddress {
+		out.Src = p.SourceAddr
+	}
+	return out
+}
+
+// burstsASecond makes a burst of what comes in 10 ms.
+const burstsASecond = 100
+
+// resolveRate gives a rate its burst: what comes in 10 ms, and at least one packet of the largest
+// size, or no packet would ever pass.
+func resolveRate(rate rules.Rate, mtu int) flow.Rate {
+	out := flow.Rate{Packets: rate.Packets, Bits: rate.Bits, Burst: rate.Burst}
+	switch {
+	case rate.Burst != 0:
+	case rate.Packets != 0:
+		out.Burst = max(1, rate.Packets/burstsASecond)
+	case rate.Bits != 0:
+		out.Burst = max(uint64(mtu+maxHeaders), rate.Bits/8/burstsASecond)
+	}
+	return out
+}
+
+// resolveOutputs completes the outputs once the path is known. All are looked at although one
+// fails the flow: what they ask for must not depend on that.
+func (m *maker) resolveOutputs(f *FlowPlan, rule *Rule, c *chooser) {
+	ready := 0
+	var fault error
+	for i := range f.Outputs {
+		s, out, o, link := &f.Outputs[i], &f.Flow.Out[i], &rule.Out[f.Outputs[i].Out], c.slots[i].link
+		if o.Unicast() && m.net.IsOwn(o.Address) {
+			fault = cmp.Or(fault, ownAddress(o))
+			continue
+		}
+		s.Reason = m.resolveOutput(o, s, out, link, c)
+		if s.Reason == "" && o.Unicast() && link.Ethernet {
+			fault = cmp.Or(fault, m.resolveHop(o, s, out, link))
+		}
+		if s.Reason == "" {
+			s.State, out.Ready = Active, true
+			ready++
+			continue
+		}
+		f.Reason = cmp.Or(f.Reason, s.Reason)
+	}
+	switch {
+	case fault != nil:
+		f.fail(fault)
+	case ready == 0:
+		f.pend(f.Reason)
+	}
+}
+
+func ownAddress(o *rules.Output) error {
+	return fmt.Errorf("output %s: %s is an address of this host: want another host's, or a multicast group", o, o.Address)
+}
+
+// resolveOutput fills in what depends on the interface, and returns why the output cannot send
+// yet; "" when it can.
+func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, l *network.Link, c *chooser) string {
+	switch {
+	case l == nil:
+		return fmt.Sprintf("interface %s not found", s.Interface)
+	case l.Loopback:
+		return fmt.Sprintf("interface %s is the loopback: want one that leads to a network", l.Name)
+	}
+	out.Index, out.MTU, out.SrcMAC = l.Index, l.MTU, l.MAC
+	out.Rate = resolveRate(o.Policy.Rate, l.MTU)
+	if o.Policy.Source == rules.SourceInterface {
+		addr, ok := sourceTo(l, o.Address)
+		if !ok {
+			return fmt.Sprintf("interface %s has no %s address to send from (or write src=keep, or src=ADDRESS)", l.Name, family(o.Address.Is4()))
+		}
+		out.Src = addr
+	}
+	switch {
+	case !l.Up:
+		return fmt.Sprintf("interface %s is down", l.Name)
+	case !l.Carrier:
+		out.Blocked = flow.NoCarrier
+		return fmt.Sprintf("interface %s has no carrier", l.Name)
+	default:
+		return c.serves(c.path, l)
+	}
+}
+
+// resolveHop fills in the link-layer address of a unicast output's next hop, or says in s why
+// there is none. The error is why there can be none.
+func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *network.Link) error {
+	s.Hop = network.HopKey{Link: l.LinkID, Dst: o.Address}
+	hop := m.net.Hop(s.Hop)
+	s.State, out.Blocked = NoNeighbour, flow.NoNeighbour
+	switch hop.Kind {
+	case network.HopNone:
+		s.Reason = fmt.Sprintf("no route to %s by interface %s", o.Address, l.Name)
+	case network.HopUnicast:
+		if s.Reason = m.whyNoNeighbour(hop, o, l); s.Reason == "" {
+			out.DstMAC, out.Blocked = hop.MAC, flow.NotReady
+		}
+	case network.HopBroadcast:
+		s.Reason = fmt.Sprintf("%s is a broadcast address of the network", o.Address)
+		return fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, a multicast group, or broadcast=allow beside it", o, o.Address, l.Name)
+	case network.HopLocal:
+		s.Reason = fmt.Sprintf("%s is an address of this host", o.Address)
+		return ownAddress(o)
+	default:
+		if hop.Err != nil {
+			s.Reason = fmt.Sprintf("next hop to %s by interface %s: %v", o.Address, l.Name, hop.Err)
+			break
+		}
+		s.State, s.Reason, out.Blocked = Pending, "next hop is being looked up", flow.NotReady
+	}
+	return nil
+}
+
+// whyNoNeighbour says why the neighbour of a way has no link-layer address; "" when it has one.
+func (m *maker) whyNoNeighbour(hop network.Hop, o *rules.Output, l *network.Link) string {
+	who := neighbourText(hop, o)
+	switch err := m.answers.Neighbours[network.NeighbourKey{Index: l.Index, Addr: hop.Via}]; {
+	case hop.Resolved:
+		return ""
+	case errors.Is(err, ErrNeighbourTableFull):
+		return fmt.Sprintf("the kernel's neighbour table has no room for %s (sysctl net.ipv4.neigh.default.gc_thresh3, or ipv6): %v", who, err)
+	case cmp.Or(hop.Err, err) != nil:
+		return fmt.Sprintf("neighbour %s on interface %s: %v", who, l.Name, cmp.Or(hop.Err, err))
+	case hop.Failed:
+		return fmt.Sprintf("%s does not answer on interface %s", who, l.Name)
+	default:
+		return fmt.Sprintf("%s has not answered yet on interface %s", who, l.Name)
+	}
+}
+
+// neighbourText names the neighbour on the way to an output.
+func neighbourText(hop network.Hop, o *rules.Output) string {
+	if hop.Gateway {
+		return fmt.Sprintf("gateway %s of %s", hop.Via, o.Address)
+	}
+	return hop.Via.String()
+}
+
+func family(is4 bool) string {
+	if is4 {
+		return "IPv4"
+	}
+	return "IPv6"
+}

@@ -1,0 +1,165 @@
+package relay
+
+import (
+	"log/slog"
+	"time"
+
+	"xdpcast/internal/network"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/membership"
+)
+
+// attachments reconciles the relay program on interfaces. Where it runs, the loader asks the
+// kernel (loader.Observe).
+type attachments struct {
+	loader  *loader.Loader
+	mode    loader.Mode
+	log     *slog.Logger
+	answers map[network.LinkID]plan.Attached
+	// byHand are those that were attached before any rule.
+	byHand map[network.LinkID]bool
+	// refused is when to try again where the program could not be attached.
+	refused map[network.LinkID]refusedAttachment
+
+	adopted map[int]bool // indexes of byHand until a snapshot tells their lives
+}
+
+// refusedAttachment is a try that failed: it is repeated when the link is another, since
+// another program may have left, and now and then.
+type refusedAttachment struct {
+	link  *network.Link
+	tries int
+	next  time.Time
+}
+
+// retryAttach is how often an attachment that failed is tried again.
+var retryAttach = membership.Backoff{Min: time.Second, Max: 30 * time.Second, Factor: 2}
+
+func newAttachments(l *loader.Loader, mode loader.Mode, log *slog.Logger) *attachments {
+	return &attachments{
+		loader: l, mode: mode, log: log,
+		answers: map[network.LinkID]plan.Attached{}, byHand: map[network.LinkID]bool{}, refused: map[network.LinkID]refusedAttachment{},
+	}
+}
+
+// adopt notes interfaces that were attached by hand: no rule of the kernel's explains them.
+func (a *attachments) adopt(used []int) {
+	a.adopted = map[int]bool{}
+	for _, at := range a.loader.Attachments() {
+		a.adopted[at.Index] = true
+	}
+	for _, index := range used {
+		delete(a.adopted, index)
+	}
+}
+
+// apply attaches where the plan wants it, and says whether an answer has changed. An
+// interface that the program is on stays as it is.
+func (a *attachments) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
+	have := map[int]loader.Attachment{}
+	for _, at := range a.loader.Attachments() {
+		have[at.Index] = at
+		if link := now.ByIndex(at.Index); link != nil && a.adopted[at.Index] {
+			a.byHand[link.LinkID] = true
+		}
+	}
+	a.adopted = nil
+	for _, id := range p.Attach {
+		link := now.ByIndex(id.Index)
+		if link == nil || link.LinkID != id {
+			continue
+		}
+		if at, ok := have[id.Index]; ok {
+			delete(a.refused, id)
+			changed = a.answer(id, plan.Attached{Generic: at.Mode == loader.ModeGeneric}) || changed
+			continue
+		}
+		changed = a.attach(link) || changed
+	}
+	return changed
+}
+
+// attach attaches unless that failed a short time ago.
+func (a *attachments) attach(link *network.Link) (changed bool) {
+	last, failed := a.refused[link.LinkID]
+	if failed && last.link == link && time.Now().Before(last.next) {
+		return false
+	}
+	at, err := a.loader.Attach(link.Index, a.mode)
+	if err != nil {
+		if last.link != link {
+			last.tries = 0
+		}
+		last.tries++
+		a.refused[link.LinkID] = refusedAttachment{link, last.tries, time.Now().Add(retryAttach.Next(last.tries, 0))}
+		return a.answer(link.LinkID, plan.Attached{Err: err})
+	}
+	delete(a.refused, link.LinkID)
+	return a.answer(link.LinkID, plan.Attached{Generic: at.Mode == loader.ModeGeneric})
+}
+
+func (a *attachments) answer(id network.LinkID, now plan.Attached) (changed bool) {
+	before, known := a.answers[id]
+	a.answers[id] = now
+	return !known || before.Generic != now.Generic || errorText(before.Err) != errorText(now.Err)
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// detach takes the program off interfaces that the plan does not want it on.
+func (a *attachments) detach(p *plan.Plan, now *network.Snapshot) {
+	wanted := make(map[network.LinkID]bool, len(p.Attach))
+	for _, id := range p.Attach {
+		wanted[id] = true
+	}
+	for _, at := range a.loader.Attachments() {
+		link := now.ByIndex(at.Index)
+		if link != nil && (wanted[link.LinkID] || a.byHand[link.LinkID]) {
+			continue
+		}
+		if err := a.loader.Detach(at.Index); err != nil {
+			a.log.Warn("detach", "interface", at.Interface, "error", err)
+			continue
+		}
+		a.log.Info("detached", "interface", at.Interface)
+	}
+	for id := range a.answers {
+		if !wanted[id] {
+			delete(a.answers, id)
+			delete(a.refused, id)
+		}
+	}
+}
+
+// forget drops what is known of a life of an interface.
+func (a *attachments) forget(id network.LinkID) {
+	delete(a.answers, id)
+	delete(a.refused, id)
+	delete(a.byHand, id)
+}
+
+// reborn is forget for an interface that is there again, or may be: what was attached by hand
+// is kept where it still is.
+func (a *attachments) reborn(old, now network.LinkID) {
+	byHand := a.byHand[old]
+	a.forget(old)
+	for _, at := range a.loader.Attachments() {
+		if at.Index == now.Index && byHand {
+			a.byHand[now] = true
+		}
+	}
+}
+
+func (a *attachments) wake() time.Duration {
+	wake := idle
+	for _, r := range a.refused {
+		wake = min(wake, time.Until(r.next))
+	}
+	return wake
+}

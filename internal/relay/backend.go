@@ -1,0 +1,227 @@
+package relay
+
+import (
+	"context"
+	"runtime/debug"
+	"time"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/rules"
+)
+
+var _ control.Backend = (*Relay)(nil)
+
+// AddRule implements control.Backend.
+func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.RuleStatus, err error) {
+	rule, err := control.ToRule(c)
+	if err != nil {
+		return control.RuleStatus{}, err
+	}
+	err = r.do(ctx, func() error {
+		if old := r.rule(rule.Name); old != nil {
+			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): delete it first, or choose another name", rule.Name, old.Origin)
+		}
+		if err := control.ValidateSet(append(r.wantedRules(), rule)); err != nil {
+			return err
+		}
+		if err := r.replace(edit{put: []*plan.Rule{{Rule: rule, Origin: plan.OriginAPI}}}, true, true); err != nil {
+			return err
+		}
+		status, err = r.ruleStatus(rule.Name)
+		return err
+	})
+	return status, err
+}
+
+// replace edits the wanted rules, and saves those of the API. After an error everything is
+// as before: they cannot be saved, the kernel does not take them, or, when strict, one that
+// was put in failed.
+func (r *Relay) replace(e edit, strict, save bool) error {
+	var names []string
+	if strict {
+		for _, rule := range e.put {
+			names = append(names, rule.Name)
+		}
+	}
+	before := r.rules
+	r.setRules(edited(before, e))
+	if save {
+		// First: what there is no room for is found out before any packet sees it.
+		if err := r.stageState(); err != nil {
+			r.setRules(before)
+			return control.Wrap(control.KindFailed, err)
+		}
+	}
+	err := r.reconcile(names)
+	if err == nil && save {
+		err = r.commitState()
+	}
+	if err == nil {
+		return nil
+	}
+	if save {
+		discardFile(r.opts.StateFile)
+	}
+	r.setRules(before)
+	_ = r.reconcile(nil) // lets go of what was joined and attached for them
+	return control.Wrap(control.KindFailed, err)
+}
+
+// tidyUp gives memory back to the host soon, once a large change and its answer are
+// done: the garbage is as large as what stays, and may be for long.
+func (r *Relay) tidyUp() {
+	if !r.tidying.CompareAndSwap(false, true) {
+		return
+	}
+	r.tidy.Go(func() {
+		select {
+		case <-r.ended:
+			return
+		case <-time.After(tidyAfter):
+		}
+		r.tidying.Store(false) // what is freed from here on is the next one's
+		debug.FreeOSMemory()
+	})
+}
+
+// DeleteRule implements control.Backend.
+func (r *Relay) DeleteRule(ctx context.Context, name string) error {
+	return r.do(ctx, func() error {
+		rule := r.rule(name)
+		switch {
+		case rule == nil:
+			return control.Errorf(control.KindNotFound, "no rule is called %s", name)
+		case rule.Origin == plan.OriginFile:
+			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.opts.ConfigFile)
+		}
+		return r.replace(edit{remove: []string{name}}, false, true)
+	})
+}
+
+// Apply implements control.Backend.
+func (r *Relay) Apply(ctx context.Context, want []rules.Rule, o control.ApplyOptions) (result control.ApplyResult, err error) {
+	err = r.do(ctx, func() error {
+		result, err = r.applyOrigin(plan.OriginAPI, want, o, true)
+		return err
+	})
+	return result, err
+}
+
+// Reload implements control.Backend. Unlike a rule that is added through the API,
+// one of the file that cannot be brought in stays wanted, is shown as failed, and
+// is tried again.
+func (r *Relay) Reload(ctx context.Context, o control.ApplyOptions) (result control.ApplyResult, err error) {
+	err = r.do(ctx, func() error {
+		if r.opts.ConfigFile == "" {
+			return control.Errorf(control.KindConflict, "nothing to reload: the relay was started without a file")
+		}
+		fromFile, err := r.readConfig()
+		if err != nil {
+			return control.Wrap(control.KindInvalid, err)
+		}
+		result, err = r.applyOrigin(plan.OriginFile, fromFile, o, false)
+		return err
+	})
+	return result, err
+}
+
+// applyOrigin makes the rules of one origin exactly want, which hold together.
+func (r *Relay) applyOrigin(origin plan.Origin, want []rules.Rule, o control.ApplyOptions, strict bool) (control.ApplyResult, error) {
+	var have, others []rules.Rule
+	for _, rule := range r.rules {
+		if rule.Origin == origin {
+			have = append(have, rule.Rule)
+			continue
+		}
+		others = append(others, rule.Rule)
+	}
+	if len(others) > 0 {
+		if err := control.ValidateSet(append(others, want...)); err != nil {
+			return control.ApplyResult{}, err
+		}
+	}
+	if len(have)+len(want) >= manyEdits {
+		r.tidyUp()
+	}
+	diff := rules.Compute(have, want)
+	result := summary(diff, o)
+	if o.DryRun || diff.Empty() {
+		return result, nil
+	}
+	var e edit
+	for _, rule := range diff.Add {
+		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: origin})
+	}
+	for _, c := range diff.Change {
+		e.put = append(e.put, &plan.Rule{Rule: c.New, Origin: origin})
+	}
+	for _, rule := range diff.Remove {
+		e.remove = append(e.remove, rule.Name)
+	}
+	return result, r.replace(e, strict, origin == plan.OriginAPI)
+}
+
+// summary counts the changes, and lists as many as are asked for.
+func summary(diff rules.Diff, o control.ApplyOptions) control.ApplyResult {
+	result := control.ApplyResult{
+		DryRun: o.DryRun, Added: len(diff.Add), Changed: len(diff.Change), Removed: len(diff.Remove), Kept: len(diff.Keep),
+	}
+	total := result.Added + result.Changed + result.Removed
+	if o.MaxChanges > 0 {
+		total = min(total, o.MaxChanges)
+	}
+	result.Changes = make([]control.Change, 0, total)
+	list := func(c control.Change) bool {
+		result.Changes = append(result.Changes, c)
+		return len(result.Changes) < total
+	}
+	if total > 0 {
+		listChanges(diff, list)
+	}
+	return result
+}
+
+// listChanges gives the changes to list until that returns false.
+func listChanges(diff rules.Diff, list func(control.Change) bool) {
+	for _, rule := range diff.Add {
+		if !list(control.Change{Op: control.OpAdd, Rule: control.FromRule(rule)}) {
+			return
+		}
+	}
+	for _, c := range diff.Change {
+		old := control.FromRule(c.Old)
+		if !list(control.Change{Op: control.OpChange, Rule: control.FromRule(c.New), Old: &old}) {
+			return
+		}
+	}
+	for _, rule := range diff.Remove {
+		if !list(control.Change{Op: control.OpRemove, Rule: control.FromRule(rule)}) {
+			return
+		}
+	}
+}
+
+// Rules implements control.Backend.
+func (r *Relay) Rules(ctx context.Context) (all []control.RuleStatus, err error) {
+	err = r.do(ctx, func() error {
+		if all, err = r.ruleStatuses(nil); err == nil {
+			r.addOverlaps(all)
+		}
+		return err
+	})
+	return all, err
+}
+
+// Rule implements control.Backend.
+func (r *Relay) Rule(ctx context.Context, name string) (status control.RuleStatus, err error) {
+	err = r.do(ctx, func() error {
+		if status, err = r.ruleStatus(name); err == nil {
+			one := []control.RuleStatus{status}
+			r.addOverlaps(one)
+			status = one[0]
+		}
+		return err
+	})
+	return status, err
+}

@@ -1,0 +1,133 @@
+package relay
+
+import (
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/loader"
+)
+
+// loopCheck is how often the loop guard is asked what it has found.
+const loopCheck = time.Second
+
+const aboutLoops = "loops"
+
+// macTaker is a user-space path that makes the loop check itself.
+type macTaker interface{ SetOwnMACs(macs [][6]byte) }
+
+// publishMACs gives the loop check the MAC addresses of this host, when they change.
+func (r *Relay) publishMACs() {
+	macs := r.network.OwnMACs()
+	if r.macsKnown && slices.Equal(macs, r.macs) {
+		return
+	}
+	r.macs = macs
+	for _, p := range r.tables.paths {
+		if t, ok := p.path.(macTaker); ok {
+			t.SetOwnMACs(macs)
+		}
+	}
+	err := r.loader.SetOwnMACs(macs)
+	r.macsKnown = err == nil
+	r.warnUnless(aboutOwnMACs, err)
+}
+
+const aboutOwnMACs = "own MAC addresses"
+
+// loops are the rules whose packets come back, on all paths, by the names that the kernel
+// has.
+func (r *Relay) loops() map[string]loader.LoopingRule {
+	all, err := r.loader.Loops()
+	r.warnUnless(aboutLoops, err)
+	for _, p := range r.tables.paths {
+		if l, ok := p.path.(interface{ Loops() []loader.LoopingRule }); ok {
+			all = append(all, l.Loops()...)
+		}
+	}
+	byName := make(map[string]loader.LoopingRule, len(all))
+	for _, l := range all {
+		if other, ok := byName[l.Rule]; !ok || l.Last.After(other.Last) {
+			byName[l.Rule] = l
+		}
+	}
+	return byName
+}
+
+// loopText says the way that packets of a rule take back to it; "" when none come back.
+func (r *Relay) loopText(p *plan.RulePlan, loops map[string]loader.LoopingRule) string {
+	for _, f := range p.Flows {
+		if l, ok := loops[f.Flow.Name]; ok && l.Looping && len(l.Ways) > 0 {
+			return r.wayText(&l)
+		}
+	}
+	return ""
+}
+
+func (r *Relay) wayText(l *loader.LoopingRule) string {
+	way := &l.Ways[0]
+	dropped := uint64(0)
+	for i := range l.Ways {
+		dropped += l.Ways[i].Packets
+	}
+	iface, from := r.nameOf(way.Index), way.Source.String()
+	out := strings.Join(r.outputsOf(way.From), ", ")
+	if way.MAC == [6]byte{} || out == "" { // no Ethernet, or the rule has changed meanwhile
+		return fmt.Sprintf("packets come back on %s from %s; %d dropped", iface, from, dropped)
+	}
+	return fmt.Sprintf("packets come back on %s from %s (%s), having left by rule %s on %s; %d dropped",
+		iface, from, net.HardwareAddr(way.MAC[:]), way.From, out, dropped)
+}
+
+// outputsOf are the interfaces that a flow sends on.
+func (r *Relay) outputsOf(name string) (out []string) {
+	_, f := r.plan.Flow(name)
+	if f == nil {
+		return nil
+	}
+	for i := range f.Outputs {
+		if o := f.Outputs[i].Interface; i < len(f.Flow.Out) && f.Flow.Out[i].Ready && !slices.Contains(out, o) {
+			out = append(out, o)
+		}
+	}
+	return out
+}
+
+// markLooping shows an active rule as looping.
+func (r *Relay) markLooping(status *control.RuleStatus, p *plan.RulePlan, loops map[string]loader.LoopingRule) {
+	if len(loops) == 0 || status.State != control.StateActive {
+		return
+	}
+	if text := r.loopText(p, loops); text != "" {
+		status.State, status.Reason = control.StateLooping, text
+	}
+}
+
+// logLoops logs the loops that have come and gone since the last time.
+func (r *Relay) logLoops() {
+	loops := r.loops()
+	if len(loops) == 0 && len(r.looping) == 0 {
+		return
+	}
+	now := map[string]bool{}
+	for _, p := range r.plan.Rules {
+		text := r.loopText(p, loops)
+		if text == "" {
+			continue
+		}
+		now[p.Rule.Name] = true
+		if !r.looping[p.Rule.Name] {
+			r.log.Warn("rule is looping", "rule", p.Rule.Name, "way", text)
+		}
+	}
+	for name := range r.looping {
+		if !now[name] && r.plan.Rule(name) != nil {
+			r.log.Info("rule is looping no more", "rule", name)
+		}
+	}
+	r.looping = now
+}

@@ -1,0 +1,301 @@
+// Package relay is the control loop, and what the control API asks: the one owner of
+// what is wanted. It takes the rules and a snapshot of the host's network (package network)
+// to package plan, which decides, and has one reconciler for each kind of thing in the kernel
+// that brings about what the plan wants:
+//
+//	attachments   the relay program on interfaces     package loader
+//	tags          VLAN tags that stay in the frames   ethtool
+//	neighbours    next hops that are kept resolved    package network
+//	tables        the flows, on all paths             packages loader and forward
+//	memberships   joined groups                       package membership
+//
+// Each asks the kernel what it holds and applies the difference; what the kernel answers is part
+// of the next plan. See reconcile for the order. What is remembered from one round to the next is
+// keyed by identity - the life of an interface, the name of a flow - and is only
+// what nobody can be asked for: since when, and when to try again.
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/forward"
+	"xdpcast/internal/network"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/membership"
+)
+
+// Options configures a Relay.
+type Options struct {
+	// ConfigFile is the YAML file of rules; empty for none.
+	ConfigFile string
+	// StateFile keeps the rules that were added through the API, so that they
+	// outlive the process as the kernel's state does. Empty: the loader's RunFile
+	// api-rules.yaml.
+	StateFile string
+	// Interfaces are attached even while no rule names them.
+	Interfaces []string
+	// Mode is how XDP is attached.
+	Mode loader.Mode
+	// Workers is how many workers an input of the fanout path has; 0: one for each CPU that
+	// the process may use.
+	Workers int
+	// Steering is when packets are spread over the CPUs of these workers.
+	Steering plan.Steering
+	// Loader says where the pinned state is. Its Logger is replaced.
+	Loader loader.Options
+	// Membership is for tests that inject faults. Its Logger is replaced.
+	Membership membership.Options
+	// AFXDP says how the AF_XDP path runs. Its Loader and Logger are replaced.
+	AFXDP forward.AFXDPOptions
+	// Logger is told what happens. Nil: nobody.
+	Logger  *slog.Logger
+	Version string
+
+	// observeEvery replaces observePause for tests.
+	observeEvery time.Duration
+}
+
+// Relay is the control loop. It serves the control API as a control.Backend, whose
+// methods may be called from any goroutine while Run runs.
+type Relay struct {
+	opts Options
+	log  *slog.Logger
+
+	loader  *loader.Loader
+	watcher *network.Watcher
+
+	commands chan command
+	ended    chan struct{} // closed when Run has returned
+	started  time.Time
+	ready    bool
+
+	// What follows belongs to the goroutine of Run.
+	rules    []*plan.Rule // wanted, by name; replaced as a whole, never changed
+	planner  *plan.Planner
+	plan     *plan.Plan        // the last
+	network  *network.Snapshot // that it was made from
+	stale    bool              // the rules or the answers are others than those it was made from
+	overlaps map[string]plan.Overlaps
+
+	attachments *attachments
+	tags        *tags
+	neighbours  *neighbours
+	memberships *memberships
+	tables      *tables
+	refusals    *refusals
+	states      states
+
+	reconciled time.Time // the last time
+	observed   time.Time // likewise, everything
+	observing  time.Duration
+	macs       [][6]byte       // of this host's interfaces, sorted
+	macsKnown  bool            // the kernel has them
+	looping    map[string]bool // rules that the log was told of
+	warnings   map[string]string
+
+	igmp    igmpVersions
+	tidy    sync.WaitGroup
+	tidying atomic.Bool // a tidy-up is to come
+}
+
+// New opens the pinned state, made or adopted, and reads the rules. Nothing in the
+// kernel changes for rules that it held already. Helper sockets and interfaces are
+// those of the calling thread's network namespace; Run must be called in the same.
+// The caller must Run the relay, which closes it.
+//
+// Errors to match: loader.ErrLocked and the other errors of loader.Open, and
+// *rules.FileError for each fault of the file.
+func New(opts Options) (_ *Relay, err error) {
+	if opts, err = opts.withDefaults(); err != nil {
+		return nil, err
+	}
+	r := &Relay{
+		opts: opts, log: opts.Logger, started: time.Now(),
+		commands: make(chan command),
+		ended:    make(chan struct{}),
+		plan:     &plan.Plan{}, network: network.NewSnapshot(nil, nil), stale: true,
+		states:   states{log: opts.Logger, told: map[string]string{}},
+		warnings: map[string]string{},
+	}
+	// The path is opened for its first rule, which is late to hear of it.
+	if err := opts.AFXDP.Validate(); err != nil {
+		return nil, fmt.Errorf("path afxdp: %w", err)
+	}
+	// The rules first: a broken file must not touch the kernel.
+	if err := r.readInitialRules(); err != nil {
+		return nil, err
+	}
+	if r.tags, err = readTags(loader.RunFile(r.opts.Loader.RunDir, r.opts.Loader.PinDir, "offloads.json")); err != nil {
+		return nil, err
+	}
+	r.sizeMaps()
+	if r.loader, err = loader.Open(r.opts.Loader); err != nil {
+		return nil, err
+	}
+	r.planner = plan.New(plan.Options{
+		Interfaces: opts.Interfaces, Steering: opts.Steering, FanoutWorkers: forward.FanoutWorkers(opts.Workers),
+		Kernel: plan.Capabilities{SocketSG: r.loader.Capabilities().SocketMultiBuffer},
+	})
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.close())
+		}
+	}()
+	if err := r.setUpSteering(); err != nil {
+		return nil, err
+	}
+	r.attachments = newAttachments(r.loader, opts.Mode, r.log)
+	r.memberships = newMemberships(membership.New(opts.Membership), r.log)
+	r.neighbours = newNeighbours()
+	r.tables = r.newTables()
+	r.refusals = newRefusals(r.loader.Refusals, r.log)
+	r.watcher, err = network.Open(network.Options{Logger: r.log})
+	return r, err
+}
+
+func (o Options) withDefaults() (_ Options, err error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Loader, err = o.Loader.Absolute(); err != nil {
+		return o, err
+	}
+	if o.StateFile == "" {
+		o.StateFile = loader.RunFile(o.Loader.RunDir, o.Loader.PinDir, "api-rules.yaml")
+	}
+	if o.observeEvery == 0 {
+		o.observeEvery = observePause
+	}
+	o.Loader.Logger, o.Membership.Logger = o.Logger, o.Logger
+	return o, nil
+}
+
+// sizeMaps makes room for twice the rules that are there, where the caller has not
+// said how much.
+func (r *Relay) sizeMaps() {
+	outputs := 0
+	for _, rule := range r.rules {
+		outputs += len(rule.Out)
+	}
+	grow := func(size *uint32, need, least int) {
+		if *size != 0 {
+			return
+		}
+		*size = uint32(max(least, 2*need))
+	}
+	grow(&r.opts.Loader.MaxRules, len(r.rules), loader.DefaultMaxRules)
+	grow(&r.opts.Loader.MaxOutputs, outputs, loader.DefaultMaxOutputs)
+}
+
+// Run brings the rules in, calls ready, and keeps the kernel in step until ctx
+// ends. It closes the relay: memberships are left, while programs, maps and rules
+// stay in the kernel and go on. It must run in the network namespace that New was
+// called in.
+func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
+	defer func() { err = errors.Join(err, r.close()) }()
+	defer close(r.ended)
+	if ctx.Err() != nil {
+		return nil
+	}
+	r.adopt()
+	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
+	if len(r.rules) >= manyEdits {
+		r.tidyUp()
+	}
+	r.ready = true
+	if ready != nil {
+		ready()
+	}
+	loops := time.NewTicker(loopCheck)
+	defer loops.Stop()
+	for {
+		timer := time.NewTimer(r.wake())
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case c := <-r.commands:
+			c.done <- c.fn()
+		case <-r.watcher.Changed():
+			r.tables.refresh = true
+			_ = r.reconcile(nil)
+		case <-loops.C:
+			r.logLoops()
+		case <-timer.C:
+			r.observeIfDue()
+			r.stale = true // what waits for its time is part of the answers
+			_ = r.reconcile(nil)
+		}
+		timer.Stop()
+	}
+}
+
+// adopt takes over what an earlier process left.
+func (r *Relay) adopt() {
+	r.observed = time.Now()
+	r.attachments.adopt(r.loader.Used())
+	r.tables.adopt()
+	r.warnUnless(aboutNeighbours, r.neighbours.observe())
+}
+
+func (r *Relay) close() error {
+	r.tidy.Wait()
+	var errs []error
+	if r.watcher != nil {
+		errs = append(errs, r.watcher.Close())
+	}
+	if r.neighbours != nil {
+		errs = append(errs, r.neighbours.close())
+	}
+	if r.memberships != nil {
+		errs = append(errs, r.memberships.manager.Close())
+	}
+	if r.tables != nil {
+		errs = append(errs, r.tables.paths.close())
+	}
+	if r.loader != nil {
+		errs = append(errs, r.loader.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// command is something that the goroutine of Run is to do for another.
+type command struct {
+	fn   func() error
+	done chan error
+}
+
+// do runs fn on the goroutine of Run. When ctx ends first, fn is not run; once it
+// runs, it is waited for.
+func (r *Relay) do(ctx context.Context, fn func() error) error {
+	c := command{fn: fn, done: make(chan error, 1)}
+	select {
+	case r.commands <- c:
+		return <-c.done
+	case <-r.ended:
+		return control.Errorf(control.KindUnavailable, "the relay is stopping")
+	case <-ctx.Done():
+		return control.Errorf(control.KindUnavailable, "the relay is busy: %w", ctx.Err())
+	}
+}
+
+// Steering is when packets of the fanout path are spread over the workers' CPUs.
+type Steering = plan.Steering
+
+// The choices.
+const (
+	SteerAuto = plan.SteerAuto
+	SteerOn   = plan.SteerOn
+	SteerOff  = plan.SteerOff
+)
+
+// ParseSteering reads what Steering.String writes.
+func ParseSteering(s string) (Steering, error) { return plan.ParseSteering(s) }

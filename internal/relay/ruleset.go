@@ -1,0 +1,144 @@
+package relay
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/plan"
+	"xdpcast/internal/rulefile"
+	"xdpcast/pkg/rules"
+)
+
+// edit is a change of the wanted rules: put replaces rules of the same names.
+type edit struct {
+	put    []*plan.Rule
+	remove []string
+}
+
+// manyEdits is from how many rules on the memory that a change has taken is given back
+// to the host, tidyAfter later.
+const (
+	manyEdits = 10_000
+	tidyAfter = 2 * time.Second
+)
+
+// edited returns the rules after a change, by name. The ones before stay as they are.
+func edited(before []*plan.Rule, e edit) []*plan.Rule {
+	gone := make(map[string]bool, len(e.put)+len(e.remove))
+	for _, name := range e.remove {
+		gone[name] = true
+	}
+	for _, r := range e.put {
+		gone[r.Name] = true
+	}
+	put := slices.SortedFunc(slices.Values(e.put), func(a, b *plan.Rule) int { return cmp.Compare(a.Name, b.Name) })
+	after := make([]*plan.Rule, 0, len(before)+len(put))
+	for _, r := range before {
+		for len(put) > 0 && put[0].Name < r.Name {
+			after, put = append(after, put[0]), put[1:]
+		}
+		if !gone[r.Name] {
+			after = append(after, r)
+		}
+	}
+	return append(after, put...)
+}
+
+// setRules replaces the wanted rules.
+func (r *Relay) setRules(all []*plan.Rule) {
+	r.rules, r.overlaps, r.stale = all, nil, true
+	r.tables.retryRefused()
+}
+
+// rule finds a wanted rule; nil when there is none of that name.
+func (r *Relay) rule(name string) *plan.Rule {
+	at, ok := slices.BinarySearchFunc(r.rules, name, func(rule *plan.Rule, name string) int { return strings.Compare(rule.Name, name) })
+	if !ok {
+		return nil
+	}
+	return r.rules[at]
+}
+
+// wantedRules returns the rules of all origins, with room for one more.
+func (r *Relay) wantedRules() []rules.Rule {
+	all := make([]rules.Rule, 0, len(r.rules)+1)
+	for _, rule := range r.rules {
+		all = append(all, rule.Rule)
+	}
+	return all
+}
+
+// readInitialRules reads the file and the rules from the API of an earlier
+// process. A rule of the file wins over one of the API.
+func (r *Relay) readInitialRules() error {
+	fromFile, err := r.readConfig()
+	if err != nil {
+		return err
+	}
+	var e edit
+	for _, rule := range fromFile {
+		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginFile})
+	}
+	saved, err := readState(r.opts.StateFile)
+	if err != nil {
+		return err
+	}
+	saved = r.withoutConflicts(fromFile, saved)
+	// One by one only where something is wrong, since it takes the square of time.
+	fits := len(saved) == 0 || rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
+	accepted := slices.Clone(fromFile)
+	for _, rule := range saved {
+		if !fits {
+			if err := rules.ValidateSet(append(accepted, rule)); err != nil {
+				r.log.Warn("rule added through the API is left out: it does not go with the file", "rule", rule.Name, "error", err)
+				continue
+			}
+		}
+		accepted = append(accepted, rule)
+		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginAPI})
+	}
+	r.rules = edited(nil, e)
+	return nil
+}
+
+// withoutConflicts leaves out the saved rules that have a name or an input of the
+// file's.
+func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
+	names, inputs := make(map[string]bool, len(fromFile)), make(map[rules.Input]bool, len(fromFile))
+	for i := range fromFile {
+		names[fromFile[i].Name], inputs[fromFile[i].In] = true, true
+	}
+	return slices.DeleteFunc(saved, func(rule rules.Rule) bool {
+		taken := names[rule.Name] || inputs[rule.In]
+		if taken {
+			r.log.Warn("rule added through the API is left out: the file has its name or its input", "rule", rule.Name)
+		}
+		return taken
+	})
+}
+
+func (r *Relay) readConfig() ([]rules.Rule, error) {
+	if r.opts.ConfigFile == "" {
+		return nil, nil
+	}
+	data, err := rulefile.ReadFile(r.opts.ConfigFile)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	return rulefile.Parse(r.opts.ConfigFile, data)
+}
+
+// addOverlaps says of rules which others take packets that they match.
+func (r *Relay) addOverlaps(all []control.RuleStatus) {
+	if r.overlaps == nil {
+		r.overlaps = r.plan.Overlaps()
+	}
+	for i := range all {
+		o := r.overlaps[all[i].Name]
+		all[i].YieldsTo, all[i].WinsOver = o.YieldsTo, o.WinsOver
+	}
+}

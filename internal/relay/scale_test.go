@@ -1,0 +1,192 @@
+package relay
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"xdpcast/internal/labtest"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/rules"
+)
+
+// scaleRules are many rules on in0, with one output or two, that want so many
+// different groups.
+func scaleRules(count, groups int) []rules.Rule {
+	all := make([]rules.Rule, count)
+	group := func(first byte, i int) netip.Addr {
+		return netip.AddrFrom4([4]byte{239, first, byte(i >> 8), byte(i)}) // 65,536 in one second byte
+	}
+	for i := range all {
+		g := i % groups
+		r := rules.Rule{
+			Name: fmt.Sprintf("rule-%06d", i),
+			In:   rules.Input{Interface: "in0", Address: group(byte(1+g>>16), g), Port: uint16(5000 + i/groups)},
+			Out:  []rules.Output{{Interface: "out0", Address: group(byte(100+i>>16), i), Port: 6000}},
+		}
+		if i%2 == 1 {
+			r.Out = append(r.Out, rules.Output{Interface: "out1", Address: group(byte(100+i>>16), i), Port: 6000})
+		}
+		all[i] = r
+	}
+	return all
+}
+
+// BenchmarkApply measures what applying a rule set costs the control loop, apart
+// from reading and validating it, and what one rule more costs then. The part of
+// the kernel's tables (loader.Sync) is given by itself.
+func BenchmarkApply(b *testing.B) {
+	for _, groups := range []int{1_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=100000/groups=%d", groups), func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				p := newPlace(b)
+				p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1<<18, 1<<19
+				r := p.start()
+				all := scaleRules(100_000, groups)
+				b.StartTimer()
+				apply(b, r, all)
+				b.StopTimer()
+				all = nil
+				debug.FreeOSMemory()
+				b.ReportMetric(float64(residentBytes(b))/1e6, "MB-resident")
+				runtime.GC()
+				var m runtime.MemStats
+				runtime.ReadMemStats(&m)
+				b.ReportMetric(float64(m.HeapAlloc)/1e6, "MB-live")
+				one := scaleRules(100_001, 100_001)[100_000]
+				one.Name = "one-more"
+				started := time.Now()
+				apply(b, r, []rules.Rule{one})
+				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/one-more")
+				started = time.Now()
+				if err := r.do(b.Context(), func() error { return r.replace(edit{remove: []string{"one-more"}}, false, false) }); err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/one-less")
+				started = time.Now()
+				if err := r.do(b.Context(), func() error { return r.reconcile(nil) }); err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/nothing")
+				r.stop()
+				b.StartTimer()
+			}
+		})
+	}
+}
+
+// apply puts rules in as AddRule and Apply do once they are validated.
+func apply(t testing.TB, r *running, all []rules.Rule) {
+	t.Helper()
+	var e edit
+	for _, rule := range all {
+		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginFile})
+	}
+	if err := r.do(t.Context(), func() error { return r.replace(e, true, false) }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func residentBytes(t testing.TB) int {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "VmRSS:")
+	var kB int
+	if _, err := fmt.Sscan(rest, &kB); err != nil {
+		t.Fatal(err)
+	}
+	return kB << 10
+}
+
+// BenchmarkRestart measures how long a new process takes until it has taken over the
+// programs and maps of the last one, and joined all groups again.
+func BenchmarkRestart(b *testing.B) {
+	for _, count := range []int{3, 10_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=%d", count), func(b *testing.B) {
+			p := newPlace(b)
+			p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 0, 0
+			text := strings.Builder{}
+			text.WriteString("rules:\n")
+			for _, r := range scaleRules(count, count) {
+				fmt.Fprintf(&text, "  - {name: %s, in: %v, out: [%q]}\n", r.Name, r.In, r.Out[0])
+			}
+			p.opts.ConfigFile = p.file("rules.yaml", text.String())
+			r := p.start()
+			for b.Loop() {
+				b.StopTimer()
+				r.stop()
+				b.StartTimer()
+				r = p.start()
+			}
+			b.StopTimer()
+			status, err := r.Status(b.Context())
+			if err != nil || status.Active != count {
+				b.Fatalf("status is %+v, %v", status, err)
+			}
+		})
+	}
+}
+
+// BenchmarkEvent measures what an event costs the control loop that touches an interface which
+// no rule names.
+func BenchmarkEvent(b *testing.B) {
+	for _, count := range []int{10_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=%d", count), func(b *testing.B) {
+			p := newPlace(b)
+			p.opts.observeEvery = time.Hour
+			p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1<<18, 1<<19
+			r := p.start()
+			apply(b, r, scaleRules(count, 1000))
+			p.connect("other0", "10.77.0.1/24")
+			for i := 0; b.Loop(); i++ {
+				b.StopTimer()
+				if err := p.host.AddAddr("other0", fmt.Sprintf("10.78.%d.%d/24", i>>8&255, i&255)); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				if err := r.do(b.Context(), func() error { return r.reconcile(nil) }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// An event that touches an interface which no rule names leaves all rules as they were planned.
+func TestUnrelatedInterface(t *testing.T) {
+	p := newPlace(t)
+	p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1024, 2048
+	r := p.start()
+	apply(t, r, scaleRules(500, 500))
+	planned := func() (all []*plan.RulePlan, links int) {
+		t.Helper()
+		if err := r.do(t.Context(), func() error {
+			all, links = r.plan.Rules, len(r.network.Links())
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return all, links
+	}
+	before, had := planned()
+	p.connect("other0", "10.77.0.1/24")
+	var after []*plan.RulePlan
+	labtest.Eventually(t, "the relay knows of the interface", func() bool {
+		var links int
+		after, links = planned()
+		return links == had+1
+	})
+	if !slices.Equal(before, after) {
+		t.Error("rules were planned again")
+	}
+}

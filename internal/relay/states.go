@@ -1,0 +1,125 @@
+package relay
+
+import (
+	"context"
+	"log/slog"
+
+	"xdpcast/internal/plan"
+)
+
+// states tells the log what becomes of rules, where that changes.
+type states struct {
+	log  *slog.Logger
+	last *plan.Plan
+	// told has the states that the log was last told, of the rules that are not complete.
+	told map[string]string
+}
+
+// manyStates is how many changes at once are not worth a line each in the log.
+const manyStates = 32
+
+// stateChange is what the log is told of a rule.
+type stateChange struct {
+	level slog.Level
+	rule  *plan.RulePlan
+}
+
+// tell logs what is another state than at the last time, at once where it is of very many
+// rules.
+func (s *states) tell(p *plan.Plan) {
+	byLevel := map[slog.Level][]*plan.RulePlan{}
+	s.changes(p, func(c stateChange) { byLevel[c.level] = append(byLevel[c.level], c.rule) })
+	s.last = p
+	for _, level := range []slog.Level{slog.LevelError, slog.LevelWarn, slog.LevelInfo} {
+		all := byLevel[level]
+		if len(all) > manyStates {
+			s.sum(level, all)
+			level = slog.LevelDebug
+		}
+		if !s.log.Enabled(context.Background(), level) {
+			continue
+		}
+		for _, r := range all {
+			s.line(level, r)
+		}
+	}
+}
+
+// changes finds the rules that are in another state than the log was told.
+func (s *states) changes(p *plan.Plan, add func(stateChange)) {
+	var before []*plan.RulePlan
+	if s.last != nil {
+		before = s.last.Rules
+	}
+	for _, r := range p.Rules {
+		for len(before) > 0 && before[0].Rule.Name < r.Rule.Name {
+			delete(s.told, before[0].Rule.Name) // gone
+			before = before[1:]
+		}
+		if len(before) > 0 && before[0] == r {
+			before = before[1:]
+			continue
+		}
+		isNew := true
+		if len(before) > 0 && before[0].Rule.Name == r.Rule.Name {
+			isNew = before[0].Rule != r.Rule
+			before = before[1:]
+		}
+		told, now := s.told[r.Rule.Name], stateText(r)
+		if told == now {
+			continue // nothing is told of 100,000 new rules that are as they should be
+		}
+		if now == "" {
+			delete(s.told, r.Rule.Name)
+		} else {
+			s.told[r.Rule.Name] = now
+		}
+		switch {
+		case r.Err != nil:
+			add(stateChange{slog.LevelError, r})
+		case r.Reason != "":
+			add(stateChange{slog.LevelWarn, r})
+		case !isNew:
+			add(stateChange{slog.LevelInfo, r})
+		}
+	}
+	for _, r := range before {
+		delete(s.told, r.Rule.Name)
+	}
+}
+
+// stateText is the state of a rule and of whatever of it is not active; empty of one that is
+// complete.
+func stateText(r *plan.RulePlan) string {
+	if r.Complete() {
+		return ""
+	}
+	text := string(r.State)
+	for _, f := range r.Flows {
+		for i := range f.Outputs {
+			text += " " + string(f.Outputs[i].State)
+		}
+	}
+	return text
+}
+
+func (s *states) line(level slog.Level, r *plan.RulePlan) {
+	switch {
+	case r.Err != nil:
+		s.log.Log(context.Background(), level, "rule is not active", "rule", r.Rule.Name, "state", r.State, "error", r.Err)
+	case r.Reason != "":
+		s.log.Log(context.Background(), level, "rule is not complete", "rule", r.Rule.Name, "state", r.State, "reason", r.Reason)
+	default:
+		s.log.Log(context.Background(), level, "rule is complete again", "rule", r.Rule.Name)
+	}
+}
+
+// sum is one line for very many rules.
+func (s *states) sum(level slog.Level, all []*plan.RulePlan) {
+	what := map[slog.Level]string{slog.LevelError: "rules are not active", slog.LevelWarn: "rules are not complete", slog.LevelInfo: "rules are complete again"}[level]
+	args := []any{"rules", len(all), "first", all[0].Rule.Name, "last", all[len(all)-1].Rule.Name}
+	if reason := all[0].Reason; reason != "" {
+		args = append(args, "reason_of_first", reason)
+	}
+	s.log.Log(context.Background(), level, what, args...)
+}

@@ -1,0 +1,530 @@
+package relay
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"time"
+
+	"xdpcast/bpf"
+	"xdpcast/internal/control"
+	"xdpcast/internal/network"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/membership"
+	"xdpcast/pkg/rules"
+)
+
+func (r *Relay) ruleStatus(name string) (control.RuleStatus, error) {
+	if r.plan.Rule(name) == nil {
+		return control.RuleStatus{}, control.Errorf(control.KindNotFound, "no rule is called %s", name)
+	}
+	all, err := r.ruleStatuses([]string{name})
+	if err != nil {
+		return control.RuleStatus{}, err
+	}
+	return all[0], nil
+}
+
+// ruleStatuses describes the rules named; all for nil.
+func (r *Relay) ruleStatuses(names []string) ([]control.RuleStatus, error) {
+	all := r.plan.Rules
+	if names != nil {
+		all = make([]*plan.RulePlan, len(names))
+		for i, name := range names {
+			all[i] = r.plan.Rule(name)
+		}
+	}
+	var flows []string
+	for _, p := range all {
+		for _, f := range p.Flows {
+			flows = append(flows, f.Flow.Name)
+		}
+	}
+	stats, err := r.statsOf(flows, false)
+	if err != nil {
+		return nil, err
+	}
+	return r.describeRules(all, stats, r.workerStatus().lost), nil
+}
+
+func (r *Relay) describeRules(rules []*plan.RulePlan, stats loader.Stats, lost []control.ReceiveDrop) []control.RuleStatus {
+	byName := make(map[string]*loader.RuleStats, len(stats.Rules))
+	for i := range stats.Rules {
+		byName[stats.Rules[i].Name] = &stats.Rules[i]
+	}
+	all := make([]control.RuleStatus, 0, len(rules))
+	loops := r.loops()
+	for _, p := range rules {
+		status := r.describeRule(p, byName)
+		r.markLooping(&status, p, loops)
+		status.ReceiveDrops = receiveDrops(p, lost)
+		all = append(all, status)
+	}
+	return all
+}
+
+// describeRule describes a rule: what its flows have done, added up.
+func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStats) control.RuleStatus {
+	status := control.RuleStatus{
+		Rule: control.FromRule(p.Rule.Rule), Origin: string(p.Rule.Origin), State: string(p.State), Reason: cmp.Or(p.Reason, p.Note()),
+		Drops: []control.Drop{},
+	}
+	sum, notes := map[loader.Reason]loader.Counter{}, map[loader.Note]loader.Counter{}
+	var last time.Duration = -1
+	for _, f := range p.Flows {
+		s := stats[f.Flow.Name]
+		if s == nil { // not in the kernel
+			continue
+		}
+		if status.ID == 0 {
+			status.ID, status.UsedPath = s.ID, PathName(f.Flow.Path)
+		}
+		add(&status.Matched, s.Matched)
+		addDrops(sum, s.Drops)
+		addDrops(notes, s.Notes)
+		if s.LastSeen >= 0 && (last < 0 || s.LastSeen < last) {
+			last = s.LastSeen
+		}
+	}
+	if last >= 0 {
+		at := time.Now().Add(-last)
+		status.LastSeen = &at
+	}
+	status.Drops, status.Notes = Drops(sum), Notes(notes)
+	status.Inputs = inputStatuses(p)
+	status.Outputs = r.outputStatuses(p, stats)
+	return status
+}
+
+// inputStatuses describes the interfaces of a pattern.
+func inputStatuses(p *plan.RulePlan) []control.InputStatus {
+	all := []control.InputStatus{}
+	if !isPattern(p.Rule.In.Interface) {
+		return all
+	}
+	for _, f := range p.Flows {
+		all = append(all, control.InputStatus{Interface: f.Input, State: string(f.State), Reason: f.Reason})
+	}
+	return all
+}
+
+func isPattern(ifname string) bool {
+	_, ok := rules.IsPattern(ifname)
+	return ok
+}
+
+// outputKey is one output of a rule on one interface.
+type outputKey struct {
+	out    int
+	ifname string
+}
+
+// outputSum is what the flows say of an output, added up.
+type outputSum struct {
+	plan   *plan.OutputPlan // of the flow that is best off; nil for none
+	reason string
+	sent   control.Counter
+	drops  map[loader.Reason]loader.Counter
+}
+
+func (r *Relay) outputStatuses(p *plan.RulePlan, stats map[string]*loader.RuleStats) []control.OutputStatus {
+	sums := map[outputKey]*outputSum{}
+	var keys []outputKey
+	get := func(key outputKey) *outputSum {
+		if sums[key] == nil {
+			sums[key] = &outputSum{drops: map[loader.Reason]loader.Counter{}}
+			keys = append(keys, key)
+		}
+		return sums[key]
+	}
+	served := map[int]bool{}
+	for _, f := range p.Flows {
+		s := stats[f.Flow.Name]
+		for i := range f.Outputs {
+			o := &f.Outputs[i]
+			served[o.Out] = true
+			sum := get(outputKey{o.Out, o.Interface})
+			if sum.plan == nil || plan.Rank(o.State) > plan.Rank(sum.plan.State) {
+				sum.plan, sum.reason = o, o.Reason
+			}
+			if s != nil && i < len(s.Outputs) {
+				add(&sum.sent, s.Outputs[i].Sent)
+				addDrops(sum.drops, s.Outputs[i].Drops)
+			}
+		}
+	}
+	for out, o := range p.Rule.Out {
+		if !served[out] {
+			sum := get(outputKey{out, o.Interface})
+			if isPattern(o.Interface) {
+				sum.reason = fmt.Sprintf("no interface matches %s", o.Interface)
+			}
+		}
+	}
+	slices.SortFunc(keys, func(a, b outputKey) int {
+		return cmp.Or(cmp.Compare(a.out, b.out), cmp.Compare(a.ifname, b.ifname))
+	})
+	all := make([]control.OutputStatus, len(keys))
+	for i, key := range keys {
+		o, sum := p.Rule.Out[key.out], sums[key]
+		o.Interface = key.ifname
+		all[i] = control.OutputStatus{
+			Slot: i, Output: o.String(), State: control.StatePending, Reason: sum.reason,
+			Sent: sum.sent, Drops: Drops(sum.drops),
+		}
+		if !isPattern(key.ifname) {
+			all[i].Interface = key.ifname
+		}
+		if sum.plan != nil {
+			all[i].State = string(sum.plan.State)
+			all[i].NextHop, all[i].MAC = r.plan.NextHop(sum.plan)
+		}
+	}
+	return all
+}
+
+func add(to *control.Counter, c loader.Counter) {
+	to.Packets += c.Packets
+	to.Bytes += c.Bytes
+}
+
+func addDrops[R comparable](to, from map[R]loader.Counter) {
+	for reason, c := range from {
+		to[reason] = loader.Counter{Packets: to[reason].Packets + c.Packets, Bytes: to[reason].Bytes + c.Bytes}
+	}
+}
+
+// PathName is the word of a path in the API.
+func PathName(p loader.Path) string { return plan.PathName(p) }
+
+// Fragments writes counters of fragments as the API has them.
+func Fragments(f loader.Fragments) control.Fragments {
+	return control.Fragments{First: control.Counter(f.First), Later: control.Counter(f.Later), Orphan: control.Counter(f.Orphan)}
+}
+
+// Drops writes counters by reason as the API has them.
+func Drops(counted map[loader.Reason]loader.Counter) []control.Drop {
+	all := make([]control.Drop, 0, len(counted))
+	for _, reason := range slices.Sorted(maps.Keys(counted)) {
+		all = append(all, control.Drop{Reason: reason.String(), Counter: control.Counter(counted[reason])})
+	}
+	return all
+}
+
+// Notes writes counters of notes as the API has them; nil when there are none.
+func Notes(counted map[loader.Note]loader.Counter) (all []control.Drop) {
+	for _, note := range slices.Sorted(maps.Keys(counted)) {
+		all = append(all, control.Drop{Reason: note.String(), Counter: control.Counter(counted[note])})
+	}
+	return all
+}
+
+// Groups implements control.Backend.
+func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
+	err = r.do(ctx, func() error {
+		stats, err := r.statsOf(nil, true)
+		if err != nil {
+			return err
+		}
+		seen := map[string]time.Duration{}
+		for _, s := range stats.Rules {
+			seen[s.Name] = s.LastSeen
+		}
+		now := time.Now()
+		on := r.supervise(stats.Queriers, now)
+		users := r.users()
+		all = make([]control.Group, 0, len(r.plan.Memberships))
+		for _, m := range r.plan.Memberships {
+			all = append(all, r.group(m, users[m], seen, on))
+		}
+		slices.SortFunc(all, func(a, b control.Group) int {
+			return cmp.Or(cmp.Compare(a.Interface, b.Interface), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Source, b.Source))
+		})
+		return nil
+	})
+	return all, err
+}
+
+// users finds the flows that want each membership.
+func (r *Relay) users() map[plan.Membership][]flowOf {
+	users := make(map[plan.Membership][]flowOf, len(r.plan.Memberships))
+	for _, p := range r.plan.Rules {
+		for _, f := range p.Flows {
+			for _, m := range f.Memberships {
+				users[m] = append(users[m], flowOf{p, f})
+			}
+		}
+	}
+	return users
+}
+
+// flowOf is a flow with its rule.
+type flowOf struct {
+	rule *plan.RulePlan
+	flow *plan.FlowPlan
+}
+
+// group describes a membership.
+func (r *Relay) group(m plan.Membership, users []flowOf, seen map[string]time.Duration, on *supervision) control.Group {
+	g := control.Group{Interface: r.nameOf(m.Link.Index), Index: m.Link.Index, Group: m.Group.String(), State: control.GroupWanted, Rules: []string{}}
+	if m.Source.IsValid() {
+		g.Source = m.Source.String()
+	}
+	if w := r.memberships.wanted[m]; w != nil {
+		w.describe(&g)
+	}
+	for _, u := range users {
+		g.Rules = append(g.Rules, u.rule.Rule.Name)
+		if u.flow.Link != m.Link {
+			g.For = append(g.For, u.flow.Input)
+		}
+		if age, ok := seen[u.flow.Flow.Name]; ok && age >= 0 {
+			at := time.Now().Add(-age)
+			if g.LastPacket == nil || at.After(*g.LastPacket) {
+				g.LastPacket = &at
+			}
+		}
+	}
+	slices.Sort(g.For)
+	g.For = slices.Compact(g.For)
+	if link := r.network.ByIndex(m.Link.Index); link != nil {
+		g.Master = r.masterOf(link)
+	}
+	if on != nil {
+		g.Multicast = on.multicast(g.Interface, g.Index, m.Group.Is4())
+		g.Detail = detail(g, on.now)
+	}
+	return g
+}
+
+// describe says how a membership is.
+func (w *wantedMembership) describe(g *control.Group) {
+	since := w.since // a copy, since others read it
+	g.Since, g.Tries = &since, int(w.tries)
+	switch {
+	case w.joined:
+		g.State = control.GroupJoined
+	case w.failed != nil:
+		g.State, g.Cause = control.GroupFailed, w.failed.err.Error()
+		next := w.failed.next
+		g.Next = &next
+		if membership.Transient(w.failed.err) {
+			g.State = control.GroupRetrying
+		}
+	}
+}
+
+// masterOf names the interface that an interface is a port of; empty for none.
+func (r *Relay) masterOf(link *network.Link) string {
+	if link.Master == 0 {
+		return ""
+	}
+	return r.nameOf(link.Master)
+}
+
+// Stats implements control.Backend.
+func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
+	err = r.do(ctx, func() error {
+		stats, err := r.statsOf(nil, true)
+		if err != nil {
+			return err
+		}
+		lost := r.workerStatus().lost
+		all = control.Stats{
+			Time: time.Now(), Rules: r.describeRules(r.plan.Rules, stats, lost), ReceiveDrops: lost,
+			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports, r.tables.paths.unsent()),
+			Fragments: Fragments(stats.Fragments),
+		}
+		return nil
+	})
+	return all, err
+}
+
+func (r *Relay) transmitDrops(ports []loader.PortStats, unsent map[int]uint64) []control.TransmitDrop {
+	all := []control.TransmitDrop{}
+	for index, packets := range unsent {
+		all = append(all, control.TransmitDrop{Interface: r.nameOf(index), Reason: "afxdp", Packets: packets})
+	}
+	for _, p := range ports {
+		name := r.nameOf(p.Index)
+		if p.TransmitDrops > 0 {
+			all = append(all, control.TransmitDrop{Interface: name, Reason: "driver", Packets: p.TransmitDrops})
+		}
+		if p.RedirectRefused > 0 {
+			all = append(all, control.TransmitDrop{Interface: name, Reason: "refused", Packets: p.RedirectRefused})
+		}
+	}
+	slices.SortFunc(all, func(a, b control.TransmitDrop) int {
+		return cmp.Or(cmp.Compare(a.Interface, b.Interface), cmp.Compare(a.Reason, b.Reason))
+	})
+	return all
+}
+
+func (r *Relay) nameOf(index int) string {
+	if link := r.network.ByIndex(index); link != nil {
+		return link.Name
+	}
+	return fmt.Sprintf("if%d", index)
+}
+
+// Status implements control.Backend.
+func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
+	err = r.do(ctx, func() error {
+		stats, err := r.statsOf(nil, false)
+		if err != nil {
+			return err
+		}
+		status = control.Status{
+			Version: r.opts.Version, PID: os.Getpid(), Started: r.started, Ready: r.ready,
+			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile,
+			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats), Workers: r.workerStatus().workers,
+			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
+		}
+		for _, p := range r.plan.Rules {
+			switch p.State {
+			case plan.Active:
+				status.Active++
+			case plan.Pending:
+				status.Pending++
+			default:
+				status.Failed++
+			}
+		}
+		status.Warnings = append(status.Warnings, r.attachWarnings()...)
+		for _, about := range slices.Sorted(maps.Keys(r.warnings)) {
+			status.Warnings = append(status.Warnings, about+": "+r.warnings[about])
+		}
+		return nil
+	})
+	return status, err
+}
+
+// attachWarnings says where the program is not that the operator asked for, whether rules
+// need it or not.
+func (r *Relay) attachWarnings() (warnings []string) {
+	for _, name := range r.opts.Interfaces {
+		if link := r.network.Link(name); link != nil {
+			if err := r.attachments.answers[link.LinkID].Err; err != nil {
+				warnings = append(warnings, fmt.Sprintf("interface %s: %v", name, err))
+			}
+		}
+	}
+	return warnings
+}
+
+// interfaceStatuses describes the interfaces that rules or attachments name.
+func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus {
+	byName := map[string]*control.InterfaceStatus{}
+	get := func(name string) *control.InterfaceStatus {
+		link := r.network.Link(name)
+		if link != nil {
+			name = link.Name // known by an alternative one
+		}
+		s := byName[name]
+		if s == nil {
+			s = r.interfaceStatus(name, link)
+			byName[name] = s
+		}
+		return s
+	}
+	for _, name := range r.opts.Interfaces {
+		get(name)
+	}
+	inputs, outputs := r.roles()
+	for name := range inputs {
+		addRole(get(name), control.RoleInput)
+	}
+	for name := range outputs {
+		addRole(get(name), control.RoleOutput)
+	}
+	for _, a := range r.loader.Attachments() {
+		if r.network.ByIndex(a.Index) == nil {
+			continue // gone a moment ago
+		}
+		s := get(r.nameOf(a.Index))
+		s.Mode, s.ProgramID, s.LinkID = a.Mode.String(), a.ProgramID, a.LinkID
+		if a.Fallback != nil {
+			s.Note = a.Fallback.Error()
+		}
+	}
+	for _, p := range stats.Ports {
+		if r.network.ByIndex(p.Index) != nil {
+			get(r.nameOf(p.Index)).TransmitDrops = p.TransmitDrops + p.RedirectRefused
+		}
+	}
+	for _, m := range r.plan.Memberships {
+		get(r.nameOf(m.Link.Index))
+	}
+	for _, c := range r.memberships.manager.Counters() {
+		s := byName[c.Interface]
+		if s == nil && r.network.Link(c.Interface) != nil {
+			s = get(c.Interface)
+		}
+		if s == nil {
+			continue // of an interface that is gone, and that no rule names
+		}
+		s.JoinsAttempted, s.JoinsSucceeded, s.JoinsFailed = c.Joins.Attempted, c.Joins.Succeeded, c.Joins.Failed
+		s.LeavesAttempted, s.LeavesSucceeded, s.LeavesFailed = c.Leaves.Attempted, c.Leaves.Succeeded, c.Leaves.Failed
+	}
+	r.describeMulticast(byName, stats.Queriers)
+	all := make([]control.InterfaceStatus, 0, len(byName))
+	for _, name := range slices.Sorted(maps.Keys(byName)) {
+		all = append(all, *byName[name])
+	}
+	return all
+}
+
+// interfaceStatus is what the network says of an interface; link is nil while it is absent.
+func (r *Relay) interfaceStatus(name string, link *network.Link) *control.InterfaceStatus {
+	s := &control.InterfaceStatus{Name: name, Roles: []string{}, Link: control.LinkAbsent}
+	if link == nil {
+		return s
+	}
+	s.Index, s.Master = link.Index, r.masterOf(link)
+	switch {
+	case !link.Up:
+		s.Link = control.LinkDown
+	case !link.Carrier:
+		s.Link = control.LinkNoCarrier
+	default:
+		s.Link = control.LinkUp
+	}
+	if err := r.attachments.answers[link.LinkID].Err; err != nil {
+		s.Note = err.Error()
+	}
+	s.Note = cmp.Or(s.Note, r.tags.note(name))
+	return s
+}
+
+// roles returns the interfaces that rules name or match with a pattern.
+func (r *Relay) roles() (inputs, outputs map[string]bool) {
+	inputs, outputs = map[string]bool{}, map[string]bool{}
+	for _, p := range r.plan.Rules {
+		if !isPattern(p.Rule.In.Interface) {
+			inputs[p.Rule.In.Interface] = true
+		}
+		for i := range p.Rule.Out {
+			if name := p.Rule.Out[i].Interface; !isPattern(name) {
+				outputs[name] = true
+			}
+		}
+		for _, f := range p.Flows {
+			inputs[f.Input] = true
+			for i := range f.Outputs {
+				outputs[f.Outputs[i].Interface] = true
+			}
+		}
+	}
+	return inputs, outputs
+}
+
+func addRole(s *control.InterfaceStatus, role string) {
+	if !slices.Contains(s.Roles, role) {
+		s.Roles = append(s.Roles, role)
+		slices.Sort(s.Roles)
+	}
+}

@@ -1,0 +1,187 @@
+package relay
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/network"
+	"xdpcast/internal/plan"
+)
+
+// A device that takes VLAN tags off the frames that it receives hides them from XDP,
+// which then sees untagged frames. While a rule matches tags on an interface, that
+// is switched off.
+
+// tags reconciles which interfaces leave VLAN tags in the frames. Whether they do, the
+// kernel is asked. What was switched off for that is kept, by interface name, in a file for a
+// later process, since the rules outlive this one.
+type tags struct {
+	file    string
+	off     map[string][]string
+	open    func(ifname string) (featureSet, error) // network.OpenFeatures; tests inject faults
+	answers map[network.LinkID]error
+	looked  map[network.LinkID]*network.Link // as of the last look at the interface's features
+}
+
+// featureSet is the features of one interface: *network.DeviceFeatures.
+type featureSet interface {
+	Active(name string) bool
+	Set(names []string, on bool) error
+	Close() error
+}
+
+func openFeatures(ifname string) (featureSet, error) { return network.OpenFeatures(ifname) }
+
+func readTags(file string) (*tags, error) {
+	t := &tags{file: file, off: map[string][]string{}, open: openFeatures, answers: map[network.LinkID]error{}, looked: map[network.LinkID]*network.Link{}}
+	data, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return t, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(data, &t.off)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("features switched off earlier: %s: %w; remove the file to forget them", file, err)
+	}
+	return t, nil
+}
+
+func (t *tags) save() error {
+	if len(t.off) == 0 {
+		if err := os.Remove(t.file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	data, err := json.Marshal(t.off)
+	if err != nil {
+		return err
+	}
+	if err := stageFile(t.file, append(data, '\n')); err != nil {
+		return err
+	}
+	return commitFile(t.file)
+}
+
+// apply makes the interfaces that the plan names leave tags in the frames, and says whether
+// an answer has changed. An interface is looked at once, and again when it changes.
+func (t *tags) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
+	for _, id := range p.Tags {
+		link := now.ByIndex(id.Index)
+		if link == nil || link.LinkID != id {
+			continue
+		}
+		before, known := t.answers[id]
+		if known && t.looked[id] == link {
+			continue
+		}
+		err := t.show(link.Name)
+		t.answers[id], t.looked[id] = err, link
+		changed = changed || !known || errorText(before) != errorText(err)
+	}
+	return changed
+}
+
+// again has the next apply look at all interfaces.
+func (t *tags) again() { clear(t.looked) }
+
+// rename takes a note along when an interface gets another name.
+func (t *tags) rename(before, now *network.Link) {
+	if features := t.off[before.Name]; before.Name != now.Name && features != nil {
+		delete(t.off, before.Name)
+		t.off[now.Name] = union(t.off[now.Name], features)
+	}
+}
+
+// show makes an interface leave tags in the frames. It may be called again.
+func (t *tags) show(ifname string) (err error) {
+	f, err := t.open(ifname)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	var on []string
+	for _, name := range network.TagFeatures() {
+		if f.Active(name) {
+			on = append(on, name)
+		}
+	}
+	if len(on) == 0 {
+		return nil
+	}
+	// Noted first: what dies in between leaves too much to restore, not too little.
+	t.off[ifname] = union(t.off[ifname], on)
+	if err := t.save(); err != nil {
+		return fmt.Errorf("note the features of interface %s: %w", ifname, err)
+	}
+	if err := f.Set(on, false); err != nil {
+		return fmt.Errorf("interface %s takes VLAN tags off before XDP sees them, and that cannot be switched off (ethtool -K %s rxvlan off): %w", ifname, ifname, err)
+	}
+	return nil
+}
+
+// restore gives the interfaces that the plan does not name any more what they had. One that is
+// gone is forgotten.
+func (t *tags) restore(p *plan.Plan, now *network.Snapshot) error {
+	keep := map[string]bool{}
+	wanted := map[network.LinkID]bool{}
+	for _, id := range p.Tags {
+		wanted[id] = true
+		if link := now.ByIndex(id.Index); link != nil {
+			keep[link.Name] = true
+		}
+	}
+	for id := range t.answers {
+		if !wanted[id] {
+			delete(t.answers, id)
+			delete(t.looked, id)
+		}
+	}
+	var errs []error
+	changed := false
+	for _, ifname := range slices.Sorted(maps.Keys(t.off)) {
+		if keep[ifname] {
+			continue
+		}
+		changed = true
+		features := t.off[ifname]
+		delete(t.off, ifname)
+		f, err := t.open(ifname)
+		if err != nil {
+			if !errors.Is(err, unix.ENODEV) {
+				errs = append(errs, err)
+			}
+			continue
+		}
+		if err := f.Set(features, true); err != nil {
+			errs = append(errs, fmt.Errorf("switch %s of interface %s on again: %w", strings.Join(features, ", "), ifname, err))
+		}
+		errs = append(errs, f.Close())
+	}
+	if changed {
+		errs = append(errs, t.save())
+	}
+	return errors.Join(errs...)
+}
+
+// note says what has been done to an interface; "" for nothing.
+func (t *tags) note(ifname string) string {
+	if len(t.off[ifname]) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s is off while rules match VLAN tags here", strings.Join(t.off[ifname], " and "))
+}
+
+func union(a, b []string) []string {
+	all := append(slices.Clone(a), b...)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
