@@ -37,7 +37,7 @@ var abiStructs = map[string]reflect.Type{
 	"output_stats":   reflect.TypeFor[RelayOutputStats](),
 	"own_address":    reflect.TypeFor[RelayOwnAddress](),
 	"policer":        reflect.TypeFor[RelayPolicer](),
-	"port_stats":     reflect.TypeFor[TransmitPortStats](),
+	"device_stats":   reflect.TypeFor[TransmitDeviceStats](),
 	"prefix4":        reflect.TypeFor[RelayPrefix4](),
 	"prefix6":        reflect.TypeFor[RelayPrefix6](),
 	"querier":        reflect.TypeFor[RelayQuerier](),

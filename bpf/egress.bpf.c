@@ -12,7 +12,7 @@
  */
 #include "account.h"
 #include "bulk.h"
-#include "copy.h"
+#include "rewrite_rare.h"
 #include "handover.h"
 #include "maps.h"
 

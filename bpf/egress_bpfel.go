@@ -16,12 +16,13 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	EgressMapBroadcast          = "broadcast"
 	EgressMapConfig             = "config"
 	EgressMapCopies             = "copies"
 	EgressMapCpus               = "cpus"
+	EgressMapDevices            = "devices"
 	EgressMapDrops              = "drops"
 	EgressMapEgressDrops        = "egress_drops"
-	EgressMapFanout             = "fanout"
 	EgressMapFlowTables4        = "flow_tables4"
 	EgressMapFlowTables6        = "flow_tables6"
 	EgressMapFragmentStats      = "fragment_stats"
@@ -37,7 +38,6 @@ const (
 	EgressMapOwnMacs            = "own_macs"
 	EgressMapPassed             = "passed"
 	EgressMapPolicers           = "policers"
-	EgressMapPorts              = "ports"
 	EgressMapPrefixTables4      = "prefix_tables4"
 	EgressMapPrefixTables6      = "prefix_tables6"
 	EgressMapQueriers           = "queriers"
@@ -127,12 +127,13 @@ type EgressProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressMapSpecs struct {
+	Broadcast     *ebpf.MapSpec `ebpf:"broadcast"`
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
 	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
+	Devices       *ebpf.MapSpec `ebpf:"devices"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
 	EgressDrops   *ebpf.MapSpec `ebpf:"egress_drops"`
-	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
@@ -148,7 +149,6 @@ type EgressMapSpecs struct {
 	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
-	Ports         *ebpf.MapSpec `ebpf:"ports"`
 	PrefixTables4 *ebpf.MapSpec `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.MapSpec `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.MapSpec `ebpf:"queriers"`
@@ -214,12 +214,13 @@ func (o *EgressObjects) Close() error {
 //
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressMaps struct {
+	Broadcast     *ebpf.Map `ebpf:"broadcast"`
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
 	Cpus          *ebpf.Map `ebpf:"cpus"`
+	Devices       *ebpf.Map `ebpf:"devices"`
 	Drops         *ebpf.Map `ebpf:"drops"`
 	EgressDrops   *ebpf.Map `ebpf:"egress_drops"`
-	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
@@ -235,7 +236,6 @@ type EgressMaps struct {
 	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
-	Ports         *ebpf.Map `ebpf:"ports"`
 	PrefixTables4 *ebpf.Map `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.Map `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.Map `ebpf:"queriers"`
@@ -250,12 +250,13 @@ type EgressMaps struct {
 
 func (m *EgressMaps) Close() error {
 	return _EgressClose(
+		m.Broadcast,
 		m.Config,
 		m.Copies,
 		m.Cpus,
+		m.Devices,
 		m.Drops,
 		m.EgressDrops,
-		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
 		m.FragmentStats,
@@ -271,7 +272,6 @@ func (m *EgressMaps) Close() error {
 		m.OwnMacs,
 		m.Passed,
 		m.Policers,
-		m.Ports,
 		m.PrefixTables4,
 		m.PrefixTables6,
 		m.Queriers,

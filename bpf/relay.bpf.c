@@ -6,7 +6,7 @@
  */
 #include "account.h"
 #include "buffers.h"
-#include "copy.h"
+#include "rewrite_rare.h"
 #include "finish.h"
 #include "fragment.h"
 #include "guard.h"
@@ -38,7 +38,7 @@ static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const
 		reason = ip4 ? rewrite_ip4(h, o, false) : rewrite_ip6(h, o, false);
 	if (reason != REWRITTEN)
 		return count_drop(DROP_OUTPUT, o->stats, reason, bytes);
-	verdict = bpf_redirect_map(&ports, flow->port, XDP_DROP);
+	verdict = bpf_redirect_map(&devices, flow->device, XDP_DROP);
 	if (verdict != XDP_REDIRECT)
 		return count_drop(DROP_OUTPUT, o->stats, DROP_NO_DEVICE, bytes);
 	count_sent(o->stats, bytes);
@@ -88,7 +88,7 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 				     __u32 bytes, __u32 sequence)
 {
 	__u32 id = flow->rule, first = flow->first_output;
-	void *slots = bpf_map_lookup_elem(&fanout, &first);
+	void *slots = bpf_map_lookup_elem(&broadcast, &first);
 
 	if (!slots)
 		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);

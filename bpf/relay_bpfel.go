@@ -102,7 +102,7 @@ type RelayFlow struct {
 	_           structs.HostLayout
 	Rule        uint32
 	FirstOutput uint32
-	Port        uint32
+	Device      uint32
 	Outputs     uint16
 	MinMtu      uint16
 	Path        uint8
@@ -500,11 +500,12 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	RelayMapBroadcast          = "broadcast"
 	RelayMapConfig             = "config"
 	RelayMapCopies             = "copies"
 	RelayMapCpus               = "cpus"
+	RelayMapDevices            = "devices"
 	RelayMapDrops              = "drops"
-	RelayMapFanout             = "fanout"
 	RelayMapFlowTables4        = "flow_tables4"
 	RelayMapFlowTables6        = "flow_tables6"
 	RelayMapFragmentStats      = "fragment_stats"
@@ -520,7 +521,6 @@ const (
 	RelayMapOwnMacs            = "own_macs"
 	RelayMapPassed             = "passed"
 	RelayMapPolicers           = "policers"
-	RelayMapPorts              = "ports"
 	RelayMapPrefixTables4      = "prefix_tables4"
 	RelayMapPrefixTables6      = "prefix_tables6"
 	RelayMapQueriers           = "queriers"
@@ -612,11 +612,12 @@ type RelayProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RelayMapSpecs struct {
+	Broadcast     *ebpf.MapSpec `ebpf:"broadcast"`
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
 	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
+	Devices       *ebpf.MapSpec `ebpf:"devices"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
-	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
@@ -632,7 +633,6 @@ type RelayMapSpecs struct {
 	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
-	Ports         *ebpf.MapSpec `ebpf:"ports"`
 	PrefixTables4 *ebpf.MapSpec `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.MapSpec `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.MapSpec `ebpf:"queriers"`
@@ -700,11 +700,12 @@ func (o *RelayObjects) Close() error {
 //
 // It can be passed to LoadRelayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RelayMaps struct {
+	Broadcast     *ebpf.Map `ebpf:"broadcast"`
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
 	Cpus          *ebpf.Map `ebpf:"cpus"`
+	Devices       *ebpf.Map `ebpf:"devices"`
 	Drops         *ebpf.Map `ebpf:"drops"`
-	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
@@ -720,7 +721,6 @@ type RelayMaps struct {
 	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
-	Ports         *ebpf.Map `ebpf:"ports"`
 	PrefixTables4 *ebpf.Map `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.Map `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.Map `ebpf:"queriers"`
@@ -735,11 +735,12 @@ type RelayMaps struct {
 
 func (m *RelayMaps) Close() error {
 	return _RelayClose(
+		m.Broadcast,
 		m.Config,
 		m.Copies,
 		m.Cpus,
+		m.Devices,
 		m.Drops,
-		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
 		m.FragmentStats,
@@ -755,7 +756,6 @@ func (m *RelayMaps) Close() error {
 		m.OwnMacs,
 		m.Passed,
 		m.Policers,
-		m.Ports,
 		m.PrefixTables4,
 		m.PrefixTables6,
 		m.Queriers,

@@ -16,11 +16,12 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	TappedMapBroadcast          = "broadcast"
 	TappedMapConfig             = "config"
 	TappedMapCopies             = "copies"
 	TappedMapCpus               = "cpus"
+	TappedMapDevices            = "devices"
 	TappedMapDrops              = "drops"
-	TappedMapFanout             = "fanout"
 	TappedMapFlowTables4        = "flow_tables4"
 	TappedMapFlowTables6        = "flow_tables6"
 	TappedMapFragmentStats      = "fragment_stats"
@@ -36,7 +37,6 @@ const (
 	TappedMapOwnMacs            = "own_macs"
 	TappedMapPassed             = "passed"
 	TappedMapPolicers           = "policers"
-	TappedMapPorts              = "ports"
 	TappedMapPrefixTables4      = "prefix_tables4"
 	TappedMapPrefixTables6      = "prefix_tables6"
 	TappedMapQueriers           = "queriers"
@@ -128,11 +128,12 @@ type TappedProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TappedMapSpecs struct {
+	Broadcast     *ebpf.MapSpec `ebpf:"broadcast"`
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Copies        *ebpf.MapSpec `ebpf:"copies"`
 	Cpus          *ebpf.MapSpec `ebpf:"cpus"`
+	Devices       *ebpf.MapSpec `ebpf:"devices"`
 	Drops         *ebpf.MapSpec `ebpf:"drops"`
-	Fanout        *ebpf.MapSpec `ebpf:"fanout"`
 	FlowTables4   *ebpf.MapSpec `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.MapSpec `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.MapSpec `ebpf:"fragment_stats"`
@@ -148,7 +149,6 @@ type TappedMapSpecs struct {
 	OwnMacs       *ebpf.MapSpec `ebpf:"own_macs"`
 	Passed        *ebpf.MapSpec `ebpf:"passed"`
 	Policers      *ebpf.MapSpec `ebpf:"policers"`
-	Ports         *ebpf.MapSpec `ebpf:"ports"`
 	PrefixTables4 *ebpf.MapSpec `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.MapSpec `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.MapSpec `ebpf:"queriers"`
@@ -216,11 +216,12 @@ func (o *TappedObjects) Close() error {
 //
 // It can be passed to LoadTappedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TappedMaps struct {
+	Broadcast     *ebpf.Map `ebpf:"broadcast"`
 	Config        *ebpf.Map `ebpf:"config"`
 	Copies        *ebpf.Map `ebpf:"copies"`
 	Cpus          *ebpf.Map `ebpf:"cpus"`
+	Devices       *ebpf.Map `ebpf:"devices"`
 	Drops         *ebpf.Map `ebpf:"drops"`
-	Fanout        *ebpf.Map `ebpf:"fanout"`
 	FlowTables4   *ebpf.Map `ebpf:"flow_tables4"`
 	FlowTables6   *ebpf.Map `ebpf:"flow_tables6"`
 	FragmentStats *ebpf.Map `ebpf:"fragment_stats"`
@@ -236,7 +237,6 @@ type TappedMaps struct {
 	OwnMacs       *ebpf.Map `ebpf:"own_macs"`
 	Passed        *ebpf.Map `ebpf:"passed"`
 	Policers      *ebpf.Map `ebpf:"policers"`
-	Ports         *ebpf.Map `ebpf:"ports"`
 	PrefixTables4 *ebpf.Map `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.Map `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.Map `ebpf:"queriers"`
@@ -251,11 +251,12 @@ type TappedMaps struct {
 
 func (m *TappedMaps) Close() error {
 	return _TappedClose(
+		m.Broadcast,
 		m.Config,
 		m.Copies,
 		m.Cpus,
+		m.Devices,
 		m.Drops,
-		m.Fanout,
 		m.FlowTables4,
 		m.FlowTables6,
 		m.FragmentStats,
@@ -271,7 +272,6 @@ func (m *TappedMaps) Close() error {
 		m.OwnMacs,
 		m.Passed,
 		m.Policers,
-		m.Ports,
 		m.PrefixTables4,
 		m.PrefixTables6,
 		m.Queriers,

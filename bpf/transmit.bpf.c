@@ -26,31 +26,31 @@ struct net_device {
 	possible_net_t nd_net;
 } __attribute__((preserve_access_index));
 
-/* port_stats: output interface -> frames lost behind the programs. The loader
+/* device_stats: output interface -> frames lost behind the programs. The loader
  * makes an entry for each interface that it sends on.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(max_entries, 1024);
 	__type(key, __u32);
-	__type(value, struct port_stats);
-} port_stats SEC(".maps");
+	__type(value, struct device_stats);
+} device_stats SEC(".maps");
 
-/* port_rows: row of ports -> ifindex, which a tracepoint is not told. */
+/* device_rows: row of devices -> ifindex, which a tracepoint is not told. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1024);
 	__type(key, __u32);
 	__type(value, __u32);
-} port_rows SEC(".maps");
+} device_rows SEC(".maps");
 
 /* The network namespace of the interfaces: the tracepoints tell of the devices of all.
  * Set at load.
  */
 const volatile __u64 netns_cookie = 0;
 
-/* The id of the map ports; set at load. */
-const volatile __u32 ports_id = 0;
+/* The id of the map devices; set at load. */
+const volatile __u32 devices_id = 0;
 
 /* cpu_drops: one entry, frames lost on their way to the CPUs that they were steered to. */
 struct {
@@ -69,7 +69,7 @@ int BPF_PROG(devmap_xmit, const struct net_device *from, const struct net_device
 	     int dropped, int err)
 {
 	struct egress_drops *own;
-	struct port_stats *stats;
+	struct device_stats *stats;
 	__u32 ifindex, key = 0, by_program = 0;
 
 	if (dropped <= 0 || to->nd_net.net->net_cookie != netns_cookie)
@@ -82,28 +82,28 @@ int BPF_PROG(devmap_xmit, const struct net_device *from, const struct net_device
 	}
 	if (by_program >= (__u32)dropped)
 		return 0;
-	stats = bpf_map_lookup_elem(&port_stats, &ifindex);
+	stats = bpf_map_lookup_elem(&device_stats, &ifindex);
 	if (stats)
 		stats->transmit_drops += dropped - by_program;
 	return 0;
 }
 
-/* A redirect through ports that the kernel refused: the device is down, or the
+/* A redirect through devices that the kernel refused: the device is down, or the
  * frame longer than it takes.
  */
 SEC("tp_btf/xdp_redirect_err")
 int BPF_PROG(redirect_err, const struct net_device *dev, const void *prog, const void *target,
 	     int err, __u32 map_type, __u32 map_id, __u32 row)
 {
-	struct port_stats *stats;
+	struct device_stats *stats;
 	__u32 *ifindex;
 
-	if (map_id != ports_id)
+	if (map_id != devices_id)
 		return 0;
-	ifindex = bpf_map_lookup_elem(&port_rows, &row);
+	ifindex = bpf_map_lookup_elem(&device_rows, &row);
 	if (!ifindex)
 		return 0;
-	stats = bpf_map_lookup_elem(&port_stats, ifindex);
+	stats = bpf_map_lookup_elem(&device_stats, ifindex);
 	if (stats)
 		stats->redirect_errors++;
 	return 0;

@@ -13,16 +13,16 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type TransmitDeviceStats struct {
+	_              structs.HostLayout
+	TransmitDrops  uint64
+	RedirectErrors uint64
+}
+
 type TransmitEgressDrops struct {
 	_       structs.HostLayout
 	Ifindex uint32
 	Packets uint32
-}
-
-type TransmitPortStats struct {
-	_              structs.HostLayout
-	TransmitDrops  uint64
-	RedirectErrors uint64
 }
 
 // Names of all BPF objects in the ELF.
@@ -30,16 +30,16 @@ type TransmitPortStats struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	TransmitMapCpuDrops       = "cpu_drops"
+	TransmitMapDeviceRows     = "device_rows"
+	TransmitMapDeviceStats    = "device_stats"
 	TransmitMapEgressDrops    = "egress_drops"
-	TransmitMapPortRows       = "port_rows"
-	TransmitMapPortStats      = "port_stats"
 	TransmitProgCpumapEnqueue = "cpumap_enqueue"
 	TransmitProgCpumapKthread = "cpumap_kthread"
 	TransmitProgDevmapXmit    = "devmap_xmit"
 	TransmitProgRedirectErr   = "redirect_err"
 	TransmitVarCpusId         = "cpus_id"
+	TransmitVarDevicesId      = "devices_id"
 	TransmitVarNetnsCookie    = "netns_cookie"
-	TransmitVarPortsId        = "ports_id"
 )
 
 // LoadTransmit returns the embedded CollectionSpec for Transmit.
@@ -95,9 +95,9 @@ type TransmitProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type TransmitMapSpecs struct {
 	CpuDrops    *ebpf.MapSpec `ebpf:"cpu_drops"`
+	DeviceRows  *ebpf.MapSpec `ebpf:"device_rows"`
+	DeviceStats *ebpf.MapSpec `ebpf:"device_stats"`
 	EgressDrops *ebpf.MapSpec `ebpf:"egress_drops"`
-	PortRows    *ebpf.MapSpec `ebpf:"port_rows"`
-	PortStats   *ebpf.MapSpec `ebpf:"port_stats"`
 }
 
 // TransmitVariableSpecs contains global variables before they are loaded into the kernel.
@@ -105,8 +105,8 @@ type TransmitMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type TransmitVariableSpecs struct {
 	CpusId      *ebpf.VariableSpec `ebpf:"cpus_id"`
+	DevicesId   *ebpf.VariableSpec `ebpf:"devices_id"`
 	NetnsCookie *ebpf.VariableSpec `ebpf:"netns_cookie"`
-	PortsId     *ebpf.VariableSpec `ebpf:"ports_id"`
 }
 
 // TransmitObjects contains all objects after they have been loaded into the kernel.
@@ -130,17 +130,17 @@ func (o *TransmitObjects) Close() error {
 // It can be passed to LoadTransmitObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TransmitMaps struct {
 	CpuDrops    *ebpf.Map `ebpf:"cpu_drops"`
+	DeviceRows  *ebpf.Map `ebpf:"device_rows"`
+	DeviceStats *ebpf.Map `ebpf:"device_stats"`
 	EgressDrops *ebpf.Map `ebpf:"egress_drops"`
-	PortRows    *ebpf.Map `ebpf:"port_rows"`
-	PortStats   *ebpf.Map `ebpf:"port_stats"`
 }
 
 func (m *TransmitMaps) Close() error {
 	return _TransmitClose(
 		m.CpuDrops,
+		m.DeviceRows,
+		m.DeviceStats,
 		m.EgressDrops,
-		m.PortRows,
-		m.PortStats,
 	)
 }
 
@@ -149,8 +149,8 @@ func (m *TransmitMaps) Close() error {
 // It can be passed to LoadTransmitObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TransmitVariables struct {
 	CpusId      *ebpf.Variable `ebpf:"cpus_id"`
+	DevicesId   *ebpf.Variable `ebpf:"devices_id"`
 	NetnsCookie *ebpf.Variable `ebpf:"netns_cookie"`
-	PortsId     *ebpf.Variable `ebpf:"ports_id"`
 }
 
 // TransmitPrograms contains all programs after they have been loaded into the kernel.

@@ -9,7 +9,7 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 5
+#define XDPCAST_SCHEMA 6
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
 #define XDPCAST_GUESSES 4096   /* a power of two */
@@ -179,7 +179,7 @@ enum flow_flag {
 struct flow {
 	__u32 rule;	    /* index into rules and rule_stats */
 	__u32 first_output; /* index into outputs; slot s is first_output + s */
-	__u32 port;	    /* row of ports, with one output */
+	__u32 device;	    /* row of devices, with one output */
 	__u16 outputs;	    /* 1 to XDPCAST_MAX_SLOTS */
 	__u16 min_mtu;	    /* smallest MTU of several outputs; 0 when one is not ready */
 	__u8 path;	    /* enum rule_path */
@@ -494,7 +494,7 @@ struct egress_drops {
 };
 
 /* What devices did with frames after the programs had returned. */
-struct port_stats {
+struct device_stats {
 	__u64 transmit_drops;  /* the driver did not take them */
 	__u64 redirect_errors; /* the device was down, or the frame too long for it */
 };

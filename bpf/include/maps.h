@@ -221,13 +221,13 @@ struct {
 	__type(value, struct output);
 } outputs SEC(".maps");
 
-/* ports: output interfaces of rules with one output. */
+/* devices: output interfaces of rules with one output. */
 struct {
 	__uint(type, BPF_MAP_TYPE_DEVMAP);
 	__uint(max_entries, 1024);
 	__type(key, __u32);
 	__type(value, struct bpf_devmap_val);
-} ports SEC(".maps");
+} devices SEC(".maps");
 
 struct slots {
 	__uint(type, BPF_MAP_TYPE_DEVMAP);
@@ -236,7 +236,7 @@ struct slots {
 	__type(value, struct bpf_devmap_val);
 };
 
-/* fanout: first output of a rule with several -> the rule's devmap of slots.
+/* broadcast: first output of a rule with several -> the rule's devmap of slots.
  * Size: load.
  */
 struct {
@@ -244,7 +244,7 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__array(values, struct slots);
-} fanout SEC(".maps");
+} broadcast SEC(".maps");
 
 /* copies: first output + position -> where a copy goes, sorted by interface.
  * Size: load.

@@ -166,7 +166,7 @@ static __always_inline __u16 merged_id(__u16 id, __u32 source)
 /* Both rewrites return REWRITTEN, or the reason for which the packet ends here,
  * which is then unchanged.
  */
-#define REWRITTEN DROP_REASONS
+#define REWRITTEN ((__u32)-1)
 
 static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output *o, bool rare)
 {

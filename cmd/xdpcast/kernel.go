@@ -67,7 +67,7 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 		s.Rules = append(s.Rules, kernelRule(rule, byName[rule.Name], now, name))
 	}
 	slices.SortFunc(s.Rules, func(a, b control.RuleStatus) int { return cmp.Compare(a.Name, b.Name) })
-	for _, p := range counted.Ports {
+	for _, p := range counted.Devices {
 		if n := p.TransmitDrops + p.RedirectRefused; n > 0 {
 			s.TransmitDrops = append(s.TransmitDrops, control.TransmitDrop{Interface: name(p.Index), Reason: "device", Packets: n})
 		}

@@ -336,7 +336,7 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 		lost := r.workerStatus().lost
 		all = control.Stats{
 			Time: time.Now(), Rules: r.describeRules(r.plan.Rules, stats, lost), ReceiveDrops: lost,
-			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Ports, r.tables.paths.unsent()),
+			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Devices, r.tables.paths.unsent()),
 			Fragments: Fragments(stats.Fragments),
 		}
 		return nil
@@ -344,12 +344,12 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 	return all, err
 }
 
-func (r *Relay) transmitDrops(ports []loader.PortStats, unsent map[int]uint64) []control.TransmitDrop {
+func (r *Relay) transmitDrops(devices []loader.DeviceStats, unsent map[int]uint64) []control.TransmitDrop {
 	all := []control.TransmitDrop{}
 	for index, packets := range unsent {
 		all = append(all, control.TransmitDrop{Interface: r.nameOf(index), Reason: "afxdp", Packets: packets})
 	}
-	for _, p := range ports {
+	for _, p := range devices {
 		name := r.nameOf(p.Index)
 		if p.TransmitDrops > 0 {
 			all = append(all, control.TransmitDrop{Interface: name, Reason: "driver", Packets: p.TransmitDrops})
@@ -451,7 +451,7 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 			s.Note = a.Fallback.Error()
 		}
 	}
-	for _, p := range stats.Ports {
+	for _, p := range stats.Devices {
 		if r.network.ByIndex(p.Index) != nil {
 			get(r.nameOf(p.Index)).TransmitDrops = p.TransmitDrops + p.RedirectRefused
 		}

@@ -84,7 +84,7 @@ func (l *Loader) OpenCounters(rule Rule) *account.RuleCounters {
 }
 
 // bindCounters gives the counters that were opened of a new rule its numbers.
-func (s *sync) bindCounters(e *entry) {
+func (s *transaction) bindCounters(e *entry) {
 	open := slices.DeleteFunc(s.counters[e.rule.Name], func(o openCounters) bool { return o.counters.Closed() })
 	if len(open) == 0 {
 		delete(s.counters, e.rule.Name)

@@ -150,7 +150,7 @@ func (l *Loader) adoptRules() error {
 	if err != nil {
 		return err
 	}
-	pointed, err := readPointedAt(l.maps, flows)
+	pointed, err := readReferents(l.maps, flows)
 	if err != nil {
 		return err
 	}
@@ -190,10 +190,10 @@ func (l *Loader) adoptRules() error {
 	if err := l.stats.adopt(stats); err != nil {
 		return fmt.Errorf("output counters: %w", err)
 	}
-	if err := l.adoptPorts(); err != nil {
+	if err := l.adoptDevices(); err != nil {
 		return err
 	}
-	if err := l.adoptFans(); err != nil {
+	if err := l.adoptBroadcasts(); err != nil {
 		return err
 	}
 	if err := l.adoptSockets(); err != nil {
@@ -206,7 +206,7 @@ func (l *Loader) adoptRules() error {
 // process that died before the old entry was gone. Each of the two is whole, with a row of
 // its own that describes it; e is unpublished when the result is true, whichever it is: the
 // one that stays had its packets at that moment, and Sync makes it the one that is wanted.
-func (l *Loader) dropHalfMoved(e *entry, pointed *pointedAt) (stale bool, err error) {
+func (l *Loader) dropHalfMoved(e *entry, pointed *referents) (stale bool, err error) {
 	other := l.rules[e.rule.Name] // from the same table or one before
 	if other == nil || other.id == e.id || !pointed.describes(other) || !pointed.describes(e) {
 		return false, nil
@@ -217,18 +217,18 @@ func (l *Loader) dropHalfMoved(e *entry, pointed *pointedAt) (stale bool, err er
 	return true, nil
 }
 
-// adoptPorts finds the rows of the map ports again.
-func (l *Loader) adoptPorts() (err error) {
+// adoptDevices finds the rows of the map devices again.
+func (l *Loader) adoptDevices() (err error) {
 	rows := map[uint32]bool{}
 	for _, e := range l.rules {
 		for _, o := range e.rule.Out {
 			if !o.Ready {
 				continue
 			}
-			if err := l.countPort(o.Index); err != nil {
+			if err := l.countDevice(o.Index); err != nil {
 				return err
 			}
-			p := l.ports[o.Index]
+			p := l.devices[o.Index]
 			if len(e.rule.Out) > 1 {
 				p.slotUsers++
 				continue
@@ -236,8 +236,8 @@ func (l *Loader) adoptPorts() (err error) {
 			if p.rowUsers > 0 && p.row != e.row {
 				return fmt.Errorf("rule %s sends by row %d, others to the same interface by row %d", e.rule.Name, e.row, p.row)
 			}
-			if e.row >= l.maps.Ports.MaxEntries() {
-				return fmt.Errorf("rule %s sends by row %d of %d", e.rule.Name, e.row, l.maps.Ports.MaxEntries())
+			if e.row >= l.maps.Devices.MaxEntries() {
+				return fmt.Errorf("rule %s sends by row %d of %d", e.rule.Name, e.row, l.maps.Devices.MaxEntries())
 			}
 			p.row = e.row
 			p.rowUsers++
@@ -250,33 +250,33 @@ func (l *Loader) adoptPorts() (err error) {
 			}
 		}
 	}
-	l.portRows.adopt(has(rows))
-	return l.clearPorts(rows)
+	l.deviceRows.adopt(has(rows))
+	return l.clearDevices(rows)
 }
 
-// clearPorts empties the rows of ports that no rule sends by, and forgets the
+// clearDevices empties the rows of devices that no rule sends by, and forgets the
 // counters of interfaces that no rule sends on.
-func (l *Loader) clearPorts(inUse map[uint32]bool) error {
-	for row := range l.maps.Ports.MaxEntries() {
+func (l *Loader) clearDevices(inUse map[uint32]bool) error {
+	for row := range l.maps.Devices.MaxEntries() {
 		if inUse[row] {
 			continue
 		}
-		if err := l.maps.Ports.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("clear row %d of ports: %w", row, err)
+		if err := l.maps.Devices.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("clear row %d of devices: %w", row, err)
 		}
-		if err := l.maps.PortRows.Put(row, uint32(0)); err != nil {
-			return fmt.Errorf("clear row %d of ports: %w", row, err)
+		if err := l.maps.DeviceRows.Put(row, uint32(0)); err != nil {
+			return fmt.Errorf("clear row %d of devices: %w", row, err)
 		}
 	}
-	ports, err := readPorts(l.maps.PortStats)
+	devices, err := readDevices(l.maps.DeviceStats)
 	if err != nil {
 		return err
 	}
-	for _, p := range ports {
-		if l.ports[p.Index] != nil {
+	for _, p := range devices {
+		if l.devices[p.Index] != nil {
 			continue
 		}
-		if err := l.maps.PortStats.Delete(uint32(p.Index)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		if err := l.maps.DeviceStats.Delete(uint32(p.Index)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("forget interface with index %d: %w", p.Index, err)
 		}
 	}
@@ -285,12 +285,12 @@ func (l *Loader) clearPorts(inUse map[uint32]bool) error {
 
 func (l *Loader) rowHasProgram(row uint32) (bool, error) {
 	var value bpf.RelayBpfDevmapVal
-	err := l.maps.Ports.Lookup(row, &value)
+	err := l.maps.Devices.Lookup(row, &value)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return false, nil // the kernel has emptied it with its interface
 	}
 	if err != nil {
-		return false, fmt.Errorf("read row %d of ports: %w", row, err)
+		return false, fmt.Errorf("read row %d of devices: %w", row, err)
 	}
 	return value.BpfProg.Fd != 0, nil // read, it is the program's id
 }
@@ -318,11 +318,11 @@ func (l *Loader) clearOrphans(byID []*entry) error {
 			return fmt.Errorf("describe rule number %d: %w", id, err)
 		}
 	}
-	fans, err := l.orphanFans()
+	broadcasts, err := l.orphanBroadcasts()
 	if err != nil {
 		return err
 	}
-	if err := l.clearFanout(fans, fans); err != nil {
+	if err := l.clearBroadcasts(broadcasts, broadcasts); err != nil {
 		return err
 	}
 	l.adoptAccount(byID, usedStats)

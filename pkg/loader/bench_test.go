@@ -11,11 +11,11 @@ import (
 )
 
 // bareRedirect is the least that a relay can do: every frame to one interface.
-func bareRedirect(b *testing.B, ports *ebpf.Map) *ebpf.Program {
+func bareRedirect(b *testing.B, devices *ebpf.Map) *ebpf.Program {
 	b.Helper()
 	const hasFrags = 1 << 5 // BPF_F_XDP_HAS_FRAGS: programs that share a devmap must agree
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "bare", Type: ebpf.XDP, Flags: hasFrags, License: "GPL", Instructions: asm.Instructions{
-		asm.LoadMapPtr(asm.R1, ports.FD()),
+		asm.LoadMapPtr(asm.R1, devices.FD()),
 		asm.Mov.Imm(asm.R2, 0),
 		asm.Mov.Imm(asm.R3, xdpDrop),
 		asm.FnRedirectMap.Call(),
@@ -53,7 +53,7 @@ func BenchmarkRelay(b *testing.B) {
 			}
 			sync1(b, l, rules...)
 			frame := sourceFrame(n, "239.1.0.0", 5000, make([]byte, 86)).Build()
-			bare := bareRedirect(b, l.maps.Ports)
+			bare := bareRedirect(b, l.maps.Devices)
 			const repeat = 1_000_000
 			var relayed, redirected time.Duration
 			runs := 0

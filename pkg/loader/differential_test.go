@@ -128,7 +128,7 @@ func (w *world) rules(set int) (rules []Rule) {
 	return rules
 }
 
-// spread makes a rule take a range of ports, a prefix of sources, or any but some.
+// spread makes a rule take a range of devices, a prefix of sources, or any but some.
 func (w *world) spread(r *Rule, sources []string) {
 	in := &r.In
 	if in.Port == 5000 && w.chance(30) {

@@ -23,7 +23,7 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 	value := bpf.RelayFlow{
 		Rule:        e.id,
 		FirstOutput: e.first,
-		Port:        e.row,
+		Device:      e.row,
 		Outputs:     uint16(len(e.rule.Out)),
 		MinMtu:      flow.MaxMTU,
 		Path:        uint8(paths[e.rule.Path]),

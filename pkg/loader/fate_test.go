@@ -18,7 +18,7 @@ import (
 // transmitDrops is what the device of an output did not take.
 func transmitDrops(t testing.TB, l *Loader, i *net.Interface) (n uint64) {
 	t.Helper()
-	for _, p := range globalStats(t, l).Ports {
+	for _, p := range globalStats(t, l).Devices {
 		if p.Index == i.Index {
 			n += p.TransmitDrops
 		}

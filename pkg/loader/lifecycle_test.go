@@ -172,7 +172,7 @@ func TestAdoptUpgrades(t *testing.T) {
 			}
 			return ""
 		}
-		dumpMap(t, &strings.Builder{}, "ports", l.maps.Ports, check)
+		dumpMap(t, &strings.Builder{}, "devices", l.maps.Devices, check)
 		for _, id := range fanoutRows(t, l) {
 			slots, err := ebpf.NewMapFromID(id)
 			if err != nil {
@@ -275,7 +275,7 @@ func TestDamagedPinsAreRefused(t *testing.T) {
 			e := l.rules[name]
 			flow := encodeFlow(e)
 			change(l, e, &flow)
-			if err := (&sync{Loader: l}).tableOf(e.rule.In).Put(encodeKey(e.rule.In), &flow); err != nil {
+			if err := (&transaction{Loader: l}).tableOf(e.rule.In).Put(encodeKey(e.rule.In), &flow); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -353,7 +353,7 @@ func TestDamagedPinsAreRefused(t *testing.T) {
 			o := encodeOutput(e.rule.Out[0], 1<<20, 0)
 			put(l.maps.Outputs, e.first, &o)
 		}), "output counters"},
-		{"row beyond the map", edit("one", func(_ *Loader, _ *entry, f *bpf.RelayFlow) { f.Port = 1 << 20 }), "row 1048576"},
+		{"row beyond the map", edit("one", func(_ *Loader, _ *entry, f *bpf.RelayFlow) { f.Device = 1 << 20 }), "row 1048576"},
 		{"key without an interface", func(t *testing.T, l *Loader) {
 			flow := encodeFlow(l.rules["one"])
 			if err := l.tables[exact4].Put(&bpf.RelayFlow4{Port: 1, Group: [4]byte{239, 1, 1, 9}}, &flow); err != nil {
@@ -553,7 +553,7 @@ func TestSweepsLeftovers(t *testing.T) {
 		}
 	}
 	orphan := bpf.RelayRule{Name: [bpf.NameLen]int8{'x'}}
-	slots, _, err := l.newFan(nil)
+	slots, _, err := l.newBroadcast(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -563,11 +563,11 @@ func TestSweepsLeftovers(t *testing.T) {
 	for _, err := range []error{
 		l.maps.Rules.Put(uint32(999), &orphan),
 		l.maps.Copies.Put(uint32(4000), &bpf.RelayCopy{Ifindex: 1, Same: 1}),
-		l.maps.Fanout.Put(uint32(4000), slots),
+		l.maps.Broadcast.Put(uint32(4000), slots),
 		l.maps.RuleDrops.Put(&key, perCPU),
-		l.maps.Ports.Put(uint32(500), &bpf.RelayBpfDevmapVal{Ifindex: uint32(n.out[0].Index)}),
-		l.maps.PortRows.Put(uint32(500), uint32(n.out[0].Index)),
-		l.maps.PortStats.Put(uint32(4711), make([]bpf.TransmitPortStats, ebpf.MustPossibleCPU())),
+		l.maps.Devices.Put(uint32(500), &bpf.RelayBpfDevmapVal{Ifindex: uint32(n.out[0].Index)}),
+		l.maps.DeviceRows.Put(uint32(500), uint32(n.out[0].Index)),
+		l.maps.DeviceStats.Put(uint32(4711), make([]bpf.TransmitDeviceStats, ebpf.MustPossibleCPU())),
 	} {
 		if err != nil {
 			t.Fatal(err)

@@ -16,7 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	gosync "sync"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -117,12 +117,12 @@ type Loader struct {
 	rules          map[string]*entry
 	ids            *idAllocator
 	outputs, stats *blockAllocator
-	fans           map[string]*fan
-	socketsMu      gosync.Mutex // around the next two: workers of other goroutines set sockets
+	broadcasts     map[string]*broadcast
+	socketsMu      sync.Mutex // around the next two: workers of other goroutines set sockets
 	socketRows     *idAllocator
-	sockets        map[int]uint32 // row of the map xsks by interface index
-	ports          map[int]*port  // by interface index
-	portRows       *idAllocator
+	sockets        map[int]uint32  // row of the map xsks by interface index
+	devices        map[int]*device // by interface index
+	deviceRows     *idAllocator
 
 	taken taken // as Refusals last read it
 
@@ -159,8 +159,8 @@ func Open(opts Options) (_ *Loader, err error) {
 
 		tappedPrograms: map[bool]*ebpf.Program{},
 		rules:          map[string]*entry{},
-		ports:          map[int]*port{},
-		fans:           map[string]*fan{},
+		devices:        map[int]*device{},
+		broadcasts:     map[string]*broadcast{},
 		lookups:        lookupCount{},
 		sockets:        map[int]uint32{},
 		counters:       map[string][]openCounters{},
@@ -330,7 +330,7 @@ func (l *Loader) resetAllocators() {
 	l.ids = newIDAllocator(l.maps.Rules.MaxEntries())
 	l.outputs = newBlockAllocator(l.maps.Outputs.MaxEntries())
 	l.stats = newBlockAllocator(l.maps.OutputStats.MaxEntries())
-	l.portRows = newIDAllocator(l.maps.Ports.MaxEntries())
+	l.deviceRows = newIDAllocator(l.maps.Devices.MaxEntries())
 	l.socketRows = newIDAllocator(l.maps.Xsks.MaxEntries() / bpf.MaxQueues)
 }
 

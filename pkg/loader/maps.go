@@ -41,8 +41,8 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapCpus:           &m.Cpus,
 		bpf.RelayMapRules:          &m.Rules,
 		bpf.RelayMapOutputs:        &m.Outputs,
-		bpf.RelayMapPorts:          &m.Ports,
-		bpf.RelayMapFanout:         &m.Fanout,
+		bpf.RelayMapDevices:        &m.Devices,
+		bpf.RelayMapBroadcast:      &m.Broadcast,
 		bpf.RelayMapCopies:         &m.Copies,
 		bpf.RelayMapGuesses:        &m.Guesses,
 		bpf.RelayMapTurns:          &m.Turns,
@@ -54,8 +54,8 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapRuleDrops:      &m.RuleDrops,
 		bpf.RelayMapQueriers:       &m.Queriers,
 		bpf.RelayMapUserStats:      &m.UserStats,
-		bpf.TransmitMapPortStats:   &m.PortStats,
-		bpf.TransmitMapPortRows:    &m.PortRows,
+		bpf.TransmitMapDeviceStats: &m.DeviceStats,
+		bpf.TransmitMapDeviceRows:  &m.DeviceRows,
 		bpf.TransmitMapCpuDrops:    &m.CpuDrops,
 		bpf.TransmitMapEgressDrops: &m.EgressDrops,
 	}
@@ -91,7 +91,7 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 	specs[bpf.RelayMapShortcuts].MaxEntries = shortcutPlaces(maxRules)
 	specs[bpf.RelayMapOutputs].MaxEntries = maxOutputs
 	specs[bpf.RelayMapOutputStats].MaxEntries = maxOutputs
-	specs[bpf.RelayMapFanout].MaxEntries = maxOutputs
+	specs[bpf.RelayMapBroadcast].MaxEntries = maxOutputs
 	specs[bpf.RelayMapCopies].MaxEntries = maxOutputs
 	specs[bpf.RelayMapTurns].MaxEntries = maxOutputs
 	specs[bpf.RelayMapPolicers].MaxEntries = maxRules + maxOutputs

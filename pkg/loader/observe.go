@@ -46,8 +46,8 @@ func (l *Loader) Observe() Observation {
 	var o Observation
 	l.observeLinks(&o)
 	l.observeTapped(&o)
-	l.observePorts(&o)
-	l.observeFans(&o)
+	l.observeDevices(&o)
+	l.observeBroadcasts(&o)
 	l.observeConfig(&o)
 	l.observePins(&o)
 	return o
@@ -133,20 +133,20 @@ func (l *Loader) observeTapped(o *Observation) {
 	l.attachTapped(inputs)
 }
 
-// observePorts fills the rows of the map ports again that the kernel emptied when their
+// observeDevices fills the rows of the map devices again that the kernel emptied when their
 // interface went. It is no error that the interface is not there now: no packet goes to
 // it then.
-func (l *Loader) observePorts(o *Observation) {
+func (l *Loader) observeDevices(o *Observation) {
 	egress := l.egressID(o)
-	for _, index := range slices.Sorted(maps.Keys(l.ports)) {
-		p := l.ports[index]
+	for _, index := range slices.Sorted(maps.Keys(l.devices)) {
+		p := l.devices[index]
 		if p.rowUsers == 0 {
 			continue
 		}
 		var have bpf.RelayBpfDevmapVal
-		err := l.maps.Ports.Lookup(p.row, &have)
+		err := l.maps.Devices.Lookup(p.row, &have)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			o.fail(fmt.Errorf("read row %d of ports: %w", p.row, err))
+			o.fail(fmt.Errorf("read row %d of devices: %w", p.row, err))
 			continue
 		}
 		program := ebpf.ProgramID(have.BpfProg.Fd) // read, it is the program's id
@@ -173,20 +173,20 @@ func (l *Loader) egressID(o *Observation) ebpf.ProgramID {
 // observedRows is how many rows of devmaps one Observe reads.
 const observedRows = 8192
 
-// observeFans is observePorts for the devmaps of rules with several outputs.
-func (l *Loader) observeFans(o *Observation) {
-	if len(l.fans) == 0 {
+// observeBroadcasts is observeDevices for the devmaps of rules with several outputs.
+func (l *Loader) observeBroadcasts(o *Observation) {
+	if len(l.broadcasts) == 0 {
 		return
 	}
 	egress := l.egressID(o)
-	keys := slices.Sorted(maps.Keys(l.fans))
+	keys := slices.Sorted(maps.Keys(l.broadcasts))
 	start, _ := slices.BinarySearch(keys, l.fanCursor)
 	filled := map[int]bool{}
 	for i, rows := 0, 0; i < len(keys) && rows < observedRows; i++ {
 		key := keys[(start+i)%len(keys)]
-		f := l.fans[key]
+		f := l.broadcasts[key]
 		rows += 1 + len(f.indexes)
-		o.fail(l.observeFan(f, egress, filled))
+		o.fail(l.observeBroadcast(f, egress, filled))
 		l.fanCursor = key + "\x00" // the least that comes after it
 	}
 	for _, index := range slices.Sorted(maps.Keys(filled)) {
@@ -194,7 +194,7 @@ func (l *Loader) observeFans(o *Observation) {
 	}
 }
 
-func (l *Loader) observeFan(f *fan, egress ebpf.ProgramID, filled map[int]bool) error {
+func (l *Loader) observeBroadcast(f *broadcast, egress ebpf.ProgramID, filled map[int]bool) error {
 	if len(f.indexes) == 0 {
 		return nil
 	}

@@ -253,7 +253,7 @@ func TestManyDevmapsAreObserved(t *testing.T) {
 	}
 	sync1(t, l, rules...)
 	seen := map[string]bool{}
-	for range len(l.fans) {
+	for range len(l.broadcasts) {
 		l.Observe()
 		seen[l.fanCursor] = true
 	}

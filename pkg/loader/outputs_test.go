@@ -99,7 +99,7 @@ func TestOutputsThatCannotSend(t *testing.T) {
 				}
 				return
 			}
-			for _, p := range globalStats(t, l).Ports {
+			for _, p := range globalStats(t, l).Devices {
 				want := uint64(0)
 				if p.Index == broken.Index {
 					want = frames
@@ -316,7 +316,7 @@ func TestForwardAtTheMTU(t *testing.T) {
 func TestTransmitDropsOfOthers(t *testing.T) {
 	const frames = 5
 	drops := func(l *Loader, index int) (n uint64) {
-		for _, p := range globalStats(t, l).Ports {
+		for _, p := range globalStats(t, l).Devices {
 			if p.Index == index {
 				n += p.TransmitDrops
 			}

@@ -5,7 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	gosync "sync"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -46,7 +46,7 @@ func TestManyStartAtOnce(t *testing.T) {
 	}
 	const many = 6
 	loaders, errs := make([]*Loader, many), make([]error, many)
-	var wg gosync.WaitGroup
+	var wg sync.WaitGroup
 	for i := range many {
 		wg.Go(func() {
 			errs[i] = n.relay.Do(func() error {

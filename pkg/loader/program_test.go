@@ -469,8 +469,8 @@ func TestRelayProgramWithDamagedMaps(t *testing.T) {
 		{"first output beyond the map", "239.1.1.1", func(f *bpf.RelayFlow) { f.FirstOutput = 1 << 31 }, "one", Internal},
 		{"no path", "239.1.1.1", func(f *bpf.RelayFlow) { f.Path = uint8(bpf.RelayRulePathPATH_NONE) }, "one", Internal},
 		{"no devmap", "239.1.1.2", func(f *bpf.RelayFlow) { f.FirstOutput = 4000 }, "two", Internal},
-		{"row beyond the map", "239.1.1.1", func(f *bpf.RelayFlow) { f.Port = 1 << 20 }, "one", NoDevice},
-		{"empty row", "239.1.1.1", func(f *bpf.RelayFlow) { f.Port = 1000 }, "one", NoDevice},
+		{"row beyond the map", "239.1.1.1", func(f *bpf.RelayFlow) { f.Device = 1 << 20 }, "one", NoDevice},
+		{"empty row", "239.1.1.1", func(f *bpf.RelayFlow) { f.Device = 1000 }, "one", NoDevice},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r.enter(t)

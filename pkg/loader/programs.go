@@ -161,7 +161,7 @@ func (embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read transmit programs: %w", err)
 	}
-	for variable, of := range map[string]*ebpf.Map{"ports_id": m.Ports, "cpus_id": m.Cpus} {
+	for variable, of := range map[string]*ebpf.Map{"devices_id": m.Devices, "cpus_id": m.Cpus} {
 		info, err := of.Info()
 		if err != nil {
 			return nil, fmt.Errorf("map for %s: %w", variable, err)

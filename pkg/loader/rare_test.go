@@ -460,7 +460,7 @@ func TestAdoptRareRules(t *testing.T) {
 
 // Rules whose outputs are on the same interfaces share a devmap, which goes with the
 // last of them.
-func TestFansAreShared(t *testing.T) {
+func TestBroadcastsAreShared(t *testing.T) {
 	n, r := programLab(t, 2)
 	several := func(name, group string, at ...int) Rule {
 		rule := Rule{Name: name, In: input(n.in, group, "", 5000)}
@@ -471,15 +471,15 @@ func TestFansAreShared(t *testing.T) {
 	}
 	a, b, c := several("a", "239.1.1.1", 0, 1), several("b", "239.1.1.2", 1, 0), several("c", "239.1.1.3", 1, 1)
 	sync1(t, r.l, a, b, c)
-	fans := func() map[ebpf.MapID]bool {
+	broadcasts := func() map[ebpf.MapID]bool {
 		ids := map[ebpf.MapID]bool{}
 		for _, id := range fanoutRows(t, r.l) {
 			ids[id] = true
 		}
 		return ids
 	}
-	if got := fans(); len(got) != 2 || len(r.l.fans) != 2 {
-		t.Fatalf("%d devmaps and %d fans, want 2", len(got), len(r.l.fans))
+	if got := broadcasts(); len(got) != 2 || len(r.l.broadcasts) != 2 {
+		t.Fatalf("%d devmaps and %d broadcasts, want 2", len(got), len(r.l.broadcasts))
 	}
 	for _, rule := range []Rule{a, b, c} {
 		frame := sourceFrame(n, rule.In.Group.String(), 5000, []byte("payload"))
@@ -494,12 +494,12 @@ func TestFansAreShared(t *testing.T) {
 		}
 	}
 	sync1(t, r.l, b, c)
-	if got := fans(); len(got) != 2 {
+	if got := broadcasts(); len(got) != 2 {
 		t.Errorf("%d devmaps, want 2", len(got))
 	}
 	sync1(t, r.l, c)
-	if got := fans(); len(got) != 1 || len(r.l.fans) != 1 {
-		t.Errorf("%d devmaps and %d fans, want 1", len(got), len(r.l.fans))
+	if got := broadcasts(); len(got) != 1 || len(r.l.broadcasts) != 1 {
+		t.Errorf("%d devmaps and %d broadcasts, want 1", len(got), len(r.l.broadcasts))
 	}
 	kernelFits(t, r.l)
 }

@@ -80,11 +80,11 @@ func (l *Loader) readTaken(asked map[int]bool) (t taken, err error) {
 			}
 		}
 	}
-	ports, err := readPorts(l.maps.PortStats)
+	devices, err := readDevices(l.maps.DeviceStats)
 	if err != nil {
 		return t, err
 	}
-	for _, p := range ports {
+	for _, p := range devices {
 		if asked[p.Index] {
 			t.refused[p.Index] = p.TransmitDrops + p.RedirectRefused
 		}

@@ -155,7 +155,7 @@ func (r *runner) run(t testing.TB, index int, frame []byte, linear int) ran {
 	}
 	first := binary.NativeEndian.Uint32(result.frame)
 	var slots *ebpf.Map
-	if err := r.l.maps.Fanout.Lookup(first, &slots); err != nil {
+	if err := r.l.maps.Broadcast.Lookup(first, &slots); err != nil {
 		t.Fatalf("devmap of the rule with first output %d: %v", first, err)
 	}
 	defer slots.Close()

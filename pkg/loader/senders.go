@@ -9,7 +9,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// A rule of a range of ports has an entry in its flow table for each. Rules of prefixes
+// A rule of a range of devices has an entry in its flow table for each. Rules of prefixes
 // of sources (Input.BySource) are entries of the prefix tables with the longest prefix
 // over the source. Each prefix that such rules of a group and port name, taken or left
 // out, is an entry there that says which of them gets it, or that none does: what the

@@ -100,7 +100,7 @@ func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
 
 // closeShortcuts leaves the flow tables alone to say which rule a packet takes.
 // The map config is yet to be written.
-func (s *sync) closeShortcuts() {
+func (s *transaction) closeShortcuts() {
 	if s.shortcuts.open {
 		s.shortcuts.open = false
 		s.onFailure(func() error {

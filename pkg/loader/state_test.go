@@ -10,7 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
-	gosync "sync"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -42,15 +42,15 @@ func dump(t testing.TB, l *Loader) string {
 	for at, s := range shortcutsOf(t, l.maps) {
 		fmt.Fprintf(&b, "shortcut %d: %+v\n", at, s)
 	}
-	dumpMap(t, &b, "ports", l.maps.Ports, func(_ uint32, v bpf.RelayBpfDevmapVal) string { return fmt.Sprintf("%+v", v) })
-	dumpMap(t, &b, "port_rows", l.maps.PortRows, func(_ uint32, v uint32) string {
+	dumpMap(t, &b, "devices", l.maps.Devices, func(_ uint32, v bpf.RelayBpfDevmapVal) string { return fmt.Sprintf("%+v", v) })
+	dumpMap(t, &b, "port_rows", l.maps.DeviceRows, func(_ uint32, v uint32) string {
 		if v == 0 {
 			return ""
 		}
 		return fmt.Sprint(v)
 	})
-	dumpMap(t, &b, "port_stats", l.maps.PortStats, func(uint32, []bpf.TransmitPortStats) string { return "counted" })
-	dumpMap(t, &b, "fanout", l.maps.Fanout, func(first uint32, id ebpf.MapID) string {
+	dumpMap(t, &b, "port_stats", l.maps.DeviceStats, func(uint32, []bpf.TransmitDeviceStats) string { return "counted" })
+	dumpMap(t, &b, "broadcast", l.maps.Broadcast, func(first uint32, id ebpf.MapID) string {
 		slots := dumpSlots(t, id)
 		if slots == "" {
 			return "" // nobody's any more
@@ -67,7 +67,7 @@ func dump(t testing.TB, l *Loader) string {
 		}
 	}
 	var indexes []int
-	for index, p := range l.ports {
+	for index, p := range l.devices {
 		indexes = append(indexes, index)
 		held := *p
 		if held.rowUsers == 0 {
@@ -76,7 +76,7 @@ func dump(t testing.TB, l *Loader) string {
 		fmt.Fprintf(&b, "port %+v\n", held)
 	}
 	slices.Sort(indexes)
-	fmt.Fprintf(&b, "free: %d rules, %d outputs, %d counters, %d rows; ports %v\n", freeIDs(l.ids), freeBlocks(l.outputs), freeBlocks(l.stats), freeIDs(l.portRows), indexes)
+	fmt.Fprintf(&b, "free: %d rules, %d outputs, %d counters, %d rows; devices %v\n", freeIDs(l.ids), freeBlocks(l.outputs), freeBlocks(l.stats), freeIDs(l.deviceRows), indexes)
 	lines := strings.Split(strings.TrimSpace(b.String()), "\n")
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
@@ -88,7 +88,7 @@ func dumpFlows(t testing.TB, b *strings.Builder, l *Loader) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pointed, err := readPointedAt(l.maps, flows)
+	pointed, err := readReferents(l.maps, flows)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func fanoutRows(t testing.TB, l *Loader) map[uint32]ebpf.MapID {
 	rows := map[uint32]ebpf.MapID{}
 	var first uint32
 	var id ebpf.MapID
-	iter := l.maps.Fanout.Iterate()
+	iter := l.maps.Broadcast.Iterate()
 	for iter.Next(&first, &id) {
 		if dumpSlots(t, id) != "" {
 			rows[first] = id
@@ -259,13 +259,13 @@ func allocatorsFit(t testing.TB, l *Loader) {
 		t.Errorf("%d output counters are free, want %d", got, want)
 	}
 	rows := 0
-	for _, p := range l.ports {
+	for _, p := range l.devices {
 		if p.rowUsers > 0 {
 			rows++
 		}
 	}
-	if got, want := freeIDs(l.portRows), int(l.portRows.max)-rows; got != want {
-		t.Errorf("%d rows of ports are free, want %d", got, want)
+	if got, want := freeIDs(l.deviceRows), int(l.deviceRows.max)-rows; got != want {
+		t.Errorf("%d rows of devices are free, want %d", got, want)
 	}
 }
 
@@ -305,8 +305,8 @@ func kernelFits(t testing.TB, l *Loader) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(s.Ports) != len(l.ports) {
-		t.Errorf("%d interfaces are counted, want %d", len(s.Ports), len(l.ports))
+	if len(s.Devices) != len(l.devices) {
+		t.Errorf("%d interfaces are counted, want %d", len(s.Devices), len(l.devices))
 	}
 }
 
@@ -315,7 +315,7 @@ func kernelFits(t testing.TB, l *Loader) {
 type stream struct {
 	t    testing.TB
 	stop atomic.Bool
-	done gosync.WaitGroup
+	done sync.WaitGroup
 	sent atomic.Uint64
 }
 

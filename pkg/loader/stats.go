@@ -139,9 +139,9 @@ type OutputStats struct {
 	Drops map[Reason]Counter
 }
 
-// PortStats counts frames that were handed to a device and lost there, which the
+// DeviceStats counts frames that were handed to a device and lost there, which the
 // kernel does not tell by rule.
-type PortStats struct {
+type DeviceStats struct {
 	Index                          int
 	TransmitDrops, RedirectRefused uint64
 }
@@ -157,7 +157,7 @@ type Stats struct {
 	// Kept is what rules of PathFanout took from the host's stack.
 	Kept      Counter
 	Fragments Fragments
-	Ports     []PortStats
+	Devices   []DeviceStats
 	// Queriers are those heard on interfaces since the program was attached.
 	Queriers []Querier
 }
@@ -261,7 +261,7 @@ func (r *Reader) entries() ([]*entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	pointed, err := readPointedAt(r.maps, flows)
+	pointed, err := readReferents(r.maps, flows)
 	if err != nil {
 		return nil, err
 	}
@@ -300,7 +300,7 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 		return s, err
 	}
 	s.addUser(a)
-	if s.Ports, err = readPorts(m.PortStats); err != nil {
+	if s.Devices, err = readDevices(m.DeviceStats); err != nil {
 		return s, err
 	}
 	if s.Queriers, err = readQueriers(m.Queriers); err != nil {
@@ -459,23 +459,23 @@ func readRuleDrops(m *ebpf.Map, byID map[uint32]*tally, byStats map[uint32]*outp
 	return nil
 }
 
-func readPorts(m *ebpf.Map) ([]PortStats, error) {
-	var ports []PortStats
+func readDevices(m *ebpf.Map) ([]DeviceStats, error) {
+	var devices []DeviceStats
 	var index uint32
-	var perCPU []bpf.TransmitPortStats
+	var perCPU []bpf.TransmitDeviceStats
 	iter := m.Iterate()
 	for iter.Next(&index, &perCPU) {
-		p := PortStats{Index: int(index)}
+		p := DeviceStats{Index: int(index)}
 		for _, c := range perCPU {
 			p.TransmitDrops += c.TransmitDrops
 			p.RedirectRefused += c.RedirectErrors
 		}
-		ports = append(ports, p)
+		devices = append(devices, p)
 	}
 	if err := iter.Err(); err != nil {
 		return nil, fmt.Errorf("read counters of devices: %w", err)
 	}
-	return ports, nil
+	return devices, nil
 }
 
 func sum(perCPU []bpf.RelayCounter) (c Counter) {

@@ -18,7 +18,7 @@ type entry struct {
 	id         uint32 // index of rules and rule_stats
 	first      uint32 // first output
 	firstStats uint32
-	row        uint32 // row of ports, with one output
+	row        uint32 // row of devices, with one output
 	sockets    uint32 // row of xsks, with PathAFXDP
 }
 
@@ -29,9 +29,9 @@ type change struct {
 	continues bool
 }
 
-// sync is one call of Sync: what it changes, and how to take back what it has
+// transaction is one call of Sync: what it changes, and how to take back what it has
 // done so far.
-type sync struct {
+type transaction struct {
 	*Loader
 	changes []change
 	undo    []func() error
@@ -50,7 +50,7 @@ type sync struct {
 // Interfaces are not attached here: see Attach. Errors to match: *RuleError,
 // ErrFull.
 func (l *Loader) Sync(want []Rule) (err error) {
-	s := &sync{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openFans{}}}
+	s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
 	if err := s.plan(want); err != nil {
 		return err
 	}
@@ -98,7 +98,7 @@ func (l *Loader) Sync(want []Rule) (err error) {
 }
 
 // plan compares want with what is there. Additions come in the order of want.
-func (s *sync) plan(want []Rule) error {
+func (s *transaction) plan(want []Rule) error {
 	wanted := make(map[string]bool, len(want))
 	inputs := make(map[Input]string, len(want))
 	for _, r := range want {
@@ -133,9 +133,9 @@ func (s *sync) plan(want []Rule) error {
 	return nil
 }
 
-func (s *sync) onFailure(fn func() error) { s.undo = append(s.undo, fn) }
+func (s *transaction) onFailure(fn func() error) { s.undo = append(s.undo, fn) }
 
-func (s *sync) takeBack() error {
+func (s *transaction) takeBack() error {
 	var errs []error
 	for _, fn := range slices.Backward(s.undo) {
 		errs = append(errs, fn())
@@ -144,7 +144,7 @@ func (s *sync) takeBack() error {
 }
 
 // stage prepares everything of a rule but its flow entry.
-func (s *sync) stage(c change) error {
+func (s *transaction) stage(c change) error {
 	e, n := c.new, uint32(len(c.new.rule.Out))
 	if err := s.allocate(c); err != nil {
 		return err
@@ -172,12 +172,12 @@ func (s *sync) stage(c change) error {
 	if !e.rule.Out[0].Ready {
 		return nil
 	}
-	p, err := s.usePort(e.rule.Out[0].Index)
+	p, err := s.useDevice(e.rule.Out[0].Index)
 	if err != nil {
 		return err
 	}
 	e.row = p.row
-	s.onFailure(func() error { return s.releasePort(p.index) })
+	s.onFailure(func() error { return s.releaseDevice(p.index) })
 	return s.flushIfFull()
 }
 
@@ -187,7 +187,7 @@ func (l *Loader) outputPolicer(stats uint32) uint32 { return l.maps.Rules.MaxEnt
 
 // stagePolicers fills the buckets of a rule's rates. One whose rate stays goes on as
 // it is.
-func (s *sync) stagePolicers(c change) {
+func (s *transaction) stagePolicers(c change) {
 	stage := func(index uint32, old, rate Rate) {
 		if rate == (Rate{}) || c.continues && old == rate {
 			return
@@ -212,7 +212,7 @@ func (s *sync) stagePolicers(c change) {
 	}
 }
 
-func (s *sync) allocate(c change) error {
+func (s *transaction) allocate(c change) error {
 	e, n := c.new, uint32(len(c.new.rule.Out))
 	first, used, err := s.outputs.take(n)
 	if err != nil {
@@ -258,9 +258,9 @@ func (s *sync) allocate(c change) error {
 	return nil
 }
 
-// stageSlots prepares the row of the map fanout and the copies of a rule with
+// stageSlots prepares the row of the map broadcast and the copies of a rule with
 // several outputs.
-func (s *sync) stageSlots(e *entry) error {
+func (s *transaction) stageSlots(e *entry) error {
 	for _, o := range e.rule.Out {
 		if !o.Ready {
 			continue
@@ -270,12 +270,12 @@ func (s *sync) stageSlots(e *entry) error {
 		}
 		s.onFailure(func() error { return s.releaseSlot(o.Index) })
 	}
-	devmap, err := s.useFan(e.rule.Out, s.staged.open)
+	devmap, err := s.useBroadcast(e.rule.Out, s.staged.open)
 	if err != nil {
 		return err
 	}
-	s.onFailure(func() error { s.releaseFan(e.rule.Out); return nil })
-	s.staged.fanout.add(e.first, uint32(devmap.FD()))
+	s.onFailure(func() error { s.releaseBroadcast(e.rule.Out); return nil })
+	s.staged.broadcast.add(e.first, uint32(devmap.FD()))
 	for i, c := range encodeCopies(e.rule.Out) {
 		s.staged.copies.add(e.first+uint32(i), c)
 	}
@@ -283,7 +283,7 @@ func (s *sync) stageSlots(e *entry) error {
 }
 
 // publish brings the changes into force.
-func (s *sync) publish() error {
+func (s *transaction) publish() error {
 	before := s.lookups.kinds()
 	needed := before
 	for _, c := range s.changes {
@@ -350,7 +350,7 @@ func (c lookupCount) kinds() (kinds lookups) {
 }
 
 // isSingle says whether one write to the flow table in force does it all.
-func (s *sync) isSingle() bool {
+func (s *transaction) isSingle() bool {
 	if len(s.changes) != 1 {
 		return false
 	}
@@ -366,7 +366,7 @@ func (s *sync) isSingle() bool {
 
 func (l *Loader) tableOf(in Input) *ebpf.Map { return l.tables[kindOf(in)] }
 
-func (s *sync) publishOne(c change) error {
+func (s *transaction) publishOne(c change) error {
 	if c.new == nil {
 		if err := s.tableOf(c.old.rule.In).Delete(encodeKey(c.old.rule.In)); err != nil {
 			return fmt.Errorf("unpublish rule %s: %w", c.old.rule.Name, err)
@@ -389,7 +389,7 @@ func (s *sync) publishOne(c change) error {
 // table may be for a prefix to take, and stays in it until the prefixes are swapped. So a
 // packet meets the rule that it had before or the one that it has afterwards, never none
 // and no third one.
-func (s *sync) publishTables() (err error) {
+func (s *transaction) publishTables() (err error) {
 	flows, changed := s.flowsAfter()
 	for kind := range prefixes4 {
 		prefixes := kind + prefixes4
@@ -421,7 +421,7 @@ func (s *sync) publishTables() (err error) {
 }
 
 // leaving lists the flow entries of a table whose inputs no rule has any more.
-func (s *sync) leaving(kind tableKind) (flows []flowEntry) {
+func (s *transaction) leaving(kind tableKind) (flows []flowEntry) {
 	kept := map[Input]bool{}
 	for _, c := range s.changes {
 		if c.new != nil {
@@ -445,7 +445,7 @@ func (s *sync) leaving(kind tableKind) (flows []flowEntry) {
 
 // flowsAfter lists the flow entries of all rules as they will be, and which tables
 // change.
-func (s *sync) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]bool) {
+func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]bool) {
 	touched := make(map[string]bool, len(s.changes))
 	var n [tableKinds]int
 	for _, c := range s.changes {
@@ -491,7 +491,7 @@ func (s *sync) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]
 }
 
 // swap puts a new flow table into force with one write.
-func (s *sync) swap(kind tableKind, flows []flowEntry) error {
+func (s *transaction) swap(kind tableKind, flows []flowEntry) error {
 	inForce, outer := &s.tables[kind], s.maps.outer(kind)
 	table, err := s.newTable(kind, flows)
 	if err != nil {
@@ -522,10 +522,10 @@ func (s *sync) swap(kind tableKind, flows []flowEntry) error {
 
 // retire frees what only the old rules used, and brings the descriptions of the
 // rules up to date.
-func (s *sync) retire() error {
+func (s *transaction) retire() error {
 	var errs []error
 	var rows batch[bpf.RelayRule]
-	var fanout, copies []uint32
+	var broadcasts, copies []uint32
 	gone, goneStats := map[uint32]bool{}, map[uint32]bool{}
 	for _, c := range s.changes {
 		if c.continues {
@@ -536,7 +536,7 @@ func (s *sync) retire() error {
 		}
 		errs = append(errs, s.releaseOutputs(c.old))
 		if len(c.old.rule.Out) > 1 {
-			fanout = append(fanout, c.old.first)
+			broadcasts = append(broadcasts, c.old.first)
 			for slot := range c.old.rule.Out {
 				copies = append(copies, c.old.first+uint32(slot))
 			}
@@ -548,7 +548,7 @@ func (s *sync) retire() error {
 		}
 	}
 	s.forgetSockets()
-	errs = append(errs, s.clearFanout(fanout, copies), rows.put(s.maps.Rules), s.dropCountersOf(gone, goneStats))
+	errs = append(errs, s.clearBroadcasts(broadcasts, copies), rows.put(s.maps.Rules), s.dropCountersOf(gone, goneStats))
 	for _, fn := range s.done {
 		errs = append(errs, fn())
 	}
@@ -556,15 +556,15 @@ func (s *sync) retire() error {
 }
 
 // releaseOutputs lets go of the interfaces that a rule sends on.
-func (s *sync) releaseOutputs(e *entry) error {
+func (s *transaction) releaseOutputs(e *entry) error {
 	out := e.rule.Out
 	if len(out) == 1 {
 		if out[0].Ready {
-			return s.releasePort(out[0].Index)
+			return s.releaseDevice(out[0].Index)
 		}
 		return nil
 	}
-	s.releaseFan(out)
+	s.releaseBroadcast(out)
 	var errs []error
 	for _, o := range out {
 		if o.Ready {
@@ -574,7 +574,7 @@ func (s *sync) releaseOutputs(e *entry) error {
 	return errors.Join(errs...)
 }
 
-func (s *sync) retireCounters(e *entry, gone, goneStats map[uint32]bool) {
+func (s *transaction) retireCounters(e *entry, gone, goneStats map[uint32]bool) {
 	n := uint32(len(e.rule.Out))
 	s.retireAccount(e)
 	gone[e.id] = true

@@ -418,7 +418,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 			l := open(t, testOptions(t))
 			sync1(t, l, c.before...)
 			// As Sync does it, up to where the process dies.
-			s := &sync{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openFans{}}}
+			s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
 			err := s.plan(c.want)
 			for _, change := range s.changes {
 				if err == nil && change.new != nil {

@@ -69,12 +69,12 @@ func (l *Loader) upgradeEgress() error {
 	}
 	old := l.egress
 	l.egress = fresh
-	for _, f := range l.fans {
-		l.renewFan(f)
+	for _, f := range l.broadcasts {
+		l.renewBroadcast(f)
 	}
-	for _, p := range l.ports {
+	for _, p := range l.devices {
 		if p.rowUsers > 0 && p.rowHasProg {
-			l.renewRow(l.maps.Ports, p.row, p.index)
+			l.renewRow(l.maps.Devices, p.row, p.index)
 		}
 	}
 	if err := repin(fresh, egressPin(l.opts.PinDir)); err != nil {

@@ -51,7 +51,7 @@ func (m *Manager) Counters() []Counters {
 	for _, c := range m.counters {
 		c.Memberships, c.HelperSockets = 0, 0
 	}
-	for _, p := range m.ports {
+	for _, p := range m.ifaces {
 		m.countersOf(p.name).HelperSockets += len(p.shards)
 		for _, r := range p.records {
 			m.countersOf(r.status.Interface).Memberships++
@@ -71,7 +71,7 @@ func (m *Manager) Prune(keep func(ifname string) bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	held := map[string]bool{}
-	for _, p := range m.ports {
+	for _, p := range m.ifaces {
 		held[p.name] = true
 		for _, r := range p.records {
 			held[r.status.Interface] = true

@@ -26,7 +26,7 @@ type Manager struct {
 
 	mu       sync.Mutex
 	closed   bool
-	ports    map[life]*port // none is empty
+	ifaces   map[life]*iface // none is empty
 	counters map[string]*Counters
 }
 
@@ -50,7 +50,7 @@ func New(o Options) *Manager {
 	m := &Manager{
 		log:      o.Logger,
 		sys:      o.System,
-		ports:    map[life]*port{},
+		ifaces:   map[life]*iface{},
 		counters: map[string]*Counters{},
 	}
 	if m.log == nil {
@@ -83,9 +83,9 @@ func (m *Manager) join(ms Membership) error {
 	if err := ms.validate(); err != nil {
 		return err
 	}
-	p := m.ports[ms.life()]
+	p := m.ifaces[ms.life()]
 	if p == nil {
-		p = newPort(m.log, m.sys)
+		p = newIface(m.log, m.sys)
 	}
 	if r := p.records[ms.key()]; r != nil {
 		r.status.References++
@@ -100,7 +100,7 @@ func (m *Manager) join(ms Membership) error {
 		status: Status{Membership: ms, References: 1, Since: time.Now()},
 		filter: f,
 	}
-	m.ports[ms.life()] = p
+	m.ifaces[ms.life()] = p
 	if advice := Advice(ms.Group, ms.Source); advice != "" {
 		m.log.Warn("joined a group of a special kind",
 			"membership", ms.String(), "advice", advice)
@@ -124,7 +124,7 @@ func (m *Manager) leave(ms Membership) error {
 	if m.closed {
 		return ErrClosed
 	}
-	p := m.ports[ms.life()]
+	p := m.ifaces[ms.life()]
 	if p == nil {
 		return ErrNotJoined
 	}
@@ -143,7 +143,7 @@ func (m *Manager) leave(ms Membership) error {
 }
 
 // kernelJoin joins ms through p and counts it.
-func (m *Manager) kernelJoin(p *port, ms Membership) (*filter, error) {
+func (m *Manager) kernelJoin(p *iface, ms Membership) (*filter, error) {
 	count := m.countersOf(ms.Interface)
 	count.Joins.begin()
 	f, err := p.join(ms)
@@ -152,7 +152,7 @@ func (m *Manager) kernelJoin(p *port, ms Membership) (*filter, error) {
 }
 
 // kernelLeave leaves what r records and counts it.
-func (m *Manager) kernelLeave(p *port, r *record) error {
+func (m *Manager) kernelLeave(p *iface, r *record) error {
 	ms := r.status.Membership
 	count := m.countersOf(ms.Interface)
 	count.Leaves.begin()
@@ -164,9 +164,9 @@ func (m *Manager) kernelLeave(p *port, r *record) error {
 	return err
 }
 
-func (m *Manager) forgetIfEmpty(p *port, of life) {
+func (m *Manager) forgetIfEmpty(p *iface, of life) {
 	if len(p.records) == 0 {
-		delete(m.ports, of)
+		delete(m.ifaces, of)
 	}
 }
 
@@ -188,7 +188,7 @@ func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	of := life{index, generation}
-	p := m.ports[of]
+	p := m.ifaces[of]
 	if p == nil {
 		return nil
 	}
@@ -227,23 +227,23 @@ func (m *Manager) Reborn(index int, from, to uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	before, now := life{index, from}, life{index, to}
-	p := m.ports[before]
+	p := m.ifaces[before]
 	if p == nil || before == now {
 		return
 	}
-	if m.ports[now] != nil {
+	if m.ifaces[now] != nil {
 		m.drop(before)
 		return
 	}
 	for _, r := range p.records {
 		r.status.Generation = to
 	}
-	delete(m.ports, before)
-	m.ports[now] = p
+	delete(m.ifaces, before)
+	m.ifaces[now] = p
 }
 
 func (m *Manager) drop(of life) {
-	p := m.ports[of]
+	p := m.ifaces[of]
 	if p == nil {
 		return
 	}
@@ -251,7 +251,7 @@ func (m *Manager) drop(of life) {
 		m.countersOf(r.status.Interface).Dropped++
 	}
 	p.close()
-	delete(m.ports, of)
+	delete(m.ifaces, of)
 }
 
 // List returns a snapshot of the memberships held, sorted by interface, group
@@ -260,7 +260,7 @@ func (m *Manager) List() []Status {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var all []Status
-	for _, p := range m.ports {
+	for _, p := range m.ifaces {
 		for _, r := range p.records {
 			all = append(all, r.status)
 		}
@@ -275,7 +275,7 @@ func (m *Manager) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
-	for of := range m.ports {
+	for of := range m.ifaces {
 		m.drop(of)
 	}
 	return nil

@@ -101,8 +101,8 @@ func TestJoinAndLeaveInTheKernel(t *testing.T) {
 // checkNothingHeld looks inside: what is left is the counters.
 func checkNothingHeld(t testing.TB, m *Manager) {
 	t.Helper()
-	if len(m.List()) != 0 || len(m.ports) != 0 {
-		t.Errorf("held after leaving all: %v, %d interfaces", m.List(), len(m.ports))
+	if len(m.List()) != 0 || len(m.ifaces) != 0 {
+		t.Errorf("held after leaving all: %v, %d interfaces", m.List(), len(m.ifaces))
 	}
 	checkCounters(t, m)
 }
@@ -571,7 +571,7 @@ func TestHelperSocketsReceiveNothing(t *testing.T) {
 	if n, _, err := unix.Recvfrom(witness, buf, 0); err != nil || string(buf[:n]) != "hello" {
 		t.Fatalf("the witness got %q, %v", buf[:n], err)
 	}
-	for _, p := range m.ports {
+	for _, p := range m.ifaces {
 		for s := range p.shards {
 			if n, _, err := unix.Recvfrom(s.fd, buf, unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
 				t.Errorf("a helper socket received: %d bytes, %v", n, err)

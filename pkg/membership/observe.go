@@ -39,7 +39,7 @@ func (m *Manager) Observe() (lost []Membership, err error) {
 			continue
 		}
 		ms := r.status.Membership
-		p := m.ports[ms.life()]
+		p := m.ifaces[ms.life()]
 		delete(p.records, ms.key())
 		_ = m.kernelLeave(p, r) // so that the socket can join it again
 		m.forgetIfEmpty(p, ms.life())
@@ -52,7 +52,7 @@ func (m *Manager) Observe() (lost []Membership, err error) {
 // missing returns the records whose group the kernel does not list.
 func (m *Manager) missing() (map[*record]bool, error) {
 	var want4, want6 bool
-	for _, p := range m.ports {
+	for _, p := range m.ifaces {
 		for of := range p.records {
 			want4, want6 = want4 || of.group.Is4(), want6 || of.group.Is6()
 		}
@@ -78,7 +78,7 @@ func (m *Manager) missing() (map[*record]bool, error) {
 		}
 	}
 	missing := map[*record]bool{}
-	for of, p := range m.ports {
+	for of, p := range m.ifaces {
 		for k, r := range p.records {
 			if !joined[groupOn{of.index, k.group}] {
 				missing[r] = true

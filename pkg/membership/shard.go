@@ -16,8 +16,8 @@ import (
 // filters for named sources.
 const anySource = 0
 
-// port is an interface's memberships and the helper sockets that hold them.
-type port struct {
+// iface is an interface's memberships and the helper sockets that hold them.
+type iface struct {
 	log *slog.Logger
 	sys System
 
@@ -63,8 +63,8 @@ type filter struct {
 	full    bool // the socket refused another source
 }
 
-func newPort(log *slog.Logger, sys System) *port {
-	return &port{
+func newIface(log *slog.Logger, sys System) *iface {
+	return &iface{
 		log:     log,
 		sys:     sys,
 		records: map[key]*record{},
@@ -74,9 +74,9 @@ func newPort(log *slog.Logger, sys System) *port {
 	}
 }
 
-// join joins m, which no socket of the port holds, and returns the filter that
+// join joins m, which no socket of the interface holds, and returns the filter that
 // it is now part of.
-func (p *port) join(m Membership) (*filter, error) {
+func (p *iface) join(m Membership) (*filter, error) {
 	if !m.Source.IsValid() {
 		return p.joinLayer(m, anySource)
 	}
@@ -111,7 +111,7 @@ func (p *port) join(m Membership) (*filter, error) {
 
 // joinLayer joins m on a socket of a layer that m's group has no filter in: one
 // with room, or a new one.
-func (p *port) joinLayer(m Membership, layer int) (*filter, error) {
+func (p *iface) joinLayer(m Membership, layer int) (*filter, error) {
 	pl := p.pools[poolKey{m.family(), layer}]
 	if pl == nil {
 		pl = &pool{}
@@ -140,7 +140,7 @@ func (p *port) joinLayer(m Membership, layer int) (*filter, error) {
 
 // openShard opens a socket and joins m on it. One that refuses its first group
 // would refuse others too, and is closed again.
-func (p *port) openShard(m Membership, pl *pool) (*shard, error) {
+func (p *iface) openShard(m Membership, pl *pool) (*shard, error) {
 	fd, err := p.sys.Socket(int(m.family()))
 	if err != nil {
 		return nil, &HelperSocketError{
@@ -158,7 +158,7 @@ func (p *port) openShard(m Membership, pl *pool) (*shard, error) {
 }
 
 // joinSocket has the kernel join m on a socket.
-func (p *port) joinSocket(m Membership, fd int) error {
+func (p *iface) joinSocket(m Membership, fd int) error {
 	option, value := m.join()
 	err := p.sys.Setsockopt(fd, m.family().level(), option, value)
 	switch {
@@ -185,7 +185,7 @@ func refused(err error) bool {
 // undoJoin removes what a failed join of a group's first source may leave on a
 // socket: the kernel joins the group without sources, then adds the source, and
 // when the second step fails for lack of memory the first one stays.
-func (p *port) undoJoin(m Membership, s *shard) {
+func (p *iface) undoJoin(m Membership, s *shard) {
 	if !m.Source.IsValid() {
 		return
 	}
@@ -202,7 +202,7 @@ func (p *port) undoJoin(m Membership, s *shard) {
 
 // leave has the kernel leave m. Whatever it answers, m is no longer part of its
 // filter afterwards.
-func (p *port) leave(m Membership, f *filter) error {
+func (p *iface) leave(m Membership, f *filter) error {
 	s := f.shard
 	option, value := m.leave()
 	err := p.sys.Setsockopt(s.fd, m.family().level(), option, value)
@@ -219,7 +219,7 @@ func (p *port) leave(m Membership, f *filter) error {
 
 // addFilter records that m is the first membership of its group in the layer,
 // held by s.
-func (p *port) addFilter(m Membership, layer int, s *shard) *filter {
+func (p *iface) addFilter(m Membership, layer int, s *shard) *filter {
 	f := &filter{shard: s, layer: layer, sources: 1}
 	s.filters++
 	if layer == anySource {
@@ -236,7 +236,7 @@ func (p *port) addFilter(m Membership, layer int, s *shard) *filter {
 
 // removeFilter forgets a filter that lost its last membership, and closes the
 // socket that lost its last filter.
-func (p *port) removeFilter(m Membership, f *filter) {
+func (p *iface) removeFilter(m Membership, f *filter) {
 	if f.layer != anySource {
 		p.removeLayer(m, f.layer)
 	}
@@ -251,7 +251,7 @@ func (p *port) removeFilter(m Membership, f *filter) {
 	p.closeSocket(s.fd)
 }
 
-func (p *port) removeLayer(m Membership, layer int) {
+func (p *iface) removeLayer(m Membership, layer int) {
 	layers := p.groups[m.Group]
 	layers[layer] = nil
 	for len(layers) > 0 && layers[len(layers)-1] == nil {
@@ -265,7 +265,7 @@ func (p *port) removeLayer(m Membership, layer int) {
 }
 
 // sourceSpecific returns the records of memberships with a source, sorted.
-func (p *port) sourceSpecific() []*record {
+func (p *iface) sourceSpecific() []*record {
 	var all []*record
 	for _, r := range p.records {
 		if r.status.Source.IsValid() {
@@ -281,14 +281,14 @@ func (p *port) sourceSpecific() []*record {
 // close closes every socket, and with them their memberships: the newest first,
 // since the kernel looks for a group in a list that begins with the newest, and
 // 100,000 of them in any other order take half a minute.
-func (p *port) close() {
+func (p *iface) close() {
 	newest := slices.SortedFunc(maps.Keys(p.shards), func(a, b *shard) int { return cmp.Compare(b.number, a.number) })
 	for _, s := range newest {
 		p.closeSocket(s.fd)
 	}
 }
 
-func (p *port) closeSocket(fd int) {
+func (p *iface) closeSocket(fd int) {
 	if err := p.sys.Close(fd); err != nil {
 		p.log.Warn("closing a helper socket failed", "interface", p.name, "err", err)
 	}

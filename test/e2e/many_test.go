@@ -199,7 +199,7 @@ func (in *instance) holdings() holdings {
 	for _, groups := range igmp(in.t, in.host) {
 		h.Memberships += len(groups)
 	}
-	for _, name := range []string{"flows4", "flows6", "fanout", "rules", "rule_drops", "ports", "port_stats", "port_rows"} {
+	for _, name := range []string{"flows4", "flows6", "broadcast", "rules", "rule_drops", "devices", "device_stats", "device_rows"} {
 		h.Filled[name] = filled(in.t, filepath.Join(in.pinDir, name))
 	}
 	return h

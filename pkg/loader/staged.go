@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	gosync "sync"
+	"sync"
 
 	"github.com/cilium/ebpf"
 
@@ -33,41 +33,41 @@ func (b *batch[V]) put(m *ebpf.Map) error {
 
 // staged is what a Sync has prepared and not written yet, by map.
 type staged struct {
-	rules    batch[bpf.RelayRule]
-	outputs  batch[bpf.RelayOutput]
-	copies   batch[bpf.RelayCopy]
-	policers batch[bpf.RelayPolicer]
-	fanout   batch[uint32] // file descriptors of devmaps, all in open
-	open     openFans
+	rules     batch[bpf.RelayRule]
+	outputs   batch[bpf.RelayOutput]
+	copies    batch[bpf.RelayCopy]
+	policers  batch[bpf.RelayPolicer]
+	broadcast batch[uint32] // file descriptors of devmaps, all in open
+	open      openBroadcasts
 }
 
 // What may be staged at once: file descriptors, and outputs.
 const (
-	maxOpenFans      = 256
+	maxOpenDevmaps   = 256
 	maxStagedOutputs = 16384
 )
 
-func (s *sync) flushIfFull() error {
-	if len(s.staged.open) < maxOpenFans && len(s.staged.outputs.keys) < maxStagedOutputs {
+func (s *transaction) flushIfFull() error {
+	if len(s.staged.open) < maxOpenDevmaps && len(s.staged.outputs.keys) < maxStagedOutputs {
 		return nil
 	}
 	return s.flush()
 }
 
-// flush writes what is staged. The kernel returns from the write to the map fanout
-// only when no program that started before it runs any more, so that a row of ports that useSlot has changed is in force, too.
-func (s *sync) flush() error {
+// flush writes what is staged. The kernel returns from the write to the map broadcast
+// only when no program that started before it runs any more, so that a row of devices that useSlot has changed is in force, too.
+func (s *transaction) flush() error {
 	t := &s.staged
 	copies := slices.Clone(t.copies.keys)
 	if err := errors.Join(t.rules.put(s.maps.Rules), t.outputs.put(s.maps.Outputs),
 		t.copies.put(s.maps.Copies), t.policers.put(s.maps.Policers)); err != nil {
 		return err
 	}
-	rows := slices.Clone(t.fanout.keys)
+	rows := slices.Clone(t.broadcast.keys)
 	if len(rows) > 0 {
-		s.onFailure(func() error { return s.clearFanout(rows, copies) })
+		s.onFailure(func() error { return s.clearBroadcasts(rows, copies) })
 	}
-	return errors.Join(t.fanout.putRows(s.maps.Fanout), t.open.close())
+	return errors.Join(t.broadcast.putRows(s.maps.Broadcast), t.open.close())
 }
 
 // rowWaits is how many rows of a map of maps are written or read at a time. Before Linux
@@ -83,7 +83,7 @@ func atOnce(n int, fn func(from, to int) error) error {
 		return fn(0, n)
 	}
 	errs := make([]error, parts)
-	var running gosync.WaitGroup
+	var running sync.WaitGroup
 	for i := range parts {
 		running.Go(func() { errs[i] = fn(i*n/parts, (i+1)*n/parts) })
 	}
@@ -107,10 +107,10 @@ func (b *batch[V]) putRows(m *ebpf.Map) error {
 // system calls.
 const fewRows = 8
 
-// clearFanout empties rows of the map fanout, and then the rows of the map copies that
-// belong to them: see orphanFans.
-func (l *Loader) clearFanout(rows, copies []uint32) error {
-	if err := l.emptyFanout(rows); err != nil {
+// clearBroadcasts empties rows of the map broadcast, and then the rows of the map copies that
+// belong to them: see orphanBroadcasts.
+func (l *Loader) clearBroadcasts(rows, copies []uint32) error {
+	if err := l.emptyBroadcasts(rows); err != nil {
 		return err
 	}
 	var b batch[bpf.RelayCopy]
@@ -120,19 +120,19 @@ func (l *Loader) clearFanout(rows, copies []uint32) error {
 	return b.put(l.maps.Copies)
 }
 
-func (l *Loader) emptyFanout(rows []uint32) error {
+func (l *Loader) emptyBroadcasts(rows []uint32) error {
 	if len(rows) <= fewRows {
 		return atOnce(len(rows), func(from, to int) error {
 			var errs []error
 			for _, row := range rows[from:to] {
-				if err := l.maps.Fanout.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-					errs = append(errs, fmt.Errorf("clear map fanout: %w", err))
+				if err := l.maps.Broadcast.Delete(row); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+					errs = append(errs, fmt.Errorf("clear map broadcast: %w", err))
 				}
 			}
 			return errors.Join(errs...)
 		})
 	}
-	empty, _, err := l.newFan(nil)
+	empty, _, err := l.newBroadcast(nil)
 	if err != nil {
 		return err
 	}
@@ -140,5 +140,5 @@ func (l *Loader) emptyFanout(rows []uint32) error {
 	for _, row := range rows {
 		b.add(row, uint32(empty.FD()))
 	}
-	return errors.Join(b.putRows(l.maps.Fanout), empty.Close())
+	return errors.Join(b.putRows(l.maps.Broadcast), empty.Close())
 }

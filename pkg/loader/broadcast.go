@@ -11,11 +11,11 @@ import (
 	"xdpcast/bpf"
 )
 
-// fan is a devmap that rules with several outputs send by: a row for each output
+// broadcast is a devmap that rules with several outputs send by: a row for each output
 // that is ready, all with the egress program. Which output a copy is for is not told
-// by the row, so all rules with outputs on the same interfaces share one fan. The
-// rows of the map fanout hold it in the kernel.
-type fan struct {
+// by the row, so all rules with outputs on the same interfaces share one broadcast. The
+// rows of the map broadcast hold it in the kernel.
+type broadcast struct {
 	indexes []int // of the interfaces, in the order of the rows
 	id      ebpf.MapID
 	users   int // rules
@@ -36,10 +36,10 @@ func fanKey(out []Output) (key string, indexes []int) {
 	return string(b), indexes
 }
 
-// openFans are the fans that a Sync has to write into the map fanout.
-type openFans map[string]*ebpf.Map
+// openBroadcasts are the broadcasts that a Sync has to write into the map broadcast.
+type openBroadcasts map[string]*ebpf.Map
 
-func (o openFans) close() error {
+func (o openBroadcasts) close() error {
 	var errs []error
 	for key, m := range o {
 		errs = append(errs, m.Close())
@@ -48,21 +48,21 @@ func (o openFans) close() error {
 	return errors.Join(errs...)
 }
 
-// useFan counts a user of the fan for some outputs and returns its devmap, which
+// useBroadcast counts a user of the broadcast for some outputs and returns its devmap, which
 // stays in open.
-func (l *Loader) useFan(out []Output, open openFans) (*ebpf.Map, error) {
+func (l *Loader) useBroadcast(out []Output, open openBroadcasts) (*ebpf.Map, error) {
 	key, indexes := fanKey(out)
-	f := l.fans[key]
+	f := l.broadcasts[key]
 	devmap := open[key]
 	var err error
 	switch {
 	case f == nil:
-		if devmap, f, err = l.newFan(indexes); err != nil {
+		if devmap, f, err = l.newBroadcast(indexes); err != nil {
 			return nil, err
 		}
-		l.fans[key], open[key] = f, devmap
+		l.broadcasts[key], open[key] = f, devmap
 	case devmap == nil:
-		if devmap, err = l.openFan(f); err != nil {
+		if devmap, err = l.openBroadcast(f); err != nil {
 			return nil, err
 		}
 		open[key] = devmap
@@ -71,18 +71,18 @@ func (l *Loader) useFan(out []Output, open openFans) (*ebpf.Map, error) {
 	return devmap, nil
 }
 
-// releaseFan is the inverse of useFan.
-func (l *Loader) releaseFan(out []Output) {
+// releaseBroadcast is the inverse of useBroadcast.
+func (l *Loader) releaseBroadcast(out []Output) {
 	key, _ := fanKey(out)
-	if f := l.fans[key]; f != nil {
+	if f := l.broadcasts[key]; f != nil {
 		if f.users--; f.users == 0 {
-			delete(l.fans, key)
+			delete(l.broadcasts, key)
 		}
 	}
 }
 
-func (l *Loader) newFan(indexes []int) (_ *ebpf.Map, _ *fan, err error) {
-	spec := l.specs[bpf.RelayMapFanout].InnerMap.Copy()
+func (l *Loader) newBroadcast(indexes []int) (_ *ebpf.Map, _ *broadcast, err error) {
+	spec := l.specs[bpf.RelayMapBroadcast].InnerMap.Copy()
 	spec.Name = "slots"
 	// The kernel takes no BTF for a devmap; to find out takes 20 ms a map.
 	spec.Key, spec.Value = nil, nil
@@ -109,12 +109,12 @@ func (l *Loader) newFan(indexes []int) (_ *ebpf.Map, _ *fan, err error) {
 	if !ok {
 		return nil, nil, fmt.Errorf("map ids are %w", ErrNotSupported)
 	}
-	return devmap, &fan{indexes: indexes, id: id}, nil
+	return devmap, &broadcast{indexes: indexes, id: id}, nil
 }
 
-// openFan opens the devmap of a fan in use. The kernel empties a row when its
+// openBroadcast opens the devmap of a broadcast in use. The kernel empties a row when its
 // interface goes; should another have come with the same index, it gets the row.
-func (l *Loader) openFan(f *fan) (*ebpf.Map, error) {
+func (l *Loader) openBroadcast(f *broadcast) (*ebpf.Map, error) {
 	devmap, err := ebpf.NewMapFromID(f.id)
 	if err != nil {
 		return nil, fmt.Errorf("open devmap: %w", err)
@@ -141,8 +141,8 @@ func (l *Loader) setSlot(devmap *ebpf.Map, row uint32, index int) error {
 	return nil
 }
 
-// renewFan puts the egress program of this binary into all rows.
-func (l *Loader) renewFan(f *fan) {
+// renewBroadcast puts the egress program of this binary into all rows.
+func (l *Loader) renewBroadcast(f *broadcast) {
 	devmap, err := ebpf.NewMapFromID(f.id)
 	if err != nil {
 		l.log.Warn("upgrade egress program", "error", err)
@@ -154,9 +154,9 @@ func (l *Loader) renewFan(f *fan) {
 	}
 }
 
-// adoptFans finds the devmaps of the rules again. It reads the rows of the map fanout that
+// adoptBroadcasts finds the devmaps of the rules again. It reads the rows of the map broadcast that
 // rules use and no others: see rowWaits.
-func (l *Loader) adoptFans() error {
+func (l *Loader) adoptBroadcasts() error {
 	rules := make([]*entry, 0, len(l.rules))
 	for _, e := range l.rules {
 		if len(e.rule.Out) > 1 {
@@ -166,10 +166,10 @@ func (l *Loader) adoptFans() error {
 	ids := make([]ebpf.MapID, len(rules))
 	err := atOnce(len(rules), func(from, to int) error {
 		for i := from; i < to; i++ {
-			if err := l.maps.Fanout.Lookup(rules[i].first, &ids[i]); errors.Is(err, ebpf.ErrKeyNotExist) {
+			if err := l.maps.Broadcast.Lookup(rules[i].first, &ids[i]); errors.Is(err, ebpf.ErrKeyNotExist) {
 				return fmt.Errorf("rule %s has several outputs and no devmap", rules[i].rule.Name)
 			} else if err != nil {
-				return fmt.Errorf("read map fanout: %w", err)
+				return fmt.Errorf("read map broadcast: %w", err)
 			}
 		}
 		return nil
@@ -179,20 +179,20 @@ func (l *Loader) adoptFans() error {
 	}
 	for i, e := range rules {
 		key, indexes := fanKey(e.rule.Out)
-		f := l.fans[key]
+		f := l.broadcasts[key]
 		if f == nil {
-			f = &fan{indexes: indexes, id: ids[i]}
-			l.fans[key] = f
+			f = &broadcast{indexes: indexes, id: ids[i]}
+			l.broadcasts[key] = f
 		}
 		f.users++
 	}
 	return nil
 }
 
-// orphanFans returns the rows of the map fanout that may hold a devmap that belongs to no
+// orphanBroadcasts returns the rows of the map broadcast that may hold a devmap that belongs to no
 // rule. The map itself would tell only row by row: see rowWaits. But what goes into a row
 // has its copies in the map copies before, and loses them after.
-func (l *Loader) orphanFans() ([]uint32, error) {
+func (l *Loader) orphanBroadcasts() ([]uint32, error) {
 	copies, err := readArray[bpf.RelayCopy](l.maps.Copies, int(l.maps.Copies.MaxEntries()))
 	if err != nil {
 		return nil, fmt.Errorf("read map copies: %w", err)

@@ -8,15 +8,15 @@ import (
 	"xdpcast/bpf"
 )
 
-// pointedAt is what flow entries point to.
-type pointedAt struct {
+// referents are the rules and outputs that flow entries refer to by index.
+type referents struct {
 	rules    []bpf.RelayRule
 	outputs  []bpf.RelayOutput
 	policers *ebpf.Map
 }
 
-// readPointedAt reads what the flows point to, as far as it is there.
-func readPointedAt(m *mapSet, flows []flowEntry) (p pointedAt, err error) {
+// readReferents reads the rules and outputs that the flows refer to, as far as the maps have them.
+func readReferents(m *mapSet, flows []flowEntry) (p referents, err error) {
 	rules, outputs := 0, 0
 	for i := range flows {
 		f := &flows[i].value
@@ -33,7 +33,7 @@ func readPointedAt(m *mapSet, flows []flowEntry) (p pointedAt, err error) {
 }
 
 // entry makes a rule of a flow entry and of what it points to.
-func (p *pointedAt) entry(f flowEntry) (*entry, error) {
+func (p *referents) entry(f flowEntry) (*entry, error) {
 	flow := &f.value
 	if int(flow.Rule) >= len(p.rules) {
 		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, ebpf.ErrKeyNotExist)
@@ -43,7 +43,7 @@ func (p *pointedAt) entry(f flowEntry) (*entry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
 	}
-	e := &entry{rule: Rule{Name: name, In: f.in, Except: f.except}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Port, sockets: flow.Sockets}
+	e := &entry{rule: Rule{Name: name, In: f.in, Except: f.except}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Device, sockets: flow.Sockets}
 	if err := decodeFlow(&e.rule, flow); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
@@ -69,10 +69,10 @@ func (p *pointedAt) entry(f flowEntry) (*entry, error) {
 }
 
 // describes says whether the row of an entry is about the entry's own counters.
-func (p *pointedAt) describes(e *entry) bool { return p.rules[e.id].FirstStats == e.firstStats }
+func (p *referents) describes(e *entry) bool { return p.rules[e.id].FirstStats == e.firstStats }
 
 // output is the output of a slot, with the index of its counters.
-func (p *pointedAt) output(first, slot uint32) (o Output, stats uint32, err error) {
+func (p *referents) output(first, slot uint32) (o Output, stats uint32, err error) {
 	if int(first)+int(slot) >= len(p.outputs) {
 		return o, 0, ebpf.ErrKeyNotExist
 	}
@@ -84,7 +84,7 @@ func (p *pointedAt) output(first, slot uint32) (o Output, stats uint32, err erro
 	return o, row.Stats, err
 }
 
-func (p *pointedAt) rate(policer uint32, policed bool) (Rate, error) {
+func (p *referents) rate(policer uint32, policed bool) (Rate, error) {
 	if !policed {
 		return Rate{}, nil
 	}
