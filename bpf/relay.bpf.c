@@ -214,7 +214,7 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 }
 
 /* What is no whole UDP packet is for the stack; queries are counted on the way.
- * The compiler is told that this is rare, to keep it out of the way of the rest.
+ * Marked as unlikely, so that the compiler keeps it off the fast path.
  */
 static __always_inline int not_udp(struct xdp_md *ctx)
 {

@@ -31,7 +31,7 @@ enum drop_reason {
 	DROP_MTU,	   /* longer than the output's MTU */
 	DROP_MULTI_BUFFER, /* spread over several buffers: cannot be copied */
 	DROP_NOT_READY,	   /* the output has no interface or address yet */
-	DROP_NO_NEIGHBOUR, /* nobody has answered for the output's next hop */
+	DROP_NO_NEIGHBOUR, /* the output's next hop has not been resolved */
 	DROP_NO_DEVICE,	   /* the output's row in its devmap is empty */
 	DROP_NO_CHECKSUM,  /* IPv6 without a UDP checksum (RFC 8200 section 8.1) */
 	DROP_PORT,	   /* the output's port would leave 1 to 65535 */
@@ -63,8 +63,8 @@ enum lookup_kind {
 /* What the longest prefix of a prefix table's key is of. */
 enum prefix_by {
 	PREFIX_BY_GROUP,
-	/* group and source change places: the group stands in source, and the prefix of
-	 * sources in group. A flow of PATH_NONE is of sources that no rule takes.
+	/* group and source are swapped: source holds the group, and group the prefix of
+	 * sources. A flow of PATH_NONE is for sources that no rule takes.
 	 */
 	PREFIX_BY_SOURCE,
 };
@@ -100,7 +100,7 @@ struct config {
 			       */
 	__u32 steered; /* how many CPUs packets are steered to; 0: they stay where they are */
 	__u16 cpu[XDPCAST_MAX_STEERED]; /* their numbers */
-	__u32 shortcut_shift; /* 64 less the bits of a place among shortcuts; 0: they are not used
+	__u32 shortcut_shift; /* 64 less the bits of a slot of shortcuts; 0: they are not used
 			       */
 	__u64 own_macs[OWN_MAC_WORDS]; /* the same as own, for own MAC addresses */
 };
@@ -190,8 +190,8 @@ struct flow {
 	__u8 pad[3];
 };
 
-/* One place of the map shortcuts: what a rule takes, and its flow entry. With IPv4 it is
- * one cache line.
+/* A slot of the map shortcuts: what a rule takes, and its flow entry. For IPv4 it is one
+ * cache line.
  */
 struct shortcut {
 	struct flow flow;
@@ -199,7 +199,7 @@ struct shortcut {
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u8 family; /* 4 or 6; 0: nobody is here */
+	__u8 family; /* 4 or 6; 0: empty */
 	__u8 pad;
 	__u8 group[4];
 	__u8 source[4]; /* all zero: any */
@@ -406,7 +406,7 @@ struct counter {
 enum drop_scope {
 	DROP_RULE,    /* before the packet was copied: it misses every output */
 	DROP_OUTPUT,  /* one output's copy */
-	DROP_UNKNOWN, /* nobody can tell whose it was; id is 0 */
+	DROP_UNKNOWN, /* its rule is not known; id is 0 */
 	DROP_NOTE,    /* no drop: a note on a rule; reason is enum note */
 };
 

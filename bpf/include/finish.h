@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* A local stack that sends over a device without wire (a veth, say) leaves the UDP
- * checksum to the device: in its place is the sum of the pseudo header. On the way
- * through XDP nobody finishes it, and an update of it would be of something else. So the
- * relay program does where its input says that it may happen. A checksum that was
- * finished and is the same by chance (1 of 65,536) is computed anew, and is as it was.
+/* A local stack that sends over a virtual device (veth) leaves the UDP checksum to the
+ * device: the field holds the sum of the pseudo header (CHECKSUM_PARTIAL). XDP has no
+ * such offload, and an incremental update of that sum would be wrong. So the relay program
+ * finishes it, on inputs where it may happen. A finished checksum that equals the sum by
+ * chance (1 of 65,536) is computed anew and comes out the same.
  */
 #pragma once
 
@@ -59,7 +59,7 @@ __noinline int finish_checksum(struct xdp_md *ctx, __u32 l3, __u32 at)
 	sum = pseudo_header(data + (l3 & 0x1f), data_end);
 	if (!sum || fold(sum + udp->len) != udp->check)
 		return 0;
-	/* In the place of the checksum is the sum of the pseudo header. */
+	/* The checksum field holds the sum of the pseudo header. */
 	sum = 0;
 	len = bpf_ntohs(udp->len);
 	for (i = 0; i < FINISH_STEPS && len >= FINISH_STEP; i++) {

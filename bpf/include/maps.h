@@ -110,7 +110,7 @@ struct {
 	__array(values, struct prefix_table6);
 } prefix_tables6 SEC(".maps");
 
-/* shortcuts: place by hash -> input and flow entry of a rule, beside the flow tables. Size:
+/* shortcuts: slot by hash -> input and flow entry of a rule, beside the flow tables. Size:
  * load.
  */
 struct {

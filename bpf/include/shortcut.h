@@ -1,20 +1,19 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* The short way from a packet to its rule: a look at the one or two places of the map
- * shortcuts where the rule would be, found by two multiplications, instead of the flow table's
- * hash and chain.
+/* The short way from a packet to its rule: one or two slots of the map shortcuts, found by
+ * two multiplications, instead of the flow table's hash and chain.
  *
- * Who is in a place is compared in full, and a rule has a place only while no more specific
- * rule can take its packets: so what is found here is what the flow tables would say. Who has
- * no place is found there. The loader closes this way (shortcut_shift 0) before it changes the
- * tables, and opens it when the places are right again, so that a rule still changes in one
- * write.
+ * Each slot stores the full key, and a rule has a slot only while no more specific rule can
+ * take its packets: a hit equals what the flow tables would return. Rules without a slot fall
+ * back to the flow tables. pkg/loader/shortcut.go disables shortcuts (shortcut_shift 0) before
+ * it changes the tables and enables them once the slots agree again, so a rule still changes
+ * in one write.
  */
 #pragma once
 
 #include "maps.h"
 #include "parse.h"
 
-#define SHORTCUT_PLACES 2
+#define SHORTCUT_SLOTS 2
 
 /* Multipliers of SplitMix64 (Steele, Lea, Flood 2014); pkg/loader has the same. */
 #define SHORTCUT_K1 0xbf58476d1ce4e5b9ULL
@@ -31,7 +30,7 @@ static __always_inline __u64 shortcut_hash(__u64 group, __u32 ifindex, __u64 tag
 	return (group ^ (__u64)ifindex << 32) * SHORTCUT_K1 + tags * SHORTCUT_K2;
 }
 
-/* The place of a hash: its highest bits, which depend on all others. */
+/* The slot of a hash: its highest bits, which depend on all others. */
 static __always_inline struct shortcut *shortcut_at(const struct config *cfg, __u64 hash)
 {
 	__u32 at = hash >> (cfg->shortcut_shift & 63);
@@ -39,7 +38,7 @@ static __always_inline struct shortcut *shortcut_at(const struct config *cfg, __
 	return bpf_map_lookup_elem(&shortcuts, &at);
 }
 
-/* The second place. */
+/* The hash of the second slot. */
 static __always_inline __u64 shortcut_rehash(__u64 hash)
 {
 	return (hash ^ hash >> 32) * SHORTCUT_K2;
@@ -73,7 +72,7 @@ static __always_inline bool same_addresses6(const struct shortcut *s, const __u6
 	       (!(want[0] | want[1]) || same_addr6(want, source));
 }
 
-/* The flow entry of a packet's rule; NULL: ask the flow tables. ip4 is a constant in each
+/* The flow entry of a packet's rule; NULL: look it up in the flow tables. ip4 is a constant in each
  * caller.
  */
 static __always_inline struct flow *find_shortcut(const struct config *cfg, __u32 ifindex,
@@ -98,7 +97,7 @@ static __always_inline struct flow *find_shortcut(const struct config *cfg, __u3
 	}
 	hash = shortcut_hash(hash, ifindex, shortcut_tags(h, port));
 #pragma unroll
-	for (i = 0; i < SHORTCUT_PLACES; i++) {
+	for (i = 0; i < SHORTCUT_SLOTS; i++) {
 		s = shortcut_at(cfg, hash);
 		if (!s)
 			return NULL;

@@ -17,9 +17,8 @@ static __always_inline __u32 mix(__u32 hash, __u32 word)
 	return hash ^ hash >> 15;
 }
 
-/* The same for all packets of a flow, fragments included: those behind the first have
- * no ports but the one that it has left. The source port is left out, which they do not
- * have.
+/* The same for all packets of a flow, fragments included. Later fragments carry no ports:
+ * the destination port is the one recorded from the first, and the source port is left out.
  */
 static __always_inline __u32 flow_hash(const struct headers *h, __u16 port, bool ip4)
 {

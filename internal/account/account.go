@@ -540,7 +540,7 @@ func (c *Counters) Cell(w Writer, kind Kind) *Cell {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if c.closed || c.account.cells == nil {
-		return &Cell{} // counts for nobody
+		return &Cell{} // is not counted by anyone
 	}
 	k := keyOf(Target{Scope: loose}, kind, w)
 	if c.bound {

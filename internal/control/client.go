@@ -43,11 +43,11 @@ const (
 // Client speaks to the daemon behind a socket. It is safe for concurrent use
 // and holds nothing open between calls.
 //
-// Every method can fail with ErrNotRunning when nobody listens, with
+// Every method can fail with ErrNotRunning when no daemon listens, with
 // ErrForbidden, and with ErrUnavailable when the daemon does not answer.
 type Client struct {
-	// Slow is told, in a line for people, when a call has had no answer for 2 seconds;
-	// the call goes on. Nil: nobody. Set it before the first call; it is called from other
+	// Slow is called with a line for people when a call has had no answer for 2 seconds;
+	// the call goes on. Nil: not called. Set it before the first call; it is called from other
 	// goroutines.
 	Slow func(line string)
 
@@ -61,7 +61,7 @@ var _ Backend = (*Client)(nil)
 func NewClient(socket string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, socket) }
 	return &Client{socket: socket, http: http.Client{
-		// One connection a call: a client that waits takes no place from others.
+		// One connection a call: a waiting client does not hold up others.
 		Transport: &http.Transport{
 			DialContext: dial, DisableKeepAlives: true, DisableCompression: true,
 			ExpectContinueTimeout: 5 * time.Second,

@@ -61,7 +61,7 @@ type limitListener struct {
 }
 
 // refusalPause is how often refused connections are logged, for each level of access:
-// whoever connects as fast as it can must not fill the log.
+// a client that connects in a loop must not fill the log.
 const refusalPause = 10 * time.Second
 
 // refusals says which refused connections to log.

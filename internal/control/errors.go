@@ -44,7 +44,7 @@ var (
 	ErrUnavailable error = &Error{Kind: KindUnavailable}
 )
 
-// ErrNotRunning is what every method of Client fails with when nobody listens.
+// ErrNotRunning is what every method of Client fails with when no daemon listens.
 var ErrNotRunning = errors.New("no xdpcast is running")
 
 // ErrListening is what Listen fails with when another daemon has the socket.

@@ -343,7 +343,7 @@ type errorAnswer struct {
 }
 
 // maxErrorText bounds an error's text in bytes: a set of rules can be wrong in
-// 100,000 places.
+// 100,000 slots.
 const maxErrorText = 8 << 10
 
 func errorBody(err error) []byte {

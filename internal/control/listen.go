@@ -23,7 +23,7 @@ import (
 const maxSocketPath = 107
 
 // Listen makes the unix socket at path, and its directory (0755) if that is absent. Root,
-// the process's own user and members of readGroups can connect to it, and nobody else
+// the process's own user and members of readGroups can connect to it, and no others
 // (unless there are groups and its file system has no access control lists); what they may
 // do there is the Server's to decide. A socket that a dead daemon left is
 // replaced; a live one is not: errors.Is(err, ErrListening). Anything else at path is left
@@ -137,7 +137,7 @@ func makeDir(dir string) error {
 	return os.Chmod(dir, 0o755)
 }
 
-// removeStale removes the socket at path if nobody listens on it.
+// removeStale removes the socket at path if no process listens on it.
 func removeStale(path string) error {
 	info, err := os.Lstat(path)
 	switch {

@@ -44,7 +44,7 @@ type counter struct {
 	packets, bytes atomic.Uint64
 }
 
-// add needs no locked instruction for the sum: nobody else writes.
+// add needs no locked instruction for the sum: it has one writer.
 func (c *counter) add(packets, bytes uint64) {
 	c.packets.Store(c.packets.Load() + packets)
 	c.bytes.Store(c.bytes.Load() + bytes)

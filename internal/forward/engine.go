@@ -119,7 +119,7 @@ func (e *Engine) Packet(index int, data []byte, at int64) bool {
 }
 
 // Deliver sends the copies of a packet whose rule is known and whose checks have
-// been made. The frame may have anything in place of its MAC addresses.
+// been made. The MAC addresses of the frame are undefined.
 func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
 	counts := e.match(r, at, len(frame))
 	if r.rule.Finish && packet.FinishChecksum(frame, h) {

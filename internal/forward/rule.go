@@ -22,7 +22,7 @@ func (r *Rule) Name() string { return r.rule.Name }
 
 type output struct {
 	loader.Output
-	device  int // place in Table.devices; -1 while there is none
+	device  int // index into Table.devices; -1: none
 	policer *policer
 	counts  *perWorker
 }

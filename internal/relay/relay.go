@@ -55,7 +55,7 @@ type Options struct {
 	Membership membership.Options
 	// AFXDP says how the AF_XDP path runs. Its Loader and Logger are replaced.
 	AFXDP forward.AFXDPOptions
-	// Logger is told what happens. Nil: nobody.
+	// Logger receives what happens. Nil: discarded.
 	Logger  *slog.Logger
 	Version string
 

@@ -88,7 +88,7 @@ func (r *Relay) readInitialRules() error {
 		return err
 	}
 	saved = r.withoutConflicts(fromFile, saved)
-	// One by one only where something is wrong, since it takes the square of time.
+	// One by one only where something is wrong, since it is quadratic.
 	fits := len(saved) == 0 || rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
 	accepted := slices.Clone(fromFile)
 	for _, rule := range saved {

@@ -46,7 +46,7 @@ func (r *Relay) supervise(heard []loader.Querier, now time.Time) *supervision {
 	return s
 }
 
-// igmpVersions is what the kernel last said. How long that takes grows with the square of
+// igmpVersions is what the kernel last said. How long that takes is quadratic in
 // the groups, half a second with 100,000: then it is asked less often.
 type igmpVersions struct {
 	byIndex map[int]int

@@ -29,7 +29,7 @@ type Frame struct {
 	// (IEEE 802.1Q).
 	VLANTag uint16
 	// ChecksumPartial says that the sender, on this machine, left the transport
-	// checksum to the device: what is in its place covers the pseudo header alone.
+	// checksum to the device: the field covers the pseudo header alone.
 	ChecksumPartial bool
 	// SegmentSize is the payload of each datagram, or TCP segment, of which this
 	// frame was merged, and 0 for a frame that left its sender like this. It is
@@ -106,7 +106,7 @@ func (f *Frame) merged() bool {
 
 // CompleteChecksum completes the transport checksum in Data if ChecksumPartial
 // says that it has to be, and clears that. It is false, and changes nothing, if
-// it cannot: the frame was cut, or the kernel names a place outside it.
+// it cannot: the frame was cut, or the kernel names an offset outside it.
 func (f *Frame) CompleteChecksum() bool {
 	if !f.ChecksumPartial {
 		return true
@@ -114,7 +114,7 @@ func (f *Frame) CompleteChecksum() bool {
 	if len(f.Data) < f.WireLen || f.checksumAt < f.checksumStart || f.checksumAt+2 > len(f.Data) {
 		return false
 	}
-	// The sum of the pseudo header is in the checksum's place, not complemented.
+	// The checksum field holds the sum of the pseudo header, not complemented.
 	check := ^fold(sum(f.Data[f.checksumStart:]))
 	if check == 0 {
 		check = 0xffff // RFC 768: zero is for no checksum

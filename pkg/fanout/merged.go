@@ -13,7 +13,7 @@ const (
 )
 
 // maxArena bounds the memory for the datagrams of one frame. 64 KiB of payload a
-// byte each, which the kernel allows nobody, fit.
+// byte each, which no kernel delivers, fit.
 const maxArena = 16 << 20
 
 // merged takes a frame of several UDP datagrams apart, as the kernel would on

@@ -31,7 +31,7 @@ type Worker struct {
 	down bool
 
 	// mu is held while in Wait, and from then on for as long as the goroutine
-	// holds a block: Close takes it to know that nobody reads the ring.
+	// holds a block: Close takes it, so that no reader is left in the ring.
 	mu    sync.Mutex
 	block Block
 

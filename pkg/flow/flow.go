@@ -26,7 +26,7 @@ const (
 type Flow struct {
 	Name string // unique; 1 to MaxName bytes
 	In   Input
-	Out  []Output // 1 to MaxOutputs; the place of an output is its slot
+	Out  []Output // 1 to MaxOutputs; the index of an output is its slot
 	// Path is PathKernel when it is not set.
 	Path Path
 	// Fallback lets the kernel path serve a flow of PathAFXDP while no socket does.
@@ -140,7 +140,7 @@ const (
 // Unicast says whether only frames to the input's MAC address are taken.
 func (r Flow) Unicast() bool { return !r.In.Group.IsMulticast() && !r.Broadcast }
 
-// Key is Input without what may change in place: flows must differ in it.
+// Key is Input without what may change while it is in force: flows must differ in it.
 func (in Input) Key() Input {
 	in.MAC = [6]byte{}
 	return in

@@ -40,12 +40,12 @@ type Options struct {
 	// is, over /sys/fs/bpf or a directory called bpf that is new or empty, and over no
 	// other. Empty: DefaultPinDir. Its name holds no dot.
 	PinDir string
-	// RunDir holds the lock file; nobody else may write there. Empty: DefaultRunDir.
+	// RunDir holds the lock file; no other user may write there. Empty: DefaultRunDir.
 	RunDir string
 	// MaxRules and MaxOutputs size the maps when the state is made; adopted
 	// state keeps its sizes. 0: the defaults.
 	MaxRules, MaxOutputs uint32
-	// Logger is told what is made, adopted and upgraded. Nil: nobody.
+	// Logger receives what is made, adopted and upgraded. Nil: discarded.
 	Logger *slog.Logger
 
 	programs programSource // tests replace it to stand for another release
@@ -279,7 +279,7 @@ func (l *Loader) Limits() (rules, outputs uint32) {
 }
 
 // create builds the whole state in a directory of its own and publishes it with
-// one rename, so that nobody ever opens half of it. The error matches os.ErrExist when
+// one rename, so that no process ever opens half of it. The error matches os.ErrExist when
 // the pin directory has appeared meanwhile.
 func (l *Loader) create() (err error) {
 	if l.lock.pins, err = newStaging(l.opts.PinDir); err != nil {

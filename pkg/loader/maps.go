@@ -88,7 +88,7 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 	specs[bpf.RelayMapCpus].MaxEntries = uint32(cpus)
 	specs[bpf.RelayMapRules].MaxEntries = maxRules
 	specs[bpf.RelayMapRuleStats].MaxEntries = maxRules
-	specs[bpf.RelayMapShortcuts].MaxEntries = shortcutPlaces(maxRules)
+	specs[bpf.RelayMapShortcuts].MaxEntries = shortcutSlots(maxRules)
 	specs[bpf.RelayMapOutputs].MaxEntries = maxOutputs
 	specs[bpf.RelayMapOutputStats].MaxEntries = maxOutputs
 	specs[bpf.RelayMapBroadcast].MaxEntries = maxOutputs

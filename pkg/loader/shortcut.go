@@ -10,27 +10,27 @@ import (
 	"xdpcast/bpf"
 )
 
-// shortcuts are the places of the map shortcuts, where the relay program finds most
-// rules without a look at the flow tables (bpf/include/shortcut.h). They are open, or the
-// tables alone count: what is open agrees with the tables. Each rule has two places to
-// choose from, and those for which there is none are found in the tables.
+// shortcuts mirrors the map shortcuts, where the relay program finds most rules without
+// the flow tables (bpf/include/shortcut.h). While open, the slots agree with the tables; while
+// closed, the tables alone count. Each rule has two candidate slots; rules without a slot
+// fall back to the tables.
 type shortcuts struct {
-	open   bool
-	known  bool     // places are as in the kernel
-	places []*entry // by place; nil: nobody
-	shift  uint32   // 64 less the bits of a place
+	open  bool
+	known bool     // slots equals what the kernel holds
+	slots []*entry // by index; nil: empty
+	shift uint32   // 64 less the bits of a slot index
 }
 
-// shortcutPlaces is the size of the map shortcuts. Up to half as many rules nearly all
-// find a place.
-func shortcutPlaces(maxRules uint32) uint32 {
+// shortcutSlots is the size of the map shortcuts. While at most half the slots are used,
+// nearly every rule gets one.
+func shortcutSlots(maxRules uint32) uint32 {
 	return 1 << max(1, min(bits.Len32(maxRules-1), 31))
 }
 
-// newShortcuts is for a map with n places. Those of a map that was just made are
-// empty, so that they can be open from the start.
+// newShortcuts is for a map with n slots. fresh: the map was just made, so all slots are
+// empty and shortcuts can be open from the start.
 func newShortcuts(n uint32, fresh bool) shortcuts {
-	return shortcuts{open: fresh, known: fresh, places: make([]*entry, n), shift: uint32(64 - bits.TrailingZeros32(n))}
+	return shortcuts{open: fresh, known: fresh, slots: make([]*entry, n), shift: uint32(64 - bits.TrailingZeros32(n))}
 }
 
 // shiftInForce is what map config says.
@@ -47,8 +47,8 @@ const (
 	shortcutK2 = 0x94d049bb133111eb
 )
 
-// placesOf are the two places of an input with a port.
-func (s *shortcuts) placesOf(in Input) (first, second uint32) {
+// slotsOf returns the two candidate slots of an input with a port.
+func (s *shortcuts) slotsOf(in Input) (first, second uint32) {
 	var group uint64
 	if in.Group.Is4() {
 		b := in.Group.As4()
@@ -63,38 +63,38 @@ func (s *shortcuts) placesOf(in Input) (first, second uint32) {
 	return uint32(hash >> s.shift), uint32(again >> s.shift)
 }
 
-// has says whether an entry has its place.
+// has says whether an entry has a slot.
 func (s *shortcuts) has(e *entry) bool {
-	first, second := s.placesOf(e.rule.In)
-	return s.places[first] == e || s.places[second] == e
+	first, second := s.slotsOf(e.rule.In)
+	return s.slots[first] == e || s.slots[second] == e
 }
 
-// maxMoves is how many rules change their place for a new one.
+// maxMoves bounds how many entries move to make room for a new one.
 const maxMoves = 32
 
-// put gives an entry a place, for which others may have to go to their second one (cuckoo
-// hashing: Pagh, Rodler 2001). When no place comes free that way, all stay where they are.
-// It notes in changed which places have someone else.
+// put gives an entry a slot; others may have to move to their second one (cuckoo hashing:
+// Pagh, Rodler 2001). When that frees no slot, nothing moves. It records in changed which
+// slots have another entry.
 func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
-	at, second := s.placesOf(e.rule.In)
-	if s.places[at] != nil && s.places[second] == nil {
+	at, second := s.slotsOf(e.rule.In)
+	if s.slots[at] != nil && s.slots[second] == nil {
 		at = second
 	}
-	var moves []uint32 // places whose holders go on to the next one
-	for s.places[at] != nil {
-		if len(moves) == maxMoves { // what goes in a circle comes here, too
+	var moves []uint32 // slots whose entries move on to the next one
+	for s.slots[at] != nil {
+		if len(moves) == maxMoves { // cycles end here, too
 			return
 		}
 		moves = append(moves, at)
-		first, second := s.placesOf(s.places[at].rule.In)
+		first, second := s.slotsOf(s.slots[at].rule.In)
 		at = first ^ second ^ at
 	}
 	for _, from := range slices.Backward(moves) {
-		s.places[at] = s.places[from]
+		s.slots[at] = s.slots[from]
 		changed[at] = true
 		at = from
 	}
-	s.places[at] = e
+	s.slots[at] = e
 	changed[at] = true
 }
 
@@ -114,15 +114,15 @@ func (s *transaction) closeShortcuts() {
 // (x86 TSO). Others, arm64 among them, promise neither between two system calls.
 const storesInOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 
-// openShortcuts gives the rules in force their places. The caller has waited for the
-// programs that have seen the shortcuts open.
+// openShortcuts gives the rules in force their slots. The caller has waited a grace period
+// for programs that saw the shortcuts open.
 func (l *Loader) openShortcuts() error {
 	s := &l.shortcuts
 	changed := map[uint32]bool{}
 	wants := l.shortcutRules()
-	for at, e := range s.places {
+	for at, e := range s.slots {
 		if e != nil && (l.rules[e.rule.Name] != e || !wants(e)) {
-			s.places[at] = nil
+			s.slots[at] = nil
 			changed[uint32(at)] = true
 		}
 	}
@@ -136,8 +136,8 @@ func (l *Loader) openShortcuts() error {
 	}
 	s.known, s.open = true, true
 	if len(changed) > 0 && !storesInOrder {
-		// A program that reads that they are open must read no place as it was before:
-		// one that starts after a grace period cannot.
+		// A program that sees shortcuts open must see no stale slot: one that starts after
+		// a grace period cannot.
 		l.opts.wait()
 	}
 	if err := l.writeConfig(); err != nil {
@@ -147,7 +147,7 @@ func (l *Loader) openShortcuts() error {
 	return nil
 }
 
-// shortcutRules returns which rules may have a place: those of one group and one port
+// shortcutRules returns which rules may have a slot: those of one group and one port
 // that no more specific rule can take packets from.
 func (l *Loader) shortcutRules() func(*entry) bool {
 	sourced := map[Input]bool{}
@@ -167,16 +167,16 @@ func (l *Loader) shortcutRules() func(*entry) bool {
 	}
 }
 
-// maxStagedShortcuts is how many places are written at once.
+// maxStagedShortcuts is how many slots are written at once.
 const maxStagedShortcuts = 4096
 
-// writeShortcuts writes the places that have changed; all of them when it is not known
-// what the kernel has.
+// writeShortcuts writes the changed slots; all of them when it is not known what the kernel
+// holds.
 func (l *Loader) writeShortcuts(changed map[uint32]bool) error {
 	known := l.shortcuts.known
 	l.shortcuts.known = false // until all is written
 	var b batch[bpf.RelayShortcut]
-	for at, e := range l.shortcuts.places {
+	for at, e := range l.shortcuts.slots {
 		if known && !changed[uint32(at)] {
 			continue
 		}

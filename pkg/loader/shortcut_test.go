@@ -18,7 +18,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// shortcutsOf reads the places in which somebody is.
+// shortcutsOf reads the slots that are in use.
 func shortcutsOf(t testing.TB, m *mapSet) map[uint32]bpf.RelayShortcut {
 	t.Helper()
 	found := map[uint32]bpf.RelayShortcut{}
@@ -74,10 +74,10 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 	for at, s := range shortcutsOf(t, m) {
 		in := shortcutInput(&s)
 		if flow, ok := inForce[in]; !ok || flow != s.Flow {
-			t.Errorf("place %d has %+v, the flow tables say %+v", at, s, flow)
+			t.Errorf("slot %d has %+v, the flow tables say %+v", at, s, flow)
 		}
 		if sourced[in] {
-			t.Errorf("place %d takes the packets of a more specific rule from %+v", at, in)
+			t.Errorf("slot %d takes the packets of a more specific rule from %+v", at, in)
 		}
 	}
 }
@@ -180,7 +180,7 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 	}{
 		{"any source", []Rule{anySource, prefix, anyPort, other, elsewhere}, "any elsewhere other"},
 		{"a source beside it", []Rule{anySource, s1, prefix}, "s1"},
-		{"more sources than places", []Rule{anySource, s1, s2}, "s1 s2"},
+		{"more sources than slots", []Rule{anySource, s1, s2}, "s1 s2"},
 		{"sources alone", []Rule{s1, s2, anyPort}, "s1 s2"},
 		{"any source again", []Rule{anySource}, "any"},
 		{"none", nil, ""},
@@ -202,16 +202,16 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 	}
 }
 
-// Nearly every rule finds a place, however many there are, and stays there when others
+// Nearly every rule finds a slot, however many there are, and stays there when others
 // come and go.
 func TestShortcutPlaces(t *testing.T) {
-	for _, c := range []struct{ rules, places uint32 }{{1, 2}, {2, 2}, {3, 4}, {16384, 16384}, {16385, 32768}, {1 << 31, 1 << 31}, {1<<32 - 1, 1 << 31}} {
-		if got := shortcutPlaces(c.rules); got != c.places {
-			t.Errorf("%d places for %d rules, want %d", got, c.rules, c.places)
+	for _, c := range []struct{ rules, slots uint32 }{{1, 2}, {2, 2}, {3, 4}, {16384, 16384}, {16385, 32768}, {1 << 31, 1 << 31}, {1<<32 - 1, 1 << 31}} {
+		if got := shortcutSlots(c.rules); got != c.slots {
+			t.Errorf("%d slots for %d rules, want %d", got, c.rules, c.slots)
 		}
 	}
 	const n = 16384
-	s := newShortcuts(shortcutPlaces(2*n), true)
+	s := newShortcuts(shortcutSlots(2*n), true)
 	var entries []*entry
 	for i := range n {
 		group := netip.AddrFrom4([4]byte{239, 1, byte(i >> 8), byte(i)})
@@ -229,21 +229,21 @@ func TestShortcutPlaces(t *testing.T) {
 			placed++
 		}
 	}
-	for _, e := range s.places {
+	for _, e := range s.slots {
 		if e != nil && seen[e] {
-			t.Fatalf("%v has two places", e.rule.In)
+			t.Fatalf("%v has two slots", e.rule.In)
 		}
 		seen[e] = true
 	}
 	if placed < n*99/100 {
-		t.Errorf("%d of %d rules have a place", placed, n)
+		t.Errorf("%d of %d rules have a slot", placed, n)
 	}
-	// For more than have room, nobody loses a place, and nothing is written in vain.
-	full := newShortcuts(shortcutPlaces(n), true)
+	// For more than have room, no entry loses its slot, and nothing is written in vain.
+	full := newShortcuts(shortcutSlots(n), true)
 	for _, e := range entries {
 		full.put(e, map[uint32]bool{})
 	}
-	before := slices.Clone(full.places)
+	before := slices.Clone(full.slots)
 	placed = 0
 	for _, e := range entries {
 		if full.has(e) {
@@ -255,12 +255,12 @@ func TestShortcutPlaces(t *testing.T) {
 			t.Errorf("%v: a second try changes %v", e.rule.In, changed)
 		}
 	}
-	if !slices.Equal(before, full.places) {
-		t.Error("places have changed")
+	if !slices.Equal(before, full.slots) {
+		t.Error("slots have changed")
 	}
-	t.Logf("%d of %d rules have one of as many places", placed, n)
+	t.Logf("%d of %d rules have one of as many slots", placed, n)
 	if placed < n*2/3 {
-		t.Errorf("only %d of %d rules have a place", placed, n)
+		t.Errorf("only %d of %d rules have a slot", placed, n)
 	}
 }
 
@@ -274,7 +274,7 @@ func TestShortcutsAreMadeAnew(t *testing.T) {
 	if len(want) == 0 {
 		t.Fatal("no rule has a shortcut")
 	}
-	for at := range uint32(len(l.shortcuts.places)) {
+	for at := range uint32(len(l.shortcuts.slots)) {
 		wrong := bpf.RelayShortcut{Family: 4, Group: [4]byte{239, 9, 9, 9}, Port: 1}
 		if err := l.maps.Shortcuts.Put(at, &wrong); err != nil {
 			t.Fatal(err)
@@ -351,41 +351,41 @@ func TestShortcutsThatFail(t *testing.T) {
 	shortcutsAgree(t, r.l.maps)
 }
 
-// Wherever rules have their places, be these few and full, a new one takes no place from
+// Wherever rules have their slots, be these few and full, a new one takes no slot from
 // another: each has one of its own two, or none, and what has changed is noted.
 func TestShortcutsAreNotLost(t *testing.T) {
 	for seed := range uint64(200) {
 		random := rand.New(rand.NewPCG(seed, 1))
 		s := newShortcuts(1<<(1+random.IntN(5)), true)
 		placed := map[*entry]bool{}
-		for i := range 2 * len(s.places) {
+		for i := range 2 * len(s.slots) {
 			e := &entry{rule: Rule{In: Input{Index: 2, Group: netip.AddrFrom4([4]byte{239, byte(seed), byte(i >> 8), byte(i)}), Port: uint16(1 + random.IntN(3))}}}
-			before := slices.Clone(s.places)
+			before := slices.Clone(s.slots)
 			changed := map[uint32]bool{}
 			s.put(e, changed)
 			if s.has(e) {
 				placed[e] = true
 			}
 			found := map[*entry]bool{}
-			for at, holder := range s.places {
+			for at, holder := range s.slots {
 				if (holder != before[at]) != changed[uint32(at)] {
-					t.Fatalf("seed %d, rule %d: place %d noted as changed: %v", seed, i, at, changed[uint32(at)])
+					t.Fatalf("seed %d, rule %d: slot %d noted as changed: %v", seed, i, at, changed[uint32(at)])
 				}
 				if holder == nil {
 					continue
 				}
-				first, second := s.placesOf(holder.rule.In)
+				first, second := s.slotsOf(holder.rule.In)
 				if found[holder] || uint32(at) != first && uint32(at) != second {
-					t.Fatalf("seed %d, rule %d: place %d has a rule of places %d and %d, twice: %v", seed, i, at, first, second, found[holder])
+					t.Fatalf("seed %d, rule %d: slot %d has a rule of slots %d and %d, twice: %v", seed, i, at, first, second, found[holder])
 				}
 				found[holder] = true
 			}
 			if !maps.Equal(found, placed) {
-				t.Fatalf("seed %d, rule %d: %d rules have places, want the %d that had one", seed, i, len(found), len(placed))
+				t.Fatalf("seed %d, rule %d: %d rules have slots, want the %d that had one", seed, i, len(found), len(placed))
 			}
 		}
-		if len(placed) < len(s.places)/2 {
-			t.Errorf("seed %d: %d of %d places are taken", seed, len(placed), len(s.places))
+		if len(placed) < len(s.slots)/2 {
+			t.Errorf("seed %d: %d of %d slots are taken", seed, len(placed), len(s.slots))
 		}
 	}
 }

@@ -19,7 +19,7 @@ import (
 // them, sorted; they can be joined again.
 //
 // Source filters are not looked at: the kernel's list of them is not complete. How
-// long it takes grows with the square of the groups of an interface: half a second with
+// long it takes is quadratic in the groups of an interface: half a second with
 // 100,000.
 func (m *Manager) Observe() (lost []Membership, err error) {
 	m.mu.Lock()

@@ -223,7 +223,7 @@ func (p *iface) addFilter(m Membership, layer int, s *shard) *filter {
 	f := &filter{shard: s, layer: layer, sources: 1}
 	s.filters++
 	if layer == anySource {
-		return f // nobody else joins this one
+		return f // not shared
 	}
 	layers := p.groups[m.Group]
 	for len(layers) <= layer {

@@ -44,7 +44,7 @@ func sum(b []byte) (total uint64) {
 }
 
 // FinishChecksum computes the UDP checksum of a whole datagram whose sender left that to
-// a device: in its place is the sum of the pseudo header. It is false, and changes
+// a device: the field holds the sum of the pseudo header. It is false, and changes
 // nothing, where that is not so.
 func FinishChecksum(frame []byte, h *Headers) bool {
 	if h.Part != Whole {

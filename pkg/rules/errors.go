@@ -20,7 +20,7 @@ var (
 	ErrTooManyOutputs  = errors.New("too many outputs")
 )
 
-// maxFaults bounds the list of one error: nobody reads on, and a broken set of
+// maxFaults bounds the list of one error: it stays readable, and a broken set of
 // 100,000 rules must not make a message of megabytes.
 const maxFaults = 100
 
@@ -83,7 +83,7 @@ func quote(s string) string {
 	return strconv.Quote(s[:n] + "...")
 }
 
-// fault is a FieldError with the place of its rule in the set.
+// fault is a FieldError with the index of its rule in the set.
 type fault struct {
 	rule int // index of the rule
 	err  *FieldError

@@ -100,7 +100,7 @@ func Winner(a, b Input) (Input, bool) {
 
 // Overlap is a rule that takes packets which another rule matches, too.
 type Overlap struct {
-	Rule int  // its place in the set
+	Rule int  // its index in the set
 	Wins bool // it gets the packets that both match
 }
 
@@ -441,7 +441,7 @@ type addressTable struct {
 type addressEntry struct {
 	prefix netip.Prefix // masked
 	rule   int
-	up     int // place of the last entry of the next shorter prefix that encloses this one, or -1
+	up     int // index of the last entry of the next shorter prefix that encloses this one, or -1
 }
 
 // comparePrefix orders by address, then the shorter prefix first.

@@ -21,7 +21,7 @@ const MaxOutputs = 64
 // 64 bytes with the NUL.
 const MaxNameLen = 63
 
-// Rule is one input and its outputs. The place of an output in Out is its slot.
+// Rule is one input and its outputs. The index of an output in Out is its slot.
 type Rule struct {
 	Name   string // unique on the host; see Validate for its form
 	In     Input
@@ -86,7 +86,7 @@ type JoinPolicy uint8
 // The join policies. A prefix must name one of the last three.
 const (
 	JoinDefault JoinPolicy = iota // the input's one group; nothing for a unicast input
-	JoinNone                      // nothing: the network floods, or somebody else joins
+	JoinNone                      // nothing: the network floods, or another host joins
 	JoinAll                       // every group of the prefix, of at most MaxJoinAll
 	JoinList                      // Acceptance.Groups
 )

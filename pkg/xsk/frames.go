@@ -134,7 +134,7 @@ func (f *Frames) index(addr uint64) (uint32, bool) {
 	return uint32(i), i < uint64(len(f.refs))
 }
 
-// pop takes a free frame, with a reference that nobody holds yet.
+// pop takes a free frame, with one reference, the caller's.
 func (f *Frames) pop() (uint32, bool) {
 	last := len(f.free) - 1
 	if last < 0 {

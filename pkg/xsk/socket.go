@@ -80,7 +80,7 @@ type Socket struct {
 // namespace, and gives it the use of frames. The caller owns it and must Close it.
 //
 // One UMEM may have sockets on any number of interfaces and queues, but only one on
-// each, and nobody else may have one there: the [*BindError] then matches unix.EBUSY,
+// each, and no other socket may be bound there: the [*BindError] then matches unix.EBUSY,
 // as it does for a moment after another socket was closed.
 func Open(frames *Frames, ifindex, queue int, opts Options) (_ *Socket, err error) {
 	opts = opts.withDefaults()

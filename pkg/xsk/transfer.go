@@ -84,7 +84,7 @@ func (s *Socket) received(d *Desc) {
 
 // Send puts packets into the TX ring and returns how many descriptors it took: fewer
 // than all if the ring is full, and never a part of a packet. Each descriptor taken
-// hands one of the caller's references over, until Complete; nobody may write to the
+// hands one of the caller's references over, until Complete; no one may write to the
 // frame meanwhile. Nothing is sent before Kick or Flush.
 //
 // An error is a [*DescError] about the descriptor that was not taken because the kernel
@@ -121,7 +121,7 @@ func (s *Socket) Send(descs []Desc) (int, error) {
 }
 
 // sendable returns the number of a descriptor's frame, or why it cannot be sent.
-// segment is its place in its packet. The kernel checks the same (xp_validate_desc),
+// segment is its index in its packet. The kernel checks the same (xp_validate_desc),
 // but never completes what fails.
 func (s *Socket) sendable(d Desc, segment int) (frame uint32, reason string) {
 	f := s.frames
