@@ -56,3 +56,43 @@ func TestArchitectureNames(t *testing.T) {
 		t.Errorf("%d names are looked at, want more: has the page changed its form?", checked)
 	}
 }
+
+// TestWalks: each step of a walk in docs/architecture.md names a file and the functions in it that take
+// the step, and no step of a walk comes twice.
+func TestWalks(t *testing.T) {
+	walks, steps := 0, 0
+	seen := map[string]bool{}
+	for line := range strings.Lines(read(t, "docs/architecture.md")) {
+		if strings.HasPrefix(line, "## ") {
+			seen = map[string]bool{}
+		}
+		if strings.HasPrefix(line, "| step | file | function |") {
+			walks++
+		}
+		row := regexp.MustCompile("^\\| \\d+\\. .* \\| `([^`]+)` \\| (`.+`) \\|$").FindStringSubmatch(strings.TrimSpace(line))
+		if row == nil {
+			if regexp.MustCompile(`^\| \d+\. `).MatchString(line) {
+				t.Errorf("no file and function in %q", line)
+			}
+			continue
+		}
+		steps++
+		data, err := os.ReadFile(filepath.Join(root, row[1]))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		for _, name := range strings.Split(strings.ReplaceAll(row[2], "`", ""), ", ") {
+			if !regexp.MustCompile(`(?m)^(func (\([^)]*\) )?|.*[ *]|int BPF_PROG\()` + name + `[(,]`).Match(data) {
+				t.Errorf("there is no function %s in %s", name, row[1])
+			}
+			if seen[row[1]+name] {
+				t.Errorf("the walk comes to %s of %s again", name, row[1])
+			}
+			seen[row[1]+name] = true
+		}
+	}
+	if walks < 4 || steps < 40 {
+		t.Errorf("%d tables with %d steps, want those of three walks: has the page changed its form?", walks, steps)
+	}
+}
