@@ -3,6 +3,7 @@ package forward
 import (
 	"errors"
 	"fmt"
+	"os"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -194,7 +195,7 @@ func (s *afxdpSender) drop(first, left, silent int) {
 
 // fatal says whether a socket is of no more use: its interface is down or gone.
 func fatal(err error) bool {
-	return errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENXIO) || errors.Is(err, xsk.ErrClosed)
+	return errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENXIO) || errors.Is(err, os.ErrClosed)
 }
 
 // fail gives the queue up, so that nothing old leaves when the interface is up again.

@@ -5,6 +5,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +29,8 @@ type Worker struct {
 	index     int // of the block that the kernel hands over next
 	fds       [2]unix.PollFd
 	// down is set from ENETDOWN until frames arrive again.
-	down bool
+	down     bool
+	deadline time.Time // of Wait; zero: none
 
 	// mu is held while in Wait, and from then on for as long as the goroutine
 	// holds a block: Close takes it, so that no reader is left in the ring.
@@ -44,7 +46,8 @@ type Worker struct {
 // not been done. The goroutine's thread waits with it, at no cost but the
 // kernel's timer.
 //
-// Errors: [ErrWoken] after Wake; [os.ErrClosed] after Group.Close; an [*Error]
+// Errors: [ErrWoken] after Wake; [os.ErrClosed] after Group.Close;
+// [os.ErrDeadlineExceeded] after the time of SetDeadline; an [*Error]
 // with ENETDOWN once when the interface goes down - it goes on when the
 // interface is up again, so call Wait again - and with ENODEV each time when the
 // interface is gone for good, which may take a second to be noticed. Blocks that
@@ -89,11 +92,36 @@ func (w *Worker) take() bool {
 	return true
 }
 
-// poll waits until there may be a block, or Wait is interrupted.
-func (w *Worker) poll() error {
+// SetDeadline sets the time after which Wait returns [os.ErrDeadlineExceeded] when there is
+// no block; the zero time sets none, which is the default. It is for the goroutine that
+// calls Wait. Blocks that are ready are returned after the deadline, too.
+func (w *Worker) SetDeadline(t time.Time) { w.deadline = t }
+
+// pollTimeout is how long poll may wait, in milliseconds; negative: for ever.
+func (w *Worker) pollTimeout() (int, error) {
 	timeout := -1
 	if w.down {
 		timeout = goneCheck
+	}
+	if w.deadline.IsZero() {
+		return timeout, nil
+	}
+	left := time.Until(w.deadline)
+	if left <= 0 {
+		return 0, os.ErrDeadlineExceeded
+	}
+	ms := int((min(left, 24*time.Hour) + time.Millisecond - 1) / time.Millisecond)
+	if timeout >= 0 {
+		ms = min(ms, timeout)
+	}
+	return ms, nil
+}
+
+// poll waits until there may be a block, or Wait is interrupted.
+func (w *Worker) poll() error {
+	timeout, err := w.pollTimeout()
+	if err != nil {
+		return err
 	}
 	n, err := w.group.sys.poll(w.fds[:], timeout)
 	switch {
@@ -101,8 +129,10 @@ func (w *Worker) poll() error {
 		return nil
 	case err != nil:
 		return w.group.fail(StepReceive, err)
-	case n == 0:
+	case n == 0 && w.down:
 		return w.checkGone()
+	case n == 0:
+		return nil // the deadline
 	}
 	if w.fds[1].Revents != 0 {
 		w.drainEvent()

@@ -7,14 +7,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Causes that are not the kernel's.
-var (
-	// ErrNotJoined is the cause of a [LeaveError] for a membership that is not
-	// held: never joined, already left, or dropped with its interface.
-	ErrNotJoined = errors.New("not joined")
-	// ErrClosed is the cause of errors from a closed [Manager].
-	ErrClosed = errors.New("membership manager is closed")
-)
+// ErrNotJoined is the cause of a [LeaveError] for a membership that is not held: never
+// joined, already left, or dropped with its interface. The other cause that is not the
+// kernel's is [os.ErrClosed], of a closed [Manager].
+var ErrNotJoined = errors.New("not joined")
 
 // JoinError says that a membership was not joined. Every error of
 // [Manager.Join] is one; what went wrong more exactly, if it is known, is an

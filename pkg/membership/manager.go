@@ -2,7 +2,9 @@ package membership
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -76,9 +78,11 @@ func (m *Manager) Join(ms Membership) error {
 	return nil
 }
 
+var errClosed = fmt.Errorf("membership manager: %w", os.ErrClosed)
+
 func (m *Manager) join(ms Membership) error {
 	if m.closed {
-		return ErrClosed
+		return errClosed
 	}
 	if err := ms.validate(); err != nil {
 		return err
@@ -122,7 +126,7 @@ func (m *Manager) Leave(ms Membership) error {
 
 func (m *Manager) leave(ms Membership) error {
 	if m.closed {
-		return ErrClosed
+		return errClosed
 	}
 	p := m.ifaces[ms.life()]
 	if p == nil {

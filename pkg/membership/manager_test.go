@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -515,10 +516,10 @@ func TestCloseLeavesEverything(t *testing.T) {
 	if got := openSockets(); got != before {
 		t.Errorf("%d sockets, want %d", got, before)
 	}
-	if err := m.Join(ms); !errors.Is(err, ErrClosed) || Transient(err) {
+	if err := m.Join(ms); !errors.Is(err, os.ErrClosed) || Transient(err) {
 		t.Errorf("join after close: %v", err)
 	}
-	if err := m.Leave(ms); !errors.Is(err, ErrClosed) {
+	if err := m.Leave(ms); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("leave after close: %v", err)
 	}
 	checkNothingHeld(t, m)

@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/bits"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -112,7 +113,7 @@ func TestTransientSeesThroughWrapping(t *testing.T) {
 	if !Transient(err) {
 		t.Errorf("%v is not transient", err)
 	}
-	for _, err := range []error{nil, errors.New("other"), unix.EINVAL, ErrClosed, ErrNotJoined} {
+	for _, err := range []error{nil, errors.New("other"), unix.EINVAL, os.ErrClosed, ErrNotJoined} {
 		if Transient(err) {
 			t.Errorf("%v is transient", err)
 		}

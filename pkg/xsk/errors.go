@@ -5,11 +5,10 @@ import (
 	"fmt"
 )
 
-// Errors to match with errors.Is. Besides these, [Socket.Kick], [Socket.Flush],
-// [Socket.WakeRX] and [Socket.Check] answer the kernel's error numbers as they are.
+// Errors to match with errors.Is. Besides these, what has been closed answers
+// [os.ErrClosed], and [Socket.Kick], [Socket.Flush], [Socket.WakeRX] and [Socket.Check]
+// answer the kernel's error numbers as they are.
 var (
-	// ErrClosed: the UMEM, socket or waiter has been closed.
-	ErrClosed = errors.New("already closed")
 	// ErrInUse: sockets of the UMEM are still open.
 	ErrInUse = errors.New("still in use")
 	// ErrNoHugePages: the system has too few free huge pages.

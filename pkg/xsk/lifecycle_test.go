@@ -135,10 +135,10 @@ func TestUMEMClose(t *testing.T) {
 	if u.Frame(0) != nil || u.Data(Desc{Len: 1}) != nil {
 		t.Error("a closed UMEM has memory")
 	}
-	if _, err := u.NewFrames(1); !errors.Is(err, ErrClosed) {
+	if _, err := u.NewFrames(1); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("frames of a closed UMEM: %v", err)
 	}
-	if err := host.Do(func() error { _, err := Open(frames, s.Ifindex(), 0, Options{}); return err }); !errors.Is(err, ErrClosed) {
+	if err := host.Do(func() error { _, err := Open(frames, s.Ifindex(), 0, Options{}); return err }); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("socket of a closed UMEM: %v", err)
 	}
 }
@@ -159,8 +159,8 @@ func TestClosedSocket(t *testing.T) {
 	frames.Release(addr)
 	_, statsErr := s.Statistics()
 	for _, err := range []error{s.Kick(), s.Flush(), s.WakeRX(), s.Check(), statsErr} {
-		if !errors.Is(err, ErrClosed) {
-			t.Errorf("got %v: want %v", err, ErrClosed)
+		if !errors.Is(err, os.ErrClosed) {
+			t.Errorf("got %v: want %v", err, os.ErrClosed)
 		}
 	}
 	if err := s.Close(); err != nil {
@@ -171,7 +171,7 @@ func TestClosedSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.Close()
-	if err := w.Set(s, Readable); !errors.Is(err, ErrClosed) {
+	if err := w.Set(s, Readable); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("waiting for a closed socket: %v", err)
 	}
 }
@@ -718,7 +718,7 @@ func TestWaiter(t *testing.T) {
 			}
 		}
 		w.Wake()
-		if _, err := w.Wait(0); !errors.Is(err, ErrClosed) {
+		if _, err := w.Wait(0); !errors.Is(err, os.ErrClosed) {
 			t.Errorf("wait of a closed waiter: %v", err)
 		}
 	})
@@ -769,7 +769,7 @@ func TestWaiter(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Wait(-1); !errors.Is(err, ErrClosed) {
+	if _, err := w.Wait(-1); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("wait for a closed socket: %v", err)
 	}
 }

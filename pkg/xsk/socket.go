@@ -3,6 +3,7 @@ package xsk
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -260,7 +261,7 @@ func (s *Socket) join(fd int) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.area == nil {
-		return fmt.Errorf("bind to queue %d of interface %d: UMEM %w", s.queue, s.ifindex, ErrClosed)
+		return fmt.Errorf("bind to queue %d of interface %d: UMEM %w", s.queue, s.ifindex, os.ErrClosed)
 	}
 	if err := u.bind(fd, s); err != nil {
 		return s.bindError(err)
@@ -458,7 +459,7 @@ type Statistics struct {
 func (s *Socket) Statistics() (Statistics, error) {
 	fd := s.FD()
 	if fd < 0 {
-		return Statistics{}, ErrClosed
+		return Statistics{}, os.ErrClosed
 	}
 	k, err := getsockopt[unix.XDPStatistics](fd, unix.XDP_STATISTICS)
 	if err != nil {

@@ -3,6 +3,7 @@ package xsk
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -205,11 +206,11 @@ func (s *Socket) Outstanding() int { return s.sent }
 //   - ENOBUFS, ENOMEM: no memory for a copy; try again;
 //   - ENETDOWN: the interface is down;
 //   - ENXIO: the interface is gone, Close the socket;
-//   - [ErrClosed].
+//   - [os.ErrClosed].
 func (s *Socket) Kick() error {
 	fd := s.FD()
 	if fd < 0 {
-		return ErrClosed
+		return os.ErrClosed
 	}
 	if !s.tx.needsWakeup() || s.tx.pending() == 0 {
 		return nil
@@ -254,7 +255,7 @@ func (s *Socket) Flush() error {
 func (s *Socket) WakeRX() error {
 	fd := s.FD()
 	if fd < 0 {
-		return ErrClosed
+		return os.ErrClosed
 	}
 	if !s.busyPoll && !s.fill.needsWakeup() {
 		return nil
@@ -267,7 +268,7 @@ func (s *Socket) WakeRX() error {
 func (s *Socket) Check() error {
 	fd := s.FD()
 	if fd < 0 {
-		return ErrClosed
+		return os.ErrClosed
 	}
 	err := wakeRX(fd)
 	if errors.Is(err, unix.ENOBUFS) { // no RX ring; the interface was checked before

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"os"
 	"slices"
 	"sync"
 
@@ -176,7 +177,7 @@ func (u *UMEM) NewFrames(n int) (*Frames, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.area == nil {
-		return nil, fmt.Errorf("take frames: %w", ErrClosed)
+		return nil, fmt.Errorf("take frames: %w", os.ErrClosed)
 	}
 	if left := u.opts.Frames - u.given; n < 1 || n > left {
 		return nil, fmt.Errorf("take %d frames: want 1 to the %d that are left of %d", n, left, u.opts.Frames)

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -49,7 +50,7 @@ func NewWaiter() (*Waiter, error) {
 func (w *Waiter) Set(s *Socket, events Events) error {
 	fd := s.FD()
 	if fd < 0 {
-		return fmt.Errorf("wait for socket: %w", ErrClosed)
+		return fmt.Errorf("wait for socket: %w", os.ErrClosed)
 	}
 	if events&^(Readable|Writable) != 0 {
 		return &OptionError{"events", events, "Readable, Writable, both or none"}
@@ -70,7 +71,7 @@ func (w *Waiter) Set(s *Socket, events Events) error {
 // ends. It returns how many sockets have events: 0 after Wake and after the timeout.
 func (w *Waiter) Wait(timeout time.Duration) (ready int, err error) {
 	if w.closed() {
-		return 0, fmt.Errorf("wait: %w", ErrClosed)
+		return 0, fmt.Errorf("wait: %w", os.ErrClosed)
 	}
 	deadline := time.Now().Add(timeout)
 	for {
@@ -95,7 +96,7 @@ func (w *Waiter) Wait(timeout time.Duration) (ready int, err error) {
 func (w *Waiter) events(n int) (ready int, err error) {
 	for _, p := range w.fds {
 		if p.Revents&unix.POLLNVAL != 0 {
-			return 0, fmt.Errorf("wait for a socket that was closed before it was taken out: %w", ErrClosed)
+			return 0, fmt.Errorf("wait for a socket that was closed before it was taken out: %w", os.ErrClosed)
 		}
 	}
 	if w.fds[0].Revents == 0 {
