@@ -51,7 +51,7 @@ func newApp(now func() time.Time) *cli.App {
 		}},
 		Commands: []*cli.Command{
 			runCommand(), loadCommand(), unloadCommand(), upgradeCommand(),
-			ruleCommand(now), groupCommand(now), statsCommand(now), statusCommand(now), explainCommand(now), reloadCommand(), checkCommand(), convertCommand(),
+			ruleCommand(now), groupCommand(now), statsCommand(now), statusCommand(now), explainCommand(now), doctorCommand(now), reloadCommand(), checkCommand(), convertCommand(),
 			genCommand(), recvCommand(), demoCommand(), versionCommand(),
 		},
 		Action:                    chooseCommand,

@@ -214,6 +214,7 @@ func FuzzMessages(f *testing.F) {
 		if index, n, ok := parseChannels(b); ok && (index <= 0 || n < 1) {
 			t.Errorf("queues %d %d", index, n)
 		}
+		parseBridge(b)
 		if r, ok := parseRoute(b, 3); ok && (r.gateway.IsValid() && (r.kind != HopUnicast || r.object || r.gateway.IsUnspecified())) {
 			t.Errorf("route %+v", r)
 		}

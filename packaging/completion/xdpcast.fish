@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain reload check convert gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain doctor reload check convert gen recv demo version
             return 1
         end
     end
@@ -99,6 +99,14 @@ complete -c xdpcast -n '__fish_seen_subcommand_from status' -f -l output -s o -r
 complete -c xdpcast -n '__fish_seen_subcommand_from explain' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'explain' -d 'say what becomes of a packet, and why'
 complete -c xdpcast -n '__fish_seen_subcommand_from explain' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'doctor' -d 'say what keeps packets from moving, and what cures it'
+complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l interface -s i -r -d 'look at `IFACE`, too (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l for -r -d '`TIME` between two readings of the counters'
+complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l strict -d 'exit code 1 for warnings, too'
+complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l all -s a -d 'show what is fine, too'
+complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
+complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'reload' -d 'have the daemon read its file again, and say what changed'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l dry-run -d 'only say what would change'

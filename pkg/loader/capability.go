@@ -50,17 +50,12 @@ func checkCapabilities() (warning string, err error) {
 }
 
 func capabilitiesIn(effective uint64) (warning string, err error) {
-	var missing []string
-	for _, c := range needed {
-		if !c.in(effective) {
-			missing = append(missing, c.name)
-		}
-	}
+	missing, optional := MissingCapabilities(effective)
 	if len(missing) > 0 {
 		return "", fmt.Errorf("without %s (see capabilities(7)): %w", strings.Join(missing, ", "), unix.EPERM)
 	}
-	if !capNetRaw.in(effective) {
-		return "without " + capNetRaw.name + " the paths afxdp and fanout do not work", nil
+	if len(optional) > 0 {
+		return "without " + strings.Join(optional, ", ") + " the paths afxdp and fanout do not work", nil
 	}
 	return "", nil
 }

@@ -207,6 +207,7 @@ func (l *Loader) StatsOf(names []string) (Stats, error) {
 
 // Reader reads pinned state without changing it, beside any owner.
 type Reader struct {
+	pinDir string
 	maps   *mapSet
 	tables tables
 }
@@ -217,7 +218,7 @@ func OpenReader(pinDir string) (_ *Reader, err error) {
 	if _, err := os.Stat(pinDir); errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w in %s", ErrNotLoaded, pinDir)
 	}
-	r := &Reader{}
+	r := &Reader{pinDir: pinDir}
 	if r.maps, err = openMaps(pinDir, true); err != nil {
 		return nil, err
 	}

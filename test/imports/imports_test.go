@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"internal/metrics":  {"internal/control"},
 	"internal/demo":     {"internal/lab", "internal/control", "pkg/loader", "pkg/rules", "internal/traffic"},
 	"internal/relay":    {"bpf", "internal/rulefile", "internal/control", "pkg/fanout", "pkg/flow", "internal/forward", "pkg/loader", "pkg/membership", "internal/network", "internal/plan", "pkg/rules"},
+	"internal/doctor":   {"internal/control", "pkg/loader", "pkg/membership", "internal/network", "pkg/packet", "pkg/rules"},
 	"internal/genl":     {},
 	"internal/lockfile": {},
 	"internal/lab":      {},

@@ -1,0 +1,327 @@
+package doctor
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"xdpcast/internal/control"
+	"xdpcast/pkg/rules"
+)
+
+// follow goes with a rule's packets from the card to the wire. Its findings stand in the order
+// of a packet's way, and the verdict says where the way ends.
+func follow(f *Facts) Section {
+	w := way{r: f.Rule, daemon: f.Host.Daemon != nil}
+	w.input, _, w.err = rules.ParseInput(w.now().In)
+	w.state()
+	if !w.input.FromHost {
+		w.card()
+		w.memberships()
+	}
+	w.matched()
+	w.dropped()
+	w.workers()
+	w.outputs()
+	w.wire()
+	return Section{Kind: "rule", Name: f.Rule.Name, Findings: w.found, Verdict: w.verdict()}
+}
+
+// way collects what is found on the way.
+type way struct {
+	r      *Rule
+	daemon bool
+	input  rules.Input
+	err    error
+	found  []Finding
+	// end is where packets end, in words: the first place that is found.
+	end string
+}
+
+func (w *way) now() *control.RuleStatus { return &w.r.Status[1] }
+
+func (w *way) add(check string, packets uint64, f Finding) {
+	f.Check, f.Packets = check, packets
+	w.found = append(w.found, f)
+}
+
+// ends notes where packets end, unless they end before.
+func (w *way) ends(format string, args ...any) {
+	if w.end == "" {
+		w.end = fmt.Sprintf(format, args...)
+	}
+}
+
+func fine(format string, args ...any) Finding { return Finding{Text: fmt.Sprintf(format, args...)} }
+
+// grown is by how much a counter grew; one that ran backwards is another counter.
+func grown(before, now uint64) uint64 {
+	if now < before {
+		return now
+	}
+	return now - before
+}
+
+func (w *way) state() {
+	s := w.now()
+	switch s.State {
+	case control.StateActive:
+		text := "active on the path " + s.UsedPath
+		if e := w.r.Explained; e != nil && e.PathReason != "" {
+			text += ": " + e.PathReason
+		}
+		w.add("state", 0, fine("%s", text))
+	case control.StateLooping:
+		w.add("state", 0, fault("xdpcast explain "+w.r.Name, "its packets come back to it: %s", s.Reason))
+	default:
+		w.add("state", 0, fault("xdpcast rule show "+w.r.Name, "%s: %s", s.State, s.Reason))
+		if s.UsedPath == "" {
+			w.ends("at the rule, which is not in force: %s", s.Reason)
+		}
+	}
+}
+
+// card looks at the inputs.
+func (w *way) card() {
+	if len(w.r.Inputs) == 0 {
+		w.add("input", 0, fault("ip link", "no interface matches %s", w.input.Interface))
+		w.ends("before the host: no interface matches %s", w.input.Interface)
+	}
+	for _, i := range w.r.Inputs {
+		if bad := present(i); len(bad) > 0 {
+			w.add("input", 0, bad[0])
+			if len(w.r.Inputs) == 1 {
+				w.ends("before the host: %s", bad[0].Text)
+			}
+			continue
+		}
+		for _, f := range slices.Concat(program(i), lost(i), vlan(i), filter(i)) {
+			w.add("input", 0, f)
+		}
+		n := grown(i.Device[0].Counters.RxPackets, i.Device[1].Counters.RxPackets)
+		switch {
+		case n > 0:
+			w.add("card", n, fine("%s received %d packets of all kinds in %v", i.Name, n, w.r.Apart))
+		case w.count() > 0: // the driver does not count what programs take
+			w.add("card", 0, fine("%s does not count what XDP takes", i.Name))
+		default:
+			w.add("card", 0, warning("ethtool -S "+i.Name, "%s received nothing at all in %v", i.Name, w.r.Apart))
+		}
+	}
+}
+
+func (w *way) memberships() {
+	if !w.input.Address.IsMulticast() {
+		return
+	}
+	if !w.daemon {
+		w.add("membership", 0, fault("systemctl start xdpcast", "no daemon runs: nobody has joined the group, and the network may not bring it"))
+		return
+	}
+	if len(w.r.Groups) == 0 {
+		w.add("membership", 0, fine("the rule joins no group"))
+	}
+	for _, g := range w.r.Groups {
+		name := g.Group
+		if g.Source != "" {
+			name = g.Source + "@" + name
+		}
+		switch {
+		case g.State != control.GroupJoined:
+			w.add("membership", 0, fault("xdpcast group show "+g.Group, "%s is not joined on %s: %s", name, g.Interface, cmp.Or(g.Cause, g.State)))
+		case g.Querier == "" && g.Version != "":
+			w.add("membership", 0, fine("%s is joined on %s by %s; no querier was heard there, which a switch that snoops needs", name, g.Interface, g.Version))
+		default:
+			w.add("membership", 0, fine("%s is joined on %s by %s, querier %s", name, g.Interface, g.Version, g.Querier))
+		}
+	}
+}
+
+// count is how many packets matched between the readings.
+func (w *way) count() uint64 {
+	return grown(w.r.Status[0].Matched.Packets, w.now().Matched.Packets)
+}
+
+func (w *way) matched() {
+	if n := w.count(); n > 0 {
+		w.add("matched", n, fine("%d packets matched in %v", n, w.r.Apart))
+		return
+	}
+	last := "none has since the rule came"
+	if t := w.now().LastSeen; t != nil {
+		last = fmt.Sprintf("the last one did %v ago", time.Since(*t).Round(time.Second))
+	}
+	if len(w.r.Seen) == 0 {
+		cure := "have the sender send to " + w.input.Address.String() + ", and its TTL be large enough; xdpcast discover -i " + w.input.Interface + " lists what comes"
+		w.add("matched", 0, fault(cure, "no packet matched in %v: %s", w.r.Apart, last))
+		w.ends("before the host: nothing that the rule takes came in on %s within %v", w.input.Interface, w.r.Apart)
+		return
+	}
+	var streams []string
+	for _, s := range w.r.Seen {
+		streams = append(streams, fmt.Sprintf("%s (%d packets)", s.Stream, s.Packets))
+	}
+	cure := fmt.Sprintf("xdpcast rule del %s; xdpcast rule add %s --in %s ...", w.r.Name, w.r.Name, w.r.Seen[0].Stream)
+	w.add("matched", 0, fault(cure, "no packet matched in %v: %s. What comes in instead: %s", w.r.Apart, last, some(streams)))
+	w.ends("at the flow table: packets for %s come in on %s, and the rule takes %s, not %s", w.input.Address, w.r.Seen[0].Interface, w.now().In, w.r.Seen[0].Stream)
+}
+
+// cures are what to do about a drop reason.
+var cures = map[string]string{
+	"loop":         "find who sends the relay's packets back; or loop=allow on the input, where that is meant",
+	"looping":      "xdpcast rule show RULE says the way that they take: cut it",
+	"ttl":          "raise the sender's TTL, or write ttl=N instead of ttl=dec on the output",
+	"mtu":          "ip link set dev DEVICE mtu N on the output's interface, or shorter packets at the sender",
+	"multi_buffer": "a smaller MTU on the input, ethtool -K DEVICE lro off, or path: fanout",
+	"not_ready":    "xdpcast rule show RULE says what the output waits for",
+	"no_neighbour": "ip neigh show: nobody answers for the next hop; ping it",
+	"port":         "a smaller shift of the port in the output",
+	"policed":      "a higher rate= of the rule or output",
+	"no_socket":    "systemctl start xdpcast: a rule of the path afxdp needs the daemon",
+	"tx_full":      "xdpcast status: the device's queue is full; more queues, or --afxdp-frames N",
+	"cpu_full":     "run with more --fanout-workers, or --fanout-steer off",
+	"no_device":    "ip link: the output's device is down, gone, or does not send redirected frames",
+	"no_carrier":   "the output's cable, or the other end",
+	"worker_lost":  "xdpcast status, RING FULL: the worker does not keep up; --afxdp-cpus, or path: kernel",
+	"no_checksum":  "csum=any on the input takes IPv6 without a UDP checksum",
+	"internal":     "please report it, with the output of xdpcast doctor",
+}
+
+// growth is by how much each reason grew.
+func growth(before, now []control.Drop) (grew []control.Drop) {
+	old := map[string]uint64{}
+	for _, d := range before {
+		old[d.Reason] = d.Packets
+	}
+	for _, d := range now {
+		if n := grown(old[d.Reason], d.Packets); n > 0 {
+			grew = append(grew, control.Drop{Reason: d.Reason, Counter: control.Counter{Packets: n}})
+		}
+	}
+	return grew
+}
+
+// cure is that of a reason, of this rule.
+func (w *way) cure(reason, device string) string {
+	c := strings.ReplaceAll(cures[reason], "RULE", w.r.Name)
+	return strings.ReplaceAll(c, "DEVICE", cmp.Or(device, w.input.Interface))
+}
+
+func (w *way) dropped() {
+	for _, d := range growth(w.r.Status[0].Drops, w.now().Drops) {
+		w.add("dropped", d.Packets, fault(w.cure(d.Reason, ""), "%d packets were dropped before they were copied, reason %s", d.Packets, d.Reason))
+		if d.Packets >= w.count() {
+			w.ends("in the relay, before any copy: reason %s", d.Reason)
+		}
+	}
+}
+
+// workers looks at what was lost before a path in user space.
+func (w *way) workers() {
+	old := map[string]uint64{}
+	for _, l := range w.r.Lost[0] {
+		old[key(l.Path, l.Interface, l.Reason)] = l.Packets
+	}
+	for _, l := range w.r.Lost[1] {
+		n := grown(old[key(l.Path, l.Interface, l.Reason)], l.Packets)
+		if n == 0 || l.Path != w.now().UsedPath || !slices.ContainsFunc(w.r.Inputs, func(i *Interface) bool { return i.Name == l.Interface }) {
+			continue
+		}
+		w.add("workers", n, fault(w.cure("worker_lost", ""), "%d packets of the path %s were lost on %s before a worker had them, reason %s", n, l.Path, l.Interface, l.Reason))
+	}
+}
+
+func (w *way) outputs() {
+	left, ended := 0, ""
+	for slot, o := range w.now().Outputs {
+		check := fmt.Sprintf("output %d", slot)
+		var before control.OutputStatus
+		if slot < len(w.r.Status[0].Outputs) {
+			before = w.r.Status[0].Outputs[slot]
+		}
+		sent := grown(before.Sent.Packets, o.Sent.Packets)
+		drops := growth(before.Drops, o.Drops)
+		if o.State != control.StateActive {
+			w.add(check, 0, fault("xdpcast rule show "+w.r.Name, "%s is %s: %s", o.Output, o.State, o.Reason))
+		}
+		for _, d := range drops {
+			w.add(check, d.Packets, fault(w.cure(d.Reason, o.Interface), "%d copies for %s were dropped, reason %s", d.Packets, o.Output, d.Reason))
+			ended = fmt.Sprintf("at the outputs: reason %s", d.Reason)
+		}
+		switch {
+		case sent > 0:
+			left++
+			w.add(check, sent, fine("%d copies left for %s", sent, o.Output))
+		case w.count() > 0 && len(drops) == 0:
+			w.add(check, 0, fault("xdpcast rule show "+w.r.Name, "no copy left for %s", o.Output))
+			ended = "at the outputs: nothing was sent"
+		case len(drops) == 0:
+			w.add(check, 0, fine("nothing to send to %s", o.Output))
+		}
+	}
+	if left == 0 && ended != "" {
+		w.ends("%s", ended)
+	}
+}
+
+// wire looks at what devices did with what they were given.
+func (w *way) wire() {
+	old := map[string]uint64{}
+	for _, u := range w.r.Unsent[0] {
+		old[key(u.Interface, u.Reason)] = u.Packets
+	}
+	for _, u := range w.r.Unsent[1] {
+		n := grown(old[key(u.Interface, u.Reason)], u.Packets)
+		if n == 0 || !slices.ContainsFunc(w.r.Outputs, func(i *Interface) bool { return i.Name == u.Interface }) {
+			continue
+		}
+		w.add("wire", n, fault("ethtool -g "+u.Interface+"; ethtool -G "+u.Interface+" tx N; xdpcast doctor -i "+u.Interface,
+			"%s did not take %d frames, of all rules, reason %s", u.Interface, n, u.Reason))
+		w.ends("at the device %s, which did not take them", u.Interface)
+	}
+	seen := map[string]bool{}
+	for _, i := range w.r.Outputs {
+		if seen[i.Name] {
+			continue
+		}
+		seen[i.Name] = true
+		if bad := present(i); len(bad) > 0 {
+			w.add("wire", 0, bad[0])
+			continue
+		}
+		for _, f := range slices.Concat(transmit(i), mtu(i), macvlan(i)) {
+			w.add("wire", 0, f)
+		}
+		w.transmitted(i)
+	}
+}
+
+// transmitted compares what was handed to a device with what that counts.
+func (w *way) transmitted(i *Interface) {
+	var sent uint64
+	for slot, o := range w.now().Outputs {
+		if o.Interface == i.Name && slot < len(w.r.Status[0].Outputs) {
+			sent += grown(w.r.Status[0].Outputs[slot].Sent.Packets, o.Sent.Packets)
+		}
+	}
+	tx := grown(i.Device[0].Counters.TxPackets, i.Device[1].Counters.TxPackets)
+	switch {
+	case sent == 0:
+	case tx == 0:
+		w.add("wire", 0, warning("ethtool -S "+i.Name, "%s counts no packet that left, while %d copies were handed to it: not every driver counts what XDP sends", i.Name, sent))
+	default:
+		w.add("wire", tx, fine("%s sent %d packets of all kinds", i.Name, tx))
+	}
+}
+
+func (w *way) verdict() string {
+	if w.end != "" {
+		return "packets end " + w.end
+	}
+	if n := w.count(); n > 0 {
+		return fmt.Sprintf("%d packets in %v went the whole way, from %s to the wire", n, w.r.Apart, w.input.Interface)
+	}
+	return "nothing came"
+}

@@ -1,0 +1,112 @@
+package e2e_test
+
+import (
+	"encoding/json"
+	"strings"
+	"syscall"
+	"testing"
+
+	"xdpcast/internal/doctor"
+	"xdpcast/internal/traffic"
+)
+
+// diagnosis runs the doctor and returns its report, whose faults must go with the exit code.
+func (in *instance) diagnosis(args ...string) doctor.Report {
+	in.t.Helper()
+	got := in.cli(append([]string{"doctor", "-o", "json"}, args...)...)
+	var r doctor.Report
+	if err := json.Unmarshal([]byte(got.stdout), &r); err != nil {
+		in.t.Fatalf("%v: %s", err, got)
+	}
+	if want := min(r.Faults, 1); got.code != want {
+		in.t.Fatalf("doctor %v: want exit code %d: %s", args, want, got)
+	}
+	return r
+}
+
+// check finds the worst finding of a check; levels of the machine's own faults are not known.
+func check(r doctor.Report, section, name string) (worst doctor.Finding) {
+	for _, s := range r.Sections {
+		for _, f := range s.Findings {
+			if s.Title() == section && f.Check == name && (worst.Check == "" || f.Level > worst.Level) {
+				worst = f
+			}
+		}
+	}
+	return worst
+}
+
+// TestDoctor: the doctor follows the packets of a rule with live counters, and says where they
+// end, with a daemon and without.
+func TestDoctor(t *testing.T) {
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	in.start()
+	in.add("cam1", "239.1.1.1:5000%in0", "239.2.1.1:6000%out0,ttl=dec", "239.2.1.2:6000%out1")
+	in.waitState("cam1", "active")
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 16, Rate: traffic.Rate{Value: 2_000}})
+	stream.flows(100)
+
+	r := in.diagnosis("cam1", "--for", "1s")
+	if s := r.Sections[0]; s.Title() != "rule cam1" || !strings.HasSuffix(s.Verdict, "went the whole way, from in0 to the wire") {
+		t.Errorf("verdict %q of %q", s.Verdict, s.Title())
+	}
+	for _, s := range r.Sections { // the machine's own faults are in that of the host
+		for _, f := range s.Findings {
+			if s.Kind != "host" && f.Level == doctor.Fault {
+				t.Errorf("%s: %+v", s.Title(), f)
+			}
+		}
+	}
+	for _, name := range []string{"card", "matched", "output 0", "output 1", "wire"} {
+		// 2,000 in a second, on a machine that is busy with other tests.
+		if f := check(r, "rule cam1", name); f.Level != doctor.OK || f.Packets < 500 {
+			t.Errorf("%s: %+v", name, f)
+		}
+	}
+	stream.stop()
+
+	// The TTL ends at one output of two.
+	stream = send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 1, Rate: traffic.Rate{Value: 2_000}})
+	stream.flows(100)
+	r = in.diagnosis("cam1", "--for", "500ms")
+	if f := check(r, "rule cam1", "output 0"); f.Level != doctor.Fault || !strings.Contains(f.Text, "reason ttl") || f.Packets == 0 || !strings.Contains(f.Cure, "TTL") {
+		t.Errorf("%+v", f)
+	}
+	if f := check(r, "rule cam1", "output 1"); f.Level != doctor.OK || f.Packets == 0 {
+		t.Errorf("%+v", f)
+	}
+
+	// Without a daemon, from what is pinned.
+	in.running.stop(syscall.SIGTERM)
+	in.running = nil
+	r = in.diagnosis("cam1", "--for", "500ms")
+	if f := check(r, "rule cam1", "matched"); f.Level != doctor.OK || f.Packets == 0 {
+		t.Errorf("without a daemon: %+v", f)
+	}
+	if f := check(r, "rule cam1", "membership"); f.Level != doctor.Fault || f.Cure != "systemctl start xdpcast" {
+		t.Errorf("without a daemon: %+v", f)
+	}
+	if f := check(r, "host", "daemon"); f.Level != doctor.Fault {
+		t.Errorf("without a daemon: %+v", f)
+	}
+	if f := check(r, "interface in0", "program"); f.Level != doctor.OK {
+		t.Errorf("without a daemon: %+v", f)
+	}
+	stream.stop()
+
+	in.start()
+	r = in.diagnosis("cam1", "--for", "100ms")
+	if f := check(r, "rule cam1", "matched"); f.Level != doctor.Fault || !strings.Contains(r.Sections[0].Verdict, "packets end before the host") {
+		t.Errorf("of a silent stream: %+v, verdict %q", f, r.Sections[0].Verdict)
+	}
+	if got := in.cli("doctor", "nobody"); got.code != 2 || !strings.Contains(got.stderr, `no such rule: "nobody"`) {
+		t.Errorf("of no rule: %s", got)
+	}
+	if got := in.cli("doctor", "--for", "0s"); got.code != 2 {
+		t.Errorf("--for 0s: %s", got)
+	}
+	if got := in.cli("doctor", "--for", "100ms", "-i", "nothing0"); got.code != 1 || !strings.Contains(got.stdout, "interface nothing0 not found") {
+		t.Errorf("of an absent interface: %s", got)
+	}
+}
