@@ -32,14 +32,16 @@ var allowed = map[string][]string{
 	"internal/forward":  {"bpf", "internal/account", "pkg/fanout", "pkg/flow", "pkg/loader", "pkg/packet", "pkg/xsk"},
 	"internal/metrics":  {"internal/control"},
 	"internal/demo":     {"internal/lab", "internal/control", "pkg/loader", "pkg/rules", "internal/traffic"},
-	"internal/relay":    {"bpf", "internal/rulefile", "internal/control", "pkg/fanout", "pkg/flow", "internal/forward", "pkg/loader", "pkg/membership", "internal/network", "internal/plan", "pkg/rules"},
 	"internal/doctor":   {"internal/control", "pkg/loader", "pkg/membership", "internal/network", "pkg/packet", "pkg/rules"},
+	"internal/relay":    {"bpf", "internal/history", "internal/rulefile", "internal/savefile", "internal/control", "pkg/fanout", "pkg/flow", "internal/forward", "pkg/loader", "pkg/membership", "internal/network", "internal/plan", "pkg/rules"},
 	"internal/genl":     {},
 	"internal/lockfile": {},
 	"internal/lab":      {},
 	"internal/labtest":  {"internal/lab"},
 	"internal/rulefile": {"pkg/rules"},
 	"internal/convert":  {"pkg/rules"},
+	"internal/savefile": {},
+	"internal/history":  {"internal/savefile"},
 }
 
 // free are the folders of packages that nothing imports.

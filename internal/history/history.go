@@ -1,0 +1,244 @@
+// Package history keeps the last sets of rules on disk: what was in force, who changed it and
+// when, and the change that is undone unless it is confirmed.
+//
+// A directory holds one file changes.json, which is replaced as a whole, and the text of each
+// set in sets/, compressed, under the SHA-256 digest of the text. A set is stored once, however
+// many entries name it, and is verified when it is read. The texts are files of rules
+// (package rules); this package does not look into them.
+package history
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"xdpcast/internal/savefile"
+)
+
+// version is that of changes.json.
+const version = 1
+
+// Bounds of what is kept: the oldest entries go first. Two entries, that in force and the one
+// before it, are kept at any size.
+const (
+	MaxEntries = 50
+	MaxBytes   = 64 << 20 // of all sets, compressed
+)
+
+// Set is what is in force, by the origin of its rules.
+type Set struct {
+	File Digest `json:"file"`
+	API  Digest `json:"api"`
+}
+
+// Change says what was done, when, and by whom.
+type Change struct {
+	Time time.Time `json:"time"`
+	What string    `json:"what"` // "rule apply", "reload", ...
+	// UID is the user who asked for it, nil when the daemon did it by itself.
+	UID     *uint32 `json:"uid,omitempty"`
+	Added   int     `json:"added"`
+	Changed int     `json:"changed"`
+	Removed int     `json:"removed"`
+}
+
+// Entry is a change and the set that it brought in.
+type Entry struct {
+	Change
+	Set
+	Rules int `json:"rules"`
+}
+
+// Pending is a change that is undone unless it is confirmed in time.
+type Pending struct {
+	Change
+	Before Set `json:"before"` // brought back without a confirmation
+	// Read is the set of the daemon's file as it was read last before Deadline: a file that
+	// was edited since is not undone.
+	Read Digest `json:"read"`
+	// Boot is the boot that Deadline counts in: a reboot ends the time, and no step of
+	// the clock changes it.
+	Boot     string        `json:"boot"`
+	Deadline time.Duration `json:"deadline"` // CLOCK_BOOTTIME
+	Until    time.Time     `json:"until"`    // for people
+}
+
+// Held says that the rules of the daemon's file are not those in the file, since a reload of
+// it was undone: the file counts again once it holds others than Undone.
+type Held struct {
+	Config string    `json:"config"` // the file
+	Undone Digest    `json:"undone"` // what it holds
+	File   Digest    `json:"file"`   // what is in force instead
+	Since  time.Time `json:"since"`
+}
+
+// State is all that changes.json holds.
+type State struct {
+	Entries []Entry  `json:"entries"` // the oldest first; the last is in force
+	Pending *Pending `json:"pending,omitempty"`
+	Held    *Held    `json:"held,omitempty"`
+}
+
+// Clone returns a copy whose fields can be replaced, and whose entries appended to, without
+// changing the original.
+func (s State) Clone() State {
+	s.Entries = slices.Clip(s.Entries)
+	return s
+}
+
+// ErrDamaged is what Open and Get match when what is on the disk is not what was written.
+var ErrDamaged = errors.New("damaged")
+
+// Store is the state of one daemon on disk. It is not safe for concurrent use.
+type Store struct {
+	file, sets string
+	log        *slog.Logger
+	state      State
+	limits     limits
+	failWrites error // for tests
+}
+
+type limits struct {
+	entries int
+	bytes   int64
+}
+
+// Open reads the state kept in file, whose sets are in the directory sets. Without the file
+// the state is empty. Nothing is written before Put and Save.
+func Open(file, sets string, log *slog.Logger) (*Store, error) {
+	s := &Store{file: file, sets: sets, log: log, limits: limits{MaxEntries, MaxBytes}}
+	data, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if s.state, err = decode(data); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return s, nil
+}
+
+// document is changes.json.
+type document struct {
+	Version int `json:"version"`
+	State
+}
+
+func decode(data []byte) (State, error) {
+	var head struct{ Version int }
+	if err := json.Unmarshal(data, &head); err != nil {
+		return State{}, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if head.Version > version {
+		return State{}, fmt.Errorf("version %d is of a later release: want at most %d", head.Version, version)
+	}
+	var d document
+	if err := json.Unmarshal(data, &d); err != nil {
+		return State{}, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if head.Version < 1 {
+		return State{}, fmt.Errorf("%w: version %d", ErrDamaged, head.Version)
+	}
+	for digest := range d.digests() {
+		if !digest.valid() {
+			return State{}, fmt.Errorf("%w: %.80q is no digest of a set", ErrDamaged, string(digest))
+		}
+	}
+	return d.State, nil
+}
+
+// SetAside renames a changes.json that cannot be read, for a person to look at, so that an
+// empty one can take its place. It returns the name that it has now.
+func SetAside(file string) (string, error) {
+	aside := file + ".damaged"
+	return aside, os.Rename(file, aside)
+}
+
+// State returns what was saved or read last.
+func (s *Store) State() State { return s.state.Clone() }
+
+// Save replaces the state on the disk. The oldest entries are left out where there are more
+// than are kept, and the sets that nothing names any more removed. After an error State is as
+// before.
+func (s *Store) Save(state State) error {
+	if s.failWrites != nil {
+		return s.failWrites
+	}
+	state = state.Clone()
+	sizes, err := s.sizes()
+	if err != nil {
+		return err
+	}
+	s.trim(&state, sizes)
+	data, err := json.MarshalIndent(document{version, state}, "", " ")
+	if err != nil {
+		return err
+	}
+	if err := savefile.Write(s.file, append(data, '\n')); err != nil {
+		return err
+	}
+	s.state = state
+	s.sweep(sizes)
+	return nil
+}
+
+// trim leaves out the oldest entries beyond the bounds.
+func (s *Store) trim(state *State, sizes map[Digest]int64) {
+	const least = 2
+	if over := len(state.Entries) - s.limits.entries; over > 0 {
+		state.Entries = state.Entries[over:]
+	}
+	for len(state.Entries) > least {
+		var total int64
+		for digest := range state.digests() {
+			total += sizes[digest]
+		}
+		if total <= s.limits.bytes {
+			return
+		}
+		state.Entries = state.Entries[1:]
+	}
+}
+
+// sweep removes the sets that the state does not name. What cannot be removed is tried again
+// by the next one.
+func (s *Store) sweep(sizes map[Digest]int64) {
+	named := s.state.digests()
+	for digest := range sizes {
+		if !named[digest] {
+			if err := os.Remove(s.path(digest)); err != nil && !errors.Is(err, os.ErrNotExist) {
+				s.log.Warn("remove an old set of rules", "error", err)
+			}
+		}
+	}
+}
+
+// digests are those of all sets that a state names.
+func (s *State) digests() map[Digest]bool {
+	named := map[Digest]bool{}
+	add := func(digests ...Digest) {
+		for _, d := range digests {
+			named[d] = true
+		}
+	}
+	for _, e := range s.Entries {
+		add(e.File, e.API)
+	}
+	if p := s.Pending; p != nil {
+		add(p.Before.File, p.Before.API, p.Read)
+	}
+	if h := s.Held; h != nil {
+		add(h.File, h.Undone)
+	}
+	return named
+}
+
+// path is where the text of a set is.
+func (s *Store) path(d Digest) string { return filepath.Join(s.sets, string(d)+suffix) }

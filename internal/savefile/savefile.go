@@ -1,0 +1,62 @@
+// Package savefile replaces files so that a reader, or a crash, meets the old file or the new
+// one, and that what is there after a success is on the disk.
+package savefile
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+)
+
+// Stage writes data to path.next and syncs it, for Commit to put in place. It makes the
+// directory if it is absent, and follows no link.
+func Stage(path string, data []byte) error {
+	next := path + ".next"
+	if err := os.MkdirAll(filepath.Dir(next), 0o755); err != nil {
+		return err
+	}
+	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err // left by a process that died
+	}
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		Discard(path)
+	}
+	return err
+}
+
+// Discard removes what Stage wrote.
+func Discard(path string) { _ = os.Remove(path + ".next") }
+
+// Commit renames path.next to path and syncs the directory. After an error the file may hold
+// either of the two.
+func Commit(path string) error {
+	if err := os.Rename(path+".next", path); err != nil {
+		Discard(path)
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// Write is Stage and Commit.
+func Write(path string, data []byte) error {
+	if err := Stage(path, data); err != nil {
+		return err
+	}
+	return Commit(path)
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
