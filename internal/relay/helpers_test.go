@@ -280,11 +280,11 @@ func (b *logBuffer) String() string {
 	return b.buf.String()
 }
 
-// devmaps counts the rows of the map fanout that hold a devmap with interfaces: one
+// devmaps counts the rows of the map broadcast that hold a devmap with interfaces: one
 // without stands where a rule was.
 func (p *place) devmaps() int {
 	p.t.Helper()
-	m, err := ebpf.LoadPinnedMap(filepath.Join(p.opts.Loader.PinDir, "fanout"), &ebpf.LoadPinOptions{ReadOnly: true})
+	m, err := ebpf.LoadPinnedMap(filepath.Join(p.opts.Loader.PinDir, "broadcast"), &ebpf.LoadPinOptions{ReadOnly: true})
 	if err != nil {
 		p.t.Fatal(err)
 	}
