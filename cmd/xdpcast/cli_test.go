@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -199,6 +200,33 @@ func (b *backend) Reload(_ context.Context, o control.ApplyOptions) (control.App
 	}, b.note("reload")
 }
 
+func (b *backend) Confirm(context.Context) (control.UnconfirmedChange, error) {
+	return control.UnconfirmedChange{What: "reload", UID: root(), Time: clock.Add(-time.Minute), Until: clock.Add(time.Minute)}, b.note("confirm")
+}
+
+func root() *uint32 { return new(uint32) }
+
+func (b *backend) History(context.Context) ([]control.HistoryEntry, error) {
+	nobody := uint32(4_000_000_001)
+	return []control.HistoryEntry{
+		{Back: 0, Time: clock.Add(-2 * time.Second), What: "undone: reload was not confirmed", Added: 1, Removed: 12, Rules: 1000},
+		{Back: 1, Time: clock.Add(-2 * time.Minute), What: "reload", UID: root(), Added: 12, Removed: 1, Changed: 3, Rules: 1011},
+		{Back: 2, Time: clock.Add(-50 * time.Hour), What: "rule add cam1", UID: &nobody, Added: 1, Rules: 1000},
+	}, b.note("history")
+}
+
+func (b *backend) Rollback(_ context.Context, back int, o control.ApplyOptions) (control.ApplyResult, error) {
+	if back > 2 {
+		return control.ApplyResult{}, control.Errorf(control.KindNotFound, "rollback %d: 2 sets before that in force are kept", back)
+	}
+	result := control.ApplyResult{DryRun: o.DryRun, Removed: 1, Kept: 3, Changes: []control.Change{{Op: control.OpRemove, Rule: b.list()[0].Rule}}}
+	if o.Confirm > 0 {
+		by := clock.Add(o.Confirm)
+		result.ConfirmBy = &by
+	}
+	return result, b.note(fmt.Sprint("rollback ", back))
+}
+
 // daemon serves b; the commands find it by the environment.
 func daemon(t *testing.T, b control.Backend) {
 	t.Helper()
@@ -262,6 +290,7 @@ func TestGolden(t *testing.T) {
 		"stats_name": "stats cam1", "status": "status",
 		"explain":    "explain 10.0.0.5@239.1.1.1:5000%eth0",
 		"rule_apply": "rule apply --dry-run -", "reload": "reload",
+		"history": "history", "rollback": "rollback 2", "confirm": "confirm",
 	} {
 		for _, format := range []string{"table", "json"} {
 			got := call("rules: [{name: new, in: 239.3.3.3:1%eth0, out: [239.4.4.4:2%eth1]}]\n", append(strings.Fields(args), "-o", format)...)
@@ -350,6 +379,8 @@ func TestCommands(t *testing.T) {
 		{[]string{"convert", "/proc/self"}, "", 1, "", []string{"is a directory"}},
 		{[]string{"convert", file}, "", 1, "", []string{"xdpcast: " + file + ": no line of smcroute.conf (mroute from ...), igmpproxy.conf"}},
 		{[]string{"convert", "--from", "frr", "/dev/null"}, "", 0, "rules: []\n", []string{"xdpcast: frr: 0 rules; 0 lines without an equal, in whole or in part\n"}},
+		{[]string{"rollback"}, "rollback 1", 0, "- cam1: 10.0.0.5@239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1,src=keep,ttl=8 10.0.9.9:6000%eth2\n0 added, 1 removed, 0 changed, 3 kept\n", nil},
+		{[]string{"rollback", "3"}, "", 1, "", []string{"xdpcast: rollback 3: 2 sets before that in force are kept\n"}},
 		{[]string{"--version"}, "", 0, "xdpcast version " + buildVersion() + "\n", nil},
 
 		{[]string{"rule", "add", "cam1", "--in", "239.1.1.1:5000%eth0,vlan=7", "--out", "239.1.1.1:5000%eth0,vlan=7", "--allow-loop"}, "add cam1: 239.1.1.1:5000%eth0,vlan=7,loop=allow -> 239.1.1.1:5000%eth0,vlan=7", 0, "rule cam1: active, path kernel, 1 output\n", nil},
@@ -378,6 +409,12 @@ func TestCommands(t *testing.T) {
 		{[]string{"group", "show", "cam1"}, "", 2, "", []string{`"cam1": want GROUP or GROUP%INTERFACE`}},
 		{[]string{"group", "show", "239.1.1.1%"}, "", 2, "", []string{`"239.1.1.1%": want GROUP or GROUP%INTERFACE`}},
 		{[]string{"rule", "apply"}, "", 2, "", []string{"FILE missing"}},
+		{[]string{"rule", "apply", file, "--confirm", "2"}, "", 2, "", []string{`--confirm: "2": want a time from 1s to 24h, such as 2m`}},
+		{[]string{"reload", "--confirm", "0s"}, "", 2, "", []string{`--confirm: "0s": want a time from 1s to 24h, such as 2m`}},
+		{[]string{"reload", "--confirm", "2m", "--dry-run"}, "", 2, "", []string{"--dry-run and --confirm together: a dry run has nothing to confirm"}},
+		{[]string{"rollback", "0"}, "", 2, "", []string{`rollback "0": want how many changes to go back, 1 or more`}},
+		{[]string{"rollback", "1", "2"}, "", 2, "", []string{`unexpected argument "2"`}},
+		{[]string{"confirm", "1"}, "", 2, "", []string{`unexpected argument "1"`}},
 		{[]string{"rule", "export", "--origin", "x"}, "", 2, "", []string{`--origin "x": want file or api`}},
 		{[]string{"check"}, "", 2, "", []string{"FILE missing"}},
 		{[]string{"convert"}, "", 2, "", []string{"FILE"}},
@@ -415,7 +452,7 @@ func TestDaemonErrors(t *testing.T) {
 	daemon(t, b)
 	for _, args := range []string{
 		"rule add cam1 --in 239.1.1.1:5000%eth0 --out 239.2.2.2:6000%eth1", "rule del cam1", "rule list", "rule show cam1", "rule export",
-		"group list", "group show 239.1.1.1", "stats", "stats --watch", "status", "reload",
+		"group list", "group show 239.1.1.1", "stats", "stats --watch", "status", "reload", "confirm", "history", "rollback",
 	} {
 		got := call("", strings.Fields(args)...)
 		if want := (result{1, "", "xdpcast: rule \"cam1\": input is taken by rule \"cam0\"\n"}); got != want {
@@ -428,7 +465,7 @@ func TestNoDaemon(t *testing.T) {
 	t.Setenv("XDPCAST_PIN_DIR", filepath.Join(t.TempDir(), "absent")) // whatever this machine's own daemon has pinned
 	socket := filepath.Join(t.TempDir(), "s")
 	want := result{1, "", "xdpcast: no xdpcast is running (no answer at " + socket + "): start one with \"xdpcast run\"\n"}
-	for _, args := range []string{"status", "rule list", "group list", "group show 239.1.1.1", "stats", "rule del a b", "reload"} {
+	for _, args := range []string{"status", "rule list", "group list", "group show 239.1.1.1", "stats", "rule del a b", "reload", "confirm", "history", "rollback"} {
 		for name, line := range map[string][]string{
 			"before": append([]string{"--socket", socket}, strings.Fields(args)...),
 			"behind": append(strings.Fields(args), "--socket="+socket),

@@ -16,9 +16,34 @@ import (
 
 // pinFlags say where the state is that outlives a process.
 func pinFlags() []cli.Flag {
-	return []cli.Flag{pinDirFlag(), &cli.StringFlag{
+	return []cli.Flag{pinDirFlag(), runDirFlag()}
+}
+
+func runDirFlag() cli.Flag {
+	return &cli.StringFlag{
 		Name: "run-dir", Usage: "`DIR` of the lock file and of rules added through the API", Value: loader.DefaultRunDir, EnvVars: []string{"XDPCAST_RUN_DIR"},
-	}}
+	}
+}
+
+// defaultStateDir is where the daemon keeps what outlives a reboot.
+const defaultStateDir = "/var/lib/xdpcast"
+
+// stateDirFlag also takes what systemd gives a unit with StateDirectory=.
+func stateDirFlag() cli.Flag {
+	return &cli.StringFlag{
+		Name: "state-dir", Usage: "`DIR` of the sets of rules that \"xdpcast rollback\" brings back", DefaultText: "the --run-dir that is given, or " + defaultStateDir,
+		EnvVars: []string{"XDPCAST_STATE_DIR", "STATE_DIRECTORY"},
+	}
+}
+
+func stateDir(c *cli.Context) string {
+	switch {
+	case c.String("state-dir") != "":
+		return c.String("state-dir")
+	case c.String("run-dir") != loader.DefaultRunDir:
+		return c.String("run-dir")
+	}
+	return defaultStateDir
 }
 
 func pinDirFlag() cli.Flag {
@@ -48,12 +73,18 @@ func dryRunFlag() cli.Flag {
 const shownChanges = 1000
 
 // applyOptions has programs, and who asks what would change, told of every change.
-func applyOptions(c *cli.Context) control.ApplyOptions {
-	o := control.ApplyOptions{DryRun: c.Bool("dry-run"), MaxChanges: shownChanges}
+func applyOptions(c *cli.Context) (o control.ApplyOptions, err error) {
+	o = control.ApplyOptions{DryRun: c.Bool("dry-run"), MaxChanges: shownChanges}
 	if o.DryRun || c.String("output") == "json" {
 		o.MaxChanges = 0
 	}
-	return o
+	if err := parseFlag(c, "confirm", &o.Confirm, control.ParseConfirm); err != nil {
+		return o, err
+	}
+	if o.DryRun && o.Confirm > 0 {
+		return o, usagef("--dry-run and --confirm together: a dry run has nothing to confirm")
+	}
+	return o, nil
 }
 
 // parseFlag reads the value of a flag that was given.

@@ -44,6 +44,7 @@ func manPage(app *cli.App) string {
 	manCommands(&b, app.Name, app.Commands)
 	b.WriteString("# FILES\n\n**/etc/xdpcast/rules.yaml**\n: the rules of the packaged service\n\n" +
 		"**/run/xdpcast**\n: the control socket, the lock file, and the rules that were added through the API\n\n" +
+		"**/var/lib/xdpcast**\n: the sets of rules that **xdpcast rollback** brings back\n\n" +
 		"**/sys/fs/bpf/xdpcast**\n: programs, maps and attachments, which outlive the daemon\n\n" +
 		"# EXIT STATUS\n\n0: done and saved. 1: failed. 2: wrong usage. Errors go to standard error, a line each.\n\n" +
 		"# SEE ALSO\n\n**bpftool**(8), **ip-link**(8), **ethtool**(8); /usr/share/doc/xdpcast\n")

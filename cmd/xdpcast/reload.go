@@ -11,12 +11,16 @@ func reloadCommand() *cli.Command {
 		Name:        "reload",
 		Usage:       "have the daemon read its file again, and say what changed",
 		Description: "Like SIGHUP to the daemon, but the answer comes here. If anything in the file is wrong, nothing changes.",
-		Flags:       []cli.Flag{dryRunFlag(), outputFlag()},
+		Flags:       []cli.Flag{dryRunFlag(), confirmFlag(), outputFlag()},
 		Action: func(c *cli.Context) error {
 			if err := showArgs(c, 0, 0); err != nil {
 				return err
 			}
-			result, err := client(c).Reload(c.Context, applyOptions(c))
+			o, err := applyOptions(c)
+			if err != nil {
+				return err
+			}
+			result, err := client(c).Reload(c.Context, o)
 			if err != nil {
 				return err
 			}

@@ -345,6 +345,7 @@ func ruleApplyCommand() *cli.Command {
 			"own file stay. If anything in the file is wrong, nothing changes.",
 		Flags: []cli.Flag{
 			dryRunFlag(),
+			confirmFlag(),
 			outputFlag(),
 		},
 		Action: ruleApply,
@@ -353,6 +354,10 @@ func ruleApplyCommand() *cli.Command {
 
 func ruleApply(c *cli.Context) error {
 	if err := showArgs(c, 1, 1); err != nil {
+		return err
+	}
+	o, err := applyOptions(c)
+	if err != nil {
 		return err
 	}
 	name := c.Args().First()
@@ -369,7 +374,7 @@ func ruleApply(c *cli.Context) error {
 			return err
 		}
 	}
-	result, err := client(c).ApplyFile(c.Context, data, applyOptions(c))
+	result, err := client(c).ApplyFile(c.Context, data, o)
 	if err != nil {
 		// The daemon reads the file, once. What is wrong in it is told with every line here.
 		if _, wrong := parseRules(name, data); wrong != nil {
@@ -404,6 +409,9 @@ func changeList(w io.Writer, result control.ApplyResult) error {
 		note = "dry run: "
 	}
 	fmt.Fprintf(&text, "%s%d added, %d removed, %d changed, %d kept\n", note, result.Added, result.Removed, result.Changed, result.Kept)
+	if by := result.ConfirmBy; by != nil {
+		fmt.Fprintf(&text, "undone at %s without \"xdpcast confirm\"\n", by.Local().Format(time.TimeOnly))
+	}
 	_, err := io.WriteString(w, text.String())
 	return err
 }

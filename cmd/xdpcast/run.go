@@ -40,7 +40,7 @@ func runCommand() *cli.Command {
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
-		}, slices.Concat(listenFlags(), afxdpFlags(), pinFlags())...),
+		}, slices.Concat(listenFlags(), afxdpFlags(), pinFlags(), []cli.Flag{stateDirFlag()})...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
@@ -86,7 +86,7 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 	}
 	return relay.Options{
 		AFXDP: afxdp, Workers: int(workers), Steering: steering,
-		ConfigFile: c.String("config"), Interfaces: c.StringSlice("interface"), Mode: mode,
+		ConfigFile: c.String("config"), StateDir: stateDir(c), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil
 }
@@ -179,7 +179,7 @@ func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Bac
 			return
 		case <-hangups:
 		}
-		result, err := r.Reload(ctx, control.ApplyOptions{MaxChanges: 1}) // they are only counted here
+		result, err := r.Reload(control.WithCause(ctx, "SIGHUP"), control.ApplyOptions{MaxChanges: 1}) // they are only counted here
 		if err != nil {
 			for line := range strings.SplitSeq(err.Error(), "\n") {
 				log.Error("reload failed, the old rules stay", "error", line)

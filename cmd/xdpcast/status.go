@@ -54,6 +54,9 @@ func statusText(w io.Writer, s control.Status, now time.Time) error {
 	head.add("pins", fmt.Sprintf("%s, schema %d", s.PinDir, s.Schema))
 	head.add("rules", fmt.Sprintf("%d: %d active, %d pending, %d failed", s.Rules, s.Active, s.Pending, s.Failed))
 	head.add("passed", fmt.Sprintf("%s packets, %s that no rule matched", humanCount(s.Passed.Packets), humanBytes(s.Passed.Bytes)))
+	if u := s.Unconfirmed; u != nil {
+		head.add("unconfirmed", fmt.Sprintf("%s, undone in %s without \"xdpcast confirm\"", doneBy(u.What, u.UID), age(u.Until.Sub(now))))
+	}
 	for _, warning := range s.Warnings {
 		head.add("warning", warning)
 	}

@@ -43,4 +43,15 @@ type Backend interface {
 	// Reload reads the daemon's own file again and applies the difference.
 	// After an error nothing has changed.
 	Reload(ctx context.Context, o ApplyOptions) (ApplyResult, error)
+
+	// Confirm makes the change final that waits for it, and returns it; ErrConflict when
+	// none does. While one waits, every other change is refused with ErrConflict.
+	Confirm(ctx context.Context) (UnconfirmedChange, error)
+	// History lists the sets that are kept, the one in force first.
+	History(ctx context.Context) ([]HistoryEntry, error)
+	// Rollback brings back the set of so many changes ago, the rules of the daemon's own
+	// file among them: those stay in force until the file holds others than it does
+	// now, or is reloaded. While a change waits for confirmation, 1 undoes that. ErrNotFound
+	// when fewer sets are kept. After an error nothing has changed.
+	Rollback(ctx context.Context, back int, o ApplyOptions) (ApplyResult, error)
 }

@@ -178,13 +178,17 @@ func (c *Client) ApplyFile(ctx context.Context, file []byte, o ApplyOptions) (Ap
 }
 
 // query is the part of the path that says how.
-func (o ApplyOptions) query() string {
-	q := url.Values{}
+func (o ApplyOptions) query() string { return o.queryWith(url.Values{}) }
+
+func (o ApplyOptions) queryWith(q url.Values) string {
 	if o.DryRun {
 		q.Set(queryDryRun, "true")
 	}
 	if o.MaxChanges > 0 {
 		q.Set(queryMaxChanges, strconv.Itoa(o.MaxChanges))
+	}
+	if o.Confirm != 0 {
+		q.Set(queryConfirm, o.Confirm.String())
 	}
 	if len(q) == 0 {
 		return ""
@@ -210,6 +214,22 @@ func (c *Client) Explain(ctx context.Context, packet string) (Explanation, error
 // Reload implements Backend.
 func (c *Client) Reload(ctx context.Context, o ApplyOptions) (ApplyResult, error) {
 	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/reload"+o.query(), nil)
+}
+
+// Confirm implements Backend.
+func (c *Client) Confirm(ctx context.Context) (UnconfirmedChange, error) {
+	return ask[UnconfirmedChange](ctx, c, http.MethodPost, "/v1/confirm", nil)
+}
+
+// History implements Backend.
+func (c *Client) History(ctx context.Context) ([]HistoryEntry, error) {
+	return ask[[]HistoryEntry](ctx, c, http.MethodGet, "/v1/history", nil)
+}
+
+// Rollback implements Backend.
+func (c *Client) Rollback(ctx context.Context, back int, o ApplyOptions) (ApplyResult, error) {
+	q := url.Values{queryBack: {strconv.Itoa(back)}}
+	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/rollback"+o.queryWith(q), nil)
 }
 
 // rulesFile is a body that is a file of rules rather than JSON.

@@ -174,9 +174,33 @@ func withConn(ctx context.Context, c *peerConn) context.Context {
 	return context.WithValue(ctx, connKey{}, c)
 }
 
+// CallerUID returns the user on whose behalf the server calls its backend, as the kernel
+// knows it; false when nobody asked through the API.
+func CallerUID(ctx context.Context) (uid uint32, ok bool) {
+	c, ok := connOf(ctx)
+	if !ok {
+		return 0, false
+	}
+	return c.peer.uid, true
+}
+
 func connOf(ctx context.Context) (*peerConn, bool) {
 	c, ok := ctx.Value(connKey{}).(*peerConn)
 	return c, ok
+}
+
+// causeKey is the context key of a Cause.
+type causeKey struct{}
+
+// WithCause says why the daemon itself calls its backend: a signal, a file that has changed.
+func WithCause(ctx context.Context, cause string) context.Context {
+	return context.WithValue(ctx, causeKey{}, cause)
+}
+
+// Cause returns what WithCause was given, empty for nothing.
+func Cause(ctx context.Context) string {
+	cause, _ := ctx.Value(causeKey{}).(string)
+	return cause
 }
 
 // newConns keeps the connections that have not sent a request yet: a graceful

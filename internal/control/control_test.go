@@ -123,6 +123,26 @@ func (f *fake) Reload(_ context.Context, o ApplyOptions) (ApplyResult, error) {
 	return ApplyResult{Kept: 1, Removed: 1, Changes: []Change{{Op: OpRemove, Rule: cam1}}}, f.err
 }
 
+func (f *fake) Confirm(context.Context) (UnconfirmedChange, error) {
+	return UnconfirmedChange{What: "reload", Time: testTime, Until: testTime.Add(time.Minute)}, f.err
+}
+
+func (f *fake) History(ctx context.Context) ([]HistoryEntry, error) {
+	e := HistoryEntry{Time: testTime, What: "reload", Added: 1, Changed: 2, Removed: 3, Rules: 4}
+	if uid, ok := CallerUID(ctx); ok {
+		e.UID = &uid
+	}
+	return []HistoryEntry{e}, f.err
+}
+
+func (f *fake) Rollback(_ context.Context, back int, o ApplyOptions) (ApplyResult, error) {
+	f.options = o
+	if back > 3 {
+		return ApplyResult{}, Errorf(KindNotFound, "rollback %d: 3 sets are kept", back)
+	}
+	return ApplyResult{Kept: back}, f.err
+}
+
 var (
 	testTime = time.Date(2025, 1, 2, 3, 4, 5, 6, time.UTC)
 	cam1     = Rule{Name: "cam1", In: "239.1.1.1:5000%eth0", Out: []string{"239.2.2.2:6000%eth1,src=keep,ttl=8"}, Path: "auto"}
@@ -231,7 +251,7 @@ func TestEveryMethodOverTheWire(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, o := range []ApplyOptions{{}, {DryRun: true}, {MaxChanges: 7}, {true, 1}} {
+	for _, o := range []ApplyOptions{{}, {DryRun: true}, {MaxChanges: 7}, {DryRun: true, MaxChanges: 1}, {MaxChanges: 1, Confirm: 90 * time.Second}} {
 		applied, err := c.Apply(ctx, []rules.Rule{parsed}, o)
 		check("Apply", applied, err, ApplyResult{DryRun: o.DryRun, Changed: 1, Changes: []Change{{Op: OpChange, Rule: cam1, Old: &Rule{Name: "cam1", Out: []string{}}}}})
 		check("Apply's options", b.options, nil, o)
@@ -239,6 +259,22 @@ func TestEveryMethodOverTheWire(t *testing.T) {
 		check("Reload", reloaded, err, ApplyResult{Kept: 1, Removed: 1, Changes: []Change{{Op: OpRemove, Rule: cam1}}})
 		check("Reload's options", b.options, nil, o)
 	}
+	for back := range 3 {
+		o := ApplyOptions{MaxChanges: back, Confirm: time.Duration(back) * time.Hour}
+		rolled, err := c.Rollback(ctx, back+1, o)
+		check("Rollback", rolled, err, ApplyResult{Kept: back + 1, Changes: []Change{}})
+		check("Rollback's options", b.options, nil, o)
+	}
+	if _, err := c.Rollback(ctx, 4, ApplyOptions{}); !errors.Is(err, ErrNotFound) {
+		t.Errorf("Rollback past the end: %v", err)
+	}
+	confirmed, err := c.Confirm(ctx)
+	wantConfirmed, _ := b.Confirm(ctx)
+	check("Confirm", confirmed, err, wantConfirmed)
+	uid := uint32(os.Geteuid())
+	sets, err := c.History(ctx)
+	check("History", sets, err, []HistoryEntry{{Time: testTime, What: "reload", UID: &uid, Added: 1, Changed: 2, Removed: 3, Rules: 4}})
+
 	applied, err := c.Apply(ctx, nil, ApplyOptions{})
 	check("Apply none", applied, err, ApplyResult{Changes: []Change{}})
 	if _, err := c.Apply(ctx, []rules.Rule{parsed, parsed}, ApplyOptions{}); !errors.Is(err, ErrInvalid) {
@@ -262,6 +298,9 @@ func TestErrorsOverTheWire(t *testing.T) {
 		"Groups":     func() error { _, err := c.Groups(ctx); return err },
 		"Stats":      func() error { _, err := c.Stats(ctx); return err },
 		"Reload":     func() error { _, err := c.Reload(ctx, ApplyOptions{}); return err },
+		"Confirm":    func() error { _, err := c.Confirm(ctx); return err },
+		"History":    func() error { _, err := c.History(ctx); return err },
+		"Rollback":   func() error { _, err := c.Rollback(ctx, 1, ApplyOptions{}); return err },
 	}
 	for _, tt := range []struct {
 		err  error

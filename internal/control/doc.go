@@ -10,6 +10,9 @@
 //	GET    /v1/groups                 []Group
 //	GET    /v1/stats                  Stats
 //	POST   /v1/reload                 ApplyResult
+//	POST   /v1/confirm                UnconfirmedChange
+//	GET    /v1/history                []HistoryEntry
+//	POST   /v1/rollback[?back=N]      ApplyResult
 //
 // Bodies are JSON with the names given in the types' tags; keys that the API
 // does not know are refused, in bodies and in queries alike. Every answer that

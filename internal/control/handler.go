@@ -35,7 +35,7 @@ func (s *Server) handler() http.Handler {
 		mux.HandleFunc("/v1/metrics", s.serveMetrics)
 	}
 	unknown := func(w http.ResponseWriter, r *http.Request) {
-		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/explain, /v1/reload", oneLine(r.URL.Path, 100)))
+		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/explain, /v1/reload, /v1/confirm, /v1/history, /v1/rollback", oneLine(r.URL.Path, 100)))
 	}
 	mux.HandleFunc("/", unknown)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -68,6 +68,11 @@ func (s *Server) endpoints() map[string][]endpoint {
 		"/v1/stats":   {get(s.getStats)},
 		"/v1/explain": {{method: http.MethodGet, need: accessRead, status: http.StatusOK, do: s.getExplain, query: []string{"packet"}}},
 		"/v1/reload":  {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload, query: applyQuery}},
+		"/v1/confirm": {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postConfirm}},
+		"/v1/history": {get(s.getHistory)},
+		"/v1/rollback": {{
+			method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postRollback, query: append([]string{queryBack}, applyQuery...),
+		}},
 	}
 }
 
@@ -282,13 +287,40 @@ func (s *Server) postReload(r *http.Request) (any, error) {
 	return v, err
 }
 
-// Query keys of ApplyOptions.
+func (s *Server) postConfirm(r *http.Request) (any, error) {
+	return s.backend.Confirm(r.Context())
+}
+
+func (s *Server) getHistory(r *http.Request) (any, error) {
+	v, err := s.backend.History(r.Context())
+	return orEmpty(v), err
+}
+
+func (s *Server) postRollback(r *http.Request) (any, error) {
+	o, err := applyOptions(r)
+	if err != nil {
+		return nil, err
+	}
+	back := 1
+	if v := r.URL.Query().Get(queryBack); v != "" {
+		if back, err = strconv.Atoi(v); err != nil || back < 1 {
+			return nil, Errorf(KindInvalid, "query key %s is %q: must be a number from 1", queryBack, oneLine(v, 100))
+		}
+	}
+	v, err := s.backend.Rollback(r.Context(), back, o)
+	v.fill()
+	return v, err
+}
+
+// Query keys of ApplyOptions, and of a rollback.
 const (
 	queryDryRun     = "dry_run"
 	queryMaxChanges = "max_changes"
+	queryConfirm    = "confirm"
+	queryBack       = "back"
 )
 
-var applyQuery = []string{queryDryRun, queryMaxChanges}
+var applyQuery = []string{queryDryRun, queryMaxChanges, queryConfirm}
 
 func applyOptions(r *http.Request) (o ApplyOptions, err error) {
 	if o.DryRun, err = boolQuery(r, queryDryRun); err != nil {
@@ -299,7 +331,24 @@ func applyOptions(r *http.Request) (o ApplyOptions, err error) {
 			return o, Errorf(KindInvalid, "query key %s is %q: must be a number from 1", queryMaxChanges, oneLine(v, 100))
 		}
 	}
+	if v := r.URL.Query().Get(queryConfirm); v != "" {
+		if o.Confirm, err = ParseConfirm(v); err != nil {
+			return o, Errorf(KindInvalid, "query key %s: %w", queryConfirm, err)
+		}
+	}
+	if o.DryRun && o.Confirm > 0 {
+		return o, Errorf(KindInvalid, "query keys %s and %s together: a dry run has nothing to confirm", queryDryRun, queryConfirm)
+	}
 	return o, nil
+}
+
+// ParseConfirm reads the time that a change may wait for confirmation.
+func ParseConfirm(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d < MinConfirm || d > MaxConfirm {
+		return 0, fmt.Errorf("%.100q: want a time from %v to %.0fh, such as 2m", s, MinConfirm, MaxConfirm.Hours())
+	}
+	return d, nil
 }
 
 func boolQuery(r *http.Request, key string) (bool, error) {

@@ -297,6 +297,9 @@ type Status struct {
 	// Config is the daemon's file, empty when it has none.
 	Config string `json:"config"`
 
+	// Unconfirmed is the change that waits for confirmation, nil for none.
+	Unconfirmed *UnconfirmedChange `json:"unconfirmed,omitempty"`
+
 	Rules   int `json:"rules"`
 	Active  int `json:"active"`
 	Pending int `json:"pending"`
@@ -335,7 +338,16 @@ type ApplyOptions struct {
 	// MaxChanges is how many changes the result lists; 0 is all. 100,000 of them
 	// take longer to tell than to do.
 	MaxChanges int
+	// Confirm is the time in which the change must be confirmed (Backend.Confirm), or the
+	// set of before comes back: MinConfirm to MaxConfirm. 0: it need not be.
+	Confirm time.Duration
 }
+
+// Bounds of ApplyOptions.Confirm.
+const (
+	MinConfirm = time.Second
+	MaxConfirm = 24 * time.Hour
+)
 
 // ApplyResult says what became of the rules.
 type ApplyResult struct {
@@ -347,6 +359,33 @@ type ApplyResult struct {
 	// Changes lists what was added, changed and removed, in this order; the first
 	// ApplyOptions.MaxChanges of it.
 	Changes []Change `json:"changes"`
+	// ConfirmBy is when the change is undone unless it is confirmed; nil for one that is
+	// final, or that changes nothing.
+	ConfirmBy *time.Time `json:"confirm_by,omitempty"`
+}
+
+// HistoryEntry is a set of rules that was in force, and the change that brought it in.
+type HistoryEntry struct {
+	// Back is how many changes ago that was, as Rollback takes it; 0 is in force.
+	Back int       `json:"back"`
+	Time time.Time `json:"time"`
+	// What was done: "rule apply", "rule add cam1", "reload", "rollback 2", "start", ...
+	What string `json:"what"`
+	// UID is the user who asked for it, nil when the daemon did it by itself.
+	UID     *uint32 `json:"uid,omitempty"`
+	Added   int     `json:"added"`
+	Changed int     `json:"changed"`
+	Removed int     `json:"removed"`
+	// Rules is how many the set has, of all origins.
+	Rules int `json:"rules"`
+}
+
+// UnconfirmedChange is a change that is undone at Until unless it is confirmed.
+type UnconfirmedChange struct {
+	What  string    `json:"what"`
+	UID   *uint32   `json:"uid,omitempty"`
+	Time  time.Time `json:"time"`
+	Until time.Time `json:"until"`
 }
 
 // TransmitDrop counts packets that an interface did not take after the program

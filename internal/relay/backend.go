@@ -6,7 +6,9 @@ import (
 	"time"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/history"
 	"xdpcast/internal/plan"
+	"xdpcast/internal/savefile"
 	"xdpcast/pkg/rules"
 )
 
@@ -19,13 +21,18 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 		return control.RuleStatus{}, err
 	}
 	err = r.do(ctx, func() error {
+		if err := r.mayChange(); err != nil {
+			return err
+		}
 		if old := r.rule(rule.Name); old != nil {
 			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): delete it first, or choose another name", rule.Name, old.Origin)
 		}
 		if err := control.ValidateSet(append(r.wantedRules(), rule)); err != nil {
 			return err
 		}
-		if err := r.replace(edit{put: []*plan.Rule{{Rule: rule, Origin: plan.OriginAPI}}}, true, true); err != nil {
+		c := change{edit: edit{put: []*plan.Rule{{Rule: rule, Origin: plan.OriginAPI}}}, Change: by(ctx, "rule add "+rule.Name), save: true}
+		c.Added = 1
+		if err := r.change(c); err != nil {
 			return err
 		}
 		status, err = r.ruleStatus(rule.Name)
@@ -35,12 +42,12 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 }
 
 // replace edits the wanted rules, and saves those of the API. After an error everything is
-// as before: they cannot be saved, the kernel does not take them, or, when strict, one that
-// was put in failed.
-func (r *Relay) replace(e edit, strict, save bool) error {
+// as before: they cannot be saved, the kernel does not take them, or one of the API that was
+// put in failed.
+func (r *Relay) replace(e edit, save bool) error {
 	var names []string
-	if strict {
-		for _, rule := range e.put {
+	for _, rule := range e.put {
+		if rule.Origin == plan.OriginAPI {
 			names = append(names, rule.Name)
 		}
 	}
@@ -61,7 +68,7 @@ func (r *Relay) replace(e edit, strict, save bool) error {
 		return nil
 	}
 	if save {
-		discardFile(r.opts.StateFile)
+		savefile.Discard(r.opts.StateFile)
 	}
 	r.setRules(before)
 	_ = r.reconcile(nil) // lets go of what was joined and attached for them
@@ -89,20 +96,24 @@ func (r *Relay) tidyUp() {
 func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 	return r.do(ctx, func() error {
 		rule := r.rule(name)
-		switch {
+		switch err := r.mayChange(); {
+		case err != nil:
+			return err
 		case rule == nil:
 			return control.Errorf(control.KindNotFound, "no rule is called %s", name)
 		case rule.Origin == plan.OriginFile:
 			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.opts.ConfigFile)
 		}
-		return r.replace(edit{remove: []string{name}}, false, true)
+		c := change{edit: edit{remove: []string{name}}, Change: by(ctx, "rule del "+name), save: true}
+		c.Removed = 1
+		return r.change(c)
 	})
 }
 
 // Apply implements control.Backend.
 func (r *Relay) Apply(ctx context.Context, want []rules.Rule, o control.ApplyOptions) (result control.ApplyResult, err error) {
 	err = r.do(ctx, func() error {
-		result, err = r.applyOrigin(plan.OriginAPI, want, o, true)
+		result, err = r.applySets(map[plan.Origin][]rules.Rule{plan.OriginAPI: want}, o, change{Change: by(ctx, "rule apply")})
 		return err
 	})
 	return result, err
@@ -120,46 +131,81 @@ func (r *Relay) Reload(ctx context.Context, o control.ApplyOptions) (result cont
 		if err != nil {
 			return control.Wrap(control.KindInvalid, err)
 		}
-		result, err = r.applyOrigin(plan.OriginFile, fromFile, o, false)
+		read := history.Sum(sortedText(fromFile))
+		result, err = r.applySets(map[plan.Origin][]rules.Rule{plan.OriginFile: fromFile}, o, change{Change: by(ctx, "reload"), read: &read})
 		return err
 	})
 	return result, err
 }
 
-// applyOrigin makes the rules of one origin exactly want, which hold together.
-func (r *Relay) applyOrigin(origin plan.Origin, want []rules.Rule, o control.ApplyOptions, strict bool) (control.ApplyResult, error) {
-	var have, others []rules.Rule
-	for _, rule := range r.rules {
-		if rule.Origin == origin {
-			have = append(have, rule.Rule)
-			continue
-		}
-		others = append(others, rule.Rule)
-	}
-	if len(others) > 0 {
-		if err := control.ValidateSet(append(others, want...)); err != nil {
+// applySets makes the rules of some origins exactly those given, each of which hold together.
+// c says who asks for it.
+func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOptions, c change) (control.ApplyResult, error) {
+	if !o.DryRun {
+		if err := r.mayChange(); err != nil {
 			return control.ApplyResult{}, err
 		}
 	}
-	if len(have)+len(want) >= manyEdits {
-		r.tidyUp()
+	have, after, sources := map[plan.Origin][]rules.Rule{}, []rules.Rule(nil), len(want)
+	for _, rule := range r.rules {
+		if _, ok := want[rule.Origin]; ok {
+			have[rule.Origin] = append(have[rule.Origin], rule.Rule)
+			continue
+		}
+		after, sources = append(after, rule.Rule), len(want)+1
 	}
-	diff := rules.Compute(have, want)
+	if sources > 1 {
+		for _, all := range want {
+			after = append(after, all...)
+		}
+		if err := control.ValidateSet(after); err != nil {
+			return control.ApplyResult{}, err
+		}
+	}
+	var diff rules.Diff
+	for _, origin := range []plan.Origin{plan.OriginFile, plan.OriginAPI} {
+		all, ok := want[origin]
+		if !ok {
+			continue
+		}
+		if len(have[origin])+len(all) >= manyEdits {
+			r.tidyUp()
+		}
+		d := rules.Compute(have[origin], all)
+		c.edit.add(origin, d)
+		if !d.Empty() {
+			c.save, c.file = c.save || origin == plan.OriginAPI, c.file || origin == plan.OriginFile
+		}
+		diff = diff.And(d)
+	}
 	result := summary(diff, o)
-	if o.DryRun || diff.Empty() {
+	if o.DryRun {
 		return result, nil
 	}
-	var e edit
-	for _, rule := range diff.Add {
+	c.Added, c.Changed, c.Removed, c.confirm = result.Added, result.Changed, result.Removed, o.Confirm
+	if diff.Empty() {
+		return result, r.noteRead(c)
+	}
+	if err := r.change(c); err != nil {
+		return control.ApplyResult{}, err
+	}
+	if p := r.changes.pending; p != nil {
+		result.ConfirmBy = &p.Until
+	}
+	return result, nil
+}
+
+// add is what a difference asks for.
+func (e *edit) add(origin plan.Origin, d rules.Diff) {
+	for _, rule := range d.Add {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: origin})
 	}
-	for _, c := range diff.Change {
+	for _, c := range d.Change {
 		e.put = append(e.put, &plan.Rule{Rule: c.New, Origin: origin})
 	}
-	for _, rule := range diff.Remove {
+	for _, rule := range d.Remove {
 		e.remove = append(e.remove, rule.Name)
 	}
-	return result, r.replace(e, strict, origin == plan.OriginAPI)
 }
 
 // summary counts the changes, and lists as many as are asked for.

@@ -35,6 +35,8 @@ const (
 	aboutGroups     = "memberships"
 	aboutPinned     = "pinned state"
 	aboutRefusals   = "refused frames"
+	aboutHistory    = "history"
+	aboutFile       = "file"
 )
 
 // reconcile brings about what the rules and the network ask for, as far as can be. It may be
@@ -241,7 +243,7 @@ func (r *Relay) letGo() {
 
 // wake says when something is due although nothing has happened.
 func (r *Relay) wake() time.Duration {
-	wake := min(r.watcher.Due(), time.Until(r.observeAt()), r.memberships.wake(), r.tables.wake(), r.attachments.wake())
+	wake := min(r.watcher.Due(), time.Until(r.observeAt()), r.memberships.wake(), r.tables.wake(), r.attachments.wake(), r.pendingWake())
 	failing := r.stale || r.tables.paths.pending() || len(r.neighbours.refused) > 0
 	for _, about := range []string{aboutNetwork, aboutKernel, aboutOwn} {
 		failing = failing || r.warnings[about] != ""

@@ -29,7 +29,7 @@ func (r *running) put(all ...rules.Rule) error {
 	for _, rule := range all {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginAPI})
 	}
-	return r.do(r.t.Context(), func() error { return r.replace(e, true, false) })
+	return r.do(r.t.Context(), func() error { return r.replace(e, false) })
 }
 
 func (r *running) mustPut(all ...rules.Rule) {

@@ -26,6 +26,7 @@ import (
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/forward"
+	"xdpcast/internal/history"
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/loader"
@@ -40,6 +41,9 @@ type Options struct {
 	// outlive the process as the kernel's state does. Empty: the loader's RunFile
 	// api-rules.yaml.
 	StateFile string
+	// StateDir is where the sets of rules are kept that were in force, and the change that
+	// waits for confirmation: a directory that outlives a reboot. Empty: the loader's RunDir.
+	StateDir string
 	// Interfaces are attached even while no rule names them.
 	Interfaces []string
 	// Mode is how XDP is attached.
@@ -59,8 +63,10 @@ type Options struct {
 	Logger  *slog.Logger
 	Version string
 
-	// observeEvery replaces observePause for tests.
+	// observeEvery replaces observePause, and clock that of changes that wait for confirmation,
+	// for tests.
 	observeEvery time.Duration
+	clock        *history.Clock
 }
 
 // Relay is the control loop. It serves the control API as a control.Backend, whose
@@ -84,6 +90,7 @@ type Relay struct {
 	network  *network.Snapshot // that it was made from
 	stale    bool              // the rules or the answers are others than those it was made from
 	overlaps map[string]plan.Overlaps
+	changes  changes
 
 	attachments *attachments
 	tags        *tags
@@ -129,6 +136,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := opts.AFXDP.Validate(); err != nil {
 		return nil, fmt.Errorf("path afxdp: %w", err)
 	}
+	r.openHistory()
 	// The rules first: a broken file must not touch the kernel.
 	if err := r.readInitialRules(); err != nil {
 		return nil, err
@@ -171,6 +179,9 @@ func (o Options) withDefaults() (_ Options, err error) {
 	if o.StateFile == "" {
 		o.StateFile = loader.RunFile(o.Loader.RunDir, o.Loader.PinDir, "api-rules.yaml")
 	}
+	if o.StateDir == "" {
+		o.StateDir = o.Loader.RunDir
+	}
 	if o.observeEvery == 0 {
 		o.observeEvery = observePause
 	}
@@ -207,6 +218,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	}
 	r.adopt()
 	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
+	r.beginHistory()
 	if len(r.rules) >= manyEdits {
 		r.tidyUp()
 	}
@@ -217,6 +229,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	loops := time.NewTicker(loopCheck)
 	defer loops.Stop()
 	for {
+		r.undoIfDue()
 		timer := time.NewTimer(r.wake())
 		select {
 		case <-ctx.Done():

@@ -79,13 +79,22 @@ func (r *Relay) readInitialRules() error {
 	if err != nil {
 		return err
 	}
+	saved, isSaved, err := readState(r.opts.StateFile)
+	if err != nil {
+		return err
+	}
+	r.rules = r.accepted(r.initialSets(fromFile, saved, isSaved))
+	if p := r.changes.pending; p != nil && p.before == nil {
+		p.before = r.rules // its time is over
+	}
+	return nil
+}
+
+// accepted are the rules of the file, and those of the API that go with them.
+func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
 	var e edit
 	for _, rule := range fromFile {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginFile})
-	}
-	saved, err := readState(r.opts.StateFile)
-	if err != nil {
-		return err
 	}
 	saved = r.withoutConflicts(fromFile, saved)
 	// One by one only where something is wrong, since it is quadratic.
@@ -101,8 +110,7 @@ func (r *Relay) readInitialRules() error {
 		accepted = append(accepted, rule)
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginAPI})
 	}
-	r.rules = edited(nil, e)
-	return nil
+	return edited(nil, e)
 }
 
 // withoutConflicts leaves out the saved rules that have a name or an input of the

@@ -66,7 +66,7 @@ func BenchmarkApply(b *testing.B) {
 				apply(b, r, []rules.Rule{one})
 				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/one-more")
 				started = time.Now()
-				if err := r.do(b.Context(), func() error { return r.replace(edit{remove: []string{"one-more"}}, false, false) }); err != nil {
+				if err := r.do(b.Context(), func() error { return r.replace(edit{remove: []string{"one-more"}}, false) }); err != nil {
 					b.Fatal(err)
 				}
 				b.ReportMetric(float64(time.Since(started).Microseconds()), "µs/one-less")
@@ -89,7 +89,7 @@ func apply(t testing.TB, r *running, all []rules.Rule) {
 	for _, rule := range all {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginFile})
 	}
-	if err := r.do(t.Context(), func() error { return r.replace(e, true, false) }); err != nil {
+	if err := r.do(t.Context(), func() error { return r.replace(e, false) }); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
+	"xdpcast/internal/savefile"
 )
 
 // A device that takes VLAN tags off the frames that it receives hides them from XDP,
@@ -65,10 +66,10 @@ func (t *tags) save() error {
 	if err != nil {
 		return err
 	}
-	if err := stageFile(t.file, append(data, '\n')); err != nil {
+	if err := savefile.Stage(t.file, append(data, '\n')); err != nil {
 		return err
 	}
-	return commitFile(t.file)
+	return savefile.Commit(t.file)
 }
 
 // apply makes the interfaces that the plan names leave tags in the frames, and says whether

@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain doctor reload check convert gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain doctor reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -36,6 +36,7 @@ complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l afxdp-prefer-busy
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l afxdp-busy-poll-budget -r -d 'with --afxdp-busy-poll: `N` packets a poll, up to 65535'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l state-dir -r -d '`DIR` of the sets of rules that "xdpcast rollback" brings back'
 complete -c xdpcast -n '__fish_seen_subcommand_from load' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'load' -d 'load the programs and attach them, without a daemon'
 complete -c xdpcast -n '__fish_seen_subcommand_from load' -f -l interface -s i -r -d 'attach to `IFACE` (repeatable)'
@@ -77,6 +78,7 @@ complete -c xdpcast -n '__fish_seen_subcommand_from export' -f -l origin -r -d '
 complete -c xdpcast -n '__fish_seen_subcommand_from apply' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_seen_subcommand_from rule' -a 'apply' -d 'make the rules that were added here exactly those of a file'
 complete -c xdpcast -n '__fish_seen_subcommand_from apply' -f -l dry-run -d 'only say what would change'
+complete -c xdpcast -n '__fish_seen_subcommand_from apply' -f -l confirm -r -d 'undo the change after `TIME` (1s to 24h, such as 2m) without "xdpcast confirm"'
 complete -c xdpcast -n '__fish_seen_subcommand_from apply' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
 complete -c xdpcast -n '__fish_seen_subcommand_from group' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'group' -d 'show multicast memberships'
@@ -110,7 +112,19 @@ complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l output -s o -r
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'reload' -d 'have the daemon read its file again, and say what changed'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l dry-run -d 'only say what would change'
+complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l confirm -r -d 'undo the change after `TIME` (1s to 24h, such as 2m) without "xdpcast confirm"'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from confirm' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'confirm' -d 'keep the change that waits for confirmation'
+complete -c xdpcast -n '__fish_seen_subcommand_from confirm' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from history' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'history' -d 'list the sets of rules that can be brought back'
+complete -c xdpcast -n '__fish_seen_subcommand_from history' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from rollback' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'rollback' -d 'bring an earlier set of rules back'
+complete -c xdpcast -n '__fish_seen_subcommand_from rollback' -f -l dry-run -d 'only say what would change'
+complete -c xdpcast -n '__fish_seen_subcommand_from rollback' -f -l confirm -r -d 'undo the change after `TIME` (1s to 24h, such as 2m) without "xdpcast confirm"'
+complete -c xdpcast -n '__fish_seen_subcommand_from rollback' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
 complete -c xdpcast -n '__fish_seen_subcommand_from check' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'check' -d 'check a file of rules and say every error with its line'
 complete -c xdpcast -n '__fish_seen_subcommand_from check' -f -l config -s c -r -d '`FILE` to check, as for run'

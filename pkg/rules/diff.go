@@ -57,6 +57,14 @@ func Compute(have, want []Rule) Diff {
 	return d
 }
 
+// And joins the differences of sets that stand side by side.
+func (d Diff) And(other Diff) Diff {
+	return Diff{
+		Add: slices.Concat(d.Add, other.Add), Remove: slices.Concat(d.Remove, other.Remove),
+		Change: slices.Concat(d.Change, other.Change), Keep: slices.Concat(d.Keep, other.Keep),
+	}
+}
+
 // byName gives the first rule of each name.
 func byName(rules []Rule) map[string]int {
 	m := make(map[string]int, len(rules))

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"io"
+	"os/user"
+	"strconv"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/internal/control"
+)
+
+func historyCommand(now func() time.Time) *cli.Command {
+	return &cli.Command{
+		Name:  "history",
+		Usage: "list the sets of rules that can be brought back",
+		Description: "The first line is the set in force; BACK is what \"xdpcast rollback\" takes. WHO is the user of the command, - where\n" +
+			"the daemon did it by itself.",
+		Flags: []cli.Flag{outputFlag()},
+		Action: func(c *cli.Context) error {
+			if err := showArgs(c, 0, 0); err != nil {
+				return err
+			}
+			all, err := client(c).History(c.Context)
+			if err != nil {
+				return err
+			}
+			return show(c, all, func(w io.Writer) error { return historyTable(w, all, now()) })
+		},
+	}
+}
+
+func historyTable(w io.Writer, all []control.HistoryEntry, now time.Time) error {
+	t := newTable(">BACK", "TIME", ">AGE", "WHO", ">RULES", ">ADDED", ">REMOVED", ">CHANGED", "WHAT")
+	for _, e := range all {
+		t.add(strconv.Itoa(e.Back), e.Time.In(now.Location()).Format(time.DateTime), age(now.Sub(e.Time)), userName(e.UID), strconv.Itoa(e.Rules),
+			strconv.Itoa(e.Added), strconv.Itoa(e.Removed), strconv.Itoa(e.Changed), e.What)
+	}
+	return t.write(w)
+}
+
+// userName names a user of this host, or gives the number of one without a name.
+func userName(uid *uint32) string {
+	if uid == nil {
+		return "-"
+	}
+	id := strconv.FormatUint(uint64(*uid), 10)
+	if u, err := user.LookupId(id); err == nil {
+		return u.Username
+	}
+	return id
+}

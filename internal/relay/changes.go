@@ -1,0 +1,571 @@
+package relay
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/history"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/loader"
+	"xdpcast/pkg/rules"
+)
+
+// changes keeps the sets of rules that were in force, and the change that is undone
+// unless it is confirmed. All of it belongs to the goroutine of Run.
+type changes struct {
+	store *history.Store // nil when no sets can be kept: why says why
+	why   error
+	clock history.Clock
+
+	// read is the set of the file as it was read last. The rules of the file in force
+	// are another one while an undone file is held off: see heldOff.
+	read history.Digest
+	// set is that in force as it was kept last; a part is empty when it was not.
+	set     history.Set
+	pending *pending
+}
+
+// pending is the change that waits for confirmation.
+type pending struct {
+	history.Pending
+	before []*plan.Rule // what comes back
+	retry  time.Time    // not before this is undoing tried again
+	failed error        // why it could not be saved
+}
+
+// change is a change of the wanted rules that somebody asked for.
+type change struct {
+	edit
+	history.Change
+	save    bool            // rules of the API change
+	file    bool            // rules of the file change
+	confirm time.Duration   // 0: it is final
+	read    *history.Digest // of a reload: the set of the file now
+}
+
+// openHistory reads the sets that an earlier process kept. Nothing is written before
+// this one owns the pin directory.
+func (r *Relay) openHistory() {
+	c := &r.changes
+	if r.opts.clock != nil {
+		c.clock = *r.opts.clock
+	} else if c.clock, c.why = history.NewClock(); c.why != nil {
+		return
+	}
+	file, sets := r.historyFiles()
+	c.store, c.why = history.Open(file, sets, r.log)
+}
+
+func (r *Relay) historyFiles() (file, sets string) {
+	return r.keptFile("changes.json"), r.keptFile("sets")
+}
+
+// keptFile is a file of the state directory.
+func (r *Relay) keptFile(name string) string {
+	return loader.RunFile(r.opts.StateDir, r.opts.Loader.PinDir, name)
+}
+
+// beginHistory makes a fresh start where what was kept is damaged, undoes what nobody has
+// confirmed, and notes the set that this process begins with.
+func (r *Relay) beginHistory() {
+	c := &r.changes
+	if errors.Is(c.why, history.ErrDamaged) {
+		file, sets := r.historyFiles()
+		aside, err := history.SetAside(file)
+		if err == nil {
+			r.log.Error("the sets of rules that were kept cannot be read: starting without them", "error", c.why, "kept_as", aside)
+			c.store, err = history.Open(file, sets, r.log)
+		}
+		c.why = err
+	}
+	if c.why != nil {
+		c.store = nil
+		r.warn(aboutHistory, fmt.Errorf("sets of rules are not kept: %w", c.why))
+		return
+	}
+	r.undoIfDue()
+	if !r.recorded() {
+		r.record(history.Change{Time: time.Now(), What: "start"})
+	}
+	r.tellHeldOff()
+}
+
+// by says who asks for a change, and when.
+func by(ctx context.Context, what string) history.Change {
+	c := history.Change{Time: time.Now(), What: what}
+	if uid, ok := control.CallerUID(ctx); ok {
+		c.UID = &uid
+	} else if cause := control.Cause(ctx); cause != "" {
+		c.What += " (" + cause + ")"
+	}
+	return c
+}
+
+// byText is a change in a line for people.
+func byText(c history.Change) string {
+	if c.UID == nil {
+		return c.What
+	}
+	return fmt.Sprintf("%s by uid %d", c.What, *c.UID)
+}
+
+// mayChange refuses a change while another one waits for confirmation.
+func (r *Relay) mayChange() error {
+	p := r.changes.pending
+	switch {
+	case p == nil:
+		return nil
+	case p.failed != nil:
+		return control.Errorf(control.KindConflict, "%s was undone, which cannot be saved yet: %w", byText(p.Change), p.failed)
+	}
+	return control.Errorf(control.KindConflict, "a change waits for confirmation until %s (%s): \"xdpcast confirm\" keeps it, \"xdpcast rollback\" undoes it",
+		p.Until.Format(time.TimeOnly), byText(p.Change))
+}
+
+// change makes a change, and keeps the set that it brings in. After an error everything is as
+// before.
+func (r *Relay) change(c change) error {
+	if c.confirm > 0 {
+		if err := r.begin(c); err != nil {
+			return control.Errorf(control.KindFailed, "nothing is changed, since it could not be undone: %w", err)
+		}
+	}
+	if err := r.replace(c.edit, c.save); err != nil {
+		if c.confirm > 0 {
+			r.cancel()
+		}
+		return err
+	}
+	if c.save {
+		r.changes.set.API = ""
+	}
+	if c.file {
+		r.changes.set.File = ""
+	}
+	if c.read != nil {
+		r.changes.read = *c.read
+	}
+	r.record(c.Change)
+	r.tellHeldOff()
+	return nil
+}
+
+// noteRead takes note of a file that was read again and changes nothing: it may hold now what
+// is in force, which was brought back before.
+func (r *Relay) noteRead(c change) error {
+	h := &r.changes
+	if c.read == nil || *c.read == h.read {
+		return nil
+	}
+	h.read = *c.read
+	if h.store == nil {
+		return nil
+	}
+	state := h.store.State()
+	h.fill(r.rules)
+	if state.Held = r.heldOff(state.Held, h.set.File, c.Time); state.Held == nil && h.store.State().Held == nil {
+		return nil
+	}
+	err := h.store.Save(state)
+	r.tellHeldOff()
+	return control.Wrap(control.KindFailed, err)
+}
+
+// begin has on the disk what the set is that comes back without a confirmation.
+func (r *Relay) begin(c change) error {
+	h := &r.changes
+	if h.store == nil {
+		return fmt.Errorf("sets of rules are not kept: %w", h.why)
+	}
+	if !r.recorded() {
+		if err := r.keep(history.Change{Time: c.Time, What: "start"}, nil); err != nil {
+			return err
+		}
+	}
+	state := h.store.State()
+	p := history.Pending{
+		Change: c.Change, Before: state.Entries[len(state.Entries)-1].Set, Read: h.read, Boot: h.clock.Boot,
+		Deadline: h.clock.Now() + c.confirm, Until: c.Time.Add(c.confirm),
+	}
+	if c.read != nil {
+		p.Read = *c.read
+	}
+	state.Pending = &p
+	if err := h.store.Save(state); err != nil {
+		return err
+	}
+	h.pending = &pending{Pending: p, before: r.rules}
+	return nil
+}
+
+// cancel forgets a change that was not made.
+func (r *Relay) cancel() {
+	h := &r.changes
+	h.pending = nil
+	state := h.store.State()
+	state.Pending = nil
+	// What stays on the disk brings back, at worst, the set that is in force.
+	r.warnUnless(aboutHistory, h.store.Save(state))
+}
+
+// recorded says whether the set in force is kept as the last one.
+func (r *Relay) recorded() bool {
+	h := &r.changes
+	if h.store == nil {
+		return true // as far as can be
+	}
+	h.fill(r.rules)
+	all := h.store.State().Entries
+	return len(all) > 0 && all[len(all)-1].Set == h.set
+}
+
+// fill works out what is not known of the set in force.
+func (c *changes) fill(inForce []*plan.Rule) {
+	if c.set.File == "" {
+		c.set.File = history.Sum(textOf(inForce, plan.OriginFile))
+	}
+	if c.set.API == "" {
+		c.set.API = history.Sum(textOf(inForce, plan.OriginAPI))
+	}
+}
+
+// record keeps the set in force, which a change has brought in. The change has been made
+// whether that can be kept or not, and a full disk must hold up no other.
+func (r *Relay) record(c history.Change) {
+	if r.changes.store == nil {
+		return
+	}
+	var waiting *history.Pending
+	if p := r.changes.pending; p != nil {
+		waiting = &p.Pending
+	}
+	err := r.keep(c, waiting)
+	if err != nil {
+		err = fmt.Errorf("the set in force is not kept: %w", err)
+	}
+	r.warnUnless(aboutHistory, err)
+}
+
+// keep saves the set in force as an entry, and what else of the state follows from it.
+func (r *Relay) keep(c history.Change, waiting *history.Pending) error {
+	h := &r.changes
+	state := h.store.State()
+	var last history.Set
+	if n := len(state.Entries); n > 0 {
+		last = state.Entries[n-1].Set
+	}
+	set, err := h.set, error(nil)
+	if set.API == "" || set.API != last.API {
+		if set.API, err = h.store.Put(textOf(r.rules, plan.OriginAPI)); err != nil {
+			return err
+		}
+	}
+	if set.File == "" || set.File != last.File {
+		if set.File, err = h.store.Put(textOf(r.rules, plan.OriginFile)); err != nil {
+			return err
+		}
+	}
+	state.Entries = append(state.Entries, history.Entry{Change: c, Set: set, Rules: len(r.rules)})
+	state.Pending = waiting
+	state.Held = r.heldOff(state.Held, set.File, c.Time)
+	if err := h.store.Save(state); err != nil {
+		return err
+	}
+	h.set = set
+	return nil
+}
+
+// heldOff says what the daemon is to remember when the rules of the file in force are not
+// those that the file holds: a restart brings in the same ones, unless the file has changed.
+func (r *Relay) heldOff(before *history.Held, inForce history.Digest, now time.Time) *history.Held {
+	h := &r.changes
+	if inForce == h.read || r.opts.ConfigFile == "" {
+		return nil
+	}
+	held := history.Held{Config: r.opts.ConfigFile, Undone: h.read, File: inForce, Since: now}
+	if before != nil && before.Config == held.Config && before.Undone == held.Undone && before.File == held.File {
+		held.Since = before.Since
+	}
+	return &held
+}
+
+// tellHeldOff warns while the rules of the file in force are not those that it holds.
+func (r *Relay) tellHeldOff() {
+	if r.changes.store == nil {
+		return
+	}
+	held := r.changes.store.State().Held
+	if held == nil {
+		delete(r.warnings, aboutFile)
+		return
+	}
+	r.warn(aboutFile, fmt.Errorf("an earlier set is in force since %s, as what %s holds was undone: \"xdpcast reload\" brings that in again",
+		held.Since.Local().Format(time.DateTime), held.Config))
+}
+
+// undoIfDue brings the set of before back when nobody has confirmed a change in time.
+func (r *Relay) undoIfDue() {
+	p := r.changes.pending
+	if p == nil || r.changes.clock.Left(&p.Pending) > 0 || time.Now().Before(p.retry) {
+		return
+	}
+	undone := history.Change{Time: time.Now(), What: "undone: " + p.What + " was not confirmed"}
+	if err := r.undo(undone); err != nil {
+		r.warn(aboutHistory, fmt.Errorf("%s was undone, which cannot be saved yet: %w", byText(p.Change), err))
+		p.failed, p.retry = err, time.Now().Add(recheck)
+		return
+	}
+	r.log.Warn("a change was not confirmed: the set of before is in force again", "change", byText(p.Change), "made", p.Time)
+}
+
+// undo brings the set of before a change back that waits for confirmation. Rules of it that
+// the kernel refuses now are shown as failed: they were in force before. An error says that
+// it could not be saved.
+func (r *Relay) undo(c history.Change) error {
+	p := r.changes.pending
+	if !slices.Equal(r.rules, p.before) {
+		r.setRules(p.before)
+		r.changes.set = history.Set{}
+	}
+	_ = r.reconcile(nil)
+	if err := r.stageState(); err != nil {
+		return err
+	}
+	if err := r.commitState(); err != nil {
+		return err
+	}
+	c.Added, c.Changed, c.Removed = p.Removed, p.Changed, p.Added
+	if err := r.keep(c, nil); err != nil {
+		return err
+	}
+	r.changes.pending = nil
+	delete(r.warnings, aboutHistory)
+	r.tellHeldOff()
+	return nil
+}
+
+// pendingWake is when a pending change is to be undone.
+func (r *Relay) pendingWake() time.Duration {
+	p := r.changes.pending
+	if p == nil {
+		return idle
+	}
+	return max(r.changes.clock.Left(&p.Pending), time.Until(p.retry))
+}
+
+// Confirm implements control.Backend.
+func (r *Relay) Confirm(ctx context.Context) (done control.UnconfirmedChange, err error) {
+	err = r.do(ctx, func() error {
+		r.undoIfDue()
+		p := r.changes.pending
+		switch {
+		case p == nil:
+			return control.Errorf(control.KindConflict, "no change waits for confirmation")
+		case p.failed != nil:
+			return control.Errorf(control.KindConflict, "too late: %s has been undone", byText(p.Change))
+		}
+		state := r.changes.store.State()
+		state.Pending = nil
+		if err := r.changes.store.Save(state); err != nil {
+			return control.Errorf(control.KindFailed, "the change still waits for confirmation: %w", err)
+		}
+		r.changes.pending = nil
+		done = *unconfirmed(p)
+		return nil
+	})
+	return done, err
+}
+
+func unconfirmed(p *pending) *control.UnconfirmedChange {
+	if p == nil {
+		return nil
+	}
+	return &control.UnconfirmedChange{What: p.What, UID: p.UID, Time: p.Time, Until: p.Until}
+}
+
+// History implements control.Backend.
+func (r *Relay) History(ctx context.Context) (all []control.HistoryEntry, err error) {
+	err = r.do(ctx, func() error {
+		if r.changes.store == nil {
+			return control.Errorf(control.KindFailed, "sets of rules are not kept: %w", r.changes.why)
+		}
+		for back, e := range slices.Backward(r.changes.store.State().Entries) {
+			all = append(all, control.HistoryEntry{
+				Back: back, Time: e.Time, What: e.What, UID: e.UID, Added: e.Added, Changed: e.Changed, Removed: e.Removed, Rules: e.Rules,
+			})
+		}
+		for i := range all {
+			all[i].Back = i
+		}
+		return nil
+	})
+	return all, err
+}
+
+// Rollback implements control.Backend.
+func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) (result control.ApplyResult, err error) {
+	err = r.do(ctx, func() error {
+		h := &r.changes
+		if h.store == nil {
+			return control.Errorf(control.KindFailed, "sets of rules are not kept: %w", h.why)
+		}
+		if p := h.pending; p != nil && back == 1 && !o.DryRun && o.Confirm == 0 {
+			result, err = r.rollbackPending(ctx, o)
+			return err
+		}
+		if !o.DryRun {
+			if err := r.mayChange(); err != nil {
+				return err
+			}
+		}
+		sets, err := r.earlier(back)
+		if err != nil {
+			return err
+		}
+		result, err = r.applySets(sets, o, change{Change: by(ctx, fmt.Sprint("rollback ", back))})
+		return err
+	})
+	return result, err
+}
+
+// rollbackPending undoes the change that waits for confirmation.
+func (r *Relay) rollbackPending(ctx context.Context, o control.ApplyOptions) (control.ApplyResult, error) {
+	p := r.changes.pending
+	diff := rules.Compute(bare(r.rules), bare(p.before))
+	if err := r.undo(by(ctx, "rollback 1")); err != nil {
+		return control.ApplyResult{}, control.Errorf(control.KindFailed, "the set of before is in force again, but cannot be saved yet: %w", err)
+	}
+	return summary(diff, o), nil
+}
+
+// earlier reads the set of so many changes ago.
+func (r *Relay) earlier(back int) (map[plan.Origin][]rules.Rule, error) {
+	h := &r.changes
+	if !r.recorded() {
+		if err := r.keep(history.Change{Time: time.Now(), What: "unknown"}, nil); err != nil {
+			return nil, control.Errorf(control.KindFailed, "the set in force is not kept: %w", err)
+		}
+	}
+	all := h.store.State().Entries
+	if back < 1 || back >= len(all) {
+		return nil, control.Errorf(control.KindNotFound, "rollback %d: %s kept (\"xdpcast history\" lists them)", back, setsBefore(len(all)-1))
+	}
+	sets, err := h.readSet(all[len(all)-1-back].Set)
+	if err != nil {
+		return nil, control.Errorf(control.KindFailed, "rollback %d: %w", back, err)
+	}
+	return sets, nil
+}
+
+func setsBefore(n int) string {
+	switch n {
+	case 0:
+		return "no set before that in force is"
+	case 1:
+		return "1 set before that in force is"
+	}
+	return fmt.Sprintf("%d sets before that in force are", n)
+}
+
+// readSet reads a set from the disk.
+func (c *changes) readSet(set history.Set) (sets map[plan.Origin][]rules.Rule, err error) {
+	sets = map[plan.Origin][]rules.Rule{}
+	if sets[plan.OriginFile], err = c.readRules(set.File); err != nil {
+		return nil, err
+	}
+	if sets[plan.OriginAPI], err = c.readRules(set.API); err != nil {
+		return nil, err
+	}
+	return sets, nil
+}
+
+func (c *changes) readRules(digest history.Digest) ([]rules.Rule, error) {
+	text, err := c.store.Get(digest)
+	if err != nil {
+		return nil, fmt.Errorf("read a set of rules: %w", err)
+	}
+	all, err := rules.ParseFile(string(digest), text)
+	if err != nil {
+		return nil, fmt.Errorf("a set of rules that was kept is none for this release: %w", err)
+	}
+	return all, nil
+}
+
+// initialSets are the rules that this process begins with: those that the file holds and
+// those that were saved for the API, unless an earlier process has undone the file, or a
+// change was not confirmed in time.
+func (r *Relay) initialSets(fromFile, saved []rules.Rule, isSaved bool) (file, api []rules.Rule) {
+	h := &r.changes
+	h.read = history.Sum(sortedText(fromFile))
+	if h.store == nil {
+		return fromFile, saved
+	}
+	state := h.store.State()
+	p := state.Pending
+	var before map[plan.Origin][]rules.Rule
+	if p != nil {
+		var err error
+		if before, err = h.readSet(p.Before); err != nil {
+			r.log.Error("a change that waits for confirmation cannot be undone", "change", byText(p.Change), "error", err)
+			p = nil
+		}
+	}
+	if held := state.Held; held != nil && held.Config == r.opts.ConfigFile && held.Undone == h.read {
+		if all, err := h.readRules(held.File); err == nil {
+			fromFile = all
+		} else {
+			r.log.Error("the file is in force, although what it holds was undone", "file", held.Config, "error", err)
+		}
+	}
+	if p == nil {
+		return fromFile, saved
+	}
+	// A file that was edited since is what its author wants now; rules of the API that a reboot
+	// has forgotten stay forgotten.
+	if p.Read != h.read {
+		before[plan.OriginFile] = fromFile
+	}
+	if !isSaved {
+		before[plan.OriginAPI] = nil
+	}
+	h.pending = &pending{Pending: *p}
+	if h.clock.Left(p) <= 0 {
+		return before[plan.OriginFile], before[plan.OriginAPI]
+	}
+	h.pending.before = r.accepted(before[plan.OriginFile], before[plan.OriginAPI])
+	return fromFile, saved
+}
+
+// bare are the rules without their origins.
+func bare(all []*plan.Rule) []rules.Rule {
+	out := make([]rules.Rule, len(all))
+	for i, rule := range all {
+		out[i] = rule.Rule
+	}
+	return out
+}
+
+// textOf writes the rules of an origin as a file of rules, by name.
+func textOf(all []*plan.Rule, origin plan.Origin) []byte {
+	var text []byte
+	for _, rule := range all {
+		if rule.Origin == origin {
+			text = rules.AppendRule(text, rule.Rule)
+		}
+	}
+	return rules.EndFile(text)
+}
+
+// sortedText is textOf for rules in any order.
+func sortedText(all []rules.Rule) []byte {
+	var text []byte
+	for _, rule := range slices.SortedFunc(slices.Values(all), func(a, b rules.Rule) int { return cmp.Compare(a.Name, b.Name) }) {
+		text = rules.AppendRule(text, rule)
+	}
+	return rules.EndFile(text)
+}

@@ -1,0 +1,99 @@
+package e2e_test
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"xdpcast/internal/control"
+)
+
+// outputOf is the output of the rule "one", from what the kernel relays.
+func outputOf(in *instance) string {
+	in.t.Helper()
+	return in.rule("one").Outputs[0].Output
+}
+
+// TestKilledBeforeConfirmed kills the daemon while a reload waits for confirmation. A daemon
+// that starts in time goes on waiting, one that starts later brings the set of before back, and
+// those after it keep to that while the file holds what was undone.
+func TestKilledBeforeConfirmed(t *testing.T) {
+	const first, second, third = "239.2.1.1:6001%out0", "239.2.1.1:6002%out0", "239.2.1.1:6003%out0"
+	file := func(out string) string { return "rules: [{name: one, in: " + oneIn + ", out: [" + out + "]}]\n" }
+	in := newInstance(t, newNetwork(t).relay)
+	config := in.write("rules.yaml", file(first))
+	in.start("-c", config)
+	in.add("other", "239.1.1.9:5000%in0", "239.2.1.9:6000%out1")
+	check := func(what, want string) {
+		t.Helper()
+		if got := outputOf(in); got != want {
+			t.Errorf("%s: output %s is in force, want %s", what, got, want)
+		}
+		if all := in.rules(); len(all) != 2 {
+			t.Errorf("%s: %d rules, want 2", what, len(all))
+		}
+	}
+	kill := func() {
+		t.Helper()
+		in.running.stop(syscall.SIGKILL)
+	}
+
+	in.write("rules.yaml", file(second))
+	if text := in.mustCLI("reload", "--confirm", "1h"); !strings.Contains(text, "1 changed") || !strings.Contains(text, `without "xdpcast confirm"`) {
+		t.Errorf("reload --confirm says %q", text)
+	}
+	check("reloaded", second)
+	kill()
+	in.start("-c", config)
+	check("killed, started in time", second)
+	if text := in.mustCLI("status"); !strings.Contains(text, `unconfirmed  reload by root, undone in 59m`) {
+		t.Errorf("status does not say what waits for confirmation:\n%s", text)
+	}
+	if got := in.cli("rule", "del", "other"); got.code != 1 || !strings.Contains(got.stderr, "a change waits for confirmation until ") {
+		t.Errorf("another change: %s", got)
+	}
+	if text := in.mustCLI("confirm"); text != "confirmed: reload by root\n" {
+		t.Errorf("confirm says %q", text)
+	}
+	if got := in.cli("confirm"); got.code != 1 || got.stderr != "xdpcast: no change waits for confirmation\n" {
+		t.Errorf("confirm of nothing: %s", got)
+	}
+
+	in.write("rules.yaml", file(third))
+	result, err := in.client.Reload(t.Context(), control.ApplyOptions{Confirm: control.MinConfirm})
+	if err != nil {
+		t.Fatal(err)
+	}
+	check("reloaded again", third)
+	kill()
+	eventually(t, "the time is over", func() string {
+		if left := time.Until(*result.ConfirmBy); left > -100*time.Millisecond {
+			return left.String()
+		}
+		return ""
+	})
+	for range 2 {
+		in.start("-c", config)
+		check("killed, started too late", second)
+		if text := in.mustCLI("status"); !strings.Contains(text, "file: an earlier set is in force since ") {
+			t.Errorf("status does not say that the file is not in force:\n%s", text)
+		}
+		kill()
+	}
+	in.start("-c", config)
+	if lines := strings.Split(in.mustCLI("history"), "\n"); !strings.HasSuffix(lines[1], "undone: reload was not confirmed") || !strings.Contains(lines[2], "root") {
+		t.Errorf("history:\n%s", strings.Join(lines, "\n"))
+	}
+	in.mustCLI("reload")
+	check("reloaded without a condition", third)
+	in.mustCLI("rollback", "1")
+	check("rolled back", second)
+	if got := in.cli("rollback", "40"); got.code != 1 || !strings.Contains(got.stderr, `sets before that in force are kept ("xdpcast history" lists them)`) {
+		t.Errorf("rollback past the end: %s", got)
+	}
+	in.write("rules.yaml", file(first))
+	kill()
+	in.start("-c", config)
+	check("the file has changed", first)
+}
