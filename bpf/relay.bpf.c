@@ -145,7 +145,8 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg, __u32 ifindex,
 				   struct headers *h, const struct flow *flow, bool ip4)
 {
-	__u32 bytes = bpf_xdp_get_buff_len(ctx);
+	/* Masked, so that the verifier knows a packet of MALFORMED bytes to be longer. */
+	__u32 bytes = bpf_xdp_get_buff_len(ctx) & MALFORMED;
 	__u32 id = flow->rule;
 	struct rule_stats *stats;
 	int verdict;
@@ -201,7 +202,7 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 {
 	__u16 port;
 
-	if (__builtin_expect(h->part == PART_LATER, 0)) {
+	if (__builtin_expect(!h->udp, 0)) {
 		port = fragment_port(ifindex, h, ip4);
 		if (!port) {
 			orphan(ifindex, h, bpf_xdp_get_buff_len(ctx), ip4);

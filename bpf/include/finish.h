@@ -3,20 +3,20 @@
  * device: the field holds the sum of the pseudo header (CHECKSUM_PARTIAL). XDP has no
  * such offload, and an incremental update of that sum would be wrong. So the relay program
  * finishes it, on inputs where it may happen. A finished checksum that equals the sum by
- * chance (1 of 65,536) is computed anew and comes out the same.
+ * chance (1 of 65,536) is computed anew, comes out the same and is not noted.
  */
 #pragma once
 
 #include "parse.h"
 #include "rewrite.h"
 
-#define FINISH_STEP 16
-#define FINISH_STEPS 256 /* a page, which no frame in one buffer is longer than */
-
-/* Keeps the compiler from moving additions to the end of the packet, which the verifier
- * does not take.
+/* Blocks of the long steps and of the short ones behind them; no frame in one buffer is
+ * longer than a page.
  */
-#define OPAQUE(p) asm volatile("" : "+r"(p))
+#define FINISH_BLOCK 256
+#define FINISH_BLOCKS 16
+#define FINISH_STEP 16
+#define FINISH_MASK 0xfff
 
 /* The sum of the pseudo header (RFC 768; RFC 8200 section 8.1), without length; 0 for
  * what cannot be.
@@ -40,6 +40,20 @@ static __always_inline __u64 pseudo_header(const void *l3, const void *data_end)
 	return sum;
 }
 
+/* Where a datagram goes on of which len bytes are left; NULL where fewer than want are in
+ * this buffer. Found from the lengths, of which the verifier knows no value: it looks at each
+ * step below once, and not for each way to it.
+ */
+static __always_inline const void *finish_at(const struct udphdr *udp, __u32 len, __u32 want,
+					     const void *data_end)
+{
+	const void *p = (const void *)udp + ((bpf_ntohs(udp->len) - len) & FINISH_MASK);
+	const void *next = p + want;
+
+	OPAQUE(next);
+	return next > data_end ? NULL : p;
+}
+
 /* Finishes the checksum of a whole datagram, whose headers are at these offsets. Returns 0,
  * and changes nothing, when it is finished, or when the datagram goes on in another
  * buffer. Global, so that it is verified once.
@@ -48,13 +62,14 @@ __noinline int finish_checksum(struct xdp_md *ctx, __u32 l3, __u32 at)
 {
 	void *data_end = (void *)(long)ctx->data_end;
 	void *data = (void *)(long)ctx->data;
-	void *p = data + (at & 0xff), *next;
-	struct udphdr *udp = p;
+	struct udphdr *udp = data + (at & 0xff);
+	const __u32 *word;
+	const void *p;
 	__u32 len, i;
 	__u64 sum;
 	__u16 check;
 
-	if (p + sizeof(*udp) > data_end || !udp->check)
+	if ((void *)(udp + 1) > data_end || !udp->check)
 		return 0;
 	sum = pseudo_header(data + (l3 & 0x1f), data_end);
 	if (!sum || fold(sum + udp->len) != udp->check)
@@ -62,36 +77,42 @@ __noinline int finish_checksum(struct xdp_md *ctx, __u32 l3, __u32 at)
 	/* The checksum field holds the sum of the pseudo header. */
 	sum = 0;
 	len = bpf_ntohs(udp->len);
-	for (i = 0; i < FINISH_STEPS && len >= FINISH_STEP; i++) {
-		const __u32 *word = p;
-
-		next = p + FINISH_STEP;
-		OPAQUE(next);
-		if (next > data_end)
+	if (len > FINISH_MASK)
+		return 0;
+	for (i = 0; i < FINISH_BLOCKS && len >= FINISH_BLOCK; i++) {
+		p = finish_at(udp, len, FINISH_BLOCK, data_end);
+		if (!p)
+			return 0;
+		sum += (__u32)bpf_csum_diff(NULL, 0, (void *)p, FINISH_BLOCK, 0);
+		len -= FINISH_BLOCK;
+	}
+	for (i = 0; i < FINISH_BLOCK / FINISH_STEP && len >= FINISH_STEP; i++) {
+		word = finish_at(udp, len, FINISH_STEP, data_end);
+		if (!word)
 			return 0;
 		sum += (__u64)word[0] + word[1] + word[2] + word[3];
-		p = next;
 		len -= FINISH_STEP;
 	}
 	for (i = 0; i < FINISH_STEP / 2 && len >= 2; i++) {
-		next = p + 2;
-		OPAQUE(next);
-		if (next > data_end)
+		p = finish_at(udp, len, 2, data_end);
+		if (!p)
 			return 0;
 		sum += *(const __u16 *)p;
-		p = next;
 		len -= 2;
 	}
 	if (len > 1)
 		return 0;
 	if (len) {
-		next = p + 1;
-		OPAQUE(next);
-		if (next > data_end)
+		p = finish_at(udp, len, 1, data_end);
+		if (!p)
 			return 0;
 		sum += bpf_htons((__u16)(*(const __u8 *)p << 8));
 	}
 	check = ~fold((sum & 0xffffffff) + (sum >> 32));
-	udp->check = check ? check : 0xffff; /* RFC 768: a computed zero is sent as all ones */
+	if (!check)
+		check = 0xffff; /* RFC 768: a computed zero is sent as all ones */
+	if (check == udp->check)
+		return 0;
+	udp->check = check;
 	return 1;
 }

@@ -371,27 +371,39 @@ static __always_inline __u32 guard_known(struct loop *loop, struct guard_way *wa
 	return GUARD_CUT;
 }
 
+struct guard_ask {
+	struct guard_slot *slot;
+	const struct guard_packet *p;
+};
+
+/* Asks one CPU. A callback of bpf_loop, so that it is verified once. Returns 1 to stop. */
+static long guard_ask_cpu(__u32 cpu, struct guard_ask *ask)
+{
+	const struct guard_packet *p = ask->p;
+	__u32 at = p->signature & (GUARD_SLOTS - 1), seen = p->now_ns >> 20;
+	struct guard_slot *there = bpf_map_lookup_percpu_elem(&guard_slots, &at, cpu);
+	struct guard_slot *slot = ask->slot;
+
+	if (!there)
+		return 1;
+	if (there->signature != p->signature || there->sender == p->sender ||
+	    seen - there->seen > guard_window)
+		return 0;
+	slot->others[0].sender = guard_hash(p->sender, p->port) | 1;
+	slot->others[0].packets = slot->packets;
+	slot->others[0].soon = slot->soon;
+	slot->sender = there->sender;
+	slot->packets = there->packets;
+	slot->soon = there->soon;
+	return 1;
+}
+
 /* The packet of a sender's that was relayed first may have come to another CPU. */
 static __noinline void guard_ask(struct guard_slot *slot, const struct guard_packet *p)
 {
-	__u32 at = p->signature & (GUARD_SLOTS - 1), seen = p->now_ns >> 20, cpu;
+	struct guard_ask ask = {.slot = slot, .p = p};
 
-	for (cpu = 0; cpu < GUARD_CPUS; cpu++) {
-		struct guard_slot *there = bpf_map_lookup_percpu_elem(&guard_slots, &at, cpu);
-
-		if (!there)
-			return;
-		if (there->signature != p->signature || there->sender == p->sender ||
-		    seen - there->seen > guard_window)
-			continue;
-		slot->others[0].sender = guard_hash(p->sender, p->port) | 1;
-		slot->others[0].packets = slot->packets;
-		slot->others[0].soon = slot->soon;
-		slot->sender = there->sender;
-		slot->packets = there->packets;
-		slot->soon = there->soon;
-		return;
-	}
+	bpf_loop(GUARD_CPUS, guard_ask_cpu, &ask, 0);
 }
 
 /* The mark that a content's packets get now. */

@@ -14,6 +14,11 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+/* Keeps the compiler from knowing a pointer's value or moving arithmetic on it, which the
+ * verifier does not take.
+ */
+#define OPAQUE(p) asm volatile("" : "+r"(p))
+
 #define MAX_VLAN_TAGS 2
 #define VLAN_VID_MASK 0x0fff
 
@@ -47,6 +52,16 @@ struct headers {
 	__u16 outer_vlan; /* of the outer of two tags */
 	__u8 part;	  /* enum part */
 };
+
+/* Returns x, of which the verifier then knows nothing: it follows each value of a constant
+ * by itself, through all that comes behind, and so would look at everything once for each
+ * number of tags and kind of extension headers.
+ */
+__noinline int forget(int x)
+{
+	asm volatile("" : "+r"(x));
+	return x;
+}
 
 /* Where UDP lies in the frame; 0 in later fragments. */
 static __always_inline __u32 udp_offset(const struct headers *h)
@@ -91,12 +106,23 @@ static __always_inline __be16 parse_tags(struct vlan_hdr *tag, void *data_end, _
 static __always_inline __be16 parse_eth(void *data, void *data_end, struct headers *h)
 {
 	struct ethhdr *eth = data;
+	__be16 proto;
 
 	if ((void *)(eth + 1) > data_end)
 		return 0;
 	h->eth = eth;
+	h->l3 = eth + 1;
 	h->l3_offset = sizeof(*eth);
-	return parse_tags((struct vlan_hdr *)(eth + 1), data_end, eth->h_proto, h);
+	h->vlan = 0;
+	h->outer_vlan = 0;
+	proto = eth->h_proto;
+	if (__builtin_expect(is_vlan(proto), 0)) {
+		proto = parse_tags(data + (forget(sizeof(*eth)) & 0x1f), data_end, proto, h);
+		h->l3_offset = forget(h->l3_offset) & 0x1f;
+		h->outer_vlan = forget(h->outer_vlan);
+		h->l3 = data + h->l3_offset;
+	}
+	return proto;
 }
 
 /* l3_len of UDP that ends beyond its packet: longer than any frame. */
@@ -170,7 +196,7 @@ struct fragment_hdr { /* RFC 8200 section 4.5 */
  */
 static __noinline __u32 walk_extensions(void *l3, void *data_end, __u32 next, struct headers *h)
 {
-	__u32 len = sizeof(struct ipv6hdr);
+	__u32 len = forget(sizeof(struct ipv6hdr)) & 0xff;
 	int i;
 
 	for (i = 0; i < MAX_EXTENSIONS && next != IPPROTO_UDP; i++) {
@@ -220,6 +246,7 @@ static __always_inline bool parse_ip6(void *data_end, struct headers *h)
 		len = walk_extensions(ip, data_end, ip->nexthdr, h);
 		if (!len || len > sizeof(*ip) + MAX_EXTENSION_BYTES || len >= h->l3_len)
 			return false;
+		len = forget(len) & 0xff;
 		if (h->part == PART_LATER) {
 			h->udp = NULL;
 			return true;

@@ -3,6 +3,8 @@ package loader
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -225,7 +227,6 @@ func TestNotes(t *testing.T) {
 	frame6 := sourceFrame(n, "239.1.1.1", 5000, bytes.Repeat([]byte("payload"), 100))
 	frame6.Dst, frame6.Src = netip.MustParseAddr("ff3e::1"), netip.MustParseAddr("2001:db8::7")
 	frame6.DstMAC = packet.MulticastMAC(frame6.Dst)
-	whole6 := frame6.Build()
 	note := func(rule string, note Note) uint64 {
 		t.Helper()
 		s := statsOf(t, r.l, rule)
@@ -268,38 +269,75 @@ func TestNotes(t *testing.T) {
 		}
 	})
 	t.Run("unfinished checksum", func(t *testing.T) {
-		for i, c := range []struct {
-			rule  string
-			frame []byte
-			udp   int
-		}{{"r", whole, atUDP}, {"six", whole6, atUDP6}} {
-			h, _ := packet.Parse(c.frame)
-			sum := uint32(17) + uint32(binary.BigEndian.Uint16(c.frame[c.udp+4:]))
-			for _, addr := range []netip.Addr{h.Src, h.Dst} {
-				for b := addr.AsSlice(); len(b) > 0; b = b[2:] {
-					sum += uint32(binary.BigEndian.Uint16(b))
+		noted := map[string]uint64{}
+		random := rand.New(rand.NewPCG(1, 2))
+		for _, length := range []int{0, 1, 2, 3, 7, 8, 9, 15, 16, 239, 240, 247, 248, 249, 255, 256, 257, 503, 504, 505, 700, 1023, 1024, 1025, 1399, 1400, 1471, 1472} {
+			payload := make([]byte, length)
+			for i := range payload {
+				payload[i] = byte(random.Uint32())
+			}
+			f4, f6 := sourceFrame(n, "239.1.1.1", 5000, payload), frame6
+			f6.Payload = payload[:min(length, 1452)]
+			for _, c := range []struct {
+				rule  string
+				frame []byte
+			}{{"r", f4.Build()}, {"six", f6.Build()}} {
+				name := fmt.Sprintf("%s, %d bytes", c.rule, length)
+				unfinished := unfinish(c.frame)
+				got, want := r.run(t, n.in.Index, unfinished, len(unfinished)), r.run(t, n.in.Index, c.frame, len(c.frame))
+				if !bytes.Equal(got.frame[12:], want.frame[12:]) { // behind the handover
+					t.Errorf("%s: sent\n%x, want\n%x", name, got.frame, want.frame)
 				}
-			}
-			for sum > 0xffff {
-				sum = sum>>16 + sum&0xffff
-			}
-			unfinished := put16(bytes.Clone(c.frame), c.udp+6, uint16(sum))
-			got, want := r.run(t, n.in.Index, unfinished, len(unfinished)), r.run(t, n.in.Index, c.frame, len(c.frame))
-			if !bytes.Equal(got.frame[12:], want.frame[12:]) { // behind the handover
-				t.Errorf("frame %d: sent\n%x, want\n%x", i, got.frame, want.frame)
-			}
-			for slot := range want.copies {
-				if !bytes.Equal(got.copies[slot], want.copies[slot]) {
-					t.Errorf("frame %d, output %d: sent\n%x, want\n%x", i, slot, got.copies[slot], want.copies[slot])
+				for slot := range want.copies {
+					if !bytes.Equal(got.copies[slot], want.copies[slot]) {
+						t.Errorf("%s, output %d: sent\n%x, want\n%x", name, slot, got.copies[slot], want.copies[slot])
+					}
 				}
-			}
-			if got := note(c.rule, UnfinishedChecksum); got != 1 {
-				t.Errorf("frame %d: %d noted, want the unfinished one", i, got)
-			}
-			twin := bytes.Clone(unfinished)
-			if h, _ := packet.Parse(twin); !packet.FinishChecksum(twin, &h) || !bytes.Equal(twin, c.frame) {
-				t.Errorf("frame %d: the twin makes\n%x, want\n%x", i, twin, c.frame)
+				noted[c.rule]++
+				if got := note(c.rule, UnfinishedChecksum); got != noted[c.rule] {
+					t.Errorf("%s: %d noted, want the %d unfinished ones", name, got, noted[c.rule])
+				}
+				twin := bytes.Clone(unfinished)
+				if h, _ := packet.Parse(twin); !packet.FinishChecksum(twin, &h) || !bytes.Equal(twin, c.frame) {
+					t.Errorf("%s: the twin makes\n%x, want\n%x", name, twin, c.frame)
+				}
 			}
 		}
 	})
+	t.Run("finished checksum that looks unfinished", func(t *testing.T) {
+		before := note("r", UnfinishedChecksum)
+		var frame []byte
+		for i := range 0x10000 {
+			frame = sourceFrame(n, "239.1.1.1", 5000, []byte{byte(i >> 8), byte(i)}).Build()
+			if bytes.Equal(unfinish(frame), frame) {
+				break
+			}
+		}
+		if !bytes.Equal(unfinish(frame), frame) {
+			t.Fatal("there is no such payload")
+		}
+		r.run(t, n.in.Index, frame, len(frame))
+		if got := note("r", UnfinishedChecksum); got != before {
+			t.Errorf("%d noted", got-before)
+		}
+		if h, _ := packet.Parse(frame); packet.FinishChecksum(frame, &h) {
+			t.Error("the twin says that it has finished it")
+		}
+	})
+}
+
+// unfinish returns a frame whose sender leaves the UDP checksum to a device: the sum of the
+// pseudo header is in its place.
+func unfinish(frame []byte) []byte {
+	h, _ := packet.Parse(frame)
+	sum := uint32(17) + uint32(binary.BigEndian.Uint16(frame[h.UDP+4:]))
+	for _, addr := range []netip.Addr{h.Src, h.Dst} {
+		for b := addr.AsSlice(); len(b) > 0; b = b[2:] {
+			sum += uint32(binary.BigEndian.Uint16(b))
+		}
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return put16(bytes.Clone(frame), h.UDP+6, uint16(sum))
 }

@@ -44,8 +44,8 @@ func sum(b []byte) (total uint64) {
 }
 
 // FinishChecksum computes the UDP checksum of a whole datagram whose sender left that to
-// a device: the field holds the sum of the pseudo header. It is false, and changes
-// nothing, where that is not so.
+// a device: the field holds the sum of the pseudo header. It is false where that is not so, and
+// where the checksum is right all the same, which it then stays.
 func FinishChecksum(frame []byte, h *Headers) bool {
 	if h.Part != Whole {
 		return false
@@ -57,11 +57,12 @@ func FinishChecksum(frame []byte, h *Headers) bool {
 	if check == 0 || fold(pseudo) != check {
 		return false
 	}
-	if check = ^fold(sum(frame[h.UDP : h.UDP+int(length)])); check == 0 {
-		check = 0xffff
+	finished := ^fold(sum(frame[h.UDP : h.UDP+int(length)]))
+	if finished == 0 {
+		finished = 0xffff
 	}
-	binary.BigEndian.PutUint16(frame[h.UDP+6:], check)
-	return true
+	binary.BigEndian.PutUint16(frame[h.UDP+6:], finished)
+	return finished != check
 }
 
 // FillChecksums computes both checksums of a frame from scratch. h is what Parse
