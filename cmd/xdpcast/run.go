@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
@@ -13,11 +12,11 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/mdlayher/sdnotify"
 	"github.com/urfave/cli/v2"
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/metrics"
+	"xdpcast/internal/notify"
 	"xdpcast/internal/relay"
 	"xdpcast/pkg/loader"
 )
@@ -118,6 +117,9 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	for _, gid := range c.UintSlice("read-group") {
 		groups = append(groups, uint32(gid))
 	}
+	service := connectService(opts.Logger)
+	defer func() { err = errors.Join(err, service.close()) }()
+	opts.Membership = service.memberships()
 	// The socket first: a daemon that must not run must not touch the kernel.
 	listener, err := control.Listen(c.String("socket"), groups)
 	if err != nil {
@@ -151,25 +153,12 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	}()
 	err = r.Run(ctx, func() {
 		opts.Logger.Info("ready", "socket", c.String("socket"), "pins", opts.Loader.PinDir)
-		notifyReady(opts.Logger)
+		service.tell(notify.Ready)
 	})
+	service.tell(notify.Stopping)
 	cancel()
 	<-reloads
 	return errors.Join(err, <-served, <-served)
-}
-
-// notifyReady tells systemd, if it started us, that the rules are in.
-func notifyReady(log *slog.Logger) {
-	n, err := sdnotify.New()
-	if errors.Is(err, fs.ErrNotExist) {
-		return
-	}
-	if err == nil {
-		err = errors.Join(n.Notify(sdnotify.Ready), n.Close())
-	}
-	if err != nil {
-		log.Warn("tell the service manager", "error", err)
-	}
 }
 
 func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Backend, log *slog.Logger) {

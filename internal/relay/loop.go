@@ -131,6 +131,10 @@ func (r *Relay) fault(names []string) error {
 func (r *Relay) follow(now *network.Snapshot) {
 	before := r.network
 	r.network, r.overlaps = now, nil
+	if !r.restored {
+		r.restored = true
+		r.memberships.restore(now)
+	}
 	changed := network.Diff(before, now)
 	if len(changed.Links) == 0 && !changed.Own {
 		return
@@ -233,6 +237,7 @@ func (r *Relay) letGo() {
 		return // not settled: what seems needless may be needed yet
 	}
 	r.memberships.leave(r.plan)
+	r.memberships.manager.Settle()
 	r.attachments.detach(r.plan, r.network)
 	r.warnUnless(aboutOffloads, r.tags.restore(r.plan, r.network))
 	if err := r.neighbours.forget(r.plan); err != nil {

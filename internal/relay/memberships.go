@@ -60,6 +60,20 @@ func newMemberships(m *membership.Manager, log *slog.Logger) *memberships {
 	return &memberships{manager: m, log: log, wanted: map[plan.Membership]*wantedMembership{}, failed: map[plan.Membership]plan.Join{}}
 }
 
+// restore takes over what an earlier process has joined. What of it the plan does not want is
+// left with letGo, as all that it does not want any more.
+func (s *memberships) restore(now *network.Snapshot) {
+	for _, held := range s.manager.Restore(func(index int) (string, uint64, bool) {
+		link := now.ByIndex(index)
+		if link == nil {
+			return "", 0, false
+		}
+		return link.Name, link.Generation, true
+	}) {
+		s.wanted[wantedOf(held.Membership)] = &wantedMembership{since: held.Since, name: held.Interface, joined: true}
+	}
+}
+
 // joinable is a membership with the name of its interface.
 func joinable(m plan.Membership, ifname string) membership.Membership {
 	return membership.Membership{Interface: ifname, Index: m.Link.Index, Generation: m.Link.Generation, Group: m.Group, Source: m.Source}

@@ -55,7 +55,8 @@ type Options struct {
 	Steering plan.Steering
 	// Loader says where the pinned state is. Its Logger is replaced.
 	Loader loader.Options
-	// Membership is for tests that inject faults. Its Logger is replaced.
+	// Membership says what keeps memberships beyond the process, and tests inject faults with
+	// it. Its Logger is replaced.
 	Membership membership.Options
 	// AFXDP says how the AF_XDP path runs. Its Loader and Logger are replaced.
 	AFXDP forward.AFXDPOptions
@@ -100,6 +101,7 @@ type Relay struct {
 	refusals    *refusals
 	states      states
 
+	restored   bool      // what an earlier process has joined is taken over
 	reconciled time.Time // the last time
 	observed   time.Time // likewise, everything
 	observing  time.Duration
@@ -207,7 +209,7 @@ func (r *Relay) sizeMaps() {
 }
 
 // Run brings the rules in, calls ready, and keeps the kernel in step until ctx
-// ends. It closes the relay: memberships are left, while programs, maps and rules
+// ends. It closes the relay: memberships that nothing keeps are left, while programs, maps and rules
 // stay in the kernel and go on. It must run in the network namespace that New was
 // called in.
 func (r *Relay) Run(ctx context.Context, ready func()) (err error) {

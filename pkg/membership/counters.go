@@ -27,7 +27,7 @@ func (a *Attempts) end(err error) {
 // what it holds there now. Counters go by the interface's name, so that they
 // live on when an interface is re-created. At any time
 //
-//	Memberships == Joins.Succeeded - Leaves.Attempted - Dropped
+//	Memberships == Restored + Joins.Succeeded - Leaves.Attempted - Dropped
 //
 // because a membership whose leave failed is forgotten like any other.
 type Counters struct {
@@ -37,6 +37,8 @@ type Counters struct {
 	// membership that is held anyway, and calls with invalid arguments, are
 	// neither.
 	Joins, Leaves Attempts
+	// Restored counts memberships that came from an earlier process ([Manager.Restore]).
+	Restored uint64
 	// Dropped counts memberships that ended with their interface
 	// ([Manager.DropInterface]) or with the manager ([Manager.Close]).
 	Dropped uint64

@@ -18,6 +18,12 @@ type Options struct {
 	Logger *slog.Logger
 	// System makes the system calls. nil means [Kernel].
 	System System
+	// Keeper keeps helper sockets beyond the process, with what they hold. nil: they end, and
+	// groups are left, with it.
+	Keeper Keeper
+	// Kept is what the Keeper has kept of an earlier process, of the names that IsKept has.
+	// The manager owns it, and takes it over with Restore.
+	Kept []Kept
 }
 
 // Manager holds memberships. Its methods may be called from any goroutine; they
@@ -26,7 +32,12 @@ type Manager struct {
 	log *slog.Logger
 	sys System
 
+	keeper Keeper
+
 	mu       sync.Mutex
+	keep     *keeping // nil before Restore, and without a Keeper
+	kept     []Kept   // until Restore
+	orphans  []Kept   // until Settle
 	closed   bool
 	ifaces   map[life]*iface // none is empty
 	counters map[string]*Counters
@@ -45,6 +56,7 @@ type Status struct {
 type record struct {
 	status Status
 	filter *filter
+	slot   int // of the ledger
 }
 
 // New makes a manager without memberships. The caller must Close it.
@@ -52,6 +64,8 @@ func New(o Options) *Manager {
 	m := &Manager{
 		log:      o.Logger,
 		sys:      o.System,
+		keeper:   o.Keeper,
+		kept:     o.Kept,
 		ifaces:   map[life]*iface{},
 		counters: map[string]*Counters{},
 	}
@@ -90,12 +104,13 @@ func (m *Manager) join(ms Membership) error {
 	p := m.ifaces[ms.life()]
 	if p == nil {
 		p = newIface(m.log, m.sys)
+		p.keep = m.keep
 	}
 	if r := p.records[ms.key()]; r != nil {
 		r.status.References++
 		return nil
 	}
-	f, err := m.kernelJoin(p, ms)
+	f, slot, err := m.kernelJoin(p, ms)
 	if err != nil {
 		return err
 	}
@@ -103,6 +118,7 @@ func (m *Manager) join(ms Membership) error {
 	p.records[ms.key()] = &record{
 		status: Status{Membership: ms, References: 1, Since: time.Now()},
 		filter: f,
+		slot:   slot,
 	}
 	m.ifaces[ms.life()] = p
 	if advice := Advice(ms.Group, ms.Source); advice != "" {
@@ -147,12 +163,12 @@ func (m *Manager) leave(ms Membership) error {
 }
 
 // kernelJoin joins ms through p and counts it.
-func (m *Manager) kernelJoin(p *iface, ms Membership) (*filter, error) {
+func (m *Manager) kernelJoin(p *iface, ms Membership) (*filter, int, error) {
 	count := m.countersOf(ms.Interface)
 	count.Joins.begin()
-	f, err := p.join(ms)
+	f, slot, err := p.join(ms)
 	count.Joins.end(err)
-	return f, err
+	return f, slot, err
 }
 
 // kernelLeave leaves what r records and counts it.
@@ -160,7 +176,7 @@ func (m *Manager) kernelLeave(p *iface, r *record) error {
 	ms := r.status.Membership
 	count := m.countersOf(ms.Interface)
 	count.Leaves.begin()
-	err := p.leave(ms, r.filter)
+	err := p.leave(ms, r.filter, r.slot)
 	count.Leaves.end(err)
 	if err != nil {
 		m.log.Warn("leaving a group failed", "membership", ms.String(), "err", err)
@@ -200,13 +216,13 @@ func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 	for _, r := range p.sourceSpecific() {
 		// A leave that fails takes its socket out of use: the join goes elsewhere.
 		_ = m.kernelLeave(p, r)
-		f, err := m.kernelJoin(p, r.status.Membership)
+		f, slot, err := m.kernelJoin(p, r.status.Membership)
 		if err != nil {
 			delete(p.records, r.status.key())
 			failed = append(failed, &JoinError{Membership: r.status.Membership, Err: err})
 			continue
 		}
-		r.filter = f
+		r.filter, r.slot = f, slot
 	}
 	m.forgetIfEmpty(p, of)
 	return failed
@@ -254,6 +270,7 @@ func (m *Manager) drop(of life) {
 	for _, r := range p.records {
 		m.countersOf(r.status.Interface).Dropped++
 	}
+	m.erase(p)
 	p.close()
 	delete(m.ifaces, of)
 }
@@ -263,6 +280,10 @@ func (m *Manager) drop(of life) {
 func (m *Manager) List() []Status {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	return m.list()
+}
+
+func (m *Manager) list() []Status {
 	var all []Status
 	for _, p := range m.ifaces {
 		for _, r := range p.records {
@@ -273,15 +294,33 @@ func (m *Manager) List() []Status {
 	return all
 }
 
-// Close leaves every group by closing every helper socket. Nothing can be
-// joined afterwards. It returns nil; closing twice is harmless.
+// erase forgets what an interface's sockets hold, and ends their being kept.
+func (m *Manager) erase(p *iface) {
+	for _, r := range p.records {
+		m.keep.erase(r.slot)
+	}
+	m.keep.dropAll(p.shards)
+}
+
+// Close closes every helper socket, and so leaves every group, but for those of sockets that the
+// Keeper keeps: these are held until another process has taken them over. Nothing can be joined
+// afterwards. It returns nil; closing twice is harmless.
 func (m *Manager) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
-	for of := range m.ifaces {
-		m.drop(of)
+	for of, p := range m.ifaces {
+		for _, r := range p.records {
+			m.countersOf(r.status.Interface).Dropped++
+		}
+		p.close()
+		delete(m.ifaces, of)
 	}
+	for _, d := range slices.Concat(m.kept, m.orphans) {
+		m.closeKept(d)
+	}
+	m.keep.close()
+	m.kept, m.orphans, m.keep = nil, nil, nil
 	return nil
 }
 

@@ -115,7 +115,7 @@ func checkCounters(t testing.TB, m *Manager) {
 		if c.Joins.Attempted != c.Joins.Succeeded+c.Joins.Failed || c.Leaves.Attempted != c.Leaves.Succeeded+c.Leaves.Failed {
 			t.Errorf("attempts are not the sum of their outcomes: %+v", c)
 		}
-		if uint64(c.Memberships) != c.Joins.Succeeded-c.Leaves.Attempted-c.Dropped {
+		if uint64(c.Memberships) != c.Restored+c.Joins.Succeeded-c.Leaves.Attempted-c.Dropped {
 			t.Errorf("memberships are not what was joined and not left: %+v", c)
 		}
 	}

@@ -195,7 +195,7 @@ func readCounters(m *Manager, stop <-chan struct{}) error {
 		for _, c := range m.Counters() {
 			if c.Joins.Attempted != c.Joins.Succeeded+c.Joins.Failed ||
 				c.Leaves.Attempted != c.Leaves.Succeeded+c.Leaves.Failed ||
-				uint64(c.Memberships) != c.Joins.Succeeded-c.Leaves.Attempted-c.Dropped {
+				uint64(c.Memberships) != c.Restored+c.Joins.Succeeded-c.Leaves.Attempted-c.Dropped {
 				return fmt.Errorf("counters do not add up: %+v", c)
 			}
 		}

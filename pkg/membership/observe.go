@@ -24,6 +24,10 @@ import (
 func (m *Manager) Observe() (lost []Membership, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	return m.observe()
+}
+
+func (m *Manager) observe() (lost []Membership, err error) {
 	missing, err := m.missing()
 	if err != nil || len(missing) == 0 {
 		return nil, err

@@ -69,7 +69,7 @@ func TestObserve(t *testing.T) {
 		t.Errorf("lost %v after it was joined again", lost)
 	}
 	for _, c := range m.Counters() {
-		if c.Memberships != 5 || uint64(c.Memberships) != c.Joins.Succeeded-c.Leaves.Attempted-c.Dropped {
+		if c.Memberships != 5 || uint64(c.Memberships) != c.Restored+c.Joins.Succeeded-c.Leaves.Attempted-c.Dropped {
 			t.Errorf("counters %+v", c)
 		}
 	}

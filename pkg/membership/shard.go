@@ -26,7 +26,8 @@ type iface struct {
 	groups  map[netip.Addr][]*filter // of named sources, by layer; nil where the group has none
 	pools   map[poolKey]*pool
 	shards  map[*shard]struct{}
-	opened  int // sockets so far
+	opened  int      // sockets so far
+	keep    *keeping // nil: they end with the process
 }
 
 // poolKey tells sockets of one interface apart.
@@ -53,6 +54,10 @@ type shard struct {
 	// failed. They take nothing new, and are closed when they hold nothing
 	// recorded.
 	stale bool
+
+	cookie uint64 // SO_COOKIE, by which the ledger knows it; 0: it does not
+	kept   string // the name that it is kept under; "": it is not
+	left   []int  // slots of the ledger: memberships that the kernel did not confirm to be left
 }
 
 // filter is one group on one socket: any source, or some.
@@ -76,7 +81,7 @@ func newIface(log *slog.Logger, sys System) *iface {
 
 // join joins m, which no socket of the interface holds, and returns the filter that
 // it is now part of.
-func (p *iface) join(m Membership) (*filter, error) {
+func (p *iface) join(m Membership) (*filter, int, error) {
 	if !m.Source.IsValid() {
 		return p.joinLayer(m, anySource)
 	}
@@ -93,13 +98,13 @@ func (p *iface) join(m Membership) (*filter, error) {
 		if f.full || f.shard.stale {
 			continue
 		}
-		err := p.joinSocket(m, f.shard.fd)
+		slot, err := p.joinSocket(m, layer, f.shard)
 		if err == nil {
 			f.sources++
-			return f, nil
+			return f, slot, nil
 		}
 		if !refused(err) {
-			return nil, err
+			return nil, unkept, err
 		}
 		f.full = true
 	}
@@ -111,54 +116,68 @@ func (p *iface) join(m Membership) (*filter, error) {
 
 // joinLayer joins m on a socket of a layer that m's group has no filter in: one
 // with room, or a new one.
-func (p *iface) joinLayer(m Membership, layer int) (*filter, error) {
+func (p *iface) joinLayer(m Membership, layer int) (*filter, int, error) {
 	pl := p.pools[poolKey{m.family(), layer}]
 	if pl == nil {
 		pl = &pool{}
 	}
 	for len(pl.open) > 0 {
 		s := pl.open[len(pl.open)-1]
-		err := p.joinSocket(m, s.fd)
+		slot, err := p.joinSocket(m, layer, s)
 		if err == nil {
-			return p.addFilter(m, layer, s), nil
+			return p.addFilter(m, layer, s), slot, nil
 		}
 		p.undoJoin(m, s)
 		if !refused(err) {
-			return nil, err
+			return nil, unkept, err
 		}
 		pl.remove(s)
 	}
-	s, err := p.openShard(m, pl)
+	s, slot, err := p.openShard(m, layer, pl)
 	if err != nil {
-		return nil, err
+		return nil, unkept, err
 	}
 	p.pools[poolKey{m.family(), layer}] = pl
 	p.shards[s] = struct{}{}
 	pl.add(s)
-	return p.addFilter(m, layer, s), nil
+	return p.addFilter(m, layer, s), slot, nil
 }
 
 // openShard opens a socket and joins m on it. One that refuses its first group
 // would refuse others too, and is closed again.
-func (p *iface) openShard(m Membership, pl *pool) (*shard, error) {
+func (p *iface) openShard(m Membership, layer int, pl *pool) (*shard, int, error) {
 	fd, err := p.sys.Socket(int(m.family()))
 	if err != nil {
-		return nil, &HelperSocketError{
+		return nil, unkept, &HelperSocketError{
 			Interface: interfaceLabel(m.Interface, m.Index),
 			Family:    m.family().String(),
 			Err:       err,
 		}
 	}
-	if err := p.joinSocket(m, fd); err != nil {
-		p.closeSocket(fd)
-		return nil, err
+	s := &shard{fd: fd, pool: pl, at: -1, number: p.opened + 1}
+	p.keep.identify(s)
+	slot, err := p.joinSocket(m, layer, s)
+	if err != nil {
+		p.closeSocket(s)
+		return nil, unkept, err
 	}
+	p.keep.keepSocket(s)
 	p.opened++
-	return &shard{fd: fd, pool: pl, at: -1, number: p.opened}, nil
+	return s, slot, nil
 }
 
-// joinSocket has the kernel join m on a socket.
-func (p *iface) joinSocket(m Membership, fd int) error {
+// joinSocket writes down that a socket holds m, and has the kernel join it.
+func (p *iface) joinSocket(m Membership, layer int, s *shard) (slot int, err error) {
+	slot = p.keep.write(m, layer, s)
+	if err := p.kernelJoin(m, s.fd); err != nil {
+		p.keep.erase(slot)
+		return unkept, err
+	}
+	return slot, nil
+}
+
+// kernelJoin has the kernel join m on a socket.
+func (p *iface) kernelJoin(m Membership, fd int) error {
 	option, value := m.join()
 	err := p.sys.Setsockopt(fd, m.family().level(), option, value)
 	switch {
@@ -202,12 +221,15 @@ func (p *iface) undoJoin(m Membership, s *shard) {
 
 // leave has the kernel leave m. Whatever it answers, m is no longer part of its
 // filter afterwards.
-func (p *iface) leave(m Membership, f *filter) error {
+func (p *iface) leave(m Membership, f *filter, slot int) error {
 	s := f.shard
 	option, value := m.leave()
 	err := p.sys.Setsockopt(s.fd, m.family().level(), option, value)
 	if err != nil {
 		s.retire()
+		s.left = append(s.left, slot)
+	} else {
+		p.keep.erase(slot)
 	}
 	f.full = false
 	f.sources--
@@ -215,6 +237,14 @@ func (p *iface) leave(m Membership, f *filter) error {
 		p.removeFilter(m, f)
 	}
 	return err
+}
+
+// filterAt is what the port has of a group in a layer of named sources; nil: nothing.
+func (p *iface) filterAt(group netip.Addr, layer int) *filter {
+	if layers := p.groups[group]; layer < len(layers) {
+		return layers[layer]
+	}
+	return nil
 }
 
 // addFilter records that m is the first membership of its group in the layer,
@@ -248,7 +278,7 @@ func (p *iface) removeFilter(m Membership, f *filter) {
 	}
 	s.pool.remove(s)
 	delete(p.shards, s)
-	p.closeSocket(s.fd)
+	p.closeSocket(s)
 }
 
 func (p *iface) removeLayer(m Membership, layer int) {
@@ -284,12 +314,21 @@ func (p *iface) sourceSpecific() []*record {
 func (p *iface) close() {
 	newest := slices.SortedFunc(maps.Keys(p.shards), func(a, b *shard) int { return cmp.Compare(b.number, a.number) })
 	for _, s := range newest {
-		p.closeSocket(s.fd)
+		p.closeFD(s)
 	}
 }
 
-func (p *iface) closeSocket(fd int) {
-	if err := p.sys.Close(fd); err != nil {
+// closeSocket closes a socket that holds nothing that is recorded.
+func (p *iface) closeSocket(s *shard) {
+	for _, slot := range s.left {
+		p.keep.erase(slot)
+	}
+	p.keep.dropSocket(s)
+	p.closeFD(s)
+}
+
+func (p *iface) closeFD(s *shard) {
+	if err := p.sys.Close(s.fd); err != nil {
 		p.log.Warn("closing a helper socket failed", "interface", p.name, "err", err)
 	}
 }

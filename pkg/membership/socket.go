@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/bits"
 	"net/netip"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,6 +20,9 @@ type System interface {
 	Socket(family int) (fd int, err error)
 	// Setsockopt is setsockopt(2).
 	Setsockopt(fd, level, option int, value []byte) error
+	// Getsockopt is getsockopt(2): value is what is asked with and takes the answer, of which
+	// n bytes are there.
+	Getsockopt(fd, level, option int, value []byte) (n int, err error)
 	// InterfaceName returns the name of the interface with this index in the
 	// socket's network namespace, ENODEV if there is none.
 	InterfaceName(fd, index int) (string, error)
@@ -54,6 +58,16 @@ func reserve(limit uint64) uint64 { return min(max(limit/4, 16), 256, limit) }
 
 func (kernel) Setsockopt(fd, level, option int, value []byte) error {
 	return unix.SetsockoptString(fd, level, option, string(value))
+}
+
+func (kernel) Getsockopt(fd, level, option int, value []byte) (int, error) {
+	length := uint32(len(value))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option),
+		uintptr(unsafe.Pointer(unsafe.SliceData(value))), uintptr(unsafe.Pointer(&length)), 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(length), nil
 }
 
 func (kernel) InterfaceName(fd, index int) (string, error) {
@@ -128,6 +142,44 @@ func (m Membership) groupSourceReq() []byte {
 	copy(b, m.groupReq())
 	putSockaddr(b[offsetOfSource:], m.Source)
 	return b
+}
+
+// sourcesOf asks what a socket holds of a group on an interface: any source, or these. The
+// error is EADDRNOTAVAIL when it is nothing. It is getsockopt MCAST_MSFILTER with a struct
+// group_filter (RFC 3678 section 5.1): a struct group_req, the mode and the number of sources as
+// 32-bit numbers, the sources. Any source is the mode "exclude" without sources.
+func sourcesOf(sys System, fd, index int, group netip.Addr) (all bool, sources []netip.Addr, err error) {
+	const exclude = 0 // MCAST_EXCLUDE of include/uapi/linux/in.h
+	ms := Membership{Index: index, Group: group}
+	for room := 16; ; {
+		value := make([]byte, sizeofGroupReq+8+room*sizeofSockaddrStorage)
+		copy(value, ms.groupReq())
+		binary.NativeEndian.PutUint32(value[sizeofGroupReq+4:], uint32(room))
+		if _, err := sys.Getsockopt(fd, ms.family().level(), unix.MCAST_MSFILTER, value); err != nil {
+			return false, nil, err
+		}
+		mode := binary.NativeEndian.Uint32(value[sizeofGroupReq:])
+		n := int(binary.NativeEndian.Uint32(value[sizeofGroupReq+4:]))
+		if n > room {
+			room = n
+			continue
+		}
+		if mode == exclude {
+			return n == 0, nil, nil
+		}
+		for i := range n {
+			sources = append(sources, sockaddr(value[sizeofGroupReq+8+i*sizeofSockaddrStorage:]))
+		}
+		return false, sources, nil
+	}
+}
+
+// sockaddr reads what putSockaddr writes.
+func sockaddr(b []byte) netip.Addr {
+	if binary.NativeEndian.Uint16(b) == unix.AF_INET {
+		return netip.AddrFrom4([4]byte(b[4:]))
+	}
+	return netip.AddrFrom16([16]byte(b[8:]))
 }
 
 // putSockaddr writes a struct sockaddr_in or sockaddr_in6 with port 0.

@@ -36,6 +36,7 @@ var allowed = map[string][]string{
 	"internal/relay":    {"bpf", "internal/history", "internal/rulefile", "internal/savefile", "internal/control", "pkg/fanout", "pkg/flow", "internal/forward", "pkg/loader", "pkg/membership", "internal/network", "internal/plan", "pkg/rules"},
 	"internal/genl":     {},
 	"internal/lockfile": {},
+	"internal/notify":   {},
 	"internal/lab":      {},
 	"internal/labtest":  {"internal/lab"},
 	"internal/rulefile": {"pkg/rules"},

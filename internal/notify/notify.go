@@ -1,0 +1,129 @@
+// Package notify speaks the protocol of sd_notify(3): to tell the service manager how we do,
+// and to have it keep file descriptors beyond the process (FDSTORE=1).
+package notify
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// States to tell.
+const (
+	Ready    = "READY=1"
+	Stopping = "STOPPING=1"
+	Watchdog = "WATCHDOG=1"
+)
+
+// patience bounds how long the service manager is waited for: it has one thread, and reads
+// nothing while it is reloaded.
+const patience = 10 * time.Second
+
+// Manager is the service manager that has started this process. Its methods may be called from
+// any goroutine. Those of nil do nothing.
+type Manager struct {
+	fd   int
+	addr *unix.SockaddrUnix
+
+	watchdog time.Duration
+	max      int // descriptors that it keeps; 0: it does not say
+}
+
+// Connect finds the service manager by the variable NOTIFY_SOCKET; nil when there is none.
+func Connect() (*Manager, error) {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return nil, nil
+	}
+	if path[0] != '/' && path[0] != '@' || len(path) < 2 {
+		return nil, fmt.Errorf("NOTIFY_SOCKET %q: want a path, or @ and a name", path)
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("socket to the service manager: %w", err)
+	}
+	limit := unix.NsecToTimeval(int64(patience))
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit); err != nil {
+		return nil, errors.Join(fmt.Errorf("socket to the service manager: %w", err), unix.Close(fd))
+	}
+	m := &Manager{fd: fd, addr: &unix.SockaddrUnix{Name: path}}
+	m.max, _ = strconv.Atoi(os.Getenv("FDSTORE")) // systemd 254 and newer
+	usec, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	pid := os.Getenv("WATCHDOG_PID")
+	if usec > 0 && usec < int64(1<<62/time.Microsecond) && (pid == "" || pid == strconv.Itoa(os.Getpid())) {
+		m.watchdog = time.Duration(usec) * time.Microsecond
+	}
+	return m, nil
+}
+
+// Close closes the socket to the service manager.
+func (m *Manager) Close() error {
+	if m == nil {
+		return nil
+	}
+	return unix.Close(m.fd)
+}
+
+// WatchdogInterval is how often at least the service manager wants to hear Watchdog; 0: never.
+func (m *Manager) WatchdogInterval() time.Duration {
+	if m == nil {
+		return 0
+	}
+	return m.watchdog
+}
+
+// Notify tells the service manager a state, lines of KEY=VALUE, with descriptors.
+func (m *Manager) Notify(state string, fds ...int) error {
+	if m == nil {
+		return nil
+	}
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	for {
+		err := unix.Sendmsg(m.fd, []byte(state), rights, m.addr, unix.MSG_NOSIGNAL)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			first, _, _ := strings.Cut(state, "\n")
+			return fmt.Errorf("tell the service manager %s: %w", first, err)
+		}
+		return nil
+	}
+}
+
+// Barrier returns when all that was told before has been processed: the service manager closes
+// the pipe then.
+func (m *Manager) Barrier() error {
+	if m == nil {
+		return nil
+	}
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		return fmt.Errorf("pipe: %w", err)
+	}
+	defer unix.Close(pipe[0])
+	err := m.Notify("BARRIER=1", pipe[1])
+	if err := errors.Join(err, unix.Close(pipe[1])); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(patience); ; {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pipe[0])}}, int(time.Until(deadline).Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR) && time.Now().Before(deadline):
+		case err != nil:
+			return fmt.Errorf("wait for the service manager: %w", err)
+		case n == 0:
+			return fmt.Errorf("the service manager has not answered for %v", patience)
+		default:
+			return nil
+		}
+	}
+}

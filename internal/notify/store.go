@@ -1,0 +1,89 @@
+package notify
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// File is a descriptor that the service manager has passed to this process.
+type File struct {
+	Name string
+	FD   int
+}
+
+// Received returns the descriptors that the service manager has passed, as
+// sd_listen_fds_with_names(3) does: those of its store, and sockets that it listens on. They are
+// closed on exec, and the variables that name them are removed, so that they belong to the first
+// caller.
+func Received() ([]File, error) {
+	const first = 3 // SD_LISTEN_FDS_START
+	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
+	for _, name := range []string{"LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
+		if err := os.Unsetenv(name); err != nil {
+			return nil, err
+		}
+	}
+	if pid != strconv.Itoa(os.Getpid()) {
+		return nil, nil // another process's
+	}
+	n, err := strconv.Atoi(count)
+	if err != nil || n < 0 || n > 1<<20 {
+		return nil, fmt.Errorf("LISTEN_FDS %q: want a number of descriptors", count)
+	}
+	files := make([]File, n)
+	named := strings.Split(names, ":")
+	for i := range files {
+		files[i].FD = first + i
+		if len(named) == n {
+			files[i].Name = named[i]
+		}
+		unix.CloseOnExec(files[i].FD)
+	}
+	if n > 0 && len(named) != n {
+		return files, fmt.Errorf("LISTEN_FDNAMES has %d names of %d descriptors", len(named), n)
+	}
+	return files, nil
+}
+
+// Store has the service manager keep descriptors: it is a membership.Keeper.
+type Store struct {
+	manager *Manager
+	kept    int
+}
+
+// Store returns the manager's store, which holds so many descriptors. That it is full,
+// systemd does not say: from release 254 on it says how many it keeps.
+func (m *Manager) Store(holds int) *Store { return &Store{manager: m, kept: holds} }
+
+// Keep has a duplicate of fd kept under a name: it is passed to the next process. The name is of
+// ASCII, without colons and of up to 255 characters, and nothing else is kept under it. Its state
+// is not watched (FDPOLL=0), or BPF maps would be dropped at once, and sockets with their
+// interfaces.
+func (s *Store) Keep(name string, fd int) error {
+	if s.manager.max > 0 && s.kept >= s.manager.max {
+		return fmt.Errorf("the service manager keeps no more than %d descriptors (raise FileDescriptorStoreMax= of the service)", s.manager.max)
+	}
+	if err := s.manager.Notify("FDSTORE=1\nFDPOLL=0\nFDNAME="+name, fd); err != nil {
+		return err
+	}
+	s.kept++
+	return nil
+}
+
+// Drop has what is kept under the names closed.
+func (s *Store) Drop(names ...string) error {
+	for _, name := range names {
+		if err := s.manager.Notify("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
+			return err
+		}
+		s.kept--
+	}
+	return nil
+}
+
+// Sync returns when all is done that was asked for.
+func (s *Store) Sync() error { return s.manager.Barrier() }

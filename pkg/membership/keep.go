@@ -1,0 +1,175 @@
+package membership
+
+import (
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Keeper keeps file descriptors open beyond the process, as a service manager does
+// (sd_pid_notify_with_fds(3), FDSTORE=1). Its methods are never called concurrently by one
+// manager.
+type Keeper interface {
+	// Keep has a duplicate of fd kept under a name that nothing else is kept under.
+	Keep(name string, fd int) error
+	// Drop has what is kept under these names closed, after what was asked for before.
+	Drop(names ...string) error
+	// Sync returns when all that was asked for is done.
+	Sync() error
+}
+
+// Kept is a descriptor that a Keeper has kept of an earlier process.
+type Kept struct {
+	Name string
+	FD   int
+}
+
+// Names that descriptors are kept under. They are short, since those of all come in one
+// variable of the environment, which the kernel bounds by 128 KiB (MAX_ARG_STRLEN).
+const (
+	ledgerName = "memberships"
+	socketName = "m."
+)
+
+// IsKept reports whether the name of a descriptor is that of one that a Manager has kept.
+func IsKept(name string) bool {
+	return name == ledgerName || strings.HasPrefix(name, socketName)
+}
+
+// keeping is what has helper sockets kept. All of its methods may be called on nil, which
+// keeps nothing.
+type keeping struct {
+	keeper Keeper
+	log    *slog.Logger
+	sys    System
+	ledger *ledger
+	last   int  // number in the name of the last socket
+	warned bool // that something is not kept
+}
+
+// unkept is the number of a record that there is none of.
+const unkept = -1
+
+// name returns a name for a socket.
+func (k *keeping) name() string {
+	k.last++
+	return socketName + strconv.Itoa(k.last)
+}
+
+// warn says once that something is not kept.
+func (k *keeping) warn(err error) {
+	if !k.warned {
+		k.log.Warn("groups joined from now on may end with this process: they are not kept for the next", "error", err)
+	}
+	k.warned = true
+}
+
+// keepSocket has a new socket kept.
+func (k *keeping) keepSocket(s *shard) {
+	if k == nil || s.cookie == 0 {
+		return
+	}
+	name := k.name()
+	if err := k.keeper.Keep(name, s.fd); err != nil {
+		k.warn(err)
+		return
+	}
+	s.kept = name
+	k.warned = false
+}
+
+// identify finds out by what the ledger knows a new socket.
+func (k *keeping) identify(s *shard) {
+	if k == nil {
+		return
+	}
+	cookie, err := socketNumber(k.sys, s.fd, unix.SO_COOKIE)
+	if err != nil {
+		k.warn(err)
+		return
+	}
+	s.cookie = cookie
+}
+
+// write writes down what a socket is about to hold.
+func (k *keeping) write(m Membership, layer int, s *shard) (slot int) {
+	if k == nil || s.cookie == 0 {
+		return unkept
+	}
+	slot, err := k.ledger.add(&holding{cookie: s.cookie, layer: layer, index: m.Index, group: m.Group, source: m.Source, since: time.Now()})
+	if err != nil {
+		k.warn(err)
+		// A socket that holds what is not written down must not come back.
+		k.dropSocket(s)
+		return unkept
+	}
+	return slot
+}
+
+// erase erases what was written down.
+func (k *keeping) erase(slot int) {
+	if k == nil || slot == unkept {
+		return
+	}
+	if err := k.ledger.erase(slot); err != nil {
+		k.warn(err) // the next process asks the kernel, and finds that it is not held
+	}
+}
+
+// dropSocket ends the keeping of a socket.
+func (k *keeping) dropSocket(s *shard) {
+	if k == nil || s.kept == "" {
+		return
+	}
+	k.drop(s.kept)
+	s.kept = ""
+}
+
+func (k *keeping) drop(names ...string) {
+	if len(names) == 0 {
+		return
+	}
+	if err := k.keeper.Drop(names...); err != nil {
+		k.log.Warn("helper sockets that are not needed any more stay kept", "sockets", len(names), "error", err)
+	}
+}
+
+// dropAll ends the keeping of sockets that hold groups still, which the kernel leaves before
+// dropAll returns.
+func (k *keeping) dropAll(sockets map[*shard]struct{}) {
+	if k == nil {
+		return
+	}
+	var names []string
+	for s := range sockets {
+		for _, slot := range s.left {
+			k.erase(slot)
+		}
+		if s.kept != "" {
+			names = append(names, s.kept)
+			s.kept = ""
+		}
+	}
+	slices.Sort(names)
+	k.drop(names...)
+	if len(names) == 0 {
+		return
+	}
+	if err := k.keeper.Sync(); err != nil {
+		k.log.Warn("helper sockets that are not needed any more may be kept still", "error", err)
+	}
+}
+
+// close closes the ledger, which is kept.
+func (k *keeping) close() {
+	if k == nil {
+		return
+	}
+	if err := k.ledger.close(); err != nil {
+		k.log.Warn("closing the record of memberships failed", "error", err)
+	}
+}
