@@ -105,6 +105,7 @@ package: go ## make Debian and RPM packages in dist/
 test-package: go ## install, upgrade, remove and purge the packages in a Debian root
 	@scripts/setup --package
 	scripts/test-package
+	scripts/test-service
 
 .PHONY: clean
 clean: ## remove what was built
