@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain doctor reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain doctor top reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -109,6 +109,12 @@ complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l strict -d 'exi
 complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l all -s a -d 'show what is fine, too'
 complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'top' -d 'watch rules, interfaces and events on a live screen'
+complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l interval -r -d '`TIME` between two looks'
+complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l sort -r -d 'sort rules by `KEY`: trouble, rate, bits, drops, state, name'
+complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l filter -r -d 'show only rules with `TEXT` in name, state, path, input or outputs'
+complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'reload' -d 'have the daemon read its file again, and say what changed'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l dry-run -d 'only say what would change'
