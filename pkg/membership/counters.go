@@ -56,7 +56,7 @@ func (m *Manager) Counters() []Counters {
 	for _, p := range m.ifaces {
 		m.countersOf(p.name).HelperSockets += len(p.shards)
 		for _, r := range p.records {
-			m.countersOf(r.status.Interface).Memberships++
+			r.counters.Memberships++
 		}
 	}
 	all := make([]Counters, 0, len(m.counters))
@@ -76,7 +76,7 @@ func (m *Manager) Prune(keep func(ifname string) bool) {
 	for _, p := range m.ifaces {
 		held[p.name] = true
 		for _, r := range p.records {
-			held[r.status.Interface] = true
+			held[r.counters.Interface] = true
 		}
 	}
 	maps.DeleteFunc(m.counters, func(name string, _ *Counters) bool { return !held[name] && !keep(name) })

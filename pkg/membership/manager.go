@@ -3,6 +3,7 @@ package membership
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"os"
 	"slices"
@@ -32,7 +33,8 @@ type Manager struct {
 	log *slog.Logger
 	sys System
 
-	keeper Keeper
+	keeper  Keeper
+	started time.Time
 
 	mu       sync.Mutex
 	keep     *keeping // nil before Restore, and without a Keeper
@@ -41,6 +43,7 @@ type Manager struct {
 	closed   bool
 	ifaces   map[life]*iface // none is empty
 	counters map[string]*Counters
+	round    uint32 // of Unwanted
 }
 
 // Status is one membership that is held.
@@ -52,11 +55,15 @@ type Status struct {
 	Since time.Time
 }
 
-// record is one membership held by the kernel.
+// record is one membership held by the kernel; its key and the interface's life say which. There
+// may be 100,000 of them.
 type record struct {
-	status Status
-	filter *filter
-	slot   int // of the ledger
+	filter     *filter
+	counters   *Counters     // of the name that the interface had when it was joined
+	since      time.Duration // from Manager.started
+	references int32
+	slot       int32  // of the ledger
+	round      uint32 // the last one of Unwanted in which it was wanted
 }
 
 // New makes a manager without memberships. The caller must Close it.
@@ -66,6 +73,7 @@ func New(o Options) *Manager {
 		sys:      o.System,
 		keeper:   o.Keeper,
 		kept:     o.Kept,
+		started:  time.Now(),
 		ifaces:   map[life]*iface{},
 		counters: map[string]*Counters{},
 	}
@@ -107,7 +115,7 @@ func (m *Manager) join(ms Membership) error {
 		p.keep = m.keep
 	}
 	if r := p.records[ms.key()]; r != nil {
-		r.status.References++
+		r.references++
 		return nil
 	}
 	f, slot, err := m.kernelJoin(p, ms)
@@ -115,11 +123,7 @@ func (m *Manager) join(ms Membership) error {
 		return err
 	}
 	p.name = ms.Interface
-	p.records[ms.key()] = &record{
-		status: Status{Membership: ms, References: 1, Since: time.Now()},
-		filter: f,
-		slot:   slot,
-	}
+	p.records[ms.key()] = &record{filter: f, counters: m.countersOf(ms.Interface), since: time.Since(m.started), references: 1, slot: int32(slot)}
 	m.ifaces[ms.life()] = p
 	if advice := Advice(ms.Group, ms.Source); advice != "" {
 		m.log.Warn("joined a group of a special kind",
@@ -152,12 +156,12 @@ func (m *Manager) leave(ms Membership) error {
 	if r == nil {
 		return ErrNotJoined
 	}
-	if r.status.References > 1 {
-		r.status.References--
+	if r.references > 1 {
+		r.references--
 		return nil
 	}
 	delete(p.records, ms.key())
-	err := m.kernelLeave(p, r)
+	err := m.kernelLeave(p, r, r.named(ms.life(), ms.key()))
 	m.forgetIfEmpty(p, ms.life())
 	return err
 }
@@ -171,17 +175,20 @@ func (m *Manager) kernelJoin(p *iface, ms Membership) (*filter, int, error) {
 	return f, slot, err
 }
 
-// kernelLeave leaves what r records and counts it.
-func (m *Manager) kernelLeave(p *iface, r *record) error {
-	ms := r.status.Membership
-	count := m.countersOf(ms.Interface)
-	count.Leaves.begin()
-	err := p.leave(ms, r.filter, r.slot)
-	count.Leaves.end(err)
+// kernelLeave leaves ms, which r records, and counts it.
+func (m *Manager) kernelLeave(p *iface, r *record, ms Membership) error {
+	r.counters.Leaves.begin()
+	err := p.leave(ms, r.filter, int(r.slot))
+	r.counters.Leaves.end(err)
 	if err != nil {
 		m.log.Warn("leaving a group failed", "membership", ms.String(), "err", err)
 	}
 	return err
+}
+
+// named is the membership that a record is about.
+func (r *record) named(of life, k key) Membership {
+	return Membership{Interface: r.counters.Interface, Index: of.index, Generation: of.generation, Group: k.group, Source: k.source}
 }
 
 func (m *Manager) forgetIfEmpty(p *iface, of life) {
@@ -213,16 +220,18 @@ func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 		return nil
 	}
 	var failed []*JoinError
-	for _, r := range p.sourceSpecific() {
+	for _, k := range p.sourceSpecific() {
+		r := p.records[k]
+		ms := r.named(of, k)
 		// A leave that fails takes its socket out of use: the join goes elsewhere.
-		_ = m.kernelLeave(p, r)
-		f, slot, err := m.kernelJoin(p, r.status.Membership)
+		_ = m.kernelLeave(p, r, ms)
+		f, slot, err := m.kernelJoin(p, ms)
 		if err != nil {
-			delete(p.records, r.status.key())
-			failed = append(failed, &JoinError{Membership: r.status.Membership, Err: err})
+			delete(p.records, k)
+			failed = append(failed, &JoinError{Membership: ms, Err: err})
 			continue
 		}
-		r.filter, r.slot = f, slot
+		r.filter, r.slot = f, int32(slot)
 	}
 	m.forgetIfEmpty(p, of)
 	return failed
@@ -255,9 +264,6 @@ func (m *Manager) Reborn(index int, from, to uint64) {
 		m.drop(before)
 		return
 	}
-	for _, r := range p.records {
-		r.status.Generation = to
-	}
 	delete(m.ifaces, before)
 	m.ifaces[now] = p
 }
@@ -268,7 +274,7 @@ func (m *Manager) drop(of life) {
 		return
 	}
 	for _, r := range p.records {
-		m.countersOf(r.status.Interface).Dropped++
+		r.counters.Dropped++
 	}
 	m.erase(p)
 	p.close()
@@ -285,19 +291,73 @@ func (m *Manager) List() []Status {
 
 func (m *Manager) list() []Status {
 	var all []Status
-	for _, p := range m.ifaces {
-		for _, r := range p.records {
-			all = append(all, r.status)
+	for of, p := range m.ifaces {
+		for k, r := range p.records {
+			all = append(all, m.status(r, of, k))
 		}
 	}
 	slices.SortFunc(all, func(a, b Status) int { return a.Compare(b.Membership) })
 	return all
 }
 
+func (m *Manager) status(r *record, of life, k key) Status {
+	return Status{Membership: r.named(of, k), References: int(r.references), Since: m.started.Add(r.since)}
+}
+
+// Held returns how a membership is held, false when it is not. Interface counts for nothing in
+// what it is asked for, and is the name as of the join in what it answers.
+func (m *Manager) Held(ms Membership) (Status, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p := m.ifaces[ms.life()]; p != nil {
+		if r := p.records[ms.key()]; r != nil {
+			return m.status(r, ms.life(), ms.key()), true
+		}
+	}
+	return Status{}, false
+}
+
+// Holds says whether a membership is held.
+func (m *Manager) Holds(ms Membership) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.ifaces[ms.life()]
+	return p != nil && p.records[ms.key()] != nil
+}
+
+// Unwanted returns the memberships that are held and not among those wanted, the newest first: the
+// kernel looks for a group in a list that begins with the newest. wanted is called with the
+// manager locked; Interface counts for nothing.
+func (m *Manager) Unwanted(wanted iter.Seq[Membership]) (left []Membership) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.round++
+	for ms := range wanted {
+		if p := m.ifaces[ms.life()]; p != nil {
+			if r := p.records[ms.key()]; r != nil {
+				r.round = m.round
+			}
+		}
+	}
+	var all []Status
+	for of, p := range m.ifaces {
+		for k, r := range p.records {
+			if r.round != m.round {
+				all = append(all, m.status(r, of, k))
+			}
+		}
+	}
+	slices.SortFunc(all, func(a, b Status) int { return b.Since.Compare(a.Since) })
+	for _, s := range all {
+		left = append(left, s.Membership)
+	}
+	return left
+}
+
 // erase forgets what an interface's sockets hold, and ends their being kept.
 func (m *Manager) erase(p *iface) {
 	for _, r := range p.records {
-		m.keep.erase(r.slot)
+		m.keep.erase(int(r.slot))
 	}
 	m.keep.dropAll(p.shards)
 }
@@ -311,7 +371,7 @@ func (m *Manager) Close() error {
 	m.closed = true
 	for of, p := range m.ifaces {
 		for _, r := range p.records {
-			m.countersOf(r.status.Interface).Dropped++
+			r.counters.Dropped++
 		}
 		p.close()
 		delete(m.ifaces, of)

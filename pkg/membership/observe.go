@@ -1,15 +1,21 @@
 package membership
 
 import (
+	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
 	"strconv"
+	"sync/atomic"
+	"time"
 )
 
 // Observe asks the kernel which groups the interfaces have joined, in the network
@@ -19,8 +25,8 @@ import (
 // them, sorted; they can be joined again.
 //
 // Source filters are not looked at: the kernel's list of them is not complete. How
-// long it takes is quadratic in the groups of an interface: half a second with
-// 100,000.
+// long it takes is quadratic in the groups of an interface: two seconds with
+// 100,000. See Look for a caller who cannot wait.
 func (m *Manager) Observe() (lost []Membership, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -28,68 +34,183 @@ func (m *Manager) Observe() (lost []Membership, err error) {
 }
 
 func (m *Manager) observe() (lost []Membership, err error) {
-	missing, err := m.missing()
-	if err != nil || len(missing) == 0 {
-		return nil, err
-	}
-	// An entry may be missing from a list that changes while it is read, and to leave a group
-	// that is held would interrupt its packets: what is lost is missing twice.
-	again, err := m.missing()
+	look, err := m.look()
 	if err != nil {
 		return nil, err
 	}
-	for r := range missing {
-		if !again[r] {
-			continue
-		}
-		ms := r.status.Membership
-		p := m.ifaces[ms.life()]
-		delete(p.records, ms.key())
-		_ = m.kernelLeave(p, r) // so that the socket can join it again
-		m.forgetIfEmpty(p, ms.life())
-		lost = append(lost, ms)
+	defer look.close()
+	if err := look.read(m.missing); err != nil {
+		return nil, err
 	}
-	slices.SortFunc(lost, Membership.Compare)
-	return lost, nil
+	return m.forget(look), nil
 }
 
-// missing returns the records whose group the kernel does not list.
-func (m *Manager) missing() (map[*record]bool, error) {
+// Look is Observe in parts: Manager.Look is called in the network namespace and
+// takes no time, Look.Read takes all the time and may be called from any goroutine while the manager is
+// used, and Manager.Forget does what there is to do.
+type Look struct {
+	m       *Manager
+	at      time.Duration // from Manager.started
+	tables  []groupTable
+	stopped atomic.Bool
+	lost    map[heldKey]bool
+}
+
+// groupTable is a list of the kernel's groups, open in the network namespace.
+type groupTable struct {
+	name string
+	file *os.File
+	add  func(joined map[groupOn]bool, line []byte) error
+}
+
+// heldKey identifies a membership.
+type heldKey struct {
+	of life
+	key
+}
+
+// Look opens the kernel's lists of groups, of the families that memberships are held in. The caller
+// must Read it.
+func (m *Manager) Look() (*Look, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.look()
+}
+
+func (m *Manager) look() (_ *Look, err error) {
 	var want4, want6 bool
 	for _, p := range m.ifaces {
 		for of := range p.records {
 			want4, want6 = want4 || of.group.Is4(), want6 || of.group.Is6()
-		}
-	}
-	joined := map[groupOn]bool{}
-	for _, file := range []struct {
-		name string
-		want bool
-		add  func(joined map[groupOn]bool, table []byte) error
-	}{{"igmp", want4, addGroups4}, {"igmp6", want6, addGroups6}} {
-		if !file.want {
-			continue
-		}
-		table, err := os.ReadFile("/proc/thread-self/net/" + file.name)
-		if errors.Is(err, os.ErrNotExist) {
-			return nil, nil // a kernel without the family, or without procfs, tells nothing
-		}
-		if err == nil {
-			err = file.add(joined, table)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("groups that are joined: /proc/net/%s: %w", file.name, err)
-		}
-	}
-	missing := map[*record]bool{}
-	for of, p := range m.ifaces {
-		for k, r := range p.records {
-			if !joined[groupOn{of.index, k.group}] {
-				missing[r] = true
+			if want4 && want6 {
+				break
 			}
 		}
 	}
-	return missing, nil
+	l := &Look{m: m, at: time.Since(m.started)}
+	index := 0 // of the interface whose lines are being read
+	for _, t := range []struct {
+		groupTable
+		want bool
+	}{
+		{groupTable{name: "igmp", add: func(joined map[groupOn]bool, line []byte) error { return addGroup4(joined, &index, line) }}, want4},
+		{groupTable{name: "igmp6", add: addGroup6}, want6},
+	} {
+		if !t.want {
+			continue
+		}
+		t.file, err = os.Open("/proc/thread-self/net/" + t.name)
+		if errors.Is(err, os.ErrNotExist) {
+			l.close()
+			l.tables = nil // a kernel without the family, or without procfs, tells nothing
+			return l, nil
+		}
+		if err != nil {
+			l.close()
+			return nil, fmt.Errorf("groups that are joined: %w", err)
+		}
+		l.tables = append(l.tables, t.groupTable)
+	}
+	return l, nil
+}
+
+// Stop makes Read end soon. It may be called from any goroutine.
+func (l *Look) Stop() { l.stopped.Store(true) }
+
+// Read reads what the kernel has joined. It is called once.
+func (l *Look) Read() error {
+	defer l.close()
+	return l.read(func(l *Look, joined map[groupOn]bool) map[heldKey]bool {
+		l.m.mu.Lock()
+		defer l.m.mu.Unlock()
+		return l.m.missing(l, joined)
+	})
+}
+
+func (l *Look) read(compare func(*Look, map[groupOn]bool) map[heldKey]bool) error {
+	if len(l.tables) == 0 {
+		return nil
+	}
+	joined, err := l.joined()
+	if err != nil || l.stopped.Load() {
+		return err
+	}
+	missing := compare(l, joined)
+	if len(missing) == 0 {
+		return nil
+	}
+	// An entry may be missing from a list that changes while it is read, and to leave a group
+	// that is held would interrupt its packets: what is lost is missing twice.
+	if joined, err = l.joined(); err != nil || l.stopped.Load() {
+		return err
+	}
+	again := compare(l, joined)
+	maps.DeleteFunc(missing, func(k heldKey, _ bool) bool { return !again[k] })
+	l.lost = missing
+	return nil
+}
+
+func (l *Look) close() {
+	for _, t := range l.tables {
+		_ = t.file.Close()
+	}
+}
+
+// joined reads the lists, as far as it is not stopped.
+func (l *Look) joined() (map[groupOn]bool, error) {
+	joined := map[groupOn]bool{}
+	for _, t := range l.tables {
+		_, err := t.file.Seek(0, io.SeekStart)
+		lines := bufio.NewScanner(t.file)
+		for err == nil && !l.stopped.Load() && lines.Scan() {
+			err = t.add(joined, lines.Bytes())
+		}
+		if err = cmp.Or(err, lines.Err()); err != nil {
+			return nil, fmt.Errorf("groups that are joined: /proc/net/%s: %w", t.name, err)
+		}
+	}
+	return joined, nil
+}
+
+// missing returns the memberships held since before the look whose group is not joined.
+func (m *Manager) missing(l *Look, joined map[groupOn]bool) map[heldKey]bool {
+	missing := map[heldKey]bool{}
+	for of, p := range m.ifaces {
+		for k, r := range p.records {
+			if r.since < l.at && !joined[groupOn{of.index, k.group}] {
+				missing[heldKey{of, k}] = true
+			}
+		}
+	}
+	return missing
+}
+
+// Forget forgets the memberships that a look has found lost, if they are held since then, and
+// returns them, sorted.
+func (m *Manager) Forget(l *Look) (lost []Membership) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.forget(l)
+}
+
+func (m *Manager) forget(l *Look) (lost []Membership) {
+	for k := range l.lost {
+		p := m.ifaces[k.of]
+		if p == nil {
+			continue
+		}
+		r := p.records[k.key]
+		if r == nil || r.since >= l.at {
+			continue
+		}
+		ms := r.named(k.of, k.key)
+		delete(p.records, k.key)
+		_ = m.kernelLeave(p, r, ms) // so that the socket can join it again
+		m.forgetIfEmpty(p, k.of)
+		lost = append(lost, ms)
+	}
+	slices.SortFunc(lost, Membership.Compare)
+	return lost
 }
 
 // groupOn is a group on an interface.
@@ -98,52 +219,47 @@ type groupOn struct {
 	group netip.Addr
 }
 
-// addGroups4 reads the table of parseIGMPVersions: below the line of an interface one for each
+// addGroup4 reads a line of the table of parseIGMPVersions: below the line of an interface one for each
 // of its groups, which begins with a tab and the address as a number of the host's byte order
-// over the address's bytes (igmp_mc_seq_show in net/ipv4/igmp.c).
-func addGroups4(joined map[groupOn]bool, table []byte) error {
-	index := 0
-	for line := range bytes.Lines(table) {
-		fields := bytes.Fields(line)
-		switch {
-		case len(fields) == 0 || line[0] == 'I': // the title
-		case line[0] != '\t':
-			n, err := strconv.Atoi(string(fields[0]))
-			if err != nil {
-				return fmt.Errorf("line %q: interface index: %w", line, err)
-			}
-			index = n
-		default:
-			n, err := strconv.ParseUint(string(fields[0]), 16, 32)
-			if err != nil {
-				return fmt.Errorf("line %q: group: %w", line, err)
-			}
-			var addr [4]byte
-			binary.NativeEndian.PutUint32(addr[:], uint32(n))
-			joined[groupOn{index, netip.AddrFrom4(addr)}] = true
+// over the address's bytes (igmp_mc_seq_show in net/ipv4/igmp.c). index is the interface's.
+func addGroup4(joined map[groupOn]bool, index *int, line []byte) error {
+	fields := bytes.Fields(line)
+	switch {
+	case len(fields) == 0 || line[0] == 'I': // the title
+	case line[0] != '\t':
+		n, err := strconv.Atoi(string(fields[0]))
+		if err != nil {
+			return fmt.Errorf("line %q: interface index: %w", line, err)
 		}
+		*index = n
+	default:
+		n, err := strconv.ParseUint(string(fields[0]), 16, 32)
+		if err != nil {
+			return fmt.Errorf("line %q: group: %w", line, err)
+		}
+		var addr [4]byte
+		binary.NativeEndian.PutUint32(addr[:], uint32(n))
+		joined[groupOn{*index, netip.AddrFrom4(addr)}] = true
 	}
 	return nil
 }
 
-// addGroups6 reads lines like (igmp6_mc_seq_show in net/ipv6/mcast.c):
+// addGroup6 reads a line like (igmp6_mc_seq_show in net/ipv6/mcast.c):
 //
 //	7    eth0            ff3e0000000000000000000000000001     1 00000004 0
-func addGroups6(joined map[groupOn]bool, table []byte) error {
-	for line := range bytes.Lines(table) {
-		fields := bytes.Fields(line)
-		if len(fields) < 3 {
-			return fmt.Errorf("line %q: want an index, a name and a group", line)
-		}
-		index, err := strconv.Atoi(string(fields[0]))
-		if err != nil {
-			return fmt.Errorf("line %q: interface index: %w", line, err)
-		}
-		var addr [16]byte
-		if n, err := hex.Decode(addr[:], fields[2][:min(len(fields[2]), 32)]); err != nil || n != len(addr) {
-			return fmt.Errorf("line %q: group %q: want 32 hexadecimal digits", line, fields[2])
-		}
-		joined[groupOn{index, netip.AddrFrom16(addr)}] = true
+func addGroup6(joined map[groupOn]bool, line []byte) error {
+	fields := bytes.Fields(line)
+	if len(fields) < 3 {
+		return fmt.Errorf("line %q: want an index, a name and a group", line)
 	}
+	index, err := strconv.Atoi(string(fields[0]))
+	if err != nil {
+		return fmt.Errorf("line %q: interface index: %w", line, err)
+	}
+	var addr [16]byte
+	if n, err := hex.Decode(addr[:], fields[2][:min(len(fields[2]), 32)]); err != nil || n != len(addr) {
+		return fmt.Errorf("line %q: group %q: want 32 hexadecimal digits", line, fields[2])
+	}
+	joined[groupOn{index, netip.AddrFrom16(addr)}] = true
 	return nil
 }

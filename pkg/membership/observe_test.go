@@ -1,13 +1,15 @@
 package membership
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -48,9 +50,9 @@ func TestObserve(t *testing.T) {
 	if err := b.host.Excursion(lab.End{Host: b.host, Name: "eth0", Addrs: []string{"10.0.0.1/24"}}, away); err != nil {
 		t.Fatal(err)
 	}
-	sameMembers := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
+	sameMembers := gocmp.Comparer(func(a, b netip.Addr) bool { return a == b })
 	lost := observe()
-	if diff := cmp.Diff(5, len(lost)); diff != "" {
+	if diff := gocmp.Diff(5, len(lost)); diff != "" {
 		t.Errorf("lost %v:\n%s", lost, diff)
 	}
 	for _, ms := range lost {
@@ -62,7 +64,7 @@ func TestObserve(t *testing.T) {
 		t.Errorf("lost twice: %v", lost)
 	}
 	mustJoin(t, m, lost...)
-	if diff := cmp.Diff(before, b.kernelState(t), sameMembers); diff != "" {
+	if diff := gocmp.Diff(before, b.kernelState(t), sameMembers); diff != "" {
 		t.Errorf("the kernel (-before +after):\n%s", diff)
 	}
 	if lost := observe(); len(lost) != 0 {
@@ -74,6 +76,76 @@ func TestObserve(t *testing.T) {
 		}
 	}
 	mustLeave(t, m, all...)
+}
+
+// A look that takes long, while the manager is used, finds what was lost before it and takes
+// nothing for lost that was joined, left or carried over meanwhile.
+func TestLookMeanwhile(t *testing.T) {
+	b := newBench(t)
+	away := labtest.Host(t, "away")
+	labtest.Enter(t, b.host)
+	m := New(Options{})
+	defer m.Close()
+	lost, stays, left, again, late := b.membership(t, "eth0", "239.1.1.1"), b.membership(t, "eth1", "239.1.1.1"), b.membership(t, "eth0", "239.1.1.2"), b.membership(t, "eth0", "239.1.1.3"), b.membership(t, "eth0", "239.1.1.4")
+	mustJoin(t, m, lost, stays, left, again)
+	if err := b.host.Excursion(lab.End{Host: b.host, Name: "eth0", Addrs: []string{"10.0.0.1/24"}}, away); err != nil {
+		t.Fatal(err)
+	}
+	look, err := m.Look()
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan error, 1)
+	go func() { read <- look.Read() }()
+	if err := <-read; err != nil {
+		t.Fatal(err)
+	}
+	mustLeave(t, m, left)
+	_ = m.Leave(again) // the kernel does not know it
+	mustJoin(t, m, again, late)
+	if got := m.Forget(look); len(got) != 1 || got[0] != lost {
+		t.Errorf("lost %v, want %v", got, lost)
+	}
+	for ms, want := range map[Membership]bool{lost: false, stays: true, left: false, again: true, late: true} {
+		held, ok := m.Held(ms)
+		if ok != want || ok != m.Holds(ms) || ok && (held.Membership != ms || held.References != 1) {
+			t.Errorf("%v is held: %v (%+v), want %v", ms, ok, held, want)
+		}
+	}
+	if look, err = m.Look(); err != nil {
+		t.Fatal(err)
+	}
+	look.Stop()
+	if err := look.Read(); err != nil || len(m.Forget(look)) != 0 {
+		t.Errorf("a look that was stopped finds something lost, or ends with %v", err)
+	}
+}
+
+// What is held and not wanted is found, the newest first.
+func TestUnwanted(t *testing.T) {
+	b := newBench(t)
+	m := b.manager(t)
+	var all []Membership
+	for i := range 40 {
+		ifname := []string{"eth0", "eth1"}[i%2]
+		all = append(all, b.membership(t, ifname, fmt.Sprintf("239.1.1.%d", i)))
+	}
+	mustJoin(t, m, all...)
+	wanted := slices.Clone(all[10:20])
+	for i := range wanted {
+		wanted[i].Interface = "" // counts for nothing
+	}
+	want := slices.Concat(all[:10], all[20:])
+	slices.Reverse(want)
+	for range 2 {
+		if got := m.Unwanted(slices.Values(wanted)); !slices.Equal(got, want) {
+			t.Errorf("unwanted %v, want %v", got, want)
+		}
+	}
+	mustLeave(t, m, want...)
+	if got := m.Unwanted(slices.Values(all)); len(got) != 0 || len(m.List()) != 10 {
+		t.Errorf("unwanted %v, %d held", got, len(m.List()))
+	}
 }
 
 // Lives of one index are kept apart: the end of the first one leaves the next one alone.
@@ -115,21 +187,29 @@ func TestPrune(t *testing.T) {
 		return all
 	}
 	m.Prune(func(name string) bool { return name == "eth1" })
-	if got := names(); !cmp.Equal(got, []string{"eth0", "eth1"}) {
+	if got := names(); !gocmp.Equal(got, []string{"eth0", "eth1"}) {
 		t.Errorf("counters of %v", got)
 	}
 	m.Prune(func(string) bool { return false })
-	if got := names(); !cmp.Equal(got, []string{"eth0"}) {
+	if got := names(); !gocmp.Equal(got, []string{"eth0"}) {
 		t.Errorf("counters of %v", got)
 	}
 }
 
 func TestAddGroups(t *testing.T) {
-	joined := map[groupOn]bool{}
-	if err := addGroups4(joined, []byte("Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n12\ta:b       :     1      V3\n\t\t\t\t010107EF     1 0:00000000\t\t0\n")); err != nil {
+	joined, index := map[groupOn]bool{}, 0
+	add := func(table string, line func([]byte) error) (err error) {
+		for text := range strings.Lines(table) {
+			err = cmp.Or(err, line([]byte(text)))
+		}
+		return err
+	}
+	add4 := func(line []byte) error { return addGroup4(joined, &index, line) }
+	add6 := func(line []byte) error { return addGroup6(joined, line) }
+	if err := add("Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n12\ta:b       :     1      V3\n\t\t\t\t010107EF     1 0:00000000\t\t0\n", add4); err != nil {
 		t.Fatal(err)
 	}
-	if err := addGroups6(joined, []byte("7    eth0            ff3e0000000000000000000000000001     1 00000004 0\n")); err != nil {
+	if err := add("7    eth0            ff3e0000000000000000000000000001     1 00000004 0\n", add6); err != nil {
 		t.Fatal(err)
 	}
 	var got []string
@@ -143,12 +223,12 @@ func TestAddGroups(t *testing.T) {
 		}
 	}
 	for _, bad := range []string{"x\tlo :\n", "\tzz 1\n"} {
-		if err := addGroups4(joined, []byte(bad)); err == nil {
+		if err := add(bad, add4); err == nil {
 			t.Errorf("%q is taken", bad)
 		}
 	}
 	for _, bad := range []string{"7 eth0\n", "x eth0 ff3e0000000000000000000000000001\n", "7 eth0 ff3e\n", "7 eth0 " + strings.Repeat("z", 32) + "\n"} {
-		if err := addGroups6(joined, []byte(bad)); err == nil {
+		if err := add(bad, add6); err == nil {
 			t.Errorf("%q is taken", bad)
 		}
 	}

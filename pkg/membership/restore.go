@@ -320,7 +320,7 @@ func (r *restore) register(p *iface, from *returned, held []holding, ifname stri
 		} else {
 			f.sources++
 		}
-		p.records[ms.key()] = &record{status: Status{Membership: ms, References: 1, Since: h.since}, filter: f, slot: h.slot}
+		p.records[ms.key()] = &record{filter: f, counters: r.countersOf(ifname), since: h.since.Sub(r.started), references: 1, slot: int32(h.slot)}
 		r.countersOf(ifname).Restored++
 	}
 	for _, h := range from.held {

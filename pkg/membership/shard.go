@@ -50,6 +50,9 @@ type shard struct {
 	filters int // groups held
 	number  int // counts the sockets of the interface as they were opened
 
+	// any stands for the groups held from any source, which have nothing apart from each other.
+	any filter
+
 	// stale sockets may hold what is no longer recorded, because a leave
 	// failed. They take nothing new, and are closed when they hold nothing
 	// recorded.
@@ -64,7 +67,7 @@ type shard struct {
 type filter struct {
 	shard   *shard
 	layer   int
-	sources int  // memberships held; 1 for any source
+	sources int  // memberships held; not counted for any source
 	full    bool // the socket refused another source
 }
 
@@ -231,6 +234,10 @@ func (p *iface) leave(m Membership, f *filter, slot int) error {
 	} else {
 		p.keep.erase(slot)
 	}
+	if f.layer == anySource {
+		p.removeFilter(m, f)
+		return err
+	}
 	f.full = false
 	f.sources--
 	if f.sources == 0 {
@@ -250,11 +257,12 @@ func (p *iface) filterAt(group netip.Addr, layer int) *filter {
 // addFilter records that m is the first membership of its group in the layer,
 // held by s.
 func (p *iface) addFilter(m Membership, layer int, s *shard) *filter {
-	f := &filter{shard: s, layer: layer, sources: 1}
 	s.filters++
 	if layer == anySource {
-		return f // not shared
+		s.any.shard = s
+		return &s.any
 	}
+	f := &filter{shard: s, layer: layer, sources: 1}
 	layers := p.groups[m.Group]
 	for len(layers) <= layer {
 		layers = append(layers, nil)
@@ -294,17 +302,15 @@ func (p *iface) removeLayer(m Membership, layer int) {
 	p.groups[m.Group] = layers
 }
 
-// sourceSpecific returns the records of memberships with a source, sorted.
-func (p *iface) sourceSpecific() []*record {
-	var all []*record
-	for _, r := range p.records {
-		if r.status.Source.IsValid() {
-			all = append(all, r)
+// sourceSpecific returns the keys of memberships with a source, sorted.
+func (p *iface) sourceSpecific() []key {
+	var all []key
+	for k := range p.records {
+		if k.source.IsValid() {
+			all = append(all, k)
 		}
 	}
-	slices.SortFunc(all, func(a, b *record) int {
-		return a.status.Compare(b.status.Membership)
-	})
+	slices.SortFunc(all, func(a, b key) int { return cmp.Or(a.group.Compare(b.group), a.source.Compare(b.source)) })
 	return all
 }
 
