@@ -128,7 +128,7 @@ func (b *xdpBench) sync(t testing.TB, rules ...loader.Rule) {
 		if err := b.path.Prepare(rules, ownAddresses); err != nil {
 			return err
 		}
-		if err := b.loader.Sync(rules); err != nil {
+		if err := b.loader.Sync(pointers(rules)); err != nil {
 			return err
 		}
 		return b.path.Sync(rules, ownAddresses)
@@ -502,7 +502,7 @@ func TestAFXDPRuleChanges(t *testing.T) {
 				if err := b.path.Prepare(rules, nil); err != nil {
 					return err
 				}
-				if err := b.loader.Sync(rules); err != nil {
+				if err := b.loader.Sync(pointers(rules)); err != nil {
 					return err
 				}
 				return b.path.Sync(rules, nil)

@@ -104,7 +104,7 @@ func (w world) spread(r *loader.Rule, sources []string) {
 func (w world) output(family netip.Addr) loader.Output {
 	o := loader.Output{
 		Ready: w.chance(90), Blocked: pick(w, flow.NotReady, flow.NoNeighbour), Index: pick(w, devices...),
-		MTU: pick(w, 28, 60, 100, 1500, 1500, 1500, 70000),
+		MTU: pick[int32](w, 28, 60, 100, 1500, 1500, 1500, 70000),
 	}
 	o.SrcMAC, o.DstPort, o.SrcPort = macOf(o.Index), uint16(1+w.IntN(65535)), pick(w, 0, 0, uint16(w.Uint32()))
 	o.TTLMode, o.TTL = pick(w, packet.TTLKeep, packet.TTLDecrement, packet.TTLSet), pick(w, 1, 64, 255, uint8(w.Uint32()))
@@ -336,7 +336,7 @@ func copyOf(out *loader.Output, frame []byte, h *packet.Headers) ([]byte, loader
 	if !out.Ready {
 		return nil, loader.ReasonOf(out.Blocked)
 	}
-	if out.TooLong(h, len(frame), min(out.MTU, 0xffff), true) {
+	if out.TooLong(h, len(frame), int(min(out.MTU, 0xffff)), true) {
 		return nil, loader.MTU
 	}
 	switch sent, outcome := out.Append(nil, frame, h); outcome {

@@ -284,7 +284,7 @@ func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Heade
 	if q == nil {
 		return loader.NoDevice, false
 	}
-	if o.TooLong(h, len(frame), o.MTU, q.ethernet) {
+	if o.TooLong(h, len(frame), int(o.MTU), q.ethernet) {
 		return loader.MTU, false
 	}
 	header, outcome := o.Append(q.room(), frame, h)

@@ -118,7 +118,7 @@ func sendTo(out *net.Interface, group string, port uint16) loader.Output {
 		src = netip.MustParseAddr("2001:db8::1")
 	}
 	return loader.Output{
-		Ready: true, Index: out.Index, MTU: out.MTU,
+		Ready: true, Index: out.Index, MTU: int32(out.MTU),
 		Rewrite: packet.Rewrite{
 			DstMAC: packet.MulticastMAC(dst), SrcMAC: mac(out), Dst: dst, Src: src, DstPort: port,
 			TTLMode: packet.TTLDecrement,
@@ -299,6 +299,15 @@ func (c *catcher) frames(t testing.TB, n int) (all [][]byte) {
 	}
 	if len(all) > n {
 		t.Fatalf("%d frames arrived, want %d", len(all), n)
+	}
+	return all
+}
+
+// pointers are rules as the loader takes them.
+func pointers(rules []loader.Rule) []*loader.Rule {
+	all := make([]*loader.Rule, len(rules))
+	for i, r := range rules {
+		all[i] = &r // a copy: tests go on to change theirs
 	}
 	return all
 }

@@ -60,7 +60,7 @@ func (s *steered) sync(t testing.TB) {
 		kernel := s.rule
 		kernel.Out = slices.Clone(s.rule.Out)
 		kernel.Out[0].Ready = false
-		return s.loader.Sync([]loader.Rule{kernel})
+		return s.loader.Sync([]*loader.Rule{&kernel})
 	})
 	if w := s.loader.Warnings(); len(w) != 0 {
 		t.Errorf("warnings %q", w)

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -26,7 +27,7 @@ func check(t testing.TB, w *World, p *Plan) {
 		if r.Rule != w.Rules[i] {
 			t.Errorf("rule %d is %s, want %s", i, r.Rule.Name, w.Rules[i].Name)
 		}
-		checkState(t, "rule "+r.Rule.Name, r.State, r.Reason, r.Err)
+		checkState(t, "rule "+r.Rule.Name, r.State, r.Reason, r.Err())
 		if p.Rule(r.Rule.Name) != r {
 			t.Errorf("rule %s is not found", r.Rule.Name)
 		}
@@ -44,7 +45,7 @@ func check(t testing.TB, w *World, p *Plan) {
 			if f.Publish {
 				inputs[f.Flow.In.Key()] = f.Flow.Name
 			}
-			for _, m := range f.Memberships {
+			for m := range f.Memberships() {
 				wanted[m] = true
 			}
 		}
@@ -69,10 +70,10 @@ func checkState(t testing.TB, what string, state State, reason string, err error
 func checkFlow(t testing.TB, w *World, r *RulePlan, f *FlowPlan) {
 	t.Helper()
 	what := "flow " + f.Flow.Name
-	checkState(t, what, f.State, f.Reason, f.Err)
-	link := w.Network.ByIndex(f.Link.Index)
-	if link == nil || link.LinkID != f.Link || link.Name != f.Input || f.Flow.Name != FlowName(&r.Rule.Rule, f.Input) {
-		t.Fatalf("%s is on %s, %v", what, f.Input, f.Link)
+	checkState(t, what, f.State, f.Reason, f.Err())
+	link := w.Network.ByIndex(f.In.Index)
+	if link == nil || !link.Equal(f.In) || f.Flow.Name != FlowName(&r.Rule.Rule, f.In.Name) {
+		t.Fatalf("%s is on %+v", what, f.In)
 	}
 	if len(f.Outputs) != len(f.Flow.Out) {
 		t.Fatalf("%s has %d outputs and %d in the flow", what, len(f.Outputs), len(f.Flow.Out))
@@ -87,7 +88,7 @@ func checkFlow(t testing.TB, w *World, r *RulePlan, f *FlowPlan) {
 	} else if f.State == Active {
 		t.Errorf("%s is active and not published", what)
 	}
-	if f.State == Failed && f.Publish && f.NotJoined == nil {
+	if f.State == Failed && f.Publish && f.NotJoined() == nil {
 		t.Errorf("%s is failed (%s) and published", what, f.Reason)
 	}
 	if link.Ethernet && f.Publish && f.carried == 0 {
@@ -134,13 +135,12 @@ func checkOutput(t testing.TB, w *World, r *RulePlan, f *FlowPlan, i int) {
 
 func checkSets(t testing.TB, w *World, p *Plan, wanted map[Membership]bool) {
 	t.Helper()
-	if len(p.Memberships) != len(wanted) {
-		t.Errorf("%d memberships, want %d", len(p.Memberships), len(wanted))
+	found := map[Membership]bool{}
+	for m := range p.Memberships() {
+		found[m] = true
 	}
-	for _, m := range p.Memberships {
-		if !wanted[m] {
-			t.Errorf("membership %v is no flow's", m)
-		}
+	if !maps.Equal(found, wanted) {
+		t.Errorf("memberships %v, want %v", found, wanted)
 	}
 	unique(t, "attach", p.Attach)
 	unique(t, "tags", p.Tags)
@@ -148,15 +148,15 @@ func checkSets(t testing.TB, w *World, p *Plan, wanted map[Membership]bool) {
 	unique(t, "neighbours", p.Neighbours)
 	for _, r := range p.Rules {
 		for _, f := range r.Flows {
-			if w.Network.Link(f.Input).Ethernet && !slices.Contains(p.Attach, f.Link) {
-				t.Errorf("input %s is not attached", f.Input)
+			if f.In.Ethernet && !slices.Contains(p.Attach, f.In.LinkID) {
+				t.Errorf("input %s is not attached", f.In.Name)
 			}
 			for _, o := range f.Outputs {
 				if l := w.Network.Link(o.Interface); l != nil && l.Ethernet && !slices.Contains(p.Attach, l.LinkID) {
 					t.Errorf("output %s is not attached", o.Interface)
 				}
-				if o.Hop != (network.HopKey{}) && !slices.Contains(p.Hops, o.Hop) {
-					t.Errorf("way %v is not asked for", o.Hop)
+				if o.Hop != nil && !slices.Contains(p.Hops, *o.Hop) {
+					t.Errorf("way %v is not asked for", *o.Hop)
 				}
 			}
 		}
@@ -190,7 +190,7 @@ func samePlan(t testing.TB, what string, got, want *Plan) {
 // equalPlans is what samePlan asks: cmp.Diff takes long.
 func equalPlans(a, b *Plan) bool {
 	return slices.EqualFunc(a.Rules, b.Rules, equalRules) && slices.Equal(a.Attach, b.Attach) && slices.Equal(a.Tags, b.Tags) &&
-		slices.Equal(a.Memberships, b.Memberships) && slices.Equal(a.Hops, b.Hops) && slices.Equal(a.Neighbours, b.Neighbours)
+		slices.Equal(slices.Collect(a.Memberships()), slices.Collect(b.Memberships())) && slices.Equal(a.Hops, b.Hops) && slices.Equal(a.Neighbours, b.Neighbours)
 }
 
 func equalRules(a, b *RulePlan) bool {

@@ -32,7 +32,7 @@ func (p *Plan) ParsePacket(text string) (Packet, error) {
 	case r != nil:
 		in = r.Rule.In
 		for _, f := range r.Flows {
-			in.Interface = f.Input // of a pattern the last one
+			in.Interface = f.In.Name // of a pattern the last one
 		}
 	case !strings.Contains(text, "%"):
 		return Packet{}, noRuleError(fmt.Sprintf("no rule is called %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", text))
@@ -159,7 +159,7 @@ func (e *Explanation) querier(r *Rule, known Known) {
 		return
 	}
 	e.Notes = append(e.Notes, fmt.Sprintf("the querier on %s speaks %sv%d, which has no sources: the network is told of group %s alone, not of source %s, and brings what every sender sends there (want %sv%d)",
-		e.Flow.Input, protocol, known.QuerierVersion, e.Packet.Destination, r.In.Source, protocol, sources))
+		e.Flow.In.Name, protocol, known.QuerierVersion, e.Packet.Destination, r.In.Source, protocol, sources))
 }
 
 // canonical is an input with the interface's own name.
@@ -183,7 +183,7 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 		}
 		c := Candidate{Rule: r, Kind: kindName(in)}
 		for _, f := range r.Flows {
-			if f.Input == k.Interface {
+			if f.In.Name == k.Interface {
 				c.Flow = f
 			}
 		}
@@ -197,7 +197,7 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 		case rules.Before(y, x):
 			return 1
 		}
-		return first(a.Rule.taken == "", b.Rule.taken == "")
+		return first(a.Rule.taken == nil, b.Rule.taken == nil)
 	})
 	return all
 }
@@ -228,7 +228,7 @@ func (c *Candidate) whyBest(others []Candidate) string {
 	name := c.Rule.Rule.Name
 	if c.Flow == nil || !c.Flow.Publish {
 		state, reason := c.state()
-		return fmt.Sprintf("rule %s would take it, but is not in the kernel: %s", name, cmp.Or(reason, string(state)))
+		return fmt.Sprintf("rule %s would take it, but is not in the kernel: %s", name, cmp.Or(reason, state.String()))
 	}
 	if len(others) == 0 {
 		return fmt.Sprintf("rule %s takes it: no other matches", name)
@@ -270,7 +270,7 @@ func (p *Plan) whyNone(k Packet) string {
 func (e *Explanation) flow(p *Plan, c *Candidate, k Packet, dropped bool) {
 	f := c.Flow
 	if f.Publish {
-		e.Path, e.PathReason = PathName(f.Flow.Path), cmp.Or(f.PathReason, p.modeText(f))
+		e.Path, e.PathReason = PathName(f.Flow.Path), cmp.Or(f.PathReason(), p.modeText(f))
 	}
 	for i, s := range f.Outputs {
 		o := c.Rule.Rule.Out[s.Out]
@@ -281,31 +281,34 @@ func (e *Explanation) flow(p *Plan, c *Candidate, k Packet, dropped bool) {
 			OutputPlan: s, Output: o.String(), Rewrite: RewriteText(out, k), NextHop: p.nextHopText(s.Hop, &o), Dropped: dropped || !out.Ready,
 		})
 	}
-	for _, m := range f.Memberships {
+	for m := range f.Memberships() {
 		if m.Group == k.Destination {
 			e.Memberships = append(e.Memberships, m)
 		}
 	}
-	if f.Note != "" && f.Note != f.PathReason {
-		e.Notes = append(e.Notes, f.Note)
+	if note := f.Note(); note != "" && note != f.PathReason() {
+		e.Notes = append(e.Notes, note)
 	}
 }
 
 // modeText says how the relay program runs on the input of a flow.
 func (p *Plan) modeText(f *FlowPlan) string {
-	switch a, ok := p.seen.attached[f.Link]; {
+	switch a, ok := p.seen.attached[f.In.LinkID]; {
 	case !ok || a.Err != nil:
-		return "no program on " + f.Input
+		return "no program on " + f.In.Name
 	case a.Generic:
-		return "generic XDP on " + f.Input
+		return "generic XDP on " + f.In.Name
 	default:
-		return "native XDP on " + f.Input
+		return "native XDP on " + f.In.Name
 	}
 }
 
 // nextHopText says where a unicast copy goes; "" while that is not known.
-func (p *Plan) nextHopText(key network.HopKey, o *rules.Output) string {
-	hop := p.seen.network.Hop(key)
+func (p *Plan) nextHopText(key *network.HopKey, o *rules.Output) string {
+	if key == nil {
+		return ""
+	}
+	hop := p.seen.network.Hop(*key)
 	if hop.Kind != network.HopUnicast || !hop.Resolved {
 		return ""
 	}
@@ -315,8 +318,11 @@ func (p *Plan) nextHopText(key network.HopKey, o *rules.Output) string {
 // NextHop returns the neighbour that an output sends to and its link-layer address, in text; each
 // is empty while it is not known, and for a group.
 func (p *Plan) NextHop(o *OutputPlan) (via, mac string) {
-	hop := p.seen.network.Hop(o.Hop)
-	if o.Hop == (network.HopKey{}) || hop.Kind != network.HopUnicast {
+	if o.Hop == nil {
+		return "", ""
+	}
+	hop := p.seen.network.Hop(*o.Hop)
+	if hop.Kind != network.HopUnicast {
 		return "", ""
 	}
 	if hop.Resolved {

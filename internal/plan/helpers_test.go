@@ -192,9 +192,9 @@ func describe(p *Plan) (lines []string) {
 			if f.Publish {
 				state = PathName(f.Flow.Path)
 			}
-			lines = append(lines, fmt.Sprintf("flow %s on %s %s %s%s", f.Flow.Name, f.Input, f.State, state, reason(f.Reason)))
-			if f.Note != "" {
-				lines = append(lines, fmt.Sprintf("note %s: %s", f.Flow.Name, f.Note))
+			lines = append(lines, fmt.Sprintf("flow %s on %s %s %s%s", f.Flow.Name, f.In.Name, f.State, state, reason(f.Reason)))
+			if note := f.Note(); note != "" {
+				lines = append(lines, fmt.Sprintf("note %s: %s", f.Flow.Name, note))
 			}
 			for i, o := range f.Outputs {
 				lines = append(lines, fmt.Sprintf("out %s %s %s%s", f.Flow.Name, o.Interface, o.State, reason(o.Reason)))

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"iter"
 	"net/netip"
+	"slices"
 	"time"
 
 	"xdpcast/internal/network"
@@ -18,27 +19,18 @@ func (m *maker) resolveMemberships(f *FlowPlan, rule *rules.Rule, in *network.Li
 	if !f.Publish {
 		return
 	}
-	master := m.master(in)
-	count := groupCount(rule)
-	if master != nil {
-		count *= 2
+	f.joins = joinPolicy(rule) != rules.JoinNone
+	if !f.joins {
+		return
 	}
-	for group := range wantedGroups(rule) {
-		if f.Memberships == nil {
-			f.Memberships = make([]Membership, 0, count)
-		}
-		f.Memberships = append(f.Memberships, Membership{in.LinkID, group, rule.In.Sender()})
-		if master != nil {
-			f.Memberships = append(f.Memberships, Membership{master.LinkID, group, rule.In.Sender()})
-		}
-	}
-	if master != nil && len(f.Memberships) > 0 {
+	if master := m.master(in); master != nil {
+		f.noted().master = master
 		f.note(fmt.Sprintf("interface %s is a port of the %s %s, which answers queries for it: groups are joined on %s, too", in.Name, master.Kind, master.Name, master.Name))
 	}
 	if len(m.failed) == 0 {
 		return
 	}
-	for _, membership := range f.Memberships {
+	for membership := range f.Memberships() {
 		if join, failed := m.failed[membership]; failed {
 			f.notJoined(join)
 			return
@@ -46,16 +38,60 @@ func (m *maker) resolveMemberships(f *FlowPlan, rule *rules.Rule, in *network.Li
 	}
 }
 
+// Memberships are the groups that the flow needs joined, on its input and on the master that
+// answers queries for that.
+func (f *FlowPlan) Memberships() iter.Seq[Membership] {
+	return func(yield func(Membership) bool) {
+		if !f.joins {
+			return
+		}
+		master, sender := f.notes().master, f.rule.In.Sender()
+		for group := range wantedGroups(&f.rule.Rule) {
+			if !yield(Membership{f.In.LinkID, group, sender}) || master != nil && !yield(Membership{master.LinkID, group, sender}) {
+				return
+			}
+		}
+	}
+}
+
+// sameMemberships says whether two plans of flows need the same joined.
+func (f *FlowPlan) sameMemberships(g *FlowPlan) bool {
+	if f.joins != g.joins || !f.joins {
+		return f.joins == g.joins
+	}
+	if f.rule == g.rule {
+		a, b := f.notes().master, g.notes().master
+		return f.In.LinkID == g.In.LinkID && (a == nil) == (b == nil) && (a == nil || a.LinkID == b.LinkID)
+	}
+	return slices.Equal(slices.Collect(f.Memberships()), slices.Collect(g.Memberships()))
+}
+
+// Memberships are those that flows need, in the order of the rules: one that several need comes as
+// often.
+func (p *Plan) Memberships() iter.Seq[Membership] {
+	return func(yield func(Membership) bool) {
+		for _, r := range p.Rules {
+			for _, f := range r.Flows {
+				for m := range f.Memberships() {
+					if !yield(m) {
+						return
+					}
+				}
+			}
+		}
+	}
+}
+
 // notJoined shows a membership that failed.
 func (f *FlowPlan) notJoined(join Join) {
-	f.NotJoined = join.Err
+	f.noted().notJoined = join.Err
 	f.Publish = f.Publish && f.carried != 0
 	f.Reason = fmt.Sprintf("%v; %d tries, next at %s", join.Err, join.Tries, join.Next.Format(time.TimeOnly))
 	if join.Transient {
 		f.State = Pending
 		return
 	}
-	f.State, f.Err = Failed, join.Err
+	f.State, f.noted().err = Failed, join.Err
 }
 
 // master is the link whose answers to queries the network hears for a port: the bridge, bond or

@@ -111,11 +111,11 @@ func TestPaths(t *testing.T) {
 			p := Make(w, Options{Kernel: kernel})
 			check(t, &w, p)
 			f := p.Rules[0].Flows[0]
-			note, path := f.Note, ""
+			note, path := f.Note(), ""
 			if f.Publish {
 				path = PathName(f.Flow.Path)
-			} else if f.Err != nil {
-				note = f.Err.Error()
+			} else if err := f.Err(); err != nil {
+				note = err.Error()
 			}
 			if path != tt.path || note != tt.note {
 				t.Errorf("path %q, %q; want %q, %q", path, note, tt.path, tt.note)
@@ -240,8 +240,12 @@ func TestSets(t *testing.T) {
 		want = append(want, Membership{Link: id("eth5"), Group: addr(group)}, Membership{Link: id("br0"), Group: addr(group)})
 	}
 	want = append(want, Membership{Link: id("eth0"), Group: addr("239.1.1.1"), Source: addr("10.0.0.9")})
-	if !slices.Equal(p.Memberships, want) {
-		t.Errorf("memberships %v, want %v", p.Memberships, want)
+	got := newDistinct[Membership](0)
+	for m := range p.Memberships() {
+		got.add(m)
+	}
+	if got := got.list; !slices.Equal(got, want) {
+		t.Errorf("memberships %v, want %v", got, want)
 	}
 }
 

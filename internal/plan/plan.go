@@ -29,7 +29,9 @@
 package plan
 
 import (
+	"cmp"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -132,16 +134,31 @@ type Join struct {
 	Next      time.Time // when it is tried again
 }
 
-// State is what has become of a rule, a flow or an output.
-type State string
+// State is what has become of a rule, a flow or an output. The zero State is none.
+type State uint8
 
 // The states.
 const (
-	Active      State = "active"       // packets go through
-	Pending     State = "pending"      // waits for something, such as its interface; completes by itself
-	NoNeighbour State = "no_neighbour" // an output whose next hop has no link-layer address; completes by itself
-	Failed      State = "failed"       // needs a person
+	Active      State = 1 + iota // packets go through
+	Pending                      // waits for something, such as its interface; completes by itself
+	NoNeighbour                  // an output whose next hop has no link-layer address; completes by itself
+	Failed                       // needs a person
 )
+
+// String is the word of a state in the API.
+func (s State) String() string {
+	switch s {
+	case Active:
+		return "active"
+	case Pending:
+		return "pending"
+	case NoNeighbour:
+		return "no_neighbour"
+	case Failed:
+		return "failed"
+	}
+	return fmt.Sprintf("State(%d)", uint8(s))
+}
 
 // Plan is what is desired, and why. It is immutable: it may be read from any number of goroutines,
 // and kept.
@@ -153,8 +170,8 @@ type Plan struct {
 	Attach []network.LinkID
 	// Tags are the links on which VLAN tags are to stay in the frames, by index.
 	Tags []network.LinkID
-	// Memberships are those that flows need, without duplicates.
-	Memberships []Membership
+	// Joins changes when Memberships does: two plans of one Planner with the same Joins want the same.
+	Joins uint64
 	// Hops are the ways that are to be asked for, without duplicates.
 	Hops []network.HopKey
 	// Neighbours are the entries that the kernel is to keep resolved, without duplicates.
@@ -168,12 +185,23 @@ type RulePlan struct {
 	Rule   *Rule
 	State  State
 	Reason string // in a line, what is not as it should be; empty when nothing is
-	Err    error  // why it is failed; nil otherwise
 	// Flows are the rule on each of its input interfaces, by name: one at most unless the
 	// input is a pattern.
 	Flows []*FlowPlan
 
-	taken string // the rule that takes the same input by another name of the interface
+	taken *Rule // the rule that takes the same input by another name of the interface
+}
+
+// Err is why a rule is failed: the error of its first flow that has one; nil when it is not.
+func (r *RulePlan) Err() error {
+	if r.State == Failed {
+		for _, f := range r.Flows {
+			if err := f.Err(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // Complete says whether nothing is left to wait for.
@@ -182,8 +210,8 @@ func (r *RulePlan) Complete() bool { return r.State == Active && r.Reason == "" 
 // Note is what a person should know of the rule although nothing is wrong.
 func (r *RulePlan) Note() string {
 	for _, f := range r.Flows {
-		if f.Note != "" {
-			return f.Note
+		if note := f.Note(); note != "" {
+			return note
 		}
 	}
 	return ""
@@ -192,53 +220,77 @@ func (r *RulePlan) Note() string {
 // Fault is why a rule that somebody adds is refused: it is failed, one of its flows is, or a
 // membership could not be joined, even if that may heal by itself. It is nil when all is well.
 func (r *RulePlan) Fault() error {
-	if r.Err != nil {
-		return r.Err
-	}
 	for _, f := range r.Flows {
-		if f.Err != nil {
-			return f.Err
-		}
-		if f.NotJoined != nil {
-			return f.NotJoined
+		if err := cmp.Or(f.Err(), f.NotJoined()); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// FlowPlan is a rule on one input interface.
+// FlowPlan is a rule on one input interface. There may be 100,000 of them: what few have is in more.
 type FlowPlan struct {
-	Input  string // the interface's own name, also when the rule has an alternative one
-	Link   network.LinkID
-	State  State
-	Reason string
-	Err    error // why it is failed; nil otherwise
-	// NotJoined is why the first of Memberships that failed is not joined. The flow may be pending
-	// with it, or failed.
-	NotJoined error
-	Note      string // what a person should know although nothing is wrong
-	// PathReason is why the packets do not travel the kernel path, empty when they do or
-	// the rule asks for another; part of Note.
-	PathReason string
+	In      *network.Link // the input
+	State   State
+	Publish bool // Flow is to be in force
+	joins   bool // see Memberships
+	carried flow.Path
+	Reason  string
 	// Outputs are what Flow.Out is made of, slot by slot.
-	Outputs     []OutputPlan
-	Memberships []Membership
-	// Flow is to be in force when Publish says so. Its name is set in any case.
-	Flow    flow.Flow
-	Publish bool
+	Outputs []OutputPlan
+	// Flow is what to bring into force, with its name in any case. It is never changed, and shared
+	// with the next plan while it stays the same.
+	Flow *flow.Flow
 
-	carried flow.Path // Answers.Carried for the flow
+	rule *Rule
+	more *flowNotes // nil: nothing
 }
+
+// flowNotes is what most flows have nothing of.
+type flowNotes struct {
+	err, notJoined   error
+	note, pathReason string
+	master           *network.Link
+}
+
+func (f *FlowPlan) notes() flowNotes {
+	if f.more == nil {
+		return flowNotes{}
+	}
+	return *f.more
+}
+
+// noted is notes to be changed, while the flow is being planned.
+func (f *FlowPlan) noted() *flowNotes {
+	if f.more == nil {
+		f.more = &flowNotes{}
+	}
+	return f.more
+}
+
+// Err is why a flow is failed; nil otherwise.
+func (f *FlowPlan) Err() error { return f.notes().err }
+
+// NotJoined is why the first of Memberships that failed is not joined. The flow may be pending
+// with it, or failed.
+func (f *FlowPlan) NotJoined() error { return f.notes().notJoined }
+
+// Note is what a person should know although nothing is wrong.
+func (f *FlowPlan) Note() string { return f.notes().note }
+
+// PathReason is why the packets do not travel the kernel path, empty when they do or
+// the rule asks for another; part of Note.
+func (f *FlowPlan) PathReason() string { return f.notes().pathReason }
 
 // OutputPlan is one output of a flow: an output of the rule on one interface. It is Active
 // when the output of Flow is Ready, and never otherwise.
 type OutputPlan struct {
-	Out int // number of the output in the rule
 	// Interface is the interface's own name, or while it is absent the rule's text.
 	Interface string
-	State     State
 	Reason    string
-	Hop       network.HopKey // of a unicast output whose way is asked for; else the zero HopKey
+	Hop       *network.HopKey // of a unicast output whose way is asked for; else nil
+	Out       uint8           // number of the output in the rule
+	State     State
 }
 
 // Rule returns the plan of a rule, nil when there is none of that name.

@@ -201,11 +201,11 @@ func TestErrorsAreKept(t *testing.T) {
 	w.Answers.Attached[w.link(t, "eth0").LinkID] = Attached{Err: errTaken}
 	joinFails(true)(t, &w)
 	p := Make(w, Options{})
-	if k := p.Rule("k"); !errors.Is(k.Err, errTaken) || !errors.Is(k.Fault(), errTaken) {
-		t.Errorf("error is %v", k.Err)
+	if k := p.Rule("k"); !errors.Is(k.Err(), errTaken) || !errors.Is(k.Fault(), errTaken) {
+		t.Errorf("error is %v", k.Err())
 	}
-	if j := p.Rule("j"); j.Err != nil || !errors.Is(j.Fault(), errTaken) {
-		t.Errorf("a join that may heal: %v, %v", j.Err, j.Fault())
+	if j := p.Rule("j"); j.Err() != nil || !errors.Is(j.Fault(), errTaken) {
+		t.Errorf("a join that may heal: %v, %v", j.Err(), j.Fault())
 	}
 	if ok := p.Rule("ok"); ok.Fault() != nil || !ok.Complete() {
 		t.Errorf("%+v, %v", ok, ok.Fault())

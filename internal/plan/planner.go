@@ -118,12 +118,30 @@ func (p *Planner) rules(plan, last *Plan, m *maker, c *changes) (e effect) {
 			continue
 		}
 		plan.Rules[i] = m.rule(r)
+		plan.Rules[i].shareFlows(before)
 		e.note(before, plan.Rules[i])
 	}
 	for _, r := range old {
 		e.note(r, nil)
 	}
 	return e
+}
+
+// shareFlows takes over the flows of the last plan that are the same now, so that there is one of
+// each, however many plans and tables hold it.
+func (r *RulePlan) shareFlows(before *RulePlan) {
+	if before == nil {
+		return
+	}
+	old := before.Flows
+	for _, f := range r.Flows {
+		for len(old) > 0 && old[0].Flow.Name < f.Flow.Name {
+			old = old[1:]
+		}
+		if len(old) > 0 && old[0].Flow.Equal(*f.Flow) {
+			f.Flow = old[0].Flow
+		}
+	}
 }
 
 // note adds what differs between two plans of a rule; each may be nil.
@@ -141,19 +159,7 @@ func sameMemberships(a, b *RulePlan) bool {
 	if b != nil {
 		now = b.Flows
 	}
-	for len(before) > 0 || len(now) > 0 {
-		var x, y []Membership
-		if len(before) > 0 {
-			x, before = before[0].Memberships, before[1:]
-		}
-		if len(now) > 0 {
-			y, now = now[0].Memberships, now[1:]
-		}
-		if !slices.Equal(x, y) {
-			return false
-		}
-	}
-	return true
+	return slices.EqualFunc(before, now, (*FlowPlan).sameMemberships)
 }
 
 // hasPattern says whether the interfaces of a rule depend on which there are.
@@ -252,12 +258,8 @@ func sameJoin(a, b Join) bool {
 // touch says whether the plan of a rule may be another now.
 func (c *changes) touch(p *RulePlan, m *maker) bool {
 	r := p.Rule
-	taken := ""
-	if winner := m.taken[r]; winner != nil {
-		taken = winner.Name
-	}
 	switch {
-	case taken != p.taken, c.touchesInput(r), c.touchesOutputs(r):
+	case m.taken[r] != p.taken, c.touchesInput(r), c.touchesOutputs(r):
 		return true
 	}
 	for _, f := range p.Flows {
@@ -309,7 +311,7 @@ func (c *changes) touchesFlow(f *FlowPlan, carried flow.Path) bool {
 		return true
 	}
 	if len(c.joins) > 0 {
-		for _, m := range f.Memberships {
+		for m := range f.Memberships() {
 			if c.joins[m] {
 				return true
 			}
@@ -324,10 +326,10 @@ func (c *changes) touchesHops(f *FlowPlan) bool {
 	}
 	for i := range f.Outputs {
 		key := f.Outputs[i].Hop
-		if key == (network.HopKey{}) {
+		if key == nil {
 			continue
 		}
-		if c.hops[key] {
+		if c.hops[*key] {
 			return true
 		}
 		for n := range c.neighbours {
@@ -343,7 +345,7 @@ func (c *changes) touchesHops(f *FlowPlan) bool {
 // another.
 func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	first := p.last == nil
-	plan.Attach, plan.Tags, plan.Memberships, plan.Hops, plan.Neighbours = last.Attach, last.Tags, last.Memberships, last.Hops, last.Neighbours
+	plan.Attach, plan.Tags, plan.Joins, plan.Hops, plan.Neighbours = last.Attach, last.Tags, last.Joins, last.Hops, last.Neighbours
 	plan.seen.names = last.seen.names
 	if first || e.names {
 		plan.seen.names = p.names(plan.Rules)
@@ -352,7 +354,7 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 		plan.Attach, plan.Tags = attachments(plan.seen.names, plan.seen.network)
 	}
 	if first || e.memberships {
-		plan.Memberships = memberships(plan.Rules, len(last.Memberships))
+		plan.Joins++
 	}
 	if first || e.hops {
 		plan.Hops, plan.Neighbours = hops(plan.Rules, plan.seen.network)
@@ -384,7 +386,7 @@ func (p *Planner) names(all []*RulePlan) map[string]bool {
 			continue
 		}
 		for _, f := range r.Flows {
-			add(f.Input, tagged)
+			add(f.In.Name, tagged)
 			for i := range f.Outputs {
 				add(f.Outputs[i].Interface, false)
 			}
@@ -418,19 +420,6 @@ func sorted(links []network.LinkID) []network.LinkID {
 	return slices.Compact(links)
 }
 
-// memberships are those of all flows, each once, in the order of the rules.
-func memberships(all []*RulePlan, size int) []Membership {
-	found := newDistinct[Membership](size)
-	for _, r := range all {
-		for _, f := range r.Flows {
-			for _, m := range f.Memberships {
-				found.add(m)
-			}
-		}
-	}
-	return slices.Clip(found.list)
-}
-
 // hops are the ways that outputs ask for, and the neighbours on them, each once, in the order of
 // the rules.
 func hops(all []*RulePlan, net *network.Snapshot) ([]network.HopKey, []network.NeighbourKey) {
@@ -442,10 +431,10 @@ func hops(all []*RulePlan, net *network.Snapshot) ([]network.HopKey, []network.N
 		for _, f := range r.Flows {
 			for i := range f.Outputs {
 				key := f.Outputs[i].Hop
-				if key == (network.HopKey{}) || !keys.add(key) {
+				if key == nil || !keys.add(*key) {
 					continue
 				}
-				if hop := net.Hop(key); hop.Kind == network.HopUnicast {
+				if hop := net.Hop(*key); hop.Kind == network.HopUnicast {
 					neighbours.add(network.NeighbourKey{Index: key.Link.Index, Addr: hop.Via})
 				}
 			}

@@ -297,7 +297,7 @@ func (m *model) act(p *Plan) {
 	}
 	a.Carried = inForce(p)
 	joined := map[Membership]Join{}
-	for _, membership := range p.Memberships {
+	for membership := range p.Memberships() {
 		joined[membership] = Join{Joined: true, Tries: 1}
 		if m.noJoin[membership.Group] {
 			joined[membership] = Join{Err: errTaken, Transient: membership.Group.Is6(), Tries: 2, Next: time.Unix(1e9, 0)}

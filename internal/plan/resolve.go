@@ -25,40 +25,44 @@ type maker struct {
 
 // rule plans a rule.
 func (m *maker) rule(r *Rule) *RulePlan {
-	p := &RulePlan{Rule: r}
-	if winner := m.taken[r]; winner != nil {
-		p.taken = winner.Name
-	}
 	inputs, reason := m.inputsOf(r.In)
 	if len(inputs) == 0 {
-		p.State, p.Reason = Pending, reason
+		return &RulePlan{Rule: r, State: Pending, Reason: reason, taken: m.taken[r]}
+	}
+	if len(inputs) > 1 {
+		p := &RulePlan{Rule: r, taken: m.taken[r], Flows: make([]*FlowPlan, len(inputs))}
+		for i, in := range inputs {
+			p.Flows[i] = &FlowPlan{}
+			m.flow(p.Flows[i], r, p.taken, in)
+		}
+		p.sum()
 		return p
 	}
-	p.Flows = make([]*FlowPlan, len(inputs))
-	for i, in := range inputs {
-		p.Flows[i] = m.flow(r, p.taken, in)
-	}
+	one := &struct { // one allocation for what nearly all rules have
+		RulePlan
+		flow  FlowPlan
+		flows [1]*FlowPlan
+	}{RulePlan: RulePlan{Rule: r, taken: m.taken[r]}}
+	p := &one.RulePlan
+	one.flows[0] = &one.flow
+	p.Flows = one.flows[:]
+	m.flow(&one.flow, r, p.taken, inputs[0])
 	p.sum()
 	return p
 }
 
 // sum makes the state of a rule from those of its flows: it is active when one of them is.
 func (r *RulePlan) sum() {
-	var failed error
 	for _, f := range r.Flows {
-		failed = cmp.Or(failed, f.Err)
 		if f.Reason != "" && r.Reason == "" {
 			r.Reason = f.Reason
 			if len(r.Flows) > 1 {
-				r.Reason = "on " + f.Input + ": " + f.Reason
+				r.Reason = "on " + f.In.Name + ": " + f.Reason
 			}
 		}
 		if Rank(f.State) > Rank(r.State) {
 			r.State = f.State
 		}
-	}
-	if r.State == Failed {
-		r.Err = failed
 	}
 }
 
@@ -79,25 +83,27 @@ func Rank(s State) int {
 func (f *FlowPlan) pend(reason string) { f.State, f.Reason = Pending, cmp.Or(f.Reason, reason) }
 
 func (f *FlowPlan) fail(err error) {
-	f.State, f.Reason, f.Err, f.Publish = Failed, err.Error(), err, false
+	f.State, f.Reason, f.Publish = Failed, err.Error(), false
+	f.noted().err = err
 }
 
 func (f *FlowPlan) note(text string) {
-	if f.Note != "" {
-		f.Note += "; "
+	n := f.noted()
+	if n.note != "" {
+		n.note += "; "
 	}
-	f.Note += text
+	n.note += text
 }
 
 // flow plans a rule on one interface, in the order of its life: the input, how it is attached, the
 // path, the outputs, the memberships.
-func (m *maker) flow(rule *Rule, taken string, in *network.Link) *FlowPlan {
-	f := &FlowPlan{Input: in.Name, Link: in.LinkID, State: Active, Publish: true}
+func (m *maker) flow(f *FlowPlan, rule, taken *Rule, in *network.Link) {
+	*f = FlowPlan{In: in, State: Active, Publish: true, rule: rule}
 	f.Flow = resolveInput(&rule.Rule, in)
 	f.carried = m.answers.Carried[f.Flow.Name]
 	if err := m.checkInput(rule, taken, in); err != nil {
 		f.fail(err)
-		return f
+		return
 	}
 	if !in.Up {
 		f.pend(fmt.Sprintf("interface %s is down", in.Name))
@@ -108,15 +114,14 @@ func (m *maker) flow(rule *Rule, taken string, in *network.Link) *FlowPlan {
 	if len(slots) == 0 {
 		f.pend(left)
 		f.Publish = false
-		return f
+		return
 	}
 	f.Reason = cmp.Or(f.Reason, left)
 	m.resolveFlow(f, rule, in, slots)
-	if err := m.answers.Refused[f.Flow.Name]; err != nil && f.Err == nil {
+	if err := m.answers.Refused[f.Flow.Name]; err != nil && f.Err() == nil {
 		f.fail(err) // the memberships stay: the next try may be soon
 	}
 	f.settle()
-	return f
 }
 
 // resolveFlow plans a flow whose input is right and that has outputs.
@@ -124,7 +129,7 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	f.Outputs = make([]OutputPlan, len(slots))
 	f.Flow.Out = make([]flow.Output, len(slots))
 	for i, s := range slots {
-		f.Outputs[i] = OutputPlan{Out: s.out, Interface: s.ifname, State: Pending}
+		f.Outputs[i] = OutputPlan{Out: uint8(s.out), Interface: s.ifname, State: Pending}
 		f.Flow.Out[i] = resolvePolicy(&rule.Out[s.out])
 	}
 	c := &chooser{maker: m, rule: rule, in: in, slots: slots}
@@ -137,8 +142,9 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 		f.fail(choice.err)
 		return
 	}
-	f.Flow.Path, f.PathReason = choice.path, choice.why
+	f.Flow.Path = choice.path
 	if choice.why != "" {
+		f.noted().pathReason = choice.why
 		f.note(choice.why)
 	}
 	if choice.note != "" {
@@ -150,7 +156,7 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
 	f.Flow.Fallback = choice.path == flow.PathAFXDP && c.fault(flow.PathKernel) == ""
 	f.Flow.Finish = c.finishes()
-	if m.resolveOutputs(f, rule, c); f.Err != nil {
+	if m.resolveOutputs(f, rule, c); f.Err() != nil {
 		return
 	}
 	if choice.path == flow.PathKernel && len(slots) == 1 {
@@ -204,14 +210,14 @@ func (f *FlowPlan) settle() {
 // checkInput says what is wrong with an input. A single unicast address must be one of this
 // host's: frames for another address come here only when this host routes them, and then it is a
 // prefix that says so. A prefix therefore needs no address of this host.
-func (m *maker) checkInput(rule *Rule, taken string, in *network.Link) error {
+func (m *maker) checkInput(rule, taken *Rule, in *network.Link) error {
 	switch a := rule.In.Address; {
 	case in.Loopback:
 		return fmt.Errorf("interface %s is the loopback: want one that leads to a network", in.Name)
 	case !in.Ethernet && !mayTap(rule):
 		return fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.Name, rule.Path)
-	case taken != "":
-		return fmt.Errorf("interface %s is known by several names: rule %s takes the same input by another of them: want an input of its own", in.Name, taken)
+	case taken != nil:
+		return fmt.Errorf("interface %s is known by several names: rule %s takes the same input by another of them: want an input of its own", in.Name, taken.Name)
 	case rule.In.Multicast() || rule.In.Len != 0 || rule.Accept.Broadcast || m.net.IsOwn(a):
 		return nil
 	default:
@@ -221,8 +227,8 @@ func (m *maker) checkInput(rule *Rule, taken string, in *network.Link) error {
 
 // resolveInput is what a rule says of a flow besides its outputs: an option of an input that says
 // nothing of the host is carried over here, and nowhere else.
-func resolveInput(rule *rules.Rule, in *network.Link) flow.Flow {
-	return flow.Flow{
+func resolveInput(rule *rules.Rule, in *network.Link) *flow.Flow {
+	return &flow.Flow{
 		Name: FlowName(rule, in.Name),
 		In: flow.Input{
 			Index: in.Index, MAC: in.MAC,
@@ -347,7 +353,7 @@ func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, 
 	case l.Loopback:
 		return fmt.Sprintf("interface %s is the loopback: want one that leads to a network", l.Name)
 	}
-	out.Index, out.MTU, out.SrcMAC = l.Index, l.MTU, l.MAC
+	out.Index, out.MTU, out.SrcMAC = l.Index, int32(l.MTU), l.MAC
 	out.Rate = resolveRate(o.Policy.Rate, l.MTU)
 	if o.Policy.Source == rules.SourceInterface {
 		addr, ok := sourceTo(l, o.Address)
@@ -370,8 +376,8 @@ func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, 
 // resolveHop fills in the link-layer address of a unicast output's next hop, or says in s why
 // there is none. The error is why there can be none.
 func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *network.Link) error {
-	s.Hop = network.HopKey{Link: l.LinkID, Dst: o.Address}
-	hop := m.net.Hop(s.Hop)
+	s.Hop = &network.HopKey{Link: l.LinkID, Dst: o.Address}
+	hop := m.net.Hop(*s.Hop)
 	s.State, out.Blocked = NoNeighbour, flow.NoNeighbour
 	switch hop.Kind {
 	case network.HopNone:

@@ -87,7 +87,7 @@ func TestResolvedFlow(t *testing.T) {
 	w.Answers.Tags[w.link(t, "eth0").LinkID] = nil
 	p := Make(w, Options{})
 	check(t, &w, p)
-	want := flow.Flow{
+	want := &flow.Flow{
 		Name: "a", Path: flow.PathKernel,
 		In:        flow.Input{Index: 3, MAC: [6]byte{2, 0, 0, 0, 0, 3}, Group: addr("ff15::"), Len: 64, Source: addr("2001:db8::1"), VLAN: 4, OuterVLAN: 5},
 		AllowLoop: true, AllowNoChecksum: true, Rate: flow.Rate{Packets: 500, Burst: 5},

@@ -79,12 +79,12 @@ func (r *Relay) explain(packet plan.Packet) (control.Explanation, error) {
 			state, reason = c.Flow.State, c.Flow.Reason
 		}
 		e.Candidates = append(e.Candidates, control.Candidate{
-			Rule: c.Rule.Rule.Name, Input: c.Rule.Rule.In.String(), Kind: c.Kind, State: string(state), Reason: reason,
+			Rule: c.Rule.Rule.Name, Input: c.Rule.Rule.In.String(), Kind: c.Kind, State: state.String(), Reason: reason,
 		})
 	}
 	for slot, o := range found.Outputs {
 		e.Outputs = append(e.Outputs, control.ExplainedOutput{
-			Slot: slot, Output: o.Output, Rewrite: o.Rewrite, State: string(o.State), Reason: o.Reason, NextHop: o.NextHop, Dropped: o.Dropped,
+			Slot: slot, Output: o.Output, Rewrite: o.Rewrite, State: o.State.String(), Reason: o.Reason, NextHop: o.NextHop, Dropped: o.Dropped,
 		})
 	}
 	for _, m := range found.Memberships {

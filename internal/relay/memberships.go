@@ -2,10 +2,12 @@ package relay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"time"
 
 	"xdpcast/internal/network"
@@ -17,31 +19,35 @@ import (
 // wanted: what cannot work today may after the next change of the network.
 var retry = membership.Backoff{Min: 200 * time.Millisecond, Max: 30 * time.Second, Factor: 2, Jitter: 0.2}
 
-// memberships reconciles the groups that flows want joined. Which are, the manager asks the
-// kernel (membership.Manager.Observe).
+// memberships reconciles the groups that flows want joined. Which are, the manager knows, and asks
+// the kernel (membership.Manager.Observe).
 type memberships struct {
 	manager *membership.Manager
 	log     *slog.Logger
-	// wanted are all memberships of the last plan, and those that are to be left.
-	wanted map[plan.Membership]*wantedMembership
+	// tries has the memberships that are wanted and not joined, and those that it took several tries
+	// to join.
+	tries map[plan.Membership]*joinTries
 	// failed has those that could not be joined, as the next plan hears of them.
 	failed map[plan.Membership]plan.Join
-	round  uint32
-	// settled is the list whose memberships are all joined, or failed.
-	settled []plan.Membership
+	// settled is the plan.Plan.Joins whose memberships are all joined, or failed; 0: none is.
+	settled uint64
+	// left is the plan.Plan.Joins besides whose memberships none are joined; 0: none is.
+	left uint64
 	// observed says when the kernel was last asked, and how long it took.
 	observed time.Time
 	took     time.Duration
+	// look is being read beside the control loop, which gets the result from looks; nil: none is.
+	look    *membership.Look
+	again   bool // and another one is due then
+	looking sync.WaitGroup
+	looks   chan lookResult
 }
 
-// wantedMembership is what is remembered of a membership: since when, and of one that failed,
-// when to try again.
-type wantedMembership struct {
-	since  time.Time // when it was joined, or first wanted
-	name   string    // of the interface, as of the last try
-	used   uint32    // the last round in which a plan wanted it
-	tries  int32
-	joined bool
+// joinTries is what is remembered of a membership that is not joined: since when it is wanted, and
+// of one that failed, when to try again.
+type joinTries struct {
+	since  time.Time
+	count  int
 	failed *failedJoin // the last try; nil: there was none yet, or it is joined
 }
 
@@ -51,27 +57,28 @@ type failedJoin struct {
 	next time.Time // when to try again
 }
 
-// due says whether it is time to try.
-func (w *wantedMembership) due(now time.Time) bool {
-	return !w.joined && (w.failed == nil || !now.Before(w.failed.next))
+// due says whether it is time to try a membership that is not joined.
+func (t *joinTries) due(now time.Time) bool {
+	return t == nil || t.failed == nil || !now.Before(t.failed.next)
 }
 
 func newMemberships(m *membership.Manager, log *slog.Logger) *memberships {
-	return &memberships{manager: m, log: log, wanted: map[plan.Membership]*wantedMembership{}, failed: map[plan.Membership]plan.Join{}}
+	return &memberships{
+		manager: m, log: log, looks: make(chan lookResult, 1),
+		tries: map[plan.Membership]*joinTries{}, failed: map[plan.Membership]plan.Join{},
+	}
 }
 
 // restore takes over what an earlier process has joined. What of it the plan does not want is
 // left with letGo, as all that it does not want any more.
 func (s *memberships) restore(now *network.Snapshot) {
-	for _, held := range s.manager.Restore(func(index int) (string, uint64, bool) {
+	s.manager.Restore(func(index int) (string, uint64, bool) {
 		link := now.ByIndex(index)
 		if link == nil {
 			return "", 0, false
 		}
 		return link.Name, link.Generation, true
-	}) {
-		s.wanted[wantedOf(held.Membership)] = &wantedMembership{since: held.Since, name: held.Interface, joined: true}
-	}
+	})
 }
 
 // joinable is a membership with the name of its interface.
@@ -86,15 +93,14 @@ func wantedOf(m membership.Membership) plan.Membership {
 // dueJoin is a membership to try, and a flow that needs it.
 type dueJoin struct {
 	membership.Membership
-	wanted *wantedMembership
-	flow   *plan.FlowPlan
+	flow *plan.FlowPlan
 }
 
 // join tries the memberships that the plan wants and that are due: those of a flow until one
 // fails. It says whether more or fewer have failed now, or in another way. With names, those
 // of the rules alone are tried.
 func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) (changed bool) {
-	if names == nil && sameList(s.settled, p.Memberships) && !s.anyDue(time.Now()) {
+	if names == nil && s.settled == p.Joins && !s.anyDue(time.Now()) {
 		return false
 	}
 	at := time.Now()
@@ -115,33 +121,43 @@ func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) 
 	var joined []membership.Membership
 	var failed []dueJoin
 	for _, d := range due {
-		if d.wanted.joined || blocked[d.flow] {
-			continue
+		if s.manager.Holds(d.Membership) {
+			continue // another flow needs it, too
 		}
-		if d.wanted.due(at) && s.try(d.Membership, d.wanted) {
-			joined = append(joined, d.Membership)
-			changed = s.answer(d) || changed
-			continue
+		if !blocked[d.flow] {
+			tried := s.tries[wantedOf(d.Membership)].due(at)
+			if tried && s.try(d.Membership) {
+				joined = append(joined, d.Membership)
+				changed = s.answer(d.Membership) || changed
+				continue
+			}
+			blocked[d.flow] = true
+			failed = append(failed, d)
+			changed = s.answer(d.Membership) || changed
 		}
-		blocked[d.flow] = true
-		failed = append(failed, d)
-		changed = s.answer(d) || changed
+		s.wait(wantedOf(d.Membership), at)
 	}
 	s.logMemberships("joined", joined)
 	s.logFailures(failed)
 	if names == nil {
-		s.settled = p.Memberships
+		s.settled = p.Joins
 	}
 	return changed
 }
 
-func sameList(a, b []plan.Membership) bool {
-	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0])
+// wait notes a membership that is not joined.
+func (s *memberships) wait(m plan.Membership, at time.Time) *joinTries {
+	t := s.tries[m]
+	if t == nil {
+		t = &joinTries{since: at}
+		s.tries[m] = t
+	}
+	return t
 }
 
 func (s *memberships) anyDue(now time.Time) bool {
 	for m := range s.failed {
-		if w := s.wanted[m]; w != nil && w.due(now) {
+		if t := s.tries[m]; t != nil && t.failed != nil && t.due(now) {
 			return true
 		}
 	}
@@ -152,16 +168,11 @@ func (s *memberships) anyDue(now time.Time) bool {
 // first that failed and is not due yet: the others wait for that one.
 func (s *memberships) dueOf(r *plan.RulePlan, now *network.Snapshot, at time.Time, due []dueJoin, blocked map[*plan.FlowPlan]bool) []dueJoin {
 	for _, f := range r.Flows {
-		for _, m := range f.Memberships {
-			w := s.wanted[m]
-			if w == nil {
-				w = &wantedMembership{since: at}
-				s.wanted[m] = w
-			}
-			if w.joined {
+		for m := range f.Memberships() {
+			if s.manager.Holds(joinable(m, "")) {
 				continue
 			}
-			if !w.due(at) {
+			if !s.tries[m].due(at) {
 				blocked[f] = true
 				break
 			}
@@ -169,33 +180,39 @@ func (s *memberships) dueOf(r *plan.RulePlan, now *network.Snapshot, at time.Tim
 			if link == nil || link.LinkID != m.Link {
 				continue // the next plan is without it
 			}
-			w.name = link.Name
-			due = append(due, dueJoin{joinable(m, link.Name), w, f})
+			due = append(due, dueJoin{joinable(m, link.Name), f})
 		}
 	}
 	return due
 }
 
-func (s *memberships) try(m membership.Membership, w *wantedMembership) bool {
-	w.tries++
-	if err := s.manager.Join(m); err != nil {
-		w.failed = &failedJoin{err, time.Now().Add(retry.Next(int(w.tries), rand.Float64()))}
-		return false
+func (s *memberships) try(m membership.Membership) bool {
+	err := s.manager.Join(m)
+	if err == nil {
+		if t := s.tries[wantedOf(m)]; t != nil {
+			t.failed = nil
+			if t.count++; t.count == 1 {
+				delete(s.tries, wantedOf(m))
+			}
+		}
+		return true
 	}
-	w.joined, w.since, w.failed = true, time.Now(), nil
-	return true
+	t := s.wait(wantedOf(m), time.Now())
+	t.count++
+	t.failed = &failedJoin{err, time.Now().Add(retry.Next(t.count, rand.Float64()))}
+	return false
 }
 
 // answer tells the next plan how a membership is, and says whether that is news.
-func (s *memberships) answer(d dueJoin) (changed bool) {
-	m := wantedOf(d.Membership)
+func (s *memberships) answer(of membership.Membership) (changed bool) {
+	m := wantedOf(of)
 	before, was := s.failed[m]
-	f := d.wanted.failed
-	if f == nil {
+	t := s.tries[m]
+	if t == nil || t.failed == nil {
 		delete(s.failed, m)
 		return was
 	}
-	now := plan.Join{Err: f.err, Transient: membership.Transient(f.err), Tries: int(d.wanted.tries), Next: f.next}
+	now := plan.Join{Err: t.failed.err, Transient: membership.Transient(t.failed.err), Tries: t.count, Next: t.failed.next}
 	s.failed[m] = now
 	return !was || before.Tries != now.Tries
 }
@@ -223,62 +240,68 @@ func (s *memberships) logMemberships(done string, all []membership.Membership) {
 func (s *memberships) logFailures(all []dueJoin) {
 	level := slog.LevelError
 	if len(all) > manyMemberships {
-		s.log.Error("joins failed", "memberships", len(all), "first", all[0].String(), "error", all[0].wanted.failed.err)
+		s.log.Error("joins failed", "memberships", len(all), "first", all[0].String(), "error", s.failed[wantedOf(all[0].Membership)].Err)
 		level = slog.LevelDebug
 	}
 	for _, d := range all {
-		s.log.Log(context.Background(), level, "join failed", "membership", d.String(), "tries", d.wanted.tries, "error", d.wanted.failed.err)
+		join := s.failed[wantedOf(d.Membership)]
+		s.log.Log(context.Background(), level, "join failed", "membership", d.String(), "tries", join.Tries, "error", join.Err)
 	}
 }
 
 // leave leaves what the plan does not want any more. A failure is no more than a warning,
 // which the manager logs.
 func (s *memberships) leave(p *plan.Plan) {
-	if len(s.wanted) == len(p.Memberships) {
-		if len(s.wanted) == 0 || sameList(s.settled, p.Memberships) && s.round != 0 && s.wanted[p.Memberships[0]] != nil && s.wanted[p.Memberships[0]].used == s.round {
-			return // nothing has come or gone since the last time
-		}
+	if s.left == p.Joins {
+		return // nothing has come or gone since the last time
 	}
-	s.round++
-	for _, m := range p.Memberships {
-		if w := s.wanted[m]; w != nil {
-			w.used = s.round
+	unwanted := s.manager.Unwanted(func(yield func(membership.Membership) bool) {
+		for m := range p.Memberships() {
+			if !yield(joinable(m, "")) {
+				return
+			}
 		}
-	}
-	type leaving struct {
-		membership.Membership
-		since time.Time
-	}
-	var left []leaving
-	for m, w := range s.wanted {
-		if w.used == s.round {
-			continue
-		}
-		delete(s.wanted, m)
-		delete(s.failed, m)
-		if w.joined {
-			left = append(left, leaving{joinable(m, w.name), w.since})
-		}
-	}
-	// The newest first: the kernel looks for them in that order.
-	slices.SortFunc(left, func(a, b leaving) int { return b.since.Compare(a.since) })
+	})
 	var done []membership.Membership
-	for _, l := range left {
-		if s.manager.Leave(l.Membership) == nil {
-			done = append(done, l.Membership)
+	for _, m := range unwanted {
+		if s.manager.Leave(m) == nil {
+			done = append(done, m)
 		}
 	}
+	if len(s.tries) > 0 {
+		s.forgetTries(p)
+	}
+	s.left = p.Joins
 	s.logMemberships("left", done)
 }
 
-// lost notes memberships that are not held any more, to be joined again.
-func (s *memberships) lost(m plan.Membership, err error) {
-	s.settled = nil
-	if w := s.wanted[m]; w != nil {
-		w.joined, w.tries, w.failed = false, 0, nil
-		if err != nil {
-			w.failed = &failedJoin{err: err}
+// forgetTries forgets the tries of memberships that the plan does not want.
+func (s *memberships) forgetTries(p *plan.Plan) {
+	wanted := map[plan.Membership]bool{}
+	for m := range p.Memberships() {
+		if s.tries[m] != nil {
+			wanted[m] = true
 		}
+	}
+	for m := range s.tries {
+		if !wanted[m] {
+			s.forget(m)
+		}
+	}
+}
+
+func (s *memberships) forget(m plan.Membership) {
+	delete(s.tries, m)
+	delete(s.failed, m)
+	s.settled = 0
+}
+
+// lost notes a membership that is not held any more, to be joined again.
+func (s *memberships) lost(m plan.Membership, err error) {
+	s.settled = 0
+	s.forget(m)
+	if err != nil {
+		s.wait(m, time.Now()).failed = &failedJoin{err: err}
 	}
 }
 
@@ -293,11 +316,10 @@ func (s *memberships) refresh(id network.LinkID) {
 // drop forgets what was joined on an interface that is gone.
 func (s *memberships) drop(id network.LinkID) {
 	s.manager.DropInterface(id.Index, id.Generation)
-	for m := range s.wanted {
+	s.settled = 0
+	for m := range s.tries {
 		if m.Link == id {
-			delete(s.wanted, m)
-			delete(s.failed, m)
-			s.settled = nil
+			s.forget(m)
 		}
 	}
 }
@@ -307,26 +329,70 @@ func (s *memberships) drop(id network.LinkID) {
 // interface only seems to be another.
 func (s *memberships) reborn(before, now network.LinkID) {
 	s.manager.Reborn(before.Index, before.Generation, now.Generation)
-	for m, w := range s.wanted {
+	s.settled = 0
+	for m, t := range s.tries {
 		if m.Link == before {
-			delete(s.wanted, m)
-			delete(s.failed, m)
+			s.forget(m)
 			m.Link = now
-			s.wanted[m] = w
-			s.settled = nil
+			s.tries[m] = t
 		}
 	}
 }
 
 // observe asks the kernel what is joined, unless that was done a short time ago for what
-// it costs and need not be now.
+// it costs and need not be now. Where it takes long, since there are very many groups, the answer
+// comes later: see looked.
 func (s *memberships) observe(now bool) error {
+	if s.look != nil {
+		s.again = s.again || now
+		return nil
+	}
 	if !now && time.Since(s.observed) < askedShare*s.took {
 		return nil
 	}
 	started := time.Now()
-	lost, err := s.manager.Observe()
-	s.observed, s.took = time.Now(), time.Since(started)
+	look, err := s.manager.Look()
+	if err != nil {
+		return fmt.Errorf("what is joined: %w", err)
+	}
+	if s.took < quickLook {
+		err := look.Read()
+		s.observed, s.took = time.Now(), time.Since(started)
+		return s.found(look, err)
+	}
+	s.look = look
+	s.looking.Go(func() {
+		err := look.Read()
+		s.looks <- lookResult{look, err, time.Since(started)}
+	})
+	return nil
+}
+
+// quickLook is how long the control loop may wait for what is joined.
+const quickLook = 5 * time.Millisecond
+
+// lookResult is a look at what is joined that took its time.
+type lookResult struct {
+	look *membership.Look
+	err  error
+	took time.Duration
+}
+
+// looked takes up the answer to observe.
+func (s *memberships) looked(l lookResult) error {
+	s.look = nil
+	s.observed, s.took = time.Now(), l.took
+	err := s.found(l.look, l.err)
+	if s.again {
+		s.again = false
+		return errors.Join(err, s.observe(true))
+	}
+	return err
+}
+
+// found takes up what is lost.
+func (s *memberships) found(look *membership.Look, err error) error {
+	lost := s.manager.Forget(look)
 	for _, m := range lost {
 		s.lost(wantedOf(m), nil)
 	}
@@ -339,20 +405,29 @@ func (s *memberships) observe(now bool) error {
 	return nil
 }
 
+// close leaves everything.
+func (s *memberships) close() error {
+	if s.look != nil {
+		s.look.Stop()
+		s.looking.Wait()
+	}
+	return s.manager.Close()
+}
+
 func (s *memberships) wake() time.Duration {
 	wake := idle
 	for m := range s.failed {
-		if w := s.wanted[m]; w != nil && w.failed != nil {
-			wake = min(wake, time.Until(w.failed.next))
+		if t := s.tries[m]; t != nil && t.failed != nil {
+			wake = min(wake, time.Until(t.failed.next))
 		}
 	}
 	return wake
 }
 
 // families are the interfaces, by index, and families that memberships are wanted in.
-func (s *memberships) families() map[querierKey]bool {
+func families(p *plan.Plan) map[querierKey]bool {
 	found := map[querierKey]bool{}
-	for m := range s.wanted {
+	for m := range p.Memberships() {
 		found[querierKey{m.Link.Index, m.Group.Is4()}] = true
 	}
 	return found

@@ -22,8 +22,8 @@ func TestRefusals(t *testing.T) {
 	now := network.NewSnapshot([]*network.Link{in, told, silent}, nil)
 	out := func(index int) flow.Output { return flow.Output{Ready: true, Index: index} }
 	p := &plan.Plan{Rules: []*plan.RulePlan{{Flows: []*plan.FlowPlan{
-		{Publish: true, Flow: flow.Flow{Path: flow.PathKernel, Out: []flow.Output{out(2), out(3), out(3)}}},
-		{Publish: true, Flow: flow.Flow{Path: flow.PathAFXDP, Out: []flow.Output{out(1)}}},
+		{Publish: true, Flow: &flow.Flow{Path: flow.PathKernel, Out: []flow.Output{out(2), out(3), out(3)}}},
+		{Publish: true, Flow: &flow.Flow{Path: flow.PathAFXDP, Out: []flow.Output{out(1)}}},
 	}}}}
 	var asked []int
 	var answer []loader.Refusal

@@ -242,6 +242,9 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case <-r.watcher.Changed():
 			r.tables.refresh = true
 			_ = r.reconcile(nil)
+		case look := <-r.memberships.looks:
+			r.warnUnless(aboutGroups, r.memberships.looked(look))
+			_ = r.reconcile(nil)
 		case <-loops.C:
 			r.logLoops()
 		case <-timer.C:
@@ -271,7 +274,7 @@ func (r *Relay) close() error {
 		errs = append(errs, r.neighbours.close())
 	}
 	if r.memberships != nil {
-		errs = append(errs, r.memberships.manager.Close())
+		errs = append(errs, r.memberships.close())
 	}
 	if r.tables != nil {
 		errs = append(errs, r.tables.paths.close())

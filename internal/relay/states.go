@@ -75,7 +75,7 @@ func (s *states) changes(p *plan.Plan, add func(stateChange)) {
 			s.told[r.Rule.Name] = now
 		}
 		switch {
-		case r.Err != nil:
+		case r.Err() != nil:
 			add(stateChange{slog.LevelError, r})
 		case r.Reason != "":
 			add(stateChange{slog.LevelWarn, r})
@@ -94,10 +94,10 @@ func stateText(r *plan.RulePlan) string {
 	if r.Complete() {
 		return ""
 	}
-	text := string(r.State)
+	text := r.State.String()
 	for _, f := range r.Flows {
 		for i := range f.Outputs {
-			text += " " + string(f.Outputs[i].State)
+			text += " " + f.Outputs[i].State.String()
 		}
 	}
 	return text
@@ -105,10 +105,10 @@ func stateText(r *plan.RulePlan) string {
 
 func (s *states) line(level slog.Level, r *plan.RulePlan) {
 	switch {
-	case r.Err != nil:
-		s.log.Log(context.Background(), level, "rule is not active", "rule", r.Rule.Name, "state", r.State, "error", r.Err)
+	case r.Err() != nil:
+		s.log.Log(context.Background(), level, "rule is not active", "rule", r.Rule.Name, "state", r.State.String(), "error", r.Err())
 	case r.Reason != "":
-		s.log.Log(context.Background(), level, "rule is not complete", "rule", r.Rule.Name, "state", r.State, "reason", r.Reason)
+		s.log.Log(context.Background(), level, "rule is not complete", "rule", r.Rule.Name, "state", r.State.String(), "reason", r.Reason)
 	default:
 		s.log.Log(context.Background(), level, "rule is complete again", "rule", r.Rule.Name)
 	}

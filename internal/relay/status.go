@@ -70,7 +70,7 @@ func (r *Relay) describeRules(rules []*plan.RulePlan, stats loader.Stats, lost [
 // describeRule describes a rule: what its flows have done, added up.
 func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStats) control.RuleStatus {
 	status := control.RuleStatus{
-		Rule: control.FromRule(p.Rule.Rule), Origin: string(p.Rule.Origin), State: string(p.State), Reason: cmp.Or(p.Reason, p.Note()),
+		Rule: control.FromRule(p.Rule.Rule), Origin: string(p.Rule.Origin), State: p.State.String(), Reason: cmp.Or(p.Reason, p.Note()),
 		Drops: []control.Drop{},
 	}
 	sum, notes := map[loader.Reason]loader.Counter{}, map[loader.Note]loader.Counter{}
@@ -107,7 +107,7 @@ func inputStatuses(p *plan.RulePlan) []control.InputStatus {
 		return all
 	}
 	for _, f := range p.Flows {
-		all = append(all, control.InputStatus{Interface: f.Input, State: string(f.State), Reason: f.Reason})
+		all = append(all, control.InputStatus{Interface: f.In.Name, State: f.State.String(), Reason: f.Reason})
 	}
 	return all
 }
@@ -146,8 +146,8 @@ func (r *Relay) outputStatuses(p *plan.RulePlan, stats map[string]*loader.RuleSt
 		s := stats[f.Flow.Name]
 		for i := range f.Outputs {
 			o := &f.Outputs[i]
-			served[o.Out] = true
-			sum := get(outputKey{o.Out, o.Interface})
+			served[int(o.Out)] = true
+			sum := get(outputKey{int(o.Out), o.Interface})
 			if sum.plan == nil || plan.Rank(o.State) > plan.Rank(sum.plan.State) {
 				sum.plan, sum.reason = o, o.Reason
 			}
@@ -180,7 +180,7 @@ func (r *Relay) outputStatuses(p *plan.RulePlan, stats map[string]*loader.RuleSt
 			all[i].Interface = key.ifname
 		}
 		if sum.plan != nil {
-			all[i].State = string(sum.plan.State)
+			all[i].State = sum.plan.State.String()
 			all[i].NextHop, all[i].MAC = r.plan.NextHop(sum.plan)
 		}
 	}
@@ -237,9 +237,9 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 		now := time.Now()
 		on := r.supervise(stats.Queriers, now)
 		users := r.users()
-		all = make([]control.Group, 0, len(r.plan.Memberships))
-		for _, m := range r.plan.Memberships {
-			all = append(all, r.group(m, users[m], seen, on))
+		all = make([]control.Group, 0, len(users))
+		for m, flows := range users {
+			all = append(all, r.group(m, flows, seen, on))
 		}
 		slices.SortFunc(all, func(a, b control.Group) int {
 			return cmp.Or(cmp.Compare(a.Interface, b.Interface), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Source, b.Source))
@@ -251,10 +251,10 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 
 // users finds the flows that want each membership.
 func (r *Relay) users() map[plan.Membership][]flowOf {
-	users := make(map[plan.Membership][]flowOf, len(r.plan.Memberships))
+	users := make(map[plan.Membership][]flowOf, len(r.plan.Rules))
 	for _, p := range r.plan.Rules {
 		for _, f := range p.Flows {
-			for _, m := range f.Memberships {
+			for m := range f.Memberships() {
 				users[m] = append(users[m], flowOf{p, f})
 			}
 		}
@@ -274,13 +274,11 @@ func (r *Relay) group(m plan.Membership, users []flowOf, seen map[string]time.Du
 	if m.Source.IsValid() {
 		g.Source = m.Source.String()
 	}
-	if w := r.memberships.wanted[m]; w != nil {
-		w.describe(&g)
-	}
+	r.memberships.describe(m, &g)
 	for _, u := range users {
 		g.Rules = append(g.Rules, u.rule.Rule.Name)
-		if u.flow.Link != m.Link {
-			g.For = append(g.For, u.flow.Input)
+		if u.flow.In.LinkID != m.Link {
+			g.For = append(g.For, u.flow.In.Name)
 		}
 		if age, ok := seen[u.flow.Flow.Name]; ok && age >= 0 {
 			at := time.Now().Add(-age)
@@ -302,17 +300,25 @@ func (r *Relay) group(m plan.Membership, users []flowOf, seen map[string]time.Du
 }
 
 // describe says how a membership is.
-func (w *wantedMembership) describe(g *control.Group) {
-	since := w.since // a copy, since others read it
-	g.Since, g.Tries = &since, int(w.tries)
-	switch {
-	case w.joined:
-		g.State = control.GroupJoined
-	case w.failed != nil:
-		g.State, g.Cause = control.GroupFailed, w.failed.err.Error()
-		next := w.failed.next
+func (s *memberships) describe(m plan.Membership, g *control.Group) {
+	try := s.tries[m]
+	if held, ok := s.manager.Held(joinable(m, "")); ok {
+		g.State, g.Since, g.Tries = control.GroupJoined, &held.Since, 1
+		if try != nil {
+			g.Tries = try.count
+		}
+		return
+	}
+	if try == nil {
+		return
+	}
+	since := try.since // a copy, since others read it
+	g.Since, g.Tries = &since, try.count
+	if try.failed != nil {
+		g.State, g.Cause = control.GroupFailed, try.failed.err.Error()
+		next := try.failed.next
 		g.Next = &next
-		if membership.Transient(w.failed.err) {
+		if membership.Transient(try.failed.err) {
 			g.State = control.GroupRetrying
 		}
 	}
@@ -456,7 +462,7 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 			get(r.nameOf(p.Index)).TransmitDrops = p.TransmitDrops + p.RedirectRefused
 		}
 	}
-	for _, m := range r.plan.Memberships {
+	for m := range r.plan.Memberships() {
 		get(r.nameOf(m.Link.Index))
 	}
 	for _, c := range r.memberships.manager.Counters() {
@@ -513,7 +519,7 @@ func (r *Relay) roles() (inputs, outputs map[string]bool) {
 			}
 		}
 		for _, f := range p.Flows {
-			inputs[f.Input] = true
+			inputs[f.In.Name] = true
 			for i := range f.Outputs {
 				outputs[f.Outputs[i].Interface] = true
 			}

@@ -111,7 +111,7 @@ func (r *Relay) describeMulticast(byName map[string]*control.InterfaceStatus, he
 		}
 	}
 	seen := map[querierKey]bool{}
-	for key := range r.memberships.families() {
+	for key := range families(r.plan) {
 		seen[key] = true
 	}
 	for key := range on.queriers {

@@ -75,8 +75,8 @@ func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed
 }
 
 // published are the flows of a plan that are to be in force.
-func published(p *plan.Plan) []loader.Rule {
-	want := make([]loader.Rule, 0, len(p.Rules))
+func published(p *plan.Plan) []*flow.Flow {
+	want := make([]*flow.Flow, 0, len(p.Rules))
 	for _, r := range p.Rules {
 		for _, f := range r.Flows {
 			if f.Publish {
@@ -95,13 +95,13 @@ func sameFlows(a, b *plan.Plan) bool {
 	}
 	return slices.EqualFunc(a.Rules, b.Rules, func(x, y *plan.RulePlan) bool {
 		return x == y || slices.EqualFunc(x.Flows, y.Flows, func(f, g *plan.FlowPlan) bool {
-			return f == g || f.Publish == g.Publish && (!f.Publish || f.Flow.Equal(g.Flow))
+			return f == g || f.Publish == g.Publish && (!f.Publish || f.Flow == g.Flow || f.Flow.Equal(*g.Flow))
 		})
 	})
 }
 
 // carry notes what is in force now.
-func (t *tables) carry(want []loader.Rule) (changed bool) {
+func (t *tables) carry(want []*flow.Flow) (changed bool) {
 	for i := range want {
 		if path := want[i].Path; t.carried[want[i].Name] != path {
 			t.carried[want[i].Name], changed = path, true
@@ -129,13 +129,14 @@ const drain = 20 * time.Millisecond
 // syncPaths brings the flows into force on all paths. A flow that changes its path
 // has both for a moment, in an order in which one of them always takes its packets:
 // while the kernel path has them, none reach the packet tap.
-func (t *tables) syncPaths(kernel []loader.Rule, own []netip.Addr) error {
+func (t *tables) syncPaths(all []*flow.Flow, own []netip.Addr) error {
 	want := map[loader.Path][]loader.Rule{}
-	for i, rule := range kernel {
-		if rule.Path != loader.PathKernel {
-			want[rule.Path] = append(want[rule.Path], rule)
+	kernel := make([]*flow.Flow, len(all))
+	for i, f := range all {
+		if f.Path != loader.PathKernel {
+			want[f.Path] = append(want[f.Path], *f)
 		}
-		kernel[i] = forKernel(rule)
+		kernel[i] = forKernel(f)
 	}
 	if err := t.paths.prepare(want, own); err != nil {
 		return err
@@ -158,7 +159,7 @@ func blame(p *plan.Plan, err error) (names []string, cause error) {
 	}
 	for _, r := range p.Rules {
 		for _, f := range r.Flows {
-			if f.Publish && f.Flow.Path == loader.PathFanout && f.Input == setUp.Interface {
+			if f.Publish && f.Flow.Path == loader.PathFanout && f.In.Name == setUp.Interface {
 				names = append(names, f.Flow.Name)
 			}
 		}

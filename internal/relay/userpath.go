@@ -162,17 +162,17 @@ func (r *Relay) statsOf(names []string, all bool) (stats loader.Stats, err error
 	return stats, err
 }
 
-// forKernel is a rule as the kernel's tables have it. Those of a rule of the fanout
+// forKernel is a flow as the kernel's tables have it. Those of a rule of the fanout
 // path only say that its packets pass: its outputs may be on devices that no program
 // can send to.
-func forKernel(rule loader.Rule) loader.Rule {
-	if rule.Path != loader.PathFanout {
-		return rule
+func forKernel(f *flow.Flow) *flow.Flow {
+	if f.Path != loader.PathFanout {
+		return f
 	}
-	out := slices.Clone(rule.Out)
-	for i := range out {
-		out[i].Ready, out[i].Blocked = false, flow.NotReady
+	passed := *f
+	passed.Out = slices.Clone(f.Out)
+	for i := range passed.Out {
+		passed.Out[i].Ready, passed.Out[i].Blocked = false, flow.NotReady
 	}
-	rule.Out = out
-	return rule
+	return &passed
 }

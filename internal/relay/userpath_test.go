@@ -402,7 +402,7 @@ func (r *running) mtuOf(name string) (mtu int) {
 	if err := r.do(r.t.Context(), func() error {
 		for _, rule := range r.loader.Rules() {
 			if rule.Name == name {
-				mtu = rule.Out[0].MTU
+				mtu = int(rule.Out[0].MTU)
 			}
 		}
 		return nil

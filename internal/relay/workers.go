@@ -169,7 +169,7 @@ func receiveDrops(p *plan.RulePlan, all []control.ReceiveDrop) []control.Receive
 	drops := []control.ReceiveDrop{}
 	for _, d := range all {
 		if slices.ContainsFunc(p.Flows, func(f *plan.FlowPlan) bool {
-			return f.Publish && f.Flow.Path != loader.PathKernel && f.Input == d.Interface && plan.PathName(f.Flow.Path) == d.Path
+			return f.Publish && f.Flow.Path != loader.PathKernel && f.In.Name == d.Interface && plan.PathName(f.Flow.Path) == d.Path
 		}) {
 			drops = append(drops, d)
 		}

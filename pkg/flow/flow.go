@@ -60,23 +60,23 @@ type Flow struct {
 type Input struct {
 	Index int     // interface index
 	MAC   [6]byte // the interface's own, for the loop check and for unicast inputs
-	Group netip.Addr
-	// Len makes Group a prefix of so many bits; 0: Group alone.
-	Len int
-	// Source is any when it is not valid.
-	Source netip.Addr
 	// BySource makes Source a prefix of SourceLen bits; without Source any sender is
 	// taken but those of Flow.Except.
-	BySource  bool
-	SourceLen int
+	BySource bool
+	// FromHost takes packets that sockets of this host send by the interface, rather than
+	// those that arrive; with PathFanout alone.
+	FromHost bool
+	Group    netip.Addr
+	// Source is any when it is not valid.
+	Source netip.Addr
+	// Len makes Group a prefix of so many bits; 0: Group alone.
+	Len       int
+	SourceLen int    // see BySource
 	Port      uint16 // 0: any
 	PortTo    uint16 // the last port of a range that Port begins; 0: Port alone
 	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN of the one
 	// around it. 0: no such tag.
 	VLAN, OuterVLAN uint16
-	// FromHost takes packets that sockets of this host send by the interface, rather than
-	// those that arrive; with PathFanout alone.
-	FromHost bool
 }
 
 // Output is where a copy goes and what it looks like.
@@ -85,14 +85,14 @@ type Output struct {
 	// counted for the reason in Blocked.
 	Ready   bool
 	Blocked Blocked
-	Index   int // interface index
-	MTU     int // bytes of IP packet
-	packet.Rewrite
-	Rate Rate
 	// OneBuffer: the device does not send frames of several buffers (loader.Features).
 	// The kernel path of a flow with one output drops them for the reason
 	// loader.MultiBuffer.
 	OneBuffer bool
+	MTU       int32 // bytes of IP packet
+	Index     int   // interface index
+	packet.Rewrite
+	Rate Rate
 }
 
 // Blocked says why an output cannot send.

@@ -75,7 +75,7 @@ type openCounters struct {
 func (l *Loader) OpenCounters(rule Rule) *account.RuleCounters {
 	rule = rule.Normalized()
 	c := l.account.OpenRule(len(rule.Out))
-	if e := l.rules[rule.Name]; e != nil && rule.Continues(e.rule) {
+	if e := l.rules[rule.Name]; e != nil && rule.Continues(*e.rule) {
 		c.Bind(e.id, e.firstStats)
 	}
 	others := slices.DeleteFunc(l.counters[rule.Name], func(o openCounters) bool { return o.counters.Closed() })
@@ -92,7 +92,7 @@ func (s *transaction) bindCounters(e *entry) {
 	}
 	s.counters[e.rule.Name] = open
 	for _, o := range open {
-		if o.rule.Continues(e.rule) && !o.counters.Rule.Bound() {
+		if o.rule.Continues(*e.rule) && !o.counters.Rule.Bound() {
 			o.counters.Bind(e.id, e.firstStats)
 			s.onFailure(func() error { o.counters.Loosen(); return nil })
 		}

@@ -43,8 +43,8 @@ func (p *referents) entry(f flowEntry) (*entry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
 	}
-	e := &entry{rule: Rule{Name: name, In: f.in, Except: f.except}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Device, sockets: flow.Sockets}
-	if err := decodeFlow(&e.rule, flow); err != nil {
+	e := &entry{rule: &Rule{Name: name, In: f.in, Except: f.except}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Device, sockets: flow.Sockets}
+	if err := decodeFlow(e.rule, flow); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
 	if e.rule.Rate, err = p.rate(flow.Rule, flow.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {

@@ -154,7 +154,7 @@ func (w *world) spread(r *Rule, sources []string) {
 
 func (w *world) output(family netip.Addr) Output {
 	out := pick(w, w.out...)
-	o := Output{Ready: w.chance(90), Index: out.Index, MTU: pick(w, 28, 60, 100, 1500, 1500, 1500, 70000)}
+	o := Output{Ready: w.chance(90), Index: out.Index, MTU: pick[int32](w, 28, 60, 100, 1500, 1500, 1500, 70000)}
 	o.SrcMAC = mac(out)
 	o.DstPort = uint16(1 + w.IntN(65535))
 	o.SrcPort = pick(w, 0, 0, uint16(w.Uint32()))

@@ -51,7 +51,7 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 // vlanTag is the length of a tag in bytes.
 const vlanTag = 4
 
-func encodeFlags(r Rule) (flags uint8) {
+func encodeFlags(r *Rule) (flags uint8) {
 	set := func(flag bpf.RelayFlowFlag, on bool) {
 		if on {
 			flags |= uint8(flag)
@@ -169,7 +169,7 @@ func decodeOutput(b *bpf.RelayOutput) (Output, error) {
 		Ready:   has(bpf.RelayOutputFlagOUTPUT_READY),
 		Blocked: blockedOf(Reason(b.Blocked)),
 		Index:   int(b.Ifindex),
-		MTU:     int(b.Mtu),
+		MTU:     int32(b.Mtu),
 
 		OneBuffer: has(bpf.RelayOutputFlagOUTPUT_ONE_BUFFER),
 		Rewrite: packet.Rewrite{

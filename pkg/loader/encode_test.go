@@ -91,7 +91,7 @@ func FuzzName(f *testing.F) {
 		if r.Check() != nil {
 			t.Skip("no name")
 		}
-		got, err := decodeName(encodeRule(&entry{rule: r}).Name)
+		got, err := decodeName(encodeRule(&entry{rule: &r}).Name)
 		if err != nil || got != name {
 			t.Fatalf("%q became %q, %v", name, got, err)
 		}
@@ -131,7 +131,7 @@ func TestEncodeFlowMTU(t *testing.T) {
 		{"largest there is", []Output{{Ready: true, MTU: flow.MaxMTU}}, flow.MaxMTU},
 		{"one is not ready", []Output{{Ready: true, MTU: 1500}, {MTU: 1500}}, 0},
 	} {
-		if got := encodeFlow(&entry{rule: Rule{Out: c.out}}).MinMtu; got != c.want {
+		if got := encodeFlow(&entry{rule: &Rule{Out: c.out}}).MinMtu; got != c.want {
 			t.Errorf("%s: %d, want %d", c.name, got, c.want)
 		}
 	}

@@ -126,14 +126,14 @@ func input(i *net.Interface, group, source string, port uint16) Input {
 // output sends to a group with a source address of its own.
 func output(i *net.Interface, group, source string, port uint16) Output {
 	dst := netip.MustParseAddr(group)
-	return Output{Ready: true, Index: i.Index, MTU: i.MTU, Rewrite: packet.Rewrite{
+	return Output{Ready: true, Index: i.Index, MTU: int32(i.MTU), Rewrite: packet.Rewrite{
 		DstMAC: packet.MulticastMAC(dst), SrcMAC: mac(i), Dst: dst, Src: netip.MustParseAddr(source), DstPort: port,
 	}}
 }
 
 func sync1(t testing.TB, l *Loader, rules ...Rule) {
 	t.Helper()
-	if err := l.Sync(rules); err != nil {
+	if err := l.Sync(pointers(rules)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -151,4 +151,13 @@ func statsOf(t testing.TB, l *Loader, name string) RuleStats {
 	}
 	t.Fatalf("no counters of rule %s", name)
 	return RuleStats{}
+}
+
+// pointers are rules as Sync takes them.
+func pointers(rules []Rule) []*Rule {
+	all := make([]*Rule, len(rules))
+	for i, r := range rules {
+		all[i] = &r // a copy: tests go on to change theirs
+	}
+	return all
 }

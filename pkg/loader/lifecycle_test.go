@@ -646,7 +646,7 @@ func TestNoFileDescriptorLeaks(t *testing.T) {
 		sync1(t, l, rules...)
 		sync1(t, l, rules[1:]...)
 		bad := append(slices.Clone(rules), Rule{Name: "bad", In: input(n.in, "239.1.1.9", "", 1), Out: []Output{output(&net.Interface{Index: 9999, HardwareAddr: n.in.HardwareAddr}, "239.1.1.1", "10.0.0.1", 1)}})
-		if err := l.Sync(bad); err == nil {
+		if err := l.Sync(pointers(bad)); err == nil {
 			t.Fatal("an interface that is not there is accepted")
 		}
 		r, err := OpenReader(opts.PinDir)

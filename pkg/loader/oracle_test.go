@@ -168,7 +168,7 @@ func sendOne(out Output, frame []byte, h *packet.Headers, many, spread bool) ([]
 	if !out.Ready {
 		return nil, ReasonOf(out.Blocked)
 	}
-	mtu := min(out.MTU, flow.MaxMTU)
+	mtu := int(min(out.MTU, flow.MaxMTU))
 	// The kernel copies no frame that is too long as it came.
 	if out.TooLong(h, len(frame), mtu, true) || many && len(frame) > mtu+18 {
 		return nil, MTU

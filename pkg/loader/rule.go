@@ -64,7 +64,7 @@ func (l *Loader) FirstOutput(name string) (uint32, bool) {
 func (l *Loader) Rules() []Rule {
 	all := make([]Rule, 0, len(l.rules))
 	for _, e := range l.rules {
-		all = append(all, e.rule)
+		all = append(all, *e.rule)
 	}
 	return all
 }

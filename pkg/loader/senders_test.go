@@ -96,7 +96,7 @@ func TestPortRange(t *testing.T) {
 	}
 	// Another rule for one of the ports is not to be had.
 	other := input(n.in, "239.1.1.1", "", 5005)
-	if err := r.l.Sync([]Rule{rule1(in, out), {Name: "o", In: other, Out: []Output{output(n.out[0], "239.2.2.3", "10.9.9.9", 1)}}}); err == nil {
+	if err := r.l.Sync(pointers([]Rule{rule1(in, out), {Name: "o", In: other, Out: []Output{output(n.out[0], "239.2.2.3", "10.9.9.9", 1)}}})); err == nil {
 		t.Error("a port of a range has two rules")
 	}
 }
@@ -207,7 +207,8 @@ func TestSourceFlows(t *testing.T) {
 				continue
 			}
 			taken[r.In] = true
-			entries = append(entries, &entry{rule: r.Normalized(), id: 1 + id})
+			normal := r.Normalized()
+			entries = append(entries, &entry{rule: &normal, id: 1 + id})
 		}
 		flows := sourceFlows(entries)
 		for last := range byte(16) {

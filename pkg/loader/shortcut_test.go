@@ -218,7 +218,7 @@ func TestShortcutPlaces(t *testing.T) {
 		if i%2 == 1 {
 			group = netip.MustParseAddr(fmt.Sprintf("ff3e::%x", i))
 		}
-		entries = append(entries, &entry{rule: Rule{In: Input{Index: 2 + i%3, Group: group, Port: uint16(5000 + i%2)}}})
+		entries = append(entries, &entry{rule: &Rule{In: Input{Index: 2 + i%3, Group: group, Port: uint16(5000 + i%2)}}})
 	}
 	for _, e := range entries {
 		s.put(e, map[uint32]bool{})
@@ -335,12 +335,12 @@ func TestShortcutsThatFail(t *testing.T) {
 	nowhere := cases["VLANs"].rule
 	nowhere.Out = []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}
 	nowhere.Out[0].Index = 9999
-	if err := r.l.Sync([]Rule{b.rule, nowhere}); err == nil {
+	if err := r.l.Sync(pointers([]Rule{b.rule, nowhere})); err == nil {
 		t.Fatal("an interface that is not there is accepted")
 	}
 	table := r.l.tables[exact4]
 	r.l.tables[exact4] = r.l.tables[prefixes4]
-	err = r.l.Sync([]Rule{a.rule, b.rule})
+	err = r.l.Sync(pointers([]Rule{a.rule, b.rule}))
 	r.l.tables[exact4] = table
 	if refused := (*RuleError)(nil); err == nil || errors.As(err, &refused) {
 		t.Fatalf("the flow table cannot be written: %v", err)
@@ -359,7 +359,7 @@ func TestShortcutsAreNotLost(t *testing.T) {
 		s := newShortcuts(1<<(1+random.IntN(5)), true)
 		placed := map[*entry]bool{}
 		for i := range 2 * len(s.slots) {
-			e := &entry{rule: Rule{In: Input{Index: 2, Group: netip.AddrFrom4([4]byte{239, byte(seed), byte(i >> 8), byte(i)}), Port: uint16(1 + random.IntN(3))}}}
+			e := &entry{rule: &Rule{In: Input{Index: 2, Group: netip.AddrFrom4([4]byte{239, byte(seed), byte(i >> 8), byte(i)}), Port: uint16(1 + random.IntN(3))}}}
 			before := slices.Clone(s.slots)
 			changed := map[uint32]bool{}
 			s.put(e, changed)

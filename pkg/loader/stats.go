@@ -239,7 +239,7 @@ func (r *Reader) Rules() ([]Rule, error) {
 	}
 	rules := make([]Rule, 0, len(entries))
 	for _, e := range entries {
-		rules = append(rules, e.rule)
+		rules = append(rules, *e.rule)
 	}
 	return rules, nil
 }

@@ -35,9 +35,9 @@ func (l *Loader) SetSteering(cpus []int) error {
 
 // steer makes the queues to the CPUs while a rule needs them: each is a thread of the
 // kernel's.
-func (l *Loader) steer(rules []Rule) {
+func (l *Loader) steer(rules []*Rule) {
 	var want []int
-	if slices.ContainsFunc(rules, func(r Rule) bool { return r.Steered }) {
+	if slices.ContainsFunc(rules, func(r *Rule) bool { return r.Steered }) {
 		want = l.steerTo
 	}
 	if l.steeringKnown && slices.Equal(want, l.steering) {

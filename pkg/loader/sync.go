@@ -14,7 +14,7 @@ import (
 
 // entry is a rule as it is in the kernel.
 type entry struct {
-	rule       Rule
+	rule       *Rule  // never changed; Sync's caller may hold it, too
 	id         uint32 // index of rules and rule_stats
 	first      uint32 // first output
 	firstStats uint32
@@ -44,12 +44,12 @@ type transaction struct {
 // Sync makes the kernel hold exactly the rules in want. Rules that are there
 // already are not touched, and their packets see nothing. Several changes come
 // into force in one write for each address family. After an error the rules in
-// the kernel are those from before. The Loader keeps the rules and their outputs: the
+// the kernel are those from before. The Loader keeps the rules, not copies of them: the
 // caller must not change them afterwards.
 //
 // Interfaces are not attached here: see Attach. Errors to match: *RuleError,
 // ErrFull.
-func (l *Loader) Sync(want []Rule) (err error) {
+func (l *Loader) Sync(want []*Rule) (err error) {
 	s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
 	if err := s.plan(want); err != nil {
 		return err
@@ -98,11 +98,14 @@ func (l *Loader) Sync(want []Rule) (err error) {
 }
 
 // plan compares want with what is there. Additions come in the order of want.
-func (s *transaction) plan(want []Rule) error {
+func (s *transaction) plan(want []*Rule) error {
 	wanted := make(map[string]bool, len(want))
 	inputs := make(map[Input]string, len(want))
 	for _, r := range want {
-		r = r.Normalized()
+		if normal := r.Normalized(); !normal.Equal(*r) {
+			other := normal
+			r = &other
+		}
 		if err := r.Check(); err != nil {
 			return &RuleError{Rule: r.Name, Err: err}
 		}
@@ -117,10 +120,11 @@ func (s *transaction) plan(want []Rule) error {
 		}
 		wanted[r.Name] = true
 		old := s.rules[r.Name]
-		if old != nil && old.rule.Equal(r) {
+		if old != nil && old.rule.Equal(*r) {
+			old.rule = r // held once, by the caller, too
 			continue
 		}
-		s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.Continues(old.rule)})
+		s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.Continues(*old.rule)})
 	}
 	var gone []change
 	for name, e := range s.rules {
@@ -198,7 +202,7 @@ func (s *transaction) stagePolicers(c change) {
 			s.onFailure(func() error { return s.maps.Policers.Put(index, &before) })
 		}
 	}
-	var old Rule
+	old := &Rule{}
 	if c.continues {
 		old = c.old.rule
 	}

@@ -224,7 +224,7 @@ func TestSyncRefusals(t *testing.T) {
 			r.Out = []Output{o}
 		}), nil, "mtu -1"},
 	} {
-		err := l.Sync(c.want)
+		err := l.Sync(pointers(c.want))
 		var ruleErr *RuleError
 		if !errors.As(err, &ruleErr) || !strings.Contains(fmt.Sprint(err), c.says) || (c.is != nil && !errors.Is(err, c.is)) {
 			t.Errorf("%s: %v, want a RuleError that is %v and says %q", c.name, err, c.is, c.says)
@@ -258,7 +258,7 @@ func TestSyncFailuresDoNotLeak(t *testing.T) {
 		if i%20 == 0 {
 			want = several // makes a devmap, which the kernel is slow to free
 		}
-		if err := l.Sync(want); err == nil {
+		if err := l.Sync(pointers(want)); err == nil {
 			t.Fatal("an interface that is not there is accepted")
 		}
 	}
@@ -419,7 +419,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 			sync1(t, l, c.before...)
 			// As Sync does it, up to where the process dies.
 			s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
-			err := s.plan(c.want)
+			err := s.plan(pointers(c.want))
 			for _, change := range s.changes {
 				if err == nil && change.new != nil {
 					err = s.stage(change)

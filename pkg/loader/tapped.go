@@ -68,7 +68,7 @@ func (l *Loader) tappedProgram(index int) (*ebpf.Program, error) {
 
 // inputsToKeep are the inputs of rules of PathFanout whose packets the host's stack
 // must not get.
-func inputsToKeep(rules []Rule) map[int]bool {
+func inputsToKeep(rules []*Rule) map[int]bool {
 	inputs := map[int]bool{}
 	for i := range rules {
 		if rules[i].Path == PathFanout && !rules[i].Local && !rules[i].In.FromHost {
