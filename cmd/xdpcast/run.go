@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -31,6 +32,7 @@ func runCommand() *cli.Command {
 			"the kernel goes on relaying: \"xdpcast unload --all\" ends that, too.",
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "YAML `FILE` of rules"},
+			&cli.BoolFlag{Name: "watch-config", Usage: "read the file again whenever it, or one that it includes, has changed"},
 			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "attach to `IFACE` even while no rule names it (repeatable)"},
 			modeFlag(),
 			&cli.UintFlag{Name: "max-rules", Usage: "room for `N` rules in the kernel", DefaultText: "16384, or twice those of the file"},
@@ -43,6 +45,9 @@ func runCommand() *cli.Command {
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
+			}
+			if c.Bool("watch-config") && c.String("config") == "" {
+				return usagef("--watch-config: want a file to watch, too: --config FILE")
 			}
 			opts, err := relayOptions(c)
 			if err != nil {
@@ -129,9 +134,14 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
+	// Before the file is read: a change is missed by neither.
+	watcher, err := watchConfig(c, opts)
+	if err != nil {
+		return errors.Join(err, listener.Close(), page.close())
+	}
 	r, err := relay.New(opts)
 	if err != nil {
-		return errors.Join(explainStart(err), listener.Close(), page.close())
+		return errors.Join(explainStart(err), listener.Close(), page.close(), watcher.close())
 	}
 	observed := metrics.Observe(r)
 	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger})
@@ -146,18 +156,16 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 		defer cancel()
 		served <- page.serve(ctx, web, opts.Logger)
 	}()
-	reloads := make(chan struct{})
-	go func() {
-		defer close(reloads)
-		reloadOnHangup(ctx, hangups, observed, opts.Logger)
-	}()
+	var reloads sync.WaitGroup
+	reloads.Go(func() { reloadOnHangup(ctx, hangups, observed, opts.Logger) })
+	reloads.Go(func() { watcher.reload(ctx, observed) })
 	err = r.Run(ctx, func() {
 		opts.Logger.Info("ready", "socket", c.String("socket"), "pins", opts.Loader.PinDir)
 		service.tell(notify.Ready)
 	})
 	service.tell(notify.Stopping)
 	cancel()
-	<-reloads
+	reloads.Wait()
 	return errors.Join(err, <-served, <-served)
 }
 
@@ -168,15 +176,20 @@ func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Bac
 			return
 		case <-hangups:
 		}
-		result, err := r.Reload(control.WithCause(ctx, "SIGHUP"), control.ApplyOptions{MaxChanges: 1}) // they are only counted here
-		if err != nil {
-			for line := range strings.SplitSeq(err.Error(), "\n") {
-				log.Error("reload failed, the old rules stay", "error", line)
-			}
-			continue
-		}
-		log.Info("reloaded", "added", result.Added, "changed", result.Changed, "removed", result.Removed, "kept", result.Kept)
+		reloadFor(ctx, "SIGHUP", r, log)
 	}
+}
+
+// reloadFor reads the file again for a cause that nobody waits for the answer of.
+func reloadFor(ctx context.Context, cause string, r control.Backend, log *slog.Logger) {
+	result, err := r.Reload(control.WithCause(ctx, cause), control.ApplyOptions{MaxChanges: 1}) // they are only counted here
+	if err != nil {
+		for line := range strings.SplitSeq(err.Error(), "\n") {
+			log.Error("reload failed, the old rules stay", "error", line, "cause", cause)
+		}
+		return
+	}
+	log.Info("reloaded", "added", result.Added, "changed", result.Changed, "removed", result.Removed, "kept", result.Kept, "cause", cause)
 }
 
 // explainStart says what would be right where a daemon cannot start.

@@ -15,6 +15,7 @@ complete -c xdpcast -n '__fish_xdpcast_no_subcommand' -f -l version -s v -d 'pri
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'run' -d 'relay in the foreground: programs, memberships and the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l config -s c -r -d 'YAML `FILE` of rules'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l watch-config -d 'read the file again whenever it, or one that it includes, has changed'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l interface -s i -r -d 'attach to `IFACE` even while no rule names it (repeatable)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mode -r -d 'how to attach XDP: native, generic, or auto (native, else generic)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l max-rules -r -d 'room for `N` rules in the kernel'

@@ -1,6 +1,9 @@
 package e2e_test
 
 import (
+	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -96,4 +99,74 @@ func TestKilledBeforeConfirmed(t *testing.T) {
 	kill()
 	in.start("-c", config)
 	check("the file has changed", first)
+}
+
+// TestWatchConfig follows a file as Kubernetes mounts it: a link into a directory that another
+// one replaces. A file with a mistake leaves the rules as they are, and one that changes while
+// another change waits for confirmation is read afterwards.
+func TestWatchConfig(t *testing.T) {
+	in := newInstance(t, newNetwork(t).relay)
+	dir := filepath.Join(in.dir, "config")
+	version := 0
+	// publish replaces the directory that the file is in.
+	publish := func(text string) {
+		t.Helper()
+		version++
+		name := fmt.Sprint("..", version)
+		err := os.MkdirAll(filepath.Join(dir, name), 0o755)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name, "rules.yaml"), []byte(text), 0o644)
+		}
+		if err == nil {
+			err = os.Symlink(name, filepath.Join(dir, "..data_tmp"))
+		}
+		if err == nil {
+			err = os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := func(out string) string { return "rules: [{name: one, in: " + oneIn + ", out: ['" + out + "']}]\n" }
+	relays := func(out string) {
+		t.Helper()
+		eventually(t, "output "+out+" is in force", func() string {
+			if got := outputOf(in); got != out {
+				return got
+			}
+			return ""
+		})
+	}
+	publish(file("239.2.1.1:6001%out0"))
+	if err := os.Symlink("..data/rules.yaml", filepath.Join(dir, "rules.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	in.start("-c", filepath.Join(dir, "rules.yaml"), "--watch-config")
+	relays("239.2.1.1:6001%out0")
+	publish(file("239.2.1.1:6002%out0"))
+	relays("239.2.1.1:6002%out0")
+
+	publish(file("239.2.1.1:6003%out0,ttl=300"))
+	in.running.waitLog(`msg="reload failed, the old rules stay" error=`, 1)
+	in.running.waitLog(`want ttl=keep, ttl=dec or ttl=1 to 255`, 1)
+	relays("239.2.1.1:6002%out0")
+	publish("")
+	in.running.waitLog("rules missing", 1)
+	relays("239.2.1.1:6002%out0")
+	publish(file("239.2.1.1:6004%out0"))
+	relays("239.2.1.1:6004%out0")
+
+	in.write("api.yaml", "rules: [{name: other, in: 239.1.1.9:5000%in0, out: [239.2.1.9:6000%out1]}]\n")
+	in.mustCLI("rule", "apply", "--confirm", "1h", filepath.Join(in.dir, "api.yaml"))
+	publish(file("239.2.1.1:6005%out0"))
+	in.running.waitLog("the file has changed: it is read when the change that waits is confirmed or undone", 1)
+	relays("239.2.1.1:6004%out0")
+	in.mustCLI("confirm")
+	relays("239.2.1.1:6005%out0")
+	if text := in.mustCLI("history"); !strings.Contains(text, "reload (file changed)") {
+		t.Errorf("history:\n%s", text)
+	}
+	if got := in.cli("run", "--watch-config"); got.code != 2 || !strings.Contains(got.stderr, "--watch-config: want a file to watch, too: --config FILE") {
+		t.Errorf("nothing to watch: %s", got)
+	}
 }

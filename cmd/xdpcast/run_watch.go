@@ -1,0 +1,73 @@
+package main
+
+// What run does with --watch-config.
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/relay"
+	"xdpcast/internal/rulefile"
+)
+
+// settlePause is how often a change that waits for confirmation is looked at, when the file has
+// changed meanwhile.
+const settlePause = time.Second
+
+// configWatch watches the file of rules; nil when nobody asks for that.
+type configWatch struct {
+	watcher *rulefile.Watcher
+	log     *slog.Logger
+}
+
+func watchConfig(c *cli.Context, opts relay.Options) (*configWatch, error) {
+	if !c.Bool("watch-config") {
+		return nil, nil
+	}
+	watcher, err := rulefile.NewWatcher(opts.ConfigFile, opts.Logger)
+	if err != nil {
+		return nil, err
+	}
+	return &configWatch{watcher, opts.Logger}, nil
+}
+
+func (w *configWatch) close() error {
+	if w == nil {
+		return nil
+	}
+	return w.watcher.Close()
+}
+
+// reload reads the file again whenever it has changed, until ctx ends. It closes the watcher.
+func (w *configWatch) reload(ctx context.Context, r control.Backend) {
+	if w == nil {
+		return
+	}
+	w.watcher.Run(ctx, func() {
+		if w.settled(ctx, r) {
+			reloadFor(ctx, "file changed", r, w.log)
+		}
+	})
+}
+
+// settled waits until no change waits for confirmation; false when ctx ends before.
+func (w *configWatch) settled(ctx context.Context, r control.Backend) bool {
+	for first := true; ; first = false {
+		status, err := r.Status(ctx)
+		if err != nil || status.Unconfirmed == nil {
+			return ctx.Err() == nil
+		}
+		if first {
+			w.log.Warn("the file has changed: it is read when the change that waits is confirmed or undone", "change", status.Unconfirmed.What)
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(settlePause):
+		}
+	}
+}

@@ -1,0 +1,224 @@
+package rulefile
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"xdpcast/pkg/rules"
+)
+
+const (
+	// quiet is how long nothing may be written before a file is read: one that is written in
+	// place should be whole by then.
+	quiet = 500 * time.Millisecond
+	// lookAgain is how often the files are looked at although nothing is announced, as
+	// network file systems do not.
+	lookAgain = 10 * time.Second
+	// maxLinks bounds a chain of symbolic links, as the kernel does (path_resolution(7)).
+	maxLinks = 40
+)
+
+// Watcher notices when a file of rules, or one that it includes, holds something else than
+// before: written in place, replaced by a rename, or behind a symbolic link that was
+// changed anywhere on its path, as Kubernetes does with a ConfigMap. It is not safe for concurrent
+// use.
+type Watcher struct {
+	name         string
+	log          *slog.Logger
+	notify       *fsnotify.Watcher
+	quiet, again time.Duration
+
+	read      reads
+	content   [sha256.Size]byte // of all that was read
+	signature string            // how it was, for a cheap look
+	entries   map[string]bool   // what the paths go through
+	folders   map[string]bool   // directories of which every entry counts
+	watched   map[string]bool   // directories that the kernel watches
+}
+
+// NewWatcher begins to watch the file called name: what changes after it has returned is
+// noticed by Run. The caller must Run or Close it.
+func NewWatcher(name string, log *slog.Logger) (*Watcher, error) {
+	name, err := filepath.Abs(name)
+	if err != nil {
+		return nil, err
+	}
+	notify, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, fmt.Errorf("watch %s: %w", name, err)
+	}
+	w := &Watcher{name: name, log: log, notify: notify, quiet: quiet, again: lookAgain}
+	w.look()
+	return w, nil
+}
+
+// Close ends watching.
+func (w *Watcher) Close() error { return w.notify.Close() }
+
+// Run calls changed whenever the files hold something else than before, once they have been
+// quiet for half a second, until ctx ends. Then it closes the watcher.
+func (w *Watcher) Run(ctx context.Context, changed func()) {
+	defer w.Close()
+	timer := time.NewTimer(w.again)
+	defer timer.Stop()
+	announced := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case e := <-w.notify.Events:
+			if e.Op != fsnotify.Chmod && (w.entries[e.Name] || w.folders[filepath.Dir(e.Name)]) {
+				announced = true
+				timer.Reset(w.quiet)
+			}
+			continue
+		case err := <-w.notify.Errors: // an overflow: something was missed
+			w.log.Warn("watch the file of rules", "file", w.name, "error", err)
+			announced = true
+			timer.Reset(w.quiet)
+			continue
+		case <-timer.C:
+		}
+		if (announced || w.signature != w.sign()) && w.look() {
+			changed()
+		}
+		announced = false
+		timer.Reset(w.again)
+	}
+}
+
+// look reads the files, follows their paths anew, and says whether they hold something
+// else than before.
+func (w *Watcher) look() (changed bool) {
+	// The directories first: what changes while they are read is announced.
+	for {
+		w.read = readAllOf(w.name)
+		if !w.follow() {
+			break
+		}
+	}
+	w.signature = w.sign()
+	before := w.content
+	w.content = sha256.Sum256(w.read.text.Bytes())
+	w.read.text.Reset()
+	return before != w.content
+}
+
+// follow has the kernel watch the directories on the paths to what was read, and says whether
+// there are new ones among them.
+func (w *Watcher) follow() (added bool) {
+	w.entries, w.folders = map[string]bool{}, map[string]bool{}
+	for _, file := range w.read.files {
+		w.walk(file, maxLinks)
+	}
+	for _, folder := range w.read.folders {
+		w.folders[w.walk(folder, maxLinks)] = true
+	}
+	want := map[string]bool{}
+	for entry := range w.entries {
+		want[filepath.Dir(entry)] = true
+	}
+	for folder := range w.folders {
+		want[folder] = true
+	}
+	for dir := range w.watched {
+		if !want[dir] {
+			_ = w.notify.Remove(dir) // the kernel has removed that of a directory that is gone
+		}
+	}
+	before := w.watched
+	w.watched = map[string]bool{}
+	for dir := range want {
+		switch err := w.notify.Add(dir); {
+		case err == nil:
+			w.watched[dir] = true
+			added = added || !before[dir]
+		case !errors.Is(err, fs.ErrNotExist):
+			w.log.Warn("watch the file of rules: changes are noticed some seconds later", "directory", dir, "error", err)
+		}
+	}
+	return added
+}
+
+// walk notes the entries of directories that a path goes through, its symbolic links
+// followed, and returns where it ends.
+func (w *Watcher) walk(path string, links int) string {
+	at := "/"
+	parts := strings.Split(strings.TrimPrefix(filepath.Clean(path), "/"), "/")
+	for i, part := range parts {
+		entry := filepath.Join(at, part)
+		w.entries[entry] = true
+		target, err := os.Readlink(entry)
+		if err != nil || links == 0 {
+			at = entry // no link, or absent: then it is waited for
+			continue
+		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(at, target)
+		}
+		return w.walk(filepath.Join(append([]string{target}, parts[i+1:]...)...), links-1)
+	}
+	return at
+}
+
+// sign says how the files are without reading them.
+func (w *Watcher) sign() string {
+	var b strings.Builder
+	for _, paths := range [][]string{w.read.files, w.read.folders} {
+		for _, path := range paths {
+			if info, err := os.Stat(path); err == nil {
+				fmt.Fprintln(&b, path, info.Size(), info.ModTime().UnixNano())
+			} else {
+				fmt.Fprintln(&b, err)
+			}
+		}
+	}
+	return b.String()
+}
+
+// reads is rules.Files that notes what is read.
+type reads struct {
+	files, folders []string
+	text           bytes.Buffer
+}
+
+// readAllOf reads a file of rules and what it includes.
+func readAllOf(name string) (r reads) {
+	data, err := ReadFile(name)
+	r.note(&r.files, name, data, err)
+	if err == nil && bytes.Contains(data, []byte("include")) {
+		_, _ = rules.ParseFiles(name, data, &r) // what is wrong is for those to tell who use the rules
+	}
+	return r
+}
+
+func (r *reads) note(paths *[]string, path string, data []byte, err error) {
+	*paths = append(*paths, path)
+	fmt.Fprintln(&r.text, path, len(data), err)
+	r.text.Write(data)
+}
+
+// ReadFile implements rules.Files.
+func (r *reads) ReadFile(name string) ([]byte, error) {
+	data, err := disk{}.ReadFile(name)
+	r.note(&r.files, name, data, err)
+	return data, err
+}
+
+// ReadDir implements rules.Files. What counts of a directory are the files that are read.
+func (r *reads) ReadDir(dir string) ([]string, error) {
+	names, err := disk{}.ReadDir(dir)
+	r.note(&r.folders, dir, nil, err)
+	return names, err
+}

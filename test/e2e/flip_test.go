@@ -1,0 +1,223 @@
+package e2e_test
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/labtest"
+	"xdpcast/internal/traffic"
+	"xdpcast/pkg/rules"
+)
+
+// The two sets of TestFlips. Every output of a set has ports of its own.
+var flipSets = [2][3][]string{
+	{
+		{"239.2.1.1:6000%out0"},
+		{"239.2.2.1:6001%out0", "239.2.2.2:6002%out1", "239.2.2.3:6003%out2"},
+		{"239.2.3.1:6004%out1", "239.2.3.2:6005%out1"},
+	},
+	{
+		{"239.2.1.2:6100%out1"},
+		{"239.2.2.4:6101%out2", "239.2.2.5:6102%out0"},
+		{"239.2.3.3:6103%out2", "239.2.3.4:6104%out0", "239.2.3.5:6105%out0", "239.2.3.6:6106%out1"},
+	},
+}
+
+// flipped is a set with its rules on a path.
+func flipped(t *testing.T, set int, path string) (all []rules.Rule) {
+	t.Helper()
+	for i, out := range flipSets[set] {
+		rule, err := control.ToRule(control.Rule{Name: fmt.Sprint("flip", i), In: fmt.Sprintf("239.1.1.%d:5000%%in0", i+1), Out: out, Path: path})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, rule)
+	}
+	return all
+}
+
+// TestFlips changes a whole set of rules back and forth while their packets flow. None is
+// lost that is not counted, none doubled, and each has the outputs of its rule in one of the two
+// sets, all of them and no other. The rules change at one time: of packets that follow each other, for
+// whatever rule, the first to have the outputs of the other set begins it for all.
+func TestFlips(t *testing.T) {
+	for _, path := range []string{"kernel", "afxdp", "fanout"} {
+		t.Run(path, func(t *testing.T) { testFlips(t, path, labtest.Soak(40, 1000)) })
+	}
+}
+
+func testFlips(t *testing.T, path string, flips int) {
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	in.start()
+	apply := func(set int) {
+		t.Helper()
+		if _, err := in.client.Apply(t.Context(), flipped(t, set, path), control.ApplyOptions{MaxChanges: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	apply(0)
+	for i := range flipSets[0] {
+		in.waitState(fmt.Sprint("flip", i), control.StateActive)
+	}
+	var captures []*capture
+	for i := range n.sinks {
+		captures = append(captures, newCapture(t, labtest.NewTap(t, n.sinks[i], "sink0")))
+	}
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Groups: 3, TTL: 16, Rate: traffic.Rate{Value: 3_000}})
+	stream.flows(100)
+	for i := range flips {
+		apply((i + 1) % 2)
+		stream.flows(30)
+	}
+	sent := stream.stop()
+	outputs := map[copyOf][]int{} // the ports of each packet's copies, in any order
+	// A packet of each rule goes after them: when those have come, all have.
+	send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Groups: 3, TTL: 16, Rate: traffic.Rate{Value: 1_000}, Count: 3}).wait()
+	copies := 0
+	for _, outs := range flipSets[flips%2] {
+		copies += len(outs)
+	}
+	eventually(t, "the last packets have arrived", func() string {
+		last := 0
+		for _, c := range captures {
+			last += int(c.last.Load())
+		}
+		if last < copies {
+			return fmt.Sprintf("%d copies of %d", last, copies)
+		}
+		return ""
+	})
+	for _, c := range captures {
+		for _, got := range c.stop() {
+			outputs[got.copyOf] = append(outputs[got.copyOf], got.port)
+		}
+	}
+	stats, err := in.client.Stats(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The ring of a worker that gets no CPU for a tenth of a second runs full: no matter here,
+	// when it is counted.
+	lost := 0
+	for _, d := range stats.ReceiveDrops {
+		lost += int(d.Packets)
+	}
+	checkFlips(t, outputs, sent, flips, lost)
+}
+
+// checkFlips holds what became of each packet against the two sets.
+func checkFlips(t *testing.T, outputs map[copyOf][]int, sent uint64, flips, lost int) {
+	t.Helper()
+	var want [2][3]string
+	for set := range flipSets {
+		for flow, outs := range flipSets[set] {
+			var ports []int
+			for _, out := range outs {
+				var a, b, port int
+				if _, err := fmt.Sscanf(strings.ReplaceAll(out, "%", " "), "239.2.%d.%d:%d", &a, &b, &port); err != nil {
+					t.Fatal(err)
+				}
+				ports = append(ports, port)
+			}
+			slices.Sort(ports)
+			want[set][flow] = fmt.Sprint(ports)
+		}
+	}
+	wrong, missing, swaps, before := 0, 0, 0, 0
+	for i := range sent {
+		of := copyOf{flow: uint32(i % 3), seq: i / 3}
+		ports := outputs[of]
+		if len(ports) == 0 {
+			missing++
+			continue
+		}
+		slices.Sort(ports)
+		set := slices.Index([]string{want[0][of.flow], want[1][of.flow]}, fmt.Sprint(ports))
+		if set < 0 {
+			if wrong++; wrong < 10 {
+				t.Errorf("packet %d of rule %d went out to ports %v, want %s or %s", of.seq, of.flow, ports, want[0][of.flow], want[1][of.flow])
+			}
+			continue
+		}
+		if set != before {
+			swaps, before = swaps+1, set
+		}
+	}
+	t.Logf("%d packets, %d flips, %d seen", sent, flips, swaps)
+	if wrong > 0 {
+		t.Errorf("%d of %d packets have the outputs of no set", wrong, sent)
+	}
+	if missing != lost {
+		t.Errorf("%d packets have not come out, %d are counted as lost", missing, lost)
+	}
+	if swaps != flips && (missing == 0 || swaps > flips) {
+		t.Errorf("the packets have changed sets %d times, the rules %d times", swaps, flips)
+	}
+}
+
+// copyOf is the packet that a copy was made of.
+type copyOf struct {
+	flow uint32
+	seq  uint64
+}
+
+type captured struct {
+	copyOf
+	port int
+}
+
+// capture notes the numbered packets of one sender that arrive at a tap, and counts those of
+// the next one.
+type capture struct {
+	last atomic.Uint64
+	end  chan struct{}
+	got  chan []captured
+}
+
+func newCapture(t *testing.T, tap *labtest.Tap) *capture {
+	t.Helper()
+	c := &capture{end: make(chan struct{}), got: make(chan []captured, 1)}
+	go func() {
+		var all []captured
+		var stream uint64
+		defer func() { c.got <- all }()
+		for {
+			frame := tap.Receive(10*time.Millisecond, nil)
+			if frame == nil {
+				select {
+				case <-c.end: // and nothing is left
+					return
+				default:
+					continue
+				}
+			}
+			if len(frame) < 42 || frame[23] != 17 { // Ethernet, IPv4 without options, UDP
+				continue
+			}
+			h, err := traffic.Decode(frame[42:])
+			if err != nil {
+				continue
+			}
+			if len(all) > 0 && h.Stream != stream {
+				c.last.Add(1)
+				continue
+			}
+			stream = h.Stream
+			all = append(all, captured{copyOf{h.Flow, h.Seq}, int(binary.BigEndian.Uint16(frame[36:]))})
+		}
+	}()
+	return c
+}
+
+// stop returns what was captured, once nothing more comes.
+func (c *capture) stop() []captured {
+	close(c.end)
+	return <-c.got
+}
