@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -8,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/membership"
@@ -22,6 +25,9 @@ var retry = membership.Backoff{Min: 200 * time.Millisecond, Max: 30 * time.Secon
 type memberships struct {
 	manager *membership.Manager
 	log     *slog.Logger
+	events  *events.Log
+	// settling: the daemon starts, and what it joins are not news one by one.
+	settling bool
 	// wanted are all memberships of the last plan, and those that are to be left.
 	wanted map[plan.Membership]*wantedMembership
 	// failed has those that could not be joined, as the next plan hears of them.
@@ -56,8 +62,8 @@ func (w *wantedMembership) due(now time.Time) bool {
 	return !w.joined && (w.failed == nil || !now.Before(w.failed.next))
 }
 
-func newMemberships(m *membership.Manager, log *slog.Logger) *memberships {
-	return &memberships{manager: m, log: log, wanted: map[plan.Membership]*wantedMembership{}, failed: map[plan.Membership]plan.Join{}}
+func newMemberships(m *membership.Manager, log *slog.Logger, events *events.Log) *memberships {
+	return &memberships{manager: m, log: log, events: events, settling: true, wanted: map[plan.Membership]*wantedMembership{}, failed: map[plan.Membership]plan.Join{}}
 }
 
 // restore takes over what an earlier process has joined. What of it the plan does not want is
@@ -178,12 +184,43 @@ func (s *memberships) dueOf(r *plan.RulePlan, now *network.Snapshot, at time.Tim
 
 func (s *memberships) try(m membership.Membership, w *wantedMembership) bool {
 	w.tries++
+	was := w.state()
 	if err := s.manager.Join(m); err != nil {
 		w.failed = &failedJoin{err, time.Now().Add(retry.Next(int(w.tries), rand.Float64()))}
+		if now := w.state(); now != was {
+			s.tell(m, now, was, err.Error())
+		}
 		return false
 	}
 	w.joined, w.since, w.failed = true, time.Now(), nil
+	s.tell(m, control.GroupJoined, was, "")
 	return true
+}
+
+// state is the membership's, as the API has it; empty before the first try.
+func (w *wantedMembership) state() string {
+	switch {
+	case w.joined:
+		return control.GroupJoined
+	case w.failed == nil:
+		return ""
+	case membership.Transient(w.failed.err):
+		return control.GroupRetrying
+	}
+	return control.GroupFailed
+}
+
+// tell logs an event.
+func (s *memberships) tell(m membership.Membership, now, before, cause string) {
+	e := events.Event{Kind: events.KindMembership, Interface: m.Interface, Group: m.Group.String(), State: now, Before: before, Cause: cause}
+	if m.Source.IsValid() {
+		e.Group = m.Source.String() + "@" + e.Group
+	}
+	if s.settling && now == control.GroupJoined {
+		s.events.Sum(e)
+		return
+	}
+	s.events.Add(e)
 }
 
 // answer tells the next plan how a membership is, and says whether that is news.
@@ -266,6 +303,7 @@ func (s *memberships) leave(p *plan.Plan) {
 	for _, l := range left {
 		if s.manager.Leave(l.Membership) == nil {
 			done = append(done, l.Membership)
+			s.tell(l.Membership, stateLeft, control.GroupJoined, "no rule wants it any more")
 		}
 	}
 	s.logMemberships("left", done)
@@ -275,6 +313,7 @@ func (s *memberships) leave(p *plan.Plan) {
 func (s *memberships) lost(m plan.Membership, err error) {
 	s.settled = nil
 	if w := s.wanted[m]; w != nil {
+		s.tell(joinable(m, w.name), stateLost, w.state(), cmp.Or(errorText(err), "the kernel does not hold it any more"))
 		w.joined, w.tries, w.failed = false, 0, nil
 		if err != nil {
 			w.failed = &failedJoin{err: err}
@@ -295,6 +334,9 @@ func (s *memberships) drop(id network.LinkID) {
 	s.manager.DropInterface(id.Index, id.Generation)
 	for m := range s.wanted {
 		if m.Link == id {
+			if w := s.wanted[m]; w.joined {
+				s.tell(joinable(m, w.name), stateLeft, control.GroupJoined, "the interface is gone")
+			}
 			delete(s.wanted, m)
 			delete(s.failed, m)
 			s.settled = nil

@@ -14,7 +14,7 @@ import (
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/membership"
+
 	"xdpcast/pkg/rules"
 )
 
@@ -305,16 +305,11 @@ func (r *Relay) group(m plan.Membership, users []flowOf, seen map[string]time.Du
 func (w *wantedMembership) describe(g *control.Group) {
 	since := w.since // a copy, since others read it
 	g.Since, g.Tries = &since, int(w.tries)
-	switch {
-	case w.joined:
-		g.State = control.GroupJoined
-	case w.failed != nil:
-		g.State, g.Cause = control.GroupFailed, w.failed.err.Error()
-		next := w.failed.next
+	g.State = cmp.Or(w.state(), control.GroupWanted)
+	if f := w.failed; f != nil {
+		g.Cause = f.err.Error()
+		next := f.next
 		g.Next = &next
-		if membership.Transient(w.failed.err) {
-			g.State = control.GroupRetrying
-		}
 	}
 }
 
