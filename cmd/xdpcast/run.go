@@ -150,6 +150,8 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 		return errors.Join(err, listener.Close())
 	}
 	opts.Events = events.Open(events.Options{File: loader.RunFile(opts.Loader.RunDir, opts.Loader.PinDir, "events.ndjson"), Logger: opts.Logger})
+	reconciles := metrics.NewReconciles()
+	opts.Reconciled = func(took time.Duration) { reconciles.Observe(took.Seconds()) }
 	r, err := relay.New(opts)
 	if err != nil {
 		return errors.Join(explainStart(err), listener.Close(), page.close())
@@ -157,7 +159,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	endEvents := runEvents(opts.Events, c.String("on-event"), opts.Logger)
 	defer endEvents()
 	observed := metrics.Observe(r)
-	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger})
+	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger, Events: opts.Events, Reconciles: reconciles})
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
 	served := make(chan error, 2)

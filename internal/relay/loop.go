@@ -52,7 +52,13 @@ const (
 // The rules named by strict must not fail. Their groups are joined before anything is
 // published. After an error the kernel holds the flows from before.
 func (r *Relay) reconcile(strict []string) error {
-	defer func() { r.reconciled = time.Now() }()
+	started := time.Now()
+	defer func() {
+		r.reconciled = time.Now()
+		if told := r.opts.Reconciled; told != nil {
+			told(r.reconciled.Sub(started))
+		}
+	}()
 	for range maxRounds {
 		if err := r.prepare(); err != nil {
 			return err

@@ -66,6 +66,8 @@ type Options struct {
 	Version string
 	// Events is told of every change of state; nil: nobody is.
 	Events *events.Log
+	// Reconciled is told how long each round of the control loop took; nil: nobody is.
+	Reconciled func(took time.Duration)
 
 	// observeEvery replaces observePause, and clock that of changes that wait for confirmation,
 	// for tests.

@@ -30,7 +30,7 @@ var allowed = map[string][]string{
 	"pkg/loader":        {"bpf", "internal/lockfile", "internal/account", "pkg/flow", "pkg/packet"},
 	"internal/control":  {"internal/events", "internal/lockfile", "pkg/rules"},
 	"internal/forward":  {"bpf", "internal/account", "pkg/fanout", "pkg/flow", "pkg/loader", "pkg/packet", "pkg/xsk"},
-	"internal/metrics":  {"internal/control"},
+	"internal/metrics":  {"internal/control", "internal/events"},
 	"internal/events":   {},
 	"internal/demo":     {"internal/lab", "internal/control", "pkg/loader", "pkg/rules", "internal/traffic"},
 	"internal/doctor":   {"internal/control", "pkg/loader", "pkg/membership", "internal/network", "pkg/packet", "pkg/rules"},
