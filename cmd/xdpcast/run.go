@@ -7,15 +7,18 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"os/exec"
 	"os/signal"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 	"xdpcast/internal/metrics"
 	"xdpcast/internal/notify"
 	"xdpcast/internal/relay"
@@ -40,6 +43,7 @@ func runCommand() *cli.Command {
 			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one a CPU"},
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
+			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, with what has happened in its environment"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
 		}, slices.Concat(listenFlags(), afxdpFlags(), pinFlags(), []cli.Flag{stateDirFlag()})...),
 		Action: func(c *cli.Context) error {
@@ -48,6 +52,9 @@ func runCommand() *cli.Command {
 			}
 			if c.Bool("watch-config") && c.String("config") == "" {
 				return usagef("--watch-config: want a file to watch, too: --config FILE")
+			}
+			if err := checkHook(c); err != nil {
+				return err
 			}
 			opts, err := relayOptions(c)
 			if err != nil {
@@ -60,6 +67,18 @@ func runCommand() *cli.Command {
 			return runRelay(c, opts, listen)
 		},
 	}
+}
+
+// checkHook makes sure that the program for events can be called.
+func checkHook(c *cli.Context) error {
+	program := c.String("on-event")
+	if !c.IsSet("on-event") {
+		return nil
+	}
+	if _, err := exec.LookPath(program); err != nil {
+		return usagef("--on-event %q: want a program, without arguments: %w", program, err)
+	}
+	return nil
 }
 
 func relayOptions(c *cli.Context) (relay.Options, error) {
@@ -139,18 +158,23 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	if err != nil {
 		return errors.Join(err, listener.Close(), page.close())
 	}
+	opts.Events = events.Open(events.Options{File: loader.RunFile(opts.Loader.RunDir, opts.Loader.PinDir, "events.ndjson"), Logger: opts.Logger})
+	reconciles := metrics.NewReconciles()
+	opts.Reconciled = func(took time.Duration) { reconciles.Observe(took.Seconds()) }
 	r, err := relay.New(opts)
 	if err != nil {
 		return errors.Join(explainStart(err), listener.Close(), page.close(), watcher.close())
 	}
+	endEvents := runEvents(opts.Events, c.String("on-event"), opts.Logger)
+	defer endEvents()
 	observed := metrics.Observe(r)
-	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger})
+	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger, Events: opts.Events, Reconciles: reconciles})
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
 	served := make(chan error, 2)
 	go func() {
 		defer cancel()
-		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", web)}).Serve(ctx, listener)
+		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", web), Events: opts.Events}).Serve(ctx, listener)
 	}()
 	go func() {
 		defer cancel()
@@ -165,9 +189,34 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	})
 	service.tell(notify.Stopping)
 	cancel()
+	endEvents() // so do the answers of those who follow
 	reloads.Wait()
 	return errors.Join(err, <-served, <-served)
 }
+
+// runEvents shows what happens to those who follow, and to a program, if one is named, until end is
+// called.
+func runEvents(log *events.Log, program string, logger *slog.Logger) (end func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	hooked, unhook := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { log.Run(ctx) })
+	if program != "" {
+		reader := log.ReadAfter(log.Last())
+		running.Go(func() { events.Hook{Program: program, Log: logger}.Run(hooked, reader) })
+	}
+	return func() {
+		cancel()
+		// The program is told of the last events, too, that the daemon ends among them.
+		stop := time.AfterFunc(lastEvents, unhook)
+		running.Wait()
+		stop.Stop()
+		unhook()
+	}
+}
+
+// lastEvents is how long the program for events may take in all when the daemon ends.
+const lastEvents = 2 * time.Second
 
 func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Backend, log *slog.Logger) {
 	for {

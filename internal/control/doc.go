@@ -9,6 +9,8 @@
 //	DELETE /v1/rules/{name}           204
 //	GET    /v1/groups                 []Group
 //	GET    /v1/stats                  Stats
+//	GET    /v1/events[?since=N|TIME][&tail=N][&follow=true]
+//	                                  Event, one a line, or as server-sent events
 //	POST   /v1/reload                 ApplyResult
 //	POST   /v1/confirm                UnconfirmedChange
 //	GET    /v1/history                []HistoryEntry

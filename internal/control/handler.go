@@ -32,10 +32,13 @@ func (s *Server) handler() http.Handler {
 		})
 	}
 	if s.opts.Metrics != nil {
-		mux.HandleFunc("/v1/metrics", s.serveMetrics)
+		mux.HandleFunc("/v1/metrics", s.reading(nil, s.opts.Metrics.ServeHTTP))
+	}
+	if s.opts.Events != nil {
+		mux.HandleFunc("/v1/events", s.reading(eventsQuery, s.serveEvents))
 	}
 	unknown := func(w http.ResponseWriter, r *http.Request) {
-		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/explain, /v1/reload, /v1/confirm, /v1/history, /v1/rollback", oneLine(r.URL.Path, 100)))
+		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/events, /v1/explain, /v1/reload, /v1/confirm, /v1/history, /v1/rollback", oneLine(r.URL.Path, 100)))
 	}
 	mux.HandleFunc("/", unknown)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -108,19 +111,25 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, endpoints []en
 	s.answer(w, r, e.status, value)
 }
 
-// serveMetrics hands a request on that may read.
-func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
+// reading hands on a request that may read, with the query keys that are known; nil: all.
+func (s *Server) reading(query []string, serve http.HandlerFunc) http.HandlerFunc {
 	only := []endpoint{{method: http.MethodGet, need: accessRead}}
-	if _, err := choose(only, r.Method); err != nil {
-		w.Header().Set("Allow", allow(only))
-		s.answerError(w, r, http.StatusMethodNotAllowed, err)
-		return
+	return func(w http.ResponseWriter, r *http.Request) {
+		if _, err := choose(only, r.Method); err != nil {
+			w.Header().Set("Allow", allow(only))
+			s.answerError(w, r, http.StatusMethodNotAllowed, err)
+			return
+		}
+		err := s.permit(r, accessRead)
+		if err == nil && query != nil {
+			err = knownQuery(r, query)
+		}
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		serve(w, r)
 	}
-	if err := s.permit(r, accessRead); err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.opts.Metrics.ServeHTTP(w, r)
 }
 
 func choose(endpoints []endpoint, method string) (endpoint, error) {

@@ -7,7 +7,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync/atomic"
 	"time"
+
+	"xdpcast/internal/events"
 )
 
 // Bounds of the API.
@@ -42,6 +45,8 @@ type Options struct {
 	Timeouts Timeouts
 	// Metrics answers GET /v1/metrics for those who may read; nil: there is no such endpoint.
 	Metrics http.Handler
+	// Events answers GET /v1/events; nil: there is no such endpoint.
+	Events *events.Log
 }
 
 // Server serves a Backend. Make it with NewServer.
@@ -49,6 +54,8 @@ type Server struct {
 	backend Backend
 	opts    Options
 	uid     uint32 // the daemon's own
+
+	followers atomic.Int32
 }
 
 // NewServer returns a server of b that runs as the process's effective user.

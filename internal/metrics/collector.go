@@ -9,9 +9,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 )
 
 // Selection says which rules have metrics of their own. The totals are of all rules in any case.
@@ -48,41 +47,13 @@ func (s Selection) takes(r *control.RuleStatus) bool {
 // collector reads the relay when Prometheus asks. It may be used from any goroutine.
 type collector struct {
 	definitions
+	events   *events.Log
 	backend  *Backend
 	selected Selection
 	timeout  time.Duration
 }
 
-// Describe implements prometheus.Collector.
-func (c *collector) Describe(out chan<- *prometheus.Desc) {
-	for _, m := range c.all() {
-		out <- m.desc
-	}
-}
-
-// sink makes metrics and sends them on.
-type sink chan<- prometheus.Metric
-
-func (s sink) put(m *metric, value float64, labels ...string) {
-	for i, label := range labels {
-		if !validLabel(label) {
-			labels[i] = strings.ToValidUTF8(label, "\uFFFD")
-		}
-	}
-	s <- prometheus.MustNewConstMetric(m.desc, m.kind, value, labels...)
-}
-
-// validLabel is quick for the ASCII that almost all labels are.
-func validLabel(s string) bool {
-	for i := range len(s) {
-		if s[i] >= 0x80 {
-			return false
-		}
-	}
-	return true
-}
-
-func (s sink) count(packets, bytes *metric, c control.Counter, labels ...string) {
+func (s *sink) count(packets, bytes *metric, c control.Counter, labels ...string) {
 	s.put(packets, float64(c.Packets), labels...)
 	s.put(bytes, float64(c.Bytes), labels...)
 }
@@ -97,12 +68,12 @@ func one(yes bool) float64 {
 // seconds is a time as Prometheus has it.
 func seconds(t time.Time) float64 { return float64(t.UnixNano()) / 1e9 }
 
-// Collect implements prometheus.Collector. What the relay does not tell is left out, and
-// xdpcast_scrape_failed says so: the rest is told all the same.
-func (c *collector) Collect(out chan<- prometheus.Metric) {
-	ctx, cancel := context.WithTimeout(context.Background(), c.timeout)
+// collect reads the relay. What it does not tell is left out, and xdpcast_scrape_failed says so:
+// the rest is told all the same.
+func (c *collector) collect(ctx context.Context) *sink {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	s := sink(out)
+	s := newSink(c.all())
 	status, err := c.backend.Status(ctx)
 	s.put(c.scrapeFailed, one(err != nil), "status")
 	if err == nil {
@@ -126,9 +97,14 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	} else if !status.Started.IsZero() {
 		s.put(c.reloadTime, seconds(status.Started))
 	}
+	counts := c.events.Counts()
+	for _, kind := range events.Kinds() {
+		s.put(c.eventCount, float64(counts[kind]), string(kind))
+	}
+	return s
 }
 
-func (c *collector) collectStatus(s sink, status *control.Status) {
+func (c *collector) collectStatus(s *sink, status *control.Status) {
 	s.put(c.buildInfo, 1, status.Version, strconv.FormatUint(uint64(status.Schema), 10))
 	s.put(c.started, seconds(status.Started))
 	s.put(c.ready, one(status.Ready))
@@ -156,7 +132,7 @@ func (c *collector) collectStatus(s sink, status *control.Status) {
 // workerKey is what workers are counted by.
 type workerKey struct{ iface, path, state string }
 
-func (c *collector) collectWorkers(s sink, workers []control.Worker) {
+func (c *collector) collectWorkers(s *sink, workers []control.Worker) {
 	states := map[workerKey]int{}
 	for i := range workers {
 		w := &workers[i]
@@ -170,7 +146,7 @@ func (c *collector) collectWorkers(s sink, workers []control.Worker) {
 	}
 }
 
-func (c *collector) collectStats(s sink, stats *control.Stats) {
+func (c *collector) collectStats(s *sink, stats *control.Stats) {
 	s.count(c.passedPackets, c.passedBytes, stats.Passed)
 	for _, d := range stats.Drops {
 		s.put(c.totalDropped, float64(d.Packets), d.Reason)
@@ -191,7 +167,7 @@ func (c *collector) collectStats(s sink, stats *control.Stats) {
 	}
 }
 
-func (c *collector) collectRule(s sink, r *control.RuleStatus) {
+func (c *collector) collectRule(s *sink, r *control.RuleStatus) {
 	s.put(c.ruleInfo, 1, r.Name, r.Origin, r.In, r.UsedPath)
 	s.put(c.ruleState, 1, r.Name, r.State)
 	s.count(c.ruleReceivedPackets, c.ruleReceivedBytes, r.Matched, r.Name)
@@ -215,7 +191,7 @@ func (c *collector) collectRule(s sink, r *control.RuleStatus) {
 // membershipKey is what memberships are counted by.
 type membershipKey struct{ iface, state string }
 
-func (c *collector) collectGroups(s sink, groups []control.Group) {
+func (c *collector) collectGroups(s *sink, groups []control.Group) {
 	states := map[membershipKey]int{}
 	interfaces := map[string]bool{}
 	for i := range groups {
@@ -236,15 +212,11 @@ func Markdown() string {
 	d := newDefinitions()
 	var b strings.Builder
 	for _, m := range d.all() {
-		kind := "gauge"
-		if m.kind == counter {
-			kind = "counter"
-		}
 		labels := make([]string, len(m.labels))
 		for i, l := range m.labels {
 			labels[i] = "`" + l + "`"
 		}
-		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", m.name, kind, strings.Join(labels, ", "), strings.ReplaceAll(m.help, "|", "\\|"))
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", m.name, m.kind, strings.Join(labels, ", "), strings.ReplaceAll(m.help, "|", "\\|"))
 	}
 	return b.String()
 }

@@ -8,19 +8,25 @@ import "github.com/prometheus/client_golang/prometheus"
 // metric is one metric that the collector has. docs/metrics.md is made from these.
 type metric struct {
 	name   string
-	kind   prometheus.ValueType
+	kind   string
 	help   string
 	labels []string
-	desc   *prometheus.Desc
+}
+
+// NewReconciles makes the histogram of how long rounds of the control loop take.
+func NewReconciles() prometheus.Histogram {
+	d := newDefinitions()
+	return prometheus.NewHistogram(prometheus.HistogramOpts{Name: d.reconciles.name, Help: d.reconciles.help, Buckets: prometheus.ExponentialBuckets(0.0001, 4, 10)})
 }
 
 const (
-	counter = prometheus.CounterValue
-	gauge   = prometheus.GaugeValue
+	counter   = "counter"
+	gauge     = "gauge"
+	histogram = "histogram"
 )
 
-func define(kind prometheus.ValueType, name, help string, labels ...string) *metric {
-	return &metric{name, kind, help, labels, prometheus.NewDesc(name, help, labels, nil)}
+func define(kind, name, help string, labels ...string) *metric {
+	return &metric{name, kind, help, labels}
 }
 
 // definitions are the metrics by what they are of. Names follow
@@ -30,6 +36,7 @@ type definitions struct {
 	passedPackets, passedBytes, totalDropped       *metric
 	fragments                                      *metric
 	reloads, reloadSucceeded, reloadTime           *metric
+	eventCount, reconciles                         *metric
 	scrapeFailed                                   *metric
 	ruleInfo, ruleState, ruleLast                  *metric
 	ruleReceivedPackets, ruleReceivedBytes         *metric
@@ -60,6 +67,9 @@ func newDefinitions() definitions {
 		reloads:         define(counter, "xdpcast_reloads_total", "Reloads of the daemon's file that were tried."),
 		reloadSucceeded: define(gauge, "xdpcast_last_reload_successful", "1 when the last reload brought its rules in, or none was tried yet."),
 		reloadTime:      define(gauge, "xdpcast_last_reload_success_timestamp_seconds", "When a reload last succeeded, in seconds since 1970; the daemon's start before the first."),
+
+		eventCount: define(counter, "xdpcast_events_total", "Changes of state since the daemon was started, by what they are of, those that one event stands for counted one by one.", "kind"),
+		reconciles: define(histogram, "xdpcast_reconcile_duration_seconds", "How long the control loop takes to bring the kernel in step with rules and network."),
 
 		ruleInfo:            define(gauge, "xdpcast_rule_info", "What a rule is; always 1. path is empty while none is used.", "rule", "origin", "input", "path"),
 		ruleState:           define(gauge, "xdpcast_rule_state", "1 for the state that a rule is in.", "rule", "state"),
@@ -95,7 +105,7 @@ func (d *definitions) all() []*metric {
 	return []*metric{
 		d.buildInfo, d.started, d.ready, d.warnings, d.scrapeFailed, d.rules,
 		d.passedPackets, d.passedBytes, d.totalDropped, d.fragments,
-		d.reloads, d.reloadSucceeded, d.reloadTime,
+		d.reloads, d.reloadSucceeded, d.reloadTime, d.eventCount, d.reconciles,
 		d.ruleInfo, d.ruleState, d.ruleLast, d.ruleReceivedPackets, d.ruleReceivedBytes,
 		d.droppedPackets, d.droppedBytes, d.outputState, d.outputSentPackets, d.outputSentByte,
 		d.unsent, d.lost, d.interfaceInfo,

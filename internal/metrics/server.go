@@ -13,9 +13,10 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/common/expfmt"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 )
 
 // Options configures a handler; the zero value is good.
@@ -24,6 +25,10 @@ type Options struct {
 	Rules Selection
 	// Log gets what goes wrong; nil discards.
 	Log *slog.Logger
+	// Events are counted; nil: there are none.
+	Events *events.Log
+	// Reconciles, as NewReconciles makes them, are told how long the control loop takes; nil: nothing is.
+	Reconciles prometheus.Histogram
 }
 
 const (
@@ -38,15 +43,11 @@ func Handler(b *Backend, o Options) http.Handler {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(
-		&collector{definitions: newDefinitions(), backend: b, selected: o.Rules, timeout: scrapeTimeout},
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-	)
+	if o.Reconciles == nil {
+		o.Reconciles = NewReconciles()
+	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
-		ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn), MaxRequestsInFlight: maxScrapes, EnableOpenMetrics: true,
-	}))
+	mux.Handle("GET /metrics", scrapes(b, o))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
 		// The control loop answers, so it goes round.
 		_, err := b.Status(r.Context())
@@ -54,6 +55,37 @@ func Handler(b *Backend, o Options) http.Handler {
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { answer(w, ready(r.Context(), b)) })
 	return mux
+}
+
+// scrapes answers with the relay's metrics, and then those that client_golang has.
+func scrapes(b *Backend, o Options) http.HandlerFunc {
+	c := &collector{definitions: newDefinitions(), events: o.Events, backend: b, selected: o.Rules, timeout: scrapeTimeout}
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(o.Reconciles, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	free := make(chan struct{}, maxScrapes)
+	return func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case free <- struct{}{}:
+			defer func() { <-free }()
+		default:
+			http.Error(w, fmt.Sprintf("%d scrapes go on already: want fewer at once", maxScrapes), http.StatusServiceUnavailable)
+			return
+		}
+		page := c.collect(r.Context())
+		families, err := registry.Gather()
+		if err != nil {
+			o.Log.Warn("metrics of the process", "error", err)
+		}
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		if _, err := page.WriteTo(w); err != nil {
+			return // the client is gone
+		}
+		for _, family := range families {
+			if _, err := expfmt.MetricFamilyToText(w, family); err != nil {
+				return
+			}
+		}
+	}
 }
 
 func answer(w http.ResponseWriter, err error) {

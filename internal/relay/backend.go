@@ -2,10 +2,13 @@ package relay
 
 import (
 	"context"
+	"fmt"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 	"xdpcast/internal/history"
 	"xdpcast/internal/plan"
 	"xdpcast/internal/savefile"
@@ -135,7 +138,19 @@ func (r *Relay) Reload(ctx context.Context, o control.ApplyOptions) (result cont
 		result, err = r.applySets(map[plan.Origin][]rules.Rule{plan.OriginFile: fromFile}, o, change{Change: by(ctx, "reload"), read: &read})
 		return err
 	})
+	if !o.DryRun {
+		r.logReload(result, err)
+	}
 	return result, err
+}
+
+func (r *Relay) logReload(result control.ApplyResult, err error) {
+	e := events.Event{Kind: events.KindReload, State: stateDone,
+		Cause: fmt.Sprintf("%d added, %d changed, %d removed, %d kept", result.Added, result.Changed, result.Removed, result.Kept)}
+	if err != nil {
+		e.State, e.Cause = plan.Failed.String(), strings.ReplaceAll(err.Error(), "\n", "; ")
+	}
+	r.opts.Events.Add(e)
 }
 
 // applySets makes the rules of some origins exactly those given, each of which hold together.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/loader"
 )
@@ -122,11 +123,13 @@ func (r *Relay) logLoops() {
 		now[p.Rule.Name] = true
 		if !r.looping[p.Rule.Name] {
 			r.log.Warn("rule is looping", "rule", p.Rule.Name, "way", text)
+			r.opts.Events.Add(events.Event{Kind: events.KindLoop, Rule: p.Rule.Name, State: control.StateLooping, Cause: text})
 		}
 	}
 	for name := range r.looping {
 		if !now[name] && r.plan.Rule(name) != nil {
 			r.log.Info("rule is looping no more", "rule", name)
+			r.opts.Events.Add(events.Event{Kind: events.KindLoop, Rule: name, State: stateEnded, Before: control.StateLooping})
 		}
 	}
 	r.looping = now

@@ -37,6 +37,7 @@ const (
 	aboutRefusals   = "refused frames"
 	aboutHistory    = "history"
 	aboutFile       = "file"
+	aboutQueriers   = "queriers"
 )
 
 // reconcile brings about what the rules and the network ask for, as far as can be. It may be
@@ -51,7 +52,13 @@ const (
 // The rules named by strict must not fail. Their groups are joined before anything is
 // published. After an error the kernel holds the flows from before.
 func (r *Relay) reconcile(strict []string) error {
-	defer func() { r.reconciled = time.Now() }()
+	started := time.Now()
+	defer func() {
+		r.reconciled = time.Now()
+		if told := r.opts.Reconciled; told != nil {
+			told(r.reconciled.Sub(started))
+		}
+	}()
 	for range maxRounds {
 		if err := r.prepare(); err != nil {
 			return err
@@ -77,6 +84,7 @@ func (r *Relay) reconcile(strict []string) error {
 	}
 	r.letGo()
 	r.states.tell(r.plan)
+	r.changelog.round(r.plan, r.network, r.attachments.answers)
 	return nil
 }
 
@@ -136,6 +144,7 @@ func (r *Relay) follow(now *network.Snapshot) {
 		r.memberships.restore(now)
 	}
 	changed := network.Diff(before, now)
+	r.changelog.neighbours(before, now, changed.Hops)
 	if len(changed.Links) == 0 && !changed.Own {
 		return
 	}
@@ -197,6 +206,11 @@ func (r *Relay) observeIfDue() {
 	r.tags.again()
 	_, err := r.refusals.observe(r.plan, r.network)
 	r.warnUnless(aboutRefusals, err)
+	queriers, err := r.loader.Queriers()
+	r.warnUnless(aboutQueriers, err)
+	if err == nil {
+		r.changelog.heard(queriers, r.network)
+	}
 	r.publishOwn()
 	r.stale = true // the reconcilers look again
 	r.observed = time.Now()
@@ -213,6 +227,7 @@ func (r *Relay) observeKernel(memberships bool) {
 	o := r.loader.Observe()
 	for _, a := range o.Lost {
 		r.log.Warn("the relay program is not on the interface any more", "interface", a.Interface, "index", a.Index)
+		r.changelog.programLost(a.Interface)
 		r.stale = true
 	}
 	for _, repaired := range o.Repaired {

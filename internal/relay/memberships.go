@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/membership"
@@ -24,6 +27,9 @@ var retry = membership.Backoff{Min: 200 * time.Millisecond, Max: 30 * time.Secon
 type memberships struct {
 	manager *membership.Manager
 	log     *slog.Logger
+	events  *events.Log
+	// settling: the daemon starts, and what it joins are not news one by one.
+	settling bool
 	// tries has the memberships that are wanted and not joined, and those that it took several tries
 	// to join.
 	tries map[plan.Membership]*joinTries
@@ -62,9 +68,9 @@ func (t *joinTries) due(now time.Time) bool {
 	return t == nil || t.failed == nil || !now.Before(t.failed.next)
 }
 
-func newMemberships(m *membership.Manager, log *slog.Logger) *memberships {
+func newMemberships(m *membership.Manager, log *slog.Logger, events *events.Log) *memberships {
 	return &memberships{
-		manager: m, log: log, looks: make(chan lookResult, 1),
+		manager: m, log: log, events: events, settling: true, looks: make(chan lookResult, 1),
 		tries: map[plan.Membership]*joinTries{}, failed: map[plan.Membership]plan.Join{},
 	}
 }
@@ -187,6 +193,7 @@ func (s *memberships) dueOf(r *plan.RulePlan, now *network.Snapshot, at time.Tim
 }
 
 func (s *memberships) try(m membership.Membership) bool {
+	was := s.tries[wantedOf(m)].state()
 	err := s.manager.Join(m)
 	if err == nil {
 		if t := s.tries[wantedOf(m)]; t != nil {
@@ -195,12 +202,40 @@ func (s *memberships) try(m membership.Membership) bool {
 				delete(s.tries, wantedOf(m))
 			}
 		}
+		s.tell(m, control.GroupJoined, was, "")
 		return true
 	}
 	t := s.wait(wantedOf(m), time.Now())
 	t.count++
 	t.failed = &failedJoin{err, time.Now().Add(retry.Next(t.count, rand.Float64()))}
+	if now := t.state(); now != was {
+		s.tell(m, now, was, err.Error())
+	}
 	return false
+}
+
+// state is that of a membership that is not joined, as the API has it; empty before the first try.
+func (t *joinTries) state() string {
+	switch {
+	case t == nil || t.failed == nil:
+		return ""
+	case membership.Transient(t.failed.err):
+		return control.GroupRetrying
+	}
+	return control.GroupFailed
+}
+
+// tell logs an event.
+func (s *memberships) tell(m membership.Membership, now, before, cause string) {
+	e := events.Event{Kind: events.KindMembership, Interface: m.Interface, Group: m.Group.String(), State: now, Before: before, Cause: cause}
+	if m.Source.IsValid() {
+		e.Group = m.Source.String() + "@" + e.Group
+	}
+	if s.settling && now == control.GroupJoined {
+		s.events.Sum(e)
+		return
+	}
+	s.events.Add(e)
 }
 
 // answer tells the next plan how a membership is, and says whether that is news.
@@ -266,6 +301,7 @@ func (s *memberships) leave(p *plan.Plan) {
 	for _, m := range unwanted {
 		if s.manager.Leave(m) == nil {
 			done = append(done, m)
+			s.tell(m, stateLeft, control.GroupJoined, "no rule wants it any more")
 		}
 	}
 	if len(s.tries) > 0 {
@@ -297,11 +333,12 @@ func (s *memberships) forget(m plan.Membership) {
 }
 
 // lost notes a membership that is not held any more, to be joined again.
-func (s *memberships) lost(m plan.Membership, err error) {
+func (s *memberships) lost(m membership.Membership, err error) {
+	s.tell(m, stateLost, control.GroupJoined, cmp.Or(errorText(err), "the kernel does not hold it any more"))
 	s.settled = 0
-	s.forget(m)
+	s.forget(wantedOf(m))
 	if err != nil {
-		s.wait(m, time.Now()).failed = &failedJoin{err: err}
+		s.wait(wantedOf(m), time.Now()).failed = &failedJoin{err: err}
 	}
 }
 
@@ -309,13 +346,15 @@ func (s *memberships) lost(m plan.Membership, err error) {
 // then refuses is joined again.
 func (s *memberships) refresh(id network.LinkID) {
 	for _, failed := range s.manager.Refresh(id.Index, id.Generation) {
-		s.lost(wantedOf(failed.Membership), failed.Err)
+		s.lost(failed.Membership, failed.Err)
 	}
 }
 
 // drop forgets what was joined on an interface that is gone.
 func (s *memberships) drop(id network.LinkID) {
-	s.manager.DropInterface(id.Index, id.Generation)
+	for _, m := range s.manager.DropInterface(id.Index, id.Generation) {
+		s.tell(m, stateLeft, control.GroupJoined, "the interface is gone")
+	}
 	s.settled = 0
 	for m := range s.tries {
 		if m.Link == id {
@@ -394,7 +433,7 @@ func (s *memberships) looked(l lookResult) error {
 func (s *memberships) found(look *membership.Look, err error) error {
 	lost := s.manager.Forget(look)
 	for _, m := range lost {
-		s.lost(wantedOf(m), nil)
+		s.lost(m, nil)
 	}
 	if len(lost) > 0 {
 		s.logMemberships("the kernel does not hold it any more", lost)

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/events"
 	"xdpcast/internal/forward"
 	"xdpcast/internal/history"
 	"xdpcast/internal/network"
@@ -63,6 +64,10 @@ type Options struct {
 	// Logger receives what happens. Nil: discarded.
 	Logger  *slog.Logger
 	Version string
+	// Events is told of every change of state; nil: nobody is.
+	Events *events.Log
+	// Reconciled is told how long each round of the control loop took; nil: nobody is.
+	Reconciled func(took time.Duration)
 
 	// observeEvery replaces observePause, and clock that of changes that wait for confirmation,
 	// for tests.
@@ -100,6 +105,7 @@ type Relay struct {
 	tables      *tables
 	refusals    *refusals
 	states      states
+	changelog   *changeLog
 
 	restored   bool      // what an earlier process has joined is taken over
 	reconciled time.Time // the last time
@@ -131,8 +137,9 @@ func New(opts Options) (_ *Relay, err error) {
 		commands: make(chan command),
 		ended:    make(chan struct{}),
 		plan:     &plan.Plan{}, network: network.NewSnapshot(nil, nil), stale: true,
-		states:   states{log: opts.Logger, told: map[string]string{}},
-		warnings: map[string]string{},
+		states:    states{log: opts.Logger, told: map[string]string{}},
+		changelog: newChangeLog(opts.Events),
+		warnings:  map[string]string{},
 	}
 	// The path is opened for its first rule, which is late to hear of it.
 	if err := opts.AFXDP.Validate(); err != nil {
@@ -163,7 +170,7 @@ func New(opts Options) (_ *Relay, err error) {
 		return nil, err
 	}
 	r.attachments = newAttachments(r.loader, opts.Mode, r.log)
-	r.memberships = newMemberships(membership.New(opts.Membership), r.log)
+	r.memberships = newMemberships(membership.New(opts.Membership), r.log, opts.Events)
 	r.neighbours = newNeighbours()
 	r.tables = r.newTables()
 	r.refusals = newRefusals(r.loader.Refusals, r.log)
@@ -219,12 +226,15 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		return nil
 	}
 	r.adopt()
+	opts := &r.opts
+	opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateStarted, Cause: fmt.Sprintf("version %s with %d rules", opts.Version, len(r.rules))})
 	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
 	r.beginHistory()
 	if len(r.rules) >= manyEdits {
 		r.tidyUp()
 	}
 	r.ready = true
+	r.memberships.settling = false
 	if ready != nil {
 		ready()
 	}
@@ -236,6 +246,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		select {
 		case <-ctx.Done():
 			timer.Stop()
+			opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateEnding, Cause: "it was told to"})
 			return nil
 		case c := <-r.commands:
 			c.done <- c.fn()

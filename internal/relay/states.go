@@ -51,23 +51,14 @@ func (s *states) changes(p *plan.Plan, add func(stateChange)) {
 	if s.last != nil {
 		before = s.last.Rules
 	}
-	for _, r := range p.Rules {
-		for len(before) > 0 && before[0].Rule.Name < r.Rule.Name {
-			delete(s.told, before[0].Rule.Name) // gone
-			before = before[1:]
-		}
-		if len(before) > 0 && before[0] == r {
-			before = before[1:]
-			continue
-		}
-		isNew := true
-		if len(before) > 0 && before[0].Rule.Name == r.Rule.Name {
-			isNew = before[0].Rule != r.Rule
-			before = before[1:]
+	changedRules(before, p.Rules, func(old, r *plan.RulePlan) {
+		if r == nil {
+			delete(s.told, old.Rule.Name)
+			return
 		}
 		told, now := s.told[r.Rule.Name], stateText(r)
 		if told == now {
-			continue // nothing is told of 100,000 new rules that are as they should be
+			return // nothing is told of 100,000 new rules that are as they should be
 		}
 		if now == "" {
 			delete(s.told, r.Rule.Name)
@@ -79,13 +70,10 @@ func (s *states) changes(p *plan.Plan, add func(stateChange)) {
 			add(stateChange{slog.LevelError, r})
 		case r.Reason != "":
 			add(stateChange{slog.LevelWarn, r})
-		case !isNew:
+		case old != nil && old.Rule == r.Rule:
 			add(stateChange{slog.LevelInfo, r})
 		}
-	}
-	for _, r := range before {
-		delete(s.told, r.Rule.Name)
-	}
+	})
 }
 
 // stateText is the state of a rule and of whatever of it is not active; empty of one that is

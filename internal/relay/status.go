@@ -14,7 +14,7 @@ import (
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/loader"
-	"xdpcast/pkg/membership"
+
 	"xdpcast/pkg/rules"
 )
 
@@ -315,12 +315,9 @@ func (s *memberships) describe(m plan.Membership, g *control.Group) {
 	since := try.since // a copy, since others read it
 	g.Since, g.Tries = &since, try.count
 	if try.failed != nil {
-		g.State, g.Cause = control.GroupFailed, try.failed.err.Error()
+		g.State, g.Cause = try.state(), try.failed.err.Error()
 		next := try.failed.next
 		g.Next = &next
-		if membership.Transient(try.failed.err) {
-			g.State = control.GroupRetrying
-		}
 	}
 }
 

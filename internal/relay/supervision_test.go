@@ -100,7 +100,7 @@ func TestLogsManyMembershipsAtOnce(t *testing.T) {
 		{manyMemberships + 1, 1, `msg=joined memberships=33 first="239.0.0.0 on eth0" last="239.0.0.32 on eth0"`},
 	} {
 		var log bytes.Buffer
-		m := newMemberships(nil, slog.New(slog.NewTextHandler(&log, nil)))
+		m := newMemberships(nil, slog.New(slog.NewTextHandler(&log, nil)), nil)
 		var all []membership.Membership
 		for i := range c.memberships {
 			all = append(all, membership.Membership{Interface: "eth0", Group: netip.AddrFrom4([4]byte{239, 0, 0, byte(i)})})

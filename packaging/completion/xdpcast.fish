@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain doctor top reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status events explain doctor top reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -23,6 +23,7 @@ complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l max-outputs -r -d
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l fanout-workers -r -d 'serve each input of the fanout path with `N` workers'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l fanout-steer -r -d '`WHEN` to spread packets of the fanout path over the workers\' CPUs: on, off, or auto (network cards with fewer queues than workers)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l read-group -r -d 'let members of group `GID` read through the API (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l on-event -r -d 'call `PROGRAM` for each event, with what has happened in its environment'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l log-level -r -d 'least `LEVEL` to log: debug, info, warn or error'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l listen -r -d 'serve /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l listen-public -d 'let that be an address that is not loopback, without TLS'
@@ -99,6 +100,11 @@ complete -c xdpcast -n '__fish_seen_subcommand_from status' -f -l help -s h -d '
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'status' -d 'show the daemon and its interfaces'
 complete -c xdpcast -n '__fish_seen_subcommand_from status' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from status' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from events' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'events' -d 'show what has changed: rules, outputs, memberships, interfaces, paths, neighbours, queriers, loops, reloads'
+complete -c xdpcast -n '__fish_seen_subcommand_from events' -f -l follow -s f -d 'show the last 10, or those of --since, and go on with those to come, until interrupted; also over a restart of the daemon'
+complete -c xdpcast -n '__fish_seen_subcommand_from events' -f -l since -r -d 'only those behind event `N`, or from a TIME on: 10m (ago), 2026-01-31, "2026-01-31 09:00" or as RFC 3339 has it'
+complete -c xdpcast -n '__fish_seen_subcommand_from events' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
 complete -c xdpcast -n '__fish_seen_subcommand_from explain' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'explain' -d 'say what becomes of a packet, and why'
 complete -c xdpcast -n '__fish_seen_subcommand_from explain' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'

@@ -28,6 +28,9 @@ type Querier struct {
 	LastSeen time.Duration
 }
 
+// Queriers reads those heard on interfaces since the program was attached.
+func (l *Loader) Queriers() ([]Querier, error) { return readQueriers(l.maps.Queriers) }
+
 // readQueriers returns the queriers by interface and family.
 func readQueriers(m *ebpf.Map) ([]Querier, error) {
 	var all []Querier

@@ -242,11 +242,13 @@ func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 // kernel dropped the memberships with it, and an interface that comes back, under the same
 // name or even with the same index, has none of them. Call it before joining on an
 // interface that got the same index again: the kernel takes what the sockets of the last life
-// leave for the new one's.
-func (m *Manager) DropInterface(index int, generation uint64) {
+// leave for the new one's. It returns what it forgot, sorted.
+func (m *Manager) DropInterface(index int, generation uint64) []Membership {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.drop(life{index, generation})
+	dropped := m.drop(life{index, generation})
+	slices.SortFunc(dropped, Membership.Compare)
+	return dropped
 }
 
 // Reborn carries the memberships of one life of an interface over to the next, as far as it
@@ -268,17 +270,19 @@ func (m *Manager) Reborn(index int, from, to uint64) {
 	m.ifaces[now] = p
 }
 
-func (m *Manager) drop(of life) {
+func (m *Manager) drop(of life) (dropped []Membership) {
 	p := m.ifaces[of]
 	if p == nil {
-		return
+		return nil
 	}
-	for _, r := range p.records {
+	for k, r := range p.records {
 		r.counters.Dropped++
+		dropped = append(dropped, r.named(of, k))
 	}
 	m.erase(p)
 	p.close()
 	delete(m.ifaces, of)
+	return dropped
 }
 
 // List returns a snapshot of the memberships held, sorted by interface, group

@@ -1,0 +1,134 @@
+// Package events is the log of what has changed: a bounded number of events, each with a
+// number that grows by one, kept in memory and, the newest of them, in a file. Whoever adds an
+// event never waits for a reader or for the file.
+package events
+
+import (
+	"fmt"
+	"strings"
+	"time"
+)
+
+// Kind is what an event is about.
+type Kind string
+
+// The kinds.
+const (
+	KindDaemon     Kind = "daemon"     // it has started, or is about to end
+	KindRule       Kind = "rule"       // its state: added, active, pending, failed, removed
+	KindOutput     Kind = "output"     // the state of one output of a rule
+	KindPath       Kind = "path"       // the path of a rule's packets
+	KindMembership Kind = "membership" // a group on an interface
+	KindInterface  Kind = "interface"  // its link
+	KindProgram    Kind = "program"    // the relay program on an interface
+	KindNeighbour  Kind = "neighbour"  // the next hop of unicast outputs
+	KindQuerier    Kind = "querier"    // who asks for memberships on an interface
+	KindLoop       Kind = "loop"       // packets of a rule that come back
+	KindReload     Kind = "reload"     // of the daemon's file
+	// KindMissed has no number: a reader is told that Count events are not kept any more.
+	KindMissed Kind = "missed"
+)
+
+// Kinds are all kinds that are logged.
+func Kinds() []Kind {
+	return []Kind{KindDaemon, KindRule, KindOutput, KindPath, KindMembership, KindInterface, KindProgram, KindNeighbour, KindQuerier, KindLoop, KindReload}
+}
+
+// Event is one change of state. Which of the fields after Kind are set depends on it.
+type Event struct {
+	// Number is one more than that of the event before; 0 for KindMissed.
+	Number uint64    `json:"number,omitempty"`
+	Time   time.Time `json:"time"`
+	Kind   Kind      `json:"kind"`
+
+	Rule      string `json:"rule,omitempty"`
+	Output    string `json:"output,omitempty"` // an endpoint as rules have it
+	Interface string `json:"interface,omitempty"`
+	Group     string `json:"group,omitempty"`   // [SOURCE@]GROUP
+	Address   string `json:"address,omitempty"` // of a neighbour or a querier
+
+	// State is what has been reached, and Before what was left; empty where there was nothing.
+	State  string `json:"state"`
+	Before string `json:"before,omitempty"`
+	// Cause says why in one line.
+	Cause string `json:"cause,omitempty"`
+
+	// Count is more than 1 where the event stands for so many of one kind and state, which came
+	// faster than they are logged one by one: what else is set is of the first one, and Last
+	// names the last one.
+	Count uint64 `json:"count,omitempty"`
+	Last  string `json:"last,omitempty"`
+}
+
+// Subject names what the event is about: "rule cam1".
+func (e *Event) Subject() string {
+	var of string
+	switch e.Kind {
+	case KindRule, KindPath, KindLoop:
+		of = e.Rule
+		if e.Interface != "" {
+			of += " on " + e.Interface
+		}
+	case KindOutput:
+		of = e.Output + " of rule " + e.Rule
+		if e.Interface != "" {
+			of += " from " + e.Interface
+		}
+	case KindMembership:
+		of = e.Group + "%" + e.Interface
+	case KindInterface, KindProgram:
+		of = e.Interface
+	case KindNeighbour:
+		of = e.Address + " on " + e.Interface
+	case KindQuerier:
+		of = e.Address + " on " + e.Interface
+	}
+	return strings.TrimSpace(string(e.Kind) + " " + of)
+}
+
+// Text says in one line what has happened, without time and number.
+func (e *Event) Text() string {
+	var b strings.Builder
+	if e.Kind == KindMissed {
+		fmt.Fprintf(&b, "%d events missed", e.Count)
+	} else {
+		b.WriteString(e.Subject())
+		if e.Count > 1 {
+			fmt.Fprintf(&b, " and %d more, the last %s", e.Count-1, e.Last)
+		}
+		b.WriteString(": " + e.State)
+		if e.Before != "" {
+			b.WriteString(", was " + e.Before)
+		}
+	}
+	if e.Cause != "" {
+		b.WriteString(": " + e.Cause)
+	}
+	return b.String()
+}
+
+// texts are the fields that come from elsewhere.
+func (e *Event) texts() []*string {
+	return []*string{&e.Rule, &e.Output, &e.Interface, &e.Group, &e.Address, &e.State, &e.Before, &e.Cause, &e.Last}
+}
+
+// maxText bounds each text of an event, in bytes.
+const maxText = 512
+
+// bound cuts what is too long.
+func (e *Event) bound() {
+	for _, text := range e.texts() {
+		if len(*text) > maxText {
+			*text = strings.ToValidUTF8((*text)[:maxText-3], "") + "..."
+		}
+	}
+}
+
+// size is about how much memory the event takes, in bytes.
+func (e *Event) size() int {
+	n := 256
+	for _, text := range e.texts() {
+		n += len(*text)
+	}
+	return n
+}

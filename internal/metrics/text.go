@@ -1,0 +1,73 @@
+package metrics
+
+import (
+	"io"
+	"strconv"
+	"strings"
+)
+
+// sink collects samples in the text format of Prometheus
+// (prometheus.io/docs/instrumenting/exposition_formats), where those of a metric stand together.
+// It writes them as they come: with 10,000 rules there are 200,000, for which client_golang's
+// way, an object each, sorted and checked, takes seconds.
+type sink struct {
+	metrics []*metric
+	samples map[*metric]*[]byte
+}
+
+func newSink(metrics []*metric) *sink {
+	s := &sink{metrics: metrics, samples: make(map[*metric]*[]byte, len(metrics))}
+	for _, m := range metrics {
+		s.samples[m] = new([]byte)
+	}
+	return s
+}
+
+// put adds a sample; labels are the values of the metric's.
+func (s *sink) put(m *metric, value float64, labels ...string) {
+	samples := s.samples[m]
+	b := append(*samples, m.name...)
+	for i, label := range labels {
+		b = append(b, "{,"[min(i, 1)])
+		b = append(append(b, m.labels[i]...), '=', '"')
+		b = append(appendEscaped(b, label), '"')
+	}
+	if len(labels) > 0 {
+		b = append(b, '}')
+	}
+	b = append(strconv.AppendFloat(append(b, ' '), value, 'g', -1, 64), '\n')
+	*samples = b
+}
+
+// appendEscaped writes a label's value.
+func appendEscaped(b []byte, s string) []byte {
+	plain := true
+	for i := range len(s) {
+		plain = plain && s[i] < 0x80 && s[i] != '"' && s[i] != '\\' && s[i] != '\n'
+	}
+	if plain {
+		return append(b, s...)
+	}
+	return append(b, escapes.Replace(strings.ToValidUTF8(s, "\uFFFD"))...)
+}
+
+var escapes = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)
+
+// WriteTo writes all metrics that have a sample.
+func (s *sink) WriteTo(w io.Writer) (n int64, err error) {
+	for _, m := range s.metrics {
+		samples := *s.samples[m]
+		if len(samples) == 0 {
+			continue
+		}
+		head := "# HELP " + m.name + " " + strings.NewReplacer(`\`, `\\`, "\n", `\n`).Replace(m.help) + "\n# TYPE " + m.name + " " + m.kind + "\n"
+		for _, part := range [][]byte{[]byte(head), samples} {
+			written, err := w.Write(part)
+			n += int64(written)
+			if err != nil {
+				return n, err
+			}
+		}
+	}
+	return n, nil
+}
