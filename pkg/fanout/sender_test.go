@@ -3,6 +3,7 @@ package fanout
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -128,7 +129,7 @@ func slowDown(t *testing.T, h *lab.Host, ifname string, queue uint32) {
 		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index(t, h, ifname), Parent: netlink.HANDLE_ROOT, Handle: netlink.MakeHandle(9, 0)},
 		Rate:       125000, Limit: queue, Buffer: 20000,
 	}); err != nil {
-		t.Skipf("this kernel has no token bucket filter: %v", err)
+		labtest.Lacking(t, fmt.Sprintf("needs a token bucket filter (sch_tbf): %v", err))
 	}
 }
 

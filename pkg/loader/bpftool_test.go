@@ -23,7 +23,7 @@ func TestBpftoolShowsRules(t *testing.T) {
 		labtest.Lacking(t, "bpftool is not installed: scripts/setup --test installs it")
 	}
 	n := newLab(t, 2)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	sync1(t, l, someRules(n)...)
 	plain := func(name string) string {
 		t.Helper()
@@ -81,7 +81,7 @@ func TestDocsShowFlowEntriesAsTheyAre(t *testing.T) {
 	_, documented, _ := strings.Cut(string(text), command)
 	documented, _, _ = strings.Cut(documented, "$ ")
 	n := newLab(t, 1)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	sync1(t, l, Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}})
 	shown, err := exec.Command("bpftool", "map", "dump", "pinned", filepath.Join(l.opts.PinDir, tableNames[exact4].pin)).Output()
 	if err != nil {

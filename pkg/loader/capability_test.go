@@ -83,11 +83,11 @@ func TestOpenWithoutCapabilities(t *testing.T) {
 
 func TestPrivateMountIsWarnedOf(t *testing.T) {
 	n := newLab(t, 0)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	for _, w := range open(t, opts).Warnings() {
 		t.Errorf("warning %q", w)
 	}
-	other := testOptions(t)
+	other := stateOptions(t)
 	onThread(t, func() error {
 		if err := unix.Setns(n.relay.FD(), unix.CLONE_NEWNET); err != nil {
 			return err
@@ -117,7 +117,7 @@ func TestMissingPinIsNamed(t *testing.T) {
 	for _, pin := range []string{bpf.RelayMapConfig, bpf.RelayMapOutputs, "programs/relay", "programs/egress", "links"} {
 		t.Run(filepath.Base(pin), func(t *testing.T) {
 			newLab(t, 0)
-			opts := testOptions(t)
+			opts := stateOptions(t)
 			closeLoader(t, open(t, opts))
 			path := filepath.Join(opts.PinDir, pin)
 			if err := os.RemoveAll(path); err != nil {

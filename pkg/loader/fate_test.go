@@ -234,6 +234,7 @@ func TestNotes(t *testing.T) {
 		return s.Notes[note].Packets
 	}
 	t.Run("malformed", func(t *testing.T) {
+		r.enter(t)
 		for i, bad := range [][]byte{
 			put16(bytes.Clone(whole), atUDP+4, 2000), // the datagram goes beyond the packet
 			put16(bytes.Clone(whole), atUDP+4, 7),    // shorter than its header
@@ -259,6 +260,7 @@ func TestNotes(t *testing.T) {
 		}
 	})
 	t.Run("last fragment first", func(t *testing.T) {
+		r.enter(t)
 		f := sourceFrame(n, "239.1.1.1", 5000, make([]byte, 1000))
 		parts := packet.Fragment(f.Build(), 900, 256)
 		for i := len(parts) - 1; i >= 0; i-- {
@@ -269,6 +271,7 @@ func TestNotes(t *testing.T) {
 		}
 	})
 	t.Run("unfinished checksum", func(t *testing.T) {
+		r.enter(t)
 		noted := map[string]uint64{}
 		random := rand.New(rand.NewPCG(1, 2))
 		for _, length := range []int{0, 1, 2, 3, 7, 8, 9, 15, 16, 239, 240, 247, 248, 249, 255, 256, 257, 503, 504, 505, 700, 1023, 1024, 1025, 1399, 1400, 1471, 1472} {
@@ -305,6 +308,7 @@ func TestNotes(t *testing.T) {
 		}
 	})
 	t.Run("finished checksum that looks unfinished", func(t *testing.T) {
+		r.enter(t)
 		before := note("r", UnfinishedChecksum)
 		var frame []byte
 		for i := range 0x10000 {

@@ -8,8 +8,11 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/bpf"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/packet"
@@ -31,6 +34,29 @@ func testOptions(t testing.TB) Options {
 		MaxOutputs: 8192,
 		Logger:     slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
+}
+
+// stateOptions are testOptions for tests of the pinned state that send no packet.
+func stateOptions(t testing.TB) Options {
+	t.Helper()
+	opts := testOptions(t)
+	opts.programs = standIn{}
+	return opts
+}
+
+// standIn has a relay program that passes all packets. The real one takes the verifier longer
+// than all else that Open does.
+type standIn struct{ embedded }
+
+func (standIn) relay(_ *mapSet, can Capabilities) (*ebpf.Program, error) {
+	spec := &ebpf.ProgramSpec{
+		Name: bpf.RelayProgRelay, Type: ebpf.XDP, License: "MIT",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, xdpPass), asm.Return()},
+	}
+	if can.MultiBuffer { // as the egress program has it
+		spec.Flags = unix.BPF_F_XDP_HAS_FRAGS
+	}
+	return ebpf.NewProgram(spec)
 }
 
 type testWriter struct{ t testing.TB }

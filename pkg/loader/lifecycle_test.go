@@ -32,7 +32,7 @@ func reopen(t testing.TB, l *Loader) *Loader {
 
 func TestSecondOwnerIsRefused(t *testing.T) {
 	newLab(t, 0)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	l := open(t, opts)
 	_, err := Open(opts)
 	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
@@ -201,7 +201,7 @@ func TestAdoptUpgrades(t *testing.T) {
 
 func TestSchemaMismatchIsRefused(t *testing.T) {
 	n := newLab(t, 2)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	attachAll(t, l, n.in)
 	sync1(t, l, someRules(n)...)
 	config, err := l.maps.config()
@@ -368,7 +368,7 @@ func TestDamagedPinsAreRefused(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			labtest.Enter(t, n.relay)
-			opts := testOptions(t)
+			opts := stateOptions(t)
 			l := open(t, opts)
 			attachAll(t, l, n.in)
 			sync1(t, l, someRules(n)...)
@@ -415,7 +415,7 @@ func pinsBelow(t testing.TB, dir string) (paths []string) {
 
 func TestForeignNamespaceIsRefused(t *testing.T) {
 	n := newLab(t, 1)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	attachAll(t, l, n.in)
 	opts := l.opts
 	closeLoader(t, l)
@@ -437,7 +437,7 @@ func TestForeignNamespaceIsRefused(t *testing.T) {
 
 func TestMountsBPFFileSystem(t *testing.T) {
 	newLab(t, 0)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	parent := filepath.Dir(opts.PinDir)
 	if mounted, err := isBPFFS(parent); err == nil && mounted {
 		t.Fatal("a BPF file system is mounted already")
@@ -673,7 +673,7 @@ func TestNoFileDescriptorLeaks(t *testing.T) {
 // tables; the next one goes on with the new one.
 func TestAdoptsHalfMovedRule(t *testing.T) {
 	n := newLab(t, 1)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	l := open(t, opts)
 	old := Rule{Name: "cam1", In: input(n.in, "ff0e::1", "", 5000), Out: []Output{output(n.out[0], "ff0e::2", "fd00::1", 6000)}}
 	sync1(t, l, old)
@@ -702,7 +702,7 @@ func TestAdoptsHalfMovedRule(t *testing.T) {
 // twice in one table, too.
 func TestAdoptsRuleThatIsThereTwice(t *testing.T) {
 	n := newLab(t, 1)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	l := open(t, opts)
 	rule := func(name, group string) Rule {
 		return Rule{Name: name, In: input(n.in, group, "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}

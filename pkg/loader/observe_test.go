@@ -175,7 +175,7 @@ func TestForeignUpdateOfLink(t *testing.T) {
 // adopts them.
 func TestPinsAreRemoved(t *testing.T) {
 	n := newLab(t, 2)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
 	rules := append(someRules(n), tapRule("tap", input(n.in, "239.9.9.9", "", 5000)))
 	sync1(t, l, rules...)
@@ -213,7 +213,7 @@ func TestPinsAreRemoved(t *testing.T) {
 // A map config that another process has written is put right.
 func TestConfigIsChanged(t *testing.T) {
 	n := newLab(t, 1)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	sync1(t, l, someRulesOn1(n)...)
 	before := dump(t, l)
 	var config bpf.RelayConfig
@@ -236,7 +236,7 @@ func someRulesOn1(n *testLab) []Rule {
 // Very many devmaps are looked at in turns, each sooner or later.
 func TestManyDevmapsAreObserved(t *testing.T) {
 	n := newLab(t, 1)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	opts.MaxOutputs = 1 << 16
 	l := open(t, opts)
 	var rules []Rule
@@ -269,7 +269,7 @@ func TestNamespaceIsGone(t *testing.T) {
 	n := newLab(t, 1)
 	container := labtest.Host(t, "gone")
 	labtest.Connect(t, lab.End{Host: container, Name: "eth0"}, lab.End{Host: n.relay, Name: "veth0"})
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	labtest.Do(t, container, func() error {
 		l, err := Open(opts)
 		if err != nil {
@@ -313,7 +313,7 @@ func TestNamespaceIsGone(t *testing.T) {
 // The counters' links are watched, too.
 func TestTransmitPinIsRemoved(t *testing.T) {
 	newLab(t, 0)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	if err := unix.Unlink(filepath.Join(l.opts.PinDir, linksDir, pinDevmapXmit)); err != nil {
 		t.Fatal(err)
 	}

@@ -16,7 +16,7 @@ import (
 // no second owner.
 func TestPinsHaveOneOwnerWhateverTheRunDirectory(t *testing.T) {
 	n := newLab(t, 2)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	l := open(t, opts)
 	sync1(t, l, someRules(n)...)
 	before := dump(t, l)
@@ -39,7 +39,7 @@ func TestPinsHaveOneOwnerWhateverTheRunDirectory(t *testing.T) {
 // its own, one gets them, and nothing half-built is left.
 func TestManyStartAtOnce(t *testing.T) {
 	n := newLab(t, 0)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	closeLoader(t, open(t, opts)) // mounts
 	if err := Unload(opts); err != nil {
 		t.Fatal(err)
@@ -80,7 +80,7 @@ func TestManyStartAtOnce(t *testing.T) {
 // Nobody but root can open what is locked, so nobody can keep the lock.
 func TestLocksCannotBeOpenedByOthers(t *testing.T) {
 	newLab(t, 0)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	if err := os.Mkdir(opts.RunDir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -119,7 +119,7 @@ func TestLocksCannotBeOpenedByOthers(t *testing.T) {
 
 func TestRunDirectoryOfOthersIsRefused(t *testing.T) {
 	newLab(t, 0)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	if err := errors.Join(os.Mkdir(opts.RunDir, 0o755), os.Chmod(opts.RunDir, 0o777|os.ModeSticky)); err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +208,7 @@ func TestMountHidesNothing(t *testing.T) {
 // so does who is building now.
 func TestSweepsOnlyWhatTheDeadLeft(t *testing.T) {
 	newLab(t, 0)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	alive := opts
 	alive.PinDir += "_new_1"
 	one := open(t, alive)

@@ -29,8 +29,7 @@ type embedded struct {
 	// fragmentTimeout is how long a first fragment speaks for the others; 0 leaves
 	// it as the program has it.
 	fragmentTimeout time.Duration
-	// everyPacket makes the loop guard look at every packet, for as long as a test
-	// takes, and its marks foreseeable.
+	// everyPacket makes the loop guard look at every packet, and its marks foreseeable.
 	everyPacket bool
 	// noPacket makes it look at none, as at most of a fast rule: a benchmark that gives a
 	// program its frame as it left it is a loop.
@@ -125,7 +124,7 @@ func (e embedded) setTimeout(spec *ebpf.CollectionSpec) error {
 func (e embedded) setGuard(spec *ebpf.CollectionSpec) error {
 	set := map[string]uint32{"guard_secret": rand.Uint32()}
 	if e.everyPacket {
-		set = map[string]uint32{"guard_secret": 0, "guard_budget": math.MaxUint32, "guard_window": math.MaxInt32, "guard_race": math.MaxInt32}
+		set = map[string]uint32{"guard_secret": 0, "guard_budget": math.MaxUint32}
 	}
 	// Tests that set the time of fragments send one frame again and again, as loops do.
 	if e.noPacket || e.fragmentTimeout != 0 && !e.everyPacket {

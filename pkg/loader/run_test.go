@@ -144,6 +144,7 @@ func (r *runner) must(t testing.TB, p *ebpf.Program, index int, frame []byte, li
 // program.
 func (r *runner) run(t testing.TB, index int, frame []byte, linear int) ran {
 	t.Helper()
+	r.inside(t)
 	result := ran{copies: map[int][]byte{}}
 	result.verdict, result.frame = r.must(t, r.l.relay, index, frame, linear)
 	if result.verdict != xdpRedirect {
@@ -194,8 +195,21 @@ func programLab(t testing.TB, sinks int) (*testLab, *runner) {
 	return n, newRunner(t, l, n.relay)
 }
 
-// enter puts another goroutine of the test where the runner can run.
+// enter puts another goroutine of the test, such as a subtest's, where the runner can run.
 func (r *runner) enter(t testing.TB) {
 	labtest.Enter(t, r.host)
 	r.stay(t)
+}
+
+// inside fails a test that has forgotten enter: BPF_PROG_RUN looks the interface up in the
+// namespace of the calling thread, which may have one of that index, too.
+func (r *runner) inside(t testing.TB) {
+	t.Helper()
+	var here, there unix.Stat_t
+	if err := errors.Join(unix.Stat("/proc/thread-self/ns/net", &here), unix.Fstat(r.host.FD(), &there)); err != nil {
+		t.Fatal(err)
+	}
+	if here.Dev != there.Dev || here.Ino != there.Ino {
+		t.Fatal("the frame would run in another network namespace: call enter")
+	}
 }

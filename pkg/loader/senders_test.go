@@ -130,7 +130,7 @@ func TestAllGroups(t *testing.T) {
 func TestSendersAreAdopted(t *testing.T) {
 	n := newLab(t, 3)
 	for seed := range uint64(12) {
-		opts := testOptions(t)
+		opts := stateOptions(t)
 		opts.Logger = nil
 		w := newWorld(100+seed, n)
 		rules := normalized(w.rules(int(seed)))

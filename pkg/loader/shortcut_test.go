@@ -164,7 +164,7 @@ func TestShortcutsAreTaken(t *testing.T) {
 // A rule has a shortcut only while no more specific one can take its packets.
 func TestShortcutsOfOverlappingRules(t *testing.T) {
 	n := newLab(t, 1)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	rule := func(name, source string, port uint16) Rule {
 		return Rule{Name: name, In: input(n.in, "239.1.1.1", source, port), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	}
@@ -267,7 +267,7 @@ func TestShortcutPlaces(t *testing.T) {
 // What a process left that died, or anything else, is made right before it counts.
 func TestShortcutsAreMadeAnew(t *testing.T) {
 	n := newLab(t, 2)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	rules := someRules(n)
 	sync1(t, l, rules...)
 	want := shortcutsOf(t, l.maps)

@@ -90,7 +90,7 @@ func takerOf(rules []Rule, in Input, senders netip.Prefix) (name string) {
 // no rules everything is free again. Some steps go through a restart.
 func TestSyncRandomSets(t *testing.T) {
 	n := newLab(t, 3)
-	l := open(t, testOptions(t))
+	l := open(t, stateOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
 	w := newWorld(7, n)
 	var rules []Rule
@@ -145,7 +145,7 @@ func TestSyncRandomSets(t *testing.T) {
 
 func TestSyncRefusals(t *testing.T) {
 	n := newLab(t, 2)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	opts.MaxRules, opts.MaxOutputs = 8, 12
 	l := open(t, opts)
 	rules := someRules(n)
@@ -239,7 +239,7 @@ func TestSyncRefusals(t *testing.T) {
 // A failure half-way leaks nothing, however often it happens.
 func TestSyncFailuresDoNotLeak(t *testing.T) {
 	n := newLab(t, 2)
-	opts := testOptions(t)
+	opts := stateOptions(t)
 	opts.MaxRules, opts.MaxOutputs, opts.Logger = 16, 64, nil
 	l := open(t, opts)
 	rules := someRules(n)
@@ -415,7 +415,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			labtest.Enter(t, n.relay)
-			l := open(t, testOptions(t))
+			l := open(t, stateOptions(t))
 			sync1(t, l, c.before...)
 			// As Sync does it, up to where the process dies.
 			s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}

@@ -22,7 +22,7 @@ func TestTransferDoesNotAllocate(t *testing.T) {
 	for _, check := range []bool{false, true} {
 		src, dst := pair(t, 0, 1)
 		_, out := makeUMEMAsIs(t, UMEMOptions{Frames: 128, CheckOwnership: check})
-		u, in := makeUMEMAsIs(t, UMEMOptions{Frames: 128, CheckOwnership: check, MultiBuffer: true})
+		u, in := makeUMEMAsIs(t, UMEMOptions{Frames: 128, CheckOwnership: check, MultiBuffer: labtest.MultiBufferSockets(t)})
 		sender := openOn(t, src, "eth0", out, 0, Options{NoRX: true})
 		receiver := openOn(t, dst, "eth0", in, 0, Options{})
 		receiver.Fill(64)

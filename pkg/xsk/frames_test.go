@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
 )
 
 // labtestPeer is one more host with an eth0.
@@ -207,10 +208,11 @@ func TestVerifyCounts(t *testing.T) {
 func TestRandomTransfers(t *testing.T) {
 	a, b := pair(t, 0, 1)
 	hosts := []*lab.Host{a, b}
+	multiBuffer := labtest.MultiBufferSockets(t)
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
 			random := rand.New(rand.NewPCG(seed, 1))
-			u, f := makeUMEM(t, UMEMOptions{Frames: 96, MultiBuffer: true})
+			u, f := makeUMEM(t, UMEMOptions{Frames: 96, MultiBuffer: multiBuffer})
 			opts := Options{FillSize: 32, CompletionSize: 16, RXSize: 16, TXSize: 16}
 			sockets := []*Socket{openOn(t, a, "eth0", f, 0, opts), openOn(t, b, "eth0", f, 0, opts)}
 			for i, h := range hosts {
@@ -238,7 +240,10 @@ func TestRandomTransfers(t *testing.T) {
 				case op == 4 && len(mine) > 0:
 					n := 1 + random.IntN(min(len(mine), len(descs)))
 					for i, addr := range mine[len(mine)-n:] {
-						descs[i] = Desc{Addr: addr, Len: 100, Options: Continued & uint32(random.IntN(2))}
+						descs[i] = Desc{Addr: addr, Len: 100}
+						if multiBuffer {
+							descs[i].Options = Continued & uint32(random.IntN(2))
+						}
 					}
 					descs[n-1].Options = 0
 					took, err := s.Send(descs[:n])

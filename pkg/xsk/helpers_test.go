@@ -77,6 +77,20 @@ func makeUMEMAsIs(t testing.TB, opts UMEMOptions) (*UMEM, *Frames) {
 	return u, f
 }
 
+// needsMultiBuffer skips a test whose packets have several frames.
+func needsMultiBuffer(t testing.TB) {
+	t.Helper()
+	labtest.NeedsKernel(t, labtest.MultiBufferSockets(t), "packets of several frames in AF_XDP sockets", "6.6")
+}
+
+// needsBudget skips a test that sets a TXBudget other than the kernel's own.
+func needsBudget(t testing.TB, budget int) {
+	t.Helper()
+	if budget != 0 {
+		labtest.NeedsKernel(t, labtest.TXBudget(t), "XDP_MAX_TX_SKB_BUDGET", "6.17")
+	}
+}
+
 // openOn opens a socket inside of a host. The kernel gives a queue up a moment after
 // its last socket was closed.
 func openOn(t testing.TB, h *lab.Host, name string, f *Frames, queue int, opts Options) *Socket {

@@ -461,6 +461,7 @@ func TestInterfaceDown(t *testing.T) {
 
 // A device that drops says so once a packet; the packets complete, and Flush goes on.
 func TestDeviceDrops(t *testing.T) {
+	needsMultiBuffer(t)
 	host, peer := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64, MultiBuffer: true})
 	s := openOn(t, host, "eth0", frames, 0, Options{})
@@ -546,6 +547,7 @@ func TestForwardAcrossRegistrations(t *testing.T) {
 }
 
 func TestTXRingFull(t *testing.T) {
+	needsMultiBuffer(t)
 	host, _ := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64, MultiBuffer: true})
 	s := openOn(t, host, "eth0", frames, 0, Options{TXSize: 8, CompletionSize: 8})
@@ -639,6 +641,7 @@ func TestNoTransmitQueue(t *testing.T) {
 }
 
 func TestSendRefuses(t *testing.T) {
+	needsMultiBuffer(t)
 	host, _ := pair(t, 0, 1)
 	u, err := NewUMEM(UMEMOptions{Frames: 64, MultiBuffer: true})
 	if err != nil {

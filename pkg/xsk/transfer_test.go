@@ -69,6 +69,7 @@ func TestReceiveHeadroom(t *testing.T) {
 func TestTransmit(t *testing.T) {
 	for _, budget := range []int{0, 64} {
 		t.Run(fmt.Sprint("budget=", budget), func(t *testing.T) {
+			needsBudget(t, budget)
 			src, dst := pair(t, 0, 1)
 			_, frames := makeUMEM(t, UMEMOptions{Frames: 256})
 			s := openOn(t, src, "eth0", frames, 0, Options{NoRX: true, TXSize: 128, CompletionSize: 64, TXBudget: budget})
@@ -97,6 +98,7 @@ func TestTransmit(t *testing.T) {
 func TestKickBudget(t *testing.T) {
 	for _, c := range []struct{ budget, calls int }{{0, 4}, {64, 2}, {128, 1}} {
 		t.Run(fmt.Sprint("budget=", c.budget), func(t *testing.T) {
+			needsBudget(t, c.budget)
 			src, _ := pair(t, 0, 1)
 			_, frames := makeUMEM(t, UMEMOptions{Frames: 128})
 			s := openOn(t, src, "eth0", frames, 0, Options{TXSize: 128, CompletionSize: 128, TXBudget: c.budget})
@@ -187,6 +189,7 @@ func TestForward(t *testing.T) {
 }
 
 func TestMultiBuffer(t *testing.T) {
+	needsMultiBuffer(t)
 	src, relay, dst := newHost(t, "src"), newHost(t, "rly"), newHost(t, "dst")
 	connect(t, src, "eth0", relay, "in", 9000, 1)
 	connect(t, relay, "out", dst, "eth0", 9000, 1)
@@ -219,6 +222,7 @@ func TestMultiBuffer(t *testing.T) {
 
 // A received packet of several frames is sent on as it is.
 func TestForwardMultiBuffer(t *testing.T) {
+	needsMultiBuffer(t)
 	src, relay, dst := newHost(t, "src"), newHost(t, "rly"), newHost(t, "dst")
 	connect(t, src, "eth0", relay, "in", 9000, 1)
 	connect(t, relay, "out", dst, "eth0", 9000, 1)
@@ -261,6 +265,7 @@ func TestForwardMultiBuffer(t *testing.T) {
 // One payload goes to 16 destinations, behind a header of each: four interfaces, four
 // times on each. It returns when the last copy is done.
 func TestSharedPayload(t *testing.T) {
+	needsMultiBuffer(t)
 	const interfaces, copies = 4, 4
 	relay, sink := newHost(t, "rly"), newHost(t, "dst")
 	u, frames := makeUMEM(t, UMEMOptions{Frames: 64, FrameSize: 4096, MultiBuffer: true})

@@ -92,3 +92,46 @@ func TestListOfLongForms(t *testing.T) {
 		t.Errorf("test/soak.txt does not list %s", missing)
 	}
 }
+
+// What is listed to run on other kernels is there, and a skip is allowed for a test that
+// runs, with its reason.
+func TestListOfTestsOnOtherKernels(t *testing.T) {
+	const file = "test/kernels.txt"
+	functions := testFunctions(t)
+	runs := map[string]bool{}
+	exists := func(pkg, test string) {
+		if !slices.Contains(functions[test], pkg) {
+			t.Errorf("%s: %s is not in %s", file, test, pkg)
+		}
+	}
+	for line := range strings.Lines(read(t, file)) {
+		fields := strings.Fields(line)
+		switch {
+		case len(fields) == 0 || fields[0] == "#":
+		case fields[0] == "skip" && len(fields) > 3:
+			if !runs[fields[2]] {
+				t.Errorf("%s: %s is skipped and does not run", file, fields[2])
+			}
+		case fields[0] != "short" && fields[0] != "full" || len(fields) < 3:
+			t.Errorf("%s: line %q: want short or full, a machine, a package and its tests, or skip, a kernel, a test and a reason", file, line)
+		case fields[2] == "demo":
+		case len(fields) == 3:
+			t.Errorf("%s: line %q has no tests", file, line)
+		case fields[3] == "all":
+			for test, packages := range functions {
+				runs[test] = runs[test] || slices.Contains(packages, fields[2])
+			}
+			for _, without := range fields[4:] {
+				exists(fields[2], strings.TrimPrefix(without, "-"))
+			}
+		default:
+			for _, test := range fields[3:] {
+				exists(fields[2], test)
+				runs[test] = true
+			}
+		}
+	}
+	if len(runs) == 0 {
+		t.Errorf("%s lists no test", file)
+	}
+}

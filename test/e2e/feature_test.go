@@ -416,7 +416,7 @@ func TestSourceSpecific(t *testing.T) {
 	const packets = 500
 	for i, source := range []string{"10.1.0.2", "10.1.0.3", "10.1.0.4"} {
 		send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Source: netip.MustParseAddr(source), TTL: 16,
-			Rate: traffic.Rate{Value: 20_000}, Count: packets}).wait()
+			Rate: traffic.Rate{Value: easy}, Count: packets}).wait()
 		if fault := sinks[i].finish(packets); fault != "" {
 			t.Error(fault)
 		}

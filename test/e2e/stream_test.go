@@ -15,6 +15,10 @@ import (
 	"xdpcast/internal/traffic"
 )
 
+// easy is a rate, in packets a second, that an emulated or busy machine carries without loss:
+// for tests that want every packet, and no speed.
+const easy = 4_000
+
 // stream is traffic under way.
 type stream struct {
 	t      testing.TB
