@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/discover"
 	"xdpcast/internal/network"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
@@ -81,15 +82,61 @@ func Gather(ctx context.Context, o Options) (*Facts, error) {
 	if err := g.read(ctx, 0); err != nil {
 		return nil, err
 	}
-	select {
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	case <-time.After(o.Apart):
+	if err := g.wait(ctx); err != nil {
+		return nil, err
 	}
 	if err := g.read(ctx, 1); err != nil {
 		return nil, err
 	}
 	return g.finish(ctx)
+}
+
+// wait lets the time between the readings pass, and looks meanwhile at what comes for the
+// groups of the rule that is asked for, and goes past it.
+func (g *gatherer) wait(ctx context.Context) error {
+	end := time.After(g.Apart)
+	if o := g.watch(); len(o.Interfaces) > 0 {
+		found, err := discover.Watch(ctx, o)
+		g.unread("streams of the rule's group", err)
+		for _, s := range found.Streams {
+			if s.Port != 0 {
+				g.f.Rule.Seen = append(g.f.Rule.Seen, Seen{s.Interface, s.Input().String(), s.Packets})
+			}
+		}
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-end:
+		return nil
+	}
+}
+
+// watch says what to look at meanwhile: no interface where there is nothing to see.
+func (g *gatherer) watch() (o discover.Options) {
+	if g.f.Rule == nil {
+		return o
+	}
+	o = discover.Options{For: g.Apart, Passive: true}
+	for _, r := range g.stats[0].Rules {
+		in, _, err := rules.ParseInput(r.In)
+		if err != nil {
+			continue // noted before
+		}
+		o.Taken = append(o.Taken, in)
+		if r.Name == g.Rule && in.Address.IsMulticast() && !in.FromHost {
+			o.Only = in.Prefix()
+		}
+	}
+	if !o.Only.IsValid() {
+		return discover.Options{}
+	}
+	for _, i := range g.f.Rule.Inputs {
+		if i.Link != nil && i.Link.Up {
+			o.Interfaces = append(o.Interfaces, discover.Interface{Name: i.Name, Index: i.Link.Index})
+		}
+	}
+	return o
 }
 
 func (g *gatherer) unread(what string, err error) {

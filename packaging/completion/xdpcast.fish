@@ -3,6 +3,7 @@
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
         if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status events explain doctor top reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain discover doctor top reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -108,6 +109,14 @@ complete -c xdpcast -n '__fish_seen_subcommand_from events' -f -l output -s o -r
 complete -c xdpcast -n '__fish_seen_subcommand_from explain' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'explain' -d 'say what becomes of a packet, and why'
 complete -c xdpcast -n '__fish_seen_subcommand_from explain' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from discover' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'discover' -d 'find multicast streams that no rule takes'
+complete -c xdpcast -n '__fish_seen_subcommand_from discover' -f -l interface -s i -r -d 'look at `IFACE` (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from discover' -f -l for -r -d 'look for this `TIME`'
+complete -c xdpcast -n '__fish_seen_subcommand_from discover' -f -l join -r -d 'join `GROUP[/LEN]` meanwhile, at most 4096 groups (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from discover' -f -l to -r -d 'with -o rules: send to `IFACE`'
+complete -c xdpcast -n '__fish_seen_subcommand_from discover' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
+complete -c xdpcast -n '__fish_seen_subcommand_from discover' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs, rules for a file of rules'
 complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'doctor' -d 'say what keeps packets from moving, and what cures it'
 complete -c xdpcast -n '__fish_seen_subcommand_from doctor' -f -l interface -s i -r -d 'look at `IFACE`, too (repeatable)'

@@ -2,12 +2,14 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
 
 	"xdpcast/internal/doctor"
 	"xdpcast/internal/traffic"
+	"xdpcast/pkg/packet"
 )
 
 // diagnosis runs the doctor and returns its report, whose faults must go with the exit code.
@@ -34,6 +36,26 @@ func check(r doctor.Report, section, name string) (worst doctor.Finding) {
 		}
 	}
 	return worst
+}
+
+// addRepeated: what comes instead of a rule's stream is named.
+func (n *network) addRepeated(t *testing.T, in *instance) {
+	t.Helper()
+	group := netip.MustParseAddr("239.1.1.1")
+	frame := packet.Frame{
+		SrcMAC: macOf(t, n.source, "src0"), DstMAC: packet.MulticastMAC(group), VLANs: []uint16{7}, Src: netip.MustParseAddr("10.1.0.2"), Dst: group,
+		SrcPort: 4000, DstPort: 5001, TTL: 9, Payload: []byte("elsewhere"),
+	}
+	stop := n.repeat(t, frame.Build())
+	defer stop()
+	r := in.diagnosis("cam1", "--for", "500ms")
+	const stream = "10.1.0.2@239.1.1.1:5001%in0,vlan=7"
+	if f := check(r, "rule cam1", "matched"); !strings.Contains(f.Text, "What comes in instead: "+stream) || !strings.Contains(f.Cure, "--in "+stream) {
+		t.Errorf("%+v", f)
+	}
+	if v := r.Sections[0].Verdict; !strings.HasPrefix(v, "packets end at the flow table") {
+		t.Errorf("verdict %q", v)
+	}
 }
 
 // TestDoctor: the doctor follows the packets of a rule with live counters, and says where they
@@ -100,6 +122,8 @@ func TestDoctor(t *testing.T) {
 	if f := check(r, "rule cam1", "matched"); f.Level != doctor.Fault || !strings.Contains(r.Sections[0].Verdict, "packets end before the host") {
 		t.Errorf("of a silent stream: %+v, verdict %q", f, r.Sections[0].Verdict)
 	}
+	// The stream comes, to another port and in a VLAN.
+	n.addRepeated(t, in)
 	if got := in.cli("doctor", "nobody"); got.code != 2 || !strings.Contains(got.stderr, `no such rule: "nobody"`) {
 		t.Errorf("of no rule: %s", got)
 	}

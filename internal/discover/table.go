@@ -1,0 +1,99 @@
+package discover
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
+	"xdpcast/pkg/packet"
+)
+
+// streamKey tells streams of one interface apart.
+type streamKey struct {
+	vlan, outer   uint16
+	source, group netip.Addr
+	port          uint16
+}
+
+// counted is what is known of a stream.
+type counted struct {
+	packets, bytes uint64
+	ttl            uint8
+	identity       identity
+}
+
+// table is the streams of one interface. Its one user is its watcher.
+type table struct {
+	ifname    string
+	only      netip.Prefix
+	taken     *taken
+	streams   *simplelru.LRU[streamKey, *counted]
+	forgotten uint64
+	sessions  sessions
+}
+
+func newTable(ifname string, most int, only netip.Prefix, taken *taken) *table {
+	t := &table{ifname: ifname, only: only, taken: taken}
+	var err error
+	if t.streams, err = simplelru.NewLRU(most, func(streamKey, *counted) { t.forgotten++ }); err != nil {
+		panic(err) // of a size that is not positive, which callers see to
+	}
+	return t
+}
+
+// see counts a frame, if it is for a group. wire is its length before anything was cut.
+func (t *table) see(frame []byte, wire int) {
+	if h, ok := packet.Parse(frame); ok {
+		if h.Part == packet.LaterFragment || !t.wants(h.Dst) {
+			return // a later fragment has no port
+		}
+		payload := frame[h.Payload:min(len(frame), h.L3+h.L3Len)]
+		c := t.count(streamKey{h.VLAN, h.OuterVLAN, h.Src, h.Dst, h.DstPort}, wire, ttlOf(frame, &h))
+		if h.Part == packet.Whole {
+			c.identity.see(payload, h.DstPort, c.packets)
+			if c.identity.kind == SAP {
+				t.sessions.see(payload, t.ifname, h.VLAN, h.OuterVLAN)
+			}
+		}
+		return
+	}
+	if m, ok := parseControl(frame); ok && t.wants(m.dst) {
+		c := t.count(streamKey{m.vlan, m.outer, m.src, m.dst, 0}, wire, m.ttl)
+		c.identity.control(m)
+	}
+}
+
+func (t *table) wants(dst netip.Addr) bool {
+	return dst.IsMulticast() && (!t.only.IsValid() || t.only.Contains(dst))
+}
+
+// count finds a stream, or begins one.
+func (t *table) count(k streamKey, wire int, ttl uint8) *counted {
+	c, ok := t.streams.Get(k)
+	if !ok {
+		c = &counted{}
+		t.streams.Add(k, c)
+	}
+	c.packets++
+	c.bytes += uint64(wire)
+	c.ttl = ttl
+	return c
+}
+
+// list is the streams that no rule takes.
+func (t *table) list(took time.Duration) (all []Stream) {
+	seconds := max(took, time.Millisecond).Seconds()
+	for _, k := range t.streams.Keys() {
+		c, _ := t.streams.Peek(k)
+		s := Stream{
+			Interface: t.ifname, VLAN: k.vlan, OuterVLAN: k.outer, Source: k.source, Group: k.group, Port: k.port,
+			Packets: c.packets, Bytes: c.bytes, PacketRate: float64(c.packets) / seconds, BitRate: float64(c.bytes) * 8 / seconds, TTL: c.ttl,
+			Looks: c.identity.looks(),
+		}
+		if s.Port == 0 || !t.taken.by(s.Input()) {
+			all = append(all, s)
+		}
+	}
+	return all
+}
