@@ -61,7 +61,7 @@ func newPatient(t testing.TB) *patient {
 	labtest.Connect(t, lab.End{Host: p.relay, Name: "in0", Addrs: []string{"10.1.0.1/24"}}, lab.End{Host: p.other, Name: "src0", Addrs: []string{"10.1.0.2/24"}})
 	labtest.Connect(t, lab.End{Host: p.relay, Name: "out0", Addrs: []string{"10.2.0.1/24"}}, lab.End{Host: p.other, Name: "sink0", Addrs: []string{"10.2.0.2/24"}})
 	p.status = &control.Status{
-		PID: os.Getpid(), Ready: true, PinDir: "/sys/fs/bpf/xdpcast-doctor-test", Rules: 1, Active: 1,
+		PID: processIn(t, p.relay), Ready: true, PinDir: "/sys/fs/bpf/xdpcast-doctor-test", Rules: 1, Active: 1,
 		Interfaces: []control.InterfaceStatus{
 			{Name: "in0", ProgramID: 7, Mode: "native", IGMP: &control.Multicast{Version: "IGMPv3", Querier: "10.1.0.254"}},
 			{Name: "out0", ProgramID: 7, Mode: "native"},
@@ -72,6 +72,18 @@ func newPatient(t testing.TB) *patient {
 	p.opts = Options{Daemon: p, PinDir: p.status.PinDir, Apart: time.Millisecond, Root: os.DirFS("/")}
 	p.opts.Stats = func(context.Context) (control.Stats, error) { return p.stats, nil }
 	return p
+}
+
+// processIn starts a process in a host that does nothing, for the daemon's.
+func processIn(t testing.TB, h *lab.Host) int {
+	t.Helper()
+	cmd := exec.Command("sleep", "600")
+	labtest.Do(t, h, cmd.Start)
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return cmd.Process.Pid
 }
 
 // rule has the relay relay another input.
@@ -139,7 +151,13 @@ func (p *patient) file(name, text string) {
 	p.opts.Root = over{fstest.MapFS{name: {Data: []byte(text)}}, p.opts.Root}
 }
 
-func (p *patient) own(name string) string { return fmt.Sprintf("proc/%d/%s", os.Getpid(), name) }
+// ReadLink implements fs.ReadLinkFS.
+func (o over) ReadLink(name string) (string, error) { return fs.ReadLink(o.below, name) }
+
+// Lstat implements fs.ReadLinkFS.
+func (o over) Lstat(name string) (fs.FileInfo, error) { return fs.Lstat(o.below, name) }
+
+func (p *patient) own(name string) string { return fmt.Sprintf("proc/%d/%s", p.status.PID, name) }
 
 // capabilities has the process have these.
 func (p *patient) capabilities(effective uint64) {
@@ -295,6 +313,8 @@ var faults = []struct {
 	}, "host", "pinned", Fault, "", "xdpcast unload --all"},
 	{"no daemon", func(p *patient) { p.status = nil },
 		"host", "daemon", Fault, "no daemon runs", "systemctl start xdpcast"},
+	{"the daemon is in another namespace", func(p *patient) { p.status.PID = processIn(p.t, p.other) },
+		"host", "namespace", Fault, "is in another network namespace", "nsenter -t "},
 	{"rules failed", func(p *patient) { p.status.Failed = 2 },
 		"host", "daemon", Fault, "2 rules failed", "xdpcast rule list"},
 	{"a group is not joined", func(p *patient) {

@@ -58,6 +58,8 @@ type Process struct {
 	Capabilities uint64 // effective, a bit for each
 	Files, Limit int    // open file descriptors, and how many there may be; 0: not known
 	MemLock      uint64 // bytes of memory that it may lock; 0: not known
+	// Elsewhere: it is in another network namespace than this program.
+	Elsewhere bool
 	// ClockOffset is how much the monotonic clock of its time namespace is ahead of the host's.
 	ClockOffset time.Duration
 }

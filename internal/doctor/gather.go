@@ -239,6 +239,11 @@ func (g *gatherer) process() (p Process) {
 	g.unread(fmt.Sprintf("limits of process %d", p.PID), err)
 	open, _ := fs.ReadDir(g.Root, dir+"/fd")
 	p.Files = len(open)
+	its, err := fs.ReadLink(g.Root, dir+"/ns/net")
+	if own, ownErr := fs.ReadLink(g.Root, "proc/thread-self/ns/net"); err == nil && ownErr == nil {
+		p.Elsewhere = its != own
+	}
+	g.unread(fmt.Sprintf("network namespace of process %d", p.PID), err)
 	p.ClockOffset, err = parseClockOffset(g.text(dir + "/timens_offsets"))
 	g.unread(fmt.Sprintf("time namespace of process %d", p.PID), err)
 	return p

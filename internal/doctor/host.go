@@ -22,6 +22,7 @@ var hostChecks = [...]struct {
 	{"bpffs", "the pin directory is on a BPF file system", bpffs},
 	{"pinned", "what is pinned can be read", pinned},
 	{"daemon", "the daemon runs and has its rules in", daemon},
+	{"namespace", "the daemon is in this network namespace", namespace},
 	{"capabilities", "all capabilities are there", capabilities},
 	{"descriptors", "enough file descriptors", descriptors},
 	{"memlock", "memory for AF_XDP sockets may be locked", memlock},
@@ -113,6 +114,15 @@ func daemon(h *Host) (found []Finding) {
 		}
 	}
 	return found
+}
+
+// namespace: what is said of interfaces is said of those that this program sees.
+func namespace(h *Host) []Finding {
+	if !h.Process.Elsewhere {
+		return nil
+	}
+	return one(fault(fmt.Sprintf("nsenter -t %d -n xdpcast doctor", h.Process.PID),
+		"the daemon, process %d, is in another network namespace: interfaces that are looked at here are not those that it relays between", h.Process.PID))
 }
 
 func capabilities(h *Host) []Finding {

@@ -2,8 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status events explain doctor top reload confirm history rollback check convert gen recv demo version
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status explain discover doctor top reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status events explain discover doctor top reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"xdpcast/internal/doctor"
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
 	"xdpcast/internal/traffic"
 	"xdpcast/pkg/packet"
 )
@@ -132,5 +134,37 @@ func TestDoctor(t *testing.T) {
 	}
 	if got := in.cli("doctor", "--for", "100ms", "-i", "nothing0"); got.code != 1 || !strings.Contains(got.stdout, "interface nothing0 not found") {
 		t.Errorf("of an absent interface: %s", got)
+	}
+}
+
+// TestDoctorCounters: what only the kernel's counters tell: unfinished checksums, and copies that
+// are too long.
+func TestDoctorCounters(t *testing.T) {
+	n := newNetwork(t)
+	labtest.Do(t, n.source, func() error { return lab.SetTxChecksum("src0", true) })
+	if err := n.relay.Netlink().LinkSetMTU(labtest.Link(t, n.relay, "out0"), 1200); err != nil {
+		t.Fatal(err)
+	}
+	in := newInstance(t, n.relay)
+	in.start()
+	in.mustCLI("rule", "add", "cam1", "--path", "kernel", "--in", "239.1.1.1:5000%in0", "--out", "239.2.1.1:6000%out0", "--out", "239.2.1.2:6000%out1")
+	in.waitState("cam1", "active")
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 16, Size: 1400, Rate: traffic.Rate{Value: 500}})
+	defer stream.stop()
+	stream.flows(100)
+	r := in.diagnosis("cam1", "--for", "500ms")
+	for _, c := range []struct {
+		section, check string
+		level          doctor.Level
+		text, cure     string
+	}{
+		{"interface in0", "checksums", doctor.Warning, "came to in0 with unfinished checksums", "tx off"},
+		{"interface out0", "mtu", doctor.Fault, "were too long for out0 (MTU 1200)", "ip link set dev out0 mtu"},
+		{"rule cam1", "output 0", doctor.Fault, "reason mtu", "ip link set dev out0 mtu"},
+		{"rule cam1", "output 1", doctor.OK, "copies left for", ""},
+	} {
+		if f := check(r, c.section, c.check); f.Level != c.level || !strings.Contains(f.Text, c.text) || !strings.Contains(f.Cure, c.cure) {
+			t.Errorf("%s, %s: %+v", c.section, c.check, f)
+		}
 	}
 }
