@@ -14,6 +14,7 @@
 #include "lookup.h"
 #include "own.h"
 #include "query.h"
+#include "routed.h"
 #include "steer.h"
 
 /* One output: the frame itself is rewritten and sent on. */
@@ -160,6 +161,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		return NOT_OURS;
 	}
 	if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
+		return NOT_OURS;
+	if (__builtin_expect(flow->routed, 0) && kernel_routes(cfg, h, flow, bytes, ip4))
 		return NOT_OURS;
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
 		remember_fragment(ifindex, h, ip4);

@@ -110,7 +110,8 @@ type RelayFlow struct {
 	InputMac    [6]uint8
 	Sockets     uint32
 	Finish      uint8
-	Pad         [3]uint8
+	Routed      uint8
+	Pad         [2]uint8
 }
 
 type RelayFlow4 struct {
@@ -524,6 +525,7 @@ const (
 	RelayMapPrefixTables4      = "prefix_tables4"
 	RelayMapPrefixTables6      = "prefix_tables6"
 	RelayMapQueriers           = "queriers"
+	RelayMapRoutedUntil        = "routed_until"
 	RelayMapRuleDrops          = "rule_drops"
 	RelayMapRuleStats          = "rule_stats"
 	RelayMapRules              = "rules"
@@ -636,6 +638,7 @@ type RelayMapSpecs struct {
 	PrefixTables4 *ebpf.MapSpec `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.MapSpec `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.MapSpec `ebpf:"queriers"`
+	RoutedUntil   *ebpf.MapSpec `ebpf:"routed_until"`
 	RuleDrops     *ebpf.MapSpec `ebpf:"rule_drops"`
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
@@ -724,6 +727,7 @@ type RelayMaps struct {
 	PrefixTables4 *ebpf.Map `ebpf:"prefix_tables4"`
 	PrefixTables6 *ebpf.Map `ebpf:"prefix_tables6"`
 	Queriers      *ebpf.Map `ebpf:"queriers"`
+	RoutedUntil   *ebpf.Map `ebpf:"routed_until"`
 	RuleDrops     *ebpf.Map `ebpf:"rule_drops"`
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
@@ -759,6 +763,7 @@ func (m *RelayMaps) Close() error {
 		m.PrefixTables4,
 		m.PrefixTables6,
 		m.Queriers,
+		m.RoutedUntil,
 		m.RuleDrops,
 		m.RuleStats,
 		m.Rules,

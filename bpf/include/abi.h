@@ -187,7 +187,10 @@ struct flow {
 	__u8 input_mac[6];
 	__u32 sockets; /* row of xsks of the input's first queue, with PATH_AFXDP */
 	__u8 finish;   /* 1: packets may have unfinished UDP checksums, which are finished */
-	__u8 pad[3];
+	__u8 routed;   /* not 0: a multicast route of the kernel; packets of at most this TTL are
+			* left to it
+			*/
+	__u8 pad[2];
 };
 
 /* A slot of the map shortcuts: what a rule takes, and its flow entry. For IPv4 it is one

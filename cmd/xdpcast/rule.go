@@ -294,7 +294,7 @@ func ruleExportCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "export",
 		Usage:       "write the rules as a file that run -c, check and rule apply read",
-		Description: "rule apply sets the rules of origin api: to change those and apply them again, export with --origin api.",
+		Description: "Multicast routes that are mirrored (origin mroute) are not among them. rule apply sets the rules of origin api: to change those and apply them again, export with --origin api.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "origin", Usage: "only the rules of `ORIGIN`: file or api"},
 		},
@@ -318,7 +318,7 @@ func ruleExport(c *cli.Context) error {
 	}
 	var out []rules.Rule
 	for _, r := range list {
-		if origin != "" && r.Origin != origin {
+		if r.Origin == control.OriginMroute || origin != "" && r.Origin != origin {
 			continue
 		}
 		rule, err := control.ToRule(r.Rule)

@@ -45,7 +45,7 @@ func runCommand() *cli.Command {
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, with what has happened in its environment"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
-		}, slices.Concat(listenFlags(), afxdpFlags(), pinFlags(), []cli.Flag{stateDirFlag()})...),
+		}, slices.Concat(mrouteFlags(), listenFlags(), afxdpFlags(), pinFlags(), []cli.Flag{stateDirFlag()})...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
@@ -107,8 +107,12 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 	if err != nil {
 		return relay.Options{}, err
 	}
+	mroutes, err := mrouteOptions(c)
+	if err != nil {
+		return relay.Options{}, err
+	}
 	return relay.Options{
-		AFXDP: afxdp, Workers: int(workers), Steering: steering,
+		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Steering: steering,
 		ConfigFile: c.String("config"), StateDir: stateDir(c), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil

@@ -31,6 +31,9 @@ type Drop struct {
 const (
 	OriginFile = "file" // the daemon's own file; changed by editing it and reloading
 	OriginAPI  = "api"  // added through this API
+	// OriginMroute is of a rule that mirrors a multicast route of the kernel: its routing
+	// daemon changes it.
+	OriginMroute = "mroute"
 )
 
 // States of a rule or an output. An output may have others that say more,

@@ -49,12 +49,19 @@ type Origin string
 const (
 	OriginFile Origin = "file"
 	OriginAPI  Origin = "api"
+	// OriginMroute are rules that mirror multicast routes of the kernel. All others win over them.
+	OriginMroute Origin = "mroute"
 )
 
 // Rule is a rule that somebody wants.
 type Rule struct {
 	rules.Rule
 	Origin Origin
+	// Threshold is the greatest TTL threshold of the outputs of a rule of OriginMroute, whose
+	// flow is in force only while all of its outputs are ready: else the kernel forwards.
+	Threshold uint8
+	// Left is why the kernel goes on forwarding in any case; "" when the rule is to take over.
+	Left string
 }
 
 // Options are what the operator and the running kernel decide once, at start.

@@ -25,6 +25,9 @@ type maker struct {
 
 // rule plans a rule.
 func (m *maker) rule(r *Rule) *RulePlan {
+	if r.Left != "" {
+		return &RulePlan{Rule: r, State: Pending, Reason: leftToKernel + r.Left}
+	}
 	inputs, reason := m.inputsOf(r.In)
 	if len(inputs) == 0 {
 		return &RulePlan{Rule: r, State: Pending, Reason: reason, taken: m.taken[r]}
@@ -95,11 +98,52 @@ func (f *FlowPlan) note(text string) {
 	n.note += text
 }
 
-// flow plans a rule on one interface, in the order of its life: the input, how it is attached, the
-// path, the outputs, the memberships.
+// flow plans a rule on one interface. A multicast route is left to the kernel unless the kernel
+// path forwards every packet of it just as well.
 func (m *maker) flow(f *FlowPlan, rule, taken *Rule, in *network.Link) {
+	m.relayed(f, rule, taken, in)
+	if rule.Origin != OriginMroute {
+		return
+	}
+	if why := m.forwardsWorse(f, rule, in); why != "" {
+		if f.more != nil {
+			f.more.err = nil
+		}
+		f.Publish, f.State, f.Reason = false, Pending, leftToKernel+why
+		f.settle()
+	}
+}
+
+const leftToKernel = "left to the kernel: "
+
+// forwardsWorse says what the kernel does for a multicast route that the kernel path does not;
+// "" when there is nothing.
+func (m *maker) forwardsWorse(f *FlowPlan, rule *Rule, in *network.Link) string {
+	switch {
+	case f.State != Active:
+		return f.Reason
+	case !in.Carrier:
+		return fmt.Sprintf("interface %s has no carrier", in.Name)
+	}
+	slots, _ := m.slotsOf(&rule.Rule, in)
+	c := &chooser{maker: m, rule: rule, in: in, slots: slots, attached: m.answers.Attached[in.LinkID]}
+	if why := c.fault(flow.PathKernel); why != "" {
+		return why
+	}
+	for i := range f.Outputs {
+		if f.Outputs[i].State != Active {
+			return f.Outputs[i].Reason
+		}
+	}
+	return ""
+}
+
+// relayed plans a rule on one interface, in the order of its life: the input, how it is attached, the
+// path, the outputs, the memberships.
+func (m *maker) relayed(f *FlowPlan, rule, taken *Rule, in *network.Link) {
 	*f = FlowPlan{In: in, State: Active, Publish: true, rule: rule}
 	f.Flow = resolveInput(&rule.Rule, in)
+	f.Flow.Routed = rule.Threshold
 	f.carried = m.answers.Carried[f.Flow.Name]
 	if err := m.checkInput(rule, taken, in); err != nil {
 		f.fail(err)

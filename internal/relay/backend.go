@@ -104,6 +104,8 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 			return err
 		case rule == nil:
 			return control.Errorf(control.KindNotFound, "no rule is called %s", name)
+		case rule.Origin == plan.OriginMroute:
+			return control.Errorf(control.KindConflict, "rule %s mirrors a multicast route of the kernel: it goes when its routing daemon removes that", name)
 		case rule.Origin == plan.OriginFile:
 			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.opts.ConfigFile)
 		}

@@ -35,6 +35,7 @@ const (
 	aboutGroups     = "memberships"
 	aboutPinned     = "pinned state"
 	aboutRefusals   = "refused frames"
+	aboutMroutes    = "multicast routes"
 	aboutHistory    = "history"
 	aboutFile       = "file"
 	aboutQueriers   = "queriers"
@@ -97,6 +98,7 @@ func (r *Relay) prepare() error {
 			return err
 		}
 		delete(r.warnings, aboutNetwork)
+		r.mirror(now)
 		if now == r.network && !r.stale {
 			return nil
 		}

@@ -49,6 +49,8 @@ type Options struct {
 	Interfaces []string
 	// Mode is how XDP is attached.
 	Mode loader.Mode
+	// Mroutes says which multicast routes of the kernel are mirrored; nil: none.
+	Mroutes *MrouteOptions
 	// Workers is how many workers an input of the fanout path has; 0: one for each CPU that
 	// the process may use.
 	Workers int
@@ -104,6 +106,7 @@ type Relay struct {
 	memberships *memberships
 	tables      *tables
 	refusals    *refusals
+	mroutes     *mroutes // nil when none are mirrored
 	states      states
 	changelog   *changeLog
 
@@ -174,6 +177,9 @@ func New(opts Options) (_ *Relay, err error) {
 	r.neighbours = newNeighbours()
 	r.tables = r.newTables()
 	r.refusals = newRefusals(r.loader.Refusals, r.log)
+	if r.mroutes, err = newMroutes(opts.Mroutes, r.log); err != nil {
+		return nil, err
+	}
 	r.watcher, err = network.Open(network.Options{Logger: r.log})
 	return r, err
 }
@@ -229,6 +235,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	opts := &r.opts
 	opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateStarted, Cause: fmt.Sprintf("version %s with %d rules", opts.Version, len(r.rules))})
 	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
+	r.keepMirror()
 	r.beginHistory()
 	if len(r.rules) >= manyEdits {
 		r.tidyUp()
@@ -238,8 +245,9 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	if ready != nil {
 		ready()
 	}
-	loops := time.NewTicker(loopCheck)
+	loops, mirror := time.NewTicker(loopCheck), time.NewTicker(keepaliveEvery)
 	defer loops.Stop()
+	defer mirror.Stop()
 	for {
 		r.undoIfDue()
 		timer := time.NewTimer(r.wake())
@@ -247,7 +255,12 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case <-ctx.Done():
 			timer.Stop()
 			opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateEnding, Cause: "it was told to"})
+			r.handBack()
 			return nil
+		case <-r.mroutes.changed():
+			_ = r.reconcile(nil)
+		case <-mirror.C:
+			r.keepMirror()
 		case c := <-r.commands:
 			c.done <- c.fn()
 		case <-r.watcher.Changed():
@@ -277,7 +290,7 @@ func (r *Relay) adopt() {
 
 func (r *Relay) close() error {
 	r.tidy.Wait()
-	var errs []error
+	errs := []error{r.mroutes.close()}
 	if r.watcher != nil {
 		errs = append(errs, r.watcher.Close())
 	}

@@ -63,11 +63,13 @@ func (r *Relay) rule(name string) *plan.Rule {
 	return r.rules[at]
 }
 
-// wantedRules returns the rules of all origins, with room for one more.
+// wantedRules returns the rules of the file and of the API, with room for one more.
 func (r *Relay) wantedRules() []rules.Rule {
 	all := make([]rules.Rule, 0, len(r.rules)+1)
 	for _, rule := range r.rules {
-		all = append(all, rule.Rule)
+		if rule.Origin != plan.OriginMroute {
+			all = append(all, rule.Rule)
+		}
 	}
 	return all
 }

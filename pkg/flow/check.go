@@ -72,6 +72,8 @@ func (r Flow) Check() error {
 		return fmt.Errorf("name %q: holds a NUL byte", r.Name)
 	case len(r.Out) == 0 || len(r.Out) > MaxOutputs:
 		return fmt.Errorf("%d outputs: want 1 to %d", len(r.Out), MaxOutputs)
+	case r.Routed != 0 && (r.Path != PathKernel || slices.ContainsFunc(r.Out, func(o Output) bool { return !o.Ready })):
+		return fmt.Errorf("a multicast route of the kernel: want the kernel path, and outputs that are all ready")
 	case r.In.Index <= 0:
 		return fmt.Errorf("input interface index %d: want a positive number", r.In.Index)
 	case !r.In.Group.IsValid() || r.In.Group.Is4In6() || r.In.Group.Zone() != "":

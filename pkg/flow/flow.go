@@ -54,6 +54,11 @@ type Flow struct {
 	Finish bool
 	// Rate polices the flow as a whole.
 	Rate Rate
+	// Routed says that the flow mirrors a multicast route of the kernel: what the relay would not
+	// forward exactly as the kernel does passes to it, and so does every packet whose TTL is at
+	// most Routed, the greatest threshold of an output. 0: not routed. The path is
+	// PathKernel, and every output is Ready.
+	Routed uint8
 }
 
 // Input is what a packet is matched by. It is comparable.
@@ -149,7 +154,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate &&
+		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed &&
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 

@@ -34,6 +34,7 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 	if e.rule.Finish {
 		value.Finish = 1
 	}
+	value.Routed = e.rule.Routed
 	for _, o := range e.rule.Out {
 		if !o.Ready {
 			value.MinMtu = 0
@@ -79,6 +80,7 @@ func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
 		return fmt.Errorf("path %d is none of this release", flow.Path)
 	}
 	r.Finish = flow.Finish != 0
+	r.Routed = flow.Routed
 	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
 	r.Broadcast = !r.In.Group.IsMulticast() && flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNICAST) == 0
 	r.Unguarded = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNGUARDED) != 0

@@ -102,6 +102,9 @@ type relay struct {
 	socket  string
 }
 
+// noRules is a file of no rules.
+const noRules = "rules: []\n"
+
 // startRelay builds the program, and starts the daemon with a file of rules and more flags.
 func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, flags ...string) *relay {
 	t.Helper()
@@ -133,7 +136,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, fl
 		default:
 		}
 		status, err := control.NewClient(r.socket).Status(ctx)
-		return err == nil && status.Ready && status.Active == 1
+		return err == nil && status.Ready && (status.Active == 1 || rules == noRules)
 	})
 	t.Cleanup(func() {
 		daemon.stop(syscall.SIGTERM)

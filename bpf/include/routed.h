@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* Flows that mirror an entry of the kernel's multicast forwarding cache. The relay takes of
+ * them what it forwards exactly as the kernel would (ip_mr_forward of net/ipv4/ipmr.c,
+ * ip6_mr_forward of net/ipv6/ip6mr.c); every other packet is the kernel's, one by one.
+ */
+#pragma once
+
+#include "maps.h"
+#include "own.h"
+#include "parse.h"
+
+/* routed_until: one entry, the bpf_ktime_get_ns() until which routed flows are as the kernel's
+ * cache is. The daemon that mirrors it says so again and again; when it does no more, the kernel
+ * forwards alone.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} routed_until SEC(".maps");
+
+static __always_inline bool mirror_ended(void)
+{
+	__u64 *until = bpf_map_lookup_elem(&routed_until, &zero);
+
+	return !until || bpf_ktime_get_ns() > *until;
+}
+
+/* A header without options whose checksum is right: the kernel drops others, and acts on
+ * options.
+ */
+static __always_inline bool plain_ip4(const struct iphdr *ip)
+{
+	const __u16 *words = (const __u16 *)ip;
+	__u32 sum = 0;
+	int i;
+
+	if (ip->ihl != sizeof(*ip) / 4)
+		return false;
+#pragma unroll
+	for (i = 0; i < (int)sizeof(*ip) / 2; i++)
+		sum += words[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum == 0xffff;
+}
+
+/* Whether the frame was sent to the group's MAC address: RFC 1112 section 6.4, RFC 2464
+ * section 7.
+ */
+static __always_inline bool to_group_mac(const struct headers *h, bool ip4)
+{
+	const __u8 *mac = h->eth->h_dest;
+	__u32 low = (__u32)mac[2] << 24 | (__u32)mac[3] << 16 | (__u32)mac[4] << 8 | mac[5];
+
+	if (ip4)
+		return mac[0] == 0x01 && mac[1] == 0x00 &&
+		       low == (0x5e000000 | (bpf_ntohl(h->ip4->daddr) & 0x7fffff));
+	return mac[0] == 0x33 && mac[1] == 0x33 &&
+	       low == bpf_ntohl(h->ip6->daddr.in6_u.u6_addr32[3]);
+}
+
+/* Whether a packet of a routed flow is the kernel's. Its TTL decides which outputs get a copy
+ * (thresholds), so one that is not above all of them is. So is one that some output would
+ * need fragments for or answer with an error, one with padding, which the kernel trims, and
+ * one of this host.
+ */
+static __noinline bool kernel_routes(const struct config *cfg, const struct headers *h,
+				     const struct flow *flow, __u32 bytes, bool ip4)
+{
+	if (ip4) {
+		if (!plain_ip4(h->ip4) || h->ip4->ttl <= flow->routed)
+			return true;
+	} else if (h->ip6->nexthdr != IPPROTO_UDP || !h->udp || !h->udp->check ||
+		   h->ip6->hop_limit <= flow->routed) {
+		return true;
+	}
+	return mirror_ended() || (__u32)h->l3_offset + h->l3_len != bytes ||
+	       h->l3_len > flow->min_mtu || !to_group_mac(h, ip4) || own_packet(cfg, h, flow, ip4);
+}

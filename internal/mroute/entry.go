@@ -1,0 +1,186 @@
+// Package mroute follows the kernel's multicast forwarding cache (MFC): what multicast routing
+// daemons (FRR, smcroute, pimd, igmpproxy) have told the kernel to forward. A Watcher keeps a
+// copy of it from netlink, Convert makes rules of the entries, and a Keepalive lets the kernel's
+// counters of an entry move while its packets no longer pass there, which is what the daemons go
+// by. Nothing here writes the cache.
+//
+// The formats are those of net/ipv4/ipmr_base.c (mr_fill_mroute) and
+// include/uapi/linux/rtnetlink.h.
+package mroute
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// Netlink families of the MFC (include/uapi/linux/rtnetlink.h).
+const (
+	familyIPv4 = 128 // RTNL_FAMILY_IPMR
+	familyIPv6 = 129 // RTNL_FAMILY_IP6MR
+)
+
+// The kernel's default tables: RT_TABLE_DEFAULT for IPv4, RT6_TABLE_DFLT for IPv6.
+const (
+	defaultTable4 = 253
+	defaultTable6 = 254
+)
+
+// Main is the table that routing daemons use unless they are told of another.
+const Main uint32 = 0
+
+// Key identifies an entry.
+type Key struct {
+	// Table is Main, or the number of another table.
+	Table uint32
+	// Source is the unspecified address for (*,G).
+	Source, Group netip.Addr
+}
+
+func (k Key) String() string {
+	source := "*"
+	if !k.Source.IsUnspecified() {
+		source = k.Source.String()
+	}
+	if k.Table == Main {
+		return fmt.Sprintf("(%s, %s)", source, k.Group)
+	}
+	return fmt.Sprintf("(%s, %s) of table %d", source, k.Group, k.Table)
+}
+
+// Compare orders keys.
+func (k Key) Compare(o Key) int {
+	return cmp.Or(cmp.Compare(k.Table, o.Table), k.Group.Compare(o.Group), k.Source.Compare(o.Source))
+}
+
+// Output is a virtual interface (VIF) that packets leave by.
+type Output struct {
+	Index int // interface index
+	// Threshold is the TTL that a packet must exceed.
+	Threshold uint8
+}
+
+// Entry is a resolved entry of the cache. It is immutable.
+type Entry struct {
+	Key
+	Input   int      // interface index
+	Outputs []Output // by index
+}
+
+// Equal says whether two entries are the same in everything.
+func (e *Entry) Equal(o *Entry) bool {
+	return e.Key == o.Key && e.Input == o.Input && slices.Equal(e.Outputs, o.Outputs)
+}
+
+// Threshold is the greatest TTL with which a packet does not leave by all outputs: at least 1,
+// with which it leaves by none.
+func (e *Entry) Threshold() uint8 {
+	threshold := uint8(1)
+	for _, o := range e.Outputs {
+		threshold = max(threshold, o.Threshold)
+	}
+	return threshold
+}
+
+// message is one announcement or answer: an entry, or that it is gone.
+type message struct {
+	entry Entry
+	// resolved is false for an entry that still looks for its route, and of one that is gone.
+	resolved bool
+}
+
+// parse reads the body of an RTM_NEWROUTE or RTM_DELROUTE. It is false for what is no entry of
+// the cache: other routes, and what is cut short.
+func parse(body []byte) (m message, ok bool) {
+	if len(body) < unix.SizeofRtMsg {
+		return m, false
+	}
+	family, table, flags := body[0], uint32(body[4]), binary.NativeEndian.Uint32(body[8:])
+	size, standard := 4, uint32(defaultTable4)
+	switch family {
+	case familyIPv4:
+	case familyIPv6:
+		size, standard = 16, defaultTable6
+	default:
+		return m, false
+	}
+	e := &m.entry
+	e.Source = netip.IPv4Unspecified()
+	if size == 16 {
+		e.Source = netip.IPv6Unspecified()
+	}
+	good := true
+	address := func(to *netip.Addr, value []byte) {
+		a, ok := netip.AddrFromSlice(value)
+		good = good && ok && len(value) == size
+		*to = a
+	}
+	for kind, value := range attributes(body[unix.SizeofRtMsg:], &good) {
+		switch kind {
+		case unix.RTA_SRC:
+			address(&e.Source, value)
+		case unix.RTA_DST:
+			address(&e.Group, value)
+		case unix.RTA_IIF:
+			if good = good && len(value) == 4; good {
+				e.Input = int(binary.NativeEndian.Uint32(value))
+			}
+		case unix.RTA_TABLE:
+			if good = good && len(value) == 4; good {
+				table = binary.NativeEndian.Uint32(value)
+			}
+		case unix.RTA_MULTIPATH:
+			good = good && e.outputs(value)
+		}
+	}
+	if e.Table = table; table == standard {
+		e.Table = Main
+	}
+	slices.SortFunc(e.Outputs, func(a, b Output) int { return cmp.Compare(a.Index, b.Index) })
+	m.resolved = flags&unix.RTNH_F_UNRESOLVED == 0 && e.Input > 0
+	return m, good && e.Group.IsMulticast()
+}
+
+// outputs reads a list of struct rtnexthop, whose hops are the threshold.
+func (e *Entry) outputs(b []byte) bool {
+	for len(b) > 0 {
+		if len(b) < unix.SizeofRtNexthop {
+			return false
+		}
+		length := int(binary.NativeEndian.Uint16(b))
+		index := int32(binary.NativeEndian.Uint32(b[4:]))
+		if length < unix.SizeofRtNexthop || length > len(b) || index <= 0 {
+			return false
+		}
+		e.Outputs = append(e.Outputs, Output{Index: int(index), Threshold: b[3]})
+		b = b[min(aligned(length), len(b)):]
+	}
+	return true
+}
+
+// attributes yields the attributes of a message, and clears good when they are cut short.
+func attributes(b []byte, good *bool) func(yield func(kind uint16, value []byte) bool) {
+	return func(yield func(kind uint16, value []byte) bool) {
+		for len(b) > 0 {
+			if len(b) < unix.SizeofRtAttr {
+				*good = false
+				return
+			}
+			length, kind := int(binary.NativeEndian.Uint16(b)), binary.NativeEndian.Uint16(b[2:])
+			if length < unix.SizeofRtAttr || length > len(b) {
+				*good = false
+				return
+			}
+			if !yield(kind&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER), b[unix.SizeofRtAttr:length]) {
+				return
+			}
+			b = b[min(aligned(length), len(b)):]
+		}
+	}
+}
+
+func aligned(n int) int { return (n + 3) &^ 3 }

@@ -1,0 +1,195 @@
+package mroute
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"testing"
+
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+)
+
+func TestMain(m *testing.M) { labtest.Main(m) }
+
+// world is a router with its watcher.
+type world struct {
+	host    *lab.Host
+	watcher *Watcher
+	seen    map[Key]*Entry // by Changes alone
+}
+
+func newWorld(t *testing.T, opts Options) *world {
+	w := &world{host: labtest.Host(t, "mr"), seen: map[Key]*Entry{}}
+	for i := range 4 {
+		labtest.Connect(t, lab.End{Host: w.host, Name: fmt.Sprintf("eth%d", i)}, lab.End{Host: labtest.Host(t, "peer"), Name: "eth0"})
+	}
+	labtest.Enter(t, w.host)
+	var err error
+	if w.watcher, err = Open(opts); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(w.watcher.Close(), w.watcher.Close()); err != nil {
+			t.Error(err)
+		}
+		if _, err := w.watcher.Changes(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("changes after the end: %v", err)
+		}
+	})
+	return w
+}
+
+// follow takes up what has changed.
+func (w *world) follow(t *testing.T) {
+	t.Helper()
+	changes, err := w.watcher.Changes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, e := range changes {
+		if e == nil {
+			delete(w.seen, key)
+			continue
+		}
+		w.seen[key] = e
+	}
+}
+
+// asked is what the kernel says now.
+func (w *world) asked(t *testing.T) map[Key]*Entry {
+	t.Helper()
+	found := map[Key]*Entry{}
+	for _, family := range []uint8{familyIPv4, familyIPv6} {
+		if err := dump(family, w.watcher.opts.Tables, found); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return found
+}
+
+// agree waits until what was told of changes is what the kernel says.
+func (w *world) agree(t *testing.T, what string) {
+	t.Helper()
+	labtest.Eventually(t, what+": the changes that were told are the cache", func() bool {
+		w.follow(t)
+		want := w.asked(t)
+		if len(want) != len(w.seen) || len(w.watcher.Entries()) != len(want) {
+			return false
+		}
+		for key, e := range want {
+			if w.seen[key] == nil || !w.seen[key].Equal(e) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func sourceOf(i int) string { return fmt.Sprintf("10.1.%d.%d", i/250, 1+i%250) }
+
+// TestFollows: whatever a daemon does, what the watcher tells is what the kernel has, also where
+// announcements are lost.
+func TestFollows(t *testing.T) {
+	labtest.RequireRoot(t)
+	for _, c := range []struct {
+		name string
+		room int
+	}{{"all announced", 0}, {"announcements lost", 1}} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld(t, Options{IPv4: true, IPv6: true, Tables: []uint32{Main, 100}, room: c.room})
+			seed := rand.Uint64()
+			t.Logf("seed %d", seed)
+			random := rand.New(rand.NewPCG(seed, 1))
+			routers := []*labtest.Router{labtest.NewRouter(t, w.host, true, 0), labtest.NewRouter(t, w.host, true, 100), labtest.NewRouter(t, w.host, false, 0)}
+			interfaces := []string{"eth0", "eth1", "eth2", "eth3"}
+			for _, r := range routers {
+				for _, name := range interfaces {
+					r.AddVIF(name, 1)
+				}
+			}
+			for step := range 60 {
+				for range random.IntN(40) {
+					at := random.IntN(len(routers))
+					r := routers[at]
+					source, group := sourceOf(random.IntN(60)), "239.1.1.1"
+					if at == 2 {
+						source, group = fmt.Sprintf("fd00::%x", 1+random.IntN(60)), "ff0e::1"
+					}
+					outputs := map[string]uint8{}
+					for _, name := range interfaces[1:] {
+						if random.IntN(2) == 0 {
+							outputs[name] = uint8(1 + random.IntN(3))
+						}
+					}
+					r.Add(source, group, "eth0", outputs)
+					if random.IntN(3) == 0 {
+						r.Delete(source, group, "eth0")
+					}
+				}
+				switch random.IntN(8) {
+				case 0:
+					r := routers[random.IntN(len(routers))]
+					r.DeleteVIF("eth3")
+					w.agree(t, fmt.Sprintf("step %d, an interface left the router", step))
+					r.AddVIF("eth3", 1)
+				case 1:
+					w.watcher.Resync()
+				}
+				w.agree(t, fmt.Sprintf("step %d", step))
+			}
+			for i, r := range routers {
+				r.Close()
+				w.agree(t, fmt.Sprintf("daemon %d ended", i))
+			}
+			if len(w.seen) != 0 {
+				t.Errorf("entries without a daemon: %v", w.seen)
+			}
+		})
+	}
+}
+
+// TestManyEntries: 10,000 entries are all told, and cost a change nothing.
+func TestManyEntries(t *testing.T) {
+	labtest.RequireRoot(t)
+	w := newWorld(t, Options{IPv4: true})
+	r := labtest.NewRouter(t, w.host, true, 0)
+	for _, name := range []string{"eth0", "eth1"} {
+		r.AddVIF(name, 1)
+	}
+	const n = 10000
+	for i := range n {
+		r.Add(sourceOf(i), "239.1.1.1", "eth0", map[string]uint8{"eth1": 1})
+	}
+	w.agree(t, "all are added")
+	r.Delete(sourceOf(5), "239.1.1.1", "eth0")
+	labtest.Eventually(t, "one change is told", func() bool {
+		changes, err := w.watcher.Changes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(changes) > 1 {
+			t.Fatalf("%d changes for one", len(changes))
+		}
+		return len(changes) == 1
+	})
+}
+
+// TestOtherTables: tables that are not asked for are not told.
+func TestOtherTables(t *testing.T) {
+	labtest.RequireRoot(t)
+	w := newWorld(t, Options{IPv4: true})
+	other := labtest.NewRouter(t, w.host, true, 7)
+	mine := labtest.NewRouter(t, w.host, true, 0)
+	for _, r := range []*labtest.Router{other, mine} {
+		r.AddVIF("eth0", 1)
+		r.AddVIF("eth1", 1)
+	}
+	other.Add("10.0.0.7", "239.1.1.7", "eth0", map[string]uint8{"eth1": 1})
+	mine.Add("10.0.0.1", "239.1.1.1", "eth0", map[string]uint8{"eth1": 1})
+	w.agree(t, "one table")
+	if len(w.seen) != 1 {
+		t.Errorf("entries: %v", w.seen)
+	}
+}

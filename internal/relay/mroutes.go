@@ -1,0 +1,327 @@
+package relay
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netns"
+
+	"xdpcast/internal/mroute"
+	"xdpcast/internal/network"
+	"xdpcast/internal/plan"
+	"xdpcast/pkg/rules"
+)
+
+const (
+	// keepaliveEvery is how often the kernel's counters of routes in use are moved, and the mirror
+	// confirmed. FRR looks at them every 10 seconds at most, and keeps an entry for 210.
+	keepaliveEvery = time.Second
+	// mirrorFor is how long the flows hold after the last confirmation.
+	mirrorFor = 4 * time.Second
+)
+
+// MrouteOptions says which multicast routes of the kernel are mirrored.
+type MrouteOptions struct {
+	// Tables are numbers of tables; none means mroute.Main.
+	Tables     []uint32
+	IPv4, IPv6 bool
+	Selection  mroute.Selection
+}
+
+// mroutes makes rules of the kernel's multicast forwarding cache. All of it belongs to the
+// goroutine of Run but for what the keepalive goroutine is given.
+type mroutes struct {
+	opts    *MrouteOptions
+	watcher *mroute.Watcher
+	entries map[mroute.Key]*mirrored
+	claims  *claims
+	based   []*plan.Rule      // the rules that entries were put into last
+	links   *network.Snapshot // that their interfaces were named by
+	probes  chan []mroute.Probe
+	ended   chan struct{}
+}
+
+// mirrored is an entry with its rule.
+type mirrored struct {
+	entry   *mroute.Entry
+	rule    *plan.Rule
+	matched uint64 // packets, when the last probe was sent
+}
+
+// newMroutes follows the cache of the calling thread's network namespace; nil without options.
+func newMroutes(opts *MrouteOptions, log *slog.Logger) (_ *mroutes, err error) {
+	if opts == nil {
+		return nil, nil
+	}
+	m := &mroutes{opts: opts, entries: map[mroute.Key]*mirrored{}, probes: make(chan []mroute.Probe, 1), ended: make(chan struct{})}
+	m.watcher, err = mroute.Open(mroute.Options{Tables: opts.Tables, IPv4: opts.IPv4, IPv6: opts.IPv6, Logger: log})
+	if err != nil {
+		return nil, fmt.Errorf("mirror multicast routes: %w", err)
+	}
+	here, err := netns.Get()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("network namespace: %w", err), m.watcher.Close())
+	}
+	keepalive, err := mroute.NewKeepalive()
+	if err != nil {
+		return nil, errors.Join(err, here.Close(), m.watcher.Close())
+	}
+	go m.keepAlive(here, keepalive, log)
+	return m, nil
+}
+
+// keepAlive sends probes. Its thread enters the namespace of the interfaces and ends with it.
+func (m *mroutes) keepAlive(here netns.NsHandle, keepalive *mroute.Keepalive, log *slog.Logger) {
+	runtime.LockOSThread()
+	defer close(m.ended)
+	err := netns.Set(here)
+	told := ""
+	for probes := range m.probes {
+		text := ""
+		if e := errors.Join(err, keepalive.Send(probes)); e != nil {
+			text = e.Error()
+		}
+		if text != told && text != "" {
+			log.Warn("the kernel's counters of multicast routes stand still: their daemon may give them up", "error", text)
+		}
+		told = text
+	}
+	if err := errors.Join(keepalive.Close(), here.Close()); err != nil {
+		log.Warn("keepalive of multicast routes", "error", err)
+	}
+}
+
+func (m *mroutes) close() error {
+	if m == nil {
+		return nil
+	}
+	close(m.probes)
+	<-m.ended
+	return m.watcher.Close()
+}
+
+// changed is what the loop waits for; nil, for ever, when nothing is mirrored.
+func (m *mroutes) changed() <-chan struct{} {
+	if m == nil {
+		return nil
+	}
+	return m.watcher.Changed()
+}
+
+// mirror brings the rules of multicast routes up to date, and says whether any changed.
+func (r *Relay) mirror(now *network.Snapshot) bool {
+	m := r.mroutes
+	if m == nil {
+		return false
+	}
+	changes, err := m.watcher.Changes()
+	r.warnUnless(aboutMroutes, err)
+	if err != nil {
+		return false // the ones of before hold for as long as they are confirmed
+	}
+	for key, e := range changes {
+		if e == nil {
+			delete(m.entries, key)
+		} else if old := m.entries[key]; old != nil {
+			old.entry = e
+		} else {
+			m.entries[key] = &mirrored{entry: e}
+		}
+	}
+	edit := m.edit(r.rules, changes, now)
+	if len(edit.put) == 0 && len(edit.remove) == 0 {
+		m.based = r.rules
+		return false
+	}
+	r.setRules(edited(r.rules, edit))
+	m.based = r.rules
+	return true
+}
+
+// edit is what makes the rules of a set those of the entries: of the ones that changed alone, if
+// nothing else did.
+func (m *mroutes) edit(all []*plan.Rule, changes map[mroute.Key]*mroute.Entry, now *network.Snapshot) (e edit) {
+	same := len(all) == len(m.based) && (len(all) == 0 || &all[0] == &m.based[0])
+	if !same || m.claims == nil {
+		m.claims = newClaims(all)
+	}
+	update := func(key mroute.Key, it *mirrored) {
+		name := mroute.RuleName(key)
+		if it == nil {
+			e.remove = append(e.remove, name)
+			return
+		}
+		if rule := m.rule(it.entry, now); it.rule == nil || !sameRule(it.rule, rule) {
+			it.rule = rule
+			e.put = append(e.put, rule)
+		}
+	}
+	if same && m.links == now {
+		for key := range changes {
+			update(key, m.entries[key])
+		}
+		return e
+	}
+	m.links = now
+	held := map[string]*plan.Rule{}
+	for _, rule := range all {
+		if rule.Origin == plan.OriginMroute {
+			held[rule.Name] = rule
+		}
+	}
+	for key, it := range m.entries {
+		name := mroute.RuleName(key)
+		if held[name] != it.rule {
+			it.rule = nil // put it in whatever it is
+		}
+		update(key, it)
+		delete(held, name)
+	}
+	for name := range held {
+		e.remove = append(e.remove, name)
+	}
+	return e
+}
+
+func sameRule(a, b *plan.Rule) bool {
+	return a.Threshold == b.Threshold && a.Left == b.Left && rules.Equal(a.Rule, b.Rule)
+}
+
+// rule makes a rule of an entry.
+func (m *mroutes) rule(e *mroute.Entry, now *network.Snapshot) *plan.Rule {
+	rule, left := mroute.Convert(e, &m.opts.Selection, func(index int) string {
+		if link := now.ByIndex(index); link != nil {
+			return link.Name
+		}
+		return ""
+	})
+	if left == "" { // so the input is there
+		if winner := m.claims.winner(&rule, now.ByIndex(e.Input)); winner != "" {
+			left = fmt.Sprintf("rule %s takes packets of it", winner)
+		}
+	}
+	return &plan.Rule{Rule: rule, Origin: plan.OriginMroute, Threshold: e.Threshold(), Left: left}
+}
+
+// claims finds the rules of the file and the API that take packets of a multicast route and would
+// lose to its flow, which names the source. A rule that names group and port wins by itself: the
+// flow tables prefer it.
+type claims struct {
+	groups   map[netip.Addr][]*plan.Rule
+	prefixes []*plan.Rule
+}
+
+func newClaims(all []*plan.Rule) *claims {
+	c := &claims{groups: map[netip.Addr][]*plan.Rule{}}
+	for _, r := range all {
+		switch {
+		case r.Origin == plan.OriginMroute, r.In.FromHost, r.In.VLAN.ID != 0:
+		case r.In.Len != 0:
+			c.prefixes = append(c.prefixes, r)
+		case r.In.Port == 0 && r.In.Multicast():
+			c.groups[r.In.Address] = append(c.groups[r.In.Address], r)
+		}
+	}
+	return c
+}
+
+// winner is the name of a rule that takes packets of a route which come in by a link.
+func (c *claims) winner(route *rules.Rule, in *network.Link) string {
+	takes := func(r *plan.Rule) bool {
+		begin, pattern := rules.IsPattern(r.In.Interface)
+		if pattern && !strings.HasPrefix(in.Name, begin) || !pattern && r.In.Interface != in.Name && !slices.Contains(in.AltNames, r.In.Interface) {
+			return false
+		}
+		return r.In.Prefix().Contains(route.In.Address) && (!r.In.Source.IsValid() || senders(r).Contains(route.In.Source))
+	}
+	for _, r := range c.groups[route.In.Address] {
+		if takes(r) {
+			return r.Name
+		}
+	}
+	for _, r := range c.prefixes {
+		if takes(r) {
+			return r.Name
+		}
+	}
+	return ""
+}
+
+// senders is the prefix of sources that a rule takes.
+func senders(r *plan.Rule) netip.Prefix {
+	if r.In.SourceLen == 0 {
+		return netip.PrefixFrom(r.In.Source, r.In.Source.BitLen())
+	}
+	return netip.PrefixFrom(r.In.Source, int(r.In.SourceLen))
+}
+
+// keepMirror confirms that the flows are as the kernel's cache is, and has the kernel count a
+// packet for each route whose packets were relayed since the last time.
+func (r *Relay) keepMirror() {
+	m := r.mroutes
+	if m == nil {
+		return
+	}
+	r.warnUnless(aboutMroutes, r.loader.MirrorUntil(mirrorFor))
+	var names []string
+	owners := map[string]*mirrored{}
+	for _, it := range m.entries {
+		if it.rule != nil && r.loader.Has(it.rule.Name) {
+			names = append(names, it.rule.Name)
+			owners[it.rule.Name] = it
+		}
+	}
+	if len(names) == 0 {
+		return
+	}
+	stats, err := r.loader.StatsOf(names)
+	r.warnUnless(aboutMroutes, err)
+	if err != nil {
+		return
+	}
+	var probes []mroute.Probe
+	for i := range stats.Rules {
+		s := &stats.Rules[i]
+		it := owners[s.Name]
+		if it == nil || s.Matched.Packets == it.matched {
+			continue
+		}
+		it.matched = s.Matched.Packets
+		probes = append(probes, mroute.Probe{Source: it.entry.Source, Group: it.entry.Group, Input: it.entry.Input})
+	}
+	if len(probes) == 0 {
+		return
+	}
+	select {
+	case m.probes <- probes:
+	default: // the last ones are still being sent
+	}
+}
+
+// handBack gives all packets of multicast routes back to the kernel.
+func (r *Relay) handBack() {
+	if r.mroutes == nil {
+		return
+	}
+	var e edit
+	for _, rule := range r.rules {
+		if rule.Origin == plan.OriginMroute {
+			e.remove = append(e.remove, rule.Name)
+		}
+	}
+	err := r.mroutes.close()
+	r.mroutes = nil
+	if len(e.remove) > 0 {
+		r.setRules(edited(r.rules, e))
+		err = errors.Join(err, r.reconcile(nil))
+	}
+	if err = errors.Join(err, r.loader.MirrorUntil(0)); err != nil {
+		r.log.Error("multicast routes are not all given back to the kernel: they are within seconds", "error", err, "after", mirrorFor)
+	}
+}
