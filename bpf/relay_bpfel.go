@@ -110,7 +110,8 @@ type RelayFlow struct {
 	InputMac    [6]uint8
 	Sockets     uint32
 	Finish      uint8
-	Pad         [3]uint8
+	TwoWay      uint8
+	Pad         [2]uint8
 }
 
 type RelayFlow4 struct {
@@ -200,8 +201,12 @@ type RelayGuardSlot struct {
 	Born      uint32
 	Early     uint32
 	Arrivals  uint32
-	Marks     uint32
 	Marked    uint32
+	Steps     uint16
+	Foreign   uint16
+	Id        uint16
+	IsMarked  uint16
+	MarkedAt  uint32
 	Port      uint16
 	Sum       uint16
 	Others    [6]RelayGuardOther

@@ -34,6 +34,9 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 	if e.rule.Finish {
 		value.Finish = 1
 	}
+	if e.rule.TwoWay {
+		value.TwoWay = 1
+	}
 	for _, o := range e.rule.Out {
 		if !o.Ready {
 			value.MinMtu = 0
@@ -79,6 +82,7 @@ func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
 		return fmt.Errorf("path %d is none of this release", flow.Path)
 	}
 	r.Finish = flow.Finish != 0
+	r.TwoWay = flow.TwoWay != 0
 	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
 	r.Broadcast = !r.In.Group.IsMulticast() && flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNICAST) == 0
 	r.Unguarded = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNGUARDED) != 0
