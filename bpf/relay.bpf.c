@@ -151,6 +151,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	__u32 id = flow->rule;
 	struct rule_stats *stats;
 	int verdict;
+	bool own;
 
 	/* A packet cut short is for the stack to refuse, and one for another host's MAC
 	 * to ignore.
@@ -172,17 +173,21 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 				claim_orphans(ifindex, h, id, ip4);
 		}
 	}
+	own = own_packet(cfg, h, flow, ip4);
 	/* The workers behind the packet tap do and count all that follows. */
-	if (__builtin_expect(flow->path == PATH_FANOUT, 0))
+	if (__builtin_expect(flow->path == PATH_FANOUT, 0)) {
+		if (!own && !(flow->flags & (FLOW_UNGUARDED | FLOW_LOCAL)) &&
+		    guard_tapped(ctx, id, guard_place(h, ip4, flow), h->fragment_id, bytes))
+			return XDP_DROP;
 		return flow->flags & FLOW_STEERED ? steer(ifindex, h, ip4) : XDP_PASS;
+	}
 	stats = count_match(id, bytes);
 	if (!stats)
 		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
-	if (own_packet(cfg, h, flow, ip4))
+	if (own)
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
 	if (!(flow->flags & FLOW_UNGUARDED) && guard_looks(stats) &&
-	    guard_returned(ctx, id, guard_place(h, ip4, flow->outputs), h->fragment_id,
-			   stats->last_seen_ns))
+	    guard_returned(ctx, id, guard_place(h, ip4, flow), h->fragment_id, stats->last_seen_ns))
 		return count_drop(DROP_RULE, id, DROP_LOOPING, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);

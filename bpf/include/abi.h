@@ -190,7 +190,8 @@ struct flow {
 	__u8 routed;   /* not 0: a multicast route of the kernel; packets of at most this TTL are
 			* left to it
 			*/
-	__u8 pad[2];
+	__u8 two_way;  /* 1: a circle is meant, and the loop guard goes by numbers, too */
+	__u8 pad;
 };
 
 /* A slot of the map shortcuts: what a rule takes, and its flow entry. For IPv4 it is one
@@ -341,7 +342,7 @@ struct rule_stats {
 	__u32 watched;	    /* ticks for which every packet is still looked at */
 };
 
-#define GUARD_SLOTS 2048 /* of each CPU; a power of two */
+#define GUARD_SLOTS 16384 /* a power of two */
 #define GUARD_OTHERS 6
 #define GUARD_WAYS 4
 
@@ -352,7 +353,7 @@ struct guard_other {
 	__u16 soon;    /* of them, soon after the content was relayed before */
 };
 
-/* What a CPU remembers of one content: who brought it, and how often since. */
+/* What is remembered of one content: who brought it, and how often since. */
 struct guard_slot {
 	__u32 signature; /* of some bytes of the payload */
 	__u32 seen;	 /* when it was last relayed, in 2^20 ns of CLOCK_MONOTONIC */
@@ -364,8 +365,12 @@ struct guard_slot {
 	__u32 born;	 /* when the first packet came, as seen */
 	__u32 early;	 /* a bit for each of others that came so soon after that */
 	__u32 arrivals;	 /* packets after the first, of whomever */
-	__u32 marks;	 /* that have come back, each another */
-	__u32 marked;	 /* arrivals when the last of them came */
+	__u32 marked;	 /* arrivals when a mark last came back */
+	__u16 steps;	 /* a bit for each mark that came back shortly before */
+	__u16 foreign;	 /* packets with another relay's mark, since this one marked */
+	__u16 id;	 /* what the first packet had where a mark would be, as in the packet */
+	__u16 is_marked; /* 1: it was, at that time: */
+	__u32 marked_at; /* as seen */
 	__u16 port;	 /* source port of the first packet, as in the packet */
 	__u16 sum;	 /* of the payload, from a UDP checksum; 0: not known */
 	struct guard_other others[GUARD_OTHERS];

@@ -83,3 +83,25 @@ static __always_inline void count_note(__u32 rule, __u32 note, __u32 packets, __
 {
 	count_rare(DROP_NOTE, rule, note, packets, bytes);
 }
+
+/* The loop guard in front of the packet tap, behind which packets come in blocks of each
+ * input, and no more in the order of their arrival. Says whether a packet was dropped.
+ * Global, so that it is verified once.
+ */
+__noinline int guard_tapped(struct xdp_md *ctx, __u32 rule, __u32 place, __u32 fragment_id,
+			    __u32 bytes)
+{
+	__u64 now = bpf_ktime_get_coarse_ns();
+	struct rule_stats *stats;
+
+	if (!guard_returned(ctx, rule, place, fragment_id, now))
+		return false;
+	stats = bpf_map_lookup_elem(&rule_stats, &rule);
+	if (stats) {
+		stats->last_seen_ns = now;
+		stats->packets++;
+		stats->bytes += bytes;
+	}
+	count_drop(DROP_RULE, rule, DROP_LOOPING, bytes);
+	return true;
+}

@@ -1,14 +1,17 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
 /* The loop guard: packets that this host has sent and that come back to it, by other
- * relays, reflectors or switches, are found and cut. docs/decisions/0014 has the reasons;
- * pkg/packet/guard.go is the twin in Go.
+ * relays, reflectors or switches, are found and cut. docs/decisions/0017-loop-guard.md has
+ * the reasons; pkg/packet/guard.go is the twin in Go.
  *
  * No rewriting changes the payload, so a signature of it tells a packet that was relayed
- * before, whatever its addresses, ports and tags are now. Who sends it (source MAC and
- * address) tells a return from a sender that repeats itself: a return comes from somebody
- * else than the first packet did. Several senders of one content are told apart from a
- * loop by count: each packet relayed comes back, so that the returns outnumber those of
- * the first sender without end.
+ * before, whatever its addresses, ports and tags are now. A content that comes again and
+ * again leaves with a mark in what means nothing there: the identification of IPv4, or the
+ * flow label of IPv6. Marks that come back, one after the other, prove a loop. No
+ * number of senders, and no repetition, does.
+ *
+ * Rules whose circle is meant (two_way) are cut by likelihood, too: a return comes from
+ * somebody else than the first packet did (source MAC and address), and each packet relayed
+ * comes back, so that the returns outnumber those of the first sender without end.
  *
  * Most packets of a fast rule are not looked at: the first of each tick are, and all
  * while the rule's rate multiplies, as it does with a loop.
@@ -42,12 +45,15 @@ const volatile __u32 guard_race = 512;
 #define GUARD_RETURNS 6 /* so many packets of another sender are returns ... */
 #define GUARD_EARLY 32
 #define GUARD_MOST 0xffff
-#define GUARD_RATIO 4  /* ... if they are this many times those of the first */
-#define GUARD_MARKS 4  /* so many marks that come back are a loop ... */
-#define GUARD_NEAR 16  /* ... with no more packets between two */
-#define GUARD_ASK 4    /* so many of one sender: ask the other CPUs who was first */
-#define GUARD_CPUS 128 /* that are asked */
-#define GUARD_SELF 32  /* so many more than were sent: the sender sends by itself */
+#define GUARD_RATIO 4	    /* ... if they are this many times those of the first */
+#define GUARD_STEPS 4	    /* marks of a content, one after the other; a power of two */
+#define GUARD_STRIDE 0x4040 /* between them: no sender that counts meets two soon */
+#define GUARD_PROOF 0xe880  /* a bit for each value of steps with three bits or four: a loop ... */
+#define GUARD_NEAR 16	    /* ... if there were no more packets between two */
+#define GUARD_ASKS 2	/* so many packets of further senders, and one more of the first: mark */
+#define GUARD_ALONE 8	/* so many of the only one, with two_way */
+#define GUARD_FOREIGN 8 /* so many with another relay's marks, and none of it cut: mark anew */
+#define GUARD_SELF 32	/* so many more than were sent: the sender sends by itself */
 
 #define GUARD_SOON 64	/* 2^20 ns: a loop's returns mostly come within so long */
 #define GUARD_FRESH 64	/* 2^20 ns: a content that came twice keeps its slot */
@@ -76,11 +82,11 @@ struct guard_packet {
 	__u8 mac[6];
 	__u16 port; /* source port, as in the packet; 0 in later fragments */
 	__u8 source[16];
-	__u16 mark;	/* where a mark would be, as in the packet */
-	__u16 can_bear; /* 1: the packet is whole and can be marked */
-	__u8 outputs;	/* of the rule */
-	__u8 pad;
-	__u16 sum; /* of guard_sum; 0 without a checksum */
+	__u16 mark;	 /* where a mark would be, as in the packet */
+	__u16 can_bear;	 /* 1: the packet is whole and can be marked */
+	__u8 outputs;	 /* of the rule */
+	__u8 by_numbers; /* 1: the numbers of senders tell a loop, too */
+	__u16 sum;	 /* of guard_sum; 0 without a checksum */
 };
 
 /* What guard_slot says of a packet: to be relayed, dropped, or marked and relayed. */
@@ -245,12 +251,14 @@ static __always_inline struct guard_way *guard_oldest_way(struct loop *loop)
 }
 
 /* The place among the others of a slot of a sender and its port: its own, or that of the one
- * with the fewest packets, those that came early last.
+ * with the fewest packets, those that came early last. Global, so that it is verified once.
  */
-static __always_inline __u32 guard_other_of(struct guard_slot *slot, __u32 sender, __u32 seen)
+__noinline int guard_other_of(struct guard_slot *slot, __u32 sender, __u32 seen)
 {
 	__u32 i, at = 0, fewest = ~0U;
 
+	if (!slot)
+		return 0;
 #pragma unroll
 	for (i = 0; i < GUARD_OTHERS; i++) {
 		__u32 packets = slot->others[i].packets | (slot->early >> i & 1) << 31;
@@ -274,11 +282,15 @@ static __always_inline __u32 guard_other_of(struct guard_slot *slot, __u32 sende
 	return at;
 }
 
-/* The fewest packets of one who may have been first, but for the one at place not. */
-static __always_inline __u32 guard_fewest(const struct guard_slot *slot, __u32 fewest, __u32 not )
+/* The fewest packets of one who may have been first, but for the one at place not. Global, so
+ * that it is verified once.
+ */
+__noinline int guard_fewest(const struct guard_slot *slot, __u32 fewest, __u32 not )
 {
 	__u32 i;
 
+	if (!slot)
+		return fewest;
 #pragma unroll
 	for (i = 0; i < GUARD_OTHERS; i++)
 		if (slot->early >> i & 1 && i != not &&slot->others[i].packets < fewest)
@@ -371,66 +383,53 @@ static __always_inline __u32 guard_known(struct loop *loop, struct guard_way *wa
 	return GUARD_CUT;
 }
 
-struct guard_ask {
-	struct guard_slot *slot;
-	const struct guard_packet *p;
-};
-
-/* Asks one CPU. A callback of bpf_loop, so that it is verified once. Returns 1 to stop. */
-static long guard_ask_cpu(__u32 cpu, struct guard_ask *ask)
+/* A mark of a content: the step after it is for a packet that has come back with it. */
+static __always_inline __u16 guard_mark(__u32 signature, __u32 step)
 {
-	const struct guard_packet *p = ask->p;
-	__u32 at = p->signature & (GUARD_SLOTS - 1), seen = p->now_ns >> 20;
-	struct guard_slot *there = bpf_map_lookup_percpu_elem(&guard_slots, &at, cpu);
-	struct guard_slot *slot = ask->slot;
-
-	if (!there)
-		return 1;
-	if (there->signature != p->signature || there->sender == p->sender ||
-	    seen - there->seen > guard_window)
-		return 0;
-	slot->others[0].sender = guard_hash(p->sender, p->port) | 1;
-	slot->others[0].packets = slot->packets;
-	slot->others[0].soon = slot->soon;
-	slot->sender = there->sender;
-	slot->packets = there->packets;
-	slot->soon = there->soon;
-	return 1;
+	return guard_hash(signature, guard_secret) + (step & (GUARD_STEPS - 1)) * GUARD_STRIDE;
 }
 
-/* The packet of a sender's that was relayed first may have come to another CPU. */
-static __noinline void guard_ask(struct guard_slot *slot, const struct guard_packet *p)
-{
-	struct guard_ask ask = {.slot = slot, .p = p};
-
-	bpf_loop(GUARD_CPUS, guard_ask_cpu, &ask, 0);
-}
-
-/* The mark that a content's packets get now. */
-static __always_inline __u16 guard_mark(const struct guard_slot *slot)
-{
-	return guard_hash((__u64)slot->signature << 32 | slot->marks, guard_secret);
-}
-
-/* Whether a sender has repeated itself so often that its packets are marked: from the 8th to
- * the 71st, the 256th to the 319th, the 2048th to the 2111th, and of these half, eight in a
- * row. Which half is the host's own: two relays that both mark would not find their marks.
+/* Which mark of this host a packet bears; GUARD_STEPS: none, or the content was not marked
+ * lately.
  */
-static __always_inline bool guard_asks(__u32 packets)
+static __always_inline __u32 guard_step(const struct guard_slot *slot, const struct guard_packet *p)
 {
-	__u32 eight = packets >> 3;
+	__u32 i, step = GUARD_STEPS;
 
-	if (eight - 1 >= 8 && eight - 32 >= 8 && eight - 256 >= 8)
-		return false;
-	return guard_hash(eight, guard_secret) & 1;
+	if (!p->can_bear || !slot->is_marked ||
+	    (__u32)(p->now_ns >> 20) - slot->marked_at > guard_window)
+		return GUARD_STEPS;
+#pragma unroll
+	for (i = 0; i < GUARD_STEPS; i++)
+		if (guard_mark(p->signature, i) == p->mark)
+			step = i;
+	return step;
+}
+
+/* A packet has come back with a mark. Says whether that proves a loop. */
+static __always_inline bool guard_back(struct guard_slot *slot, __u32 step)
+{
+	if (slot->arrivals - slot->marked > GUARD_NEAR)
+		slot->steps = 0;
+	slot->steps |= 1 << (step & (GUARD_STEPS - 1));
+	slot->marked = slot->arrivals;
+	slot->foreign = 0;
+	return GUARD_PROOF >> (slot->steps & 0xf) & 1;
+}
+
+/* Whether a content has come so often that it is marked: so many times and 63 more, the
+ * 256th to the 319th, the 2048th to the 2111th.
+ */
+static __always_inline bool guard_asks(__u32 packets, __u32 from)
+{
+	return packets - from < 64 || packets - 256 < 64 || packets - 2048 < 64;
 }
 
 /* The packet's content is in the slot: says whether the packet is a return, to be cut.
  *
- * Where the senders tell nothing, a mark does: in the identification of IPv4, which means
- * nothing in whole packets (RFC 6864), or in the flow label of IPv6. A packet that comes
- * with the mark that one was just sent with has gone round. Each mark is used until it has
- * come back once, so that no sender's counter meets them.
+ * A packet that comes with a mark of this host has gone round, and leaves with the next. A mark
+ * of another relay, to be known by not being what the first packet had, is left for that to
+ * find.
  */
 static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_packet *p)
 {
@@ -438,7 +437,8 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 	__u32 returns = GUARD_RETURNS, ratio = GUARD_RATIO, soon;
 	struct loop *loop = bpf_map_lookup_elem(&loops, &rule);
 	struct guard_way *way = NULL;
-	bool found;
+	__u32 step = guard_step(slot, p), next = 0;
+	bool found, asks;
 
 	if (loop) {
 		way = guard_way_of(loop, p->sender);
@@ -457,9 +457,9 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 		}
 		packets = slot->packets;
 		soon = slot->soon;
-		if (packets == GUARD_ASK && !slot->others[0].sender)
-			guard_ask(slot, p);
 		fewest = guard_fewest(slot, packets, GUARD_OTHERS);
+		asks = slot->others[0].sender ? guard_asks(packets, GUARD_ASKS + 1)
+					      : p->by_numbers && guard_asks(packets, GUARD_ALONE);
 	} else {
 		struct guard_other *o;
 
@@ -474,18 +474,23 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 		packets = o->packets;
 		soon = o->soon;
 		fewest = guard_fewest(slot, slot->packets, at);
-		if (slot->cut) { /* it loops: other ways need less to be believed */
+		asks = guard_asks(slot->arrivals - slot->packets + 1, GUARD_ASKS);
+		/* Of a rule that loops, other ways need less to be believed. */
+		if (slot->cut || (loop && p->now_ns - loop->last_ns < GUARD_HEAL_NS)) {
 			returns = 2;
 			ratio = 1;
 		}
 	}
-	found = soon >= returns && soon > ratio * fewest;
-	if (p->can_bear && p->mark == guard_mark(slot)) {
-		if (slot->arrivals - slot->marked > GUARD_NEAR)
-			slot->marks &= ~(GUARD_MARKS - 1);
-		slot->marked = slot->arrivals;
-		slot->marks++;
-		found = found || !(slot->marks & (GUARD_MARKS - 1));
+	found = p->by_numbers && soon >= returns && soon > ratio * fewest;
+	if (step < GUARD_STEPS) {
+		found = guard_back(slot, step) || found;
+		asks = true;
+		next = step + 1;
+	} else if (p->mark != slot->id && slot->foreign < GUARD_FOREIGN) {
+		slot->foreign++;
+		asks = false;
+	} else if (asks) {
+		slot->foreign = 0;
 	}
 	if (found && !guard_forgiven(way, p->now_ns)) {
 		guard_found(slot, p);
@@ -493,9 +498,11 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 	}
 	slot->seen = seen;
 	slot->rule = p->rule;
-	if (p->can_bear && (slot->marks & (GUARD_MARKS - 1) || guard_asks(packets)))
-		return (__u32)guard_mark(slot) << GUARD_MARK_SHIFT | GUARD_MARK;
-	return GUARD_PASS;
+	if (!asks || !p->can_bear)
+		return GUARD_PASS;
+	slot->is_marked = 1;
+	slot->marked_at = seen;
+	return (__u32)guard_mark(p->signature, next) << GUARD_MARK_SHIFT | GUARD_MARK;
 }
 
 /* Whether a content comes again and again, or has just come again. */
@@ -542,15 +549,23 @@ __noinline int guard_slot(const struct guard_packet *p)
 	slot->born = seen;
 	slot->port = p->port;
 	slot->sum = p->sum;
+	slot->id = p->mark;
 	return GUARD_PASS;
 }
 
+#define GUARD_TWO_WAY 0x80
+#define GUARD_PART 0x40 /* it is a fragment */
+
 /* Where the headers of a packet lie, and where it goes: the offset of IP, of UDP (0: a later
- * fragment), the family and the number of outputs, one byte each.
+ * fragment), the family with the flags above, and the number of outputs, one byte each.
  */
-static __always_inline __u32 guard_place(const struct headers *h, bool ip4, __u32 outputs)
+static __always_inline __u32 guard_place(const struct headers *h, bool ip4, const struct flow *flow)
 {
-	return h->l3_offset | udp_offset(h) << 8 | (ip4 ? 4 : 6) << 16 | outputs << 24;
+	__u32 flags =
+		(flow->two_way ? GUARD_TWO_WAY : 0) | (h->part == PART_WHOLE ? 0 : GUARD_PART);
+
+	return h->l3_offset | udp_offset(h) << 8 | (flags | (ip4 ? 4 : 6)) << 16 |
+	       flow->outputs << 24;
 }
 
 /* Says whether a packet has left this host before and comes back by a way that loops;
@@ -564,19 +579,23 @@ __noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32
 	void *data = (void *)(long)ctx->data;
 	struct guard_packet p = {.now_ns = now, .rule = rule, .ifindex = ctx->ingress_ifindex};
 	struct headers h = {.eth = data, .fragment_id = fragment_id};
-	bool ip4 = (place >> 16 & 0xff) == 4;
+	bool ip4 = (place >> 16 & 0x3f) == 4;
 	__u32 verdict;
 
 	if ((void *)(h.eth + 1) > data_end)
 		return false;
 	p.outputs = place >> 24;
+	p.can_bear = !fragment_id && !(place >> 16 & GUARD_PART);
+	/* No sender gives the number of a fragment again so soon (RFC 6864, RFC 8200): that it
+	 * comes again tells as much as marks, which fragments cannot bear.
+	 */
+	p.by_numbers = place >> 16 & GUARD_TWO_WAY || !(place >> 8 & 0xff);
 	h.l3 = data + (place & 0x1f);
 	if (ip4) {
 		if ((void *)(h.ip4 + 1) > data_end)
 			return false;
 		h.l3_len = bpf_ntohs(h.ip4->tot_len);
 		p.mark = h.ip4->id;
-		p.can_bear = !(h.ip4->frag_off & bpf_htons(IP_MF | IP_OFFSET));
 		p.source[10] = p.source[11] = 0xff;
 		*(__u32 *)(p.source + 12) = h.ip4->saddr;
 		p.sender = guard_sender(&h, true);
@@ -585,7 +604,6 @@ __noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32
 			return false;
 		h.l3_len = sizeof(*h.ip6) + bpf_ntohs(h.ip6->payload_len);
 		p.mark = ((__u16 *)h.ip6)[1]; /* the lower 16 bits of the flow label */
-		p.can_bear = !fragment_id;
 		*(struct in6_addr *)p.source = h.ip6->saddr;
 		p.sender = guard_sender(&h, false);
 	}

@@ -162,9 +162,11 @@ struct {
 	__type(value, __u8);
 } own_macs SEC(".maps");
 
-/* guard_slots: place by signature -> a content that was relayed, and its senders. */
+/* guard_slots: place by signature -> a content that was relayed, and its senders. CPUs share
+ * it, without a lock: what two of them count at once may be lost, which only delays.
+ */
 struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, GUARD_SLOTS);
 	__type(key, __u32);
 	__type(value, struct guard_slot);

@@ -55,7 +55,8 @@ func (w world) rules(set int) (rules []loader.Rule) {
 		if w.chance(30) {
 			in.VLAN, in.OuterVLAN = pick[uint16](w, 7, 4094), pick[uint16](w, 0, 0, 9)
 		}
-		r := loader.Rule{Name: fmt.Sprintf("set%d-%d", set, i), In: in, AllowLoop: w.chance(20), AllowNoChecksum: w.chance(20)}
+		r := loader.Rule{Name: fmt.Sprintf("set%d-%d", set, i), In: in, AllowLoop: w.chance(20), AllowNoChecksum: w.chance(20),
+			Unguarded: true} // the loop guard marks what random frames repeat; TestGuardDifferential is for it
 		w.spread(&r, sources)
 		taken := false
 		for in := range r.In.EveryPort() {

@@ -233,7 +233,7 @@ func (e *Engine) refuses(r *Rule, counts *counters, frame []byte, h *packet.Head
 		return loader.Loop, mark, true
 	}
 	if !r.rule.Unguarded && counts.pace.Looks(e.set.guard, r.number, at) {
-		refused, mark = e.set.guard.Returned(frame, h, packet.GuardPacket{Rule: r.number, Index: r.rule.In.Index, Outputs: len(r.out), Ethernet: ethernet, At: at})
+		refused, mark = e.set.guard.Returned(frame, h, packet.GuardPacket{Rule: r.number, Index: r.rule.In.Index, Outputs: len(r.out), Ethernet: ethernet, TwoWay: r.rule.TwoWay && !r.rule.Fronted, At: at})
 		if refused {
 			return loader.Looping, mark, true
 		}

@@ -217,7 +217,7 @@ func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[stri
 }
 
 func equal(a, b loader.Rule) bool {
-	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Unguarded == b.Unguarded && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
+	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Unguarded == b.Unguarded && a.TwoWay == b.TwoWay && a.Fronted == b.Fronted && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 

@@ -249,21 +249,33 @@ func TestSets(t *testing.T) {
 	}
 }
 
-// TestGuardedFlows: the loop guard watches the rules that may be in a loop on purpose alone.
+// TestGuardedFlows: the loop guard watches every rule that does not refuse it, goes by numbers
+// where a circle is meant, and is in front of the workers where the relay program is.
 func TestGuardedFlows(t *testing.T) {
-	links := []string{"eth0 10.0.0.1", "eth1 10.1.0.1"}
-	for rule, unguarded := range map[string]bool{
-		"eth0 -> 239.2.2.1:6000%eth1":                             true,
-		"eth0 -> 239.2.2.1:6000%eth1 path=fanout":                 true,
-		"eth0,loop=two-way -> 239.2.2.1:6000%eth1":                false,
-		"eth0,loop=two-way -> 239.2.2.1:6000%eth1 path=afxdp":     false,
-		"eth0,loop=allow -> 239.2.2.1:6000%eth1 path=fanout":      false,
-		"eth0,loop=two-way,loop-guard=off -> 239.2.2.1:6000%eth1": true,
+	for _, c := range []struct {
+		rule                       string
+		attached                   Attached
+		unguarded, twoWay, fronted bool
+	}{
+		{rule: "eth0 -> 239.2.2.1:6000%eth1"},
+		{rule: "eth0,loop-guard=off -> 239.2.2.1:6000%eth1", unguarded: true},
+		{rule: "eth0,loop=two-way -> 239.2.2.1:6000%eth1", twoWay: true},
+		{rule: "eth0,loop=two-way -> 239.2.2.1:6000%eth1 path=afxdp", twoWay: true},
+		{rule: "eth0,loop=two-way,loop-guard=off -> 239.2.2.1:6000%eth1", unguarded: true, twoWay: true},
+		{rule: "eth0,loop=allow -> 239.2.2.1:6000%eth1 path=fanout", twoWay: true, fronted: true},
+		{rule: "eth0 -> 239.2.2.1:6000%eth1 path=fanout", fronted: true},
+		{rule: "eth0 -> 239.2.2.1:6000%eth1 path=fanout", attached: Attached{Generic: true}, fronted: true},
+		{rule: "eth0 -> 239.2.2.1:6000%eth1 path=fanout", attached: Attached{Err: errTaken}},
+		{rule: "eth0,local=yes -> 239.2.2.1:6000%eth1 path=fanout"},
+		{rule: "eth0,from=host -> 239.2.2.1:6000%eth1 path=fanout"},
+		{rule: "tun0 -> 239.2.2.1:6000%eth1 path=fanout"},
 	} {
-		w := newWorld(t, links, "a: 239.1.1.1:5000%"+rule)
+		w := newWorld(t, []string{"eth0 10.0.0.1", "eth1 10.1.0.1", "tun0 noeth"}, "a: 239.1.1.1:5000%"+c.rule)
+		w.Answers.Attached[w.link(t, "eth0").LinkID] = c.attached
 		p := Make(w, Options{})
-		if f := p.Rules[0].Flows[0]; !f.Publish || f.Flow.Unguarded != unguarded {
-			t.Errorf("%s: published %v, unguarded %v, want %v", rule, f.Publish, f.Flow.Unguarded, unguarded)
+		f := p.Rules[0].Flows[0]
+		if !f.Publish || f.Flow.Unguarded != c.unguarded || f.Flow.TwoWay != c.twoWay || f.Flow.Fronted != c.fronted {
+			t.Errorf("%+v: published %v, flow %+v", c, f.Publish, f.Flow)
 		}
 	}
 }

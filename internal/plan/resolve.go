@@ -197,6 +197,7 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	if c.untried && choice.path != f.carried {
 		f.Publish = false // another path than the one in force is not taken on a guess
 	}
+	f.Flow.Fronted = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && !f.Flow.Local && in.Ethernet && c.attached.Err == nil
 	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
 	f.Flow.Fallback = choice.path == flow.PathAFXDP && c.fault(flow.PathKernel) == ""
 	f.Flow.Finish = c.finishes()
@@ -285,9 +286,9 @@ func resolveInput(rule *rules.Rule, in *network.Link) *flow.Flow {
 		AllowLoop: rule.Accept.AllowLoop,
 		Broadcast: rule.Accept.Broadcast,
 		Except:    rule.Accept.Except,
-		// The guard goes by likelihood, and marks packets of repeated content: that is for rules that
-		// may be in a loop on purpose alone.
-		Unguarded:       rule.Accept.Unguarded || !rule.Accept.TwoWay && !rule.Accept.AllowLoop,
+		Unguarded: rule.Accept.Unguarded,
+		// Numbers are a likelihood: that is for rules that may be in a loop on purpose alone.
+		TwoWay:          rule.Accept.TwoWay || rule.Accept.AllowLoop,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.MTU),
 	}

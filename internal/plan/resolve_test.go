@@ -90,7 +90,7 @@ func TestResolvedFlow(t *testing.T) {
 	want := &flow.Flow{
 		Name: "a", Path: flow.PathKernel,
 		In:        flow.Input{Index: 3, MAC: [6]byte{2, 0, 0, 0, 0, 3}, Group: addr("ff15::"), Len: 64, Source: addr("2001:db8::1"), VLAN: 4, OuterVLAN: 5},
-		AllowLoop: true, AllowNoChecksum: true, Rate: flow.Rate{Packets: 500, Burst: 5},
+		AllowLoop: true, TwoWay: true, AllowNoChecksum: true, Rate: flow.Rate{Packets: 500, Burst: 5},
 		Out: []flow.Output{
 			{Ready: true, Index: 4, MTU: 1300, Rate: flow.Rate{Bits: 1000, Burst: 1318}, Rewrite: packet.Rewrite{
 				DstMAC: [6]byte{0x33, 0x33, 0, 0, 0, 1}, SrcMAC: [6]byte{2, 0, 0, 0, 0, 4}, Dst: addr("ff15::1"), Src: addr("2001:db8:1::1"), DstPort: 1, TTLMode: packet.TTLSet, TTL: 7}},

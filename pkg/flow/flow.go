@@ -44,6 +44,12 @@ type Flow struct {
 	Broadcast bool
 	// Unguarded keeps the loop guard away from its packets.
 	Unguarded bool
+	// TwoWay says that a circle with this flow is meant: the loop guard tells returns by the
+	// numbers of senders, too, and not by marks alone.
+	TwoWay bool
+	// Fronted says that the relay program sees the packets of a flow of PathFanout before its
+	// workers do, and guards them.
+	Fronted bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
 	// Except are senders that a flow with In.BySource does not take, sorted.
@@ -154,7 +160,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed &&
+		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.TwoWay == o.TwoWay && r.Fronted == o.Fronted && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed &&
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 

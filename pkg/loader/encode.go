@@ -35,6 +35,9 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		value.Finish = 1
 	}
 	value.Routed = e.rule.Routed
+	if e.rule.TwoWay {
+		value.TwoWay = 1
+	}
 	for _, o := range e.rule.Out {
 		if !o.Ready {
 			value.MinMtu = 0
@@ -81,6 +84,7 @@ func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
 	}
 	r.Finish = flow.Finish != 0
 	r.Routed = flow.Routed
+	r.TwoWay = flow.TwoWay != 0
 	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
 	r.Broadcast = !r.In.Group.IsMulticast() && flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNICAST) == 0
 	r.Unguarded = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNGUARDED) != 0

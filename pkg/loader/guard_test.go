@@ -8,8 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
-
 	"xdpcast/bpf"
 	"xdpcast/pkg/packet"
 )
@@ -72,7 +70,7 @@ func TestGuardDifferential(t *testing.T) {
 	for round := range 12 {
 		var rules []Rule
 		for i, group := range []string{"239.1.1.1", "239.1.1.2", "ff3e::1"} {
-			rule := Rule{Name: fmt.Sprintf("round%d-%d", round, i), In: input(n.in, group, "", 5000), AllowNoChecksum: true}
+			rule := Rule{Name: fmt.Sprintf("round%d-%d", round, i), In: input(n.in, group, "", 5000), AllowNoChecksum: true, TwoWay: (round/2+i)%3 != 0}
 			src := "10.9.9.9"
 			if netip.MustParseAddr(group).Is6() {
 				src = "fd00::99"
@@ -107,7 +105,7 @@ func TestGuardDifferential(t *testing.T) {
 			got := r.run(t, index, frame, len(frame))
 			at = lastSeen(t, l, ids[rule.Name])
 			want := bytes.Clone(frame)
-			returned, mark := twin.Returned(want, &h, packet.GuardPacket{Rule: ids[rule.Name], Index: index, Outputs: len(rule.Out), Ethernet: true, At: at})
+			returned, mark := twin.Returned(want, &h, packet.GuardPacket{Rule: ids[rule.Name], Index: index, Outputs: len(rule.Out), Ethernet: true, TwoWay: rule.TwoWay, At: at})
 			if returned != (got.verdict == xdpDrop) {
 				t.Fatalf("round %d: frame %x: verdict %d, the twin says %v", round, frame, got.verdict, returned)
 			}
@@ -191,13 +189,8 @@ func compareLoops(t *testing.T, l *Loader, twin *packet.Guard, at int64) (n int)
 // clearGuard empties the memory of the guard.
 func clearGuard(t *testing.T, l *Loader) {
 	t.Helper()
-	n := l.maps.GuardSlots.MaxEntries()
-	cpus := make([][]byte, ebpf.MustPossibleCPU())
-	for i := range cpus {
-		cpus[i] = make([]byte, l.maps.GuardSlots.ValueSize())
-	}
-	for i := range n {
-		if err := l.maps.GuardSlots.Put(i, cpus); err != nil {
+	for i := range l.maps.GuardSlots.MaxEntries() {
+		if err := l.maps.GuardSlots.Put(i, make([]byte, l.maps.GuardSlots.ValueSize())); err != nil {
 			t.Fatal(err)
 		}
 	}

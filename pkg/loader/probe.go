@@ -55,9 +55,6 @@ func probesOfKernel() *kernelProbes {
 			})},
 			{"atomic compare and exchange in BPF programs", "5.12", hasCompareExchange},
 			{"copies of a frame to several interfaces (BPF_F_BROADCAST)", "5.14", hasBroadcast},
-			{"the helper bpf_map_lookup_percpu_elem", "5.19", supported(func() error {
-				return features.HaveProgramHelper(ebpf.XDP, asm.FnMapLookupPercpuElem)
-			})},
 			{"network namespace cookies (SO_NETNS_COOKIE)", "5.14", hasNetnsCookie},
 		},
 		multiBuffer:       hasMultiBuffer,

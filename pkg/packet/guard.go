@@ -26,15 +26,20 @@ const (
 	GuardMemory = time.Minute
 
 	guardShift  = 20 // from nanoseconds to the time of slots
-	guardSlots  = 2048
+	guardSlots  = 16384
 	guardOthers = 6
 	guardWays   = 4
 	guardRace   = 512
 	guardSoon   = 64
 	guardEarly  = 32
 	guardMost   = 0xffff
-	guardMarks  = 4
+	guardSteps  = 4
+	guardStride = 0x4040
+	guardProof  = 0xe880
 	guardNear   = 16
+	guardAsk    = 2
+	guardAlone  = 8
+	guardAlien  = 8
 	guardFresh  = 64
 	guardLate   = 256
 	guardOrphan = 4
@@ -107,8 +112,12 @@ type guardContent struct {
 	born      uint32
 	early     uint32
 	arrivals  uint32
-	marks     uint32
 	marked    uint32
+	steps     uint16
+	foreign   uint16
+	id        uint16
+	isMarked  bool
+	markedAt  uint32 // as seen
 	port      uint16
 	sum       uint16
 	others    [guardOthers]guardOther
@@ -126,7 +135,9 @@ type GuardPacket struct {
 	Index    int    // interface that it came in on
 	Outputs  int    // of the rule
 	Ethernet bool   // the frame came with its source MAC
-	At       int64
+	// TwoWay says that the rule's circle is meant: besides marks, the numbers of senders tell a loop.
+	TwoWay bool
+	At     int64
 }
 
 // GuardPace decides which packets of a flow are looked at: the first of each tick, and
@@ -206,7 +217,7 @@ func (g *Guard) Returned(frame []byte, h *Headers, p GuardPacket) (bool, GuardMa
 	if s.counts(seen) {
 		return false, GuardMark{}
 	}
-	s.guardContent = guardContent{signature: signature, seen: seen, rule: p.Rule, sender: sender, packets: 1, born: seen, port: guardPort(frame, h), sum: sum}
+	s.guardContent = guardContent{signature: signature, seen: seen, rule: p.Rule, sender: sender, packets: 1, born: seen, port: guardPort(frame, h), sum: sum, id: markIn(frame, h)}
 	return false, GuardMark{}
 }
 
@@ -239,7 +250,10 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 	}
 	seen := uint32(p.At >> guardShift)
 	port := guardPort(frame, h)
+	// No sender gives the number of a fragment again so soon (RFC 6864, RFC 8200).
+	byNumbers := p.TwoWay || h.Part == LaterFragment
 	var packets, fewest uint32
+	var asks bool
 	returns, ratio := uint32(GuardReturns), uint32(GuardRatio)
 	s.arrivals++
 	if s.sum == 0 {
@@ -256,6 +270,11 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		}
 		packets, soon = s.packets, s.soon
 		fewest = s.fewest(packets, guardOthers)
+		if s.others[0].sender != 0 {
+			asks = guardAsks(packets, guardAsk+1)
+		} else {
+			asks = byNumbers && guardAsks(packets, guardAlone)
+		}
 	} else {
 		at := s.other(guardHash(uint64(sender), uint64(port))|1, seen)
 		o := &s.others[at]
@@ -265,29 +284,49 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		}
 		packets, soon = uint32(o.packets), uint32(o.soon)
 		fewest = s.fewest(s.packets, at)
-		if s.cut > 0 { // it loops: other ways need less to be believed
+		asks = guardAsks(s.arrivals-s.packets+1, guardAsk)
+		if s.cut > 0 || loop != nil && p.At-loop.Last < int64(GuardHeal) {
+			// Of a rule that loops, other ways need less to be believed.
 			returns, ratio = 2, 1
 		}
 	}
-	found := soon >= returns && soon > ratio*fewest
-	mark := markOf(frame, h)
-	if mark != nil && binary.NativeEndian.Uint16(mark) == g.mark(s) {
-		if s.arrivals-s.marked > guardNear {
-			s.marks &^= guardMarks - 1
-		}
-		s.marked = s.arrivals
-		s.marks++
-		found = found || s.marks%guardMarks == 0
+	found := byNumbers && soon >= returns && soon > ratio*fewest
+	canBear, mark, next := markOf(frame, h) != nil, markIn(frame, h), uint32(0)
+	step := uint32(guardSteps)
+	if canBear && s.isMarked && seen-s.markedAt <= uint32(GuardWindow>>guardShift) {
+		step = s.stepOf(mark, g.Secret)
+	}
+	switch {
+	case step < guardSteps:
+		found = s.back(step) || found
+		asks, next = true, step+1
+	case mark != s.id && s.foreign < guardAlien:
+		// Another relay's, for that to find.
+		s.foreign++
+		asks = false
+	case asks:
+		s.foreign = 0
 	}
 	if found && !way.isForgiven(p.At) {
 		g.found(s, h, frame, sender, p)
 		return true, GuardMark{}
 	}
 	s.seen, s.rule = seen, p.Rule
-	if mark != nil && (s.marks%guardMarks != 0 || g.asks(packets)) {
-		return false, GuardMark{g.mark(s), true}
+	if asks && canBear {
+		s.isMarked, s.markedAt = true, seen
+		return false, GuardMark{s.mark(next, g.Secret), true}
 	}
 	return false, GuardMark{}
+}
+
+// back notes a packet that has come back with a mark, and says whether that proves a loop.
+func (s *guardSlot) back(step uint32) bool {
+	if s.arrivals-s.marked > guardNear {
+		s.steps = 0
+	}
+	s.steps |= 1 << step
+	s.marked, s.foreign = s.arrivals, 0
+	return guardProof>>s.steps&1 != 0
 }
 
 // guardPort is the source port, as in the packet; 0 in later fragments.
@@ -298,21 +337,26 @@ func guardPort(frame []byte, h *Headers) uint16 {
 	return binary.NativeEndian.Uint16(frame[h.UDP:])
 }
 
-// mark is the mark that a content's packets get now.
-func (g *Guard) mark(s *guardSlot) uint16 {
-	return uint16(guardHash(uint64(s.signature)<<32|uint64(s.marks), uint64(g.Secret)))
+// mark is a mark of a content: the step after it is for a packet that has come back with it.
+func (s *guardSlot) mark(step, secret uint32) uint16 {
+	return uint16(guardHash(uint64(s.signature), uint64(secret)) + step%guardSteps*guardStride)
 }
 
-// asks says whether a sender has repeated itself so often that its packets are marked: from
-// the 8th to the 71st, the 256th to the 319th, the 2048th to the 2111th, and of these half,
-// eight in a row. Which half is the host's own: two relays that both mark would not find their
-// marks.
-func (g *Guard) asks(packets uint32) bool {
-	eight := packets / 8
-	if eight-1 >= 8 && eight-32 >= 8 && eight-256 >= 8 {
-		return false
+// stepOf says which mark of this host a packet bears; guardSteps: none.
+func (s *guardSlot) stepOf(mark uint16, secret uint32) uint32 {
+	step := uint32(guardSteps)
+	for i := range uint32(guardSteps) {
+		if s.mark(i, secret) == mark {
+			step = i
+		}
 	}
-	return guardHash(uint64(eight), uint64(g.Secret))&1 != 0
+	return step
+}
+
+// guardAsks says whether a content has come so often that it is marked: so many times and 63
+// more, the 256th to the 319th, the 2048th to the 2111th.
+func guardAsks(packets, from uint32) bool {
+	return packets-from < 64 || packets-256 < 64 || packets-2048 < 64
 }
 
 // markOf is where a mark is in a frame, nil if it can bear none.
@@ -320,11 +364,18 @@ func markOf(frame []byte, h *Headers) []byte {
 	if h.FragmentID != 0 || h.Part != Whole {
 		return nil
 	}
+	return markPlace(frame, h)
+}
+
+func markPlace(frame []byte, h *Headers) []byte {
 	if !h.Dst.Is4() {
 		return frame[h.L3+2 : h.L3+4] // the lower 16 bits of the flow label
 	}
 	return frame[h.L3+4 : h.L3+6]
 }
+
+// markIn is what is where a mark would be.
+func markIn(frame []byte, h *Headers) uint16 { return binary.NativeEndian.Uint16(markPlace(frame, h)) }
 
 // other is the place among the others of a sender and its port: its own, or that of the
 // one with the fewest packets, those that came early last.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -65,6 +66,7 @@ func offload(t *testing.T, h *lab.Host, name string, on bool) {
 }
 
 var containers = map[string]container{
+	"tun": connectTun,
 	"veth": func(t *testing.T, n *network, c *lab.Host) string {
 		connectPort(t, n, c, "veth0", "10.9.0.1/24")
 		return "veth0"
@@ -126,6 +128,61 @@ var containers = map[string]container{
 	},
 }
 
+// openTun makes a tun device whose packets come with what their sender left to others to do, as
+// between a virtual machine or a VPN's process and the kernel.
+func openTun(t *testing.T, h *lab.Host, name string) *os.File {
+	t.Helper()
+	var f *os.File
+	labtest.Do(t, h, func() error {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		request, err := unix.NewIfreq(name)
+		if err != nil {
+			return errors.Join(err, unix.Close(fd))
+		}
+		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+			return errors.Join(err, unix.Close(fd))
+		}
+		// Datagrams that are not divided are taken since Linux 6.2.
+		if unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_USO4|unix.TUN_F_USO6) != nil {
+			if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM); err != nil {
+				return errors.Join(err, unix.Close(fd))
+			}
+		}
+		f = os.NewFile(uintptr(fd), name)
+		return nil
+	})
+	return f
+}
+
+// connectTun connects the container's eth0 with tun0 of the relay, both without Ethernet header.
+func connectTun(t *testing.T, n *network, c *lab.Host) string {
+	from, to := openTun(t, c, "eth0"), openTun(t, n.relay, "tun0")
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		packet := make([]byte, 1<<17)
+		for {
+			length, err := from.Read(packet)
+			if err != nil {
+				return
+			}
+			_, _ = to.Write(packet[:length]) // an error is a packet lost, which the test finds
+		}
+	}()
+	t.Cleanup(func() {
+		from.Close()
+		<-copied
+		to.Close()
+	})
+	up(t, n.relay, "tun0", "10.9.0.1/24")
+	up(t, c, "eth0", "10.9.0.2/24")
+	return "tun0"
+}
+
 // datagrams is how many each sender sends, and their length. So many wait in a receiver's
 // socket, of the usual size, until it reads.
 const (
@@ -154,6 +211,31 @@ func sendPlain(fd int, to *unix.SockaddrInet4) error {
 		if err := unix.Sendto(fd, make([]byte, datagramLen), 0, to); err != nil {
 			return fmt.Errorf("send: %w", err)
 		}
+	}
+	return nil
+}
+
+// sendMany sends all in one call (sendmmsg(2)).
+func sendMany(fd int, to *unix.SockaddrInet4) error {
+	type message struct { // struct mmsghdr
+		header unix.Msghdr
+		sent   uint32
+	}
+	name := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: uint16(to.Port>>8 | to.Port<<8), Addr: to.Addr}
+	payload := make([]byte, datagramLen)
+	piece := unix.Iovec{Base: &payload[0]}
+	piece.SetLen(len(payload))
+	messages := make([]message, datagrams)
+	for i := range messages {
+		messages[i].header = unix.Msghdr{Name: (*byte)(unsafe.Pointer(&name)), Namelen: unix.SizeofSockaddrInet4, Iov: &piece}
+		messages[i].header.SetIovlen(1)
+	}
+	for left := messages; len(left) > 0; {
+		sent, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&left[0])), uintptr(len(left)), 0, 0, 0)
+		if errno != 0 {
+			return fmt.Errorf("sendmmsg: %w", errno)
+		}
+		left = left[sent:]
 	}
 	return nil
 }
@@ -218,7 +300,7 @@ func TestSendersOfThisHost(t *testing.T) {
 				name    string
 				offload bool
 				send    func(int, *unix.SockaddrInet4) error
-			}{{"plain", true, sendPlain}, {"plain without offload", false, sendPlain}, {"segments", true, sendSegments}} {
+			}{{"plain", true, sendPlain}, {"plain without offload", false, sendPlain}, {"segments", true, sendSegments}, {"sendmmsg", true, sendMany}} {
 				for outputs := 1; outputs <= 2; outputs++ {
 					number++
 					group := fmt.Sprintf("239.6.1.%d", number)
@@ -257,7 +339,12 @@ func TestSendersOfThisHost(t *testing.T) {
 				}
 			}
 			why := in.mustCLI("explain", "r1")
-			if kind != "veth" && !strings.Contains(why, "carries packets of senders on this host") {
+			reason := map[string]string{"veth": "", "tun": "has no Ethernet header"}
+			want, ok := reason[kind]
+			if !ok {
+				want = "carries packets of senders on this host"
+			}
+			if !strings.Contains(why, want) {
 				t.Errorf("explain says\n%s, want why it is path fanout", why)
 			}
 		})
