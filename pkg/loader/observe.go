@@ -47,9 +47,9 @@ func (l *Loader) Observe() Observation {
 	l.observeLinks(&o)
 	l.observeTapped(&o)
 	l.observeDevices(&o)
+	l.observePins(&o) // before devmaps are opened by their pins
 	l.observeBroadcasts(&o)
 	l.observeConfig(&o)
-	l.observePins(&o)
 	return o
 }
 
@@ -186,7 +186,7 @@ func (l *Loader) observeBroadcasts(o *Observation) {
 		key := keys[(start+i)%len(keys)]
 		f := l.broadcasts[key]
 		rows += 1 + len(f.indexes)
-		o.fail(l.observeBroadcast(f, egress, filled))
+		o.fail(l.observeBroadcast(key, f, egress, filled))
 		l.fanCursor = key + "\x00" // the least that comes after it
 	}
 	for _, index := range slices.Sorted(maps.Keys(filled)) {
@@ -194,13 +194,13 @@ func (l *Loader) observeBroadcasts(o *Observation) {
 	}
 }
 
-func (l *Loader) observeBroadcast(f *broadcast, egress ebpf.ProgramID, filled map[int]bool) error {
+func (l *Loader) observeBroadcast(key string, f *broadcast, egress ebpf.ProgramID, filled map[int]bool) error {
 	if len(f.indexes) == 0 {
 		return nil
 	}
-	devmap, err := ebpf.NewMapFromID(f.id)
+	devmap, err := l.openDevmap(key, f)
 	if err != nil {
-		return fmt.Errorf("open devmap: %w", err)
+		return err
 	}
 	for row, index := range f.indexes {
 		var have bpf.RelayBpfDevmapVal
@@ -237,7 +237,7 @@ func (l *Loader) observeConfig(o *Observation) {
 func (l *Loader) observePins(o *Observation) {
 	dir := l.opts.PinDir
 	have := map[string]bool{}
-	for _, sub := range []string{"", programsDir, linksDir} {
+	for _, sub := range []string{"", programsDir, linksDir, broadcastsDir} {
 		entries, err := os.ReadDir(filepath.Join(dir, sub))
 		if errors.Is(err, os.ErrNotExist) {
 			err = os.MkdirAll(filepath.Join(dir, sub), 0o700)
@@ -267,6 +267,17 @@ func (l *Loader) observePins(o *Observation) {
 		}
 		o.fail(err)
 	}
+	for key, f := range l.broadcasts {
+		if have[broadcastPin(dir, f.id)] {
+			continue
+		}
+		missing++
+		devmap, err := l.openDevmap(key, f) // pins it, or another
+		if err == nil {
+			err = devmap.Close()
+		}
+		o.fail(err)
+	}
 	if missing > 0 {
 		o.repaired("%d pins were removed from %s: they are made again", missing, dir)
 	}
@@ -281,6 +292,9 @@ type unpinner interface {
 func (l *Loader) pins() map[string]unpinner {
 	dir := l.opts.PinDir
 	all := map[string]unpinner{relayPin(dir): l.relay, egressPin(dir): l.egress}
+	for name, p := range l.attached {
+		all[filepath.Join(dir, programsDir, name)] = p
+	}
 	for kind := range tableKinds {
 		all[filepath.Join(dir, tableNames[kind].pin)] = l.tables[kind]
 	}
