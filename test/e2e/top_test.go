@@ -159,6 +159,7 @@ func TestTop(t *testing.T) {
 	term.press("3")
 	term.shows(`a daemon runs, process \d+`)
 	term.shows(`the daemon is gone; the kernel goes on relaying`)
+	term.shows(`rule late: pending: interface eth7 not found`) // the daemon's own event
 
 	// Another size, the filter, and the end.
 	term.run("resize-window", "-x", "160", "-y", "40")
