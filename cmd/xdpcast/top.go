@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	tea "charm.land/bubbletea/v2"
@@ -54,7 +55,13 @@ func top(c *cli.Context, now func() time.Time) error {
 		return lookMsg{seen, err}
 	})
 	m.take(lookMsg{seen: first})
-	_, err = tea.NewProgram(m, tea.WithContext(c.Context), tea.WithInput(c.App.Reader), tea.WithOutput(c.App.Writer)).Run()
+	p := tea.NewProgram(m, tea.WithContext(c.Context), tea.WithInput(c.App.Reader), tea.WithOutput(c.App.Writer))
+	ctx, cancel := context.WithCancel(c.Context)
+	var following sync.WaitGroup
+	following.Go(func() { followInto(ctx, control.NewClient(c.String("socket")), p.Send) })
+	_, err = p.Run()
+	cancel()
+	following.Wait()
 	if errors.Is(err, tea.ErrInterrupted) || c.Context.Err() != nil {
 		return nil
 	}
@@ -62,6 +69,24 @@ func top(c *cli.Context, now func() time.Time) error {
 		return fmt.Errorf("live screen: %w", err)
 	}
 	return nil
+}
+
+// followInto sends the daemon's events to the screen, the last ones first; also over its restart.
+func followInto(ctx context.Context, daemon *control.Client, send func(tea.Msg)) {
+	q := control.EventQuery{Follow: true, Tail: topTail}
+	for {
+		// A daemon that is gone, or knows no events, is told of by the looks.
+		_ = daemon.Events(ctx, q, func(e control.Event) error {
+			if e.Number > 0 {
+				q.After, q.Tail = e.Number, 0
+			}
+			send(eventMsg{e})
+			return nil
+		})
+		if wait(ctx, followPause) != nil {
+			return
+		}
+	}
 }
 
 // seen is one look at everything that the screen shows.

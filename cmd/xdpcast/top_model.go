@@ -37,7 +37,9 @@ type topModel struct {
 	sums          topSums
 	faces         []topInterface
 	events        []topEvent
-	rated         bool // there are two looks, and rates
+	held          []topEvent // those that came while the screen is paused
+	told          bool       // the daemon tells its events: they are not guessed from looks
+	rated         bool       // there are two looks, and rates
 
 	screen         screen
 	detail         string // the rule that is shown alone; empty for none
@@ -77,7 +79,7 @@ type topInterface struct {
 	in, out rate
 }
 
-// topEvent is a change between two looks.
+// topEvent is a change: an event of the daemon, or one seen between two looks.
 type topEvent struct {
 	at   time.Time
 	text string
@@ -89,6 +91,9 @@ type lookMsg struct {
 	err  error
 }
 
+// eventMsg is an event of the daemon.
+type eventMsg struct{ event control.Event }
+
 // tickMsg says that it is time to look.
 type tickMsg struct{}
 
@@ -97,6 +102,8 @@ const (
 	firstPause = 300 * time.Millisecond
 	// silence is from when on a rule that had packets is called silent.
 	silence = 5 * time.Second
+	// topTail is how many events of before the screen was opened are shown.
+	topTail = 200
 	// maxTopEvents bounds the events that are kept.
 	maxTopEvents = 1000
 )
@@ -126,11 +133,25 @@ func (m *topModel) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 		m.take(msg)
 		// A daemon with many rules is not kept busy by being looked at.
 		return m, m.tick(max(m.interval, 4*msg.seen.took))
+	case eventMsg:
+		m.told = true
+		m.note(topEvent{msg.event.Time.In(m.seen.stats.Time.Location()), msg.event.Text()})
+		return m, nil
 	case tea.KeyPressMsg:
 		return m, m.key(msg.String())
 	}
 	m.follow()
 	return m, nil
+}
+
+// note keeps events; while the screen is paused, for later.
+func (m *topModel) note(events ...topEvent) {
+	to := &m.events
+	if m.paused {
+		to = &m.held
+	}
+	*to = append(*to, events...)
+	*to = (*to)[max(0, len(*to)-maxTopEvents):]
 }
 
 // take takes over what a look has brought.
@@ -148,8 +169,7 @@ func (m *topModel) take(msg lookMsg) {
 	} else {
 		m.rated = true
 		m.rows, m.sums = rowsOf(&before.stats, m.seen.stats)
-		m.events = append(m.events, changes(&before, &m.seen)...)
-		m.events = m.events[max(0, len(m.events)-maxTopEvents):]
+		m.note(changes(&before, &m.seen, m.told)...)
 	}
 	m.faces = interfacesOf(m.rows, m.seen.daemon)
 	m.order()
@@ -366,7 +386,10 @@ func (m *topModel) command(key string) {
 	case "?", "h", "f1":
 		m.help = true
 	case "p", "space":
-		m.paused = !m.paused
+		if m.paused = !m.paused; !m.paused {
+			m.note(m.held...)
+			m.held = nil
+		}
 	case "/":
 		m.typing, m.screen, m.detail = true, rulesScreen, ""
 	case "s":
@@ -453,8 +476,9 @@ func interfacesOf(rows []topRow, daemon *control.Status) []topInterface {
 	return all
 }
 
-// changes are the events between two looks.
-func changes(before, now *seen) (events []topEvent) {
+// changes are the events between two looks; where the daemon tells its own, those of the daemon
+// itself alone.
+func changes(before, now *seen, told bool) (events []topEvent) {
 	at := now.stats.Time
 	add := func(format string, args ...any) {
 		events = append(events, topEvent{at, fmt.Sprintf(format, args...)})
@@ -464,6 +488,9 @@ func changes(before, now *seen) (events []topEvent) {
 		add("the daemon is gone; the kernel goes on relaying")
 	case before.daemon == nil && now.daemon != nil, before.daemon != nil && before.daemon.PID != now.daemon.PID:
 		add("a daemon runs, process %d", now.daemon.PID)
+	}
+	if told {
+		return events
 	}
 	if (before.daemon == nil) == (now.daemon == nil) { // the kernel knows less of states
 		ruleChanges(before, now, add)

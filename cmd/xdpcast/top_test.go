@@ -269,16 +269,55 @@ func TestTopEvents(t *testing.T) {
 	waits.State, waits.Reason, waits.Outputs[0].State = control.StatePending, "no carrier", "no_neighbour"
 	now := look(1, moves, waits, counted("fresh", 1, 0, 0, 0)).seen
 	var got []string
-	for _, e := range changes(&before, &now) {
+	for _, e := range changes(&before, &now, false) {
 		got = append(got, e.text)
 	}
 	want := []string{"rule moves: path fanout, was kernel", "rule waits: pending: no carrier, was active", "rule waits, output 0: no_neighbour, was active", "rule fresh is new: active", "rule gone is gone"}
 	if strings.Join(got, "\n") != strings.Join(want, "\n") {
 		t.Errorf("got %q, want %q", got, want)
 	}
+	if got := changes(&before, &now, true); len(got) != 0 {
+		t.Errorf("beside the daemon's events: %v", got)
+	}
 	now.daemon = nil
-	if got := changes(&before, &now); len(got) != 1 || !strings.Contains(got[0].text, "the daemon is gone") {
+	if got := changes(&before, &now, false); len(got) != 1 || !strings.Contains(got[0].text, "the daemon is gone") {
 		t.Errorf("got %v", got)
+	}
+}
+
+// TestTopDaemonEvents: the daemon's events are shown, also those of before; a paused screen holds
+// them back.
+func TestTopDaemonEvents(t *testing.T) {
+	m := newTestTop()
+	m.Update(look(0, counted("cam1", 0, 0, 0, 0)))
+	event := func(number uint64, state string) eventMsg {
+		return eventMsg{control.Event{Number: number, Time: clock.Add(time.Duration(number) * time.Second), Kind: "rule", Rule: "cam1", State: state, Cause: "so\x1b[2J"}}
+	}
+	m.Update(event(7, "pending"))
+	press(m, "3")
+	if got := plain(m); !strings.Contains(got, "Jan  2 03:04:12  rule cam1: pending: so [2J") {
+		t.Errorf("events:\n%s", got)
+	}
+	press(m, "p")
+	m.Update(event(8, "active"))
+	if got := plain(m); strings.Contains(got, "rule cam1: active") {
+		t.Errorf("paused:\n%s", got)
+	}
+	press(m, "p")
+	if got := plain(m); strings.Index(got, "rule cam1: active") > strings.Index(got, "rule cam1: pending") || !strings.Contains(got, "rule cam1: active") {
+		t.Errorf("after the pause:\n%s", got)
+	}
+	failed := counted("cam1", 1, 0, 0, 0)
+	failed.State = control.StateFailed
+	m.Update(look(1, failed))
+	if got := plain(m); strings.Contains(got, "was active") {
+		t.Errorf("what the daemon tells is guessed, too:\n%s", got)
+	}
+	for i := range 3 * maxTopEvents {
+		m.Update(event(uint64(i), "active"))
+	}
+	if len(m.events) != maxTopEvents {
+		t.Errorf("%d events are kept", len(m.events))
 	}
 }
 

@@ -320,7 +320,7 @@ func (m *topModel) eventText(b *strings.Builder) {
 		fmt.Fprintln(b, "nothing has changed since this screen was opened")
 	}
 	for _, e := range slices.Backward(m.events) {
-		fmt.Fprintf(b, "%s  %s\n", e.at.Format("15:04:05"), printable(e.text))
+		fmt.Fprintf(b, "%s  %s\n", e.at.Format("Jan _2 15:04:05"), printable(e.text))
 	}
 }
 

@@ -105,13 +105,22 @@ func TestTop(t *testing.T) {
 		}
 		return v
 	}
-	// One output drops all, the other sends all: TTL 1 is not decremented.
-	row := term.shows(`(?m)^>cam1 +dropping kernel +(\d+) +\S+ [kM]b +(\d+) +(\d+) +(\d+) +0s *$`)
-	for i, what := range []string{"received", "sent", "dropped"} {
-		if got := number(row[i+1]); got == 0 || got > 4*rate {
-			t.Errorf("%s %d a second, want some %d", what, got, rate)
+	// One output drops all, the other sends all: TTL 1 is not decremented. A busy machine sends in
+	// bursts: some screen has the rate.
+	row := regexp.MustCompile(`(?m)^>cam1 +dropping kernel +(\d+) +\S+ [kM]b +(\d+) +(\d+) +(\d+) +0s *$`)
+	eventually(t, "the screen shows the rates of a second", func() string {
+		screen := term.screen()
+		cells := row.FindStringSubmatch(screen)
+		for i := 1; i <= 3 && cells != nil; i++ { // received, sent, dropped
+			if got := number(cells[i]); got < rate/2 || got > 2*rate {
+				cells = nil
+			}
 		}
-	}
+		if cells == nil {
+			return "\n" + screen
+		}
+		return ""
+	})
 	term.shows(`(?m)^ late +pending +- +0 +0 b +0 +0 +0 +- *$|(?m)^ late +pending +- +- +- +- +- +0 +- *$`)
 	term.shows(`2 rules: 1 active, 1 dropping, 1 pending`)
 	if colours := term.run("capture-pane", "-p", "-e"); regexp.MustCompile(`\x1b\[[0-9;]*3[0-7]m`).MatchString(colours) {
@@ -159,6 +168,7 @@ func TestTop(t *testing.T) {
 	term.press("3")
 	term.shows(`a daemon runs, process \d+`)
 	term.shows(`the daemon is gone; the kernel goes on relaying`)
+	term.shows(`rule late: pending: interface eth7 not found`) // the daemon's own event
 
 	// Another size, the filter, and the end.
 	term.run("resize-window", "-x", "160", "-y", "40")
