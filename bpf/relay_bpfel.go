@@ -111,7 +111,8 @@ type RelayFlow struct {
 	Sockets     uint32
 	Finish      uint8
 	Routed      uint8
-	Pad         [2]uint8
+	TwoWay      uint8
+	Pad         uint8
 }
 
 type RelayFlow4 struct {
@@ -201,8 +202,12 @@ type RelayGuardSlot struct {
 	Born      uint32
 	Early     uint32
 	Arrivals  uint32
-	Marks     uint32
 	Marked    uint32
+	Steps     uint16
+	Foreign   uint16
+	Id        uint16
+	IsMarked  uint16
+	MarkedAt  uint32
 	Port      uint16
 	Sum       uint16
 	Others    [6]RelayGuardOther
