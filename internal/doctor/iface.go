@@ -106,11 +106,11 @@ func driverText(i *Interface) string {
 func genericCure(i *Interface) string {
 	switch {
 	case i.Device[1].Features["rx-lro"]:
-		return fmt.Sprintf("ethtool -K %s lro off, then xdpcast unload -i %s and restart", i.Name, i.Name)
+		return fmt.Sprintf("ethtool -K %s lro off, then ip link set dev %s down, and up again", i.Name, i.Name)
 	case strings.Contains(i.Note, "too few queues"):
-		return fmt.Sprintf("ethtool -L %s rx N, as many as the peer has transmit queues; then xdpcast unload -i %s and restart", i.Name, i.Name)
+		return fmt.Sprintf("ethtool -L %s rx N, as many as the peer has transmit queues; then ip link set dev %s down, and up again", i.Name, i.Name)
 	case i.Link.MTU > 3498: // a page less headroom, skb_shared_info and headers
-		return fmt.Sprintf("ip link set dev %s mtu 1500 where no longer packets come; then xdpcast unload -i %s and restart", i.Name, i.Name)
+		return fmt.Sprintf("ip link set dev %s mtu 1500 where no longer packets come; then ip link set dev %s down, and up again", i.Name, i.Name)
 	}
 	return fmt.Sprintf("xdpcast unload -i %s, then restart xdpcast with --mode native, which says why it is refused", i.Name)
 }

@@ -19,8 +19,9 @@ type attachments struct {
 	answers map[network.LinkID]plan.Attached
 	// byHand are those that were attached before any rule.
 	byHand map[network.LinkID]bool
-	// refused is when to try again where the program could not be attached.
-	refused map[network.LinkID]refusedAttachment
+	// refused is when to try again where the program could not be attached, and notNative where
+	// it could not in native mode.
+	refused, notNative map[network.LinkID]refusedAttachment
 
 	adopted map[int]bool // indexes of byHand until a snapshot tells their lives
 }
@@ -39,7 +40,7 @@ var retryAttach = membership.Backoff{Min: time.Second, Max: 30 * time.Second, Fa
 func newAttachments(l *loader.Loader, mode loader.Mode, log *slog.Logger) *attachments {
 	return &attachments{
 		loader: l, mode: mode, log: log,
-		answers: map[network.LinkID]plan.Attached{}, byHand: map[network.LinkID]bool{}, refused: map[network.LinkID]refusedAttachment{},
+		answers: map[network.LinkID]plan.Attached{}, byHand: map[network.LinkID]bool{}, refused: map[network.LinkID]refusedAttachment{}, notNative: map[network.LinkID]refusedAttachment{},
 	}
 }
 
@@ -70,23 +71,57 @@ func (a *attachments) apply(p *plan.Plan, now *network.Snapshot) (changed bool) 
 		if link == nil || link.LinkID != id {
 			continue
 		}
-		if at, ok := have[id.Index]; ok {
+		at, attached := have[id.Index]
+		if attached && !a.mayBeNative(at, link) {
 			delete(a.refused, id)
 			changed = a.answer(id, plan.Attached{Generic: at.Mode == loader.ModeGeneric}) || changed
 			continue
 		}
-		changed = a.attach(link) || changed
+		changed = a.attach(link, attached) || changed
 	}
 	return changed
 }
 
-// attach attaches unless that failed a short time ago.
-func (a *attachments) attach(link *network.Link) (changed bool) {
+// mayBeNative says whether native mode is to be tried where generic mode is only second best: while
+// nothing flows, since the change of mode loses what comes meanwhile.
+func (a *attachments) mayBeNative(at loader.Attachment, link *network.Link) bool {
+	if at.Mode != loader.ModeGeneric || a.mode != loader.ModeAuto || link.Running() {
+		delete(a.notNative, link.LinkID)
+		return false
+	}
+	last := a.notNative[link.LinkID]
+	return last.link == nil || !sameButPrograms(last.link, link) || !time.Now().Before(last.next)
+}
+
+// sameButPrograms says whether two descriptions of a link differ in nothing but programs.
+func sameButPrograms(a, b *network.Link) bool {
+	x, y := *a, *b
+	x.XDP, y.XDP = nil, nil
+	return x.Equal(&y)
+}
+
+// tryNative attaches anew an interface in generic mode.
+func (a *attachments) tryNative(link *network.Link) (loader.Attachment, error) {
+	last := a.notNative[link.LinkID]
+	if last.link == nil || !sameButPrograms(last.link, link) {
+		last.tries = 0
+	}
+	last.tries++
+	a.notNative[link.LinkID] = refusedAttachment{link, last.tries, time.Now().Add(retryAttach.Next(last.tries, 0))}
+	return a.loader.TryNative(link.Index)
+}
+
+// attach attaches unless that failed a short time ago; what runs in generic mode, anew.
+func (a *attachments) attach(link *network.Link, generic bool) (changed bool) {
 	last, failed := a.refused[link.LinkID]
 	if failed && last.link == link && time.Now().Before(last.next) {
 		return false
 	}
-	at, err := a.loader.Attach(link.Index, a.mode)
+	attach := func() (loader.Attachment, error) { return a.loader.Attach(link.Index, a.mode) }
+	if generic {
+		attach = func() (loader.Attachment, error) { return a.tryNative(link) }
+	}
+	at, err := attach()
 	if err != nil {
 		if last.link != link {
 			last.tries = 0
@@ -133,6 +168,7 @@ func (a *attachments) detach(p *plan.Plan, now *network.Snapshot) {
 		if !wanted[id] {
 			delete(a.answers, id)
 			delete(a.refused, id)
+			delete(a.notNative, id)
 		}
 	}
 }
@@ -141,6 +177,7 @@ func (a *attachments) detach(p *plan.Plan, now *network.Snapshot) {
 func (a *attachments) forget(id network.LinkID) {
 	delete(a.answers, id)
 	delete(a.refused, id)
+	delete(a.notNative, id)
 	delete(a.byHand, id)
 }
 
@@ -158,8 +195,10 @@ func (a *attachments) reborn(old, now network.LinkID) {
 
 func (a *attachments) wake() time.Duration {
 	wake := idle
-	for _, r := range a.refused {
-		wake = min(wake, time.Until(r.next))
+	for _, all := range []map[network.LinkID]refusedAttachment{a.refused, a.notNative} {
+		for _, r := range all {
+			wake = min(wake, time.Until(r.next))
+		}
 	}
 	return wake
 }

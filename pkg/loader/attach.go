@@ -81,6 +81,20 @@ func (l *Loader) Attach(index int, mode Mode) (Attachment, error) {
 			return Attachment{}, err
 		}
 	}
+	a, err := l.attach(index, mode)
+	if err != nil {
+		return Attachment{}, err
+	}
+	if a.Fallback != nil {
+		l.log.Warn("XDP runs in generic mode, which is slower; native mode is tried again while the interface is down or has no carrier", "interface", a.Interface, "native", a.Fallback)
+	} else {
+		l.log.Info("attached", "interface", a.Interface, "mode", a.Mode.String())
+	}
+	return a, nil
+}
+
+// attach attaches to an interface without an attachment.
+func (l *Loader) attach(index int, mode Mode) (Attachment, error) {
 	iface, err := net.InterfaceByIndex(index)
 	if err != nil {
 		return Attachment{}, fmt.Errorf("interface with index %d: %w", index, err)
@@ -97,12 +111,29 @@ func (l *Loader) Attach(index int, mode Mode) (Attachment, error) {
 		return Attachment{}, errors.Join(err, lk.Close(), removePins(linkPin(l.opts.PinDir, index)))
 	}
 	l.links[index] = a
-	if fallback != nil {
-		l.log.Warn("XDP runs in generic mode, which is slower", "interface", iface.Name, "native", fallback)
-	} else {
-		l.log.Info("attached", "interface", iface.Name, "mode", used.String())
-	}
 	return a.Attachment, nil
+}
+
+// TryNative attaches the relay program anew where it runs in generic mode: in native mode, else in
+// generic mode again. The kernel has no two modes active at once on an interface
+// (dev_xdp_attach in net/core/dev.c), so that packets meet no program for a moment: call it
+// while the interface carries none.
+//
+// Errors to match: *BusyError, *AttachError; then the program is not attached any more.
+func (l *Loader) TryNative(index int) (Attachment, error) {
+	a := l.links[index]
+	if a == nil || a.Mode != ModeGeneric {
+		return l.Attach(index, ModeAuto)
+	}
+	delete(l.links, index)
+	if err := errors.Join(a.release(), removePins(linkPin(l.opts.PinDir, index)), a.link.Close()); err != nil {
+		return Attachment{}, err
+	}
+	now, err := l.attach(index, ModeAuto)
+	if err == nil && now.Mode == ModeNative {
+		l.log.Info("native mode instead of generic", "interface", now.Interface)
+	}
+	return now, err
 }
 
 // attachXDP returns the link, the mode used, and why native mode was refused.
