@@ -14,6 +14,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -29,50 +32,85 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// convergeTime is how long the sequences of TestConverges take in all where nobody says how
-// many there are to be.
-const convergeTime = 50 * time.Second
+const (
+	// convergeTime is how long TestConverges runs where nobody says how many sequences there are
+	// to be, and convergeCount how many it runs at most then.
+	convergeTime  = 75 * time.Second
+	convergeCount = 300
+	// convergeBeside is how many worlds there are beside each other: a sequence waits for the kernel
+	// - grace periods, carriers, which are announced up to a second late - far longer than it computes.
+	convergeBeside = 12
+)
 
 // Whatever happens, in whatever order, the relay ends where one would that is started
 // now: random sequences of events over random rules, after each of which the state that the API tells
-// and the flows in force equal those of a fresh relay, which has adopted the pinned
-// state or made its own, and packets come out where the state says so.
+// and the flows that the kernel holds equal those of a fresh process, which has adopted the pinned
+// state or, now and then, made its own, and packets come out where the state says so. The relay is a
+// process, which is stopped, continued, killed and restarted by signals.
 //
-// XDPCAST_SEQUENCES says how many sequences there are, XDPCAST_SEED which is the first.
+// The sequences of a world follow each other on a network that is made anew where it was touched, with the
+// rules, pinned state and relay of those before. XDPCAST_SEQUENCES says how many sequences there
+// are, XDPCAST_SEED which is the first.
 func TestConverges(t *testing.T) {
 	labtest.RequireRoot(t)
-	count, first := 0, uint64(time.Now().UnixNano()%1_000_000)
-	if s := os.Getenv("XDPCAST_SEQUENCES"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil {
-			t.Fatalf("XDPCAST_SEQUENCES=%q: want a number", s)
+	c := &convergence{first: uint64(time.Now().UnixNano() % 1_000_000), until: time.Now().Add(convergeTime), most: convergeCount, beside: convergeBeside}
+	number := func(name string, to *uint64) bool {
+		s := os.Getenv(name)
+		if s == "" {
+			return false
 		}
-		count = n
-	}
-	if s := os.Getenv("XDPCAST_SEED"); s != "" {
 		n, err := strconv.ParseUint(s, 10, 64)
 		if err != nil {
-			t.Fatalf("XDPCAST_SEED=%q: want a number", s)
+			t.Fatalf("%s=%q: want a number", name, s)
 		}
-		if first = n; count == 0 {
-			count = 1
-		}
+		*to, c.until = n, time.Now().Add(time.Hour)
+		return true
 	}
-	ran := 0
-	for started := time.Now(); count > 0 && ran < count || count == 0 && time.Since(started) < convergeTime; ran++ {
-		seed := first + uint64(ran)
-		if !t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) { converge(t, seed) }) {
-			t.Logf("again: XDPCAST_SEED=%d go test ./internal/relay -run TestConverges", seed)
-			if t.Failed() && count == 0 {
-				break
-			}
-		}
+	counted := number("XDPCAST_SEQUENCES", &c.most)
+	if number("XDPCAST_SEED", &c.first) && !counted {
+		c.most = 1
 	}
-	t.Logf("%d sequences from seed %d on", ran, first)
+	c.beside = min(c.beside, c.most)
+	var worlds sync.WaitGroup
+	for i := range c.beside { // t.Parallel would run as many as there are CPUs
+		worlds.Go(func() { t.Run(fmt.Sprintf("world=%d", i), func(t *testing.T) { c.run(t, i) }) })
+	}
+	worlds.Wait()
+	t.Logf("%d sequences from seed %d on, in %d worlds, with %d events: %d times the relay was stopped and continued, %d times killed, %d times restarted",
+		c.ran.Load(), c.first, c.beside, c.happened.Load(), c.stops.Load(), c.kills.Load(), c.restarts.Load())
 }
 
-func converge(t *testing.T, seed uint64) {
-	w := newChangingWorld(t, seed)
+// convergence is one TestConverges.
+type convergence struct {
+	first, most, beside uint64
+	until               time.Time
+
+	given, ran, happened, stops, kills, restarts atomic.Uint64
+}
+
+// run runs sequences in a world of their own until there are enough, or one fails.
+func (c *convergence) run(t *testing.T, world uint64) {
+	w := newChangingWorld(t, c)
+	var before []uint64
+	for time.Now().Before(c.until) && !t.Failed() {
+		n := c.given.Add(1) - 1
+		if n >= c.most {
+			return
+		}
+		seed := c.first + n
+		w.begin(seed)
+		w.converge()
+		if t.Failed() {
+			t.Errorf("sequence of seed %d in world %d, after those of %v; alone: XDPCAST_SEED=%d go test ./internal/relay -run TestConverges\nrules:\n%s\nevents:\n  %s",
+				seed, world, before, seed, w.ruleText(), strings.Join(w.events, "\n  "))
+		}
+		before = append(before, seed)
+		c.ran.Add(1)
+	}
+}
+
+// converge makes events happen, and compares the relay with a fresh one.
+func (w *changingWorld) converge() {
 	for range 2 + w.IntN(8) {
 		w.step()
 	}
@@ -80,59 +118,61 @@ func converge(t *testing.T, seed uint64) {
 	w.settle()
 	w.flows()
 	told, kernel := w.told()
-	w.r.stop()
-	anew := w.IntN(2) == 0
-	if anew {
+	switch w.IntN(10) {
+	case 0:
 		w.event("a fresh relay, with pinned state of its own")
+		w.relay.stop()
 		if err := loader.Unload(w.p.opts.Loader); err != nil {
-			t.Fatal(err)
+			w.t.Fatal(err)
 		}
-	} else {
+	case 1, 2, 3:
+		w.event("a fresh relay, which adopts the pinned state of one that was killed")
+		w.kills.Add(1)
+		w.relay.kill()
+	default:
 		w.event("a fresh relay, which adopts the pinned state")
+		w.relay.stop()
 	}
-	w.r = w.p.start()
+	w.relay.start()
 	var told2, kernel2 string
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		told2, kernel2 = w.told()
 		if told == told2 && kernel == kernel2 {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Errorf("what the API tells (-relay of the events +fresh one):\n%s\nthe flows in force:\n%s", cmp.Diff(strings.Split(told, "\n"), strings.Split(told2, "\n")), cmp.Diff(strings.Split(kernel, "\n"), strings.Split(kernel2, "\n")))
+			w.t.Errorf("what the API tells (-relay of the events +fresh one):\n%s\nthe flows in force:\n%s", cmp.Diff(strings.Split(told, "\n"), strings.Split(told2, "\n")), cmp.Diff(strings.Split(kernel, "\n"), strings.Split(kernel2, "\n")))
 			break
 		}
 	}
-	if t.Failed() {
-		t.Logf("rules:\n%s\nevents:\n  %s", w.ruleText(), strings.Join(w.events, "\n  "))
-	}
-	w.r.stop()
 }
 
 // changingWorld is a relay and a network that changes.
 type changingWorld struct {
 	*rand.Rand
-	t      *testing.T
-	p      *place
-	r      *running
-	away   *lab.Host
-	names  map[string]string // of the veths now, by their first name
-	peers  map[string]bool   // whose other end is up
-	leave  map[string]func() // takes another's program off
-	tun    *os.File
-	wanted []rules.Rule
-	events []string
-	resume func() // of a relay that is stopped
-	altern map[string]bool
+	*convergence
+	t       *testing.T
+	p       *place
+	relay   *process
+	away    *lab.Host
+	touched map[string]bool   // veths that are not as they were made
+	names   map[string]string // of the veths now, by their first name
+	peers   map[string]bool   // whose other end is up
+	leave   map[string]func() // takes another's program off
+	tun     *os.File
+	wanted  []rules.Rule
+	events  []string
+	paused  bool // the relay is
+	altern  map[string]bool
 }
 
 var veths = []string{"in0", "in1", "out0", "out1"}
 
-func newChangingWorld(t *testing.T, seed uint64) *changingWorld {
+func newChangingWorld(t *testing.T, c *convergence) *changingWorld {
 	w := &changingWorld{
-		Rand: rand.New(rand.NewPCG(seed, 0)), t: t, p: newQuickPlace(t), away: labtest.Host(t, "away"),
+		convergence: c, t: t, p: newPlace(t), away: labtest.Host(t, "away"), touched: map[string]bool{},
 		names: map[string]string{}, peers: map[string]bool{}, leave: map[string]func(){}, altern: map[string]bool{},
 	}
-	w.p.opts.observeEvery = 50 * time.Millisecond
 	for _, name := range veths {
 		w.names[name], w.peers[name] = name, true
 	}
@@ -141,10 +181,9 @@ func newChangingWorld(t *testing.T, seed uint64) *changingWorld {
 		setSysctl(t, w.p.peer, "ipv4/conf/"+sysctl+"/arp_notify", "1")
 	}
 	w.p.opts.ConfigFile = w.p.file("rules.yaml", "rules: []\n")
-	w.r = w.p.start()
-	w.newRules()
+	w.relay = newProcess(w.p)
+	w.relay.start()
 	t.Cleanup(func() {
-		w.stopped(false)
 		if w.tun != nil {
 			w.tun.Close()
 		}
@@ -152,7 +191,37 @@ func newChangingWorld(t *testing.T, seed uint64) *changingWorld {
 	return w
 }
 
+// begin begins a sequence: with the network as it was at first, and other rules.
+func (w *changingWorld) begin(seed uint64) {
+	w.Rand, w.events = rand.New(rand.NewPCG(seed, 0)), nil
+	for name, leave := range w.leave {
+		leave()
+		delete(w.leave, name)
+	}
+	if w.tun != nil {
+		w.must(w.tun.Close())
+		w.tun = nil
+	}
+	if br, err := w.p.host.Link("br0"); err == nil {
+		w.must(w.p.host.Netlink().LinkDel(br))
+	}
+	for _, name := range veths {
+		if !w.touched[name] {
+			continue
+		}
+		if l := w.link(name); l != nil {
+			w.must(w.p.host.Netlink().LinkDel(l))
+		}
+		delete(w.altern, name)
+		w.names[name], w.peers[name] = name, true
+		w.connect(name, 0)
+	}
+	clear(w.touched)
+	w.newRules()
+}
+
 func (w *changingWorld) event(format string, args ...any) {
+	w.happened.Add(1)
 	w.events = append(w.events, fmt.Sprintf(format, args...))
 }
 
@@ -186,10 +255,8 @@ func (w *changingWorld) newRules() {
 	if err := os.WriteFile(w.p.opts.ConfigFile, rules.EndFile(file), 0o600); err != nil {
 		w.t.Fatal(err)
 	}
-	if w.resume != nil {
-		w.stopped(false) // nobody could tell it
-	}
-	if _, err := w.r.Reload(w.t.Context(), control.ApplyOptions{}); err != nil {
+	w.stopped(false) // nobody could tell it
+	if _, err := w.relay.client.Reload(w.t.Context(), control.ApplyOptions{}); err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -239,24 +306,18 @@ func (w *changingWorld) must(err error) {
 	}
 }
 
-// stopped stops the relay, as SIGSTOP does, or lets it go on.
+// stopped stops the relay, or lets it go on.
 func (w *changingWorld) stopped(yes bool) {
 	switch {
-	case yes && w.resume == nil:
+	case yes && !w.paused:
 		w.event("the relay is stopped")
-		held, release, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
-		r := w.r
-		go func() { ended <- r.do(w.t.Context(), func() error { close(held); <-release; return nil }) }()
-		<-held
-		w.resume = func() {
-			close(release)
-			<-ended
-		}
-	case !yes && w.resume != nil:
+		w.stops.Add(1)
+		w.relay.signal(syscall.SIGSTOP)
+	case !yes && w.paused:
 		w.event("the relay goes on")
-		w.resume()
-		w.resume = nil
+		w.relay.signal(syscall.SIGCONT)
 	}
+	w.paused = yes
 }
 
 // step makes one event happen.
@@ -264,8 +325,9 @@ func (w *changingWorld) step() {
 	name := pickOf(w, veths...)
 	n := len(w.events)
 	for len(w.events) == n { // not every one is possible now
+		w.touched[name] = true
 		pickOf(w, w.upDown, w.carrier, w.remake, w.remake, w.visit, w.visit, w.rename, w.enslave, w.address, w.route, w.neighbour, w.mtu, w.mac,
-			w.queues, w.foreign, w.detach, w.unpin, w.stop, w.stop, w.restart, w.reload, w.alternative, w.tunnel, w.bridge)(name)
+			w.queues, w.foreign, w.detach, w.unpin, w.stop, w.stop, w.restart, w.killed, w.reload, w.alternative, w.tunnel, w.bridge)(name)
 		name = pickOf(w, veths...)
 	}
 }
@@ -420,7 +482,12 @@ func (w *changingWorld) mtu(name string) {
 	peer, err := w.p.peer.Link(name)
 	w.must(err)
 	w.must(w.p.peer.Netlink().LinkSetMTU(peer, mtu))
-	w.must(w.p.host.Netlink().LinkSetMTU(l, mtu))
+	if err := w.p.host.Netlink().LinkSetMTU(l, mtu); err != nil {
+		if w.leave[name] == nil || !errors.Is(err, unix.EINVAL) {
+			w.must(err)
+		}
+		w.event("which the other program there refuses")
+	}
 }
 
 func (w *changingWorld) mac(name string) {
@@ -492,18 +559,40 @@ func (w *changingWorld) unpin(string) {
 	}
 }
 
-func (w *changingWorld) stop(string) { w.stopped(w.resume == nil) }
+func (w *changingWorld) stop(string) { w.stopped(!w.paused) }
 
 func (w *changingWorld) restart(string) {
 	w.stopped(false)
 	w.looked() // what is not pinned does not outlive it
 	w.event("the relay is restarted")
-	w.r.stop()
-	if w.IntN(2) == 0 {
-		w.visit(pickOf(w, veths...))
-		w.remake(pickOf(w, veths...))
+	w.restarts.Add(1)
+	w.relay.stop()
+	w.meanwhile()
+	w.relay.start()
+}
+
+// killed kills the relay, also while it is stopped.
+func (w *changingWorld) killed(string) {
+	if !w.paused {
+		w.looked()
 	}
-	w.r = w.p.start()
+	w.event("the relay is killed")
+	w.kills.Add(1)
+	w.relay.kill()
+	w.paused = false
+	w.meanwhile()
+	w.relay.start()
+}
+
+// meanwhile makes events happen, perhaps, while there is no relay.
+func (w *changingWorld) meanwhile() {
+	if w.IntN(2) == 0 {
+		for _, event := range []func(string){w.visit, w.remake} {
+			name := pickOf(w, veths...)
+			w.touched[name] = true
+			event(name)
+		}
+	}
 }
 
 func (w *changingWorld) reload(string) {
@@ -554,13 +643,8 @@ func (w *changingWorld) tunnel(string) {
 // looked waits until the relay has looked at everything after what has happened.
 func (w *changingWorld) looked() {
 	w.t.Helper()
-	var before, after time.Time
-	at := func(to *time.Time) {
-		// However long the last look took on a busy machine.
-		w.must(w.r.do(w.t.Context(), func() error { *to, w.r.observing = w.r.observed, 0; return nil }))
-	}
-	at(&before)
-	labtest.Eventually(w.t, "the relay has looked at everything", func() bool { at(&after); return after.After(before) })
+	before := w.relay.looks() + 1 // the one that it may be at
+	labtest.Eventually(w.t, "the relay has looked at everything", func() bool { return w.relay.looks() > before })
 }
 
 // settle waits until the network has come to rest, and the relay with it.
@@ -583,7 +667,7 @@ func (w *changingWorld) settle() {
 		br, err := w.p.host.Link("br0")
 		return err != nil || (br.Attrs().OperState == netlink.OperUp) == ports
 	})
-	last, since := "", time.Now()
+	last, since, began := "", time.Now(), time.Now()
 	var restless []string
 	defer func() {
 		if w.t.Failed() {
@@ -597,7 +681,9 @@ func (w *changingWorld) settle() {
 			restless = append(restless[max(0, len(restless)-4):], cmp.Diff(strings.Split(last, "\n"), strings.Split(now, "\n")))
 			last, since = now, time.Now()
 		}
-		return time.Since(since) > 250*time.Millisecond && !strings.Contains(last, "being looked up")
+		// The kernel asks a neighbour that did not answer again after 5 s (interval_probe_time_ms).
+		asking := strings.Contains(last, "no answer") && time.Since(began) < 8*time.Second
+		return time.Since(since) > 250*time.Millisecond && !asking && !strings.Contains(last, "being looked up")
 	})
 }
 
@@ -613,7 +699,7 @@ var (
 func (w *changingWorld) told() (api, kernel string) {
 	w.t.Helper()
 	var b strings.Builder
-	all, err := w.r.Rules(w.t.Context())
+	all, err := w.relay.client.Rules(w.t.Context())
 	w.must(err)
 	stays := map[string]bool{}
 	for _, s := range all {
@@ -641,12 +727,12 @@ func (w *changingWorld) told() (api, kernel string) {
 			fmt.Fprintf(&b, "  in %s %s (%s)\n", i.Interface, i.State, i.Reason)
 		}
 	}
-	groups, err := w.r.Groups(w.t.Context())
+	groups, err := w.relay.client.Groups(w.t.Context())
 	w.must(err)
 	for _, g := range groups {
 		fmt.Fprintf(&b, "group %s %d %s %s %s %v %s %v\n", g.Interface, g.Index, g.Group, g.Source, g.State, g.Rules, g.Master, g.For)
 	}
-	status, err := w.r.Status(w.t.Context())
+	status, err := w.relay.client.Status(w.t.Context())
 	w.must(err)
 	for _, i := range status.Interfaces {
 		if len(i.Roles) == 0 && i.Mode == "" {
@@ -660,24 +746,32 @@ func (w *changingWorld) told() (api, kernel string) {
 	fmt.Fprintf(&b, "warnings %q\n", status.Warnings)
 	api = triesText.ReplaceAllString(answerText.ReplaceAllString(programText.ReplaceAllString(b.String(), "id N"), "no answer"), "")
 	var flows []string
-	w.must(w.r.do(w.t.Context(), func() error {
-		for _, f := range w.r.loader.Rules() {
-			if name, _, _ := strings.Cut(f.Name, "%"); stays[name] {
-				f.Path, f.Fallback, f.Steered, f.Out = 0, false, false, nil
-			}
-			flows = append(flows, fmt.Sprintf("%+v", f))
+	for _, f := range w.inForce() {
+		if name, _, _ := strings.Cut(f.Name, "%"); stays[name] {
+			f.Path, f.Fallback, f.Steered, f.Finish, f.Out = 0, false, false, false, nil
 		}
-		return nil
-	}))
+		flows = append(flows, fmt.Sprintf("%+v", f))
+	}
 	slices.Sort(flows)
 	return api, strings.Join(flows, "\n")
+}
+
+// inForce reads the flows that the kernel holds.
+func (w *changingWorld) inForce() []loader.Rule {
+	w.t.Helper()
+	reader, err := loader.OpenReader(w.p.opts.Loader.PinDir)
+	w.must(err)
+	defer reader.Close()
+	all, err := reader.Rules()
+	w.must(err)
+	return all
 }
 
 // flows sends a packet for each rule, which must come out of each output that the state
 // calls active and whose other end can receive.
 func (w *changingWorld) flows() {
 	w.t.Helper()
-	all, err := w.r.Rules(w.t.Context())
+	all, err := w.relay.client.Rules(w.t.Context())
 	w.must(err)
 	taps := map[string]*labtest.Tap{}
 	for _, name := range veths {

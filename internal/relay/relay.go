@@ -74,7 +74,9 @@ type Options struct {
 	// observeEvery replaces observePause, and clock that of changes that wait for confirmation,
 	// for tests.
 	observeEvery time.Duration
-	clock        *history.Clock
+	// observed is told when everything was looked at, for tests.
+	observed func()
+	clock    *history.Clock
 }
 
 // Relay is the control loop. It serves the control API as a control.Backend, whose
@@ -268,6 +270,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 			_ = r.reconcile(nil)
 		case look := <-r.memberships.looks:
 			r.warnUnless(aboutGroups, r.memberships.looked(look))
+			r.tellObserved()
 			_ = r.reconcile(nil)
 		case <-loops.C:
 			r.logLoops()
