@@ -269,6 +269,9 @@ func TestMembershipsGoWithTheirInterface(t *testing.T) {
 		}
 		labtest.Eventually(t, "the groups are joined again", func() bool { return slices.Equal(onIn0(), want) })
 	}
+	if log := p.log.String(); strings.Contains(log, "leaving a group failed") {
+		t.Error("groups of an interface that is gone were to be left, rather than forgotten")
+	}
 }
 
 // groupsHeld is what the relay's manager of memberships holds.
