@@ -35,7 +35,7 @@ import (
 const (
 	// convergeTime is how long TestConverges runs where nobody says how many sequences there are
 	// to be, and convergeCount how many it runs at most then.
-	convergeTime  = 75 * time.Second
+	convergeTime  = 80 * time.Second
 	convergeCount = 300
 	// convergeBeside is how many worlds there are beside each other: a sequence waits for the kernel
 	// - grace periods, carriers, which are announced up to a second late - far longer than it computes.
