@@ -394,7 +394,7 @@ func (s *memberships) observe(now bool) error {
 	if err != nil {
 		return fmt.Errorf("what is joined: %w", err)
 	}
-	if s.took < quickLook {
+	if s.took < quickLook && (!s.observed.IsZero() || s.manager.Len() < quickLen) {
 		err := look.Read()
 		s.observed, s.took = time.Now(), time.Since(started)
 		return s.found(look, err)
@@ -407,8 +407,12 @@ func (s *memberships) observe(now bool) error {
 	return nil
 }
 
-// quickLook is how long the control loop may wait for what is joined.
-const quickLook = 5 * time.Millisecond
+// quickLook is how long the control loop may wait for what is joined, and quickLen with how many
+// memberships it is sure not to be longer.
+const (
+	quickLook = 5 * time.Millisecond
+	quickLen  = 2000
+)
 
 // lookResult is a look at what is joined that took its time.
 type lookResult struct {

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/rules"
@@ -189,4 +190,45 @@ func TestUnrelatedInterface(t *testing.T) {
 	if !slices.Equal(before, after) {
 		t.Error("rules were planned again")
 	}
+}
+
+// With very many groups, what is joined is read beside the control loop, which hears of what was lost
+// all the same.
+func TestLooksBesideTheLoop(t *testing.T) {
+	p := newPlace(t)
+	p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 4096, 8192
+	p.opts.observeEvery = 50 * time.Millisecond
+	r := p.start()
+	apply(t, r, scaleRules(quickLen+1, quickLen+1))
+	looked := func() (at time.Time, took time.Duration) {
+		t.Helper()
+		if err := r.do(t.Context(), func() error { at, took = r.memberships.observed, r.memberships.took; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		return at, took
+	}
+	labtest.Eventually(t, "the first look is done", func() bool { at, _ := looked(); return !at.IsZero() })
+	lost := netip.AddrFrom4([4]byte{239, 1, 0, 7})
+	if err := r.do(t.Context(), func() error {
+		// It takes long, and was a long time ago: the next one is beside the loop.
+		r.memberships.observed, r.memberships.took = time.Time{}, time.Hour
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.host.Excursion(lab.End{Host: p.host, Name: "in0", Addrs: []string{"10.0.0.1/24"}}, labtest.Host(t, "away")); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "all groups are joined again", func() bool {
+		groups := strings.Count(p.groups(), "in0 group")
+		held := false
+		_ = r.do(t.Context(), func() error {
+			for m := range r.plan.Memberships() {
+				held = held || m.Group == lost && r.memberships.manager.Holds(joinable(m, ""))
+			}
+			return nil
+		})
+		return groups > quickLen && held
+	})
+	labtest.Eventually(t, "another look is done", func() bool { _, took := looked(); return took != time.Hour })
 }

@@ -321,6 +321,16 @@ func (m *Manager) Held(ms Membership) (Status, bool) {
 	return Status{}, false
 }
 
+// Len returns how many memberships are held.
+func (m *Manager) Len() (n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range m.ifaces {
+		n += len(p.records)
+	}
+	return n
+}
+
 // Holds says whether a membership is held.
 func (m *Manager) Holds(ms Membership) bool {
 	m.mu.Lock()

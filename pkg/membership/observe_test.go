@@ -143,8 +143,8 @@ func TestUnwanted(t *testing.T) {
 		}
 	}
 	mustLeave(t, m, want...)
-	if got := m.Unwanted(slices.Values(all)); len(got) != 0 || len(m.List()) != 10 {
-		t.Errorf("unwanted %v, %d held", got, len(m.List()))
+	if got := m.Unwanted(slices.Values(all)); len(got) != 0 || len(m.List()) != 10 || m.Len() != 10 {
+		t.Errorf("unwanted %v, %d held", got, m.Len())
 	}
 }
 
