@@ -45,6 +45,9 @@ var abiStructs = map[string]reflect.Type{
 	"rule":           reflect.TypeFor[RelayRule](),
 	"rule_stats":     reflect.TypeFor[RelayRuleStats](),
 	"shortcut":       reflect.TypeFor[RelayShortcut](),
+	"stream":         reflect.TypeFor[RelayStream](),
+	"stream_leg":     reflect.TypeFor[RelayStreamLeg](),
+	"stream_state":   reflect.TypeFor[RelayStreamState](),
 	"egress_drops":   reflect.TypeFor[TransmitEgressDrops](),
 	"turn":           reflect.TypeFor[RelayTurn](),
 	"user_counter":   reflect.TypeFor[RelayUserCounter](),
@@ -75,8 +78,35 @@ var abiEnums = map[string]map[string]uint64{
 		"DROP_NO_CARRIER":   uint64(RelayDropReasonDROP_NO_CARRIER),
 		"DROP_WORKER_LOST":  uint64(RelayDropReasonDROP_WORKER_LOST),
 		"DROP_LOOPING":      uint64(RelayDropReasonDROP_LOOPING),
+		"DROP_DUPLICATE":    uint64(RelayDropReasonDROP_DUPLICATE),
+		"DROP_LATE":         uint64(RelayDropReasonDROP_LATE),
+		"DROP_ASTRAY":       uint64(RelayDropReasonDROP_ASTRAY),
+		"DROP_OLD_SESSION":  uint64(RelayDropReasonDROP_OLD_SESSION),
+		"DROP_CONTENDED":    uint64(RelayDropReasonDROP_CONTENDED),
+		"DROP_NO_NUMBER":    uint64(RelayDropReasonDROP_NO_NUMBER),
+		"DROP_STANDBY":      uint64(RelayDropReasonDROP_STANDBY),
 		"DROP_INTERNAL":     uint64(RelayDropReasonDROP_INTERNAL),
 		"DROP_REASONS":      uint64(RelayDropReasonDROP_REASONS),
+	},
+	"stream_kind": {
+		"STREAM_NONE":      uint64(RelayStreamKindSTREAM_NONE),
+		"STREAM_FAILOVER":  uint64(RelayStreamKindSTREAM_FAILOVER),
+		"STREAM_FIELD":     uint64(RelayStreamKindSTREAM_FIELD),
+		"STREAM_RTP":       uint64(RelayStreamKindSTREAM_RTP),
+		"STREAM_RFC4175":   uint64(RelayStreamKindSTREAM_RFC4175),
+		"STREAM_MOLDUDP64": uint64(RelayStreamKindSTREAM_MOLDUDP64),
+	},
+	"stream_verdict": {
+		"STREAM_PASSED":      uint64(RelayStreamVerdictSTREAM_PASSED),
+		"STREAM_DUPLICATE":   uint64(RelayStreamVerdictSTREAM_DUPLICATE),
+		"STREAM_LATE":        uint64(RelayStreamVerdictSTREAM_LATE),
+		"STREAM_ASTRAY":      uint64(RelayStreamVerdictSTREAM_ASTRAY),
+		"STREAM_OLD_SESSION": uint64(RelayStreamVerdictSTREAM_OLD_SESSION),
+		"STREAM_CONTENDED":   uint64(RelayStreamVerdictSTREAM_CONTENDED),
+		"STREAM_NO_NUMBER":   uint64(RelayStreamVerdictSTREAM_NO_NUMBER),
+		"STREAM_STANDBY":     uint64(RelayStreamVerdictSTREAM_STANDBY),
+		"STREAM_VERDICTS":    uint64(RelayStreamVerdictSTREAM_VERDICTS),
+		"STREAM_BEAT":        uint64(RelayStreamVerdictSTREAM_BEAT),
 	},
 	"lookup_kind": {
 		"LOOKUP_SOURCE_PORT": uint64(RelayLookupKindLOOKUP_SOURCE_PORT),
@@ -294,7 +324,8 @@ func TestEnums(t *testing.T) {
 
 func TestMacros(t *testing.T) {
 	define := regexp.MustCompile(`(?m)^#define (XDPCAST_\w+)\s+(\S+)`)
-	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen, "XDPCAST_MAX_QUEUES": MaxQueues, "XDPCAST_MAX_STEERED": MaxSteered, "XDPCAST_GUESSES": Guesses}
+	want := map[string]int{"XDPCAST_SCHEMA": Schema, "XDPCAST_MAX_SLOTS": MaxSlots, "XDPCAST_NAME_LEN": NameLen, "XDPCAST_MAX_QUEUES": MaxQueues, "XDPCAST_MAX_STEERED": MaxSteered, "XDPCAST_GUESSES": Guesses,
+		"XDPCAST_MAX_LEGS": MaxLegs, "XDPCAST_MAX_STREAMS": MaxStreams, "XDPCAST_MAX_WINDOWS": MaxWindows}
 	got := map[string]int{}
 	for _, m := range define.FindAllStringSubmatch(readFile(t, "include/abi.h"), -1) {
 		value, err := strconv.Atoi(m[2])

@@ -16,66 +16,72 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	EgressMapBroadcast          = "broadcast"
-	EgressMapConfig             = "config"
-	EgressMapCopies             = "copies"
-	EgressMapCpus               = "cpus"
-	EgressMapDevices            = "devices"
-	EgressMapDrops              = "drops"
-	EgressMapEgressDrops        = "egress_drops"
-	EgressMapFlowTables4        = "flow_tables4"
-	EgressMapFlowTables6        = "flow_tables6"
-	EgressMapFragmentStats      = "fragment_stats"
-	EgressMapFragments          = "fragments"
-	EgressMapGuardSlots         = "guard_slots"
-	EgressMapGuesses            = "guesses"
-	EgressMapKept               = "kept"
-	EgressMapLoops              = "loops"
-	EgressMapOrphans            = "orphans"
-	EgressMapOutputStats        = "output_stats"
-	EgressMapOutputs            = "outputs"
-	EgressMapOwnAddresses       = "own_addresses"
-	EgressMapOwnMacs            = "own_macs"
-	EgressMapPassed             = "passed"
-	EgressMapPolicers           = "policers"
-	EgressMapPrefixTables4      = "prefix_tables4"
-	EgressMapPrefixTables6      = "prefix_tables6"
-	EgressMapQueriers           = "queriers"
-	EgressMapRuleDrops          = "rule_drops"
-	EgressMapRuleStats          = "rule_stats"
-	EgressMapRules              = "rules"
-	EgressMapShortcuts          = "shortcuts"
-	EgressMapTurns              = "turns"
-	EgressMapUserStats          = "user_stats"
-	EgressMapXsks               = "xsks"
-	EgressProgEgress            = "egress"
-	EgressVarExportDropReason   = "export_drop_reason"
-	EgressVarExportDropScope    = "export_drop_scope"
-	EgressVarExportFlow         = "export_flow"
-	EgressVarExportFlow4        = "export_flow4"
-	EgressVarExportFlow6        = "export_flow6"
-	EgressVarExportFlowFlag     = "export_flow_flag"
-	EgressVarExportFlowFrom     = "export_flow_from"
-	EgressVarExportFragmentKind = "export_fragment_kind"
-	EgressVarExportGuardOther   = "export_guard_other"
-	EgressVarExportGuardWay     = "export_guard_way"
-	EgressVarExportHandover     = "export_handover"
-	EgressVarExportLookupKind   = "export_lookup_kind"
-	EgressVarExportNote         = "export_note"
-	EgressVarExportOutputFlag   = "export_output_flag"
-	EgressVarExportPrefix4      = "export_prefix4"
-	EgressVarExportPrefix6      = "export_prefix6"
-	EgressVarExportPrefixBy     = "export_prefix_by"
-	EgressVarExportRulePath     = "export_rule_path"
-	EgressVarExportTtlMode      = "export_ttl_mode"
-	EgressVarExportUserKind     = "export_user_kind"
-	EgressVarExportUserScope    = "export_user_scope"
-	EgressVarExportVlanMode     = "export_vlan_mode"
-	EgressVarGuardBudget        = "guard_budget"
-	EgressVarGuardRace          = "guard_race"
-	EgressVarGuardSecret        = "guard_secret"
-	EgressVarGuardWatch         = "guard_watch"
-	EgressVarGuardWindow        = "guard_window"
+	EgressMapBroadcast           = "broadcast"
+	EgressMapConfig              = "config"
+	EgressMapCopies              = "copies"
+	EgressMapCpus                = "cpus"
+	EgressMapDevices             = "devices"
+	EgressMapDrops               = "drops"
+	EgressMapEgressDrops         = "egress_drops"
+	EgressMapFlowTables4         = "flow_tables4"
+	EgressMapFlowTables6         = "flow_tables6"
+	EgressMapFragmentStats       = "fragment_stats"
+	EgressMapFragments           = "fragments"
+	EgressMapGuardSlots          = "guard_slots"
+	EgressMapGuesses             = "guesses"
+	EgressMapKept                = "kept"
+	EgressMapLoops               = "loops"
+	EgressMapOrphans             = "orphans"
+	EgressMapOutputStats         = "output_stats"
+	EgressMapOutputs             = "outputs"
+	EgressMapOwnAddresses        = "own_addresses"
+	EgressMapOwnMacs             = "own_macs"
+	EgressMapPassed              = "passed"
+	EgressMapPolicers            = "policers"
+	EgressMapPrefixTables4       = "prefix_tables4"
+	EgressMapPrefixTables6       = "prefix_tables6"
+	EgressMapQueriers            = "queriers"
+	EgressMapRuleDrops           = "rule_drops"
+	EgressMapRuleStats           = "rule_stats"
+	EgressMapRules               = "rules"
+	EgressMapShortcuts           = "shortcuts"
+	EgressMapStreamStates        = "stream_states"
+	EgressMapStreamWindows       = "stream_windows"
+	EgressMapStreams             = "streams"
+	EgressMapTurns               = "turns"
+	EgressMapUserStats           = "user_stats"
+	EgressMapXsks                = "xsks"
+	EgressProgEgress             = "egress"
+	EgressVarExportDropReason    = "export_drop_reason"
+	EgressVarExportDropScope     = "export_drop_scope"
+	EgressVarExportFlow          = "export_flow"
+	EgressVarExportFlow4         = "export_flow4"
+	EgressVarExportFlow6         = "export_flow6"
+	EgressVarExportFlowFlag      = "export_flow_flag"
+	EgressVarExportFlowFrom      = "export_flow_from"
+	EgressVarExportFragmentKind  = "export_fragment_kind"
+	EgressVarExportGuardOther    = "export_guard_other"
+	EgressVarExportGuardWay      = "export_guard_way"
+	EgressVarExportHandover      = "export_handover"
+	EgressVarExportLookupKind    = "export_lookup_kind"
+	EgressVarExportNote          = "export_note"
+	EgressVarExportOutputFlag    = "export_output_flag"
+	EgressVarExportPrefix4       = "export_prefix4"
+	EgressVarExportPrefix6       = "export_prefix6"
+	EgressVarExportPrefixBy      = "export_prefix_by"
+	EgressVarExportRulePath      = "export_rule_path"
+	EgressVarExportStreamKind    = "export_stream_kind"
+	EgressVarExportStreamLeg     = "export_stream_leg"
+	EgressVarExportStreamVerdict = "export_stream_verdict"
+	EgressVarExportTtlMode       = "export_ttl_mode"
+	EgressVarExportUserKind      = "export_user_kind"
+	EgressVarExportUserScope     = "export_user_scope"
+	EgressVarExportVlanMode      = "export_vlan_mode"
+	EgressVarGuardBudget         = "guard_budget"
+	EgressVarGuardRace           = "guard_race"
+	EgressVarGuardSecret         = "guard_secret"
+	EgressVarGuardWatch          = "guard_watch"
+	EgressVarGuardWindow         = "guard_window"
 )
 
 // LoadEgress returns the embedded CollectionSpec for Egress.
@@ -156,6 +162,9 @@ type EgressMapSpecs struct {
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
+	StreamStates  *ebpf.MapSpec `ebpf:"stream_states"`
+	StreamWindows *ebpf.MapSpec `ebpf:"stream_windows"`
+	Streams       *ebpf.MapSpec `ebpf:"streams"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
@@ -165,33 +174,36 @@ type EgressMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressVariableSpecs struct {
-	ExportDropReason   *ebpf.VariableSpec `ebpf:"export_drop_reason"`
-	ExportDropScope    *ebpf.VariableSpec `ebpf:"export_drop_scope"`
-	ExportFlow         *ebpf.VariableSpec `ebpf:"export_flow"`
-	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
-	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
-	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
-	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
-	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
-	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
-	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
-	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
-	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
-	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
-	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
-	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
-	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
-	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
-	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
-	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
-	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
-	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
-	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
-	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
-	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
-	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
-	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
-	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
+	ExportDropReason    *ebpf.VariableSpec `ebpf:"export_drop_reason"`
+	ExportDropScope     *ebpf.VariableSpec `ebpf:"export_drop_scope"`
+	ExportFlow          *ebpf.VariableSpec `ebpf:"export_flow"`
+	ExportFlow4         *ebpf.VariableSpec `ebpf:"export_flow4"`
+	ExportFlow6         *ebpf.VariableSpec `ebpf:"export_flow6"`
+	ExportFlowFlag      *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom      *ebpf.VariableSpec `ebpf:"export_flow_from"`
+	ExportFragmentKind  *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther    *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay      *ebpf.VariableSpec `ebpf:"export_guard_way"`
+	ExportHandover      *ebpf.VariableSpec `ebpf:"export_handover"`
+	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
+	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
+	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
+	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
+	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
+	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
+	ExportTtlMode       *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind      *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope     *ebpf.VariableSpec `ebpf:"export_user_scope"`
+	ExportVlanMode      *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
+	GuardBudget         *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace           *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret         *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch          *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow         *ebpf.VariableSpec `ebpf:"guard_window"`
 }
 
 // EgressObjects contains all objects after they have been loaded into the kernel.
@@ -243,6 +255,9 @@ type EgressMaps struct {
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
+	StreamStates  *ebpf.Map `ebpf:"stream_states"`
+	StreamWindows *ebpf.Map `ebpf:"stream_windows"`
+	Streams       *ebpf.Map `ebpf:"streams"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
@@ -279,6 +294,9 @@ func (m *EgressMaps) Close() error {
 		m.RuleStats,
 		m.Rules,
 		m.Shortcuts,
+		m.StreamStates,
+		m.StreamWindows,
+		m.Streams,
 		m.Turns,
 		m.UserStats,
 		m.Xsks,
@@ -289,33 +307,36 @@ func (m *EgressMaps) Close() error {
 //
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressVariables struct {
-	ExportDropReason   *ebpf.Variable `ebpf:"export_drop_reason"`
-	ExportDropScope    *ebpf.Variable `ebpf:"export_drop_scope"`
-	ExportFlow         *ebpf.Variable `ebpf:"export_flow"`
-	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
-	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
-	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
-	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
-	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
-	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
-	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
-	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
-	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
-	ExportNote         *ebpf.Variable `ebpf:"export_note"`
-	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
-	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
-	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
-	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
-	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
-	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
-	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
-	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
-	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
-	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
-	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
-	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
-	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
-	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
+	ExportDropReason    *ebpf.Variable `ebpf:"export_drop_reason"`
+	ExportDropScope     *ebpf.Variable `ebpf:"export_drop_scope"`
+	ExportFlow          *ebpf.Variable `ebpf:"export_flow"`
+	ExportFlow4         *ebpf.Variable `ebpf:"export_flow4"`
+	ExportFlow6         *ebpf.Variable `ebpf:"export_flow6"`
+	ExportFlowFlag      *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom      *ebpf.Variable `ebpf:"export_flow_from"`
+	ExportFragmentKind  *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther    *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay      *ebpf.Variable `ebpf:"export_guard_way"`
+	ExportHandover      *ebpf.Variable `ebpf:"export_handover"`
+	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote          *ebpf.Variable `ebpf:"export_note"`
+	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
+	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`
+	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
+	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
+	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
+	ExportTtlMode       *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind      *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope     *ebpf.Variable `ebpf:"export_user_scope"`
+	ExportVlanMode      *ebpf.Variable `ebpf:"export_vlan_mode"`
+	GuardBudget         *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace           *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret         *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch          *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow         *ebpf.Variable `ebpf:"guard_window"`
 }
 
 // EgressPrograms contains all programs after they have been loaded into the kernel.

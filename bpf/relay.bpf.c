@@ -16,6 +16,7 @@
 #include "query.h"
 #include "routed.h"
 #include "steer.h"
+#include "stream.h"
 
 /* One output: the frame itself is rewritten and sent on. */
 static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const struct flow *flow,
@@ -137,6 +138,48 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 	return true;
 }
 
+/* Whether a packet of one of several inputs goes on. One that does not is counted: in stats the
+ * copies of what another input has brought.
+ */
+static __always_inline bool leg_passes(struct xdp_md *ctx, __u32 ifindex, const struct headers *h,
+				       const struct flow *flow, struct rule_stats *stats,
+				       __u32 bytes, bool ip4)
+{
+	__u32 v = STREAM_PASSED;
+
+	if (h->udp)
+		v = judge_leg(ctx, flow->stream, flow->leg, udp_offset(h));
+	if (__builtin_expect(h->part != PART_WHOLE, 0))
+		v = fragment_verdict(ifindex, h, ip4, v);
+	if (v == STREAM_PASSED)
+		return true;
+	if (v == STREAM_DUPLICATE || v == STREAM_STANDBY) {
+		stats->copies_packets++;
+		stats->copies_bytes += bytes;
+	} else {
+		count_drop(DROP_RULE, flow->rule, DROP_DUPLICATE + v - STREAM_DUPLICATE, bytes);
+	}
+	return false;
+}
+
+/* The same on the fanout path, whose workers match and count what comes to them, and nothing else.
+ */
+static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
+					      const struct headers *h, const struct flow *flow,
+					      __u32 bytes, bool ip4)
+{
+	__u32 id = flow->rule;
+	struct rule_stats *stats = bpf_map_lookup_elem(&rule_stats, &id);
+
+	if (!stats)
+		return false;
+	if (leg_passes(ctx, ifindex, h, flow, stats, bytes, ip4))
+		return true;
+	stats->packets++;
+	stats->bytes += bytes;
+	return false;
+}
+
 /* What no rule takes passes untouched. */
 #define NOT_OURS (-1)
 
@@ -179,6 +222,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		if (!own && !(flow->flags & (FLOW_UNGUARDED | FLOW_LOCAL)) &&
 		    guard_tapped(ctx, id, guard_place(h, ip4, flow), h->fragment_id, bytes))
 			return XDP_DROP;
+		if (flow->stream && !tapped_leg_passes(ctx, ifindex, h, flow, bytes, ip4))
+			return XDP_DROP;
 		return flow->flags & FLOW_STEERED ? steer(ifindex, h, ip4) : XDP_PASS;
 	}
 	stats = count_match(id, bytes);
@@ -191,6 +236,9 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		return count_drop(DROP_RULE, id, DROP_LOOPING, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
+	if (__builtin_expect(flow->stream, 0) &&
+	    !leg_passes(ctx, ifindex, h, flow, stats, bytes, ip4))
+		return XDP_DROP;
 	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
 		return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
 	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&

@@ -85,8 +85,15 @@ const (
 	RelayDropReasonDROP_NO_CARRIER   RelayDropReason = 13
 	RelayDropReasonDROP_WORKER_LOST  RelayDropReason = 14
 	RelayDropReasonDROP_LOOPING      RelayDropReason = 15
-	RelayDropReasonDROP_INTERNAL     RelayDropReason = 16
-	RelayDropReasonDROP_REASONS      RelayDropReason = 17
+	RelayDropReasonDROP_DUPLICATE    RelayDropReason = 16
+	RelayDropReasonDROP_LATE         RelayDropReason = 17
+	RelayDropReasonDROP_ASTRAY       RelayDropReason = 18
+	RelayDropReasonDROP_OLD_SESSION  RelayDropReason = 19
+	RelayDropReasonDROP_CONTENDED    RelayDropReason = 20
+	RelayDropReasonDROP_NO_NUMBER    RelayDropReason = 21
+	RelayDropReasonDROP_STANDBY      RelayDropReason = 22
+	RelayDropReasonDROP_INTERNAL     RelayDropReason = 23
+	RelayDropReasonDROP_REASONS      RelayDropReason = 24
 )
 
 type RelayDropScope uint32
@@ -112,7 +119,9 @@ type RelayFlow struct {
 	Finish      uint8
 	Routed      uint8
 	TwoWay      uint8
-	Pad         uint8
+	Leg         uint8
+	Stream      uint16
+	Pad         [2]uint8
 }
 
 type RelayFlow4 struct {
@@ -157,10 +166,11 @@ const (
 )
 
 type RelayFragment struct {
-	_      structs.HostLayout
-	SeenNs uint64
-	Port   uint16
-	Pad    [3]uint16
+	_       structs.HostLayout
+	SeenNs  uint64
+	Port    uint16
+	Verdict uint16
+	Pad     [2]uint16
 }
 
 type RelayFragmentKey struct {
@@ -417,6 +427,8 @@ type RelayRuleStats struct {
 	LastSeenNs    uint64
 	HandedPackets uint64
 	HandedBytes   uint64
+	CopiesPackets uint64
+	CopiesBytes   uint64
 	TickPackets   uint64
 	Pace          uint32
 	Watched       uint32
@@ -433,11 +445,104 @@ type RelayShortcut struct {
 	Pad       uint8
 	Group     [4]uint8
 	Source    [4]uint8
-	Reserved  [12]uint8
+	Reserved  [8]uint8
 	Group6    [16]uint8
 	Source6   [16]uint8
 	Reserved6 [32]uint8
 }
+
+type RelayStream struct {
+	_           structs.HostLayout
+	SkewNs      uint64
+	ResetNs     uint64
+	SilenceNs   uint64
+	BackNs      uint64
+	FirstRow    uint32
+	WordMask    uint32
+	NumberMask  uint32
+	Bias        uint32
+	Behind      uint32
+	Ahead       uint32
+	Slack       uint32
+	Offset      uint16
+	CountOffset uint16
+	Kind        uint8
+	Width       uint8
+	CountWidth  uint8
+	Little      uint8
+	Shift       uint8
+	PassOther   uint8
+	Pad         [10]uint8
+}
+
+type RelayStreamKind uint32
+
+const (
+	RelayStreamKindSTREAM_NONE      RelayStreamKind = 0
+	RelayStreamKindSTREAM_FAILOVER  RelayStreamKind = 1
+	RelayStreamKindSTREAM_FIELD     RelayStreamKind = 2
+	RelayStreamKindSTREAM_RTP       RelayStreamKind = 3
+	RelayStreamKindSTREAM_RFC4175   RelayStreamKind = 4
+	RelayStreamKindSTREAM_MOLDUDP64 RelayStreamKind = 5
+)
+
+type RelayStreamLeg struct {
+	_                structs.HostLayout
+	Session          uint32
+	Expected         uint32
+	CandidateSession uint32
+	Candidate        uint32
+	Run              uint32
+	Distrusted       uint32
+	JumpedNs         uint64
+	History          uint64
+	Position         uint64
+	Won              uint64
+	Numbers          uint64
+	SeenNs           uint64
+	UpNs             uint64
+	Lost             uint64
+	Doubled          uint64
+	Reordered        uint64
+	Resets           uint64
+	Senders          uint64
+	Others           uint64
+}
+
+type RelayStreamState struct {
+	_          structs.HostLayout
+	Head       uint64
+	Floor      uint64
+	NextFloor  uint64
+	TurnNs     uint64
+	PassNs     uint64
+	Sessions   uint64
+	SessionNs  uint64
+	Epoch      uint32
+	Active     uint32
+	Start      uint64
+	Before     uint64
+	Restarts   uint64
+	Left       uint32
+	SessionLeg uint32
+	Pad        [4]uint64
+	Legs       [4]RelayStreamLeg
+}
+
+type RelayStreamVerdict uint32
+
+const (
+	RelayStreamVerdictSTREAM_PASSED      RelayStreamVerdict = 0
+	RelayStreamVerdictSTREAM_DUPLICATE   RelayStreamVerdict = 1
+	RelayStreamVerdictSTREAM_LATE        RelayStreamVerdict = 2
+	RelayStreamVerdictSTREAM_ASTRAY      RelayStreamVerdict = 3
+	RelayStreamVerdictSTREAM_OLD_SESSION RelayStreamVerdict = 4
+	RelayStreamVerdictSTREAM_CONTENDED   RelayStreamVerdict = 5
+	RelayStreamVerdictSTREAM_NO_NUMBER   RelayStreamVerdict = 6
+	RelayStreamVerdictSTREAM_STANDBY     RelayStreamVerdict = 7
+	RelayStreamVerdictSTREAM_VERDICTS    RelayStreamVerdict = 8
+	RelayStreamVerdictSTREAM_BEAT        RelayStreamVerdict = 9
+)
 
 type RelayTtlMode uint32
 
@@ -506,68 +611,76 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	RelayMapBroadcast          = "broadcast"
-	RelayMapConfig             = "config"
-	RelayMapCopies             = "copies"
-	RelayMapCpus               = "cpus"
-	RelayMapDevices            = "devices"
-	RelayMapDrops              = "drops"
-	RelayMapFlowTables4        = "flow_tables4"
-	RelayMapFlowTables6        = "flow_tables6"
-	RelayMapFragmentStats      = "fragment_stats"
-	RelayMapFragments          = "fragments"
-	RelayMapGuardSlots         = "guard_slots"
-	RelayMapGuesses            = "guesses"
-	RelayMapKept               = "kept"
-	RelayMapLoops              = "loops"
-	RelayMapOrphans            = "orphans"
-	RelayMapOutputStats        = "output_stats"
-	RelayMapOutputs            = "outputs"
-	RelayMapOwnAddresses       = "own_addresses"
-	RelayMapOwnMacs            = "own_macs"
-	RelayMapPassed             = "passed"
-	RelayMapPolicers           = "policers"
-	RelayMapPrefixTables4      = "prefix_tables4"
-	RelayMapPrefixTables6      = "prefix_tables6"
-	RelayMapQueriers           = "queriers"
-	RelayMapRoutedUntil        = "routed_until"
-	RelayMapRuleDrops          = "rule_drops"
-	RelayMapRuleStats          = "rule_stats"
-	RelayMapRules              = "rules"
-	RelayMapShortcuts          = "shortcuts"
-	RelayMapTurns              = "turns"
-	RelayMapUserStats          = "user_stats"
-	RelayMapXsks               = "xsks"
-	RelayProgRelay             = "relay"
-	RelayVarExportDropReason   = "export_drop_reason"
-	RelayVarExportDropScope    = "export_drop_scope"
-	RelayVarExportFlow         = "export_flow"
-	RelayVarExportFlow4        = "export_flow4"
-	RelayVarExportFlow6        = "export_flow6"
-	RelayVarExportFlowFlag     = "export_flow_flag"
-	RelayVarExportFlowFrom     = "export_flow_from"
-	RelayVarExportFragmentKind = "export_fragment_kind"
-	RelayVarExportGuardOther   = "export_guard_other"
-	RelayVarExportGuardWay     = "export_guard_way"
-	RelayVarExportHandover     = "export_handover"
-	RelayVarExportLookupKind   = "export_lookup_kind"
-	RelayVarExportNote         = "export_note"
-	RelayVarExportOutputFlag   = "export_output_flag"
-	RelayVarExportPrefix4      = "export_prefix4"
-	RelayVarExportPrefix6      = "export_prefix6"
-	RelayVarExportPrefixBy     = "export_prefix_by"
-	RelayVarExportRulePath     = "export_rule_path"
-	RelayVarExportTtlMode      = "export_ttl_mode"
-	RelayVarExportUserKind     = "export_user_kind"
-	RelayVarExportUserScope    = "export_user_scope"
-	RelayVarExportVlanMode     = "export_vlan_mode"
-	RelayVarFragmentTimeoutNs  = "fragment_timeout_ns"
-	RelayVarGuardBudget        = "guard_budget"
-	RelayVarGuardRace          = "guard_race"
-	RelayVarGuardSecret        = "guard_secret"
-	RelayVarGuardWatch         = "guard_watch"
-	RelayVarGuardWindow        = "guard_window"
-	RelayVarSocketMultiBuffer  = "socket_multi_buffer"
+	RelayMapBroadcast           = "broadcast"
+	RelayMapConfig              = "config"
+	RelayMapCopies              = "copies"
+	RelayMapCpus                = "cpus"
+	RelayMapDevices             = "devices"
+	RelayMapDrops               = "drops"
+	RelayMapFlowTables4         = "flow_tables4"
+	RelayMapFlowTables6         = "flow_tables6"
+	RelayMapFragmentStats       = "fragment_stats"
+	RelayMapFragments           = "fragments"
+	RelayMapGuardSlots          = "guard_slots"
+	RelayMapGuesses             = "guesses"
+	RelayMapKept                = "kept"
+	RelayMapLoops               = "loops"
+	RelayMapOrphans             = "orphans"
+	RelayMapOutputStats         = "output_stats"
+	RelayMapOutputs             = "outputs"
+	RelayMapOwnAddresses        = "own_addresses"
+	RelayMapOwnMacs             = "own_macs"
+	RelayMapPassed              = "passed"
+	RelayMapPolicers            = "policers"
+	RelayMapPrefixTables4       = "prefix_tables4"
+	RelayMapPrefixTables6       = "prefix_tables6"
+	RelayMapQueriers            = "queriers"
+	RelayMapRoutedUntil         = "routed_until"
+	RelayMapRuleDrops           = "rule_drops"
+	RelayMapRuleStats           = "rule_stats"
+	RelayMapRules               = "rules"
+	RelayMapShortcuts           = "shortcuts"
+	RelayMapStreamStates        = "stream_states"
+	RelayMapStreamWindows       = "stream_windows"
+	RelayMapStreams             = "streams"
+	RelayMapTurns               = "turns"
+	RelayMapUserStats           = "user_stats"
+	RelayMapXsks                = "xsks"
+	RelayProgRelay              = "relay"
+	RelayVarExportDropReason    = "export_drop_reason"
+	RelayVarExportDropScope     = "export_drop_scope"
+	RelayVarExportFlow          = "export_flow"
+	RelayVarExportFlow4         = "export_flow4"
+	RelayVarExportFlow6         = "export_flow6"
+	RelayVarExportFlowFlag      = "export_flow_flag"
+	RelayVarExportFlowFrom      = "export_flow_from"
+	RelayVarExportFragmentKind  = "export_fragment_kind"
+	RelayVarExportGuardOther    = "export_guard_other"
+	RelayVarExportGuardWay      = "export_guard_way"
+	RelayVarExportHandover      = "export_handover"
+	RelayVarExportLookupKind    = "export_lookup_kind"
+	RelayVarExportNote          = "export_note"
+	RelayVarExportOutputFlag    = "export_output_flag"
+	RelayVarExportPrefix4       = "export_prefix4"
+	RelayVarExportPrefix6       = "export_prefix6"
+	RelayVarExportPrefixBy      = "export_prefix_by"
+	RelayVarExportRulePath      = "export_rule_path"
+	RelayVarExportStreamKind    = "export_stream_kind"
+	RelayVarExportStreamLeg     = "export_stream_leg"
+	RelayVarExportStreamVerdict = "export_stream_verdict"
+	RelayVarExportTtlMode       = "export_ttl_mode"
+	RelayVarExportUserKind      = "export_user_kind"
+	RelayVarExportUserScope     = "export_user_scope"
+	RelayVarExportVlanMode      = "export_vlan_mode"
+	RelayVarFragmentTimeoutNs   = "fragment_timeout_ns"
+	RelayVarGuardBudget         = "guard_budget"
+	RelayVarGuardRace           = "guard_race"
+	RelayVarGuardSecret         = "guard_secret"
+	RelayVarGuardWatch          = "guard_watch"
+	RelayVarGuardWindow         = "guard_window"
+	RelayVarSocketMultiBuffer   = "socket_multi_buffer"
+	RelayVarStreamTestBroken    = "stream_test_broken"
+	RelayVarStreamTestClock     = "stream_test_clock"
 )
 
 // LoadRelay returns the embedded CollectionSpec for Relay.
@@ -648,6 +761,9 @@ type RelayMapSpecs struct {
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
+	StreamStates  *ebpf.MapSpec `ebpf:"stream_states"`
+	StreamWindows *ebpf.MapSpec `ebpf:"stream_windows"`
+	Streams       *ebpf.MapSpec `ebpf:"streams"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
@@ -657,35 +773,40 @@ type RelayMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RelayVariableSpecs struct {
-	ExportDropReason   *ebpf.VariableSpec `ebpf:"export_drop_reason"`
-	ExportDropScope    *ebpf.VariableSpec `ebpf:"export_drop_scope"`
-	ExportFlow         *ebpf.VariableSpec `ebpf:"export_flow"`
-	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
-	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
-	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
-	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
-	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
-	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
-	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
-	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
-	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
-	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
-	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
-	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
-	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
-	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
-	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
-	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
-	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
-	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
-	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
-	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
-	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
-	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
-	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
-	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
-	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
-	SocketMultiBuffer  *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
+	ExportDropReason    *ebpf.VariableSpec `ebpf:"export_drop_reason"`
+	ExportDropScope     *ebpf.VariableSpec `ebpf:"export_drop_scope"`
+	ExportFlow          *ebpf.VariableSpec `ebpf:"export_flow"`
+	ExportFlow4         *ebpf.VariableSpec `ebpf:"export_flow4"`
+	ExportFlow6         *ebpf.VariableSpec `ebpf:"export_flow6"`
+	ExportFlowFlag      *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom      *ebpf.VariableSpec `ebpf:"export_flow_from"`
+	ExportFragmentKind  *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther    *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay      *ebpf.VariableSpec `ebpf:"export_guard_way"`
+	ExportHandover      *ebpf.VariableSpec `ebpf:"export_handover"`
+	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
+	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
+	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
+	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
+	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
+	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
+	ExportTtlMode       *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind      *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope     *ebpf.VariableSpec `ebpf:"export_user_scope"`
+	ExportVlanMode      *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs   *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
+	GuardBudget         *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace           *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret         *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch          *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow         *ebpf.VariableSpec `ebpf:"guard_window"`
+	SocketMultiBuffer   *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
+	StreamTestBroken    *ebpf.VariableSpec `ebpf:"stream_test_broken"`
+	StreamTestClock     *ebpf.VariableSpec `ebpf:"stream_test_clock"`
 }
 
 // RelayObjects contains all objects after they have been loaded into the kernel.
@@ -737,6 +858,9 @@ type RelayMaps struct {
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
+	StreamStates  *ebpf.Map `ebpf:"stream_states"`
+	StreamWindows *ebpf.Map `ebpf:"stream_windows"`
+	Streams       *ebpf.Map `ebpf:"streams"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
@@ -773,6 +897,9 @@ func (m *RelayMaps) Close() error {
 		m.RuleStats,
 		m.Rules,
 		m.Shortcuts,
+		m.StreamStates,
+		m.StreamWindows,
+		m.Streams,
 		m.Turns,
 		m.UserStats,
 		m.Xsks,
@@ -783,35 +910,40 @@ func (m *RelayMaps) Close() error {
 //
 // It can be passed to LoadRelayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RelayVariables struct {
-	ExportDropReason   *ebpf.Variable `ebpf:"export_drop_reason"`
-	ExportDropScope    *ebpf.Variable `ebpf:"export_drop_scope"`
-	ExportFlow         *ebpf.Variable `ebpf:"export_flow"`
-	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
-	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
-	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
-	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
-	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
-	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
-	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
-	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
-	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
-	ExportNote         *ebpf.Variable `ebpf:"export_note"`
-	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
-	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
-	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
-	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
-	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
-	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
-	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
-	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
-	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
-	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
-	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
-	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
-	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
-	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
-	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
-	SocketMultiBuffer  *ebpf.Variable `ebpf:"socket_multi_buffer"`
+	ExportDropReason    *ebpf.Variable `ebpf:"export_drop_reason"`
+	ExportDropScope     *ebpf.Variable `ebpf:"export_drop_scope"`
+	ExportFlow          *ebpf.Variable `ebpf:"export_flow"`
+	ExportFlow4         *ebpf.Variable `ebpf:"export_flow4"`
+	ExportFlow6         *ebpf.Variable `ebpf:"export_flow6"`
+	ExportFlowFlag      *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom      *ebpf.Variable `ebpf:"export_flow_from"`
+	ExportFragmentKind  *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther    *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay      *ebpf.Variable `ebpf:"export_guard_way"`
+	ExportHandover      *ebpf.Variable `ebpf:"export_handover"`
+	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote          *ebpf.Variable `ebpf:"export_note"`
+	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
+	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`
+	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
+	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
+	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
+	ExportTtlMode       *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind      *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope     *ebpf.Variable `ebpf:"export_user_scope"`
+	ExportVlanMode      *ebpf.Variable `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs   *ebpf.Variable `ebpf:"fragment_timeout_ns"`
+	GuardBudget         *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace           *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret         *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch          *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow         *ebpf.Variable `ebpf:"guard_window"`
+	SocketMultiBuffer   *ebpf.Variable `ebpf:"socket_multi_buffer"`
+	StreamTestBroken    *ebpf.Variable `ebpf:"stream_test_broken"`
+	StreamTestClock     *ebpf.Variable `ebpf:"stream_test_clock"`
 }
 
 // RelayPrograms contains all programs after they have been loaded into the kernel.

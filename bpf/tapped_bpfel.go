@@ -16,67 +16,73 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	TappedMapBroadcast          = "broadcast"
-	TappedMapConfig             = "config"
-	TappedMapCopies             = "copies"
-	TappedMapCpus               = "cpus"
-	TappedMapDevices            = "devices"
-	TappedMapDrops              = "drops"
-	TappedMapFlowTables4        = "flow_tables4"
-	TappedMapFlowTables6        = "flow_tables6"
-	TappedMapFragmentStats      = "fragment_stats"
-	TappedMapFragments          = "fragments"
-	TappedMapGuardSlots         = "guard_slots"
-	TappedMapGuesses            = "guesses"
-	TappedMapKept               = "kept"
-	TappedMapLoops              = "loops"
-	TappedMapOrphans            = "orphans"
-	TappedMapOutputStats        = "output_stats"
-	TappedMapOutputs            = "outputs"
-	TappedMapOwnAddresses       = "own_addresses"
-	TappedMapOwnMacs            = "own_macs"
-	TappedMapPassed             = "passed"
-	TappedMapPolicers           = "policers"
-	TappedMapPrefixTables4      = "prefix_tables4"
-	TappedMapPrefixTables6      = "prefix_tables6"
-	TappedMapQueriers           = "queriers"
-	TappedMapRuleDrops          = "rule_drops"
-	TappedMapRuleStats          = "rule_stats"
-	TappedMapRules              = "rules"
-	TappedMapShortcuts          = "shortcuts"
-	TappedMapTurns              = "turns"
-	TappedMapUserStats          = "user_stats"
-	TappedMapXsks               = "xsks"
-	TappedProgTapped            = "tapped"
-	TappedVarExportDropReason   = "export_drop_reason"
-	TappedVarExportDropScope    = "export_drop_scope"
-	TappedVarExportFlow         = "export_flow"
-	TappedVarExportFlow4        = "export_flow4"
-	TappedVarExportFlow6        = "export_flow6"
-	TappedVarExportFlowFlag     = "export_flow_flag"
-	TappedVarExportFlowFrom     = "export_flow_from"
-	TappedVarExportFragmentKind = "export_fragment_kind"
-	TappedVarExportGuardOther   = "export_guard_other"
-	TappedVarExportGuardWay     = "export_guard_way"
-	TappedVarExportHandover     = "export_handover"
-	TappedVarExportLookupKind   = "export_lookup_kind"
-	TappedVarExportNote         = "export_note"
-	TappedVarExportOutputFlag   = "export_output_flag"
-	TappedVarExportPrefix4      = "export_prefix4"
-	TappedVarExportPrefix6      = "export_prefix6"
-	TappedVarExportPrefixBy     = "export_prefix_by"
-	TappedVarExportRulePath     = "export_rule_path"
-	TappedVarExportTtlMode      = "export_ttl_mode"
-	TappedVarExportUserKind     = "export_user_kind"
-	TappedVarExportUserScope    = "export_user_scope"
-	TappedVarExportVlanMode     = "export_vlan_mode"
-	TappedVarFragmentTimeoutNs  = "fragment_timeout_ns"
-	TappedVarGuardBudget        = "guard_budget"
-	TappedVarGuardRace          = "guard_race"
-	TappedVarGuardSecret        = "guard_secret"
-	TappedVarGuardWatch         = "guard_watch"
-	TappedVarGuardWindow        = "guard_window"
-	TappedVarLinkHeader         = "link_header"
+	TappedMapBroadcast           = "broadcast"
+	TappedMapConfig              = "config"
+	TappedMapCopies              = "copies"
+	TappedMapCpus                = "cpus"
+	TappedMapDevices             = "devices"
+	TappedMapDrops               = "drops"
+	TappedMapFlowTables4         = "flow_tables4"
+	TappedMapFlowTables6         = "flow_tables6"
+	TappedMapFragmentStats       = "fragment_stats"
+	TappedMapFragments           = "fragments"
+	TappedMapGuardSlots          = "guard_slots"
+	TappedMapGuesses             = "guesses"
+	TappedMapKept                = "kept"
+	TappedMapLoops               = "loops"
+	TappedMapOrphans             = "orphans"
+	TappedMapOutputStats         = "output_stats"
+	TappedMapOutputs             = "outputs"
+	TappedMapOwnAddresses        = "own_addresses"
+	TappedMapOwnMacs             = "own_macs"
+	TappedMapPassed              = "passed"
+	TappedMapPolicers            = "policers"
+	TappedMapPrefixTables4       = "prefix_tables4"
+	TappedMapPrefixTables6       = "prefix_tables6"
+	TappedMapQueriers            = "queriers"
+	TappedMapRuleDrops           = "rule_drops"
+	TappedMapRuleStats           = "rule_stats"
+	TappedMapRules               = "rules"
+	TappedMapShortcuts           = "shortcuts"
+	TappedMapStreamStates        = "stream_states"
+	TappedMapStreamWindows       = "stream_windows"
+	TappedMapStreams             = "streams"
+	TappedMapTurns               = "turns"
+	TappedMapUserStats           = "user_stats"
+	TappedMapXsks                = "xsks"
+	TappedProgTapped             = "tapped"
+	TappedVarExportDropReason    = "export_drop_reason"
+	TappedVarExportDropScope     = "export_drop_scope"
+	TappedVarExportFlow          = "export_flow"
+	TappedVarExportFlow4         = "export_flow4"
+	TappedVarExportFlow6         = "export_flow6"
+	TappedVarExportFlowFlag      = "export_flow_flag"
+	TappedVarExportFlowFrom      = "export_flow_from"
+	TappedVarExportFragmentKind  = "export_fragment_kind"
+	TappedVarExportGuardOther    = "export_guard_other"
+	TappedVarExportGuardWay      = "export_guard_way"
+	TappedVarExportHandover      = "export_handover"
+	TappedVarExportLookupKind    = "export_lookup_kind"
+	TappedVarExportNote          = "export_note"
+	TappedVarExportOutputFlag    = "export_output_flag"
+	TappedVarExportPrefix4       = "export_prefix4"
+	TappedVarExportPrefix6       = "export_prefix6"
+	TappedVarExportPrefixBy      = "export_prefix_by"
+	TappedVarExportRulePath      = "export_rule_path"
+	TappedVarExportStreamKind    = "export_stream_kind"
+	TappedVarExportStreamLeg     = "export_stream_leg"
+	TappedVarExportStreamVerdict = "export_stream_verdict"
+	TappedVarExportTtlMode       = "export_ttl_mode"
+	TappedVarExportUserKind      = "export_user_kind"
+	TappedVarExportUserScope     = "export_user_scope"
+	TappedVarExportVlanMode      = "export_vlan_mode"
+	TappedVarFragmentTimeoutNs   = "fragment_timeout_ns"
+	TappedVarGuardBudget         = "guard_budget"
+	TappedVarGuardRace           = "guard_race"
+	TappedVarGuardSecret         = "guard_secret"
+	TappedVarGuardWatch          = "guard_watch"
+	TappedVarGuardWindow         = "guard_window"
+	TappedVarLinkHeader          = "link_header"
 )
 
 // LoadTapped returns the embedded CollectionSpec for Tapped.
@@ -156,6 +162,9 @@ type TappedMapSpecs struct {
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
+	StreamStates  *ebpf.MapSpec `ebpf:"stream_states"`
+	StreamWindows *ebpf.MapSpec `ebpf:"stream_windows"`
+	Streams       *ebpf.MapSpec `ebpf:"streams"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	UserStats     *ebpf.MapSpec `ebpf:"user_stats"`
 	Xsks          *ebpf.MapSpec `ebpf:"xsks"`
@@ -165,35 +174,38 @@ type TappedMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TappedVariableSpecs struct {
-	ExportDropReason   *ebpf.VariableSpec `ebpf:"export_drop_reason"`
-	ExportDropScope    *ebpf.VariableSpec `ebpf:"export_drop_scope"`
-	ExportFlow         *ebpf.VariableSpec `ebpf:"export_flow"`
-	ExportFlow4        *ebpf.VariableSpec `ebpf:"export_flow4"`
-	ExportFlow6        *ebpf.VariableSpec `ebpf:"export_flow6"`
-	ExportFlowFlag     *ebpf.VariableSpec `ebpf:"export_flow_flag"`
-	ExportFlowFrom     *ebpf.VariableSpec `ebpf:"export_flow_from"`
-	ExportFragmentKind *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
-	ExportGuardOther   *ebpf.VariableSpec `ebpf:"export_guard_other"`
-	ExportGuardWay     *ebpf.VariableSpec `ebpf:"export_guard_way"`
-	ExportHandover     *ebpf.VariableSpec `ebpf:"export_handover"`
-	ExportLookupKind   *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
-	ExportNote         *ebpf.VariableSpec `ebpf:"export_note"`
-	ExportOutputFlag   *ebpf.VariableSpec `ebpf:"export_output_flag"`
-	ExportPrefix4      *ebpf.VariableSpec `ebpf:"export_prefix4"`
-	ExportPrefix6      *ebpf.VariableSpec `ebpf:"export_prefix6"`
-	ExportPrefixBy     *ebpf.VariableSpec `ebpf:"export_prefix_by"`
-	ExportRulePath     *ebpf.VariableSpec `ebpf:"export_rule_path"`
-	ExportTtlMode      *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
-	ExportUserKind     *ebpf.VariableSpec `ebpf:"export_user_kind"`
-	ExportUserScope    *ebpf.VariableSpec `ebpf:"export_user_scope"`
-	ExportVlanMode     *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
-	FragmentTimeoutNs  *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
-	GuardBudget        *ebpf.VariableSpec `ebpf:"guard_budget"`
-	GuardRace          *ebpf.VariableSpec `ebpf:"guard_race"`
-	GuardSecret        *ebpf.VariableSpec `ebpf:"guard_secret"`
-	GuardWatch         *ebpf.VariableSpec `ebpf:"guard_watch"`
-	GuardWindow        *ebpf.VariableSpec `ebpf:"guard_window"`
-	LinkHeader         *ebpf.VariableSpec `ebpf:"link_header"`
+	ExportDropReason    *ebpf.VariableSpec `ebpf:"export_drop_reason"`
+	ExportDropScope     *ebpf.VariableSpec `ebpf:"export_drop_scope"`
+	ExportFlow          *ebpf.VariableSpec `ebpf:"export_flow"`
+	ExportFlow4         *ebpf.VariableSpec `ebpf:"export_flow4"`
+	ExportFlow6         *ebpf.VariableSpec `ebpf:"export_flow6"`
+	ExportFlowFlag      *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom      *ebpf.VariableSpec `ebpf:"export_flow_from"`
+	ExportFragmentKind  *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther    *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay      *ebpf.VariableSpec `ebpf:"export_guard_way"`
+	ExportHandover      *ebpf.VariableSpec `ebpf:"export_handover"`
+	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
+	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
+	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
+	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
+	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
+	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
+	ExportTtlMode       *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind      *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope     *ebpf.VariableSpec `ebpf:"export_user_scope"`
+	ExportVlanMode      *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs   *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
+	GuardBudget         *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace           *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret         *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch          *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow         *ebpf.VariableSpec `ebpf:"guard_window"`
+	LinkHeader          *ebpf.VariableSpec `ebpf:"link_header"`
 }
 
 // TappedObjects contains all objects after they have been loaded into the kernel.
@@ -244,6 +256,9 @@ type TappedMaps struct {
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
+	StreamStates  *ebpf.Map `ebpf:"stream_states"`
+	StreamWindows *ebpf.Map `ebpf:"stream_windows"`
+	Streams       *ebpf.Map `ebpf:"streams"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	UserStats     *ebpf.Map `ebpf:"user_stats"`
 	Xsks          *ebpf.Map `ebpf:"xsks"`
@@ -279,6 +294,9 @@ func (m *TappedMaps) Close() error {
 		m.RuleStats,
 		m.Rules,
 		m.Shortcuts,
+		m.StreamStates,
+		m.StreamWindows,
+		m.Streams,
 		m.Turns,
 		m.UserStats,
 		m.Xsks,
@@ -289,35 +307,38 @@ func (m *TappedMaps) Close() error {
 //
 // It can be passed to LoadTappedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TappedVariables struct {
-	ExportDropReason   *ebpf.Variable `ebpf:"export_drop_reason"`
-	ExportDropScope    *ebpf.Variable `ebpf:"export_drop_scope"`
-	ExportFlow         *ebpf.Variable `ebpf:"export_flow"`
-	ExportFlow4        *ebpf.Variable `ebpf:"export_flow4"`
-	ExportFlow6        *ebpf.Variable `ebpf:"export_flow6"`
-	ExportFlowFlag     *ebpf.Variable `ebpf:"export_flow_flag"`
-	ExportFlowFrom     *ebpf.Variable `ebpf:"export_flow_from"`
-	ExportFragmentKind *ebpf.Variable `ebpf:"export_fragment_kind"`
-	ExportGuardOther   *ebpf.Variable `ebpf:"export_guard_other"`
-	ExportGuardWay     *ebpf.Variable `ebpf:"export_guard_way"`
-	ExportHandover     *ebpf.Variable `ebpf:"export_handover"`
-	ExportLookupKind   *ebpf.Variable `ebpf:"export_lookup_kind"`
-	ExportNote         *ebpf.Variable `ebpf:"export_note"`
-	ExportOutputFlag   *ebpf.Variable `ebpf:"export_output_flag"`
-	ExportPrefix4      *ebpf.Variable `ebpf:"export_prefix4"`
-	ExportPrefix6      *ebpf.Variable `ebpf:"export_prefix6"`
-	ExportPrefixBy     *ebpf.Variable `ebpf:"export_prefix_by"`
-	ExportRulePath     *ebpf.Variable `ebpf:"export_rule_path"`
-	ExportTtlMode      *ebpf.Variable `ebpf:"export_ttl_mode"`
-	ExportUserKind     *ebpf.Variable `ebpf:"export_user_kind"`
-	ExportUserScope    *ebpf.Variable `ebpf:"export_user_scope"`
-	ExportVlanMode     *ebpf.Variable `ebpf:"export_vlan_mode"`
-	FragmentTimeoutNs  *ebpf.Variable `ebpf:"fragment_timeout_ns"`
-	GuardBudget        *ebpf.Variable `ebpf:"guard_budget"`
-	GuardRace          *ebpf.Variable `ebpf:"guard_race"`
-	GuardSecret        *ebpf.Variable `ebpf:"guard_secret"`
-	GuardWatch         *ebpf.Variable `ebpf:"guard_watch"`
-	GuardWindow        *ebpf.Variable `ebpf:"guard_window"`
-	LinkHeader         *ebpf.Variable `ebpf:"link_header"`
+	ExportDropReason    *ebpf.Variable `ebpf:"export_drop_reason"`
+	ExportDropScope     *ebpf.Variable `ebpf:"export_drop_scope"`
+	ExportFlow          *ebpf.Variable `ebpf:"export_flow"`
+	ExportFlow4         *ebpf.Variable `ebpf:"export_flow4"`
+	ExportFlow6         *ebpf.Variable `ebpf:"export_flow6"`
+	ExportFlowFlag      *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom      *ebpf.Variable `ebpf:"export_flow_from"`
+	ExportFragmentKind  *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther    *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay      *ebpf.Variable `ebpf:"export_guard_way"`
+	ExportHandover      *ebpf.Variable `ebpf:"export_handover"`
+	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote          *ebpf.Variable `ebpf:"export_note"`
+	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
+	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`
+	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
+	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
+	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
+	ExportTtlMode       *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind      *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope     *ebpf.Variable `ebpf:"export_user_scope"`
+	ExportVlanMode      *ebpf.Variable `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs   *ebpf.Variable `ebpf:"fragment_timeout_ns"`
+	GuardBudget         *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace           *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret         *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch          *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow         *ebpf.Variable `ebpf:"guard_window"`
+	LinkHeader          *ebpf.Variable `ebpf:"link_header"`
 }
 
 // TappedPrograms contains all programs after they have been loaded into the kernel.

@@ -42,7 +42,17 @@ enum drop_reason {
 	DROP_NO_CARRIER,   /* the output's interface is up and carries nothing */
 	DROP_WORKER_LOST,  /* user-space paths: given to a worker that did not forward it */
 	DROP_LOOPING,	   /* it has left this host before, and came back by a way that loops */
-	DROP_INTERNAL,	   /* the maps contradict each other, or a frame has no room in front */
+	/* Of legs, as in enum stream_verdict. DROP_DUPLICATE and DROP_STANDBY are counted in
+	 * rule_stats: they are half of all packets.
+	 */
+	DROP_DUPLICATE,
+	DROP_LATE,
+	DROP_ASTRAY,
+	DROP_OLD_SESSION,
+	DROP_CONTENDED,
+	DROP_NO_NUMBER,
+	DROP_STANDBY,
+	DROP_INTERNAL, /* the maps contradict each other, or a frame has no room in front */
 	DROP_REASONS,
 };
 
@@ -191,7 +201,9 @@ struct flow {
 			* left to it
 			*/
 	__u8 two_way;  /* 1: a circle is meant, and the loop guard goes by numbers, too */
-	__u8 pad;
+	__u8 leg;      /* number of the input among those of its stream */
+	__u16 stream;  /* index into streams; 0: the rule has one input */
+	__u8 pad[2];
 };
 
 /* A slot of the map shortcuts: what a rule takes, and its flow entry. For IPv4 it is one
@@ -207,7 +219,7 @@ struct shortcut {
 	__u8 pad;
 	__u8 group[4];
 	__u8 source[4]; /* all zero: any */
-	__u8 reserved[12];
+	__u8 reserved[8];
 
 	__u8 group6[16];
 	__u8 source6[16];
@@ -279,6 +291,109 @@ struct output {
 	__u8 reserved[47];
 };
 
+/* How several inputs become one stream. */
+enum stream_kind {
+	STREAM_NONE,
+	STREAM_FAILOVER,  /* one leg passes at a time */
+	STREAM_FIELD,	  /* a number at an offset of the UDP payload */
+	STREAM_RTP,	  /* 16 bits; the session is the SSRC */
+	STREAM_RFC4175,	  /* RTP with the extended number behind its header */
+	STREAM_MOLDUDP64, /* numbers count messages; the session is the session's name */
+};
+
+/* What becomes of a packet of a leg. */
+enum stream_verdict {
+	STREAM_PASSED,	    /* the first copy of its number, or the leg that passes */
+	STREAM_DUPLICATE,   /* another leg, or this one, has brought the number before */
+	STREAM_LATE,	    /* its number is older than what is remembered */
+	STREAM_ASTRAY,	    /* its number or session is far from the others, and not confirmed */
+	STREAM_OLD_SESSION, /* of the session that the sender has left */
+	STREAM_CONTENDED,   /* other CPUs were in the way again and again */
+	STREAM_NO_NUMBER,   /* it is not of the rule's format, or too short */
+	STREAM_STANDBY,	    /* failover: another leg passes */
+	STREAM_VERDICTS,
+	STREAM_BEAT, /* without a number of its own: passes; a heartbeat, or RTCP */
+};
+
+#define XDPCAST_MAX_LEGS 4
+#define XDPCAST_MAX_STREAMS 1024
+#define XDPCAST_MAX_WINDOWS 4096
+#define STREAM_WORDS 2048 /* of a window's row; each has 32 numbers */
+
+/* What a rule with several inputs asks for; only the control program writes it. */
+struct stream {
+	__u64 skew_ns;	   /* what is older than this, or twice this, is never new again */
+	__u64 reset_ns;	   /* a sender begins again after so long without a packet that passed */
+	__u64 silence_ns;  /* failover: a leg without packets for longer is down */
+	__u64 back_ns;	   /* a better leg takes over when it was up for so long; 0: never */
+	__u32 first_row;   /* of stream_windows */
+	__u32 word_mask;   /* words of the window less 1 */
+	__u32 number_mask; /* 2^bits - 1 of a number */
+	__u32 bias;	   /* how far back a number is taken to be from the head, at most ... */
+	__u32 behind;	   /* ... and how far the window remembers */
+	__u32 ahead;	   /* how far forward a number may jump */
+	__u32 slack;	   /* numbers of a leg that go on are at most so far apart */
+	__u16 offset;	   /* STREAM_FIELD: of the number in the UDP payload */
+	__u16 count_offset;
+	__u8 kind;	  /* enum stream_kind */
+	__u8 width;	  /* of the number in bytes */
+	__u8 count_width; /* of how many numbers the packet takes; 0: one */
+	__u8 little;	  /* 1: little endian */
+	__u8 shift;	  /* 32 less the bits of a number */
+	__u8 pass_other;  /* 1: packets without a number pass */
+	__u8 pad[10];
+};
+
+/* A leg of a stream: what its last packets were. One CPU takes the packets of a leg as a rule,
+ * and writes these lines alone; that several do costs nothing but the accuracy of what is told.
+ */
+struct stream_leg {
+	__u32 session;
+	__u32 expected; /* number */
+	__u32 candidate_session;
+	__u32 candidate;  /* the number expected after one that did not go on */
+	__u32 run;	  /* how many have gone on from it since */
+	__u32 distrusted; /* 1: it has brought another stream's session */
+	__u64 jumped_ns;  /* when the leg's numbers last jumped */
+	__u64 history;	  /* bit i: number expected - 1 - i was seen */
+	__u64 position;	  /* of the last number */
+	__u64 won;	  /* packets that passed */
+	__u64 numbers;	  /* that they had */
+
+	__u64 seen_ns; /* the last packet; CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u64 up_ns;   /* failover: since when there was no silence */
+	__u64 lost;    /* numbers that the leg did not bring */
+	__u64 doubled;
+	__u64 reordered;
+	__u64 resets;  /* jumps of its numbers */
+	__u64 senders; /* changes of the session */
+	__u64 others;  /* packets without a number of their own */
+};
+
+/* Where a stream is; the programs write it. All times are of CLOCK_MONOTONIC, as coarse as the
+ * kernel's tick.
+ */
+struct stream_state {
+	__u64 head;	  /* the newest position, as it was up to 31 numbers ago */
+	__u64 floor;	  /* positions up to here are older than the skew */
+	__u64 next_floor; /* the floor after this turn */
+	__u64 turn_ns;	  /* when the turn began */
+	__u64 pass_ns;	  /* the last packet that passed */
+	__u64 sessions;	  /* the one that passes and, in the upper half, the one before */
+	__u64 session_ns; /* since when it passes; with failover, since when the leg does */
+	__u32 epoch;	  /* restarts, twice; odd: one is under way */
+	__u32 active;	  /* failover: the leg that passes */
+
+	__u64 start;	   /* position of the first number since the last restart */
+	__u64 before;	   /* numbers that there were before that */
+	__u64 restarts;	   /* with failover, changes of the leg and the first choice */
+	__u32 left;	   /* number up to which the session before has passed */
+	__u32 session_leg; /* the leg that brought the session */
+	__u64 pad[4];
+
+	struct stream_leg legs[XDPCAST_MAX_LEGS];
+};
+
 /* A token bucket, kept as the time at which it is full again (GCRA, ITU-T I.371):
  * one word, changed by compare and swap. Time is in sixteenths of a nanosecond of
  * CLOCK_MONOTONIC.
@@ -308,7 +423,8 @@ struct fragment_key {
 struct fragment {
 	__u64 seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
 	__u16 port;
-	__u16 pad[3];
+	__u16 verdict; /* of a leg's datagram: enum stream_verdict */
+	__u16 pad[2];
 };
 
 /* Fragments of a datagram that came before its first one. */
@@ -336,6 +452,10 @@ struct rule_stats {
 	/* Of them, what went to AF_XDP sockets. */
 	__u64 handed_packets;
 	__u64 handed_bytes;
+	/* Of them, copies that the stream of a leg does not need: DROP_DUPLICATE or DROP_STANDBY.
+	 */
+	__u64 copies_packets;
+	__u64 copies_bytes;
 	/* Of the loop guard, see guard.h. */
 	__u64 tick_packets; /* packets when this tick began */
 	__u32 pace;	    /* the most packets a tick, slowly forgotten */

@@ -131,3 +131,27 @@ static __always_inline void remember_fragment(__u32 ifindex, const struct header
 	fragment_key(&key, ifindex, h, ip4);
 	keep_fragment(&key, bpf_ntohs(h->udp->dest));
 }
+
+/* Notes what became of the first fragment, or returns what did. */
+static __noinline int first_verdict(const struct fragment_key *key, bool set, __u32 verdict)
+{
+	struct fragment *first = key ? bpf_map_lookup_elem(&fragments, key) : NULL;
+
+	if (!first)
+		return verdict;
+	if (set)
+		first->verdict = verdict;
+	return first->verdict;
+}
+
+/* What becomes of a fragment of a leg: the same as of the first one, which has the number. verdict
+ * is that of the first.
+ */
+static __always_inline __u32 fragment_verdict(__u32 ifindex, const struct headers *h, bool ip4,
+					      __u32 verdict)
+{
+	struct fragment_key key;
+
+	fragment_key(&key, ifindex, h, ip4);
+	return first_verdict(&key, h->udp != NULL, verdict);
+}

@@ -22,6 +22,9 @@ EXPORT_TYPE(struct, flow);
 EXPORT_TYPE(struct, handover);
 EXPORT_TYPE(struct, guard_way);
 EXPORT_TYPE(struct, guard_other);
+EXPORT_TYPE(struct, stream_leg);
+EXPORT_TYPE(enum, stream_kind);
+EXPORT_TYPE(enum, stream_verdict);
 EXPORT_TYPE(enum, rule_path);
 EXPORT_TYPE(enum, drop_reason);
 EXPORT_TYPE(enum, drop_scope);
@@ -182,6 +185,42 @@ struct {
 	__type(key, __u32);
 	__type(value, struct loop);
 } loops SEC(".maps");
+
+/* streams: stream of a rule with several inputs -> what it asks for. 0 is no stream. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, XDPCAST_MAX_STREAMS);
+	__type(key, __u32);
+	__type(value, struct stream);
+} streams SEC(".maps");
+
+/* stream_states: stream -> where it is, and its legs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, XDPCAST_MAX_STREAMS);
+	__type(key, __u32);
+	__type(value, struct stream_state);
+} stream_states SEC(".maps");
+
+/* A row of a window: words of 32 bits block number and a bit for each of the block's 32
+ * numbers.
+ */
+struct stream_window {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, STREAM_WORDS);
+	__type(key, __u32);
+	__type(value, __u64);
+};
+
+/* stream_windows: row -> words, which numbers of a stream have passed. A stream has one row or
+ * several; rows come with the streams, as each takes 16 KiB.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, XDPCAST_MAX_WINDOWS);
+	__type(key, __u32);
+	__array(values, struct stream_window);
+} stream_windows SEC(".maps");
 
 /* policers: rule, or max_rules + stats of an output -> token bucket. Size: load. */
 struct {

@@ -198,10 +198,15 @@ func age(d time.Duration) string {
 func dropped(drops []control.Drop) uint64 {
 	var sum uint64
 	for _, d := range drops {
-		sum += d.Packets
+		if !isCopy(d.Reason) {
+			sum += d.Packets
+		}
 	}
 	return sum
 }
+
+// isCopy says whether a drop is of what another input brings, which is no loss.
+func isCopy(reason string) bool { return reason == "duplicate" || reason == "standby" }
 
 // dropTable shows drops by reason, nothing when there are none.
 func dropTable(w io.Writer, drops []control.Drop) error {

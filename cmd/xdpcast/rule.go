@@ -35,9 +35,13 @@ func ruleAddCommand() *cli.Command {
 			"ADDRESS/LEN is a prefix, without :PORT any port is taken and kept, and INTERFACE may end in '+' for all that begin so.\n" +
 			"An input can have options after commas (vlan=100, join=none, rate=50Mbit), an output policies (ttl=8, src=keep, dscp=af41, vlan=200).\n\n" +
 			"   xdpcast rule add cam1 --in 10.0.0.5@239.1.1.1:5000%eth0 --out 239.2.2.2:6000%eth1,ttl=8 --out 10.0.9.9:6000%eth2\n\n" +
+			"Up to four inputs that carry one stream become one again, by the numbers of its packets or by their order:\n\n" +
+			"   xdpcast rule add cam2 --in 239.1.1.1:5000%eth0 --in 239.101.1.1:5000%eth1 --merge rtp --out 239.2.2.2:6000%eth2\n\n" +
 			"A rule whose interface is absent is pending, and becomes active when the interface appears.",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "in", Usage: "`ENDPOINT` whose packets to take"},
+			&cli.StringSliceFlag{Name: "in", Usage: "`ENDPOINT` whose packets to take; once for each of several that carry one stream"},
+			&cli.StringFlag{Name: "merge", Usage: "relay the first copy of each number that several inputs bring: `FORMAT` rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES, and options (rtp,skew=100ms)"},
+			&cli.StringFlag{Name: "failover", Usage: "relay the first of several inputs that is not silent for `TIME` (30ms,back=2s)"},
 			&cli.StringSliceFlag{Name: "out", Usage: "`ENDPOINT` to send a copy to; once for each output"},
 			&cli.BoolFlag{Name: "allow-loop", Usage: "take packets that this host has sent, and close a circle if need be (loop=allow)"},
 			&cli.StringFlag{Name: "path", Usage: "`PATH` of the packets: auto, kernel, afxdp or fanout", Value: "auto"},
@@ -56,12 +60,15 @@ func ruleAdd(c *cli.Context) error {
 			return usagef("%s: --%s missing; see \"%s --help\"", commandPath(c), flag, commandPath(c))
 		}
 	}
-	in := c.String("in")
-	if c.Bool("allow-loop") {
-		in = withLoop(in)
+	ins := c.StringSlice("in")
+	for i := range ins {
+		if c.Bool("allow-loop") {
+			ins[i] = withLoop(ins[i])
+		}
 	}
 	rule, err := control.ToRule(control.Rule{
-		Name: c.Args().First(), In: in, Out: c.StringSlice("out"), Path: c.String("path"),
+		Name: c.Args().First(), In: strings.Join(ins, " "), Out: c.StringSlice("out"), Path: c.String("path"),
+		Merge: c.String("merge"), Failover: c.String("failover"),
 	})
 	if err != nil {
 		return &usageError{err}
@@ -154,9 +161,21 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 	head.add("origin", r.Origin)
 	head.add("state", stateText(r.State, r.Reason))
 	head.add("path", pathText(r))
-	head.add("in", r.In)
-	for _, in := range r.Inputs {
-		head.add("in on "+in.Interface, stateText(in.State, in.Reason))
+	if !several(r) {
+		head.add("in", r.In)
+	}
+	for i, in := range r.Inputs {
+		if in.Input == "" {
+			head.add("in on "+in.Interface, stateText(in.State, in.Reason))
+			continue
+		}
+		head.add(fmt.Sprintf("in[%d]", i), in.Input+"  "+stateText(in.State, in.Reason))
+	}
+	if r.Merge != "" {
+		head.add("merge", r.Merge)
+	}
+	if r.Failover != "" {
+		head.add("failover", r.Failover)
 	}
 	if len(r.YieldsTo)+len(r.WinsOver) > 0 {
 		head.add("overlaps", overlapText(r))
@@ -182,6 +201,12 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 		}
 		fmt.Fprintln(w)
 		if err := t.write(w); err != nil {
+			return err
+		}
+	}
+	if r.Stream != nil {
+		fmt.Fprintln(w)
+		if err := healthTable(w, []control.RuleStatus{r}, now); err != nil {
 			return err
 		}
 	}
@@ -264,14 +289,23 @@ func ruleTable(w io.Writer, list []control.RuleStatus) error {
 		if len(r.Out) > 0 {
 			first = r.Out[0]
 		}
-		row := []string{r.Name, r.Origin, r.State, pathText(r), r.In, first, r.Reason}
+		ins := strings.Fields(r.In)
+		if len(ins) == 0 {
+			ins = []string{""}
+		}
+		row := []string{r.Name, r.Origin, r.State, pathText(r), ins[0], first, r.Reason}
 		if overlaps {
 			row = slices.Insert(row, len(row)-1, overlapText(r))
 		}
 		t.add(row...)
-		for _, out := range r.Out[min(1, len(r.Out)):] {
+		for i := 1; i < max(len(ins), len(r.Out)); i++ {
 			row := make([]string, len(titles))
-			row[5] = out
+			if i < len(ins) {
+				row[4] = ins[i]
+			}
+			if i < len(r.Out) {
+				row[5] = r.Out[i]
+			}
 			t.add(row...)
 		}
 	}
@@ -418,6 +452,12 @@ func changeList(w io.Writer, result control.ApplyResult) error {
 
 func ruleText(r control.Rule) string {
 	text := r.Name + ": " + r.In + " -> " + strings.Join(r.Out, " ")
+	if r.Merge != "" {
+		text += " merge=" + r.Merge
+	}
+	if r.Failover != "" {
+		text += " failover=" + r.Failover
+	}
 	if r.Path != "" && r.Path != "auto" {
 		text += " (path " + r.Path + ")"
 	}

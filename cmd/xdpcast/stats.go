@@ -141,6 +141,9 @@ type endpointKey struct {
 
 const matchedSlot = -1
 
+// legSlot is that of the first of several inputs; the others are below.
+const legSlot = -2
+
 // rate is what came between two looks.
 type rate struct{ packets, bits float64 } // a second
 
@@ -169,6 +172,11 @@ func counters(s control.Stats) map[endpointKey]control.Counter {
 	out := map[endpointKey]control.Counter{}
 	for _, r := range s.Rules {
 		out[endpointKey{r.Name, matchedSlot}] = r.Matched
+		for i, in := range r.Inputs {
+			if in.Input != "" {
+				out[endpointKey{r.Name, legSlot - i}] = in.Matched
+			}
+		}
 		for _, o := range r.Outputs {
 			out[endpointKey{r.Name, o.Slot}] = o.Sent
 		}
@@ -196,7 +204,16 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 		t.add(append(row, last)...)
 	}
 	for _, r := range s.Rules {
-		add(r.Name, endpointKey{r.Name, matchedSlot}, "in", r.In, r.State, r.Matched, r.Drops, r.LastSeen)
+		in := r.In
+		if several(r) {
+			in = fmt.Sprintf("%d inputs", len(r.Inputs))
+		}
+		add(r.Name, endpointKey{r.Name, matchedSlot}, "in", in, r.State, r.Matched, r.Drops, r.LastSeen)
+		for i, in := range r.Inputs {
+			if in.Input != "" {
+				add("", endpointKey{r.Name, legSlot - i}, fmt.Sprintf("in[%d]", i), in.Input, in.State, in.Matched, in.Drops, nil)
+			}
+		}
 		for _, o := range r.Outputs {
 			add("", endpointKey{r.Name, o.Slot}, strconv.Itoa(o.Slot), o.Output, o.State, o.Sent, o.Drops, nil)
 		}
@@ -215,6 +232,9 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 	}
 	return noteTable(w, s)
 }
+
+// several says whether a rule has several inputs.
+func several(r control.RuleStatus) bool { return r.Merge != "" || r.Failover != "" }
 
 // noteTable shows what is no drop and worth knowing, nothing when there is nothing. Of
 // fragments without a first one nobody knows a rule unless that comes.

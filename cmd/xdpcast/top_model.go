@@ -453,11 +453,18 @@ func interfacesOf(rows []topRow, daemon *control.Status) []topInterface {
 	}
 	for i := range rows {
 		r := &rows[i]
-		_, name, _ := strings.Cut(r.In, "%")
-		name, _, _ = strings.Cut(name, ",")
-		f := get(name)
-		f.in.packets += r.rate.packets
-		f.in.bits += r.rate.bits
+		// Of several inputs the rate is that of all, and each interface has its part of the matches.
+		for i, in := range inputShares(&r.RuleStatus) {
+			_, name, _ := strings.Cut(in.text, "%")
+			name, _, _ = strings.Cut(name, ",")
+			if i > 0 && in.share == 0 {
+				get(name)
+				continue
+			}
+			f := get(name)
+			f.in.packets += r.rate.packets * in.share
+			f.in.bits += r.rate.bits * in.share
+		}
 		for slot, o := range r.Outputs {
 			if o.Interface == "" {
 				_, o.Interface, _ = strings.Cut(o.Output, "%")
@@ -543,4 +550,25 @@ func ruleChanges(before, now *seen, add func(format string, args ...any)) {
 	for _, name := range gone {
 		add("rule %s is gone", name)
 	}
+}
+
+// inputShare is an input of a rule, and its part of what the rule has matched.
+type inputShare struct {
+	text  string
+	share float64
+}
+
+func inputShares(r *control.RuleStatus) []inputShare {
+	if !several(*r) {
+		return []inputShare{{r.In, 1}}
+	}
+	var all []inputShare
+	for _, in := range r.Inputs {
+		share := 0.0
+		if r.Matched.Packets > 0 {
+			share = float64(in.Matched.Packets) / float64(r.Matched.Packets)
+		}
+		all = append(all, inputShare{in.Input, share})
+	}
+	return all
 }

@@ -19,7 +19,10 @@ func ToRule(r Rule) (rules.Rule, error) {
 func toRule(r Rule) (rules.Rule, error) {
 	out := rules.Rule{Name: r.Name}
 	var err error
-	if out.In, out.Accept, err = rules.ParseInput(r.In); err != nil {
+	if err = out.ParseInputs(r.In); err != nil {
+		return rules.Rule{}, err
+	}
+	if err = out.ParseStream(r.Merge, r.Failover); err != nil {
 		return rules.Rule{}, err
 	}
 	for _, text := range r.Out {
@@ -39,9 +42,13 @@ func toRule(r Rule) (rules.Rule, error) {
 
 // FromRule is the reverse of ToRule: every part in its canonical form.
 func FromRule(r rules.Rule) Rule {
-	out := Rule{Name: r.Name, In: rules.FormatInput(r.In, r.Accept), Out: make([]string, 0, len(r.Out)), Path: r.Path.String()}
+	out := Rule{Name: r.Name, In: r.FormatInputs(), Out: make([]string, 0, len(r.Out)), Path: r.Path.String()}
+	out.Merge, out.Failover = r.FormatStream()
 	for _, o := range r.Out {
 		out.Out = append(out.Out, o.String())
 	}
 	return out
 }
+
+// FormatInput is an input of a rule in its canonical form.
+func FormatInput(leg rules.Leg) string { return rules.FormatInput(leg.In, leg.Accept) }

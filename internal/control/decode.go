@@ -31,7 +31,7 @@ func (r *Rule) decode(dec *json.Decoder) error {
 	if start != json.Delim('{') {
 		return errors.New("a rule is needed: {\"name\": ..., \"in\": ..., \"out\": [...]}")
 	}
-	fields := map[string]any{"name": &r.Name, "in": &r.In, "out": &r.Out, "path": &r.Path}
+	fields := map[string]any{"name": &r.Name, "in": &r.In, "out": &r.Out, "path": &r.Path, "merge": &r.Merge, "failover": &r.Failover}
 	read := map[string]bool{}
 	for dec.More() {
 		token, err := dec.Token()
@@ -42,7 +42,7 @@ func (r *Rule) decode(dec *json.Decoder) error {
 		field := fields[key]
 		switch {
 		case field == nil:
-			return fmt.Errorf("unknown field %q: want name, in, out, path", oneLine(key, 100))
+			return fmt.Errorf("unknown field %q: want name, in, out, path, merge, failover", oneLine(key, 100))
 		case read[key]:
 			return fmt.Errorf("field %q given again: want it once", key)
 		}

@@ -110,7 +110,7 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/rules", `{"out":"c"}`, 400, KindInvalid, `field "out": want a list of texts, not string`},
 		{"POST", "/v1/rules", `{"name":` + strings.Repeat("[", 20000), 400, KindInvalid, "exceeded max depth"},
 		{"POST", "/v1/rules", "[" + rule + "]", 400, KindInvalid, "body: a rule is needed: {"},
-		{"POST", "/v1/rules", `{"Name":"a","in":"b","out":["c"]}`, 400, KindInvalid, `unknown field "Name": want name, in, out, path`},
+		{"POST", "/v1/rules", `{"Name":"a","in":"b","out":["c"]}`, 400, KindInvalid, `unknown field "Name": want name, in, out, path, merge, failover`},
 		{"POST", "/v1/rules", `{"name":"a","in":"b","out":["c"],"in":"d"}`, 400, KindInvalid, `field "in" given again: want it once`},
 		{"PUT", "/v1/rules", `[{"name":"a","OUT":[]}]`, 400, KindInvalid, `rule 1 of the list: unknown field "OUT"`},
 		{"PUT", "/v1/rules", `[{"name":"a","name":"b"}]`, 400, KindInvalid, `rule 1 of the list: field "name" given again`},

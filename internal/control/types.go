@@ -6,8 +6,13 @@ import "time"
 type Rule struct {
 	// Name is unique on the host.
 	Name string `json:"name"`
-	// In is [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...].
+	// In is [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]. Of a rule with several inputs it
+	// has all of them, with blanks between.
 	In string `json:"in"`
+	// Merge or Failover say how several inputs become one stream: FORMAT[,option...], and
+	// TIME[,back=TIME].
+	Merge    string `json:"merge,omitempty"`
+	Failover string `json:"failover,omitempty"`
 	// Out holds one endpoint with its policies a slot, in slot order.
 	Out []string `json:"out"`
 	// Path is "auto" (also when empty), "kernel", "afxdp" or "fanout".
@@ -67,11 +72,17 @@ type OutputStatus struct {
 }
 
 // InputStatus is one interface that a rule whose input is a pattern takes
-// packets on.
+// packets on, or one of several inputs.
 type InputStatus struct {
 	Interface string `json:"interface"`
 	State     string `json:"state"`
 	Reason    string `json:"reason,omitempty"`
+	// What follows is of one of several inputs: how it is written, what matched it, what of that was
+	// not relayed, and what it has brought to the stream.
+	Input   string     `json:"input,omitempty"`
+	Matched Counter    `json:"matched,omitzero"`
+	Drops   []Drop     `json:"drops,omitempty"`
+	Leg     *LegStatus `json:"leg,omitempty"`
 }
 
 // RuleStatus is a rule and what has become of it.
@@ -100,8 +111,10 @@ type RuleStatus struct {
 	Drops   []Drop         `json:"drops"`
 	Outputs []OutputStatus `json:"outputs"`
 	// Inputs has an entry for each interface that a pattern of the input
-	// matches; it is empty for an input that names its interface.
+	// matches, or for each of several inputs; it is empty for one input that names its interface.
 	Inputs []InputStatus `json:"inputs"`
+	// Stream is nil for a rule with one input.
+	Stream *StreamStatus `json:"stream,omitempty"`
 	// ReceiveDrops are those of the rule's path on its interfaces, of all rules there:
 	// the kernel does not tell them by rule.
 	ReceiveDrops []ReceiveDrop `json:"receive_drops,omitempty"`

@@ -186,6 +186,13 @@ var cures = map[string]string{
 	"no_carrier":   "the output's cable, or the other end",
 	"worker_lost":  "xdpcast status, RING FULL: the worker does not keep up; --afxdp-cpus, or path: kernel",
 	"no_checksum":  "csum=any on the input takes IPv6 without a UDP checksum",
+	"duplicate":    "nothing: another input has brought the number",
+	"standby":      "nothing: another input is in use",
+	"late":         "xdpcast health: inputs further apart than skew=; a larger one, or inputs that are closer",
+	"astray":       "xdpcast health: which input's numbers jump, or has another sender?",
+	"old_session":  "xdpcast health: which input has still the sender of before?",
+	"no_number":    "another merge= format, or other=pass",
+	"contended":    "please report it, with the output of xdpcast doctor",
 	"internal":     "please report it, with the output of xdpcast doctor",
 }
 
@@ -211,6 +218,9 @@ func (w *way) cure(reason, device string) string {
 
 func (w *way) dropped() {
 	for _, d := range growth(w.r.Status[0].Drops, w.now().Drops) {
+		if d.Reason == "duplicate" || d.Reason == "standby" {
+			continue // what several inputs are for
+		}
 		w.add("dropped", d.Packets, fault(w.cure(d.Reason, ""), "%d packets were dropped before they were copied, reason %s", d.Packets, d.Reason))
 		if d.Packets >= w.count() {
 			w.ends("in the relay, before any copy: reason %s", d.Reason)

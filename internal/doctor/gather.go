@@ -335,11 +335,6 @@ func (g *gatherer) iface(name string) *Interface {
 
 // rule notes a rule's interfaces.
 func (g *gatherer) rule(r *control.RuleStatus) {
-	in, accept, err := rules.ParseInput(r.In)
-	if err != nil {
-		g.unread("rule "+r.Name, err)
-		return
-	}
 	var outputs []*Interface
 	for _, o := range r.Outputs {
 		if o.Interface == "" {
@@ -353,6 +348,22 @@ func (g *gatherer) rule(r *control.RuleStatus) {
 			i.Wanted = i.Wanted || r.UsedPath == "kernel"
 			outputs = append(outputs, i)
 		}
+	}
+	for _, text := range strings.Fields(r.In) { // several carry one stream
+		g.input(r, text, outputs)
+	}
+	if r.Name == g.Rule {
+		g.follow(r)
+		g.f.Rule.Outputs = outputs
+	}
+}
+
+// input notes the interfaces of one of a rule's inputs.
+func (g *gatherer) input(r *control.RuleStatus, text string, outputs []*Interface) {
+	in, accept, err := rules.ParseInput(text)
+	if err != nil {
+		g.unread("rule "+r.Name, err)
+		return
 	}
 	for _, name := range g.inputs(in, r) {
 		i := g.iface(name)
@@ -371,12 +382,8 @@ func (g *gatherer) rule(r *control.RuleStatus) {
 		}
 		if r.Name == g.Rule {
 			g.follow(r)
-			g.f.Rule.Inputs, g.f.Rule.Outputs = append(g.f.Rule.Inputs, i), outputs
+			g.f.Rule.Inputs = append(g.f.Rule.Inputs, i)
 		}
-	}
-	if r.Name == g.Rule {
-		g.follow(r)
-		g.f.Rule.Outputs = outputs
 	}
 }
 

@@ -29,6 +29,9 @@ var ErrNoRule = errors.New("no such rule")
 func (p *Plan) ParsePacket(text string) (Packet, error) {
 	var in rules.Input
 	switch r := p.Rule(text); {
+	case r != nil && r.Rule.Stream != nil:
+		in = r.Rule.In
+		in.Interface = r.Flows[0].In.Name
 	case r != nil:
 		in = r.Rule.In
 		for _, f := range r.Flows {
@@ -92,9 +95,15 @@ type Explanation struct {
 // Candidate is a rule that matches a packet.
 type Candidate struct {
 	Rule *RulePlan
+	Leg  int       // the input that matches
 	Flow *FlowPlan // on the packet's interface; nil while that is absent
 	Kind string    // what it is matched by: "source, group, port", for a prefix with its length
 }
+
+// Input is the input that matches.
+func (c *Candidate) Input() rules.Input { return c.leg().In }
+
+func (c *Candidate) leg() rules.Leg { return c.Rule.Rule.Leg(c.Leg) }
 
 // State and reason of the flow, or without one of the rule.
 func (c *Candidate) state() (State, string) {
@@ -137,29 +146,29 @@ func (p *Plan) Explain(k Packet, known Known) Explanation {
 		e.Why = fmt.Sprintf("rule %s takes it and drops it, reason loop: %s", best.Rule.Rule.Name, dropped)
 	}
 	e.flow(p, best, k, dropped != "")
-	e.querier(best.Rule.Rule, known)
+	e.querier(best.Input(), known)
 	return e
 }
 
 // ownSource says why a packet that a rule takes is dropped as one of this host's; "" when it is not.
 func (p *Plan) ownSource(c *Candidate, k Packet) string {
-	if c.Rule.Rule.Accept.AllowLoop || !k.Source.IsValid() || !p.seen.network.IsOwn(k.Source) {
+	if c.leg().Accept.AllowLoop || !k.Source.IsValid() || !p.seen.network.IsOwn(k.Source) {
 		return ""
 	}
 	return fmt.Sprintf("%s is an address of this host (loop=allow on the input takes what comes back from the network; what this host itself sends there does not arrive on the interface, and is not relayed in any case)", k.Source)
 }
 
 // querier notes a source that the network is not told of.
-func (e *Explanation) querier(r *Rule, known Known) {
+func (e *Explanation) querier(in rules.Input, known Known) {
 	protocol, sources := "IGMP", 3 // RFC 3376
-	if r.In.Address.Is6() {
+	if in.Address.Is6() {
 		protocol, sources = "MLD", 2 // RFC 3810
 	}
-	if !r.In.Source.IsValid() || len(e.Memberships) == 0 || known.QuerierVersion == 0 || known.QuerierVersion >= sources {
+	if !in.Source.IsValid() || len(e.Memberships) == 0 || known.QuerierVersion == 0 || known.QuerierVersion >= sources {
 		return
 	}
 	e.Notes = append(e.Notes, fmt.Sprintf("the querier on %s speaks %sv%d, which has no sources: the network is told of group %s alone, not of source %s, and brings what every sender sends there (want %sv%d)",
-		e.Flow.In.Name, protocol, known.QuerierVersion, e.Packet.Destination, r.In.Source, protocol, sources))
+		e.Flow.In.Name, protocol, known.QuerierVersion, e.Packet.Destination, in.Source, protocol, sources))
 }
 
 // canonical is an input with the interface's own name.
@@ -176,21 +185,21 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 	if link == nil {
 		link = &network.Link{Name: k.Interface}
 	}
-	for _, r := range p.Rules {
-		in := p.canonical(r.Rule.In)
-		if !in.Overlaps(k.input()) || r.Rule.Accept.Excludes(k.Source) || isPattern(in.Interface) && p.seen.inputs.winner(in, link) != nil {
-			continue // nothing, or another rule takes exactly the same there
+	p.eachInput(func(r *RulePlan, leg int, in rules.Input, accept *rules.Acceptance) bool {
+		if !in.Overlaps(k.input()) || accept.Excludes(k.Source) || isPattern(in.Interface) && p.seen.inputs.winner(in, link) != nil {
+			return true // nothing, or another rule takes exactly the same there
 		}
-		c := Candidate{Rule: r, Kind: kindName(in)}
+		c := Candidate{Rule: r, Leg: leg, Kind: kindName(in)}
 		for _, f := range r.Flows {
-			if f.In.Name == k.Interface {
+			if f.In.Name == k.Interface && f.In.Index != 0 && (r.Rule.Stream == nil || f.Flow.Leg.Number == leg) {
 				c.Flow = f
 			}
 		}
 		all = append(all, c)
-	}
+		return true
+	})
 	slices.SortStableFunc(all, func(a, b Candidate) int {
-		x, y := p.canonical(a.Rule.Rule.In), p.canonical(b.Rule.Rule.In)
+		x, y := p.canonical(a.Input()), p.canonical(b.Input())
 		switch {
 		case rules.Before(x, y):
 			return -1
@@ -200,6 +209,18 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 		return first(a.Rule.taken == nil, b.Rule.taken == nil)
 	})
 	return all
+}
+
+// eachInput gives all inputs of the rules, with the interfaces' own names, until fn is false.
+func (p *Plan) eachInput(fn func(r *RulePlan, leg int, in rules.Input, accept *rules.Acceptance) bool) {
+	for _, r := range p.Rules {
+		for i := range r.Rule.InputCount() {
+			leg := r.Rule.Leg(i)
+			if !fn(r, i, p.canonical(leg.In), &leg.Accept) {
+				return
+			}
+		}
+	}
 }
 
 // kindName says what an input is found by.
@@ -241,10 +262,15 @@ func (p *Plan) whyNone(k Packet) string {
 	if p.seen.network.Link(k.Interface) == nil {
 		return fmt.Sprintf("no rule takes it: interface %s not found", k.Interface)
 	}
-	for _, r := range p.Rules {
-		if in := p.canonical(r.Rule.In); r.Rule.Accept.Excludes(k.Source) && in.Overlaps(k.input()) {
-			return fmt.Sprintf("no rule takes it: rule %s (%s) leaves its sender out", r.Rule.Name, r.Rule.In)
+	why := ""
+	p.eachInput(func(r *RulePlan, leg int, in rules.Input, accept *rules.Acceptance) bool {
+		if accept.Excludes(k.Source) && in.Overlaps(k.input()) {
+			why = fmt.Sprintf("no rule takes it: rule %s (%s) leaves its sender out", r.Rule.Name, r.Rule.Leg(leg).In)
 		}
+		return why == ""
+	})
+	if why != "" {
+		return why
 	}
 	for _, wrong := range []struct {
 		what   string
@@ -255,12 +281,16 @@ func (p *Plan) whyNone(k Packet) string {
 		{"VLAN", func(k *Packet, in rules.Input) { k.VLAN = in.VLAN }},
 		{"interface", func(k *Packet, in rules.Input) { k.Interface = strings.TrimSuffix(in.Interface, "+") }},
 	} {
-		for _, r := range p.Rules {
-			in, other := p.canonical(r.Rule.In), k
+		p.eachInput(func(r *RulePlan, leg int, in rules.Input, _ *rules.Acceptance) bool {
+			other := k
 			wrong.adjust(&other, in)
 			if in.Overlaps(other.input()) {
-				return fmt.Sprintf("no rule takes it: rule %s (%s) takes another %s", r.Rule.Name, r.Rule.In, wrong.what)
+				why = fmt.Sprintf("no rule takes it: rule %s (%s) takes another %s", r.Rule.Name, r.Rule.Leg(leg).In, wrong.what)
 			}
+			return why == ""
+		})
+		if why != "" {
+			return why
 		}
 	}
 	return "no rule takes it: it goes to the host as if there were no relay"
@@ -285,6 +315,9 @@ func (e *Explanation) flow(p *Plan, c *Candidate, k Packet, dropped bool) {
 		if m.Group == k.Destination {
 			e.Memberships = append(e.Memberships, m)
 		}
+	}
+	if s := c.Rule.Rule.Stream; s != nil {
+		e.Notes = append(e.Notes, streamNote(s, c.Leg))
 	}
 	if note := f.Note(); note != "" && note != f.PathReason() {
 		e.Notes = append(e.Notes, note)

@@ -101,10 +101,16 @@ func parseRule(t testing.TB, text string) *Rule {
 	}
 	var err error
 	r.Name = name
-	if r.In, r.Accept, err = rules.ParseInput(in); err != nil {
+	if err := r.ParseInputs(in); err != nil {
 		t.Fatal(err)
 	}
 	for _, word := range strings.Fields(out) {
+		if merge, ok := strings.CutPrefix(word, "merge="); ok {
+			if err := r.ParseStream(merge, ""); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
 		if path, ok := strings.CutPrefix(word, "path="); ok {
 			if r.Path, err = rules.ParsePath(path); err != nil {
 				t.Fatal(err)

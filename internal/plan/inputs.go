@@ -79,8 +79,10 @@ func newInputIndex(all []*Rule) *inputIndex {
 		return x
 	}
 	for _, r := range all {
-		if patterns[anywhere(r.In)] && x.rules[r.In] == nil {
-			x.rules[r.In] = r
+		for leg := range r.InputCount() {
+			if in := r.Leg(leg).In; patterns[anywhere(in)] && x.rules[in] == nil {
+				x.rules[in] = r
+			}
 		}
 	}
 	return x
@@ -128,39 +130,49 @@ func longerPatterns(pattern, ifname string) (all []string) {
 // takenInputs finds rules that name one link by different names for the same input, and returns for
 // each that loses the one that wins: the one in force, or else one of the file before one of the
 // API, one that has the link's own name, and the first by name.
-func takenInputs(all []*Rule, net *network.Snapshot, carried map[string]flow.Path) map[*Rule]*Rule {
+func takenInputs(all []*Rule, net *network.Snapshot, carried map[string]flow.Path) map[legRef]*Rule {
 	if !slices.ContainsFunc(net.Links(), func(l *network.Link) bool { return len(l.AltNames) > 0 }) {
 		return nil
 	}
-	claims := map[rules.Input][]*Rule{}
-	for _, r := range all {
-		if l := net.Link(r.In.Interface); l != nil && l.Name != r.In.Interface {
-			in := r.In
-			in.Interface = l.Name
-			claims[in] = append(claims[in], r)
+	claims := map[rules.Input][]legRef{}
+	each := func(fn func(legRef, rules.Input, *network.Link)) {
+		for _, r := range all {
+			for leg := range r.InputCount() {
+				in := r.Leg(leg).In
+				if l := net.Link(in.Interface); l != nil {
+					fn(legRef{r, leg}, in, l)
+				}
+			}
 		}
 	}
+	each(func(ref legRef, in rules.Input, l *network.Link) {
+		if l.Name != in.Interface {
+			in.Interface = l.Name
+			claims[in] = append(claims[in], ref)
+		}
+	})
 	if len(claims) == 0 {
 		return nil
 	}
-	for _, r := range all {
-		if claim := claims[r.In]; claim != nil && net.Link(r.In.Interface) != nil && !slices.Contains(claim, r) {
-			claims[r.In] = append(claim, r)
+	each(func(ref legRef, in rules.Input, l *network.Link) {
+		if claim := claims[in]; claim != nil && !slices.Contains(claim, ref) {
+			claims[in] = append(claim, ref)
 		}
-	}
-	taken := map[*Rule]*Rule{}
+	})
+	taken := map[legRef]*Rule{}
 	for in, claim := range claims {
-		winner := slices.MinFunc(claim, func(a, b *Rule) int {
+		winner := slices.MinFunc(claim, func(a, b legRef) int {
 			return cmp.Or(
-				first(carried[a.Name] != 0, carried[b.Name] != 0),
-				first(a.Origin == OriginFile, b.Origin == OriginFile),
-				first(a.In.Interface == in.Interface, b.In.Interface == in.Interface),
-				cmp.Compare(a.Name, b.Name),
+				first(carried[a.flow()] != 0, carried[b.flow()] != 0),
+				first(a.rule.Origin == OriginFile, b.rule.Origin == OriginFile),
+				first(a.rule.Leg(a.leg).In.Interface == in.Interface, b.rule.Leg(b.leg).In.Interface == in.Interface),
+				cmp.Compare(a.rule.Name, b.rule.Name),
+				cmp.Compare(a.leg, b.leg),
 			)
 		})
-		for _, r := range claim {
-			if r != winner {
-				taken[r] = winner
+		for _, ref := range claim {
+			if ref != winner {
+				taken[ref] = winner.rule
 			}
 		}
 	}

@@ -1,6 +1,10 @@
 package plan
 
-import "xdpcast/pkg/rules"
+import (
+	"slices"
+
+	"xdpcast/pkg/rules"
+)
 
 // maxOverlaps is how many overlaps are told of a rule.
 const maxOverlaps = 8
@@ -18,6 +22,14 @@ func (p *Plan) Overlaps() map[string]Overlaps {
 	for i, r := range p.Rules {
 		set[i] = r.Rule.Rule
 		set[i].In = p.canonical(set[i].In)
+		if s := set[i].Stream; s != nil {
+			one := *s
+			one.Legs = slices.Clone(s.Legs)
+			for leg := range one.Legs {
+				one.Legs[leg].In = p.canonical(one.Legs[leg].In)
+			}
+			set[i].Stream = &one
+		}
 	}
 	found := map[string]Overlaps{}
 	for i, list := range rules.Overlaps(set, maxOverlaps) {

@@ -259,7 +259,7 @@ func sameJoin(a, b Join) bool {
 func (c *changes) touch(p *RulePlan, m *maker) bool {
 	r := p.Rule
 	switch {
-	case m.taken[r] != p.taken, c.touchesInput(r), c.touchesOutputs(r):
+	case m.takenFirst(r) != p.taken, r.Stream != nil && len(m.taken) > 0, c.touchesInput(r), c.touchesOutputs(r):
 		return true
 	}
 	for _, f := range p.Flows {
@@ -272,7 +272,13 @@ func (c *changes) touch(p *RulePlan, m *maker) bool {
 
 func (c *changes) touchesInput(r *Rule) bool {
 	// A pattern depends on the other rules; whether a unicast address is the host's, on all links.
-	return c.touchesName(r.In.Interface) || c.rules && isPattern(r.In.Interface) || c.own && !r.In.Multicast()
+	for leg := range r.InputCount() {
+		in := r.Leg(leg).In
+		if c.touchesName(in.Interface) || c.rules && isPattern(in.Interface) || c.own && !in.Multicast() {
+			return true
+		}
+	}
+	return false
 }
 
 func (c *changes) touchesOutputs(r *Rule) bool {
@@ -377,6 +383,10 @@ func (p *Planner) names(all []*RulePlan) map[string]bool {
 		if !isPattern(r.Rule.In.Interface) {
 			add(r.Rule.In.Interface, tagged)
 		}
+		for leg := 1; leg < r.Rule.InputCount(); leg++ {
+			in := r.Rule.Leg(leg).In
+			add(in.Interface, in.VLAN.ID != 0)
+		}
 		for i := range r.Rule.Out {
 			if name := r.Rule.Out[i].Interface; !isPattern(name) {
 				add(name, false)
@@ -386,7 +396,9 @@ func (p *Planner) names(all []*RulePlan) map[string]bool {
 			continue
 		}
 		for _, f := range r.Flows {
-			add(f.In.Name, tagged)
+			if f.Flow.Leg.Of == "" {
+				add(f.In.Name, tagged)
+			}
 			for i := range f.Outputs {
 				add(f.Outputs[i].Interface, false)
 			}

@@ -19,8 +19,8 @@ type maker struct {
 	answers *Answers
 	failed  map[Membership]Join // of Answers.Joined, those with an error
 	inputs  *inputIndex
-	taken   map[*Rule]*Rule // see takenInputs
-	scratch []slot          // of slotsOf
+	taken   map[legRef]*Rule // see takenInputs
+	scratch []slot           // of slotsOf
 }
 
 // rule plans a rule.
@@ -28,15 +28,18 @@ func (m *maker) rule(r *Rule) *RulePlan {
 	if r.Left != "" {
 		return &RulePlan{Rule: r, State: Pending, Reason: leftToKernel + r.Left}
 	}
+	if r.Stream != nil {
+		return m.legs(r)
+	}
 	inputs, reason := m.inputsOf(r.In)
 	if len(inputs) == 0 {
-		return &RulePlan{Rule: r, State: Pending, Reason: reason, taken: m.taken[r]}
+		return &RulePlan{Rule: r, State: Pending, Reason: reason, taken: m.takenFirst(r)}
 	}
 	if len(inputs) > 1 {
-		p := &RulePlan{Rule: r, taken: m.taken[r], Flows: make([]*FlowPlan, len(inputs))}
+		p := &RulePlan{Rule: r, taken: m.takenFirst(r), Flows: make([]*FlowPlan, len(inputs))}
 		for i, in := range inputs {
 			p.Flows[i] = &FlowPlan{}
-			m.flow(p.Flows[i], r, p.taken, in)
+			m.flow(p.Flows[i], r, p.taken, flow.Leg{}, in)
 		}
 		p.sum()
 		return p
@@ -45,11 +48,11 @@ func (m *maker) rule(r *Rule) *RulePlan {
 		RulePlan
 		flow  FlowPlan
 		flows [1]*FlowPlan
-	}{RulePlan: RulePlan{Rule: r, taken: m.taken[r]}}
+	}{RulePlan: RulePlan{Rule: r, taken: m.takenFirst(r)}}
 	p := &one.RulePlan
 	one.flows[0] = &one.flow
 	p.Flows = one.flows[:]
-	m.flow(&one.flow, r, p.taken, inputs[0])
+	m.flow(&one.flow, r, p.taken, flow.Leg{}, inputs[0])
 	p.sum()
 	return p
 }
@@ -59,7 +62,10 @@ func (r *RulePlan) sum() {
 	for _, f := range r.Flows {
 		if f.Reason != "" && r.Reason == "" {
 			r.Reason = f.Reason
-			if len(r.Flows) > 1 {
+			switch {
+			case f.Flow.Leg.Of != "":
+				r.Reason = fmt.Sprintf("in[%d]: %s", f.Flow.Leg.Number, f.Reason)
+			case len(r.Flows) > 1:
 				r.Reason = "on " + f.In.Name + ": " + f.Reason
 			}
 		}
@@ -100,8 +106,8 @@ func (f *FlowPlan) note(text string) {
 
 // flow plans a rule on one interface. A multicast route is left to the kernel unless the kernel
 // path forwards every packet of it just as well.
-func (m *maker) flow(f *FlowPlan, rule, taken *Rule, in *network.Link) {
-	m.relayed(f, rule, taken, in)
+func (m *maker) flow(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *network.Link) {
+	m.relayed(f, rule, taken, leg, in)
 	if rule.Origin != OriginMroute {
 		return
 	}
@@ -140,12 +146,12 @@ func (m *maker) forwardsWorse(f *FlowPlan, rule *Rule, in *network.Link) string 
 
 // relayed plans a rule on one interface, in the order of its life: the input, how it is attached, the
 // path, the outputs, the memberships.
-func (m *maker) relayed(f *FlowPlan, rule, taken *Rule, in *network.Link) {
+func (m *maker) relayed(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *network.Link) {
 	*f = FlowPlan{In: in, State: Active, Publish: true, rule: rule}
-	f.Flow = resolveInput(&rule.Rule, in)
+	f.Flow = resolveInput(&rule.Rule, leg, in)
 	f.Flow.Routed = rule.Threshold
 	f.carried = m.answers.Carried[f.Flow.Name]
-	if err := m.checkInput(rule, taken, in); err != nil {
+	if err := m.checkInput(rule, taken, leg, in); err != nil {
 		f.fail(err)
 		return
 	}
@@ -220,7 +226,10 @@ func (m *maker) prepareInput(f *FlowPlan, c *chooser) error {
 		if !tried {
 			m.wait(f, fmt.Sprintf("the relay program is being attached to interface %s", in.Name))
 		}
-		if a.Err != nil && !mayTap(c.rule) {
+		switch {
+		case a.Err != nil && f.Flow.Leg.Of != "":
+			return fmt.Errorf("the relay program finds copies among several inputs: %w", a.Err)
+		case a.Err != nil && !mayTap(c.rule):
 			return a.Err
 		}
 	}
@@ -255,7 +264,7 @@ func (f *FlowPlan) settle() {
 // checkInput says what is wrong with an input. A single unicast address must be one of this
 // host's: frames for another address come here only when this host routes them, and then it is a
 // prefix that says so. A prefix therefore needs no address of this host.
-func (m *maker) checkInput(rule, taken *Rule, in *network.Link) error {
+func (m *maker) checkInput(rule, taken *Rule, leg flow.Leg, in *network.Link) error {
 	switch a := rule.In.Address; {
 	case in.Loopback:
 		return fmt.Errorf("interface %s is the loopback: want one that leads to a network", in.Name)
@@ -263,6 +272,8 @@ func (m *maker) checkInput(rule, taken *Rule, in *network.Link) error {
 		return fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.Name, rule.Path)
 	case taken != nil:
 		return fmt.Errorf("interface %s is known by several names: rule %s takes the same input by another of them: want an input of its own", in.Name, taken.Name)
+	case leg.Of != "" && m.checkLeg(in) != nil:
+		return m.checkLeg(in)
 	case rule.In.Multicast() || rule.In.Len != 0 || rule.Accept.Broadcast || m.net.IsOwn(a):
 		return nil
 	default:
@@ -272,9 +283,14 @@ func (m *maker) checkInput(rule, taken *Rule, in *network.Link) error {
 
 // resolveInput is what a rule says of a flow besides its outputs: an option of an input that says
 // nothing of the host is carried over here, and nowhere else.
-func resolveInput(rule *rules.Rule, in *network.Link) *flow.Flow {
+func resolveInput(rule *rules.Rule, leg flow.Leg, in *network.Link) *flow.Flow {
+	name := FlowName(rule, in.Name)
+	if leg.Of != "" {
+		name = legName(leg)
+	}
 	return &flow.Flow{
-		Name: FlowName(rule, in.Name),
+		Name: name,
+		Leg:  leg,
 		In: flow.Input{
 			Index: in.Index, MAC: in.MAC,
 			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port, PortTo: rule.In.PortTo,

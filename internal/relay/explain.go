@@ -79,7 +79,7 @@ func (r *Relay) explain(packet plan.Packet) (control.Explanation, error) {
 			state, reason = c.Flow.State, c.Flow.Reason
 		}
 		e.Candidates = append(e.Candidates, control.Candidate{
-			Rule: c.Rule.Rule.Name, Input: c.Rule.Rule.In.String(), Kind: c.Kind, State: state.String(), Reason: reason,
+			Rule: c.Rule.Rule.Name, Input: c.Input().String(), Kind: c.Kind, State: state.String(), Reason: reason,
 		})
 	}
 	for slot, o := range found.Outputs {

@@ -120,10 +120,16 @@ func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
 func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
 	names, inputs := make(map[string]bool, len(fromFile)), make(map[rules.Input]bool, len(fromFile))
 	for i := range fromFile {
-		names[fromFile[i].Name], inputs[fromFile[i].In] = true, true
+		names[fromFile[i].Name] = true
+		for leg := range fromFile[i].InputCount() {
+			inputs[fromFile[i].Leg(leg).In] = true
+		}
 	}
 	return slices.DeleteFunc(saved, func(rule rules.Rule) bool {
-		taken := names[rule.Name] || inputs[rule.In]
+		taken := names[rule.Name]
+		for leg := range rule.InputCount() {
+			taken = taken || inputs[rule.Leg(leg).In]
+		}
 		if taken {
 			r.log.Warn("rule added through the API is left out: the file has its name or its input", "rule", rule.Name)
 		}

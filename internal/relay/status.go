@@ -96,6 +96,7 @@ func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStat
 	}
 	status.Drops, status.Notes = Drops(sum), Notes(notes)
 	status.Inputs = inputStatuses(p)
+	describeLegs(&status, p, stats)
 	status.Outputs = r.outputStatuses(p, stats)
 	return status
 }
@@ -533,8 +534,10 @@ func (r *Relay) interfaceStatus(name string, link *network.Link) *control.Interf
 func (r *Relay) roles() (inputs, outputs map[string]bool) {
 	inputs, outputs = map[string]bool{}, map[string]bool{}
 	for _, p := range r.plan.Rules {
-		if !isPattern(p.Rule.In.Interface) {
-			inputs[p.Rule.In.Interface] = true
+		for leg := range p.Rule.InputCount() {
+			if name := p.Rule.Leg(leg).In.Interface; !isPattern(name) {
+				inputs[name] = true
+			}
 		}
 		for i := range p.Rule.Out {
 			if name := p.Rule.Out[i].Interface; !isPattern(name) {

@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats status events explain discover doctor top reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats health status events explain discover doctor top reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -69,7 +69,9 @@ complete -c xdpcast -n '__fish_seen_subcommand_from rule' -f -l help -s h -d 'sh
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'rule' -d 'add, remove and show rules'
 complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_seen_subcommand_from rule' -a 'add' -d 'add one rule'
-complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l in -r -d '`ENDPOINT` whose packets to take'
+complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l in -r -d '`ENDPOINT` whose packets to take; once for each of several that carry one stream'
+complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l merge -r -d 'relay the first copy of each number that several inputs bring: `FORMAT` rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES, and options (rtp,skew=100ms)'
+complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l failover -r -d 'relay the first of several inputs that is not silent for `TIME` (30ms,back=2s)'
 complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l out -r -d '`ENDPOINT` to send a copy to; once for each output'
 complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l allow-loop -d 'take packets that this host has sent, and close a circle if need be (loop=allow)'
 complete -c xdpcast -n '__fish_seen_subcommand_from add' -f -l path -r -d '`PATH` of the packets: auto, kernel, afxdp or fanout'
@@ -104,6 +106,11 @@ complete -c xdpcast -n '__fish_seen_subcommand_from stats' -f -l watch -s w -d '
 complete -c xdpcast -n '__fish_seen_subcommand_from stats' -f -l interval -r -d '`TIME` between two looks with --watch'
 complete -c xdpcast -n '__fish_seen_subcommand_from stats' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from stats' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
+complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'health' -d 'show what each input of rules with several has brought, and what it lacks'
+complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l watch -s w -d 'show it again and again, until interrupted'
+complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l interval -r -d '`TIME` between two looks with --watch'
+complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
 complete -c xdpcast -n '__fish_seen_subcommand_from status' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'status' -d 'show the daemon and its interfaces'
 complete -c xdpcast -n '__fish_seen_subcommand_from status' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'

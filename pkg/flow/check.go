@@ -2,6 +2,7 @@ package flow
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -93,7 +94,7 @@ func (r Flow) Check() error {
 	case r.In.Source.IsValid() && (r.In.Source.BitLen() != r.In.Group.BitLen() || r.In.Source.IsUnspecified()):
 		return fmt.Errorf("input source %v: want an address of the family of %v", r.In.Source, r.In.Group)
 	}
-	if err := cmp.Or(r.checkSenders(), checkRate(r.Rate)); err != nil {
+	if err := cmp.Or(r.checkSenders(), checkRate(r.Rate), r.checkLeg()); err != nil {
 		return err
 	}
 	for slot, o := range r.Out {
@@ -102,6 +103,22 @@ func (r Flow) Check() error {
 		}
 	}
 	return nil
+}
+
+func (r Flow) checkLeg() error {
+	if r.Leg.Of == "" {
+		if r.Leg != (Leg{}) {
+			return errors.New("settings of a stream without its name")
+		}
+		return nil
+	}
+	if r.Leg.Number < 0 || r.Leg.Number >= packet.MaxLegs || r.Name != fmt.Sprint(r.Leg.Of, LegSeparator, r.Leg.Number) {
+		return fmt.Errorf("leg %d of stream %s: want 0 to %d, and the name %s%s%[1]d", r.Leg.Number, r.Leg.Of, packet.MaxLegs-1, r.Leg.Of, LegSeparator)
+	}
+	if r.In.FromHost {
+		return errors.New("what this host sends passes no relay program, and is no leg of a stream")
+	}
+	return r.Leg.Settings.Check()
 }
 
 const maxVLAN = 4094 // IEEE 802.1Q: 4095 is reserved

@@ -65,7 +65,20 @@ type Flow struct {
 	// most Routed, the greatest threshold of an output. 0: not routed. The path is
 	// PathKernel, and every output is Ready.
 	Routed uint8
+	// Leg is set for a flow that is one of several inputs of a stream.
+	Leg Leg
 }
+
+// Leg says of which stream a flow is an input. It is comparable.
+type Leg struct {
+	Of       string // name of the stream; empty for a flow that is none. The flow's is Of, LegSeparator and Number
+	Number   int    // 0 to packet.MaxLegs-1, by preference
+	Settings packet.Stream
+}
+
+// LegSeparator is what a leg's name has between that of the stream and its number; it cannot be in
+// the name of a rule.
+const LegSeparator = "%"
 
 // Input is what a packet is matched by. It is comparable.
 type Input struct {
@@ -160,7 +173,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are the same in everything.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.TwoWay == o.TwoWay && r.Fronted == o.Fronted && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed &&
+		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.TwoWay == o.TwoWay && r.Fronted == o.Fronted && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed && r.Leg == o.Leg &&
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 

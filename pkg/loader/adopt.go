@@ -199,6 +199,9 @@ func (l *Loader) adoptRules() error {
 	if err := l.adoptSockets(); err != nil {
 		return err
 	}
+	if err := l.adoptStreams(); err != nil {
+		return err
+	}
 	return l.clearOrphans(byID)
 }
 

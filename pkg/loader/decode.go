@@ -12,21 +12,28 @@ import (
 type referents struct {
 	rules    []bpf.RelayRule
 	outputs  []bpf.RelayOutput
+	streams  []bpf.RelayStream
 	policers *ebpf.Map
 }
 
 // readReferents reads the rules and outputs that the flows refer to, as far as the maps have them.
 func readReferents(m *mapSet, flows []flowEntry) (p referents, err error) {
-	rules, outputs := 0, 0
+	rules, outputs, streams := 0, 0, 0
 	for i := range flows {
 		f := &flows[i].value
 		rules, outputs = max(rules, int(f.Rule)+1), max(outputs, int(f.FirstOutput)+int(f.Outputs))
+		if f.Stream != 0 {
+			streams = max(streams, int(f.Stream)+1)
+		}
 	}
 	if p.rules, err = readArray[bpf.RelayRule](m.Rules, rules); err != nil {
 		return p, fmt.Errorf("read map rules: %w", err)
 	}
 	if p.outputs, err = readArray[bpf.RelayOutput](m.Outputs, outputs); err != nil {
 		return p, fmt.Errorf("read map outputs: %w", err)
+	}
+	if p.streams, err = readArray[bpf.RelayStream](m.Streams, streams); err != nil {
+		return p, fmt.Errorf("read map streams: %w", err)
 	}
 	p.policers = m.Policers
 	return p, nil
@@ -45,6 +52,9 @@ func (p *referents) entry(f flowEntry) (*entry, error) {
 	}
 	e := &entry{rule: &Rule{Name: name, In: f.in, Except: f.except}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Device, sockets: flow.Sockets}
 	if err := decodeFlow(e.rule, flow); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	if err := p.streamOf(e, flow); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
 	if e.rule.Rate, err = p.rate(flow.Rule, flow.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {

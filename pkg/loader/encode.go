@@ -30,6 +30,8 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		Flags:       encodeFlags(e.rule),
 		InputMac:    e.rule.In.MAC,
 		Sockets:     e.sockets,
+		Stream:      uint16(e.stream),
+		Leg:         uint8(e.rule.Leg.Number),
 	}
 	if e.rule.Finish {
 		value.Finish = 1

@@ -124,6 +124,9 @@ type Loader struct {
 	sockets        map[int]uint32  // row of the map xsks by interface index
 	devices        map[int]*device // by interface index
 	deviceRows     *idAllocator
+	streams        map[streamKey]*streamEntry
+	streamIDs      *idAllocator
+	windows        *blockAllocator // rows of the map stream_windows
 
 	taken taken // as Refusals last read it
 
@@ -164,6 +167,7 @@ func Open(opts Options) (_ *Loader, err error) {
 		devices:        map[int]*device{},
 		broadcasts:     map[string]*broadcast{},
 		lookups:        lookupCount{},
+		streams:        map[streamKey]*streamEntry{},
 		sockets:        map[int]uint32{},
 		counters:       map[string][]openCounters{},
 		lost:           losses{},
@@ -334,6 +338,9 @@ func (l *Loader) resetAllocators() {
 	l.stats = newBlockAllocator(l.maps.OutputStats.MaxEntries())
 	l.deviceRows = newIDAllocator(l.maps.Devices.MaxEntries())
 	l.socketRows = newIDAllocator(l.maps.Xsks.MaxEntries() / bpf.MaxQueues)
+	l.streamIDs = newIDAllocator(l.maps.Streams.MaxEntries())
+	l.streamIDs.next = 1 // 0 is no stream
+	l.windows = newBlockAllocator(l.maps.StreamWindows.MaxEntries())
 }
 
 // writeConfig writes what the rules in force and the own addresses ask for.

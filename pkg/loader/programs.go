@@ -34,6 +34,9 @@ type embedded struct {
 	// noPacket makes it look at none, as at most of a fast rule: a benchmark that gives a
 	// program its frame as it left it is a loop.
 	noPacket bool
+	// streamClock has streams go by the time in state 0, and streamBroken claim numbers without
+	// atomics, which a test has to notice.
+	streamClock, streamBroken bool
 }
 
 func (e embedded) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
@@ -46,6 +49,11 @@ func (e embedded) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	}
 	if err := e.setGuard(spec); err != nil {
 		return nil, err
+	}
+	for name, on := range map[string]bool{"stream_test_clock": e.streamClock, "stream_test_broken": e.streamBroken} {
+		if err := spec.Variables[name].Set(on); err != nil {
+			return nil, fmt.Errorf("set %s: %w", name, err)
+		}
 	}
 	if err := fitKernel(spec, can); err != nil {
 		return nil, err

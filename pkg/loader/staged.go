@@ -39,6 +39,9 @@ type staged struct {
 	policers  batch[bpf.RelayPolicer]
 	broadcast batch[uint32] // file descriptors of devmaps, all in open
 	open      openBroadcasts
+	windows   batch[uint32] // file descriptors of windows, all in openWindows
+	// openWindows are open until they are written.
+	openWindows []*ebpf.Map
 }
 
 // What may be staged at once: file descriptors, and outputs.
@@ -48,7 +51,7 @@ const (
 )
 
 func (s *transaction) flushIfFull() error {
-	if len(s.staged.open) < maxOpenDevmaps && len(s.staged.outputs.keys) < maxStagedOutputs {
+	if len(s.staged.open)+len(s.staged.openWindows) < maxOpenDevmaps && len(s.staged.outputs.keys) < maxStagedOutputs {
 		return nil
 	}
 	return s.flush()
@@ -67,7 +70,16 @@ func (s *transaction) flush() error {
 	if len(rows) > 0 {
 		s.onFailure(func() error { return s.clearBroadcasts(rows, copies) })
 	}
-	return errors.Join(t.broadcast.putRows(s.maps.Broadcast), t.open.close())
+	return errors.Join(t.broadcast.putRows(s.maps.Broadcast), t.open.close(), t.windows.putRows(s.maps.StreamWindows), t.closeWindows())
+}
+
+func (t *staged) closeWindows() error {
+	var errs []error
+	for _, m := range t.openWindows {
+		errs = append(errs, m.Close())
+	}
+	t.openWindows = nil
+	return errors.Join(errs...)
 }
 
 // rowWaits is how many rows of a map of maps are written or read at a time. Before Linux

@@ -47,6 +47,13 @@ const (
 	NoCarrier   = Reason(bpf.RelayDropReasonDROP_NO_CARRIER)
 	WorkerLost  = Reason(bpf.RelayDropReasonDROP_WORKER_LOST)
 	Looping     = Reason(bpf.RelayDropReasonDROP_LOOPING)
+	Duplicate   = Reason(bpf.RelayDropReasonDROP_DUPLICATE)
+	Late        = Reason(bpf.RelayDropReasonDROP_LATE)
+	Astray      = Reason(bpf.RelayDropReasonDROP_ASTRAY)
+	OldSession  = Reason(bpf.RelayDropReasonDROP_OLD_SESSION)
+	Contended   = Reason(bpf.RelayDropReasonDROP_CONTENDED)
+	NoNumber    = Reason(bpf.RelayDropReasonDROP_NO_NUMBER)
+	Standby     = Reason(bpf.RelayDropReasonDROP_STANDBY)
 	Internal    = Reason(bpf.RelayDropReasonDROP_INTERNAL)
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
@@ -107,6 +114,20 @@ func (r Reason) String() string {
 		return "worker_lost"
 	case Looping:
 		return "looping"
+	case Duplicate:
+		return "duplicate"
+	case Late:
+		return "late"
+	case Astray:
+		return "astray"
+	case OldSession:
+		return "old_session"
+	case Contended:
+		return "contended"
+	case NoNumber:
+		return "no_number"
+	case Standby:
+		return "standby"
 	case Internal:
 		return "internal"
 	default:
@@ -130,6 +151,9 @@ type RuleStats struct {
 	Outputs []OutputStats // by slot
 	// Notes is what is worth knowing, and is no drop.
 	Notes map[Note]Counter
+	// Leg and Stream are set for a rule that is one of several inputs.
+	Leg    *LegStats
+	Stream *StreamStats
 }
 
 // OutputStats is what became of one output's copies.
@@ -312,6 +336,9 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 		if tallies[i], err = readTally(m, e); err != nil {
 			return s, err
 		}
+		if err := tallies[i].readLeg(m); err != nil {
+			return s, err
+		}
 	}
 	// Each counter is read before those that come behind it on a packet's way: what comes
 	// in between is then behind alone, and never looks lost.
@@ -335,6 +362,11 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 	}
 	s.Rules = make([]RuleStats, len(tallies))
 	for i, t := range tallies {
+		for reason, c := range t.copies.drops { // the program counts them with their rules alone
+			total := s.Drops[reason]
+			total.add(c.Packets, c.Bytes)
+			s.Drops[reason] = total
+		}
 		s.Rules[i] = t.stats(lost)
 	}
 	return s, nil
@@ -385,6 +417,7 @@ func readTally(m *mapSet, e *entry) (*tally, error) {
 	for _, c := range perCPU {
 		t.matched.add(c.Packets, c.Bytes)
 		t.handed.add(c.HandedPackets, c.HandedBytes)
+		t.copies.add(copyReason(e), Counter{c.CopiesPackets, c.CopiesBytes})
 		t.lastSeen = max(t.lastSeen, c.LastSeenNs)
 	}
 	return t, nil

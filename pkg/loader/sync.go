@@ -19,6 +19,7 @@ type entry struct {
 	firstStats uint32
 	row        uint32 // row of devices, with one output
 	sockets    uint32 // row of xsks, with PathAFXDP
+	stream     uint32 // index of streams, of a leg; 0: none
 }
 
 // change is one rule's way from old to new; either may be nil.
@@ -60,7 +61,7 @@ func (l *Loader) Sync(want []*Rule) (err error) {
 		return nil
 	}
 	defer func() {
-		err = errors.Join(err, s.staged.open.close())
+		err = errors.Join(err, s.staged.open.close(), s.staged.closeWindows())
 		if err != nil {
 			err = errors.Join(err, s.takeBack())
 		}
@@ -159,6 +160,9 @@ func (s *transaction) stage(c change) error {
 	}
 	s.bindCounters(e)
 	s.stagePolicers(c)
+	if err := s.useStream(e); err != nil {
+		return err
+	}
 	for slot, o := range e.rule.Out {
 		stats := e.firstStats + uint32(slot)
 		s.staged.outputs.add(e.first+uint32(slot), encodeOutput(o, stats, s.outputPolicer(stats)))
@@ -528,7 +532,7 @@ func (s *transaction) retire() error {
 		if c.old == nil {
 			continue
 		}
-		errs = append(errs, s.releaseOutputs(c.old))
+		errs = append(errs, s.releaseOutputs(c.old), s.releaseStream(c.old.rule.Leg))
 		if len(c.old.rule.Out) > 1 {
 			broadcasts = append(broadcasts, c.old.first)
 			for slot := range c.old.rule.Out {

@@ -23,6 +23,10 @@ type tally struct {
 	out       []outputTally
 	notes     map[Note]Counter
 	lastSeen  uint64
+	// Of a leg, read with the sources: copies are those that its stream did not need.
+	leg    *LegStats
+	stream *StreamStats
+	copies sink
 }
 
 // sink is what ended on the way to the outputs.
@@ -77,7 +81,7 @@ func (t *tally) skipped(slot int) Counter {
 		return Counter{}
 	}
 	o := &t.out[slot].kernel
-	rest := t.matched.less(&t.kernel, &o.sink)
+	rest := t.matched.less(&t.kernel, &o.sink, &t.copies)
 	rest.subtract(t.handed)
 	rest.subtract(o.sent)
 	return rest
@@ -156,11 +160,12 @@ func (t *tally) stats(lost losses) RuleStats {
 	}
 	maps.Copy(r.Notes, t.notes)
 	var all sink
-	for _, s := range []*sink{&t.kernel, &t.user} {
+	for _, s := range []*sink{&t.kernel, &t.user, &t.copies} {
 		for reason, c := range s.drops {
 			all.add(reason, c)
 		}
 	}
+	r.Leg, r.Stream = t.leg, t.stream
 	all.add(WorkerLost, lost.most(account.Rule, e.id, WorkerLost, t.lostBefore()))
 	r.Drops = all.orEmpty()
 	r.Outputs = make([]OutputStats, len(t.out))

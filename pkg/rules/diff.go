@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 )
@@ -98,8 +99,16 @@ func (d Diff) String() string {
 // String is the change on one line: `~ cam3 in A => B; out -C +D; path auto => kernel`.
 func (c Change) String() string {
 	var parts []string
-	if old, new := FormatInput(c.Old.In, c.Old.Accept), FormatInput(c.New.In, c.New.Accept); old != new {
+	if old, new := c.Old.FormatInputs(), c.New.FormatInputs(); old != new {
 		parts = append(parts, "in "+old+" => "+new)
+	}
+	oldMerge, oldFailover := c.Old.FormatStream()
+	newMerge, newFailover := c.New.FormatStream()
+	if oldMerge != newMerge {
+		parts = append(parts, "merge "+orNone(oldMerge)+" => "+orNone(newMerge))
+	}
+	if oldFailover != newFailover {
+		parts = append(parts, "failover "+orNone(oldFailover)+" => "+orNone(newFailover))
 	}
 	if !slices.Equal(c.Old.Out, c.New.Out) {
 		parts = append(parts, "out"+changedOutputs(c.Old.Out, c.New.Out))
@@ -109,6 +118,8 @@ func (c Change) String() string {
 	}
 	return "~ " + c.New.Name + " " + strings.Join(parts, "; ")
 }
+
+func orNone(s string) string { return cmp.Or(s, "none") }
 
 func changedOutputs(old, new []Output) string {
 	var b strings.Builder

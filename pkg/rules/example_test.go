@@ -64,7 +64,7 @@ rules:
 	// cameras.yaml:6: rule "cam1": out missing: write 1 to 64 outputs
 	// cameras.yaml:6: rule "cam1": name "cam1": want a unique name: rule #1 (line 3) has it
 	// cameras.yaml:7: rule "cam1": in "239.1.1.1:5000%eth0": want an input of its own: rule "cam1" (line 3) takes it
-	// cameras.yaml:8: rule "cam1": unknown key "output": want name, in, out, path
+	// cameras.yaml:8: rule "cam1": unknown key "output": want name, in, out, path, merge, failover
 	// an input twice: true
 }
 

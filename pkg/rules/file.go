@@ -59,13 +59,34 @@ func AppendRule(b []byte, r Rule) []byte {
 		b = append(b, "rules:\n"...)
 	}
 	b = append(append(append(b, "  - name: "...), yamlText(r.Name)...), '\n')
-	b = append(append(append(b, "    in: "...), yamlText(FormatInput(r.In, r.Accept))...), '\n')
+	b = append(b, "    in: "...)
+	if r.InputCount() == 1 {
+		b = append(b, yamlText(FormatInput(r.In, r.Accept))...)
+	}
+	b = append(b, '\n')
+	for i := 0; i < r.InputCount() && r.InputCount() > 1; i++ {
+		leg := r.Leg(i)
+		b = append(append(append(b, "      - "...), yamlText(FormatInput(leg.In, leg.Accept))...), '\n')
+	}
+	b = appendStream(b, &r)
 	b = append(b, "    out:\n"...)
 	for _, o := range r.Out {
 		b = append(append(append(b, "      - "...), yamlText(o.String())...), '\n')
 	}
 	if r.Path != PathAuto {
 		b = append(append(append(b, "    path: "...), r.Path.String()...), '\n')
+	}
+	return b
+}
+
+// appendStream writes how several inputs become one stream.
+func appendStream(b []byte, r *Rule) []byte {
+	merge, failover := r.FormatStream()
+	if merge != "" {
+		b = append(append(append(b, "    merge: "...), strconv.Quote(merge)...), '\n')
+	}
+	if failover != "" {
+		b = append(append(append(b, "    failover: "...), strconv.Quote(failover)...), '\n')
 	}
 	return b
 }
@@ -121,6 +142,8 @@ type fileParser struct {
 // not there.
 type rulePlace struct {
 	rule, name, in, path int
+	merge, failover      int
+	ins                  []int    // of each of several inputs
 	outs                 int      // of the value of out
 	out                  []int    // of each output
 	unread               []string // fields whose value could not be read, as in FieldError
@@ -268,7 +291,7 @@ func (p *fileParser) rule(n *yaml.Node) {
 	if r.label == "" {
 		r.label = "#" + strconv.Itoa(len(p.rules)+1)
 	}
-	values := p.mapping(n, r.label, "name", "in", "out", "path")
+	values := p.mapping(n, r.label, "name", "in", "out", "path", "merge", "failover")
 	if n.Kind != yaml.MappingNode {
 		r.place.unread = []string{"name", "in", "out"}
 	}
@@ -284,6 +307,7 @@ func (p *fileParser) rule(n *yaml.Node) {
 	if v := values[3]; v != nil {
 		r.path(v)
 	}
+	r.streams(values[4], values[5])
 	r.rule.In.Interface = p.shared(r.rule.In.Interface)
 	for i := range r.rule.Out {
 		r.rule.Out[i].Interface = p.shared(r.rule.Out[i].Interface)
@@ -359,13 +383,71 @@ func (r *ruleReader) name(n *yaml.Node) {
 
 func (r *ruleReader) in(n *yaml.Node) {
 	r.place.in = n.Line
+	if n.Kind == yaml.SequenceNode {
+		r.ins(n)
+		return
+	}
 	s, ok := r.text(n, "in")
 	if !ok {
 		return
 	}
-	var err error
-	if r.rule.In, r.rule.Accept, err = ParseInput(s); err != nil {
+	if err := r.rule.ParseInputs(s); err != nil {
 		r.unread(n.Line, "in", err)
+	}
+}
+
+// ins reads a list of inputs.
+func (r *ruleReader) ins(n *yaml.Node) {
+	for i, item := range n.Content {
+		r.place.ins = append(r.place.ins, item.Line)
+		field := end{slot: inputSlot - 1 - i}.field()
+		if len(n.Content) == 1 {
+			field = "in"
+		}
+		s, ok := textOf(item)
+		if !ok {
+			r.unread(item.Line, field, notText(item, field))
+			continue
+		}
+		in, accept, err := ParseInput(s)
+		if err != nil {
+			if n.Style&yaml.FlowStyle != 0 && isOption(s) {
+				err = fmt.Errorf(`input %s: want an address before it: quote an input that has options, "ADDRESS:PORT%%INTERFACE,%s"`, quote(s), bounded(s))
+			}
+			r.unread(item.Line, field, err)
+		}
+		if i == 0 {
+			r.rule.In, r.rule.Accept = in, accept
+			continue
+		}
+		in.Interface = r.shared(in.Interface)
+		r.rule.stream().Legs = append(r.rule.stream().Legs, Leg{in, accept})
+	}
+}
+
+// isOption reports whether the text is an option of an input and not an input.
+func isOption(s string) bool {
+	_, err := parseOptions(s, new(Input))
+	return err == nil
+}
+
+// streams reads how several inputs become one stream; each node may be nil.
+func (r *ruleReader) streams(merge, failover *yaml.Node) {
+	if merge != nil {
+		r.place.merge = merge.Line
+		if s, ok := r.text(merge, "merge"); ok {
+			if err := r.rule.ParseStream(s, ""); err != nil {
+				r.unread(merge.Line, "merge", err)
+			}
+		}
+	}
+	if failover != nil {
+		r.place.failover = failover.Line
+		if s, ok := r.text(failover, "failover"); ok {
+			if err := r.rule.ParseStream("", s); err != nil {
+				r.unread(failover.Line, "failover", err)
+			}
+		}
 	}
 }
 
@@ -432,6 +514,15 @@ func (l rulePlace) line(field string) int {
 		line = l.name
 	case field == "path":
 		line = l.path
+	case field == "merge":
+		line = cmp.Or(l.merge, l.in)
+	case field == "failover":
+		line = cmp.Or(l.failover, l.in)
+	case strings.HasPrefix(field, "in[") && len(l.ins) > 0:
+		at, _, _ := strings.Cut(field[len("in["):], "]")
+		if n, err := strconv.Atoi(at); err == nil && n < len(l.ins) {
+			line = l.ins[n]
+		}
 	case strings.HasPrefix(field, "in"):
 		line = l.in
 	case strings.HasPrefix(field, "out["):

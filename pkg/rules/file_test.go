@@ -87,9 +87,9 @@ func faultyFiles() []faultyFile {
 		{"rules is a mapping", "rules:\n  cam1: {}", []string{`2: rules: want a list, not a mapping`}},
 		{"rules is an alias", "x: &x []\nrules: *x", []string{`1: unknown key "x": want rules, include`, `2: rules: want a list, not an alias: aliases are not supported`}},
 		{"rule of the wrong type", "rules:\n- a\n-\n- [b]\n", []string{
-			`2: rule "#1": want a mapping (name, in, out, path), not text`,
-			`3: rule "#2": want a mapping (name, in, out, path), not nothing`,
-			`4: rule "#3": want a mapping (name, in, out, path), not a list`}},
+			`2: rule "#1": want a mapping (name, in, out, path, merge, failover), not text`,
+			`3: rule "#2": want a mapping (name, in, out, path, merge, failover), not nothing`,
+			`4: rule "#3": want a mapping (name, in, out, path, merge, failover), not a list`}},
 		{"missing keys", "rules:\n\n- name: a\n- in: 239.1.1.1:1%eth0\n", []string{
 			`3: rule "a": in missing: write [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]`,
 			`3: rule "a": out missing: write 1 to 64 outputs`,
@@ -115,16 +115,16 @@ func faultyFiles() []faultyFile {
 			`8: rule "b": out[1]: want text, not a mapping`,
 			`8: rule "b": out[2]: want text, not a value tagged "!!float"`}},
 		{"unknown and repeated keys in a rule", oneRule + "  nmae: x\n  in: 239.1.1.3:1%eth0\n  IN: y\n", []string{
-			`5: rule "a": unknown key "nmae": want name, in, out, path`,
+			`5: rule "a": unknown key "nmae": want name, in, out, path, merge, failover`,
 			`6: rule "a": key "in" given again: want it once`,
-			`7: rule "a": unknown key "IN": want name, in, out, path`}},
+			`7: rule "a": unknown key "IN": want name, in, out, path, merge, failover`}},
 		{"aliases", "rules:\n- name: &n a\n  in: &i 239.1.1.1:1%eth0\n  out: &o [239.1.1.2:1%eth1]\n- name: *n\n  in: *i\n  out: *o\n- &r\n  name: c\n  in: 239.1.1.3:1%eth0\n  out: [*i]\n- *r\n- {<<: *r, name: e}\n", []string{
 			`5: rule "#2": name: want text, not an alias: aliases are not supported`,
 			`6: rule "#2": in: want text, not an alias: aliases are not supported`,
 			`7: rule "#2": out: want a list of outputs, not an alias: aliases are not supported`,
 			`11: rule "c": out[0]: want text, not an alias: aliases are not supported`,
-			`12: rule "#4": want a mapping (name, in, out, path), not an alias: aliases are not supported`,
-			`13: rule "e": unknown key "<<": want name, in, out, path`,
+			`12: rule "#4": want a mapping (name, in, out, path, merge, failover), not an alias: aliases are not supported`,
+			`13: rule "e": unknown key "<<": want name, in, out, path, merge, failover`,
 			`13: rule "e": in missing: write [SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE[,option...]`,
 			`13: rule "e": out missing: write 1 to 64 outputs`}},
 		{"endpoints", "rules:\n- name: a\n  in: 239.1.1.1:70000%eth0\n  out:\n  - 239.1.1.2:1%eth1\n  - 239.1.1.2:x%eth1\n  - 239.1.1.2:2%eth1,ttl=0\n  path: fast\n", []string{

@@ -135,7 +135,7 @@ func (s *ruleScanner) flowRule() (*yaml.Node, bool) {
 }
 
 func (s *ruleScanner) key() (*yaml.Node, bool) {
-	for _, key := range [...]string{"name", "in", "out", "path"} {
+	for _, key := range [...]string{"name", "in", "out", "path", "merge", "failover"} {
 		if rest, ok := bytes.CutPrefix(s.line, []byte(key)); ok && len(rest) > 0 && rest[0] == ':' {
 			s.line = rest[1:]
 			return s.text(key), true
@@ -147,7 +147,7 @@ func (s *ruleScanner) key() (*yaml.Node, bool) {
 // value reads what follows the colon of a key in a column, and goes to the line
 // behind it.
 func (s *ruleScanner) value(key string, column int) (*yaml.Node, bool) {
-	if key == "out" && s.lineEnds() {
+	if (key == "out" || key == "in") && s.lineEnds() {
 		return s.items(column)
 	}
 	if !s.blanks() {
@@ -160,7 +160,7 @@ func (s *ruleScanner) value(key string, column int) (*yaml.Node, bool) {
 // inline reads a value that stands on the line of its key; inFlow says that it stands in
 // a {rule}.
 func (s *ruleScanner) inline(key string, inFlow bool) (*yaml.Node, bool) {
-	if key == "out" && s.line[0] == '[' {
+	if (key == "out" || key == "in") && s.line[0] == '[' {
 		return s.flow()
 	}
 	return s.scalar(inFlow)

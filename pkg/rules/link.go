@@ -56,15 +56,18 @@ func (e end) linkLocalFault(addr netip.Addr) string {
 
 // localControlNeeded refuses the option in a rule that has no use for it.
 func (c *checker) localControlNeeded(r Rule) {
-	if !r.Accept.LocalControl || r.In.Len == 0 && r.In.Address.IsValid() && LinkScope(r.In.Address) {
-		return
-	}
 	for _, o := range r.Out {
 		if o.Len == 0 && o.Address.IsValid() && LinkScope(o.Address) {
 			return
 		}
 	}
-	end{c, inputSlot}.fault(nil, ".local-control", "allow", "no local-control: no address of the rule is a single group of 224.0.0.0/24 or ffx2::/16")
+	for i := range r.InputCount() {
+		leg := r.Leg(i)
+		if !leg.Accept.LocalControl || leg.In.Len == 0 && leg.In.Address.IsValid() && LinkScope(leg.In.Address) {
+			continue
+		}
+		end{c, legSlot(&r, i)}.fault(nil, ".local-control", "allow", "no local-control: no address of the rule is a single group of 224.0.0.0/24 or ffx2::/16")
+	}
 }
 
 // broadcast checks the option beside an address.

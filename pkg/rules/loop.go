@@ -74,11 +74,11 @@ func (o Output) sentPorts(in Input) (low, high uint16, ok bool) {
 }
 
 // feeds reports whether an output of a rule with the given input sends packets that
-// the input matches, on one and the same interface. An output to a pattern sends
+// another input, or this one, matches, on one and the same interface. An output to a pattern sends
 // none where its packet came from: with both interfaces patterns it feeds the input
 // by way of two interfaces, and with the input's a name, not at all.
-func feeds(o Output, in Input) bool {
-	sent, ok := o.sent(in)
+func feeds(o Output, from, in Input) bool {
+	sent, ok := o.sent(from)
 	return ok && (!isPattern(o.Interface) || isPattern(in.Interface)) && sent.overlaps(in.traffic())
 }
 
@@ -86,10 +86,25 @@ func feeds(o Output, in Input) bool {
 // rule allows it. Relaying both ways is between interfaces, so with TwoWay a pattern may
 // feed itself, and a named interface may not.
 func (r Rule) feedsSelf(o Output) bool {
-	if r.Accept.AllowLoop || r.Accept.TwoWay && isPattern(o.Interface) || !feeds(o, r.In) {
+	if r.Stream != nil {
+		for from := range r.InputCount() {
+			for to := range r.InputCount() {
+				if r.OfLeg(to).fedBy(o, r.Leg(from).In) {
+					return true
+				}
+			}
+		}
 		return false
 	}
-	sent, _ := o.sent(r.In)
+	return r.fedBy(o, r.In)
+}
+
+// fedBy is feedsSelf for a rule with one input and what the output sends of another.
+func (r Rule) fedBy(o Output, from Input) bool {
+	if r.Accept.AllowLoop || r.Accept.TwoWay && isPattern(o.Interface) || !feeds(o, from, r.In) {
+		return false
+	}
+	sent, _ := o.sent(from)
 	return !r.excludes(sent)
 }
 
@@ -356,7 +371,7 @@ func (g *feedGraph) report(circle []feedHop) {
 			last = hop
 		}
 	}
-	g.list.add(fault{last.rule, &FieldError{
+	g.list.add(fault{s.origin(last.rule), &FieldError{
 		Rule: s.label(last.rule), Field: outField(last.slot), Value: s.rules[last.rule].Out[last.slot].String(),
 		Want: "no loop between rules: " + s.circleText(circle) + insist, Err: ErrLoop,
 	}})

@@ -538,7 +538,7 @@ func TestSelfLoopAgainstOracle(t *testing.T) {
 				}
 			}
 			sent, _ := o.sent(r.In)
-			if got := feeds(o, r.In) && !r.excludes(sent); got != want {
+			if got := feeds(o, r.In, r.In) && !r.excludes(sent); got != want {
 				t.Fatalf("%v: feeds itself: %v, want %v", r, got, want)
 			}
 			if r.feedsSelf(o) != (want && !r.Accept.AllowLoop) {

@@ -112,32 +112,49 @@ type Overlap struct {
 // The time it takes grows with the number of rules and of overlaps listed, little
 // faster.
 func Overlaps(rules []Rule, limit int) [][]Overlap {
-	pool := newInputPool(rules, newSet(rules, nil).inputs, func(int) bool { return true })
+	set := newSet(rules, nil)
+	pool := newInputPool(set.rules, set.inputs, func(int) bool { return true })
 	all := make([][]Overlap, len(rules))
-	for i, r := range rules {
+	for i, r := range set.rules {
 		if limit <= 0 {
 			break
 		}
 		var list []Overlap
 		for other := range pool.each(r.In.traffic(), false) {
-			if other == i {
+			if set.origin(other) == set.origin(i) {
 				continue
 			}
-			in := rules[other].In
+			in := set.rules[other].In
 			list = append(list, Overlap{Rule: other, Wins: Before(in, r.In) || in == r.In})
 			if len(list) == limit {
 				break
 			}
 		}
 		slices.SortFunc(list, func(a, b Overlap) int {
-			if Before(rules[a.Rule].In, rules[b.Rule].In) {
+			if Before(set.rules[a.Rule].In, set.rules[b.Rule].In) {
 				return -1
 			}
 			return 1
 		})
-		all[i] = list
+		for j := range list {
+			list[j].Rule = set.origin(list[j].Rule)
+		}
+		all[set.origin(i)] = mergeOverlaps(all[set.origin(i)], list, limit)
 	}
 	return all
+}
+
+// mergeOverlaps adds the overlaps of another input of a rule, each rule once.
+func mergeOverlaps(have, more []Overlap, limit int) []Overlap {
+	if have == nil {
+		return more
+	}
+	for _, o := range more {
+		if len(have) < limit && !slices.Contains(have, o) {
+			have = append(have, o)
+		}
+	}
+	return have
 }
 
 // anySource is the input with its source taken away.

@@ -21,13 +21,17 @@ const MaxOutputs = 64
 // 64 bytes with the NUL.
 const MaxNameLen = 63
 
-// Rule is one input and its outputs. The index of an output in Out is its slot.
+// Rule is one input, or several that carry one stream, and its outputs. The index of an output in
+// Out is its slot.
 type Rule struct {
 	Name   string // unique on the host; see Validate for its form
 	In     Input
 	Accept Acceptance
 	Out    []Output
 	Path   Path
+	// Stream has the inputs behind the first; nil for a rule with one. It is not changed once the
+	// rule is made.
+	Stream *Stream
 }
 
 // Input says which packets a rule takes: UDP datagrams to Address and Port that
@@ -169,7 +173,7 @@ const wantPath = "auto, kernel, afxdp or fanout"
 // outputs counts: it is their slots.
 func Equal(a, b Rule) bool {
 	return a.Name == b.Name && a.In == b.In && a.Path == b.Path && slices.Equal(a.Out, b.Out) &&
-		equalAcceptance(a.Accept, b.Accept)
+		equalAcceptance(a.Accept, b.Accept) && equalStream(a.Stream, b.Stream)
 }
 
 func equalAcceptance(a, b Acceptance) bool {
@@ -181,12 +185,19 @@ func equalAcceptance(a, b Acceptance) bool {
 // String is the rule on one line, for people.
 func (r Rule) String() string {
 	var b strings.Builder
-	b.WriteString(r.Name + " " + FormatInput(r.In, r.Accept) + " ->")
+	b.WriteString(r.Name + " " + r.FormatInputs() + " ->")
 	for _, o := range r.Out {
 		b.WriteString(" " + o.String())
 	}
 	if r.Path != PathAuto {
 		b.WriteString(" path=" + r.Path.String())
+	}
+	merge, failover := r.FormatStream()
+	if merge != "" {
+		b.WriteString(" merge=" + merge)
+	}
+	if failover != "" {
+		b.WriteString(" failover=" + failover)
 	}
 	return b.String()
 }

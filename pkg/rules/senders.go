@@ -254,7 +254,7 @@ func (s *ruleSet) checkRanges(list *faultList) {
 				o.PortTo != 0 && other > i {
 				continue
 			}
-			list.add(fault{i, &FieldError{Rule: s.label(i), Field: "in", Value: r.In.String(), Err: ErrDuplicateInput,
+			list.add(fault{s.origin(i), &FieldError{Rule: s.label(i), Field: s.inField(i), Value: r.In.String(), Err: ErrDuplicateInput,
 				Want: "ports that no other rule has for the same: rule " + quote(s.label(other)) + s.where(other) + " takes " + o.String()}})
 			break
 		}

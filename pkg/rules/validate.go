@@ -3,6 +3,7 @@ package rules
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -38,8 +39,10 @@ func ValidateSet(rules []Rule) error {
 // messages where a rule is to be found.
 func checkSet(rules []Rule, place func(rule int) string, list *faultList) {
 	s := newSet(rules, place)
-	for i, r := range rules {
-		r.check(i, s.label(i), list)
+	for i := range s.rules {
+		if origin := s.origin(i); i == 0 || s.origin(i-1) != origin {
+			rules[origin].check(origin, s.label(i), list)
+		}
 		s.checkDuplicates(i, list)
 	}
 	s.checkRanges(list)
@@ -47,8 +50,12 @@ func checkSet(rules []Rule, place func(rule int) string, list *faultList) {
 }
 
 // ruleSet is a set of rules with what is needed to look across them.
+//
+// A rule with several inputs stands in it once for each: what the inputs of a set are to each other
+// does not depend on how rules share them.
 type ruleSet struct {
 	rules  []Rule
+	of     []int // by rule: its place in the set given; nil when it is the same
 	place  func(rule int) string
 	names  map[string]int // the first rule of each name
 	inputs map[Input]int  // the first rule of each input
@@ -57,7 +64,8 @@ type ruleSet struct {
 func newSet(rules []Rule, place func(rule int) string) *ruleSet {
 	s := &ruleSet{rules: rules, place: place,
 		names: make(map[string]int, len(rules)), inputs: make(map[Input]int, len(rules))}
-	for i, r := range rules {
+	s.expand()
+	for i, r := range s.rules {
 		if _, ok := s.names[r.Name]; !ok && r.Name != "" {
 			s.names[r.Name] = i
 		}
@@ -68,12 +76,57 @@ func newSet(rules []Rule, place func(rule int) string) *ruleSet {
 	return s
 }
 
+// expand gives each input of a rule with several a rule of its own.
+func (s *ruleSet) expand() {
+	given := s.rules
+	for i := range given {
+		if given[i].Stream == nil {
+			if s.of != nil {
+				s.rules, s.of = append(s.rules, given[i]), append(s.of, i)
+			}
+			continue
+		}
+		if s.of == nil {
+			s.rules = slices.Clone(given[:i])
+			for before := range i {
+				s.of = append(s.of, before)
+			}
+		}
+		for leg := range given[i].InputCount() {
+			s.rules, s.of = append(s.rules, given[i].OfLeg(leg)), append(s.of, i)
+		}
+	}
+}
+
+// origin is the place of a rule in the set given.
+func (s *ruleSet) origin(i int) int {
+	if s.of == nil {
+		return i
+	}
+	return s.of[i]
+}
+
+// inField names the input of a rule, among several by its place.
+func (s *ruleSet) inField(i int) string {
+	first, n := i, 1
+	for ; first > 0 && s.origin(first-1) == s.origin(i); first-- {
+		n++
+	}
+	for last := i; last+1 < len(s.rules) && s.origin(last+1) == s.origin(i); last++ {
+		n++
+	}
+	if n == 1 {
+		return "in"
+	}
+	return end{slot: inputSlot - 1 - (i - first)}.field()
+}
+
 // label is what FieldError.Rule holds for a rule.
 func (s *ruleSet) label(i int) string {
 	if s.rules[i].Name != "" {
 		return s.rules[i].Name
 	}
-	return "#" + strconv.Itoa(i+1)
+	return "#" + strconv.Itoa(s.origin(i)+1)
 }
 
 // where is the place of a rule in brackets, to follow its name.
@@ -81,17 +134,17 @@ func (s *ruleSet) where(i int) string {
 	if s.place == nil {
 		return ""
 	}
-	return " (" + s.place(i) + ")"
+	return " (" + s.place(s.origin(i)) + ")"
 }
 
 func (s *ruleSet) checkDuplicates(i int, list *faultList) {
 	r := s.rules[i]
-	if first, ok := s.names[r.Name]; ok && first != i {
-		list.add(fault{i, &FieldError{Rule: s.label(i), Field: "name", Value: r.Name, Err: ErrDuplicateName,
-			Want: "a unique name: rule #" + strconv.Itoa(first+1) + s.where(first) + " has it"}})
+	if first, ok := s.names[r.Name]; ok && s.origin(first) != s.origin(i) && (i == 0 || s.origin(i-1) != s.origin(i)) {
+		list.add(fault{s.origin(i), &FieldError{Rule: s.label(i), Field: "name", Value: r.Name, Err: ErrDuplicateName,
+			Want: "a unique name: rule #" + strconv.Itoa(s.origin(first)+1) + s.where(first) + " has it"}})
 	}
-	if first, ok := s.inputs[r.In]; ok && first != i {
-		list.add(fault{i, &FieldError{Rule: s.label(i), Field: "in", Value: r.In.String(), Err: ErrDuplicateInput,
+	if first, ok := s.inputs[r.In]; ok && s.origin(first) != s.origin(i) {
+		list.add(fault{s.origin(i), &FieldError{Rule: s.label(i), Field: s.inField(i), Value: r.In.String(), Err: ErrDuplicateInput,
 			Want: "an input of its own: rule " + quote(s.label(first)) + s.where(first) + " takes it"}})
 	}
 }
@@ -105,7 +158,12 @@ func (r Rule) check(index int, label string, list *faultList) {
 	if r.Path > PathFanout {
 		c.fault(nil, "path", r.Path.String(), wantPath)
 	}
-	c.input(r.In, r.Accept, r.Path)
+	for i := range r.InputCount() {
+		leg := r.Leg(i)
+		c.localControl = c.localControl || leg.Accept.LocalControl
+		c.input(legSlot(&r, i), leg.In, leg.Accept, r.Path)
+	}
+	c.stream(&r)
 	c.outputs(r)
 	c.localControlNeeded(r)
 }
@@ -142,7 +200,7 @@ func (c *checker) fault(class error, field, value, want string) {
 // parts of that end; their names are put together only when there is a fault.
 type end struct {
 	*checker
-	slot int // inputSlot for the input
+	slot int // inputSlot for the only input, and what is below it for each of several
 }
 
 const inputSlot = -1
@@ -152,16 +210,19 @@ func (e end) fault(class error, part, value, want string) {
 }
 
 func (e end) field() string {
-	if e.slot == inputSlot {
+	switch {
+	case e.slot == inputSlot:
 		return "in"
+	case e.slot < inputSlot:
+		return "in[" + strconv.Itoa(inputSlot-1-e.slot) + "]"
 	}
 	return outField(e.slot)
 }
 
 func outField(slot int) string { return "out[" + strconv.Itoa(slot) + "]" }
 
-func (c *checker) input(in Input, accept Acceptance, path Path) {
-	e := end{c, inputSlot}
+func (c *checker) input(slot int, in Input, accept Acceptance, path Path) {
+	e := end{c, slot}
 	if in == (Input{}) {
 		e.fault(nil, "", "", inputForm)
 		return
@@ -285,6 +346,11 @@ func (c *checker) outputs(r Rule) {
 		e.policy(o)
 		e.priority(o, r.In)
 		e.unique(o, r.Out[:slot])
+		for i := 1; i < r.InputCount(); i++ {
+			one := r.OfLeg(i)
+			e.port(o, one.In)
+			e.priority(o, one.In)
+		}
 		if r.feedsSelf(o) {
 			e.fault(ErrLoop, "", o.String(), fmt.Sprintf("no loop: it feeds the rule's own input, %[1]s -> %[1]s%[2]s", bounded(c.rule), insist))
 		}

@@ -18,7 +18,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// parseLine reads a rule as the documents write it: NAME: INPUT -> OUTPUT... [path=PATH].
+// parseLine reads a rule as the documents write it: NAME: INPUT... -> OUTPUT... and so on.
 func parseLine(line string) (r rules.Rule, err error) {
 	name, rest, ok := strings.Cut(line, ": ")
 	if !ok {
@@ -27,17 +27,31 @@ func parseLine(line string) (r rules.Rule, err error) {
 	return parseRule(name, rest)
 }
 
-// parseRule reads INPUT -> OUTPUT... [path=PATH].
+// parseRule reads INPUT... -> OUTPUT... [path=PATH] [merge=MERGE] [failover=FAILOVER].
 func parseRule(name, text string) (r rules.Rule, err error) {
 	in, out, ok := strings.Cut(text, " -> ")
 	if !ok {
 		return r, fmt.Errorf("%q: want INPUT -> OUTPUT", text)
 	}
 	r.Name = name
-	if r.In, r.Accept, err = rules.ParseInput(strings.TrimSpace(in)); err != nil {
+	if err := r.ParseInputs(strings.TrimSpace(in)); err != nil {
 		return r, err
 	}
 	for word := range strings.FieldsSeq(out) {
+		merge, isMerge := strings.CutPrefix(word, "merge=")
+		failover, isFailover := strings.CutPrefix(word, "failover=")
+		switch {
+		case isMerge:
+			err = r.ParseStream(merge, "")
+		case isFailover:
+			err = r.ParseStream("", failover)
+		}
+		if err != nil {
+			return r, err
+		}
+		if isMerge || isFailover {
+			continue
+		}
 		if path, ok := strings.CutPrefix(word, "path="); ok {
 			if r.Path, err = rules.ParsePath(path); err != nil {
 				return r, err
@@ -432,6 +446,8 @@ func TestLimits(t *testing.T) {
 	}
 	want := map[string]int{
 		"outputs of a rule, patterns expanded":                    rules.MaxOutputs,
+		"inputs of a rule":                                        rules.MaxInputs,
+		"rules with several inputs":                               bpf.MaxStreams - 1,
 		"ports of a range":                                        rules.MaxPorts,
 		"senders, or prefixes of them, that `except=` leaves out": rules.MaxExcept,
 		"groups that `join=all` joins":                            rules.MaxJoinAll,

@@ -206,7 +206,7 @@ const badYAML = `rules:
 func badYAMLFaults(path string) []string {
 	return []string{
 		path + `:2: rule "a": out missing: write 1 to 64 outputs`,
-		path + `:4: rule "a": unknown key "outs": want name, in, out, path`,
+		path + `:4: rule "a": unknown key "outs": want name, in, out, path, merge, failover`,
 		path + `:6: rule "b": input "239.1.1.3:0%in0": port "0": want 1 to 65535, or no ':' for any port`,
 		path + `:11: rule "c": path "warp": want auto, kernel, afxdp or fanout`,
 	}

@@ -1,0 +1,595 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
+/* Several inputs of one stream, its legs. Either each packet has a number and the first copy of
+ * a number passes (merge), or one leg passes at a time (failover). docs/decisions/0018 has the
+ * reasons; pkg/packet/stream.go is the twin in Go.
+ *
+ * Nothing is held back and no lock is taken: CPUs that bring copies of one number at the same
+ * instant settle by compare-and-swap on the word of the window that the number belongs to.
+ *
+ * A number is turned into a position, which does not wrap in the life of a host: the one with
+ * these lower bits that is nearest to the head, the newest position so far. A sender that begins
+ * again gets positions ahead of all that were used, so that nothing has to be cleared.
+ */
+#pragma once
+
+#include "maps.h"
+#include "parse.h"
+
+/* Tests set the time: it is then in the field pass_ns of state 0, which no stream has. */
+const volatile bool stream_test_clock = false;
+
+/* A test that must fail claims numbers without atomics, and takes its time. */
+const volatile bool stream_test_broken = false;
+
+#define STREAM_BLOCK_BITS 5	    /* numbers in one word, as a power of two */
+#define STREAM_NEWER_BLOCKS 0x10000 /* so many blocks ahead: newer; more: long ago */
+#define STREAM_TRIES 16		    /* against other CPUs */
+#define STREAM_CONFIRM 3	    /* packets in a row that confirm a jump or a session */
+#define STREAM_JUMP 1024	    /* a number further ahead than this is a jump */
+#define STREAM_MAX_OFFSET 511	    /* bytes of the UDP payload in front of a number */
+#define STREAM_RTP_HEADER 12
+
+#define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+#define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
+
+/* A packet of a leg, and what is known of it. */
+struct stream_packet {
+	const struct stream *s;
+	struct stream_state *st;
+	struct stream_leg *l;
+	__u64 now;
+	__s64 quiet; /* ns since a packet passed */
+	/* The stream, of one instant: see stream_look. */
+	__u64 head;
+	__u64 sessions;
+	__u32 epoch;
+	/* What the packet says of itself. */
+	__u32 raw; /* its number */
+	__u32 session;
+	__u32 count; /* numbers that it takes */
+	__u32 leg;
+	bool sure; /* the leg's numbers go on */
+};
+
+static __always_inline __u64 stream_clock(void)
+{
+	struct stream_state *clock;
+
+	if (!stream_test_clock)
+		return bpf_ktime_get_coarse_ns();
+	clock = bpf_map_lookup_elem(&stream_states, &zero);
+	return clock ? READ_ONCE(clock->pass_ns) : 0;
+}
+
+/* RTP (RFC 3550 section 5.1); with RFC 4175 the high half of the number follows the header. */
+static __always_inline __u32 rtp_number(const struct stream *s, __u8 *p, void *data_end, __u32 len,
+					struct stream_packet *n)
+{
+	__u32 at = STREAM_RTP_HEADER;
+
+	if ((void *)(p + STREAM_RTP_HEADER) > data_end || len < STREAM_RTP_HEADER ||
+	    (p[0] & 0xc0) != 0x80)
+		return STREAM_NO_NUMBER;
+	/* RTCP on the same port (RFC 5761 section 4) has a length in place of the number. */
+	if (p[1] >= 192 && p[1] <= 223)
+		return STREAM_BEAT;
+	n->raw = bpf_ntohs(*(__be16 *)(p + 2));
+	n->session = bpf_ntohl(*(__be32 *)(p + 8));
+	if (s->kind == STREAM_RTP)
+		return STREAM_PASSED;
+	at += 4 * (p[0] & 0xf); /* contributing sources */
+	if (p[0] & 0x10) {	/* header extension: RFC 3550 section 5.3.1 */
+		__u8 *extension = p + (at & 0x7f);
+
+		if ((void *)(extension + 4) > data_end)
+			return STREAM_NO_NUMBER;
+		at += 4 + 4 * bpf_ntohs(*(__be16 *)(extension + 2));
+	}
+	if (at > STREAM_MAX_OFFSET || at + 2 > len)
+		return STREAM_NO_NUMBER;
+	p += at & STREAM_MAX_OFFSET;
+	if ((void *)(p + 2) > data_end)
+		return STREAM_NO_NUMBER;
+	n->raw |= (__u32)bpf_ntohs(*(__be16 *)p) << 16;
+	return STREAM_PASSED;
+}
+
+/* MoldUDP64 1.00: session of 10 bytes, number of the first message, count of messages. */
+static __always_inline __u32 moldudp64_number(__u8 *p, void *data_end, __u32 len,
+					      struct stream_packet *n)
+{
+	if ((void *)(p + 20) > data_end || len < 20)
+		return STREAM_NO_NUMBER;
+	n->count = bpf_ntohs(*(__be16 *)(p + 18));
+	/* A heartbeat and the end of a session carry the number of the next message. */
+	if (n->count == 0 || n->count == 0xffff)
+		return STREAM_BEAT;
+	n->session =
+		*(__u32 *)p * 0x9e3779b1U ^ *(__u32 *)(p + 4) * 0x85ebca6bU ^ *(__u16 *)(p + 8);
+	n->raw = bpf_ntohl(*(__be32 *)(p + 14)); /* the lower half */
+	return STREAM_PASSED;
+}
+
+/* An unsigned field of 1, 2, 4 or 8 bytes; of 8 the lower half. False when the packet is too
+ * short.
+ */
+static __always_inline bool read_field(__u8 *p, void *data_end, __u32 len, __u32 offset,
+				       __u32 width, bool little, __u32 *value)
+{
+	if (offset > STREAM_MAX_OFFSET || offset + width > len)
+		return false;
+	p += offset & STREAM_MAX_OFFSET;
+	if (width == 8) {
+		if ((void *)(p + 8) > data_end)
+			return false;
+		*value = little ? *(__u32 *)p : *(__u32 *)(p + 4);
+	} else if (width == 4) {
+		if ((void *)(p + 4) > data_end)
+			return false;
+		*value = *(__u32 *)p;
+	} else if (width == 2) {
+		if ((void *)(p + 2) > data_end)
+			return false;
+		*value = *(__u16 *)p;
+		if (!little)
+			*value = bpf_ntohs(*value);
+		return true;
+	} else {
+		if ((void *)(p + 1) > data_end)
+			return false;
+		*value = *p;
+		return true;
+	}
+	if (!little)
+		*value = bpf_ntohl(*value);
+	return true;
+}
+
+static __always_inline __u32 field_number(const struct stream *s, __u8 *p, void *data_end,
+					  __u32 len, struct stream_packet *n)
+{
+	if (s->count_width) {
+		if (!read_field(p, data_end, len, s->count_offset, s->count_width, s->little,
+				&n->count))
+			return STREAM_NO_NUMBER;
+		if (!n->count)
+			return STREAM_BEAT;
+	}
+	if (!read_field(p, data_end, len, s->offset, s->width, s->little, &n->raw))
+		return STREAM_NO_NUMBER;
+	return STREAM_PASSED;
+}
+
+/* Whether a number follows the one that was expected, but for some that are missing or came in
+ * another order.
+ */
+static __always_inline bool goes_on(const struct stream *s, __u32 raw, __u32 expected)
+{
+	return ((raw - expected + s->slack) & s->number_mask) <= 2 * s->slack;
+}
+
+/* A number that does not go on from the leg's last one. Returns whether it is one of some in a
+ * row, which the leg is then at.
+ */
+static __noinline bool stream_jump(const struct stream_packet *n)
+{
+	struct stream_leg *l = n->l;
+	__u32 next = n->raw + n->count;
+
+	if (n->session == l->candidate_session && goes_on(n->s, n->raw, l->candidate)) {
+		l->candidate = next;
+		if (++l->run < STREAM_CONFIRM)
+			return false;
+		if (l->session != n->session)
+			l->senders++;
+		else
+			l->resets++;
+		l->session = n->session;
+		l->expected = next;
+		l->history = 1;
+		l->jumped_ns = n->now;
+		l->run = 0;
+		return true;
+	}
+	l->candidate_session = n->session;
+	l->candidate = next;
+	l->run = 0;
+	return false;
+}
+
+/* What a leg lacks, has twice, or in another order: a bit for each of its last 64 numbers. The
+ * number goes on from the leg's last one.
+ */
+static __always_inline void stream_health(const struct stream *s, struct stream_leg *l,
+					  const struct stream_packet *n)
+{
+	__u32 ahead = (n->raw - l->expected) & s->number_mask, back;
+	__u64 bit;
+
+	if (__builtin_expect(ahead <= s->slack, 1)) {
+		l->lost += ahead;
+		l->history = ahead < 63 ? l->history << (ahead + 1) | 1 : 1;
+		l->expected = n->raw + n->count;
+		return;
+	}
+	back = (l->expected - 1 - n->raw) & s->number_mask;
+	bit = 1ULL << (back & 63);
+	/* Of packets that take several numbers it is not known which were seen. */
+	if (back > 63 || s->count_width) {
+		l->reordered++;
+	} else if (l->history & bit) {
+		l->doubled++;
+	} else {
+		l->history |= bit;
+		l->reordered++;
+		if (l->lost)
+			l->lost--;
+	}
+}
+
+/* Reads where the stream is, unless a restart is under way. False when other CPUs go on changing
+ * it.
+ */
+static __always_inline bool stream_look(struct stream_packet *n)
+{
+	struct stream_state *st = n->st;
+	int i;
+
+	for (i = 0; i < 3; i++) {
+		n->epoch = READ_ONCE(st->epoch);
+		n->sessions = READ_ONCE(st->sessions);
+		n->head = READ_ONCE(st->head);
+		if (!(n->epoch & 1) && READ_ONCE(st->epoch) == n->epoch)
+			return true;
+	}
+	return false;
+}
+
+/* The newest position: the head, or one of the same block, which the head does not follow. */
+static __always_inline __u64 stream_newest(const struct stream_state *st, __u64 head)
+{
+	__u64 newest = head;
+	int i;
+
+	for (i = 0; i < XDPCAST_MAX_LEGS; i++) {
+		__u64 p = READ_ONCE(st->legs[i].position);
+
+		if (p > newest && p >> STREAM_BLOCK_BITS == head >> STREAM_BLOCK_BITS)
+			newest = p;
+	}
+	return newest;
+}
+
+/* The sender begins again, or another one does. Returns the packet's new position, ahead of all
+ * that were used; 0: another CPU was first, so that the decision is not valid any more.
+ */
+static __noinline __u64 stream_restart(const struct stream_packet *n)
+{
+	const struct stream *s = n->s;
+	struct stream_state *st = n->st;
+	struct stream_leg *l = n->l;
+	__u64 lap = (__u64)s->number_mask + 1, head, p, floor;
+	bool back = n->sessions >> 32 == n->session;
+
+	/* An odd epoch: nobody else looks or restarts. */
+	if (__sync_val_compare_and_swap(&st->epoch, n->epoch, n->epoch + 1) != n->epoch)
+		return 0;
+	head = READ_ONCE(st->head);
+	p = (head & ~(__u64)s->number_mask) + n->raw;
+	if (p < head + 64)
+		p += lap;
+	if (p < head + 64)
+		p += lap;
+	if (st->start)
+		st->before += stream_newest(st, head) + 1 - st->start;
+	st->start = p;
+	/* What comes before the first one has not been seen either. */
+	floor = p - s->behind - 1;
+	if ((__u32)n->sessions != n->session) {
+		/* A session that was left and comes back goes on where it was left. */
+		if (back && (__s64)(n->now - st->session_ns) < 4 * (__s64)s->reset_ns)
+			floor = p + ((__s32)((st->left - n->raw) << s->shift) >> s->shift);
+		/* The head may be behind by what is left of its block. */
+		st->left = ((__u32)head | 31) & s->number_mask;
+		st->session_ns = n->now;
+		st->session_leg = n->leg;
+		WRITE_ONCE(st->sessions, n->sessions << 32 | n->session);
+	}
+	WRITE_ONCE(st->floor, floor);
+	WRITE_ONCE(st->next_floor, floor);
+	WRITE_ONCE(st->turn_ns, n->now);
+	WRITE_ONCE(st->head, p);
+	st->restarts++;
+	__sync_fetch_and_add(&st->epoch, 1);
+	l->session = n->session;
+	l->expected = n->raw + n->count;
+	l->jumped_ns = n->now;
+	return p;
+}
+
+/* A packet of another session than the stream is in, or its first one. Returns STREAM_PASSED when
+ * the stream is to change to it.
+ */
+static __noinline __u32 stream_session(const struct stream_packet *n)
+{
+	const struct stream *s = n->s;
+	struct stream_state *st = n->st;
+	__u32 beyond = (n->raw - st->left) & s->number_mask, by;
+	bool before = n->sessions >> 32 == n->session;
+
+	if (!n->epoch || n->quiet > (__s64)s->reset_ns)
+		return STREAM_PASSED;
+	/* Late copies of the session before, until their leg comes to the new one. */
+	if (!n->sure || n->l->distrusted ||
+	    (__s64)(n->now - st->session_ns) <= 2 * (__s64)s->skew_ns)
+		return before ? STREAM_OLD_SESSION : STREAM_ASTRAY;
+	if (!before)
+		return STREAM_PASSED;
+	/* A leg on which it goes on says that the new session was another stream's, and the leg
+	 * that brought it is not believed until it is back.
+	 */
+	if (beyond <= STREAM_CONFIRM || beyond > s->number_mask / 2)
+		return STREAM_OLD_SESSION;
+	by = st->session_leg;
+	if (by < XDPCAST_MAX_LEGS && by != n->leg)
+		st->legs[by].distrusted = 1;
+	return STREAM_PASSED;
+}
+
+/* Who comes first to a position passes. */
+static __always_inline __u32 stream_claim(__u64 *word, __u64 p)
+{
+	__u32 block = p >> STREAM_BLOCK_BITS;
+	__u64 bit = 1ULL << (p & 31);
+	int i;
+
+	for (i = 0; i < STREAM_TRIES; i++) {
+		__u64 old = READ_ONCE(*word), new;
+		__s32 newer = (__u32)(old >> 32) - block;
+
+		if (!newer) {
+			if (old & bit)
+				return STREAM_DUPLICATE;
+			new = old | bit;
+		} else if (newer > 0 && newer < STREAM_NEWER_BLOCKS) {
+			return STREAM_LATE;
+		} else {
+			new = (__u64)block << 32 | bit;
+		}
+		if (stream_test_broken) {
+			int wait;
+
+			for (wait = 0; wait < 32; wait++)
+				bpf_ktime_get_ns();
+			WRITE_ONCE(*word, new);
+			return STREAM_PASSED;
+		}
+		if (__sync_val_compare_and_swap(word, old, new) == old)
+			return STREAM_PASSED;
+	}
+	return STREAM_CONTENDED;
+}
+
+static __always_inline __u32 stream_claim_at(const struct stream *s, __u64 p)
+{
+	__u32 word = p >> STREAM_BLOCK_BITS & s->word_mask;
+	__u32 row = s->first_row + word / STREAM_WORDS, at = word % STREAM_WORDS;
+	void *window = bpf_map_lookup_elem(&stream_windows, &row);
+	__u64 *w;
+
+	if (!window)
+		return STREAM_NO_NUMBER;
+	w = bpf_map_lookup_elem(window, &at);
+	return w ? stream_claim(w, p) : STREAM_NO_NUMBER;
+}
+
+/* The head follows what passes by words, so that it is written once in 32 packets. */
+static __always_inline void stream_advance(struct stream_state *st, __u64 p)
+{
+	int i;
+
+	for (i = 0; i < STREAM_TRIES; i++) {
+		__u64 head = READ_ONCE(st->head);
+
+		if (p >> STREAM_BLOCK_BITS <= head >> STREAM_BLOCK_BITS)
+			return;
+		if (__sync_val_compare_and_swap(&st->head, head, p) == head)
+			return;
+	}
+}
+
+/* Once a tick: what is older than the skew is forgotten. */
+static __always_inline void stream_tick(const struct stream *s, struct stream_state *st, __u64 now)
+{
+	__u64 turn;
+
+	if ((__s64)(now - READ_ONCE(st->pass_ns)) <= 0)
+		return;
+	WRITE_ONCE(st->pass_ns, now);
+	turn = READ_ONCE(st->turn_ns);
+	if ((__s64)(now - turn) <= (__s64)s->skew_ns)
+		return;
+	if (__sync_val_compare_and_swap(&st->turn_ns, turn, now) != turn)
+		return;
+	WRITE_ONCE(st->floor,
+		   now - turn > 2 * s->skew_ns ? READ_ONCE(st->head) : READ_ONCE(st->next_floor));
+	WRITE_ONCE(st->next_floor, READ_ONCE(st->head));
+}
+
+/* The stream has been silent, and this leg's numbers jumped at about the time when it fell
+ * silent: its sender began again. A leg that lags, or stood still with the whole machine, did
+ * not, and has to wait longer.
+ */
+static __always_inline bool stream_begins(const struct stream_packet *n, bool jumps)
+{
+	const struct stream *s = n->s;
+
+	if (!n->sure || n->l->jumped_ns + 2 * s->skew_ns >= READ_ONCE(n->st->pass_ns))
+		return n->quiet > (__s64)s->reset_ns;
+	return jumps && n->quiet > 4 * (__s64)s->reset_ns;
+}
+
+/* Finds the position of a packet of the stream's session. */
+static __always_inline __u32 stream_place(struct stream_packet *n, __u64 *position)
+{
+	const struct stream *s = n->s;
+	__s64 d = (__s64)((n->raw - (__u32)n->head + s->bias) & s->number_mask) - s->bias;
+
+	*position = n->head + d;
+	if (__builtin_expect(d <= (__s64)s->ahead && d >= -(__s64)s->behind &&
+				     (d <= STREAM_JUMP || n->sure) &&
+				     (d > 0 || *position > READ_ONCE(n->st->floor)),
+			     1))
+		return STREAM_PASSED;
+	if (!stream_begins(n, true))
+		return d > 0 ? STREAM_ASTRAY : STREAM_LATE;
+	*position = stream_restart(n);
+	n->sure = true;
+	return *position ? STREAM_PASSED : STREAM_CONTENDED;
+}
+
+/* Finds the position of a packet of another session. */
+static __always_inline __u32 stream_change(struct stream_packet *n, __u64 *position)
+{
+	__u32 v = stream_session(n);
+
+	if (v != STREAM_PASSED)
+		return v;
+	*position = stream_restart(n);
+	n->sure = true;
+	if (!*position)
+		return STREAM_CONTENDED;
+	return *position > READ_ONCE(n->st->floor) ? STREAM_PASSED : STREAM_LATE;
+}
+
+static __always_inline __u32 stream_merge(struct stream_packet *n)
+{
+	const struct stream *s = n->s;
+	struct stream_leg *l = n->l;
+	__u64 p;
+	__u32 v;
+
+	n->quiet = n->now - READ_ONCE(n->st->pass_ns);
+	if (!stream_look(n))
+		return STREAM_CONTENDED;
+	n->sure = true;
+	if (__builtin_expect(n->session == l->session && goes_on(s, n->raw, l->expected), 1)) {
+		if (l->run)
+			l->run = 0;
+		stream_health(s, l, n);
+	} else {
+		n->sure = stream_jump(n);
+	}
+	if (__builtin_expect((__u32)n->sessions == n->session && n->epoch, 1)) {
+		if (l->distrusted)
+			l->distrusted = 0;
+		v = stream_place(n, &p);
+	} else {
+		v = stream_change(n, &p);
+	}
+	if (v != STREAM_PASSED)
+		return v;
+	l->position = p + n->count - 1;
+	v = stream_claim_at(s, p);
+	/* Seen long ago, and nothing since. */
+	if (__builtin_expect(v == STREAM_DUPLICATE, 0) && stream_begins(n, false)) {
+		p = stream_restart(n);
+		if (!p)
+			return v;
+		n->sure = true;
+		l->position = p + n->count - 1;
+		v = stream_claim_at(s, p);
+	}
+	if (v != STREAM_PASSED)
+		return v;
+	if (__builtin_expect(n->sure, 1))
+		stream_advance(n->st, p);
+	stream_tick(s, n->st, n->now);
+	l->won++;
+	l->numbers += n->count;
+	return STREAM_PASSED;
+}
+
+/* One leg passes: the best one that is not silent. */
+static __always_inline __u32 stream_failover(const struct stream_packet *n, __u64 seen)
+{
+	const struct stream *s = n->s;
+	struct stream_state *st = n->st;
+	__u32 active = READ_ONCE(st->active) & (XDPCAST_MAX_LEGS - 1);
+	__u64 since = READ_ONCE(st->session_ns);
+	bool better = false;
+
+	if ((__s64)(n->now - seen) > (__s64)s->silence_ns)
+		WRITE_ONCE(n->l->up_ns, n->now);
+	if (__builtin_expect(active == n->leg && since, 1))
+		return STREAM_PASSED;
+	if (n->leg < active) {
+		/* Which leg is heard first says nothing: a better one takes over at once then. */
+		if (READ_ONCE(st->restarts) <= 1)
+			better = (__s64)(n->now - since) <= (__s64)s->silence_ns;
+		if (s->back_ns && (__s64)(n->now - READ_ONCE(n->l->up_ns)) >= (__s64)s->back_ns)
+			better = true;
+	}
+	if (since && !better &&
+	    (__s64)(n->now - READ_ONCE(st->legs[active].seen_ns)) <= (__s64)s->silence_ns)
+		return STREAM_STANDBY;
+	if (__sync_val_compare_and_swap(&st->active, active, n->leg) != active)
+		return READ_ONCE(st->active) == n->leg ? STREAM_PASSED : STREAM_STANDBY;
+	WRITE_ONCE(st->session_ns, n->now);
+	__sync_fetch_and_add(&st->restarts, 1);
+	return STREAM_PASSED;
+}
+
+static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_packet *n,
+					   __u32 udp_at)
+{
+	void *data_end = (void *)(long)ctx->data_end;
+	void *data = (void *)(long)ctx->data;
+	struct udphdr *udp = data + (udp_at & 0xff);
+	__u64 seen = READ_ONCE(n->l->seen_ns);
+	__u8 *p = (void *)(udp + 1);
+	__u32 len, v;
+
+	if (seen != n->now)
+		WRITE_ONCE(n->l->seen_ns, n->now);
+	if (n->s->kind == STREAM_FAILOVER) {
+		v = stream_failover(n, seen);
+		if (v == STREAM_PASSED)
+			n->l->won++;
+		return v;
+	}
+	if ((void *)(udp + 1) > data_end)
+		return STREAM_NO_NUMBER;
+	len = bpf_ntohs(udp->len) - sizeof(*udp);
+	if (n->s->kind == STREAM_MOLDUDP64)
+		v = moldudp64_number(p, data_end, len, n);
+	else if (n->s->kind == STREAM_FIELD)
+		v = field_number(n->s, p, data_end, len, n);
+	else
+		v = rtp_number(n->s, p, data_end, len, n);
+	if (v != STREAM_PASSED)
+		return v;
+	return stream_merge(n);
+}
+
+/* Says what becomes of a packet of a leg: enum stream_verdict. Out of line, since most rules have
+ * one input, and global, so that it is verified once.
+ */
+__noinline int judge_leg(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at)
+{
+	struct stream_packet n = {.count = 1, .leg = leg};
+	__u32 v;
+
+	n.s = bpf_map_lookup_elem(&streams, &stream);
+	n.st = bpf_map_lookup_elem(&stream_states, &stream);
+	if (!n.s || !n.st || leg >= XDPCAST_MAX_LEGS)
+		return STREAM_NO_NUMBER;
+	n.l = &n.st->legs[leg];
+	n.now = stream_clock();
+	v = stream_decide(ctx, &n, udp_at);
+	if (v == STREAM_BEAT || v == STREAM_NO_NUMBER) {
+		n.l->others++;
+		return v == STREAM_BEAT || n.s->pass_other ? STREAM_PASSED : v;
+	}
+	return v;
+}

@@ -1,0 +1,102 @@
+package plan
+
+import (
+	"fmt"
+
+	"xdpcast/internal/network"
+	"xdpcast/pkg/flow"
+	"xdpcast/pkg/packet"
+	"xdpcast/pkg/rules"
+)
+
+// legs plans each input of a rule with several by itself. The rule is in force as soon as one is.
+func (m *maker) legs(r *Rule) *RulePlan {
+	p := &RulePlan{Rule: r, taken: m.takenFirst(r), Flows: make([]*FlowPlan, r.InputCount())}
+	for i := range p.Flows {
+		one := &Rule{Rule: r.OfLeg(i), Origin: r.Origin}
+		leg := flow.Leg{Of: r.Name, Number: i, Settings: streamOf(r.Stream)}
+		p.Flows[i] = &FlowPlan{}
+		if inputs, reason := m.inputsOf(one.In); len(inputs) > 0 {
+			m.flow(p.Flows[i], one, m.taken[legRef{r, i}], leg, inputs[0])
+		} else {
+			absent := &network.Link{Name: one.In.Interface}
+			*p.Flows[i] = FlowPlan{In: absent, State: Pending, Reason: reason, rule: one, Flow: &flow.Flow{Name: legName(leg), Leg: leg}}
+		}
+	}
+	p.sum()
+	return p
+}
+
+// legName is what the flow of a leg is known by.
+func legName(leg flow.Leg) string { return fmt.Sprint(leg.Of, flow.LegSeparator, leg.Number) }
+
+// streamOf is what a rule asks of its inputs: an option of merge or failover is carried over here,
+// and nowhere else.
+func streamOf(s *rules.Stream) packet.Stream {
+	if s.Failover != (rules.Failover{}) {
+		return packet.Stream{Kind: packet.StreamFailover, Silence: s.Failover.Silence, Back: s.Failover.Back}
+	}
+	out := packet.Stream{PassOther: s.Merge.PassOther}
+	out.Skew, out.Reset, out.Window = s.Merge.Times()
+	switch s.Merge.Format {
+	case rules.MergeRTP:
+		out.Kind = packet.StreamRTP
+	case rules.MergeRFC4175:
+		out.Kind = packet.StreamRFC4175
+	case rules.MergeMoldUDP64:
+		out.Kind = packet.StreamMoldUDP64
+	case rules.MergePitch: // Cboe PITCH: length 2, count 1, unit 1, sequence 4
+		out.Kind, out.Offset, out.Width, out.CountOffset, out.CountWidth, out.Little = packet.StreamField, 4, 4, 2, 1, true
+	case rules.MergeMDP3: // CME MDP 3.0: MsgSeqNum 4, SendingTime 8
+		out.Kind, out.Width, out.Little = packet.StreamField, 4, true
+	default:
+		f := s.Merge.Field
+		out.Kind, out.Offset, out.Width, out.Little, out.CountOffset, out.CountWidth = packet.StreamField, f.Offset, f.Bytes, f.Little, f.CountOffset, f.CountBytes
+	}
+	return out
+}
+
+// checkLeg says why an input among several cannot be one on an interface: the relay program tells
+// which of its packets are copies.
+func (m *maker) checkLeg(in *network.Link) error {
+	if !in.Ethernet {
+		return fmt.Errorf("interface %s has no Ethernet header, which the relay program needs that finds copies among several inputs", in.Name)
+	}
+	return nil
+}
+
+// legRef is an input of a rule.
+type legRef struct {
+	rule *Rule
+	leg  int
+}
+
+// takenFirst is the rule that takes the same as one of a rule's inputs by another name of its
+// interface, the first that does; nil for none.
+func (m *maker) takenFirst(r *Rule) *Rule {
+	if len(m.taken) == 0 {
+		return nil
+	}
+	for i := range r.InputCount() {
+		if winner := m.taken[legRef{r, i}]; winner != nil {
+			return winner
+		}
+	}
+	return nil
+}
+
+// flow is the name of the input's flow, when it names its interface.
+func (l legRef) flow() string {
+	if l.rule.Stream == nil {
+		return l.rule.Name
+	}
+	return legName(flow.Leg{Of: l.rule.Name, Number: l.leg})
+}
+
+// streamNote says what becomes of a packet of one of several inputs.
+func streamNote(s *rules.Stream, leg int) string {
+	if failover := s.Failover.String(); failover != "" {
+		return fmt.Sprintf("it comes by input %d of %d (failover=%s): the first that is not silent is relayed, and the packets of the others are dropped, reason standby", leg, 1+len(s.Legs), failover)
+	}
+	return fmt.Sprintf("it comes by input %d of %d (merge=%s): the first copy of each number is relayed, and the others are dropped, reason duplicate", leg, 1+len(s.Legs), s.Merge)
+}

@@ -1,0 +1,358 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
+	"xdpcast/pkg/packet"
+)
+
+// streamEntry is a stream that rules in force are legs of.
+type streamEntry struct {
+	id       uint32 // index of streams and stream_states
+	row      uint32 // first row of stream_windows
+	rows     uint32
+	settings packet.Stream
+	users    int // rules
+}
+
+// streamKey is what makes a stream another one, that begins anew: its times may change.
+type streamKey struct {
+	name  string
+	shape packet.Stream
+}
+
+func keyOf(leg flow.Leg) streamKey {
+	shape := leg.Settings
+	shape.Skew, shape.Reset, shape.Silence, shape.Back, shape.PassOther = 0, 0, 0, 0, false
+	return streamKey{leg.Of, shape}
+}
+
+// windowRows is how many rows the window of a stream takes.
+func windowRows(s packet.Stream) uint32 { return s.Window / packet.StreamRowNumbers }
+
+// useStream counts a rule that is a leg, and makes its stream with the first one.
+func (s *transaction) useStream(e *entry) error {
+	leg := e.rule.Leg
+	if leg.Of == "" {
+		return nil
+	}
+	key := keyOf(leg)
+	st := s.streams[key]
+	if st == nil {
+		var err error
+		if st, err = s.newStream(leg.Settings); err != nil {
+			return fmt.Errorf("stream: %w", err)
+		}
+		s.streams[key] = st
+	} else if st.settings != leg.Settings {
+		before := st.settings
+		if err := s.writeStream(st, leg.Settings); err != nil {
+			return err
+		}
+		s.onFailure(func() error { return s.writeStream(st, before) })
+	}
+	st.users++
+	e.stream = st.id
+	s.onFailure(func() error { return s.releaseStream(leg) })
+	return nil
+}
+
+// newStream takes the numbers of a stream, and stages its window.
+func (s *transaction) newStream(settings packet.Stream) (_ *streamEntry, err error) {
+	st := &streamEntry{rows: windowRows(settings)}
+	if st.id, _, err = s.streamIDs.take(); err != nil {
+		return nil, err
+	}
+	if st.rows > 0 {
+		if st.row, _, err = s.windows.take(st.rows); err != nil {
+			s.streamIDs.give(st.id)
+			return nil, fmt.Errorf("window: %w", err)
+		}
+	}
+	for i := range st.rows {
+		window, err := s.newWindow()
+		if err != nil {
+			return nil, errors.Join(err, s.dropStream(st))
+		}
+		s.staged.openWindows = append(s.staged.openWindows, window)
+		s.staged.windows.add(st.row+i, uint32(window.FD()))
+	}
+	state := bpf.RelayStreamState{Head: packet.FirstHead}
+	if err := s.maps.StreamStates.Put(st.id, &state); err != nil {
+		return nil, errors.Join(fmt.Errorf("write map stream_states: %w", err), s.dropStream(st))
+	}
+	if err := s.writeStream(st, settings); err != nil {
+		return nil, errors.Join(err, s.dropStream(st))
+	}
+	return st, nil
+}
+
+func (l *Loader) newWindow() (*ebpf.Map, error) {
+	spec := l.specs[bpf.RelayMapStreamWindows].InnerMap.Copy()
+	spec.Name = "stream_window"
+	window, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("make a window of %d words: %w", spec.MaxEntries, err)
+	}
+	return window, nil
+}
+
+func (l *Loader) writeStream(st *streamEntry, settings packet.Stream) error {
+	value := encodeStream(settings, st.row)
+	if err := l.maps.Streams.Put(st.id, &value); err != nil {
+		return fmt.Errorf("write map streams: %w", err)
+	}
+	st.settings = settings
+	return nil
+}
+
+// releaseStream is the inverse of useStream. No program may look at the stream any more, if it is
+// the last one.
+func (l *Loader) releaseStream(leg flow.Leg) error {
+	st := l.streams[keyOf(leg)]
+	if leg.Of == "" || st == nil {
+		return nil
+	}
+	if st.users--; st.users > 0 {
+		return nil
+	}
+	delete(l.streams, keyOf(leg))
+	return l.dropStream(st)
+}
+
+// dropStream gives the memory of a stream back.
+func (l *Loader) dropStream(st *streamEntry) error {
+	err := errors.Join(l.emptyWindows(st.row, st.rows), l.maps.Streams.Put(st.id, &bpf.RelayStream{}))
+	l.streamIDs.give(st.id)
+	if st.rows > 0 {
+		l.windows.give(st.row, st.rows)
+	}
+	return err
+}
+
+func (l *Loader) emptyWindows(row, rows uint32) error {
+	return atOnce(int(rows), func(from, to int) error {
+		var errs []error
+		for i := from; i < to; i++ {
+			if err := l.maps.StreamWindows.Delete(row + uint32(i)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				errs = append(errs, fmt.Errorf("clear map stream_windows: %w", err))
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// encodeStream is what the program goes by.
+func encodeStream(s packet.Stream, row uint32) bpf.RelayStream {
+	value := bpf.RelayStream{Kind: uint8(s.Kind), SilenceNs: uint64(s.Silence), BackNs: uint64(s.Back), FirstRow: row}
+	if s.Kind == packet.StreamFailover {
+		return value
+	}
+	value.SkewNs, value.ResetNs = uint64(s.Skew), uint64(s.Reset)
+	value.WordMask = s.Window/32 - 1
+	value.NumberMask, value.Bias, value.Behind, value.Ahead, value.Slack = s.Mask(), s.Bias(), s.Behind(), s.Ahead(), s.Slack()
+	value.Offset, value.Width, value.CountOffset, value.CountWidth = s.Offset, s.Width, s.CountOffset, s.CountWidth
+	value.Shift = uint8(32 - s.Bits())
+	if s.Kind == packet.StreamMoldUDP64 {
+		value.CountWidth = 2 // of its header
+	}
+	if s.Little {
+		value.Little = 1
+	}
+	if s.PassOther {
+		value.PassOther = 1
+	}
+	return value
+}
+
+// decodeStream is the inverse of encodeStream. It refuses what no release writes.
+func decodeStream(v *bpf.RelayStream) (packet.Stream, error) {
+	s := packet.Stream{
+		Kind: packet.StreamKind(v.Kind), Silence: time.Duration(v.SilenceNs), Back: time.Duration(v.BackNs),
+		Skew: time.Duration(v.SkewNs), Reset: time.Duration(v.ResetNs),
+		Offset: v.Offset, Width: v.Width, CountOffset: v.CountOffset, CountWidth: v.CountWidth,
+		Little: v.Little != 0, PassOther: v.PassOther != 0,
+	}
+	if s.Kind == packet.StreamMoldUDP64 {
+		s.CountWidth = 0
+	}
+	if s.Kind != packet.StreamFailover {
+		s.Window = 32 * (v.WordMask + 1)
+	}
+	if err := s.Check(); err != nil {
+		return s, err
+	}
+	if encodeStream(s, v.FirstRow) != *v {
+		return s, errors.New("its settings contradict each other")
+	}
+	return s, nil
+}
+
+// streamOf fills in the leg that a flow entry says its rule is.
+func (p *referents) streamOf(e *entry, f *bpf.RelayFlow) error {
+	if f.Stream == 0 {
+		return nil
+	}
+	if int(f.Stream) >= len(p.streams) {
+		return fmt.Errorf("stream %d: %w", f.Stream, ebpf.ErrKeyNotExist)
+	}
+	settings, err := decodeStream(&p.streams[f.Stream])
+	if err != nil {
+		return fmt.Errorf("stream %d: %w", f.Stream, err)
+	}
+	name, _, ok := strings.Cut(e.rule.Name, flow.LegSeparator)
+	if !ok {
+		return fmt.Errorf("stream %d: the rule's name has no leg", f.Stream)
+	}
+	e.stream = uint32(f.Stream)
+	e.rule.Leg = flow.Leg{Of: name, Number: int(f.Leg), Settings: settings}
+	return nil
+}
+
+// adoptStreams finds the streams of the rules again, and clears what a process left that died
+// between two steps.
+func (l *Loader) adoptStreams() error {
+	rows, err := readArray[bpf.RelayStream](l.maps.Streams, int(l.maps.Streams.MaxEntries()))
+	if err != nil {
+		return fmt.Errorf("read map streams: %w", err)
+	}
+	used := map[uint32]bool{0: true} // 0 is no stream
+	var windows []extent
+	for _, e := range l.rules {
+		if e.stream == 0 {
+			continue
+		}
+		key := keyOf(e.rule.Leg)
+		st := l.streams[key]
+		if st == nil {
+			st = &streamEntry{id: e.stream, row: rows[e.stream].FirstRow, rows: windowRows(e.rule.Leg.Settings), settings: e.rule.Leg.Settings}
+			l.streams[key], used[e.stream] = st, true
+			if st.rows > 0 {
+				windows = append(windows, extent{st.row, st.rows})
+			}
+		}
+		if st.id != e.stream {
+			return fmt.Errorf("rule %s is a leg of stream %d, others of the same of %d", e.rule.Name, e.stream, st.id)
+		}
+		st.users++
+	}
+	l.streamIDs.adopt(has(used))
+	if err := l.windows.adopt(windows); err != nil {
+		return fmt.Errorf("windows: %w", err)
+	}
+	for id := range rows {
+		if v := &rows[id]; !used[uint32(id)] && *v != (bpf.RelayStream{}) {
+			if s, err := decodeStream(v); err == nil && !overlaps(windows, v.FirstRow, windowRows(s)) {
+				if err := l.emptyWindows(v.FirstRow, windowRows(s)); err != nil {
+					return err
+				}
+			}
+			if err := l.maps.Streams.Put(uint32(id), &bpf.RelayStream{}); err != nil {
+				return fmt.Errorf("clear map streams: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// overlaps says whether rows are among those of some extents.
+func overlaps(all []extent, first, n uint32) bool {
+	for _, e := range all {
+		if first < e.first+e.n && e.first < first+n {
+			return true
+		}
+	}
+	return false
+}
+
+// LegStats is what a leg of a stream has brought.
+type LegStats struct {
+	Number int
+	// Won counts the packets that were the first of their number, or that came while the leg was
+	// the one that passes, and Others those without a number.
+	Won, Others uint64
+	// Active is set for the leg that passes, with failover; and for all with merge.
+	Active bool
+	// What the leg's own numbers say: how many it did not bring, brought twice, or in another
+	// order; jumps of its numbers, and changes of its sender.
+	Lost, Doubled, Reordered, Resets, Senders uint64
+	// Behind is how many numbers the leg's last one is behind the newest of the stream, and Bound
+	// how many that may be for its numbers to be told from those of the next round.
+	Behind, Bound uint64
+	// LastSeen is the age of the last packet; negative when there was none.
+	LastSeen time.Duration
+}
+
+// StreamStats is what became of a stream.
+type StreamStats struct {
+	Settings packet.Stream
+	// Expected is how many numbers there were since the stream began, and Passed how many of them
+	// passed: the others are lost on all legs. Both are 0 with failover.
+	Expected, Passed uint64
+	// Restarts counts how often the sender began again, or with failover how often another leg was
+	// chosen.
+	Restarts uint64
+}
+
+// readStream reads a leg and its stream.
+func readStream(m *mapSet, e *entry) (*LegStats, *StreamStats, error) {
+	if e.stream == 0 {
+		return nil, nil, nil
+	}
+	var v bpf.RelayStreamState
+	if err := m.StreamStates.Lookup(e.stream, &v); err != nil {
+		return nil, nil, fmt.Errorf("read stream of rule %s: %w", e.rule.Name, err)
+	}
+	s, number := e.rule.Leg.Settings, e.rule.Leg.Number
+	merges := s.Kind != packet.StreamFailover
+	all := &StreamStats{Settings: s, Restarts: v.Restarts}
+	newest := v.Head
+	for i := range v.Legs {
+		all.Passed += v.Legs[i].Numbers
+		if p := v.Legs[i].Position; p > newest && p-newest < 32 {
+			newest = p
+		}
+	}
+	if merges && v.Start != 0 {
+		all.Expected = v.Before + newest + 1 - v.Start
+	}
+	if all.Restarts > 0 {
+		all.Restarts-- // the first was the beginning
+	}
+	row := &v.Legs[number]
+	leg := &LegStats{
+		Number: number, Won: row.Won, Others: row.Others, Active: merges || v.Active == uint32(number) && v.SessionNs != 0,
+		Lost: row.Lost, Doubled: row.Doubled, Reordered: row.Reordered, Resets: row.Resets, Senders: row.Senders, LastSeen: -1,
+	}
+	if merges {
+		leg.Bound = uint64(s.Behind())
+		if row.Position != 0 && row.Position >= v.Start {
+			leg.Behind = newest - min(newest, row.Position)
+		}
+	}
+	if row.SeenNs != 0 {
+		leg.LastSeen = max(0, monotonic()-monotonicOf(row.SeenNs))
+	}
+	return leg, all, nil
+}
+
+// readLeg reads what a leg has brought.
+func (t *tally) readLeg(m *mapSet) (err error) {
+	t.leg, t.stream, err = readStream(m, t.entry)
+	return err
+}
+
+// copyReason is why copies of what other legs have brought are dropped.
+func copyReason(e *entry) Reason {
+	if e.rule.Leg.Settings.Kind == packet.StreamFailover {
+		return Standby
+	}
+	return Duplicate
+}

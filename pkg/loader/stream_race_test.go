@@ -1,0 +1,241 @@
+package loader
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+	"xdpcast/internal/labtest"
+	"xdpcast/internal/streamtest"
+	"xdpcast/pkg/packet"
+)
+
+// raceHeaders is what is written anew into the frame for each number: all in front of the payload,
+// and more, to a multiple of 8. The number follows Ethernet, IPv4 and UDP.
+const (
+	raceHeaders = 48
+	raceNumber  = 42
+	raceSlot    = 128 // bytes: the legs have cache lines of their own
+	raceApart   = 16  // numbers that a leg may be ahead of the other
+)
+
+// raceMaps are what two drivers share: where each is, and its frame.
+type raceMaps struct {
+	next, frames, programs *ebpf.Map
+}
+
+// newDriver loads a program that makes the next number of a leg, unless that is too far ahead of the
+// other, and calls the relay program with it. A run of it is many packets that no system call lies
+// between, so that two CPUs meet at one number again and again.
+func newDriver(t *testing.T, m raceMaps, leg int32, numbers int64) *ebpf.Program {
+	t.Helper()
+	lookup := func(m *ebpf.Map, key int32, to asm.Register) asm.Instructions {
+		return asm.Instructions{
+			asm.StoreImm(asm.RFP, -4, int64(key), asm.Word),
+			asm.LoadMapPtr(asm.R1, m.FD()),
+			asm.Mov.Reg(asm.R2, asm.RFP),
+			asm.Add.Imm(asm.R2, -4),
+			asm.FnMapLookupElem.Call(),
+			asm.JEq.Imm(asm.R0, 0, "drop"),
+			asm.Mov.Reg(to, asm.R0),
+		}
+	}
+	ins := asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}
+	ins = append(ins, lookup(m.next, leg, asm.R7)...)
+	ins = append(ins, lookup(m.next, 1-leg, asm.R8)...)
+	ins = append(ins,
+		asm.LoadMem(asm.R9, asm.R7, 0, asm.DWord),
+		asm.LoadImm(asm.R1, numbers, asm.DWord),
+		asm.JGE.Reg(asm.R9, asm.R1, "drop"),
+		asm.LoadMem(asm.R1, asm.R8, 0, asm.DWord),
+		asm.Add.Imm(asm.R1, raceApart),
+		asm.JGT.Reg(asm.R9, asm.R1, "drop"),
+	)
+	ins = append(ins, lookup(m.frames, leg, asm.R8)...)
+	ins = append(ins,
+		asm.LoadMem(asm.R2, asm.R6, 0, asm.Word), // data
+		asm.LoadMem(asm.R3, asm.R6, 4, asm.Word), // data_end
+		asm.Mov.Reg(asm.R1, asm.R2),
+		asm.Add.Imm(asm.R1, raceHeaders),
+		asm.JGT.Reg(asm.R1, asm.R3, "drop"),
+	)
+	for at := int16(0); at < raceHeaders; at += 8 {
+		ins = append(ins, asm.LoadMem(asm.R1, asm.R8, at, asm.DWord), asm.StoreMem(asm.R2, at, asm.R1, asm.DWord))
+	}
+	ins = append(ins,
+		asm.StoreMem(asm.R2, raceNumber, asm.R9, asm.Word),
+		asm.Add.Imm(asm.R9, 1),
+		asm.StoreMem(asm.R7, 0, asm.R9, asm.DWord),
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.LoadMapPtr(asm.R2, m.programs.FD()),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.FnTailCall.Call(),
+		asm.Mov.Imm(asm.R0, xdpDrop).WithSymbol("drop"),
+		asm.Return(),
+	)
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.XDP, AttachType: ebpf.AttachXDP, Flags: unix.BPF_F_XDP_HAS_FRAGS, License: "GPL", Instructions: ins})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
+func raceMap(t *testing.T, spec *ebpf.MapSpec) *ebpf.Map {
+	t.Helper()
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+// raced is what came of a race: numbers that there were, packets that passed, and those that were
+// dropped for another reason than as a duplicate.
+type raced struct{ numbers, passed, others uint64 }
+
+// race brings numbers on two legs by two CPUs at the same time, as many as it can in some time.
+func race(t *testing.T, broken bool, numbers int64, most time.Duration) (r raced) {
+	opts := testOptions(t)
+	opts.Logger = nil
+	opts.programs = embedded{noPacket: true, streamBroken: broken}
+	n := newLab(t, 1)
+	l := open(t, opts)
+	attachAll(t, l, n.in, n.out[0])
+	settings := streamtest.MDP3
+	settings.Skew, settings.Reset = time.Hour, 4*time.Hour // CPUs that are shared stall
+	sync1(t, l, legs(n, "race", settings, output(n.out[0], "239.9.9.9", "10.1.0.1", 6000), legGroups[:2]...)...)
+	m := raceMaps{
+		next:     raceMap(t, &ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: raceSlot, MaxEntries: 2}),
+		frames:   raceMap(t, &ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: raceHeaders, MaxEntries: 2}),
+		programs: raceMap(t, &ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1}),
+	}
+	ended := make(chan error, 2)
+	var drivers [2]*ebpf.Program
+	var frames [2][]byte
+	for leg := range drivers {
+		drivers[leg] = newDriver(t, m, int32(leg), numbers)
+		group := netip.MustParseAddr(legGroups[leg])
+		frames[leg] = packet.Frame{DstMAC: packet.MulticastMAC(group), SrcMAC: [6]byte{2, 0, 0, 0, 0, 9}, Src: netip.MustParseAddr("192.0.2.7"), Dst: group, SrcPort: 7, DstPort: 5000, TTL: 9, Payload: make([]byte, 60)}.Build()
+		if err := m.frames.Put(uint32(leg), frames[leg][:raceHeaders]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.programs.Put(uint32(0), uint32(l.relay.FD())); err != nil {
+		t.Fatal(err)
+	}
+	for leg, p := range drivers {
+		go func() {
+			runtime.LockOSThread() // and never unlocked: the thread ends with its CPU
+			if err := onCPU(leg); err != nil {
+				ended <- err
+				return
+			}
+			ended <- drive(p, frames[leg], n.in.Index, m.next, leg, numbers, time.Now().Add(most))
+		}()
+	}
+	for range drivers {
+		if err := <-ended; err != nil {
+			t.Fatal(err)
+		}
+	}
+	var state bpf.RelayStreamState
+	if err := l.maps.StreamStates.Lookup(l.rules["race%0"].stream, &state); err != nil {
+		t.Fatal(err)
+	}
+	for leg := range drivers {
+		at, err := raceNext(m.next, leg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.numbers = max(r.numbers, uint64(at))
+		r.passed += state.Legs[leg].Won
+		for reason, c := range statsOf(t, l, legs(n, "race", settings, Output{}, legGroups[:2]...)[leg].Name).Drops {
+			if reason != Duplicate {
+				r.others += c.Packets
+			}
+		}
+	}
+	return r
+}
+
+// raceNext is the number that a leg comes to next.
+func raceNext(next *ebpf.Map, leg int) (int64, error) {
+	slot := make([]byte, raceSlot)
+	err := next.Lookup(uint32(leg), &slot)
+	return int64(binary.NativeEndian.Uint64(slot)), err
+}
+
+// drive runs a driver until it has brought all numbers, or the time is over. The legs meet while both
+// CPUs run: one that waits for the other goes on to, since a thread that sleeps is late to wake on a busy machine.
+func drive(p *ebpf.Program, frame []byte, index int, next *ebpf.Map, leg int, numbers int64, end time.Time) error {
+	for time.Now().Before(end) {
+		opts := ebpf.RunOptions{Data: frame, Context: xdpContext{DataEnd: uint32(len(frame)), IngressIfindex: uint32(index)}, Repeat: 50_000}
+		if _, err := p.Run(&opts); err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		at, err := raceNext(next, leg)
+		if err != nil || at >= numbers {
+			return err
+		}
+	}
+	return nil
+}
+
+// onCPU keeps the thread on the nth CPU that it may use.
+func onCPU(n int) error {
+	var now, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &now); err != nil {
+		return err
+	}
+	for cpu := range 1024 {
+		if !now.IsSet(cpu) {
+			continue
+		}
+		if n == 0 {
+			one.Set(cpu)
+			return unix.SchedSetaffinity(0, &one)
+		}
+		n--
+	}
+	return nil // there are not so many: the legs take turns
+}
+
+// Two CPUs bring the copies of each number at the same time: each passes once. Without atomics some
+// pass twice, so that the test would notice.
+func TestStreamRace(t *testing.T) {
+	labtest.RequireRoot(t)
+	if runtime.NumCPU() < 2 {
+		t.Skip("the race needs two CPUs")
+	}
+	numbers := int64(labtest.Soak(200_000, 10_000_000))
+	most := time.Duration(labtest.Soak(5, 240)) * time.Second
+	r := race(t, false, numbers, most)
+	if r.passed != r.numbers || r.others != 0 {
+		t.Errorf("%d packets passed, want each of %d numbers once; %d were dropped for other reasons", r.passed, r.numbers, r.others)
+	}
+	t.Logf("%d numbers", r.numbers)
+	for begin, together := time.Now(), uint64(0); ; {
+		r := race(t, true, numbers, most)
+		together += r.numbers
+		if r.passed != r.numbers {
+			t.Logf("without atomics %d packets passed of %d numbers", r.passed, r.numbers)
+			return
+		}
+		switch over := time.Since(begin) > 30*time.Second; {
+		case over && together < 20_000:
+			t.Skipf("the CPUs are too busy to run together: %d numbers in 30 s", together)
+		case over:
+			t.Fatalf("without atomics each of %d numbers passed once: the test is too weak", r.numbers)
+		}
+	}
+}

@@ -1,0 +1,256 @@
+package loader
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+	"time"
+
+	"xdpcast/bpf"
+	"xdpcast/internal/labtest"
+	"xdpcast/internal/streamtest"
+	"xdpcast/pkg/packet"
+)
+
+// legs are the flows of a stream: two on one interface, or on several.
+func legs(n *testLab, name string, settings packet.Stream, out Output, groups ...string) (rules []Rule) {
+	for i, group := range groups {
+		r := Rule{Name: fmt.Sprintf("%s%%%d", name, i), In: input(n.in, group, "", 5000), Out: []Output{out}}
+		r.Leg.Of, r.Leg.Number, r.Leg.Settings = name, i, settings
+		rules = append(rules, r)
+	}
+	return rules
+}
+
+// streamLab runs the relay program and its twin beside each other.
+type streamLab struct {
+	*runner
+	n     *testLab
+	out   Output
+	twin  *packet.StreamState
+	name  string
+	steps int
+}
+
+func newStreamLab(t testing.TB) *streamLab {
+	opts := testOptions(t)
+	opts.Logger = nil
+	opts.programs = embedded{streamClock: true, noPacket: true}
+	n := newLab(t, 1)
+	l := open(t, opts)
+	attachAll(t, l, n.in, n.out[0])
+	return &streamLab{runner: newRunner(t, l, n.relay), n: n, out: output(n.out[0], "239.9.9.9", "10.1.0.1", 6000)}
+}
+
+// begin brings a stream into force that has had no packet.
+func (s *streamLab) begin(t testing.TB, settings packet.Stream) {
+	t.Helper()
+	s.steps++
+	s.name = fmt.Sprintf("stream%d", s.steps)
+	sync1(t, s.l, legs(s.n, s.name, settings, s.out, legGroups[:]...)...)
+	s.twin = packet.NewStreamState(settings)
+}
+
+var legGroups = [packet.MaxLegs]string{"239.1.1.1", "239.1.1.2", "239.1.1.3", "239.1.1.4"}
+
+// send gives a payload to both, and compares what they say.
+func (s *streamLab) send(t testing.TB, leg int, payload []byte, now uint64) bool {
+	t.Helper()
+	clock := bpf.RelayStreamState{PassNs: now}
+	if err := s.l.maps.StreamStates.Put(uint32(0), &clock); err != nil {
+		t.Fatal(err)
+	}
+	frame := packet.Frame{DstMAC: packet.MulticastMAC(netip.MustParseAddr(legGroups[leg])), SrcMAC: [6]byte{2, 0, 0, 0, 0, 9}, Src: netip.MustParseAddr("192.0.2.7"),
+		Dst: netip.MustParseAddr(legGroups[leg]), SrcPort: 7, DstPort: 5000, TTL: 9, Payload: payload}.Build()
+	verdict, _ := s.must(t, s.l.relay, s.n.in.Index, frame, len(frame))
+	want := s.twin.Packet(leg, payload, len(payload), now)
+	passed := verdict == xdpRedirect
+	if !passed && verdict != xdpDrop {
+		t.Fatalf("verdict %d, want a redirect or a drop", verdict)
+	}
+	if passed != (want == packet.StreamPassed) {
+		t.Fatalf("leg %d at %v: passed %v, the twin says %v", leg, time.Duration(now), passed, want)
+	}
+	return passed
+}
+
+// compare compares where the streams are.
+func (s *streamLab) compare(t testing.TB) {
+	t.Helper()
+	id := s.l.rules[s.name+"%0"].stream
+	var got bpf.RelayStreamState
+	if err := s.l.maps.StreamStates.Lookup(id, &got); err != nil {
+		t.Fatal(err)
+	}
+	w := s.twin
+	want := bpf.RelayStreamState{
+		Head: w.Head, Floor: w.Floor, NextFloor: w.NextFloor, TurnNs: w.Turn, PassNs: w.Pass, Sessions: w.Sessions, SessionNs: w.SessionSince,
+		Epoch: w.Epoch, Active: w.Active, Start: w.Start, Before: w.Before, Restarts: w.Restarts, Left: w.Left, SessionLeg: w.SessionLeg,
+	}
+	for i, l := range w.Legs {
+		want.Legs[i] = bpf.RelayStreamLeg{
+			Session: l.Session, Expected: l.Expected, CandidateSession: l.CandidateSession, Candidate: l.Candidate, Run: l.Run, Distrusted: l.Distrusted,
+			JumpedNs: l.Jumped, History: l.History, Position: l.Position, Won: l.Won, Numbers: l.Numbers, SeenNs: l.Seen, UpNs: l.Up,
+			Lost: l.Lost, Doubled: l.Doubled, Reordered: l.Reordered, Resets: l.Resets, Senders: l.Senders, Others: l.Others,
+		}
+	}
+	if got != want {
+		t.Fatalf("the program's stream is\n%+v, the twin's\n%+v", got, want)
+	}
+}
+
+// What happens to streams, by the program and its twin; of the long ones in short their beginning.
+func TestStreamScenarios(t *testing.T) {
+	labtest.RequireRoot(t)
+	s := newStreamLab(t)
+	most := labtest.Soak(5000, 1<<30)
+	for _, scenario := range streamtest.Scenarios() {
+		s.begin(t, scenario.Stream)
+		n := 0
+		scenario.Play(t, func(leg int, payload []byte, now uint64) bool {
+			if n++; n > most {
+				return s.twin.Packet(leg, payload, len(payload), now) == packet.StreamPassed
+			}
+			passed := s.send(t, leg, payload, now)
+			if n%512 == 0 || n == most {
+				s.compare(t)
+			}
+			return passed
+		})
+		if t.Failed() {
+			t.Fatal("in: " + scenario.Name)
+		}
+	}
+}
+
+// Random packets of random streams: the program and its twin do not differ in what becomes of one,
+// nor in what they remember of the stream.
+func TestStreamDifferential(t *testing.T) {
+	labtest.RequireRoot(t)
+	s := newStreamLab(t)
+	packets := 0
+	for seed := range uint64(labtest.Soak(24, 3000)) {
+		d := &drawn{Rand: rand.New(rand.NewPCG(seed, 7))}
+		settings := d.settings()
+		s.begin(t, settings)
+		for range 1500 {
+			leg, payload, now := d.packet(settings)
+			s.send(t, leg, payload, now)
+			packets++
+		}
+		s.compare(t)
+		if t.Failed() {
+			t.Fatalf("seed %d: %+v", seed, settings)
+		}
+	}
+	t.Logf("%d packets", packets)
+}
+
+// drawn draws streams, and packets as senders, networks and accidents make them.
+type drawn struct {
+	*rand.Rand
+	now     uint64
+	number  [packet.MaxLegs]uint32
+	session [packet.MaxLegs]uint32
+}
+
+func (d *drawn) settings() packet.Stream {
+	d.now = uint64(time.Hour)
+	s := streamtest.AllStreams[d.IntN(len(streamtest.AllStreams))]
+	if s.Kind == packet.StreamField && d.IntN(2) == 0 {
+		s.Offset, s.Width, s.Little = uint16(d.IntN(40)), uint8(2<<d.IntN(3)), d.IntN(2) == 0
+		s.CountOffset, s.CountWidth = uint16(d.IntN(20)), uint8(d.IntN(3))
+		if s.CountWidth == 0 {
+			s.CountOffset = 0
+		}
+	}
+	if s.Kind != packet.StreamFailover {
+		s.PassOther = d.IntN(3) == 0
+		s.Skew = time.Duration(1+d.IntN(200)) * time.Millisecond
+		s.Reset = 2*s.Skew + time.Duration(d.IntN(1000))*time.Millisecond
+		if s.Bits() == 32 {
+			s.Window = 1 << (16 + d.IntN(3))
+		}
+	}
+	start := d.Uint32()
+	for i := range d.number {
+		d.number[i], d.session[i] = start, 7
+	}
+	return s
+}
+
+// packet draws the next one.
+func (d *drawn) packet(s packet.Stream) (leg int, payload []byte, now uint64) {
+	leg = d.IntN(packet.MaxLegs)
+	switch d.IntN(20) {
+	case 0:
+	case 1:
+		d.now += uint64(d.IntN(3000)) * uint64(time.Millisecond) / uint64(1+d.IntN(100))
+	default:
+		d.now += uint64(d.IntN(1500)) * uint64(time.Microsecond)
+	}
+	count := uint32(1)
+	if s.Counts() {
+		count = uint32(d.IntN(12))
+	}
+	number := &d.number[leg]
+	switch d.IntN(60) {
+	case 0: // another number
+		*number = d.Uint32()
+	case 1: // some back
+		*number -= uint32(d.IntN(2000))
+	case 2: // some lost
+		*number += uint32(d.IntN(2000))
+	case 3: // where another leg is
+		other := d.IntN(packet.MaxLegs)
+		*number, d.session[leg] = d.number[other], d.session[other]
+	case 4: // another sender
+		d.session[leg] = 7 + uint32(d.IntN(3))
+	case 5:
+		d.session[leg] = d.Uint32()
+	}
+	this := *number
+	if d.IntN(50) == 0 {
+		this = d.Uint32()
+	}
+	*number += count
+	return leg, d.payload(s, this, d.session[leg], count), d.now
+}
+
+func (d *drawn) payload(s packet.Stream, number, session, count uint32) []byte {
+	var p []byte
+	switch s.Kind {
+	case packet.StreamMoldUDP64:
+		p = streamtest.Mold(fmt.Sprint(session%3), uint64(number), uint16(count))
+	case packet.StreamRFC4175:
+		p = streamtest.RTPExtended(number, session, d.IntN(16), d.IntN(30))
+	case packet.StreamField:
+		p = make([]byte, 64)
+		put := func(offset uint16, width uint8, value uint32) {
+			for i := range width {
+				at := int(width - 1 - i)
+				if s.Little {
+					at = int(i)
+				}
+				if i < 4 {
+					p[int(offset)+at] = byte(value >> (8 * i))
+				}
+			}
+		}
+		put(s.Offset, s.Width, number)
+		put(s.CountOffset, s.CountWidth, count)
+	default:
+		p = streamtest.RTP(number, session)
+	}
+	switch d.IntN(40) {
+	case 0:
+		p = p[:d.IntN(len(p)+1)]
+	case 1:
+		p[d.IntN(len(p))] ^= byte(1 << d.IntN(8))
+	case 2:
+		binary.BigEndian.PutUint16(p, uint16(d.Uint32()))
+	}
+	return p
+}

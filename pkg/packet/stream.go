@@ -1,0 +1,570 @@
+package packet
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Several inputs of one stream, its legs, as bpf/include/stream.h makes one of them. This twin
+// of the BPF code is its oracle; docs/decisions/0018 has the reasons.
+
+// StreamKind is how the legs of a stream are made one: enum stream_kind of bpf/include/abi.h.
+type StreamKind uint8
+
+// The kinds. All but StreamFailover merge by numbers.
+const (
+	StreamNone      StreamKind = iota
+	StreamFailover             // one leg passes at a time
+	StreamField                // a number at an offset of the UDP payload
+	StreamRTP                  // RFC 3550, 16 bits; the session is the SSRC
+	StreamRFC4175              // RTP with the extended number of RFC 4175 behind its header
+	StreamMoldUDP64            // MoldUDP64 1.00: numbers count messages
+)
+
+// MaxLegs is the most legs of a stream: XDPCAST_MAX_LEGS of bpf/include/abi.h.
+const MaxLegs = 4
+
+// MaxStreamOffset is the furthest that a number may be from the beginning of the UDP payload, in
+// bytes.
+const MaxStreamOffset = 511
+
+// StreamRowNumbers is how many numbers a row of a window holds: 32 in each of STREAM_WORDS
+// words.
+const StreamRowNumbers = 2048 * blockNumbers
+
+// Stream says how several inputs become one. It is comparable.
+type Stream struct {
+	Kind StreamKind
+	// Of StreamField: where the number is in the UDP payload and its bytes, 2, 4 or 8; of 8 the
+	// lower half counts. With CountWidth, 1 or 2, a field says how many numbers a packet takes.
+	Offset, CountOffset uint16
+	Width, CountWidth   uint8
+	Little              bool
+	// Window is how many numbers are remembered: a power of two, at least StreamRowNumbers, and
+	// just that for numbers of 16 bits.
+	Window uint32
+	// Skew is how far the legs are apart: what is older than that, or twice that, is never new
+	// again. Reset is how long nothing must have passed before a sender has begun again.
+	Skew, Reset time.Duration
+	// PassOther lets packets pass that have no number.
+	PassOther bool
+	// Of StreamFailover: a leg without packets for longer than Silence is down, and a better one
+	// takes over when it was up for Back; 0: never.
+	Silence, Back time.Duration
+}
+
+// Check refuses what the relay program cannot carry. Callers validate rules for people.
+func (s *Stream) Check() error {
+	switch {
+	case s.Kind == StreamNone || s.Kind > StreamMoldUDP64:
+		return fmt.Errorf("stream of kind %d: want 1 to %d", s.Kind, StreamMoldUDP64)
+	case s.Skew < 0 || s.Reset < 0 || s.Silence < 0 || s.Back < 0 || s.Skew > maxStreamTime || s.Reset > maxStreamTime || s.Silence > maxStreamTime || s.Back > maxStreamTime:
+		return fmt.Errorf("times of a stream: want 0 to %v", maxStreamTime)
+	case s.Kind != StreamField && (s.Offset != 0 || s.Width != 0 || s.CountOffset != 0 || s.CountWidth != 0 || s.Little):
+		return errors.New("a field in a stream of another kind")
+	case s.Kind == StreamFailover:
+		if s.Window != 0 || s.Skew != 0 || s.Reset != 0 || s.PassOther {
+			return errors.New("numbers in a stream of kind failover")
+		}
+		return nil
+	case s.Kind == StreamField && s.Width != 2 && s.Width != 4 && s.Width != 8:
+		return fmt.Errorf("a number of %d bytes: want 2, 4 or 8", s.Width)
+	case s.CountWidth > 2 || s.Offset > MaxStreamOffset || s.CountOffset > MaxStreamOffset:
+		return fmt.Errorf("a count of %d bytes, offsets %d and %d: want at most 2, and %d", s.CountWidth, s.Offset, s.CountOffset, MaxStreamOffset)
+	case s.Window < StreamRowNumbers || s.Window > maxStreamWindow || s.Window&(s.Window-1) != 0 || s.Bits() == 16 && s.Window != StreamRowNumbers:
+		return fmt.Errorf("a window of %d numbers: want a power of two from %d to %d, and the least for numbers of 16 bits", s.Window, StreamRowNumbers, maxStreamWindow)
+	}
+	return nil
+}
+
+const (
+	maxStreamWindow = 1 << 20
+	maxStreamTime   = 24 * time.Hour
+)
+
+// StreamVerdict is what becomes of a packet of a leg: enum stream_verdict of bpf/include/abi.h.
+type StreamVerdict uint8
+
+// The verdicts.
+const (
+	StreamPassed StreamVerdict = iota
+	StreamDuplicate
+	StreamLate
+	StreamAstray
+	StreamOldSession
+	StreamContended
+	StreamNoNumber
+	StreamStandby
+	StreamVerdicts
+	StreamBeat
+)
+
+// String is the drop reason of packets with the verdict.
+func (v StreamVerdict) String() string {
+	names := [...]string{"passed", "duplicate", "late", "astray", "old_session", "contended", "no_number", "standby"}
+	if int(v) < len(names) {
+		return names[v]
+	}
+	return "unknown"
+}
+
+// Values of bpf/include/stream.h.
+const (
+	blockBits     = 5
+	blockNumbers  = 1 << blockBits
+	newerBlocks   = 0x10000
+	streamConfirm = 3
+	streamJump    = 1024
+)
+
+// Bits is the length of a number.
+func (s *Stream) Bits() uint {
+	if s.Kind == StreamRTP || s.Kind == StreamField && s.Width == 2 {
+		return 16
+	}
+	return 32
+}
+
+// Mask is the highest number.
+func (s *Stream) Mask() uint32 { return uint32(1<<s.Bits() - 1) }
+
+// Ahead is how far forward a number may jump from the newest one, and Behind how far back from it the window
+// remembers.
+func (s *Stream) Ahead() uint32 { return s.Window / 4 }
+
+// Behind is described with Ahead.
+func (s *Stream) Behind() uint32 { return s.Window - s.Ahead() - 1 }
+
+// Bias is how far back from the newest one a number is taken to be, at most.
+func (s *Stream) Bias() uint32 {
+	if s.Bits() == 16 {
+		return s.Mask() - s.Ahead()
+	}
+	return s.Mask() >> 1
+}
+
+// Slack is how far apart numbers of one leg are that go on.
+func (s *Stream) Slack() uint32 {
+	if s.Counts() {
+		return streamJump
+	}
+	return 64
+}
+
+// Counts says whether packets take several numbers.
+func (s *Stream) Counts() bool { return s.Kind == StreamMoldUDP64 || s.CountWidth != 0 }
+
+// StreamNumber is what a packet says of itself.
+type StreamNumber struct {
+	Raw, Session, Count uint32
+}
+
+// Number reads the number of a packet. The payload may be longer than the length of UDP says,
+// which is length, or be cut short.
+func (s *Stream) Number(payload []byte, length int) (n StreamNumber, v StreamVerdict) {
+	n.Count = 1
+	data := payload[:min(len(payload), max(length, 0))]
+	switch s.Kind {
+	case StreamMoldUDP64:
+		if len(data) < 20 {
+			return n, StreamNoNumber
+		}
+		n.Count = uint32(binary.BigEndian.Uint16(data[18:]))
+		if n.Count == 0 || n.Count == 0xffff {
+			return n, StreamBeat
+		}
+		n.Session = binary.LittleEndian.Uint32(data)*0x9e3779b1 ^ binary.LittleEndian.Uint32(data[4:])*0x85ebca6b ^ uint32(binary.LittleEndian.Uint16(data[8:]))
+		n.Raw = binary.BigEndian.Uint32(data[14:])
+		return n, StreamPassed
+	case StreamField:
+		return s.fieldNumber(n, data)
+	default:
+		return s.rtpNumber(n, data, payload)
+	}
+}
+
+func (s *Stream) fieldNumber(n StreamNumber, data []byte) (StreamNumber, StreamVerdict) {
+	var ok bool
+	if s.CountWidth != 0 {
+		if n.Count, ok = s.field(data, s.CountOffset, s.CountWidth); !ok {
+			return n, StreamNoNumber
+		}
+		if n.Count == 0 {
+			return n, StreamBeat
+		}
+	}
+	if n.Raw, ok = s.field(data, s.Offset, s.Width); !ok {
+		return n, StreamNoNumber
+	}
+	return n, StreamPassed
+}
+
+func (s *Stream) field(data []byte, offset uint16, width uint8) (value uint32, ok bool) {
+	if offset > MaxStreamOffset || int(offset)+int(width) > len(data) {
+		return 0, false
+	}
+	b := data[offset : int(offset)+int(width)]
+	switch {
+	case width == 1:
+		return uint32(b[0]), true
+	case width == 2 && s.Little:
+		return uint32(binary.LittleEndian.Uint16(b)), true
+	case width == 2:
+		return uint32(binary.BigEndian.Uint16(b)), true
+	case s.Little:
+		return binary.LittleEndian.Uint32(b), true
+	}
+	return binary.BigEndian.Uint32(b[width-4:]), true
+}
+
+// rtpNumber reads a header extension's length from the whole payload, as the program does.
+func (s *Stream) rtpNumber(n StreamNumber, data, payload []byte) (StreamNumber, StreamVerdict) {
+	const header = 12
+	if len(data) < header || data[0]&0xc0 != 0x80 {
+		return n, StreamNoNumber
+	}
+	if data[1] >= 192 && data[1] <= 223 { // RTCP, RFC 5761 section 4
+		return n, StreamBeat
+	}
+	n.Raw, n.Session = uint32(binary.BigEndian.Uint16(data[2:])), binary.BigEndian.Uint32(data[8:])
+	if s.Kind == StreamRTP {
+		return n, StreamPassed
+	}
+	at := header + 4*int(data[0]&0xf)
+	if data[0]&0x10 != 0 {
+		if at+4 > len(payload) {
+			return n, StreamNoNumber
+		}
+		at += 4 + 4*int(binary.BigEndian.Uint16(payload[at+2:]))
+	}
+	if at > MaxStreamOffset || at+2 > len(data) {
+		return n, StreamNoNumber
+	}
+	n.Raw |= uint32(binary.BigEndian.Uint16(data[at:])) << 16
+	return n, StreamPassed
+}
+
+// StreamLeg is struct stream_leg of bpf/include/abi.h.
+type StreamLeg struct {
+	Session, Expected           uint32
+	CandidateSession, Candidate uint32
+	Run, Distrusted             uint32
+	Jumped                      uint64
+	History, Position           uint64
+	Won, Numbers                uint64
+	Seen, Up                    uint64
+	Lost, Doubled, Reordered    uint64
+	Resets, Senders, Others     uint64
+}
+
+// StreamState is where a stream is: struct stream_state of bpf/include/abi.h and the words of
+// the window. It is not for concurrent use. All times are in nanoseconds of one clock.
+type StreamState struct {
+	Stream
+	Head, Floor, NextFloor  uint64
+	Turn, Pass              uint64
+	Sessions, SessionSince  uint64
+	Epoch, Active           uint32
+	Start, Before, Restarts uint64
+	Left, SessionLeg        uint32
+	Legs                    [MaxLegs]StreamLeg
+	words                   []uint64
+}
+
+// FirstHead is the head of a stream that no packet has come of.
+const FirstHead = 1 << 32
+
+// NewStreamState begins a stream.
+func NewStreamState(s Stream) *StreamState {
+	return &StreamState{Stream: s, Head: FirstHead, words: make([]uint64, s.Window/blockNumbers)}
+}
+
+// Packet says what becomes of a packet of a leg, given its UDP payload and the length of that
+// by UDP.
+func (s *StreamState) Packet(leg int, payload []byte, length int, now uint64) StreamVerdict {
+	v := s.decide(leg, payload, length, now)
+	if v != StreamBeat && v != StreamNoNumber {
+		return v
+	}
+	s.Legs[leg].Others++
+	if v == StreamBeat || s.PassOther {
+		return StreamPassed
+	}
+	return v
+}
+
+// streamPacket is struct stream_packet of bpf/include/stream.h.
+type streamPacket struct {
+	StreamNumber
+	l     *StreamLeg
+	leg   int
+	now   uint64
+	quiet int64
+	sure  bool
+}
+
+func (s *StreamState) decide(leg int, payload []byte, length int, now uint64) StreamVerdict {
+	p := &streamPacket{l: &s.Legs[leg], leg: leg, now: now}
+	seen := p.l.Seen
+	p.l.Seen = now
+	if s.Kind == StreamFailover {
+		v := s.failover(p, seen)
+		if v == StreamPassed {
+			p.l.Won++
+		}
+		return v
+	}
+	var v StreamVerdict
+	if p.StreamNumber, v = s.Number(payload, length); v != StreamPassed {
+		return v
+	}
+	return s.merge(p)
+}
+
+func (s *StreamState) goesOn(raw, expected uint32) bool {
+	return (raw-expected+s.Slack())&s.Mask() <= 2*s.Slack()
+}
+
+// jump is stream_jump.
+func (s *StreamState) jump(p *streamPacket) bool {
+	l, next := p.l, p.Raw+p.Count
+	if p.Session != l.CandidateSession || !s.goesOn(p.Raw, l.Candidate) {
+		l.CandidateSession, l.Candidate, l.Run = p.Session, next, 0
+		return false
+	}
+	l.Candidate = next
+	if l.Run++; l.Run < streamConfirm {
+		return false
+	}
+	if l.Session != p.Session {
+		l.Senders++
+	} else {
+		l.Resets++
+	}
+	l.Session, l.Expected, l.History, l.Jumped, l.Run = p.Session, next, 1, p.now, 0
+	return true
+}
+
+// health is stream_health.
+func (s *StreamState) health(p *streamPacket) {
+	l := p.l
+	ahead := (p.Raw - l.Expected) & s.Mask()
+	if ahead <= s.Slack() {
+		l.Lost += uint64(ahead)
+		l.History = l.History<<(ahead+1) | 1
+		if ahead >= 63 {
+			l.History = 1
+		}
+		l.Expected = p.Raw + p.Count
+		return
+	}
+	back := (l.Expected - 1 - p.Raw) & s.Mask()
+	bit := uint64(1) << (back & 63)
+	switch {
+	case back > 63 || s.Counts():
+		l.Reordered++
+	case l.History&bit != 0:
+		l.Doubled++
+	default:
+		l.History |= bit
+		l.Reordered++
+		if l.Lost > 0 {
+			l.Lost--
+		}
+	}
+}
+
+// newest is stream_newest.
+func (s *StreamState) newest() uint64 {
+	newest := s.Head
+	for i := range s.Legs {
+		if p := s.Legs[i].Position; p > newest && p>>blockBits == s.Head>>blockBits {
+			newest = p
+		}
+	}
+	return newest
+}
+
+// restart is stream_restart.
+func (s *StreamState) restart(p *streamPacket) uint64 {
+	lap := uint64(s.Mask()) + 1
+	at := s.Head&^uint64(s.Mask()) + uint64(p.Raw)
+	for range 2 {
+		if at < s.Head+64 {
+			at += lap
+		}
+	}
+	if s.Start != 0 {
+		s.Before += s.newest() + 1 - s.Start
+	}
+	s.Start = at
+	floor := at - uint64(s.Behind()) - 1
+	if uint32(s.Sessions) != p.Session {
+		if uint32(s.Sessions>>32) == p.Session && int64(p.now-s.SessionSince) < 4*int64(s.Reset) {
+			shift := 32 - s.Bits()
+			floor = at + uint64(int64(int32((s.Left-p.Raw)<<shift)>>shift))
+		}
+		s.Left = (uint32(s.Head) | (blockNumbers - 1)) & s.Mask()
+		s.SessionSince, s.SessionLeg = p.now, uint32(p.leg)
+		s.Sessions = s.Sessions<<32 | uint64(p.Session)
+	}
+	s.Floor, s.NextFloor, s.Turn, s.Head = floor, floor, p.now, at
+	s.Restarts++
+	s.Epoch += 2
+	p.l.Session, p.l.Expected, p.l.Jumped = p.Session, p.Raw+p.Count, p.now
+	p.sure = true
+	return at
+}
+
+// session is stream_session.
+func (s *StreamState) session(p *streamPacket) StreamVerdict {
+	before := uint32(s.Sessions>>32) == p.Session
+	switch beyond := (p.Raw - s.Left) & s.Mask(); {
+	case s.Epoch == 0 || p.quiet > int64(s.Reset):
+		return StreamPassed
+	case !p.sure || p.l.Distrusted != 0 || int64(p.now-s.SessionSince) <= 2*int64(s.Skew):
+		if before {
+			return StreamOldSession
+		}
+		return StreamAstray
+	case !before:
+		return StreamPassed
+	case beyond <= streamConfirm || beyond > s.Mask()/2:
+		return StreamOldSession
+	}
+	if s.SessionLeg < MaxLegs && int(s.SessionLeg) != p.leg {
+		s.Legs[s.SessionLeg].Distrusted = 1
+	}
+	return StreamPassed
+}
+
+// claim is stream_claim_at.
+func (s *StreamState) claim(at uint64) StreamVerdict {
+	block, bit := uint32(at>>blockBits), uint64(1)<<(at&(blockNumbers-1))
+	w := &s.words[int(block)&(len(s.words)-1)]
+	switch newer := int32(uint32(*w>>32) - block); {
+	case newer == 0 && *w&bit != 0:
+		return StreamDuplicate
+	case newer == 0:
+		*w |= bit
+	case newer > 0 && newer < newerBlocks:
+		return StreamLate
+	default:
+		*w = uint64(block)<<32 | bit
+	}
+	return StreamPassed
+}
+
+// tick is stream_tick.
+func (s *StreamState) tick(now uint64) {
+	if int64(now-s.Pass) <= 0 {
+		return
+	}
+	s.Pass = now
+	if int64(now-s.Turn) <= int64(s.Skew) {
+		return
+	}
+	s.Floor = s.NextFloor
+	if now-s.Turn > 2*uint64(s.Skew) {
+		s.Floor = s.Head
+	}
+	s.Turn, s.NextFloor = now, s.Head
+}
+
+// begins is stream_begins.
+func (s *StreamState) begins(p *streamPacket, jumps bool) bool {
+	if !p.sure || p.l.Jumped+2*uint64(s.Skew) >= s.Pass {
+		return p.quiet > int64(s.Reset)
+	}
+	return jumps && p.quiet > 4*int64(s.Reset)
+}
+
+// place is stream_place.
+func (s *StreamState) place(p *streamPacket) (uint64, StreamVerdict) {
+	d := int64((p.Raw-uint32(s.Head)+s.Bias())&s.Mask()) - int64(s.Bias())
+	at := s.Head + uint64(d)
+	if d <= int64(s.Ahead()) && d >= -int64(s.Behind()) && (d <= streamJump || p.sure) && (d > 0 || at > s.Floor) {
+		return at, StreamPassed
+	}
+	if s.begins(p, true) {
+		return s.restart(p), StreamPassed
+	}
+	if d > 0 {
+		return 0, StreamAstray
+	}
+	return 0, StreamLate
+}
+
+// change is stream_change.
+func (s *StreamState) change(p *streamPacket) (uint64, StreamVerdict) {
+	if v := s.session(p); v != StreamPassed {
+		return 0, v
+	}
+	if at := s.restart(p); at > s.Floor {
+		return at, StreamPassed
+	}
+	return 0, StreamLate
+}
+
+// merge is stream_merge.
+func (s *StreamState) merge(p *streamPacket) StreamVerdict {
+	l := p.l
+	p.quiet, p.sure = int64(p.now-s.Pass), true
+	if p.Session == l.Session && s.goesOn(p.Raw, l.Expected) {
+		l.Run = 0
+		s.health(p)
+	} else {
+		p.sure = s.jump(p)
+	}
+	var at uint64
+	var v StreamVerdict
+	if uint32(s.Sessions) == p.Session && s.Epoch != 0 {
+		l.Distrusted = 0
+		at, v = s.place(p)
+	} else {
+		at, v = s.change(p)
+	}
+	if v != StreamPassed {
+		return v
+	}
+	l.Position = at + uint64(p.Count) - 1
+	if v = s.claim(at); v == StreamDuplicate && s.begins(p, false) {
+		at = s.restart(p)
+		l.Position = at + uint64(p.Count) - 1
+		v = s.claim(at)
+	}
+	if v != StreamPassed {
+		return v
+	}
+	if p.sure && at>>blockBits > s.Head>>blockBits {
+		s.Head = at
+	}
+	s.tick(p.now)
+	l.Won++
+	l.Numbers += uint64(p.Count)
+	return StreamPassed
+}
+
+// failover is stream_failover.
+func (s *StreamState) failover(p *streamPacket, seen uint64) StreamVerdict {
+	if int64(p.now-seen) > int64(s.Silence) {
+		p.l.Up = p.now
+	}
+	active, since := int(s.Active)&(MaxLegs-1), s.SessionSince
+	if active == p.leg && since != 0 {
+		return StreamPassed
+	}
+	better := false
+	if p.leg < active {
+		better = s.Restarts <= 1 && int64(p.now-since) <= int64(s.Silence) ||
+			s.Back != 0 && int64(p.now-p.l.Up) >= int64(s.Back)
+	}
+	if since != 0 && !better && int64(p.now-s.Legs[active].Seen) <= int64(s.Silence) {
+		return StreamStandby
+	}
+	s.Active, s.SessionSince = uint32(p.leg), p.now
+	s.Restarts++
+	return StreamPassed
+}

@@ -1,0 +1,543 @@
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A rule can have several inputs, its legs, that carry one stream:
+//
+//	merge     FORMAT[,skew=TIME][,reset=TIME][,window=N][,other=pass]
+//	failover  TIME[,back=TIME|never]
+//
+// FORMAT says where the packets have their numbers: rtp, rfc4175, moldudp64, pitch, mdp3, or
+// field:OFFSET:BYTES[le][:count=OFFSET:BYTES].
+
+// MaxInputs is the most inputs that a rule can have.
+const MaxInputs = 4
+
+// Stream is what a rule with several inputs has besides its first one. The order of the inputs
+// is their preference.
+type Stream struct {
+	Legs     []Leg // the inputs behind the first
+	Merge    Merge
+	Failover Failover
+}
+
+// Leg is one of several inputs.
+type Leg struct {
+	In     Input
+	Accept Acceptance
+}
+
+// Merge makes one stream of several inputs by the numbers of their packets: the first copy of
+// each number is relayed. The zero Merge does not.
+type Merge struct {
+	Format MergeFormat
+	Field  MergeField // with MergeByField
+	// Skew is how far the inputs may be apart, and Reset for how long nothing must have come that
+	// is new before a sender counts as begun again. 0: DefaultSkew, DefaultReset.
+	Skew, Reset time.Duration
+	// Window is how many numbers are remembered, a power of two; 0: DefaultWindow.
+	Window uint32
+	// PassOther relays packets without a number, from every input.
+	PassOther bool
+}
+
+// MergeFormat says where a packet has its number.
+type MergeFormat uint8
+
+// The formats.
+const (
+	MergeNone      MergeFormat = iota
+	MergeRTP                   // RFC 3550; 16 bits
+	MergeRFC4175               // RTP with the extended sequence number of RFC 4175, as SMPTE ST 2110-20 has it
+	MergeMoldUDP64             // Nasdaq MoldUDP64 1.00
+	MergePitch                 // the sequenced unit header of Cboe PITCH
+	MergeMDP3                  // the packet header of CME MDP 3.0
+	MergeByField               // Merge.Field
+	mergeFormats
+)
+
+// String is the word for a format.
+func (f MergeFormat) String() string {
+	return enumString("MergeFormat", f, "none", "rtp", "rfc4175", "moldudp64", "pitch", "mdp3", "field")
+}
+
+// MergeField is an unsigned number in the UDP payload.
+type MergeField struct {
+	Offset uint16 // bytes from the beginning of the UDP payload
+	Bytes  uint8  // 2, 4 or 8
+	Little bool   // little endian, and the count, too
+	// CountBytes, 1 or 2, is the length of a field that says how many numbers the packet takes;
+	// 0: it takes one.
+	CountOffset uint16
+	CountBytes  uint8
+}
+
+// Defaults of a Merge.
+const (
+	DefaultSkew   = 50 * time.Millisecond
+	DefaultReset  = time.Second
+	DefaultWindow = 1 << 16
+)
+
+// Bounds of a Merge and a Failover.
+const (
+	maxWindow   = 1 << 20
+	maxOffset   = 503 // and 8 bytes are within what the relay program reads
+	minSkew     = time.Millisecond
+	maxSkew     = 10 * time.Second
+	maxReset    = time.Hour
+	minSilence  = 5 * time.Millisecond
+	maxSilence  = time.Minute
+	maxFailBack = time.Hour
+)
+
+// Failover makes one stream of several inputs by their order: the first that is not silent is
+// relayed. The zero Failover does not.
+type Failover struct {
+	// Silence is how long an input must be without packets to be given up.
+	Silence time.Duration
+	// Back is how long a better input must have been up to be taken again; 0: never, unless the
+	// one in use falls silent.
+	Back time.Duration
+}
+
+// InputCount is how many inputs a rule has.
+func (r *Rule) InputCount() int {
+	if r.Stream == nil {
+		return 1
+	}
+	return 1 + len(r.Stream.Legs)
+}
+
+// Leg returns an input of a rule by its place.
+func (r *Rule) Leg(i int) Leg {
+	if i == 0 {
+		return Leg{r.In, r.Accept}
+	}
+	return r.Stream.Legs[i-1]
+}
+
+// OfLeg is the rule with one of its inputs alone; with its first one it is the rule itself when
+// it has no other.
+func (r *Rule) OfLeg(i int) Rule {
+	one := *r
+	if r.Stream != nil {
+		leg := r.Leg(i)
+		one.In, one.Accept, one.Stream = leg.In, leg.Accept, nil
+	}
+	return one
+}
+
+// ParseInputs reads the inputs of a rule, with blanks between several, into the rule. Its error
+// is that of ParseInput.
+func (r *Rule) ParseInputs(s string) error {
+	first, rest := s, []string(nil)
+	if strings.ContainsAny(s, " \t") {
+		if fields := strings.Fields(s); len(fields) > 0 {
+			first, rest = fields[0], fields[1:]
+		}
+	}
+	var err error
+	if r.In, r.Accept, err = ParseInput(first); err != nil {
+		return err
+	}
+	for _, text := range rest {
+		if err := r.addInput(text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addInput reads an input behind the first.
+func (r *Rule) addInput(text string) error {
+	in, accept, err := ParseInput(text)
+	if err != nil {
+		return err
+	}
+	r.stream().Legs = append(r.stream().Legs, Leg{in, accept})
+	return nil
+}
+
+// stream is the rule's Stream, made when it is first needed.
+func (r *Rule) stream() *Stream {
+	if r.Stream == nil {
+		r.Stream = &Stream{}
+	}
+	return r.Stream
+}
+
+// FormatInputs is the canonical form of a rule's inputs: what ParseInputs reads back.
+func (r *Rule) FormatInputs() string {
+	b := []byte(FormatInput(r.In, r.Accept))
+	if r.Stream != nil {
+		for _, leg := range r.Stream.Legs {
+			b = appendAcceptance(leg.In.append(append(b, ' ')), leg.Accept)
+		}
+	}
+	return string(b)
+}
+
+// ParseStream reads how a rule's inputs become one stream, each text empty for not. Its error is
+// a *FieldError.
+func (r *Rule) ParseStream(merge, failover string) error {
+	if merge != "" {
+		m, err := ParseMerge(merge)
+		if err != nil {
+			return err
+		}
+		r.stream().Merge = m
+	}
+	if failover != "" {
+		f, err := ParseFailover(failover)
+		if err != nil {
+			return err
+		}
+		r.stream().Failover = f
+	}
+	return nil
+}
+
+// FormatStream is the reverse of ParseStream.
+func (r *Rule) FormatStream() (merge, failover string) {
+	if r.Stream == nil {
+		return "", ""
+	}
+	return r.Stream.Merge.String(), r.Stream.Failover.String()
+}
+
+const wantFormat = "rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES[le][:count=OFFSET:BYTES]"
+
+// ParseMerge reads FORMAT and its options.
+func ParseMerge(s string) (m Merge, err error) {
+	fail := func(item, want string) (Merge, error) {
+		return Merge{}, &FieldError{Field: "merge", Value: item, Want: want}
+	}
+	format, options, _ := strings.Cut(s, ",")
+	if !m.setFormat(format) {
+		return fail(format, wantFormat)
+	}
+	if options == "" && !strings.HasSuffix(s, ",") {
+		return m, nil
+	}
+	seen := map[string]bool{}
+	for item := range strings.SplitSeq(options, ",") {
+		key, value, _ := strings.Cut(item, "=")
+		ok, want := false, ""
+		switch key {
+		case "skew":
+			m.Skew, ok = parseTime(value)
+			want = "skew=TIME, as 50ms or 1.5s"
+		case "reset":
+			m.Reset, ok = parseTime(value)
+			want = "reset=TIME, as 1s"
+		case "window":
+			var n int
+			n, ok = parseNumber(value, 1, 1<<30)
+			m.Window, want = uint32(n), "window=N, how many numbers are remembered"
+		case "other":
+			m.PassOther, ok, want = true, value == "pass", "other=pass"
+		default:
+			want = "FORMAT,KEY=VALUE, KEY one of skew, reset, window, other"
+		}
+		if seen[key] {
+			ok, want = false, key+" only once"
+		}
+		if !ok {
+			return fail(item, want)
+		}
+		seen[key] = true
+	}
+	return m, nil
+}
+
+func (m *Merge) setFormat(s string) bool {
+	for f := MergeNone + 1; f < MergeByField; f++ {
+		if s == f.String() {
+			m.Format = f
+			return true
+		}
+	}
+	rest, ok := strings.CutPrefix(s, "field:")
+	if !ok {
+		return false
+	}
+	m.Format = MergeByField
+	field, count, hasCount := strings.Cut(rest, ":count=")
+	if m.Field.Offset, m.Field.Bytes, m.Field.Little, ok = parseField(field, true); !ok {
+		return false
+	}
+	if hasCount {
+		m.Field.CountOffset, m.Field.CountBytes, _, ok = parseField(count, false)
+	}
+	return ok
+}
+
+// parseField reads OFFSET:BYTES or OFFSET:BYTESle.
+func parseField(s string, order bool) (offset uint16, width uint8, little, ok bool) {
+	at, bytes, ok := strings.Cut(s, ":")
+	if !ok {
+		return 0, 0, false, false
+	}
+	if order {
+		bytes, little = strings.CutSuffix(bytes, "le")
+	}
+	n, ok := parseNumber(at, 0, 65535)
+	if !ok {
+		return 0, 0, false, false
+	}
+	w, ok := parseNumber(bytes, 1, 8)
+	return uint16(n), uint8(w), little, ok
+}
+
+// parseTime reads a positive duration of whole microseconds.
+func parseTime(s string) (time.Duration, bool) {
+	d, err := time.ParseDuration(s)
+	return d, err == nil && d > 0 && d%time.Microsecond == 0 && !strings.HasPrefix(s, "+")
+}
+
+// String is the canonical form, defaults left out; empty for the zero Merge.
+func (m Merge) String() string {
+	if m == (Merge{}) {
+		return ""
+	}
+	s := m.Format.String()
+	if m.Format == MergeByField {
+		s += fmt.Sprintf(":%d:%d", m.Field.Offset, m.Field.Bytes)
+		if m.Field.Little {
+			s += "le"
+		}
+		if m.Field.CountBytes != 0 {
+			s += fmt.Sprintf(":count=%d:%d", m.Field.CountOffset, m.Field.CountBytes)
+		}
+	}
+	if m.Skew != 0 {
+		s += ",skew=" + timeText(m.Skew)
+	}
+	if m.Reset != 0 {
+		s += ",reset=" + timeText(m.Reset)
+	}
+	if m.Window != 0 {
+		s += ",window=" + strconv.Itoa(int(m.Window))
+	}
+	if m.PassOther {
+		s += ",other=pass"
+	}
+	return s
+}
+
+// timeText is a duration without the zeros that Duration.String ends with: 1m and not 1m0s.
+func timeText(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = s[:len(s)-2]
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = s[:len(s)-2]
+	}
+	return s
+}
+
+// ParseFailover reads TIME and its option.
+func ParseFailover(s string) (f Failover, err error) {
+	const want = "TIME[,back=TIME], as 30ms,back=2s"
+	silence, back, hasBack := strings.Cut(s, ",")
+	var ok bool
+	if f.Silence, ok = parseTime(silence); !ok {
+		return Failover{}, &FieldError{Field: "failover", Value: s, Want: want}
+	}
+	if back, ok = strings.CutPrefix(back, "back="); hasBack && ok && back != "never" {
+		f.Back, ok = parseTime(back)
+	}
+	if hasBack && !ok {
+		return Failover{}, &FieldError{Field: "failover", Value: s, Want: want}
+	}
+	return f, nil
+}
+
+// String is the canonical form, empty for the zero Failover.
+func (f Failover) String() string {
+	if f == (Failover{}) {
+		return ""
+	}
+	s := timeText(f.Silence)
+	if f.Back != 0 {
+		s += ",back=" + timeText(f.Back)
+	}
+	return s
+}
+
+// equalStream reports whether two rules have the same inputs behind the first, and make the same
+// of them.
+func equalStream(a, b *Stream) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.Merge == b.Merge && a.Failover == b.Failover &&
+		slices.EqualFunc(a.Legs, b.Legs, func(x, y Leg) bool { return x.In == y.In && equalAcceptance(x.Accept, y.Accept) })
+}
+
+// stream checks the inputs of a rule as one stream.
+func (c *checker) stream(r *Rule) {
+	if r.Stream == nil {
+		return
+	}
+	merges, fails := r.Stream.Merge != (Merge{}), r.Stream.Failover != (Failover{})
+	switch n := r.InputCount(); {
+	case n == 1 && merges:
+		c.fault(nil, "merge", r.Stream.Merge.String(), "several inputs, which become one stream")
+	case n == 1 && fails:
+		c.fault(nil, "failover", r.Stream.Failover.String(), "several inputs, of which one is relayed at a time")
+	case n > MaxInputs:
+		c.fault(nil, "in", strconv.Itoa(n)+" inputs", fmt.Sprintf("1 to %d inputs", MaxInputs))
+		return
+	case n > 1 && !merges && !fails:
+		c.fault(nil, "merge", "", "merge=FORMAT for inputs that carry one stream with numbers, or failover=TIME for one without (inputs of their own want rules of their own)")
+	case merges && fails:
+		c.fault(nil, "failover", r.Stream.Failover.String(), "merge or failover, not both")
+	}
+	for i := range r.InputCount() {
+		c.leg(r, i)
+	}
+	c.oneSource(r)
+	if merges {
+		c.merge(r.Stream.Merge)
+	}
+	if fails {
+		c.failover(r.Stream.Failover)
+	}
+}
+
+// leg checks one of several inputs: what a leg cannot have, and what the legs must share.
+func (c *checker) leg(r *Rule, i int) {
+	e, leg := end{c, legSlot(r, i)}, r.Leg(i)
+	in, accept := leg.In, leg.Accept
+	const one = ": an input among several"
+	switch {
+	case isPattern(in.Interface):
+		e.fault(nil, ".interface", in.Interface, "one interface"+one)
+	case in.Len != 0:
+		e.fault(nil, ".address", in.Prefix().String(), "one address"+one)
+	case in.Port == 0 && in != (Input{}):
+		e.fault(nil, ".port", "", ":PORT"+one)
+	case in.PortTo != 0:
+		e.fault(nil, ".port", fmt.Sprintf("%d-%d", in.Port, in.PortTo), "one port"+one)
+	}
+	if in.FromHost {
+		e.fault(nil, ".from", "host", "packets that arrive"+one)
+	}
+	if accept.Local {
+		e.fault(nil, ".local", "yes", "no local: the host's receivers would get what is left of each input")
+	}
+	if accept.Rate != (Rate{}) {
+		e.fault(nil, ".rate", string(appendRate(nil, accept.Rate)[1:]), "no rate"+one+" (which one is relayed changes)")
+	}
+	if i == 0 {
+		return
+	}
+	e.family(in.Address, r.In.Address)
+	for other := range i {
+		if r.Leg(other).In == in {
+			e.fault(ErrDuplicateInput, "", in.String(), "another interface, address, port, source or VLAN: "+end{c, legSlot(r, other)}.field()+" has these")
+		}
+	}
+}
+
+// oneSource checks the outputs of a rule with several inputs: whichever of them a packet comes
+// by, its copies look the same.
+func (c *checker) oneSource(r *Rule) {
+	if r.InputCount() == 1 {
+		return
+	}
+	source := r.In.Sender()
+	for i := range r.InputCount() {
+		if in := r.Leg(i).In; in.Sender() != source {
+			source = netip.Addr{}
+		}
+	}
+	for slot, o := range r.Out {
+		e := end{c, slot}
+		if o.Policy.Source == SourceKeep && !source.IsValid() {
+			e.fault(nil, ".src", "keep", "src=iface or src=ADDRESS: the inputs have several sources, or do not name one and the same")
+		}
+		if o.Policy.Rate != (Rate{}) {
+			e.fault(nil, ".rate", string(appendRate(nil, o.Policy.Rate)[1:]), "no rate: a rule with several inputs has none")
+		}
+	}
+}
+
+func (c *checker) merge(m Merge) {
+	bad := func(value, want string) { c.fault(nil, "merge", value, want) }
+	skew, reset, window := m.Times()
+	f := m.Field
+	switch {
+	case m.Format == MergeNone || m.Format >= mergeFormats:
+		bad(m.Format.String(), wantFormat)
+	case m.Format != MergeByField && f != (MergeField{}):
+		bad(m.String(), "no field with format "+m.Format.String())
+	case m.Format == MergeByField && f.Bytes != 2 && f.Bytes != 4 && f.Bytes != 8:
+		bad(m.String(), "a number of 2, 4 or 8 bytes")
+	case m.Format == MergeByField && f.CountBytes > 2:
+		bad(m.String(), "a count of 1 or 2 bytes")
+	case f.Offset > maxOffset || f.CountOffset > maxOffset:
+		bad(m.String(), fmt.Sprintf("an offset of 0 to %d", maxOffset))
+	case f.CountBytes == 0 && f.CountOffset != 0:
+		bad(m.String(), "the bytes of the count")
+	}
+	switch {
+	case skew < minSkew || skew > maxSkew:
+		bad("skew="+timeText(skew), "1ms to 10s")
+	case reset < 2*skew:
+		bad("reset="+timeText(reset), fmt.Sprintf("at least twice the skew, %s", timeText(2*skew)))
+	case reset > maxReset:
+		bad("reset="+timeText(reset), "at most 1h")
+	case m.short() && window != DefaultWindow:
+		bad("window="+strconv.Itoa(int(window)), "65536: the numbers have 16 bits")
+	case window < DefaultWindow || window > maxWindow || window&(window-1) != 0:
+		bad("window="+strconv.Itoa(int(window)), "65536, 131072, 262144, 524288 or 1048576")
+	}
+}
+
+// short reports whether the numbers have 16 bits.
+func (m *Merge) short() bool {
+	return m.Format == MergeRTP || m.Format == MergeByField && m.Field.Bytes == 2
+}
+
+// Times returns the skew, the reset and the window, the defaults for what is not set.
+func (m *Merge) Times() (skew, reset time.Duration, window uint32) {
+	skew, reset, window = m.Skew, m.Reset, m.Window
+	if skew == 0 {
+		skew = DefaultSkew
+	}
+	if reset == 0 {
+		reset = DefaultReset
+	}
+	if window == 0 {
+		window = DefaultWindow
+	}
+	return skew, reset, window
+}
+
+func (c *checker) failover(f Failover) {
+	switch {
+	case f.Silence < minSilence || f.Silence > maxSilence:
+		c.fault(nil, "failover", f.String(), "a silence of 5ms to 1m")
+	case f.Back != 0 && f.Back < f.Silence || f.Back > maxFailBack:
+		c.fault(nil, "failover", f.String(), "back of at least the silence and at most 1h, or back=never")
+	}
+}
+
+// legSlot is the slot of an input in messages: inputSlot for the only one.
+func legSlot(r *Rule, i int) int {
+	if r.InputCount() == 1 {
+		return inputSlot
+	}
+	return inputSlot - 1 - i
+}

@@ -1,0 +1,307 @@
+package e2e_test
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+)
+
+// legSender sends RTP packets to a group on an interface. The number is the sequence number and, so
+// that a sink can tell it from that of another round, in full behind the header.
+type legSender struct {
+	fd int
+	to unix.SockaddrInet4
+}
+
+func newLegSender(t testing.TB, h *lab.Host, ifname, target string) *legSender {
+	t.Helper()
+	to := netip.MustParseAddrPort(target)
+	s := &legSender{to: unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}}
+	labtest.Do(t, h, func() (err error) {
+		i, err := net.InterfaceByName(ifname)
+		if err != nil {
+			return err
+		}
+		if s.fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
+			return os.NewSyscallError("socket", err)
+		}
+		return os.NewSyscallError("setsockopt", unix.SetsockoptIPMreqn(s.fd, unix.IPPROTO_IP, unix.IP_MULTICAST_IF, &unix.IPMreqn{Ifindex: int32(i.Index)}))
+	})
+	t.Cleanup(func() { unix.Close(s.fd) })
+	return s
+}
+
+func (s *legSender) send(number uint32) error {
+	p := make([]byte, 100)
+	p[0], p[1] = 0x80, 96
+	binary.BigEndian.PutUint16(p[2:], uint16(number))
+	binary.BigEndian.PutUint32(p[8:], 7)
+	binary.BigEndian.PutUint32(p[12:], number)
+	for {
+		err := unix.Sendto(s.fd, p, 0, &s.to)
+		if err != unix.ENOBUFS && err != unix.EINTR && err != unix.EAGAIN {
+			return err
+		}
+		runtime.Gosched()
+	}
+}
+
+// numberSink counts how often it gets each number.
+type numberSink struct {
+	seen  []atomic.Uint32
+	total atomic.Int64
+	wrong atomic.Int64
+}
+
+func newNumberSink(t testing.TB, h *lab.Host, ifname, group string, numbers int) *numberSink {
+	t.Helper()
+	s := &numberSink{seen: make([]atomic.Uint32, numbers)}
+	at := netip.MustParseAddrPort(group)
+	var conn *net.UDPConn
+	labtest.Do(t, h, func() error {
+		i, err := net.InterfaceByName(ifname)
+		if err != nil {
+			return err
+		}
+		if conn, err = net.ListenMulticastUDP("udp4", i, net.UDPAddrFromAddrPort(at)); err != nil {
+			return err
+		}
+		raw, err := conn.SyscallConn()
+		if err != nil {
+			return err
+		}
+		return raw.Control(func(fd uintptr) {
+			if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b := make([]byte, 2048)
+		for {
+			n, err := conn.Read(b)
+			if err != nil {
+				return
+			}
+			number := uint32(numbers)
+			if n == 100 {
+				number = binary.BigEndian.Uint32(b[12:])
+			}
+			if int(number) >= numbers {
+				s.wrong.Add(1)
+				continue
+			}
+			s.seen[number].Add(1)
+			s.total.Add(1)
+		}
+	}()
+	t.Cleanup(func() {
+		conn.Close()
+		<-done
+	})
+	return s
+}
+
+// legLab has a source on in0 and another on out2, and a sink on out0.
+type legLab struct {
+	*network
+	in   *instance
+	legs [2]*legSender
+}
+
+func newLegLab(t *testing.T) *legLab {
+	n := newNetwork(t)
+	return &legLab{network: n, in: newInstance(t, n.relay), legs: [2]*legSender{
+		newLegSender(t, n.source, "src0", "239.1.1.1:5000"), newLegSender(t, n.sinks[2], "sink0", "239.101.1.1:5000"),
+	}}
+}
+
+const legInputs = "239.1.1.1:5000%in0 239.101.1.1:5000%out2"
+
+// lostOn says whether a leg loses a number: one in 50, by a hash of both.
+func lostOn(leg int, number uint32) bool {
+	x := (uint64(number)*2 + uint64(leg) + 1) * 0x9e3779b97f4a7c15
+	x ^= x >> 29
+	return x*0xbf58476d1ce4e5b9>>32%50 == 0
+}
+
+// A stream on two legs that each lose one packet in 50, one 200 packets behind the other, comes out
+// with every number once, whatever happens to the relay meanwhile.
+func TestLegsMerge(t *testing.T) {
+	rules := func(outputs, more string) string {
+		return "rules:\n- name: cam\n  in: [" + strings.ReplaceAll(legInputs, " ", ", ") + "]\n  out: " + outputs + "\n" + more
+	}
+	const one, two, merge = "239.2.1.1:6000%out0", "[239.2.1.1:6000%out0, 239.2.1.2:6000%out1]", "  merge: rtp,skew=2s,reset=4s\n"
+	reload := func(text string) func(*testing.T, *legLab, int) {
+		return func(t *testing.T, l *legLab, n int) {
+			l.in.write("rules.yaml", text)
+			l.in.running.signal(syscall.SIGHUP)
+			l.in.running.waitLog("msg=reloaded", n)
+		}
+	}
+	tests := []struct {
+		name    string
+		disturb []func(*testing.T, *legLab, int)
+	}{
+		{"undisturbed", nil},
+		{"killed and upgraded", []func(*testing.T, *legLab, int){
+			func(t *testing.T, l *legLab, _ int) {
+				l.in.running.stop(syscall.SIGKILL)
+				l.in.start("-c", l.in.dir+"/rules.yaml")
+			},
+			func(t *testing.T, l *legLab, _ int) {
+				l.in.running.stop(syscall.SIGTERM)
+				l.in.mustCLI("upgrade")
+				l.in.start("-c", l.in.dir+"/rules.yaml")
+			},
+		}},
+		{"outputs, options and paths change", []func(*testing.T, *legLab, int){
+			reload(rules(two, merge)), reload(rules(one, "  merge: rtp,skew=3s,reset=6s\n")), reload(rules(one, merge+"  path: fanout\n")),
+			reload(rules(one, merge+"  path: afxdp\n")), reload(rules(one, merge)),
+		}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLegLab(t)
+			l.in.start("-c", l.in.write("rules.yaml", rules(one, merge)))
+			l.in.waitState("cam", control.StateActive)
+			const numbers, lag = 70_000, 200 // beyond one round of the sequence number
+			sink := newNumberSink(t, l.sinks[0], "sink0", "239.2.1.1:6000", numbers)
+			var at atomic.Int64
+			sent := make(chan error, 1)
+			go func() {
+				begin := time.Now()
+				for i := range numbers + lag {
+					at.Store(int64(i))
+					for leg, number := range [2]int{i, i - lag} {
+						if number < 0 || number >= numbers || lostOn(leg, uint32(number)) {
+							continue
+						}
+						if err := l.legs[leg].send(uint32(number)); err != nil {
+							sent <- fmt.Errorf("leg %d: %w", leg, err)
+							return
+						}
+					}
+					if due := begin.Add(time.Duration(i) * 40 * time.Microsecond); i%50 == 0 && time.Until(due) > 0 {
+						time.Sleep(time.Until(due)) // the pace of the stream, not a wait for something
+					}
+				}
+				sent <- nil
+			}()
+			for i, disturb := range tt.disturb {
+				eventually(t, "numbers are sent", func() string {
+					if n := at.Load(); n < int64(i+1)*numbers/int64(len(tt.disturb)+2) {
+						return fmt.Sprint(n)
+					}
+					return ""
+				})
+				disturb(t, l, i+1)
+			}
+			if err := <-sent; err != nil {
+				t.Fatal(err)
+			}
+			l.checkOnce(t, sink, numbers)
+			l.checkLegs(t, numbers, tt.disturb == nil)
+		})
+	}
+}
+
+// checkOnce waits for all numbers that some leg had, and finds those that came twice or not.
+func (l *legLab) checkOnce(t *testing.T, sink *numberSink, numbers int) {
+	t.Helper()
+	want := int64(0)
+	for i := range uint32(numbers) {
+		if !lostOn(0, i) || !lostOn(1, i) {
+			want++
+		}
+	}
+	eventually(t, "all numbers have come", func() string {
+		if n := sink.total.Load(); n < want {
+			return fmt.Sprintf("%d of %d", n, want)
+		}
+		return ""
+	})
+	twice, missing := 0, 0
+	for i := range uint32(numbers) {
+		switch n := sink.seen[i].Load(); {
+		case n > 1:
+			twice++
+		case n == 0 && (!lostOn(0, i) || !lostOn(1, i)):
+			missing++
+		case n == 1 && lostOn(0, i) && lostOn(1, i):
+			t.Errorf("number %d was not sent", i)
+		}
+	}
+	if twice+missing > 0 || sink.wrong.Load() > 0 {
+		t.Errorf("%d numbers came twice, %d did not come, %d were none", twice, missing, sink.wrong.Load())
+	}
+}
+
+// checkLegs holds what the relay says of its inputs to what was sent.
+func (l *legLab) checkLegs(t *testing.T, numbers int, undisturbed bool) {
+	t.Helper()
+	r := l.in.rule("cam")
+	if len(r.Inputs) != 2 || r.Stream == nil {
+		t.Fatalf("%d inputs, stream %v", len(r.Inputs), r.Stream)
+	}
+	lost, both := [2]int{}, 0
+	for i := range uint32(numbers) {
+		for leg := range lost {
+			if lostOn(leg, i) {
+				lost[leg]++
+			}
+		}
+		if lostOn(0, i) && lostOn(1, i) {
+			both++
+		}
+	}
+	won := 0.0
+	for i, in := range r.Inputs {
+		if in.Leg == nil || in.State != control.StateActive {
+			t.Fatalf("input %d: %+v", i, in)
+		}
+		// The first and the last may be among the lost.
+		if n := int(in.Leg.Lost); n > lost[i] || n < lost[i]-5 {
+			t.Errorf("input %d lacks %d numbers, want %d", i, n, lost[i])
+		}
+		won += in.Leg.Share
+	}
+	if won < 0.999 || won > 1.001 {
+		t.Errorf("the inputs have brought %v of all", won)
+	}
+	if n := int(r.Stream.Lost); n > both || n < both-3 {
+		t.Errorf("%d numbers are lost on all inputs, want %d: %+v", n, both, r.Stream)
+	}
+	if !undisturbed {
+		return // outputs that change begin their counters anew
+	}
+	sum := r.Outputs[0].Sent.Packets
+	for _, d := range r.Drops {
+		sum += d.Packets
+		if d.Reason != "duplicate" {
+			t.Errorf("%d packets are dropped, reason %s", d.Packets, d.Reason)
+		}
+	}
+	if sum != r.Matched.Packets || r.Matched.Packets != uint64(2*numbers-lost[0]-lost[1]) {
+		t.Errorf("%d packets matched, of %d; %d are accounted for", r.Matched.Packets, 2*numbers-lost[0]-lost[1], sum)
+	}
+	if text := l.in.mustCLI("health", "cam"); !strings.Contains(text, "239.101.1.1:5000%out2") {
+		t.Errorf("health says\n%s", text)
+	}
+}
