@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -60,9 +62,12 @@ func (l *Loader) useBroadcast(out []Output, open openBroadcasts) (*ebpf.Map, err
 		if devmap, f, err = l.newBroadcast(indexes); err != nil {
 			return nil, err
 		}
+		if err := l.pinBroadcast(devmap, f.id); err != nil {
+			return nil, errors.Join(err, devmap.Close())
+		}
 		l.broadcasts[key], open[key] = f, devmap
 	case devmap == nil:
-		if devmap, err = l.openBroadcast(f); err != nil {
+		if devmap, err = l.openBroadcast(key, f); err != nil {
 			return nil, err
 		}
 		open[key] = devmap
@@ -72,13 +77,98 @@ func (l *Loader) useBroadcast(out []Output, open openBroadcasts) (*ebpf.Map, err
 }
 
 // releaseBroadcast is the inverse of useBroadcast.
-func (l *Loader) releaseBroadcast(out []Output) {
+func (l *Loader) releaseBroadcast(out []Output) error {
 	key, _ := fanKey(out)
-	if f := l.broadcasts[key]; f != nil {
-		if f.users--; f.users == 0 {
-			delete(l.broadcasts, key)
+	f := l.broadcasts[key]
+	if f == nil {
+		return nil
+	}
+	if f.users--; f.users > 0 {
+		return nil
+	}
+	delete(l.broadcasts, key)
+	return removePins(broadcastPin(l.opts.PinDir, f.id))
+}
+
+// pinBroadcast pins a devmap, to be opened again: by its id it can be opened with CAP_SYS_ADMIN
+// alone.
+func (l *Loader) pinBroadcast(devmap *ebpf.Map, id ebpf.MapID) error {
+	clone, err := devmap.Clone()
+	if err != nil {
+		return fmt.Errorf("pin devmap: %w", err)
+	}
+	defer clone.Close()
+	if err := os.MkdirAll(filepath.Join(l.opts.PinDir, broadcastsDir), 0o700); err != nil {
+		return fmt.Errorf("make pin directory: %w", err)
+	}
+	return repin(clone, broadcastPin(l.opts.PinDir, id))
+}
+
+// openDevmap opens the devmap of a broadcast in use. One that is not pinned, as an earlier release
+// left it or since somebody has removed the pin, is opened by its id or, without the capability to,
+// replaced by another in the rows of its rules.
+func (l *Loader) openDevmap(key string, f *broadcast) (*ebpf.Map, error) {
+	path := broadcastPin(l.opts.PinDir, f.id)
+	devmap, err := openByID(path, f.id, false)
+	if err == nil {
+		return devmap, nil
+	}
+	if devmap, err = ebpf.NewMapFromID(f.id); err == nil {
+		if err := l.pinBroadcast(devmap, f.id); err != nil {
+			return nil, errors.Join(err, devmap.Close())
+		}
+		return devmap, nil
+	}
+	if !errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("open devmap: %w", err)
+	}
+	return l.replaceBroadcast(key, f)
+}
+
+// replaceBroadcast makes another devmap for the rules of a broadcast. Each packet finds the old one
+// or the new one.
+func (l *Loader) replaceBroadcast(key string, f *broadcast) (*ebpf.Map, error) {
+	devmap, fresh, err := l.newBroadcast(f.indexes)
+	if err != nil {
+		return nil, err
+	}
+	var rows batch[uint32]
+	for _, e := range l.rules {
+		if len(e.rule.Out) < 2 {
+			continue
+		}
+		if of, _ := fanKey(e.rule.Out); of == key {
+			rows.add(e.first, uint32(devmap.FD()))
 		}
 	}
+	if err := errors.Join(l.pinBroadcast(devmap, fresh.id), rows.putRows(l.maps.Broadcast)); err != nil {
+		return nil, errors.Join(err, devmap.Close())
+	}
+	f.id = fresh.id
+	return devmap, nil
+}
+
+// sweepBroadcasts removes the pins of devmaps that no rule uses: a process died before it could.
+func (l *Loader) sweepBroadcasts() error {
+	used := map[string]bool{}
+	for _, f := range l.broadcasts {
+		used[broadcastPin(l.opts.PinDir, f.id)] = true
+	}
+	dir := filepath.Join(l.opts.PinDir, broadcastsDir)
+	pins, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // an earlier release has none
+	}
+	if err != nil {
+		return fmt.Errorf("look at pins: %w", err)
+	}
+	var errs []error
+	for _, pin := range pins {
+		if path := filepath.Join(dir, pin.Name()); !used[path] {
+			errs = append(errs, removePins(path))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (l *Loader) newBroadcast(indexes []int) (_ *ebpf.Map, _ *broadcast, err error) {
@@ -101,23 +191,19 @@ func (l *Loader) newBroadcast(indexes []int) (_ *ebpf.Map, _ *broadcast, err err
 			return nil, nil, err
 		}
 	}
-	info, err := devmap.Info()
+	id, err := mapID(devmap)
 	if err != nil {
-		return nil, nil, fmt.Errorf("devmap: %w", err)
-	}
-	id, ok := info.ID()
-	if !ok {
-		return nil, nil, fmt.Errorf("map ids are %w", ErrNotSupported)
+		return nil, nil, err
 	}
 	return devmap, &broadcast{indexes: indexes, id: id}, nil
 }
 
 // openBroadcast opens the devmap of a broadcast in use. The kernel empties a row when its
 // interface goes; should another have come with the same index, it gets the row.
-func (l *Loader) openBroadcast(f *broadcast) (*ebpf.Map, error) {
-	devmap, err := ebpf.NewMapFromID(f.id)
+func (l *Loader) openBroadcast(key string, f *broadcast) (*ebpf.Map, error) {
+	devmap, err := l.openDevmap(key, f)
 	if err != nil {
-		return nil, fmt.Errorf("open devmap: %w", err)
+		return nil, err
 	}
 	for row, index := range f.indexes {
 		var value bpf.RelayBpfDevmapVal
@@ -142,8 +228,8 @@ func (l *Loader) setSlot(devmap *ebpf.Map, row uint32, index int) error {
 }
 
 // renewBroadcast puts the egress program of this binary into all rows.
-func (l *Loader) renewBroadcast(f *broadcast) {
-	devmap, err := ebpf.NewMapFromID(f.id)
+func (l *Loader) renewBroadcast(key string, f *broadcast) {
+	devmap, err := l.openDevmap(key, f)
 	if err != nil {
 		l.log.Warn("upgrade egress program", "error", err)
 		return
@@ -186,7 +272,7 @@ func (l *Loader) adoptBroadcasts() error {
 		}
 		f.users++
 	}
-	return nil
+	return l.sweepBroadcasts()
 }
 
 // orphanBroadcasts returns the rows of the map broadcast that may hold a devmap that belongs to no

@@ -107,6 +107,7 @@ type Loader struct {
 	tapped   map[int]*tapped      // by interface index
 	// tappedPrograms are for interfaces with and without an Ethernet header.
 	tappedPrograms map[bool]*ebpf.Program
+	attached       map[string]*ebpf.Program // by the name of the pin: what links run
 
 	tables         tables
 	own            [4]uint64   // of map config
@@ -158,6 +159,7 @@ func Open(opts Options) (_ *Loader, err error) {
 		tapped:   map[int]*tapped{},
 
 		tappedPrograms: map[bool]*ebpf.Program{},
+		attached:       map[string]*ebpf.Program{},
 		rules:          map[string]*entry{},
 		devices:        map[int]*device{},
 		broadcasts:     map[string]*broadcast{},
@@ -250,7 +252,7 @@ func (l *Loader) closeState() error {
 	for _, t := range l.transmit {
 		errs = append(errs, t.Close())
 	}
-	errs = append(errs, l.closeTapped(), l.relay.Close(), l.egress.Close(), l.tables.Close())
+	errs = append(errs, l.closeTapped(), l.closeAttached(), l.relay.Close(), l.egress.Close(), l.tables.Close())
 	if l.account != nil {
 		errs = append(errs, l.account.Close())
 	}

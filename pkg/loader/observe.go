@@ -186,7 +186,7 @@ func (l *Loader) observeBroadcasts(o *Observation) {
 		key := keys[(start+i)%len(keys)]
 		f := l.broadcasts[key]
 		rows += 1 + len(f.indexes)
-		o.fail(l.observeBroadcast(f, egress, filled))
+		o.fail(l.observeBroadcast(key, f, egress, filled))
 		l.fanCursor = key + "\x00" // the least that comes after it
 	}
 	for _, index := range slices.Sorted(maps.Keys(filled)) {
@@ -194,13 +194,13 @@ func (l *Loader) observeBroadcasts(o *Observation) {
 	}
 }
 
-func (l *Loader) observeBroadcast(f *broadcast, egress ebpf.ProgramID, filled map[int]bool) error {
+func (l *Loader) observeBroadcast(key string, f *broadcast, egress ebpf.ProgramID, filled map[int]bool) error {
 	if len(f.indexes) == 0 {
 		return nil
 	}
-	devmap, err := ebpf.NewMapFromID(f.id)
+	devmap, err := l.openDevmap(key, f)
 	if err != nil {
-		return fmt.Errorf("open devmap: %w", err)
+		return err
 	}
 	for row, index := range f.indexes {
 		var have bpf.RelayBpfDevmapVal
@@ -281,6 +281,9 @@ type unpinner interface {
 func (l *Loader) pins() map[string]unpinner {
 	dir := l.opts.PinDir
 	all := map[string]unpinner{relayPin(dir): l.relay, egressPin(dir): l.egress}
+	for name, p := range l.attached {
+		all[filepath.Join(dir, programsDir, name)] = p
+	}
 	for kind := range tableKinds {
 		all[filepath.Join(dir, tableNames[kind].pin)] = l.tables[kind]
 	}

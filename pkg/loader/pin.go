@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lockfile"
@@ -15,8 +16,9 @@ import (
 
 // Directories below the pin directory, beside the maps.
 const (
-	programsDir = "programs"
-	linksDir    = "links"
+	programsDir   = "programs"
+	linksDir      = "links"
+	broadcastsDir = "broadcasts"
 )
 
 // Names of pins. bpffs allows no dots.
@@ -29,11 +31,19 @@ const (
 	pinRedirectErr = "redirect_err"
 	pinCPUEnqueue  = "cpumap_enqueue"
 	pinCPUThread   = "cpumap_kthread"
+
+	pinTappedEthernet = "tapped"
+	pinTappedBare     = "tapped_bare" // of interfaces without an Ethernet header
 )
 
 func relayPin(dir string) string { return filepath.Join(dir, programsDir, pinRelay) }
 
 func egressPin(dir string) string { return filepath.Join(dir, programsDir, pinEgress) }
+
+// broadcastPin is named by the id of the devmap.
+func broadcastPin(dir string, id ebpf.MapID) string {
+	return filepath.Join(dir, broadcastsDir, strconv.FormatUint(uint64(id), 10))
+}
 
 // linkPin is named by index: interface names may hold dots, and are used again.
 func linkPin(dir string, index int) string {
@@ -229,22 +239,32 @@ type pinner interface{ Pin(path string) error }
 // repin pins p at path in place of whatever is pinned there, with no moment in
 // which nothing is.
 func repin(p pinner, path string) error {
-	next := path + "_next"
-	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := pinNext(p, path); err != nil {
+		return err
+	}
+	if err := os.Rename(nextPin(path), path); err != nil {
+		return errors.Join(fmt.Errorf("pin %s: %w", path, err), os.Remove(nextPin(path)))
+	}
+	return nil
+}
+
+// nextPin is where what takes the place of a pin is pinned before.
+func nextPin(path string) string { return path + "_next" }
+
+// pinNext is the first half of repin.
+func pinNext(p pinner, path string) error {
+	if err := os.Remove(nextPin(path)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove stale pin: %w", err)
 	}
-	if err := p.Pin(next); err != nil {
+	if err := p.Pin(nextPin(path)); err != nil {
 		return fmt.Errorf("pin %s: %w", path, err)
-	}
-	if err := os.Rename(next, path); err != nil {
-		return errors.Join(fmt.Errorf("pin %s: %w", path, err), os.Remove(next))
 	}
 	return nil
 }
 
 // pinAll pins maps, tables and programs into dir.
 func (l *Loader) pinAll(dir string) error {
-	for _, sub := range []string{programsDir, linksDir} {
+	for _, sub := range []string{programsDir, linksDir, broadcastsDir} {
 		if err := os.Mkdir(filepath.Join(dir, sub), 0o700); err != nil {
 			return fmt.Errorf("make pin directory: %w", err)
 		}

@@ -54,7 +54,7 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 	if config.ShortcutShift == 0 {
 		return
 	}
-	tables, err := openTables(m)
+	tables, err := openTables(m, "", false) // by id
 	if err != nil {
 		t.Fatal(err)
 	}

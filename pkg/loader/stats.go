@@ -222,7 +222,7 @@ func OpenReader(pinDir string) (_ *Reader, err error) {
 	if r.maps, err = openMaps(pinDir, true); err != nil {
 		return nil, err
 	}
-	if r.tables, err = openTables(r.maps); err != nil {
+	if r.tables, err = openTables(r.maps, pinDir, true); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil

@@ -3,7 +3,6 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -278,7 +277,7 @@ func (s *transaction) stageSlots(e *entry) error {
 	if err != nil {
 		return err
 	}
-	s.onFailure(func() error { s.releaseBroadcast(e.rule.Out); return nil })
+	s.onFailure(func() error { return s.releaseBroadcast(e.rule.Out) })
 	s.staged.broadcast.add(e.first, uint32(devmap.FD()))
 	for i, c := range encodeCopies(e.rule.Out) {
 		s.staged.copies.add(e.first+uint32(i), c)
@@ -496,29 +495,20 @@ func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tabl
 
 // swap puts a new flow table into force with one write.
 func (s *transaction) swap(kind tableKind, flows []flowEntry) error {
-	inForce, outer := &s.tables[kind], s.maps.outer(kind)
+	inForce := &s.tables[kind]
 	table, err := s.newTable(kind, flows)
 	if err != nil {
 		return err
 	}
-	if err := outer.Put(uint32(0), table); err != nil {
-		return errors.Join(fmt.Errorf("swap flow table: %w", err), table.Close())
-	}
 	old := *inForce
-	*inForce = table
-	path := filepath.Join(s.opts.PinDir, tableNames[kind].pin)
 	back := func() error {
 		*inForce = old
-		// A clone, since old remembers where it was pinned and would move that pin.
-		clone, err := old.Clone()
-		if err == nil {
-			err = errors.Join(repin(clone, path), clone.Close())
-		}
-		return errors.Join(outer.Put(uint32(0), old), err, table.Close())
+		return errors.Join(s.putTable(kind, old), table.Close())
 	}
-	if err := repin(table, path); err != nil {
+	if err := s.putTable(kind, table); err != nil {
 		return errors.Join(err, back())
 	}
+	*inForce = table
 	s.onFailure(back)
 	s.done = append(s.done, old.Close)
 	return nil
@@ -568,8 +558,7 @@ func (s *transaction) releaseOutputs(e *entry) error {
 		}
 		return nil
 	}
-	s.releaseBroadcast(out)
-	var errs []error
+	errs := []error{s.releaseBroadcast(out)}
 	for _, o := range out {
 		if o.Ready {
 			errs = append(errs, s.releaseSlot(o.Index))

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
@@ -46,13 +47,68 @@ func (t *tables) Close() error {
 }
 
 // openTables opens the tables that the outer maps say are in force.
-func openTables(m *mapSet) (t tables, err error) {
+func openTables(m *mapSet, dir string, readOnly bool) (t tables, err error) {
 	for kind := range tableKinds {
-		if err := m.outer(kind).Lookup(uint32(0), &t[kind]); err != nil {
+		if t[kind], err = openTable(m.outer(kind), tablePin(dir, kind), readOnly); err != nil {
 			return tables{}, errors.Join(fmt.Errorf("open flow table %s: %w", tableNames[kind].pin, err), t.Close())
 		}
 	}
 	return t, nil
+}
+
+func tablePin(dir string, kind tableKind) string { return filepath.Join(dir, tableNames[kind].pin) }
+
+// tableTries is how often openTable looks for a table that is swapped meanwhile.
+const tableTries = 100
+
+// openTable opens the table in force: it is pinned at path or, while it is swapped or when a
+// process died at that, as the next one. To open it by its id, as it is read from the outer map,
+// would take CAP_SYS_ADMIN.
+func openTable(outer *ebpf.Map, path string, readOnly bool) (*ebpf.Map, error) {
+	var missing error
+	for range tableTries {
+		var want uint32
+		if err := outer.Lookup(uint32(0), &want); err != nil {
+			return nil, err
+		}
+		for _, pin := range []string{path, nextPin(path)} {
+			table, err := openByID(pin, ebpf.MapID(want), readOnly)
+			if err == nil {
+				return table, nil
+			}
+			missing = err
+		}
+	}
+	var table *ebpf.Map
+	if err := outer.Lookup(uint32(0), &table); err != nil {
+		return nil, fmt.Errorf("%w, and without CAP_SYS_ADMIN it cannot be opened by its id: %w", missing, err)
+	}
+	return table, nil
+}
+
+// openByID opens a pinned map that must have the id. The map does not remember its pin.
+func openByID(path string, want ebpf.MapID, readOnly bool) (_ *ebpf.Map, err error) {
+	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: readOnly})
+	if err != nil {
+		return nil, fmt.Errorf("open pin %s: %w", path, err)
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	if id, err := mapID(m); err != nil || id != want {
+		return nil, errors.Join(fmt.Errorf("pin %s is of the map with id %d, not %d", path, id, want), err)
+	}
+	return m.Clone()
+}
+
+func mapID(m *ebpf.Map) (ebpf.MapID, error) {
+	info, err := m.Info()
+	if err != nil {
+		return 0, fmt.Errorf("map info: %w", err)
+	}
+	id, ok := info.ID()
+	if !ok {
+		return 0, fmt.Errorf("map ids are %w", ErrNotSupported)
+	}
+	return id, nil
 }
 
 // outer is the map that holds the table of a kind.
@@ -336,13 +392,38 @@ func (l *Loader) firstTables() (err error) {
 // adoptTables opens the flow tables in force. The outer maps say which they are:
 // the pins may be one swap behind.
 func (l *Loader) adoptTables() (err error) {
-	if l.tables, err = openTables(l.maps); err != nil {
+	if l.tables, err = openTables(l.maps, l.opts.PinDir, false); err != nil {
 		return err
 	}
 	for kind := range tableKinds {
-		if err := repin(l.tables[kind], filepath.Join(l.opts.PinDir, tableNames[kind].pin)); err != nil {
+		clone, err := l.tables[kind].Clone() // which may forget where it was pinned
+		if err == nil {
+			err = errors.Join(repin(clone, tablePin(l.opts.PinDir, kind)), clone.Close())
+		}
+		if err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// putTable puts a table into force. It is pinned before, beside the one in force, so that the one
+// that is in force is always pinned.
+func (l *Loader) putTable(kind tableKind, table *ebpf.Map) error {
+	path := tablePin(l.opts.PinDir, kind)
+	clone, err := table.Clone()
+	if err != nil {
+		return fmt.Errorf("swap flow table: %w", err)
+	}
+	defer clone.Close()
+	if err := pinNext(clone, path); err != nil {
+		return err
+	}
+	if err := l.maps.outer(kind).Put(uint32(0), table); err != nil {
+		return errors.Join(fmt.Errorf("swap flow table: %w", err), os.Remove(nextPin(path)))
+	}
+	if err := os.Rename(nextPin(path), path); err != nil {
+		return fmt.Errorf("pin %s: %w", path, err)
 	}
 	return nil
 }

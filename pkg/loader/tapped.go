@@ -124,7 +124,7 @@ func (l *Loader) attachTCX(index int) (_ link.Link, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach tapped program: %w", err)
 	}
-	if err := repin(lk, tappedPin(l.opts.PinDir, index)); err != nil {
+	if err := errors.Join(repin(lk, tappedPin(l.opts.PinDir, index)), l.pinTappedPrograms()); err != nil {
 		return nil, errors.Join(err, lk.Close())
 	}
 	return lk, nil
@@ -195,28 +195,41 @@ func (l *Loader) upgradeTapped() error {
 			return fmt.Errorf("upgrade tapped program of interface with index %d: %w", index, err)
 		}
 	}
-	return nil
+	return l.pinTappedPrograms()
 }
 
 func (l *Loader) upgradeTCX(lk link.Link, index int) error {
-	info, err := lk.Info()
-	if err != nil {
-		return fmt.Errorf("read link: %w", err)
-	}
-	old, err := ebpf.NewProgramFromID(info.Program)
-	if err != nil {
-		return fmt.Errorf("open program: %w", err)
-	}
-	defer old.Close()
 	fresh, err := l.tappedProgram(index)
 	if err != nil {
 		return err
 	}
-	same, err := sameProgram(fresh, old)
-	if err != nil || same {
+	ethernet, err := hasEthernetHeader(index)
+	if err != nil {
+		return err
+	}
+	// Of two interfaces of a kind the pin may be of the other's program already: to update twice
+	// does no harm.
+	if same, err := l.runs(lk, fresh, tappedProgramPin(l.opts.PinDir, ethernet)); err != nil || same {
 		return err
 	}
 	return lk.Update(fresh)
+}
+
+func tappedProgramPin(dir string, ethernet bool) string {
+	if ethernet {
+		return filepath.Join(dir, programsDir, pinTappedEthernet)
+	}
+	return filepath.Join(dir, programsDir, pinTappedBare)
+}
+
+// pinTappedPrograms pins the programs that are attached, for the next process to know them.
+func (l *Loader) pinTappedPrograms() error {
+	for ethernet, p := range l.tappedPrograms {
+		if err := l.pinProgram(p, tappedProgramPin(l.opts.PinDir, ethernet)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // closeTapped closes the file descriptors; what is pinned stays.

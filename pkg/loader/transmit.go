@@ -38,8 +38,9 @@ func (l *Loader) tryAttachTransmit(dir string) error {
 }
 
 func (l *Loader) attachTracing(name, path string, p *ebpf.Program) error {
+	programPin := filepath.Join(filepath.Dir(filepath.Dir(path)), programsDir, name)
 	if old := l.transmit[name]; old != nil {
-		if same, err := runs(old, p); err == nil && same {
+		if same, err := l.runs(old, p, programPin); err == nil && same {
 			return nil
 		}
 		// The kernel cannot update a tracing link: a moment is not counted.
@@ -52,23 +53,9 @@ func (l *Loader) attachTracing(name, path string, p *ebpf.Program) error {
 	if err != nil {
 		return fmt.Errorf("attach %s: %w", name, err)
 	}
-	if err := repin(t, path); err != nil {
+	if err := errors.Join(repin(t, path), l.pinProgram(p, programPin)); err != nil {
 		return errors.Join(err, t.Close())
 	}
 	l.transmit[name] = t
 	return nil
-}
-
-// runs says whether a link runs this program.
-func runs(lk link.Link, p *ebpf.Program) (bool, error) {
-	info, err := lk.Info()
-	if err != nil {
-		return false, fmt.Errorf("link info: %w", err)
-	}
-	attached, err := ebpf.NewProgramFromID(info.Program)
-	if err != nil {
-		return false, fmt.Errorf("program of a link: %w", err)
-	}
-	defer attached.Close()
-	return sameProgram(attached, p)
 }

@@ -69,8 +69,8 @@ func (l *Loader) upgradeEgress() error {
 	}
 	old := l.egress
 	l.egress = fresh
-	for _, f := range l.broadcasts {
-		l.renewBroadcast(f)
+	for key, f := range l.broadcasts {
+		l.renewBroadcast(key, f)
 	}
 	for _, p := range l.devices {
 		if p.rowUsers > 0 && p.rowHasProg {

@@ -1,0 +1,68 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// Programs that links run are pinned as well, so that the next process can tell them from its
+// own: to open them by their ids would take CAP_SYS_ADMIN.
+
+// runs says whether a link runs this program, which was pinned when it was attached. One that is
+// not pinned, as an earlier release left it, is taken to be another.
+func (l *Loader) runs(lk link.Link, p *ebpf.Program, pin string) (bool, error) {
+	info, err := lk.Info()
+	if err != nil {
+		return false, fmt.Errorf("link info: %w", err)
+	}
+	pinned, err := ebpf.LoadPinnedProgram(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("open pin %s: %w", pin, err)
+	}
+	of, err := pinned.Info()
+	if err != nil {
+		return false, errors.Join(fmt.Errorf("program info: %w", err), pinned.Close())
+	}
+	if id, ok := of.ID(); !ok || id != info.Program {
+		return false, pinned.Close()
+	}
+	same, err := sameProgram(pinned, p)
+	return same, errors.Join(err, l.keepAttached(pin, pinned))
+}
+
+// pinProgram pins a program that is attached, in place of another.
+func (l *Loader) pinProgram(p *ebpf.Program, path string) error {
+	clone, err := p.Clone() // since p would remember where
+	if err != nil {
+		return fmt.Errorf("pin %s: %w", path, err)
+	}
+	if err := repin(clone, path); err != nil {
+		return errors.Join(err, clone.Close())
+	}
+	return l.keepAttached(path, clone)
+}
+
+// keepAttached keeps the program of a pin open, for Observe to pin it again.
+func (l *Loader) keepAttached(path string, p *ebpf.Program) error {
+	name := filepath.Base(path)
+	old := l.attached[name]
+	l.attached[name] = p
+	return old.Close()
+}
+
+func (l *Loader) closeAttached() error {
+	var errs []error
+	for name, p := range l.attached {
+		errs = append(errs, p.Close())
+		delete(l.attached, name)
+	}
+	return errors.Join(errs...)
+}
