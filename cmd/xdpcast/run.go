@@ -148,6 +148,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	service := connectService(opts.Logger)
 	defer func() { err = errors.Join(err, service.close()) }()
 	opts.Membership = service.memberships()
+	opts.Beat, opts.BeatEvery = func() { service.tell(notify.Watchdog) }, service.manager.WatchdogInterval()/3
 	// The socket first: a daemon that must not run must not touch the kernel.
 	listener, err := control.Listen(c.String("socket"), groups)
 	if err != nil {

@@ -70,6 +70,10 @@ type Options struct {
 	Events *events.Log
 	// Reconciled is told how long each round of the control loop took; nil: nobody is.
 	Reconciled func(took time.Duration)
+	// Beat is called by the control loop as often as BeatEvery says while it turns: a loop that
+	// hangs has no heartbeat. Nil: nothing is called.
+	Beat      func()
+	BeatEvery time.Duration
 
 	// observeEvery replaces observePause, and clock that of changes that wait for confirmation,
 	// for tests.
@@ -248,6 +252,13 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	loops, mirror := time.NewTicker(loopCheck), time.NewTicker(keepaliveEvery)
 	defer loops.Stop()
 	defer mirror.Stop()
+	var beats <-chan time.Time
+	if r.opts.Beat != nil && r.opts.BeatEvery > 0 {
+		beat := time.NewTicker(r.opts.BeatEvery)
+		defer beat.Stop()
+		beats = beat.C
+		r.opts.Beat()
+	}
 	for {
 		r.undoIfDue()
 		timer := time.NewTimer(r.wake())
@@ -269,6 +280,8 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case look := <-r.memberships.looks:
 			r.warnUnless(aboutGroups, r.memberships.looked(look))
 			_ = r.reconcile(nil)
+		case <-beats:
+			r.opts.Beat()
 		case <-loops.C:
 			r.logLoops()
 		case <-timer.C:
