@@ -47,9 +47,9 @@ func (l *Loader) Observe() Observation {
 	l.observeLinks(&o)
 	l.observeTapped(&o)
 	l.observeDevices(&o)
+	l.observePins(&o) // before devmaps are opened by their pins
 	l.observeBroadcasts(&o)
 	l.observeConfig(&o)
-	l.observePins(&o)
 	return o
 }
 
@@ -237,7 +237,7 @@ func (l *Loader) observeConfig(o *Observation) {
 func (l *Loader) observePins(o *Observation) {
 	dir := l.opts.PinDir
 	have := map[string]bool{}
-	for _, sub := range []string{"", programsDir, linksDir} {
+	for _, sub := range []string{"", programsDir, linksDir, broadcastsDir} {
 		entries, err := os.ReadDir(filepath.Join(dir, sub))
 		if errors.Is(err, os.ErrNotExist) {
 			err = os.MkdirAll(filepath.Join(dir, sub), 0o700)
@@ -264,6 +264,17 @@ func (l *Loader) observePins(o *Observation) {
 		err := p.Unpin()
 		if err == nil {
 			err = repin(p, path)
+		}
+		o.fail(err)
+	}
+	for key, f := range l.broadcasts {
+		if have[broadcastPin(dir, f.id)] {
+			continue
+		}
+		missing++
+		devmap, err := l.openDevmap(key, f) // pins it, or another
+		if err == nil {
+			err = devmap.Close()
 		}
 		o.fail(err)
 	}
