@@ -101,6 +101,16 @@ package: go ## make Debian and RPM packages in dist/
 	scripts/package
 	@if [ -n "$$SUDO_UID" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" dist; fi
 
+.PHONY: image
+image: go ## make the container image in dist/, without a container engine
+	scripts/image
+	@if [ -n "$$SUDO_UID" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" dist; fi
+
+.PHONY: test-image
+test-image: go ## run the container image, and check the files for Kubernetes
+	@scripts/setup --image
+	scripts/test-image
+
 .PHONY: test-package
 test-package: go ## install, upgrade, remove and purge the packages in a Debian root
 	@scripts/setup --package
