@@ -81,6 +81,20 @@ bench-smoke: build ## only prove that the bench and what it measures work; no fi
 	@$(BENCH_SETUP)
 	$(BENCH) -smoke
 
+CHAOS := $(GO) run -buildvcs=false ./scripts/chaos -xdpcast bin/xdpcast
+
+.PHONY: chaos
+chaos: build ## disturb a relay under traffic, 20 times in each way, on each path, and count
+	$(CHAOS) -path kernel
+	$(CHAOS) -path afxdp -rate 50000
+	$(CHAOS) -path fanout -rate 50000
+
+.PHONY: chaos-smoke
+chaos-smoke: build ## the same once, in under a minute
+	$(CHAOS) -smoke -path kernel
+	$(CHAOS) -smoke -path afxdp
+	$(CHAOS) -smoke -path fanout
+
 .PHONY: generate
 generate: go ## make the BPF objects, docs/cli.md, the man page and the completions again
 	@scripts/setup --dev

@@ -1,0 +1,168 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/control"
+)
+
+// restart ends the daemon and starts the next.
+func (s *stage) restart(sig os.Signal) error {
+	if err := s.end(sig); err != nil {
+		return err
+	}
+	return s.start()
+}
+
+// upgrade replaces the programs in the kernel without a daemon.
+func upgrade(_ context.Context, s *stage) error {
+	if err := s.end(os.Interrupt); err != nil {
+		return err
+	}
+	if err := s.cli("upgrade"); err != nil {
+		return err
+	}
+	return s.start()
+}
+
+// reload brings another rule in, and takes it away again.
+func reload(ctx context.Context, s *stage) error {
+	for _, others := range []int{50, 0} {
+		if err := s.writeRules(others); err != nil {
+			return err
+		}
+		if _, err := s.client.Reload(ctx, control.ApplyOptions{}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rollback takes a reload back.
+func rollback(ctx context.Context, s *stage) error {
+	if err := s.writeRules(50); err != nil {
+		return err
+	}
+	if _, err := s.client.Reload(ctx, control.ApplyOptions{Confirm: time.Minute}); err != nil {
+		return err
+	}
+	if _, err := s.client.Rollback(ctx, 1, control.ApplyOptions{}); err != nil {
+		return err
+	}
+	return s.writeRules(0)
+}
+
+// flap has another interface lose its carrier and get it back.
+func flap(ctx context.Context, s *stage) error {
+	for _, up := range []bool{false, true} {
+		if err := s.relay.SetUp("other0", up); err != nil {
+			return err
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// storm makes and deletes interfaces.
+func storm(_ context.Context, s *stage) error {
+	nl := s.relay.Netlink()
+	for i := range s.many(1000) {
+		link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("storm%d", i)}, PeerName: fmt.Sprintf("mrots%d", i)}
+		if err := nl.LinkAdd(link); err != nil {
+			return err
+		}
+		if err := nl.LinkDel(link); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pressure takes memory until little is left, without more than a quarter of the machine's, and
+// gives it back.
+func pressure(ctx context.Context, s *stage) error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return err
+	}
+	size := int(min(uint64(info.Freeram)*uint64(info.Unit)/4, 4<<30)) / s.opts.part()
+	memory, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_POPULATE)
+	if err != nil {
+		return err
+	}
+	return errors.Join(sleep(ctx, s.long(time.Second)), unix.Munmap(memory))
+}
+
+// part is how much less of everything a smoke test takes.
+func (o options) part() int {
+	if o.smoke {
+		return 16
+	}
+	return 1
+}
+
+// fullDirectory fills the file system of the run directory; a rule that cannot be saved is refused.
+func fullDirectory(ctx context.Context, s *stage) error {
+	fill := filepath.Join(s.runDir, "fill")
+	block := make([]byte, 4096)
+	f, err := os.Create(fill)
+	if err != nil {
+		return err
+	}
+	for err == nil {
+		_, err = f.Write(block)
+	}
+	if err = errors.Join(ignore(err, unix.ENOSPC), f.Close()); err != nil {
+		return err
+	}
+	_, err = s.client.AddRule(ctx, control.Rule{Name: "full", In: "239.1.9.1:5000%in0", Out: []string{"239.2.9.1:6000%out0"}})
+	if err == nil {
+		return errors.New("a rule was added that cannot be saved")
+	}
+	if !strings.Contains(err.Error(), "no space left on device") {
+		return err
+	}
+	return os.Remove(fill)
+}
+
+func ignore(err, expected error) error {
+	if errors.Is(err, expected) {
+		return nil
+	}
+	return err
+}
+
+// freeze stops the daemon's process for ten seconds.
+func freeze(ctx context.Context, s *stage) error {
+	if err := s.daemon.Process.Signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	return errors.Join(sleep(ctx, s.long(10*time.Second)), s.daemon.Process.Signal(syscall.SIGCONT))
+}
+
+// cli runs a command of the program on the relay.
+func (s *stage) cli(args ...string) error {
+	var out strings.Builder
+	cmd := exec.Command(s.opts.program, args...)
+	cmd.Env, cmd.Stdout, cmd.Stderr = s.env(), &out, &out
+	if err := s.relay.Start(cmd); err != nil {
+		return err
+	}
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("xdpcast %s: %w: %s", strings.Join(args, " "), err, out.String())
+	}
+	return nil
+}
