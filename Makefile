@@ -36,7 +36,7 @@ soak: go ## run the long forms of tests, and each fuzz target for FUZZTIME (1m)
 	scripts/soak
 
 .PHONY: test-interop
-test-interop: go ## relay a video stream between ffmpeg and other programs
+test-interop: go ## relay a video stream between ffmpeg and other programs, scrape with Prometheus, look with Chromium
 	@scripts/setup --interop
 	$(GO) test -tags interop -count=1 -timeout 5m -v ./test/interop
 

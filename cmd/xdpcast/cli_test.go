@@ -121,6 +121,10 @@ func (b *backend) AddRule(_ context.Context, r control.Rule) (control.RuleStatus
 	return s, b.note("add " + ruleText(r))
 }
 
+func (b *backend) PutRule(_ context.Context, r control.Rule, _ control.ApplyOptions) (control.ApplyResult, error) {
+	return control.ApplyResult{Added: 1}, b.note("put " + r.Name)
+}
+
 func (b *backend) DeleteRule(_ context.Context, name string) error {
 	if strings.HasPrefix(name, "no") {
 		return control.Errorf(control.KindNotFound, "rule %q: %w", name, control.ErrNotFound)

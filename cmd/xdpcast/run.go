@@ -22,6 +22,7 @@ import (
 	"xdpcast/internal/metrics"
 	"xdpcast/internal/notify"
 	"xdpcast/internal/relay"
+	"xdpcast/internal/web"
 	"xdpcast/pkg/loader"
 )
 
@@ -153,36 +154,39 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	if err != nil {
 		return explainStart(err)
 	}
-	page, err := listen.open()
+	listening, err := listen.open()
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
 	// Before the file is read: a change is missed by neither.
 	watcher, err := watchConfig(c, opts)
 	if err != nil {
-		return errors.Join(err, listener.Close(), page.close())
+		return errors.Join(err, listener.Close(), listening.close())
 	}
 	opts.Events = events.Open(events.Options{File: loader.RunFile(opts.Loader.RunDir, opts.Loader.PinDir, "events.ndjson"), Logger: opts.Logger})
 	reconciles := metrics.NewReconciles()
 	opts.Reconciled = func(took time.Duration) { reconciles.Observe(took.Seconds()) }
 	r, err := relay.New(opts)
 	if err != nil {
-		return errors.Join(explainStart(err), listener.Close(), page.close(), watcher.close())
+		return errors.Join(explainStart(err), listener.Close(), listening.close(), watcher.close())
 	}
 	endEvents := runEvents(opts.Events, c.String("on-event"), opts.Logger)
 	defer endEvents()
 	observed := metrics.Observe(r)
-	web := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger, Events: opts.Events, Reconciles: reconciles})
+	scrapes := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger, Events: opts.Events, Reconciles: reconciles})
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
 	served := make(chan error, 2)
 	go func() {
 		defer cancel()
-		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", web), Events: opts.Events}).Serve(ctx, listener)
+		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", scrapes), Events: opts.Events}).Serve(ctx, listener)
 	}()
 	go func() {
 		defer cancel()
-		served <- page.serve(ctx, web, opts.Logger)
+		page := web.Handler(web.Options{
+			Context: ctx, Backend: observed, Events: opts.Events, Metrics: scrapes, Token: listen.token, Names: listen.names, Log: opts.Logger,
+		})
+		served <- listening.serve(ctx, page, opts.Logger)
 	}()
 	var reloads sync.WaitGroup
 	reloads.Go(func() { reloadOnHangup(ctx, hangups, observed, opts.Logger) })

@@ -11,15 +11,18 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"xdpcast/internal/metrics"
+	"xdpcast/internal/web"
 )
 
 // listenFlags are those of the HTTP server of "xdpcast run".
 func listenFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "listen", Usage: "serve /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464"},
+		&cli.StringFlag{Name: "listen", Usage: "serve a page for browsers, /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464"},
 		&cli.BoolFlag{Name: "listen-public", Usage: "let that be an address that is not loopback, without TLS"},
 		&cli.StringFlag{Name: "tls-cert", Usage: "PEM `FILE` of its certificate"},
 		&cli.StringFlag{Name: "tls-key", Usage: "PEM `FILE` of the certificate's key"},
+		&cli.StringFlag{Name: "token-file", Usage: "`FILE` with the token that lets browsers change rules; without it they only read"},
+		&cli.StringSliceFlag{Name: "listen-name", Usage: "`NAME` that the server is called by, besides localhost, addresses and this host's name (repeatable)"},
 		&cli.StringFlag{Name: "metrics-rules", Usage: "`RULES` that have metrics of their own: all, active (a packet has matched), none, or a regular expression of names", Value: "all"},
 	}
 }
@@ -29,13 +32,15 @@ type listenConfig struct {
 	addr  string // empty: no server
 	opts  metrics.ListenOptions
 	rules metrics.Selection
+	token string
+	names []string
 }
 
 func listenOptions(c *cli.Context) (*listenConfig, error) {
 	l := &listenConfig{addr: c.String("listen"), opts: metrics.ListenOptions{
 		Public: c.Bool("listen-public"), CertFile: c.String("tls-cert"), KeyFile: c.String("tls-key"),
 	}}
-	for _, name := range []string{"listen-public", "tls-cert", "tls-key"} {
+	for _, name := range []string{"listen-public", "tls-cert", "tls-key", "token-file", "listen-name"} {
 		if l.addr == "" && c.IsSet(name) {
 			return nil, usagef("--%s without --listen: want an address to listen on", name)
 		}
@@ -43,6 +48,12 @@ func listenOptions(c *cli.Context) (*listenConfig, error) {
 	var err error
 	if l.rules, err = metrics.ParseSelection(c.String("metrics-rules")); err != nil {
 		return nil, usagef("--metrics-rules: %w", err)
+	}
+	l.names = c.StringSlice("listen-name")
+	if c.IsSet("token-file") {
+		if l.token, err = web.ReadToken(c.String("token-file")); err != nil {
+			return nil, usagef("--token-file: %w", err)
+		}
 	}
 	return l, nil
 }

@@ -24,6 +24,9 @@ type Backend interface {
 	// interface is added, its state says pending. After an error nothing of
 	// the rule remains.
 	AddRule(ctx context.Context, r Rule) (RuleStatus, error)
+	// PutRule adds a rule, or replaces the one of its name that was added through the API; ErrInvalid,
+	// ErrConflict. After an error nothing has changed.
+	PutRule(ctx context.Context, r Rule, o ApplyOptions) (ApplyResult, error)
 	// DeleteRule removes a rule that was added through the API; ErrNotFound,
 	// and ErrConflict for a rule of the daemon's own file.
 	DeleteRule(ctx context.Context, name string) error

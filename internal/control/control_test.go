@@ -80,6 +80,14 @@ func (f *fake) AddRule(_ context.Context, r Rule) (RuleStatus, error) {
 	return f.rules[len(f.rules)-1], nil
 }
 
+func (f *fake) PutRule(ctx context.Context, r Rule, o ApplyOptions) (ApplyResult, error) {
+	f.mu.Lock()
+	f.options = o
+	f.mu.Unlock()
+	_, err := f.AddRule(ctx, r)
+	return ApplyResult{DryRun: o.DryRun, Added: 1, Changes: []Change{{Op: OpAdd, Rule: r}}}, err
+}
+
 func (f *fake) DeleteRule(_ context.Context, name string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

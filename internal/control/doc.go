@@ -6,7 +6,11 @@
 //	POST   /v1/rules                  Rule -> 201 RuleStatus
 //	PUT    /v1/rules[?dry_run=true]   []Rule -> ApplyResult
 //	GET    /v1/rules/{name}           RuleStatus
+//	PUT    /v1/rules/{name}[?dry_run=true]
+//	                                  Rule -> ApplyResult
 //	DELETE /v1/rules/{name}           204
+//	POST   /v1/check                  Rule -> Check
+//	GET    /v1/export[?origin=api]    the rules as a file (YAML)
 //	GET    /v1/groups                 []Group
 //	GET    /v1/stats                  Stats
 //	GET    /v1/events[?since=N|TIME][&tail=N][&follow=true]

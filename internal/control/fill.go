@@ -61,3 +61,9 @@ func (e *Explanation) fill() {
 	e.Outputs = orEmpty(e.Outputs)
 	e.Memberships = orEmpty(e.Memberships)
 }
+
+// Fill makes lists that are nil empty, as the API has them.
+func (s *Status) Fill() { s.fill() }
+
+// Fill is Status.Fill.
+func (s *Stats) Fill() { s.fill() }

@@ -37,8 +37,9 @@ func (s *Server) handler() http.Handler {
 	if s.opts.Events != nil {
 		mux.HandleFunc("/v1/events", s.reading(eventsQuery, s.serveEvents))
 	}
+	mux.HandleFunc("/v1/export", s.reading([]string{queryOrigin}, s.serveExport))
 	unknown := func(w http.ResponseWriter, r *http.Request) {
-		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/events, /v1/explain, /v1/reload, /v1/confirm, /v1/history, /v1/rollback", oneLine(r.URL.Path, 100)))
+		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/events, /v1/explain, /v1/check, /v1/export, /v1/reload, /v1/confirm, /v1/history, /v1/rollback", oneLine(r.URL.Path, 100)))
 	}
 	mux.HandleFunc("/", unknown)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -65,10 +66,12 @@ func (s *Server) endpoints() map[string][]endpoint {
 		},
 		"/v1/rules/{name}": {
 			get(s.getRule),
+			{method: http.MethodPut, need: accessWrite, status: http.StatusOK, do: s.putRule, query: applyQuery},
 			{method: http.MethodDelete, need: accessWrite, status: http.StatusNoContent, do: s.deleteRule},
 		},
 		"/v1/groups":  {get(s.getGroups)},
 		"/v1/stats":   {get(s.getStats)},
+		"/v1/check":   {{method: http.MethodPost, need: accessRead, status: http.StatusOK, do: s.postCheck}},
 		"/v1/explain": {{method: http.MethodGet, need: accessRead, status: http.StatusOK, do: s.getExplain, query: []string{"packet"}}},
 		"/v1/reload":  {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload, query: applyQuery}},
 		"/v1/confirm": {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postConfirm}},
@@ -154,6 +157,9 @@ func allow(endpoints []endpoint) string {
 
 // permit holds the peer's access against what the endpoint needs.
 func (s *Server) permit(r *http.Request, need access) error {
+	if s.allow != nil {
+		return s.allow(r, need)
+	}
 	c, ok := connOf(r.Context())
 	if !ok {
 		return Errorf(KindForbidden, "the peer's credentials are unknown: connect through the unix socket")

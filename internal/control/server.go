@@ -55,6 +55,7 @@ type Server struct {
 	opts    Options
 	uid     uint32 // the daemon's own
 
+	allow     func(r *http.Request, need access) error // in place of what the peer may; nil: that
 	followers atomic.Int32
 }
 

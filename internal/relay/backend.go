@@ -95,6 +95,31 @@ func (r *Relay) tidyUp() {
 	})
 }
 
+// PutRule implements control.Backend.
+func (r *Relay) PutRule(ctx context.Context, c control.Rule, o control.ApplyOptions) (result control.ApplyResult, err error) {
+	put, err := control.ToRule(c)
+	if err != nil {
+		return result, err
+	}
+	err = r.do(ctx, func() error {
+		if old := r.rule(put.Name); old != nil && old.Origin == plan.OriginFile {
+			return control.Errorf(control.KindConflict, "rule %s comes from %s: change it there and reload", put.Name, r.opts.ConfigFile)
+		}
+		want := []rules.Rule{put}
+		for _, rule := range r.rules {
+			if rule.Origin == plan.OriginAPI && rule.Name != put.Name {
+				want = append(want, rule.Rule)
+			}
+		}
+		if err := control.ValidateSet(want); err != nil {
+			return err
+		}
+		result, err = r.applySets(map[plan.Origin][]rules.Rule{plan.OriginAPI: want}, o, change{Change: by(ctx, "rule put "+put.Name)})
+		return err
+	})
+	return result, err
+}
+
 // DeleteRule implements control.Backend.
 func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 	return r.do(ctx, func() error {

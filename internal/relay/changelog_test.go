@@ -178,3 +178,47 @@ func TestEventsSayTheState(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// TestPutRule: a rule is added or replaced in one step, told of in a dry run, and one of the file is left alone.
+func TestPutRule(t *testing.T) {
+	p := newPlace(t)
+	p.opts.ConfigFile = p.file("rules.yaml", "rules:\n  - {name: f, in: \"239.9.9.9:5000%in0\", out: [\"239.8.8.8:5000%out0\"]}\n")
+	r := p.start()
+	rule := control.Rule{Name: "cam", In: "239.1.1.1:5000%in0", Out: []string{"239.2.2.2:6000%out0"}}
+	put := func(o control.ApplyOptions) string {
+		t.Helper()
+		result, err := r.PutRule(t.Context(), rule, o)
+		if err != nil {
+			return err.Error()
+		}
+		return fmt.Sprint(result.Added, result.Changed, result.Removed, len(result.Changes))
+	}
+	want := func(what, got, want string) {
+		t.Helper()
+		if !strings.Contains(got, want) {
+			t.Errorf("%s: %s, want %s", what, got, want)
+		}
+	}
+	want("dry run", put(control.ApplyOptions{DryRun: true}), "1 0 0 1")
+	if _, err := r.Rule(t.Context(), "cam"); err == nil {
+		t.Error("a dry run adds the rule")
+	}
+	want("add", put(control.ApplyOptions{}), "1 0 0 1")
+	r.mustAdd("other", "239.1.1.2:5000%in0", "239.2.2.3:6000%out0")
+	rule.Out[0] += ",ttl=7"
+	want("change", put(control.ApplyOptions{}), "0 1 0 1")
+	want("again", put(control.ApplyOptions{}), "0 0 0 0")
+	status, err := r.Rule(t.Context(), "cam")
+	if err != nil || status.Out[0] != "239.2.2.2:6000%out0,ttl=7" || status.State != control.StateActive {
+		t.Errorf("%+v, %v", status, err)
+	}
+	if _, err := r.Rule(t.Context(), "other"); err != nil {
+		t.Error(err)
+	}
+	rule.In = "239.1.1.2:5000%in0"
+	want("input of another", put(control.ApplyOptions{}), "want an input of its own")
+	rule.In = "239.9.9.9:5000%in0"
+	want("input of the file", put(control.ApplyOptions{}), "want an input of its own")
+	rule.Name = "f"
+	want("rule of the file", put(control.ApplyOptions{}), "change it there and reload")
+}

@@ -31,6 +31,7 @@ var allowed = map[string][]string{
 	"internal/control":  {"internal/events", "internal/lockfile", "pkg/rules"},
 	"internal/forward":  {"bpf", "internal/account", "pkg/fanout", "pkg/flow", "pkg/loader", "pkg/packet", "pkg/xsk"},
 	"internal/metrics":  {"internal/control", "internal/events"},
+	"internal/web":      {"internal/control", "internal/events"},
 	"internal/events":   {},
 	"internal/demo":     {"internal/lab", "internal/control", "pkg/loader", "pkg/rules", "internal/traffic"},
 	"internal/discover": {"pkg/fanout", "pkg/membership", "pkg/packet", "pkg/rules"},

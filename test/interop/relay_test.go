@@ -105,8 +105,22 @@ type relay struct {
 // noRules is a file of no rules.
 const noRules = "rules: []\n"
 
+// startMany is startRelay for a set of so many rules; the daemon is to be stopped by the caller, too.
+func startMany(ctx context.Context, t *testing.T, h *lab.Host, rules string, many int, flags ...string) *process {
+	t.Helper()
+	_, daemon := startDaemon(ctx, t, h, rules, many, flags...)
+	return daemon
+}
+
 // startRelay builds the program, and starts the daemon with a file of rules and more flags.
 func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, flags ...string) *relay {
+	t.Helper()
+	r, _ := startDaemon(ctx, t, h, rules, 1, flags...)
+	return r
+}
+
+// startDaemon waits until so many rules are active.
+func startDaemon(ctx context.Context, t *testing.T, h *lab.Host, rules string, active int, flags ...string) (*relay, *process) {
 	t.Helper()
 	dir := t.TempDir()
 	program, err := labtest.BuildProgram(dir)
@@ -136,7 +150,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, fl
 		default:
 		}
 		status, err := control.NewClient(r.socket).Status(ctx)
-		return err == nil && status.Ready && (status.Active == 1 || rules == noRules)
+		return err == nil && status.Ready && (status.Active >= active || rules == noRules)
 	})
 	t.Cleanup(func() {
 		daemon.stop(syscall.SIGTERM)
@@ -144,7 +158,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, fl
 			t.Logf("the relay's log:\n%s", daemon.stderr.String())
 		}
 	})
-	return r
+	return r, daemon
 }
 
 // rule asks the program about a rule.

@@ -1,0 +1,193 @@
+package control
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"xdpcast/pkg/rules"
+)
+
+// NewHandler serves b to those who have no unix socket, such as a browser: everybody may read, and
+// who has the token may write; with an empty token nobody may. Whom to serve at all is the
+// caller's to decide.
+func NewHandler(b Backend, o Options, token string) http.Handler {
+	s := NewServer(b, o)
+	want := sha256.Sum256([]byte(token))
+	s.allow = func(r *http.Request, need access) error {
+		if need < accessWrite {
+			return nil
+		}
+		if token == "" {
+			return Errorf(KindForbidden, "this address only reads: changes need xdpcast run --token-file")
+		}
+		given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		// Hashes have one length, so that the time taken tells nothing of the token's.
+		if got := sha256.Sum256([]byte(given)); !ok || subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
+			s.opts.Log.Warn("change without the token refused", "peer", r.RemoteAddr, "method", r.Method, "path", oneLine(r.URL.Path, 200))
+			return Errorf(KindForbidden, "the token is missing or wrong: want the header Authorization: Bearer TOKEN")
+		}
+		return nil
+	}
+	return s.handler()
+}
+
+// Fault is what is wrong with a field of a rule: "name", "in", "out[2]", "path", or "" for the rule
+// as a whole.
+type Fault struct {
+	Field   string `json:"field"`
+	Message string `json:"message"`
+}
+
+// Check is what CheckRule finds.
+type Check struct {
+	Faults []Fault `json:"faults"`
+	// Rule is the rule in its canonical form where there are none.
+	Rule *Rule `json:"rule,omitempty"`
+}
+
+// CheckRule finds what is wrong with a rule by itself, each fault with its field.
+func CheckRule(r Rule) Check {
+	c := Check{Faults: []Fault{}}
+	parsed := rules.Rule{Name: r.Name}
+	var err error
+	if parsed.In, parsed.Accept, err = rules.ParseInput(r.In); err != nil {
+		c.add("in", err)
+	}
+	for i, text := range r.Out {
+		o, err := rules.ParseOutput(text)
+		if err != nil {
+			c.add(fmt.Sprintf("out[%d]", i), err)
+		}
+		parsed.Out = append(parsed.Out, o)
+	}
+	if r.Path != "" {
+		if parsed.Path, err = rules.ParsePath(r.Path); err != nil {
+			c.add("path", err)
+		}
+	}
+	whole := len(c.Faults) == 0
+	for _, fault := range split(parsed.Validate()) {
+		var field *rules.FieldError
+		switch {
+		case !errors.As(fault, &field):
+			if whole {
+				c.add("", fault)
+			}
+		case whole || field.Field == "name":
+			text := *field
+			text.Rule = ""
+			c.add(baseField(field.Field), &text)
+		}
+	}
+	if len(c.Faults) == 0 {
+		canonical := FromRule(parsed)
+		c.Rule = &canonical
+	}
+	return c
+}
+
+func (c *Check) add(field string, err error) {
+	c.Faults = append(c.Faults, Fault{field, oneLine(err.Error(), maxErrorText)})
+}
+
+// split takes a joined error apart.
+func split(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	if err == nil {
+		return nil
+	}
+	return []error{err}
+}
+
+// baseField is the field that a person fills in: "out[2]" of "out[2].ttl".
+func baseField(field string) string {
+	base, _, _ := strings.Cut(field, ".")
+	if base == "out" {
+		return "out[0]"
+	}
+	return base
+}
+
+func (s *Server) postCheck(r *http.Request) (any, error) {
+	rule, err := decodeRule(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	return CheckRule(rule), nil
+}
+
+func (s *Server) putRule(r *http.Request) (any, error) {
+	o, err := applyOptions(r)
+	if err != nil {
+		return nil, err
+	}
+	rule, err := decodeRule(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	if name := r.PathValue("name"); rule.Name != name {
+		return nil, Errorf(KindInvalid, "rule %q: want the name of the path, %q", oneLine(rule.Name, 100), oneLine(name, 100))
+	}
+	v, err := s.backend.PutRule(r.Context(), rule, o)
+	v.fill()
+	return v, err
+}
+
+// serveExport answers with the rules as a file.
+func (s *Server) serveExport(w http.ResponseWriter, r *http.Request) {
+	origin := r.URL.Query().Get(queryOrigin)
+	if origin != "" && origin != OriginFile && origin != OriginAPI {
+		s.fail(w, r, Errorf(KindInvalid, "query key %s is %q: must be %s or %s", queryOrigin, oneLine(origin, 100), OriginFile, OriginAPI))
+		return
+	}
+	all, err := s.backend.Rules(r.Context())
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	var file []byte
+	for i := range all {
+		if origin != "" && all[i].Origin != origin {
+			continue
+		}
+		rule, err := ToRule(all[i].Rule)
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		file = rules.AppendRule(file, rule)
+	}
+	w.Header().Set("Content-Type", yamlType)
+	_, _ = w.Write(rules.EndFile(file)) // a client that is gone needs no answer
+}
+
+const queryOrigin = "origin"
+
+// PutRule implements Backend.
+func (c *Client) PutRule(ctx context.Context, rule Rule, o ApplyOptions) (ApplyResult, error) {
+	path, err := rulePath(rule.Name)
+	if err != nil {
+		return ApplyResult{}, err
+	}
+	rule.fill()
+	return ask[ApplyResult](ctx, c, http.MethodPut, path+o.query(), rule)
+}
+
+// ServeJSON answers with a value, or with the error of one.
+func ServeJSON(w http.ResponseWriter, value any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		w.WriteHeader((&Error{Kind: kindOf(err)}).status())
+		_, _ = w.Write(errorBody(err))
+		return
+	}
+	_ = json.NewEncoder(w).Encode(value)
+}

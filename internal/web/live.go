@@ -1,0 +1,280 @@
+package web
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"xdpcast/internal/control"
+)
+
+// liveRule is what the list of the page has of a rule, and changes seldom.
+type liveRule struct {
+	Name   string   `json:"name"`
+	In     string   `json:"in"`
+	Out    []string `json:"out"`
+	Origin string   `json:"origin"`
+	State  string   `json:"state"`
+	Reason string   `json:"reason,omitempty"`
+	Path   string   `json:"path,omitempty"`
+}
+
+// liveCounters are matched packets and bytes, sent packets and bytes, dropped packets.
+type liveCounters [5]uint64
+
+// live is a message to the page: all, or what is another than in the message before.
+type live struct {
+	Time time.Time `json:"time"`
+	// All: Rules are all rules. Else they are those that are new or others, and Gone names those that are gone.
+	All      bool                    `json:"all"`
+	Every    float64                 `json:"every"` // seconds between messages
+	Rules    []*liveRule             `json:"rules"`
+	Gone     []string                `json:"gone,omitempty"`
+	Counters map[string]liveCounters `json:"counters"`
+	Status   control.Status          `json:"status"`
+	Drops    []control.Drop          `json:"drops"`
+	Unsent   []control.TransmitDrop  `json:"unsent"`
+	Lost     []control.ReceiveDrop   `json:"lost"`
+}
+
+const (
+	// Pages are told every second; with many rules less often, as reading them takes time.
+	liveEvery     = time.Second
+	liveManyRules = 2_000 // for each so many rules a second more, up to
+	liveMost      = 5 * time.Second
+	// liveShare bounds the part of the time that reading may take: 1/liveShare.
+	liveShare = 10
+	// liveBehind is how many messages a page may be behind before it is cut off, to come again.
+	liveBehind = 4
+	// liveTimeout bounds one reading, and stallTime how long a page may take nothing.
+	liveTimeout = 20 * time.Second
+	stallTime   = 20 * time.Second
+	maxPages    = 64
+)
+
+// hub reads the relay for all pages that are open, and not at all while none is.
+type hub struct {
+	o Options
+
+	mu      sync.Mutex
+	pages   map[chan []byte]bool // true once it has a message with all
+	running bool
+	last    *sample // nil before the first
+}
+
+// sample is one reading.
+type sample struct {
+	live
+	byName map[string]*liveRule
+	every  time.Duration
+}
+
+func newHub(o Options) *hub { return &hub{o: o, pages: map[chan []byte]bool{}} }
+
+// ServeHTTP answers with messages as server-sent events where the request accepts these, else with one that has all.
+func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !strings.Contains(r.Header.Get("Accept"), "text/event-stream") {
+		s, err := h.fresh(r.Context())
+		if err != nil {
+			control.ServeJSON(w, nil, err)
+			return
+		}
+		control.ServeJSON(w, s.live, nil)
+		return
+	}
+	page := make(chan []byte, liveBehind)
+	if !h.join(page) {
+		control.ServeJSON(w, nil, control.Errorf(control.KindUnavailable, "%d pages are open already", maxPages))
+		return
+	}
+	defer h.leave(page)
+	rc := http.NewResponseController(w)
+	_ = rc.SetReadDeadline(time.Time{}) // the server's bound is for requests that end
+	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("X-Accel-Buffering", "no")
+	beat := time.NewTicker(stallTime / 2)
+	defer beat.Stop()
+	for {
+		_ = rc.SetWriteDeadline(time.Now().Add(stallTime))
+		if rc.Flush() != nil {
+			return
+		}
+		text := []byte(": alive\n\n")
+		select {
+		case <-r.Context().Done():
+			return
+		case <-h.o.Context.Done():
+			return
+		case message, ok := <-page:
+			if !ok {
+				return // it was too slow
+			}
+			text = fmt.Appendf(nil, "event: live\ndata: %s\n\n", message)
+		case <-beat.C:
+		}
+		_ = rc.SetWriteDeadline(time.Now().Add(stallTime))
+		if _, err := w.Write(text); err != nil {
+			return
+		}
+	}
+}
+
+func (h *hub) join(page chan []byte) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.pages) >= maxPages {
+		return false
+	}
+	h.pages[page] = false
+	if !h.running {
+		h.running = true
+		go h.run()
+	}
+	return true
+}
+
+func (h *hub) leave(page chan []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.pages, page)
+}
+
+// run tells pages until there are none.
+func (h *hub) run() {
+	for {
+		started := time.Now()
+		s, err := h.read(h.o.Context)
+		pause := liveEvery
+		if err == nil {
+			pause = max(s.every, liveShare*time.Since(started))
+			h.tell(s)
+		} else {
+			h.o.Log.Debug("page", "error", err)
+		}
+		h.mu.Lock()
+		if len(h.pages) == 0 || h.o.Context.Err() != nil {
+			h.running = false
+			h.mu.Unlock()
+			return
+		}
+		h.mu.Unlock()
+		select {
+		case <-h.o.Context.Done():
+		case <-time.After(pause):
+		}
+	}
+}
+
+// tell sends pages what is new. One that has not taken the messages before is cut off.
+func (h *hub) tell(s *sample) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var all, changes []byte
+	for page, begun := range h.pages {
+		message := &changes
+		if !begun || h.last == nil {
+			message = &all
+		}
+		if *message == nil {
+			m := s.live
+			if message == &changes {
+				m = s.since(h.last)
+			}
+			*message, _ = json.Marshal(m) // texts and numbers: cannot fail
+		}
+		select {
+		case page <- *message:
+			h.pages[page] = true
+		default:
+			close(page)
+			delete(h.pages, page)
+		}
+	}
+	h.last = s
+}
+
+// fresh returns a reading that is no older than pages get it.
+func (h *hub) fresh(ctx context.Context) (*sample, error) {
+	h.mu.Lock()
+	last := h.last
+	h.mu.Unlock()
+	if last != nil && time.Since(last.Time) < last.every {
+		return last, nil
+	}
+	s, err := h.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.pages) == 0 {
+		h.last = s
+	}
+	return s, nil
+}
+
+func (h *hub) read(ctx context.Context) (*sample, error) {
+	ctx, cancel := context.WithTimeout(ctx, liveTimeout)
+	defer cancel()
+	status, err := h.o.Backend.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	stats, err := h.o.Backend.Stats(ctx)
+	if err != nil {
+		return nil, err
+	}
+	status.Fill() // the page wants lists, also where there is nothing
+	stats.Fill()
+	s := &sample{byName: make(map[string]*liveRule, len(stats.Rules)), every: min(liveMost, liveEvery+time.Second*time.Duration(len(stats.Rules)/liveManyRules))}
+	s.live = live{
+		Time: time.Now(), All: true, Every: s.every.Seconds(), Rules: make([]*liveRule, 0, len(stats.Rules)), Counters: make(map[string]liveCounters, len(stats.Rules)),
+		Status: status, Drops: stats.Drops, Unsent: stats.TransmitDrops, Lost: stats.ReceiveDrops,
+	}
+	for i := range stats.Rules {
+		r := &stats.Rules[i]
+		rule := &liveRule{Name: r.Name, In: r.In, Out: r.Out, Origin: r.Origin, State: r.State, Reason: r.Reason, Path: r.UsedPath}
+		c := liveCounters{r.Matched.Packets, r.Matched.Bytes}
+		for _, d := range r.Drops {
+			c[4] += d.Packets
+		}
+		for j := range r.Outputs {
+			c[2] += r.Outputs[j].Sent.Packets
+			c[3] += r.Outputs[j].Sent.Bytes
+			for _, d := range r.Outputs[j].Drops {
+				c[4] += d.Packets
+			}
+		}
+		s.Rules, s.byName[r.Name], s.Counters[r.Name] = append(s.Rules, rule), rule, c
+	}
+	return s, nil
+}
+
+// since is what is another than in the sample before.
+func (s *sample) since(before *sample) live {
+	m := s.live
+	m.All, m.Rules, m.Counters = false, []*liveRule{}, map[string]liveCounters{}
+	for _, r := range s.Rules {
+		if old := before.byName[r.Name]; old == nil || !old.equal(r) {
+			m.Rules = append(m.Rules, r)
+		}
+		if c := s.Counters[r.Name]; before.Counters[r.Name] != c {
+			m.Counters[r.Name] = c
+		}
+	}
+	for _, r := range before.Rules {
+		if s.byName[r.Name] == nil {
+			m.Gone = append(m.Gone, r.Name)
+		}
+	}
+	return m
+}
+
+func (r *liveRule) equal(o *liveRule) bool {
+	return r.In == o.In && slices.Equal(r.Out, o.Out) && r.Origin == o.Origin && r.State == o.State && r.Reason == o.Reason && r.Path == o.Path
+}

@@ -1,0 +1,51 @@
+// What has changed, as it comes.
+import { h } from "./dom.js";
+
+const most = 500;
+
+function text(e) {
+	const of = { output: () => `${e.output} of rule ${e.rule}`, membership: () => `${e.group}%${e.interface}`, neighbour: () => `${e.address} on ${e.interface}`, querier: () => `${e.address} on ${e.interface}` }[e.kind]?.() ?? e.rule ?? e.interface ?? "";
+	if (e.kind === "missed") return e.count ? `${e.count} events missed` : e.cause;
+	return `${(e.kind + " " + of).trim()}${e.count > 1 ? ` and ${e.count - 1} more, the last ${e.last}` : ""}: `;
+}
+
+// eventList shows those that match, the newest first, until it is closed.
+export function eventList(into, match, limit = most) {
+	const list = h("ol", { class: "events", role: "log", "aria-label": "Events, the newest first", "aria-live": "off" });
+	const none = h("p", { class: "dim" }, "none yet");
+	into.replaceChildren(none, list);
+	const source = new EventSource("v1/events?tail=10000");
+	let waiting = [];
+	source.addEventListener("event", (m) => {
+		const e = JSON.parse(m.data);
+		if (!match(e)) return;
+		if (waiting.push(e) === 1) requestAnimationFrame(flush);
+	});
+	function flush() {
+		const fresh = waiting.slice(-limit).reverse().map(line);
+		waiting = [];
+		none.remove();
+		list.prepend(...fresh);
+		while (list.children.length > limit) list.lastChild.remove();
+	}
+	return { close: () => source.close() };
+}
+
+function line(e) {
+	const when = new Date(e.time);
+	return h("li", { "data-number": e.number }, h("span", { class: "no" }, e.number ?? "–"), h("time", { datetime: e.time, title: e.time }, when.toLocaleString()),
+		text(e), e.state && h("strong", { class: e.state }, e.state.replace("_", " ")), e.before ? `, was ${e.before.replace("_", " ")}` : "", e.cause && e.kind !== "missed" ? `: ${e.cause}` : "");
+}
+
+export function eventsPage(live, main) {
+	const into = h("div"), kinds = ["", "daemon", "rule", "output", "path", "membership", "interface", "program", "neighbour", "querier", "loop", "reload"];
+	let list = null;
+	const kind = h("select", { "aria-label": "Kind of event", onchange: open }, kinds.map((k) => h("option", { value: k }, k || "all kinds")));
+	function open() {
+		list?.close();
+		list = eventList(into, (e) => !kind.value || e.kind === kind.value || e.kind === "missed");
+	}
+	main.replaceChildren(h("h2", {}, "Events"), h("div", { class: "tools" }, kind), into);
+	open();
+	return { update() {}, leave: () => list.close() };
+}

@@ -1,0 +1,108 @@
+// What the daemon does now: all rules with their rates, kept up to date by server-sent events, or by asking again
+// and again where these do not get through.
+
+const kept = 300; // rates of each rule that are remembered
+const quiet = 25000; // ms without a word after which a stream is taken for dead
+
+export class Live extends EventTarget {
+	rules = new Map(); // by name: what the daemon says, with rates and history
+	status = null;
+	connection = "connecting";
+	#last = null; // the message before
+	#source = null;
+	#heard = 0;
+	#failures = 0;
+	#timer = 0;
+
+	start() {
+		document.addEventListener("visibilitychange", () => document.hidden ? this.#stop() : this.#open());
+		setInterval(() => this.#watch(), 1000);
+		if (!document.hidden) this.#open();
+	}
+
+	#stop() {
+		this.#source?.close();
+		this.#source = null;
+		clearTimeout(this.#timer);
+	}
+
+	#open() {
+		this.#stop();
+		this.#heard = Date.now();
+		const source = new EventSource("v1/live");
+		this.#source = source;
+		source.addEventListener("live", (e) => {
+			this.#failures = 0;
+			this.#take(JSON.parse(e.data), "live");
+		});
+		source.onopen = () => { this.#heard = Date.now(); };
+		source.onerror = () => {
+			if (this.#source !== source) return;
+			source.close();
+			this.#source = null;
+			this.#failures++;
+			this.#poll();
+		};
+	}
+
+	// poll asks once, and tries the stream again now and then.
+	async #poll() {
+		try {
+			const answer = await fetch("v1/live", { signal: AbortSignal.timeout(20000) });
+			if (!answer.ok) throw new Error(answer.statusText);
+			this.#take(await answer.json(), "polling");
+		} catch {
+			this.#say("gone");
+		}
+		const streamAgain = this.connection === "gone" || this.#failures < 3 || this.#failures % 10 === 0;
+		clearTimeout(this.#timer);
+		this.#timer = setTimeout(() => {
+			if (document.hidden) return;
+			if (streamAgain) this.#open();
+			else { this.#failures++; this.#poll(); }
+		}, Math.max(2000, 1000 * (this.#last?.every ?? 1)));
+	}
+
+	#watch() {
+		if (this.#source && Date.now() - this.#heard > quiet) {
+			this.#say("gone");
+			this.#open();
+		}
+	}
+
+	#say(connection) {
+		if (this.connection === connection) return;
+		this.connection = connection;
+		this.dispatchEvent(new Event("connection"));
+	}
+
+	#take(m, how) {
+		this.#heard = Date.now();
+		const time = new Date(m.time).getTime();
+		// A daemon that was started anew counts on: its counters are the kernel's.
+		const seconds = this.#last ? (time - this.#last.time) / 1000 : 0;
+		const names = new Set();
+		for (const r of m.rules) {
+			const old = this.rules.get(r.name);
+			this.rules.set(r.name, Object.assign(old ?? { counters: null, rates: null, history: [] }, { reason: "", path: "" }, r));
+			if (m.all) names.add(r.name);
+		}
+		for (const name of m.gone ?? []) this.rules.delete(name);
+		for (const [name, r] of this.rules) {
+			if (m.all && !names.has(name)) { this.rules.delete(name); continue; }
+			const now = m.counters[name] ?? (m.all ? [0, 0, 0, 0, 0] : r.counters);
+			if (r.counters && seconds > 0.2 && seconds < 120) {
+				// A counter that runs backwards is of another rule of this name.
+				const d = now.map((n, i) => Math.max(0, n - r.counters[i]) / seconds);
+				r.rates = { packets: d[0], bits: 8 * d[1], sent: d[2], sentBits: 8 * d[3], drops: d[4] };
+				r.history.push(d[0]);
+				if (r.history.length > kept) r.history.shift();
+			} else if (seconds >= 120) r.rates = null;
+			r.counters = now;
+		}
+		this.#last = { time, every: m.every };
+		Object.assign(this, { status: m.status, drops: m.drops, unsent: m.unsent, lost: m.lost, time });
+		this.#say(how);
+		this.dispatchEvent(new Event("change"));
+	}
+}

@@ -1,0 +1,347 @@
+//go:build interop
+
+package interop
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+)
+
+// forward lets the browser, which is on no host of the test, reach a server on one; it returns the address.
+func forward(t *testing.T, h *lab.Host, to string) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			near, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer near.Close()
+				var far net.Conn
+				if err := h.Do(func() (err error) {
+					far, err = net.Dial("tcp", to)
+					return err
+				}); err != nil {
+					return
+				}
+				defer far.Close()
+				go func() {
+					_, _ = io.Copy(far, near)
+					far.Close()
+				}()
+				_, _ = io.Copy(near, far)
+			}()
+		}
+	}()
+	return ln.Addr().String()
+}
+
+// browser is a tab of a headless Chromium.
+type browser struct {
+	t   *testing.T
+	ctx context.Context
+
+	mu         sync.Mutex
+	complaints []string // of the console: errors, and what the policy for contents forbids
+}
+
+func newBrowser(ctx context.Context, t *testing.T) *browser {
+	t.Helper()
+	ctx, cancel := chromedp.NewExecAllocator(ctx, chromedp.DefaultExecAllocatorOptions[:]...)
+	t.Cleanup(cancel)
+	ctx, cancel = chromedp.NewContext(ctx)
+	t.Cleanup(cancel)
+	b := &browser{t: t, ctx: ctx}
+	// The first call makes the tab, which lives as long as its context.
+	err := chromedp.Listen(ctx, func(event any) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		switch e := event.(type) {
+		case *runtime.EventExceptionThrown:
+			b.complaints = append(b.complaints, fmt.Sprint(e.ExceptionDetails.Text, " ", e.ExceptionDetails.Exception))
+		case *log.EventEntryAdded:
+			if e.Entry.Level == log.EntryLevelError {
+				b.complaints = append(b.complaints, e.Entry.Text+" "+e.Entry.URL)
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.run("listen to the console", chromedp.Func(func(ctx context.Context, tab *chromedp.Target) error {
+		_, err := cdp.Call(ctx, tab, log.Enable, cdp.Empty{})
+		return err
+	}))
+	return b
+}
+
+func (b *browser) run(what string, steps ...chromedp.Action[chromedp.Void]) {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+	defer cancel()
+	if err := chromedp.Do(ctx, steps...); err != nil {
+		b.shot(b.t.Name() + "-failed")
+		b.t.Fatalf("%s: %v", what, err)
+	}
+}
+
+// do runs a script.
+func do(script string) chromedp.Action[chromedp.Void] {
+	return chromedp.Evaluate[chromedp.Void]("void (" + script + ")")
+}
+
+// eval is what a script says.
+func eval[T any](b *browser, script string) T {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+	defer cancel()
+	v, err := chromedp.Run(ctx, chromedp.Evaluate[T](script, chromedp.EvalAwaitPromise))
+	if err != nil {
+		b.t.Fatalf("%s: %v", script, err)
+	}
+	return v
+}
+
+// until waits until a script says true.
+func (b *browser) until(what, script string) {
+	b.t.Helper()
+	defer func() {
+		if b.t.Failed() {
+			b.shot(strings.ReplaceAll(b.t.Name(), "/", "-") + "-failed")
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.t.Logf("the console: %q", b.complaints)
+		}
+	}()
+	labtest.Eventually(b.t, what, func() bool { return eval[bool](b, "Boolean("+script+")") })
+}
+
+// shot takes a screenshot where SCREENSHOTS names a directory for them.
+func (b *browser) shot(name string) {
+	dir := os.Getenv("SCREENSHOTS")
+	if dir == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(b.ctx, 20*time.Second)
+	defer cancel()
+	png, err := chromedp.Run(ctx, chromedp.CaptureScreenshot())
+	if err != nil {
+		b.t.Logf("screenshot: %v", err)
+		return
+	}
+	if err := os.WriteFile(filepath.Join(dir, name+".png"), png, 0o644); err != nil {
+		b.t.Error(err)
+	}
+}
+
+// size sets how large the window is, and whether the user likes it dark.
+func (b *browser) size(width, height int64, dark bool) {
+	scheme := "light"
+	if dark {
+		scheme = "dark"
+	}
+	b.run("size", chromedp.EmulateViewport(width, height), chromedp.Func(func(ctx context.Context, tab *chromedp.Target) error {
+		_, err := cdp.Call(ctx, tab, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
+		return err
+	}))
+}
+
+// fits wants nothing to stick out of the window.
+func (b *browser) fits(what string) {
+	b.t.Helper()
+	if over := eval[int](b, `document.documentElement.scrollWidth - document.documentElement.clientWidth`); over > 0 {
+		b.t.Errorf("%s: the page is %d pixels wider than the window", what, over)
+	}
+}
+
+const text = `document.body.innerText`
+
+// TestPage has a real browser show what the API says, add a rule that relays, change and delete it.
+func TestPage(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	defer cancel()
+	n := newNet(t)
+	const token = "0123456789abcdef0123"
+	tokenFile := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(tokenFile, []byte(token+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	relay := startRelay(ctx, t, n.relay, `rules:
+  - name: studio-a
+    in: 239.10.10.10:5004%in0
+    out: ["239.20.20.20:6004%out0,ttl=8", "239.30.30.30:7004%out1,rate=50pps", "239.30.30.31:7004%late0"]
+  - {name: studio-b, in: "10.0.0.1@232.10.10.11:5004%in0", out: ["239.20.20.21:6004%out0"]}
+  - {name: later, in: "239.10.10.12:5004%late1", out: ["239.20.20.22:6004%out0"]}
+`, "--listen", "127.0.0.1:9464", "--token-file", tokenFile)
+	address := forward(t, n.relay, "127.0.0.1:9464")
+	sender := start(ctx, t, n.source, relay.program, "gen", "--rate", "200", "--duration", "3m", "239.10.10.10:5004%eth0")
+	b := newBrowser(ctx, t)
+	b.size(1280, 800, false)
+	b.run("open", chromedp.Navigate("http://"+address+"/"))
+	b.until("the page is live", `document.getElementById("connection").textContent === "live"`)
+	b.until("all rules are shown", `document.querySelectorAll(".row").length === 3`)
+	all, err := control.NewClient(relay.socket).Rules(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range all {
+		row := eval[string](b, fmt.Sprintf(`document.querySelector('.row[data-rule="%s"]').textContent`, r.Name))
+		for _, want := range []string{r.Name, r.State, r.Reason} {
+			if !strings.Contains(row, want) {
+				t.Errorf("row of %s has no %q: %s", r.Name, want, row)
+			}
+		}
+	}
+	b.until("the rate of the sender is shown", `/^(1[5-9]\d|2[0-4]\d)\/s$/.test(document.querySelector('.row[data-rule="studio-a"] .c-pps').textContent)`)
+	if eval[bool](b, `Boolean([...document.querySelectorAll("button")].find(b => b.textContent === "Edit"))`) {
+		t.Error("rules can be edited without a token")
+	}
+	b.until("lines are drawn", `document.querySelector('.row[data-rule="studio-a"] polyline')?.getAttribute("points").split(" ").length > 5`)
+	shots(b, "rules")
+
+	// Keys alone lead to a rule's own page.
+	b.run("keys", chromedp.Focus(chromedp.CSS(`.row[tabindex="0"]`)), chromedp.KeyEvent("\ue015"), chromedp.KeyEvent("\r"))
+	b.until("a rule's page is shown", `location.hash.startsWith("#/rules/") && document.querySelector("svg.way")`)
+	b.run("go to studio-a", do(`location.hash = "#/rules/studio-a"`))
+	b.until("its events are shown", `document.querySelector(".events li")?.textContent.includes("studio-a")`)
+	b.until("its outputs have rates", `/\d+(\.\d)?\/s/.test(document.querySelector("table tbody").innerText)`)
+	shots(b, "rule")
+	sender.stop(syscall.SIGINT)
+	rule := relay.rule(ctx, t, "studio-a")
+	labtest.Eventually(t, "all packets have come", func() bool {
+		before := rule.Matched.Packets
+		rule = relay.rule(ctx, t, "studio-a")
+		return before == rule.Matched.Packets
+	})
+	b.until("the page has what the API says", fmt.Sprintf(`%s.includes("%d packets,") && document.querySelector("svg.way").getAttribute("aria-label").includes("%d sent")`, text, rule.Matched.Packets, rule.Outputs[0].Sent.Packets))
+
+	// Changes, from here on.
+	b.run("unlock", chromedp.Click(chromedp.CSS("#access")), chromedp.SendKeys(chromedp.CSS("#token"), "wrong token and long"), chromedp.Click(chromedp.CSS("#dialog button.primary")),
+		do(`location.hash = "#/edit/"`), chromedp.WaitVisible(chromedp.CSS("#name")))
+	fillIn := func(name, in, out string) {
+		b.t.Helper()
+		b.run("fill in", do(`["name", "in", "out0"].forEach(id => { document.getElementById(id).value = ""; })`),
+			chromedp.SendKeys(chromedp.CSS("#name"), name), chromedp.SendKeys(chromedp.CSS("#in"), in), chromedp.SendKeys(chromedp.CSS("#out0"), out))
+	}
+	fillIn("cam 1", "239.1.1.1:99999%in0", "239.2.2.2:6000")
+	for id, want := range map[string]string{"name": "want", "in": "want 1 to 65535", "out0": "interface missing"} {
+		b.until("the fault of "+id+" is at its field", fmt.Sprintf(`document.getElementById("%s-fault").textContent.includes(%q) && document.getElementById("%s").getAttribute("aria-invalid") === "true"`, id, want, id))
+	}
+	shots(b, "faults")
+	fillIn("cam1", "239.1.1.1:5000%in0", "239.20.20.40:6000%out0,ttl=9")
+	b.run("submit", chromedp.Click(chromedp.CSS("#preview")))
+	b.until("a wrong token is refused", text+`.includes("the token is missing or wrong")`)
+	b.run("unlock", chromedp.Click(chromedp.CSS("#access")), chromedp.Click(chromedp.CSS("#access")), chromedp.SendKeys(chromedp.CSS("#token"), token), chromedp.Click(chromedp.CSS("#dialog button.primary")), chromedp.WaitVisible(chromedp.CSS("#name")))
+	fillIn("cam1", "239.1.1.1:5000%in0", "239.20.20.40:6000%out0,ttl=9")
+	b.run("submit", chromedp.Click(chromedp.CSS("#preview")))
+	b.until("the difference is shown", `document.querySelector("#dialog[open] .diff")?.textContent.includes("+   out: 239.20.20.40:6000%out0,ttl=9")`)
+	if _, err := control.NewClient(relay.socket).Rule(ctx, "cam1"); err == nil {
+		t.Error("the rule is there although nobody has said apply")
+	}
+	shots(b, "difference")
+	b.run("apply", chromedp.Click(chromedp.CSS("#apply")))
+	b.until("the rule's page is shown", `location.hash === "#/rules/cam1" && `+text+`.includes("239.20.20.40:6000%out0,ttl=9")`)
+	receiver := start(ctx, t, n.sinks[0], relay.program, "recv", "--strict", "--expect", "500", "--expect-ttl", "9", "--idle", "5s", "--duration", "60s", "239.20.20.40:6000%eth0")
+	labtest.Eventually(t, "the receiver has joined", func() bool {
+		return strings.Contains(in(ctx, t, n.sinks[0], "ip", "maddress", "show", "dev", "eth0"), "239.20.20.40")
+	})
+	in(ctx, t, n.source, relay.program, "gen", "--rate", "1000", "--count", "500", "239.1.1.1:5000%eth0")
+	receiver.mustEnd(t)
+	b.until("what it sent is shown", text+`.includes("500 sent")`)
+
+	b.run("edit", do(`location.hash = "#/edit/cam1"`), chromedp.WaitVisible(chromedp.CSS("#out0")))
+	b.run("change", chromedp.SetValue(chromedp.CSS("#out0"), "239.20.20.40:6000%out0,ttl=5"), chromedp.Click(chromedp.CSS("#preview")))
+	b.until("old and new are shown", `["-   out: 239.20.20.40:6000%out0,ttl=9", "+   out: 239.20.20.40:6000%out0,ttl=5"].every(l => document.querySelector("#dialog[open] .diff")?.textContent.includes(l))`)
+	b.run("apply", chromedp.Click(chromedp.CSS("#apply")))
+	b.until("the change is shown", `location.hash === "#/rules/cam1" && `+text+`.includes("ttl=5")`)
+	if got := relay.rule(ctx, t, "cam1").Out[0]; got != "239.20.20.40:6000%out0,ttl=5" {
+		t.Errorf("the output is %s", got)
+	}
+	b.run("delete", chromedp.Click(`//button[text()="Delete"]`), chromedp.WaitVisible(chromedp.CSS("#apply")), chromedp.Click(chromedp.CSS("#apply")))
+	b.until("the rule is gone", `location.hash === "#/rules" && document.querySelectorAll(".row").length === 3`)
+
+	for _, page := range []string{"memberships", "interfaces", "events", "file"} {
+		b.run(page, do(fmt.Sprintf(`location.hash = "#/%s"`, page)))
+		want := map[string]string{"memberships": "239.10.10.10", "interfaces": "native", "events": "rule cam1", "file": ""}[page]
+		b.until(page+" are shown", fmt.Sprintf(`document.querySelector("main h2") && %s.includes(%q)`, text, want))
+		shots(b, page)
+	}
+	b.mu.Lock()
+	for _, c := range b.complaints {
+		if !strings.Contains(c, "403") { // that of the wrong token
+			t.Errorf("the browser complains: %s", c)
+		}
+	}
+	b.mu.Unlock()
+}
+
+// shots takes screenshots at the sizes of a desk, a tablet and a phone, the last one dark; nothing sticks out.
+func shots(b *browser, name string) {
+	b.t.Helper()
+	for _, size := range []struct {
+		name          string
+		width, height int64
+		dark          bool
+	}{{"tablet", 820, 1000, false}, {"phone", 390, 780, true}, {"desk", 1280, 800, false}} {
+		b.size(size.width, size.height, size.dark)
+		eval[bool](b, `new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))`)
+		b.fits(name + " at the size of a " + size.name)
+		b.shot(name + "-" + size.name)
+	}
+}
+
+// TestPageWithManyRules: 10,000 rules can be searched, sorted and scrolled, and only the rows in view exist; the page
+// says when the daemon is gone.
+func TestPageWithManyRules(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	defer cancel()
+	n := newNet(t)
+	var rules strings.Builder
+	rules.WriteString("rules:\n")
+	const many = 10_000
+	for i := range many {
+		fmt.Fprintf(&rules, "  - {name: r%05d, in: \"239.%d.%d.%d:5000%%in0\", out: [\"239.%d.%d.%d:6000%%out%d\"]}\n", i, 10, i/250, i%250+1, 20, i/250, i%250+1, i%2)
+	}
+	relay := startMany(ctx, t, n.relay, rules.String(), many, "--listen", "127.0.0.1:9464")
+	address := forward(t, n.relay, "127.0.0.1:9464")
+	b := newBrowser(ctx, t)
+	b.size(1280, 800, false)
+	b.run("open", chromedp.Navigate("http://"+address+"/"))
+	b.until("all are shown", text+`.includes("10000 rules")`)
+	if rows := eval[int](b, `document.querySelectorAll(".row").length`); rows < 10 || rows > 60 {
+		t.Errorf("%d rows exist", rows)
+	}
+	b.run("end", do(`document.querySelector(".scroll").scrollTop = 1e9`))
+	b.until("the last rule is in view", `document.querySelector('.row[data-rule="r09999"]')`)
+	b.run("search", chromedp.SendKeys(chromedp.CSS("input[type=search]"), "239.10.12.7:"))
+	b.until("one is found", `document.querySelectorAll(".row").length === 1 && document.querySelector('.row[data-rule="r03006"]')`)
+	shots(b, "many")
+	relay.stop(syscall.SIGKILL)
+	b.until("the page says that the daemon is gone", `document.getElementById("connection").textContent === "the daemon does not answer"`)
+	shots(b, "gone")
+}
