@@ -43,6 +43,30 @@ func (b *Backend) Reload(ctx context.Context, o control.ApplyOptions) (control.A
 	return result, err
 }
 
+// stateCounter is a relay that counts memberships without describing each.
+type stateCounter interface {
+	// GroupStates counts memberships by interface and state.
+	GroupStates(ctx context.Context) (map[string]map[string]int, error)
+}
+
+// GroupStates counts memberships by interface and state. A relay that can do so by itself need not
+// read counters for it.
+func (b *Backend) GroupStates(ctx context.Context) (map[string]map[string]int, error) {
+	if quick, ok := b.Backend.(stateCounter); ok {
+		return quick.GroupStates(ctx)
+	}
+	groups, err := b.Groups(ctx)
+	states := map[string]map[string]int{}
+	for i := range groups {
+		g := &groups[i]
+		if states[g.Interface] == nil {
+			states[g.Interface] = map[string]int{}
+		}
+		states[g.Interface][g.State]++
+	}
+	return states, err
+}
+
 func (b *Backend) reloaded() reloads {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -1,8 +1,10 @@
 package metrics
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strconv"
@@ -84,7 +86,7 @@ func (c *collector) collect(ctx context.Context) *sink {
 	if err == nil {
 		c.collectStats(s, &stats)
 	}
-	groups, err := c.backend.Groups(ctx)
+	groups, err := c.backend.GroupStates(ctx)
 	s.put(c.scrapeFailed, one(err != nil), "groups")
 	if err == nil {
 		c.collectGroups(s, groups)
@@ -120,9 +122,12 @@ func (c *collector) collectStatus(s *sink, status *control.Status) {
 		s.put(c.joinsFailed, float64(n.JoinsFailed), n.Name)
 		s.put(c.leavesAttempted, float64(n.LeavesAttempted), n.Name)
 		s.put(c.leavesFailed, float64(n.LeavesFailed), n.Name)
-		for protocol, m := range map[string]*control.Multicast{"igmp": n.IGMP, "mld": n.MLD} {
-			if m != nil && m.QuerierSeen != nil {
-				s.put(c.querierSeen, seconds(*m.QuerierSeen), n.Name, protocol, m.Querier)
+		for _, f := range []struct {
+			protocol string
+			*control.Multicast
+		}{{"igmp", n.IGMP}, {"mld", n.MLD}} {
+			if m := f.Multicast; m != nil && m.QuerierSeen != nil {
+				s.put(c.querierSeen, seconds(*m.QuerierSeen), n.Name, f.protocol, m.Querier)
 			}
 		}
 	}
@@ -141,8 +146,11 @@ func (c *collector) collectWorkers(s *sink, workers []control.Worker) {
 		s.put(c.workerReceived, float64(w.Received), w.Interface, w.Path, queue)
 		s.put(c.workerFailures, float64(w.Failures), w.Interface, w.Path, queue)
 	}
-	for key, n := range states {
-		s.put(c.workers, float64(n), key.iface, key.path, key.state)
+	keys := slices.SortedFunc(maps.Keys(states), func(a, b workerKey) int {
+		return cmp.Or(strings.Compare(a.iface, b.iface), strings.Compare(a.path, b.path), strings.Compare(a.state, b.state))
+	})
+	for _, key := range keys {
+		s.put(c.workers, float64(states[key]), key.iface, key.path, key.state)
 	}
 }
 
@@ -188,21 +196,11 @@ func (c *collector) collectRule(s *sink, r *control.RuleStatus) {
 	}
 }
 
-// membershipKey is what memberships are counted by.
-type membershipKey struct{ iface, state string }
-
-func (c *collector) collectGroups(s *sink, groups []control.Group) {
-	states := map[membershipKey]int{}
-	interfaces := map[string]bool{}
-	for i := range groups {
-		g := &groups[i]
-		states[membershipKey{g.Interface, g.State}]++
-		interfaces[g.Interface] = true
-	}
-	for iface := range interfaces {
+func (c *collector) collectGroups(s *sink, states map[string]map[string]int) {
+	for _, iface := range slices.Sorted(maps.Keys(states)) {
 		// All states, so that an alert on one need not know whether it ever was.
 		for _, state := range []string{control.GroupWanted, control.GroupJoined, control.GroupRetrying, control.GroupFailed} {
-			s.put(c.memberships, float64(states[membershipKey{iface, state}]), iface, state)
+			s.put(c.memberships, float64(states[iface][state]), iface, state)
 		}
 	}
 }

@@ -222,3 +222,27 @@ func TestPutRule(t *testing.T) {
 	rule.Name = "f"
 	want("rule of the file", put(control.ApplyOptions{}), "change it there and reload")
 }
+
+// TestGroupStates: the counts are those of the list.
+func TestGroupStates(t *testing.T) {
+	p := newPlace(t)
+	r := p.start()
+	for i := range 7 {
+		r.mustAdd(fmt.Sprint("r", i), fmt.Sprintf("239.1.1.%d:5000%%%s", i, []string{"in0", "out1"}[i%2]), "239.2.2.2:6000%out0")
+	}
+	groups, err := r.Groups(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]map[string]int{}
+	for _, g := range groups {
+		if want[g.Interface] == nil {
+			want[g.Interface] = map[string]int{}
+		}
+		want[g.Interface][g.State]++
+	}
+	got, err := r.GroupStates(t.Context())
+	if fmt.Sprint(got) != fmt.Sprint(want) || err != nil || len(got) != 2 {
+		t.Errorf("%v, %v; want %v", got, err, want)
+	}
+}

@@ -249,6 +249,32 @@ func (r *Relay) Groups(ctx context.Context) (all []control.Group, err error) {
 	return all, err
 }
 
+// GroupStates counts memberships by interface and state.
+func (r *Relay) GroupStates(ctx context.Context) (states map[string]map[string]int, err error) {
+	err = r.do(ctx, func() error {
+		states = map[string]map[string]int{}
+		seen := make(map[plan.Membership]bool, len(r.plan.Rules))
+		for _, p := range r.plan.Rules {
+			for _, f := range p.Flows {
+				for m := range f.Memberships() {
+					if seen[m] {
+						continue
+					}
+					seen[m] = true
+					g := control.Group{Interface: r.nameOf(m.Link.Index), State: control.GroupWanted}
+					r.memberships.describe(m, &g)
+					if states[g.Interface] == nil {
+						states[g.Interface] = map[string]int{}
+					}
+					states[g.Interface][g.State]++
+				}
+			}
+		}
+		return nil
+	})
+	return states, err
+}
+
 // users finds the flows that want each membership.
 func (r *Relay) users() map[plan.Membership][]flowOf {
 	users := make(map[plan.Membership][]flowOf, len(r.plan.Rules))

@@ -229,7 +229,7 @@ func TestPage(t *testing.T) {
 	b.until("a rule's page is shown", `location.hash.startsWith("#/rules/") && document.querySelector("svg.way")`)
 	b.run("go to studio-a", do(`location.hash = "#/rules/studio-a"`))
 	b.until("its events are shown", `document.querySelector(".events li")?.textContent.includes("studio-a")`)
-	b.until("its outputs have rates", `/\d+(\.\d)?\/s/.test(document.querySelector("table tbody").innerText)`)
+	b.until("its outputs have rates", `/\d+(\.\d)?\/s/.test(document.querySelector("table tbody")?.innerText ?? "")`)
 	shots(b, "rule")
 	sender.stop(syscall.SIGINT)
 	rule := relay.rule(ctx, t, "studio-a")

@@ -5,20 +5,23 @@ import { eventList } from "./events.js";
 import { removeRule } from "./edit.js";
 
 const pause = 2000;
+const groupsEvery = 5; // memberships are of all rules: they are asked for with every fifth reading
 
 export function rulePage(live, main, name) {
 	const body = h("div", {}, h("p", { class: "dim" }, "reading"));
 	const happened = h("div");
 	main.replaceChildren(h("h2", {}, "Rule " + name), body, h("h3", {}, "Events"), happened);
 	const events = eventList(happened, (e) => e.rule === name, 50);
-	let before = null, left = false, timer = 0;
+	let before = null, left = false, timer = 0, readings = 0, groups = [];
 
 	async function read() {
 		try {
-			const [rule, groups] = await Promise.all([getRule(name), ask("v1/groups")]);
+			const all = readings++ % groupsEvery === 0 ? ask("v1/groups") : null;
+			const rule = await getRule(name);
+			if (all) groups = (await all).filter((g) => g.rules.includes(name));
 			if (left) return;
 			const now = performance.now();
-			show(rule, groups.filter((g) => g.rules.includes(name)), before && { rule: before.rule, seconds: (now - before.at) / 1000 });
+			show(rule, groups, before && { rule: before.rule, seconds: (now - before.at) / 1000 });
 			before = { rule, at: now };
 		} catch (error) {
 			if (!left) body.replaceChildren(h("p", { class: "bad", role: "alert" }, error.message));
