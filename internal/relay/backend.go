@@ -102,8 +102,12 @@ func (r *Relay) PutRule(ctx context.Context, c control.Rule, o control.ApplyOpti
 		return result, err
 	}
 	err = r.do(ctx, func() error {
-		if old := r.rule(put.Name); old != nil && old.Origin == plan.OriginFile {
+		switch old := r.rule(put.Name); {
+		case old == nil || old.Origin == plan.OriginAPI:
+		case old.Origin == plan.OriginFile:
 			return control.Errorf(control.KindConflict, "rule %s comes from %s: change it there and reload", put.Name, r.opts.ConfigFile)
+		default:
+			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): choose another name", put.Name, old.Origin)
 		}
 		want := []rules.Rule{put}
 		for _, rule := range r.rules {
