@@ -19,6 +19,7 @@ import (
 // People look at the maps with bpftool: it prints the names of fields, and
 // addresses byte by byte.
 func TestBpftoolShowsRules(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("bpftool"); err != nil {
 		labtest.Lacking(t, "bpftool is not installed: scripts/setup --test installs it")
 	}
@@ -70,6 +71,7 @@ func TestBpftoolShowsRules(t *testing.T) {
 
 // The dump in docs/operations.md has the fields that bpftool shows.
 func TestDocsShowFlowEntriesAsTheyAre(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("bpftool"); err != nil {
 		labtest.Lacking(t, "bpftool is not installed: scripts/setup --test installs it")
 	}
