@@ -24,7 +24,9 @@ func TestBpftoolShowsRules(t *testing.T) {
 		labtest.Lacking(t, "bpftool is not installed: scripts/setup --test installs it")
 	}
 	n := newLab(t, 2)
-	l := open(t, stateOptions(t))
+	opts := stateOptions(t)
+	opts.MaxRules, opts.MaxOutputs = 64, 256 // bpftool takes its time for each row
+	l := open(t, opts)
 	sync1(t, l, someRules(n)...)
 	plain := func(name string) string {
 		t.Helper()
@@ -48,7 +50,7 @@ func TestBpftoolShowsRules(t *testing.T) {
 		{tableNames[exact6].pin, []string{`"group":[255,62,0,0,0,0,0,0,0,0,0,0,0,0,0,1]`}},
 		{bpf.RelayMapRules, []string{`"name":"one"`, `"name":"waiting"`, `"first_stats":`}},
 		{bpf.RelayMapOutputs, []string{`"dst":[239,2,2,1,`, `"src":[10,1,0,1,`, `"dst_port":6000`, `"ttl_mode":`}},
-		{bpf.RelayMapConfig, []string{`"schema":6`, `"max_rules":2048`}},
+		{bpf.RelayMapConfig, []string{`"schema":6`, `"max_rules":64`}},
 		{bpf.RelayMapShortcuts, []string{`"group":[239,1,1,1]`, `"port":5000`, `"family":6`}},
 		{bpf.RelayMapRuleStats, []string{`"packets":0`, `"last_seen_ns":`}},
 	} {
