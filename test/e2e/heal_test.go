@@ -104,6 +104,7 @@ func TestPendingCompletes(t *testing.T) {
 }
 
 func TestInputComesBack(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	in.start()
@@ -224,6 +225,7 @@ func setMAC(t *testing.T, h *lab.Host, name, mac string) {
 // TestOutputComesBack does to one output of a rule with three whatever happens to
 // interfaces, while packets flow. The other two must not miss one.
 func TestOutputComesBack(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	in.start()
