@@ -320,7 +320,6 @@ func TestTunOutput(t *testing.T) {
 // TestPathChanges: a stream goes on, without a packet lost or doubled, while its rule moves to
 // the fanout path and back.
 func TestPathChanges(t *testing.T) {
-	t.Parallel()
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	file := func(path string) string {
