@@ -54,7 +54,7 @@ func TestMergedAsTheKernelSplits(t *testing.T) {
 			sendSegmented(t, b.source, test.to, port, test.segment, payload)
 			if offload && datagrams > 1 && !described {
 				labtest.Eventually(t, "the merged datagram is counted as dropped", func() bool { return groupStats(t, g)[0].Dropped == dropped+1 })
-				continue
+				break // such a kernel does not divide it either without the device's checksums
 			}
 			frames := c.udp(datagrams, func(h packet.Headers) bool { return h.DstPort == uint16(port) })
 			if merged := groupStats(t, g)[0].Received-before < uint64(datagrams); merged != (offload && datagrams > 1) {
@@ -68,9 +68,6 @@ func TestMergedAsTheKernelSplits(t *testing.T) {
 			}
 		}
 		if !described {
-			if len(got[1]) != datagrams {
-				t.Errorf("%+v: %d datagrams, want %d", test, len(got[1]), datagrams)
-			}
 			continue
 		}
 		if len(got[0]) != datagrams || len(got[1]) != datagrams {

@@ -122,6 +122,7 @@ func (b *burst) send(t testing.TB) {
 // one burst. The kernel collects frames for a device and runs one program on them
 // all, so this is where a copy could leave as another output's, or as nobody's.
 func TestForwardMixedBursts(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)

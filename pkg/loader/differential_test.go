@@ -359,6 +359,7 @@ func checkTotals(t testing.TB, o *oracle, drops map[Reason]Counter) {
 // Random rules and frames: the programs and their twin in Go give the same verdict,
 // the same bytes in every copy, and the same counters.
 func TestDifferential(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 3)
 	testDifferential(t, n, r)
 	if !r.partial {
@@ -369,6 +370,7 @@ func TestDifferential(t *testing.T) {
 // The programs as they are loaded for a kernel without frames of several buffers (before
 // Linux 5.18) give the same, too.
 func TestDifferentialOnOldKernel(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 3)
 	opts := testOptions(t)
 	opts.programs = embedded{fragmentTimeout: time.Hour}

@@ -31,6 +31,7 @@ func transmitDrops(t testing.TB, l *Loader, i *net.Interface) (n uint64) {
 // What the egress program drops of a bulk is counted for its reason alone, and not as what
 // the device did not take.
 func TestEgressDropsAreNotTheDevice(t *testing.T) {
+	t.Parallel()
 	const frames = 100
 	n := newLab(t, 1)
 	l := open(t, testOptions(t))
@@ -70,6 +71,7 @@ func TestEgressDropsAreNotTheDevice(t *testing.T) {
 
 // A restart that finds some of the links that count is not to attach all of them again.
 func TestLinksThatCountAreAttachedOnce(t *testing.T) {
+	t.Parallel()
 	const frames = 5
 	n := newLab(t, 1)
 	opts := testOptions(t)
@@ -104,6 +106,7 @@ func TestLinksThatCountAreAttachedOnce(t *testing.T) {
 // A copy that is too long with its tags, or with what lies behind the packet, is dropped at
 // once for the reason mtu, and takes no frame of another rule with it.
 func TestTooLongWithTags(t *testing.T) {
+	t.Parallel()
 	const frames = 50
 	pushed := func(o Output, outer, id uint16) Output {
 		o.VLAN, o.OuterVLAN, o.VLANID = packet.VLANSet, outer, id
@@ -186,6 +189,7 @@ func TestTooLongWithTags(t *testing.T) {
 // Fragments of two senders that are merged have the same number by chance or by design:
 // on the way out each datagram's have another, all of one the same.
 func TestMergedFragments(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 2)
 	for outputs := 1; outputs <= 2; outputs++ {
 		rule := Rule{Name: "merged", In: input(n.in, "239.1.1.1", "", 5000)}
@@ -219,6 +223,7 @@ func TestMergedFragments(t *testing.T) {
 
 // What a rule would take and cannot, or takes unfinished, is noted by rule.
 func TestNotes(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 2)
 	rule := Rule{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}, Finish: true}
 	six := Rule{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []Output{output(n.out[0], "ff3e::2", "fd00::1", 6000), output(n.out[1], "ff3e::3", "fd00::1", 6000)}, Finish: true}

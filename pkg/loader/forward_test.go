@@ -40,6 +40,7 @@ func sourceFrame(n *testLab, group string, port uint16, payload []byte) packet.F
 // Every byte of every copy, with several outputs on one interface, is what the
 // rule says, and the counters add up.
 func TestForwardByteExact(t *testing.T) {
+	t.Parallel()
 	for _, outputs := range []int{1, 2, 4, 16, 64} {
 		t.Run(fmt.Sprintf("%d outputs", outputs), func(t *testing.T) {
 			n := newLab(t, min(outputs, 3))

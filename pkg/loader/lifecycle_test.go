@@ -31,6 +31,7 @@ func reopen(t testing.TB, l *Loader) *Loader {
 }
 
 func TestSecondOwnerIsRefused(t *testing.T) {
+	t.Parallel()
 	newLab(t, 0)
 	opts := stateOptions(t)
 	l := open(t, opts)
@@ -48,6 +49,7 @@ func TestSecondOwnerIsRefused(t *testing.T) {
 // A second start finds everything as it was, and applying the same rules writes
 // nothing.
 func TestAdoptKeepsEverything(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
 	if l.Adopted() {
@@ -134,6 +136,7 @@ func (otherRelease) egress(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 // Another release's programs replace those in the kernel under traffic: no frame is
 // lost, no link changes.
 func TestAdoptUpgrades(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
@@ -200,6 +203,7 @@ func TestAdoptUpgrades(t *testing.T) {
 }
 
 func TestSchemaMismatchIsRefused(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, stateOptions(t))
 	attachAll(t, l, n.in)
@@ -269,6 +273,7 @@ func xdpProgram(t testing.TB, index int) uint32 {
 // What is pinned is foreign input: state that cannot be right is refused, and
 // nothing about it is changed.
 func TestDamagedPinsAreRefused(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	edit := func(name string, change func(l *Loader, e *entry, flow *bpf.RelayFlow)) func(t *testing.T, l *Loader) {
 		return func(t *testing.T, l *Loader) {
@@ -414,6 +419,7 @@ func pinsBelow(t testing.TB, dir string) (paths []string) {
 }
 
 func TestForeignNamespaceIsRefused(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, stateOptions(t))
 	attachAll(t, l, n.in)
@@ -486,6 +492,7 @@ func TestUnloadLeavesNothing(t *testing.T) {
 }
 
 func TestDetach(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, testOptions(t))
 	attachAll(t, l, n.in, n.out[0])
@@ -506,6 +513,7 @@ func TestDetach(t *testing.T) {
 }
 
 func TestFailedOpenLeavesNothing(t *testing.T) {
+	t.Parallel()
 	newLab(t, 0)
 	opts := testOptions(t)
 	opts.programs = brokenRelease{}
@@ -589,6 +597,7 @@ func TestSweepsLeftovers(t *testing.T) {
 // An interface that goes takes its link and its rows with it; the next start copes,
 // and so does the running one.
 func TestInterfaceGoes(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 3)
 	l := open(t, testOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
@@ -672,6 +681,7 @@ func TestNoFileDescriptorLeaks(t *testing.T) {
 // A process that dies while it moves a rule from IPv6 to IPv4 leaves it in both
 // tables; the next one goes on with the new one.
 func TestAdoptsHalfMovedRule(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	opts := stateOptions(t)
 	l := open(t, opts)
@@ -701,6 +711,7 @@ func TestAdoptsHalfMovedRule(t *testing.T) {
 // A process that dies after it has put new entries beside those that leave leaves a rule
 // twice in one table, too.
 func TestAdoptsRuleThatIsThereTwice(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	opts := stateOptions(t)
 	l := open(t, opts)

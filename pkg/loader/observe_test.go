@@ -45,6 +45,7 @@ func (n *testLab) away(t *testing.T) {
 // What the kernel dropped with an interface that is back with its index is found missing,
 // and put back, also by the next process, and packets flow.
 func TestInterfacesGoAndComeBack(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
@@ -84,6 +85,7 @@ func TestInterfacesGoAndComeBack(t *testing.T) {
 // An interface that is deleted and made again with its index is another one, whoever asks:
 // Observe, Attach, or the next process.
 func TestInterfaceIsMadeAgain(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
@@ -122,6 +124,7 @@ func TestInterfaceIsMadeAgain(t *testing.T) {
 
 // A link that was detached by force is found missing, and attached again.
 func TestForcedDetach(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, testOptions(t))
 	attachAll(t, l, n.in)
@@ -152,6 +155,7 @@ func TestForcedDetach(t *testing.T) {
 
 // Another process puts another program into a link: it runs the relay program again.
 func TestForeignUpdateOfLink(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, testOptions(t))
 	attachAll(t, l, n.in)
@@ -174,6 +178,7 @@ func TestForeignUpdateOfLink(t *testing.T) {
 // Pins that somebody removes, one by one or all, are made again, and the next process
 // adopts them.
 func TestPinsAreRemoved(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, stateOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
@@ -212,6 +217,7 @@ func TestPinsAreRemoved(t *testing.T) {
 
 // A map config that another process has written is put right.
 func TestConfigIsChanged(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, stateOptions(t))
 	sync1(t, l, someRulesOn1(n)...)
@@ -235,6 +241,7 @@ func someRulesOn1(n *testLab) []Rule {
 
 // Very many devmaps are looked at in turns, each sooner or later.
 func TestManyDevmapsAreObserved(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	opts := stateOptions(t)
 	opts.MaxOutputs = 1 << 16
@@ -266,6 +273,7 @@ func TestManyDevmapsAreObserved(t *testing.T) {
 // State of another network namespace is refused, with what to do, as long as it serves an
 // interface, and removed when that namespace is gone.
 func TestNamespaceIsGone(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	container := labtest.Host(t, "gone")
 	labtest.Connect(t, lab.End{Host: container, Name: "eth0"}, lab.End{Host: n.relay, Name: "veth0"})
@@ -312,6 +320,7 @@ func TestNamespaceIsGone(t *testing.T) {
 
 // The counters' links are watched, too.
 func TestTransmitPinIsRemoved(t *testing.T) {
+	t.Parallel()
 	newLab(t, 0)
 	l := open(t, stateOptions(t))
 	if err := unix.Unlink(filepath.Join(l.opts.PinDir, linksDir, pinDevmapXmit)); err != nil {

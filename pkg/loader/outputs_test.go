@@ -33,6 +33,7 @@ func setLink(t testing.TB, i *net.Interface, change func(netlink.Link) error) {
 // Whatever becomes of an output's interface, its counters say so, and for every
 // output what matched is what was sent and what was dropped.
 func TestOutputsThatCannotSend(t *testing.T) {
+	t.Parallel()
 	const frames = 20
 	for _, c := range []struct {
 		name    string
@@ -130,6 +131,7 @@ func sumRule(t testing.TB, s RuleStats) {
 
 // While packets flow and all arrive, no reading of the counters shows a drop.
 func TestStatsUnderTraffic(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
@@ -148,6 +150,7 @@ func TestStatsUnderTraffic(t *testing.T) {
 
 // Another's program on an interface stays, and the error names it.
 func TestBusyInterface(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, testOptions(t))
 	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "firewall", Type: ebpf.XDP, License: "GPL", Instructions: asm.Instructions{
@@ -183,6 +186,7 @@ func TestBusyInterface(t *testing.T) {
 }
 
 func TestAttachToNothing(t *testing.T) {
+	t.Parallel()
 	newLab(t, 0)
 	l := open(t, testOptions(t))
 	if _, err := l.Attach(9999, ModeAuto); err == nil || !strings.Contains(err.Error(), "9999") {
@@ -214,6 +218,7 @@ func endToEnd(t *testing.T, n *testLab, out Output, frames ...packet.Frame) {
 }
 
 func TestForwardGeneric(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, testOptions(t))
 	a, err := l.Attach(n.in.Index, ModeGeneric)
@@ -235,6 +240,7 @@ func TestForwardGeneric(t *testing.T) {
 }
 
 func TestForwardIPv6(t *testing.T) {
+	t.Parallel()
 	for _, outputs := range []int{1, 2} {
 		t.Run(fmt.Sprintf("%d outputs", outputs), func(t *testing.T) {
 			n := newLab(t, 1)
@@ -265,6 +271,7 @@ func TestForwardIPv6(t *testing.T) {
 // 1472 bytes of payload fill an MTU of 1500; one more is dropped and counted, for
 // the one output it is too long for.
 func TestForwardAtTheMTU(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	lk, err := n.source.Link("eth0")
 	if err == nil {
@@ -314,6 +321,7 @@ func TestForwardAtTheMTU(t *testing.T) {
 // that sent them alone, although a device of another network namespace has the same index
 // and the tracepoint tells of both.
 func TestTransmitDropsOfOthers(t *testing.T) {
+	t.Parallel()
 	const frames = 5
 	drops := func(l *Loader, index int) (n uint64) {
 		for _, p := range globalStats(t, l).Devices {

@@ -59,6 +59,7 @@ const (
 )
 
 func TestRelayProgram(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 3)
 	toDefault := func(f *packet.Frame) {
 		o := output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)
@@ -380,6 +381,7 @@ func subtractDrops(now, before map[Reason]Counter) map[Reason]Counter {
 // A frame for several outputs is handed over: the two MACs make room for what the
 // egress program must know, and nothing else changes.
 func TestRelayProgramHandsOver(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 2)
 	rule := Rule{Name: "many", In: input(n.in, "239.1.1.1", "", 5000)}
 	for i := range 3 {
@@ -411,6 +413,7 @@ func TestRelayProgramHandsOver(t *testing.T) {
 // The egress program leaves alone what was not handed over, and drops, counted,
 // what no output claims.
 func TestEgressProgramRefuses(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 3)
 	rule := Rule{Name: "many", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{
 		output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000), output(n.out[1], "239.2.2.4", "10.1.1.1", 6000),
@@ -451,6 +454,7 @@ func TestEgressProgramRefuses(t *testing.T) {
 
 // Maps that contradict each other lead to counted drops, never to a wrong copy.
 func TestRelayProgramWithDamagedMaps(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 2)
 	one := Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	two := Rule{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)}}

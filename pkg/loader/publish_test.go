@@ -34,6 +34,7 @@ func inputKinds(n *testLab, group string) (kinds []Input) {
 // Rules change from each kind of input to each other, several at once and in all
 // directions, some for one of another name, and lose and double no packet.
 func TestInputsChangeKindUnderTraffic(t *testing.T) {
+	t.Parallel()
 	for _, family := range []struct{ name, in, out, src string }{
 		{"IPv4", "239.1.%d.1", "239.9.9.%d", "10.1.0.1"},
 		{"IPv6", "ff0e::%d:1", "ff0e:9::%d", "fd00:1::1"},
@@ -88,6 +89,7 @@ func TestInputsChangeKindUnderTraffic(t *testing.T) {
 // What programs may still use is left alone until they have been waited for: after a
 // change, and after an adoption that closes the shortcuts.
 func TestWaitsBeforeReuse(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	opts := testOptions(t)
 	var l *Loader

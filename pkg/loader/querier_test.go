@@ -61,6 +61,7 @@ var (
 // Queries are counted with their version, and pass untouched like everything else
 // that is not ours.
 func TestQueriers(t *testing.T) {
+	t.Parallel()
 	const igmpQuery, mldQuery = 0x11, 130
 	edit := func(b []byte, change func(b []byte)) []byte { change(b); return b }
 	cases := []struct {
@@ -168,6 +169,7 @@ func TestQueriers(t *testing.T) {
 // What is shown is the last querier; all queries are counted, and each interface
 // and family by itself.
 func TestQueriersByInterface(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	send := func(index int, frame []byte) { r.must(t, r.l.relay, index, frame, len(frame)) }
 	v2, v3 := igmp4(nil, nil, message(8, 0x11, 100)), igmp4(nil, nil, message(12, 0x11, 100))
@@ -204,6 +206,7 @@ func TestQueriersByInterface(t *testing.T) {
 
 // Queries that several CPUs hear at once are all counted.
 func TestQueriersAtOnce(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	const goroutines, each = 4, 500
 	frame := mld6(nil, routerAlert6, message(28, 130, 0))
@@ -233,6 +236,7 @@ func TestQueriersAtOnce(t *testing.T) {
 // A process that takes over keeps what was heard on interfaces that still have the
 // program, and forgets the rest.
 func TestAdoptQueriers(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	opts := testOptions(t)
 	l := open(t, opts)

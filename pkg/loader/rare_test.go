@@ -20,6 +20,7 @@ import (
 
 // Prefixes, any port, VLANs and what outputs rarely ask for, byte for byte.
 func TestRelayProgramRare(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 3)
 	if err := r.l.SetOwnAddresses([]netip.Addr{netip.MustParseAddr("10.9.9.9"), netip.MustParseAddr("fd00::9")}); err != nil {
 		t.Fatal(err)
@@ -150,6 +151,7 @@ func TestRelayProgramRare(t *testing.T) {
 
 // IPv6: what is behind extension headers is relayed, and rare outputs as in IPv4.
 func TestRelayProgramRare6(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	src, group := netip.MustParseAddr("2001:db8::7"), netip.MustParseAddr("ff3e:0:0:1::5:6")
 	hopByHop := []byte{17, 0, 5, 2, 0, 0, 1, 0} // router alert
@@ -216,6 +218,7 @@ func TestRelayProgramRare6(t *testing.T) {
 // Fragments follow their first one, through rules of one output and of several, and
 // are counted when it has not come or is too old.
 func TestFragments(t *testing.T) {
+	t.Parallel()
 	for _, dst := range []string{"239.1.1.1", "ff3e::1"} {
 		t.Run(dst, func(t *testing.T) {
 			n, r := programLab(t, 2)
@@ -425,6 +428,7 @@ func TestPolicerGoesOn(t *testing.T) {
 
 // Everything that a rule can have is there again after a restart.
 func TestAdoptRareRules(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 3)
 	l := open(t, testOptions(t))
 	w := newWorld(7, n)
@@ -461,6 +465,7 @@ func TestAdoptRareRules(t *testing.T) {
 // Rules whose outputs are on the same interfaces share a devmap, which goes with the
 // last of them.
 func TestBroadcastsAreShared(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 2)
 	several := func(name, group string, at ...int) Rule {
 		rule := Rule{Name: name, In: input(n.in, group, "", 5000)}
@@ -506,6 +511,7 @@ func TestBroadcastsAreShared(t *testing.T) {
 
 // Own addresses come and go, those whose bits are the same included.
 func TestOwnAddresses(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	rule := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	rule6 := Rule{Name: "cam6", In: input(n.in, "ff3e::1", "", 5000), Out: []Output{output(n.out[0], "ff3e::2", "fd00::1", 6000)}}
@@ -550,6 +556,7 @@ func TestOwnAddresses(t *testing.T) {
 
 // Rows of the map xsks are used again by other interfaces, however many come and go.
 func TestSocketRowsAreUsedAgain(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	for i := range 200 {
 		rule := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Path: PathAFXDP, Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}

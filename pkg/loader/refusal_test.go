@@ -89,6 +89,7 @@ func TestRefusals(t *testing.T) {
 // A veth whose peer cannot receive redirected frames refuses all of one output and of
 // several; one that can is not named, whatever it sends.
 func TestRefusalsOfDevice(t *testing.T) {
+	t.Parallel()
 	const frames = 20
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))

@@ -11,6 +11,7 @@ import (
 // The relay program takes all frames that another tool made (pkg/packet/testdata/frames.py),
 // and all fragments of a datagram or none.
 func TestRelayProgramScapy(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	rule := func(name, group, to, from string, outer, vlan uint16) Rule {
 		in := input(n.in, group, "", 5000)

@@ -38,6 +38,7 @@ func runWhole(t *testing.T, r *runner, n *testLab, f packet.Frame) ran {
 // TestSourcePrefixes: the longest prefix that does not leave the sender out takes the
 // packet, between one source and any.
 func TestSourcePrefixes(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	in := input(n.in, "239.1.1.1", "", 5000)
 	out := output(n.out[0], "239.2.2.2", "10.9.9.9", 6000)
@@ -76,6 +77,7 @@ func TestSourcePrefixes(t *testing.T) {
 
 // TestPortRange: one rule, one set of counters, an entry for each port.
 func TestPortRange(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	in := input(n.in, "239.1.1.1", "", 5000)
 	in.PortTo = 5010
@@ -103,6 +105,7 @@ func TestPortRange(t *testing.T) {
 
 // TestAllGroups: the prefix of all groups leaves out those of one link.
 func TestAllGroups(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	all4 := input(n.in, "224.0.0.0", "", 0)
 	all4.Len = 4
@@ -128,6 +131,7 @@ func TestAllGroups(t *testing.T) {
 // TestSendersAreAdopted: what a restarted process reads back says the same of every
 // packet, and rules keep their numbers.
 func TestSendersAreAdopted(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 3)
 	for seed := range uint64(12) {
 		opts := stateOptions(t)

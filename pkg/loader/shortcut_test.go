@@ -113,6 +113,7 @@ func shortcutCases(n *testLab) map[string]struct {
 // A packet whose rule has a shortcut needs no flow table, and one without it finds its
 // rule in the tables.
 func TestShortcutsAreTaken(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	cases := shortcutCases(n)
 	var rules []Rule
@@ -163,6 +164,7 @@ func TestShortcutsAreTaken(t *testing.T) {
 
 // A rule has a shortcut only while no more specific one can take its packets.
 func TestShortcutsOfOverlappingRules(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, stateOptions(t))
 	rule := func(name, source string, port uint16) Rule {
@@ -266,6 +268,7 @@ func TestShortcutPlaces(t *testing.T) {
 
 // What a process left that died, or anything else, is made right before it counts.
 func TestShortcutsAreMadeAnew(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	l := open(t, stateOptions(t))
 	rules := someRules(n)
@@ -296,6 +299,7 @@ func TestShortcutsAreMadeAnew(t *testing.T) {
 
 // Shortcuts that cannot be written cost time, not packets, and are made up for.
 func TestShortcutsThatFail(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	var log bytes.Buffer
 	r.l.log = slog.New(slog.NewTextHandler(&log, nil))

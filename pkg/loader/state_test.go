@@ -50,13 +50,9 @@ func dump(t testing.TB, l *Loader) string {
 		return fmt.Sprint(v)
 	})
 	dumpMap(t, &b, "port_stats", l.maps.DeviceStats, func(uint32, []bpf.TransmitDeviceStats) string { return "counted" })
-	dumpMap(t, &b, "broadcast", l.maps.Broadcast, func(first uint32, id ebpf.MapID) string {
-		slots := dumpSlots(t, id)
-		if slots == "" {
-			return "" // nobody's any more
-		}
-		return fmt.Sprintf("map %d: %s", id, slots)
-	})
+	for first, id := range fanoutRows(t, l) {
+		fmt.Fprintf(&b, "broadcast %d: map %d: %s\n", first, id, dumpSlots(t, id))
+	}
 	copies, err := readArray[bpf.RelayCopy](l.maps.Copies, int(l.maps.Copies.MaxEntries()))
 	if err != nil {
 		t.Fatal(err)
@@ -195,17 +191,23 @@ func programID(t testing.TB, p *ebpf.Program) ebpf.ProgramID {
 // have left keep those.
 func fanoutRows(t testing.TB, l *Loader) map[uint32]ebpf.MapID {
 	t.Helper()
-	rows := map[uint32]ebpf.MapID{}
-	var first uint32
-	var id ebpf.MapID
-	iter := l.maps.Broadcast.Iterate()
-	for iter.Next(&first, &id) {
-		if dumpSlots(t, id) != "" {
-			rows[first] = id
+	ids := make([]ebpf.MapID, l.maps.Broadcast.MaxEntries())
+	// Before Linux 6.8 each lookup waits for a grace period.
+	if err := atOnce(len(ids), func(from, to int) error {
+		for first := from; first < to; first++ {
+			if err := l.maps.Broadcast.Lookup(uint32(first), &ids[first]); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return err
+			}
 		}
+		return nil
+	}); err != nil {
+		t.Fatalf("read map broadcast: %v", err)
 	}
-	if err := iter.Err(); err != nil {
-		t.Fatal(err)
+	rows := map[uint32]ebpf.MapID{}
+	for first, id := range ids {
+		if id != 0 && dumpSlots(t, id) != "" {
+			rows[uint32(first)] = id
+		}
 	}
 	return rows
 }

@@ -46,6 +46,7 @@ func TestSteeringQueueFull(t *testing.T) {
 
 // Queues are there while a rule needs them, and stay when another process takes over.
 func TestSteeringComesAndGoes(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 0)
 	opts := testOptions(t)
 	l := open(t, opts)

@@ -89,6 +89,7 @@ func takerOf(rules []Rule, in Input, senders netip.Prefix) (name string) {
 // Any set follows any other: the kernel holds exactly what was asked for, and with
 // no rules everything is free again. Some steps go through a restart.
 func TestSyncRandomSets(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 3)
 	l := open(t, stateOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
@@ -144,6 +145,7 @@ func TestSyncRandomSets(t *testing.T) {
 }
 
 func TestSyncRefusals(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	opts := stateOptions(t)
 	opts.MaxRules, opts.MaxOutputs = 8, 12
@@ -238,6 +240,7 @@ func TestSyncRefusals(t *testing.T) {
 
 // A failure half-way leaks nothing, however often it happens.
 func TestSyncFailuresDoNotLeak(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	opts := stateOptions(t)
 	opts.MaxRules, opts.MaxOutputs, opts.Logger = 16, 64, nil
@@ -273,6 +276,7 @@ func TestSyncFailuresDoNotLeak(t *testing.T) {
 // A rule that does not change loses nothing while others come, change and go, and
 // flow tables are swapped and grow.
 func TestSyncDoesNotDisturb(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	opts := testOptions(t)
 	opts.MaxRules = 4096
@@ -309,6 +313,7 @@ func TestSyncDoesNotDisturb(t *testing.T) {
 
 // Counters outlive a change of addresses, and start anew with another destination.
 func TestSyncCounters(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 2)
 	rule := Rule{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{
 		output(n.out[0], "239.2.2.1", "10.1.0.1", 6000), output(n.out[1], "239.2.2.2", "10.1.1.1", 6000),
@@ -357,6 +362,7 @@ func TestSyncCounters(t *testing.T) {
 // Numbers of rules, outputs and counters are used again, and nothing of their past
 // shows: not counters, not drops, not which output was next.
 func TestNumbersAreUsedAgain(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	opts := testOptions(t)
 	opts.MaxRules, opts.MaxOutputs = 2, 4
@@ -393,6 +399,7 @@ func TestNumbersAreUsedAgain(t *testing.T) {
 
 // A process that dies between any two steps leaves what the next can take over.
 func TestDiesAfterPublishing(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 2)
 	for _, c := range []struct {
 		name         string

@@ -35,6 +35,7 @@ type skbContext struct {
 // The tapped program takes exactly what the relay program leaves to the tap, on
 // whatever frames.
 func TestTappedAgreesWithRelay(t *testing.T) {
+	t.Parallel()
 	n, r := programLab(t, 1)
 	program, err := r.l.opts.programs.tapped(r.l.maps, true)
 	if err != nil {
@@ -203,6 +204,7 @@ func tappedOnTheWire(t *testing.T, mode Mode) {
 
 // On a device without Ethernet header the IP header comes first.
 func TestTappedWithoutEthernet(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 0)
 	l := open(t, testOptions(t))
 	tun := newTun(t, "tun0")
@@ -275,6 +277,7 @@ func tappedOn(t testing.TB, i *net.Interface) (names []string) {
 // The program is there while a rule needs it, whoever owns the pinned state, in
 // front of those of others, which stay.
 func TestTappedComesAndGoes(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 1)
 	opts := testOptions(t)
 	l := open(t, opts)
@@ -326,6 +329,7 @@ func TestTappedComesAndGoes(t *testing.T) {
 // An interface that vanishes takes the program with it, and one that cannot have it
 // costs a warning, not the rule.
 func TestTappedFails(t *testing.T) {
+	t.Parallel()
 	n := newLab(t, 0)
 	opts := testOptions(t)
 	source := &failingTapped{}

@@ -19,6 +19,7 @@ import (
 // reason no_socket. A kernel that does not say which devices send redirected frames (before
 // Linux 6.3) has no such others.
 func TestAFXDPWithoutDaemon(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	told := n.features(t, "out1").Known
 	// A veth sends redirected frames only to a peer with receive offload: the kernel

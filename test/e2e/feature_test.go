@@ -241,6 +241,7 @@ var features = []featureCase{
 
 // TestFeatures: every feature of rules, over real interfaces.
 func TestFeatures(t *testing.T) {
+	t.Parallel()
 	for _, path := range paths {
 		t.Run(path, func(t *testing.T) {
 			n := newNetwork(t)
@@ -262,6 +263,7 @@ var paths = []string{"kernel", "afxdp", "fanout"}
 // TestFragmentedDatagram sends 60 kB through a rule of four outputs: the receivers
 // put the fragments together again.
 func TestFragmentedDatagram(t *testing.T) {
+	t.Parallel()
 	for _, path := range paths {
 		t.Run(path, func(t *testing.T) {
 			n := newNetwork(t)
@@ -328,6 +330,7 @@ func (n *network) fragmented(t *testing.T, in *instance, path, input, to, output
 // TestJumbo sends frames of 9,000 bytes through rules of every path, and says what becomes
 // of them where the kernel cannot: they are counted, and auto takes a path that can.
 func TestJumbo(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	for host, names := range map[*lab.Host][]string{n.source: {"src0"}, n.relay: {"in0", "out0", "out1"}, n.sinks[0]: {"sink0"}, n.sinks[1]: {"sink0"}} {
 		for _, name := range names {
@@ -397,6 +400,7 @@ func closeAll(t *testing.T, closers ...io.Closer) {
 // third one's goes the way of any source, and a receiver that has joined one source
 // alone hears it behind src=keep.
 func TestSourceSpecific(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	for _, cidr := range []string{"10.1.0.3/24", "10.1.0.4/24"} {
 		if err := n.source.AddAddr("src0", cidr); err != nil {

@@ -36,7 +36,7 @@ func (n *network) probe(group string, want ...ends) {
 	}
 	const packets = 200
 	s := send(n.t, n.source, traffic.SendConfig{
-		Target: target(n.t, group+"%src0"), Count: packets, TTL: 16, Rate: traffic.Rate{Value: 20_000},
+		Target: target(n.t, group+"%src0"), Count: packets, TTL: 16, Rate: traffic.Rate{Value: easy},
 	})
 	s.wait()
 	for _, s := range sinks {
@@ -104,6 +104,7 @@ func TestPendingCompletes(t *testing.T) {
 }
 
 func TestInputComesBack(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	in.start()
@@ -224,6 +225,7 @@ func setMAC(t *testing.T, h *lab.Host, name, mac string) {
 // TestOutputComesBack does to one output of a rule with three whatever happens to
 // interfaces, while packets flow. The other two must not miss one.
 func TestOutputComesBack(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	in.start()
@@ -233,7 +235,7 @@ func TestOutputComesBack(t *testing.T) {
 		receive(t, n.sinks[0], "239.2.2.0:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.2.0.1")}),
 		receive(t, n.sinks[2], "239.2.2.2:6000%sink0", traffic.Expected{Source: netip.MustParseAddr("10.2.2.1")}),
 	}
-	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.2:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: 20_000}})
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.2:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: easy}})
 	stream.flows(1_000)
 
 	pending := func(reason string) {

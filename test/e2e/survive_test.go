@@ -210,6 +210,7 @@ func addAndDelete(t *testing.T, in *instance, s *stream) {
 // the relay's own stack, and has a daemon take over. None is missing, and the
 // daemon goes on with the links that it finds.
 func TestLoadThenRun(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	local := receive(t, n.relay, "239.9.9.9:5000%in0", traffic.Expected{})

@@ -23,6 +23,7 @@ import (
 // TestLocalReceivers: with local=yes the relay's own receivers get what is relayed,
 // each packet once, and so do the sinks.
 func TestLocalReceivers(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	in.start()
@@ -102,6 +103,7 @@ func routesMulticast(t *testing.T, h *lab.Host, source, group string) {
 // while it does not. With local=yes the host has it all, and without tcx (before Linux 6.6),
 // of which status warns. XDP is on the input, or not.
 func TestHostGetsNoCopy(t *testing.T) {
+	t.Parallel()
 	tcx := labtest.Root() && labtest.TCX(t)
 	for _, c := range []struct {
 		name, input string
@@ -189,6 +191,7 @@ func (in *instance) kept() uint64 {
 // TestSteer: with run --fanout-steer on the streams of an input with one queue go through the
 // workers' CPUs, each packet once and in order, before and after a restart.
 func TestSteer(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	// A device's checksum is lost on the way to another CPU.
 	labtest.Do(t, n.source, func() error { return lab.SetTxChecksum("src0", false) })
@@ -276,6 +279,7 @@ func newTun(t *testing.T, h *lab.Host, name, cidr string) *os.File {
 // TestTunOutput: a rule with an output that has no Ethernet header takes the fanout
 // path by itself and says why; a unicast output there needs no neighbour.
 func TestTunOutput(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	tun := newTun(t, n.relay, "tun0", "10.8.0.1/24")
 	in := newInstance(t, n.relay)
