@@ -50,7 +50,7 @@ const volatile __u32 guard_race = 512;
 #define GUARD_STRIDE 0x4040 /* between them: no sender that counts meets two soon */
 #define GUARD_PROOF 0xe880  /* a bit for each value of steps with three bits or four: a loop ... */
 #define GUARD_NEAR 16	    /* ... if there were no more packets between two */
-#define GUARD_ASKS 2	/* so many packets of further senders, and one more of the first: mark */
+#define GUARD_ASKS 2	/* so many packets of a further sender, and one more of the first: mark */
 #define GUARD_ALONE 8	/* so many of the only one, with two_way */
 #define GUARD_FOREIGN 8 /* so many with another relay's marks, and none of it cut: mark anew */
 #define GUARD_SELF 32	/* so many more than were sent: the sender sends by itself */
@@ -458,12 +458,18 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 		packets = slot->packets;
 		soon = slot->soon;
 		fewest = guard_fewest(slot, packets, GUARD_OTHERS);
-		asks = slot->others[0].sender ? guard_asks(packets, GUARD_ASKS + 1)
+		asks = slot->others[0].sender ? guard_asks(soon, GUARD_ASKS + 1)
 					      : p->by_numbers && guard_asks(packets, GUARD_ALONE);
 	} else {
 		struct guard_other *o;
 
-		at = guard_other_of(slot, guard_hash(p->sender, p->port) | 1, seen);
+		/* By rule, unless numbers count: one packet each to several rules is no return. */
+		at = guard_other_of(
+			slot,
+			guard_hash(p->sender,
+				   (p->by_numbers ? 0 : (__u64)p->rule << 16) | p->port) |
+				1,
+			seen);
 		if (at >= GUARD_OTHERS)
 			return GUARD_PASS;
 		o = &slot->others[at];
@@ -474,7 +480,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 		packets = o->packets;
 		soon = o->soon;
 		fewest = guard_fewest(slot, slot->packets, at);
-		asks = guard_asks(slot->arrivals - slot->packets + 1, GUARD_ASKS);
+		asks = guard_asks(packets, GUARD_ASKS);
 		/* Of a rule that loops, other ways need less to be believed. */
 		if (slot->cut || (loop && p->now_ns - loop->last_ns < GUARD_HEAL_NS)) {
 			returns = 2;

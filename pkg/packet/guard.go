@@ -271,12 +271,16 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		packets, soon = s.packets, s.soon
 		fewest = s.fewest(packets, guardOthers)
 		if s.others[0].sender != 0 {
-			asks = guardAsks(packets, guardAsk+1)
+			asks = guardAsks(soon, guardAsk+1)
 		} else {
 			asks = byNumbers && guardAsks(packets, guardAlone)
 		}
 	} else {
-		at := s.other(guardHash(uint64(sender), uint64(port))|1, seen)
+		key := uint64(port)
+		if !byNumbers { // one packet each to several rules is no return
+			key |= uint64(p.Rule) << 16
+		}
+		at := s.other(guardHash(uint64(sender), key)|1, seen)
 		o := &s.others[at]
 		if o.packets < guardMost {
 			o.packets++
@@ -284,7 +288,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		}
 		packets, soon = uint32(o.packets), uint32(o.soon)
 		fewest = s.fewest(s.packets, at)
-		asks = guardAsks(s.arrivals-s.packets+1, guardAsk)
+		asks = guardAsks(packets, guardAsk)
 		if s.cut > 0 || loop != nil && p.At-loop.Last < int64(GuardHeal) {
 			// Of a rule that loops, other ways need less to be believed.
 			returns, ratio = 2, 1
