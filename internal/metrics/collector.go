@@ -185,6 +185,7 @@ func (c *collector) collectRule(s *sink, r *control.RuleStatus) {
 	for _, d := range r.Drops {
 		s.count(c.droppedPackets, c.droppedBytes, d.Counter, r.Name, "in", d.Reason)
 	}
+	c.collectStream(s, r)
 	for i := range r.Outputs {
 		o := &r.Outputs[i]
 		slot := strconv.Itoa(o.Slot)
@@ -192,6 +193,24 @@ func (c *collector) collectRule(s *sink, r *control.RuleStatus) {
 		s.count(c.outputSentPackets, c.outputSentByte, o.Sent, r.Name, slot, o.Interface)
 		for _, d := range o.Drops {
 			s.count(c.droppedPackets, c.droppedBytes, d.Counter, r.Name, slot, d.Reason)
+		}
+	}
+}
+
+// collectStream adds what several inputs of a rule have brought.
+func (c *collector) collectStream(s *sink, r *control.RuleStatus) {
+	if r.Stream == nil {
+		return
+	}
+	s.put(c.streamLost, float64(r.Stream.Lost), r.Name)
+	s.put(c.streamRestarts, float64(r.Stream.Restarts), r.Name)
+	for i := range r.Inputs {
+		if l := r.Inputs[i].Leg; l != nil {
+			input := strconv.Itoa(i)
+			s.put(c.legWon, float64(l.Won), r.Name, input)
+			s.put(c.legLost, float64(l.Lost), r.Name, input)
+			s.put(c.legBehind, float64(l.Behind), r.Name, input)
+			s.put(c.legBound, float64(l.Bound), r.Name, input)
 		}
 	}
 }

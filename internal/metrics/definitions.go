@@ -42,6 +42,8 @@ type definitions struct {
 	ruleReceivedPackets, ruleReceivedBytes         *metric
 	droppedPackets, droppedBytes                   *metric
 	outputState, outputSentPackets, outputSentByte *metric
+	legWon, legLost, legBehind, legBound           *metric
+	streamLost, streamRestarts                     *metric
 	unsent, lost                                   *metric
 	interfaceInfo                                  *metric
 	joinsAttempted, joinsSucceeded, joinsFailed    *metric
@@ -82,6 +84,13 @@ func newDefinitions() definitions {
 		outputSentPackets:   define(counter, "xdpcast_output_sent_packets_total", "Copies handed to the output's device.", "rule", "slot", "interface"),
 		outputSentByte:      define(counter, "xdpcast_output_sent_bytes_total", "Bytes of the frames of these copies.", "rule", "slot", "interface"),
 
+		legWon:         define(counter, "xdpcast_leg_relayed_packets_total", "Packets that one of several inputs brought and that were relayed.", "rule", "input"),
+		legLost:        define(gauge, "xdpcast_leg_lost_numbers", "Numbers that one of several inputs did not bring; what comes late is taken off.", "rule", "input"),
+		legBehind:      define(gauge, "xdpcast_leg_behind_numbers", "How many numbers one of several inputs is behind the newest.", "rule", "input"),
+		legBound:       define(gauge, "xdpcast_leg_behind_limit_numbers", "How many numbers an input may be behind for its copies to be told; 0 with failover.", "rule", "input"),
+		streamLost:     define(gauge, "xdpcast_stream_lost_numbers", "Numbers that none of several inputs has brought, those on their way included.", "rule"),
+		streamRestarts: define(counter, "xdpcast_stream_restarts_total", "How often the sender of several inputs began again, or with failover another input was taken.", "rule"),
+
 		unsent: define(counter, "xdpcast_interface_unsent_packets_total", "Frames handed to a device that it did not take, by the kernel's reason; not known by rule.", "interface", "reason"),
 		lost:   define(counter, "xdpcast_path_lost_packets_total", "Packets of rules that were lost on the way to a path in user space; not known by rule.", "interface", "path", "reason"),
 
@@ -108,6 +117,7 @@ func (d *definitions) all() []*metric {
 		d.reloads, d.reloadSucceeded, d.reloadTime, d.eventCount, d.reconciles,
 		d.ruleInfo, d.ruleState, d.ruleLast, d.ruleReceivedPackets, d.ruleReceivedBytes,
 		d.droppedPackets, d.droppedBytes, d.outputState, d.outputSentPackets, d.outputSentByte,
+		d.legWon, d.legLost, d.legBehind, d.legBound, d.streamLost, d.streamRestarts,
 		d.unsent, d.lost, d.interfaceInfo,
 		d.joinsAttempted, d.joinsSucceeded, d.joinsFailed, d.leavesAttempted, d.leavesFailed,
 		d.memberships, d.querierSeen, d.workers, d.workerReceived, d.workerFailures,
