@@ -80,7 +80,7 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/v1/rules/a", "", 404, KindNotFound, `rule "a": not found`},
 		{"POST", "/v1/status", "", 405, KindInvalid, "use GET"},
 		{"DELETE", "/v1/rules", "", 405, KindInvalid, "use GET, POST, PUT"},
-		{"PATCH", "/v1/rules/a", rule, 405, KindInvalid, "use GET, DELETE"},
+		{"PATCH", "/v1/rules/a", rule, 405, KindInvalid, "use GET, PUT, DELETE"},
 		{"GET", "/v1/reload", "", 405, KindInvalid, "use POST"},
 		{"GET", "/v1/confirm", "", 405, KindInvalid, "use POST"},
 		{"POST", "/v1/history", "", 405, KindInvalid, "use GET"},

@@ -71,7 +71,7 @@ func TestHookIsBounded(t *testing.T) {
 	program, out := script(t, `echo "$XDPCAST_EVENT_NUMBER $XDPCAST_EVENT_MISSED" >>$out; sleep 1000 & echo $! >>$out.pid; wait`)
 	l, c := testLog(t, "")
 	run(t, l)
-	hook(t, Hook{Program: program, Timeout: 50 * time.Millisecond}, l)
+	hook(t, Hook{Program: program, Timeout: 2 * time.Second}, l)
 	labtest.Eventually(t, "the program runs", func() bool {
 		l.Add(ruleEvent(0, "active"))
 		return read(out) != ""

@@ -54,7 +54,7 @@ func TestThousandRules(t *testing.T) {
 	if got := full.Filled["flows4"]; got != count {
 		t.Errorf("%d entries in the flow table, want %d", got, count)
 	}
-	if got := full.Filled["fanout"]; got != count/8 {
+	if got := full.Filled["broadcast"]; got != count/8 {
 		t.Errorf("%d devmaps, want %d", got, count/8)
 	}
 	if got := full.Memberships; got != count {
