@@ -163,7 +163,9 @@ type changingWorld struct {
 	wanted  []rules.Rule
 	events  []string
 	paused  bool // the relay is
-	altern  map[string]bool
+	// unpinned: a pin was removed while the relay was paused, which cannot have made it again.
+	unpinned bool
+	altern   map[string]bool
 }
 
 var veths = []string{"in0", "in1", "out0", "out1"}
@@ -556,6 +558,7 @@ func (w *changingWorld) unpin(string) {
 		pin := filepath.Join(dir, pickOf(w, names...))
 		w.event("the pin %s is removed", pin)
 		w.must(os.Remove(filepath.Join(w.p.opts.Loader.PinDir, pin)))
+		w.unpinned = w.paused
 	}
 }
 
@@ -573,6 +576,9 @@ func (w *changingWorld) restart(string) {
 
 // killed kills the relay, also while it is stopped.
 func (w *changingWorld) killed(string) {
+	if w.unpinned {
+		w.stopped(false) // or it could not make the pin again, and what misses one is refused
+	}
 	if !w.paused {
 		w.looked()
 	}
@@ -645,6 +651,7 @@ func (w *changingWorld) looked() {
 	w.t.Helper()
 	before := w.relay.looks() + 1 // the one that it may be at
 	labtest.Eventually(w.t, "the relay has looked at everything", func() bool { return w.relay.looks() > before })
+	w.unpinned = false
 }
 
 // settle waits until the network has come to rest, and the relay with it.
