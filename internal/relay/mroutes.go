@@ -80,7 +80,7 @@ func newMroutes(opts *MrouteOptions, log *slog.Logger) (_ *mroutes, err error) {
 func (m *mroutes) keepAlive(here netns.NsHandle, keepalive *mroute.Keepalive, log *slog.Logger) {
 	runtime.LockOSThread()
 	defer close(m.ended)
-	err := netns.Set(here)
+	err := enter(here)
 	told := ""
 	for probes := range m.probes {
 		text := ""
@@ -95,6 +95,20 @@ func (m *mroutes) keepAlive(here netns.NsHandle, keepalive *mroute.Keepalive, lo
 	if err := errors.Join(keepalive.Close(), here.Close()); err != nil {
 		log.Warn("keepalive of multicast routes", "error", err)
 	}
+}
+
+// enter moves the thread into a network namespace unless it is there, as it nearly always is: a
+// service may be forbidden to (RestrictNamespaces= of systemd).
+func enter(ns netns.NsHandle) error {
+	now, err := netns.Get()
+	if err != nil {
+		return err
+	}
+	defer now.Close()
+	if now.Equal(ns) {
+		return nil
+	}
+	return netns.Set(ns)
 }
 
 func (m *mroutes) close() error {
