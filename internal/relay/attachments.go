@@ -1,11 +1,16 @@
 package relay
 
 import (
+	"encoding/json"
 	"log/slog"
+	"maps"
+	"os"
+	"slices"
 	"time"
 
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
+	"xdpcast/internal/savefile"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
 )
@@ -17,8 +22,12 @@ type attachments struct {
 	mode    loader.Mode
 	log     *slog.Logger
 	answers map[network.LinkID]plan.Attached
-	// byHand are those that were attached before any rule.
+	// byHand are those that "xdpcast load" attached, or the operator by other means: they stay.
 	byHand map[network.LinkID]bool
+	// own are the ids of the BPF links that this daemon made, or one before it; file keeps them, or
+	// what a daemon that was killed attached for a rule would be taken for attached by hand.
+	own, saved map[uint32]bool
+	file       string
 	// refused is when to try again where the program could not be attached, and notNative where
 	// it could not in native mode.
 	refused, notNative map[network.LinkID]refusedAttachment
@@ -37,22 +46,67 @@ type refusedAttachment struct {
 // retryAttach is how often an attachment that failed is tried again.
 var retryAttach = membership.Backoff{Min: time.Second, Max: 30 * time.Second, Factor: 2}
 
-func newAttachments(l *loader.Loader, mode loader.Mode, log *slog.Logger) *attachments {
+func newAttachments(l *loader.Loader, mode loader.Mode, file string, log *slog.Logger) *attachments {
 	return &attachments{
-		loader: l, mode: mode, log: log,
+		loader: l, mode: mode, log: log, file: file, own: map[uint32]bool{}, saved: map[uint32]bool{},
 		answers: map[network.LinkID]plan.Attached{}, byHand: map[network.LinkID]bool{}, refused: map[network.LinkID]refusedAttachment{}, notNative: map[network.LinkID]refusedAttachment{},
 	}
 }
 
-// adopt notes interfaces that were attached by hand: no rule of the kernel's explains them.
+// adopt notes interfaces that were attached by hand: neither a rule of the kernel's explains them nor
+// a daemon before this one.
 func (a *attachments) adopt(used []int) {
+	earlier := a.read()
 	a.adopted = map[int]bool{}
 	for _, at := range a.loader.Attachments() {
-		a.adopted[at.Index] = true
+		if slices.Contains(used, at.Index) || slices.Contains(earlier, at.LinkID) {
+			a.own[at.LinkID] = true
+		} else {
+			a.adopted[at.Index] = true
+		}
 	}
-	for _, index := range used {
-		delete(a.adopted, index)
+	a.save()
+}
+
+// read returns what save wrote.
+func (a *attachments) read() (all []uint32) {
+	data, err := os.ReadFile(a.file)
+	if os.IsNotExist(err) {
+		return nil
 	}
+	if err == nil {
+		err = json.Unmarshal(data, &all)
+	}
+	if err != nil {
+		a.log.Warn("what an earlier daemon attached is not known: it stays attached", "file", a.file, "error", err)
+	}
+	return all
+}
+
+// prune forgets links that are gone.
+func (a *attachments) prune() {
+	have := map[uint32]bool{}
+	for _, at := range a.loader.Attachments() {
+		have[at.LinkID] = true
+	}
+	maps.DeleteFunc(a.own, func(id uint32, _ bool) bool { return !have[id] })
+	a.save()
+}
+
+// save writes down what is own, where that has changed.
+func (a *attachments) save() {
+	if maps.Equal(a.own, a.saved) {
+		return
+	}
+	data, err := json.Marshal(slices.Sorted(maps.Keys(a.own)))
+	if err == nil {
+		err = savefile.Write(a.file, data)
+	}
+	if err != nil {
+		a.log.Warn("what is attached is not written down: should the daemon be killed, the next one leaves it attached", "error", err)
+		return
+	}
+	a.saved = maps.Clone(a.own)
 }
 
 // apply attaches where the plan wants it, and says whether an answer has changed. An
@@ -79,6 +133,7 @@ func (a *attachments) apply(p *plan.Plan, now *network.Snapshot) (changed bool) 
 		}
 		changed = a.attach(link, attached) || changed
 	}
+	a.save()
 	return changed
 }
 
@@ -130,6 +185,7 @@ func (a *attachments) attach(link *network.Link, generic bool) (changed bool) {
 		a.refused[link.LinkID] = refusedAttachment{link, last.tries, time.Now().Add(retryAttach.Next(last.tries, 0))}
 		return a.answer(link.LinkID, plan.Attached{Err: err})
 	}
+	a.own[at.LinkID] = true
 	delete(a.refused, link.LinkID)
 	return a.answer(link.LinkID, plan.Attached{Generic: at.Mode == loader.ModeGeneric})
 }
@@ -164,6 +220,7 @@ func (a *attachments) detach(p *plan.Plan, now *network.Snapshot) {
 		}
 		a.log.Info("detached", "interface", at.Interface)
 	}
+	a.prune()
 	for id := range a.answers {
 		if !wanted[id] {
 			delete(a.answers, id)

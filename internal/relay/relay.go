@@ -178,7 +178,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := r.setUpSteering(); err != nil {
 		return nil, err
 	}
-	r.attachments = newAttachments(r.loader, opts.Mode, r.log)
+	r.attachments = newAttachments(r.loader, opts.Mode, loader.RunFile(r.opts.Loader.RunDir, r.opts.Loader.PinDir, "attached.json"), r.log)
 	r.memberships = newMemberships(membership.New(opts.Membership), r.log, opts.Events)
 	r.neighbours = newNeighbours()
 	r.tables = r.newTables()
