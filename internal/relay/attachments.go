@@ -83,6 +83,21 @@ func (a *attachments) read() (all []uint32) {
 	return all
 }
 
+// write writes the file; of nothing there is none.
+func (a *attachments) write() error {
+	if len(a.own) == 0 {
+		if err := os.Remove(a.file); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+		return nil
+	}
+	data, err := json.Marshal(slices.Sorted(maps.Keys(a.own)))
+	if err != nil {
+		return err
+	}
+	return savefile.Write(a.file, data)
+}
+
 // prune forgets links that are gone.
 func (a *attachments) prune() {
 	have := map[uint32]bool{}
@@ -98,11 +113,7 @@ func (a *attachments) save() {
 	if maps.Equal(a.own, a.saved) {
 		return
 	}
-	data, err := json.Marshal(slices.Sorted(maps.Keys(a.own)))
-	if err == nil {
-		err = savefile.Write(a.file, data)
-	}
-	if err != nil {
+	if err := a.write(); err != nil {
 		a.log.Warn("what is attached is not written down: should the daemon be killed, the next one leaves it attached", "error", err)
 		return
 	}
