@@ -324,8 +324,8 @@ var faults = []struct {
 	{"capabilities are missing", func(p *patient) { p.capabilities(0) },
 		"host", "capabilities", Fault, "CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN", "AmbientCapabilities"},
 	{"file descriptors run out", func(p *patient) {
-		p.file(p.own("limits"), "Max open files            4                    8                    files     \nMax locked memory         unlimited            unlimited            bytes     \n")
-	}, "host", "descriptors", Fault, "of 4 file descriptors open", "LimitNOFILE="},
+		p.file(p.own("limits"), "Max open files            3                    8                    files     \nMax locked memory         unlimited            unlimited            bytes     \n")
+	}, "host", "descriptors", Fault, "of 3 file descriptors open", "LimitNOFILE="},
 	{"memory may not be locked", func(p *patient) {
 		p.capabilities((1<<41 - 1) &^ (1 << unix.CAP_IPC_LOCK))
 		p.file(p.own("limits"), "Max open files            400000               400000               files     \nMax locked memory         65536                65536                bytes     \n")
