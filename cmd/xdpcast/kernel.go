@@ -15,6 +15,7 @@ import (
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/relay"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/rules"
@@ -44,7 +45,7 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 	if err != nil {
 		return control.Stats{}, err
 	}
-	byName := map[string]loader.Rule{}
+	byName := map[string]flow.Flow{}
 	for _, rule := range all {
 		byName[rule.Name] = rule
 	}
@@ -77,7 +78,7 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 
 // kernelRule describes a rule as the kernel has it. Without the daemon, a rule of the
 // fanout path does nothing, and its outputs are not in the kernel.
-func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time, name func(index int) string) control.RuleStatus {
+func kernelRule(rule loader.RuleStats, as flow.Flow, now time.Time, name func(index int) string) control.RuleStatus {
 	status := control.RuleStatus{
 		Rule: control.Rule{Name: rule.Name, In: kernelInput(as, name)}, ID: rule.ID, State: control.StateActive, UsedPath: relay.PathName(as.Path),
 		Matched: control.Counter(rule.Matched), Drops: relay.Drops(rule.Drops), Notes: relay.Notes(rule.Notes),
@@ -102,7 +103,7 @@ func kernelRule(rule loader.RuleStats, as loader.Rule, now time.Time, name func(
 
 // kernelInput writes the input of a rule in the grammar of rules. What is joined is not
 // in the kernel's tables.
-func kernelInput(r loader.Rule, name func(index int) string) string {
+func kernelInput(r flow.Flow, name func(index int) string) string {
 	in := rules.Input{
 		Interface: name(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, PortTo: r.In.PortTo, Source: r.In.Source,
 		SourceLen: uint8(r.In.SourceLen), FromHost: r.In.FromHost,
@@ -114,13 +115,13 @@ func kernelInput(r loader.Rule, name func(index int) string) string {
 }
 
 // localControl says whether a rule has a group of one link, which needs the option.
-func localControl(r loader.Rule) bool {
+func localControl(r flow.Flow) bool {
 	return r.In.Len == 0 && rules.LinkScope(r.In.Group) ||
-		slices.ContainsFunc(r.Out, func(o loader.Output) bool { return o.DstLen == 0 && rules.LinkScope(o.Dst) })
+		slices.ContainsFunc(r.Out, func(o flow.Output) bool { return o.DstLen == 0 && rules.LinkScope(o.Dst) })
 }
 
 // kernelOutput writes a resolved output in the grammar of rules.
-func kernelOutput(o loader.Output, name func(index int) string) rules.Output {
+func kernelOutput(o flow.Output, name func(index int) string) rules.Output {
 	out := rules.Output{Interface: name(o.Index), Address: o.Dst, Len: o.DstLen, Port: o.DstPort}
 	switch {
 	case o.PortAdd && o.PortShift == 0:

@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/rules"
 )
@@ -12,14 +12,14 @@ import (
 // What is read from the kernel is in the grammar of rules, and reads back as itself.
 func TestKernelInput(t *testing.T) {
 	group, source := netip.MustParseAddr("239.1.0.0"), netip.MustParseAddr("10.0.0.5")
-	for want, rule := range map[string]loader.Rule{
-		"239.1.0.0:5000%lo":                           {In: loader.Input{Index: 1, Group: group, Port: 5000}},
-		"239.1.0.0%lo":                                {In: loader.Input{Index: 1, Group: group}},
-		"10.0.0.5@239.1.0.0:5000%lo":                  {In: loader.Input{Index: 1, Group: group, Port: 5000, Source: source}},
-		"239.1.0.0/16%lo":                             {In: loader.Input{Index: 1, Group: group, Len: 16}},
-		"239.1.0.0%lo,vlan=100.7":                     {In: loader.Input{Index: 1, Group: group, VLAN: 7, OuterVLAN: 100}},
-		"[ff3e::1]:5000%lo,csum=any":                  {In: loader.Input{Index: 1, Group: netip.MustParseAddr("ff3e::1"), Port: 5000}, AllowNoChecksum: true},
-		"239.1.0.0%lo,loop=allow,rate=1kpps,burst=50": {In: loader.Input{Index: 1, Group: group}, AllowLoop: true, Rate: loader.Rate{Packets: 1000, Burst: 50}},
+	for want, rule := range map[string]flow.Flow{
+		"239.1.0.0:5000%lo":                           {In: flow.Input{Index: 1, Group: group, Port: 5000}},
+		"239.1.0.0%lo":                                {In: flow.Input{Index: 1, Group: group}},
+		"10.0.0.5@239.1.0.0:5000%lo":                  {In: flow.Input{Index: 1, Group: group, Port: 5000, Source: source}},
+		"239.1.0.0/16%lo":                             {In: flow.Input{Index: 1, Group: group, Len: 16}},
+		"239.1.0.0%lo,vlan=100.7":                     {In: flow.Input{Index: 1, Group: group, VLAN: 7, OuterVLAN: 100}},
+		"[ff3e::1]:5000%lo,csum=any":                  {In: flow.Input{Index: 1, Group: netip.MustParseAddr("ff3e::1"), Port: 5000}, AllowNoChecksum: true},
+		"239.1.0.0%lo,loop=allow,rate=1kpps,burst=50": {In: flow.Input{Index: 1, Group: group}, AllowLoop: true, Rate: flow.Rate{Packets: 1000, Burst: 50}},
 	} {
 		if got := kernelInput(rule, interfaceName); got != want {
 			t.Errorf("%s, want %s", got, want)
@@ -40,7 +40,7 @@ func TestKernelOutput(t *testing.T) {
 		"239.2.0.0:6000%lo,src=keep,vlan=pop":            {Dst: dst, DstPort: 6000, VLAN: packet.VLANPop},
 		"239.2.0.0:6000%lo,src=keep,vlan=100.7,pcp=5":    {Dst: dst, DstPort: 6000, VLAN: packet.VLANSet, VLANID: 7, OuterVLAN: 100, SetPCP: true, PCP: 5},
 	} {
-		out := loader.Output{Index: 1, Ready: true, Rewrite: rewrite}
+		out := flow.Output{Index: 1, Ready: true, Rewrite: rewrite}
 		got := kernelOutput(out, interfaceName).String()
 		if got != want {
 			t.Errorf("%s, want %s", got, want)
@@ -49,7 +49,7 @@ func TestKernelOutput(t *testing.T) {
 			t.Errorf("%s reads back as %+v, %v", got, back, err)
 		}
 	}
-	out := loader.Output{Index: 1, Rewrite: packet.Rewrite{Dst: dst, DstPort: 6000}, Rate: loader.Rate{Bits: 8_000_000, Burst: 64_000}}
+	out := flow.Output{Index: 1, Rewrite: packet.Rewrite{Dst: dst, DstPort: 6000}, Rate: flow.Rate{Bits: 8_000_000, Burst: 64_000}}
 	if got, want := kernelOutput(out, interfaceName).String(), "239.2.0.0:6000%lo,src=keep,rate=8Mbit,burst=64k"; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}

@@ -20,6 +20,7 @@ import (
 	"xdpcast/bpf"
 	"xdpcast/internal/account"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/xsk"
@@ -135,7 +136,7 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	a := &AFXDP{
-		opts: opts, log: opts.Logger, set: newSet(loader.PathAFXDP, opts.Queues, opts.Accounts),
+		opts: opts, log: opts.Logger, set: newSet(flow.PathAFXDP, opts.Queues, opts.Accounts),
 		inputs: map[int]*afxdpInput{}, names: map[int]string{}, claimed: map[queueKey]*afxdpSender{},
 	}
 	a.unregister = a.set.accounts.Account().OnSettle(a.settle)
@@ -165,11 +166,11 @@ func (o AFXDPOptions) Validate() error {
 
 // Prepare makes the path forward the rules of loader.PathAFXDP among these, and goes on
 // with those it has under other names. Otherwise it is Sync.
-func (a *AFXDP) Prepare(rules []loader.Rule, own []netip.Addr) error {
+func (a *AFXDP) Prepare(rules []flow.Flow, own []netip.Addr) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	want := slices.DeleteFunc(slices.Clone(rules), notAFXDP)
-	names, inputs := map[string]bool{}, map[loader.Input]bool{}
+	names, inputs := map[string]bool{}, map[flow.Input]bool{}
 	for _, r := range want {
 		names[r.Name], inputs[r.In.Key()] = true, true
 	}
@@ -190,15 +191,15 @@ func (a *AFXDP) Prepare(rules []loader.Rule, own []netip.Addr) error {
 // An input that cannot be received from, since it is gone or another has its queue, is
 // no error: Inputs says it. After an error all is as before. Errors to match:
 // *loader.RuleError, os.ErrClosed.
-func (a *AFXDP) Sync(rules []loader.Rule, own []netip.Addr) error {
+func (a *AFXDP) Sync(rules []flow.Flow, own []netip.Addr) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.sync(slices.DeleteFunc(slices.Clone(rules), notAFXDP), own)
 }
 
-func notAFXDP(r loader.Rule) bool { return r.Path != loader.PathAFXDP }
+func notAFXDP(r flow.Flow) bool { return r.Path != flow.PathAFXDP }
 
-func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
+func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 	if a.closed {
 		return fmt.Errorf("AF_XDP path: %w", os.ErrClosed)
 	}
@@ -238,12 +239,12 @@ func (a *AFXDP) sync(want []loader.Rule, own []netip.Addr) error {
 }
 
 // drops says whether a rule in force is not among those that are wanted.
-func (a *AFXDP) drops(want []loader.Rule) bool {
-	stays := make(map[loader.Input]bool, len(want))
+func (a *AFXDP) drops(want []flow.Flow) bool {
+	stays := make(map[flow.Input]bool, len(want))
 	for i := range want {
 		stays[want[i].In.Key()] = true
 	}
-	return slices.ContainsFunc(a.set.given.rules, func(r loader.Rule) bool { return !stays[r.In.Key()] })
+	return slices.ContainsFunc(a.set.given.rules, func(r flow.Flow) bool { return !stays[r.In.Key()] })
 }
 
 // membarrierGlobal is MEMBARRIER_CMD_GLOBAL of include/uapi/linux/membarrier.h.
@@ -743,7 +744,7 @@ func (a *AFXDP) nameOf(index int) string {
 func lostBy(a *account.Account) (inputs map[int]Lost, unsent map[int]uint64) {
 	inputs, unsent = map[int]Lost{}, map[int]uint64{}
 	a.Each(func(t account.Target, kind account.Kind, w account.Writer, sum account.Sum) {
-		if w.Path() != uint8(loader.PathAFXDP) || sum.Packets == 0 {
+		if w.Path() != uint8(flow.PathAFXDP) || sum.Packets == 0 {
 			return
 		}
 		index := int(t.ID)

@@ -13,6 +13,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -216,7 +217,7 @@ func TestHandedOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	link := labInterface(3)
-	rules := []loader.Rule{
+	rules := []flow.Flow{
 		xdpRule("a", link, "239.1.1.1", 5000, sendTo(labInterface(4), "239.2.2.1", 6000)),
 		xdpRule("b", link, "239.1.1.2", 5000, sendTo(labInterface(4), "239.2.2.2", 6000)),
 		xdpRule("c", link, "239.1.0.0", 0, sendTo(labInterface(4), "239.2.2.3", 6000)),

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 )
 
 // holdings is what the path can leave behind: descriptors, rings and memory.
@@ -40,11 +40,11 @@ func TestAFXDPLeavesNothing(t *testing.T) {
 	const frames = minFrames + 100 // a size that nothing else has
 	b.openWith(t, AFXDPOptions{Frames: frames})
 	stays := xdpRule("stays", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
-	var comes []loader.Rule
+	var comes []flow.Flow
 	for i := range 10 {
 		comes = append(comes, xdpRule(fmt.Sprintf("comes%d", i), b.in, fmt.Sprintf("239.1.2.%d", i), 5000, sendTo(b.out[1+i%2], "239.2.2.2", 6000)))
 	}
-	sync := func(rules ...loader.Rule) {
+	sync := func(rules ...flow.Flow) {
 		labtest.Do(t, b.relay, func() error { return b.path.Sync(rules, ownAddresses) })
 	}
 	none := held(t, frames)

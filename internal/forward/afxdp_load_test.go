@@ -10,6 +10,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 )
 
@@ -84,7 +85,7 @@ func TestAFXDPHalfCapacity(t *testing.T) {
 		t.Run(fmt.Sprintf("%d outputs, %d bytes", c.outputs, c.size), func(t *testing.T) {
 			b := newXDPBench(t, c.outputs, 2, 9000)
 			b.openWith(t, AFXDPOptions{})
-			var out []loader.Output
+			var out []flow.Output
 			for i, o := range b.out {
 				out = append(out, sendTo(o, fmt.Sprintf("239.2.2.%d", i+1), 6000))
 			}

@@ -17,6 +17,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -122,7 +123,7 @@ func (b *xdpBench) openWith(t testing.TB, opts AFXDPOptions) {
 }
 
 // sync does what the control loop does.
-func (b *xdpBench) sync(t testing.TB, rules ...loader.Rule) {
+func (b *xdpBench) sync(t testing.TB, rules ...flow.Flow) {
 	t.Helper()
 	labtest.Do(t, b.relay, func() error {
 		if err := b.path.Prepare(rules, ownAddresses); err != nil {
@@ -135,9 +136,9 @@ func (b *xdpBench) sync(t testing.TB, rules ...loader.Rule) {
 	})
 }
 
-func xdpRule(name string, in *net.Interface, group string, port uint16, out ...loader.Output) loader.Rule {
+func xdpRule(name string, in *net.Interface, group string, port uint16, out ...flow.Output) flow.Flow {
 	r := rule(name, in, group, port, out...)
-	r.Path = loader.PathAFXDP
+	r.Path = flow.PathAFXDP
 	return r
 }
 
@@ -283,7 +284,7 @@ func TestAFXDPBytes(t *testing.T) {
 			outputs := c.outputs
 			b := newXDPBench(t, outputs, 1, 9000)
 			b.open(t)
-			var out4, out6, tagged []loader.Output
+			var out4, out6, tagged []flow.Output
 			for i, o := range b.out {
 				o4 := sendTo(o, fmt.Sprintf("239.2.2.%d", i+1), 6000)
 				o6 := sendTo(o, fmt.Sprintf("ff3e::2:%x", i+1), 6000)
@@ -309,8 +310,8 @@ func TestAFXDPBytes(t *testing.T) {
 			}
 			source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
 			var sent [][]byte
-			var use [][]loader.Output
-			add := func(frame []byte, out []loader.Output) { sent, use = append(sent, frame), append(use, out) }
+			var use [][]flow.Output
+			add := func(frame []byte, out []flow.Output) { sent, use = append(sent, frame), append(use, out) }
 			for _, size := range []int{0, 18, 22, 64, 1000, 1400, 1472, 1500, 2000, 3500, 3800, 4096, 8000, 8900} {
 				add(udpFrame("239.1.1.1", "10.0.0.1", size, nil), out4)
 				add(udpFrame("ff3e::1", "fd00::1", size, nil), out6)
@@ -480,9 +481,9 @@ func TestAFXDPRuleChanges(t *testing.T) {
 	steady := xdpRule("steady", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
 	other := xdpRule("other", b.in, "239.9.9.9", 5000, sendTo(b.out[1], "239.2.2.9", 6000))
 	wide := steady
-	wide.Out = []loader.Output{sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)}
+	wide.Out = []flow.Output{sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)}
 	kernel := steady
-	kernel.Path = loader.PathKernel
+	kernel.Path = flow.PathKernel
 	b.sync(t, steady)
 	c := countOnce(t, b.sinks[0])
 	stop := make(chan struct{})
@@ -490,7 +491,7 @@ func TestAFXDPRuleChanges(t *testing.T) {
 	var changes atomic.Int64
 	go func() {
 		defer close(done)
-		sets := [][]loader.Rule{{steady, other}, {other, wide}, {wide}, {other, steady}, {steady}, {kernel, other}, {steady, other}, {kernel}, {steady}}
+		sets := [][]flow.Flow{{steady, other}, {other, wide}, {wide}, {other, steady}, {steady}, {kernel, other}, {steady, other}, {kernel}, {steady}}
 		for i := 0; ; i++ {
 			select {
 			case <-stop:
@@ -659,7 +660,7 @@ func BenchmarkAFXDPWork(b *testing.B) {
 			b.Run(fmt.Sprintf("1 to %d, %d bytes", outputs, size+42), func(b *testing.B) {
 				n := newXDPBench(b, outputs, 1, 0)
 				n.openWith(b, AFXDPOptions{})
-				var out []loader.Output
+				var out []flow.Output
 				for i, o := range n.out {
 					out = append(out, sendTo(o, fmt.Sprintf("239.2.2.%d", i+1), 6000))
 				}
@@ -702,7 +703,7 @@ func BenchmarkAFXDP(b *testing.B) {
 		b.Run(fmt.Sprintf("1 to %d", outputs), func(b *testing.B) {
 			n := newXDPBench(b, outputs, 1, 0)
 			n.openWith(b, AFXDPOptions{})
-			var out []loader.Output
+			var out []flow.Output
 			for i, o := range n.out {
 				out = append(out, sendTo(o, fmt.Sprintf("239.2.2.%d", i+1), 6000))
 			}

@@ -15,6 +15,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -154,7 +155,7 @@ func TestFilter(t *testing.T) {
 	b := newBench(t, 1)
 	f := b.path(t, FanoutOptions{Workers: 1})
 	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
-	rules := []loader.Rule{
+	rules := []flow.Flow{
 		rule("group", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)),
 		rule("prefix", b.in, "239.16.0.0", 0, sendTo(b.out[0], "239.9.9.1", 6000)),
 		rule("group 6", b.in, "ff3e::1", 0, sendTo(b.out[0], "ff3e::9", 6000)),
@@ -274,7 +275,7 @@ func TestSyncFails(t *testing.T) {
 	good := rule("good", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
 	b.sync(t, f, good)
 	before := labtest.Held()
-	try := func(rules ...loader.Rule) error {
+	try := func(rules ...flow.Flow) error {
 		return b.relay.Do(func() error { return f.Sync(rules, ownAddresses) })
 	}
 
@@ -326,7 +327,7 @@ func TestOtherPaths(t *testing.T) {
 	f := b.path(t, FanoutOptions{Workers: 2})
 	before := labtest.Held()
 	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
-	for _, path := range []loader.Path{0, loader.PathKernel, loader.PathAFXDP} {
+	for _, path := range []flow.Path{0, flow.PathKernel, flow.PathAFXDP} {
 		r.Path = path
 		b.sync(t, f, r)
 		if after := labtest.Held(); after != before || len(f.Stats(nil)) != 0 {

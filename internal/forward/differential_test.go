@@ -37,14 +37,14 @@ func macOf(index int) [6]byte { return [6]byte{2, 0, 0, 0, 1, byte(index)} }
 
 func (w world) addr(of []string) netip.Addr { return netip.MustParseAddr(pick(w, of...)) }
 
-func (w world) rules(set int) (rules []loader.Rule) {
-	seen := map[loader.Input]bool{}
+func (w world) rules(set int) (rules []flow.Flow) {
+	seen := map[flow.Input]bool{}
 	for i := range 1 + w.IntN(16) {
 		groups, sources := groups4, sources4
 		if w.chance(40) {
 			groups, sources = groups6, sources6
 		}
-		in := loader.Input{Index: pick(w, inputs...), Group: w.addr(groups), Port: pick(w, 0, ports[0], ports[1], ports[2])}
+		in := flow.Input{Index: pick(w, inputs...), Group: w.addr(groups), Port: pick(w, 0, ports[0], ports[1], ports[2])}
 		if w.chance(40) {
 			in.Source = w.addr(sources)
 		}
@@ -55,7 +55,7 @@ func (w world) rules(set int) (rules []loader.Rule) {
 		if w.chance(30) {
 			in.VLAN, in.OuterVLAN = pick[uint16](w, 7, 4094), pick[uint16](w, 0, 0, 9)
 		}
-		r := loader.Rule{Name: fmt.Sprintf("set%d-%d", set, i), In: in, AllowLoop: w.chance(20), AllowNoChecksum: w.chance(20),
+		r := flow.Flow{Name: fmt.Sprintf("set%d-%d", set, i), In: in, AllowLoop: w.chance(20), AllowNoChecksum: w.chance(20),
 			Unguarded: true} // the loop guard marks what random frames repeat; TestGuardDifferential is for it
 		w.spread(&r, sources)
 		taken := false
@@ -79,7 +79,7 @@ func (w world) rules(set int) (rules []loader.Rule) {
 }
 
 // spread makes a rule take a range of ports, a prefix of sources, or any but some.
-func (w world) spread(r *loader.Rule, sources []string) {
+func (w world) spread(r *flow.Flow, sources []string) {
 	in := &r.In
 	if in.Port == 5000 && w.chance(30) {
 		in.PortTo = pick[uint16](w, 5001, 5003)
@@ -102,8 +102,8 @@ func (w world) spread(r *loader.Rule, sources []string) {
 	*r = r.Normalized()
 }
 
-func (w world) output(family netip.Addr) loader.Output {
-	o := loader.Output{
+func (w world) output(family netip.Addr) flow.Output {
+	o := flow.Output{
 		Ready: w.chance(90), Blocked: pick(w, flow.NotReady, flow.NoNeighbour), Index: pick(w, devices...),
 		MTU: pick[int32](w, 28, 60, 100, 1500, 1500, 1500, 70000),
 	}
@@ -138,7 +138,7 @@ func (w world) random(family netip.Addr) netip.Addr {
 }
 
 // within draws an address of a prefix.
-func (w world) within(in loader.Input) netip.Addr {
+func (w world) within(in flow.Input) netip.Addr {
 	host, group := w.random(in.Group).AsSlice(), in.Group.AsSlice()
 	for bit := range in.Len {
 		mask := byte(0x80 >> (bit % 8))
@@ -150,7 +150,7 @@ func (w world) within(in loader.Input) netip.Addr {
 
 // frames draws a frame, or the fragments of one, that most often is for a rule and
 // whole, and sometimes broken in one place.
-func (w world) frames(rules []loader.Rule) (index int, frames [][]byte) {
+func (w world) frames(rules []flow.Flow) (index int, frames [][]byte) {
 	groups, sources := groups4, sources4
 	if w.chance(40) {
 		groups, sources = groups6, sources6
@@ -221,7 +221,7 @@ func (w world) frames(rules []loader.Rule) (index int, frames [][]byte) {
 // oracle says in plain Go what is to become of a frame, and keeps the counters: the
 // oracle that package loader holds the BPF programs to.
 type oracle struct {
-	rules []loader.Rule
+	rules []flow.Flow
 	first map[firstKey]uint16
 	want  map[string]*loader.RuleStats
 }
@@ -233,7 +233,7 @@ type firstKey struct {
 	src, dst    netip.Addr
 }
 
-func newOracle(rules []loader.Rule, first map[firstKey]uint16) *oracle {
+func newOracle(rules []flow.Flow, first map[firstKey]uint16) *oracle {
 	o := &oracle{rules: rules, first: first, want: map[string]*loader.RuleStats{}}
 	for _, r := range rules {
 		s := &loader.RuleStats{Name: r.Name, Drops: map[loader.Reason]loader.Counter{}}
@@ -245,8 +245,8 @@ func newOracle(rules []loader.Rule, first map[firstKey]uint16) *oracle {
 	return o
 }
 
-func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *loader.Rule) {
-	rank := func(in loader.Input) (n int) {
+func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *flow.Flow) {
+	rank := func(in flow.Input) (n int) {
 		if in.Len == 0 {
 			n += 400_000
 		}
@@ -322,7 +322,7 @@ func (o *oracle) frame(index int, frame []byte) (copies map[int][][]byte) {
 	return copies
 }
 
-func (o *oracle) drop(r *loader.Rule, frame []byte, h *packet.Headers) (loader.Reason, bool) {
+func (o *oracle) drop(r *flow.Flow, frame []byte, h *packet.Headers) (loader.Reason, bool) {
 	switch {
 	case !r.AllowLoop && ([6]byte(frame[6:12]) == r.In.MAC || slices.Contains(ownAddresses, h.Src)):
 		return loader.Loop, true
@@ -333,7 +333,7 @@ func (o *oracle) drop(r *loader.Rule, frame []byte, h *packet.Headers) (loader.R
 	}
 }
 
-func copyOf(out *loader.Output, frame []byte, h *packet.Headers) ([]byte, loader.Reason) {
+func copyOf(out *flow.Output, frame []byte, h *packet.Headers) ([]byte, loader.Reason) {
 	if !out.Ready {
 		return nil, loader.ReasonOf(out.Blocked)
 	}
@@ -452,10 +452,10 @@ func TestDifferential(t *testing.T) {
 			matched += s.Matched.Packets
 			s.LastSeen = 0
 			for slot := range s.Outputs {
-				s.Outputs[slot].Rule = loader.Output{}
+				s.Outputs[slot].Rule = flow.Output{}
 				sent += s.Outputs[slot].Sent.Packets
 			}
-			if diff := cmp.Diff(*want, s, cmp.Comparer(func(a, b loader.Output) bool { return true })); diff != "" {
+			if diff := cmp.Diff(*want, s, cmp.Comparer(func(a, b flow.Output) bool { return true })); diff != "" {
 				t.Fatalf("rule %s (-oracle +got):\n%s", s.Name, diff)
 			}
 		}

@@ -14,6 +14,7 @@ import (
 
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -26,7 +27,7 @@ func outFace(index int) *net.Interface {
 
 // newEngine makes a set with one engine for interface 1, whose senders are by
 // interface; one that is nil is of an interface that is not there.
-func newEngine(t testing.TB, senders map[int]Sender, rules ...loader.Rule) (*Set, *Engine) {
+func newEngine(t testing.TB, senders map[int]Sender, rules ...flow.Flow) (*Set, *Engine) {
 	t.Helper()
 	set := NewSet(1)
 	e, err := set.NewEngine(1, 0, func(index int) (Sender, error) {
@@ -140,13 +141,13 @@ func TestInterfaceComes(t *testing.T) {
 	}
 	first := &recorder{refuse: func() error { return unix.ENXIO }}
 	senders[3] = first
-	if err := set.Update([]loader.Rule{r}, ownAddresses, nil); err != nil {
+	if err := set.Update([]flow.Flow{r}, ownAddresses, nil); err != nil {
 		t.Fatal(err)
 	}
 	forwardAll(e, 1, numbered(0, 1).Build()) // gone again
 	second := &recorder{}
 	senders[3] = second
-	if err := set.Update([]loader.Rule{r}, ownAddresses, nil); err != nil {
+	if err := set.Update([]flow.Flow{r}, ownAddresses, nil); err != nil {
 		t.Fatal(err)
 	}
 	forwardAll(e, 1, numbered(0, 2).Build())
@@ -173,12 +174,12 @@ func TestUpdateFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	old := rule("old", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
-	if err := set.Update([]loader.Rule{old}, nil, nil); err != nil {
+	if err := set.Update([]flow.Flow{old}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	bad := old
-	bad.Out = []loader.Output{old.Out[0], sendTo(outFace(4), "239.9.9.2", 6000), sendTo(outFace(5), "239.9.9.3", 6000)}
-	if err := set.Update([]loader.Rule{bad}, nil, nil); !errors.Is(err, unix.EMFILE) {
+	bad.Out = []flow.Output{old.Out[0], sendTo(outFace(4), "239.9.9.2", 6000), sendTo(outFace(5), "239.9.9.3", 6000)}
+	if err := set.Update([]flow.Flow{bad}, nil, nil); !errors.Is(err, unix.EMFILE) {
 		t.Fatalf("update: %v", err)
 	}
 	if kept.closed || !fresh.closed {
@@ -193,29 +194,29 @@ func TestUpdateFails(t *testing.T) {
 // What no engine could forward is refused with the rule's name.
 func TestUpdateRefuses(t *testing.T) {
 	good := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
-	for name, change := range map[string]func(*loader.Rule){
-		"no name":         func(r *loader.Rule) { r.Name = "" },
-		"no outputs":      func(r *loader.Rule) { r.Out = nil },
-		"no input":        func(r *loader.Rule) { r.In.Index = 0 },
-		"no group":        func(r *loader.Rule) { r.In.Group = netip.Addr{} },
-		"mapped group":    func(r *loader.Rule) { r.In.Group = netip.MustParseAddr("::ffff:239.1.1.1") },
-		"prefix too long": func(r *loader.Rule) { r.In.Len = 33 },
-		"prefix bits":     func(r *loader.Rule) { r.In.Len = 16 },
-		"source family":   func(r *loader.Rule) { r.In.Source = netip.MustParseAddr("fd00::1") },
-		"family":          func(r *loader.Rule) { r.Out[0].Dst = netip.MustParseAddr("ff3e::1") },
-		"output source":   func(r *loader.Rule) { r.Out[0].Src = netip.MustParseAddr("fd00::1") },
-		"output prefix":   func(r *loader.Rule) { r.Out[0].DstLen = 33 },
-		"output port":     func(r *loader.Rule) { r.Out[0].DstPort = 0 },
-		"output index":    func(r *loader.Rule) { r.Out[0].Index = 0 },
-		"output VLAN":     func(r *loader.Rule) { r.Out[0].VLAN = 3 },
-		"blocked":         func(r *loader.Rule) { r.Out[0].Ready, r.Out[0].Blocked = false, 200 },
+	for name, change := range map[string]func(*flow.Flow){
+		"no name":         func(r *flow.Flow) { r.Name = "" },
+		"no outputs":      func(r *flow.Flow) { r.Out = nil },
+		"no input":        func(r *flow.Flow) { r.In.Index = 0 },
+		"no group":        func(r *flow.Flow) { r.In.Group = netip.Addr{} },
+		"mapped group":    func(r *flow.Flow) { r.In.Group = netip.MustParseAddr("::ffff:239.1.1.1") },
+		"prefix too long": func(r *flow.Flow) { r.In.Len = 33 },
+		"prefix bits":     func(r *flow.Flow) { r.In.Len = 16 },
+		"source family":   func(r *flow.Flow) { r.In.Source = netip.MustParseAddr("fd00::1") },
+		"family":          func(r *flow.Flow) { r.Out[0].Dst = netip.MustParseAddr("ff3e::1") },
+		"output source":   func(r *flow.Flow) { r.Out[0].Src = netip.MustParseAddr("fd00::1") },
+		"output prefix":   func(r *flow.Flow) { r.Out[0].DstLen = 33 },
+		"output port":     func(r *flow.Flow) { r.Out[0].DstPort = 0 },
+		"output index":    func(r *flow.Flow) { r.Out[0].Index = 0 },
+		"output VLAN":     func(r *flow.Flow) { r.Out[0].VLAN = 3 },
+		"blocked":         func(r *flow.Flow) { r.Out[0].Ready, r.Out[0].Blocked = false, 200 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := good
 			r.Out = slices.Clone(good.Out)
 			change(&r)
 			var refused *loader.RuleError
-			if err := NewSet(1).Update([]loader.Rule{r}, nil, nil); !errors.As(err, &refused) || refused.Rule != r.Name {
+			if err := NewSet(1).Update([]flow.Flow{r}, nil, nil); !errors.As(err, &refused) || refused.Rule != r.Name {
 				t.Errorf("update: %v", err)
 			}
 		})
@@ -226,7 +227,7 @@ func TestUpdateRefuses(t *testing.T) {
 		if name == "name" {
 			second.In.Port = 1
 		}
-		if err := NewSet(1).Update([]loader.Rule{good, second}, nil, nil); err == nil {
+		if err := NewSet(1).Update([]flow.Flow{good, second}, nil, nil); err == nil {
 			t.Errorf("the same %s twice was taken", name)
 		}
 	}
@@ -237,9 +238,9 @@ func TestUpdateRefuses(t *testing.T) {
 func TestPoliced(t *testing.T) {
 	sink := &recorder{}
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
-	r.Rate = loader.Rate{Packets: 1000, Burst: 4}
+	r.Rate = flow.Rate{Packets: 1000, Burst: 4}
 	frame := numbered(0, 0).Build()
-	r.Out[0].Rate = loader.Rate{Bits: uint64(len(frame)) * 8 * 500, Burst: 2 * uint64(len(frame))} // 500 packets a second
+	r.Out[0].Rate = flow.Rate{Bits: uint64(len(frame)) * 8 * 500, Burst: 2 * uint64(len(frame))} // 500 packets a second
 	set, e := newEngine(t, map[int]Sender{3: sink}, r)
 	at := int64(time.Hour)
 	for range 10 {
@@ -251,7 +252,7 @@ func TestPoliced(t *testing.T) {
 	}
 	r.Out = slices.Clone(r.Out)
 	r.Out[0].DstMAC = [6]byte{1, 2, 3, 4, 5, 6}
-	if err := set.Update([]loader.Rule{r}, ownAddresses, nil); err != nil {
+	if err := set.Update([]flow.Flow{r}, ownAddresses, nil); err != nil {
 		t.Fatal(err)
 	}
 	forwardAll(e, at, frame)
@@ -282,7 +283,7 @@ func TestFragments(t *testing.T) {
 		}
 		engines = append(engines, e)
 	}
-	if err := set.Update([]loader.Rule{r}, nil, nil); err != nil {
+	if err := set.Update([]flow.Flow{r}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	at := int64(time.Minute)
@@ -335,7 +336,7 @@ func TestByFirstOutput(t *testing.T) {
 	sink := &recorder{}
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
 	set, e := newEngine(t, map[int]Sender{3: sink})
-	if err := set.Update([]loader.Rule{r}, ownAddresses, map[string]uint32{"r": 42}); err != nil {
+	if err := set.Update([]flow.Flow{r}, ownAddresses, map[string]uint32{"r": 42}); err != nil {
 		t.Fatal(err)
 	}
 	frame := numbered(0, 0).Build()
@@ -374,7 +375,7 @@ func (*taker) Close() error   { return nil }
 func TestNothingAllocated(t *testing.T) {
 	sink := &taker{}
 	a := rule("a", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000), sendTo(outFace(3), "239.9.9.2", 6000))
-	a.Rate = loader.Rate{Packets: 1, Burst: 100}
+	a.Rate = flow.Rate{Packets: 1, Burst: 100}
 	b := rule("b", inFace, "239.1.0.0", 0, sendTo(outFace(3), "239.9.9.1", 6000))
 	b.In.Len = 16
 	c := rule("c", inFace, "ff3e::1", 5000, sendTo(outFace(3), "ff3e::9", 6000))

@@ -19,6 +19,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 )
 
@@ -70,7 +71,7 @@ type groupKey struct {
 	fromHost bool
 }
 
-func groupOf(in loader.Input) groupKey { return groupKey{in.Index, in.FromHost} }
+func groupOf(in flow.Input) groupKey { return groupKey{in.Index, in.FromHost} }
 
 func (k groupKey) compare(o groupKey) int {
 	return cmp.Or(cmp.Compare(k.index, o.index), strings.Compare(strconv.FormatBool(k.fromHost), strconv.FormatBool(o.fromHost)))
@@ -113,7 +114,7 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 	}
 	f := &Fanout{
 		opts: opts, log: opts.Logger, system: system, filter: filter,
-		set: newSet(loader.PathFanout, opts.Workers, opts.Accounts), groups: map[groupKey]*fanoutGroup{},
+		set: newSet(flow.PathFanout, opts.Workers, opts.Accounts), groups: map[groupKey]*fanoutGroup{},
 	}
 	f.unregister = f.set.accounts.Account().OnSettle(f.set.settle)
 	return f, nil
@@ -128,13 +129,13 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 // After an error all is as before. Errors to match: *loader.RuleError, which names a
 // rule without which the others may succeed, and holds a *fanout.Error where it is
 // the group of its input that cannot be opened; os.ErrClosed.
-func (f *Fanout) Sync(rules []loader.Rule, own []netip.Addr) (err error) {
+func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) (err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
 		return fmt.Errorf("fanout path: %w", os.ErrClosed)
 	}
-	want := slices.DeleteFunc(slices.Clone(rules), func(r loader.Rule) bool { return r.Path != loader.PathFanout })
+	want := slices.DeleteFunc(slices.Clone(rules), func(r flow.Flow) bool { return r.Path != flow.PathFanout })
 	inputs, allowed := map[groupKey]string{}, map[wantedKey]bool{}
 	for i := range want {
 		if err := want[i].Normalized().Check(); err != nil {

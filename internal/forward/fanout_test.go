@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"xdpcast/pkg/fanout"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -28,21 +28,21 @@ func TestForward(t *testing.T) {
 	padded.Padding = 11
 	long := v4
 	long.Payload = bytes.Repeat([]byte{7}, 1400)
-	in4, in6 := loader.Input{Group: v4.Dst, Port: 5000}, loader.Input{Group: v6.Dst, Port: 5000}
-	vlan := func(in loader.Input, inner, outer uint16) loader.Input {
+	in4, in6 := flow.Input{Group: v4.Dst, Port: 5000}, flow.Input{Group: v6.Dst, Port: 5000}
+	vlan := func(in flow.Input, inner, outer uint16) flow.Input {
 		in.VLAN, in.OuterVLAN = inner, outer
 		return in
 	}
-	set := func(mode packet.VLANMode, id, outer uint16) func(*loader.Output) {
-		return func(o *loader.Output) { o.VLAN, o.VLANID, o.OuterVLAN = mode, id, outer }
+	set := func(mode packet.VLANMode, id, outer uint16) func(*flow.Output) {
+		return func(o *flow.Output) { o.VLAN, o.VLANID, o.OuterVLAN = mode, id, outer }
 	}
-	prefix := func(o *loader.Output) { o.DstLen = 16 }
+	prefix := func(o *flow.Output) { o.DstLen = 16 }
 	for _, c := range []struct {
 		name   string
-		in     loader.Input
+		in     flow.Input
 		frames [][]byte
 		to     string
-		change func(*loader.Output)
+		change func(*flow.Output)
 	}{
 		{"IPv4", in4, [][]byte{v4.Build()}, "239.9.9.9", nil},
 		{"IPv6", in6, [][]byte{v6.Build()}, "ff3e::99", nil},
@@ -54,8 +54,8 @@ func TestForward(t *testing.T) {
 		{"tag pushed", in4, [][]byte{v4.Build()}, "239.9.9.9", set(packet.VLANSet, 11, 0)},
 		{"two tags pushed", in6, [][]byte{v6.Build()}, "ff3e::99", set(packet.VLANSet, 11, 12)},
 		{"tag exchanged", vlan(in4, 7, 0), [][]byte{tagged(v4, 0xe007).Build()}, "239.9.9.9", set(packet.VLANSet, 11, 0)},
-		{"prefix", loader.Input{Group: netip.MustParseAddr("239.1.0.0"), Len: 16}, [][]byte{v4.Build()}, "239.77.0.0", prefix},
-		{"port shift", in4, [][]byte{v4.Build()}, "239.9.9.9", func(o *loader.Output) { o.PortAdd, o.PortShift = true, 1000 }},
+		{"prefix", flow.Input{Group: netip.MustParseAddr("239.1.0.0"), Len: 16}, [][]byte{v4.Build()}, "239.77.0.0", prefix},
+		{"port shift", in4, [][]byte{v4.Build()}, "239.9.9.9", func(o *flow.Output) { o.PortAdd, o.PortShift = true, 1000 }},
 		{"IPv4 fragments", in4, packet.Fragment(long.Build(), 99, 400), "239.9.9.9", nil},
 		{"IPv6 fragments", in6, packet.Fragment(v6.Build(), 99, 8), "ff3e::99", nil},
 	} {

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/pkg/fanout"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 )
 
 // filter is the socket filter of all groups of a Fanout: it lets UDP packets in
@@ -35,7 +35,7 @@ type wantedKey struct {
 
 const maxWanted = 1 << 20
 
-func wantedOf(in loader.Input) wantedKey {
+func wantedOf(in flow.Input) wantedKey {
 	length := in.Len
 	if length == 0 {
 		length = in.Group.BitLen()

@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/labtest"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 )
 
 // The filter drops what the host sends on an input by itself. A plain packet socket stands
@@ -20,7 +20,7 @@ func TestFilterDropsOutgoing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.close()
-	if _, err := f.allow(map[wantedKey]bool{wantedOf(loader.Input{Index: b.in.Index, Group: netip.MustParseAddr("239.1.1.1")}): true}); err != nil {
+	if _, err := f.allow(map[wantedKey]bool{wantedOf(flow.Input{Index: b.in.Index, Group: netip.MustParseAddr("239.1.1.1")}): true}); err != nil {
 		t.Fatal(err)
 	}
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)

@@ -3,16 +3,18 @@ package forward
 import (
 	"bytes"
 	"encoding/binary"
-	"golang.org/x/sys/unix"
 	"log/slog"
 	"net"
 	"net/netip"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -95,7 +97,7 @@ func (b *bench) pathWith(t testing.TB, opts FanoutOptions, change func(*fanoutSy
 }
 
 // sync is Sync in the relay.
-func (b *bench) sync(t testing.TB, f *Fanout, rules ...loader.Rule) {
+func (b *bench) sync(t testing.TB, f *Fanout, rules ...flow.Flow) {
 	t.Helper()
 	labtest.Do(t, b.relay, func() error { return f.Sync(rules, ownAddresses) })
 }
@@ -103,21 +105,21 @@ func (b *bench) sync(t testing.TB, f *Fanout, rules ...loader.Rule) {
 var ownAddresses = []netip.Addr{netip.MustParseAddr("192.168.7.9"), netip.MustParseAddr("2001:db8::9")}
 
 // rule takes a group and port of an input to outputs.
-func rule(name string, in *net.Interface, group string, port uint16, out ...loader.Output) loader.Rule {
-	return loader.Rule{
-		Name: name, Path: loader.PathFanout, Out: out,
-		In: loader.Input{Index: in.Index, MAC: mac(in), Group: netip.MustParseAddr(group), Port: port},
+func rule(name string, in *net.Interface, group string, port uint16, out ...flow.Output) flow.Flow {
+	return flow.Flow{
+		Name: name, Path: flow.PathFanout, Out: out,
+		In: flow.Input{Index: in.Index, MAC: mac(in), Group: netip.MustParseAddr(group), Port: port},
 	}
 }
 
 // sendTo sends to a group and port on an interface, from an address of ours.
-func sendTo(out *net.Interface, group string, port uint16) loader.Output {
+func sendTo(out *net.Interface, group string, port uint16) flow.Output {
 	dst := netip.MustParseAddr(group)
 	src := netip.MustParseAddr("192.0.2.1")
 	if dst.Is6() {
 		src = netip.MustParseAddr("2001:db8::1")
 	}
-	return loader.Output{
+	return flow.Output{
 		Ready: true, Index: out.Index, MTU: int32(out.MTU),
 		Rewrite: packet.Rewrite{
 			DstMAC: packet.MulticastMAC(dst), SrcMAC: mac(out), Dst: dst, Src: src, DstPort: port,
@@ -149,7 +151,7 @@ func number(data []byte) (stream, number int, ok bool) {
 }
 
 // expect is the copy that an output makes of a frame.
-func expect(t testing.TB, o loader.Output, frame []byte) []byte {
+func expect(t testing.TB, o flow.Output, frame []byte) []byte {
 	t.Helper()
 	h, ok := packet.Parse(frame)
 	if !ok {
@@ -304,8 +306,8 @@ func (c *catcher) frames(t testing.TB, n int) (all [][]byte) {
 }
 
 // pointers are rules as the loader takes them.
-func pointers(rules []loader.Rule) []*loader.Rule {
-	all := make([]*loader.Rule, len(rules))
+func pointers(rules []flow.Flow) []*flow.Flow {
+	all := make([]*flow.Flow, len(rules))
 	for i, r := range rules {
 		all[i] = &r // a copy: tests go on to change theirs
 	}

@@ -14,6 +14,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 )
 
@@ -199,9 +200,9 @@ func TestExchangeUnderLoad(t *testing.T) {
 				default:
 				}
 				changed := steady
-				changed.Out = []loader.Output{steady.Out[0]}
+				changed.Out = []flow.Output{steady.Out[0]}
 				changed.Out[0].TTLMode, changed.Out[0].TTL = 2, uint8(exchanges)|1
-				set := []loader.Rule{changed}
+				set := []flow.Flow{changed}
 				if exchanges%2 == 0 {
 					set = append(set, rule("other", b.in, "239.1.1.0", 0, sendTo(b.out[1+exchanges/2%2], "239.9.9.3", 7000)))
 					set[1].In.Len = 24

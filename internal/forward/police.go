@@ -4,7 +4,7 @@ import (
 	"math/bits"
 	"sync/atomic"
 
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 )
 
 // policer is a token bucket, kept as the time at which it is full again (GCRA,
@@ -13,7 +13,7 @@ type policer struct {
 	full        atomic.Uint64 // when the bucket is full again, in sixteenths of a nanosecond
 	cost, depth uint64        // of a packet or byte, in units of 2^-16 of that; of the bucket
 	byBytes     bool
-	rate        loader.Rate
+	rate        flow.Rate
 }
 
 const (
@@ -24,7 +24,7 @@ const (
 )
 
 // newPolicer is nil for no rate.
-func newPolicer(r loader.Rate) *policer {
+func newPolicer(r flow.Rate) *policer {
 	p := &policer{rate: r}
 	switch {
 	case r.Packets != 0:

@@ -2,13 +2,13 @@ package forward
 
 import (
 	"xdpcast/internal/account"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 )
 
 // Rule is a rule in a Table. What counts and polices is shared with the same rule
 // in the Tables before and behind.
 type Rule struct {
-	rule    loader.Rule
+	rule    flow.Flow
 	unicast bool
 	number  uint32 // by which the guard knows it
 	policer *policer
@@ -21,7 +21,7 @@ type Rule struct {
 func (r *Rule) Name() string { return r.rule.Name }
 
 type output struct {
-	loader.Output
+	flow.Output
 	device  int // index into Table.devices; -1: none
 	policer *policer
 	counts  *perWorker
@@ -29,7 +29,7 @@ type output struct {
 
 // newRule makes a rule; old is the one with the same name in the table before, or
 // nil.
-func (s *Set) newRule(r loader.Rule, old *Rule) *Rule {
+func (s *Set) newRule(r flow.Flow, old *Rule) *Rule {
 	n := &Rule{rule: r.Normalized(), unicast: r.Unicast()}
 	goesOn := old != nil && n.rule.Continues(old.rule)
 	n.policer = newPolicer(r.Rate)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/account"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -26,7 +27,7 @@ type Set struct {
 	start     time.Time
 	fragments *fragments
 	accounts  Accounts
-	path      loader.Path
+	path      flow.Path
 	matches   account.Kind // what a packet that comes to a worker is counted as
 	guard     *packet.Guard
 	ownMACs   atomic.Pointer[map[[6]byte]struct{}]
@@ -40,9 +41,9 @@ type Set struct {
 
 // NewSet makes a set without rules, for inputs with so many workers each, which counts in
 // memory of its own.
-func NewSet(workers int) *Set { return newSet(loader.PathFanout, workers, nil) }
+func NewSet(workers int) *Set { return newSet(flow.PathFanout, workers, nil) }
 
-func newSet(path loader.Path, workers int, accounts Accounts) *Set {
+func newSet(path flow.Path, workers int, accounts Accounts) *Set {
 	now := time.Now()
 	var clock unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &clock) // cannot fail for this clock
@@ -56,7 +57,7 @@ func newSet(path loader.Path, workers int, accounts Accounts) *Set {
 		path:      path,
 		matches:   account.Matched,
 	}
-	if path == loader.PathAFXDP {
+	if path == flow.PathAFXDP {
 		s.matches = account.Delivered
 	}
 	return s
@@ -106,7 +107,7 @@ func (s *Set) Remove(e *Engine) error {
 // An interface without a sender gets one now, if it is there; the copies for it are
 // dropped with reason NoDevice otherwise, until the next Update. After an error all
 // is as before. Errors to match: *loader.RuleError.
-func (s *Set) Update(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) (err error) {
+func (s *Set) Update(want []flow.Flow, own []netip.Addr, firstOutputs map[string]uint32) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.holds(want, own, firstOutputs) {
@@ -188,13 +189,13 @@ func (s *Set) settle() {
 
 // given is what the table was made of.
 type given struct {
-	rules        []loader.Rule
+	rules        []flow.Flow
 	own          []netip.Addr
 	firstOutputs map[string]uint32
 }
 
 // cloneRules copies what the caller might change later.
-func cloneRules(rules []loader.Rule) []loader.Rule {
+func cloneRules(rules []flow.Flow) []flow.Flow {
 	rules = slices.Clone(rules)
 	for i := range rules {
 		rules[i].Out = slices.Clone(rules[i].Out)
@@ -203,7 +204,7 @@ func cloneRules(rules []loader.Rule) []loader.Rule {
 }
 
 // holds says whether there is nothing to do.
-func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) bool {
+func (s *Set) holds(rules []flow.Flow, own []netip.Addr, firstOutputs map[string]uint32) bool {
 	if !slices.Equal(own, s.given.own) || !maps.Equal(firstOutputs, s.given.firstOutputs) ||
 		!slices.EqualFunc(rules, s.given.rules, equal) {
 		return false
@@ -216,7 +217,7 @@ func (s *Set) holds(rules []loader.Rule, own []netip.Addr, firstOutputs map[stri
 	return true
 }
 
-func equal(a, b loader.Rule) bool {
+func equal(a, b flow.Flow) bool {
 	return a.Name == b.Name && a.In == b.In && a.AllowLoop == b.AllowLoop && a.Unguarded == b.Unguarded && a.TwoWay == b.TwoWay && a.Fronted == b.Fronted && a.Broadcast == b.Broadcast && slices.Equal(a.Except, b.Except) &&
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
@@ -275,7 +276,7 @@ func closeQueues(queues, others []*queue) error {
 	return errors.Join(errs...)
 }
 
-func (s *Set) newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[string]uint32) (_ *Table, err error) {
+func (s *Set) newTable(want []flow.Flow, own []netip.Addr, firstOutputs map[string]uint32) (_ *Table, err error) {
 	t := &Table{own: map[netip.Addr]struct{}{}, byFirst: map[uint32]*Rule{}}
 	for _, a := range own {
 		t.own[a.Unmap().WithZone("")] = struct{}{}
@@ -289,7 +290,7 @@ func (s *Set) newTable(want []loader.Rule, own []netip.Addr, firstOutputs map[st
 	for _, r := range s.table.rules {
 		old[r.rule.Name] = r
 	}
-	names, inputs := map[string]bool{}, map[loader.Input]string{}
+	names, inputs := map[string]bool{}, map[flow.Input]string{}
 	devices := map[int]int{}
 	for i := range want {
 		if err := want[i].Normalized().Check(); err != nil {

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -18,7 +19,7 @@ import (
 type steered struct {
 	*xdpBench
 	fanout *Fanout
-	rule   loader.Rule
+	rule   flow.Flow
 }
 
 // cpusOf is two CPUs of different workers.
@@ -60,7 +61,7 @@ func (s *steered) sync(t testing.TB) {
 		kernel := s.rule
 		kernel.Out = slices.Clone(s.rule.Out)
 		kernel.Out[0].Ready = false
-		return s.loader.Sync([]*loader.Rule{&kernel})
+		return s.loader.Sync([]*flow.Flow{&kernel})
 	})
 	if w := s.loader.Warnings(); len(w) != 0 {
 		t.Errorf("warnings %q", w)

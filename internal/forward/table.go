@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -80,7 +80,7 @@ type flows[A bytesOf] struct {
 	lengths []uint16
 }
 
-func (f *flows[A]) add(in loader.Input, group, source A, r *Rule) {
+func (f *flows[A]) add(in flow.Input, group, source A, r *Rule) {
 	if in.BySource {
 		f.addSources(in, group, r)
 		return
@@ -116,7 +116,7 @@ func (f *flows[A]) add(in loader.Input, group, source A, r *Rule) {
 }
 
 // addSources adds a rule of a prefix of sources.
-func (f *flows[A]) addSources(in loader.Input, group A, r *Rule) {
+func (f *flows[A]) addSources(in flow.Input, group A, r *Rule) {
 	if f.sources == nil {
 		f.sources = map[key[A]][]*Rule{}
 	}

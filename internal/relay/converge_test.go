@@ -27,6 +27,7 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 	"xdpcast/pkg/rules"
@@ -770,7 +771,7 @@ func (w *changingWorld) told() (api, kernel string) {
 }
 
 // inForce reads the flows that the kernel holds.
-func (w *changingWorld) inForce() []loader.Rule {
+func (w *changingWorld) inForce() []flow.Flow {
 	w.t.Helper()
 	reader, err := loader.OpenReader(w.p.opts.Loader.PinDir)
 	w.must(err)

@@ -7,6 +7,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 )
 
@@ -21,15 +22,15 @@ func TestFeaturesChange(t *testing.T) {
 	gro(false)
 	r := p.start()
 	r.mustAdd("r", "239.1.1.1:5000%in0", "239.2.2.2:6000%out0")
-	path := func(want loader.Path) func() bool {
+	path := func(want flow.Path) func() bool {
 		return func() bool {
 			k := r.kernel("r")
 			return k != nil && k.Path == want
 		}
 	}
-	labtest.Eventually(t, "the rule is on the afxdp path", path(loader.PathAFXDP))
+	labtest.Eventually(t, "the rule is on the afxdp path", path(flow.PathAFXDP))
 	gro(true)
-	labtest.Eventually(t, "the rule is on the kernel path", path(loader.PathKernel))
+	labtest.Eventually(t, "the rule is on the kernel path", path(flow.PathKernel))
 }
 
 // Native mode that the driver refused is tried again once nothing flows: never while the interface

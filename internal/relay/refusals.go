@@ -6,6 +6,7 @@ import (
 
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 )
 
@@ -69,7 +70,7 @@ func silentOutputs(p *plan.Plan, now *network.Snapshot) (indexes []int) {
 	seen := map[int]bool{}
 	for _, r := range p.Rules {
 		for _, f := range r.Flows {
-			if !f.Publish || f.Flow.Path != loader.PathKernel {
+			if !f.Publish || f.Flow.Path != flow.PathKernel {
 				continue
 			}
 			for i := range f.Flow.Out {

@@ -13,8 +13,8 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
-
 	"xdpcast/pkg/rules"
 )
 
@@ -200,7 +200,7 @@ func addDrops[R comparable](to, from map[R]loader.Counter) {
 }
 
 // PathName is the word of a path in the API.
-func PathName(p loader.Path) string { return plan.PathName(p) }
+func PathName(p flow.Path) string { return plan.PathName(p) }
 
 // Fragments writes counters of fragments as the API has them.
 func Fragments(f loader.Fragments) control.Fragments {

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/rules"
 )
@@ -55,7 +56,7 @@ func TestSteers(t *testing.T) {
 		rule := stream("r", "in0", "239.1.1.1", to("out0", "239.2.2.1"))
 		rule.Path = c.path
 		r.mustPut(rule)
-		var got []loader.Rule
+		var got []flow.Flow
 		labtest.Eventually(t, "the rule is in the kernel", func() bool {
 			reader, err := loader.OpenReader(p.opts.Loader.PinDir)
 			if err != nil {

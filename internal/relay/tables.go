@@ -130,10 +130,10 @@ const drain = 20 * time.Millisecond
 // has both for a moment, in an order in which one of them always takes its packets:
 // while the kernel path has them, none reach the packet tap.
 func (t *tables) syncPaths(all []*flow.Flow, own []netip.Addr) error {
-	want := map[loader.Path][]loader.Rule{}
+	want := map[flow.Path][]flow.Flow{}
 	kernel := make([]*flow.Flow, len(all))
 	for i, f := range all {
-		if f.Path != loader.PathKernel {
+		if f.Path != flow.PathKernel {
 			want[f.Path] = append(want[f.Path], *f)
 		}
 		kernel[i] = forKernel(f)
@@ -159,7 +159,7 @@ func blame(p *plan.Plan, err error) (names []string, cause error) {
 	}
 	for _, r := range p.Rules {
 		for _, f := range r.Flows {
-			if f.Publish && f.Flow.Path == loader.PathFanout && f.In.Name == setUp.Interface {
+			if f.Publish && f.Flow.Path == flow.PathFanout && f.In.Name == setUp.Interface {
 				names = append(names, f.Flow.Name)
 			}
 		}

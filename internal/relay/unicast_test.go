@@ -18,11 +18,10 @@ import (
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/network"
 	"xdpcast/pkg/flow"
-	"xdpcast/pkg/loader"
 )
 
 // kernel returns a rule as the loader has it; nil when it does not.
-func (r *running) kernel(name string) (found *loader.Rule) {
+func (r *running) kernel(name string) (found *flow.Flow) {
 	r.t.Helper()
 	if err := r.do(r.t.Context(), func() error {
 		for _, rule := range r.loader.Rules() {

@@ -14,29 +14,29 @@ import (
 // userPath is what the control loop needs of a path whose packets go through this
 // process: *forward.Fanout and *forward.AFXDP. Tests put faults between the two.
 type userPath interface {
-	Sync(rules []loader.Rule, own []netip.Addr) error
+	Sync(rules []flow.Flow, own []netip.Addr) error
 	Close() error
 }
 
 // userPaths are these paths, by kind. Each is opened for its first rule.
-type userPaths map[loader.Path]*openPath
+type userPaths map[flow.Path]*openPath
 
 type openPath struct {
 	open  func() (userPath, error)
-	path  userPath      // nil until there is a rule
-	rules []loader.Rule // that the path has now
+	path  userPath    // nil until there is a rule
+	rules []flow.Flow // that the path has now
 }
 
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
-		loader.PathFanout: {open: func() (userPath, error) {
+		flow.PathFanout: {open: func() (userPath, error) {
 			path, err := forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Accounts: r.loader})
 			if err == nil {
 				path.SetOwnMACs(r.macs)
 			}
 			return path, err
 		}},
-		loader.PathAFXDP: {open: func() (userPath, error) {
+		flow.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP
 			opts.Logger, opts.Loader, opts.Accounts = r.log, r.loader, r.loader
 			return forward.OpenAFXDP(opts)
@@ -78,7 +78,7 @@ func (u userPaths) pending() bool {
 }
 
 // prepare gives each path its rules besides those that it has.
-func (u userPaths) prepare(want map[loader.Path][]loader.Rule, own []netip.Addr) error {
+func (u userPaths) prepare(want map[flow.Path][]flow.Flow, own []netip.Addr) error {
 	for kind, p := range u {
 		if err := p.sync(p.with(want[kind]), own); err != nil {
 			return err
@@ -88,7 +88,7 @@ func (u userPaths) prepare(want map[loader.Path][]loader.Rule, own []netip.Addr)
 }
 
 // finish gives each path its rules alone.
-func (u userPaths) finish(want map[loader.Path][]loader.Rule, own []netip.Addr) error {
+func (u userPaths) finish(want map[flow.Path][]flow.Flow, own []netip.Addr) error {
 	leaving := false
 	for kind, p := range u {
 		leaving = leaving || len(p.rules) > len(want[kind])
@@ -117,7 +117,7 @@ func (u userPaths) refresh(own []netip.Addr) error {
 	return nil
 }
 
-func (p *openPath) sync(rules []loader.Rule, own []netip.Addr) error {
+func (p *openPath) sync(rules []flow.Flow, own []netip.Addr) error {
 	if p.path == nil {
 		if len(rules) == 0 {
 			return nil
@@ -136,9 +136,9 @@ func (p *openPath) sync(rules []loader.Rule, own []netip.Addr) error {
 }
 
 // with returns want and those of the rules in force that are not in it.
-func (p *openPath) with(want []loader.Rule) []loader.Rule {
+func (p *openPath) with(want []flow.Flow) []flow.Flow {
 	names := make(map[string]bool, len(want))
-	inputs := make(map[loader.Input]bool, len(want))
+	inputs := make(map[flow.Input]bool, len(want))
 	for i := range want {
 		names[want[i].Name] = true
 		inputs[want[i].In.Key()] = true
@@ -166,7 +166,7 @@ func (r *Relay) statsOf(names []string, all bool) (stats loader.Stats, err error
 // path only say that its packets pass: its outputs may be on devices that no program
 // can send to.
 func forKernel(f *flow.Flow) *flow.Flow {
-	if f.Path != loader.PathFanout {
+	if f.Path != flow.PathFanout {
 		return f
 	}
 	passed := *f

@@ -17,7 +17,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/traffic"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/rules"
 	"xdpcast/pkg/xsk"
 )
@@ -176,7 +176,7 @@ func TestReceiveDropsAreTold(t *testing.T) {
 		onPath(rules.PathKernel, stream("k", "in0", "239.1.1.2", to("out0", "239.2.2.2"))),
 	)
 	if err := r.do(t.Context(), func() error {
-		sockets := r.tables.paths[loader.PathAFXDP]
+		sockets := r.tables.paths[flow.PathAFXDP]
 		sockets.path = &lossy{
 			userPath: sockets.path, lost: forward.Lost{NoFrame: 3, RingFull: 4},
 			unsent: map[int]uint64{r.network.Link("out0").Index: 5},

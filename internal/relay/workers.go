@@ -8,7 +8,7 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/forward"
 	"xdpcast/internal/plan"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 )
 
 // workerStatus is what the user-space paths say of their workers.
@@ -52,7 +52,7 @@ func (u userPaths) status(nameOf func(index int) string) (s workerStatus, err er
 
 // unsent is what devices did not take after a path had counted it as sent, by interface.
 func (u userPaths) unsent() map[int]uint64 {
-	if path, ok := u[loader.PathAFXDP].path.(interface{ Unsent() map[int]uint64 }); ok {
+	if path, ok := u[flow.PathAFXDP].path.(interface{ Unsent() map[int]uint64 }); ok {
 		return path.Unsent()
 	}
 	return nil
@@ -169,7 +169,7 @@ func receiveDrops(p *plan.RulePlan, all []control.ReceiveDrop) []control.Receive
 	drops := []control.ReceiveDrop{}
 	for _, d := range all {
 		if slices.ContainsFunc(p.Flows, func(f *plan.FlowPlan) bool {
-			return f.Publish && f.Flow.Path != loader.PathKernel && f.In.Name == d.Interface && plan.PathName(f.Flow.Path) == d.Path
+			return f.Publish && f.Flow.Path != flow.PathKernel && f.In.Name == d.Interface && plan.PathName(f.Flow.Path) == d.Path
 		}) {
 			drops = append(drops, d)
 		}

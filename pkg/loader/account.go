@@ -13,6 +13,7 @@ import (
 
 	"xdpcast/bpf"
 	"xdpcast/internal/account"
+	"xdpcast/pkg/flow"
 )
 
 // minAccount is the fewest cells of the map user_stats, and the page in cells that
@@ -65,14 +66,14 @@ func (l *Loader) Account() *account.Account { return l.account }
 
 // openCounters are counters that a path has opened of a rule.
 type openCounters struct {
-	rule     Rule
+	rule     flow.Flow
 	counters *account.RuleCounters
 }
 
 // OpenCounters opens the counters of a rule for a path: those that the rule in force
 // has, when it goes on; else they become those of the rule when Sync brings it into
 // force. The caller must Close them.
-func (l *Loader) OpenCounters(rule Rule) *account.RuleCounters {
+func (l *Loader) OpenCounters(rule flow.Flow) *account.RuleCounters {
 	rule = rule.Normalized()
 	c := l.account.OpenRule(len(rule.Out))
 	if e := l.rules[rule.Name]; e != nil && rule.Continues(*e.rule) {

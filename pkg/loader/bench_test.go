@@ -8,6 +8,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+
+	"xdpcast/pkg/flow"
 )
 
 // bareRedirect is the least that a relay can do: every frame to one interface.
@@ -43,10 +45,10 @@ func BenchmarkRelay(b *testing.B) {
 			l := open(b, opts)
 			attachAll(b, l, n.in, n.out[0])
 			newRunner(b, l, n.relay) // stays on one CPU
-			rules := make([]Rule, c.rules)
+			rules := make([]flow.Flow, c.rules)
 			for i := range rules {
 				group := netip.AddrFrom4([4]byte{239, 1 + byte(i>>16), byte(i >> 8), byte(i)}).String()
-				rules[i] = Rule{Name: fmt.Sprint("rule", i), In: input(n.in, group, "", 5000)}
+				rules[i] = flow.Flow{Name: fmt.Sprint("rule", i), In: input(n.in, group, "", 5000)}
 				for range c.outputs {
 					rules[i].Out = append(rules[i].Out, output(n.out[0], group, "10.1.0.1", 5000))
 				}
@@ -103,7 +105,7 @@ func BenchmarkEgress(b *testing.B) {
 			attachAll(b, l, n.in, n.out[0])
 			r := newRunner(b, l, n.relay)
 			frame := sourceFrame(n, "239.1.0.0", 5000, make([]byte, 86)).Build()
-			rule := Rule{Name: "rule", In: input(n.in, "239.1.0.0", "", 5000)}
+			rule := flow.Flow{Name: "rule", In: input(n.in, "239.1.0.0", "", 5000)}
 			for range outputs {
 				rule.Out = append(rule.Out, output(n.out[0], "239.1.0.0", "10.1.0.1", 5000))
 			}

@@ -14,6 +14,7 @@ import (
 
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 )
 
 // People look at the maps with bpftool: it prints the names of fields, and
@@ -86,7 +87,7 @@ func TestDocsShowFlowEntriesAsTheyAre(t *testing.T) {
 	documented, _, _ = strings.Cut(documented, "$ ")
 	n := newLab(t, 1)
 	l := open(t, stateOptions(t))
-	sync1(t, l, Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}})
+	sync1(t, l, flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}})
 	shown, err := exec.Command("bpftool", "map", "dump", "pinned", filepath.Join(l.opts.PinDir, tableNames[exact4].pin)).Output()
 	if err != nil {
 		t.Fatal(err)

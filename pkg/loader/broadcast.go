@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // broadcast is a devmap that rules with several outputs send by: a row for each output
@@ -24,7 +25,7 @@ type broadcast struct {
 }
 
 // fanKey is the interfaces of the outputs that are ready, sorted.
-func fanKey(out []Output) (key string, indexes []int) {
+func fanKey(out []flow.Output) (key string, indexes []int) {
 	for _, o := range out {
 		if o.Ready {
 			indexes = append(indexes, o.Index)
@@ -52,7 +53,7 @@ func (o openBroadcasts) close() error {
 
 // useBroadcast counts a user of the broadcast for some outputs and returns its devmap, which
 // stays in open.
-func (l *Loader) useBroadcast(out []Output, open openBroadcasts) (*ebpf.Map, error) {
+func (l *Loader) useBroadcast(out []flow.Output, open openBroadcasts) (*ebpf.Map, error) {
 	key, indexes := fanKey(out)
 	f := l.broadcasts[key]
 	devmap := open[key]
@@ -77,7 +78,7 @@ func (l *Loader) useBroadcast(out []Output, open openBroadcasts) (*ebpf.Map, err
 }
 
 // releaseBroadcast is the inverse of useBroadcast.
-func (l *Loader) releaseBroadcast(out []Output) error {
+func (l *Loader) releaseBroadcast(out []flow.Output) error {
 	key, _ := fanKey(out)
 	f := l.broadcasts[key]
 	if f == nil {

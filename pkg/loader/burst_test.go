@@ -13,6 +13,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -126,18 +127,18 @@ func TestForwardMixedBursts(t *testing.T) {
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
-	to := func(sink, number int) Output {
+	to := func(sink, number int) flow.Output {
 		return output(n.out[sink], fmt.Sprintf("239.2.%d.%d", sink, number), "10.1.0.1", uint16(6000+number))
 	}
-	rules := []Rule{
-		{Name: "one to 0", Out: []Output{to(0, 1)}},
-		{Name: "twice to 0, once to 1", Out: []Output{to(0, 2), to(1, 2), to(0, 3)}},
-		{Name: "one to 1", Out: []Output{to(1, 4)}},
-		{Name: "one each", Out: []Output{to(1, 5), to(0, 5)}},
-		{Name: "thrice to 1", Out: []Output{to(1, 6), to(1, 7), to(1, 8)}},
-		{Name: "one to 0 as well", Out: []Output{to(0, 9)}},
+	rules := []flow.Flow{
+		{Name: "one to 0", Out: []flow.Output{to(0, 1)}},
+		{Name: "twice to 0, once to 1", Out: []flow.Output{to(0, 2), to(1, 2), to(0, 3)}},
+		{Name: "one to 1", Out: []flow.Output{to(1, 4)}},
+		{Name: "one each", Out: []flow.Output{to(1, 5), to(0, 5)}},
+		{Name: "thrice to 1", Out: []flow.Output{to(1, 6), to(1, 7), to(1, 8)}},
+		{Name: "one to 0 as well", Out: []flow.Output{to(0, 9)}},
 	}
-	byPort := map[uint16]*Rule{}
+	byPort := map[uint16]*flow.Flow{}
 	for i := range rules {
 		rules[i].In = input(n.in, "239.1.1.1", "", uint16(5000+i))
 		byPort[rules[i].In.Port] = &rules[i]
@@ -155,7 +156,7 @@ func TestForwardMixedBursts(t *testing.T) {
 
 	// Rules come in this order of steps, so that interfaces change from one use to
 	// the other and back.
-	steps := [][]Rule{{rules[0], rules[2], rules[5]}, rules, {rules[1], rules[3]}, rules, rules[:1], rules}
+	steps := [][]flow.Flow{{rules[0], rules[2], rules[5]}, rules, {rules[1], rules[3]}, rules, rules[:1], rules}
 	number := 0
 	for step, set := range steps {
 		sync1(t, l, set...)
@@ -215,7 +216,7 @@ func TestForwardMixedBursts(t *testing.T) {
 }
 
 // wanted returns the outputs of a rule when it is in the set.
-func wanted(set []Rule, rule *Rule) []Output {
+func wanted(set []flow.Flow, rule *flow.Flow) []flow.Output {
 	for i := range set {
 		if set[i].Name == rule.Name {
 			return rule.Out

@@ -6,6 +6,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // referents are the rules and outputs that flow entries refer to by index.
@@ -41,28 +42,28 @@ func readReferents(m *mapSet, flows []flowEntry) (p referents, err error) {
 
 // entry makes a rule of a flow entry and of what it points to.
 func (p *referents) entry(f flowEntry) (*entry, error) {
-	flow := &f.value
-	if int(flow.Rule) >= len(p.rules) {
-		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, ebpf.ErrKeyNotExist)
+	value := &f.value
+	if int(value.Rule) >= len(p.rules) {
+		return nil, fmt.Errorf("rule number %d: %w", value.Rule, ebpf.ErrKeyNotExist)
 	}
-	row := &p.rules[flow.Rule]
+	row := &p.rules[value.Rule]
 	name, err := decodeName(row.Name)
 	if err != nil {
-		return nil, fmt.Errorf("rule number %d: %w", flow.Rule, err)
+		return nil, fmt.Errorf("rule number %d: %w", value.Rule, err)
 	}
-	e := &entry{rule: &Rule{Name: name, In: f.in, Except: f.except}, id: flow.Rule, first: flow.FirstOutput, firstStats: row.FirstStats, row: flow.Device, sockets: flow.Sockets}
-	if err := decodeFlow(e.rule, flow); err != nil {
+	e := &entry{rule: &flow.Flow{Name: name, In: f.in, Except: f.except}, id: value.Rule, first: value.FirstOutput, firstStats: row.FirstStats, row: value.Device, sockets: value.Sockets}
+	if err := decodeFlow(e.rule, value); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
-	if err := p.streamOf(e, flow); err != nil {
+	if err := p.streamOf(e, value); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
-	if e.rule.Rate, err = p.rate(flow.Rule, flow.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {
+	if e.rule.Rate, err = p.rate(value.Rule, value.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
-	e.rule.Out = make([]Output, 0, flow.Outputs)
-	for slot := range uint32(flow.Outputs) {
-		o, stats, err := p.output(flow.FirstOutput, slot)
+	e.rule.Out = make([]flow.Output, 0, value.Outputs)
+	for slot := range uint32(value.Outputs) {
+		o, stats, err := p.output(value.FirstOutput, slot)
 		if err != nil {
 			return nil, fmt.Errorf("rule %s: output %d: %w", name, slot, err)
 		}
@@ -82,7 +83,7 @@ func (p *referents) entry(f flowEntry) (*entry, error) {
 func (p *referents) describes(e *entry) bool { return p.rules[e.id].FirstStats == e.firstStats }
 
 // output is the output of a slot, with the index of its counters.
-func (p *referents) output(first, slot uint32) (o Output, stats uint32, err error) {
+func (p *referents) output(first, slot uint32) (o flow.Output, stats uint32, err error) {
 	if int(first)+int(slot) >= len(p.outputs) {
 		return o, 0, ebpf.ErrKeyNotExist
 	}
@@ -94,13 +95,13 @@ func (p *referents) output(first, slot uint32) (o Output, stats uint32, err erro
 	return o, row.Stats, err
 }
 
-func (p *referents) rate(policer uint32, policed bool) (Rate, error) {
+func (p *referents) rate(policer uint32, policed bool) (flow.Rate, error) {
 	if !policed {
-		return Rate{}, nil
+		return flow.Rate{}, nil
 	}
 	var row bpf.RelayPolicer
 	if err := p.policers.Lookup(policer, &row); err != nil {
-		return Rate{}, fmt.Errorf("policer %d: %w", policer, err)
+		return flow.Rate{}, fmt.Errorf("policer %d: %w", policer, err)
 	}
 	return decodeRate(&row), nil
 }

@@ -25,7 +25,7 @@ type world struct {
 }
 
 // within draws an address of a prefix.
-func (w *world) within(in Input) netip.Addr {
+func (w *world) within(in flow.Input) netip.Addr {
 	host, group := w.random(in.Group).AsSlice(), in.Group.AsSlice()
 	for bit := range in.Len {
 		mask := byte(0x80 >> (bit % 8))
@@ -85,15 +85,15 @@ func (w *world) addr(of []string) netip.Addr { return netip.MustParseAddr(pick(w
 
 // rules draws a rule set; names are unique to the set, so that all counters start
 // at nothing.
-func (w *world) rules(set int) (rules []Rule) {
-	inputs := map[Input]bool{}
+func (w *world) rules(set int) (rules []flow.Flow) {
+	inputs := map[flow.Input]bool{}
 	for i := range 1 + w.IntN(12) {
 		groups, sources := groups4, sources4
 		if w.chance(40) {
 			groups, sources = groups6, sources6
 		}
 		in := pick(w, w.in...)
-		r := Rule{Name: fmt.Sprintf("set%d-%d", set, i), In: Input{Index: in.Index, MAC: mac(in), Group: w.addr(groups), Port: pick(w, ports...)}}
+		r := flow.Flow{Name: fmt.Sprintf("set%d-%d", set, i), In: flow.Input{Index: in.Index, MAC: mac(in), Group: w.addr(groups), Port: pick(w, ports...)}}
 		if w.chance(40) {
 			r.In.Source = w.addr(sources)
 		}
@@ -129,7 +129,7 @@ func (w *world) rules(set int) (rules []Rule) {
 }
 
 // spread makes a rule take a range of devices, a prefix of sources, or any but some.
-func (w *world) spread(r *Rule, sources []string) {
+func (w *world) spread(r *flow.Flow, sources []string) {
 	in := &r.In
 	if in.Port == 5000 && w.chance(30) {
 		in.PortTo = pick[uint16](w, 5001, 5003)
@@ -152,9 +152,9 @@ func (w *world) spread(r *Rule, sources []string) {
 	*r = r.Normalized()
 }
 
-func (w *world) output(family netip.Addr) Output {
+func (w *world) output(family netip.Addr) flow.Output {
 	out := pick(w, w.out...)
-	o := Output{Ready: w.chance(90), Index: out.Index, MTU: pick[int32](w, 28, 60, 100, 1500, 1500, 1500, 70000)}
+	o := flow.Output{Ready: w.chance(90), Index: out.Index, MTU: pick[int32](w, 28, 60, 100, 1500, 1500, 1500, 70000)}
 	o.SrcMAC = mac(out)
 	o.DstPort = uint16(1 + w.IntN(65535))
 	o.SrcPort = pick(w, 0, 0, uint16(w.Uint32()))
@@ -194,7 +194,7 @@ func (w *world) random(family netip.Addr) netip.Addr {
 
 // frame draws a frame that most often is for a rule and whole, and sometimes broken
 // in one place.
-func (w *world) frame(rules []Rule) (index int, frame []byte) {
+func (w *world) frame(rules []flow.Flow) (index int, frame []byte) {
 	if len(w.fragments) > 0 {
 		index, frame = w.index, w.fragments[0]
 		w.fragments = w.fragments[1:]
@@ -423,8 +423,8 @@ func testDifferential(t *testing.T, n *testLab, r *runner) {
 	}
 }
 
-func normalized(rules []Rule) []Rule {
-	out := make([]Rule, len(rules))
+func normalized(rules []flow.Flow) []flow.Flow {
+	out := make([]flow.Flow, len(rules))
 	for i, r := range rules {
 		out[i] = r.Normalized()
 	}

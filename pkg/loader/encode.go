@@ -13,10 +13,10 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-var paths = map[Path]bpf.RelayRulePath{
-	PathKernel: bpf.RelayRulePathPATH_KERNEL,
-	PathAFXDP:  bpf.RelayRulePathPATH_AFXDP,
-	PathFanout: bpf.RelayRulePathPATH_FANOUT,
+var paths = map[flow.Path]bpf.RelayRulePath{
+	flow.PathKernel: bpf.RelayRulePathPATH_KERNEL,
+	flow.PathAFXDP:  bpf.RelayRulePathPATH_AFXDP,
+	flow.PathFanout: bpf.RelayRulePathPATH_FANOUT,
 }
 
 func encodeFlow(e *entry) bpf.RelayFlow {
@@ -57,7 +57,7 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 // vlanTag is the length of a tag in bytes.
 const vlanTag = 4
 
-func encodeFlags(r *Rule) (flags uint8) {
+func encodeFlags(r *flow.Flow) (flags uint8) {
 	set := func(flag bpf.RelayFlowFlag, on bool) {
 		if on {
 			flags |= uint8(flag)
@@ -67,7 +67,7 @@ func encodeFlags(r *Rule) (flags uint8) {
 	set(bpf.RelayFlowFlagFLOW_ALLOW_LOOP, r.AllowLoop)
 	set(bpf.RelayFlowFlagFLOW_UNGUARDED, r.Unguarded)
 	set(bpf.RelayFlowFlagFLOW_NO_CHECKSUM, r.AllowNoChecksum)
-	set(bpf.RelayFlowFlagFLOW_POLICED, r.Rate != Rate{})
+	set(bpf.RelayFlowFlagFLOW_POLICED, r.Rate != flow.Rate{})
 	set(bpf.RelayFlowFlagFLOW_FALLBACK, r.Fallback)
 	set(bpf.RelayFlowFlagFLOW_LOCAL, r.Local)
 	set(bpf.RelayFlowFlagFLOW_STEERED, r.Steered)
@@ -75,7 +75,7 @@ func encodeFlags(r *Rule) (flags uint8) {
 }
 
 // decodeFlow fills in what a flow entry says of its rule.
-func decodeFlow(r *Rule, flow *bpf.RelayFlow) error {
+func decodeFlow(r *flow.Flow, flow *bpf.RelayFlow) error {
 	for path, value := range paths {
 		if flow.Path == uint8(value) {
 			r.Path = path
@@ -124,7 +124,7 @@ func decodeName(name [bpf.NameLen]int8) (string, error) {
 	return string(b), nil
 }
 
-func encodeOutput(o Output, stats, policer uint32) bpf.RelayOutput {
+func encodeOutput(o flow.Output, stats, policer uint32) bpf.RelayOutput {
 	b := bpf.RelayOutput{
 		DstMac: o.DstMAC, SrcMac: o.SrcMAC,
 		Dst:     encodeAddr(o.Dst),
@@ -160,20 +160,20 @@ func encodeOutput(o Output, stats, policer uint32) bpf.RelayOutput {
 	set(bpf.RelayOutputFlagOUTPUT_CHECKSUM_ZERO, o.ZeroChecksum)
 	set(bpf.RelayOutputFlagOUTPUT_PORT_ADD, o.PortAdd)
 	set(bpf.RelayOutputFlagOUTPUT_PCP_SET, o.SetPCP)
-	set(bpf.RelayOutputFlagOUTPUT_POLICED, o.Rate != Rate{})
+	set(bpf.RelayOutputFlagOUTPUT_POLICED, o.Rate != flow.Rate{})
 	set(bpf.RelayOutputFlagOUTPUT_ONE_BUFFER, o.OneBuffer)
-	set(bpf.RelayOutputFlagOUTPUT_RARE, o.OneBuffer || o.PortAdd || o.SetPCP || o.Rate != Rate{} ||
+	set(bpf.RelayOutputFlagOUTPUT_RARE, o.OneBuffer || o.PortAdd || o.SetPCP || o.Rate != flow.Rate{} ||
 		o.VLAN != packet.VLANKeep || o.MinTTL != 0 || o.DstLen != 0)
 	return b
 }
 
 // decodeOutput is the inverse of encodeOutput; the rate is in the policer.
-func decodeOutput(b *bpf.RelayOutput) (Output, error) {
+func decodeOutput(b *bpf.RelayOutput) (flow.Output, error) {
 	if b.Family != 4 && b.Family != 6 {
-		return Output{}, fmt.Errorf("output has family %d: want 4 or 6", b.Family)
+		return flow.Output{}, fmt.Errorf("output has family %d: want 4 or 6", b.Family)
 	}
 	has := func(flag bpf.RelayOutputFlag) bool { return b.Flags&uint16(flag) != 0 }
-	o := Output{
+	o := flow.Output{
 		Ready:   has(bpf.RelayOutputFlagOUTPUT_READY),
 		Blocked: blockedOf(Reason(b.Blocked)),
 		Index:   int(b.Ifindex),
@@ -219,7 +219,7 @@ func decodeAddr(b [16]byte, family uint8) netip.Addr {
 
 // encodeCopies lists the outputs that are ready, and those that are not behind
 // them, sorted by interface.
-func encodeCopies(out []Output) []bpf.RelayCopy {
+func encodeCopies(out []flow.Output) []bpf.RelayCopy {
 	copies := make([]bpf.RelayCopy, len(out))
 	for slot, o := range out {
 		copies[slot] = bpf.RelayCopy{Ifindex: math.MaxUint32, Slot: uint16(slot)}

@@ -54,7 +54,7 @@ func FuzzKeys(f *testing.F) {
 	f.Add(uint32(1), uint16(5000), []byte{239, 1, 0, 0}, []byte{10, 0, 0, 1}, uint8(16), uint16(100), uint16(7))
 	f.Add(uint32(7), uint16(0), bytes.Repeat([]byte{0xff}, 16), bytes.Repeat([]byte{1}, 16), uint8(64), uint16(1), uint16(0))
 	f.Fuzz(func(t *testing.T, index uint32, port uint16, group, source []byte, length uint8, vlan, outer uint16) {
-		in := Input{Index: int(index), Port: port, Len: int(length), VLAN: vlan, OuterVLAN: outer}
+		in := flow.Input{Index: int(index), Port: port, Len: int(length), VLAN: vlan, OuterVLAN: outer}
 		var ok bool
 		if in.Group, ok = netip.AddrFromSlice(group); !ok || in.Group.Is4In6() {
 			t.Skip("no group")
@@ -62,7 +62,7 @@ func FuzzKeys(f *testing.F) {
 		if s, ok := netip.AddrFromSlice(source); ok && s.BitLen() == in.Group.BitLen() && !s.IsUnspecified() {
 			in.Source = s
 		}
-		var got Input
+		var got flow.Input
 		switch key := encodeKey(in).(type) {
 		case *bpf.RelayFlow4:
 			got = decodeKey4(key)
@@ -86,7 +86,7 @@ func FuzzName(f *testing.F) {
 	f.Add("größe ☃")
 	f.Add(string(bytes.Repeat([]byte{'x'}, bpf.NameLen)))
 	f.Fuzz(func(t *testing.T, name string) {
-		r := Rule{Name: name, In: Input{Index: 1, Group: netip.MustParseAddr("239.1.1.1")}, Out: make([]Output, 1)}
+		r := flow.Flow{Name: name, In: flow.Input{Index: 1, Group: netip.MustParseAddr("239.1.1.1")}, Out: make([]flow.Output, 1)}
 		r.Out[0].Dst = r.In.Group
 		if r.Check() != nil {
 			t.Skip("no name")
@@ -99,19 +99,19 @@ func FuzzName(f *testing.F) {
 }
 
 func TestEncodeCopies(t *testing.T) {
-	ready := func(index int) Output { return Output{Ready: true, Index: index} }
+	ready := func(index int) flow.Output { return flow.Output{Ready: true, Index: index} }
 	for _, c := range []struct {
 		name string
-		out  []Output
+		out  []flow.Output
 		want []bpf.RelayCopy
 	}{
-		{"sorted by interface, slots in order", []Output{ready(9), ready(3), ready(9), ready(5)}, []bpf.RelayCopy{
+		{"sorted by interface, slots in order", []flow.Output{ready(9), ready(3), ready(9), ready(5)}, []bpf.RelayCopy{
 			{Ifindex: 3, Slot: 1, Same: 1}, {Ifindex: 5, Slot: 3, Same: 1}, {Ifindex: 9, Slot: 0, Same: 2}, {Ifindex: 9, Slot: 2},
 		}},
-		{"not ready is last and on no interface", []Output{{Index: 1}, ready(3)}, []bpf.RelayCopy{
+		{"not ready is last and on no interface", []flow.Output{{Index: 1}, ready(3)}, []bpf.RelayCopy{
 			{Ifindex: 3, Slot: 1, Same: 1}, {Ifindex: math.MaxUint32, Slot: 0, Same: 1},
 		}},
-		{"none ready", []Output{{}, {}}, []bpf.RelayCopy{
+		{"none ready", []flow.Output{{}, {}}, []bpf.RelayCopy{
 			{Ifindex: math.MaxUint32, Slot: 0, Same: 2}, {Ifindex: math.MaxUint32, Slot: 1},
 		}},
 	} {
@@ -124,14 +124,14 @@ func TestEncodeCopies(t *testing.T) {
 func TestEncodeFlowMTU(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		out  []Output
+		out  []flow.Output
 		want uint16
 	}{
-		{"smallest", []Output{{Ready: true, MTU: 1500}, {Ready: true, MTU: 900}}, 900},
-		{"largest there is", []Output{{Ready: true, MTU: flow.MaxMTU}}, flow.MaxMTU},
-		{"one is not ready", []Output{{Ready: true, MTU: 1500}, {MTU: 1500}}, 0},
+		{"smallest", []flow.Output{{Ready: true, MTU: 1500}, {Ready: true, MTU: 900}}, 900},
+		{"largest there is", []flow.Output{{Ready: true, MTU: flow.MaxMTU}}, flow.MaxMTU},
+		{"one is not ready", []flow.Output{{Ready: true, MTU: 1500}, {MTU: 1500}}, 0},
 	} {
-		if got := encodeFlow(&entry{rule: &Rule{Out: c.out}}).MinMtu; got != c.want {
+		if got := encodeFlow(&entry{rule: &flow.Flow{Out: c.out}}).MinMtu; got != c.want {
 			t.Errorf("%s: %d, want %d", c.name, got, c.want)
 		}
 	}
@@ -140,8 +140,8 @@ func TestEncodeFlowMTU(t *testing.T) {
 // Outputs are copied only where something is not in its normal form, and never changed
 // where they are.
 func TestNormalizedCopiesOnDemand(t *testing.T) {
-	odd := Output{Blocked: flow.NotReady, Rewrite: packet.Rewrite{Dst: netip.MustParseAddr("239.1.1.1"), DstPort: 1, PCP: 3}}
-	r := Rule{Name: "r", Out: []Output{{Blocked: flow.NotReady, Rewrite: odd.Rewrite}}}
+	odd := flow.Output{Blocked: flow.NotReady, Rewrite: packet.Rewrite{Dst: netip.MustParseAddr("239.1.1.1"), DstPort: 1, PCP: 3}}
+	r := flow.Flow{Name: "r", Out: []flow.Output{{Blocked: flow.NotReady, Rewrite: odd.Rewrite}}}
 	r.Out[0].PCP = 0
 	if n := r.Normalized(); &n.Out[0] != &r.Out[0] {
 		t.Error("copied without need")

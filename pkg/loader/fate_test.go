@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -37,9 +38,9 @@ func TestEgressDropsAreNotTheDevice(t *testing.T) {
 	l := open(t, testOptions(t))
 	attachAll(t, l, n.in, n.out[0])
 	policed, low, fine := output(n.out[0], "239.2.2.1", "10.1.0.1", 6000), output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[0], "239.2.2.3", "10.1.0.1", 6000)
-	policed.Rate = Rate{Packets: 1, Burst: 1}
+	policed.Rate = flow.Rate{Packets: 1, Burst: 1}
 	low.MinTTL = 200
-	sync1(t, l, Rule{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{policed, low, fine}})
+	sync1(t, l, flow.Flow{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{policed, low, fine}})
 	source, sink := labtest.NewTap(t, n.source, "eth0"), labtest.NewTap(t, n.sinks[0], "eth0")
 	for range frames {
 		source.Send(sourceFrame(n, "239.1.1.1", 5000, []byte("payload")).Build())
@@ -85,7 +86,7 @@ func TestLinksThatCountAreAttachedOnce(t *testing.T) {
 		t.Errorf("%d links, want 4", len(l.transmit))
 	}
 	attachAll(t, l, n.in, n.out[0])
-	sync1(t, l, Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}})
+	sync1(t, l, flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}})
 	labtest.Do(t, n.sinks[0], func() error {
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -108,23 +109,23 @@ func TestLinksThatCountAreAttachedOnce(t *testing.T) {
 func TestTooLongWithTags(t *testing.T) {
 	t.Parallel()
 	const frames = 50
-	pushed := func(o Output, outer, id uint16) Output {
+	pushed := func(o flow.Output, outer, id uint16) flow.Output {
 		o.VLAN, o.OuterVLAN, o.VLANID = packet.VLANSet, outer, id
 		return o
 	}
 	full := func(f *packet.Frame) { f.Payload = make([]byte, 1472) }
 	for _, c := range []struct {
 		name  string
-		out   func(Output) Output
-		in    func(*Input)
+		out   func(flow.Output) flow.Output
+		in    func(*flow.Input)
 		frame func(*packet.Frame)
 		sent  bool
 	}{
-		{name: "two tags pushed", out: func(o Output) Output { return pushed(o, 20, 200) }, frame: full},
-		{name: "two tags pushed, just fits", out: func(o Output) Output { return pushed(o, 20, 200) }, frame: func(f *packet.Frame) { f.Payload = make([]byte, 1468) }, sent: true},
-		{name: "one tag pushed", out: func(o Output) Output { return pushed(o, 0, 200) }, frame: full, sent: true},
-		{name: "two tags kept", in: func(in *Input) { in.OuterVLAN, in.VLAN = 10, 100 }, frame: func(f *packet.Frame) { full(f); f.VLANs = []uint16{10, 100} }},
-		{name: "one tag kept", in: func(in *Input) { in.VLAN = 100 }, frame: func(f *packet.Frame) { full(f); f.VLANs = []uint16{100} }, sent: true},
+		{name: "two tags pushed", out: func(o flow.Output) flow.Output { return pushed(o, 20, 200) }, frame: full},
+		{name: "two tags pushed, just fits", out: func(o flow.Output) flow.Output { return pushed(o, 20, 200) }, frame: func(f *packet.Frame) { f.Payload = make([]byte, 1468) }, sent: true},
+		{name: "one tag pushed", out: func(o flow.Output) flow.Output { return pushed(o, 0, 200) }, frame: full, sent: true},
+		{name: "two tags kept", in: func(in *flow.Input) { in.OuterVLAN, in.VLAN = 10, 100 }, frame: func(f *packet.Frame) { full(f); f.VLANs = []uint16{10, 100} }},
+		{name: "one tag kept", in: func(in *flow.Input) { in.VLAN = 100 }, frame: func(f *packet.Frame) { full(f); f.VLANs = []uint16{100} }, sent: true},
 		{name: "bytes behind the packet", frame: func(f *packet.Frame) { full(f); f.Padding = 5 }},
 		{name: "few bytes behind the packet", frame: func(f *packet.Frame) { full(f); f.Padding = 4 }, sent: true},
 	} {
@@ -141,7 +142,7 @@ func TestTooLongWithTags(t *testing.T) {
 				}
 				l := open(t, testOptions(t))
 				attachAll(t, l, n.in, n.out[0])
-				r := Rule{Name: "long", In: input(n.in, "239.1.1.1", "", 5000)}
+				r := flow.Flow{Name: "long", In: input(n.in, "239.1.1.1", "", 5000)}
 				if c.in != nil {
 					c.in(&r.In)
 				}
@@ -152,7 +153,7 @@ func TestTooLongWithTags(t *testing.T) {
 					}
 					r.Out = append(r.Out, o)
 				}
-				sync1(t, l, r, Rule{Name: "other", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{output(n.out[0], "239.2.3.1", "10.1.0.1", 6000)}})
+				sync1(t, l, r, flow.Flow{Name: "other", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.3.1", "10.1.0.1", 6000)}})
 				source, sink := labtest.NewTap(t, n.source, "eth0"), labtest.NewTap(t, n.sinks[0], "eth0")
 				long, other := sourceFrame(n, "239.1.1.1", 5000, nil), sourceFrame(n, "239.1.1.2", 5000, []byte("other")).Build()
 				c.frame(&long)
@@ -192,7 +193,7 @@ func TestMergedFragments(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
 	for outputs := 1; outputs <= 2; outputs++ {
-		rule := Rule{Name: "merged", In: input(n.in, "239.1.1.1", "", 5000)}
+		rule := flow.Flow{Name: "merged", In: input(n.in, "239.1.1.1", "", 5000)}
 		for i := range outputs {
 			rule.Out = append(rule.Out, output(n.out[i], "239.2.2.2", "10.1.0.1", 6000))
 		}
@@ -225,8 +226,8 @@ func TestMergedFragments(t *testing.T) {
 func TestNotes(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
-	rule := Rule{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}, Finish: true}
-	six := Rule{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []Output{output(n.out[0], "ff3e::2", "fd00::1", 6000), output(n.out[1], "ff3e::3", "fd00::1", 6000)}, Finish: true}
+	rule := flow.Flow{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}, Finish: true}
+	six := flow.Flow{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []flow.Output{output(n.out[0], "ff3e::2", "fd00::1", 6000), output(n.out[1], "ff3e::3", "fd00::1", 6000)}, Finish: true}
 	sync1(t, r.l, rule, six)
 	whole := sourceFrame(n, "239.1.1.1", 5000, []byte("an odd payload.")).Build()
 	frame6 := sourceFrame(n, "239.1.1.1", 5000, bytes.Repeat([]byte("payload"), 100))

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -46,7 +47,7 @@ func TestForwardByteExact(t *testing.T) {
 			n := newLab(t, min(outputs, 3))
 			l := open(t, testOptions(t))
 			attachAll(t, l, append(n.out, n.in)...)
-			rule := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000)}
+			rule := flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000)}
 			for i := range outputs {
 				o := output(n.out[i%len(n.out)], fmt.Sprintf("239.2.%d.%d", i/8, i+1), fmt.Sprintf("10.1.%d.1", i%len(n.out)), uint16(6000+i))
 				switch i % 4 {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -16,7 +17,7 @@ import (
 // sent itself: what comes back, and what looks like it.
 type guardWorld struct {
 	*rand.Rand
-	rules []Rule
+	rules []flow.Flow
 	alone bool     // one sender, so that only marks tell
 	last  [][]byte // frames as they left
 }
@@ -68,9 +69,9 @@ func TestGuardDifferential(t *testing.T) {
 	r := newRunner(t, l, n.relay)
 	cut, marked, found := 0, 0, 0
 	for round := range 12 {
-		var rules []Rule
+		var rules []flow.Flow
 		for i, group := range []string{"239.1.1.1", "239.1.1.2", "ff3e::1"} {
-			rule := Rule{Name: fmt.Sprintf("round%d-%d", round, i), In: input(n.in, group, "", 5000), AllowNoChecksum: true, TwoWay: (round/2+i)%3 != 0}
+			rule := flow.Flow{Name: fmt.Sprintf("round%d-%d", round, i), In: input(n.in, group, "", 5000), AllowNoChecksum: true, TwoWay: (round/2+i)%3 != 0}
 			src := "10.9.9.9"
 			if netip.MustParseAddr(group).Is6() {
 				src = "fd00::99"

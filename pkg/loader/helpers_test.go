@@ -15,6 +15,7 @@ import (
 	"xdpcast/bpf"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -141,8 +142,8 @@ func attachAll(t testing.TB, l *Loader, interfaces ...*net.Interface) {
 func mac(i *net.Interface) [6]byte { return [6]byte(i.HardwareAddr) }
 
 // input matches a group on an interface; source may be empty.
-func input(i *net.Interface, group, source string, port uint16) Input {
-	in := Input{Index: i.Index, MAC: mac(i), Group: netip.MustParseAddr(group), Port: port}
+func input(i *net.Interface, group, source string, port uint16) flow.Input {
+	in := flow.Input{Index: i.Index, MAC: mac(i), Group: netip.MustParseAddr(group), Port: port}
 	if source != "" {
 		in.Source = netip.MustParseAddr(source)
 	}
@@ -150,14 +151,14 @@ func input(i *net.Interface, group, source string, port uint16) Input {
 }
 
 // output sends to a group with a source address of its own.
-func output(i *net.Interface, group, source string, port uint16) Output {
+func output(i *net.Interface, group, source string, port uint16) flow.Output {
 	dst := netip.MustParseAddr(group)
-	return Output{Ready: true, Index: i.Index, MTU: int32(i.MTU), Rewrite: packet.Rewrite{
+	return flow.Output{Ready: true, Index: i.Index, MTU: int32(i.MTU), Rewrite: packet.Rewrite{
 		DstMAC: packet.MulticastMAC(dst), SrcMAC: mac(i), Dst: dst, Src: netip.MustParseAddr(source), DstPort: port,
 	}}
 }
 
-func sync1(t testing.TB, l *Loader, rules ...Rule) {
+func sync1(t testing.TB, l *Loader, rules ...flow.Flow) {
 	t.Helper()
 	if err := l.Sync(pointers(rules)); err != nil {
 		t.Fatal(err)
@@ -180,8 +181,8 @@ func statsOf(t testing.TB, l *Loader, name string) RuleStats {
 }
 
 // pointers are rules as Sync takes them.
-func pointers(rules []Rule) []*Rule {
-	all := make([]*Rule, len(rules))
+func pointers(rules []flow.Flow) []*flow.Flow {
+	all := make([]*flow.Flow, len(rules))
 	for i, r := range rules {
 		all[i] = &r // a copy: tests go on to change theirs
 	}

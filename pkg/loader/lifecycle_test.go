@@ -17,6 +17,7 @@ import (
 
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 )
 
 func reopen(t testing.TB, l *Loader) *Loader {
@@ -632,7 +633,7 @@ func TestInterfaceGoes(t *testing.T) {
 			rules[i].Out[slot].Ready = false
 		}
 	}
-	rules = append(rules, Rule{Name: "new", In: input(n.in, "239.1.1.9", "", 5000), Out: []Output{output(n.out[2], "239.9.9.9", "10.1.2.1", 1)}})
+	rules = append(rules, flow.Flow{Name: "new", In: input(n.in, "239.1.1.9", "", 5000), Out: []flow.Output{output(n.out[2], "239.9.9.9", "10.1.2.1", 1)}})
 	sync1(t, l, rules...)
 	s := startStream(t, n, "239.1.1.9", 0, 0, 1)
 	s.more()
@@ -654,7 +655,7 @@ func TestNoFileDescriptorLeaks(t *testing.T) {
 		rules := someRules(n)
 		sync1(t, l, rules...)
 		sync1(t, l, rules[1:]...)
-		bad := append(slices.Clone(rules), Rule{Name: "bad", In: input(n.in, "239.1.1.9", "", 1), Out: []Output{output(&net.Interface{Index: 9999, HardwareAddr: n.in.HardwareAddr}, "239.1.1.1", "10.0.0.1", 1)}})
+		bad := append(slices.Clone(rules), flow.Flow{Name: "bad", In: input(n.in, "239.1.1.9", "", 1), Out: []flow.Output{output(&net.Interface{Index: 9999, HardwareAddr: n.in.HardwareAddr}, "239.1.1.1", "10.0.0.1", 1)}})
 		if err := l.Sync(pointers(bad)); err == nil {
 			t.Fatal("an interface that is not there is accepted")
 		}
@@ -685,9 +686,9 @@ func TestAdoptsHalfMovedRule(t *testing.T) {
 	n := newLab(t, 1)
 	opts := stateOptions(t)
 	l := open(t, opts)
-	old := Rule{Name: "cam1", In: input(n.in, "ff0e::1", "", 5000), Out: []Output{output(n.out[0], "ff0e::2", "fd00::1", 6000)}}
+	old := flow.Flow{Name: "cam1", In: input(n.in, "ff0e::1", "", 5000), Out: []flow.Output{output(n.out[0], "ff0e::2", "fd00::1", 6000)}}
 	sync1(t, l, old)
-	moved := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	moved := flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	second := moved
 	second.Name = "cam2"
 	sync1(t, l, old, second)
@@ -715,8 +716,8 @@ func TestAdoptsRuleThatIsThereTwice(t *testing.T) {
 	n := newLab(t, 1)
 	opts := stateOptions(t)
 	l := open(t, opts)
-	rule := func(name, group string) Rule {
-		return Rule{Name: name, In: input(n.in, group, "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	rule := func(name, group string) flow.Flow {
+		return flow.Flow{Name: name, In: input(n.in, group, "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	}
 	sync1(t, l, rule("cam1", "239.1.1.1"), rule("cam2", "239.1.1.2"))
 	row := encodeRule(l.rules["cam2"])

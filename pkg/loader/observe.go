@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // Observation is what Observe found that was not as the Loader had left it.
@@ -124,7 +125,7 @@ func (l *Loader) observeTapped(o *Observation) {
 	}
 	inputs := map[int]bool{}
 	for _, e := range l.rules {
-		if e.rule.Path == PathFanout && !e.rule.Local {
+		if e.rule.Path == flow.PathFanout && !e.rule.Local {
 			_, err := hasEthernetHeader(e.rule.In.Index)
 			inputs[e.rule.In.Index] = err == nil
 		}

@@ -16,6 +16,7 @@ import (
 	"xdpcast/bpf"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 )
 
 // nothingIsLost checks that everything is as it was left.
@@ -235,8 +236,8 @@ func TestConfigIsChanged(t *testing.T) {
 	}
 }
 
-func someRulesOn1(n *testLab) []Rule {
-	return []Rule{{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}}}
+func someRulesOn1(n *testLab) []flow.Flow {
+	return []flow.Flow{{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}}}
 }
 
 // Very many devmaps are looked at in turns, each sooner or later.
@@ -246,9 +247,9 @@ func TestManyDevmapsAreObserved(t *testing.T) {
 	opts := stateOptions(t)
 	opts.MaxOutputs = 1 << 16
 	l := open(t, opts)
-	var rules []Rule
+	var rules []flow.Flow
 	for i := range 300 { // as many different devmaps, with more rows than one Observe reads
-		r := Rule{Name: "r" + string(rune('A'+i)), In: input(n.in, "239.1.1.1", "", uint16(5000+i))}
+		r := flow.Flow{Name: "r" + string(rune('A'+i)), In: input(n.in, "239.1.1.1", "", uint16(5000+i))}
 		for port := range 2 + i%60 {
 			o := output(n.out[0], "239.2.2.1", "10.1.0.1", uint16(6000+port))
 			if o.Ready = port != 0; !o.Ready {
@@ -313,7 +314,7 @@ func TestNamespaceIsGone(t *testing.T) {
 		t.Error(err)
 	}
 	l = reopen(t, l)
-	if !slices.ContainsFunc(l.Rules(), func(r Rule) bool { return r.Name == "one" }) {
+	if !slices.ContainsFunc(l.Rules(), func(r flow.Flow) bool { return r.Name == "one" }) {
 		t.Error("the rule is gone")
 	}
 }

@@ -11,7 +11,7 @@ import (
 // oracle says in plain Go what the programs do with a frame, and keeps the counters
 // that they must keep.
 type oracle struct {
-	rules []Rule
+	rules []flow.Flow
 	own   []netip.Addr
 	first map[fragmentKey]uint16 // ports of first fragments
 	want  map[string]*RuleStats
@@ -21,7 +21,7 @@ type oracle struct {
 
 // newOracle starts with rules that have matched nothing yet; first are the ports of
 // first fragments, which the programs remember beyond a rule set.
-func newOracle(rules []Rule, before Stats, first map[fragmentKey]uint16) *oracle {
+func newOracle(rules []flow.Flow, before Stats, first map[fragmentKey]uint16) *oracle {
 	o := &oracle{rules: rules, own: ownAddresses, first: first, want: map[string]*RuleStats{}, passedBefore: before.Passed}
 	for _, r := range rules {
 		s := &RuleStats{Name: r.Name, Drops: map[Reason]Counter{}}
@@ -34,7 +34,7 @@ func newOracle(rules []Rule, before Stats, first map[fragmentKey]uint16) *oracle
 }
 
 // match finds the rule of a packet to a port: the most specific one.
-func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *Rule) {
+func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *flow.Flow) {
 	for i := range o.rules {
 		r := &o.rules[i]
 		if !matches(r.In, index, h, port) || slices.ContainsFunc(r.Except, func(p netip.Prefix) bool { return p.Contains(h.Src) }) {
@@ -47,7 +47,7 @@ func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *Rule) {
 	return best
 }
 
-func matches(in Input, index int, h *packet.Headers, port uint16) bool {
+func matches(in flow.Input, index int, h *packet.Headers, port uint16) bool {
 	length := in.Len
 	if length == 0 {
 		length = in.Group.BitLen()
@@ -66,8 +66,8 @@ func ofOneLink(dst netip.Addr) bool {
 // moreSpecific orders two inputs that match the same packet: a group before a
 // prefix, then with a port, then with a source or the longer prefix of sources, then the
 // longer prefix.
-func moreSpecific(a, b Input) bool {
-	rank := func(in Input) (n int) {
+func moreSpecific(a, b flow.Input) bool {
+	rank := func(in flow.Input) (n int) {
 		if in.Len == 0 {
 			n += 400_000
 		}
@@ -105,7 +105,7 @@ func (o *oracle) port(index int, h *packet.Headers) uint16 {
 // frame returns the verdict, and the copies by slot.
 func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, copies map[int][]byte) {
 	h, ok := packet.Parse(frame)
-	var rule *Rule
+	var rule *flow.Flow
 	if ok && h.Payload <= linear {
 		if port := o.port(index, &h); port != 0 || h.Part != packet.LaterFragment {
 			rule = o.match(index, &h, port)
@@ -149,7 +149,7 @@ func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, cop
 }
 
 // dropAll says why no output gets the packet.
-func (o *oracle) dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers) (Reason, bool) {
+func (o *oracle) dropAll(rule *flow.Flow, frame []byte, linear int, h *packet.Headers) (Reason, bool) {
 	switch {
 	case !rule.AllowLoop && ([6]byte(frame[6:12]) == rule.In.MAC || slices.Contains(o.own, h.Src)):
 		return Loop, true
@@ -164,7 +164,7 @@ func (o *oracle) dropAll(rule *Rule, frame []byte, linear int, h *packet.Headers
 
 // sendOne returns one output's copy, or why there is none. spread says that the frame
 // itself is sent and has several buffers.
-func sendOne(out Output, frame []byte, h *packet.Headers, many, spread bool) ([]byte, Reason) {
+func sendOne(out flow.Output, frame []byte, h *packet.Headers, many, spread bool) ([]byte, Reason) {
 	if !out.Ready {
 		return nil, ReasonOf(out.Blocked)
 	}

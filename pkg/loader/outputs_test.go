@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -55,7 +56,7 @@ func TestOutputsThatCannotSend(t *testing.T) {
 			l := open(t, testOptions(t))
 			attachAll(t, l, append(n.out, n.in)...)
 			broken, fine := n.out[0], n.out[1]
-			to := func(i *net.Interface, number int) Output {
+			to := func(i *net.Interface, number int) flow.Output {
 				o := output(i, fmt.Sprintf("239.2.2.%d", number), "10.1.0.1", 6000)
 				if c.breaks == nil && i == broken {
 					o.MTU = 1400
@@ -63,8 +64,8 @@ func TestOutputsThatCannotSend(t *testing.T) {
 				return o
 			}
 			sync1(t, l,
-				Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{to(broken, 1)}},
-				Rule{Name: "several", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{to(broken, 2), to(fine, 3), to(broken, 4), to(broken, 5)}},
+				flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{to(broken, 1)}},
+				flow.Flow{Name: "several", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{to(broken, 2), to(fine, 3), to(broken, 4), to(broken, 5)}},
 			)
 			source, sink := labtest.NewTap(t, n.source, "eth0"), labtest.NewTap(t, n.sinks[1], "eth0")
 			if c.breaks != nil {
@@ -198,7 +199,7 @@ func TestAttachToNothing(t *testing.T) {
 }
 
 // endToEnd sends frames and compares what arrives, byte by byte.
-func endToEnd(t *testing.T, n *testLab, out Output, frames ...packet.Frame) {
+func endToEnd(t *testing.T, n *testLab, out flow.Output, frames ...packet.Frame) {
 	t.Helper()
 	source, sink := labtest.NewTap(t, n.source, "eth0"), labtest.NewTap(t, n.sinks[0], "eth0")
 	var sent [][]byte
@@ -226,7 +227,7 @@ func TestForwardGeneric(t *testing.T) {
 		t.Fatalf("attach: %+v, %v", a, err)
 	}
 	out := output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)
-	sync1(t, l, Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{out}})
+	sync1(t, l, flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{out}})
 	var frames []packet.Frame
 	for _, size := range []int{18, 19, 1471, 1472} {
 		frames = append(frames, sourceFrame(n, "239.1.1.1", 5000, bytes.Repeat([]byte{7}, size)))
@@ -248,7 +249,7 @@ func TestForwardIPv6(t *testing.T) {
 			attachAll(t, l, append(n.out, n.in)...)
 			out := output(n.out[0], "ff3e::2:2", "fd00::1", 6000)
 			out.TTLMode, out.SetDSCP, out.DSCP = packet.TTLDecrement, true, 46
-			rule := Rule{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []Output{out}}
+			rule := flow.Flow{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []flow.Output{out}}
 			for len(rule.Out) < outputs {
 				waiting := out
 				waiting.Ready = false
@@ -287,8 +288,8 @@ func TestForwardAtTheMTU(t *testing.T) {
 	smaller := output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)
 	smaller.MTU = 1499
 	sync1(t, l,
-		Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{out}},
-		Rule{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{out, smaller}})
+		flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{out}},
+		flow.Flow{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{out, smaller}})
 	frames := func(group string) (all []packet.Frame) {
 		for _, size := range []int{1473, 1471, 1473, 1472} {
 			all = append(all, sourceFrame(n, group, 5000, bytes.Repeat([]byte{9}, size)))
@@ -335,7 +336,7 @@ func TestTransmitDropsOfOthers(t *testing.T) {
 		n := newLab(t, 1)
 		l := open(t, testOptions(t))
 		attachAll(t, l, n.in, n.out[0])
-		sync1(t, l, Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}})
+		sync1(t, l, flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}})
 		return n, l
 	}
 	other, idle := start()

@@ -4,6 +4,7 @@ import (
 	"math/bits"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // Rates are kept as the time that a packet or byte takes, in sixteenths of a
@@ -15,7 +16,7 @@ const (
 	policerDepth = 1 << 62
 )
 
-func encodePolicer(r Rate) bpf.RelayPolicer {
+func encodePolicer(r flow.Rate) bpf.RelayPolicer {
 	p := bpf.RelayPolicer{Burst: r.Burst}
 	switch {
 	case r.Packets != 0:
@@ -31,11 +32,11 @@ func encodePolicer(r Rate) bpf.RelayPolicer {
 }
 
 // decodeRate is the inverse of encodePolicer.
-func decodeRate(p *bpf.RelayPolicer) Rate {
+func decodeRate(p *bpf.RelayPolicer) flow.Rate {
 	if p.ByBytes != 0 {
-		return Rate{Bits: p.Rate, Burst: p.Burst}
+		return flow.Rate{Bits: p.Rate, Burst: p.Burst}
 	}
-	return Rate{Packets: p.Rate, Burst: p.Burst}
+	return flow.Rate{Packets: p.Rate, Burst: p.Burst}
 }
 
 // mulDiv is a*b/c, at most policerDepth.

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/flow"
 )
 
 // withoutSysAdmin runs fn on a thread that has the capabilities of the packaged service.
@@ -61,8 +63,8 @@ func TestTakeOverWithoutSysAdmin(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			n := newLab(t, 2)
 			opts := testOptions(t)
-			several := func(name, group string) Rule {
-				rule := Rule{Name: name, In: input(n.in, group, "", 5000)}
+			several := func(name, group string) flow.Flow {
+				rule := flow.Flow{Name: name, In: input(n.in, group, "", 5000)}
 				for i := range 2 {
 					rule.Out = append(rule.Out, output(n.out[i], fmt.Sprint("239.5.5.", i), "10.1.0.1", 6000))
 				}
@@ -83,7 +85,7 @@ func TestTakeOverWithoutSysAdmin(t *testing.T) {
 				if !l.Adopted() || len(l.Warnings()) > 0 {
 					t.Errorf("adopted: %v, warnings %q", l.Adopted(), l.Warnings())
 				}
-				if err := l.Sync([]*Rule{&a, &b}); err != nil {
+				if err := l.Sync([]*flow.Flow{&a, &b}); err != nil {
 					return err
 				}
 				if o := l.Observe(); len(o.Errs)+len(o.Lost)+len(o.Repaired) > 0 {

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -19,9 +20,9 @@ import (
 type programCase struct {
 	name string
 	// rule changes the rule that frames match by default.
-	rule func(r *Rule)
+	rule func(r *flow.Flow)
 	// more are further rules.
-	more []Rule
+	more []flow.Flow
 	// frame changes the frame that matches by default, mangle the bytes of it.
 	frame  func(f *packet.Frame)
 	mangle func(b []byte) []byte
@@ -68,10 +69,10 @@ func TestRelayProgram(t *testing.T) {
 	to := func(edit func(f *packet.Frame)) func(f *packet.Frame) {
 		return func(f *packet.Frame) { toDefault(f); edit(f) }
 	}
-	out := func(edit func(o *Output)) func(r *Rule) { return func(r *Rule) { edit(&r.Out[0]) } }
-	other := func(name, source string) Rule {
+	out := func(edit func(o *flow.Output)) func(r *flow.Flow) { return func(r *flow.Flow) { edit(&r.Out[0]) } }
+	other := func(name, source string) flow.Flow {
 		o := output(n.out[1], "239.3.3.3", "10.1.1.1", 7000)
-		return Rule{Name: name, In: input(n.in, "239.1.1.1", source, 5000), Out: []Output{o}}
+		return flow.Flow{Name: name, In: input(n.in, "239.1.1.1", source, 5000), Out: []flow.Output{o}}
 	}
 	toOther := func(f *packet.Frame) {
 		o := other("", "").Out[0]
@@ -124,44 +125,44 @@ func TestRelayProgram(t *testing.T) {
 			return fixIPChecksum(put16(b, atIP+6, 0x4000))
 		}, want: toDefault},
 		{name: "spread over buffers", linear: 64, frame: func(f *packet.Frame) { f.Payload = make([]byte, 200) }, want: toDefault},
-		{name: "spread over buffers, to a device that sends one", linear: 64, rule: out(func(o *Output) { o.OneBuffer = true }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 200) }, drop: MultiBuffer},
-		{name: "in one buffer, to a device that sends one", rule: out(func(o *Output) { o.OneBuffer = true }), want: toDefault},
+		{name: "spread over buffers, to a device that sends one", linear: 64, rule: out(func(o *flow.Output) { o.OneBuffer = true }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 200) }, drop: MultiBuffer},
+		{name: "in one buffer, to a device that sends one", rule: out(func(o *flow.Output) { o.OneBuffer = true }), want: toDefault},
 		{name: "headers spread over buffers", linear: 40, passes: true},
 
 		// Precedence.
-		{name: "the source's rule before any's", more: []Rule{other("specific", "192.168.7.7")}, want: toOther, by: "specific"},
-		{name: "any's rule for another source", more: []Rule{other("specific", "192.168.7.8")}, want: toDefault},
-		{name: "only the source's rule", rule: func(r *Rule) { r.In.Source = netip.MustParseAddr("192.168.7.7") }, want: toDefault},
-		{name: "only another source's rule", rule: func(r *Rule) { r.In.Source = netip.MustParseAddr("192.168.7.8") }, passes: true},
-		{name: "unicast", rule: func(r *Rule) { r.In.Group = netip.MustParseAddr("10.0.0.2") }, frame: func(f *packet.Frame) { f.Dst, f.DstMAC = netip.MustParseAddr("10.0.0.2"), mac(n.in) }, want: toDefault},
-		{name: "unicast to another host's mac", rule: func(r *Rule) { r.In.Group = netip.MustParseAddr("10.0.0.2") }, frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("10.0.0.2") }, passes: true},
+		{name: "the source's rule before any's", more: []flow.Flow{other("specific", "192.168.7.7")}, want: toOther, by: "specific"},
+		{name: "any's rule for another source", more: []flow.Flow{other("specific", "192.168.7.8")}, want: toDefault},
+		{name: "only the source's rule", rule: func(r *flow.Flow) { r.In.Source = netip.MustParseAddr("192.168.7.7") }, want: toDefault},
+		{name: "only another source's rule", rule: func(r *flow.Flow) { r.In.Source = netip.MustParseAddr("192.168.7.8") }, passes: true},
+		{name: "unicast", rule: func(r *flow.Flow) { r.In.Group = netip.MustParseAddr("10.0.0.2") }, frame: func(f *packet.Frame) { f.Dst, f.DstMAC = netip.MustParseAddr("10.0.0.2"), mac(n.in) }, want: toDefault},
+		{name: "unicast to another host's mac", rule: func(r *flow.Flow) { r.In.Group = netip.MustParseAddr("10.0.0.2") }, frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("10.0.0.2") }, passes: true},
 
 		// Rewriting.
-		{name: "ttl less one", rule: out(func(o *Output) { o.TTLMode = packet.TTLDecrement }), want: to(func(f *packet.Frame) { f.TTL = 11 })},
-		{name: "ttl set", rule: out(func(o *Output) { o.TTLMode, o.TTL = packet.TTLSet, 99 }), want: to(func(f *packet.Frame) { f.TTL = 99 })},
+		{name: "ttl less one", rule: out(func(o *flow.Output) { o.TTLMode = packet.TTLDecrement }), want: to(func(f *packet.Frame) { f.TTL = 11 })},
+		{name: "ttl set", rule: out(func(o *flow.Output) { o.TTLMode, o.TTL = packet.TTLSet, 99 }), want: to(func(f *packet.Frame) { f.TTL = 99 })},
 		{name: "ttl 1 kept", frame: func(f *packet.Frame) { f.TTL = 1 }, want: toDefault},
-		{name: "ttl 255 set to 1", frame: func(f *packet.Frame) { f.TTL = 255 }, rule: out(func(o *Output) { o.TTLMode, o.TTL = packet.TTLSet, 1 }), want: to(func(f *packet.Frame) { f.TTL = 1 })},
-		{name: "ttl 0 set", frame: func(f *packet.Frame) { f.TTL = 0 }, rule: out(func(o *Output) { o.TTLMode, o.TTL = packet.TTLSet, 3 }), want: to(func(f *packet.Frame) { f.TTL = 3 })},
-		{name: "ttl 1 less one", frame: func(f *packet.Frame) { f.TTL = 1 }, rule: out(func(o *Output) { o.TTLMode = packet.TTLDecrement }), drop: TTL},
-		{name: "ttl 0 less one", frame: func(f *packet.Frame) { f.TTL = 0 }, rule: out(func(o *Output) { o.TTLMode = packet.TTLDecrement }), drop: TTL},
+		{name: "ttl 255 set to 1", frame: func(f *packet.Frame) { f.TTL = 255 }, rule: out(func(o *flow.Output) { o.TTLMode, o.TTL = packet.TTLSet, 1 }), want: to(func(f *packet.Frame) { f.TTL = 1 })},
+		{name: "ttl 0 set", frame: func(f *packet.Frame) { f.TTL = 0 }, rule: out(func(o *flow.Output) { o.TTLMode, o.TTL = packet.TTLSet, 3 }), want: to(func(f *packet.Frame) { f.TTL = 3 })},
+		{name: "ttl 1 less one", frame: func(f *packet.Frame) { f.TTL = 1 }, rule: out(func(o *flow.Output) { o.TTLMode = packet.TTLDecrement }), drop: TTL},
+		{name: "ttl 0 less one", frame: func(f *packet.Frame) { f.TTL = 0 }, rule: out(func(o *flow.Output) { o.TTLMode = packet.TTLDecrement }), drop: TTL},
 		{name: "ttl 0 kept", frame: func(f *packet.Frame) { f.TTL = 0 }, drop: TTL},
-		{name: "dscp set, ecn kept", frame: func(f *packet.Frame) { f.TOS = 0x03 }, rule: out(func(o *Output) { o.SetDSCP, o.DSCP = true, 46 }), want: to(func(f *packet.Frame) { f.TOS = 46<<2 | 3 })},
-		{name: "dscp set to 0", frame: func(f *packet.Frame) { f.TOS = 0xfe }, rule: out(func(o *Output) { o.SetDSCP, o.DSCP = true, 0 }), want: to(func(f *packet.Frame) { f.TOS = 2 })},
-		{name: "source kept", rule: out(func(o *Output) { o.Src = netip.Addr{} }), want: to(func(f *packet.Frame) { f.Src = netip.MustParseAddr("192.168.7.7") })},
-		{name: "source port set", rule: out(func(o *Output) { o.SrcPort = 777 }), want: to(func(f *packet.Frame) { f.SrcPort = 777 })},
+		{name: "dscp set, ecn kept", frame: func(f *packet.Frame) { f.TOS = 0x03 }, rule: out(func(o *flow.Output) { o.SetDSCP, o.DSCP = true, 46 }), want: to(func(f *packet.Frame) { f.TOS = 46<<2 | 3 })},
+		{name: "dscp set to 0", frame: func(f *packet.Frame) { f.TOS = 0xfe }, rule: out(func(o *flow.Output) { o.SetDSCP, o.DSCP = true, 0 }), want: to(func(f *packet.Frame) { f.TOS = 2 })},
+		{name: "source kept", rule: out(func(o *flow.Output) { o.Src = netip.Addr{} }), want: to(func(f *packet.Frame) { f.Src = netip.MustParseAddr("192.168.7.7") })},
+		{name: "source port set", rule: out(func(o *flow.Output) { o.SrcPort = 777 }), want: to(func(f *packet.Frame) { f.SrcPort = 777 })},
 		{name: "no checksum stays none", frame: func(f *packet.Frame) { f.NoChecksum = true }, want: toDefault},
-		{name: "checksum left out", rule: out(func(o *Output) { o.ZeroChecksum = true }), want: to(func(f *packet.Frame) { f.NoChecksum = true })},
-		{name: "no checksum stays none when left out", frame: func(f *packet.Frame) { f.NoChecksum = true }, rule: out(func(o *Output) { o.ZeroChecksum = true }), want: toDefault},
+		{name: "checksum left out", rule: out(func(o *flow.Output) { o.ZeroChecksum = true }), want: to(func(f *packet.Frame) { f.NoChecksum = true })},
+		{name: "no checksum stays none when left out", frame: func(f *packet.Frame) { f.NoChecksum = true }, rule: out(func(o *flow.Output) { o.ZeroChecksum = true }), want: toDefault},
 		{name: "computed zero is all ones", frame: func(f *packet.Frame) { f.Payload = zeroSumPayload(*f, toDefault) }, want: toDefault},
-		{name: "everything at once", rule: out(func(o *Output) {
+		{name: "everything at once", rule: out(func(o *flow.Output) {
 			o.TTLMode, o.TTL, o.SetDSCP, o.DSCP, o.SrcPort = packet.TTLSet, 200, true, 63, 65535
 		}), want: to(func(f *packet.Frame) { f.TTL, f.TOS, f.SrcPort = 200, 63<<2|1, 65535 })},
 
 		// Dropped.
 		{name: "own mac", frame: func(f *packet.Frame) { f.SrcMAC = mac(n.in) }, drop: Loop, rulewide: true},
-		{name: "as long as the mtu", rule: out(func(o *Output) { o.MTU = 28 + 100 }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 100) }, want: toDefault},
-		{name: "longer than the mtu", rule: out(func(o *Output) { o.MTU = 28 + 99 }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 100) }, drop: MTU},
-		{name: "not ready", rule: out(func(o *Output) { o.Ready = false }), drop: NotReady},
+		{name: "as long as the mtu", rule: out(func(o *flow.Output) { o.MTU = 28 + 100 }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 100) }, want: toDefault},
+		{name: "longer than the mtu", rule: out(func(o *flow.Output) { o.MTU = 28 + 99 }), frame: func(f *packet.Frame) { f.Payload = make([]byte, 100) }, drop: MTU},
+		{name: "not ready", rule: out(func(o *flow.Output) { o.Ready = false }), drop: NotReady},
 	}
 	cases = append(cases, programCases6(n)...)
 	for i, c := range cases {
@@ -178,14 +179,14 @@ func TestRelayProgram(t *testing.T) {
 // IPv6 has no header checksum, must have a UDP checksum, and keeps its traffic
 // class across two bytes.
 func programCases6(n *testLab) []programCase {
-	rule6 := func(edit func(o *Output)) func(r *Rule) {
-		return func(r *Rule) {
+	rule6 := func(edit func(o *flow.Output)) func(r *flow.Flow) {
+		return func(r *flow.Flow) {
 			r.In.Group = netip.MustParseAddr("ff3e::1")
 			r.Out[0] = output(n.out[0], "ff3e::2:2", "fd00::1", 6000)
 			edit(&r.Out[0])
 		}
 	}
-	plain := rule6(func(*Output) {})
+	plain := rule6(func(*flow.Output) {})
 	frame6 := func(edit func(f *packet.Frame)) func(f *packet.Frame) {
 		return func(f *packet.Frame) {
 			f.Dst, f.Src = netip.MustParseAddr("ff3e::1"), netip.MustParseAddr("2001:db8::7")
@@ -207,8 +208,8 @@ func programCases6(n *testLab) []programCase {
 		{name: "ipv6, priority tag", rule: plain, frame: frame6(func(f *packet.Frame) { f.VLANs = []uint16{0x6000} }), want: same},
 		{name: "ipv6, wrong port", rule: plain, frame: frame6(func(f *packet.Frame) { f.DstPort = 5001 }), passes: true},
 		{name: "ipv6, wrong group", rule: plain, frame: frame6(func(f *packet.Frame) { f.Dst = netip.MustParseAddr("ff3e::1:1") }), passes: true},
-		{name: "ipv6, the source's rule", rule: func(r *Rule) { plain(r); r.In.Source = netip.MustParseAddr("2001:db8::7") }, frame: from, want: same},
-		{name: "ipv6, another source's rule", rule: func(r *Rule) { plain(r); r.In.Source = netip.MustParseAddr("2001:db8::8") }, frame: from, passes: true},
+		{name: "ipv6, the source's rule", rule: func(r *flow.Flow) { plain(r); r.In.Source = netip.MustParseAddr("2001:db8::7") }, frame: from, want: same},
+		{name: "ipv6, another source's rule", rule: func(r *flow.Flow) { plain(r); r.In.Source = netip.MustParseAddr("2001:db8::8") }, frame: from, passes: true},
 		{name: "ipv6, udp read as options", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 0; return b }, passes: true},
 		{name: "ipv6, udp read as a fragment header", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 44; return b }, passes: true},
 		{name: "ipv6, routing header", rule: plain, frame: from, mangle: func(b []byte) []byte { b[atIP+6] = 43; return b }, passes: true},
@@ -219,27 +220,27 @@ func programCases6(n *testLab) []programCase {
 		{name: "ipv6, payload length 0", rule: plain, frame: from, mangle: func(b []byte) []byte { return put16(b, atIP+4, 0) }, passes: true},
 		{name: "ipv6, udp length beyond the packet", rule: plain, frame: from, mangle: func(b []byte) []byte { return put16(b, atUDP6+4, uint16(len(b))) }, passes: true},
 		{name: "ipv6, no udp checksum", rule: plain, frame: frame6(func(f *packet.Frame) { f.NoChecksum = true }), drop: NoChecksum, rulewide: true},
-		{name: "ipv6, checksum cannot be left out", rule: rule6(func(o *Output) { o.ZeroChecksum = true }), frame: from, want: same},
+		{name: "ipv6, checksum cannot be left out", rule: rule6(func(o *flow.Output) { o.ZeroChecksum = true }), frame: from, want: same},
 		{name: "ipv6, computed zero is all ones", rule: plain, frame: frame6(func(f *packet.Frame) { f.Payload = zeroSumPayload(*f, same) }), want: same},
-		{name: "ipv6, hop limit less one", rule: rule6(func(o *Output) { o.TTLMode = packet.TTLDecrement }), frame: from, want: to(func(f *packet.Frame) { f.TTL = 11 })},
-		{name: "ipv6, hop limit set", rule: rule6(func(o *Output) { o.TTLMode, o.TTL = packet.TTLSet, 64 }), frame: from, want: to(func(f *packet.Frame) { f.TTL = 64 })},
-		{name: "ipv6, hop limit 1 less one", rule: rule6(func(o *Output) { o.TTLMode = packet.TTLDecrement }), frame: frame6(func(f *packet.Frame) { f.TTL = 1 }), drop: TTL},
-		{name: "ipv6, dscp set, ecn and flow label kept", rule: rule6(func(o *Output) { o.SetDSCP, o.DSCP = true, 46 }), frame: from, want: to(func(f *packet.Frame) { f.TOS = 46<<2 | 1 })},
-		{name: "ipv6, source kept", rule: rule6(func(o *Output) { o.Src = netip.Addr{} }), frame: from, want: to(func(f *packet.Frame) { f.Src = netip.MustParseAddr("2001:db8::7") })},
-		{name: "ipv6, source port set", rule: rule6(func(o *Output) { o.SrcPort = 1 }), frame: from, want: to(func(f *packet.Frame) { f.SrcPort = 1 })},
+		{name: "ipv6, hop limit less one", rule: rule6(func(o *flow.Output) { o.TTLMode = packet.TTLDecrement }), frame: from, want: to(func(f *packet.Frame) { f.TTL = 11 })},
+		{name: "ipv6, hop limit set", rule: rule6(func(o *flow.Output) { o.TTLMode, o.TTL = packet.TTLSet, 64 }), frame: from, want: to(func(f *packet.Frame) { f.TTL = 64 })},
+		{name: "ipv6, hop limit 1 less one", rule: rule6(func(o *flow.Output) { o.TTLMode = packet.TTLDecrement }), frame: frame6(func(f *packet.Frame) { f.TTL = 1 }), drop: TTL},
+		{name: "ipv6, dscp set, ecn and flow label kept", rule: rule6(func(o *flow.Output) { o.SetDSCP, o.DSCP = true, 46 }), frame: from, want: to(func(f *packet.Frame) { f.TOS = 46<<2 | 1 })},
+		{name: "ipv6, source kept", rule: rule6(func(o *flow.Output) { o.Src = netip.Addr{} }), frame: from, want: to(func(f *packet.Frame) { f.Src = netip.MustParseAddr("2001:db8::7") })},
+		{name: "ipv6, source port set", rule: rule6(func(o *flow.Output) { o.SrcPort = 1 }), frame: from, want: to(func(f *packet.Frame) { f.SrcPort = 1 })},
 		{name: "ipv6, own mac", rule: plain, frame: frame6(func(f *packet.Frame) { f.SrcMAC = mac(n.in) }), drop: Loop, rulewide: true},
-		{name: "ipv6, as long as the mtu", rule: rule6(func(o *Output) { o.MTU = 48 + 5 }), frame: frame6(func(f *packet.Frame) { f.Payload = make([]byte, 5) }), want: same},
-		{name: "ipv6, longer than the mtu", rule: rule6(func(o *Output) { o.MTU = 48 + 4 }), frame: frame6(func(f *packet.Frame) { f.Payload = make([]byte, 5) }), drop: MTU},
-		{name: "ipv6, not ready", rule: rule6(func(o *Output) { o.Ready = false }), frame: from, drop: NotReady},
+		{name: "ipv6, as long as the mtu", rule: rule6(func(o *flow.Output) { o.MTU = 48 + 5 }), frame: frame6(func(f *packet.Frame) { f.Payload = make([]byte, 5) }), want: same},
+		{name: "ipv6, longer than the mtu", rule: rule6(func(o *flow.Output) { o.MTU = 48 + 4 }), frame: frame6(func(f *packet.Frame) { f.Payload = make([]byte, 5) }), drop: MTU},
+		{name: "ipv6, not ready", rule: rule6(func(o *flow.Output) { o.Ready = false }), frame: from, drop: NotReady},
 	}
 }
 
 func runProgramCase(t *testing.T, n *testLab, r *runner, name string, c programCase) {
-	rule := Rule{Name: name, In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	rule := flow.Flow{Name: name, In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	if c.rule != nil {
 		c.rule(&rule)
 	}
-	rules := append([]Rule{rule}, c.more...)
+	rules := append([]flow.Flow{rule}, c.more...)
 	sync1(t, r.l, rules...)
 
 	frame := sourceFrame(n, "239.1.1.1", 5000, []byte("payload"))
@@ -383,11 +384,11 @@ func subtractDrops(now, before map[Reason]Counter) map[Reason]Counter {
 func TestRelayProgramHandsOver(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
-	rule := Rule{Name: "many", In: input(n.in, "239.1.1.1", "", 5000)}
+	rule := flow.Flow{Name: "many", In: input(n.in, "239.1.1.1", "", 5000)}
 	for i := range 3 {
 		rule.Out = append(rule.Out, output(n.out[i%2], "239.2.2.2", "10.1.0.1", uint16(6000+i)))
 	}
-	sync1(t, r.l, Rule{Name: "first", In: input(n.in, "239.9.9.9", "", 1), Out: rule.Out[:1]}, rule)
+	sync1(t, r.l, flow.Flow{Name: "first", In: input(n.in, "239.9.9.9", "", 1), Out: rule.Out[:1]}, rule)
 	first := r.l.rules["many"].first
 	if first == 0 {
 		t.Fatal("the rule has first output 0, which proves nothing")
@@ -415,7 +416,7 @@ func TestRelayProgramHandsOver(t *testing.T) {
 func TestEgressProgramRefuses(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 3)
-	rule := Rule{Name: "many", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{
+	rule := flow.Flow{Name: "many", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{
 		output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000), output(n.out[1], "239.2.2.4", "10.1.1.1", 6000),
 	}}
 	sync1(t, r.l, rule)
@@ -456,8 +457,8 @@ func TestEgressProgramRefuses(t *testing.T) {
 func TestRelayProgramWithDamagedMaps(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
-	one := Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
-	two := Rule{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)}}
+	one := flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	two := flow.Flow{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)}}
 	sync1(t, r.l, one, two)
 	r.l.shortcuts.open = false // what is damaged is in the flow table
 	if err := r.l.writeConfig(); err != nil {

@@ -10,11 +10,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // inputKinds are the shapes of an input that takes packets of a group from the source of
 // sourceFrame: each is found by another lookup.
-func inputKinds(n *testLab, group string) (kinds []Input) {
+func inputKinds(n *testLab, group string) (kinds []flow.Input) {
 	address := netip.MustParseAddr(group)
 	source, bits := "192.168.7.7", 24
 	if address.Is6() {
@@ -44,14 +45,14 @@ func TestInputsChangeKindUnderTraffic(t *testing.T) {
 			l := open(t, testOptions(t))
 			attachAll(t, l, append(n.out, n.in)...)
 			const kinds = 8
-			rules := func(step, offset int) (all []Rule) {
+			rules := func(step, offset int) (all []flow.Flow) {
 				for i := range kinds {
 					name := fmt.Sprint("stays", i)
 					if i%2 == 1 {
 						name = fmt.Sprint("renamed", i, "-", step)
 					}
 					in := inputKinds(n, fmt.Sprintf(family.in, i+1))[(i+offset)%kinds]
-					all = append(all, Rule{Name: name, In: in, Out: []Output{output(n.out[0], fmt.Sprintf(family.out, i+1), family.src, 6000)}})
+					all = append(all, flow.Flow{Name: name, In: in, Out: []flow.Output{output(n.out[0], fmt.Sprintf(family.out, i+1), family.src, 6000)}})
 				}
 				return all
 			}
@@ -112,7 +113,7 @@ func TestWaitsBeforeReuse(t *testing.T) {
 	}
 	l = open(t, opts)
 	attachAll(t, l, append(n.out, n.in)...)
-	change := func(what string, want int, rules ...Rule) {
+	change := func(what string, want int, rules ...flow.Flow) {
 		t.Helper()
 		old = slices.Collect(maps.Values(l.rules))
 		before, waits = usedByPrograms(t, l, old), 0
@@ -124,13 +125,13 @@ func TestWaitsBeforeReuse(t *testing.T) {
 	rules := someRules(n)
 	change("several rules are added", 2, rules...) // the lookups that they need first
 	other := rules[0]
-	other.Out = []Output{output(n.out[1], "239.8.8.8", "10.1.1.1", 1)}
-	change("one rule changes", 1, append([]Rule{other}, rules[1:]...)...)
+	other.Out = []flow.Output{output(n.out[1], "239.8.8.8", "10.1.1.1", 1)}
+	change("one rule changes", 1, append([]flow.Flow{other}, rules[1:]...)...)
 	change("one rule goes", 1, rules[1:]...)
 	change("one rule is added", 1, rules...)
 	moved := rules[0]
 	moved.In.Port = 0
-	change("one rule changes to a new kind", 2, append([]Rule{moved}, rules[1:]...)...)
+	change("one rule changes to a new kind", 2, append([]flow.Flow{moved}, rules[1:]...)...)
 	change("all go", 1)
 	change("all come back", 2, rules...)
 	closeLoader(t, l)

@@ -32,99 +32,99 @@ func TestRelayProgramRare(t *testing.T) {
 	to := func(edit func(f *packet.Frame)) func(f *packet.Frame) {
 		return func(f *packet.Frame) { toDefault(f); edit(f) }
 	}
-	in := func(edit func(in *Input)) func(r *Rule) { return func(r *Rule) { edit(&r.In) } }
-	out := func(edit func(o *Output)) func(r *Rule) { return func(r *Rule) { edit(&r.Out[0]) } }
-	prefix := func(s string) func(in *Input) {
+	in := func(edit func(in *flow.Input)) func(r *flow.Flow) { return func(r *flow.Flow) { edit(&r.In) } }
+	out := func(edit func(o *flow.Output)) func(r *flow.Flow) { return func(r *flow.Flow) { edit(&r.Out[0]) } }
+	prefix := func(s string) func(in *flow.Input) {
 		p := netip.MustParsePrefix(s)
-		return func(in *Input) { in.Group, in.Len = p.Addr(), p.Bits() }
+		return func(in *flow.Input) { in.Group, in.Len = p.Addr(), p.Bits() }
 	}
-	other := func(edit func(in *Input)) []Rule {
-		r := Rule{Name: "other", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[1], "239.3.3.3", "10.1.1.1", 7000)}}
+	other := func(edit func(in *flow.Input)) []flow.Flow {
+		r := flow.Flow{Name: "other", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[1], "239.3.3.3", "10.1.1.1", 7000)}}
 		edit(&r.In)
-		return []Rule{r}
+		return []flow.Flow{r}
 	}
 	toOther := func(f *packet.Frame) {
-		o := other(func(*Input) {})[0].Out[0]
+		o := other(func(*flow.Input) {})[0].Out[0]
 		f.DstMAC, f.SrcMAC, f.Dst, f.Src, f.DstPort = o.DstMAC, o.SrcMAC, o.Dst, o.Src, o.DstPort
 	}
 	tags := func(tci ...uint16) func(f *packet.Frame) { return func(f *packet.Frame) { f.VLANs = tci } }
-	vlan := func(mode packet.VLANMode, id, outer uint16) func(r *Rule) {
-		return out(func(o *Output) { o.VLAN, o.VLANID, o.OuterVLAN = mode, id, outer })
+	vlan := func(mode packet.VLANMode, id, outer uint16) func(r *flow.Flow) {
+		return out(func(o *flow.Output) { o.VLAN, o.VLANID, o.OuterVLAN = mode, id, outer })
 	}
-	taggedIn := func(id, outer uint16, more func(r *Rule)) func(r *Rule) {
-		return func(r *Rule) { r.In.VLAN, r.In.OuterVLAN = id, outer; more(r) }
+	taggedIn := func(id, outer uint16, more func(r *flow.Flow)) func(r *flow.Flow) {
+		return func(r *flow.Flow) { r.In.VLAN, r.In.OuterVLAN = id, outer; more(r) }
 	}
 	qinq := func(b []byte) []byte { return put16(b, 12, 0x88a8) }
 	for i, c := range []programCase{
 		// Inputs.
-		{name: "any port", rule: in(func(in *Input) { in.Port = 0 }), frame: func(f *packet.Frame) { f.DstPort = 1 }, want: toDefault},
-		{name: "any port, another group", rule: in(func(in *Input) { in.Port = 0 }), frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("239.1.1.2") }, passes: true},
-		{name: "port before any port", rule: in(func(in *Input) { in.Port = 0 }), more: other(func(*Input) {}), by: "other", want: toOther},
-		{name: "port before source with any port", rule: in(func(in *Input) { in.Port, in.Source = 0, netip.MustParseAddr("192.168.7.7") }), more: other(func(*Input) {}), by: "other", want: toOther},
-		{name: "source with any port before any source with any port", rule: in(func(in *Input) { in.Port = 0 }), more: other(func(in *Input) { in.Port, in.Source = 0, netip.MustParseAddr("192.168.7.7") }), by: "other", want: toOther},
+		{name: "any port", rule: in(func(in *flow.Input) { in.Port = 0 }), frame: func(f *packet.Frame) { f.DstPort = 1 }, want: toDefault},
+		{name: "any port, another group", rule: in(func(in *flow.Input) { in.Port = 0 }), frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("239.1.1.2") }, passes: true},
+		{name: "port before any port", rule: in(func(in *flow.Input) { in.Port = 0 }), more: other(func(*flow.Input) {}), by: "other", want: toOther},
+		{name: "port before source with any port", rule: in(func(in *flow.Input) { in.Port, in.Source = 0, netip.MustParseAddr("192.168.7.7") }), more: other(func(*flow.Input) {}), by: "other", want: toOther},
+		{name: "source with any port before any source with any port", rule: in(func(in *flow.Input) { in.Port = 0 }), more: other(func(in *flow.Input) { in.Port, in.Source = 0, netip.MustParseAddr("192.168.7.7") }), by: "other", want: toOther},
 		{name: "prefix", rule: in(prefix("239.1.0.0/16")), frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("239.1.255.255") }, want: toDefault},
 		{name: "beside the prefix", rule: in(prefix("239.1.0.0/16")), frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("239.2.0.0") }, passes: true},
 		{name: "prefix, another port", rule: in(prefix("239.1.0.0/16")), frame: func(f *packet.Frame) { f.DstPort = 1 }, passes: true},
-		{name: "prefix with any port", rule: in(func(in *Input) { prefix("239.0.0.0/8")(in); in.Port = 0 }), frame: func(f *packet.Frame) { f.DstPort = 9 }, want: toDefault},
-		{name: "group before prefix", rule: in(prefix("239.1.1.0/24")), more: other(func(in *Input) { in.Port = 0 }), by: "other", want: toOther},
+		{name: "prefix with any port", rule: in(func(in *flow.Input) { prefix("239.0.0.0/8")(in); in.Port = 0 }), frame: func(f *packet.Frame) { f.DstPort = 9 }, want: toDefault},
+		{name: "group before prefix", rule: in(prefix("239.1.1.0/24")), more: other(func(in *flow.Input) { in.Port = 0 }), by: "other", want: toOther},
 		{name: "longer prefix before shorter", rule: in(prefix("239.1.0.0/16")), more: other(prefix("239.1.1.0/24")), by: "other", want: toOther},
-		{name: "prefix with a port before a longer one with any", rule: in(func(in *Input) { prefix("239.1.1.0/24")(in); in.Port = 0 }), more: other(prefix("239.0.0.0/8")), by: "other", want: toOther},
-		{name: "prefix of a source before one of any", rule: in(prefix("239.1.1.0/24")), more: other(func(in *Input) {
+		{name: "prefix with a port before a longer one with any", rule: in(func(in *flow.Input) { prefix("239.1.1.0/24")(in); in.Port = 0 }), more: other(prefix("239.0.0.0/8")), by: "other", want: toOther},
+		{name: "prefix of a source before one of any", rule: in(prefix("239.1.1.0/24")), more: other(func(in *flow.Input) {
 			prefix("239.0.0.0/8")(in)
 			in.Source = netip.MustParseAddr("192.168.7.7")
 		}), by: "other", want: toOther},
-		{name: "prefix of another source", rule: in(func(in *Input) {
+		{name: "prefix of another source", rule: in(func(in *flow.Input) {
 			prefix("239.0.0.0/8")(in)
 			in.Source = netip.MustParseAddr("192.168.7.8")
 		}), passes: true},
-		{name: "vlan", rule: taggedIn(7, 0, func(*Rule) {}), frame: tags(0x6007), want: toDefault},
-		{name: "another vlan", rule: taggedIn(7, 0, func(*Rule) {}), frame: tags(0x6008), passes: true},
-		{name: "untagged, for a rule of a vlan", rule: taggedIn(7, 0, func(*Rule) {}), passes: true},
+		{name: "vlan", rule: taggedIn(7, 0, func(*flow.Flow) {}), frame: tags(0x6007), want: toDefault},
+		{name: "another vlan", rule: taggedIn(7, 0, func(*flow.Flow) {}), frame: tags(0x6008), passes: true},
+		{name: "untagged, for a rule of a vlan", rule: taggedIn(7, 0, func(*flow.Flow) {}), passes: true},
 		{name: "vlan, prefix", rule: taggedIn(7, 0, in(prefix("239.0.0.0/8"))), frame: tags(7), want: toDefault},
 		{name: "another vlan, prefix", rule: taggedIn(7, 0, in(prefix("239.0.0.0/8"))), frame: tags(8), passes: true},
-		{name: "vlan in a vlan", rule: taggedIn(7, 100, func(*Rule) {}), frame: tags(100, 7), want: toDefault},
-		{name: "vlan in a service vlan", rule: taggedIn(7, 100, func(*Rule) {}), frame: tags(100, 7), mangle: qinq, want: toDefault},
-		{name: "vlan in another vlan", rule: taggedIn(7, 100, func(*Rule) {}), frame: tags(101, 7), passes: true},
-		{name: "vlan without the other", rule: taggedIn(7, 100, func(*Rule) {}), frame: tags(7), passes: true},
+		{name: "vlan in a vlan", rule: taggedIn(7, 100, func(*flow.Flow) {}), frame: tags(100, 7), want: toDefault},
+		{name: "vlan in a service vlan", rule: taggedIn(7, 100, func(*flow.Flow) {}), frame: tags(100, 7), mangle: qinq, want: toDefault},
+		{name: "vlan in another vlan", rule: taggedIn(7, 100, func(*flow.Flow) {}), frame: tags(101, 7), passes: true},
+		{name: "vlan without the other", rule: taggedIn(7, 100, func(*flow.Flow) {}), frame: tags(7), passes: true},
 
 		// Own packets.
 		{name: "own address", frame: func(f *packet.Frame) { f.Src = netip.MustParseAddr("10.9.9.9") }, drop: Loop, rulewide: true},
-		{name: "own address, allowed", rule: func(r *Rule) { r.AllowLoop = true }, frame: func(f *packet.Frame) { f.Src = netip.MustParseAddr("10.9.9.9") }, want: toDefault},
-		{name: "own mac, allowed", rule: func(r *Rule) { r.AllowLoop = true }, frame: func(f *packet.Frame) { f.SrcMAC = mac(n.in) }, want: toDefault},
+		{name: "own address, allowed", rule: func(r *flow.Flow) { r.AllowLoop = true }, frame: func(f *packet.Frame) { f.Src = netip.MustParseAddr("10.9.9.9") }, want: toDefault},
+		{name: "own mac, allowed", rule: func(r *flow.Flow) { r.AllowLoop = true }, frame: func(f *packet.Frame) { f.SrcMAC = mac(n.in) }, want: toDefault},
 
 		// Outputs.
-		{name: "prefix to prefix", rule: func(r *Rule) {
+		{name: "prefix to prefix", rule: func(r *flow.Flow) {
 			prefix("239.1.0.0/16")(&r.In)
 			r.Out[0].Dst, r.Out[0].DstLen = netip.MustParseAddr("239.200.0.0"), 16
 		}, frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("239.1.145.6") }, want: to(func(f *packet.Frame) {
 			f.Dst, f.DstMAC = netip.MustParseAddr("239.200.145.6"), [6]byte{1, 0, 0x5e, 72, 145, 6}
 		})},
-		{name: "prefix of odd length", rule: func(r *Rule) {
+		{name: "prefix of odd length", rule: func(r *flow.Flow) {
 			prefix("239.1.1.0/29")(&r.In)
 			r.Out[0].Dst, r.Out[0].DstLen = netip.MustParseAddr("239.255.255.248"), 29
 		}, frame: func(f *packet.Frame) { f.Dst = netip.MustParseAddr("239.1.1.5") }, want: to(func(f *packet.Frame) {
 			f.Dst, f.DstMAC = netip.MustParseAddr("239.255.255.253"), [6]byte{1, 0, 0x5e, 0x7f, 255, 253}
 		})},
-		{name: "port kept", rule: out(func(o *Output) { o.PortAdd = true }), want: to(func(f *packet.Frame) { f.DstPort = 5000 })},
-		{name: "port shifted up", rule: out(func(o *Output) { o.PortAdd, o.PortShift = true, 60535 }), want: to(func(f *packet.Frame) { f.DstPort = 65535 })},
-		{name: "port shifted beyond", rule: out(func(o *Output) { o.PortAdd, o.PortShift = true, 60536 }), drop: Port},
-		{name: "port shifted down", rule: out(func(o *Output) { o.PortAdd, o.PortShift = true, -4999 }), want: to(func(f *packet.Frame) { f.DstPort = 1 })},
-		{name: "port shifted to 0", rule: out(func(o *Output) { o.PortAdd, o.PortShift = true, -5000 }), drop: Port},
-		{name: "ttl as low as may be", rule: out(func(o *Output) { o.MinTTL = 12 }), want: toDefault},
-		{name: "ttl too low", rule: out(func(o *Output) { o.MinTTL = 13 }), drop: TTL},
-		{name: "ttl too low, though it would be set", rule: out(func(o *Output) { o.MinTTL, o.TTLMode, o.TTL = 13, packet.TTLSet, 64 }), drop: TTL},
-		{name: "no neighbour", rule: out(func(o *Output) { o.Ready, o.Blocked = false, flow.NoNeighbour }), drop: NoNeighbour},
+		{name: "port kept", rule: out(func(o *flow.Output) { o.PortAdd = true }), want: to(func(f *packet.Frame) { f.DstPort = 5000 })},
+		{name: "port shifted up", rule: out(func(o *flow.Output) { o.PortAdd, o.PortShift = true, 60535 }), want: to(func(f *packet.Frame) { f.DstPort = 65535 })},
+		{name: "port shifted beyond", rule: out(func(o *flow.Output) { o.PortAdd, o.PortShift = true, 60536 }), drop: Port},
+		{name: "port shifted down", rule: out(func(o *flow.Output) { o.PortAdd, o.PortShift = true, -4999 }), want: to(func(f *packet.Frame) { f.DstPort = 1 })},
+		{name: "port shifted to 0", rule: out(func(o *flow.Output) { o.PortAdd, o.PortShift = true, -5000 }), drop: Port},
+		{name: "ttl as low as may be", rule: out(func(o *flow.Output) { o.MinTTL = 12 }), want: toDefault},
+		{name: "ttl too low", rule: out(func(o *flow.Output) { o.MinTTL = 13 }), drop: TTL},
+		{name: "ttl too low, though it would be set", rule: out(func(o *flow.Output) { o.MinTTL, o.TTLMode, o.TTL = 13, packet.TTLSet, 64 }), drop: TTL},
+		{name: "no neighbour", rule: out(func(o *flow.Output) { o.Ready, o.Blocked = false, flow.NoNeighbour }), drop: NoNeighbour},
 		{name: "push a tag", rule: vlan(packet.VLANSet, 100, 0), want: to(tags(100))},
-		{name: "push a tag with a priority", rule: func(r *Rule) { vlan(packet.VLANSet, 100, 0)(r); r.Out[0].SetPCP, r.Out[0].PCP = true, 5 }, want: to(tags(0xa064))},
+		{name: "push a tag with a priority", rule: func(r *flow.Flow) { vlan(packet.VLANSet, 100, 0)(r); r.Out[0].SetPCP, r.Out[0].PCP = true, 5 }, want: to(tags(0xa064))},
 		{name: "rewrite a tag, priority kept", rule: taggedIn(7, 0, vlan(packet.VLANSet, 100, 0)), frame: tags(0x7007), want: to(tags(0x7064))},
-		{name: "rewrite a tag, drop eligible kept", rule: taggedIn(7, 0, func(r *Rule) { vlan(packet.VLANSet, 100, 0)(r); r.Out[0].SetPCP, r.Out[0].PCP = true, 2 }), frame: tags(0x7007), want: to(tags(0x5064))},
+		{name: "rewrite a tag, drop eligible kept", rule: taggedIn(7, 0, func(r *flow.Flow) { vlan(packet.VLANSet, 100, 0)(r); r.Out[0].SetPCP, r.Out[0].PCP = true, 2 }), frame: tags(0x7007), want: to(tags(0x5064))},
 		{name: "pop a tag", rule: taggedIn(7, 0, vlan(packet.VLANPop, 0, 0)), frame: tags(0x6007), want: to(tags())},
 		{name: "pop two tags", rule: taggedIn(7, 9, vlan(packet.VLANPop, 0, 0)), frame: tags(9, 7), want: to(tags())},
 		{name: "nothing to pop", rule: vlan(packet.VLANPop, 0, 0), want: toDefault},
 		{name: "pop a priority tag", rule: vlan(packet.VLANPop, 0, 0), frame: tags(0xe000), want: to(tags())},
-		{name: "priority set in tags that are kept", rule: taggedIn(7, 9, out(func(o *Output) { o.SetPCP, o.PCP = true, 3 })), frame: tags(0xe009, 0x1007), want: to(tags(0x6009, 0x7007))},
+		{name: "priority set in tags that are kept", rule: taggedIn(7, 9, out(func(o *flow.Output) { o.SetPCP, o.PCP = true, 3 })), frame: tags(0xe009, 0x1007), want: to(tags(0x6009, 0x7007))},
 		{name: "push a tag, padding and options kept", rule: vlan(packet.VLANSet, 100, 0), frame: func(f *packet.Frame) { f.Options, f.Padding = []byte{0x94, 4, 0, 0}, 3 }, want: to(tags(100))},
-		{name: "everything at once", rule: func(r *Rule) {
+		{name: "everything at once", rule: func(r *flow.Flow) {
 			prefix("239.1.0.0/16")(&r.In)
 			r.In.VLAN, r.In.Port = 7, 0
 			o := &r.Out[0]
@@ -163,7 +163,7 @@ func TestRelayProgramRare6(t *testing.T) {
 		name   string
 		first  uint8
 		ext    []byte
-		rule   func(r *Rule)
+		rule   func(r *flow.Flow)
 		want   func(f *packet.Frame)
 		passes bool
 	}{
@@ -177,19 +177,19 @@ func TestRelayProgramRare6(t *testing.T) {
 		{name: "longer", first: 60, ext: append([]byte{17, 20}, make([]byte, 166)...), passes: true},
 		{name: "routing header", first: 43, ext: hopByHop, passes: true},
 		{name: "no next header", first: 60, ext: leads(59, destination), passes: true},
-		{name: "prefix to prefix", rule: func(r *Rule) {
+		{name: "prefix to prefix", rule: func(r *flow.Flow) {
 			r.In.Group, r.In.Len = netip.MustParseAddr("ff3e:0:0:1::"), 64
 			r.Out[0].Dst, r.Out[0].DstLen = netip.MustParseAddr("ff38:40:2001:db8::"), 64
 		}, want: func(f *packet.Frame) {
 			f.Dst, f.DstMAC = netip.MustParseAddr("ff38:40:2001:db8::5:6"), [6]byte{0x33, 0x33, 0, 5, 0, 6}
 		}},
-		{name: "options, pushed tags", first: 0, ext: hopByHop, rule: func(r *Rule) { r.Out[0].VLAN, r.Out[0].VLANID = packet.VLANSet, 5 }, want: func(f *packet.Frame) { f.VLANs = []uint16{5} }},
-		{name: "no checksum, allowed", rule: func(r *Rule) { r.AllowNoChecksum = true }, want: func(*packet.Frame) {}},
+		{name: "options, pushed tags", first: 0, ext: hopByHop, rule: func(r *flow.Flow) { r.Out[0].VLAN, r.Out[0].VLANID = packet.VLANSet, 5 }, want: func(f *packet.Frame) { f.VLANs = []uint16{5} }},
+		{name: "no checksum, allowed", rule: func(r *flow.Flow) { r.AllowNoChecksum = true }, want: func(*packet.Frame) {}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r.enter(t)
 			out := output(n.out[0], "ff3e::2:2", "fd00::1", 6000)
-			rule := Rule{Name: fmt.Sprint("rare", i), In: input(n.in, group.String(), "", 5000), Out: []Output{out}}
+			rule := flow.Flow{Name: fmt.Sprint("rare", i), In: input(n.in, group.String(), "", 5000), Out: []flow.Output{out}}
 			if c.rule != nil {
 				c.rule(&rule)
 			}
@@ -233,7 +233,7 @@ func TestFragments(t *testing.T) {
 				if outputs == 0 {
 					continue
 				}
-				rule := Rule{Name: fmt.Sprint("cam", outputs), In: input(n.in, dst, "", 5000)}
+				rule := flow.Flow{Name: fmt.Sprint("cam", outputs), In: input(n.in, dst, "", 5000)}
 				for i := range outputs {
 					rule.Out = append(rule.Out, output(n.out[i], to[i], from, 6000))
 				}
@@ -244,7 +244,7 @@ func TestFragments(t *testing.T) {
 	}
 }
 
-func checkFragments(t *testing.T, n *testLab, r *runner, rule Rule, frame packet.Frame, id uint32) {
+func checkFragments(t *testing.T, n *testLab, r *runner, rule flow.Flow, frame packet.Frame, id uint32) {
 	t.Helper()
 	before := globalStats(t, r.l).Fragments
 	parts := packet.Fragment(frame.Build(), id, 256)
@@ -293,7 +293,7 @@ func TestFragmentsTooOld(t *testing.T) {
 	l := open(t, opts)
 	attachAll(t, l, n.in, n.out[0])
 	r := newRunner(t, l, n.relay)
-	sync1(t, l, Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}})
+	sync1(t, l, flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}})
 	frame := sourceFrame(n, "239.1.1.1", 5000, make([]byte, 600))
 	parts := packet.Fragment(frame.Build(), 7, 512)
 	if got := r.run(t, n.in.Index, parts[0], len(parts[0])); got.verdict != xdpRedirect {
@@ -310,32 +310,32 @@ func TestPolicing(t *testing.T) {
 	n, r := programLab(t, 2)
 	frame := sourceFrame(n, "239.1.1.1", 5000, make([]byte, 58)) // 100 bytes
 	other := sourceFrame(n, "239.1.1.2", 5000, make([]byte, 58))
-	outputs := func(count int) (out []Output) {
+	outputs := func(count int) (out []flow.Output) {
 		for i := range count {
 			out = append(out, output(n.out[i], fmt.Sprint("239.2.2.", i), "10.1.0.1", 6000))
 		}
 		return out
 	}
-	slowest := Rate{Packets: 1, Burst: 5}
+	slowest := flow.Rate{Packets: 1, Burst: 5}
 	for i, c := range []struct {
 		name    string
-		rule    func(r *Rule)
+		rule    func(r *flow.Flow)
 		outputs int
 		passes  []int // by output
 		rule0   bool  // the drops are the rule's
 	}{
-		{"rule, packets", func(r *Rule) { r.Rate = slowest }, 1, []int{5}, true},
-		{"rule, bytes", func(r *Rule) { r.Rate = Rate{Bits: 1000, Burst: 299} }, 1, []int{2}, true},
-		{"rule of several, packets", func(r *Rule) { r.Rate = slowest }, 2, []int{5, 5}, true},
-		{"output", func(r *Rule) { r.Out[0].Rate = slowest }, 1, []int{5}, false},
-		{"output of several", func(r *Rule) { r.Out[1].Rate = Rate{Bits: 1000, Burst: 800} }, 2, []int{20, 8}, false},
-		{"fast enough", func(r *Rule) { r.Rate = Rate{Bits: 400e9, Burst: 1 << 40} }, 1, []int{20}, true},
+		{"rule, packets", func(r *flow.Flow) { r.Rate = slowest }, 1, []int{5}, true},
+		{"rule, bytes", func(r *flow.Flow) { r.Rate = flow.Rate{Bits: 1000, Burst: 299} }, 1, []int{2}, true},
+		{"rule of several, packets", func(r *flow.Flow) { r.Rate = slowest }, 2, []int{5, 5}, true},
+		{"output", func(r *flow.Flow) { r.Out[0].Rate = slowest }, 1, []int{5}, false},
+		{"output of several", func(r *flow.Flow) { r.Out[1].Rate = flow.Rate{Bits: 1000, Burst: 800} }, 2, []int{20, 8}, false},
+		{"fast enough", func(r *flow.Flow) { r.Rate = flow.Rate{Bits: 400e9, Burst: 1 << 40} }, 1, []int{20}, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r.enter(t)
-			rule := Rule{Name: fmt.Sprint("policed", i), In: input(n.in, "239.1.1.1", "", 5000), Out: outputs(c.outputs)}
+			rule := flow.Flow{Name: fmt.Sprint("policed", i), In: input(n.in, "239.1.1.1", "", 5000), Out: outputs(c.outputs)}
 			c.rule(&rule)
-			free := Rule{Name: fmt.Sprint("free", i), In: input(n.in, "239.1.1.2", "", 5000), Out: outputs(1)}
+			free := flow.Flow{Name: fmt.Sprint("free", i), In: input(n.in, "239.1.1.2", "", 5000), Out: outputs(1)}
 			sync1(t, r.l, rule, free)
 			b, f := frame.Build(), other.Build()
 			passed := make([]int, c.outputs)
@@ -362,7 +362,7 @@ func TestPolicing(t *testing.T) {
 	}
 }
 
-func checkPoliced(t *testing.T, l *Loader, rule Rule, sent int, passes []int, ruleWide bool) {
+func checkPoliced(t *testing.T, l *Loader, rule flow.Flow, sent int, passes []int, ruleWide bool) {
 	t.Helper()
 	s, err := l.StatsOf([]string{rule.Name})
 	if err != nil {
@@ -406,7 +406,7 @@ func refill(t *testing.T, l *Loader) {
 // A rate that stays keeps its bucket when the rule's addresses change.
 func TestPolicerGoesOn(t *testing.T) {
 	n, r := programLab(t, 1)
-	rule := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}, Rate: Rate{Packets: 1, Burst: 1}}
+	rule := flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}, Rate: flow.Rate{Packets: 1, Burst: 1}}
 	sync1(t, r.l, rule)
 	b := sourceFrame(n, "239.1.1.1", 5000, nil)
 	frame := b.Build()
@@ -432,15 +432,15 @@ func TestAdoptRareRules(t *testing.T) {
 	n := newLab(t, 3)
 	l := open(t, testOptions(t))
 	w := newWorld(7, n)
-	var rules []Rule
+	var rules []flow.Flow
 	for set := range 8 {
 		for _, r := range w.rules(set) {
-			if slices.ContainsFunc(rules, func(o Rule) bool { return o.In.Key() == r.In.Key() }) {
+			if slices.ContainsFunc(rules, func(o flow.Flow) bool { return o.In.Key() == r.In.Key() }) {
 				continue
 			}
-			r.Rate = pick(w, Rate{}, Rate{Packets: 7, Burst: 3}, Rate{Bits: 1_234_567, Burst: 1500})
-			r.Out[0].Rate = pick(w, Rate{}, Rate{Packets: 77_777, Burst: 13}, Rate{Bits: 400e9, Burst: 1 << 30})
-			r.Path, r.Fallback = pick(w, PathKernel, PathAFXDP, PathFanout), w.chance(50)
+			r.Rate = pick(w, flow.Rate{}, flow.Rate{Packets: 7, Burst: 3}, flow.Rate{Bits: 1_234_567, Burst: 1500})
+			r.Out[0].Rate = pick(w, flow.Rate{}, flow.Rate{Packets: 77_777, Burst: 13}, flow.Rate{Bits: 400e9, Burst: 1 << 30})
+			r.Path, r.Fallback = pick(w, flow.PathKernel, flow.PathAFXDP, flow.PathFanout), w.chance(50)
 			rules = append(rules, r)
 		}
 	}
@@ -451,7 +451,7 @@ func TestAdoptRareRules(t *testing.T) {
 	}
 	before := dump(t, l)
 	l = reopen(t, l)
-	byName := cmpopts.SortSlices(func(a, b Rule) bool { return a.Name < b.Name })
+	byName := cmpopts.SortSlices(func(a, b flow.Flow) bool { return a.Name < b.Name })
 	if diff := cmp.Diff(normalized(rules), rulesOf(l), byName, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("adopted (-want +got):\n%s", diff)
 	}
@@ -467,8 +467,8 @@ func TestAdoptRareRules(t *testing.T) {
 func TestBroadcastsAreShared(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
-	several := func(name, group string, at ...int) Rule {
-		rule := Rule{Name: name, In: input(n.in, group, "", 5000)}
+	several := func(name, group string, at ...int) flow.Flow {
+		rule := flow.Flow{Name: name, In: input(n.in, group, "", 5000)}
 		for i, o := range at {
 			rule.Out = append(rule.Out, output(n.out[o], fmt.Sprint("239.5.5.", i), "10.1.0.1", 6000))
 		}
@@ -486,7 +486,7 @@ func TestBroadcastsAreShared(t *testing.T) {
 	if got := broadcasts(); len(got) != 2 || len(r.l.broadcasts) != 2 {
 		t.Fatalf("%d devmaps and %d broadcasts, want 2", len(got), len(r.l.broadcasts))
 	}
-	for _, rule := range []Rule{a, b, c} {
+	for _, rule := range []flow.Flow{a, b, c} {
 		frame := sourceFrame(n, rule.In.Group.String(), 5000, []byte("payload"))
 		sent := frame.Build()
 		got := r.run(t, n.in.Index, sent, len(sent))
@@ -513,8 +513,8 @@ func TestBroadcastsAreShared(t *testing.T) {
 func TestOwnAddresses(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
-	rule := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
-	rule6 := Rule{Name: "cam6", In: input(n.in, "ff3e::1", "", 5000), Out: []Output{output(n.out[0], "ff3e::2", "fd00::1", 6000)}}
+	rule := flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	rule6 := flow.Flow{Name: "cam6", In: input(n.in, "ff3e::1", "", 5000), Out: []flow.Output{output(n.out[0], "ff3e::2", "fd00::1", 6000)}}
 	sync1(t, r.l, rule, rule6)
 	verdict := func(src string) uint32 {
 		frame := sourceFrame(n, "239.1.1.1", 5000, nil)
@@ -559,7 +559,7 @@ func TestSocketRowsAreUsedAgain(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
 	for i := range 200 {
-		rule := Rule{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Path: PathAFXDP, Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+		rule := flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Path: flow.PathAFXDP, Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 		rule.In.Index = 1000 + i
 		sync1(t, r.l, rule)
 		if len(r.l.sockets) != 1 {

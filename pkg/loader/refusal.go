@@ -1,5 +1,7 @@
 package loader
 
+import "xdpcast/pkg/flow"
+
 import "slices"
 
 // Refusal is an output interface that has refused what the kernel path gave it: the driver
@@ -64,7 +66,7 @@ func (l *Loader) readTaken(asked map[int]bool) (t taken, err error) {
 	}
 	var names []string
 	for name, e := range l.rules {
-		if e.rule.Path == PathKernel && slices.ContainsFunc(e.rule.Out, func(o Output) bool { return asked[o.Index] }) {
+		if e.rule.Path == flow.PathKernel && slices.ContainsFunc(e.rule.Out, func(o flow.Output) bool { return asked[o.Index] }) {
 			names = append(names, name)
 		}
 	}

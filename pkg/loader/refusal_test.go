@@ -7,6 +7,7 @@ import (
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 )
 
 func TestRefusals(t *testing.T) {
@@ -97,8 +98,8 @@ func TestRefusalsOfDevice(t *testing.T) {
 	mute, fine := n.out[0], n.out[1]
 	labtest.Do(t, n.sinks[0], func() error { return lab.SetGRO("eth0", false) })
 	sync1(t, l,
-		Rule{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(mute, "239.2.2.1", "10.1.0.1", 6000)}},
-		Rule{Name: "several", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{output(mute, "239.2.2.2", "10.1.0.1", 6000), output(fine, "239.2.2.3", "10.1.1.1", 6000)}},
+		flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(mute, "239.2.2.1", "10.1.0.1", 6000)}},
+		flow.Flow{Name: "several", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{output(mute, "239.2.2.2", "10.1.0.1", 6000), output(fine, "239.2.2.3", "10.1.1.1", 6000)}},
 	)
 	indexes := []int{mute.Index, fine.Index}
 	source, sink := labtest.NewTap(t, n.source, "eth0"), labtest.NewTap(t, n.sinks[1], "eth0")

@@ -7,22 +7,6 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// The resolved flows that a Loader brings into force are those of package flow.
-type (
-	Rule   = flow.Flow
-	Input  = flow.Input
-	Output = flow.Output
-	Rate   = flow.Rate
-	Path   = flow.Path
-)
-
-// The paths.
-const (
-	PathKernel = flow.PathKernel
-	PathAFXDP  = flow.PathAFXDP
-	PathFanout = flow.PathFanout
-)
-
 // Used returns the indexes of all interfaces that the rules in force name.
 func (l *Loader) Used() []int {
 	used := map[int]bool{}
@@ -38,8 +22,8 @@ func (l *Loader) Used() []int {
 }
 
 // InForce returns the names of the rules in force, with their paths.
-func (l *Loader) InForce() map[string]Path {
-	all := make(map[string]Path, len(l.rules))
+func (l *Loader) InForce() map[string]flow.Path {
+	all := make(map[string]flow.Path, len(l.rules))
 	for name, e := range l.rules {
 		all[name] = e.rule.Path
 	}
@@ -61,8 +45,8 @@ func (l *Loader) FirstOutput(name string) (uint32, bool) {
 }
 
 // Rules returns the names and resolved forms of the rules in force, unordered.
-func (l *Loader) Rules() []Rule {
-	all := make([]Rule, 0, len(l.rules))
+func (l *Loader) Rules() []flow.Flow {
+	all := make([]flow.Flow, 0, len(l.rules))
 	for _, e := range l.rules {
 		all = append(all, *e.rule)
 	}

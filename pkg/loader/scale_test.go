@@ -4,14 +4,16 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+
+	"xdpcast/pkg/flow"
 )
 
 // manyRules makes rules with distinct groups, each with so many outputs.
-func manyRules(n *testLab, count, outputs int) []Rule {
-	rules := make([]Rule, count)
+func manyRules(n *testLab, count, outputs int) []flow.Flow {
+	rules := make([]flow.Flow, count)
 	for i := range rules {
 		group := netip.AddrFrom4([4]byte{239, byte(i >> 16), byte(i >> 8), byte(i)})
-		rules[i] = Rule{Name: fmt.Sprint("rule", i), In: input(n.in, group.String(), "", 5000)}
+		rules[i] = flow.Flow{Name: fmt.Sprint("rule", i), In: input(n.in, group.String(), "", 5000)}
 		for slot := range outputs {
 			rules[i].Out = append(rules[i].Out, output(n.out[slot%len(n.out)], group.String(), "10.1.0.1", 6000))
 		}

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"xdpcast/pkg/flow"
 )
 
 // The relay program takes all frames that another tool made (pkg/packet/testdata/frames.py),
@@ -13,10 +15,10 @@ import (
 func TestRelayProgramScapy(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
-	rule := func(name, group, to, from string, outer, vlan uint16) Rule {
+	rule := func(name, group, to, from string, outer, vlan uint16) flow.Flow {
 		in := input(n.in, group, "", 5000)
 		in.OuterVLAN, in.VLAN = outer, vlan
-		return Rule{Name: name, In: in, Out: []Output{output(n.out[0], to, from, 6000)}}
+		return flow.Flow{Name: name, In: in, Out: []flow.Output{output(n.out[0], to, from, 6000)}}
 	}
 	sync1(t, r.l,
 		rule("six", "ff3e::1", "ff3e::2", "fd00::1", 0, 0), rule("six tagged", "ff3e::1", "ff3e::2", "fd00::1", 10, 100),

@@ -17,7 +17,7 @@ import (
 
 // sourceFlows are the entries of rules with BySource.
 func sourceFlows(entries []*entry) (flows []flowEntry) {
-	groups := map[Input][]*entry{} // by everything but the sources
+	groups := map[flow.Input][]*entry{} // by everything but the sources
 	for _, e := range entries {
 		for in := range e.rule.In.EveryPort() {
 			groups[in.AnySource()] = append(groups[in.AnySource()], e)
@@ -67,7 +67,7 @@ func gather(flows []flowEntry) []flowEntry {
 	}
 	var all []flowEntry
 	rules := map[uint32][]flowEntry{}
-	sources := map[Input][]flowEntry{} // entries of prefixes of sources, by everything else
+	sources := map[flow.Input][]flowEntry{} // entries of prefixes of sources, by everything else
 	for _, f := range flows {
 		if f.in.BySource {
 			sources[f.in.AnySource()] = append(sources[f.in.AnySource()], f)
@@ -98,8 +98,8 @@ func sortedKeys[V any](m map[uint32]V) []uint32 {
 }
 
 // gatherRule is gather for the entries of one rule.
-func gatherRule(flows []flowEntry, sources map[Input][]flowEntry) []flowEntry {
-	withoutPort := func(in Input) Input {
+func gatherRule(flows []flowEntry, sources map[flow.Input][]flowEntry) []flowEntry {
+	withoutPort := func(in flow.Input) flow.Input {
 		if in.BySource {
 			in.Source, in.SourceLen = netip.Addr{}, 0
 		}
@@ -145,7 +145,7 @@ func gatherRule(flows []flowEntry, sources map[Input][]flowEntry) []flowEntry {
 // excepted are the sources that a rule leaves out, as far as the entries tell: those of
 // its prefix that go to a shorter prefix's rule, or to none. What a longer prefix's rule
 // takes may have been left out besides, and need not be.
-func excepted(f flowEntry, sources map[Input][]flowEntry) (except []netip.Prefix) {
+func excepted(f flowEntry, sources map[flow.Input][]flowEntry) (except []netip.Prefix) {
 	own := f.in.Senders()
 	at := f.in
 	at.PortTo = 0

@@ -11,15 +11,15 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-func rule1(in Input, out Output, except ...string) Rule {
-	r := Rule{Name: "r", In: in, Out: []Output{out}}
+func rule1(in flow.Input, out flow.Output, except ...string) flow.Flow {
+	r := flow.Flow{Name: "r", In: in, Out: []flow.Output{out}}
 	for _, e := range except {
 		r.Except = append(r.Except, netip.MustParsePrefix(e))
 	}
 	return r
 }
 
-func sourced(in Input, prefix string) Input {
+func sourced(in flow.Input, prefix string) flow.Input {
 	in.BySource, in.Source = true, netip.Addr{}
 	if prefix != "" {
 		p := netip.MustParsePrefix(prefix)
@@ -42,7 +42,7 @@ func TestSourcePrefixes(t *testing.T) {
 	n, r := programLab(t, 1)
 	in := input(n.in, "239.1.1.1", "", 5000)
 	out := output(n.out[0], "239.2.2.2", "10.9.9.9", 6000)
-	named := func(name string, r Rule) Rule { r.Name = name; return r }
+	named := func(name string, r flow.Flow) flow.Flow { r.Name = name; return r }
 	anyPort := in
 	anyPort.Port = 0
 	one := in
@@ -98,7 +98,7 @@ func TestPortRange(t *testing.T) {
 	}
 	// Another rule for one of the ports is not to be had.
 	other := input(n.in, "239.1.1.1", "", 5005)
-	if err := r.l.Sync(pointers([]Rule{rule1(in, out), {Name: "o", In: other, Out: []Output{output(n.out[0], "239.2.2.3", "10.9.9.9", 1)}}})); err == nil {
+	if err := r.l.Sync(pointers([]flow.Flow{rule1(in, out), {Name: "o", In: other, Out: []flow.Output{output(n.out[0], "239.2.2.3", "10.9.9.9", 1)}}})); err == nil {
 		t.Error("a port of a range has two rules")
 	}
 }
@@ -193,10 +193,10 @@ func TestSourceFlows(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	for range 2000 {
 		var entries []*entry
-		taken := map[Input]bool{}
+		taken := map[flow.Input]bool{}
 		for id := range uint32(1 + random.IntN(5)) {
 			addr := func() netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, byte(random.IntN(16))}) }
-			r := Rule{In: Input{Index: 1, Group: netip.MustParseAddr("239.1.1.1"), BySource: true}, Out: make([]Output, 1)}
+			r := flow.Flow{In: flow.Input{Index: 1, Group: netip.MustParseAddr("239.1.1.1"), BySource: true}, Out: make([]flow.Output, 1)}
 			if random.IntN(4) > 0 {
 				r.In.SourceLen = 28 + random.IntN(4)
 				r.In.Source = netip.PrefixFrom(addr(), r.In.SourceLen).Masked().Addr()
@@ -242,7 +242,7 @@ func FuzzSourceKeys(f *testing.F) {
 	f.Add(uint32(1), uint16(5000), []byte{239, 1, 1, 1}, []byte{10, 0, 0, 0}, uint8(8), uint16(0))
 	f.Add(uint32(1), uint16(0), make([]byte, 16), make([]byte, 16), uint8(0), uint16(7))
 	f.Fuzz(func(t *testing.T, index uint32, port uint16, group, source []byte, length uint8, vlan uint16) {
-		in := Input{Index: int(index), Port: port, VLAN: vlan, BySource: true, SourceLen: int(length)}
+		in := flow.Input{Index: int(index), Port: port, VLAN: vlan, BySource: true, SourceLen: int(length)}
 		var ok bool
 		if in.Group, ok = netip.AddrFromSlice(group); !ok || in.Group.Is4In6() || int(length) > in.Group.BitLen() {
 			t.Skip("no group")
@@ -250,7 +250,7 @@ func FuzzSourceKeys(f *testing.F) {
 		if in.Source, ok = netip.AddrFromSlice(source); !ok || in.Source.BitLen() != in.Group.BitLen() {
 			t.Skip("no source")
 		}
-		var got Input
+		var got flow.Input
 		switch key := encodeKey(in).(type) {
 		case *bpf.RelayPrefix4:
 			got = decodePrefix4(key)

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // shortcuts mirrors the map shortcuts, where the relay program finds most rules without
@@ -48,7 +49,7 @@ const (
 )
 
 // slotsOf returns the two candidate slots of an input with a port.
-func (s *shortcuts) slotsOf(in Input) (first, second uint32) {
+func (s *shortcuts) slotsOf(in flow.Input) (first, second uint32) {
 	var group uint64
 	if in.Group.Is4() {
 		b := in.Group.As4()
@@ -150,7 +151,7 @@ func (l *Loader) openShortcuts() error {
 // shortcutRules returns which rules may have a slot: those of one group and one port
 // that no more specific rule can take packets from.
 func (l *Loader) shortcutRules() func(*entry) bool {
-	sourced := map[Input]bool{}
+	sourced := map[flow.Input]bool{}
 	for _, e := range l.rules {
 		if e.rule.In.Source.IsValid() || e.rule.In.BySource {
 			for in := range e.rule.In.EveryPort() {

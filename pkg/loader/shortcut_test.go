@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -36,7 +37,7 @@ func shortcutsOf(t testing.TB, m *mapSet) map[uint32]bpf.RelayShortcut {
 	return found
 }
 
-func shortcutInput(s *bpf.RelayShortcut) Input {
+func shortcutInput(s *bpf.RelayShortcut) flow.Input {
 	if s.Family == 4 {
 		return decodeKey4(&bpf.RelayFlow4{Ifindex: s.Ifindex, Vlan: s.Vlan, OuterVlan: s.OuterVlan, Port: s.Port, Group: s.Group, Source: s.Source})
 	}
@@ -63,7 +64,7 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inForce, sourced := map[Input]bpf.RelayFlow{}, map[Input]bool{}
+	inForce, sourced := map[flow.Input]bpf.RelayFlow{}, map[flow.Input]bool{}
 	for _, f := range flows {
 		inForce[f.in.Key()] = f.value
 		if in := f.in.Key(); in.Source.IsValid() {
@@ -84,7 +85,7 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 
 // shortcutCases are rules for which there is a shortcut, with frames that take it.
 func shortcutCases(n *testLab) map[string]struct {
-	rule  Rule
+	rule  flow.Flow
 	frame []byte
 } {
 	frame := func(src, dst string, vlans ...uint16) []byte {
@@ -95,9 +96,11 @@ func shortcutCases(n *testLab) map[string]struct {
 	tagged := input(n.in, "239.1.1.3", "", 5000)
 	tagged.VLAN, tagged.OuterVLAN = 7, 9
 	out4, out6 := output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[0], "ff3e::2", "fd00::1", 6000)
-	rule := func(name string, in Input, out ...Output) Rule { return Rule{Name: name, In: in, Out: out} }
+	rule := func(name string, in flow.Input, out ...flow.Output) flow.Flow {
+		return flow.Flow{Name: name, In: in, Out: out}
+	}
 	type c = struct {
-		rule  Rule
+		rule  flow.Flow
 		frame []byte
 	}
 	return map[string]c{
@@ -116,7 +119,7 @@ func TestShortcutsAreTaken(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
 	cases := shortcutCases(n)
-	var rules []Rule
+	var rules []flow.Flow
 	for _, c := range cases {
 		rules = append(rules, c.rule)
 	}
@@ -167,8 +170,8 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
 	l := open(t, stateOptions(t))
-	rule := func(name, source string, port uint16) Rule {
-		return Rule{Name: name, In: input(n.in, "239.1.1.1", source, port), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	rule := func(name, source string, port uint16) flow.Flow {
+		return flow.Flow{Name: name, In: input(n.in, "239.1.1.1", source, port), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	}
 	prefix := rule("prefix", "", 5000)
 	prefix.In.Group, prefix.In.Len = netip.MustParseAddr("239.1.0.0"), 16
@@ -177,14 +180,14 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 	anySource, s1, s2, anyPort, other := rule("any", "", 5000), rule("s1", "192.168.7.7", 5000), rule("s2", "192.168.7.9", 5000), rule("port", "", 0), rule("other", "192.168.7.7", 5001)
 	for _, c := range []struct {
 		name  string
-		rules []Rule
+		rules []flow.Flow
 		want  string
 	}{
-		{"any source", []Rule{anySource, prefix, anyPort, other, elsewhere}, "any elsewhere other"},
-		{"a source beside it", []Rule{anySource, s1, prefix}, "s1"},
-		{"more sources than slots", []Rule{anySource, s1, s2}, "s1 s2"},
-		{"sources alone", []Rule{s1, s2, anyPort}, "s1 s2"},
-		{"any source again", []Rule{anySource}, "any"},
+		{"any source", []flow.Flow{anySource, prefix, anyPort, other, elsewhere}, "any elsewhere other"},
+		{"a source beside it", []flow.Flow{anySource, s1, prefix}, "s1"},
+		{"more sources than slots", []flow.Flow{anySource, s1, s2}, "s1 s2"},
+		{"sources alone", []flow.Flow{s1, s2, anyPort}, "s1 s2"},
+		{"any source again", []flow.Flow{anySource}, "any"},
 		{"none", nil, ""},
 	} {
 		sync1(t, l, c.rules...)
@@ -220,7 +223,7 @@ func TestShortcutPlaces(t *testing.T) {
 		if i%2 == 1 {
 			group = netip.MustParseAddr(fmt.Sprintf("ff3e::%x", i))
 		}
-		entries = append(entries, &entry{rule: &Rule{In: Input{Index: 2 + i%3, Group: group, Port: uint16(5000 + i%2)}}})
+		entries = append(entries, &entry{rule: &flow.Flow{In: flow.Input{Index: 2 + i%3, Group: group, Port: uint16(5000 + i%2)}}})
 	}
 	for _, e := range entries {
 		s.put(e, map[uint32]bool{})
@@ -337,14 +340,14 @@ func TestShortcutsThatFail(t *testing.T) {
 
 	// A change that fails leaves them as they were.
 	nowhere := cases["VLANs"].rule
-	nowhere.Out = []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}
+	nowhere.Out = []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}
 	nowhere.Out[0].Index = 9999
-	if err := r.l.Sync(pointers([]Rule{b.rule, nowhere})); err == nil {
+	if err := r.l.Sync(pointers([]flow.Flow{b.rule, nowhere})); err == nil {
 		t.Fatal("an interface that is not there is accepted")
 	}
 	table := r.l.tables[exact4]
 	r.l.tables[exact4] = r.l.tables[prefixes4]
-	err = r.l.Sync(pointers([]Rule{a.rule, b.rule}))
+	err = r.l.Sync(pointers([]flow.Flow{a.rule, b.rule}))
 	r.l.tables[exact4] = table
 	if refused := (*RuleError)(nil); err == nil || errors.As(err, &refused) {
 		t.Fatalf("the flow table cannot be written: %v", err)
@@ -363,7 +366,7 @@ func TestShortcutsAreNotLost(t *testing.T) {
 		s := newShortcuts(1<<(1+random.IntN(5)), true)
 		placed := map[*entry]bool{}
 		for i := range 2 * len(s.slots) {
-			e := &entry{rule: &Rule{In: Input{Index: 2, Group: netip.AddrFrom4([4]byte{239, byte(seed), byte(i >> 8), byte(i)}), Port: uint16(1 + random.IntN(3))}}}
+			e := &entry{rule: &flow.Flow{In: flow.Input{Index: 2, Group: netip.AddrFrom4([4]byte{239, byte(seed), byte(i >> 8), byte(i)}), Port: uint16(1 + random.IntN(3))}}}
 			before := slices.Clone(s.slots)
 			changed := map[uint32]bool{}
 			s.put(e, changed)

@@ -7,6 +7,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // socketRow is the row of the map xsks for the first queue of an interface. It stays
@@ -67,7 +68,7 @@ func (l *Loader) forgetSockets() {
 	}
 	used := map[int]bool{}
 	for _, e := range l.rules {
-		if e.rule.Path == PathAFXDP {
+		if e.rule.Path == flow.PathAFXDP {
 			used[e.rule.In.Index] = true
 		}
 	}
@@ -83,7 +84,7 @@ func (l *Loader) forgetSockets() {
 func (l *Loader) adoptSockets() error {
 	inUse := map[uint32]bool{}
 	for _, e := range l.rules {
-		if e.rule.Path != PathAFXDP {
+		if e.rule.Path != flow.PathAFXDP {
 			continue
 		}
 		index := e.rule.In.Index

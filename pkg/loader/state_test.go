@@ -18,6 +18,7 @@ import (
 
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -231,15 +232,15 @@ func (ids kernelIDs) gone() bool {
 
 // someRules are rules of every kind: one output, several, several on one interface,
 // one that is not ready, source-specific, IPv6.
-func someRules(n *testLab) []Rule {
+func someRules(n *testLab) []flow.Flow {
 	waiting := output(n.out[0], "239.2.2.9", "10.1.0.1", 6000)
 	waiting.Ready = false
-	return []Rule{
-		{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}},
-		{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)}},
-		{Name: "same", In: input(n.in, "239.1.1.3", "192.168.7.7", 5000), Out: []Output{output(n.out[1], "239.2.2.4", "10.1.1.1", 6000), output(n.out[1], "239.2.2.5", "10.1.1.1", 6001), waiting}},
-		{Name: "waiting", In: input(n.in, "239.1.1.4", "", 5000), Out: []Output{waiting}},
-		{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []Output{output(n.out[0], "ff3e::2", "fd00::1", 6000)}},
+	return []flow.Flow{
+		{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}},
+		{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)}},
+		{Name: "same", In: input(n.in, "239.1.1.3", "192.168.7.7", 5000), Out: []flow.Output{output(n.out[1], "239.2.2.4", "10.1.1.1", 6000), output(n.out[1], "239.2.2.5", "10.1.1.1", 6001), waiting}},
+		{Name: "waiting", In: input(n.in, "239.1.1.4", "", 5000), Out: []flow.Output{waiting}},
+		{Name: "six", In: input(n.in, "ff3e::1", "", 5000), Out: []flow.Output{output(n.out[0], "ff3e::2", "fd00::1", 6000)}},
 	}
 }
 

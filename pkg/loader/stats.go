@@ -158,7 +158,7 @@ type RuleStats struct {
 
 // OutputStats is what became of one output's copies.
 type OutputStats struct {
-	Rule  Output
+	Rule  flow.Output
 	Sent  Counter // handed to the device
 	Drops map[Reason]Counter
 }
@@ -256,12 +256,12 @@ func OpenReader(pinDir string) (_ *Reader, err error) {
 func (r *Reader) Close() error { return errors.Join(r.maps.Close(), r.tables.Close()) }
 
 // Rules reads the rules in force.
-func (r *Reader) Rules() ([]Rule, error) {
+func (r *Reader) Rules() ([]flow.Flow, error) {
 	entries, err := r.entries()
 	if err != nil {
 		return nil, err
 	}
-	rules := make([]Rule, 0, len(entries))
+	rules := make([]flow.Flow, 0, len(entries))
 	for _, e := range entries {
 		rules = append(rules, *e.rule)
 	}

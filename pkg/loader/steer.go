@@ -8,6 +8,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // cpuQueue is how many frames may wait for a CPU. At a million frames a second they
@@ -35,9 +36,9 @@ func (l *Loader) SetSteering(cpus []int) error {
 
 // steer makes the queues to the CPUs while a rule needs them: each is a thread of the
 // kernel's.
-func (l *Loader) steer(rules []*Rule) {
+func (l *Loader) steer(rules []*flow.Flow) {
 	var want []int
-	if slices.ContainsFunc(rules, func(r *Rule) bool { return r.Steered }) {
+	if slices.ContainsFunc(rules, func(r *flow.Flow) bool { return r.Steered }) {
 		want = l.steerTo
 	}
 	if l.steeringKnown && slices.Equal(want, l.steering) {

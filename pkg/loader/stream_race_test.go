@@ -15,6 +15,7 @@ import (
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/streamtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
@@ -159,7 +160,7 @@ func race(t *testing.T, broken bool, numbers int64, most time.Duration) (r raced
 		}
 		r.numbers = max(r.numbers, uint64(at))
 		r.passed += state.Legs[leg].Won
-		for reason, c := range statsOf(t, l, legs(n, "race", settings, Output{}, legGroups[:2]...)[leg].Name).Drops {
+		for reason, c := range statsOf(t, l, legs(n, "race", settings, flow.Output{}, legGroups[:2]...)[leg].Name).Drops {
 			if reason != Duplicate {
 				r.others += c.Packets
 			}

@@ -11,13 +11,14 @@ import (
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/streamtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
 // legs are the flows of a stream: two on one interface, or on several.
-func legs(n *testLab, name string, settings packet.Stream, out Output, groups ...string) (rules []Rule) {
+func legs(n *testLab, name string, settings packet.Stream, out flow.Output, groups ...string) (rules []flow.Flow) {
 	for i, group := range groups {
-		r := Rule{Name: fmt.Sprintf("%s%%%d", name, i), In: input(n.in, group, "", 5000), Out: []Output{out}}
+		r := flow.Flow{Name: fmt.Sprintf("%s%%%d", name, i), In: input(n.in, group, "", 5000), Out: []flow.Output{out}}
 		r.Leg.Of, r.Leg.Number, r.Leg.Settings = name, i, settings
 		rules = append(rules, r)
 	}
@@ -28,7 +29,7 @@ func legs(n *testLab, name string, settings packet.Stream, out Output, groups ..
 type streamLab struct {
 	*runner
 	n     *testLab
-	out   Output
+	out   flow.Output
 	twin  *packet.StreamState
 	name  string
 	steps int

@@ -9,13 +9,14 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // entry is a rule as it is in the kernel.
 type entry struct {
-	rule       *Rule  // never changed; Sync's caller may hold it, too
-	id         uint32 // index of rules and rule_stats
-	first      uint32 // first output
+	rule       *flow.Flow // never changed; Sync's caller may hold it, too
+	id         uint32     // index of rules and rule_stats
+	first      uint32     // first output
 	firstStats uint32
 	row        uint32 // row of devices, with one output
 	sockets    uint32 // row of xsks, with PathAFXDP
@@ -49,7 +50,7 @@ type transaction struct {
 //
 // Interfaces are not attached here: see Attach. Errors to match: *RuleError,
 // ErrFull.
-func (l *Loader) Sync(want []*Rule) (err error) {
+func (l *Loader) Sync(want []*flow.Flow) (err error) {
 	s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
 	if err := s.plan(want); err != nil {
 		return err
@@ -98,9 +99,9 @@ func (l *Loader) Sync(want []*Rule) (err error) {
 }
 
 // plan compares want with what is there. Additions come in the order of want.
-func (s *transaction) plan(want []*Rule) error {
+func (s *transaction) plan(want []*flow.Flow) error {
 	wanted := make(map[string]bool, len(want))
-	inputs := make(map[Input]string, len(want))
+	inputs := make(map[flow.Input]string, len(want))
 	for _, r := range want {
 		if normal := r.Normalized(); !normal.Equal(*r) {
 			other := normal
@@ -167,7 +168,7 @@ func (s *transaction) stage(c change) error {
 		stats := e.firstStats + uint32(slot)
 		s.staged.outputs.add(e.first+uint32(slot), encodeOutput(o, stats, s.outputPolicer(stats)))
 	}
-	if e.rule.Path == PathAFXDP {
+	if e.rule.Path == flow.PathAFXDP {
 		var err error
 		if e.sockets, err = s.socketRow(e.rule.In.Index); err != nil {
 			return err
@@ -195,8 +196,8 @@ func (l *Loader) outputPolicer(stats uint32) uint32 { return l.maps.Rules.MaxEnt
 // stagePolicers fills the buckets of a rule's rates. One whose rate stays goes on as
 // it is.
 func (s *transaction) stagePolicers(c change) {
-	stage := func(index uint32, old, rate Rate) {
-		if rate == (Rate{}) || c.continues && old == rate {
+	stage := func(index uint32, old, rate flow.Rate) {
+		if rate == (flow.Rate{}) || c.continues && old == rate {
 			return
 		}
 		s.staged.policers.add(index, encodePolicer(rate))
@@ -205,13 +206,13 @@ func (s *transaction) stagePolicers(c change) {
 			s.onFailure(func() error { return s.maps.Policers.Put(index, &before) })
 		}
 	}
-	old := &Rule{}
+	old := &flow.Flow{}
 	if c.continues {
 		old = c.old.rule
 	}
 	stage(c.new.id, old.Rate, c.new.rule.Rate)
 	for slot, o := range c.new.rule.Out {
-		var before Rate
+		var before flow.Rate
 		if c.continues {
 			before = old.Out[slot].Rate
 		}
@@ -340,9 +341,9 @@ func (s *transaction) publish() error {
 // lookupCount counts the rules in force by the lookup kind that finds them.
 type lookupCount map[lookups]int
 
-func (c lookupCount) add(in Input) { c[lookupOf(in)]++ }
+func (c lookupCount) add(in flow.Input) { c[lookupOf(in)]++ }
 
-func (c lookupCount) remove(in Input) {
+func (c lookupCount) remove(in flow.Input) {
 	kind := lookupOf(in)
 	if c[kind]--; c[kind] == 0 {
 		delete(c, kind)
@@ -371,7 +372,7 @@ func (s *transaction) isSingle() bool {
 	return c.new == nil || len(s.rules)+s.extra < int(s.tableOf(c.new.rule.In).MaxEntries())
 }
 
-func (l *Loader) tableOf(in Input) *ebpf.Map { return l.tables[kindOf(in)] }
+func (l *Loader) tableOf(in flow.Input) *ebpf.Map { return l.tables[kindOf(in)] }
 
 func (s *transaction) publishOne(c change) error {
 	if c.new == nil {
@@ -429,7 +430,7 @@ func (s *transaction) publishTables() (err error) {
 
 // leaving lists the flow entries of a table whose inputs no rule has any more.
 func (s *transaction) leaving(kind tableKind) (flows []flowEntry) {
-	kept := map[Input]bool{}
+	kept := map[flow.Input]bool{}
 	for _, c := range s.changes {
 		if c.new != nil {
 			for in := range c.new.rule.In.Key().EveryPort() {

@@ -18,17 +18,18 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
-func rulesOf(l *Loader) []Rule {
+func rulesOf(l *Loader) []flow.Flow {
 	rules := l.Rules()
-	slices.SortFunc(rules, func(a, b Rule) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(rules, func(a, b flow.Flow) int { return strings.Compare(a.Name, b.Name) })
 	return rules
 }
 
 // inKernel reads the rules back, as another process sees them.
-func inKernel(t testing.TB, l *Loader) []Rule {
+func inKernel(t testing.TB, l *Loader) []flow.Flow {
 	t.Helper()
 	r, err := OpenReader(l.opts.PinDir)
 	if err != nil {
@@ -39,22 +40,22 @@ func inKernel(t testing.TB, l *Loader) []Rule {
 	if err != nil {
 		t.Fatal(err)
 	}
-	slices.SortFunc(rules, func(a, b Rule) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(rules, func(a, b flow.Flow) int { return strings.Compare(a.Name, b.Name) })
 	return rules
 }
 
-func sorted(rules []Rule) []Rule {
+func sorted(rules []flow.Flow) []flow.Flow {
 	rules = normalized(rules)
-	slices.SortFunc(rules, func(a, b Rule) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(rules, func(a, b flow.Flow) int { return strings.Compare(a.Name, b.Name) })
 	return rules
 }
 
 // sameRules compares rules. Of senders that are left out, the flow tables hold what becomes of
 // their packets: where another rule takes some of them, one set of prefixes is as good as
 // another, so that the answers are compared.
-func sameRules(t testing.TB, what string, want, got []Rule) {
+func sameRules(t testing.TB, what string, want, got []flow.Flow) {
 	t.Helper()
-	text := func(rules []Rule) string {
+	text := func(rules []flow.Flow) string {
 		rules = slices.Clone(rules)
 		for i := range rules {
 			rules[i].Except = nil
@@ -75,7 +76,7 @@ func sameRules(t testing.TB, what string, want, got []Rule) {
 
 // takerOf names the rule that takes the senders of a prefix, of those with an input but for its
 // sources.
-func takerOf(rules []Rule, in Input, senders netip.Prefix) (name string) {
+func takerOf(rules []flow.Flow, in flow.Input, senders netip.Prefix) (name string) {
 	length := -1
 	for i := range rules {
 		r := &rules[i]
@@ -94,19 +95,19 @@ func TestSyncRandomSets(t *testing.T) {
 	l := open(t, stateOptions(t))
 	attachAll(t, l, append(n.out, n.in)...)
 	w := newWorld(7, n)
-	var rules []Rule
+	var rules []flow.Flow
 	for step := range 30 {
 		switch w.IntN(6) {
 		case 0: // all others
 			rules = w.rules(step)
 		case 1: // some more; inputs that are taken are left out
 			for _, r := range w.rules(step) {
-				if !slices.ContainsFunc(rules, func(o Rule) bool { return o.In.Key() == r.In.Key() }) {
+				if !slices.ContainsFunc(rules, func(o flow.Flow) bool { return o.In.Key() == r.In.Key() }) {
 					rules = append(rules, r)
 				}
 			}
 		case 2: // some fewer
-			rules = slices.DeleteFunc(rules, func(Rule) bool { return w.chance(40) })
+			rules = slices.DeleteFunc(rules, func(flow.Flow) bool { return w.chance(40) })
 		case 3: // outputs change
 			for i := range rules {
 				if w.chance(30) {
@@ -154,76 +155,76 @@ func TestSyncRefusals(t *testing.T) {
 	sync1(t, l, rules...)
 	before := dump(t, l)
 	out := output(n.out[0], "239.3.3.3", "10.1.0.1", 7000)
-	extra := func(edit func(r *Rule)) []Rule {
-		r := Rule{Name: "extra", In: input(n.in, "239.1.1.9", "", 5000), Out: []Output{out}}
+	extra := func(edit func(r *flow.Flow)) []flow.Flow {
+		r := flow.Flow{Name: "extra", In: input(n.in, "239.1.1.9", "", 5000), Out: []flow.Output{out}}
 		edit(&r)
 		return append(slices.Clone(rules), r)
 	}
-	edit := func(change func(o *Output)) func(r *Rule) { return func(r *Rule) { change(&r.Out[0]) } }
+	edit := func(change func(o *flow.Output)) func(r *flow.Flow) { return func(r *flow.Flow) { change(&r.Out[0]) } }
 	nowhere := out
 	nowhere.Index = 9999
 	for _, c := range []struct {
 		name string
-		want []Rule
+		want []flow.Flow
 		is   error
 		says string
 	}{
-		{"too many rules", func() []Rule {
-			all := extra(func(*Rule) {})
+		{"too many rules", func() []flow.Flow {
+			all := extra(func(*flow.Flow) {})
 			for i := range uint16(3) {
-				all = append(all, Rule{Name: fmt.Sprint("more", i), In: input(n.in, "239.1.1.8", "", i), Out: []Output{out}})
+				all = append(all, flow.Flow{Name: fmt.Sprint("more", i), In: input(n.in, "239.1.1.8", "", i), Out: []flow.Output{out}})
 			}
 			return all
 		}(), ErrFull, "rule more2"},
-		{"too many outputs", extra(func(r *Rule) { r.Out = slices.Repeat(r.Out, 5) }), ErrFull, "rule extra"},
-		{"no such interface", extra(func(r *Rule) { r.Out = []Output{nowhere} }), nil, "index 9999"},
-		{"no such interface, second of several", extra(func(r *Rule) { r.Out = []Output{out, nowhere} }), nil, "index 9999"},
-		{"no such interface, and everything else changes", func() []Rule {
-			all := extra(func(r *Rule) { r.Out = []Output{nowhere} })
+		{"too many outputs", extra(func(r *flow.Flow) { r.Out = slices.Repeat(r.Out, 5) }), ErrFull, "rule extra"},
+		{"no such interface", extra(func(r *flow.Flow) { r.Out = []flow.Output{nowhere} }), nil, "index 9999"},
+		{"no such interface, second of several", extra(func(r *flow.Flow) { r.Out = []flow.Output{out, nowhere} }), nil, "index 9999"},
+		{"no such interface, and everything else changes", func() []flow.Flow {
+			all := extra(func(r *flow.Flow) { r.Out = []flow.Output{nowhere} })
 			all[0].In.Port, all[1].Out = 9, all[1].Out[:1]
 			return slices.Delete(all, 2, 3)
 		}(), nil, "index 9999"},
-		{"name used twice", extra(func(r *Rule) { r.Name = "one" }), nil, "name is used twice"},
-		{"input used twice", extra(func(r *Rule) { r.In = rules[0].In }), nil, "same input as rule one"},
-		{"no name", extra(func(r *Rule) { r.Name = "" }), nil, "name"},
-		{"name too long", extra(func(r *Rule) { r.Name = strings.Repeat("x", 80) }), nil, "79"},
-		{"NUL in the name", extra(func(r *Rule) { r.Name = "a\x00b" }), nil, "NUL"},
-		{"no outputs", extra(func(r *Rule) { r.Out = nil }), nil, "0 outputs"},
-		{"65 outputs", extra(func(r *Rule) { r.Out = slices.Repeat(r.Out, 65) }), nil, "65 outputs"},
-		{"no input interface", extra(func(r *Rule) { r.In.Index = 0 }), nil, "interface index 0"},
-		{"no group", extra(func(r *Rule) { r.In.Group = netip.Addr{} }), nil, "input address"},
-		{"IPv4 in IPv6", extra(func(r *Rule) { r.In.Group = netip.MustParseAddr("::ffff:239.1.1.1") }), nil, "input address"},
-		{"zone", extra(func(r *Rule) { r.In.Group = netip.MustParseAddr("ff02::1%in") }), nil, "zone"},
-		{"source of another family", extra(func(r *Rule) { r.In.Source = netip.MustParseAddr("fd00::1") }), nil, "source"},
-		{"source that is any", extra(func(r *Rule) { r.In.Source = netip.MustParseAddr("0.0.0.0") }), nil, "source"},
-		{"output of another family", extra(func(r *Rule) { r.Out = []Output{output(n.out[0], "ff3e::1", "fd00::1", 1)} }), nil, "another family"},
-		{"output without an address", extra(func(r *Rule) { r.Out = []Output{{}} }), nil, "another family"},
-		{"output source of another family", extra(func(r *Rule) { r.Out = []Output{output(n.out[0], "239.1.1.1", "fd00::1", 1)} }), nil, "another family"},
-		{"output ready without an interface", extra(func(r *Rule) {
+		{"name used twice", extra(func(r *flow.Flow) { r.Name = "one" }), nil, "name is used twice"},
+		{"input used twice", extra(func(r *flow.Flow) { r.In = rules[0].In }), nil, "same input as rule one"},
+		{"no name", extra(func(r *flow.Flow) { r.Name = "" }), nil, "name"},
+		{"name too long", extra(func(r *flow.Flow) { r.Name = strings.Repeat("x", 80) }), nil, "79"},
+		{"NUL in the name", extra(func(r *flow.Flow) { r.Name = "a\x00b" }), nil, "NUL"},
+		{"no outputs", extra(func(r *flow.Flow) { r.Out = nil }), nil, "0 outputs"},
+		{"65 outputs", extra(func(r *flow.Flow) { r.Out = slices.Repeat(r.Out, 65) }), nil, "65 outputs"},
+		{"no input interface", extra(func(r *flow.Flow) { r.In.Index = 0 }), nil, "interface index 0"},
+		{"no group", extra(func(r *flow.Flow) { r.In.Group = netip.Addr{} }), nil, "input address"},
+		{"IPv4 in IPv6", extra(func(r *flow.Flow) { r.In.Group = netip.MustParseAddr("::ffff:239.1.1.1") }), nil, "input address"},
+		{"zone", extra(func(r *flow.Flow) { r.In.Group = netip.MustParseAddr("ff02::1%in") }), nil, "zone"},
+		{"source of another family", extra(func(r *flow.Flow) { r.In.Source = netip.MustParseAddr("fd00::1") }), nil, "source"},
+		{"source that is any", extra(func(r *flow.Flow) { r.In.Source = netip.MustParseAddr("0.0.0.0") }), nil, "source"},
+		{"output of another family", extra(func(r *flow.Flow) { r.Out = []flow.Output{output(n.out[0], "ff3e::1", "fd00::1", 1)} }), nil, "another family"},
+		{"output without an address", extra(func(r *flow.Flow) { r.Out = []flow.Output{{}} }), nil, "another family"},
+		{"output source of another family", extra(func(r *flow.Flow) { r.Out = []flow.Output{output(n.out[0], "239.1.1.1", "fd00::1", 1)} }), nil, "another family"},
+		{"output ready without an interface", extra(func(r *flow.Flow) {
 			o := out
 			o.Index = 0
-			r.Out = []Output{o}
+			r.Out = []flow.Output{o}
 		}), nil, "interface index 0"},
-		{"output port 0", extra(edit(func(o *Output) { o.DstPort = 0 })), nil, "port 0: want 1 to 65535"},
-		{"output prefix too long", extra(edit(func(o *Output) { o.DstLen = 33 })), nil, "prefix length 33: want 0 to 32"},
-		{"output VLAN 4095", extra(edit(func(o *Output) { o.VLAN, o.VLANID = packet.VLANSet, 4095 })), nil, "VLAN 0.4095: want 1 to 4094"},
-		{"output VLAN 0 in another", extra(edit(func(o *Output) { o.VLAN, o.OuterVLAN = packet.VLANSet, 7 })), nil, "VLAN 7.0: want 1 to 4094"},
-		{"output priority 8", extra(edit(func(o *Output) { o.SetPCP, o.PCP = true, 8 })), nil, "priority 8: want 0 to 7"},
-		{"output port shifted too far", extra(edit(func(o *Output) { o.PortAdd, o.PortShift = true, 65535 })), nil, "port shift 65535"},
-		{"output blocked for another reason", extra(edit(func(o *Output) { o.Ready, o.Blocked = false, 200 })), nil, "blocked for reason Blocked(200)"},
-		{"output rate of both kinds", extra(edit(func(o *Output) { o.Rate = Rate{Packets: 1, Bits: 8000, Burst: 1} })), nil, "want one of them"},
-		{"burst without a rate", extra(func(r *Rule) { r.Rate.Burst = 5 }), nil, "burst of 5 without a rate"},
-		{"rate without a burst", extra(func(r *Rule) { r.Rate.Packets = 5 }), nil, "burst 0: want 1 or more"},
-		{"rate too low", extra(func(r *Rule) { r.Rate = Rate{Bits: 999, Burst: 1} }), nil, "want 1000 or more"},
-		{"input prefix too long", extra(func(r *Rule) { r.In.Len = 33 }), nil, "prefix length 33"},
-		{"input prefix with host bits", extra(func(r *Rule) { r.In.Len = 16 }), nil, "239.1.1.9/16: want no bits behind"},
-		{"input VLAN 4095", extra(func(r *Rule) { r.In.VLAN = 4095 }), nil, "VLAN 0.4095"},
-		{"input outer VLAN alone", extra(func(r *Rule) { r.In.OuterVLAN = 7 }), nil, "VLAN 7.0"},
-		{"path of another release", extra(func(r *Rule) { r.Path = 9 }), nil, "path 9"},
-		{"negative mtu", extra(func(r *Rule) {
+		{"output port 0", extra(edit(func(o *flow.Output) { o.DstPort = 0 })), nil, "port 0: want 1 to 65535"},
+		{"output prefix too long", extra(edit(func(o *flow.Output) { o.DstLen = 33 })), nil, "prefix length 33: want 0 to 32"},
+		{"output VLAN 4095", extra(edit(func(o *flow.Output) { o.VLAN, o.VLANID = packet.VLANSet, 4095 })), nil, "VLAN 0.4095: want 1 to 4094"},
+		{"output VLAN 0 in another", extra(edit(func(o *flow.Output) { o.VLAN, o.OuterVLAN = packet.VLANSet, 7 })), nil, "VLAN 7.0: want 1 to 4094"},
+		{"output priority 8", extra(edit(func(o *flow.Output) { o.SetPCP, o.PCP = true, 8 })), nil, "priority 8: want 0 to 7"},
+		{"output port shifted too far", extra(edit(func(o *flow.Output) { o.PortAdd, o.PortShift = true, 65535 })), nil, "port shift 65535"},
+		{"output blocked for another reason", extra(edit(func(o *flow.Output) { o.Ready, o.Blocked = false, 200 })), nil, "blocked for reason Blocked(200)"},
+		{"output rate of both kinds", extra(edit(func(o *flow.Output) { o.Rate = flow.Rate{Packets: 1, Bits: 8000, Burst: 1} })), nil, "want one of them"},
+		{"burst without a rate", extra(func(r *flow.Flow) { r.Rate.Burst = 5 }), nil, "burst of 5 without a rate"},
+		{"rate without a burst", extra(func(r *flow.Flow) { r.Rate.Packets = 5 }), nil, "burst 0: want 1 or more"},
+		{"rate too low", extra(func(r *flow.Flow) { r.Rate = flow.Rate{Bits: 999, Burst: 1} }), nil, "want 1000 or more"},
+		{"input prefix too long", extra(func(r *flow.Flow) { r.In.Len = 33 }), nil, "prefix length 33"},
+		{"input prefix with host bits", extra(func(r *flow.Flow) { r.In.Len = 16 }), nil, "239.1.1.9/16: want no bits behind"},
+		{"input VLAN 4095", extra(func(r *flow.Flow) { r.In.VLAN = 4095 }), nil, "VLAN 0.4095"},
+		{"input outer VLAN alone", extra(func(r *flow.Flow) { r.In.OuterVLAN = 7 }), nil, "VLAN 7.0"},
+		{"path of another release", extra(func(r *flow.Flow) { r.Path = 9 }), nil, "path 9"},
+		{"negative mtu", extra(func(r *flow.Flow) {
 			o := out
 			o.MTU = -1
-			r.Out = []Output{o}
+			r.Out = []flow.Output{o}
 		}), nil, "mtu -1"},
 	} {
 		err := l.Sync(pointers(c.want))
@@ -235,7 +236,7 @@ func TestSyncRefusals(t *testing.T) {
 			t.Fatalf("%s: has changed something (-before +after):\n%s", c.name, diff)
 		}
 	}
-	sync1(t, l, extra(func(*Rule) {})...) // there is room, after all
+	sync1(t, l, extra(func(*flow.Flow) {})...) // there is room, after all
 }
 
 // A failure half-way leaks nothing, however often it happens.
@@ -252,10 +253,10 @@ func TestSyncFailuresDoNotLeak(t *testing.T) {
 	nowhere.Index = 9999
 	good := output(n.out[1], "239.3.3.4", "10.1.1.1", 7000)
 	bad := append(slices.Clone(rules),
-		Rule{Name: "good", In: input(n.in, "239.1.1.8", "", 5000), Out: []Output{good}},
-		Rule{Name: "bad", In: input(n.in, "239.1.1.9", "", 5000), Out: []Output{nowhere}})
+		flow.Flow{Name: "good", In: input(n.in, "239.1.1.8", "", 5000), Out: []flow.Output{good}},
+		flow.Flow{Name: "bad", In: input(n.in, "239.1.1.9", "", 5000), Out: []flow.Output{nowhere}})
 	several := slices.Clone(bad)
-	several[len(several)-1].Out = []Output{good, good, nowhere}
+	several[len(several)-1].Out = []flow.Output{good, good, nowhere}
 	for i := range 1000 {
 		want := bad
 		if i%20 == 0 {
@@ -285,11 +286,11 @@ func TestSyncDoesNotDisturb(t *testing.T) {
 	steady := someRules(n)[:2]
 	sync1(t, l, steady...)
 	one, two := startStream(t, n, "239.1.1.1", 1), startStream(t, n, "239.1.1.2", 1, 1)
-	more := func(count, port int) []Rule {
+	more := func(count, port int) []flow.Flow {
 		rules := slices.Clone(steady)
 		for i := range count {
 			in := input(n.in, fmt.Sprintf("239.5.%d.%d", i/250, i%250), "", 5000)
-			rules = append(rules, Rule{Name: fmt.Sprintf("more%d", i), In: in, Out: []Output{output(n.out[i%2], "239.6.6.6", "10.1.0.1", uint16(port))}})
+			rules = append(rules, flow.Flow{Name: fmt.Sprintf("more%d", i), In: in, Out: []flow.Output{output(n.out[i%2], "239.6.6.6", "10.1.0.1", uint16(port))}})
 		}
 		return rules
 	}
@@ -315,7 +316,7 @@ func TestSyncDoesNotDisturb(t *testing.T) {
 func TestSyncCounters(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
-	rule := Rule{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []Output{
+	rule := flow.Flow{Name: "r", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{
 		output(n.out[0], "239.2.2.1", "10.1.0.1", 6000), output(n.out[1], "239.2.2.2", "10.1.1.1", 6000),
 	}}
 	rule.Out[1].TTLMode = packet.TTLDecrement
@@ -374,7 +375,7 @@ func TestNumbersAreUsedAgain(t *testing.T) {
 	looped.SrcMAC = mac(n.in)
 	loop := looped.Build()
 	for round := range 20 {
-		rule := Rule{Name: fmt.Sprintf("round%d", round), In: input(n.in, "239.1.1.1", "", 5000)}
+		rule := flow.Flow{Name: fmt.Sprintf("round%d", round), In: input(n.in, "239.1.1.1", "", 5000)}
 		for i := range 2 {
 			rule.Out = append(rule.Out, output(n.out[0], fmt.Sprintf("239.2.2.%d", i), "10.1.0.1", uint16(round+1)))
 		}
@@ -403,16 +404,16 @@ func TestDiesAfterPublishing(t *testing.T) {
 	n := newLab(t, 2)
 	for _, c := range []struct {
 		name         string
-		before, want []Rule
+		before, want []flow.Flow
 	}{
 		{"one more", someRules(n)[:1], someRules(n)[:2]},
 		{"first", nil, someRules(n)},
-		{"other destination", someRules(n)[:1], func() []Rule {
+		{"other destination", someRules(n)[:1], func() []flow.Flow {
 			r := someRules(n)[:1]
 			r[0].Out[0].DstPort++
 			return r
 		}()},
-		{"other address", someRules(n)[:2], func() []Rule {
+		{"other address", someRules(n)[:2], func() []flow.Flow {
 			r := someRules(n)[:2]
 			r[1].Out[1].SrcMAC[5]++
 			return r
@@ -452,13 +453,13 @@ func TestDiesAfterPublishing(t *testing.T) {
 }
 
 // crashSets are what a process applies in turn until it is killed.
-func crashSets(n *testLab) [][]Rule {
-	sets := [][]Rule{someRules(n), someRules(n)[1:4], nil, someRules(n)}
+func crashSets(n *testLab) [][]flow.Flow {
+	sets := [][]flow.Flow{someRules(n), someRules(n)[1:4], nil, someRules(n)}
 	sets[3][1].Out[0].SrcMAC[5]++
 	sets[3][2].Out = sets[3][2].Out[:1]
 	sets[3][0].Out[0].DstPort++
 	for i := range 200 {
-		sets[1] = append(sets[1], Rule{Name: fmt.Sprint("more", i), In: input(n.in, fmt.Sprintf("239.7.0.%d", i), "", 1), Out: []Output{output(n.out[i%2], "239.8.8.8", "10.1.0.1", 1)}})
+		sets[1] = append(sets[1], flow.Flow{Name: fmt.Sprint("more", i), In: input(n.in, fmt.Sprintf("239.7.0.%d", i), "", 1), Out: []flow.Output{output(n.out[i%2], "239.8.8.8", "10.1.0.1", 1)}})
 	}
 	return sets
 }
@@ -492,8 +493,8 @@ func TestKilled(t *testing.T) {
 	closeLoader(t, l)
 	random := rand.New(rand.NewPCG(3, 3))
 	// One write brings in the changes of one family.
-	ofFamily := func(rules []Rule, six bool) string {
-		rules = slices.DeleteFunc(slices.Clone(rules), func(r Rule) bool { return r.In.Group.Is6() != six })
+	ofFamily := func(rules []flow.Flow, six bool) string {
+		rules = slices.DeleteFunc(slices.Clone(rules), func(r flow.Flow) bool { return r.In.Group.Is6() != six })
 		return fmt.Sprintf("%+v", sorted(rules))
 	}
 	allowed := map[string]bool{}

@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // tableKind is one of the flow tables, each for the inputs of one shape: the exact ones
@@ -117,7 +118,7 @@ func (m *mapSet) outer(kind tableKind) *ebpf.Map {
 }
 
 // kindOf is the table that an input belongs in.
-func kindOf(in Input) tableKind {
+func kindOf(in flow.Input) tableKind {
 	kind := exact4
 	if in.Group.Is6() {
 		kind = exact6
@@ -130,7 +131,7 @@ func kindOf(in Input) tableKind {
 
 // lookupOf is the lookup kind that finds an input, as bits of the IPv4 lookups and
 // of the IPv6 ones.
-func lookupOf(in Input) (kinds lookups) {
+func lookupOf(in flow.Input) (kinds lookups) {
 	var bit bpf.RelayLookupKind
 	switch {
 	case in.FromHost:
@@ -163,13 +164,13 @@ type lookups uint32
 
 // flowEntry is one entry of a flow table.
 type flowEntry struct {
-	in     Input
+	in     flow.Input
 	value  bpf.RelayFlow
 	except []netip.Prefix // of a rule, see gather
 }
 
 // encodeKey returns a pointer to the key of an input in its table.
-func encodeKey(in Input) any {
+func encodeKey(in flow.Input) any {
 	switch kindOf(in) {
 	case exact4:
 		key := exactKey4(in)
@@ -189,14 +190,14 @@ func encodeKey(in Input) any {
 const fromHost = uint16(bpf.RelayFlowFromFROM_HOST)
 
 // from is the field of this name in the keys of an input.
-func from(in Input) uint16 {
+func from(in flow.Input) uint16 {
 	if in.FromHost {
 		return fromHost
 	}
 	return 0
 }
 
-func exactKey4(in Input) bpf.RelayFlow4 {
+func exactKey4(in flow.Input) bpf.RelayFlow4 {
 	key := bpf.RelayFlow4{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, From: from(in), Group: in.Group.As4()}
 	if in.Source.IsValid() {
 		key.Source = in.Source.As4()
@@ -204,7 +205,7 @@ func exactKey4(in Input) bpf.RelayFlow4 {
 	return key
 }
 
-func exactKey6(in Input) bpf.RelayFlow6 {
+func exactKey6(in flow.Input) bpf.RelayFlow6 {
 	key := bpf.RelayFlow6{Ifindex: uint32(in.Index), Vlan: in.VLAN, OuterVlan: in.OuterVLAN, Port: in.Port, From: from(in), Group: in.Group.As16()}
 	if in.Source.IsValid() {
 		key.Source = in.Source.As16()
@@ -212,7 +213,7 @@ func exactKey6(in Input) bpf.RelayFlow6 {
 	return key
 }
 
-func prefixKey4(in Input) bpf.RelayPrefix4 {
+func prefixKey4(in flow.Input) bpf.RelayPrefix4 {
 	k := exactKey4(in)
 	if in.BySource {
 		return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
@@ -221,7 +222,7 @@ func prefixKey4(in Input) bpf.RelayPrefix4 {
 	return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
 }
 
-func prefixKey6(in Input) bpf.RelayPrefix6 {
+func prefixKey6(in flow.Input) bpf.RelayPrefix6 {
 	k := exactKey6(in)
 	if in.BySource {
 		return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
@@ -237,23 +238,23 @@ const (
 	prefixExact6 = 224
 )
 
-func decodeKey4(k *bpf.RelayFlow4) Input {
-	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom4(k.Group)}
+func decodeKey4(k *bpf.RelayFlow4) flow.Input {
+	in := flow.Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom4(k.Group)}
 	if k.Source != [4]byte{} {
 		in.Source = netip.AddrFrom4(k.Source)
 	}
 	return in
 }
 
-func decodeKey6(k *bpf.RelayFlow6) Input {
-	in := Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom16(k.Group)}
+func decodeKey6(k *bpf.RelayFlow6) flow.Input {
+	in := flow.Input{Index: int(k.Ifindex), VLAN: k.Vlan, OuterVLAN: k.OuterVlan, Port: k.Port, FromHost: k.From == fromHost, Group: netip.AddrFrom16(k.Group)}
 	if k.Source != [16]byte{} {
 		in.Source = netip.AddrFrom16(k.Source)
 	}
 	return in
 }
 
-func decodePrefix4(k *bpf.RelayPrefix4) Input {
+func decodePrefix4(k *bpf.RelayPrefix4) flow.Input {
 	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
 		in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
 		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom4(k.Group), int(k.Prefixlen)-prefixExact4
@@ -264,7 +265,7 @@ func decodePrefix4(k *bpf.RelayPrefix4) Input {
 	return in
 }
 
-func decodePrefix6(k *bpf.RelayPrefix6) Input {
+func decodePrefix6(k *bpf.RelayPrefix6) flow.Input {
 	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
 		in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
 		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom16(k.Group), int(k.Prefixlen)-prefixExact6
@@ -304,7 +305,7 @@ func readKind(kind tableKind, table *ebpf.Map) (all []flowEntry, err error) {
 	return all, err
 }
 
-func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) Input) error {
+func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) flow.Input) error {
 	keys, flows, err := readAll[K, bpf.RelayFlow](table)
 	if err != nil {
 		return fmt.Errorf("read flow table: %w", err)
@@ -350,7 +351,7 @@ func fillTable(table *ebpf.Map, kind tableKind, flows []flowEntry) error {
 	}
 }
 
-func fill[K any](table *ebpf.Map, flows []flowEntry, encode func(Input) K) error {
+func fill[K any](table *ebpf.Map, flows []flowEntry, encode func(flow.Input) K) error {
 	keys := make([]K, len(flows))
 	values := make([]bpf.RelayFlow, len(flows))
 	for i, f := range flows {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/pkg/flow"
 )
 
 // tapped is the tapped program (bpf/tapped.bpf.c) on one interface.
@@ -68,10 +69,10 @@ func (l *Loader) tappedProgram(index int) (*ebpf.Program, error) {
 
 // inputsToKeep are the inputs of rules of PathFanout whose packets the host's stack
 // must not get.
-func inputsToKeep(rules []*Rule) map[int]bool {
+func inputsToKeep(rules []*flow.Flow) map[int]bool {
 	inputs := map[int]bool{}
 	for i := range rules {
-		if rules[i].Path == PathFanout && !rules[i].Local && !rules[i].In.FromHost {
+		if rules[i].Path == flow.PathFanout && !rules[i].Local && !rules[i].In.FromHost {
 			inputs[rules[i].In.Index] = true
 		}
 	}

@@ -17,12 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
 
 // tapRule is a rule of the fanout path that the kernel has no outputs of.
-func tapRule(name string, in Input) Rule {
-	return Rule{Name: name, In: in, Path: PathFanout, Out: []Output{{Rewrite: packet.Rewrite{Dst: in.Group, DstPort: 6000}}}}
+func tapRule(name string, in flow.Input) flow.Flow {
+	return flow.Flow{Name: name, In: in, Path: flow.PathFanout, Out: []flow.Output{{Rewrite: packet.Rewrite{Dst: in.Group, DstPort: 6000}}}}
 }
 
 // skbContext is struct __sk_buff up to the field that a test run may set.
@@ -47,7 +48,7 @@ func TestTappedAgreesWithRelay(t *testing.T) {
 	for set := range 40 {
 		rules := w.rules(set)
 		for i := range rules {
-			rules[i].Path, rules[i].Local = pick(w, PathKernel, PathFanout, PathFanout), w.chance(30)
+			rules[i].Path, rules[i].Local = pick(w, flow.PathKernel, flow.PathFanout, flow.PathFanout), w.chance(30)
 		}
 		sync1(t, r.l, rules...)
 		o := newOracle(normalized(rules), globalStats(t, r.l), map[fragmentKey]uint16{})
@@ -62,7 +63,7 @@ func TestTappedAgreesWithRelay(t *testing.T) {
 				t.Fatal(err)
 			}
 			rule := o.rule(index, frame)
-			want := rule != nil && rule.Path == PathFanout && !rule.Local
+			want := rule != nil && rule.Path == flow.PathFanout && !rule.Local
 			verdict, err := program.Run(&ebpf.RunOptions{Data: frame, Context: skbContext{Ifindex: uint32(index)}})
 			if errors.Is(err, unix.EINTR) {
 				verdict, err = program.Run(&ebpf.RunOptions{Data: frame, Context: skbContext{Ifindex: uint32(index)}})
@@ -89,7 +90,7 @@ func TestTappedAgreesWithRelay(t *testing.T) {
 const tcShot = 2
 
 // rule is the one that takes a frame, nil when none does.
-func (o *oracle) rule(index int, frame []byte) *Rule {
+func (o *oracle) rule(index int, frame []byte) *flow.Flow {
 	h, ok := packet.Parse(frame)
 	if !ok {
 		return nil
@@ -127,7 +128,7 @@ func tappedOnTheWire(t *testing.T, mode Mode) {
 			t.Fatal(err)
 		}
 	}
-	vlan := func(inner, outer uint16) Input {
+	vlan := func(inner, outer uint16) flow.Input {
 		in := input(n.in, "239.1.1.1", "", 5000)
 		in.VLAN, in.OuterVLAN = inner, outer
 		return in
@@ -136,7 +137,7 @@ func tappedOnTheWire(t *testing.T, mode Mode) {
 	local := tapRule("local", input(n.in, "239.1.1.2", "", 5000))
 	local.Local = true
 	sync1(t, l, tapRule("plain", vlan(0, 0)), tapRule("tag", vlan(7, 0)), tapRule("tags", vlan(7, 9)), tapRule("v6", v6), local,
-		tapRule("prefix", Input{Index: n.in.Index, MAC: mac(n.in), Group: netip.MustParseAddr("239.7.0.0"), Len: 16}),
+		tapRule("prefix", flow.Input{Index: n.in.Index, MAC: mac(n.in), Group: netip.MustParseAddr("239.7.0.0"), Len: 16}),
 		tapRule("host", input(n.in, "10.0.0.2", "", 5000)))
 	source := labtest.NewTap(t, n.source, "eth0")
 	plain := sourceFrame(n, "239.1.1.1", 5000, make([]byte, 64))
@@ -209,8 +210,8 @@ func TestTappedWithoutEthernet(t *testing.T) {
 	l := open(t, testOptions(t))
 	tun := newTun(t, "tun0")
 	i := iface(t, "tun0")
-	in := Input{Index: i.Index, Group: netip.MustParseAddr("239.1.1.1"), Port: 5000}
-	unicast := Input{Index: i.Index, Group: netip.MustParseAddr("10.7.0.1"), Port: 5000}
+	in := flow.Input{Index: i.Index, Group: netip.MustParseAddr("239.1.1.1"), Port: 5000}
+	unicast := flow.Input{Index: i.Index, Group: netip.MustParseAddr("10.7.0.1"), Port: 5000}
 	sync1(t, l, tapRule("r", in), tapRule("u", unicast))
 	to := func(addr string, port uint16) []byte {
 		return sourceFrame(n, addr, port, make([]byte, 32)).Build()[14:]
@@ -299,7 +300,7 @@ func TestTappedComesAndGoes(t *testing.T) {
 	}
 	local := tapRule("r", input(n.in, "239.1.1.1", "", 5000))
 	local.Local = true
-	kernel := Rule{Name: "k", In: input(n.in, "239.1.1.2", "", 5000), Out: []Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
+	kernel := flow.Flow{Name: "k", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	sync1(t, l, local, kernel)
 	expect("no rule keeps packets", "other")
 	taking := tapRule("r", local.In)

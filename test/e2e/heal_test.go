@@ -13,6 +13,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/traffic"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 )
 
@@ -47,7 +48,7 @@ func (n *network) probe(group string, want ...ends) {
 }
 
 // waitKernel waits until the rules in the kernel are as the condition wants them.
-func (in *instance) waitKernel(what string, lacks func([]loader.Rule) string) {
+func (in *instance) waitKernel(what string, lacks func([]flow.Flow) string) {
 	in.t.Helper()
 	eventually(in.t, what, func() string {
 		r, err := loader.OpenReader(in.pinDir)
@@ -137,7 +138,7 @@ func TestInputComesBack(t *testing.T) {
 			labtest.RemoveLink(n.t, n.relay, "in0")
 			n.connectInput()
 			index := linkIndex(t, n.relay, "in0")
-			in.waitKernel("rules are those of the new interface", func(all []loader.Rule) string {
+			in.waitKernel("rules are those of the new interface", func(all []flow.Flow) string {
 				for _, r := range all {
 					if r.In.Index != index {
 						return fmt.Sprintf("rule %s has index %d, not %d", r.Name, r.In.Index, index)
@@ -186,7 +187,7 @@ func TestInputComesBack(t *testing.T) {
 	})
 	t.Run("other MAC", func(t *testing.T) {
 		setMAC(t, n.relay, "in0", "02:00:00:00:00:77")
-		in.waitKernel("the loop check knows the MAC", func(all []loader.Rule) string {
+		in.waitKernel("the loop check knows the MAC", func(all []flow.Flow) string {
 			for _, r := range all {
 				if r.In.MAC != [6]byte{2, 0, 0, 0, 0, 0x77} {
 					return fmt.Sprintf("rule %s has %x", r.Name, r.In.MAC)
@@ -252,7 +253,7 @@ func TestOutputComesBack(t *testing.T) {
 		in.waitOutput("three", 1, control.StateActive, "")
 		in.waitState("single", control.StateActive)
 		want := netip.MustParseAddr(source)
-		in.waitKernel("packets leave from "+source, func(all []loader.Rule) string {
+		in.waitKernel("packets leave from "+source, func(all []flow.Flow) string {
 			for _, r := range all {
 				for _, o := range r.Out {
 					if r.Name == "single" && o.Src != want {
@@ -293,7 +294,7 @@ func TestOutputComesBack(t *testing.T) {
 	active("10.2.1.77")
 
 	setMAC(t, n.relay, "out1", "02:00:00:00:00:99")
-	in.waitKernel("the rules have the MAC", func(all []loader.Rule) string {
+	in.waitKernel("the rules have the MAC", func(all []flow.Flow) string {
 		for _, r := range all {
 			if r.Name == "three" && r.Out[1].SrcMAC != [6]byte{2, 0, 0, 0, 0, 0x99} {
 				return fmt.Sprintf("%x", r.Out[1].SrcMAC)

@@ -16,6 +16,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/traffic"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/packet"
 )
@@ -232,7 +233,7 @@ func TestSteer(t *testing.T) {
 }
 
 // kernelRules are the rules as the kernel has them.
-func (in *instance) kernelRules() (rules []loader.Rule) {
+func (in *instance) kernelRules() (rules []flow.Flow) {
 	in.t.Helper()
 	labtest.Do(in.t, in.host, func() error {
 		r, err := loader.OpenReader(in.pinDir)

@@ -13,7 +13,7 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/traffic"
-	"xdpcast/pkg/loader"
+	"xdpcast/pkg/flow"
 )
 
 // gateway routes a network by a gateway on an interface of the relay.
@@ -44,7 +44,7 @@ func macOf(t *testing.T, h *lab.Host, name string) [6]byte {
 // waitNextHop waits until an output of a rule goes to a link-layer address.
 func (in *instance) waitNextHop(name string, slot int, mac [6]byte) {
 	in.t.Helper()
-	in.waitKernel("the next hop is "+net.HardwareAddr(mac[:]).String(), func(all []loader.Rule) string {
+	in.waitKernel("the next hop is "+net.HardwareAddr(mac[:]).String(), func(all []flow.Flow) string {
 		for _, r := range all {
 			if r.Name == name && r.Out[slot].Ready && r.Out[slot].DstMAC == mac {
 				return ""
