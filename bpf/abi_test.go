@@ -138,6 +138,8 @@ var abiEnums = map[string]map[string]uint64{
 		"FLOW_LOCAL":       uint64(RelayFlowFlagFLOW_LOCAL),
 		"FLOW_STEERED":     uint64(RelayFlowFlagFLOW_STEERED),
 		"FLOW_UNGUARDED":   uint64(RelayFlowFlagFLOW_UNGUARDED),
+		"FLOW_TWO_WAY":     uint64(RelayFlowFlagFLOW_TWO_WAY),
+		"FLOW_FINISH":      uint64(RelayFlowFlagFLOW_FINISH),
 	},
 	"output_flag": {
 		"OUTPUT_READY":         uint64(RelayOutputFlagOUTPUT_READY),

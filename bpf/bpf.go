@@ -14,7 +14,7 @@ package bpf
 // Constants of include/abi.h that are macros there; a test holds them equal.
 const (
 	// Schema is the version of the maps' layout and meaning.
-	Schema = 6
+	Schema = 7
 	// MaxQueues is the most queues of an interface that can have AF_XDP sockets.
 	MaxQueues = 64
 	// Guesses is the size of the map guesses.

@@ -244,7 +244,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&
 	    to_socket(ctx, h, flow, bytes, stats, &verdict))
 		return verdict;
-	if (__builtin_expect(flow->finish, 0) && h->part == PART_WHOLE &&
+	if (__builtin_expect(flow->flags & FLOW_FINISH, 0) && h->part == PART_WHOLE &&
 	    finish_checksum(ctx, h->l3_offset, udp_offset(h)))
 		count_note(id, NOTE_UNFINISHED, 1, bytes);
 	if (flow->outputs == 1)

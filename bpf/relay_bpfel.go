@@ -110,18 +110,15 @@ type RelayFlow struct {
 	Rule        uint32
 	FirstOutput uint32
 	Device      uint32
-	Outputs     uint16
-	MinMtu      uint16
-	Path        uint8
-	Flags       uint8
-	InputMac    [6]uint8
-	Sockets     uint32
-	Finish      uint8
-	Routed      uint8
-	TwoWay      uint8
+	Outputs     uint8
 	Leg         uint8
+	MinMtu      uint16
+	Sockets     uint32
 	Stream      uint16
-	Pad         [2]uint8
+	Flags       uint16
+	Path        uint8
+	Routed      uint8
+	InputMac    [6]uint8
 }
 
 type RelayFlow4 struct {
@@ -157,6 +154,8 @@ const (
 	RelayFlowFlagFLOW_LOCAL       RelayFlowFlag = 32
 	RelayFlowFlagFLOW_STEERED     RelayFlowFlag = 64
 	RelayFlowFlagFLOW_UNGUARDED   RelayFlowFlag = 128
+	RelayFlowFlagFLOW_TWO_WAY     RelayFlowFlag = 256
+	RelayFlowFlagFLOW_FINISH      RelayFlowFlag = 512
 )
 
 type RelayFlowFrom uint32
@@ -445,7 +444,7 @@ type RelayShortcut struct {
 	Pad       uint8
 	Group     [4]uint8
 	Source    [4]uint8
-	Reserved  [8]uint8
+	Reserved  [12]uint8
 	Group6    [16]uint8
 	Source6   [16]uint8
 	Reserved6 [32]uint8

@@ -9,7 +9,7 @@
 
 #include <linux/types.h>
 
-#define XDPCAST_SCHEMA 6
+#define XDPCAST_SCHEMA 7
 #define XDPCAST_MAX_SLOTS 64
 #define XDPCAST_NAME_LEN 80
 #define XDPCAST_GUESSES 4096   /* a power of two */
@@ -180,6 +180,8 @@ enum flow_flag {
 	FLOW_LOCAL = 1 << 5,	   /* PATH_FANOUT: the host's own receivers get the packets, too */
 	FLOW_STEERED = 1 << 6,	   /* PATH_FANOUT: to a worker's CPU, chosen by flow */
 	FLOW_UNGUARDED = 1 << 7,   /* the loop guard does not look at its packets */
+	FLOW_TWO_WAY = 1 << 8,	   /* a circle is meant: the loop guard goes by numbers, too */
+	FLOW_FINISH = 1 << 9,	   /* UDP checksums may be unfinished, and are finished */
 };
 
 /* Value of a flow table: all that a packet needs of its rule. A rule is changed by
@@ -190,20 +192,17 @@ struct flow {
 	__u32 rule;	    /* index into rules and rule_stats */
 	__u32 first_output; /* index into outputs; slot s is first_output + s */
 	__u32 device;	    /* row of devices, with one output */
-	__u16 outputs;	    /* 1 to XDPCAST_MAX_SLOTS */
+	__u8 outputs;	    /* 1 to XDPCAST_MAX_SLOTS */
+	__u8 leg;	    /* number of the input among those of its stream */
 	__u16 min_mtu;	    /* smallest MTU of several outputs; 0 when one is not ready */
+	__u32 sockets;	    /* row of xsks of the input's first queue, with PATH_AFXDP */
+	__u16 stream;	    /* index into streams; 0: the rule has one input */
+	__u16 flags;	    /* enum flow_flag */
 	__u8 path;	    /* enum rule_path */
-	__u8 flags;	    /* enum flow_flag */
+	__u8 routed;	    /* not 0: a multicast route of the kernel; packets of at most this TTL
+			     * are left to it
+			     */
 	__u8 input_mac[6];
-	__u32 sockets; /* row of xsks of the input's first queue, with PATH_AFXDP */
-	__u8 finish;   /* 1: packets may have unfinished UDP checksums, which are finished */
-	__u8 routed;   /* not 0: a multicast route of the kernel; packets of at most this TTL are
-			* left to it
-			*/
-	__u8 two_way;  /* 1: a circle is meant, and the loop guard goes by numbers, too */
-	__u8 leg;      /* number of the input among those of its stream */
-	__u16 stream;  /* index into streams; 0: the rule has one input */
-	__u8 pad[2];
 };
 
 /* A slot of the map shortcuts: what a rule takes, and its flow entry. For IPv4 it is one
@@ -219,7 +218,7 @@ struct shortcut {
 	__u8 pad;
 	__u8 group[4];
 	__u8 source[4]; /* all zero: any */
-	__u8 reserved[8];
+	__u8 reserved[12];
 
 	__u8 group6[16];
 	__u8 source6[16];

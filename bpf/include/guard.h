@@ -9,7 +9,7 @@
  * flow label of IPv6. Marks that come back, one after the other, prove a loop. No
  * number of senders, and no repetition, does.
  *
- * Rules whose circle is meant (two_way) are cut by likelihood, too: a return comes from
+ * Rules whose circle is meant (FLOW_TWO_WAY) are cut by likelihood, too: a return comes from
  * somebody else than the first packet did (source MAC and address), and each packet relayed
  * comes back, so that the returns outnumber those of the first sender without end.
  *
@@ -51,7 +51,7 @@ const volatile __u32 guard_race = 512;
 #define GUARD_PROOF 0xe880  /* a bit for each value of steps with three bits or four: a loop ... */
 #define GUARD_NEAR 16	    /* ... if there were no more packets between two */
 #define GUARD_ASKS 2	/* so many packets of a further sender, and one more of the first: mark */
-#define GUARD_ALONE 8	/* so many of the only one, with two_way */
+#define GUARD_ALONE 8	/* so many of the only one, with FLOW_TWO_WAY */
 #define GUARD_FOREIGN 8 /* so many with another relay's marks, and none of it cut: mark anew */
 #define GUARD_SELF 32	/* so many more than were sent: the sender sends by itself */
 
@@ -567,8 +567,8 @@ __noinline int guard_slot(const struct guard_packet *p)
  */
 static __always_inline __u32 guard_place(const struct headers *h, bool ip4, const struct flow *flow)
 {
-	__u32 flags =
-		(flow->two_way ? GUARD_TWO_WAY : 0) | (h->part == PART_WHOLE ? 0 : GUARD_PART);
+	__u32 flags = (flow->flags & FLOW_TWO_WAY ? GUARD_TWO_WAY : 0) |
+		      (h->part == PART_WHOLE ? 0 : GUARD_PART);
 
 	return h->l3_offset | udp_offset(h) << 8 | (flags | (ip4 ? 4 : 6)) << 16 |
 	       flow->outputs << 24;

@@ -3,6 +3,7 @@ package loader
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,7 +52,7 @@ func TestBpftoolShowsRules(t *testing.T) {
 		{tableNames[exact6].pin, []string{`"group":[255,62,0,0,0,0,0,0,0,0,0,0,0,0,0,1]`}},
 		{bpf.RelayMapRules, []string{`"name":"one"`, `"name":"waiting"`, `"first_stats":`}},
 		{bpf.RelayMapOutputs, []string{`"dst":[239,2,2,1,`, `"src":[10,1,0,1,`, `"dst_port":6000`, `"ttl_mode":`}},
-		{bpf.RelayMapConfig, []string{`"schema":6`, `"max_rules":64`}},
+		{bpf.RelayMapConfig, []string{fmt.Sprintf(`"schema":%d`, bpf.Schema), `"max_rules":64`}},
 		{bpf.RelayMapShortcuts, []string{`"group":[239,1,1,1]`, `"port":5000`, `"family":6`}},
 		{bpf.RelayMapRuleStats, []string{`"packets":0`, `"last_seen_ns":`}},
 	} {

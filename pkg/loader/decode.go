@@ -58,7 +58,7 @@ func (p *referents) entry(f flowEntry) (*entry, error) {
 	if err := p.streamOf(e, value); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
-	if e.rule.Rate, err = p.rate(value.Rule, value.Flags&uint8(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {
+	if e.rule.Rate, err = p.rate(value.Rule, value.Flags&uint16(bpf.RelayFlowFlagFLOW_POLICED) != 0); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
 	e.rule.Out = make([]flow.Output, 0, value.Outputs)

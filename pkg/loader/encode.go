@@ -24,7 +24,7 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		Rule:        e.id,
 		FirstOutput: e.first,
 		Device:      e.row,
-		Outputs:     uint16(len(e.rule.Out)),
+		Outputs:     uint8(len(e.rule.Out)),
 		MinMtu:      flow.MaxMTU,
 		Path:        uint8(paths[e.rule.Path]),
 		Flags:       encodeFlags(e.rule),
@@ -32,13 +32,7 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		Sockets:     e.sockets,
 		Stream:      uint16(e.stream),
 		Leg:         uint8(e.rule.Leg.Number),
-	}
-	if e.rule.Finish {
-		value.Finish = 1
-	}
-	value.Routed = e.rule.Routed
-	if e.rule.TwoWay {
-		value.TwoWay = 1
+		Routed:      e.rule.Routed,
 	}
 	for _, o := range e.rule.Out {
 		if !o.Ready {
@@ -57,10 +51,10 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 // vlanTag is the length of a tag in bytes.
 const vlanTag = 4
 
-func encodeFlags(r *flow.Flow) (flags uint8) {
+func encodeFlags(r *flow.Flow) (flags uint16) {
 	set := func(flag bpf.RelayFlowFlag, on bool) {
 		if on {
-			flags |= uint8(flag)
+			flags |= uint16(flag)
 		}
 	}
 	set(bpf.RelayFlowFlagFLOW_UNICAST, r.Unicast())
@@ -71,6 +65,8 @@ func encodeFlags(r *flow.Flow) (flags uint8) {
 	set(bpf.RelayFlowFlagFLOW_FALLBACK, r.Fallback)
 	set(bpf.RelayFlowFlagFLOW_LOCAL, r.Local)
 	set(bpf.RelayFlowFlagFLOW_STEERED, r.Steered)
+	set(bpf.RelayFlowFlagFLOW_TWO_WAY, r.TwoWay)
+	set(bpf.RelayFlowFlagFLOW_FINISH, r.Finish)
 	return flags
 }
 
@@ -84,16 +80,17 @@ func decodeFlow(r *flow.Flow, flow *bpf.RelayFlow) error {
 	if r.Path == 0 {
 		return fmt.Errorf("path %d is none of this release", flow.Path)
 	}
-	r.Finish = flow.Finish != 0
+	has := func(flag bpf.RelayFlowFlag) bool { return flow.Flags&uint16(flag) != 0 }
 	r.Routed = flow.Routed
-	r.TwoWay = flow.TwoWay != 0
-	r.AllowLoop = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_ALLOW_LOOP) != 0
-	r.Broadcast = !r.In.Group.IsMulticast() && flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNICAST) == 0
-	r.Unguarded = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_UNGUARDED) != 0
-	r.AllowNoChecksum = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_NO_CHECKSUM) != 0
-	r.Fallback = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_FALLBACK) != 0
-	r.Steered = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_STEERED) != 0
-	r.Local = flow.Flags&uint8(bpf.RelayFlowFlagFLOW_LOCAL) != 0
+	r.AllowLoop = has(bpf.RelayFlowFlagFLOW_ALLOW_LOOP)
+	r.Broadcast = !r.In.Group.IsMulticast() && !has(bpf.RelayFlowFlagFLOW_UNICAST)
+	r.Unguarded = has(bpf.RelayFlowFlagFLOW_UNGUARDED)
+	r.AllowNoChecksum = has(bpf.RelayFlowFlagFLOW_NO_CHECKSUM)
+	r.Fallback = has(bpf.RelayFlowFlagFLOW_FALLBACK)
+	r.Steered = has(bpf.RelayFlowFlagFLOW_STEERED)
+	r.Local = has(bpf.RelayFlowFlagFLOW_LOCAL)
+	r.TwoWay = has(bpf.RelayFlowFlagFLOW_TWO_WAY)
+	r.Finish = has(bpf.RelayFlowFlagFLOW_FINISH)
 	return nil
 }
 
