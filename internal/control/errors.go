@@ -15,7 +15,7 @@ const (
 	KindInvalid     Kind = "invalid"     // 400: the request, or a rule in it, is wrong (405 for a wrong method)
 	KindForbidden   Kind = "forbidden"   // 403: the peer may not do this
 	KindNotFound    Kind = "not_found"   // 404: no such rule, or no such endpoint
-	KindConflict    Kind = "conflict"    // 409: a rule of that name or input is there already
+	KindConflict    Kind = "conflict"    // 409: a rule of that name or input exists already
 	KindTooLarge    Kind = "too_large"   // 413: the body is over MaxBody
 	KindFailed      Kind = "failed"      // 500: the request was right, doing it failed
 	KindUnavailable Kind = "unavailable" // 503: not now: starting, stopping or too busy

@@ -11,6 +11,7 @@ import (
 	"xdpcast/internal/events"
 	"xdpcast/internal/history"
 	"xdpcast/internal/plan"
+	"xdpcast/internal/rulefile"
 	"xdpcast/internal/savefile"
 	"xdpcast/pkg/rules"
 )
@@ -28,7 +29,7 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 			return err
 		}
 		if old := r.rule(rule.Name); old != nil {
-			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): delete it first, or choose another name", rule.Name, old.Origin)
+			return control.Errorf(control.KindConflict, "rule %s exists already (from %s): delete it first, or choose another name", rule.Name, r.originOf(old))
 		}
 		if err := control.ValidateSet(append(r.wantedRules(), rule)); err != nil {
 			return err
@@ -105,9 +106,9 @@ func (r *Relay) PutRule(ctx context.Context, c control.Rule, o control.ApplyOpti
 		switch old := r.rule(put.Name); {
 		case old == nil || old.Origin == plan.OriginAPI:
 		case old.Origin == plan.OriginFile:
-			return control.Errorf(control.KindConflict, "rule %s comes from %s: change it there and reload", put.Name, r.opts.ConfigFile)
+			return control.Errorf(control.KindConflict, "rule %s comes from %s: change it there and reload", put.Name, r.fileOf(put.Name))
 		default:
-			return control.Errorf(control.KindConflict, "rule %s is there already (from the %s): choose another name", put.Name, old.Origin)
+			return control.Errorf(control.KindConflict, "rule %s exists already (from %s): choose another name", put.Name, r.originOf(old))
 		}
 		want := []rules.Rule{put}
 		for _, rule := range r.rules {
@@ -136,12 +137,29 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 		case rule.Origin == plan.OriginMroute:
 			return control.Errorf(control.KindConflict, "rule %s mirrors a multicast route of the kernel: it goes when its routing daemon removes that", name)
 		case rule.Origin == plan.OriginFile:
-			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.opts.ConfigFile)
+			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.fileOf(name))
 		}
 		c := change{edit: edit{remove: []string{name}}, Change: by(ctx, "rule del "+name), save: true}
 		c.Removed = 1
 		return r.change(c)
 	})
+}
+
+// fileOf is where a rule of the file stands now: FILE:LINE, of an included file where it is in
+// one. The files may have changed since they were read; what is to be edited is what they hold.
+func (r *Relay) fileOf(name string) string {
+	if file, line, ok := rulefile.Find(name, r.opts.ConfigFile); ok {
+		return fmt.Sprintf("%s:%d", file, line)
+	}
+	return r.opts.ConfigFile
+}
+
+// originOf says where a rule comes from.
+func (r *Relay) originOf(rule *plan.Rule) string {
+	if rule.Origin == plan.OriginFile {
+		return r.fileOf(rule.Name)
+	}
+	return "the " + string(rule.Origin)
 }
 
 // Apply implements control.Backend.

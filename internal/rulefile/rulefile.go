@@ -27,6 +27,15 @@ func Parse(name string, data []byte) ([]rules.Rule, error) {
 	return rules.ParseFiles(name, data, disk{})
 }
 
+// Find says in which file a rule stands, and in which line; see rules.FindInFiles.
+func Find(rule, name string) (file string, line int, ok bool) {
+	data, err := ReadFile(name)
+	if err != nil {
+		return "", 0, false
+	}
+	return rules.FindInFiles(rule, name, data, disk{})
+}
+
 // ReadFile reads a file of at most rules.MaxFileSize bytes.
 func ReadFile(name string) ([]byte, error) {
 	f, err := os.Open(name)

@@ -177,10 +177,12 @@ func (r Flow) Equal(o Flow) bool {
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 
-// Continues says whether r is the same flow as old with other addresses, so that
-// its counters go on. Both are Normalized.
+// Continues says whether r is the same flow as old with other addresses or other senders left
+// out, so that its counters go on. Both are Normalized.
 func (r Flow) Continues(old Flow) bool {
-	if r.Name != old.Name || r.In.Key() != old.In.Key() || len(r.Out) != len(old.Out) {
+	a, b := r.In.Key(), old.In.Key()
+	a.BySource = b.BySource // the first sender that is left out sets it
+	if r.Name != old.Name || a != b || len(r.Out) != len(old.Out) {
 		return false
 	}
 	for i := range r.Out {

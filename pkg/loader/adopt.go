@@ -207,11 +207,15 @@ func (l *Loader) adoptRules() error {
 
 // dropHalfMoved settles a rule that is there twice under one name: it was moved by a
 // process that died before the old entry was gone. Each of the two is whole, with a row of
-// its own that describes it; e is unpublished when the result is true, whichever it is: the
+// its own that describes it or, where it went on from an exact table to a prefix table or back,
+// with the same counters; e is unpublished when the result is true, whichever it is: the
 // one that stays had its packets at that moment, and Sync makes it the one that is wanted.
 func (l *Loader) dropHalfMoved(e *entry, pointed *referents) (stale bool, err error) {
 	other := l.rules[e.rule.Name] // from the same table or one before
-	if other == nil || other.id == e.id || !pointed.describes(other) || !pointed.describes(e) {
+	if other == nil || !pointed.describes(other) || !pointed.describes(e) {
+		return false, nil
+	}
+	if other.id == e.id && (kindOf(other.rule.In) == kindOf(e.rule.In) || !e.rule.Continues(*other.rule)) {
 		return false, nil
 	}
 	if err := l.unpublish(e); err != nil {

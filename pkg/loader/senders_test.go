@@ -275,3 +275,93 @@ func TestNormalExcept(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// The first sender that is left out, and the last that no longer is, move a rule between the
+// tables while its counters and its rate go on.
+func TestExceptKeepsCounters(t *testing.T) {
+	t.Parallel()
+	n, r := programLab(t, 1)
+	for _, in := range []flow.Input{input(n.in, "239.1.1.1", "", 5000), input(n.in, "ff0e::1", "", 0)} {
+		out := output(n.out[0], "239.2.2.2", "10.9.9.9", 6000)
+		left, other := "192.168.9.9/32", "192.168.9.9"
+		if in.Group.Is6() {
+			out = output(n.out[0], "ff0e::2", "fd00:9::9", 6000)
+			left, other = "fd00:9::9/128", "fd00:9::9"
+		}
+		want := uint64(0)
+		for i, r1 := range []flow.Flow{rule1(in, out), rule1(sourced(in, ""), out, left), rule1(in, out), rule1(sourced(in, ""), out, left)} {
+			r1.Rate = flow.Rate{Packets: 1, Burst: 3}
+			sync1(t, r.l, r1)
+			allocatorsFit(t, r.l)
+			kernelFits(t, r.l)
+			f := sourceFrame(n, in.Group.String(), 5000, []byte{byte(i)})
+			runWhole(t, r, n, f)
+			want++
+			f.Src = netip.MustParseAddr(other)
+			if got := runWhole(t, r, n, f); (got.verdict == xdpPass) != (len(r1.Except) > 0) {
+				t.Errorf("step %d: a packet of the sender that is left out: verdict %d", i, got.verdict)
+			}
+			if len(r1.Except) == 0 {
+				want++
+			}
+			if got := statsOf(t, r.l, "r").Matched.Packets; got != want {
+				t.Errorf("step %d: %d packets matched, want %d", i, got, want)
+			}
+		}
+		if got := statsOf(t, r.l, "r"); got.Drops[Policed].Packets == 0 {
+			t.Errorf("%v: a change of the senders has filled the bucket of the rate: %+v", in.Group, got)
+		}
+	}
+}
+
+// A process that dies while it moves a rule between the tables leaves both entries, with one
+// number and the same counters; the next one goes on with either.
+func TestAdoptsRuleWithHalfAnExcept(t *testing.T) {
+	t.Parallel()
+	n := newLab(t, 1)
+	in, out := input(n.in, "239.1.1.1", "", 5000), output(n.out[0], "239.2.2.2", "10.9.9.9", 6000)
+	plain, except := rule1(in, out), rule1(sourced(in, ""), out, "10.9.9.9/32")
+	for _, way := range [][2]flow.Flow{{plain, except}, {except, plain}} {
+		l := open(t, stateOptions(t))
+		sync1(t, l, way[0])
+		var before []flowEntry
+		for kind := range tableKinds {
+			flows, err := readKind(kind, l.tables[kind])
+			if err != nil {
+				t.Fatal(err)
+			}
+			before = append(before, flows...)
+		}
+		id, stats := l.rules["r"].id, l.rules["r"].firstStats
+		outputs, err := readArray[bpf.RelayOutput](l.maps.Outputs, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		first := l.rules["r"].first
+		sync1(t, l, way[1])
+		// What the first rule had, beside the second.
+		if err := l.maps.Outputs.Put(first, &outputs[0]); err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range before {
+			if err := l.tableOf(f.in).Put(encodeKey(f.in), &f.value); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l = reopen(t, l)
+		if rules := l.Rules(); len(rules) != 1 || l.rules["r"].id != id || l.rules["r"].firstStats != stats {
+			t.Fatalf("adopted %+v", rules)
+		}
+		if flows, err := l.tables.read(); err != nil || len(flows) != 1 {
+			t.Fatalf("%d flow entries, %v", len(flows), err)
+		}
+		for _, r1 := range []flow.Flow{except, plain} {
+			sync1(t, l, r1)
+			kernelFits(t, l)
+			allocatorsFit(t, l)
+			if l.rules["r"].id != id {
+				t.Error("the rule has another number")
+			}
+		}
+	}
+}

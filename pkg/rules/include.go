@@ -52,6 +52,26 @@ func ParseFiles(name string, data []byte, files Files) ([]Rule, error) {
 	return rules, nil
 }
 
+// FindInFiles says in which file a rule stands, and in which line, of a file and those that it
+// includes; false when it is in none of them, or in none that can be read. What else is wrong
+// with the files does not matter.
+func FindInFiles(rule, name string, data []byte, files Files) (file string, line int, ok bool) {
+	main := &fileParser{name: name, data: data}
+	main.parse()
+	set := fileSet{files: []*fileParser{main}}
+	if len(main.includes) > 0 {
+		set.include(main, files)
+	}
+	for _, p := range set.files {
+		for i := range p.rules {
+			if p.rules[i].Name == rule {
+				return p.name, p.places[i].rule, true
+			}
+		}
+	}
+	return "", 0, false
+}
+
 // includeText is an entry of include: a file, or a pattern of files.
 type includeText struct {
 	text string

@@ -173,7 +173,7 @@ func TestBadRules(t *testing.T) {
 		lines []string
 		args  []string
 	}{
-		{1, []string{"rule there is there already (from the api): delete it first, or choose another name"},
+		{1, []string{"rule there exists already (from the api): delete it first, or choose another name"},
 			[]string{"rule", "add", "there", "--in", "239.1.1.2:5000%in0", "--out", goodOut}},
 		{2, []string{`rule "a/b": name "a/b": want 1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first`},
 			[]string{"rule", "add", "a/b", "--in", "239.1.1.2:5000%in0", "--out", goodOut}},

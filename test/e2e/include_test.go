@@ -36,6 +36,14 @@ func TestInclude(t *testing.T) {
 	}
 	part("b.yaml", strings.Replace(second, "second", "first", 1))
 	before := in.everything()
+	for command, want := range map[string]string{
+		"del first": "rule first comes from " + folder + "/a.yaml:2: remove it there and reload",
+		"add first --in 239.1.30.9:5000%in0 --out 239.2.30.9:5000%out0": "rule first exists already (from " + folder + "/a.yaml:2): delete it first, or choose another name",
+	} {
+		if got := in.cli(append([]string{"rule"}, strings.Fields(command)...)...); got.code != 1 || got.stderr != "xdpcast: "+want+"\n" {
+			t.Errorf("rule %s: %s\nwant %s", command, got, want)
+		}
+	}
 	want := folder + `/b.yaml:2: rule "first": name "first": want a unique name: rule #1 (` + folder + `/a.yaml:2) has it`
 	for _, command := range [][]string{{"reload"}, {"check", main}, {"rule", "apply", main}} {
 		if got := in.cli(command...); got.code != 1 || got.stderr != "xdpcast: "+want+"\n" {
