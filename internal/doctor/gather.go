@@ -376,7 +376,7 @@ func (g *gatherer) input(r *control.RuleStatus, text string, outputs []*Interfac
 			g.f.Host.Firewall.Groups[name] = append(g.f.Host.Firewall.Groups[name], netip.AddrPortFrom(in.Address, in.Port))
 		}
 		for _, o := range outputs {
-			if o.Link != nil && (i.SmallestOutput == nil || o.Link.MTU < i.SmallestOutput.MTU) {
+			if o.Link != nil && (i.SmallestOutput == nil || o.Link.SendMTU() < i.SmallestOutput.SendMTU()) {
 				i.SmallestOutput = o.Link
 			}
 		}

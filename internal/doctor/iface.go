@@ -331,18 +331,30 @@ func igmp(i *Interface) (found []Finding) {
 
 func mtu(i *Interface) (found []Finding) {
 	if n := i.TooLong[1] - i.TooLong[0]; i.TooLong[1] > 0 {
-		cure := fmt.Sprintf("ip link set dev %s mtu %d, and what is behind it likewise", i.Name, max(9000, i.Link.MTU))
+		cure := raiseMTU(i.Link, max(9000, i.Link.MTU)) + ", and what is behind it likewise"
 		if n > 0 {
-			found = append(found, fault(cure, "%d copies in %v were too long for %s (MTU %d), reason mtu", n, i.Apart, i.Name, i.Link.MTU))
+			found = append(found, fault(cure, "%d copies in %v were too long for %s (MTU %d), reason mtu", n, i.Apart, i.Name, i.Link.SendMTU()))
 		} else {
-			found = append(found, warning(cure, "%d copies have been too long for %s (MTU %d), reason mtu; none in the last %v", i.TooLong[1], i.Name, i.Link.MTU, i.Apart))
+			found = append(found, warning(cure, "%d copies have been too long for %s (MTU %d), reason mtu; none in the last %v", i.TooLong[1], i.Name, i.Link.SendMTU(), i.Apart))
 		}
 	}
-	if out := i.SmallestOutput; out != nil && out.MTU < i.Link.MTU {
-		found = append(found, warning(fmt.Sprintf("ip link set dev %s mtu %d", out.Name, i.Link.MTU),
-			"%s takes in packets of %d bytes, and %s sends %d: longer ones are dropped, reason mtu", i.Name, i.Link.MTU, out.Name, out.MTU))
+	if out := i.SmallestOutput; out != nil && out.SendMTU() < i.Link.MTU {
+		found = append(found, warning(raiseMTU(out, i.Link.MTU),
+			"%s takes in packets of %d bytes, and %s sends %d: longer ones are dropped, reason mtu", i.Name, i.Link.MTU, out.Name, out.SendMTU()))
+	}
+	if i.Output && i.Link.PeerUnread != "" {
+		found = append(found, warning("give the daemon CAP_NET_ADMIN in the peer's user namespace, or the peer of "+i.Name+" its MTU",
+			"the MTU of the peer of %s cannot be read (%s): if it is smaller, a copy that is too long takes others of its bulk with it", i.Name, i.Link.PeerUnread))
 	}
 	return found
+}
+
+// raiseMTU is the command that has a link send longer frames. The MTU of a veth's peer counts, too.
+func raiseMTU(l *network.Link, mtu int) string {
+	if l.SendMTU() < l.MTU {
+		return fmt.Sprintf("ip link set mtu %d at the peer of %s, in its network namespace", mtu, l.Name)
+	}
+	return fmt.Sprintf("ip link set dev %s mtu %d", l.Name, mtu)
 }
 
 // programs of traffic control: redirected frames pass them by, while memberships and the path

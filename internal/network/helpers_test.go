@@ -183,6 +183,13 @@ func (c *counting) link(index int) (*Link, error) {
 	return c.kernel.link(index)
 }
 
+func (c *counting) peerMTU(netns int32, index int) (int, error) {
+	if err := c.note("peer"); err != nil {
+		return 0, err
+	}
+	return c.kernel.peerMTU(netns, index)
+}
+
 func (c *counting) addrs(index int) (map[int][]netip.Addr, error) {
 	if err := c.note(all("addrs", index)); err != nil {
 		return nil, err

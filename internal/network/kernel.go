@@ -17,6 +17,8 @@ type kernel interface {
 	links() (map[int]*Link, error)
 	// link reads one; nil when there is none.
 	link(index int) (*Link, error)
+	// peerMTU reads the MTU of a link in another network namespace; 0 when there is none.
+	peerMTU(netns int32, index int) (int, error)
 	// addrs lists usable addresses, of all links where index is 0.
 	addrs(index int) (map[int][]netip.Addr, error)
 	features(index int) (map[int]Features, error)
@@ -101,6 +103,19 @@ func (s *sockets) link(index int) (found *Link, err error) {
 		return nil, fmt.Errorf("read interface with index %d: %w", index, err)
 	}
 	return found, nil
+}
+
+func (s *sockets) peerMTU(netns int32, index int) (mtu int, err error) {
+	body := appendUint32(linkRequest(index), unix.IFLA_TARGET_NETNSID, uint32(netns))
+	err = s.rtnl.ask(unix.RTM_GETLINK, 0, body, func(data []byte) {
+		if l, ok := parseLink(data); ok && l.Index == index {
+			mtu = l.MTU
+		}
+	})
+	if errors.Is(err, unix.ENODEV) {
+		return 0, nil
+	}
+	return mtu, err
 }
 
 func (s *sockets) addrs(index int) (all map[int][]netip.Addr, err error) {

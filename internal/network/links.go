@@ -37,6 +37,8 @@ func (w *Watcher) readLinks() (differ bool, err error) {
 	for _, index := range slices.Sorted(maps.Keys(fresh)) {
 		differ = w.replace(index, fresh[index]) || differ
 	}
+	differ = w.pairVeths(fresh) || differ
+	differ = w.boundBonds() || differ
 	n.gone, n.reborn = nil, false // counted
 	return differ, nil
 }
@@ -52,6 +54,9 @@ func (w *Watcher) addUppers() {
 		return
 	}
 	for index, l := range w.links {
+		if l.peer != 0 && l.peerNetns == ownNetns && w.unread.gone[l.peer] {
+			w.unread.link(index)
+		}
 		if came && l.outside || l.Lower != 0 && w.unread.gone[l.Lower] {
 			w.unread.link(index)
 		}
@@ -71,12 +76,77 @@ func (w *Watcher) replace(index int, l *Link) bool {
 		l.Generation = w.generations
 	default:
 		l.Generation = old.Generation
+		if l.Kind == bond {
+			l.PeerMTU = old.PeerMTU // see boundBonds
+		}
 		if old.Equal(l) {
 			return false
 		}
 	}
 	w.links[index] = l
 	return true
+}
+
+// pairVeths tells the peers in this network namespace what has been read of some veths, and says
+// whether any is different: nothing announces that a peer has another MTU, or is back here.
+func (w *Watcher) pairVeths(fresh map[int]*Link) (differ bool) {
+	for _, l := range fresh {
+		if l == nil || l.peer == 0 || l.peerNetns != ownNetns {
+			continue
+		}
+		peer := w.links[l.peer]
+		if peer == nil || peer.Kind != "veth" || peer.peer == l.Index && peer.peerNetns == ownNetns && peer.PeerMTU == l.MTU {
+			continue
+		}
+		changed := *peer
+		changed.peer, changed.peerNetns, changed.PeerMTU, changed.PeerUnread = l.Index, ownNetns, l.MTU, ""
+		w.links[l.peer], differ = &changed, true
+	}
+	return differ
+}
+
+// bond is the kind of a link that sends redirected frames by its ports.
+const bond = "bond"
+
+// boundBonds gives each bond the least MTU of its ports' peers, and says whether any is different.
+func (w *Watcher) boundBonds() (differ bool) {
+	least := map[int]int{}
+	for _, l := range w.links {
+		if l.PeerMTU != 0 && l.MasterKind == bond && (least[l.Master] == 0 || l.PeerMTU < least[l.Master]) {
+			least[l.Master] = l.PeerMTU
+		}
+	}
+	for index, l := range w.links {
+		if l.Kind == bond && l.PeerMTU != least[index] {
+			changed := *l
+			changed.PeerMTU = least[index]
+			w.links[index], differ = &changed, true
+		}
+	}
+	return differ
+}
+
+// readPeers reads the MTUs of the peers of those of links that are veths. What is not among them
+// has not changed.
+func (w *Watcher) readPeers(links map[int]*Link) {
+	for _, l := range links {
+		switch {
+		case l == nil || l.peer == 0:
+		case l.peerNetns != ownNetns:
+			var err error
+			if l.PeerMTU, err = w.kernel.peerMTU(l.peerNetns, l.peer); err != nil {
+				l.PeerUnread = err.Error()
+			}
+		default:
+			peer, fresh := links[l.peer]
+			if !fresh {
+				peer = w.links[l.peer]
+			}
+			if peer != nil {
+				l.PeerMTU = peer.MTU
+			}
+		}
+	}
 }
 
 // readEveryLink reads all links, each list once.
@@ -106,6 +176,7 @@ func (w *Watcher) readEveryLink() (map[int]*Link, error) {
 			l.Queues = 1 // a driver without the operation has one each way
 		}
 	}
+	w.readPeers(all)
 	return all, nil
 }
 
@@ -132,6 +203,7 @@ func (w *Watcher) readSomeLinks() (map[int]*Link, error) {
 		l.Features = features[index]
 		w.readQueues(l)
 	}
+	w.readPeers(some)
 	return some, nil
 }
 

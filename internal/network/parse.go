@@ -2,6 +2,7 @@ package network
 
 import (
 	"encoding/binary"
+	"math"
 	"net/netip"
 	"slices"
 
@@ -42,6 +43,10 @@ const (
 	xdpActNDOXmitSG       = 1 << 6
 )
 
+// ownNetns stands for this network namespace among the kernel's numbers for others, which are
+// at least 0; -1 is one without a number (NETNSA_NSID_NOT_ASSIGNED).
+const ownNetns = math.MinInt32
+
 // parseLink reads the body of RTM_NEWLINK: struct ifinfomsg and attributes. What other
 // messages say of a link stays zero.
 func parseLink(data []byte) (*Link, bool) {
@@ -51,7 +56,8 @@ func parseLink(data []byte) (*Link, bool) {
 	flags := binary.NativeEndian.Uint32(data[8:])
 	const running = unix.IFF_UP | unix.IFF_RUNNING | unix.IFF_LOWER_UP
 	l := &Link{
-		LinkID:   LinkID{Index: int(int32(binary.NativeEndian.Uint32(data[4:])))},
+		peerNetns: ownNetns,
+		LinkID:    LinkID{Index: int(int32(binary.NativeEndian.Uint32(data[4:])))},
 		Loopback: flags&unix.IFF_LOOPBACK != 0,
 		Up:       flags&unix.IFF_UP != 0,
 		Carrier:  flags&running == running,
@@ -71,7 +77,7 @@ func parseLink(data []byte) (*Link, bool) {
 		case unix.IFLA_LINK:
 			l.Lower = int(uint32Of(value))
 		case unix.IFLA_LINK_NETNSID:
-			l.outside = true
+			l.outside, l.peerNetns = true, int32(uint32Of(value))
 		case unix.IFLA_MASTER:
 			l.Master = int(uint32Of(value))
 		case unix.IFLA_PARENT_DEV_NAME:
@@ -98,6 +104,11 @@ func parseLink(data []byte) (*Link, bool) {
 		}
 	}) && sound
 	slices.Sort(l.AltNames)
+	if l.Kind == "veth" {
+		l.peer = l.Lower
+	} else {
+		l.peerNetns = ownNetns
+	}
 	l.outside = l.outside && !paired(l.Kind)
 	if l.outside || paired(l.Kind) {
 		l.Lower = 0

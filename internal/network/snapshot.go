@@ -40,6 +40,12 @@ type Link struct {
 	Ethernet bool // frames have an Ethernet header
 	Loopback bool
 	MTU      int
+	// PeerMTU is the MTU of a veth's peer, which may be in another network namespace, or the
+	// least of those of a bond's ports; 0: it has none, or PeerUnread says why it is not known.
+	PeerMTU    int
+	PeerUnread string
+	peer       int   // index of a veth's peer; 0: not a veth
+	peerNetns  int32 // the kernel's number for the peer's network namespace; ownNetns: this one
 	Up       bool // administratively
 	// Carrier: the link is up, its lower layer too, and it is ready to send: flags IFF_LOWER_UP
 	// and IFF_RUNNING. The first is the driver's carrier: a cable is plugged, a
@@ -78,6 +84,16 @@ type XDP struct {
 // Running says whether the link can carry frames.
 func (l *Link) Running() bool { return l.Up && l.Carrier }
 
+// SendMTU is the MTU of what the link can send. It is the peer's where that is smaller: a veth
+// refuses what its peer would, and of a bulk of redirected frames all behind that, too
+// (veth_xdp_xmit in drivers/net/veth.c).
+func (l *Link) SendMTU() int {
+	if l.PeerMTU != 0 {
+		return min(l.MTU, l.PeerMTU)
+	}
+	return l.MTU
+}
+
 // FirstAddr is the source address for what is sent on the link in a family: the first of
 // its addresses, for IPv6 rather one that is valid beyond the link.
 func (l *Link) FirstAddr(is4 bool) (addr netip.Addr, ok bool) {
@@ -99,7 +115,7 @@ func (l *Link) FirstAddr(is4 bool) (addr netip.Addr, ok bool) {
 func (l *Link) Equal(o *Link) bool {
 	return l.LinkID == o.LinkID && l.Name == o.Name && l.Kind == o.Kind && l.Master == o.Master && l.MasterKind == o.MasterKind &&
 		l.Lower == o.Lower && l.outside == o.outside && l.Hardware == o.Hardware && l.MAC == o.MAC && l.Ethernet == o.Ethernet && l.Loopback == o.Loopback &&
-		l.MTU == o.MTU && l.Up == o.Up && l.Carrier == o.Carrier && l.Queues == o.Queues && l.Features == o.Features &&
+		l.MTU == o.MTU && l.PeerMTU == o.PeerMTU && l.PeerUnread == o.PeerUnread && l.peer == o.peer && l.peerNetns == o.peerNetns && l.Up == o.Up && l.Carrier == o.Carrier && l.Queues == o.Queues && l.Features == o.Features &&
 		slices.Equal(l.XDP, o.XDP) && slices.Equal(l.AltNames, o.AltNames) && slices.Equal(l.Addrs, o.Addrs)
 }
 

@@ -43,9 +43,9 @@ const (
 // Features are announced by the netdev netlink family, which is what tells them at all: also
 // those that a veth gains or loses with its peer's receive offload or program.
 //
-// The kernel does not announce everything. Programs that are attached or detached by a BPF
-// link, and alternative names and programs of interfaces that are down, are seen when
-// something else of the interface changes, or with Resync.
+// The kernel does not announce everything. The MTU of a veth's peer in another network namespace,
+// programs that are attached or detached by a BPF link, and alternative names and programs of
+// interfaces that are down, are seen when something else of the interface changes, or with Resync.
 type Watcher struct {
 	log       *slog.Logger
 	kernel    kernel

@@ -541,3 +541,77 @@ func TestConcurrent(t *testing.T) {
 	all.Wait()
 	must(t, w.Close())
 }
+
+// TestPeerMTU: the MTU of a veth's peer is known, in this network namespace and in another.
+func TestPeerMTU(t *testing.T) {
+	h, peer := labtest.Host(t, "network"), labtest.Host(t, "networkp")
+	for _, name := range []string{"eth0", "eth1"} {
+		labtest.Connect(t, lab.End{Host: h, Name: name}, lab.End{Host: peer, Name: name})
+	}
+	add(t, h, &netlink.Veth{LinkAttrs: attrs("own0"), PeerName: "own1"})
+	set := func(h *lab.Host, name string, mtu int) {
+		t.Helper()
+		must(t, h.Netlink().LinkSetMTU(linkOf(t, h, name), mtu))
+	}
+	set(peer, "eth0", 1400)
+	w := watchHost(t, h, receiveBuffer)
+	f := follow(t, w)
+	want := func(when string, mtus map[string][2]int) {
+		t.Helper()
+		f.until(when, func(s *Snapshot) bool {
+			for name, mtu := range mtus {
+				if l := s.Link(name); l == nil || l.PeerMTU != mtu[0] || l.SendMTU() != mtu[1] || l.PeerUnread != "" {
+					return false
+				}
+			}
+			return true
+		})
+		f.agree(h, nil)
+	}
+	want("as made", map[string][2]int{"eth0": {1400, 1400}, "eth1": {1500, 1500}, "own0": {1500, 1500}, "own1": {1500, 1500}, "lo": {0, 65536}})
+	set(h, "own1", 1300)
+	want("the peer here is announced", map[string][2]int{"own0": {1300, 1300}, "own1": {1500, 1300}})
+	set(peer, "eth1", 1600)
+	w.Resync()
+	want("the peer elsewhere is looked at", map[string][2]int{"eth1": {1600, 1500}})
+	set(h, "eth1", 9000)
+	want("its own changes", map[string][2]int{"eth1": {1600, 1600}})
+
+	counted := count(w)
+	counted.fail = func(what string) error {
+		if what == "peer" {
+			return unix.EPERM
+		}
+		return nil
+	}
+	w.Resync()
+	f.until("it cannot be read", func(s *Snapshot) bool {
+		return s.Link("eth0").PeerMTU == 0 && s.Link("eth0").PeerUnread == unix.EPERM.Error()
+	})
+}
+
+// TestBondPeerMTU: a bond sends what the peers of all its ports take.
+func TestBondPeerMTU(t *testing.T) {
+	port := func(index, master, peerMTU int) *Link {
+		return &Link{LinkID: LinkID{index, 1}, Kind: "veth", Master: master, MasterKind: bond, MTU: 1500, PeerMTU: peerMTU}
+	}
+	w := &Watcher{links: map[int]*Link{
+		1: {LinkID: LinkID{1, 1}, Kind: bond, MTU: 1500}, 2: {LinkID: LinkID{2, 1}, Kind: bond, MTU: 1500},
+		3: port(3, 1, 1600), 4: port(4, 1, 1400), 5: port(5, 9, 1000), 6: port(6, 2, 0),
+	}}
+	before := w.links[1]
+	if !w.boundBonds() || w.links[1].SendMTU() != 1400 || w.links[2].SendMTU() != 1500 || before.PeerMTU != 0 {
+		t.Errorf("%+v, %+v; the link of before: %+v", w.links[1], w.links[2], before)
+	}
+	if w.boundBonds() {
+		t.Error("nothing is different, and something is said to be")
+	}
+	// Read anew it is the same, until a port goes.
+	if w.replace(1, before) || w.boundBonds() {
+		t.Errorf("read anew: %+v", w.links[1])
+	}
+	delete(w.links, 4)
+	if !w.boundBonds() || w.links[1].PeerMTU != 1600 {
+		t.Errorf("%+v", w.links[1])
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"strings"
 
 	"xdpcast/internal/network"
 	"xdpcast/pkg/flow"
@@ -383,6 +384,9 @@ func (m *maker) resolveOutputs(f *FlowPlan, rule *Rule, c *chooser) {
 			continue
 		}
 		s.Reason = m.resolveOutput(o, s, out, link, c)
+		if text := peerNote(link); text != "" && !strings.Contains(f.Note(), text) {
+			f.note(text)
+		}
 		if s.Reason == "" && o.Unicast() && link.Ethernet {
 			fault = cmp.Or(fault, m.resolveHop(o, s, out, link))
 		}
@@ -401,6 +405,20 @@ func (m *maker) resolveOutputs(f *FlowPlan, rule *Rule, c *chooser) {
 	}
 }
 
+// peerNote says what of a veth's peer bounds what is sent to it, "" for nothing. l is nil while the
+// interface is not known.
+func peerNote(l *network.Link) string {
+	switch {
+	case l == nil || !l.Running():
+		return ""
+	case l.PeerUnread != "":
+		return fmt.Sprintf("the MTU of the peer of interface %s cannot be read (%s): if it is below %d, a copy that is too long for it takes up to 15 others of its bulk with it, of other rules as well", l.Name, l.PeerUnread, l.MTU)
+	case l.SendMTU() < l.MTU:
+		return fmt.Sprintf("interface %s has an MTU of %d, and its peer one of %d: what is longer than that is dropped, reason mtu", l.Name, l.MTU, l.PeerMTU)
+	}
+	return ""
+}
+
 func ownAddress(o *rules.Output) error {
 	return fmt.Errorf("output %s: %s is an address of this host: want another host's, or a multicast group", o, o.Address)
 }
@@ -414,8 +432,8 @@ func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, 
 	case l.Loopback:
 		return fmt.Sprintf("interface %s is the loopback: want one that leads to a network", l.Name)
 	}
-	out.Index, out.MTU, out.SrcMAC = l.Index, int32(l.MTU), l.MAC
-	out.Rate = resolveRate(o.Policy.Rate, l.MTU)
+	out.Index, out.MTU, out.SrcMAC = l.Index, int32(l.SendMTU()), l.MAC
+	out.Rate = resolveRate(o.Policy.Rate, l.SendMTU())
 	if o.Policy.Source == rules.SourceInterface {
 		addr, ok := sourceTo(l, o.Address)
 		if !ok {
