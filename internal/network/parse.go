@@ -58,9 +58,9 @@ func parseLink(data []byte) (*Link, bool) {
 	l := &Link{
 		peerNetns: ownNetns,
 		LinkID:    LinkID{Index: int(int32(binary.NativeEndian.Uint32(data[4:])))},
-		Loopback: flags&unix.IFF_LOOPBACK != 0,
-		Up:       flags&unix.IFF_UP != 0,
-		Carrier:  flags&running == running,
+		Loopback:  flags&unix.IFF_LOOPBACK != 0,
+		Up:        flags&unix.IFF_UP != 0,
+		Carrier:   flags&running == running,
 	}
 	ether := binary.NativeEndian.Uint16(data[2:]) == unix.ARPHRD_ETHER
 	sound := true

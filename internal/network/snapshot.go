@@ -46,7 +46,7 @@ type Link struct {
 	PeerUnread string
 	peer       int   // index of a veth's peer; 0: not a veth
 	peerNetns  int32 // the kernel's number for the peer's network namespace; ownNetns: this one
-	Up       bool // administratively
+	Up         bool  // administratively
 	// Carrier: the link is up, its lower layer too, and it is ready to send: flags IFF_LOWER_UP
 	// and IFF_RUNNING. The first is the driver's carrier: a cable is plugged, a
 	// veth's peer is up, a tun device is being read, a port of a bridge has a carrier -
