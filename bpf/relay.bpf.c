@@ -18,33 +18,72 @@
 #include "steer.h"
 #include "stream.h"
 
+/* Hands a frame that was rewritten to the device. */
+static __always_inline int redirect_one(const struct flow *flow, const struct output *o,
+					struct rule_stats *stats, __u32 bytes)
+{
+	int verdict = bpf_redirect_map(&devices, flow->device, XDP_DROP);
+
+	if (verdict != XDP_REDIRECT)
+		return count_drop(DROP_OUTPUT, o->stats, DROP_NO_DEVICE, bytes);
+	stats->sent_packets++;
+	stats->sent_bytes += bytes;
+	return verdict;
+}
+
+/* The one output of a rule without a line of it in its shortcut. NULL: it is none that the
+ * fast path serves, and verdict says what became of the packet.
+ */
+static __always_inline const struct output *find_one(struct xdp_md *ctx, struct headers *h,
+						     const struct flow *flow,
+						     struct rule_stats *stats, __u32 bytes,
+						     int *verdict)
+{
+	__u32 first = flow->first_output, reason;
+	struct output *o = bpf_map_lookup_elem(&outputs, &first);
+
+	if (!o) {
+		*verdict = count_drop(DROP_RULE, flow->rule, DROP_INTERNAL, bytes);
+		return NULL;
+	}
+	if (!(o->flags & OUTPUT_READY)) {
+		*verdict = count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
+		return NULL;
+	}
+	if (__builtin_expect(!(o->flags & OUTPUT_RARE), 1))
+		return o;
+	if (frame_size(h->l3_offset, bytes) > o->mtu &&
+	    (h->l3_len > o->mtu || too_long(o, h->l3_offset, bytes))) {
+		*verdict = count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
+		return NULL;
+	}
+	reason = rewrite_rare(ctx, o, h->l3_offset, udp_offset(h), bytes);
+	*verdict = reason == REWRITTEN ? redirect_one(flow, o, stats, bytes)
+				       : count_drop(DROP_OUTPUT, o->stats, reason, bytes);
+	return NULL;
+}
+
 /* One output: the frame itself is rewritten and sent on. */
 static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const struct flow *flow,
-				    __u32 bytes, bool ip4)
+				    struct rule_stats *stats, __u32 bytes, bool ip4)
 {
-	__u32 id = flow->rule, first = flow->first_output;
-	struct output *o = bpf_map_lookup_elem(&outputs, &first);
+	const struct output *o = h->output;
 	__u32 reason;
 	int verdict;
 
-	if (!o)
-		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
-	if (!(o->flags & OUTPUT_READY))
-		return count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
+	if (!o) {
+		o = find_one(ctx, h, flow, stats, bytes, &verdict);
+		if (!o)
+			return verdict;
+	}
+	/* The tags stay as they are. */
 	if (__builtin_expect(frame_size(h->l3_offset, bytes) > o->mtu, 0) &&
-	    (h->l3_len > o->mtu || too_long(o, h->l3_offset, bytes)))
+	    (h->l3_len > o->mtu || bytes > (__u32)o->mtu + FRAME_ROOM))
 		return count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
-	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
-		reason = rewrite_rare(ctx, o, h->l3_offset, udp_offset(h), bytes);
-	else
-		reason = ip4 ? rewrite_ip4(h, o, false) : rewrite_ip6(h, o, false);
+	reason = ip4 ? rewrite_ip4(h, o, false) : rewrite_ip6(h, o, false);
 	if (reason != REWRITTEN)
 		return count_drop(DROP_OUTPUT, o->stats, reason, bytes);
-	verdict = bpf_redirect_map(&devices, flow->device, XDP_DROP);
-	if (verdict != XDP_REDIRECT)
-		return count_drop(DROP_OUTPUT, o->stats, DROP_NO_DEVICE, bytes);
-	count_sent(o->stats, bytes);
-	return verdict;
+	return redirect_one(flow, o, stats, bytes);
 }
 
 /* Counts the copies that no egress program will see: of outputs that are not ready,
@@ -183,6 +222,27 @@ static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
 /* What no rule takes passes untouched. */
 #define NOT_OURS (-1)
 
+/* The word of a flow entry that begins with flags, in the order of a little-endian machine, of
+ * the kernel path; and what of it is nothing else.
+ */
+#define FLOW_PLAIN ((__u64)PATH_KERNEL << 16)
+#define FLOW_PLAIN_MASK                                                                            \
+	(0xffffffff0000ULL /* path, routed and stream */ | FLOW_UNICAST | FLOW_POLICED |           \
+	 FLOW_FINISH)
+
+_Static_assert(__builtin_offsetof(struct flow, flags) == 16, "begins a word");
+_Static_assert(__builtin_offsetof(struct flow, path) == 18, "follows flags");
+_Static_assert(__builtin_offsetof(struct flow, routed) == 19, "follows path");
+_Static_assert(__builtin_offsetof(struct flow, stream) == 20, "follows routed");
+
+/* Whether a flow is on another path than the kernel's, a leg or routed, or has one of the flags
+ * above: most have none of it, which is one comparison for them.
+ */
+static __always_inline bool is_rare(const struct flow *flow)
+{
+	return (*(const __u64 *)&flow->flags & FLOW_PLAIN_MASK) != FLOW_PLAIN;
+}
+
 /* A packet with its rule. ip4 is a constant in each caller, so that the family is
  * decided once.
  */
@@ -192,22 +252,24 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	/* Masked, so that the verifier knows a packet of MALFORMED bytes to be longer. */
 	__u32 bytes = bpf_xdp_get_buff_len(ctx) & MALFORMED;
 	__u32 id = flow->rule;
+	bool rare = is_rare(flow), own;
 	struct rule_stats *stats;
 	int verdict;
-	bool own;
 
 	/* A packet cut short is for the stack to refuse, and one for another host's MAC
 	 * to ignore.
 	 */
-	if ((__u64)h->l3_offset + h->l3_len > bytes) {
+	if (__builtin_expect((__u64)h->l3_offset + h->l3_len > bytes, 0)) {
 		if (flow->path != PATH_FANOUT)
 			count_note(id, NOTE_MALFORMED, 1, bytes);
 		return NOT_OURS;
 	}
-	if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
-		return NOT_OURS;
-	if (__builtin_expect(flow->routed, 0) && kernel_routes(cfg, h, flow, bytes, ip4))
-		return NOT_OURS;
+	if (__builtin_expect(rare, 0)) {
+		if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
+			return NOT_OURS;
+		if (flow->routed && kernel_routes(cfg, h, flow, bytes, ip4))
+			return NOT_OURS;
+	}
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
 		remember_fragment(ifindex, h, ip4);
 		if (flow->path != PATH_FANOUT) {
@@ -218,7 +280,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	}
 	own = own_packet(cfg, h, flow, ip4);
 	/* The workers behind the packet tap do and count all that follows. */
-	if (__builtin_expect(flow->path == PATH_FANOUT, 0)) {
+	if (__builtin_expect(rare, 0) && flow->path == PATH_FANOUT) {
 		if (!own && !(flow->flags & (FLOW_UNGUARDED | FLOW_LOCAL)) &&
 		    guard_tapped(ctx, id, guard_place(h, ip4, flow), h->fragment_id, bytes))
 			return XDP_DROP;
@@ -231,30 +293,30 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		return count_drop(DROP_UNKNOWN, 0, DROP_INTERNAL, bytes);
 	if (own)
 		return count_drop(DROP_RULE, id, DROP_LOOP, bytes);
-	if (!(flow->flags & FLOW_UNGUARDED) && guard_looks(stats) &&
+	if (__builtin_expect(guard_looks(stats), 0) && !(flow->flags & FLOW_UNGUARDED) &&
 	    guard_returned(ctx, id, guard_place(h, ip4, flow), h->fragment_id, stats->last_seen_ns))
 		return count_drop(DROP_RULE, id, DROP_LOOPING, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
-	if (__builtin_expect(flow->stream, 0) &&
-	    !leg_passes(ctx, ifindex, h, flow, stats, bytes, ip4))
-		return XDP_DROP;
-	if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
-		return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
-	if (__builtin_expect(flow->path != PATH_KERNEL, 0) &&
-	    to_socket(ctx, h, flow, bytes, stats, &verdict))
-		return verdict;
-	if (__builtin_expect(flow->flags & FLOW_FINISH, 0) && h->part == PART_WHOLE &&
-	    finish_checksum(ctx, h->l3_offset, udp_offset(h)))
-		count_note(id, NOTE_UNFINISHED, 1, bytes);
+	if (__builtin_expect(rare, 0)) {
+		if (flow->stream && !leg_passes(ctx, ifindex, h, flow, stats, bytes, ip4))
+			return XDP_DROP;
+		if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
+			return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
+		if (flow->path != PATH_KERNEL && to_socket(ctx, h, flow, bytes, stats, &verdict))
+			return verdict;
+		if (flow->flags & FLOW_FINISH && h->part == PART_WHOLE &&
+		    finish_checksum(ctx, h->l3_offset, udp_offset(h)))
+			count_note(id, NOTE_UNFINISHED, 1, bytes);
+	}
 	if (flow->outputs == 1)
-		return send_one(ctx, h, flow, bytes, ip4);
+		return send_one(ctx, h, flow, stats, bytes, ip4);
 	return send_many(ctx, h, flow, bytes, stats->packets);
 }
 
 /* The rule of a packet. */
 static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct config *cfg,
-					   __u32 ifindex, const struct headers *h, bool ip4)
+					   __u32 ifindex, struct headers *h, bool ip4)
 {
 	__u16 port;
 

@@ -110,14 +110,14 @@ type RelayFlow struct {
 	Rule        uint32
 	FirstOutput uint32
 	Device      uint32
-	Outputs     uint8
-	Leg         uint8
-	MinMtu      uint16
 	Sockets     uint32
-	Stream      uint16
 	Flags       uint16
 	Path        uint8
 	Routed      uint8
+	Stream      uint16
+	Leg         uint8
+	Outputs     uint8
+	MinMtu      uint16
 	InputMac    [6]uint8
 }
 
@@ -423,31 +423,33 @@ type RelayRuleStats struct {
 	_             structs.HostLayout
 	Packets       uint64
 	Bytes         uint64
+	SentPackets   uint64
+	SentBytes     uint64
+	Tick          uint64
+	LookUntil     uint64
 	LastSeenNs    uint64
+	TickPackets   uint64
+	Pace          uint32
+	Watched       uint32
 	HandedPackets uint64
 	HandedBytes   uint64
 	CopiesPackets uint64
 	CopiesBytes   uint64
-	TickPackets   uint64
-	Pace          uint32
-	Watched       uint32
 }
 
 type RelayShortcut struct {
 	_         structs.HostLayout
 	Flow      RelayFlow
+	Group     [4]uint8
 	Ifindex   uint32
 	Vlan      uint16
 	OuterVlan uint16
 	Port      uint16
 	Family    uint8
-	Pad       uint8
-	Group     [4]uint8
+	HasOutput uint8
 	Source    [4]uint8
 	Reserved  [12]uint8
-	Group6    [16]uint8
-	Source6   [16]uint8
-	Reserved6 [32]uint8
+	Second    [64]uint8
 }
 
 type RelayStream struct {

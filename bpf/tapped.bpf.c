@@ -72,11 +72,12 @@ static __always_inline __be16 parse_link(struct __sk_buff *skb, void *data, void
 /* Whether a frame was sent to the MAC address of the flow's input. */
 static __always_inline bool to_input(struct __sk_buff *skb, const struct flow *flow)
 {
-	__u8 mac[ETH_ALEN] = {};
+	__u64 room = 0;
+	__u8 *mac = (__u8 *)&room + 2; /* where same_mac may read words */
 
 	if (!link_header)
 		return true;
-	return !bpf_skb_load_bytes_relative(skb, 0, mac, sizeof(mac), BPF_HDR_START_MAC) &&
+	return !bpf_skb_load_bytes_relative(skb, 0, mac, ETH_ALEN, BPF_HDR_START_MAC) &&
 	       same_mac(mac, flow->input_mac);
 }
 

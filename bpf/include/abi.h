@@ -192,37 +192,40 @@ struct flow {
 	__u32 rule;	    /* index into rules and rule_stats */
 	__u32 first_output; /* index into outputs; slot s is first_output + s */
 	__u32 device;	    /* row of devices, with one output */
-	__u8 outputs;	    /* 1 to XDPCAST_MAX_SLOTS */
-	__u8 leg;	    /* number of the input among those of its stream */
-	__u16 min_mtu;	    /* smallest MTU of several outputs; 0 when one is not ready */
 	__u32 sockets;	    /* row of xsks of the input's first queue, with PATH_AFXDP */
-	__u16 stream;	    /* index into streams; 0: the rule has one input */
-	__u16 flags;	    /* enum flow_flag */
-	__u8 path;	    /* enum rule_path */
-	__u8 routed;	    /* not 0: a multicast route of the kernel; packets of at most this TTL
-			     * are left to it
-			     */
+	/* One word, which tells at once that nothing of it is needed (relay.bpf.c). */
+	__u16 flags;  /* enum flow_flag */
+	__u8 path;    /* enum rule_path */
+	__u8 routed;  /* not 0: a multicast route of the kernel; packets of at most this TTL are
+		       * left to it
+		       */
+	__u16 stream; /* index into streams; 0: the rule has one input */
+	__u8 leg;     /* number of the input among those of its stream */
+	__u8 outputs; /* 1 to XDPCAST_MAX_SLOTS */
+
+	__u16 min_mtu; /* smallest MTU of several outputs; 0 when one is not ready */
 	__u8 input_mac[6];
 };
 
-/* A slot of the map shortcuts: what a rule takes, and its flow entry. For IPv4 it is one
- * cache line.
+/* A slot of the map shortcuts: what a rule takes, its flow entry, and with IPv4 how its one
+ * output rewrites, all that a packet of most rules needs, in two cache lines side by side.
  */
 struct shortcut {
 	struct flow flow;
+	/* Two words that are compared as such. */
+	__u8 group[4];
 	__u32 ifindex;
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
-	__u8 family; /* 4 or 6; 0: empty */
-	__u8 pad;
-	__u8 group[4];
+	__u8 family;	 /* 4 or 6; 0: empty */
+	__u8 has_output; /* IPv4: 1: the rule has one output, which is ready and not rare */
+
 	__u8 source[4]; /* all zero: any */
 	__u8 reserved[12];
 
-	__u8 group6[16];
-	__u8 source6[16];
-	__u8 reserved6[32];
+	/* IPv4, with has_output: the first line of the output. IPv6: group and source. */
+	__u8 second[64];
 };
 
 /* What people and a restarted control loop want to know of a rule; no program
@@ -445,20 +448,28 @@ struct own_mac {
 };
 
 struct rule_stats {
-	__u64 packets;	    /* matched, whatever became of them */
-	__u64 bytes;	    /* of whole frames as they came in */
+	__u64 packets; /* matched, whatever became of them */
+	__u64 bytes;   /* of whole frames as they came in */
+	/* Of a rule with one output, what the kernel path has handed to the device. Of others
+	 * output_stats has it.
+	 */
+	__u64 sent_packets;
+	__u64 sent_bytes;
+	/* Of the loop guard, see guard.h. */
+	__u64 tick;	  /* of the kernel's clock (jiffies) */
+	__u64 look_until; /* packets up to which this tick's are looked at */
+	/* What follows is written once a tick. */
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
-	/* Of them, what went to AF_XDP sockets. */
+	__u64 tick_packets; /* packets when this tick began */
+	__u32 pace;	    /* the most packets a tick, slowly forgotten */
+	__u32 watched;	    /* ticks for which every packet is still looked at */
+	/* Of packets, what went to AF_XDP sockets. */
 	__u64 handed_packets;
 	__u64 handed_bytes;
 	/* Of them, copies that the stream of a leg does not need: DROP_DUPLICATE or DROP_STANDBY.
 	 */
 	__u64 copies_packets;
 	__u64 copies_bytes;
-	/* Of the loop guard, see guard.h. */
-	__u64 tick_packets; /* packets when this tick began */
-	__u32 pace;	    /* the most packets a tick, slowly forgotten */
-	__u32 watched;	    /* ticks for which every packet is still looked at */
 };
 
 #define GUARD_SLOTS 16384 /* a power of two */
@@ -519,6 +530,7 @@ struct loop {
 	struct guard_way ways[GUARD_WAYS];
 };
 
+/* Of an output of a rule with several. */
 struct output_stats {
 	__u64 packets; /* handed to the device */
 	__u64 bytes;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
 /* Counting. Every packet that matched ends in exactly one place for each of the
- * rule's outputs: output_stats, or a drop with its reason.
+ * rule's outputs: sent_packets of a rule with one, output_stats of others, or a drop with its
+ * reason.
  */
 #pragma once
 
@@ -8,20 +9,19 @@
 #include "maps.h"
 
 /* Returns the counters of the rule on this CPU; their packets are a number that the
- * rule's next packet on this CPU does not get.
+ * rule's next packet on this CPU does not get. The clock is read once a tick: it goes on with
+ * jiffies, which a program reads without a call.
  */
 static __always_inline struct rule_stats *count_match(__u32 rule, __u32 bytes)
 {
 	struct rule_stats *stats = bpf_map_lookup_elem(&rule_stats, &rule);
-	__u64 now;
+	__u64 tick;
 
 	if (!stats)
 		return NULL;
-	now = bpf_ktime_get_coarse_ns();
-	if (stats->last_seen_ns != now) {
-		guard_tick(stats, rule);
-		stats->last_seen_ns = now;
-	}
+	tick = bpf_jiffies64();
+	if (__builtin_expect(stats->tick != tick, 0))
+		guard_tick(stats, rule, tick);
 	stats->packets++;
 	stats->bytes += bytes;
 	return stats;

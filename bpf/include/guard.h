@@ -101,7 +101,7 @@ enum guard_verdict {
 /* A tick of the clock has passed for a rule on this CPU. Global, so that it is verified
  * once.
  */
-__noinline int guard_tick(struct rule_stats *stats, __u32 rule)
+__noinline int guard_tick(struct rule_stats *stats, __u32 rule, __u64 tick)
 {
 	__u64 packets;
 	__u32 n;
@@ -116,13 +116,16 @@ __noinline int guard_tick(struct rule_stats *stats, __u32 rule)
 	else if (stats->watched)
 		stats->watched--;
 	stats->pace = n > stats->pace ? n : stats->pace - (stats->pace >> 8);
+	stats->tick = tick;
+	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
+	stats->look_until = stats->watched ? ~0ULL : stats->packets + guard_budget;
 	return 0;
 }
 
 /* Whether this packet is one to look at. */
 static __always_inline bool guard_looks(const struct rule_stats *stats)
 {
-	return stats->packets - stats->tick_packets <= guard_budget || stats->watched;
+	return stats->packets <= stats->look_until;
 }
 
 static __always_inline __u32 guard_hash(__u64 a, __u64 b)

@@ -73,7 +73,7 @@ static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 s
 }
 
 static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifindex,
-					    const struct headers *h, __u16 port)
+					    struct headers *h, __u16 port)
 {
 	struct flow4 key = {
 		.ifindex = ifindex,
@@ -197,7 +197,7 @@ static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
 }
 
 static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifindex,
-					    const struct headers *h, __u16 port)
+					    struct headers *h, __u16 port)
 {
 	struct flow6 key = {
 		.ifindex = ifindex,

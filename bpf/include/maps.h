@@ -114,10 +114,12 @@ struct {
 } prefix_tables6 SEC(".maps");
 
 /* shortcuts: slot by hash -> input and flow entry of a rule, beside the flow tables. Size:
- * load.
+ * load. BPF_F_MMAPABLE has its values begin with a page: those of other arrays begin 56 bytes
+ * into a cache line (struct bpf_array of Linux 6.18), and each is in one line more.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct shortcut);
@@ -254,9 +256,10 @@ struct {
 	__type(value, struct rule);
 } rules SEC(".maps");
 
-/* outputs: first output + slot -> rewrite. Size: load. */
+/* outputs: first output + slot -> rewrite. Size: load. Mapped as shortcuts are, for the same. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct output);
@@ -317,7 +320,7 @@ struct {
 	__type(value, struct turn);
 } turns SEC(".maps");
 
-/* rule_stats: rule -> what matched. Size: load. */
+/* rule_stats: rule -> what matched, and what its one output sent. Size: load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -325,7 +328,7 @@ struct {
 	__type(value, struct rule_stats);
 } rule_stats SEC(".maps");
 
-/* output_stats: stats of an output -> what was sent. Size: load. */
+/* output_stats: stats of one of several outputs -> what was sent. Size: load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);

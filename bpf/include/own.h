@@ -10,9 +10,9 @@
 
 static __always_inline bool same_mac(const __u8 *x, const __u8 *y)
 {
-	const __u16 *a = (const __u16 *)x, *b = (const __u16 *)y;
-
-	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+	/* Its last bytes first: the first ones are the vendor's. */
+	return *(const __u32 *)(x + 2) == *(const __u32 *)(y + 2) &&
+	       *(const __u16 *)x == *(const __u16 *)y;
 }
 
 /* The bit of config.own for an address: the last byte of a multiplicative hash. */
@@ -40,8 +40,7 @@ static __noinline bool own_address6(const struct in6_addr *addr)
  */
 static __always_inline __u32 own_mac_bit(const __u8 *mac)
 {
-	return (((__u32)((const __u16 *)mac)[2] << 16 | ((const __u16 *)mac)[1]) * 0x9e3779b1U) >>
-	       23;
+	return (*(const __u32 *)(mac + 2) * 0x9e3779b1U) >> 23;
 }
 
 static __noinline bool own_mac(const __u8 *mac)

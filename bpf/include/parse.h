@@ -14,6 +14,8 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "abi.h"
+
 /* Keeps the compiler from knowing a pointer's value or moving arithmetic on it, which the
  * verifier does not take.
  */
@@ -49,8 +51,9 @@ struct headers {
 	__u32 l3_len;	   /* bytes of IP packet, without padding behind it */
 	__u32 fragment_id; /* unless PART_WHOLE */
 	__u16 vlan; /* VLAN of the only tag, or of the inner one; 0: none, or a priority tag */
-	__u16 outer_vlan; /* of the outer of two tags */
-	__u8 part;	  /* enum part */
+	__u16 outer_vlan;	     /* of the outer of two tags */
+	__u8 part;		     /* enum part */
+	const struct output *output; /* the rule's one output, when the shortcut has it */
 };
 
 /* Returns x, of which the verifier then knows nothing: it follows each value of a constant

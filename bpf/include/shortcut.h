@@ -25,9 +25,10 @@ static __always_inline __u64 shortcut_tags(const struct headers *h, __u16 port)
 	return (__u64)port << 32 | (__u32)h->outer_vlan << 16 | h->vlan;
 }
 
-static __always_inline __u64 shortcut_hash(__u64 group, __u32 ifindex, __u64 tags)
+/* input is the group, with the interface in its upper half. */
+static __always_inline __u64 shortcut_hash(__u64 input, __u64 tags)
 {
-	return (group ^ (__u64)ifindex << 32) * SHORTCUT_K1 + tags * SHORTCUT_K2;
+	return input * SHORTCUT_K1 + tags * SHORTCUT_K2;
 }
 
 /* The slot of a hash: its highest bits, which depend on all others. */
@@ -44,18 +45,18 @@ static __always_inline __u64 shortcut_rehash(__u64 hash)
 	return (hash ^ hash >> 32) * SHORTCUT_K2;
 }
 
-static __always_inline bool same_input(const struct shortcut *s, __u32 ifindex,
-				       const struct headers *h, __u16 port)
+/* Whether a slot's family, VLANs and port are these. */
+static __always_inline bool same_tags(const struct shortcut *s, __u64 tags, __u64 family)
 {
-	return s->ifindex == ifindex && s->port == port && s->vlan == h->vlan &&
-	       s->outer_vlan == h->outer_vlan;
+	/* The uppermost byte is has_output. */
+	return (*(const __u64 *)&s->vlan & ~0ULL >> 8) == (family << 48 | tags);
 }
 
-static __always_inline bool same_addresses4(const struct shortcut *s, __u32 group, __u32 source)
+static __always_inline bool same_addresses4(const struct shortcut *s, __u64 input, __u32 source)
 {
 	__u32 want = *(const __u32 *)s->source;
 
-	return *(const __u32 *)s->group == group && s->family == 4 && (!want || want == source);
+	return *(const __u64 *)s->group == input && (!want || want == source);
 }
 
 static __always_inline bool same_addr6(const __u64 *a, const __u64 *b)
@@ -66,45 +67,56 @@ static __always_inline bool same_addr6(const __u64 *a, const __u64 *b)
 static __always_inline bool same_addresses6(const struct shortcut *s, const __u64 *group,
 					    const __u64 *source)
 {
-	const __u64 *want = (const __u64 *)s->source6;
+	const __u64 *have = (const __u64 *)s->second, *want = have + 2;
 
-	return s->family == 6 && same_addr6((const __u64 *)s->group6, group) &&
-	       (!(want[0] | want[1]) || same_addr6(want, source));
+	return same_addr6(have, group) && (!(want[0] | want[1]) || same_addr6(want, source));
 }
 
-/* The flow entry of a packet's rule; NULL: look it up in the flow tables. ip4 is a constant in each
- * caller.
+_Static_assert(__builtin_offsetof(struct shortcut, ifindex) == 36, "one word with the group");
+_Static_assert(__builtin_offsetof(struct shortcut, family) ==
+		       __builtin_offsetof(struct shortcut, vlan) + 6,
+	       "one word with VLANs and port");
+_Static_assert(__builtin_offsetof(struct shortcut, second) == 64, "begins a cache line");
+_Static_assert(__builtin_offsetof(struct output, port_shift) == 64, "what fits in there");
+
+/* The flow entry of a packet's rule, and its one output in h if it is there; NULL: look it up in
+ * the flow tables. ip4 is a constant in each caller.
  */
 static __always_inline struct flow *find_shortcut(const struct config *cfg, __u32 ifindex,
-						  const struct headers *h, __u16 port, bool ip4)
+						  struct headers *h, __u16 port, bool ip4)
 {
+	__u64 tags = shortcut_tags(h, port), input, hash;
 	struct in6_addr group6, source6;
-	__u32 group = 0, source = 0;
 	struct shortcut *s;
-	__u64 hash;
+	__u32 source = 0;
 	int i;
 
+	h->output = NULL;
 	if (!cfg->shortcut_shift)
 		return NULL;
 	if (ip4) {
-		group = h->ip4->daddr;
 		source = h->ip4->saddr;
-		hash = group;
+		input = h->ip4->daddr;
 	} else {
 		group6 = h->ip6->daddr;
 		source6 = h->ip6->saddr;
-		hash = *(const __u64 *)&group6 ^ *((const __u64 *)&group6 + 1);
+		input = *(const __u64 *)&group6 ^ *((const __u64 *)&group6 + 1);
 	}
-	hash = shortcut_hash(hash, ifindex, shortcut_tags(h, port));
+	input ^= (__u64)ifindex << 32;
+	hash = shortcut_hash(input, tags);
 #pragma unroll
 	for (i = 0; i < SHORTCUT_SLOTS; i++) {
 		s = shortcut_at(cfg, hash);
 		if (!s)
 			return NULL;
-		if ((ip4 ? same_addresses4(s, group, source)
-			 : same_addresses6(s, (const __u64 *)&group6, (const __u64 *)&source6)) &&
-		    same_input(s, ifindex, h, port))
+		if (same_tags(s, tags, ip4 ? 4 : 6) &&
+		    (ip4 ? same_addresses4(s, input, source)
+			 : s->ifindex == ifindex && same_addresses6(s, (const __u64 *)&group6,
+								    (const __u64 *)&source6))) {
+			if (ip4 && s->has_output)
+				h->output = (const struct output *)s->second;
 			return &s->flow;
+		}
 		hash = shortcut_rehash(hash);
 	}
 	return NULL;

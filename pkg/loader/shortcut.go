@@ -6,6 +6,7 @@ import (
 	"math/bits"
 	"runtime"
 	"slices"
+	"unsafe"
 
 	"xdpcast/bpf"
 	"xdpcast/pkg/flow"
@@ -203,13 +204,31 @@ func encodeShortcut(e *entry) (b bpf.RelayShortcut) {
 		if in.Source.IsValid() {
 			b.Source = in.Source.As4()
 		}
+		if len(e.rule.Out) == 1 {
+			embedOutput(&b, e)
+		}
 		return b
 	}
-	b.Family, b.Group6 = 6, in.Group.As16()
+	group := in.Group.As16()
+	b.Family = 6
+	copy(b.Second[:], group[:])
 	if in.Source.IsValid() {
-		b.Source6 = in.Source.As16()
+		source := in.Source.As16()
+		copy(b.Second[len(group):], source[:])
 	}
 	return b
+}
+
+// embedOutput puts the first line of a rule's one output into its shortcut, unless packets need
+// the second. Outputs in force never change: an entry with others has another first output.
+func embedOutput(b *bpf.RelayShortcut, e *entry) {
+	o := encodeOutput(e.rule.Out[0], e.firstStats, 0)
+	if bpf.RelayOutputFlag(o.Flags)&(bpf.RelayOutputFlagOUTPUT_READY|bpf.RelayOutputFlagOUTPUT_RARE) != bpf.RelayOutputFlagOUTPUT_READY {
+		return
+	}
+	b.HasOutput = 1
+	line := (*[unsafe.Sizeof(o)]byte)(unsafe.Pointer(&o))
+	copy(b.Second[:], line[:])
 }
 
 // adoptShortcuts closes what an earlier process left open, and opens it as this one

@@ -2,6 +2,7 @@ package loader
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -41,7 +42,7 @@ func shortcutInput(s *bpf.RelayShortcut) flow.Input {
 	if s.Family == 4 {
 		return decodeKey4(&bpf.RelayFlow4{Ifindex: s.Ifindex, Vlan: s.Vlan, OuterVlan: s.OuterVlan, Port: s.Port, Group: s.Group, Source: s.Source})
 	}
-	return decodeKey6(&bpf.RelayFlow6{Ifindex: s.Ifindex, Vlan: s.Vlan, OuterVlan: s.OuterVlan, Port: s.Port, Group: s.Group6, Source: s.Source6})
+	return decodeKey6(&bpf.RelayFlow6{Ifindex: s.Ifindex, Vlan: s.Vlan, OuterVlan: s.OuterVlan, Port: s.Port, Group: [16]byte(s.Second[:]), Source: [16]byte(s.Second[16:])})
 }
 
 // shortcutsAgree checks what programs rely on: a shortcut that is open says what the
@@ -76,6 +77,19 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 		in := shortcutInput(&s)
 		if flow, ok := inForce[in]; !ok || flow != s.Flow {
 			t.Errorf("slot %d has %+v, the flow tables say %+v", at, s, flow)
+		}
+		if s.HasOutput == 1 {
+			var o bpf.RelayOutput
+			if err := m.Outputs.Lookup(s.Flow.FirstOutput, &o); err != nil {
+				t.Fatal(err)
+			}
+			var line [128]byte
+			if n, err := binary.Encode(line[:], binary.NativeEndian, &o); err != nil || n != len(line) {
+				t.Fatalf("output of %d bytes, %v", n, err)
+			}
+			if s.Family != 4 || s.Flow.Outputs != 1 || !bytes.Equal(s.Second[:], line[:len(s.Second)]) {
+				t.Errorf("slot %d has output %x, map outputs %+v", at, s.Second, o)
+			}
 		}
 		if sourced[in] {
 			t.Errorf("slot %d takes the packets of a more specific rule from %+v", at, in)

@@ -407,12 +407,20 @@ func waitForPrograms() {
 	}
 }
 
+// readRuleStats reads what the relay program has counted of a rule on each CPU.
+func readRuleStats(m *mapSet, e *entry) (perCPU []bpf.RelayRuleStats, err error) {
+	if err := m.RuleStats.Lookup(e.id, &perCPU); err != nil {
+		return nil, fmt.Errorf("read counters of rule %s: %w", e.rule.Name, err)
+	}
+	return perCPU, nil
+}
+
 // readTally reads what the relay program has matched.
 func readTally(m *mapSet, e *entry) (*tally, error) {
 	t := &tally{entry: e, out: make([]outputTally, len(e.rule.Out))}
-	var perCPU []bpf.RelayRuleStats
-	if err := m.RuleStats.Lookup(e.id, &perCPU); err != nil {
-		return nil, fmt.Errorf("read counters of rule %s: %w", e.rule.Name, err)
+	perCPU, err := readRuleStats(m, e)
+	if err != nil {
+		return nil, err
 	}
 	for _, c := range perCPU {
 		t.matched.add(c.Packets, c.Bytes)
@@ -428,6 +436,18 @@ func readSinks(m *mapSet, tallies []*tally) error {
 	byID, byStats := make(map[uint32]*tally, len(tallies)), map[uint32]*outputSink{}
 	for _, t := range tallies {
 		byID[t.entry.id] = t
+		if len(t.out) == 1 {
+			o := &t.out[0].kernel
+			byStats[t.entry.firstStats] = o
+			perCPU, err := readRuleStats(m, t.entry)
+			if err != nil {
+				return err
+			}
+			for _, c := range perCPU {
+				o.sent.add(c.SentPackets, c.SentBytes)
+			}
+			continue
+		}
 		for slot := range t.out {
 			index := t.entry.firstStats + uint32(slot)
 			o := &t.out[slot].kernel
