@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -61,7 +62,7 @@ func newPatient(t testing.TB) *patient {
 	labtest.Connect(t, lab.End{Host: p.relay, Name: "in0", Addrs: []string{"10.1.0.1/24"}}, lab.End{Host: p.other, Name: "src0", Addrs: []string{"10.1.0.2/24"}})
 	labtest.Connect(t, lab.End{Host: p.relay, Name: "out0", Addrs: []string{"10.2.0.1/24"}}, lab.End{Host: p.other, Name: "sink0", Addrs: []string{"10.2.0.2/24"}})
 	p.status = &control.Status{
-		PID: processIn(t, p.relay), Ready: true, PinDir: "/sys/fs/bpf/xdpcast-doctor-test", Rules: 1, Active: 1,
+		PID: processIn(t, p.relay), Ready: true, PinDir: filepath.Join(bpfFileSystem(t), "xdpcast"), Rules: 1, Active: 1,
 		Interfaces: []control.InterfaceStatus{
 			{Name: "in0", ProgramID: 7, Mode: "native", IGMP: &control.Multicast{Version: "IGMPv3", Querier: "10.1.0.254"}},
 			{Name: "out0", ProgramID: 7, Mode: "native"},
@@ -72,6 +73,21 @@ func newPatient(t testing.TB) *patient {
 	p.opts = Options{Daemon: p, PinDir: p.status.PinDir, Apart: time.Millisecond, Root: os.DirFS("/")}
 	p.opts.Stats = func(context.Context) (control.Stats, error) { return p.stats, nil }
 	return p
+}
+
+// bpfFileSystem mounts one of the test's own: the machine may have none.
+func bpfFileSystem(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=700"); err != nil {
+		t.Fatalf("mount BPF file system: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount BPF file system: %v", err)
+		}
+	})
+	return dir
 }
 
 // processIn starts a process in a host that does nothing, for the daemon's.
@@ -119,18 +135,6 @@ func (r *Report) worst(section, check string) (worst Finding) {
 		}
 	}
 	return worst
-}
-
-// feature switches a feature of an interface.
-func feature(t testing.TB, h *lab.Host, ifname, name string, on bool) {
-	t.Helper()
-	labtest.Do(t, h, func() error {
-		f, err := network.OpenFeatures(ifname)
-		if err != nil {
-			return err
-		}
-		return errors.Join(f.Set([]string{name}, on), f.Close())
-	})
 }
 
 // over is the host's files with others above them.
@@ -246,11 +250,11 @@ var faults = []struct {
 		labtest.Do(p.t, p.other, func() error { return lab.SetGRO("sink0", false) })
 	}, "interface out0", "transmit", Warning, "does not send redirected frames", "gro on"},
 	{"datagrams are merged", func(p *patient) {
-		feature(p.t, p.relay, "in0", "rx-udp-gro-forwarding", true)
+		labtest.Do(p.t, p.relay, func() error { return lab.SetFeature("in0", "rx-udp-gro-forwarding", true) })
 		p.stats.Rules[0].UsedPath = "fanout"
 	}, "interface in0", "gro", Warning, "rx-udp-gro-forwarding is on", "ethtool -K in0 rx-udp-gro-forwarding off"},
 	{"the device takes VLAN tags off", func(p *patient) {
-		feature(p.t, p.relay, "in0", network.TagFeatures()[0], true)
+		labtest.Do(p.t, p.relay, func() error { return lab.SetFeature("in0", network.TagFeatures()[0], true) })
 		p.rule("239.1.1.1:5000%in0,vlan=100")
 	}, "interface in0", "vlan", Fault, "takes VLAN tags off", "ethtool -K in0 rxvlan off"},
 	{"a group that nobody joins", func(p *patient) { p.rule("239.1.0.0/16%in0,join=none") },

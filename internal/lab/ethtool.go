@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"unsafe"
 
+	"github.com/safchain/ethtool"
 	"golang.org/x/sys/unix"
 )
 
@@ -32,7 +33,7 @@ type ethtoolChannels struct {
 // network namespace uses, as ethtool -L does.
 func SetChannels(ifname string, rx, tx int) error {
 	value := ethtoolChannels{cmd: ethtoolSetChannels, rxCount: uint32(rx), txCount: uint32(tx)}
-	if err := ethtool(ifname, unsafe.Pointer(&value)); err != nil {
+	if err := request(ifname, unsafe.Pointer(&value)); err != nil {
 		return fmt.Errorf("set %d receive and %d transmit queues on %s: %w", rx, tx, ifname, err)
 	}
 	return nil
@@ -48,19 +49,33 @@ func SetTxChecksum(ifname string, on bool) error {
 	return setFeature(ifname, "tx-checksumming", ethtoolSetTxCsum, on)
 }
 
+// SetFeature turns a feature of an interface in the current network namespace on or off, by
+// its name of ethtool -k.
+func SetFeature(ifname, name string, on bool) error {
+	e, err := ethtool.NewEthtool()
+	if err != nil {
+		return fmt.Errorf("ethtool socket: %w", err)
+	}
+	defer e.Close()
+	if err := e.Change(ifname, map[string]bool{name: on}); err != nil {
+		return fmt.Errorf("set %s %v on %s: %w", name, on, ifname, err)
+	}
+	return nil
+}
+
 func setFeature(ifname, feature string, cmd uint32, on bool) error {
 	value := ethtoolValue{cmd: cmd}
 	if on {
 		value.data = 1
 	}
-	if err := ethtool(ifname, unsafe.Pointer(&value)); err != nil {
+	if err := request(ifname, unsafe.Pointer(&value)); err != nil {
 		return fmt.Errorf("set %s %v on %s: %w", feature, on, ifname, err)
 	}
 	return nil
 }
 
-// ethtool makes the request whose struct is at data.
-func ethtool(ifname string, data unsafe.Pointer) error {
+// request makes the request whose struct is at data.
+func request(ifname string, data unsafe.Pointer) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("ethtool socket: %w", err)

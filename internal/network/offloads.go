@@ -125,8 +125,8 @@ func (f *DeviceFeatures) Set(names []string, on bool) error {
 	valid, requested := make([]uint32, len(f.blocks)), make([]uint32, len(f.blocks))
 	for _, name := range names {
 		bit, ok := f.names[name]
-		if !ok {
-			continue
+		if !ok || f.blocks[bit/32].neverChanged&(1<<(bit%32)) != 0 {
+			continue // the kernel would refuse all of them with EINVAL
 		}
 		valid[bit/32] |= 1 << (bit % 32)
 		if on {
