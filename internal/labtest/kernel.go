@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
@@ -111,4 +112,18 @@ func TCX(t testing.TB) bool {
 		t.Fatalf("attach by tcx to no interface: %v", err)
 	}
 	return errors.Is(err, unix.ENODEV)
+}
+
+// DevicesTellFeatures says whether devices tell what they can of XDP (the netlink family
+// netdev, Linux 6.3).
+func DevicesTellFeatures(t testing.TB, h *lab.Host) (they bool) {
+	t.Helper()
+	Do(t, h, func() error {
+		_, err := netlink.GenlFamilyGet("netdev")
+		if they = err == nil; errors.Is(err, unix.ENOENT) {
+			err = nil
+		}
+		return err
+	})
+	return they
 }

@@ -164,7 +164,7 @@ type changingWorld struct {
 	wanted  []rules.Rule
 	events  []string
 	paused  bool // the relay is
-	// unpinned: a pin was removed while the relay was paused, which cannot have made it again.
+	// unpinned: a pin was removed, and the relay may not have made it again.
 	unpinned bool
 	altern   map[string]bool
 }
@@ -524,7 +524,12 @@ func (w *changingWorld) foreign(name string) {
 	}
 	w.event("another's program is on %s", w.names[name])
 	current := name
-	leave := w.p.foreign(w.names[name])
+	leave, err := w.p.tryForeign(w.names[name])
+	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ERANGE) {
+		w.event("which is not to be: %v", err) // the relay has taken the interface meanwhile, or its MTU is too large
+		return
+	}
+	w.must(err)
 	w.leave[name] = func() {
 		if w.names[current] == current {
 			leave()
@@ -561,7 +566,7 @@ func (w *changingWorld) unpin(string) {
 		pin := filepath.Join(dir, pickOf(w, names...))
 		w.event("the pin %s is removed", pin)
 		w.must(os.Remove(filepath.Join(w.p.opts.Loader.PinDir, pin)))
-		w.unpinned = w.paused
+		w.unpinned = true
 	}
 }
 

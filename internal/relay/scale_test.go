@@ -138,6 +138,27 @@ func BenchmarkRestart(b *testing.B) {
 	}
 }
 
+// BenchmarkChange measures what one rule more and one less cost with many others.
+func BenchmarkChange(b *testing.B) {
+	for _, count := range []int{10_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=%d", count), func(b *testing.B) {
+			p := newPlace(b)
+			p.opts.observeEvery = time.Hour
+			p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1<<18, 1<<19
+			r := p.start()
+			all := scaleRules(count+1, count+1)
+			apply(b, r, all[:count])
+			one := []rules.Rule{all[count]}
+			for b.Loop() {
+				apply(b, r, one)
+				if err := r.do(b.Context(), func() error { return r.replace(edit{remove: []string{one[0].Name}}, false) }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkEvent measures what an event costs the control loop that touches an interface which
 // no rule names.
 func BenchmarkEvent(b *testing.B) {

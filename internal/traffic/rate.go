@@ -73,16 +73,17 @@ func (r Rate) packets(size int) float64 {
 	return r.Value
 }
 
-// maxLag is how much of its schedule a sender catches up on after it was held
+// defaultMaxLag is how much of its schedule a sender catches up on after it was held
 // up. Without a bound, a process that was stopped for a minute would send that
 // minute's packets in one burst.
-const maxLag = time.Second
+const defaultMaxLag = time.Second
 
 // A pacer says how many packets are due. Packet n is due n/rate after the
 // start, whatever became of the ones before it: errors of single waits do not
 // add up. Times are since the start of the run.
 type pacer struct {
 	perSecond float64       // 0: no limit
+	maxLag    time.Duration // how much of the schedule is caught up on
 	shift     time.Duration // schedule given up because of maxLag
 }
 
@@ -112,7 +113,7 @@ func (p *pacer) limitLag(n uint64, elapsed time.Duration) {
 	if p.perSecond == 0 {
 		return
 	}
-	if lag := elapsed - p.at(n); lag > maxLag {
+	if lag := elapsed - p.at(n); lag > p.maxLag {
 		p.shift += lag
 	}
 }

@@ -96,7 +96,7 @@ func TestPacerWithoutLimit(t *testing.T) {
 }
 
 func TestPacerGivesUpOldSchedule(t *testing.T) {
-	p := pacer{perSecond: 1000}
+	p := pacer{perSecond: 1000, maxLag: time.Second}
 	p.limitLag(1000, 1900*time.Millisecond)
 	if p.shift != 0 {
 		t.Fatalf("lag of 0.9 s moved the schedule by %s", p.shift)
@@ -107,6 +107,20 @@ func TestPacerGivesUpOldSchedule(t *testing.T) {
 	}
 	if got := p.due(time.Minute); got != 1001 {
 		t.Errorf("%d due, want 1001", got)
+	}
+}
+
+// What a pacer has due at once after it was held up is bounded by its lag.
+func TestPacerCatchesUpOnLittle(t *testing.T) {
+	p := pacer{perSecond: 4000, maxLag: 10 * time.Millisecond}
+	sent, most := uint64(0), uint64(0)
+	for elapsed := time.Duration(0); elapsed < 10*time.Second; elapsed += 300 * time.Millisecond {
+		p.limitLag(sent, elapsed)
+		most = max(most, p.due(elapsed)-sent)
+		sent = p.due(elapsed)
+	}
+	if most > 41 {
+		t.Errorf("%d packets were due at once, want at most 40 and the one that is due", most)
 	}
 }
 

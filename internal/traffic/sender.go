@@ -46,6 +46,9 @@ type SendConfig struct {
 	SourcePort uint16
 	// Batch is the most packets in one system call, up to 1024; 0 means 64.
 	Batch int
+	// MaxLag is how much of its schedule the sender catches up on after it was held up; 0 means
+	// a second. What it catches up on is sent as fast as possible.
+	MaxLag time.Duration
 }
 
 const (
@@ -104,7 +107,7 @@ func NewSender(cfg SendConfig) (*Sender, error) {
 		targets: targets,
 		msgs:    newMmsgs(cfg.Batch, cfg.Size),
 		stream:  newStreamID(),
-		pacer:   pacer{perSecond: cfg.Rate.packets(cfg.Size)},
+		pacer:   pacer{perSecond: cfg.Rate.packets(cfg.Size), maxLag: cfg.MaxLag},
 		limit:   math.MaxUint64,
 	}
 	if cfg.Count > 0 {
@@ -153,6 +156,9 @@ func (c *SendConfig) setDefaults() {
 	if c.Size == 0 {
 		c.Size = HeaderLen
 	}
+	if c.MaxLag == 0 {
+		c.MaxLag = defaultMaxLag
+	}
 	if c.Batch == 0 {
 		c.Batch = defaultSendBatch
 	}
@@ -166,6 +172,8 @@ func (c *SendConfig) expand() ([]Target, error) {
 		return nil, fmt.Errorf("target %s: must have an address and a port", c.Target)
 	case c.Size < HeaderLen || c.Size > MaxPayload:
 		return nil, fmt.Errorf("size %d: must be %d to %d bytes of UDP payload", c.Size, HeaderLen, MaxPayload)
+	case c.MaxLag < 0:
+		return nil, fmt.Errorf("lag of %v: must not be negative", c.MaxLag)
 	case c.Batch < 1 || c.Batch > maxBatch:
 		return nil, fmt.Errorf("batch %d: must be 1 to %d packets", c.Batch, maxBatch)
 	case c.DSCP > 63:

@@ -110,17 +110,22 @@ func TestFromHost(t *testing.T) {
 	left = finished(t, collect(source, 1)[0])
 	check("ipv6", collect(taps["out0"], 1)[0], want(left, "out0", packet.Rewrite{Dst: netip.MustParseAddr("ff3e::2"), DstPort: 6000}))
 
-	// Ten datagrams in one call, which leave as one frame until the device.
-	sendFrom(t, n.relay, "in0", group, 100, bytes.Repeat([]byte("0123456789"), 100))
-	for i, frame := range collect(taps["out0"], 10) {
-		if h, _ := packet.Parse(frame); len(frame) != 14+20+8+100 || h.DstPort != 6000 || h.Dst != netip.MustParseAddr("239.2.2.2") {
-			t.Errorf("datagram %d: %x", i, frame)
+	// Ten datagrams in one call, which leave as one frame until the device; a kernel that does not describe such
+	// frames to packet sockets does not make them for devices without checksum offload either.
+	sent := uint64(1)
+	if labtest.MergedDatagrams(t, n.relay) {
+		sent += 10
+		sendFrom(t, n.relay, "in0", group, 100, bytes.Repeat([]byte("0123456789"), 100))
+		for i, frame := range collect(taps["out0"], 10) {
+			if h, _ := packet.Parse(frame); len(frame) != 14+20+8+100 || h.DstPort != 6000 || h.Dst != netip.MustParseAddr("239.2.2.2") {
+				t.Errorf("datagram %d: %x", i, frame)
+			}
+			check(fmt.Sprintf("checksums of datagram %d", i), frame, finished(t, bytes.Clone(frame)))
 		}
-		check(fmt.Sprintf("checksums of datagram %d", i), frame, finished(t, bytes.Clone(frame)))
 	}
 	eventually(t, "all are counted", func() string {
 		s := in.rule("sent")
-		if s.Matched.Packets != 11 || s.Outputs[0].Sent.Packets != 11 || s.Outputs[1].Sent.Packets != 11 || len(s.Drops) != 0 {
+		if s.Matched.Packets != sent || s.Outputs[0].Sent.Packets != sent || s.Outputs[1].Sent.Packets != sent || len(s.Drops) != 0 {
 			return fmt.Sprintf("%+v", s)
 		}
 		return ""

@@ -214,21 +214,21 @@ func TestLoadThenRun(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	local := receive(t, n.relay, "239.9.9.9:5000%in0", traffic.Expected{})
-	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.9.9.9:5000%src0"), Rate: traffic.Rate{Value: 50_000}})
-	stream.flows(2_000)
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.9.9.9:5000%src0"), Rate: traffic.Rate{Value: easy}})
+	stream.flows(500)
 
 	text := in.mustCLI("load", "-i", "in0", "-i", "out0")
 	if !strings.Contains(text, "in0: attached, native mode") {
 		t.Errorf("load says %q", text)
 	}
-	stream.flows(2_000)
+	stream.flows(500)
 	loaded := pins(t, in.pinDir)
 	in.start()
 	if d := cmp.Diff(loaded, pins(t, in.pinDir)); d != "" {
 		t.Errorf("ids of what is pinned have changed:\n%s", d)
 	}
 	in.add("one", oneIn, oneOut)
-	stream.flows(2_000)
+	stream.flows(500)
 	if err := in.client.DeleteRule(t.Context(), "one"); err != nil {
 		t.Fatal(err)
 	}
@@ -236,7 +236,7 @@ func TestLoadThenRun(t *testing.T) {
 	if d := cmp.Diff(loaded, pins(t, in.pinDir)); d != "" {
 		t.Errorf("ids of what is pinned have changed with a rule that came and went:\n%s", d)
 	}
-	stream.flows(2_000)
+	stream.flows(500)
 	if fault := local.finish(stream.stop()); fault != "" {
 		t.Error(fault)
 	}
