@@ -15,6 +15,7 @@ import (
 // that left the kernel path since its output could not send goes back there.
 func TestFeaturesChange(t *testing.T) {
 	p := newPlace(t)
+	labtest.NeedsKernel(t, labtest.DevicesTellFeatures(t, p.host), "XDP features of devices", "6.3")
 	gro := func(on bool) {
 		t.Helper()
 		labtest.Do(t, p.peer, func() error { return lab.SetGRO("out0", on) })

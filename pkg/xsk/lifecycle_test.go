@@ -10,6 +10,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
@@ -638,6 +639,46 @@ func TestNoTransmitQueue(t *testing.T) {
 	if err := s.Flush(); !errors.Is(err, ErrStalled) {
 		t.Errorf("got %v: want %v", err, ErrStalled)
 	}
+}
+
+// Frames that a slow device holds fill the completion ring: that is not a queue that is not there.
+func TestSlowDeviceIsNotStalled(t *testing.T) {
+	host, _ := pair(t, 0, 1)
+	nl := host.Netlink()
+	eth0 := labtest.Link(t, host, "eth0")
+	// A bridge hands frames to the queueing discipline of its port, which lets one go now and then.
+	off := false
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "slow0"}, MulticastSnooping: &off}
+	if err := nl.LinkAdd(bridge); err != nil {
+		t.Fatal(err)
+	}
+	if err := nl.LinkSetMaster(eth0, bridge); err != nil {
+		t.Fatal(err)
+	}
+	if err := host.SetUp("slow0", true); err != nil {
+		t.Fatal(err)
+	}
+	tbf := &netlink.Tbf{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: eth0.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}, Rate: 10, Limit: 1 << 20, Buffer: 2000}
+	if err := nl.QdiscAdd(tbf); err != nil {
+		labtest.Lacking(t, fmt.Sprintf("needs a token bucket filter (sch_tbf): %v", err))
+	}
+	_, frames := makeUMEM(t, UMEMOptions{Frames: 64})
+	s := openOn(t, host, "slow0", frames, 0, Options{CompletionSize: 8, TXSize: 32})
+	var descs []Desc
+	for i := range uint32(32) {
+		descs = append(descs, write(t, frames, frame(i, 1000), 2048)...)
+	}
+	if n, err := s.Send(descs); n != len(descs) || err != nil {
+		t.Fatal(n, err)
+	}
+	if err := s.Flush(); !errors.Is(err, unix.EAGAIN) || s.Unsent() == 0 || s.Outstanding() == s.Unsent() {
+		t.Errorf("got %v with %d of %d unsent: want %v, and frames on their way", err, s.Unsent(), s.Outstanding(), unix.EAGAIN)
+	}
+	if err := nl.QdiscDel(tbf); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "all are sent", func() bool { return s.Flush() == nil })
+	completeAll(t, s)
 }
 
 func TestSendRefuses(t *testing.T) {

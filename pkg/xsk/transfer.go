@@ -242,6 +242,9 @@ func (s *Socket) Flush() error {
 		if left == before && s.Complete(int(s.comp.size)) == 0 {
 			if err == nil {
 				err = ErrStalled
+				if s.sent > int(left) {
+					err = unix.EAGAIN // frames that are on their way have all of the completion ring
+				}
 			}
 			return err
 		}
