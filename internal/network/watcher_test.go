@@ -107,6 +107,8 @@ func TestEvents(t *testing.T) {
 		{"program gone", func() error { return attach(-1, unix.XDP_FLAGS_SKB_MODE) }, func(l *Link) bool { return len(l.XDP) == 0 }},
 		{"program in the driver", func() error { return attach(program.FD(), unix.XDP_FLAGS_DRV_MODE) },
 			func(l *Link) bool { return slices.Equal(l.XDP, []XDP{{idOf(t, program), false}}) }},
+		// Before Linux 6.2 a link is renamed while it is down.
+		{"down again", func() error { return h.SetUp("eth0", false) }, func(l *Link) bool { return !l.Up }},
 		{"rename", func() error { return nl.LinkSetName(eth(), "wan") }, func(l *Link) bool { return l.Name == "wan" }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
