@@ -212,7 +212,7 @@ func TestSteer(t *testing.T) {
 		}
 		var all []*stream
 		for i := range streams {
-			all = append(all, send(t, n.source, traffic.SendConfig{Target: target(t, fmt.Sprintf("239.1.1.%d:5000%%src0", i)), TTL: 16, Rate: traffic.Rate{Value: 5_000}, Count: packets}))
+			all = append(all, send(t, n.source, traffic.SendConfig{Target: target(t, fmt.Sprintf("239.1.1.%d:5000%%src0", i)), TTL: 16, Rate: traffic.Rate{Value: easy}, Count: packets}))
 		}
 		for _, s := range all {
 			s.wait()
