@@ -19,8 +19,8 @@ import (
 // for tests that want every packet, and no speed. send has its streams catch up on easyLag of
 // it, since a veth pair holds no more than 256 packets.
 const (
-	easy    = 2_000
-	easyLag = 20 * time.Millisecond
+	easy    = 1_000
+	easyLag = 40 * time.Millisecond
 )
 
 // stream is traffic under way.
