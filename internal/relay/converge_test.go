@@ -425,6 +425,8 @@ func (w *changingWorld) enslave(name string) {
 	}
 	w.event("%s is a port of br0", w.names[name])
 	w.must(w.p.host.Netlink().LinkSetMaster(l, br))
+	// What it answers goes to the bridge now: the kernel would find out at some time.
+	w.forgetNeighbour(name, l)
 }
 
 func (w *changingWorld) address(name string) {
@@ -468,8 +470,12 @@ func (w *changingWorld) neighbour(name string) {
 		w.must(w.p.peer.Netlink().LinkSetHardwareAddr(peer, net.HardwareAddr{2, 0, 0, 0, byte(w.IntN(256)), byte(w.IntN(256))}))
 		return
 	}
-	e := netlink.Neigh{LinkIndex: l.Attrs().Index, IP: net.IPv4(10, byte(subnet(name)), 0, 2)}
 	w.event("the neighbour on %s is removed", w.names[name])
+	w.forgetNeighbour(name, l)
+}
+
+func (w *changingWorld) forgetNeighbour(name string, l netlink.Link) {
+	e := netlink.Neigh{LinkIndex: l.Attrs().Index, IP: net.IPv4(10, byte(subnet(name)), 0, 2)}
 	if err := w.p.host.Netlink().NeighDel(&e); err != nil && !errors.Is(err, unix.ENOENT) {
 		w.must(err)
 	}
