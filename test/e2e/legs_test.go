@@ -241,7 +241,13 @@ func (l *legLab) checkOnce(t *testing.T, sink *numberSink, numbers int) {
 	}
 	eventually(t, "all numbers have come", func() string {
 		if n := sink.total.Load(); n < want {
-			return fmt.Sprintf("%d of %d", n, want)
+			var first []uint32
+			for i := range uint32(numbers) {
+				if sink.seen[i].Load() == 0 && (!lostOn(0, i) || !lostOn(1, i)) && len(first) < 10 {
+					first = append(first, i)
+				}
+			}
+			return fmt.Sprintf("%d of %d, without %v", n, want, first)
 		}
 		return ""
 	})
