@@ -659,7 +659,7 @@ func TestSlowDeviceIsNotStalled(t *testing.T) {
 		t.Fatal(err)
 	}
 	tbf := &netlink.Tbf{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: eth0.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}, Rate: 10, Limit: 1 << 20, Buffer: 2000}
-	if err := nl.QdiscAdd(tbf); err != nil {
+	if err := nl.QdiscReplace(tbf); err != nil {
 		labtest.Lacking(t, fmt.Sprintf("needs a token bucket filter (sch_tbf): %v", err))
 	}
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64})
