@@ -50,7 +50,7 @@ func newApp(now func() time.Time) *cli.App {
 			Name: "socket", Usage: "`PATH` of the daemon's control socket", Value: control.DefaultSocket, EnvVars: []string{"XDPCAST_SOCKET"},
 		}},
 		Commands: []*cli.Command{
-			runCommand(), loadCommand(), unloadCommand(), upgradeCommand(),
+			runCommand(), holdCommand(), loadCommand(), unloadCommand(), upgradeCommand(),
 			ruleCommand(now), groupCommand(now), statsCommand(now), healthCommand(now), statusCommand(now), eventsCommand(now), explainCommand(now), discoverCommand(now), doctorCommand(now), topCommand(now), reloadCommand(),
 			confirmCommand(), historyCommand(now), rollbackCommand(), checkCommand(), convertCommand(),
 			genCommand(), recvCommand(), demoCommand(), versionCommand(),

@@ -8,6 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"xdpcast/internal/control"
 	"xdpcast/pkg/loader"
 )
 
@@ -132,13 +133,25 @@ func detach(l *loader.Loader, interfaces []*net.Interface) error {
 func upgradeCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "upgrade",
-		Usage: "replace the programs in the kernel by this binary's, without a daemon",
-		Description: "Each program is replaced in one step, and no packet is lost. A daemon does the same\n" +
-			"by itself when it starts.",
-		Flags: pinFlags(),
+		Usage: "replace the programs in the kernel, or with --exec the running daemon, by this release's",
+		Description: "Without a daemon: each program in the kernel is replaced in one step by this binary's, and no packet is\n" +
+			"lost. A daemon does the same by itself when it starts.\n" +
+			"With --exec the running daemon starts the binary that is at its path now, with its own arguments, and hands over to it:\n" +
+			"memberships, sockets and locks. It goes on itself when the new one ends, or is not ready in time. So\n" +
+			"does SIGUSR2. Under systemd, \"systemctl restart\" does without.",
+		Flags: append([]cli.Flag{
+			&cli.BoolFlag{Name: "exec", Usage: "replace the running daemon"},
+			&cli.StringFlag{Name: "timeout", Usage: "with --exec: go on with the old daemon when the new one is not ready after `TIME` (1s to 50s)", DefaultText: "30s"},
+		}, pinFlags()...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
+			}
+			if c.Bool("exec") {
+				return upgradeDaemon(c)
+			}
+			if c.IsSet("timeout") {
+				return usagef("--timeout without --exec: nothing is waited for")
 			}
 			if err := isLoaded(c); err != nil {
 				return err
@@ -152,6 +165,22 @@ func upgradeCommand() *cli.Command {
 			})
 		},
 	}
+}
+
+// upgradeDaemon has the running daemon replace itself.
+func upgradeDaemon(c *cli.Context) error {
+	timeout := control.DefaultUpgradeTimeout
+	if err := parseFlag(c, "timeout", &timeout, control.ParseUpgradeTimeout); err != nil {
+		return err
+	}
+	daemon := client(c)
+	daemon.Slow = nil // it takes its time
+	result, err := daemon.Upgrade(c.Context, timeout)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.App.Writer, "upgraded: process %d has taken over in %s\n", result.PID, result.Took)
+	return err
 }
 
 // isLoaded keeps a command that changes what is loaded from loading it.

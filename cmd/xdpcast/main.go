@@ -15,12 +15,19 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
+
+	"xdpcast/internal/notify"
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == notify.StartStage {
+		fmt.Fprintf(os.Stderr, "xdpcast: %v\n", notify.Stage(os.Args[2:]))
+		os.Exit(127) // as a shell has it
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -138,24 +139,31 @@ func newLogger(c *cli.Context) (*slog.Logger, error) {
 
 // runRelay runs the relay and its API until the context ends, or either fails.
 func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err error) {
-	// From the start, or a hangup while the rules come in would end the process.
-	hangups := make(chan os.Signal, 1)
+	// From the start, or a signal while the rules come in would end the process.
+	hangups, upgrades := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
+	signal.Notify(upgrades, syscall.SIGUSR2)
 	defer signal.Stop(hangups)
+	defer signal.Stop(upgrades)
+	path := programPath() // before another binary is there
 	var groups []uint32
 	for _, gid := range c.UintSlice("read-group") {
 		groups = append(groups, uint32(gid))
 	}
 	service := connectService(opts.Logger)
-	defer func() { err = errors.Join(err, service.close()) }()
-	opts.Membership = service.memberships()
+	defer func() {
+		service.failed(err)
+		err = errors.Join(err, service.close())
+	}()
+	opts.Membership, opts.Predecessor, opts.Loader.Inherited = service.memberships(), service.predecessor(), service.locks()
 	opts.Beat, opts.BeatEvery = func() { service.tell(notify.Watchdog) }, service.manager.WatchdogInterval()/3
 	// The socket first: a daemon that must not run must not touch the kernel.
-	listener, err := control.Listen(c.String("socket"), groups)
+	listener, err := listenAPI(c.String("socket"), service.listener(passedAPI), groups)
 	if err != nil {
 		return explainStart(err)
 	}
-	listening, err := listen.open()
+	takesOver := opts.Predecessor != nil
+	listening, err := listen.open(service.listener(passedHTTP))
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
@@ -177,13 +185,27 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	scrapes := metrics.Handler(observed, metrics.Options{Rules: listen.rules, Log: opts.Logger, Events: opts.Events, Reconciles: reconciles})
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
+	defer service.watchHolder(cancel)()
+	up := &upgrader{ctx: ctx, service: service, relay: r, path: path, api: listener, web: listening.raw}
 	served := make(chan error, 2)
+	begin := make(chan struct{}) // a daemon that takes over answers when it has
+	if !takesOver {
+		close(begin)
+	}
 	go func() {
 		defer cancel()
-		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", scrapes), Events: opts.Events}).Serve(ctx, listener)
+		select {
+		case <-begin:
+		case <-ctx.Done():
+		}
+		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", scrapes), Events: opts.Events, Upgrade: up.upgrade}).Serve(ctx, listener)
 	}()
 	go func() {
 		defer cancel()
+		select {
+		case <-begin:
+		case <-ctx.Done():
+		}
 		page := web.Handler(web.Options{
 			Context: ctx, Backend: observed, Events: opts.Events, Metrics: scrapes, Token: listen.token, Names: listen.names, Log: opts.Logger,
 		})
@@ -192,15 +214,31 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 	var reloads sync.WaitGroup
 	reloads.Go(func() { reloadOnHangup(ctx, hangups, observed, opts.Logger) })
 	reloads.Go(func() { watcher.reload(ctx, observed) })
+	reloads.Go(func() { up.upgradeOnSignal(ctx, upgrades) })
 	err = r.Run(ctx, func() {
 		opts.Logger.Info("ready", "socket", c.String("socket"), "pins", opts.Loader.PinDir)
-		service.tell(notify.Ready)
+		service.ready()
+		if takesOver {
+			listener.Own()
+			close(begin)
+		}
 	})
-	service.tell(notify.Stopping)
+	if !r.HandedOver() {
+		service.tell(notify.Stopping)
+	}
 	cancel()
 	endEvents() // so do the answers of those who follow
 	reloads.Wait()
 	return errors.Join(err, <-served, <-served)
+}
+
+// listenAPI listens on the control socket, or takes over the one of the daemon before; nil: there is
+// none.
+func listenAPI(path string, passed net.Listener, groups []uint32) (*control.Listener, error) {
+	if passed != nil {
+		return control.Inherit(passed, path)
+	}
+	return control.Listen(path, groups)
 }
 
 // runEvents shows what happens to those who follow, and to a program, if one is named, until end is

@@ -59,13 +59,29 @@ func listenOptions(c *cli.Context) (*listenConfig, error) {
 }
 
 // webListener is the HTTP server's socket; nil inside when there is none.
-type webListener struct{ ln net.Listener }
+type webListener struct{ ln, raw net.Listener }
 
-func (l *listenConfig) open() (webListener, error) {
+// open opens the server's socket, or takes over the one of the daemon before; nil: there is none.
+func (l *listenConfig) open(passed net.Listener) (w webListener, err error) {
+	opts := l.opts
+	opts.Open = func(network, addr string) (net.Listener, error) {
+		if passed != nil {
+			w.raw, passed = passed, nil
+			return w.raw, nil
+		}
+		var err error
+		w.raw, err = net.Listen(network, addr)
+		return w.raw, err
+	}
+	defer func() {
+		if passed != nil {
+			err = errors.Join(err, passed.Close())
+		}
+	}()
 	if l.addr == "" {
 		return webListener{}, nil
 	}
-	ln, err := metrics.Listen(l.addr, l.opts)
+	ln, err := metrics.Listen(l.addr, opts)
 	var refused *net.OpError // by the kernel, whatever was asked for is right
 	switch {
 	case errors.As(err, &refused):
@@ -73,7 +89,8 @@ func (l *listenConfig) open() (webListener, error) {
 	case err != nil:
 		return webListener{}, usagef("--listen: %w", err)
 	}
-	return webListener{ln}, nil
+	w.ln = ln
+	return w, nil
 }
 
 func (w webListener) close() error {

@@ -1,26 +1,52 @@
 package main
 
 import (
+	"errors"
 	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/hold"
 	"xdpcast/internal/notify"
+	"xdpcast/internal/relay"
+	"xdpcast/pkg/flow"
+	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
 )
 
-// service is the service manager that has started us, if one has.
+// Names of descriptors that one daemon passes to the next, besides those of memberships.
+const (
+	passedAPI     = "api"
+	passedHTTP    = "http"
+	passedRunLock = "lock.run"
+	passedPinLock = "lock.pins"
+	passedGate    = "fanout.gate"
+)
+
+// stopPatience is how long the daemon before may take to end a path.
+const stopPatience = 10 * time.Second
+
+// service is who has started us, if it speaks sd_notify(3): the service manager, "xdpcast hold", or
+// the daemon that this one takes over from.
 type service struct {
 	log     *slog.Logger
 	manager *notify.Manager // nil: there is none
 	kept    []membership.Kept
 	holds   int // descriptors in its store
+
+	passed map[string]*os.File // by the daemon before, by name
+	holder int                 // pipe whose end says that the holder is gone; -1: there is none
 }
 
 // connectService finds the service manager, and takes what it has kept of an earlier process. A
 // daemon runs without it as well: what goes wrong is logged.
 func connectService(log *slog.Logger) *service {
-	s := &service{log: log}
+	s := &service{log: log, passed: map[string]*os.File{}, holder: -1}
 	var err error
 	if s.manager, err = notify.Connect(); err != nil {
 		log.Warn("service manager", "error", err)
@@ -29,11 +55,19 @@ func connectService(log *slog.Logger) *service {
 	if err != nil {
 		log.Warn("descriptors of the service manager", "error", err)
 	}
-	s.holds = len(files)
-	store := s.manager.Store(s.holds)
+	takesOver := s.manager.TakesOver()
+	store := s.manager.Store(len(files))
 	for _, f := range files {
-		if s.manager != nil && membership.IsKept(f.Name) {
+		switch {
+		case s.manager != nil && membership.IsKept(f.Name):
 			s.kept = append(s.kept, membership.Kept{Name: f.Name, FD: f.FD})
+			s.holds++
+			continue
+		case f.Name == hold.PipeName && s.holder < 0:
+			s.holder = f.FD
+			continue
+		case takesOver && s.passed[f.Name] == nil:
+			s.passed[f.Name] = os.NewFile(uintptr(f.FD), f.Name)
 			continue
 		}
 		log.Warn("a descriptor that the service manager has passed is of no use, and closed", "name", f.Name)
@@ -46,17 +80,107 @@ func connectService(log *slog.Logger) *service {
 		if err := store.Drop(f.Name); err != nil {
 			log.Warn("have it dropped", "error", err)
 		}
-		s.holds--
 	}
 	return s
 }
 
-// memberships has the service manager keep memberships.
+// memberships has the service manager keep memberships. Without one they are ready to be handed
+// over all the same.
 func (s *service) memberships() membership.Options {
-	if s.manager == nil {
-		return membership.Options{}
-	}
 	return membership.Options{Keeper: s.manager.Store(s.holds), Kept: s.kept}
+}
+
+// take returns what the daemon before has passed under a name; nil when it has not.
+func (s *service) take(name string) *os.File {
+	f := s.passed[name]
+	delete(s.passed, name)
+	return f
+}
+
+// listener is take for a listening socket.
+func (s *service) listener(name string) net.Listener {
+	f := s.take(name)
+	if f == nil {
+		return nil
+	}
+	l, err := net.FileListener(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		s.log.Warn("what the daemon before has passed is not used", "name", name, "error", err)
+		return nil
+	}
+	return l
+}
+
+// locks are those of the daemon before.
+func (s *service) locks() loader.Locks {
+	return loader.Locks{Run: s.take(passedRunLock), Pins: s.take(passedPinLock)}
+}
+
+// predecessor is the daemon before, as the relay knows it; nil: there is none.
+func (s *service) predecessor() *relay.Predecessor {
+	if !s.manager.TakesOver() {
+		return nil
+	}
+	p := &relay.Predecessor{Stop: func(path flow.Path) error {
+		return hold.AskToStop(s.manager, relay.PathName(path), stopPatience)
+	}}
+	if f := s.take(passedGate); f != nil {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err = errors.Join(err, f.Close()); err == nil {
+			p.Gate, err = ebpf.NewMapFromFD(fd)
+		}
+		if err != nil {
+			s.log.Warn("the fanout path is taken over with packets lost", "error", err)
+		}
+	}
+	return p
+}
+
+// ready says that the rules are in. A daemon that takes over is in the place of the one before
+// when it returns.
+func (s *service) ready() {
+	s.tell(notify.Ready)
+	if s.manager.TakesOver() {
+		if err := s.manager.Barrier(); err != nil {
+			s.log.Warn("the daemon before", "error", err)
+		}
+		s.manager.Follow()
+		s.log.Info("taken over")
+	}
+	for name, f := range s.passed {
+		s.log.Warn("what the daemon before has passed is of no use, and closed", "name", name)
+		if err := f.Close(); err != nil {
+			s.log.Warn("close it", "error", err)
+		}
+	}
+	clear(s.passed)
+}
+
+// failed says why the daemon ends, to the daemon that it was to take over from.
+func (s *service) failed(err error) {
+	if err != nil && s.manager.TakesOver() {
+		text, _, _ := strings.Cut(err.Error(), "\n")
+		s.tell("STATUS=" + text)
+	}
+}
+
+// watchHolder calls ended when "xdpcast hold" is gone: it, or its supervisor, starts the next daemon.
+func (s *service) watchHolder(ended func()) (stop func()) {
+	if s.holder < 0 {
+		return func() {}
+	}
+	pipe, err := unix.FcntlInt(uintptr(s.holder), unix.F_DUPFD_CLOEXEC, 3) // the other is passed on
+	if err == nil {
+		stop, err = hold.Watch(pipe, func() {
+			s.log.Error("the process that holds this daemon's descriptors is gone: the daemon ends, or its supervisor could not start the next one")
+			ended()
+		})
+	}
+	if err != nil {
+		s.log.Warn("watch the holder", "error", err)
+		return func() {}
+	}
+	return stop
 }
 
 // tell tells the service manager how we do.
@@ -66,4 +190,10 @@ func (s *service) tell(state string) {
 	}
 }
 
-func (s *service) close() error { return s.manager.Close() }
+func (s *service) close() error {
+	err := s.manager.Close()
+	if s.holder >= 0 {
+		err = errors.Join(err, unix.Close(s.holder))
+	}
+	return err
+}

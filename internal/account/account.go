@@ -138,6 +138,9 @@ type Account struct {
 	waits   map[int]func()
 	nextID  int
 
+	frozen bool // no chunks are taken
+	joined int  // chunks of which only cells in use were taken over; Refresh takes the others
+
 	handles  int // open counters
 	closed   bool
 	unmap    func() error
@@ -147,7 +150,14 @@ type Account struct {
 // New takes an account over from memory, whose length is a multiple of a page and
 // whose content is zero at first; unmap gives the memory back, after Close and when no
 // counters are open any more. Errors: the memory does not hold an account.
-func New(memory []byte, unmap func() error) (*Account, error) {
+func New(memory []byte, unmap func() error) (*Account, error) { return takeOver(memory, unmap, false) }
+
+// Join is New while another process counts in the same memory, which is to call Freeze before and to
+// end: until Refresh no cell is taken that is there, but for those that the other one has taken, and
+// leaves to this one.
+func Join(memory []byte, unmap func() error) (*Account, error) { return takeOver(memory, unmap, true) }
+
+func takeOver(memory []byte, unmap func() error, join bool) (*Account, error) {
 	if len(memory) == 0 || len(memory)%(chunk*CellSize) != 0 {
 		return nil, fmt.Errorf("account of %d bytes: want a multiple of %d", len(memory), chunk*CellSize)
 	}
@@ -167,8 +177,11 @@ func New(memory []byte, unmap func() error) (*Account, error) {
 	if chunks > uint64(len(a.cells)/chunk) {
 		return nil, fmt.Errorf("account has %d chunks in use of %d", chunks, len(a.cells)/chunk)
 	}
+	if join {
+		a.joined = int(chunks)
+	}
 	for a.chunks < int(chunks) {
-		if err := a.adopt(a.chunks); err != nil {
+		if err := a.adopt(a.chunks, nil); err != nil {
 			return nil, err
 		}
 		a.chunks++
@@ -188,9 +201,9 @@ func NewInMemory() *Account {
 	return a
 }
 
-// adopt takes over the cells of a chunk. What had no number when its process ended is
+// adopt takes over the cells of a chunk, but for those that are known. What had no number when its process ended is
 // of no rule; only its drops go on in the total.
-func (a *Account) adopt(n int) error {
+func (a *Account) adopt(n int, known map[*Cell]bool) error {
 	var owner Writer
 	var spare []*Cell
 	owned := false
@@ -201,6 +214,11 @@ func (a *Account) adopt(n int) error {
 		switch {
 		case n == 0 && i == 0:
 			continue
+		case known[c]:
+			if k != 0 {
+				owner, owned = k.writer(), true
+			}
+			continue
 		case k == 0:
 			spare = append(spare, c)
 			continue
@@ -210,12 +228,18 @@ func (a *Account) adopt(n int) error {
 			owner, owned = k.writer(), true
 		}
 		if t.Scope == loose {
+			if n < a.joined {
+				continue // the other process has it
+			}
 			a.retire(&ref{Cell: c})
 			continue
 		}
 		a.targets[t] = append(a.targets[t], &ref{Cell: c})
 	}
-	if !owned && n > 0 {
+	if n < a.joined {
+		return nil
+	}
+	if !owned && n > 0 && len(spare) == chunk {
 		a.empty = append(a.empty, n)
 		return nil
 	}
@@ -268,6 +292,8 @@ func (a *Account) anyFree() (Writer, bool) {
 func (a *Account) grow(w Writer) {
 	n := a.chunks
 	switch {
+	case a.frozen:
+		return
 	case len(a.empty) > 0:
 		n, a.empty = a.empty[len(a.empty)-1], a.empty[:len(a.empty)-1]
 	case (n+1)*chunk <= len(a.cells):
@@ -283,6 +309,44 @@ func (a *Account) grow(w Writer) {
 			a.free[w] = append(a.free[w], c)
 		}
 	}
+}
+
+// Freeze has this account take no further chunks: another process has begun to, with Join.
+func (a *Account) Freeze() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.frozen = true
+}
+
+// Refresh takes up what the other process has left after Join: it has ended, or rests.
+func (a *Account) Refresh() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.joined == 0 || a.cells == nil {
+		return nil
+	}
+	known := map[*Cell]bool{}
+	for _, refs := range a.targets {
+		for _, r := range refs {
+			known[r.Cell] = true
+		}
+	}
+	for _, free := range a.free {
+		for _, c := range free {
+			known[c] = true
+		}
+	}
+	for _, r := range a.loose {
+		known[r.Cell] = true
+	}
+	joined := a.joined
+	a.joined = 0
+	for n := range joined {
+		if err := a.adopt(n, known); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Full says whether cells were needed for which there was no room: those are lost with

@@ -232,6 +232,12 @@ func (c *Client) Rollback(ctx context.Context, back int, o ApplyOptions) (ApplyR
 	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/rollback"+o.queryWith(q), nil)
 }
 
+// Upgrade has the daemon replace itself by the binary at its path, and returns when that is ready,
+// within timeout. After an error the daemon goes on.
+func (c *Client) Upgrade(ctx context.Context, timeout time.Duration) (UpgradeResult, error) {
+	return ask[UpgradeResult](ctx, c, http.MethodPost, "/v1/upgrade?timeout="+timeout.String(), nil)
+}
+
 // rulesFile is a body that is a file of rules rather than JSON.
 type rulesFile []byte
 

@@ -45,11 +45,17 @@ func (c *peerConn) Close() error {
 	return err
 }
 
+// unixListener is a *Listener, or a *net.UnixListener.
+type unixListener interface {
+	net.Listener
+	AcceptUnix() (*net.UnixConn, error)
+}
+
 // limitListener accepts at most max connections at once for each level of
 // access, so that peers who may do nothing cannot keep out those who may. A
 // connection over the limit is answered and closed at once.
 type limitListener struct {
-	*net.UnixListener
+	unixListener
 	max    int
 	access func(peer) access
 	log    *slog.Logger

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -39,7 +40,7 @@ func (s *Server) handler() http.Handler {
 	}
 	mux.HandleFunc("/v1/export", s.reading([]string{queryOrigin}, s.serveExport))
 	unknown := func(w http.ResponseWriter, r *http.Request) {
-		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/events, /v1/explain, /v1/check, /v1/export, /v1/reload, /v1/confirm, /v1/history, /v1/rollback", oneLine(r.URL.Path, 100)))
+		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/events, /v1/explain, /v1/check, /v1/export, /v1/reload, /v1/confirm, /v1/history, /v1/rollback, /v1/upgrade", oneLine(r.URL.Path, 100)))
 	}
 	mux.HandleFunc("/", unknown)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -57,7 +58,7 @@ func (s *Server) endpoints() map[string][]endpoint {
 	get := func(do func(r *http.Request) (any, error)) endpoint {
 		return endpoint{method: http.MethodGet, need: accessRead, status: http.StatusOK, do: do}
 	}
-	return map[string][]endpoint{
+	all := map[string][]endpoint{
 		"/v1/status": {get(s.getStatus)},
 		"/v1/rules": {
 			get(s.getRules),
@@ -80,6 +81,10 @@ func (s *Server) endpoints() map[string][]endpoint {
 			method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postRollback, query: append([]string{queryBack}, applyQuery...),
 		}},
 	}
+	if s.opts.Upgrade != nil {
+		all["/v1/upgrade"] = []endpoint{{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postUpgrade, query: []string{queryTimeout}}}
+	}
+	return all
 }
 
 func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, endpoints []endpoint) {
@@ -327,12 +332,33 @@ func (s *Server) postRollback(r *http.Request) (any, error) {
 	return v, err
 }
 
+func (s *Server) postUpgrade(r *http.Request) (any, error) {
+	timeout := DefaultUpgradeTimeout
+	if v := r.URL.Query().Get(queryTimeout); v != "" {
+		var err error
+		if timeout, err = ParseUpgradeTimeout(v); err != nil {
+			return nil, Errorf(KindInvalid, "query key %s: %w", queryTimeout, err)
+		}
+	}
+	return s.opts.Upgrade(context.WithoutCancel(r.Context()), timeout)
+}
+
+// ParseUpgradeTimeout reads how long a new daemon may take.
+func ParseUpgradeTimeout(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d < time.Second || d > MaxUpgradeTimeout {
+		return 0, fmt.Errorf("%.100q: want a time from 1s to %v, such as 20s", s, MaxUpgradeTimeout)
+	}
+	return d, nil
+}
+
 // Query keys of ApplyOptions, and of a rollback.
 const (
 	queryDryRun     = "dry_run"
 	queryMaxChanges = "max_changes"
 	queryConfirm    = "confirm"
 	queryBack       = "back"
+	queryTimeout    = "timeout"
 )
 
 var applyQuery = []string{queryDryRun, queryMaxChanges, queryConfirm}

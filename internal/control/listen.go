@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -31,7 +32,7 @@ const maxSocketPath = 107
 //
 // The caller closes the listener, or gives it to Server.Serve which does;
 // closing removes the socket.
-func Listen(path string, readGroups []uint32) (_ net.Listener, err error) {
+func Listen(path string, readGroups []uint32) (_ *Listener, err error) {
 	switch {
 	case path == "" || strings.HasPrefix(path, "@"):
 		return nil, fmt.Errorf("listen: socket %q: must be a path", path)
@@ -71,7 +72,93 @@ func Listen(path string, readGroups []uint32) (_ net.Listener, err error) {
 	if err := letIn(path, readGroups); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen: %w", err), ln.Close())
 	}
-	return ln, nil
+	return newListener(ln)
+}
+
+// Listener accepts connections to a control socket.
+type Listener struct {
+	*net.UnixListener
+
+	mu      sync.Mutex
+	resumed chan struct{} // closed when accepting goes on; nil: it does
+
+	closing sync.Once
+	closed  chan struct{}
+}
+
+// Close stops listening, and removes the socket unless Leave was called.
+func (l *Listener) Close() error {
+	l.closing.Do(func() { close(l.closed) })
+	return l.UnixListener.Close()
+}
+
+// Accept is AcceptUnix.
+func (l *Listener) Accept() (net.Conn, error) { return l.AcceptUnix() }
+
+func newListener(ln net.Listener) (*Listener, error) {
+	u, ok := ln.(*net.UnixListener)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("listen: %v is no unix socket", ln.Addr()), ln.Close())
+	}
+	u.SetUnlinkOnClose(true)
+	return &Listener{UnixListener: u, closed: make(chan struct{})}, nil
+}
+
+// Inherit is Listen for a socket that another process listens on at path, and leaves to this one;
+// it owns ln. Close leaves the socket to the other process before Own.
+func Inherit(ln net.Listener, path string) (*Listener, error) {
+	if ln.Addr().Network() != "unix" || ln.Addr().String() != path {
+		return nil, errors.Join(fmt.Errorf("listen: the socket that was passed is %v, want %s", ln.Addr(), path), ln.Close())
+	}
+	l, err := newListener(ln)
+	if err == nil {
+		l.Leave()
+	}
+	return l, err
+}
+
+// Own has Close remove the socket.
+func (l *Listener) Own() { l.SetUnlinkOnClose(true) }
+
+// Pause lets clients wait in the socket's queue until resume is called, or for another process that
+// listens on it, too.
+func (l *Listener) Pause() (resume func()) {
+	resumed := make(chan struct{})
+	l.mu.Lock()
+	l.resumed = resumed
+	l.mu.Unlock()
+	_ = l.SetDeadline(time.Unix(1, 0)) // wakes Accept; of a closed listener nobody waits
+	return sync.OnceFunc(func() {
+		l.mu.Lock()
+		l.resumed = nil
+		l.mu.Unlock()
+		_ = l.SetDeadline(time.Time{})
+		close(resumed)
+	})
+}
+
+// Leave has Close leave the socket to another process that listens on it.
+func (l *Listener) Leave() { l.SetUnlinkOnClose(false) }
+
+// AcceptUnix is that of net.UnixListener, but for pauses.
+func (l *Listener) AcceptUnix() (*net.UnixConn, error) {
+	for {
+		c, err := l.UnixListener.AcceptUnix()
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return c, err
+		}
+		l.mu.Lock()
+		resumed := l.resumed
+		l.mu.Unlock()
+		if resumed == nil {
+			continue
+		}
+		select {
+		case <-resumed:
+		case <-l.closed:
+			return nil, net.ErrClosed
+		}
+	}
 }
 
 // letIn lets members of groups connect to the socket at path, and its owner whatever the

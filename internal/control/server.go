@@ -47,6 +47,8 @@ type Options struct {
 	Metrics http.Handler
 	// Events answers GET /v1/events; nil: there is no such endpoint.
 	Events *events.Log
+	// Upgrade answers POST /v1/upgrade; nil: there is no such endpoint.
+	Upgrade func(ctx context.Context, timeout time.Duration) (UpgradeResult, error)
 }
 
 // Server serves a Backend. Make it with NewServer.
@@ -84,7 +86,7 @@ func setDefault[T int | time.Duration](v *T, def T) {
 // way Timeouts.Grace to finish and returns nil. It always closes ln.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	defer ln.Close()
-	unixLn, ok := ln.(*net.UnixListener)
+	unixLn, ok := ln.(unixListener)
 	if !ok {
 		return errors.New("control: serve: the listener is not a unix socket, so that peers cannot be told apart")
 	}
@@ -98,7 +100,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	served := make(chan error, 1)
 	go func() {
 		served <- srv.Serve(&limitListener{
-			UnixListener: unixLn, max: s.opts.MaxConns, access: s.accessOf, log: s.opts.Log,
+			unixListener: unixLn, max: s.opts.MaxConns, access: s.accessOf, log: s.opts.Log,
 		})
 	}()
 	select {

@@ -492,3 +492,17 @@ type ExplainedOutput struct {
 	// Dropped is set while copies for this output are dropped.
 	Dropped bool `json:"dropped"`
 }
+
+// UpgradeResult is what replaced the daemon.
+type UpgradeResult struct {
+	PID int `json:"pid"`
+	// Took is from the request until the new daemon was ready.
+	Took string `json:"took"`
+}
+
+// How long a new daemon may take until it is ready: by default, and at most, which leaves time to
+// answer the request.
+const (
+	DefaultUpgradeTimeout = 30 * time.Second
+	MaxUpgradeTimeout     = 50 * time.Second
+)

@@ -50,6 +50,9 @@ type Log struct {
 	news   chan struct{} // closed when there are more, or the log ends
 	ended  bool
 	signal chan struct{} // has Run look
+
+	suspend chan chan struct{} // has Run save everything, close the file, and answer
+	resume  chan struct{}
 }
 
 // rate is how many events of a kind may be logged one by one, and those that were too many.
@@ -69,7 +72,8 @@ func Open(o Options) *Log {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	l := &Log{opts: o, ring: make([]Event, Kept), first: 1, rates: map[Kind]*rate{}, news: make(chan struct{}), signal: make(chan struct{}, 1)}
+	l := &Log{opts: o, ring: make([]Event, Kept), first: 1, rates: map[Kind]*rate{}, news: make(chan struct{}), signal: make(chan struct{}, 1),
+		suspend: make(chan chan struct{}), resume: make(chan struct{})}
 	if o.File != "" {
 		saved, err := readFile(o.File)
 		if err != nil {
@@ -227,12 +231,40 @@ func (l *Log) Run(ctx context.Context) {
 			l.file.close()
 			l.end()
 			return
+		case done := <-l.suspend:
+			l.show(true)
+			_ = l.file.close() // it was written
+			close(done)
+			select {
+			case <-l.resume:
+			case <-ctx.Done():
+				l.end()
+				return
+			}
 		case <-l.signal:
 		case <-ticks:
 			l.mu.Lock()
 			l.release()
 			l.mu.Unlock()
 		}
+	}
+}
+
+// Suspend has Run, which must be running, write everything to the file and leave it to another
+// process: what is added from now on is neither saved nor shown before Resume.
+func (l *Log) Suspend() {
+	if l == nil {
+		return
+	}
+	done := make(chan struct{})
+	l.suspend <- done
+	<-done
+}
+
+// Resume ends what Suspend began: the file is this process's again, and is written anew.
+func (l *Log) Resume() {
+	if l != nil {
+		l.resume <- struct{}{}
 	}
 }
 

@@ -64,6 +64,9 @@ type AFXDPOptions struct {
 	BusyPollBudget int
 	// Sender is how packet sockets send, where AF_XDP cannot.
 	Sender fanout.SenderOptions
+	// TakeOver is called before the first queue is opened; it returns when another process, which
+	// this one takes over from, has closed its own. Nil: there is none.
+	TakeOver func() error
 	// CheckOwnership is that of xsk.UMEMOptions, for tests.
 	CheckOwnership bool
 	// oneFrame is what a kernel without multi-buffer is like, for tests.
@@ -215,6 +218,12 @@ func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 	}
 	if a.drops(want) {
 		a.finish()
+	}
+	if take := a.opts.TakeOver; take != nil && len(inputs) > 0 {
+		a.opts.TakeOver = nil
+		if err := take(); err != nil {
+			a.log.Warn("take the queues over", "error", err)
+		}
 	}
 	// Before the rules, so that the engines of new workers get them at once.
 	fresh := a.openInputs(inputs)

@@ -43,6 +43,12 @@ type FanoutOptions struct {
 	BlockTimeout time.Duration
 	// Sender is how senders send.
 	Sender fanout.SenderOptions
+	// Gate is what Fanout.Gate gave another process, which this one takes over from; nil: none. It
+	// is owned.
+	Gate *ebpf.Map
+	// TakeOver is called with a Gate, once: packets come to this path's sockets and wait there. It
+	// returns when the other process has forwarded what came before (Fanout.Drain).
+	TakeOver func() error
 }
 
 // Fanout is the PACKET_FANOUT path: for each input interface of its rules a group
@@ -108,7 +114,11 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	filter, err := newFilter()
+	gate, err := newGate(opts.Gate)
+	if err != nil {
+		return nil, err
+	}
+	filter, err := newFilter(gate)
 	if err != nil {
 		return nil, err
 	}
@@ -155,6 +165,9 @@ func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) (err error) {
 	if err == nil {
 		err = f.set.Update(want, own, nil)
 	}
+	if err == nil {
+		err = f.takeOver()
+	}
 	if err != nil {
 		for _, g := range fresh {
 			err = errors.Join(err, g.close(f.set))
@@ -168,6 +181,53 @@ func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) (err error) {
 	f.retire(inputs, allowed)
 	return nil
 }
+
+// takeOver has packets come to this path, once, in place of that of another process.
+func (f *Fanout) takeOver() error {
+	if f.opts.Gate == nil {
+		return nil
+	}
+	f.opts.Gate = nil
+	err := f.filter.gate.enter()
+	if err == nil && f.opts.TakeOver != nil {
+		err = f.opts.TakeOver()
+	}
+	return err
+}
+
+// Drain returns when all that the rings held has been forwarded, and false when it has not been
+// within a time. Packets must not come any more: another process has taken them over.
+func (f *Fanout) Drain(patience time.Duration) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for deadline := time.Now().Add(patience); ; time.Sleep(200 * time.Microsecond) {
+		left := false
+		for _, g := range f.groups {
+			left = left || g.holds()
+		}
+		if !left || time.Now().After(deadline) {
+			return !left
+		}
+	}
+}
+
+// holds says whether frames are in the rings that were not forwarded.
+func (g *fanoutGroup) holds() bool {
+	stats, err := g.group.Stats()
+	if err != nil || len(stats) != len(g.workers) {
+		return false // it is closed, or its interface gone
+	}
+	for i, w := range g.workers {
+		if w.frames.Load() < stats[i].Received {
+			return true
+		}
+	}
+	return false
+}
+
+// Gate returns a duplicate of what says to which process packets come, for another one to take over.
+// The caller closes it.
+func (f *Fanout) Gate() (*ebpf.Map, error) { return f.filter.gate.value.Clone() }
 
 // closeGone closes the groups of interfaces that are gone where others have come with
 // their indexes, which get their own. Otherwise a group stays for as long as a rule is there.

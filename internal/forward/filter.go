@@ -23,6 +23,54 @@ type filter struct {
 	program *ebpf.Program
 	sent    *ebpf.Program // for groups of what this host sends
 	have    map[wantedKey]bool
+	gate    *gate
+}
+
+// gate says which of several Fanouts takes packets: that whose number its one value is. So one
+// process takes over from another with one write, before which its sockets get none.
+type gate struct {
+	value  *ebpf.Map
+	number uint32
+}
+
+// newGate makes an open gate, or stands in front of one that another Fanout has; it owns value.
+func newGate(value *ebpf.Map) (_ *gate, err error) {
+	g := &gate{value: value, number: 1}
+	if value == nil {
+		if g.value, err = ebpf.NewMap(&ebpf.MapSpec{Name: "xdpcast_gate", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1}); err != nil {
+			return nil, fmt.Errorf("make gate of the socket filter: %w", err)
+		}
+		return g, g.enter()
+	}
+	var now uint32
+	switch {
+	case value.Type() != ebpf.Array || value.KeySize() != 4 || value.ValueSize() != 4 || value.MaxEntries() != 1:
+		err = fmt.Errorf("the gate of the socket filter is a map of another kind: %v", value)
+	default:
+		err = value.Lookup(uint32(0), &now)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("read gate of the socket filter: %w", err), value.Close())
+	}
+	g.number = now + 1
+	return g, nil
+}
+
+// enter has packets come to this one from now on, and to no other.
+func (g *gate) enter() error {
+	if err := g.value.Put(uint32(0), g.number); err != nil {
+		return fmt.Errorf("write gate of the socket filter: %w", err)
+	}
+	return nil
+}
+
+// pass goes on while packets are to come to this one.
+func (g *gate) pass() asm.Instructions {
+	return asm.Instructions{
+		asm.LoadMapValue(asm.R0, g.value.FD(), 0),
+		asm.LoadMem(asm.R0, asm.R0, 0, asm.Word),
+		asm.JNE.Imm(asm.R0, int32(g.number), "drop"),
+	}
 }
 
 // wantedKey is the key of the map: a prefix of an interface and an address, an IPv4
@@ -47,7 +95,13 @@ func wantedOf(in flow.Input) wantedKey {
 	}
 }
 
-func newFilter() (*filter, error) {
+// newFilter owns gate.
+func newFilter(gate *gate) (_ *filter, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, gate.value.Close())
+		}
+	}()
 	wanted, err := ebpf.NewMap(&ebpf.MapSpec{
 		Name: "xdpcast_wanted", Type: ebpf.LPMTrie, Flags: unix.BPF_F_NO_PREALLOC,
 		KeySize: uint32(binary.Size(wantedKey{})), ValueSize: 1, MaxEntries: maxWanted,
@@ -57,23 +111,23 @@ func newFilter() (*filter, error) {
 	}
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "xdpcast_filter", Type: ebpf.SocketFilter, License: "MIT",
-		Instructions: append(arriving(), filterProgram(wanted)...),
+		Instructions: append(append(arriving(), gate.pass()...), filterProgram(wanted)...),
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("load socket filter: %w", err), wanted.Close())
 	}
 	sent, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "xdpcast_sent", Type: ebpf.SocketFilter, License: "MIT",
-		Instructions: append(sentByHost(), filterProgram(wanted)...),
+		Instructions: append(append(sentByHost(), gate.pass()...), filterProgram(wanted)...),
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("load socket filter: %w", err), program.Close(), wanted.Close())
 	}
-	return &filter{wanted: wanted, program: program, sent: sent, have: map[wantedKey]bool{}}, nil
+	return &filter{wanted: wanted, program: program, sent: sent, have: map[wantedKey]bool{}, gate: gate}, nil
 }
 
 func (f *filter) close() error {
-	return errors.Join(f.program.Close(), f.sent.Close(), f.wanted.Close())
+	return errors.Join(f.program.Close(), f.sent.Close(), f.wanted.Close(), f.gate.value.Close())
 }
 
 // allow lets in what rules want, too. It returns what it has added.

@@ -10,12 +10,21 @@ import (
 	"xdpcast/pkg/flow"
 )
 
+func openGate(t *testing.T) *gate {
+	t.Helper()
+	g, err := newGate(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
 // The filter drops what the host sends on an input by itself. A plain packet socket stands
 // for a group of a kernel before Linux 6.2, which hands such frames to the filter.
 func TestFilterDropsOutgoing(t *testing.T) {
 	b := newBench(t, 0)
 	labtest.Enter(t, b.relay)
-	f, err := newFilter()
+	f, err := newFilter(openGate(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,7 @@ type fanoutWorker struct {
 	wait     func(*fanout.Worker) (*fanout.Block, error)
 	log      *slog.Logger
 	failures atomic.Uint64
+	frames   atomic.Uint64 // that were forwarded
 	// worked says that a block was forwarded since the last failure.
 	worked bool
 }
@@ -88,7 +89,9 @@ func (w *fanoutWorker) forward(block *fanout.Block) {
 	clock, wall := e.set.Clock(now), now.UnixNano()
 	ethernet := w.group.group.Ethernet()
 	var f fanout.Frame
+	frames := uint64(0)
 	for block.Next(&f) {
+		frames++
 		// A checksum that cannot be completed stays wrong, and the receiver finds out.
 		f.CompleteChecksum()
 		at := clock - age(wall, f.Time)
@@ -100,6 +103,7 @@ func (w *fanoutWorker) forward(block *fanout.Block) {
 		e.Frame(w.group.index, f.Data, at)
 	}
 	e.End()
+	w.frames.Add(frames)
 	block.Release()
 }
 

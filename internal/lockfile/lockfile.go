@@ -79,6 +79,28 @@ func TakeDir(path string) (*os.File, error) {
 	return f, nil
 }
 
+// Inherit takes over the lock of path from a process that has it, by its open file: two processes
+// have it then, of which one is to be at rest. It owns f; after an error f is closed, and the lock
+// is the other process's.
+func Inherit(f *os.File, path string) (*os.File, error) {
+	there, err := os.Lstat(path)
+	if err == nil {
+		var open fs.FileInfo
+		if open, err = f.Stat(); err == nil && !os.SameFile(there, open) {
+			err = fmt.Errorf("what came as the lock of %s is another file", path)
+		}
+	}
+	if err == nil {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+			err = &HeldError{Path: path, PID: holder(f)}
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
 func take(f *os.File, isKind func(fs.FileMode) bool, kind string) error {
 	info, err := f.Stat()
 	if err != nil {

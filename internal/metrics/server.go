@@ -135,6 +135,8 @@ type ListenOptions struct {
 	Public bool
 	// CertFile and KeyFile are in PEM; both or neither.
 	CertFile, KeyFile string
+	// Open opens the listener, before TLS; nil: net.Listen.
+	Open func(network, addr string) (net.Listener, error)
 }
 
 // ErrNotLoopback is matched by the error for an address that others could read from in the clear.
@@ -149,12 +151,16 @@ func Listen(addr string, o ListenOptions) (net.Listener, error) {
 	}
 	ip := net.ParseIP(host)
 	loopback := host == "localhost" || ip != nil && ip.IsLoopback()
+	open := o.Open
+	if open == nil {
+		open = net.Listen
+	}
 	secure := o.CertFile != "" || o.KeyFile != ""
 	if !loopback && !o.Public && !secure {
 		return nil, fmt.Errorf("address %s: %w: everybody there could read all rules and counters; want TLS (--tls-cert and --tls-key), or --listen-public", addr, ErrNotLoopback)
 	}
 	if !secure {
-		return net.Listen("tcp", addr)
+		return open("tcp", addr)
 	}
 	if o.CertFile == "" || o.KeyFile == "" {
 		return nil, errors.New("TLS needs a certificate and a key: one of the two files is missing")
@@ -163,7 +169,11 @@ func Listen(addr string, o ListenOptions) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("TLS certificate %s with key %s: %w", o.CertFile, o.KeyFile, err)
 	}
-	return tls.Listen("tcp", addr, &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12})
+	ln, err := open("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	return tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}), nil
 }
 
 // Serve answers on ln until ctx ends, and closes it. No client can hold it up: every phase of

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,11 +28,86 @@ const patience = 10 * time.Second
 // Manager is the service manager that has started this process. Its methods may be called from
 // any goroutine. Those of nil do nothing.
 type Manager struct {
-	fd   int
-	addr *unix.SockaddrUnix
+	fd int
+
+	mu   sync.Mutex
+	next *string            // the manager of after Follow; nil: the same
+	addr *unix.SockaddrUnix // nil: none any more
 
 	watchdog time.Duration
 	max      int // descriptors that it keeps; 0: it does not say
+}
+
+// nextVariable is NOTIFY_SOCKET of the process that this one takes over from, which is its manager
+// until then.
+const nextVariable = "XDPCAST_NOTIFY_NEXT"
+
+// Variables returns the environment that tells a process of its manager, which listens at addr,
+// keeps max descriptors, and hands on what it is told. With next the process follows the
+// caller under the caller's own manager.
+func (m *Manager) Variables(addr string, max int, next bool) []string {
+	env := []string{"NOTIFY_SOCKET=" + addr}
+	if max > 0 {
+		env = append(env, "FDSTORE="+strconv.Itoa(max))
+	}
+	if m != nil && m.watchdog > 0 {
+		env = append(env, "WATCHDOG_USEC="+strconv.FormatInt(m.watchdog.Microseconds(), 10))
+	}
+	if next {
+		env = append(env, nextVariable+"="+m.path())
+	}
+	return env
+}
+
+func (m *Manager) path() string {
+	if m == nil {
+		return ""
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.addr == nil {
+		return ""
+	}
+	return m.addr.Name
+}
+
+// Managed says whether there is a service manager now.
+func (m *Manager) Managed() bool { return m.path() != "" }
+
+// TakesOver says whether this process takes over from another one, which is its manager until
+// it calls Follow.
+func (m *Manager) TakesOver() bool {
+	if m == nil {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.next != nil
+}
+
+// Max is how many descriptors the manager says that it keeps; 0: it does not say.
+func (m *Manager) Max() int {
+	if m == nil {
+		return 0
+	}
+	return m.max
+}
+
+// Follow has a process that takes over tell the manager of the one before it from now on.
+func (m *Manager) Follow() {
+	if m == nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.next == nil {
+		return
+	}
+	m.addr = nil
+	if *m.next != "" {
+		m.addr = &unix.SockaddrUnix{Name: *m.next}
+	}
+	m.next = nil
 }
 
 // Connect finds the service manager by the variable NOTIFY_SOCKET; nil when there is none.
@@ -52,6 +128,12 @@ func Connect() (*Manager, error) {
 		return nil, errors.Join(fmt.Errorf("socket to the service manager: %w", err), unix.Close(fd))
 	}
 	m := &Manager{fd: fd, addr: &unix.SockaddrUnix{Name: path}}
+	if next, ok := os.LookupEnv(nextVariable); ok {
+		m.next = &next
+		if err := os.Unsetenv(nextVariable); err != nil {
+			return nil, err
+		}
+	}
 	m.max, _ = strconv.Atoi(os.Getenv("FDSTORE")) // systemd 254 and newer
 	usec, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
 	pid := os.Getenv("WATCHDOG_PID")
@@ -82,12 +164,18 @@ func (m *Manager) Notify(state string, fds ...int) error {
 	if m == nil {
 		return nil
 	}
+	m.mu.Lock()
+	addr := m.addr
+	m.mu.Unlock()
+	if addr == nil {
+		return nil
+	}
 	var rights []byte
 	if len(fds) > 0 {
 		rights = unix.UnixRights(fds...)
 	}
 	for {
-		err := unix.Sendmsg(m.fd, []byte(state), rights, m.addr, unix.MSG_NOSIGNAL)
+		err := unix.Sendmsg(m.fd, []byte(state), rights, addr, unix.MSG_NOSIGNAL)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
@@ -101,8 +189,12 @@ func (m *Manager) Notify(state string, fds ...int) error {
 
 // Barrier returns when all that was told before has been processed: the service manager closes
 // the pipe then.
-func (m *Manager) Barrier() error {
-	if m == nil {
+func (m *Manager) Barrier() error { return m.Ask("BARRIER=1", patience) }
+
+// Ask tells the service manager something that it is done with when it closes the pipe that comes
+// with it, and waits for that.
+func (m *Manager) Ask(state string, patience time.Duration) error {
+	if !m.Managed() {
 		return nil
 	}
 	var pipe [2]int
@@ -110,7 +202,7 @@ func (m *Manager) Barrier() error {
 		return fmt.Errorf("pipe: %w", err)
 	}
 	defer unix.Close(pipe[0])
-	err := m.Notify("BARRIER=1", pipe[1])
+	err := m.Notify(state, pipe[1])
 	if err := errors.Join(err, unix.Close(pipe[1])); err != nil {
 		return err
 	}

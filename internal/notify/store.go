@@ -49,7 +49,8 @@ func Received() ([]File, error) {
 	return files, nil
 }
 
-// Store has the service manager keep descriptors: it is a membership.Keeper.
+// Store has the service manager keep descriptors: it is a membership.Keeper. Without a service
+// manager nothing is kept, and nothing fails.
 type Store struct {
 	manager *Manager
 	kept    int
@@ -64,6 +65,9 @@ func (m *Manager) Store(holds int) *Store { return &Store{manager: m, kept: hold
 // is not watched (FDPOLL=0), or BPF maps would be dropped at once, and sockets with their
 // interfaces.
 func (s *Store) Keep(name string, fd int) error {
+	if !s.manager.Managed() {
+		return nil
+	}
 	if s.manager.max > 0 && s.kept >= s.manager.max {
 		return fmt.Errorf("the service manager keeps no more than %d descriptors (raise FileDescriptorStoreMax= of the service)", s.manager.max)
 	}

@@ -66,6 +66,8 @@ type Options struct {
 	// Logger receives what happens. Nil: discarded.
 	Logger  *slog.Logger
 	Version string
+	// Predecessor is the process that this one takes over from, at rest meanwhile; nil: there is none.
+	Predecessor *Predecessor
 	// Events is told of every change of state; nil: nobody is.
 	Events *events.Log
 	// Reconciled is told how long each round of the control loop took; nil: nobody is.
@@ -89,7 +91,6 @@ type Relay struct {
 	opts Options
 	log  *slog.Logger
 
-	loader  *loader.Loader
 	watcher *network.Watcher
 
 	commands chan command
@@ -106,16 +107,13 @@ type Relay struct {
 	overlaps map[string]plan.Overlaps
 	changes  changes
 
-	attachments *attachments
-	tags        *tags
-	neighbours  *neighbours
-	memberships *memberships
-	tables      *tables
-	refusals    *refusals
-	mroutes     *mroutes // nil when none are mirrored
-	states      states
-	changelog   *changeLog
+	kernel
+	tags      *tags
+	mroutes   *mroutes // nil when none are mirrored
+	states    states
+	changelog *changeLog
 
+	handedOver bool      // to another process: Run ends without a trace
 	restored   bool      // what an earlier process has joined is taken over
 	reconciled time.Time // the last time
 	observed   time.Time // likewise, everything
@@ -128,6 +126,17 @@ type Relay struct {
 	igmp    igmpVersions
 	tidy    sync.WaitGroup
 	tidying atomic.Bool // a tidy-up is to come
+}
+
+// kernel is what this process has of the kernel's state: the loader, and the reconcilers, which hold
+// what it answered.
+type kernel struct {
+	loader      *loader.Loader
+	attachments *attachments
+	neighbours  *neighbours
+	memberships *memberships
+	tables      *tables
+	refusals    *refusals
 }
 
 // New opens the pinned state, made or adopted, and reads the rules. Nothing in the
@@ -163,31 +172,42 @@ func New(opts Options) (_ *Relay, err error) {
 		return nil, err
 	}
 	r.sizeMaps()
-	if r.loader, err = loader.Open(r.opts.Loader); err != nil {
-		return nil, err
-	}
-	r.planner = plan.New(plan.Options{
-		Interfaces: opts.Interfaces, Steering: opts.Steering, FanoutWorkers: forward.FanoutWorkers(opts.Workers),
-		Kernel: plan.Capabilities{SocketSG: r.loader.Capabilities().SocketMultiBuffer},
-	})
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
 		}
 	}()
-	if err := r.setUpSteering(); err != nil {
+	if err := r.openKernel(opts.Membership, opts.Loader.Inherited); err != nil {
 		return nil, err
 	}
-	r.attachments = newAttachments(r.loader, opts.Mode, loader.RunFile(r.opts.Loader.RunDir, r.opts.Loader.PinDir, "attached.json"), r.log)
-	r.memberships = newMemberships(membership.New(opts.Membership), r.log, opts.Events)
-	r.neighbours = newNeighbours()
-	r.tables = r.newTables()
-	r.refusals = newRefusals(r.loader.Refusals, r.log)
 	if r.mroutes, err = newMroutes(opts.Mroutes, r.log); err != nil {
 		return nil, err
 	}
 	r.watcher, err = network.Open(network.Options{Logger: r.log})
 	return r, err
+}
+
+// openKernel opens what this process has of the kernel's state, taking over what another one, or
+// itself before, had.
+func (r *Relay) openKernel(groups membership.Options, inherited loader.Locks) (err error) {
+	opts := &r.opts
+	opts.Loader.Inherited = inherited
+	if r.loader, err = loader.Open(opts.Loader); err != nil {
+		return err
+	}
+	r.planner = plan.New(plan.Options{
+		Interfaces: opts.Interfaces, Steering: opts.Steering, FanoutWorkers: forward.FanoutWorkers(opts.Workers),
+		Kernel: plan.Capabilities{SocketSG: r.loader.Capabilities().SocketMultiBuffer},
+	})
+	if err := r.setUpSteering(); err != nil {
+		return err
+	}
+	r.attachments = newAttachments(r.loader, opts.Mode, loader.RunFile(opts.Loader.RunDir, opts.Loader.PinDir, "attached.json"), r.log)
+	r.memberships = newMemberships(membership.New(groups), r.log, opts.Events)
+	r.neighbours = newNeighbours()
+	r.tables = r.newTables()
+	r.refusals = newRefusals(r.loader.Refusals, r.log)
+	return nil
 }
 
 func (o Options) withDefaults() (_ Options, err error) {
@@ -251,6 +271,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	if ready != nil {
 		ready()
 	}
+	r.followed()
 	loops, mirror := time.NewTicker(loopCheck), time.NewTicker(keepaliveEvery)
 	defer loops.Stop()
 	defer mirror.Stop()
@@ -276,6 +297,10 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 			r.keepMirror()
 		case c := <-r.commands:
 			c.done <- c.fn()
+			if r.handedOver {
+				timer.Stop()
+				return nil
+			}
 		case <-r.watcher.Changed():
 			r.tables.refresh = true
 			_ = r.reconcile(nil)
@@ -310,18 +335,25 @@ func (r *Relay) close() error {
 	if r.watcher != nil {
 		errs = append(errs, r.watcher.Close())
 	}
-	if r.neighbours != nil {
-		errs = append(errs, r.neighbours.close())
+	return errors.Join(append(errs, r.kernel.close())...)
+}
+
+// close closes what openKernel opened.
+func (k *kernel) close() error {
+	var errs []error
+	if k.neighbours != nil {
+		errs = append(errs, k.neighbours.close())
 	}
-	if r.memberships != nil {
-		errs = append(errs, r.memberships.close())
+	if k.memberships != nil {
+		errs = append(errs, k.memberships.close())
 	}
-	if r.tables != nil {
-		errs = append(errs, r.tables.paths.close())
+	if k.tables != nil {
+		errs = append(errs, k.tables.paths.close())
 	}
-	if r.loader != nil {
-		errs = append(errs, r.loader.Close())
+	if k.loader != nil {
+		errs = append(errs, k.loader.Close())
 	}
+	*k = kernel{}
 	return errors.Join(errs...)
 }
 

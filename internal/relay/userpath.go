@@ -30,7 +30,12 @@ type openPath struct {
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
 		flow.PathFanout: {open: func() (userPath, error) {
-			path, err := forward.OpenFanout(forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Accounts: r.loader})
+			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Accounts: r.loader}
+			if before := r.opts.Predecessor; before != nil {
+				opts.Gate, before.Gate = before.Gate, nil
+				opts.TakeOver = func() error { return before.Stop(flow.PathFanout) }
+			}
+			path, err := forward.OpenFanout(opts)
 			if err == nil {
 				path.SetOwnMACs(r.macs)
 			}
@@ -39,6 +44,9 @@ func (r *Relay) newUserPaths() userPaths {
 		flow.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP
 			opts.Logger, opts.Loader, opts.Accounts = r.log, r.loader, r.loader
+			if before := r.opts.Predecessor; before != nil {
+				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
+			}
 			return forward.OpenAFXDP(opts)
 		}},
 	}

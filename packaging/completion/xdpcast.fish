@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run load unload upgrade rule add del show list export apply group list show stats health status events explain discover doctor top reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run hold load unload upgrade rule add del show list export apply group list show stats health status events explain discover doctor top reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -47,6 +47,10 @@ complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l afxdp-busy-poll-b
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l state-dir -r -d '`DIR` of the sets of rules that "xdpcast rollback" brings back'
+complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'hold' -d 'run a daemon, and keep its memberships while it is started again'
+complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l max -r -d 'keep up to `N` descriptors; a socket holds 20 IPv4 groups'
+complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from load' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'load' -d 'load the programs and attach them, without a daemon'
 complete -c xdpcast -n '__fish_seen_subcommand_from load' -f -l interface -s i -r -d 'attach to `IFACE` (repeatable)'
@@ -62,7 +66,9 @@ complete -c xdpcast -n '__fish_seen_subcommand_from unload' -f -l all -d 'detach
 complete -c xdpcast -n '__fish_seen_subcommand_from unload' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from unload' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from upgrade' -f -l help -s h -d 'show help'
-complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'upgrade' -d 'replace the programs in the kernel by this binary\'s, without a daemon'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'upgrade' -d 'replace the programs in the kernel, or with --exec the running daemon, by this release\'s'
+complete -c xdpcast -n '__fish_seen_subcommand_from upgrade' -f -l exec -d 'replace the running daemon'
+complete -c xdpcast -n '__fish_seen_subcommand_from upgrade' -f -l timeout -r -d 'with --exec: go on with the old daemon when the new one is not ready after `TIME` (1s to 50s)'
 complete -c xdpcast -n '__fish_seen_subcommand_from upgrade' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from upgrade' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from rule' -f -l help -s h -d 'show help'

@@ -40,7 +40,11 @@ func (l *Loader) openAccount() error {
 	if err != nil {
 		return fmt.Errorf("map user_stats into memory: %w", err)
 	}
-	l.account, err = account.New(memory[:size], func() error { return unix.Munmap(memory) })
+	open := account.New
+	if l.shared {
+		open = account.Join
+	}
+	l.account, err = open(memory[:size], func() error { return unix.Munmap(memory) })
 	if err != nil {
 		return errors.Join(fmt.Errorf("map user_stats: %w", err), unix.Munmap(memory))
 	}

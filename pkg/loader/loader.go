@@ -45,6 +45,8 @@ type Options struct {
 	// MaxRules and MaxOutputs size the maps when the state is made; adopted
 	// state keeps its sizes. 0: the defaults.
 	MaxRules, MaxOutputs uint32
+	// Inherited are the locks of a Loader that is at rest: this one takes its place. Open owns them.
+	Inherited Locks
 	// Logger receives what is made, adopted and upgraded. Nil: discarded.
 	Logger *slog.Logger
 
@@ -96,7 +98,9 @@ type Loader struct {
 	opts Options
 	log  *slog.Logger
 	lock locks
-	can  Capabilities
+	// shared: another Loader rests, whose paths still count.
+	shared bool
+	can    Capabilities
 
 	specs    map[string]*ebpf.MapSpec // for the maps inside maps
 	maps     *mapSet
@@ -157,6 +161,7 @@ func Open(opts Options) (_ *Loader, err error) {
 	l := &Loader{
 		opts:     opts,
 		log:      opts.Logger,
+		shared:   opts.Inherited.Pins != nil,
 		links:    map[int]*attachment{},
 		transmit: map[string]link.Link{},
 		tapped:   map[int]*tapped{},
@@ -217,6 +222,7 @@ func (l *Loader) open() (err error) {
 	}
 	for {
 		l.lock.pins, err = takePinLock(l.opts)
+		l.opts.Inherited = Locks{} // it is used up
 		if err == nil {
 			dropped, err := l.dropForeign()
 			if err != nil {

@@ -11,6 +11,33 @@ import (
 	"xdpcast/internal/lockfile"
 )
 
+// Locks are the open files by whose locks a Loader keeps other writers out. Their locks are held
+// as long as a process has them open.
+type Locks struct{ Run, Pins *os.File }
+
+// Close closes those that are there.
+func (l Locks) Close() error { return (&locks{l.Run, l.Pins}).Close() }
+
+// Locks returns duplicates of the open files of the locks, to be inherited by another Loader
+// while this one is at rest (Options.Inherited). The caller closes them.
+func (l *Loader) Locks() (held Locks, err error) {
+	if held.Run, err = duplicate(l.lock.run); err != nil {
+		return held, err
+	}
+	if held.Pins, err = duplicate(l.lock.pins); err != nil {
+		return held, errors.Join(err, held.Run.Close())
+	}
+	return held, nil
+}
+
+func duplicate(f *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the lock %s: %w", f.Name(), err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
 // locks are what keeps two writers apart: that of the run directory's files, which
 // go with one pin directory, and that of the pin directory itself, which processes with
 // other run directories may share. Either may be nil.
@@ -64,6 +91,10 @@ func takeRunLock(opts Options) (*os.File, error) {
 	if err := lockfile.Private(opts.RunDir); err != nil {
 		return nil, fmt.Errorf("run directory: %w", err)
 	}
+	if f := opts.Inherited.Run; f != nil {
+		f, err := lockfile.Inherit(f, lockPath(opts))
+		return f, lockError(opts, err)
+	}
 	f, err := lockfile.Take(lockPath(opts))
 	return f, lockError(opts, err)
 }
@@ -71,6 +102,10 @@ func takeRunLock(opts Options) (*os.File, error) {
 // takePinLock locks a pin directory that is there. The error matches os.ErrNotExist
 // when it is not.
 func takePinLock(opts Options) (*os.File, error) {
+	if f := opts.Inherited.Pins; f != nil {
+		f, err := lockfile.Inherit(f, opts.PinDir)
+		return f, lockError(opts, err)
+	}
 	for {
 		f, err := lockfile.TakeDir(opts.PinDir)
 		if err != nil {

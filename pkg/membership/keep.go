@@ -1,6 +1,7 @@
 package membership
 
 import (
+	"fmt"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -38,6 +39,44 @@ const (
 // IsKept reports whether the name of a descriptor is that of one that a Manager has kept.
 func IsKept(name string) bool {
 	return name == ledgerName || strings.HasPrefix(name, socketName)
+}
+
+// Duplicates returns duplicates of the descriptors that are kept, for another process to
+// restore them while this manager is at rest, or for another manager of this process. The
+// caller closes them. Without a Keeper there are none.
+func (m *Manager) Duplicates() (all []Kept, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.keep == nil || m.closed {
+		return nil, nil
+	}
+	defer func() {
+		if err != nil {
+			for _, d := range all {
+				m.closeKept(d)
+			}
+			all = nil
+		}
+	}()
+	add := func(name string, fd int) error {
+		duplicate, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return fmt.Errorf("duplicate %s: %w", name, err)
+		}
+		all = append(all, Kept{name, duplicate})
+		return nil
+	}
+	for _, p := range m.ifaces {
+		for s := range p.shards {
+			if s.kept == "" {
+				continue
+			}
+			if err := add(s.kept, s.fd); err != nil {
+				return all, err
+			}
+		}
+	}
+	return all, add(ledgerName, m.keep.ledger.fd)
 }
 
 // keeping is what has helper sockets kept. All of its methods may be called on nil, which

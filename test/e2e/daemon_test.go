@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,6 +48,7 @@ type instance struct {
 	socket  string
 	client  *control.Client
 	running *daemon
+	program string // that start starts, where it is not the one of all
 }
 
 // newInstance makes a place for a daemon on a host.
@@ -79,7 +81,9 @@ func (in *instance) on(host *lab.Host) *instance {
 }
 
 func (in *instance) cleanUp() {
-	if in.running != nil {
+	if in.running != nil && in.running.process != nil {
+		in.running.stopFollower()
+	} else if in.running != nil {
 		select {
 		case <-in.running.exited: // a test has ended it, and looked at how
 		default:
@@ -212,21 +216,14 @@ type daemon struct {
 	cmd    *exec.Cmd
 	log    *safeBuffer
 	exited chan struct{}
+
+	process *os.Process // that has replaced it; nil: none has
 }
 
 // start starts a daemon and waits until its rules are in.
 func (in *instance) start(args ...string) *daemon {
 	in.t.Helper()
-	d := &daemon{t: in.t, cmd: exec.Command(program, append([]string{"run"}, args...)...), log: &safeBuffer{}, exited: make(chan struct{})}
-	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = in.env(), d.log, d.log
-	if err := in.host.Start(d.cmd); err != nil {
-		in.t.Fatal(err)
-	}
-	in.running = d
-	go func() {
-		defer close(d.exited)
-		_ = d.cmd.Wait() // the state of the process says it too
-	}()
+	d := in.startCommand(append([]string{"run"}, args...)...)
 	eventually(in.t, "the daemon is ready", func() string {
 		select {
 		case <-d.exited:
@@ -242,6 +239,22 @@ func (in *instance) start(args ...string) *daemon {
 		}
 		return ""
 	})
+	return d
+}
+
+// startCommand starts the program.
+func (in *instance) startCommand(args ...string) *daemon {
+	in.t.Helper()
+	d := &daemon{t: in.t, cmd: exec.Command(cmp.Or(in.program, program), args...), log: &safeBuffer{}, exited: make(chan struct{})}
+	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = in.env(), d.log, d.log
+	if err := in.host.Start(d.cmd); err != nil {
+		in.t.Fatal(err)
+	}
+	in.running = d
+	go func() {
+		defer close(d.exited)
+		_ = d.cmd.Wait() // the state of the process says it too
+	}()
 	return d
 }
 
@@ -269,6 +282,23 @@ func (d *daemon) stop(sig syscall.Signal) int {
 		<-d.exited
 	}
 	return d.cmd.ProcessState.ExitCode()
+}
+
+// stopFollower ends the process that has replaced the daemon, which is no child of this one.
+func (d *daemon) stopFollower() {
+	d.t.Helper()
+	pid := d.process.Pid
+	d.process = nil
+	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+		d.t.Errorf("end the daemon that has taken over: %v", err)
+		return
+	}
+	eventually(d.t, "the daemon that has taken over ends", func() string {
+		if state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && !strings.Contains(string(state), ") Z ") {
+			return "it runs"
+		}
+		return ""
+	})
 }
 
 // waitLog waits until the log holds a text at least n times.

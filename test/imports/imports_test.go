@@ -41,6 +41,7 @@ var allowed = map[string][]string{
 	"internal/genl":       {},
 	"internal/lockfile":   {},
 	"internal/notify":     {},
+	"internal/hold":       {"internal/notify"},
 	"internal/lab":        {},
 	"internal/streamtest": {"pkg/packet"},
 	"internal/labtest":    {"internal/lab"},

@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -118,7 +117,7 @@ func snooping(t *testing.T, igmpVersion, mldVersion uint8) func(a, b lab.End) {
 	return func(a, b lab.End) {
 		t.Helper()
 		sw := labtest.Host(t, "sw")
-		bridge(t, sw, unix.NLM_F_CREATE|unix.NLM_F_EXCL, map[int][]byte{
+		labtest.SetBridge(t, sw, unix.NLM_F_CREATE|unix.NLM_F_EXCL, map[int][]byte{
 			nl.IFLA_BR_MCAST_SNOOPING:             {1},
 			nl.IFLA_BR_MCAST_QUERY_USE_IFADDR:     {1},
 			nl.IFLA_BR_MCAST_IGMP_VERSION:         {igmpVersion},
@@ -137,45 +136,11 @@ func snooping(t *testing.T, igmpVersion, mldVersion uint8) func(a, b lab.End) {
 		for i, end := range []lab.End{a, b} {
 			port := []string{"port0", "port1"}[i]
 			labtest.Connect(t, end, lab.End{Host: sw, Name: port})
-			enslave(t, sw, port)
+			labtest.Enslave(t, sw, port)
 		}
 		// Only now: with the time for responses set, which it waits before it trusts
 		// what it has learned.
-		bridge(t, sw, 0, map[int][]byte{nl.IFLA_BR_MCAST_QUERIER: {1}})
-	}
-}
-
-// bridge makes or changes br0 (IFLA_BR_* of include/uapi/linux/if_link.h).
-func bridge(t *testing.T, h *lab.Host, flags int, options map[int][]byte) {
-	t.Helper()
-	labtest.Do(t, h, func() error {
-		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, flags|unix.NLM_F_ACK)
-		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated("br0")))
-		info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
-		info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("bridge"))
-		data := info.AddRtAttr(nl.IFLA_INFO_DATA, nil)
-		for option, value := range options {
-			data.AddRtAttr(option, value)
-		}
-		req.AddData(info)
-		_, err := req.Execute(unix.NETLINK_ROUTE, 0)
-		return err
-	})
-}
-
-func enslave(t *testing.T, sw *lab.Host, port string) {
-	t.Helper()
-	p, err := sw.Link(port)
-	if err != nil {
-		t.Fatal(err)
-	}
-	br, err := sw.Link("br0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := sw.Netlink().LinkSetMaster(p, &netlink.Bridge{LinkAttrs: *br.Attrs()}); err != nil {
-		t.Fatal(err)
+		labtest.SetBridge(t, sw, 0, map[int][]byte{nl.IFLA_BR_MCAST_QUERIER: {1}})
 	}
 }
 

@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/hold"
+	"xdpcast/internal/notify"
+	"xdpcast/internal/relay"
+)
+
+// upgrader replaces this daemon by the binary that is at its path now.
+type upgrader struct {
+	ctx     context.Context // ends with the daemon
+	service *service
+	relay   *relay.Relay
+	path    string // of the binary
+	api     *control.Listener
+	web     net.Listener // nil: none
+
+	one sync.Mutex
+}
+
+// programPath is where the daemon was started from: the name that it was called by, where that
+// still leads to this program, since a release may be put in place by a link.
+func programPath() string {
+	self, err := os.Executable()
+	if err != nil {
+		return os.Args[0]
+	}
+	called, err := exec.LookPath(os.Args[0])
+	if err != nil {
+		return self
+	}
+	if called, err = filepath.Abs(called); err != nil {
+		return self
+	}
+	a, errA := os.Stat(called)
+	b, errB := os.Stat(self)
+	if errA != nil || errB != nil || !os.SameFile(a, b) {
+		return self
+	}
+	return called
+}
+
+// upgrade returns when the new daemon has taken over, or has failed to, and this one goes on.
+func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result control.UpgradeResult, err error) {
+	if !u.one.TryLock() {
+		return result, control.Errorf(control.KindConflict, "an upgrade is under way")
+	}
+	defer u.one.Unlock()
+	if os.Getpid() == 1 {
+		return result, control.Errorf(control.KindConflict, "this daemon is the first process of its container, which would end with it: start it by \"xdpcast hold -- xdpcast run ...\"")
+	}
+	if u.service.manager.TakesOver() {
+		return result, control.Errorf(control.KindUnavailable, "this daemon takes over from another one just now")
+	}
+	log := u.service.log
+	log.Info("upgrade", "binary", u.path, "timeout", timeout)
+	started := time.Now()
+	resume := u.api.Pause()
+	err = u.relay.HandOver(ctx, func(h *relay.Handed) error {
+		files, err := u.files(h)
+		if err != nil {
+			return err
+		}
+		defer closeAll(files[len(h.Memberships):]) // those of memberships are h's
+		result.PID, err = hold.Replace(u.ctx, hold.Replacement{
+			Command: append([]string{u.path}, os.Args[1:]...), Env: os.Environ(), Files: files,
+			Outer: u.service.manager, Timeout: timeout, Log: log,
+			Stop: func(what string) error {
+				if what == "" {
+					return h.End()
+				}
+				return h.Stop(what)
+			},
+			Beat: func() { u.service.tell(notify.Watchdog) },
+		})
+		return err
+	})
+	if err != nil {
+		resume()
+		log.Error("upgrade failed, this daemon goes on", "error", err)
+		return result, control.Errorf(control.KindFailed, "%w; this daemon goes on", err)
+	}
+	result.Took = time.Since(started).Round(time.Millisecond).String()
+	u.api.Leave()
+	log.Info("upgraded", "pid", result.PID, "took", result.Took)
+	return result, nil
+}
+
+// upgradeOnSignal upgrades on each signal. What goes wrong is logged.
+func (u *upgrader) upgradeOnSignal(ctx context.Context, signals <-chan os.Signal) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-signals:
+		}
+		if _, err := u.upgrade(ctx, control.DefaultUpgradeTimeout); err != nil {
+			u.service.log.Error("SIGUSR2", "error", err)
+		}
+	}
+}
+
+// files are what the new daemon gets, those of memberships first.
+func (u *upgrader) files(h *relay.Handed) (files []notify.File, err error) {
+	for _, d := range h.Memberships {
+		files = append(files, notify.File{Name: d.Name, FD: d.FD})
+	}
+	add := func(name string, fd int, failed error) {
+		if failed == nil {
+			fd, failed = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+		}
+		if failed != nil {
+			err = errors.Join(err, fmt.Errorf("hand over %s: %w", name, failed))
+			return
+		}
+		files = append(files, notify.File{Name: name, FD: fd})
+	}
+	of := func(name string, l any) {
+		conn, ok := l.(syscall.Conn)
+		if !ok {
+			return
+		}
+		raw, failed := conn.SyscallConn()
+		if failed == nil {
+			failed = raw.Control(func(fd uintptr) { add(name, int(fd), nil) })
+		}
+		if failed != nil {
+			add(name, -1, failed)
+		}
+	}
+	of(passedAPI, u.api.UnixListener)
+	if u.web != nil {
+		of(passedHTTP, u.web)
+	}
+	add(passedRunLock, int(h.Locks.Run.Fd()), nil)
+	add(passedPinLock, int(h.Locks.Pins.Fd()), nil)
+	if h.Gate != nil {
+		add(passedGate, h.Gate.FD(), nil)
+	}
+	if u.service.holder >= 0 {
+		add(hold.PipeName, u.service.holder, nil)
+	}
+	if err != nil {
+		closeAll(files[len(h.Memberships):])
+	}
+	return files, err
+}
+
+func closeAll(files []notify.File) {
+	for _, f := range files {
+		_ = unix.Close(f.FD) // a duplicate
+	}
+}

@@ -1,0 +1,305 @@
+// Package hold supervises one process and keeps file descriptors for it while it is started again:
+// what systemd does for a service, where another supervisor runs, or none. The process speaks to it
+// by sd_notify(3) and sd_listen_fds(3), as it does to systemd.
+package hold
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/notify"
+)
+
+// Options of Run.
+type Options struct {
+	// Command is the program and its arguments.
+	Command []string
+	// Socket is where the process sends its notifications.
+	Socket string
+	// Max is how many descriptors are kept.
+	Max int
+	// Self is a program whose main calls notify.Stage; empty: this one.
+	Self string
+	// Outer is the manager of this process, which is told how the process is; nil: there is none.
+	Outer *notify.Manager
+	Log   *slog.Logger
+	// Signals are passed on; SIGTERM and SIGINT end Run, too, with the process.
+	Signals <-chan os.Signal
+}
+
+// PipeName is the name of the descriptor by whose end the process learns that nothing holds its
+// descriptors any more: the read end of a pipe.
+const PipeName = "holder"
+
+// How long to wait before the process is started again: at first, and at most. One that has run
+// for calm is started as at first.
+const (
+	firstPause = 100 * time.Millisecond
+	lastPause  = 10 * time.Second
+	calm       = 10 * time.Second
+)
+
+// holder is one Run.
+type holder struct {
+	Options
+	store    *Store
+	listener *notify.Listener
+	pipe     [2]int // read end for the process, write end for none
+
+	messages chan notify.Message
+	deaths   chan death
+	children chan struct{} // told when there is one
+	stop     chan struct{}
+
+	main    int // the process; 0: it is not running
+	started time.Time
+	ready   bool // it was, once
+	ending  bool // it was told to end
+	pause   time.Duration
+}
+
+// death is the end of a child, also of one that was left to this process.
+type death struct {
+	pid    int
+	status unix.WaitStatus
+}
+
+// Run starts the process, and again whenever it ends, with the descriptors that it had kept, until
+// it is told to end by a signal, or the process ends before it was ever ready. It returns the
+// process's exit code. Descriptors are closed then.
+//
+// Run reaps every child of this process. One that is told by MAINPID takes the place of the process.
+func Run(o Options) (code int, err error) {
+	if o.Self == "" {
+		o.Self = "/proc/self/exe"
+	}
+	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), children: make(chan struct{}, 1), stop: make(chan struct{}), pause: firstPause}
+	defer close(h.stop)
+	defer h.store.Close()
+	// What its children leave behind comes to this process, a process that replaced another among it.
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return 1, fmt.Errorf("become the reaper of orphans: %w", err)
+	}
+	if err := unix.Pipe2(h.pipe[:], unix.O_CLOEXEC); err != nil {
+		return 1, fmt.Errorf("pipe: %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Close(h.pipe[0]), unix.Close(h.pipe[1])) }()
+	if h.listener, err = notify.Listen(o.Socket); err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, h.listener.Close()) }()
+	go h.receive()
+	go h.reap()
+	if err := h.start(); err != nil {
+		return 1, err
+	}
+	return h.run()
+}
+
+// receive brings messages to run.
+func (h *holder) receive() {
+	for {
+		m, err := h.listener.Receive()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			h.Log.Warn("notification", "error", err)
+			continue
+		}
+		select {
+		case h.messages <- m:
+		case <-h.stop:
+			m.Close()
+			return
+		}
+	}
+}
+
+// reap brings the end of children to run.
+func (h *holder) reap() {
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, 0, nil)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil: // no child is left
+			select {
+			case <-h.children:
+			case <-h.stop:
+				return
+			}
+			continue
+		}
+		select {
+		case h.deaths <- death{pid, status}:
+		case <-h.stop:
+			return
+		}
+	}
+}
+
+// start starts the process with what is kept.
+func (h *holder) start() error {
+	env := append(notify.WithoutProtocol(os.Environ()), h.Outer.Variables(h.listener.Addr(), h.Max, false)...)
+	files := append([]notify.File{{Name: PipeName, FD: h.pipe[0]}}, h.store.Files()...)
+	process, err := notify.Start(h.Self, h.Command, env, files)
+	if err != nil {
+		return err
+	}
+	h.main, h.started = process.Pid, time.Now()
+	h.Log.Info("started", "pid", h.main, "descriptors", len(h.store.Files()))
+	select {
+	case h.children <- struct{}{}:
+	default: // it is known already
+	}
+	return nil
+}
+
+// run does one thing at a time until the process has ended for good.
+func (h *holder) run() (code int, err error) {
+	var again <-chan time.Time
+	for {
+		select {
+		case m := <-h.messages:
+			h.told(&m)
+		case d := <-h.deaths:
+			if d.pid != h.main {
+				continue
+			}
+			h.main = 0
+			end := endOf(d.status)
+			if h.ending || !h.ready {
+				h.Log.Info("ended", "pid", d.pid, "how", end)
+				return exitCode(d.status), nil
+			}
+			if time.Since(h.started) >= calm {
+				h.pause = firstPause
+			}
+			h.Log.Warn("ended, and is started again", "pid", d.pid, "how", end, "in", h.pause, "descriptors", len(h.store.Files()))
+			again = time.After(h.pause)
+			h.pause = min(2*h.pause, lastPause)
+		case <-again:
+			again = nil
+			if err := h.start(); err != nil {
+				h.Log.Error("not started", "error", err, "again_in", h.pause)
+				again = time.After(h.pause)
+				h.pause = min(2*h.pause, lastPause)
+			}
+		case s := <-h.Signals:
+			if h.pass(s) {
+				return exitDone, nil
+			}
+		}
+	}
+}
+
+const exitDone = 0
+
+// pass passes a signal on, and says whether that ends Run.
+func (h *holder) pass(s os.Signal) (ends bool) {
+	number, ok := s.(unix.Signal)
+	if !ok {
+		return false
+	}
+	if number == unix.SIGTERM || number == unix.SIGINT {
+		h.ending = true
+		if h.main == 0 {
+			return true
+		}
+	}
+	if h.main == 0 {
+		return false
+	}
+	if err := unix.Kill(h.main, number); err != nil && !errors.Is(err, unix.ESRCH) {
+		h.Log.Warn("signal not passed on", "signal", number, "error", err)
+	}
+	return false
+}
+
+// told does what a message asks for.
+func (h *holder) told(m *notify.Message) {
+	if m.PID != h.main && m.UID != os.Geteuid() && m.UID != 0 {
+		h.Log.Warn("notification of another user's process is left alone", "pid", m.PID, "uid", m.UID)
+		m.Close()
+		return
+	}
+	if text, ok := m.Value("MAINPID"); ok {
+		h.follow(text)
+	}
+	if m.Is(notify.Ready) {
+		h.ready = true
+	}
+	var outer []string
+	for _, line := range m.Lines {
+		if line != "" && !forStore(line) {
+			outer = append(outer, line)
+		}
+	}
+	if err := h.store.Take(m); err != nil {
+		h.Log.Warn("store", "error", err)
+	}
+	if len(outer) > 0 {
+		if err := h.Outer.Notify(strings.Join(outer, "\n")); err != nil {
+			h.Log.Warn("pass a notification on", "error", err)
+		}
+	}
+}
+
+// follow takes another process for the one that is held: it has replaced it.
+func (h *holder) follow(text string) {
+	pid, err := strconv.Atoi(text)
+	if err != nil || pid <= 1 {
+		h.Log.Warn("MAINPID is no process", "value", text)
+		return
+	}
+	if !isDescendant(pid) {
+		h.Log.Warn("MAINPID is no process below this one", "value", text)
+		return
+	}
+	h.Log.Info("replaced", "pid", h.main, "by", pid)
+	h.main, h.started = pid, time.Now()
+}
+
+// isDescendant says whether a process comes from this one, which then learns of its end.
+func isDescendant(pid int) bool {
+	for range 32 {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			return false
+		}
+		_, rest, _ := strings.Cut(string(status), "\nPPid:\t")
+		parent, _, _ := strings.Cut(rest, "\n")
+		if pid, err = strconv.Atoi(parent); err != nil || pid == 0 {
+			return false
+		}
+		if pid == os.Getpid() {
+			return true
+		}
+	}
+	return false
+}
+
+func endOf(s unix.WaitStatus) string {
+	if s.Signaled() {
+		return fmt.Sprintf("signal %v", s.Signal())
+	}
+	return fmt.Sprintf("exit code %d", s.ExitStatus())
+}
+
+// exitCode is as a shell has it.
+func exitCode(s unix.WaitStatus) int {
+	if s.Signaled() {
+		return 128 + int(s.Signal())
+	}
+	return s.ExitStatus()
+}

@@ -1,0 +1,233 @@
+package hold
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/notify"
+)
+
+// Replacement says how a process is replaced by another one.
+type Replacement struct {
+	// Command is the program and its arguments, and Env its environment.
+	Command, Env []string
+	// Files are passed to it.
+	Files []notify.File
+	// Self is a program whose main calls notify.Stage; empty: this one.
+	Self string
+	// Outer is the manager of this process, and of the other one afterwards; nil: there is none.
+	Outer *notify.Manager
+	// Timeout is how long it may take until it is ready.
+	Timeout time.Duration
+	// Stop is called with what the other process asks to be stopped by AskToStop, and with "" when it
+	// is ready.
+	Stop func(what string) error
+	// Beat is called several times a second, in place of what rests meanwhile; nil: nothing is.
+	Beat func()
+	Log  *slog.Logger
+}
+
+// stopVariable is what a process asks by to stop something, of the process that it takes over from.
+const stopVariable = "X_XDPCAST_STOP="
+
+// AskToStop asks the process that this one takes over from to stop something, and waits until it has.
+func AskToStop(m *notify.Manager, what string, patience time.Duration) error {
+	return m.Ask(stopVariable+what, patience)
+}
+
+// replacing is one Replace.
+type replacing struct {
+	Replacement
+	pid    int
+	stored []notify.Message // what the manager is to keep, or to keep no longer, once it is ready
+	status string
+	ready  bool
+}
+
+// Replace starts a process in this one's place, and returns when it is ready. The manager has been told
+// then, and what the process wants it to keep. After an error, which says how the process ended, it is gone, and
+// the manager knows nothing of it.
+func Replace(ctx context.Context, o Replacement) (pid int, err error) {
+	if o.Self == "" {
+		o.Self = "/proc/self/exe"
+	}
+	listener, err := notify.Listen(fmt.Sprintf("@xdpcast-upgrade-%d-%016x", os.Getpid(), rand.Uint64()))
+	if err != nil {
+		return 0, err
+	}
+	env := append(notify.WithoutProtocol(o.Env), o.Outer.Variables(listener.Addr(), o.Outer.Max(), true)...)
+	process, err := notify.Start(o.Self, o.Command, env, o.Files)
+	if err != nil {
+		return 0, errors.Join(err, listener.Close())
+	}
+	r := &replacing{Replacement: o, pid: process.Pid}
+	defer r.close()
+	messages, done := make(chan notify.Message), make(chan struct{})
+	received := make(chan struct{})
+	defer func() {
+		close(done)
+		err = errors.Join(err, listener.Close())
+		<-received
+	}()
+	go func() {
+		defer close(received)
+		for {
+			m, err := listener.Receive()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err != nil {
+				o.Log.Warn("notification", "error", err)
+				continue
+			}
+			select {
+			case messages <- m:
+			case <-done:
+				m.Close()
+			}
+		}
+	}()
+	ended := make(chan *os.ProcessState, 1)
+	go func() {
+		state, _ := process.Wait() // it is our child: the state is there
+		ended <- state
+	}()
+	timeout := time.NewTimer(o.Timeout)
+	defer timeout.Stop()
+	beats := time.NewTicker(200 * time.Millisecond)
+	defer beats.Stop()
+	kill := func(why string) error {
+		_ = process.Kill() // or it has ended
+		<-ended
+		return r.fail(why)
+	}
+	for {
+		select {
+		case m := <-messages:
+			if finished := r.told(&m); finished {
+				return r.pid, nil
+			}
+		case state := <-ended:
+			return 0, r.fail(fmt.Sprintf("ended with %v before it was ready", state))
+		case <-beats.C:
+			if o.Beat != nil {
+				o.Beat()
+			}
+		case <-timeout.C:
+			return 0, kill(fmt.Sprintf("was not ready after %v, and was killed", o.Timeout))
+		case <-ctx.Done():
+			return 0, kill("was killed before it was ready, since this process is to end")
+		}
+	}
+}
+
+func (r *replacing) fail(how string) error {
+	err := fmt.Errorf("the new process %d %s", r.pid, how)
+	if r.status != "" {
+		err = fmt.Errorf("%w: %s", err, r.status)
+	}
+	return err
+}
+
+func (r *replacing) close() {
+	for i := range r.stored {
+		r.stored[i].Close()
+	}
+}
+
+// told does what a message asks for, and says whether the process is in place.
+func (r *replacing) told(m *notify.Message) (finished bool) {
+	if m.PID != r.pid {
+		m.Close()
+		return false
+	}
+	if text, ok := m.Value("STATUS"); ok {
+		r.status = text
+	}
+	for _, line := range m.Lines {
+		if what, ok := strings.CutPrefix(line, stopVariable); ok {
+			if err := r.Stop(what); err != nil {
+				r.Log.Warn("stop for the new process", "what", what, "error", err)
+			}
+		}
+	}
+	switch {
+	case m.Is("FDSTORE=1"), m.Is("FDSTOREREMOVE=1"):
+		r.stored = append(r.stored, *m)
+		return false
+	case m.Is(notify.Watchdog):
+		r.tell(notify.Watchdog)
+	case m.Is(notify.Ready):
+		r.ready = true
+		if err := r.Stop(""); err != nil {
+			r.Log.Warn("end for the new process", "error", err)
+		}
+		r.commit()
+	}
+	m.Close() // which answers what waits
+	return r.ready && m.Is("BARRIER=1")
+}
+
+// commit tells the manager of the process, and what it has to keep.
+func (r *replacing) commit() {
+	for i := range r.stored {
+		m := &r.stored[i]
+		for chunk := m.Files; ; {
+			n := min(len(chunk), 200)
+			r.tell(strings.Join(m.Lines, "\n"), chunk[:n]...)
+			if chunk = chunk[n:]; len(chunk) == 0 {
+				break
+			}
+		}
+		m.Close()
+	}
+	r.stored = nil
+	r.tell(fmt.Sprintf("MAINPID=%d\n%s", r.pid, notify.Ready))
+	if err := r.Outer.Barrier(); err != nil {
+		r.Log.Warn("service manager", "error", err)
+	}
+}
+
+func (r *replacing) tell(state string, files ...int) {
+	if err := r.Outer.Notify(state, files...); err != nil {
+		r.Log.Warn("service manager", "error", err)
+	}
+}
+
+// Watch calls ended when the process that holds this one's descriptors is gone, until stop is called. pipe is
+// the descriptor called PipeName, which it owns.
+func Watch(pipe int, ended func()) (stop func(), err error) {
+	var wake [2]int
+	if err := unix.Pipe2(wake[:], unix.O_CLOEXEC); err != nil {
+		return nil, errors.Join(fmt.Errorf("pipe: %w", err), unix.Close(pipe))
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		fds := []unix.PollFd{{Fd: int32(pipe), Events: unix.POLLIN}, {Fd: int32(wake[0]), Events: unix.POLLIN}}
+		for {
+			_, err := unix.Poll(fds, -1)
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			if err == nil && fds[1].Revents == 0 {
+				ended()
+			}
+			break
+		}
+		_, _ = unix.Close(pipe), unix.Close(wake[0])
+	}()
+	return func() {
+		_ = unix.Close(wake[1])
+		<-done
+	}, nil
+}

@@ -1,0 +1,64 @@
+package hold
+
+import (
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/notify"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func message(t *testing.T, descriptors int, lines ...string) *notify.Message {
+	t.Helper()
+	m := &notify.Message{Lines: lines}
+	for range descriptors {
+		fd, err := unix.MemfdCreate("store-test", unix.MFD_CLOEXEC)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Files = append(m.Files, fd)
+	}
+	return m
+}
+
+// The store does what sd_notify(3) says of FDSTORE, FDNAME and FDSTOREREMOVE.
+func TestStore(t *testing.T) {
+	s := NewStore(4)
+	defer s.Close()
+	names := func() (all []string) {
+		for _, f := range s.Files() {
+			if _, err := unix.FcntlInt(uintptr(f.FD), unix.F_GETFD, 0); err != nil {
+				t.Errorf("%s is closed", f.Name)
+			}
+			all = append(all, f.Name)
+		}
+		return all
+	}
+	for _, step := range []struct {
+		message *notify.Message
+		want    string
+		fault   string
+	}{
+		{message(t, 1, "FDSTORE=1", "FDPOLL=0", "FDNAME=m.1"), "m.1", ""},
+		{message(t, 2, "FDSTORE=1", "FDNAME=m.2"), "m.1 m.2 m.2", ""},
+		{message(t, 1, "FDSTORE=1", "FDNAME=with:colon"), "m.1 m.2 m.2 stored", ""},
+		{message(t, 2, "FDSTORE=1", "FDNAME=m.3"), "m.1 m.2 m.2 stored", "2 descriptors called m.3 are not kept: there are 4 already, and no more are to be"},
+		{message(t, 0, "FDSTOREREMOVE=1", "FDNAME=m.2"), "m.1 stored", ""},
+		{message(t, 0, "FDSTOREREMOVE=1"), "m.1 stored", ""},
+		{message(t, 1, "FDSTORE=1"), "m.1 stored stored", ""},
+		{message(t, 1, "BARRIER=1"), "m.1 stored stored", ""},
+		{&notify.Message{Lines: []string{"FDSTORE=1"}, Cut: true}, "m.1 stored stored", "descriptors to keep have not come: this process may have no more open (ulimit -n)"},
+	} {
+		err := s.Take(step.message)
+		if got := strings.Join(names(), " "); got != step.want || err == nil && step.fault != "" || err != nil && err.Error() != step.fault {
+			t.Errorf("%q: it has %s, want %s; %v, want %s", step.message.Lines, got, step.want, err, step.fault)
+		}
+		if len(step.message.Files) > 0 {
+			t.Errorf("%q: descriptors stay open", step.message.Lines)
+		}
+	}
+}

@@ -1,0 +1,64 @@
+package notify
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// StartStage is the first argument of a program that calls [Stage] with the others.
+const StartStage = "start-with-descriptors"
+
+// Stage becomes another program: it is where a process started by [Start] begins. LISTEN_PID
+// must be the number of the process, which nobody knows before there is one. It returns
+// only errors.
+func Stage(args []string) error {
+	if len(args) == 0 {
+		return errors.New("start: want a program")
+	}
+	path, err := exec.LookPath(args[0])
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	env := append(os.Environ(), "LISTEN_PID="+strconv.Itoa(os.Getpid()))
+	return fmt.Errorf("start %s: %w", path, syscall.Exec(path, args, env))
+}
+
+// Start starts a program, given as its file and arguments, in a process group of its own, and passes descriptors to
+// it as sd_listen_fds(3) finds them; File.FD stay open here. self is a program whose main calls
+// [Stage], such as /proc/self/exe. env is the environment without the variables of the protocol.
+// The caller waits for the process.
+func Start(self string, command, env []string, files []File) (*os.Process, error) {
+	fds, names := []uintptr{0, 1, 2}, make([]string, len(files))
+	for i, f := range files {
+		fds, names[i] = append(fds, uintptr(f.FD)), f.Name
+	}
+	if len(files) > 0 {
+		env = append(env, "LISTEN_FDS="+strconv.Itoa(len(files)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+	}
+	pid, err := syscall.ForkExec(self, append([]string{self, StartStage}, command...), &syscall.ProcAttr{
+		Env: env, Files: fds, Sys: &syscall.SysProcAttr{Setpgid: true},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", command[0], err)
+	}
+	return os.FindProcess(pid)
+}
+
+// WithoutProtocol returns an environment without the variables of the protocol, so that those of
+// a process do not reach those that it starts.
+func WithoutProtocol(env []string) []string {
+	var kept []string
+	for _, variable := range env {
+		switch name, _, _ := strings.Cut(variable, "="); name {
+		case "NOTIFY_SOCKET", nextVariable, "FDSTORE", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES":
+		default:
+			kept = append(kept, variable)
+		}
+	}
+	return kept
+}

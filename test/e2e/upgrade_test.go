@@ -1,0 +1,336 @@
+package e2e_test
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/control"
+	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
+	"xdpcast/internal/traffic"
+)
+
+// newFastLeaveNetwork is newNetwork with a bridge between source and relay that snoops, and ends a
+// stream to the relay with the first leave. wire hears what the relay sends there.
+func newFastLeaveNetwork(t testing.TB) (n *network, wire *labtest.Tap) {
+	t.Helper()
+	n = &network{t: t, source: labtest.Host(t, "src"), relay: labtest.Host(t, "relay")}
+	sw := labtest.Host(t, "sw")
+	labtest.SetBridge(t, sw, unix.NLM_F_CREATE|unix.NLM_F_EXCL, map[int][]byte{
+		nl.IFLA_BR_MCAST_SNOOPING:             {1},
+		nl.IFLA_BR_MCAST_IGMP_VERSION:         {3},
+		nl.IFLA_BR_MCAST_QUERY_USE_IFADDR:     {1},
+		nl.IFLA_BR_MCAST_QUERY_RESPONSE_INTVL: nl.Uint64Attr(10),
+	})
+	if err := sw.AddAddr("br0", "10.1.0.254/24"); err != nil {
+		t.Fatal(err)
+	}
+	if err := sw.SetUp("br0", true); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Connect(t, lab.End{Host: n.relay, Name: "in0", Addrs: []string{"10.1.0.1/24"}}, lab.End{Host: sw, Name: "port0"})
+	labtest.Connect(t, lab.End{Host: n.source, Name: "src0", Addrs: []string{"10.1.0.2/24"}}, lab.End{Host: sw, Name: "port1"})
+	wire = labtest.NewTap(t, sw, "port0")
+	for _, port := range []string{"port0", "port1"} {
+		labtest.Enslave(t, sw, port)
+	}
+	if err := sw.Netlink().LinkSetFastLeave(labtest.Link(t, sw, "port0"), true); err != nil {
+		t.Fatal(err)
+	}
+	labtest.SetBridge(t, sw, 0, map[int][]byte{nl.IFLA_BR_MCAST_QUERIER: {1}})
+	for i := range n.sinks {
+		n.sinks[i] = labtest.Host(t, fmt.Sprintf("sink%d", i))
+		n.connectOutput(i)
+	}
+	return n, wire
+}
+
+// leaves are the groups that an Ethernet frame leaves by IGMPv3 (RFC 3376 section 4.2.12): changes to
+// include mode, and blocked sources.
+func leaves(frame []byte) (groups []netip.Addr) {
+	const ip, report, toInclude, block = 14, 0x22, 3, 6
+	if len(frame) < ip+20 || binary.BigEndian.Uint16(frame[12:]) != unix.ETH_P_IP || frame[ip+9] != unix.IPPROTO_IGMP {
+		return nil
+	}
+	igmp := frame[ip+int(frame[ip]&15)*4:]
+	if igmp[0] != report {
+		return nil
+	}
+	records := igmp[8:]
+	for range binary.BigEndian.Uint16(igmp[6:]) {
+		if records[0] == toInclude || records[0] == block {
+			groups = append(groups, netip.AddrFrom4([4]byte(records[4:8])))
+		}
+		records = records[8+4*int(binary.BigEndian.Uint16(records[2:])):]
+	}
+	return groups
+}
+
+// left returns the groups that were left until a rule of its own, which is deleted for that, is.
+func (in *instance) left(wire *labtest.Tap) (before []netip.Addr) {
+	in.t.Helper()
+	const name, group = "sentinel", "239.1.250.250"
+	in.add(name, group+":5000%in0", "239.2.250.250:6000%out0")
+	if err := in.client.DeleteRule(in.t.Context(), name); err != nil {
+		in.t.Fatal(err)
+	}
+	found := false
+	for !found {
+		frame := wire.Receive(patience, func(f []byte) bool { return len(leaves(f)) > 0 })
+		if frame == nil {
+			in.t.Fatal("the leave of the sentinel does not come")
+		}
+		for _, g := range leaves(frame) {
+			if g.String() == group {
+				found = true
+			} else {
+				before = append(before, g)
+			}
+		}
+	}
+	return before
+}
+
+// replaceable gives the instance a binary of its own, to be replaced, and returns its path.
+func (in *instance) replaceable() string {
+	in.t.Helper()
+	path := filepath.Join(in.dir, "xdpcast")
+	in.replace(path, program)
+	in.program = path
+	return path
+}
+
+// replace puts a copy of a file at a path by a rename, as package managers do.
+func (in *instance) replace(path, from string) {
+	in.t.Helper()
+	data, err := os.ReadFile(from)
+	if err == nil {
+		err = os.WriteFile(path+".new", data, 0o755)
+	}
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		in.t.Fatal(err)
+	}
+}
+
+// follow has the instance know the process that has replaced its daemon.
+func (in *instance) follow(before int) (pid int) {
+	in.t.Helper()
+	pid = in.ready(before)
+	process, err := os.FindProcess(pid)
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	in.running.process = process
+	return pid
+}
+
+func (in *instance) status() control.Status {
+	in.t.Helper()
+	status, err := in.client.Status(in.t.Context())
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	return status
+}
+
+// TestExecUpgrade replaces a daemon by another binary while a stream flows, on each path, behind a
+// bridge with fast leave: no packet is lost or overtaken on the paths kernel and fanout, no leave is
+// sent, and when the new one does not come the old one goes on.
+func TestExecUpgrade(t *testing.T) {
+	for _, path := range []string{"kernel", "fanout", "afxdp"} {
+		t.Run(path, func(t *testing.T) {
+			t.Parallel()
+			n, wire := newFastLeaveNetwork(t)
+			in := newInstance(t, n.relay)
+			binary := in.replaceable()
+			rules := "rules:\n"
+			for i := range 50 {
+				rules += fmt.Sprintf("  - {name: r%d, in: 239.1.1.%d:5000%%in0, out: ['239.2.1.%d:6000%%out0'], path: %s}\n", i, i+1, i+1, path)
+			}
+			in.start("-c", in.write("rules.yaml", rules))
+			eventually(t, "the groups are joined", func() string {
+				if got := len(igmp(t, n.relay)["in0"]); got != 50 {
+					return fmt.Sprintf("%d are", got)
+				}
+				return ""
+			})
+			in.left(wire)
+			s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+			stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: easy}})
+			eventually(t, "the stream comes through", func() string {
+				if s.received() == 0 {
+					return "it does not yet"
+				}
+				return ""
+			})
+			first := in.status().PID
+
+			in.replace(binary, program)
+			if text := in.mustCLI("upgrade", "--exec"); !strings.Contains(text, "has taken over in") {
+				t.Errorf("it says %q", text)
+			} else {
+				t.Log(text)
+			}
+			second := in.follow(first)
+			stream.flows(1_000)
+			if err := unix.Kill(second, unix.SIGUSR2); err != nil {
+				t.Fatal(err)
+			}
+			third := in.follow(second)
+			stream.flows(1_000)
+
+			// What does not come, or not in time.
+			script := in.write("script", "#!/bin/sh\necho 'I am broken' >&2\nexit 3\n")
+			for _, tt := range []struct{ name, text, want string }{
+				{"crash", "#!/bin/sh\nexit 3\n", "ended with exit status 3 before it was ready; this daemon goes on"},
+				{"hang", "#!/bin/sh\nexec sleep 600\n", "was not ready after 1s, and was killed; this daemon goes on"},
+				{"no program", "", "ended with exit status 127 before it was ready; this daemon goes on"},
+			} {
+				if err := os.WriteFile(script, []byte(tt.text), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				in.replace(binary, script)
+				got := in.cli("upgrade", "--exec", "--timeout", "1s")
+				if got.code != 1 || !strings.Contains(got.stderr, tt.want) {
+					t.Errorf("%s: %s", tt.name, got)
+				}
+				if now := in.status(); now.PID != third || now.Failed+now.Pending != 0 {
+					t.Errorf("%s: afterwards %+v", tt.name, now)
+				}
+				stream.flows(500)
+			}
+			in.replace(binary, program)
+			in.write("rules.yaml", "rules: [{name: broken}]\n")
+			if got := in.cli("upgrade", "--exec"); got.code != 1 || !strings.Contains(got.stderr, "before it was ready: ") || !strings.Contains(got.stderr, "rules.yaml") {
+				t.Errorf("a broken file of rules: %s", got)
+			}
+			in.write("rules.yaml", rules)
+			in.add("added", "239.1.2.1:5000%in0", "239.2.2.1:6000%out0")
+
+			stream.flows(1_000)
+			if got := in.left(wire); len(got) > 0 {
+				t.Errorf("groups were left: %v", got)
+			}
+			sent := stream.stop()
+			if path == "kernel" {
+				if fault := s.finish(sent); fault != "" {
+					t.Error(fault)
+				}
+				checkCounted(t, in.rule("r0"), sent)
+				return
+			}
+			// A worker that a busy machine keeps from its CPU for long loses packets, replaced or not.
+			s.wait(sent * 9 / 10)
+			total := s.receiver.Report().Total
+			t.Logf("%d packets of %d lost, longest gap %v", sent-total.Received, sent, time.Duration(s.receiver.Report().Groups[0].LongestGapNS))
+			if total.Duplicated+total.Reordered+total.Foreign > 0 {
+				t.Errorf("received %+v, want each packet once and in order", total)
+			}
+		})
+	}
+}
+
+// TestHold runs a daemon under "xdpcast hold" behind a bridge with fast leave, and kills and replaces it
+// while a stream flows: no packet is lost, and no leave is sent.
+func TestHold(t *testing.T) {
+	t.Parallel()
+	n, wire := newFastLeaveNetwork(t)
+	in := newInstance(t, n.relay)
+	binary := in.replaceable()
+	rules := "rules:\n"
+	for i := range 50 {
+		rules += fmt.Sprintf("  - {name: r%d, in: 239.1.1.%d:5000%%in0, out: ['239.2.1.%d:6000%%out0']}\n", i, i+1, i+1)
+	}
+	file := in.write("rules.yaml", "rules: [{name: broken}]\n")
+	d := in.startCommand("hold", "--run-dir", in.runDir, "--", binary, "run", "-c", file)
+	<-d.exited
+	if code := d.cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(d.log.String(), "in missing") {
+		t.Errorf("a daemon that cannot start: exit code %d\n%s", code, d.log.String())
+	}
+	in.write("rules.yaml", rules)
+	d = in.startCommand("hold", "--run-dir", in.runDir, "--", binary, "run", "-c", file)
+	in.running = d
+	pid := in.ready(0)
+	eventually(t, "the groups are joined", func() string {
+		if got := len(igmp(t, n.relay)["in0"]); got != 50 {
+			return fmt.Sprintf("%d are", got)
+		}
+		return ""
+	})
+	in.left(wire)
+	s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: easy}})
+	stream.flows(500)
+	kill := func(sig unix.Signal) {
+		t.Helper()
+		if err := unix.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
+		pid = in.ready(pid)
+		stream.flows(500)
+	}
+	kill(unix.SIGKILL)
+	kill(unix.SIGTERM)
+	in.mustCLI("upgrade", "--exec")
+	pid = in.ready(pid)
+	kill(unix.SIGKILL) // the one that was not started by the holder
+	d.signal(unix.SIGUSR2)
+	pid = in.ready(pid)
+	in.add("added", "239.1.2.1:5000%in0", "239.2.2.1:6000%out0")
+	kill(unix.SIGKILL)
+	if got := d.log.String(); strings.Count(got, `"joined anew"=0`) < 5 {
+		t.Error("groups were joined anew")
+	}
+	if got := in.left(wire); len(got) > 0 {
+		t.Errorf("groups were left: %v", got)
+	}
+	if fault := s.finish(stream.stop()); fault != "" {
+		t.Error(fault)
+	}
+
+	// Without its holder the daemon ends, so that there is room for the next.
+	if code := d.stop(unix.SIGKILL); code != -1 {
+		t.Errorf("the holder ended with code %d", code)
+	}
+	eventually(t, "the daemon ends", func() string {
+		if unix.Kill(pid, 0) == nil {
+			return "it runs"
+		}
+		return ""
+	})
+	d = in.startCommand("hold", "--run-dir", in.runDir, "--", binary, "run", "-c", file)
+	in.running = d
+	in.ready(pid)
+	if code := d.stop(unix.SIGTERM); code != 0 {
+		t.Errorf("the holder ended with code %d:\n%s", code, d.log.String())
+	}
+	n.waitJoined("in0", "239.1.1.1", false)
+}
+
+// ready waits until another process than before is ready, and returns it.
+func (in *instance) ready(before int) (pid int) {
+	in.t.Helper()
+	eventually(in.t, "another process is ready", func() string {
+		status, err := in.client.Status(in.t.Context())
+		if err != nil {
+			return err.Error()
+		}
+		if pid = status.PID; pid == before || !status.Ready {
+			return fmt.Sprintf("process %d: ready is %v", pid, status.Ready)
+		}
+		return ""
+	})
+	return pid
+}
