@@ -658,7 +658,11 @@ func TestSlowDeviceIsNotStalled(t *testing.T) {
 	if err := host.SetUp("slow0", true); err != nil {
 		t.Fatal(err)
 	}
-	tbf := &netlink.Tbf{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: eth0.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}, Rate: 10, Limit: 1 << 20, Buffer: 2000}
+	const rate = 12_500 // bytes a second: twelve frames
+	tbf := &netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: eth0.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		Rate:       rate, Limit: 1 << 20, Buffer: netlink.Xmittime(rate, 3000),
+	}
 	if err := nl.QdiscReplace(tbf); err != nil {
 		labtest.Lacking(t, fmt.Sprintf("needs a token bucket filter (sch_tbf): %v", err))
 	}
