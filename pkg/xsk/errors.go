@@ -13,8 +13,8 @@ var (
 	ErrInUse = errors.New("still in use")
 	// ErrNoHugePages: the system has too few free huge pages.
 	ErrNoHugePages = errors.New("not enough free huge pages")
-	// ErrStalled: the kernel takes nothing from the TX ring and says nothing. The
-	// interface has no transmit queue of the socket's number.
+	// ErrStalled: the kernel takes nothing from the TX ring and says nothing, though the
+	// completion ring has room. The interface has no transmit queue of the socket's number.
 	ErrStalled = errors.New("frames are not taken from the TX ring: the interface has no such transmit queue")
 	// ErrOwnership: a frame was used by someone who did not hold it; see
 	// [Frames.Verify].

@@ -242,8 +242,8 @@ func (s *Socket) Flush() error {
 		if left == before && s.Complete(int(s.comp.size)) == 0 {
 			if err == nil {
 				err = ErrStalled
-				if s.sent > int(left) {
-					err = unix.EAGAIN // frames that are on their way have all of the completion ring
+				if s.sent >= int(s.comp.size) {
+					err = unix.EAGAIN // frames on their way may have all of the completion ring: Linux 6.1 does not say so
 				}
 			}
 			return err
