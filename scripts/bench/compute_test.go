@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"math/rand/v2"
@@ -224,6 +225,7 @@ func example() *report {
 	}
 	r.Results = append(r.Results, &resultSkipped)
 	r.Targets = targets(r.Results, &survival{Rate: survivalRate, Sent: 5, Restarts: 1})
+	r.PaceNS = paceOf(r.Results)
 	return r
 }
 
@@ -245,7 +247,9 @@ func TestReport(t *testing.T) {
 		}
 	}
 	md := readFile(t, filepath.Join(dir, "report.md"))
-	for _, want := range []string{"The machine was quiet", "| missed |", "| met |", "## Loss-free rate", "## Latency", "## Rules", "not installed"} {
+	redirect := int(1e9/of(r.Results, "outputs", "redirect", everyday).Full.Median + 0.5)
+	pace := fmt.Sprintf("Pace of the machine: source and sink alone take 100 ns a frame, with a bare redirect between them it is %d ns.", redirect)
+	for _, want := range []string{pace, "The machine was quiet", "| missed |", "| met |", "## Loss-free rate", "## Latency", "## Rules", "not installed"} {
 		if !strings.Contains(md, want) {
 			t.Errorf("report.md has no %q", want)
 		}
@@ -265,6 +269,9 @@ func TestReport(t *testing.T) {
 // A chart with nothing in it, and names that are no XML, are drawn, too.
 func TestChartsAreXML(t *testing.T) {
 	empty := &report{}
+	if got := empty.pace(); got != "" || paceOf(nil) != 0 {
+		t.Errorf("pace of an empty report: %q, %v ns", got, paceOf(nil))
+	}
 	for _, c := range []chart{
 		empty.rateByOutputs(), empty.rateByRules(), empty.latencyChart(),
 		{title: `a < b & "c"`, x: "]]>", lines: []line{{name: "<&>", points: []point{{1, 1}}}}},

@@ -77,7 +77,7 @@ func measureAll(ctx context.Context, o options, log *slog.Logger) (err error) {
 		}
 		r.Results = append(r.Results, results...)
 	}
-	r.Targets = targets(r.Results, r.Survival)
+	r.Targets, r.PaceNS = targets(r.Results, r.Survival), paceOf(r.Results)
 	r.Noise = noise(r.Results, m.stolen, m.others)
 	r.Seconds = time.Since(r.Started).Seconds()
 	if err := r.write(o.report); err != nil {

@@ -32,14 +32,31 @@ func (r *report) writeHead(b *bytes.Buffer) {
 	for _, name := range slices.Sorted(maps.Keys(r.Machine.Versions)) {
 		fmt.Fprintf(b, "%s: %s. ", name, r.Machine.Versions[name])
 	}
+	b.WriteString("\n\n")
+	b.WriteString(r.pace())
 	if len(r.Noise) == 0 {
-		b.WriteString("\n\nThe machine was quiet.\n")
+		b.WriteString("The machine was quiet.\n")
 		return
 	}
-	b.WriteString("\n\n**The machine was noisy: do not trust small differences.**\n\n")
+	b.WriteString("**The machine was noisy: do not trust small differences.**\n\n")
 	for _, why := range r.Noise {
 		fmt.Fprintf(b, "- %s\n", why)
 	}
+}
+
+// pace says how fast the machine was: virtual ones differ by a factor of four from day to day.
+func (r *report) pace() string {
+	var parts []string
+	if r.Ceiling.Full > 0 {
+		parts = append(parts, fmt.Sprintf("source and sink alone take %.0f ns a frame", 1e9/r.Ceiling.Full))
+	}
+	if r.PaceNS > 0 {
+		parts = append(parts, fmt.Sprintf("with a bare redirect between them it is %.0f ns", r.PaceNS))
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	return "Pace of the machine: " + strings.Join(parts, ", ") + ". Runs at another pace do not compare.\n\n"
 }
 
 func (r *report) writeTargets(b *bytes.Buffer) {

@@ -27,6 +27,10 @@ type report struct {
 	Survival *survival `json:"survival,omitempty"`
 	Results  []*result `json:"results"`
 	Targets  []target  `json:"targets"`
+	// PaceNS is what a bare redirect of one output takes for a frame from source to sink under full
+	// load, in nanoseconds; 0: not measured. Figures of two runs are comparable as far as this
+	// is.
+	PaceNS float64 `json:"pace_ns"`
 	// Noise says what spoilt the figures, nothing when nothing is known to have.
 	Noise []string `json:"noise"`
 }
@@ -53,6 +57,15 @@ func noise(all []*result, stolen time.Duration, others float64) (why []string) {
 		why = append(why, fmt.Sprintf("other programs used up to %.0f %% of the CPUs", others*100))
 	}
 	return why
+}
+
+// paceOf is PaceNS of a report with these results.
+func paceOf(all []*result) float64 {
+	r := of(all, "outputs", "redirect", everyday)
+	if r == nil || r.Full == nil || r.Full.Median <= 0 {
+		return 0
+	}
+	return 1e9 / r.Full.Median
 }
 
 // write makes the report's files.
