@@ -23,8 +23,8 @@ func demoCommand() *cli.Command {
 		Usage: "relay test streams through a lab of network namespaces, and judge every packet",
 		Description: "Makes a source, a relay and three sinks, each in a network namespace of its own, and removes\n" +
 			"them in the end. The relay is a real one, with its own pins and socket: it does not touch one\n" +
-			"that runs already. Four streams go through rules that rewrite them, and what arrives is\n" +
-			"compared with what the rules say. The exit code is 0 only if every packet arrived so.\n\n" +
+			"that runs already. Five streams go through rules that rewrite them, one of them\n" +
+			"merged from two inputs that each lose packets, and what arrives is compared with what the rules say. The exit code is 0 only if every packet arrived so.\n\n" +
 			"With --keep the lab stays, with its relay running, and commands to try in it are shown.",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "duration", Usage: "send for this `TIME`", Value: 5 * time.Second},
@@ -140,12 +140,17 @@ func (l *liveView) Ready(made demo.Lab) error {
 	}
 	t := newTable("RULE", "IN", "OUT")
 	for _, r := range made.Rules {
-		for slot, out := range r.Out {
-			if slot == 0 {
-				t.add(r.Name, r.In, out)
-			} else {
-				t.add("", "", out)
+		name, ins := r.Name, strings.Fields(r.In)
+		for i := range max(len(ins), len(r.Out)) {
+			in, out := "", ""
+			if i < len(ins) {
+				in = ins[i]
 			}
+			if i < len(r.Out) {
+				out = r.Out[i]
+			}
+			t.add(name, in, out)
+			name = ""
 		}
 	}
 	fmt.Fprintln(l.w)
@@ -200,6 +205,9 @@ func writeVerdict(w io.Writer, v *demo.Verdict) error {
 	}
 	fmt.Fprintln(w)
 	for _, s := range v.Streams {
+		if len(s.Legs) > 0 {
+			writeLegs(w, s)
+		}
 		if s.Other != nil {
 			fmt.Fprintf(w, "%s: %s from another source, %s: %d came through\n", s.Rule.Name, plural(int(s.Other.Sent), "packet"), s.Other.Source, s.Other.Received)
 		}
@@ -211,6 +219,19 @@ func writeVerdict(w io.Writer, v *demo.Verdict) error {
 		fmt.Fprintf(w, "FAILED: %s\n", printable(fault))
 	}
 	return writeDemoCommands(w, v.Commands)
+}
+
+// writeLegs says what the legs of a stream lost, and what that came to.
+func writeLegs(w io.Writer, s demo.StreamVerdict) {
+	var legs []string
+	for _, l := range s.Legs {
+		legs = append(legs, fmt.Sprintf("%d of %d packets on %s", l.LeftOut, s.Sent, l.Target))
+	}
+	var lost, repaired uint64
+	for _, o := range s.Outputs {
+		lost, repaired = lost+o.Lost, repaired+o.Repaired
+	}
+	fmt.Fprintf(w, "%s: lost %s: %d after merging, %d repaired\n", s.Rule.Name, strings.Join(legs, ", "), lost, repaired)
 }
 
 // receivedCells are what a sink counted.

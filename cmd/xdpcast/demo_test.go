@@ -58,7 +58,7 @@ func newLab(t *testing.T) string {
 
 // demoArgs is a demonstration of the length that tests can afford.
 func demoArgs(prefix string, more ...string) []string {
-	return append([]string{"xdpcast", "demo", "--prefix", prefix, "--rate", "8k", "--duration", "300ms"}, more...)
+	return append([]string{"xdpcast", "demo", "--prefix", prefix, "--rate", "10k", "--duration", "300ms"}, more...)
 }
 
 // trigger calls fn once, when text is written.
@@ -91,14 +91,16 @@ func TestDemo(t *testing.T) {
 		`RULE +IN +OUT`,
 		`one-source +10\.0\.0\.5@232\.1\.3\.1:5000%eth0 +239\.2\.3\.1:5000%eth2,src=keep,ttl=4`,
 		` +TIME +SENT +EXPECTED +RECEIVED +LOST +SENT/S +RECEIVED/S`,
-		` +\d+\.\ds +2400 +3600 +3600 +0 +- +-`,
+		` +\d+\.\ds +3000 +4200 +4200 +0 +- +-`,
 		`one-to-one +kernel +600 +600 +sink1 +600 +600 +600 +0 +0 +0 +0 +0 .*`,
 		`one-to-three +kernel +600 +600 +sink1 +600 +600 +600 +0 +0 +0 +0 +0 .*`,
 		` +sink2 +600 +600 +600 +0 +0 +0 +0 +0 .*`,
 		` +sink3 +600 +600 +600 +0 +0 +0 +0 +0 .*`,
 		`one-source +kernel +600 +600 +sink2 +600 +600 +600 +0 +0 +0 +0 +0 .*`,
 		`new-port +kernel +600 +600 +sink3 +600 +600 +600 +0 +0 +0 +0 +0 .*`,
-		`total +2400 +2400 +3600 +3600 +3600 +0 +0 +0 +0 +0`,
+		`two-legs +kernel +600 +1137 +sink1 +600 +600 +600 +0 +0 +\d+ +0 +0 .*`,
+		`total +3000 +3537 +4200 +4200 +4200 +0 +0 +\d+ +0 +0`,
+		`two-legs: lost \d+ of 600 packets on 239\.1\.5\.1:5000%eth0, \d+ of 600 packets on 239\.1\.5\.2:5000%eth0: 0 after merging, \d+ repaired`,
 		`one-source: 60 packets from another source, 10\.0\.0\.6: 0 came through`,
 		`ok: every packet arrived as its rule says`,
 	} {
@@ -123,8 +125,8 @@ func TestDemoJSON(t *testing.T) {
 	for _, s := range v.Streams {
 		outputs += len(s.Outputs)
 	}
-	if code != exitDone || errs.Len() > 0 || !v.OK || len(v.Faults) > 0 || len(v.Streams) != 4 || outputs != 6 ||
-		v.Total.Sent != 2400 || v.Total.Relayed != 3600 || v.Total.Received != 3600 || len(v.Commands) > 0 {
+	if code != exitDone || errs.Len() > 0 || !v.OK || len(v.Faults) > 0 || len(v.Streams) != 5 || outputs != 7 || len(v.Streams[4].Legs) != 2 ||
+		v.Total.Sent != 3000 || v.Total.Relayed != 4200 || v.Total.Received != 4200 || len(v.Commands) > 0 {
 		t.Errorf("code %d, stderr %s, %s", code, &errs, &out)
 	}
 }
@@ -217,7 +219,7 @@ func TestDemoKeep(t *testing.T) {
 		about, want string // a regular expression of the output
 		live        bool   // until it is interrupted
 	}{
-		{"the relay and its interfaces", `rules +4: 4 active, 0 pending, 0 failed`, false},
+		{"the relay and its interfaces", `rules +5: 5 active, 0 pending, 0 failed`, false},
 		{"the rules", `one-to-three +file +active +kernel`, false},
 		{"the memberships", `eth0 +232\.1\.3\.1 +10\.0\.0\.5 +joined`, false},
 		{"add a rule", `rule more: active, path kernel, 2 outputs`, false},

@@ -18,7 +18,9 @@ func genCommand() *cli.Command {
 		ArgsUsage: "ADDRESS:PORT%INTERFACE",
 		Description: "Sends UDP packets that recv accounts for, until --count, --duration or an interrupt:\n\n" +
 			"   xdpcast gen --rate 100k --groups 4 --ttl 8 239.1.1.1:5000%eth0\n\n" +
-			"An IPv6 address stands in brackets: [ff3e::1]:5000%eth0. With several groups, each packet goes to the next one in turn.",
+			"An IPv6 address stands in brackets: [ff3e::1]:5000%eth0. With several groups, each packet goes to the next one in turn.\n\n" +
+			"With --legs the same packets go several ways, and something may happen to them on each, for a rule that merges:\n\n" +
+			"   xdpcast gen --rtp --legs 239.1.1.1:5000%eth0,239.101.1.1:5000%eth1 --leg-loss 1% --leg-delay 20ms",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "rate", Value: "1k", Usage: "`RATE` of all groups together: packets a second (100k, 1.5M), bits of UDP payload a second (20Mbit, 2.5Gbit), or max"},
 			&cli.IntFlag{Name: "size", Value: 1000, Usage: fmt.Sprintf("`BYTES` of UDP payload in a packet, %d to %d", traffic.HeaderLen, traffic.MaxPayload)},
@@ -29,6 +31,16 @@ func genCommand() *cli.Command {
 			&cli.StringFlag{Name: "dscp", Value: "0", Usage: "`DSCP`, 0 to 63 or a name such as ef or af41"},
 			&cli.StringFlag{Name: "source", Usage: "`ADDRESS` of this host to send from", DefaultText: "the kernel's choice"},
 			&cli.StringFlag{Name: "sport", Usage: "`PORT` to send from", DefaultText: "the kernel's choice"},
+			&cli.StringFlag{Name: "seq", Usage: "put a number in front as a rule's merge=`FORMAT` reads it: rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES"},
+			&cli.BoolFlag{Name: "rtp", Usage: "as --seq rtp"},
+			&cli.BoolFlag{Name: "moldudp64", Usage: "as --seq moldudp64"},
+			&cli.StringFlag{Name: "field", Usage: "as --seq field:`OFFSET:BYTES`"},
+			&cli.StringFlag{Name: "legs", Usage: "send each packet to all `ENDPOINTS`, up to 4 with commas between, in place of the one behind the flags"},
+			&cli.StringFlag{Name: "leg-loss", Usage: "`SHARE` of packets that a leg leaves out, such as 1%; as the next two, one for all legs, or one for each with commas between"},
+			&cli.StringFlag{Name: "leg-delay", Usage: "`TIME` by which a leg is late; one alone is that of all legs but the first"},
+			&cli.StringFlag{Name: "leg-reorder", Usage: "`SHARE` of packets that a leg sends after the three that follow them"},
+			&cli.BoolFlag{Name: "repairable", Usage: "leave no packet out on all legs"},
+			&cli.Uint64Flag{Name: "seed", Value: 1, Usage: "`NUMBER` that decides which packets the legs leave out and reorder"},
 			&cli.IntFlag{Name: "batch", Value: 64, Usage: "at most `N` packets in one system call"},
 			outputFlag(),
 		},
@@ -61,19 +73,21 @@ func gen(c *cli.Context) error {
 
 // sendConfig reads the command line. Its errors are of usage.
 func sendConfig(c *cli.Context) (traffic.SendConfig, error) {
-	if err := nargs(c, 1, 1); err != nil {
-		return traffic.SendConfig{}, err
-	}
 	cfg := traffic.SendConfig{
-		Groups:   c.Int("groups"),
-		Size:     c.Int("size"),
-		Count:    c.Uint64("count"),
-		Duration: c.Duration("duration"),
-		Batch:    c.Int("batch"),
+		Groups:     c.Int("groups"),
+		Size:       c.Int("size"),
+		Count:      c.Uint64("count"),
+		Duration:   c.Duration("duration"),
+		Batch:      c.Int("batch"),
+		Seed:       c.Uint64("seed"),
+		Repairable: c.Bool("repairable"),
+	}
+	if err := targets(c, &cfg); err != nil {
+		return cfg, err
 	}
 	var err error
-	if cfg.Target, err = traffic.ParseTarget(c.Args().First()); err != nil {
-		return cfg, usagef("gen: %w", err)
+	if cfg.Numbering, err = numberingOf(c); err != nil {
+		return cfg, err
 	}
 	if cfg.Rate, err = traffic.ParseRate(c.String("rate")); err != nil {
 		return cfg, usagef("gen: %w", err)
@@ -93,6 +107,49 @@ func sendConfig(c *cli.Context) (traffic.SendConfig, error) {
 	return cfg, nil
 }
 
+// targets reads where to send to: the argument, or the legs.
+func targets(c *cli.Context, cfg *traffic.SendConfig) (err error) {
+	if c.IsSet("legs") {
+		if err := nargs(c, 0, 0); err != nil {
+			return err
+		}
+		cfg.Legs, err = traffic.ParseLegs(c.String("legs"), c.String("leg-loss"), c.String("leg-delay"), c.String("leg-reorder"))
+	} else {
+		for _, name := range []string{"leg-loss", "leg-delay", "leg-reorder", "repairable"} {
+			if c.IsSet(name) {
+				return usagef("--%s: must have --legs", name)
+			}
+		}
+		if err := nargs(c, 1, 1); err != nil {
+			return err
+		}
+		cfg.Target, err = traffic.ParseTarget(c.Args().First())
+	}
+	if err != nil {
+		return usagef("gen: %w", err)
+	}
+	return nil
+}
+
+// numberingOf reads the format of the numbers, however it is given.
+func numberingOf(c *cli.Context) (n traffic.Numbering, err error) {
+	var formats []string
+	for flag, format := range map[string]string{"rtp": "rtp", "moldudp64": "moldudp64", "field": "field:" + c.String("field"), "seq": c.String("seq")} {
+		if c.IsSet(flag) {
+			formats = append(formats, format)
+		}
+	}
+	if len(formats) > 1 {
+		return n, usagef("gen: must have one of --seq, --rtp, --moldudp64 and --field")
+	}
+	for _, format := range formats {
+		if n, err = traffic.ParseNumbering(format); err != nil {
+			return n, usagef("gen: %w", err)
+		}
+	}
+	return n, nil
+}
+
 func writeSendReport(w io.Writer, r traffic.SendReport) error {
 	_, err := fmt.Fprintf(w, "sent %s (%s) to %s in %s: %s, %s\n",
 		plural(int(min(r.Packets, math.MaxInt)), "packet"), humanBytes(r.Bytes), sentTo(r), elapsed(r.ElapsedNS),
@@ -100,10 +157,16 @@ func writeSendReport(w io.Writer, r traffic.SendReport) error {
 	if err != nil {
 		return err
 	}
+	for _, l := range r.Legs {
+		if _, err := fmt.Fprintf(w, "%s: %d sent, %d left out, %d out of order\n", l.Target, l.Packets, l.LeftOut, l.Reordered); err != nil {
+			return err
+		}
+	}
 	for _, note := range []struct {
 		n    uint64
 		text string
 	}{
+		{r.OnNoLeg, "packets left out on all legs"},
 		{r.BufferFull, "times no room in the socket or device; every packet was sent in the end"},
 		{r.NetworkErrors, "times refused by the network; every packet was sent in the end"},
 	} {
@@ -120,6 +183,9 @@ func writeSendReport(w io.Writer, r traffic.SendReport) error {
 }
 
 func sentTo(r traffic.SendReport) string {
+	if len(r.Legs) > 0 {
+		return plural(len(r.Legs), "leg")
+	}
 	if r.Groups == 1 {
 		return r.Target
 	}

@@ -55,6 +55,18 @@ func TestGenUsage(t *testing.T) {
 		{"--source fd00::1 " + to, `gen: source fd00::1 and target 239.1.1.1: must be of one family`},
 		{"--batch 2000 " + to, `gen: batch 2000: must be 1 to 1024 packets`},
 		{"--duration -1s " + to, `gen: duration -1s: must not be negative`},
+		{"--legs " + to + " " + to, `gen: unexpected argument "239.1.1.1:5000%eth0"; see "xdpcast gen --help"`},
+		{"--legs 239.1.1.1:5000", `gen: endpoint "239.1.1.1:5000": no interface: must end in %INTERFACE, such as %eth0`},
+		{"--legs " + to + "," + to, `gen: leg 239.1.1.1:5000%eth0: given twice`},
+		{"--legs 239.1.1.1:1%a,239.1.1.1:2%a,239.1.1.1:3%a,239.1.1.1:4%a,239.1.1.1:5%a", `gen: 5 legs: must be 1 to 4`},
+		{"--legs 239.1.1.1:1%a,239.1.1.1:2%a --leg-loss 1%,2%,3%", `gen: loss "1%,2%,3%": must be one value, or one for each of 2 legs`},
+		{"--legs 239.1.1.1:1%a,239.1.1.1:2%a --leg-loss 0.01", `gen: loss "0.01": must be from 0% to 100%, such as 1% or 0.5%`},
+		{"--legs 239.1.1.1:1%a,239.1.1.1:2%a --leg-delay -1s", `gen: delay "-1s": must be a time such as 20ms`},
+		{"--rate max --legs 239.1.1.1:1%a,239.1.1.1:2%a --leg-delay 1s", `gen: leg 239.1.1.1:2%a: delay 1s: must have a rate, not max`},
+		{"--leg-loss 1% " + to, `--leg-loss: must have --legs`},
+		{"--rtp --field 0:4 " + to, `gen: must have one of --seq, --rtp, --moldudp64 and --field`},
+		{"--field 0:5 " + to, `gen: numbers "field:0:5": must have 2, 4 or 8 bytes`},
+		{"--moldudp64 --size 61 " + to, `gen: size 61: must be 62 to 65507 bytes of UDP payload`},
 		{"-o xml " + to, `--output "xml": want table or json`},
 	} {
 		var out, errs bytes.Buffer

@@ -21,7 +21,8 @@ func recvCommand() *cli.Command {
 		Description: "Joins the groups, or listens on addresses of this host, and counts what is received, lost, duplicated, reordered and corrupt, " +
 			"and how long it took, until --count, --duration, --idle or an interrupt:\n\n" +
 			"   xdpcast recv --strict --expect-ttl 8 10.0.0.5@232.1.1.1:5000%eth0 239.1.1.1:5000%eth1\n\n" +
-			"An IPv6 address stands in brackets: [ff3e::1]:5000%eth0. The latency is from the sender's clock to the receiver's: between two hosts it is as good as their time is synchronised.",
+			"An IPv6 address stands in brackets: [ff3e::1]:5000%eth0. The latency is from the sender's clock to the receiver's: between two hosts it is as good as their time is synchronised.\n\n" +
+			"With --seq the packets have a number in front, as those of gen --rtp; those of any other sender are then accounted for, too, by that number alone.",
 		Flags: []cli.Flag{
 			&cli.IntFlag{Name: "groups", Value: 1, Usage: "receive `N` consecutive group addresses for each endpoint"},
 			&cli.Uint64Flag{Name: "count", Usage: "end after `N` packets, of all groups together", DefaultText: "no end"},
@@ -35,6 +36,8 @@ func recvCommand() *cli.Command {
 			&cli.StringFlag{Name: "expect-source", Usage: "packets must come from this `ADDRESS`"},
 			&cli.StringFlag{Name: "expect-sport", Usage: "packets must come from this `PORT`"},
 			&cli.StringFlag{Name: "expect-dscp", Usage: "packets must have this `DSCP`, 0 to 63 or a name such as ef or af41"},
+			&cli.StringFlag{Name: "seq", Usage: "packets have a number in front as a rule's merge=`FORMAT` reads it: rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES"},
+			&cli.DurationFlag{Name: "late", Usage: "a number that comes this `TIME` after it was missing is late, which --strict objects to", DefaultText: "never"},
 			&cli.IntFlag{Name: "window", Value: traffic.DefaultWindow, Usage: "tell late packets from duplicates within `N` numbers, a power of two"},
 			&cli.IntFlag{Name: "buffer", Value: traffic.DefaultSocketBuffer, Usage: "`BYTES` of socket buffer for each group"},
 			outputFlag(),
@@ -91,6 +94,7 @@ func recvConfig(c *cli.Context) (traffic.RecvConfig, error) {
 		Count:        c.Uint64("count"),
 		Duration:     c.Duration("duration"),
 		Idle:         c.Duration("idle"),
+		Late:         c.Duration("late"),
 	}
 	for _, arg := range c.Args().Slice() {
 		sub, err := traffic.ParseSubscription(arg)
@@ -104,6 +108,7 @@ func recvConfig(c *cli.Context) (traffic.RecvConfig, error) {
 	}
 	var dscp uint8
 	if err := errors.Join(
+		parseFlag(c, "seq", &cfg.Numbering, traffic.ParseNumbering),
 		parseFlag(c, "expect-ttl", &cfg.Expected.TTL, parseTTL),
 		parseFlag(c, "expect-source", &cfg.Expected.Source, parseAddress),
 		parseFlag(c, "expect-sport", &cfg.Expected.SourcePort, traffic.ParsePort),
@@ -177,7 +182,28 @@ func writeRecvReport(w io.Writer, r traffic.RecvReport) error {
 	if err := writeLatencies(w, r); err != nil {
 		return err
 	}
+	if err := writeRepairs(w, r); err != nil {
+		return err
+	}
 	return writeWrong(w, r)
+}
+
+// writeRepairs shows the groups where missing numbers came later, as a rule that merges brings
+// them.
+func writeRepairs(w io.Writer, r traffic.RecvReport) error {
+	if r.Total.Repaired+r.Total.Late == 0 {
+		return nil
+	}
+	t := newTable("GAPS", ">OUT OF ORDER", ">REPAIRED", ">LATE", ">AFTER MIN", ">P50", ">P99", ">MAX")
+	for _, g := range r.Groups {
+		if l := g.RepairTime; l != nil {
+			t.add(g.Endpoint, count(g.Reordered), count(g.Repaired), count(g.Late), latency(*l, l.MinNS), latency(*l, l.P50NS), latency(*l, l.P99NS), latency(*l, l.MaxNS))
+		}
+	}
+	if _, err := fmt.Fprintln(w); err != nil {
+		return err
+	}
+	return t.write(w)
 }
 
 func writeCounters(w io.Writer, r traffic.RecvReport) error {

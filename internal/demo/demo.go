@@ -1,5 +1,5 @@
 // Package demo is the demonstration of "xdpcast demo": a lab of network namespaces
-// with a real relay in the middle, four streams through it, and a verdict on every
+// with a real relay in the middle, five streams through it, and a verdict on every
 // packet.
 //
 //	demo.go     Run and its Config: the order of events

@@ -306,6 +306,41 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+// What is judged of a stream that comes on two legs.
+func TestJudgeLegs(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change func(f *flown, r *control.RuleStatus)
+		want   []string
+	}{
+		"flawless":        {func(*flown, *control.RuleStatus) {}, []string{}},
+		"matched too few": {func(_ *flown, r *control.RuleStatus) { r.Inputs[1].Matched.Packets = 94 }, []string{"two-legs: input 1 matched 94 packets of 95 sent"}},
+		"no loss": {func(f *flown, r *control.RuleStatus) {
+			f.sent.Legs[0].LeftOut, f.sent.Legs[0].Packets = 0, 100
+			r.Inputs[0].Matched.Packets, r.Matched.Packets, r.Drops[0].Packets = 100, 195, 95
+		}, []string{"two-legs: nothing is lost on a"}},
+		"a copy too many":   {func(_ *flown, r *control.RuleStatus) { r.Drops[0].Packets = 88 }, []string{"two-legs: 100 packets and 89 copies became 100 and 88 dropped"}},
+		"another reason":    {func(_ *flown, r *control.RuleStatus) { r.Drops[1].Packets = 1 }, []string{"two-legs: the relay dropped 1 packet: late"}},
+		"the relay is mute": {func(_ *flown, r *control.RuleStatus) { r.Inputs = nil }, []string{"two-legs: input 0 matched 0 packets of 94 sent", "two-legs: input 1 matched 0 packets of 95 sent", "two-legs: 100 packets and 89 copies became 0 and 89 dropped"}},
+	} {
+		n := func(packets uint64) control.Counter { return control.Counter{Packets: packets} }
+		c := traffic.Counters{Datagrams: 100, Received: 100}
+		f := flown{
+			stream: testStreams()[4], count: 100, received: []traffic.RecvReport{{Total: c, Groups: []traffic.GroupReport{{Counters: c}}}},
+			sent: traffic.SendReport{Packets: 100, Legs: []traffic.LegReport{{Target: "a", Packets: 94, LeftOut: 6}, {Target: "b", Packets: 95, LeftOut: 5}}},
+		}
+		r := control.RuleStatus{
+			Rule: f.rule, State: control.StateActive, UsedPath: "kernel", Matched: n(189), Drops: []control.Drop{{Reason: "duplicate", Counter: n(89)}, {Reason: "late"}},
+			Outputs: []control.OutputStatus{{State: control.StateActive, Sent: n(100)}},
+			Inputs:  []control.InputStatus{{Matched: n(94), Leg: &control.LegStatus{Won: 94}}, {Matched: n(95), Leg: &control.LegStatus{Won: 6}}},
+		}
+		tt.change(&f, &r)
+		v := judge([]flown{f}, control.Stats{Rules: []control.RuleStatus{r}})
+		if diff := cmp.Diff(tt.want, v.Faults); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
 func TestSentSoFar(t *testing.T) {
 	arrived := func(flows ...traffic.Flow) []traffic.RecvReport {
 		return []traffic.RecvReport{{}, {Groups: []traffic.GroupReport{{Flows: flows}}}}

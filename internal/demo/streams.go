@@ -25,6 +25,8 @@ type stream struct {
 	// send is the traffic from the source's own side; count and rate are added.
 	send traffic.SendConfig
 	to   string // target of send
+	// legs are where it goes in place of to, with a loss and a delay on each.
+	legs, legLoss, legDelay string
 	// other is a second sender to the same group and port, which the rule does
 	// not name: nothing of it may come through. The zero value is none.
 	other    netip.Addr
@@ -39,7 +41,7 @@ type arrival struct {
 	want traffic.Expected
 }
 
-// testStreams are the four streams. Source and relay are as build makes them:
+// testStreams are the five streams. Source and relay are as build makes them:
 // relay has 10.0.N.1 on ethN.
 func testStreams() []stream {
 	source, other := netip.AddrFrom4([4]byte{10, 0, 0, 5}), netip.AddrFrom4([4]byte{10, 0, 0, 6})
@@ -73,6 +75,13 @@ func testStreams() []stream {
 			rule: control.Rule{Name: "new-port", In: "239.1.4.1:5000%eth0", Out: []string{"239.2.4.1:6004%eth3,sport=7004,ttl=64"}},
 			to:   "239.1.4.1:5000%eth0", send: traffic.SendConfig{Source: source, SourcePort: 41004, TTL: 16},
 			arrivals: []arrival{{"sink3", "239.2.4.1:6004%eth0", traffic.Expected{Source: eth3, SourcePort: 7004, TTL: 64, DSCP: new(uint8(0))}}},
+		},
+		{
+			// The skew is that of a machine that has other things to do.
+			rule: control.Rule{Name: "two-legs", In: "239.1.5.1:5000%eth0 239.1.5.2:5000%eth0", Merge: "rtp,skew=2s,reset=4s", Out: []string{"239.2.5.1:5000%eth1,ttl=8"}},
+			legs: "239.1.5.1:5000%eth0,239.1.5.2:5000%eth0", legLoss: "5%", legDelay: "20ms",
+			send:     traffic.SendConfig{Source: source, SourcePort: 41005, TTL: 16, Repairable: true, Seed: 1},
+			arrivals: []arrival{{"sink1", "239.2.5.1:5000%eth0", traffic.Expected{Source: eth1, SourcePort: 41005, TTL: 8, DSCP: new(uint8(0))}}},
 		},
 	}
 }
@@ -131,6 +140,13 @@ func (d *demonstration) streamRate() float64 { return d.Rate / float64(len(d.str
 
 // open opens the sockets: after it, nothing that is sent can be missed.
 func (d *demonstration) open(f *flight) error {
+	var numbers traffic.Numbering // none
+	if f.legs != "" {
+		var err error
+		if numbers, err = traffic.ParseNumbering("rtp"); err != nil {
+			return err
+		}
+	}
 	for _, a := range f.arrivals {
 		sub, err := traffic.ParseSubscription(a.at)
 		if err != nil {
@@ -138,7 +154,7 @@ func (d *demonstration) open(f *flight) error {
 		}
 		if err := d.hosts[a.sink].Do(func() error {
 			r, err := traffic.NewReceiver(traffic.RecvConfig{
-				Subscriptions: []traffic.Subscription{sub}, FromStart: true, Expect: f.count, Expected: a.want,
+				Subscriptions: []traffic.Subscription{sub}, FromStart: true, Expect: f.count, Expected: a.want, Numbering: numbers,
 			})
 			if err == nil {
 				f.receivers = append(f.receivers, r)
@@ -149,9 +165,14 @@ func (d *demonstration) open(f *flight) error {
 		}
 	}
 	cfg := f.send
-	cfg.Size, cfg.Count, cfg.Rate = PacketSize, f.count, traffic.Rate{Value: d.streamRate()}
+	cfg.Size, cfg.Count, cfg.Rate, cfg.Numbering = PacketSize, f.count, traffic.Rate{Value: d.streamRate()}, numbers
 	var err error
-	if cfg.Target, err = traffic.ParseTarget(f.to); err != nil {
+	if f.legs != "" {
+		cfg.Legs, err = traffic.ParseLegs(f.legs, f.legLoss, f.legDelay, "")
+	} else {
+		cfg.Target, err = traffic.ParseTarget(f.to)
+	}
+	if err != nil {
 		return err
 	}
 	return d.hosts[sourceHost].Do(func() (err error) {

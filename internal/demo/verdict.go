@@ -32,8 +32,18 @@ type StreamVerdict struct {
 	Matched uint64         `json:"matched"`
 	Outputs []CopyVerdict  `json:"outputs"`
 	Drops   []control.Drop `json:"drops"` // by the relay, before it made copies
+	// Legs are the ways that the source's packets came by, nil when there was one.
+	Legs []LegVerdict `json:"legs,omitempty"`
 	// Other is the sender that the rule does not name, nil when there was none.
 	Other *OtherVerdict `json:"other_source,omitempty"`
+}
+
+// LegVerdict is what became of a stream on one of several inputs.
+type LegVerdict struct {
+	traffic.LegReport
+	// Matched is what the relay took of it, Won what it sent on of that.
+	Matched uint64 `json:"matched"`
+	Won     uint64 `json:"won"`
 }
 
 // CopyVerdict is what became of the copies for one output.
@@ -117,10 +127,14 @@ func (v *Verdict) judgeStream(f flown, rule control.RuleStatus) StreamVerdict {
 	if s.Sent != f.count {
 		v.fault("%s: %d packets sent, not %d", name, s.Sent, f.count)
 	}
-	if s.Matched != s.Sent {
-		v.fault("%s: the rule matched %d packets of %d sent", name, s.Matched, s.Sent)
+	matched, drops := s.Sent, rule.Drops
+	if len(f.sent.Legs) > 0 {
+		matched, drops = v.judgeLegs(f, rule, &s)
 	}
-	v.faultDrops(name, rule.Drops)
+	if s.Matched != matched {
+		v.fault("%s: the rule matched %d packets of %d sent", name, s.Matched, matched)
+	}
+	v.faultDrops(name, drops)
 	for slot, a := range f.arrivals {
 		out := control.OutputStatus{}
 		if slot < len(rule.Outputs) {
@@ -132,6 +146,38 @@ func (v *Verdict) judgeStream(f flown, rule control.RuleStatus) StreamVerdict {
 		s.Other = v.judgeOther(f)
 	}
 	return s
+}
+
+// judgeLegs compares what went on each leg with what the rule's inputs say. It returns how many packets
+// the rule must have matched, and what it dropped beside copies of what it sent.
+func (v *Verdict) judgeLegs(f flown, rule control.RuleStatus, s *StreamVerdict) (matched uint64, drops []control.Drop) {
+	var won, copies uint64
+	for i, sent := range f.sent.Legs {
+		leg := LegVerdict{LegReport: sent}
+		if i < len(rule.Inputs) && rule.Inputs[i].Leg != nil {
+			leg.Matched, leg.Won = rule.Inputs[i].Matched.Packets, rule.Inputs[i].Leg.Won
+		}
+		if leg.Matched != sent.Packets {
+			v.fault("%s: input %d matched %d packets of %d sent", f.rule.Name, i, leg.Matched, sent.Packets)
+		}
+		if sent.LeftOut == 0 && f.count >= 100 { // so few may all get through
+			v.fault("%s: nothing is lost on %s", f.rule.Name, sent.Target)
+		}
+		matched += sent.Packets
+		won += leg.Won
+		s.Legs = append(s.Legs, leg)
+	}
+	for _, d := range rule.Drops {
+		if d.Reason == "duplicate" {
+			copies += d.Packets
+		} else {
+			drops = append(drops, d)
+		}
+	}
+	if won != s.Sent || copies != matched-s.Sent {
+		v.fault("%s: %d packets and %d copies became %d and %d dropped", f.rule.Name, s.Sent, matched-s.Sent, won, copies)
+	}
+	return matched, drops
 }
 
 // judgeCopy compares both the relay's count and the sink's with what was sent,
@@ -205,6 +251,8 @@ func (t *Totals) add(s StreamVerdict) {
 		t.Lost += o.Lost
 		t.Duplicated += o.Duplicated
 		t.Reordered += o.Reordered
+		t.Repaired += o.Repaired
+		t.Late += o.Late
 		t.Stale += o.Stale
 		t.Corrupt += o.Corrupt
 		t.Foreign += o.Foreign

@@ -50,6 +50,9 @@ type flowKey struct {
 type flow struct {
 	flowKey
 	tracker  *Tracker
+	gaps     gaps
+	offset   uint64 // of ours with a Numbering: the number of sequence number 0
+	base     uint64 // of others': what their numbers were raised by
 	received uint64
 	heard    uint64 // the group's count of datagrams at the latest packet
 }
@@ -63,11 +66,14 @@ type group struct {
 	window    int
 	fromStart bool
 	expected  Expected
+	numbering Numbering
+	late      int64 // ns after which a gap is repaired too late; 0: never
 
 	c          Counters // without what the flows' trackers say
 	retired    uint64   // lost of the flows that were forgotten
 	drops      uint32   // the socket's counter when it was last read
 	latency    Histogram
+	repairs    *Histogram // nil before the first
 	flows      map[flowKey]*flow
 	current    *flow // the latest packet's
 	firstAt    int64 // arrival of the first and the latest packet; 0: none
@@ -79,28 +85,51 @@ type group struct {
 }
 
 // handle accounts for one datagram: its payload, its header fields and when it
-// arrived (CLOCK_REALTIME, ns). It says whether that was a packet received,
-// and its latency.
-func (g *group) handle(payload []byte, f Fields, arrival int64) (latency int64, received bool) {
+// arrived (CLOCK_REALTIME, ns). It says whether that was a packet received, and
+// its latency, where the packet says when it was sent.
+func (g *group) handle(payload []byte, f Fields, arrival int64) (latency int64, timed, received bool) {
 	g.c.Datagrams++
-	h, err := Decode(payload)
+	p := payload
+	n := numbered{count: 1}
+	if g.numbering != (Numbering{}) {
+		var ok bool
+		if n, ok = g.numbering.read(payload); !ok {
+			g.c.Foreign++
+			return 0, false, false
+		}
+		p = payload[min(g.numbering.headerLen(), len(payload)):]
+	}
+	h, err := Decode(p)
+	var fl *flow
+	switch {
+	case err == nil:
+		fl, n.count = g.flow(flowKey{h.Stream, h.Flow}), 1
+		if !fl.counts(g.numbering, n.number-h.Seq) {
+			err = ErrCorrupt
+			break
+		}
+		n.number = h.Seq
+	case err != ErrCorrupt && g.numbering != (Numbering{}):
+		// Another sender's, whose numbers alone are looked at.
+		fl, err = g.flow(flowKey{n.session, othersFlow}), nil
+		n.number = fl.unwrap(n.number, g.numbering)
+	}
 	switch err {
 	case nil:
 	case ErrCorrupt:
 		g.c.Corrupt++
-		return 0, false
+		return 0, false, false
 	default:
 		g.c.Foreign++
-		return 0, false
+		return 0, false, false
 	}
-	fl := g.flow(flowKey{h.Stream, h.Flow})
-	switch fl.tracker.Observe(h.Seq) {
+	switch g.observe(fl, n, arrival) {
 	case Duplicate:
 		g.c.Duplicated++
-		return 0, false
+		return 0, false, false
 	case Stale:
 		g.c.Stale++
-		return 0, false
+		return 0, false, false
 	case Reordered:
 		g.c.Reordered++
 	}
@@ -112,9 +141,67 @@ func (g *group) handle(payload []byte, f Fields, arrival int64) (latency int64, 
 	if g.expected.check(f, &g.c.Wrong) {
 		g.lastWrong, g.anyWrong = f, true
 	}
+	if h == (Header{}) {
+		return 0, false, true
+	}
 	latency = arrival - h.SentAt
 	g.latency.Record(latency)
-	return latency, true
+	return latency, true, true
+}
+
+// othersFlow is the flow of packets that have no header of ours.
+const othersFlow = 1<<32 - 1
+
+// counts says whether a number in front is as far from the sequence number as that of the flow's
+// first packet.
+func (fl *flow) counts(n Numbering, offset uint64) bool {
+	if n == (Numbering{}) {
+		return true
+	}
+	if offset &= n.mask(); !fl.tracker.Started() {
+		fl.offset = offset
+	}
+	return fl.offset == offset
+}
+
+// unwrap is the number without its bounds that is nearest to the highest so far.
+func (fl *flow) unwrap(number uint64, n Numbering) uint64 {
+	if !fl.tracker.Started() {
+		if n.bits() < 64 {
+			fl.base = n.mask() + 1 // so that there is room in front of the first
+		}
+		return fl.base + number
+	}
+	shift := 64 - n.bits()
+	return fl.tracker.Highest() + uint64(int64((number-fl.tracker.Highest())<<shift)>>shift)
+}
+
+// observe accounts for the numbers of a packet. The verdict is that of the first.
+func (g *group) observe(fl *flow, n numbered, arrival int64) Verdict {
+	started, highest := fl.tracker.Started(), fl.tracker.Highest()
+	v := fl.tracker.Observe(n.number)
+	for i := 1; i < n.count; i++ {
+		fl.tracker.Observe(n.number + uint64(i))
+	}
+	switch {
+	case v == InOrder && started && n.number-highest > 1:
+		fl.gaps.open(highest+1, n.number-1, arrival, fl.tracker.window())
+	case v == Reordered:
+		at, ok := fl.gaps.opened(n.number)
+		if !ok {
+			break // it came before the first
+		}
+		if g.late > 0 && arrival-at > g.late {
+			g.c.Late++
+		} else {
+			g.c.Repaired++
+		}
+		if g.repairs == nil {
+			g.repairs = &Histogram{}
+		}
+		g.repairs.Record(arrival - at)
+	}
+	return v
 }
 
 func (g *group) arrived(at int64) {
@@ -136,7 +223,7 @@ func (g *group) flow(key flowKey) *flow {
 	case fl != nil:
 	case len(g.flows) < maxFlows:
 		// The window was checked when the receiver was made.
-		fl = &flow{flowKey: key, tracker: newTracker(g.window, g.fromStart)}
+		fl = &flow{flowKey: key, tracker: newTracker(g.window, g.fromStart && key.flow != othersFlow)}
 		g.flows[key] = fl
 	default:
 		fl = g.recycle(key)
@@ -157,7 +244,8 @@ func (g *group) recycle(key flowKey) *flow {
 	g.retired += oldest.tracker.Lost()
 	delete(g.flows, oldest.flowKey)
 	oldest.tracker.reset()
-	*oldest = flow{flowKey: key, tracker: oldest.tracker}
+	oldest.tracker.fromStart = g.fromStart && key.flow != othersFlow
+	*oldest = flow{flowKey: key, tracker: oldest.tracker, gaps: gaps{oldest.gaps.list[:0]}}
 	g.flows[key] = oldest
 	return oldest
 }
@@ -198,12 +286,16 @@ func (g *group) report(expect uint64) GroupReport {
 		wrong := g.lastWrong
 		r.LastWrong = &wrong
 	}
+	if g.repairs != nil {
+		repairs := g.repairs.Latency()
+		r.RepairTime = &repairs
+	}
 	for _, fl := range g.flows {
 		r.Flows = append(r.Flows, Flow{
 			Stream:     streamName(fl.stream),
 			Flow:       fl.flowKey.flow,
-			FirstSeq:   fl.tracker.First(),
-			HighestSeq: fl.tracker.Highest(),
+			FirstSeq:   fl.tracker.First() - fl.base,
+			HighestSeq: fl.tracker.Highest() - fl.base,
 			Received:   fl.received,
 			Lost:       fl.tracker.Lost(),
 		})

@@ -787,3 +787,42 @@ func TestCloseLeavesTheGroups(t *testing.T) {
 		t.Errorf("after Close: %+v", got)
 	}
 }
+
+// Two legs lose, delay and reorder, each by itself; a receiver of both has each packet once and the
+// copies as duplicates, one of another format's number none that is its own.
+func TestSendLegs(t *testing.T) {
+	w := newWire(t)
+	n, err := traffic.ParseNumbering("rtp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	legs, err := traffic.ParseLegs("239.1.1.1:5000%eth0,239.1.1.2:5000%eth0", "10%", "20ms", "0%,5%")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const count = 4000
+	a := receive(t, w.rx, traffic.RecvConfig{Numbering: n, FromStart: true}, "239.1.1.1:5000%eth0")
+	b := receive(t, w.rx, traffic.RecvConfig{Numbering: n, FromStart: true}, "239.1.1.2:5000%eth0")
+	sent := send(t, w.tx, traffic.SendConfig{Legs: legs, Numbering: n, Size: 200, Count: count, Rate: traffic.Rate{Value: 10_000}, Seed: 5})
+	if sent.Packets != count || len(sent.Legs) != 2 || sent.OnNoLeg == 0 {
+		t.Fatalf("%+v", sent)
+	}
+	for i, r := range []*running{a, b} {
+		leg := sent.Legs[i]
+		got := r.stop(datagrams(leg.Packets))
+		if leg.Packets+leg.LeftOut != count || leg.LeftOut < count/20 || (leg.Reordered > 0) != (i == 1) {
+			t.Errorf("leg %d: %+v", i, leg)
+		}
+		c := got.Total
+		// The last packets of a leg may be among those that it leaves out.
+		if c.Received != leg.Packets || c.Lost > leg.LeftOut || c.Lost+10 < leg.LeftOut || c.Duplicated+c.Corrupt+c.Foreign+c.Stale != 0 {
+			t.Errorf("leg %d: %+v of %+v", i, c, leg)
+		}
+		if (c.Reordered > 0) != (i == 1) || c.Reordered != c.Repaired {
+			t.Errorf("leg %d: %+v", i, c)
+		}
+		if delay := time.Duration(got.Latency.MinNS); (delay >= legs[1].Delay) != (i == 1) {
+			t.Errorf("leg %d: packets took %v at least", i, delay)
+		}
+	}
+}

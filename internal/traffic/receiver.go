@@ -26,6 +26,12 @@ type RecvConfig struct {
 	Expect uint64
 	// Expected are the header fields that packets must have.
 	Expected Expected
+	// Numbering is a number in front that packets have. Those of other senders are accounted for
+	// by it, one flow for each sender; ours must have it right.
+	Numbering Numbering
+	// Late is the time after which a missing number that comes is late, such as what the
+	// receiver of a real stream holds back; 0 means never.
+	Late time.Duration
 	// Window is within how many sequence numbers late packets and duplicates
 	// are told apart, a power of two from 64 on; 0 means 65536. It costs one
 	// bit a number for each flow.
@@ -158,6 +164,8 @@ func (c *RecvConfig) check() error {
 		return fmt.Errorf("batch %d: must be 1 to %d packets", c.Batch, maxBatch)
 	case c.Duration < 0:
 		return fmt.Errorf("duration %s: must not be negative", c.Duration)
+	case c.Late < 0:
+		return fmt.Errorf("late %s: must not be negative", c.Late)
 	case c.Idle < 0:
 		return fmt.Errorf("idle %s: must not be negative", c.Idle)
 	case c.Expected.DSCP != nil && *c.Expected.DSCP > 63:
@@ -222,6 +230,8 @@ func (r *Receiver) add(sub Subscription) error {
 		window:    r.cfg.Window,
 		fromStart: r.cfg.FromStart,
 		expected:  r.cfg.Expected,
+		numbering: r.cfg.Numbering,
+		late:      int64(r.cfg.Late),
 		flows:     make(map[flowKey]*flow),
 	}
 	r.groups = append(r.groups, g) // from here on Close closes it
@@ -437,9 +447,11 @@ func (r *Receiver) read(g *group) (n int, done bool, err error) {
 func (r *Receiver) account(g *group, i int) {
 	fields, arrival := r.msgs.fields(i)
 	payload := r.msgs.payload(i, min(int(r.msgs.hdrs[i].n), maxDatagram))
-	latency, received := g.handle(payload, fields, arrival)
+	latency, timed, received := g.handle(payload, fields, arrival)
 	if received {
 		r.received++
+	}
+	if timed {
 		r.interval.latency.Record(latency)
 	}
 }

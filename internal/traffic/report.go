@@ -7,14 +7,22 @@ import (
 
 // SendReport is what a sender has done.
 type SendReport struct {
+	// Target is that of the first leg, where there are several.
 	Target string `json:"target"`
 	Groups int    `json:"groups"`
 	// Stream is the run's stream id, in hexadecimal.
 	Stream string `json:"stream"`
 	// SizeBytes is the UDP payload of one packet.
-	SizeBytes int    `json:"size_bytes"`
-	Packets   uint64 `json:"packets"`
-	// Bytes of UDP payload.
+	SizeBytes int `json:"size_bytes"`
+	// Numbers is the format of the numbers in front, empty for none.
+	Numbers string `json:"numbers,omitempty"`
+	// Packets of the stream: a packet that goes on several legs, or on none, counts once.
+	Packets uint64 `json:"packets"`
+	// OnNoLeg counts packets that all legs left out.
+	OnNoLeg uint64 `json:"on_no_leg,omitempty"`
+	// Legs are in the order of the configuration; without legs there are none.
+	Legs []LegReport `json:"legs,omitempty"`
+	// Bytes of UDP payload, of all legs.
 	Bytes            uint64  `json:"bytes"`
 	ElapsedNS        int64   `json:"elapsed_ns"`
 	PacketsPerSecond float64 `json:"packets_per_second"`
@@ -48,6 +56,10 @@ type Counters struct {
 	// Reordered packets arrived after one with a higher number; they are
 	// among the received.
 	Reordered uint64 `json:"reordered"`
+	// Repaired and Late packets are those of the reordered that filled a gap, in time and not:
+	// see RecvConfig.Late.
+	Repaired uint64 `json:"repaired"`
+	Late     uint64 `json:"late"`
 	// Stale packets are too old to tell late ones from duplicates.
 	Stale uint64 `json:"stale"`
 	// Corrupt packets were changed on the way. Their numbers are not to be
@@ -99,9 +111,11 @@ type Latency struct {
 
 // Flow is one flow of one sender as a group received it.
 type Flow struct {
-	// Stream is the sender's stream id, in hexadecimal.
-	Stream     string `json:"stream"`
-	Flow       uint32 `json:"flow"`
+	// Stream is the sender's stream id, in hexadecimal; of another sender's packets its SSRC or
+	// session, with Flow 2^32 - 1.
+	Stream string `json:"stream"`
+	Flow   uint32 `json:"flow"`
+	// FirstSeq and HighestSeq go on where the numbers of a format begin again.
 	FirstSeq   uint64 `json:"first_seq"`
 	HighestSeq uint64 `json:"highest_seq"`
 	Received   uint64 `json:"received"`
@@ -113,6 +127,8 @@ type GroupReport struct {
 	Endpoint string `json:"endpoint"`
 	Counters
 	Latency Latency `json:"latency"`
+	// RepairTime is from when a number was first missing to when it came; nil when none did.
+	RepairTime *Latency `json:"repair_time,omitempty"`
 	// LongestGapNS is the longest time between two packets.
 	LongestGapNS int64 `json:"longest_gap_ns"`
 	// Last is of the latest packet; nil when there was none.
@@ -162,6 +178,7 @@ func (r RecvReport) Faults() []string {
 	}{
 		{"lost", r.Total.Lost},
 		{"duplicated", r.Total.Duplicated},
+		{"later than the receiver bears", r.Total.Late},
 		{"too late to judge", r.Total.Stale},
 		{"corrupt", r.Total.Corrupt},
 		{"more than expected", r.Total.Surplus},
@@ -205,6 +222,8 @@ func (c *Counters) add(o Counters) {
 	c.Lost += o.Lost
 	c.Duplicated += o.Duplicated
 	c.Reordered += o.Reordered
+	c.Repaired += o.Repaired
+	c.Late += o.Late
 	c.Stale += o.Stale
 	c.Corrupt += o.Corrupt
 	c.Foreign += o.Foreign

@@ -13,6 +13,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/rules"
 )
 
 // ErrRunTwice is returned by the second Run of a Sender or Receiver.
@@ -20,15 +22,24 @@ var ErrRunTwice = errors.New("already run")
 
 // SendConfig says what to send.
 type SendConfig struct {
-	// Target is the first group, or the unicast address.
+	// Target is the first group, or the unicast address. With Legs it is not used.
 	Target Target
+	// Legs are several ways for the same packets; nil is the one way to Target.
+	Legs []Leg
+	// Seed says which packets the legs leave out or reorder, and which is the first number of
+	// RTP.
+	Seed uint64
+	// Repairable has each packet on one leg at least.
+	Repairable bool
+	// Numbering is a number in front of our own header, for others to read.
+	Numbering Numbering
 	// Groups is how many consecutive group addresses get packets in turn; 0
 	// means 1.
 	Groups int
 	// Rate is for all groups together; the zero value is as fast as possible.
 	Rate Rate
-	// Size is the UDP payload in bytes, HeaderLen to MaxPayload; 0 means
-	// HeaderLen.
+	// Size is the UDP payload in bytes, HeaderLen and the Numbering's own header to MaxPayload;
+	// 0 means the smallest.
 	Size int
 	// Count ends the run after that many packets, of all groups together; 0
 	// means no end.
@@ -74,19 +85,19 @@ const (
 // Sender sends numbered packets. Run may be called on any goroutine, once;
 // Report may be called at any time from any goroutine.
 type Sender struct {
-	cfg     SendConfig
-	fd      int
-	targets []Target
-	names   []unix.RawSockaddrInet6 // of targets
-	msgs    *mmsgs
-	stream  uint64
-	pacer   pacer
-	limit   uint64 // packets
-	ran     bool   // used by Run and Close alone
+	cfg    SendConfig
+	legs   []*leg
+	stream uint64
+	first  uint64  // the number of packet 0
+	stamps []int64 // with legs: when packets were first sent, a ring
+	pacer  pacer
+	limit  uint64 // packets
+	ran    bool   // used by Run and Close alone
 
 	mu       sync.Mutex // guards what follows
 	started  time.Time
-	sent     uint64
+	taken    uint64        // with legs: packets that were looked at
+	onNone   uint64        // packets that all legs left out
 	elapsed  time.Duration // to the latest sent packet
 	full     uint64
 	refused  uint64
@@ -94,21 +105,21 @@ type Sender struct {
 	finished time.Duration // 0 while running
 }
 
-// NewSender checks the configuration and opens the socket in the network
+// NewSender checks the configuration and opens the sockets in the network
 // namespace of the calling thread. The caller must Close the sender.
 func NewSender(cfg SendConfig) (*Sender, error) {
 	cfg.setDefaults()
-	targets, err := cfg.expand()
+	legs, err := cfg.expand()
 	if err != nil {
 		return nil, err
 	}
 	s := &Sender{
-		cfg:     cfg,
-		targets: targets,
-		msgs:    newMmsgs(cfg.Batch, cfg.Size),
-		stream:  newStreamID(),
-		pacer:   pacer{perSecond: cfg.Rate.packets(cfg.Size), maxLag: cfg.MaxLag},
-		limit:   math.MaxUint64,
+		cfg:    cfg,
+		stream: newStreamID(),
+		first:  cfg.firstNumber(),
+		stamps: cfg.stampsFor(),
+		pacer:  pacer{perSecond: cfg.Rate.packets(cfg.Size), maxLag: cfg.MaxLag},
+		limit:  math.MaxUint64,
 	}
 	if cfg.Count > 0 {
 		s.limit = cfg.Count
@@ -118,10 +129,22 @@ func NewSender(cfg SendConfig) (*Sender, error) {
 			s.limit = min(s.limit, n)
 		}
 	}
-	if err := s.open(); err != nil {
-		return nil, fmt.Errorf("send to %s: %w", cfg.Target, err)
+	for _, l := range legs {
+		if err := s.open(l); err != nil {
+			return nil, errors.Join(fmt.Errorf("send to %s: %w", l.Target, err), s.Close())
+		}
+		s.legs = append(s.legs, l)
 	}
 	return s, nil
+}
+
+// firstNumber is the number of packet 0: a random one with RTP (RFC 3550 section 5.1), 1 with
+// others, as exchanges have it.
+func (c *SendConfig) firstNumber() uint64 {
+	if f := c.Numbering.merge.Format; f == rules.MergeRTP || f == rules.MergeRFC4175 {
+		return uint64(draw(c.Seed, 0, 0, 0) * (1 << 16))
+	}
+	return 1
 }
 
 // Send makes a sender in the network namespace of the calling thread, runs it
@@ -154,7 +177,7 @@ func (c *SendConfig) setDefaults() {
 		c.Groups = 1
 	}
 	if c.Size == 0 {
-		c.Size = HeaderLen
+		c.Size = c.minSize()
 	}
 	if c.MaxLag == 0 {
 		c.MaxLag = defaultMaxLag
@@ -164,14 +187,13 @@ func (c *SendConfig) setDefaults() {
 	}
 }
 
-// expand checks the configuration and returns a target for each group.
-func (c *SendConfig) expand() ([]Target, error) {
-	addr := c.Target.Addr.Addr()
+func (c *SendConfig) minSize() int { return HeaderLen + c.Numbering.headerLen() }
+
+// expand checks the configuration and returns the legs, with a target for each group.
+func (c *SendConfig) expand() ([]*leg, error) {
 	switch {
-	case !addr.IsValid() || c.Target.Addr.Port() == 0:
-		return nil, fmt.Errorf("target %s: must have an address and a port", c.Target)
-	case c.Size < HeaderLen || c.Size > MaxPayload:
-		return nil, fmt.Errorf("size %d: must be %d to %d bytes of UDP payload", c.Size, HeaderLen, MaxPayload)
+	case c.Size < c.minSize() || c.Size > MaxPayload:
+		return nil, fmt.Errorf("size %d: must be %d to %d bytes of UDP payload", c.Size, c.minSize(), MaxPayload)
 	case c.MaxLag < 0:
 		return nil, fmt.Errorf("lag of %v: must not be negative", c.MaxLag)
 	case c.Batch < 1 || c.Batch > maxBatch:
@@ -182,15 +204,35 @@ func (c *SendConfig) expand() ([]Target, error) {
 		return nil, fmt.Errorf("duration %s: must not be negative", c.Duration)
 	case c.Rate.Value < 0 || c.Rate.Value > maxRate || math.IsNaN(c.Rate.Value):
 		return nil, fmt.Errorf("rate %g: must be 0 to %g", c.Rate.Value, float64(maxRate))
-	case c.Source.IsValid() && c.Source.Is4() != addr.Is4():
-		return nil, fmt.Errorf("source %s and target %s: must be of one family", c.Source, addr)
 	}
-	return c.Target.expand(c.Groups)
+	if err := c.checkLegs(); err != nil {
+		return nil, err
+	}
+	ways := c.Legs
+	if ways == nil {
+		ways = []Leg{{Target: c.Target}}
+	}
+	var legs []*leg
+	for i, way := range ways {
+		addr := way.Addr.Addr()
+		switch {
+		case !addr.IsValid() || way.Addr.Port() == 0:
+			return nil, fmt.Errorf("target %s: must have an address and a port", way.Target)
+		case c.Source.IsValid() && c.Source.Is4() != addr.Is4():
+			return nil, fmt.Errorf("source %s and target %s: must be of one family", c.Source, addr)
+		}
+		targets, err := way.expand(c.Groups)
+		if err != nil {
+			return nil, err
+		}
+		legs = append(legs, &leg{Leg: way, number: i, fd: -1, targets: targets})
+	}
+	return legs, nil
 }
 
-func (s *Sender) open() (err error) {
-	addr := s.cfg.Target.Addr.Addr()
-	fd, ifindex, err := openUDP(addr, s.cfg.Target.Interface)
+func (s *Sender) open(l *leg) (err error) {
+	addr := l.Addr.Addr()
+	fd, ifindex, err := openUDP(addr, l.Interface)
 	if err != nil {
 		return err
 	}
@@ -199,27 +241,34 @@ func (s *Sender) open() (err error) {
 			unix.Close(fd)
 		}
 	}()
-	if err := setOptions(fd, s.options()); err != nil {
+	if err := setOptions(fd, s.options(addr)); err != nil {
 		return err
 	}
 	if _, err := setBuffer(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, sendBuffer); err != nil {
 		return err
 	}
-	if err := s.bind(fd, ifindex); err != nil {
+	if s.cfg.Legs != nil { // of one source port, if there is one
+		if err := setOptions(fd, []option{{"SO_REUSEADDR", unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}}); err != nil {
+			return err
+		}
+	}
+	if err := s.bind(fd, addr, ifindex); err != nil {
 		return err
 	}
-	s.addressMessages(ifindex)
-	s.fd = fd
+	l.msgs = newMmsgs(s.cfg.Batch, s.cfg.Size)
+	l.queue = make([]uint64, 0, s.cfg.Batch)
+	l.addressMessages(ifindex)
+	l.fd = fd
 	return nil
 }
 
 // options returns the socket options. With IP_RECVERR a packet that a full
 // device queue turned away is an error, ENOBUFS; without it the kernel says
 // that it was sent (net/ipv4/udp.c, udp_send_skb).
-func (s *Sender) options() []option {
+func (s *Sender) options(addr netip.Addr) []option {
 	var ttl, tos = int(s.cfg.TTL), int(s.cfg.DSCP) << 2
-	multicast := s.cfg.Target.Addr.Addr().IsMulticast()
-	if s.cfg.Target.Addr.Addr().Is4() {
+	multicast := addr.IsMulticast()
+	if addr.Is4() {
 		o := []option{{"IP_RECVERR", unix.IPPROTO_IP, unix.IP_RECVERR, 1}, {"IP_TOS", unix.IPPROTO_IP, unix.IP_TOS, tos}}
 		switch {
 		case ttl == 0:
@@ -239,14 +288,14 @@ func (s *Sender) options() []option {
 	return append(o, option{"IPV6_UNICAST_HOPS", unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, ttl})
 }
 
-func (s *Sender) bind(fd int, ifindex uint32) error {
+func (s *Sender) bind(fd int, addr netip.Addr, ifindex uint32) error {
 	source := s.cfg.Source
 	if !source.IsValid() {
 		if s.cfg.SourcePort == 0 {
 			return nil
 		}
 		source = netip.IPv4Unspecified()
-		if s.cfg.Target.Addr.Addr().Is6() {
+		if addr.Is6() {
 			source = netip.IPv6Unspecified()
 		}
 	}
@@ -261,33 +310,36 @@ func (s *Sender) bind(fd int, ifindex uint32) error {
 }
 
 // addressMessages prepares the destinations that prepare chooses from.
-func (s *Sender) addressMessages(ifindex uint32) {
-	s.names = make([]unix.RawSockaddrInet6, len(s.targets))
+func (l *leg) addressMessages(ifindex uint32) {
+	l.names = make([]unix.RawSockaddrInet6, len(l.targets))
 	var size uint32
-	for i, t := range s.targets {
-		s.names[i], size = rawSockaddr(t.Addr, ifindex)
+	for i, t := range l.targets {
+		l.names[i], size = rawSockaddr(t.Addr, ifindex)
 	}
-	for i := range s.msgs.hdrs {
-		s.msgs.hdrs[i].hdr.Namelen = size
+	for i := range l.msgs.hdrs {
+		l.msgs.hdrs[i].hdr.Namelen = size
 	}
 }
 
-// Close closes the socket. It must not be called while Run is running.
+// Close closes the sockets. It must not be called while Run is running.
 func (s *Sender) Close() error {
-	if s.fd < 0 {
-		return nil
+	var errs []error
+	for _, l := range s.legs {
+		if l.fd >= 0 {
+			errs = append(errs, unix.Close(l.fd))
+		}
+		l.fd = -1
 	}
-	err := unix.Close(s.fd)
-	s.fd = -1
-	if err != nil {
+	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close sender: %w", err)
 	}
 	return nil
 }
 
 // Run sends until the count or the duration is reached or ctx is done; each of
-// these is a normal end, without an error. It returns an error when the kernel
-// refuses to send for good.
+// these is a normal end, without an error. With legs, it goes on until all of them
+// have had the same packets. It returns an error when the kernel refuses to send
+// for good.
 func (s *Sender) Run(ctx context.Context) error {
 	if s.ran {
 		return fmt.Errorf("sender: %w", ErrRunTwice)
@@ -300,60 +352,111 @@ func (s *Sender) Run(ctx context.Context) error {
 	s.mu.Unlock()
 	defer s.finish()
 
-	var trouble troubles
-	for ctx.Err() == nil {
+	end := s.end()
+	for {
 		elapsed := time.Since(s.started)
-		if s.done(elapsed) {
+		if err := ctx.Err(); err != nil {
+			if s.cfg.Legs == nil {
+				return nil
+			}
+			ctx = context.WithoutCancel(ctx)
+			s.limit, end = min(s.limit, s.taken), min(end, elapsed+s.cfg.maxDelay()+lastPackets)
+		}
+		if s.done() {
 			return nil
 		}
-		s.pacer.limitLag(s.sent, elapsed)
-		due := min(s.pacer.due(elapsed), s.limit)
-		if due <= s.sent {
-			waitUntil(ctx, timer, s.started.Add(s.pacer.at(s.sent)))
+		if elapsed >= end {
+			// Without a rate the legs are not far from each other.
+			if s.cfg.Legs == nil || s.limit == s.taken {
+				return nil
+			}
+			s.limit, end = s.taken, elapsed+lastPackets
+		}
+		worked, err := s.turn(elapsed)
+		if err != nil {
+			return err
+		}
+		if !worked {
+			waitUntil(ctx, timer, s.started.Add(s.soonest()))
+		}
+	}
+}
+
+// end is when a run is over, whatever was sent.
+func (s *Sender) end() time.Duration {
+	switch {
+	case s.cfg.Duration == 0:
+		return math.MaxInt64
+	case s.pacer.perSecond > 0:
+		return s.cfg.Duration + s.cfg.maxDelay() + lastPackets
+	}
+	return s.cfg.Duration
+}
+
+// turn sends a batch on each leg that has some due.
+func (s *Sender) turn(elapsed time.Duration) (worked bool, err error) {
+	for _, l := range s.legs {
+		s.pacer.limitLag(l.next, elapsed-l.Delay)
+		s.mu.Lock()
+		s.take(l, s.due(l, elapsed))
+		s.mu.Unlock()
+		n := len(l.queue)
+		if n == 0 {
 			continue
 		}
-		n := int(min(due-s.sent, uint64(s.cfg.Batch)))
-		s.prepare(n)
-		n, errno := s.msgs.send(s.fd, n)
-		s.record(n, errno)
-		if err := trouble.handle(errno); err != nil {
-			return fmt.Errorf("send to %s: %w", s.cfg.Target, err)
+		worked = true
+		s.prepare(l, n)
+		n, errno := l.msgs.send(l.fd, n)
+		s.record(l, n, errno)
+		if err := l.trouble.handle(errno); err != nil {
+			return true, fmt.Errorf("send to %s: %w", l.Target, err)
 		}
 	}
-	return nil
+	return worked, nil
 }
 
-func (s *Sender) done(elapsed time.Duration) bool {
-	if s.sent >= s.limit {
-		return true
+// soonest is when the next packet is due on some leg.
+func (s *Sender) soonest() time.Duration {
+	at := time.Duration(math.MaxInt64)
+	for _, l := range s.legs {
+		if l.next < s.limit {
+			at = min(at, max(s.pacer.at(l.next)+l.Delay, time.Since(s.started)+l.wait))
+			l.wait = 0
+		}
 	}
-	if s.cfg.Duration == 0 {
-		return false
-	}
-	end := s.cfg.Duration
-	if s.pacer.perSecond > 0 {
-		end += lastPackets
-	}
-	return elapsed >= end
+	return at
 }
 
-// prepare encodes the next n packets. Which flow and which number a packet has
-// follows from how many were sent, so packets that the kernel does not take
-// are simply prepared again, with the time of the new attempt.
-func (s *Sender) prepare(n int) {
+func (s *Sender) done() bool {
+	for _, l := range s.legs {
+		if l.next < s.limit || !l.idle() {
+			return false
+		}
+	}
+	return true
+}
+
+// prepare encodes the first n packets of a leg's queue. Which flow and which number a packet has
+// follows from its place, so packets that the kernel does not take are simply prepared again;
+// without legs, with the time of the new attempt.
+func (s *Sender) prepare(l *leg, n int) {
 	now := time.Now().UnixNano()
-	groups := uint64(len(s.targets))
-	for i := range n {
-		seq, flow := (s.sent+uint64(i))/groups, (s.sent+uint64(i))%groups
-		Encode(s.msgs.payload(i, s.cfg.Size), Header{Stream: s.stream, Seq: seq, SentAt: now, Flow: uint32(flow)})
-		s.msgs.hdrs[i].hdr.Name = (*byte)(unsafe.Pointer(&s.names[flow]))
+	groups := uint64(len(l.targets))
+	for i, index := range l.queue[:n] {
+		seq, flow := index/groups, index%groups
+		if s.stamps != nil {
+			now = s.stamps[index&uint64(len(s.stamps)-1)]
+		}
+		s.cfg.Numbering.put(l.msgs.payload(i, s.cfg.Size), Header{Stream: s.stream, Seq: seq, SentAt: now, Flow: uint32(flow)}, s.first)
+		l.msgs.hdrs[i].hdr.Name = (*byte)(unsafe.Pointer(&l.names[flow]))
 	}
 }
 
-func (s *Sender) record(n int, errno unix.Errno) {
+func (s *Sender) record(l *leg, n int, errno unix.Errno) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.sent += uint64(n)
+	l.queue = l.queue[:copy(l.queue, l.queue[n:])]
+	l.sent += uint64(n)
 	if n > 0 {
 		s.elapsed = time.Since(s.started)
 	}
@@ -378,14 +481,26 @@ func (s *Sender) Report() SendReport {
 	defer s.mu.Unlock()
 	r := SendReport{
 		Target:        s.cfg.Target.String(),
-		Groups:        len(s.targets),
+		Groups:        s.cfg.Groups,
 		Stream:        streamName(s.stream),
 		SizeBytes:     s.cfg.Size,
-		Packets:       s.sent,
-		Bytes:         s.sent * uint64(s.cfg.Size),
+		Numbers:       s.cfg.Numbering.String(),
+		Packets:       s.taken,
+		OnNoLeg:       s.onNone,
 		BufferFull:    s.full,
 		NetworkErrors: s.refused,
 		BehindNS:      int64(s.behind),
+	}
+	for _, l := range s.legs {
+		r.Bytes += l.sent * uint64(s.cfg.Size)
+		if s.cfg.Legs == nil {
+			r.Packets = l.sent
+			continue
+		}
+		r.Legs = append(r.Legs, LegReport{l.Target.String(), l.sent, l.out, l.moved})
+	}
+	if s.cfg.Legs != nil {
+		r.Target = s.cfg.Legs[0].String()
 	}
 	switch {
 	case s.finished > 0:
@@ -394,8 +509,8 @@ func (s *Sender) Report() SendReport {
 		r.ElapsedNS = int64(time.Since(s.started))
 	}
 	// The first packet goes at time 0, so n packets are n-1 steps apart.
-	if s.sent > 1 && s.elapsed > 0 {
-		r.PacketsPerSecond = float64(s.sent-1) / s.elapsed.Seconds()
+	if r.Packets > 1 && s.elapsed > 0 {
+		r.PacketsPerSecond = float64(r.Packets-1) / s.elapsed.Seconds()
 		r.BitsPerSecond = r.PacketsPerSecond * float64(s.cfg.Size*8)
 	}
 	return r

@@ -86,6 +86,9 @@ func (t *Tracker) Observe(seq uint64) Verdict {
 	return InOrder
 }
 
+// Started says whether a number was received.
+func (t *Tracker) Started() bool { return t.started }
+
 // Lost is how many numbers between the first and the highest are missing.
 func (t *Tracker) Lost() uint64 { return t.lost }
 

@@ -22,7 +22,7 @@ var allowed = map[string][]string{
 	"pkg/packet":          {},
 	"pkg/flow":            {"pkg/packet"},
 	"pkg/rules":           {},
-	"internal/traffic":    {},
+	"internal/traffic":    {"pkg/rules"},
 	"pkg/membership":      {},
 	"internal/network":    {"internal/genl"},
 	"internal/plan":       {"pkg/flow", "internal/network", "pkg/packet", "pkg/rules"},
