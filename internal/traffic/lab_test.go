@@ -825,4 +825,11 @@ func TestSendLegs(t *testing.T) {
 			t.Errorf("leg %d: packets took %v at least", i, delay)
 		}
 	}
+
+	// A run ends with packets that no leg sends.
+	legs[0].Loss, legs[1].Loss = 1, 1
+	sent = send(t, w.tx, traffic.SendConfig{Legs: legs, Count: 10, Rate: traffic.Rate{Value: 1000}})
+	if sent.Packets != 10 || sent.OnNoLeg != 10 || sent.Bytes != 0 {
+		t.Errorf("%+v", sent)
+	}
 }

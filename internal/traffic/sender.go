@@ -376,7 +376,7 @@ func (s *Sender) Run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if !worked {
+		if !worked && !s.done() {
 			waitUntil(ctx, timer, s.started.Add(s.soonest()))
 		}
 	}

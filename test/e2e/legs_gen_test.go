@@ -60,7 +60,9 @@ func TestLegsFormats(t *testing.T) {
 			}
 			status := in.rule(fmt.Sprintf("r%d", i))
 			for leg, sent := range s.sender.Report().Legs {
-				if in := status.Inputs[leg]; in.Matched.Packets != sent.Packets || in.Leg.Lost > sent.LeftOut || in.Leg.Lost+20 < sent.LeftOut {
+				// Of packets that may take several numbers the relay does not know which of the late ones were lost, and
+				// not how many those before the first were.
+				if in := status.Inputs[leg]; in.Matched.Packets != sent.Packets || in.Leg.Lost > sent.LeftOut+sent.Reordered+5 || in.Leg.Lost+20 < sent.LeftOut {
 					t.Errorf("leg %d: %+v, %+v of %+v", leg, in.Matched, in.Leg, sent)
 				}
 			}
