@@ -526,7 +526,10 @@ type RelayStreamState struct {
 	Restarts   uint64
 	Left       uint32
 	SessionLeg uint32
-	Pad        [4]uint64
+	Sample     uint64
+	Differ     [4]uint32
+	Differs    [4]uint8
+	Pad        uint32
 	Legs       [4]RelayStreamLeg
 }
 

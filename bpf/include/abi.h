@@ -391,7 +391,10 @@ struct stream_state {
 	__u64 restarts;	   /* with failover, changes of the leg and the first choice */
 	__u32 left;	   /* number up to which the session before has passed */
 	__u32 session_leg; /* the leg that brought the session */
-	__u64 pad[4];
+	__u64 sample; /* lower half of a position, and a check of the packet that passed there */
+	__u32 differ[XDPCAST_MAX_LEGS]; /* of a leg, copies of samples with another check */
+	__u8 differs[XDPCAST_MAX_LEGS]; /* 1: the last copy of a sample was one */
+	__u32 pad;
 
 	struct stream_leg legs[XDPCAST_MAX_LEGS];
 };

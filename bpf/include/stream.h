@@ -28,6 +28,10 @@ const volatile bool stream_test_broken = false;
 #define STREAM_JUMP 1024	    /* a number further ahead than this is a jump */
 #define STREAM_MAX_OFFSET 511	    /* bytes of the UDP payload in front of a number */
 #define STREAM_RTP_HEADER 12
+#define STREAM_SAMPLES 26	  /* one of 2^(32 - 26) packets is compared with its copies ... */
+#define STREAM_SAMPLE_PASSED 0x80 /* beside a leg's number: the packet is the first of its number  \
+				   */
+#define STREAM_CHECKED 64	  /* ... by so many bytes of its payload and the length of that */
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
@@ -46,7 +50,8 @@ struct stream_packet {
 	/* What the packet says of itself. */
 	__u32 raw; /* its number */
 	__u32 session;
-	__u32 count; /* numbers that it takes */
+	__u32 count;  /* numbers that it takes */
+	__u32 stream; /* index into streams */
 	__u32 leg;
 	bool sure; /* the leg's numbers go on */
 };
@@ -180,7 +185,9 @@ static __noinline bool stream_jump(const struct stream_packet *n)
 		l->candidate = next;
 		if (++l->run < STREAM_CONFIRM)
 			return false;
-		if (l->session != n->session)
+		if (!l->history)
+			; /* its first numbers */
+		else if (l->session != n->session)
 			l->senders++;
 		else
 			l->resets++;
@@ -462,7 +469,53 @@ static __always_inline __u32 stream_change(struct stream_packet *n, __u64 *posit
 	return *position > READ_ONCE(n->st->floor) ? STREAM_PASSED : STREAM_LATE;
 }
 
-static __always_inline __u32 stream_merge(struct stream_packet *n)
+/* Whether a packet is one of those that are compared. */
+static __always_inline bool stream_sampled(__u64 position)
+{
+	return !((__u32)position * 0x9e3779b1U >> STREAM_SAMPLES);
+}
+
+/* Legs carry the same packets: a copy with the number of a sample is the same as that one was, or
+ * they carry different streams. Global, so that it is verified once.
+ */
+__noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at,
+			    __u64 position)
+{
+	struct stream_state *st = bpf_map_lookup_elem(&stream_states, &stream);
+	void *data_end = (void *)(long)ctx->data_end;
+	void *data = (void *)(long)ctx->data;
+	bool passed = leg & STREAM_SAMPLE_PASSED;
+	struct udphdr *udp = data + (udp_at & 0xff);
+	__u8 *p = (void *)(udp + 1);
+	__u64 check, sample;
+	__u8 differs;
+	__u32 i, len;
+
+	leg &= ~STREAM_SAMPLE_PASSED;
+	if (!st || leg >= XDPCAST_MAX_LEGS || (void *)(udp + 1) > data_end)
+		return 0;
+	len = bpf_ntohs(udp->len) - sizeof(*udp);
+	check = len;
+	for (i = 8; i <= STREAM_CHECKED && i <= len; i += 8, p += 8) {
+		if ((void *)(p + 8) > data_end)
+			return 0; /* the rest is in another buffer */
+		check = (check ^ *(__u64 *)p) * 0x9e3779b97f4a7c15ULL;
+	}
+	check >>= 32;
+	if (passed) {
+		WRITE_ONCE(st->sample, position << 32 | check);
+		return 0;
+	}
+	sample = READ_ONCE(st->sample);
+	if (sample >> 32 != (__u32)position)
+		return 0;
+	differs = (__u32)sample != (__u32)check;
+	st->differ[leg] += differs;
+	st->differs[leg] = differs;
+	return 0;
+}
+
+static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_packet *n, __u32 udp_at)
 {
 	const struct stream *s = n->s;
 	struct stream_leg *l = n->l;
@@ -500,6 +553,8 @@ static __always_inline __u32 stream_merge(struct stream_packet *n)
 		l->position = p + n->count - 1;
 		v = stream_claim_at(s, p);
 	}
+	if (stream_sampled(p) && v <= STREAM_DUPLICATE)
+		compare_copy(ctx, n->stream, v ? n->leg : n->leg | STREAM_SAMPLE_PASSED, udp_at, p);
 	if (v != STREAM_PASSED)
 		return v;
 	if (__builtin_expect(n->sure, 1))
@@ -569,7 +624,7 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
 		v = rtp_number(n->s, p, data_end, len, n);
 	if (v != STREAM_PASSED)
 		return v;
-	return stream_merge(n);
+	return stream_merge(ctx, n, udp_at);
 }
 
 /* Says what becomes of a packet of a leg: enum stream_verdict. Out of line, since most rules have
@@ -577,7 +632,7 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
  */
 __noinline int judge_leg(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at)
 {
-	struct stream_packet n = {.count = 1, .leg = leg};
+	struct stream_packet n = {.count = 1, .stream = stream, .leg = leg};
 	__u32 v;
 
 	n.s = bpf_map_lookup_elem(&streams, &stream);

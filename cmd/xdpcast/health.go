@@ -16,7 +16,8 @@ func healthCommand(now func() time.Time) *cli.Command {
 		Usage:     "show what each input of rules with several has brought, and what it lacks",
 		ArgsUsage: "[NAME]",
 		Description: "LOST counts the numbers that an input did not bring, TWICE and LATE those that it brought again or behind a later\n" +
-			"one, JUMPS and SENDERS how often its numbers or its sender changed, and BEHIND how many numbers it is behind.\n" +
+			"one, JUMPS and SENDERS how often its numbers or its sender changed, BEHIND how many numbers it is behind, and\n" +
+			"DIFFER how many of its copies that were looked at, one in 64, are another packet than the one relayed.\n" +
 			"SHARE is its part of the packets that were relayed. With --watch, -o json writes one document a line.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "show it again and again, until interrupted"},
@@ -85,7 +86,7 @@ func readHealth(c *cli.Context) ([]control.RuleStatus, error) {
 
 // healthTable has a line for each input, and below what is lost on all and what is wrong.
 func healthTable(w io.Writer, list []control.RuleStatus, now time.Time) error {
-	t := newTable("RULE", "INPUT", "STATE", ">PACKETS", ">SHARE", ">LOST", ">TWICE", ">LATE", ">JUMPS", ">SENDERS", ">BEHIND", "LAST")
+	t := newTable("RULE", "INPUT", "STATE", ">PACKETS", ">SHARE", ">LOST", ">TWICE", ">LATE", ">JUMPS", ">SENDERS", ">DIFFER", ">BEHIND", "LAST")
 	for _, r := range list {
 		name := r.Name
 		for _, in := range r.Inputs {
@@ -96,9 +97,9 @@ func healthTable(w io.Writer, list []control.RuleStatus, now time.Time) error {
 					state = "standby"
 				}
 				row = append(row[:2], state, humanCount(in.Matched.Packets), fmt.Sprintf("%.1f%%", 100*l.Share), humanCount(l.Lost), humanCount(l.Doubled), humanCount(l.Reordered),
-					humanCount(l.Resets), humanCount(l.Senders), humanCount(l.Behind), ago(now, l.LastSeen))
+					humanCount(l.Resets), humanCount(l.Senders), humanCount(l.Different), humanCount(l.Behind), ago(now, l.LastSeen))
 			} else {
-				row = append(row, "-", "-", "-", "-", "-", "-", "-", "-", "-")
+				row = append(row, "-", "-", "-", "-", "-", "-", "-", "-", "-", "-")
 			}
 			t.add(row...)
 			name = ""

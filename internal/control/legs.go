@@ -31,6 +31,9 @@ type LegStatus struct {
 	// Resets counts jumps of the numbers, and Senders changes of the sender.
 	Resets  uint64 `json:"resets"`
 	Senders uint64 `json:"senders"`
+	// Different counts copies that are another packet than the one that was relayed with their
+	// number; one number in 64 is looked at.
+	Different uint64 `json:"different"`
 	// Unnumbered counts packets without a number of their own: heartbeats, RTCP, others.
 	Unnumbered uint64 `json:"unnumbered"`
 	// Behind is how many numbers the input's last one is behind the newest one, and Bound how far

@@ -209,6 +209,7 @@ func (c *collector) collectStream(s *sink, r *control.RuleStatus) {
 			input := strconv.Itoa(i)
 			s.put(c.legWon, float64(l.Won), r.Name, input)
 			s.put(c.legLost, float64(l.Lost), r.Name, input)
+			s.put(c.legDiffer, float64(l.Different), r.Name, input)
 			s.put(c.legBehind, float64(l.Behind), r.Name, input)
 			s.put(c.legBound, float64(l.Bound), r.Name, input)
 		}

@@ -32,24 +32,24 @@ func define(kind, name, help string, labels ...string) *metric {
 // definitions are the metrics by what they are of. Names follow
 // prometheus.io/docs/practices/naming.
 type definitions struct {
-	buildInfo, started, ready, warnings, rules     *metric
-	passedPackets, passedBytes, totalDropped       *metric
-	fragments                                      *metric
-	reloads, reloadSucceeded, reloadTime           *metric
-	eventCount, reconciles                         *metric
-	scrapeFailed                                   *metric
-	ruleInfo, ruleState, ruleLast                  *metric
-	ruleReceivedPackets, ruleReceivedBytes         *metric
-	droppedPackets, droppedBytes                   *metric
-	outputState, outputSentPackets, outputSentByte *metric
-	legWon, legLost, legBehind, legBound           *metric
-	streamLost, streamRestarts                     *metric
-	unsent, lost                                   *metric
-	interfaceInfo                                  *metric
-	joinsAttempted, joinsSucceeded, joinsFailed    *metric
-	leavesAttempted, leavesFailed                  *metric
-	memberships, querierSeen                       *metric
-	workers, workerReceived, workerFailures        *metric
+	buildInfo, started, ready, warnings, rules      *metric
+	passedPackets, passedBytes, totalDropped        *metric
+	fragments                                       *metric
+	reloads, reloadSucceeded, reloadTime            *metric
+	eventCount, reconciles                          *metric
+	scrapeFailed                                    *metric
+	ruleInfo, ruleState, ruleLast                   *metric
+	ruleReceivedPackets, ruleReceivedBytes          *metric
+	droppedPackets, droppedBytes                    *metric
+	outputState, outputSentPackets, outputSentByte  *metric
+	legWon, legLost, legDiffer, legBehind, legBound *metric
+	streamLost, streamRestarts                      *metric
+	unsent, lost                                    *metric
+	interfaceInfo                                   *metric
+	joinsAttempted, joinsSucceeded, joinsFailed     *metric
+	leavesAttempted, leavesFailed                   *metric
+	memberships, querierSeen                        *metric
+	workers, workerReceived, workerFailures         *metric
 }
 
 func newDefinitions() definitions {
@@ -86,6 +86,7 @@ func newDefinitions() definitions {
 
 		legWon:         define(counter, "xdpcast_leg_relayed_packets_total", "Packets that one of several inputs brought and that were relayed.", "rule", "input"),
 		legLost:        define(gauge, "xdpcast_leg_lost_numbers", "Numbers that one of several inputs did not bring; what comes late is taken off.", "rule", "input"),
+		legDiffer:      define(counter, "xdpcast_leg_different_packets_total", "Copies that were another packet than the one relayed with their number; one number in 64 is looked at.", "rule", "input"),
 		legBehind:      define(gauge, "xdpcast_leg_behind_numbers", "How many numbers one of several inputs is behind the newest.", "rule", "input"),
 		legBound:       define(gauge, "xdpcast_leg_behind_limit_numbers", "How many numbers an input may be behind for its copies to be told; 0 with failover.", "rule", "input"),
 		streamLost:     define(gauge, "xdpcast_stream_lost_numbers", "Numbers that none of several inputs has brought, those on their way included.", "rule"),
@@ -117,7 +118,7 @@ func (d *definitions) all() []*metric {
 		d.reloads, d.reloadSucceeded, d.reloadTime, d.eventCount, d.reconciles,
 		d.ruleInfo, d.ruleState, d.ruleLast, d.ruleReceivedPackets, d.ruleReceivedBytes,
 		d.droppedPackets, d.droppedBytes, d.outputState, d.outputSentPackets, d.outputSentByte,
-		d.legWon, d.legLost, d.legBehind, d.legBound, d.streamLost, d.streamRestarts,
+		d.legWon, d.legLost, d.legDiffer, d.legBehind, d.legBound, d.streamLost, d.streamRestarts,
 		d.unsent, d.lost, d.interfaceInfo,
 		d.joinsAttempted, d.joinsSucceeded, d.joinsFailed, d.leavesAttempted, d.leavesFailed,
 		d.memberships, d.querierSeen, d.workers, d.workerReceived, d.workerFailures,

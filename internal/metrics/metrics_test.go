@@ -84,7 +84,7 @@ func full() *relay {
 					Stream:  &control.StreamStatus{Expected: 1000, Lost: 3, Restarts: 2},
 					Inputs: []control.InputStatus{
 						{Input: "239.1.1.1:5000%eth0", Leg: &control.LegStatus{Won: 700, Lost: 12, Behind: 0, Bound: 49151}},
-						{Input: "239.1.1.2:5000%eth1", Leg: &control.LegStatus{Won: 297, Lost: 8, Behind: 20, Bound: 49151}},
+						{Input: "239.1.1.2:5000%eth1", Leg: &control.LegStatus{Won: 297, Lost: 8, Different: 5, Behind: 20, Bound: 49151}},
 						{Input: "239.1.1.3:5000%eth2", State: "pending"},
 					}},
 			},

@@ -21,7 +21,7 @@ func legStatus(s *loader.RuleStats, won uint64, now time.Time) *control.LegStatu
 	l := s.Leg
 	status := &control.LegStatus{
 		Relayed: l.Active, Won: l.Won, Lost: l.Lost, Doubled: l.Doubled, Reordered: l.Reordered, Resets: l.Resets, Senders: l.Senders,
-		Unnumbered: l.Others, Behind: l.Behind, Bound: l.Bound,
+		Different: l.Differ, Unnumbered: l.Others, Behind: l.Behind, Bound: l.Bound,
 	}
 	if won > 0 {
 		status.Share = float64(l.Won) / float64(won)
@@ -56,6 +56,8 @@ func StreamStatusOf(legs []*loader.RuleStats) *control.StreamStatus {
 			status.Alarms = append(status.Alarms, fmt.Sprintf("in[%d] has brought no packet", i))
 		case leg.Leg.LastSeen > freshest+legSilent:
 			status.Alarms = append(status.Alarms, fmt.Sprintf("in[%d] is silent for %v", i, leg.Leg.LastSeen.Round(time.Second)))
+		case leg.Leg.Differs:
+			status.Alarms = append(status.Alarms, fmt.Sprintf("in[%d] brings other packets than those relayed with the same numbers (%d of them seen): is it another stream?", i, leg.Leg.Differ))
 		case float64(leg.Leg.Behind) > legBehind*float64(leg.Leg.Bound):
 			status.Alarms = append(status.Alarms, fmt.Sprintf("in[%d] is %d numbers behind: from %d on copies pass again, or are lost (more window, or legs that are closer)", i, leg.Leg.Behind, leg.Leg.Bound))
 		}

@@ -283,6 +283,10 @@ type LegStats struct {
 	// What the leg's own numbers say: how many it did not bring, brought twice, or in another
 	// order; jumps of its numbers, and changes of its sender.
 	Lost, Doubled, Reordered, Resets, Senders uint64
+	// Differ counts the copies that were another packet than the one that passed with their number;
+	// one number in 64 is looked at. Differs is set when the last one was.
+	Differ  uint64
+	Differs bool
 	// Behind is how many numbers the leg's last one is behind the newest of the stream, and Bound
 	// how many that may be for its numbers to be told from those of the next round.
 	Behind, Bound uint64
@@ -332,6 +336,7 @@ func readStream(m *mapSet, e *entry) (*LegStats, *StreamStats, error) {
 		Lost: row.Lost, Doubled: row.Doubled, Reordered: row.Reordered, Resets: row.Resets, Senders: row.Senders, LastSeen: -1,
 	}
 	if merges {
+		leg.Differ, leg.Differs = uint64(v.Differ[number]), v.Differs[number] != 0
 		leg.Bound = uint64(s.Behind())
 		if row.Position != 0 && row.Position >= v.Start {
 			leg.Behind = newest - min(newest, row.Position)

@@ -269,6 +269,9 @@ type StreamState struct {
 	Epoch, Active           uint32
 	Start, Before, Restarts uint64
 	Left, SessionLeg        uint32
+	Sample                  uint64
+	Differ                  [MaxLegs]uint32
+	Differs                 [MaxLegs]uint8
 	Legs                    [MaxLegs]StreamLeg
 	words                   []uint64
 }
@@ -320,7 +323,35 @@ func (s *StreamState) decide(leg int, payload []byte, length int, now uint64) St
 	if p.StreamNumber, v = s.Number(payload, length); v != StreamPassed {
 		return v
 	}
-	return s.merge(p)
+	return s.merge(p, payload, length)
+}
+
+// sampled is stream_sampled.
+func sampled(at uint64) bool { return uint32(at)*0x9e3779b1>>26 == 0 }
+
+// compare is compare_copy.
+func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at uint64, v StreamVerdict) {
+	const checked, word = 64, 8
+	check := uint64(uint32(length))
+	for i := word; i <= checked && i <= length; i += word {
+		if i > len(payload) {
+			return
+		}
+		check = (check ^ binary.LittleEndian.Uint64(payload[i-word:])) * 0x9e3779b97f4a7c15
+	}
+	check >>= 32
+	if v == StreamPassed {
+		s.Sample = at<<32 | check
+		return
+	}
+	if s.Sample>>32 != at&(1<<32-1) {
+		return
+	}
+	s.Differs[p.leg] = 0
+	if uint32(s.Sample) != uint32(check) {
+		s.Differs[p.leg] = 1
+		s.Differ[p.leg]++
+	}
 }
 
 func (s *StreamState) goesOn(raw, expected uint32) bool {
@@ -338,9 +369,11 @@ func (s *StreamState) jump(p *streamPacket) bool {
 	if l.Run++; l.Run < streamConfirm {
 		return false
 	}
-	if l.Session != p.Session {
+	switch {
+	case l.History == 0: // its first numbers
+	case l.Session != p.Session:
 		l.Senders++
-	} else {
+	default:
 		l.Resets++
 	}
 	l.Session, l.Expected, l.History, l.Jumped, l.Run = p.Session, next, 1, p.now, 0
@@ -509,7 +542,7 @@ func (s *StreamState) change(p *streamPacket) (uint64, StreamVerdict) {
 }
 
 // merge is stream_merge.
-func (s *StreamState) merge(p *streamPacket) StreamVerdict {
+func (s *StreamState) merge(p *streamPacket, payload []byte, length int) StreamVerdict {
 	l := p.l
 	p.quiet, p.sure = int64(p.now-s.Pass), true
 	if p.Session == l.Session && s.goesOn(p.Raw, l.Expected) {
@@ -534,6 +567,9 @@ func (s *StreamState) merge(p *streamPacket) StreamVerdict {
 		at = s.restart(p)
 		l.Position = at + uint64(p.Count) - 1
 		v = s.claim(at)
+	}
+	if sampled(at) && v <= StreamDuplicate {
+		s.compare(p, payload, length, at, v)
 	}
 	if v != StreamPassed {
 		return v
