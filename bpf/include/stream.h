@@ -29,9 +29,8 @@ const volatile bool stream_test_broken = false;
 #define STREAM_MAX_OFFSET 511	    /* bytes of the UDP payload in front of a number */
 #define STREAM_RTP_HEADER 12
 #define STREAM_SAMPLES 26	  /* one of 2^(32 - 26) packets is compared with its copies ... */
-#define STREAM_SAMPLE_PASSED 0x80 /* beside a leg's number: the packet is the first of its number  \
-				   */
-#define STREAM_CHECKED 64	  /* ... by so many bytes of its payload and the length of that */
+#define STREAM_CHECKED 64	  /* ... by its length and so many bytes of its payload */
+#define STREAM_SAMPLE_PASSED 0x80 /* beside a leg: it brought the first of the number */
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
