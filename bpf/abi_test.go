@@ -168,10 +168,16 @@ var abiEnums = map[string]map[string]uint64{
 		"DROP_UNKNOWN": uint64(RelayDropScopeDROP_UNKNOWN),
 		"DROP_NOTE":    uint64(RelayDropScopeDROP_NOTE),
 	},
+	"passed_kind": {
+		"PASSED_ALL":       uint64(RelayPassedKindPASSED_ALL),
+		"PASSED_BROADCAST": uint64(RelayPassedKindPASSED_BROADCAST),
+		"PASSED_KINDS":     uint64(RelayPassedKindPASSED_KINDS),
+	},
 	"note": {
 		"NOTE_MALFORMED":  uint64(RelayNoteNOTE_MALFORMED),
 		"NOTE_ORPHAN":     uint64(RelayNoteNOTE_ORPHAN),
 		"NOTE_UNFINISHED": uint64(RelayNoteNOTE_UNFINISHED),
+		"NOTE_ECHO":       uint64(RelayNoteNOTE_ECHO),
 		"NOTES":           uint64(RelayNoteNOTES),
 	},
 	"user_scope": {

@@ -66,6 +66,7 @@ const (
 	EgressVarExportLookupKind    = "export_lookup_kind"
 	EgressVarExportNote          = "export_note"
 	EgressVarExportOutputFlag    = "export_output_flag"
+	EgressVarExportPassedKind    = "export_passed_kind"
 	EgressVarExportPrefix4       = "export_prefix4"
 	EgressVarExportPrefix6       = "export_prefix6"
 	EgressVarExportPrefixBy      = "export_prefix_by"
@@ -188,6 +189,7 @@ type EgressVariableSpecs struct {
 	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.VariableSpec `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
@@ -321,6 +323,7 @@ type EgressVariables struct {
 	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.Variable `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`

@@ -341,6 +341,13 @@ static __always_inline int not_udp(struct xdp_md *ctx)
 	return NOT_OURS;
 }
 
+static __always_inline bool is_broadcast(const struct ethhdr *eth)
+{
+	const __u16 *to = (const __u16 *)eth->h_dest;
+
+	return (to[0] & to[1] & to[2]) == 0xffff;
+}
+
 static __always_inline int relay_packet(struct xdp_md *ctx)
 {
 	void *data_end = (void *)(long)ctx->data_end;
@@ -360,7 +367,11 @@ static __always_inline int relay_packet(struct xdp_md *ctx)
 		if (__builtin_expect(!parse_ip4(data_end, &h), 0))
 			return not_udp(ctx);
 		flow = lookup(ctx, cfg, ifindex, &h, true);
-		return flow ? forward(ctx, cfg, ifindex, &h, flow, true) : NOT_OURS;
+		if (flow)
+			return forward(ctx, cfg, ifindex, &h, flow, true);
+		if (__builtin_expect(is_broadcast(h.eth), 0))
+			count_broadcast(ctx);
+		return NOT_OURS;
 	}
 	if (proto == bpf_htons(ETH_P_IPV6)) {
 		if (__builtin_expect(!parse_ip6(data_end, &h), 0))
@@ -379,7 +390,7 @@ int relay(struct xdp_md *ctx)
 
 	if (verdict != NOT_OURS)
 		return verdict;
-	c = bpf_map_lookup_elem(&passed, &zero);
+	c = bpf_map_lookup_elem(&passed, &zero); /* PASSED_ALL */
 	if (c)
 		count(c, bpf_xdp_get_buff_len(ctx));
 	return XDP_PASS;

@@ -274,7 +274,8 @@ const (
 	RelayNoteNOTE_MALFORMED  RelayNote = 0
 	RelayNoteNOTE_ORPHAN     RelayNote = 1
 	RelayNoteNOTE_UNFINISHED RelayNote = 2
-	RelayNoteNOTES           RelayNote = 3
+	RelayNoteNOTE_ECHO       RelayNote = 3
+	RelayNoteNOTES           RelayNote = 4
 )
 
 type RelayOrphans struct {
@@ -342,6 +343,14 @@ type RelayOwnMac struct {
 	Mac [6]uint8
 	Pad [2]uint8
 }
+
+type RelayPassedKind uint32
+
+const (
+	RelayPassedKindPASSED_ALL       RelayPassedKind = 0
+	RelayPassedKindPASSED_BROADCAST RelayPassedKind = 1
+	RelayPassedKindPASSED_KINDS     RelayPassedKind = 2
+)
 
 type RelayPolicer struct {
 	_       structs.HostLayout
@@ -665,6 +674,7 @@ const (
 	RelayVarExportLookupKind    = "export_lookup_kind"
 	RelayVarExportNote          = "export_note"
 	RelayVarExportOutputFlag    = "export_output_flag"
+	RelayVarExportPassedKind    = "export_passed_kind"
 	RelayVarExportPrefix4       = "export_prefix4"
 	RelayVarExportPrefix6       = "export_prefix6"
 	RelayVarExportPrefixBy      = "export_prefix_by"
@@ -791,6 +801,7 @@ type RelayVariableSpecs struct {
 	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.VariableSpec `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
@@ -928,6 +939,7 @@ type RelayVariables struct {
 	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.Variable `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`

@@ -65,6 +65,7 @@ const (
 	TappedVarExportLookupKind    = "export_lookup_kind"
 	TappedVarExportNote          = "export_note"
 	TappedVarExportOutputFlag    = "export_output_flag"
+	TappedVarExportPassedKind    = "export_passed_kind"
 	TappedVarExportPrefix4       = "export_prefix4"
 	TappedVarExportPrefix6       = "export_prefix6"
 	TappedVarExportPrefixBy      = "export_prefix_by"
@@ -188,6 +189,7 @@ type TappedVariableSpecs struct {
 	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.VariableSpec `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
@@ -321,6 +323,7 @@ type TappedVariables struct {
 	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.Variable `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`

@@ -79,6 +79,13 @@ enum prefix_by {
 	PREFIX_BY_SOURCE,
 };
 
+/* What no rule took. */
+enum passed_kind {
+	PASSED_ALL,
+	PASSED_BROADCAST, /* of these, IPv4 UDP in frames to ff:ff:ff:ff:ff:ff */
+	PASSED_KINDS,
+};
+
 /* Fragments, by what was known of them. */
 enum fragment_kind {
 	FRAGMENT_FIRST,	 /* carries the ports; of a datagram that a rule takes */
@@ -92,6 +99,7 @@ enum note {
 	NOTE_MALFORMED,	 /* UDP that ends beyond its packet, or a packet cut short: passed */
 	NOTE_ORPHAN,	 /* fragments that came before the first of their datagram: passed */
 	NOTE_UNFINISHED, /* the sender left the UDP checksum to a device that was none */
+	NOTE_ECHO,	 /* what another sender brought before, more often than that: relayed */
 	NOTES,
 };
 

@@ -84,6 +84,19 @@ static __always_inline void count_note(__u32 rule, __u32 note, __u32 packets, __
 	count_rare(DROP_NOTE, rule, note, packets, bytes);
 }
 
+/* Counts a broadcast datagram that no rule takes: rules take it with broadcast=allow alone. Returns
+ * what passes. Global, so that it is verified once.
+ */
+__noinline int count_broadcast(struct xdp_md *ctx)
+{
+	__u32 kind = PASSED_BROADCAST;
+	struct counter *c = bpf_map_lookup_elem(&passed, &kind);
+
+	if (c)
+		count(c, bpf_xdp_get_buff_len(ctx));
+	return 0;
+}
+
 /* The loop guard in front of the packet tap, behind which packets come in blocks of each
  * input, and no more in the order of their arrival. Says whether a packet was dropped.
  * Global, so that it is verified once.

@@ -11,7 +11,8 @@
  *
  * Rules whose circle is meant (FLOW_TWO_WAY) are cut by likelihood, too: a return comes from
  * somebody else than the first packet did (source MAC and address), and each packet relayed
- * comes back, so that the returns outnumber those of the first sender without end.
+ * comes back, so that the returns outnumber those of the first sender without end. With the
+ * others such packets are noted, and relayed.
  *
  * Most packets of a fast rule are not looked at: the first of each tick are, and all
  * while the rule's rate multiplies, as it does with a loop.
@@ -51,7 +52,7 @@ const volatile __u32 guard_race = 512;
 #define GUARD_PROOF 0xe880  /* a bit for each value of steps with three bits or four: a loop ... */
 #define GUARD_NEAR 16	    /* ... if there were no more packets between two */
 #define GUARD_ASKS 2	/* so many packets of a further sender, and one more of the first: mark */
-#define GUARD_ALONE 8	/* so many of the only one, with FLOW_TWO_WAY */
+#define GUARD_ALONE 8	/* so many of the only one */
 #define GUARD_FOREIGN 8 /* so many with another relay's marks, and none of it cut: mark anew */
 #define GUARD_SELF 32	/* so many more than were sent: the sender sends by itself */
 
@@ -94,6 +95,7 @@ enum guard_verdict {
 	GUARD_PASS,
 	GUARD_CUT,
 	GUARD_MARK, /* the mark is above */
+	GUARD_ECHO = 4, /* relayed, and likely a return */
 };
 
 #define GUARD_MARK_SHIFT 8
@@ -441,7 +443,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 	struct loop *loop = bpf_map_lookup_elem(&loops, &rule);
 	struct guard_way *way = NULL;
 	__u32 step = guard_step(slot, p), next = 0;
-	bool found, asks;
+	bool many, found, asks;
 
 	if (loop) {
 		way = guard_way_of(loop, p->sender);
@@ -462,7 +464,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 		soon = slot->soon;
 		fewest = guard_fewest(slot, packets, GUARD_OTHERS);
 		asks = slot->others[0].sender ? guard_asks(soon, GUARD_ASKS + 1)
-					      : p->by_numbers && guard_asks(packets, GUARD_ALONE);
+					      : guard_asks(packets, GUARD_ALONE);
 	} else {
 		struct guard_other *o;
 
@@ -490,7 +492,8 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 			ratio = 1;
 		}
 	}
-	found = p->by_numbers && soon >= returns && soon > ratio * fewest;
+	many = soon >= returns && soon > ratio * fewest;
+	found = many && p->by_numbers;
 	if (step < GUARD_STEPS) {
 		found = guard_back(slot, step) || found;
 		asks = true;
@@ -508,7 +511,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 	slot->seen = seen;
 	slot->rule = p->rule;
 	if (!asks || !p->can_bear)
-		return GUARD_PASS;
+		return many && !p->by_numbers ? GUARD_ECHO : GUARD_PASS;
 	slot->is_marked = 1;
 	slot->marked_at = seen;
 	return (__u32)guard_mark(p->signature, next) << GUARD_MARK_SHIFT | GUARD_MARK;
@@ -577,8 +580,11 @@ static __always_inline __u32 guard_place(const struct headers *h, bool ip4, cons
 	       flow->outputs << 24;
 }
 
-/* Says whether a packet has left this host before and comes back by a way that loops;
- * remembers it otherwise. Global, so that it is verified once, and not for each way to here;
+/* Of account.h. */
+__noinline int count_rare(__u32 scope, __u32 id, __u32 reason, __u32 packets, __u32 bytes);
+
+/* Says whether a packet has left this host before and comes back by a way that loops; notes it
+ * where it likely does, and remembers it otherwise. Global, so that it is verified once, and not for each way to here;
  * the bounds are for the verifier, the packet has been parsed.
  */
 __noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32 fragment_id,
@@ -639,5 +645,7 @@ __noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32
 	} else if (verdict & GUARD_MARK) {
 		((__u16 *)h.ip6)[1] = verdict >> GUARD_MARK_SHIFT;
 	}
+	if (verdict == GUARD_ECHO)
+		count_rare(DROP_NOTE, rule, NOTE_ECHO, 1, bpf_xdp_get_buff_len(ctx));
 	return verdict == GUARD_CUT;
 }

@@ -37,6 +37,7 @@ EXPORT_TYPE(enum, vlan_mode);
 EXPORT_TYPE(enum, flow_flag);
 EXPORT_TYPE(enum, fragment_kind);
 EXPORT_TYPE(enum, note);
+EXPORT_TYPE(enum, passed_kind);
 EXPORT_TYPE(enum, user_scope);
 EXPORT_TYPE(enum, user_kind);
 
@@ -336,10 +337,10 @@ struct {
 	__type(value, struct output_stats);
 } output_stats SEC(".maps");
 
-/* passed: one entry, what no rule matched. */
+/* passed: enum passed_kind -> what no rule matched. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, PASSED_KINDS);
 	__type(key, __u32);
 	__type(value, struct counter);
 } passed SEC(".maps");

@@ -62,7 +62,7 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 	s := control.Stats{
 		Time: now, Rules: []control.RuleStatus{}, Passed: control.Counter(counted.Passed),
 		Drops: relay.Drops(counted.Drops), TransmitDrops: []control.TransmitDrop{}, ReceiveDrops: []control.ReceiveDrop{},
-		Fragments: relay.Fragments(counted.Fragments),
+		PassedBroadcast: control.Counter(counted.PassedBroadcast), Fragments: relay.Fragments(counted.Fragments),
 	}
 	for _, rule := range counted.Rules {
 		s.Rules = append(s.Rules, kernelRule(rule, byName[rule.Name], now, name))

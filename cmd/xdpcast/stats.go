@@ -248,6 +248,9 @@ func noteTable(w io.Writer, s control.Stats) error {
 	if o := s.Fragments.Orphan; o.Packets > 0 {
 		t.add("orphan_fragment", "all traffic", humanCount(o.Packets), humanBytes(o.Bytes))
 	}
+	if b := s.PassedBroadcast; b.Packets > 0 {
+		t.add("broadcast", "no rule", humanCount(b.Packets), humanBytes(b.Bytes))
+	}
 	if len(t.rows) == 1 {
 		return nil
 	}

@@ -105,7 +105,7 @@ type RuleStatus struct {
 	// LastSeen is when a packet last matched, nil when none has.
 	LastSeen *time.Time `json:"last_seen,omitempty"`
 	// Notes count what is worth knowing of the rule's packets and is no drop, by reason:
-	// malformed, orphan_fragment, unfinished_checksum.
+	// malformed, orphan_fragment, unfinished_checksum, echo.
 	Notes []Drop `json:"notes,omitempty"`
 	// Drops holds what matched and was dropped before any output saw it.
 	Drops   []Drop         `json:"drops"`
@@ -438,6 +438,8 @@ type Stats struct {
 	Rules []RuleStatus `json:"rules"`
 	// Passed counts what no rule matched.
 	Passed Counter `json:"passed"`
+	// PassedBroadcast counts what of Passed was IPv4 UDP in broadcast frames.
+	PassedBroadcast Counter `json:"passed_broadcast"`
 	// Fragments counts fragments of UDP datagrams.
 	Fragments Fragments `json:"fragments"`
 	// Drops is the total by reason, over all rules.

@@ -67,7 +67,7 @@ type counters struct {
 }
 
 // notes is the number of notes.
-const notes = int(loader.UnfinishedChecksum) + 1
+const notes = int(loader.Echo) + 1
 
 // drop counts a drop.
 func (c *counters) drop(reason loader.Reason, packets, bytes uint64) {

@@ -233,9 +233,13 @@ func (e *Engine) refuses(r *Rule, counts *counters, frame []byte, h *packet.Head
 		return loader.Loop, mark, true
 	}
 	if !r.rule.Unguarded && counts.pace.Looks(e.set.guard, r.number, at) {
-		refused, mark = e.set.guard.Returned(frame, h, packet.GuardPacket{Rule: r.number, Index: r.rule.In.Index, Outputs: len(r.out), Ethernet: ethernet, TwoWay: r.rule.TwoWay && !r.rule.Fronted, At: at})
-		if refused {
+		var verdict packet.GuardVerdict
+		verdict, mark = e.set.guard.Returned(frame, h, packet.GuardPacket{Rule: r.number, Index: r.rule.In.Index, Outputs: len(r.out), Ethernet: ethernet, TwoWay: r.rule.TwoWay && !r.rule.Fronted, Fronted: r.rule.Fronted, At: at})
+		switch verdict {
+		case packet.GuardCut:
 			return loader.Looping, mark, true
+		case packet.GuardEcho:
+			counts.note(loader.Echo, 1, uint64(length))
 		}
 	}
 	// RFC 8200 section 8.1.

@@ -46,6 +46,8 @@ func (r *Relay) explainNotes(e *control.Explanation) {
 			e.Why += fmt.Sprintf("; %d fragments came before the first of their datagram and passed to the host", n.Packets)
 		case loader.UnfinishedChecksum.String():
 			e.Why += fmt.Sprintf("; %d packets came with an unfinished checksum", n.Packets)
+		case loader.Echo.String():
+			e.Why += fmt.Sprintf("; %d packets had a content that another sender had brought before, and less often: perhaps a host sends them anew (loop=two-way cuts such loops)", n.Packets)
 		}
 	}
 }

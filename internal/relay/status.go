@@ -367,7 +367,7 @@ func (r *Relay) Stats(ctx context.Context) (all control.Stats, err error) {
 		all = control.Stats{
 			Time: time.Now(), Rules: r.describeRules(r.plan.Rules, stats, lost), ReceiveDrops: lost,
 			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), TransmitDrops: r.transmitDrops(stats.Devices, r.tables.paths.unsent()),
-			Fragments: Fragments(stats.Fragments),
+			PassedBroadcast: control.Counter(stats.PassedBroadcast), Fragments: Fragments(stats.Fragments),
 		}
 		return nil
 	})

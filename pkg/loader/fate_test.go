@@ -351,3 +351,38 @@ func unfinish(frame []byte) []byte {
 	}
 	return put16(bytes.Clone(frame), h.UDP+6, uint16(sum))
 }
+
+// Broadcast datagrams that no rule takes pass, and are counted; those that a rule takes, and what
+// is no UDP or no broadcast, are not.
+func TestPassedBroadcast(t *testing.T) {
+	t.Parallel()
+	n, r := programLab(t, 1)
+	in := input(n.in, "255.255.255.255", "", 9)
+	sync1(t, r.l, flow.Flow{Name: "r", In: in, Broadcast: true, Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.9.9.9", 6000)}})
+	broadcast := func(dst string, port uint16) packet.Frame {
+		f := sourceFrame(n, "239.1.1.1", port, []byte("x"))
+		f.Dst, f.DstMAC = netip.MustParseAddr(dst), packet.BroadcastMAC
+		return f
+	}
+	group := sourceFrame(n, "239.9.9.9", 9, []byte("x"))
+	other := broadcast("255.255.255.255", 9)
+	notUDP := other.Build()
+	notUDP[23] = 17 + 1
+	for _, c := range []struct {
+		frame []byte
+		want  Counter
+	}{
+		{func() []byte { f := broadcast("255.255.255.255", 9); return f.Build() }(), Counter{}},
+		{func() []byte { f := broadcast("255.255.255.255", 67); return f.Build() }(), Counter{Packets: 1, Bytes: 43}},
+		{func() []byte { f := broadcast("10.1.0.255", 9); return f.Build() }(), Counter{Packets: 1, Bytes: 43}},
+		{group.Build(), Counter{}},
+		{notUDP, Counter{}},
+	} {
+		before := globalStats(t, r.l).PassedBroadcast
+		r.run(t, n.in.Index, c.frame, len(c.frame))
+		got := globalStats(t, r.l).PassedBroadcast
+		if got.Packets-before.Packets != c.want.Packets || got.Bytes-before.Bytes != c.want.Bytes {
+			t.Errorf("frame %x: counted %+v, before %+v, want %+v more", c.frame, got, before, c.want)
+		}
+	}
+}

@@ -2,11 +2,14 @@ package loader
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
 	"xdpcast/pkg/flow"
@@ -67,7 +70,7 @@ func TestGuardDifferential(t *testing.T) {
 	l := open(t, opts)
 	attachAll(t, l, n.in, n.out[0], n.out[1])
 	r := newRunner(t, l, n.relay)
-	cut, marked, found := 0, 0, 0
+	cut, marked, found, echo := 0, 0, 0, 0
 	for round := range 12 {
 		var rules []flow.Flow
 		for i, group := range []string{"239.1.1.1", "239.1.1.2", "ff3e::1"} {
@@ -103,14 +106,19 @@ func TestGuardDifferential(t *testing.T) {
 					rule = &rules[i]
 				}
 			}
+			before := echoes(t, l, ids[rule.Name])
 			got := r.run(t, index, frame, len(frame))
 			at = lastSeen(t, l, ids[rule.Name])
 			want := bytes.Clone(frame)
-			returned, mark := twin.Returned(want, &h, packet.GuardPacket{Rule: ids[rule.Name], Index: index, Outputs: len(rule.Out), Ethernet: true, TwoWay: rule.TwoWay, At: at})
-			if returned != (got.verdict == xdpDrop) {
-				t.Fatalf("round %d: frame %x: verdict %d, the twin says %v", round, frame, got.verdict, returned)
+			said, mark := twin.Returned(want, &h, packet.GuardPacket{Rule: ids[rule.Name], Index: index, Outputs: len(rule.Out), Ethernet: true, TwoWay: rule.TwoWay, At: at})
+			noted := echoes(t, l, ids[rule.Name]) != before
+			if (said == packet.GuardCut) != (got.verdict == xdpDrop) || (said == packet.GuardEcho) != noted {
+				t.Fatalf("round %d: frame %x: verdict %d, noted %v, the twin says %v", round, frame, got.verdict, noted, said)
 			}
-			if returned {
+			if noted {
+				echo++
+			}
+			if said == packet.GuardCut {
 				cut++
 				continue
 			}
@@ -127,10 +135,21 @@ func TestGuardDifferential(t *testing.T) {
 		}
 		found += compareLoops(t, l, twin, at)
 	}
-	t.Logf("%d cut, %d marked, %d ways found", cut, marked, found)
-	if cut < 100 || marked < 30 || found < 20 {
-		t.Errorf("%d cut, %d marked, %d ways found, which proves little", cut, marked, found)
+	t.Logf("%d cut, %d marked, %d noted, %d ways found", cut, marked, echo, found)
+	if cut < 100 || marked < 30 || found < 20 || echo < 20 {
+		t.Errorf("%d cut, %d marked, %d noted, %d ways found, which proves little", cut, marked, echo, found)
 	}
+}
+
+// echoes is how many packets of a rule have been noted as echoes, on all CPUs.
+func echoes(t *testing.T, l *Loader, id uint32) (n uint64) {
+	t.Helper()
+	key := bpf.RelayDropKey{Id: id, Scope: uint16(bpf.RelayDropScopeDROP_NOTE), Reason: uint16(bpf.RelayNoteNOTE_ECHO)}
+	var cpus []bpf.RelayCounter
+	if err := l.maps.RuleDrops.Lookup(&key, &cpus); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Fatal(err)
+	}
+	return sum(cpus).Packets
 }
 
 // lastSeen is the time at which a rule's last packet came, on any CPU.

@@ -176,8 +176,9 @@ type Stats struct {
 	// Drops are those of all rules together. The bytes of CPUFull, which no rule has by
 	// itself, are not known.
 	Drops map[Reason]Counter
-	// Passed is what no rule matched, on all interfaces.
-	Passed Counter
+	// Passed is what no rule matched, on all interfaces, and PassedBroadcast what of it was IPv4
+	// UDP in broadcast frames.
+	Passed, PassedBroadcast Counter
 	// Kept is what rules of PathFanout took from the host's stack.
 	Kept      Counter
 	Fragments Fragments
@@ -315,10 +316,13 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 	if dropped > 0 {
 		s.Drops[CPUFull] = Counter{Packets: dropped}
 	}
-	if s.Passed, err = readTotal("passed", m.Passed); err != nil {
+	if s.Passed, err = readTotal("passed", m.Passed, uint32(bpf.RelayPassedKindPASSED_ALL)); err != nil {
 		return s, err
 	}
-	if s.Kept, err = readTotal("kept", m.Kept); err != nil {
+	if s.PassedBroadcast, err = readTotal("passed", m.Passed, uint32(bpf.RelayPassedKindPASSED_BROADCAST)); err != nil {
+		return s, err
+	}
+	if s.Kept, err = readTotal("kept", m.Kept, 0); err != nil {
 		return s, err
 	}
 	if s.Fragments, err = readFragments(m.FragmentStats); err != nil {
@@ -465,9 +469,9 @@ func readSinks(m *mapSet, tallies []*tally) error {
 }
 
 // readTotal reads a counter of one entry.
-func readTotal(name string, m *ebpf.Map) (Counter, error) {
+func readTotal(name string, m *ebpf.Map, kind uint32) (Counter, error) {
 	var perCPU []bpf.RelayCounter
-	if err := m.Lookup(uint32(0), &perCPU); err != nil {
+	if err := m.Lookup(kind, &perCPU); err != nil {
 		return Counter{}, fmt.Errorf("read map %s: %w", name, err)
 	}
 	return sum(perCPU), nil

@@ -253,6 +253,7 @@ const (
 	Malformed          = Note(bpf.RelayNoteNOTE_MALFORMED)
 	OrphanFragment     = Note(bpf.RelayNoteNOTE_ORPHAN)
 	UnfinishedChecksum = Note(bpf.RelayNoteNOTE_UNFINISHED)
+	Echo               = Note(bpf.RelayNoteNOTE_ECHO)
 )
 
 func (n Note) String() string {
@@ -263,6 +264,8 @@ func (n Note) String() string {
 		return "orphan_fragment"
 	case UnfinishedChecksum:
 		return "unfinished_checksum"
+	case Echo:
+		return "echo"
 	default:
 		return "note_" + string('0'+rune(n))
 	}

@@ -137,7 +137,10 @@ type GuardPacket struct {
 	Ethernet bool   // the frame came with its source MAC
 	// TwoWay says that the rule's circle is meant: besides marks, the numbers of senders tell a loop.
 	TwoWay bool
-	At     int64
+	// Fronted says that the relay program has looked at the packet before: marks of what one sender
+	// repeats are left to it.
+	Fronted bool
+	At      int64
 }
 
 // GuardPace decides which packets of a flow are looked at: the first of each tick, and
@@ -194,10 +197,20 @@ func (m GuardMark) Apply(headers []byte, l3 int, is4 bool) {
 	binary.BigEndian.PutUint16(check, ^fold(sum))
 }
 
+// GuardVerdict is what a Guard says of a packet.
+type GuardVerdict uint8
+
+// The verdicts.
+const (
+	GuardPass GuardVerdict = iota
+	GuardCut               // it has left this host before and comes back by a way that loops: drop it
+	GuardEcho              // it likely does: relay it, and note it
+)
+
 // Returned says whether a frame has left this host before and comes back by a way that
-// loops, to be dropped; it remembers it otherwise, and says what its copies are to bear. h is
-// what Parse said of the frame.
-func (g *Guard) Returned(frame []byte, h *Headers, p GuardPacket) (bool, GuardMark) {
+// loops; it remembers it otherwise, and says what its copies are to bear. h is what Parse said
+// of the frame.
+func (g *Guard) Returned(frame []byte, h *Headers, p GuardPacket) (GuardVerdict, GuardMark) {
 	signature, sum := guardSignature(frame, h)
 	sender := guardSender(frame, h, p.Ethernet)
 	seen := uint32(p.At >> guardShift)
@@ -215,10 +228,10 @@ func (g *Guard) Returned(frame []byte, h *Headers, p GuardPacket) (bool, GuardMa
 		return g.again(s, frame, h, sender, sum, &p)
 	}
 	if s.counts(seen) {
-		return false, GuardMark{}
+		return GuardPass, GuardMark{}
 	}
 	s.guardContent = guardContent{signature: signature, seen: seen, rule: p.Rule, sender: sender, packets: 1, born: seen, port: guardPort(frame, h), sum: sum, id: markIn(frame, h)}
-	return false, GuardMark{}
+	return GuardPass, GuardMark{}
 }
 
 // fresh says whether the slot's content was relayed within GuardWindow.
@@ -235,7 +248,7 @@ func (s *guardSlot) same(signature uint32, sum uint16) bool {
 }
 
 // again is for a packet whose content is in the slot.
-func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum uint16, p *GuardPacket) (bool, GuardMark) {
+func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum uint16, p *GuardPacket) (GuardVerdict, GuardMark) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	loop := g.loops[p.Rule]
@@ -244,8 +257,11 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		way = loop.wayOf(sender)
 	}
 	if loop != nil {
-		if cut, known := loop.known(way, s, p); known {
-			return cut, GuardMark{}
+		switch cut, known := loop.known(way, s, p); {
+		case cut:
+			return GuardCut, GuardMark{}
+		case known:
+			return GuardPass, GuardMark{}
 		}
 	}
 	seen := uint32(p.At >> guardShift)
@@ -273,7 +289,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		if s.others[0].sender != 0 {
 			asks = guardAsks(soon, guardAsk+1)
 		} else {
-			asks = byNumbers && guardAsks(packets, guardAlone)
+			asks = !p.Fronted && guardAsks(packets, guardAlone)
 		}
 	} else {
 		key := uint64(port)
@@ -294,7 +310,8 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 			returns, ratio = 2, 1
 		}
 	}
-	found := byNumbers && soon >= returns && soon > ratio*fewest
+	many := soon >= returns && soon > ratio*fewest
+	found := many && byNumbers
 	canBear, mark, next := markOf(frame, h) != nil, markIn(frame, h), uint32(0)
 	step := uint32(guardSteps)
 	if canBear && s.isMarked && seen-s.markedAt <= uint32(GuardWindow>>guardShift) {
@@ -313,14 +330,17 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 	}
 	if found && !way.isForgiven(p.At) {
 		g.found(s, h, frame, sender, p)
-		return true, GuardMark{}
+		return GuardCut, GuardMark{}
 	}
 	s.seen, s.rule = seen, p.Rule
-	if asks && canBear {
+	switch {
+	case asks && canBear:
 		s.isMarked, s.markedAt = true, seen
-		return false, GuardMark{s.mark(next, g.Secret), true}
+		return GuardPass, GuardMark{s.mark(next, g.Secret), true}
+	case many && !byNumbers && !p.Fronted:
+		return GuardEcho, GuardMark{}
 	}
-	return false, GuardMark{}
+	return GuardPass, GuardMark{}
 }
 
 // back notes a packet that has come back with a mark, and says whether that proves a loop.
