@@ -94,7 +94,7 @@ struct guard_packet {
 enum guard_verdict {
 	GUARD_PASS,
 	GUARD_CUT,
-	GUARD_MARK, /* the mark is above */
+	GUARD_MARK,	/* the mark is above */
 	GUARD_ECHO = 4, /* relayed, and likely a return */
 };
 
@@ -584,8 +584,8 @@ static __always_inline __u32 guard_place(const struct headers *h, bool ip4, cons
 __noinline int count_rare(__u32 scope, __u32 id, __u32 reason, __u32 packets, __u32 bytes);
 
 /* Says whether a packet has left this host before and comes back by a way that loops; notes it
- * where it likely does, and remembers it otherwise. Global, so that it is verified once, and not for each way to here;
- * the bounds are for the verifier, the packet has been parsed.
+ * where it likely does, and remembers it otherwise. Global, so that it is verified once, and not
+ * for each way to here; the bounds are for the verifier, the packet has been parsed.
  */
 __noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32 fragment_id,
 			      __u64 now)
