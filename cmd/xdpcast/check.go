@@ -36,21 +36,28 @@ func check(c *cli.Context) error {
 	case name == "":
 		name = c.Args().First()
 	}
-	list, err := readRules(c.App.Reader, name)
+	config, err := readConfig(c.App.Reader, name)
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.App.Writer, "ok: %s\n", plural(len(list), "rule"))
+	routes := ""
+	if config.Mroute != nil {
+		routes = ", and multicast routes of the kernel"
+	}
+	_, err = fmt.Fprintf(c.App.Writer, "ok: %s%s\n", plural(len(config.Rules), "rule"), routes)
 	return err
 }
 
-// readRules reads, parses and validates a file of rules, "-" for stdin.
-func readRules(stdin io.Reader, name string) ([]rules.Rule, error) {
+// readConfig reads, parses and validates a file for run, "-" for stdin.
+func readConfig(stdin io.Reader, name string) (rules.Config, error) {
 	data, err := readRuleFile(stdin, name)
-	if err != nil {
-		return nil, err
+	switch {
+	case err != nil:
+		return rules.Config{}, err
+	case name == "-":
+		return rules.ParseConfig("stdin", data, nil)
 	}
-	return parseRules(name, data)
+	return rulefile.Parse(name, data)
 }
 
 // parseRules parses a file of rules with those that it includes.
@@ -58,7 +65,7 @@ func parseRules(name string, data []byte) ([]rules.Rule, error) {
 	if name == "-" {
 		return rules.ParseFile("stdin", data)
 	}
-	return rulefile.Parse(name, data)
+	return rulefile.ParseRules(name, data)
 }
 
 // readRuleFile reads a file of rules, "-" for stdin.

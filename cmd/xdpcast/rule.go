@@ -438,6 +438,11 @@ func changeList(w io.Writer, result control.ApplyResult) error {
 	if more := result.Added + result.Removed + result.Changed - len(result.Changes); more > 0 {
 		fmt.Fprintf(&text, "... and %d more\n", more)
 	}
+	text.WriteString(map[string]string{
+		control.OpAdd:    "+ multicast routes of the kernel are mirrored\n",
+		control.OpRemove: "- multicast routes of the kernel are mirrored\n",
+		control.OpChange: "> other multicast routes of the kernel are mirrored\n",
+	}[result.Mroute])
 	note := ""
 	if result.DryRun {
 		note = "dry run: "

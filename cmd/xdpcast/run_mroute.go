@@ -1,76 +1,65 @@
 package main
 
 import (
-	"net/netip"
-	"slices"
-	"strconv"
+	"errors"
 
 	"github.com/urfave/cli/v2"
 
-	"xdpcast/internal/mroute"
-	"xdpcast/internal/relay"
+	"xdpcast/pkg/rules"
 )
 
 // mrouteFlags are those of the mirror of multicast routes.
 func mrouteFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.BoolFlag{Name: "mroute", Usage: "forward what the kernel's multicast routes say (of FRR, smcroute, pimd, igmpproxy) in XDP"},
+		&cli.BoolFlag{Name: "mroute", Usage: "forward what the kernel's multicast routes say (of FRR, smcroute, pimd, igmpproxy) in XDP; as mroute of the file, which must not have it then"},
 		&cli.StringSliceFlag{Name: "mroute-table", Usage: "mirror `TABLE`: main, or a number (repeatable)", DefaultText: "main"},
 		&cli.StringSliceFlag{Name: "mroute-family", Usage: "mirror routes of `FAMILY`: ipv4 or ipv6 (repeatable)", DefaultText: "both"},
-		&cli.StringSliceFlag{Name: "mroute-interface", Usage: "mirror only routes whose interfaces are all named: `IFACE` (repeatable)", DefaultText: "any"},
+		&cli.StringSliceFlag{Name: "mroute-interface", Usage: "mirror only routes whose interfaces are all named: `IFACE`, or a pattern (eth+; repeatable)", DefaultText: "any"},
 		&cli.StringSliceFlag{Name: "mroute-group", Usage: "mirror only routes whose group is in `PREFIX` (repeatable)", DefaultText: "any"},
-		&cli.StringSliceFlag{Name: "mroute-leave", Usage: "leave groups in `PREFIX` to the kernel: those that programs on this host receive (repeatable)"},
+		&cli.StringSliceFlag{Name: "mroute-leave", Usage: "leave groups in `PREFIX` to the kernel (repeatable)"},
+		&cli.StringFlag{Name: "mroute-joined", Usage: "`WHAT` to do with groups that a program on this host has joined on their input: leave them to the kernel, which gives it a copy, or take them", Value: "leave"},
 	}
 }
 
+// mrouteKeys are the flags that set keys of the section mroute of a file.
+var mrouteKeys = []struct{ flag, key string }{
+	{"mroute-table", "tables"}, {"mroute-family", "families"}, {"mroute-interface", "interfaces"},
+	{"mroute-group", "groups"}, {"mroute-leave", "leave"}, {"mroute-joined", "joined"},
+}
+
 // mrouteOptions is what the flags say; nil without --mroute.
-func mrouteOptions(c *cli.Context) (*relay.MrouteOptions, error) {
+func mrouteOptions(c *cli.Context) (*rules.Mroute, error) {
 	if !c.Bool("mroute") {
-		for _, f := range mrouteFlags() {
-			if name := f.Names()[0]; name != "mroute" && c.IsSet(name) {
-				return nil, usagef("--%s without --mroute: want both", name)
+		for _, k := range mrouteKeys {
+			if c.IsSet(k.flag) {
+				return nil, usagef("--%s without --mroute: want both", k.flag)
 			}
 		}
 		return nil, nil
 	}
-	o := &relay.MrouteOptions{Selection: mroute.Selection{Interfaces: c.StringSlice("mroute-interface")}}
-	for _, text := range c.StringSlice("mroute-table") {
-		table := uint64(mroute.Main)
-		if text != "main" {
-			var err error
-			if table, err = strconv.ParseUint(text, 10, 32); err != nil || table == 0 {
-				return nil, usagef("--mroute-table %q: want main, or a number from 1 to 4294967295", text)
+	m := &rules.Mroute{}
+	flagOf := map[string]string{}
+	report := func(err error) error {
+		var fault *rules.FieldError
+		if errors.As(err, &fault) {
+			return usagef("--%s %q: want %s", flagOf[fault.Field], fault.Value, fault.Want)
+		}
+		return err
+	}
+	for _, k := range mrouteKeys {
+		flagOf["mroute."+k.key] = k.flag
+		values := c.StringSlice(k.flag)
+		if k.key == "joined" {
+			values = []string{c.String(k.flag)}
+		}
+		for _, value := range values {
+			if err := m.Set(k.key, value); err != nil {
+				return nil, report(err)
 			}
 		}
-		o.Tables = append(o.Tables, uint32(table))
 	}
-	families := c.StringSlice("mroute-family")
-	for _, text := range families {
-		if text != "ipv4" && text != "ipv6" {
-			return nil, usagef("--mroute-family %q: want ipv4 or ipv6", text)
-		}
+	if err := m.Validate(); err != nil {
+		return nil, report(err)
 	}
-	o.IPv4 = len(families) == 0 || slices.Contains(families, "ipv4")
-	o.IPv6 = len(families) == 0 || slices.Contains(families, "ipv6")
-	var err error
-	if o.Selection.Groups, err = groupPrefixes(c, "mroute-group"); err != nil {
-		return nil, err
-	}
-	o.Selection.Leave, err = groupPrefixes(c, "mroute-leave")
-	return o, err
-}
-
-// groupPrefixes reads a flag of prefixes of groups; a group alone is one of its full length.
-func groupPrefixes(c *cli.Context, name string) (all []netip.Prefix, err error) {
-	for _, text := range c.StringSlice(name) {
-		p, err := netip.ParsePrefix(text)
-		if addr, e := netip.ParseAddr(text); e == nil && addr.Zone() == "" {
-			p, err = netip.PrefixFrom(addr, addr.BitLen()), nil
-		}
-		if err != nil || !p.Addr().IsMulticast() || p != p.Masked() {
-			return nil, usagef("--%s %q: want a prefix of multicast groups, such as 239.1.0.0/16", name, text)
-		}
-		all = append(all, p)
-	}
-	return all, nil
+	return m, nil
 }

@@ -53,6 +53,9 @@ func statusText(w io.Writer, s control.Status, now time.Time) error {
 	head.add("file", orDash(s.Config))
 	head.add("pins", fmt.Sprintf("%s, schema %d", s.PinDir, s.Schema))
 	head.add("rules", fmt.Sprintf("%d: %d active, %d pending, %d failed", s.Rules, s.Active, s.Pending, s.Failed))
+	if m := s.Mroutes; m != nil {
+		head.add("routes", fmt.Sprintf("%s: %d forwarded in XDP, %d left to the kernel", plural(m.Entries, "multicast route"), m.Accelerated, m.Entries-m.Accelerated))
+	}
 	head.add("passed", fmt.Sprintf("%s packets, %s that no rule matched", humanCount(s.Passed.Packets), humanBytes(s.Passed.Bytes)))
 	if u := s.Unconfirmed; u != nil {
 		head.add("unconfirmed", fmt.Sprintf("%s, undone in %s without \"xdpcast confirm\"", doneBy(u.What, u.UID), age(u.Until.Sub(now))))
@@ -61,6 +64,9 @@ func statusText(w io.Writer, s control.Status, now time.Time) error {
 		head.add("warning", warning)
 	}
 	if err := head.write(w); err != nil {
+		return err
+	}
+	if err := leftTable(w, s.Mroutes); err != nil {
 		return err
 	}
 	if len(s.Interfaces) > 0 {
@@ -75,6 +81,19 @@ func statusText(w io.Writer, s control.Status, now time.Time) error {
 		}
 	}
 	return dropTable(w, s.Drops)
+}
+
+// leftTable has a line for each reason for which multicast routes are left to the kernel.
+func leftTable(w io.Writer, m *control.MrouteStatus) error {
+	if m == nil || len(m.Left) == 0 {
+		return nil
+	}
+	fmt.Fprintln(w)
+	t := newTable(">ROUTES LEFT", "FIRST", "REASON")
+	for _, l := range m.Left {
+		t.add(strconv.Itoa(l.Entries), l.First, l.Reason)
+	}
+	return t.write(w)
 }
 
 // workerTables has a line for each worker of the user-space paths, with what the kernel

@@ -321,6 +321,9 @@ type Status struct {
 	Pending int `json:"pending"`
 	Failed  int `json:"failed"`
 
+	// Mroutes is what becomes of the kernel's multicast routes; nil while none are mirrored.
+	Mroutes *MrouteStatus `json:"mroutes,omitempty"`
+
 	Interfaces []InterfaceStatus `json:"interfaces"`
 	// Workers are those of the paths in user space, by interface, path and queue.
 	Workers []Worker `json:"workers"`
@@ -329,6 +332,26 @@ type Status struct {
 	// Drops is the total by reason, over all rules.
 	Drops    []Drop   `json:"drops"`
 	Warnings []string `json:"warnings"`
+}
+
+// MrouteStatus says which multicast routes of the kernel are forwarded in XDP.
+type MrouteStatus struct {
+	// Entries of the kernel's cache that are resolved, and how many of them are taken over.
+	Entries     int `json:"entries"`
+	Accelerated int `json:"accelerated"`
+	// Left are the others by reason, the most frequent first.
+	Left []MroutesLeft `json:"left"`
+}
+
+// MroutesLeft is how many multicast routes are left to the kernel for one reason.
+type MroutesLeft struct {
+	Reason  string `json:"reason"`
+	Entries int    `json:"entries"`
+	// First is the name of the first rule of them.
+	First string `json:"first"`
+	// Expected: the settings or the route itself want it so, and nothing of the host is to be
+	// changed.
+	Expected bool `json:"expected"`
 }
 
 // Operations of a Change.
@@ -375,6 +398,9 @@ type ApplyResult struct {
 	// Changes lists what was added, changed and removed, in this order; the first
 	// ApplyOptions.MaxChanges of it.
 	Changes []Change `json:"changes"`
+	// Mroute says that the settings of multicast routes changed: OpAdd where none were mirrored
+	// before, OpRemove where none are now; empty where they stay.
+	Mroute string `json:"mroute,omitempty"`
 	// ConfirmBy is when the change is undone unless it is confirmed; nil for one that is
 	// final, or that changes nothing.
 	ConfirmBy *time.Time `json:"confirm_by,omitempty"`

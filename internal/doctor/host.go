@@ -28,6 +28,7 @@ var hostChecks = [...]struct {
 	{"memlock", "memory for AF_XDP sockets may be locked", memlock},
 	{"clock", "the time namespace shares the host's monotonic clock", clock},
 	{"memberships", "all groups are joined", memberships},
+	{"routes", "no multicast route is left to the kernel but those that are meant to be", routes},
 	{"softnet", "no CPU drops packets between driver and stack", softnet},
 	{"firewall", "no nftables rule keeps IGMP or MLD from the kernel", firewall},
 	{"facts", "everything could be looked at", unread},
@@ -102,8 +103,12 @@ func daemon(h *Host) (found []Finding) {
 	if d.Failed > 0 {
 		found = append(found, fault("xdpcast rule list", "%s failed", plural(d.Failed, "rule")))
 	}
-	if d.Pending > 0 {
-		found = append(found, warning("xdpcast rule list", "%s pending: REASON says what each waits for", plural(d.Pending, "rule is", "rules are")))
+	pending := d.Pending
+	if d.Mroutes != nil {
+		pending -= d.Mroutes.Entries - d.Mroutes.Accelerated // see routes
+	}
+	if pending > 0 {
+		found = append(found, warning("xdpcast rule list", "%s pending: REASON says what each waits for", plural(pending, "rule is", "rules are")))
 	}
 	for _, w := range d.Warnings {
 		found = append(found, warning("xdpcast status", "the daemon warns: %s", w))
@@ -187,6 +192,25 @@ func memberships(h *Host) (found []Finding) {
 			cure = "systemctl edit xdpcast: LimitNOFILE=65536, then systemctl restart xdpcast"
 		}
 		found = append(found, fault(cure, "%s not joined: %s", plural(failed[cause], "group is", "groups are"), cause))
+	}
+	return found
+}
+
+// routes tells of multicast routes that something on the host keeps from being taken over.
+func routes(h *Host) (found []Finding) {
+	if h.Daemon == nil || h.Daemon.Mroutes == nil {
+		return nil
+	}
+	m := h.Daemon.Mroutes
+	for _, l := range m.Left {
+		if l.Expected {
+			continue
+		}
+		cure := "xdpcast rule show " + l.First
+		if strings.HasPrefix(l.Reason, "a program on this host") {
+			cure = "nothing, if the program is to receive; else --mroute-joined take, or joined: take of the file"
+		}
+		found = append(found, warning(cure, "%d of %s left to the kernel, the first %s: %s", l.Entries, plural(m.Entries, "multicast route is", "multicast routes are"), l.First, l.Reason))
 	}
 	return found
 }

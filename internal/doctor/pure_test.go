@@ -49,6 +49,14 @@ var hardwareFaults = []struct {
 	{"bpffs", func(h *Host, _ *Interface) { h.Private = "mounted in this mount namespace alone" }, Warning, "alone", "nsenter"},
 	{"daemon", func(h *Host, _ *Interface) { h.Daemon.Ready = false }, Warning, "not brought its rules in", "journalctl"},
 	{"daemon", func(h *Host, _ *Interface) { h.Daemon.Pending = 1 }, Warning, "1 rule is pending", "rule list"},
+	{"daemon", func(h *Host, _ *Interface) {
+		h.Daemon.Pending = 2
+		h.Daemon.Mroutes = &control.MrouteStatus{Entries: 3, Accelerated: 2, Left: []control.MroutesLeft{{Reason: "no outputs", Entries: 1, First: "mroute/a/b", Expected: true}}}
+	}, Warning, "1 rule is pending", "rule list"},
+	{"routes", func(h *Host, _ *Interface) {
+		h.Daemon.Pending = 1
+		h.Daemon.Mroutes = &control.MrouteStatus{Entries: 3, Accelerated: 2, Left: []control.MroutesLeft{{Reason: "interface tun0 has no Ethernet header", Entries: 1, First: "mroute/a/b"}}}
+	}, Warning, "1 of 3 multicast routes are left to the kernel, the first mroute/a/b: interface tun0", "rule show mroute/a/b"},
 	{"daemon", func(h *Host, _ *Interface) { h.Daemon.Warnings = []string{"clouds"} }, Warning, "clouds", "status"},
 	{"daemon", func(h *Host, _ *Interface) {
 		h.Daemon.Workers = []control.Worker{{Interface: "eth0", Path: "afxdp", Queue: 3, State: control.WorkerMissing, Cause: "no memory"}}

@@ -11,35 +11,6 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Selection says which entries are mirrored. The zero Selection takes all.
-type Selection struct {
-	// Interfaces are those that an entry may name; empty: any.
-	Interfaces []string
-	// Groups are the prefixes that its group must be in; empty: any.
-	Groups []netip.Prefix
-	// Leave are prefixes of groups that are left to the kernel.
-	Leave []netip.Prefix
-}
-
-// left says why an entry is not selected; "" when it is.
-func (s *Selection) left(e *Entry, names []string) string {
-	in := func(all []netip.Prefix) bool {
-		return slices.ContainsFunc(all, func(p netip.Prefix) bool { return p.Contains(e.Group) })
-	}
-	switch {
-	case len(s.Groups) > 0 && !in(s.Groups):
-		return "its group is in none of the prefixes that are mirrored"
-	case in(s.Leave):
-		return "its group is in a prefix that is left to the kernel"
-	}
-	for _, name := range names {
-		if len(s.Interfaces) > 0 && !slices.Contains(s.Interfaces, name) {
-			return fmt.Sprintf("interface %s is none of those that are mirrored", name)
-		}
-	}
-	return ""
-}
-
 // RulePrefix begins the names of rules of entries. No rule of a file or the API can be called so.
 const RulePrefix = "mroute/"
 
@@ -58,11 +29,19 @@ func RuleName(k Key) string {
 	return "mr/" + strconv.FormatUint(uint64(k.Table), 36) + "/" + hex(k.Source) + hex(k.Group)
 }
 
-// Convert makes a rule of an entry: the source kept, the TTL one less, any port. left is why the
-// entry is to stay with the kernel although all is known of it, "" when it need not; the rule is
-// then what can be said of the entry. ifname tells the name of an interface, "" for one that
-// is not there.
-func Convert(e *Entry, s *Selection, ifname func(index int) string) (rule rules.Rule, left string) {
+// Left is why an entry stays with the kernel although all is known of it. The zero Left: it need
+// not.
+type Left struct {
+	Why string
+	// Expected: the settings want it so, or no other than the kernel could forward it.
+	Expected bool
+}
+
+// Convert makes a rule of an entry: the source kept, the TTL one less, any port. Where it is left
+// to the kernel the rule is what can be said of the entry. ifname tells the name of an interface,
+// "" for one that is not there.
+func Convert(e *Entry, s *rules.Mroute, ifname func(index int) string) (rule rules.Rule, _ Left) {
+	left := ""
 	name := func(index int) string {
 		text := ifname(index)
 		if text == "" {
@@ -89,8 +68,11 @@ func Convert(e *Entry, s *Selection, ifname func(index int) string) (rule rules.
 			Policy: rules.Policy{Source: rules.SourceKeep, TTL: rules.TTLDecrement},
 		})
 	}
+	if left != "" {
+		return rule, Left{Why: left}
+	}
+	register := slices.IndexFunc(names, func(n string) bool { return strings.HasPrefix(n, "pimreg") || strings.HasPrefix(n, "pim6reg") })
 	switch {
-	case left != "":
 	case e.Source.IsUnspecified():
 		left = "it is for any source: what the kernel does with a packet depends on where it came in"
 	case len(e.Outputs) == 0:
@@ -99,8 +81,10 @@ func Convert(e *Entry, s *Selection, ifname func(index int) string) (rule rules.
 		left = fmt.Sprintf("it has %d outputs: want at most %d", len(e.Outputs), rules.MaxOutputs)
 	case back:
 		left = fmt.Sprintf("it sends back to %s, where its packets come in", rule.In.Interface)
+	case register >= 0:
+		left = fmt.Sprintf("it sends PIM registers, or comes of them (%s): the kernel and its daemon make those", names[register])
 	default:
-		left = s.left(e, names)
+		left = s.Left(e.Group, names)
 	}
-	return rule, left
+	return rule, Left{Why: left, Expected: left != ""}
 }

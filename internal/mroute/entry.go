@@ -16,6 +16,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"xdpcast/pkg/rules"
 )
 
 // Netlink families of the MFC (include/uapi/linux/rtnetlink.h).
@@ -31,7 +33,7 @@ const (
 )
 
 // Main is the table that routing daemons use unless they are told of another.
-const Main uint32 = 0
+const Main = rules.MrouteMain
 
 // Key identifies an entry.
 type Key struct {

@@ -93,9 +93,9 @@ func FuzzParse(f *testing.F) {
 		if e.Threshold() == 0 {
 			t.Error("threshold 0")
 		}
-		rule, left := Convert(&e, &Selection{}, func(int) string { return "eth0" })
-		if len(rule.Name) > flow.MaxName || left == "" && len(rule.Out) == 0 {
-			t.Errorf("%+v, left %q", rule, left)
+		rule, left := Convert(&e, &rules.Mroute{}, func(int) string { return "eth0" })
+		if len(rule.Name) > flow.MaxName || left.Why == "" && len(rule.Out) == 0 {
+			t.Errorf("%+v, left %+v", rule, left)
 		}
 	})
 }
@@ -108,32 +108,34 @@ func TestConvert(t *testing.T) {
 		}
 		return e
 	}
-	names := map[int]string{1: "eth0", 2: "eth1", 3: "eth2"}
+	names := map[int]string{1: "eth0", 2: "eth1", 3: "eth2", 4: "pimreg"}
 	prefix := func(s string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(s)} }
 	for _, c := range []struct {
 		name string
 		e    *Entry
-		s    Selection
+		s    rules.Mroute
 		left string
 	}{
-		{"all", e(nil), Selection{}, ""},
-		{"any source", e(func(e *Entry) { e.Source = netip.IPv4Unspecified() }), Selection{}, "it is for any source: what the kernel does with a packet depends on where it came in"},
-		{"no outputs", e(func(e *Entry) { e.Outputs = nil }), Selection{}, "it has no outputs: the kernel drops its packets"},
-		{"back to its input", e(func(e *Entry) { e.Outputs[0].Index = 1 }), Selection{}, "it sends back to eth0, where its packets come in"},
-		{"an interface that is gone", e(func(e *Entry) { e.Outputs[0].Index = 9 }), Selection{}, "interface with index 9 not found"},
-		{"too many outputs", e(func(e *Entry) { e.Outputs = slices.Repeat([]Output{{2, 1}}, rules.MaxOutputs+1) }), Selection{}, "it has 65 outputs: want at most 64"},
-		{"group selected", e(nil), Selection{Groups: prefix("239.1.0.0/16")}, ""},
-		{"group not selected", e(nil), Selection{Groups: prefix("239.2.0.0/16")}, "its group is in none of the prefixes that are mirrored"},
-		{"group left", e(nil), Selection{Leave: prefix("239.1.1.0/24")}, "its group is in a prefix that is left to the kernel"},
-		{"interfaces selected", e(nil), Selection{Interfaces: []string{"eth0", "eth1", "eth2"}}, ""},
-		{"interface not selected", e(nil), Selection{Interfaces: []string{"eth0", "eth1"}}, "interface eth2 is none of those that are mirrored"},
+		{"all", e(nil), rules.Mroute{}, ""},
+		{"any source", e(func(e *Entry) { e.Source = netip.IPv4Unspecified() }), rules.Mroute{}, "it is for any source: what the kernel does with a packet depends on where it came in"},
+		{"no outputs", e(func(e *Entry) { e.Outputs = nil }), rules.Mroute{}, "it has no outputs: the kernel drops its packets"},
+		{"back to its input", e(func(e *Entry) { e.Outputs[0].Index = 1 }), rules.Mroute{}, "it sends back to eth0, where its packets come in"},
+		{"an interface that is gone", e(func(e *Entry) { e.Outputs[0].Index = 9 }), rules.Mroute{}, "interface with index 9 not found"},
+		{"registers", e(func(e *Entry) { e.Outputs[1].Index = 4 }), rules.Mroute{}, "it sends PIM registers, or comes of them (pimreg): the kernel and its daemon make those"},
+		{"too many outputs", e(func(e *Entry) { e.Outputs = slices.Repeat([]Output{{2, 1}}, rules.MaxOutputs+1) }), rules.Mroute{}, "it has 65 outputs: want at most 64"},
+		{"group selected", e(nil), rules.Mroute{Groups: prefix("239.1.0.0/16")}, ""},
+		{"group not selected", e(nil), rules.Mroute{Groups: prefix("239.2.0.0/16")}, "its group is in none of the prefixes that are mirrored"},
+		{"group left", e(nil), rules.Mroute{Leave: prefix("239.1.1.0/24")}, "its group is in a prefix that is left to the kernel"},
+		{"interfaces selected", e(nil), rules.Mroute{Interfaces: []string{"eth0", "eth1", "eth2"}}, ""},
+		{"interfaces selected by a pattern", e(nil), rules.Mroute{Interfaces: []string{"eth+"}}, ""},
+		{"interface not selected", e(nil), rules.Mroute{Interfaces: []string{"eth0", "eth1"}}, "interface eth2 is none of those that are mirrored"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			rule, left := Convert(c.e, &c.s, func(index int) string { return names[index] })
-			if left != c.left {
-				t.Errorf("left %q, want %q", left, c.left)
+			if left.Why != c.left || left.Expected != (c.left != "" && !strings.Contains(c.left, "not found")) {
+				t.Errorf("left %+v, want %q", left, c.left)
 			}
-			if left != "" {
+			if left.Why != "" {
 				return
 			}
 			// Another tool's words for the same: it is a rule but for its name, which no user's can have.

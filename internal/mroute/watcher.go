@@ -48,6 +48,7 @@ type Watcher struct {
 	entries map[Key]*Entry
 	touched map[Key]bool // since the last Changes
 	stale   bool         // all is to be read again
+	joins   bool         // some program joined or left a group since the last JoinsChanged
 	closed  bool
 }
 
@@ -109,6 +110,9 @@ func listen(opts Options) (fd int, err error) {
 	if err != nil {
 		return -1, errors.Join(fmt.Errorf("listen to multicast routes: %w", err), unix.Close(fd))
 	}
+	// Since Linux 6.14. Before, who asks for what is joined asks often.
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_IPV4_MCADDR)
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_IPV6_MCADDR)
 	return fd, nil
 }
 
@@ -158,6 +162,16 @@ func (w *Watcher) Changes() (map[Key]*Entry, error) {
 	return changes, nil
 }
 
+// JoinsChanged says whether the kernel has announced since the last call that a group was joined,
+// or left, on some interface. Not every kernel does: Linux 6.14 and newer, and of the first
+// socket and the last.
+func (w *Watcher) JoinsChanged() (changed bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	changed, w.joins = w.joins, false
+	return changed
+}
+
 // Entries returns all entries, by key.
 func (w *Watcher) Entries() []*Entry {
 	w.mu.Lock()
@@ -193,7 +207,7 @@ func (w *Watcher) drain(fd int, buf []byte) (news bool) {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case errors.Is(err, unix.ENOBUFS): // announcements are lost
-			w.stale, news = true, true
+			w.stale, w.joins, news = true, true, true
 			continue
 		case err != nil:
 			return news
@@ -225,6 +239,9 @@ func (w *Watcher) hear(kind uint16, body []byte) bool {
 			return false
 		}
 		return w.put(m.entry.Key, entryOf(&m, kind))
+	case unix.RTM_NEWMULTICAST, unix.RTM_DELMULTICAST:
+		w.joins = true
+		return true
 	case unix.RTM_NEWNETCONF, unix.RTM_DELNETCONF, unix.RTM_DELLINK:
 		// A VIF came or went: entries lose it without an announcement of their own.
 		w.stale = true

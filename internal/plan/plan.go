@@ -62,6 +62,8 @@ type Rule struct {
 	Threshold uint8
 	// Left is why the kernel goes on forwarding in any case; "" when the rule is to take over.
 	Left string
+	// Expected: Left is what the settings want, or what the route is, and nothing of the host.
+	Expected bool
 }
 
 // Options are what the operator and the running kernel decide once, at start.
@@ -222,6 +224,15 @@ func (r *RulePlan) Note() string {
 		}
 	}
 	return ""
+}
+
+// LeftToKernel is why the kernel forwards the packets of a rule of OriginMroute; "" when the relay
+// does.
+func (r *RulePlan) LeftToKernel() string {
+	if r.Rule.Origin != OriginMroute || r.State == Active {
+		return ""
+	}
+	return cmp.Or(strings.TrimPrefix(r.Reason, leftToKernel), r.State.String())
 }
 
 // Fault is why a rule that somebody adds is refused: it is failed, one of its flows is, or a

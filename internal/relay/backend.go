@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime/debug"
 	"strings"
@@ -56,12 +57,23 @@ func (r *Relay) replace(e edit, save bool) error {
 		}
 	}
 	before := r.rules
-	r.setRules(edited(before, e))
+	settle := func(bool) error { return nil }
+	if e.mirror != nil {
+		var err error
+		if settle, err = r.mirrorAs(e.mirror.as); err != nil {
+			return control.Wrap(control.KindFailed, err)
+		}
+	}
+	after := edited(before, e)
+	if r.mroutes == nil {
+		after = withoutRoutes(after)
+	}
+	r.setRules(after)
 	if save {
 		// First: what there is no room for is found out before any packet sees it.
 		if err := r.stageState(); err != nil {
 			r.setRules(before)
-			return control.Wrap(control.KindFailed, err)
+			return control.Wrap(control.KindFailed, errors.Join(err, settle(false)))
 		}
 	}
 	err := r.reconcile(names)
@@ -69,8 +81,10 @@ func (r *Relay) replace(e edit, save bool) error {
 		err = r.commitState()
 	}
 	if err == nil {
+		r.warnUnless(aboutMroutes, settle(true))
 		return nil
 	}
+	err = errors.Join(err, settle(false))
 	if save {
 		savefile.Discard(r.opts.StateFile)
 	}
@@ -183,8 +197,9 @@ func (r *Relay) Reload(ctx context.Context, o control.ApplyOptions) (result cont
 		if err != nil {
 			return control.Wrap(control.KindInvalid, err)
 		}
-		read := history.Sum(sortedText(fromFile))
-		result, err = r.applySets(map[plan.Origin][]rules.Rule{plan.OriginFile: fromFile}, o, change{Change: by(ctx, "reload"), read: &read})
+		read := history.Sum(configText(fromFile))
+		c := change{Change: by(ctx, "reload"), read: &read, edit: edit{mirror: &mirrorEdit{fromFile.Mroute}}}
+		result, err = r.applySets(map[plan.Origin][]rules.Rule{plan.OriginFile: fromFile.Rules}, o, c)
 		return err
 	})
 	if !o.DryRun {
@@ -243,11 +258,17 @@ func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOpti
 		diff = diff.And(d)
 	}
 	result := summary(diff, o)
+	if c.mirror != nil && c.mirror.as.Equal(r.mroute) {
+		c.mirror = nil
+	}
+	if c.mirror != nil {
+		c.file, result.Mroute = true, mirrorOp(r.mroute, c.mirror.as)
+	}
 	if o.DryRun {
 		return result, nil
 	}
 	c.Added, c.Changed, c.Removed, c.confirm = result.Added, result.Changed, result.Removed, o.Confirm
-	if diff.Empty() {
+	if diff.Empty() && c.mirror == nil {
 		return result, r.noteRead(c)
 	}
 	if err := r.change(c); err != nil {
@@ -257,6 +278,17 @@ func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOpti
 		result.ConfirmBy = &p.Until
 	}
 	return result, nil
+}
+
+// mirrorOp says what becomes of the settings of multicast routes.
+func mirrorOp(before, now *rules.Mroute) string {
+	switch {
+	case before == nil:
+		return control.OpAdd
+	case now == nil:
+		return control.OpRemove
+	}
+	return control.OpChange
 }
 
 // add is what a difference asks for.

@@ -34,8 +34,9 @@ type changes struct {
 type pending struct {
 	history.Pending
 	before []*plan.Rule // what comes back
-	retry  time.Time    // not before this is undoing tried again
-	failed error        // why it could not be saved
+	mroute *rules.Mroute
+	retry  time.Time // not before this is undoing tried again
+	failed error     // why it could not be saved
 }
 
 // change is a change of the wanted rules that somebody asked for.
@@ -167,7 +168,7 @@ func (r *Relay) noteRead(c change) error {
 		return nil
 	}
 	state := h.store.State()
-	h.fill(r.rules)
+	h.fill(r.rules, r.mroute)
 	if state.Held = r.heldOff(state.Held, h.set.File, c.Time); state.Held == nil && h.store.State().Held == nil {
 		return nil
 	}
@@ -199,7 +200,7 @@ func (r *Relay) begin(c change) error {
 	if err := h.store.Save(state); err != nil {
 		return err
 	}
-	h.pending = &pending{Pending: p, before: r.rules}
+	h.pending = &pending{Pending: p, before: r.rules, mroute: r.mroute}
 	return nil
 }
 
@@ -219,15 +220,15 @@ func (r *Relay) recorded() bool {
 	if h.store == nil {
 		return true // as far as can be
 	}
-	h.fill(r.rules)
+	h.fill(r.rules, r.mroute)
 	all := h.store.State().Entries
 	return len(all) > 0 && all[len(all)-1].Set == h.set
 }
 
 // fill works out what is not known of the set in force.
-func (c *changes) fill(inForce []*plan.Rule) {
+func (c *changes) fill(inForce []*plan.Rule, mroute *rules.Mroute) {
 	if c.set.File == "" {
-		c.set.File = history.Sum(textOf(inForce, plan.OriginFile))
+		c.set.File = history.Sum(fileText(inForce, mroute))
 	}
 	if c.set.API == "" {
 		c.set.API = history.Sum(textOf(inForce, plan.OriginAPI))
@@ -266,7 +267,7 @@ func (r *Relay) keep(c history.Change, waiting *history.Pending) error {
 		}
 	}
 	if set.File == "" || set.File != last.File {
-		if set.File, err = h.store.Put(textOf(r.rules, plan.OriginFile)); err != nil {
+		if set.File, err = h.store.Put(fileText(r.rules, r.mroute)); err != nil {
 			return err
 		}
 	}
@@ -328,11 +329,25 @@ func (r *Relay) undoIfDue() {
 // it could not be saved.
 func (r *Relay) undo(c history.Change) error {
 	p := r.changes.pending
-	if !slices.Equal(r.rules, p.before) {
-		r.setRules(p.before)
+	settle := func(bool) error { return nil }
+	if !p.mroute.Equal(r.mroute) {
+		var err error
+		if settle, err = r.mirrorAs(p.mroute); err != nil {
+			return err
+		}
+		r.changes.set, r.stale = history.Set{}, true
+	}
+	// The routes are those of now: nobody has changed them here.
+	before := withRoutesOf(p.before, r.rules)
+	if r.mroutes == nil {
+		before = withoutRoutes(before)
+	}
+	if !slices.Equal(r.rules, before) {
+		r.setRules(before)
 		r.changes.set = history.Set{}
 	}
 	_ = r.reconcile(nil)
+	r.warnUnless(aboutMroutes, settle(true))
 	if err := r.stageState(); err != nil {
 		return err
 	}
@@ -427,7 +442,8 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 		if err != nil {
 			return err
 		}
-		result, err = r.applySets(sets, o, change{Change: by(ctx, fmt.Sprint("rollback ", back))})
+		c := change{Change: by(ctx, fmt.Sprint("rollback ", back)), edit: edit{mirror: &mirrorEdit{sets.file.Mroute}}}
+		result, err = r.applySets(map[plan.Origin][]rules.Rule{plan.OriginFile: sets.file.Rules, plan.OriginAPI: sets.api}, o, c)
 		return err
 	})
 	return result, err
@@ -436,30 +452,41 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 // rollbackPending undoes the change that waits for confirmation.
 func (r *Relay) rollbackPending(ctx context.Context, o control.ApplyOptions) (control.ApplyResult, error) {
 	p := r.changes.pending
-	diff := rules.Compute(bare(r.rules), bare(p.before))
+	diff := rules.Compute(bare(withoutRoutes(r.rules)), bare(withoutRoutes(p.before)))
+	op := ""
+	if !p.mroute.Equal(r.mroute) {
+		op = mirrorOp(r.mroute, p.mroute)
+	}
 	if err := r.undo(by(ctx, "rollback 1")); err != nil {
 		return control.ApplyResult{}, control.Errorf(control.KindFailed, "the set of before is in force again, but cannot be saved yet: %w", err)
 	}
-	return summary(diff, o), nil
+	result := summary(diff, o)
+	result.Mroute = op
+	return result, nil
+}
+
+// kept is what the file and the API held.
+type kept struct {
+	file rules.Config
+	api  []rules.Rule
 }
 
 // earlier reads the set of so many changes ago.
-func (r *Relay) earlier(back int) (map[plan.Origin][]rules.Rule, error) {
+func (r *Relay) earlier(back int) (s kept, err error) {
 	h := &r.changes
 	if !r.recorded() {
 		if err := r.keep(history.Change{Time: time.Now(), What: "unknown"}, nil); err != nil {
-			return nil, control.Errorf(control.KindFailed, "the set in force is not kept: %w", err)
+			return s, control.Errorf(control.KindFailed, "the set in force is not kept: %w", err)
 		}
 	}
 	all := h.store.State().Entries
 	if back < 1 || back >= len(all) {
-		return nil, control.Errorf(control.KindNotFound, "rollback %d: %s kept (\"xdpcast history\" lists them)", back, setsBefore(len(all)-1))
+		return s, control.Errorf(control.KindNotFound, "rollback %d: %s kept (\"xdpcast history\" lists them)", back, setsBefore(len(all)-1))
 	}
-	sets, err := h.readSet(all[len(all)-1-back].Set)
-	if err != nil {
-		return nil, control.Errorf(control.KindFailed, "rollback %d: %w", back, err)
+	if s, err = h.readSet(all[len(all)-1-back].Set); err != nil {
+		return s, control.Errorf(control.KindFailed, "rollback %d: %w", back, err)
 	}
-	return sets, nil
+	return s, nil
 }
 
 func setsBefore(n int) string {
@@ -473,41 +500,49 @@ func setsBefore(n int) string {
 }
 
 // readSet reads a set from the disk.
-func (c *changes) readSet(set history.Set) (sets map[plan.Origin][]rules.Rule, err error) {
-	sets = map[plan.Origin][]rules.Rule{}
-	if sets[plan.OriginFile], err = c.readRules(set.File); err != nil {
-		return nil, err
+func (c *changes) readSet(set history.Set) (s kept, err error) {
+	if s.file, err = c.readFile(set.File); err != nil {
+		return s, err
 	}
-	if sets[plan.OriginAPI], err = c.readRules(set.API); err != nil {
-		return nil, err
+	text, err := c.store.Get(set.API)
+	if err == nil {
+		s.api, err = rules.ParseFile(string(set.API), text)
 	}
-	return sets, nil
+	return s, noSet(err)
 }
 
-func (c *changes) readRules(digest history.Digest) ([]rules.Rule, error) {
+// readFile reads what a file held.
+func (c *changes) readFile(digest history.Digest) (f rules.Config, err error) {
 	text, err := c.store.Get(digest)
-	if err != nil {
-		return nil, fmt.Errorf("read a set of rules: %w", err)
+	if err == nil {
+		f, err = rules.ParseConfig(string(digest), text, nil)
 	}
-	all, err := rules.ParseFile(string(digest), text)
-	if err != nil {
-		return nil, fmt.Errorf("a set of rules that was kept is none for this release: %w", err)
+	return f, noSet(err)
+}
+
+func noSet(err error) error {
+	var fault *rules.FileError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &fault):
+		return fmt.Errorf("a set of rules that was kept is none for this release: %w", err)
 	}
-	return all, nil
+	return fmt.Errorf("read a set of rules: %w", err)
 }
 
 // initialSets are the rules that this process begins with: those that the file holds and
 // those that were saved for the API, unless an earlier process has undone the file, or a
 // change was not confirmed in time.
-func (r *Relay) initialSets(fromFile, saved []rules.Rule, isSaved bool) (file, api []rules.Rule) {
+func (r *Relay) initialSets(fromFile rules.Config, saved []rules.Rule, isSaved bool) (file rules.Config, api []rules.Rule) {
 	h := &r.changes
-	h.read = history.Sum(sortedText(fromFile))
+	h.read = history.Sum(configText(fromFile))
 	if h.store == nil {
 		return fromFile, saved
 	}
 	state := h.store.State()
 	p := state.Pending
-	var before map[plan.Origin][]rules.Rule
+	var before kept
 	if p != nil {
 		var err error
 		if before, err = h.readSet(p.Before); err != nil {
@@ -516,7 +551,7 @@ func (r *Relay) initialSets(fromFile, saved []rules.Rule, isSaved bool) (file, a
 		}
 	}
 	if held := state.Held; held != nil && held.Config == r.opts.ConfigFile && held.Undone == h.read {
-		if all, err := h.readRules(held.File); err == nil {
+		if all, err := h.readFile(held.File); err == nil {
 			fromFile = all
 		} else {
 			r.log.Error("the file is in force, although what it holds was undone", "file", held.Config, "error", err)
@@ -528,16 +563,16 @@ func (r *Relay) initialSets(fromFile, saved []rules.Rule, isSaved bool) (file, a
 	// A file that was edited since is what its author wants now; rules of the API that a reboot
 	// has forgotten stay forgotten.
 	if p.Read != h.read {
-		before[plan.OriginFile] = fromFile
+		before.file = fromFile
 	}
 	if !isSaved {
-		before[plan.OriginAPI] = nil
+		before.api = nil
 	}
 	h.pending = &pending{Pending: *p}
 	if h.clock.Left(p) <= 0 {
-		return before[plan.OriginFile], before[plan.OriginAPI]
+		return before.file, before.api
 	}
-	h.pending.before = r.accepted(before[plan.OriginFile], before[plan.OriginAPI])
+	h.pending.before, h.pending.mroute = r.accepted(before.file.Rules, before.api), before.file.Mroute
 	return fromFile, saved
 }
 
@@ -561,11 +596,16 @@ func textOf(all []*plan.Rule, origin plan.Origin) []byte {
 	return rules.EndFile(text)
 }
 
-// sortedText is textOf for rules in any order.
-func sortedText(all []rules.Rule) []byte {
+// fileText writes what the file has in force.
+func fileText(all []*plan.Rule, mroute *rules.Mroute) []byte {
+	return rules.AppendMroute(textOf(all, plan.OriginFile), mroute)
+}
+
+// configText is fileText for what was read, with rules in any order.
+func configText(c rules.Config) []byte {
 	var text []byte
-	for _, rule := range slices.SortedFunc(slices.Values(all), func(a, b rules.Rule) int { return cmp.Compare(a.Name, b.Name) }) {
+	for _, rule := range slices.SortedFunc(slices.Values(c.Rules), func(a, b rules.Rule) int { return cmp.Compare(a.Name, b.Name) }) {
 		text = rules.AppendRule(text, rule)
 	}
-	return rules.EndFile(text)
+	return rules.AppendMroute(rules.EndFile(text), c.Mroute)
 }

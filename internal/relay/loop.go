@@ -36,6 +36,7 @@ const (
 	aboutPinned     = "pinned state"
 	aboutRefusals   = "refused frames"
 	aboutMroutes    = "multicast routes"
+	aboutJoined     = "groups that programs have joined"
 	aboutHistory    = "history"
 	aboutFile       = "file"
 	aboutQueriers   = "queriers"

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -12,9 +13,11 @@ import (
 
 	"github.com/vishvananda/netns"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/mroute"
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
+	"xdpcast/pkg/membership"
 	"xdpcast/pkg/rules"
 )
 
@@ -26,20 +29,13 @@ const (
 	mirrorFor = 4 * time.Second
 )
 
-// MrouteOptions says which multicast routes of the kernel are mirrored.
-type MrouteOptions struct {
-	// Tables are numbers of tables; none means mroute.Main.
-	Tables     []uint32
-	IPv4, IPv6 bool
-	Selection  mroute.Selection
-}
-
 // mroutes makes rules of the kernel's multicast forwarding cache. All of it belongs to the
 // goroutine of Run but for what the keepalive goroutine is given.
 type mroutes struct {
-	opts    *MrouteOptions
+	opts    *rules.Mroute
 	watcher *mroute.Watcher
 	entries map[mroute.Key]*mirrored
+	joined  joined
 	claims  *claims
 	based   []*plan.Rule      // the rules that entries were put into last
 	links   *network.Snapshot // that their interfaces were named by
@@ -55,12 +51,16 @@ type mirrored struct {
 }
 
 // newMroutes follows the cache of the calling thread's network namespace; nil without options.
-func newMroutes(opts *MrouteOptions, log *slog.Logger) (_ *mroutes, err error) {
+func newMroutes(opts *rules.Mroute, own *membership.Manager, log *slog.Logger) (_ *mroutes, err error) {
 	if opts == nil {
 		return nil, nil
 	}
-	m := &mroutes{opts: opts, entries: map[mroute.Key]*mirrored{}, probes: make(chan []mroute.Probe, 1), ended: make(chan struct{})}
-	m.watcher, err = mroute.Open(mroute.Options{Tables: opts.Tables, IPv4: opts.IPv4, IPv6: opts.IPv6, Logger: log})
+	m := &mroutes{
+		opts: opts, entries: map[mroute.Key]*mirrored{}, probes: make(chan []mroute.Probe, 1), ended: make(chan struct{}),
+		joined: joined{own: own, changed: map[mroute.On]bool{}},
+	}
+	ipv4, ipv6 := opts.Families()
+	m.watcher, err = mroute.Open(mroute.Options{Tables: opts.HasTables(), IPv4: ipv4, IPv6: ipv6, Logger: log})
 	if err != nil {
 		return nil, fmt.Errorf("mirror multicast routes: %w", err)
 	}
@@ -134,6 +134,9 @@ func (r *Relay) mirror(now *network.Snapshot) bool {
 	if m == nil {
 		return false
 	}
+	if m.watcher.JoinsChanged() || m.joined.looked.IsZero() {
+		r.warnUnless(aboutJoined, m.lookJoined())
+	}
 	changes, err := m.watcher.Changes()
 	r.warnUnless(aboutMroutes, err)
 	if err != nil {
@@ -148,6 +151,7 @@ func (r *Relay) mirror(now *network.Snapshot) bool {
 			m.entries[key] = &mirrored{entry: e}
 		}
 	}
+	m.addJoined(changes, now)
 	edit := m.edit(r.rules, changes, now)
 	if len(edit.put) == 0 && len(edit.remove) == 0 {
 		m.based = r.rules
@@ -204,23 +208,26 @@ func (m *mroutes) edit(all []*plan.Rule, changes map[mroute.Key]*mroute.Entry, n
 }
 
 func sameRule(a, b *plan.Rule) bool {
-	return a.Threshold == b.Threshold && a.Left == b.Left && rules.Equal(a.Rule, b.Rule)
+	return a.Threshold == b.Threshold && a.Left == b.Left && a.Expected == b.Expected && rules.Equal(a.Rule, b.Rule)
 }
 
 // rule makes a rule of an entry.
 func (m *mroutes) rule(e *mroute.Entry, now *network.Snapshot) *plan.Rule {
-	rule, left := mroute.Convert(e, &m.opts.Selection, func(index int) string {
+	rule, left := mroute.Convert(e, m.opts, func(index int) string {
 		if link := now.ByIndex(index); link != nil {
 			return link.Name
 		}
 		return ""
 	})
-	if left == "" { // so the input is there
-		if winner := m.claims.winner(&rule, now.ByIndex(e.Input)); winner != "" {
-			left = fmt.Sprintf("rule %s takes packets of it", winner)
+	if left.Why == "" { // so the input is there
+		in := now.ByIndex(e.Input)
+		if winner := m.claims.winner(&rule, in); winner != "" {
+			left = mroute.Left{Why: fmt.Sprintf("rule %s takes packets of it", winner), Expected: true}
+		} else if m.joined.receives(e, in) {
+			left = mroute.Left{Why: fmt.Sprintf("a program on this host has joined its group on %s", in.Name)}
 		}
 	}
-	return &plan.Rule{Rule: rule, Origin: plan.OriginMroute, Threshold: e.Threshold(), Left: left}
+	return &plan.Rule{Rule: rule, Origin: plan.OriginMroute, Threshold: e.Threshold(), Left: left.Why, Expected: left.Expected}
 }
 
 // claims finds the rules of the file and the API that take packets of a multicast route and would
@@ -283,6 +290,9 @@ func (r *Relay) keepMirror() {
 		return
 	}
 	r.warnUnless(aboutMroutes, r.loader.MirrorUntil(mirrorFor))
+	if r.warnUnless(aboutJoined, m.lookJoined()); len(m.joined.changed) > 0 {
+		_ = r.reconcile(nil)
+	}
 	var names []string
 	owners := map[string]*mirrored{}
 	for _, it := range m.entries {
@@ -323,19 +333,172 @@ func (r *Relay) handBack() {
 	if r.mroutes == nil {
 		return
 	}
-	var e edit
-	for _, rule := range r.rules {
-		if rule.Origin == plan.OriginMroute {
-			e.remove = append(e.remove, rule.Name)
-		}
-	}
 	err := r.mroutes.close()
 	r.mroutes = nil
-	if len(e.remove) > 0 {
-		r.setRules(edited(r.rules, e))
+	if rest := withoutRoutes(r.rules); len(rest) < len(r.rules) {
+		r.setRules(rest)
 		err = errors.Join(err, r.reconcile(nil))
 	}
 	if err = errors.Join(err, r.loader.MirrorUntil(0)); err != nil {
 		r.log.Error("multicast routes are not all given back to the kernel: they are within seconds", "error", err, "after", mirrorFor)
 	}
+}
+
+// openMroutes follows the cache for the settings that the file has now, or for those of the
+// command line; what is followed already if these are the same.
+func (r *Relay) openMroutes(file *rules.Mroute) (*mroutes, error) {
+	want := cmp.Or(r.opts.Mroutes, file)
+	if r.mroutes != nil && r.mroutes.opts.Equal(want) {
+		return r.mroutes, nil
+	}
+	return newMroutes(want, r.memberships.manager, r.log)
+}
+
+// mirrorAs mirrors what the file says now. settle is to be called: with true when that is in
+// force, or with false to mirror as before.
+func (r *Relay) mirrorAs(file *rules.Mroute) (settle func(done bool) error, err error) {
+	before, settings := r.mroutes, r.mroute
+	now, err := r.openMroutes(file)
+	if err != nil {
+		return nil, err
+	}
+	r.mroutes, r.mroute = now, file
+	if now != nil {
+		r.warnUnless(aboutMroutes, r.loader.MirrorUntil(mirrorFor))
+	}
+	return func(done bool) error {
+		ended := before
+		if !done {
+			r.mroutes, r.mroute, ended = before, settings, now
+		}
+		if now == before {
+			return nil
+		}
+		return ended.close()
+	}, nil
+}
+
+// withoutRoutes are the rules that mirror no multicast routes.
+func withoutRoutes(all []*plan.Rule) []*plan.Rule {
+	rest := make([]*plan.Rule, 0, len(all))
+	for _, rule := range all {
+		if rule.Origin != plan.OriginMroute {
+			rest = append(rest, rule)
+		}
+	}
+	return rest
+}
+
+// withRoutesOf are rules with the multicast routes of others instead of theirs.
+func withRoutesOf(all, others []*plan.Rule) []*plan.Rule {
+	var e edit
+	for _, rule := range others {
+		if rule.Origin == plan.OriginMroute {
+			e.put = append(e.put, rule)
+		}
+	}
+	return edited(withoutRoutes(all), e)
+}
+
+// joined is what is known of groups that programs on this host have joined, the relay left out.
+type joined struct {
+	own     *membership.Manager
+	all     mroute.Joined
+	looked  time.Time
+	took    time.Duration
+	changed map[mroute.On]bool // since rules were made by it
+}
+
+// lookJoined asks who has joined what, and notes where that has changed. The kernel takes a time
+// for its answer that is quadratic in the groups: then it is asked less often.
+func (m *mroutes) lookJoined() error {
+	j := &m.joined
+	if m.opts.TakeJoined || time.Since(j.looked) < askedShare*j.took {
+		return nil
+	}
+	start := time.Now()
+	all, err := mroute.ReadJoined()
+	j.looked, j.took = time.Now(), time.Since(start)
+	if err != nil {
+		return err
+	}
+	for on, joins := range all {
+		if !joins.Equal(j.all[on]) {
+			j.changed[on] = true
+		}
+	}
+	for on := range j.all {
+		if _, ok := all[on]; !ok {
+			j.changed[on] = true
+		}
+	}
+	j.all = all
+	return nil
+}
+
+// addJoined adds the entries to changes whose groups others have joined now.
+func (m *mroutes) addJoined(changes map[mroute.Key]*mroute.Entry, now *network.Snapshot) {
+	if len(m.joined.changed) == 0 {
+		return
+	}
+	for key, it := range m.entries {
+		for _, index := range receivers(it.entry, now.ByIndex(it.entry.Input)) {
+			if m.joined.changed[mroute.On{Index: index, Group: key.Group}] {
+				changes[key] = it.entry
+			}
+		}
+	}
+	clear(m.joined.changed)
+}
+
+// receives says whether the kernel gives packets of an entry to programs on this host.
+func (j *joined) receives(e *mroute.Entry, in *network.Link) bool {
+	for _, index := range receivers(e, in) {
+		joins, ok := j.all[mroute.On{Index: index, Group: e.Group}]
+		if !ok {
+			continue
+		}
+		if sockets, sources := j.own.Sockets(index, e.Group); joins.Receives(e.Source, sockets, sources) {
+			return true
+		}
+	}
+	return false
+}
+
+// receivers are the interfaces on which a group has to be joined for packets of an entry: the
+// input, and its master, which is a VRF (ip_route_input_rcu of net/ipv4/route.c).
+func receivers(e *mroute.Entry, in *network.Link) []int {
+	if in == nil || in.Master == 0 {
+		return []int{e.Input}
+	}
+	return []int{e.Input, in.Master}
+}
+
+// mrouteStatus says what becomes of the routes; nil while none are mirrored.
+func (r *Relay) mrouteStatus() *control.MrouteStatus {
+	if r.mroutes == nil {
+		return nil
+	}
+	s := &control.MrouteStatus{Left: []control.MroutesLeft{}}
+	at := map[string]int{}
+	for _, p := range r.plan.Rules {
+		if p.Rule.Origin != plan.OriginMroute {
+			continue
+		}
+		s.Entries++
+		why := p.LeftToKernel()
+		if why == "" {
+			s.Accelerated++
+			continue
+		}
+		i, known := at[why]
+		if !known {
+			i = len(s.Left)
+			at[why] = i
+			s.Left = append(s.Left, control.MroutesLeft{Reason: why, First: p.Rule.Name, Expected: p.Rule.Expected})
+		}
+		s.Left[i].Entries++
+	}
+	slices.SortStableFunc(s.Left, func(a, b control.MroutesLeft) int { return cmp.Compare(b.Entries, a.Entries) })
+	return s
 }

@@ -32,6 +32,7 @@ import (
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
+	"xdpcast/pkg/rules"
 )
 
 // Options configures a Relay.
@@ -49,8 +50,9 @@ type Options struct {
 	Interfaces []string
 	// Mode is how XDP is attached.
 	Mode loader.Mode
-	// Mroutes says which multicast routes of the kernel are mirrored; nil: none.
-	Mroutes *MrouteOptions
+	// Mroutes says which multicast routes of the kernel are mirrored; nil: those that the file
+	// says.
+	Mroutes *rules.Mroute
 	// Workers is how many workers an input of the fanout path has; 0: one for each CPU that
 	// the process may use.
 	Workers int
@@ -99,7 +101,8 @@ type Relay struct {
 	ready    bool
 
 	// What follows belongs to the goroutine of Run.
-	rules    []*plan.Rule // wanted, by name; replaced as a whole, never changed
+	rules    []*plan.Rule  // wanted, by name; replaced as a whole, never changed
+	mroute   *rules.Mroute // which routes the file says are mirrored; nil: none
 	planner  *plan.Planner
 	plan     *plan.Plan        // the last
 	network  *network.Snapshot // that it was made from
@@ -180,7 +183,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := r.openKernel(opts.Membership, opts.Loader.Inherited); err != nil {
 		return nil, err
 	}
-	if r.mroutes, err = newMroutes(opts.Mroutes, r.log); err != nil {
+	if r.mroutes, err = r.openMroutes(r.mroute); err != nil {
 		return nil, err
 	}
 	r.watcher, err = network.Open(network.Options{Logger: r.log})

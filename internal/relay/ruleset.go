@@ -2,6 +2,7 @@ package relay
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -17,7 +18,11 @@ import (
 type edit struct {
 	put    []*plan.Rule
 	remove []string
+	mirror *mirrorEdit // nil: the same routes are mirrored
 }
+
+// mirrorEdit says which multicast routes are mirrored from now on, if any.
+type mirrorEdit struct{ as *rules.Mroute }
 
 // manyEdits is from how many rules on the memory that a change has taken is given back
 // to the host, tidyAfter later.
@@ -85,9 +90,10 @@ func (r *Relay) readInitialRules() error {
 	if err != nil {
 		return err
 	}
-	r.rules = r.accepted(r.initialSets(fromFile, saved, isSaved))
+	first, saved := r.initialSets(fromFile, saved, isSaved)
+	r.rules, r.mroute = r.accepted(first.Rules, saved), first.Mroute
 	if p := r.changes.pending; p != nil && p.before == nil {
-		p.before = r.rules // its time is over
+		p.before, p.mroute = r.rules, r.mroute // its time is over
 	}
 	return nil
 }
@@ -137,16 +143,22 @@ func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
 	})
 }
 
-func (r *Relay) readConfig() ([]rules.Rule, error) {
+func (r *Relay) readConfig() (c rules.Config, err error) {
 	if r.opts.ConfigFile == "" {
-		return nil, nil
+		return c, nil
 	}
 	data, err := rulefile.ReadFile(r.opts.ConfigFile)
 	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w", err)
+		return c, fmt.Errorf("read configuration: %w", err)
 	}
-	return rulefile.Parse(r.opts.ConfigFile, data)
+	if c, err = rulefile.Parse(r.opts.ConfigFile, data); err == nil && c.Mroute != nil && r.opts.Mroutes != nil {
+		err = &rules.FileError{File: c.MrouteFile, Line: c.MrouteLine, Err: errMrouteTwice}
+		return rules.Config{}, err
+	}
+	return c, err
 }
+
+var errMrouteTwice = errors.New("mroute: the options --mroute say it, too: want it in one of both places")
 
 // addOverlaps says of rules which others take packets that they match.
 func (r *Relay) addOverlaps(all []control.RuleStatus) {

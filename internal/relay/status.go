@@ -411,7 +411,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 		status = control.Status{
 			Version: r.opts.Version, PID: os.Getpid(), Started: r.started, Ready: r.ready,
 			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile, Unconfirmed: unconfirmed(r.changes.pending),
-			Rules: len(r.rules), Interfaces: r.interfaceStatuses(stats), Workers: r.workerStatus().workers,
+			Rules: len(r.rules), Mroutes: r.mrouteStatus(), Interfaces: r.interfaceStatuses(stats), Workers: r.workerStatus().workers,
 			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
 		}
 		for _, p := range r.plan.Rules {

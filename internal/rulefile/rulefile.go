@@ -11,19 +11,24 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Read reads, parses and validates a file of rules with what it includes; see
-// rules.ParseFiles. What is wrong with a file is a *rules.FileError; a file that cannot
+// Read reads, parses and validates the file of a daemon with what it includes; see
+// rules.ParseConfig. What is wrong with a file is a *rules.FileError; a file that cannot
 // be read, one of package os.
-func Read(name string) ([]rules.Rule, error) {
+func Read(name string) (rules.Config, error) {
 	data, err := ReadFile(name)
 	if err != nil {
-		return nil, err
+		return rules.Config{}, err
 	}
 	return Parse(name, data)
 }
 
 // Parse is Read with what the file holds; name says from where it includes others.
-func Parse(name string, data []byte) ([]rules.Rule, error) {
+func Parse(name string, data []byte) (rules.Config, error) {
+	return rules.ParseConfig(name, data, disk{})
+}
+
+// ParseRules is Parse for a file of rules alone.
+func ParseRules(name string, data []byte) ([]rules.Rule, error) {
 	return rules.ParseFiles(name, data, disk{})
 }
 

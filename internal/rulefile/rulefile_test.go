@@ -38,7 +38,8 @@ func TestRead(t *testing.T) {
 	if err := os.Symlink("mic.yaml", dir+"/rules.d/other"); err != nil {
 		t.Fatal(err)
 	}
-	all, err := rulefile.Read(main)
+	c, err := rulefile.Read(main)
+	all := c.Rules
 	if err != nil || len(all) != 2 || all[0].Name != "cam1" || all[1].Name != "mic1" {
 		t.Errorf("%v, %v", all, err)
 	}
@@ -61,7 +62,8 @@ func TestReadFaults(t *testing.T) {
 		"b.yaml/none": main + `:1: include "b.yaml/none": open ` + dir + `/b.yaml/none: not a directory`,
 	} {
 		write(t, main, "include: "+include+"\n"+camera)
-		all, err := rulefile.Read(main)
+		c, err := rulefile.Read(main)
+		all := c.Rules
 		var fault *rules.FileError
 		if all != nil || !errors.As(err, &fault) || err.Error() != want {
 			t.Errorf("include %s: %v\n%v\nwant %s", include, all, err, want)

@@ -73,8 +73,8 @@ func ruleText(head string, n int) []byte {
 // reads the name of the only rule.
 func holds(name string, n int) func() bool {
 	return func() bool {
-		all, err := Read(name)
-		return err == nil && len(all) == 1 && all[0].Name == fmt.Sprint("r", n)
+		c, err := Read(name)
+		return err == nil && len(c.Rules) == 1 && c.Rules[0].Name == fmt.Sprint("r", n)
 	}
 }
 
@@ -167,8 +167,8 @@ func TestWatchIncludes(t *testing.T) {
 	w := watch(t, name, time.Hour)
 	rules := func(want int) func() bool {
 		return func() bool {
-			all, err := Read(name)
-			return err == nil && len(all) == want
+			c, err := Read(name)
+			return err == nil && len(c.Rules) == want
 		}
 	}
 	must(t, os.Mkdir(dir+"/rules.d", 0o755))

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"net/netip"
 	"os"
 	"slices"
 	"sync"
@@ -403,4 +404,34 @@ func (m *Manager) Close() error {
 func interfaceMissing(sys System, fd, index int) bool {
 	_, err := sys.InterfaceName(fd, index)
 	return errors.Is(err, unix.ENODEV)
+}
+
+// Sockets is how many helper sockets hold a group on an interface, and the sources that those
+// hold it from which name any.
+func (m *Manager) Sockets(index int, group netip.Addr) (sockets int, sources []netip.Addr) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for of, p := range m.ifaces {
+		if of.index != index {
+			continue
+		}
+		if p.records[key{group: group}] != nil {
+			sockets++
+		}
+		layers := 0
+		for _, f := range p.groups[group] {
+			if f != nil {
+				layers++
+			}
+		}
+		if sockets += layers; layers == 0 {
+			continue
+		}
+		for k := range p.records {
+			if k.group == group && k.source.IsValid() {
+				sources = append(sources, k.source)
+			}
+		}
+	}
+	return sockets, sources
 }

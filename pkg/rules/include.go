@@ -39,17 +39,60 @@ type Files interface {
 //
 // With files nil an include is refused.
 func ParseFiles(name string, data []byte, files Files) ([]Rule, error) {
+	set := readFiles(name, data, files)
+	set.refuseRoutes()
+	rules := set.validate()
+	if err := set.join(); err != nil {
+		return nil, err
+	}
+	return rules, nil
+}
+
+// Config is what the file of a daemon holds.
+type Config struct {
+	Rules []Rule
+	// Mroute says which multicast routes of the kernel are mirrored; nil: none.
+	Mroute *Mroute
+	// MrouteFile and MrouteLine are where it begins.
+	MrouteFile string
+	MrouteLine int
+}
+
+// ParseConfig is ParseFiles for the file of a daemon, which may mirror multicast routes of the
+// kernel besides its rules:
+//
+//	rules: []
+//	mroute:
+//	  tables: [main, 100]
+//	  families: [ipv4, ipv6]
+//	  interfaces: [eth0, eth1, vlan+]
+//	  groups: [239.0.0.0/8]
+//	  leave: [239.255.0.0/16]
+//	  joined: leave
+//
+// Every key may be left out, and "mroute: {}" takes all routes of the default table. One of
+// the files may have the section.
+func ParseConfig(name string, data []byte, files Files) (Config, error) {
+	set := readFiles(name, data, files)
+	c := Config{Rules: set.validate()}
+	if in := set.routes(); in != nil {
+		c.Mroute, c.MrouteFile, c.MrouteLine = &in.routes.Mroute, in.name, in.routes.line
+	}
+	if err := set.join(); err != nil {
+		return Config{}, err
+	}
+	return c, nil
+}
+
+// readFiles reads a file and those that it includes.
+func readFiles(name string, data []byte, files Files) fileSet {
 	main := &fileParser{name: name, data: data}
 	main.parse()
 	set := fileSet{files: []*fileParser{main}}
 	if len(main.includes) > 0 {
 		set.include(main, files)
 	}
-	rules := set.validate()
-	if err := set.join(); err != nil {
-		return nil, err
-	}
-	return rules, nil
+	return set
 }
 
 // FindInFiles says in which file a rule stands, and in which line, of a file and those that it
