@@ -79,7 +79,10 @@ func (r *Router) Close() {
 
 func (r *Router) set(option int, value []byte) {
 	r.t.Helper()
-	Do(r.t, r.host, func() error { return unix.SetsockoptString(r.fd, r.level(), option, string(value)) })
+	// The socket belongs to the namespace that it was opened in, wherever it is used.
+	if err := unix.SetsockoptString(r.fd, r.level(), option, string(value)); err != nil {
+		r.t.Fatalf("multicast routing option %d: %v", option, err)
+	}
 }
 
 // AddVIF makes an interface a virtual one, by which packets leave whose TTL exceeds a threshold.
@@ -140,12 +143,9 @@ func (r *Router) Packets(source, group string) uint64 {
 		copy(b[8:], s)
 		copy(b[unix.SizeofSockaddrInet6+8:], g)
 	}
-	Do(r.t, r.host, func() error {
-		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(r.fd), routeCount, uintptr(unsafe.Pointer(&b[0]))); errno != 0 {
-			return errno
-		}
-		return nil
-	})
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(r.fd), routeCount, uintptr(unsafe.Pointer(&b[0]))); errno != 0 {
+		r.t.Fatalf("count of (%s, %s): %v", source, group, errno)
+	}
 	return binary.NativeEndian.Uint64(b[at:])
 }
 

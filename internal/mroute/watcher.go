@@ -32,7 +32,7 @@ type Options struct {
 // at once. The kernel's default loses some after 256.
 const receiveBuffer = 16 << 20
 
-// settle is how long announcements are collected before Changed tells of them.
+// settle is how long announcements are collected, after one that was told, before Changed tells again.
 const settle = 5 * time.Millisecond
 
 // Watcher follows the caches of the network namespace that it was opened in. Its methods may be
@@ -188,12 +188,13 @@ func (w *Watcher) run() {
 		if err != nil {
 			return
 		}
-		// One that changes often is looked at once: what is told is the state.
-		time.Sleep(settle)
 		select {
 		case w.changed <- struct{}{}:
 		default:
 		}
+		// The first change is told at once. One that changes often is looked at once in a while:
+		// what is told is the state.
+		time.Sleep(settle)
 	}
 }
 

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"os"
+	"slices"
 	"testing"
+	"time"
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -17,11 +20,12 @@ func TestMain(m *testing.M) { labtest.Main(m) }
 type world struct {
 	host    *lab.Host
 	watcher *Watcher
-	seen    map[Key]*Entry // by Changes alone
+	seen    map[Key]*Entry  // by Changes alone
+	made    map[string]bool // sources of the entries that a test has made
 }
 
 func newWorld(t *testing.T, opts Options) *world {
-	w := &world{host: labtest.Host(t, "mr"), seen: map[Key]*Entry{}}
+	w := &world{host: labtest.Host(t, "mr"), seen: map[Key]*Entry{}, made: map[string]bool{}}
 	for i := range 4 {
 		labtest.Connect(t, lab.End{Host: w.host, Name: fmt.Sprintf("eth%d", i)}, lab.End{Host: labtest.Host(t, "peer"), Name: "eth0"})
 	}
@@ -176,6 +180,74 @@ func TestManyEntries(t *testing.T) {
 	})
 }
 
+// TestChangesASecond: 5,000 changes a second are followed: what is told lags behind the cache by a
+// bounded time, and in the end both agree. With XDPCAST_SOAK it goes on for long, and both are
+// compared again and again.
+func TestChangesASecond(t *testing.T) {
+	labtest.RequireRoot(t)
+	w := newWorld(t, Options{IPv4: true})
+	r := labtest.NewRouter(t, w.host, true, 0)
+	for _, name := range []string{"eth0", "eth1", "eth2"} {
+		r.AddVIF(name, 1)
+	}
+	const (
+		rate   = 5000 // changes a second
+		routes = 2000
+	)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 1))
+	lags, told := []time.Duration{}, 0
+	for round := range labtest.Soak(4, 1800) {
+		began := time.Now()
+		for i := range rate {
+			source := sourceOf(random.IntN(routes))
+			if random.IntN(4) == 0 {
+				if w.deleted(source) {
+					r.Delete(source, "239.1.1.1", "eth0")
+				}
+			} else {
+				r.Add(source, "239.1.1.1", "eth0", map[string]uint8{[]string{"eth1", "eth2"}[random.IntN(2)]: 1})
+				w.made[source] = true
+			}
+			// What the loop of the relay does: it follows each time that it is told.
+			select {
+			case <-w.watcher.Changed():
+				told++
+				w.follow(t)
+			default:
+			}
+			if ahead := time.Duration(i)*time.Second/rate - time.Since(began); ahead > time.Millisecond {
+				time.Sleep(ahead)
+			}
+		}
+		// A change is told that comes behind all of these.
+		changed := time.Now()
+		marker := fmt.Sprintf("10.9.0.%d", 1+round%250)
+		r.Add(marker, "239.9.9.9", "eth0", map[string]uint8{"eth1": 1})
+		key := Key{Source: netip.MustParseAddr(marker), Group: netip.MustParseAddr("239.9.9.9")}
+		labtest.Eventually(t, "the last change is told", func() bool {
+			w.follow(t)
+			return w.seen[key] != nil
+		})
+		lags = append(lags, time.Since(changed))
+		r.Delete(marker, "239.9.9.9", "eth0")
+		w.agree(t, fmt.Sprintf("round %d", round))
+	}
+	slices.Sort(lags)
+	t.Logf("the last of %d changes was told after %v at most, %v in the middle; Changed told %d times", rate, lags[len(lags)-1], lags[len(lags)/2], told)
+	if most := lags[len(lags)/2]; most > time.Second {
+		t.Errorf("%v behind the cache, want at most 1s", most)
+	}
+}
+
+// deleted says whether an entry was there, which is to be deleted now.
+func (w *world) deleted(source string) bool {
+	was := w.made[source]
+	delete(w.made, source)
+	return was
+}
+
 // TestOtherTables: tables that are not asked for are not told.
 func TestOtherTables(t *testing.T) {
 	labtest.RequireRoot(t)
@@ -191,5 +263,36 @@ func TestOtherTables(t *testing.T) {
 	w.agree(t, "one table")
 	if len(w.seen) != 1 {
 		t.Errorf("entries: %v", w.seen)
+	}
+}
+
+// BenchmarkKeepalive: what a frame costs that the kernel counts for a route.
+func BenchmarkKeepalive(b *testing.B) {
+	labtest.RequireRoot(b)
+	host, peer := labtest.Host(b, "ka"), labtest.Host(b, "peer")
+	labtest.Connect(b, lab.End{Host: host, Name: "eth0"}, lab.End{Host: peer, Name: "eth0"})
+	labtest.Connect(b, lab.End{Host: host, Name: "eth1"}, lab.End{Host: peer, Name: "eth1"})
+	r := labtest.NewRouter(b, host, true, 0)
+	r.AddVIF("eth0", 1)
+	r.AddVIF("eth1", 1)
+	r.Add("10.0.0.5", "239.1.1.1", "eth0", map[string]uint8{"eth1": 1})
+	labtest.Enter(b, host)
+	k, err := NewKeepalive()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer k.Close()
+	probes := slices.Repeat([]Probe{{Source: netip.MustParseAddr("10.0.0.5"), Group: netip.MustParseAddr("239.1.1.1"), Input: labtest.Index(b, host, "eth0")}}, maxProbes)
+	before := r.Packets("10.0.0.5", "239.1.1.1")
+	sent := 0
+	for b.Loop() {
+		if err := k.Send(probes); err != nil {
+			b.Fatal(err)
+		}
+		sent += len(probes)
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(sent), "ns/frame")
+	if counted := r.Packets("10.0.0.5", "239.1.1.1") - before; counted != uint64(sent) {
+		b.Errorf("%d frames counted, %d sent", counted, sent)
 	}
 }

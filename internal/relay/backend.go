@@ -226,7 +226,7 @@ func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOpti
 		}
 	}
 	have, after, sources := map[plan.Origin][]rules.Rule{}, []rules.Rule(nil), len(want)
-	for _, rule := range r.rules {
+	for _, rule := range withoutRoutes(r.rules) {
 		if _, ok := want[rule.Origin]; ok {
 			have[rule.Origin] = append(have[rule.Origin], rule.Rule)
 			continue

@@ -9,7 +9,8 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// mostSinks is how many sink hosts there are; more outputs share them.
+// mostSinks is how many sink hosts there are; more outputs share them, but for subjects that
+// send a packet out of an interface once.
 const mostSinks = 4
 
 // network is a source, a relay and sinks, for one subject:
@@ -47,7 +48,7 @@ func (c *cleanup) run() error {
 func relayAddr(sink int) netip.Addr { return netip.AddrFrom4([4]byte{10, 1, byte(sink), 1}) }
 
 // newNetwork makes the network for a subject. The caller closes it.
-func newNetwork(s setup, rewritten, direct bool) (_ *network, err error) {
+func newNetwork(s setup, of subject) (_ *network, err error) {
 	n := &network{setup: s}
 	defer func() {
 		if err != nil {
@@ -63,17 +64,17 @@ func newNetwork(s setup, rewritten, direct bool) (_ *network, err error) {
 		return nil, err
 	}
 	var sinkHosts []*lab.Host
-	for range min(mostSinks, s.Outputs) {
+	for range min(max(mostSinks, of.sinks), s.Outputs) {
 		h, err := n.host("bench-sink")
 		if err != nil {
 			return nil, err
 		}
 		sinkHosts = append(sinkHosts, h)
 	}
-	if err := n.connect(src, sinkHosts, direct); err != nil {
+	if err := n.connect(src, sinkHosts, of.direct); err != nil {
 		return nil, err
 	}
-	if n.sinks, err = newSinks(sinkHosts, s, rewritten); err != nil {
+	if n.sinks, err = newSinks(sinkHosts, s, of.rewrites); err != nil {
 		return nil, err
 	}
 	n.cleanup.add(n.sinks.close)
@@ -129,6 +130,7 @@ func (n *network) close() error { return n.cleanup.run() }
 // and the copies of outputs that share a sink come at once.
 func (n *network) batch() int {
 	const most, held = 32, 256
-	perSink := (n.setup.Outputs + mostSinks - 1) / mostSinks
+	sinks := len(n.sinks.objs)
+	perSink := (n.setup.Outputs + sinks - 1) / sinks
 	return max(1, min(most, held/2/perSink))
 }

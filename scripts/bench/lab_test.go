@@ -105,7 +105,7 @@ func TestFramesHaveChecksums(t *testing.T) {
 	for _, size := range []int{64, 1400, mostFrame} {
 		with := everyday
 		with.Frame, with.Flows = size, 7
-		n, err := newNetwork(with, false, false)
+		n, err := newNetwork(with, subject{})
 		if err != nil {
 			t.Fatal(err)
 		}

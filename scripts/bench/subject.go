@@ -13,6 +13,7 @@ type subject struct {
 	// rewrites says that each output gets a destination of its own.
 	rewrites bool
 	direct   bool // the source is connected to the sink
+	sinks    int  // most hosts that its outputs go to, where these are more than mostSinks
 	// most is the largest setup that it can do; zero is no limit.
 	most setup
 	// programs must be installed.
@@ -93,7 +94,7 @@ func (s subject) can(with setup) string {
 func subjects() []subject {
 	return []subject{
 		direct(), lossy(), xdpcast("kernel"), xdpcast("afxdp"), xdpcast("fanout"),
-		redirect(), broadcast(), referenceAFXDP(), multicastRouting(), mirred(), netdevDup(), socat(),
+		redirect(), broadcast(), referenceAFXDP(), multicastRouting(), mirroredRouting(), mirred(), netdevDup(), socat(),
 	}
 }
 

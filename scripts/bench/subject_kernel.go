@@ -13,12 +13,17 @@ import (
 	"xdpcast/pkg/packet"
 )
 
+// mostVIFs is how many interfaces the kernel routes to beside the input, of MAXVIFS and some that
+// smcroute may take (include/uapi/linux/mroute.h).
+const mostVIFs = 30
+
 // multicastRouting is the kernel's own, set up by smcroute. It sends a packet out of
 // an interface once, and rewrites the TTL alone.
 func multicastRouting() subject {
 	return subject{
 		name: "mroute", what: "the kernel's multicast routing by smcroute; rewrites the TTL alone",
-		most:     setup{Outputs: mostSinks, Rules: 1},
+		most:     setup{Outputs: mostVIFs, Rules: 1},
+		sinks:    mostVIFs,
 		programs: []string{"smcrouted", "smcroutectl"},
 		start:    startMulticastRouting,
 	}

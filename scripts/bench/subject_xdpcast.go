@@ -31,6 +31,7 @@ type daemon struct {
 	*process
 	client  *control.Client
 	path    string
+	rule    string // the first of the setup
 	program string
 	args    []string
 	env     []string
@@ -40,12 +41,40 @@ type daemon struct {
 
 // startDaemon starts a daemon with the rules of the setup and waits until they all
 // are in.
-func startDaemon(ctx context.Context, n *network, program, path string) (_ *running, err error) {
+func startDaemon(ctx context.Context, n *network, program, path string) (*running, error) {
+	return startDaemonWith(ctx, n, program, path, "r0", rulesFile(n, path))
+}
+
+// mirroredRouting is the kernel's multicast routing with its routes mirrored.
+func mirroredRouting() subject {
+	s := multicastRouting()
+	s.name, s.what = "xdpcast-mroute", "the kernel's multicast routes of mroute, which xdpcast run --mroute forwards in XDP; rewrites the TTL alone"
+	s.start = func(ctx context.Context, n *network, o options) (*running, error) {
+		router, err := startMulticastRouting(ctx, n, o)
+		if err != nil {
+			return nil, err
+		}
+		// smcroute joins the group itself, and receives nothing.
+		file := []byte("rules: []\nmroute: {families: ipv4, joined: take}\n")
+		r, err := startDaemonWith(ctx, n, o.program, "kernel", fmt.Sprintf("mroute/%v/%v", sourceAddr, firstGroup), file)
+		if err != nil {
+			return nil, errors.Join(err, router.stop())
+		}
+		stop := r.stop
+		r.stop = func() error { return errors.Join(stop(), router.stop()) }
+		r.pids = append(r.pids, router.pids...)
+		return r, nil
+	}
+	return s
+}
+
+// startDaemonWith starts a daemon with a file, whose first rule is known by its name.
+func startDaemonWith(ctx context.Context, n *network, program, path, rule string, file []byte) (_ *running, err error) {
 	socket := filepath.Join(n.dir, "run", "xdpcast.sock")
-	d := &daemon{client: control.NewClient(socket), path: path, program: program, pinDir: filepath.Join(n.dir, "bpf", "xdpcast"), network: n}
+	d := &daemon{client: control.NewClient(socket), path: path, rule: rule, program: program, pinDir: filepath.Join(n.dir, "bpf", "xdpcast"), network: n}
 	d.env = append(os.Environ(), "XDPCAST_SOCKET="+socket, "XDPCAST_PIN_DIR="+d.pinDir, "XDPCAST_RUN_DIR="+filepath.Join(n.dir, "run"))
 	config := filepath.Join(n.dir, "rules.yaml")
-	if err := os.WriteFile(config, rulesFile(n, path), 0o644); err != nil {
+	if err := os.WriteFile(config, file, 0o644); err != nil {
 		return nil, err
 	}
 	d.args = []string{"run", "--log-level", "warn", "--max-rules", fmt.Sprint(2 * max(n.setup.Rules, 1024)),
@@ -109,7 +138,7 @@ func (d *daemon) lacks(ctx context.Context) string {
 	case status.Active != d.network.setup.Rules:
 		return fmt.Sprintf("%d of %d rules are active", status.Active, d.network.setup.Rules)
 	}
-	rule, err := d.client.Rule(ctx, "r0")
+	rule, err := d.client.Rule(ctx, d.rule)
 	switch {
 	case err != nil:
 		return err.Error()

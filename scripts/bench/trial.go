@@ -19,7 +19,7 @@ type bench struct {
 
 // newBench makes the network and starts the subject. The caller closes it.
 func newBench(ctx context.Context, s subject, with setup, o options) (*bench, error) {
-	n, err := newNetwork(with, s.rewrites, s.direct)
+	n, err := newNetwork(with, s)
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +85,7 @@ func (b *bench) run(ctx context.Context, p trialPlan) (t trial, err error) {
 	}
 	n := b.network
 	// Copies that are not rewritten cannot be told apart where they share a sink.
-	ordered := p.timed && (b.subject.rewrites || n.setup.Outputs <= mostSinks)
+	ordered := p.timed && (b.subject.rewrites || n.setup.Outputs <= len(n.sinks.objs))
 	if err := n.sinks.expect(b.trials, ordered, p.timed); err != nil {
 		return t, err
 	}

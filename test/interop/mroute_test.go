@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -21,8 +20,6 @@ import (
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 )
-
-const frrDir = "/usr/lib/frr"
 
 // routerNet is a network with two routers, of which the second is the rendezvous point of PIM:
 //
@@ -58,83 +55,10 @@ func newRouterNet(t *testing.T) *routerNet {
 	return n
 }
 
-// frr runs FRR's zebra and pimd on a router.
+// frr runs Debian 12's zebra and pimd on a router.
 func frr(ctx context.Context, t *testing.T, h *lab.Host, interfaces ...string) (vtysh func(command string) string) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "frr")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	conf := "ip pim rp 10.255.0.2 239.0.0.0/8\n"
-	for _, ifname := range interfaces {
-		conf += "interface " + ifname + "\n ip pim\n ip pim hello 5 20\n"
-		if ifname == "out0" || ifname == "in0" {
-			conf += " ip igmp\n"
-		}
-		conf += "exit\n"
-	}
-	for name, text := range map[string]string{"zebra.conf": "\n", "pimd.conf": conf} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if out, err := exec.Command("chown", "-R", "frr:frr", dir).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	for _, daemon := range []string{"zebra", "pimd"} {
-		start(ctx, t, h, filepath.Join(frrDir, daemon), "-f", filepath.Join(dir, daemon+".conf"), "-z", filepath.Join(dir, "zserv.api"),
-			"-i", filepath.Join(dir, daemon+".pid"), "--vty_socket", dir, "-A", "127.0.0.1", "--log", "file:"+filepath.Join(dir, daemon+".log"))
-		labtest.Eventually(t, daemon+" listens", func() bool { _, err := os.Stat(filepath.Join(dir, daemon+".vty")); return err == nil })
-	}
-	return func(command string) string {
-		out, _ := exec.CommandContext(ctx, "vtysh", "--vty_socket", dir, "-d", "pimd", "-c", command).CombinedOutput()
-		return string(out)
-	}
-}
-
-// member receives numbered packets of a group.
-func member(t *testing.T, h *lab.Host, group netip.AddrPort) (c *net.UDPConn) {
-	t.Helper()
-	labtest.Do(t, h, func() (err error) {
-		eth0, err := net.InterfaceByName("eth0")
-		if err != nil {
-			return err
-		}
-		if c, err = net.ListenMulticastUDP("udp4", eth0, net.UDPAddrFromAddrPort(group)); err == nil {
-			err = c.SetReadBuffer(8 << 20)
-		}
-		return err
-	})
-	t.Cleanup(func() { c.Close() })
-	return c
-}
-
-// sender sends numbered packets to a group.
-func sender(t *testing.T, h *lab.Host, group netip.AddrPort) (send func(number uint32)) {
-	t.Helper()
-	var c *net.UDPConn
-	labtest.Do(t, h, func() (err error) {
-		if c, err = net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(group)); err != nil {
-			return err
-		}
-		raw, err := c.SyscallConn()
-		if err != nil {
-			return err
-		}
-		var set error
-		err = raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MULTICAST_TTL, 16) })
-		if err == nil {
-			err = set
-		}
-		return err
-	})
-	t.Cleanup(func() { c.Close() })
-	return func(number uint32) {
-		if _, err := c.Write(binary.BigEndian.AppendUint32(nil, number)); err != nil {
-			t.Error(err)
-		}
-	}
+	return startFRR(ctx, t, h, frr12, pimConfig("10.255.0.2", interfaces...)).vtysh
 }
 
 // next is the number of the next packet; false after the time-out.
