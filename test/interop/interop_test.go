@@ -22,14 +22,35 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+
+	"xdpcast/internal/labtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if dir := programDir; dir != "" {
+			_ = os.RemoveAll(dir)
+		}
+		os.Exit(code)
+	}))
+}
+
+// buildProgram builds the program once for all tests, in programDir.
+var (
+	buildProgram = sync.OnceValues(func() (program string, err error) {
+		if programDir, err = os.MkdirTemp("", "xdpcast-interop"); err != nil {
+			return "", err
+		}
+		return labtest.BuildProgram(programDir)
+	})
+	programDir string
+)
 
 // The stream: a little longer than what the live receivers are to decode, since a
 // receiver of a stream without an end never knows that a frame is complete before

@@ -123,7 +123,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, fl
 func startDaemon(ctx context.Context, t *testing.T, h *lab.Host, rules string, active int, flags ...string) (*relay, *process) {
 	t.Helper()
 	dir := t.TempDir()
-	program, err := labtest.BuildProgram(dir)
+	program, err := buildProgram()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -254,26 +254,28 @@ func kernelRoutes(ctx context.Context, t *testing.T, h *lab.Host, is4, resolved 
 func TestSmcrouteScenarios(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	for _, s := range smcScenarios() {
-		t.Run(s.name, func(t *testing.T) {
-			t.Parallel()
-			kernel, mirrored := s.run(ctx, t, false), s.run(ctx, t, true)
-			if !slices.Equal(kernel.routes, mirrored.routes) {
-				t.Errorf("the kernel has the routes %q, alone %q", mirrored.routes, kernel.routes)
-			}
-			got := 0
-			for i := range kernel.frames {
-				got += len(kernel.frames[i])
-				if s.name == "expire" {
-					continue // how many frames a time has is not the same
+	t.Run("scenario", func(t *testing.T) {
+		for _, s := range smcScenarios() {
+			t.Run(s.name, func(t *testing.T) {
+				t.Parallel()
+				kernel, mirrored := s.run(ctx, t, false), s.run(ctx, t, true)
+				if !slices.Equal(kernel.routes, mirrored.routes) {
+					t.Errorf("the kernel has the routes %q, alone %q", mirrored.routes, kernel.routes)
 				}
-				if !slices.EqualFunc(kernel.frames[i], mirrored.frames[i], bytes.Equal) {
-					t.Errorf("sink %d: %d frames, of the kernel alone %d, or others", i, len(mirrored.frames[i]), len(kernel.frames[i]))
+				got := 0
+				for i := range kernel.frames {
+					got += len(kernel.frames[i])
+					if s.name == "expire" {
+						continue // how many frames a time has is not the same
+					}
+					if !slices.EqualFunc(kernel.frames[i], mirrored.frames[i], bytes.Equal) {
+						t.Errorf("sink %d: %d frames, of the kernel alone %d, or others", i, len(mirrored.frames[i]), len(kernel.frames[i]))
+					}
 				}
-			}
-			if got == 0 {
-				t.Error("nothing came")
-			}
-		})
-	}
+				if got == 0 {
+					t.Error("nothing came")
+				}
+			})
+		}
+	})
 }
