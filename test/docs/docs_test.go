@@ -355,8 +355,8 @@ func TestRulesParse(t *testing.T) {
 				continue
 			}
 			checked++
-			if all, err := rules.ParseFiles(name, []byte(b.text), included{}); err != nil || len(all) == 0 {
-				t.Errorf("block at line %d: %d rules, %v", b.line, len(all), err)
+			if c, err := rules.ParseConfig(name, []byte(b.text), included{}); err != nil || len(c.Rules) == 0 && c.Mroute == nil {
+				t.Errorf("block at line %d: %d rules, %v", b.line, len(c.Rules), err)
 			}
 		}
 	}

@@ -5,7 +5,6 @@ package interop
 import (
 	"context"
 	"encoding/binary"
-	"fmt"
 	"net"
 	"net/netip"
 	"strings"
@@ -242,9 +241,9 @@ func (s *numbers) whole(t *testing.T, what string, from, to uint32) {
 	}
 }
 
-// story is what happens to a triangle under a stream. It returns, by what happened, how many
+// story is what happens to a triangle under a stream, which goes on for a length of time at least. It returns, by what happened, how many
 // numbers were lost while the routers changed.
-func (n *triangle) story(ctx context.Context) (lost map[string]int) {
+func (n *triangle) story(ctx context.Context, length time.Duration) (lost map[string]int) {
 	t := n.t
 	lost = map[string]int{}
 	group := netip.AddrPortFrom(netip.MustParseAddr(triangleGroup), 5000)
@@ -319,7 +318,7 @@ func (n *triangle) story(ctx context.Context) (lost map[string]int) {
 		s.whole(t, "while the relay was killed and started", from, s.sent.Load()-100)
 	}
 	// The routes outlive the keepalive time of 31 s, which a daemon that sees no packets ends them after.
-	for time.Since(began) < time.Duration(labtest.Soak(40, 250))*time.Second {
+	for time.Since(began) < length {
 		s.passes(t, "a stream that goes on", 1000)
 	}
 	for i, r := range n.routers[:2] {
@@ -341,16 +340,17 @@ func (n *triangle) story(ctx context.Context) (lost map[string]int) {
 func TestTriangle(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Duration(labtest.Soak(4, 12))*time.Minute)
 	defer cancel()
+	length := time.Duration(labtest.Soak(40, 250)) * time.Second
 	lost := make([]map[string]int, 2)
 	t.Run("both", func(t *testing.T) {
 		for i, name := range []string{"kernel", "xdpcast"} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				lost[i] = newTriangle(ctx, t, i == 1).story(ctx)
+				lost[i] = newTriangle(ctx, t, i == 1).story(ctx, length)
 			})
 		}
 	})
 	for what, kernel := range lost[0] {
-		t.Log(fmt.Sprintf("%s: %d lost by the kernel alone, %d with xdpcast", what, kernel, lost[1][what]))
+		t.Logf("%s: %d lost by the kernel alone, %d with xdpcast", what, kernel, lost[1][what])
 	}
 }
