@@ -32,7 +32,7 @@ test: go ## run all tests
 
 .PHONY: soak
 soak: go ## run the long forms of tests, and each fuzz target for FUZZTIME (1m)
-	@scripts/setup --test
+	@scripts/setup --test --interop
 	scripts/soak
 
 .PHONY: test-interop

@@ -176,7 +176,8 @@ func TestPIM6(t *testing.T) {
 	}
 	relays := []*relay{}
 	for _, h := range []*lab.Host{first, second} {
-		relays = append(relays, startRelay(ctx, t, h, "rules: []\nmroute: {families: ipv6}\n"))
+		r, _ := startDaemon(ctx, t, h, "rules: []\nmroute: {families: ipv6}\n", 0)
+		relays = append(relays, r)
 	}
 	labtest.Eventually(t, "the routers are neighbours", func() bool {
 		return strings.Contains(routers[0].vtysh("show ipv6 pim neighbor"), "link0") && strings.Contains(routers[1].vtysh("show ipv6 pim neighbor"), "link0")

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -32,7 +31,6 @@ type smcScenario struct {
 	name  string
 	conf  string
 	flags []string // of smcrouted
-	vlans bool     // in0.10 and out0.20 are there, too
 	steps [][]smcFrame
 	taken int // entries that are forwarded in XDP in the end
 }
@@ -40,7 +38,7 @@ type smcScenario struct {
 // smcFrame is what a source sends.
 type smcFrame struct {
 	from          int
-	vlan          uint16
+	tag           uint16 // of IEEE 802.1Q; 0: none
 	source, group string
 	ttl           uint8
 	during        time.Duration // sent every 50 ms for so long; 0: sent once
@@ -72,9 +70,9 @@ func smcScenarios() []smcScenario {
 	low := f(0, "10.0.0.5", "239.1.1.1")
 	low.ttl = 1
 	tagged := f(0, "10.0.0.5", "239.1.1.1")
-	tagged.vlan = 10
-	foreign := tagged
-	foreign.vlan = 11
+	tagged.tag = 10 // of a VLAN that the router has no interface of
+	priority := tagged
+	priority.tag = 5 << 13 // of no VLAN: the kernel takes the tag off
 	steady, idle := f(0, "10.0.0.5", "239.1.1.1"), f(0, "10.0.0.6", "239.1.1.1")
 	steady.during = 7 * time.Second
 	return []smcScenario{
@@ -83,9 +81,8 @@ func smcScenarios() []smcScenario {
 			steps: twice(f(0, "10.0.0.5", "239.1.1.1"), f(0, "10.0.0.5", "239.1.1.2"), f(0, "10.0.0.9", "239.1.1.1"),
 				f(1, "10.1.0.5", "239.1.1.1"), f(1, "10.1.0.5", "239.1.1.3"), f(1, "10.1.0.5", "239.7.7.7"), low)},
 		{name: "multi", taken: 12, conf: conf, steps: twice(multi...)},
-		{name: "vlan", vlans: true, taken: 1, conf: all + "phyint in0.10 enable\nphyint out0.20 enable\n" +
-			"mroute from in0.10 source 10.0.0.5 group 239.1.1.1 to out0.20 out1\nmroute from in0 source 10.0.0.6 group 239.1.1.1 to out1\n",
-			steps: twice(tagged, foreign, f(0, "10.0.0.6", "239.1.1.1"))},
+		{name: "vlan", taken: 1, conf: all + "mroute from in0 source 10.0.0.5 group 239.1.1.1 to out0 out1\n",
+			steps: twice(f(0, "10.0.0.5", "239.1.1.1"), tagged, priority)},
 		{name: "wrongvif", taken: 1, conf: all + "mroute from in0 source 10.0.0.5 group 239.1.1.1 to out0 out1\n",
 			steps: twice(f(0, "10.0.0.5", "239.1.1.1"), f(1, "10.0.0.5", "239.1.1.1"))},
 		{name: "expire", taken: 1, flags: []string{"-c", "2"}, conf: all + "mroute from in0 group 239.1.1.0/24 to out0\n",
@@ -116,15 +113,6 @@ func (s *smcScenario) run(ctx context.Context, t *testing.T, mirrored bool) (res
 	}
 	in(ctx, t, router, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0",
 		"net.ipv4.conf.in0.rp_filter=0", "net.ipv4.conf.in1.rp_filter=0")
-	if s.vlans {
-		in(ctx, t, router, "ip", "link", "add", "link", "in0", "name", "in0.10", "type", "vlan", "id", "10")
-		in(ctx, t, router, "ip", "link", "add", "link", "out0", "name", "out0.20", "type", "vlan", "id", "20")
-		for i, name := range []string{"in0.10", "out0.20"} {
-			in(ctx, t, router, "ip", "addr", "add", fmt.Sprintf("10.3.%d.1/24", i), "dev", name)
-			in(ctx, t, router, "ip", "link", "set", name, "up")
-			in(ctx, t, router, "sysctl", "-qw", "net.ipv4.conf."+strings.ReplaceAll(name, ".", "/")+".rp_filter=0")
-		}
-	}
 	is4 := netip.MustParseAddr(s.steps[0][0].group).Is4()
 	marker, from := smcMarker4, smcSource4
 	if !is4 {
@@ -155,7 +143,7 @@ func (s *smcScenario) run(ctx context.Context, t *testing.T, mirrored bool) (res
 		if !is4 {
 			leave = "ff0e::ffff:0/112"
 		}
-		r = startRelay(ctx, t, router, fmt.Sprintf("rules: []\nmroute: {leave: %q}\n", leave))
+		r, _ = startDaemon(ctx, t, router, fmt.Sprintf("rules: []\nmroute: {leave: %q}\n", leave), 0)
 	}
 	number := uint32(0)
 	frame := func(f smcFrame) []byte {
@@ -165,8 +153,8 @@ func (s *smcScenario) run(ctx context.Context, t *testing.T, mirrored bool) (res
 			SrcMAC: [6]byte{2, 0, 0, 0, 0, 1}, DstMAC: packet.MulticastMAC(group), Src: netip.MustParseAddr(f.source), Dst: group,
 			SrcPort: 4000, DstPort: 5000, TTL: f.ttl, Payload: binary.BigEndian.AppendUint32(bytes.Repeat([]byte{0xa5}, 40), number),
 		}
-		if f.vlan != 0 {
-			p.VLANs = []uint16{f.vlan}
+		if f.tag != 0 {
+			p.VLANs = []uint16{f.tag}
 		}
 		return p.Build()
 	}
@@ -231,6 +219,14 @@ func untilQuiet(t *testing.T, sink *labtest.Tap, where, marker string) (frames [
 	}
 }
 
+// hexLines shows frames.
+func hexLines(frames [][]byte) (text string) {
+	for _, f := range frames {
+		text += fmt.Sprintf("%x\n", f)
+	}
+	return text
+}
+
 var kernelRoute = regexp.MustCompile(`\(([^)]*)\)\s+Iif: (\S+)`)
 
 // kernelRoutes are the entries of the kernel, as ip has them.
@@ -269,7 +265,7 @@ func TestSmcrouteScenarios(t *testing.T) {
 						continue // how many frames a time has is not the same
 					}
 					if !slices.EqualFunc(kernel.frames[i], mirrored.frames[i], bytes.Equal) {
-						t.Errorf("sink %d: %d frames, of the kernel alone %d, or others", i, len(mirrored.frames[i]), len(kernel.frames[i]))
+						t.Errorf("sink %d:\n%s\nof the kernel alone:\n%s", i, hexLines(mirrored.frames[i]), hexLines(kernel.frames[i]))
 					}
 				}
 				if got == 0 {
