@@ -63,8 +63,8 @@ static __always_inline bool to_group_mac(const struct headers *h, bool ip4)
 
 /* Whether a packet of a routed flow is the kernel's. Its TTL decides which outputs get a copy
  * (thresholds), so one that is not above all of them is. So is one that some output would
- * need fragments for or answer with an error, one with padding, which the kernel trims, and
- * one of this host.
+ * need fragments for or answer with an error, one with padding, which the kernel trims, one
+ * with a priority tag, which it takes off, and one of this host.
  */
 static __noinline bool kernel_routes(const struct config *cfg, const struct headers *h,
 				     const struct flow *flow, __u32 bytes, bool ip4)
@@ -76,6 +76,7 @@ static __noinline bool kernel_routes(const struct config *cfg, const struct head
 		   h->ip6->hop_limit <= flow->routed) {
 		return true;
 	}
-	return mirror_ended() || (__u32)h->l3_offset + h->l3_len != bytes ||
-	       h->l3_len > flow->min_mtu || !to_group_mac(h, ip4) || own_packet(cfg, h, flow, ip4);
+	return mirror_ended() || h->l3_offset != ETH_HLEN ||
+	       (__u32)h->l3_offset + h->l3_len != bytes || h->l3_len > flow->min_mtu ||
+	       !to_group_mac(h, ip4) || own_packet(cfg, h, flow, ip4);
 }

@@ -64,6 +64,8 @@ func (n *network) routedFrames(t *testing.T, source, group string) (all []routed
 	add("TTL at the threshold of an output", is4, func(f *packet.Frame) { f.TTL = 4 })
 	add("TTL above it", false, func(f *packet.Frame) { f.TTL = 5 })
 	add("TTL 255", false, func(f *packet.Frame) { f.TTL = 255 })
+	add("priority tag", true, func(f *packet.Frame) { f.VLANs = []uint16{5 << 13} })
+	add("of another VLAN", true, func(f *packet.Frame) { f.VLANs = []uint16{7} })
 	add("padded", true, func(f *packet.Frame) { f.Padding = 20 })
 	add("to a host's MAC address", true, func(f *packet.Frame) { f.DstMAC = macOf(t, n.relay, "in0") })
 	add("to another group's MAC address", true, func(f *packet.Frame) { f.DstMAC[5]++ })
