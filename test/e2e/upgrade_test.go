@@ -27,6 +27,7 @@ func newFastLeaveNetwork(t testing.TB) (n *network, wire *labtest.Tap) {
 	sw := labtest.Host(t, "sw")
 	labtest.SetBridge(t, sw, unix.NLM_F_CREATE|unix.NLM_F_EXCL, map[int][]byte{
 		nl.IFLA_BR_MCAST_SNOOPING:             {1},
+		nl.IFLA_BR_MCAST_HASH_MAX:             nl.Uint32Attr(1 << 16),
 		nl.IFLA_BR_MCAST_IGMP_VERSION:         {3},
 		nl.IFLA_BR_MCAST_QUERY_USE_IFADDR:     {1},
 		nl.IFLA_BR_MCAST_QUERY_RESPONSE_INTVL: nl.Uint64Attr(10),
@@ -235,8 +236,12 @@ func TestExecUpgrade(t *testing.T) {
 			s.wait(sent * 9 / 10)
 			total := s.receiver.Report().Total
 			t.Logf("%d packets of %d lost, longest gap %v", sent-total.Received, sent, time.Duration(s.receiver.Report().Groups[0].LongestGapNS))
-			if total.Duplicated+total.Reordered+total.Foreign > 0 {
-				t.Errorf("received %+v, want each packet once and in order", total)
+			if total.Duplicated+total.Foreign > 0 {
+				t.Errorf("received %+v, want each packet once", total)
+			}
+			// What takes the kernel path overtakes what is in a socket's ring.
+			if path == "fanout" && total.Reordered > 0 {
+				t.Errorf("received %+v, want them in order", total)
 			}
 		})
 	}
@@ -333,4 +338,46 @@ func (in *instance) ready(before int) (pid int) {
 		return ""
 	})
 	return pid
+}
+
+// TestManyGroupsHandedOver replaces, and kills, a daemon that holds 20 groups a socket: every socket comes to
+// the next one, and no group is left or joined anew.
+func TestManyGroupsHandedOver(t *testing.T) {
+	groups := labtest.Soak(2_000, 10_000)
+	n, wire := newFastLeaveNetwork(t)
+	in := newInstance(t, n.relay)
+	in.replaceable()
+	var rules strings.Builder
+	rules.WriteString("rules:\n")
+	for i := range groups {
+		fmt.Fprintf(&rules, "  - {name: r%d, in: '239.2.%d.%d:5000%%in0', out: ['239.3.1.1:6000%%out0']}\n", i, i>>8, i&255)
+	}
+	d := in.startCommand("hold", "--run-dir", in.runDir, "--", in.program, "run", "-c", in.write("rules.yaml", rules.String()))
+	in.running = d
+	pid := in.ready(0)
+	in.left(wire)
+	took := func(what string, start time.Time) {
+		t.Helper()
+		t.Logf("%s: %d groups are held by the next daemon after %v", what, groups, time.Since(start).Round(time.Millisecond))
+		want := fmt.Sprintf(`memberships=%d sockets=%d "joined anew"=0`, groups, (groups+19)/20)
+		if got := d.log.String(); !strings.Contains(got[strings.LastIndex(got, "memberships taken over"):], want) {
+			t.Errorf("%s: want %s", what, want)
+		}
+	}
+	at := time.Now()
+	in.mustCLI("upgrade", "--exec")
+	pid = in.ready(pid)
+	took("upgrade", at)
+	at = time.Now()
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	in.ready(pid)
+	took("kill -9", at)
+	if got := in.left(wire); len(got) > 0 {
+		t.Errorf("%d groups were left, such as %v", len(got), got[0])
+	}
+	if joined := len(igmp(t, n.relay)["in0"]); joined != groups {
+		t.Errorf("%d groups are joined, want %d", joined, groups)
+	}
 }
