@@ -10,6 +10,7 @@ package bpf
 //go:generate go tool bpf2go -go-package bpf -target bpfel Keepalive keepalive.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel Transmit transmit.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel -no-global-types Tapped tapped.bpf.c -- -Iinclude
+//go:generate go tool bpf2go -go-package bpf -target bpfel -no-global-types -type tap_record -type tap_drop -type tap_flag -type tap_flows Tap tap.bpf.c -- -Iinclude
 
 // Constants of include/abi.h that are macros there; a test holds them equal.
 const (

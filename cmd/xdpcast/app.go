@@ -51,7 +51,7 @@ func newApp(now func() time.Time) *cli.App {
 		}},
 		Commands: []*cli.Command{
 			runCommand(), holdCommand(), loadCommand(), unloadCommand(), upgradeCommand(),
-			ruleCommand(now), groupCommand(now), statsCommand(now), healthCommand(now), statusCommand(now), eventsCommand(now), explainCommand(now), discoverCommand(now), doctorCommand(now), topCommand(now), reloadCommand(),
+			ruleCommand(now), groupCommand(now), statsCommand(now), healthCommand(now), statusCommand(now), eventsCommand(now), explainCommand(now), discoverCommand(now), doctorCommand(now), topCommand(now), tapCommand(), reloadCommand(),
 			confirmCommand(), historyCommand(now), rollbackCommand(), checkCommand(), convertCommand(),
 			genCommand(), recvCommand(), demoCommand(), versionCommand(),
 		},

@@ -25,7 +25,7 @@ const completeFlag = "--generate-bash-completion"
 const completeTimeout = time.Second
 
 // takesRules are the commands whose arguments are names of rules.
-var takesRules = []string{"xdpcast rule show", "xdpcast rule del", "xdpcast stats", "xdpcast explain"}
+var takesRules = []string{"xdpcast rule show", "xdpcast rule del", "xdpcast stats", "xdpcast explain", "xdpcast tap"}
 
 // complete writes what may stand at the end of a command line, a line each: words are those
 // behind the program's name, and the last one is being typed when it begins with a dash.

@@ -198,7 +198,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 		case <-begin:
 		case <-ctx.Done():
 		}
-		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", scrapes), Events: opts.Events, Upgrade: up.upgrade}).Serve(ctx, listener)
+		served <- control.NewServer(observed, control.Options{Log: opts.Logger, ReadGroups: groups, Metrics: http.StripPrefix("/v1", scrapes), Events: opts.Events, Upgrade: up.upgrade, Tap: r.Tap}).Serve(ctx, listener)
 	}()
 	go func() {
 		defer cancel()

@@ -38,6 +38,9 @@ func (s *Server) handler() http.Handler {
 	if s.opts.Events != nil {
 		mux.HandleFunc("/v1/events", s.reading(eventsQuery, s.serveEvents))
 	}
+	if s.opts.Tap != nil {
+		mux.HandleFunc("/v1/rules/{name}/tap", s.serveTap)
+	}
 	mux.HandleFunc("/v1/export", s.reading([]string{queryOrigin}, s.serveExport))
 	unknown := func(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, Errorf(KindNotFound, "no endpoint %s: this daemon speaks /v1/status, /v1/rules, /v1/groups, /v1/stats, /v1/events, /v1/explain, /v1/check, /v1/export, /v1/reload, /v1/confirm, /v1/history, /v1/rollback, /v1/upgrade", oneLine(r.URL.Path, 100)))

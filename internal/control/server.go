@@ -49,6 +49,8 @@ type Options struct {
 	Events *events.Log
 	// Upgrade answers POST /v1/upgrade; nil: there is no such endpoint.
 	Upgrade func(ctx context.Context, timeout time.Duration) (UpgradeResult, error)
+	// Tap answers POST /v1/rules/NAME/tap; nil: there is no such endpoint.
+	Tap Tapper
 }
 
 // Server serves a Backend. Make it with NewServer.

@@ -42,7 +42,9 @@ type AFXDPOptions struct {
 	Loader Sockets
 	// Accounts is where packets are counted; nil: in memory that ends with the path.
 	Accounts Accounts
-	Logger   *slog.Logger // nil: logs nothing
+	// Taps see packets; nil: nobody does.
+	Taps   *Taps
+	Logger *slog.Logger // nil: logs nothing
 	// Queues is how many receive queues an interface may have at most; 0 means 16, or
 	// the number of CPUs if there are more. Counters are kept for so many workers.
 	Queues int
@@ -139,7 +141,7 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	a := &AFXDP{
-		opts: opts, log: opts.Logger, set: newSet(flow.PathAFXDP, opts.Queues, opts.Accounts),
+		opts: opts, log: opts.Logger, set: newSet(flow.PathAFXDP, opts.Queues, opts.Accounts, opts.Taps),
 		inputs: map[int]*afxdpInput{}, names: map[int]string{}, claimed: map[queueKey]*afxdpSender{},
 	}
 	a.unregister = a.set.accounts.Account().OnSettle(a.settle)

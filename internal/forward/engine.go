@@ -36,6 +36,12 @@ type Engine struct {
 	global    *account.Counters
 	fragments [fragmentKinds]*account.Cell
 	batches   atomic.Uint64 // that have ended
+
+	// Who sees packets, and of them who wants the packet in hand.
+	tapList *[]*Tap
+	taps    []tapping
+	wanted  uint8
+	noMACs  bool // its MAC addresses are those of the handover
 }
 
 // view is what an engine needs to forward, all of one moment.
@@ -56,14 +62,20 @@ func (e *Engine) Begin() {
 		// is still the one.
 		if e.next.Load() == v {
 			e.now = v
-			return
+			break
 		}
+	}
+	if list := e.set.taps.list.Load(); list != e.tapList {
+		e.followTaps(list)
 	}
 }
 
 // End sends what is still queued. The batch's frames may be reused then.
 func (e *Engine) End() {
 	e.flush()
+	if len(e.taps) > 0 {
+		e.endTaps()
+	}
 	e.now = nil
 	e.using.Store(nil)
 	e.batches.Add(1)
@@ -72,9 +84,17 @@ func (e *Engine) End() {
 func (e *Engine) flush() {
 	for _, q := range e.now.queues {
 		if q != nil && len(q.packets) > 0 {
-			q.flush(e.now.open)
+			e.send(q)
 		}
 	}
+}
+
+// send sends what a queue has.
+func (e *Engine) send(q *queue) {
+	if len(e.taps) > 0 {
+		e.tapSending(q)
+	}
+	q.flush(e.now.open)
 }
 
 // abandon ends a batch that failed in the middle: what was queued is dropped.
@@ -84,6 +104,9 @@ func (e *Engine) abandon() {
 			if q != nil {
 				q.abandon()
 			}
+		}
+		if len(e.taps) > 0 {
+			e.endTaps()
 		}
 	}
 	e.now = nil
@@ -124,6 +147,10 @@ func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
 	counts := e.match(r, at, len(frame))
 	if r.rule.Finish && packet.FinishChecksum(frame, h) {
 		counts.note(loader.UnfinishedChecksum, 1, uint64(len(frame)))
+	}
+	if len(e.taps) > 0 {
+		e.wanted, e.noMACs = e.wantedBy(r, sequenceOf(frame)), true
+		e.tapIn(r.rule.In.Index, frame, at, len(frame), 0, false)
 	}
 	e.copies(r, frame, h, packet.GuardMark{}, at, len(frame))
 }
@@ -190,6 +217,10 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 		counts.note(loader.OrphanFragment, before.packets, before.bytes)
 	}
 	reason, mark, refused := e.refuses(r, counts, frame, h, at, length, ethernet)
+	if len(e.taps) > 0 {
+		e.wanted, e.noMACs = e.wantedBy(r, 0), false
+		e.tapIn(index, frame, at, length, reason, refused)
+	}
 	if refused {
 		counts.drop(reason, 1, uint64(length))
 		return true
@@ -273,14 +304,17 @@ func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, mark packet.Gu
 	for slot := range r.out {
 		o := &r.out[slot]
 		counts := o.counts.of(e, account.Sent)
-		if reason, ok := e.copy(o, counts, frame, h, mark, at, length); !ok {
+		if reason, ok := e.copy(o, slot, counts, frame, h, mark, at, length); !ok {
 			counts.drop(reason, 1, uint64(length))
+			if len(e.taps) > 0 {
+				e.tapUnsent(o, slot, frame, at, length, reason)
+			}
 		}
 	}
 }
 
 // copy queues one output's copy, or says why there is none.
-func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Headers, mark packet.GuardMark, at int64, length int) (loader.Reason, bool) {
+func (e *Engine) copy(o *output, slot int, counts *counters, frame []byte, h *packet.Headers, mark packet.GuardMark, at int64, length int) (loader.Reason, bool) {
 	if !o.Ready {
 		return loader.ReasonOf(o.Blocked), false
 	}
@@ -309,8 +343,11 @@ func (e *Engine) copy(o *output, counts *counters, frame []byte, h *packet.Heade
 	}
 	q.packets = append(q.packets, fanout.Packet{Header: header, Payload: payload})
 	q.pending = append(q.pending, pending{counts, uint64(length)})
+	if len(e.taps) > 0 {
+		e.tapQueued(q, slot)
+	}
 	if len(q.packets) == batch {
-		q.flush(e.now.open)
+		e.send(q)
 	}
 	return 0, true
 }

@@ -31,6 +31,8 @@ type FanoutOptions struct {
 	Workers int
 	// Accounts is where packets are counted; nil: in memory that ends with the path.
 	Accounts Accounts
+	// Taps see packets; nil: nobody does.
+	Taps *Taps
 	// Mode and Steering are those of fanout.Options.
 	Mode     fanout.Mode
 	Steering *ebpf.Program
@@ -124,7 +126,7 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 	}
 	f := &Fanout{
 		opts: opts, log: opts.Logger, system: system, filter: filter,
-		set: newSet(flow.PathFanout, opts.Workers, opts.Accounts), groups: map[groupKey]*fanoutGroup{},
+		set: newSet(flow.PathFanout, opts.Workers, opts.Accounts, opts.Taps), groups: map[groupKey]*fanoutGroup{},
 	}
 	f.unregister = f.set.accounts.Account().OnSettle(f.set.settle)
 	return f, nil

@@ -57,6 +57,9 @@ type queue struct {
 	gone    atomic.Bool
 	packets []fanout.Packet
 	pending []pending // beside packets
+	tapped  []tapped  // beside packets, while somebody taps
+	tap     *Engine   // that shows them; nil: nobody taps
+	index   int       // of the interface
 	done    int       // of them, sent or dropped
 	headers []byte
 
@@ -113,7 +116,7 @@ func (q *queue) flush(queues int) {
 		if all {
 			n = len(q.packets) - q.done
 		}
-		countDropped(q.take(n), reason)
+		q.drop(q.take(n), reason)
 	}
 	q.reset()
 }
@@ -127,6 +130,9 @@ type dropper interface {
 
 // count counts what the sender has taken just now.
 func (q *queue) count(taken []pending) {
+	if q.tap != nil {
+		q.tap.tapOutcome(q.tappedOf(taken), 0, false)
+	}
 	if q.dropper == nil {
 		countSent(taken)
 		return
@@ -137,11 +143,25 @@ func (q *queue) count(taken []pending) {
 			continue
 		}
 		countSent(taken[from:at])
+		if q.tap != nil {
+			q.tap.tapOutcome(q.tappedOf(taken)[at:at+1], loader.TxFull, true)
+		}
 		countDropped(taken[at:at+1], loader.TxFull)
 		from = at + 1
 	}
 	countSent(taken[from:])
 }
+
+// drop counts packets that were not taken.
+func (q *queue) drop(dropped []pending, reason loader.Reason) {
+	if q.tap != nil {
+		q.tap.tapOutcome(q.tappedOf(dropped), reason, true)
+	}
+	countDropped(dropped, reason)
+}
+
+// tappedOf is what is beside packets that take has returned last.
+func (q *queue) tappedOf(taken []pending) []tapped { return q.tapped[q.done-len(taken) : q.done] }
 
 // take is what the next n packets are counted for, which are done with.
 func (q *queue) take(n int) []pending {
@@ -152,7 +172,7 @@ func (q *queue) take(n int) []pending {
 // abandon drops what is queued.
 func (q *queue) abandon() {
 	countDropped(q.pending[q.done:], loader.Internal)
-	q.reset()
+	q.reset() // who taps does not see them
 }
 
 // reset forgets what is queued, and leaves no pointer behind: payloads may lie in
@@ -161,6 +181,7 @@ func (q *queue) reset() {
 	clear(q.packets)
 	clear(q.pending)
 	q.packets, q.pending, q.done = q.packets[:0], q.pending[:0], 0
+	q.tapped, q.tap = q.tapped[:0], nil
 }
 
 // refused is the reason behind an error of Send, and whether all that follows would

@@ -1,6 +1,8 @@
 package forward
 
 import (
+	"strings"
+
 	"xdpcast/internal/account"
 	"xdpcast/pkg/flow"
 )
@@ -9,6 +11,7 @@ import (
 // in the Tables before and behind.
 type Rule struct {
 	rule    flow.Flow
+	name    string // that people know it by, which its other inputs have, too
 	unicast bool
 	number  uint32 // by which the guard knows it
 	policer *policer
@@ -31,6 +34,7 @@ type output struct {
 // nil.
 func (s *Set) newRule(r flow.Flow, old *Rule) *Rule {
 	n := &Rule{rule: r.Normalized(), unicast: r.Unicast()}
+	n.name, _, _ = strings.Cut(r.Name, flow.LegSeparator)
 	goesOn := old != nil && n.rule.Continues(old.rule)
 	n.policer = newPolicer(r.Rate)
 	if goesOn {

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -31,6 +32,7 @@ type Set struct {
 	matches   account.Kind // what a packet that comes to a worker is counted as
 	guard     *packet.Guard
 	ownMACs   atomic.Pointer[map[[6]byte]struct{}]
+	taps      *Taps
 
 	mu      sync.Mutex
 	numbers uint32 // given to rules, for the guard
@@ -41,9 +43,9 @@ type Set struct {
 
 // NewSet makes a set without rules, for inputs with so many workers each, which counts in
 // memory of its own.
-func NewSet(workers int) *Set { return newSet(flow.PathFanout, workers, nil) }
+func NewSet(workers int) *Set { return newSet(flow.PathFanout, workers, nil, nil) }
 
-func newSet(path flow.Path, workers int, accounts Accounts) *Set {
+func newSet(path flow.Path, workers int, accounts Accounts, taps *Taps) *Set {
 	now := time.Now()
 	var clock unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &clock) // cannot fail for this clock
@@ -55,6 +57,7 @@ func newSet(path flow.Path, workers int, accounts Accounts) *Set {
 		table:     &Table{},
 		accounts:  accountsOr(accounts),
 		path:      path,
+		taps:      cmp.Or(taps, &Taps{}),
 		matches:   account.Matched,
 	}
 	if path == flow.PathAFXDP {
@@ -260,6 +263,7 @@ func (e *Engine) view(before, table *Table) (*view, error) {
 			return v, &loader.RuleError{Rule: table.user(e.input, i), Err: err}
 		}
 		v.queues[i] = newQueue(sender)
+		v.queues[i].index = index
 		v.open++
 	}
 	return v, nil

@@ -94,6 +94,7 @@ type Relay struct {
 	log  *slog.Logger
 
 	watcher *network.Watcher
+	taps    forward.Taps // of the user-space paths
 
 	commands chan command
 	ended    chan struct{} // closed when Run has returned

@@ -1,0 +1,381 @@
+//go:build ignore
+
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/* The tap: tracing programs (fentry, fexit) on the relay and egress program, loaded while
+ * somebody taps a rule and at no other time. The programs that they look at are not
+ * changed, and know nothing of them.
+ *
+ * Whose packet a frame was is told by the account: what makes a rule's counter grow while
+ * the relay program runs is a packet of that rule, and what makes an output's counter grow
+ * has been sent by it. The programs run from entry to exit on one CPU, and the counters
+ * are of that CPU.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+#include <stdbool.h>
+
+#include "maps.h"
+#include "tap.h"
+
+static const __u32 zero;
+
+EXPORT_TYPE(struct, tap_record);
+EXPORT_TYPE(struct, tap_drop);
+EXPORT_TYPE(enum, tap_flag);
+
+/* The fields of the kernel's structs that are used; their offsets are relocated. */
+struct net_device {
+	int ifindex;
+} __attribute__((preserve_access_index));
+
+struct xdp_rxq_info {
+	struct net_device *dev;
+} __attribute__((preserve_access_index));
+
+struct xdp_txq_info {
+	struct net_device *dev;
+} __attribute__((preserve_access_index));
+
+struct xdp_buff {
+	void *data;
+	void *data_end;
+	struct xdp_rxq_info *rxq;
+	struct xdp_txq_info *txq;
+} __attribute__((preserve_access_index));
+
+/* What is wanted. Set at load. */
+const volatile bool want_in = true;
+const volatile bool want_dropped = true;
+const volatile __u64 want_slots = 0; /* a bit for each */
+const volatile __u32 sample = 1;     /* one of so many packets of a rule and CPU */
+const volatile __u32 snap = 1;	     /* bytes of a frame; at most TAP_MAX_SNAP */
+
+/* A record of the ring must fit 16 bits with all that is around it. */
+#define TAP_MAX_SNAP 0xf000
+
+/* tapped_flows: interface -> flows of the rule. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct tap_flows);
+} tapped_flows SEC(".maps");
+
+/* tapped_outputs: stats of an output of the rule -> its slot. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, __u32);
+} tapped_outputs SEC(".maps");
+
+/* tap_events: a ring for each CPU. Frames are copied from all of their buffers at once, which
+ * the kernel offers for this type of map alone.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
+	__type(key, __u32);
+	__type(value, __u32);
+} tap_events SEC(".maps");
+
+/* tap_lost: one entry, packets that the ring had no room for. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} tap_lost SEC(".maps");
+
+/* What a rule's counters were when the relay program began. */
+struct tap_before {
+	__u64 packets;
+	__u64 bytes;
+	__u64 copies;
+	__u64 handed;
+};
+
+/* From the entry of the relay program to its exit. */
+struct tap_relay {
+	struct tap_flows flows; /* n is 0: the frame is of no interest */
+	struct tap_before before[TAP_FLOWS];
+	__u32 length; /* of the frame's first buffer */
+};
+
+/* From the entry of the egress program to its exit. */
+struct tap_egress {
+	__u32 n; /* outputs of the tapped rule on the interface; 0: not its frame */
+	__u32 stats[XDPCAST_MAX_SLOTS];
+	__u64 packets[XDPCAST_MAX_SLOTS];
+};
+
+/* relay_run: one entry, the run of the relay program on this CPU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tap_relay);
+} relay_run SEC(".maps");
+
+/* egress_run: one entry, the run of the egress program on this CPU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tap_egress);
+} egress_run SEC(".maps");
+
+/* tap_records: the record in hand, 0 of the relay program and 1 of the egress program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct tap_record);
+} tap_records SEC(".maps");
+
+enum { OF_RELAY, OF_EGRESS };
+
+static __always_inline struct tap_record *record_of(__u32 which)
+{
+	return bpf_map_lookup_elem(&tap_records, &which);
+}
+
+static __always_inline void write_record(struct xdp_buff *xdp, struct tap_record *r)
+{
+	__u32 captured = r->length, key = 0, size;
+	__u64 *lost;
+
+	/* The frame as it came in may be longer by its tags. */
+	if (captured > snap + 8)
+		captured = snap + 8;
+	captured &= 0xffff;
+	r->captured = captured;
+	r->pad = 0;
+	r->time_ns = bpf_ktime_get_ns();
+	size = __builtin_offsetof(struct tap_record, head) + r->head_bytes;
+	if (r->drops)
+		size = __builtin_offsetof(struct tap_record, drop) +
+		       r->drops * sizeof(struct tap_drop);
+	if (size > sizeof(*r))
+		return;
+	if (!bpf_xdp_output(xdp, &tap_events, BPF_F_CURRENT_CPU | (__u64)captured << 32, r, size))
+		return;
+	lost = bpf_map_lookup_elem(&tap_lost, &key);
+	if (lost)
+		*lost += (r->flags & (TAP_IN | TAP_OUT)) == (TAP_IN | TAP_OUT) ? 2 : 1;
+}
+
+SEC("fentry/relay")
+int BPF_PROG(relay_entry, struct xdp_buff *xdp)
+{
+	struct tap_relay *t = bpf_map_lookup_elem(&relay_run, &zero);
+	struct tap_record *r = record_of(OF_RELAY);
+	__u32 ifindex = xdp->rxq->dev->ifindex, head, i;
+	struct tap_flows *flows;
+
+	if (!t || !r)
+		return 0;
+	t->flows.n = 0;
+	flows = bpf_map_lookup_elem(&tapped_flows, &ifindex);
+	if (!flows)
+		return 0;
+	t->flows = *flows;
+	for (i = 0; i < TAP_FLOWS && i < t->flows.n; i++) {
+		__u32 id = t->flows.rule[i];
+		struct rule_stats *s = bpf_map_lookup_elem(&rule_stats, &id);
+
+		if (!s)
+			continue;
+		t->before[i].packets = s->packets;
+		t->before[i].bytes = s->bytes;
+		t->before[i].copies = s->copies_packets;
+		t->before[i].handed = s->handed_packets;
+	}
+	t->length = xdp->data_end - xdp->data;
+	r->drops = 0;
+	r->head_bytes = 0;
+	head = t->length;
+	if (head > TAP_HEAD)
+		head = TAP_HEAD;
+	if ((want_in || want_dropped) && !bpf_probe_read_kernel(r->head, head, xdp->data))
+		r->head_bytes = head;
+	return 0;
+}
+
+static __always_inline void note_drop(__u32 which, __u32 scope, __u32 id, __u32 reason)
+{
+	struct tap_record *r = record_of(which);
+	__u32 at;
+
+	if (!r || r->drops >= TAP_DROPS || scope == DROP_UNKNOWN)
+		return;
+	at = r->drops & (TAP_DROPS - 1);
+	r->drop[at].id = id;
+	r->drop[at].scope = scope;
+	r->drop[at].reason = reason;
+	r->drops++;
+}
+
+SEC("fentry/count_drop")
+int BPF_PROG(relay_drop, __u32 scope, __u32 id, __u32 reason)
+{
+	note_drop(OF_RELAY, scope, id, reason);
+	return 0;
+}
+
+SEC("fentry/count_drop")
+int BPF_PROG(egress_drop, __u32 scope, __u32 id, __u32 reason)
+{
+	note_drop(OF_EGRESS, scope, id, reason);
+	return 0;
+}
+
+/* Whether the frame is still one that the egress program has to rewrite. */
+static __always_inline bool handed_over(struct xdp_buff *xdp)
+{
+	__u8 mark = 0;
+
+	bpf_probe_read_kernel(&mark, sizeof(mark),
+			      xdp->data + __builtin_offsetof(struct handover, mark));
+	return mark == HANDOVER_MARK;
+}
+
+SEC("fexit/relay")
+int BPF_PROG(relay_exit, struct xdp_buff *xdp, int verdict)
+{
+	struct tap_relay *t = bpf_map_lookup_elem(&relay_run, &zero);
+	struct tap_record *r = record_of(OF_RELAY);
+	__u64 bytes = 0;
+	__u8 flags = 0;
+	bool handed = false;
+	__u32 i, packets = 0;
+
+	if (!t || !r || !t->flows.n)
+		return 0;
+	for (i = 0; i < TAP_FLOWS && i < t->flows.n; i++) {
+		__u32 id = t->flows.rule[i];
+		struct rule_stats *s = bpf_map_lookup_elem(&rule_stats, &id);
+
+		if (!s || s->packets == t->before[i].packets)
+			continue;
+		packets = s->packets;
+		bytes = s->bytes - t->before[i].bytes;
+		handed = s->handed_packets != t->before[i].handed;
+		if (s->copies_packets != t->before[i].copies)
+			flags = TAP_COPY;
+		r->rule = id;
+		break;
+	}
+	t->flows.n = 0;
+	/* The number is the one that the egress program goes by. */
+	if (!bytes || (sample > 1 && packets % sample))
+		return 0;
+	if (want_in || (want_dropped && (flags || r->drops)))
+		flags |= TAP_IN;
+	if (want_slots & 1 && verdict == XDP_REDIRECT && !handed && !handed_over(xdp))
+		flags |= TAP_OUT;
+	if (!(flags & (TAP_IN | TAP_OUT)))
+		return 0;
+	if (!(flags & TAP_IN))
+		r->head_bytes = 0;
+	r->flags = flags;
+	r->ifindex = xdp->rxq->dev->ifindex;
+	r->output = 0;
+	r->grown = (__u32)(xdp->data_end - xdp->data) - t->length;
+	r->length = bytes + r->grown;
+	write_record(xdp, r);
+	return 0;
+}
+
+SEC("fentry/egress")
+int BPF_PROG(egress_entry, struct xdp_buff *xdp)
+{
+	struct tap_egress *t = bpf_map_lookup_elem(&egress_run, &zero);
+	struct tap_record *r = record_of(OF_EGRESS);
+	struct handover from = {};
+	__u32 ifindex, first, slot, n = 0;
+	struct output *o;
+
+	if (!t || !r)
+		return 0;
+	t->n = 0;
+	if (bpf_probe_read_kernel(&from, sizeof(from), xdp->data) || from.mark != HANDOVER_MARK)
+		return 0;
+	first = from.first_output;
+	o = bpf_map_lookup_elem(&outputs, &first);
+	if (!o || !bpf_map_lookup_elem(&tapped_outputs, &o->stats))
+		return 0;
+	if (sample > 1 && from.sequence % sample)
+		return 0;
+	ifindex = xdp->txq->dev->ifindex;
+	for (slot = 0; slot < XDPCAST_MAX_SLOTS && slot < from.outputs; slot++) {
+		__u32 index = first + slot, stats;
+		struct output_stats *s;
+
+		o = bpf_map_lookup_elem(&outputs, &index);
+		if (!o || o->ifindex != ifindex)
+			continue;
+		stats = o->stats;
+		s = bpf_map_lookup_elem(&output_stats, &stats);
+		if (!s || n >= XDPCAST_MAX_SLOTS)
+			continue;
+		t->stats[n] = stats;
+		t->packets[n] = s->packets;
+		n++;
+	}
+	t->n = n;
+	r->drops = 0;
+	return 0;
+}
+
+static __always_inline bool slot_wanted(__u32 stats)
+{
+	__u32 *slot = bpf_map_lookup_elem(&tapped_outputs, &stats);
+
+	return slot && want_slots >> (*slot & 63) & 1;
+}
+
+SEC("fexit/egress")
+int BPF_PROG(egress_exit, struct xdp_buff *xdp, int verdict)
+{
+	struct tap_egress *t = bpf_map_lookup_elem(&egress_run, &zero);
+	struct tap_record *r = record_of(OF_EGRESS);
+	__u32 i, n;
+
+	if (!t || !r || !t->n)
+		return 0;
+	n = t->n;
+	t->n = 0;
+	r->flags = 0;
+	r->output = 0;
+	if (verdict == XDP_PASS) {
+		r->drops = 0;
+		for (i = 0; i < XDPCAST_MAX_SLOTS && i < n; i++) {
+			__u32 stats = t->stats[i];
+			struct output_stats *s = bpf_map_lookup_elem(&output_stats, &stats);
+
+			if (!s || s->packets == t->packets[i])
+				continue;
+			if (!slot_wanted(stats))
+				return 0;
+			r->flags = TAP_EGRESS | TAP_OUT;
+			r->output = stats;
+			break;
+		}
+	} else if (want_dropped && r->drops) {
+		r->flags = TAP_EGRESS;
+	}
+	if (!r->flags)
+		return 0;
+	r->rule = 0;
+	r->head_bytes = 0;
+	r->grown = 0;
+	r->ifindex = xdp->txq->dev->ifindex;
+	r->length = xdp->data_end - xdp->data;
+	write_record(xdp, r);
+	return 0;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

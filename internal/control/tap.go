@@ -1,0 +1,249 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"xdpcast/internal/tap"
+)
+
+// TapQuery says which packets are to be tapped.
+type TapQuery struct {
+	Rule string
+	tap.Options
+	// Count is how many packets are wanted at most; 0: any number.
+	Count uint64
+}
+
+// Tapper shows packets of a rule until ctx ends or q has its count. It writes a pcapng file to what
+// start returns, which it calls once it is sure to begin: an error before that changes nothing.
+type Tapper func(ctx context.Context, q TapQuery, start func() io.Writer) error
+
+const pcapngType = "application/x-pcapng"
+
+// Query keys of TapQuery.
+const (
+	queryIn      = "in"
+	queryOut     = "out"
+	queryDropped = "dropped"
+	querySample  = "sample"
+	querySnap    = "snap"
+	queryCount   = "count"
+)
+
+var tapQuery = []string{queryIn, queryOut, queryDropped, querySample, querySnap, queryCount}
+
+const allSlots = "all"
+
+func (q TapQuery) encode() string {
+	v := url.Values{}
+	v.Set(queryIn, strconv.FormatBool(q.In))
+	v.Set(queryDropped, strconv.FormatBool(q.Dropped))
+	v.Set(querySample, strconv.FormatUint(uint64(q.Sample), 10))
+	v.Set(querySnap, strconv.FormatUint(uint64(q.Snap), 10))
+	v.Set(queryCount, strconv.FormatUint(q.Count, 10))
+	v.Set(queryOut, formatSlots(q.Slots))
+	return v.Encode()
+}
+
+func formatSlots(slots uint64) string {
+	if slots == tap.AllSlots {
+		return allSlots
+	}
+	var words []string
+	for slot := range 64 {
+		if slots>>slot&1 == 1 {
+			words = append(words, strconv.Itoa(slot))
+		}
+	}
+	return strings.Join(words, ",")
+}
+
+// ParseSlots reads "0,2", "all", or "" for none.
+func ParseSlots(text string) (slots uint64, err error) {
+	switch text {
+	case "":
+		return 0, nil
+	case allSlots:
+		return tap.AllSlots, nil
+	}
+	for word := range strings.SplitSeq(text, ",") {
+		slot, err := strconv.ParseUint(word, 10, 8)
+		if err != nil || slot > 63 {
+			return 0, fmt.Errorf("slot %.20q: want a number from 0 to 63, or all", word)
+		}
+		slots |= 1 << slot
+	}
+	return slots, nil
+}
+
+// readTapQuery reads what encode writes. Nothing said is everything.
+func readTapQuery(r *http.Request) (q TapQuery, err error) {
+	values := r.URL.Query()
+	q.Rule, q.Options = r.PathValue("name"), tap.Everything
+	if values.Has(queryIn) || values.Has(queryOut) || values.Has(queryDropped) {
+		if q.In, err = boolQuery(r, queryIn); err != nil {
+			return q, err
+		}
+		if q.Dropped, err = boolQuery(r, queryDropped); err != nil {
+			return q, err
+		}
+		if q.Slots, err = ParseSlots(values.Get(queryOut)); err != nil {
+			return q, Errorf(KindInvalid, "query key %s: %w", queryOut, err)
+		}
+	}
+	for key, to := range map[string]*uint32{querySample: &q.Sample, querySnap: &q.Snap} {
+		if text := values.Get(key); text != "" {
+			n, err := strconv.ParseUint(text, 10, 32)
+			if err != nil {
+				return q, Errorf(KindInvalid, "query key %s is %q: must be a number", key, oneLine(text, 100))
+			}
+			*to = uint32(n)
+		}
+	}
+	if text := values.Get(queryCount); text != "" {
+		if q.Count, err = strconv.ParseUint(text, 10, 64); err != nil {
+			return q, Errorf(KindInvalid, "query key %s is %q: must be a number", queryCount, oneLine(text, 100))
+		}
+	}
+	return q, Wrap(KindInvalid, q.Check())
+}
+
+// serveTap answers with packets until the request's body ends, or the client is gone: its last block
+// says how many were lost. Packets are what a rule carries, and may be confidential: who may not
+// write may not see them.
+func (s *Server) serveTap(w http.ResponseWriter, r *http.Request) {
+	only := []endpoint{{method: http.MethodPost, need: accessWrite}}
+	if _, err := choose(only, r.Method); err != nil {
+		w.Header().Set("Allow", allow(only))
+		s.answerError(w, r, http.StatusMethodNotAllowed, err)
+		return
+	}
+	err := s.permit(r, accessWrite)
+	if err == nil {
+		err = knownQuery(r, tapQuery)
+	}
+	var q TapQuery
+	if err == nil {
+		q, err = readTapQuery(r)
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	begin := time.Now()
+	control := http.NewResponseController(w)
+	// The bounds of a request that ends are not for one that goes on; each write has its own.
+	if err := errors.Join(control.EnableFullDuplex(), control.SetReadDeadline(time.Time{})); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	started := false
+	err = s.opts.Tap(ctx, q, func() io.Writer {
+		started = true
+		go func() {
+			defer cancel()
+			_, _ = io.Copy(io.Discard, r.Body) // until its end, or the client's
+		}()
+		w.Header().Set("Content-Type", pcapngType)
+		w.Header().Set("Cache-Control", "no-store")
+		w.WriteHeader(http.StatusOK)
+		return &tapStream{w, control}
+	})
+	s.audit(r, time.Since(begin), err)
+	if err != nil && !started {
+		s.fail(w, r, err)
+	}
+	// Ends the wait for the body.
+	_ = control.SetReadDeadline(time.Now())
+}
+
+// tapStream hands on each write at once, and gives a client a minute for it.
+type tapStream struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+}
+
+func (s *tapStream) Write(p []byte) (int, error) {
+	_ = s.control.SetWriteDeadline(time.Now().Add(stallTime))
+	n, err := s.w.Write(p)
+	return n, errors.Join(err, s.control.Flush())
+}
+
+// Tap copies what q asks for to out, in whole blocks, until the count is reached or ctx ends; then
+// it takes what the daemon has still to say. It says how many packets were written, and how many the
+// tap has lost. Errors of out are returned as they are.
+func (c *Client) Tap(ctx context.Context, q TapQuery, out io.Writer) (packets, lost uint64, err error) {
+	path, err := rulePath(q.Rule)
+	if err != nil {
+		return 0, 0, err
+	}
+	// The daemon goes by the end of the body; the call itself is cut off only when it does not
+	// end soon afterwards.
+	call, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	body, end := io.Pipe()
+	defer end.Close()
+	stop := context.AfterFunc(ctx, func() {
+		end.Close()
+		time.AfterFunc(tapGrace, cancel)
+	})
+	defer stop()
+	// net/http sends the header with the first of the body.
+	begun := io.MultiReader(strings.NewReader("\n"), body)
+	req, err := http.NewRequestWithContext(call, http.MethodPost, "http://xdpcast"+path+"/tap?"+q.encode(), begun)
+	if err != nil {
+		return 0, 0, fmt.Errorf("control: %w", err)
+	}
+	endless := c.http
+	endless.Timeout = 0
+	resp, err := endless.Do(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return 0, 0, nil
+		}
+		return 0, 0, c.transportError(ctx, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode >= 300 {
+		return 0, 0, c.answeredError(resp.StatusCode, resp.Body)
+	}
+	var r tap.Reader
+	var written *writeError
+	err = r.Copy(&failing{out}, resp.Body)
+	switch {
+	case errors.As(err, &written):
+		return r.Packets, r.Lost, written.err
+	case errors.Is(err, io.EOF), call.Err() != nil:
+		return r.Packets, r.Lost, nil
+	}
+	return r.Packets, r.Lost, Errorf(KindUnavailable, "packets from %s: %w", c.socket, err)
+}
+
+// tapGrace is how long a client waits for the last packets.
+const tapGrace = 5 * time.Second
+
+// failing marks the errors of a writer.
+type failing struct{ io.Writer }
+
+func (f *failing) Write(p []byte) (int, error) {
+	n, err := f.Writer.Write(p)
+	if err != nil {
+		err = &writeError{err}
+	}
+	return n, err
+}
+
+type writeError struct{ err error }
+
+func (e *writeError) Error() string { return e.err.Error() }
+func (e *writeError) Unwrap() error { return e.err }

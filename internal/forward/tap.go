@@ -1,0 +1,346 @@
+package forward
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"xdpcast/internal/tap"
+	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/loader"
+)
+
+// MaxTaps is how many may tap at once.
+const MaxTaps = 4
+
+// What a Tap holds at most: packets that workers have seen, until they are read.
+const (
+	tapChunks       = 8
+	tapChunkBytes   = 1 << 20
+	tapChunkRecords = 4096
+)
+
+// ErrTaps is returned when MaxTaps tap already.
+var ErrTaps = errors.New("too many taps at once")
+
+// Taps are those who want to see packets of the user-space paths. While there are none, a worker
+// notices so once a batch. The zero value is ready for use; its methods may be called from any
+// goroutine.
+type Taps struct {
+	mu   sync.Mutex
+	list atomic.Pointer[[]*Tap] // never changed, but replaced
+}
+
+// Tap collects packets of one rule. Workers give it memory of a fixed size, filled; what does not fit
+// is counted, and no worker waits.
+type Tap struct {
+	rule string
+	opts tap.Options
+	// alone says that nothing shows what the relay program hands to the workers.
+	alone bool
+	full  chan *tapChunk
+	free  chan *tapChunk
+	lost  atomic.Uint64
+}
+
+// tapChunk is filled by one worker.
+type tapChunk struct {
+	records []tapRecord
+	bytes   []byte
+}
+
+type tapRecord struct {
+	time     int64
+	index    int
+	from, to int // of bytes
+	length   int
+	slot     int
+	reason   loader.Reason
+	dropped  bool
+	raw      bool
+	unwanted bool
+}
+
+// Add begins to tap a rule; the caller must Remove the tap. alone says that loader.Tap does not see
+// the relay program: then what it hands to workers is shown by these, without MAC addresses. The
+// error matches ErrTaps.
+func (t *Taps) Add(rule string, opts tap.Options, alone bool) (*Tap, error) {
+	n := &Tap{rule: rule, opts: opts, alone: alone, full: make(chan *tapChunk, tapChunks), free: make(chan *tapChunk, tapChunks)}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var list []*Tap
+	if old := t.list.Load(); old != nil {
+		list = append(list, *old...)
+	}
+	if len(list) == MaxTaps {
+		return nil, ErrTaps
+	}
+	for range tapChunks {
+		n.free <- &tapChunk{make([]tapRecord, 0, tapChunkRecords), make([]byte, 0, tapChunkBytes)}
+	}
+	list = append(list, n)
+	t.list.Store(&list)
+	return n, nil
+}
+
+// Remove ends a tap. Workers may still give it what they have.
+func (t *Taps) Remove(gone *Tap) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var list []*Tap
+	if old := t.list.Load(); old != nil {
+		for _, one := range *old {
+			if one != gone {
+				list = append(list, one)
+			}
+		}
+	}
+	if len(list) == 0 {
+		t.list.Store(nil)
+		return
+	}
+	t.list.Store(&list)
+}
+
+// Lost is how many packets there was no room for.
+func (t *Tap) Lost() uint64 { return t.lost.Load() }
+
+// Run adds what workers have seen to w, until ctx ends.
+func (t *Tap) Run(ctx context.Context, w *tap.Writer) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case c := <-t.full:
+			t.add(c, w)
+		}
+	}
+}
+
+func (t *Tap) add(c *tapChunk, w *tap.Writer) {
+	var drop [1]tap.Drop
+	for i := range c.records {
+		r := &c.records[i]
+		if r.unwanted {
+			continue
+		}
+		record := tap.Record{
+			Time: r.time, Index: r.index, Out: r.slot != tap.NoSlot, Raw: r.raw, Length: r.length, Data: c.bytes[r.from:r.to], Rule: t.rule, Slot: r.slot,
+		}
+		if r.dropped {
+			drop[0] = tap.Drop{Slot: r.slot, Reason: r.reason.String()}
+			record.Drops = drop[:]
+		}
+		w.Add(&record)
+	}
+	c.records, c.bytes = c.records[:0], c.bytes[:0]
+	t.free <- c // has room for all chunks
+}
+
+// tapping is a tap as one engine serves it.
+type tapping struct {
+	*Tap
+	chunk   *tapChunk
+	packets uint32 // of the rule, for the sample
+}
+
+// tapped is who wants to see a packet of a queue.
+type tapped struct {
+	slot    int
+	taps    uint8          // a bit for each of Engine.taps
+	records [MaxTaps]int32 // in their chunks; -1: none
+}
+
+// followTaps serves those who tap now. It is called between batches.
+func (e *Engine) followTaps(list *[]*Tap) {
+	e.tapList, e.taps = list, nil
+	if list == nil {
+		return
+	}
+	for _, t := range *list {
+		e.taps = append(e.taps, tapping{Tap: t})
+	}
+}
+
+// endTaps hands over what was seen in a batch.
+func (e *Engine) endTaps() {
+	for i := range e.taps {
+		e.taps[i].handOver()
+	}
+}
+
+func (t *tapping) handOver() {
+	if t.chunk != nil && len(t.chunk.records) > 0 {
+		t.full <- t.chunk // has room for all chunks
+		t.chunk = nil
+	}
+}
+
+// room returns memory for a packet of n bytes, nil when there is none.
+func (t *tapping) room(n int) *tapChunk {
+	if c := t.chunk; c != nil && (len(c.records) == cap(c.records) || len(c.bytes)+n > cap(c.bytes)) {
+		t.handOver()
+	}
+	if t.chunk == nil {
+		select {
+		case t.chunk = <-t.free:
+		default:
+			return nil
+		}
+	}
+	return t.chunk
+}
+
+// write appends a packet, as far as there is room, and returns its record.
+func (c *tapChunk) write(r tapRecord, snap int, parts ...[]byte) bool {
+	if len(c.records) == cap(c.records) {
+		return false
+	}
+	r.from = len(c.bytes)
+	for _, part := range parts {
+		part = part[:min(len(part), snap)]
+		if len(c.bytes)+len(part) > cap(c.bytes) {
+			c.bytes = c.bytes[:r.from]
+			return false
+		}
+		snap -= len(part)
+		c.bytes = append(c.bytes, part...)
+	}
+	r.to = len(c.bytes)
+	c.records = append(c.records, r)
+	return true
+}
+
+// wantedBy says who wants to see a packet of a rule. sequence is its number in the relay program,
+// which the samples there go by; 0: it has none.
+func (e *Engine) wantedBy(r *Rule, sequence uint32) (taps uint8) {
+	for i := range e.taps {
+		t := &e.taps[i]
+		if t.rule != r.name {
+			continue
+		}
+		n := sequence
+		if n == 0 {
+			t.packets++
+			n = t.packets
+		}
+		if n%t.opts.Sample == 0 {
+			taps |= 1 << i
+		}
+	}
+	return taps
+}
+
+// tapIn shows a packet that has come, and whether no output gets it.
+func (e *Engine) tapIn(index int, frame []byte, at int64, length int, reason loader.Reason, refused bool) {
+	for i := range e.taps {
+		t := &e.taps[i]
+		if e.wanted>>i&1 == 1 && (t.opts.In || t.opts.Dropped && refused) && (!e.noMACs || t.alone) {
+			t.show(tapRecord{time: at, index: index, length: length, slot: tap.NoSlot, reason: reason, dropped: refused}, frame, e.noMACs)
+		}
+	}
+}
+
+// tapUnsent shows a packet of which an output gets no copy, as it has come.
+func (e *Engine) tapUnsent(o *output, slot int, frame []byte, at int64, length int, reason loader.Reason) {
+	for i := range e.taps {
+		t := &e.taps[i]
+		if e.wanted>>i&1 == 1 && t.opts.Dropped {
+			t.show(tapRecord{time: at, index: o.Index, length: length, slot: slot, reason: reason, dropped: true}, frame, e.noMACs)
+		}
+	}
+}
+
+// show writes a packet as it has come, or counts it as lost. noMACs says that the handover stands
+// in place of the MAC addresses. A frame that is longer than the packet has an Ethernet header that
+// the packet had not.
+func (t *tapping) show(r tapRecord, frame []byte, noMACs bool) {
+	var macs [2 * 6]byte
+	head := frame[:0]
+	switch {
+	case r.length < len(frame):
+		r.raw, frame = true, frame[etherLen:]
+	case noMACs && len(frame) > len(macs):
+		head, frame = macs[:], frame[len(macs):]
+	}
+	c := t.room(min(len(head)+len(frame), int(t.opts.Snap)))
+	if c == nil || !c.write(r, int(t.opts.Snap), head, frame) {
+		t.lost.Add(1)
+	}
+}
+
+// tapQueued notes who wants to see the packet that was just queued.
+func (e *Engine) tapQueued(q *queue, slot int) {
+	q.tapped = append(q.tapped, tapped{slot: slot, taps: e.wanted, records: noRecords})
+}
+
+var noRecords = [MaxTaps]int32{-1, -1, -1, -1}
+
+// tapSending shows the packets of a queue before they are sent: their memory is not theirs
+// afterwards. What became of them is filled in by tapOutcome.
+func (e *Engine) tapSending(q *queue) {
+	at := e.set.Clock(time.Now())
+	for i := range e.taps {
+		t := &e.taps[i]
+		need := 0
+		for n := range q.tapped {
+			if q.tapped[n].taps>>i&1 == 1 {
+				need += min(packetLen(&q.packets[n]), int(t.opts.Snap))
+			}
+		}
+		if need == 0 {
+			continue
+		}
+		// All in one chunk, which is not handed over before their fate is known.
+		c := t.room(need)
+		if c != nil && len(c.records)+len(q.tapped) > cap(c.records) {
+			t.handOver()
+			c = t.room(need)
+		}
+		for n := range q.tapped {
+			w := &q.tapped[n]
+			if w.taps>>i&1 == 0 || !t.opts.Wants(w.slot) && !t.opts.Dropped {
+				continue
+			}
+			p := &q.packets[n]
+			r := tapRecord{time: at, index: q.index, length: packetLen(p), slot: w.slot, raw: !q.ethernet}
+			if c == nil || !c.write(r, int(t.opts.Snap), p.Header, p.Payload) {
+				t.lost.Add(1)
+				continue
+			}
+			w.records[i] = int32(len(c.records) - 1)
+		}
+	}
+	q.tap = e
+}
+
+func packetLen(p *fanout.Packet) int { return len(p.Header) + len(p.Payload) }
+
+// tapOutcome says what became of packets of a queue.
+func (e *Engine) tapOutcome(packets []tapped, reason loader.Reason, dropped bool) {
+	for n := range packets {
+		w := &packets[n]
+		for i := range e.taps {
+			t := &e.taps[i]
+			if w.records[i] < 0 || t.chunk == nil {
+				continue
+			}
+			r := &t.chunk.records[w.records[i]]
+			r.dropped, r.reason = dropped, reason
+			r.unwanted = dropped && !t.opts.Dropped || !dropped && !t.opts.Wants(w.slot)
+		}
+	}
+}
+
+// sequenceOf is the number that the relay program has given a frame (struct handover of
+// bpf/include/handover.h).
+func sequenceOf(frame []byte) uint32 {
+	const at = 8
+	if frame[handoverMarkAt] != handoverMark {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(frame[at:])
+}

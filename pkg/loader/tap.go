@@ -1,0 +1,522 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/perf"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
+	"xdpcast/internal/tap"
+	"xdpcast/pkg/flow"
+	"xdpcast/pkg/packet"
+)
+
+// TapOptions says what a [Tap] is to see.
+type TapOptions struct {
+	PinDir string // empty: DefaultPinDir
+	Rule   string // its flows are those of this name, and those of its inputs
+	tap.Options
+	// Memory for all rings together in bytes; 0: DefaultTapMemory.
+	Memory int
+}
+
+// DefaultTapMemory is what the rings of a Tap take together. Each CPU has at least
+// minTapRing and at most maxTapRing.
+const (
+	DefaultTapMemory = 32 << 20
+
+	minTapRing = 256 << 10
+	maxTapRing = 8 << 20
+)
+
+// How often a Tap looks whether the rule has other flows now, or a release other programs: at most
+// so often, and for at most this part of its time.
+const (
+	tapLookEvery = 500 * time.Millisecond
+	tapLookShare = 20
+)
+
+// Tap sees the packets of a rule that the relay and egress programs see: all of its packets on
+// the kernel path; those that come to the relay program on the others. It traces the programs that
+// are pinned, and changes nothing of them. What it loads ends with it, or with the process. One
+// goroutine runs it.
+type Tap struct {
+	opts     TapOptions
+	maps     *mapSet
+	objects  bpf.TapPrograms
+	own      tapMaps
+	reader   *perf.Reader
+	programs []ebpf.ProgramID // that are traced
+	links    []link.Link
+
+	flows   map[uint32]*entry // by id of the rule
+	outputs map[uint32]tapSlot
+	known   map[int]bpf.TapTapFlows // of the map tapped_flows
+	slots   map[uint32]uint32       // of the map tapped_outputs
+	looked  time.Time
+	took    time.Duration
+
+	lost   atomic.Uint64 // by rings that are closed
+	record tap.Record
+	joined []byte
+}
+
+type tapMaps struct {
+	Flows   *ebpf.Map `ebpf:"tapped_flows"`
+	Outputs *ebpf.Map `ebpf:"tapped_outputs"`
+	Events  *ebpf.Map `ebpf:"tap_events"`
+	Lost    *ebpf.Map `ebpf:"tap_lost"`
+}
+
+// tapSlot is an output of the tapped rule.
+type tapSlot struct {
+	entry *entry
+	slot  int
+}
+
+// OpenTap begins to tap a rule; what it sees waits in its rings until Run. The caller must Close it.
+// The rule need not be in force: its packets are seen as soon as it is.
+//
+// Errors to match: ErrNotLoaded, ErrSchema, ErrNotSupported where the kernel cannot trace BPF
+// programs.
+func OpenTap(opts TapOptions) (_ *Tap, err error) {
+	if opts.PinDir == "" {
+		opts.PinDir = DefaultPinDir
+	}
+	if err := opts.Check(); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(opts.PinDir); errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%w in %s", ErrNotLoaded, opts.PinDir)
+	}
+	t := &Tap{opts: opts, flows: map[uint32]*entry{}, outputs: map[uint32]tapSlot{}, known: map[int]bpf.TapTapFlows{}, slots: map[uint32]uint32{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.Close())
+		}
+	}()
+	if t.maps, err = openMaps(opts.PinDir, false); err != nil {
+		return nil, err
+	}
+	if err := t.trace(); err != nil {
+		return nil, err
+	}
+	return t, t.look()
+}
+
+// tapFaults are answers of a kernel that cannot trace BPF programs: no trampolines for the
+// processor (arm64 before Linux 6.0), no JIT compiler, or no BTF.
+var tapFaults = []error{ebpf.ErrNotSupported, unix.EOPNOTSUPP, unix.Errno(524), unix.EINVAL, unix.ENOENT}
+
+func tapError(what string, err error) error {
+	if errors.Is(err, unix.EPERM) {
+		if _, missing := checkCapabilities(); missing != nil {
+			return permissionError(err)
+		}
+		// Nothing is missing but the kernel's will: it lets nobody change its code.
+		return fmt.Errorf("%s: tracing of BPF programs (fentry) is %w here (%s): the kernel refuses it to everybody", what, ErrNotSupported, kernelRelease())
+	}
+	for _, fault := range tapFaults {
+		if errors.Is(err, fault) {
+			return fmt.Errorf("%s: tracing of BPF programs (fentry; since Linux 6.0 on arm64) is %w here (%s, %s): %w", what, ErrNotSupported, kernelRelease(), runtime.GOARCH, err)
+		}
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// trace loads the tap's programs for the programs that are pinned, and attaches them.
+func (t *Tap) trace() (err error) {
+	relay, err := ebpf.LoadPinnedProgram(relayPin(t.opts.PinDir), nil)
+	if err != nil {
+		return pinError(relayPin(t.opts.PinDir), err)
+	}
+	defer relay.Close()
+	egress, err := ebpf.LoadPinnedProgram(egressPin(t.opts.PinDir), nil)
+	if err != nil {
+		return pinError(egressPin(t.opts.PinDir), err)
+	}
+	defer egress.Close()
+	ids, err := programIDs(relay, egress)
+	if err != nil {
+		return err
+	}
+	spec, err := bpf.LoadTap()
+	if err != nil {
+		return fmt.Errorf("read tap programs: %w", err)
+	}
+	for name, value := range map[string]any{
+		"want_in": t.opts.In, "want_dropped": t.opts.Dropped, "want_slots": t.opts.Slots, "sample": t.opts.Sample, "snap": t.opts.Snap,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	for name, p := range spec.Programs {
+		p.AttachTarget = egress
+		if strings.HasPrefix(name, "relay") {
+			p.AttachTarget = relay
+		}
+	}
+	var out struct {
+		bpf.TapPrograms
+		tapMaps
+	}
+	if err := loadInto(spec, t.maps, &out); err != nil {
+		return tapError("load tap programs", err)
+	}
+	t.objects, t.own = out.TapPrograms, out.tapMaps
+	if t.reader, err = perf.NewReaderWithOptions(t.own.Events, tapRing(t.opts.Memory), perf.ReaderOptions{Watermark: tapRing(t.opts.Memory) / 4}); err != nil {
+		return tapError("make rings", err)
+	}
+	clear(t.known)
+	clear(t.slots)
+	// Those at the exit last: they do nothing for a run whose entry was not seen.
+	for _, p := range t.wanted() {
+		lk, err := link.AttachTracing(link.TracingOptions{Program: p})
+		if err != nil {
+			return tapError("attach tap programs", err)
+		}
+		t.links = append(t.links, lk)
+	}
+	t.programs = ids
+	return nil
+}
+
+// wanted returns the programs that are needed for what is wanted.
+func (t *Tap) wanted() []*ebpf.Program {
+	all := []*ebpf.Program{t.objects.RelayEntry, t.objects.RelayDrop, t.objects.RelayExit}
+	if t.opts.Slots != 0 || t.opts.Dropped {
+		all = append(all, t.objects.EgressEntry, t.objects.EgressDrop, t.objects.EgressExit)
+	}
+	return all
+}
+
+// tapRing is the length of a CPU's ring, a power of two.
+func tapRing(memory int) int {
+	if memory == 0 {
+		memory = DefaultTapMemory
+	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		cpus = runtime.NumCPU()
+	}
+	return 1 << (bits.Len(uint(min(max(memory/cpus, minTapRing), maxTapRing))) - 1)
+}
+
+func programIDs(programs ...*ebpf.Program) (ids []ebpf.ProgramID, err error) {
+	for _, p := range programs {
+		info, err := p.Info()
+		if err != nil {
+			return nil, fmt.Errorf("program info: %w", err)
+		}
+		id, ok := info.ID()
+		if !ok {
+			return nil, fmt.Errorf("program ids are %w", ErrNotSupported)
+		}
+		ids = append(ids, id)
+	}
+	return ids, nil
+}
+
+// Run adds the packets that are seen to w, until that has enough, ctx ends, or something fails. It
+// writes all that was seen until then, but does not close w. extra is how many packets other sources
+// of w have lost; nil: there are none.
+func (t *Tap) Run(ctx context.Context, w *tap.Writer, extra func() uint64) error {
+	var record perf.Record
+	next := time.Now()
+	for n := 0; ; n++ {
+		// The clock costs more than most of what follows.
+		if n%64 == 0 && time.Now().After(next) {
+			if err := t.refresh(); err != nil {
+				return err
+			}
+			lost := t.Lost()
+			if extra != nil {
+				lost += extra()
+			}
+			if more, err := w.Flush(lost); err != nil || !more || ctx.Err() != nil {
+				return err
+			}
+			next = time.Now().Add(tap.HoldTime)
+			t.reader.SetDeadline(next)
+		}
+		err := t.reader.ReadInto(&record)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded): // and the rings are empty
+			n = -1
+		case err != nil:
+			return fmt.Errorf("read tap ring: %w", err)
+		case record.LostSamples == 0: // else they are in the map tap_lost, too
+			t.add(record.RawSample, w)
+		}
+	}
+}
+
+// Lost is how many packets there was no room for.
+func (t *Tap) Lost() uint64 {
+	sum := t.lost.Load()
+	if t.own.Lost == nil {
+		return sum
+	}
+	var each []uint64
+	if err := t.own.Lost.Lookup(uint32(0), &each); err == nil {
+		for _, n := range each {
+			sum += n
+		}
+	}
+	return sum
+}
+
+// InForce says how many outputs the rule had when it was last looked at, 0 when it was not in force,
+// and whether user space forwards its packets. It is for the goroutine that runs the tap.
+func (t *Tap) InForce() (outputs int, userSpace bool) {
+	for _, e := range t.flows {
+		outputs = max(outputs, len(e.rule.Out))
+		userSpace = userSpace || e.rule.Path == flow.PathFanout || e.rule.Path == flow.PathAFXDP && !e.rule.Fallback
+	}
+	return outputs, userSpace
+}
+
+// refresh follows what has changed.
+func (t *Tap) refresh() error {
+	if since := time.Since(t.looked); since < tapLookEvery || since < tapLookShare*t.took {
+		return nil
+	}
+	same, err := t.tracesPinned()
+	if err != nil {
+		return err
+	}
+	if !same {
+		if err := t.detach(); err != nil {
+			return err
+		}
+		if err := t.trace(); err != nil {
+			return err
+		}
+	}
+	return t.look()
+}
+
+// tracesPinned says whether the programs that are pinned are those that are traced.
+func (t *Tap) tracesPinned() (bool, error) {
+	for i, pin := range []string{relayPin(t.opts.PinDir), egressPin(t.opts.PinDir)} {
+		p, err := ebpf.LoadPinnedProgram(pin, nil)
+		if errors.Is(err, os.ErrNotExist) {
+			return false, fmt.Errorf("%w in %s any more", ErrNotLoaded, t.opts.PinDir)
+		}
+		if err != nil {
+			return false, pinError(pin, err)
+		}
+		ids, err := programIDs(p)
+		if err := errors.Join(err, p.Close()); err != nil {
+			return false, err
+		}
+		if ids[0] != t.programs[i] {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// look finds the rule's flows and has the programs look at them.
+func (t *Tap) look() error {
+	start := time.Now()
+	defer func() { t.looked, t.took = time.Now(), time.Since(start) }()
+	r, err := OpenReader(t.opts.PinDir)
+	if err != nil {
+		return err
+	}
+	entries, err := r.entries()
+	if err := errors.Join(err, r.Close()); err != nil {
+		return err
+	}
+	flows, slots := map[int]bpf.TapTapFlows{}, map[uint32]uint32{}
+	clear(t.flows)
+	for _, e := range entries {
+		if name, _, _ := strings.Cut(e.rule.Name, flow.LegSeparator); name != t.opts.Rule || t.flows[e.id] != nil {
+			continue
+		}
+		f := flows[e.rule.In.Index]
+		if int(f.N) == len(f.Rule) {
+			return fmt.Errorf("rule %s: more than %d flows on an interface cannot be tapped", t.opts.Rule, len(f.Rule))
+		}
+		f.Rule[f.N] = e.id
+		f.N++
+		flows[e.rule.In.Index] = f
+		t.flows[e.id] = e
+		for slot := range e.rule.Out {
+			stats := e.firstStats + uint32(slot)
+			slots[stats] = uint32(slot)
+			t.outputs[stats] = tapSlot{e, slot}
+		}
+	}
+	return errors.Join(syncTap(t.own.Outputs, t.slots, slots, func(k uint32) uint32 { return k }), syncTap(t.own.Flows, t.known, flows, func(k int) uint32 { return uint32(k) }))
+}
+
+// syncTap makes a map hold what is wanted; known is what it holds.
+func syncTap[K, V comparable](m *ebpf.Map, known, want map[K]V, key func(K) uint32) error {
+	for k := range known {
+		if _, stays := want[k]; !stays {
+			if err := m.Delete(key(k)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("write map of the tap: %w", err)
+			}
+			delete(known, k)
+		}
+	}
+	for k, v := range want {
+		if old, ok := known[k]; ok && old == v {
+			continue
+		}
+		if err := m.Put(key(k), v); err != nil {
+			return fmt.Errorf("write map of the tap: %w", err)
+		}
+		known[k] = v
+	}
+	return nil
+}
+
+// Where the parts of a record are (struct tap_record of bpf/include/tap.h).
+const (
+	tapHeadAt  = int(unsafe.Offsetof(bpf.TapTapRecord{}.Head))
+	tapDropAt  = int(unsafe.Offsetof(bpf.TapTapRecord{}.Drop))
+	tapDropLen = int(unsafe.Sizeof(bpf.TapTapDrop{}))
+)
+
+// add takes a record apart.
+func (t *Tap) add(raw []byte, w *tap.Writer) {
+	if len(raw) < tapHeadAt {
+		return
+	}
+	var r bpf.TapTapRecord
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&r)), unsafe.Sizeof(r)), raw[:min(len(raw), int(unsafe.Sizeof(r)))])
+	data := tapHeadAt + int(r.HeadBytes)
+	if r.Drops > 0 {
+		data = tapDropAt + int(r.Drops)*tapDropLen
+	}
+	if int(r.Drops) > len(r.Drop) || int(r.HeadBytes) > len(r.Head) || len(raw) < data+int(r.Captured) {
+		return
+	}
+	frame := raw[data : data+int(r.Captured)]
+	if r.Flags&uint8(bpf.TapTapFlagTAP_IN) != 0 {
+		t.addIn(&r, frame, w)
+	}
+	switch r.Flags & uint8(bpf.TapTapFlagTAP_OUT|bpf.TapTapFlagTAP_EGRESS) {
+	case uint8(bpf.TapTapFlagTAP_EGRESS):
+		t.addUnsent(&r, frame, w)
+	case uint8(bpf.TapTapFlagTAP_EGRESS | bpf.TapTapFlagTAP_OUT):
+		o := t.outputs[r.Output]
+		t.addOut(&r, o.entry, o.slot, frame, w)
+	case uint8(bpf.TapTapFlagTAP_OUT):
+		t.addOut(&r, t.flows[r.Rule], 0, frame, w)
+	}
+}
+
+func (t *Tap) addIn(r *bpf.TapTapRecord, frame []byte, w *tap.Writer) {
+	e := t.flows[r.Rule]
+	if e == nil {
+		return // it is no more
+	}
+	grown := int(int32(r.Grown))
+	// The first bytes are those of before; behind them nothing was changed but the place.
+	t.joined = append(t.joined[:0], r.Head[:r.HeadBytes]...)
+	if rest := int(r.HeadBytes) + grown; rest >= 0 && rest < len(frame) && int(r.HeadBytes) == len(r.Head) {
+		t.joined = append(t.joined, frame[rest:]...)
+	}
+	to := &t.record
+	*to = tap.Record{
+		Time: int64(r.TimeNs), Index: int(r.Ifindex), Length: int(r.Length) - grown, Rule: t.opts.Rule, Slot: tap.NoSlot,
+		Data: t.joined[:min(len(t.joined), int(t.opts.Snap))], Drops: t.drops(r, to.Drops[:0]),
+	}
+	if r.Flags&uint8(bpf.TapTapFlagTAP_COPY) != 0 {
+		reason := Duplicate
+		if e.rule.Leg.Settings.Kind == packet.StreamFailover {
+			reason = Standby
+		}
+		to.Drops = append(to.Drops, tap.Drop{Slot: tap.NoSlot, Reason: reason.String()})
+	}
+	w.Add(to)
+}
+
+// drops adds why the packet or copies of it were not sent.
+func (t *Tap) drops(r *bpf.TapTapRecord, to []tap.Drop) []tap.Drop {
+	for _, d := range r.Drop[:r.Drops] {
+		drop := tap.Drop{Slot: tap.NoSlot, Reason: Reason(d.Reason).String()}
+		switch bpf.RelayDropScope(d.Scope) {
+		case bpf.RelayDropScopeDROP_RULE:
+		case bpf.RelayDropScopeDROP_OUTPUT:
+			o, ok := t.outputs[d.Id]
+			if !ok {
+				continue
+			}
+			drop.Slot = o.slot
+		default:
+			continue
+		}
+		to = append(to, drop)
+	}
+	return to
+}
+
+func (t *Tap) addOut(r *bpf.TapTapRecord, e *entry, slot int, frame []byte, w *tap.Writer) {
+	if e == nil || slot >= len(e.rule.Out) {
+		return
+	}
+	t.record = tap.Record{
+		Time: int64(r.TimeNs), Index: e.rule.Out[slot].Index, Out: true, Length: int(r.Length), Rule: t.opts.Rule, Slot: slot,
+		Data: frame[:min(len(frame), int(t.opts.Snap))], Drops: t.record.Drops[:0],
+	}
+	w.Add(&t.record)
+}
+
+// addUnsent adds a copy that the egress program has dropped. It has no MAC addresses: the handover
+// stands there.
+func (t *Tap) addUnsent(r *bpf.TapTapRecord, frame []byte, w *tap.Writer) {
+	drops := t.drops(r, t.record.Drops[:0])
+	if len(drops) == 0 {
+		return
+	}
+	clear(frame[:min(len(frame), int(unsafe.Sizeof(bpf.RelayHandover{})))])
+	t.record = tap.Record{
+		Time: int64(r.TimeNs), Index: int(r.Ifindex), Out: true, Length: int(r.Length), Rule: t.opts.Rule, Slot: drops[0].Slot,
+		Data: frame[:min(len(frame), int(t.opts.Snap))], Drops: drops,
+	}
+	w.Add(&t.record)
+}
+
+// detach ends what is loaded, and keeps the count of what was lost.
+func (t *Tap) detach() error {
+	var errs []error
+	for _, lk := range t.links {
+		errs = append(errs, lk.Close())
+	}
+	t.lost.Store(t.Lost())
+	if t.reader != nil {
+		errs = append(errs, t.reader.Close())
+	}
+	if t.own.Lost != nil {
+		errs = append(errs, t.objects.Close(), t.own.Flows.Close(), t.own.Outputs.Close(), t.own.Events.Close(), t.own.Lost.Close())
+	}
+	t.links, t.reader, t.objects, t.own = nil, nil, bpf.TapPrograms{}, tapMaps{}
+	return errors.Join(errs...)
+}
+
+// Close ends the tap. The kernel unloads its programs.
+func (t *Tap) Close() error {
+	err := t.detach()
+	if t.maps != nil {
+		err = errors.Join(err, t.maps.Close())
+	}
+	return err
+}
