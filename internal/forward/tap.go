@@ -44,7 +44,14 @@ type Tap struct {
 	full  chan *tapChunk
 	free  chan *tapChunk
 	lost  atomic.Uint64
+
+	mu    sync.Mutex
+	cells []*tapCell
 }
+
+// tapCell holds what a worker has seen between its batches, which go on filling it until it is
+// full, or taken.
+type tapCell = atomic.Pointer[tapChunk]
 
 // tapChunk is filled by one worker.
 type tapChunk struct {
@@ -110,14 +117,56 @@ func (t *Tap) Lost() uint64 { return t.lost.Load() }
 
 // Run adds what workers have seen to w, until ctx ends.
 func (t *Tap) Run(ctx context.Context, w *tap.Writer) {
+	tick := time.NewTicker(tap.HoldTime / 2)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
+			t.collect(w)
 			return
 		case c := <-t.full:
 			t.add(c, w)
+		case <-tick.C:
+			t.collect(w)
 		}
 	}
+}
+
+// collect adds what there is now.
+func (t *Tap) collect(w *tap.Writer) {
+	for range 2 * tapChunks {
+		c := t.take()
+		if c == nil {
+			return
+		}
+		t.add(c, w)
+	}
+}
+
+// take returns a chunk with packets, those that are full first; nil when there is none.
+func (t *Tap) take() *tapChunk {
+	select {
+	case c := <-t.full:
+		return c
+	default:
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, cell := range t.cells {
+		if c := cell.Swap(nil); c != nil {
+			return c
+		}
+	}
+	return nil
+}
+
+// newCell makes the cell of an engine.
+func (t *Tap) newCell() *tapCell {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	cell := &tapCell{}
+	t.cells = append(t.cells, cell)
+	return cell
 }
 
 func (t *Tap) add(c *tapChunk, w *tap.Writer) {
@@ -143,8 +192,9 @@ func (t *Tap) add(c *tapChunk, w *tap.Writer) {
 // tapping is a tap as one engine serves it.
 type tapping struct {
 	*Tap
-	chunk   *tapChunk
-	packets uint32 // of the rule, for the sample
+	cell    *tapCell
+	chunk   *tapChunk // in a batch
+	packets uint32    // of the rule, for the sample
 }
 
 // tapped is who wants to see a packet of a queue.
@@ -161,26 +211,31 @@ func (e *Engine) followTaps(list *[]*Tap) {
 		return
 	}
 	for _, t := range *list {
-		e.taps = append(e.taps, tapping{Tap: t})
+		e.taps = append(e.taps, tapping{Tap: t, cell: t.newCell()})
 	}
 }
 
-// endTaps hands over what was seen in a batch.
+// endTaps leaves what was seen in a batch to be taken.
 func (e *Engine) endTaps() {
 	for i := range e.taps {
-		e.taps[i].handOver()
+		if t := &e.taps[i]; t.chunk != nil {
+			t.cell.Store(t.chunk) // which is empty: room has taken what was there
+			t.chunk = nil
+		}
 	}
 }
 
+// handOver makes room for more than the chunk in hand.
 func (t *tapping) handOver() {
-	if t.chunk != nil && len(t.chunk.records) > 0 {
-		t.full <- t.chunk // has room for all chunks
-		t.chunk = nil
-	}
+	t.full <- t.chunk // has room for all chunks
+	t.chunk = nil
 }
 
 // room returns memory for a packet of n bytes, nil when there is none.
 func (t *tapping) room(n int) *tapChunk {
+	if t.chunk == nil {
+		t.chunk = t.cell.Swap(nil)
+	}
 	if c := t.chunk; c != nil && (len(c.records) == cap(c.records) || len(c.bytes)+n > cap(c.bytes)) {
 		t.handOver()
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/internal/traffic"
 	"xdpcast/pkg/packet"
 )
 
@@ -387,5 +388,141 @@ func tapPrograms(t *testing.T) (n int) {
 			n++
 		}
 		p.Close()
+	}
+}
+
+// TestTapLosesNothing: a stream that is tapped comes out whole, and every packet of it is recorded or
+// counted as lost by the tap, on each path. The long form sends 100,000 packets a second.
+func TestTapLosesNothing(t *testing.T) {
+	for _, path := range paths {
+		t.Run(path, func(t *testing.T) {
+			if path == "kernel" {
+				labtest.NeedsKernel(t, traces(t), "tracing of BPF programs", "6.0; some refuse it to everybody")
+			}
+			n := newNetwork(t)
+			in := newInstance(t, n.relay)
+			in.start()
+			in.mustCLI("rule", "add", "tapped", "--path", path, "--in", "239.1.1.1:5000%in0", "--out", "239.2.1.1:6000%out0", "--out", "239.2.1.2:6000%out1")
+			in.waitState("tapped", "active")
+			sinks := []*sink{
+				receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{}), receive(t, n.sinks[1], "239.2.1.2:6000%sink0", traffic.Expected{}),
+			}
+			r := in.record("tapped", "--snap", "128")
+			rate := labtest.Soak(easy, 100_000)
+			packets := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Count: uint64(3 * rate), TTL: 16, Rate: traffic.Rate{Value: float64(rate)}}).wait()
+			for _, s := range sinks {
+				if fault := s.finish(packets); fault != "" {
+					t.Error(fault)
+				}
+			}
+			said := r.stop()
+			var recorded, lost uint64
+			if _, err := fmt.Sscanf(said, "xdpcast: %d packets of rule tapped recorded, %d packets lost by the tap", &recorded, &lost); err != nil {
+				t.Fatalf("%q: %v", said, err)
+			}
+			all := r.packets()
+			if recorded+lost != 3*packets || uint64(len(all)) != recorded {
+				t.Errorf("%d packets recorded, %d in the file, %d lost: want %d together", recorded, len(all), lost, 3*packets)
+			}
+			for _, p := range all {
+				if len(p.bytes) > 128 || p.length < len(p.bytes) {
+					t.Fatalf("%d of %d bytes", len(p.bytes), p.length)
+				}
+			}
+			t.Logf("%d packets sent at %d/s: %d recorded, %d lost by the tap", packets, rate, recorded, lost)
+		})
+	}
+}
+
+// TestTapEnds: however a tap ends, nothing of it is left, and a tap that cannot begin changes nothing.
+func TestTapEnds(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	daemon := in.start()
+	in.mustCLI("rule", "add", "tapped", "--path", "fanout", "--in", "239.1.1.1:5000%in0", "--out", "239.2.1.1:6000%out0")
+	in.waitState("tapped", "active")
+	ended := 0
+	gone := func(t *testing.T) {
+		t.Helper()
+		ended++
+		daemon.waitLog(`msg="tap has ended"`, ended)
+	}
+	// With its count.
+	source := labtest.NewTap(t, n.source, "src0")
+	frame := n.frame(t, "239.1.1.1")
+	frame.DstMAC = packet.MulticastMAC(frame.Dst)
+	r := in.record("tapped", "--in", "--count", "2")
+	for range 3 {
+		source.Send(frame.Build())
+	}
+	if said := r.wait(); !strings.Contains(said, "2 packets of rule tapped recorded") || len(r.packets()) != 2 {
+		t.Errorf("%q: %v", said, r.packets())
+	}
+	gone(t)
+	// When its reader goes, though no packet comes.
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr safeBuffer
+	cmd := exec.Command(program, "tap", "tapped", "-w", "-")
+	cmd.Env, cmd.Stdout, cmd.Stderr = in.env(), writer, &stderr
+	if err := in.host.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	closeAll(t, writer)
+	head := make([]byte, 4)
+	if _, err := reader.Read(head); err != nil || !bytes.Equal(head, []byte{0x0a, 0x0d, 0x0d, 0x0a}) {
+		t.Fatalf("it begins with %x: %v", head, err)
+	}
+	closeAll(t, reader)
+	if err := cmd.Wait(); err != nil && !strings.Contains(err.Error(), "broken pipe") {
+		t.Errorf("%v: %s", err, stderr.String())
+	}
+	gone(t)
+	// Killed.
+	r = in.record("tapped")
+	if err := r.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	gone(t)
+	// What cannot be tapped.
+	file := filepath.Join(in.dir, "none.pcapng")
+	for _, c := range []struct {
+		args []string
+		code int
+		line string
+	}{
+		{[]string{"tapped"}, 2, "-w missing: want the file to write, or - for standard output"},
+		{[]string{"-w", file}, 2, `xdpcast tap: RULE missing; see "xdpcast tap --help"`},
+		{[]string{"none", "-w", file}, 1, "no rule is called none"},
+		{[]string{"tapped", "--out", "1", "-w", file}, 1, "rule tapped has no slot 1: want 0 to 0"},
+		{[]string{"tapped", "--out", "64", "-w", file}, 2, `--out "64": want the number of a slot, or all`},
+		{[]string{"tapped", "--in=false", "-w", file}, 2, "nothing to record: want --in, --out or --dropped, or none of them for all"},
+		{[]string{"tapped", "--sample", "100", "-w", file}, 2, `--sample "100": want 1/N, such as 1/100`},
+		{[]string{"tapped", "--sample", "1/0", "-w", file}, 2, `--sample "1/0": want 1/N, such as 1/100`},
+		{[]string{"tapped", "--snap", "0", "-w", file}, 2, "--snap 0: want 1 to 61440 bytes"},
+	} {
+		got := in.cli(append([]string{"tap"}, c.args...)...)
+		if got.code != c.code || !strings.Contains(got.stderr, c.line) {
+			t.Errorf("tap %v: %s\nwant code %d and %q", c.args, got, c.code, c.line)
+		}
+	}
+	if _, err := os.Stat(file); !os.IsNotExist(err) {
+		t.Errorf("a tap that did not begin has left a file: %v", err)
+	}
+	// Who may only read may not tap.
+	got := in.cliAs(&syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}, "tap", "tapped", "-w", "/dev/null")
+	if got.code != 1 || got.stderr == "" {
+		t.Errorf("as nobody: %s", got)
+	}
+	if traces(t) {
+		eventually(t, "no program of a tap is left", func() string {
+			if n := tapPrograms(t); n > 0 {
+				return fmt.Sprint(n)
+			}
+			return ""
+		})
 	}
 }
