@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run hold load unload upgrade rule add del show list export apply group list show stats health status events explain discover doctor top reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run hold load unload upgrade rule add del show list export apply group list show stats health status events explain discover doctor top tap reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -152,6 +152,16 @@ complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l interval -r -d '`
 complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l sort -r -d 'sort rules by `KEY`: trouble, rate, bits, drops, state, name'
 complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l filter -r -d 'show only rules with `TEXT` in name, state, path, input or outputs'
 complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'tap' -d 'record a rule\'s packets as they came in and as they went out'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l in -d 'record packets as they came in'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l out -r -d 'record packets of this `SLOT` as they went out; all: of each (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l dropped -d 'record packets, and copies, that were not sent'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l sample -r -d 'record one packet of `N`, written 1/N, with its copies'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l count -r -d 'end after `N` packets; 0: when interrupted'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l snap -r -d 'record at most so many `BYTES` of a packet'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l write -s w -r -d 'write to `FILE`, which is replaced; - is standard output'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'reload' -d 'have the daemon read its file again, and say what changed'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l dry-run -d 'only say what would change'
