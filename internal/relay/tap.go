@@ -42,6 +42,15 @@ func (r *Relay) Tap(ctx context.Context, q control.TapQuery, start func() io.Wri
 		return control.Wrap(control.KindUnavailable, err)
 	}
 	defer r.taps.Remove(workers)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // a daemon that ends waits for no tap
+		select {
+		case <-r.ended:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	r.log.Info("tap begins", "rule", q.Rule)
 	w, err := tap.NewWriter(start(), "xdpcast "+r.opts.Version, tapName, q.Count)
 	if err != nil {
