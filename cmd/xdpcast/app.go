@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
 	"strings"
 	"time"
 
@@ -50,7 +48,7 @@ func newApp(now func() time.Time) *cli.App {
 			Name: "socket", Usage: "`PATH` of the daemon's control socket", Value: control.DefaultSocket, EnvVars: []string{"XDPCAST_SOCKET"},
 		}},
 		Commands: []*cli.Command{
-			runCommand(), holdCommand(), loadCommand(), unloadCommand(), upgradeCommand(),
+			runCommand(), prepareCommand(), holdCommand(), loadCommand(), unloadCommand(), upgradeCommand(),
 			ruleCommand(now), groupCommand(now), statsCommand(now), healthCommand(now), statusCommand(now), eventsCommand(now), explainCommand(now), discoverCommand(now), doctorCommand(now), topCommand(now), tapCommand(), reloadCommand(),
 			confirmCommand(), historyCommand(now), rollbackCommand(), checkCommand(), convertCommand(),
 			genCommand(), recvCommand(), demoCommand(), versionCommand(),
@@ -72,6 +70,7 @@ func prepare(commands []*cli.Command) {
 		if len(c.Subcommands) > 0 {
 			c.Action = chooseCommand
 		}
+		c.Action = namingNeeds(c.Action)
 		prepare(c.Subcommands)
 	}
 }
@@ -175,12 +174,4 @@ func report(stderr io.Writer, err error) int {
 	default:
 		return exitFailed
 	}
-}
-
-// withRootHint says what is needed where the kernel only says no.
-func withRootHint(err error) error {
-	if err != nil && errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
-		return fmt.Errorf("%w: run it as root", err)
-	}
-	return err
 }

@@ -61,6 +61,9 @@ func diagnose(c *cli.Context, now func() time.Time) error {
 		return withRootHint(err)
 	}
 	report := doctor.Diagnose(facts)
+	if missing := missingCapabilities(needsOf(c)); missing != "" {
+		fmt.Fprintf(c.App.ErrWriter, "xdpcast: warning: not everything is looked at without %s (see capabilities(7))\n", missing)
+	}
 	if err := show(c, report, func(w io.Writer) error { return reportText(w, report, c.Bool("all")) }); err != nil {
 		return err
 	}

@@ -22,6 +22,7 @@ import (
 	"xdpcast/internal/events"
 	"xdpcast/internal/metrics"
 	"xdpcast/internal/notify"
+	"xdpcast/internal/privilege"
 	"xdpcast/internal/relay"
 	"xdpcast/internal/web"
 	"xdpcast/pkg/loader"
@@ -47,7 +48,7 @@ func runCommand() *cli.Command {
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, with what has happened in its environment"},
 			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
-		}, slices.Concat(mrouteFlags(), listenFlags(), afxdpFlags(), pinFlags(), []cli.Flag{stateDirFlag()})...),
+		}, slices.Concat(mrouteFlags(), listenFlags(), afxdpFlags(), pinFlags(), []cli.Flag{stateDirFlag()}, userFlags(false))...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
 				return err
@@ -66,7 +67,11 @@ func runCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return runRelay(c, opts, listen)
+			user, err := daemonUser(c)
+			if err != nil {
+				return err
+			}
+			return runRelay(c, opts, listen, user)
 		},
 	}
 }
@@ -138,7 +143,7 @@ func newLogger(c *cli.Context) (*slog.Logger, error) {
 }
 
 // runRelay runs the relay and its API until the context ends, or either fails.
-func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err error) {
+func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *privilege.User) (err error) {
 	// From the start, or a signal while the rules come in would end the process.
 	hangups, upgrades := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
@@ -155,18 +160,22 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig) (err err
 		service.failed(err)
 		err = errors.Join(err, service.close())
 	}()
+	// The keys and the port may be root's alone.
+	listening, err := listen.open(service.listener(passedHTTP))
+	if err != nil {
+		return err
+	}
+	if err := dropPrivileges(c, user, opts.Logger); err != nil {
+		return errors.Join(explainStart(err), listening.close())
+	}
 	opts.Membership, opts.Predecessor, opts.Loader.Inherited = service.memberships(), service.predecessor(), service.locks()
 	opts.Beat, opts.BeatEvery = func() { service.tell(notify.Watchdog) }, service.manager.WatchdogInterval()/3
 	// The socket first: a daemon that must not run must not touch the kernel.
 	listener, err := listenAPI(c.String("socket"), service.listener(passedAPI), groups)
 	if err != nil {
-		return explainStart(err)
+		return errors.Join(explainStart(err), listening.close())
 	}
 	takesOver := opts.Predecessor != nil
-	listening, err := listen.open(service.listener(passedHTTP))
-	if err != nil {
-		return errors.Join(err, listener.Close())
-	}
 	// Before the file is read: a change is missed by neither.
 	watcher, err := watchConfig(c, opts)
 	if err != nil {

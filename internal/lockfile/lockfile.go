@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -37,8 +38,9 @@ func (e *HeldError) Process() string {
 }
 
 // Take locks the file at path, which is made (0600) when it is absent. A symbolic link
-// is not followed, and a file of another user is refused. The file stays when it is
-// closed: whoever removes it could remove the lock of the next.
+// is not followed, and a file of another user is refused, unless root takes it in a directory of
+// that user that Private accepts. The file stays when it is closed: whoever removes it could
+// remove the lock of the next.
 func Take(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
 	if errors.Is(err, unix.ELOOP) {
@@ -51,13 +53,18 @@ func Take(path string) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	// Earlier releases made it 0644.
-	if err := f.Chmod(0o600); err != nil {
+	info, err := f.Stat()
+	if err == nil && info.Mode().Perm() != 0o600 {
+		err = f.Chmod(0o600)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("lock file: %w", err), f.Close())
 	}
 	return f, nil
 }
 
-// TakeDir locks a directory, which must be its owner's alone (0700).
+// TakeDir locks a directory, which must be its owner's alone (0700). That of another user is
+// refused, unless root takes it and only root can have made it for that user.
 func TakeDir(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOTDIR) {
@@ -109,7 +116,7 @@ func take(f *os.File, isKind func(fs.FileMode) bool, kind string) error {
 	if !isKind(info.Mode()) {
 		return fmt.Errorf("%s is not %s: remove it, or choose another place", f.Name(), kind)
 	}
-	if uid := owner(info); uid != os.Geteuid() {
+	if uid := owner(info); uid != os.Geteuid() && !givenTo(uid, f.Name(), info) {
 		return fmt.Errorf("%s belongs to user %d, who can open it: remove it, or choose another place", f.Name(), uid)
 	}
 	switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
@@ -135,10 +142,27 @@ func Private(dir string) error {
 	if info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("directory %s may be written by others (mode %#o): choose one that may not, or chmod 755 %s", dir, unixMode(info.Mode()), dir)
 	}
-	if uid := owner(info); uid != 0 && uid != os.Geteuid() {
+	if uid := owner(info); uid != 0 && uid != os.Geteuid() && !givenTo(uid, dir, info) {
 		return fmt.Errorf("directory %s belongs to user %d: want one of root's, or of user %d's own", dir, uid, os.Geteuid())
 	}
 	return nil
+}
+
+// givenTo says whether root, which is asking, may use what belongs to another user: a directory
+// that only root can have made for that user, as for a service, or a file in such a directory.
+func givenTo(uid int, path string, info fs.FileInfo) bool {
+	path, err := filepath.Abs(path)
+	if err != nil || os.Geteuid() != 0 {
+		return false
+	}
+	if !info.IsDir() {
+		path = filepath.Dir(path)
+		if info, err = os.Stat(path); err != nil || owner(info) != uid || info.Mode().Perm()&0o022 != 0 {
+			return false
+		}
+	}
+	parent, err := os.Stat(filepath.Dir(path))
+	return err == nil && owner(parent) == 0 && parent.Mode().Perm()&0o022 == 0
 }
 
 func unixMode(m fs.FileMode) uint32 {

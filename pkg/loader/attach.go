@@ -303,7 +303,8 @@ func Unload(opts Options) (err error) {
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat(opts.PinDir); errors.Is(err, os.ErrNotExist) && len(stale) == 0 {
+	empty, err := unbuilt(opts.PinDir)
+	if errors.Is(err, os.ErrNotExist) && len(stale) == 0 {
 		return fmt.Errorf("%w in %s", ErrNotLoaded, opts.PinDir)
 	}
 	var lock locks
@@ -314,7 +315,11 @@ func Unload(opts Options) (err error) {
 	if lock.pins, err = takePinLock(opts); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	return errors.Join(releaseLinks(opts.PinDir), sweep(opts.PinDir), removePins(opts.PinDir))
+	err = errors.Join(releaseLinks(opts.PinDir), sweep(opts.PinDir), removePinDir(opts.PinDir))
+	if err == nil && empty && len(stale) == 0 {
+		err = fmt.Errorf("%w in %s", ErrNotLoaded, opts.PinDir)
+	}
+	return err
 }
 
 // releaseLinks takes the program off all interfaces now. It needs no more of the

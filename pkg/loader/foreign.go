@@ -40,7 +40,7 @@ func (l *Loader) dropForeign() (dropped bool, err error) {
 			ErrForeignNamespace, dir, filepath.Base(pin), index, dir)
 	}
 	l.log.Warn("pinned state of a network namespace that has no interface of it any more is removed", "dir", dir)
-	return true, removePins(dir)
+	return true, removePinDir(dir)
 }
 
 // Here says whether the state is of the calling thread's network namespace: interface

@@ -14,7 +14,15 @@ import (
 
 // Probe finds out what the running kernel has, as Open does. The error matches ErrNotSupported
 // where it lacks what the relay needs, and names it; os.ErrPermission where it could not be found out.
-func Probe() (Capabilities, error) { return probesOfKernel().run() }
+func Probe() (Capabilities, error) {
+	switch warning, err := checkCapabilities(); {
+	case err != nil:
+		return Capabilities{}, err
+	case warning != "": // what sockets of the paths can do is not known without
+		return Capabilities{}, fmt.Errorf("%s: %w", warning, unix.EPERM)
+	}
+	return probesOfKernel().run()
+}
 
 // PrivateMount is a warning when the BPF file system of a pin directory ends with this
 // process's mount namespace; "" when it does not, or that cannot be known.

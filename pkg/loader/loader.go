@@ -224,12 +224,20 @@ func (l *Loader) open() (err error) {
 		l.lock.pins, err = takePinLock(l.opts)
 		l.opts.Inherited = Locks{} // it is used up
 		if err == nil {
-			dropped, err := l.dropForeign()
+			built, err := l.hasState()
+			switch {
+			case err != nil:
+				return err
+			case built:
+				return l.adopt()
+			}
+			// Another process may have removed the directory, or this one.
+			same, err := isAt(l.lock.pins, l.opts.PinDir)
 			if err != nil {
 				return err
 			}
-			if !dropped {
-				return l.adopt()
+			if same {
+				return l.createHere()
 			}
 			if err := l.lock.dropPins(); err != nil {
 				return err
@@ -290,6 +298,40 @@ func (l *Loader) Limits() (rules, outputs uint32) {
 	return l.maps.Rules.MaxEntries(), l.maps.Outputs.MaxEntries()
 }
 
+// hasState says whether the pin directory, which is locked, holds state of this network
+// namespace. State of one that is gone is removed.
+func (l *Loader) hasState() (bool, error) {
+	if dropped, err := l.dropForeign(); dropped || err != nil {
+		return false, err
+	}
+	nothing, err := unbuilt(l.opts.PinDir)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return !nothing, err
+}
+
+// createHere builds the whole state in the pin directory itself, which is locked and holds none.
+// Until the mark is removed it counts as empty, so that no process ever opens half of it.
+func (l *Loader) createHere() (err error) {
+	dir := l.opts.PinDir
+	if err := emptyPinDir(dir); err != nil {
+		return err
+	}
+	mark := filepath.Join(dir, pinUnfinished)
+	if err := os.Mkdir(mark, 0o700); err != nil {
+		return fmt.Errorf("pin directory: %w", err)
+	}
+	if err := l.build(dir); err != nil {
+		return errors.Join(err, emptyPinDir(dir))
+	}
+	if err := os.Remove(mark); err != nil {
+		return errors.Join(fmt.Errorf("publish %s: %w", dir, err), emptyPinDir(dir))
+	}
+	l.log.Debug("pinned state made", "dir", dir)
+	return nil
+}
+
 // create builds the whole state in a directory of its own and publishes it with
 // one rename, so that no process ever opens half of it. The error matches os.ErrExist when
 // the pin directory has appeared meanwhile.
@@ -300,10 +342,25 @@ func (l *Loader) create() (err error) {
 	building := l.lock.pins.Name()
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removePins(building), l.lock.pins.Close())
+			err = errors.Join(err, removePinDir(building), l.lock.pins.Close())
 			l.lock.pins = nil
 		}
 	}()
+	if err := l.build(building); err != nil {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, building, unix.AT_FDCWD, l.opts.PinDir, unix.RENAME_NOREPLACE); err != nil {
+		return fmt.Errorf("publish %s: %w", l.opts.PinDir, err)
+	}
+	if err := os.Remove(filepath.Join(l.opts.PinDir, pinBuilding)); err != nil {
+		l.log.Warn("mark the pin directory as built", "error", err)
+	}
+	l.log.Debug("pinned state made", "dir", l.opts.PinDir)
+	return nil
+}
+
+// build makes the whole state and pins it in a directory.
+func (l *Loader) build(building string) (err error) {
 	if l.maps, err = newMaps(l.opts); err != nil {
 		return err
 	}
@@ -328,13 +385,6 @@ func (l *Loader) create() (err error) {
 	}
 	l.attachTransmit(building)
 	l.resetAllocators()
-	if err := unix.Renameat2(unix.AT_FDCWD, building, unix.AT_FDCWD, l.opts.PinDir, unix.RENAME_NOREPLACE); err != nil {
-		return fmt.Errorf("publish %s: %w", l.opts.PinDir, err)
-	}
-	if err := os.Remove(filepath.Join(l.opts.PinDir, pinBuilding)); err != nil {
-		l.log.Warn("mark the pin directory as built", "error", err)
-	}
-	l.log.Debug("pinned state made", "dir", l.opts.PinDir)
 	return nil
 }
 

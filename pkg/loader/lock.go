@@ -78,9 +78,9 @@ func (l *locks) renew(opts Options) error {
 	return old.Close()
 }
 
-// lockPath names the lock file of a pin directory: /sys/fs/bpf/xdpcast has
+// LockPath names the lock file of a pin directory: /sys/fs/bpf/xdpcast has
 // RunDir/sys-fs-bpf-xdpcast.lock.
-func lockPath(opts Options) string { return filepath.Join(opts.RunDir, runName(opts.PinDir)+".lock") }
+func LockPath(opts Options) string { return filepath.Join(opts.RunDir, runName(opts.PinDir)+".lock") }
 
 // takeRunLock locks the run directory's files of a pin directory. It makes the directory
 // if it is absent, and refuses one in which others could plant files.
@@ -92,10 +92,10 @@ func takeRunLock(opts Options) (*os.File, error) {
 		return nil, fmt.Errorf("run directory: %w", err)
 	}
 	if f := opts.Inherited.Run; f != nil {
-		f, err := lockfile.Inherit(f, lockPath(opts))
+		f, err := lockfile.Inherit(f, LockPath(opts))
 		return f, lockError(opts, err)
 	}
-	f, err := lockfile.Take(lockPath(opts))
+	f, err := lockfile.Take(LockPath(opts))
 	return f, lockError(opts, err)
 }
 

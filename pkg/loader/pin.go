@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -58,6 +59,20 @@ const pinBuilding = "building"
 // built to take its place.
 const stagingMark = "_new_"
 
+// pinUnfinished is a directory in a pin directory that is being built where it is, since it was
+// made before, for a user who may make none beside it.
+const pinUnfinished = "unfinished"
+
+// unbuilt says whether a pin directory holds nothing, or what a process left that died while it
+// was building there.
+func unbuilt(dir string) (bool, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return false, err
+	}
+	return len(entries) == 0 || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return e.Name() == pinUnfinished }), nil
+}
+
 // newStaging makes a directory in which a pin directory is built before it is published,
 // and locks it: nobody sweeps it away meanwhile.
 func newStaging(pinDir string) (*os.File, error) {
@@ -77,7 +92,7 @@ func newStaging(pinDir string) (*os.File, error) {
 			}
 			err = errors.Join(err, lock.Close())
 		}
-		return nil, errors.Join(fmt.Errorf("make pin directory: %w", err), removePins(dir))
+		return nil, errors.Join(fmt.Errorf("make pin directory: %w", err), removePinDir(dir))
 	}
 }
 
@@ -197,12 +212,48 @@ func sweep(pinDir string) error {
 			errs = append(errs, err)
 			continue
 		}
-		errs = append(errs, removePins(dir), lock.Close())
+		errs = append(errs, removePinDir(dir), lock.Close())
 	}
 	return errors.Join(errs...)
 }
 
-// removePins removes a pin directory and everything in it. The kernel frees
+// removePinDir removes a pin directory and everything in it. The directory stays, empty, where
+// this process may not remove it: somebody has made it for us, or mounted it.
+func removePinDir(dir string) error {
+	if err := emptyPinDir(dir); err != nil {
+		return err
+	}
+	err := os.Remove(dir)
+	for _, stays := range []error{unix.ENOENT, unix.EACCES, unix.EPERM, unix.EBUSY, unix.EROFS} {
+		if errors.Is(err, stays) {
+			return nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}
+
+// emptyPinDir removes everything in a pin directory, the mark of an unfinished one last.
+func emptyPinDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		if e.Name() != pinUnfinished {
+			errs = append(errs, removePins(filepath.Join(dir, e.Name())))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return removePins(filepath.Join(dir, pinUnfinished))
+}
+
+// removePins removes pins and everything below them. The kernel frees
 // what nothing else holds; an interface loses its program with its link.
 func removePins(dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
@@ -217,6 +268,9 @@ func staging(pinDir string) (dirs []string, err error) {
 	entries, err := os.ReadDir(parent)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
+	}
+	if errors.Is(err, os.ErrPermission) && os.Geteuid() != 0 {
+		return nil, nil // nor can this user have built there
 	}
 	if err != nil {
 		return nil, fmt.Errorf("look for stale pins: %w", err)

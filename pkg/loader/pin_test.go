@@ -85,11 +85,11 @@ func TestLocksCannotBeOpenedByOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	// As an earlier release left it.
-	if err := os.WriteFile(lockPath(opts), []byte("77\n"), 0o644); err != nil {
+	if err := os.WriteFile(LockPath(opts), []byte("77\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	l := open(t, opts)
-	for _, path := range []string{lockPath(opts), opts.PinDir} {
+	for _, path := range []string{LockPath(opts), opts.PinDir} {
 		if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
 			t.Errorf("%s: mode %v, %v, others can open it", path, info.Mode(), err)
 		}
@@ -124,7 +124,7 @@ func TestRunDirectoryOfOthersIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	precious := filepath.Join(filepath.Dir(opts.RunDir), "precious")
-	if err := errors.Join(os.WriteFile(precious, []byte("precious"), 0o600), os.Symlink(precious, lockPath(opts))); err != nil {
+	if err := errors.Join(os.WriteFile(precious, []byte("precious"), 0o600), os.Symlink(precious, LockPath(opts))); err != nil {
 		t.Fatal(err)
 	}
 	want := func(text string) {
@@ -142,7 +142,7 @@ func TestRunDirectoryOfOthersIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("symbolic link")
-	if err := os.Remove(lockPath(opts)); err != nil {
+	if err := os.Remove(LockPath(opts)); err != nil {
 		t.Fatal(err)
 	}
 	open(t, opts)
@@ -249,7 +249,7 @@ func TestSweepsOnlyWhatTheDeadLeft(t *testing.T) {
 func TestRunFilesOfTwoPinDirectoriesDiffer(t *testing.T) {
 	seen := map[string]string{}
 	for _, pins := range []string{DefaultPinDir, "/sys/fs/bpf/two", "/sys/fs/bpf-two", "/sys/fs-bpf/two", "/sys/fs/bpf%2dtwo", "/a/%2d", "/a/-", "/a//b", "/a-b"} {
-		for _, kind := range []string{RunFile("/run", pins, "api-rules.yaml"), lockPath(Options{RunDir: "/run", PinDir: pins})} {
+		for _, kind := range []string{RunFile("/run", pins, "api-rules.yaml"), LockPath(Options{RunDir: "/run", PinDir: pins})} {
 			if other, taken := seen[kind]; taken || filepath.Dir(kind) != "/run" {
 				t.Errorf("%s and %s share %s", pins, other, kind)
 			}

@@ -240,7 +240,7 @@ type Reader struct {
 // OpenReader opens the pinned state read-only; the caller must Close it. Errors
 // to match: ErrNotLoaded, ErrSchema.
 func OpenReader(pinDir string) (_ *Reader, err error) {
-	if _, err := os.Stat(pinDir); errors.Is(err, os.ErrNotExist) {
+	if nothing, err := unbuilt(pinDir); nothing || errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w in %s", ErrNotLoaded, pinDir)
 	}
 	r := &Reader{pinDir: pinDir}

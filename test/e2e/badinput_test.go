@@ -274,7 +274,7 @@ func TestBadStart(t *testing.T) {
 		{nobody, 1, []string{"not allowed to reach " + in.socket + ": root is needed"}, add},
 		{nobody, 1, []string{"not allowed to reach " + in.socket + ": root is needed"}, []string{"rule", "list"}},
 		{nobody, 1, []string{"listen: open lock file: open " + in.socket + ".lock: permission denied: run it as root"}, []string{"run"}},
-		{nobody, 1, []string{"look for stale pins: open " + filepath.Dir(in.pinDir) + ": permission denied: run it as root"}, []string{"unload", "--all"}},
+		{nobody, 1, []string{"open lock file: open " + in.runDir + "/" + strings.NewReplacer("-", "%2d", "/", "-").Replace(in.pinDir[1:]) + ".lock: permission denied: run it as root"}, []string{"unload", "--all"}},
 	})
 	for _, path := range []string{in.dir + "/second.sock", in.dir + "/bpf/second"} {
 		if _, err := os.Stat(path); !os.IsNotExist(err) {

@@ -41,6 +41,7 @@ var allowed = map[string][]string{
 	"internal/relay":      {"bpf", "internal/tap", "internal/events", "internal/history", "internal/rulefile", "internal/savefile", "internal/control", "pkg/fanout", "pkg/flow", "internal/forward", "internal/mroute", "pkg/loader", "pkg/membership", "internal/network", "internal/plan", "pkg/rules"},
 	"internal/genl":       {},
 	"internal/lockfile":   {},
+	"internal/privilege":  {},
 	"internal/notify":     {},
 	"internal/hold":       {"internal/notify"},
 	"internal/lab":        {},

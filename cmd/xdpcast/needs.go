@@ -1,0 +1,75 @@
+package main
+
+// Which capabilities commands need, and that they are named where one is missing.
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+	"kernel.org/pub/linux/libs/security/libcap/cap"
+
+	"xdpcast/internal/privilege"
+)
+
+// needsOf returns what a command does not work without, apart from the rights to files; nothing for
+// those that ask the daemon. docs/operations.md has the same as a table.
+func needsOf(c *cli.Context) []cap.Value {
+	programs := []cap.Value{cap.NET_ADMIN, cap.BPF, cap.PERFMON}
+	places := []cap.Value{cap.CHOWN, cap.DAC_OVERRIDE}
+	switch c.Command.Name {
+	case "run":
+		if c.IsSet("user") && os.Geteuid() == 0 {
+			return append(append(programs, places...), cap.SETUID, cap.SETGID)
+		}
+		return programs
+	case "prepare":
+		return places
+	case "load", "upgrade":
+		return programs
+	case "unload":
+		if !c.Bool("all") {
+			return programs
+		}
+	case "discover":
+		return []cap.Value{cap.NET_RAW}
+	case "doctor":
+		return append(programs, cap.NET_RAW, cap.SYS_PTRACE)
+	}
+	return nil
+}
+
+// namingNeeds lets the error of a command that was not permitted something name what it lacks.
+func namingNeeds(action cli.ActionFunc) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		needs, user := needsOf(c), os.Geteuid()
+		err := action(c)
+		switch {
+		case !errors.Is(err, fs.ErrPermission), strings.Contains(err.Error(), "without CAP_"), // named
+			strings.HasSuffix(err.Error(), runAsRoot), os.Geteuid() != user: // a daemon that has changed its user lacks nothing
+			return err
+		}
+		if missing := missingCapabilities(needs); missing != "" {
+			return fmt.Errorf("%w: without %s (see capabilities(7))", err, missing)
+		}
+		return err
+	}
+}
+
+// missingCapabilities names those that this process has not; "" when it has all.
+func missingCapabilities(needs []cap.Value) string {
+	s, err := privilege.Read()
+	if err != nil {
+		return ""
+	}
+	var names []string
+	for _, v := range needs {
+		if !s.Permitted.Has(v) {
+			names = append(names, strings.ToUpper(v.String()))
+		}
+	}
+	return strings.Join(names, ", ")
+}

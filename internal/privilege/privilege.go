@@ -1,0 +1,156 @@
+// Package privilege reduces a process to a user and to the capabilities that the daemon works
+// with, on all of its threads, and reads back what the kernel made of that.
+//
+// See capabilities(7), and Documentation/userspace-api/no_new_privs.rst of the kernel.
+package privilege
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+	"kernel.org/pub/linux/libs/security/libcap/cap"
+)
+
+// Needed are the capabilities that the daemon works with.
+func Needed() []cap.Value {
+	return []cap.Value{cap.NET_ADMIN, cap.NET_RAW, cap.IPC_LOCK, cap.PERFMON, cap.BPF}
+}
+
+// User is whom a process changes to.
+type User struct {
+	Name     string
+	UID, GID int
+	// Groups are the supplementary ones.
+	Groups []int
+}
+
+// Lookup finds a user by name or number, and the primary group by name or number, "" for the
+// user's own. Root is refused: with its files it needs no capability.
+func Lookup(name, group string) (User, error) {
+	found, err := user.Lookup(name)
+	if _, e := strconv.ParseUint(name, 10, 31); e == nil && err != nil {
+		found, err = user.LookupId(name)
+	}
+	if err != nil {
+		return User{}, fmt.Errorf("user %q is not known: want the name or number of one, such as useradd --system makes", name)
+	}
+	u := User{Name: found.Username}
+	if u.UID, err = strconv.Atoi(found.Uid); err != nil {
+		return User{}, fmt.Errorf("user %q: number %q: %w", name, found.Uid, err)
+	}
+	if u.UID == 0 {
+		return User{}, fmt.Errorf("user %q is root: want another one, or none", name)
+	}
+	gid := found.Gid
+	if group != "" {
+		g, err := user.LookupGroup(group)
+		if _, e := strconv.ParseUint(group, 10, 31); e == nil && err != nil {
+			g, err = user.LookupGroupId(group)
+		}
+		if err != nil {
+			return User{}, fmt.Errorf("group %q is not known: want the name or number of one", group)
+		}
+		gid = g.Gid
+	}
+	if u.GID, err = strconv.Atoi(gid); err != nil {
+		return User{}, fmt.Errorf("group number %q: %w", gid, err)
+	}
+	ids, err := found.GroupIds()
+	if err != nil {
+		return User{}, fmt.Errorf("groups of user %q: %w", name, err)
+	}
+	for _, id := range ids {
+		n, err := strconv.Atoi(id)
+		if err != nil {
+			return User{}, fmt.Errorf("groups of user %q: number %q: %w", name, id, err)
+		}
+		u.Groups = append(u.Groups, n)
+	}
+	slices.Sort(u.Groups)
+	u.Groups = slices.Compact(u.Groups)
+	return u, nil
+}
+
+// Drop changes all threads to a user, unless to is nil, and leaves them the needed capabilities
+// alone, as far as they had them: permitted and effective, none to be inherited. Programs that
+// the process executes gain none, also by set-user-ID bits. The bounding set is reduced where
+// CAP_SETPCAP is there to do it. It then asks the kernel about each thread; after an error the
+// process must end.
+func Drop(to *User) (State, error) {
+	before, err := Read()
+	if err != nil {
+		return State{}, err
+	}
+	if to != nil && before.UIDs == [4]int{to.UID, to.UID, to.UID, to.UID} {
+		to = nil // as a service manager has started it, with the groups that it gave
+	}
+	keep := before.Permitted & mask(Needed()...)
+	if err := drop(to, before, keep); err != nil {
+		return State{}, err
+	}
+	after, err := Read()
+	if err != nil {
+		return State{}, err
+	}
+	return after, after.check(to, keep, before)
+}
+
+func drop(to *User, before State, keep Set) error {
+	// Before the user changes: it takes CAP_SETPCAP.
+	if before.Effective.Has(cap.SETPCAP) {
+		if err := cap.DropBound((before.Bounding &^ mask(Needed()...)).values()...); err != nil {
+			return fmt.Errorf("reduce the bounding set of capabilities: %w", err)
+		}
+	}
+	if to != nil {
+		if err := cap.SetGroups(to.GID, to.Groups...); err != nil {
+			return fmt.Errorf("change to group %d: %w", to.GID, err)
+		}
+		if err := cap.SetUID(to.UID); err != nil {
+			return fmt.Errorf("change to user %d: %w", to.UID, err)
+		}
+	}
+	if err := cap.ResetAmbient(); err != nil {
+		return fmt.Errorf("clear ambient capabilities: %w", err)
+	}
+	set := cap.NewSet()
+	if err := errors.Join(
+		set.SetFlag(cap.Permitted, true, keep.values()...),
+		set.SetFlag(cap.Effective, true, keep.values()...),
+		set.SetProc(),
+	); err != nil {
+		return fmt.Errorf("reduce capabilities to %s: %w", keep, err)
+	}
+	if _, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	return nil
+}
+
+// check says what is not as Drop means it.
+func (s State) check(to *User, keep Set, before State) error {
+	bounding := before.Bounding
+	if before.Effective.Has(cap.SETPCAP) {
+		bounding &= mask(Needed()...)
+	}
+	uid, gid := os.Getuid(), os.Getgid()
+	if to != nil {
+		uid, gid = to.UID, to.GID
+	}
+	want := State{
+		UIDs: [4]int{uid, uid, uid, uid}, GIDs: [4]int{gid, gid, gid, gid}, Groups: s.Groups,
+		Permitted: keep, Effective: keep, Bounding: bounding, NoNewPrivs: true, Threads: s.Threads,
+	}
+	if to != nil {
+		want.Groups = to.Groups
+	}
+	if !s.equal(want) {
+		return fmt.Errorf("privileges were not dropped: %v, want %v", s, want)
+	}
+	return nil
+}

@@ -1,0 +1,65 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// Prepare makes the places of pinned state for a Loader of another user, who may make none in a
+// BPF file system of root's: it mounts the file system where none is, makes the pin directory,
+// lets others pass through the directory above it, and calls give with the pin directory while no
+// other process can use the state. Only root can do all of it, each time anew.
+//
+// The error matches ErrLocked when another process uses the state.
+func Prepare(opts Options, give func(pinDir string) error) (err error) {
+	if opts, err = opts.withDefaults(); err != nil {
+		return err
+	}
+	var lock locks
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	if lock.run, err = takeRunLock(opts); err != nil {
+		return err
+	}
+	mounted, err := mountBPFFS(opts.PinDir)
+	if err != nil {
+		return err
+	}
+	if err := lock.makePinDir(opts); err != nil {
+		return errors.Join(err, mounted.undo())
+	}
+	if err := letPass(filepath.Dir(opts.PinDir)); err != nil {
+		return err
+	}
+	return give(opts.PinDir)
+}
+
+func (l *locks) makePinDir(opts Options) error {
+	if err := os.Mkdir(opts.PinDir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("make pin directory: %w", err)
+	}
+	var err error
+	l.pins, err = takePinLock(opts)
+	return err
+}
+
+// letPass lets everybody pass through a directory, not read it: what is below has modes of its
+// own, and the kernel makes pins that are their owner's alone (bpf_mkobj_ops of
+// kernel/bpf/inode.c).
+func letPass(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	const pass = unix.S_IXUSR | unix.S_IXGRP | unix.S_IXOTH
+	if info.Mode().Perm()&pass == pass {
+		return nil
+	}
+	if err := os.Chmod(dir, info.Mode()|pass); err != nil {
+		return fmt.Errorf("let others pass through %s: %w", dir, err)
+	}
+	return nil
+}
