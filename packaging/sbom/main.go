@@ -1,5 +1,5 @@
 // Sbom writes the software bill of materials of a Go binary, in CycloneDX 1.6: the modules that
-// the linker recorded in it, with their versions and checksums, and the standard library. The
+// the linker recorded in it, with their versions, checksums and licenses, and the standard library. The
 // same binary and time give the same file.
 //
 //	sbom -o FILE [-time SECONDS] BINARY
@@ -65,15 +65,31 @@ func describe(binary, version string, made time.Time) (*cyclonedx.BOM, error) {
 		BOMRef: "pkg:generic/xdpcast@" + version + "?arch=" + goarch, Type: cyclonedx.ComponentTypeApplication,
 		Name: "xdpcast", Version: version, PackageURL: "pkg:generic/xdpcast@" + version + "?arch=" + goarch,
 		Hashes:   &[]cyclonedx.Hash{{Algorithm: cyclonedx.HashAlgoSHA256, Value: hex.EncodeToString(sum[:])}},
-		Licenses: &cyclonedx.Licenses{{License: &cyclonedx.License{ID: "Apache-2.0"}}},
+		Licenses: expression("Apache-2.0 AND (BSD-2-Clause OR GPL-2.0-only)"), // the latter is the BPF programs'
+	}
+	var modules []*debug.Module
+	for _, m := range info.Deps {
+		if m.Replace != nil {
+			m = m.Replace
+		}
+		modules = append(modules, m)
+	}
+	licenses, err := licensesOf(modules)
+	if err != nil {
+		return nil, err
+	}
+	ofGo, err := licenseOfGo()
+	if err != nil {
+		return nil, err
 	}
 	toolchain := strings.TrimPrefix(info.GoVersion, "go")
 	components := []cyclonedx.Component{{
 		BOMRef: "pkg:golang/std@" + toolchain, Type: cyclonedx.ComponentTypeLibrary, Name: "std", Version: toolchain,
 		PackageURL: fmt.Sprintf("pkg:golang/std@%s?type=module&goos=%s&goarch=%s", toolchain, goos, goarch),
+		Licenses:   expression(ofGo),
 	}}
-	for _, m := range info.Deps {
-		c, err := component(m)
+	for _, m := range modules {
+		c, err := component(m, licenses[m])
 		if err != nil {
 			return nil, err
 		}
@@ -101,10 +117,7 @@ func setting(info *debug.BuildInfo, key string) string {
 
 // component describes a module. Its checksum is that of go.sum: the SHA-256 of the list of its
 // files with theirs (golang.org/x/mod/sumdb/dirhash).
-func component(m *debug.Module) (cyclonedx.Component, error) {
-	if m.Replace != nil {
-		m = m.Replace
-	}
+func component(m *debug.Module, license string) (cyclonedx.Component, error) {
 	raw, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(m.Sum, "h1:"))
 	if err != nil || len(raw) != sha256.Size {
 		return cyclonedx.Component{}, errors.Join(fmt.Errorf("module %s: checksum %q", m.Path, m.Sum), err)
@@ -112,6 +125,9 @@ func component(m *debug.Module) (cyclonedx.Component, error) {
 	purl := "pkg:golang/" + m.Path + "@" + m.Version
 	return cyclonedx.Component{
 		BOMRef: purl, Type: cyclonedx.ComponentTypeLibrary, Name: m.Path, Version: m.Version, PackageURL: purl + "?type=module",
-		Hashes: &[]cyclonedx.Hash{{Algorithm: cyclonedx.HashAlgoSHA256, Value: hex.EncodeToString(raw)}},
+		Hashes: &[]cyclonedx.Hash{{Algorithm: cyclonedx.HashAlgoSHA256, Value: hex.EncodeToString(raw)}}, Licenses: expression(license),
 	}, nil
 }
+
+// expression is a license as SPDX writes it.
+func expression(spdx string) *cyclonedx.Licenses { return &cyclonedx.Licenses{{Expression: spdx}} }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime/debug"
 	"strings"
 	"testing"
@@ -11,6 +12,33 @@ import (
 
 	cyclonedx "github.com/CycloneDX/cyclonedx-go"
 )
+
+// permissive are the licenses that the program may be made of.
+var permissive = regexp.MustCompile(`^(MIT|Apache-2\.0|BSD-[23]-Clause|ISC)( (AND|OR) (MIT|Apache-2\.0|BSD-[23]-Clause|ISC|GPL-2\.0-only))*$`)
+
+func TestLicenseIn(t *testing.T) {
+	dir := t.TempDir()
+	expect := func(name, text, want, fault string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		got, err := licenseIn(dir)
+		if got != want || (err == nil) != (fault == "") || err != nil && !strings.Contains(err.Error(), fault) {
+			t.Errorf("%s: %q, %v; want %q, %q", name, got, err, want, fault)
+		}
+	}
+	if _, err := licenseIn(dir); err == nil || !strings.Contains(err.Error(), "no license in") {
+		t.Errorf("an empty directory: %v", err)
+	}
+	own, err := os.ReadFile("../../LICENSE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect("LICENSE", string(own), "Apache-2.0", "")
+	expect("COPYING", "All rights reserved by whoever wrote this, and nobody else may use it.", "", "of it are a known license")
+	expect("COPYING", "/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */\n", "BSD-3-Clause OR GPL-2.0-only", "")
+}
 
 // TestDescribe describes this test's own binary, whose modules the runtime knows.
 func TestDescribe(t *testing.T) {
@@ -55,6 +83,9 @@ func TestDescribe(t *testing.T) {
 			t.Errorf("it lists %s, which is not in the binary, or lists it twice", c.BOMRef)
 		}
 		delete(want, c.BOMRef)
+		if c.Licenses == nil || len(*c.Licenses) != 1 || !permissive.MatchString((*c.Licenses)[0].Expression) {
+			t.Errorf("%s has the licenses %+v: want permissive ones", c.Name, c.Licenses)
+		}
 	}
 	for missing := range want {
 		t.Errorf("it does not list %s", missing)
