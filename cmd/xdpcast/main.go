@@ -7,6 +7,7 @@
 //	args.go      flags anywhere on the command line
 //	flags.go     flags that several commands have, and how values are read
 //	output.go    -o, tables, texts of counts, times and states
+//	needs.go     which capabilities commands need, and naming those that are missing
 //	kernel.go    what the pinned maps say while no daemon runs
 //	complete.go  completion for shells
 //

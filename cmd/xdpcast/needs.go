@@ -73,3 +73,16 @@ func missingCapabilities(needs []cap.Value) string {
 	}
 	return strings.Join(names, ", ")
 }
+
+// withRootHint says what is needed where the kernel only says no.
+func withRootHint(err error) error {
+	if err == nil || !errors.Is(err, fs.ErrPermission) || os.Geteuid() == 0 {
+		return err
+	}
+	if s, e := privilege.Read(); e == nil && s.Permitted != 0 {
+		return fmt.Errorf("%w: it works as user %d: let that user do it, or run it as root", err, os.Geteuid())
+	}
+	return fmt.Errorf("%w%s", err, runAsRoot)
+}
+
+const runAsRoot = ": run it as root"

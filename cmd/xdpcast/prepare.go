@@ -1,12 +1,8 @@
 package main
 
-// The user that the daemon works as, and what it needs of root before.
-
 import (
-	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,13 +13,6 @@ import (
 	"xdpcast/internal/privilege"
 	"xdpcast/pkg/loader"
 )
-
-func userFlags(required bool) []cli.Flag {
-	return []cli.Flag{
-		&cli.StringFlag{Name: "user", Required: required, Usage: "work as `USER`, with the capabilities that it needs and no others"},
-		&cli.StringFlag{Name: "group", Usage: "and as `GROUP`", DefaultText: "the user's own"},
-	}
-}
 
 func prepareCommand() *cli.Command {
 	return &cli.Command{
@@ -44,21 +33,6 @@ func prepareCommand() *cli.Command {
 			return explainStart(preparePlaces(c, u))
 		},
 	}
-}
-
-// daemonUser is whom the daemon is to work as; nil when that is not said.
-func daemonUser(c *cli.Context) (*privilege.User, error) {
-	if !c.IsSet("user") {
-		if c.IsSet("group") {
-			return nil, usagef("--group without --user: want both")
-		}
-		return nil, nil
-	}
-	u, err := privilege.Lookup(c.String("user"), c.String("group"))
-	if err != nil {
-		return nil, usagef("--user: %w", err)
-	}
-	return &u, nil
 }
 
 // preparePlaces gives the daemon's directories to its user.
@@ -133,37 +107,3 @@ func placesOf(c *cli.Context, opts loader.Options) (places []place) {
 	}
 	return places
 }
-
-// dropPrivileges changes to the daemon's user and keeps only what it needs. Without one a daemon
-// of root's stays as it is; any other user's passes its capabilities on to nobody.
-func dropPrivileges(c *cli.Context, u *privilege.User, log *slog.Logger) error {
-	if u == nil && os.Geteuid() == 0 {
-		return nil
-	}
-	if u != nil && os.Geteuid() != u.UID {
-		if err := preparePlaces(c, u); err != nil {
-			return err
-		}
-	}
-	s, err := privilege.Drop(u)
-	if err != nil {
-		return err
-	}
-	if s.Effective != 0 { // without any it will not come far
-		log.Info("privileges", "uid", s.UIDs[0], "gid", s.GIDs[0], "capabilities", s.Effective, "no_new_privs", s.NoNewPrivs, "threads", s.Threads)
-	}
-	return nil
-}
-
-// withRootHint says what is needed where the kernel only says no.
-func withRootHint(err error) error {
-	if err == nil || !errors.Is(err, fs.ErrPermission) || os.Geteuid() == 0 {
-		return err
-	}
-	if s, e := privilege.Read(); e == nil && s.Permitted != 0 {
-		return fmt.Errorf("%w: it works as user %d: let that user do it, or run it as root", err, os.Geteuid())
-	}
-	return fmt.Errorf("%w%s", err, runAsRoot)
-}
-
-const runAsRoot = ": run it as root"
