@@ -78,7 +78,7 @@ func (p place) ours(name string) bool {
 			return true
 		}
 	}
-	return false
+	return strings.HasPrefix(name, "hold-") && strings.HasSuffix(name, ".sock") // of xdpcast hold
 }
 
 // placesOf are the directories of the daemon beside the pins, each once. A file that is new to one

@@ -17,6 +17,7 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/hold"
 	"xdpcast/internal/notify"
+	"xdpcast/internal/privilege"
 	"xdpcast/internal/relay"
 )
 
@@ -76,8 +77,12 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 			return err
 		}
 		defer closeAll(files[len(h.Memberships):]) // those of memberships are h's
+		ambient, err := privilege.Ambient()
+		if err != nil {
+			return err
+		}
 		result.PID, err = hold.Replace(u.ctx, hold.Replacement{
-			Command: append([]string{u.path}, os.Args[1:]...), Env: os.Environ(), Files: files,
+			Command: append([]string{u.path}, os.Args[1:]...), Env: os.Environ(), Files: files, Ambient: ambient,
 			Outer: u.service.manager, Timeout: timeout, Log: log,
 			Stop: func(what string) error {
 				if what == "" {

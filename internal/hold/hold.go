@@ -152,7 +152,7 @@ func (h *holder) reap() {
 func (h *holder) start() error {
 	env := append(notify.WithoutProtocol(os.Environ()), h.Outer.Variables(h.listener.Addr(), h.Max, false)...)
 	files := append([]notify.File{{Name: PipeName, FD: h.pipe[0]}}, h.store.Files()...)
-	process, err := notify.Start(h.Self, h.Command, env, files)
+	process, err := notify.Start(h.Self, h.Command, env, files, nil)
 	if err != nil {
 		return err
 	}

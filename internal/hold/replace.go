@@ -28,6 +28,8 @@ type Replacement struct {
 	Outer *notify.Manager
 	// Timeout is how long it may take until it is ready.
 	Timeout time.Duration
+	// Ambient are the capabilities that the process needs and is not given for being root's.
+	Ambient []uintptr
 	// Stop is called with what the other process asks to be stopped by AskToStop, and with "" when it
 	// is ready.
 	Stop func(what string) error
@@ -65,7 +67,7 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 		return 0, err
 	}
 	env := append(notify.WithoutProtocol(o.Env), o.Outer.Variables(listener.Addr(), o.Outer.Max(), true)...)
-	process, err := notify.Start(o.Self, o.Command, env, o.Files)
+	process, err := notify.Start(o.Self, o.Command, env, o.Files, o.Ambient)
 	if err != nil {
 		return 0, errors.Join(err, listener.Close())
 	}

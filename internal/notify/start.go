@@ -31,8 +31,9 @@ func Stage(args []string) error {
 // Start starts a program, given as its file and arguments, in a process group of its own, and passes descriptors to
 // it as sd_listen_fds(3) finds them; File.FD stay open here. self is a program whose main calls
 // [Stage], such as /proc/self/exe. env is the environment without the variables of the protocol.
+// The process is given ambient capabilities, which this one must have; see capabilities(7).
 // The caller waits for the process.
-func Start(self string, command, env []string, files []File) (*os.Process, error) {
+func Start(self string, command, env []string, files []File, ambient []uintptr) (*os.Process, error) {
 	fds, names := []uintptr{0, 1, 2}, make([]string, len(files))
 	for i, f := range files {
 		fds, names[i] = append(fds, uintptr(f.FD)), f.Name
@@ -41,7 +42,7 @@ func Start(self string, command, env []string, files []File) (*os.Process, error
 		env = append(env, "LISTEN_FDS="+strconv.Itoa(len(files)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
 	}
 	pid, err := syscall.ForkExec(self, append([]string{self, StartStage}, command...), &syscall.ProcAttr{
-		Env: env, Files: fds, Sys: &syscall.SysProcAttr{Setpgid: true},
+		Env: env, Files: fds, Sys: &syscall.SysProcAttr{Setpgid: true, AmbientCaps: ambient},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", command[0], err)

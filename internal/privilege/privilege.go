@@ -154,3 +154,17 @@ func (s State) check(to *User, keep Set, before State) error {
 	}
 	return nil
 }
+
+// Ambient are the capabilities that a process started by this one is to be given, so that it can do
+// the same: those of this one, unless it is root's, whose processes have them.
+func Ambient() ([]uintptr, error) {
+	s, err := Read()
+	if err != nil || os.Geteuid() == 0 {
+		return nil, err
+	}
+	var all []uintptr
+	for _, v := range s.Permitted.values() {
+		all = append(all, uintptr(v))
+	}
+	return all, nil
+}
