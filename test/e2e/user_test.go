@@ -161,25 +161,8 @@ func TestUser(t *testing.T) {
 	d.waitLog("1 pins were removed", 1)
 	unprivileged(t, d.cmd.Process.Pid)
 
-	// Replaced by its binary, it is followed by a process of the same user.
-	in.mustCLI("upgrade", "--exec")
-	status, err := in.client.Status(t.Context())
-	if err != nil || status.PID == d.cmd.Process.Pid {
-		t.Fatalf("after the upgrade: process %d, %v", status.PID, err)
-	}
-	unprivileged(t, status.PID)
-	<-d.exited
-	if err := syscall.Kill(status.PID, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "the successor is gone", func() string {
-		if syscall.Kill(status.PID, 0) == nil {
-			return "it is there"
-		}
-		return ""
-	})
-
-	// Started again as the same user, as root, and as the user after root.
+	// Killed, and started again as the same user, as root, and as the user after root.
+	in.running.stop(syscall.SIGKILL)
 	in.start(user...)
 	in.running.stop(syscall.SIGTERM)
 	in.mustCLI("upgrade")
