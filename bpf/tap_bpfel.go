@@ -117,6 +117,7 @@ const (
 	TapVarExportLookupKind    = "export_lookup_kind"
 	TapVarExportNote          = "export_note"
 	TapVarExportOutputFlag    = "export_output_flag"
+	TapVarExportPassedKind    = "export_passed_kind"
 	TapVarExportPrefix4       = "export_prefix4"
 	TapVarExportPrefix6       = "export_prefix6"
 	TapVarExportPrefixBy      = "export_prefix_by"
@@ -253,6 +254,7 @@ type TapVariableSpecs struct {
 	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.VariableSpec `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
@@ -401,6 +403,7 @@ type TapVariables struct {
 	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
 	ExportNote          *ebpf.Variable `ebpf:"export_note"`
 	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPassedKind    *ebpf.Variable `ebpf:"export_passed_kind"`
 	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
 	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
 	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`

@@ -2,7 +2,7 @@
 
 function __fish_xdpcast_no_subcommand --description 'Test if there has been any subcommand yet'
     for i in (commandline -opc)
-        if contains -- $i run prepare hold load unload upgrade rule add del show list export apply group list show stats health status events explain discover doctor top reload confirm history rollback check convert gen recv demo version
+        if contains -- $i run prepare hold load unload upgrade rule add del show list export apply group list show stats health status events explain discover doctor top tap reload confirm history rollback check convert gen recv demo version
             return 1
         end
     end
@@ -25,12 +25,13 @@ complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l fanout-steer -r -
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l read-group -r -d 'let members of group `GID` read through the API (repeatable)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l on-event -r -d 'call `PROGRAM` for each event, with what has happened in its environment'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l log-level -r -d 'least `LEVEL` to log: debug, info, warn or error'
-complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute -d 'forward what the kernel\'s multicast routes say (of FRR, smcroute, pimd, igmpproxy) in XDP'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute -d 'forward what the kernel\'s multicast routes say (of FRR, smcroute, pimd, igmpproxy) in XDP; as mroute of the file, which must not have it then'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-table -r -d 'mirror `TABLE`: main, or a number (repeatable)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-family -r -d 'mirror routes of `FAMILY`: ipv4 or ipv6 (repeatable)'
-complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-interface -r -d 'mirror only routes whose interfaces are all named: `IFACE` (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-interface -r -d 'mirror only routes whose interfaces are all named: `IFACE`, or a pattern (eth+; repeatable)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-group -r -d 'mirror only routes whose group is in `PREFIX` (repeatable)'
-complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-leave -r -d 'leave groups in `PREFIX` to the kernel: those that programs on this host receive (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-leave -r -d 'leave groups in `PREFIX` to the kernel (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l mroute-joined -r -d '`WHAT` to do with groups that a program on this host has joined on their input: leave them to the kernel, which gives it a copy, or take them'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l listen -r -d 'serve a page for browsers, /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l listen-public -d 'let that be an address that is not loopback, without TLS'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l tls-cert -r -d 'PEM `FILE` of its certificate'
@@ -160,6 +161,16 @@ complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l interval -r -d '`
 complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l sort -r -d 'sort rules by `KEY`: trouble, rate, bits, drops, state, name'
 complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l filter -r -d 'show only rules with `TEXT` in name, state, path, input or outputs'
 complete -c xdpcast -n '__fish_seen_subcommand_from top' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l help -s h -d 'show help'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'tap' -d 'record a rule\'s packets as they came in and as they went out'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l in -d 'record packets as they came in'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l out -r -d 'record packets of this `SLOT` as they went out; all: of each (repeatable)'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l dropped -d 'record packets, and copies, that were not sent'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l sample -r -d 'record one packet of `N`, written 1/N, with its copies'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l count -r -d 'end after `N` packets; 0: when interrupted'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l snap -r -d 'record at most so many `BYTES` of a packet'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l write -s w -r -d 'write to `FILE`, which is replaced; - is standard output'
+complete -c xdpcast -n '__fish_seen_subcommand_from tap' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'reload' -d 'have the daemon read its file again, and say what changed'
 complete -c xdpcast -n '__fish_seen_subcommand_from reload' -f -l dry-run -d 'only say what would change'
