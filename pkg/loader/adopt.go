@@ -170,6 +170,7 @@ func (l *Loader) adoptRules() error {
 			return fmt.Errorf("rule %s (number %d) is there twice", e.rule.Name, e.id)
 		}
 		l.rules[e.rule.Name] = e
+		e.inForce = true
 		l.lookups.add(e.rule.In)
 		l.extra += e.rule.ExtraEntries()
 	}

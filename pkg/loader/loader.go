@@ -120,6 +120,7 @@ type Loader struct {
 	extra          int         // entries of theirs in the flow tables besides one each
 	shortcuts      shortcuts   // to them
 	rules          map[string]*entry
+	plans          uint64 // how often Sync has compared
 	ids            *idAllocator
 	outputs, stats *blockAllocator
 	broadcasts     map[string]*broadcast

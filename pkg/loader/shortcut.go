@@ -123,7 +123,7 @@ func (l *Loader) openShortcuts() error {
 	changed := map[uint32]bool{}
 	wants := l.shortcutRules()
 	for at, e := range s.slots {
-		if e != nil && (l.rules[e.rule.Name] != e || !wants(e)) {
+		if e != nil && (!e.inForce || !wants(e)) {
 			s.slots[at] = nil
 			changed[uint32(at)] = true
 		}

@@ -21,6 +21,8 @@ type entry struct {
 	row        uint32 // row of devices, with one output
 	sockets    uint32 // row of xsks, with PathAFXDP
 	stream     uint32 // index of streams, of a leg; 0: none
+	planned    uint64 // the last plan that wanted it: Loader.plans
+	inForce    bool   // it is in Loader.rules
 }
 
 // change is one rule's way from old to new; either may be nil.
@@ -98,11 +100,23 @@ func (l *Loader) Sync(want []*flow.Flow) (err error) {
 	return nil
 }
 
-// plan compares want with what is there. Additions come in the order of want.
+// plan compares want with what is there. Additions come in the order of want. What it costs of a
+// rule that stays the same flow is a look at its name.
 func (s *transaction) plan(want []*flow.Flow) error {
-	wanted := make(map[string]bool, len(want))
-	inputs := make(map[flow.Input]string, len(want))
+	s.plans++
+	kept := 0 // of the rules in force
 	for _, r := range want {
+		old := s.rules[r.Name]
+		if old != nil {
+			if old.planned == s.plans {
+				return nameTwice(r.Name)
+			}
+			old.planned = s.plans
+			kept++
+			if old.rule == r {
+				continue // it was right when it came into force
+			}
+		}
 		if normal := r.Normalized(); !normal.Equal(*r) {
 			other := normal
 			r = &other
@@ -110,32 +124,69 @@ func (s *transaction) plan(want []*flow.Flow) error {
 		if err := r.Check(); err != nil {
 			return &RuleError{Rule: r.Name, Err: err}
 		}
-		if wanted[r.Name] {
-			return &RuleError{Rule: r.Name, Err: errors.New("name is used twice")}
-		}
-		for in := range r.In.Key().EveryPort() {
-			if other, ok := inputs[in]; ok {
-				return &RuleError{Rule: r.Name, Err: fmt.Errorf("has the same input as rule %s", other)}
-			}
-			inputs[in] = r.Name
-		}
-		wanted[r.Name] = true
-		old := s.rules[r.Name]
 		if old != nil && old.rule.Equal(*r) {
 			old.rule = r // held once, by the caller, too
 			continue
 		}
 		s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.Continues(*old.rule)})
 	}
+	if err := s.checkInputs(); err != nil {
+		return err
+	}
+	if kept == len(s.rules) {
+		return nil
+	}
 	var gone []change
-	for name, e := range s.rules {
-		if !wanted[name] {
+	for _, e := range s.rules {
+		if e.planned != s.plans {
 			gone = append(gone, change{old: e})
 		}
 	}
 	slices.SortFunc(gone, func(a, b change) int { return strings.Compare(a.old.rule.Name, b.old.rule.Name) })
 	s.changes = append(s.changes, gone...)
 	return nil
+}
+
+func nameTwice(name string) error {
+	return &RuleError{Rule: name, Err: errors.New("name is used twice")}
+}
+
+// checkInputs refuses new rules of one name, and inputs that two rules would have, of which one
+// at least is among the changes: those in force have inputs of their own.
+func (s *transaction) checkInputs() error {
+	if len(s.changes) == 0 {
+		return nil
+	}
+	names := make(map[string]bool, len(s.changes))
+	inputs := make(map[flow.Input]string, len(s.changes))
+	for _, c := range s.changes {
+		r := c.new.rule
+		if names[r.Name] {
+			return nameTwice(r.Name)
+		}
+		names[r.Name] = true
+		for in := range r.In.Key().EveryPort() {
+			if other, ok := inputs[in]; ok {
+				return sameInput(r.Name, other)
+			}
+			inputs[in] = r.Name
+		}
+	}
+	for _, e := range s.rules {
+		if e.planned != s.plans || names[e.rule.Name] {
+			continue // it goes, or has changed
+		}
+		for in := range e.rule.In.Key().EveryPort() {
+			if changed, ok := inputs[in]; ok {
+				return sameInput(changed, e.rule.Name)
+			}
+		}
+	}
+	return nil
+}
+
+func sameInput(name, other string) error {
+	return &RuleError{Rule: name, Err: fmt.Errorf("has the same input as rule %s", other)}
 }
 
 func (s *transaction) onFailure(fn func() error) { s.undo = append(s.undo, fn) }
@@ -323,6 +374,7 @@ func (s *transaction) publish() error {
 		if c.old != nil {
 			s.lookups.remove(c.old.rule.In)
 			s.extra -= c.old.rule.ExtraEntries()
+			c.old.inForce = false
 		}
 		if c.new != nil {
 			s.lookups.add(c.new.rule.In)
@@ -333,6 +385,7 @@ func (s *transaction) publish() error {
 		}
 		if c.new != nil {
 			s.rules[c.new.rule.Name] = c.new
+			c.new.inForce = true
 		}
 	}
 	return nil
