@@ -167,12 +167,34 @@ static __always_inline void write_record(struct xdp_buff *xdp, struct tap_record
 		*lost += (r->flags & (TAP_IN | TAP_OUT)) == (TAP_IN | TAP_OUT) ? 2 : 1;
 }
 
+/* The loops are callbacks of bpf_loop (Linux 5.17), which the verifier follows once, and not along
+ * each way through all of their rounds.
+ */
+static long note_before(__u32 i, void *unused)
+{
+	struct tap_relay *t = bpf_map_lookup_elem(&relay_run, &zero);
+	struct rule_stats *s;
+	__u32 id;
+
+	if (!t || i >= TAP_FLOWS || i >= t->flows.n)
+		return 1;
+	id = t->flows.rule[i];
+	s = bpf_map_lookup_elem(&rule_stats, &id);
+	if (!s)
+		return 0;
+	t->before[i].packets = s->packets;
+	t->before[i].bytes = s->bytes;
+	t->before[i].copies = s->copies_packets;
+	t->before[i].handed = s->handed_packets;
+	return 0;
+}
+
 SEC("fentry/relay")
 int BPF_PROG(relay_entry, struct xdp_buff *xdp)
 {
 	struct tap_relay *t = bpf_map_lookup_elem(&relay_run, &zero);
 	struct tap_record *r = record_of(OF_RELAY);
-	__u32 ifindex = xdp->rxq->dev->ifindex, head, i;
+	__u32 ifindex = xdp->rxq->dev->ifindex, head;
 	struct tap_flows *flows;
 
 	if (!t || !r)
@@ -182,17 +204,7 @@ int BPF_PROG(relay_entry, struct xdp_buff *xdp)
 	if (!flows)
 		return 0;
 	t->flows = *flows;
-	for (i = 0; i < TAP_FLOWS && i < t->flows.n; i++) {
-		__u32 id = t->flows.rule[i];
-		struct rule_stats *s = bpf_map_lookup_elem(&rule_stats, &id);
-
-		if (!s)
-			continue;
-		t->before[i].packets = s->packets;
-		t->before[i].bytes = s->bytes;
-		t->before[i].copies = s->copies_packets;
-		t->before[i].handed = s->handed_packets;
-	}
+	bpf_loop(TAP_FLOWS, note_before, NULL, 0);
 	t->length = xdp->data_end - xdp->data;
 	r->drops = 0;
 	r->head_bytes = 0;
@@ -242,39 +254,54 @@ static __always_inline bool handed_over(struct xdp_buff *xdp)
 	return mark == HANDOVER_MARK;
 }
 
+/* What has happened to a packet of the tapped rule in a run of the relay program. */
+struct relay_found {
+	__u64 bytes; /* 0: it was of another one */
+	__u32 packets;
+	__u32 rule;
+	bool handed;
+	bool copy;
+};
+
+static long find_flow(__u32 i, struct relay_found *found)
+{
+	struct tap_relay *t = bpf_map_lookup_elem(&relay_run, &zero);
+	struct rule_stats *s;
+	__u32 id;
+
+	if (!t || i >= TAP_FLOWS || i >= t->flows.n)
+		return 1;
+	id = t->flows.rule[i];
+	s = bpf_map_lookup_elem(&rule_stats, &id);
+	if (!s || s->packets == t->before[i].packets)
+		return 0;
+	found->bytes = s->bytes - t->before[i].bytes;
+	found->packets = s->packets;
+	found->rule = id;
+	found->handed = s->handed_packets != t->before[i].handed;
+	found->copy = s->copies_packets != t->before[i].copies;
+	return 1;
+}
+
 SEC("fexit/relay")
 int BPF_PROG(relay_exit, struct xdp_buff *xdp, int verdict)
 {
 	struct tap_relay *t = bpf_map_lookup_elem(&relay_run, &zero);
 	struct tap_record *r = record_of(OF_RELAY);
-	__u64 bytes = 0;
-	__u8 flags = 0;
-	bool handed = false;
-	__u32 i, packets = 0;
+	struct relay_found found = {};
+	__u8 flags;
 
 	if (!t || !r || !t->flows.n)
 		return 0;
-	for (i = 0; i < TAP_FLOWS && i < t->flows.n; i++) {
-		__u32 id = t->flows.rule[i];
-		struct rule_stats *s = bpf_map_lookup_elem(&rule_stats, &id);
-
-		if (!s || s->packets == t->before[i].packets)
-			continue;
-		packets = s->packets;
-		bytes = s->bytes - t->before[i].bytes;
-		handed = s->handed_packets != t->before[i].handed;
-		if (s->copies_packets != t->before[i].copies)
-			flags = TAP_COPY;
-		r->rule = id;
-		break;
-	}
+	bpf_loop(TAP_FLOWS, find_flow, &found, 0);
 	t->flows.n = 0;
 	/* The number is the one that the egress program goes by. */
-	if (!bytes || (sample > 1 && packets % sample))
+	if (!found.bytes || (sample > 1 && found.packets % sample))
 		return 0;
+	flags = found.copy ? TAP_COPY : 0;
 	if (want_in || (want_dropped && (flags || r->drops)))
 		flags |= TAP_IN;
-	if (want_slots & 1 && verdict == XDP_REDIRECT && !handed && !handed_over(xdp))
+	if (want_slots & 1 && verdict == XDP_REDIRECT && !found.handed && !handed_over(xdp))
 		flags |= TAP_OUT;
 	if (!(flags & (TAP_IN | TAP_OUT)))
 		return 0;
@@ -282,10 +309,41 @@ int BPF_PROG(relay_exit, struct xdp_buff *xdp, int verdict)
 		r->head_bytes = 0;
 	r->flags = flags;
 	r->ifindex = xdp->rxq->dev->ifindex;
+	r->rule = found.rule;
 	r->output = 0;
 	r->grown = (__u32)(xdp->data_end - xdp->data) - t->length;
-	r->length = bytes + r->grown;
+	r->length = found.bytes + r->grown;
 	write_record(xdp, r);
+	return 0;
+}
+
+/* The outputs of a frame that the egress program is to rewrite. */
+struct egress_outputs {
+	__u32 first;
+	__u32 outputs;
+	__u32 ifindex;
+};
+
+static long note_output(__u32 slot, const struct egress_outputs *of)
+{
+	struct tap_egress *t = bpf_map_lookup_elem(&egress_run, &zero);
+	__u32 index = of->first + slot, stats, n;
+	struct output_stats *s;
+	struct output *o;
+
+	if (!t || slot >= of->outputs)
+		return 1;
+	o = bpf_map_lookup_elem(&outputs, &index);
+	if (!o || o->ifindex != of->ifindex)
+		return 0;
+	stats = o->stats;
+	s = bpf_map_lookup_elem(&output_stats, &stats);
+	n = t->n;
+	if (!s || n >= XDPCAST_MAX_SLOTS)
+		return 0;
+	t->stats[n] = stats;
+	t->packets[n] = s->packets;
+	t->n = n + 1;
 	return 0;
 }
 
@@ -294,8 +352,8 @@ int BPF_PROG(egress_entry, struct xdp_buff *xdp)
 {
 	struct tap_egress *t = bpf_map_lookup_elem(&egress_run, &zero);
 	struct tap_record *r = record_of(OF_EGRESS);
+	struct egress_outputs of = {};
 	struct handover from = {};
-	__u32 ifindex, first, slot, n = 0;
 	struct output *o;
 
 	if (!t || !r)
@@ -303,29 +361,15 @@ int BPF_PROG(egress_entry, struct xdp_buff *xdp)
 	t->n = 0;
 	if (bpf_probe_read_kernel(&from, sizeof(from), xdp->data) || from.mark != HANDOVER_MARK)
 		return 0;
-	first = from.first_output;
-	o = bpf_map_lookup_elem(&outputs, &first);
+	of.first = from.first_output;
+	o = bpf_map_lookup_elem(&outputs, &of.first);
 	if (!o || !bpf_map_lookup_elem(&tapped_outputs, &o->stats))
 		return 0;
 	if (sample > 1 && from.sequence % sample)
 		return 0;
-	ifindex = xdp->txq->dev->ifindex;
-	for (slot = 0; slot < XDPCAST_MAX_SLOTS && slot < from.outputs; slot++) {
-		__u32 index = first + slot, stats;
-		struct output_stats *s;
-
-		o = bpf_map_lookup_elem(&outputs, &index);
-		if (!o || o->ifindex != ifindex)
-			continue;
-		stats = o->stats;
-		s = bpf_map_lookup_elem(&output_stats, &stats);
-		if (!s || n >= XDPCAST_MAX_SLOTS)
-			continue;
-		t->stats[n] = stats;
-		t->packets[n] = s->packets;
-		n++;
-	}
-	t->n = n;
+	of.outputs = from.outputs;
+	of.ifindex = xdp->txq->dev->ifindex;
+	bpf_loop(XDPCAST_MAX_SLOTS, note_output, &of, 0);
 	r->drops = 0;
 	return 0;
 }
@@ -337,36 +381,51 @@ static __always_inline bool slot_wanted(__u32 stats)
 	return slot && want_slots >> (*slot & 63) & 1;
 }
 
+/* The output that has sent the copy. */
+struct egress_found {
+	__u32 stats;
+	bool sent;
+};
+
+static long find_output(__u32 i, struct egress_found *found)
+{
+	struct tap_egress *t = bpf_map_lookup_elem(&egress_run, &zero);
+	struct output_stats *s;
+	__u32 stats;
+
+	if (!t || i >= XDPCAST_MAX_SLOTS || i >= t->n)
+		return 1;
+	stats = t->stats[i];
+	s = bpf_map_lookup_elem(&output_stats, &stats);
+	if (!s || s->packets == t->packets[i])
+		return 0;
+	found->stats = stats;
+	found->sent = true;
+	return 1;
+}
+
 SEC("fexit/egress")
 int BPF_PROG(egress_exit, struct xdp_buff *xdp, int verdict)
 {
 	struct tap_egress *t = bpf_map_lookup_elem(&egress_run, &zero);
 	struct tap_record *r = record_of(OF_EGRESS);
-	__u32 i, n;
+	struct egress_found found = {};
 
 	if (!t || !r || !t->n)
 		return 0;
-	n = t->n;
-	t->n = 0;
 	r->flags = 0;
 	r->output = 0;
 	if (verdict == XDP_PASS) {
 		r->drops = 0;
-		for (i = 0; i < XDPCAST_MAX_SLOTS && i < n; i++) {
-			__u32 stats = t->stats[i];
-			struct output_stats *s = bpf_map_lookup_elem(&output_stats, &stats);
-
-			if (!s || s->packets == t->packets[i])
-				continue;
-			if (!slot_wanted(stats))
-				return 0;
+		bpf_loop(XDPCAST_MAX_SLOTS, find_output, &found, 0);
+		if (found.sent && slot_wanted(found.stats)) {
 			r->flags = TAP_EGRESS | TAP_OUT;
-			r->output = stats;
-			break;
+			r->output = found.stats;
 		}
 	} else if (want_dropped && r->drops) {
 		r->flags = TAP_EGRESS;
 	}
+	t->n = 0;
 	if (!r->flags)
 		return 0;
 	r->rule = 0;
