@@ -52,7 +52,7 @@ const volatile __u32 guard_race = 512;
 #define GUARD_PROOF 0xe880  /* a bit for each value of steps with three bits or four: a loop ... */
 #define GUARD_NEAR 16	    /* ... if there were no more packets between two */
 #define GUARD_ASKS 2	/* so many packets of a further sender, and one more of the first: mark */
-#define GUARD_ALONE 8	/* so many of the only one */
+#define GUARD_ALONE 8	/* so many of the only one, with FLOW_TWO_WAY */
 #define GUARD_FOREIGN 8 /* so many with another relay's marks, and none of it cut: mark anew */
 #define GUARD_SELF 32	/* so many more than were sent: the sender sends by itself */
 
@@ -464,7 +464,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 		soon = slot->soon;
 		fewest = guard_fewest(slot, packets, GUARD_OTHERS);
 		asks = slot->others[0].sender ? guard_asks(soon, GUARD_ASKS + 1)
-					      : guard_asks(packets, GUARD_ALONE);
+					      : p->by_numbers && guard_asks(packets, GUARD_ALONE);
 	} else {
 		struct guard_other *o;
 

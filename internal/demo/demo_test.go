@@ -77,7 +77,7 @@ func (observer) Progress(time.Duration, Figures, bool) {}
 // short is a demonstration of the length that tests can afford.
 func short(prefix string) *demonstration {
 	return newDemonstration(Config{
-		Prefix: prefix, Program: program, Rate: 8000, Duration: 300 * time.Millisecond, Interval: 100 * time.Millisecond,
+		Prefix: prefix, Program: program, Rate: 10000, Duration: 300 * time.Millisecond, Interval: 100 * time.Millisecond,
 		Observer: observer{func() {}},
 	})
 }

@@ -118,6 +118,13 @@ func TestPrivate(t *testing.T) {
 	if err := errors.Join(os.Chmod(dir, 0o755), os.Chown(dir, 65534, -1)); err != nil {
 		t.Fatal(err)
 	}
+	// Only root can have made it for that user, unless others may write where it is.
+	if err := Private(dir); err != nil {
+		t.Errorf("directory that root has given to another user: %v", err)
+	}
+	if err := os.Chmod(filepath.Dir(dir), 0o777); err != nil {
+		t.Fatal(err)
+	}
 	if err := Private(dir); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
 		t.Errorf("directory of another user: %v", err)
 	}

@@ -383,7 +383,7 @@ func TestWhatGoesWrongIsCounted(t *testing.T) {
 		{"duplicates", traffic.RecvConfig{}, func(r raw) { r.number(1, 0, 0, 1, 2, 1) },
 			traffic.Counters{Datagrams: 5, Received: 3, Duplicated: 2}},
 		{"reordering", traffic.RecvConfig{}, func(r raw) { r.number(1, 0, 2, 1, 4, 3) },
-			traffic.Counters{Datagrams: 5, Received: 5, Reordered: 2}},
+			traffic.Counters{Datagrams: 5, Received: 5, Reordered: 2, Repaired: 2}},
 		{"too late", traffic.RecvConfig{Window: 64}, func(r raw) { r.number(1, 0, 100, 1) },
 			traffic.Counters{Datagrams: 3, Received: 2, Lost: 99, Stale: 1}},
 		{"corruption", traffic.RecvConfig{}, func(r raw) {

@@ -289,7 +289,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		if s.others[0].sender != 0 {
 			asks = guardAsks(soon, guardAsk+1)
 		} else {
-			asks = !p.Fronted && guardAsks(packets, guardAlone)
+			asks = byNumbers && !p.Fronted && guardAsks(packets, guardAlone)
 		}
 	} else {
 		key := uint64(port)

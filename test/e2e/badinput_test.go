@@ -247,7 +247,7 @@ func TestBadStart(t *testing.T) {
 		{nil, 1, []string{"read configuration: read " + in.dir + ": is a directory"}, []string{"run", "-c", in.dir}},
 		{nil, 1, badYAMLFaults(bad), []string{"run", "-c", bad}},
 		{nil, 1, []string{broken + ":1: did not find expected node content"}, []string{"run", "-c", broken}},
-		{nil, 1, []string{other + `:1: unknown key "rulez": want rules, include`}, []string{"run", "-c", other}},
+		{nil, 1, []string{other + `:1: unknown key "rulez": want rules, include, mroute`}, []string{"run", "-c", other}},
 		{nil, 2, []string{`--mode: mode "fast": want native, generic or auto`}, []string{"run", "--mode", "fast"}},
 		{nil, 2, []string{"--max-rules 99999999: want at most 16777216"}, []string{"run", "--max-rules", "99999999"}},
 		{nil, 2, []string{"xdpcast load: --interface missing: name at least one"}, []string{"load"}},

@@ -69,7 +69,7 @@ func TestReload(t *testing.T) {
 	}
 
 	got := in.cli("rule", "del", "one")
-	if want := "xdpcast: rule one comes from " + file + ": remove it there and reload\n"; got.code != 1 || got.stderr != want {
+	if want := "xdpcast: rule one comes from " + file + ":2: remove it there and reload\n"; got.code != 1 || got.stderr != want {
 		t.Errorf("rule del of a rule of the file: %s\nwant %s", got, want)
 	}
 	if text := in.mustCLI("rule", "export", "--origin", "file"); !strings.Contains(text, "ttl=10") || strings.Contains(text, "api") {
