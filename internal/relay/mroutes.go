@@ -404,6 +404,7 @@ func withRoutesOf(all, others []*plan.Rule) []*plan.Rule {
 type joined struct {
 	own     *membership.Manager
 	all     mroute.Joined
+	mine    map[mroute.On]ownJoins // of the relay among all
 	looked  time.Time
 	took    time.Duration
 	changed map[mroute.On]bool // since rules were made by it
@@ -417,13 +418,20 @@ func (m *mroutes) lookJoined() error {
 		return nil
 	}
 	start := time.Now()
+	defer func() { j.looked, j.took = time.Now(), time.Since(start) }()
 	all, err := mroute.ReadJoined()
-	j.looked, j.took = time.Now(), time.Since(start)
 	if err != nil {
 		return err
 	}
+	mine := map[mroute.On]ownJoins{}
 	for on, joins := range all {
-		if !joins.Equal(j.all[on]) {
+		var own ownJoins
+		if own.sockets, own.sources = j.own.Sockets(on.Index, on.Group); own.sockets > 0 {
+			slices.SortFunc(own.sources, netip.Addr.Compare)
+			mine[on] = own
+		}
+		// A program may have left, and the relay joined: the kernel's number is the same.
+		if !joins.Equal(j.all[on]) || !own.equal(j.mine[on]) {
 			j.changed[on] = true
 		}
 	}
@@ -432,8 +440,19 @@ func (m *mroutes) lookJoined() error {
 			j.changed[on] = true
 		}
 	}
-	j.all = all
+	j.all, j.mine = all, mine
 	return nil
+}
+
+// ownJoins is how many of the relay's own sockets have joined a group on an interface, and the
+// sources that they name.
+type ownJoins struct {
+	sockets int
+	sources []netip.Addr
+}
+
+func (o ownJoins) equal(p ownJoins) bool {
+	return o.sockets == p.sockets && slices.Equal(o.sources, p.sources)
 }
 
 // addJoined adds the entries to changes whose groups others have joined now.
@@ -458,7 +477,8 @@ func (j *joined) receives(e *mroute.Entry, in *network.Link) bool {
 		if !ok {
 			continue
 		}
-		if sockets, sources := j.own.Sockets(index, e.Group); joins.Receives(e.Source, sockets, sources) {
+		own := j.mine[mroute.On{Index: index, Group: e.Group}]
+		if joins.Receives(e.Source, own.sockets, own.sources) {
 			return true
 		}
 	}
