@@ -54,7 +54,7 @@ type Backend interface {
 	History(ctx context.Context) ([]HistoryEntry, error)
 	// Rollback brings back the set of so many changes ago, the rules of the daemon's own
 	// file among them: those stay in force until the file holds others than it does
-	// now, or is reloaded. While a change waits for confirmation, 1 undoes that. ErrNotFound
-	// when fewer sets are kept. After an error nothing has changed.
+	// now, or is reloaded. While a change waits for confirmation, 1 undoes that; 0 does so,
+	// too, and is ErrConflict when none waits. ErrNotFound when fewer sets are kept. After an error nothing has changed.
 	Rollback(ctx context.Context, back int, o ApplyOptions) (ApplyResult, error)
 }

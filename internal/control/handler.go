@@ -326,8 +326,8 @@ func (s *Server) postRollback(r *http.Request) (any, error) {
 	}
 	back := 1
 	if v := r.URL.Query().Get(queryBack); v != "" {
-		if back, err = strconv.Atoi(v); err != nil || back < 1 {
-			return nil, Errorf(KindInvalid, "query key %s is %q: must be a number from 1", queryBack, oneLine(v, 100))
+		if back, err = strconv.Atoi(v); err != nil || back < 0 {
+			return nil, Errorf(KindInvalid, "query key %s is %q: must be a number from 0", queryBack, oneLine(v, 100))
 		}
 	}
 	v, err := s.backend.Rollback(r.Context(), back, o)

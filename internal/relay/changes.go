@@ -429,6 +429,18 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 		if h.store == nil {
 			return control.Errorf(control.KindFailed, "sets of rules are not kept: %w", h.why)
 		}
+		if back == 0 {
+			// For clients that show what waits: by the time they ask, it may have been undone or confirmed.
+			r.undoIfDue()
+			switch {
+			case o.DryRun || o.Confirm != 0:
+				return control.Errorf(control.KindInvalid, "rollback 0 undoes the change that waits for confirmation: it takes neither dry_run nor confirm")
+			case h.pending == nil:
+				return control.Errorf(control.KindConflict, "no change waits for confirmation: nothing was undone")
+			}
+			result, err = r.rollbackPending(ctx, o)
+			return err
+		}
 		if p := h.pending; p != nil && back == 1 && !o.DryRun && o.Confirm == 0 {
 			result, err = r.rollbackPending(ctx, o)
 			return err

@@ -210,9 +210,17 @@ func randomChanges(t *testing.T, random *rand.Rand) {
 			m.before = nil
 		case 4:
 			back := 1 + random.IntN(len(m.past)+1)
+			if _, err := r.Rollback(t.Context(), 0, control.ApplyOptions{DryRun: true}); !errors.Is(err, control.ErrInvalid) {
+				t.Fatalf("%v: dry run of rollback 0: %v", steps, err)
+			}
+			if m.before == nil {
+				if _, err := r.Rollback(t.Context(), 0, control.ApplyOptions{}); !errors.Is(err, control.ErrConflict) {
+					t.Fatalf("%v: rollback 0 while nothing waits: %v", steps, err)
+				}
+			}
 			if m.before != nil && back == 1 && confirm == 0 {
 				steps = append(steps, "rollback of the change that waits")
-				if _, err := r.Rollback(t.Context(), 1, control.ApplyOptions{}); err != nil {
+				if _, err := r.Rollback(t.Context(), len(steps)%2, control.ApplyOptions{}); err != nil { // 0 or 1
 					t.Fatalf("%v: %v", steps, err)
 				}
 				m.undo()

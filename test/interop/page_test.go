@@ -7,10 +7,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -344,4 +349,206 @@ func TestPageWithManyRules(t *testing.T) {
 	relay.stop(syscall.SIGKILL)
 	b.until("the page says that the daemon is gone", `document.getElementById("connection").textContent === "the daemon does not answer"`)
 	shots(b, "gone")
+}
+
+// TestPageChanges has the page reload the file, confirm, undo and roll back, with what the API refuses shown.
+func TestPageChanges(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	n := newNet(t)
+	const token = "0123456789abcdef0123"
+	tokenFile := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(tokenFile, []byte(token+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file := func(output string) string {
+		return fmt.Sprintf("rules:\n  - {name: cam, in: \"239.10.10.10:5004%%in0\", out: [%q]}\n", output)
+	}
+	const one, two, three = "239.20.20.20:6001%out0", "239.20.20.20:6002%out0", "239.20.20.20:6003%out0"
+	relay := startRelay(ctx, t, n.relay, file(one), "--listen", "127.0.0.1:9464", "--token-file", tokenFile)
+	client := control.NewClient(relay.socket)
+	output := func(want string) {
+		t.Helper()
+		if got := relay.rule(ctx, t, "cam").Out[0]; got != want {
+			t.Errorf("the output is %s, want %s", got, want)
+		}
+	}
+	waits := func(want bool) {
+		t.Helper()
+		status, err := client.Status(ctx)
+		if err != nil || (status.Unconfirmed != nil) != want {
+			t.Errorf("a change waits: %v, want %v (%v)", status.Unconfirmed, want, err)
+		}
+	}
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(relay.file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const bar, hidden = `document.getElementById("pending").innerText`, `document.getElementById("pending").hidden`
+	b := newBrowser(ctx, t)
+	b.size(1280, 800, false)
+	b.run("open", chromedp.Navigate("http://"+forward(t, n.relay, "127.0.0.1:9464")+"/#/history"))
+	b.until("the set in force is shown", `document.querySelector('#history tr[data-back="0"]')?.innerText.includes("in force")`)
+	if eval[bool](b, `Boolean(document.getElementById("reload"))`) || !eval[bool](b, hidden) {
+		t.Error("there is a button without a token, or a change that waits")
+	}
+	unlock := func(token string) {
+		t.Helper()
+		b.run("unlock", chromedp.Click(chromedp.CSS("#access")), chromedp.SendKeys(chromedp.CSS("#token"), token), chromedp.Click(chromedp.CSS("#dialog button.primary")), chromedp.WaitVisible(chromedp.CSS("#reload")))
+	}
+	press := func(what, selector string) {
+		t.Helper()
+		b.until(what+" can be pressed", fmt.Sprintf("document.querySelector(%q)?.disabled === false", selector))
+		b.run(what, chromedp.Click(chromedp.CSS(selector)))
+	}
+	probation := func(within string) {
+		t.Helper()
+		b.until("the dialog is open", `document.querySelector("#dialog[open] #within")`)
+		b.run("on probation", chromedp.SetValue(chromedp.CSS("#within"), within))
+	}
+	const fault = `document.querySelector("main .fault").textContent`
+	unlock("wrong token and long")
+	press("reload", "#reload")
+	b.until("a wrong token is refused", fault+`.includes("the token is missing or wrong")`)
+	b.run("lock", chromedp.Click(chromedp.CSS("#access")))
+	unlock(token)
+	write("rules: [{name: cam, in: nowhere}]\n")
+	press("reload", "#reload")
+	b.until("what is wrong in the file is shown", fault+`.includes("nowhere")`)
+	output(one)
+
+	// A reload on probation, confirmed.
+	write(file(two))
+	press("reload", "#reload")
+	b.until("the difference is shown", fmt.Sprintf(`["-   out: %s", "+   out: %s"].every(l => document.querySelector("#dialog[open] .diff")?.textContent.includes(l))`, one, two))
+	output(one)
+	shots(b, "reload")
+	probation("10m")
+	press("apply", "#apply")
+	b.until("the change that waits is shown", bar+`.includes("reload is undone unless it is confirmed")`)
+	b.until("so is the time left", `/^(10 min 00|9 min \d\d) s$/.test(document.getElementById("left").textContent)`)
+	waits(true)
+	output(two)
+	shots(b, "pending")
+	left := eval[string](b, `document.getElementById("left").textContent`)
+	b.until("the time runs", fmt.Sprintf(`document.getElementById("left").textContent !== %q`, left))
+	press("another reload", "#reload")
+	b.until("it would change nothing", `document.querySelector("#dialog[open] #apply")?.disabled`)
+	b.run("cancel", chromedp.Click(`//dialog//button[text()="Cancel"]`))
+	press("an earlier set", `#history tr[data-back="1"] button`)
+	probation("2m")
+	press("apply", "#apply")
+	b.until("another change is refused", `document.querySelector("#dialog .fault").textContent.includes("waits for confirmation")`)
+	b.run("cancel", chromedp.Click(`//dialog//button[text()="Cancel"]`))
+	b.run("lock", chromedp.Click(chromedp.CSS("#access")))
+	b.until("who has no token sees it", bar+`.includes("Unlock changes to confirm or undo it")`)
+	unlock(token)
+	press("confirm", "#confirm")
+	b.until("nothing waits", hidden)
+	waits(false)
+	output(two)
+
+	// A reload on probation, undone.
+	write(file(three))
+	press("reload", "#reload")
+	probation("2m")
+	press("apply", "#apply")
+	b.until("the change that waits is shown", `!`+hidden)
+	output(three)
+	press("undo", "#undo")
+	b.until("nothing waits", hidden)
+	waits(false)
+	output(two)
+
+	// Somebody else's change is shown, too; undoing it when it is confirmed already takes nothing back.
+	if _, err := client.Reload(ctx, control.ApplyOptions{Confirm: time.Hour}); err != nil {
+		t.Fatal(err)
+	}
+	b.until("it is shown", bar+`.includes("by root") && /^(1 h 00|59) min/.test(document.getElementById("left").textContent)`)
+	if _, err := client.Confirm(ctx); err != nil {
+		t.Fatal(err)
+	}
+	b.run("undo", do(`document.getElementById("undo")?.click()`))
+	b.until("it is refused, or was gone", hidden+` || `+bar+`.includes("nothing was undone")`)
+	output(three)
+
+	// An earlier set.
+	b.until("the sets are shown", `document.querySelector('#history tr[data-back="0"]').innerText.includes("reload") && document.querySelector('#history tr[data-back="1"]').innerText.includes("rollback")`)
+	shots(b, "history")
+	press("bring back", `#history tr[data-back="1"] button`)
+	b.until("the difference is shown", fmt.Sprintf(`document.querySelector("#dialog[open] .diff")?.textContent.includes("+   out: %s")`, two))
+	press("apply", "#apply")
+	b.until("it is in force", `document.querySelector('#history tr[data-back="0"]').innerText.includes("rollback 1")`)
+	output(two)
+	waits(false)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, c := range b.complaints {
+		if !strings.Contains(c, "403") && !strings.Contains(c, "400") && !strings.Contains(c, "409") { // what was refused
+			t.Errorf("the browser complains: %s", c)
+		}
+	}
+}
+
+// TestPageWithoutStreams: where a proxy refuses server-sent events, or holds them back, the page asks again and again,
+// and takes the stream when that gets through.
+func TestPageWithoutStreams(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	t.Cleanup(cancel)
+	n := newNet(t)
+	relay := startRelay(ctx, t, n.relay, `rules: [{name: cam, in: "239.10.10.10:5004%in0", out: ["239.20.20.20:6004%out0"]}]`, "--listen", "127.0.0.1:9464")
+	for _, how := range []string{"refused", "held back"} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			target, err := url.Parse("http://" + forward(t, n.relay, "127.0.0.1:9464"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var through atomic.Bool
+			var streams, polls atomic.Int32
+			proxy := httputil.NewSingleHostReverseProxy(target)
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				stream := strings.Contains(r.Header.Get("Accept"), "text/event-stream")
+				if !stream && r.URL.Path == "/v1/live" {
+					polls.Add(1)
+				}
+				if stream && !through.Load() {
+					streams.Add(1)
+					if how == "refused" {
+						http.Error(w, "no streams here", http.StatusBadGateway)
+						return
+					}
+					w.Header().Set("Content-Type", "text/event-stream")
+					_ = http.NewResponseController(w).Flush()
+					<-r.Context().Done()
+					return
+				}
+				proxy.ServeHTTP(w, r)
+			}))
+			b := newBrowser(ctx, t)
+			t.Cleanup(func() {
+				server.CloseClientConnections()
+				server.Close()
+			})
+			b.size(1280, 800, false)
+			b.run("open", chromedp.Navigate(server.URL+"/"))
+			b.until("the page asks", `document.getElementById("connection").textContent === "live, by polling"`)
+			before := polls.Load()
+			b.until("the rule is shown", `document.querySelector('.row[data-rule="cam"]')?.textContent.includes("active")`)
+			in(ctx, t, n.source, relay.program, "gen", "--rate", "1000", "--count", "100", "239.10.10.10:5004%eth0")
+			b.until("it has a rate", `/\d\/s/.test(document.querySelector('.row[data-rule="cam"] .c-pps').textContent)`)
+			labtest.Eventually(t, "the page asks again", func() bool { return polls.Load() > before+1 })
+			if streams.Load() == 0 {
+				t.Error("the page has not asked for a stream: nothing was tested")
+			}
+			b.run("events", do(`location.hash = "#/events"`))
+			b.until("events are shown", `document.querySelector(".events")?.innerText.includes("rule cam")`)
+			through.Store(true)
+			// A page that comes into view again does not wait for its next attempt.
+			b.run("come into view", do(`document.dispatchEvent(new Event("visibilitychange"))`))
+			b.until("the page comes back to the stream", `document.getElementById("connection").textContent === "live"`)
+		})
+	}
 }

@@ -100,6 +100,7 @@ type relay struct {
 	program string
 	dirs    []string // flags that say where its state is
 	socket  string
+	file    string // its rules
 }
 
 // noRules is a file of no rules.
@@ -130,6 +131,7 @@ func startDaemon(ctx context.Context, t *testing.T, h *lab.Host, rules string, a
 	r := &relay{program: program, socket: filepath.Join(dir, "run", "xdpcast.sock")}
 	r.dirs = []string{"--pin-dir", filepath.Join(dir, "bpf", "xdpcast"), "--run-dir", filepath.Join(dir, "run")}
 	file := filepath.Join(dir, "rules.yaml")
+	r.file = file
 	if err := os.WriteFile(file, []byte(rules), 0o600); err != nil {
 		t.Fatal(err)
 	}

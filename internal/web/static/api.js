@@ -26,7 +26,18 @@ const rulePath = (name) => "v1/rules/" + encodeURIComponent(name).replaceAll("."
 
 export const getRule = (name) => ask(rulePath(name));
 export const check = (rule) => ask("v1/check", json("POST", rule));
-export const put = (rule, dryRun) => ask(rulePath(rule.name) + (dryRun ? "?dry_run=true" : ""), json("PUT", rule));
+const query = (o) => {
+	const q = new URLSearchParams(Object.entries(o).filter(([, v]) => v)).toString();
+	return q && "?" + q;
+};
+// Changes that are only tried (dryRun), or undone unless they are confirmed within a time.
+const how = (dryRun, within, more) => query({ max_changes: 500, ...more, dry_run: dryRun, confirm: within });
+
+export const put = (rule, dryRun, within) => ask(rulePath(rule.name) + how(dryRun, within), json("PUT", rule));
 export const remove = (name) => ask(rulePath(name), { method: "DELETE" });
-export const apply = (yaml, dryRun) => ask("v1/rules?max_changes=500" + (dryRun ? "&dry_run=true" : ""),
+export const apply = (yaml, dryRun, within) => ask("v1/rules" + how(dryRun, within),
 	{ method: "PUT", body: yaml, headers: { "Content-Type": "application/yaml" } });
+export const reload = (dryRun, within) => ask("v1/reload" + how(dryRun, within), { method: "POST" });
+export const getHistory = () => ask("v1/history");
+export const rollback = (back, dryRun, within) => ask("v1/rollback" + how(dryRun, within, { back: String(back) }), { method: "POST" });
+export const confirm = () => ask("v1/confirm", { method: "POST" });

@@ -6,9 +6,11 @@ import { rulesPage } from "./rules.js";
 import { rulePage } from "./rule.js";
 import { eventsPage } from "./events.js";
 import { editPage, filePage, unlock } from "./edit.js";
+import { historyPage, PendingChange } from "./changes.js";
 
 const live = new Live();
 const main = document.getElementById("main");
+const pending = new PendingChange(live, document.getElementById("pending"));
 let section = null, writable = false;
 
 const words = { connecting: "connecting", live: "live", polling: "live, by polling", gone: "the daemon does not answer" };
@@ -21,6 +23,7 @@ live.addEventListener("connection", () => {
 
 live.addEventListener("change", () => {
 	totals();
+	pending.update();
 	section?.update();
 });
 
@@ -97,7 +100,7 @@ function route() {
 	const [, at, name] = /^#\/([a-z]*)\/?(.*)$/.exec(location.hash) ?? [null, "rules", ""];
 	section?.leave();
 	const of = decodeURIComponent(name);
-	const pages = { rules: of ? rulePage : rulesPage, memberships: membershipsPage, interfaces: interfacesPage, events: eventsPage, file: filePage, edit: editPage };
+	const pages = { rules: of ? rulePage : rulesPage, memberships: membershipsPage, interfaces: interfacesPage, events: eventsPage, file: filePage, history: historyPage, edit: editPage };
 	section = (pages[at] ?? rulesPage)(live, main, of);
 	if (at === "rules" && !of && token()) {
 		main.firstChild.append(h("a", { href: "#/edit/", class: "new" }, "New rule"));
@@ -113,6 +116,7 @@ function access() {
 	const button = document.getElementById("access");
 	button.hidden = !writable;
 	button.textContent = token() ? "Lock changes" : "Unlock changes";
+	pending.update();
 	route();
 }
 

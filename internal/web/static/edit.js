@@ -23,14 +23,15 @@ function difference(result) {
 }
 
 // confirmChange shows a difference, and does it when told to; true when it was done.
-function confirmChange(title, result, act) {
+export function confirmChange(title, result, act, probation = false) {
 	return new Promise((done) => {
 		const box = dialog();
 		const fault = h("p", { class: "fault", role: "alert" });
-		const go = h("button", { type: "button", class: "primary", id: "apply", disabled: result.added + result.removed + result.changed === 0, onclick: async () => {
+		const within = h("select", { id: "within" }, [["", "none: the change is final"], ["30s", "undone after 30 seconds unless confirmed"], ["2m", "undone after 2 minutes unless confirmed"], ["10m", "undone after 10 minutes unless confirmed"]].map(([value, label]) => h("option", { value }, label)));
+		const go = h("button", { type: "button", class: "primary", id: "apply", disabled: result.added + result.removed + result.changed === 0 && !result.mroute, onclick: async () => {
 			go.disabled = true;
 			try {
-				await act();
+				await act(within.value);
 				box.returnValue = "done";
 				box.close("done");
 			} catch (error) {
@@ -38,7 +39,9 @@ function confirmChange(title, result, act) {
 				go.disabled = false;
 			}
 		} }, "Apply");
-		box.replaceChildren(h("h2", {}, title), h("p", {}, `${result.added} added, ${result.changed} changed, ${result.removed} removed`), difference(result), fault,
+		box.replaceChildren(h("h2", {}, title), h("p", {}, `${result.added} added, ${result.changed} changed, ${result.removed} removed`), difference(result),
+			result.mroute && h("p", {}, { add: "Multicast routes are mirrored", remove: "Multicast routes are no longer mirrored", change: "The settings of multicast routes change" }[result.mroute]) || "",
+			probation && h("p", {}, h("label", { for: "within" }, "Probation"), within) || "", fault,
 			h("div", { class: "tools" }, go, h("button", { type: "button", onclick: () => box.close("") }, "Cancel")));
 		box.addEventListener("close", () => done(box.returnValue === "done"), { once: true });
 		box.returnValue = "";
@@ -133,7 +136,7 @@ export function editPage(live, main, name) {
 			const rule = values();
 			if (isNew && live.rules.has(rule.name)) throw new Error(`rule ${rule.name} is there already: choose another name, or edit it`);
 			const result = await put(rule, true);
-			if (await confirmChange(isNew ? "Add rule " + rule.name : "Change rule " + rule.name, result, () => put(rule, false))) location.hash = "#/rules/" + encodeURIComponent(rule.name);
+			if (await confirmChange(isNew ? "Add rule " + rule.name : "Change rule " + rule.name, result, (within) => put(rule, false, within), true)) location.hash = "#/rules/" + encodeURIComponent(rule.name);
 		} catch (error) {
 			whole.textContent = error.message;
 		}
@@ -160,7 +163,7 @@ export function filePage(live, main) {
 			fault.textContent = "";
 			try {
 				const result = await apply(text.value, true);
-				if (await confirmChange("Replace the rules that were added here", result, () => apply(text.value, false))) location.hash = "#/rules";
+				if (await confirmChange("Replace the rules that were added here", result, (within) => apply(text.value, false, within), true)) location.hash = "#/rules";
 			} catch (error) {
 				fault.textContent = error.message;
 			}

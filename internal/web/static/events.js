@@ -2,6 +2,8 @@
 import { h } from "./dom.js";
 
 const most = 500;
+const first = 5000; // ms in which the stream must say something: a proxy may hold it back
+const pause = 2000; // ms between questions where it does not get through
 
 function text(e) {
 	const of = { output: () => `${e.output} of rule ${e.rule}`, membership: () => `${e.group}%${e.interface}`, neighbour: () => `${e.address} on ${e.interface}`, querier: () => `${e.address} on ${e.interface}` }[e.kind]?.() ?? e.rule ?? e.interface ?? "";
@@ -15,12 +17,31 @@ export function eventList(into, match, limit = most) {
 	const none = h("p", { class: "dim" }, "none yet");
 	into.replaceChildren(none, list);
 	const source = new EventSource("v1/events?tail=10000");
-	let waiting = [];
+	let waiting = [], last = 0, closed = false, begun = false, timer = setTimeout(() => { if (!begun) instead(); }, first);
 	source.addEventListener("event", (m) => {
-		const e = JSON.parse(m.data);
-		if (!match(e)) return;
-		if (waiting.push(e) === 1) requestAnimationFrame(flush);
+		begun = true;
+		take(JSON.parse(m.data));
 	});
+	// A stream that broke comes again by itself; one that was refused does not.
+	source.onerror = () => { if (source.readyState === EventSource.CLOSED) instead(); };
+	function take(e) {
+		last = Math.max(last, e.number ?? 0);
+		if (match(e) && waiting.push(e) === 1) requestAnimationFrame(flush);
+	}
+	function instead() {
+		source.close();
+		clearTimeout(timer);
+		if (!closed) poll();
+	}
+	async function poll() {
+		try {
+			const answer = await fetch("v1/events?" + (last ? "since=" + last : "tail=10000"), { signal: AbortSignal.timeout(20000) });
+			const text = answer.ok ? await answer.text() : "";
+			if (closed) return;
+			for (const line of text.split("\n")) if (line) take(JSON.parse(line));
+		} catch { /* the top of the page says that the daemon does not answer */ }
+		if (!closed) timer = setTimeout(poll, document.hidden ? 30000 : pause);
+	}
 	function flush() {
 		const fresh = waiting.slice(-limit).reverse().map(line);
 		waiting = [];
@@ -28,7 +49,7 @@ export function eventList(into, match, limit = most) {
 		list.prepend(...fresh);
 		while (list.children.length > limit) list.lastChild.remove();
 	}
-	return { close: () => source.close() };
+	return { close: () => { closed = true; source.close(); clearTimeout(timer); } };
 }
 
 function line(e) {

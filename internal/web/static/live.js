@@ -3,6 +3,7 @@
 
 const kept = 300; // rates of each rule that are remembered
 const quiet = 25000; // ms without a word after which a stream is taken for dead
+const first = 5000; // ms in which a stream must begin: a proxy may accept it and hold back what it says
 
 export class Live extends EventTarget {
 	rules = new Map(); // by name: what the daemon says, with rates and history
@@ -11,6 +12,7 @@ export class Live extends EventTarget {
 	#last = null; // the message before
 	#source = null;
 	#heard = 0;
+	#begun = false; // the stream has said something
 	#failures = 0;
 	#timer = 0;
 
@@ -18,6 +20,13 @@ export class Live extends EventTarget {
 		document.addEventListener("visibilitychange", () => document.hidden ? this.#stop() : this.#open());
 		setInterval(() => this.#watch(), 1000);
 		if (!document.hidden) this.#open();
+	}
+
+	// soon has what was just changed shown at once, where asking is how it is learnt.
+	soon() {
+		if (this.#source || document.hidden) return; // a stream tells by itself
+		clearTimeout(this.#timer);
+		this.#poll();
 	}
 
 	#stop() {
@@ -29,20 +38,23 @@ export class Live extends EventTarget {
 	#open() {
 		this.#stop();
 		this.#heard = Date.now();
+		this.#begun = false;
 		const source = new EventSource("v1/live");
 		this.#source = source;
 		source.addEventListener("live", (e) => {
 			this.#failures = 0;
+			this.#begun = true;
 			this.#take(JSON.parse(e.data), "live");
 		});
-		source.onopen = () => { this.#heard = Date.now(); };
-		source.onerror = () => {
-			if (this.#source !== source) return;
-			source.close();
-			this.#source = null;
-			this.#failures++;
-			this.#poll();
-		};
+		source.onerror = () => { if (this.#source === source) this.#instead(); };
+	}
+
+	// instead asks where the stream does not get through. One that was held back is not tried again soon: that
+	// takes longer to show than a refusal.
+	#instead(held = false) {
+		this.#stop();
+		this.#failures += held ? 3 : 1;
+		this.#poll();
 	}
 
 	// poll asks once, and tries the stream again now and then.
@@ -64,10 +76,7 @@ export class Live extends EventTarget {
 	}
 
 	#watch() {
-		if (this.#source && Date.now() - this.#heard > quiet) {
-			this.#say("gone");
-			this.#open();
-		}
+		if (this.#source && Date.now() - this.#heard > (this.#begun ? quiet : first)) this.#instead(!this.#begun);
 	}
 
 	#say(connection) {
