@@ -3,7 +3,6 @@ package forward
 import (
 	"bytes"
 	"errors"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
@@ -434,10 +433,10 @@ func TestCountersWhileForwarding(t *testing.T) {
 
 // Whatever the bytes, the engine neither panics nor loses count.
 func FuzzEngine(f *testing.F) {
-	w := world{rand.New(rand.NewPCG(1, 2))}
-	rules := w.rules(0)
+	w := newWorld(1, 2)
+	rules := unguarded(w, 0)
 	for range 20 {
-		_, frames := w.frames(rules)
+		_, frames := w.Frames(rules)
 		f.Add(frames[0])
 	}
 	senders := map[int]Sender{3: &taker{}, 4: &taker{}, 5: &taker{}}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/flowtest"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
@@ -102,7 +103,7 @@ func (b *bench) sync(t testing.TB, f *Fanout, rules ...flow.Flow) {
 	labtest.Do(t, b.relay, func() error { return f.Sync(rules, ownAddresses) })
 }
 
-var ownAddresses = []netip.Addr{netip.MustParseAddr("192.168.7.9"), netip.MustParseAddr("2001:db8::9")}
+var ownAddresses = flowtest.OwnAddresses()
 
 // rule takes a group and port of an input to outputs.
 func rule(name string, in *net.Interface, group string, port uint16, out ...flow.Output) flow.Flow {

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"xdpcast/internal/flowtest"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
@@ -13,7 +14,7 @@ import (
 type oracle struct {
 	rules []flow.Flow
 	own   []netip.Addr
-	first map[fragmentKey]uint16 // ports of first fragments
+	first flowtest.Ports
 	want  map[string]*RuleStats
 	// passed since the counters were as before
 	passed, passedBefore Counter
@@ -21,7 +22,7 @@ type oracle struct {
 
 // newOracle starts with rules that have matched nothing yet; first are the ports of
 // first fragments, which the programs remember beyond a rule set.
-func newOracle(rules []flow.Flow, before Stats, first map[fragmentKey]uint16) *oracle {
+func newOracle(rules []flow.Flow, before Stats, first flowtest.Ports) *oracle {
 	o := &oracle{rules: rules, own: ownAddresses, first: first, want: map[string]*RuleStats{}, passedBefore: before.Passed}
 	for _, r := range rules {
 		s := &RuleStats{Name: r.Name, Drops: map[Reason]Counter{}}
@@ -33,93 +34,16 @@ func newOracle(rules []flow.Flow, before Stats, first map[fragmentKey]uint16) *o
 	return o
 }
 
-// match finds the rule of a packet to a port: the most specific one.
-func (o *oracle) match(index int, h *packet.Headers, port uint16) (best *flow.Flow) {
-	for i := range o.rules {
-		r := &o.rules[i]
-		if !matches(r.In, index, h, port) || slices.ContainsFunc(r.Except, func(p netip.Prefix) bool { return p.Contains(h.Src) }) {
-			continue
-		}
-		if best == nil || moreSpecific(r.In, best.In) {
-			best = r
-		}
-	}
-	return best
-}
-
-func matches(in flow.Input, index int, h *packet.Headers, port uint16) bool {
-	length := in.Len
-	if length == 0 {
-		length = in.Group.BitLen()
-	}
-	return in.Index == index && in.VLAN == h.VLAN && in.OuterVLAN == h.OuterVLAN &&
-		(in.Port == 0 || in.Port <= port && port <= max(in.Port, in.PortTo)) &&
-		(!in.Source.IsValid() || in.Source == h.Src || in.SourceLen != 0 && netip.PrefixFrom(in.Source, in.SourceLen).Contains(h.Src)) &&
-		netip.PrefixFrom(in.Group, length).Contains(h.Dst) && (in.Len == 0 || !ofOneLink(h.Dst))
-}
-
-// ofOneLink says whether no prefix takes a group.
-func ofOneLink(dst netip.Addr) bool {
-	return netip.MustParsePrefix("224.0.0.0/24").Contains(dst) || dst.Is6() && dst.IsMulticast() && dst.As16()[1]&15 < 3
-}
-
-// moreSpecific orders two inputs that match the same packet: a group before a
-// prefix, then with a port, then with a source or the longer prefix of sources, then the
-// longer prefix.
-func moreSpecific(a, b flow.Input) bool {
-	rank := func(in flow.Input) (n int) {
-		if in.Len == 0 {
-			n += 400_000
-		}
-		if in.Port != 0 {
-			n += 200_000
-		}
-		switch {
-		case in.BySource:
-			n += 1000 * (1 + in.SourceLen)
-		case in.Source.IsValid():
-			n += 1000 * (1 + in.Source.BitLen())
-		}
-		return n + in.Len
-	}
-	return rank(a) > rank(b)
-}
-
-// fragmentKey is what the fragments of a datagram share.
-type fragmentKey struct {
-	index       int
-	vlan, outer uint16
-	id          uint32
-	src, dst    netip.Addr
-}
-
-// port is the destination port of a packet; for a later fragment the one that the
-// first one had, 0 when it has not come.
-func (o *oracle) port(index int, h *packet.Headers) uint16 {
-	if h.Part == packet.LaterFragment {
-		return o.first[fragmentKey{index, h.VLAN, h.OuterVLAN, h.FragmentID, h.Src, h.Dst}]
-	}
-	return h.DstPort
-}
-
 // frame returns the verdict, and the copies by slot.
 func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, copies map[int][]byte) {
 	h, ok := packet.Parse(frame)
 	var rule *flow.Flow
 	if ok && h.Payload <= linear {
-		if port := o.port(index, &h); port != 0 || h.Part != packet.LaterFragment {
-			rule = o.match(index, &h, port)
-		}
-	}
-	if rule != nil && !rule.In.Group.IsMulticast() && !rule.Broadcast && [6]byte(frame[0:6]) != rule.In.MAC {
-		rule = nil // for another host
+		rule = o.first.Find(o.rules, index, frame, &h)
 	}
 	if rule == nil {
 		o.passed.add(1, uint64(len(frame)))
 		return xdpPass, nil
-	}
-	if h.Part == packet.FirstFragment {
-		o.first[fragmentKey{index, h.VLAN, h.OuterVLAN, h.FragmentID, h.Src, h.Dst}] = h.DstPort
 	}
 	stats, n := o.want[rule.Name], uint64(len(frame))
 	stats.Matched.add(1, n)

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"xdpcast/bpf"
+	"xdpcast/internal/flowtest"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
@@ -434,13 +435,13 @@ func TestAdoptRareRules(t *testing.T) {
 	w := newWorld(7, n)
 	var rules []flow.Flow
 	for set := range 8 {
-		for _, r := range w.rules(set) {
+		for _, r := range w.Rules(set) {
 			if slices.ContainsFunc(rules, func(o flow.Flow) bool { return o.In.Key() == r.In.Key() }) {
 				continue
 			}
-			r.Rate = pick(w, flow.Rate{}, flow.Rate{Packets: 7, Burst: 3}, flow.Rate{Bits: 1_234_567, Burst: 1500})
-			r.Out[0].Rate = pick(w, flow.Rate{}, flow.Rate{Packets: 77_777, Burst: 13}, flow.Rate{Bits: 400e9, Burst: 1 << 30})
-			r.Path, r.Fallback = pick(w, flow.PathKernel, flow.PathAFXDP, flow.PathFanout), w.chance(50)
+			r.Rate = flowtest.Pick(w, flow.Rate{}, flow.Rate{Packets: 7, Burst: 3}, flow.Rate{Bits: 1_234_567, Burst: 1500})
+			r.Out[0].Rate = flowtest.Pick(w, flow.Rate{}, flow.Rate{Packets: 77_777, Burst: 13}, flow.Rate{Bits: 400e9, Burst: 1 << 30})
+			r.Path, r.Fallback = flowtest.Pick(w, flow.PathKernel, flow.PathAFXDP, flow.PathFanout), w.Chance(50)
 			rules = append(rules, r)
 		}
 	}

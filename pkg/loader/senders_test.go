@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"xdpcast/bpf"
+	"xdpcast/internal/flowtest"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
 )
@@ -137,7 +138,7 @@ func TestSendersAreAdopted(t *testing.T) {
 		opts := stateOptions(t)
 		opts.Logger = nil
 		w := newWorld(100+seed, n)
-		rules := normalized(w.rules(int(seed)))
+		rules := normalized(w.Rules(int(seed)))
 		l := open(t, opts)
 		sync1(t, l, rules...)
 		ids := map[string]uint32{}
@@ -159,14 +160,13 @@ func TestSendersAreAdopted(t *testing.T) {
 		if l.extra > extra {
 			t.Errorf("seed %d: %d entries more than one each, were %d", seed, l.extra, extra)
 		}
-		was, is := &oracle{rules: rules}, &oracle{rules: adopted}
 		for range 2000 {
-			index, frame := w.frame(rules)
+			index, frame := w.Frame(rules)
 			h, ok := packet.Parse(frame)
 			if !ok || h.Part != packet.Whole {
 				continue
 			}
-			a, b := was.match(index, &h, h.DstPort), is.match(index, &h, h.DstPort)
+			a, b := flowtest.Match(rules, index, &h, h.DstPort), flowtest.Match(adopted, index, &h, h.DstPort)
 			if (a == nil) != (b == nil) || a != nil && a.Name != b.Name {
 				t.Fatalf("seed %d: %+v went to %v, goes to %v", seed, h, a, b)
 			}

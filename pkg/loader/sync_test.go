@@ -99,19 +99,19 @@ func TestSyncRandomSets(t *testing.T) {
 	for step := range 30 {
 		switch w.IntN(6) {
 		case 0: // all others
-			rules = w.rules(step)
+			rules = w.Rules(step)
 		case 1: // some more; inputs that are taken are left out
-			for _, r := range w.rules(step) {
+			for _, r := range w.Rules(step) {
 				if !slices.ContainsFunc(rules, func(o flow.Flow) bool { return o.In.Key() == r.In.Key() }) {
 					rules = append(rules, r)
 				}
 			}
 		case 2: // some fewer
-			rules = slices.DeleteFunc(rules, func(flow.Flow) bool { return w.chance(40) })
+			rules = slices.DeleteFunc(rules, func(flow.Flow) bool { return w.Chance(40) })
 		case 3: // outputs change
 			for i := range rules {
-				if w.chance(30) {
-					rules[i].Out = append(slices.Clone(rules[i].Out), w.output(rules[i].In.Group))[:min(64, len(rules[i].Out)+1)]
+				if w.Chance(30) {
+					rules[i].Out = append(slices.Clone(rules[i].Out), w.Output(rules[i].In.Group))[:min(64, len(rules[i].Out)+1)]
 				}
 			}
 		case 4: // addresses change
@@ -119,7 +119,7 @@ func TestSyncRandomSets(t *testing.T) {
 				rules[i].In.MAC[5] = byte(step)
 				rules[i].Out = slices.Clone(rules[i].Out)
 				for slot := range rules[i].Out {
-					rules[i].Out[slot].Ready = w.chance(80)
+					rules[i].Out[slot].Ready = w.Chance(80)
 					rules[i].Out[slot].SrcMAC[5] = byte(step)
 				}
 			}
@@ -129,7 +129,7 @@ func TestSyncRandomSets(t *testing.T) {
 			}
 		}
 		sync1(t, l, rules...)
-		if w.chance(10) {
+		if w.Chance(10) {
 			l = reopen(t, l)
 		}
 		sameRules(t, fmt.Sprintf("step %d", step), sorted(rules), inKernel(t, l))

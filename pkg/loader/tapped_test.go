@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/flowtest"
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/packet"
@@ -46,14 +47,14 @@ func TestTappedAgreesWithRelay(t *testing.T) {
 	w := newWorld(11, n)
 	taken, left := 0, 0
 	for set := range 40 {
-		rules := w.rules(set)
+		rules := w.Rules(set)
 		for i := range rules {
-			rules[i].Path, rules[i].Local = pick(w, flow.PathKernel, flow.PathFanout, flow.PathFanout), w.chance(30)
+			rules[i].Path, rules[i].Local = flowtest.Pick(w, flow.PathKernel, flow.PathFanout, flow.PathFanout), w.Chance(30)
 		}
 		sync1(t, r.l, rules...)
-		o := newOracle(normalized(rules), globalStats(t, r.l), map[fragmentKey]uint16{})
+		o := newOracle(normalized(rules), globalStats(t, r.l), flowtest.Ports{})
 		for range 60 {
-			index, frame := w.frame(rules)
+			index, frame := w.Frame(rules)
 			if len(frame) < atIP+40 {
 				continue // BPF_PROG_RUN wants whole IP headers in an skb
 			}
@@ -95,18 +96,7 @@ func (o *oracle) rule(index int, frame []byte) *flow.Flow {
 	if !ok {
 		return nil
 	}
-	port := o.port(index, &h)
-	if port == 0 && h.Part == packet.LaterFragment {
-		return nil
-	}
-	rule := o.match(index, &h, port)
-	if rule != nil && !rule.In.Group.IsMulticast() && !rule.Broadcast && [6]byte(frame[0:6]) != rule.In.MAC {
-		return nil
-	}
-	if rule != nil && h.Part == packet.FirstFragment {
-		o.first[fragmentKey{index, h.VLAN, h.OuterVLAN, h.FragmentID, h.Src, h.Dst}] = h.DstPort
-	}
-	return rule
+	return o.first.Find(o.rules, index, frame, &h)
 }
 
 // On the wire, where the kernel takes the outer tag out of a frame: the host gets

@@ -46,6 +46,7 @@ var allowed = map[string][]string{
 	"internal/hold":       {"internal/notify"},
 	"internal/lab":        {},
 	"internal/streamtest": {"pkg/packet"},
+	"internal/flowtest":   {"pkg/flow", "pkg/packet"},
 	"internal/labtest":    {"internal/lab"},
 	"internal/rulefile":   {"pkg/rules"},
 	"internal/convert":    {"pkg/rules"},
