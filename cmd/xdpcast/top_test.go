@@ -38,30 +38,18 @@ func newTestTop() *topModel {
 	return newTopModel(time.Second, 0, "", func() tea.Msg { return nil })
 }
 
+// special are the keys that have no text, and the one whose name is none.
+var special = map[string]tea.KeyPressMsg{
+	"enter": {Code: tea.KeyEnter}, "esc": {Code: tea.KeyEscape}, "tab": {Code: tea.KeyTab}, "backspace": {Code: tea.KeyBackspace},
+	"down": {Code: tea.KeyDown}, "up": {Code: tea.KeyUp}, "end": {Code: tea.KeyEnd}, "home": {Code: tea.KeyHome}, "pgdown": {Code: tea.KeyPgDown},
+	"space": {Code: tea.KeySpace, Text: " "},
+}
+
 func press(m *topModel, keys ...string) (quit bool) {
 	for _, key := range keys {
-		msg := tea.KeyPressMsg{Text: key, Code: []rune(key)[0]}
-		switch key {
-		case "enter":
-			msg = tea.KeyPressMsg{Code: tea.KeyEnter}
-		case "esc":
-			msg = tea.KeyPressMsg{Code: tea.KeyEscape}
-		case "down":
-			msg = tea.KeyPressMsg{Code: tea.KeyDown}
-		case "up":
-			msg = tea.KeyPressMsg{Code: tea.KeyUp}
-		case "end":
-			msg = tea.KeyPressMsg{Code: tea.KeyEnd}
-		case "home":
-			msg = tea.KeyPressMsg{Code: tea.KeyHome}
-		case "pgdown":
-			msg = tea.KeyPressMsg{Code: tea.KeyPgDown}
-		case "tab":
-			msg = tea.KeyPressMsg{Code: tea.KeyTab}
-		case "backspace":
-			msg = tea.KeyPressMsg{Code: tea.KeyBackspace}
-		case "space":
-			msg = tea.KeyPressMsg{Code: tea.KeySpace, Text: " "}
+		msg, ok := special[key]
+		if !ok {
+			msg = tea.KeyPressMsg{Text: key, Code: []rune(key)[0]}
 		}
 		if _, cmd := m.Update(msg); cmd != nil {
 			_, quit = cmd().(tea.QuitMsg)

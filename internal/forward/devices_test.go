@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"testing"
@@ -24,21 +23,7 @@ import (
 // written there arrives on the device, and what leaves by it is read there.
 func newTun(t testing.TB, h *lab.Host, name string) *os.File {
 	t.Helper()
-	fd := -1
-	labtest.Do(t, h, func() (err error) {
-		// The device is in the namespace of the thread that opens it.
-		if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err != nil {
-			return fmt.Errorf("open /dev/net/tun: %w", err)
-		}
-		request, err := unix.NewIfreq(name)
-		if err != nil {
-			return err
-		}
-		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
-		return unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
-	})
-	f := os.NewFile(uintptr(fd), name)
-	t.Cleanup(func() { f.Close() })
+	f := labtest.Tun(t, h, name, 0)
 	if err := h.SetUp(name, true); err != nil {
 		t.Fatal(err)
 	}
@@ -117,16 +102,7 @@ func TestTun(t *testing.T) {
 // The host's own receiver gets its packets once, and so does the output.
 func TestLocalReceiver(t *testing.T) {
 	b := newBench(t, 1)
-	var conn *net.UDPConn
-	labtest.Do(t, b.relay, func() (err error) {
-		i, err := net.InterfaceByName("in")
-		if err != nil {
-			return err
-		}
-		conn, err = net.ListenMulticastUDP("udp4", i, &net.UDPAddr{IP: net.IPv4(239, 1, 1, 1), Port: 5000})
-		return err
-	})
-	t.Cleanup(func() { conn.Close() })
+	conn := labtest.Listen(t, b.relay, "in", netip.MustParseAddrPort("239.1.1.1:5000"))
 	f := b.path(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash})
 	sink := countOn(t, b.sinks[0])
 	b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000)))

@@ -1,12 +1,15 @@
 package labtest
 
 import (
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
 )
@@ -64,4 +67,30 @@ func Listen(t testing.TB, h *lab.Host, ifname string, group netip.AddrPort) *net
 	})
 	t.Cleanup(func() { conn.Close() })
 	return conn
+}
+
+// Tun makes a tun device in the host, with IFF_VNET_HDR or other flags beside IFF_NO_PI, and returns its
+// other end: what is written there arrives on the device, and what leaves by it is read there. It is
+// closed when the test ends.
+func Tun(t testing.TB, h *lab.Host, name string, flags uint16) *os.File {
+	t.Helper()
+	var f *os.File
+	Do(t, h, func() error { // the device is in the namespace of the thread that opens it
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return fmt.Errorf("open /dev/net/tun: %w", err)
+		}
+		request, err := unix.NewIfreq(name)
+		if err != nil {
+			return errors.Join(err, unix.Close(fd))
+		}
+		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | flags)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+			return errors.Join(fmt.Errorf("make tun device %s: %w", name, err), unix.Close(fd))
+		}
+		f = os.NewFile(uintptr(fd), name)
+		return nil
+	})
+	t.Cleanup(func() { f.Close() })
+	return f
 }

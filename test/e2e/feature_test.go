@@ -242,18 +242,29 @@ var features = []featureCase{
 // TestFeatures: every feature of rules, over real interfaces.
 func TestFeatures(t *testing.T) {
 	t.Parallel()
+	onPaths(t, func(t *testing.T, n *network, in *instance, path string) { runFeatures(t, features, n, in, path) })
+}
+
+// onPaths runs a test on every path, with a relay of its own that has started.
+func onPaths(t *testing.T, run func(t *testing.T, n *network, in *instance, path string)) {
+	t.Helper()
 	for _, path := range paths {
 		t.Run(path, func(t *testing.T) {
 			n := newNetwork(t)
 			n.addIPv6(t)
 			in := newInstance(t, n.relay)
 			in.start()
-			// Keeps what the path opens for the first rule.
-			in.mustCLI("rule", "add", "first", "--path", path, "--in", "239.99.99.99:9%in0", "--out", "239.99.99.98:9%out0")
-			for i, c := range features {
-				t.Run(c.name, func(t *testing.T) { c.run(t, n, in, path, fmt.Sprintf("case%d", i)) })
-			}
+			run(t, n, in, path)
 		})
+	}
+}
+
+func runFeatures(t *testing.T, cases []featureCase, n *network, in *instance, path string) {
+	t.Helper()
+	// Keeps what the path opens for the first rule.
+	in.mustCLI("rule", "add", "first", "--path", path, "--in", "239.99.99.99:9%in0", "--out", "239.99.99.98:9%out0")
+	for i, c := range cases {
+		t.Run(c.name, func(t *testing.T) { c.run(t, n, in, path, fmt.Sprintf("case%d", i)) })
 	}
 }
 
@@ -264,20 +275,14 @@ var paths = []string{"kernel", "afxdp", "fanout"}
 // put the fragments together again.
 func TestFragmentedDatagram(t *testing.T) {
 	t.Parallel()
-	for _, path := range paths {
-		t.Run(path, func(t *testing.T) {
-			n := newNetwork(t)
-			n.addIPv6(t)
-			in := newInstance(t, n.relay)
-			in.start()
-			for _, c := range []struct{ in, to, out string }{
-				{"239.1.1.1:5000%in0", "239.1.1.1", "239.2.2.%d:6000%%out%d"},
-				{"fd00:1::2@[ff3e::1]:5000%in0", "ff3e::1", "[ff0e::%d]:6000%%out%d"},
-			} {
-				n.fragmented(t, in, path, c.in, c.to, c.out)
-			}
-		})
-	}
+	onPaths(t, func(t *testing.T, n *network, in *instance, path string) {
+		for _, c := range []struct{ in, to, out string }{
+			{"239.1.1.1:5000%in0", "239.1.1.1", "239.2.2.%d:6000%%out%d"},
+			{"fd00:1::2@[ff3e::1]:5000%in0", "ff3e::1", "[ff0e::%d]:6000%%out%d"},
+		} {
+			n.fragmented(t, in, path, c.in, c.to, c.out)
+		}
+	})
 }
 
 func (n *network) fragmented(t *testing.T, in *instance, path, input, to, output string) {

@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"testing"
@@ -62,16 +61,5 @@ var linkFeatures = []featureCase{
 // TestLinkFeatures: groups of one link and broadcast are relayed when rules say so, on
 // every path.
 func TestLinkFeatures(t *testing.T) {
-	for _, path := range paths {
-		t.Run(path, func(t *testing.T) {
-			n := newNetwork(t)
-			n.addIPv6(t)
-			in := newInstance(t, n.relay)
-			in.start()
-			in.mustCLI("rule", "add", "first", "--path", path, "--in", "239.99.99.99:9%in0", "--out", "239.99.99.98:9%out0")
-			for i, c := range linkFeatures {
-				t.Run(c.name, func(t *testing.T) { c.run(t, n, in, path, fmt.Sprintf("case%d", i)) })
-			}
-		})
-	}
+	onPaths(t, func(t *testing.T, n *network, in *instance, path string) { runFeatures(t, linkFeatures, n, in, path) })
 }

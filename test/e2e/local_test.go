@@ -132,29 +132,21 @@ var containers = map[string]container{
 // between a virtual machine or a VPN's process and the kernel.
 func openTun(t *testing.T, h *lab.Host, name string) *os.File {
 	t.Helper()
-	var f *os.File
-	labtest.Do(t, h, func() error {
-		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-		if err != nil {
-			return err
-		}
-		request, err := unix.NewIfreq(name)
-		if err != nil {
-			return errors.Join(err, unix.Close(fd))
-		}
-		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
-			return errors.Join(err, unix.Close(fd))
-		}
+	f := labtest.Tun(t, h, name, unix.IFF_VNET_HDR)
+	raw, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fault error
+	err = raw.Control(func(fd uintptr) {
 		// Datagrams that are not divided are taken since Linux 6.2.
-		if unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_USO4|unix.TUN_F_USO6) != nil {
-			if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM); err != nil {
-				return errors.Join(err, unix.Close(fd))
-			}
+		if unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_USO4|unix.TUN_F_USO6) != nil {
+			fault = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, unix.TUN_F_CSUM)
 		}
-		f = os.NewFile(uintptr(fd), name)
-		return nil
 	})
+	if err := errors.Join(err, fault); err != nil {
+		t.Fatal(err)
+	}
 	return f
 }
 
@@ -240,11 +232,11 @@ func sendMany(fd int, to *unix.SockaddrInet4) error {
 	return nil
 }
 
-// sendFromPort opens a socket on a container and sends to the group.
-func sendFromPort(t *testing.T, c *lab.Host, group string, fn func(int, *unix.SockaddrInet4) error) {
+// sendFromPort opens a socket on an interface of a host and sends to port 5000 of the group.
+func sendFromPort(t *testing.T, c *lab.Host, ifname, group string, fn func(int, *unix.SockaddrInet4) error) {
 	t.Helper()
 	labtest.Do(t, c, func() error {
-		i, err := net.InterfaceByName("eth0")
+		i, err := net.InterfaceByName(ifname)
 		if err != nil {
 			return err
 		}
@@ -317,7 +309,7 @@ func TestSendersOfThisHost(t *testing.T) {
 					name := fmt.Sprintf("r%d", number)
 					in.add(name, group+":5000%"+input, outs...)
 					in.waitState(name, control.StateActive)
-					sendFromPort(t, c, group, s.send)
+					sendFromPort(t, c, "eth0", group, s.send)
 					for o, sink := range sinks {
 						if got := arrive(t, sink, datagrams); got != datagrams {
 							t.Errorf("%s, %d outputs: %d of %d arrived at output %d: %+v", s.name, outputs, got, datagrams, o, in.rule(name))
@@ -394,31 +386,8 @@ func TestLocalTrafficOfTheRelay(t *testing.T) {
 			in.start()
 			in.mustCLI("rule", "add", "l", "--path", path, "--in", "239.9.1.1:5000%in0", "--out", "239.9.2.1:6000%out0")
 			in.waitState("l", control.StateActive)
-			var c net.PacketConn
-			labtest.Do(t, n.relay, func() error {
-				i, err := net.InterfaceByName("in0")
-				if err != nil {
-					return err
-				}
-				c, err = net.ListenMulticastUDP("udp", i, &net.UDPAddr{IP: net.IPv4(239, 9, 1, 1), Port: 5000})
-				return err
-			})
-			defer closeAll(t, c)
-			labtest.Do(t, n.relay, func() error {
-				i, err := net.InterfaceByName("in0")
-				if err != nil {
-					return err
-				}
-				fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-				if err != nil {
-					return err
-				}
-				defer unix.Close(fd)
-				if err := unix.SetsockoptIPMreqn(fd, unix.IPPROTO_IP, unix.IP_MULTICAST_IF, &unix.IPMreqn{Ifindex: int32(i.Index)}); err != nil {
-					return err
-				}
-				return sendPlain(fd, &unix.SockaddrInet4{Port: 5000, Addr: [4]byte{239, 9, 1, 1}})
-			})
+			c := labtest.Listen(t, n.relay, "in0", netip.MustParseAddrPort("239.9.1.1:5000"))
+			sendFromPort(t, n.relay, "in0", "239.9.1.1", sendPlain)
 			if got := arrive(t, c, datagrams); got != datagrams {
 				t.Errorf("%d of %d arrived", got, datagrams)
 			}

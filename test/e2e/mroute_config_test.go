@@ -4,7 +4,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -179,16 +179,8 @@ func TestMrouteJoined(t *testing.T) {
 
 	frame := n.routedFrames(t, routedSource, routedGroup)[0].frame
 	from, sink := labtest.NewTap(t, n.source, "src0"), labtest.NewTap(t, n.sinks[0], "sink0")
-	var program *net.UDPConn
-	labtest.Do(t, n.relay, func() error {
-		in0, err := net.InterfaceByName("in0")
-		if err != nil {
-			return err
-		}
-		program, err = net.ListenMulticastUDP("udp4", in0, &net.UDPAddr{IP: net.ParseIP(routedGroup), Port: 5000})
-		return err
-	})
-	t.Cleanup(func() { _ = program.Close() })
+	group := netip.MustParseAddrPort(routedGroup + ":5000")
+	program := labtest.Listen(t, n.relay, "in0", group)
 	if left := in.mirrors(1, 0).Left; left[0].Reason != "a program on this host has joined its group on in0" || left[0].Expected {
 		t.Errorf("left: %+v", left)
 	}
@@ -218,14 +210,7 @@ func TestMrouteJoined(t *testing.T) {
 	}
 
 	// Taken whether a program has joined or not.
-	labtest.Do(t, n.relay, func() error {
-		in0, err := net.InterfaceByName("in0")
-		if err != nil {
-			return err
-		}
-		program, err = net.ListenMulticastUDP("udp4", in0, &net.UDPAddr{IP: net.ParseIP(routedGroup), Port: 5000})
-		return err
-	})
+	labtest.Listen(t, n.relay, "in0", group)
 	in.mirrors(1, 0)
 	in.write("rules.yaml", "rules: []\nmroute: {joined: take}\n")
 	in.mustCLI("reload")

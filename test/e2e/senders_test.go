@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"fmt"
 	"net/netip"
 	"strings"
 	"syscall"
@@ -36,33 +35,24 @@ var senderFeatures = []featureCase{
 // TestSenderFeatures: prefixes of sources, senders left out, ranges of ports and the
 // prefix of all groups, on every path. What a rule leaves out is not for it.
 func TestSenderFeatures(t *testing.T) {
-	for _, path := range paths {
-		t.Run(path, func(t *testing.T) {
-			n := newNetwork(t)
-			n.addIPv6(t)
-			in := newInstance(t, n.relay)
-			in.start()
-			in.mustCLI("rule", "add", "first", "--path", path, "--in", "239.99.99.99:9%in0", "--out", "239.99.99.98:9%out0")
-			for i, c := range senderFeatures {
-				t.Run(c.name, func(t *testing.T) { c.run(t, n, in, path, fmt.Sprintf("case%d", i)) })
+	onPaths(t, func(t *testing.T, n *network, in *instance, path string) {
+		runFeatures(t, senderFeatures, n, in, path)
+		t.Run("what is left out", func(t *testing.T) {
+			in.mustCLI("rule", "add", "wide", "--path", path, "--in", "10.0.0.0/8@239.1.1.1:5000-5010%in0,except=10.1.0.0/30", "--out", "239.2.2.9:6000%out0")
+			defer in.mustCLI("rule", "del", "wide")
+			if text := in.mustCLI("explain", "10.1.0.2@239.1.1.1:5000%in0"); !strings.Contains(text, "no rule takes it: rule wide (10.0.0.0/8@239.1.1.1:5000-5010%in0) leaves its sender out") {
+				t.Errorf("explain says\n%s", text)
 			}
-			t.Run("what is left out", func(t *testing.T) {
-				in.mustCLI("rule", "add", "wide", "--path", path, "--in", "10.0.0.0/8@239.1.1.1:5000-5010%in0,except=10.1.0.0/30", "--out", "239.2.2.9:6000%out0")
-				defer in.mustCLI("rule", "del", "wide")
-				if text := in.mustCLI("explain", "10.1.0.2@239.1.1.1:5000%in0"); !strings.Contains(text, "no rule takes it: rule wide (10.0.0.0/8@239.1.1.1:5000-5010%in0) leaves its sender out") {
-					t.Errorf("explain says\n%s", text)
-				}
-				if text := in.mustCLI("explain", "10.1.0.9@239.1.1.1:5000%in0"); !strings.Contains(text, "source prefix of 8 bits, group, range of ports") {
-					t.Errorf("explain says\n%s", text)
-				}
-				rest := featureCase{in: "239.1.1.1%in0", out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}}
-				rest.run(t, n, in, path, "rest")
-				if s := in.rule("wide"); s.Matched.Packets != 0 {
-					t.Errorf("rule wide took %d packets", s.Matched.Packets)
-				}
-			})
+			if text := in.mustCLI("explain", "10.1.0.9@239.1.1.1:5000%in0"); !strings.Contains(text, "source prefix of 8 bits, group, range of ports") {
+				t.Errorf("explain says\n%s", text)
+			}
+			rest := featureCase{in: "239.1.1.1%in0", out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}}
+			rest.run(t, n, in, path, "rest")
+			if s := in.rule("wide"); s.Matched.Packets != 0 {
+				t.Errorf("rule wide took %d packets", s.Matched.Packets)
+			}
 		})
-	}
+	})
 }
 
 // TestSendersSurviveRestart: the counters of such rules go on.

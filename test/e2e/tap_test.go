@@ -250,24 +250,7 @@ func (in *instance) kernelRules() (rules []flow.Flow) {
 // newTun makes a tun device, which has no Ethernet header, and returns its other end.
 func newTun(t *testing.T, h *lab.Host, name, cidr string) *os.File {
 	t.Helper()
-	var f *os.File
-	labtest.Do(t, h, func() error {
-		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-		if err != nil {
-			return err
-		}
-		request, err := unix.NewIfreq(name)
-		if err != nil {
-			return err
-		}
-		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
-		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
-			return err
-		}
-		f = os.NewFile(uintptr(fd), name)
-		return nil
-	})
-	t.Cleanup(func() { closeAll(t, f) })
+	f := labtest.Tun(t, h, name, 0)
 	if err := h.AddAddr(name, cidr); err != nil {
 		t.Fatal(err)
 	}

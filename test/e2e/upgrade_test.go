@@ -161,12 +161,7 @@ func TestExecUpgrade(t *testing.T) {
 				rules += fmt.Sprintf("  - {name: r%d, in: 239.1.1.%d:5000%%in0, out: ['239.2.1.%d:6000%%out0'], path: %s}\n", i, i+1, i+1, path)
 			}
 			in.start("-c", in.write("rules.yaml", rules))
-			eventually(t, "the groups are joined", func() string {
-				if got := len(igmp(t, n.relay)["in0"]); got != 50 {
-					return fmt.Sprintf("%d are", got)
-				}
-				return ""
-			})
+			waitGroups(t, n.relay, 50)
 			in.left(wire)
 			s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
 			stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: easy}})
@@ -268,12 +263,7 @@ func TestHold(t *testing.T) {
 	d = in.startCommand("hold", "--run-dir", in.runDir, "--", binary, "run", "-c", file)
 	in.running = d
 	pid := in.ready(0)
-	eventually(t, "the groups are joined", func() string {
-		if got := len(igmp(t, n.relay)["in0"]); got != 50 {
-			return fmt.Sprintf("%d are", got)
-		}
-		return ""
-	})
+	waitGroups(t, n.relay, 50)
 	in.left(wire)
 	s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
 	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: easy}})
@@ -380,4 +370,15 @@ func TestManyGroupsHandedOver(t *testing.T) {
 	if joined := len(igmp(t, n.relay)["in0"]); joined != groups {
 		t.Errorf("%d groups are joined, want %d", joined, groups)
 	}
+}
+
+// waitGroups waits until a relay has joined so many groups on in0.
+func waitGroups(t testing.TB, relay *lab.Host, groups int) {
+	t.Helper()
+	eventually(t, "the groups are joined", func() string {
+		if got := len(igmp(t, relay)["in0"]); got != groups {
+			return fmt.Sprintf("%d are, want %d", got, groups)
+		}
+		return ""
+	})
 }
