@@ -49,6 +49,8 @@ func (c featureCase) run(t *testing.T, n *network, in *instance, path, name stri
 	in.waitState(name, "active")
 
 	frame := n.frame(t, "239.1.1.1")
+	// The loop guard marks copies of what it has seen before: no case repeats another's content.
+	frame.Payload = fmt.Appendf(frame.Payload, " %-7s", name)
 	if c.frame != nil {
 		c.frame(&frame)
 	}
