@@ -138,7 +138,7 @@ static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifin
 	return lookup_prefix4(&key, source, kinds);
 }
 
-/* The same for IPv6. */
+/* The same for IPv6. Twins, as the verifier names lines and a macro would be a single one. */
 static __noinline struct flow *lookup_sources6(const struct flow6 *exact,
 					       const struct in6_addr *source)
 {
