@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
+
+	"xdpcast/internal/labtest"
 )
 
 const (
@@ -35,8 +37,13 @@ func TestMain(m *testing.M) {
 
 func needRoot(t *testing.T) {
 	t.Helper()
-	if s, err := Read(); err != nil || os.Geteuid() != 0 || !s.Effective.Has(cap.SETPCAP) {
-		t.Skip("needs root")
+	labtest.RequireRoot(t)
+	s, err := Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !s.Effective.Has(cap.SETPCAP) {
+		labtest.Lacking(t, "needs CAP_SETPCAP, to give capabilities up for good")
 	}
 }
 
