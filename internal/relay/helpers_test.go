@@ -293,26 +293,11 @@ func (p *place) devmaps() int {
 	for row := range m.MaxEntries() {
 		var id uint32
 		switch err := m.Lookup(row, &id); {
-		case err == nil && hasInterfaces(id):
+		case err == nil && labtest.MapHasEntries(ebpf.MapID(id)):
 			n++
 		case err != nil && !errors.Is(err, ebpf.ErrKeyNotExist):
 			p.t.Fatal(err)
 		}
 	}
 	return n
-}
-
-// hasInterfaces says whether a devmap has any; one that is gone meanwhile has not.
-func hasInterfaces(id uint32) bool {
-	m, err := ebpf.NewMapFromID(ebpf.MapID(id))
-	if err != nil {
-		return false
-	}
-	defer m.Close()
-	for row := range m.MaxEntries() {
-		if value, err := m.LookupBytes(row); err == nil && value != nil {
-			return true
-		}
-	}
-	return false
 }

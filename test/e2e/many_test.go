@@ -270,7 +270,7 @@ func filled(t testing.TB, path string) int {
 			t.Fatal(err)
 		}
 		if m.Type() == ebpf.ArrayOfMaps {
-			if value != nil && hasEntries(binary.NativeEndian.Uint32(value)) {
+			if value != nil && labtest.MapHasEntries(ebpf.MapID(binary.NativeEndian.Uint32(value))) {
 				n++
 			}
 		} else if !isZero(value) {
@@ -278,22 +278,6 @@ func filled(t testing.TB, path string) int {
 		}
 	}
 	return n
-}
-
-// hasEntries says whether a map inside a map holds anything: an empty one stands
-// where a rule was.
-func hasEntries(id uint32) bool {
-	m, err := ebpf.NewMapFromID(ebpf.MapID(id))
-	if err != nil {
-		return false
-	}
-	defer m.Close()
-	for row := range m.MaxEntries() {
-		if value, err := m.LookupBytes(row); err == nil && value != nil {
-			return true
-		}
-	}
-	return false
 }
 
 func isZero(b []byte) bool {
