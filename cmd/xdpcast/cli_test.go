@@ -405,6 +405,7 @@ func TestCommands(t *testing.T) {
 		{[]string{"rule", "add", "cam1", "--in", in}, "", 2, "", []string{"--out missing"}},
 		{[]string{"rule", "add", "cam1", "--out", out, "--in"}, "", 2, "", []string{"flag needs an argument: -in"}},
 		{[]string{"rule", "add", "cam1", "cam2", "--in", in, "--out", out}, "", 2, "", []string{`unexpected argument "cam2"`}},
+		{[]string{"rule", "add", "cam1", in, out}, "", 2, "", []string{`unexpected argument "` + in + `": give an endpoint with --in or --out`}},
 		{[]string{"rule", "add", "cam1", "--in", "239.1.1.1:0%eth0", "--out", out}, "", 2, "", []string{`rule "cam1": `, "port", `"0"`, "65535"}},
 		{[]string{"rule", "add", "cam1", "--in", in, "--out", out, "--path", "fast"}, "", 2, "", []string{`rule "cam1": path "fast": want auto, kernel, afxdp or fanout`}},
 		{[]string{"rule", "del"}, "", 2, "", []string{"NAME... missing"}},
@@ -585,5 +586,16 @@ func TestTableIsPrintable(t *testing.T) {
 	}
 	if want := "A           B\nx [2J y z   1\n"; out.String() != want {
 		t.Errorf("%q, want %q", out.String(), want)
+	}
+}
+
+// The reason of a path begins with the path, since it stands alone as a rule's reason, too.
+func TestExplainNamesThePathOnce(t *testing.T) {
+	var b strings.Builder
+	if err := explainText(&b, control.Explanation{Packet: "p", Why: "w", Path: "afxdp", PathReason: "path afxdp: out0 is slow"}, clock); err != nil {
+		t.Fatal(err)
+	}
+	if want := "afxdp: out0 is slow"; !strings.Contains(b.String(), want) || strings.Contains(b.String(), "path afxdp") {
+		t.Errorf("got %q, want %q", b.String(), want)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -37,7 +38,7 @@ func explainText(w io.Writer, e control.Explanation, now time.Time) error {
 	head := newTable("packet", e.Packet)
 	head.add("verdict", e.Why)
 	if e.Path != "" {
-		head.add("path", stateText(e.Path, e.PathReason))
+		head.add("path", stateText(e.Path, strings.TrimPrefix(e.PathReason, "path "+e.Path+": ")))
 	}
 	for _, note := range e.Notes {
 		head.add("note", note)

@@ -52,6 +52,9 @@ func ruleAddCommand() *cli.Command {
 }
 
 func ruleAdd(c *cli.Context) error {
+	if extra := c.Args().Get(1); strings.Contains(extra, "%") {
+		return usagef("%s: unexpected argument %q: give an endpoint with --in or --out", commandPath(c), extra)
+	}
 	if err := showArgs(c, 1, 1); err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/metrics"
 	"xdpcast/internal/web"
@@ -84,6 +85,8 @@ func (l *listenConfig) open(passed net.Listener) (w webListener, err error) {
 	ln, err := metrics.Listen(l.addr, opts)
 	var refused *net.OpError // by the kernel, whatever was asked for is right
 	switch {
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return webListener{}, fmt.Errorf("listen at %s: %w: no interface that is up has this address here (in a network namespace of its own: ip link set lo up)", l.addr, err)
 	case errors.As(err, &refused):
 		return webListener{}, fmt.Errorf("listen at %s: %w", l.addr, err)
 	case err != nil:

@@ -23,6 +23,7 @@ func TestListenFlags(t *testing.T) {
 		{"--listen 9464", "want HOST:PORT, such as 127.0.0.1:9464", exitUsage},
 		{"--listen 127.0.0.1:0 --tls-cert x", "one of the two files is missing", exitUsage},
 		{"--metrics-rules (", "--metrics-rules: rules \"(\": want all, active, none, or a regular expression", exitUsage},
+		{"--listen 192.0.2.1:9464 --listen-public", "no interface that is up has this address here", exitFailed},
 		{"--listen " + taken.Addr().String(), "address already in use", exitFailed},
 	} {
 		dir := t.TempDir()

@@ -70,7 +70,7 @@ func (w *way) state() {
 	case control.StateActive:
 		text := "active on the path " + s.UsedPath
 		if e := w.r.Explained; e != nil && e.PathReason != "" {
-			text += ": " + e.PathReason
+			text += ": " + strings.TrimPrefix(e.PathReason, "path "+e.Path+": ")
 		}
 		w.add("state", 0, fine("%s", text))
 	case control.StateLooping:
