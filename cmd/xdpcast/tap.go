@@ -71,8 +71,8 @@ func tapRule(c *cli.Context) error {
 		}
 	}
 	packets, lost, err := tapFrom(ctx, c, q, out)
-	if errors.Is(err, unix.EPIPE) {
-		err = nil // who reads has seen enough
+	if out.readerGone {
+		err = nil // it has seen enough
 	}
 	err = errors.Join(err, out.close())
 	if err == nil || packets > 0 {
@@ -147,17 +147,18 @@ func tapKernel(ctx context.Context, pinDir string, q control.TapQuery, out io.Wr
 
 // tapOutput makes its file with the first byte, so that a tap that cannot begin replaces none.
 type tapOutput struct {
-	out  io.Writer // for -
-	name string
-	file *os.File
+	out        io.Writer // for -
+	name       string
+	file       *os.File
+	readerGone bool // a write failed with EPIPE
 }
 
-func (o *tapOutput) Write(p []byte) (int, error) {
+func (o *tapOutput) Write(p []byte) (n int, err error) {
+	defer func() { o.readerGone = o.readerGone || errors.Is(err, unix.EPIPE) }()
 	if o.name == "-" {
 		return o.out.Write(p)
 	}
 	if o.file == nil {
-		var err error
 		// Packets are for who may tap alone.
 		if o.file, err = os.OpenFile(o.name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
 			return 0, err

@@ -134,12 +134,12 @@ func (s *Server) serveTap(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		q, err = readTapQuery(r)
 	}
+	control := http.NewResponseController(w)
 	if err != nil {
-		s.fail(w, r, err)
+		s.refuseTap(w, r, control, err)
 		return
 	}
 	begin := time.Now()
-	control := http.NewResponseController(w)
 	// The bounds of a request that ends are not for one that goes on; each write has its own.
 	if err := errors.Join(control.EnableFullDuplex(), control.SetReadDeadline(time.Time{})); err != nil {
 		s.fail(w, r, err)
@@ -161,11 +161,23 @@ func (s *Server) serveTap(w http.ResponseWriter, r *http.Request) {
 	})
 	s.audit(r, time.Since(begin), err)
 	if err != nil && !started {
-		s.fail(w, r, err)
+		s.refuseTap(w, r, control, err)
 	}
 	// Ends the wait for the body.
 	_ = control.SetReadDeadline(time.Now())
 }
+
+// refuseTap answers a tap that does not begin. It reads the first byte of the body before, which the
+// client sends with its header: a client whose write fails with EPIPE, since the connection is closed
+// by then, never reads the answer.
+func (s *Server) refuseTap(w http.ResponseWriter, r *http.Request, control *http.ResponseController, refused error) {
+	_ = control.SetReadDeadline(time.Now().Add(tapRefusalGrace))
+	_, _ = r.Body.Read(make([]byte, 1))
+	s.fail(w, r, refused)
+}
+
+// tapRefusalGrace bounds the wait of refuseTap for clients that send a body late.
+const tapRefusalGrace = time.Second
 
 // tapStream hands on each write at once, and gives a client a minute for it.
 type tapStream struct {
