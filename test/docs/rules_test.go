@@ -445,17 +445,17 @@ func TestLimits(t *testing.T) {
 		longest = len(name)
 	}
 	want := map[string]int{
-		"outputs of a rule, patterns expanded":                    rules.MaxOutputs,
-		"inputs of a rule":                                        rules.MaxInputs,
-		"rules with several inputs":                               bpf.MaxStreams - 1,
-		"ports of a range":                                        rules.MaxPorts,
+		"outputs of a rule, patterns expanded":                  rules.MaxOutputs,
+		"inputs of a rule":                                      rules.MaxInputs,
+		"rules with several inputs":                             bpf.MaxStreams - 1,
+		"ports of a range":                                      rules.MaxPorts,
 		"senders, or prefixes of them, that `except=` excludes": rules.MaxExcept,
-		"groups that `join=all` joins":                            rules.MaxJoinAll,
-		"bytes of a rule's name":                                  rules.MaxNameLen,
-		"bytes of an interface's name":                            longest,
-		"fragmented datagrams followed at a time":                 int(spec.Maps["fragments"].MaxEntries),
-		"seconds that a first fragment is followed":               int(timeout / 1e9),
-		"MiB of a rule file, with its includes":     rules.MaxFileSize >> 20,
+		"groups that `join=all` joins":                          rules.MaxJoinAll,
+		"bytes of a rule's name":                                rules.MaxNameLen,
+		"bytes of an interface's name":                          longest,
+		"fragmented datagrams followed at a time":               int(spec.Maps["fragments"].MaxEntries),
+		"seconds that a first fragment is followed":             int(timeout / 1e9),
+		"MiB of a rule file, with its includes":                 rules.MaxFileSize >> 20,
 	}
 	rows := tableOf(t, "docs/rules.md", "what | at most").rows
 	if len(rows) != len(want) {
@@ -473,7 +473,7 @@ func TestLimits(t *testing.T) {
 var includeFaults = map[string]struct{ main, a, b string }{
 	"one name in two files":    {main: "include: rules.d/*.yaml", a: cam1, b: strings.ReplaceAll(cam1, "1.1:5", "1.2:5")},
 	"one input in two files":   {main: "include: rules.d/*.yaml", a: cam1, b: strings.ReplaceAll(cam1, "cam1", "cam2")},
-	"nested, or a cycle":      {main: "include: rules.d/*.yaml", a: cam1, b: "include: ../rules.yaml"},
+	"nested, or a cycle":       {main: "include: rules.d/*.yaml", a: cam1, b: "include: ../rules.yaml"},
 	"a file twice":             {main: "include:\n- rules.d/a.yaml\n- rules.d/*.yaml"},
 	"the file itself":          {main: "include: '*.yaml'"},
 	"a pattern of directories": {main: "include: '*/a.yaml'"},
