@@ -2,23 +2,23 @@ package plan
 
 import "hash/maphash"
 
-// distinct lists values, each once, in the order in which they come. It finds one that it has by a
-// table of places: of 100,000 memberships a map would take ten times the memory, for a moment, at
-// every change. It is not for concurrent use.
+// distinct lists values without duplicates, in insertion order. It finds duplicates with an
+// open-addressing hash table: for 100,000 memberships a map would temporarily take ten times the
+// memory on every change. It is not for concurrent use.
 type distinct[T comparable] struct {
 	list  []T
 	seed  maphash.Seed
-	table []int32 // place in list + 1, by hash with linear probing; 0 is free. Its length is a power of two
+	table []int32 // index in list + 1, by hash with linear probing; 0 is free. Its length is a power of two
 }
 
-// newDistinct makes room for so many values; there may be more.
+// newDistinct makes room for size values; more may be added.
 func newDistinct[T comparable](size int) *distinct[T] {
 	d := &distinct[T]{list: make([]T, 0, size), seed: maphash.MakeSeed()}
 	d.resize(size)
 	return d
 }
 
-// resize makes the table large enough for size values: at most half full.
+// resize makes the table large enough for size values, at most half full.
 func (d *distinct[T]) resize(size int) {
 	length := 16
 	for length < 2*size {
@@ -30,7 +30,7 @@ func (d *distinct[T]) resize(size int) {
 	}
 }
 
-// find returns the entry of a value, or the free one where it belongs.
+// find returns the table entry of a value, or the free entry where it belongs.
 func (d *distinct[T]) find(x T) uint64 {
 	mask := uint64(len(d.table) - 1)
 	at := maphash.Comparable(d.seed, x) & mask
@@ -40,7 +40,7 @@ func (d *distinct[T]) find(x T) uint64 {
 	return at
 }
 
-// add lists a value, and is false when it is listed already.
+// add appends a value; it returns false if the value is already listed.
 func (d *distinct[T]) add(x T) bool {
 	at := d.find(x)
 	if d.table[at] != 0 {

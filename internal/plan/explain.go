@@ -12,20 +12,20 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Packet is what is to be explained. The source may be invalid, and the port 0: of any.
+// Packet is the packet to explain. An invalid source means any source, port 0 any port.
 type Packet struct {
 	Interface   string
 	Source      netip.Addr
 	Destination netip.Addr
 	Port        uint16
 	VLAN        rules.VLAN
-	FromHost    bool // this host sends it by the interface
+	FromHost    bool // sent by this host on the interface
 }
 
-// ErrNoRule is wrapped by the error of ParsePacket for the name of a rule that there is not.
+// ErrNoRule is wrapped by the error of ParsePacket when no rule has the given name.
 var ErrNoRule = errors.New("no such rule")
 
-// ParsePacket reads an endpoint, or the name of a rule for a packet that it takes.
+// ParsePacket parses an endpoint, or the name of a rule for a packet that it takes.
 func (p *Plan) ParsePacket(text string) (Packet, error) {
 	var in rules.Input
 	switch r := p.Rule(text); {
@@ -35,7 +35,7 @@ func (p *Plan) ParsePacket(text string) (Packet, error) {
 	case r != nil:
 		in = r.Rule.In
 		for _, f := range r.Flows {
-			in.Interface = f.In.Name // of a pattern the last one
+			in.Interface = f.In.Name // for a pattern, the last flow's
 		}
 	case !strings.Contains(text, "%"):
 		return Packet{}, noRuleError(fmt.Sprintf("no rule is called %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", text))
@@ -52,60 +52,61 @@ func (p *Plan) ParsePacket(text string) (Packet, error) {
 	return Packet{in.Interface, in.Source, in.Address, in.Port, in.VLAN, in.FromHost}, nil
 }
 
-// noRuleError is ErrNoRule with a text of its own.
+// noRuleError is ErrNoRule with its own text.
 type noRuleError string
 
 func (e noRuleError) Error() string        { return string(e) }
 func (e noRuleError) Is(target error) bool { return target == ErrNoRule }
 
-// String is the packet as an input of a rule is written.
+// String formats the packet like the input of a rule.
 func (k Packet) String() string { return k.input().String() }
 
-// input is the packet as the input of a rule that takes just this.
+// input is the packet as the input of a rule that takes exactly this packet.
 func (k Packet) input() rules.Input {
 	return rules.Input{Interface: k.Interface, Source: k.Source, Address: k.Destination, Port: k.Port, VLAN: k.VLAN, FromHost: k.FromHost}
 }
 
-// Known is what explaining may use beyond the plan.
+// Known is information beyond the plan that Explain may use.
 type Known struct {
-	// QuerierVersion is the version of IGMP or MLD that the querier speaks which was last heard on the
-	// packet's interface in its family; 0 when none is known.
+	// QuerierVersion is the IGMP or MLD version of the querier last heard on the packet's interface
+	// in its family; 0 if unknown.
 	QuerierVersion int
 }
 
-// Explanation says what becomes of a packet, and why.
+// Explanation says how a packet is handled, and why.
 type Explanation struct {
 	Packet Packet
-	// Why says in a line which rule takes it, or why none does.
+	// Why is one line: which rule takes the packet, or why none does.
 	Why string
-	// Candidates are the rules that match, the winner first.
+	// Candidates are the matching rules, the winner first.
 	Candidates []Candidate
-	// Flow is the winner's on the packet's interface; nil while there is none. What follows is
-	// empty then.
+	// Flow is the winner's flow on the packet's interface; nil while there is none. The fields
+	// below are then empty.
 	Flow *FlowPlan
-	// Path is how its packets travel, empty when it is not published; PathReason says why so.
+	// Path is how its packets travel, empty while it is not published; PathReason is the reason for
+	// the path.
 	Path, PathReason string
 	Outputs          []ExplainedOutput
-	// Memberships are those that bring the packet.
+	// Memberships are those that attract the packet.
 	Memberships []Membership
-	// Notes are what else a person should know of the packet, a line each.
+	// Notes are further hints for the user, one line each.
 	Notes []string
 }
 
 // Candidate is a rule that matches a packet.
 type Candidate struct {
 	Rule *RulePlan
-	Leg  int       // the input that matches
+	Leg  int       // the matching input
 	Flow *FlowPlan // on the packet's interface; nil while that is absent
-	Kind string    // what it is matched by: "source, group, port", for a prefix with its length
+	Kind string    // what it matches by: "source, group, port", for a prefix with its length
 }
 
-// Input is the input that matches.
+// Input returns the matching input.
 func (c *Candidate) Input() rules.Input { return c.leg().In }
 
 func (c *Candidate) leg() rules.Leg { return c.Rule.Rule.Leg(c.Leg) }
 
-// State and reason of the flow, or without one of the rule.
+// State returns the state and reason of the flow, or of the rule if there is no flow.
 func (c *Candidate) state() (State, string) {
 	if c.Flow != nil {
 		return c.Flow.State, c.Flow.Reason
@@ -116,13 +117,13 @@ func (c *Candidate) state() (State, string) {
 // ExplainedOutput is one output of the flow that takes a packet.
 type ExplainedOutput struct {
 	OutputPlan
-	Output  string // as it is written in a rule that names the interface
-	Rewrite string // in words what the copy looks like
-	NextHop string // where a unicast copy goes, once it is known
+	Output  string // as written in a rule that names the interface
+	Rewrite string // the rewriting in words
+	NextHop string // neighbour of a unicast copy, once it is known
 	Dropped bool   // copies for this output are dropped
 }
 
-// Explain finds the rules that match a packet, and says what the winner does with it.
+// Explain finds the rules that match a packet, and describes how the winner handles it.
 func (p *Plan) Explain(k Packet, known Known) Explanation {
 	e := Explanation{Packet: k}
 	if l := p.seen.network.Link(k.Interface); l != nil {
@@ -150,7 +151,7 @@ func (p *Plan) Explain(k Packet, known Known) Explanation {
 	return e
 }
 
-// ownSource says why a packet that a rule takes is dropped as one of this host's; "" when it is not.
+// ownSource says why a matching packet is dropped as one of this host's; "" if it is not.
 func (p *Plan) ownSource(c *Candidate, k Packet) string {
 	if c.leg().Accept.AllowLoop || !k.Source.IsValid() || !p.seen.network.IsOwn(k.Source) {
 		return ""
@@ -158,7 +159,7 @@ func (p *Plan) ownSource(c *Candidate, k Packet) string {
 	return fmt.Sprintf("%s is an address of this host (loop=allow on the input takes what comes back from the network; what this host itself sends there does not arrive on the interface, and is not relayed in any case)", k.Source)
 }
 
-// querier notes a source that the network is not told of.
+// querier notes that the querier's version cannot report a source to the network.
 func (e *Explanation) querier(in rules.Input, known Known) {
 	protocol, sources := "IGMP", 3 // RFC 3376
 	if in.Address.Is6() {
@@ -187,7 +188,7 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 	}
 	p.eachInput(func(r *RulePlan, leg int, in rules.Input, accept *rules.Acceptance) bool {
 		if !in.Overlaps(k.input()) || accept.Excludes(k.Source) || isPattern(in.Interface) && p.seen.inputs.winner(in, link) != nil {
-			return true // nothing, or another rule takes exactly the same there
+			return true // no match, or another rule takes exactly the same there
 		}
 		c := Candidate{Rule: r, Leg: leg, Kind: kindName(in)}
 		for _, f := range r.Flows {
@@ -211,7 +212,7 @@ func (p *Plan) candidates(k Packet) (all []Candidate) {
 	return all
 }
 
-// eachInput gives all inputs of the rules, with the interfaces' own names, until fn is false.
+// eachInput yields all inputs of the rules, with the interfaces' own names, until fn returns false.
 func (p *Plan) eachInput(fn func(r *RulePlan, leg int, in rules.Input, accept *rules.Acceptance) bool) {
 	for _, r := range p.Rules {
 		for i := range r.Rule.InputCount() {
@@ -223,7 +224,7 @@ func (p *Plan) eachInput(fn func(r *RulePlan, leg int, in rules.Input, accept *r
 	}
 }
 
-// kindName says what an input is found by.
+// kindName names the lookup kind of an input.
 func kindName(in rules.Input) string {
 	source, group, port := "source", "group", "port"
 	switch {
@@ -257,7 +258,7 @@ func (c *Candidate) whyBest(others []Candidate) string {
 	return fmt.Sprintf("rule %s takes it: (%s) comes before (%s)", name, c.Kind, others[0].Kind)
 }
 
-// whyNone says why no rule matches: the next best thing that is not right.
+// whyNone says why no rule matches: the nearest mismatch.
 func (p *Plan) whyNone(k Packet) string {
 	if p.seen.network.Link(k.Interface) == nil {
 		return fmt.Sprintf("no rule takes it: interface %s not found", k.Interface)
@@ -296,7 +297,7 @@ func (p *Plan) whyNone(k Packet) string {
 	return "no rule takes it: it goes to the host as if there were no relay"
 }
 
-// flow says what a flow does with a packet.
+// flow describes how a flow handles a packet.
 func (e *Explanation) flow(p *Plan, c *Candidate, k Packet, dropped bool) {
 	f := c.Flow
 	if f.Publish {
@@ -348,8 +349,8 @@ func (p *Plan) nextHopText(key *network.HopKey, o *rules.Output) string {
 	return fmt.Sprintf("%s at %s", neighbourText(hop, o), macText(hop.MAC))
 }
 
-// NextHop returns the neighbour that an output sends to and its link-layer address, in text; each
-// is empty while it is not known, and for a group.
+// NextHop returns the neighbour of an output and its link-layer address, as text; each is empty
+// while it is not known, and for a group.
 func (p *Plan) NextHop(o *OutputPlan) (via, mac string) {
 	if o.Hop == nil {
 		return "", ""
@@ -364,13 +365,13 @@ func (p *Plan) NextHop(o *OutputPlan) (via, mac string) {
 	return hop.Via.String(), mac
 }
 
-// macText writes a link-layer address as package net does.
+// macText formats a link-layer address like package net.
 func macText(mac [6]byte) string {
 	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", mac[0], mac[1], mac[2], mac[3], mac[4], mac[5])
 }
 
-// macvlanAbove says that what is sent on an interface does not reach the macvlan devices on it; ""
-// when there are none. Those in other namespaces cannot be seen.
+// macvlanAbove says that packets sent on an interface do not reach the macvlan devices on it; "" if
+// there are none. Those in other namespaces cannot be seen.
 func (p *Plan) macvlanAbove(ifname string) string {
 	out := p.seen.network.Link(ifname)
 	if out == nil {

@@ -16,7 +16,7 @@ func isPattern(ifname string) bool {
 	return ok
 }
 
-// matches says whether a rule's interface, a name or a pattern, means an interface name.
+// matches says whether a rule's interface, a name or a pattern, matches an interface name.
 func matches(pattern, name string) bool {
 	if begin, ok := rules.IsPattern(pattern); ok {
 		return strings.HasPrefix(name, begin)
@@ -24,8 +24,8 @@ func matches(pattern, name string) bool {
 	return pattern == name
 }
 
-// matching returns the links that a pattern means, by name: those with an Ethernet header whose own
-// name begins so. No path could use the others for a pattern's sake, such as the loopback.
+// matching returns the links that a pattern matches, by name: those with an Ethernet header whose
+// own name has its prefix. The others, such as the loopback, cannot be served through a pattern.
 func (m *maker) matching(pattern string) (all []*network.Link) {
 	begin, _ := rules.IsPattern(pattern)
 	links := m.net.Links()
@@ -41,8 +41,8 @@ func (m *maker) matching(pattern string) (all []*network.Link) {
 	return all
 }
 
-// inputsOf returns the links that an input takes packets on, by name, and if there is none,
-// why.
+// inputsOf returns the links on which an input takes packets, by name, or the reason if there is
+// none.
 func (m *maker) inputsOf(in rules.Input) (all []*network.Link, reason string) {
 	if !isPattern(in.Interface) {
 		if l := m.net.Link(in.Interface); l != nil {
@@ -61,8 +61,8 @@ func (m *maker) inputsOf(in rules.Input) (all []*network.Link, reason string) {
 	return all, reason
 }
 
-// inputIndex finds the rules that win over patterns, by their inputs. It holds those only that take
-// the same as some pattern.
+// inputIndex finds the rules that take precedence over patterns, by their inputs. It holds only
+// rules that take the same as some pattern.
 type inputIndex struct {
 	rules map[rules.Input]*Rule
 }
@@ -94,8 +94,8 @@ func anywhere(in rules.Input) rules.Input {
 	return in
 }
 
-// winner is the rule that takes what a pattern's input would take on a link: one that names the
-// link, or else the one with the longest pattern. It is nil when that is the input itself.
+// winner is the rule that takes a pattern's packets on a link: one that names the link, otherwise
+// the one with the longest pattern. It is nil if that is the input itself.
 func (x *inputIndex) winner(in rules.Input, l *network.Link) *Rule {
 	find := func(name string) *Rule {
 		in.Interface = name
@@ -118,8 +118,8 @@ func (x *inputIndex) winner(in rules.Input, l *network.Link) *Rule {
 	return nil
 }
 
-// longerPatterns are the patterns that match an interface and are longer than one that does,
-// the longest first.
+// longerPatterns are the patterns that match an interface and are longer than the given one, the
+// longest first.
 func longerPatterns(pattern, ifname string) (all []string) {
 	for n := len(ifname); n >= len(pattern); n-- {
 		all = append(all, ifname[:n]+"+")
@@ -127,9 +127,9 @@ func longerPatterns(pattern, ifname string) (all []string) {
 	return all
 }
 
-// takenInputs finds rules that name one link by different names for the same input, and returns for
-// each that loses the one that wins: the one in force, or else one of the file before one of the
-// API, one that has the link's own name, and the first by name.
+// takenInputs finds rules with the same input that name one link differently, and maps each losing
+// input to the winning rule. In order of precedence, the winner is the current one, a rule of the
+// file, one that uses the link's own name, the first by name.
 func takenInputs(all []*Rule, net *network.Snapshot, carried map[string]flow.Path) map[legRef]*Rule {
 	if !slices.ContainsFunc(net.Links(), func(l *network.Link) bool { return len(l.AltNames) > 0 }) {
 		return nil
@@ -179,7 +179,7 @@ func takenInputs(all []*Rule, net *network.Snapshot, carried map[string]flow.Pat
 	return taken
 }
 
-// first puts what has something before what has not.
+// first orders values that have something before those that do not.
 func first(a, b bool) int {
 	switch {
 	case a == b:

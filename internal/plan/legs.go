@@ -9,7 +9,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// legs plans each input of a rule with several by itself. The rule is in force as soon as one is.
+// legs plans each of several inputs by itself. The rule is active as soon as one is.
 func (m *maker) legs(r *Rule) *RulePlan {
 	p := &RulePlan{Rule: r, taken: m.takenFirst(r), Flows: make([]*FlowPlan, r.InputCount())}
 	for i := range p.Flows {
@@ -27,11 +27,10 @@ func (m *maker) legs(r *Rule) *RulePlan {
 	return p
 }
 
-// legName is what the flow of a leg is known by.
+// legName is the name of a leg's flow.
 func legName(leg flow.Leg) string { return fmt.Sprint(leg.Of, flow.LegSeparator, leg.Number) }
 
-// streamOf is what a rule asks of its inputs: an option of merge or failover is carried over here,
-// and nowhere else.
+// streamOf converts the options of merge and failover. It is the only place that does.
 func streamOf(s *rules.Stream) packet.Stream {
 	if s.Failover != (rules.Failover{}) {
 		return packet.Stream{Kind: packet.StreamFailover, Silence: s.Failover.Silence, Back: s.Failover.Back}
@@ -56,8 +55,8 @@ func streamOf(s *rules.Stream) packet.Stream {
 	return out
 }
 
-// checkLeg says why an input among several cannot be one on an interface: the relay program tells
-// which of its packets are copies.
+// checkLeg says why an interface cannot carry one of several inputs: only the relay program detects
+// duplicates among them.
 func (m *maker) checkLeg(in *network.Link) error {
 	if !in.Ethernet {
 		return fmt.Errorf("interface %s has no Ethernet header, which the relay program needs that finds copies among several inputs", in.Name)
@@ -65,14 +64,14 @@ func (m *maker) checkLeg(in *network.Link) error {
 	return nil
 }
 
-// legRef is an input of a rule.
+// legRef identifies an input of a rule.
 type legRef struct {
 	rule *Rule
 	leg  int
 }
 
-// takenFirst is the rule that takes the same as one of a rule's inputs by another name of its
-// interface, the first that does; nil for none.
+// takenFirst is the rule that takes the same as the first conflicting input of a rule, under
+// another name of its interface; nil if there is none.
 func (m *maker) takenFirst(r *Rule) *Rule {
 	if len(m.taken) == 0 {
 		return nil
@@ -85,7 +84,7 @@ func (m *maker) takenFirst(r *Rule) *Rule {
 	return nil
 }
 
-// flow is the name of the input's flow, when it names its interface.
+// flow is the name of the input's flow, if it names its interface.
 func (l legRef) flow() string {
 	if l.rule.Stream == nil {
 		return l.rule.Name
@@ -93,7 +92,7 @@ func (l legRef) flow() string {
 	return legName(flow.Leg{Of: l.rule.Name, Number: l.leg})
 }
 
-// streamNote says what becomes of a packet of one of several inputs.
+// streamNote says how packets of one of several inputs are handled.
 func streamNote(s *rules.Stream, leg int) string {
 	if failover := s.Failover.String(); failover != "" {
 		return fmt.Sprintf("it comes by input %d of %d (failover=%s): the first that is not silent is relayed, and the packets of the others are dropped, reason standby", leg, 1+len(s.Legs), failover)

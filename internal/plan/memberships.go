@@ -11,10 +11,10 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// resolveMemberships adds what a flow needs joined once it is published, and says what could not
-// be. A membership that was not tried yet holds nothing back: the flow table first, then the join.
-// One that failed keeps a flow that is not in force yet out of it. One that is in force stays:
-// what arrives without a membership is still to be relayed.
+// resolveMemberships adds the memberships of a flow, to be joined once it is published, and notes
+// failed ones. A membership that was not tried yet holds nothing back: the flow is published before
+// the join. A failed one keeps a flow from being published, but does not withdraw it: packets that
+// arrive without a membership should still be relayed.
 func (m *maker) resolveMemberships(f *FlowPlan, rule *rules.Rule, in *network.Link) {
 	if !f.Publish {
 		return
@@ -38,8 +38,8 @@ func (m *maker) resolveMemberships(f *FlowPlan, rule *rules.Rule, in *network.Li
 	}
 }
 
-// Memberships are the groups that the flow needs joined, on its input and on the master that
-// answers queries for that.
+// Memberships returns the groups that the flow needs, on its input and on the master that answers
+// queries for it.
 func (f *FlowPlan) Memberships() iter.Seq[Membership] {
 	return func(yield func(Membership) bool) {
 		if !f.joins {
@@ -54,7 +54,7 @@ func (f *FlowPlan) Memberships() iter.Seq[Membership] {
 	}
 }
 
-// sameMemberships says whether two plans of flows need the same joined.
+// sameMemberships says whether two flow plans need the same memberships.
 func (f *FlowPlan) sameMemberships(g *FlowPlan) bool {
 	if f.joins != g.joins || !f.joins {
 		return f.joins == g.joins
@@ -66,8 +66,7 @@ func (f *FlowPlan) sameMemberships(g *FlowPlan) bool {
 	return slices.Equal(slices.Collect(f.Memberships()), slices.Collect(g.Memberships()))
 }
 
-// Memberships are those that flows need, in the order of the rules: one that several need comes as
-// often.
+// Memberships are those that flows need, in the order of the rules, with duplicates.
 func (p *Plan) Memberships() iter.Seq[Membership] {
 	return func(yield func(Membership) bool) {
 		for _, r := range p.Rules {
@@ -82,7 +81,7 @@ func (p *Plan) Memberships() iter.Seq[Membership] {
 	}
 }
 
-// notJoined shows a membership that failed.
+// notJoined notes a failed membership.
 func (f *FlowPlan) notJoined(join Join) {
 	f.noted().notJoined = join.Err
 	f.Publish = f.Publish && f.carried != 0
@@ -94,8 +93,8 @@ func (f *FlowPlan) notJoined(join Join) {
 	f.State, f.noted().err = Failed, join.Err
 }
 
-// master is the link whose answers to queries the network hears for a port: the bridge, bond or
-// team that it belongs to. It is nil for no port, and for a master of another kind.
+// master is the bridge, bond or team that answers queries for a port. It is nil for a link that is
+// not a port, and for other kinds of masters.
 func (m *maker) master(in *network.Link) *network.Link {
 	if in.Master == 0 {
 		return nil
@@ -109,7 +108,7 @@ func (m *maker) master(in *network.Link) *network.Link {
 	return nil
 }
 
-// wantedGroups are the groups that a rule wants joined.
+// wantedGroups are the groups that a rule joins.
 func wantedGroups(rule *rules.Rule) iter.Seq[netip.Addr] {
 	return func(yield func(netip.Addr) bool) {
 		switch joinPolicy(rule) {
@@ -132,19 +131,19 @@ func wantedGroups(rule *rules.Rule) iter.Seq[netip.Addr] {
 	}
 }
 
-// joinPolicy is what a rule's policy comes to: without one the group itself is joined, and no
-// prefix; for a unicast input there is nothing to join.
+// joinPolicy is the effective join policy of a rule: by default a single group is joined, and a
+// prefix is not; for a unicast input there is nothing to join.
 func joinPolicy(rule *rules.Rule) rules.JoinPolicy {
 	switch {
 	case !rule.In.Multicast(), rule.In.FromHost, rule.Accept.Join == rules.JoinDefault && rule.In.Len != 0:
 		return rules.JoinNone
 	case rule.Accept.Join == rules.JoinAll && groupCount(rule) > rules.MaxJoinAll:
-		return rules.JoinNone // refused when the rule is validated
+		return rules.JoinNone // rejected by validation
 	}
 	return rule.Accept.Join
 }
 
-// groupCount is how many groups a rule's policy asks to join, clipped above rules.MaxJoinAll.
+// groupCount is the number of groups that a rule's policy joins, clipped above rules.MaxJoinAll.
 func groupCount(rule *rules.Rule) int {
 	switch rule.Accept.Join {
 	case rules.JoinList:

@@ -6,17 +6,17 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// maxOverlaps is how many overlaps are told of a rule.
+// maxOverlaps limits the overlaps listed for a rule.
 const maxOverlaps = 8
 
-// Overlaps are the rules that match packets of another, in the order in which they win.
+// Overlaps lists the rules that match the same packets as another, in order of precedence.
 type Overlaps struct {
-	YieldsTo []string // rules that get packets which this one matches, too
-	WinsOver []string // rules that this one takes packets from
+	YieldsTo []string // rules that take precedence for packets that this one also matches
+	WinsOver []string // rules from which this one takes packets
 }
 
-// Overlaps looks at all rules; only those with overlaps are in the result, at most 8 of each. The
-// time that it takes grows with the number of rules.
+// Overlaps compares all rules; the result has only those with overlaps, at most 8 of each kind. Its
+// running time grows with the number of rules.
 func (p *Plan) Overlaps() map[string]Overlaps {
 	set := make([]rules.Rule, len(p.Rules))
 	for i, r := range p.Rules {

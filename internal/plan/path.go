@@ -11,13 +11,13 @@ import (
 )
 
 const (
-	// broadcastFrame is the largest frame in bytes that is sure to come in one buffer, and that the
-	// kernel is sure to broadcast: it copies a frame into one page, in front of which are 256
-	// bytes of headroom and behind which, for devices that receive into single pages, is
-	// struct skb_shared_info (xdpf_clone of net/core/xdp.c, XDP_PACKET_HEADROOM). A longer frame
-	// comes in several buffers, which it does not clone.
+	// broadcastFrame is the largest frame in bytes that certainly arrives in one buffer, and that
+	// the kernel can certainly broadcast: it copies a frame into one page, after 256 bytes of
+	// headroom and, for devices that receive into single pages, before struct skb_shared_info
+	// (xdpf_clone of net/core/xdp.c, XDP_PACKET_HEADROOM). A longer frame has several buffers,
+	// which the kernel does not clone.
 	broadcastFrame = 4096 - 256 - 320
-	// maxHeaders is what a frame has besides the IP packet: Ethernet and one VLAN tag.
+	// maxHeaders is the part of a frame beyond the IP packet: Ethernet and one VLAN tag.
 	maxHeaders = 18
 )
 
@@ -26,7 +26,7 @@ func mayTap(rule *Rule) bool {
 	return rule.Path == rules.PathAuto || rule.Path == rules.PathFanout
 }
 
-// PathName is the word of a path in rules and the API.
+// PathName is the name of a path in rules and the API.
 func PathName(p flow.Path) string {
 	switch p {
 	case flow.PathAFXDP:
@@ -38,20 +38,19 @@ func PathName(p flow.Path) string {
 	}
 }
 
-// chooser decides how the packets of a flow travel. The rules that it goes by are in the
-// package's documentation.
+// chooser selects the path of a flow, by the rules in the package documentation.
 type chooser struct {
 	maker    *maker
 	rule     *Rule
 	in       *network.Link
 	slots    []slot
 	attached Attached
-	untried  bool      // whether the program can be attached is not known yet
+	untried  bool      // not known yet whether the program can be attached
 	path     flow.Path // the choice
 }
 
-// choice is a path. why is what speaks against a better one, and note what else a person should
-// know; err says why no path does.
+// choice is a path. why is the reason against a better one, note a hint for the user; err says why
+// no path works.
 type choice struct {
 	path      flow.Path
 	why, note string
@@ -94,7 +93,7 @@ func (c *chooser) find(carried flow.Path) choice {
 	return best
 }
 
-// failure is the error of a reason: the kernel's own, where that is it.
+// failure is the error of a reason: the kernel's own error if it is the cause.
 func (c *chooser) failure(why string) error {
 	if err := c.attached.Err; err != nil && err.Error() == why {
 		return err
@@ -102,8 +101,8 @@ func (c *chooser) failure(why string) error {
 	return errors.New(why)
 }
 
-// explicit is a path that the rule names, with a note of frames that it cannot pass on, and which
-// others can.
+// explicit is the path that the rule names, with a note about frames that it cannot send but other
+// paths can.
 func (c *chooser) explicit(p flow.Path, others string) (got choice) {
 	got.path = p
 	if why := c.delivers(p); why != "" {
@@ -114,7 +113,7 @@ func (c *chooser) explicit(p flow.Path, others string) (got choice) {
 	return got
 }
 
-// best is the first path that has no fault.
+// best is the first path without a fault.
 func (c *chooser) best() choice {
 	why := c.fault(flow.PathKernel)
 	if why == "" {
@@ -130,7 +129,7 @@ func (c *chooser) best() choice {
 	return choice{path: flow.PathFanout, why: "path fanout: " + why}
 }
 
-// fault says what speaks against a path, "" when nothing does.
+// fault is the reason against a path, "" if there is none.
 func (c *chooser) fault(p flow.Path) string {
 	if why := c.carries(p); why != "" {
 		return why
@@ -146,7 +145,7 @@ func (c *chooser) fault(p flow.Path) string {
 	return c.delivers(p)
 }
 
-// carries says why a path cannot take the packets of the flow, "" when it can.
+// carries says why a path cannot carry the flow, "" if it can.
 func (c *chooser) carries(p flow.Path) string {
 	if p == flow.PathFanout {
 		return ""
@@ -166,8 +165,8 @@ func (c *chooser) carries(p flow.Path) string {
 	return ""
 }
 
-// servesAll says why a path cannot send on the interface of some output, "" when it can or
-// nothing is known against it.
+// servesAll says why a path cannot send on the interface of some output, "" if it can or nothing is
+// known against it.
 func (c *chooser) servesAll(p flow.Path) string {
 	for i := range c.slots {
 		if l := c.slots[i].link; l != nil {
@@ -189,7 +188,7 @@ func (c *chooser) serves(p flow.Path, l *network.Link) string {
 	case !l.Ethernet:
 		return fmt.Sprintf("interface %s has no Ethernet header", l.Name)
 	case p == flow.PathAFXDP || c.attached.Generic || isUnknown(l):
-		return "" // frames of a generic program are sent as those of the stack
+		return "" // frames of a generic program are sent like those of the stack
 	case l.Features.Known && !l.Features.Transmit:
 		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again where it was switched on while the veth was down)", l.Name)
 	}
@@ -199,11 +198,11 @@ func (c *chooser) serves(p flow.Path, l *network.Link) string {
 	return ""
 }
 
-// isUnknown says whether what an interface can send is not known. The features of a veth are those
-// of its peer, and change when that is set up.
+// isUnknown says whether an interface's ability to send is unknown. The features of a veth depend
+// on its peer, and change when that is set up.
 func isUnknown(l *network.Link) bool { return l == nil || l.Kind == "veth" && !l.Running() }
 
-// unknown names an output interface that may come to speak for another path than now.
+// unknown names an output interface that may later require another path.
 func (c *chooser) unknown() string {
 	for i := range c.slots {
 		if isUnknown(c.slots[i].link) {
@@ -213,8 +212,8 @@ func (c *chooser) unknown() string {
 	return ""
 }
 
-// delivers says why a path cannot pass on every frame that the MTU of the input allows, "" when it
-// can. What is longer than a page's worth comes in several buffers.
+// delivers says why a path cannot send every frame that the input's MTU allows, "" if it can.
+// Frames longer than a page come in several buffers.
 func (c *chooser) delivers(p flow.Path) string {
 	if c.in.MTU+maxHeaders <= broadcastFrame || p == flow.PathFanout {
 		return ""
@@ -228,20 +227,20 @@ func (c *chooser) delivers(p flow.Path) string {
 	case len(c.slots) > 1:
 		return fmt.Sprintf("the kernel path cannot copy frames of more than %d bytes to %d outputs, and the MTU of %s is %d", broadcastFrame, len(c.slots), name, mtu)
 	case c.attached.Generic:
-		return "" // frames of a generic program are sent as those of the stack
+		return "" // frames of a generic program are sent like those of the stack
 	}
 	l := c.slots[0].link
 	if isUnknown(l) || l.MTU+maxHeaders <= broadcastFrame || l.Features.TransmitSG {
-		return "" // or what is longer is dropped in any case
+		return "" // otherwise longer frames are dropped anyway
 	}
 	return fmt.Sprintf("interface %s does not send redirected frames of more than %d bytes, which come in several buffers (Linux 6.3, and a driver that can), and the MTU of %s is %d", l.Name, broadcastFrame, name, mtu)
 }
 
-// softKind says whether a kind is one of links on which frames of local stacks come in that no wire has seen:
-// with checksums that were left to the device, and several datagrams in one (UDP_SEGMENT). XDP
-// sees such frames as they are, and can neither finish nor divide them; the packet tap is told
-// what is left to do. On a veth with native XDP the kernel divides them, and the relay program
-// finishes checksums.
+// softKind says whether links of a kind receive frames of local stacks that never crossed a wire,
+// with offloads pending: checksums left to the device, and several datagrams in one frame
+// (UDP_SEGMENT). XDP sees such frames as they are, and can neither complete nor segment them; the
+// packet tap gets the offload metadata. On a veth with native XDP the kernel segments them, and the
+// relay program completes checksums.
 func softKind(kind string) bool {
 	switch kind {
 	case "bridge", "openvswitch", "macvlan", "macvtap", "ipvlan", "ipvtap", "tun", "vxlan", "geneve", "gretap", "ip6gretap":
@@ -250,8 +249,8 @@ func softKind(kind string) bool {
 	return false
 }
 
-// localSenders says which senders make an input one for the packet tap; "" for none. It depends on
-// the kind of the link alone, for a VLAN device on that of the one below.
+// localSenders says which senders make an input require the packet tap; "" for none. It depends
+// only on the kind of the link, for a VLAN device on that of the lower one.
 func (m *maker) localSenders(in *network.Link) string {
 	below := in
 	for below.Kind == "vlan" {
@@ -265,9 +264,8 @@ func (m *maker) localSenders(in *network.Link) string {
 	return fmt.Sprintf("interface %s (%s) carries packets of senders on this host, with checksums and segments that only the packet tap finishes", in.Name, below.Kind)
 }
 
-// finishes says whether unfinished checksums are to be completed on the way: by the relay program,
-// where a buffer has nothing else that says so, or by workers of AF_XDP sockets, who never see more
-// than the frame.
+// finishes says whether incomplete checksums are completed on the way: by the relay program, if no
+// buffer metadata marks them, or by workers of AF_XDP sockets, which only ever see the frame.
 func (c *chooser) finishes() bool {
 	soft := c.in.Kind == "veth" || c.maker.localSenders(c.in) != ""
 	return soft && (c.path == flow.PathAFXDP || c.path == flow.PathKernel && !c.attached.Generic)

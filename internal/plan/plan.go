@@ -1,31 +1,31 @@
-// Package plan decides. From the rules, a snapshot of the host's network and what the kernel
-// has answered so far it makes a Plan: what is desired of the kernel, and the state and reason
-// of every rule, flow and output. It is pure: it makes no system call and remembers nothing that
-// could change its result, so that the same world gives the same plan, whatever happened before.
+// Package plan makes the decisions. From the rules, a snapshot of the host's network and the
+// kernel's answers so far it makes a Plan: the desired kernel state, and the state and reason of
+// every rule, flow and output. It is pure: it makes no system calls and keeps no state that could
+// change its result, so the same World gives the same Plan, whatever happened before.
 //
-// Some of what it needs is known only once it has been asked for: whether an interface takes
-// the program, how a next hop is resolved, whether a group can be joined. A plan therefore
-// says what is to be asked and done, the reconcilers of package relay do it, and the answers are
-// part of the next world. With unchanged answers a plan is stable: planning again gives the same.
+// Some inputs are known only after a request: whether an interface accepts the program, how a next
+// hop resolves, whether a group can be joined. A plan therefore lists what to request and do, the
+// reconcilers of package relay do it, and the answers are part of the next World. With unchanged
+// answers a plan is stable: planning again gives the same.
 //
 // # Which path
 //
-// A path carries a flow unless the input or the rule rules that out: no program on the input, no
-// Ethernet header, local=yes, generic XDP with several outputs. It serves an output unless what is
-// known of its interface rules that out: it does not send redirected frames, it has no
-// Ethernet header. It delivers unless the MTU of the input allows frames that it could not pass on.
-// Nothing is known of an interface that is absent, and of a veth that is down or whose
-// peer is, since its features are those of its peer; that never speaks against a path. A link of any
-// other kind counts although it is down.
+// A path carries a flow unless the input or the rule prevents it: no program on the input, no
+// Ethernet header, local=yes, generic XDP with several outputs. It serves an output unless its
+// interface is known to prevent it: it does not send redirected frames, it has no Ethernet header.
+// It delivers unless the MTU of the input allows frames that it cannot send. Nothing is known about
+// an absent interface, nor about a veth that is down or whose peer is down, since its features
+// depend on the peer; the unknown never counts against a path. Links of any other kind count even
+// while they are down.
 //
 // Path auto is the first of kernel, afxdp and fanout that carries the flow, serves every output and
-// delivers. The fanout path always does, so that no output of such a rule waits because of the path.
+// delivers. The fanout path always does, so no output of such a rule waits because of the path.
 //
-// What is in force (Answers.Carried) matters in one case: while something of an output is not known,
-// a flow stays on the path that it has if that one carries it, serves all other outputs and
-// delivers, though another would come first now. So an interface that comes and goes moves a flow
-// once at most. Once everything is known, the world alone decides: a flow leaves a path that
-// cannot serve one of its outputs, and follows when the reason against a better path is gone.
+// The current path (Answers.Carried) matters in one case: while something about an output is not
+// known, a flow keeps its path if that carries it, serves all other outputs and delivers, even if
+// another would now be preferred. So a flapping interface moves a flow at most once. Once
+// everything is known, only the World decides: a flow leaves a path that cannot serve one of its
+// outputs, and moves to a better one when the reason against it is gone.
 package plan
 
 import (
@@ -42,44 +42,44 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Origin says where a rule comes from.
+// Origin is where a rule comes from.
 type Origin string
 
-// The origins. Rules of the file win over those of the API.
+// The origins. Rules of the file take precedence over those of the API.
 const (
 	OriginFile Origin = "file"
 	OriginAPI  Origin = "api"
-	// OriginMroute are rules that mirror multicast routes of the kernel. All others win over them.
+	// OriginMroute are rules that mirror the kernel's multicast routes. All others take precedence.
 	OriginMroute Origin = "mroute"
 )
 
-// Rule is a rule that somebody wants.
+// Rule is a rule and its origin.
 type Rule struct {
 	rules.Rule
 	Origin Origin
-	// Threshold is the greatest TTL threshold of the outputs of a rule of OriginMroute, whose
-	// flow is in force only while all of its outputs are ready: else the kernel forwards.
+	// Threshold is the greatest TTL threshold of the outputs of a rule of OriginMroute, whose flow
+	// is published only while all of its outputs are ready: otherwise the kernel forwards.
 	Threshold uint8
-	// Left is why the kernel goes on forwarding in any case; "" when the rule is to take over.
+	// Left is why the kernel keeps forwarding in any case; "" if the rule should take over.
 	Left string
-	// Expected: Left is what the settings want, or what the route is, and nothing of the host.
+	// Expected: Left is due to the settings or the route itself, not to the state of the host.
 	Expected bool
 }
 
-// Options are what the operator and the running kernel decide once, at start.
+// Options are fixed at start by the operator and the running kernel.
 type Options struct {
-	// Interfaces are attached even while no rule names them.
+	// Interfaces are attached even if no rule names them.
 	Interfaces []string
-	// Steering is when packets of the fanout path are spread over CPUs, and FanoutWorkers
-	// how many workers an input of that path has.
+	// Steering says when packets of the fanout path are spread over CPUs, and FanoutWorkers how
+	// many workers an input of that path has.
 	Steering      Steering
 	FanoutWorkers int
-	// Kernel is what the running kernel can do.
+	// Kernel is what the running kernel supports.
 	Kernel Capabilities
 }
 
-// Capabilities is what the running kernel can do beyond what the relay needs in any case.
-// They are found by trying, never by version numbers: distributions backport.
+// Capabilities are kernel features beyond the relay's minimum. They are probed, never derived from
+// version numbers: distributions backport.
 type Capabilities struct {
 	// SocketSG: AF_XDP sockets receive and send frames in several buffers (Linux 6.6).
 	SocketSG bool
@@ -87,74 +87,73 @@ type Capabilities struct {
 
 // World is everything that a plan depends on.
 type World struct {
-	// Rules are in the order of their names, which are unique. Neither the slice nor the rules
-	// may be changed afterwards: a Planner compares by pointer first.
+	// Rules are ordered by name, and names are unique. Neither the slice nor the rules may be
+	// modified afterwards: a Planner compares by pointer first.
 	Rules   []*Rule
 	Network *network.Snapshot
 	Answers Answers
 }
 
-// Answers is what the kernel has answered to what earlier plans asked for. What is not in a
-// map was not asked for yet.
+// Answers are the kernel's answers to requests of earlier plans. What is missing from a map was not
+// requested yet.
 type Answers struct {
 	// Attached says how the relay program runs on links.
 	Attached map[network.LinkID]Attached
-	// Tags has the links on which VLAN tags are to stay in the frames; nil for those where they
-	// do, else why they cannot.
+	// Tags has the links on which VLAN tags should stay in the frames; nil if they do, otherwise
+	// why they cannot.
 	Tags map[network.LinkID]error
-	// Joined says how memberships are.
+	// Joined has the state of memberships.
 	Joined map[Membership]Join
-	// Carried names the flows that are in force, with their paths. It is the only history in a
-	// world: a working path is not left for a better one while packets may flow on it.
+	// Carried has the published flows, with their paths. It is the only history in a World: a
+	// working path is not left for a better one while packets may flow on it.
 	Carried map[string]flow.Path
 	// Refused has the flows that a path could not bring into force, by name.
 	Refused map[string]error
-	// NoTransmit has links that refused frames redirected to them although nothing was known
-	// against them (kernels that do not tell features), and how.
+	// NoTransmit has links that refused redirected frames although nothing was known against them
+	// (kernels that do not report features), with the error.
 	NoTransmit map[network.LinkID]string
-	// Neighbours has the entries of Plan.Neighbours that the kernel did not take, and why.
+	// Neighbours has the entries of Plan.Neighbours that the kernel refused, and why.
 	Neighbours map[network.NeighbourKey]error
 }
 
-// ErrNeighbourTableFull is wrapped by an error of Answers.Neighbours when the kernel's table has
-// no room (ENOBUFS).
+// ErrNeighbourTableFull is wrapped by an error of Answers.Neighbours if the kernel's table is full
+// (ENOBUFS).
 var ErrNeighbourTableFull = errors.New("the neighbour table is full")
 
 // Attached is how the relay program runs on a link.
 type Attached struct {
 	Generic bool
-	Err     error // why it does not; nil when it does
+	Err     error // why it does not run; nil if it does
 }
 
-// Membership is a group, from one source or any, that is to be joined on a link.
+// Membership is a group, from one source or any, to join on a link.
 type Membership struct {
 	Link          network.LinkID
 	Group, Source netip.Addr // the zero Source is any
 }
 
-// Join is how a membership is.
+// Join is the state of a membership.
 type Join struct {
 	Joined bool
-	// Err is why the last try failed; nil when none did. Transient: it is tried again without
-	// anybody's doing.
+	// Err is the last failure; nil if there was none. Transient: it is retried automatically.
 	Err       error
 	Transient bool
 	Tries     int
-	Next      time.Time // when it is tried again
+	Next      time.Time // when it is retried
 }
 
-// State is what has become of a rule, a flow or an output. The zero State is none.
+// State is the state of a rule, a flow or an output. The zero State is none.
 type State uint8
 
 // The states.
 const (
-	Active      State = 1 + iota // packets go through
-	Pending                      // waits for something, such as its interface; completes by itself
+	Active      State = 1 + iota // packets flow
+	Pending                      // waits, for example for its interface; completes by itself
 	NoNeighbour                  // an output whose next hop has no link-layer address; completes by itself
-	Failed                       // needs a person
+	Failed                       // needs action by the operator
 )
 
-// String is the word of a state in the API.
+// String is the name of a state in the API.
 func (s State) String() string {
 	switch s {
 	case Active:
@@ -169,39 +168,40 @@ func (s State) String() string {
 	return fmt.Sprintf("State(%d)", uint8(s))
 }
 
-// Plan is what is desired, and why. It is immutable: it may be read from any number of goroutines,
-// and kept.
+// Plan is the desired state, with reasons. It is immutable: any number of goroutines may read it,
+// and it may be kept.
 type Plan struct {
-	// Rules has an entry for each rule of the world, by name.
+	// Rules has an entry for each rule of the World, by name.
 	Rules []*RulePlan
-	// Attach are the links that are to run the relay program, by index: inputs, and outputs,
-	// most of whose drivers send redirected frames only while they have a program.
+	// Attach are the links that need the relay program, by index: inputs, and outputs, since most
+	// drivers send redirected frames only while they have a program.
 	Attach []network.LinkID
-	// Tags are the links on which VLAN tags are to stay in the frames, by index.
+	// Tags are the links on which VLAN tags should stay in the frames, by index.
 	Tags []network.LinkID
-	// Joins changes when Memberships does: two plans of one Planner with the same Joins want the same.
+	// Joins changes when Memberships does: two plans of one Planner with the same Joins need the
+	// same memberships.
 	Joins uint64
-	// Hops are the ways that are to be asked for, without duplicates.
+	// Hops are the next hops to resolve, without duplicates.
 	Hops []network.HopKey
-	// Neighbours are the entries that the kernel is to keep resolved, without duplicates.
+	// Neighbours are the entries that the kernel should keep resolved, without duplicates.
 	Neighbours []network.NeighbourKey
 
 	seen seen // what it was made from
 }
 
-// RulePlan is a rule and what it comes to.
+// RulePlan is the plan of one rule.
 type RulePlan struct {
 	Rule   *Rule
 	State  State
-	Reason string // in a line, what is not as it should be; empty when nothing is
-	// Flows are the rule on each of its input interfaces, by name: one at most unless the
+	Reason string // one line, what is wrong; empty if nothing is
+	// Flows are the rule's flows on each of its input interfaces, by name: at most one unless the
 	// input is a pattern.
 	Flows []*FlowPlan
 
-	taken *Rule // the rule that takes the same input by another name of the interface
+	taken *Rule // the rule with the same input under another name of the interface
 }
 
-// Err is why a rule is failed: the error of its first flow that has one; nil when it is not.
+// Err is why a rule is failed: the first error of its flows; nil if it is not failed.
 func (r *RulePlan) Err() error {
 	if r.State == Failed {
 		for _, f := range r.Flows {
@@ -213,10 +213,10 @@ func (r *RulePlan) Err() error {
 	return nil
 }
 
-// Complete says whether nothing is left to wait for.
+// Complete says whether the rule waits for nothing.
 func (r *RulePlan) Complete() bool { return r.State == Active && r.Reason == "" }
 
-// Note is what a person should know of the rule although nothing is wrong.
+// Note is a hint for the user although nothing is wrong.
 func (r *RulePlan) Note() string {
 	for _, f := range r.Flows {
 		if note := f.Note(); note != "" {
@@ -226,7 +226,7 @@ func (r *RulePlan) Note() string {
 	return ""
 }
 
-// LeftToKernel is why the kernel forwards the packets of a rule of OriginMroute; "" when the relay
+// LeftToKernel is why the kernel forwards the packets of a rule of OriginMroute; "" if the relay
 // does.
 func (r *RulePlan) LeftToKernel() string {
 	if r.Rule.Origin != OriginMroute || r.State == Active {
@@ -235,8 +235,8 @@ func (r *RulePlan) LeftToKernel() string {
 	return cmp.Or(strings.TrimPrefix(r.Reason, leftToKernel), r.State.String())
 }
 
-// Fault is why a rule that somebody adds is refused: it is failed, one of its flows is, or a
-// membership could not be joined, even if that may heal by itself. It is nil when all is well.
+// Fault is why adding a rule is refused: the rule or one of its flows is failed, or a membership
+// could not be joined, even if that may recover by itself. It is nil if all is well.
 func (r *RulePlan) Fault() error {
 	for _, f := range r.Flows {
 		if err := cmp.Or(f.Err(), f.NotJoined()); err != nil {
@@ -246,25 +246,25 @@ func (r *RulePlan) Fault() error {
 	return nil
 }
 
-// FlowPlan is a rule on one input interface. There may be 100,000 of them: what few have is in more.
+// FlowPlan is a rule on one input interface. There may be 100,000 of them: rare fields are in more.
 type FlowPlan struct {
 	In      *network.Link // the input
 	State   State
-	Publish bool // Flow is to be in force
+	Publish bool // Flow should be published
 	joins   bool // see Memberships
 	carried flow.Path
 	Reason  string
-	// Outputs are what Flow.Out is made of, slot by slot.
+	// Outputs are the sources of Flow.Out, slot by slot.
 	Outputs []OutputPlan
-	// Flow is what to bring into force, with its name in any case. It is never changed, and shared
-	// with the next plan while it stays the same.
+	// Flow is the flow to publish; its name is always set. It is never modified, and shared with
+	// the next plan while it is unchanged.
 	Flow *flow.Flow
 
 	rule *Rule
-	more *flowNotes // nil: nothing
+	more *flowNotes // nil: none
 }
 
-// flowNotes is what most flows have nothing of.
+// flowNotes are fields that most flows do not need.
 type flowNotes struct {
 	err, notJoined   error
 	note, pathReason string
@@ -278,7 +278,7 @@ func (f *FlowPlan) notes() flowNotes {
 	return *f.more
 }
 
-// noted is notes to be changed, while the flow is being planned.
+// noted returns the notes for modification, while the flow is being planned.
 func (f *FlowPlan) noted() *flowNotes {
 	if f.more == nil {
 		f.more = &flowNotes{}
@@ -286,32 +286,32 @@ func (f *FlowPlan) noted() *flowNotes {
 	return f.more
 }
 
-// Err is why a flow is failed; nil otherwise.
+// Err is why a flow is failed; otherwise nil.
 func (f *FlowPlan) Err() error { return f.notes().err }
 
-// NotJoined is why the first of Memberships that failed is not joined. The flow may be pending
-// with it, or failed.
+// NotJoined is the error of the first failed membership. The flow may be pending because of it, or
+// failed.
 func (f *FlowPlan) NotJoined() error { return f.notes().notJoined }
 
-// Note is what a person should know although nothing is wrong.
+// Note is a hint for the user although nothing is wrong.
 func (f *FlowPlan) Note() string { return f.notes().note }
 
-// PathReason is why the packets do not travel the kernel path, empty when they do or
-// the rule asks for another; part of Note.
+// PathReason is why the packets do not travel the kernel path, empty if they do or the rule names
+// another path; part of Note.
 func (f *FlowPlan) PathReason() string { return f.notes().pathReason }
 
-// OutputPlan is one output of a flow: an output of the rule on one interface. It is Active
-// when the output of Flow is Ready, and never otherwise.
+// OutputPlan is one output of a flow: an output of the rule on one interface. It is Active exactly
+// if the output of Flow is Ready.
 type OutputPlan struct {
-	// Interface is the interface's own name, or while it is absent the rule's text.
+	// Interface is the interface's own name, or the rule's text while it is absent.
 	Interface string
 	Reason    string
-	Hop       *network.HopKey // of a unicast output whose way is asked for; else nil
-	Out       uint8           // number of the output in the rule
+	Hop       *network.HopKey // of a unicast output whose next hop is requested; otherwise nil
+	Out       uint8           // index of the output in the rule
 	State     State
 }
 
-// Rule returns the plan of a rule, nil when there is none of that name.
+// Rule returns the plan of the named rule, nil if there is none.
 func (p *Plan) Rule(name string) *RulePlan {
 	i, ok := slices.BinarySearchFunc(p.Rules, name, func(r *RulePlan, name string) int { return strings.Compare(r.Rule.Name, name) })
 	if !ok {
@@ -320,8 +320,8 @@ func (p *Plan) Rule(name string) *RulePlan {
 	return p.Rules[i]
 }
 
-// Flow returns the plan of a flow by the name that FlowName gives, with its rule; nil when there
-// is none.
+// Flow returns the plan of the flow with a name as from FlowName, with its rule; nil if there is
+// none.
 func (p *Plan) Flow(name string) (*RulePlan, *FlowPlan) {
 	rule, _, _ := strings.Cut(name, flowSeparator)
 	r := p.Rule(rule)
@@ -336,8 +336,8 @@ func (p *Plan) Flow(name string) (*RulePlan, *FlowPlan) {
 	return nil, nil
 }
 
-// FlowName is what a flow is known by: the rule's name, with the interface behind it when the
-// input is a pattern. The sign between cannot be in a rule's name.
+// FlowName is the name of a flow: the rule's name, followed by the interface if the input is a
+// pattern. The separator cannot occur in a rule's name.
 func FlowName(rule *rules.Rule, ifname string) string {
 	if !isPattern(rule.In.Interface) {
 		return rule.Name

@@ -11,22 +11,21 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Planner makes plans of worlds that follow each other. A rule whose plan depends on nothing that
-// has changed keeps the plan that it has, by pointer; what comes out is what Make would
-// return. It is not for concurrent use; the plans that it returns are.
+// Planner makes successive plans. A rule whose plan depends on nothing that changed keeps its plan,
+// by pointer; the result equals that of Make. It is not for concurrent use; the returned plans are.
 type Planner struct {
 	opts Options
 	last *Plan
 }
 
-// New returns a Planner that has seen no world yet.
+// New returns a Planner without history.
 func New(opts Options) *Planner { return &Planner{opts: opts} }
 
-// Make plans a world anew.
+// Make plans a World from scratch.
 func Make(w World, opts Options) *Plan { return New(opts).Plan(w) }
 
 // seen is what a plan was made from, as far as the next one compares with it. The maps of a World
-// belong to the caller, who may go on to change them.
+// belong to the caller, who may modify them later.
 type seen struct {
 	rules      []*Rule
 	network    *network.Snapshot
@@ -40,7 +39,7 @@ type seen struct {
 	names      map[string]bool // interfaces that rules name or have flows on, and whether tags are matched there
 }
 
-// Plan plans a world.
+// Plan plans a World.
 func (p *Planner) Plan(w World) *Plan {
 	last := p.last
 	if last == nil {
@@ -71,12 +70,12 @@ func (p *Planner) Plan(w World) *Plan {
 	return plan
 }
 
-// sameSlice says whether two slices are one.
+// sameSlice says whether two slices are the same memory.
 func sameSlice(a, b []*Rule) bool {
 	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0])
 }
 
-// see notes what a world holds.
+// see records a World.
 func see(w World) seen {
 	s := seen{
 		rules: w.Rules, network: w.Network, attached: maps.Clone(w.Answers.Attached), tags: maps.Clone(w.Answers.Tags),
@@ -96,12 +95,12 @@ func see(w World) seen {
 	return s
 }
 
-// effect is what planning the rules has changed besides them.
+// effect is what planning the rules changed besides their plans.
 type effect struct {
 	names, memberships, hops bool
 }
 
-// rules plans those rules that need it.
+// rules plans the rules that need it.
 func (p *Planner) rules(plan, last *Plan, m *maker, c *changes) (e effect) {
 	old := last.Rules
 	for i, r := range plan.seen.rules {
@@ -127,8 +126,8 @@ func (p *Planner) rules(plan, last *Plan, m *maker, c *changes) (e effect) {
 	return e
 }
 
-// shareFlows takes over the flows of the last plan that are the same now, so that there is one of
-// each, however many plans and tables hold it.
+// shareFlows reuses unchanged flows of the last plan, so that there is one copy of each, however
+// many plans and tables hold it.
 func (r *RulePlan) shareFlows(before *RulePlan) {
 	if before == nil {
 		return
@@ -144,7 +143,7 @@ func (r *RulePlan) shareFlows(before *RulePlan) {
 	}
 }
 
-// note adds what differs between two plans of a rule; each may be nil.
+// note records the differences between two plans of a rule; each may be nil.
 func (e *effect) note(before, now *RulePlan) {
 	e.names = e.names || before == nil || now == nil || before.Rule != now.Rule || hasPattern(now.Rule)
 	e.memberships = e.memberships || !sameMemberships(before, now)
@@ -162,7 +161,7 @@ func sameMemberships(a, b *RulePlan) bool {
 	return slices.EqualFunc(before, now, (*FlowPlan).sameMemberships)
 }
 
-// hasPattern says whether the interfaces of a rule depend on which there are.
+// hasPattern says whether the interfaces of a rule depend on which links exist.
 func hasPattern(r *Rule) bool {
 	return isPattern(r.In.Interface) || slices.ContainsFunc(r.Out, func(o rules.Output) bool { return isPattern(o.Interface) })
 }
@@ -171,18 +170,18 @@ func hasHops(r *RulePlan) bool {
 	return r != nil && slices.ContainsFunc(r.Rule.Out, rules.Output.Unicast)
 }
 
-// changes is what differs between two worlds, by what the plan of a rule can depend on.
+// changes are the differences between two Worlds that the plan of a rule can depend on.
 type changes struct {
-	rules      bool            // some rule came, went or is another
-	links      map[string]bool // names of links that are others, or of which another answer is known
+	rules      bool            // some rule was added, removed or changed
+	links      map[string]bool // names of links that changed, or have a new answer
 	own        bool            // the host's addresses
 	hops       map[network.HopKey]bool
-	joins      map[Membership]bool // that fail in another way than before
+	joins      map[Membership]bool // that fail differently than before
 	refused    map[string]bool
 	neighbours map[network.NeighbourKey]bool
 }
 
-// compare finds what differs.
+// compare finds the differences.
 func compare(before, now *seen) changes {
 	c := changes{
 		rules:      !sameSlice(before.rules, now.rules) && !slices.Equal(before.rules, now.rules),
@@ -213,7 +212,7 @@ func compare(before, now *seen) changes {
 	return c
 }
 
-// link notes a link by all its names; nil when it is gone, which the comparison of the snapshots
+// link records a link by all its names; a nil link is gone, which the comparison of the snapshots
 // has found.
 func (c *changes) link(l *network.Link) {
 	if l == nil {
@@ -225,7 +224,7 @@ func (c *changes) link(l *network.Link) {
 	}
 }
 
-// differing are the keys under which two maps have different values, or one has none.
+// differing are the keys whose values differ between two maps, or that only one has.
 func differing[K comparable, V any](a, b map[K]V, same func(V, V) bool) map[K]bool {
 	var keys map[K]bool
 	note := func(key K) {
@@ -255,7 +254,7 @@ func sameJoin(a, b Join) bool {
 	return a.Joined == b.Joined && a.Transient == b.Transient && a.Tries == b.Tries && a.Next.Equal(b.Next) && sameError(a.Err, b.Err)
 }
 
-// touch says whether the plan of a rule may be another now.
+// touch says whether the plan of a rule may change.
 func (c *changes) touch(p *RulePlan, m *maker) bool {
 	r := p.Rule
 	switch {
@@ -271,7 +270,8 @@ func (c *changes) touch(p *RulePlan, m *maker) bool {
 }
 
 func (c *changes) touchesInput(r *Rule) bool {
-	// A pattern depends on the other rules; whether a unicast address is the host's, on all links.
+	// A pattern depends on the other rules; whether a unicast address is the host's depends on all
+	// links.
 	for leg := range r.InputCount() {
 		in := r.Leg(leg).In
 		if c.touchesName(in.Interface) || c.rules && isPattern(in.Interface) || c.own && !in.Multicast() {
@@ -309,7 +309,7 @@ func (c *changes) touchesName(name string) bool {
 }
 
 func (c *changes) touchesFlow(f *FlowPlan, carried flow.Path) bool {
-	// That the flow came into force as it was planned changes nothing: see TestStable.
+	// Publishing a flow as planned changes nothing: see TestStable.
 	if carried != f.carried && !(f.Publish && carried == f.Flow.Path) {
 		return true
 	}
@@ -347,8 +347,7 @@ func (c *changes) touchesHops(f *FlowPlan) bool {
 	return false
 }
 
-// sets makes what the plan wants besides flows, or takes it over where nothing of it can be
-// another.
+// sets computes the rest of the plan besides flows, or reuses it if nothing in it can have changed.
 func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	first := p.last == nil
 	plan.Attach, plan.Tags, plan.Joins, plan.Hops, plan.Neighbours = last.Attach, last.Tags, last.Joins, last.Hops, last.Neighbours
@@ -367,7 +366,7 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	}
 }
 
-// names are the interfaces that rules name, or have flows on, and whether tags are matched there.
+// names are the interfaces that rules name or have flows on, and whether tags are matched there.
 func (p *Planner) names(all []*RulePlan) map[string]bool {
 	names := map[string]bool{}
 	add := func(name string, tagged bool) {
@@ -407,8 +406,8 @@ func (p *Planner) names(all []*RulePlan) map[string]bool {
 	return names
 }
 
-// attachments are the links of some names that can have a program, and those where frames are to
-// keep their tags.
+// attachments are the named links that can have a program, and those whose frames should keep their
+// tags.
 func attachments(names map[string]bool, net *network.Snapshot) (attach, tags []network.LinkID) {
 	for name, tagged := range names {
 		l := net.Link(name)
@@ -432,8 +431,8 @@ func sorted(links []network.LinkID) []network.LinkID {
 	return slices.Compact(links)
 }
 
-// hops are the ways that outputs ask for, and the neighbours on them, each once, in the order of
-// the rules.
+// hops are the next hops that outputs need, and the neighbours on them, without duplicates, in the
+// order of the rules.
 func hops(all []*RulePlan, net *network.Snapshot) ([]network.HopKey, []network.NeighbourKey) {
 	keys, neighbours := newDistinct[network.HopKey](0), newDistinct[network.NeighbourKey](0)
 	for _, r := range all {

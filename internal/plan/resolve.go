@@ -12,8 +12,8 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// maker plans rules, one by one, from one world. What it finds of a rule depends on nothing but
-// what changes.touch asks about: a rule that this says is untouched keeps its plan.
+// maker plans rules, one by one, for one World. Its results depend only on what changes.touch
+// checks: a rule that touch calls untouched keeps its plan.
 type maker struct {
 	opts    *Options
 	net     *network.Snapshot
@@ -21,7 +21,7 @@ type maker struct {
 	failed  map[Membership]Join // of Answers.Joined, those with an error
 	inputs  *inputIndex
 	taken   map[legRef]*Rule // see takenInputs
-	scratch []slot           // of slotsOf
+	scratch []slot           // scratch space of slotsOf
 }
 
 // rule plans a rule.
@@ -45,7 +45,7 @@ func (m *maker) rule(r *Rule) *RulePlan {
 		p.sum()
 		return p
 	}
-	one := &struct { // one allocation for what nearly all rules have
+	one := &struct { // one allocation for the parts that nearly all rules have
 		RulePlan
 		flow  FlowPlan
 		flows [1]*FlowPlan
@@ -58,7 +58,7 @@ func (m *maker) rule(r *Rule) *RulePlan {
 	return p
 }
 
-// sum makes the state of a rule from those of its flows: it is active when one of them is.
+// sum derives the state of a rule from those of its flows: it is active if one of them is.
 func (r *RulePlan) sum() {
 	for _, f := range r.Flows {
 		if f.Reason != "" && r.Reason == "" {
@@ -76,7 +76,7 @@ func (r *RulePlan) sum() {
 	}
 }
 
-// Rank orders states: of several flows a rule has the highest.
+// Rank orders states: a rule has the highest of its flows.
 func Rank(s State) int {
 	switch s {
 	case Active:
@@ -89,7 +89,7 @@ func Rank(s State) int {
 	return 0
 }
 
-// pend notes what a flow waits for; what was noted first is shown.
+// pend notes what a flow waits for; the first note is shown.
 func (f *FlowPlan) pend(reason string) { f.State, f.Reason = Pending, cmp.Or(f.Reason, reason) }
 
 func (f *FlowPlan) fail(err error) {
@@ -106,7 +106,7 @@ func (f *FlowPlan) note(text string) {
 }
 
 // flow plans a rule on one interface. A multicast route is left to the kernel unless the kernel
-// path forwards every packet of it just as well.
+// path can forward every packet of it equally well.
 func (m *maker) flow(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *network.Link) {
 	m.relayed(f, rule, taken, leg, in)
 	if rule.Origin != OriginMroute {
@@ -123,8 +123,8 @@ func (m *maker) flow(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *network.L
 
 const leftToKernel = "left to the kernel: "
 
-// forwardsWorse says what the kernel does for a multicast route that the kernel path does not;
-// "" when there is nothing.
+// forwardsWorse says what the kernel does for a multicast route that the kernel path does not; ""
+// if there is nothing.
 func (m *maker) forwardsWorse(f *FlowPlan, rule *Rule, in *network.Link) string {
 	switch {
 	case f.State != Active:
@@ -145,7 +145,7 @@ func (m *maker) forwardsWorse(f *FlowPlan, rule *Rule, in *network.Link) string 
 	return ""
 }
 
-// relayed plans a rule on one interface, in the order of its life: the input, how it is attached, the
+// relayed plans a rule on one interface, in the order of its life: the input, its attachment, the
 // path, the outputs, the memberships.
 func (m *maker) relayed(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *network.Link) {
 	*f = FlowPlan{In: in, State: Active, Publish: true, rule: rule}
@@ -175,7 +175,7 @@ func (m *maker) relayed(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *networ
 	f.settle()
 }
 
-// resolveFlow plans a flow whose input is right and that has outputs.
+// resolveFlow plans a flow whose input is valid and that has outputs.
 func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []slot) {
 	f.Outputs = make([]OutputPlan, len(slots))
 	f.Flow.Out = make([]flow.Output, len(slots))
@@ -202,7 +202,7 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 		f.note(choice.note)
 	}
 	if c.untried && choice.path != f.carried {
-		f.Publish = false // another path than the one in force is not taken on a guess
+		f.Publish = false // do not leave the current path on a guess
 	}
 	f.Flow.Fronted = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && !f.Flow.Local && in.Ethernet && c.attached.Err == nil
 	f.Flow.Steered = choice.path == flow.PathFanout && !c.untried && !rule.In.FromHost && m.opts.steers(in, c.attached)
@@ -217,9 +217,9 @@ func (m *maker) resolveFlow(f *FlowPlan, rule *Rule, in *network.Link, slots []s
 	m.resolveMemberships(f, &rule.Rule, in)
 }
 
-// prepareInput waits for what is done to the input interface before a flow is published there: the
-// program, and VLAN tags that stay in the frames. A flow that is in force stays so meanwhile. The
-// error is why it cannot be done.
+// prepareInput waits until the input interface is ready for a flow: the program is attached, and
+// VLAN tags stay in the frames. A published flow stays published meanwhile. The error is why it
+// cannot be done.
 func (m *maker) prepareInput(f *FlowPlan, c *chooser) error {
 	if in := c.in; in.Ethernet {
 		a, tried := m.answers.Attached[in.LinkID]
@@ -249,7 +249,7 @@ func (m *maker) wait(f *FlowPlan, reason string) {
 	f.Publish = f.Publish && f.carried != 0
 }
 
-// settle makes the outputs of a flow that is not published say so.
+// settle sets the states of outputs of a flow that is not published.
 func (f *FlowPlan) settle() {
 	if !f.Publish {
 		for i := range f.Outputs {
@@ -262,9 +262,9 @@ func (f *FlowPlan) settle() {
 	}
 }
 
-// checkInput says what is wrong with an input. A single unicast address must be one of this
-// host's: frames for another address come here only when this host routes them, and then it is a
-// prefix that says so. A prefix therefore needs no address of this host.
+// checkInput says what is wrong with an input. A single unicast address must be one of this host's:
+// frames for other addresses arrive only if this host routes them, and a rule for those uses a
+// prefix. A prefix therefore needs no address of this host.
 func (m *maker) checkInput(rule, taken *Rule, leg flow.Leg, in *network.Link) error {
 	switch a := rule.In.Address; {
 	case in.Loopback:
@@ -282,8 +282,8 @@ func (m *maker) checkInput(rule, taken *Rule, leg flow.Leg, in *network.Link) er
 	}
 }
 
-// resolveInput is what a rule says of a flow besides its outputs: an option of an input that says
-// nothing of the host is carried over here, and nowhere else.
+// resolveInput converts the rule to a flow without outputs. It is the only place that converts
+// input options that do not depend on the host.
 func resolveInput(rule *rules.Rule, leg flow.Leg, in *network.Link) *flow.Flow {
 	name := FlowName(rule, in.Name)
 	if leg.Of != "" {
@@ -304,15 +304,15 @@ func resolveInput(rule *rules.Rule, leg flow.Leg, in *network.Link) *flow.Flow {
 		Broadcast: rule.Accept.Broadcast,
 		Except:    rule.Accept.Except,
 		Unguarded: rule.Accept.Unguarded,
-		// Numbers are a likelihood: that is for rules that may be in a loop on purpose alone.
+		// Thresholds are only a likelihood, so they are only for rules with an intended loop.
 		TwoWay:          rule.Accept.TwoWay || rule.Accept.AllowLoop,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
 		Rate:            resolveRate(rule.Accept.Rate, in.MTU),
 	}
 }
 
-// resolvePolicy turns what does not depend on the interface into a rewrite: a policy of an
-// output is carried over here, and nowhere else.
+// resolvePolicy converts the policies that do not depend on the interface into a rewrite. It is the
+// only place that does.
 func resolvePolicy(o *rules.Output) flow.Output {
 	p := &o.Policy
 	out := flow.Output{Blocked: flow.NotReady, Rewrite: packet.Rewrite{
@@ -355,11 +355,11 @@ func resolvePolicy(o *rules.Output) flow.Output {
 	return out
 }
 
-// burstsASecond makes a burst of what comes in 10 ms.
+// burstsASecond gives a default burst of 10 ms.
 const burstsASecond = 100
 
-// resolveRate gives a rate its burst: what comes in 10 ms, and at least one packet of the largest
-// size, or no packet would ever pass.
+// resolveRate gives a rate its default burst: 10 ms, and at least one packet of the largest size,
+// or no packet would ever pass.
 func resolveRate(rate rules.Rate, mtu int) flow.Rate {
 	out := flow.Rate{Packets: rate.Packets, Bits: rate.Bits, Burst: rate.Burst}
 	switch {
@@ -372,8 +372,8 @@ func resolveRate(rate rules.Rate, mtu int) flow.Rate {
 	return out
 }
 
-// resolveOutputs completes the outputs once the path is known. All are looked at although one
-// fails the flow: what they ask for must not depend on that.
+// resolveOutputs completes the outputs once the path is known. It resolves all of them even if one
+// fails the flow, since what they request must not depend on that.
 func (m *maker) resolveOutputs(f *FlowPlan, rule *Rule, c *chooser) {
 	ready := 0
 	var fault error
@@ -405,7 +405,7 @@ func (m *maker) resolveOutputs(f *FlowPlan, rule *Rule, c *chooser) {
 	}
 }
 
-// peerNote says what of a veth's peer bounds what is sent to it, "" for nothing. l is nil while the
+// peerNote says how a veth's peer limits what is sent to it, "" if it does not. l is nil while the
 // interface is not known.
 func peerNote(l *network.Link) string {
 	switch {
@@ -423,8 +423,8 @@ func ownAddress(o *rules.Output) error {
 	return fmt.Errorf("output %s: %s is an address of this host: want another host's, or a multicast group", o, o.Address)
 }
 
-// resolveOutput fills in what depends on the interface, and returns why the output cannot send
-// yet; "" when it can.
+// resolveOutput fills in the fields that depend on the interface, and returns why the output cannot
+// send yet; "" if it can.
 func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, l *network.Link, c *chooser) string {
 	switch {
 	case l == nil:
@@ -452,8 +452,8 @@ func (m *maker) resolveOutput(o *rules.Output, s *OutputPlan, out *flow.Output, 
 	}
 }
 
-// resolveHop fills in the link-layer address of a unicast output's next hop, or says in s why
-// there is none. The error is why there can be none.
+// resolveHop fills in the link-layer address of a unicast output's next hop, or sets in s why it is
+// missing. The error is why there can be none.
 func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *network.Link) error {
 	s.Hop = &network.HopKey{Link: l.LinkID, Dst: o.Address}
 	hop := m.net.Hop(*s.Hop)
@@ -481,7 +481,7 @@ func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *
 	return nil
 }
 
-// whyNoNeighbour says why the neighbour of a way has no link-layer address; "" when it has one.
+// whyNoNeighbour says why the neighbour of a next hop has no link-layer address; "" if it has one.
 func (m *maker) whyNoNeighbour(hop network.Hop, o *rules.Output, l *network.Link) string {
 	who := neighbourText(hop, o)
 	switch err := m.answers.Neighbours[network.NeighbourKey{Index: l.Index, Addr: hop.Via}]; {

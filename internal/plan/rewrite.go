@@ -9,7 +9,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// RewriteText says in words what an output makes of a packet.
+// RewriteText describes an output's rewriting of a packet in words.
 func RewriteText(o *flow.Output, k Packet) string {
 	parts := []string{"to " + destinationText(o, k)}
 	if o.DstMAC == packet.BroadcastMAC {
@@ -65,7 +65,7 @@ func tagText(o *flow.Output) (parts []string) {
 	return parts
 }
 
-// destinationText is the address and port that a copy of a packet goes to.
+// destinationText is the destination address and port of a copy.
 func destinationText(o *flow.Output, k Packet) string {
 	dst := o.Dst
 	if o.DstLen != 0 {
@@ -85,7 +85,7 @@ func destinationText(o *flow.Output, k Packet) string {
 	}
 }
 
-// merge is the first bits of prefix, and behind them those of addr.
+// merge joins the prefix bits of prefix with the remaining bits of addr.
 func merge(prefix, addr netip.Addr, bits int) netip.Addr {
 	p, a := prefix.AsSlice(), addr.AsSlice()
 	if len(p) != len(a) {

@@ -11,13 +11,14 @@ import (
 
 // slot is one output of a flow before it is resolved: an output of the rule on one interface.
 type slot struct {
-	out    int // number of the output in the rule
+	out    int // index of the output in the rule
 	ifname string
 	link   *network.Link // nil while it is absent
 }
 
-// slotsOf expands the outputs of a rule that takes packets in on a link: a pattern into one slot for
-// each link, by name. The reason says what was left out that somebody may miss. The slots are valid until the next call.
+// slotsOf expands the outputs of a rule with packets from an input link: a pattern into one slot
+// for each link, by name. The reason names omitted outputs that a user may miss. The slots are
+// valid until the next call.
 func (m *maker) slotsOf(rule *rules.Rule, in *network.Link) (slots []slot, reason string) {
 	slots = m.scratch[:0]
 	for number := range rule.Out {
@@ -54,8 +55,8 @@ func (m *maker) slotsOf(rule *rules.Rule, in *network.Link) (slots []slot, reaso
 	return slots, reason
 }
 
-// sameOutput is the output before o that sends the same on the same link, which it knows by
-// another name; -1 when there is none.
+// sameOutput is an earlier output that sends the same on the same link under another name; -1 if
+// there is none.
 func sameOutput(rule *rules.Rule, slots []slot, s slot, o *rules.Output) int {
 	for i := range slots {
 		p := &rule.Out[slots[i].out]
@@ -74,8 +75,8 @@ func sameWrittenTags(a, b *rules.Output) bool {
 	return a.Policy.VLAN == b.Policy.VLAN && a.Policy.VLANTags == b.Policy.VLANTags
 }
 
-// namedElsewhere says whether another output of the rule that sends the same stands for a link: by
-// one of its names, or by a longer pattern.
+// namedElsewhere says whether another output of the rule that sends the same covers a link: by one
+// of its names, or by a longer pattern.
 func (m *maker) namedElsewhere(rule *rules.Rule, number int, l *network.Link) bool {
 	o := &rule.Out[number]
 	for other := range rule.Out {
@@ -96,8 +97,8 @@ func (m *maker) namedElsewhere(rule *rules.Rule, number int, l *network.Link) bo
 	return false
 }
 
-// feeds says whether an output on the input's own link could send what the input takes, were
-// it to come back.
+// feeds says whether an output on the input's own link could send packets that the input takes, if
+// they came back.
 func feeds(rule *rules.Rule, o *rules.Output, in *network.Link) bool {
 	return !rule.Accept.AllowLoop && sameAddresses(rule.In, o) && samePorts(rule.In, o) && sameTags(rule.In, o) && sameSource(rule.In, o, in)
 }
@@ -115,7 +116,7 @@ func samePorts(in rules.Input, o *rules.Output) bool {
 	case in.Port == 0 || o.PortMode == rules.PortKeep:
 		return true
 	case o.PortMode == rules.PortAdd || in.PortTo != 0:
-		return o.PortsMeet(in) // one port, and another, or ranges that may meet
+		return o.PortsMeet(in) // a port and another, or ranges that may overlap
 	default:
 		return o.Port == in.Port
 	}
@@ -146,8 +147,8 @@ func sameSource(in rules.Input, o *rules.Output, l *network.Link) bool {
 	}
 }
 
-// sourceTo is the address that an output with src=iface is sent from on a link: to an IPv6 group of
-// the link, the link's own (RFC 6724 section 5, rule 2), or else the link's first.
+// sourceTo is the source address of an output with src=iface on a link: for an IPv6 link-local
+// group the link's own (RFC 6724 section 5, rule 2), otherwise the link's first.
 func sourceTo(l *network.Link, dst netip.Addr) (netip.Addr, bool) {
 	if dst.Is6() && rules.LinkScope(dst) {
 		for _, a := range l.Addrs {

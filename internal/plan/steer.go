@@ -9,9 +9,9 @@ import (
 // Steering says when packets of the fanout path are spread over the workers' CPUs.
 type Steering uint8
 
-// The choices. Auto does so on network cards in native XDP mode that have fewer receive
-// queues than there are workers. A device without hardware receives on its sender's CPU,
-// and its frames may lack the checksum, which is lost on the way to another CPU.
+// The choices. Auto steers on network cards in native XDP mode that have fewer receive queues than
+// there are workers. A device without hardware already receives on its sender's CPU, and its frames
+// may lack the checksum, a flag that is lost on the way to another CPU.
 const (
 	SteerAuto Steering = iota
 	SteerOn            // on every interface in native mode with too few queues
@@ -29,7 +29,7 @@ func (s Steering) String() string {
 	}
 }
 
-// ParseSteering reads what String writes.
+// ParseSteering parses the output of String.
 func ParseSteering(s string) (Steering, error) {
 	for _, choice := range []Steering{SteerAuto, SteerOn, SteerOff} {
 		if s == choice.String() {
