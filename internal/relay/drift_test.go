@@ -627,7 +627,8 @@ func TestDescriptorsRunOut(t *testing.T) {
 	if inForce, err := reader.Rules(); err != nil || len(inForce) != count {
 		t.Errorf("%d rules are in force, %v", len(inForce), err)
 	}
-	if took := time.Since(started); took > 10*time.Second {
+	// It took more than a minute and a half on an idle machine when joins came first.
+	if took := time.Since(started); took > time.Minute {
 		t.Errorf("the API took %v", took)
 	}
 	if lines := strings.Count(p.log.String(), "\n"); lines > 100 {
