@@ -12,57 +12,57 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Device is what a link's driver, and the parts of the kernel around it, say beyond a
-// Snapshot: how it receives, what it has lost, and who else handles its packets. The kernel
-// announces none of it; it is read when somebody asks.
+// Device is what a link's driver and the surrounding kernel report beyond a Snapshot: how it
+// receives, what it lost, and which other programs handle its packets. The kernel sends no
+// notifications about it; it is read on request.
 type Device struct {
-	Driver string // such as "ice"; empty where the driver does not say
+	Driver string // such as "ice"; empty if the driver does not report one
 	Bus    string // of a device on a bus, such as 0000:17:00.0
 
 	// Promiscuous and AllMulticast: the device filters nothing, or no multicast addresses.
 	Promiscuous, AllMulticast bool
 
-	// Features are those that are on, by the names of ethtool -k.
+	// Features are the enabled features, by the names of ethtool -k.
 	Features map[string]bool
-	// RxRing and RxRingMax are the descriptors of a receive ring and how many there can be; 0
-	// where the driver does not say.
+	// RxRing and RxRingMax are the current and maximum descriptors of a receive ring; 0 if the
+	// driver does not report them.
 	RxRing, RxRingMax int
 	Counters          Counters
 	// Statistics are the driver's own counters, by the names of ethtool -S.
 	Statistics map[string]uint64
-	// Programs are those of traffic control: BPF programs of links and of filters, and other
-	// filters and qdiscs that may take or change packets.
+	// Programs are those of traffic control: BPF programs of links and filters, and other filters
+	// and qdiscs that may take or modify packets.
 	Programs []Program
-	// Bridge is of a bridge, nil for other links.
+	// Bridge is set for a bridge, nil for other links.
 	Bridge *Bridge
 }
 
 // Counters are those that every link has (struct rtnl_link_stats64).
 type Counters struct {
 	RxPackets, TxPackets, Multicast uint64
-	// RxDropped had no memory or no reader, RxMissed and RxFifo no room in the device's
-	// ring; TxDropped was given up before the wire.
+	// RxDropped lacked memory or a reader, RxMissed and RxFifo room in the device's ring; TxDropped
+	// was dropped before the wire.
 	RxDropped, RxMissed, RxFifo, RxErrors, TxDropped, TxErrors uint64
 }
 
 // Program is a program or filter of traffic control on a link.
 type Program struct {
-	Ingress bool   // else egress
+	Ingress bool   // otherwise egress
 	Kind    string // "tcx", or the filter's: "bpf", "u32", "flower"
 	ID      uint32 // of a BPF program; 0 for others
 	Name    string
 }
 
-// Bridge is how a bridge treats groups.
+// Bridge is how a bridge handles groups.
 type Bridge struct {
-	// Snooping: groups go to those ports alone that asked for them.
+	// Snooping: groups go only to ports with members.
 	Snooping bool
-	// Querier: the bridge itself asks, and Heard: somebody else does in IPv4.
+	// Querier: the bridge itself sends queries; Heard: another IPv4 querier was heard.
 	Querier, Heard bool
 }
 
-// ReadDevice asks about a link, in the network namespace of the calling thread. What a driver
-// does not tell stays zero. Errors to match: unix.ENODEV.
+// ReadDevice reads a link, in the network namespace of the calling thread. Values that a driver
+// does not report stay zero. Errors to match: unix.ENODEV.
 func ReadDevice(l *Link) (d Device, err error) {
 	if err := d.readLink(l); err != nil {
 		return d, fmt.Errorf("device %s: %w", l.Name, err)
@@ -72,7 +72,7 @@ func ReadDevice(l *Link) (d Device, err error) {
 		return d, fmt.Errorf("ethtool socket: %w", err)
 	}
 	defer e.Close()
-	// Virtual devices answer few of these, or none: an error says just that.
+	// Virtual devices support few of these, or none; an error means just that.
 	if info, err := e.DriverInfo(l.Name); err == nil {
 		d.Driver, d.Bus = info.Driver, info.BusInfo
 	}
@@ -95,7 +95,7 @@ func ReadDevice(l *Link) (d Device, err error) {
 	return d, err
 }
 
-// readLink reads what rtnetlink tells.
+// readLink reads the rtnetlink attributes.
 func (d *Device) readLink(l *Link) error {
 	found, err := netlink.LinkByIndex(l.Index)
 	if err != nil {
@@ -125,8 +125,8 @@ func (d *Device) readLink(l *Link) error {
 	return errors.Join(err, c.close())
 }
 
-// readPrograms lists what traffic control runs on a link. The kernel's kinds of filters are
-// told apart by name alone.
+// readPrograms lists the programs of traffic control on a link. Filters of the kernel itself are
+// recognised by name only.
 func readPrograms(l *Link) (all []Program, err error) {
 	for _, side := range []struct {
 		ingress bool
@@ -135,7 +135,7 @@ func readPrograms(l *Link) (all []Program, err error) {
 	}{
 		{true, ebpf.AttachTCXIngress, netlink.HANDLE_MIN_INGRESS}, {false, ebpf.AttachTCXEgress, netlink.HANDLE_MIN_EGRESS},
 	} {
-		// EINVAL: no tcx before Linux 6.6; EPERM: for root alone.
+		// EINVAL: no tcx before Linux 6.6; EPERM: only root may
 		if found, err := link.QueryPrograms(link.QueryOptions{Target: l.Index, Attach: side.attach}); err == nil {
 			for _, p := range found.Programs {
 				all = append(all, Program{Ingress: side.ingress, Kind: "tcx", ID: uint32(p.ID), Name: programName(uint32(p.ID))})
@@ -156,7 +156,7 @@ func readPrograms(l *Link) (all []Program, err error) {
 	return all, nil
 }
 
-// programName is the name of a BPF program, empty where it cannot be read.
+// programName is the name of a BPF program, empty if it cannot be read.
 func programName(id uint32) string {
 	p, err := ebpf.NewProgramFromID(ebpf.ProgramID(id))
 	if err != nil {
@@ -170,13 +170,12 @@ func programName(id uint32) string {
 	return info.Name
 }
 
-// parseBridge reads what RTM_NEWLINK says of a bridge (enum IFLA_BR_* of linux/if_link.h).
+// parseBridge parses the bridge attributes of RTM_NEWLINK (enum IFLA_BR_* of linux/if_link.h).
 func parseBridge(data []byte) (b Bridge, ok bool) {
 	if len(data) < unix.SizeofIfInfomsg {
 		return b, false
 	}
-	// BRIDGE_QUERIER_IP_OTHER_TIMER of linux/if_bridge.h: there is a querier other than
-	// the bridge.
+	// BRIDGE_QUERIER_IP_OTHER_TIMER of linux/if_bridge.h: there is a querier other than the bridge.
 	const otherTimer = 3
 	sound, kind := true, ""
 	sound = attributes(data[unix.SizeofIfInfomsg:], func(t uint16, value []byte) {

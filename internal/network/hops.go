@@ -9,17 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errLinkGone is a hop's error when the life of its link is over.
+// errLinkGone is a hop's error when that generation of its link is gone.
 var errLinkGone = fmt.Errorf("the interface is gone: %w", unix.ENODEV)
 
-// hops are the ways to unicast destinations that were asked for.
+// hops are the requested next hops of unicast destinations.
 type hops struct {
 	ways       map[HopKey]*way
 	neighbours map[NeighbourKey]*neighbour
-	answers    map[HopKey]Hop // of the last snapshot, which has it
-	stale      bool           // asked for others since the last snapshot
-	// own are this host's addresses: its routes have only those of the interface that
-	// they are looked up by.
+	answers    map[HopKey]Hop // of the last snapshot, which shares it
+	stale      bool           // the requested hops changed since the last snapshot
+	// own are this host's addresses: routes looked up by an interface only contain those of that
+	// interface.
 	own map[netip.Addr]bool
 }
 
@@ -30,12 +30,12 @@ type way struct {
 	asked bool
 }
 
-// neighbour is an entry of the kernel's tables on a way.
+// neighbour is an entry of the kernel's neighbour tables on a way.
 type neighbour struct {
 	entry neighbourEntry
 	err   error
 	asked bool
-	// failed: it did not answer. While the kernel asks it again, that is still what is known.
+	// failed: it did not answer. This stays set while the kernel probes it again.
 	failed bool
 }
 
@@ -43,7 +43,7 @@ func newHops() hops {
 	return hops{ways: map[HopKey]*way{}, neighbours: map[NeighbourKey]*neighbour{}}
 }
 
-// ask sets what is asked for, and says whether it is anything else than before.
+// ask sets the requested hops, and returns whether they changed.
 func (h *hops) ask(keys []HopKey) bool {
 	ways := make(map[HopKey]*way, len(keys))
 	differ := false
@@ -61,7 +61,7 @@ func (h *hops) ask(keys []HopKey) bool {
 	return true
 }
 
-// neighbour returns the entry that frames on the way go to, if there is one.
+// neighbour returns the entry that frames on the way are sent to, if it exists.
 func (way *way) neighbour(key HopKey) (NeighbourKey, bool) {
 	if way.err != nil || way.route.kind != HopUnicast {
 		return NeighbourKey{}, false
@@ -72,8 +72,8 @@ func (way *way) neighbour(key HopKey) (NeighbourKey, bool) {
 	return NeighbourKey{key.Link.Index, key.Dst}, true
 }
 
-// readHops asks again for what unread says of hops, and says whether any is different. After it
-// nothing is left to do but routes whose time has not come.
+// readHops reads the hops marked in unread again, and returns whether any changed. Afterwards only
+// routes that are not due yet remain.
 func (w *Watcher) readHops(linksDiffer, retrying bool) (differ bool) {
 	h := &w.hops
 	left := w.routesLeft()
@@ -92,7 +92,7 @@ func (w *Watcher) readHops(linksDiffer, retrying bool) (differ bool) {
 	return differ
 }
 
-// routesLeft returns the changes of routes that are not to be looked at yet.
+// routesLeft returns the route changes that are not due yet.
 func (w *Watcher) routesLeft() (left news) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -109,10 +109,9 @@ func (w *Watcher) routesLeft() (left news) {
 	return news{routes: w.unread.routes, prefixes: w.unread.prefixes}
 }
 
-// readRoutes asks for the routes of ways that are new, whose link changed - the kernel
-// does not announce the IPv4 routes that it drops when a link goes down or loses an
-// address - and, unless they wait, of those that were announced. It says whether any is
-// different.
+// readRoutes requests the routes of ways that are new, whose link changed - the kernel does not
+// announce the IPv4 routes that it drops when a link goes down or loses an address - and, unless
+// they are not due yet, of announced changes. It returns whether any changed.
 func (w *Watcher) readRoutes(retrying, wait bool) (differ bool) {
 	n, began, announced := &w.unread, time.Now(), false
 	for key, way := range w.hops.ways {
@@ -140,7 +139,7 @@ func (w *Watcher) readRoutes(retrying, wait bool) (differ bool) {
 	return differ
 }
 
-// about says whether the routes of a destination were announced to have changed.
+// about says whether a route change was announced for a destination.
 func (n *news) about(dst netip.Addr) bool {
 	for p := range n.prefixes {
 		if p.Contains(dst) {
@@ -150,8 +149,8 @@ func (n *news) about(dst netip.Addr) bool {
 	return false
 }
 
-// followNeighbours settles which neighbours are on the ways, and listens for them before they
-// are read, so that no change is missed.
+// followNeighbours determines the neighbours on the ways, and subscribes to them before they are
+// read, so that no change is missed.
 func (w *Watcher) followNeighbours() {
 	neighbours, followed := map[NeighbourKey]*neighbour{}, map[NeighbourKey]bool{}
 	for key, way := range w.hops.ways {
@@ -171,7 +170,7 @@ func (w *Watcher) followNeighbours() {
 	w.of.neighbours = followed
 }
 
-// readNeighbours asks for the entries that are new or changed.
+// readNeighbours requests new and changed entries.
 func (w *Watcher) readNeighbours(retrying bool) {
 	n := &w.unread
 	for key, known := range w.hops.neighbours {
@@ -189,7 +188,7 @@ func (w *Watcher) readNeighbours(retrying bool) {
 	}
 }
 
-// answer composes the hops of the next snapshot, and says whether any is different.
+// answer composes the hops of the next snapshot, and returns whether any changed.
 func (h *hops) answer(links map[int]*Link) (differ bool) {
 	answers := make(map[HopKey]Hop, len(h.ways))
 	differ = len(h.ways) != len(h.answers)
@@ -229,7 +228,7 @@ func (h *hops) hop(key HopKey, way *way) Hop {
 	return hop
 }
 
-// ownAddrs returns the addresses of all links; nil when nobody asks for hops.
+// ownAddrs returns the addresses of all links; nil if no hops are requested.
 func (w *Watcher) ownAddrs() map[netip.Addr]bool {
 	if len(w.hops.ways) == 0 {
 		return nil
@@ -243,7 +242,7 @@ func (w *Watcher) ownAddrs() map[netip.Addr]bool {
 	return own
 }
 
-// compose makes a snapshot of what is known now.
+// compose makes a snapshot of the current state.
 func (w *Watcher) compose(linksDiffer bool) *Snapshot {
 	if !linksDiffer {
 		s := *w.last

@@ -11,22 +11,22 @@ import (
 	"xdpcast/internal/genl"
 )
 
-// kernel is what a Watcher asks. Tests inject faults here.
+// kernel is the kernel interface of a Watcher. Tests inject faults here.
 type kernel interface {
 	// links lists all links, without addresses, features and queues.
 	links() (map[int]*Link, error)
-	// link reads one; nil when there is none.
+	// link reads one link; nil if it does not exist.
 	link(index int) (*Link, error)
-	// peerMTU reads the MTU of a link in another network namespace; 0 when there is none.
+	// peerMTU reads the MTU of a link in another network namespace; 0 if it does not exist.
 	peerMTU(netns int32, index int) (int, error)
-	// addrs lists usable addresses, of all links where index is 0.
+	// addrs lists usable addresses, of all links if index is 0.
 	addrs(index int) (map[int][]netip.Addr, error)
 	features(index int) (map[int]Features, error)
-	// queues lists receive queues: nil on a kernel that does not tell; of all links, those
-	// whose driver lacks the operation have no entry.
+	// queues lists receive queues: nil if the kernel cannot report them; in a list of all links,
+	// those whose driver lacks the operation have no entry.
 	queues(index int) (map[int]int, error)
 	route(key HopKey) (foundRoute, error)
-	// neighbour reads an entry, the zero one where there is none.
+	// neighbour reads an entry, the zero one if it does not exist.
 	neighbour(key NeighbourKey) (neighbourEntry, error)
 	close() error
 }
@@ -34,8 +34,8 @@ type kernel interface {
 // limitedBroadcast is 255.255.255.255 (RFC 919).
 var limitedBroadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// families are the generic netlink families of the running kernel; the zero Family for one
-// that it has not.
+// families are the generic netlink families of the running kernel; the zero Family if the kernel
+// lacks one.
 type families struct{ ethtool, netdev genl.Family }
 
 func findFamilies() (f families, err error) {
@@ -51,7 +51,7 @@ func findFamilies() (f families, err error) {
 	return f, nil
 }
 
-// sockets is the running kernel.
+// sockets is the kernel interface of the running kernel.
 type sockets struct {
 	families
 	rtnl    *conn
@@ -71,7 +71,7 @@ func openKernel(f families) (_ kernel, err error) {
 
 func (s *sockets) close() error { return errors.Join(s.rtnl.close(), s.generic.close()) }
 
-// linkRequest asks for a link, or with index 0 all, without their counters.
+// linkRequest requests a link, or with index 0 all, without their counters.
 func linkRequest(index int) []byte {
 	body := make([]byte, unix.SizeofIfInfomsg)
 	binary.NativeEndian.PutUint32(body[4:], uint32(index))
@@ -135,7 +135,7 @@ func (s *sockets) addrs(index int) (all map[int][]netip.Addr, err error) {
 	return all, err
 }
 
-// about asks a command of a family about one interface or, with index 0, all.
+// about sends a command of a family for one interface or, with index 0, all.
 func (s *sockets) about(index int, family uint16, command, version uint8, attr []byte, each func(data []byte)) error {
 	body := append([]byte{command, version, 0, 0}, attr...)
 	if index != 0 {
@@ -183,7 +183,7 @@ func (s *sockets) queues(index int) (map[int]int, error) {
 	})
 	switch {
 	case index != 0 && errors.Is(err, unix.EOPNOTSUPP):
-		all[index] = 1 // a driver without the operation has one each way
+		all[index] = 1 // a driver without the operation has one queue each way
 	case index != 0 && errors.Is(err, unix.ENODEV): // gone, or asleep
 	case err != nil:
 		return nil, fmt.Errorf("read queues: %w", err)
@@ -191,12 +191,11 @@ func (s *sockets) queues(index int) (map[int]int, error) {
 	return all, nil
 }
 
-// route asks for the entry of the routing table (RTM_F_FIB_MATCH) by the output's interface,
-// whatever other interface the host itself would take: without one, IPv4 takes any
-// destination to be on the link.
+// route requests the entry of the routing table (RTM_F_FIB_MATCH) by the output's interface, even
+// if the host itself would use another: without a route, IPv4 treats any destination as on-link.
 func (s *sockets) route(key HopKey) (foundRoute, error) {
 	if key.Dst == limitedBroadcast {
-		return foundRoute{kind: HopBroadcast}, nil // no table has it
+		return foundRoute{kind: HopBroadcast}, nil // no routing table has it
 	}
 	r, err := s.lookUp(key, unix.RTM_F_FIB_MATCH)
 	if err == nil && r.object {
@@ -204,7 +203,7 @@ func (s *sockets) route(key HopKey) (foundRoute, error) {
 	}
 	switch {
 	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENODEV),
-		// Routes of the types prohibit, blackhole and throw answer so.
+		// Routes of the types prohibit, blackhole and throw return these errors.
 		errors.Is(err, unix.EACCES), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EAGAIN):
 		return foundRoute{kind: HopNone}, nil
 	case err != nil:
@@ -237,7 +236,7 @@ func (s *sockets) neighbour(key NeighbourKey) (neighbourEntry, error) {
 
 // neighbourRequest is struct ndmsg and the address.
 func neighbourRequest(key NeighbourKey, flags byte) []byte {
-	family := byte(unix.AF_UNSPEC) // of a list: all
+	family := byte(unix.AF_UNSPEC) // for a list: all
 	switch {
 	case key.Addr.Is4():
 		family = unix.AF_INET
@@ -246,14 +245,14 @@ func neighbourRequest(key NeighbourKey, flags byte) []byte {
 	}
 	body := []byte{family, 0, 0, 0}
 	body = binary.NativeEndian.AppendUint32(body, uint32(key.Index))
-	body = append(body, 0, 0, flags, 0) // no state: that of the entry is kept
+	body = append(body, 0, 0, flags, 0) // no state: the entry keeps its own
 	if key.Addr.IsValid() {
 		body = appendAttribute(body, ndaDst, key.Addr.AsSlice())
 	}
 	return body
 }
 
-// readNeighbour reads one entry; the zero one where there is none.
+// readNeighbour reads one entry; the zero one if it does not exist.
 func readNeighbour(c *conn, key NeighbourKey) (found neighbourEntry, err error) {
 	err = c.ask(unix.RTM_GETNEIGH, 0, neighbourRequest(key, 0), func(data []byte) {
 		if e, ok := parseNeighbour(data); ok && e.NeighbourKey == key {

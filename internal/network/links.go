@@ -5,12 +5,12 @@ import (
 	"slices"
 )
 
-// fewLinks is the number of links that are read one by one rather than in a list of all, of
-// which an eighth may be more.
+// fewLinks is the number of links up to which they are read one by one rather than in a list of
+// all; more are allowed up to an eighth of all links.
 const fewLinks = 64
 
-// readLinks reads again what unread says of links, and says whether any is different. On an error
-// nothing is.
+// readLinks reads the links marked in unread again, and returns whether any changed. On an error
+// nothing changes.
 func (w *Watcher) readLinks() (differ bool, err error) {
 	n := &w.unread
 	w.addUppers()
@@ -43,8 +43,8 @@ func (w *Watcher) readLinks() (differ bool, err error) {
 	return differ, nil
 }
 
-// addUppers adds to unread the links that are made upon one that comes or goes. The kernel does
-// not announce that a lower link has left for another namespace, or is back.
+// addUppers adds to unread the links stacked on one that appears or disappears. The kernel does not
+// announce that a lower link left for another namespace, or came back.
 func (w *Watcher) addUppers() {
 	came := false
 	for index := range w.unread.links {
@@ -63,8 +63,8 @@ func (w *Watcher) addUppers() {
 	}
 }
 
-// replace takes a link as it is now, nil when it is gone, for what was known of its index, and
-// says whether anything is different.
+// replace stores the current description of an index, nil if the link is gone, and returns whether
+// anything changed.
 func (w *Watcher) replace(index int, l *Link) bool {
 	old := w.links[index]
 	switch {
@@ -87,8 +87,9 @@ func (w *Watcher) replace(index int, l *Link) bool {
 	return true
 }
 
-// pairVeths tells the peers in this network namespace what has been read of some veths, and says
-// whether any is different: nothing announces that a peer has another MTU, or is back here.
+// pairVeths passes the MTUs of newly read veths to their peers in this network namespace, and
+// returns whether any changed: nothing announces that a peer's MTU changed, or that it came back
+// here.
 func (w *Watcher) pairVeths(fresh map[int]*Link) (differ bool) {
 	for _, l := range fresh {
 		if l == nil || l.peer == 0 || l.peerNetns != ownNetns {
@@ -105,10 +106,11 @@ func (w *Watcher) pairVeths(fresh map[int]*Link) (differ bool) {
 	return differ
 }
 
-// bond is the kind of a link that sends redirected frames by its ports.
+// bond is the kind of a link that sends redirected frames through its ports.
 const bond = "bond"
 
-// boundBonds gives each bond the least MTU of its ports' peers, and says whether any is different.
+// boundBonds sets each bond's peer MTU to the smallest of its ports' peers, and returns whether any
+// changed.
 func (w *Watcher) boundBonds() (differ bool) {
 	least := map[int]int{}
 	for _, l := range w.links {
@@ -126,8 +128,8 @@ func (w *Watcher) boundBonds() (differ bool) {
 	return differ
 }
 
-// readPeers reads the MTUs of the peers of those of links that are veths. What is not among them
-// has not changed.
+// readPeers reads the MTUs of the peers of the veths among links. Links missing from it have not
+// changed.
 func (w *Watcher) readPeers(links map[int]*Link) {
 	for _, l := range links {
 		switch {
@@ -149,7 +151,7 @@ func (w *Watcher) readPeers(links map[int]*Link) {
 	}
 }
 
-// readEveryLink reads all links, each list once.
+// readEveryLink reads all links, with one request per list.
 func (w *Watcher) readEveryLink() (map[int]*Link, error) {
 	all, err := w.kernel.links()
 	if err != nil {
@@ -170,10 +172,10 @@ func (w *Watcher) readEveryLink() (map[int]*Link, error) {
 		case ok:
 			l.Queues = n
 		case err != nil:
-			// A list ends at the first device that is asleep: ask one by one.
+			// A list ends at the first suspended device: request them one by one.
 			w.readQueues(l)
 		case queues != nil:
-			l.Queues = 1 // a driver without the operation has one each way
+			l.Queues = 1 // a driver without the operation has one queue each way
 		}
 	}
 	w.readPeers(all)
@@ -207,8 +209,7 @@ func (w *Watcher) readSomeLinks() (map[int]*Link, error) {
 	return some, nil
 }
 
-// readQueues asks for the queues of one link. They stay unknown where the driver gives no
-// answer.
+// readQueues requests the queues of one link. They stay unknown if the driver gives no answer.
 func (w *Watcher) readQueues(l *Link) {
 	queues, err := w.kernel.queues(l.Index)
 	if err != nil {

@@ -14,30 +14,29 @@ import (
 	"xdpcast/internal/genl"
 )
 
-// news is what the kernel has announced. It says only what to ask the kernel again, so that
-// an answer is never older than its question, and announcements that were lost cost no more
-// than a look at everything.
+// news are the kernel's notifications. They only say what to read again, so an answer is never
+// older than its question, and lost notifications cost no more than reading everything.
 type news struct {
 	links map[int]bool // indexes: the link, its addresses, features or queues
-	gone  map[int]bool // indexes whose link was deleted: another has it since, or none
+	gone  map[int]bool // indexes whose link was deleted: now used by another link, or none
 	all   bool         // every link
 	// reborn: deletions may have been missed.
 	reborn bool
 
-	prefixes   map[netip.Prefix]bool // destinations whose routes are others
+	prefixes   map[netip.Prefix]bool // destinations whose routes changed
 	routes     bool                  // all routes
 	neighbours map[NeighbourKey]bool
 	tables     bool // all neighbours
 }
 
-// empty says whether there is nothing to look at.
+// empty says whether nothing needs to be read.
 func (n *news) empty() bool {
 	return len(n.links) == 0 && !n.all && !n.routesChanged() && len(n.neighbours) == 0 && !n.tables
 }
 
 func (n *news) routesChanged() bool { return n.routes || len(n.prefixes) > 0 }
 
-// link notes that something about a link may have changed.
+// link marks a link as possibly changed.
 func (n *news) link(index int) {
 	if n.links == nil {
 		n.links = map[int]bool{}
@@ -45,7 +44,7 @@ func (n *news) link(index int) {
 	n.links[index] = true
 }
 
-// add joins more news to what is known.
+// add merges more news.
 func (n *news) add(more news) {
 	n.links = union(n.links, more.links)
 	n.gone = union(n.gone, more.gone)
@@ -63,10 +62,10 @@ func union[K comparable](a, b map[K]bool) map[K]bool {
 	return a
 }
 
-// manyPrefixes is the number of changed prefixes from which all routes are asked for again.
+// manyPrefixes is the number of changed prefixes from which all routes are read again.
 const manyPrefixes = 256
 
-// interests is what of routes and neighbours matters.
+// interests are the routes and neighbours that matter.
 type interests struct {
 	dsts       []netip.Addr // sorted
 	neighbours map[NeighbourKey]bool
@@ -78,14 +77,14 @@ func (i *interests) routed(p netip.Prefix) bool {
 	return found || at < len(i.dsts) && p.Contains(i.dsts[at])
 }
 
-// hearLink takes up an announcement of links and addresses.
+// hearLink handles a notification about links and addresses.
 func (n *news) hearLink(m message) {
 	family, index, ok := parseIndex(m.data)
 	switch {
 	case !ok:
 		n.all = true
 	case m.kind == unix.RTM_DELLINK && family == unix.AF_UNSPEC:
-		// Those of AF_BRIDGE say that the link has left its bridge.
+		// Those of AF_BRIDGE say that the link left its bridge.
 		if n.gone == nil {
 			n.gone = map[int]bool{}
 		}
@@ -96,7 +95,7 @@ func (n *news) hearLink(m message) {
 	}
 }
 
-// hearWay takes up an announcement of routes, rules, nexthop objects and neighbours.
+// hearWay handles a notification about routes, rules, nexthop objects and neighbours.
 func (n *news) hearWay(m message, of *interests) {
 	switch m.kind {
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
@@ -123,15 +122,14 @@ func (n *news) hearWay(m message, of *interests) {
 	}
 }
 
-// hearFeatures takes up an announcement of the netdev family.
+// hearFeatures handles a notification of the netdev family.
 func (n *news) hearFeatures(m message) {
 	if index, _, ok := parseFeatures(m.data); ok {
 		n.link(index)
 	}
 }
 
-// hearQueues takes up an announcement of the ethtool family, of whose many only those of
-// queues matter.
+// hearQueues handles a notification of the ethtool family; only those about queues matter.
 func (n *news) hearQueues(m message) {
 	if len(m.data) < genl.HeaderLen || m.data[0] != unix.ETHTOOL_MSG_CHANNELS_NTF {
 		return
@@ -141,18 +139,18 @@ func (n *news) hearQueues(m message) {
 	}
 }
 
-// listener is a socket that announcements arrive on. Each kind has a socket of its own, so that
-// a table of routes that changes all the time overflows nothing but its own.
+// listener is a socket that receives notifications. Each kind has its own socket, so that a
+// constantly changing routing table overflows only its own.
 type listener struct {
 	socket *os.File
 	raw    syscall.RawConn
 	buf    []byte
-	hear   func(m message) // with the watcher's lock
-	lost   func()          // the same; announcements were dropped
+	hear   func(m message) // called with the watcher's lock
+	lost   func()          // the same; notifications were dropped
 }
 
-// receiveBuffer is the room for announcements: about a thousand links that come or
-// go at once are 4 MiB. It is used only while they are not read.
+// receiveBuffer is the space for notifications: 4 MiB hold those of about a thousand links that
+// appear or disappear at once. It is used only while they are unread.
 const receiveBuffer = 16 << 20
 
 // listen opens a socket on multicast groups. The caller must close it.
@@ -162,7 +160,7 @@ func listen(protocol, room int, groups ...uint32) (*listener, error) {
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room) != nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, room) // what net.core.rmem_max lets be
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, room) // limited by net.core.rmem_max
 	}
 	err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
 	for _, group := range groups {
@@ -188,7 +186,7 @@ func join(fd int, group uint32, on bool) error {
 	return unix.SetsockoptInt(fd, unix.SOL_NETLINK, option, int(group))
 }
 
-// drain takes up all that has arrived. The watcher's lock is held.
+// drain handles everything that has arrived. The watcher's lock is held.
 func (l *listener) drain(fd int) {
 	for {
 		n, from, err := unix.Recvfrom(fd, l.buf, unix.MSG_DONTWAIT|unix.MSG_TRUNC)
@@ -196,13 +194,13 @@ func (l *listener) drain(fd int) {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case errors.Is(err, unix.ENOBUFS):
-			l.lost() // what is left in the socket follows
+			l.lost() // the rest of the socket follows
 			continue
 		case err != nil:
-			return // nothing left, or closed
+			return // empty, or closed
 		}
 		if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
-			continue // not the kernel
+			continue // not from the kernel
 		}
 		if n > len(l.buf) {
 			l.lost()

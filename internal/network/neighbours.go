@@ -7,28 +7,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// protocolOurs marks the neighbour entries that the relay made, so that a later process
-// knows them again. The kernel hands such numbers on unread; iproute2 shows it as "proto 120"
-// (/etc/iproute2/rt_protos has nothing there).
+// protocolOurs marks the relay's neighbour entries, so that a later process recognises them. The
+// kernel does not interpret such numbers; iproute2 shows "proto 120" (/etc/iproute2/rt_protos does
+// not assign it).
 const protocolOurs = 120
 
-// Neighbour is an entry that the relay made.
+// Neighbour is an entry made by the relay.
 type Neighbour struct {
 	NeighbourKey
 	// Managed: the kernel keeps it resolved.
 	Managed bool
-	// Static: somebody has made it permanent since. It is theirs now, and Forget
-	// leaves it.
+	// Static: another program has made it permanent since. It is no longer ours, and Forget leaves
+	// it.
 	Static bool
 }
 
-// Neighbours makes and removes entries of the kernel's neighbour tables, which keep next
-// hops resolved although no packet of the host's own goes there. Its methods may be called
-// from any goroutine.
+// Neighbours creates and removes entries of the kernel's neighbour tables, which keep next hops
+// resolved even if the host itself sends no packets there. Its methods may be called from any
+// goroutine.
 type Neighbours struct{ conn *conn }
 
-// OpenNeighbours opens the tables of the calling thread's network namespace. The caller
-// must Close them.
+// OpenNeighbours opens the tables of the calling thread's network namespace. The caller must Close
+// them.
 func OpenNeighbours() (*Neighbours, error) {
 	c, err := dial(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -40,7 +40,7 @@ func OpenNeighbours() (*Neighbours, error) {
 // Close closes the socket. The entries stay.
 func (n *Neighbours) Close() error { return n.conn.close() }
 
-// Observe lists the entries that the relay made: this process or an earlier one.
+// Observe lists the relay's entries: of this process or an earlier one.
 func (n *Neighbours) Observe() (all []Neighbour, err error) {
 	err = readAll("neighbours", func() error {
 		all = nil
@@ -53,17 +53,16 @@ func (n *Neighbours) Observe() (all []Neighbour, err error) {
 	return all, err
 }
 
-// Manage has the kernel resolve a neighbour and keep it resolved (NTF_EXT_MANAGED,
-// Linux 5.16), unless somebody has already seen to that: permanent entries, and those managed
-// for others, stay as they are. It may be called again. Errors to match: unix.ENOBUFS when
-// the table is full, unix.ENODEV, unix.ENETDOWN.
+// Manage makes the kernel resolve a neighbour and keep it resolved (NTF_EXT_MANAGED, Linux 5.16),
+// unless another program already does: permanent entries, and those managed by others, are
+// unchanged. It is idempotent. Errors to match: unix.ENOBUFS if the table is full, unix.ENODEV,
+// unix.ENETDOWN.
 func (n *Neighbours) Manage(key NeighbourKey) error {
 	e, err := readNeighbour(n.conn, key)
 	if err != nil || e.managed || e.static() {
 		return err
 	}
-	// An entry that is there keeps its state. NTF_EXT_LEARNED keeps it out of the
-	// collection of garbage.
+	// An existing entry keeps its state. NTF_EXT_LEARNED exempts it from garbage collection.
 	body := neighbourRequest(key, ntfExtLearned)
 	body = appendUint32(body, ndaFlagsExt, ntfExtManaged)
 	body = appendAttribute(body, ndaProtocol, []byte{protocolOurs})
@@ -73,7 +72,8 @@ func (n *Neighbours) Manage(key NeighbourKey) error {
 	return nil
 }
 
-// Forget removes an entry that the relay made. One that is gone or somebody else's is none.
+// Forget removes an entry made by the relay. It ignores entries that are gone or belong to another
+// program.
 func (n *Neighbours) Forget(key NeighbourKey) error {
 	e, err := readNeighbour(n.conn, key)
 	if err != nil || !e.ours() || e.static() {

@@ -9,21 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errInterrupted: a list changed while the kernel wrote it (NLM_F_DUMP_INTR). What it lacks
-// would look as if it were gone.
+// errInterrupted: a list changed while the kernel wrote it (NLM_F_DUMP_INTR). Missing entries would
+// look as if they were gone.
 var errInterrupted = errors.New("the list changed while it was read")
 
-// dumps is how often a list that changes while it is read is read again.
+// dumps is how often a list is read again that changes while it is read.
 const dumps = 10
 
-// readAll calls read until the kernel has not interrupted it.
+// readAll calls read until the kernel does not interrupt it.
 func readAll(what string, read func() error) error {
 	for try := 1; ; try++ {
 		err := read()
 		if err == nil {
 			return nil
 		}
-		// EBUSY: the answers to an abandoned list are still on their way.
+		// EBUSY: the answers to an abandoned list are still pending.
 		if try == dumps || !errors.Is(err, errInterrupted) && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("list %s: %w", what, err)
 		}
@@ -37,7 +37,7 @@ type message struct {
 	data        []byte
 }
 
-// nextMessage takes the first message off b. ok is false when b does not begin with a whole one.
+// nextMessage splits the first message off b. ok is false if b does not begin with a whole one.
 func nextMessage(b []byte) (m message, rest []byte, ok bool) {
 	if len(b) < unix.SizeofNlMsghdr {
 		return m, nil, false
@@ -56,8 +56,8 @@ func nextMessage(b []byte) (m message, rest []byte, ok bool) {
 // align is NLMSG_ALIGN and RTA_ALIGN.
 func align(n int) int { return (n + 3) &^ 3 }
 
-// attributes calls each for the attributes in b, without the flags in their types. It
-// says whether b holds whole attributes and nothing else.
+// attributes calls each for the attributes in b, without the flags in their types. It returns
+// whether b consists of whole attributes.
 func attributes(b []byte, each func(kind uint16, value []byte)) bool {
 	for len(b) >= unix.SizeofRtAttr {
 		size := int(binary.NativeEndian.Uint16(b))
@@ -70,7 +70,7 @@ func attributes(b []byte, each func(kind uint16, value []byte)) bool {
 	return len(b) == 0
 }
 
-// appendAttribute writes an attribute.
+// appendAttribute appends an attribute.
 func appendAttribute(b []byte, kind uint16, value []byte) []byte {
 	b = binary.NativeEndian.AppendUint16(b, uint16(unix.SizeofRtAttr+len(value)))
 	b = binary.NativeEndian.AppendUint16(b, kind)
@@ -92,11 +92,11 @@ func uint32Of(value []byte) uint32 {
 	return binary.NativeEndian.Uint32(value)
 }
 
-// receiveSize holds what the kernel puts into one read: up to 32 KiB of a list.
+// receiveSize fits the kernel's largest read: up to 32 KiB of a list.
 const receiveSize = 64 << 10
 
-// conn asks the kernel, in the network namespace of the thread that opened it. Its methods
-// may be called from any goroutine.
+// conn sends requests to the kernel, in the network namespace of the thread that opened it. Its
+// methods may be called from any goroutine.
 type conn struct {
 	mu  sync.Mutex
 	fd  int
@@ -112,9 +112,9 @@ func dial(protocol int) (_ *conn, err error) {
 	}
 	if err := errors.Join(
 		unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}),
-		// Filters of lists are heeded only so.
+		// Needed for filters of lists.
 		unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1),
-		// The kernel answers before sendto returns; this is for one that does not.
+		// The kernel answers before sendto returns; this is for a kernel that does not.
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 30}),
 	); err != nil {
 		return nil, errors.Join(fmt.Errorf("set up netlink socket: %w", err), unix.Close(fd))
@@ -124,9 +124,9 @@ func dial(protocol int) (_ *conn, err error) {
 
 func (c *conn) close() error { return unix.Close(c.fd) }
 
-// ask sends a request and calls each with the body of every answer, which is valid during
-// the call alone. flags are without NLM_F_REQUEST: NLM_F_DUMP for a list, NLM_F_ACK
-// where no answer but an acknowledgement is due. Errors to match: the kernel's, and errInterrupted.
+// ask sends a request and calls each with the body of every answer, which is valid only during the
+// call. flags are without NLM_F_REQUEST: NLM_F_DUMP for a list, NLM_F_ACK if only an
+// acknowledgement is expected. Errors to match: the kernel's, and errInterrupted.
 func (c *conn) ask(kind, flags uint16, body []byte, each func(data []byte)) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -181,7 +181,7 @@ type answers struct {
 	done, interrupted bool
 }
 
-// read takes up what one read has brought.
+// read handles the result of one read.
 func (a *answers) read(b []byte) error {
 	for len(b) > 0 && !a.done {
 		m, rest, ok := nextMessage(b)
@@ -190,7 +190,7 @@ func (a *answers) read(b []byte) error {
 		}
 		b = rest
 		if m.seq != a.seq {
-			continue // to an earlier request, which was given up
+			continue // to an earlier, abandoned request
 		}
 		a.interrupted = a.interrupted || m.flags&unix.NLM_F_DUMP_INTR != 0
 		switch m.kind {

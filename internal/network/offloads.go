@@ -11,12 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TagFeatures are the device features that take VLAN tags off received frames, before XDP
-// sees them: those of IEEE 802.1Q, and the outer ones of 802.1ad
-// (netdev_features_strings of net/ethtool/common.c).
+// TagFeatures are the device features that strip VLAN tags off received frames before XDP sees
+// them: those of IEEE 802.1Q, and the outer ones of 802.1ad (netdev_features_strings of
+// net/ethtool/common.c).
 func TagFeatures() []string { return []string{"rx-vlan-hw-parse", "rx-vlan-stag-hw-parse"} }
 
-// Of include/uapi/linux/ethtool.h.
+// From include/uapi/linux/ethtool.h.
 const (
 	ethtoolGetFeatures = 0x3a
 	ethtoolSetFeatures = 0x3b
@@ -25,7 +25,7 @@ const (
 	ethSSFeatures      = 4
 	ethGStringLen      = 32
 
-	// maxFeatures bounds what is believed of the kernel; it has some 60.
+	// maxFeatures is a sanity limit for the kernel's answer; it has some 60.
 	maxFeatures = 4096
 )
 
@@ -40,8 +40,8 @@ type DeviceFeatures struct {
 // featureBlock is 32 features: struct ethtool_get_features_block.
 type featureBlock struct{ available, requested, active, neverChanged uint32 }
 
-// OpenFeatures reads the features of an interface in the calling thread's network
-// namespace. The caller must Close them. Errors to match: unix.ENODEV.
+// OpenFeatures reads the features of an interface in the calling thread's network namespace. The
+// caller must Close them. Errors to match: unix.ENODEV.
 func OpenFeatures(ifname string) (_ *DeviceFeatures, err error) {
 	f := &DeviceFeatures{ifname: ifname, names: map[string]int{}}
 	if f.fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
@@ -61,7 +61,7 @@ func OpenFeatures(ifname string) (_ *DeviceFeatures, err error) {
 func (f *DeviceFeatures) Close() error { return unix.Close(f.fd) }
 
 func (f *DeviceFeatures) readNames() error {
-	// struct ethtool_sset_info with room for one count.
+	// struct ethtool_sset_info with space for one count.
 	info := binary.NativeEndian.AppendUint32(nil, ethtoolGetSetInfo)
 	info = binary.NativeEndian.AppendUint32(info, 0)
 	info = binary.NativeEndian.AppendUint64(info, 1<<ethSSFeatures)
@@ -108,16 +108,14 @@ func (f *DeviceFeatures) readState() error {
 	return nil
 }
 
-// Active says whether a feature was on when it was last read or set; one that the kernel does
-// not know is not.
+// Active says whether a feature was on when it was last read or set; unknown features are off.
 func (f *DeviceFeatures) Active(name string) bool {
 	bit, ok := f.names[name]
 	return ok && f.blocks[bit/32].active&(1<<(bit%32)) != 0
 }
 
-// Set switches features on or off, and checks that they then are: the error matches
-// unix.EOPNOTSUPP when a driver does not let it be. Those that the kernel does not know are
-// left out.
+// Set switches features on or off, and checks the result: the error matches unix.EOPNOTSUPP if a
+// driver does not allow it. Features unknown to the kernel are skipped.
 func (f *DeviceFeatures) Set(names []string, on bool) error {
 	// struct ethtool_sfeatures: valid and requested of each block.
 	data := binary.NativeEndian.AppendUint32(nil, ethtoolSetFeatures)

@@ -11,11 +11,10 @@ import (
 	"xdpcast/internal/genl"
 )
 
-// The bodies of the kernel's messages (rtnetlink(7), Documentation/netlink/specs). Nothing of
-// them is believed: whatever the bytes are, a parser returns, and says whether they made
-// sense.
+// Parsers for the bodies of the kernel's messages (rtnetlink(7), Documentation/netlink/specs). They
+// trust nothing: for any bytes, a parser returns whether they were valid.
 
-// Of include/uapi/linux, where golang.org/x/sys/unix has them not.
+// From include/uapi/linux; missing in golang.org/x/sys/unix.
 const (
 	ifaFlagsUsable = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED // unless optimistic
 
@@ -27,10 +26,10 @@ const (
 	ntfExtLearned                               = 1 << 4
 	ntfExtManaged                               = 1 << 0
 
-	// nudValid are the states in which the kernel itself sends to an entry's
-	// address (NUD_VALID of include/net/neighbour.h).
+	// nudValid are the states in which the kernel sends to an entry's address (NUD_VALID of
+	// include/net/neighbour.h).
 	nudValid = unix.NUD_PERMANENT | unix.NUD_NOARP | unix.NUD_REACHABLE | unix.NUD_PROBE | unix.NUD_STALE | unix.NUD_DELAY
-	// nudStatic are those of entries that the kernel never resolves by itself.
+	// nudStatic are the states of entries that the kernel never resolves by itself.
 	nudStatic = unix.NUD_PERMANENT | unix.NUD_NOARP
 
 	// linux/netdev.h, Linux 6.3.
@@ -43,12 +42,12 @@ const (
 	xdpActNDOXmitSG       = 1 << 6
 )
 
-// ownNetns stands for this network namespace among the kernel's numbers for others, which are
-// at least 0; -1 is one without a number (NETNSA_NSID_NOT_ASSIGNED).
+// ownNetns is this network namespace among the kernel's ids for others, which are at least 0; -1
+// means no id (NETNSA_NSID_NOT_ASSIGNED).
 const ownNetns = math.MinInt32
 
-// parseLink reads the body of RTM_NEWLINK: struct ifinfomsg and attributes. What other
-// messages say of a link stays zero.
+// parseLink parses the body of RTM_NEWLINK: struct ifinfomsg and attributes. Fields reported by
+// other messages stay zero.
 func parseLink(data []byte) (*Link, bool) {
 	if len(data) < unix.SizeofIfInfomsg || data[0] != unix.AF_UNSPEC {
 		return nil, false
@@ -116,12 +115,11 @@ func parseLink(data []byte) (*Link, bool) {
 	return l, sound && l.Index > 0 && l.Name != ""
 }
 
-// paired says whether IFLA_LINK of a kind of interface is its peer, which it is not
-// made upon.
+// paired says whether IFLA_LINK of this kind of interface is its peer rather than its lower layer.
 func paired(kind string) bool { return kind == "veth" || kind == "netkit" || kind == "vxcan" }
 
-// parseXDP reads IFLA_XDP. There is an attribute for each mode in which a program is
-// attached, also where there are several (XDP_ATTACHED_MULTI).
+// parseXDP parses IFLA_XDP. There is an attribute for each mode in which a program is attached,
+// also if there are several (XDP_ATTACHED_MULTI).
 func parseXDP(data []byte) (all []XDP, sound bool) {
 	sound = attributes(data, func(kind uint16, value []byte) {
 		id := uint32Of(value)
@@ -138,8 +136,8 @@ func parseXDP(data []byte) (all []XDP, sound bool) {
 	return all, sound
 }
 
-// parseIndex reads which interface a message of a link or an address is about: both
-// have it at the same offset.
+// parseIndex reads the interface index of a message about a link or an address: both have it at the
+// same offset.
 func parseIndex(data []byte) (family byte, index int, ok bool) {
 	if len(data) < 8 {
 		return 0, 0, false
@@ -147,9 +145,8 @@ func parseIndex(data []byte) (family byte, index int, ok bool) {
 	return data[0], int(int32(binary.NativeEndian.Uint32(data[4:]))), true
 }
 
-// parseAddr reads the body of RTM_NEWADDR: struct ifaddrmsg and attributes. usable is false
-// for an address that must not be a source yet, or any more: while the kernel looks for
-// duplicates of it, and where there is one.
+// parseAddr parses the body of RTM_NEWADDR: struct ifaddrmsg and attributes. usable is false for an
+// address that must not be a source: while duplicate address detection runs, and if it failed.
 func parseAddr(data []byte) (index int, addr netip.Addr, usable, ok bool) {
 	if len(data) < unix.SizeofIfAddrmsg {
 		return 0, addr, false, false
@@ -174,7 +171,7 @@ func parseAddr(data []byte) (index int, addr netip.Addr, usable, ok bool) {
 	return index, addr, usable, sound && addr.IsValid()
 }
 
-// addrOf reads an address of a family; the zero Addr of another length.
+// addrOf reads an address of a family; the zero Addr if the length is wrong.
 func addrOf(family byte, value []byte) netip.Addr {
 	if family == unix.AF_INET && len(value) == 4 || family == unix.AF_INET6 && len(value) == 16 {
 		addr, _ := netip.AddrFromSlice(value)
@@ -183,8 +180,8 @@ func addrOf(family byte, value []byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// parseFeatures reads an answer or a notification of the netdev family about a device, with
-// its generic netlink header.
+// parseFeatures parses an answer or notification of the netdev family about a device, with its
+// generic netlink header.
 func parseFeatures(data []byte) (index int, f Features, ok bool) {
 	if len(data) < genl.HeaderLen {
 		return 0, f, false
@@ -201,7 +198,7 @@ func parseFeatures(data []byte) (index int, f Features, ok bool) {
 	return index, f, sound && index > 0
 }
 
-// parseChannels reads an answer or a notification of the ethtool family about queues
+// parseChannels parses an answer or notification of the ethtool family about queues
 // (Documentation/networking/ethtool-netlink.rst), with its generic netlink header.
 func parseChannels(data []byte) (index, receive int, ok bool) {
 	if len(data) < genl.HeaderLen {
@@ -223,18 +220,17 @@ func parseChannels(data []byte) (index, receive int, ok bool) {
 	return index, max(1, receive), sound && inside && index > 0
 }
 
-// foundRoute is what the kernel's routes say of a destination.
+// foundRoute is the kernel's route for a destination.
 type foundRoute struct {
 	kind    HopKind
 	gateway netip.Addr // the zero Addr: the destination itself
-	// object: the route uses a nexthop object and does not say which gateway that is
-	// (sysctl net.ipv4.nexthop_compat_mode).
+	// object: the route uses a nexthop object and does not include its gateway (sysctl
+	// net.ipv4.nexthop_compat_mode).
 	object bool
 }
 
-// parseRoute reads the body of RTM_NEWROUTE as an answer for a destination by an
-// interface: struct rtmsg and attributes. Of several gateways by the interface the first is
-// used.
+// parseRoute parses the body of RTM_NEWROUTE as the answer for a destination by an interface:
+// struct rtmsg and attributes. Of several gateways by the interface it uses the first.
 func parseRoute(data []byte, index int) (r foundRoute, ok bool) {
 	if len(data) < unix.SizeofRtMsg {
 		return r, false
@@ -286,8 +282,8 @@ func gatewayOf(family byte, kind uint16, value []byte) (gateway netip.Addr) {
 	return gateway
 }
 
-// parseMultipath reads RTA_MULTIPATH, a list of struct rtnexthop with attributes, and
-// returns the gateway of the first way by an interface.
+// parseMultipath parses RTA_MULTIPATH, a list of struct rtnexthop with attributes, and returns the
+// gateway of the first next hop by an interface.
 func parseMultipath(family byte, b []byte, index int) (gateway netip.Addr, sound bool) {
 	for len(b) > 0 {
 		if len(b) < unix.SizeofRtNexthop {
@@ -313,7 +309,7 @@ func parseMultipath(family byte, b []byte, index int) (gateway netip.Addr, sound
 	return gateway, true
 }
 
-// parseRoutePrefix reads which destinations a change of a route is about.
+// parseRoutePrefix returns the destinations affected by a route change.
 func parseRoutePrefix(data []byte) (prefix netip.Prefix, ok bool) {
 	if len(data) < unix.SizeofRtMsg {
 		return prefix, false
@@ -352,8 +348,8 @@ func (e *neighbourEntry) valid() bool  { return e.state&nudValid != 0 && e.hasMA
 func (e *neighbourEntry) static() bool { return e.state&nudStatic != 0 }
 func (e *neighbourEntry) ours() bool   { return e.protocol == protocolOurs }
 
-// parseNeighbour reads the body of RTM_NEWNEIGH or RTM_DELNEIGH for IPv4 or IPv6: struct
-// ndmsg and attributes (include/uapi/linux/neighbour.h).
+// parseNeighbour parses the body of RTM_NEWNEIGH or RTM_DELNEIGH for IPv4 or IPv6: struct ndmsg and
+// attributes (include/uapi/linux/neighbour.h).
 func parseNeighbour(data []byte) (e neighbourEntry, ok bool) {
 	if len(data) < ndmsgLen {
 		return e, false

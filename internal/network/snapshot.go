@@ -1,7 +1,6 @@
-// Package network says what this host's network is. A Watcher listens to the kernel and
-// makes Snapshots: values that hold the links with their addresses and features, and
-// the next hops that were asked for. Nothing else of the program reads the host's network, so
-// that all of it is decided from one picture.
+// Package network reads this host's network. A Watcher listens to the kernel and makes Snapshots:
+// values with the links, their addresses and features, and the requested next hops. No other
+// package reads the host's network, so all decisions are based on one consistent view.
 //
 // A Snapshot is immutable: it may be read from any number of goroutines and kept.
 package network
@@ -12,64 +11,63 @@ import (
 	"slices"
 )
 
-// LinkID identifies an interface over its life. An index alone does not: an interface
-// that is deleted and made again, or that leaves the network namespace and comes back, may
-// have the same index, while the kernel has dropped what was attached to the old one.
+// LinkID identifies an interface over its life. An index alone does not: an interface that is
+// deleted and recreated, or that leaves the network namespace and comes back, may have the same
+// index, while the kernel has dropped everything attached to the old one.
 type LinkID struct {
 	Index      int
-	Generation uint64 // at least 1; never the same for two lives of one index
+	Generation uint64 // at least 1; unique for each life of an index
 }
 
-// Link is an interface as the kernel last described it.
+// Link is an interface as last described by the kernel.
 type Link struct {
 	LinkID
 	Name     string
 	AltNames []string // alternative names (ip link property), sorted
 	Kind     string   // IFLA_INFO_KIND, such as "veth" or "bridge"; empty for network cards
 	// Master is the index of the bridge, bond or team that the interface is a port of, and
-	// MasterKind its kind; 0 and empty for none.
+	// MasterKind its kind; 0 and empty if none.
 	Master     int
 	MasterKind string
-	// Lower is the index of the interface that this one is made upon (IFLA_LINK): a
-	// macvlan's parent. 0 for none, for one in another network namespace, and for a veth,
-	// whose peer is no lower layer.
+	// Lower is the index of the interface that this one is stacked on (IFLA_LINK): a macvlan's
+	// parent. 0 if none, if it is in another network namespace, and for a veth, whose peer is not a
+	// lower layer.
 	Lower    int
-	outside  bool // it is made upon one in another network namespace
-	Hardware bool // there is a device on a bus behind it
+	outside  bool // its lower interface is in another network namespace
+	Hardware bool // backed by a device on a bus
 	MAC      [6]byte
 	Ethernet bool // frames have an Ethernet header
 	Loopback bool
 	MTU      int
 	// PeerMTU is the MTU of a veth's peer, which may be in another network namespace, or the
-	// least of those of a bond's ports; 0: it has none, or PeerUnread says why it is not known.
+	// smallest of those of a bond's ports; 0: no peer, or PeerUnread says why it is unknown.
 	PeerMTU    int
 	PeerUnread string
 	peer       int   // index of a veth's peer; 0: not a veth
-	peerNetns  int32 // the kernel's number for the peer's network namespace; ownNetns: this one
+	peerNetns  int32 // the kernel's id of the peer's network namespace; ownNetns: this one
 	Up         bool  // administratively
-	// Carrier: the link is up, its lower layer too, and it is ready to send: flags IFF_LOWER_UP
-	// and IFF_RUNNING. The first is the driver's carrier: a cable is plugged, a
-	// veth's peer is up, a tun device is being read, a port of a bridge has a carrier -
-	// a bridge that never had a port has it, too. The second is the operational state of
-	// RFC 2863, up or unknown, which follows a moment later, and lacks on a port
-	// that waits for 802.1X.
+	// Carrier: the link is up, its lower layer too, and it is ready to send: flags IFF_LOWER_UP and
+	// IFF_RUNNING. The first is the driver's carrier: a cable is plugged in, a veth's peer is up, a
+	// tun device is being read, a port of a bridge has a carrier - a bridge that never had a port
+	// has it, too. The second is the operational state of RFC 2863, up or unknown, which follows a
+	// moment later, and is missing on a port that waits for 802.1X.
 	Carrier  bool
-	Queues   int // receive queues; 0: not known
+	Queues   int // receive queues; 0: unknown
 	Features Features
-	// XDP are the programs attached to it, whosever they are. The kernel does not
+	// XDP are all attached programs, including those of other software. The kernel does not
 	// announce those of BPF links: see Watcher.
 	XDP   []XDP
-	Addrs []netip.Addr // unicast addresses that are usable, in the kernel's order
+	Addrs []netip.Addr // usable unicast addresses, in the kernel's order
 }
 
-// Features is what the driver of an interface says that XDP can do on it.
+// Features are an interface's XDP features, as reported by its driver.
 type Features struct {
-	// Known is false on kernels that do not tell (before Linux 6.3).
+	// Known is false on kernels that do not report features (before Linux 6.3).
 	Known bool
 	// Native: programs run in the driver.
 	Native bool
-	// Transmit: frames redirected to the interface are sent. A veth has it only
-	// while its peer has generic receive offload or an XDP program on.
+	// Transmit: frames redirected to the interface are sent. A veth has it only while its peer has
+	// generic receive offload or an XDP program.
 	Transmit bool
 	// TransmitSG: so are frames in several buffers.
 	TransmitSG bool
@@ -84,8 +82,8 @@ type XDP struct {
 // Running says whether the link can carry frames.
 func (l *Link) Running() bool { return l.Up && l.Carrier }
 
-// SendMTU is the MTU of what the link can send. It is the peer's where that is smaller: a veth
-// refuses what its peer would, and of a bulk of redirected frames all behind that, too
+// SendMTU is the MTU for sending on the link: the peer's if that is smaller, since a veth refuses
+// frames that its peer would refuse, and with them the rest of a bulk of redirected frames
 // (veth_xdp_xmit in drivers/net/veth.c).
 func (l *Link) SendMTU() int {
 	if l.PeerMTU != 0 {
@@ -94,8 +92,8 @@ func (l *Link) SendMTU() int {
 	return l.MTU
 }
 
-// FirstAddr is the source address for what is sent on the link in a family: the first of
-// its addresses, for IPv6 rather one that is valid beyond the link.
+// FirstAddr is the source address for sending on the link in a family: the first of its addresses,
+// in IPv6 preferably one that is valid beyond the link.
 func (l *Link) FirstAddr(is4 bool) (addr netip.Addr, ok bool) {
 	for _, a := range l.Addrs {
 		if a.Is4() != is4 {
@@ -111,7 +109,7 @@ func (l *Link) FirstAddr(is4 bool) (addr netip.Addr, ok bool) {
 	return addr, addr.IsValid()
 }
 
-// Equal says whether two descriptions are the same in everything.
+// Equal says whether two descriptions are equal in all fields.
 func (l *Link) Equal(o *Link) bool {
 	return l.LinkID == o.LinkID && l.Name == o.Name && l.Kind == o.Kind && l.Master == o.Master && l.MasterKind == o.MasterKind &&
 		l.Lower == o.Lower && l.outside == o.outside && l.Hardware == o.Hardware && l.MAC == o.MAC && l.Ethernet == o.Ethernet && l.Loopback == o.Loopback &&
@@ -119,43 +117,43 @@ func (l *Link) Equal(o *Link) bool {
 		slices.Equal(l.XDP, o.XDP) && slices.Equal(l.AltNames, o.AltNames) && slices.Equal(l.Addrs, o.Addrs)
 }
 
-// HopKey is where a unicast output sends: an address by way of an interface.
+// HopKey is the destination of a unicast output: an address by an interface.
 type HopKey struct {
 	Link LinkID
 	Dst  netip.Addr
 }
 
-// HopKind is what the host's routes say of a destination by an interface.
+// HopKind is the kind of the host's route to a destination by an interface.
 type HopKind uint8
 
 // The kinds.
 const (
-	HopUnknown   HopKind = iota // not asked for yet, or Err says why there is no answer
-	HopNone                     // no route leads there by the interface, or one that forbids it
+	HopUnknown   HopKind = iota // not requested yet, or Err says why there is no answer
+	HopNone                     // no route by the interface, or one that prohibits
 	HopUnicast                  // Via is the neighbour to send to
 	HopBroadcast                // a broadcast address of the interface's network
 	HopLocal                    // an address of this host
 )
 
-// Hop is the way to a unicast destination. It is comparable but for Err.
+// Hop is the next hop of a unicast destination. It is comparable except for Err.
 type Hop struct {
 	Kind HopKind
-	// Via is the neighbour whose link-layer address the frames get: the destination
-	// itself or, with Gateway, a router. Valid for HopUnicast alone.
+	// Via is the neighbour whose link-layer address the frames get: the destination itself or, with
+	// Gateway, a router. Only valid for HopUnicast.
 	Via     netip.Addr
 	Gateway bool
 	// MAC is the neighbour's address; Resolved says whether it is known, and Failed that the
-	// neighbour did not answer when it was last asked, also while it is asked again. All
-	// are zero where the kernel has no entry for it: Neighbours.Manage makes one.
+	// neighbour did not answer the last probe, also while it is probed again. All are zero if the
+	// kernel has no entry for it: Neighbours.Manage creates one.
 	MAC      [6]byte
 	Resolved bool
 	Failed   bool
-	// Err is why the kernel gave no answer about the route or, for HopUnicast, about the
-	// neighbour; nil when it did. It is asked again (Watcher.Due).
+	// Err is why the kernel gave no answer about the route or, for HopUnicast, about the neighbour;
+	// nil if it did. It is retried (Watcher.Due).
 	Err error
 }
 
-// Equal compares in everything, errors by their texts.
+// Equal compares all fields, errors by their texts.
 func (h Hop) Equal(o Hop) bool {
 	a, b := h.Err, o.Err
 	if (a == nil) != (b == nil) || a != nil && a.Error() != b.Error() {
@@ -165,7 +163,7 @@ func (h Hop) Equal(o Hop) bool {
 	return h == o
 }
 
-// NeighbourKey names an entry of the kernel's neighbour tables.
+// NeighbourKey identifies an entry of the kernel's neighbour tables.
 type NeighbourKey struct {
 	Index int
 	Addr  netip.Addr
@@ -181,9 +179,8 @@ type Snapshot struct {
 	ownMAC [][6]byte // sorted
 }
 
-// NewSnapshot makes a snapshot of links and hops, which it keeps: nobody may change them
-// afterwards. Where a name is one link's own and another's alternative one, it means the
-// first.
+// NewSnapshot makes a snapshot of links and hops, and takes ownership: they must not be modified
+// afterwards. If a name is one link's own and another's alternative name, it refers to the first.
 func NewSnapshot(links []*Link, hops map[HopKey]Hop) *Snapshot {
 	s := &Snapshot{links: slices.Clone(links), names: make(map[string]*Link, len(links)), index: make(map[int]*Link, len(links)), hops: hops}
 	slices.SortFunc(s.links, func(a, b *Link) int { return cmp.Compare(a.Name, b.Name) })
@@ -207,10 +204,10 @@ func NewSnapshot(links []*Link, hops map[HopKey]Hop) *Snapshot {
 	return s
 }
 
-// Link returns the link with a name or alternative name, nil when there is none.
+// Link returns the link with a name or alternative name, nil if there is none.
 func (s *Snapshot) Link(name string) *Link { return s.names[name] }
 
-// ByIndex returns the link with an index, nil when there is none.
+// ByIndex returns the link with an index, nil if there is none.
 func (s *Snapshot) ByIndex(index int) *Link { return s.index[index] }
 
 // Links returns all links by name. The caller must not change them.
@@ -228,24 +225,24 @@ func (s *Snapshot) IsOwn(addr netip.Addr) bool {
 // OwnMACs returns the MAC addresses of all links with an Ethernet header, sorted.
 func (s *Snapshot) OwnMACs() [][6]byte { return s.ownMAC }
 
-// Hop returns the way to a destination. Its Kind is HopUnknown for one that the snapshot
-// was not asked for: whoever decides from it asks, and decides again with the next one.
+// Hop returns the next hop of a destination. Its Kind is HopUnknown if the snapshot was not asked
+// for it: the caller requests it, and decides again with the next snapshot.
 func (s *Snapshot) Hop(key HopKey) Hop { return s.hops[key] }
 
-// Change says what differs between two snapshots.
+// Change is the difference between two snapshots.
 type Change struct {
-	// Links are the names and alternative names, old and new, of links that came, went, or
+	// Links are the old and new names and alternative names of links that appeared, disappeared or
 	// changed.
 	Links map[string]bool
 	// Indexes are their indexes.
 	Indexes map[int]bool
-	// Own: the host's addresses, or the MAC addresses of its links, are others.
+	// Own: the host's addresses, or the MAC addresses of its links, changed.
 	Own bool
-	// Hops are the ways that are others now.
+	// Hops are the next hops that changed.
 	Hops map[HopKey]bool
 }
 
-// Empty says whether nothing differs.
+// Empty says whether nothing changed.
 func (c Change) Empty() bool { return len(c.Links) == 0 && !c.Own && len(c.Hops) == 0 }
 
 // Diff compares two snapshots. before may be nil: everything is new then.

@@ -14,65 +14,64 @@ import (
 
 // Options are the settings of a Watcher.
 type Options struct {
-	// Logger gets what an operator may want to know; nil discards it.
+	// Logger receives messages for the operator; nil discards them.
 	Logger *slog.Logger
 }
 
 const (
-	// routesPause is the least time between two looks at routes that were announced to have
-	// changed: a router's table may change all the time. Looks that take long are
-	// further apart, so that they take no more than a fifth of the time.
+	// routesPause is the minimum time between two reads of routes after notifications: a router's
+	// table may change constantly. Slow reads are spaced further apart, so that they take at most a
+	// fifth of the time.
 	routesPause = 100 * time.Millisecond
 	routesShare = 4
-	// retryPause is when the kernel is asked again for what it did not answer.
+	// retryPause is the time after which a failed request is retried.
 	retryPause = time.Second
-	// idle is what Due returns when there is nothing to wait for.
+	// idle is the result of Due when there is nothing to wait for.
 	idle = time.Hour
 )
 
-// Watcher makes Snapshots of one network namespace. It listens to the kernel's announcements,
-// which say what to ask again; every value in a snapshot is the kernel's answer to a question.
-// Its methods may be called from any goroutine.
+// Watcher makes Snapshots of one network namespace. It listens to the kernel's notifications, which
+// say what to read again; every value in a snapshot is the kernel's answer to a request. Its
+// methods may be called from any goroutine.
 //
-// Each life of an interface has a generation of its own. A deletion that was announced
-// starts a new one, also where the index is taken again before anybody looks. Where announcements
-// were lost, every link may be another than it was, and each gets a new generation: that costs
-// those who know them by it a look at what the kernel holds, while a link that is taken
-// for another would hide that it holds nothing.
+// Each life of an interface has its own generation. An announced deletion starts a new one, also if
+// the index is reused before the next snapshot. If notifications were lost, any link may have been
+// replaced, so each gets a new generation: that costs callers a check of the kernel's state, while
+// mistaking a link for its predecessor would hide that its state is gone.
 //
-// Features are announced by the netdev netlink family, which is what tells them at all: also
-// those that a veth gains or loses with its peer's receive offload or program.
+// The netdev netlink family, the only source of features, also announces them: including those that
+// a veth gains or loses with its peer's receive offload or program.
 //
 // The kernel does not announce everything. The MTU of a veth's peer in another network namespace,
-// programs that are attached or detached by a BPF link, and alternative names and programs of
-// interfaces that are down, are seen when something else of the interface changes, or with Resync.
+// programs attached or detached by a BPF link, and alternative names and programs of interfaces
+// that are down, are noticed when something else of the interface changes, or with Resync.
 type Watcher struct {
 	log       *slog.Logger
 	kernel    kernel
 	changed   chan struct{}
 	listeners []*listener
-	ways      *listener // announces routes and neighbours, while there are hops
+	ways      *listener // announces routes and neighbours, while hops are requested
 	running   sync.WaitGroup
 
-	// mu guards what the listeners have heard.
+	// mu guards what the listeners received.
 	mu       sync.Mutex
 	pending  news
 	of       interests
-	timer    *time.Timer // announces routes that changed, when they may be asked for
-	routesAt time.Time   // when routes may be asked for again
+	timer    *time.Timer // announces changed routes, once they are due
+	routesAt time.Time   // when routes are due again
 	closed   bool
 
-	// state guards the rest, from one snapshot to the next. Lock it before mu.
+	// state guards the rest, across snapshots. Lock it before mu.
 	state       sync.Mutex
-	unread      news // not yet looked at
+	unread      news // not yet processed
 	links       map[int]*Link
-	generations uint64 // the last given
+	generations uint64 // last assigned
 	hops        hops
 	last        *Snapshot
-	retry       time.Time // when to ask again for what failed; zero for nothing
+	retry       time.Time // when to retry failed requests; zero if there are none
 }
 
-// Open starts to watch the network namespace of the calling thread. The caller must Close the
+// Open starts watching the network namespace of the calling thread. The caller must Close the
 // watcher.
 func Open(opts Options) (*Watcher, error) { return open(opts, receiveBuffer) }
 
@@ -108,8 +107,8 @@ func open(opts Options, room int) (_ *Watcher, err error) {
 	return w, nil
 }
 
-// wayGroups announce what decides where unicast packets go. They are left while nobody asks:
-// on a router they never end.
+// wayGroups are the multicast groups of routes and neighbours. They are left while no hops are
+// requested: on a router notifications never end.
 var wayGroups = [...]uint32{
 	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 	unix.RTNLGRP_NEXTHOP, unix.RTNLGRP_NEIGH,
@@ -149,7 +148,7 @@ func (w *Watcher) listen(f families, room int) error {
 	return err
 }
 
-// Close ends the watch. It may be called again; a Snapshot afterwards is refused with os.ErrClosed.
+// Close stops the watcher. It is idempotent; a later Snapshot returns os.ErrClosed.
 func (w *Watcher) Close() (err error) {
 	w.mu.Lock()
 	w.closed = true
@@ -170,7 +169,7 @@ func (w *Watcher) Close() (err error) {
 	return err
 }
 
-// run hears what arrives until the socket is closed, and announces it.
+// run reads notifications until the socket is closed, and announces them.
 func (w *Watcher) run(l *listener) {
 	_ = l.raw.Read(func(fd uintptr) bool {
 		w.mu.Lock()
@@ -181,7 +180,7 @@ func (w *Watcher) run(l *listener) {
 	})
 }
 
-// announce says that there is news; mu is held. Of routes it does when they may be asked for.
+// announce signals news; mu is held. Route changes are signalled once they are due.
 func (w *Watcher) announce() {
 	routes := w.pending.routesChanged()
 	other := w.pending
@@ -201,11 +200,11 @@ func (w *Watcher) signal() {
 	}
 }
 
-// Changed returns a channel that holds at most one value: something may have changed since the
-// last Snapshot.
+// Changed returns a channel that holds at most one value: something may have changed since the last
+// Snapshot.
 func (w *Watcher) Changed() <-chan struct{} { return w.changed }
 
-// Resync has the next Snapshot read everything anew.
+// Resync makes the next Snapshot read everything again.
 func (w *Watcher) Resync() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -214,9 +213,9 @@ func (w *Watcher) Resync() {
 	w.signal()
 }
 
-// Due says in how long a Snapshot should be made although nothing is announced: to look at
-// routes that changed shortly after the last look, and to ask again for what the kernel did
-// not answer. It is long when there is nothing to wait for.
+// Due returns the time until a Snapshot should be made even without a notification: for routes that
+// changed shortly after the last read, and to retry failed requests. It is long if there is nothing
+// to wait for.
 func (w *Watcher) Due() time.Duration {
 	w.state.Lock()
 	defer w.state.Unlock()
@@ -232,8 +231,7 @@ func (w *Watcher) Due() time.Duration {
 	return max(0, due)
 }
 
-// Ask says which hops the snapshots from the next one on have: these and no others. The
-// keys are the caller's.
+// Ask sets the hops of future snapshots: these and no others. The caller keeps ownership of keys.
 func (w *Watcher) Ask(keys []HopKey) {
 	w.state.Lock()
 	defer w.state.Unlock()
@@ -255,8 +253,8 @@ func (w *Watcher) Ask(keys []HopKey) {
 	}
 }
 
-// listenToWays joins or leaves the groups of routes and neighbours. Where the kernel refuses
-// there is nothing to hear of them, which the slow Resync makes up for.
+// listenToWays joins or leaves the groups of routes and neighbours. If the kernel refuses, there
+// are no notifications about them; the slow Resync makes up for that.
 func (w *Watcher) listenToWays(on bool) {
 	if err := w.ways.raw.Control(func(fd uintptr) {
 		for _, group := range wayGroups {
@@ -269,8 +267,8 @@ func (w *Watcher) listenToWays(on bool) {
 	}
 }
 
-// take drains the sockets and takes over what they brought. What the kernel has announced when
-// it is called, which is all that was done before, is in the next snapshot.
+// take drains the sockets and takes over their news. Everything the kernel announced before the
+// call, and hence everything done before it, is in the next snapshot.
 func (w *Watcher) take() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -284,9 +282,8 @@ func (w *Watcher) take() {
 	w.pending = news{}
 }
 
-// Snapshot returns the host's network as it is now. It is the same snapshot as the last when
-// nothing is different, and has the same Links where they are as they were. After an error the
-// next call asks again.
+// Snapshot returns the host's current network. It is the same snapshot as the last if nothing
+// changed, and shares unchanged Links with it. After an error the next call retries.
 func (w *Watcher) Snapshot() (*Snapshot, error) {
 	w.state.Lock()
 	defer w.state.Unlock()
@@ -311,7 +308,7 @@ func (w *Watcher) Snapshot() (*Snapshot, error) {
 	return w.last, nil
 }
 
-// again has Due ask for another try.
+// again makes Due schedule a retry.
 func (w *Watcher) again() {
 	if w.retry.IsZero() {
 		w.retry = time.Now().Add(retryPause)
