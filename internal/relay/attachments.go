@@ -15,35 +15,36 @@ import (
 	"xdpcast/pkg/membership"
 )
 
-// attachments reconciles the relay program on interfaces. Where it runs, the loader asks the
-// kernel (loader.Observe).
+// attachments reconciles the relay program on interfaces. loader.Observe reads from the kernel
+// where it runs.
 type attachments struct {
 	loader  *loader.Loader
 	mode    loader.Mode
 	log     *slog.Logger
 	answers map[network.LinkID]plan.Attached
-	// byHand are those that "xdpcast load" attached, or the operator by other means: they stay.
+	// byHand are interfaces attached by "xdpcast load" or by the operator in another way: they
+	// stay.
 	byHand map[network.LinkID]bool
-	// own are the ids of the BPF links that this daemon made, or one before it; file keeps them, or
-	// what a daemon that was killed attached for a rule would be taken for attached by hand.
+	// own are the ids of the BPF links made by this daemon or an earlier one; file stores them.
+	// Otherwise an attachment made by a killed daemon for a rule would look attached by hand.
 	own, saved map[uint32]bool
 	file       string
-	// refused is when to try again where the program could not be attached, and notNative where
-	// it could not in native mode.
+	// refused has retry times for links to which the program could not be attached, notNative for
+	// those where native mode failed.
 	refused, notNative map[network.LinkID]refusedAttachment
 
-	adopted map[int]bool // indexes of byHand until a snapshot tells their lives
+	adopted map[int]bool // indexes of byHand until a snapshot identifies the links
 }
 
-// refusedAttachment is a try that failed: it is repeated when the link is another, since
-// another program may have left, and now and then.
+// refusedAttachment is a failed attempt: it is repeated when the link changes, since another
+// program may have left, and at intervals.
 type refusedAttachment struct {
 	link  *network.Link
 	tries int
 	next  time.Time
 }
 
-// retryAttach is how often an attachment that failed is tried again.
+// retryAttach is the backoff of failed attachments.
 var retryAttach = membership.Backoff{Min: time.Second, Max: 30 * time.Second, Factor: 2}
 
 func newAttachments(l *loader.Loader, mode loader.Mode, file string, log *slog.Logger) *attachments {
@@ -53,8 +54,8 @@ func newAttachments(l *loader.Loader, mode loader.Mode, file string, log *slog.L
 	}
 }
 
-// adopt notes interfaces that were attached by hand: neither a rule of the kernel's explains them nor
-// a daemon before this one.
+// adopt records interfaces attached by hand: those explained neither by a rule in the kernel nor by
+// an earlier daemon.
 func (a *attachments) adopt(used []int) {
 	earlier := a.read()
 	a.adopted = map[int]bool{}
@@ -83,7 +84,7 @@ func (a *attachments) read() (all []uint32) {
 	return all
 }
 
-// write writes the file; of nothing there is none.
+// write writes the file; it removes it if there is nothing to store.
 func (a *attachments) write() error {
 	if len(a.own) == 0 {
 		if err := os.Remove(a.file); err != nil && !os.IsNotExist(err) {
@@ -108,7 +109,7 @@ func (a *attachments) prune() {
 	a.save()
 }
 
-// save writes down what is own, where that has changed.
+// save stores own if it changed.
 func (a *attachments) save() {
 	if maps.Equal(a.own, a.saved) {
 		return
@@ -120,8 +121,8 @@ func (a *attachments) save() {
 	a.saved = maps.Clone(a.own)
 }
 
-// apply attaches where the plan wants it, and says whether an answer has changed. An
-// interface that the program is on stays as it is.
+// apply attaches the program where the plan requires it, and returns whether an answer changed. An
+// interface that already runs the program is left alone.
 func (a *attachments) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
 	have := map[int]loader.Attachment{}
 	for _, at := range a.loader.Attachments() {
@@ -148,8 +149,8 @@ func (a *attachments) apply(p *plan.Plan, now *network.Snapshot) (changed bool) 
 	return changed
 }
 
-// mayBeNative says whether native mode is to be tried where generic mode is only second best: while
-// nothing flows, since the change of mode loses what comes meanwhile.
+// mayBeNative says whether to try native mode on an interface in generic mode: only while no
+// packets flow, since changing the mode loses packets.
 func (a *attachments) mayBeNative(at loader.Attachment, link *network.Link) bool {
 	if at.Mode != loader.ModeGeneric || a.mode != loader.ModeAuto || link.Running() {
 		delete(a.notNative, link.LinkID)
@@ -159,14 +160,14 @@ func (a *attachments) mayBeNative(at loader.Attachment, link *network.Link) bool
 	return last.link == nil || !sameButPrograms(last.link, link) || !time.Now().Before(last.next)
 }
 
-// sameButPrograms says whether two descriptions of a link differ in nothing but programs.
+// sameButPrograms says whether two descriptions of a link differ only in programs.
 func sameButPrograms(a, b *network.Link) bool {
 	x, y := *a, *b
 	x.XDP, y.XDP = nil, nil
 	return x.Equal(&y)
 }
 
-// tryNative attaches anew an interface in generic mode.
+// tryNative reattaches an interface in generic mode.
 func (a *attachments) tryNative(link *network.Link) (loader.Attachment, error) {
 	last := a.notNative[link.LinkID]
 	if last.link == nil || !sameButPrograms(last.link, link) {
@@ -177,7 +178,7 @@ func (a *attachments) tryNative(link *network.Link) (loader.Attachment, error) {
 	return a.loader.TryNative(link.Index)
 }
 
-// attach attaches unless that failed a short time ago; what runs in generic mode, anew.
+// attach attaches the program unless that failed recently; with generic set, it reattaches.
 func (a *attachments) attach(link *network.Link, generic bool) (changed bool) {
 	last, failed := a.refused[link.LinkID]
 	if failed && last.link == link && time.Now().Before(last.next) {
@@ -214,7 +215,7 @@ func errorText(err error) string {
 	return err.Error()
 }
 
-// detach takes the program off interfaces that the plan does not want it on.
+// detach removes the program from interfaces that no longer need it.
 func (a *attachments) detach(p *plan.Plan, now *network.Snapshot) {
 	wanted := make(map[network.LinkID]bool, len(p.Attach))
 	for _, id := range p.Attach {
@@ -241,7 +242,7 @@ func (a *attachments) detach(p *plan.Plan, now *network.Snapshot) {
 	}
 }
 
-// forget drops what is known of a life of an interface.
+// forget drops the state of one generation of an interface.
 func (a *attachments) forget(id network.LinkID) {
 	delete(a.answers, id)
 	delete(a.refused, id)
@@ -249,8 +250,8 @@ func (a *attachments) forget(id network.LinkID) {
 	delete(a.byHand, id)
 }
 
-// reborn is forget for an interface that is there again, or may be: what was attached by hand
-// is kept where it still is.
+// reborn is forget for an interface that exists again, or may: one attached by hand stays marked if
+// it is still attached.
 func (a *attachments) reborn(old, now network.LinkID) {
 	byHand := a.byHand[old]
 	a.forget(old)

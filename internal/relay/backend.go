@@ -46,9 +46,8 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 	return status, err
 }
 
-// replace edits the wanted rules, and saves those of the API. After an error everything is
-// as before: they cannot be saved, the kernel does not take them, or one of the API that was
-// put in failed.
+// replace edits the wanted rules, and saves those of the API. It changes nothing on an error: they
+// cannot be saved, the kernel refuses them, or a rule added through the API failed.
 func (r *Relay) replace(e edit, save bool) error {
 	var names []string
 	for _, rule := range e.put {
@@ -70,7 +69,7 @@ func (r *Relay) replace(e edit, save bool) error {
 	}
 	r.setRules(after)
 	if save {
-		// First: what there is no room for is found out before any packet sees it.
+		// First: a lack of space is found before any packet is affected.
 		if err := r.stageState(); err != nil {
 			r.setRules(before)
 			return control.Wrap(control.KindFailed, errors.Join(err, settle(false)))
@@ -89,12 +88,12 @@ func (r *Relay) replace(e edit, save bool) error {
 		savefile.Discard(r.opts.StateFile)
 	}
 	r.setRules(before)
-	_ = r.reconcile(nil) // lets go of what was joined and attached for them
+	_ = r.reconcile(nil) // drops memberships and attachments made for them
 	return control.Wrap(control.KindFailed, err)
 }
 
-// tidyUp gives memory back to the host soon, once a large change and its answer are
-// done: the garbage is as large as what stays, and may be for long.
+// tidyUp returns memory to the host soon after a large change: the garbage is as large as the rest,
+// and may stay for long.
 func (r *Relay) tidyUp() {
 	if !r.tidying.CompareAndSwap(false, true) {
 		return
@@ -105,7 +104,7 @@ func (r *Relay) tidyUp() {
 			return
 		case <-time.After(tidyAfter):
 		}
-		r.tidying.Store(false) // what is freed from here on is the next one's
+		r.tidying.Store(false) // later garbage belongs to the next call
 		debug.FreeOSMemory()
 	})
 }
@@ -159,8 +158,8 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 	})
 }
 
-// fileOf is where a rule of the file stands now: FILE:LINE, of an included file where it is in
-// one. The files may have changed since they were read; what is to be edited is what they hold.
+// fileOf is the current position of a rule of the file: FILE:LINE, in an included file if it is
+// there. It reads the files again, since they may have changed and the user edits the current ones.
 func (r *Relay) fileOf(name string) string {
 	if file, line, ok := rulefile.Find(name, r.opts.ConfigFile); ok {
 		return fmt.Sprintf("%s:%d", file, line)
@@ -168,7 +167,7 @@ func (r *Relay) fileOf(name string) string {
 	return r.opts.ConfigFile
 }
 
-// originOf says where a rule comes from.
+// originOf is the origin of a rule as text.
 func (r *Relay) originOf(rule *plan.Rule) string {
 	if rule.Origin == plan.OriginFile {
 		return r.fileOf(rule.Name)
@@ -185,9 +184,8 @@ func (r *Relay) Apply(ctx context.Context, want []rules.Rule, o control.ApplyOpt
 	return result, err
 }
 
-// Reload implements control.Backend. Unlike a rule that is added through the API,
-// one of the file that cannot be brought in stays wanted, is shown as failed, and
-// is tried again.
+// Reload implements control.Backend. Unlike a rule added through the API, a rule of the file that
+// fails is kept, shown as failed, and retried.
 func (r *Relay) Reload(ctx context.Context, o control.ApplyOptions) (result control.ApplyResult, err error) {
 	err = r.do(ctx, func() error {
 		if r.opts.ConfigFile == "" {
@@ -217,8 +215,7 @@ func (r *Relay) logReload(result control.ApplyResult, err error) {
 	r.opts.Events.Add(e)
 }
 
-// applySets makes the rules of some origins exactly those given, each of which hold together.
-// c says who asks for it.
+// applySets makes the rules of some origins exactly those given. c says who requested it.
 func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOptions, c change) (control.ApplyResult, error) {
 	if !o.DryRun {
 		if err := r.mayChange(); err != nil {
@@ -280,7 +277,7 @@ func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOpti
 	return result, nil
 }
 
-// mirrorOp says what becomes of the settings of multicast routes.
+// mirrorOp describes the change of the multicast route settings.
 func mirrorOp(before, now *rules.Mroute) string {
 	switch {
 	case before == nil:
@@ -291,7 +288,7 @@ func mirrorOp(before, now *rules.Mroute) string {
 	return control.OpChange
 }
 
-// add is what a difference asks for.
+// add adds the changes of a difference.
 func (e *edit) add(origin plan.Origin, d rules.Diff) {
 	for _, rule := range d.Add {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: origin})
@@ -304,7 +301,7 @@ func (e *edit) add(origin plan.Origin, d rules.Diff) {
 	}
 }
 
-// summary counts the changes, and lists as many as are asked for.
+// summary counts the changes, and lists as many as requested.
 func summary(diff rules.Diff, o control.ApplyOptions) control.ApplyResult {
 	result := control.ApplyResult{
 		DryRun: o.DryRun, Added: len(diff.Add), Changed: len(diff.Change), Removed: len(diff.Remove), Kept: len(diff.Keep),
@@ -324,7 +321,7 @@ func summary(diff rules.Diff, o control.ApplyOptions) control.ApplyResult {
 	return result
 }
 
-// listChanges gives the changes to list until that returns false.
+// listChanges passes the changes to list until it returns false.
 func listChanges(diff rules.Diff, list func(control.Change) bool) {
 	for _, rule := range diff.Add {
 		if !list(control.Change{Op: control.OpAdd, Rule: control.FromRule(rule)}) {

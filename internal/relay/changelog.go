@@ -16,7 +16,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// changeLog logs an event for every state that is another than after the last round.
+// changeLog logs an event for every state that changed since the last round.
 type changeLog struct {
 	log      *events.Log
 	plan     *plan.Plan // of the last round; nil before the first
@@ -24,7 +24,7 @@ type changeLog struct {
 	queriers map[querierKey]querierState
 }
 
-// linkState is an interface that rules need, as events have it.
+// linkState is the state of an interface that rules need, as in events.
 type linkState struct {
 	id      network.LinkID
 	link    string
@@ -68,13 +68,13 @@ func (c *changeLog) round(p *plan.Plan, now *network.Snapshot, attached map[netw
 	if !first {
 		before = c.plan.Rules
 	}
-	c.interfaces(p, now, attached) // they are the cause of what follows
+	c.interfaces(p, now, attached) // they cause the changes below
 	changedRules(before, p.Rules, func(old, new *plan.RulePlan) { c.rule(old, new, first) })
 	c.plan = p
 }
 
-// changedRules calls fn for every rule whose plan is another one; old or new is nil for one that has
-// come or gone. Both are in the order of names.
+// changedRules calls fn for every rule whose plan changed; old or new is nil for a rule that was
+// added or removed. Both slices are sorted by name.
 func changedRules(before, after []*plan.RulePlan, fn func(old, new *plan.RulePlan)) {
 	for len(before)+len(after) > 0 {
 		order := 0
@@ -100,8 +100,8 @@ func changedRules(before, after []*plan.RulePlan, fn func(old, new *plan.RulePla
 	}
 }
 
-// rule logs what is another with a rule. In the first round of a daemon those that are as they
-// should be are summed up: nothing has happened to them.
+// rule logs the changes of a rule. In a daemon's first round, healthy rules are summarized: nothing
+// happened to them.
 func (c *changeLog) rule(old, new *plan.RulePlan, first bool) {
 	switch {
 	case new == nil:
@@ -120,10 +120,10 @@ func (c *changeLog) rule(old, new *plan.RulePlan, first bool) {
 	c.flows(old, new)
 }
 
-// outputKeyOf tells outputs of a rule's flows apart, also when the rule is changed.
+// outputKeyOf identifies an output of a rule's flows, also across changes of the rule.
 type outputKeyOf struct{ flow, output string }
 
-// flows logs paths and outputs that are others.
+// flows logs changed paths and outputs.
 func (c *changeLog) flows(old, new *plan.RulePlan) {
 	carried, outputs := map[string]*plan.FlowPlan{}, map[outputKeyOf]plan.State{}
 	if old != nil {
@@ -144,18 +144,18 @@ func (c *changeLog) flows(old, new *plan.RulePlan) {
 			text := outputText(new, o)
 			was, known := outputs[outputKeyOf{f.Flow.Name, text}]
 			if was == o.State || !known && o.State == plan.Active {
-				continue // a new one that is as it should be goes with its rule
+				continue // a new healthy one is covered by its rule
 			}
 			c.log.Add(events.Event{Kind: events.KindOutput, Rule: new.Rule.Name, Interface: patternInput(new, f), Output: text,
 				State: o.State.String(), Before: stateOf(was, known), Cause: o.Reason})
 		}
 	}
-	for _, f := range carried { // their interfaces have gone
+	for _, f := range carried { // their interfaces are gone
 		c.path(new, f, nil)
 	}
 }
 
-// stateOf is the word of a state that was known, else "".
+// stateOf is the name of a known state, otherwise "".
 func stateOf(s plan.State, known bool) string {
 	if !known {
 		return ""
@@ -163,7 +163,7 @@ func stateOf(s plan.State, known bool) string {
 	return s.String()
 }
 
-// path logs that a flow has another path; old or new is nil for one that has come or gone.
+// path logs that a flow changed its path; old or new is nil for one that was added or removed.
 func (c *changeLog) path(p *plan.RulePlan, old, new *plan.FlowPlan) {
 	was, now := pathOf(old), pathOf(new)
 	if was == now {
@@ -176,7 +176,7 @@ func (c *changeLog) path(p *plan.RulePlan, old, new *plan.FlowPlan) {
 	c.log.Add(e)
 }
 
-// patternInput is the interface of a flow where its rule may have several.
+// patternInput is the interface of a flow if its rule may have several.
 func patternInput(p *plan.RulePlan, f *plan.FlowPlan) string {
 	if isPattern(p.Rule.In.Interface) {
 		return f.In.Name
@@ -184,7 +184,7 @@ func patternInput(p *plan.RulePlan, f *plan.FlowPlan) string {
 	return ""
 }
 
-// pathOf is the path that carries a flow, "" for none.
+// pathOf is the path of a published flow, otherwise "".
 func pathOf(f *plan.FlowPlan) string {
 	if f == nil || !f.Publish {
 		return ""
@@ -192,14 +192,14 @@ func pathOf(f *plan.FlowPlan) string {
 	return plan.PathName(f.Flow.Path)
 }
 
-// outputText is an output as the API has it.
+// outputText formats an output as in the API.
 func outputText(p *plan.RulePlan, o *plan.OutputPlan) string {
 	out := p.Rule.Out[o.Out]
 	out.Interface = o.Interface
 	return out.String()
 }
 
-// interfaces logs those that rules need.
+// interfaces logs changes of interfaces that rules need.
 func (c *changeLog) interfaces(p *plan.Plan, now *network.Snapshot, attached map[network.LinkID]plan.Attached) {
 	seen := make(map[string]linkState, len(p.Attach))
 	for _, id := range p.Attach {
@@ -260,7 +260,7 @@ func linkText(link *network.Link) string {
 	return control.LinkUp
 }
 
-// programLost logs that the kernel does not have the program on an interface any more.
+// programLost logs that the kernel no longer has the program on an interface.
 func (c *changeLog) programLost(ifname string) {
 	was := c.links[ifname]
 	c.log.Add(events.Event{Kind: events.KindProgram, Interface: ifname, State: stateLost, Before: was.program, Cause: "something else has detached it"})
@@ -270,7 +270,7 @@ func (c *changeLog) programLost(ifname string) {
 	}
 }
 
-// neighbours logs the ways of unicast outputs that are others in a new snapshot.
+// neighbours logs changed next hops of unicast outputs.
 func (c *changeLog) neighbours(before, now *network.Snapshot, changed map[network.HopKey]bool) {
 	if c.log == nil {
 		return
@@ -282,7 +282,7 @@ func (c *changeLog) neighbours(before, now *network.Snapshot, changed map[networ
 		old, hop := before.Hop(key), now.Hop(key)
 		was, is := hopState(old), hopState(hop)
 		if is == was && old.MAC == hop.MAC && old.Via == hop.Via || is == plan.Pending.String() && hop.Err == nil {
-			continue // the same, or just asked for, or not needed any more
+			continue // unchanged, just requested, or no longer needed
 		}
 		e := events.Event{Kind: events.KindNeighbour, Interface: nameIn(now, key.Link.Index), Address: key.Dst.String(), State: is, Cause: errorText(hop.Err)}
 		if was != plan.Pending.String() {
@@ -298,7 +298,7 @@ func (c *changeLog) neighbours(before, now *network.Snapshot, changed map[networ
 	}
 }
 
-// hopState is what is known of the way to a destination.
+// hopState is the state of a next hop, as in events.
 func hopState(hop network.Hop) string {
 	switch {
 	case hop.Kind == network.HopNone:
@@ -322,8 +322,7 @@ func nameIn(s *network.Snapshot, index int) string {
 	return fmt.Sprintf("if%d", index)
 }
 
-// heard logs queriers that are heard for the first time, that are others, and that are not heard any
-// more.
+// heard logs queriers that appeared, changed or fell silent.
 func (c *changeLog) heard(all []loader.Querier, now *network.Snapshot) {
 	if c.log == nil {
 		return

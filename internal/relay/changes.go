@@ -15,17 +15,17 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// changes keeps the sets of rules that were in force, and the change that is undone
-// unless it is confirmed. All of it belongs to the goroutine of Run.
+// changes keeps earlier sets of rules, and the change that is undone unless it is confirmed. It
+// belongs to the goroutine of Run.
 type changes struct {
-	store *history.Store // nil when no sets can be kept: why says why
+	store *history.Store // nil if no sets can be kept: why says why
 	why   error
 	clock history.Clock
 
-	// read is the set of the file as it was read last. The rules of the file in force
-	// are another one while an undone file is held off: see heldOff.
+	// read is the set of the file when it was last read. While an undone file is held off, the
+	// current rules of the file differ from it: see heldOff.
 	read history.Digest
-	// set is that in force as it was kept last; a part is empty when it was not.
+	// set is the current set as last kept; a part is empty if it was not kept.
 	set     history.Set
 	pending *pending
 }
@@ -33,13 +33,13 @@ type changes struct {
 // pending is the change that waits for confirmation.
 type pending struct {
 	history.Pending
-	before []*plan.Rule // what comes back
+	before []*plan.Rule // to restore
 	mroute *rules.Mroute
-	retry  time.Time // not before this is undoing tried again
+	retry  time.Time // undoing is not retried before
 	failed error     // why it could not be saved
 }
 
-// change is a change of the wanted rules that somebody asked for.
+// change is a requested change of the wanted rules.
 type change struct {
 	edit
 	history.Change
@@ -49,8 +49,8 @@ type change struct {
 	read    *history.Digest // of a reload: the set of the file now
 }
 
-// openHistory reads the sets that an earlier process kept. Nothing is written before
-// this one owns the pin directory.
+// openHistory reads the sets of an earlier process. It writes nothing, since this process does not
+// own the pin directory yet.
 func (r *Relay) openHistory() {
 	c := &r.changes
 	if r.opts.clock != nil {
@@ -66,13 +66,13 @@ func (r *Relay) historyFiles() (file, sets string) {
 	return r.keptFile("changes.json"), r.keptFile("sets")
 }
 
-// keptFile is a file of the state directory.
+// keptFile is the path of a file in the state directory.
 func (r *Relay) keptFile(name string) string {
 	return loader.RunFile(r.opts.StateDir, r.opts.Loader.PinDir, name)
 }
 
-// beginHistory makes a fresh start where what was kept is damaged, undoes what nobody has
-// confirmed, and notes the set that this process begins with.
+// beginHistory replaces damaged history, undoes an unconfirmed change, and records the set with
+// which this process starts.
 func (r *Relay) beginHistory() {
 	c := &r.changes
 	if errors.Is(c.why, history.ErrDamaged) {
@@ -96,7 +96,7 @@ func (r *Relay) beginHistory() {
 	r.tellHeldOff()
 }
 
-// by says who asks for a change, and when.
+// by returns a change with its author and time.
 func by(ctx context.Context, what string) history.Change {
 	c := history.Change{Time: time.Now(), What: what}
 	if uid, ok := control.CallerUID(ctx); ok {
@@ -107,7 +107,7 @@ func by(ctx context.Context, what string) history.Change {
 	return c
 }
 
-// byText is a change in a line for people.
+// byText formats a change as one line.
 func byText(c history.Change) string {
 	if c.UID == nil {
 		return c.What
@@ -128,8 +128,7 @@ func (r *Relay) mayChange() error {
 		p.Until.Format(time.TimeOnly), byText(p.Change))
 }
 
-// change makes a change, and keeps the set that it brings in. After an error everything is as
-// before.
+// change makes a change, and keeps the new set. After an error nothing has changed.
 func (r *Relay) change(c change) error {
 	if c.confirm > 0 {
 		if err := r.begin(c); err != nil {
@@ -156,8 +155,8 @@ func (r *Relay) change(c change) error {
 	return nil
 }
 
-// noteRead takes note of a file that was read again and changes nothing: it may hold now what
-// is in force, which was brought back before.
+// noteRead handles a file that was read again without changes to the rules: it may now contain the
+// current rules, which were restored before.
 func (r *Relay) noteRead(c change) error {
 	h := &r.changes
 	if c.read == nil || *c.read == h.read {
@@ -177,7 +176,7 @@ func (r *Relay) noteRead(c change) error {
 	return control.Wrap(control.KindFailed, err)
 }
 
-// begin has on the disk what the set is that comes back without a confirmation.
+// begin stores the set to be restored without a confirmation.
 func (r *Relay) begin(c change) error {
 	h := &r.changes
 	if h.store == nil {
@@ -210,22 +209,22 @@ func (r *Relay) cancel() {
 	h.pending = nil
 	state := h.store.State()
 	state.Pending = nil
-	// What stays on the disk brings back, at worst, the set that is in force.
+	// If saving fails, the stored change restores, at worst, the current set.
 	r.warnUnless(aboutHistory, h.store.Save(state))
 }
 
-// recorded says whether the set in force is kept as the last one.
+// recorded says whether the current set is kept as the last one.
 func (r *Relay) recorded() bool {
 	h := &r.changes
 	if h.store == nil {
-		return true // as far as can be
+		return true // as far as possible
 	}
 	h.fill(r.rules, r.mroute)
 	all := h.store.State().Entries
 	return len(all) > 0 && all[len(all)-1].Set == h.set
 }
 
-// fill works out what is not known of the set in force.
+// fill computes missing parts of the current set.
 func (c *changes) fill(inForce []*plan.Rule, mroute *rules.Mroute) {
 	if c.set.File == "" {
 		c.set.File = history.Sum(fileText(inForce, mroute))
@@ -235,8 +234,8 @@ func (c *changes) fill(inForce []*plan.Rule, mroute *rules.Mroute) {
 	}
 }
 
-// record keeps the set in force, which a change has brought in. The change has been made
-// whether that can be kept or not, and a full disk must hold up no other.
+// record keeps the current set, the result of a change. The change is already made, so an error
+// here, such as a full disk, must not fail it.
 func (r *Relay) record(c history.Change) {
 	if r.changes.store == nil {
 		return
@@ -252,7 +251,7 @@ func (r *Relay) record(c history.Change) {
 	r.warnUnless(aboutHistory, err)
 }
 
-// keep saves the set in force as an entry, and what else of the state follows from it.
+// keep saves the current set as an entry, and the state that follows from it.
 func (r *Relay) keep(c history.Change, waiting *history.Pending) error {
 	h := &r.changes
 	state := h.store.State()
@@ -281,8 +280,8 @@ func (r *Relay) keep(c history.Change, waiting *history.Pending) error {
 	return nil
 }
 
-// heldOff says what the daemon is to remember when the rules of the file in force are not
-// those that the file holds: a restart brings in the same ones, unless the file has changed.
+// heldOff is stored when the current rules of the file differ from its content: a restart uses the
+// current ones, unless the file has changed.
 func (r *Relay) heldOff(before *history.Held, inForce history.Digest, now time.Time) *history.Held {
 	h := &r.changes
 	if inForce == h.read || r.opts.ConfigFile == "" {
@@ -295,7 +294,7 @@ func (r *Relay) heldOff(before *history.Held, inForce history.Digest, now time.T
 	return &held
 }
 
-// tellHeldOff warns while the rules of the file in force are not those that it holds.
+// tellHeldOff warns while the current rules of the file differ from its content.
 func (r *Relay) tellHeldOff() {
 	if r.changes.store == nil {
 		return
@@ -309,7 +308,7 @@ func (r *Relay) tellHeldOff() {
 		held.Since.Local().Format(time.DateTime), held.Config))
 }
 
-// undoIfDue brings the set of before back when nobody has confirmed a change in time.
+// undoIfDue restores the previous set if a change was not confirmed in time.
 func (r *Relay) undoIfDue() {
 	p := r.changes.pending
 	if p == nil || r.changes.clock.Left(&p.Pending) > 0 || time.Now().Before(p.retry) {
@@ -324,9 +323,8 @@ func (r *Relay) undoIfDue() {
 	r.log.Warn("a change was not confirmed: the set of before is in force again", "change", byText(p.Change), "made", p.Time)
 }
 
-// undo brings the set of before a change back that waits for confirmation. Rules of it that
-// the kernel refuses now are shown as failed: they were in force before. An error says that
-// it could not be saved.
+// undo restores the set before an unconfirmed change. Rules of it that the kernel now refuses are
+// shown as failed: they were active before. An error means that it could not be saved.
 func (r *Relay) undo(c history.Change) error {
 	p := r.changes.pending
 	settle := func(bool) error { return nil }
@@ -337,7 +335,7 @@ func (r *Relay) undo(c history.Change) error {
 		}
 		r.changes.set, r.stale = history.Set{}, true
 	}
-	// The routes are those of now: nobody has changed them here.
+	// The routes stay as they are: the change did not affect them.
 	before := withRoutesOf(p.before, r.rules)
 	if r.mroutes == nil {
 		before = withoutRoutes(before)
@@ -364,7 +362,7 @@ func (r *Relay) undo(c history.Change) error {
 	return nil
 }
 
-// pendingWake is when a pending change is to be undone.
+// pendingWake is the time until an unconfirmed change is undone.
 func (r *Relay) pendingWake() time.Duration {
 	p := r.changes.pending
 	if p == nil {
@@ -430,7 +428,7 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 			return control.Errorf(control.KindFailed, "sets of rules are not kept: %w", h.why)
 		}
 		if back == 0 {
-			// For clients that show what waits: by the time they ask, it may have been undone or confirmed.
+			// For clients that show the pending change: it may have been undone or confirmed since.
 			r.undoIfDue()
 			switch {
 			case o.DryRun || o.Confirm != 0:
@@ -461,7 +459,7 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 	return result, err
 }
 
-// rollbackPending undoes the change that waits for confirmation.
+// rollbackPending undoes the unconfirmed change.
 func (r *Relay) rollbackPending(ctx context.Context, o control.ApplyOptions) (control.ApplyResult, error) {
 	p := r.changes.pending
 	diff := rules.Compute(bare(withoutRoutes(r.rules)), bare(withoutRoutes(p.before)))
@@ -477,13 +475,13 @@ func (r *Relay) rollbackPending(ctx context.Context, o control.ApplyOptions) (co
 	return result, nil
 }
 
-// kept is what the file and the API held.
+// kept is the content of the file and of the API's rules.
 type kept struct {
 	file rules.Config
 	api  []rules.Rule
 }
 
-// earlier reads the set of so many changes ago.
+// earlier reads the set of back changes ago.
 func (r *Relay) earlier(back int) (s kept, err error) {
 	h := &r.changes
 	if !r.recorded() {
@@ -511,7 +509,7 @@ func setsBefore(n int) string {
 	return fmt.Sprintf("%d sets before that in force are", n)
 }
 
-// readSet reads a set from the disk.
+// readSet reads a set from disk.
 func (c *changes) readSet(set history.Set) (s kept, err error) {
 	if s.file, err = c.readFile(set.File); err != nil {
 		return s, err
@@ -523,7 +521,7 @@ func (c *changes) readSet(set history.Set) (s kept, err error) {
 	return s, noSet(err)
 }
 
-// readFile reads what a file held.
+// readFile reads the stored content of a file.
 func (c *changes) readFile(digest history.Digest) (f rules.Config, err error) {
 	text, err := c.store.Get(digest)
 	if err == nil {
@@ -543,9 +541,8 @@ func noSet(err error) error {
 	return fmt.Errorf("read a set of rules: %w", err)
 }
 
-// initialSets are the rules that this process begins with: those that the file holds and
-// those that were saved for the API, unless an earlier process has undone the file, or a
-// change was not confirmed in time.
+// initialSets are the rules with which this process starts: those of the file and those saved for
+// the API, unless an earlier process has undone the file, or a change was not confirmed in time.
 func (r *Relay) initialSets(fromFile rules.Config, saved []rules.Rule, isSaved bool) (file rules.Config, api []rules.Rule) {
 	h := &r.changes
 	h.read = history.Sum(configText(fromFile))
@@ -572,8 +569,8 @@ func (r *Relay) initialSets(fromFile rules.Config, saved []rules.Rule, isSaved b
 	if p == nil {
 		return fromFile, saved
 	}
-	// A file that was edited since is what its author wants now; rules of the API that a reboot
-	// has forgotten stay forgotten.
+	// A file edited since then is what its author wants now; API rules forgotten by a reboot stay
+	// forgotten.
 	if p.Read != h.read {
 		before.file = fromFile
 	}
@@ -588,7 +585,7 @@ func (r *Relay) initialSets(fromFile rules.Config, saved []rules.Rule, isSaved b
 	return fromFile, saved
 }
 
-// bare are the rules without their origins.
+// bare strips the origins off rules.
 func bare(all []*plan.Rule) []rules.Rule {
 	out := make([]rules.Rule, len(all))
 	for i, rule := range all {
@@ -597,7 +594,7 @@ func bare(all []*plan.Rule) []rules.Rule {
 	return out
 }
 
-// textOf writes the rules of an origin as a file of rules, by name.
+// textOf formats the rules of an origin as a rule file, sorted by name.
 func textOf(all []*plan.Rule, origin plan.Origin) []byte {
 	var text []byte
 	for _, rule := range all {
@@ -608,12 +605,12 @@ func textOf(all []*plan.Rule, origin plan.Origin) []byte {
 	return rules.EndFile(text)
 }
 
-// fileText writes what the file has in force.
+// fileText formats the current rules of the file.
 func fileText(all []*plan.Rule, mroute *rules.Mroute) []byte {
 	return rules.AppendMroute(textOf(all, plan.OriginFile), mroute)
 }
 
-// configText is fileText for what was read, with rules in any order.
+// configText is fileText for a parsed file, with rules in any order.
 func configText(c rules.Config) []byte {
 	var text []byte
 	for _, rule := range slices.SortedFunc(slices.Values(c.Rules), func(a, b rules.Rule) int { return cmp.Compare(a.Name, b.Name) }) {

@@ -28,15 +28,14 @@ func (r *Relay) Explain(ctx context.Context, text string) (e control.Explanation
 	return e, err
 }
 
-// explainNotes says which packets like this one the winner has not taken so far, or not as
-// they should be.
+// explainNotes lists similar packets that the winner has not relayed so far, or not normally.
 func (r *Relay) explainNotes(e *control.Explanation) {
 	if len(e.Candidates) == 0 {
 		return
 	}
 	status, err := r.ruleStatus(e.Candidates[0].Rule)
 	if err != nil {
-		return // the counters cannot be read, which stats says
+		return // the counters cannot be read; stats reports that
 	}
 	for _, n := range status.Notes {
 		switch n.Reason {
@@ -52,7 +51,7 @@ func (r *Relay) explainNotes(e *control.Explanation) {
 	}
 }
 
-// explain says what becomes of a packet, as the API has it.
+// explain explains a packet, as in the API.
 func (r *Relay) explain(packet plan.Packet) (control.Explanation, error) {
 	stats, err := r.statsOf(nil, false)
 	if err != nil {

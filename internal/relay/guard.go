@@ -13,15 +13,15 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// loopCheck is how often the loop guard is asked what it has found.
+// loopCheck is the interval of reading the loop guard's findings.
 const loopCheck = time.Second
 
 const aboutLoops = "loops"
 
-// macTaker is a user-space path that makes the loop check itself.
+// macTaker is a user-space path that does the loop check itself.
 type macTaker interface{ SetOwnMACs(macs [][6]byte) }
 
-// publishMACs gives the loop check the MAC addresses of this host, when they change.
+// publishMACs passes this host's MAC addresses to the loop check when they change.
 func (r *Relay) publishMACs() {
 	macs := r.network.OwnMACs()
 	if r.macsKnown && slices.Equal(macs, r.macs) {
@@ -40,8 +40,7 @@ func (r *Relay) publishMACs() {
 
 const aboutOwnMACs = "own MAC addresses"
 
-// loops are the rules whose packets come back, on all paths, by the names that the kernel
-// has.
+// loops are the rules whose packets come back, on all paths, by the kernel's names.
 func (r *Relay) loops() map[string]loader.LoopingRule {
 	all, err := r.loader.Loops()
 	r.warnUnless(aboutLoops, err)
@@ -59,7 +58,7 @@ func (r *Relay) loops() map[string]loader.LoopingRule {
 	return byName
 }
 
-// loopText says the way that packets of a rule take back to it; "" when none come back.
+// loopText describes the loop path of a rule's packets; "" if none come back.
 func (r *Relay) loopText(p *plan.RulePlan, loops map[string]loader.LoopingRule) string {
 	for _, f := range p.Flows {
 		if l, ok := loops[f.Flow.Name]; ok && l.Looping && len(l.Ways) > 0 {
@@ -84,7 +83,7 @@ func (r *Relay) wayText(l *loader.LoopingRule) string {
 		iface, from, net.HardwareAddr(way.MAC[:]), way.From, out, dropped)
 }
 
-// outputsOf are the interfaces that a flow sends on.
+// outputsOf are the output interfaces of a flow.
 func (r *Relay) outputsOf(name string) (out []string) {
 	_, f := r.plan.Flow(name)
 	if f == nil {
@@ -98,7 +97,7 @@ func (r *Relay) outputsOf(name string) (out []string) {
 	return out
 }
 
-// markLooping shows an active rule as looping.
+// markLooping sets the state of an active rule to looping.
 func (r *Relay) markLooping(status *control.RuleStatus, p *plan.RulePlan, loops map[string]loader.LoopingRule) {
 	if len(loops) == 0 || status.State != control.StateActive {
 		return
@@ -108,7 +107,7 @@ func (r *Relay) markLooping(status *control.RuleStatus, p *plan.RulePlan, loops 
 	}
 }
 
-// logLoops logs the loops that have come and gone since the last time.
+// logLoops logs loops that began or ended since the last call.
 func (r *Relay) logLoops() {
 	loops := r.loops()
 	if len(loops) == 0 && len(r.looping) == 0 {

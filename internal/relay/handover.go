@@ -16,22 +16,22 @@ import (
 	"xdpcast/pkg/membership"
 )
 
-// Handed is what a relay that rests hands to the process that takes over from it.
+// Handed is what a paused relay hands over to its successor process.
 type Handed struct {
-	// Memberships hold what is joined: the kernel leaves nothing as long as a process has them open.
+	// Memberships are the helper sockets: the kernel leaves no group while a process has them open.
 	Memberships []membership.Kept
-	// Locks keep other writers out as long as a process has them open.
+	// Locks exclude other writers while a process has them open.
 	Locks loader.Locks
-	// Gate is that of the fanout path; nil when the path is not open.
+	// Gate is the gate of the fanout path; nil if the path is not open.
 	Gate *ebpf.Map
-	// Stop forwards what came on a user-space path, since the other process is to have its packets
-	// now. That of AF_XDP is closed, since queues have one owner. The path is given by its name.
+	// Stop forwards the packets already received on a user-space path, whose later ones are the
+	// successor's. It closes the AF_XDP path, since queues have one owner. path is its name.
 	Stop func(path string) error
-	// End closes all user-space paths: the other process is ready.
+	// End closes all user-space paths: the successor is ready.
 	End func() error
 }
 
-// Close closes the descriptors, which the other process has, too.
+// Close closes this process's descriptors, of which the successor has copies.
 func (h *Handed) Close() error {
 	errs := []error{h.Locks.Close()}
 	for _, d := range h.Memberships {
@@ -43,18 +43,18 @@ func (h *Handed) Close() error {
 	return errors.Join(errs...)
 }
 
-// Predecessor is the other side of Handed, but for memberships and locks, which have their own
+// Predecessor is the receiving side of Handed, except memberships and locks, which have their own
 // options.
 type Predecessor struct {
-	Gate *ebpf.Map // nil: there is none. It is owned.
+	Gate *ebpf.Map // nil: none; owned by the relay
 	Stop func(flow.Path) error
 }
 
-// HandOver has start bring another process into this one's place. The control loop rests until
-// start returns: nothing is written, while the user-space paths go on until they are stopped.
-// Without an error Run then ends, and leaves everything in the kernel as it is. After an error
-// this relay takes its place again, as a daemon does that starts: it reads back what the kernel holds,
-// puts its own programs in the place of another release's, and goes on.
+// HandOver calls start to bring up a successor process. The control loop pauses until start
+// returns: nothing is written, while the user-space paths keep running until they are stopped.
+// Without an error Run then ends, and leaves everything in the kernel. After an error this relay
+// resumes like a starting daemon: it reads back the kernel's state, replaces programs of another
+// release with its own, and continues.
 func (r *Relay) HandOver(ctx context.Context, start func(*Handed) error) error {
 	return r.do(ctx, func() error {
 		r.tidy.Wait()
@@ -74,10 +74,10 @@ func (r *Relay) HandOver(ctx context.Context, start func(*Handed) error) error {
 	})
 }
 
-// drainPatience is longer than rings hold packets back.
+// drainPatience is longer than rings delay packets.
 const drainPatience = 200 * time.Millisecond
 
-// HandedOver says, when Run has ended, whether another process is in this one's place.
+// HandedOver says, after Run has ended, whether a successor has taken over.
 func (r *Relay) HandedOver() bool { return r.handedOver }
 
 func (r *Relay) hand() (h *Handed, err error) {
@@ -117,8 +117,8 @@ func (r *Relay) hand() (h *Handed, err error) {
 	return h, nil
 }
 
-// takeBack opens anew what the other process may have changed. The user-space paths that are open
-// go on until those opened anew take over from them, as those of another process would.
+// takeBack reopens what the other process may have changed. The open user-space paths keep running
+// until the reopened ones take over, as from another process.
 func (r *Relay) takeBack(handed *Handed) error {
 	before := r.kernel
 	r.kernel = kernel{}
@@ -131,7 +131,7 @@ func (r *Relay) takeBack(handed *Handed) error {
 	r.plan, r.network, r.stale, r.overlaps = &plan.Plan{}, network.NewSnapshot(nil, nil), true, nil
 	r.restored, r.macsKnown = false, false
 	r.adopt()
-	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
+	_ = r.reconcile(nil) // errors are logged, shown and retried
 	if err := before.close(); err != nil {
 		r.log.Warn("close what was handed over", "error", err)
 	}
@@ -140,7 +140,7 @@ func (r *Relay) takeBack(handed *Handed) error {
 	return nil
 }
 
-// followed says that this process has taken over, and is on its own now.
+// followed is called once this process has taken over and runs alone.
 func (r *Relay) followed() {
 	before := r.opts.Predecessor
 	if before == nil {

@@ -10,10 +10,10 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// What makes an alarm.
+// Alarm thresholds.
 const (
 	legSilent = time.Second // without a packet, while another input has some
-	legBehind = 0.75        // of what the numbers of an input can bear
+	legBehind = 0.75        // of the delay that the numbers of an input allow
 )
 
 // legStatus describes one of several inputs.
@@ -34,7 +34,7 @@ func legStatus(s *loader.RuleStats, won uint64, now time.Time) *control.LegStatu
 }
 
 // StreamStatusOf describes the stream of a rule with several inputs, given the statistics of its
-// flows; nil for another rule.
+// flows; nil for other rules.
 func StreamStatusOf(legs []*loader.RuleStats) *control.StreamStatus {
 	at := slices.IndexFunc(legs, func(s *loader.RuleStats) bool { return s != nil && s.Stream != nil })
 	if at < 0 {

@@ -10,22 +10,22 @@ import (
 )
 
 const (
-	// recheck is how long to wait before what the kernel refused is tried again.
+	// recheck is the delay before refused requests are retried.
 	recheck = time.Second
-	// observePause is how often all of the kernel's state is looked at although nothing is
-	// announced. Where that takes long, it takes no more than its share of the time, up to
-	// so many pauses.
+	// observePause is the interval of reading all of the kernel's state without a notification. If
+	// that is slow, the interval grows so that reading takes only its share of the time, up to a
+	// maximum.
 	observePause  = 3 * time.Second
 	observeShare  = 50
 	observePauses = 20
-	// maxRounds bounds how often one reconcile plans and prepares until nothing changes any
-	// more. Two or three are usual; what is not settled then is left to the next one.
+	// maxRounds limits how often one reconcile plans and prepares until nothing changes. Two or
+	// three are usual; the rest is left to the next reconcile.
 	maxRounds = 16
-	// idle is longer than anything waits for.
+	// idle is longer than any wait.
 	idle = time.Hour
 )
 
-// What a warning can be about that the next try may cure.
+// Subjects of warnings that the next attempt may clear.
 const (
 	aboutNetwork    = "network"
 	aboutKernel     = "kernel"
@@ -42,17 +42,17 @@ const (
 	aboutQueriers   = "queriers"
 )
 
-// reconcile brings about what the rules and the network ask for, as far as can be. It may be
-// called at any time and changes nothing that is right already.
+// reconcile makes the kernel match the rules and the network, as far as possible. It may be called
+// at any time and changes nothing that is already correct.
 //
-// It plans, and does what comes before packets flow - programs on interfaces, tags, next
-// hops - until the answers to that change the plan no more. Then the flows are
-// published and their groups joined, in this order; after that what no flow needs any more is
-// left, detached and forgotten. So no flow is in force without what it needs, and a shortage
-// of one thing, such as of memberships, holds back no flow.
+// It plans, and does what must precede the packets - programs on interfaces, tags, next hops -
+// until the answers no longer change the plan. Then it publishes the flows and joins their groups,
+// in this order; finally it leaves, detaches and forgets what no flow needs any more. So no flow is
+// published without its prerequisites, and a shortage of one resource, such as memberships, holds
+// back no flow.
 //
-// The rules named by strict must not fail. Their groups are joined before anything is
-// published. After an error the kernel holds the flows from before.
+// The rules named by strict must not fail. Their groups are joined before anything is published.
+// After an error the kernel still holds the previous flows.
 func (r *Relay) reconcile(strict []string) error {
 	started := time.Now()
 	defer func() {
@@ -90,7 +90,7 @@ func (r *Relay) reconcile(strict []string) error {
 	return nil
 }
 
-// prepare plans until the plan and the answers to it agree.
+// prepare plans until the plan and its answers agree.
 func (r *Relay) prepare() error {
 	for range maxRounds {
 		now, err := r.watcher.Snapshot()
@@ -137,8 +137,8 @@ func (r *Relay) fault(names []string) error {
 	return errors.Join(errs...)
 }
 
-// follow takes up another snapshot: what was held on the interfaces that have gone is
-// let go, and what the kernel may have dropped with a life of an interface is looked for.
+// follow switches to a new snapshot: it drops the state of removed interfaces, and checks for state
+// that the kernel may have dropped with an interface.
 func (r *Relay) follow(now *network.Snapshot) {
 	before := r.network
 	r.network, r.overlaps = now, nil
@@ -151,7 +151,7 @@ func (r *Relay) follow(now *network.Snapshot) {
 	if len(changed.Links) == 0 && !changed.Own {
 		return
 	}
-	r.tables.refresh = true // devices that are there again are opened again
+	r.tables.refresh = true // devices that reappeared are opened again
 	r.tables.retryRefused()
 	reborn := false
 	for _, old := range before.Links() {
@@ -180,7 +180,7 @@ func (r *Relay) follow(now *network.Snapshot) {
 	}
 }
 
-// forget lets go of what was held on an interface that is gone.
+// forget drops the state of a removed interface.
 func (r *Relay) forget(link *network.Link) {
 	r.memberships.drop(link.LinkID)
 	r.attachments.forget(link.LinkID)
@@ -191,13 +191,13 @@ func (r *Relay) forget(link *network.Link) {
 	r.log.Info("interface is gone", "interface", link.Name, "index", link.Index)
 }
 
-// publishOwn gives the loop check the addresses of this host.
+// publishOwn passes the addresses of this host to the loop check.
 func (r *Relay) publishOwn() {
 	r.warnUnless(aboutOwn, r.loader.SetOwnAddresses(r.network.Own()))
 	r.publishMACs()
 }
 
-// observeIfDue looks at everything when it is time.
+// observeIfDue reads all of the kernel's state when that is due.
 func (r *Relay) observeIfDue() {
 	if time.Until(r.observeAt()) > 0 {
 		return
@@ -215,13 +215,13 @@ func (r *Relay) observeIfDue() {
 		r.changelog.heard(queriers, r.network)
 	}
 	r.publishOwn()
-	r.stale = true // the reconcilers look again
+	r.stale = true // the reconcilers check again
 	r.observed = time.Now()
 	r.observing = r.observed.Sub(started)
 	r.tellObserved()
 }
 
-// tellObserved tells a test that everything was looked at.
+// tellObserved notifies a test that everything was read.
 func (r *Relay) tellObserved() {
 	if r.opts.observed != nil && r.memberships.look == nil {
 		r.opts.observed()
@@ -232,8 +232,8 @@ func (r *Relay) observeAt() time.Time {
 	return r.observed.Add(max(r.opts.observeEvery, min(observeShare*r.observing, observePauses*r.opts.observeEvery)))
 }
 
-// observeKernel looks at what the kernel holds for the loader and the memberships: at
-// these in any case, or when asking is cheap enough now.
+// observeKernel reads the kernel's state of the loader and the memberships: of the latter only if
+// requested, or if it is cheap now.
 func (r *Relay) observeKernel(memberships bool) {
 	o := r.loader.Observe()
 	for _, a := range o.Lost {
@@ -248,19 +248,19 @@ func (r *Relay) observeKernel(memberships bool) {
 	r.warnUnless(aboutGroups, r.memberships.observe(memberships))
 }
 
-// publish brings the flows of the plan into force, and says whether that changes what the plan
-// is made from. A flow that the kernel refuses is left out, and the others go in
-// without it, unless its rule is one of those named by strict.
+// publish publishes the flows of the plan, and returns whether that changes the plan's inputs. A
+// flow that the kernel refuses is left out, and the others are published without it, unless strict
+// names its rule.
 func (r *Relay) publish(strict []string) (changed bool, err error) {
 	changed, err = r.tables.apply(r.plan, r.network.Own(), strict)
 	r.warnUnless(aboutKernel, err)
 	return changed, err
 }
 
-// letGo takes back what the plan does not need any more, after it is in force.
+// letGo releases what the plan no longer needs, once it is published.
 func (r *Relay) letGo() {
 	if r.stale || r.warnings[aboutKernel] != "" {
-		return // not settled: what seems needless may be needed yet
+		return // not settled: what seems unneeded may still be needed
 	}
 	r.memberships.leave(r.plan)
 	r.memberships.manager.Settle()
@@ -272,7 +272,7 @@ func (r *Relay) letGo() {
 	r.memberships.manager.Prune(func(ifname string) bool { return r.network.Link(ifname) != nil })
 }
 
-// wake says when something is due although nothing has happened.
+// wake is the time until something is due without an event.
 func (r *Relay) wake() time.Duration {
 	wake := min(r.watcher.Due(), time.Until(r.observeAt()), r.memberships.wake(), r.tables.wake(), r.attachments.wake(), r.pendingWake())
 	failing := r.stale || r.tables.paths.pending() || len(r.neighbours.refused) > 0
@@ -280,7 +280,7 @@ func (r *Relay) wake() time.Duration {
 		failing = failing || r.warnings[about] != ""
 	}
 	if failing {
-		// From the last time, since whoever asks for states must not put it off.
+		// Measured from the last reconcile, so status requests cannot postpone it.
 		wake = min(wake, recheck-time.Since(r.reconciled))
 	}
 	return max(0, wake)
@@ -293,7 +293,7 @@ func (r *Relay) warn(about string, err error) {
 	r.warnings[about] = err.Error()
 }
 
-// warnUnless warns, or takes a warning back when there is no error.
+// warnUnless sets a warning, or clears it if err is nil.
 func (r *Relay) warnUnless(about string, err error) {
 	if err != nil {
 		r.warn(about, err)

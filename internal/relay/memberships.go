@@ -18,52 +18,52 @@ import (
 	"xdpcast/pkg/membership"
 )
 
-// retry is how joins are tried again. All are tried for as long as they are
-// wanted: what cannot work today may after the next change of the network.
+// retry is the backoff of joins. They are retried as long as they are wanted: what fails today may
+// work after the next change of the network.
 var retry = membership.Backoff{Min: 200 * time.Millisecond, Max: 30 * time.Second, Factor: 2, Jitter: 0.2}
 
-// memberships reconciles the groups that flows want joined. Which are, the manager knows, and asks
-// the kernel (membership.Manager.Observe).
+// memberships reconciles the joined groups of flows. The manager knows the joined ones, and checks
+// them with the kernel (membership.Manager.Observe).
 type memberships struct {
 	manager *membership.Manager
 	log     *slog.Logger
 	events  *events.Log
-	// settling: the daemon starts, and what it joins are not news one by one.
+	// settling: the daemon is starting, so its joins are not logged one by one.
 	settling bool
-	// tries has the memberships that are wanted and not joined, and those that it took several tries
-	// to join.
+	// tries has the wanted memberships that are not joined, and those that took several attempts.
 	tries map[plan.Membership]*joinTries
-	// failed has those that could not be joined, as the next plan hears of them.
+	// failed has the failed memberships, as passed to the next plan.
 	failed map[plan.Membership]plan.Join
-	// settled is the plan.Plan.Joins whose memberships are all joined, or failed; 0: none is.
+	// settled is the plan.Plan.Joins whose memberships are all joined, or failed; 0: none.
 	settled uint64
-	// left is the plan.Plan.Joins besides whose memberships none are joined; 0: none is.
+	// left is the plan.Plan.Joins to which the joined memberships were last reduced; 0: none.
 	left uint64
-	// observed says when the kernel was last asked, and how long it took.
+	// observed is when the kernel was last read, and how long it took.
 	observed time.Time
 	took     time.Duration
-	// look is being read beside the control loop, which gets the result from looks; nil: none is.
+	// look is a read in progress, in another goroutine, which delivers its result to looks; nil:
+	// none.
 	look    *membership.Look
-	again   bool // and another one is due then
+	again   bool // and another one is due afterwards
 	looking sync.WaitGroup
 	looks   chan lookResult
 }
 
-// joinTries is what is remembered of a membership that is not joined: since when it is wanted, and
-// of one that failed, when to try again.
+// joinTries is the state of a membership that is not joined: since when it is wanted, and, if it
+// failed, when to retry.
 type joinTries struct {
 	since  time.Time
 	count  int
-	failed *failedJoin // the last try; nil: there was none yet, or it is joined
+	failed *failedJoin // the last attempt; nil: none yet, or it is joined
 }
 
 // failedJoin is why a membership is not joined.
 type failedJoin struct {
 	err  error
-	next time.Time // when to try again
+	next time.Time // when to retry
 }
 
-// due says whether it is time to try a membership that is not joined.
+// due says whether a membership that is not joined should be tried now.
 func (t *joinTries) due(now time.Time) bool {
 	return t == nil || t.failed == nil || !now.Before(t.failed.next)
 }
@@ -75,8 +75,8 @@ func newMemberships(m *membership.Manager, log *slog.Logger, events *events.Log)
 	}
 }
 
-// restore takes over what an earlier process has joined. What of it the plan does not want is
-// left with letGo, as all that it does not want any more.
+// restore takes over the memberships of an earlier process. letGo later leaves those that the plan
+// does not need.
 func (s *memberships) restore(now *network.Snapshot) {
 	s.manager.Restore(func(index int) (string, uint64, bool) {
 		link := now.ByIndex(index)
@@ -102,9 +102,9 @@ type dueJoin struct {
 	flow *plan.FlowPlan
 }
 
-// join tries the memberships that the plan wants and that are due: those of a flow until one
-// fails. It says whether more or fewer have failed now, or in another way. With names, those
-// of the rules alone are tried.
+// join tries the due memberships of the plan: those of each flow until one fails. It returns
+// whether the set of failures or their errors changed. With names, only those of these rules are
+// tried.
 func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) (changed bool) {
 	if names == nil && s.settled == p.Joins && !s.anyDue(time.Now()) {
 		return false
@@ -128,7 +128,7 @@ func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) 
 	var failed []dueJoin
 	for _, d := range due {
 		if s.manager.Holds(d.Membership) {
-			continue // another flow needs it, too
+			continue // another flow also needs it
 		}
 		if !blocked[d.flow] {
 			tried := s.tries[wantedOf(d.Membership)].due(at)
@@ -151,7 +151,7 @@ func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) 
 	return changed
 }
 
-// wait notes a membership that is not joined.
+// wait records a membership that is not joined.
 func (s *memberships) wait(m plan.Membership, at time.Time) *joinTries {
 	t := s.tries[m]
 	if t == nil {
@@ -170,8 +170,8 @@ func (s *memberships) anyDue(now time.Time) bool {
 	return false
 }
 
-// dueOf adds to due what the flows of a rule need and is not joined, of each as far as the
-// first that failed and is not due yet: the others wait for that one.
+// dueOf appends to due the unjoined memberships of a rule's flows, of each up to the first that
+// failed and is not due yet: the others wait for that one.
 func (s *memberships) dueOf(r *plan.RulePlan, now *network.Snapshot, at time.Time, due []dueJoin, blocked map[*plan.FlowPlan]bool) []dueJoin {
 	for _, f := range r.Flows {
 		for m := range f.Memberships() {
@@ -184,7 +184,7 @@ func (s *memberships) dueOf(r *plan.RulePlan, now *network.Snapshot, at time.Tim
 			}
 			link := now.ByIndex(m.Link.Index)
 			if link == nil || link.LinkID != m.Link {
-				continue // the next plan is without it
+				continue // the next plan omits it
 			}
 			due = append(due, dueJoin{joinable(m, link.Name), f})
 		}
@@ -214,7 +214,8 @@ func (s *memberships) try(m membership.Membership) bool {
 	return false
 }
 
-// state is that of a membership that is not joined, as the API has it; empty before the first try.
+// state is the state of a membership that is not joined, as in the API; empty before the first
+// attempt.
 func (t *joinTries) state() string {
 	switch {
 	case t == nil || t.failed == nil:
@@ -238,7 +239,7 @@ func (s *memberships) tell(m membership.Membership, now, before, cause string) {
 	s.events.Add(e)
 }
 
-// answer tells the next plan how a membership is, and says whether that is news.
+// answer updates a membership's answer for the next plan, and returns whether it changed.
 func (s *memberships) answer(of membership.Membership) (changed bool) {
 	m := wantedOf(of)
 	before, was := s.failed[m]
@@ -252,10 +253,10 @@ func (s *memberships) answer(of membership.Membership) (changed bool) {
 	return !was || before.Tries != now.Tries
 }
 
-// manyMemberships is how many at once are not worth a line each in the log.
+// manyMemberships is the number of changes from which they are logged as a summary.
 const manyMemberships = 32
 
-// logMemberships logs what was done to memberships, at once for very many.
+// logMemberships logs changes of memberships, as a summary if there are many.
 func (s *memberships) logMemberships(done string, all []membership.Membership) {
 	level := slog.LevelInfo
 	if len(all) > manyMemberships {
@@ -271,7 +272,7 @@ func (s *memberships) logMemberships(done string, all []membership.Membership) {
 	}
 }
 
-// logFailures logs joins that failed, at once for very many.
+// logFailures logs failed joins, as a summary if there are many.
 func (s *memberships) logFailures(all []dueJoin) {
 	level := slog.LevelError
 	if len(all) > manyMemberships {
@@ -284,11 +285,11 @@ func (s *memberships) logFailures(all []dueJoin) {
 	}
 }
 
-// leave leaves what the plan does not want any more. A failure is no more than a warning,
-// which the manager logs.
+// leave leaves the memberships that the plan no longer needs. A failure is only a warning, logged
+// by the manager.
 func (s *memberships) leave(p *plan.Plan) {
 	if s.left == p.Joins {
-		return // nothing has come or gone since the last time
+		return // nothing changed since the last call
 	}
 	unwanted := s.manager.Unwanted(func(yield func(membership.Membership) bool) {
 		for m := range p.Memberships() {
@@ -311,7 +312,7 @@ func (s *memberships) leave(p *plan.Plan) {
 	s.logMemberships("left", done)
 }
 
-// forgetTries forgets the tries of memberships that the plan does not want.
+// forgetTries forgets the attempts of memberships that the plan does not need.
 func (s *memberships) forgetTries(p *plan.Plan) {
 	wanted := map[plan.Membership]bool{}
 	for m := range p.Memberships() {
@@ -332,7 +333,7 @@ func (s *memberships) forget(m plan.Membership) {
 	s.settled = 0
 }
 
-// lost notes a membership that is not held any more, to be joined again.
+// lost records a membership that is no longer held, to be joined again.
 func (s *memberships) lost(m membership.Membership, err error) {
 	s.tell(m, stateLost, control.GroupJoined, cmp.Or(errorText(err), "the kernel does not hold it any more"))
 	s.settled = 0
@@ -342,15 +343,15 @@ func (s *memberships) lost(m membership.Membership, err error) {
 	}
 }
 
-// refresh makes the kernel take up what it mixes up while an interface is down; what it
-// then refuses is joined again.
+// refresh makes the kernel correct state that it corrupts while an interface is down; memberships
+// that it then refuses are joined again.
 func (s *memberships) refresh(id network.LinkID) {
 	for _, failed := range s.manager.Refresh(id.Index, id.Generation) {
 		s.lost(failed.Membership, failed.Err)
 	}
 }
 
-// drop forgets what was joined on an interface that is gone.
+// drop forgets the memberships of a removed interface.
 func (s *memberships) drop(id network.LinkID) {
 	for _, m := range s.manager.DropInterface(id.Index, id.Generation) {
 		s.tell(m, stateLeft, control.GroupJoined, "the interface is gone")
@@ -363,9 +364,9 @@ func (s *memberships) drop(id network.LinkID) {
 	}
 }
 
-// reborn carries over what was joined in the last life of an interface to the present one, for
-// observe to find out whether the kernel still holds it: where announcements were lost, an
-// interface only seems to be another.
+// reborn carries over the memberships of an interface's previous generation, for observe to check
+// whether the kernel still holds them: if notifications were lost, an interface may only seem to be
+// new.
 func (s *memberships) reborn(before, now network.LinkID) {
 	s.manager.Reborn(before.Index, before.Generation, now.Generation)
 	s.settled = 0
@@ -378,9 +379,8 @@ func (s *memberships) reborn(before, now network.LinkID) {
 	}
 }
 
-// observe asks the kernel what is joined, unless that was done a short time ago for what
-// it costs and need not be now. Where it takes long, since there are very many groups, the answer
-// comes later: see looked.
+// observe reads the joined groups from the kernel, unless that was recent relative to its cost and
+// now is false. If it is slow because of very many groups, the answer comes later: see looked.
 func (s *memberships) observe(now bool) error {
 	if s.look != nil {
 		s.again = s.again || now
@@ -407,21 +407,21 @@ func (s *memberships) observe(now bool) error {
 	return nil
 }
 
-// quickLook is how long the control loop may wait for what is joined, and quickLen with how many
-// memberships it is sure not to be longer.
+// quickLook is how long the control loop may block for that, and quickLen the number of memberships
+// up to which it certainly takes less.
 const (
 	quickLook = 5 * time.Millisecond
 	quickLen  = 2000
 )
 
-// lookResult is a look at what is joined that took its time.
+// lookResult is the result of a slow read.
 type lookResult struct {
 	look *membership.Look
 	err  error
 	took time.Duration
 }
 
-// looked takes up the answer to observe.
+// looked handles the delayed answer to observe.
 func (s *memberships) looked(l lookResult) error {
 	s.look = nil
 	s.observed, s.took = time.Now(), l.took
@@ -433,7 +433,7 @@ func (s *memberships) looked(l lookResult) error {
 	return err
 }
 
-// found takes up what is lost.
+// found handles lost memberships.
 func (s *memberships) found(look *membership.Look, err error) error {
 	lost := s.manager.Forget(look)
 	for _, m := range lost {
@@ -448,7 +448,7 @@ func (s *memberships) found(look *membership.Look, err error) error {
 	return nil
 }
 
-// close leaves everything.
+// close leaves all memberships.
 func (s *memberships) close() error {
 	if s.look != nil {
 		s.look.Stop()
@@ -467,7 +467,7 @@ func (s *memberships) wake() time.Duration {
 	return wake
 }
 
-// families are the interfaces, by index, and families that memberships are wanted in.
+// families are the interfaces, by index, and families with wanted memberships.
 func families(p *plan.Plan) map[querierKey]bool {
 	found := map[querierKey]bool{}
 	for m := range p.Memberships() {

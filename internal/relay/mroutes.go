@@ -22,23 +22,23 @@ import (
 )
 
 const (
-	// keepaliveEvery is how often the kernel's counters of routes in use are moved, and the mirror
-	// confirmed. FRR looks at them every 10 seconds at most, and keeps an entry for 210.
+	// keepaliveEvery is how often the counters of routes in use are advanced, and the mirror
+	// confirmed. FRR reads them every 10 seconds at most, and keeps an entry for 210.
 	keepaliveEvery = time.Second
-	// mirrorFor is how long the flows hold after the last confirmation.
+	// mirrorFor is how long the flows stay valid after the last confirmation.
 	mirrorFor = 4 * time.Second
 )
 
-// mroutes makes rules of the kernel's multicast forwarding cache. All of it belongs to the
-// goroutine of Run but for what the keepalive goroutine is given.
+// mroutes makes rules from the kernel's multicast forwarding cache. It belongs to the goroutine of
+// Run, except for the data passed to the keepalive goroutine.
 type mroutes struct {
 	opts    *rules.Mroute
 	watcher *mroute.Watcher
 	entries map[mroute.Key]*mirrored
 	joined  joined
 	claims  *claims
-	based   []*plan.Rule      // the rules that entries were put into last
-	links   *network.Snapshot // that their interfaces were named by
+	based   []*plan.Rule      // the rules into which entries were last merged
+	links   *network.Snapshot // for the names of their interfaces
 	probes  chan []mroute.Probe
 	ended   chan struct{}
 }
@@ -76,7 +76,8 @@ func newMroutes(opts *rules.Mroute, own *membership.Manager, log *slog.Logger) (
 	return m, nil
 }
 
-// keepAlive sends probes. Its thread enters the namespace of the interfaces and ends with it.
+// keepAlive sends probes. Its thread enters the namespace of the interfaces, and ends with the
+// goroutine.
 func (m *mroutes) keepAlive(here netns.NsHandle, keepalive *mroute.Keepalive, log *slog.Logger) {
 	runtime.LockOSThread()
 	defer close(m.ended)
@@ -97,8 +98,8 @@ func (m *mroutes) keepAlive(here netns.NsHandle, keepalive *mroute.Keepalive, lo
 	}
 }
 
-// enter moves the thread into a network namespace unless it is there, as it nearly always is: a
-// service may be forbidden to (RestrictNamespaces= of systemd).
+// enter moves the thread into a network namespace unless it is already there, as in nearly all
+// cases: a service may not be allowed to (RestrictNamespaces= of systemd).
 func enter(ns netns.NsHandle) error {
 	now, err := netns.Get()
 	if err != nil {
@@ -120,7 +121,7 @@ func (m *mroutes) close() error {
 	return m.watcher.Close()
 }
 
-// changed is what the loop waits for; nil, for ever, when nothing is mirrored.
+// changed is the loop's notification channel; nil, which blocks forever, if nothing is mirrored.
 func (m *mroutes) changed() <-chan struct{} {
 	if m == nil {
 		return nil
@@ -128,7 +129,7 @@ func (m *mroutes) changed() <-chan struct{} {
 	return m.watcher.Changed()
 }
 
-// mirror brings the rules of multicast routes up to date, and says whether any changed.
+// mirror updates the rules of multicast routes, and returns whether any changed.
 func (r *Relay) mirror(now *network.Snapshot) bool {
 	m := r.mroutes
 	if m == nil {
@@ -140,7 +141,7 @@ func (r *Relay) mirror(now *network.Snapshot) bool {
 	changes, err := m.watcher.Changes()
 	r.warnUnless(aboutMroutes, err)
 	if err != nil {
-		return false // the ones of before hold for as long as they are confirmed
+		return false // the previous ones stay valid as long as they are confirmed
 	}
 	for key, e := range changes {
 		if e == nil {
@@ -162,8 +163,8 @@ func (r *Relay) mirror(now *network.Snapshot) bool {
 	return true
 }
 
-// edit is what makes the rules of a set those of the entries: of the ones that changed alone, if
-// nothing else did.
+// edit computes the change that brings a set's rules in line with the entries: only for the changed
+// entries if nothing else changed.
 func (m *mroutes) edit(all []*plan.Rule, changes map[mroute.Key]*mroute.Entry, now *network.Snapshot) (e edit) {
 	same := len(all) == len(m.based) && (len(all) == 0 || &all[0] == &m.based[0])
 	if !same || m.claims == nil {
@@ -196,7 +197,7 @@ func (m *mroutes) edit(all []*plan.Rule, changes map[mroute.Key]*mroute.Entry, n
 	for key, it := range m.entries {
 		name := mroute.RuleName(key)
 		if held[name] != it.rule {
-			it.rule = nil // put it in whatever it is
+			it.rule = nil // put it in unconditionally
 		}
 		update(key, it)
 		delete(held, name)
@@ -211,7 +212,7 @@ func sameRule(a, b *plan.Rule) bool {
 	return a.Threshold == b.Threshold && a.Left == b.Left && a.Expected == b.Expected && rules.Equal(a.Rule, b.Rule)
 }
 
-// rule makes a rule of an entry.
+// rule makes a rule from an entry.
 func (m *mroutes) rule(e *mroute.Entry, now *network.Snapshot) *plan.Rule {
 	rule, left := mroute.Convert(e, m.opts, func(index int) string {
 		if link := now.ByIndex(index); link != nil {
@@ -219,7 +220,7 @@ func (m *mroutes) rule(e *mroute.Entry, now *network.Snapshot) *plan.Rule {
 		}
 		return ""
 	})
-	if left.Why == "" { // so the input is there
+	if left.Why == "" { // so the input exists
 		in := now.ByIndex(e.Input)
 		if winner := m.claims.winner(&rule, in); winner != "" {
 			left = mroute.Left{Why: fmt.Sprintf("rule %s takes packets of it", winner), Expected: true}
@@ -230,8 +231,8 @@ func (m *mroutes) rule(e *mroute.Entry, now *network.Snapshot) *plan.Rule {
 	return &plan.Rule{Rule: rule, Origin: plan.OriginMroute, Threshold: e.Threshold(), Left: left.Why, Expected: left.Expected}
 }
 
-// claims finds the rules of the file and the API that take packets of a multicast route and would
-// lose to its flow, which names the source. A rule that names group and port wins by itself: the
+// claims finds the rules of the file and the API that take packets of a multicast route but would
+// lose to its flow, which names the source. A rule that names group and port needs no check: the
 // flow tables prefer it.
 type claims struct {
 	groups   map[netip.Addr][]*plan.Rule
@@ -252,7 +253,7 @@ func newClaims(all []*plan.Rule) *claims {
 	return c
 }
 
-// winner is the name of a rule that takes packets of a route which come in by a link.
+// winner is the name of a rule that takes packets of a route that arrive on a link.
 func (c *claims) winner(route *rules.Rule, in *network.Link) string {
 	takes := func(r *plan.Rule) bool {
 		begin, pattern := rules.IsPattern(r.In.Interface)
@@ -282,8 +283,8 @@ func senders(r *plan.Rule) netip.Prefix {
 	return netip.PrefixFrom(r.In.Source, int(r.In.SourceLen))
 }
 
-// keepMirror confirms that the flows are as the kernel's cache is, and has the kernel count a
-// packet for each route whose packets were relayed since the last time.
+// keepMirror confirms that the flows match the kernel's cache, and makes the kernel count a packet
+// for each route whose packets were relayed since the last call.
 func (r *Relay) keepMirror() {
 	m := r.mroutes
 	if m == nil {
@@ -324,11 +325,11 @@ func (r *Relay) keepMirror() {
 	}
 	select {
 	case m.probes <- probes:
-	default: // the last ones are still being sent
+	default: // the last probes are still being sent
 	}
 }
 
-// handBack gives all packets of multicast routes back to the kernel.
+// handBack returns all packets of multicast routes to the kernel.
 func (r *Relay) handBack() {
 	if r.mroutes == nil {
 		return
@@ -344,8 +345,8 @@ func (r *Relay) handBack() {
 	}
 }
 
-// openMroutes follows the cache for the settings that the file has now, or for those of the
-// command line; what is followed already if these are the same.
+// openMroutes follows the cache with the current settings of the file, or those of the command
+// line; it returns the current mirror if they are unchanged.
 func (r *Relay) openMroutes(file *rules.Mroute) (*mroutes, error) {
 	want := cmp.Or(r.opts.Mroutes, file)
 	if r.mroutes != nil && r.mroutes.opts.Equal(want) {
@@ -354,8 +355,8 @@ func (r *Relay) openMroutes(file *rules.Mroute) (*mroutes, error) {
 	return newMroutes(want, r.memberships.manager, r.log)
 }
 
-// mirrorAs mirrors what the file says now. settle is to be called: with true when that is in
-// force, or with false to mirror as before.
+// mirrorAs applies the file's current settings. The caller must call settle: with true once they
+// are in force, or with false to return to the previous ones.
 func (r *Relay) mirrorAs(file *rules.Mroute) (settle func(done bool) error, err error) {
 	before, settings := r.mroutes, r.mroute
 	now, err := r.openMroutes(file)
@@ -378,7 +379,7 @@ func (r *Relay) mirrorAs(file *rules.Mroute) (settle func(done bool) error, err 
 	}, nil
 }
 
-// withoutRoutes are the rules that mirror no multicast routes.
+// withoutRoutes are the rules without those of multicast routes.
 func withoutRoutes(all []*plan.Rule) []*plan.Rule {
 	rest := make([]*plan.Rule, 0, len(all))
 	for _, rule := range all {
@@ -389,7 +390,7 @@ func withoutRoutes(all []*plan.Rule) []*plan.Rule {
 	return rest
 }
 
-// withRoutesOf are rules with the multicast routes of others instead of theirs.
+// withRoutesOf replaces the multicast routes in rules by those of others.
 func withRoutesOf(all, others []*plan.Rule) []*plan.Rule {
 	var e edit
 	for _, rule := range others {
@@ -400,18 +401,18 @@ func withRoutesOf(all, others []*plan.Rule) []*plan.Rule {
 	return edited(withoutRoutes(all), e)
 }
 
-// joined is what is known of groups that programs on this host have joined, the relay left out.
+// joined has the groups joined by programs on this host other than the relay.
 type joined struct {
 	own     *membership.Manager
 	all     mroute.Joined
-	mine    map[mroute.On]ownJoins // of the relay among all
+	mine    map[mroute.On]ownJoins // the relay's part of all
 	looked  time.Time
 	took    time.Duration
-	changed map[mroute.On]bool // since rules were made by it
+	changed map[mroute.On]bool // since rules were last made from it
 }
 
-// lookJoined asks who has joined what, and notes where that has changed. The kernel takes a time
-// for its answer that is quadratic in the groups: then it is asked less often.
+// lookJoined reads the joined groups, and records changes. The kernel's time for this is quadratic
+// in the groups: if it is slow, it is read less often.
 func (m *mroutes) lookJoined() error {
 	j := &m.joined
 	if m.opts.TakeJoined || time.Since(j.looked) < askedShare*j.took {
@@ -430,7 +431,7 @@ func (m *mroutes) lookJoined() error {
 			slices.SortFunc(own.sources, netip.Addr.Compare)
 			mine[on] = own
 		}
-		// A program may have left, and the relay joined: the kernel's number is the same.
+		// A program may have left as the relay joined: the kernel's count is then the same.
 		if !joins.Equal(j.all[on]) || !own.equal(j.mine[on]) {
 			j.changed[on] = true
 		}
@@ -444,8 +445,8 @@ func (m *mroutes) lookJoined() error {
 	return nil
 }
 
-// ownJoins is how many of the relay's own sockets have joined a group on an interface, and the
-// sources that they name.
+// ownJoins is how many of the relay's own sockets have joined a group on an interface, and their
+// sources.
 type ownJoins struct {
 	sockets int
 	sources []netip.Addr
@@ -455,7 +456,7 @@ func (o ownJoins) equal(p ownJoins) bool {
 	return o.sockets == p.sockets && slices.Equal(o.sources, p.sources)
 }
 
-// addJoined adds the entries to changes whose groups others have joined now.
+// addJoined adds to changes the entries whose groups other programs now have joined.
 func (m *mroutes) addJoined(changes map[mroute.Key]*mroute.Entry, now *network.Snapshot) {
 	if len(m.joined.changed) == 0 {
 		return
@@ -470,7 +471,7 @@ func (m *mroutes) addJoined(changes map[mroute.Key]*mroute.Entry, now *network.S
 	clear(m.joined.changed)
 }
 
-// receives says whether the kernel gives packets of an entry to programs on this host.
+// receives says whether the kernel delivers packets of an entry to programs on this host.
 func (j *joined) receives(e *mroute.Entry, in *network.Link) bool {
 	for _, index := range receivers(e, in) {
 		joins, ok := j.all[mroute.On{Index: index, Group: e.Group}]
@@ -485,8 +486,8 @@ func (j *joined) receives(e *mroute.Entry, in *network.Link) bool {
 	return false
 }
 
-// receivers are the interfaces on which a group has to be joined for packets of an entry: the
-// input, and its master, which is a VRF (ip_route_input_rcu of net/ipv4/route.c).
+// receivers are the interfaces on which joining a group delivers packets of an entry: the input,
+// and its master if that is a VRF (ip_route_input_rcu of net/ipv4/route.c).
 func receivers(e *mroute.Entry, in *network.Link) []int {
 	if in == nil || in.Master == 0 {
 		return []int{e.Input}
@@ -494,7 +495,7 @@ func receivers(e *mroute.Entry, in *network.Link) []int {
 	return []int{e.Input, in.Master}
 }
 
-// mrouteStatus says what becomes of the routes; nil while none are mirrored.
+// mrouteStatus describes the routes; nil if none are mirrored.
 func (r *Relay) mrouteStatus() *control.MrouteStatus {
 	if r.mroutes == nil {
 		return nil

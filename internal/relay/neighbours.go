@@ -10,7 +10,7 @@ import (
 	"xdpcast/internal/plan"
 )
 
-// neighbourTables are the kernel's: *network.Neighbours. Tests inject faults.
+// neighbourTables is *network.Neighbours. Tests inject faults.
 type neighbourTables interface {
 	Observe() ([]network.Neighbour, error)
 	Manage(key network.NeighbourKey) error
@@ -18,15 +18,14 @@ type neighbourTables interface {
 	Close() error
 }
 
-// neighbours reconciles the entries of the kernel's neighbour tables that the relay makes, so
-// that next hops stay resolved.
+// neighbours reconciles the relay's entries in the kernel's neighbour tables, which keep next hops
+// resolved.
 type neighbours struct {
 	open   func() (neighbourTables, error)
-	tables neighbourTables // nil until a rule has a unicast output, or an entry was left
-	// made are the entries that the relay made, as the kernel last listed them, and those made
-	// since.
+	tables neighbourTables // nil until a rule has a unicast output, or an entry is left over
+	// made are the relay's entries: as last listed by the kernel, plus those made since.
 	made map[network.NeighbourKey]bool
-	// asked is what was known of the ways when the kernel was last asked to keep their neighbours.
+	// asked is the state of the hops when the kernel was last asked to keep their neighbours.
 	asked   map[network.HopKey]network.Hop
 	refused map[network.NeighbourKey]error
 }
@@ -52,8 +51,8 @@ func (n *neighbours) ready() (err error) {
 	return err
 }
 
-// observe asks the kernel which entries the relay has made, in this process or an earlier one,
-// and has apply ask for all again.
+// observe lists the relay's entries, of this process or an earlier one, and makes apply request all
+// again.
 func (n *neighbours) observe() error {
 	tables := n.tables
 	if tables == nil {
@@ -67,7 +66,7 @@ func (n *neighbours) observe() error {
 	if err == nil {
 		clear(n.made)
 		for _, e := range all {
-			if !e.Static { // else it has become somebody's own
+			if !e.Static { // otherwise another program took it over
 				n.made[e.NeighbourKey] = true
 			}
 		}
@@ -80,9 +79,9 @@ func (n *neighbours) observe() error {
 	return err
 }
 
-// apply has the kernel keep the neighbours on the ways of the plan resolved, and says whether
-// an answer has changed. It asks once for each, and again when something else is known of
-// the way, such as that its entry has gone.
+// apply makes the kernel keep the neighbours of the plan resolved, and returns whether an answer
+// changed. It requests each once, and again when its hop changes, for example because its entry is
+// gone.
 func (n *neighbours) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
 	if len(p.Hops) == 0 {
 		return false
@@ -103,9 +102,9 @@ func (n *neighbours) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
 		}
 		err := n.tables.Manage(key)
 		if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENETDOWN) {
-			err = nil // the next snapshot says so of the interface
+			err = nil // the next snapshot shows it with the interface
 		} else if err == nil {
-			n.made[key] = true // or somebody else's, which Forget leaves alone
+			n.made[key] = true // or another program's, which Forget leaves alone
 		}
 		n.asked[way] = hop
 		changed = n.answer(key, err) || changed
@@ -133,7 +132,7 @@ func (n *neighbours) answer(key network.NeighbourKey, err error) (changed bool) 
 	return errorText(before) != errorText(err)
 }
 
-// forget removes the entries that the plan does not need any more.
+// forget removes entries that the plan no longer needs.
 func (n *neighbours) forget(p *plan.Plan) error {
 	if len(n.made) == 0 && len(n.refused) == 0 && len(n.asked) == len(p.Hops) {
 		return nil
@@ -167,7 +166,7 @@ func (n *neighbours) forget(p *plan.Plan) error {
 	return errors.Join(errs...)
 }
 
-// drop forgets what was made on an interface that is gone: the kernel has, too.
+// drop forgets the entries of a removed interface, as the kernel does.
 func (n *neighbours) drop(id network.LinkID) {
 	for way := range n.asked {
 		if way.Link == id {

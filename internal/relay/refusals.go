@@ -10,12 +10,13 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// refusals finds out which interfaces do not send redirected frames, where no driver tells
-// (before Linux 6.3): by the frames that they refused.
+// refusals finds interfaces that do not send redirected frames although no driver says so (before
+// Linux 6.3): by the frames that they refused.
 type refusals struct {
 	ask func(indexes []int) ([]loader.Refusal, error) // loader.Refusals
 	log *slog.Logger
-	// answers say what was seen, of links as they were then: one that has changed since may send.
+	// answers are the findings, with the links as they were then: a link that changed since may
+	// send.
 	answers map[network.LinkID]string
 	links   map[network.LinkID]*network.Link
 }
@@ -24,8 +25,8 @@ func newRefusals(ask func([]int) ([]loader.Refusal, error), log *slog.Logger) *r
 	return &refusals{ask: ask, log: log, answers: map[network.LinkID]string{}, links: map[network.LinkID]*network.Link{}}
 }
 
-// observe asks about the outputs of the kernel path whose drivers do not tell, and says whether an
-// answer has changed.
+// observe checks the outputs of the kernel path whose drivers do not report support, and returns
+// whether an answer changed.
 func (r *refusals) observe(p *plan.Plan, now *network.Snapshot) (changed bool, err error) {
 	for id, link := range r.links {
 		if now.ByIndex(id.Index) != link {
@@ -55,8 +56,8 @@ func (r *refusals) observe(p *plan.Plan, now *network.Snapshot) (changed bool, e
 	return changed, nil
 }
 
-// silentOutputs are the indexes of the outputs of flows on the kernel path whose drivers do not
-// say whether they send redirected frames.
+// silentOutputs are the indexes of outputs of flows on the kernel path whose drivers do not report
+// whether they send redirected frames.
 func silentOutputs(p *plan.Plan, now *network.Snapshot) (indexes []int) {
 	silent := map[int]bool{}
 	for _, l := range now.Links() {

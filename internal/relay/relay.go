@@ -1,7 +1,7 @@
-// Package relay is the control loop, and what the control API asks: the one owner of
-// what is wanted. It takes the rules and a snapshot of the host's network (package network)
-// to package plan, which decides, and has one reconciler for each kind of thing in the kernel
-// that brings about what the plan wants:
+// Package relay is the control loop and the backend of the control API: the only owner of the
+// wanted rules. It passes the rules and a snapshot of the host's network (package network) to
+// package plan, which decides, and has one reconciler for each kind of kernel object that
+// implements the plan:
 //
 //	attachments   the relay program on interfaces     package loader
 //	tags          VLAN tags that stay in the frames   ethtool
@@ -9,10 +9,10 @@
 //	tables        the flows, on all paths             packages loader and forward
 //	memberships   joined groups                       package membership
 //
-// Each asks the kernel what it holds and applies the difference; what the kernel answers is part
-// of the next plan. See reconcile for the order. What is remembered from one round to the next is
-// keyed by identity - the life of an interface, the name of a flow - and is only
-// what nobody can be asked for: since when, and when to try again.
+// Each reads what the kernel holds and applies the difference; the kernel's answers are input of
+// the next plan. See reconcile for the order. State kept from one round to the next is keyed by
+// identity - the generation of an interface, the name of a flow - and is only what cannot be read
+// anywhere: since when, and when to retry.
 package relay
 
 import (
@@ -37,58 +37,55 @@ import (
 
 // Options configures a Relay.
 type Options struct {
-	// ConfigFile is the YAML file of rules; empty for none.
+	// ConfigFile is the YAML rule file; empty for none.
 	ConfigFile string
-	// StateFile keeps the rules that were added through the API, so that they
-	// outlive the process as the kernel's state does. Empty: the loader's RunFile
-	// api-rules.yaml.
+	// StateFile stores the rules added through the API, so that they outlive the process like the
+	// kernel's state. Empty: the loader's RunFile api-rules.yaml.
 	StateFile string
-	// StateDir is where the sets of rules are kept that were in force, and the change that
-	// waits for confirmation: a directory that outlives a reboot. Empty: the loader's RunDir.
+	// StateDir stores earlier sets of rules, and the unconfirmed change: a directory that outlives
+	// a reboot. Empty: the loader's RunDir.
 	StateDir string
-	// Interfaces are attached even while no rule names them.
+	// Interfaces are attached even if no rule names them.
 	Interfaces []string
-	// Mode is how XDP is attached.
+	// Mode is the XDP attach mode.
 	Mode loader.Mode
-	// Mroutes says which multicast routes of the kernel are mirrored; nil: those that the file
-	// says.
+	// Mroutes selects the kernel's multicast routes to mirror; nil: the file's settings.
 	Mroutes *rules.Mroute
-	// Workers is how many workers an input of the fanout path has; 0: one for each CPU that
-	// the process may use.
+	// Workers is the number of workers of an input of the fanout path; 0: one for each CPU that the
+	// process may use.
 	Workers int
-	// Steering is when packets are spread over the CPUs of these workers.
+	// Steering says when packets are spread over the CPUs of these workers.
 	Steering plan.Steering
-	// Loader says where the pinned state is. Its Logger is replaced.
+	// Loader configures the pinned state. Its Logger is replaced.
 	Loader loader.Options
-	// Membership says what keeps memberships beyond the process, and tests inject faults with
-	// it. Its Logger is replaced.
+	// Membership configures what keeps memberships beyond the process, and lets tests inject
+	// faults. Its Logger is replaced.
 	Membership membership.Options
-	// AFXDP says how the AF_XDP path runs. Its Loader and Logger are replaced.
+	// AFXDP configures the AF_XDP path. Its Loader and Logger are replaced.
 	AFXDP forward.AFXDPOptions
-	// Logger receives what happens. Nil: discarded.
+	// Logger receives log messages. Nil: discarded.
 	Logger  *slog.Logger
 	Version string
-	// Predecessor is the process that this one takes over from, at rest meanwhile; nil: there is none.
+	// Predecessor is the paused process that this one takes over from; nil: none.
 	Predecessor *Predecessor
-	// Events is told of every change of state; nil: nobody is.
+	// Events receives every change of state; nil: none.
 	Events *events.Log
-	// Reconciled is told how long each round of the control loop took; nil: nobody is.
+	// Reconciled is called with the duration of each round of the control loop; nil: not called.
 	Reconciled func(took time.Duration)
-	// Beat is called by the control loop as often as BeatEvery says while it turns: a loop that
-	// hangs has no heartbeat. Nil: nothing is called.
+	// Beat is called by the running control loop every BeatEvery: a loop that hangs has no
+	// heartbeat. Nil: not called.
 	Beat      func()
 	BeatEvery time.Duration
 
-	// observeEvery replaces observePause, and clock that of changes that wait for confirmation,
-	// for tests.
+	// observeEvery replaces observePause, and clock the clock of unconfirmed changes, for tests.
 	observeEvery time.Duration
-	// observed is told when everything was looked at, for tests.
+	// observed is called when everything was read, for tests.
 	observed func()
 	clock    *history.Clock
 }
 
-// Relay is the control loop. It serves the control API as a control.Backend, whose
-// methods may be called from any goroutine while Run runs.
+// Relay is the control loop. It implements control.Backend, whose methods may be called from any
+// goroutine while Run runs.
 type Relay struct {
 	opts Options
 	log  *slog.Logger
@@ -101,39 +98,39 @@ type Relay struct {
 	started  time.Time
 	ready    bool
 
-	// What follows belongs to the goroutine of Run.
-	rules    []*plan.Rule  // wanted, by name; replaced as a whole, never changed
-	mroute   *rules.Mroute // which routes the file says are mirrored; nil: none
+	// The following fields belong to the goroutine of Run.
+	rules    []*plan.Rule  // wanted, by name; replaced as a whole, never modified
+	mroute   *rules.Mroute // the file's settings of mirrored routes; nil: none
 	planner  *plan.Planner
-	plan     *plan.Plan        // the last
-	network  *network.Snapshot // that it was made from
-	stale    bool              // the rules or the answers are others than those it was made from
+	plan     *plan.Plan        // the last one
+	network  *network.Snapshot // its input
+	stale    bool              // the rules or the answers differ from its input
 	overlaps map[string]plan.Overlaps
 	changes  changes
 
 	kernel
 	tags      *tags
-	mroutes   *mroutes // nil when none are mirrored
+	mroutes   *mroutes // nil if none are mirrored
 	states    states
 	changelog *changeLog
 
-	handedOver bool      // to another process: Run ends without a trace
-	restored   bool      // what an earlier process has joined is taken over
+	handedOver bool      // to another process: Run ends and leaves everything as it is
+	restored   bool      // the memberships of an earlier process are taken over
 	reconciled time.Time // the last time
-	observed   time.Time // likewise, everything
+	observed   time.Time // likewise, of everything
 	observing  time.Duration
 	macs       [][6]byte       // of this host's interfaces, sorted
 	macsKnown  bool            // the kernel has them
-	looping    map[string]bool // rules that the log was told of
+	looping    map[string]bool // rules logged as looping
 	warnings   map[string]string
 
 	igmp    igmpVersions
 	tidy    sync.WaitGroup
-	tidying atomic.Bool // a tidy-up is to come
+	tidying atomic.Bool // a tidy-up is scheduled
 }
 
-// kernel is what this process has of the kernel's state: the loader, and the reconcilers, which hold
-// what it answered.
+// kernel is this process's access to the kernel's state: the loader, and the reconcilers, which
+// hold its answers.
 type kernel struct {
 	loader      *loader.Loader
 	attachments *attachments
@@ -143,13 +140,13 @@ type kernel struct {
 	refusals    *refusals
 }
 
-// New opens the pinned state, made or adopted, and reads the rules. Nothing in the
-// kernel changes for rules that it held already. Helper sockets and interfaces are
-// those of the calling thread's network namespace; Run must be called in the same.
-// The caller must Run the relay, which closes it.
+// New opens the pinned state, creating or adopting it, and reads the rules. Nothing changes in the
+// kernel for rules that it already held. Helper sockets and interfaces are those of the calling
+// thread's network namespace; Run must be called in the same one. The caller must Run the relay,
+// which closes it.
 //
-// Errors to match: loader.ErrLocked and the other errors of loader.Open, and
-// *rules.FileError for each fault of the file.
+// Errors to match: loader.ErrLocked and the other errors of loader.Open, and *rules.FileError for
+// each error in the file.
 func New(opts Options) (_ *Relay, err error) {
 	if opts, err = opts.withDefaults(); err != nil {
 		return nil, err
@@ -163,12 +160,12 @@ func New(opts Options) (_ *Relay, err error) {
 		changelog: newChangeLog(opts.Events),
 		warnings:  map[string]string{},
 	}
-	// The path is opened for its first rule, which is late to hear of it.
+	// The path is opened for its first rule, too late to report errors.
 	if err := opts.AFXDP.Validate(); err != nil {
 		return nil, fmt.Errorf("path afxdp: %w", err)
 	}
 	r.openHistory()
-	// The rules first: a broken file must not touch the kernel.
+	// The rules first: a broken file must not change the kernel.
 	if err := r.readInitialRules(); err != nil {
 		return nil, err
 	}
@@ -191,8 +188,7 @@ func New(opts Options) (_ *Relay, err error) {
 	return r, err
 }
 
-// openKernel opens what this process has of the kernel's state, taking over what another one, or
-// itself before, had.
+// openKernel opens the kernel's state, taking over that of an earlier process.
 func (r *Relay) openKernel(groups membership.Options, inherited loader.Locks) (err error) {
 	opts := &r.opts
 	opts.Loader.Inherited = inherited
@@ -234,8 +230,7 @@ func (o Options) withDefaults() (_ Options, err error) {
 	return o, nil
 }
 
-// sizeMaps makes room for twice the rules that are there, where the caller has not
-// said how much.
+// sizeMaps makes room for twice the existing rules, unless the caller chose a size.
 func (r *Relay) sizeMaps() {
 	outputs := 0
 	for _, rule := range r.rules {
@@ -251,10 +246,9 @@ func (r *Relay) sizeMaps() {
 	grow(&r.opts.Loader.MaxOutputs, outputs, loader.DefaultMaxOutputs)
 }
 
-// Run brings the rules in, calls ready, and keeps the kernel in step until ctx
-// ends. It closes the relay: memberships that nothing keeps are left, while programs, maps and rules
-// stay in the kernel and go on. It must run in the network namespace that New was
-// called in.
+// Run loads the rules, calls ready, and keeps the kernel in step until ctx ends. It closes the
+// relay: memberships that nothing keeps are left, while programs, maps and rules stay in the kernel
+// and keep working. It must run in the network namespace in which New was called.
 func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	defer func() { err = errors.Join(err, r.close()) }()
 	defer close(r.ended)
@@ -264,7 +258,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	r.adopt()
 	opts := &r.opts
 	opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateStarted, Cause: fmt.Sprintf("version %s with %d rules", opts.Version, len(r.rules))})
-	_ = r.reconcile(nil) // what is wrong is logged, shown, and tried again
+	_ = r.reconcile(nil) // errors are logged, shown and retried
 	r.keepMirror()
 	r.beginHistory()
 	if len(r.rules) >= manyEdits {
@@ -318,14 +312,14 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 			r.logLoops()
 		case <-timer.C:
 			r.observeIfDue()
-			r.stale = true // what waits for its time is part of the answers
+			r.stale = true // due retries are part of the answers
 			_ = r.reconcile(nil)
 		}
 		timer.Stop()
 	}
 }
 
-// adopt takes over what an earlier process left.
+// adopt takes over the state of an earlier process.
 func (r *Relay) adopt() {
 	r.observed = time.Now()
 	r.attachments.adopt(r.loader.Used())
@@ -361,14 +355,13 @@ func (k *kernel) close() error {
 	return errors.Join(errs...)
 }
 
-// command is something that the goroutine of Run is to do for another.
+// command is a function for the goroutine of Run to call.
 type command struct {
 	fn   func() error
 	done chan error
 }
 
-// do runs fn on the goroutine of Run. When ctx ends first, fn is not run; once it
-// runs, it is waited for.
+// do runs fn on the goroutine of Run, and waits for it. If ctx ends before that, fn is not run.
 func (r *Relay) do(ctx context.Context, fn func() error) error {
 	c := command{fn: fn, done: make(chan error, 1)}
 	select {
@@ -381,7 +374,7 @@ func (r *Relay) do(ctx context.Context, fn func() error) error {
 	}
 }
 
-// Steering is when packets of the fanout path are spread over the workers' CPUs.
+// Steering says when packets of the fanout path are spread over the workers' CPUs.
 type Steering = plan.Steering
 
 // The choices.
@@ -391,5 +384,5 @@ const (
 	SteerOff  = plan.SteerOff
 )
 
-// ParseSteering reads what Steering.String writes.
+// ParseSteering parses the output of Steering.String.
 func ParseSteering(s string) (Steering, error) { return plan.ParseSteering(s) }

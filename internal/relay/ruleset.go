@@ -14,24 +14,24 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// edit is a change of the wanted rules: put replaces rules of the same names.
+// edit is a change of the wanted rules: put replaces rules with the same names.
 type edit struct {
 	put    []*plan.Rule
 	remove []string
-	mirror *mirrorEdit // nil: the same routes are mirrored
+	mirror *mirrorEdit // nil: the mirrored routes stay
 }
 
-// mirrorEdit says which multicast routes are mirrored from now on, if any.
+// mirrorEdit sets which multicast routes are mirrored, if any.
 type mirrorEdit struct{ as *rules.Mroute }
 
-// manyEdits is from how many rules on the memory that a change has taken is given back
-// to the host, tidyAfter later.
+// manyEdits is the number of changed rules from which a change frees memory to the host
+// (FreeOSMemory), after tidyAfter.
 const (
 	manyEdits = 10_000
 	tidyAfter = 2 * time.Second
 )
 
-// edited returns the rules after a change, by name. The ones before stay as they are.
+// edited returns the rules after a change, by name. before is not modified.
 func edited(before []*plan.Rule, e edit) []*plan.Rule {
 	gone := make(map[string]bool, len(e.put)+len(e.remove))
 	for _, name := range e.remove {
@@ -59,7 +59,7 @@ func (r *Relay) setRules(all []*plan.Rule) {
 	r.tables.retryRefused()
 }
 
-// rule finds a wanted rule; nil when there is none of that name.
+// rule finds a wanted rule; nil if there is none of that name.
 func (r *Relay) rule(name string) *plan.Rule {
 	at, ok := slices.BinarySearchFunc(r.rules, name, func(rule *plan.Rule, name string) int { return strings.Compare(rule.Name, name) })
 	if !ok {
@@ -68,7 +68,7 @@ func (r *Relay) rule(name string) *plan.Rule {
 	return r.rules[at]
 }
 
-// wantedRules returns the rules of the file and of the API, with room for one more.
+// wantedRules returns the rules of the file and of the API, with capacity for one more.
 func (r *Relay) wantedRules() []rules.Rule {
 	all := make([]rules.Rule, 0, len(r.rules)+1)
 	for _, rule := range r.rules {
@@ -79,8 +79,8 @@ func (r *Relay) wantedRules() []rules.Rule {
 	return all
 }
 
-// readInitialRules reads the file and the rules from the API of an earlier
-// process. A rule of the file wins over one of the API.
+// readInitialRules reads the file and the saved API rules of an earlier process. Rules of the file
+// take precedence.
 func (r *Relay) readInitialRules() error {
 	fromFile, err := r.readConfig()
 	if err != nil {
@@ -98,14 +98,14 @@ func (r *Relay) readInitialRules() error {
 	return nil
 }
 
-// accepted are the rules of the file, and those of the API that go with them.
+// accepted are the rules of the file, and those of the API that do not conflict with them.
 func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
 	var e edit
 	for _, rule := range fromFile {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginFile})
 	}
 	saved = r.withoutConflicts(fromFile, saved)
-	// One by one only where something is wrong, since it is quadratic.
+	// One by one only if there is a conflict, since that is quadratic.
 	fits := len(saved) == 0 || rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
 	accepted := slices.Clone(fromFile)
 	for _, rule := range saved {
@@ -121,8 +121,7 @@ func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
 	return edited(nil, e)
 }
 
-// withoutConflicts leaves out the saved rules that have a name or an input of the
-// file's.
+// withoutConflicts omits the saved rules with a name or an input of the file.
 func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
 	names, inputs := make(map[string]bool, len(fromFile)), make(map[rules.Input]bool, len(fromFile))
 	for i := range fromFile {
@@ -160,7 +159,7 @@ func (r *Relay) readConfig() (c rules.Config, err error) {
 
 var errMrouteTwice = errors.New("mroute: the options --mroute say it, too: want it in one of both places")
 
-// addOverlaps says of rules which others take packets that they match.
+// addOverlaps adds to rules which others take precedence for their packets.
 func (r *Relay) addOverlaps(all []control.RuleStatus) {
 	if r.overlaps == nil {
 		r.overlaps = r.plan.Overlaps()

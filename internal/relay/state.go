@@ -10,8 +10,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// readState reads the rules that were added through the API of an earlier process;
-// found is false when there is no file.
+// readState reads the API rules saved by an earlier process; found is false if there is no file.
 func readState(path string) (all []rules.Rule, found bool, err error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -27,9 +26,8 @@ func readState(path string) (all []rules.Rule, found bool, err error) {
 	return all, true, nil
 }
 
-// stageState writes the rules of the API beside the file that they are saved in, and
-// commitState puts what it wrote in the place of that. A reader, or a crash, meets the old
-// file or the new one.
+// stageState writes the API rules to a temporary file, and commitState renames that to the saved
+// one. A reader, or a crash, sees the old file or the new one.
 func (r *Relay) stageState() error {
 	if err := savefile.Stage(r.opts.StateFile, textOf(r.rules, plan.OriginAPI)); err != nil {
 		return fmt.Errorf("save rules: %w", err)

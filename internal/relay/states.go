@@ -7,25 +7,24 @@ import (
 	"xdpcast/internal/plan"
 )
 
-// states tells the log what becomes of rules, where that changes.
+// states logs changes of the states of rules.
 type states struct {
 	log  *slog.Logger
 	last *plan.Plan
-	// told has the states that the log was last told, of the rules that are not complete.
+	// told has the last logged states of the rules that are not complete.
 	told map[string]string
 }
 
-// manyStates is how many changes at once are not worth a line each in the log.
+// manyStates is the number of changes from which they are logged as a summary.
 const manyStates = 32
 
-// stateChange is what the log is told of a rule.
+// stateChange is a change to log.
 type stateChange struct {
 	level slog.Level
 	rule  *plan.RulePlan
 }
 
-// tell logs what is another state than at the last time, at once where it is of very many
-// rules.
+// tell logs states that changed since the last call, as a summary if there are many.
 func (s *states) tell(p *plan.Plan) {
 	byLevel := map[slog.Level][]*plan.RulePlan{}
 	s.changes(p, func(c stateChange) { byLevel[c.level] = append(byLevel[c.level], c.rule) })
@@ -45,7 +44,7 @@ func (s *states) tell(p *plan.Plan) {
 	}
 }
 
-// changes finds the rules that are in another state than the log was told.
+// changes finds the rules whose state differs from the logged one.
 func (s *states) changes(p *plan.Plan, add func(stateChange)) {
 	var before []*plan.RulePlan
 	if s.last != nil {
@@ -58,7 +57,7 @@ func (s *states) changes(p *plan.Plan, add func(stateChange)) {
 		}
 		told, now := s.told[r.Rule.Name], stateText(r)
 		if told == now {
-			return // nothing is told of 100,000 new rules that are as they should be
+			return // 100,000 new healthy rules are not logged
 		}
 		if now == "" {
 			delete(s.told, r.Rule.Name)
@@ -76,8 +75,7 @@ func (s *states) changes(p *plan.Plan, add func(stateChange)) {
 	})
 }
 
-// stateText is the state of a rule and of whatever of it is not active; empty of one that is
-// complete.
+// stateText is the state of a rule and of its inactive parts; empty if the rule is complete.
 func stateText(r *plan.RulePlan) string {
 	if r.Complete() {
 		return ""
@@ -102,7 +100,7 @@ func (s *states) line(level slog.Level, r *plan.RulePlan) {
 	}
 }
 
-// sum is one line for very many rules.
+// sum logs one line for many rules.
 func (s *states) sum(level slog.Level, all []*plan.RulePlan) {
 	what := map[slog.Level]string{slog.LevelError: "rules are not active", slog.LevelWarn: "rules are not complete", slog.LevelInfo: "rules are complete again"}[level]
 	args := []any{"rules", len(all), "first", all[0].Rule.Name, "last", all[len(all)-1].Rule.Name}

@@ -29,7 +29,7 @@ func (r *Relay) ruleStatus(name string) (control.RuleStatus, error) {
 	return all[0], nil
 }
 
-// ruleStatuses describes the rules named; all for nil.
+// ruleStatuses describes the named rules; all for nil.
 func (r *Relay) ruleStatuses(names []string) ([]control.RuleStatus, error) {
 	all := r.plan.Rules
 	if names != nil {
@@ -67,7 +67,7 @@ func (r *Relay) describeRules(rules []*plan.RulePlan, stats loader.Stats, lost [
 	return all
 }
 
-// describeRule describes a rule: what its flows have done, added up.
+// describeRule describes a rule, with the counters of its flows added up.
 func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStats) control.RuleStatus {
 	status := control.RuleStatus{
 		Rule: control.FromRule(p.Rule.Rule), Origin: string(p.Rule.Origin), State: p.State.String(), Reason: cmp.Or(p.Reason, p.Note()),
@@ -124,9 +124,9 @@ type outputKey struct {
 	ifname string
 }
 
-// outputSum is what the flows say of an output, added up.
+// outputSum is the total over the flows of an output.
 type outputSum struct {
-	plan   *plan.OutputPlan // of the flow that is best off; nil for none
+	plan   *plan.OutputPlan // of the flow in the best state; nil for none
 	reason string
 	sent   control.Counter
 	drops  map[loader.Reason]loader.Counter
@@ -199,15 +199,15 @@ func addDrops[R comparable](to, from map[R]loader.Counter) {
 	}
 }
 
-// PathName is the word of a path in the API.
+// PathName is the name of a path in the API.
 func PathName(p flow.Path) string { return plan.PathName(p) }
 
-// Fragments writes counters of fragments as the API has them.
+// Fragments converts counters of fragments to the API.
 func Fragments(f loader.Fragments) control.Fragments {
 	return control.Fragments{First: control.Counter(f.First), Later: control.Counter(f.Later), Orphan: control.Counter(f.Orphan)}
 }
 
-// Drops writes counters by reason as the API has them.
+// Drops converts counters by reason to the API.
 func Drops(counted map[loader.Reason]loader.Counter) []control.Drop {
 	all := make([]control.Drop, 0, len(counted))
 	for _, reason := range slices.Sorted(maps.Keys(counted)) {
@@ -216,7 +216,7 @@ func Drops(counted map[loader.Reason]loader.Counter) []control.Drop {
 	return all
 }
 
-// Notes writes counters of notes as the API has them; nil when there are none.
+// Notes converts counters of notes to the API; nil if there are none.
 func Notes(counted map[loader.Note]loader.Counter) (all []control.Drop) {
 	for _, note := range slices.Sorted(maps.Keys(counted)) {
 		all = append(all, control.Drop{Reason: note.String(), Counter: control.Counter(counted[note])})
@@ -276,7 +276,7 @@ func (r *Relay) GroupStates(ctx context.Context) (states map[string]map[string]i
 	return states, err
 }
 
-// users finds the flows that want each membership.
+// users finds the flows that need each membership.
 func (r *Relay) users() map[plan.Membership][]flowOf {
 	users := make(map[plan.Membership][]flowOf, len(r.plan.Rules))
 	for _, p := range r.plan.Rules {
@@ -326,7 +326,7 @@ func (r *Relay) group(m plan.Membership, users []flowOf, seen map[string]time.Du
 	return g
 }
 
-// describe says how a membership is.
+// describe describes the state of a membership.
 func (s *memberships) describe(m plan.Membership, g *control.Group) {
 	try := s.tries[m]
 	if held, ok := s.manager.Held(joinable(m, "")); ok {
@@ -348,7 +348,7 @@ func (s *memberships) describe(m plan.Membership, g *control.Group) {
 	}
 }
 
-// masterOf names the interface that an interface is a port of; empty for none.
+// masterOf names the interface that an interface is a port of; empty if none.
 func (r *Relay) masterOf(link *network.Link) string {
 	if link.Master == 0 {
 		return ""
@@ -433,8 +433,8 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 	return status, err
 }
 
-// attachWarnings says where the program is not that the operator asked for, whether rules
-// need it or not.
+// attachWarnings lists where the operator requested the program but it is not attached, whether
+// rules need it or not.
 func (r *Relay) attachWarnings() (warnings []string) {
 	for _, name := range r.opts.Interfaces {
 		if link := r.network.Link(name); link != nil {
@@ -446,13 +446,13 @@ func (r *Relay) attachWarnings() (warnings []string) {
 	return warnings
 }
 
-// interfaceStatuses describes the interfaces that rules or attachments name.
+// interfaceStatuses describes the interfaces named by rules or attachments.
 func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus {
 	byName := map[string]*control.InterfaceStatus{}
 	get := func(name string) *control.InterfaceStatus {
 		link := r.network.Link(name)
 		if link != nil {
-			name = link.Name // known by an alternative one
+			name = link.Name // known by an alternative name
 		}
 		s := byName[name]
 		if s == nil {
@@ -473,7 +473,7 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 	}
 	for _, a := range r.loader.Attachments() {
 		if r.network.ByIndex(a.Index) == nil {
-			continue // gone a moment ago
+			continue // removed just now
 		}
 		s := get(r.nameOf(a.Index))
 		s.Mode, s.ProgramID, s.LinkID = a.Mode.String(), a.ProgramID, a.LinkID
@@ -495,7 +495,7 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 			s = get(c.Interface)
 		}
 		if s == nil {
-			continue // of an interface that is gone, and that no rule names
+			continue // of a removed interface that no rule names
 		}
 		s.JoinsAttempted, s.JoinsSucceeded, s.JoinsFailed = c.Joins.Attempted, c.Joins.Succeeded, c.Joins.Failed
 		s.LeavesAttempted, s.LeavesSucceeded, s.LeavesFailed = c.Leaves.Attempted, c.Leaves.Succeeded, c.Leaves.Failed
@@ -508,7 +508,7 @@ func (r *Relay) interfaceStatuses(stats loader.Stats) []control.InterfaceStatus 
 	return all
 }
 
-// interfaceStatus is what the network says of an interface; link is nil while it is absent.
+// interfaceStatus describes an interface; link is nil while it is absent.
 func (r *Relay) interfaceStatus(name string, link *network.Link) *control.InterfaceStatus {
 	s := &control.InterfaceStatus{Name: name, Roles: []string{}, Link: control.LinkAbsent}
 	if link == nil {

@@ -9,9 +9,8 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// setUpSteering chooses the CPUs: of those that the process may use one for each
-// worker, since PACKET_FANOUT_CPU takes the remainder of a CPU's number by that of the
-// workers.
+// setUpSteering chooses the CPUs: of those that the process may use one for each worker, since
+// PACKET_FANOUT_CPU selects worker CPU modulo the number of workers.
 func (r *Relay) setUpSteering() error {
 	if r.opts.Steering == SteerOff {
 		return nil
@@ -23,11 +22,10 @@ func (r *Relay) setUpSteering() error {
 	return r.loader.SetSteering(steerTo(set.IsSet, forward.FanoutWorkers(r.opts.Workers)))
 }
 
-// maxCPU is more than the size of unix.CPUSet.
+// maxCPU exceeds the size of unix.CPUSet.
 const maxCPU = 1024
 
-// steerTo returns the first CPU of each worker, at most as many as packets can be
-// steered to.
+// steerTo returns the first CPU of each worker, at most as many as steering supports.
 func steerTo(usable func(cpu int) bool, workers int) (cpus []int) {
 	served := map[int]bool{}
 	for cpu := range maxCPU {

@@ -11,21 +11,20 @@ import (
 )
 
 const (
-	// silence is how long no packet may come before a membership is called silent.
+	// silence is the time without packets after which a membership is called silent.
 	silence = 10 * time.Second
-	// querierPresent is how long a querier that is not heard any more is still
-	// taken to be there: the Group Membership Interval with the default values
-	// (RFC 3376 section 8.4, RFC 3810 section 9.4), after which a network without
-	// queries has forgotten its members.
+	// querierPresent is how long a querier counts as present after its last query: the Group
+	// Membership Interval with the default values (RFC 3376 section 8.4, RFC 3810 section 9.4),
+	// after which a network without queries has forgotten its members.
 	querierPresent = 260 * time.Second
 )
 
-// supervision is what is known of queriers and versions at one time.
+// supervision is the state of queriers and versions at one time.
 type supervision struct {
 	now       time.Time
 	igmp      map[int]int // IGMP version by interface index
 	queriers  map[querierKey]loader.Querier
-	described map[querierKey]control.Multicast // thousands of groups ask for the same
+	described map[querierKey]control.Multicast // thousands of groups need the same
 }
 
 type querierKey struct {
@@ -33,7 +32,7 @@ type querierKey struct {
 	is4   bool
 }
 
-// supervise asks the kernel for the versions; without an answer they stay unknown.
+// supervise reads the versions from the kernel; without an answer they stay unknown.
 func (r *Relay) supervise(heard []loader.Querier, now time.Time) *supervision {
 	s := &supervision{now: now, queriers: map[querierKey]loader.Querier{}, described: map[querierKey]control.Multicast{}}
 	for _, q := range heard {
@@ -46,15 +45,15 @@ func (r *Relay) supervise(heard []loader.Querier, now time.Time) *supervision {
 	return s
 }
 
-// igmpVersions is what the kernel last said. How long that takes is quadratic in
-// the groups, half a second with 100,000: then it is asked less often.
+// igmpVersions is the kernel's last answer. Reading it is quadratic in the groups, half a second
+// with 100,000: then it is read less often.
 type igmpVersions struct {
 	byIndex map[int]int
 	asked   time.Time
 	took    time.Duration
 }
 
-// askedShare is the part of the time that asking may take.
+// askedShare is the largest share of time spent reading, as 1/askedShare.
 const askedShare = 100
 
 func (v *igmpVersions) refresh(now time.Time) (err error) {
@@ -94,7 +93,7 @@ func (s *supervision) describe(ifname string, key querierKey) (m control.Multica
 	return m
 }
 
-// describeMulticast adds the state of multicast to interfaces that have any.
+// describeMulticast adds the multicast state of interfaces that have any.
 func (r *Relay) describeMulticast(byName map[string]*control.InterfaceStatus, heard []loader.Querier) {
 	on := r.supervise(heard, time.Now())
 	set := func(index int, is4 bool) {
@@ -122,8 +121,8 @@ func (r *Relay) describeMulticast(byName map[string]*control.InterfaceStatus, he
 	}
 }
 
-// detail says in one line how a membership does. That no querier is heard is
-// normal between two hosts; behind a snooping switch it is why packets end.
+// detail describes a membership in one line. Hearing no querier is normal between two hosts; behind
+// a snooping switch it is why packets stop.
 func detail(g control.Group, now time.Time) string {
 	if g.State != control.GroupJoined {
 		return notJoined(g, now)

@@ -14,43 +14,43 @@ import (
 	"xdpcast/pkg/membership"
 )
 
-// tables reconciles the flows in force, in the kernel's tables and on the user-space paths. What
-// is in force the loader knows: nobody else writes there, and it reads it back when it
-// takes over pinned state.
+// tables reconciles the published flows, in the kernel's tables and on the user-space paths. The
+// loader knows the current ones: it is the only writer, and reads them back when it takes over
+// pinned state.
 type tables struct {
 	loader *loader.Loader
 	paths  userPaths
 	log    *slog.Logger
-	// carried names the flows in force, with their paths.
+	// carried has the published flows, with their paths.
 	carried map[string]flow.Path
-	// refused are the flows that a path did not take, with what it said.
+	// refused are the flows that a path refused, with its error.
 	refused map[string]*refusedFlow
-	// applied is the plan whose flows are in force; nil when that is not known.
+	// applied is the plan whose flows are published; nil if unknown.
 	applied *plan.Plan
-	own     []netip.Addr // as the user-space paths have them
-	refresh bool         // the user-space paths are to look at their devices
+	own     []netip.Addr // as set on the user-space paths
+	refresh bool         // the user-space paths should check their devices
 }
 
-// refusedFlow is when to try again to bring a flow into force.
+// refusedFlow is when to retry publishing a flow.
 type refusedFlow struct {
 	err     error
 	tries   int
 	next    time.Time
-	retried bool // it is being tried again: the plan is not to hear of it
+	retried bool // a retry is in progress: hidden from the plan
 }
 
-// retryRefuse is how often a flow that was refused is tried again.
+// retryRefuse is the backoff of refused flows.
 var retryRefuse = membership.Backoff{Min: time.Second, Max: 30 * time.Second, Factor: 2}
 
 func (r *Relay) newTables() *tables {
 	return &tables{loader: r.loader, paths: r.newUserPaths(), log: r.log, carried: map[string]flow.Path{}, refused: map[string]*refusedFlow{}}
 }
 
-// adopt notes what an earlier process left in force.
+// adopt records the flows published by an earlier process.
 func (t *tables) adopt() { t.carried = t.loader.InForce() }
 
-// apply brings the flows of a plan into force, and says whether what is in force, or refused, is
-// not what the plan was made from.
+// apply publishes the flows of a plan, and returns whether the published or refused flows differ
+// from the plan's input.
 func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed bool, err error) {
 	if t.applied != nil && sameFlows(t.applied, p) {
 		t.applied = p
@@ -74,7 +74,7 @@ func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed
 	return t.forgetRefused(p) || changed, nil
 }
 
-// published are the flows of a plan that are to be in force.
+// published are the flows of a plan to publish.
 func published(p *plan.Plan) []*flow.Flow {
 	want := make([]*flow.Flow, 0, len(p.Rules))
 	for _, r := range p.Rules {
@@ -87,8 +87,7 @@ func published(p *plan.Plan) []*flow.Flow {
 	return want
 }
 
-// sameFlows says whether two plans publish the same. Rules that are planned as before have
-// the same plan.
+// sameFlows says whether two plans publish the same flows. Unchanged rules share their plan.
 func sameFlows(a, b *plan.Plan) bool {
 	if a == b {
 		return true
@@ -100,7 +99,7 @@ func sameFlows(a, b *plan.Plan) bool {
 	})
 }
 
-// carry notes what is in force now.
+// carry records the published flows.
 func (t *tables) carry(want []*flow.Flow) (changed bool) {
 	for i := range want {
 		if path := want[i].Path; t.carried[want[i].Name] != path {
@@ -122,13 +121,13 @@ func (t *tables) carry(want []*flow.Flow) (changed bool) {
 	return true
 }
 
-// drain is how long a rule that leaves the fanout path is still served there: many
-// times the millisecond that the rings hold packets back for.
+// drain is how long a rule that leaves the fanout path is still served there: many times the
+// millisecond for which the rings delay packets.
 const drain = 20 * time.Millisecond
 
-// syncPaths brings the flows into force on all paths. A flow that changes its path
-// has both for a moment, in an order in which one of them always takes its packets:
-// while the kernel path has them, none reach the packet tap.
+// syncPaths publishes the flows on all paths. A flow that changes its path has both for a moment,
+// in an order in which exactly one of them takes its packets: while the kernel path has them, none
+// reach the packet tap.
 func (t *tables) syncPaths(all []*flow.Flow, own []netip.Addr) error {
 	want := map[flow.Path][]flow.Flow{}
 	kernel := make([]*flow.Flow, len(all))
@@ -147,7 +146,7 @@ func (t *tables) syncPaths(all []*flow.Flow, own []netip.Addr) error {
 	return t.paths.finish(want, own)
 }
 
-// blame finds the flows that an error of syncPaths is about; none when it is about none.
+// blame finds the flows that an error of syncPaths is about; none if it names none.
 func blame(p *plan.Plan, err error) (names []string, cause error) {
 	var refused *loader.RuleError
 	if errors.As(err, &refused) {
@@ -167,7 +166,7 @@ func blame(p *plan.Plan, err error) (names []string, cause error) {
 	return names, err
 }
 
-// refuse notes what a path does not take; false when nothing can be left out.
+// refuse records the refused flows; false if nothing can be left out.
 func (t *tables) refuse(p *plan.Plan, names []string, cause error, strict []string) bool {
 	for _, name := range names {
 		rule, f := p.Flow(name)
@@ -188,7 +187,7 @@ func (t *tables) refuse(p *plan.Plan, names []string, cause error, strict []stri
 	return len(names) > 0
 }
 
-// refusedFlows are the flows that the plan is to do without.
+// refusedFlows are the flows that the plan must omit.
 func (t *tables) refusedFlows() map[string]error {
 	var all map[string]error
 	for name, f := range t.refused {
@@ -205,14 +204,14 @@ func (t *tables) refusedFlows() map[string]error {
 	return all
 }
 
-// retryRefused has all refused flows tried again: there may be room now.
+// retryRefused makes all refused flows due: there may be room now.
 func (t *tables) retryRefused() {
 	for _, f := range t.refused {
 		f.retried = true
 	}
 }
 
-// forgetRefused forgets those that are in force now, or gone, and says whether there were any.
+// forgetRefused forgets those that are published now, or gone, and returns whether there were any.
 func (t *tables) forgetRefused(p *plan.Plan) (any bool) {
 	for name, f := range t.refused {
 		if _, found := p.Flow(name); found == nil || f.retried && t.carried[name] != 0 {

@@ -16,19 +16,18 @@ import (
 	"xdpcast/internal/savefile"
 )
 
-// A device that takes VLAN tags off the frames that it receives hides them from XDP,
-// which then sees untagged frames. While a rule matches tags on an interface, that
-// is switched off.
+// A device that strips VLAN tags off received frames hides them from XDP, which then sees untagged
+// frames. While a rule matches tags on an interface, stripping is switched off.
 
-// tags reconciles which interfaces leave VLAN tags in the frames. Whether they do, the
-// kernel is asked. What was switched off for that is kept, by interface name, in a file for a
-// later process, since the rules outlive this one.
+// tags reconciles which interfaces leave VLAN tags in the frames. It reads their state from the
+// kernel. A file stores what was switched off, by interface name, for a later process, since the
+// rules outlive this one.
 type tags struct {
 	file    string
 	off     map[string][]string
 	open    func(ifname string) (featureSet, error) // network.OpenFeatures; tests inject faults
 	answers map[network.LinkID]error
-	looked  map[network.LinkID]*network.Link // as of the last look at the interface's features
+	looked  map[network.LinkID]*network.Link // as of the last check of the interface's features
 }
 
 // featureSet is the features of one interface: *network.DeviceFeatures.
@@ -72,8 +71,8 @@ func (t *tags) save() error {
 	return savefile.Commit(t.file)
 }
 
-// apply makes the interfaces that the plan names leave tags in the frames, and says whether
-// an answer has changed. An interface is looked at once, and again when it changes.
+// apply makes the plan's interfaces leave tags in the frames, and returns whether an answer
+// changed. An interface is checked once, and again when it changes.
 func (t *tags) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
 	for _, id := range p.Tags {
 		link := now.ByIndex(id.Index)
@@ -91,10 +90,10 @@ func (t *tags) apply(p *plan.Plan, now *network.Snapshot) (changed bool) {
 	return changed
 }
 
-// again has the next apply look at all interfaces.
+// again makes the next apply check all interfaces.
 func (t *tags) again() { clear(t.looked) }
 
-// rename takes a note along when an interface gets another name.
+// rename keeps a stored entry when an interface is renamed.
 func (t *tags) rename(before, now *network.Link) {
 	if features := t.off[before.Name]; before.Name != now.Name && features != nil {
 		delete(t.off, before.Name)
@@ -102,7 +101,7 @@ func (t *tags) rename(before, now *network.Link) {
 	}
 }
 
-// show makes an interface leave tags in the frames. It may be called again.
+// show makes an interface leave tags in the frames. It is idempotent.
 func (t *tags) show(ifname string) (err error) {
 	f, err := t.open(ifname)
 	if err != nil {
@@ -118,7 +117,7 @@ func (t *tags) show(ifname string) (err error) {
 	if len(on) == 0 {
 		return nil
 	}
-	// Noted first: what dies in between leaves too much to restore, not too little.
+	// Stored first: a crash in between restores too much, not too little.
 	t.off[ifname] = union(t.off[ifname], on)
 	if err := t.save(); err != nil {
 		return fmt.Errorf("note the features of interface %s: %w", ifname, err)
@@ -129,8 +128,8 @@ func (t *tags) show(ifname string) (err error) {
 	return nil
 }
 
-// restore gives the interfaces that the plan does not name any more what they had. One that is
-// gone is forgotten.
+// restore restores the features of interfaces that the plan no longer names. Removed interfaces are
+// forgotten.
 func (t *tags) restore(p *plan.Plan, now *network.Snapshot) error {
 	keep := map[string]bool{}
 	wanted := map[network.LinkID]bool{}
@@ -173,7 +172,7 @@ func (t *tags) restore(p *plan.Plan, now *network.Snapshot) error {
 	return errors.Join(errs...)
 }
 
-// note says what has been done to an interface; "" for nothing.
+// note describes the change made to an interface; "" if none.
 func (t *tags) note(ifname string) string {
 	if len(t.off[ifname]) == 0 {
 		return ""

@@ -16,7 +16,8 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// Tap is a control.Tapper: what the programs in the kernel see of a rule, and what the workers do.
+// Tap implements control.Tapper: it records a rule's packets from the programs in the kernel and
+// from the workers.
 func (r *Relay) Tap(ctx context.Context, q control.TapQuery, start func() io.Writer) (err error) {
 	rule, err := r.Rule(ctx, q.Rule)
 	if err != nil {
@@ -29,7 +30,7 @@ func (r *Relay) Tap(ctx context.Context, q control.TapQuery, start func() io.Wri
 	opened, err := loader.OpenTap(loader.TapOptions{PinDir: r.opts.Loader.PinDir, Rule: q.Rule, Options: q.Options})
 	switch {
 	case errors.Is(err, loader.ErrNotSupported) && rule.UsedPath != PathName(flow.PathKernel):
-		// Of these packets workers see all but what the relay program drops.
+		// Workers see all packets of these paths except those dropped by the relay program.
 		r.log.Warn("tap without the programs in the kernel", "rule", q.Rule, "error", err)
 	case err != nil:
 		return control.Wrap(control.KindFailed, err)
@@ -44,7 +45,7 @@ func (r *Relay) Tap(ctx context.Context, q control.TapQuery, start func() io.Wri
 	defer r.taps.Remove(workers)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	go func() { // a daemon that ends waits for no tap
+	go func() { // an ending daemon does not wait for a tap
 		select {
 		case <-r.ended:
 			cancel()
@@ -73,7 +74,7 @@ func (r *Relay) Tap(ctx context.Context, q control.TapQuery, start func() io.Wri
 	return err
 }
 
-// checkSlots says whether the outputs are there that are named.
+// checkSlots checks that the named outputs exist.
 func checkSlots(q control.TapQuery, outputs int) error {
 	if last := bits.Len64(q.Slots) - 1; q.Slots != tap.AllSlots && last >= outputs {
 		return control.Errorf(control.KindInvalid, "rule %s has no slot %d: want 0 to %d", q.Rule, last, outputs-1)
@@ -81,7 +82,7 @@ func checkSlots(q control.TapQuery, outputs int) error {
 	return nil
 }
 
-// flushTap writes what workers have seen, where they are alone.
+// flushTap flushes packets from workers, if there is no kernel tap to do so.
 func flushTap(ctx context.Context, w *tap.Writer, lost func() uint64) error {
 	tick := time.NewTicker(tap.HoldTime)
 	defer tick.Stop()

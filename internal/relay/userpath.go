@@ -11,8 +11,8 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// userPath is what the control loop needs of a path whose packets go through this
-// process: *forward.Fanout and *forward.AFXDP. Tests put faults between the two.
+// userPath is the control loop's view of a path whose packets go through this process:
+// *forward.Fanout and *forward.AFXDP. Tests inject faults in between.
 type userPath interface {
 	Sync(rules []flow.Flow, own []netip.Addr) error
 	Close() error
@@ -24,7 +24,7 @@ type userPaths map[flow.Path]*openPath
 type openPath struct {
 	open  func() (userPath, error)
 	path  userPath    // nil until there is a rule
-	rules []flow.Flow // that the path has now
+	rules []flow.Flow // current rules of the path
 }
 
 func (r *Relay) newUserPaths() userPaths {
@@ -52,7 +52,7 @@ func (r *Relay) newUserPaths() userPaths {
 	}
 }
 
-// close ends the workers.
+// close stops the workers.
 func (u userPaths) close() error {
 	var errs []error
 	for _, p := range u {
@@ -74,8 +74,8 @@ func (u userPaths) busy() bool {
 	return false
 }
 
-// pending says whether a path waits for something that nobody announces, such as a
-// queue that another program holds: it is to be synced again.
+// pending says whether a path waits for something without notification, such as a queue held by
+// another program: sync it again later.
 func (u userPaths) pending() bool {
 	for _, p := range u {
 		if waits, ok := p.path.(interface{ Pending() bool }); ok && waits.Pending() {
@@ -85,7 +85,7 @@ func (u userPaths) pending() bool {
 	return false
 }
 
-// prepare gives each path its rules besides those that it has.
+// prepare gives each path its new rules in addition to its current ones.
 func (u userPaths) prepare(want map[flow.Path][]flow.Flow, own []netip.Addr) error {
 	for kind, p := range u {
 		if err := p.sync(p.with(want[kind]), own); err != nil {
@@ -95,14 +95,14 @@ func (u userPaths) prepare(want map[flow.Path][]flow.Flow, own []netip.Addr) err
 	return nil
 }
 
-// finish gives each path its rules alone.
+// finish leaves each path only its new rules.
 func (u userPaths) finish(want map[flow.Path][]flow.Flow, own []netip.Addr) error {
 	leaving := false
 	for kind, p := range u {
 		leaving = leaving || len(p.rules) > len(want[kind])
 	}
 	if leaving {
-		time.Sleep(drain) // what the rings still hold goes out
+		time.Sleep(drain) // for the rest of the rings
 	}
 	for kind, p := range u {
 		if err := p.sync(want[kind], own); err != nil {
@@ -112,8 +112,8 @@ func (u userPaths) finish(want map[flow.Path][]flow.Flow, own []netip.Addr) erro
 	return nil
 }
 
-// refresh has the paths look at their devices again: what comes with an interface that is there
-// again, and with queues, nobody gives them.
+// refresh makes the paths check their devices: they get no notification of interfaces that
+// reappear, nor of new queues.
 func (u userPaths) refresh(own []netip.Addr) error {
 	for _, p := range u {
 		if len(p.rules) > 0 {
@@ -143,7 +143,7 @@ func (p *openPath) sync(rules []flow.Flow, own []netip.Addr) error {
 	return nil
 }
 
-// with returns want and those of the rules in force that are not in it.
+// with returns want plus the current rules missing from it.
 func (p *openPath) with(want []flow.Flow) []flow.Flow {
 	names := make(map[string]bool, len(want))
 	inputs := make(map[flow.Input]bool, len(want))
@@ -160,7 +160,7 @@ func (p *openPath) with(want []flow.Flow) []flow.Flow {
 	return all
 }
 
-// statsOf reads the counters of rules on all paths; nil names are all rules.
+// statsOf reads the counters of rules on all paths; nil names mean all rules.
 func (r *Relay) statsOf(names []string, all bool) (stats loader.Stats, err error) {
 	if all {
 		stats, err = r.loader.Stats()
@@ -170,9 +170,8 @@ func (r *Relay) statsOf(names []string, all bool) (stats loader.Stats, err error
 	return stats, err
 }
 
-// forKernel is a flow as the kernel's tables have it. Those of a rule of the fanout
-// path only say that its packets pass: its outputs may be on devices that no program
-// can send to.
+// forKernel converts a flow for the kernel's tables. For a rule of the fanout path, they only say
+// that its packets pass: its outputs may be on devices to which no program can send.
 func forKernel(f *flow.Flow) *flow.Flow {
 	if f.Path != flow.PathFanout {
 		return f

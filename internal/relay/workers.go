@@ -11,14 +11,14 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// workerStatus is what the user-space paths say of their workers.
+// workerStatus is the state of the workers of the user-space paths.
 type workerStatus struct {
 	workers []control.Worker
 	lost    []control.ReceiveDrop
 }
 
-// status reads how the workers are, by interface, path and queue. What can be told is,
-// also with an error.
+// status reads the state of the workers, by interface, path and queue. With an error, it is
+// partial.
 func (u userPaths) status(nameOf func(index int) string) (s workerStatus, err error) {
 	var errs []error
 	for kind, p := range u {
@@ -50,7 +50,7 @@ func (u userPaths) status(nameOf func(index int) string) (s workerStatus, err er
 	return s, errors.Join(errs...)
 }
 
-// unsent is what devices did not take after a path had counted it as sent, by interface.
+// unsent is what devices refused after a path had counted it as sent, by interface.
 func (u userPaths) unsent() map[int]uint64 {
 	if path, ok := u[flow.PathAFXDP].path.(interface{ Unsent() map[int]uint64 }); ok {
 		return path.Unsent()
@@ -90,7 +90,7 @@ func (s *workerStatus) drop(ifname, path string, lost []control.Loss) {
 	}
 }
 
-// losses writes what was lost as the API has it, without the reasons that have none.
+// losses converts lost packets to the API, without reasons that have none.
 func losses(l forward.Lost) []control.Loss {
 	all := []control.Loss{{Reason: "no_frame", Packets: l.NoFrame}, {Reason: "ring_full", Packets: l.RingFull}, {Reason: "rule_gone", Packets: l.Unclaimed}}
 	return slices.DeleteFunc(all, func(l control.Loss) bool { return l.Packets == 0 })
@@ -142,7 +142,7 @@ func (s *workerStatus) addGroup(path string, g *forward.GroupStatus) {
 		lost := forward.Lost{RingFull: g.Workers[i].Dropped}
 		sum.RingFull += lost.RingFull
 		number := i
-		if g.FromHost { // behind those of what arrives, so that all differ
+		if g.FromHost { // after those for arriving packets, so that all differ
 			number += len(g.Workers)
 		}
 		s.workers = append(s.workers, control.Worker{
@@ -154,8 +154,7 @@ func (s *workerStatus) addGroup(path string, g *forward.GroupStatus) {
 	s.drop(g.Interface, path, losses(sum))
 }
 
-// workerStatus reads how the workers are. What cannot be read is logged: it must not
-// hide the rest.
+// workerStatus reads the state of the workers. Errors are logged: they must not hide the rest.
 func (r *Relay) workerStatus() workerStatus {
 	s, err := r.tables.paths.status(r.nameOf)
 	if err != nil {
