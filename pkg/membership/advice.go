@@ -5,9 +5,8 @@ import (
 	"net/netip"
 )
 
-// Advice returns what someone should know who asks for this group, on one
-// line, or "" if there is nothing to say. What it speaks of can be joined, but
-// seldom does what people hope. The zero source means any.
+// Advice returns a one-line hint for a user who asks for this group, or "" if there is none. Such
+// groups can be joined, but seldom behave as expected. The zero source means any.
 func Advice(group, source netip.Addr) string {
 	switch {
 	case within(group, "224.0.0.0/24"):
@@ -22,8 +21,8 @@ func Advice(group, source netip.Addr) string {
 	return ""
 }
 
-// sourceSpecific reports whether RFC 4607 section 1 sets the group aside:
-// 232.0.0.0/8 and ff3x::/32.
+// sourceSpecific reports whether RFC 4607 section 1 reserves the group for source-specific
+// multicast: 232.0.0.0/8 and ff3x::/32.
 func sourceSpecific(group netip.Addr) bool {
 	if group.Is4() {
 		return within(group, "232.0.0.0/8")

@@ -5,23 +5,21 @@ import (
 	"time"
 )
 
-// Backoff says how long to wait between tries of something that fails for a
-// while. The zero value is usable.
+// Backoff computes exponential delays between retries. The zero value is usable.
 type Backoff struct {
-	// Min is the wait after the first failure. 0 means 100 ms.
+	// Min is the delay after the first failure. 0 means 100 ms.
 	Min time.Duration
-	// Max bounds every wait. 0 means 30 s; it is never less than Min.
+	// Max limits every delay. 0 means 30 s; it is never less than Min.
 	Max time.Duration
-	// Factor is what each wait is longer than the one before. Below 1 means 2.
+	// Factor is the ratio of each delay to the previous one. Below 1 means 2.
 	Factor float64
-	// Jitter, from 0 to 1, is the part of a wait that is left to chance, so that
-	// many that failed together do not try again together.
+	// Jitter, from 0 to 1, is the random part of a delay, so that many operations that failed
+	// together do not retry together.
 	Jitter float64
 }
 
-// Next returns the wait after failure number try, the first being 1. random is
-// a number in [0, 1): the wait is shortened by at most Jitter of itself. Numbers
-// out of range are taken as the nearest that is not.
+// Next returns the delay after failure number try, the first being 1. random is a number in [0, 1):
+// it shortens the delay by at most Jitter of it. Numbers out of range are clamped.
 func (b Backoff) Next(try int, random float64) time.Duration {
 	shortest, longest, factor := b.Min, b.Max, b.Factor
 	if shortest <= 0 {
@@ -37,7 +35,7 @@ func (b Backoff) Next(try int, random float64) time.Duration {
 	wait := float64(shortest) * math.Pow(factor, float64(max(try, 1)-1))
 	wait = min(wait, float64(longest))
 	wait -= wait * unit(b.Jitter) * unit(random)
-	if wait >= float64(longest) { // also what a Duration cannot hold
+	if wait >= float64(longest) { // also if it exceeds a Duration
 		return longest
 	}
 	return time.Duration(wait)

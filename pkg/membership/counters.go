@@ -12,7 +12,7 @@ type Attempts struct {
 	Attempted, Succeeded, Failed uint64
 }
 
-// begin counts an attempt; end must follow before the manager's lock is let go.
+// begin counts an attempt; end must follow before the manager's lock is released.
 func (a *Attempts) begin() { a.Attempted++ }
 
 func (a *Attempts) end(err error) {
@@ -23,26 +23,25 @@ func (a *Attempts) end(err error) {
 	a.Succeeded++
 }
 
-// Counters is what happened on one interface since the manager was made, and
-// what it holds there now. Counters go by the interface's name, so that they
-// live on when an interface is re-created. At any time
+// Counters are the counters of one interface since the manager was created, and what it holds there
+// now. Counters are kept by interface name, so they survive when an interface is re-created. At any
+// time
 //
 //	Memberships == Restored + Joins.Succeeded - Leaves.Attempted - Dropped
 //
 // because a membership whose leave failed is forgotten like any other.
 type Counters struct {
 	Interface string
-	// Joins and Leaves count what was asked of the kernel, opening a helper
-	// socket for a join included. References added to or dropped from a
-	// membership that is held anyway, and calls with invalid arguments, are
-	// neither.
+	// Joins and Leaves count operations in the kernel, including opening a helper socket for a
+	// join. References added to or dropped from an existing membership, and calls with invalid
+	// arguments, count as neither.
 	Joins, Leaves Attempts
 	// Restored counts memberships that came from an earlier process ([Manager.Restore]).
 	Restored uint64
 	// Dropped counts memberships that ended with their interface
 	// ([Manager.DropInterface]) or with the manager ([Manager.Close]).
 	Dropped uint64
-	// Memberships and HelperSockets are held now.
+	// Memberships and HelperSockets are currently held.
 	Memberships, HelperSockets int
 }
 
@@ -67,8 +66,8 @@ func (m *Manager) Counters() []Counters {
 	return all
 }
 
-// Prune forgets the counters of the interfaces that hold no membership and that keep does
-// not want. Interfaces come and go, and those of containers never under the same name.
+// Prune forgets the counters of interfaces that hold no membership, unless keep returns true.
+// Container interfaces come and go, and never reuse their names.
 func (m *Manager) Prune(keep func(ifname string) bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -82,7 +81,7 @@ func (m *Manager) Prune(keep func(ifname string) bool) {
 	maps.DeleteFunc(m.counters, func(name string, _ *Counters) bool { return !held[name] && !keep(name) })
 }
 
-// countersOf returns the counters of the named interface, new if need be.
+// countersOf returns the counters of the named interface, creating them if necessary.
 func (m *Manager) countersOf(name string) *Counters {
 	c := m.counters[name]
 	if c == nil {

@@ -7,15 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNotJoined is the cause of a [LeaveError] for a membership that is not held: never
-// joined, already left, or dropped with its interface. The other cause that is not the
-// kernel's is [os.ErrClosed], of a closed [Manager].
+// ErrNotJoined is the cause of a [LeaveError] for a membership that is not held: never joined,
+// already left, or dropped with its interface. The only other cause not from the kernel is
+// [os.ErrClosed], of a closed [Manager].
 var ErrNotJoined = errors.New("not joined")
 
-// JoinError says that a membership was not joined. Every error of
-// [Manager.Join] is one; what went wrong more exactly, if it is known, is an
-// [InterfaceNotFoundError] or a [HelperSocketError] that it wraps. The kernel's
-// errno is at the end of the chain.
+// JoinError says that a membership was not joined. Every error of [Manager.Join] is one; it may
+// wrap a more specific [InterfaceNotFoundError] or [HelperSocketError]. The kernel's errno is at
+// the end of the chain.
 type JoinError struct {
 	Membership Membership
 	Err        error
@@ -24,10 +23,9 @@ type JoinError struct {
 func (e *JoinError) Error() string { return fmt.Sprintf("join %v: %v", e.Membership, e.Err) }
 func (e *JoinError) Unwrap() error { return e.Err }
 
-// LeaveError says that the kernel did not confirm that a membership was left.
-// It is for information: the membership is forgotten nevertheless, and the
-// helper socket that held it will be closed as soon as it holds no other, which
-// the kernel cannot refuse.
+// LeaveError says that the kernel did not confirm that a membership was left. It is informational:
+// the membership is forgotten nevertheless, and the helper socket that held it will be closed as
+// soon as it holds no other, which the kernel cannot refuse.
 type LeaveError struct {
 	Membership Membership
 	Err        error
@@ -61,23 +59,21 @@ func (e *HelperSocketError) Error() string {
 }
 func (e *HelperSocketError) Unwrap() error { return e.Err }
 
-// Transient reports whether a join that failed with err is worth another try
-// although nobody has changed it.
+// Transient reports whether a join that failed with err is worth retrying unchanged.
 func Transient(err error) bool {
-	// Not here, among what can occur: EADDRINUSE and EADDRNOTAVAIL (the socket
-	// holds it already: another socket has been tried by then), EINVAL (a wrong
-	// address, or an interface with too small an MTU for IPv6), EPERM and EACCES
-	// (a security policy), EAFNOSUPPORT and EPROTONOSUPPORT (a kernel without the
-	// family), ENOPROTOOPT (one without multicast).
+	// Not transient: EADDRINUSE and EADDRNOTAVAIL (the socket holds it already: another socket has
+	// been tried by then), EINVAL (a wrong address, or an interface with too small an MTU for
+	// IPv6), EPERM and EACCES (a security policy), EAFNOSUPPORT and EPROTONOSUPPORT (a kernel
+	// without the family), ENOPROTOOPT (a kernel without multicast).
 	for _, errno := range []error{
 		unix.ENOBUFS,  // no memory, even for a fresh socket
 		unix.ENOMEM,   // likewise
-		unix.ENODEV,   // the interface is not there yet, or its IP layer is not
+		unix.ENODEV,   // the interface, or its IP layer, does not exist yet
 		unix.ENETDOWN, // the interface is coming up
-		unix.EMFILE,   // the process has too many files open now
+		unix.EMFILE,   // the process has too many open files
 		unix.ENFILE,   // the host has
-		unix.EINTR,    // a signal came first
-		unix.EAGAIN,   // by its name
+		unix.EINTR,    // interrupted by a signal
+		unix.EAGAIN,   // transient by definition
 	} {
 		if errors.Is(err, errno) {
 			return true

@@ -12,38 +12,37 @@ import (
 )
 
 // Keeper keeps file descriptors open beyond the process, as a service manager does
-// (sd_pid_notify_with_fds(3), FDSTORE=1). Its methods are never called concurrently by one
-// manager.
+// (sd_pid_notify_with_fds(3), FDSTORE=1). A manager never calls its methods concurrently.
 type Keeper interface {
-	// Keep has a duplicate of fd kept under a name that nothing else is kept under.
+	// Keep stores a duplicate of fd under a unique name.
 	Keep(name string, fd int) error
-	// Drop has what is kept under these names closed, after what was asked for before.
+	// Drop closes the descriptors stored under these names, after earlier requests.
 	Drop(names ...string) error
-	// Sync returns when all that was asked for is done.
+	// Sync returns when all earlier requests are done.
 	Sync() error
 }
 
-// Kept is a descriptor that a Keeper has kept of an earlier process.
+// Kept is a descriptor that a Keeper has kept from an earlier process.
 type Kept struct {
 	Name string
 	FD   int
 }
 
-// Names that descriptors are kept under. They are short, since those of all come in one
-// variable of the environment, which the kernel bounds by 128 KiB (MAX_ARG_STRLEN).
+// Names of kept descriptors. They are short, since all of them share one environment variable,
+// which the kernel limits to 128 KiB (MAX_ARG_STRLEN).
 const (
 	ledgerName = "memberships"
 	socketName = "m."
 )
 
-// IsKept reports whether the name of a descriptor is that of one that a Manager has kept.
+// IsKept reports whether a descriptor's name is one that a Manager has assigned.
 func IsKept(name string) bool {
 	return name == ledgerName || strings.HasPrefix(name, socketName)
 }
 
-// Duplicates returns duplicates of the descriptors that are kept, for another process to
-// restore them while this manager is at rest, or for another manager of this process. The
-// caller closes them. Without a Keeper there are none.
+// Duplicates returns duplicates of the kept descriptors, for another process to restore while this
+// manager is paused, or for another manager of this process. The caller closes them. Without a
+// Keeper there are none.
 func (m *Manager) Duplicates() (all []Kept, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -79,27 +78,27 @@ func (m *Manager) Duplicates() (all []Kept, err error) {
 	return all, add(ledgerName, m.keep.ledger.fd)
 }
 
-// keeping is what has helper sockets kept. All of its methods may be called on nil, which
-// keeps nothing.
+// keeping stores helper sockets with the Keeper. All of its methods may be called on nil, which
+// stores nothing.
 type keeping struct {
 	keeper Keeper
 	log    *slog.Logger
 	sys    System
 	ledger *ledger
 	last   int  // number in the name of the last socket
-	warned bool // that something is not kept
+	warned bool // something could not be kept
 }
 
-// unkept is the number of a record that there is none of.
+// unkept is the slot of a membership without a ledger record.
 const unkept = -1
 
-// name returns a name for a socket.
+// name returns a new name for a socket.
 func (k *keeping) name() string {
 	k.last++
 	return socketName + strconv.Itoa(k.last)
 }
 
-// warn says once that something is not kept.
+// warn warns once that something could not be kept.
 func (k *keeping) warn(err error) {
 	if !k.warned {
 		k.log.Warn("groups joined from now on may end with this process: they are not kept for the next", "error", err)
@@ -107,7 +106,7 @@ func (k *keeping) warn(err error) {
 	k.warned = true
 }
 
-// keepSocket has a new socket kept.
+// keepSocket stores a new socket.
 func (k *keeping) keepSocket(s *shard) {
 	if k == nil || s.cookie == 0 {
 		return
@@ -121,7 +120,7 @@ func (k *keeping) keepSocket(s *shard) {
 	k.warned = false
 }
 
-// identify finds out by what the ledger knows a new socket.
+// identify determines a new socket's identity in the ledger.
 func (k *keeping) identify(s *shard) {
 	if k == nil {
 		return
@@ -134,7 +133,7 @@ func (k *keeping) identify(s *shard) {
 	s.cookie = cookie
 }
 
-// write writes down what a socket is about to hold.
+// write records what a socket is about to hold.
 func (k *keeping) write(m Membership, layer int, s *shard) (slot int) {
 	if k == nil || s.cookie == 0 {
 		return unkept
@@ -142,24 +141,24 @@ func (k *keeping) write(m Membership, layer int, s *shard) (slot int) {
 	slot, err := k.ledger.add(&holding{cookie: s.cookie, layer: layer, index: m.Index, group: m.Group, source: m.Source, since: time.Now()})
 	if err != nil {
 		k.warn(err)
-		// A socket that holds what is not written down must not come back.
+		// A socket with unrecorded memberships must not be restored.
 		k.dropSocket(s)
 		return unkept
 	}
 	return slot
 }
 
-// erase erases what was written down.
+// erase erases a record.
 func (k *keeping) erase(slot int) {
 	if k == nil || slot == unkept {
 		return
 	}
 	if err := k.ledger.erase(slot); err != nil {
-		k.warn(err) // the next process asks the kernel, and finds that it is not held
+		k.warn(err) // the next process finds from the kernel that it is not held
 	}
 }
 
-// dropSocket ends the keeping of a socket.
+// dropSocket stops keeping a socket.
 func (k *keeping) dropSocket(s *shard) {
 	if k == nil || s.kept == "" {
 		return
@@ -177,8 +176,8 @@ func (k *keeping) drop(names ...string) {
 	}
 }
 
-// dropAll ends the keeping of sockets that hold groups still, which the kernel leaves before
-// dropAll returns.
+// dropAll stops keeping sockets that still hold groups, which the kernel leaves before dropAll
+// returns.
 func (k *keeping) dropAll(sockets map[*shard]struct{}) {
 	if k == nil {
 		return
@@ -203,7 +202,7 @@ func (k *keeping) dropAll(sockets map[*shard]struct{}) {
 	}
 }
 
-// close closes the ledger, which is kept.
+// close closes the ledger, which stays with the Keeper.
 func (k *keeping) close() {
 	if k == nil {
 		return

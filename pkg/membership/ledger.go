@@ -12,15 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ledger is the file, in memory, that says which helper socket holds what: the kernel
-// answers whether a socket holds a group, but lists none. A record is written before its join
-// and erased after its leave, so that the ledger never lacks what a socket holds, whenever
-// the process dies.
+// ledger is a memory file that records the memberships of each helper socket: the kernel answers
+// whether a socket holds a group, but cannot list its groups. A record is written before its join
+// and erased after its leave, so that the ledger never lacks a membership of a socket, whenever the
+// process dies.
 //
-// The format, all numbers in the host's byte order: a header of 64 bytes (the magic, version
-// and record size as uint32, the number of records as uint64), then records of 64 bytes. A
-// record that is all zero is free. No record crosses a page, and the kernel copies what one
-// write has within a page without looking for signals: no record is half written.
+// The format, all numbers in host byte order: a header of 64 bytes (the magic, version and record
+// size as uint32, the number of records as uint64), then records of 64 bytes. A record of zeros is
+// free. No record crosses a page, and the kernel copies one write within a page without checking
+// for signals: no record is half written.
 type ledger struct {
 	fd   int
 	size int // records
@@ -30,28 +30,28 @@ type ledger struct {
 const (
 	ledgerMagic   = "xdpcast groups\x00\x00"
 	ledgerVersion = 1
-	ledgerRecord  = 64 // bytes; the header has as many
+	ledgerRecord  = 64 // bytes; the header has the same size
 	ledgerGrowth  = 256
-	// ledgerMax bounds what is read: a membership of every IPv4 group is more than a host can hold.
+	// ledgerMax limits what is read: a membership of every IPv4 group is more than a host can hold.
 	ledgerMax = 1 << 24
 )
 
-// holding is one record: what socket holds which membership.
+// holding is one record: which socket holds which membership.
 type holding struct {
 	cookie uint64 // SO_COOKIE
 	layer  int    // see poolKey
-	index  int    // of the interface
+	index  int    // interface index
 	group  netip.Addr
 	source netip.Addr // the zero Addr: any
 	since  time.Time
-	slot   int // of the record
+	slot   int // number of the record
 }
 
 func (h *holding) membership() Membership {
 	return Membership{Index: h.index, Group: h.group, Source: h.source}
 }
 
-// newLedger makes an empty one.
+// newLedger makes an empty ledger.
 func newLedger() (*ledger, error) {
 	fd, err := unix.MemfdCreate("xdpcast-memberships", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -64,7 +64,7 @@ func newLedger() (*ledger, error) {
 	return l, nil
 }
 
-// openLedger reads what another process has written, checking everything. It owns fd when
+// openLedger reads the ledger of another process, and checks all of it. It takes ownership of fd if
 // there is no error.
 func openLedger(fd int) (*ledger, []holding, error) {
 	var st unix.Stat_t
@@ -129,7 +129,7 @@ const (
 	atSince  = 16 // Unix time in nanoseconds
 	atGroup  = 24
 	atFrom   = 40
-	atSum    = 60 // CRC-32C of what comes before
+	atSum    = 60 // CRC-32C of the preceding bytes
 )
 
 func encodeHolding(h *holding) (raw [ledgerRecord]byte) {
@@ -211,8 +211,8 @@ func (l *ledger) erase(slot int) error {
 	return nil
 }
 
-// grow makes room for more records: the file first, then the number in the header, which says
-// how long the file is at least.
+// grow makes room for more records: first the file, then the count in the header, which is a lower
+// bound of the file's length.
 func (l *ledger) grow() error {
 	size := l.size + ledgerGrowth
 	if size > ledgerMax {

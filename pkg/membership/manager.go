@@ -14,22 +14,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options are what a [Manager] needs. The zero value is usable.
+// Options configure a [Manager]. The zero value is usable.
 type Options struct {
-	// Logger gets warnings. nil means none are wanted.
+	// Logger receives warnings. nil discards them.
 	Logger *slog.Logger
 	// System makes the system calls. nil means [Kernel].
 	System System
-	// Keeper keeps helper sockets beyond the process, with what they hold. nil: they end, and
-	// groups are left, with it.
+	// Keeper keeps helper sockets, with their memberships, beyond the process. nil: they end with
+	// the process, and the groups are left.
 	Keeper Keeper
-	// Kept is what the Keeper has kept of an earlier process, of the names that IsKept has.
-	// The manager owns it, and takes it over with Restore.
+	// Kept are the descriptors that the Keeper kept from an earlier process, those whose names
+	// satisfy IsKept. The manager takes ownership, and takes them over in Restore.
 	Kept []Kept
 }
 
-// Manager holds memberships. Its methods may be called from any goroutine; they
-// wait for each other, and for the kernel's lock on network configuration.
+// Manager holds memberships. Its methods may be called from any goroutine; they serialize, also on
+// the kernel's lock for network configuration.
 type Manager struct {
 	log *slog.Logger
 	sys System
@@ -42,32 +42,32 @@ type Manager struct {
 	kept     []Kept   // until Restore
 	orphans  []Kept   // until Settle
 	closed   bool
-	ifaces   map[life]*iface // none is empty
+	ifaces   map[life]*iface // no entry is empty
 	counters map[string]*Counters
 	round    uint32 // of Unwanted
 }
 
-// Status is one membership that is held.
+// Status is one held membership.
 type Status struct {
 	Membership
-	// References is how many joins have not been left yet, at least 1.
+	// References is the number of joins without a leave, at least 1.
 	References int
-	// Since is when the kernel joined the group.
+	// Since is the time when the kernel joined the group.
 	Since time.Time
 }
 
-// record is one membership held by the kernel; its key and the interface's life say which. There
-// may be 100,000 of them.
+// record is one membership held by the kernel, identified by its map keys. There may be 100,000 of
+// them.
 type record struct {
 	filter     *filter
-	counters   *Counters     // of the name that the interface had when it was joined
+	counters   *Counters     // of the interface's name when it was joined
 	since      time.Duration // from Manager.started
 	references int32
-	slot       int32  // of the ledger
-	round      uint32 // the last one of Unwanted in which it was wanted
+	slot       int32  // in the ledger
+	round      uint32 // the last round of Unwanted in which it was wanted
 }
 
-// New makes a manager without memberships. The caller must Close it.
+// New makes an empty manager. The caller must Close it.
 func New(o Options) *Manager {
 	m := &Manager{
 		log:      o.Logger,
@@ -87,11 +87,10 @@ func New(o Options) *Manager {
 	return m
 }
 
-// Join joins a group, or adds a reference if the membership is held already.
-// It answers at once and does not retry: see [Transient] and [Backoff].
+// Join joins a group, or adds a reference if the membership is already held. It does not retry: see
+// [Transient] and [Backoff].
 //
-// Every error is a [*JoinError]; after one, nothing is recorded and no socket is
-// left behind.
+// Every error is a [*JoinError]; after one, nothing is recorded and no socket remains.
 func (m *Manager) Join(ms Membership) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -133,9 +132,8 @@ func (m *Manager) join(ms Membership) error {
 	return nil
 }
 
-// Leave takes back one Join; the last one leaves the group. Errors are
-// [*LeaveError] and only for information: whatever the kernel says, the
-// membership is forgotten.
+// Leave reverts one Join; the last one leaves the group. Errors are [*LeaveError] and
+// informational: the membership is forgotten even if the kernel refuses.
 func (m *Manager) Leave(ms Membership) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -187,7 +185,7 @@ func (m *Manager) kernelLeave(p *iface, r *record, ms Membership) error {
 	return err
 }
 
-// named is the membership that a record is about.
+// named is the membership of a record.
 func (r *record) named(of life, k key) Membership {
 	return Membership{Interface: r.counters.Interface, Index: of.index, Generation: of.generation, Group: k.group, Source: k.source}
 }
@@ -198,20 +196,18 @@ func (m *Manager) forgetIfEmpty(p *iface, of life) {
 	}
 }
 
-// Refresh leaves and joins again every source-specific membership on an
-// interface. Call it when the interface has been administratively down and is
-// running again (IFF_UP and IFF_RUNNING; for IPv6 it is down until then). Linux
-// puts source filters aside while an interface is down, and mixes up those that
-// change meanwhile: sources joined then are lost (ip_mc_down, ip_mc_up and
-// igmpv3_del_delrec in net/ipv4/igmp.c, and their like in net/ipv6/mcast.c). The
-// socket still holds the membership, but the interface accepts and reports it
-// no more. Any-source memberships do not suffer.
+// Refresh leaves and rejoins every source-specific membership on an interface. Call it when the
+// interface has been administratively down and is running again (IFF_UP and IFF_RUNNING; for IPv6
+// it counts as down until then). Linux saves source filters while an interface is down, and
+// corrupts those that change meanwhile: sources joined then are lost (ip_mc_down, ip_mc_up and
+// igmpv3_del_delrec in net/ipv4/igmp.c, and their counterparts in net/ipv6/mcast.c). The socket
+// still holds the membership, but the interface no longer accepts and reports it. Any-source
+// memberships are not affected.
 //
-// What could not be joined again is no longer held, whatever its references,
-// and is returned. The opposite, a source left while the interface was down
-// that comes back with it, the kernel offers no way to cure: it stays until
-// the group has been left altogether and reported so, and brings unwanted
-// traffic at worst.
+// Memberships that could not be rejoined are no longer held, whatever their references, and are
+// returned. The kernel offers no cure for the opposite case, a source left while the interface was
+// down that comes back with it: it stays until the whole group has been left and reported so, and
+// causes unwanted traffic at worst.
 func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -224,7 +220,7 @@ func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 	for _, k := range p.sourceSpecific() {
 		r := p.records[k]
 		ms := r.named(of, k)
-		// A leave that fails takes its socket out of use: the join goes elsewhere.
+		// A failed leave takes its socket out of use: the join uses another.
 		_ = m.kernelLeave(p, r, ms)
 		f, slot, err := m.kernelJoin(p, ms)
 		if err != nil {
@@ -238,12 +234,12 @@ func (m *Manager) Refresh(index int, generation uint64) []*JoinError {
 	return failed
 }
 
-// DropInterface forgets every membership of one life of an interface, whatever its
-// references, and closes its helper sockets. It is for an interface that is gone: the
-// kernel dropped the memberships with it, and an interface that comes back, under the same
-// name or even with the same index, has none of them. Call it before joining on an
-// interface that got the same index again: the kernel takes what the sockets of the last life
-// leave for the new one's. It returns what it forgot, sorted.
+// DropInterface forgets every membership of one generation of an interface, whatever its
+// references, and closes its helper sockets. Call it when the interface is gone: the kernel dropped
+// the memberships with it, and an interface that comes back, under the same name or even with the
+// same index, has none of them. Call it before joining on an interface with the same index: the
+// kernel would apply leaves of the old sockets to the new interface. It returns the forgotten
+// memberships, sorted.
 func (m *Manager) DropInterface(index int, generation uint64) []Membership {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -252,9 +248,9 @@ func (m *Manager) DropInterface(index int, generation uint64) []Membership {
 	return dropped
 }
 
-// Reborn carries the memberships of one life of an interface over to the next, as far as it
-// has none of its own: it is for an interface that may be another one under the same
-// index. Observe then tells which of them the kernel still holds.
+// Reborn moves the memberships of one generation of an interface to the next, except those the next
+// already has: for an interface that may have been replaced under the same index. Observe then
+// finds which of them the kernel still holds.
 func (m *Manager) Reborn(index int, from, to uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -309,8 +305,8 @@ func (m *Manager) status(r *record, of life, k key) Status {
 	return Status{Membership: r.named(of, k), References: int(r.references), Since: m.started.Add(r.since)}
 }
 
-// Held returns how a membership is held, false when it is not. Interface counts for nothing in
-// what it is asked for, and is the name as of the join in what it answers.
+// Held returns the status of a membership, false if it is not held. It ignores Interface in its
+// argument; in its result that is the name at the time of the join.
 func (m *Manager) Held(ms Membership) (Status, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -322,7 +318,7 @@ func (m *Manager) Held(ms Membership) (Status, bool) {
 	return Status{}, false
 }
 
-// Len returns how many memberships are held.
+// Len returns the number of held memberships.
 func (m *Manager) Len() (n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -340,9 +336,9 @@ func (m *Manager) Holds(ms Membership) bool {
 	return p != nil && p.records[ms.key()] != nil
 }
 
-// Unwanted returns the memberships that are held and not among those wanted, the newest first: the
-// kernel looks for a group in a list that begins with the newest. wanted is called with the
-// manager locked; Interface counts for nothing.
+// Unwanted returns the held memberships that are not in wanted, the newest first: the kernel
+// searches a list that begins with the newest. The manager is locked while wanted runs; Interface
+// is ignored.
 func (m *Manager) Unwanted(wanted iter.Seq[Membership]) (left []Membership) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -369,7 +365,7 @@ func (m *Manager) Unwanted(wanted iter.Seq[Membership]) (left []Membership) {
 	return left
 }
 
-// erase forgets what an interface's sockets hold, and ends their being kept.
+// erase erases the records of an interface's sockets, and stops keeping them.
 func (m *Manager) erase(p *iface) {
 	for _, r := range p.records {
 		m.keep.erase(int(r.slot))
@@ -377,9 +373,9 @@ func (m *Manager) erase(p *iface) {
 	m.keep.dropAll(p.shards)
 }
 
-// Close closes every helper socket, and so leaves every group, but for those of sockets that the
-// Keeper keeps: these are held until another process has taken them over. Nothing can be joined
-// afterwards. It returns nil; closing twice is harmless.
+// Close closes every helper socket, and so leaves every group, except those of sockets kept by the
+// Keeper: these stay joined until another process has taken them over. Later joins fail. It returns
+// nil; closing twice is harmless.
 func (m *Manager) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -399,15 +395,14 @@ func (m *Manager) Close() error {
 	return nil
 }
 
-// interfaceMissing reports whether no interface has the index, as far as that
-// can be found out.
+// interfaceMissing reports whether no interface has the index, as far as that can be determined.
 func interfaceMissing(sys System, fd, index int) bool {
 	_, err := sys.InterfaceName(fd, index)
 	return errors.Is(err, unix.ENODEV)
 }
 
-// Sockets is how many helper sockets hold a group on an interface, and the sources that those
-// hold it from which name any.
+// Sockets returns how many helper sockets hold a group on an interface, and the sources of those
+// that hold it source-specifically.
 func (m *Manager) Sockets(index int, group netip.Addr) (sockets int, sources []netip.Addr) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -9,15 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Membership is one multicast group on one interface, from any source or from
-// one. Index, Generation, Group and Source identify it.
+// Membership is one multicast group on one interface, from any source or from one. Index,
+// Generation, Group and Source identify it.
 type Membership struct {
 	// Interface is the name used in messages and counters. It is not looked up.
 	Interface string
 	// Index is the interface's index (RFC 3493 section 4).
 	Index int
-	// Generation tells lives of the interface with this index apart, since its memberships
-	// end with each: 0 when nobody does.
+	// Generation distinguishes successive interfaces with this index, since memberships end with
+	// each; 0 if the caller does not track them.
 	Generation uint64
 	// Group is the multicast group, without a zone.
 	Group netip.Addr
@@ -35,12 +35,12 @@ func (m Membership) String() string {
 	return s + " on " + interfaceLabel(m.Interface, m.Index)
 }
 
-// key is what identifies a membership on its interface.
+// key identifies a membership on its interface.
 type key struct {
 	group, source netip.Addr
 }
 
-// life is one life of an interface.
+// life is one generation of an interface.
 type life struct {
 	index      int
 	generation uint64
@@ -68,8 +68,8 @@ func (m Membership) Compare(o Membership) int {
 	)
 }
 
-// validate refuses what the kernel would refuse or, worse, understand
-// otherwise: index 0 lets it choose an interface by its routes.
+// validate refuses what the kernel would refuse or, worse, misunderstand: with index 0 it would
+// choose an interface by its routes.
 func (m Membership) validate() error {
 	switch {
 	case !m.Group.IsValid():
@@ -90,7 +90,7 @@ func (m Membership) validate() error {
 	return nil
 }
 
-// interfaceLabel names an interface in messages, be its name known or not.
+// interfaceLabel names an interface in messages, with or without a known name.
 func interfaceLabel(name string, index int) string {
 	if name == "" {
 		return "interface " + strconv.Itoa(index)

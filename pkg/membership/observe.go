@@ -18,15 +18,14 @@ import (
 	"time"
 )
 
-// Observe asks the kernel which groups the interfaces have joined, in the network
-// namespace of the calling thread, and forgets the memberships whose group is not among
-// them: the sockets still have those, but the interface lost them, as it does when it leaves
-// the namespace, even if it comes back, or when its MTU becomes too small for IP. It returns
-// them, sorted; they can be joined again.
+// Observe reads from the kernel which groups the interfaces have joined, in the network namespace
+// of the calling thread, and forgets memberships whose group is missing: the sockets still have
+// those, but the interface lost them, as it does when it leaves the namespace, even if it comes
+// back, or when its MTU becomes too small for IP. It returns the lost memberships, sorted; they can
+// be joined again.
 //
-// Source filters are not looked at: the kernel's list of them is not complete. How
-// long it takes is quadratic in the groups of an interface: two seconds with
-// 100,000. See Look for a caller who cannot wait.
+// It ignores source filters: the kernel's list of them is incomplete. It takes quadratic time in
+// the groups of an interface: two seconds with 100,000. See Look for callers that cannot wait.
 func (m *Manager) Observe() (lost []Membership, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -45,9 +44,9 @@ func (m *Manager) observe() (lost []Membership, err error) {
 	return m.forget(look), nil
 }
 
-// Look is Observe in parts: Manager.Look is called in the network namespace and
-// takes no time, Look.Read takes all the time and may be called from any goroutine while the manager is
-// used, and Manager.Forget does what there is to do.
+// Look is Observe in parts: Manager.Look must be called in the network namespace and is fast;
+// Look.Read takes all the time and may be called from any goroutine while the manager is used;
+// Manager.Forget applies the result.
 type Look struct {
 	m       *Manager
 	at      time.Duration // from Manager.started
@@ -56,7 +55,7 @@ type Look struct {
 	lost    map[heldKey]bool
 }
 
-// groupTable is a list of the kernel's groups, open in the network namespace.
+// groupTable is one of the kernel's lists of groups, opened in the network namespace.
 type groupTable struct {
 	name string
 	file *os.File
@@ -69,8 +68,8 @@ type heldKey struct {
 	key
 }
 
-// Look opens the kernel's lists of groups, of the families that memberships are held in. The caller
-// must Read it.
+// Look opens the kernel's lists of groups, for the families of held memberships. The caller must
+// Read it.
 func (m *Manager) Look() (*Look, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -88,7 +87,7 @@ func (m *Manager) look() (_ *Look, err error) {
 		}
 	}
 	l := &Look{m: m, at: time.Since(m.started)}
-	index := 0 // of the interface whose lines are being read
+	index := 0 // of the interface whose lines follow
 	for _, t := range []struct {
 		groupTable
 		want bool
@@ -102,7 +101,7 @@ func (m *Manager) look() (_ *Look, err error) {
 		t.file, err = os.Open("/proc/thread-self/net/" + t.name)
 		if errors.Is(err, os.ErrNotExist) {
 			l.close()
-			l.tables = nil // a kernel without the family, or without procfs, tells nothing
+			l.tables = nil // a kernel without the family, or without procfs, reports nothing
 			return l, nil
 		}
 		if err != nil {
@@ -117,7 +116,7 @@ func (m *Manager) look() (_ *Look, err error) {
 // Stop makes Read end soon. It may be called from any goroutine.
 func (l *Look) Stop() { l.stopped.Store(true) }
 
-// Read reads what the kernel has joined. It is called once.
+// Read reads the joined groups. It may be called once.
 func (l *Look) Read() error {
 	defer l.close()
 	return l.read(func(l *Look, joined map[groupOn]bool) map[heldKey]bool {
@@ -139,8 +138,8 @@ func (l *Look) read(compare func(*Look, map[groupOn]bool) map[heldKey]bool) erro
 	if len(missing) == 0 {
 		return nil
 	}
-	// An entry may be missing from a list that changes while it is read, and to leave a group
-	// that is held would interrupt its packets: what is lost is missing twice.
+	// An entry may be missing from a list that changes while it is read, and leaving a held group
+	// would interrupt its packets: a lost group must be missing twice.
 	if joined, err = l.joined(); err != nil || l.stopped.Load() {
 		return err
 	}
@@ -156,7 +155,7 @@ func (l *Look) close() {
 	}
 }
 
-// joined reads the lists, as far as it is not stopped.
+// joined reads the lists until stopped.
 func (l *Look) joined() (map[groupOn]bool, error) {
 	joined := map[groupOn]bool{}
 	for _, t := range l.tables {
@@ -185,8 +184,8 @@ func (m *Manager) missing(l *Look, joined map[groupOn]bool) map[heldKey]bool {
 	return missing
 }
 
-// Forget forgets the memberships that a look has found lost, if they are held since then, and
-// returns them, sorted.
+// Forget forgets the memberships that a look found lost, if they have been held since before it,
+// and returns them, sorted.
 func (m *Manager) Forget(l *Look) (lost []Membership) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -219,13 +218,13 @@ type groupOn struct {
 	group netip.Addr
 }
 
-// addGroup4 reads a line of the table of parseIGMPVersions: below the line of an interface one for each
-// of its groups, which begins with a tab and the address as a number of the host's byte order
-// over the address's bytes (igmp_mc_seq_show in net/ipv4/igmp.c). index is the interface's.
+// addGroup4 parses a line of the table of parseIGMPVersions: the line of an interface is followed
+// by one for each of its groups, which begins with a tab and the address's bytes as a number in
+// host byte order (igmp_mc_seq_show in net/ipv4/igmp.c). index is the interface's.
 func addGroup4(joined map[groupOn]bool, index *int, line []byte) error {
 	fields := bytes.Fields(line)
 	switch {
-	case len(fields) == 0 || line[0] == 'I': // the title
+	case len(fields) == 0 || line[0] == 'I': // the header
 	case line[0] != '\t':
 		n, err := strconv.Atoi(string(fields[0]))
 		if err != nil {
@@ -244,7 +243,7 @@ func addGroup4(joined map[groupOn]bool, index *int, line []byte) error {
 	return nil
 }
 
-// addGroup6 reads a line like (igmp6_mc_seq_show in net/ipv6/mcast.c):
+// addGroup6 parses a line like this (igmp6_mc_seq_show in net/ipv6/mcast.c):
 //
 //	7    eth0            ff3e0000000000000000000000000001     1 00000004 0
 func addGroup6(joined map[groupOn]bool, line []byte) error {

@@ -13,18 +13,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Interfaces tells of an interface by its index: its name, and its life as joins name it.
-// ok is false when it is not there.
+// Interfaces returns an interface's name and generation by its index, the generation as used in
+// joins. ok is false if it does not exist.
 type Interfaces func(index int) (name string, generation uint64, ok bool)
 
-// Restore takes over the helper sockets that Options.Kept has brought from an earlier process,
-// as far as the kernel confirms what they hold, and from then on has sockets kept by
-// Options.Keeper. It returns the memberships that are held, sorted, each with one reference.
-// It must be called before the first Join, and in the network namespace that joins are made in.
+// Restore takes over the helper sockets in Options.Kept from an earlier process, as far as the
+// kernel confirms their memberships, and from then on stores sockets with Options.Keeper. It
+// returns the held memberships, sorted, each with one reference. It must be called before the first
+// Join, and in the network namespace of the joins.
 //
-// What cannot be told of sockets that came back stays open until [Manager.Settle], so that
-// their groups can be joined by others first and no leave is sent. The log says in a line each
-// what was not as it should be.
+// Sockets whose memberships are unknown stay open until [Manager.Settle], so that other sockets can
+// join their groups first and no leave is sent. Each problem is logged in one line.
 func (m *Manager) Restore(interfaces Interfaces) []Status {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -51,7 +50,7 @@ func (m *Manager) Restore(interfaces Interfaces) []Status {
 	return all
 }
 
-// restore is one Restore.
+// restore is the state of one Restore.
 type restore struct {
 	*Manager
 	interfaces Interfaces
@@ -60,18 +59,18 @@ type restore struct {
 	namespace uint64               // SO_NETNS_COOKIE
 	sockets   map[uint64]*returned // by SO_COOKIE
 	took      int                  // sockets taken over
-	missing   int                  // memberships of sockets that did not come back
+	missing   int                  // memberships of sockets that were not returned
 }
 
-// returned is a helper socket that came back.
+// returned is a helper socket from an earlier process.
 type returned struct {
 	Kept
 	family family
 	held   []holding
 }
 
-// sort tells the ledger from the sockets, and returns what the ledger says. The ledger stays
-// nil when there is none that can be read.
+// sort separates the ledger from the sockets, and returns the ledger's records. The ledger stays
+// nil if none is readable.
 func (r *restore) sort(kept []Kept) (held []holding) {
 	var ledgers, sockets []Kept
 	for _, d := range kept {
@@ -106,7 +105,7 @@ func (r *restore) sort(kept []Kept) (held []holding) {
 			r.closeKept(d)
 		}
 	}
-	if len(ledgers) > 1 { // of one name: to drop one is to drop all
+	if len(ledgers) > 1 { // the names are equal: dropping one drops all
 		r.k.drop(ledgerName)
 		if r.k.ledger != nil {
 			r.closeKept(Kept{ledgerName, r.k.ledger.fd})
@@ -120,7 +119,7 @@ func (r *restore) sort(kept []Kept) (held []holding) {
 	return held
 }
 
-// identify looks at what came back as sockets.
+// identify identifies the returned sockets.
 func (r *restore) identify(sockets []Kept) {
 	r.sockets = map[uint64]*returned{}
 	if len(sockets) == 0 {
@@ -152,7 +151,7 @@ func (r *restore) ownNamespace() (uint64, error) {
 	return cookie, errors.Join(err, r.sys.Close(fd))
 }
 
-// look asks the kernel what a descriptor is.
+// look reads from the kernel what a descriptor is.
 func (r *restore) look(d Kept) (*returned, uint64, error) {
 	var answers [4]uint64
 	for i, option := range []int{unix.SO_DOMAIN, unix.SO_PROTOCOL, unix.SO_NETNS_COOKIE, unix.SO_COOKIE} {
@@ -171,7 +170,7 @@ func (r *restore) look(d Kept) (*returned, uint64, error) {
 	return &returned{Kept: d, family: family(domain)}, cookie, nil
 }
 
-// discard closes what cannot be of use.
+// discard closes a useless descriptor.
 func (r *restore) discard(d Kept, why error) {
 	r.log.Warn("a helper socket that came back is closed", "name", d.Name, "error", why)
 	r.k.drop(d.Name)
@@ -184,7 +183,7 @@ func (m *Manager) closeKept(d Kept) {
 	}
 }
 
-// takeOver takes over the sockets of which the ledger tells.
+// takeOver takes over the sockets in the ledger.
 func (r *restore) takeOver(held []holding) {
 	absent := map[uint64]bool{}
 	for _, h := range held {
@@ -201,7 +200,7 @@ func (r *restore) takeOver(held []holding) {
 		r.log.Warn("helper sockets did not come back, and their groups are joined anew (does the service manager keep as many? see FileDescriptorStoreMax= of the service)",
 			"sockets", len(absent), "memberships", r.missing, "came back", len(r.sockets))
 	}
-	// In the order in which they were opened, since they are closed in the opposite one.
+	// In the order in which they were opened, since they are closed in reverse.
 	order := make([]*returned, 0, len(r.sockets))
 	for _, s := range r.sockets {
 		order = append(order, s)
@@ -220,7 +219,7 @@ func (r *restore) takeOver(held []holding) {
 		}
 	}
 	if r.k.ledger == nil {
-		return // sort has said it
+		return // logged by sort
 	}
 	for _, why := range slices.Sorted(maps.Keys(unused)) {
 		r.log.Warn("helper sockets that came back are not used: what they hold and is wanted is joined anew before they are closed", "sockets", unused[why], "error", why)
@@ -235,7 +234,7 @@ func compareNames(a, b string) int {
 	return strings.Compare(a, b)
 }
 
-// adopt takes over one socket. After an error it is as it was.
+// adopt takes over one socket. After an error it is unchanged.
 func (r *restore) adopt(s *returned) error {
 	if len(s.held) == 0 {
 		return errors.New("nothing is written down of it")
@@ -277,9 +276,9 @@ func (r *restore) adopt(s *returned) error {
 	return nil
 }
 
-// confirm asks the kernel which of the memberships a socket holds.
+// confirm reads from the kernel which of the recorded memberships a socket holds.
 func (r *restore) confirm(s *returned) (confirmed []holding, err error) {
-	sources := map[netip.Addr][]netip.Addr{} // of groups that have any
+	sources := map[netip.Addr][]netip.Addr{} // of groups that have sources
 	for _, h := range s.held {
 		from, asked := sources[h.group]
 		all := false
@@ -296,7 +295,7 @@ func (r *restore) confirm(s *returned) (confirmed []holding, err error) {
 	return confirmed, nil
 }
 
-// register makes a socket one of an interface's.
+// register adds a socket to an interface.
 func (r *restore) register(p *iface, from *returned, held []holding, ifname string, generation uint64) {
 	key := poolKey{from.family, held[0].layer}
 	pl := p.pools[key]
@@ -330,7 +329,7 @@ func (r *restore) register(p *iface, from *returned, held []holding, ifname stri
 	}
 }
 
-// openLedger makes a new ledger unless there is one, and says whether there is one now.
+// openLedger makes a new ledger unless there is one, and returns whether there is one now.
 func (r *restore) openLedger() bool {
 	if r.k.ledger != nil {
 		return true
@@ -347,8 +346,8 @@ func (r *restore) openLedger() bool {
 	return false
 }
 
-// lost forgets what sockets hold and the interfaces do not, as Observe does: after an interface
-// was made anew with its old index the sockets of before are said to hold what it does not.
+// lost forgets memberships that sockets hold but the interfaces do not, as in Observe: after an
+// interface was re-created with its old index, the old sockets still report them.
 func (r *restore) lost() []Membership {
 	lost, err := r.observe()
 	if err != nil {
@@ -357,8 +356,7 @@ func (r *restore) lost() []Membership {
 	return lost
 }
 
-// Settle closes the helper sockets that came back and are of no use. Call it when all groups
-// are joined that are wanted.
+// Settle closes the useless returned helper sockets. Call it when all wanted groups are joined.
 func (m *Manager) Settle() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -377,7 +375,7 @@ func (m *Manager) Settle() {
 	m.orphans = nil
 }
 
-// socketNumber asks for a socket option that is a number of 32 or 64 bits.
+// socketNumber reads a socket option that is a number of 32 or 64 bits.
 func socketNumber(sys System, fd, option int) (uint64, error) {
 	value := make([]byte, 8)
 	n, err := sys.Getsockopt(fd, unix.SOL_SOCKET, option, value)

@@ -12,8 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// anySource is the layer of filters for any source. Those above it hold
-// filters for named sources.
+// anySource is the layer of filters for any source. Those above it hold filters for named sources.
 const anySource = 0
 
 // iface is an interface's memberships and the helper sockets that hold them.
@@ -30,14 +29,14 @@ type iface struct {
 	keep    *keeping // nil: they end with the process
 }
 
-// poolKey tells sockets of one interface apart.
+// poolKey identifies a set of sockets of one interface.
 type poolKey struct {
 	family family
 	layer  int
 }
 
-// pool is the sockets of one family and layer that may have room for one more
-// group. A socket that turned out to be full comes back when it loses a group.
+// pool is the sockets of one family and layer that may have room for one more group. A full socket
+// returns to it when it loses a group.
 type pool struct {
 	open []*shard
 }
@@ -46,21 +45,20 @@ type pool struct {
 type shard struct {
 	fd      int
 	pool    *pool
-	at      int // where in pool.open, -1 if it is not there
+	at      int // index in pool.open, -1 if not in it
 	filters int // groups held
-	number  int // counts the sockets of the interface as they were opened
+	number  int // in the order of opening on the interface
 
-	// any stands for the groups held from any source, which have nothing apart from each other.
+	// any represents the groups held from any source, which have no state of their own.
 	any filter
 
-	// stale sockets may hold what is no longer recorded, because a leave
-	// failed. They take nothing new, and are closed when they hold nothing
-	// recorded.
+	// stale sockets may hold unrecorded memberships, because a leave failed. They take no new ones,
+	// and are closed when they hold nothing recorded.
 	stale bool
 
-	cookie uint64 // SO_COOKIE, by which the ledger knows it; 0: it does not
-	kept   string // the name that it is kept under; "": it is not
-	left   []int  // slots of the ledger: memberships that the kernel did not confirm to be left
+	cookie uint64 // SO_COOKIE, its identity in the ledger; 0: none
+	kept   string // the name under which it is kept; "": not kept
+	left   []int  // ledger slots of memberships whose leave the kernel did not confirm
 }
 
 // filter is one group on one socket: any source, or some.
@@ -82,8 +80,8 @@ func newIface(log *slog.Logger, sys System) *iface {
 	}
 }
 
-// join joins m, which no socket of the interface holds, and returns the filter that
-// it is now part of.
+// join joins m, which no socket of the interface holds, and returns the filter to which it now
+// belongs.
 func (p *iface) join(m Membership) (*filter, int, error) {
 	if !m.Source.IsValid() {
 		return p.joinLayer(m, anySource)
@@ -117,8 +115,8 @@ func (p *iface) join(m Membership) (*filter, int, error) {
 	return p.joinLayer(m, unused)
 }
 
-// joinLayer joins m on a socket of a layer that m's group has no filter in: one
-// with room, or a new one.
+// joinLayer joins m on a socket of a layer in which m's group has no filter: one with room, or a
+// new one.
 func (p *iface) joinLayer(m Membership, layer int) (*filter, int, error) {
 	pl := p.pools[poolKey{m.family(), layer}]
 	if pl == nil {
@@ -146,8 +144,8 @@ func (p *iface) joinLayer(m Membership, layer int) (*filter, int, error) {
 	return p.addFilter(m, layer, s), slot, nil
 }
 
-// openShard opens a socket and joins m on it. One that refuses its first group
-// would refuse others too, and is closed again.
+// openShard opens a socket and joins m on it. If the join fails it closes the socket, which would
+// refuse other groups, too.
 func (p *iface) openShard(m Membership, layer int, pl *pool) (*shard, int, error) {
 	fd, err := p.sys.Socket(int(m.family()))
 	if err != nil {
@@ -169,7 +167,7 @@ func (p *iface) openShard(m Membership, layer int, pl *pool) (*shard, int, error
 	return s, slot, nil
 }
 
-// joinSocket writes down that a socket holds m, and has the kernel join it.
+// joinSocket records that a socket holds m, and joins it.
 func (p *iface) joinSocket(m Membership, layer int, s *shard) (slot int, err error) {
 	slot = p.keep.write(m, layer, s)
 	if err := p.kernelJoin(m, s.fd); err != nil {
@@ -179,7 +177,7 @@ func (p *iface) joinSocket(m Membership, layer int, s *shard) (slot int, err err
 	return slot, nil
 }
 
-// kernelJoin has the kernel join m on a socket.
+// kernelJoin joins m on a socket.
 func (p *iface) kernelJoin(m Membership, fd int) error {
 	option, value := m.join()
 	err := p.sys.Setsockopt(fd, m.family().level(), option, value)
@@ -187,26 +185,24 @@ func (p *iface) kernelJoin(m Membership, fd int) error {
 	case errors.Is(err, unix.ENODEV) && interfaceMissing(p.sys, fd, m.Index):
 		return &InterfaceNotFoundError{Interface: m.Interface, Index: m.Index, Err: err}
 	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.EINVAL):
-		// The addresses have been validated. What is left is an interface that the
-		// kernel runs no IP on: inetdev_init and ipv6_add_dev want an MTU of at
-		// least 68 and 1280.
+		// The addresses have been validated. The remaining cause is an interface without IP in the
+		// kernel: inetdev_init and ipv6_add_dev need an MTU of at least 68 and 1280.
 		return fmt.Errorf("%w (is the MTU too small for %v?)", err, m.family())
 	}
 	return err
 }
 
-// refused reports whether a join failed because of what its socket holds
-// already, so that another socket may take it: ENOBUFS or ENOMEM from the limits;
-// EADDRINUSE (any source) or EADDRNOTAVAIL (a source) from a group that the
-// socket still holds although the kernel refused to leave it.
+// refused reports whether a join failed because of the socket's other memberships, so that another
+// socket may take it: ENOBUFS or ENOMEM from the limits; EADDRINUSE (any source) or EADDRNOTAVAIL
+// (a source) from a group that the socket still holds although the kernel refused to leave it.
 func refused(err error) bool {
 	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM) ||
 		errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
 }
 
-// undoJoin removes what a failed join of a group's first source may leave on a
-// socket: the kernel joins the group without sources, then adds the source, and
-// when the second step fails for lack of memory the first one stays.
+// undoJoin removes what a failed join of a group's first source may leave on a socket: the kernel
+// joins the group without sources, then adds the source, and if the second step fails for lack of
+// memory, the first one stays.
 func (p *iface) undoJoin(m Membership, s *shard) {
 	if !m.Source.IsValid() {
 		return
@@ -222,8 +218,7 @@ func (p *iface) undoJoin(m Membership, s *shard) {
 	s.retire()
 }
 
-// leave has the kernel leave m. Whatever it answers, m is no longer part of its
-// filter afterwards.
+// leave leaves m in the kernel. Whatever the result, m is no longer part of its filter afterwards.
 func (p *iface) leave(m Membership, f *filter, slot int) error {
 	s := f.shard
 	option, value := m.leave()
@@ -246,7 +241,7 @@ func (p *iface) leave(m Membership, f *filter, slot int) error {
 	return err
 }
 
-// filterAt is what the port has of a group in a layer of named sources; nil: nothing.
+// filterAt is the interface's filter for a group in a layer of named sources; nil if none.
 func (p *iface) filterAt(group netip.Addr, layer int) *filter {
 	if layers := p.groups[group]; layer < len(layers) {
 		return layers[layer]
@@ -314,9 +309,9 @@ func (p *iface) sourceSpecific() []key {
 	return all
 }
 
-// close closes every socket, and with them their memberships: the newest first,
-// since the kernel looks for a group in a list that begins with the newest, and
-// 100,000 of them in any other order take half a minute.
+// close closes every socket, and with them their memberships: the newest first, since the kernel
+// searches a list that begins with the newest, and 100,000 of them in any other order take half a
+// minute.
 func (p *iface) close() {
 	newest := slices.SortedFunc(maps.Keys(p.shards), func(a, b *shard) int { return cmp.Compare(b.number, a.number) })
 	for _, s := range newest {
@@ -324,7 +319,7 @@ func (p *iface) close() {
 	}
 }
 
-// closeSocket closes a socket that holds nothing that is recorded.
+// closeSocket closes a socket that holds nothing recorded.
 func (p *iface) closeSocket(s *shard) {
 	for _, slot := range s.left {
 		p.keep.erase(slot)
@@ -345,7 +340,7 @@ func (s *shard) retire() {
 	s.pool.remove(s)
 }
 
-// add puts a socket among those with room, unless it is there or stale.
+// add adds a socket to those with room, unless it is there or stale.
 func (pl *pool) add(s *shard) {
 	if s.at >= 0 || s.stale {
 		return
@@ -354,7 +349,7 @@ func (pl *pool) add(s *shard) {
 	pl.open = append(pl.open, s)
 }
 
-// remove takes a socket out, if it is there.
+// remove removes a socket, if it is there.
 func (pl *pool) remove(s *shard) {
 	if s.at < 0 {
 		return

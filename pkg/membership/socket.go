@@ -11,26 +11,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// System is the system calls that a [Manager] makes. Tests put faults between
-// the two; everything else uses [Kernel]. Its methods are never called
-// concurrently by one manager.
+// System is the system calls that a [Manager] makes. Tests inject faults; everything else uses
+// [Kernel]. A manager never calls its methods concurrently.
 type System interface {
-	// Socket opens an unbound UDP socket of the family, AF_INET or AF_INET6, in
-	// the network namespace of the calling thread, closed on exec.
+	// Socket opens an unbound UDP socket of the family, AF_INET or AF_INET6, in the network
+	// namespace of the calling thread, with close-on-exec.
 	Socket(family int) (fd int, err error)
 	// Setsockopt is setsockopt(2).
 	Setsockopt(fd, level, option int, value []byte) error
-	// Getsockopt is getsockopt(2): value is what is asked with and takes the answer, of which
-	// n bytes are there.
+	// Getsockopt is getsockopt(2): value passes the request and receives the answer of n bytes.
 	Getsockopt(fd, level, option int, value []byte) (n int, err error)
 	// InterfaceName returns the name of the interface with this index in the
 	// socket's network namespace, ENODEV if there is none.
 	InterfaceName(fd, index int) (string, error)
-	// Close closes a socket. Whatever it answers, the descriptor is gone.
+	// Close closes a socket. The descriptor is closed even if it returns an error.
 	Close(fd int) error
 }
 
-// Kernel returns the System that is the kernel.
+// Kernel returns the System that calls the kernel.
 func Kernel() System { return kernel{} }
 
 type kernel struct{}
@@ -44,7 +42,7 @@ func (kernel) Socket(family int) (int, error) {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return -1, errors.Join(err, unix.Close(fd))
 	}
-	// The kernel gives the lowest number that is free: all below it are in use.
+	// The kernel assigns the lowest free number: all lower ones are in use.
 	if kept := reserve(limit.Cur); uint64(fd) >= limit.Cur-kept {
 		return -1, errors.Join(fmt.Errorf("%w: the last %d of %d file descriptors are kept for rules and requests (raise the limit: ulimit -n, or LimitNOFILE= of the service)",
 			unix.EMFILE, kept, limit.Cur), unix.Close(fd))
@@ -52,8 +50,7 @@ func (kernel) Socket(family int) (int, error) {
 	return fd, nil
 }
 
-// reserve is how many file descriptors helper sockets leave for everything else that the
-// process does, of so many.
+// reserve is how many of limit file descriptors helper sockets leave to the rest of the process.
 func reserve(limit uint64) uint64 { return min(max(limit/4, 16), 256, limit) }
 
 func (kernel) Setsockopt(fd, level, option int, value []byte) error {
@@ -94,7 +91,7 @@ func (f family) String() string {
 	return "IPv6"
 }
 
-// level is the protocol that the MCAST_ options are set at.
+// level is the protocol level of the MCAST_ options.
 func (f family) level() int {
 	if f == unix.AF_INET {
 		return unix.IPPROTO_IP
@@ -102,9 +99,9 @@ func (f family) level() int {
 	return unix.IPPROTO_IPV6
 }
 
-// Sizes of struct group_req and struct group_source_req of RFC 3678 section 5.1
-// and include/uapi/linux/in.h. Both begin with a 32-bit interface index; the
-// addresses that follow are aligned as pointers are.
+// Sizes of struct group_req and struct group_source_req of RFC 3678 section 5.1 and
+// include/uapi/linux/in.h. Both begin with a 32-bit interface index; the addresses that follow are
+// aligned like pointers.
 const (
 	sizeofSockaddrStorage = 128
 	offsetOfGroup         = bits.UintSize / 8
@@ -113,7 +110,7 @@ const (
 	sizeofGroupSourceReq  = offsetOfSource + sizeofSockaddrStorage
 )
 
-// join is the option and its value that join m.
+// join is the socket option, and its value, that joins m.
 func (m Membership) join() (option int, value []byte) {
 	if m.Source.IsValid() {
 		return unix.MCAST_JOIN_SOURCE_GROUP, m.groupSourceReq()
@@ -121,8 +118,8 @@ func (m Membership) join() (option int, value []byte) {
 	return unix.MCAST_JOIN_GROUP, m.groupReq()
 }
 
-// leave is the option and its value that leave m. Leaving the last source of a
-// group leaves the group.
+// leave is the socket option, and its value, that leaves m. Leaving the last source of a group
+// leaves the group.
 func (m Membership) leave() (option int, value []byte) {
 	if m.Source.IsValid() {
 		return unix.MCAST_LEAVE_SOURCE_GROUP, m.groupSourceReq()
@@ -144,10 +141,10 @@ func (m Membership) groupSourceReq() []byte {
 	return b
 }
 
-// sourcesOf asks what a socket holds of a group on an interface: any source, or these. The
-// error is EADDRNOTAVAIL when it is nothing. It is getsockopt MCAST_MSFILTER with a struct
-// group_filter (RFC 3678 section 5.1): a struct group_req, the mode and the number of sources as
-// 32-bit numbers, the sources. Any source is the mode "exclude" without sources.
+// sourcesOf reads what a socket holds of a group on an interface: any source, or these. The error
+// is EADDRNOTAVAIL if it holds nothing. It is getsockopt MCAST_MSFILTER with a struct group_filter
+// (RFC 3678 section 5.1): a struct group_req, the mode and the number of sources as 32-bit numbers,
+// the sources. Any source is the mode "exclude" without sources.
 func sourcesOf(sys System, fd, index int, group netip.Addr) (all bool, sources []netip.Addr, err error) {
 	const exclude = 0 // MCAST_EXCLUDE of include/uapi/linux/in.h
 	ms := Membership{Index: index, Group: group}
@@ -174,7 +171,7 @@ func sourcesOf(sys System, fd, index int, group netip.Addr) (all bool, sources [
 	}
 }
 
-// sockaddr reads what putSockaddr writes.
+// sockaddr parses what putSockaddr writes.
 func sockaddr(b []byte) netip.Addr {
 	if binary.NativeEndian.Uint16(b) == unix.AF_INET {
 		return netip.AddrFrom4([4]byte(b[4:]))

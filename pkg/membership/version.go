@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// IGMPVersions returns the IGMP version that the kernel uses on each interface, by
-// index: 3, or 1 or 2 while it has heard a querier of that version (RFC 3376
-// section 7.2.1) or force_igmp_version says so. Interfaces without IPv4 groups are
-// missing. It asks in the network namespace of the calling thread.
+// IGMPVersions returns the IGMP version that the kernel uses on each interface, by index: 3, or 1
+// or 2 while it has heard a querier of that version (RFC 3376 section 7.2.1) or force_igmp_version
+// is set. Interfaces without IPv4 groups are missing. It reads the network namespace of the calling
+// thread.
 func IGMPVersions() (map[int]int, error) {
 	table, err := os.ReadFile("/proc/thread-self/net/igmp")
 	if err != nil {
@@ -25,8 +25,8 @@ func IGMPVersions() (map[int]int, error) {
 	return versions, nil
 }
 
-// parseIGMPVersions reads the lines of interfaces, which begin with the index and
-// end with the version (igmp_mc_seq_show in net/ipv4/igmp.c):
+// parseIGMPVersions parses the lines of interfaces, which begin with the index and end with the
+// version (igmp_mc_seq_show in net/ipv4/igmp.c):
 //
 //	Idx	Device    : Count Querier	Group    Users Timer	Reporter
 //	2	eth0      :     2      V3
@@ -35,7 +35,7 @@ func parseIGMPVersions(table []byte) (map[int]int, error) {
 	versions := map[int]int{}
 	for line := range bytes.Lines(table) {
 		if line[0] < '0' || line[0] > '9' {
-			continue // the title, or a group
+			continue // the header, or a group
 		}
 		fields := strings.Fields(string(line))
 		index, err := strconv.Atoi(fields[0])
@@ -53,10 +53,10 @@ func parseIGMPVersions(table []byte) (map[int]int, error) {
 	return versions, nil
 }
 
-// MLDVersion returns the MLD version that the kernel uses on an interface. It does
-// not tell, so this is what it does (RFC 3810 section 8.2.1): what
-// force_mld_version says, else 1 while it hears MLDv1 queries, which the caller
-// must know, else 2. It asks in the network namespace of the calling thread.
+// MLDVersion returns the MLD version that the kernel uses on an interface. The kernel does not
+// report it, so this is its rule (RFC 3810 section 8.2.1): force_mld_version if set, otherwise 1
+// while it hears MLDv1 queries, which the caller must know, otherwise 2. It reads the network
+// namespace of the calling thread.
 func MLDVersion(ifname string, hearsV1 bool) int {
 	// An interface without IPv6 has no such file, and forces nothing.
 	forced, _ := os.ReadFile(filepath.Join("/proc/sys/net/ipv6/conf", ifname, "force_mld_version"))
