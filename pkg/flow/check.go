@@ -11,13 +11,13 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// MaxMTU is the largest MTU that an output keeps apart: no IP packet is longer.
+// MaxMTU is the largest distinguished MTU of an output: no IP packet is longer.
 const MaxMTU = 0xffff
 
-// Normalized gives what means the same one form: it clips what the ABI has less room
-// for, so that what is read back is what was written, and leaves no IPv6 packet without
-// a UDP checksum, which receivers would drop (RFC 8200 section 8.1). Outputs that are
-// in that form already are shared with r, not copied.
+// Normalized returns the canonical form of a flow: it clips values to the ranges of the ABI, so
+// that reading back returns what was written, and never clears the UDP checksum of IPv6 packets,
+// which receivers would drop (RFC 8200 section 8.1). Outputs that are already normalized are shared
+// with r, not copied.
 func (r Flow) Normalized() Flow {
 	shared := true
 	for i, o := range r.Out {
@@ -63,8 +63,8 @@ func (o Output) normalized() Output {
 	return o
 }
 
-// Check refuses what no path can carry. Callers validate rules for people; this guards
-// the kernel's state and the workers. The flow is Normalized.
+// Check refuses flows that no path can carry. Rules are validated with messages for users
+// elsewhere; this protects the kernel's state and the workers. The flow must be Normalized.
 func (r Flow) Check() error {
 	switch {
 	case r.Name == "" || len(r.Name) > MaxName:
@@ -152,7 +152,7 @@ func checkOutput(slot int, o Output, in Input) error {
 	return nil
 }
 
-// MinBitRate is the lowest rate in bits a second that a Rate can have.
+// MinBitRate is the lowest rate of a Rate in bits a second.
 const MinBitRate = 1000
 
 func checkRate(r Rate) error {

@@ -1,9 +1,9 @@
-// Package flow holds resolved flows: what is to become of the packets of a rule on one
-// input interface, with every name turned into an index and every policy into addresses.
-// It is what package plan makes, and what packages loader and forward bring into force.
+// Package flow defines resolved flows: the handling of a rule's packets on one input interface,
+// with every name resolved to an index and every policy to addresses. Package plan makes them;
+// packages loader and forward implement them.
 //
-// All types are plain data; functions keep no reference to what they are given and may be
-// called from any number of goroutines.
+// All types are plain data; functions keep no references to their arguments and may be called from
+// any number of goroutines.
 package flow
 
 import (
@@ -14,123 +14,122 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Limits of a flow. They are those of the BPF programs (NAME_LEN and MAX_SLOTS of
-// bpf/include/abi.h); a test of package loader compares them.
+// Limits of a flow, as in the BPF programs (NAME_LEN and MAX_SLOTS of bpf/include/abi.h); a test of
+// package loader compares them.
 const (
 	MaxName    = 79 // bytes
 	MaxOutputs = 64
 )
 
-// Flow is a rule on one input interface with everything resolved: interfaces are
-// indexes, policies are addresses.
+// Flow is a rule on one input interface with everything resolved: interfaces are indexes, policies
+// are addresses. Ports and VLAN ids are in host byte order.
 type Flow struct {
 	Name string // unique; 1 to MaxName bytes
 	In   Input
 	Out  []Output // 1 to MaxOutputs; the index of an output is its slot
-	// Path is PathKernel when it is not set.
+	// Path defaults to PathKernel.
 	Path Path
 	// Fallback lets the kernel path serve a flow of PathAFXDP while no socket does.
 	Fallback bool
 	// Local leaves the packets of a flow of PathFanout to the host's own receivers, too.
 	Local bool
 	// Steered spreads the packets of a flow of PathFanout over the CPUs of loader.SetSteering, by
-	// flow. The input must have the relay program, in native mode: a buffer that generic XDP
-	// has copied comes to the other CPU with its headers misplaced (Linux 6.18).
+	// flow. The input must run the relay program in native mode: a buffer copied by generic XDP
+	// reaches the other CPU with its headers misplaced (Linux 6.18).
 	Steered bool
 	// AllowLoop takes packets that this host sent.
 	AllowLoop bool
-	// Broadcast says that In.Group is a broadcast address of the link, and not this host's:
-	// frames for any MAC address are taken.
+	// Broadcast declares In.Group a broadcast address of the link rather than this host's: frames
+	// for any MAC address are taken.
 	Broadcast bool
-	// Unguarded keeps the loop guard away from its packets.
+	// Unguarded turns the loop guard off.
 	Unguarded bool
-	// TwoWay says that a circle with this flow is meant: the loop guard tells returns by the
-	// numbers of senders, too, and not by marks alone.
+	// TwoWay says that a loop with this flow is intended: the loop guard also recognises returns by
+	// the number of packets per sender, not only by marks.
 	TwoWay bool
-	// Fronted says that the relay program sees the packets of a flow of PathFanout before its
-	// workers do, and guards them.
+	// Fronted says that packets of a flow of PathFanout pass the relay program before its workers,
+	// and are guarded there.
 	Fronted bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
-	// Except are senders that a flow with In.BySource does not take, sorted.
+	// Except are senders that a flow with In.BySource excludes, sorted.
 	Except []netip.Prefix
-	// Finish completes UDP checksums that their sender left to a device that was none. The
-	// input is one that a local stack may send over, and runs the relay program in native
-	// mode, or the path is PathAFXDP.
+	// Finish completes UDP checksums that the sender left to a device without offload. The input
+	// may receive from a local stack, and runs the relay program in native mode, or the path is
+	// PathAFXDP.
 	Finish bool
-	// Rate polices the flow as a whole.
+	// Rate limits the flow as a whole.
 	Rate Rate
-	// Routed says that the flow mirrors a multicast route of the kernel: what the relay would not
-	// forward exactly as the kernel does passes to it, and so does every packet whose TTL is at
-	// most Routed, the greatest threshold of an output. 0: not routed. The path is
-	// PathKernel, and every output is Ready.
+	// Routed says that the flow mirrors a multicast route of the kernel: packets that the relay
+	// would not forward exactly like the kernel pass to it, as does every packet with a TTL of at
+	// most Routed, the greatest threshold of an output. 0: not routed. The path is PathKernel, and
+	// every output is Ready.
 	Routed uint8
-	// Leg is set for a flow that is one of several inputs of a stream.
+	// Leg is set for one of several inputs of a stream.
 	Leg Leg
 }
 
-// Leg says of which stream a flow is an input. It is comparable.
+// Leg identifies a flow's stream and input. It is comparable.
 type Leg struct {
-	Of       string // name of the stream; empty for a flow that is none. The flow's is Of, LegSeparator and Number
+	Of       string // name of the stream; empty if the flow is no leg. The flow's name is Of, LegSeparator and Number
 	Number   int    // 0 to packet.MaxLegs-1, by preference
 	Settings packet.Stream
 }
 
-// LegSeparator is what a leg's name has between that of the stream and its number; it cannot be in
-// the name of a rule.
+// LegSeparator separates the stream and the number in a leg's name; it cannot occur in a rule's
+// name.
 const LegSeparator = "%"
 
-// Input is what a packet is matched by. It is comparable.
+// Input is the match of a flow. It is comparable.
 type Input struct {
 	Index int     // interface index
 	MAC   [6]byte // the interface's own, for the loop check and for unicast inputs
-	// BySource makes Source a prefix of SourceLen bits; without Source any sender is
-	// taken but those of Flow.Except.
+	// BySource makes Source a prefix of SourceLen bits; an invalid Source takes any sender except
+	// Flow.Except.
 	BySource bool
-	// FromHost takes packets that sockets of this host send by the interface, rather than
-	// those that arrive; with PathFanout alone.
+	// FromHost takes packets that sockets of this host send on the interface, rather than arriving
+	// ones; only with PathFanout.
 	FromHost bool
 	Group    netip.Addr
-	// Source is any when it is not valid.
+	// An invalid Source means any.
 	Source netip.Addr
-	// Len makes Group a prefix of so many bits; 0: Group alone.
+	// Len makes Group a prefix of this many bits; 0: Group alone.
 	Len       int
 	SourceLen int    // see BySource
 	Port      uint16 // 0: any
-	PortTo    uint16 // the last port of a range that Port begins; 0: Port alone
-	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN of the one
-	// around it. 0: no such tag.
+	PortTo    uint16 // the last port of a range that starts at Port; 0: Port alone
+	// VLAN is the VLAN of the only tag, or of the inner one; OuterVLAN that of the tag around it.
+	// 0: no such tag.
 	VLAN, OuterVLAN uint16
 }
 
-// Output is where a copy goes and what it looks like.
+// Output is the destination of a copy and its rewriting.
 type Output struct {
-	// Ready is false while the output cannot send; its copies are dropped and
-	// counted for the reason in Blocked.
+	// Ready is false while the output cannot send; its copies are dropped and counted with the
+	// reason in Blocked.
 	Ready   bool
 	Blocked Blocked
-	// OneBuffer: the device does not send frames of several buffers (loader.Features).
-	// The kernel path of a flow with one output drops them for the reason
-	// loader.MultiBuffer.
+	// OneBuffer: the device does not send frames in several buffers (loader.Features). The kernel
+	// path of a flow with one output drops them with the reason loader.MultiBuffer.
 	OneBuffer bool
-	MTU       int32 // bytes of IP packet
+	MTU       int32 // of the IP packet, in bytes
 	Index     int   // interface index
 	packet.Rewrite
 	Rate Rate
 }
 
-// Blocked says why an output cannot send.
+// Blocked is why an output cannot send.
 type Blocked uint8
 
-// Why an output is blocked. The zero value is the usual one.
+// The reasons of a blocked output. The zero value is the usual one.
 const (
 	NotReady    Blocked = iota // its interface or source address is missing
 	NoNeighbour                // its next hop has no link-layer address
-	NoCarrier                  // its interface is up and carries nothing
+	NoCarrier                  // its interface is up and has no carrier
 	blockedKinds
 )
 
-// String is the drop reason that the copies are counted for.
+// String is the drop reason of the copies.
 func (b Blocked) String() string {
 	switch b {
 	case NotReady:
@@ -143,8 +142,8 @@ func (b Blocked) String() string {
 	return fmt.Sprintf("Blocked(%d)", uint8(b))
 }
 
-// Rate bounds a flow with a token bucket. The zero Rate does not. Packets or Bits is
-// set, never both.
+// Rate limits a flow with a token bucket. The zero Rate is no limit. Packets or Bits is set, never
+// both.
 type Rate struct {
 	Packets uint64 // a second
 	Bits    uint64 // a second, of whole frames
@@ -156,32 +155,32 @@ type Path uint8
 
 // The paths.
 const (
-	PathKernel Path = 1 + iota // XDP programs alone
+	PathKernel Path = 1 + iota // only XDP programs
 	PathAFXDP                  // to the AF_XDP socket of the interface and queue
-	PathFanout                 // to the stack, whose packet tap gives them to a PACKET_FANOUT group
+	PathFanout                 // to the stack, whose packet tap delivers them to a PACKET_FANOUT group
 )
 
 // Unicast says whether only frames to the input's MAC address are taken.
 func (r Flow) Unicast() bool { return !r.In.Group.IsMulticast() && !r.Broadcast }
 
-// Key is Input without what may change while it is in force: flows must differ in it.
+// Key is the part of Input that cannot change while the flow is published: flows must differ in it.
 func (in Input) Key() Input {
 	in.MAC = [6]byte{}
 	return in
 }
 
-// Equal says whether two flows are the same in everything.
+// Equal says whether two flows are equal in all fields.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
 		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.TwoWay == o.TwoWay && r.Fronted == o.Fronted && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed && r.Leg == o.Leg &&
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 
-// Continues says whether r is the same flow as old with other addresses or other senders left
-// out, so that its counters go on. Both are Normalized.
+// Continues says whether r is the same flow as old with other addresses or other excluded senders,
+// so that its counters continue. Both must be Normalized.
 func (r Flow) Continues(old Flow) bool {
 	a, b := r.In.Key(), old.In.Key()
-	a.BySource = b.BySource // the first sender that is left out sets it
+	a.BySource = b.BySource // set by the first excluded sender
 	if r.Name != old.Name || a != b || len(r.Out) != len(old.Out) {
 		return false
 	}

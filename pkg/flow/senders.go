@@ -8,7 +8,7 @@ import (
 	"slices"
 )
 
-// EveryPort gives an input for each of its ports.
+// EveryPort yields an input for each of its ports.
 func (in Input) EveryPort() iter.Seq[Input] {
 	return func(yield func(Input) bool) {
 		last := max(in.Port, in.PortTo)
@@ -22,10 +22,10 @@ func (in Input) EveryPort() iter.Seq[Input] {
 	}
 }
 
-// IsOne says whether a flow is one entry, which no other has a say in.
+// IsOne says whether a flow is a single entry, independent of other flows.
 func (in Input) IsOne() bool { return in.PortTo == 0 && !in.BySource }
 
-// ExtraEntries is how many entries of a flow table a flow has besides one.
+// ExtraEntries is the number of flow table entries of a flow beyond the first.
 func (r Flow) ExtraEntries() int {
 	if r.In.IsOne() {
 		return 0
@@ -44,7 +44,7 @@ func (in Input) AnySource() Input {
 	return in
 }
 
-// Senders is the prefix of sources of a flow with BySource.
+// Senders is the source prefix of a flow with BySource.
 func (in Input) Senders() netip.Prefix {
 	source := in.Source
 	if !source.IsValid() {
@@ -62,18 +62,18 @@ func (r *Flow) TakesSource(source netip.Addr) bool {
 		!slices.ContainsFunc(r.Except, func(p netip.Prefix) bool { return p.Contains(source) })
 }
 
-// Covers says whether all of a prefix is in another.
+// Covers says whether wide contains all of narrow.
 func Covers(wide, narrow netip.Prefix) bool {
 	return wide.Bits() <= narrow.Bits() && wide.Contains(narrow.Addr())
 }
 
-// TakesAll says whether a flow with BySource takes all sources of a prefix, but for what
-// longer ones say.
+// TakesAll says whether a flow with BySource takes all sources of a prefix, except longer excluded
+// ones.
 func (r *Flow) TakesAll(p netip.Prefix) bool {
 	return Covers(r.In.Senders(), p) && !slices.ContainsFunc(r.Except, func(e netip.Prefix) bool { return Covers(e, p) })
 }
 
-// NormalExcept sorts prefixes and leaves out those that are within another.
+// NormalExcept sorts prefixes and omits those within another.
 func NormalExcept(except []netip.Prefix) []netip.Prefix {
 	if len(except) == 0 {
 		return nil
@@ -91,7 +91,7 @@ func NormalExcept(except []netip.Prefix) []netip.Prefix {
 	return kept
 }
 
-// checkSenders is Check for ports and sources. The flow is Normalized.
+// checkSenders is Check for ports and sources. The flow must be Normalized.
 func (r Flow) checkSenders() error {
 	in := r.In
 	switch {

@@ -6,11 +6,11 @@ import (
 	"strings"
 )
 
-// Diff is what turns one set of rules into another. Add, Change and Keep are in
-// the order of the wanted set, Remove in the reverse order of the present one.
+// Diff is the difference between two sets of rules. Add, Change and Keep are in the order of the
+// wanted set, Remove in the reverse order of the present one.
 //
-// Both sets hold together, but a step between them need not: an input can move
-// from a removed rule to an added one, or change hands between two changed ones.
+// Both sets are valid, but a step between them need not be: an input can move from a removed rule
+// to an added one, or between two changed ones.
 type Diff struct {
 	Add    []Rule
 	Remove []Rule
@@ -18,14 +18,14 @@ type Diff struct {
 	Keep   []Rule
 }
 
-// Change is a rule that keeps its name and nothing else for certain.
+// Change is a rule of the same name with different contents.
 type Change struct {
 	Old, New Rule
 }
 
-// Compute is the difference between two sets, rule by rule of the same name.
-// Of rules that share a name within a set, which ValidateSet refuses, the first
-// counts. The result shares the Out slices of the rules given.
+// Compute returns the difference between two sets, matching rules by name. Of rules that share a
+// name within a set, which ValidateSet refuses, the first counts. The result shares the Out slices
+// of the given rules.
 func Compute(have, want []Rule) Diff {
 	var d Diff
 	old := byName(have)
@@ -33,7 +33,7 @@ func Compute(have, want []Rule) Diff {
 	if len(have) == 0 {
 		d.Add = make([]Rule, 0, len(want))
 	} else {
-		d.Keep = make([]Rule, 0, len(want)) // most, in general
+		d.Keep = make([]Rule, 0, len(want)) // usually most of them
 	}
 	for _, r := range want {
 		if seen[r.Name] {
@@ -58,7 +58,7 @@ func Compute(have, want []Rule) Diff {
 	return d
 }
 
-// And joins the differences of sets that stand side by side.
+// And concatenates the differences of two disjoint sets.
 func (d Diff) And(other Diff) Diff {
 	return Diff{
 		Add: slices.Concat(d.Add, other.Add), Remove: slices.Concat(d.Remove, other.Remove),
@@ -66,7 +66,7 @@ func (d Diff) And(other Diff) Diff {
 	}
 }
 
-// byName gives the first rule of each name.
+// byName maps each name to its first rule.
 func byName(rules []Rule) map[string]int {
 	m := make(map[string]int, len(rules))
 	for i, r := range slices.Backward(rules) {
@@ -75,13 +75,13 @@ func byName(rules []Rule) map[string]int {
 	return m
 }
 
-// Empty reports whether there is nothing to do.
+// Empty reports whether the sets are equal.
 func (d Diff) Empty() bool {
 	return len(d.Add) == 0 && len(d.Remove) == 0 && len(d.Change) == 0
 }
 
-// String is a line for each rule that is removed ("- cam2"), changed ("~ cam3"
-// and what of it) or added ("+ cam1" and the rule), in this order; "" when Empty.
+// String has a line for each rule that is removed ("- cam2"), changed ("~ cam3" and the changes) or
+// added ("+ cam1" and the rule), in this order; "" if Empty.
 func (d Diff) String() string {
 	var b strings.Builder
 	for _, r := range d.Remove {
@@ -96,7 +96,7 @@ func (d Diff) String() string {
 	return b.String()
 }
 
-// String is the change on one line: `~ cam3 in A => B; out -C +D; path auto => kernel`.
+// String formats the change as one line: `~ cam3 in A => B; out -C +D; path auto => kernel`.
 func (c Change) String() string {
 	var parts []string
 	if old, new := c.Old.FormatInputs(), c.New.FormatInputs(); old != new {

@@ -14,9 +14,9 @@ import (
 //	input   [SOURCE[/LEN]@]ADDRESS[/LEN][:PORT[-PORT]]%INTERFACE[,option...]
 //	output  ADDRESS[/LEN][:PORT|:+N|:-N]%INTERFACE[,policy...]
 //
-// An IPv6 ADDRESS is in brackets, SOURCE may be; a LEN is behind the brackets. An
-// INTERFACE that ends in '+' is a pattern. Without PORT an input takes any, and an
-// output keeps the packet's. Options and policies, each at most once:
+// An IPv6 ADDRESS is in brackets, SOURCE may be; LEN follows the brackets. An INTERFACE that ends
+// in '+' is a pattern. Without PORT an input takes any, and an output keeps the packet's. Options
+// and policies, each at most once:
 //
 //	vlan=ID|OUTER.ID   from=host   join=none|all|GROUP+GROUP...   csum=any   local=yes
 //	loop=two-way|allow   loop-guard=off   except=SOURCE[/LEN]+SOURCE[/LEN]...
@@ -34,10 +34,9 @@ const (
 	outputForm = "ADDRESS[/LEN][:PORT]%INTERFACE[,policy...]"
 )
 
-// ParseInput reads an input with its options, `10.0.0.5@239.1.1.1:5000%eth0,vlan=7`.
-// It checks the form alone; Rule.Validate checks what it means. The error names the
-// part that is wrong, the whole text and what would be right, and holds a
-// *FieldError.
+// ParseInput parses an input with its options, `10.0.0.5@239.1.1.1:5000%eth0,vlan=7`. It checks
+// only the syntax; Rule.Validate checks the meaning. The error names the wrong part, the whole text
+// and what would be valid, and wraps a *FieldError.
 func ParseInput(s string) (Input, Acceptance, error) {
 	in, accept, err := parseInput(s)
 	if err != nil {
@@ -46,8 +45,8 @@ func ParseInput(s string) (Input, Acceptance, error) {
 	return in, accept, nil
 }
 
-// ParseOutput reads an output, `239.2.2.2:6000%eth1,ttl=8,src=keep,dscp=af41`.
-// As with ParseInput, it checks the form alone.
+// ParseOutput parses an output, `239.2.2.2:6000%eth1,ttl=8,src=keep,dscp=af41`. Like ParseInput, it
+// checks only the syntax.
 func ParseOutput(s string) (Output, error) {
 	out, err := parseOutput(s)
 	if err != nil {
@@ -56,8 +55,8 @@ func ParseOutput(s string) (Output, error) {
 	return out, nil
 }
 
-// String is the canonical form without the options of acceptance: ParseInput of it
-// gives the input back, if the input is valid.
+// String is the canonical form without the options in Acceptance: for a valid input, ParseInput
+// returns an equal one.
 func (in Input) String() string { return string(in.append(nil)) }
 
 func (in Input) append(b []byte) []byte {
@@ -81,14 +80,14 @@ func (in Input) append(b []byte) []byte {
 	return b
 }
 
-// FormatInput is the canonical form of an input with its options, defaults left
-// out: what ParseInput reads back.
+// FormatInput is the canonical form of an input with its options, without defaults: the inverse of
+// ParseInput.
 func FormatInput(in Input, accept Acceptance) string {
 	return string(appendAcceptance(in.append(nil), accept))
 }
 
-// String is the canonical form, defaults left out: ParseOutput of it gives the
-// output back, if the output is valid.
+// String is the canonical form without defaults: for a valid output, ParseOutput returns an equal
+// one.
 func (o Output) String() string {
 	port := ""
 	switch o.PortMode {
@@ -172,7 +171,7 @@ func parseOutput(s string) (out Output, err error) {
 	return out, err
 }
 
-// setPort takes what follows the address, ":PORT", ":+N", ":-N" or nothing.
+// setPort parses what follows the address: ":PORT", ":+N", ":-N" or nothing.
 func (o *Output) setPort(s string) error {
 	const want = "1 to 65535, +N or -N to shift the packet's, or no ':' to keep it"
 	if s == "" {
@@ -215,7 +214,7 @@ func cutInterface(s string) (left, iface string, err error) {
 	return left, iface, nil
 }
 
-// parseTarget reads ADDRESS[/LEN] and returns what follows, ":PORT" or nothing.
+// parseTarget parses ADDRESS[/LEN] and returns the rest, ":PORT" or nothing.
 func parseTarget(s string) (addr netip.Addr, length uint8, port string, err error) {
 	host, rest := splitHost(s)
 	if host == "" {
@@ -242,7 +241,7 @@ func parseTarget(s string) (addr netip.Addr, length uint8, port string, err erro
 		return addr, 0, "", &FieldError{Field: "prefix", Value: prefix, Want: fmt.Sprintf("/1 to /%d", addr.BitLen())}
 	}
 	if n == addr.BitLen() {
-		n = 0 // the address alone
+		n = 0 // a single address
 	}
 	return addr, uint8(n), port, nil
 }
@@ -255,7 +254,7 @@ func splitHost(s string) (host, rest string) {
 	case strings.HasPrefix(s, "["):
 		i := strings.IndexByte(s, ']')
 		if i < 0 || i+1 < len(s) && s[i+1] != ':' && s[i+1] != '/' {
-			return s, "" // not an address: its parser says so
+			return s, "" // not an address: its parser reports it
 		}
 		return s[1:i], s[i+1:]
 	case strings.Count(s, ":") > 1:
@@ -282,7 +281,7 @@ func splitPort(s string) (host, port string, hasPort bool) {
 		case end > 0 && rest[0] == ':':
 			return s[1:end], rest[1:], true
 		}
-		return s, "", false // not an address: its parser says so
+		return s, "", false // not an address: its parser reports it
 	}
 	if strings.Count(s, ":") == 1 {
 		host, port, _ = strings.Cut(s, ":")
@@ -291,7 +290,7 @@ func splitPort(s string) (host, port string, hasPort bool) {
 	return s, "", false
 }
 
-// unbracket takes the brackets off an address that stands in them.
+// unbracket removes the brackets around an address, if any.
 func unbracket(s string) string {
 	if len(s) >= 2 && s[0] == '[' && s[len(s)-1] == ']' && strings.Contains(s, ":") {
 		return s[1 : len(s)-1]
@@ -299,7 +298,7 @@ func unbracket(s string) string {
 	return s
 }
 
-// parseAddr reads an address without port; field names it in the error.
+// parseAddr parses an address without port; field names it in the error.
 func parseAddr(field, s string) (netip.Addr, error) {
 	fail := func(want string) (netip.Addr, error) {
 		return netip.Addr{}, &FieldError{Field: field, Value: s, Want: want}
@@ -320,8 +319,7 @@ func parseAddr(field, s string) (netip.Addr, error) {
 	return addr, nil
 }
 
-// addrFormFault says what to write for an address in a form that is not
-// accepted, "" when it is accepted.
+// addrFormFault says how to write an address in an unaccepted form, "" if it is accepted.
 func addrFormFault(addr netip.Addr) string {
 	switch {
 	case addr.Zone() != "":
@@ -332,10 +330,9 @@ func addrFormFault(addr netip.Addr) string {
 	return ""
 }
 
-// interfaceFault says what an interface name should be, "" when it is right.
-// What the kernel takes is in dev_valid_name (net/core/dev.c): 1 to 15 bytes,
-// neither "." nor "..", no '/', ':' or white space, which includes byte 0xa0.
-// Beyond that, names that the grammar or a terminal cannot show are refused.
+// interfaceFault says what an interface name should be, "" if it is valid. The kernel's rule is
+// dev_valid_name (net/core/dev.c): 1 to 15 bytes, neither "." nor "..", no '/', ':' or white space,
+// which includes byte 0xa0. It also refuses names that the grammar or a terminal cannot show.
 func interfaceFault(name string) string {
 	switch {
 	case name == "":
@@ -356,7 +353,7 @@ func interfaceFault(name string) string {
 
 func unshown(r rune) bool { return r == ' ' || !unicode.IsPrint(r) }
 
-// parseNumber reads a decimal number of lo to hi, without sign or leading zero.
+// parseNumber parses a decimal number of lo to hi, without sign or leading zero.
 func parseNumber(s string, lo, hi int) (int, bool) {
 	n, err := strconv.ParseUint(s, 10, 32)
 	if err != nil || len(s) > 1 && s[0] == '0' || int(n) < lo || int(n) > hi {
@@ -365,7 +362,7 @@ func parseNumber(s string, lo, hi int) (int, bool) {
 	return int(n), true
 }
 
-// bounded cuts what a message repeats of a value without quoting it.
+// bounded truncates a value for a message, without quoting it.
 func bounded(s string) string {
 	q := quote(s)
 	return q[1 : len(q)-1]

@@ -7,8 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// Classes of fault, for errors.Is. They say what kind of thing is wrong; the
-// FieldError that carries one says where and what would be right.
+// Classes of errors, for errors.Is. They say what kind of thing is wrong; the wrapping FieldError
+// says where, and what would be valid.
 var (
 	ErrDuplicateName   = errors.New("duplicate rule name")
 	ErrDuplicateInput  = errors.New("duplicate input")
@@ -20,25 +20,24 @@ var (
 	ErrTooManyOutputs  = errors.New("too many outputs")
 )
 
-// maxFaults bounds the list of one error: it stays readable, and a broken set of
-// 100,000 rules must not make a message of megabytes.
+// maxFaults limits the faults in one error: it stays readable, and a broken set of 100,000 rules
+// does not make a message of megabytes.
 const maxFaults = 100
 
-// maxQuoted bounds, in bytes, what a message repeats of a value.
+// maxQuoted limits, in bytes, how much of a value a message repeats.
 const maxQuoted = 120
 
-// FieldError is one fault in one field. Its text is one line, whatever the
-// value holds.
+// FieldError is one fault in one field. Its text is one line, for any value.
 type FieldError struct {
-	Rule  string // name of the rule, "#4" for the fourth of a set when it has none, "" when there is no rule yet
-	Field string // "name", "in", "in.source", "out[2].ttl" (slot 2), "path"; from ParseInput and ParseOutput the part alone: "port"
-	Value string // what was given; "" when nothing was
-	Want  string // what would be right
+	Rule  string // name of the rule, "#4" for the fourth of a set if it has no name, "" outside a rule
+	Field string // "name", "in", "in.source", "out[2].ttl" (slot 2), "path"; from ParseInput and ParseOutput only the part: "port"
+	Value string // the given value; "" if there was none
+	Want  string // what would be valid
 	Err   error  // class of the fault, one of the Err variables, or nil
 }
 
-// Error is `rule "cam1": out[0].port "0": want 1 to 65535`, or, when nothing
-// was given, `rule "cam1": name missing: write ...`.
+// Error is `rule "cam1": out[0].port "0": want 1 to 65535`, or, without a value, `rule "cam1": name
+// missing: write ...`.
 func (e *FieldError) Error() string {
 	rule := ""
 	if e.Rule != "" {
@@ -50,13 +49,13 @@ func (e *FieldError) Error() string {
 	return rule + e.Field + " " + quote(e.Value) + ": want " + e.Want
 }
 
-// Unwrap gives the class of the fault to errors.Is.
+// Unwrap returns the class of the fault.
 func (e *FieldError) Unwrap() error { return e.Err }
 
-// FileError is a fault in a file of rules.
+// FileError is a fault in a rule file.
 type FileError struct {
 	File string // as given to ParseFile
-	Line int    // from 1; 0 when the fault is not in one line
+	Line int    // from 1; 0 if the fault has no line
 	Err  error
 }
 
@@ -68,7 +67,7 @@ func (e *FileError) Error() string {
 	return e.File + ":" + strconv.Itoa(e.Line) + ": " + e.Err.Error()
 }
 
-// Unwrap gives the fault to errors.Is and errors.As.
+// Unwrap returns the fault.
 func (e *FileError) Unwrap() error { return e.Err }
 
 // quote quotes a value for a message: on one line, printable, bounded.
@@ -89,11 +88,11 @@ type fault struct {
 	err  *FieldError
 }
 
-// faultList holds the first faults found and counts those beyond.
+// faultList holds the first faults found and counts the rest.
 type faultList struct {
 	faults []fault
 	hidden int
-	ignore func(fault) bool // faults to leave out; may be nil
+	ignore func(fault) bool // faults to omit; may be nil
 }
 
 func (l *faultList) add(f fault) {
@@ -107,7 +106,7 @@ func (l *faultList) add(f fault) {
 	l.faults = append(l.faults, f)
 }
 
-// join is nil when there is no fault.
+// join is nil if there is no fault.
 func (l *faultList) join() error {
 	var errs []error
 	for _, f := range l.faults {

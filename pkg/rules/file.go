@@ -13,13 +13,12 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// MaxFileSize is the largest file of rules that ParseFile reads, in bytes. A
-// rule with two outputs takes about 150. Content made to that end takes some
-// 500 times its size in memory while it is parsed: who reads files of strangers
-// sets a smaller bound first.
+// MaxFileSize is the largest rule file that ParseFile reads, in bytes. A rule with two outputs
+// takes about 150. Malicious content can take some 500 times its size in memory while it is parsed:
+// callers should set a smaller limit for untrusted files.
 const MaxFileSize = 32 << 20
 
-// ParseFile reads a YAML file of rules and validates them as a set:
+// ParseFile parses a YAML rule file and validates the rules as a set:
 //
 //	rules:
 //	  - name: cam1
@@ -27,21 +26,20 @@ const MaxFileSize = 32 << 20
 //	    out: [239.2.2.2:6000%eth1, "10.0.9.9:6000%eth2,ttl=16"]
 //	    path: auto # optional
 //
-// A single output needs no list. An endpoint with a comma or with a '[' at its
-// beginning needs quotes, as YAML has a meaning for both. A file without a list is
-// refused: one of no rules says so, "rules: []". Unknown and repeated keys, aliases and
-// further documents are refused, and so are include, which only ParseFiles can follow, and
-// mroute, which only ParseConfig takes.
-// Any YAML does, but large files are read in a third of the time and a fifth of the
-// memory when they are written as above or by FormatFile.
+// A single output needs no list. An endpoint with a comma or a leading '[' needs quotes, as both
+// have a meaning in YAML. A file without a list is refused: write "rules: []" for no rules. Unknown
+// and repeated keys, aliases and further documents are refused, and so are include, which only
+// ParseFiles follows, and mroute, which only ParseConfig accepts. Any YAML style works, but large
+// files are parsed in a third of the time and a fifth of the memory if they are written as above or
+// by FormatFile.
 //
-// The error joins a *FileError for every fault, one line each, in the order of
-// the lines; at most 100, and how many more. name is the file's name for it. A
-// file that is not YAML has one fault, since nothing behind it can be read.
+// The error joins a *FileError for every fault, one line each, ordered by line; at most 100, and
+// the number of the rest. name is the file's name in errors. A file that is not YAML has one fault,
+// since the rest cannot be read.
 func ParseFile(name string, data []byte) ([]Rule, error) { return ParseFiles(name, data, nil) }
 
-// FormatFile writes rules as the YAML that ParseFile reads back to the same
-// rules, defaults left out. It refuses what ValidateSet refuses.
+// FormatFile writes rules as YAML, without defaults; ParseFile returns equal rules. It refuses sets
+// that ValidateSet refuses.
 func FormatFile(rules []Rule) ([]byte, error) {
 	if err := ValidateSet(rules); err != nil {
 		return nil, err
@@ -53,8 +51,8 @@ func FormatFile(rules []Rule) ([]byte, error) {
 	return EndFile(b), nil
 }
 
-// AppendRule appends a valid rule to the file b, which begins empty; FormatFile
-// without the validation. EndFile makes a whole of it.
+// AppendRule appends a valid rule to the file b, which starts empty; it is FormatFile without the
+// validation. EndFile completes the file.
 func AppendRule(b []byte, r Rule) []byte {
 	if len(b) == 0 {
 		b = append(b, "rules:\n"...)
@@ -80,7 +78,7 @@ func AppendRule(b []byte, r Rule) []byte {
 	return b
 }
 
-// appendStream writes how several inputs become one stream.
+// appendStream writes how several inputs are merged.
 func appendStream(b []byte, r *Rule) []byte {
 	merge, failover := r.FormatStream()
 	if merge != "" {
@@ -92,7 +90,7 @@ func appendStream(b []byte, r *Rule) []byte {
 	return b
 }
 
-// EndFile ends a file made by AppendRule: one of no rules says so.
+// EndFile completes a file made by AppendRule, also one without rules.
 func EndFile(b []byte) []byte {
 	if len(b) == 0 {
 		return []byte("rules: []\n")
@@ -100,9 +98,9 @@ func EndFile(b []byte) []byte {
 	return b
 }
 
-// yamlText quotes a name or endpoint if YAML could read it as anything but this
-// text, and an endpoint with a comma so that it can be moved into a [list].
-// Valid ones hold printable characters alone, which Go and YAML quote alike.
+// yamlText quotes a name or endpoint if YAML could parse it as anything else, and an endpoint with
+// a comma so that it can be moved into a [list]. Valid ones contain only printable characters,
+// which Go and YAML quote alike.
 func yamlText(s string) string {
 	plain := func(r rune) bool {
 		return r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z' || strings.ContainsRune(".:%@_-/", r)
@@ -115,8 +113,8 @@ func yamlText(s string) string {
 	return strconv.Quote(s)
 }
 
-// plainName reports whether YAML reads a name as text: it begins with a letter,
-// which no number does, and is no word of another type (YAML 1.1 ones included).
+// plainName reports whether YAML parses a name as text: it begins with a letter, as no number does,
+// and is not a word of another type (YAML 1.1 included).
 func plainName(s string) bool {
 	switch strings.ToLower(s) {
 	case "true", "false", "yes", "no", "on", "off", "y", "n", "null":
@@ -125,23 +123,22 @@ func plainName(s string) bool {
 	return s[0] > '9' && !strings.ContainsRune(s, ':')
 }
 
-// fileParser reads one file.
+// fileParser parses one file.
 type fileParser struct {
 	name     string
 	data     []byte
 	rules    []Rule
 	places   []rulePlace // by rule
 	includes []includeText
-	routes   *mrouteSection // nil: there is none
-	broken   bool           // not YAML: what it holds is not known
+	routes   *mrouteSection // nil: none
+	broken   bool           // not YAML: its contents are unknown
 	faults   []FileError
 	hidden   int
 
-	interfaces map[string]string // the names, by themselves
+	interfaces map[string]string // interned interface names
 }
 
-// rulePlace says where a rule stands in the file: line numbers, 0 for what is
-// not there.
+// rulePlace is the position of a rule in the file: line numbers, 0 for absent parts.
 type rulePlace struct {
 	rule, name, in, path int
 	merge, failover      int
@@ -159,7 +156,7 @@ func (p *fileParser) fault(line int, err error) {
 	p.faults = append(p.faults, FileError{Line: line, Err: err})
 }
 
-// parse reads the file; what it holds is validated by the set that it belongs to.
+// parse parses the file; its rules are validated as part of their set.
 func (p *fileParser) parse() {
 	if len(p.data) > MaxFileSize {
 		p.fault(0, fmt.Errorf("size %d bytes: want at most %d", len(p.data), MaxFileSize))
@@ -171,8 +168,8 @@ func (p *fileParser) parse() {
 	}
 }
 
-// scan reads the rules of a file in the common shape. It is false, and has read
-// nothing, when there is any doubt or fault: read tells what it is.
+// scan parses the rules of a file in the common layout. If there is any doubt or fault it returns
+// false and has read nothing: read then finds the fault.
 func (p *fileParser) scan() bool {
 	s := ruleScanner{rest: p.data}
 	ok := s.scan(p.grow, func(rule *yaml.Node) bool {
@@ -185,7 +182,7 @@ func (p *fileParser) scan() bool {
 	return ok
 }
 
-// read reads the rules by way of the YAML package.
+// read parses the rules with the YAML package.
 func (p *fileParser) read() {
 	root, err := p.document()
 	if err != nil {
@@ -204,13 +201,13 @@ func (p *fileParser) read() {
 	if list := values[1]; list != nil && !isNull(list) {
 		p.includeList(list)
 		if values[0] == nil {
-			return // the others have them
+			return // the others have the rules
 		}
 	}
 	switch list := values[0]; {
 	case list == nil && len(p.faults) == 0:
 		p.fault(root.Line, errNoRules)
-	case list == nil: // which has been said, or is a matter of the faults
+	case list == nil: // reported already, or due to other faults
 	case isNull(list):
 		p.fault(list.Line, errNoRules)
 	default:
@@ -218,8 +215,8 @@ func (p *fileParser) read() {
 	}
 }
 
-// errNoRules is that of a file without a list of rules. It is refused since that is what a
-// program writes that failed, and what is left of a file that was cut off.
+// errNoRules is the error for a file without a list of rules. Such a file may be the output of a
+// failed program, or truncated.
 var errNoRules = errors.New(`rules missing: want them in a list below "rules:", or "rules: []" for none on purpose`)
 
 // grow makes room for rules.
@@ -228,7 +225,7 @@ func (p *fileParser) grow(rules int) {
 	p.places = make([]rulePlace, 0, rules)
 }
 
-// document is the value of the one document in the file, nil when there is none.
+// document is the value of the only document in the file, nil if there is none.
 func (p *fileParser) document() (*yaml.Node, *FileError) {
 	decoder := yaml.NewDecoder(bytes.NewReader(p.data))
 	var first, second yaml.Node
@@ -248,9 +245,8 @@ func (p *fileParser) document() (*yaml.Node, *FileError) {
 	return first.Content[0], nil
 }
 
-// mapping gives the values of the known keys, in their order, nil for those
-// that are not there, and reports what else is wrong with the mapping, under the
-// label of its rule.
+// mapping returns the values of the known keys, in their order, nil if absent, and reports other
+// faults of the mapping, under the label of its rule.
 func (p *fileParser) mapping(n *yaml.Node, label string, known ...string) []*yaml.Node {
 	values := make([]*yaml.Node, len(known))
 	if n.Kind != yaml.MappingNode {
@@ -286,8 +282,8 @@ func (p *fileParser) ruleList(n *yaml.Node) {
 	}
 }
 
-// rule reads one rule. What cannot be read is reported, left zero and marked as
-// unread, so that the rest can still be validated.
+// rule parses one rule. Unreadable fields are reported, left zero and marked as unread, so that the
+// rest can still be validated.
 func (p *fileParser) rule(n *yaml.Node) {
 	r := ruleReader{fileParser: p, place: rulePlace{rule: n.Line}}
 	if n.Kind == yaml.MappingNode {
@@ -321,8 +317,8 @@ func (p *fileParser) rule(n *yaml.Node) {
 	p.places = append(p.places, r.place)
 }
 
-// shared is one copy for all rules of the name of an interface: those in the rules
-// are parts of the texts of the endpoints, and would keep each of them.
+// shared interns an interface name: the names in the rules are substrings of the endpoints, and
+// would keep each endpoint in memory.
 func (p *fileParser) shared(iface string) string {
 	if one, ok := p.interfaces[iface]; ok {
 		return one
@@ -335,7 +331,7 @@ func (p *fileParser) shared(iface string) string {
 	return one
 }
 
-// mappingName is the name of a rule, for messages, "" when it has none.
+// mappingName is the name of a rule for messages, "" if it has none.
 func mappingName(n *yaml.Node) string {
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		if n.Content[i].Value == "name" {
@@ -346,7 +342,7 @@ func mappingName(n *yaml.Node) string {
 	return ""
 }
 
-// ruleReader reads the values of one rule.
+// ruleReader parses the values of one rule.
 type ruleReader struct {
 	*fileParser
 	rule  Rule
@@ -354,7 +350,7 @@ type ruleReader struct {
 	label string // as in FieldError.Rule
 }
 
-// subjectOf begins a report on the rule of a label; "" is of no rule.
+// subjectOf is the beginning of an error about the rule with a label; "" is no rule.
 func subjectOf(label string) string {
 	if label == "" {
 		return ""
@@ -362,7 +358,7 @@ func subjectOf(label string) string {
 	return "rule " + quote(label) + ": "
 }
 
-// unread reports that a field has a value that cannot be read.
+// unread reports a field with an unreadable value.
 func (r *ruleReader) unread(line int, field string, err error) {
 	r.fault(line, fmt.Errorf("%s%w", subjectOf(r.label), err))
 	r.place.unread = append(r.place.unread, field)
@@ -401,7 +397,7 @@ func (r *ruleReader) in(n *yaml.Node) {
 	}
 }
 
-// ins reads a list of inputs.
+// ins parses a list of inputs.
 func (r *ruleReader) ins(n *yaml.Node) {
 	for i, item := range n.Content {
 		r.place.ins = append(r.place.ins, item.Line)
@@ -430,13 +426,13 @@ func (r *ruleReader) ins(n *yaml.Node) {
 	}
 }
 
-// isOption reports whether the text is an option of an input and not an input.
+// isOption reports whether the text is an input option rather than an input.
 func isOption(s string) bool {
 	_, err := parseOptions(s, new(Input))
 	return err == nil
 }
 
-// streams reads how several inputs become one stream; each node may be nil.
+// streams parses how several inputs are merged; each node may be nil.
 func (r *ruleReader) streams(merge, failover *yaml.Node) {
 	if merge != nil {
 		r.place.merge = merge.Line
@@ -486,8 +482,8 @@ func (r *ruleReader) outs(n *yaml.Node) {
 	}
 }
 
-// out reads an output; inFlow says that it stands in a [list], which ends it at
-// a comma unless it is quoted.
+// out parses an output; inFlow says that it is in a [list], where a comma ends it unless it is
+// quoted.
 func (r *ruleReader) out(n *yaml.Node, inFlow bool) {
 	var out Output
 	if s, ok := textOf(n); !ok {
@@ -505,13 +501,13 @@ func (r *ruleReader) out(n *yaml.Node, inFlow bool) {
 	r.place.out = append(r.place.out, n.Line)
 }
 
-// isPolicy reports whether the text is a policy and not an output.
+// isPolicy reports whether the text is a policy rather than an output.
 func isPolicy(s string) bool {
 	_, err := parsePolicy(s)
 	return err == nil
 }
 
-// line is where a field of the rule stands, or the rule when the field is not there.
+// line is the line of a field, or of the rule if the field is absent.
 func (l rulePlace) line(field string) int {
 	line := 0
 	switch {
@@ -543,8 +539,8 @@ func (l rulePlace) line(field string) int {
 
 func isNull(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" }
 
-// textOf is the text of a scalar as written, so that a rule may be named 1.50;
-// "" for null. It is false for everything else and for text tagged as another type.
+// textOf is the text of a scalar as written, so that a rule may be named 1.50; "" for null. It is
+// false for other nodes and for text tagged as another type.
 func textOf(n *yaml.Node) (string, bool) {
 	if n.Kind != yaml.ScalarNode {
 		return "", false

@@ -9,9 +9,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// ruleScanner reads a file of rules in the shape that FormatFile, people and most
-// generators write, a rule at a time. The YAML package makes a tree of the whole
-// file first, which takes some 20 times the size of the file.
+// ruleScanner parses rule files in the layout that FormatFile, people and most generators write,
+// one rule at a time. The YAML package first builds a tree of the whole file, which takes some 20
+// times the file's size.
 //
 //	rules:
 //	  - name: cam1 # a comment
@@ -23,30 +23,28 @@ import (
 //	    name: cam2
 //	  - {name: cam3, in: 239.1.1.3:5000%eth0, out: [239.2.2.4:6000%eth1]}
 //
-// This is a small part of YAML, and what the scanner takes it must read as the
-// YAML package does: known keys with a value, each on one line as is each item of
-// a list, each [list] and each {rule}; values in quotes without escapes, or of ASCII letters,
-// digits and a few marks. Everything else, and so every fault of syntax, is left
-// to the YAML package.
+// This is a small subset of YAML, and everything the scanner accepts must parse as in the YAML
+// package: known keys with a value, each on one line, as is each item of a list, each [list] and
+// each {rule}; values in quotes without escapes, or of ASCII letters, digits and a few punctuation
+// marks. Everything else, and so every syntax error, is left to the YAML package.
 type ruleScanner struct {
-	rest   []byte // behind the current line
-	line   []byte // what is left to read of the current line
+	rest   []byte // after the current line
+	line   []byte // the rest of the current line
 	number int    // of the current line, from 1
-	indent int    // of what stands on the current line; -1 at the end of the file
+	indent int    // of the current line; -1 at the end of the file
 
-	nodes []*yaml.Node // of the current rule, kept for the next
+	nodes []*yaml.Node // of the current rule, reused for the next
 	used  int
 }
 
-// minRuleSize is less than a rule takes in a file. It bounds the room made for rules
-// before they are read.
+// minRuleSize is less than any rule takes in a file. It limits the room made for rules before they
+// are parsed.
 const minRuleSize = 32
 
-// scan calls begin with the number of rules that the file seems to have, then read
-// for each of them. It is false when the file is not in the shape or read has answered
-// false. A node is the one that the YAML package would make, without comments and
-// columns and with the tag of text, whatever type YAML sees in a value. It is
-// read's until that returns.
+// scan calls begin with the apparent number of rules in the file, then read for each of them. It
+// returns false if the file has another layout or read returned false. A node equals that of the
+// YAML package, without comments and columns and with the tag of text, whatever type YAML sees in a
+// value. It is valid until read returns.
 func (s *ruleScanner) scan(begin func(rules int), read func(rule *yaml.Node) bool) bool {
 	if !s.next() || s.indent != 0 || !s.take("rules:") || !s.lineEnds() || !s.next() {
 		return false
@@ -70,7 +68,7 @@ func (s *ruleScanner) scan(begin func(rules int), read func(rule *yaml.Node) boo
 	return s.indent < 0
 }
 
-// next goes to the next line that is neither blank nor a comment, or to the end.
+// next advances to the next line that is neither blank nor a comment, or to the end.
 func (s *ruleScanner) next() bool {
 	for len(s.rest) > 0 {
 		line, rest, _ := bytes.Cut(s.rest, []byte{'\n'})
@@ -89,8 +87,7 @@ func (s *ruleScanner) next() bool {
 	return true
 }
 
-// rule reads the entry of the list that begins on the current line, and goes to
-// the line behind it.
+// rule parses the list entry that begins on the current line, and advances past it.
 func (s *ruleScanner) rule() (*yaml.Node, bool) {
 	s.used = 0
 	if !s.dash() {
@@ -114,7 +111,7 @@ func (s *ruleScanner) rule() (*yaml.Node, bool) {
 	return n, true
 }
 
-// flowRule reads a {rule}, and goes to the line behind it.
+// flowRule parses a {rule}, and advances past it.
 func (s *ruleScanner) flowRule() (*yaml.Node, bool) {
 	n := s.node(yaml.MappingNode)
 	n.Style = yaml.FlowStyle
@@ -144,8 +141,7 @@ func (s *ruleScanner) key() (*yaml.Node, bool) {
 	return nil, false
 }
 
-// value reads what follows the colon of a key in a column, and goes to the line
-// behind it.
+// value parses what follows the colon of a key in a column, and advances past it.
 func (s *ruleScanner) value(key string, column int) (*yaml.Node, bool) {
 	if (key == "out" || key == "in") && s.lineEnds() {
 		return s.items(column)
@@ -157,8 +153,7 @@ func (s *ruleScanner) value(key string, column int) (*yaml.Node, bool) {
 	return n, ok && s.lineEnds() && s.next()
 }
 
-// inline reads a value that stands on the line of its key; inFlow says that it stands in
-// a {rule}.
+// inline parses a value on the line of its key; inFlow says that it is in a {rule}.
 func (s *ruleScanner) inline(key string, inFlow bool) (*yaml.Node, bool) {
 	if (key == "out" || key == "in") && s.line[0] == '[' {
 		return s.flow()
@@ -166,7 +161,7 @@ func (s *ruleScanner) inline(key string, inFlow bool) (*yaml.Node, bool) {
 	return s.scalar(inFlow)
 }
 
-// items reads a list with an item a line, which may begin in the column of its key.
+// items parses a list with one item per line, which may begin in the column of its key.
 func (s *ruleScanner) items(column int) (*yaml.Node, bool) {
 	if !s.next() || s.indent < column {
 		return nil, false
@@ -185,7 +180,7 @@ func (s *ruleScanner) items(column int) (*yaml.Node, bool) {
 	return n, len(n.Content) > 0
 }
 
-// flow reads a [list].
+// flow parses a [list].
 func (s *ruleScanner) flow() (*yaml.Node, bool) {
 	n := s.node(yaml.SequenceNode)
 	n.Style = yaml.FlowStyle
@@ -201,7 +196,7 @@ func (s *ruleScanner) flow() (*yaml.Node, bool) {
 	return n, s.take("]")
 }
 
-// scalar reads a value; inFlow says that it stands in a [list] or {rule}.
+// scalar parses a value; inFlow says that it is in a [list] or {rule}.
 func (s *ruleScanner) scalar(inFlow bool) (*yaml.Node, bool) {
 	if len(s.line) == 0 {
 		return nil, false
@@ -236,14 +231,14 @@ func (s *ruleScanner) plain(inFlow bool) (*yaml.Node, bool) {
 	case end == 0 || !isAlphanumeric(value[0]) || value[end-1] == ':':
 		return nil, false
 	case value == "null" || value == "Null" || value == "NULL":
-		return nil, false // no text
+		return nil, false // not text
 	}
 	s.line = s.line[end:]
 	return s.text(value), true
 }
 
-// isPlain reports whether a byte can stand in a value without quotes. The rest of
-// the line is checked by who reads on: nothing else continues a value that ends here.
+// isPlain reports whether a byte is allowed in a value without quotes. The caller checks the rest
+// of the line: nothing else continues a value that ends here.
 func isPlain(b byte, inFlow bool) bool {
 	switch b {
 	case '.', ':', '%', '@', '/', '-', '+', '_', '=':
@@ -258,8 +253,8 @@ func isAlphanumeric(b byte) bool {
 	return b >= '0' && b <= '9' || b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'
 }
 
-// printable reports whether a text is one line to YAML and holds nothing that it
-// refuses: control characters, line separators, byte order marks.
+// printable reports whether a text is one line to YAML and contains nothing that it refuses:
+// control characters, line separators, byte order marks.
 func printable(b []byte) bool {
 	for _, c := range b {
 		if c < ' ' || c > '~' {
@@ -269,15 +264,14 @@ func printable(b []byte) bool {
 	return true
 }
 
-// lineEnds reports whether nothing is left of the line but blanks and a comment
-// behind them.
+// lineEnds reports whether the rest of the line is blank or a comment after a blank.
 func (s *ruleScanner) lineEnds() bool {
 	rest := bytes.TrimLeft(s.line, " ")
 	return len(rest) == 0 || rest[0] == '#' && len(rest) < len(s.line) && printable(rest)
 }
 
-// dash takes the mark of an item of a list; the column behind it is the
-// indentation of what the item holds.
+// dash consumes the dash of a list item; the column after it is the indentation of the item's
+// contents.
 func (s *ruleScanner) dash() bool {
 	before := len(s.line)
 	if !s.take("-") || !s.blanks() {
@@ -287,7 +281,7 @@ func (s *ruleScanner) dash() bool {
 	return true
 }
 
-// blanks takes blanks, and reports whether there were some and more behind them.
+// blanks consumes blanks, and reports whether there were any with more text after them.
 func (s *ruleScanner) blanks() bool {
 	rest := bytes.TrimLeft(s.line, " ")
 	some := len(rest) < len(s.line)
@@ -307,7 +301,7 @@ func (s *ruleScanner) text(value string) *yaml.Node {
 	return n
 }
 
-// node is a node of the current line, with nothing left of its last use.
+// node is a reset node on the current line.
 func (s *ruleScanner) node(kind yaml.Kind) *yaml.Node {
 	if s.used == len(s.nodes) {
 		s.nodes = append(s.nodes, new(yaml.Node))

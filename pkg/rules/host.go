@@ -1,7 +1,7 @@
 package rules
 
-// fromHost checks an input of packets that this host itself sends: no membership brings
-// them, and they pass the packet tap alone.
+// fromHost checks an input of packets sent by this host itself: they need no membership, and pass
+// only the packet tap.
 func (e end) fromHost(in Input, accept Acceptance, path Path) {
 	const field = ".from"
 	switch {

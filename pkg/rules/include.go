@@ -13,12 +13,11 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Files is where ParseFiles finds the files that a file includes. Errors name the
-// file.
+// Files reads included files for ParseFiles. Errors name the file.
 type Files interface {
-	// ReadFile returns what a file holds.
+	// ReadFile returns the contents of a file.
 	ReadFile(name string) ([]byte, error)
-	// ReadDir returns the names of what is in a directory, in any order.
+	// ReadDir returns the names in a directory, in any order.
 	ReadDir(dir string) (names []string, err error)
 }
 
@@ -28,16 +27,14 @@ type Files interface {
 //	rules:
 //	  - ...
 //
-// The rules of all files are one set, those of the file itself first, then those of
-// the included files in the order of the list, and of a pattern in the order of their
-// names. A relative name is seen from the directory of the file, and a pattern
-// (path.Match) stands in the last element alone; as in a shell it leaves names out
-// that begin with a dot, unless it begins with one itself. A pattern may match
-// nothing, while a directory or a file without a pattern must be there. An included
-// file includes no other, and is included once. All files together are at most
-// MaxFileSize.
+// The rules of all files form one set, first those of the file itself, then those of the included
+// files in the order of the list, and of a pattern in the order of their names. A relative name is
+// relative to the file's directory, and a pattern (path.Match) is allowed only in the last element;
+// as in a shell it skips names that begin with a dot, unless it begins with one itself. A pattern
+// may match nothing, but a directory, or a file without a pattern, must exist. An included file
+// includes no other, and is included once. All files together are at most MaxFileSize.
 //
-// With files nil an include is refused.
+// If files is nil an include is refused.
 func ParseFiles(name string, data []byte, files Files) ([]Rule, error) {
 	set := readFiles(name, data, files)
 	set.refuseRoutes()
@@ -48,18 +45,18 @@ func ParseFiles(name string, data []byte, files Files) ([]Rule, error) {
 	return rules, nil
 }
 
-// Config is what the file of a daemon holds.
+// Config is the content of a daemon's file.
 type Config struct {
 	Rules []Rule
-	// Mroute says which multicast routes of the kernel are mirrored; nil: none.
+	// Mroute selects the kernel's multicast routes to mirror; nil: none.
 	Mroute *Mroute
-	// MrouteFile and MrouteLine are where it begins.
+	// MrouteFile and MrouteLine are the position of that section.
 	MrouteFile string
 	MrouteLine int
 }
 
-// ParseConfig is ParseFiles for the file of a daemon, which may mirror multicast routes of the
-// kernel besides its rules:
+// ParseConfig is ParseFiles for the file of a daemon, which may also mirror the kernel's multicast
+// routes:
 //
 //	rules: []
 //	mroute:
@@ -70,8 +67,8 @@ type Config struct {
 //	  leave: [239.255.0.0/16]
 //	  joined: leave
 //
-// Every key may be left out, and "mroute: {}" takes all routes of the default table. One of
-// the files may have the section.
+// Every key is optional, and "mroute: {}" takes all routes of the default table. Only one of the
+// files may have the section.
 func ParseConfig(name string, data []byte, files Files) (Config, error) {
 	set := readFiles(name, data, files)
 	c := Config{Rules: set.validate()}
@@ -84,7 +81,7 @@ func ParseConfig(name string, data []byte, files Files) (Config, error) {
 	return c, nil
 }
 
-// readFiles reads a file and those that it includes.
+// readFiles parses a file and its includes.
 func readFiles(name string, data []byte, files Files) fileSet {
 	main := &fileParser{name: name, data: data}
 	main.parse()
@@ -95,9 +92,8 @@ func readFiles(name string, data []byte, files Files) fileSet {
 	return set
 }
 
-// FindInFiles says in which file a rule stands, and in which line, of a file and those that it
-// includes; false when it is in none of them, or in none that can be read. What else is wrong
-// with the files does not matter.
+// FindInFiles returns the file and line of a rule, in a file and its includes; false if it is not
+// found in any readable one. Other faults of the files are ignored.
 func FindInFiles(rule, name string, data []byte, files Files) (file string, line int, ok bool) {
 	main := &fileParser{name: name, data: data}
 	main.parse()
@@ -141,12 +137,12 @@ func (p *fileParser) includeList(n *yaml.Node) {
 	}
 }
 
-// fileSet is a file and those that it includes, in the order of their rules.
+// fileSet is a file and its includes, in the order of their rules.
 type fileSet struct {
 	files []*fileParser
 }
 
-// include reads what the main file includes.
+// include parses the includes of the main file.
 func (s *fileSet) include(main *fileParser, files Files) {
 	if files == nil {
 		main.fault(main.includes[0].line, errors.New("include: want no include here: only a file that is read from disk by its name can include others"))
@@ -186,7 +182,7 @@ func (s *fileSet) include(main *fileParser, files Files) {
 	}
 }
 
-// add reads an included file.
+// add parses an included file.
 func (s *fileSet) add(p *fileParser) {
 	p.parse()
 	if len(p.includes) > 0 {
@@ -195,8 +191,8 @@ func (s *fileSet) add(p *fileParser) {
 	s.files = append(s.files, p)
 }
 
-// expand gives the files that an entry names, by their names. dir is the directory of
-// the file that it stands in.
+// expand returns the files that an entry matches, sorted by name. dir is the directory of the
+// including file.
 func (in includeText) expand(dir string, files Files) ([]string, error) {
 	name := in.text
 	if !filepath.IsAbs(name) {
@@ -234,8 +230,8 @@ func (in includeText) expand(dir string, files Files) ([]string, error) {
 
 func isGlob(s string) bool { return strings.ContainsAny(s, `*?[\`) }
 
-// validate reports the faults of the rules of all files as one set, except those that
-// come of what could not be read, and returns the rules.
+// validate reports the faults of the rules of all files as one set, except those caused by unread
+// fields, and returns the rules.
 func (s *fileSet) validate() []Rule {
 	if slices.ContainsFunc(s.files, func(p *fileParser) bool { return p.broken }) {
 		return nil
@@ -258,7 +254,7 @@ func (s *fileSet) validate() []Rule {
 		return bounded(p.name) + ":" + strconv.Itoa(place.rule)
 	}, &list)
 	for _, f := range list.faults {
-		// Not by fault: the faults of both steps are first put in order.
+		// Not by fault: the faults of both steps are sorted first.
 		p, place := of(f.rule)
 		p.faults = append(p.faults, FileError{Line: place.line(f.err.Field), Err: f.err})
 	}
@@ -266,7 +262,7 @@ func (s *fileSet) validate() []Rule {
 	return rules
 }
 
-// rules are those of all files, and of each file the number of its first one.
+// rules are the rules of all files, and the index of the first one of each.
 func (s *fileSet) rules() (all []Rule, first []int) {
 	if len(s.files) == 1 {
 		return s.files[0].rules, []int{0}
@@ -278,7 +274,7 @@ func (s *fileSet) rules() (all []Rule, first []int) {
 	return all, first
 }
 
-// join joins the faults, file by file, each in the order of its lines.
+// join joins the faults, file by file, sorted by line.
 func (s *fileSet) join() error {
 	var all []FileError
 	hidden := 0

@@ -5,11 +5,11 @@ import (
 	"net/netip"
 )
 
-// What is meant for one link: groups that no router may forward, and broadcast. A rule
-// relays them when it says so.
+// Link-local addresses: groups that no router may forward, and broadcast. A rule relays them only
+// if it says so.
 
-// LinkScope reports whether a group is of one link, though it leaves the host:
-// 224.0.0.0/24 (RFC 5771 section 4) or one of IPv6 scope 2 (RFC 4291 section 2.7).
+// LinkScope reports whether a group is link-local, though it leaves the host: 224.0.0.0/24 (RFC
+// 5771 section 4) or IPv6 scope 2 (RFC 4291 section 2.7).
 func LinkScope(a netip.Addr) bool {
 	if a.Is4() {
 		b := a.As4()
@@ -22,7 +22,7 @@ func LinkScope(a netip.Addr) bool {
 // limitedBroadcast is 255.255.255.255 (RFC 919 section 7).
 var limitedBroadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// Unicast reports whether an output sends to one host, by its next hop.
+// Unicast reports whether an output sends to a single host, through its next hop.
 func (o Output) Unicast() bool { return !o.Address.IsMulticast() && !o.Policy.Broadcast }
 
 const (
@@ -30,8 +30,8 @@ const (
 	insistBroadcast    = ", unless broadcast=allow is beside it"
 )
 
-// addrFault is the fault of an address where packets come in or go out; broadcast says
-// that it is one of the link.
+// addrFault is the fault of an input or output address; broadcast declares it a broadcast address
+// of the link.
 func (e end) addrFault(addr netip.Addr, broadcast bool) string {
 	switch {
 	case addr != limitedBroadcast:
@@ -54,7 +54,7 @@ func (e end) linkLocalFault(addr netip.Addr) string {
 	return want + insistLocalControl
 }
 
-// localControlNeeded refuses the option in a rule that has no use for it.
+// localControlNeeded refuses the option in a rule that does not need it.
 func (c *checker) localControlNeeded(r Rule) {
 	for _, o := range r.Out {
 		if o.Len == 0 && o.Address.IsValid() && LinkScope(o.Address) {
@@ -70,7 +70,7 @@ func (c *checker) localControlNeeded(r Rule) {
 	}
 }
 
-// broadcast checks the option beside an address.
+// broadcast checks the option for an address.
 func (e end) broadcast(addr netip.Addr, length uint8) {
 	switch {
 	case !addr.IsValid():
@@ -83,7 +83,7 @@ func (e end) broadcast(addr netip.Addr, length uint8) {
 	}
 }
 
-// The prefixes of all groups. They leave out what no router may forward.
+// The prefixes of all groups. They exclude the groups that no router may forward.
 var (
 	allGroups4 = netip.MustParsePrefix("224.0.0.0/4")
 	allGroups6 = netip.MustParsePrefix("ff00::/8")
@@ -91,8 +91,8 @@ var (
 
 func isAllGroups(p netip.Prefix) bool { return p == allGroups4 || p == allGroups6 }
 
-// meets reports whether two prefixes have an address in common: one address that no
-// router may forward is in no prefix that is longer.
+// meets reports whether two prefixes overlap: a single address that no router may forward is in no
+// prefix that is longer.
 func meets(a, b netip.Prefix) bool {
 	if !a.Overlaps(b) {
 		return false

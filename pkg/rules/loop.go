@@ -7,32 +7,29 @@ import (
 	"strings"
 )
 
-// A frame that leaves an interface does not as a rule come back in on it, but a
-// hub, a switch port in loopback or a hairpin port returns it, and a relay that
-// then takes it again fills the link. So an output is said to feed an input
-// when it sends what the input would take, on the same interface: same address,
+// A frame that leaves an interface normally does not come back in on it, but a hub, a switch port
+// in loopback or a hairpin port returns it, and a relay that takes it again floods the link. So an
+// output feeds an input if it sends what the input would take, on the same interface: same address,
 // same port, same VLAN tags, and a source that the input takes.
 //
-// The source that an output sends from is known only in part:
+// The source address of an output is only partly known:
 //
-//	src=ADDRESS         known
-//	src=keep            known when the rule's input names a source, else any
-//	src=iface           unknown here; taken to match inputs of any source alone
+// src=ADDRESS         known
+//	src=keep            known if the rule's input names a source, otherwise any
+//	src=iface           unknown here; assumed to match only inputs of any source
 //
-// An output may send many kinds of packet: to every address of a prefix, to every
-// port, on every interface of a pattern. It feeds a rule when it sends at least one
-// that the rule gets, by the precedence of Before. Rules that feed each other in a
-// circle are refused, even when no single packet goes round: when what the first
-// sends of one group comes back as another that it does not take, or the port grows
-// until it is out of range, or two rules together, but neither alone, win all that
-// the third is fed. A set that is right nevertheless says loop=allow, or loop=two-way
-// when it is to take nothing that this host has sent.
+// An output may send many kinds of packets: to every address of a prefix, to every port, on every
+// interface of a pattern. It feeds a rule if it sends at least one that the rule gets, by the
+// precedence of Before. Rules that feed each other in a loop are refused, even if no single packet
+// travels all of it: for example if what the first sends of one group comes back as another that it
+// does not take, or the port grows until it is out of range, or two rules together, but neither
+// alone, take everything that feeds the third. A legitimate set uses loop=allow, or loop=two-way if
+// it should drop packets sent by this host.
 //
-// An output to a pattern does not send on the interface that its packet came from
-// if that would feed its own input.
+// An output to a pattern does not send on its packet's input interface if that would feed its own
+// input.
 
-// sent is the traffic of an output of a rule with the given input. It is false when
-// there is none.
+// sent is the traffic of an output of a rule with the given input; false if there is none.
 func (o Output) sent(in Input) (traffic, bool) {
 	t := traffic{iface: o.Interface, prefix: o.prefix(), vlan: in.VLAN}
 	switch o.Policy.VLAN {
@@ -52,15 +49,14 @@ func (o Output) sent(in Input) (traffic, bool) {
 	return t, ok && t.prefix.IsValid()
 }
 
-// prefix is where an output sends to, masked.
+// prefix is the destination prefix of an output, masked.
 func (o Output) prefix() netip.Prefix {
 	return Input{Address: o.Address, Len: o.Len}.Prefix().Masked()
 }
 
-// sentPorts are the ports that an output sends to, given its input. It is false when
-// there are none.
+// sentPorts are the destination ports of an output, given its input; false if there are none.
 func (o Output) sentPorts(in Input) (low, high uint16, ok bool) {
-	from, to := int32(in.Port), int32(in.lastPort()) // packets to port 0 match an input of any port, too
+	from, to := int32(in.Port), int32(in.lastPort()) // packets to port 0 also match an input of any port
 	switch o.PortMode {
 	case PortSet:
 		return o.Port, o.Port, o.Port != 0
@@ -73,18 +69,18 @@ func (o Output) sentPorts(in Input) (low, high uint16, ok bool) {
 	return 0, 0, false
 }
 
-// feeds reports whether an output of a rule with the given input sends packets that
-// another input, or this one, matches, on one and the same interface. An output to a pattern sends
-// none where its packet came from: with both interfaces patterns it feeds the input
-// by way of two interfaces, and with the input's a name, not at all.
+// feeds reports whether an output of a rule with the given input sends packets that another input,
+// or this one, matches, on the same interface. An output to a pattern sends none on its packet's
+// input interface: if both interfaces are patterns it feeds the input through two interfaces, and
+// if the input's is a name, not at all.
 func feeds(o Output, from, in Input) bool {
 	sent, ok := o.sent(from)
 	return ok && (!isPattern(o.Interface) || isPattern(in.Interface)) && sent.overlaps(in.traffic())
 }
 
-// feedsSelf reports whether an output feeds the input of its own rule, unless the
-// rule allows it. Relaying both ways is between interfaces, so with TwoWay a pattern may
-// feed itself, and a named interface may not.
+// feedsSelf reports whether an output feeds the input of its own rule, unless the rule allows it.
+// Relaying both ways is between interfaces, so with TwoWay a pattern may feed itself, but a named
+// interface may not.
 func (r Rule) feedsSelf(o Output) bool {
 	if r.Stream != nil {
 		for from := range r.InputCount() {
@@ -99,7 +95,7 @@ func (r Rule) feedsSelf(o Output) bool {
 	return r.fedBy(o, r.In)
 }
 
-// fedBy is feedsSelf for a rule with one input and what the output sends of another.
+// fedBy is feedsSelf for a rule with one input and traffic of an output of another.
 func (r Rule) fedBy(o Output, from Input) bool {
 	if r.Accept.AllowLoop || r.Accept.TwoWay && isPattern(o.Interface) || !feeds(o, from, r.In) {
 		return false
@@ -108,34 +104,30 @@ func (r Rule) fedBy(o Output, from Input) bool {
 	return !r.excludes(sent)
 }
 
-// excludes reports whether all of some traffic comes from senders that a rule leaves
-// out.
+// excludes reports whether all of some traffic comes from senders that a rule excludes.
 func (r Rule) excludes(t traffic) bool {
 	return t.source.IsValid() && slices.ContainsFunc(r.Accept.Except, func(p netip.Prefix) bool {
 		return p.Bits() <= t.source.Bits() && p.Contains(t.source.Addr())
 	})
 }
 
-// insist ends the report of a circle: what lets it stand, and what then becomes of packets
-// that go round.
+// insist ends the error about a loop: how to allow it, and what then happens to looping packets.
 const insist = " (loop=two-way on an input lets a circle between interfaces stand, loop=allow any: what goes round is found, and dropped)"
 
-// maxFeedPairs bounds the search in sets where very many outputs of many addresses,
-// ports or sources overlap with very many inputs each. After so many pairs of output
-// and input, an output is taken to send from every source to every port: the
-// circles found are then still all that there are, but one may be found that is
-// none.
+// maxFeedPairs limits the search in sets where very many outputs of many addresses, ports or
+// sources overlap with very many inputs each. After so many pairs of output and input, outputs are
+// assumed to send from every source to every port: all loops are still found, but some reported
+// loops may not exist.
 const maxFeedPairs = 1 << 20
 
-// feedGraph has a node for each rule, and behind them one for each kind of traffic
-// that may feed more than one rule: without the node between, n outputs and n
-// inputs would make n*n edges.
+// feedGraph has a node for each rule, followed by one for each kind of traffic that may feed more
+// than one rule: without these nodes, n outputs and n inputs would make n*n edges.
 type feedGraph struct {
 	set      *ruleSet
 	pool     *inputPool
 	boxes    map[traffic]*feedBox
 	edges    [][]feedEdge // by node
-	pairs    int          // of traffic and input, looked at so far
+	pairs    int          // of traffic and input, examined so far
 	maxPairs int
 	list     *faultList
 }
@@ -145,7 +137,7 @@ type feedEdge struct {
 	slot int // of the output, at a rule's node
 }
 
-// feedHop is an output on a circle.
+// feedHop is an output on a loop.
 type feedHop struct {
 	rule, slot int
 }
@@ -154,8 +146,8 @@ type feedHop struct {
 type feedBox struct {
 	node int
 	fed  []int   // rules, sorted
-	self feedHop // the first output found of this traffic whose own rule is among fed
-	has  bool    // there is a self
+	self feedHop // the first such output whose own rule is in fed
+	has  bool    // self is set
 }
 
 func newFeedGraph(s *ruleSet, maxPairs int, list *faultList) *feedGraph {
@@ -182,9 +174,8 @@ func newFeedGraph(s *ruleSet, maxPairs int, list *faultList) *feedGraph {
 	return g
 }
 
-// sharedInterfaces are the interface texts of inputs that overlap with those of
-// outputs, and the reverse. Most sets have none, and then nothing else need be
-// looked at.
+// sharedInterfaces are the interface texts of inputs that overlap with those of outputs, and vice
+// versa. Most sets have none, and nothing else needs to be checked.
 func (s *ruleSet) sharedInterfaces() (inputs, outputs map[string]bool) {
 	var all ifaceSet
 	for _, r := range s.rules {
@@ -204,8 +195,8 @@ func (s *ruleSet) sharedInterfaces() (inputs, outputs map[string]bool) {
 	return inputs, outputs
 }
 
-// addOutput adds the edges of an output. One of a rule to itself is left out: the
-// rule's own check reports it.
+// addOutput adds the edges of an output, except one from a rule to itself, which the rule's own
+// check reports.
 func (g *feedGraph) addOutput(hop feedHop, sent traffic) {
 	if sent.exact() && !sent.every && (!sent.source.IsValid() || sent.source.IsSingleIP()) {
 		if to, ok := g.winner(sent); ok && to != hop.rule {
@@ -228,7 +219,7 @@ func (g *feedGraph) addOutput(hop feedHop, sent traffic) {
 				g.addEdge(hop, to)
 			}
 		}
-	case box.self.rule != hop.rule: // both are among what both feed
+	case box.self.rule != hop.rule: // each feeds both
 		g.report([]feedHop{box.self, hop})
 	}
 }
@@ -237,8 +228,7 @@ func (g *feedGraph) addEdge(from feedHop, to int) {
 	g.edges[from.rule] = append(g.edges[from.rule], feedEdge{to, from.slot})
 }
 
-// winner is the rule that gets traffic which an input matches as a whole or not at
-// all.
+// winner is the rule that gets traffic which each input matches either completely or not at all.
 func (g *feedGraph) winner(sent traffic) (rule int, ok bool) {
 	for i := range g.pool.each(sent, false) {
 		if !ok || Before(g.set.rules[i].In, g.set.rules[rule].In) {
@@ -248,7 +238,7 @@ func (g *feedGraph) winner(sent traffic) (rule int, ok bool) {
 	return rule, ok
 }
 
-// box is the node of some traffic, made when it is first asked for.
+// box is the node of some traffic, created on first use.
 func (g *feedGraph) box(sent traffic) *feedBox {
 	if g.pairs > g.maxPairs {
 		sent.low, sent.high, sent.source, sent.every = 0, 65535, netip.Prefix{}, true
@@ -273,9 +263,9 @@ func (g *feedGraph) box(sent traffic) *feedBox {
 	return b
 }
 
-// shadowed reports whether another rule gets all of the traffic that a rule matches.
-// That rule's input is narrower in something than this one's and goes before it, but
-// not narrower than what is sent: so what is sent of this one's is only a part.
+// shadowed reports whether another rule gets all of the traffic that a rule matches. The other
+// input is narrower in some respect and takes precedence, but is not narrower than the traffic: so
+// this rule matches only a part of that.
 func (g *feedGraph) shadowed(sent traffic, rule int) bool {
 	in := g.set.rules[rule].In
 	if sent.covers(in.traffic()) {
@@ -289,9 +279,8 @@ func (g *feedGraph) shadowed(sent traffic, rule int) bool {
 	return false
 }
 
-// checkLoops reports circles of rules, each once, at the last of its rules.
-// Between rules that hang together by many circles not every one is named, but
-// one is named as long as there is any.
+// checkLoops reports loops of rules, each once, at the last of its rules. Among rules connected by
+// many loops not every one is reported, but at least one is.
 func (s *ruleSet) checkLoops(list *faultList) { s.findLoops(maxFeedPairs, list) }
 
 func (s *ruleSet) findLoops(maxPairs int, list *faultList) {
@@ -302,18 +291,17 @@ func (s *ruleSet) findLoops(maxPairs int, list *faultList) {
 	}
 }
 
-// feedWalk goes through the graph depth first, without recursion since a chain
-// can have as many rules as the set. An edge back to a node on the way here
-// closes a circle.
+// feedWalk traverses the graph depth-first, iteratively, since a chain can have as many rules as
+// the set. An edge back to a node on the current path closes a loop.
 type feedWalk struct {
 	graph *feedGraph
-	depth []int // by node: 0 not seen, doneDepth left behind, else place on the way + 1
+	depth []int // by node: 0 not seen, doneDepth finished, otherwise index on the path + 1
 	way   []feedStep
 }
 
 const doneDepth = -1
 
-// feedStep is a node on the way and how many of its edges have been taken.
+// feedStep is a node on the path and the number of its edges taken.
 type feedStep struct {
 	node, taken int
 }
@@ -347,16 +335,16 @@ func (w *feedWalk) enter(node int) {
 	w.depth[node] = len(w.way)
 }
 
-// closes reports the circle that the last edge taken of steps closes.
+// closes reports the loop that the last edge of steps closes.
 func (w *feedWalk) closes(steps []feedStep) {
 	g := w.graph
-	if len(g.list.faults) == maxFaults { // a long circle is not put in words just to be counted
+	if len(g.list.faults) == maxFaults { // do not format a long loop only to count it
 		g.list.hidden++
 		return
 	}
 	var circle []feedHop
 	for _, step := range steps {
-		if step.node < len(g.set.rules) { // the rules alone
+		if step.node < len(g.set.rules) { // only the rules
 			circle = append(circle, feedHop{step.node, g.edges[step.node][step.taken-1].slot})
 		}
 	}
@@ -377,8 +365,8 @@ func (g *feedGraph) report(circle []feedHop) {
 	}})
 }
 
-// circleText is `a -> b -> a`, beginning with the first rule of the set and
-// shortened in the middle when it is long.
+// circleText is `a -> b -> a`, beginning with the first rule of the set and shortened in the middle
+// if it is long.
 func (s *ruleSet) circleText(circle []feedHop) string {
 	const most = 8
 	first := 0

@@ -13,40 +13,40 @@ import (
 // MrouteMain is the kernel's default table of multicast routes.
 const MrouteMain uint32 = 0
 
-// Mroute says which multicast routes of the kernel are mirrored. The zero Mroute takes all of
+// Mroute selects which multicast routes of the kernel are mirrored. The zero Mroute selects all of
 // the default table.
 type Mroute struct {
-	// Tables are numbers of tables, MrouteMain among them; none means MrouteMain alone.
+	// Tables are table ids, MrouteMain included; none means only MrouteMain.
 	Tables []uint32
-	// IPv4 and IPv6 say which families; neither means both.
+	// IPv4 and IPv6 select the families; neither means both.
 	IPv4, IPv6 bool
-	// Interfaces are those that a route may name, or patterns ("eth+"); none means any.
+	// Interfaces are the interfaces, or patterns ("eth+"), that a route may use; none means any.
 	Interfaces []string
-	// Groups are the prefixes that a route's group must be in; none means any.
+	// Groups are the prefixes that must contain a route's group; none means any.
 	Groups []netip.Prefix
 	// Leave are prefixes of groups that stay with the kernel.
 	Leave []netip.Prefix
-	// TakeJoined takes groups, too, that a program on this host has joined on the input: it
-	// receives nothing of them then.
+	// TakeJoined also takes groups that a program on this host has joined on the input: it then
+	// receives none of their packets.
 	TakeJoined bool
 }
 
-// mrouteKeys are the keys of Mroute.Set, in the order in which a file is written.
+// mrouteKeys are the keys of Mroute.Set, in the order of a file.
 var mrouteKeys = []string{"tables", "families", "interfaces", "groups", "leave", "joined"}
 
-// Values of the key joined.
+// Values of the key "joined".
 const (
 	joinedLeave = "leave"
 	joinedTake  = "take"
 )
 
-// Families says which families are mirrored.
+// Families returns which families are mirrored.
 func (m *Mroute) Families() (ipv4, ipv6 bool) {
 	both := m.IPv4 == m.IPv6
 	return m.IPv4 || both, m.IPv6 || both
 }
 
-// HasTables are the tables, of which there is one at least.
+// HasTables returns the tables, at least one.
 func (m *Mroute) HasTables() []uint32 {
 	if len(m.Tables) == 0 {
 		return []uint32{MrouteMain}
@@ -54,8 +54,8 @@ func (m *Mroute) HasTables() []uint32 {
 	return m.Tables
 }
 
-// Set takes one value of a key of the section mroute of a file. Keys that have several values
-// are set once for each. The error is a *FieldError.
+// Set sets one value of a key of the mroute section. Call it once per value. The error is a
+// *FieldError.
 func (m *Mroute) Set(key, value string) error {
 	want, again := "", false
 	switch key {
@@ -111,7 +111,7 @@ func (m *Mroute) Set(key, value string) error {
 	return nil
 }
 
-// addNew appends a value; again says that it is there already.
+// addNew appends a value; again reports a duplicate.
 func addNew[V comparable](all []V, value V) (_ []V, again bool) {
 	if slices.Contains(all, value) {
 		return all, true
@@ -119,7 +119,7 @@ func addNew[V comparable](all []V, value V) (_ []V, again bool) {
 	return append(all, value), false
 }
 
-// groupPrefix reads a prefix of groups; a group alone is one of its full length.
+// groupPrefix parses a prefix of groups; a single group has its full length.
 func groupPrefix(text string) (netip.Prefix, bool) {
 	p, err := netip.ParsePrefix(text)
 	if addr, e := netip.ParseAddr(text); e == nil && addr.Zone() == "" {
@@ -128,7 +128,7 @@ func groupPrefix(text string) (netip.Prefix, bool) {
 	return p, err == nil && p.Addr().IsMulticast() && !p.Addr().Is4In6() && p == p.Masked()
 }
 
-// Validate says what of the settings contradicts others. The error is a *FieldError.
+// Validate reports contradictory settings. The error is a *FieldError.
 func (m *Mroute) Validate() error {
 	ipv4, ipv6 := m.Families()
 	for _, list := range []struct {
@@ -147,7 +147,7 @@ func (m *Mroute) Validate() error {
 	return nil
 }
 
-// Left says why a route of a group with interfaces of these names is not selected; "" when it is.
+// Left says why a route of a group with interfaces of these names is not selected; "" if it is.
 func (m *Mroute) Left(group netip.Addr, interfaces []string) string {
 	in := func(all []netip.Prefix) bool {
 		return slices.ContainsFunc(all, func(p netip.Prefix) bool { return p.Contains(group) })
@@ -166,7 +166,7 @@ func (m *Mroute) Left(group netip.Addr, interfaces []string) string {
 	return ""
 }
 
-// Equal says whether two settings mirror the same; nil mirrors nothing.
+// Equal says whether two settings are the same; nil mirrors nothing.
 func (m *Mroute) Equal(o *Mroute) bool {
 	if m == nil || o == nil {
 		return m == o
@@ -177,13 +177,13 @@ func (m *Mroute) Equal(o *Mroute) bool {
 		sameSet(m.Interfaces, o.Interfaces) && sameSet(m.Groups, o.Groups) && sameSet(m.Leave, o.Leave)
 }
 
-// sameSet compares lists without duplicates, whatever their order.
+// sameSet compares lists without duplicates, in any order.
 func sameSet[V comparable](a, b []V) bool {
 	return len(a) == len(b) && !slices.ContainsFunc(a, func(v V) bool { return !slices.Contains(b, v) })
 }
 
-// AppendMroute appends the section mroute to the end of a file; none for nil. ParseConfig reads
-// it back.
+// AppendMroute appends the mroute section to the end of a file; nothing for nil. ParseConfig parses
+// it.
 func AppendMroute(b []byte, m *Mroute) []byte {
 	if m == nil {
 		return b
@@ -219,7 +219,7 @@ func AppendMroute(b []byte, m *Mroute) []byte {
 	return append(append(b, "mroute:\n"...), keys...)
 }
 
-// MrouteTable is the text of a table's number.
+// MrouteTable formats a table id.
 func MrouteTable(t uint32) string {
 	if t == MrouteMain {
 		return "main"
@@ -238,10 +238,10 @@ func texts(all []netip.Prefix) (out []string) {
 type mrouteSection struct {
 	Mroute
 	line  int
-	lines map[string]int // of the keys, by field
+	lines map[string]int // line of each key, by field
 }
 
-// mroute reads the section.
+// mroute parses the section.
 func (p *fileParser) mroute(n *yaml.Node) {
 	if n.Kind != yaml.MappingNode {
 		p.fault(n.Line, fmt.Errorf("mroute: want a mapping (%s), or {} for all routes, not %s", strings.Join(mrouteKeys, ", "), kindOf(n)))
@@ -263,7 +263,7 @@ func (p *fileParser) mroute(n *yaml.Node) {
 	p.routes = s
 }
 
-// mrouteKey reads the values of a key.
+// mrouteKey parses the values of a key.
 func (p *fileParser) mrouteKey(s *mrouteSection, key string, n *yaml.Node) {
 	items := []*yaml.Node{n}
 	if n.Kind == yaml.SequenceNode && key != "joined" {
@@ -282,7 +282,7 @@ func (p *fileParser) mrouteKey(s *mrouteSection, key string, n *yaml.Node) {
 	}
 }
 
-// routes is the file that has the section mroute; nil: none has it.
+// routes is the file with the mroute section; nil if none has it.
 func (s *fileSet) routes() (first *fileParser) {
 	for _, p := range s.files {
 		switch {
@@ -296,7 +296,7 @@ func (s *fileSet) routes() (first *fileParser) {
 	return first
 }
 
-// refuseRoutes reports sections mroute where rules alone are taken.
+// refuseRoutes reports mroute sections where only rules are accepted.
 func (s *fileSet) refuseRoutes() {
 	for _, p := range s.files {
 		if p.routes != nil {

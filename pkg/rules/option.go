@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// parseOptions reads what follows the first comma of an input, and what of it is the
-// input's own.
+// parseOptions parses what follows the first comma of an input. It sets the options that belong to
+// the input itself in in, and returns the rest.
 func parseOptions(s string, in *Input) (Acceptance, error) {
 	var p optionParser
 	for item := range strings.SplitSeq(s, ",") {
@@ -27,14 +27,14 @@ func errBurstAlone(burst uint64) error {
 	return &FieldError{Field: "burst", Value: strconv.FormatUint(burst, 10), Want: "rate=Npps or rate=Nbit beside it"}
 }
 
-// optionParser is the options read so far and which of their keys were given.
+// optionParser has the options parsed so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
 	vlan                                                                                        VLAN
 	hasVLAN, from, join, except, csum, loop, guard, local, localControl, broadcast, rate, burst bool
 }
 
-// item reads one KEY=VALUE.
+// item parses one KEY=VALUE.
 func (p *optionParser) item(item string) error {
 	key, value, _ := strings.Cut(item, "=")
 	var seen *bool
@@ -82,7 +82,7 @@ func (p *optionParser) item(item string) error {
 	return checkItem(item, key, seen, want, "option")
 }
 
-// wantAllow is what a key should have that takes allow alone.
+// wantAllow checks a key whose only value is allow.
 func wantAllow(key, value string) (want string) {
 	if value != "allow" {
 		return key + "=allow"
@@ -90,7 +90,7 @@ func wantAllow(key, value string) (want string) {
 	return ""
 }
 
-// checkItem refuses a key that comes twice or has a wrong value.
+// checkItem refuses a repeated key or a wrong value.
 func checkItem(item, key string, seen *bool, want, field string) error {
 	if *seen {
 		want = key + " only once"
@@ -145,7 +145,7 @@ func (p *optionParser) setJoin(s string) (want string) {
 // maxVLAN is the highest VLAN identifier: 4095 is reserved (IEEE 802.1Q section 9.6).
 const maxVLAN = 4094
 
-// parseVLAN reads ID or OUTER.ID.
+// parseVLAN parses ID or OUTER.ID.
 func parseVLAN(s string) (v VLAN, ok bool) {
 	outer, id, double := strings.Cut(s, ".")
 	if !double {
@@ -177,8 +177,7 @@ func (p JoinPolicy) String() string {
 	return enumString("JoinPolicy", p, "default", "none", "all", "list")
 }
 
-// appendAcceptance writes the options that are not the default, each with its comma
-// before it.
+// appendAcceptance appends the options that are not the default, each preceded by a comma.
 func appendAcceptance(b []byte, a Acceptance) []byte {
 	switch a.Join {
 	case JoinDefault:
@@ -199,7 +198,7 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	}
 	if a.AllowLoop {
 		b = append(b, ",loop=allow"...)
-	} else if a.TwoWay { // what loop=allow says, too
+	} else if a.TwoWay { // implied by loop=allow
 		b = append(b, ",loop=two-way"...)
 	}
 	if a.Unguarded {
@@ -217,16 +216,16 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	return appendRate(b, a.Rate)
 }
 
-// units are the multiples of a rate or burst, the largest first.
+// units are the multipliers of a rate or burst, the largest first.
 var units = [...]struct {
 	suffix string
 	factor uint64
 }{{"G", 1e9}, {"M", 1e6}, {"k", 1e3}, {"", 1}}
 
-// maxRate bounds rates and bursts far above what there is: 1 Pbit/s.
+// maxRate is a limit far above any real rate or burst: 1 Pbit/s.
 const maxRate = 1e15
 
-// parseCount reads a number with an optional k, M or G behind it.
+// parseCount parses a number with an optional suffix k, M or G.
 func parseCount(s string) (uint64, bool) {
 	factor := uint64(1)
 	for _, u := range units {
@@ -273,7 +272,7 @@ func (r *Rate) setBurst(s string) (want string) {
 	return ""
 }
 
-// appendRate writes a rate and its burst, each with its comma before it.
+// appendRate appends a rate and its burst, each preceded by a comma.
 func appendRate(b []byte, r Rate) []byte {
 	switch {
 	case r.Packets != 0:

@@ -9,12 +9,12 @@ import (
 	"strings"
 )
 
-// Before reports whether a gets the packets that both inputs match. An input of one
-// address goes before a prefix, then one of a port before one of any port, then one
-// that names its source, and of two prefixes of sources the longer, then the longer prefix, then one that names its interface
-// before a pattern, then the longer pattern: the order in which the kernel's tables
-// are searched. Inputs that this does not decide have no packet in common; they
-// follow each other by their values, so that Before is a strict total order.
+// Before reports whether a gets the packets that both inputs match. An input of one address
+// precedes a prefix, then one with a port one for any port, then one that names its source one that
+// does not, then the longer of two prefixes of sources, then the longer prefix, then one that names
+// its interface a pattern, then the longer pattern: the order in which the kernel's tables are
+// searched. Inputs not ordered by this have no packet in common; they are ordered by their values,
+// so that Before is a strict total order.
 func Before(a, b Input) bool {
 	return cmp.Or(
 		precedence(a, b),
@@ -29,8 +29,7 @@ func Before(a, b Input) bool {
 	) < 0
 }
 
-// precedence is negative when a goes before b, and 0 when they do not overlap or
-// are equal.
+// precedence is negative if a precedes b, and 0 if they do not overlap or are equal.
 func precedence(a, b Input) int {
 	return cmp.Or(
 		first(a.Len == 0, b.Len == 0),
@@ -42,7 +41,7 @@ func precedence(a, b Input) int {
 	)
 }
 
-// first puts what has something before what has not.
+// first orders values that have something before those that do not.
 func first(a, b bool) int {
 	switch {
 	case a == b:
@@ -53,7 +52,7 @@ func first(a, b bool) int {
 	return 1
 }
 
-// comparePattern puts the longer of two patterns first.
+// comparePattern orders the longer of two patterns first.
 func comparePattern(a, b string) int {
 	if !isPattern(a) || !isPattern(b) {
 		return 0
@@ -65,9 +64,9 @@ func compareVLAN(a, b VLAN) int {
 	return cmp.Or(cmp.Compare(a.Outer, b.Outer), cmp.Compare(a.ID, b.ID))
 }
 
-// Compare is a total order of inputs for display: by interface, address and port,
-// any port last, and of inputs of one interface and address that overlap the one
-// that wins first, ranges of ports by their first port. It is 0 only for equal inputs.
+// Compare is a total order of inputs for display: by interface, address and port, any port last,
+// and overlapping inputs of one interface and address by precedence, ranges of ports by their first
+// port. It is 0 only for equal inputs.
 func Compare(a, b Input) int {
 	return cmp.Or(
 		cmp.Compare(a.Interface, b.Interface),
@@ -86,8 +85,8 @@ func Compare(a, b Input) int {
 // Overlaps reports whether some packet matches both inputs.
 func (in Input) Overlaps(o Input) bool { return in.traffic().overlaps(o.traffic()) }
 
-// Winner says which of two inputs gets a packet that both match; see Before. It is
-// false when no packet matches both.
+// Winner returns which of two inputs gets a packet that both match; see Before. It is false if no
+// packet matches both.
 func Winner(a, b Input) (Input, bool) {
 	if !a.Overlaps(b) {
 		return Input{}, false
@@ -98,19 +97,17 @@ func Winner(a, b Input) (Input, bool) {
 	return a, true
 }
 
-// Overlap is a rule that takes packets which another rule matches, too.
+// Overlap is a rule that matches packets of another rule.
 type Overlap struct {
 	Rule int  // its index in the set
 	Wins bool // it gets the packets that both match
 }
 
-// Overlaps says of each rule of a set which others match packets that it matches,
-// too, at most limit of them, in the order in which they win. Which ones are left
-// out beyond the limit is not specified, but the same for the same set. Of rules
-// with one and the same input, which no valid set has, only the first is listed.
+// Overlaps lists for each rule of a set which others match some of its packets, at most limit of
+// them, in order of precedence. Which ones are omitted beyond the limit is unspecified but
+// deterministic. Of rules with the same input, which no valid set has, only the first is listed.
 //
-// The time it takes grows with the number of rules and of overlaps listed, little
-// faster.
+// Its running time grows nearly linearly with the number of rules and of listed overlaps.
 func Overlaps(rules []Rule, limit int) [][]Overlap {
 	set := newSet(rules, nil)
 	pool := newInputPool(set.rules, set.inputs, func(int) bool { return true })
@@ -157,19 +154,19 @@ func mergeOverlaps(have, more []Overlap, limit int) []Overlap {
 	return have
 }
 
-// anySource is the input with its source taken away.
+// anySource is the input without its source.
 func (in Input) anySource() Input {
 	in.Source = netip.Addr{}
 	return in
 }
 
-// exact reports whether an input can be found by a map: it has one interface, one
-// address, one port, and one source or any.
+// exact reports whether a map can find an input: it has one interface, one address, one port, and
+// one source or any.
 func (in Input) exact() bool {
 	return in.Len == 0 && in.Port != 0 && in.PortTo == 0 && in.SourceLen == 0 && !isPattern(in.Interface)
 }
 
-// oneAddr is the prefix of one address, not valid for the zero Addr.
+// oneAddr is the prefix of one address, invalid for the zero Addr.
 func oneAddr(a netip.Addr) netip.Prefix { return Input{Source: a}.Senders() }
 
 func isPattern(iface string) bool {
@@ -177,8 +174,7 @@ func isPattern(iface string) bool {
 	return ok
 }
 
-// ifaceCovers reports whether every name that narrow stands for is one of those
-// that wide stands for.
+// ifaceCovers reports whether wide matches every name that narrow matches.
 func ifaceCovers(wide, narrow string) bool {
 	begin, ok := IsPattern(wide)
 	name, _ := IsPattern(narrow)
@@ -191,9 +187,9 @@ type traffic struct {
 	vlan      VLAN
 	prefix    netip.Prefix // destination addresses, masked
 	low, high uint16       // destination ports
-	source    netip.Prefix // the sources if it is valid, else:
-	fromHost  bool         // what this host sends, which nothing that a rule sends is
-	every     bool         // any source whatever, or one that no input names
+	source    netip.Prefix // the sources if valid, otherwise:
+	fromHost  bool         // packets that this host sends, never those of a rule
+	every     bool         // any source, or one that no input names
 }
 
 func (in Input) traffic() traffic {
@@ -201,8 +197,8 @@ func (in Input) traffic() traffic {
 		source: in.Senders().Masked(), every: !in.Source.IsValid(), fromHost: in.FromHost}
 }
 
-// exact reports whether an input either matches all of the traffic, whatever its
-// source, or nothing of it.
+// exact reports whether every input matches either all of the traffic, ignoring sources, or none of
+// it.
 func (t traffic) exact() bool {
 	return t.low == t.high && t.low != 0 && t.prefix.IsSingleIP() && !isPattern(t.iface)
 }
@@ -214,14 +210,14 @@ func (t traffic) overlaps(u traffic) bool {
 		(u.every || t.every || t.source.Overlaps(u.source))
 }
 
-// covers reports whether all packets of u are in t.
+// covers reports whether t contains all packets of u.
 func (t traffic) covers(u traffic) bool {
 	return t.fromHost == u.fromHost && t.vlan == u.vlan && t.low <= u.low && u.high <= t.high &&
 		t.prefix.Bits() <= u.prefix.Bits() && t.prefix.Overlaps(u.prefix) && ifaceCovers(t.iface, u.iface) &&
 		(t.every || t.source.IsValid() && u.source.IsValid() && t.source.Bits() <= u.source.Bits() && t.source.Overlaps(u.source))
 }
 
-// meet is what is in both; they overlap.
+// meet is the intersection; t and u overlap.
 func (t traffic) meet(u traffic) traffic {
 	if ifaceCovers(t.iface, u.iface) {
 		t.iface = u.iface
@@ -237,15 +233,15 @@ func (t traffic) meet(u traffic) traffic {
 	return t
 }
 
-// inputPool finds the inputs of a set that traffic matches: exact ones for exact
-// traffic by maps, all others by an index. It is not for concurrent use.
+// inputPool finds the inputs of a set that traffic matches: exact ones for exact traffic by maps,
+// all others by an index. It is not for concurrent use.
 type inputPool struct {
 	rules   []Rule
-	members []int           // the rules it has, each of a different input
+	members []int           // its rules, each with a different input
 	inputs  map[Input]int   // all of the set
 	sources map[Input][]int // exact inputs that name a source, by Input.anySource
 	general *inputIndex     // those that are not exact
-	all     *inputIndex     // of all, built when it is first needed
+	all     *inputIndex     // of all, built on first use
 }
 
 func newInputPool(rules []Rule, inputs map[Input]int, has func(rule int) bool) *inputPool {
@@ -267,8 +263,7 @@ func newInputPool(rules []Rule, inputs map[Input]int, has func(rule int) bool) *
 	return p
 }
 
-// each gives the rules whose inputs overlap with the traffic, or only those whose
-// inputs cover it.
+// each yields the rules whose inputs overlap with the traffic, or only those whose inputs cover it.
 func (p *inputPool) each(t traffic, cover bool) iter.Seq[int] {
 	return func(yield func(int) bool) {
 		for i := range p.eachUnlessExcluded(t, cover) {
@@ -279,7 +274,7 @@ func (p *inputPool) each(t traffic, cover bool) iter.Seq[int] {
 	}
 }
 
-// eachUnlessExcluded is each, whatever senders the rules leave out.
+// eachUnlessExcluded is each, ignoring the senders that rules exclude.
 func (p *inputPool) eachUnlessExcluded(t traffic, cover bool) iter.Seq[int] {
 	if t.exact() {
 		return p.eachOfExact(t, cover)
@@ -318,10 +313,9 @@ func (p *inputPool) eachOfExact(t traffic, cover bool) iter.Seq[int] {
 	}
 }
 
-// inputIndex finds inputs by their overlap with traffic. An input stands in a table
-// of its port and one of all ports, of its source and one of all sources each, so
-// that nearly all that is looked at overlaps: only ports that are neither one nor
-// all are sought among all.
+// inputIndex finds inputs by their overlap with traffic. An input is in a table of its port and one
+// of all ports, each by its source and for all sources, so that nearly everything examined
+// overlaps: only port ranges are searched among all ports.
 type inputIndex struct {
 	rules  []Rule
 	ifaces ifaceSet
@@ -338,7 +332,7 @@ type tableKey struct {
 	prefix  bool       // the table of prefixes of sources
 }
 
-// Numbers of tables that are of no one port.
+// Numbers of tables for several ports.
 const (
 	allPorts  = -1
 	portRange = -2 // inputs with a range of ports
@@ -398,7 +392,7 @@ func (x *inputIndex) each(t traffic, cover bool) iter.Seq[int] {
 	}
 }
 
-// eachOn gives the inputs with one interface text, and is false when yield was.
+// eachOn yields the inputs with one interface text, and returns false if yield did.
 func (x *inputIndex) eachOn(iface string, t traffic, cover bool, yield func(int) bool) bool {
 	var portRoom [3]int32
 	ports := portRoom[:0]
@@ -449,8 +443,7 @@ func (x *inputIndex) eachOn(iface string, t traffic, cover bool, yield func(int)
 	return true
 }
 
-// addressTable has inputs in the order of their prefixes, an enclosing one before
-// those in it.
+// addressTable has inputs ordered by prefix, an enclosing one before those in it.
 type addressTable struct {
 	entries []addressEntry
 }
@@ -468,7 +461,7 @@ func comparePrefix(a, b netip.Prefix) int {
 
 func encloses(a, b netip.Prefix) bool { return a.Bits() < b.Bits() && a.Contains(b.Addr()) }
 
-// add appends an entry, which must not go before one that there is.
+// add appends an entry, which must not sort before an existing one.
 func (t *addressTable) add(e addressEntry) {
 	e.up = len(t.entries) - 1
 	for e.up >= 0 && !encloses(t.entries[e.up].prefix, e.prefix) {
@@ -477,8 +470,7 @@ func (t *addressTable) add(e addressEntry) {
 	t.entries = append(t.entries, e)
 }
 
-// each gives the rules whose prefixes overlap with p, or only those whose prefixes
-// cover it.
+// each yields the rules whose prefixes overlap with p, or only those whose prefixes cover it.
 func (t *addressTable) each(p netip.Prefix, cover bool) iter.Seq[int] {
 	return func(yield func(int) bool) {
 		from := sort.Search(len(t.entries), func(i int) bool { return comparePrefix(t.entries[i].prefix, p) >= 0 })
@@ -503,12 +495,12 @@ func (t *addressTable) each(p netip.Prefix, cover bool) iter.Seq[int] {
 	}
 }
 
-// ifaceSet is a set of interface names and patterns. The zero value is empty. It is
-// not for concurrent use.
+// ifaceSet is a set of interface names and patterns. The zero value is empty. It is not for
+// concurrent use.
 type ifaceSet struct {
 	has    map[string]bool
-	sorted []string            // of has, made when it is first needed
-	found  map[string][]string // answers of overlapping
+	sorted []string            // of has, built on first use
+	found  map[string][]string // cached results of overlapping
 }
 
 func (s *ifaceSet) add(iface string) {
@@ -518,8 +510,8 @@ func (s *ifaceSet) add(iface string) {
 	s.has[iface] = true
 }
 
-// overlapping are the members that some name matches which matches iface, too.
-// Nothing may be added after it has been called.
+// overlapping are the members that match some name which iface also matches. Nothing may be added
+// after the first call.
 func (s *ifaceSet) overlapping(iface string) []string {
 	if len(s.has) == 0 {
 		return nil
@@ -552,7 +544,7 @@ func (s *ifaceSet) find(iface string) (list []string) {
 		slices.Sort(s.sorted)
 	}
 	from := sort.SearchStrings(s.sorted, begin)
-	for _, member := range s.sorted[from:] { // what it covers
+	for _, member := range s.sorted[from:] { // members that it covers
 		if !strings.HasPrefix(member, begin) {
 			break
 		}

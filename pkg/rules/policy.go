@@ -7,40 +7,39 @@ import (
 	"strings"
 )
 
-// Policy says what becomes of the header fields that an output does not set by
-// its destination. The zero value is the default: source address of the output
-// interface, everything else kept.
+// Policy sets the header fields other than the destination. The zero value is the default: source
+// address of the output interface, everything else kept.
 type Policy struct {
 	Source     SourcePolicy
-	SourceAddr netip.Addr // with SourceAddress alone
+	SourceAddr netip.Addr // only with SourceAddress
 	SourcePort uint16     // UDP source port, host byte order; 0 keeps the packet's
 	TTL        TTLPolicy
-	TTLValue   uint8 // with TTLSet alone: 1 to 255; the hop limit in IPv6
+	TTLValue   uint8 // only with TTLSet: 1 to 255; the hop limit in IPv6
 	DSCP       DSCPPolicy
-	DSCPValue  uint8 // with DSCPSet alone: 0 to 63, not shifted (RFC 2474 section 3)
+	DSCPValue  uint8 // only with DSCPSet: 0 to 63, not shifted (RFC 2474 section 3)
 	Checksum   ChecksumPolicy
 	MinTTL     uint8 // packets that arrive with a lower TTL or hop limit are dropped; 0: none
 	VLAN       VLANPolicy
-	VLANTags   VLAN  // with VLANSet alone
-	PCPSet     bool  // write PCP into the tags, else a copied tag keeps its own and a new one has 0
+	VLANTags   VLAN  // only with VLANSet
+	PCPSet     bool  // write PCP into the tags; otherwise a copied tag keeps its own and a new one has 0
 	PCP        uint8 // priority code point, 0 to 7 (IEEE 802.1Q)
 	Broadcast  bool  // Output.Address is a broadcast address of the output's link: frames go to every host
 	Rate       Rate
 }
 
-// VLANPolicy says which VLAN tags a copy carries.
+// VLANPolicy selects the VLAN tags of a copy.
 type VLANPolicy uint8
 
 // The VLAN policies.
 const (
 	VLANKeep VLANPolicy = iota // the packet's own
-	VLANPop                    // none
-	VLANSet                    // Policy.VLANTags, in place of those that there are
+	VLANPop                    // no tags
+	VLANSet                    // Policy.VLANTags, replacing the packet's
 )
 
 func (p VLANPolicy) String() string { return enumString("VLANPolicy", p, "keep", "pop", "set") }
 
-// SourcePolicy says which source address a copy carries.
+// SourcePolicy selects the source address of a copy.
 type SourcePolicy uint8
 
 // The source policies.
@@ -54,19 +53,19 @@ func (p SourcePolicy) String() string {
 	return enumString("SourcePolicy", p, "iface", "keep", "address")
 }
 
-// TTLPolicy says which TTL (hop limit in IPv6) a copy carries.
+// TTLPolicy selects the TTL (hop limit in IPv6) of a copy.
 type TTLPolicy uint8
 
 // The TTL policies.
 const (
 	TTLKeep      TTLPolicy = iota // the packet's own
-	TTLDecrement                  // one less
+	TTLDecrement                  // the packet's, decremented
 	TTLSet                        // Policy.TTLValue
 )
 
 func (p TTLPolicy) String() string { return enumString("TTLPolicy", p, "keep", "dec", "set") }
 
-// DSCPPolicy says which DSCP a copy carries. The ECN bits are always kept.
+// DSCPPolicy selects the DSCP of a copy. The ECN bits are always kept.
 type DSCPPolicy uint8
 
 // The DSCP policies.
@@ -77,19 +76,18 @@ const (
 
 func (p DSCPPolicy) String() string { return enumString("DSCPPolicy", p, "keep", "set") }
 
-// ChecksumPolicy says which UDP checksum a copy carries.
+// ChecksumPolicy selects the UDP checksum of a copy.
 type ChecksumPolicy uint8
 
 // The checksum policies.
 const (
-	ChecksumUpdate ChecksumPolicy = iota // updated incrementally; zero, which means none, stays zero
-	ChecksumZero                         // none (RFC 768); IPv4 only
+	ChecksumUpdate ChecksumPolicy = iota // updated incrementally; zero (no checksum) stays zero
+	ChecksumZero                         // no checksum (RFC 768); IPv4 only
 )
 
 func (p ChecksumPolicy) String() string { return enumString("ChecksumPolicy", p, "update", "zero") }
 
-// enumString names a value of an enumeration, or says its number when it is
-// none of them.
+// enumString names a value of an enumeration, or prints its number if it is not one.
 func enumString[T ~uint8](kind string, v T, names ...string) string {
 	if int(v) < len(names) {
 		return names[v]
@@ -97,7 +95,7 @@ func enumString[T ~uint8](kind string, v T, names ...string) string {
 	return fmt.Sprintf("%s(%d)", kind, uint8(v))
 }
 
-// parsePolicy reads what follows the first comma of an output.
+// parsePolicy parses what follows the first comma of an output.
 func parsePolicy(s string) (Policy, error) {
 	var p policyParser
 	for item := range strings.SplitSeq(s, ",") {
@@ -111,13 +109,13 @@ func parsePolicy(s string) (Policy, error) {
 	return p.Policy, nil
 }
 
-// policyParser is the policy read so far and which of its keys were given.
+// policyParser has the policy parsed so far and which of its keys were given.
 type policyParser struct {
 	Policy
 	src, sport, ttl, minTTL, dscp, csum, vlan, pcp, broadcast, rate, burst bool
 }
 
-// item reads one KEY=VALUE.
+// item parses one KEY=VALUE.
 func (p *policyParser) item(item string) error {
 	key, value, _ := strings.Cut(item, "=")
 	var seen *bool
@@ -151,8 +149,7 @@ func (p *policyParser) item(item string) error {
 	return checkItem(item, key, seen, want, "policy")
 }
 
-// The setters below answer what would have been right, or "" when they took
-// the value.
+// The setters below return what would be valid, or "" if they accepted the value.
 
 func (p *policyParser) setSource(s string) (want string) {
 	const usage = "src=iface, src=keep, src=ADDRESS or src=ADDRESS:PORT (IPv6: src=[ADDRESS]:PORT)"
@@ -279,20 +276,20 @@ func (p *policyParser) setChecksum(s string) (want string) {
 	return ""
 }
 
-// dscpNames are the code points with a name of their own, beside the class
-// selectors csN and the assured forwarding classes afXY.
+// dscpNames are the named code points other than the class selectors csN and the assured forwarding
+// classes afXY.
 var dscpNames = [...]struct {
 	name  string
 	value int
 }{
-	{"be", 0}, // the name that is written; cs0 and default are read too (RFC 2474 section 4.1)
+	{"be", 0}, // the canonical name; cs0 and default are also parsed (RFC 2474 section 4.1)
 	{"default", 0},
 	{"le", 1},           // RFC 8622
 	{"voice-admit", 44}, // RFC 5865
 	{"ef", 46},          // RFC 3246
 }
 
-// dscpByName gives the code point of a name in lower case.
+// dscpByName returns the code point of a lower-case name.
 func dscpByName(s string) (int, bool) {
 	for _, n := range dscpNames {
 		if s == n.name {
@@ -326,8 +323,7 @@ func dscpName(v uint8) string {
 	return strconv.Itoa(int(v))
 }
 
-// appendPolicy writes the policies that are not the default, each with its
-// comma before it.
+// appendPolicy appends the policies that are not the default, each preceded by a comma.
 func appendPolicy(b []byte, p Policy) []byte {
 	sport := p.SourcePort
 	switch p.Source {

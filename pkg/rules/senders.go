@@ -7,19 +7,18 @@ import (
 	"strings"
 )
 
-// Which senders and ports an input takes, besides one and any: a prefix of senders,
-// any but some, a range of ports.
+// Sets of senders and ports of an input: a source prefix, any except some, a range of ports.
 
-// MaxExcept is how many senders or prefixes of senders a rule can leave out, and
-// MaxPorts how many ports a range can have: each is an entry of the kernel's tables,
-// and with both it is an entry for each pair.
+// MaxExcept is the maximum number of senders or source prefixes that a rule can exclude, and
+// MaxPorts that of ports in a range: each is an entry of the kernel's tables, and with both there
+// is an entry for each pair.
 const (
 	MaxExcept = 64
 	MaxPorts  = 1024
 )
 
-// Senders is the prefix of the senders that an input takes, of its full length for one
-// alone. It is not valid when any is taken.
+// Senders is the source prefix of an input, of full length for a single sender. It is invalid if
+// any is taken.
 func (in Input) Senders() netip.Prefix {
 	switch {
 	case !in.Source.IsValid():
@@ -30,8 +29,8 @@ func (in Input) Senders() netip.Prefix {
 	return netip.PrefixFrom(in.Source, int(in.SourceLen))
 }
 
-// Sender is the one sender that an input takes, and not valid when it takes several: the
-// source that its group is joined with.
+// Sender is the only sender of an input, invalid if it takes several: the source of a
+// source-specific join.
 func (in Input) Sender() netip.Addr {
 	if in.SourceLen != 0 {
 		return netip.Addr{}
@@ -39,10 +38,10 @@ func (in Input) Sender() netip.Addr {
 	return in.Source
 }
 
-// senderBits is the length of the prefix of senders: -1 for any.
+// senderBits is the length of the source prefix: -1 for any.
 func (in Input) senderBits() int { return in.Senders().Bits() }
 
-// lastPort is the last port that an input takes.
+// lastPort is the last port of an input.
 func (in Input) lastPort() uint16 {
 	switch {
 	case in.Port == 0:
@@ -53,19 +52,19 @@ func (in Input) lastPort() uint16 {
 	return in.PortTo
 }
 
-// Excludes reports whether a sender is one of those left out.
+// Excludes reports whether a sender is excluded.
 func (a Acceptance) Excludes(source netip.Addr) bool {
 	return source.IsValid() && slices.ContainsFunc(a.Except, func(p netip.Prefix) bool { return p.Contains(source) })
 }
 
-// PortsMeet reports whether an output sends to a port that the input takes, given that
-// it takes what is sent.
+// PortsMeet reports whether an output sends to a port that the input takes, assuming that it takes
+// the rest.
 func (o Output) PortsMeet(in Input) bool {
 	low, high, ok := o.sentPorts(in)
 	return ok && low <= in.lastPort() && in.Port <= high
 }
 
-// parseSenders reads what is in front of '@': ADDRESS[/LEN], in brackets or not.
+// parseSenders parses what precedes '@': ADDRESS[/LEN], in brackets or not.
 func (in *Input) parseSenders(s string) error {
 	host, length := s, ""
 	if i := strings.LastIndexByte(s, '/'); i >= 0 {
@@ -79,13 +78,13 @@ func (in *Input) parseSenders(s string) error {
 	if !ok {
 		return &FieldError{Field: "source", Value: length, Want: fmt.Sprintf("/1 to /%d", in.Source.BitLen())}
 	}
-	if n < in.Source.BitLen() { // else the address alone
+	if n < in.Source.BitLen() { // otherwise the address alone
 		in.SourceLen = uint8(n)
 	}
 	return nil
 }
 
-// parsePorts reads what follows the ':' of an input: PORT or PORT-PORT.
+// parsePorts parses what follows the ':' of an input: PORT or PORT-PORT.
 func (in *Input) parsePorts(s string) error {
 	low, high, isRange := strings.Cut(s, "-")
 	first, ok := parseNumber(low, 1, 65535)
@@ -106,7 +105,7 @@ func (in *Input) parsePorts(s string) error {
 
 const wantRange = "a range of ports from a lower to a higher one, as 5000-5010"
 
-// setExcept reads ADDRESS[/LEN]+ADDRESS[/LEN]...
+// setExcept parses ADDRESS[/LEN]+ADDRESS[/LEN]...
 func (p *optionParser) setExcept(s string) (want string) {
 	for text := range strings.SplitSeq(s, "+") {
 		prefix, ok := parseSender(text)
@@ -118,7 +117,7 @@ func (p *optionParser) setExcept(s string) (want string) {
 	return ""
 }
 
-// parseSender reads ADDRESS or ADDRESS/LEN.
+// parseSender parses ADDRESS or ADDRESS/LEN.
 func parseSender(s string) (netip.Prefix, bool) {
 	if addr, err := netip.ParseAddr(s); err == nil {
 		return netip.PrefixFrom(addr, addr.BitLen()), addrFormFault(addr) == ""
@@ -138,7 +137,7 @@ func appendExcept(b []byte, except []netip.Prefix) []byte {
 	return b
 }
 
-// appendPrefix writes a prefix, one of a single address without its length.
+// appendPrefix appends a prefix, a single address without its length.
 func appendPrefix(b []byte, p netip.Prefix) []byte {
 	if p.IsSingleIP() {
 		return p.Addr().AppendTo(b)
@@ -146,7 +145,7 @@ func appendPrefix(b []byte, p netip.Prefix) []byte {
 	return p.AppendTo(b)
 }
 
-// senders checks which senders an input takes.
+// senders checks the senders of an input.
 func (e end) senders(in Input, accept Acceptance) {
 	switch {
 	case in.Source.IsValid():
@@ -165,7 +164,7 @@ func (e end) senders(in Input, accept Acceptance) {
 	e.except(in, accept.Except)
 }
 
-// multicasts are the addresses that no sender has.
+// multicasts are addresses that no sender has.
 var multicasts = [...]netip.Prefix{netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("ff00::/8")}
 
 func (e end) senderPrefix(in Input) {
@@ -185,7 +184,7 @@ func (e end) senderPrefix(in Input) {
 	}
 }
 
-// except checks the senders that are left out.
+// except checks the excluded senders.
 func (e end) except(in Input, except []netip.Prefix) {
 	switch {
 	case len(except) == 0:
@@ -229,14 +228,14 @@ func (e end) ports(in Input) {
 	}
 }
 
-// withoutPorts is what the ports of an input are of.
+// withoutPorts is an input without its ports.
 func (in Input) withoutPorts() Input {
 	in.Port, in.PortTo = 0, 0
 	return in
 }
 
-// checkRanges reports ranges of ports that another rule has one of, for the same
-// group and senders: neither would go before the other.
+// checkRanges reports port ranges that overlap with another rule's for the same group and senders:
+// neither would take precedence.
 func (s *ruleSet) checkRanges(list *faultList) {
 	if !slices.ContainsFunc(s.rules, func(r Rule) bool { return r.In.PortTo != 0 }) {
 		return

@@ -14,16 +14,16 @@ import (
 //	merge     FORMAT[,skew=TIME][,reset=TIME][,window=N][,other=pass]
 //	failover  TIME[,back=TIME|never]
 //
-// FORMAT says where the packets have their numbers: rtp, rfc4175, moldudp64, pitch, mdp3, or
+// FORMAT is the position of the packets' numbers: rtp, rfc4175, moldudp64, pitch, mdp3, or
 // field:OFFSET:BYTES[le][:count=OFFSET:BYTES].
 
-// MaxInputs is the most inputs that a rule can have.
+// MaxInputs is the maximum number of inputs of a rule.
 const MaxInputs = 4
 
-// Stream is what a rule with several inputs has besides its first one. The order of the inputs
-// is their preference.
+// Stream is the part of a rule with several inputs beyond its first one. The order of the inputs is
+// their preference.
 type Stream struct {
-	Legs     []Leg // the inputs behind the first
+	Legs     []Leg // the inputs after the first
 	Merge    Merge
 	Failover Failover
 }
@@ -34,28 +34,28 @@ type Leg struct {
 	Accept Acceptance
 }
 
-// Merge makes one stream of several inputs by the numbers of their packets: the first copy of
-// each number is relayed. The zero Merge does not.
+// Merge merges several inputs into one stream by the sequence numbers of their packets: the first
+// copy of each number is relayed. The zero Merge does not.
 type Merge struct {
 	Format MergeFormat
-	Field  MergeField // with MergeByField
-	// Skew is how far the inputs may be apart, and Reset for how long nothing must have come that
-	// is new before a sender counts as begun again. 0: DefaultSkew, DefaultReset.
+	Field  MergeField // only with MergeByField
+	// Skew is the maximum delay between inputs, and Reset the time without new numbers after which
+	// a jump means that the sender restarted. 0: DefaultSkew, DefaultReset.
 	Skew, Reset time.Duration
-	// Window is how many numbers are remembered, a power of two; 0: DefaultWindow.
+	// Window is the size of the window in numbers, a power of two; 0: DefaultWindow.
 	Window uint32
 	// PassOther relays packets without a number, from every input.
 	PassOther bool
 }
 
-// MergeFormat says where a packet has its number.
+// MergeFormat is the position of a packet's sequence number.
 type MergeFormat uint8
 
 // The formats.
 const (
 	MergeNone      MergeFormat = iota
 	MergeRTP                   // RFC 3550; 16 bits
-	MergeRFC4175               // RTP with the extended sequence number of RFC 4175, as SMPTE ST 2110-20 has it
+	MergeRFC4175               // RTP with the extended sequence number of RFC 4175, as in SMPTE ST 2110-20
 	MergeMoldUDP64             // Nasdaq MoldUDP64 1.00
 	MergePitch                 // the sequenced unit header of Cboe PITCH
 	MergeMDP3                  // the packet header of CME MDP 3.0
@@ -63,18 +63,18 @@ const (
 	mergeFormats
 )
 
-// String is the word for a format.
+// String is the name of a format.
 func (f MergeFormat) String() string {
 	return enumString("MergeFormat", f, "none", "rtp", "rfc4175", "moldudp64", "pitch", "mdp3", "field")
 }
 
-// MergeField is an unsigned number in the UDP payload.
+// MergeField is an unsigned number in the UDP payload, big-endian unless Little.
 type MergeField struct {
-	Offset uint16 // bytes from the beginning of the UDP payload
+	Offset uint16 // bytes from the start of the UDP payload
 	Bytes  uint8  // 2, 4 or 8
-	Little bool   // little endian, and the count, too
-	// CountBytes, 1 or 2, is the length of a field that says how many numbers the packet takes;
-	// 0: it takes one.
+	Little bool   // little-endian, including the count
+	// CountBytes, 1 or 2, is the length of a field with the number of sequence numbers that the
+	// packet takes; 0: it takes one.
 	CountOffset uint16
 	CountBytes  uint8
 }
@@ -86,10 +86,10 @@ const (
 	DefaultWindow = 1 << 16
 )
 
-// Bounds of a Merge and a Failover.
+// Limits of a Merge and a Failover.
 const (
 	maxWindow   = 1 << 20
-	maxOffset   = 503 // and 8 bytes are within what the relay program reads
+	maxOffset   = 503 // with 8 bytes, within what the relay program reads
 	minSkew     = time.Millisecond
 	maxSkew     = 10 * time.Second
 	maxReset    = time.Hour
@@ -98,17 +98,17 @@ const (
 	maxFailBack = time.Hour
 )
 
-// Failover makes one stream of several inputs by their order: the first that is not silent is
-// relayed. The zero Failover does not.
+// Failover relays one of several inputs: the first, in order, that is not silent. The zero Failover
+// does not.
 type Failover struct {
-	// Silence is how long an input must be without packets to be given up.
+	// Silence is the time without packets after which an input is abandoned.
 	Silence time.Duration
-	// Back is how long a better input must have been up to be taken again; 0: never, unless the
-	// one in use falls silent.
+	// Back is how long a better input must have been up before it is used again; 0: never, unless
+	// the current one falls silent.
 	Back time.Duration
 }
 
-// InputCount is how many inputs a rule has.
+// InputCount is the number of inputs of a rule.
 func (r *Rule) InputCount() int {
 	if r.Stream == nil {
 		return 1
@@ -116,7 +116,7 @@ func (r *Rule) InputCount() int {
 	return 1 + len(r.Stream.Legs)
 }
 
-// Leg returns an input of a rule by its place.
+// Leg returns input i of a rule.
 func (r *Rule) Leg(i int) Leg {
 	if i == 0 {
 		return Leg{r.In, r.Accept}
@@ -124,8 +124,7 @@ func (r *Rule) Leg(i int) Leg {
 	return r.Stream.Legs[i-1]
 }
 
-// OfLeg is the rule with one of its inputs alone; with its first one it is the rule itself when
-// it has no other.
+// OfLeg is the rule with only input i; the rule itself if it has one input.
 func (r *Rule) OfLeg(i int) Rule {
 	one := *r
 	if r.Stream != nil {
@@ -135,8 +134,8 @@ func (r *Rule) OfLeg(i int) Rule {
 	return one
 }
 
-// ParseInputs reads the inputs of a rule, with blanks between several, into the rule. Its error
-// is that of ParseInput.
+// ParseInputs parses the inputs of a rule, separated by blanks, into the rule. Its error is that of
+// ParseInput.
 func (r *Rule) ParseInputs(s string) error {
 	first, rest := s, []string(nil)
 	if strings.ContainsAny(s, " \t") {
@@ -156,7 +155,7 @@ func (r *Rule) ParseInputs(s string) error {
 	return nil
 }
 
-// addInput reads an input behind the first.
+// addInput parses an input after the first.
 func (r *Rule) addInput(text string) error {
 	in, accept, err := ParseInput(text)
 	if err != nil {
@@ -166,7 +165,7 @@ func (r *Rule) addInput(text string) error {
 	return nil
 }
 
-// stream is the rule's Stream, made when it is first needed.
+// stream is the rule's Stream, created on first use.
 func (r *Rule) stream() *Stream {
 	if r.Stream == nil {
 		r.Stream = &Stream{}
@@ -174,7 +173,7 @@ func (r *Rule) stream() *Stream {
 	return r.Stream
 }
 
-// FormatInputs is the canonical form of a rule's inputs: what ParseInputs reads back.
+// FormatInputs is the canonical form of a rule's inputs: the inverse of ParseInputs.
 func (r *Rule) FormatInputs() string {
 	b := []byte(FormatInput(r.In, r.Accept))
 	if r.Stream != nil {
@@ -185,8 +184,8 @@ func (r *Rule) FormatInputs() string {
 	return string(b)
 }
 
-// ParseStream reads how a rule's inputs become one stream, each text empty for not. Its error is
-// a *FieldError.
+// ParseStream parses how a rule's inputs are merged; an empty text means not set. Its error is a
+// *FieldError.
 func (r *Rule) ParseStream(merge, failover string) error {
 	if merge != "" {
 		m, err := ParseMerge(merge)
@@ -205,7 +204,7 @@ func (r *Rule) ParseStream(merge, failover string) error {
 	return nil
 }
 
-// FormatStream is the reverse of ParseStream.
+// FormatStream is the inverse of ParseStream.
 func (r *Rule) FormatStream() (merge, failover string) {
 	if r.Stream == nil {
 		return "", ""
@@ -215,7 +214,7 @@ func (r *Rule) FormatStream() (merge, failover string) {
 
 const wantFormat = "rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES[le][:count=OFFSET:BYTES]"
 
-// ParseMerge reads FORMAT and its options.
+// ParseMerge parses FORMAT and its options.
 func ParseMerge(s string) (m Merge, err error) {
 	fail := func(item, want string) (Merge, error) {
 		return Merge{}, &FieldError{Field: "merge", Value: item, Want: want}
@@ -280,7 +279,7 @@ func (m *Merge) setFormat(s string) bool {
 	return ok
 }
 
-// parseField reads OFFSET:BYTES or OFFSET:BYTESle.
+// parseField parses OFFSET:BYTES or OFFSET:BYTESle.
 func parseField(s string, order bool) (offset uint16, width uint8, little, ok bool) {
 	at, bytes, ok := strings.Cut(s, ":")
 	if !ok {
@@ -297,13 +296,13 @@ func parseField(s string, order bool) (offset uint16, width uint8, little, ok bo
 	return uint16(n), uint8(w), little, ok
 }
 
-// parseTime reads a positive duration of whole microseconds.
+// parseTime parses a positive duration of whole microseconds.
 func parseTime(s string) (time.Duration, bool) {
 	d, err := time.ParseDuration(s)
 	return d, err == nil && d > 0 && d%time.Microsecond == 0 && !strings.HasPrefix(s, "+")
 }
 
-// String is the canonical form, defaults left out; empty for the zero Merge.
+// String is the canonical form without defaults; empty for the zero Merge.
 func (m Merge) String() string {
 	if m == (Merge{}) {
 		return ""
@@ -333,7 +332,7 @@ func (m Merge) String() string {
 	return s
 }
 
-// timeText is a duration without the zeros that Duration.String ends with: 1m and not 1m0s.
+// timeText is a duration without the trailing zeros of Duration.String: 1m rather than 1m0s.
 func timeText(d time.Duration) string {
 	s := d.String()
 	if strings.HasSuffix(s, "m0s") {
@@ -345,7 +344,7 @@ func timeText(d time.Duration) string {
 	return s
 }
 
-// ParseFailover reads TIME and its option.
+// ParseFailover parses TIME and its option.
 func ParseFailover(s string) (f Failover, err error) {
 	const want = "TIME[,back=TIME], as 30ms,back=2s"
 	silence, back, hasBack := strings.Cut(s, ",")
@@ -374,8 +373,7 @@ func (f Failover) String() string {
 	return s
 }
 
-// equalStream reports whether two rules have the same inputs behind the first, and make the same
-// of them.
+// equalStream reports whether two rules have the same inputs after the first, merged the same way.
 func equalStream(a, b *Stream) bool {
 	if a == nil || b == nil {
 		return a == b
@@ -450,8 +448,8 @@ func (c *checker) leg(r *Rule, i int) {
 	}
 }
 
-// oneSource checks the outputs of a rule with several inputs: whichever of them a packet comes
-// by, its copies look the same.
+// oneSource checks the outputs of a rule with several inputs: copies must look the same whichever
+// input a packet came from.
 func (c *checker) oneSource(r *Rule) {
 	if r.InputCount() == 1 {
 		return
@@ -510,7 +508,7 @@ func (m *Merge) short() bool {
 	return m.Format == MergeRTP || m.Format == MergeByField && m.Field.Bytes == 2
 }
 
-// Times returns the skew, the reset and the window, the defaults for what is not set.
+// Times returns the skew, the reset and the window, with defaults for unset ones.
 func (m *Merge) Times() (skew, reset time.Duration, window uint32) {
 	skew, reset, window = m.Skew, m.Reset, m.Window
 	if skew == 0 {

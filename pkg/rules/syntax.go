@@ -10,10 +10,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// syntaxFault turns an error of the YAML package into one with the line that is
-// wrong. Of a parser's error ("did not find expected ...") the package tells
-// only where the collection around it begins, and of some errors no line at all;
-// then the line is found by reading again.
+// syntaxFault converts an error of the YAML package into one with the wrong line. For a parser
+// error ("did not find expected ...") the package reports only where the enclosing collection
+// begins, and for some errors no line at all; then the line is found by parsing again.
 func syntaxFault(data []byte, err error) *FileError {
 	text := strings.TrimPrefix(err.Error(), "yaml: ")
 	line := 0
@@ -32,12 +31,12 @@ func syntaxFault(data []byte, err error) *FileError {
 	return &FileError{Line: line, Err: errors.New(text)}
 }
 
-// findSyntaxFault is the first line with which the file fails as it does as a
-// whole, near the place where the parser gave up. The parser looks ahead to the
-// line after, at most, hence the few steps back.
+// findSyntaxFault is the first line up to which the file fails in the same way as the whole file,
+// near the line where the parser stopped. The parser looks ahead at most one line, hence the few
+// steps back.
 func findSyntaxFault(data []byte, err error) int {
 	r := &lineReader{data: data}
-	_ = decodeAll(r) // fails as it has before
+	_ = decodeAll(r) // fails as before
 	line := r.line()
 	for range 3 {
 		if line <= 1 || !sameError(decodeAll(bytes.NewReader(firstLines(data, line-1))), err) {
@@ -50,7 +49,7 @@ func findSyntaxFault(data []byte, err error) int {
 
 func sameError(a, b error) bool { return a != nil && a.Error() == b.Error() }
 
-// decodeAll reads documents until one fails; at the end that is io.EOF.
+// decodeAll decodes documents until one fails; at the end that is io.EOF.
 func decodeAll(r io.Reader) error {
 	decoder := yaml.NewDecoder(r)
 	for {
@@ -60,7 +59,7 @@ func decodeAll(r io.Reader) error {
 	}
 }
 
-// lineReader hands out a byte at a time, and so knows how far its reader came.
+// lineReader returns one byte per read, and so tracks how far its reader got.
 type lineReader struct {
 	data []byte
 	next int
@@ -75,7 +74,7 @@ func (r *lineReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// line is the number of the last line handed out that is not blank.
+// line is the number of the last line read that is not blank.
 func (r *lineReader) line() int {
 	return 1 + bytes.Count(bytes.TrimRight(r.data[:r.next], " \t\r\n"), []byte{'\n'})
 }

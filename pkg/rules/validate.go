@@ -11,32 +11,31 @@ import (
 // Validate checks one rule by itself and reports every fault, joined, each a
 // *FieldError; at most 100, and how many more.
 //
-// A name is 1 to 63 bytes of letters, digits and ". _ : -" and starts with a
-// letter or a digit. A rule has 1 to MaxOutputs outputs, all different and all
-// of the input's address family. Addresses are multicast or unicast and can be
-// forwarded; a source is unicast; an input of the source-specific range names
-// its source. A prefix is of groups or of unicast addresses, has no bits behind its
-// length and says what to join; an output that is a prefix is one of groups and as
-// long as the input's. No output feeds the rule's own input. Values of a policy are
-// set only with the policy that uses them, so that rules compare with Equal.
+// A name is 1 to 63 bytes of letters, digits and ". _ : -" and starts with a letter or a digit. A
+// rule has 1 to MaxOutputs outputs, all different and all of the input's address family. Addresses
+// are multicast or unicast and can be forwarded; a source is unicast; an input of the
+// source-specific range names its source. A prefix consists of groups or of unicast addresses, has
+// no bits set after its length and says what to join; an output prefix consists of groups and has
+// the input's length. No output feeds the rule's own input. Values of a policy are set only with
+// the policy that uses them, so that rules compare with Equal.
 func (r Rule) Validate() error {
 	var list faultList
 	r.check(0, r.Name, &list)
 	return list.join()
 }
 
-// ValidateSet checks every rule of a set and the set as a whole: no two rules
-// with one name (ErrDuplicateName) or one input (ErrDuplicateInput), and no
-// rules that feed each other in a circle (ErrLoop). It reports as Validate does.
-// The time it takes grows with the number of rules and outputs, no faster.
+// ValidateSet checks every rule of a set and the set as a whole: no two rules with the same name
+// (ErrDuplicateName) or input (ErrDuplicateInput), and no rules that feed each other in a loop
+// (ErrLoop). Its error is like that of Validate. Its running time is linear in the number of rules
+// and outputs.
 func ValidateSet(rules []Rule) error {
 	var list faultList
 	checkSet(rules, nil, &list)
 	return list.join()
 }
 
-// checkSet adds the faults of a set to the list. place, if not nil, says in
-// messages where a rule is to be found.
+// checkSet adds the faults of a set to the list. place, if not nil, names the position of a rule in
+// messages.
 func checkSet(rules []Rule, place func(rule int) string, list *faultList) {
 	s := newSet(rules, place)
 	for i := range s.rules {
@@ -49,13 +48,11 @@ func checkSet(rules []Rule, place func(rule int) string, list *faultList) {
 	s.checkLoops(list)
 }
 
-// ruleSet is a set of rules with what is needed to look across them.
-//
-// A rule with several inputs stands in it once for each: what the inputs of a set are to each other
-// does not depend on how rules share them.
+// ruleSet is a set of rules with indexes for checks across them. A rule with several inputs is in
+// it once for each: how the inputs of a set relate does not depend on how rules share them.
 type ruleSet struct {
 	rules  []Rule
-	of     []int // by rule: its place in the set given; nil when it is the same
+	of     []int // by rule: its index in the given set; nil if identical
 	place  func(rule int) string
 	names  map[string]int // the first rule of each name
 	inputs map[Input]int  // the first rule of each input
@@ -76,7 +73,7 @@ func newSet(rules []Rule, place func(rule int) string) *ruleSet {
 	return s
 }
 
-// expand gives each input of a rule with several a rule of its own.
+// expand gives each of several inputs a rule of its own.
 func (s *ruleSet) expand() {
 	given := s.rules
 	for i := range given {
@@ -98,7 +95,7 @@ func (s *ruleSet) expand() {
 	}
 }
 
-// origin is the place of a rule in the set given.
+// origin is the index of a rule in the given set.
 func (s *ruleSet) origin(i int) int {
 	if s.of == nil {
 		return i
@@ -106,7 +103,7 @@ func (s *ruleSet) origin(i int) int {
 	return s.of[i]
 }
 
-// inField names the input of a rule, among several by its place.
+// inField names the input of a rule, among several with its index.
 func (s *ruleSet) inField(i int) string {
 	first, n := i, 1
 	for ; first > 0 && s.origin(first-1) == s.origin(i); first-- {
@@ -121,7 +118,7 @@ func (s *ruleSet) inField(i int) string {
 	return end{slot: inputSlot - 1 - (i - first)}.field()
 }
 
-// label is what FieldError.Rule holds for a rule.
+// label is FieldError.Rule for a rule.
 func (s *ruleSet) label(i int) string {
 	if s.rules[i].Name != "" {
 		return s.rules[i].Name
@@ -129,7 +126,7 @@ func (s *ruleSet) label(i int) string {
 	return "#" + strconv.Itoa(s.origin(i)+1)
 }
 
-// where is the place of a rule in brackets, to follow its name.
+// where is the position of a rule in parentheses, to follow its name.
 func (s *ruleSet) where(i int) string {
 	if s.place == nil {
 		return ""
@@ -149,7 +146,7 @@ func (s *ruleSet) checkDuplicates(i int, list *faultList) {
 	}
 }
 
-// check reports the faults of one rule under the label given.
+// check reports the faults of one rule under the given label.
 func (r Rule) check(index int, label string, list *faultList) {
 	c := checker{index: index, rule: label, list: list, localControl: r.Accept.LocalControl}
 	if !validName(r.Name) {
@@ -188,7 +185,7 @@ type checker struct {
 	index int
 	rule  string
 	list  *faultList
-	// localControl lets single groups of one link stand.
+	// localControl allows single link-local groups.
 	localControl bool
 }
 
@@ -196,11 +193,11 @@ func (c *checker) fault(class error, field, value, want string) {
 	c.list.add(fault{c.index, &FieldError{Rule: c.rule, Field: field, Value: value, Want: want, Err: class}})
 }
 
-// end is one end of a rule: its input or the output in a slot. It reports the
-// parts of that end; their names are put together only when there is a fault.
+// end is one end of a rule: its input or the output in a slot. It reports the faults of that end;
+// their field names are only built if there is a fault.
 type end struct {
 	*checker
-	slot int // inputSlot for the only input, and what is below it for each of several
+	slot int // inputSlot for the only input, lower values for each of several
 }
 
 const inputSlot = -1
@@ -243,7 +240,7 @@ func (c *checker) input(slot int, in Input, accept Acceptance, path Path) {
 	e.rate(accept.Rate)
 }
 
-// join checks which memberships bring what the input takes.
+// join checks which memberships the input has.
 func (e end) join(in Input, accept Acceptance) {
 	if accept.Join != JoinList && len(accept.Groups) > 0 {
 		e.fault(nil, ".join", accept.Groups[0].String(), "no groups with join="+accept.Join.String())
@@ -307,8 +304,7 @@ func (e end) vlan(v VLAN) {
 	}
 }
 
-// minBitRate is below what any stream has, and what the token bucket counts
-// exactly enough.
+// minBitRate is below any real stream, and still counted exactly enough by the token bucket.
 const minBitRate = 1000
 
 func (e end) rate(r Rate) {
@@ -382,7 +378,7 @@ func (e end) target(iface string, addr netip.Addr, length uint8, broadcast bool)
 	e.wholePrefix(addr, length)
 }
 
-// wholePrefix checks a prefix: what it holds is of one kind.
+// wholePrefix checks that a prefix has addresses of one kind.
 func (e end) wholePrefix(addr netip.Addr, length uint8) {
 	if int(length) >= addr.BitLen() {
 		e.fault(nil, ".prefix", fmt.Sprintf("/%d", length), fmt.Sprintf("/1 to /%d, or none for the address alone", addr.BitLen()-1))
@@ -411,10 +407,10 @@ func (e end) wholePrefix(addr netip.Addr, length uint8) {
 	}
 }
 
-// addressKinds are the blocks that a prefix must lie in as a whole or keep out of.
+// addressKinds are the blocks that a prefix must lie in entirely or not at all.
 var addressKinds = [...]struct {
 	prefix netip.Prefix
-	whole  bool // lying in it is all right
+	whole  bool // lying in it is allowed
 	want   string
 	class  error
 	source string
@@ -429,7 +425,7 @@ var addressKinds = [...]struct {
 	{netip.MustParsePrefix("ff00::/8"), true, "inside or outside of", nil, "multicast, RFC 4291 section 2.7"},
 }
 
-// prefix checks an output that is a prefix.
+// prefix checks an output prefix.
 func (e end) prefix(o Output, in Input) {
 	e.allGroups(o, in)
 	switch {
@@ -479,7 +475,7 @@ func (e end) family(addr, in netip.Addr) {
 	}
 }
 
-// source checks a source address that goes with a destination.
+// source checks a source address against its destination.
 func (e end) source(part string, source, addr netip.Addr) {
 	if !source.IsValid() {
 		e.fault(nil, part, "", "a unicast address")
@@ -531,15 +527,15 @@ func (e end) policy(o Output) {
 	}
 }
 
-// priority checks that a copy whose priority is set has a tag to carry it.
+// priority checks that a copy with a priority has a tag to carry it.
 func (e end) priority(o Output, in Input) {
 	if p := o.Policy; p.PCPSet && p.PCP <= 7 && (p.VLAN == VLANPop || p.VLAN == VLANKeep && in.VLAN == VLAN{}) {
 		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "a copy with a VLAN tag, which carries the priority: vlan=ID beside it")
 	}
 }
 
-// plain checks a policy that takes no value: that it is one of its enumeration,
-// and that the value beside it is not set.
+// plain checks a policy without a value: it must be one of its enumeration, and its value must not
+// be set.
 func plain[V any](e end, part string, policy fmt.Stringer, known bool, value V, unset bool) {
 	if !known {
 		e.fault(nil, part, policy.String(), "one of the policies declared")
@@ -548,7 +544,7 @@ func plain[V any](e end, part string, policy fmt.Stringer, known bool, value V, 
 	}
 }
 
-// unique checks an output against those in the slots before it.
+// unique checks an output against those in earlier slots.
 func (e end) unique(o Output, before []Output) {
 	for slot, b := range before {
 		if b.Interface == o.Interface && b.Address == o.Address && b.Len == o.Len && b.PortMode == o.PortMode && b.Port == o.Port &&
@@ -559,8 +555,8 @@ func (e end) unique(o Output, before []Output) {
 	}
 }
 
-// addrFault says what is wanted instead of an address that no packet on a wire
-// carries, "" when the address is good.
+// addrFault says what to use instead of an address that never appears on a wire, "" if the address
+// is valid.
 func addrFault(a netip.Addr) string {
 	if want := addrFormFault(a); want != "" {
 		return want
@@ -587,8 +583,8 @@ func addrFault(a netip.Addr) string {
 	return ""
 }
 
-// linkLocalFault says what is wanted instead of a group that no router may
-// forward, "" for any other address.
+// linkLocalFault says what to use instead of a group that no router may forward, "" for any other
+// address.
 func linkLocalFault(a netip.Addr) string {
 	if a.Is4() {
 		if b := a.As4(); b[0] == 224 && b[1] == 0 && b[2] == 0 {
@@ -604,8 +600,8 @@ func linkLocalFault(a netip.Addr) string {
 	return ""
 }
 
-// ssmRange is the source-specific range that holds a group (RFC 4607 section 1),
-// "" when none does.
+// ssmRange is the source-specific range that contains a group (RFC 4607 section 1), "" if none
+// does.
 func ssmRange(a netip.Addr) string {
 	switch {
 	case a.Is4() && a.As4()[0] == 232:
