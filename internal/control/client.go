@@ -23,31 +23,30 @@ import (
 )
 
 const (
-	// clientTimeout is more than a server ever takes.
+	// clientTimeout exceeds any time that a server takes.
 	clientTimeout = 90 * time.Second
-	// slowAfter is when a client says that it waits, and how long it tries to connect to a
+	// slowAfter is when a client reports that it waits, and how long it tries to connect to a
 	// daemon whose queue is full.
 	slowAfter = 2 * time.Second
-	// queuePause is between two such tries.
+	// queuePause is the delay between these attempts.
 	queuePause = 20 * time.Millisecond
-	// maxAnswer bounds what a client takes in, in bytes: the statistics of
-	// 100,000 rules fit several times over.
+	// maxAnswer limits the size of an answer, in bytes: the statistics of 100,000 rules fit several
+	// times over.
 	maxAnswer = 1 << 30
-	// expectOver is the length from which on a body is sent only once the
-	// server wants it (RFC 9110 section 10.1.1): a server that refuses without
-	// reading closes the connection, and its answer could be lost to the
-	// failing write.
+	// expectOver is the length from which a body is sent only once the server requests it (RFC 9110
+	// section 10.1.1): a server that refuses without reading closes the connection, and the failing
+	// write could lose its answer.
 	expectOver = 32 << 10
 )
 
-// Client speaks to the daemon behind a socket. It is safe for concurrent use
-// and holds nothing open between calls.
+// Client speaks to the daemon behind a socket. It is safe for concurrent use and holds nothing open
+// between calls.
 //
-// Every method can fail with ErrNotRunning when no daemon listens, with
-// ErrForbidden, and with ErrUnavailable when the daemon does not answer.
+// Every method can fail with ErrNotRunning if no daemon listens, with ErrForbidden, and with
+// ErrUnavailable if the daemon does not answer.
 type Client struct {
-	// Slow is called with a line for people when a call has had no answer for 2 seconds;
-	// the call goes on. Nil: not called. Set it before the first call; it is called from other
+	// Slow is called with a message for the user when a call has had no answer for 2 seconds; the
+	// call continues. Nil: not called. Set it before the first call; it is called from other
 	// goroutines.
 	Slow func(line string)
 
@@ -61,7 +60,7 @@ var _ Backend = (*Client)(nil)
 func NewClient(socket string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, socket) }
 	return &Client{socket: socket, http: http.Client{
-		// One connection a call: a waiting client does not hold up others.
+		// One connection per call: a waiting client does not hold up others.
 		Transport: &http.Transport{
 			DialContext: dial, DisableKeepAlives: true, DisableCompression: true,
 			ExpectContinueTimeout: 5 * time.Second,
@@ -70,8 +69,8 @@ func NewClient(socket string) *Client {
 	}}
 }
 
-// dial connects to a socket. While its queue is full, which is no more than many clients at
-// once, it tries again.
+// dial connects to a socket. It retries while the socket's queue is full, which only means many
+// simultaneous clients.
 func dial(ctx context.Context, socket string) (net.Conn, error) {
 	var d net.Dialer
 	for end := time.Now().Add(slowAfter); ; {
@@ -93,8 +92,8 @@ func dial(ctx context.Context, socket string) (net.Conn, error) {
 	}
 }
 
-// wait is a call that waits for its answer.
-type wait struct{ pid atomic.Int32 } // of the daemon, 0 before it is known
+// wait is a call waiting for its answer.
+type wait struct{ pid atomic.Int32 } // of the daemon, 0 while unknown
 
 // waitKey is the context key of a call's *wait.
 type waitKey struct{}
@@ -107,7 +106,7 @@ func (w *wait) connected(c net.Conn) {
 	}
 }
 
-// line says what is waited for.
+// line says what the call waits for.
 func (w *wait) line(socket string) string {
 	who, why := "xdpcast", "it is busy, or hangs"
 	if pid := w.pid.Load(); pid > 0 {
@@ -125,7 +124,7 @@ func isStopped(pid int32) bool {
 	if err != nil {
 		return false
 	}
-	_, state, _ := strings.Cut(string(stat), ") ") // behind the name, which may hold anything
+	_, state, _ := strings.Cut(string(stat), ") ") // after the name, which may contain anything
 	return strings.HasPrefix(state, "T") || strings.HasPrefix(state, "t")
 }
 
@@ -172,12 +171,12 @@ func (c *Client) Apply(ctx context.Context, all []rules.Rule, o ApplyOptions) (A
 	return c.ApplyFile(ctx, file, o)
 }
 
-// ApplyFile is Apply with the text of a file of rules (rules.ParseFile).
+// ApplyFile is Apply with the text of a rule file (rules.ParseFile).
 func (c *Client) ApplyFile(ctx context.Context, file []byte, o ApplyOptions) (ApplyResult, error) {
 	return ask[ApplyResult](ctx, c, http.MethodPut, "/v1/rules"+o.query(), rulesFile(file))
 }
 
-// query is the part of the path that says how.
+// query is the options as a URL query.
 func (o ApplyOptions) query() string { return o.queryWith(url.Values{}) }
 
 func (o ApplyOptions) queryWith(q url.Values) string {
@@ -232,24 +231,24 @@ func (c *Client) Rollback(ctx context.Context, back int, o ApplyOptions) (ApplyR
 	return ask[ApplyResult](ctx, c, http.MethodPost, "/v1/rollback"+o.queryWith(q), nil)
 }
 
-// Upgrade has the daemon replace itself by the binary at its path, and returns when that is ready,
-// within timeout. After an error the daemon goes on.
+// Upgrade replaces the daemon with the binary at its path, and returns when that is ready, within
+// timeout. After an error the old daemon keeps running.
 func (c *Client) Upgrade(ctx context.Context, timeout time.Duration) (UpgradeResult, error) {
 	return ask[UpgradeResult](ctx, c, http.MethodPost, "/v1/upgrade?timeout="+timeout.String(), nil)
 }
 
-// rulesFile is a body that is a file of rules rather than JSON.
+// rulesFile is a body that is a rule file rather than JSON.
 type rulesFile []byte
 
-// ask is call for an answer of type T.
+// ask is call with an answer of type T.
 func ask[T any](ctx context.Context, c *Client, method, path string, in any) (T, error) {
 	var v T
 	err := c.call(ctx, method, path, in, &v)
 	return v, err
 }
 
-// rulePath is the path of one rule. Dots are escaped too, or a rule named ".."
-// would be a step up.
+// rulePath is the path of one rule. Dots are escaped too, or a rule named ".." would refer to the
+// parent path.
 func rulePath(name string) (string, error) {
 	if name == "" {
 		return "", Errorf(KindInvalid, "rule name is empty")
@@ -313,7 +312,7 @@ func request(ctx context.Context, method, path string, in any) (*http.Request, e
 	return req, nil
 }
 
-// transportError says in the user's words why there is no answer.
+// transportError explains to the user why there is no answer.
 func (c *Client) transportError(ctx context.Context, err error) error {
 	switch {
 	case ctx.Err() != nil:
@@ -327,12 +326,12 @@ func (c *Client) transportError(ctx context.Context, err error) error {
 	}
 	var urlErr *url.Error
 	if errors.As(err, &urlErr) {
-		err = urlErr.Err // without the method and the made-up URL
+		err = urlErr.Err // without the method and the placeholder URL
 	}
 	return Errorf(KindUnavailable, "no answer from xdpcast at %s: %w", c.socket, err)
 }
 
-// answeredError turns the body of a refusal into the error that the server had.
+// answeredError converts the body of an error answer into the server's error.
 func (c *Client) answeredError(status int, body io.Reader) error {
 	var e errorAnswer
 	data, err := io.ReadAll(io.LimitReader(body, 64<<10))

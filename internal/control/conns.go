@@ -16,10 +16,10 @@ type peerConn struct {
 	net.Conn
 	peer    peer
 	access  access
-	release func() // gives the slot back, once
+	release func() // releases the slot, once
 }
 
-// Write turns errors that net/http answers by itself into those of the API.
+// Write converts errors that net/http answers itself to API errors.
 func (c *peerConn) Write(b []byte) (int, error) {
 	answer := ownError(b)
 	if answer == nil {
@@ -31,7 +31,7 @@ func (c *peerConn) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// CloseWrite has net/http wait for a client that is still sending what was refused.
+// CloseWrite makes net/http wait for a client that is still sending a refused body.
 func (c *peerConn) CloseWrite() error {
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
@@ -45,15 +45,15 @@ func (c *peerConn) Close() error {
 	return err
 }
 
-// unixListener is a *Listener, or a *net.UnixListener.
+// unixListener is a *Listener or a *net.UnixListener.
 type unixListener interface {
 	net.Listener
 	AcceptUnix() (*net.UnixConn, error)
 }
 
-// limitListener accepts at most max connections at once for each level of
-// access, so that peers who may do nothing cannot keep out those who may. A
-// connection over the limit is answered and closed at once.
+// limitListener accepts at most max simultaneous connections for each level of access, so that
+// peers without access cannot lock out others. A connection over the limit is answered and closed
+// at once.
 type limitListener struct {
 	unixListener
 	max    int
@@ -63,20 +63,20 @@ type limitListener struct {
 	mu   sync.Mutex
 	open [accessLevels]int
 
-	refused [accessLevels]refusals // of Accept, which one goroutine calls
+	refused [accessLevels]refusals // of Accept, called by one goroutine
 }
 
-// refusalPause is how often refused connections are logged, for each level of access:
-// a client that connects in a loop must not fill the log.
+// refusalPause is the minimum interval of logging refused connections, for each level of access: a
+// client that connects in a loop must not fill the log.
 const refusalPause = 10 * time.Second
 
-// refusals says which refused connections to log.
+// refusals rate-limits the log of refused connections.
 type refusals struct {
 	logged time.Time // the last one
 	silent int       // since then
 }
 
-// log says whether to log one at a time, and how many were not logged before it.
+// log returns whether to log a refusal, and how many were suppressed before it.
 func (r *refusals) log(now time.Time) (silent int, ok bool) {
 	if !r.logged.IsZero() && now.Sub(r.logged) < refusalPause {
 		r.silent++
@@ -137,24 +137,24 @@ func (l *limitListener) give(a access) {
 	l.open[a]--
 }
 
-// refuse answers without reading the request. The answer fits the socket's
-// buffer; the deadline is for the case that it should not.
+// refuse answers without reading the request. The answer fits the socket's buffer; the deadline is
+// a safeguard.
 func refuse(c *net.UnixConn, max int) {
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(100 * time.Millisecond))
 	_, _ = c.Write(rawAnswer(http.StatusServiceUnavailable, Errorf(KindUnavailable, "too many connections: %d are open", max)))
 }
 
-// rawAnswer is a whole answer, after which the connection is closed.
+// rawAnswer is a complete answer, after which the connection is closed.
 func rawAnswer(status int, err error) []byte {
 	body := errorBody(err)
 	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
 		status, http.StatusText(status), len(body), body)
 }
 
-// ownError is the answer to send in place of one that net/http makes by itself for
-// requests that come to no handler, nil for every other. Those have these two headers alone,
-// or are a bare 417, and come in one write; JSON holds no line break to look like it.
+// ownError is the answer to send instead of one that net/http generates itself for requests without
+// a handler; otherwise nil. Those have only these two headers, or are a bare 417, and come in one
+// write; JSON contains no line break that could look like it.
 func ownError(b []byte) []byte {
 	head, text, whole := bytes.Cut(b, []byte("\r\n\r\n"))
 	line, headers, _ := bytes.Cut(head, []byte("\r\n"))
@@ -180,8 +180,8 @@ func withConn(ctx context.Context, c *peerConn) context.Context {
 	return context.WithValue(ctx, connKey{}, c)
 }
 
-// CallerUID returns the user on whose behalf the server calls its backend, as the kernel
-// knows it; false when nobody asked through the API.
+// CallerUID returns the user for whom the server calls its backend, as reported by the kernel;
+// false if the call is not from the API.
 func CallerUID(ctx context.Context) (uid uint32, ok bool) {
 	c, ok := connOf(ctx)
 	if !ok {
@@ -198,26 +198,26 @@ func connOf(ctx context.Context) (*peerConn, bool) {
 // causeKey is the context key of a Cause.
 type causeKey struct{}
 
-// WithCause says why the daemon itself calls its backend: a signal, a file that has changed.
+// WithCause records why the daemon itself calls its backend: a signal, a changed file.
 func WithCause(ctx context.Context, cause string) context.Context {
 	return context.WithValue(ctx, causeKey{}, cause)
 }
 
-// Cause returns what WithCause was given, empty for nothing.
+// Cause returns the cause set by WithCause, empty if none.
 func Cause(ctx context.Context) string {
 	cause, _ := ctx.Value(causeKey{}).(string)
 	return cause
 }
 
-// newConns keeps the connections that have not sent a request yet: a graceful
-// shutdown has nothing to wait for on them.
+// newConns tracks the connections that have not sent a request yet: a graceful shutdown need not
+// wait for them.
 type newConns struct {
 	mu    sync.Mutex
 	conns map[net.Conn]struct{}
 	done  bool
 }
 
-// track is an http.Server.ConnState.
+// track is a callback for http.Server.ConnState.
 func (n *newConns) track(c net.Conn, state http.ConnState) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

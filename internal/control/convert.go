@@ -2,15 +2,14 @@ package control
 
 import "xdpcast/pkg/rules"
 
-// ToRule parses and validates r by itself; how it goes with other rules is
-// rules.ValidateSet's to say. Errors match ErrInvalid and those of package
-// rules, and name the rule; they have a line for every fault.
+// ToRule parses and validates r by itself; rules.ValidateSet checks it against other rules. Errors
+// match ErrInvalid and those of package rules, and name the rule; they have a line for every fault.
 func ToRule(r Rule) (rules.Rule, error) {
 	out, err := toRule(r)
 	if err != nil {
 		return rules.Rule{}, Errorf(KindInvalid, "rule %.100q: %w", r.Name, err)
 	}
-	if err := out.Validate(); err != nil { // names the rule by itself
+	if err := out.Validate(); err != nil { // its errors name the rule
 		return rules.Rule{}, Wrap(KindInvalid, err)
 	}
 	return out, nil
@@ -40,7 +39,7 @@ func toRule(r Rule) (rules.Rule, error) {
 	return out, nil
 }
 
-// FromRule is the reverse of ToRule: every part in its canonical form.
+// FromRule is the inverse of ToRule: every part in its canonical form.
 func FromRule(r rules.Rule) Rule {
 	out := Rule{Name: r.Name, In: r.FormatInputs(), Out: make([]string, 0, len(r.Out)), Path: r.Path.String()}
 	out.Merge, out.Failover = r.FormatStream()
@@ -50,5 +49,5 @@ func FromRule(r rules.Rule) Rule {
 	return out
 }
 
-// FormatInput is an input of a rule in its canonical form.
+// FormatInput formats an input of a rule in its canonical form.
 func FormatInput(leg rules.Leg) string { return rules.FormatInput(leg.In, leg.Accept) }

@@ -12,7 +12,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// decodeRule reads exactly one rule.
+// decodeRule decodes exactly one rule.
 func decodeRule(body io.Reader) (r Rule, err error) {
 	dec := newDecoder(body)
 	if err := r.decode(dec); err != nil {
@@ -21,8 +21,8 @@ func decodeRule(body io.Reader) (r Rule, err error) {
 	return r, bodyError(atEnd(dec))
 }
 
-// decode reads one rule, and takes the keys for what they are: encoding/json by itself
-// lets case and all but the last of several of one name pass.
+// decode decodes one rule with strict keys: encoding/json by itself ignores case and all but the
+// last of several equal keys.
 func (r *Rule) decode(dec *json.Decoder) error {
 	start, err := dec.Token()
 	if err != nil {
@@ -38,7 +38,7 @@ func (r *Rule) decode(dec *json.Decoder) error {
 		if err != nil {
 			return unexpectedEnd(err)
 		}
-		key := token.(string) // the decoder takes no other for a key
+		key := token.(string) // the decoder accepts only strings as keys
 		field := fields[key]
 		switch {
 		case field == nil:
@@ -62,11 +62,11 @@ func (r *Rule) decode(dec *json.Decoder) error {
 	return unexpectedEnd(err)
 }
 
-// yamlType is the media type of a file of rules (RFC 9512).
+// yamlType is the media type of a rule file (RFC 9512).
 const yamlType = "application/yaml"
 
-// readRules reads the set of rules that a body is: a file of rules if it says so, else
-// a JSON list.
+// readRules decodes the set of rules in a body: a rule file if the media type says so, otherwise a
+// JSON list.
 func readRules(r *http.Request) ([]rules.Rule, error) {
 	switch media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); {
 	case err == nil && media == yamlType:
@@ -76,14 +76,13 @@ func readRules(r *http.Request) ([]rules.Rule, error) {
 		}
 		all, err := rules.ParseFile("body", data)
 		return all, wrapSet(err)
-	default: // curl calls all that it sends a form
+	default: // curl declares any body as a form
 		return decodeRules(r.Body)
 	}
 }
 
-// decodeRules reads a list of rules, one at a time: the text of 100,000 of
-// them is never held as a whole. null is refused, as it is not a way to say
-// that every rule should go.
+// decodeRules decodes a list of rules, one at a time, so that the text of 100,000 of them is never
+// held in memory. It refuses null, which should not mean removing every rule.
 func decodeRules(body io.Reader) ([]rules.Rule, error) {
 	dec := newDecoder(body)
 	first, err := dec.Token()
@@ -120,8 +119,8 @@ func decodeRules(body io.Reader) ([]rules.Rule, error) {
 	return all, nil
 }
 
-// ValidateSet is rules.ValidateSet, with the kind that a fault has here: KindConflict for
-// one between rules, KindInvalid for one of a rule by itself.
+// ValidateSet is rules.ValidateSet with API kinds: KindConflict for a fault between rules,
+// KindInvalid for one of a rule by itself.
 func ValidateSet(all []rules.Rule) error { return wrapSet(rules.ValidateSet(all)) }
 
 func wrapSet(err error) error {
@@ -133,9 +132,9 @@ func wrapSet(err error) error {
 
 func newDecoder(body io.Reader) *json.Decoder { return json.NewDecoder(&oneSpace{from: body}) }
 
-// oneSpace passes JSON on with a single byte for each run of white space between its
-// values. json.Decoder looks a run over from its beginning with each read, which takes
-// quadratic time: seconds for some megabytes of blanks.
+// oneSpace filters JSON, replacing each run of white space between values by a single byte.
+// json.Decoder rescans a run from its beginning with each read, which takes quadratic time: seconds
+// for some megabytes of blanks.
 type oneSpace struct {
 	from                     io.Reader
 	inText, escaped, inSpace bool
@@ -151,7 +150,7 @@ func (r *oneSpace) Read(p []byte) (int, error) {
 	}
 }
 
-// squeeze moves what stays to the front, and returns how much that is.
+// squeeze moves the remaining bytes to the front, and returns their number.
 func (r *oneSpace) squeeze(p []byte) (n int) {
 	for _, c := range p {
 		space := !r.inText && (c == ' ' || c == '\t' || c == '\r' || c == '\n')
@@ -172,7 +171,7 @@ func (r *oneSpace) squeeze(p []byte) (n int) {
 	return n
 }
 
-// atEnd makes sure that nothing follows the value.
+// atEnd checks that nothing follows the value.
 func atEnd(dec *json.Decoder) error {
 	_, err := dec.Token()
 	switch {
@@ -192,7 +191,7 @@ func unexpectedEnd(err error) error {
 	return err
 }
 
-// plain takes the package's name off an error of encoding/json.
+// plain removes the package's name from an error of encoding/json.
 func plain(err error) error {
 	if text, ok := strings.CutPrefix(err.Error(), "json: "); ok {
 		return errors.New(text)
@@ -200,7 +199,7 @@ func plain(err error) error {
 	return unexpectedEnd(err)
 }
 
-// bodyError gives an error of reading or decoding a body its kind.
+// bodyError assigns a kind to an error of reading or decoding a body.
 func bodyError(err error) error {
 	var tooLarge *http.MaxBytesError
 	switch {

@@ -1,5 +1,5 @@
-// Package control is xdpcast's API: its types, and the server and the client of
-// the HTTP+JSON that they speak over a unix socket.
+// Package control is xdpcast's API: its types, and its server and client, HTTP and JSON over a unix
+// socket.
 //
 //	GET    /v1/status                 Status
 //	GET    /v1/rules                  []RuleStatus
@@ -20,16 +20,15 @@
 //	GET    /v1/history                []HistoryEntry
 //	POST   /v1/rollback[?back=N]      ApplyResult
 //
-// Bodies are JSON with the names given in the types' tags; keys that the API
-// does not know are refused, in bodies and in queries alike. Every answer that
-// is not a success is {"error": "one line", "kind": "..."}, see Kind. Lists are
-// never null.
+// Bodies are JSON with the names in the types' tags; unknown keys are refused, in bodies and in
+// queries. Every error answer is {"error": "one line", "kind": "..."}, see Kind. Lists are never
+// null.
 //
-// Anybody may connect to the socket; the kernel's word about the peer
-// (SO_PEERCRED and SO_PEERGROUPS, unix(7), socket(7)) decides what it may do:
-// root and the daemon's own user read and write, members of Options.ReadGroups
-// read, everybody else is told what is missing.
+// Anybody may connect to the socket; the peer's credentials from the kernel (SO_PEERCRED and
+// SO_PEERGROUPS, unix(7), socket(7)) determine its access: root and the daemon's own user read and
+// write, members of Options.ReadGroups read, everyone else gets an error that names the missing
+// access.
 package control
 
-// DefaultSocket is where the daemon listens unless told otherwise.
+// DefaultSocket is the daemon's default socket.
 const DefaultSocket = "/run/xdpcast/xdpcast.sock"

@@ -7,7 +7,7 @@ import (
 	"net/http"
 )
 
-// Kind says what went wrong in a word that programs can rely on.
+// Kind classifies an error for programs.
 type Kind string
 
 // The kinds, each with the HTTP status that carries it.
@@ -17,21 +17,21 @@ const (
 	KindNotFound    Kind = "not_found"   // 404: no such rule, or no such endpoint
 	KindConflict    Kind = "conflict"    // 409: a rule of that name or input exists already
 	KindTooLarge    Kind = "too_large"   // 413: the body is over MaxBody
-	KindFailed      Kind = "failed"      // 500: the request was right, doing it failed
-	KindUnavailable Kind = "unavailable" // 503: not now: starting, stopping or too busy
+	KindFailed      Kind = "failed"      // 500: the request was valid, but failed
+	KindUnavailable Kind = "unavailable" // 503: try again: starting, stopping or too busy
 )
 
-// Error is an error with a kind. The server sends the kind of the first Error
-// in a chain (KindFailed without one) and the whole chain's text; the client
-// gives an Error back, so that errors.Is(err, ErrNotFound) holds on both sides.
+// Error is an error with a kind. The server sends the kind of the first Error in a chain
+// (KindFailed without one) and the whole chain's text; the client returns an Error, so that
+// errors.Is(err, ErrNotFound) works on both sides.
 type Error struct {
 	Kind Kind
-	Msg  string // one line; the kind's own words when empty
+	Msg  string // one line; the kind's default text if empty
 
 	cause error
 }
 
-// One error a kind, to match with errors.Is and to wrap:
+// One error per kind, to match with errors.Is and to wrap:
 //
 //	fmt.Errorf("rule %q: %w", name, control.ErrNotFound)
 var (
@@ -44,13 +44,13 @@ var (
 	ErrUnavailable error = &Error{Kind: KindUnavailable}
 )
 
-// ErrNotRunning is what every method of Client fails with when no daemon listens.
+// ErrNotRunning is the error of every method of Client if no daemon listens.
 var ErrNotRunning = errors.New("no xdpcast is running")
 
-// ErrListening is what Listen fails with when another daemon has the socket.
+// ErrListening is the error of Listen if another daemon has the socket.
 var ErrListening = errors.New("another xdpcast is listening")
 
-// Wrap gives err a kind and keeps its text. It returns nil for nil.
+// Wrap adds a kind to err and keeps its text. It returns nil for nil.
 func Wrap(kind Kind, err error) error {
 	if err == nil {
 		return nil
@@ -79,7 +79,7 @@ func (e *Error) Error() string {
 	}
 }
 
-// Unwrap returns what Wrap was given.
+// Unwrap returns the error passed to Wrap.
 func (e *Error) Unwrap() error { return e.cause }
 
 // Is matches the Err variables by kind.
@@ -88,7 +88,7 @@ func (e *Error) Is(target error) bool {
 	return ok && t.Msg == "" && t.Kind == e.Kind
 }
 
-// kindOf returns the kind under which the server reports err.
+// kindOf returns the kind that the server reports for err.
 func kindOf(err error) Kind {
 	var e *Error
 	switch {
@@ -101,8 +101,7 @@ func kindOf(err error) Kind {
 	}
 }
 
-// status returns the HTTP status of the error's kind, 0 for a kind that is not
-// one of the API's.
+// status returns the HTTP status of the error's kind, 0 for an unknown kind.
 func (e *Error) status() int {
 	switch e.Kind {
 	case KindInvalid:

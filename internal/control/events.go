@@ -19,14 +19,14 @@ import (
 // Event is a change of state, see package events.
 type Event = events.Event
 
-// EventQuery says which events are wanted; the zero value: all that are kept.
+// EventQuery selects events; the zero value selects all stored ones.
 type EventQuery struct {
-	// After is the number of the event behind which they begin, and Since, unless it is zero,
-	// the time; Tail, unless it is 0, is how many of them at most, the newest.
+	// After is an event number: only later events; Since, unless it is zero, a time; Tail, unless
+	// it is 0, limits the result to the newest.
 	After uint64
 	Since time.Time
 	Tail  int
-	// Follow: those to come, too.
+	// Follow continues with new events.
 	Follow bool
 }
 
@@ -42,14 +42,14 @@ var eventsQuery = []string{querySince, queryTail, queryFollow}
 const (
 	ndjsonType = "application/x-ndjson"
 	sseType    = "text/event-stream"
-	// maxFollowers bounds how many clients follow at once, so that they leave connections to others.
+	// maxFollowers limits simultaneous followers, so that connections remain for other clients.
 	maxFollowers = DefaultMaxConns / 2
-	// eventsAtOnce is how many events are written at a time.
+	// eventsAtOnce is the number of events per write.
 	eventsAtOnce = 256
-	// stallTime is how long a client may take nothing before it is cut off: it can come again and is
-	// told what it has missed.
+	// stallTime is how long a client may read nothing before it is disconnected: it can reconnect,
+	// and is told what it missed.
 	stallTime = time.Minute
-	// heartbeat is how often a stream of server-sent events has something, for the client to know
+	// heartbeat is the longest silence of a stream of server-sent events, so that the client knows
 	// that it is alive.
 	heartbeat = 10 * time.Second
 )
@@ -71,7 +71,7 @@ func (q EventQuery) encode() string {
 	return v.Encode()
 }
 
-// readEventQuery reads what encode writes, and what a browser says of server-sent events.
+// readEventQuery parses the output of encode, and a browser's Last-Event-ID.
 func readEventQuery(r *http.Request) (q EventQuery, err error) {
 	if q.Follow, err = boolQuery(r, queryFollow); err != nil {
 		return q, err
@@ -102,8 +102,8 @@ func readEventQuery(r *http.Request) (q EventQuery, err error) {
 
 func wantsSSE(r *http.Request) bool { return strings.Contains(r.Header.Get("Accept"), sseType) }
 
-// serveEvents answers with events, one a line as JSON, or as server-sent events where the request
-// accepts these: they have the event's number for their id.
+// serveEvents answers with events, one a line as JSON, or as server-sent events if the request
+// accepts these; their id is the event's number.
 func (s *Server) serveEvents(w http.ResponseWriter, r *http.Request) {
 	q, err := readEventQuery(r)
 	if err != nil {
@@ -155,7 +155,7 @@ func (s *Server) serveEvents(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// stream writes an answer that goes on. Its time is not bounded as a whole, but each part of it is.
+// stream writes an endless answer. Each write has a timeout, the whole has none.
 type stream struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
@@ -165,11 +165,11 @@ type stream struct {
 
 func newStream(w http.ResponseWriter, sse bool) *stream {
 	s := &stream{w: w, control: http.NewResponseController(w), sse: sse}
-	// The server's bound is for requests that end.
+	// The server's timeout is for requests that end.
 	_ = s.control.SetReadDeadline(time.Time{})
 	w.Header().Set("Content-Type", ndjsonType)
 	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Accel-Buffering", "no") // a proxy is not to hold it back
+	w.Header().Set("X-Accel-Buffering", "no") // proxies must not buffer
 	if sse {
 		w.Header().Set("Content-Type", sseType)
 	}
@@ -207,7 +207,7 @@ func (s *stream) flush() error {
 	return s.control.Flush()
 }
 
-// wait waits for more events; false when there will be none, or the client is gone.
+// wait waits for more events; false if there will be none, or the client has disconnected.
 func (s *stream) wait(ctx context.Context, r *events.Reader) (more bool, err error) {
 	for {
 		beat, cancel := context.WithTimeout(ctx, heartbeat)
@@ -225,9 +225,10 @@ func (s *stream) wait(ctx context.Context, r *events.Reader) (more bool, err err
 	}
 }
 
-// Events calls each for every event that q asks for, in their order, until there are no more,
-// each fails, or ctx ends; it returns the error of that. Without Follow the end is no error; with it
-// the daemon has ended, or was too slow to tell, and the caller may ask again with the number of the last one.
+// Events calls each for every event that q selects, in order, until there are no more, each fails,
+// or ctx ends; it returns the error of the latter two. Without Follow the end is no error; with it
+// an error means that the daemon ended, or disconnected a slow client, and the caller may continue
+// after the last number.
 func (c *Client) Events(ctx context.Context, q EventQuery, each func(Event) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

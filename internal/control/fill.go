@@ -1,7 +1,7 @@
 package control
 
-// The functions here replace nil lists by empty ones, so that programs always
-// find a list where one is documented.
+// The functions here replace nil lists by empty ones, so that clients always find a list where one
+// is documented.
 
 func orEmpty[T any](s []T) []T {
 	if s == nil {
@@ -62,7 +62,7 @@ func (e *Explanation) fill() {
 	e.Memberships = orEmpty(e.Memberships)
 }
 
-// Fill makes lists that are nil empty, as the API has them.
+// Fill replaces nil lists by empty ones, as in the API.
 func (s *Status) Fill() { s.fill() }
 
 // Fill is Status.Fill.

@@ -13,18 +13,17 @@ import (
 	"time"
 )
 
-// endpoint does one method of one path. It returns the value to answer with;
-// nil means 204.
+// endpoint handles one method of one path. It returns the value of the answer; nil means 204.
 type endpoint struct {
 	method string
 	need   access
-	query  []string // the query keys that it knows
-	status int      // of success
+	query  []string // known query keys
+	status int      // on success
 	do     func(r *http.Request) (any, error)
 }
 
-// handler routes by path and then by method, so that a wrong method on a known
-// path is told apart from an unknown path.
+// handler routes by path and then by method, so that a wrong method on a known path differs from an
+// unknown path.
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
 	for pattern, endpoints := range s.endpoints() {
@@ -47,8 +46,8 @@ func (s *Server) handler() http.Handler {
 	}
 	mux.HandleFunc("/", unknown)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// ServeMux would answer these by itself: what is no path with 400, and "//" or
-		// ".." in one with a redirection to a page.
+		// ServeMux would answer these itself: an invalid path with 400, and "//" or ".." in one
+		// with a redirection to a page.
 		if p := r.URL.EscapedPath(); r.RequestURI == "*" || path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
 			unknown(w, r)
 			return
@@ -122,7 +121,7 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, endpoints []en
 	s.answer(w, r, e.status, value)
 }
 
-// reading hands on a request that may read, with the query keys that are known; nil: all.
+// reading passes a request on if the peer may read and its query keys are known; nil: all.
 func (s *Server) reading(query []string, serve http.HandlerFunc) http.HandlerFunc {
 	only := []endpoint{{method: http.MethodGet, need: accessRead}}
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -145,7 +144,7 @@ func (s *Server) reading(query []string, serve http.HandlerFunc) http.HandlerFun
 
 func choose(endpoints []endpoint, method string) (endpoint, error) {
 	if method == http.MethodHead {
-		method = http.MethodGet // net/http leaves the body out
+		method = http.MethodGet // net/http omits the body
 	}
 	for _, e := range endpoints {
 		if e.method == method {
@@ -163,7 +162,7 @@ func allow(endpoints []endpoint) string {
 	return strings.Join(methods, ", ")
 }
 
-// permit holds the peer's access against what the endpoint needs.
+// permit checks the peer's access against that required by the endpoint.
 func (s *Server) permit(r *http.Request, need access) error {
 	if s.allow != nil {
 		return s.allow(r, need)
@@ -197,8 +196,7 @@ func join(gids []uint32, sep string) string {
 	return strings.Join(words, sep)
 }
 
-// knownQuery refuses query keys that the endpoint does not know: a misspelt
-// dry_run must not do the real thing.
+// knownQuery refuses unknown query keys: a misspelt dry_run must not make the change.
 func knownQuery(r *http.Request, known []string) error {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -215,7 +213,7 @@ func knownQuery(r *http.Request, known []string) error {
 	return nil
 }
 
-// audit logs who asked for a change.
+// audit logs who requested a change.
 func (s *Server) audit(r *http.Request, took time.Duration, err error) {
 	args := []any{"method", r.Method, "path", oneLine(r.URL.Path, 200), "took", took}
 	if c, ok := connOf(r.Context()); ok {
@@ -346,7 +344,7 @@ func (s *Server) postUpgrade(r *http.Request) (any, error) {
 	return s.opts.Upgrade(context.WithoutCancel(r.Context()), timeout)
 }
 
-// ParseUpgradeTimeout reads how long a new daemon may take.
+// ParseUpgradeTimeout parses the time limit for a new daemon to become ready.
 func ParseUpgradeTimeout(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	if err != nil || d < time.Second || d > MaxUpgradeTimeout {
@@ -386,7 +384,7 @@ func applyOptions(r *http.Request) (o ApplyOptions, err error) {
 	return o, nil
 }
 
-// ParseConfirm reads the time that a change may wait for confirmation.
+// ParseConfirm parses the time for confirming a change.
 func ParseConfirm(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	if err != nil || d < MinConfirm || d > MaxConfirm {
@@ -414,7 +412,7 @@ func (s *Server) answerError(w http.ResponseWriter, r *http.Request, status int,
 	s.opts.Log.Debug("control request refused", "method", oneLine(r.Method, 20), "path", oneLine(r.URL.Path, 200), "err", err)
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(errorBody(err)) // a client that is gone needs no answer
+	_, _ = w.Write(errorBody(err)) // a disconnected client needs no answer
 }
 
 func (s *Server) answer(w http.ResponseWriter, r *http.Request, status int, value any) {
@@ -429,14 +427,13 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, status int, valu
 	}
 }
 
-// errorAnswer is the body of every answer that is not a success.
+// errorAnswer is the body of every error answer.
 type errorAnswer struct {
 	Error string `json:"error"`
 	Kind  Kind   `json:"kind"`
 }
 
-// maxErrorText bounds an error's text in bytes: a set of rules can be wrong in
-// 100,000 slots.
+// maxErrorText limits an error's text in bytes: a set of 100,000 rules can have as many faults.
 const maxErrorText = 8 << 10
 
 func errorBody(err error) []byte {
@@ -444,8 +441,8 @@ func errorBody(err error) []byte {
 	return append(body, '\n')
 }
 
-// oneLine puts s, which may come from anywhere, on one line of at most max
-// bytes and a mark that something is missing.
+// oneLine puts s, which may have any source, on one line of at most max bytes and a mark if it is
+// truncated.
 func oneLine(s string, max int) string {
 	s = strings.TrimRight(s, "\r\n")
 	cut := len(s) > max
@@ -457,7 +454,7 @@ func oneLine(s string, max int) string {
 			return ' '
 		}
 		return r
-	}, strings.ToValidUTF8(s, "")) // the cut may have split a rune
+	}, strings.ToValidUTF8(s, "")) // truncating may have split a rune
 	s = strings.ReplaceAll(s, "\n", "; ")
 	if cut {
 		s += " ..."

@@ -20,18 +20,17 @@ import (
 	"xdpcast/internal/lockfile"
 )
 
-// maxSocketPath is what fits sockaddr_un.sun_path with its closing NUL, unix(7).
+// maxSocketPath is the length limit of sockaddr_un.sun_path with its closing NUL, unix(7).
 const maxSocketPath = 107
 
-// Listen makes the unix socket at path, and its directory (0755) if that is absent. Root,
-// the process's own user and members of readGroups can connect to it, and no others
-// (unless there are groups and its file system has no access control lists); what they may
-// do there is the Server's to decide. A socket that a dead daemon left is
-// replaced; a live one is not: errors.Is(err, ErrListening). Anything else at path is left
-// alone and an error. A lock file stays beside the socket.
+// Listen creates the unix socket at path, and its directory (0755) if that does not exist. Only
+// root, the process's own user and members of readGroups can connect to it (if there are groups and
+// its file system has no access control lists, everyone can); the Server decides what they may do.
+// It replaces a socket left by a dead daemon, but not a live one: errors.Is(err, ErrListening).
+// Anything else at path is an error and left alone. A lock file stays next to the socket.
 //
-// The caller closes the listener, or gives it to Server.Serve which does;
-// closing removes the socket.
+// The caller closes the listener, or passes it to Server.Serve which does; closing removes the
+// socket.
 func Listen(path string, readGroups []uint32) (_ *Listener, err error) {
 	switch {
 	case path == "" || strings.HasPrefix(path, "@"):
@@ -43,9 +42,9 @@ func Listen(path string, readGroups []uint32) (_ *Listener, err error) {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 
-	// Two daemons that start at once would both find a dead socket, and the
-	// second would remove the first one's new socket. The lock keeps one of them
-	// out from the look to the bind.
+	// Of two daemons that start simultaneously, both would find a dead socket, and the second would
+	// remove the new socket of the first. The lock excludes one of them from the check until the
+	// bind.
 	lock, err := lockfile.Take(path + ".lock")
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
@@ -58,8 +57,7 @@ func Listen(path string, readGroups []uint32) (_ *Listener, err error) {
 	if err := removeStale(path); err != nil {
 		return nil, err
 	}
-	// The socket has the mode of its descriptor from the first moment on
-	// (unix_bind in net/unix/af_unix.c).
+	// The socket has the mode of its descriptor from the start (unix_bind in net/unix/af_unix.c).
 	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var chmodErr error
 		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
@@ -80,7 +78,7 @@ type Listener struct {
 	*net.UnixListener
 
 	mu      sync.Mutex
-	resumed chan struct{} // closed when accepting goes on; nil: it does
+	resumed chan struct{} // closed when accepting resumes; nil: not paused
 
 	closing sync.Once
 	closed  chan struct{}
@@ -104,8 +102,8 @@ func newListener(ln net.Listener) (*Listener, error) {
 	return &Listener{UnixListener: u, closed: make(chan struct{})}, nil
 }
 
-// Inherit is Listen for a socket that another process listens on at path, and leaves to this one;
-// it owns ln. Close leaves the socket to the other process before Own.
+// Inherit is Listen for a socket on which another process listens at path, and which it hands over;
+// Inherit takes ownership of ln. Before Own, Close leaves the socket to the other process.
 func Inherit(ln net.Listener, path string) (*Listener, error) {
 	if ln.Addr().Network() != "unix" || ln.Addr().String() != path {
 		return nil, errors.Join(fmt.Errorf("listen: the socket that was passed is %v, want %s", ln.Addr(), path), ln.Close())
@@ -117,17 +115,17 @@ func Inherit(ln net.Listener, path string) (*Listener, error) {
 	return l, err
 }
 
-// Own has Close remove the socket.
+// Own makes Close remove the socket.
 func (l *Listener) Own() { l.SetUnlinkOnClose(true) }
 
-// Pause lets clients wait in the socket's queue until resume is called, or for another process that
-// listens on it, too.
+// Pause makes clients wait in the socket's queue until resume is called, or for another process
+// that also listens on it.
 func (l *Listener) Pause() (resume func()) {
 	resumed := make(chan struct{})
 	l.mu.Lock()
 	l.resumed = resumed
 	l.mu.Unlock()
-	_ = l.SetDeadline(time.Unix(1, 0)) // wakes Accept; of a closed listener nobody waits
+	_ = l.SetDeadline(time.Unix(1, 0)) // wakes Accept; harmless if closed
 	return sync.OnceFunc(func() {
 		l.mu.Lock()
 		l.resumed = nil
@@ -137,10 +135,10 @@ func (l *Listener) Pause() (resume func()) {
 	})
 }
 
-// Leave has Close leave the socket to another process that listens on it.
+// Leave makes Close leave the socket to another process that also listens on it.
 func (l *Listener) Leave() { l.SetUnlinkOnClose(false) }
 
-// AcceptUnix is that of net.UnixListener, but for pauses.
+// AcceptUnix is net.UnixListener's, with support for pauses.
 func (l *Listener) AcceptUnix() (*net.UnixConn, error) {
 	for {
 		c, err := l.UnixListener.AcceptUnix()
@@ -161,8 +159,8 @@ func (l *Listener) AcceptUnix() (*net.UnixConn, error) {
 	}
 }
 
-// letIn lets members of groups connect to the socket at path, and its owner whatever the
-// umask was. Without others nobody can fill its queue but those who may use it.
+// letIn lets its owner and members of groups connect to the socket at path, whatever the umask.
+// Without others, only clients with access can fill its queue.
 func letIn(path string, groups []uint32) error {
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -173,10 +171,10 @@ func letIn(path string, groups []uint32) error {
 	if len(groups) == 0 {
 		return os.Chmod(socket, 0o600)
 	}
-	// Not by chown, which the packaged service may not.
+	// Not by chown, which the packaged service is not allowed.
 	err = unix.Setxattr(socket, "system.posix_acl_access", groupACL(groups), 0)
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return os.Chmod(socket, 0o666) // the Server tells them apart
+		return os.Chmod(socket, 0o666) // the Server distinguishes them
 	}
 	if err != nil {
 		return fmt.Errorf("give groups %s access to socket %s: %w", join(groups, ", "), path, err)
@@ -185,8 +183,8 @@ func letIn(path string, groups []uint32) error {
 }
 
 // groupACL is an access control list in the form of the xattr system.posix_acl_access
-// (include/uapi/linux/posix_acl_xattr.h, little-endian), as of mode 0600 and with groups
-// that may read and write.
+// (include/uapi/linux/posix_acl_xattr.h, little-endian): mode 0600 plus groups with read and write
+// access.
 func groupACL(groups []uint32) []byte {
 	const (
 		version                             = 2
@@ -212,8 +210,8 @@ func groupACL(groups []uint32) []byte {
 	return acl
 }
 
-// makeDir makes an absent directory 0755 whatever the umask; one that is there
-// is the administrator's.
+// makeDir creates a missing directory with mode 0755, whatever the umask; an existing one belongs
+// to the administrator.
 func makeDir(dir string) error {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -241,7 +239,7 @@ func removeStale(path string) error {
 	case err == nil:
 		c.Close()
 		return fmt.Errorf("%w at %s", ErrListening, path)
-	case errors.Is(err, unix.EAGAIN), errors.Is(err, os.ErrDeadlineExceeded): // alive, its backlog full
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, os.ErrDeadlineExceeded): // alive with a full backlog
 		return fmt.Errorf("%w at %s", ErrListening, path)
 	case !errors.Is(err, unix.ECONNREFUSED):
 		return fmt.Errorf("listen: cannot tell whether %s is in use: %w", path, err)

@@ -10,8 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peer is the process at the other end of a connection, as the kernel knew it
-// when it connected.
+// peer is the process at the other end of a connection, with its credentials when it connected.
 type peer struct {
 	pid    int32
 	uid    uint32
@@ -19,17 +18,17 @@ type peer struct {
 	groups []uint32 // supplementary
 }
 
-// access is what a peer may do; each level includes those before it.
+// access is the level of access of a peer; each level includes the lower ones.
 type access int
 
 const (
 	accessNone access = iota
 	accessRead
 	accessWrite
-	accessLevels // how many there are
+	accessLevels // number of levels
 )
 
-// access decides what the peer may do at a daemon that runs as ownUID.
+// access is the peer's access to a daemon that runs as ownUID.
 func (p peer) access(ownUID uint32, readGroups []uint32) access {
 	if p.uid == 0 || p.uid == ownUID {
 		return accessWrite
@@ -42,7 +41,7 @@ func (p peer) access(ownUID uint32, readGroups []uint32) access {
 	return accessNone
 }
 
-// peerOf asks the kernel who is at the other end of c.
+// peerOf reads the peer's credentials from the kernel.
 func peerOf(c *net.UnixConn) (peer, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -64,8 +63,8 @@ func peerOf(c *net.UnixConn) (peer, error) {
 	return p, nil
 }
 
-// peerGroups reads SO_PEERGROUPS (socket(7)): an array of gid_t, ERANGE with
-// the length needed when the buffer is too short.
+// peerGroups reads SO_PEERGROUPS (socket(7)): an array of gid_t, ERANGE with the required length if
+// the buffer is too short.
 func peerGroups(fd uintptr) ([]uint32, error) {
 	const gidSize = 4
 	groups := make([]uint32, 32)
@@ -78,7 +77,7 @@ func peerGroups(fd uintptr) ([]uint32, error) {
 			return groups[:size/gidSize], nil
 		case errno == unix.ERANGE && int(size) > len(groups)*gidSize:
 			groups = make([]uint32, size/gidSize)
-		case errno == unix.ENOPROTOOPT: // before Linux 4.13, or a peer that has no group list
+		case errno == unix.ENOPROTOOPT: // before Linux 4.13, or a peer without a group list
 			return nil, nil
 		default:
 			return nil, fmt.Errorf("groups: %w", errno)

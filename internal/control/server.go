@@ -13,7 +13,7 @@ import (
 	"xdpcast/internal/events"
 )
 
-// Bounds of the API.
+// Limits of the API.
 const (
 	// MaxBody is the longest request body in bytes; 100,000 rules fit.
 	MaxBody = 32 << 20
@@ -23,43 +23,43 @@ const (
 	maxHeader = 16 << 10
 )
 
-// Timeouts bound every phase of a connection: no client can hold one open by
-// being slow. The zero value of a field stands for its default.
+// Timeouts limit every phase of a connection: a slow client cannot hold one open. The zero value of
+// a field means its default.
 type Timeouts struct {
-	Header time.Duration // from connecting to the end of the request's header; 5 s
-	Read   time.Duration // to the end of the request's body; 30 s
-	Write  time.Duration // from the header's end to the end of the answer, the work included; 60 s
+	Header time.Duration // from connecting to the end of the request header; 5 s
+	Read   time.Duration // to the end of the request body; 30 s
+	Write  time.Duration // from the end of the header to the end of the answer, including the work; 60 s
 	Idle   time.Duration // between two requests; 30 s
-	Grace  time.Duration // for requests under way at shutdown; 5 s
+	Grace  time.Duration // for requests in progress at shutdown; 5 s
 }
 
-// Options configures a Server; the zero value is good.
+// Options configures a Server; the zero value is usable.
 type Options struct {
-	// Log gets refused connections and every change with who asked for it; nil discards.
+	// Log receives refused connections and every change with its author; nil discards.
 	Log *slog.Logger
 	// ReadGroups are the group ids whose members may read; none by default.
 	ReadGroups []uint32
-	// MaxConns bounds the connections open at once, separately for peers who
-	// may write, who may read, and who may do neither.
+	// MaxConns limits simultaneous connections, separately for peers that may write, that may read,
+	// and that may do neither.
 	MaxConns int
 	Timeouts Timeouts
-	// Metrics answers GET /v1/metrics for those who may read; nil: there is no such endpoint.
+	// Metrics answers GET /v1/metrics for peers that may read; nil: no such endpoint.
 	Metrics http.Handler
-	// Events answers GET /v1/events; nil: there is no such endpoint.
+	// Events answers GET /v1/events; nil: no such endpoint.
 	Events *events.Log
-	// Upgrade answers POST /v1/upgrade; nil: there is no such endpoint.
+	// Upgrade answers POST /v1/upgrade; nil: no such endpoint.
 	Upgrade func(ctx context.Context, timeout time.Duration) (UpgradeResult, error)
-	// Tap answers POST /v1/rules/NAME/tap; nil: there is no such endpoint.
+	// Tap answers POST /v1/rules/NAME/tap; nil: no such endpoint.
 	Tap Tapper
 }
 
-// Server serves a Backend. Make it with NewServer.
+// Server serves a Backend. Create it with NewServer.
 type Server struct {
 	backend Backend
 	opts    Options
 	uid     uint32 // the daemon's own
 
-	allow     func(r *http.Request, need access) error // in place of what the peer may; nil: that
+	allow     func(r *http.Request, need access) error // replaces the check of the peer's access if not nil
 	followers atomic.Int32
 }
 
@@ -83,9 +83,9 @@ func setDefault[T int | time.Duration](v *T, def T) {
 	}
 }
 
-// Serve answers on ln, which must be of unix sockets as Listen makes them,
-// until ctx ends; then it takes no more connections, gives the requests under
-// way Timeouts.Grace to finish and returns nil. It always closes ln.
+// Serve serves ln, a listener of unix sockets as made by Listen, until ctx ends; then it accepts no
+// more connections, gives requests in progress Timeouts.Grace to finish and returns nil. It always
+// closes ln.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	defer ln.Close()
 	unixLn, ok := ln.(unixListener)
@@ -93,7 +93,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		return errors.New("control: serve: the listener is not a unix socket, so that peers cannot be told apart")
 	}
 
-	// Requests under way outlive ctx by the grace.
+	// Requests in progress outlive ctx by the grace period.
 	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	fresh := &newConns{conns: map[net.Conn]struct{}{}}
@@ -136,12 +136,12 @@ func (s *Server) httpServer(base context.Context, fresh *newConns) *http.Server 
 		IdleTimeout:       s.opts.Timeouts.Idle,
 		MaxHeaderBytes:    maxHeader,
 
-		DisableGeneralOptionsHandler: true, // answers without the API's errors
+		DisableGeneralOptionsHandler: true, // it would not use the API's errors
 		ErrorLog:                     slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelWarn),
 	}
 }
 
-// connContext hands the peer's credentials to the requests of its connection.
+// connContext passes the peer's credentials to the requests of its connection.
 func connContext(ctx context.Context, c net.Conn) context.Context {
 	if pc, ok := c.(*peerConn); ok {
 		return withConn(ctx, pc)

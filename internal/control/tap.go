@@ -14,16 +14,16 @@ import (
 	"xdpcast/internal/tap"
 )
 
-// TapQuery says which packets are to be tapped.
+// TapQuery selects the packets to tap.
 type TapQuery struct {
 	Rule string
 	tap.Options
-	// Count is how many packets are wanted at most; 0: any number.
+	// Count limits the number of packets; 0: no limit.
 	Count uint64
 }
 
-// Tapper shows packets of a rule until ctx ends or q has its count. It writes a pcapng file to what
-// start returns, which it calls once it is sure to begin: an error before that changes nothing.
+// Tapper records packets of a rule until ctx ends or q.Count is reached. It calls start once it is
+// certain to begin, and writes a pcapng file to its result: an error before that changes nothing.
 type Tapper func(ctx context.Context, q TapQuery, start func() io.Writer) error
 
 const pcapngType = "application/x-pcapng"
@@ -66,7 +66,7 @@ func formatSlots(slots uint64) string {
 	return strings.Join(words, ",")
 }
 
-// ParseSlots reads "0,2", "all", or "" for none.
+// ParseSlots parses "0,2", "all", or "" for none.
 func ParseSlots(text string) (slots uint64, err error) {
 	switch text {
 	case "":
@@ -84,7 +84,7 @@ func ParseSlots(text string) (slots uint64, err error) {
 	return slots, nil
 }
 
-// readTapQuery reads what encode writes. Nothing said is everything.
+// readTapQuery parses the output of encode. An empty query selects everything.
 func readTapQuery(r *http.Request) (q TapQuery, err error) {
 	values := r.URL.Query()
 	q.Rule, q.Options = r.PathValue("name"), tap.Everything
@@ -116,9 +116,8 @@ func readTapQuery(r *http.Request) (q TapQuery, err error) {
 	return q, Wrap(KindInvalid, q.Check())
 }
 
-// serveTap answers with packets until the request's body ends, or the client is gone: its last block
-// says how many were lost. Packets are what a rule carries, and may be confidential: who may not
-// write may not see them.
+// serveTap answers with packets until the request's body ends, or the client disconnects: its last
+// block counts lost packets. Packets may be confidential: peers without write access may not tap.
 func (s *Server) serveTap(w http.ResponseWriter, r *http.Request) {
 	only := []endpoint{{method: http.MethodPost, need: accessWrite}}
 	if _, err := choose(only, r.Method); err != nil {
@@ -140,7 +139,7 @@ func (s *Server) serveTap(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	begin := time.Now()
-	// The bounds of a request that ends are not for one that goes on; each write has its own.
+	// The timeouts are for requests that end; each write has its own.
 	if err := errors.Join(control.EnableFullDuplex(), control.SetReadDeadline(time.Time{})); err != nil {
 		s.fail(w, r, err)
 		return
@@ -152,7 +151,7 @@ func (s *Server) serveTap(w http.ResponseWriter, r *http.Request) {
 		started = true
 		go func() {
 			defer cancel()
-			_, _ = io.Copy(io.Discard, r.Body) // until its end, or the client's
+			_, _ = io.Copy(io.Discard, r.Body) // until it ends, or the client disconnects
 		}()
 		w.Header().Set("Content-Type", pcapngType)
 		w.Header().Set("Cache-Control", "no-store")
@@ -167,19 +166,19 @@ func (s *Server) serveTap(w http.ResponseWriter, r *http.Request) {
 	_ = control.SetReadDeadline(time.Now())
 }
 
-// refuseTap answers a tap that does not begin. It reads the first byte of the body before, which the
-// client sends with its header: a client whose write fails with EPIPE, since the connection is closed
-// by then, never reads the answer.
+// refuseTap answers a tap that cannot begin. It first reads the first byte of the body, which the
+// client sends with its header: a client whose write fails with EPIPE, because the connection is
+// already closed, never reads the answer.
 func (s *Server) refuseTap(w http.ResponseWriter, r *http.Request, control *http.ResponseController, refused error) {
 	_ = control.SetReadDeadline(time.Now().Add(tapRefusalGrace))
 	_, _ = r.Body.Read(make([]byte, 1))
 	s.fail(w, r, refused)
 }
 
-// tapRefusalGrace bounds the wait of refuseTap for clients that send a body late.
+// tapRefusalGrace limits refuseTap's wait for clients that send a body late.
 const tapRefusalGrace = time.Second
 
-// tapStream hands on each write at once, and gives a client a minute for it.
+// tapStream flushes each write at once, and gives a client a minute for it.
 type tapStream struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
@@ -191,16 +190,16 @@ func (s *tapStream) Write(p []byte) (int, error) {
 	return n, errors.Join(err, s.control.Flush())
 }
 
-// Tap copies what q asks for to out, in whole blocks, until the count is reached or ctx ends; then
-// it takes what the daemon has still to say. It says how many packets were written, and how many the
-// tap has lost. Errors of out are returned as they are.
+// Tap copies the packets that q selects to out, in whole blocks, until the count is reached or ctx
+// ends; then it reads the rest from the daemon. It returns how many packets were written, and how
+// many the tap lost. Errors of out are returned unchanged.
 func (c *Client) Tap(ctx context.Context, q TapQuery, out io.Writer) (packets, lost uint64, err error) {
 	path, err := rulePath(q.Rule)
 	if err != nil {
 		return 0, 0, err
 	}
-	// The daemon goes by the end of the body; the call itself is cut off only when it does not
-	// end soon afterwards.
+	// The daemon stops at the end of the body; the call itself is cancelled only if it does not end
+	// soon afterwards.
 	call, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	body, end := io.Pipe()
@@ -210,7 +209,7 @@ func (c *Client) Tap(ctx context.Context, q TapQuery, out io.Writer) (packets, l
 		time.AfterFunc(tapGrace, cancel)
 	})
 	defer stop()
-	// net/http sends the header with the first of the body.
+	// net/http sends the header with the first bytes of the body.
 	begun := io.MultiReader(strings.NewReader("\n"), body)
 	req, err := http.NewRequestWithContext(call, http.MethodPost, "http://xdpcast"+path+"/tap?"+q.encode(), begun)
 	if err != nil {

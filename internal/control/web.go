@@ -13,9 +13,9 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// NewHandler serves b to those who have no unix socket, such as a browser: everybody may read, and
-// who has the token may write; with an empty token nobody may. Whom to serve at all is the
-// caller's to decide.
+// NewHandler serves b to clients without a unix socket, such as a browser: everyone may read, and
+// clients with the token may write; with an empty token nobody may. Restricting who can connect is
+// left to the caller.
 func NewHandler(b Backend, o Options, token string) http.Handler {
 	s := NewServer(b, o)
 	want := sha256.Sum256([]byte(token))
@@ -27,7 +27,7 @@ func NewHandler(b Backend, o Options, token string) http.Handler {
 			return Errorf(KindForbidden, "this address only reads: changes need xdpcast run --token-file")
 		}
 		given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-		// Hashes have one length, so that the time taken tells nothing of the token's.
+		// Hashes have equal length, so the comparison's time reveals nothing about the token's.
 		if got := sha256.Sum256([]byte(given)); !ok || subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
 			s.opts.Log.Warn("change without the token refused", "peer", r.RemoteAddr, "method", r.Method, "path", oneLine(r.URL.Path, 200))
 			return Errorf(KindForbidden, "the token is missing or wrong: want the header Authorization: Bearer TOKEN")
@@ -37,8 +37,8 @@ func NewHandler(b Backend, o Options, token string) http.Handler {
 	return s.handler()
 }
 
-// Fault is what is wrong with a field of a rule: "name", "in", "out[2]", "path", or "" for the rule
-// as a whole.
+// Fault is a fault of a rule's field: "name", "in", "out[2]", "path", or "" for the rule as a
+// whole.
 type Fault struct {
 	Field   string `json:"field"`
 	Message string `json:"message"`
@@ -47,11 +47,11 @@ type Fault struct {
 // Check is what CheckRule finds.
 type Check struct {
 	Faults []Fault `json:"faults"`
-	// Rule is the rule in its canonical form where there are none.
+	// Rule is the rule in its canonical form if there are no faults.
 	Rule *Rule `json:"rule,omitempty"`
 }
 
-// CheckRule finds what is wrong with a rule by itself, each fault with its field.
+// CheckRule validates a rule by itself, and returns each fault with its field.
 func CheckRule(r Rule) Check {
 	c := Check{Faults: []Fault{}}
 	parsed := rules.Rule{Name: r.Name}
@@ -96,7 +96,7 @@ func (c *Check) add(field string, err error) {
 	c.Faults = append(c.Faults, Fault{field, oneLine(err.Error(), maxErrorText)})
 }
 
-// split takes a joined error apart.
+// split splits a joined error.
 func split(err error) []error {
 	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		return joined.Unwrap()
@@ -107,7 +107,7 @@ func split(err error) []error {
 	return []error{err}
 }
 
-// baseField is the field that a person fills in: "out[2]" of "out[2].ttl".
+// baseField is the field as filled in by a user: "out[2]" of "out[2].ttl".
 func baseField(field string) string {
 	base, _, _ := strings.Cut(field, ".")
 	if base == "out" {
@@ -166,7 +166,7 @@ func (s *Server) serveExport(w http.ResponseWriter, r *http.Request) {
 		file = rules.AppendRule(file, rule)
 	}
 	w.Header().Set("Content-Type", yamlType)
-	_, _ = w.Write(rules.EndFile(file)) // a client that is gone needs no answer
+	_, _ = w.Write(rules.EndFile(file)) // a disconnected client needs no answer
 }
 
 const queryOrigin = "origin"
@@ -181,7 +181,7 @@ func (c *Client) PutRule(ctx context.Context, rule Rule, o ApplyOptions) (ApplyR
 	return ask[ApplyResult](ctx, c, http.MethodPut, path+o.query(), rule)
 }
 
-// ServeJSON answers with a value, or with the error of one.
+// ServeJSON answers with a value, or with its error.
 func ServeJSON(w http.ResponseWriter, value any, err error) {
 	w.Header().Set("Content-Type", "application/json")
 	if err != nil {

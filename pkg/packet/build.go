@@ -13,13 +13,13 @@ type Frame struct {
 	SrcPort, DstPort uint16
 	TTL, TOS         uint8
 	Options          []byte // IPv4 options; a multiple of 4 bytes
-	// Extensions are IPv6 extension headers, of which FirstExtension is the first
-	// one's number; the last leads to UDP.
+	// Extensions are IPv6 extension headers; FirstExtension is the protocol number of the first.
+	// The last one's next header is UDP.
 	FirstExtension uint8
 	Extensions     []byte
 	NoChecksum     bool // leave the UDP checksum zero
 	Payload        []byte
-	Padding        int // bytes behind the IP packet
+	Padding        int // bytes after the IP packet
 }
 
 // Build returns the frame with both checksums computed.
@@ -74,9 +74,9 @@ func (f Frame) appendIPv6(b []byte) []byte {
 	return append(b, f.Extensions...)
 }
 
-// Fragment splits a whole frame into fragments of at most size bytes of payload
-// each, a multiple of 8 (RFC 791 section 3.2, RFC 8200 section 4.5), with the
-// identification given. The frame must have no IPv6 extension headers.
+// Fragment splits an unfragmented frame into fragments of at most size bytes of payload each, a
+// multiple of 8 (RFC 791 section 3.2, RFC 8200 section 4.5), with the given identification. The
+// frame must have no IPv6 extension headers.
 func Fragment(frame []byte, id uint32, size int) [][]byte {
 	h, ok := Parse(frame)
 	if !ok || h.Part != Whole {

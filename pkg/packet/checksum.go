@@ -2,10 +2,9 @@ package packet
 
 import "encoding/binary"
 
-// Checksums says whether the checksums of a frame are right, computed from
-// scratch. h is what Parse said of it. A UDP checksum of zero over IPv4 is right:
-// the sender made none (RFC 768). A fragment's UDP checksum cannot be told and
-// counts as right.
+// Checksums says whether the checksums of a frame are correct, computed from scratch. h is the
+// result of Parse. A UDP checksum of zero over IPv4 is correct: the sender computed none (RFC 768).
+// A fragment's UDP checksum cannot be verified and counts as correct.
 func Checksums(frame []byte, h *Headers) (ip, udp bool) {
 	l3 := frame[h.L3 : h.L3+h.L3Len]
 	ip = true
@@ -16,7 +15,7 @@ func Checksums(frame []byte, h *Headers) (ip, udp bool) {
 		return ip, true
 	}
 	if binary.BigEndian.Uint16(frame[h.UDP+6:]) == 0 {
-		return ip, h.Dst.Is4() // IPv6 wants one (RFC 8200 section 8.1)
+		return ip, h.Dst.Is4() // IPv6 requires one (RFC 8200 section 8.1)
 	}
 	length := binary.BigEndian.Uint16(frame[h.UDP+4:])
 	datagram := frame[h.UDP : h.UDP+int(length)]
@@ -25,7 +24,7 @@ func Checksums(frame []byte, h *Headers) (ip, udp bool) {
 	return ip, fold(total) == 0xffff
 }
 
-// addresses returns the source and destination, which the pseudo header begins with.
+// addresses returns the source and destination, the beginning of the pseudo header.
 func addresses(l3 []byte, h *Headers) []byte {
 	if h.Dst.Is4() {
 		return l3[12:20]
@@ -43,9 +42,9 @@ func sum(b []byte) (total uint64) {
 	return total
 }
 
-// FinishChecksum computes the UDP checksum of a whole datagram whose sender left that to
-// a device: the field holds the sum of the pseudo header. It is false where that is not so, and
-// where the checksum is right all the same, which it then stays.
+// FinishChecksum completes the UDP checksum of an unfragmented datagram whose sender left it to a
+// device: the field then holds the sum of the pseudo header. It returns false, and changes nothing,
+// if the field holds anything else or is already correct.
 func FinishChecksum(frame []byte, h *Headers) bool {
 	if h.Part != Whole {
 		return false
@@ -65,8 +64,8 @@ func FinishChecksum(frame []byte, h *Headers) bool {
 	return finished != check
 }
 
-// FillChecksums computes both checksums of a frame from scratch. h is what Parse
-// said of it. A fragment's UDP checksum is left as it is.
+// FillChecksums computes both checksums of a frame from scratch. h is the result of Parse. It
+// leaves a fragment's UDP checksum alone.
 func FillChecksums(frame []byte, h *Headers) {
 	l3 := frame[h.L3 : h.L3+h.L3Len]
 	if h.Dst.Is4() {

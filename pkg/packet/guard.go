@@ -9,23 +9,23 @@ import (
 	"time"
 )
 
-// Limits of the loop guard; bpf/include/guard.h has the same.
+// Parameters of the loop guard, as in bpf/include/guard.h.
 const (
-	// GuardBudget is how many packets of a flow are looked at in each tick.
+	// GuardBudget is the number of packets of a flow that are inspected in each tick.
 	GuardBudget = 64
-	// GuardWindow is for how long a content is remembered after it was relayed: loops
-	// that take longer are not found.
+	// GuardWindow is how long a payload is remembered after it was relayed: slower loops are not
+	// found.
 	GuardWindow = 512 << guardShift * time.Nanosecond
-	// GuardReturns packets of another sender are returns if they are more than
-	// GuardRatio times those of the first.
+	// GuardReturns packets of another sender are returns if they are more than GuardRatio times
+	// those of the first.
 	GuardReturns = 6
 	GuardRatio   = 4
-	// GuardHeal is when a loop is over: nothing came back for so long. Its way is
-	// remembered for GuardMemory.
+	// GuardHeal is the time without returns after which a loop is over. Its path is remembered for
+	// GuardMemory.
 	GuardHeal   = 10 * time.Second
 	GuardMemory = time.Minute
 
-	guardShift  = 20 // from nanoseconds to the time of slots
+	guardShift  = 20 // from nanoseconds to the time unit of slots
 	guardSlots  = 16384
 	guardOthers = 6
 	guardWays   = 4
@@ -56,14 +56,13 @@ const (
 	guardK2 = 0x94d049bb133111eb
 )
 
-// Guard finds packets that have been relayed before and come back: the twin of
-// bpf/include/guard.h, which says how. Its memory is shared: methods may be called from
-// any number of goroutines. Rules are numbers that the caller gives them; times are
-// nanoseconds of any clock that does not go back.
+// Guard finds packets that have been relayed before and come back: the twin of bpf/include/guard.h,
+// which explains it. Its memory is shared: methods may be called from any number of goroutines.
+// Rules are numbers assigned by the caller; times are nanoseconds of any monotonic clock.
 type Guard struct {
-	// Unlimited looks at every packet, for comparison with a program without budget.
+	// Unlimited inspects every packet, for comparison with a program without budget.
 	Unlimited bool
-	// Secret makes the marks of this host its own.
+	// Secret makes this host's marks unique.
 	Secret uint32
 
 	slots [guardSlots]guardSlot
@@ -79,18 +78,18 @@ type GuardLoop struct {
 	Ways        [guardWays]GuardWay
 }
 
-// GuardWay is a way on which packets come back; Last is 0 in one that is free.
+// GuardWay is a path on which packets come back; Last is 0 if it is unused.
 type GuardWay struct {
 	First, Last int64
 	Packets     uint64 // dropped
-	Index       int    // interface that they come in on
-	From        uint32 // rule that had sent the last one
+	Index       int    // input interface
+	From        uint32 // rule that sent the last one before
 	MAC         [6]byte
 	Source      netip.Addr
 
 	sender   uint32
-	forgiven int64 // when the sender proved to send by itself; 0: it did not
-	probed   int64 // when a packet was last let pass, to see whether it comes back
+	forgiven int64 // when the sender proved to send by itself; 0: never
+	probed   int64 // when a packet was last let pass as a probe, to test whether it comes back
 	probe    uint32
 	orphans  uint32
 }
@@ -129,29 +128,30 @@ type guardOther struct {
 	packets, soon uint16
 }
 
-// GuardPacket is a packet as the guard sees it.
+// GuardPacket is a packet as seen by the guard.
 type GuardPacket struct {
-	Rule     uint32 // that takes it
-	Index    int    // interface that it came in on
+	Rule     uint32 // the matching rule
+	Index    int    // input interface
 	Outputs  int    // of the rule
-	Ethernet bool   // the frame came with its source MAC
-	// TwoWay says that the rule's circle is meant: besides marks, the numbers of senders tell a loop.
+	Ethernet bool   // the frame has its source MAC
+	// TwoWay says that the rule's loop is intended: besides marks, packet counts per sender detect
+	// a loop.
 	TwoWay bool
-	// Fronted says that the relay program has looked at the packet before: marks of what one sender
-	// repeats are left to it.
+	// Fronted says that the relay program has already inspected the packet: marking a single
+	// sender's repeats is left to it.
 	Fronted bool
 	At      int64
 }
 
-// GuardPace decides which packets of a flow are looked at: the first of each tick, and
-// all while its rate multiplies. One goroutine at a time uses it.
+// GuardPace selects the packets of a flow to inspect: the first of each tick, and all while its
+// rate multiplies. It is not for concurrent use.
 type GuardPace struct {
 	tick          int64
 	packets, pace uint32
 	watched       uint32
 }
 
-// Looks counts a packet, and says whether it is one to look at.
+// Looks counts a packet, and returns whether to inspect it.
 func (p *GuardPace) Looks(g *Guard, rule uint32, at int64) bool {
 	if tick := at / int64(guardTick); tick != p.tick {
 		p.tick = tick
@@ -174,14 +174,14 @@ func (g *Guard) has(rule uint32) bool {
 	return g.loops[rule] != nil
 }
 
-// GuardMark is what copies of a frame are to bear, to know them again when they come back:
-// in the identification of IPv4, or the flow label of IPv6. The zero GuardMark is none.
+// GuardMark is the mark to write into copies of a frame, which identifies them when they come back:
+// in the IPv4 identification, or the IPv6 flow label. The zero GuardMark is none.
 type GuardMark struct {
 	value uint16
 	set   bool
 }
 
-// Apply writes the mark into headers of an IPv4 or IPv6 packet, whose IP header begins at l3.
+// Apply writes the mark into the headers of an IPv4 or IPv6 packet whose IP header begins at l3.
 func (m GuardMark) Apply(headers []byte, l3 int, is4 bool) {
 	if !m.set {
 		return
@@ -197,19 +197,18 @@ func (m GuardMark) Apply(headers []byte, l3 int, is4 bool) {
 	binary.BigEndian.PutUint16(check, ^fold(sum))
 }
 
-// GuardVerdict is what a Guard says of a packet.
+// GuardVerdict is a Guard's verdict on a packet.
 type GuardVerdict uint8
 
 // The verdicts.
 const (
 	GuardPass GuardVerdict = iota
-	GuardCut               // it has left this host before and comes back by a way that loops: drop it
-	GuardEcho              // it likely does: relay it, and note it
+	GuardCut               // it left this host before and came back on a loop path: drop it
+	GuardEcho              // it likely did: relay it, and note it
 )
 
-// Returned says whether a frame has left this host before and comes back by a way that
-// loops; it remembers it otherwise, and says what its copies are to bear. h is what Parse said
-// of the frame.
+// Returned says whether a frame left this host before and came back on a loop path; otherwise it
+// remembers the frame, and returns the mark for its copies. h is the result of Parse.
 func (g *Guard) Returned(frame []byte, h *Headers, p GuardPacket) (GuardVerdict, GuardMark) {
 	signature, sum := guardSignature(frame, h)
 	sender := guardSender(frame, h, p.Ethernet)
@@ -218,7 +217,7 @@ func (g *Guard) Returned(frame []byte, h *Headers, p GuardPacket) (GuardVerdict,
 	s := &g.slots[at]
 	s.mu.Lock()
 	defer func() { s.mu.Unlock() }()
-	// Another content must not hide one that is being counted: it gets the next slot.
+	// Another payload must not displace one that is being counted: it gets the next slot.
 	if !s.same(signature, sum) && s.counts(seen) {
 		s.mu.Unlock()
 		s = &g.slots[at^1]
@@ -234,20 +233,20 @@ func (g *Guard) Returned(frame []byte, h *Headers, p GuardPacket) (GuardVerdict,
 	return GuardPass, GuardMark{}
 }
 
-// fresh says whether the slot's content was relayed within GuardWindow.
+// fresh says whether the slot's payload was relayed within GuardWindow.
 func (s *guardSlot) fresh(seen uint32) bool { return seen-s.seen <= uint32(GuardWindow>>guardShift) }
 
-// counts says whether the slot's content comes again and again, or has just come again.
+// counts says whether the slot's payload keeps repeating, or has just repeated.
 func (s *guardSlot) counts(seen uint32) bool {
 	return s.arrivals > 1 && s.fresh(seen) || s.arrivals > 0 && seen-s.seen <= guardFresh
 }
 
-// same says whether a content is the slot's. Relays may drop the checksum.
+// same says whether a payload is the slot's. Relays may drop the checksum.
 func (s *guardSlot) same(signature uint32, sum uint16) bool {
 	return s.signature == signature && (s.sum == sum || s.sum == 0 || sum == 0)
 }
 
-// again is for a packet whose content is in the slot.
+// again handles a packet whose payload is in the slot.
 func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum uint16, p *GuardPacket) (GuardVerdict, GuardMark) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -266,7 +265,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 	}
 	seen := uint32(p.At >> guardShift)
 	port := guardPort(frame, h)
-	// No sender gives the number of a fragment again so soon (RFC 6864, RFC 8200).
+	// No sender reuses a fragment's identification so soon (RFC 6864, RFC 8200).
 	byNumbers := p.TwoWay || h.Part == LaterFragment
 	var packets, fewest uint32
 	var asks bool
@@ -306,7 +305,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		fewest = s.fewest(s.packets, at)
 		asks = guardAsks(packets, guardAsk)
 		if s.cut > 0 || loop != nil && p.At-loop.Last < int64(GuardHeal) {
-			// Of a rule that loops, other ways need less to be believed.
+			// Once a rule loops, other paths need fewer returns.
 			returns, ratio = 2, 1
 		}
 	}
@@ -322,7 +321,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 		found = s.back(step) || found
 		asks, next = true, step+1
 	case mark != s.id && s.foreign < guardAlien:
-		// Another relay's, for that to find.
+		// Another relay's mark: let that one find it.
 		s.foreign++
 		asks = false
 	case asks:
@@ -343,7 +342,7 @@ func (g *Guard) again(s *guardSlot, frame []byte, h *Headers, sender uint32, sum
 	return GuardPass, GuardMark{}
 }
 
-// back notes a packet that has come back with a mark, and says whether that proves a loop.
+// back records a packet that came back with a mark, and returns whether that proves a loop.
 func (s *guardSlot) back(step uint32) bool {
 	if s.arrivals-s.marked > guardNear {
 		s.steps = 0
@@ -353,7 +352,7 @@ func (s *guardSlot) back(step uint32) bool {
 	return guardProof>>s.steps&1 != 0
 }
 
-// guardPort is the source port, as in the packet; 0 in later fragments.
+// guardPort is the source port, in network byte order; 0 in later fragments.
 func guardPort(frame []byte, h *Headers) uint16 {
 	if h.Part == LaterFragment {
 		return 0
@@ -361,12 +360,13 @@ func guardPort(frame []byte, h *Headers) uint16 {
 	return binary.NativeEndian.Uint16(frame[h.UDP:])
 }
 
-// mark is a mark of a content: the step after it is for a packet that has come back with it.
+// mark is the mark of a payload for a step: the next step is for a packet that came back with this
+// one.
 func (s *guardSlot) mark(step, secret uint32) uint16 {
 	return uint16(guardHash(uint64(s.signature), uint64(secret)) + step%guardSteps*guardStride)
 }
 
-// stepOf says which mark of this host a packet bears; guardSteps: none.
+// stepOf returns which of this host's marks a packet carries; guardSteps: none.
 func (s *guardSlot) stepOf(mark uint16, secret uint32) uint32 {
 	step := uint32(guardSteps)
 	for i := range uint32(guardSteps) {
@@ -377,13 +377,13 @@ func (s *guardSlot) stepOf(mark uint16, secret uint32) uint32 {
 	return step
 }
 
-// guardAsks says whether a content has come so often that it is marked: so many times and 63
-// more, the 256th to the 319th, the 2048th to the 2111th.
+// guardAsks says whether a payload has repeated often enough to be marked: from, and the 63 packets
+// after it, then from the 256th to the 319th, and from the 2048th to the 2111th.
 func guardAsks(packets, from uint32) bool {
 	return packets-from < 64 || packets-256 < 64 || packets-2048 < 64
 }
 
-// markOf is where a mark is in a frame, nil if it can bear none.
+// markOf is the position of a mark in a frame, nil if the frame cannot carry one.
 func markOf(frame []byte, h *Headers) []byte {
 	if h.FragmentID != 0 || h.Part != Whole {
 		return nil
@@ -398,11 +398,11 @@ func markPlace(frame []byte, h *Headers) []byte {
 	return frame[h.L3+4 : h.L3+6]
 }
 
-// markIn is what is where a mark would be.
+// markIn is the current value at the position of a mark.
 func markIn(frame []byte, h *Headers) uint16 { return binary.NativeEndian.Uint16(markPlace(frame, h)) }
 
-// other is the place among the others of a sender and its port: its own, or that of the
-// one with the fewest packets, those that came early last.
+// other is the index of a sender and its port among the others: its own, or a replacement: the
+// entry with the fewest packets, early senders last.
 func (s *guardSlot) other(sender, seen uint32) int {
 	at, fewest := 0, ^uint32(0)
 	for i := range s.others {
@@ -421,7 +421,7 @@ func (s *guardSlot) other(sender, seen uint32) int {
 	return at
 }
 
-// fewest is the fewest packets of one who may have been first, but for the one at place
+// fewest is the lowest packet count of a sender that may have been first, ignoring the one at index
 // not.
 func (s *guardSlot) fewest(fewest uint32, not int) uint32 {
 	for i := range s.others {
@@ -432,7 +432,7 @@ func (s *guardSlot) fewest(fewest uint32, not int) uint32 {
 	return fewest
 }
 
-// found makes a way known.
+// found records a loop path.
 func (g *Guard) found(s *guardSlot, h *Headers, frame []byte, sender uint32, p *GuardPacket) {
 	loop := g.loops[p.Rule]
 	if loop == nil {
@@ -455,7 +455,7 @@ func (g *Guard) found(s *guardSlot, h *Headers, frame []byte, sender uint32, p *
 	loop.cut(way, s, p)
 }
 
-// cut notes a packet that came back by a known way.
+// cut records a packet that came back on a known path.
 func (l *GuardLoop) cut(way *GuardWay, s *guardSlot, p *GuardPacket) {
 	if l.Since == 0 || p.At-l.Last > int64(GuardHeal) {
 		l.Since = p.At
@@ -475,9 +475,9 @@ func (l *GuardLoop) wayOf(sender uint32) *GuardWay {
 	return nil
 }
 
-// known says what becomes of a packet on a known way: it is cut mostly. Now and then one is
-// let pass, and when it does not come back the way is forgotten. So is one on which more
-// comes than was sent.
+// known decides on a packet on a known path: it is usually dropped. Occasionally one passes as a
+// probe, and if it does not come back the path is forgotten. So is one on which more packets come
+// than were sent.
 func (l *GuardLoop) known(w *GuardWay, s *guardSlot, p *GuardPacket) (cut, known bool) {
 	if w == nil || p.At-w.Last >= int64(GuardMemory) || w.isForgiven(p.At) {
 		return false, false
@@ -510,7 +510,7 @@ func (w *GuardWay) isForgiven(at int64) bool {
 	return w != nil && w.forgiven != 0 && at-w.forgiven < int64(GuardMemory)
 }
 
-// Loops returns the rules whose packets have come back within GuardMemory, by number.
+// Loops returns the rules whose packets came back within GuardMemory, by number.
 func (g *Guard) Loops(at int64) []GuardLoop {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
@@ -524,7 +524,7 @@ func (g *Guard) Loops(at int64) []GuardLoop {
 	return all
 }
 
-// Forget forgets the loops of rules that are no more, and what they relayed last.
+// Forget forgets the loops of removed rules, and the packets they relayed last.
 func (g *Guard) Forget(gone map[uint32]bool) {
 	if len(gone) == 0 {
 		return
@@ -546,7 +546,7 @@ func (g *Guard) Forget(gone map[uint32]bool) {
 
 func guardHash(a, b uint64) uint32 { return uint32((a*guardK1 + b*guardK2) >> 32) }
 
-// guardSender is the sender of a packet: its MAC and address. Never 0.
+// guardSender identifies the sender of a packet: its MAC and IP address, hashed. Never 0.
 func guardSender(frame []byte, h *Headers, ethernet bool) uint32 {
 	var mac uint64
 	if ethernet {
@@ -560,8 +560,8 @@ func guardSender(frame []byte, h *Headers, ethernet bool) uint32 {
 	return guardHash((word(8)<<32|word(12))^(word(16)<<32|word(20))*guardK2, mac) | 1
 }
 
-// guardSignature is the same wherever a payload is relayed, and so is the sum, which is 0
-// without a UDP checksum.
+// guardSignature and the sum are invariant when a payload is relayed; the sum is 0 without a UDP
+// checksum.
 func guardSignature(frame []byte, h *Headers) (signature uint32, sum uint16) {
 	ip := frame[h.L3:]
 	if h.Part == LaterFragment {
@@ -582,8 +582,8 @@ func guardSignature(frame []byte, h *Headers) (signature uint32, sum uint16) {
 	return guardBytes(udp), sum
 }
 
-// guardSum is the sum of the payload: what the UDP checksum is without the addresses and
-// ports, which relays change. Never 0.
+// guardSum is the sum of the payload: the UDP checksum without the addresses and ports, which
+// relays change. Never 0.
 func guardSum(udp, addresses []byte) uint16 {
 	total := uint64(^binary.NativeEndian.Uint16(udp[6:])) + uint64(^binary.NativeEndian.Uint32(udp))
 	for ; len(addresses) > 0; addresses = addresses[4:] {

@@ -1,6 +1,7 @@
-// Package packet parses and rewrites frames in Go: the twin of the BPF programs
-// (bpf/include/parse.h and rewrite.h), their oracle in tests, and the rewrite of
-// the user-space paths. Nothing here allocates or keeps what it is given.
+// Package packet parses and rewrites Ethernet frames in Go: the twin of the BPF programs
+// (bpf/include/parse.h and rewrite.h), their oracle in tests, and the rewriting of the user-space
+// paths. Nothing on the packet path allocates or retains its arguments. Ports, VLAN ids and lengths
+// in structs are in host byte order.
 package packet
 
 import (
@@ -30,45 +31,44 @@ const (
 	protocolDestination = 60
 )
 
-// What is looked through: VLAN tags, and IPv6 extension headers (RFC 8200 section
-// 4) up to a number and length.
+// Parsed headers: VLAN tags, and IPv6 extension headers (RFC 8200 section 4), up to a number and
+// length.
 const (
 	maxVLANTags       = 2
 	maxExtensions     = 4
 	maxExtensionBytes = 160
 )
 
-// Part says what part of a datagram a packet is.
+// Part says which part of a datagram a packet is.
 type Part uint8
 
 // The parts of a datagram.
 const (
 	Whole         Part = iota
-	FirstFragment      // of several; it alone has the UDP header
+	FirstFragment      // of several; only it has the UDP header
 	LaterFragment      // one of the others
 )
 
-// Headers says where the headers of a frame lie and what a flow is matched by.
+// Headers are the offsets of a frame's headers and the fields that flows match.
 type Headers struct {
 	// L3 and UDP are offsets into the frame, in bytes; UDP is 0 in later fragments.
 	L3, UDP int
-	// Payload is the offset of what follows the headers, UDP's included.
+	// Payload is the offset after the headers, including UDP.
 	Payload int
-	// L3Len is the length of the IP packet, without padding behind it.
+	// L3Len is the length of the IP packet, without trailing padding.
 	L3Len int
-	// VLAN is that of the only tag, or of the inner one, and OuterVLAN that of the
-	// outer of two; 0 without such a tag, or with a priority tag.
+	// VLAN is that of the only tag, or of the inner one, and OuterVLAN that of the outer of two; 0
+	// without such a tag, or for a priority tag.
 	VLAN, OuterVLAN  uint16
 	Part             Part
-	FragmentID       uint32 // unless the packet is whole
+	FragmentID       uint32 // not set in unfragmented packets
 	Src, Dst         netip.Addr
 	SrcPort, DstPort uint16 // 0 in later fragments
 }
 
-// Parse finds the headers of a UDP packet over IPv4 or IPv6 in an Ethernet frame,
-// behind up to two VLAN tags and, in IPv6, hop-by-hop options, destination options
-// and a fragment header. It is false for every frame that the relay leaves alone:
-// other protocols, and what is malformed or cut short.
+// Parse parses a UDP packet over IPv4 or IPv6 in an Ethernet frame, after up to two VLAN tags and,
+// in IPv6, hop-by-hop options, destination options and a fragment header. It returns false for
+// every frame that the relay leaves alone: other protocols, and malformed or truncated packets.
 func Parse(frame []byte) (h Headers, ok bool) {
 	h, ok = parse(frame)
 	if !ok || h.L3+h.L3Len > len(frame) {
@@ -77,8 +77,8 @@ func Parse(frame []byte) (h Headers, ok bool) {
 	return h, true
 }
 
-// Malformed finds the addresses and ports of a UDP packet that Parse refuses since it
-// ends beyond the frame, or its datagram beyond the packet. It is false for all others.
+// Malformed parses the addresses and ports of a UDP packet that Parse refuses because its datagram
+// exceeds the packet, or the packet exceeds the frame. It returns false for all others.
 func Malformed(frame []byte) (h Headers, ok bool) {
 	h, ok = parse(frame)
 	if !ok || h.L3+h.L3Len <= len(frame) {
@@ -87,11 +87,11 @@ func Malformed(frame []byte) (h Headers, ok bool) {
 	return h, true
 }
 
-// malformed is the length of a packet that its datagram goes beyond: longer than any
-// frame (MALFORMED of bpf/include/parse.h).
+// malformed is the packet length that marks a datagram exceeding its packet: longer than any frame
+// (MALFORMED of bpf/include/parse.h).
 const malformed = 0x7fffffff
 
-// parse is Parse, but for the length of the packet.
+// parse is Parse without the check of the packet's length.
 func parse(frame []byte) (h Headers, ok bool) {
 	proto, ok := h.parseEthernet(frame)
 	if !ok {
@@ -177,8 +177,8 @@ func (h *Headers) parseIPv6(frame []byte) bool {
 	return h.parseUDP(frame, headerLen)
 }
 
-// walkExtensions returns the length of the IPv6 header and its extensions; false
-// when they do not lead to UDP.
+// walkExtensions returns the length of the IPv6 header and its extensions; false if they do not
+// lead to UDP.
 func (h *Headers) walkExtensions(ip []byte) (headerLen int, ok bool) {
 	next := ip[6]
 	headerLen = ip6Len
@@ -203,8 +203,8 @@ func (h *Headers) walkExtensions(ip []byte) (headerLen int, ok bool) {
 		}
 		next = ext[0]
 	}
-	// A later fragment goes on with what the first one begins with, which alone has it:
-	// UDP, or options in front of it.
+	// A later fragment continues with the protocol that the first one begins with, and that only
+	// the first contains: UDP, or options before it.
 	leads := next == protocolUDP || h.Part == LaterFragment && next == protocolDestination
 	return headerLen, leads && headerLen <= ip6Len+maxExtensionBytes
 }
@@ -216,7 +216,7 @@ func (h *Headers) parseUDP(frame []byte, headerLen int) bool {
 	}
 	udp := frame[h.UDP:]
 	length := int(binary.BigEndian.Uint16(udp[4:]))
-	// The length of a first fragment's datagram goes beyond the fragment.
+	// In a first fragment, the datagram's length exceeds the fragment.
 	if length < udpLen || h.Part == Whole && headerLen+length > h.L3Len {
 		h.L3Len = malformed
 	}
@@ -229,8 +229,8 @@ func (h *Headers) parseUDP(frame []byte, headerLen int) bool {
 // BroadcastMAC is the Ethernet address of every host on a link.
 var BroadcastMAC = [6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-// MulticastMAC returns the Ethernet address that a multicast group is sent to:
-// RFC 1112 section 6.4 for IPv4, RFC 2464 section 7 for IPv6.
+// MulticastMAC returns the Ethernet address of a multicast group: RFC 1112 section 6.4 for IPv4,
+// RFC 2464 section 7 for IPv6.
 func MulticastMAC(group netip.Addr) [6]byte {
 	b := group.As16()
 	if group.Unmap().Is4() {

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 )
 
-// TTLMode says what becomes of the TTL or hop limit.
+// TTLMode selects the rewriting of the TTL or hop limit.
 type TTLMode uint8
 
 // The modes of the TTL.
@@ -15,15 +15,15 @@ const (
 	TTLSet
 )
 
-// Rewrite is what one output makes of a packet, with everything resolved: an
-// output's policy together with the addresses of its interface.
+// Rewrite is the rewriting of one output, with everything resolved: its policies together with the
+// addresses of its interface. Ports, VLAN ids and MTUs are in host byte order.
 type Rewrite struct {
 	DstMAC, SrcMAC [6]byte
 	Dst            netip.Addr
-	// Src is kept when it is not valid.
+	// An invalid Src keeps the packet's.
 	Src     netip.Addr
 	DstPort uint16
-	// SrcPort is kept when it is 0.
+	// A SrcPort of 0 keeps the packet's.
 	SrcPort uint16
 	TTLMode TTLMode
 	TTL     uint8 // with TTLSet
@@ -32,23 +32,23 @@ type Rewrite struct {
 	DSCP    uint8
 	// ZeroChecksum sends IPv4 without a UDP checksum.
 	ZeroChecksum bool
-	// DstLen is how many bits of Dst to write when it is a prefix: the others are
-	// the packet's own, and DstMAC is made from the whole. 0: all of them.
+	// DstLen is the number of bits of Dst to write if it is a prefix: the others are the packet's,
+	// and DstMAC is derived from the result. 0: all bits.
 	DstLen uint8
-	// PortAdd sends to the packet's port and PortShift rather than to DstPort.
+	// PortAdd sends to the packet's port plus PortShift rather than to DstPort.
 	PortAdd   bool
 	PortShift int32
-	// MinTTL is the lowest TTL or hop limit that may arrive; 0: any.
+	// MinTTL is the lowest accepted TTL or hop limit; 0: any.
 	MinTTL uint8
 	VLAN   VLANMode
-	// VLANID and OuterVLAN are the tags with VLANSet: OuterVLAN 0 is one tag alone.
+	// VLANID and OuterVLAN are the tags with VLANSet; with OuterVLAN 0 there is one tag.
 	VLANID, OuterVLAN uint16
-	// SetPCP writes PCP into the tags that leave.
+	// SetPCP writes PCP into the outgoing tags.
 	SetPCP bool
 	PCP    uint8
 }
 
-// VLANMode says which VLAN tags a copy carries.
+// VLANMode selects the VLAN tags of a copy.
 type VLANMode uint8
 
 // The modes of the VLAN tags.
@@ -58,7 +58,7 @@ const (
 	VLANSet
 )
 
-// Outcome says what became of a packet that was to be rewritten.
+// Outcome is the result of rewriting a packet.
 type Outcome uint8
 
 // The outcomes.
@@ -68,13 +68,13 @@ const (
 	EndsByPort         // the destination port would leave 1 to 65535
 )
 
-// frameRoom is what the kernel lets a frame have besides the MTU: Ethernet and one tag
-// (FRAME_ROOM of bpf/include/rewrite.h).
+// frameRoom is what the kernel allows a frame beyond the MTU: Ethernet and one tag (FRAME_ROOM of
+// bpf/include/rewrite.h).
 const frameRoom = ethLen + vlanLen
 
-// TooLong says whether the copy of a frame of so many bytes is longer than a device of
-// this MTU takes: with the tags that are pushed or kept, and with what lies behind the
-// IP packet. Without Ethernet, only the packet counts.
+// TooLong says whether the copy of a frame of this many bytes is too long for a device with this
+// MTU: including pushed or kept tags, and trailing bytes after the IP packet. Without Ethernet,
+// only the packet counts.
 func (r *Rewrite) TooLong(h *Headers, frame, mtu int, ethernet bool) bool {
 	if h.L3Len > mtu || !ethernet {
 		return h.L3Len > mtu
@@ -91,15 +91,14 @@ func (r *Rewrite) TooLong(h *Headers, frame, mtu int, ethernet bool) bool {
 	return frame-h.L3+header > mtu+frameRoom
 }
 
-// MaxHeaders is the most that Append appends, in bytes: Ethernet, two tags, IPv6
-// with extension headers, UDP.
+// MaxHeaders is the maximum that Append appends, in bytes: Ethernet, two tags, IPv6 with extension
+// headers, UDP.
 const MaxHeaders = ethLen + maxVLANTags*vlanLen + ip6Len + maxExtensionBytes + udpLen
 
-// Append appends the headers of frame to dst as this output sends them; what
-// follows is frame[h.Payload:], unchanged. h is what Parse said of frame; the
-// address family must be that of r.Dst. dst is returned as it was when the packet
-// ends here. Checksums are updated incrementally (RFC 1624, equation 3), so that a
-// wrong one stays wrong and the receiver finds out.
+// Append appends the rewritten headers of frame to dst; the rest of the packet is
+// frame[h.Payload:], unchanged. h is the result of Parse; its address family must be that of r.Dst.
+// If the packet must be dropped, dst is returned unchanged. Checksums are updated incrementally
+// (RFC 1624, equation 3), so that a wrong one stays wrong and the receiver detects it.
 func (r *Rewrite) Append(dst, frame []byte, h *Headers) ([]byte, Outcome) {
 	port := r.newPort(h.DstPort)
 	if h.Part != LaterFragment && port == 0 && r.PortAdd {
@@ -132,8 +131,7 @@ func (r *Rewrite) Append(dst, frame []byte, h *Headers) ([]byte, Outcome) {
 	return dst, Rewritten
 }
 
-// Apply is Append for an output that keeps the tags: it rewrites the frame in
-// place.
+// Apply is Append in place, for an output that keeps the tags.
 func (r *Rewrite) Apply(frame []byte, h *Headers) Outcome {
 	var room [MaxHeaders]byte
 	headers, outcome := r.Append(room[:0], frame, h)
@@ -168,8 +166,8 @@ func (r *Rewrite) appendEthernet(dst, frame []byte, h *Headers) []byte {
 	return append(dst, frame[h.L3-2], frame[h.L3-1])
 }
 
-// tci is the control word of a tag in place of old: the priority and drop eligible
-// bits stay, unless the priority is set.
+// tci is the control word of a new tag that replaces old: the priority and drop eligible bits stay,
+// unless the priority is set.
 func (r *Rewrite) tci(id, old uint16) uint16 {
 	if r.SetPCP {
 		return uint16(r.PCP)<<13 | old&0x1000 | id
@@ -177,8 +175,7 @@ func (r *Rewrite) tci(id, old uint16) uint16 {
 	return old&0xf000 | id
 }
 
-// applyGroupMAC completes the destination MAC of a group that only the packet
-// tells.
+// applyGroupMAC completes the destination MAC of a group that depends on the packet.
 func (r *Rewrite) applyGroupMAC(eth, ip []byte, is4 bool) {
 	if is4 {
 		eth[2], eth[3], eth[4], eth[5] = 0x5e, ip[17]&0x7f, ip[18], ip[19]
@@ -194,7 +191,7 @@ func ttl(frame []byte, h *Headers) uint8 {
 	return frame[h.L3+7]
 }
 
-// newPort is the destination port to send to, 0 when there is none.
+// newPort is the new destination port, 0 if it is out of range.
 func (r *Rewrite) newPort(port uint16) uint16 {
 	if !r.PortAdd {
 		return r.DstPort
@@ -205,7 +202,7 @@ func (r *Rewrite) newPort(port uint16) uint16 {
 	return 0
 }
 
-// applyIPv4 returns what the sum of the addresses changed by.
+// applyIPv4 returns the change of the sum of the addresses.
 func (r *Rewrite) applyIPv4(ip []byte) (addresses uint64, ok bool) {
 	ttl := r.newTTL(ip[8])
 	if ttl == 0 {
@@ -252,8 +249,8 @@ func (r *Rewrite) applyIPv6(ip []byte) (addresses uint64, ok bool) {
 	return addresses, true
 }
 
-// mergedID is the identification of a fragment that is sent from another address than its
-// own, by that and its own identification: two senders that are merged may use the same
+// mergedID is the identification of a fragment sent from another source address, hashed from the
+// original address and identification: two merged senders may use the same identification
 // (merged_id of bpf/include/rewrite.h).
 func mergedID(id [2]byte, source [4]byte) (merged [2]byte) {
 	mask := uint16(binary.NativeEndian.Uint32(source[:]) * 0x9e3779b1 >> 16)
@@ -261,7 +258,7 @@ func mergedID(id [2]byte, source [4]byte) (merged [2]byte) {
 	return merged
 }
 
-// keepHostBits takes the bits of dst behind its prefix from the packet's address.
+// keepHostBits copies the bits of the packet's address after the prefix to dst.
 func (r *Rewrite) keepHostBits(dst, packet []byte) {
 	if r.DstLen == 0 {
 		return
@@ -283,7 +280,7 @@ func (r *Rewrite) applyUDP(udp []byte, port uint16, addresses uint64) {
 		sum += replace(udp[0:2], []byte{byte(r.SrcPort >> 8), byte(r.SrcPort)})
 	}
 	switch {
-	case check == 0: // sent without one: stays so
+	case check == 0: // sent without a checksum: unchanged
 	case r.ZeroChecksum && r.Dst.Is4():
 		binary.BigEndian.PutUint16(udp[6:], 0)
 	default:
@@ -294,7 +291,7 @@ func (r *Rewrite) applyUDP(udp []byte, port uint16, addresses uint64) {
 	}
 }
 
-// newTTL returns the TTL to send, 0 when the packet ends here.
+// newTTL returns the new TTL, 0 if the packet ends here.
 func (r *Rewrite) newTTL(ttl uint8) uint8 {
 	if ttl < r.MinTTL {
 		return 0
@@ -312,8 +309,8 @@ func (r *Rewrite) newTTL(ttl uint8) uint8 {
 	}
 }
 
-// replace copies to over from, both of the same even length, and returns what the
-// sum of their 16-bit words changed by, in ones' complement.
+// replace copies from to to, both of the same even length, and returns the change of the sum of
+// their 16-bit words, in ones' complement.
 func replace(from, to []byte) (delta uint64) {
 	for i := 0; i < len(to); i += 2 {
 		delta += uint64(^binary.BigEndian.Uint16(from[i:])) + uint64(binary.BigEndian.Uint16(to[i:]))

@@ -7,55 +7,56 @@ import (
 	"time"
 )
 
-// Several inputs of one stream, its legs, as bpf/include/stream.h makes one of them. This twin
-// of the BPF code is its oracle; docs/decisions/0018 has the reasons.
+// Merging several inputs of one stream, its legs. This is the twin of bpf/include/stream.h and its
+// oracle; docs/decisions/0018 has the reasons.
 
-// StreamKind is how the legs of a stream are made one: enum stream_kind of bpf/include/abi.h.
+// StreamKind is how the legs of a stream are merged: enum stream_kind of bpf/include/abi.h.
 type StreamKind uint8
 
-// The kinds. All but StreamFailover merge by numbers.
+// The kinds. All except StreamFailover merge by numbers.
 const (
 	StreamNone      StreamKind = iota
 	StreamFailover             // one leg passes at a time
-	StreamField                // a number at an offset of the UDP payload
+	StreamField                // a number at an offset in the UDP payload
 	StreamRTP                  // RFC 3550, 16 bits; the session is the SSRC
-	StreamRFC4175              // RTP with the extended number of RFC 4175 behind its header
+	StreamRFC4175              // RTP with the extended number of RFC 4175 after its header
 	StreamMoldUDP64            // MoldUDP64 1.00: numbers count messages
 )
 
-// MaxLegs is the most legs of a stream: XDPCAST_MAX_LEGS of bpf/include/abi.h.
+// MaxLegs is the maximum number of legs of a stream: XDPCAST_MAX_LEGS of bpf/include/abi.h.
 const MaxLegs = 4
 
-// MaxStreamOffset is the furthest that a number may be from the beginning of the UDP payload, in
-// bytes.
+// MaxStreamOffset is the maximum offset of a number in the UDP payload, in bytes.
 const MaxStreamOffset = 511
 
-// StreamRowNumbers is how many numbers a row of a window holds: 32 in each of STREAM_WORDS
-// words.
+// StreamRowNumbers is the number of sequence numbers in a row of a window: 32 in each of
+// STREAM_WORDS words.
 const StreamRowNumbers = 2048 * blockNumbers
 
-// Stream says how several inputs become one. It is comparable.
+// Stream is how several inputs are merged. It is comparable.
 type Stream struct {
 	Kind StreamKind
-	// Of StreamField: where the number is in the UDP payload and its bytes, 2, 4 or 8; of 8 the
-	// lower half counts. With CountWidth, 1 or 2, a field says how many numbers a packet takes.
+	// For StreamField: the offset of the number in the UDP payload and its width in bytes, 2, 4 or
+	// 8; only the lower half of 8 counts. With CountWidth, 1 or 2, a field has the number of
+	// sequence numbers that a packet takes.
 	Offset, CountOffset uint16
 	Width, CountWidth   uint8
 	Little              bool
-	// Window is how many numbers are remembered: a power of two, at least StreamRowNumbers, and
-	// just that for numbers of 16 bits.
+	// Window is the size of the window in numbers: a power of two, at least StreamRowNumbers, and
+	// exactly that for numbers of 16 bits.
 	Window uint32
-	// Skew is how far the legs are apart: what is older than that, or twice that, is never new
-	// again. Reset is how long nothing must have passed before a sender has begun again.
+	// Skew is the maximum delay between legs: a number older than that, or twice that, is never new
+	// again. Reset is the time without new numbers after which a jump is a restart.
 	Skew, Reset time.Duration
-	// PassOther lets packets pass that have no number.
+	// PassOther passes packets without a number.
 	PassOther bool
-	// Of StreamFailover: a leg without packets for longer than Silence is down, and a better one
-	// takes over when it was up for Back; 0: never.
+	// For StreamFailover: a leg without packets for longer than Silence is down, and a better one
+	// takes over once it has been up for Back; 0: never.
 	Silence, Back time.Duration
 }
 
-// Check refuses what the relay program cannot carry. Callers validate rules for people.
+// Check refuses what the relay program cannot handle. Rules are validated with messages for users
+// elsewhere.
 func (s *Stream) Check() error {
 	switch {
 	case s.Kind == StreamNone || s.Kind > StreamMoldUDP64:
@@ -84,7 +85,7 @@ const (
 	maxStreamTime   = 24 * time.Hour
 )
 
-// StreamVerdict is what becomes of a packet of a leg: enum stream_verdict of bpf/include/abi.h.
+// StreamVerdict is the verdict on a packet of a leg: enum stream_verdict of bpf/include/abi.h.
 type StreamVerdict uint8
 
 // The verdicts.
@@ -130,14 +131,14 @@ func (s *Stream) Bits() uint {
 // Mask is the highest number.
 func (s *Stream) Mask() uint32 { return uint32(1<<s.Bits() - 1) }
 
-// Ahead is how far forward a number may jump from the newest one, and Behind how far back from it the window
-// remembers.
+// Ahead is how far a number may be ahead of the newest one, and Behind how far behind it the window
+// reaches.
 func (s *Stream) Ahead() uint32 { return s.Window / 4 }
 
-// Behind is described with Ahead.
+// Behind: see Ahead.
 func (s *Stream) Behind() uint32 { return s.Window - s.Ahead() - 1 }
 
-// Bias is how far back from the newest one a number is taken to be, at most.
+// Bias is the maximum distance behind the newest number at which a number is interpreted.
 func (s *Stream) Bias() uint32 {
 	if s.Bits() == 16 {
 		return s.Mask() - s.Ahead()
@@ -145,7 +146,7 @@ func (s *Stream) Bias() uint32 {
 	return s.Mask() >> 1
 }
 
-// Slack is how far apart numbers of one leg are that go on.
+// Slack is the maximum distance between numbers of one leg that count as continuous.
 func (s *Stream) Slack() uint32 {
 	if s.Counts() {
 		return streamJump
@@ -153,16 +154,16 @@ func (s *Stream) Slack() uint32 {
 	return 64
 }
 
-// Counts says whether packets take several numbers.
+// Counts says whether packets may take several numbers.
 func (s *Stream) Counts() bool { return s.Kind == StreamMoldUDP64 || s.CountWidth != 0 }
 
-// StreamNumber is what a packet says of itself.
+// StreamNumber is the number, session and count of a packet.
 type StreamNumber struct {
 	Raw, Session, Count uint32
 }
 
-// Number reads the number of a packet. The payload may be longer than the length of UDP says,
-// which is length, or be cut short.
+// Number parses the number of a packet. length is the payload length by the UDP header; payload may
+// be longer or truncated.
 func (s *Stream) Number(payload []byte, length int) (n StreamNumber, v StreamVerdict) {
 	n.Count = 1
 	data := payload[:min(len(payload), max(length, 0))]
@@ -219,7 +220,7 @@ func (s *Stream) field(data []byte, offset uint16, width uint8) (value uint32, o
 	return binary.BigEndian.Uint32(b[width-4:]), true
 }
 
-// rtpNumber reads a header extension's length from the whole payload, as the program does.
+// rtpNumber reads a header extension's length from the whole payload, like the BPF program.
 func (s *Stream) rtpNumber(n StreamNumber, data, payload []byte) (StreamNumber, StreamVerdict) {
 	const header = 12
 	if len(data) < header || data[0]&0xc0 != 0x80 {
@@ -259,7 +260,7 @@ type StreamLeg struct {
 	Resets, Senders, Others     uint64
 }
 
-// StreamState is where a stream is: struct stream_state of bpf/include/abi.h and the words of
+// StreamState is the state of a stream: struct stream_state of bpf/include/abi.h and the words of
 // the window. It is not for concurrent use. All times are in nanoseconds of one clock.
 type StreamState struct {
 	Stream
@@ -276,16 +277,16 @@ type StreamState struct {
 	words                   []uint64
 }
 
-// FirstHead is the head of a stream that no packet has come of.
+// FirstHead is the head of a stream without packets.
 const FirstHead = 1 << 32
 
-// NewStreamState begins a stream.
+// NewStreamState starts a stream.
 func NewStreamState(s Stream) *StreamState {
 	return &StreamState{Stream: s, Head: FirstHead, words: make([]uint64, s.Window/blockNumbers)}
 }
 
-// Packet says what becomes of a packet of a leg, given its UDP payload and the length of that
-// by UDP.
+// Packet returns the verdict on a packet of a leg, given its UDP payload and the length of that by
+// the UDP header.
 func (s *StreamState) Packet(leg int, payload []byte, length int, now uint64) StreamVerdict {
 	v := s.decide(leg, payload, length, now)
 	if v != StreamBeat && v != StreamNoNumber {

@@ -14,7 +14,7 @@ import (
 //
 // The source address of an output is only partly known:
 //
-// src=ADDRESS         known
+//	src=ADDRESS         known
 //	src=keep            known if the rule's input names a source, otherwise any
 //	src=iface           unknown here; assumed to match only inputs of any source
 //
