@@ -27,7 +27,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	return runAt(ctx, time.Now, args, stdin, stdout, stderr)
 }
 
-// runAt is run with the clock by which ages are shown.
+// runAt is run with the clock for the displayed ages.
 func runAt(ctx context.Context, now func() time.Time, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	app := newApp(now)
 	app.Reader, app.Writer, app.ErrWriter = stdin, stdout, stderr
@@ -38,7 +38,7 @@ func runAt(ctx context.Context, now func() time.Time, args []string, stdin io.Re
 	return report(stderr, app.RunContext(ctx, flagsFirst(app, args)))
 }
 
-// newApp returns the program's commands. now is the clock by which ages are shown.
+// newApp returns the program's commands. now is the clock for the displayed ages.
 func newApp(now func() time.Time) *cli.App {
 	app := &cli.App{
 		Name:    "xdpcast",
@@ -55,18 +55,18 @@ func newApp(now func() time.Time) *cli.App {
 		},
 		Action:                    chooseCommand,
 		OnUsageError:              onUsageError,
-		ExitErrHandler:            func(*cli.Context, error) {}, // report does it
-		DisableSliceFlagSeparator: true,                         // the policies of an endpoint hold commas
+		ExitErrHandler:            func(*cli.Context, error) {}, // report prints the error
+		DisableSliceFlagSeparator: true,                         // policies of an endpoint contain commas
 	}
 	prepare(app.Commands)
 	return app
 }
 
-// prepare gives every command what all have in common.
+// prepare applies settings common to all commands.
 func prepare(commands []*cli.Command) {
 	for _, c := range commands {
 		c.OnUsageError = onUsageError
-		c.HideHelpCommand = true // or a rule called "help" could not be named
+		c.HideHelpCommand = true // otherwise a rule called "help" could not be named
 		if len(c.Subcommands) > 0 {
 			c.Action = chooseCommand
 		}
@@ -90,7 +90,7 @@ func onUsageError(c *cli.Context, err error, _ bool) error {
 	return usagef("%w; see \"%s --help\"", err, commandPath(c))
 }
 
-// commandPath is how the user called the command: "xdpcast rule add".
+// commandPath is the command as the user called it: "xdpcast rule add".
 func commandPath(c *cli.Context) string {
 	var words []string
 	for _, ctx := range c.Lineage() {
@@ -101,7 +101,7 @@ func commandPath(c *cli.Context) string {
 	return strings.Join(words, " ")
 }
 
-// chooseCommand is the action of a command that only has commands under it.
+// chooseCommand is the action of a command that only has subcommands.
 func chooseCommand(c *cli.Context) error {
 	var names []string
 	for _, sub := range c.Command.Subcommands {
@@ -124,7 +124,7 @@ func chooseCommand(c *cli.Context) error {
 	}
 }
 
-// nargs makes sure that there are from min to max arguments; max < 0 is no limit.
+// nargs checks that there are min to max arguments; max < 0 is no limit.
 func nargs(c *cli.Context, min, max int) error {
 	n := c.NArg()
 	switch {
@@ -137,8 +137,7 @@ func nargs(c *cli.Context, min, max int) error {
 	}
 }
 
-// showArgs is nargs for a command that shows something: its -o is checked, too, before
-// anything is done.
+// showArgs is nargs for a command that shows something: it also checks -o before the command runs.
 func showArgs(c *cli.Context, min, max int) error {
 	if err := nargs(c, min, max); err != nil {
 		return err
@@ -153,8 +152,7 @@ func client(c *cli.Context) *control.Client {
 	return daemon
 }
 
-// report writes an error to stderr, a line each for what was joined, and
-// returns the exit code.
+// report writes an error to stderr, a line for each joined error, and returns the exit code.
 func report(stderr io.Writer, err error) int {
 	if err == nil {
 		return exitDone
@@ -167,9 +165,9 @@ func report(stderr io.Writer, err error) int {
 	var usage *usageError
 	var coder cli.ExitCoder
 	switch {
-	case errors.As(err, &usage), strings.HasPrefix(err.Error(), "Required flag"): // the latter is cli's own
+	case errors.As(err, &usage), strings.HasPrefix(err.Error(), "Required flag"): // the latter is cli's own error
 		return exitUsage
-	case errors.As(err, &coder) && coder.ExitCode() > 0: // *exec.ExitError is one, too
+	case errors.As(err, &coder) && coder.ExitCode() > 0: // includes *exec.ExitError
 		return coder.ExitCode()
 	default:
 		return exitFailed

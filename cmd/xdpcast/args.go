@@ -9,16 +9,15 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// flagsFirst reorders a command line so that flags may stand anywhere: cli
-// stops looking for flags at the first argument, but people write
-// "rule add cam1 --in ... --out ...". The program's own flags, too, may follow
-// the command. What follows "--" is left as it is.
+// flagsFirst reorders a command line so that flags may appear anywhere: cli stops parsing flags at
+// the first argument, but people write "rule add cam1 --in ... --out ...". Global flags may also
+// follow the command. Arguments after "--" are unchanged.
 func flagsFirst(app *cli.App, args []string) []string {
 	if len(args) == 0 {
 		return args
 	}
 	global, rest := takeFlags(args[1:], app.Flags)
-	var path []string // the commands, with the flags between them
+	var path []string // the commands, with flags in between
 	var flags []cli.Flag
 	commands := app.Commands
 	for len(rest) > 0 && len(commands) > 0 {
@@ -36,7 +35,7 @@ func flagsFirst(app *cli.App, args []string) []string {
 			path, global = append(path, own...), append(global, outer...)
 		}
 	}
-	if len(path) == 0 || len(commands) > 0 { // no command, or an unknown one: cli says so
+	if len(path) == 0 || len(commands) > 0 { // no command, or an unknown one: cli reports it
 		return slices.Concat(args[:1], global, path, rest)
 	}
 	own, outer, positional := split(rest, flags, app.Flags)
@@ -47,7 +46,7 @@ func flagsFirst(app *cli.App, args []string) []string {
 	return out
 }
 
-// takeFlags returns the flags at the start of args and what follows them.
+// takeFlags splits args into the leading flags and the rest.
 func takeFlags(args []string, flags []cli.Flag) (taken, rest []string) {
 	for len(args) > 0 && isFlag(args[0]) && args[0] != "--" {
 		n := min(flagLen(args[0], flags), len(args))
@@ -57,9 +56,8 @@ func takeFlags(args []string, flags []cli.Flag) (taken, rest []string) {
 	return taken, args
 }
 
-// split tells a command's own flags, the program's flags and the positional
-// arguments apart. A flag that neither knows counts as the command's own, which
-// then refuses it.
+// split separates a command's own flags, global flags and positional arguments. An unknown flag
+// counts as the command's own, which then refuses it.
 func split(args []string, flags, outerFlags []cli.Flag) (own, outer, positional []string) {
 	for len(args) > 0 {
 		switch {
@@ -71,11 +69,11 @@ func split(args []string, flags, outerFlags []cli.Flag) (own, outer, positional 
 			continue
 		}
 		if findFlag(args[0], []cli.Flag{cli.HelpFlag}) != nil {
-			return args[:1], outer, nil // whatever else is there, or cli looks for help on an argument
+			return args[:1], outer, nil // nothing else, or cli looks for help on an argument
 		}
 		n := flagLen(args[0], slices.Concat(flags, outerFlags))
 		if n > len(args) {
-			return append(own, args...), outer, nil // without "--" and what follows, so that cli sees what is missing
+			return append(own, args...), outer, nil // without "--" and the rest, so that cli sees what is missing
 		}
 		if findFlag(args[0], flags) == nil && findFlag(args[0], outerFlags) != nil {
 			outer = append(outer, args[:n]...)
@@ -87,10 +85,10 @@ func split(args []string, flags, outerFlags []cli.Flag) (own, outer, positional 
 	return own, outer, positional
 }
 
-// isFlag is true of what package flag takes for one; "-" is a file.
+// isFlag is true for what package flag parses as a flag; "-" is a file.
 func isFlag(arg string) bool { return len(arg) > 1 && arg[0] == '-' }
 
-// flagLen is how many arguments the flag takes up: 2 with a value of its own.
+// flagLen is the number of arguments of the flag: 2 with a separate value.
 func flagLen(arg string, flags []cli.Flag) int {
 	doc, ok := findFlag(arg, flags).(cli.DocGenerationFlag)
 	if ok && doc.TakesValue() && !strings.Contains(arg, "=") {
@@ -99,7 +97,7 @@ func flagLen(arg string, flags []cli.Flag) int {
 	return 1
 }
 
-// findFlag returns the first of flags that arg names, nil if none does.
+// findFlag returns the first of flags named by arg, nil if none is.
 func findFlag(arg string, flags []cli.Flag) cli.Flag {
 	name, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
 	for _, f := range flags {

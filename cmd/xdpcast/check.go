@@ -60,7 +60,7 @@ func readConfig(stdin io.Reader, name string) (rules.Config, error) {
 	return rulefile.Parse(name, data)
 }
 
-// parseRules parses a file of rules with those that it includes.
+// parseRules parses a rule file and its includes.
 func parseRules(name string, data []byte) ([]rules.Rule, error) {
 	if name == "-" {
 		return rules.ParseFile("stdin", data)
@@ -68,7 +68,7 @@ func parseRules(name string, data []byte) ([]rules.Rule, error) {
 	return rulefile.ParseRules(name, data)
 }
 
-// readRuleFile reads a file of rules, "-" for stdin.
+// readRuleFile reads a rule file, "-" for stdin.
 func readRuleFile(stdin io.Reader, name string) ([]byte, error) {
 	if name != "-" {
 		return rulefile.ReadFile(name)

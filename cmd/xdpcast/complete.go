@@ -1,6 +1,6 @@
 package main
 
-// Completion for shells: it is no command, but what every command line may end with.
+// Shell completion: not a command, but a flag at the end of any command line.
 
 import (
 	"cmp"
@@ -17,21 +17,21 @@ import (
 	"xdpcast/internal/control"
 )
 
-// completeFlag ends a command line that a shell wants completed; the scripts in
-// packaging/completion add it. It is the one of the CLI library, whose scripts they come from.
+// completeFlag ends a command line to be completed; the scripts in packaging/completion append it.
+// It is the CLI library's flag, like the scripts.
 const completeFlag = "--generate-bash-completion"
 
-// completeTimeout bounds how long a shell waits for the daemon's rule names.
+// completeTimeout is how long a shell waits for the daemon's rule names.
 const completeTimeout = time.Second
 
-// takesRules are the commands whose arguments are names of rules.
+// takesRules are the commands whose arguments are rule names.
 var takesRules = []string{"xdpcast rule show", "xdpcast rule del", "xdpcast stats", "xdpcast explain", "xdpcast tap"}
 
-// complete writes what may stand at the end of a command line, a line each: words are those
-// behind the program's name, and the last one is being typed when it begins with a dash.
+// complete writes the possible continuations of a command line, one a line: words are those after
+// the program's name; the last one is incomplete if it begins with a dash.
 func complete(ctx context.Context, app *cli.App, words []string, out io.Writer) {
 	path, flags, commands := app.Name, app.Flags, app.Commands
-	typing := "" // a flag
+	typing := "" // an incomplete flag
 	if n := len(words); n > 0 && strings.HasPrefix(words[n-1], "-") {
 		words, typing = words[:n-1], words[n-1]
 	}
@@ -47,7 +47,7 @@ func complete(ctx context.Context, app *cli.App, words []string, out io.Writer) 
 		}
 		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(words[0]) })
 		if i < 0 {
-			return // an unknown command has nothing behind it
+			return // an unknown command has no completions
 		}
 		path += " " + commands[i].Name
 		flags, commands, words = commands[i].Flags, commands[i].Subcommands, words[1:]
@@ -66,7 +66,7 @@ func complete(ctx context.Context, app *cli.App, words []string, out io.Writer) 
 		defer cancel()
 		rules, err := control.NewClient(socket).Rules(ctx)
 		if err != nil {
-			return // no daemon, no names; a shell has no place for the reason
+			return // no daemon, no names; a shell cannot show the reason
 		}
 		for _, r := range rules {
 			fmt.Fprintln(out, r.Name)

@@ -7,7 +7,7 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// confirmFlag is of the commands whose change can wait for confirmation.
+// confirmFlag is the flag of commands whose change can wait for confirmation.
 func confirmFlag() cli.Flag {
 	return &cli.StringFlag{Name: "confirm", Usage: "undo the change after `TIME` (1s to 24h, such as 2m) without \"xdpcast confirm\""}
 }

@@ -14,7 +14,7 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// liveInterval is between two live lines.
+// liveInterval is the interval of live lines.
 const liveInterval = time.Second
 
 func demoCommand() *cli.Command {
@@ -50,7 +50,7 @@ func demoCommand() *cli.Command {
 	}
 }
 
-// demoConfig reads the command line. Its errors are of usage.
+// demoConfig parses the command line. Its errors are usage errors.
 func demoConfig(c *cli.Context) (demo.Config, error) {
 	cfg := demo.Config{
 		Prefix: c.String("prefix"), Duration: c.Duration("duration"), Keep: c.Bool("keep"), Interval: liveInterval,
@@ -88,7 +88,7 @@ func demoConfig(c *cli.Context) (demo.Config, error) {
 	return cfg, nil
 }
 
-// runDemo shows the demonstration, and fails if anything was not as it must be.
+// runDemo runs the demo, and fails if any packet was wrong or missing.
 func runDemo(c *cli.Context, cfg demo.Config) (err error) {
 	if cfg.Program, err = os.Executable(); err != nil {
 		return demoError(err)
@@ -114,19 +114,19 @@ func demoError(err error) error {
 	return fmt.Errorf("demo: %w", withRootHint(err))
 }
 
-// liveView writes what there is, then a line of figures an interval.
+// liveView describes the lab, then prints a line of figures per interval.
 type liveView struct {
 	w        io.Writer
 	rate     float64 // packets a second
 	duration time.Duration
-	shown    demo.Figures // by the line before
+	shown    demo.Figures // in the previous line
 	shownAt  time.Duration
 }
 
 // liveFormat aligns the live lines.
 const liveFormat = "%6s %12s %12s %12s %9s %11s %11s\n"
 
-// Ready says what there is, before the figures begin.
+// Ready describes the lab, before the figures begin.
 func (l *liveView) Ready(made demo.Lab) error {
 	modes := make([]string, len(made.Modes))
 	for i, mode := range made.Modes {
@@ -161,13 +161,13 @@ func (l *liveView) Ready(made demo.Lab) error {
 	return err
 }
 
-// Flowing writes the titles of the live lines.
+// Flowing prints the titles of the live lines.
 func (l *liveView) Flowing() {
 	fmt.Fprintf(l.w, liveFormat, "TIME", "SENT", "EXPECTED", "RECEIVED", "LOST", "SENT/S", "RECEIVED/S")
 }
 
-// Progress writes the figures, and the rates since the line before; the last line, of
-// all that there will be, has none.
+// Progress prints the figures, and the rates since the previous line; the last line, the totals,
+// has no rates.
 func (l *liveView) Progress(elapsed time.Duration, now demo.Figures, done bool) {
 	since := elapsed - l.shownAt
 	rate := func(n uint64) string {
@@ -184,8 +184,8 @@ func (l *liveView) Progress(elapsed time.Duration, now demo.Figures, done bool) 
 	}
 }
 
-// writeVerdict shows the verdict: a line for each stream and sink, the sums, what was
-// wrong, and the commands for a lab that stays.
+// writeVerdict prints the verdict: a line for each stream and sink, the totals, the faults, and the
+// commands for a lab that stays.
 func writeVerdict(w io.Writer, v *demo.Verdict) error {
 	t := newTable("RULE", "PATH", ">SENT", ">MATCHED", "SINK", ">EXPECTED", ">RELAYED", ">RECEIVED",
 		">LOST", ">DUPLICATE", ">REORDERED", ">WRONG", ">CORRUPT", ">P50", ">P99")
@@ -221,7 +221,7 @@ func writeVerdict(w io.Writer, v *demo.Verdict) error {
 	return writeDemoCommands(w, v.Commands)
 }
 
-// writeLegs says what the legs of a stream lost, and what that came to.
+// writeLegs prints the losses of a stream's legs, and of the merged stream.
 func writeLegs(w io.Writer, s demo.StreamVerdict) {
 	var legs []string
 	for _, l := range s.Legs {
@@ -234,12 +234,12 @@ func writeLegs(w io.Writer, s demo.StreamVerdict) {
 	fmt.Fprintf(w, "%s: lost %s: %d after merging, %d repaired\n", s.Rule.Name, strings.Join(legs, ", "), lost, repaired)
 }
 
-// receivedCells are what a sink counted.
+// receivedCells are the counters of a sink.
 func receivedCells(c traffic.Counters) []string {
 	return []string{count(c.Received), count(c.Lost), count(c.Duplicated), count(c.Reordered), count(wrongFields(c)), count(c.Corrupt)}
 }
 
-// writeDemoCommands shows the commands; none when there are none.
+// writeDemoCommands prints the commands, if any.
 func writeDemoCommands(w io.Writer, commands []demo.Command) error {
 	if len(commands) == 0 {
 		return nil

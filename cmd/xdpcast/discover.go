@@ -105,7 +105,7 @@ func discoverOptions(c *cli.Context) (o discover.Options, err error) {
 	return o, nil
 }
 
-// parseJoin reads a group, or a prefix of groups.
+// parseJoin parses a group, or a prefix of groups.
 func parseJoin(text string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(text)
 	if !strings.Contains(text, "/") {
@@ -123,7 +123,7 @@ func parseJoin(text string) (netip.Prefix, error) {
 	return prefix.Masked(), nil
 }
 
-// discoverNotes says what the result does not tell.
+// discoverNotes explains limits of the result.
 func discoverNotes(r discover.Result) (notes []string) {
 	if r.Missed > 0 {
 		notes = append(notes, fmt.Sprintf("%d packets came faster than they could be looked at: rates are too low by these", r.Missed))
@@ -163,7 +163,7 @@ func discoverTable(w io.Writer, r discover.Result) error {
 	return a.write(w)
 }
 
-// fewPerSecond shows rates below 10 with a digit behind the point: announcements are rare.
+// fewPerSecond shows rates below 10 with a decimal digit: announcements are rare.
 func fewPerSecond(v float64) string {
 	if v < 9.95 {
 		return fmt.Sprintf("%.1f", v)
@@ -171,7 +171,7 @@ func fewPerSecond(v float64) string {
 	return humanCount(uint64(v + 0.5))
 }
 
-// discoverRules writes a file of rules, each below a comment.
+// discoverRules writes a rule file, each rule below a comment.
 func discoverRules(w io.Writer, r *discover.Result, to string) error {
 	proposals, left := r.Rules(to)
 	var b strings.Builder

@@ -73,7 +73,7 @@ func diagnose(c *cli.Context, now func() time.Time) error {
 	return nil
 }
 
-// reportText writes faults and warnings with their cures, and with all what is fine.
+// reportText prints faults and warnings with their cures, and with all also passed checks.
 func reportText(w io.Writer, r doctor.Report, all bool) error {
 	for _, s := range r.Sections {
 		fmt.Fprintf(w, "%s\n", printable(s.Title()))

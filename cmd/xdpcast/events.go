@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	// followTail is how many events are shown before those to come, unless told otherwise.
+	// followTail is the default number of earlier events shown before new ones.
 	followTail = 10
-	// followPause is how long to wait for a daemon that has gone.
+	// followPause is the delay before reconnecting to a daemon that is gone.
 	followPause = time.Second
 )
 
@@ -69,7 +69,7 @@ func showEvents(c *cli.Context, now func() time.Time) error {
 	return followEvents(c, &q, show)
 }
 
-// followEvents asks again where the daemon has ended, from the last event on.
+// followEvents continues after the last event when the daemon restarts.
 func followEvents(c *cli.Context, q *control.EventQuery, show func(control.Event) error) error {
 	daemon := client(c)
 	told := false
@@ -110,7 +110,7 @@ func writeEvent(c *cli.Context, e *control.Event) error {
 	return enc.Encode(e)
 }
 
-// eventLine is an event for people.
+// eventLine formats an event as one line.
 func eventLine(e *control.Event, zone *time.Location) string {
 	number := strconv.FormatUint(e.Number, 10)
 	if e.Number == 0 {
@@ -119,7 +119,7 @@ func eventLine(e *control.Event, zone *time.Location) string {
 	return fmt.Sprintf("%6s  %s  %s", number, e.Time.In(zone).Format("2006-01-02 15:04:05.000"), printable(e.Text()))
 }
 
-// parseSince reads the number of an event, an age or a time.
+// parseSince parses the number of an event, an age or a time.
 func parseSince(text string, now time.Time) (after uint64, at time.Time, err error) {
 	if after, err := strconv.ParseUint(text, 10, 64); err == nil {
 		return after, time.Time{}, nil

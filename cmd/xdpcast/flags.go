@@ -1,6 +1,6 @@
 package main
 
-// Flags that several commands have, and how the values of flags are read.
+// Flags common to several commands, and parsing of flag values.
 
 import (
 	"fmt"
@@ -14,7 +14,7 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// pinFlags say where the state is that outlives a process.
+// pinFlags set the location of the state that outlives a process.
 func pinFlags() []cli.Flag {
 	return []cli.Flag{pinDirFlag(), runDirFlag()}
 }
@@ -25,10 +25,10 @@ func runDirFlag() cli.Flag {
 	}
 }
 
-// defaultStateDir is where the daemon keeps what outlives a reboot.
+// defaultStateDir is the directory for state that outlives a reboot.
 const defaultStateDir = "/var/lib/xdpcast"
 
-// stateDirFlag also takes what systemd gives a unit with StateDirectory=.
+// stateDirFlag also uses the directory that systemd passes to a unit with StateDirectory=.
 func stateDirFlag() cli.Flag {
 	return &cli.StringFlag{
 		Name: "state-dir", Usage: "`DIR` of the sets of rules that \"xdpcast rollback\" brings back", DefaultText: "the --run-dir that is given, or " + defaultStateDir,
@@ -63,16 +63,16 @@ func loaderOptions(c *cli.Context, log *slog.Logger) loader.Options {
 	}
 }
 
-// dryRunFlag is of the commands that change a set of rules.
+// dryRunFlag is the flag of commands that change a set of rules.
 func dryRunFlag() cli.Flag {
 	return &cli.BoolFlag{Name: "dry-run", Usage: "only say what would change"}
 }
 
-// shownChanges is how many changes are listed for people: so many that all of a
-// change made by hand are, and a large set is not slowed down by being told.
+// shownChanges is the number of changes listed for users: enough for any change made by hand, but
+// listing must not slow down a large set.
 const shownChanges = 1000
 
-// applyOptions has programs, and who asks what would change, told of every change.
+// applyOptions requests all changes for JSON output and for dry runs.
 func applyOptions(c *cli.Context) (o control.ApplyOptions, err error) {
 	o = control.ApplyOptions{DryRun: c.Bool("dry-run"), MaxChanges: shownChanges}
 	if o.DryRun || c.String("output") == "json" {
@@ -87,7 +87,7 @@ func applyOptions(c *cli.Context) (o control.ApplyOptions, err error) {
 	return o, nil
 }
 
-// parseFlag reads the value of a flag that was given.
+// parseFlag parses the value of a flag if it was given.
 func parseFlag[T any](c *cli.Context, name string, value *T, parse func(string) (T, error)) error {
 	if !c.IsSet(name) {
 		return nil
@@ -100,7 +100,7 @@ func parseFlag[T any](c *cli.Context, name string, value *T, parse func(string) 
 	return nil
 }
 
-// notZero refuses the zero that package traffic takes for its default.
+// notZero refuses a zero value, which package traffic interprets as its default.
 func notZero(c *cli.Context, names ...string) error {
 	for _, name := range names {
 		if c.IsSet(name) && c.Int(name) == 0 {

@@ -71,7 +71,7 @@ func gen(c *cli.Context) error {
 	return nil
 }
 
-// sendConfig reads the command line. Its errors are of usage.
+// sendConfig parses the command line. Its errors are usage errors.
 func sendConfig(c *cli.Context) (traffic.SendConfig, error) {
 	cfg := traffic.SendConfig{
 		Groups:     c.Int("groups"),
@@ -107,7 +107,7 @@ func sendConfig(c *cli.Context) (traffic.SendConfig, error) {
 	return cfg, nil
 }
 
-// targets reads where to send to: the argument, or the legs.
+// targets parses the destinations: the argument, or the legs.
 func targets(c *cli.Context, cfg *traffic.SendConfig) (err error) {
 	if c.IsSet("legs") {
 		if err := nargs(c, 0, 0); err != nil {
@@ -131,7 +131,7 @@ func targets(c *cli.Context, cfg *traffic.SendConfig) (err error) {
 	return nil
 }
 
-// numberingOf reads the format of the numbers, however it is given.
+// numberingOf parses the format of the numbers, however it is given.
 func numberingOf(c *cli.Context) (n traffic.Numbering, err error) {
 	var formats []string
 	for flag, format := range map[string]string{"rtp": "rtp", "moldudp64": "moldudp64", "field": "field:" + c.String("field"), "seq": c.String("seq")} {

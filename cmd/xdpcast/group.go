@@ -77,7 +77,7 @@ func groupTable(w io.Writer, groups []control.Group, now time.Time) error {
 	return t.write(w)
 }
 
-// orAny shows that a membership is for any source.
+// orAny shows a membership for any source as such.
 func orAny(source string) string {
 	if source == "" {
 		return "any"
@@ -85,7 +85,7 @@ func orAny(source string) string {
 	return source
 }
 
-// groupOn reads GROUP or GROUP%INTERFACE.
+// groupOn parses GROUP or GROUP%INTERFACE.
 func groupOn(arg string) (group, ifname string, err error) {
 	text, ifname, onOne := strings.Cut(arg, "%")
 	addr, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(text, "["), "]"))
@@ -136,7 +136,7 @@ func querierText(m control.Multicast, now time.Time) string {
 	return fmt.Sprintf("%s, heard %s, %s counted", m.Querier, ago(now, m.QuerierSeen), queries(m.Queries))
 }
 
-// queries is "1 query", "2 queries".
+// queries formats "1 query", "2 queries".
 func queries(n uint64) string {
 	if n == 1 {
 		return "1 query"

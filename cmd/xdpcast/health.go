@@ -59,7 +59,7 @@ func health(c *cli.Context, now func() time.Time) error {
 	return show(c, list, func(w io.Writer) error { return healthTable(w, list, now()) })
 }
 
-// readHealth reads the rules with several inputs, or the one named.
+// readHealth reads the rules with several inputs, or the named one.
 func readHealth(c *cli.Context) ([]control.RuleStatus, error) {
 	list := []control.RuleStatus{}
 	if c.NArg() == 1 {
@@ -84,7 +84,7 @@ func readHealth(c *cli.Context) ([]control.RuleStatus, error) {
 	return list, nil
 }
 
-// healthTable has a line for each input, and below what is lost on all and what is wrong.
+// healthTable has a line for each input, followed by what was lost on all inputs and alarms.
 func healthTable(w io.Writer, list []control.RuleStatus, now time.Time) error {
 	t := newTable("RULE", "INPUT", "STATE", ">PACKETS", ">SHARE", ">LOST", ">TWICE", ">LATE", ">JUMPS", ">SENDERS", ">DIFFER", ">BEHIND", "LAST")
 	for _, r := range list {
@@ -133,7 +133,7 @@ func healthTable(w io.Writer, list []control.RuleStatus, now time.Time) error {
 	return streams.write(w)
 }
 
-// watch shows something until the context ends, which is no error.
+// watch shows something repeatedly until the context ends, which is no error.
 func watch(c *cli.Context, interval time.Duration, asJSON bool, look func(w io.Writer) error) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()

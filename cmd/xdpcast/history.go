@@ -40,7 +40,7 @@ func historyTable(w io.Writer, all []control.HistoryEntry, now time.Time) error 
 	return t.write(w)
 }
 
-// userName names a user of this host, or gives the number of one without a name.
+// userName is the name of a user of this host, or the uid if there is no name.
 func userName(uid *uint32) string {
 	if uid == nil {
 		return "-"

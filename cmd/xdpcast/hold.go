@@ -15,7 +15,7 @@ import (
 	"xdpcast/internal/notify"
 )
 
-// maxHeld is more sockets than 160,000 IPv4 groups take.
+// maxHeld exceeds the number of sockets for 160,000 IPv4 groups.
 const maxHeld = 8192
 
 func holdCommand() *cli.Command {

@@ -1,7 +1,7 @@
 package main
 
-// What the pinned maps say while no daemon runs, as the daemon would say it: for
-// stats and status.
+// The contents of the pinned maps while no daemon runs, converted to the daemon's types: for stats
+// and status.
 
 import (
 	"cmp"
@@ -21,8 +21,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// orKernel returns what the daemon says or, while none runs, what the pinned maps
-// say by themselves.
+// orKernel returns the daemon's statistics or, if none runs, those in the pinned maps.
 func orKernel(c *cli.Context, stats control.Stats, err error, now time.Time) (control.Stats, error) {
 	if !errors.Is(err, control.ErrNotRunning) {
 		return stats, err
@@ -57,7 +56,7 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 	if here, err := r.Here(); err != nil {
 		return control.Stats{}, err
 	} else if !here {
-		name = numberOf // what has these indexes here is something else
+		name = numberOf // these indexes are other interfaces here
 	}
 	s := control.Stats{
 		Time: now, Rules: []control.RuleStatus{}, Passed: control.Counter(counted.Passed),
@@ -76,7 +75,7 @@ func kernelStats(pinDir string, now time.Time) (_ control.Stats, err error) {
 	return s, nil
 }
 
-// kernelRule describes a rule as the kernel has it. Without the daemon, a rule of the
+// kernelRule describes a rule from its state in the kernel. Without the daemon, a rule of the
 // fanout path does nothing, and its outputs are not in the kernel.
 func kernelRule(rule loader.RuleStats, as flow.Flow, now time.Time, name func(index int) string) control.RuleStatus {
 	status := control.RuleStatus{
@@ -101,8 +100,8 @@ func kernelRule(rule loader.RuleStats, as flow.Flow, now time.Time, name func(in
 	return status
 }
 
-// kernelInput writes the input of a rule in the grammar of rules. What is joined is not
-// in the kernel's tables.
+// kernelInput formats the input of a rule in the grammar of rules. The kernel's tables do not
+// contain what is joined.
 func kernelInput(r flow.Flow, name func(index int) string) string {
 	in := rules.Input{
 		Interface: name(r.In.Index), Address: r.In.Group, Len: uint8(r.In.Len), Port: r.In.Port, PortTo: r.In.PortTo, Source: r.In.Source,
@@ -114,13 +113,13 @@ func kernelInput(r flow.Flow, name func(index int) string) string {
 	})
 }
 
-// localControl says whether a rule has a group of one link, which needs the option.
+// localControl says whether a rule has a link-local group, which requires the option.
 func localControl(r flow.Flow) bool {
 	return r.In.Len == 0 && rules.LinkScope(r.In.Group) ||
 		slices.ContainsFunc(r.Out, func(o flow.Output) bool { return o.DstLen == 0 && rules.LinkScope(o.Dst) })
 }
 
-// kernelOutput writes a resolved output in the grammar of rules.
+// kernelOutput converts a resolved output to the grammar of rules.
 func kernelOutput(o flow.Output, name func(index int) string) rules.Output {
 	out := rules.Output{Interface: name(o.Index), Address: o.Dst, Len: o.DstLen, Port: o.DstPort}
 	switch {
@@ -165,5 +164,5 @@ func interfaceName(index int) string {
 	return i.Name
 }
 
-// numberOf stands for an interface whose name is not known.
+// numberOf is a placeholder for an interface whose name is unknown.
 func numberOf(index int) string { return fmt.Sprintf("if%d", index) }

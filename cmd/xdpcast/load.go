@@ -45,7 +45,7 @@ func loadCommand() *cli.Command {
 				made = err != nil && !l.Adopted()
 				return err
 			})
-			if made { // and in vain
+			if made { // created without use
 				err = errors.Join(err, loader.Unload(loaderOptions(c, nil)))
 			}
 			return err
@@ -53,7 +53,7 @@ func loadCommand() *cli.Command {
 	}
 }
 
-// attach attaches to all of the interfaces, or to none that was not attached before.
+// attach attaches to all of the interfaces, or, on an error, detaches those it had attached.
 func attach(c *cli.Context, l *loader.Loader, interfaces []*net.Interface, mode loader.Mode) error {
 	before := map[int]bool{}
 	for _, a := range l.Attachments() {
@@ -156,7 +156,7 @@ func upgradeCommand() *cli.Command {
 			if err := isLoaded(c); err != nil {
 				return err
 			}
-			// Opening upgrades what differs.
+			// Opening upgrades whatever differs.
 			return withLoader(c, func(l *loader.Loader) error {
 				for _, a := range l.Attachments() {
 					fmt.Fprintf(c.App.Writer, "%s: %s mode, program id %d, link id %d\n", a.Interface, a.Mode, a.ProgramID, a.LinkID)
@@ -167,14 +167,14 @@ func upgradeCommand() *cli.Command {
 	}
 }
 
-// upgradeDaemon has the running daemon replace itself.
+// upgradeDaemon makes the running daemon replace itself.
 func upgradeDaemon(c *cli.Context) error {
 	timeout := control.DefaultUpgradeTimeout
 	if err := parseFlag(c, "timeout", &timeout, control.ParseUpgradeTimeout); err != nil {
 		return err
 	}
 	daemon := client(c)
-	daemon.Slow = nil // it takes its time
+	daemon.Slow = nil // an upgrade may take long
 	result, err := daemon.Upgrade(c.Context, timeout)
 	if err != nil {
 		return err
@@ -183,7 +183,7 @@ func upgradeDaemon(c *cli.Context) error {
 	return err
 }
 
-// isLoaded keeps a command that changes what is loaded from loading it.
+// isLoaded prevents a command that changes loaded programs from loading them.
 func isLoaded(c *cli.Context) error {
 	r, err := loader.OpenReader(c.String("pin-dir"))
 	if err != nil {
@@ -192,7 +192,7 @@ func isLoaded(c *cli.Context) error {
 	return r.Close()
 }
 
-// withLoader owns the pinned state while fn runs.
+// withLoader runs fn while it owns the pinned state.
 func withLoader(c *cli.Context, fn func(*loader.Loader) error) error {
 	log := slog.New(slog.NewTextHandler(c.App.ErrWriter, &slog.HandlerOptions{Level: slog.LevelError}))
 	l, err := loader.Open(loaderOptions(c, log))
@@ -206,7 +206,7 @@ func withLoader(c *cli.Context, fn func(*loader.Loader) error) error {
 	return errors.Join(err, l.Close())
 }
 
-// explainLocked says what to do about a running daemon.
+// explainLocked adds what to do about a running daemon.
 func explainLocked(err error) error {
 	if errors.Is(err, loader.ErrLocked) {
 		return fmt.Errorf("%w: stop it first (the kernel goes on relaying), or change its rules and interfaces instead", err)

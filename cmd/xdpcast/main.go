@@ -1,17 +1,17 @@
 // Command xdpcast relays multicast streams in the kernel.
 //
-// Each command is in a file of its name, with what only it needs in run_*.go and the
-// like; load.go has unload and upgrade, too. What commands share:
+// Each command is in a file of its name, with parts specific to it in run_*.go and the like;
+// load.go also has unload and upgrade. Shared code:
 //
 //	app.go       the program as a whole: commands, usage errors, exit codes
 //	args.go      flags anywhere on the command line
-//	flags.go     flags that several commands have, and how values are read
+//	flags.go     flags common to several commands, and parsing of values
 //	output.go    -o, tables, texts of counts, times and states
-//	needs.go     which capabilities commands need, and naming those that are missing
-//	kernel.go    what the pinned maps say while no daemon runs
+//	needs.go     the capabilities that commands need, and errors that name missing ones
+//	kernel.go    the contents of the pinned maps while no daemon runs
 //	complete.go  completion for shells
 //
-// The demonstration itself is package internal/demo.
+// The demo itself is package internal/demo.
 package main
 
 import (
@@ -27,7 +27,7 @@ import (
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == notify.StartStage {
 		fmt.Fprintf(os.Stderr, "xdpcast: %v\n", notify.Stage(os.Args[2:]))
-		os.Exit(127) // as a shell has it
+		os.Exit(127) // as in a shell
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once

@@ -1,6 +1,6 @@
 package main
 
-// Which capabilities commands need, and that they are named where one is missing.
+// The capabilities that commands need, and errors that name a missing one.
 
 import (
 	"errors"
@@ -15,8 +15,8 @@ import (
 	"xdpcast/internal/privilege"
 )
 
-// needsOf returns what a command does not work without, apart from the rights to files; nothing for
-// those that ask the daemon. docs/operations.md has the same as a table.
+// needsOf returns the capabilities that a command requires, other than those for file access; none
+// for clients of the daemon. docs/operations.md has the same as a table.
 func needsOf(c *cli.Context) []cap.Value {
 	programs := []cap.Value{cap.NET_ADMIN, cap.BPF, cap.PERFMON}
 	places := []cap.Value{cap.CHOWN, cap.DAC_OVERRIDE}
@@ -42,14 +42,14 @@ func needsOf(c *cli.Context) []cap.Value {
 	return nil
 }
 
-// namingNeeds lets the error of a command that was not permitted something name what it lacks.
+// namingNeeds adds the missing capabilities to the error of a command that lacked permission.
 func namingNeeds(action cli.ActionFunc) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		needs, user := needsOf(c), os.Geteuid()
 		err := action(c)
 		switch {
-		case !errors.Is(err, fs.ErrPermission), strings.Contains(err.Error(), "without CAP_"), // named
-			strings.HasSuffix(err.Error(), runAsRoot), os.Geteuid() != user: // a daemon that has changed its user lacks nothing
+		case !errors.Is(err, fs.ErrPermission), strings.Contains(err.Error(), "without CAP_"), // named already
+			strings.HasSuffix(err.Error(), runAsRoot), os.Geteuid() != user: // a daemon that changed its user lacks nothing
 			return err
 		}
 		if missing := missingCapabilities(needs); missing != "" {
@@ -59,7 +59,7 @@ func namingNeeds(action cli.ActionFunc) cli.ActionFunc {
 	}
 }
 
-// missingCapabilities names those that this process has not; "" when it has all.
+// missingCapabilities names the capabilities that this process lacks; "" if it has all.
 func missingCapabilities(needs []cap.Value) string {
 	s, err := privilege.Read()
 	if err != nil {
@@ -74,7 +74,7 @@ func missingCapabilities(needs []cap.Value) string {
 	return strings.Join(names, ", ")
 }
 
-// withRootHint says what is needed where the kernel only says no.
+// withRootHint adds what is needed when the kernel only refuses.
 func withRootHint(err error) error {
 	if err == nil || !errors.Is(err, fs.ErrPermission) || os.Geteuid() == 0 {
 		return err

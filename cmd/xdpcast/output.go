@@ -1,7 +1,7 @@
 package main
 
-// What commands that show something share: -o, tables, and texts of counts, times and
-// states. Those of package traffic's reports come last.
+// Shared by commands that show something: -o, tables, and formatting of counts, times and states.
+// Formatting for package traffic's reports comes last.
 
 import (
 	"encoding/json"
@@ -23,7 +23,7 @@ func outputFlag() cli.Flag {
 	return &cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FORMAT`: table for people, json for programs", Value: "table"}
 }
 
-// wantJSON tells which of the two -o asks for.
+// wantJSON parses -o.
 func wantJSON(c *cli.Context) (bool, error) {
 	switch format := c.String("output"); format {
 	case "table":
@@ -35,7 +35,7 @@ func wantJSON(c *cli.Context) (bool, error) {
 	}
 }
 
-// show writes value as JSON, or calls table, as -o says.
+// show writes value as JSON, or calls table, depending on -o.
 func show(c *cli.Context, value any, table func(w io.Writer) error) error {
 	asJSON, err := wantJSON(c)
 	switch {
@@ -55,13 +55,13 @@ func writeJSON(w io.Writer, value any, indent string) error {
 	return enc.Encode(value)
 }
 
-// table collects rows of cells and writes them aligned.
+// table collects rows of cells and prints them aligned.
 type table struct {
 	rows  [][]string
-	right map[int]bool // columns of numbers, aligned at the right
+	right map[int]bool // numeric columns, right-aligned
 }
 
-// newTable starts a table; a title that begins with ">" is of a right-aligned column.
+// newTable starts a table; a title that begins with ">" is a right-aligned column.
 func newTable(titles ...string) *table {
 	t := &table{right: map[int]bool{}}
 	for i, title := range titles {
@@ -102,7 +102,7 @@ func (t *table) write(w io.Writer) error {
 	return trim.flush()
 }
 
-// trimWriter takes the blanks off the ends of lines.
+// trimWriter trims trailing blanks of lines.
 type trimWriter struct {
 	w   io.Writer
 	buf strings.Builder
@@ -120,7 +120,7 @@ func (t *trimWriter) flush() error {
 	return err
 }
 
-// printable keeps what comes from elsewhere from breaking the table or the terminal.
+// printable keeps foreign text from breaking the table or the terminal.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
@@ -130,8 +130,7 @@ func printable(s string) string {
 	}, s)
 }
 
-// humanCount is n as it is below 100,000, and above with three digits and a
-// decimal prefix: 1.23M.
+// humanCount is n in full below 100,000, and above with three digits and a decimal prefix: 1.23M.
 func humanCount(n uint64) string {
 	if n < 100_000 {
 		return strconv.FormatUint(n, 10)
@@ -148,8 +147,8 @@ func withUnit(v float64, unit string) string {
 	return number + " " + prefix + unit
 }
 
-// scale is v with three digits and the decimal prefix that goes with them.
-// Whole numbers below 1000 have no point.
+// scale is v with three digits and the matching decimal prefix. Whole numbers below 1000 have no
+// decimal point.
 func scale(v float64, decimals int) (number, prefix string) {
 	prefixes := []string{"", "k", "M", "G", "T", "P", "E"}
 	i := 0
@@ -194,7 +193,7 @@ func age(d time.Duration) string {
 	}
 }
 
-// dropped is the sum over all reasons.
+// dropped is the total over all reasons.
 func dropped(drops []control.Drop) uint64 {
 	var sum uint64
 	for _, d := range drops {
@@ -205,10 +204,10 @@ func dropped(drops []control.Drop) uint64 {
 	return sum
 }
 
-// isCopy says whether a drop is of what another input brings, which is no loss.
+// isCopy says whether a drop is a copy of another input's packet, which is no loss.
 func isCopy(reason string) bool { return reason == "duplicate" || reason == "standby" }
 
-// dropTable shows drops by reason, nothing when there are none.
+// dropTable shows drops by reason, nothing if there are none.
 func dropTable(w io.Writer, drops []control.Drop) error {
 	t := newTable("DROPPED BECAUSE", ">PACKETS", ">BYTES")
 	for _, d := range drops {
@@ -231,7 +230,7 @@ func plural(n int, thing string) string {
 	return strconv.Itoa(n) + " " + thing + "s"
 }
 
-// orDash shows that there is nothing to show.
+// orDash replaces an empty string by a dash.
 func orDash(s string) string {
 	if s == "" {
 		return "-"
@@ -247,7 +246,7 @@ func stateText(state, reason string) string {
 	return state + ": " + reason
 }
 
-// elapsed is a time of the run, to the millisecond.
+// elapsed formats a duration, to the millisecond.
 func elapsed(ns int64) string { return time.Duration(ns).Round(time.Millisecond).String() }
 
 // perSecond is a rate with three digits: 1.23M.
@@ -256,7 +255,7 @@ func perSecond(v float64) string {
 	return number + prefix
 }
 
-// wrongFields is the number of wrong header fields, of whatever kind.
+// wrongFields is the number of wrong header fields of all kinds.
 func wrongFields(c traffic.Counters) uint64 {
 	return c.Wrong.TTL + c.Wrong.Source + c.Wrong.SourcePort + c.Wrong.DSCP
 }
@@ -266,7 +265,7 @@ func count(n uint64) string { return strconv.FormatUint(n, 10) }
 
 func seconds(ns int64) string { return strconv.FormatFloat(float64(ns)/1e9, 'f', 1, 64) + "s" }
 
-// latency is a time of a few digits, "-" when there was no packet.
+// latency formats a latency with a few digits, "-" if there was no packet.
 func latency(of traffic.Latency, ns int64) string {
 	if of.Samples == 0 {
 		return "-"

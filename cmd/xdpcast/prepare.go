@@ -35,7 +35,7 @@ func prepareCommand() *cli.Command {
 	}
 }
 
-// preparePlaces gives the daemon's directories to its user.
+// preparePlaces chowns the daemon's directories to its user.
 func preparePlaces(c *cli.Context, u *privilege.User) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("give directories to user %s: %w", u.Name, fs.ErrPermission)
@@ -45,7 +45,7 @@ func preparePlaces(c *cli.Context, u *privilege.User) error {
 		return err
 	}
 	places := placesOf(c, opts)
-	for _, p := range places { // before anything is made
+	for _, p := range places { // before creating anything
 		if err := privilege.Ours(p.dir, p.ours); err != nil {
 			return fmt.Errorf("%s: %w", p.what, err)
 		}
@@ -64,14 +64,14 @@ func preparePlaces(c *cli.Context, u *privilege.User) error {
 	})
 }
 
-// place is a directory of the daemon's files.
+// place is a directory of daemon files.
 type place struct {
 	what, dir string
-	mode      fs.FileMode // when it is made
-	names     []string    // of what the daemon has in it
+	mode      fs.FileMode // if it is created
+	names     []string    // of the daemon's files in it
 }
 
-// ours says whether a name is of a file of the daemon's, or of one beside it such as NAME.next.
+// ours says whether a name is that of a daemon file, or of one derived from it such as NAME.next.
 func (p place) ours(name string) bool {
 	for _, n := range p.names {
 		if name == n || strings.HasPrefix(name, n+".") {
@@ -81,8 +81,8 @@ func (p place) ours(name string) bool {
 	return strings.HasPrefix(name, "hold-") && strings.HasSuffix(name, ".sock") // of xdpcast hold
 }
 
-// placesOf are the directories of the daemon beside the pins, each once. A file that is new to one
-// of them belongs in here.
+// placesOf are the daemon's directories other than the pins, without duplicates. Add any new file
+// here.
 func placesOf(c *cli.Context, opts loader.Options) (places []place) {
 	kept := func(names ...string) []string {
 		for i, name := range names {
@@ -91,7 +91,7 @@ func placesOf(c *cli.Context, opts loader.Options) (places []place) {
 		return names
 	}
 	socket := c.String("socket")
-	// One directory may be for all of it, and was perhaps before.
+	// One directory may serve all purposes, now or earlier.
 	names := append(kept("api-rules.yaml", "events.ndjson", "offloads.json", "attached.json", "changes.json", "sets"), filepath.Base(loader.LockPath(opts)), filepath.Base(socket))
 	for _, p := range []place{
 		{"run directory", opts.RunDir, 0o755, names},

@@ -80,7 +80,7 @@ func recv(c *cli.Context) error {
 	return nil
 }
 
-// recvConfig reads the command line. Its errors are of usage.
+// recvConfig parses the command line. Its errors are usage errors.
 func recvConfig(c *cli.Context) (traffic.RecvConfig, error) {
 	if err := nargs(c, 1, -1); err != nil {
 		return traffic.RecvConfig{}, err
@@ -126,7 +126,7 @@ func recvConfig(c *cli.Context) (traffic.RecvConfig, error) {
 	return cfg, nil
 }
 
-// runWithLines runs the receiver and writes a line for each interval; 0 is none.
+// runWithLines runs the receiver and prints a line for each interval; 0 means no lines.
 func runWithLines(c *cli.Context, r *traffic.Receiver, interval time.Duration) error {
 	if interval == 0 {
 		return r.Run(c.Context)
@@ -152,8 +152,8 @@ func runWithLines(c *cli.Context, r *traffic.Receiver, interval time.Duration) e
 	return err
 }
 
-// lineFormat aligns the live lines: what is before the bar is of the interval,
-// what is behind it of the whole run.
+// lineFormat aligns the live lines: columns before the bar are for the interval, those after it for
+// the whole run.
 const lineFormat = "%9s %12s %14s %11s %8s %8s %8s | %12s %9s %9s %9s %8s %8s\n"
 
 func writeLineTitles(w io.Writer) {
@@ -188,8 +188,8 @@ func writeRecvReport(w io.Writer, r traffic.RecvReport) error {
 	return writeWrong(w, r)
 }
 
-// writeRepairs shows the groups where missing numbers came later, as a rule that merges brings
-// them.
+// writeRepairs shows the groups where missing numbers arrived later, as in the output of a rule
+// that merges.
 func writeRepairs(w io.Writer, r traffic.RecvReport) error {
 	if r.Total.Repaired+r.Total.Late == 0 {
 		return nil
@@ -242,7 +242,7 @@ func writeLatencies(w io.Writer, r traffic.RecvReport) error {
 	return nil
 }
 
-// writeWrong shows a packet for each group that had wrong fields.
+// writeWrong shows one packet for each group that had wrong fields.
 func writeWrong(w io.Writer, r traffic.RecvReport) error {
 	if wrongFields(r.Total) == 0 {
 		return nil

@@ -86,8 +86,8 @@ func ruleAdd(c *cli.Context) error {
 	})
 }
 
-// withLoop is an input with loop=allow; one that cannot be read is left as it is, for
-// the error to be about what was typed.
+// withLoop is an input with loop=allow; an invalid one is left unchanged, so that the error is
+// about the user's text.
 func withLoop(input string) string {
 	in, accept, err := rules.ParseInput(input)
 	if err != nil {
@@ -97,7 +97,7 @@ func withLoop(input string) string {
 	return rules.FormatInput(in, accept)
 }
 
-// outcome says on one line what has become of a rule.
+// outcome is the state of a rule as one line.
 func outcome(r control.RuleStatus) string {
 	if r.State == control.StateActive {
 		return fmt.Sprintf("rule %s: active, path %s, %s", r.Name, orDash(r.UsedPath), plural(len(r.Out), "output"))
@@ -122,7 +122,7 @@ func ruleDelCommand() *cli.Command {
 	}
 }
 
-// ruleDel removes what it can and reports each name that it could not.
+// ruleDel removes the rules that it can and reports each name that it could not.
 func ruleDel(c *cli.Context) error {
 	var errs []error
 	for _, name := range c.Args().Slice() {
@@ -222,7 +222,7 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 	return receiveTable(w, r.ReceiveDrops)
 }
 
-// nextHop is whom an output sends to, where that is one host.
+// nextHop is the next hop of an output to a single host.
 func nextHop(o control.OutputStatus) string {
 	switch {
 	case o.NextHop == "":
@@ -233,7 +233,7 @@ func nextHop(o control.OutputStatus) string {
 	return o.NextHop + " at " + o.MAC
 }
 
-// allDrops is what was dropped before any output, and then by each slot.
+// allDrops are drops before any output, then by slot.
 func allDrops(r control.RuleStatus) []control.Drop {
 	drops := append([]control.Drop{}, r.Drops...)
 	for _, o := range r.Outputs {
@@ -245,7 +245,7 @@ func allDrops(r control.RuleStatus) []control.Drop {
 	return drops
 }
 
-// pathText is the path in use, and the wanted one where it differs.
+// pathText is the current path, and the requested one if it differs.
 func pathText(r control.RuleStatus) string {
 	wanted := r.Path
 	if wanted == "" {
@@ -279,7 +279,7 @@ func ruleListCommand() *cli.Command {
 	}
 }
 
-// ruleTable has a line for each output; what is the rule's own stands on the first.
+// ruleTable has a line for each output; the rule's own columns are on the first.
 func ruleTable(w io.Writer, list []control.RuleStatus) error {
 	titles := []string{"NAME", "ORIGIN", "STATE", "PATH", "IN", "OUT", "REASON"}
 	overlaps := slices.ContainsFunc(list, func(r control.RuleStatus) bool { return overlapText(r) != "-" })
@@ -315,7 +315,7 @@ func ruleTable(w io.Writer, list []control.RuleStatus) error {
 	return t.write(w)
 }
 
-// overlapText says which other rules take packets that a rule matches, too.
+// overlapText says which other rules match packets of a rule.
 func overlapText(r control.RuleStatus) string {
 	var parts []string
 	if len(r.YieldsTo) > 0 {
@@ -402,7 +402,7 @@ func ruleApply(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if bytes.Contains(data, []byte("include")) { // the daemon reads no files for others
+	if bytes.Contains(data, []byte("include")) { // the daemon reads no files for clients
 		all, err := parseRules(name, data)
 		if err != nil {
 			return err
@@ -413,7 +413,7 @@ func ruleApply(c *cli.Context) error {
 	}
 	result, err := client(c).ApplyFile(c.Context, data, o)
 	if err != nil {
-		// The daemon reads the file, once. What is wrong in it is told with every line here.
+		// The daemon parses the file, once. On an error, all faults are reported here.
 		if _, wrong := parseRules(name, data); wrong != nil {
 			return wrong
 		}
@@ -422,7 +422,7 @@ func ruleApply(c *cli.Context) error {
 	return show(c, result, func(w io.Writer) error { return changeList(w, result) })
 }
 
-// changeList shows what changed, and a summary.
+// changeList shows the changes, and a summary.
 func changeList(w io.Writer, result control.ApplyResult) error {
 	var text strings.Builder
 	for _, change := range result.Changes {

@@ -76,7 +76,7 @@ func runCommand() *cli.Command {
 	}
 }
 
-// checkHook makes sure that the program for events can be called.
+// checkHook checks that the program for events can be executed.
 func checkHook(c *cli.Context) error {
 	program := c.String("on-event")
 	if !c.IsSet("on-event") {
@@ -125,7 +125,7 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 	}, nil
 }
 
-// maxWorkers is more than a machine has CPUs; each has a ring of 16 MiB.
+// maxWorkers exceeds the number of CPUs of any machine; each worker has a ring of 16 MiB.
 const maxWorkers = 1024
 
 func newLogger(c *cli.Context) (*slog.Logger, error) {
@@ -144,13 +144,13 @@ func newLogger(c *cli.Context) (*slog.Logger, error) {
 
 // runRelay runs the relay and its API until the context ends, or either fails.
 func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *privilege.User) (err error) {
-	// From the start, or a signal while the rules come in would end the process.
+	// From the start, or a signal while the rules are loaded would end the process.
 	hangups, upgrades := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
 	signal.Notify(upgrades, syscall.SIGUSR2)
 	defer signal.Stop(hangups)
 	defer signal.Stop(upgrades)
-	path := programPath() // before another binary is there
+	path := programPath() // before another binary is installed
 	var groups []uint32
 	for _, gid := range c.UintSlice("read-group") {
 		groups = append(groups, uint32(gid))
@@ -160,7 +160,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		service.failed(err)
 		err = errors.Join(err, service.close())
 	}()
-	// The keys and the port may be root's alone.
+	// Only root may be able to read the keys and open the port.
 	listening, err := listen.open(service.listener(passedHTTP))
 	if err != nil {
 		return err
@@ -176,7 +176,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		return errors.Join(explainStart(err), listening.close())
 	}
 	takesOver := opts.Predecessor != nil
-	// Before the file is read: a change is missed by neither.
+	// Before the file is read, so that no change is missed.
 	watcher, err := watchConfig(c, opts)
 	if err != nil {
 		return errors.Join(err, listener.Close(), listening.close())
@@ -197,7 +197,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	defer service.watchHolder(cancel)()
 	up := &upgrader{ctx: ctx, service: service, relay: r, path: path, api: listener, web: listening.raw}
 	served := make(chan error, 2)
-	begin := make(chan struct{}) // a daemon that takes over answers when it has
+	begin := make(chan struct{}) // a daemon that takes over answers only then
 	if !takesOver {
 		close(begin)
 	}
@@ -236,12 +236,12 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		service.tell(notify.Stopping)
 	}
 	cancel()
-	endEvents() // so do the answers of those who follow
+	endEvents() // ends the answers to followers, too
 	reloads.Wait()
 	return errors.Join(err, <-served, <-served)
 }
 
-// listenAPI listens on the control socket, or takes over the one of the daemon before; nil: there is
+// listenAPI listens on the control socket, or takes over the previous daemon's; nil if there is
 // none.
 func listenAPI(path string, passed net.Listener, groups []uint32) (*control.Listener, error) {
 	if passed != nil {
@@ -250,8 +250,7 @@ func listenAPI(path string, passed net.Listener, groups []uint32) (*control.List
 	return control.Listen(path, groups)
 }
 
-// runEvents shows what happens to those who follow, and to a program, if one is named, until end is
-// called.
+// runEvents passes events to followers, and to a program, if one is named, until end is called.
 func runEvents(log *events.Log, program string, logger *slog.Logger) (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	hooked, unhook := context.WithCancel(context.Background())
@@ -263,7 +262,7 @@ func runEvents(log *events.Log, program string, logger *slog.Logger) (end func()
 	}
 	return func() {
 		cancel()
-		// The program is told of the last events, too, that the daemon ends among them.
+		// The program also gets the last events, such as that the daemon ends.
 		stop := time.AfterFunc(lastEvents, unhook)
 		running.Wait()
 		stop.Stop()
@@ -271,7 +270,7 @@ func runEvents(log *events.Log, program string, logger *slog.Logger) (end func()
 	}
 }
 
-// lastEvents is how long the program for events may take in all when the daemon ends.
+// lastEvents is the total time for the event program when the daemon ends.
 const lastEvents = 2 * time.Second
 
 func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Backend, log *slog.Logger) {
@@ -285,9 +284,9 @@ func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Bac
 	}
 }
 
-// reloadFor reads the file again for a cause that nobody waits for the answer of.
+// reloadFor reads the file again when no client waits for the answer.
 func reloadFor(ctx context.Context, cause string, r control.Backend, log *slog.Logger) {
-	result, err := r.Reload(control.WithCause(ctx, cause), control.ApplyOptions{MaxChanges: 1}) // they are only counted here
+	result, err := r.Reload(control.WithCause(ctx, cause), control.ApplyOptions{MaxChanges: 1}) // only counted here
 	if err != nil {
 		for line := range strings.SplitSeq(err.Error(), "\n") {
 			log.Error("reload failed, the old rules stay", "error", line, "cause", cause)
@@ -297,7 +296,7 @@ func reloadFor(ctx context.Context, cause string, r control.Backend, log *slog.L
 	log.Info("reloaded", "added", result.Added, "changed", result.Changed, "removed", result.Removed, "kept", result.Kept, "cause", cause)
 }
 
-// explainStart says what would be right where a daemon cannot start.
+// explainStart adds to a start error what would help.
 func explainStart(err error) error {
 	switch {
 	case errors.Is(err, control.ErrListening):

@@ -12,8 +12,8 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// afxdpFlags set the AF_XDP path. Those of frames and budget are signed, so that a
-// negative one is told as what it is.
+// afxdpFlags configure the AF_XDP path. Those of frames and budget are signed, so that the error
+// for a negative one shows its value.
 func afxdpFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "afxdp-cpus", Usage: "pin the afxdp workers of queues 0, 1, ... to these CPUs in turn: `LIST`, such as 2,4-7", DefaultText: "not pinned"},
@@ -25,14 +25,14 @@ func afxdpFlags() []cli.Flag {
 	}
 }
 
-// afxdpOptions reads these flags.
+// afxdpOptions parses these flags.
 func afxdpOptions(c *cli.Context) (o forward.AFXDPOptions, err error) {
 	o = forward.AFXDPOptions{
 		Frames: c.Int("afxdp-frames"), HugePages: c.Bool("afxdp-hugepages"),
 		BusyPoll: c.Duration("afxdp-busy-poll"), PreferBusyPoll: c.Bool("afxdp-prefer-busy-poll"), BusyPollBudget: c.Int("afxdp-busy-poll-budget"),
 	}
 	if c.IsSet("afxdp-frames") && o.Frames == 0 {
-		o.Frames = -1 // 0 means the default to the path, and not to who writes it
+		o.Frames = -1 // 0 would mean the default
 	}
 	if o.CPUs, err = parseCPUs(c.String("afxdp-cpus")); err != nil {
 		return o, usagef("--afxdp-cpus %q: %w", c.String("afxdp-cpus"), err)
@@ -58,7 +58,7 @@ func afxdpOptions(c *cli.Context) (o forward.AFXDPOptions, err error) {
 // maxCPU is far above CPU_SETSIZE of sched_setaffinity(2).
 const maxCPU = 1 << 16
 
-// parseCPUs reads a list as the kernel writes it (cpuset(7)): "2,4-7"; none is empty.
+// parseCPUs parses a list in the kernel's format (cpuset(7)): "2,4-7"; empty for none.
 func parseCPUs(text string) (cpus []int, err error) {
 	if text == "" {
 		return nil, nil

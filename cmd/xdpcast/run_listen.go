@@ -15,7 +15,7 @@ import (
 	"xdpcast/internal/web"
 )
 
-// listenFlags are those of the HTTP server of "xdpcast run".
+// listenFlags are the flags of the HTTP server of "xdpcast run".
 func listenFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "listen", Usage: "serve a page for browsers, /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464"},
@@ -28,7 +28,7 @@ func listenFlags() []cli.Flag {
 	}
 }
 
-// listenConfig is what the flags say.
+// listenConfig is the value of these flags.
 type listenConfig struct {
 	addr  string // empty: no server
 	opts  metrics.ListenOptions
@@ -59,10 +59,10 @@ func listenOptions(c *cli.Context) (*listenConfig, error) {
 	return l, nil
 }
 
-// webListener is the HTTP server's socket; nil inside when there is none.
+// webListener is the HTTP server's socket; its fields are nil if there is none.
 type webListener struct{ ln, raw net.Listener }
 
-// open opens the server's socket, or takes over the one of the daemon before; nil: there is none.
+// open opens the server's socket, or takes over the previous daemon's; nil if there is none.
 func (l *listenConfig) open(passed net.Listener) (w webListener, err error) {
 	opts := l.opts
 	opts.Open = func(network, addr string) (net.Listener, error) {
@@ -83,7 +83,7 @@ func (l *listenConfig) open(passed net.Listener) (w webListener, err error) {
 		return webListener{}, nil
 	}
 	ln, err := metrics.Listen(l.addr, opts)
-	var refused *net.OpError // by the kernel, whatever was asked for is right
+	var refused *net.OpError // refused by the kernel: the usage is correct
 	switch {
 	case errors.Is(err, unix.EADDRNOTAVAIL):
 		return webListener{}, fmt.Errorf("listen at %s: %w: no interface that is up has this address here (in a network namespace of its own: ip link set lo up)", l.addr, err)
@@ -103,7 +103,7 @@ func (w webListener) close() error {
 	return w.ln.Close()
 }
 
-// serve answers until ctx ends.
+// serve serves until ctx ends.
 func (w webListener) serve(ctx context.Context, h http.Handler, log *slog.Logger) error {
 	if w.ln == nil {
 		<-ctx.Done()

@@ -8,7 +8,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// mrouteFlags are those of the mirror of multicast routes.
+// mrouteFlags are the flags of multicast route mirroring.
 func mrouteFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.BoolFlag{Name: "mroute", Usage: "forward what the kernel's multicast routes say (of FRR, smcroute, pimd, igmpproxy) in XDP; as mroute of the file, which must not have it then"},
@@ -21,13 +21,13 @@ func mrouteFlags() []cli.Flag {
 	}
 }
 
-// mrouteKeys are the flags that set keys of the section mroute of a file.
+// mrouteKeys are the flags that set keys of the mroute section of a file.
 var mrouteKeys = []struct{ flag, key string }{
 	{"mroute-table", "tables"}, {"mroute-family", "families"}, {"mroute-interface", "interfaces"},
 	{"mroute-group", "groups"}, {"mroute-leave", "leave"}, {"mroute-joined", "joined"},
 }
 
-// mrouteOptions is what the flags say; nil without --mroute.
+// mrouteOptions is the value of the flags; nil without --mroute.
 func mrouteOptions(c *cli.Context) (*rules.Mroute, error) {
 	if !c.Bool("mroute") {
 		for _, k := range mrouteKeys {

@@ -19,7 +19,7 @@ import (
 	"xdpcast/pkg/membership"
 )
 
-// Names of descriptors that one daemon passes to the next, besides those of memberships.
+// Names of descriptors passed from one daemon to the next, other than those of memberships.
 const (
 	passedAPI     = "api"
 	passedHTTP    = "http"
@@ -28,23 +28,23 @@ const (
 	passedGate    = "fanout.gate"
 )
 
-// stopPatience is how long the daemon before may take to end a path.
+// stopPatience is how long the previous daemon may take to end a path.
 const stopPatience = 10 * time.Second
 
-// service is who has started us, if it speaks sd_notify(3): the service manager, "xdpcast hold", or
-// the daemon that this one takes over from.
+// service is the process that started this one, if it speaks sd_notify(3): the service manager,
+// "xdpcast hold", or the daemon that this one takes over from.
 type service struct {
 	log     *slog.Logger
-	manager *notify.Manager // nil: there is none
+	manager *notify.Manager // nil: none
 	kept    []membership.Kept
 	holds   int // descriptors in its store
 
-	passed map[string]*os.File // by the daemon before, by name
-	holder int                 // pipe whose end says that the holder is gone; -1: there is none
+	passed map[string]*os.File // by the previous daemon, by name
+	holder int                 // pipe that is closed when the holder is gone; -1: none
 }
 
-// connectService finds the service manager, and takes what it has kept of an earlier process. A
-// daemon runs without it as well: what goes wrong is logged.
+// connectService connects to the service manager, and takes the descriptors kept from an earlier
+// process. A daemon also runs without it: errors are logged.
 func connectService(log *slog.Logger) *service {
 	s := &service{log: log, passed: map[string]*os.File{}, holder: -1}
 	var err error
@@ -84,13 +84,13 @@ func connectService(log *slog.Logger) *service {
 	return s
 }
 
-// memberships has the service manager keep memberships. Without one they are ready to be handed
-// over all the same.
+// memberships makes the service manager keep memberships. Without one they can still be handed
+// over.
 func (s *service) memberships() membership.Options {
 	return membership.Options{Keeper: s.manager.Store(s.holds), Kept: s.kept}
 }
 
-// take returns what the daemon before has passed under a name; nil when it has not.
+// take returns the descriptor that the previous daemon passed under a name; nil if none.
 func (s *service) take(name string) *os.File {
 	f := s.passed[name]
 	delete(s.passed, name)
@@ -111,12 +111,12 @@ func (s *service) listener(name string) net.Listener {
 	return l
 }
 
-// locks are those of the daemon before.
+// locks are the previous daemon's.
 func (s *service) locks() loader.Locks {
 	return loader.Locks{Run: s.take(passedRunLock), Pins: s.take(passedPinLock)}
 }
 
-// predecessor is the daemon before, as the relay knows it; nil: there is none.
+// predecessor is the previous daemon, as relay.Predecessor; nil if there is none.
 func (s *service) predecessor() *relay.Predecessor {
 	if !s.manager.TakesOver() {
 		return nil
@@ -136,8 +136,8 @@ func (s *service) predecessor() *relay.Predecessor {
 	return p
 }
 
-// ready says that the rules are in. A daemon that takes over is in the place of the one before
-// when it returns.
+// ready says that the rules are loaded. When it returns, a daemon that takes over has replaced the
+// previous one.
 func (s *service) ready() {
 	s.tell(notify.Ready)
 	if s.manager.TakesOver() {
@@ -156,7 +156,7 @@ func (s *service) ready() {
 	clear(s.passed)
 }
 
-// failed says why the daemon ends, to the daemon that it was to take over from.
+// failed reports why the daemon ends, to the daemon that it should have replaced.
 func (s *service) failed(err error) {
 	if err != nil && s.manager.TakesOver() {
 		text, _, _ := strings.Cut(err.Error(), "\n")
@@ -164,12 +164,13 @@ func (s *service) failed(err error) {
 	}
 }
 
-// watchHolder calls ended when "xdpcast hold" is gone: it, or its supervisor, starts the next daemon.
+// watchHolder calls ended when "xdpcast hold" is gone: it, or its supervisor, starts the next
+// daemon.
 func (s *service) watchHolder(ended func()) (stop func()) {
 	if s.holder < 0 {
 		return func() {}
 	}
-	pipe, err := unix.FcntlInt(uintptr(s.holder), unix.F_DUPFD_CLOEXEC, 3) // the other is passed on
+	pipe, err := unix.FcntlInt(uintptr(s.holder), unix.F_DUPFD_CLOEXEC, 3) // the original is passed on
 	if err == nil {
 		stop, err = hold.Watch(pipe, func() {
 			s.log.Error("the process that holds this daemon's descriptors is gone: the daemon ends, or its supervisor could not start the next one")
@@ -183,7 +184,7 @@ func (s *service) watchHolder(ended func()) (stop func()) {
 	return stop
 }
 
-// tell tells the service manager how we do.
+// tell reports the state to the service manager.
 func (s *service) tell(state string) {
 	if err := s.manager.Notify(state); err != nil {
 		s.log.Warn("service manager", "error", err)

@@ -21,7 +21,7 @@ import (
 	"xdpcast/internal/relay"
 )
 
-// upgrader replaces this daemon by the binary that is at its path now.
+// upgrader replaces this daemon with the binary now at its path.
 type upgrader struct {
 	ctx     context.Context // ends with the daemon
 	service *service
@@ -33,8 +33,8 @@ type upgrader struct {
 	one sync.Mutex
 }
 
-// programPath is where the daemon was started from: the name that it was called by, where that
-// still leads to this program, since a release may be put in place by a link.
+// programPath is the path of the program: the name it was called by, if that still refers to this
+// program, since a release may be installed behind a symbolic link.
 func programPath() string {
 	self, err := os.Executable()
 	if err != nil {
@@ -55,7 +55,7 @@ func programPath() string {
 	return called
 }
 
-// upgrade returns when the new daemon has taken over, or has failed to, and this one goes on.
+// upgrade returns when the new daemon has taken over, or has failed and this one continues.
 func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result control.UpgradeResult, err error) {
 	if !u.one.TryLock() {
 		return result, control.Errorf(control.KindConflict, "an upgrade is under way")
@@ -76,7 +76,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 		if err != nil {
 			return err
 		}
-		defer closeAll(files[len(h.Memberships):]) // those of memberships are h's
+		defer closeAll(files[len(h.Memberships):]) // those of memberships belong to h
 		ambient, err := privilege.Ambient()
 		if err != nil {
 			return err
@@ -105,7 +105,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 	return result, nil
 }
 
-// upgradeOnSignal upgrades on each signal. What goes wrong is logged.
+// upgradeOnSignal upgrades on each signal. Errors are logged.
 func (u *upgrader) upgradeOnSignal(ctx context.Context, signals <-chan os.Signal) {
 	for {
 		select {
@@ -119,7 +119,7 @@ func (u *upgrader) upgradeOnSignal(ctx context.Context, signals <-chan os.Signal
 	}
 }
 
-// files are what the new daemon gets, those of memberships first.
+// files are the descriptors for the new daemon, those of memberships first.
 func (u *upgrader) files(h *relay.Handed) (files []notify.File, err error) {
 	for _, d := range h.Memberships {
 		files = append(files, notify.File{Name: d.Name, FD: d.FD})

@@ -1,6 +1,6 @@
 package main
 
-// The user that run works as.
+// The user of the daemon.
 
 import (
 	"log/slog"
@@ -18,7 +18,7 @@ func userFlags(required bool) []cli.Flag {
 	}
 }
 
-// daemonUser is whom the daemon is to work as; nil when that is not said.
+// daemonUser is the user that the daemon should switch to; nil if not given.
 func daemonUser(c *cli.Context) (*privilege.User, error) {
 	if !c.IsSet("user") {
 		if c.IsSet("group") {
@@ -33,8 +33,8 @@ func daemonUser(c *cli.Context) (*privilege.User, error) {
 	return &u, nil
 }
 
-// dropPrivileges changes to the daemon's user and keeps only what it needs. Without one a daemon
-// of root's stays as it is; any other user's passes its capabilities on to nobody.
+// dropPrivileges switches to the daemon's user and keeps only the required capabilities. Without a
+// user a daemon run as root stays as it is; any other user's does not pass its capabilities on.
 func dropPrivileges(c *cli.Context, u *privilege.User, log *slog.Logger) error {
 	if u == nil && os.Geteuid() == 0 {
 		return nil
@@ -48,7 +48,7 @@ func dropPrivileges(c *cli.Context, u *privilege.User, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if s.Effective != 0 { // without any it will not come far
+	if s.Effective != 0 { // without any it cannot work
 		log.Info("privileges", "uid", s.UIDs[0], "gid", s.GIDs[0], "capabilities", s.Effective, "no_new_privs", s.NoNewPrivs, "threads", s.Threads)
 	}
 	return nil

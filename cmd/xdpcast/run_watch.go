@@ -1,6 +1,6 @@
 package main
 
-// What run does with --watch-config.
+// Support for run --watch-config.
 
 import (
 	"context"
@@ -14,11 +14,10 @@ import (
 	"xdpcast/internal/rulefile"
 )
 
-// settlePause is how often a change that waits for confirmation is looked at, when the file has
-// changed meanwhile.
+// settlePause is the polling interval for an unconfirmed change while the file has changed.
 const settlePause = time.Second
 
-// configWatch watches the file of rules; nil when nobody asks for that.
+// configWatch watches the rule file; nil without --watch-config.
 type configWatch struct {
 	watcher *rulefile.Watcher
 	log     *slog.Logger
@@ -42,7 +41,7 @@ func (w *configWatch) close() error {
 	return w.watcher.Close()
 }
 
-// reload reads the file again whenever it has changed, until ctx ends. It closes the watcher.
+// reload reads the file again whenever it changes, until ctx ends. It closes the watcher.
 func (w *configWatch) reload(ctx context.Context, r control.Backend) {
 	if w == nil {
 		return
@@ -54,7 +53,7 @@ func (w *configWatch) reload(ctx context.Context, r control.Backend) {
 	})
 }
 
-// settled waits until no change waits for confirmation; false when ctx ends before.
+// settled waits until no change waits for confirmation; false if ctx ends first.
 func (w *configWatch) settled(ctx context.Context, r control.Backend) bool {
 	for first := true; ; first = false {
 		status, err := r.Status(ctx)

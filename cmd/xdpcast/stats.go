@@ -13,7 +13,7 @@ import (
 	"xdpcast/internal/control"
 )
 
-// minInterval keeps a watch from being the load that it shows.
+// minInterval keeps a watch from becoming the load itself.
 const minInterval = 100 * time.Millisecond
 
 func statsCommand(now func() time.Time) *cli.Command {
@@ -56,7 +56,7 @@ func stats(c *cli.Context, now func() time.Time) error {
 	return show(c, s, func(w io.Writer) error { return statsTable(w, s, nil) })
 }
 
-// readStats reads the statistics of all rules, or only those of the one named.
+// readStats reads the statistics of all rules, or of the named one.
 func readStats(c *cli.Context, now func() time.Time) (control.Stats, error) {
 	if c.NArg() == 0 {
 		s, err := client(c).Stats(c.Context)
@@ -71,7 +71,7 @@ func readStats(c *cli.Context, now func() time.Time) (control.Stats, error) {
 	return ofRule(s, name)
 }
 
-// ofRule leaves one rule of the statistics.
+// ofRule reduces the statistics to one rule.
 func ofRule(s control.Stats, name string) (control.Stats, error) {
 	for _, rule := range s.Rules {
 		if rule.Name == name {
@@ -81,7 +81,7 @@ func ofRule(s control.Stats, name string) (control.Stats, error) {
 	return s, fmt.Errorf("no rule is called %s in the kernel, and no xdpcast is running", name)
 }
 
-// statsOf is what a rule's own counters tell.
+// statsOf is the statistics in a rule's own counters.
 func statsOf(at time.Time, rule control.RuleStatus) control.Stats {
 	return control.Stats{
 		Time: at, Rules: []control.RuleStatus{rule}, Drops: rule.Drops, TransmitDrops: []control.TransmitDrop{},
@@ -133,7 +133,7 @@ func isTerminal(w io.Writer) bool {
 	return err == nil
 }
 
-// endpointKey is one counter of a rule: slot -1 is what matched.
+// endpointKey identifies one counter of a rule: slot -1 is the matched counter.
 type endpointKey struct {
 	rule string
 	slot int
@@ -141,14 +141,14 @@ type endpointKey struct {
 
 const matchedSlot = -1
 
-// legSlot is that of the first of several inputs; the others are below.
+// legSlot is the slot of the first of several inputs; the others are below.
 const legSlot = -2
 
-// rate is what came between two looks.
+// rate is the increase between two readings.
 type rate struct{ packets, bits float64 } // a second
 
-// rates compares two looks. A counter that was not there before, or ran
-// backwards because its rule is a new one, has no rate.
+// rates compares two readings. A counter that is new, or decreased because its rule is new, has no
+// rate.
 func rates(before *control.Stats, now control.Stats) map[endpointKey]rate {
 	out := map[endpointKey]rate{}
 	if before == nil {
@@ -184,8 +184,8 @@ func counters(s control.Stats) map[endpointKey]control.Counter {
 	return out
 }
 
-// statsTable has a line for what each rule matched and one for each output's
-// copies; with rates where those are not nil.
+// statsTable has a line for each rule's matched packets and one for each output's copies; with
+// rates if those are not nil.
 func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error {
 	titles := []string{"RULE", "SLOT", "ENDPOINT", "STATE", ">PACKETS", ">BYTES", ">DROPPED", "LAST"}
 	if rates != nil {
@@ -197,7 +197,7 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 		if rates != nil {
 			row = append(row, rateCells(rates, key)...)
 		}
-		last := "" // the kernel does not tell it of outputs
+		last := "" // the kernel does not report it for outputs
 		if key.slot == matchedSlot {
 			last = ago(s.Time, seen)
 		}
@@ -236,8 +236,8 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 // several says whether a rule has several inputs.
 func several(r control.RuleStatus) bool { return r.Merge != "" || r.Failover != "" }
 
-// noteTable shows what is no drop and worth knowing, nothing when there is nothing. Of
-// fragments without a first one nobody knows a rule unless that comes.
+// noteTable shows notes, which are not drops, or nothing if there are none. Fragments without a
+// first one belong to no rule.
 func noteTable(w io.Writer, s control.Stats) error {
 	t := newTable("NOTED", "OF", ">PACKETS", ">BYTES")
 	for _, r := range s.Rules {
@@ -266,7 +266,7 @@ func rateCells(rates map[endpointKey]rate, key endpointKey) []string {
 	return []string{humanCount(uint64(r.packets + 0.5)), withUnit(r.bits, "b")}
 }
 
-// receiveTable shows what was lost on the way to workers, nothing when nothing was.
+// receiveTable shows packets lost on the way to workers, or nothing if there are none.
 func receiveTable(w io.Writer, drops []control.ReceiveDrop) error {
 	if len(drops) == 0 {
 		return nil

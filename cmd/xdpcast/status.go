@@ -34,7 +34,7 @@ func statusCommand(now func() time.Time) *cli.Command {
 	}
 }
 
-// explainNotRunning adds to the error what goes on without a daemon.
+// explainNotRunning adds to the error what keeps working without a daemon.
 func explainNotRunning(c *cli.Context, notRunning error, now time.Time) error {
 	s, err := kernelStats(c.String("pin-dir"), now)
 	if err != nil {
@@ -83,7 +83,7 @@ func statusText(w io.Writer, s control.Status, now time.Time) error {
 	return dropTable(w, s.Drops)
 }
 
-// leftTable has a line for each reason for which multicast routes are left to the kernel.
+// leftTable has a line for each reason why multicast routes are left to the kernel.
 func leftTable(w io.Writer, m *control.MrouteStatus) error {
 	if m == nil || len(m.Left) == 0 {
 		return nil
@@ -96,8 +96,8 @@ func leftTable(w io.Writer, m *control.MrouteStatus) error {
 	return t.write(w)
 }
 
-// workerTables has a line for each worker of the user-space paths, with what the kernel
-// counted for it, and one for each interface that such a worker sends on.
+// workerTables has a line for each worker of the user-space paths, with the kernel's counters, and
+// one for each of its output interfaces.
 func workerTables(w io.Writer, workers []control.Worker) error {
 	t := newTable("WORKER ON", "PATH", ">QUEUE", "STATE", "MODE", "WAKEUP", ">RECEIVED", ">RING FULL", ">NO FRAME", ">RULE GONE",
 		">RX INVALID", ">TX INVALID", ">FILL EMPTY", ">TX EMPTY", ">FAILURES", "CAUSE")
@@ -132,8 +132,7 @@ func workerMode(o *control.Worker) string {
 	return orDash(o.Mode)
 }
 
-// receiveCells are what came to a worker and what did not; a dash where the path has no
-// such counter.
+// receiveCells are received and lost packets of a worker; a dash if the path has no such counter.
 func receiveCells(o *control.Worker) []string {
 	lost := map[string]uint64{}
 	for _, l := range o.Lost {
@@ -148,7 +147,7 @@ func receiveCells(o *control.Worker) []string {
 		humanCount(s.RXInvalidDescs), humanCount(s.TXInvalidDescs), humanCount(s.RXFillRingEmpty), humanCount(s.TXRingEmpty)}
 }
 
-// wakeup says for which directions the kernel asks to be woken.
+// wakeup lists the directions in which the kernel needs wakeups.
 func wakeup(s *control.SocketStatus) string {
 	switch {
 	case s.RXNeedWakeup && s.TXNeedWakeup:
@@ -170,7 +169,7 @@ func interfaceTable(w io.Writer, interfaces []control.InterfaceStatus) error {
 	return t.write(w)
 }
 
-// interfaceNote is what a person should know of an interface.
+// interfaceNote is a hint about an interface.
 func interfaceNote(i control.InterfaceStatus) string {
 	if i.Master == "" {
 		return i.Note
@@ -178,7 +177,7 @@ func interfaceNote(i control.InterfaceStatus) string {
 	return strings.TrimSuffix("port of "+i.Master+"; "+i.Note, "; ")
 }
 
-// orNone shows a kernel's number, which is never 0.
+// orNone formats an id of the kernel, which is never 0.
 func orNone(n int) string {
 	if n == 0 {
 		return "-"

@@ -108,7 +108,7 @@ func tapOptions(c *cli.Context) (q control.TapQuery, err error) {
 	return q, nil
 }
 
-// tapFrom taps by the daemon, or what the kernel does by itself while none runs.
+// tapFrom taps through the daemon, or only in the kernel while none runs.
 func tapFrom(ctx context.Context, c *cli.Context, q control.TapQuery, out io.Writer) (packets, lost uint64, err error) {
 	packets, lost, err = client(c).Tap(ctx, q, out)
 	if !errors.Is(err, control.ErrNotRunning) {
@@ -145,7 +145,7 @@ func tapKernel(ctx context.Context, pinDir string, q control.TapQuery, out io.Wr
 	return w.Written(), t.Lost(), err
 }
 
-// tapOutput makes its file with the first byte, so that a tap that cannot begin replaces none.
+// tapOutput creates its file with the first byte, so that a tap that cannot begin replaces none.
 type tapOutput struct {
 	out        io.Writer // for -
 	name       string
@@ -159,7 +159,7 @@ func (o *tapOutput) Write(p []byte) (n int, err error) {
 		return o.out.Write(p)
 	}
 	if o.file == nil {
-		// Packets are for who may tap alone.
+		// Packets are only for users who may tap.
 		if o.file, err = os.OpenFile(o.name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
 			return 0, err
 		}

@@ -46,7 +46,7 @@ func top(c *cli.Context, now func() time.Time) error {
 		return usagef("top needs a terminal: \"xdpcast stats --watch\" writes to anything")
 	}
 	look := looker(c, now)
-	first, err := look(c.Context) // what is wrong from the start is said on the terminal as it is
+	first, err := look(c.Context) // initial errors are printed on the terminal
 	if err != nil {
 		return err
 	}
@@ -71,11 +71,12 @@ func top(c *cli.Context, now func() time.Time) error {
 	return nil
 }
 
-// followInto sends the daemon's events to the screen, the last ones first; also over its restart.
+// followInto sends the daemon's events to the screen, the last ones first, also across its
+// restarts.
 func followInto(ctx context.Context, daemon *control.Client, send func(tea.Msg)) {
 	q := control.EventQuery{Follow: true, Tail: topTail}
 	for {
-		// A daemon that is gone, or knows no events, is told of by the looks.
+		// A daemon that is gone, or has no events, is noticed by the readings.
 		_ = daemon.Events(ctx, q, func(e control.Event) error {
 			if e.Number > 0 {
 				q.After, q.Tail = e.Number, 0
@@ -89,7 +90,7 @@ func followInto(ctx context.Context, daemon *control.Client, send func(tea.Msg))
 	}
 }
 
-// seen is one look at everything that the screen shows.
+// seen is one reading of everything that the screen shows.
 type seen struct {
 	stats  control.Stats
 	daemon *control.Status // nil: none runs, and the counters are the kernel's
@@ -97,9 +98,9 @@ type seen struct {
 	took   time.Duration
 }
 
-// looker returns what looks at the daemon, or without one at the kernel.
+// looker returns a function that reads the daemon, or without one the kernel.
 func looker(c *cli.Context, now func() time.Time) func(context.Context) (seen, error) {
-	daemon := control.NewClient(c.String("socket")) // its hint that it waits would be written into the screen
+	daemon := control.NewClient(c.String("socket")) // its message about waiting would be written into the screen
 	return func(ctx context.Context) (s seen, err error) {
 		begin := time.Now()
 		defer func() { s.took = time.Since(begin) }()

@@ -1,7 +1,7 @@
 package main
 
-// The state of the live screen, and what keys and looks do with it. All of it is pure but for
-// the commands that Update returns.
+// The state of the live screen, and its changes by keys and readings. It is pure except for the
+// commands that Update returns.
 
 import (
 	"cmp"
@@ -32,18 +32,18 @@ type topModel struct {
 
 	width, height int
 	seen          seen
-	err           error // of the last look; what was seen before stays
+	err           error // of the last reading; the previous one stays
 	rows          []topRow
 	sums          topSums
 	faces         []topInterface
 	events        []topEvent
-	held          []topEvent // those that came while the screen is paused
-	told          bool       // the daemon tells its events: they are not guessed from looks
-	rated         bool       // there are two looks, and rates
+	held          []topEvent // arrived while the screen is paused
+	told          bool       // the daemon sends events: do not derive them from readings
+	rated         bool       // there are two readings, and rates
 
 	screen         screen
-	detail         string // the rule that is shown alone; empty for none
-	selected       string // the rule that the cursor is on; empty: the first
+	detail         string // the rule shown in detail; empty for none
+	selected       string // the rule under the cursor; empty: the first
 	sort           int
 	reverse        bool
 	filter         string
@@ -52,7 +52,7 @@ type topModel struct {
 	offset, scroll int // of the list of rules, and of the other screens
 }
 
-// topRow is a rule as it is shown.
+// topRow is a displayed rule.
 type topRow struct {
 	control.RuleStatus
 	rate     rate
@@ -61,11 +61,11 @@ type topRow struct {
 	rated    bool
 	drops    uint64
 	dropRate float64
-	silent   time.Duration // since the last packet; negative: none has come yet
-	text     string        // what a filter looks at, in lower case
+	silent   time.Duration // since the last packet; negative: none yet
+	text     string        // the text that a filter matches, in lower case
 }
 
-// topSums are the figures of all rules.
+// topSums are the totals of all rules.
 type topSums struct {
 	rules, active, pending, failed, looping, silent, dropping int
 	in, out                                                   rate
@@ -73,19 +73,19 @@ type topSums struct {
 	drops                                                     uint64
 }
 
-// topInterface is an interface as it is shown.
+// topInterface is a displayed interface.
 type topInterface struct {
 	control.InterfaceStatus
 	in, out rate
 }
 
-// topEvent is a change: an event of the daemon, or one seen between two looks.
+// topEvent is a change: an event of the daemon, or one derived from two readings.
 type topEvent struct {
 	at   time.Time
 	text string
 }
 
-// lookMsg is what a look has brought.
+// lookMsg is a reading.
 type lookMsg struct {
 	seen seen
 	err  error
@@ -94,17 +94,17 @@ type lookMsg struct {
 // eventMsg is an event of the daemon.
 type eventMsg struct{ event control.Event }
 
-// tickMsg says that it is time to look.
+// tickMsg triggers a reading.
 type tickMsg struct{}
 
 const (
-	// firstPause is short, so that rates come at once.
+	// firstPause is short, so that rates appear at once.
 	firstPause = 300 * time.Millisecond
-	// silence is from when on a rule that had packets is called silent.
+	// silence is the time without packets after which a rule is called silent.
 	silence = 5 * time.Second
-	// topTail is how many events of before the screen was opened are shown.
+	// topTail is the number of earlier events shown at the start.
 	topTail = 200
-	// maxTopEvents bounds the events that are kept.
+	// maxTopEvents limits the events kept.
 	maxTopEvents = 1000
 )
 
@@ -131,7 +131,7 @@ func (m *topModel) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 		return m, m.look
 	case lookMsg:
 		m.take(msg)
-		// A daemon with many rules is not kept busy by being looked at.
+		// Reading must not keep a daemon with many rules busy.
 		return m, m.tick(max(m.interval, 4*msg.seen.took))
 	case eventMsg:
 		m.told = true
@@ -144,7 +144,7 @@ func (m *topModel) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 	return m, nil
 }
 
-// note keeps events; while the screen is paused, for later.
+// note stores events; while the screen is paused, for later.
 func (m *topModel) note(events ...topEvent) {
 	to := &m.events
 	if m.paused {
@@ -154,7 +154,7 @@ func (m *topModel) note(events ...topEvent) {
 	*to = (*to)[max(0, len(*to)-maxTopEvents):]
 }
 
-// take takes over what a look has brought.
+// take applies a reading.
 func (m *topModel) take(msg lookMsg) {
 	if m.paused {
 		return
@@ -176,7 +176,7 @@ func (m *topModel) take(msg lookMsg) {
 	m.follow()
 }
 
-// rowsOf makes rows of statistics, with rates where there was a look before.
+// rowsOf makes rows from statistics, with rates if there was an earlier reading.
 func rowsOf(before *control.Stats, now control.Stats) (rows []topRow, sums topSums) {
 	speed := rates(before, now)
 	oldDrops := map[string]uint64{}
@@ -213,7 +213,7 @@ func rowsOf(before *control.Stats, now control.Stats) (rows []topRow, sums topSu
 	return rows, sums
 }
 
-// dropsOf is the sum of a rule's drops, before and after copying.
+// dropsOf is the total of a rule's drops, before and after copying.
 func dropsOf(r *control.RuleStatus) uint64 {
 	n := dropped(r.Drops)
 	for _, o := range r.Outputs {
@@ -248,10 +248,10 @@ func (s *topSums) add(r *topRow) {
 	s.drops += r.drops
 }
 
-// isSilent says whether a rule had packets and has none now.
+// isSilent says whether a rule had packets and now receives none.
 func (r *topRow) isSilent() bool { return r.State == control.StateActive && r.silent >= silence }
 
-// trouble ranks rules: the less, the sooner somebody should look.
+// trouble ranks rules: the lower, the more urgent.
 func (r *topRow) trouble() int {
 	switch {
 	case r.State == control.StateFailed:
@@ -268,13 +268,13 @@ func (r *topRow) trouble() int {
 	return 5
 }
 
-// sortKeys are what rules are sorted by.
+// sortKeys are the sort orders of rules.
 var sortKeys = [...]struct {
 	name    string
 	compare func(a, b *topRow) int
 }{
 	{"trouble", func(a, b *topRow) int { return cmp.Compare(a.trouble(), b.trouble()) }},
-	{"rate", func(*topRow, *topRow) int { return 0 }}, // which decides between equals
+	{"rate", func(*topRow, *topRow) int { return 0 }}, // the tie-breaker below is the rate
 	{"bits", func(a, b *topRow) int { return cmp.Compare(b.rate.bits, a.rate.bits) }},
 	{"drops", func(a, b *topRow) int {
 		return cmp.Or(cmp.Compare(b.dropRate, a.dropRate), cmp.Compare(b.drops, a.drops))
@@ -291,7 +291,7 @@ func sortNames() string {
 	return strings.Join(names, ", ")
 }
 
-// sortNamed is the key of a name, -1 for none.
+// sortNamed is the index of the named key, -1 for none.
 func sortNamed(name string) int {
 	for i, k := range sortKeys {
 		if k.name == name {
@@ -313,7 +313,7 @@ func (m *topModel) order() {
 	})
 }
 
-// shown are the rows that the filter leaves.
+// shown are the rows that match the filter.
 func (m *topModel) shown() []*topRow {
 	want := strings.ToLower(m.filter)
 	shown := make([]*topRow, 0, len(m.rows))
@@ -325,7 +325,7 @@ func (m *topModel) shown() []*topRow {
 	return shown
 }
 
-// cursor is the place of the selected rule among those shown, 0 where it is not.
+// cursor is the index of the selected rule among those shown, 0 if it is not shown.
 func (m *topModel) cursor(shown []*topRow) int {
 	return max(0, slices.IndexFunc(shown, func(r *topRow) bool { return r.Name == m.selected }))
 }
@@ -340,10 +340,10 @@ func (m *topModel) follow() {
 	}
 }
 
-// room is how many rules there is room for.
+// room is the number of rules that fit.
 func (m *topModel) room() int { return max(1, m.height-headLines-2) }
 
-// key does what a key stands for.
+// key handles a key.
 func (m *topModel) key(key string) tea.Cmd {
 	switch {
 	case key == "ctrl+c":
@@ -428,7 +428,7 @@ func (m *topModel) move(key string) {
 		return
 	}
 	if m.screen != rulesScreen || m.detail != "" {
-		m.scroll = max(0, m.scroll+by) // View bounds it
+		m.scroll = max(0, m.scroll+by) // View limits it
 		m.scroll = min(m.scroll, max(0, len(m.body())-m.room()-1))
 		return
 	}
@@ -437,7 +437,7 @@ func (m *topModel) move(key string) {
 	}
 }
 
-// interfacesOf adds up the rates of rules by interface, beside what the daemon says of them.
+// interfacesOf adds up the rates of rules by interface, combined with the daemon's state of them.
 func interfacesOf(rows []topRow, daemon *control.Status) []topInterface {
 	byName := map[string]*topInterface{}
 	get := func(name string) *topInterface {
@@ -453,7 +453,8 @@ func interfacesOf(rows []topRow, daemon *control.Status) []topInterface {
 	}
 	for i := range rows {
 		r := &rows[i]
-		// Of several inputs the rate is that of all, and each interface has its part of the matches.
+		// With several inputs the rate is that of all, and each interface gets its share of the
+		// matches.
 		for i, in := range inputShares(&r.RuleStatus) {
 			_, name, _ := strings.Cut(in.text, "%")
 			name, _, _ = strings.Cut(name, ",")
@@ -483,8 +484,8 @@ func interfacesOf(rows []topRow, daemon *control.Status) []topInterface {
 	return all
 }
 
-// changes are the events between two looks; where the daemon tells its own, those of the daemon
-// itself alone.
+// changes are the events between two readings; if the daemon sends its own, only those about the
+// daemon itself.
 func changes(before, now *seen, told bool) (events []topEvent) {
 	at := now.stats.Time
 	add := func(format string, args ...any) {
@@ -499,7 +500,7 @@ func changes(before, now *seen, told bool) (events []topEvent) {
 	if told {
 		return events
 	}
-	if (before.daemon == nil) == (now.daemon == nil) { // the kernel knows less of states
+	if (before.daemon == nil) == (now.daemon == nil) { // the kernel knows fewer states
 		ruleChanges(before, now, add)
 	}
 	if before.daemon != nil && now.daemon != nil {
@@ -552,7 +553,7 @@ func ruleChanges(before, now *seen, add func(format string, args ...any)) {
 	}
 }
 
-// inputShare is an input of a rule, and its part of what the rule has matched.
+// inputShare is an input of a rule, and its share of the rule's matches.
 type inputShare struct {
 	text  string
 	share float64

@@ -1,7 +1,6 @@
 package main
 
-// How the live screen looks. What is shown never depends on colours: they only repeat what
-// the text says.
+// Rendering of the live screen. Colours only repeat what the text says.
 
 import (
 	"fmt"
@@ -14,7 +13,7 @@ import (
 	"xdpcast/internal/control"
 )
 
-// headLines are those above the table: what runs, the sums, the screens.
+// headLines are the lines above the table: the daemon, the totals, the screens.
 const headLines = 3
 
 // SGR codes of ECMA-48.
@@ -36,7 +35,7 @@ func (m *topModel) View() tea.View {
 	return v
 }
 
-// lines are the whole screen, none wider than it.
+// lines is the whole screen; no line is wider than it.
 func (m *topModel) lines() []string {
 	lines := m.head()
 	switch {
@@ -85,7 +84,7 @@ func (m *topModel) head() []string {
 	}
 }
 
-// speed is a rate for people, "-" before there are two looks.
+// speed formats a rate, "-" before there are two readings.
 func (m *topModel) speed(r rate) string {
 	if !m.rated {
 		return "-"
@@ -100,7 +99,7 @@ func (m *topModel) perSecond(v float64) string {
 	return humanCount(uint64(v+0.5)) + "/s"
 }
 
-// stateWord is the state of a row in a word.
+// stateWord is the state of a row as a word.
 func (r *topRow) stateWord() string {
 	switch {
 	case r.isSilent():
@@ -111,7 +110,7 @@ func (r *topRow) stateWord() string {
 	return r.State
 }
 
-// column is one of the table of rules.
+// column is a column of the table of rules.
 type column struct {
 	title string
 	width int
@@ -119,8 +118,8 @@ type column struct {
 	cell  func(r *topRow) string
 }
 
-// columns are those that there is room for. The name takes what is left, and beyond some
-// width the input and the reason.
+// columns are the columns that fit. The name takes the remaining width, and on wide screens the
+// input and the reason.
 func (m *topModel) columns() []column {
 	last := func(r *topRow) string {
 		if r.silent < 0 {
@@ -167,7 +166,7 @@ func (m *topModel) columns() []column {
 	return all
 }
 
-// pad brings a text to a width.
+// pad pads or cuts a text to the column's width.
 func (c *column) pad(text string) string {
 	text = ansi.Truncate(printable(text), c.width, "~")
 	space := strings.Repeat(" ", max(0, c.width-ansi.StringWidth(text)))
@@ -177,7 +176,7 @@ func (c *column) pad(text string) string {
 	return text + space
 }
 
-// ruleLines are the table of rules, as far as it is in view.
+// ruleLines are the visible part of the table of rules.
 func (m *topModel) ruleLines() []string {
 	shown, columns := m.shown(), m.columns()
 	title := " "
@@ -226,7 +225,7 @@ func (m *topModel) body() []string {
 	return strings.Split(strings.TrimRight(b.String(), "\n"), "\n")
 }
 
-// detailText is all that is known of one rule. Writing to b never fails.
+// detailText shows everything known about one rule. Writing to b never fails.
 func (m *topModel) detailText(b *strings.Builder) {
 	at := slices.IndexFunc(m.rows, func(r topRow) bool { return r.Name == m.detail })
 	if at < 0 {
@@ -264,7 +263,7 @@ func (m *topModel) detailText(b *strings.Builder) {
 	}
 }
 
-// dropText lists drops by where and why.
+// dropText lists drops by place and reason.
 func (m *topModel) dropText(b *strings.Builder, r *topRow) {
 	t := newTable("DROPPED", "BECAUSE", ">PACKETS", ">BYTES")
 	add := func(where string, drops []control.Drop) {
@@ -324,7 +323,7 @@ func (m *topModel) eventText(b *strings.Builder) {
 	}
 }
 
-// foot says what keys do, or what is wrong.
+// foot shows the keys, or an error.
 func (m *topModel) foot() string {
 	switch {
 	case m.typing:

@@ -15,7 +15,7 @@ import (
 // version and commit are set when a release is built: -ldflags "-X main.version=1.2.3".
 var version, commit string
 
-// versionInfo is what "xdpcast version" says.
+// versionInfo is the output of "xdpcast version".
 type versionInfo struct {
 	Version string `json:"version"`
 	Commit  string `json:"commit"`
@@ -23,7 +23,7 @@ type versionInfo struct {
 	Schema uint32 `json:"schema"`
 	Go     string `json:"go"`
 	Arch   string `json:"arch"`
-	// Kernel is the running one.
+	// Kernel is the running kernel's version.
 	Kernel string `json:"kernel"`
 }
 
@@ -52,7 +52,7 @@ func versionCommand() *cli.Command {
 	}
 }
 
-// buildVersion is the release, with the commit that it was built from.
+// buildVersion is the release, with its commit.
 func buildVersion() string {
 	v, rev := built()
 	if rev == unknown {
@@ -63,8 +63,8 @@ func buildVersion() string {
 
 const unknown = "unknown"
 
-// built returns the release, or else the module's version, and the commit, if the build
-// knows it.
+// built returns the release, or otherwise the module's version, and the commit, if known to the
+// build.
 func built() (v, rev string) {
 	v, rev = version, commit
 	if info, ok := debug.ReadBuildInfo(); ok {

@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Clock is the time since boot, which no step of the clock changes, and the boot that it
-// counts from. The functions are replaced in tests.
+// Clock is the time since boot, which clock steps do not affect, and the id of that boot. Tests
+// replace the functions.
 type Clock struct {
 	Boot string
-	Now  func() time.Duration // CLOCK_BOOTTIME: a suspended machine's time counts
+	Now  func() time.Duration // CLOCK_BOOTTIME: includes suspended time
 }
 
-// NewClock reads which boot this is (random(4)).
+// NewClock reads the boot id (random(4)).
 func NewClock() (Clock, error) {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -27,11 +27,11 @@ func NewClock() (Clock, error) {
 
 func sinceBoot() time.Duration {
 	var now unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) // fails for an unknown clock alone
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) // fails only for an unknown clock
 	return time.Duration(now.Nano())
 }
 
-// Left is the time until a pending change is undone: none or less when it is over, also by a
+// Left is the time until a pending change is undone: zero or negative if it has expired, or after a
 // reboot.
 func (c Clock) Left(p *Pending) time.Duration {
 	if p.Boot != c.Boot {

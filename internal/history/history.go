@@ -1,10 +1,10 @@
-// Package history keeps the last sets of rules on disk: what was in force, who changed it and
-// when, and the change that is undone unless it is confirmed.
+// Package history keeps the last sets of rules on disk, with the author and time of each change,
+// and the change that is undone unless it is confirmed.
 //
-// A directory holds one file changes.json, which is replaced as a whole, and the text of each
-// set in sets/, compressed, under the SHA-256 digest of the text. A set is stored once, however
-// many entries name it, and is verified when it is read. The texts are files of rules
-// (package rules); this package does not look into them.
+// A directory contains a file changes.json, which is replaced as a whole, and the text of each set
+// in sets/, compressed, named by the SHA-256 digest of the text. A set is stored once, however many
+// entries refer to it, and is verified when it is read. The texts are rule files (package rules);
+// this package does not parse them.
 package history
 
 import (
@@ -20,34 +20,34 @@ import (
 	"xdpcast/internal/savefile"
 )
 
-// version is that of changes.json.
+// version is the version of changes.json.
 const version = 1
 
-// Bounds of what is kept: the oldest entries go first. Two entries, that in force and the one
-// before it, are kept at any size.
+// Limits of the history: the oldest entries go first. Two entries, the current and the previous
+// one, are kept at any size.
 const (
 	MaxEntries = 50
 	MaxBytes   = 64 << 20 // of all sets, compressed
 )
 
-// Set is what is in force, by the origin of its rules.
+// Set is a complete set of rules, by origin.
 type Set struct {
 	File Digest `json:"file"`
 	API  Digest `json:"api"`
 }
 
-// Change says what was done, when, and by whom.
+// Change is what was done, when, and by whom.
 type Change struct {
 	Time time.Time `json:"time"`
 	What string    `json:"what"` // "rule apply", "reload", ...
-	// UID is the user who asked for it, nil when the daemon did it by itself.
+	// UID is the user who made it, nil if the daemon did.
 	UID     *uint32 `json:"uid,omitempty"`
 	Added   int     `json:"added"`
 	Changed int     `json:"changed"`
 	Removed int     `json:"removed"`
 }
 
-// Entry is a change and the set that it brought in.
+// Entry is a change and the resulting set.
 type Entry struct {
 	Change
 	Set
@@ -57,29 +57,28 @@ type Entry struct {
 // Pending is a change that is undone unless it is confirmed in time.
 type Pending struct {
 	Change
-	Before Set `json:"before"` // brought back without a confirmation
-	// Read is the set of the daemon's file as it was read last before Deadline: a file that
-	// was edited since is not undone.
+	Before Set `json:"before"` // restored without a confirmation
+	// Read is the set of the daemon's file when it was last read before Deadline: a file edited
+	// since then is not undone.
 	Read Digest `json:"read"`
-	// Boot is the boot that Deadline counts in: a reboot ends the time, and no step of
-	// the clock changes it.
+	// Boot is the boot id for Deadline: a reboot ends the time, and clock steps do not change it.
 	Boot     string        `json:"boot"`
 	Deadline time.Duration `json:"deadline"` // CLOCK_BOOTTIME
-	Until    time.Time     `json:"until"`    // for people
+	Until    time.Time     `json:"until"`    // for display
 }
 
-// Held says that the rules of the daemon's file are not those in the file, since a reload of
-// it was undone: the file counts again once it holds others than Undone.
+// Held says that the daemon's current file rules differ from the file, because a reload of it was
+// undone: the file counts again once its content differs from Undone.
 type Held struct {
 	Config string    `json:"config"` // the file
-	Undone Digest    `json:"undone"` // what it holds
-	File   Digest    `json:"file"`   // what is in force instead
+	Undone Digest    `json:"undone"` // its content
+	File   Digest    `json:"file"`   // the current set instead
 	Since  time.Time `json:"since"`
 }
 
-// State is all that changes.json holds.
+// State is the content of changes.json.
 type State struct {
-	Entries []Entry  `json:"entries"` // the oldest first; the last is in force
+	Entries []Entry  `json:"entries"` // the oldest first; the last is current
 	Pending *Pending `json:"pending,omitempty"`
 	Held    *Held    `json:"held,omitempty"`
 }
@@ -91,7 +90,7 @@ func (s State) Clone() State {
 	return s
 }
 
-// ErrDamaged is what Open and Get match when what is on the disk is not what was written.
+// ErrDamaged is matched by errors of Open and Get if the disk does not hold what was written.
 var ErrDamaged = errors.New("damaged")
 
 // Store is the state of one daemon on disk. It is not safe for concurrent use.
@@ -108,8 +107,8 @@ type limits struct {
 	bytes   int64
 }
 
-// Open reads the state kept in file, whose sets are in the directory sets. Without the file
-// the state is empty. Nothing is written before Put and Save.
+// Open reads the state in file, whose sets are in the directory sets. If the file is missing, the
+// state is empty. It writes nothing before Put and Save.
 func Open(file, sets string, log *slog.Logger) (*Store, error) {
 	s := &Store{file: file, sets: sets, log: log, limits: limits{MaxEntries, MaxBytes}}
 	data, err := os.ReadFile(file)
@@ -154,19 +153,18 @@ func decode(data []byte) (State, error) {
 	return d.State, nil
 }
 
-// SetAside renames a changes.json that cannot be read, for a person to look at, so that an
-// empty one can take its place. It returns the name that it has now.
+// SetAside renames an unreadable changes.json, to be examined later, so that an empty one can
+// replace it. It returns the new name.
 func SetAside(file string) (string, error) {
 	aside := file + ".damaged"
 	return aside, os.Rename(file, aside)
 }
 
-// State returns what was saved or read last.
+// State returns the state last saved or read.
 func (s *Store) State() State { return s.state.Clone() }
 
-// Save replaces the state on the disk. The oldest entries are left out where there are more
-// than are kept, and the sets that nothing names any more removed. After an error State is as
-// before.
+// Save replaces the state on disk. It drops the oldest entries beyond the limits, and removes sets
+// that are no longer referenced. After an error State is unchanged.
 func (s *Store) Save(state State) error {
 	if s.failWrites != nil {
 		return s.failWrites
@@ -189,7 +187,7 @@ func (s *Store) Save(state State) error {
 	return nil
 }
 
-// trim leaves out the oldest entries beyond the bounds.
+// trim drops the oldest entries beyond the limits.
 func (s *Store) trim(state *State, sizes map[Digest]int64) {
 	const least = 2
 	if over := len(state.Entries) - s.limits.entries; over > 0 {
@@ -207,8 +205,7 @@ func (s *Store) trim(state *State, sizes map[Digest]int64) {
 	}
 }
 
-// sweep removes the sets that the state does not name. What cannot be removed is tried again
-// by the next one.
+// sweep removes unreferenced sets. Failed removals are retried by the next sweep.
 func (s *Store) sweep(sizes map[Digest]int64) {
 	named := s.state.digests()
 	for digest := range sizes {
@@ -220,7 +217,7 @@ func (s *Store) sweep(sizes map[Digest]int64) {
 	}
 }
 
-// digests are those of all sets that a state names.
+// digests are those of all sets that a state references.
 func (s *State) digests() map[Digest]bool {
 	named := map[Digest]bool{}
 	add := func(digests ...Digest) {
@@ -240,5 +237,5 @@ func (s *State) digests() map[Digest]bool {
 	return named
 }
 
-// path is where the text of a set is.
+// path is the file of a set's text.
 func (s *Store) path(d Digest) string { return filepath.Join(s.sets, string(d)+suffix) }

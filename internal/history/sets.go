@@ -14,7 +14,7 @@ import (
 	"xdpcast/internal/savefile"
 )
 
-// Digest names the text of a set: its SHA-256 in hexadecimal.
+// Digest identifies the text of a set: its SHA-256 in hexadecimal.
 type Digest string
 
 // Sum returns the digest of a text.
@@ -30,11 +30,11 @@ func (d Digest) valid() bool {
 
 const suffix = ".yaml.gz"
 
-// maxText bounds what a set may unpack to, in bytes: several times what the daemon takes in.
+// maxText limits the unpacked size of a set, in bytes: several times what the daemon accepts.
 const maxText = 1 << 28
 
-// Put stores a text, if it is not there, and returns its digest. Save removes it again unless
-// the state names it.
+// Put stores a text, unless it exists, and returns its digest. Save removes it again unless the
+// state references it.
 func (s *Store) Put(text []byte) (Digest, error) {
 	if s.failWrites != nil {
 		return "", s.failWrites
@@ -59,7 +59,7 @@ func (s *Store) Put(text []byte) (Digest, error) {
 	return digest, savefile.Write(s.path(digest), packed.Bytes())
 }
 
-// Get returns the text of a set; ErrDamaged for one that is not what was put in.
+// Get returns the text of a set; ErrDamaged if it differs from what was put in.
 func (s *Store) Get(digest Digest) ([]byte, error) {
 	f, err := os.Open(s.path(digest))
 	if err != nil {
@@ -80,8 +80,7 @@ func (s *Store) Get(digest Digest) ([]byte, error) {
 	return text, nil
 }
 
-// sizes lists the sets that are there, in bytes on the disk, and removes what a process that
-// died has left half written.
+// sizes lists the stored sets, in bytes on disk, and removes half-written files of a dead process.
 func (s *Store) sizes() (map[Digest]int64, error) {
 	files, err := os.ReadDir(s.sets)
 	if errors.Is(err, os.ErrNotExist) {

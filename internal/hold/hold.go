@@ -1,6 +1,6 @@
-// Package hold supervises one process and keeps file descriptors for it while it is started again:
-// what systemd does for a service, where another supervisor runs, or none. The process speaks to it
-// by sd_notify(3) and sd_listen_fds(3), as it does to systemd.
+// Package hold supervises one process and keeps file descriptors for it across restarts, as systemd
+// does for a service: for other supervisors, or none. The process uses sd_notify(3) and
+// sd_listen_fds(3), as with systemd.
 package hold
 
 import (
@@ -24,59 +24,58 @@ type Options struct {
 	Command []string
 	// Socket is where the process sends its notifications.
 	Socket string
-	// Max is how many descriptors are kept.
+	// Max is the maximum number of kept descriptors.
 	Max int
 	// Self is a program whose main calls notify.Stage; empty: this one.
 	Self string
-	// Outer is the manager of this process, which is told how the process is; nil: there is none.
+	// Outer is the manager of this process, which is informed of the process's state; nil: none.
 	Outer *notify.Manager
 	Log   *slog.Logger
-	// Signals are passed on; SIGTERM and SIGINT end Run, too, with the process.
+	// Signals are passed on; SIGTERM and SIGINT also end Run, with the process.
 	Signals <-chan os.Signal
 }
 
-// PipeName is the name of the descriptor by whose end the process learns that nothing holds its
-// descriptors any more: the read end of a pipe.
+// PipeName is the name of the read end of a pipe that is closed when nothing holds the process's
+// descriptors any more.
 const PipeName = "holder"
 
-// How long to wait before the process is started again: at first, and at most. One that has run
-// for calm is started as at first.
+// Restart delays: initial and maximum. After running for calm the delay is reset.
 const (
 	firstPause = 100 * time.Millisecond
 	lastPause  = 10 * time.Second
 	calm       = 10 * time.Second
 )
 
-// holder is one Run.
+// holder is the state of one Run.
 type holder struct {
 	Options
 	store    *Store
 	listener *notify.Listener
-	pipe     [2]int // read end for the process, write end for none
+	pipe     [2]int // read end for the process, write end kept open here
 
 	messages chan notify.Message
 	deaths   chan death
-	children chan struct{} // told when there is one
+	children chan struct{} // notified when there is one
 	stop     chan struct{}
 
-	main    int // the process; 0: it is not running
+	main    int // the process; 0: not running
 	started time.Time
-	ready   bool // it was, once
+	ready   bool // it was, at least once
 	ending  bool // it was told to end
 	pause   time.Duration
 }
 
-// death is the end of a child, also of one that was left to this process.
+// death is the exit of a child, also of an adopted one.
 type death struct {
 	pid    int
 	status unix.WaitStatus
 }
 
-// Run starts the process, and again whenever it ends, with the descriptors that it had kept, until
-// it is told to end by a signal, or the process ends before it was ever ready. It returns the
-// process's exit code. Descriptors are closed then.
+// Run starts the process, and restarts it whenever it ends, with its kept descriptors, until a
+// signal ends it, or the process ends before it was ever ready. It returns the process's exit code,
+// and closes the descriptors.
 //
-// Run reaps every child of this process. One that is told by MAINPID takes the place of the process.
+// Run reaps every child of this process. MAINPID makes another child the main process.
 func Run(o Options) (code int, err error) {
 	if o.Self == "" {
 		o.Self = "/proc/self/exe"
@@ -84,7 +83,7 @@ func Run(o Options) (code int, err error) {
 	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), children: make(chan struct{}, 1), stop: make(chan struct{}), pause: firstPause}
 	defer close(h.stop)
 	defer h.store.Close()
-	// What its children leave behind comes to this process, a process that replaced another among it.
+	// Orphaned descendants become children of this process, including one that replaced another.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return 1, fmt.Errorf("become the reaper of orphans: %w", err)
 	}
@@ -104,7 +103,7 @@ func Run(o Options) (code int, err error) {
 	return h.run()
 }
 
-// receive brings messages to run.
+// receive passes messages to run.
 func (h *holder) receive() {
 	for {
 		m, err := h.listener.Receive()
@@ -124,7 +123,7 @@ func (h *holder) receive() {
 	}
 }
 
-// reap brings the end of children to run.
+// reap passes exits of children to run.
 func (h *holder) reap() {
 	for {
 		var status unix.WaitStatus
@@ -132,7 +131,7 @@ func (h *holder) reap() {
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
-		case err != nil: // no child is left
+		case err != nil: // no children left
 			select {
 			case <-h.children:
 			case <-h.stop:
@@ -148,7 +147,7 @@ func (h *holder) reap() {
 	}
 }
 
-// start starts the process with what is kept.
+// start starts the process with the kept descriptors.
 func (h *holder) start() error {
 	env := append(notify.WithoutProtocol(os.Environ()), h.Outer.Variables(h.listener.Addr(), h.Max, false)...)
 	files := append([]notify.File{{Name: PipeName, FD: h.pipe[0]}}, h.store.Files()...)
@@ -160,12 +159,12 @@ func (h *holder) start() error {
 	h.Log.Info("started", "pid", h.main, "descriptors", len(h.store.Files()))
 	select {
 	case h.children <- struct{}{}:
-	default: // it is known already
+	default: // already pending
 	}
 	return nil
 }
 
-// run does one thing at a time until the process has ended for good.
+// run handles one event at a time until the process has ended for good.
 func (h *holder) run() (code int, err error) {
 	var again <-chan time.Time
 	for {
@@ -205,7 +204,7 @@ func (h *holder) run() (code int, err error) {
 
 const exitDone = 0
 
-// pass passes a signal on, and says whether that ends Run.
+// pass passes a signal on, and returns whether that ends Run.
 func (h *holder) pass(s os.Signal) (ends bool) {
 	number, ok := s.(unix.Signal)
 	if !ok {
@@ -226,7 +225,7 @@ func (h *holder) pass(s os.Signal) (ends bool) {
 	return false
 }
 
-// told does what a message asks for.
+// told handles a message.
 func (h *holder) told(m *notify.Message) {
 	if m.PID != h.main && m.UID != os.Geteuid() && m.UID != 0 {
 		h.Log.Warn("notification of another user's process is left alone", "pid", m.PID, "uid", m.UID)
@@ -255,7 +254,7 @@ func (h *holder) told(m *notify.Message) {
 	}
 }
 
-// follow takes another process for the one that is held: it has replaced it.
+// follow makes another process the main one: it has replaced the old one.
 func (h *holder) follow(text string) {
 	pid, err := strconv.Atoi(text)
 	if err != nil || pid <= 1 {
@@ -270,7 +269,7 @@ func (h *holder) follow(text string) {
 	h.main, h.started = pid, time.Now()
 }
 
-// isDescendant says whether a process comes from this one, which then learns of its end.
+// isDescendant says whether a process is a descendant of this one, which then receives its exit.
 func isDescendant(pid int) bool {
 	for range 32 {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -296,7 +295,7 @@ func endOf(s unix.WaitStatus) string {
 	return fmt.Sprintf("exit code %d", s.ExitStatus())
 }
 
-// exitCode is as a shell has it.
+// exitCode is the exit code as in a shell.
 func exitCode(s unix.WaitStatus) int {
 	if s.Signaled() {
 		return 128 + int(s.Signal())

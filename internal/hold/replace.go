@@ -16,7 +16,7 @@ import (
 	"xdpcast/internal/notify"
 )
 
-// Replacement says how a process is replaced by another one.
+// Replacement describes the replacement of a process.
 type Replacement struct {
 	// Command is the program and its arguments, and Env its environment.
 	Command, Env []string
@@ -28,36 +28,37 @@ type Replacement struct {
 	Outer *notify.Manager
 	// Timeout is how long it may take until it is ready.
 	Timeout time.Duration
-	// Ambient are the capabilities that the process needs and is not given for being root's.
+	// Ambient are the capabilities that the process needs but does not get as root.
 	Ambient []uintptr
-	// Stop is called with what the other process asks to be stopped by AskToStop, and with "" when it
-	// is ready.
+	// Stop is called with the argument of AskToStop in the other process, and with "" when that is
+	// ready.
 	Stop func(what string) error
-	// Beat is called several times a second, in place of what rests meanwhile; nil: nothing is.
+	// Beat is called several times a second, in place of the paused loop's heartbeat; nil: not
+	// called.
 	Beat func()
 	Log  *slog.Logger
 }
 
-// stopVariable is what a process asks by to stop something, of the process that it takes over from.
+// stopVariable is the notification with which a process asks its predecessor to stop something.
 const stopVariable = "X_XDPCAST_STOP="
 
-// AskToStop asks the process that this one takes over from to stop something, and waits until it has.
+// AskToStop asks this process's predecessor to stop something, and waits until it has.
 func AskToStop(m *notify.Manager, what string, patience time.Duration) error {
 	return m.Ask(stopVariable+what, patience)
 }
 
-// replacing is one Replace.
+// replacing is the state of one Replace.
 type replacing struct {
 	Replacement
 	pid    int
-	stored []notify.Message // what the manager is to keep, or to keep no longer, once it is ready
+	stored []notify.Message // for the manager, once the process is ready
 	status string
 	ready  bool
 }
 
-// Replace starts a process in this one's place, and returns when it is ready. The manager has been told
-// then, and what the process wants it to keep. After an error, which says how the process ended, it is gone, and
-// the manager knows nothing of it.
+// Replace starts a process to replace this one, and returns when it is ready. By then the manager
+// knows about it, and has the descriptors it wants kept. After an error, which says how the process
+// ended, it is gone, and the manager knows nothing of it.
 func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	if o.Self == "" {
 		o.Self = "/proc/self/exe"
@@ -100,7 +101,7 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	}()
 	ended := make(chan *os.ProcessState, 1)
 	go func() {
-		state, _ := process.Wait() // it is our child: the state is there
+		state, _ := process.Wait() // our own child: the state is available
 		ended <- state
 	}()
 	timeout := time.NewTimer(o.Timeout)
@@ -108,7 +109,7 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	beats := time.NewTicker(200 * time.Millisecond)
 	defer beats.Stop()
 	kill := func(why string) error {
-		_ = process.Kill() // or it has ended
+		_ = process.Kill() // or it has already ended
 		<-ended
 		return r.fail(why)
 	}
@@ -146,7 +147,7 @@ func (r *replacing) close() {
 	}
 }
 
-// told does what a message asks for, and says whether the process is in place.
+// told handles a message, and returns whether the process has taken over.
 func (r *replacing) told(m *notify.Message) (finished bool) {
 	if m.PID != r.pid {
 		m.Close()
@@ -175,11 +176,11 @@ func (r *replacing) told(m *notify.Message) (finished bool) {
 		}
 		r.commit()
 	}
-	m.Close() // which answers what waits
+	m.Close() // which answers pending barriers
 	return r.ready && m.Is("BARRIER=1")
 }
 
-// commit tells the manager of the process, and what it has to keep.
+// commit reports the process to the manager, and the descriptors to keep.
 func (r *replacing) commit() {
 	for i := range r.stored {
 		m := &r.stored[i]
@@ -205,8 +206,8 @@ func (r *replacing) tell(state string, files ...int) {
 	}
 }
 
-// Watch calls ended when the process that holds this one's descriptors is gone, until stop is called. pipe is
-// the descriptor called PipeName, which it owns.
+// Watch calls ended when the process that holds this one's descriptors is gone, until stop is
+// called. pipe is the descriptor called PipeName; Watch takes ownership.
 func Watch(pipe int, ended func()) (stop func(), err error) {
 	var wake [2]int
 	if err := unix.Pipe2(wake[:], unix.O_CLOEXEC); err != nil {

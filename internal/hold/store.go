@@ -10,21 +10,21 @@ import (
 	"xdpcast/internal/notify"
 )
 
-// Store is a file descriptor store, as sd_notify(3) describes that of systemd. It belongs to one
-// goroutine.
+// Store is a file descriptor store, like systemd's in sd_notify(3). It is not safe for concurrent
+// use.
 type Store struct {
 	max   int
 	files []notify.File
 }
 
-// NewStore makes a store with room for max descriptors.
+// NewStore makes a store for up to max descriptors.
 func NewStore(max int) *Store { return &Store{max: max} }
 
-// Files are the descriptors in the store, in the order in which they came. They are its own.
+// Files are the descriptors in the store, in order of arrival. The store owns them.
 func (s *Store) Files() []notify.File { return s.files }
 
-// Take does what a message asks of the store, and takes over its descriptors: FDSTORE, FDSTOREREMOVE
-// and BARRIER. The error says what could not be done of it.
+// Take handles the store's part of a message, and takes over its descriptors: FDSTORE,
+// FDSTOREREMOVE and BARRIER. The error says which part failed.
 func (s *Store) Take(m *notify.Message) error {
 	defer m.Close()
 	if m.Cut {
@@ -48,7 +48,7 @@ func (s *Store) Take(m *notify.Message) error {
 		kept := s.files[:0]
 		for _, f := range s.files {
 			if f.Name == name {
-				_ = unix.Close(f.FD) // gone in any case, as close(2) says
+				_ = unix.Close(f.FD) // closed even on an error, see close(2)
 				continue
 			}
 			kept = append(kept, f)
@@ -58,7 +58,7 @@ func (s *Store) Take(m *notify.Message) error {
 	return nil
 }
 
-// Close closes all descriptors, and so has the groups left that sockets among them hold.
+// Close closes all descriptors; groups held by sockets among them are left.
 func (s *Store) Close() {
 	for _, f := range s.files {
 		_ = unix.Close(f.FD)
@@ -74,7 +74,7 @@ func validName(name string) bool {
 	return strings.IndexFunc(name, func(c rune) bool { return c <= ' ' || c >= 127 || c == ':' }) < 0
 }
 
-// forStore says whether a line of a message is about the store, and so for its owner alone.
+// forStore says whether a line of a message is about the store, and so only for its owner.
 func forStore(line string) bool {
 	for _, prefix := range []string{"FDSTORE", "FDNAME=", "FDPOLL=", "BARRIER=", "MAINPID=", "MAINPIDFDID="} {
 		if strings.HasPrefix(line, prefix) {

@@ -25,7 +25,7 @@ type ethtoolValue struct {
 // struct ethtool_channels of include/uapi/linux/ethtool.h.
 type ethtoolChannels struct {
 	cmd                                      uint32
-	_                                        [4]uint32 // the most that there can be
+	_                                        [4]uint32 // the maximums
 	rxCount, txCount, otherCount, combineNum uint32
 }
 
@@ -43,14 +43,14 @@ func SetChannels(ifname string, rx, tx int) error {
 // namespace on or off.
 func SetGRO(ifname string, on bool) error { return setFeature(ifname, "gro", ethtoolSetGRO, on) }
 
-// SetTxChecksum turns transmit checksum offload on or off. With it off, the
-// stack computes every checksum, so that what leaves is what arrives.
+// SetTxChecksum turns transmit checksum offload on or off. With it off, the stack computes every
+// checksum, so that packets arrive as sent.
 func SetTxChecksum(ifname string, on bool) error {
 	return setFeature(ifname, "tx-checksumming", ethtoolSetTxCsum, on)
 }
 
-// SetFeature turns a feature of an interface in the current network namespace on or off, by
-// its name of ethtool -k.
+// SetFeature turns a feature of an interface in the current network namespace on or off, by its
+// name in ethtool -k.
 func SetFeature(ifname, name string, on bool) error {
 	e, err := ethtool.NewEthtool()
 	if err != nil {
@@ -74,7 +74,7 @@ func setFeature(ifname, feature string, cmd uint32, on bool) error {
 	return nil
 }
 
-// request makes the request whose struct is at data.
+// request makes the request with the struct at data.
 func request(ifname string, data unsafe.Pointer) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -1,8 +1,7 @@
-// Package lab makes small networks out of network namespaces and veth pairs:
-// the hosts of the demonstration, of the benchmarks and of the tests.
+// Package lab builds small networks from network namespaces and veth pairs: the hosts of the demo,
+// the benchmarks and the tests.
 //
-// Everything a Lab makes is removed by Close. Nothing outside the namespaces
-// that it made is touched.
+// Close removes everything that a Lab made. Nothing outside its namespaces is touched.
 package lab
 
 import (
@@ -23,8 +22,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RunDir is where named namespaces are bound, as ip-netns(8) does, so that
-// `ip netns exec` and `nsenter --net=` find them.
+// RunDir is where named namespaces are bound, as by ip-netns(8), so that `ip netns exec` and
+// `nsenter --net=` find them.
 const RunDir = "/run/netns"
 
 // Host is one network namespace. Its methods may be called from any goroutine.
@@ -57,8 +56,8 @@ func NewHost(name string) (_ *Host, err error) {
 	if h.ns, err = netns.GetFromPath(h.Path()); err != nil {
 		return nil, fmt.Errorf("open namespace %s: %w", name, err)
 	}
-	// Without a list the library opens every family that it knows, for which the kernel
-	// needs the modules nfnetlink and xfrm_user.
+	// Without a list the library opens every family that it knows, for which the kernel needs the
+	// modules nfnetlink and xfrm_user.
 	if h.nl, err = netlink.NewHandleAt(h.ns, unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("netlink in namespace %s: %w", name, err)
 	}
@@ -71,19 +70,17 @@ func NewHost(name string) (_ *Host, err error) {
 // Path returns the file that the namespace is bound to.
 func (h *Host) Path() string { return filepath.Join(RunDir, h.Name) }
 
-// FD returns the namespace's file descriptor; the host keeps owning it.
+// FD returns the namespace's file descriptor, which the host keeps owning.
 func (h *Host) FD() int { return int(h.ns) }
 
-// Netlink returns a handle whose requests act inside the namespace. The host
-// keeps owning it.
+// Netlink returns a handle whose requests act inside the namespace. The host keeps owning it.
 func (h *Host) Netlink() *netlink.Handle { return h.nl }
 
-// Close unbinds the namespace. The kernel frees it, and its end of every veth
-// pair, when the last socket and process in it are gone.
+// Close unbinds the namespace. The kernel frees it, and its end of every veth pair, when the last
+// socket and process in it are gone.
 func (h *Host) Close() error { return errors.Join(h.Release(), Remove(h.Name)) }
 
-// Release gives up the host without a Close: the namespace stays bound, until
-// Remove.
+// Release closes the host's descriptors only: the namespace stays bound, until Remove.
 func (h *Host) Release() error {
 	if h.nl != nil {
 		h.nl.Close()
@@ -95,8 +92,7 @@ func (h *Host) Release() error {
 	return nil
 }
 
-// Remove unbinds the named namespace, whoever made it. It is no error if there
-// is none.
+// Remove unbinds the named namespace, whoever made it. It is no error if there is none.
 func Remove(name string) error {
 	path := filepath.Join(RunDir, name)
 	var errs []error
@@ -109,10 +105,9 @@ func Remove(name string) error {
 	return errors.Join(errs...)
 }
 
-// Do runs fn on a thread inside the namespace. Sockets opened by fn, and
-// processes that it starts before it returns, stay in the namespace;
-// goroutines that it starts do not. The thread is thrown away afterwards, so a
-// failure to leave the namespace cannot leak into other goroutines.
+// Do runs fn on a thread inside the namespace. Sockets opened by fn, and processes that it starts
+// before it returns, stay in the namespace; goroutines that it starts do not. The thread is
+// discarded afterwards, so a failure to leave the namespace cannot affect other goroutines.
 func (h *Host) Do(fn func() error) error {
 	return onOwnThread(func() error {
 		if err := unix.Setns(h.FD(), unix.CLONE_NEWNET); err != nil {
@@ -187,13 +182,13 @@ type End struct {
 	Addrs []string
 	// Queues is the number of receive and of transmit queues; 0 means 1.
 	Queues int
-	// Index is the interface's index; 0: one that the kernel chooses.
+	// Index is the interface's index; 0: chosen by the kernel.
 	Index int
 }
 
-// Connect makes a veth pair between two hosts, and brings both ends up with
-// transmit checksum offload off and generic receive offload on - veth delivers redirected frames only to a peer
-// that has it, or an XDP program. MTU 0 leaves the kernel's default.
+// Connect makes a veth pair between two hosts, and brings both ends up with transmit checksum
+// offload off and generic receive offload on: veth delivers redirected frames only to a peer that
+// has it, or an XDP program. MTU 0 leaves the kernel's default.
 func Connect(a, b End, mtu int) error {
 	qa, qb := max(a.Queues, 1), max(b.Queues, 1)
 	attrs := netlink.NewLinkAttrs()
@@ -221,12 +216,12 @@ func Connect(a, b End, mtu int) error {
 	return errors.Join(a.waitCarrier(), b.waitCarrier())
 }
 
-// carrierTimeout bounds the wait for a link; the kernel's work queue takes some
-// milliseconds, on a busy machine more.
+// carrierTimeout limits the wait for a link; the kernel's work queue takes some milliseconds, on a
+// busy machine more.
 const carrierTimeout = time.Minute
 
-// waitCarrier waits until frames pass: until the kernel has seen the carrier, the
-// interface drops what it is to send.
+// waitCarrier waits until frames pass: until the kernel has seen the carrier, the interface drops
+// outgoing frames.
 func (e End) waitCarrier() error {
 	for deadline := time.Now().Add(carrierTimeout); ; time.Sleep(time.Millisecond) {
 		l, err := e.Host.Link(e.Name)
@@ -250,7 +245,7 @@ func (e End) configure() error {
 	}
 	if err := e.Host.Do(func() error {
 		quietInterface(e.Name)
-		// A veth would leave checksums unfinished, for a device that never comes.
+		// A veth would leave checksums incomplete, for a device that never completes them.
 		return SetTxChecksum(e.Name, false)
 	}); err != nil {
 		return err
@@ -261,14 +256,12 @@ func (e End) configure() error {
 	if err := e.Host.SetUp(e.Name, true); err != nil {
 		return err
 	}
-	// Only now: a veth that is down does not tell its peer that it can receive
-	// redirected frames.
+	// Only now: a veth that is down does not tell its peer that it can receive redirected frames.
 	return e.Host.Do(func() error { return SetGRO(e.Name, true) })
 }
 
-// addQueue gives a veth a queue, which it has not by itself: with one, a sender
-// that is faster than the receiver waits (since Linux 6.16) instead of losing
-// packets.
+// addQueue gives a veth a queue, which it lacks by default: with one, a sender that is faster than
+// the receiver waits (since Linux 6.16) instead of losing packets.
 func (e End) addQueue() error {
 	l, err := e.Host.Link(e.Name)
 	if err != nil {
@@ -284,14 +277,13 @@ func (e End) addQueue() error {
 	return nil
 }
 
-// UniqueName returns a namespace name that no one else is using: the prefix
-// and random letters.
+// UniqueName returns an unused namespace name: the prefix and random letters.
 func UniqueName(prefix string) string {
 	return prefix + "-" + strings.ToLower(rand.Text()[:8])
 }
 
-// onOwnThread runs fn on an operating system thread that is never used again:
-// it stays locked, so the runtime ends it with its goroutine.
+// onOwnThread runs fn on an operating system thread that is never used again: it stays locked, so
+// the runtime ends it with its goroutine.
 func onOwnThread(fn func() error) (err error) {
 	var wg sync.WaitGroup
 	wg.Add(1)
@@ -313,8 +305,8 @@ func inNewNamespace(fn func() error) error {
 	})
 }
 
-// prepareRunDir makes RunDir a shared mount point, as ip-netns(8) does when it
-// first makes a namespace: done later, it would hide the ones bound before.
+// prepareRunDir makes RunDir a shared mount point, as ip-netns(8) does when it makes the first
+// namespace: doing so later would hide earlier ones.
 func prepareRunDir() error {
 	if err := os.MkdirAll(RunDir, 0o755); err != nil {
 		return fmt.Errorf("make %s: %w", RunDir, err)
@@ -348,8 +340,7 @@ func bindNamespace(path string) error {
 	return nil
 }
 
-// quiet runs inside a new namespace: loopback up, and no IPv6 chatter that
-// would disturb a capture.
+// quiet runs inside a new namespace: loopback up, and no IPv6 traffic that would disturb a capture.
 func quiet() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -373,9 +364,9 @@ func quietInterface(name string) {
 	}
 }
 
-// Excursion moves an interface of a host to another host and back. It keeps its index,
-// and its XDP program, while the kernel drops what else was held on it: memberships, rows of
-// devmaps, addresses. Afterwards it is up and has the addresses again.
+// Excursion moves an interface of a host to another host and back. It keeps its index, and its XDP
+// program, while the kernel drops its other state: memberships, devmap rows, addresses. Afterwards
+// it is up and has its addresses again.
 func (h *Host) Excursion(e End, to *Host) error {
 	l, err := h.Link(e.Name)
 	if err != nil {

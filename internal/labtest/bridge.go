@@ -10,8 +10,8 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// SetBridge makes or changes the bridge br0 of a host (IFLA_BR_* of include/uapi/linux/if_link.h); flags are
-// those of the request.
+// SetBridge creates or changes the bridge br0 of a host (IFLA_BR_* of
+// include/uapi/linux/if_link.h); flags are those of the request.
 func SetBridge(t testing.TB, h *lab.Host, flags int, options map[int][]byte) {
 	t.Helper()
 	Do(t, h, func() error {

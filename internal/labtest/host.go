@@ -30,8 +30,8 @@ func Index(t testing.TB, h *lab.Host, ifname string) int {
 	return Link(t, h, ifname).Attrs().Index
 }
 
-// Running says whether the named interface of the host is up and the kernel has seen
-// its carrier; what it is to send before that is dropped.
+// Running says whether the named interface of the host is up and the kernel has seen its carrier;
+// frames sent before that are dropped.
 func Running(h *lab.Host, ifname string) bool {
 	l, err := h.Link(ifname)
 	return err == nil && l.Attrs().OperState == netlink.OperUp
@@ -52,8 +52,8 @@ func Sysctl(t testing.TB, h *lab.Host, path, value string) {
 	Do(t, h, func() error { return os.WriteFile("/proc/sys/"+path, []byte(value), 0o644) })
 }
 
-// Listen joins a group on the named interface of the host and receives what is sent to
-// it there. The socket is closed when the test ends.
+// Listen joins a group on the named interface of the host and receives its packets there. The
+// socket is closed when the test ends.
 func Listen(t testing.TB, h *lab.Host, ifname string, group netip.AddrPort) *net.UDPConn {
 	t.Helper()
 	var conn *net.UDPConn
@@ -69,13 +69,13 @@ func Listen(t testing.TB, h *lab.Host, ifname string, group netip.AddrPort) *net
 	return conn
 }
 
-// Tun makes a tun device in the host, with IFF_VNET_HDR or other flags beside IFF_NO_PI, and returns its
-// other end: what is written there arrives on the device, and what leaves by it is read there. It is
-// closed when the test ends.
+// Tun makes a tun device in the host, with IFF_VNET_HDR or other flags besides IFF_NO_PI, and
+// returns its other end: frames written there arrive on the device, and frames sent by the device
+// are read there. It is closed when the test ends.
 func Tun(t testing.TB, h *lab.Host, name string, flags uint16) *os.File {
 	t.Helper()
 	var f *os.File
-	Do(t, h, func() error { // the device is in the namespace of the thread that opens it
+	Do(t, h, func() error { // the device is in the namespace of the opening thread
 		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 		if err != nil {
 			return fmt.Errorf("open /dev/net/tun: %w", err)

@@ -15,15 +15,15 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// What the running kernel has of what the relay can do without, found out by trying, apart
-// from the product's own probes. Tests expect with it what docs/kernels.md promises without
-// it; those that have nothing to test without it skip (NeedsKernel).
+// Optional features of the running kernel, probed independently of the product's own probes. Tests
+// use them to expect what docs/kernels.md promises without a feature; tests of the feature itself
+// skip (NeedsKernel).
 
 // nowhere is an interface index that no interface has.
 const nowhere = math.MaxInt32
 
-// NeedsKernel skips the test on a kernel that lacks what it tests. test/kernels.txt lists
-// the skips that are right.
+// NeedsKernel skips the test on a kernel that lacks the tested feature. test/kernels.txt lists the
+// expected skips.
 func NeedsKernel(t testing.TB, has bool, what, since string) {
 	t.Helper()
 	if !has {
@@ -31,9 +31,8 @@ func NeedsKernel(t testing.TB, has bool, what, since string) {
 	}
 }
 
-// MultiBufferSockets says whether AF_XDP sockets take packets of several frames
-// (XDP_USE_SG, Linux 6.6). The kernel looks at the flags of bind before the interface
-// (xsk_bind of net/xdp/xsk.c).
+// MultiBufferSockets says whether AF_XDP sockets take packets of several frames (XDP_USE_SG, Linux
+// 6.6). The kernel checks the flags of bind before the interface (xsk_bind of net/xdp/xsk.c).
 func MultiBufferSockets(t testing.TB) bool {
 	t.Helper()
 	fd := xdpSocket(t)
@@ -45,8 +44,8 @@ func MultiBufferSockets(t testing.TB) bool {
 	return errors.Is(err, unix.ENODEV)
 }
 
-// TXBudget says whether an AF_XDP socket can be told how many frames one system call
-// sends (XDP_MAX_TX_SKB_BUDGET, Linux 6.17). It refuses where there is no TX ring yet.
+// TXBudget says whether the number of frames per system call of an AF_XDP socket can be set
+// (XDP_MAX_TX_SKB_BUDGET, Linux 6.17). The kernel refuses it while there is no TX ring.
 func TXBudget(t testing.TB) bool {
 	t.Helper()
 	fd := xdpSocket(t)
@@ -67,9 +66,8 @@ func xdpSocket(t testing.TB) int {
 	return fd
 }
 
-// MergedDatagrams says whether packet sockets with virtio_net_hdr take datagrams that are
-// merged: the kernel learnt what the header says of them with the offload of tun devices
-// for them (TUN_F_USO4, Linux 6.2).
+// MergedDatagrams says whether packet sockets with virtio_net_hdr take merged datagrams: the kernel
+// describes them in the header since it has that offload for tun devices (TUN_F_USO4, Linux 6.2).
 func MergedDatagrams(t testing.TB, h *lab.Host) (described bool) {
 	t.Helper()
 	Do(t, h, func() error {
@@ -95,8 +93,8 @@ func MergedDatagrams(t testing.TB, h *lab.Host) (described bool) {
 	return described
 }
 
-// TCX says whether links attach programs to traffic control (Linux 6.6). The kernel looks
-// at the type of the link before the interface.
+// TCX says whether links attach programs to traffic control (Linux 6.6). The kernel checks the type
+// of the link before the interface.
 func TCX(t testing.TB) bool {
 	t.Helper()
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -114,8 +112,8 @@ func TCX(t testing.TB) bool {
 	return errors.Is(err, unix.ENODEV)
 }
 
-// DevicesTellFeatures says whether devices tell what they can of XDP (the netlink family
-// netdev, Linux 6.3).
+// DevicesTellFeatures says whether devices report their XDP features (the netlink family netdev,
+// Linux 6.3).
 func DevicesTellFeatures(t testing.TB, h *lab.Host) (they bool) {
 	t.Helper()
 	Do(t, h, func() error {

@@ -40,15 +40,15 @@ func Do(t testing.TB, h *lab.Host, fn func() error) {
 	}
 }
 
-// noRoot is the environment variable that has tests do, as root, what they do for a
-// user: make check sets it, so that it runs the same tests for everybody.
+// noRoot is the environment variable that makes tests behave as for an ordinary user when run as
+// root: make check sets it, so that it runs the same tests for everyone.
 const noRoot = "XDPCAST_NO_ROOT"
 
 // Root says whether tests may make namespaces and load programs.
 func Root() bool { return os.Geteuid() == 0 && os.Getenv(noRoot) == "" }
 
-// RequireRoot skips a test that makes namespaces, loads programs or becomes another
-// user where it cannot, or must not.
+// RequireRoot skips a test that makes namespaces, loads programs or changes its user if it cannot,
+// or must not.
 func RequireRoot(t testing.TB) {
 	t.Helper()
 	switch {
@@ -60,8 +60,8 @@ func RequireRoot(t testing.TB) {
 	}
 }
 
-// Lacking skips the test for what the machine lacks. Where the variable CI is set it
-// fails instead, so that the skip cannot last.
+// Lacking skips the test because the machine lacks something. If the variable CI is set it fails
+// instead, so that the skip cannot persist.
 func Lacking(t testing.TB, what string) {
 	t.Helper()
 	if os.Getenv("CI") != "" {

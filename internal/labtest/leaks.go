@@ -9,8 +9,8 @@ import (
 	"go.uber.org/goleak"
 )
 
-// Main is the body of a TestMain: it fails the run when goroutines, descriptors or
-// mapped rings are left behind.
+// Main is the body of a TestMain: it fails the run if goroutines, descriptors or mapped rings are
+// left.
 func Main(m *testing.M) {
 	// The runtime's poller has an eventfd from the first pollable file on.
 	if r, w, err := os.Pipe(); err == nil {
@@ -30,7 +30,7 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
-// Holdings is what a process holds that the user-space paths are made of.
+// Holdings are a process's resources of the user-space paths.
 type Holdings struct {
 	Sockets, Eventfds, BPF int // descriptors
 	Rings                  int // mappings of sockets

@@ -9,9 +9,8 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// Leftovers lists everything on the machine that has a name of a test's own:
-// namespaces, pins, files in /run and the temporary directory whose names begin with
-// it, and processes with it in their arguments.
+// Leftovers lists everything on the machine with a test's own name: namespaces, pins, files in /run
+// and the temporary directory whose names begin with it, and processes with it in their arguments.
 func Leftovers(t testing.TB, name string) []string {
 	t.Helper()
 	var left []string
@@ -34,8 +33,8 @@ func Leftovers(t testing.TB, name string) []string {
 	return left
 }
 
-// OpenFiles counts the sockets, pidfds, namespaces and plain files that this process
-// has open; those of the runtime's poller do not count.
+// OpenFiles counts the sockets, pidfds, namespaces and plain files open in this process, except
+// those of the runtime's poller.
 func OpenFiles(t testing.TB) int {
 	t.Helper()
 	links, err := filepath.Glob("/proc/self/fd/*")

@@ -27,9 +27,9 @@ const (
 	routeCount = 0x89e1 // SIOCGETSGCNT, and SIOCGETSGCNT_IN6
 )
 
-// Router is a multicast routing daemon that does as it is told: it owns the kernel's multicast
-// forwarding cache of one family and table of a host. Virtual interfaces are numbered in the order
-// in which they are added.
+// Router is a scripted multicast routing daemon: it owns the kernel's multicast forwarding cache of
+// one family and table of a host. Virtual interfaces are numbered in the order in which they are
+// added.
 type Router struct {
 	t    testing.TB
 	host *lab.Host
@@ -79,7 +79,7 @@ func (r *Router) Close() {
 
 func (r *Router) set(option int, value []byte) {
 	r.t.Helper()
-	// The socket belongs to the namespace that it was opened in, wherever it is used.
+	// The socket belongs to the namespace in which it was opened, wherever it is used.
 	if err := unix.SetsockoptString(r.fd, r.level(), option, string(value)); err != nil {
 		r.t.Fatalf("multicast routing option %d: %v", option, err)
 	}
