@@ -117,11 +117,15 @@ var abiEnums = map[string]map[string]uint64{
 
 		"LOOKUP_SOURCES_PORT": uint64(RelayLookupKindLOOKUP_SOURCES_PORT),
 		"LOOKUP_SOURCES":      uint64(RelayLookupKindLOOKUP_SOURCES),
+		"LOOKUP_BOTH_PORT":    uint64(RelayLookupKindLOOKUP_BOTH_PORT),
+		"LOOKUP_BOTH":         uint64(RelayLookupKindLOOKUP_BOTH),
 	},
 	"flow_from": {"FROM_HOST": uint64(RelayFlowFromFROM_HOST)},
 	"prefix_by": {
 		"PREFIX_BY_GROUP":  uint64(RelayPrefixByPREFIX_BY_GROUP),
 		"PREFIX_BY_SOURCE": uint64(RelayPrefixByPREFIX_BY_SOURCE),
+		"PREFIX_CLASS":     uint64(RelayPrefixByPREFIX_CLASS),
+		"PREFIX_IN_CLASS":  uint64(RelayPrefixByPREFIX_IN_CLASS),
 	},
 	"fragment_kind": {
 		"FRAGMENT_FIRST":  uint64(RelayFragmentKindFRAGMENT_FIRST),

@@ -259,6 +259,8 @@ const (
 	RelayLookupKindLOOKUP_PREFIXES     RelayLookupKind = 4
 	RelayLookupKindLOOKUP_SOURCES_PORT RelayLookupKind = 256
 	RelayLookupKindLOOKUP_SOURCES      RelayLookupKind = 512
+	RelayLookupKindLOOKUP_BOTH_PORT    RelayLookupKind = 1024
+	RelayLookupKindLOOKUP_BOTH         RelayLookupKind = 2048
 )
 
 type RelayLoop struct {
@@ -392,6 +394,8 @@ type RelayPrefixBy uint32
 const (
 	RelayPrefixByPREFIX_BY_GROUP  RelayPrefixBy = 0
 	RelayPrefixByPREFIX_BY_SOURCE RelayPrefixBy = 1
+	RelayPrefixByPREFIX_CLASS     RelayPrefixBy = 2
+	RelayPrefixByPREFIX_IN_CLASS  RelayPrefixBy = 3
 )
 
 type RelayQuerier struct {

@@ -68,6 +68,9 @@ enum lookup_kind {
 	 */
 	LOOKUP_SOURCES_PORT = 1 << 8, /* prefix of sources, group, port */
 	LOOKUP_SOURCES = 1 << 9,      /* prefix of sources, group, any port */
+	/* And those of prefixes of groups besides, in front of any source and a prefix. */
+	LOOKUP_BOTH_PORT = 1 << 10, /* prefix of sources, prefix of groups, port */
+	LOOKUP_BOTH = 1 << 11,	    /* prefix of sources, prefix of groups, any port */
 };
 
 /* What the longest prefix of a prefix table's key is of. */
@@ -77,6 +80,14 @@ enum prefix_by {
 	 * sources. A flow of PATH_NONE is for sources that no rule takes.
 	 */
 	PREFIX_BY_SOURCE,
+	/* Prefixes of both, in two steps. First group holds the prefix of sources, and the flow's
+	 * rule is a number: that of the class of sources that the same rules take.
+	 */
+	PREFIX_CLASS,
+	/* Then source begins with that number, and group is the prefix of groups. PATH_NONE: no
+	 * such rule takes it.
+	 */
+	PREFIX_IN_CLASS,
 };
 
 /* What no rule took. */

@@ -11,7 +11,13 @@
 
 static const __u32 zero;
 
-#define LOOKUP_IN_PREFIXES(kinds) ((kinds) >> LOOKUP_PREFIXES & 0xf)
+/* The kinds of prefixes of groups. */
+#define LOOKUP_IN_PREFIXES(kinds)                                                                  \
+	((kinds) & (0xf << LOOKUP_PREFIXES | LOOKUP_BOTH_PORT | LOOKUP_BOTH))
+
+/* The kind of prefixes of both that goes before one of any source and a prefix of groups. */
+#define LOOKUP_BOTH_OF(kind)                                                                       \
+	((kind) == LOOKUP_PORT ? LOOKUP_BOTH_PORT : (kind) == LOOKUP_ANY ? LOOKUP_BOTH : 0)
 
 /* The rule of an IPv4 packet whose source is in some rule's prefix. Out of line, as few
  * rule sets have such.
@@ -34,6 +40,31 @@ static __noinline struct flow *lookup_sources4(const struct flow4 *exact, __u32 
 	*(__u32 *)key.source = *(const __u32 *)exact->group;
 	*(__u32 *)key.group = source;
 	flow = bpf_map_lookup_elem(table, &key);
+	return flow && flow->path != PATH_NONE ? flow : NULL;
+}
+
+/* The rule of an IPv4 packet whose source and group are in prefixes of some rule: the longest
+ * prefix of sources says which class of them, and there the longest prefix of groups which
+ * rule. key is one of prefixes of groups, and is so again afterwards, but for the source. Both
+ * steps are in one table, as a class has its number in that alone. Out of line, as few rule
+ * sets have such.
+ */
+static __noinline struct flow *lookup_both4(void *table, struct prefix4 *key, __u32 source)
+{
+	__u32 group = *(__u32 *)key->group;
+	struct flow *flow;
+
+	key->by = PREFIX_CLASS;
+	*(__u32 *)key->source = 0;
+	*(__u32 *)key->group = source;
+	flow = bpf_map_lookup_elem(table, key);
+	*(__u32 *)key->group = group;
+	if (flow) {
+		key->by = PREFIX_IN_CLASS;
+		*(__u32 *)key->source = flow->rule;
+		flow = bpf_map_lookup_elem(table, key);
+	}
+	key->by = PREFIX_BY_GROUP;
 	return flow && flow->path != PATH_NONE ? flow : NULL;
 }
 
@@ -61,9 +92,14 @@ static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 s
 	for (i = 0; i < 4; i++) {
 		__u32 kind = 1 << i;
 
+		key.port = kind & (LOOKUP_SOURCE_PORT | LOOKUP_PORT) ? exact->port : 0;
+		if (kinds & LOOKUP_BOTH_OF(kind)) {
+			flow = lookup_both4(table, &key, source);
+			if (flow)
+				return flow;
+		}
 		if (!(kinds & (kind << LOOKUP_PREFIXES)))
 			continue;
-		key.port = kind & (LOOKUP_SOURCE_PORT | LOOKUP_PORT) ? exact->port : 0;
 		*(__u32 *)key.source = kind & (LOOKUP_SOURCE_PORT | LOOKUP_SOURCE) ? source : 0;
 		flow = bpf_map_lookup_elem(table, &key);
 		if (flow)
@@ -161,6 +197,26 @@ static __noinline struct flow *lookup_sources6(const struct flow6 *exact,
 	return flow && flow->path != PATH_NONE ? flow : NULL;
 }
 
+static __noinline struct flow *lookup_both6(void *table, struct prefix6 *key,
+					    const struct in6_addr *group,
+					    const struct in6_addr *source)
+{
+	struct flow *flow;
+
+	key->by = PREFIX_CLASS;
+	__builtin_memset(key->source, 0, sizeof(key->source));
+	*(struct in6_addr *)key->group = *source;
+	flow = bpf_map_lookup_elem(table, key);
+	*(struct in6_addr *)key->group = *group;
+	if (flow) {
+		key->by = PREFIX_IN_CLASS;
+		*(__u32 *)key->source = flow->rule;
+		flow = bpf_map_lookup_elem(table, key);
+	}
+	key->by = PREFIX_BY_GROUP;
+	return flow && flow->path != PATH_NONE ? flow : NULL;
+}
+
 static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
 					      const struct in6_addr *source, __u32 kinds)
 {
@@ -182,9 +238,15 @@ static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
 	for (i = 0; i < 4; i++) {
 		__u32 kind = 1 << i;
 
+		key.port = kind & (LOOKUP_SOURCE_PORT | LOOKUP_PORT) ? exact->port : 0;
+		if (kinds & LOOKUP_BOTH_OF(kind)) {
+			flow = lookup_both6(table, &key, (const struct in6_addr *)exact->group,
+					    source);
+			if (flow)
+				return flow;
+		}
 		if (!(kinds & (kind << LOOKUP_PREFIXES)))
 			continue;
-		key.port = kind & (LOOKUP_SOURCE_PORT | LOOKUP_PORT) ? exact->port : 0;
 		if (kind & (LOOKUP_SOURCE_PORT | LOOKUP_SOURCE))
 			__builtin_memcpy(key.source, source, sizeof(key.source));
 		else

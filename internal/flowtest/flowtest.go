@@ -117,7 +117,7 @@ func (w *World) spread(r *flow.Flow, sources []string) {
 	if in.Port == 5000 && w.Chance(30) {
 		in.PortTo = Pick[uint16](w, 5001, 5003)
 	}
-	if in.Len != 0 || !w.Chance(40) {
+	if !w.Chance(40) {
 		return
 	}
 	in.BySource, in.Source = true, netip.Addr{}

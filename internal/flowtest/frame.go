@@ -80,7 +80,10 @@ func (w *World) address(f *packet.Frame, in flow.Input) {
 	if f.Src = in.Source; !f.Src.IsValid() || w.Chance(20) {
 		f.Src = w.random(in.Group)
 	}
-	if in.BySource && w.Chance(80) {
+	switch {
+	case in.BySource && in.Source.IsValid() && w.Chance(50):
+		f.Src = w.within(flow.Input{Group: in.Source, Len: in.SourceLen})
+	case in.BySource && w.Chance(80):
 		f.Src = w.addr(map[bool][]string{true: sources4, false: sources6}[in.Group.Is4()])
 	}
 }

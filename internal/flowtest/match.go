@@ -74,19 +74,20 @@ func ofOneLink(dst netip.Addr) bool {
 }
 
 // rank orders the inputs that match a packet: a group before a prefix, then with a port, then
-// with a source or the longer prefix of sources, then the longer prefix.
+// with a source or the longer prefix of sources, then the longer prefix, then one that leaves
+// senders out.
 func rank(in flow.Input) (n int) {
 	if in.Len == 0 {
-		n += 400_000
+		n += 800_000
 	}
 	if in.Port != 0 {
-		n += 200_000
+		n += 400_000
 	}
 	switch {
 	case in.BySource:
-		n += 1000 * (1 + in.SourceLen)
+		n += 1 + 1000*in.SourceLen
 	case in.Source.IsValid():
-		n += 1000 * (1 + in.Source.BitLen())
+		n += 1000 * in.Source.BitLen()
 	}
-	return n + in.Len
+	return n + 2*in.Len
 }

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 
@@ -57,6 +58,7 @@ type key[A bytesOf] struct {
 	fromHost          bool
 	vlan, outer, port uint16
 	bits              uint16
+	sourceBits        uint16 // in flows.both
 	group, source     A
 }
 
@@ -78,10 +80,21 @@ type flows[A bytesOf] struct {
 	sources map[key[A]][]*Rule
 	// lengths are those of the prefixes, the longest first.
 	lengths []uint16
+	// both are the rules of prefixes of sources and of groups, by port or any; shapes are the
+	// lengths that they have, in the order in which they win.
+	both   map[key[A]]*Rule
+	shapes []shape
 }
 
+// shape is the lengths of a prefix of sources and one of groups.
+type shape struct{ source, group uint16 }
+
 func (f *flows[A]) add(in flow.Input, group, source A, r *Rule) {
-	if in.BySource {
+	switch {
+	case in.BySource && in.Len != 0:
+		f.addBoth(in, group, source, r)
+		return
+	case in.BySource:
 		f.addSources(in, group, r)
 		return
 	}
@@ -94,10 +107,7 @@ func (f *flows[A]) add(in flow.Input, group, source A, r *Rule) {
 	}
 	if in.Len != 0 {
 		kind |= prefixes
-		if !slices.Contains(f.lengths, uint16(in.Len)) {
-			f.lengths = append(f.lengths, uint16(in.Len))
-			slices.SortFunc(f.lengths, func(a, b uint16) int { return int(b) - int(a) })
-		}
+		f.addLength(in.Len)
 	}
 	f.used[kind] = true
 	if f.rules == nil {
@@ -113,6 +123,51 @@ func (f *flows[A]) add(in flow.Input, group, source A, r *Rule) {
 			return
 		}
 	}
+}
+
+func (f *flows[A]) addLength(length int) {
+	if !slices.Contains(f.lengths, uint16(length)) {
+		f.lengths = append(f.lengths, uint16(length))
+		slices.SortFunc(f.lengths, func(a, b uint16) int { return int(b) - int(a) })
+	}
+}
+
+// addBoth adds a rule of a prefix of sources, or of any sender but some, and a prefix of groups.
+func (f *flows[A]) addBoth(in flow.Input, group, source A, r *Rule) {
+	if f.both == nil {
+		f.both = map[key[A]]*Rule{}
+	}
+	if s := (shape{uint16(in.SourceLen), uint16(in.Len)}); s.source == 0 {
+		f.addLength(in.Len)
+	} else if !slices.Contains(f.shapes, s) {
+		f.shapes = append(f.shapes, s)
+		slices.SortFunc(f.shapes, func(a, b shape) int {
+			return cmp.Or(int(b.source)-int(a.source), int(b.group)-int(a.group))
+		})
+	}
+	k := key[A]{
+		index: uint32(in.Index), fromHost: in.FromHost, vlan: in.VLAN, outer: in.OuterVLAN, port: in.Port,
+		bits: uint16(in.Len), sourceBits: uint16(in.SourceLen), group: group, source: source,
+	}
+	for last := max(in.Port, in.PortTo); ; k.port++ {
+		f.both[k] = r
+		if k.port == last {
+			return
+		}
+	}
+}
+
+// byBoth finds the first rule of a prefix of sources and one of groups that takes a packet.
+func (f *flows[A]) byBoth(k key[A], h *packet.Headers) *Rule {
+	at := k
+	for _, s := range f.shapes {
+		at.sourceBits, at.source = s.source, masked(k.source, int(s.source))
+		at.bits, at.group = s.group, masked(k.group, int(s.group))
+		if r := f.both[at]; r != nil && r.rule.TakesSource(h.Src) {
+			return r
+		}
+	}
+	return nil
 }
 
 // addSources adds a rule of a prefix of sources.
@@ -166,15 +221,21 @@ func (f *flows[A]) lookup(packet key[A], h *packet.Headers) *Rule {
 		if kind == prefixes && ofTheLink(h.Dst) {
 			return nil
 		}
-		if !f.used[kind] {
+		both := f.both != nil && kind&prefixes != 0 && kind&anySource != 0
+		if !f.used[kind] && !both {
 			continue
 		}
 		k := packet
-		if kind&anySource != 0 {
-			setZero(&k.source)
-		}
 		if kind&anyPort != 0 {
 			k.port = 0
+		}
+		if both {
+			if r := f.byBoth(k, h); r != nil {
+				return r
+			}
+		}
+		if kind&anySource != 0 {
+			setZero(&k.source)
 		}
 		if kind&prefixes == 0 {
 			if r := f.rules[k]; r != nil {
@@ -184,6 +245,11 @@ func (f *flows[A]) lookup(packet key[A], h *packet.Headers) *Rule {
 		}
 		for _, bits := range f.lengths {
 			k.bits, k.group = bits, masked(packet.group, int(bits))
+			if both { // of any sender but some
+				if r := f.both[k]; r != nil && r.rule.TakesSource(h.Src) {
+					return r
+				}
+			}
 			if r := f.rules[k]; r != nil {
 				return r
 			}

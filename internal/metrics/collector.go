@@ -121,6 +121,7 @@ func (c *collector) collectStatus(s *sink, status *control.Status) {
 		s.put(c.joinsSucceeded, float64(n.JoinsSucceeded), n.Name)
 		s.put(c.joinsFailed, float64(n.JoinsFailed), n.Name)
 		s.put(c.leavesAttempted, float64(n.LeavesAttempted), n.Name)
+		s.put(c.leavesSucceeded, float64(n.LeavesSucceeded), n.Name)
 		s.put(c.leavesFailed, float64(n.LeavesFailed), n.Name)
 		for _, f := range []struct {
 			protocol string
@@ -128,10 +129,18 @@ func (c *collector) collectStatus(s *sink, status *control.Status) {
 		}{{"igmp", n.IGMP}, {"mld", n.MLD}} {
 			if m := f.Multicast; m != nil && m.QuerierSeen != nil {
 				s.put(c.querierSeen, seconds(*m.QuerierSeen), n.Name, f.protocol, m.Querier)
+				s.put(c.queries, float64(m.Queries), n.Name, f.protocol)
 			}
 		}
 	}
 	c.collectWorkers(s, status.Workers)
+	if m := status.Mroutes; m != nil {
+		s.put(c.mroutes, float64(m.Entries))
+		s.put(c.mroutesAccelerated, float64(m.Accelerated))
+		for _, left := range m.Left {
+			s.put(c.mroutesLeft, float64(left.Entries), left.Reason)
+		}
+	}
 }
 
 // workerKey is what workers are counted by.
@@ -156,12 +165,13 @@ func (c *collector) collectWorkers(s *sink, workers []control.Worker) {
 
 func (c *collector) collectStats(s *sink, stats *control.Stats) {
 	s.count(c.passedPackets, c.passedBytes, stats.Passed)
+	s.count(c.broadcastPackets, c.broadcastBytes, stats.PassedBroadcast)
 	for _, d := range stats.Drops {
-		s.put(c.totalDropped, float64(d.Packets), d.Reason)
+		s.count(c.totalDropped, c.totalDroppedBytes, d.Counter, d.Reason)
 	}
-	s.put(c.fragments, float64(stats.Fragments.First.Packets), "first")
-	s.put(c.fragments, float64(stats.Fragments.Later.Packets), "later")
-	s.put(c.fragments, float64(stats.Fragments.Orphan.Packets), "orphan")
+	s.count(c.fragments, c.fragmentBytes, stats.Fragments.First, "first")
+	s.count(c.fragments, c.fragmentBytes, stats.Fragments.Later, "later")
+	s.count(c.fragments, c.fragmentBytes, stats.Fragments.Orphan, "orphan")
 	for _, d := range stats.TransmitDrops {
 		s.put(c.unsent, float64(d.Packets), d.Interface, d.Reason)
 	}
@@ -185,6 +195,9 @@ func (c *collector) collectRule(s *sink, r *control.RuleStatus) {
 	for _, d := range r.Drops {
 		s.count(c.droppedPackets, c.droppedBytes, d.Counter, r.Name, "in", d.Reason)
 	}
+	for _, n := range r.Notes {
+		s.count(c.notedPackets, c.notedBytes, n.Counter, r.Name, n.Reason)
+	}
 	c.collectStream(s, r)
 	for i := range r.Outputs {
 		o := &r.Outputs[i]
@@ -202,16 +215,26 @@ func (c *collector) collectStream(s *sink, r *control.RuleStatus) {
 	if r.Stream == nil {
 		return
 	}
+	s.put(c.streamExpected, float64(r.Stream.Expected), r.Name)
 	s.put(c.streamLost, float64(r.Stream.Lost), r.Name)
 	s.put(c.streamRestarts, float64(r.Stream.Restarts), r.Name)
 	for i := range r.Inputs {
-		if l := r.Inputs[i].Leg; l != nil {
-			input := strconv.Itoa(i)
+		in, input := &r.Inputs[i], strconv.Itoa(i)
+		s.count(c.inputPackets, c.inputBytes, in.Matched, r.Name, input)
+		for _, d := range in.Drops {
+			s.count(c.inputDroppedPackets, c.inputDroppedBytes, d.Counter, r.Name, input, d.Reason)
+		}
+		if l := in.Leg; l != nil {
 			s.put(c.legWon, float64(l.Won), r.Name, input)
 			s.put(c.legLost, float64(l.Lost), r.Name, input)
 			s.put(c.legDiffer, float64(l.Different), r.Name, input)
 			s.put(c.legBehind, float64(l.Behind), r.Name, input)
 			s.put(c.legBound, float64(l.Bound), r.Name, input)
+			s.put(c.legDoubled, float64(l.Doubled), r.Name, input)
+			s.put(c.legReordered, float64(l.Reordered), r.Name, input)
+			s.put(c.legResets, float64(l.Resets), r.Name, input)
+			s.put(c.legSenders, float64(l.Senders), r.Name, input)
+			s.put(c.legUnnumbered, float64(l.Unnumbered), r.Name, input)
 		}
 	}
 }

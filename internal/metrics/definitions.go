@@ -33,8 +33,11 @@ func define(kind, name, help string, labels ...string) *metric {
 // prometheus.io/docs/practices/naming.
 type definitions struct {
 	buildInfo, started, ready, warnings, rules      *metric
-	passedPackets, passedBytes, totalDropped        *metric
-	fragments                                       *metric
+	passedPackets, passedBytes                      *metric
+	broadcastPackets, broadcastBytes                *metric
+	totalDropped, totalDroppedBytes                 *metric
+	fragments, fragmentBytes                        *metric
+	mroutes, mroutesAccelerated, mroutesLeft        *metric
 	reloads, reloadSucceeded, reloadTime            *metric
 	eventCount, reconciles                          *metric
 	scrapeFailed                                    *metric
@@ -42,13 +45,18 @@ type definitions struct {
 	ruleReceivedPackets, ruleReceivedBytes          *metric
 	droppedPackets, droppedBytes                    *metric
 	outputState, outputSentPackets, outputSentByte  *metric
+	notedPackets, notedBytes                        *metric
+	inputPackets, inputBytes                        *metric
+	inputDroppedPackets, inputDroppedBytes          *metric
 	legWon, legLost, legDiffer, legBehind, legBound *metric
-	streamLost, streamRestarts                      *metric
+	legDoubled, legReordered, legResets             *metric
+	legSenders, legUnnumbered                       *metric
+	streamExpected, streamLost, streamRestarts      *metric
 	unsent, lost                                    *metric
 	interfaceInfo                                   *metric
 	joinsAttempted, joinsSucceeded, joinsFailed     *metric
-	leavesAttempted, leavesFailed                   *metric
-	memberships, querierSeen                        *metric
+	leavesAttempted, leavesSucceeded, leavesFailed  *metric
+	memberships, querierSeen, queries               *metric
 	workers, workerReceived, workerFailures         *metric
 }
 
@@ -60,11 +68,18 @@ func newDefinitions() definitions {
 		warnings:     define(gauge, "xdpcast_warnings", "What \"xdpcast status\" warns of."),
 		scrapeFailed: define(gauge, "xdpcast_scrape_failed", "1 when the relay did not tell its counters, by what was asked for: the metrics of it are missing then.", "of"),
 
-		rules:         define(gauge, "xdpcast_rules", "Rules by state.", "state"),
-		passedPackets: define(counter, "xdpcast_passed_packets_total", "Packets that no rule matched, left to the host."),
-		passedBytes:   define(counter, "xdpcast_passed_bytes_total", "Bytes of the frames that no rule matched."),
-		totalDropped:  define(counter, "xdpcast_relay_dropped_packets_total", "Packets and copies that were dropped, by reason, over all rules, those not listed here and those removed included.", "reason"),
-		fragments:     define(counter, "xdpcast_fragments_total", "Fragments of UDP datagrams: first of a rule's datagrams, later ones that followed their first, and orphans, whose first one was not seen.", "kind"),
+		rules:              define(gauge, "xdpcast_rules", "Rules by state.", "state"),
+		passedPackets:      define(counter, "xdpcast_passed_packets_total", "Packets that no rule matched, left to the host."),
+		passedBytes:        define(counter, "xdpcast_passed_bytes_total", "Bytes of the frames that no rule matched."),
+		broadcastPackets:   define(counter, "xdpcast_passed_broadcast_packets_total", "IPv4 UDP in broadcast frames that no rule matched, of xdpcast_passed_packets_total: a rule takes it with broadcast=allow alone."),
+		broadcastBytes:     define(counter, "xdpcast_passed_broadcast_bytes_total", "Bytes of the frames of xdpcast_passed_broadcast_packets_total."),
+		totalDropped:       define(counter, "xdpcast_relay_dropped_packets_total", "Packets and copies that were dropped, by reason, over all rules, those not listed here and those removed included.", "reason"),
+		totalDroppedBytes:  define(counter, "xdpcast_relay_dropped_bytes_total", "Bytes of the frames of xdpcast_relay_dropped_packets_total.", "reason"),
+		fragments:          define(counter, "xdpcast_fragments_total", "Fragments of UDP datagrams: first of a rule's datagrams, later ones that followed their first, and orphans, whose first one was not seen.", "kind"),
+		fragmentBytes:      define(counter, "xdpcast_fragments_bytes_total", "Bytes of the frames of xdpcast_fragments_total.", "kind"),
+		mroutes:            define(gauge, "xdpcast_mroutes", "Resolved multicast routes of the kernel; absent while none are mirrored."),
+		mroutesAccelerated: define(gauge, "xdpcast_mroutes_accelerated", "Those of xdpcast_mroutes that are forwarded in XDP."),
+		mroutesLeft:        define(gauge, "xdpcast_mroutes_left", "Those of xdpcast_mroutes that are left to the kernel, by reason.", "reason"),
 
 		reloads:         define(counter, "xdpcast_reloads_total", "Reloads of the daemon's file that were tried."),
 		reloadSucceeded: define(gauge, "xdpcast_last_reload_successful", "1 when the last reload brought its rules in, or none was tried yet."),
@@ -80,15 +95,28 @@ func newDefinitions() definitions {
 		ruleReceivedBytes:   define(counter, "xdpcast_rule_received_bytes_total", "Bytes of the frames that matched the rule.", "rule"),
 		droppedPackets:      define(counter, "xdpcast_dropped_packets_total", "Packets of a rule that were dropped before copying (slot \"in\"), and copies dropped at an output, by reason.", "rule", "slot", "reason"),
 		droppedBytes:        define(counter, "xdpcast_dropped_bytes_total", "Bytes of the frames of xdpcast_dropped_packets_total.", "rule", "slot", "reason"),
+		notedPackets:        define(counter, "xdpcast_noted_packets_total", "Packets of a rule that are worth knowing and no drop, by reason: malformed, orphan_fragment, unfinished_checksum, echo.", "rule", "reason"),
+		notedBytes:          define(counter, "xdpcast_noted_bytes_total", "Bytes of the frames of xdpcast_noted_packets_total.", "rule", "reason"),
 		outputState:         define(gauge, "xdpcast_output_state", "1 for the state that an output is in.", "rule", "slot", "interface", "state"),
 		outputSentPackets:   define(counter, "xdpcast_output_sent_packets_total", "Copies handed to the output's device.", "rule", "slot", "interface"),
 		outputSentByte:      define(counter, "xdpcast_output_sent_bytes_total", "Bytes of the frames of these copies.", "rule", "slot", "interface"),
+
+		inputPackets:        define(counter, "xdpcast_input_received_packets_total", "Packets that matched one of several inputs; xdpcast_rule_received_packets_total has them all.", "rule", "input"),
+		inputBytes:          define(counter, "xdpcast_input_received_bytes_total", "Bytes of the frames of xdpcast_input_received_packets_total.", "rule", "input"),
+		inputDroppedPackets: define(counter, "xdpcast_input_dropped_packets_total", "Packets of one of several inputs that were not relayed, by reason; xdpcast_dropped_packets_total has them in slot \"in\".", "rule", "input", "reason"),
+		inputDroppedBytes:   define(counter, "xdpcast_input_dropped_bytes_total", "Bytes of the frames of xdpcast_input_dropped_packets_total.", "rule", "input", "reason"),
 
 		legWon:         define(counter, "xdpcast_leg_relayed_packets_total", "Packets that one of several inputs brought and that were relayed.", "rule", "input"),
 		legLost:        define(gauge, "xdpcast_leg_lost_numbers", "Numbers that one of several inputs did not bring; what comes late is taken off.", "rule", "input"),
 		legDiffer:      define(counter, "xdpcast_leg_different_packets_total", "Copies that were another packet than the one relayed with their number; one number in 64 is looked at.", "rule", "input"),
 		legBehind:      define(gauge, "xdpcast_leg_behind_numbers", "How many numbers one of several inputs is behind the newest.", "rule", "input"),
 		legBound:       define(gauge, "xdpcast_leg_behind_limit_numbers", "How many numbers an input may be behind for its copies to be told; 0 with failover.", "rule", "input"),
+		legDoubled:     define(counter, "xdpcast_leg_repeated_numbers_total", "Numbers that one of several inputs brought again.", "rule", "input"),
+		legReordered:   define(counter, "xdpcast_leg_reordered_numbers_total", "Numbers that came on one of several inputs behind a later one.", "rule", "input"),
+		legResets:      define(counter, "xdpcast_leg_resets_total", "Jumps of the numbers of one of several inputs.", "rule", "input"),
+		legSenders:     define(counter, "xdpcast_leg_sender_changes_total", "Changes of the sender, or session, of one of several inputs.", "rule", "input"),
+		legUnnumbered:  define(counter, "xdpcast_leg_unnumbered_packets_total", "Packets of one of several inputs without a number of their own: heartbeats, RTCP, others.", "rule", "input"),
+		streamExpected: define(counter, "xdpcast_stream_numbers_total", "Numbers that there were since the stream of several inputs began; 0 with failover.", "rule"),
 		streamLost:     define(gauge, "xdpcast_stream_lost_numbers", "Numbers that none of several inputs has brought, those on their way included.", "rule"),
 		streamRestarts: define(counter, "xdpcast_stream_restarts_total", "How often the sender of several inputs began again, or with failover another input was taken.", "rule"),
 
@@ -100,9 +128,11 @@ func newDefinitions() definitions {
 		joinsSucceeded:  define(counter, "xdpcast_joins_succeeded_total", "Joins that succeeded.", "interface"),
 		joinsFailed:     define(counter, "xdpcast_joins_failed_total", "Joins that failed.", "interface"),
 		leavesAttempted: define(counter, "xdpcast_leaves_attempted_total", "Leaves of multicast groups that were tried.", "interface"),
+		leavesSucceeded: define(counter, "xdpcast_leaves_succeeded_total", "Leaves that succeeded.", "interface"),
 		leavesFailed:    define(counter, "xdpcast_leaves_failed_total", "Leaves that failed.", "interface"),
 		memberships:     define(gauge, "xdpcast_memberships", "Memberships by state.", "interface", "state"),
 		querierSeen:     define(gauge, "xdpcast_querier_last_seen_timestamp_seconds", "When an IGMP or MLD querier was last heard on an interface, in seconds since 1970; absent when none was.", "interface", "protocol", "querier"),
+		queries:         define(counter, "xdpcast_queries_total", "IGMP or MLD queries heard on an interface since the program was attached; absent when none was.", "interface", "protocol"),
 
 		workers:        define(gauge, "xdpcast_workers", "Workers of the paths in user space by state.", "interface", "path", "state"),
 		workerReceived: define(counter, "xdpcast_worker_received_packets_total", "Packets that came to a worker.", "interface", "path", "queue"),
@@ -114,13 +144,16 @@ func newDefinitions() definitions {
 func (d *definitions) all() []*metric {
 	return []*metric{
 		d.buildInfo, d.started, d.ready, d.warnings, d.scrapeFailed, d.rules,
-		d.passedPackets, d.passedBytes, d.totalDropped, d.fragments,
+		d.passedPackets, d.passedBytes, d.broadcastPackets, d.broadcastBytes, d.totalDropped, d.totalDroppedBytes, d.fragments, d.fragmentBytes,
+		d.mroutes, d.mroutesAccelerated, d.mroutesLeft,
 		d.reloads, d.reloadSucceeded, d.reloadTime, d.eventCount, d.reconciles,
 		d.ruleInfo, d.ruleState, d.ruleLast, d.ruleReceivedPackets, d.ruleReceivedBytes,
-		d.droppedPackets, d.droppedBytes, d.outputState, d.outputSentPackets, d.outputSentByte,
-		d.legWon, d.legLost, d.legDiffer, d.legBehind, d.legBound, d.streamLost, d.streamRestarts,
+		d.droppedPackets, d.droppedBytes, d.notedPackets, d.notedBytes, d.outputState, d.outputSentPackets, d.outputSentByte,
+		d.inputPackets, d.inputBytes, d.inputDroppedPackets, d.inputDroppedBytes,
+		d.legWon, d.legLost, d.legDiffer, d.legBehind, d.legBound, d.legDoubled, d.legReordered, d.legResets, d.legSenders, d.legUnnumbered,
+		d.streamExpected, d.streamLost, d.streamRestarts,
 		d.unsent, d.lost, d.interfaceInfo,
-		d.joinsAttempted, d.joinsSucceeded, d.joinsFailed, d.leavesAttempted, d.leavesFailed,
-		d.memberships, d.querierSeen, d.workers, d.workerReceived, d.workerFailures,
+		d.joinsAttempted, d.joinsSucceeded, d.joinsFailed, d.leavesAttempted, d.leavesSucceeded, d.leavesFailed,
+		d.memberships, d.querierSeen, d.queries, d.workers, d.workerReceived, d.workerFailures,
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -61,20 +62,22 @@ func full() *relay {
 		status: control.Status{
 			Version: "1.2.3", Schema: 9, Started: start, Ready: true, Rules: 3, Active: 1, Pending: 1, Failed: 1, Warnings: []string{"w"},
 			Interfaces: []control.InterfaceStatus{
-				{Name: "eth0", Mode: "native", JoinsAttempted: 5, JoinsSucceeded: 3, JoinsFailed: 2, LeavesAttempted: 4, LeavesFailed: 1,
-					IGMP: &control.Multicast{Querier: "10.0.0.254", QuerierSeen: &seen}, MLD: &control.Multicast{}},
+				{Name: "eth0", Mode: "native", JoinsAttempted: 5, JoinsSucceeded: 3, JoinsFailed: 2, LeavesAttempted: 4, LeavesSucceeded: 3, LeavesFailed: 1,
+					IGMP: &control.Multicast{Querier: "10.0.0.254", QuerierSeen: &seen, Queries: 17}, MLD: &control.Multicast{}},
 				{Name: "eth1"},
 			},
 			Workers: []control.Worker{
 				{Interface: "eth0", Path: "afxdp", Queue: 0, State: "active", Received: 70, Failures: 1},
 				{Interface: "eth0", Path: "afxdp", Queue: 1, State: "down"},
 			},
+			Mroutes: &control.MrouteStatus{Entries: 40, Accelerated: 38, Left: []control.MroutesLeft{{Reason: "the kernel's own", Entries: 2}}},
 		},
 		stats: control.Stats{
 			Rules: []control.RuleStatus{
 				{Rule: control.Rule{Name: "cam1", In: "239.1.1.1:5000%eth0"}, Origin: "file", State: "active", UsedPath: "kernel",
 					Matched: control.Counter{Packets: 10, Bytes: 1000}, LastSeen: &seen,
 					Drops: []control.Drop{{Reason: "loop", Counter: control.Counter{Packets: 1, Bytes: 100}}},
+					Notes: []control.Drop{{Reason: "echo", Counter: control.Counter{Packets: 4, Bytes: 400}}},
 					Outputs: []control.OutputStatus{
 						{Slot: 0, Interface: "eth1", State: "active", Sent: control.Counter{Packets: 9, Bytes: 900}},
 						{Slot: 1, Interface: "eth2", State: "no_neighbour", Drops: []control.Drop{{Reason: "no_neighbour", Counter: control.Counter{Packets: 9, Bytes: 900}}}},
@@ -84,11 +87,12 @@ func full() *relay {
 					Stream:  &control.StreamStatus{Expected: 1000, Lost: 3, Restarts: 2},
 					Inputs: []control.InputStatus{
 						{Input: "239.1.1.1:5000%eth0", Leg: &control.LegStatus{Won: 700, Lost: 12, Behind: 0, Bound: 49151}},
-						{Input: "239.1.1.2:5000%eth1", Leg: &control.LegStatus{Won: 297, Lost: 8, Different: 5, Behind: 20, Bound: 49151}},
+						{Input: "239.1.1.2:5000%eth1", Matched: control.Counter{Packets: 998, Bytes: 99800},
+							Drops: []control.Drop{{Reason: "duplicate", Counter: control.Counter{Packets: 701, Bytes: 70100}}}, Leg: &control.LegStatus{Won: 297, Lost: 8, Different: 5, Behind: 20, Bound: 49151}},
 						{Input: "239.1.1.3:5000%eth2", State: "pending"},
 					}},
 			},
-			Passed: control.Counter{Packets: 3, Bytes: 300}, Fragments: control.Fragments{First: control.Counter{Packets: 1}, Orphan: control.Counter{Packets: 2}},
+			Passed: control.Counter{Packets: 3, Bytes: 300}, PassedBroadcast: control.Counter{Packets: 2, Bytes: 200}, Fragments: control.Fragments{First: control.Counter{Packets: 1}, Orphan: control.Counter{Packets: 2}},
 			Drops:         []control.Drop{{Reason: "loop", Counter: control.Counter{Packets: 7}}},
 			TransmitDrops: []control.TransmitDrop{{Interface: "eth1", Reason: "driver", Packets: 2}},
 			ReceiveDrops:  []control.ReceiveDrop{{Interface: "eth0", Path: "afxdp", Loss: control.Loss{Reason: "ring_full", Packets: 6}}},
@@ -157,6 +161,100 @@ func TestExposition(t *testing.T) {
 	for _, name := range Names() {
 		if !strings.Contains(text, "\n"+name+"{") && !strings.Contains(text, "\n"+name+" ") && !strings.Contains(text, "\n"+name+"_count ") {
 			t.Errorf("%s is not on the page", name)
+		}
+	}
+}
+
+// notMetrics are the numbers of a relay that no metric has, and why: a field, or all below it.
+var notMetrics = map[string]string{
+	"Stats.Rules.ID":                  "an index, which bpftool shows",
+	"Stats.Rules.Outputs.Slot":        "a label",
+	"Stats.Rules.Inputs.Leg.Share":    "the packets won over those of all inputs",
+	"Stats.Rules.ReceiveDrops":        "those of Stats.ReceiveDrops on the rule's interfaces",
+	"Status.PID":                      "the process collector knows it",
+	"Status.Schema":                   "a label",
+	"Status.Rules":                    "the sum of those by state",
+	"Status.Unconfirmed":              "no counter",
+	"Status.Interfaces.Index":         "an index, which others may have next",
+	"Status.Interfaces.ProgramID":     "the kernel's number",
+	"Status.Interfaces.LinkID":        "the kernel's number",
+	"Status.Interfaces.TransmitDrops": "the sum of Stats.TransmitDrops of the interface",
+	"Status.Workers.Queue":            "a label",
+	"Status.Workers.Group":            "the kernel's number",
+	"Status.Workers.Lost":             "gone with the worker: Stats.ReceiveDrops keeps it",
+	"Status.Workers.Socket":           "gone with the worker; its drops are in Stats.ReceiveDrops",
+	"Status.Workers.Senders":          "gone with the worker; rules count their drops",
+	"Status.Passed":                   "Stats.Passed",
+	"Status.Drops":                    "Stats.Drops",
+}
+
+// TestEveryCounterIsAMetric: each number that the API tells of counters and state is the value of
+// some metric, or is named above with the reason why not.
+func TestEveryCounterIsAMetric(t *testing.T) {
+	r, paths := &relay{}, map[float64]string{}
+	next := 1000.0
+	var fill func(path string, v reflect.Value)
+	fill = func(path string, v reflect.Value) {
+		switch v.Kind() {
+		case reflect.Struct:
+			if v.Type() == reflect.TypeFor[time.Time]() {
+				v.Set(reflect.ValueOf(start))
+				return
+			}
+			for i := range v.NumField() {
+				at := path + "." + v.Type().Field(i).Name
+				if v.Type().Field(i).Anonymous {
+					at = path
+				}
+				fill(at, v.Field(i))
+			}
+		case reflect.Slice:
+			v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+			fill(path, v.Index(0))
+		case reflect.Pointer:
+			v.Set(reflect.New(v.Type().Elem()))
+			fill(path, v.Elem())
+		case reflect.Int, reflect.Uint16, reflect.Uint32, reflect.Uint64, reflect.Float64:
+			next++
+			paths[next] = path
+			v.Set(reflect.ValueOf(next).Convert(v.Type()))
+		case reflect.String:
+			v.SetString("x")
+		case reflect.Bool:
+		default:
+			t.Fatalf("%s is a %v, which the test cannot fill", path, v.Kind())
+		}
+	}
+	fill("Status", reflect.ValueOf(&r.status).Elem())
+	fill("Stats", reflect.ValueOf(&r.stats).Elem())
+	told := map[float64]bool{}
+	families, _ := parsed(t, newCollector(r, "all"))()
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			told[m.GetCounter().GetValue()], told[m.GetGauge().GetValue()] = true, true
+		}
+	}
+	excused := map[string]bool{}
+	for value, path := range paths {
+		reason := ""
+		for field := range notMetrics {
+			if path == field || strings.HasPrefix(path, field+".") {
+				reason = field
+			}
+		}
+		switch {
+		case reason != "":
+			excused[reason] = true
+			if told[value] {
+				t.Errorf("%s is a metric: it need not be excused", path)
+			}
+		case !told[value]:
+			t.Errorf("no metric has %s", path)
+		}
+	}
+	for field := range notMetrics {
+		if !excused[field] {
+			t.Errorf("%s is no number", field)
 		}
 	}
 }

@@ -56,10 +56,25 @@ func (in Input) Senders() netip.Prefix {
 	return netip.PrefixFrom(source, in.SourceLen)
 }
 
-// TakesSource says whether a flow with BySource takes packets of a sender.
+// TakesSource says whether a flow with BySource, which is Normalized, takes packets of a sender.
 func (r *Flow) TakesSource(source netip.Addr) bool {
-	return r.In.Senders().Contains(source) &&
-		!slices.ContainsFunc(r.Except, func(p netip.Prefix) bool { return p.Contains(source) })
+	return r.In.Senders().Contains(source) && !r.excepts(netip.PrefixFrom(source, source.BitLen()))
+}
+
+// excepts says whether a flow that is Normalized leaves out all of a prefix.
+func (r *Flow) excepts(p netip.Prefix) bool {
+	// The one before it, or with its address, is the only one that may hold it: they are sorted,
+	// and none is within another.
+	low, high := 0, len(r.Except)
+	for low < high {
+		at := int(uint(low+high) / 2)
+		if p.Addr().Less(r.Except[at].Addr()) {
+			high = at
+		} else {
+			low = at + 1
+		}
+	}
+	return low > 0 && Covers(r.Except[low-1], p)
 }
 
 // Covers says whether wide contains all of narrow.
@@ -67,11 +82,9 @@ func Covers(wide, narrow netip.Prefix) bool {
 	return wide.Bits() <= narrow.Bits() && wide.Contains(narrow.Addr())
 }
 
-// TakesAll says whether a flow with BySource takes all sources of a prefix, except longer excluded
-// ones.
-func (r *Flow) TakesAll(p netip.Prefix) bool {
-	return Covers(r.In.Senders(), p) && !slices.ContainsFunc(r.Except, func(e netip.Prefix) bool { return Covers(e, p) })
-}
+// TakesAll says whether a flow with BySource, which is Normalized, takes all sources of a prefix,
+// except longer excluded ones.
+func (r *Flow) TakesAll(p netip.Prefix) bool { return Covers(r.In.Senders(), p) && !r.excepts(p) }
 
 // NormalExcept sorts prefixes and omits those within another.
 func NormalExcept(except []netip.Prefix) []netip.Prefix {
@@ -103,8 +116,6 @@ func (r Flow) checkSenders() error {
 		return fmt.Errorf("sources left out: want none without BySource")
 	case !in.BySource:
 		return nil
-	case in.Len != 0:
-		return fmt.Errorf("input prefix %v/%d: want one group with prefixes of sources", in.Group, in.Len)
 	case in.SourceLen < 0 || in.SourceLen >= in.Group.BitLen() || in.Source.IsValid() == (in.SourceLen == 0):
 		return fmt.Errorf("input source %v/%d: want a prefix of 1 to %d bits, or none", in.Source, in.SourceLen, in.Group.BitLen()-1)
 	case in.Senders().Masked() != in.Senders():

@@ -173,6 +173,7 @@ func (l *Loader) adoptRules() error {
 		e.inForce = true
 		l.lookups.add(e.rule.In)
 		l.extra += e.rule.ExtraEntries()
+		l.countBoth(e.rule.In, 1)
 	}
 	byID := make([]*entry, l.maps.Rules.MaxEntries())
 	var outputs, stats []extent

@@ -69,9 +69,9 @@ func FuzzKeys(f *testing.F) {
 		case *bpf.RelayFlow6:
 			got = decodeKey6(key)
 		case *bpf.RelayPrefix4:
-			got = decodePrefix4(key)
+			got = decodePrefix4(key).in
 		case *bpf.RelayPrefix6:
-			got = decodePrefix6(key)
+			got = decodePrefix6(key).in
 		}
 		if got != in {
 			t.Fatalf("%+v became %+v", in, got)

@@ -118,6 +118,7 @@ type Loader struct {
 	ownMACs        [8]uint64   // of map config
 	lookups        lookupCount // of the rules in force
 	extra          int         // entries of theirs in the flow tables besides one each
+	both           int         // how many have takesBoth
 	shortcuts      shortcuts   // to them
 	rules          map[string]*entry
 	plans          uint64 // how often Sync has compared

@@ -9,13 +9,13 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// A rule of a range of devices has an entry in its flow table for each. Rules of prefixes
+// A rule of a range of ports has an entry in its flow table for each. Rules of prefixes
 // of sources (Input.BySource) are entries of the prefix tables with the longest prefix
 // over the source. Each prefix that such rules of a group and port name, taken or left
 // out, is an entry there that says which of them gets it, or that none does: what the
 // longest prefix finds is then right, whatever the rules leave out.
 
-// sourceFlows are the entries of rules with BySource.
+// sourceFlows are the entries of rules with BySource and one group.
 func sourceFlows(entries []*entry) (flows []flowEntry) {
 	groups := map[flow.Input][]*entry{} // by everything but the sources
 	for _, e := range entries {
@@ -55,6 +55,10 @@ func gather(flows []flowEntry) []flowEntry {
 	several := false
 	for i := range flows {
 		f := &flows[i]
+		if f.step != oneStep {
+			several = true
+			continue
+		}
 		if f.in.BySource {
 			several = true
 			continue
@@ -68,7 +72,12 @@ func gather(flows []flowEntry) []flowEntry {
 	var all []flowEntry
 	rules := map[uint32][]flowEntry{}
 	sources := map[flow.Input][]flowEntry{} // entries of prefixes of sources, by everything else
+	var both []flowEntry
 	for _, f := range flows {
+		if f.step != oneStep {
+			both = append(both, f)
+			continue
+		}
 		if f.in.BySource {
 			sources[f.in.AnySource()] = append(sources[f.in.AnySource()], f)
 		}
@@ -83,7 +92,7 @@ func gather(flows []flowEntry) []flowEntry {
 	for _, id := range sortedKeys(rules) {
 		all = append(all, gatherRule(rules[id], sources)...)
 	}
-	return all
+	return append(all, gatherBoth(both)...)
 }
 
 func isNone(f flowEntry) bool { return bpf.RelayRulePath(f.value.Path) == bpf.RelayRulePathPATH_NONE }
@@ -117,49 +126,54 @@ func gatherRule(flows []flowEntry, sources map[flow.Input][]flowEntry) []flowEnt
 		}
 		ports[f.in.Port] = true
 	}
-	own := flows[0].in
-	first, last := own.Port, own.Port
 	for _, f := range flows {
-		first, last = min(first, f.in.Port), max(last, f.in.Port)
-		if f.in.SourceLen < own.SourceLen {
-			own = f.in
+		if f.in.SourceLen < one.in.SourceLen {
+			one.in = f.in
 		}
 	}
-	if int(last-first)+1 != len(ports) {
+	if !one.setPorts(ports) {
 		return flows
 	}
-	one.in = own
-	one.in.Port, one.in.PortTo = first, 0
-	if last > first {
-		one.in.PortTo = last
-	}
-	if own.BySource {
+	if one.in.BySource {
 		one.except = excepted(one, sources)
-		if own.SourceLen == 0 {
+		if one.in.SourceLen == 0 {
 			one.in.Source = netip.Addr{}
 		}
 	}
 	return []flowEntry{one}
 }
 
-// excepted are the sources that a rule leaves out, as far as the entries tell: those of
-// its prefix that go to a shorter prefix's rule, or to none. What a longer prefix's rule
+// setPorts makes an entry one of all these ports, and is false when they are no range.
+func (f *flowEntry) setPorts(ports map[uint16]bool) bool {
+	first, last := f.in.Port, f.in.Port
+	for port := range ports {
+		first, last = min(first, port), max(last, port)
+	}
+	f.in.Port, f.in.PortTo = first, 0
+	if last > first {
+		f.in.PortTo = last
+	}
+	return int(last-first)+1 == len(ports)
+}
+
+// excepted are the sources that a rule leaves out, as far as the entries of all its ports tell:
+// those of its prefix that go to a shorter prefix's rule, or to none. What a longer prefix's rule
 // takes may have been left out besides, and need not be.
 func excepted(f flowEntry, sources map[flow.Input][]flowEntry) (except []netip.Prefix) {
 	own := f.in.Senders()
-	at := f.in
-	at.PortTo = 0
-	entries := sources[at.AnySource()]
-	shortest := map[uint32]int{} // prefix of each rule
-	for _, e := range entries {
-		if bits, ok := shortest[e.value.Rule]; !isNone(e) && (!ok || e.in.SourceLen < bits) {
-			shortest[e.value.Rule] = e.in.SourceLen
+	for in := range f.in.EveryPort() {
+		entries := sources[in.AnySource()]
+		shortest := map[uint32]int{} // prefix of each rule
+		for _, e := range entries {
+			if bits, ok := shortest[e.value.Rule]; !isNone(e) && (!ok || e.in.SourceLen < bits) {
+				shortest[e.value.Rule] = e.in.SourceLen
+			}
 		}
-	}
-	for _, e := range entries {
-		p := e.in.Senders()
-		if flow.Covers(own, p) && p != own && (isNone(e) || shortest[e.value.Rule] < own.Bits()) {
-			except = append(except, p)
+		for _, e := range entries {
+			p := e.in.Senders()
+			if flow.Covers(own, p) && p != own && (isNone(e) || shortest[e.value.Rule] < own.Bits()) {
+				except = append(except, p)
+			}
 		}
 	}
 	return flow.NormalExcept(except)
@@ -177,7 +191,7 @@ func (l *Loader) unpublish(e *entry) error {
 	}
 	for _, f := range flows {
 		if f.value.Rule == e.id && !isNone(f) {
-			if err := table.Delete(encodeKey(f.in)); err != nil {
+			if err := table.Delete(f.key()); err != nil {
 				return err
 			}
 		}

@@ -253,9 +253,9 @@ func FuzzSourceKeys(f *testing.F) {
 		var got flow.Input
 		switch key := encodeKey(in).(type) {
 		case *bpf.RelayPrefix4:
-			got = decodePrefix4(key)
+			got = decodePrefix4(key).in
 		case *bpf.RelayPrefix6:
-			got = decodePrefix6(key)
+			got = decodePrefix6(key).in
 		}
 		if got != in {
 			t.Fatalf("%+v became %+v", in, got)
@@ -344,7 +344,7 @@ func TestAdoptsRuleWithHalfAnExcept(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range before {
-			if err := l.tableOf(f.in).Put(encodeKey(f.in), &f.value); err != nil {
+			if err := l.tableOf(f.in).Put(f.key(), &f.value); err != nil {
 				t.Fatal(err)
 			}
 		}

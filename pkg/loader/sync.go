@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -374,11 +375,13 @@ func (s *transaction) publish() error {
 		if c.old != nil {
 			s.lookups.remove(c.old.rule.In)
 			s.extra -= c.old.rule.ExtraEntries()
+			s.countBoth(c.old.rule.In, -1)
 			c.old.inForce = false
 		}
 		if c.new != nil {
 			s.lookups.add(c.new.rule.In)
 			s.extra += c.new.rule.ExtraEntries()
+			s.countBoth(c.new.rule.In, 1)
 		}
 		if c.old != nil && (c.new == nil || c.old.rule.Name != c.new.rule.Name) {
 			delete(s.rules, c.old.rule.Name)
@@ -422,6 +425,9 @@ func (s *transaction) isSingle() bool {
 	if c.old != nil && c.new != nil {
 		return c.old.rule.In.Key() == c.new.rule.In.Key()
 	}
+	if s.both > 0 && cmp.Or(c.new, c.old).rule.In.Len != 0 {
+		return false // it has a say in the entries of others
+	}
 	return c.new == nil || len(s.rules)+s.extra < int(s.tableOf(c.new.rule.In).MaxEntries())
 }
 
@@ -451,7 +457,10 @@ func (s *transaction) publishOne(c change) error {
 // packet meets the rule that it had before or the one that it has afterwards, never none
 // and no third one.
 func (s *transaction) publishTables() (err error) {
-	flows, changed := s.flowsAfter()
+	flows, changed, err := s.flowsAfter()
+	if err != nil {
+		return err
+	}
 	for kind := range prefixes4 {
 		prefixes := kind + prefixes4
 		var leaving []flowEntry
@@ -506,7 +515,7 @@ func (s *transaction) leaving(kind tableKind) (flows []flowEntry) {
 
 // flowsAfter lists the flow entries of all rules as they will be, and which tables
 // change.
-func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]bool) {
+func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]bool, err error) {
 	touched := make(map[string]bool, len(s.changes))
 	var n [tableKinds]int
 	for _, c := range s.changes {
@@ -517,12 +526,18 @@ func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tabl
 	for kind := range flows {
 		flows[kind] = make([]flowEntry, 0, n[kind])
 	}
-	var sourced [tableKinds][]*entry
+	var sourced, both, anySender [tableKinds][]*entry
 	add := func(e *entry) {
-		kind := kindOf(e.rule.In)
-		if e.rule.In.BySource {
+		kind, in := kindOf(e.rule.In), e.rule.In
+		switch {
+		case takesBoth(in):
+			both[kind] = append(both[kind], e)
+			return
+		case in.BySource:
 			sourced[kind] = append(sourced[kind], e)
 			return
+		case in.Len != 0 && !in.Source.IsValid():
+			anySender[kind] = append(anySender[kind], e)
 		}
 		for in := range e.rule.In.EveryPort() {
 			flows[kind] = append(flows[kind], flowEntry{in: in, value: encodeFlow(e)})
@@ -547,8 +562,23 @@ func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tabl
 	}
 	for kind := range sourced {
 		flows[kind] = append(flows[kind], sourceFlows(sourced[kind])...)
+		more, err := bothFlows(both[kind], anySender[kind])
+		if err != nil {
+			return flows, changed, s.blame(tableKind(kind), err)
+		}
+		flows[kind] = append(flows[kind], more...)
 	}
-	return flows, changed
+	return flows, changed, nil
+}
+
+// blame says which rule is the last that is too much for a table.
+func (s *transaction) blame(kind tableKind, err error) error {
+	for _, c := range slices.Backward(s.changes) {
+		if c.new != nil && kindOf(c.new.rule.In) == kind {
+			return &RuleError{Rule: c.new.rule.Name, Err: err}
+		}
+	}
+	return err
 }
 
 // swap puts a new flow table into force with one write.

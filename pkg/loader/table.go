@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -136,6 +137,10 @@ func lookupOf(in flow.Input) (kinds lookups) {
 	switch {
 	case in.FromHost:
 		return 0
+	case takesBoth(in) && in.Port != 0:
+		bit = bpf.RelayLookupKindLOOKUP_BOTH_PORT
+	case takesBoth(in):
+		bit = bpf.RelayLookupKindLOOKUP_BOTH
 	case in.BySource && in.Port != 0:
 		bit = bpf.RelayLookupKindLOOKUP_SOURCES_PORT
 	case in.BySource:
@@ -149,7 +154,7 @@ func lookupOf(in flow.Input) (kinds lookups) {
 	default:
 		bit = bpf.RelayLookupKindLOOKUP_ANY
 	}
-	if in.Len != 0 {
+	if in.Len != 0 && !in.BySource {
 		bit <<= bpf.RelayLookupKindLOOKUP_PREFIXES
 	}
 	if in.Group.Is4() {
@@ -167,25 +172,34 @@ type flowEntry struct {
 	in     flow.Input
 	value  bpf.RelayFlow
 	except []netip.Prefix // of a rule, see gather
+	step   step           // of flows with takesBoth
+	class  uint32         // with step
 }
 
-// encodeKey returns a pointer to the key of an input in its table.
-func encodeKey(in flow.Input) any {
-	switch kindOf(in) {
+// encodeKey returns a pointer to the key of an input in its table. It is none of several entries.
+func encodeKey(in flow.Input) any { return (&flowEntry{in: in}).key() }
+
+// key returns a pointer to the key of an entry in its table.
+func (f *flowEntry) key() any {
+	switch kindOf(f.in) {
 	case exact4:
-		key := exactKey4(in)
+		key := f.exact4()
 		return &key
 	case exact6:
-		key := exactKey6(in)
+		key := f.exact6()
 		return &key
 	case prefixes4:
-		key := prefixKey4(in)
+		key := f.prefix4()
 		return &key
 	default:
-		key := prefixKey6(in)
+		key := f.prefix6()
 		return &key
 	}
 }
+
+func (f *flowEntry) exact4() bpf.RelayFlow4 { return exactKey4(f.in) }
+
+func (f *flowEntry) exact6() bpf.RelayFlow6 { return exactKey6(f.in) }
 
 const fromHost = uint16(bpf.RelayFlowFromFROM_HOST)
 
@@ -213,22 +227,48 @@ func exactKey6(in flow.Input) bpf.RelayFlow6 {
 	return key
 }
 
-func prefixKey4(in flow.Input) bpf.RelayPrefix4 {
-	k := exactKey4(in)
-	if in.BySource {
-		return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
-			By: k.From | uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
+func (f *flowEntry) prefix4() bpf.RelayPrefix4 {
+	k := exactKey4(f.in)
+	key := bpf.RelayPrefix4{Prefixlen: prefixExact4, Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
+	switch {
+	case f.step == classStep:
+		key.Prefixlen += uint32(f.in.SourceLen)
+		key.By |= uint16(bpf.RelayPrefixByPREFIX_CLASS)
+		key.Source, key.Group = k.Group, k.Source
+	case f.step == inClassStep:
+		key.Prefixlen += uint32(f.in.Len)
+		key.By |= uint16(bpf.RelayPrefixByPREFIX_IN_CLASS)
+		binary.NativeEndian.PutUint32(key.Source[:], f.class)
+	case f.in.BySource:
+		key.Prefixlen += uint32(f.in.SourceLen)
+		key.By |= uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE)
+		key.Source, key.Group = k.Group, k.Source
+	default:
+		key.Prefixlen += uint32(f.in.Len)
 	}
-	return bpf.RelayPrefix4{Prefixlen: prefixExact4 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
+	return key
 }
 
-func prefixKey6(in flow.Input) bpf.RelayPrefix6 {
-	k := exactKey6(in)
-	if in.BySource {
-		return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.SourceLen), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port,
-			By: k.From | uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE), Source: k.Group, Group: k.Source}
+func (f *flowEntry) prefix6() bpf.RelayPrefix6 {
+	k := exactKey6(f.in)
+	key := bpf.RelayPrefix6{Prefixlen: prefixExact6, Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
+	switch {
+	case f.step == classStep:
+		key.Prefixlen += uint32(f.in.SourceLen)
+		key.By |= uint16(bpf.RelayPrefixByPREFIX_CLASS)
+		key.Source, key.Group = k.Group, k.Source
+	case f.step == inClassStep:
+		key.Prefixlen += uint32(f.in.Len)
+		key.By |= uint16(bpf.RelayPrefixByPREFIX_IN_CLASS)
+		binary.NativeEndian.PutUint32(key.Source[:], f.class)
+	case f.in.BySource:
+		key.Prefixlen += uint32(f.in.SourceLen)
+		key.By |= uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE)
+		key.Source, key.Group = k.Group, k.Source
+	default:
+		key.Prefixlen += uint32(f.in.Len)
 	}
-	return bpf.RelayPrefix6{Prefixlen: prefixExact6 + uint32(in.Len), Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
+	return key
 }
 
 // Bits of a prefix table's key before the group (PREFIX4_EXACT and PREFIX6_EXACT
@@ -254,26 +294,48 @@ func decodeKey6(k *bpf.RelayFlow6) flow.Input {
 	return in
 }
 
-func decodePrefix4(k *bpf.RelayPrefix4) flow.Input {
-	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
-		in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
-		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom4(k.Group), int(k.Prefixlen)-prefixExact4
-		return in
+func decodePrefix4(k *bpf.RelayPrefix4) (f flowEntry) {
+	exact := bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group}
+	bits := int(k.Prefixlen) - prefixExact4
+	switch bpf.RelayPrefixBy(k.By &^ fromHost) {
+	case bpf.RelayPrefixByPREFIX_CLASS, bpf.RelayPrefixByPREFIX_BY_SOURCE:
+		exact.Group = k.Source
+		f.in = decodeKey4(&exact)
+		f.in.BySource, f.in.Source, f.in.SourceLen = true, netip.AddrFrom4(k.Group), bits
+		if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_CLASS) {
+			f.step = classStep
+		}
+		return f
+	case bpf.RelayPrefixByPREFIX_IN_CLASS:
+		f.step, f.class = inClassStep, binary.NativeEndian.Uint32(k.Source[:])
+	default:
+		exact.Source = k.Source
 	}
-	in := decodeKey4(&bpf.RelayFlow4{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group, Source: k.Source})
-	in.Len = int(k.Prefixlen) - prefixExact4
-	return in
+	f.in = decodeKey4(&exact)
+	f.in.Len = bits
+	return f
 }
 
-func decodePrefix6(k *bpf.RelayPrefix6) flow.Input {
-	if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE) {
-		in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Source})
-		in.BySource, in.Source, in.SourceLen = true, netip.AddrFrom16(k.Group), int(k.Prefixlen)-prefixExact6
-		return in
+func decodePrefix6(k *bpf.RelayPrefix6) (f flowEntry) {
+	exact := bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group}
+	bits := int(k.Prefixlen) - prefixExact6
+	switch bpf.RelayPrefixBy(k.By &^ fromHost) {
+	case bpf.RelayPrefixByPREFIX_CLASS, bpf.RelayPrefixByPREFIX_BY_SOURCE:
+		exact.Group = k.Source
+		f.in = decodeKey6(&exact)
+		f.in.BySource, f.in.Source, f.in.SourceLen = true, netip.AddrFrom16(k.Group), bits
+		if k.By&^fromHost == uint16(bpf.RelayPrefixByPREFIX_CLASS) {
+			f.step = classStep
+		}
+		return f
+	case bpf.RelayPrefixByPREFIX_IN_CLASS:
+		f.step, f.class = inClassStep, binary.NativeEndian.Uint32(k.Source[:])
+	default:
+		exact.Source = k.Source
 	}
-	in := decodeKey6(&bpf.RelayFlow6{Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, From: k.By & fromHost, Group: k.Group, Source: k.Source})
-	in.Len = int(k.Prefixlen) - prefixExact6
-	return in
+	f.in = decodeKey6(&exact)
+	f.in.Len = bits
+	return f
 }
 
 // read returns an entry for each rule of all tables, those of the first table first but
@@ -294,9 +356,9 @@ func (t *tables) read() ([]flowEntry, error) {
 func readKind(kind tableKind, table *ebpf.Map) (all []flowEntry, err error) {
 	switch kind {
 	case exact4:
-		err = readTable(&all, table, decodeKey4)
+		err = readTable(&all, table, func(k *bpf.RelayFlow4) flowEntry { return flowEntry{in: decodeKey4(k)} })
 	case exact6:
-		err = readTable(&all, table, decodeKey6)
+		err = readTable(&all, table, func(k *bpf.RelayFlow6) flowEntry { return flowEntry{in: decodeKey6(k)} })
 	case prefixes4:
 		err = readTable(&all, table, decodePrefix4)
 	default:
@@ -305,15 +367,20 @@ func readKind(kind tableKind, table *ebpf.Map) (all []flowEntry, err error) {
 	return all, err
 }
 
-func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) flow.Input) error {
+func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) flowEntry) error {
 	keys, flows, err := readAll[K, bpf.RelayFlow](table)
 	if err != nil {
 		return fmt.Errorf("read flow table: %w", err)
 	}
 	for i := range keys {
-		in := decode(&keys[i])
-		in.MAC = flows[i].InputMac
-		*all = append(*all, flowEntry{in: in, value: flows[i]})
+		f := decode(&keys[i])
+		f.value = flows[i]
+		if f.step == classStep {
+			f.class = f.value.Rule
+		} else {
+			f.in.MAC = f.value.InputMac
+		}
+		*all = append(*all, f)
 	}
 	return nil
 }
@@ -341,21 +408,24 @@ func (l *Loader) newTable(kind tableKind, flows []flowEntry) (_ *ebpf.Map, err e
 func fillTable(table *ebpf.Map, kind tableKind, flows []flowEntry) error {
 	switch kind {
 	case exact4:
-		return fill(table, flows, exactKey4)
+		return fill(table, flows, (*flowEntry).exact4)
 	case exact6:
-		return fill(table, flows, exactKey6)
+		return fill(table, flows, (*flowEntry).exact6)
 	case prefixes4:
-		return fill(table, flows, prefixKey4)
+		return fill(table, flows, (*flowEntry).prefix4)
 	default:
-		return fill(table, flows, prefixKey6)
+		return fill(table, flows, (*flowEntry).prefix6)
 	}
 }
 
-func fill[K any](table *ebpf.Map, flows []flowEntry, encode func(flow.Input) K) error {
+func fill[K any](table *ebpf.Map, flows []flowEntry, encode func(*flowEntry) K) error {
 	keys := make([]K, len(flows))
 	values := make([]bpf.RelayFlow, len(flows))
-	for i, f := range flows {
-		keys[i], values[i] = encode(f.in), f.value
+	for i := range flows {
+		keys[i], values[i] = encode(&flows[i]), flows[i].value
+		if flows[i].step == classStep {
+			values[i].Rule = flows[i].class
+		}
 	}
 	return putAll(table, keys, values)
 }

@@ -179,8 +179,6 @@ func (e end) senderPrefix(in Input) {
 		e.fault(nil, ".source", p.String(), p.Masked().String()+", without bits behind the prefix")
 	case p.Overlaps(multicasts[0]) && !in.Source.IsMulticast(), p.Overlaps(multicasts[1]) && !in.Source.IsMulticast():
 		e.fault(nil, ".source", p.String(), "a prefix of unicast addresses: a group is never a source")
-	case in.Len != 0:
-		e.fault(nil, ".source", p.String(), "one source, or one group: a prefix of sources does not go with a prefix of groups")
 	}
 }
 
@@ -194,9 +192,6 @@ func (e end) except(in Input, except []netip.Prefix) {
 		return
 	case in.Source.IsValid() && in.SourceLen == 0:
 		e.fault(nil, ".except", prefixText(except[0]), "no except: one sender alone is taken")
-		return
-	case in.Len != 0:
-		e.fault(nil, ".except", prefixText(except[0]), "one group: senders cannot be left out of a prefix of groups")
 		return
 	}
 	for i, p := range except {

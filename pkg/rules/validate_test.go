@@ -237,8 +237,6 @@ func TestValidateRefuses(t *testing.T) {
 		{senders("128.0.0.0/1"), nil, `in.source "128.0.0.0/1": want a prefix of unicast addresses: a group is never a source`},
 		{senders("2001:db8::/32"), ErrFamily, `in.source "2001:db8::": want the family of 239.1.1.1`},
 		{func(r *Rule) { r.In.SourceLen = 8 }, nil, `in.source "/8": want an address in front of the length`},
-		{func(r *Rule) { senders("10.0.0.0/8")(r); joined(prefix("239.1.0.0/16"), JoinNone)(r) }, nil,
-			`in.source "10.0.0.0/8": want one source, or one group: a prefix of sources does not go with a prefix of groups`},
 		{func(r *Rule) { in("232.1.1.1")(r); senders("10.0.0.0/8")(r) }, ErrNeedSource,
 			`in.source "10.0.0.0/8": want one source, or join=none: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
 		{except("10.0.0.1/24"), nil, `in.except "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
@@ -247,7 +245,14 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) { senders("10.0.0.0/24")(r); except("10.0.1.0/32")(r) }, nil, `in.except "10.0.1.0": want senders of the input, 10.0.0.0/24`},
 		{func(r *Rule) { senders("10.0.0.0/24")(r); except("10.0.0.0/24")(r) }, nil, `in.except "10.0.0.0/24": want senders of the input, 10.0.0.0/24`},
 		{func(r *Rule) { source("10.0.0.1")(r); except("10.0.0.1/32")(r) }, nil, `in.except "10.0.0.1": want no except: one sender alone is taken`},
-		{func(r *Rule) { joined(prefix("239.1.0.0/16"), JoinNone)(r); except("10.0.0.1/32")(r) }, nil, `in.except "10.0.0.1": want one group: senders cannot be left out of a prefix of groups`},
+		{func(r *Rule) { joined(prefix("239.1.0.0/16"), JoinNone)(r); except("10.0.0.1/24")(r) }, nil, `in.except "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
+		{func(r *Rule) {
+			joined(prefix("239.1.0.0/16"), JoinNone)(r)
+			senders("10.0.0.0/24")(r)
+			except("10.0.1.0/32")(r)
+		}, nil, `in.except "10.0.1.0": want senders of the input, 10.0.0.0/24`},
+		{func(r *Rule) { joined(prefix("232.1.0.0/16"), JoinAll)(r); r.In.Len = 20; senders("10.0.0.0/24")(r) }, ErrNeedSource,
+			`in.source "10.0.0.0/24": want one source, or join=none: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
 		{func(r *Rule) {
 			for i := range 65 {
 				r.Accept.Except = append(r.Accept.Except, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 32))

@@ -450,12 +450,13 @@ func TestLimits(t *testing.T) {
 		"rules with several inputs":                             bpf.MaxStreams - 1,
 		"ports of a range":                                      rules.MaxPorts,
 		"senders, or prefixes of them, that `except=` excludes": rules.MaxExcept,
-		"groups that `join=all` joins":                          rules.MaxJoinAll,
-		"bytes of a rule's name":                                rules.MaxNameLen,
-		"bytes of an interface's name":                          longest,
-		"fragmented datagrams followed at a time":               int(spec.Maps["fragments"].MaxEntries),
-		"seconds that a first fragment is followed":             int(timeout / 1e9),
-		"MiB of a rule file, with its includes":                 rules.MaxFileSize >> 20,
+		"entries of rules with a prefix of groups and one of sources, or `except=`, in all": loader.MaxBothEntries,
+		"groups that `join=all` joins":              rules.MaxJoinAll,
+		"bytes of a rule's name":                    rules.MaxNameLen,
+		"bytes of an interface's name":              longest,
+		"fragmented datagrams followed at a time":   int(spec.Maps["fragments"].MaxEntries),
+		"seconds that a first fragment is followed": int(timeout / 1e9),
+		"MiB of a rule file, with its includes":     rules.MaxFileSize >> 20,
 	}
 	rows := tableOf(t, "docs/rules.md", "what | at most").rows
 	if len(rows) != len(want) {

@@ -28,6 +28,8 @@ var senderFeatures = []featureCase{
 		want: []func(f *packet.Frame){dst("239.1.1.1", 5000, func(f *packet.Frame) { f.TTL = 15 })}},
 	{name: "ipv6, prefix of sources, range", in: "fd00:1::/64@[ff3e:0:0:1::7]:5000-5001%in0,join=none,except=fd00:1::3", frame: v6(), out: []string{"[ff3e::2]:+1%out0"},
 		want: []func(f *packet.Frame){dst("ff3e::2", 5001)}},
+	{name: "ipv6, prefixes of both", in: "fd00:1::/64@[ff3e::]/32%in0,join=none,except=fd00:1::3", frame: v6(), out: []string{"[ff3e::2]%out0"},
+		want: []func(f *packet.Frame){dst("ff3e::2", 5000)}},
 	{name: "ipv6, all groups", in: "[ff00::]/8%in0,join=none", frame: v6(), out: []string{"[ff00::]/8%out0"},
 		want: []func(f *packet.Frame){dst("ff3e:0:0:1::7", 5000)}},
 }
@@ -50,6 +52,33 @@ func TestSenderFeatures(t *testing.T) {
 			rest.run(t, n, in, path, "rest")
 			if s := in.rule("wide"); s.Matched.Packets != 0 {
 				t.Errorf("rule wide took %d packets", s.Matched.Packets)
+			}
+		})
+		t.Run("prefixes of both", func(t *testing.T) {
+			for name, input := range map[string]string{
+				"site":   "10.0.0.0/8@239.1.1.0/24:5000%in0,join=none",
+				"others": "239.1.0.0/16:5000%in0,join=none,except=10.9.0.0/16",
+			} {
+				in.mustCLI("rule", "add", name, "--path", path, "--in", input, "--out", "239.2.2.9:6000%out0")
+				defer in.mustCLI("rule", "del", name)
+			}
+			for packet, want := range map[string]string{
+				"10.1.0.2@239.1.1.1:5000%in0": "rule hall takes it: (source prefix of 16 bits, prefix of 16 bits, port) comes before (source prefix of 8 bits, prefix of 24 bits, port)",
+				"10.1.7.1@239.1.1.1:5000%in0": "rule site takes it: (source prefix of 8 bits, prefix of 24 bits, port) comes before (any source, prefix of 16 bits, port)",
+				"10.9.0.1@239.1.2.1:5000%in0": "no rule takes it: rule others (239.1.0.0/16:5000%in0) leaves its sender out",
+			} {
+				in.mustCLI("rule", "add", "hall", "--path", path, "--in", "10.1.0.0/16@239.1.0.0/16:5000%in0,join=none,except=10.1.7.0/24", "--out", "239.2.2.8:6000%out0")
+				if text := in.mustCLI("explain", packet); !strings.Contains(text, want) {
+					t.Errorf("explain %s does not say %q:\n%s", packet, want, text)
+				}
+				in.mustCLI("rule", "del", "hall")
+			}
+			hall := featureCase{in: "10.1.0.0/16@239.1.0.0/16:5000%in0,join=none,except=10.1.7.0/24", out: []string{"239.2.0.0/16:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.1.1", 6000)}}
+			hall.run(t, n, in, path, "hall")
+			for _, name := range []string{"site", "others"} {
+				if s := in.rule(name); s.Matched.Packets != 0 {
+					t.Errorf("rule %s took %d packets", name, s.Matched.Packets)
+				}
 			}
 		})
 	})
