@@ -1,11 +1,11 @@
-// Package convert makes rules of the configuration of other multicast relays: of
-// smcroute, of igmpproxy and of the static routes of FRR's pimd. It is pure: it reads no
-// file and knows nothing of the host.
+// Package convert converts the configuration of other multicast relays to rules: of smcroute, of
+// igmpproxy and of the static routes of FRR's pimd. It is pure: it reads no files and knows nothing
+// about the host.
 //
-// Those route in the kernel: they forward groups with every UDP port, the sender's
-// address kept and the TTL one less, to interfaces that the TTL must exceed the threshold
-// of. So the rules made here have no port, src=keep, ttl=dec and, with a threshold,
-// minttl. Protocols other than UDP they forward, and rules do not.
+// Those programs route in the kernel: they forward groups with every UDP port, keep the sender's
+// address and decrement the TTL, to interfaces whose threshold the TTL exceeds. So the rules made
+// here have no port, src=keep, ttl=dec and, with a threshold, minttl. They also forward protocols
+// other than UDP; rules do not.
 package convert
 
 import (
@@ -22,20 +22,20 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Format is whose configuration a file is.
+// Format is the format of a configuration file.
 type Format uint8
 
-// The formats. Detect tells them apart by their words.
+// The formats. Detect distinguishes them by their keywords.
 const (
 	Detect    Format = iota
 	SMCRoute         // smcroute.conf(5)
 	IGMPProxy        // igmpproxy.conf(5)
-	FRR              // what vtysh writes; pimd's interface commands `ip mroute` and `ip igmp join-group`
+	FRR              // written by vtysh; pimd's interface commands `ip mroute` and `ip igmp join-group`
 )
 
 var formatNames = [...]string{"detect", "smcroute", "igmpproxy", "frr"}
 
-// String is the word that ParseFormat takes.
+// String is the name that ParseFormat parses.
 func (f Format) String() string {
 	if int(f) < len(formatNames) {
 		return formatNames[f]
@@ -43,7 +43,7 @@ func (f Format) String() string {
 	return fmt.Sprintf("Format(%d)", uint8(f))
 }
 
-// ParseFormat is the reverse of Format.String.
+// ParseFormat is the inverse of Format.String.
 func ParseFormat(s string) (Format, error) {
 	for i, name := range formatNames {
 		if s == name {
@@ -53,8 +53,8 @@ func ParseFormat(s string) (Format, error) {
 	return 0, fmt.Errorf("format %q: want %s", s, strings.Join(formatNames[:], ", "))
 }
 
-// Line is a line of the file and what has become of it: a rule, a note why it has no
-// equal, or both. Lines that went into the rule of another line are not listed.
+// Line is a line of the file and its conversion: a rule, a note why it has no equivalent, or both.
+// Lines merged into another line's rule are not listed.
 type Line struct {
 	Number int // from 1
 	Text   string
@@ -62,7 +62,7 @@ type Line struct {
 	Note   string
 }
 
-// Result is a file as rules.
+// Result is a converted file.
 type Result struct {
 	Format Format
 	Lines  []Line // in the order of the file
@@ -78,7 +78,7 @@ func (r Result) Rules() (all []rules.Rule) {
 	return all
 }
 
-// Notes is how many lines have no equal, or none in part.
+// Notes is the number of lines that have no, or only a partial, equivalent.
 func (r Result) Notes() (n int) {
 	for _, l := range r.Lines {
 		if l.Note != "" {
@@ -88,8 +88,8 @@ func (r Result) Notes() (n int) {
 	return n
 }
 
-// File writes the result as a file of rules that rules.ParseFile reads, with the
-// line that each rule was made of, and a comment for each line that has no equal.
+// File formats the result as a rule file that rules.ParseFile parses, with the original line of
+// each rule, and a comment for each line that has no equivalent.
 func (r Result) File() []byte {
 	var b []byte
 	open := false
@@ -117,8 +117,8 @@ func (r Result) File() []byte {
 // MaxSize is the largest configuration that Parse reads, in bytes.
 const MaxSize = 1 << 20
 
-// Parse reads a configuration. Lines that it cannot turn into rules are no error, but
-// have a note; the error says that it is none of the formats.
+// Parse parses a configuration. Lines that it cannot convert are no error, but have a note; the
+// error says that the file has none of the formats.
 func Parse(data []byte, format Format) (Result, error) {
 	if len(data) > MaxSize {
 		return Result{}, fmt.Errorf("size %d bytes: want at most %d", len(data), MaxSize)
@@ -143,15 +143,14 @@ func Parse(data []byte, format Format) (Result, error) {
 	return c.finish(), nil
 }
 
-// source is a line of the file in words, without what is a comment.
+// source is a line of the file split into words, without comments.
 type source struct {
 	number int
 	text   string
 	words  []string
 }
 
-// split cuts the data into lines with something on them. '#' begins a comment in all
-// formats, '!' one in FRR's.
+// split splits the data into non-empty lines. '#' begins a comment in all formats, '!' in FRR's.
 func split(data []byte) (all []source) {
 	number := 0
 	for line := range strings.Lines(string(data)) {
@@ -175,7 +174,7 @@ func split(data []byte) (all []source) {
 	return all
 }
 
-// maxText bounds what is repeated of a line.
+// maxText limits how much of a line is repeated.
 const maxText = 200
 
 func bounded(s string) string {
@@ -214,35 +213,34 @@ func detect(lines []source) Format {
 	return Detect
 }
 
-// route is what the formats have in common: a group that comes in on an interface and
-// goes out on others.
+// route is the formats' common model: a group that arrives on an interface and leaves on others.
 type route struct {
 	line   source
 	iface  string
 	group  netip.Prefix
-	source netip.Prefix // not valid: any
+	source netip.Prefix // invalid: any
 	out    []string
 	join   rules.JoinPolicy
 	groups []netip.Addr // with rules.JoinList
-	note   string       // what of the line has no equal
+	note   string       // the part of the line without equivalent
 }
 
-// converter collects what becomes of the lines.
+// converter collects the results of the lines.
 type converter struct {
 	result Result
 	routes []route
 	ttl    map[string]uint8 // by output interface: the threshold that a TTL must exceed
 }
 
-// note says that a line has no equal.
+// note records that a line has no equivalent.
 func (c *converter) note(l source, format string, args ...any) {
 	c.result.Lines = append(c.result.Lines, Line{Number: l.number, Text: l.text, Note: "no equal: " + fmt.Sprintf(format, args...)})
 }
 
-// finish makes rules of the routes. Those that a set of rules cannot have are notes.
+// finish makes rules from the routes. Invalid ones become notes.
 func (c *converter) finish() Result {
 	names := map[string]int{}
-	inputs := map[rules.Input]int{} // by the line that takes it
+	inputs := map[rules.Input]int{} // by input: the line that takes it
 	lines := make([]Line, len(c.routes))
 	for i, r := range c.routes {
 		lines[i] = Line{Number: r.line.number, Text: r.line.text, Note: r.note}
@@ -283,7 +281,7 @@ func (c *converter) finish() Result {
 	return c.result
 }
 
-// faultsOf are the faults of a set. What says only how many more there are is left out.
+// faultsOf are the faults of a set, without the one that only counts the rest.
 func faultsOf(err error) (all []*rules.FieldError) {
 	list, ok := err.(interface{ Unwrap() []error })
 	if !ok {
@@ -298,7 +296,7 @@ func faultsOf(err error) (all []*rules.FieldError) {
 	return all
 }
 
-// firstLine is the first fault of a rule without the rule's name, which is made here.
+// firstLine is the first fault of a rule without the rule's name, which is generated.
 func firstLine(err error) string {
 	text, _, _ := strings.Cut(err.Error(), "\n")
 	if rest, ok := strings.CutPrefix(text, `rule "`); ok {
@@ -309,7 +307,7 @@ func firstLine(err error) string {
 	return text
 }
 
-// rule is the rule of a route, which is yet to be validated.
+// rule is the rule of a route, not yet validated.
 func (c *converter) rule(r route) rules.Rule {
 	rule := rules.Rule{
 		Name:   ruleName(r),
@@ -322,7 +320,7 @@ func (c *converter) rule(r route) rules.Rule {
 	for _, name := range r.out {
 		out := rules.Output{Interface: name, Address: rule.In.Address, Len: rule.In.Len, PortMode: rules.PortKeep}
 		out.Policy.Source, out.Policy.TTL = rules.SourceKeep, rules.TTLDecrement
-		if least := c.ttl[name]; least > 1 { // above 1 is what ttl=dec asks for by itself
+		if least := c.ttl[name]; least > 1 { // ttl=dec implies 1
 			out.Policy.MinTTL = least + 1
 		}
 		rule.Out = append(rule.Out, out)
@@ -330,7 +328,7 @@ func (c *converter) rule(r route) rules.Rule {
 	return rule
 }
 
-// prefixLen is a length as rules have it: 0 for one address.
+// prefixLen is a prefix length as in rules: 0 for one address.
 func prefixLen(p netip.Prefix) uint8 {
 	if p.IsSingleIP() {
 		return 0
@@ -338,7 +336,7 @@ func prefixLen(p netip.Prefix) uint8 {
 	return uint8(p.Bits())
 }
 
-// ruleName is GROUP-INTERFACE, with the source in front where there is one.
+// ruleName is GROUP-INTERFACE, preceded by the source if there is one.
 func ruleName(r route) string {
 	name := prefixName(r.group) + "-" + r.iface
 	if r.source.IsValid() {
@@ -361,7 +359,7 @@ func prefixName(p netip.Prefix) string {
 	return p.Addr().String() + "_" + strconv.Itoa(p.Bits())
 }
 
-// unique is a name that no rule has yet. names counts those that were asked for.
+// unique is a name that no rule has yet. names counts the requested names.
 func unique(names map[string]int, name string) string {
 	one := name
 	for names[one] > 0 {
@@ -373,8 +371,8 @@ func unique(names map[string]int, name string) string {
 	return one
 }
 
-// parsePrefix reads ADDRESS or ADDRESS/LEN. Bits behind the length are no fault: the
-// programs converted here clear them.
+// parsePrefix parses ADDRESS or ADDRESS/LEN. Bits after the length are allowed: the converted
+// programs clear them.
 func parsePrefix(s string) (netip.Prefix, error) {
 	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
 		return netip.PrefixFrom(addr, addr.BitLen()), nil
@@ -386,7 +384,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return p.Masked(), nil
 }
 
-// threshold reads a TTL threshold and keeps it for the outputs to an interface.
+// threshold parses a TTL threshold and stores it for the outputs to an interface.
 func (c *converter) threshold(iface, s string) error {
 	n, err := strconv.ParseUint(s, 10, 8)
 	if err != nil || n > 254 {
@@ -399,7 +397,7 @@ func (c *converter) threshold(iface, s string) error {
 	return nil
 }
 
-// membership is a group that the file has joined.
+// membership is a group that the file joins.
 type membership struct {
 	line          source
 	iface         string
@@ -407,8 +405,8 @@ type membership struct {
 	used          bool
 }
 
-// joinBy gives a route the memberships of the file: of one group it is the group's own; of
-// a prefix all groups, or those that are joined one by one.
+// joinBy gives a route the memberships of the file: for one group its own; for a prefix all groups,
+// or the individually joined ones.
 func (r *route) joinBy(all []membership) {
 	r.join = rules.JoinNone
 	for i := range all {
@@ -433,10 +431,10 @@ func (r *route) joinBy(all []membership) {
 	}
 }
 
-// maxJoinBits is of rules.MaxJoinAll.
+// maxJoinBits corresponds to rules.MaxJoinAll.
 const maxJoinBits = 12
 
-// notJoined notes the memberships that brought no packet of a route.
+// notJoined notes memberships that belong to no route.
 func (c *converter) notJoined(all []membership) {
 	for _, m := range all {
 		if !m.used {

@@ -6,7 +6,7 @@ import (
 	"slices"
 )
 
-// frr reads the static multicast routes of FRR's pimd and its memberships:
+// frr parses the static multicast routes of FRR's pimd and its memberships:
 //
 //	interface IIF [vrf NAME]
 //	 ip mroute OIF GROUP [SOURCE]
@@ -14,9 +14,9 @@ import (
 //	 ipv6 mroute OIF GROUP [SOURCE]
 //	 ipv6 mld join GROUP [SOURCE]
 //
-// Routes of one group, source and interface are one rule, with an output for each.
-// `ip mroute PREFIX NEXTHOP`, which is not below an interface, is a route for the reverse
-// path check and none for groups.
+// Routes of one group, source and interface become one rule, with an output for each. `ip mroute
+// PREFIX NEXTHOP`, outside an interface block, is a route for the reverse path check and not for
+// groups.
 func (c *converter) frr(lines []source) {
 	var joined []membership
 	var routes []route
@@ -72,8 +72,8 @@ func (c *converter) frr(lines []source) {
 	c.notJoined(joined)
 }
 
-// inInterface says whether a line can stand below an interface. vtysh indents it, files
-// written by hand need not; what begins another block does not.
+// inInterface says whether a line can be in an interface block. vtysh indents it, files written by
+// hand may not; a line that begins another block is not in it.
 func inInterface(l source) bool {
 	switch l.word(0) {
 	case "router", "route-map", "vrf", "line", "access-list", "key", "pseudowire", "segment-routing", "bfd", "frr", "hostname", "log", "service":
@@ -82,12 +82,12 @@ func inInterface(l source) bool {
 	return true
 }
 
-// same says whether two routes are of one input.
+// same says whether two routes have the same input.
 func (r route) same(o route) bool {
 	return r.iface == o.iface && r.group == o.group && r.source == o.source
 }
 
-// frrRoute reads GROUP [SOURCE] from a word on.
+// frrRoute parses GROUP [SOURCE] from a word on.
 func frrRoute(l source, iface string, at int) (r route, err error) {
 	r.line, r.iface = l, iface
 	group, err := netip.ParseAddr(l.word(at))

@@ -8,7 +8,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// igmpproxy reads igmpproxy.conf(5):
+// igmpproxy parses igmpproxy.conf(5):
 //
 //	quickleave
 //	phyint IFNAME upstream|downstream|disabled [ratelimit N] [threshold N]
@@ -16,9 +16,9 @@ import (
 //	    whitelist GROUPS
 //	    blacklist GROUPS
 //
-// The program forwards the groups that hosts downstream have joined. Its static part is
-// which groups may go from the upstream to the downstream interfaces: the whitelist, or
-// else all.
+// The program forwards the groups that hosts downstream have joined. Its static part is which
+// groups may be forwarded from the upstream to the downstream interfaces: the whitelist, or
+// otherwise all.
 func (c *converter) igmpproxy(lines []source) {
 	var up []upstream
 	var down []string
@@ -72,7 +72,7 @@ func (c *converter) igmpproxy(lines []source) {
 	}
 }
 
-// upstream is an interface that groups come from.
+// upstream is an interface from which groups come.
 type upstream struct {
 	line   source
 	iface  string
@@ -104,7 +104,7 @@ func (c *converter) upstream(u upstream, down []string) {
 	}
 }
 
-// proxyInterface reads a phyint line and returns the interface's role.
+// proxyInterface parses a phyint line and returns the interface's role.
 func (c *converter) proxyInterface(l source) (role string, err error) {
 	name, role := l.word(1), l.word(2)
 	switch role {

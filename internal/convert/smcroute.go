@@ -6,7 +6,7 @@ import (
 	"strings"
 )
 
-// smcroute reads smcroute.conf(5):
+// smcroute parses smcroute.conf(5):
 //
 //	phyint IFNAME [enable|disable] [mrdisc] [ttl-threshold TTL]
 //	mgroup from IIF [source ADDR[/LEN]] group GROUP[/LEN]
@@ -72,7 +72,7 @@ func (c *converter) smcroute(lines []source) {
 	c.notJoined(joined)
 }
 
-// phyint reads what a line says of an interface.
+// phyint parses the settings of an interface.
 func (c *converter) phyint(l source, disabled map[string]bool) error {
 	name := l.word(1)
 	if name == "" {
@@ -99,11 +99,11 @@ func (c *converter) phyint(l source, disabled map[string]bool) error {
 	if len(lost) > 0 {
 		return fmt.Errorf("%s", strings.Join(lost, "; "))
 	}
-	return nil // enable and disable: an interface is used when a rule names it
+	return nil // enable and disable: an interface is used if a rule names it
 }
 
-// parseRoute reads from IIF [source ADDR] group GROUP [to OIF...], the parts before "to"
-// in any order.
+// parseRoute parses from IIF [source ADDR] group GROUP [to OIF...]; the parts before "to" may have
+// any order.
 func parseRoute(l source) (r route, err error) {
 	r.line = l
 	for i := 1; i < len(l.words); i += 2 {

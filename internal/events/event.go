@@ -1,6 +1,6 @@
-// Package events is the log of what has changed: a bounded number of events, each with a
-// number that grows by one, kept in memory and, the newest of them, in a file. Whoever adds an
-// event never waits for a reader or for the file.
+// Package events is the log of state changes: a bounded number of events, with consecutive numbers,
+// in memory and, the newest of them, in a file. Adding an event never waits for a reader or for the
+// file.
 package events
 
 import (
@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// Kind is what an event is about.
+// Kind is the subject of an event.
 type Kind string
 
 // The kinds.
 const (
-	KindDaemon     Kind = "daemon"     // it has started, or is about to end
+	KindDaemon     Kind = "daemon"     // started, or about to end
 	KindRule       Kind = "rule"       // its state: added, active, pending, failed, removed
 	KindOutput     Kind = "output"     // the state of one output of a rule
 	KindPath       Kind = "path"       // the path of a rule's packets
@@ -22,45 +22,45 @@ const (
 	KindInterface  Kind = "interface"  // its link
 	KindProgram    Kind = "program"    // the relay program on an interface
 	KindNeighbour  Kind = "neighbour"  // the next hop of unicast outputs
-	KindQuerier    Kind = "querier"    // who asks for memberships on an interface
+	KindQuerier    Kind = "querier"    // the querier on an interface
 	KindLoop       Kind = "loop"       // packets of a rule that come back
 	KindReload     Kind = "reload"     // of the daemon's file
-	// KindMissed has no number: a reader is told that Count events are not kept any more.
+	// KindMissed has no number: Count events were discarded before they were read.
 	KindMissed Kind = "missed"
 )
 
-// Kinds are all kinds that are logged.
+// Kinds returns all kinds that are logged.
 func Kinds() []Kind {
 	return []Kind{KindDaemon, KindRule, KindOutput, KindPath, KindMembership, KindInterface, KindProgram, KindNeighbour, KindQuerier, KindLoop, KindReload}
 }
 
-// Event is one change of state. Which of the fields after Kind are set depends on it.
+// Event is one change of state. The kind determines which of the other fields are set.
 type Event struct {
-	// Number is one more than that of the event before; 0 for KindMissed.
+	// Number is the previous event's plus one; 0 for KindMissed.
 	Number uint64    `json:"number,omitempty"`
 	Time   time.Time `json:"time"`
 	Kind   Kind      `json:"kind"`
 
 	Rule      string `json:"rule,omitempty"`
-	Output    string `json:"output,omitempty"` // an endpoint as rules have it
+	Output    string `json:"output,omitempty"` // an endpoint as in rules
 	Interface string `json:"interface,omitempty"`
 	Group     string `json:"group,omitempty"`   // [SOURCE@]GROUP
 	Address   string `json:"address,omitempty"` // of a neighbour or a querier
 
-	// State is what has been reached, and Before what was left; empty where there was nothing.
+	// State is the new state, and Before the old one; empty if there was none.
 	State  string `json:"state"`
 	Before string `json:"before,omitempty"`
-	// Cause says why in one line.
+	// Cause is the reason in one line.
 	Cause string `json:"cause,omitempty"`
 
-	// Count is more than 1 where the event stands for so many of one kind and state, which came
-	// faster than they are logged one by one: what else is set is of the first one, and Last
+	// Count is more than 1 if the event summarizes that many events of one kind and state, which
+	// came too fast to log individually: the other fields are those of the first one, and Last
 	// names the last one.
 	Count uint64 `json:"count,omitempty"`
 	Last  string `json:"last,omitempty"`
 }
 
-// Subject names what the event is about: "rule cam1".
+// Subject names the subject of the event: "rule cam1".
 func (e *Event) Subject() string {
 	var of string
 	switch e.Kind {
@@ -86,7 +86,7 @@ func (e *Event) Subject() string {
 	return strings.TrimSpace(string(e.Kind) + " " + of)
 }
 
-// Text says in one line what has happened, without time and number.
+// Text describes the event in one line, without time and number.
 func (e *Event) Text() string {
 	var b strings.Builder
 	if e.Kind == KindMissed {
@@ -107,15 +107,15 @@ func (e *Event) Text() string {
 	return b.String()
 }
 
-// texts are the fields that come from elsewhere.
+// texts are the fields with foreign text.
 func (e *Event) texts() []*string {
 	return []*string{&e.Rule, &e.Output, &e.Interface, &e.Group, &e.Address, &e.State, &e.Before, &e.Cause, &e.Last}
 }
 
-// maxText bounds each text of an event, in bytes.
+// maxText limits each text of an event, in bytes.
 const maxText = 512
 
-// bound cuts what is too long.
+// bound truncates long texts.
 func (e *Event) bound() {
 	for _, text := range e.texts() {
 		if len(*text) > maxText {
@@ -124,7 +124,7 @@ func (e *Event) bound() {
 	}
 }
 
-// size is about how much memory the event takes, in bytes.
+// size is the approximate memory size of the event, in bytes.
 func (e *Event) size() int {
 	n := 256
 	for _, text := range e.texts() {

@@ -13,11 +13,12 @@ import (
 	"path/filepath"
 )
 
-// maxFile bounds what is read of a file: more than it ever holds (2 * Saved events of a few kB).
+// maxFile limits how much of a file is read: more than it ever holds (2 * Saved events of a few
+// kB).
 const maxFile = 16 << 20
 
-// readFile reads the newest events of a file, as append writes it: an event a line. A line that is
-// none, as the last one may be after a crash, ends what came before it.
+// readFile reads the newest events of a file as written by append, one per line. An invalid line,
+// as the last one may be after a crash, invalidates the events before it.
 func readFile(path string) ([]Event, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -50,16 +51,16 @@ func parse(r io.Reader) (all []Event) {
 	return all[max(0, len(all)-Saved):]
 }
 
-// file has the newest events, an event a line: at least the last Saved, and less than twice as many.
+// file has the newest events, one per line: at least the last Saved, and less than twice as many.
 type file struct {
 	path   string
 	f      *os.File // nil until the first event
-	lines  []Event  // that it holds, the last Saved of them
+	lines  []Event  // the last Saved lines of it
 	count  int      // lines in the file
-	failed bool     // the logger was told
+	failed bool     // the failure was logged
 }
 
-// append writes events behind those of before. It does not wait for the disk.
+// append appends events. It does not wait for the disk.
 func (f *file) append(fresh []Event, log *slog.Logger) {
 	f.lines = append(f.lines, fresh...)
 	if over := len(f.lines) - Saved; over > 0 {
@@ -81,7 +82,7 @@ func (f *file) write(fresh []Event) error {
 	}
 	_, err := f.f.Write(encode(fresh))
 	if err != nil {
-		return errors.Join(err, f.close()) // rewrite it the next time
+		return errors.Join(err, f.close()) // rewrite it next time
 	}
 	f.count += len(fresh)
 	return nil
@@ -92,19 +93,19 @@ func encode(all []Event) []byte {
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
 	for i := range all {
-		_ = enc.Encode(&all[i]) // texts, numbers and a time of this era: cannot fail
+		_ = enc.Encode(&all[i]) // strings, numbers and a current time: cannot fail
 	}
 	return b.Bytes()
 }
 
-// rewrite puts a file with the last Saved events in the place of the one before.
+// rewrite replaces the file by one with the last Saved events.
 func (f *file) rewrite() (err error) {
 	if err := errors.Join(f.close(), os.MkdirAll(filepath.Dir(f.path), 0o755)); err != nil {
 		return err
 	}
 	next := f.path + ".next"
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err // left by a process that died
+		return err // left by a dead process
 	}
 	file, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|os.O_APPEND, 0o600)
 	if err != nil {

@@ -13,21 +13,21 @@ import (
 	"time"
 )
 
-// Hook runs a program for each event, one at a time, in their order.
+// Hook runs a program for each event, one at a time, in order.
 type Hook struct {
 	// Program is its path; it gets no arguments.
 	Program string
-	// Timeout is how long it may take before it is killed, with what it has started; 0: 10 seconds.
+	// Timeout is the time after which it is killed, with its children; 0: 10 seconds.
 	Timeout time.Duration
-	// Log is told of a program that fails.
+	// Log receives failures of the program.
 	Log *slog.Logger
 }
 
-// hookBehind is how many events a program may be behind; older ones are left out.
+// hookBehind is how many events a program may be behind; older ones are skipped.
 const hookBehind = 256
 
-// Run runs the program for the events that r reads, until ctx or the log ends. A program that is slow
-// holds up nothing but itself: it is told how many events it has missed.
+// Run runs the program for the events that r reads, until ctx or the log ends. A slow program
+// delays only itself: it is told how many events it missed.
 func (h Hook) Run(ctx context.Context, r *Reader) {
 	if h.Timeout == 0 {
 		h.Timeout = 10 * time.Second
@@ -56,7 +56,7 @@ func (h Hook) call(ctx context.Context, e *Event, missed uint64) error {
 	cmd.Env = append(os.Environ(), Environment(e, missed)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second // for descendants that hold its output
+	cmd.WaitDelay = time.Second // for descendants that keep its output open
 	said := &tail{}
 	cmd.Stdout, cmd.Stderr = said, said
 	err := cmd.Run()
@@ -72,9 +72,9 @@ func (h Hook) call(ctx context.Context, e *Event, missed uint64) error {
 	return err
 }
 
-// Environment is what the program is told of an event: XDPCAST_EVENT has it all as JSON.
+// Environment is the program's environment for an event: XDPCAST_EVENT has the whole event as JSON.
 func Environment(e *Event, missed uint64) []string {
-	text, _ := json.Marshal(e) // as encode does
+	text, _ := json.Marshal(e) // like encode
 	env := []string{
 		"XDPCAST_EVENT=" + string(text),
 		"XDPCAST_EVENT_NUMBER=" + strconv.FormatUint(e.Number, 10),
@@ -91,7 +91,7 @@ func Environment(e *Event, missed uint64) []string {
 	return env
 }
 
-// tail keeps the first bytes of what a program says.
+// tail keeps the first bytes of a program's output.
 type tail struct{ text []byte }
 
 func (t *tail) Write(p []byte) (int, error) {

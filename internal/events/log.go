@@ -8,63 +8,63 @@ import (
 )
 
 const (
-	// Kept is how many events are kept in memory, and Saved how many of them in the file.
+	// Kept is the number of events in memory, and Saved that in the file.
 	Kept  = 10_000
 	Saved = 1_000
-	// maxBytes bounds the memory of the events kept: less than Kept of them if they are long.
+	// maxBytes limits the memory of the events: fewer than Kept of them if they are long.
 	maxBytes = 8 << 20
 
-	// Events of a kind are logged one by one as long as no more than burst come at once, and perSecond
-	// go on coming. Those beyond are counted by state, and a single event for each is logged every
-	// sumPause: a link with 12,000 rules that flaps must not take the place of all else.
+	// Events of a kind are logged individually in bursts of up to burst, or perSecond sustained.
+	// Those beyond are counted by state, and every sumPause a single event for each state is
+	// logged: a flapping link with 12,000 rules must not displace everything else.
 	burst     = 1_000
 	perSecond = 10
 	sumPause  = time.Second
 )
 
-// Options configures a Log; the zero value is good.
+// Options configures a Log; the zero value is usable.
 type Options struct {
-	// File has the newest events for the next process; empty for none.
+	// File stores the newest events for the next process; empty for none.
 	File string
-	// Logger is told when the file cannot be read or written; nil: nobody.
+	// Logger receives errors of reading or writing the file; nil discards them.
 	Logger *slog.Logger
 
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
 }
 
-// Log keeps events. Its methods may be called from any goroutine, and on a nil Log, which keeps
-// nothing. Run brings what was added before readers.
+// Log stores events. Its methods may be called from any goroutine, and on a nil Log, which stores
+// nothing. Run delivers added events to readers.
 type Log struct {
 	opts Options
-	file *file // nil for none; Run's alone
+	file *file // nil for none; used only by Run
 
 	mu    sync.Mutex
-	ring  []Event // by number modulo Kept
-	first uint64  // the oldest kept; last+1 when none is
+	ring  []Event // indexed by number modulo Kept
+	first uint64  // the oldest stored; last+1 if there is none
 	last  uint64  // the newest
 	bytes int
 	rates map[Kind]*rate
 
-	shown  uint64        // the newest that readers may see: the file has it
+	shown  uint64        // the newest visible to readers: the file has it
 	news   chan struct{} // closed when there are more, or the log ends
 	ended  bool
-	signal chan struct{} // has Run look
+	signal chan struct{} // wakes Run
 
-	suspend chan chan struct{} // has Run save everything, close the file, and answer
+	suspend chan chan struct{} // asks Run to save everything, close the file, and answer
 	resume  chan struct{}
 }
 
-// rate is how many events of a kind may be logged one by one, and those that were too many.
+// rate limits the events of a kind that are logged individually, and sums up the others.
 type rate struct {
 	count  uint64
 	tokens float64
 	at     time.Time
-	held   []*Event // a sum for each state, the first one first
+	held   []*Event // a summary for each state, the first one first
 }
 
-// Open reads what an earlier process has saved. A file that cannot be read is no reason to stop a
-// daemon: it is logged, and the numbers begin anew.
+// Open reads the events saved by an earlier process. An unreadable file does not stop the daemon:
+// it is logged, and the numbers start again.
 func Open(o Options) *Log {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -88,7 +88,8 @@ func Open(o Options) *Log {
 	return l
 }
 
-// restore takes up an event of the file; numbers that do not follow each other begin anew.
+// restore adds an event of the file; if its number is not consecutive, the log starts again with
+// it.
 func (l *Log) restore(e *Event) {
 	if e.Number != l.last+1 {
 		clear(l.ring)
@@ -98,11 +99,11 @@ func (l *Log) restore(e *Event) {
 	l.put(e)
 }
 
-// Add logs a change of state now. It takes the event's time, number and sum for its own.
+// Add logs a change of state now. It sets the event's time, number and count.
 func (l *Log) Add(e Event) { l.add(e, false) }
 
-// Sum is Add for an event that is one of perhaps very many of no interest by themselves: a
-// single event is logged for all of one kind and state.
+// Sum is Add for one of possibly very many uninteresting events: a single event is logged for all
+// of one kind and state.
 func (l *Log) Sum(e Event) { l.add(e, true) }
 
 func (l *Log) add(e Event, sum bool) {
@@ -115,7 +116,7 @@ func (l *Log) add(e Event, sum bool) {
 	e.Time = l.opts.Now()
 	r := l.rate(e.Kind, e.Time)
 	r.count++
-	// What comes behind a sum must not come before it.
+	// An event after a summary must not be logged before it.
 	if !sum && len(r.held) == 0 && r.tokens >= 1 {
 		r.tokens--
 		l.number(&e)
@@ -129,7 +130,7 @@ func (l *Log) add(e Event, sum bool) {
 	}
 }
 
-// rate returns a kind's, with the tokens that it has now.
+// rate returns a kind's rate, with its current tokens.
 func (l *Log) rate(kind Kind, now time.Time) *rate {
 	r := l.rates[kind]
 	if r == nil {
@@ -143,7 +144,7 @@ func (l *Log) rate(kind Kind, now time.Time) *rate {
 	return r
 }
 
-// maxSums bounds how many states of a kind are summed apart; there are not so many.
+// maxSums limits the states of a kind that are summed up separately; there are fewer.
 const maxSums = 32
 
 func (r *rate) hold(e *Event) {
@@ -160,7 +161,7 @@ func (r *rate) hold(e *Event) {
 	r.held = append(r.held, &held)
 }
 
-// release logs the sums.
+// release logs the summaries.
 func (l *Log) release() {
 	for _, kind := range Kinds() {
 		r := l.rates[kind]
@@ -203,7 +204,7 @@ func (l *Log) put(e *Event) {
 	}
 }
 
-// drop forgets the oldest event.
+// drop discards the oldest event.
 func (l *Log) drop() {
 	oldest := &l.ring[l.first%Kept]
 	l.bytes -= oldest.size()
@@ -211,9 +212,9 @@ func (l *Log) drop() {
 	l.first++
 }
 
-// Run writes what is added to the file and then shows it to readers, until ctx ends; after
-// that they are told that there is no more. What a reader has seen is in the file, so that
-// its number is never given again, not even after the process was killed.
+// Run writes added events to the file and then shows them to readers, until ctx ends; then readers
+// get the end. Every event that a reader has seen is in the file, so its number is never reused,
+// even if the process is killed.
 func (l *Log) Run(ctx context.Context) {
 	pause := time.NewTicker(sumPause)
 	defer pause.Stop()
@@ -233,7 +234,7 @@ func (l *Log) Run(ctx context.Context) {
 			return
 		case done := <-l.suspend:
 			l.show(true)
-			_ = l.file.close() // it was written
+			_ = l.file.close() // already written
 			close(done)
 			select {
 			case <-l.resume:
@@ -250,8 +251,8 @@ func (l *Log) Run(ctx context.Context) {
 	}
 }
 
-// Suspend has Run, which must be running, write everything to the file and leave it to another
-// process: what is added from now on is neither saved nor shown before Resume.
+// Suspend makes Run, which must be running, write everything to the file and leave it to another
+// process: events added later are neither saved nor shown before Resume.
 func (l *Log) Suspend() {
 	if l == nil {
 		return
@@ -261,15 +262,15 @@ func (l *Log) Suspend() {
 	<-done
 }
 
-// Resume ends what Suspend began: the file is this process's again, and is written anew.
+// Resume ends Suspend: the file belongs to this process again, and is rewritten.
 func (l *Log) Resume() {
 	if l != nil {
 		l.resume <- struct{}{}
 	}
 }
 
-// show saves what was added since the last time, and lets readers see it; with everything also
-// what is held.
+// show saves events added since the last call, and shows them to readers; with everything also
+// pending summaries.
 func (l *Log) show(everything bool) {
 	l.mu.Lock()
 	if everything {
@@ -305,7 +306,7 @@ func (l *Log) end() {
 	close(l.news)
 }
 
-// copy appends the events from first to last, which are kept.
+// copy appends the stored events from first to last.
 func (l *Log) copy(to []Event, first, last uint64) []Event {
 	for n := first; n <= last; n++ {
 		to = append(to, l.ring[n%Kept])
@@ -313,7 +314,7 @@ func (l *Log) copy(to []Event, first, last uint64) []Event {
 	return to
 }
 
-// Last returns the number of the newest event, 0 when there was none.
+// Last returns the number of the newest event, 0 if there was none.
 func (l *Log) Last() uint64 {
 	if l == nil {
 		return 0
@@ -323,8 +324,8 @@ func (l *Log) Last() uint64 {
 	return l.shown
 }
 
-// Before returns the number of the newest event that is older than t; that of the one before the
-// oldest kept when none is.
+// Before returns the number of the newest event that is older than t; the number before the oldest
+// stored one if none is.
 func (l *Log) Before(t time.Time) uint64 {
 	if l == nil {
 		return 0
@@ -339,7 +340,7 @@ func (l *Log) Before(t time.Time) uint64 {
 	return l.first - 1
 }
 
-// Counts returns how many changes there were since Open, by kind, those in sums one by one.
+// Counts returns the number of changes since Open, by kind, including summarized ones.
 func (l *Log) Counts() map[Kind]uint64 {
 	counts := map[Kind]uint64{}
 	if l == nil {
@@ -353,18 +354,18 @@ func (l *Log) Counts() map[Kind]uint64 {
 	return counts
 }
 
-// Reader reads a log event by event. It is for one goroutine.
+// Reader reads a log event by event. It is not for concurrent use.
 type Reader struct {
 	log   *Log
 	after uint64
 }
 
-// ReadAfter returns a reader of the events behind number after.
+// ReadAfter returns a reader of the events after number after.
 func (l *Log) ReadAfter(after uint64) *Reader { return &Reader{log: l, after: after} }
 
-// Next appends events to buf as long as its capacity suffices, and returns it; none when
-// there are no more yet. Where some are not kept any more, and where the log has begun anew since
-// the number that was read last, the first one is of KindMissed.
+// Next appends events to buf up to its capacity, and returns it; none if there are no more yet. If
+// some were discarded, or if the log has started again since the last number read, the first one is
+// of KindMissed.
 func (r *Reader) Next(buf []Event) []Event {
 	l := r.log
 	if l == nil || cap(buf)-len(buf) < 2 {
@@ -386,7 +387,7 @@ func (r *Reader) Next(buf []Event) []Event {
 	return buf
 }
 
-// Skip leaves out all but the newest keep events, and returns how many it has left out.
+// Skip skips all but the newest keep events, and returns how many it skipped.
 func (r *Reader) Skip(keep uint64) (left uint64) {
 	if last := r.log.Last(); last > r.after+keep {
 		left, r.after = last-keep-r.after, last-keep
@@ -394,7 +395,7 @@ func (r *Reader) Skip(keep uint64) (left uint64) {
 	return left
 }
 
-// Wait waits for more events than were read. It returns false when there will be none, or ctx has ended.
+// Wait waits for more events. It returns false if there will be none, or ctx has ended.
 func (r *Reader) Wait(ctx context.Context) bool {
 	l := r.log
 	if l == nil {

@@ -11,30 +11,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of a message: what systemd reads of one, and SCM_MAX_FD of the kernel.
+// Limits of a message: systemd's, and the kernel's SCM_MAX_FD.
 const (
 	maxMessage     = 4096
 	maxDescriptors = 253
 )
 
-// Listener is the end of the protocol that a service manager has: it hears what services tell it
-// with Manager.
+// Listener is the service manager's side of the protocol: it receives what services send with
+// Manager.
 type Listener struct {
 	conn *net.UnixConn
 	addr string
 }
 
-// Message is what a process has told. Whoever receives it owns Files.
+// Message is a notification of a process. The receiver owns Files.
 type Message struct {
-	PID, UID int // of the process, as the kernel says
+	PID, UID int // of the process, as reported by the kernel
 	Lines    []string
 	Files    []int
-	// Cut says that descriptors are missing: this process may not have more open.
+	// Cut says that descriptors are missing: this process's limit is reached.
 	Cut bool
 }
 
 // Listen listens at a path, or at an abstract address that begins with @. Any user may send there:
-// look at Message.PID and UID. A path stays when the process dies, and is replaced.
+// check Message.PID and UID. A path remains if the process dies, and is replaced.
 func Listen(addr string) (*Listener, error) {
 	if strings.HasPrefix(addr, "/") {
 		if err := os.Remove(addr); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -61,7 +61,7 @@ func Listen(addr string) (*Listener, error) {
 	return l, nil
 }
 
-// Addr is what NOTIFY_SOCKET is to be for those who send.
+// Addr is the value of NOTIFY_SOCKET for senders.
 func (l *Listener) Addr() string { return l.addr }
 
 // Close ends Receive, and removes the path.
@@ -107,7 +107,7 @@ func (l *Listener) Receive() (m Message, err error) {
 	return m, nil
 }
 
-// Value returns what a message says of a key, ok when it says something.
+// Value returns the value of a key in a message; ok is false if it is missing.
 func (m *Message) Value(key string) (value string, ok bool) {
 	for _, line := range m.Lines {
 		if k, v, found := strings.Cut(line, "="); found && k == key {
@@ -130,7 +130,7 @@ func (m *Message) Is(line string) bool {
 // Close closes the descriptors.
 func (m *Message) Close() {
 	for _, fd := range m.Files {
-		_ = unix.Close(fd) // whoever sent it has another
+		_ = unix.Close(fd) // the sender has its own copy
 	}
 	m.Files = nil
 }

@@ -1,5 +1,5 @@
-// Package notify speaks the protocol of sd_notify(3): to tell the service manager how we do,
-// and to have it keep file descriptors beyond the process (FDSTORE=1).
+// Package notify implements the protocol of sd_notify(3): to report this process's state to the
+// service manager, and to store file descriptors there beyond the process (FDSTORE=1).
 package notify
 
 import (
@@ -14,37 +14,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// States to tell.
+// States to report.
 const (
 	Ready    = "READY=1"
 	Stopping = "STOPPING=1"
 	Watchdog = "WATCHDOG=1"
 )
 
-// patience bounds how long the service manager is waited for: it has one thread, and reads
-// nothing while it is reloaded.
+// patience is how long to wait for the service manager: it has one thread, and reads nothing while
+// it reloads.
 const patience = 10 * time.Second
 
-// Manager is the service manager that has started this process. Its methods may be called from
-// any goroutine. Those of nil do nothing.
+// Manager is the service manager that started this process. Its methods may be called from any
+// goroutine. On nil they do nothing.
 type Manager struct {
 	fd int
 
 	mu   sync.Mutex
-	next *string            // the manager of after Follow; nil: the same
-	addr *unix.SockaddrUnix // nil: none any more
+	next *string            // the manager after Follow; nil: the same
+	addr *unix.SockaddrUnix // nil: no longer any
 
 	watchdog time.Duration
-	max      int // descriptors that it keeps; 0: it does not say
+	max      int // maximum descriptors it keeps; 0: unknown
 }
 
 // nextVariable is NOTIFY_SOCKET of the process that this one takes over from, which is its manager
 // until then.
 const nextVariable = "XDPCAST_NOTIFY_NEXT"
 
-// Variables returns the environment that tells a process of its manager, which listens at addr,
-// keeps max descriptors, and hands on what it is told. With next the process follows the
-// caller under the caller's own manager.
+// Variables returns the environment that tells a process about its manager, which listens at addr,
+// keeps max descriptors, and forwards notifications. With next the process later follows the caller
+// under the caller's own manager.
 func (m *Manager) Variables(addr string, max int, next bool) []string {
 	env := []string{"NOTIFY_SOCKET=" + addr}
 	if max > 0 {
@@ -71,11 +71,11 @@ func (m *Manager) path() string {
 	return m.addr.Name
 }
 
-// Managed says whether there is a service manager now.
+// Managed says whether there is currently a service manager.
 func (m *Manager) Managed() bool { return m.path() != "" }
 
-// TakesOver says whether this process takes over from another one, which is its manager until
-// it calls Follow.
+// TakesOver says whether this process takes over from another one, which is its manager until it
+// calls Follow.
 func (m *Manager) TakesOver() bool {
 	if m == nil {
 		return false
@@ -85,7 +85,7 @@ func (m *Manager) TakesOver() bool {
 	return m.next != nil
 }
 
-// Max is how many descriptors the manager says that it keeps; 0: it does not say.
+// Max is how many descriptors the manager reports that it keeps; 0: unknown.
 func (m *Manager) Max() int {
 	if m == nil {
 		return 0
@@ -93,7 +93,7 @@ func (m *Manager) Max() int {
 	return m.max
 }
 
-// Follow has a process that takes over tell the manager of the one before it from now on.
+// Follow makes a process that takes over report to its predecessor's manager from now on.
 func (m *Manager) Follow() {
 	if m == nil {
 		return
@@ -110,7 +110,7 @@ func (m *Manager) Follow() {
 	m.next = nil
 }
 
-// Connect finds the service manager by the variable NOTIFY_SOCKET; nil when there is none.
+// Connect finds the service manager by the variable NOTIFY_SOCKET; nil if there is none.
 func Connect() (*Manager, error) {
 	path := os.Getenv("NOTIFY_SOCKET")
 	if path == "" {
@@ -151,7 +151,7 @@ func (m *Manager) Close() error {
 	return unix.Close(m.fd)
 }
 
-// WatchdogInterval is how often at least the service manager wants to hear Watchdog; 0: never.
+// WatchdogInterval is the longest interval between Watchdog notifications; 0: none needed.
 func (m *Manager) WatchdogInterval() time.Duration {
 	if m == nil {
 		return 0
@@ -159,7 +159,7 @@ func (m *Manager) WatchdogInterval() time.Duration {
 	return m.watchdog
 }
 
-// Notify tells the service manager a state, lines of KEY=VALUE, with descriptors.
+// Notify sends the service manager a state, lines of KEY=VALUE, with descriptors.
 func (m *Manager) Notify(state string, fds ...int) error {
 	if m == nil {
 		return nil
@@ -187,12 +187,11 @@ func (m *Manager) Notify(state string, fds ...int) error {
 	}
 }
 
-// Barrier returns when all that was told before has been processed: the service manager closes
-// the pipe then.
+// Barrier returns when all earlier notifications have been processed: the service manager then
+// closes the pipe.
 func (m *Manager) Barrier() error { return m.Ask("BARRIER=1", patience) }
 
-// Ask tells the service manager something that it is done with when it closes the pipe that comes
-// with it, and waits for that.
+// Ask sends the service manager a request, and waits until it has closed the attached pipe.
 func (m *Manager) Ask(state string, patience time.Duration) error {
 	if !m.Managed() {
 		return nil

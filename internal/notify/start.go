@@ -13,9 +13,8 @@ import (
 // StartStage is the first argument of a program that calls [Stage] with the others.
 const StartStage = "start-with-descriptors"
 
-// Stage becomes another program: it is where a process started by [Start] begins. LISTEN_PID
-// must be the number of the process, which nobody knows before there is one. It returns
-// only errors.
+// Stage executes another program: a process of [Start] begins here. LISTEN_PID must be the
+// process's PID, which is unknown before it exists. Stage only returns on an error.
 func Stage(args []string) error {
 	if len(args) == 0 {
 		return errors.New("start: want a program")
@@ -28,10 +27,10 @@ func Stage(args []string) error {
 	return fmt.Errorf("start %s: %w", path, syscall.Exec(path, args, env))
 }
 
-// Start starts a program, given as its file and arguments, in a process group of its own, and passes descriptors to
-// it as sd_listen_fds(3) finds them; File.FD stay open here. self is a program whose main calls
-// [Stage], such as /proc/self/exe. env is the environment without the variables of the protocol.
-// The process is given ambient capabilities, which this one must have; see capabilities(7).
+// Start starts a program, given as its file and arguments, in its own process group, and passes
+// descriptors to it as in sd_listen_fds(3); File.FD stay open here. self is a program whose main
+// calls [Stage], such as /proc/self/exe. env is the environment without the variables of the
+// protocol. The process gets ambient capabilities, which this one must have; see capabilities(7).
 // The caller waits for the process.
 func Start(self string, command, env []string, files []File, ambient []uintptr) (*os.Process, error) {
 	fds, names := []uintptr{0, 1, 2}, make([]string, len(files))
@@ -50,8 +49,8 @@ func Start(self string, command, env []string, files []File, ambient []uintptr) 
 	return os.FindProcess(pid)
 }
 
-// WithoutProtocol returns an environment without the variables of the protocol, so that those of
-// a process do not reach those that it starts.
+// WithoutProtocol returns an environment without the variables of the protocol, so that child
+// processes do not inherit them.
 func WithoutProtocol(env []string) []string {
 	var kept []string
 	for _, variable := range env {

@@ -9,16 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// File is a descriptor that the service manager has passed to this process.
+// File is a descriptor passed by the service manager to this process.
 type File struct {
 	Name string
 	FD   int
 }
 
-// Received returns the descriptors that the service manager has passed, as
-// sd_listen_fds_with_names(3) does: those of its store, and sockets that it listens on. They are
-// closed on exec, and the variables that name them are removed, so that they belong to the first
-// caller.
+// Received returns the descriptors passed by the service manager, like sd_listen_fds_with_names(3):
+// those in its store, and listening sockets. They are closed on exec, and the variables that name
+// them are removed, so they belong to the first caller.
 func Received() ([]File, error) {
 	const first = 3 // SD_LISTEN_FDS_START
 	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
@@ -49,21 +48,20 @@ func Received() ([]File, error) {
 	return files, nil
 }
 
-// Store has the service manager keep descriptors: it is a membership.Keeper. Without a service
+// Store stores descriptors with the service manager: it is a membership.Keeper. Without a service
 // manager nothing is kept, and nothing fails.
 type Store struct {
 	manager *Manager
 	kept    int
 }
 
-// Store returns the manager's store, which holds so many descriptors. That it is full,
-// systemd does not say: from release 254 on it says how many it keeps.
+// Store returns the manager's store, which already holds this many descriptors. systemd does not
+// report that it is full: from release 254 on it reports its capacity.
 func (m *Manager) Store(holds int) *Store { return &Store{manager: m, kept: holds} }
 
-// Keep has a duplicate of fd kept under a name: it is passed to the next process. The name is of
-// ASCII, without colons and of up to 255 characters, and nothing else is kept under it. Its state
-// is not watched (FDPOLL=0), or BPF maps would be dropped at once, and sockets with their
-// interfaces.
+// Keep stores a duplicate of fd under a unique name, to be passed to the next process. The name is
+// ASCII, without colons and at most 255 characters. Its state is not watched (FDPOLL=0); otherwise
+// BPF maps would be dropped at once, and sockets with their interfaces.
 func (s *Store) Keep(name string, fd int) error {
 	if !s.manager.Managed() {
 		return nil
@@ -78,7 +76,7 @@ func (s *Store) Keep(name string, fd int) error {
 	return nil
 }
 
-// Drop has what is kept under the names closed.
+// Drop closes the descriptors stored under the names.
 func (s *Store) Drop(names ...string) error {
 	for _, name := range names {
 		if err := s.manager.Notify("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
@@ -89,5 +87,5 @@ func (s *Store) Drop(names ...string) error {
 	return nil
 }
 
-// Sync returns when all is done that was asked for.
+// Sync returns when all requests are done.
 func (s *Store) Sync() error { return s.manager.Barrier() }

@@ -1,4 +1,4 @@
-// Package rulefile reads files of rules, and those that they include, from disk.
+// Package rulefile reads rule files and their includes from disk.
 package rulefile
 
 import (
@@ -11,9 +11,8 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Read reads, parses and validates the file of a daemon with what it includes; see
-// rules.ParseConfig. What is wrong with a file is a *rules.FileError; a file that cannot
-// be read, one of package os.
+// Read reads, parses and validates a daemon's file and its includes; see rules.ParseConfig. Faults
+// of a file are *rules.FileError; errors of reading it are those of package os.
 func Read(name string) (rules.Config, error) {
 	data, err := ReadFile(name)
 	if err != nil {
@@ -22,17 +21,17 @@ func Read(name string) (rules.Config, error) {
 	return Parse(name, data)
 }
 
-// Parse is Read with what the file holds; name says from where it includes others.
+// Parse is Read with the given contents; name is the base for its includes.
 func Parse(name string, data []byte) (rules.Config, error) {
 	return rules.ParseConfig(name, data, disk{})
 }
 
-// ParseRules is Parse for a file of rules alone.
+// ParseRules is Parse for a file with only rules.
 func ParseRules(name string, data []byte) ([]rules.Rule, error) {
 	return rules.ParseFiles(name, data, disk{})
 }
 
-// Find says in which file a rule stands, and in which line; see rules.FindInFiles.
+// Find returns the file and line of a rule; see rules.FindInFiles.
 func Find(rule, name string) (file string, line int, ok bool) {
 	data, err := ReadFile(name)
 	if err != nil {
@@ -62,11 +61,11 @@ func readAll(f io.Reader, name string) ([]byte, error) {
 	return data, nil
 }
 
-// disk is rules.Files.
+// disk implements rules.Files.
 type disk struct{}
 
-// ReadFile reads an included file. Only a regular one: a pattern may match a pipe, which
-// would hold up the reader for ever.
+// ReadFile reads an included file. It must be regular: a pattern may match a pipe, which would
+// block the reader forever.
 func (disk) ReadFile(name string) ([]byte, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -19,20 +19,19 @@ import (
 )
 
 const (
-	// quiet is how long nothing may be written before a file is read: one that is written in
-	// place should be whole by then.
+	// quiet is how long a file must be unchanged before it is read: one that is written in place
+	// should be complete by then.
 	quiet = 500 * time.Millisecond
-	// lookAgain is how often the files are looked at although nothing is announced, as
-	// network file systems do not.
+	// lookAgain is the polling interval without notifications, which network file systems do not
+	// send.
 	lookAgain = 10 * time.Second
-	// maxLinks bounds a chain of symbolic links, as the kernel does (path_resolution(7)).
+	// maxLinks limits a chain of symbolic links, as in the kernel (path_resolution(7)).
 	maxLinks = 40
 )
 
-// Watcher notices when a file of rules, or one that it includes, holds something else than
-// before: written in place, replaced by a rename, or behind a symbolic link that was
-// changed anywhere on its path, as Kubernetes does with a ConfigMap. It is not safe for concurrent
-// use.
+// Watcher notices when the content of a rule file, or of an included one, changes: written in
+// place, replaced by a rename, or behind a symbolic link that was changed anywhere on its path, as
+// Kubernetes does with a ConfigMap. It is not safe for concurrent use.
 type Watcher struct {
 	name         string
 	log          *slog.Logger
@@ -40,15 +39,15 @@ type Watcher struct {
 	quiet, again time.Duration
 
 	read      reads
-	content   [sha256.Size]byte // of all that was read
-	signature string            // how it was, for a cheap look
-	entries   map[string]bool   // what the paths go through
+	content   [sha256.Size]byte // of everything that was read
+	signature string            // metadata, for a cheap check
+	entries   map[string]bool   // entries on the paths
 	folders   map[string]bool   // directories of which every entry counts
-	watched   map[string]bool   // directories that the kernel watches
+	watched   map[string]bool   // directories watched by the kernel
 }
 
-// NewWatcher begins to watch the file called name: what changes after it has returned is
-// noticed by Run. The caller must Run or Close it.
+// NewWatcher starts watching the named file: Run notices changes made after it has returned. The
+// caller must Run or Close it.
 func NewWatcher(name string, log *slog.Logger) (*Watcher, error) {
 	name, err := filepath.Abs(name)
 	if err != nil {
@@ -66,8 +65,8 @@ func NewWatcher(name string, log *slog.Logger) (*Watcher, error) {
 // Close ends watching.
 func (w *Watcher) Close() error { return w.notify.Close() }
 
-// Run calls changed whenever the files hold something else than before, once they have been
-// quiet for half a second, until ctx ends. Then it closes the watcher.
+// Run calls changed whenever the content of the files has changed and they have been unchanged for
+// half a second since, until ctx ends. Then it closes the watcher.
 func (w *Watcher) Run(ctx context.Context, changed func()) {
 	defer w.Close()
 	timer := time.NewTimer(w.again)
@@ -83,7 +82,7 @@ func (w *Watcher) Run(ctx context.Context, changed func()) {
 				timer.Reset(w.quiet)
 			}
 			continue
-		case err := <-w.notify.Errors: // an overflow: something was missed
+		case err := <-w.notify.Errors: // an overflow: notifications were lost
 			w.log.Warn("watch the file of rules", "file", w.name, "error", err)
 			announced = true
 			timer.Reset(w.quiet)
@@ -98,10 +97,9 @@ func (w *Watcher) Run(ctx context.Context, changed func()) {
 	}
 }
 
-// look reads the files, follows their paths anew, and says whether they hold something
-// else than before.
+// look reads the files, follows their paths again, and returns whether their content has changed.
 func (w *Watcher) look() (changed bool) {
-	// The directories first: what changes while they are read is announced.
+	// The directories first: changes during the read are then announced.
 	for {
 		w.read = readAllOf(w.name)
 		if !w.follow() {
@@ -115,8 +113,7 @@ func (w *Watcher) look() (changed bool) {
 	return before != w.content
 }
 
-// follow has the kernel watch the directories on the paths to what was read, and says whether
-// there are new ones among them.
+// follow watches the directories on the paths, and returns whether any are new.
 func (w *Watcher) follow() (added bool) {
 	w.entries, w.folders = map[string]bool{}, map[string]bool{}
 	for _, file := range w.read.files {
@@ -134,7 +131,7 @@ func (w *Watcher) follow() (added bool) {
 	}
 	for dir := range w.watched {
 		if !want[dir] {
-			_ = w.notify.Remove(dir) // the kernel has removed that of a directory that is gone
+			_ = w.notify.Remove(dir) // the kernel has removed the watch of a deleted directory
 		}
 	}
 	before := w.watched
@@ -151,8 +148,8 @@ func (w *Watcher) follow() (added bool) {
 	return added
 }
 
-// walk notes the entries of directories that a path goes through, its symbolic links
-// followed, and returns where it ends.
+// walk records the entries of the directories on a path, following symbolic links, and returns
+// where it ends.
 func (w *Watcher) walk(path string, links int) string {
 	at := "/"
 	parts := strings.Split(strings.TrimPrefix(filepath.Clean(path), "/"), "/")
@@ -161,7 +158,7 @@ func (w *Watcher) walk(path string, links int) string {
 		w.entries[entry] = true
 		target, err := os.Readlink(entry)
 		if err != nil || links == 0 {
-			at = entry // no link, or absent: then it is waited for
+			at = entry // not a link, or absent: then it is waited for
 			continue
 		}
 		if !filepath.IsAbs(target) {
@@ -172,7 +169,7 @@ func (w *Watcher) walk(path string, links int) string {
 	return at
 }
 
-// sign says how the files are without reading them.
+// sign is a signature of the files' metadata, without reading them.
 func (w *Watcher) sign() string {
 	var b strings.Builder
 	for _, paths := range [][]string{w.read.files, w.read.folders} {
@@ -187,18 +184,18 @@ func (w *Watcher) sign() string {
 	return b.String()
 }
 
-// reads is rules.Files that notes what is read.
+// reads implements rules.Files and records what is read.
 type reads struct {
 	files, folders []string
 	text           bytes.Buffer
 }
 
-// readAllOf reads a file of rules and what it includes.
+// readAllOf reads a rule file and its includes.
 func readAllOf(name string) (r reads) {
 	data, err := ReadFile(name)
 	r.note(&r.files, name, data, err)
 	if err == nil && bytes.Contains(data, []byte("include")) {
-		_, _ = rules.ParseFiles(name, data, &r) // what is wrong is for those to tell who use the rules
+		_, _ = rules.ParseFiles(name, data, &r) // faults are reported where the rules are used
 	}
 	return r
 }
@@ -216,7 +213,7 @@ func (r *reads) ReadFile(name string) ([]byte, error) {
 	return data, err
 }
 
-// ReadDir implements rules.Files. What counts of a directory are the files that are read.
+// ReadDir implements rules.Files. Only the files read count, not the directory.
 func (r *reads) ReadDir(dir string) ([]string, error) {
 	names, err := disk{}.ReadDir(dir)
 	r.note(&r.folders, dir, nil, err)

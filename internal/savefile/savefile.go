@@ -1,5 +1,5 @@
-// Package savefile replaces files so that a reader, or a crash, meets the old file or the new
-// one, and that what is there after a success is on the disk.
+// Package savefile replaces files atomically: a reader, or a crash, sees the old file or the new
+// one, and after success the new one is on disk.
 package savefile
 
 import (
@@ -8,15 +8,15 @@ import (
 	"path/filepath"
 )
 
-// Stage writes data to path.next and syncs it, for Commit to put in place. It makes the
-// directory if it is absent, and follows no link.
+// Stage writes data to path.next and syncs it, for Commit to rename. It creates the directory if
+// necessary, and does not follow links.
 func Stage(path string, data []byte) error {
 	next := path + ".next"
 	if err := os.MkdirAll(filepath.Dir(next), 0o755); err != nil {
 		return err
 	}
 	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err // left by a process that died
+		return err // left by a dead process
 	}
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -35,8 +35,8 @@ func Stage(path string, data []byte) error {
 // Discard removes what Stage wrote.
 func Discard(path string) { _ = os.Remove(path + ".next") }
 
-// Commit renames path.next to path and syncs the directory. After an error the file may hold
-// either of the two.
+// Commit renames path.next to path and syncs the directory. After an error the file may be either
+// of the two.
 func Commit(path string) error {
 	if err := os.Rename(path+".next", path); err != nil {
 		Discard(path)
