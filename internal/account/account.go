@@ -1,15 +1,14 @@
-// Package account keeps what the user-space paths count: cells in memory that
-// outlives the process, a shared mapping of the pinned map user_stats. A worker adds
-// to cells of its own with plain stores, so that counting takes no system call and no
-// lock, and what was counted is there after the process was killed.
+// Package account keeps the counters of the user-space paths: cells in memory that outlives the
+// process, a shared mapping of the pinned map user_stats. A worker adds to its own cells with plain
+// stores, so counting needs no system call and no lock, and the counts survive if the process is
+// killed.
 //
 // # Ownership
 //
-// The [Account] belongs to the loader, which numbers rules and outputs. A path opens
-// [Counters] of a rule or output, and each of its workers takes the cells that it
-// needs from there. Cells of counters that are closed stay, and are taken again by the
-// next worker. All methods may be called from any goroutine; a [Cell] has one writer at
-// a time.
+// The [Account] belongs to the loader, which assigns ids to rules and outputs. A path opens
+// [Counters] of a rule or output, and each of its workers takes the cells that it needs from there.
+// Cells of closed counters stay, and the next worker reuses them. All methods may be called from
+// any goroutine; a [Cell] has one writer at a time.
 package account
 
 import (
@@ -21,34 +20,34 @@ import (
 	"unsafe"
 )
 
-// Scope says what a cell counts for.
+// Scope is what a cell counts for.
 type Scope uint8
 
 // The scopes (enum user_scope of bpf/include/abi.h).
 const (
-	Rule   Scope = 1 + iota // ID: number of a rule
+	Rule   Scope = 1 + iota // ID: id of a rule
 	Output                  // ID: index of an output's counters
-	Total                   // what rules dropped that are gone, and what no rule has
+	Total                   // drops of removed rules, and drops without a rule
 	Input                   // ID: interface index; lost on the way to workers
-	Device                  // ID: interface index; lost behind senders
-	loose                   // of counters without number
+	Device                  // ID: interface index; lost after senders
+	loose                   // of counters without id
 	header                  // the first cell: how many chunks were ever used
 )
 
-// Kind says what is counted.
+// Kind is what a cell counts.
 type Kind uint8
 
 // The kinds (enum user_kind of bpf/include/abi.h). Notes and drop reasons follow
 // FirstNote and FirstDrop.
 const (
-	Matched       Kind = iota // came to a worker, which found the rule
-	Delivered                 // came to a worker; the relay program has matched it
+	Matched       Kind = iota // reached a worker, which found the rule
+	Delivered                 // reached a worker; already matched by the relay program
 	Sent                      // handed to the device
 	FragmentFirst             // as enum fragment_kind
 	FragmentLater
 	FragmentOrphan
-	Unsent   // counted as sent, and not taken by the device
-	NoFrame  // no memory was free to receive into
+	Unsent   // counted as sent, but refused by the device
+	NoFrame  // no receive memory was free
 	RingFull // the worker did not keep up
 	RuleGone // the rule was removed meanwhile
 
@@ -56,13 +55,13 @@ const (
 	FirstDrop Kind = 32
 )
 
-// Target is what Counters are of.
+// Target is what Counters count for.
 type Target struct {
 	Scope Scope
 	ID    uint32
 }
 
-// Writer tells the cells of a path's worker from those of others.
+// Writer distinguishes the cells of a path's worker from those of others.
 type Writer uint16
 
 const workerBits = 14
@@ -75,8 +74,8 @@ func WriterOf(path uint8, worker int) Writer {
 // Path is the path of a writer.
 func (w Writer) Path() uint8 { return uint8(w >> workerBits) }
 
-// Cell is a counter: struct user_counter of bpf/include/abi.h. Each of its numbers is
-// exact; between them a reader may see half of an addition.
+// Cell is a counter: struct user_counter of bpf/include/abi.h. Each of its numbers is exact; a
+// reader may see an addition to only one of them.
 type Cell struct {
 	key, packets, bytes, lastSeen atomic.Uint64
 }
@@ -84,7 +83,7 @@ type Cell struct {
 // CellSize is the size of a cell in bytes.
 const CellSize = int(unsafe.Sizeof(Cell{}))
 
-// Add adds to the cell. It needs no locked instruction: a cell has one writer.
+// Add adds to the cell. It needs no locked instruction, since a cell has one writer.
 func (c *Cell) Add(packets, bytes uint64) {
 	c.packets.Store(c.packets.Load() + packets)
 	c.bytes.Store(c.bytes.Load() + bytes)
@@ -93,7 +92,7 @@ func (c *Cell) Add(packets, bytes uint64) {
 // Seen sets the time of the last packet, in nanoseconds of CLOCK_MONOTONIC.
 func (c *Cell) Seen(at int64) { c.lastSeen.Store(uint64(at)) }
 
-// Sum is what cells have counted. LastSeen is 0 for never.
+// Sum is the sum of cells. LastSeen is 0 for never.
 type Sum struct{ Packets, Bytes, LastSeen uint64 }
 
 func (s *Sum) add(c *Cell) {
@@ -102,7 +101,7 @@ func (s *Sum) add(c *Cell) {
 	s.LastSeen = max(s.LastSeen, c.lastSeen.Load())
 }
 
-// key is the first eight bytes of struct user_counter, little-endian as the programs.
+// key is the first eight bytes of struct user_counter, little-endian like the programs.
 type key uint64
 
 func keyOf(t Target, kind Kind, w Writer) key {
@@ -113,14 +112,14 @@ func (k key) target() Target { return Target{Scope(k >> 32), uint32(k)} }
 func (k key) kind() Kind     { return Kind(k >> 40) }
 func (k key) writer() Writer { return Writer(k >> 48) }
 
-// chunk is how many cells a worker gets at once: a page, so that workers share no
-// cache line.
+// chunk is the number of cells that a worker gets at once: a page, so that workers share no cache
+// line.
 const chunk = 4096 / CellSize
 
-// ref is a cell that counts for something.
+// ref is a cell in use.
 type ref struct {
 	*Cell
-	used bool // some worker has it
+	used bool // a worker has it
 }
 
 func (r *ref) is() key { return key(r.key.Load()) }
@@ -129,17 +128,17 @@ func (r *ref) is() key { return key(r.key.Load()) }
 type Account struct {
 	mu      sync.Mutex
 	cells   []Cell
-	chunks  int                // that were ever used
-	empty   []int              // of them, chunks without a cell in use
-	free    map[Writer][]*Cell // by the writer whose chunk they are in
+	chunks  int                // ever used
+	empty   []int              // of these, chunks without a cell in use
+	free    map[Writer][]*Cell // by the writer that owns their chunk
 	targets map[Target][]*ref
 	open    map[Target][]*Counters
-	loose   []*ref // of open counters without number
+	loose   []*ref // of open counters without id
 	waits   map[int]func()
 	nextID  int
 
-	frozen bool // no chunks are taken
-	joined int  // chunks of which only cells in use were taken over; Refresh takes the others
+	frozen bool // take no more chunks
+	joined int  // chunks whose unused cells were not taken over; Refresh takes them over
 
 	handles  int // open counters
 	closed   bool
@@ -147,14 +146,14 @@ type Account struct {
 	overflow bool
 }
 
-// New takes an account over from memory, whose length is a multiple of a page and
-// whose content is zero at first; unmap gives the memory back, after Close and when no
-// counters are open any more. Errors: the memory does not hold an account.
+// New takes over an account in memory, whose length is a multiple of a page and which is initially
+// zero; unmap frees the memory, after Close and once no counters are open. It fails if the memory
+// does not hold an account.
 func New(memory []byte, unmap func() error) (*Account, error) { return takeOver(memory, unmap, false) }
 
-// Join is New while another process counts in the same memory, which is to call Freeze before and to
-// end: until Refresh no cell is taken that is there, but for those that the other one has taken, and
-// leaves to this one.
+// Join is New while another process, which must have called Freeze and will end, counts in the same
+// memory: until Refresh it takes no existing cells except those that the other process uses and
+// will leave to this one.
 func Join(memory []byte, unmap func() error) (*Account, error) { return takeOver(memory, unmap, true) }
 
 func takeOver(memory []byte, unmap func() error, join bool) (*Account, error) {
@@ -196,13 +195,13 @@ func NewInMemory() *Account {
 	bytes := unsafe.Slice((*byte)(unsafe.Pointer(&memory[0])), cells*CellSize)
 	a, err := New(bytes, nil)
 	if err != nil {
-		panic(err) // the size is right, and there is nothing in it
+		panic(err) // the size is valid, and the memory empty
 	}
 	return a
 }
 
-// adopt takes over the cells of a chunk, but for those that are known. What had no number when its process ended is
-// of no rule; only its drops go on in the total.
+// adopt takes over the cells of a chunk, except known ones. Cells without id when their process
+// ended belong to no rule; only their drops count in the total.
 func (a *Account) adopt(n int, known map[*Cell]bool) error {
 	var owner Writer
 	var spare []*Cell
@@ -244,14 +243,14 @@ func (a *Account) adopt(n int, known map[*Cell]bool) error {
 		return nil
 	}
 	for _, c := range spare {
-		clearCell(c) // a process died between the two steps of that
+		clearCell(c) // a process died between its two steps
 	}
 	a.free[owner] = append(a.free[owner], spare...)
 	return nil
 }
 
-// clearCell makes a cell free: the key first, so that nobody takes its numbers for
-// those of its next target.
+// clearCell frees a cell: the key first, so that its numbers are never attributed to its next
+// target.
 func clearCell(c *Cell) {
 	c.key.Store(0)
 	c.packets.Store(0)
@@ -259,8 +258,8 @@ func clearCell(c *Cell) {
 	c.lastSeen.Store(0)
 }
 
-// take returns a cell that is zero, of the writer's own cache lines as long as there
-// are any, and from the heap when all are in use.
+// take returns a zero cell, from the writer's own cache lines as long as there are any, and from
+// the heap if all are in use.
 func (a *Account) take(w Writer) *Cell {
 	if len(a.free[w]) == 0 {
 		a.grow(w)
@@ -288,7 +287,7 @@ func (a *Account) anyFree() (Writer, bool) {
 	return 0, false
 }
 
-// grow gives a writer a chunk, if there is one.
+// grow gives a writer another chunk, if there is one.
 func (a *Account) grow(w Writer) {
 	n := a.chunks
 	switch {
@@ -311,14 +310,14 @@ func (a *Account) grow(w Writer) {
 	}
 }
 
-// Freeze has this account take no further chunks: another process has begun to, with Join.
+// Freeze makes this account take no more chunks, since another process does from now on, with Join.
 func (a *Account) Freeze() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.frozen = true
 }
 
-// Refresh takes up what the other process has left after Join: it has ended, or rests.
+// Refresh takes over the cells that the other process left after Join: it has ended, or is paused.
 func (a *Account) Refresh() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -349,15 +348,14 @@ func (a *Account) Refresh() error {
 	return nil
 }
 
-// Full says whether cells were needed for which there was no room: those are lost with
-// the process.
+// Full says whether there were too few cells: counts in the others are lost with the process.
 func (a *Account) Full() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.overflow
 }
 
-// Close gives the memory back when no counters are open any more.
+// Close frees the memory once no counters are open.
 func (a *Account) Close() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -377,8 +375,8 @@ func (a *Account) release() error {
 	return unmap()
 }
 
-// Retire says that a rule or output is no more. What it dropped goes on in the total;
-// counters that are open have no number from now on.
+// Retire says that a rule or output was removed. Its drops move to the total; open counters lose
+// their id.
 func (a *Account) Retire(t Target) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -392,8 +390,7 @@ func (a *Account) Retire(t Target) {
 	delete(a.targets, t)
 }
 
-// RetireOthers is Retire for all rules and outputs that do not stay, and all
-// interfaces.
+// RetireOthers is Retire for all interfaces and all rules and outputs that do not stay.
 func (a *Account) RetireOthers(stays func(Target) bool) {
 	a.mu.Lock()
 	var gone []Target
@@ -408,8 +405,8 @@ func (a *Account) RetireOthers(stays func(Target) bool) {
 	}
 }
 
-// retire frees a cell that is in no list any more. The first cell of a drop reason
-// becomes the one of the total, in one store.
+// retire frees a cell that is no longer in any list. The first cell of a drop reason becomes that
+// of the total, in one store.
 func (a *Account) retire(r *ref) {
 	k := r.is()
 	if k.kind() < FirstDrop {
@@ -434,7 +431,7 @@ func (a *Account) give(c *Cell, w Writer) {
 	a.free[w] = append(a.free[w], c)
 }
 
-// Sums are what all cells of a target have counted, by kind.
+// Sums are the sums of all cells of a target, by kind.
 func (a *Account) Sums(t Target) map[Kind]Sum {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -455,8 +452,8 @@ func sums(refs []*ref) map[Kind]Sum {
 	return all
 }
 
-// Each calls yield for what each writer has counted, of all targets and of counters
-// without number, whose Target is zero. yield must not call the account.
+// Each calls yield for the counts of each writer, of all targets and of counters without id, whose
+// Target is zero. yield must not call the account.
 func (a *Account) Each(yield func(Target, Kind, Writer, Sum)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -475,7 +472,7 @@ func (a *Account) Each(yield func(Target, Kind, Writer, Sum)) {
 	}
 }
 
-// OnSettle has Settle call fn, until cancel is called.
+// OnSettle makes Settle call fn, until cancel is called.
 func (a *Account) OnSettle(fn func()) (cancel func()) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -489,8 +486,7 @@ func (a *Account) OnSettle(fn func()) (cancel func()) {
 	}
 }
 
-// Settle returns when every packet that workers had, or that waited for them, has been
-// counted for what became of it.
+// Settle returns when every packet in the workers, or waiting for them, has been counted.
 func (a *Account) Settle() {
 	a.mu.Lock()
 	var all []func()
@@ -520,7 +516,7 @@ func (a *Account) Open(t Target) *Counters {
 	return c
 }
 
-// OpenLoose opens counters of a rule or output that has no number yet.
+// OpenLoose opens counters of a rule or output that has no id yet.
 func (a *Account) OpenLoose(s Scope) *Counters {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -530,8 +526,8 @@ func (a *Account) OpenLoose(s Scope) *Counters {
 
 func (c *Counters) target() Target { return Target{c.scope, c.id} }
 
-// Bind gives counters the number of their rule or output, and what they have counted
-// with it. It does nothing to those that have one.
+// Bind assigns the id of their rule or output to counters, including their counts so far. It does
+// nothing if they have one.
 func (c *Counters) Bind(id uint32) {
 	a := c.account
 	a.mu.Lock()
@@ -550,14 +546,14 @@ func (c *Counters) Bind(id uint32) {
 	a.dropLoose(c.refs)
 }
 
-// Bound says whether the counters have a number.
+// Bound says whether the counters have an id.
 func (c *Counters) Bound() bool {
 	c.account.mu.Lock()
 	defer c.account.mu.Unlock()
 	return c.bound
 }
 
-// Loosen takes the number away again.
+// Loosen removes the id again.
 func (c *Counters) Loosen() {
 	a := c.account
 	a.mu.Lock()
@@ -597,14 +593,14 @@ func without[T comparable](all []T, one T) []T {
 	return all
 }
 
-// Cell returns a cell for a worker alone, until the counters are closed: with what it,
-// or another worker by this name, counted earlier.
+// Cell returns a cell for one worker, until the counters are closed: with its earlier counts, or
+// those of another worker by this name.
 func (c *Counters) Cell(w Writer, kind Kind) *Cell {
 	a := c.account
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if c.closed || c.account.cells == nil {
-		return &Cell{} // is not counted by anyone
+		return &Cell{} // counts for nothing
 	}
 	k := keyOf(Target{Scope: loose}, kind, w)
 	if c.bound {
@@ -628,7 +624,7 @@ func (c *Counters) Cell(w Writer, kind Kind) *Cell {
 	return r.Cell
 }
 
-// Sums are what the target has counted, by kind; without a number, these counters.
+// Sums are the target's sums, by kind; without an id, those of these counters.
 func (c *Counters) Sums() map[Kind]Sum {
 	c.account.mu.Lock()
 	defer c.account.mu.Unlock()
@@ -638,8 +634,8 @@ func (c *Counters) Sums() map[Kind]Sum {
 	return sums(c.refs)
 }
 
-// Close ends the use of the counters: nobody may add to their cells any more. What was
-// counted stays, unless they have no number: then only drops do, in the total.
+// Close ends the use of the counters: their cells must not be written any more. The counts remain,
+// unless the counters have no id: then only drops do, in the total.
 func (c *Counters) Close() error {
 	a := c.account
 	a.mu.Lock()
@@ -673,7 +669,7 @@ type RuleCounters struct {
 	Outputs []*Counters
 }
 
-// OpenRule opens counters of a rule that has no number yet.
+// OpenRule opens counters of a rule that has no id yet.
 func (a *Account) OpenRule(outputs int) *RuleCounters {
 	r := &RuleCounters{Rule: a.OpenLoose(Rule), Outputs: make([]*Counters, outputs)}
 	for i := range r.Outputs {
@@ -682,7 +678,7 @@ func (a *Account) OpenRule(outputs int) *RuleCounters {
 	return r
 }
 
-// Bind gives the rule its number and the outputs theirs, which follow each other.
+// Bind assigns the ids of the rule and its outputs; those of the outputs are consecutive.
 func (r *RuleCounters) Bind(rule, firstOutput uint32) {
 	r.Rule.Bind(rule)
 	for i, o := range r.Outputs {
@@ -690,7 +686,7 @@ func (r *RuleCounters) Bind(rule, firstOutput uint32) {
 	}
 }
 
-// Loosen takes the numbers away again.
+// Loosen removes the ids again.
 func (r *RuleCounters) Loosen() {
 	r.Rule.Loosen()
 	for _, o := range r.Outputs {
@@ -705,7 +701,7 @@ func (r *RuleCounters) Closed() bool {
 	return r.Rule.closed
 }
 
-// Close is that of Counters.
+// Close is like Counters.Close.
 func (r *RuleCounters) Close() error {
 	errs := []error{r.Rule.Close()}
 	for _, o := range r.Outputs {

@@ -1,17 +1,16 @@
-// Package demo is the demonstration of "xdpcast demo": a lab of network namespaces
-// with a real relay in the middle, five streams through it, and a verdict on every
-// packet.
+// Package demo implements "xdpcast demo": a lab of network namespaces with a real relay in the
+// middle, five streams through it, and a check of every packet.
 //
 //	demo.go     Run and its Config: the order of events
-//	lab.go      the hosts, their cables, and how all of it is removed
+//	lab.go      the hosts, their cables, and their removal
 //	relay.go    the relay, a process of the program itself
 //	process.go  processes held by pidfd, and those that run inside a lab
 //	streams.go  the streams: rules, senders, receivers
 //	verdict.go  what was sent, counted and received, compared
 //	keep.go     the commands to try in a lab that stays
 //
-// It needs root. What it makes has names that begin with Config.Prefix, so it touches
-// no other relay on the host.
+// It needs root. Everything it makes has names that begin with Config.Prefix, so it touches no
+// other relay on the host.
 package demo
 
 import (
@@ -27,41 +26,40 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// DefaultPrefix is the Config.Prefix of a demonstration that is not named otherwise.
+// DefaultPrefix is the default Config.Prefix.
 const DefaultPrefix = "xdpcast"
 
-// MaxPackets is the most that a demonstration sends: Rate times Duration.
+// MaxPackets is the maximum number of packets of a demo: Rate times Duration.
 const MaxPackets = 1e9
 
 // maxPrefix leaves room for the socket's path in struct sockaddr_un.
 const maxPrefix = 32
 
-// Config says what a demonstration is to do. All fields are required but Keep.
+// Config configures a demo. All fields except Keep are required.
 type Config struct {
-	// Prefix begins the names of the lab; see CheckPrefix.
+	// Prefix is the prefix of the lab's names; see CheckPrefix.
 	Prefix string
-	// Program is the path of the xdpcast program, which is run as the relay.
+	// Program is the path of the xdpcast program, which runs as the relay.
 	Program string
 	// Rate is in packets a second, of all streams together; at least 1.
 	Rate float64
 	// Duration is how long the sources send.
 	Duration time.Duration
-	// Keep leaves the lab and its relay when there is a verdict, whatever it is.
+	// Keep leaves the lab and its relay once there is a verdict, whatever it is.
 	Keep bool
-	// Interval is between two calls of Observer.Progress.
+	// Interval is the interval of Observer.Progress.
 	Interval time.Duration
 	Observer Observer
 }
 
-// Observer sees a demonstration go on. Its methods are called by Run, one after
-// another.
+// Observer follows a demo. Run calls its methods sequentially.
 type Observer interface {
-	// Ready is called when the relay has its rules and nothing has been sent yet. Its
-	// error ends the demonstration.
+	// Ready is called when the relay has its rules and nothing has been sent yet. Its error ends
+	// the demo.
 	Ready(Lab) error
 	// Flowing is called when the streams begin.
 	Flowing()
-	// Progress is called with the sums so far, and with done when nothing more comes.
+	// Progress is called with the totals so far, and with done at the end.
 	Progress(elapsed time.Duration, now Figures, done bool)
 }
 
@@ -70,7 +68,7 @@ type Lab struct {
 	// Source, Relay and Sinks are names of network namespaces.
 	Source, Relay string
 	Sinks         []string
-	// PID is the relay's, Active the number of its active rules.
+	// PID is the relay's; Active is the number of its active rules.
 	PID, Active int
 	// Modes are the XDP modes of the relay's interfaces, sorted; empty for none.
 	Modes []string
@@ -78,7 +76,7 @@ type Lab struct {
 	Rules []control.Rule
 }
 
-// CheckPrefix takes what can stand in the names of files, namespaces and pins.
+// CheckPrefix checks that a prefix is valid in the names of files, namespaces and pins.
 func CheckPrefix(prefix string) error {
 	const letters = "abcdefghijklmnopqrstuvwxyz0123456789-"
 	if prefix == "" || len(prefix) > maxPrefix || prefix[0] == '-' || strings.Trim(prefix, letters) != "" {
@@ -87,12 +85,12 @@ func CheckPrefix(prefix string) error {
 	return nil
 }
 
-// Run builds the lab, plays the streams and removes the lab. The verdict is nil when
-// none was reached; there may be one and an error, of the removal. When ctx ends, the
-// demonstration does, without a verdict.
+// Run builds the lab, sends the streams and removes the lab. The verdict is nil if none was
+// reached; there may be a verdict and an error from the removal. If ctx ends, the demo ends without
+// a verdict.
 func Run(ctx context.Context, cfg Config) (*Verdict, error) { return newDemonstration(cfg).run(ctx) }
 
-// demonstration is a Config at work, and what it holds.
+// demonstration is the state of a running demo.
 type demonstration struct {
 	Config
 	places  places
@@ -122,7 +120,7 @@ func (d *demonstration) run(ctx context.Context) (*Verdict, error) {
 	return v, errors.Join(err, d.clean())
 }
 
-// play is everything between the claim of the names and the removal.
+// play runs everything between claiming the names and the removal.
 func (d *demonstration) play(ctx context.Context) (*Verdict, error) {
 	if err := d.build(); err != nil {
 		return nil, err

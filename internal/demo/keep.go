@@ -14,7 +14,7 @@ type Command struct {
 	Command string `json:"command"`
 }
 
-// commands lists what to try in a lab that stays, as root.
+// commands lists commands to try, as root, in a lab that stays.
 func (p places) commands(program string) []Command {
 	self := shellName(program)
 	relay := self + " --socket " + p.socket() + " "
@@ -40,7 +40,7 @@ func (p places) commands(program string) []Command {
 	}
 }
 
-// shellName is how a shell finds the program: by its name alone where that does.
+// shellName is the shortest name by which a shell finds the program.
 func shellName(program string) string {
 	if found, err := exec.LookPath("xdpcast"); err == nil {
 		if found, err = filepath.EvalSymlinks(found); err == nil && found == program {

@@ -27,7 +27,7 @@ func sinkHosts() []string { return []string{"sink1", "sink2", "sink3"} }
 
 func labHosts() []string { return append([]string{sourceHost, relayHost}, sinkHosts()...) }
 
-// places says what a lab is called and where its things are.
+// places are the names and locations of a lab.
 type places struct{ prefix string }
 
 func (p places) namespace(host string) string { return p.prefix + "-" + host }
@@ -45,8 +45,7 @@ func (p places) removal() string {
 	return "xdpcast demo --remove --prefix " + p.prefix
 }
 
-// found lists what there is of the lab: nothing before it is made and after it
-// is removed.
+// found lists existing parts of the lab: none before it is made and after it is removed.
 func (p places) found() ([]string, error) {
 	paths := []string{p.runDir()}
 	for _, host := range labHosts() {
@@ -68,8 +67,7 @@ func (p places) found() ([]string, error) {
 // staging lists the pins of a relay that was killed before it published them.
 func (p places) staging() ([]string, error) { return filepath.Glob(p.pinDir() + "_new_*") }
 
-// claim makes the run directory, which marks everything by the lab's names as
-// the demonstration's own.
+// claim creates the run directory, which marks everything with the lab's names as the demo's own.
 func (p places) claim() error {
 	there, err := p.found()
 	if err != nil {
@@ -93,8 +91,8 @@ func (p places) taken(path string) error {
 	return fmt.Errorf("%s is there already: \"%s\" removes that lab, --prefix makes another one beside it", path, p.removal())
 }
 
-// remove removes everything but running processes. It can be done again until
-// it succeeds: the run directory, the mark, goes last.
+// remove removes everything except running processes. It can be repeated until it succeeds: the run
+// directory, the mark, goes last.
 func (p places) remove() error {
 	var errs []error
 	if err := loader.Unload(loader.Options{PinDir: p.pinDir(), RunDir: p.runDir()}); err != nil && !errors.Is(err, loader.ErrNotLoaded) {
@@ -121,9 +119,8 @@ func (p places) remove() error {
 	return err
 }
 
-// Remove removes the lab of that prefix, which an earlier demonstration kept or left
-// behind, and ends its relay. It is an error if there is none, or if processes of
-// others run in it; nothing has changed then.
+// Remove removes the lab with that prefix, left by an earlier demo, and ends its relay. It is an
+// error if there is none, or if foreign processes run in it; then nothing has changed.
 func Remove(prefix string) error {
 	p := places{prefix}
 	if _, err := os.Lstat(p.runDir()); errors.Is(err, fs.ErrNotExist) {
@@ -137,15 +134,15 @@ func Remove(prefix string) error {
 	return p.remove()
 }
 
-// stopKeptRelay ends the relay of a lab. It refuses, and ends nothing, while
-// processes of others run in the lab: their namespaces would live on.
+// stopKeptRelay ends the relay of a lab. It refuses, and ends nothing, while foreign processes run
+// in the lab: they would keep the namespaces alive.
 func stopKeptRelay(p places) error {
 	pid, err := listenerOf(p.socket())
 	if err != nil {
 		return err
 	}
 	var relay *process
-	if pid != 0 { // held before it is looked for, so that the number stays its own
+	if pid != 0 { // open it before checking, so that the PID cannot be reused
 		if relay, err = openProcess(pid); err != nil {
 			return err
 		}
@@ -172,7 +169,7 @@ func stopKeptRelay(p places) error {
 	return relay.stop(stopPatience)
 }
 
-// clean removes everything that the demonstration made.
+// clean removes everything that the demo made.
 func (d *demonstration) clean() error {
 	var errs []error
 	if d.relay != nil {
@@ -184,7 +181,7 @@ func (d *demonstration) clean() error {
 	return errors.Join(append(errs, d.places.remove())...)
 }
 
-// release lets go of the lab, which stays.
+// release closes this process's handles of the lab, which stays.
 func (d *demonstration) release() error {
 	d.relay.release()
 	var errs []error
@@ -223,8 +220,8 @@ func (d *demonstration) build() error {
 			lab.End{Host: sink, Name: "eth0", Addrs: []string{fmt.Sprintf("10.0.%d.2/24", i+1)}}); err != nil {
 			return err
 		}
-		// Streams that keep their source come from addresses that the sink has
-		// no other route to: its reverse path check (rp_filter) may want one.
+		// Streams that keep their source come from addresses to which the sink has no other route:
+		// its reverse path check (rp_filter) may require one.
 		if err := sink.AddRoute("0.0.0.0/0", "eth0"); err != nil {
 			return err
 		}
@@ -240,7 +237,7 @@ func connect(a, b lab.End) error {
 	return err
 }
 
-// writeRules writes the streams' rules as the relay's file.
+// writeRules writes the streams' rules to the relay's file.
 func (d *demonstration) writeRules() error {
 	list := make([]rules.Rule, 0, len(d.streams))
 	for _, s := range d.streams {

@@ -16,15 +16,14 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// process is a process held by a pidfd (pidfd_open(2), Linux 5.3): unlike its
-// number, that never comes to mean another one.
+// process is a process held by a pidfd (pidfd_open(2), Linux 5.3): unlike a PID, that never refers
+// to another one.
 type process struct {
 	pid int
 	fd  int
 }
 
-// openProcess returns the process that has the number now. The caller must
-// close it.
+// openProcess returns the process that currently has the PID. The caller must close it.
 func openProcess(pid int) (*process, error) {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
@@ -37,8 +36,8 @@ func (p *process) close() { unix.Close(p.fd) }
 
 func (p *process) ended() bool { return p.endsWithin(0) }
 
-// endsWithin waits until the process has ended, and says whether it has: a
-// pidfd is then readable.
+// endsWithin waits until the process has ended, and returns whether it has: a pidfd is then
+// readable.
 func (p *process) endsWithin(d time.Duration) bool {
 	deadline := time.Now().Add(d)
 	for {
@@ -54,8 +53,7 @@ func (p *process) endsWithin(d time.Duration) bool {
 	}
 }
 
-// stop asks the process to end. One that does not within that time is killed,
-// which is an error.
+// stop asks the process to end. One that does not within that time is killed, which is an error.
 func (p *process) stop(patience time.Duration) error {
 	if err := unix.PidfdSendSignal(p.fd, unix.SIGTERM, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("end process %d: %w", p.pid, err)
@@ -70,8 +68,8 @@ func (p *process) stop(patience time.Duration) error {
 	return fmt.Errorf("process %d did not end within %v and was killed", p.pid, patience)
 }
 
-// listenerOf returns the number of the process that listens on a unix socket
-// (SO_PEERCRED, unix(7)), 0 when none does.
+// listenerOf returns the PID of the process that listens on a unix socket (SO_PEERCRED, unix(7)), 0
+// if none does.
 func listenerOf(socket string) (int, error) {
 	conn, err := net.DialTimeout("unix", socket, time.Second)
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
@@ -102,8 +100,7 @@ type insider struct {
 	namespace string
 }
 
-// processesIn looks for processes in the namespaces of a lab. Those that end
-// meanwhile are not there.
+// processesIn finds processes in the namespaces of a lab. Those that end meanwhile are omitted.
 func processesIn(p places) ([]insider, error) {
 	spaces := map[string]os.FileInfo{}
 	for _, host := range labHosts() {
@@ -130,7 +127,7 @@ func processesIn(p places) ([]insider, error) {
 			if !os.SameFile(info, space) {
 				continue
 			}
-			pid, _ := strconv.Atoi(filepath.Base(dir)) // digits, as the pattern says
+			pid, _ := strconv.Atoi(filepath.Base(dir)) // digits, by the pattern
 			comm, _ := os.ReadFile(filepath.Join(dir, "comm"))
 			all = append(all, insider{pid, strings.TrimSpace(string(comm)), name})
 		}

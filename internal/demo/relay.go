@@ -14,12 +14,11 @@ import (
 )
 
 const (
-	// readyPatience is how long a relay may take to have its rules active, and
-	// to answer.
+	// readyPatience is how long a relay may take to activate its rules, and to answer.
 	readyPatience = 30 * time.Second
 	// stopPatience is how long it may take to end.
 	stopPatience = 10 * time.Second
-	// look is between two looks at something that does not announce itself.
+	// look is the polling interval for conditions without a notification.
 	look = 10 * time.Millisecond
 )
 
@@ -43,13 +42,13 @@ func (d *demonstration) startRelay() error {
 	cmd := exec.Command(d.Program, "--socket", d.places.socket(), "run", "-c", d.places.rulesFile(),
 		"--pin-dir", d.places.pinDir(), "--run-dir", d.places.runDir())
 	cmd.Stdout, cmd.Stderr = log, log
-	// An interrupt from the terminal is for the demonstration alone, which ends
-	// the relay in its turn; and a relay that is kept outlives the terminal.
+	// An interrupt from the terminal is only for the demo, which then ends the relay; and a relay
+	// that is kept outlives the terminal.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := d.hosts[relayHost].Start(cmd); err != nil {
 		return fmt.Errorf("start the relay: %w", err)
 	}
-	p, err := openProcess(cmd.Process.Pid) // ours, so the number is its own until Wait
+	p, err := openProcess(cmd.Process.Pid) // our own child: its PID is not reused before Wait
 	if err != nil {
 		return errors.Join(err, cmd.Process.Kill(), cmd.Wait())
 	}
@@ -57,7 +56,7 @@ func (d *demonstration) startRelay() error {
 	return nil
 }
 
-// stop ends the relay, which must end well; one that has ended is only reaped.
+// stop ends the relay, which must exit cleanly; if it has already ended it is only reaped.
 func (r *relayProcess) stop() error {
 	defer r.process.close()
 	ended := r.process.ended()
@@ -67,20 +66,20 @@ func (r *relayProcess) stop() error {
 		return err
 	}
 	if status, ok := r.cmd.ProcessState.Sys().(syscall.WaitStatus); ok && status.Signaled() && status.Signal() == syscall.SIGTERM {
-		return nil // before it could take the signal
+		return nil // before it could handle the signal
 	}
 	// Not wrapped: an *exec.ExitError would set this program's exit code, too.
 	return fmt.Errorf("the relay did not end well: %v: %s", waitErr, lastWords(r.log))
 }
 
-// release leaves the relay to itself.
+// release detaches the relay.
 func (r *relayProcess) release() {
 	r.process.close()
 	// It cannot fail for a process that was not waited for.
 	_ = r.cmd.Process.Release()
 }
 
-// endedEarly says why there is no relay any more; nil while there is.
+// endedEarly says why the relay has ended; nil while it runs.
 func (r *relayProcess) endedEarly() error {
 	if !r.process.ended() {
 		return nil
@@ -92,7 +91,7 @@ func (r *relayProcess) endedEarly() error {
 	return fmt.Errorf("the relay (pid %d) ended before the demonstration did: %s", r.process.pid, words)
 }
 
-// lastWords is the error that a relay ended with, or else its last line.
+// lastWords is the relay's final error, or otherwise its last line.
 func lastWords(log string) string {
 	data, err := os.ReadFile(log)
 	if err != nil {
@@ -139,7 +138,7 @@ func (d *demonstration) waitReady(ctx context.Context) (control.Status, error) {
 	}
 }
 
-// inactive says which rule is not active, and why; nil when all are.
+// inactive says which rule is not active, and why; nil if all are.
 func (d *demonstration) inactive(ctx context.Context) error {
 	list, err := d.client.Rules(ctx)
 	if err != nil {

@@ -15,26 +15,25 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// PacketSize is the UDP payload of the demonstration's packets, in bytes.
+// PacketSize is the UDP payload of the demo's packets, in bytes.
 const PacketSize = 1000
 
-// stream is one stream of the demonstration: its rule, what the source sends,
-// and what has to arrive.
+// stream is one stream of the demo: its rule, what the source sends, and what has to arrive.
 type stream struct {
 	rule control.Rule
 	// send is the traffic from the source's own side; count and rate are added.
 	send traffic.SendConfig
 	to   string // target of send
-	// legs are where it goes in place of to, with a loss and a delay on each.
+	// legs replace to; each has a loss and a delay.
 	legs, legLoss, legDelay string
-	// other is a second sender to the same group and port, which the rule does
-	// not name: nothing of it may come through. The zero value is none.
+	// other is a second sender to the same group and port, which the rule does not name: none of
+	// its packets may arrive. The zero value is none.
 	other    netip.Addr
 	arrivals []arrival // by slot
 }
 
-// arrival is what has to arrive of one output. It is written down rather than
-// derived from the rule: it is what the rule's outcome is compared with.
+// arrival is what has to arrive from one output. It is stated explicitly rather than derived from
+// the rule, since it is the expected result of the rule.
 type arrival struct {
 	sink string
 	at   string // group and port on the sink's interface
@@ -77,7 +76,7 @@ func testStreams() []stream {
 			arrivals: []arrival{{"sink3", "239.2.4.1:6004%eth0", traffic.Expected{Source: eth3, SourcePort: 7004, TTL: 64, DSCP: new(uint8(0))}}},
 		},
 		{
-			// The skew is that of a machine that has other things to do.
+			// The skew allows for a machine that is also doing other work.
 			rule: control.Rule{Name: "two-legs", In: "239.1.5.1:5000%eth0 239.1.5.2:5000%eth0", Merge: "rtp,skew=2s,reset=4s", Out: []string{"239.2.5.1:5000%eth1,ttl=8"}},
 			legs: "239.1.5.1:5000%eth0,239.1.5.2:5000%eth0", legLoss: "5%", legDelay: "20ms",
 			send:     traffic.SendConfig{Source: source, SourcePort: 41005, TTL: 16, Repairable: true, Seed: 1},
@@ -86,7 +85,7 @@ func testStreams() []stream {
 	}
 }
 
-// otherShare is the part of its rival's packets that a second sender sends.
+// otherShare is the second sender's share of the first one's packets.
 const otherShare = 10
 
 // flight is a stream with its sender and receivers.
@@ -94,20 +93,20 @@ type flight struct {
 	stream
 	count     uint64 // packets to send
 	sender    *traffic.Sender
-	other     *traffic.Sender     // nil when there is none
+	other     *traffic.Sender     // nil if there is none
 	receivers []*traffic.Receiver // by slot
 }
 
-// flown is what became of a stream.
+// flown is the result of a stream.
 type flown struct {
 	stream
 	count    uint64
 	sent     traffic.SendReport
-	other    traffic.SendReport // the zero value when there is none
+	other    traffic.SendReport // the zero value if there is none
 	received []traffic.RecvReport
 }
 
-// transmit sends the streams and says what became of them.
+// transmit sends the streams and returns the results.
 func (d *demonstration) transmit(ctx context.Context) (all []flown, err error) {
 	var flights []*flight
 	defer func() {
@@ -138,7 +137,7 @@ func (d *demonstration) packets() uint64 {
 
 func (d *demonstration) streamRate() float64 { return d.Rate / float64(len(d.streams)) }
 
-// open opens the sockets: after it, nothing that is sent can be missed.
+// open opens the sockets: afterwards no packet can be missed.
 func (d *demonstration) open(f *flight) error {
 	var numbers traffic.Numbering // none
 	if f.legs != "" {
@@ -210,8 +209,7 @@ func (f *flight) report() flown {
 	return out
 }
 
-// fly runs all senders and receivers until everything has arrived, or nothing
-// more does.
+// fly runs all senders and receivers until everything has arrived, or no more packets do.
 func (d *demonstration) fly(ctx context.Context, flights []*flight) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -251,10 +249,10 @@ func (d *demonstration) fly(ctx context.Context, flights []*flight) error {
 }
 
 const (
-	// quiet is how long nothing more may arrive before everything counts as
-	// arrived: a packet too many would come in this time.
+	// quiet is how long no packet may arrive before everything counts as arrived: a surplus packet
+	// would come in this time.
 	quiet = 200 * time.Millisecond
-	// patience is how long nothing may arrive before what is missing is lost.
+	// patience is how long no packet may arrive before missing ones are lost.
 	patience = 2 * time.Second
 )
 
@@ -297,16 +295,16 @@ func (d *demonstration) watch(ctx context.Context, flights []*flight, sent <-cha
 	}
 }
 
-// Figures are the sums over all streams at one moment.
+// Figures are the totals over all streams at one moment.
 type Figures struct {
 	Sent      uint64 // packets
-	Expected  uint64 // copies that these must become
+	Expected  uint64 // copies that they should become
 	Received  uint64 // copies
 	Lost      uint64 // copies whose numbers were skipped
-	Datagrams uint64 // at the sinks, of whatever kind
+	Datagrams uint64 // at the sinks, of any kind
 }
 
-// figuresOf adds up what the senders and receivers say.
+// figuresOf adds up the counters of the senders and receivers.
 func figuresOf(flights []*flight) Figures {
 	var f Figures
 	for _, fl := range flights {
@@ -325,9 +323,9 @@ func figuresOf(flights []*flight) Figures {
 	return f
 }
 
-// sentSoFar is how many packets a sender has sent. Its own count comes after the
-// system call that sends a batch, by when the batch may have arrived: packets are
-// numbered from 0, and what has arrived has been sent.
+// sentSoFar is how many packets a sender has sent. Its own count lags behind the system call that
+// sends a batch, and the batch may already have arrived: packets are numbered from 0, and those
+// that have arrived have been sent.
 func sentSoFar(sent traffic.SendReport, received []traffic.RecvReport) uint64 {
 	n := sent.Packets
 	for _, r := range received {

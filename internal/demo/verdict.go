@@ -10,11 +10,11 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// Verdict is what a demonstration found.
+// Verdict is the result of a demo.
 type Verdict struct {
-	// OK says that every packet arrived as its rule says, and only those.
+	// OK says that exactly the packets required by the rules arrived.
 	OK bool `json:"ok"`
-	// Faults says what was not so, one line each.
+	// Faults are the deviations, one line each.
 	Faults  []string        `json:"faults"`
 	Streams []StreamVerdict `json:"streams"`
 	Total   Totals          `json:"total"`
@@ -22,49 +22,48 @@ type Verdict struct {
 	Commands []Command `json:"commands,omitempty"`
 }
 
-// StreamVerdict is what became of one stream.
+// StreamVerdict is the result of one stream.
 type StreamVerdict struct {
 	Rule control.Rule `json:"rule"`
-	// Path is the one that the relay used.
+	// Path is the relay's path for it.
 	Path string `json:"path"`
 	// Sent is what the source sent, Matched what the relay's rule took.
 	Sent    uint64         `json:"sent"`
 	Matched uint64         `json:"matched"`
 	Outputs []CopyVerdict  `json:"outputs"`
 	Drops   []control.Drop `json:"drops"` // by the relay, before it made copies
-	// Legs are the ways that the source's packets came by, nil when there was one.
+	// Legs are the paths of the source's packets, nil if there is one.
 	Legs []LegVerdict `json:"legs,omitempty"`
-	// Other is the sender that the rule does not name, nil when there was none.
+	// Other is the sender that the rule does not name, nil if there is none.
 	Other *OtherVerdict `json:"other_source,omitempty"`
 }
 
-// LegVerdict is what became of a stream on one of several inputs.
+// LegVerdict is the result of a stream on one of several inputs.
 type LegVerdict struct {
 	traffic.LegReport
-	// Matched is what the relay took of it, Won what it sent on of that.
+	// Matched is what the relay took from it, Won what it sent on of that.
 	Matched uint64 `json:"matched"`
 	Won     uint64 `json:"won"`
 }
 
-// CopyVerdict is what became of the copies for one output.
+// CopyVerdict is the result of one output's copies.
 type CopyVerdict struct {
 	Slot     int    `json:"slot"`
 	Sink     string `json:"sink"`
 	Endpoint string `json:"endpoint"`
-	// Expected is how many copies there must be, Relayed how many the relay
-	// sent by its own count; the rest is the receiver's.
+	// Expected is how many copies there must be, Relayed the relay's own count; the rest is the
+	// receiver's.
 	Expected uint64         `json:"expected"`
 	Relayed  uint64         `json:"relayed"`
 	Drops    []control.Drop `json:"drops"` // by the relay
 	traffic.Counters
 	Latency traffic.Latency `json:"latency"`
-	// Wanted are the header fields to arrive; LastWrong is of the latest
-	// packet that had others.
+	// Wanted are the expected header fields; LastWrong is of the latest packet with other ones.
 	Wanted    WantedFields    `json:"wanted"`
 	LastWrong *traffic.Fields `json:"last_wrong,omitempty"`
 }
 
-// WantedFields is traffic.Expected for programs to read.
+// WantedFields is traffic.Expected as JSON.
 type WantedFields struct {
 	Source     string `json:"source"`
 	SourcePort uint16 `json:"source_port"`
@@ -72,14 +71,14 @@ type WantedFields struct {
 	DSCP       *uint8 `json:"dscp"`
 }
 
-// OtherVerdict is what became of a sender that the rule does not name.
+// OtherVerdict is the result of a sender that the rule does not name.
 type OtherVerdict struct {
 	Source   string `json:"source"`
 	Sent     uint64 `json:"sent"`
 	Received uint64 `json:"received"`
 }
 
-// Totals are the sums over all streams.
+// Totals are the totals over all streams.
 type Totals struct {
 	Sent     uint64 `json:"sent"`
 	Matched  uint64 `json:"matched"`
@@ -103,7 +102,7 @@ func judge(all []flown, stats control.Stats) *Verdict {
 		v.Total.add(s)
 		other += f.other.Packets
 	}
-	// Otherwise that nothing of them came through would show nothing.
+	// Otherwise it would prove nothing that none of them arrived.
 	if stats.Passed.Packets < other {
 		v.fault("the relay saw %d packets that no rule matched, but other sources sent %d", stats.Passed.Packets, other)
 	}
@@ -148,8 +147,8 @@ func (v *Verdict) judgeStream(f flown, rule control.RuleStatus) StreamVerdict {
 	return s
 }
 
-// judgeLegs compares what went on each leg with what the rule's inputs say. It returns how many packets
-// the rule must have matched, and what it dropped beside copies of what it sent.
+// judgeLegs compares the packets on each leg with the counters of the rule's inputs. It returns how
+// many packets the rule must have matched, and how many it dropped that are not copies.
 func (v *Verdict) judgeLegs(f flown, rule control.RuleStatus, s *StreamVerdict) (matched uint64, drops []control.Drop) {
 	var won, copies uint64
 	for i, sent := range f.sent.Legs {
@@ -160,7 +159,7 @@ func (v *Verdict) judgeLegs(f flown, rule control.RuleStatus, s *StreamVerdict) 
 		if leg.Matched != sent.Packets {
 			v.fault("%s: input %d matched %d packets of %d sent", f.rule.Name, i, leg.Matched, sent.Packets)
 		}
-		if sent.LeftOut == 0 && f.count >= 100 { // so few may all get through
+		if sent.LeftOut == 0 && f.count >= 100 { // with so few all may get through
 			v.fault("%s: nothing is lost on %s", f.rule.Name, sent.Target)
 		}
 		matched += sent.Packets
@@ -180,8 +179,8 @@ func (v *Verdict) judgeLegs(f flown, rule control.RuleStatus, s *StreamVerdict) 
 	return matched, drops
 }
 
-// judgeCopy compares both the relay's count and the sink's with what was sent,
-// and so with each other.
+// judgeCopy compares both the relay's count and the sink's with what was sent, and so with each
+// other.
 func (v *Verdict) judgeCopy(f flown, slot int, a arrival, out control.OutputStatus) CopyVerdict {
 	name := fmt.Sprintf("%s to %s", f.rule.Name, a.sink)
 	r := f.received[slot]
@@ -218,7 +217,7 @@ func (v *Verdict) faultDrops(name string, drops []control.Drop) {
 	}
 }
 
-// judgeOther looks for packets of the second sender among what arrived.
+// judgeOther looks for packets of the second sender among the received ones.
 func (v *Verdict) judgeOther(f flown) *OtherVerdict {
 	o := &OtherVerdict{Source: f.stream.other.String(), Sent: f.other.Packets}
 	for _, r := range f.received {
@@ -265,7 +264,7 @@ func (t *Totals) add(s StreamVerdict) {
 	}
 }
 
-// packets is "1 packet", "2 packets".
+// packets formats "1 packet", "2 packets".
 func packets(n uint64) string {
 	if n == 1 {
 		return "1 packet"

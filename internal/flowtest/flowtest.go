@@ -1,6 +1,6 @@
-// Package flowtest draws random flows and frames, and finds the flow of a frame in plain Go. With it
-// the tests of package loader hold the BPF programs to an oracle, and those of package forward the
-// engine of the user-space paths.
+// Package flowtest generates random flows and frames, and finds the flow of a frame in plain Go.
+// With it the tests of package loader compare the BPF programs with an oracle, and those of package
+// forward the engine of the user-space paths.
 package flowtest
 
 import (
@@ -18,13 +18,13 @@ type Interface struct {
 	MAC   [6]byte
 }
 
-// World draws flows and frames from few values, so that they often meet. The same Rand draws
-// the same. A World is for one goroutine at a time.
+// World draws flows and frames from few values, so that they often match. The same Rand gives the
+// same results. A World is not for concurrent use.
 type World struct {
 	*rand.Rand
 	In, Out []Interface
 
-	// Fragments that Frame still has to return, and the index of their interface.
+	// Fragments that Frame has yet to return, and the index of their interface.
 	fragments [][]byte
 	index     int
 }
@@ -37,8 +37,8 @@ var (
 	ports    = []uint16{1, 5000, 65535}
 )
 
-// OwnAddresses returns the senders that a test should declare the host's own: some of those
-// that frames have.
+// OwnAddresses returns the senders that a test should declare the host's own: some of the frames'
+// senders.
 func OwnAddresses() []netip.Addr {
 	return []netip.Addr{netip.MustParseAddr("192.168.7.9"), netip.MustParseAddr("2001:db8::9")}
 }
@@ -46,7 +46,7 @@ func OwnAddresses() []netip.Addr {
 // Pick draws one of several values.
 func Pick[T any](w *World, from ...T) T { return from[w.IntN(len(from))] }
 
-// Chance is true in so many of a hundred draws.
+// Chance is true in this percentage of draws.
 func (w *World) Chance(percent int) bool { return w.IntN(100) < percent }
 
 func (w *World) addr(of []string) netip.Addr { return netip.MustParseAddr(Pick(w, of...)) }
@@ -69,8 +69,8 @@ func (w *World) random(family netip.Addr) netip.Addr {
 	return a
 }
 
-// Rules draws a set of flows that differ in their inputs. Their names begin with the number of the
-// set, so that sets share no counters.
+// Rules draws a set of flows with different inputs. Their names begin with the number of the set,
+// so that sets share no counters.
 func (w *World) Rules(set int) (rules []flow.Flow) {
 	inputs := map[flow.Input]bool{}
 	for i := range 1 + w.IntN(12) {
@@ -111,7 +111,7 @@ func (w *World) Rules(set int) (rules []flow.Flow) {
 	return rules
 }
 
-// spread makes a flow take a range of ports, a prefix of sources, or any but some.
+// spread makes a flow take a range of ports, a source prefix, or any source except some.
 func (w *World) spread(r *flow.Flow, sources []string) {
 	in := &r.In
 	if in.Port == 5000 && w.Chance(30) {

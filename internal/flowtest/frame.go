@@ -19,8 +19,8 @@ func (w *World) Frame(rules []flow.Flow) (index int, frame []byte) {
 	return w.index, frame
 }
 
-// Frames draws a frame, or the fragments of one, and the index of the interface that they arrive
-// on. Most are whole and for one of the rules; the others are broken.
+// Frames draws a frame, or the fragments of one, and the index of their input interface. Most are
+// valid and match one of the rules; the others are broken.
 func (w *World) Frames(rules []flow.Flow) (index int, frames [][]byte) {
 	groups, sources := w.values()
 	f := packet.Frame{
@@ -48,7 +48,7 @@ func (w *World) Frames(rules []flow.Flow) (index int, frames [][]byte) {
 		if w.Chance(30) {
 			w.Shuffle(len(frames), func(i, j int) { frames[i], frames[j] = frames[j], frames[i] })
 		}
-		if len(frames) == 0 { // more tags than Fragment reads
+		if len(frames) == 0 { // more tags than Fragment parses
 			return w.Frames(rules)
 		}
 		return index, frames
@@ -59,7 +59,7 @@ func (w *World) Frames(rules []flow.Flow) (index int, frames [][]byte) {
 	return index, [][]byte{b}
 }
 
-// address makes a frame one that an input takes, mostly.
+// address usually makes an input take a frame.
 func (w *World) address(f *packet.Frame, in flow.Input) {
 	f.Dst = in.Group
 	if in.Port != 0 {
@@ -99,7 +99,7 @@ func (w *World) within(in flow.Input) netip.Addr {
 	return a
 }
 
-// mac is that of the input with an index.
+// mac is the MAC address of the input with an index.
 func (w *World) mac(index int) [6]byte {
 	for _, in := range w.In {
 		if in.Index == index {
@@ -135,7 +135,7 @@ func (w *World) decorate(f *packet.Frame) {
 	}
 }
 
-// extensions draws IPv6 extension headers that lead to UDP, mostly.
+// extensions draws IPv6 extension headers that usually lead to UDP.
 func (w *World) extensions() (first uint8, b []byte) {
 	const udp, hopByHop, destination, routing, fragment = 17, 0, 60, 43, 44
 	kinds := []uint8{udp}
@@ -158,7 +158,7 @@ func (w *World) extensions() (first uint8, b []byte) {
 	return kinds[len(kinds)-1], b
 }
 
-// mutate breaks a frame in one place or more.
+// mutate breaks a frame in one or more places.
 func (w *World) mutate(b []byte) []byte {
 	headers := min(len(b), 80)
 	switch w.IntN(5) {
@@ -166,13 +166,13 @@ func (w *World) mutate(b []byte) []byte {
 		b[w.IntN(headers)] ^= 1 << w.IntN(8)
 	case 1: // one byte of a header
 		b[w.IntN(headers)] = byte(w.Uint32())
-	case 2: // cut short
+	case 2: // truncated
 		b = b[:max(14, w.IntN(len(b)))]
 	case 3: // a fragment, if the packet is untagged IPv4
 		if len(b) > 14+8 {
 			binary.BigEndian.PutUint16(b[14+6:], Pick[uint16](w, 0x2000, 0x4000, 1, 0x2001, 0x8000))
 		}
-	default: // some of everything
+	default: // a mix of everything
 		for range 1 + w.IntN(6) {
 			b[w.IntN(len(b))] ^= byte(1 + w.IntN(255))
 		}

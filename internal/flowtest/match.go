@@ -8,10 +8,10 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Ports are the destination ports of first fragments, for those that follow.
+// Ports are the destination ports of first fragments, for later ones.
 type Ports map[datagram]uint16
 
-// datagram is what the fragments of one share.
+// datagram identifies the fragments of a datagram.
 type datagram struct {
 	index       int
 	vlan, outer uint16
@@ -23,9 +23,9 @@ func datagramOf(index int, h *packet.Headers) datagram {
 	return datagram{index, h.VLAN, h.OuterVLAN, h.FragmentID, h.Src, h.Dst}
 }
 
-// Find returns the rule of a parsed frame that arrives on an interface, nil when none takes it:
-// the most specific one, however it is stored. It remembers the port of a first fragment that a
-// rule takes.
+// Find returns the rule of a parsed frame that arrives on an interface, nil if none matches: the
+// most specific one, however it is stored. It records the port of a first fragment that matches a
+// rule.
 func (p Ports) Find(rules []flow.Flow, index int, frame []byte, h *packet.Headers) *flow.Flow {
 	port := h.DstPort
 	if h.Part == packet.LaterFragment {
@@ -43,7 +43,7 @@ func (p Ports) Find(rules []flow.Flow, index int, frame []byte, h *packet.Header
 	return rule
 }
 
-// Match returns the most specific rule of a packet to a port, whatever its MAC address.
+// Match returns the most specific rule of a packet to a port, ignoring MAC addresses.
 func Match(rules []flow.Flow, index int, h *packet.Headers, port uint16) (best *flow.Flow) {
 	for i := range rules {
 		r := &rules[i]
@@ -68,14 +68,13 @@ func matches(in flow.Input, index int, h *packet.Headers, port uint16) bool {
 		netip.PrefixFrom(in.Group, length).Contains(h.Dst) && (in.Len == 0 || !ofOneLink(h.Dst))
 }
 
-// ofOneLink says whether no prefix takes a group.
+// ofOneLink says whether a group is link-local, so that no prefix takes it.
 func ofOneLink(dst netip.Addr) bool {
 	return netip.MustParsePrefix("224.0.0.0/24").Contains(dst) || dst.Is6() && dst.IsMulticast() && dst.As16()[1]&15 < 3
 }
 
-// rank orders the inputs that match a packet: a group before a prefix, then with a port, then
-// with a source or the longer prefix of sources, then the longer prefix, then one that leaves
-// senders out.
+// rank orders the inputs that match a packet: a group before a prefix, then with a port, then with
+// a source or the longer source prefix, then the longer prefix, then one that excludes senders.
 func rank(in flow.Input) (n int) {
 	if in.Len == 0 {
 		n += 800_000

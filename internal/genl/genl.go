@@ -1,6 +1,6 @@
-// Package genl asks generic netlink families (Documentation/userspace-api/netlink). It
-// stands beside the netlink library, whose header for such messages has two bytes of stray
-// memory, which some families refuse.
+// Package genl sends requests to generic netlink families (Documentation/userspace-api/netlink). It
+// complements the netlink library, whose header for such messages has two uninitialized bytes that
+// some families refuse.
 package genl
 
 import (
@@ -30,7 +30,7 @@ type Family struct {
 	Groups map[string]uint32 // numbers of its multicast groups
 }
 
-// Find asks for a family. The error matches ENOENT when the kernel has it not.
+// Find looks up a family. The error matches ENOENT if the kernel does not have it.
 func Find(name string) (Family, error) {
 	f := Family{Groups: map[string]uint32{}}
 	answers, err := Ask(nl.GENL_ID_CTRL, Header{nl.GENL_CTRL_CMD_GETFAMILY, nl.GENL_CTRL_VERSION},
@@ -58,7 +58,7 @@ func Find(name string) (Family, error) {
 	return f, nil
 }
 
-// addGroups reads a list of entries, each with a name and a number.
+// addGroups parses a list of entries, each with a name and an id.
 func (f Family) addGroups(data []byte) error {
 	entries, err := nl.ParseRouteAttr(data)
 	if err != nil {
@@ -85,8 +85,7 @@ func (f Family) addGroups(data []byte) error {
 	return nil
 }
 
-// Ask sends a request with one attribute to a family, and returns the attributes of each
-// answer.
+// Ask sends a request with one attribute to a family, and returns the attributes of each answer.
 func Ask(family uint16, h Header, attr *nl.RtAttr) (answers [][]syscall.NetlinkRouteAttr, err error) {
 	req := nl.NewNetlinkRequest(int(family), 0)
 	req.AddData(h)

@@ -1,9 +1,7 @@
-// Package lockfile keeps processes apart by flock(2), on files and directories that
-// nobody but their owner can open: a lock on anything that others may open for
-// reading is one that others can take.
+// Package lockfile provides mutual exclusion of processes by flock(2), on files and directories
+// that only their owner can open: anyone who can open a file for reading can lock it.
 //
-// The kernel gives a lock back when its file is closed, in whatever way the process
-// ends.
+// The kernel releases a lock when its file is closed, however the process ends.
 package lockfile
 
 import (
@@ -20,16 +18,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// HeldError is what Take and TakeDir fail with while another process has the lock.
+// HeldError is the error of Take and TakeDir while another process holds the lock.
 type HeldError struct {
 	Path string
-	// PID is the process, 0 when /proc/locks does not tell.
+	// PID is the process, 0 if /proc/locks does not name it.
 	PID int
 }
 
 func (e *HeldError) Error() string { return e.Path + " is locked" + e.Process() }
 
-// Process is " (process 123)", or empty when that is not known.
+// Process is " (process 123)", or empty if unknown.
 func (e *HeldError) Process() string {
 	if e.PID == 0 {
 		return ""
@@ -37,10 +35,9 @@ func (e *HeldError) Process() string {
 	return fmt.Sprintf(" (process %d)", e.PID)
 }
 
-// Take locks the file at path, which is made (0600) when it is absent. A symbolic link
-// is not followed, and a file of another user is refused, unless root takes it in a directory of
-// that user that Private accepts. The file stays when it is closed: whoever removes it could
-// remove the lock of the next.
+// Take locks the file at path, creating it (0600) if necessary. It does not follow a symbolic link,
+// and refuses a file of another user, unless root takes it in a directory of that user that Private
+// accepts. The file remains when it is closed: removing it could remove the next holder's lock.
 func Take(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
 	if errors.Is(err, unix.ELOOP) {
@@ -63,8 +60,8 @@ func Take(path string) (*os.File, error) {
 	return f, nil
 }
 
-// TakeDir locks a directory, which must be its owner's alone (0700). That of another user is
-// refused, unless root takes it and only root can have made it for that user.
+// TakeDir locks a directory, which must have mode 0700. It refuses one of another user, unless root
+// takes it and only root can have made it for that user.
 func TakeDir(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOTDIR) {
@@ -86,9 +83,9 @@ func TakeDir(path string) (*os.File, error) {
 	return f, nil
 }
 
-// Inherit takes over the lock of path from a process that has it, by its open file: two processes
-// have it then, of which one is to be at rest. It owns f; after an error f is closed, and the lock
-// is the other process's.
+// Inherit takes over the lock of path from a process that holds it, by its open file: then both
+// processes hold it, and one of them must be paused. It takes ownership of f; after an error f is
+// closed, and the lock is the other process's.
 func Inherit(f *os.File, path string) (*os.File, error) {
 	there, err := os.Lstat(path)
 	if err == nil {
@@ -130,7 +127,7 @@ func take(f *os.File, isKind func(fs.FileMode) bool, kind string) error {
 
 func owner(info fs.FileInfo) int { return int(info.Sys().(*syscall.Stat_t).Uid) }
 
-// Private refuses a directory in which others may make, replace or remove files.
+// Private refuses a directory in which other users may create, replace or remove files.
 func Private(dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
@@ -148,8 +145,8 @@ func Private(dir string) error {
 	return nil
 }
 
-// givenTo says whether root, which is asking, may use what belongs to another user: a directory
-// that only root can have made for that user, as for a service, or a file in such a directory.
+// givenTo says whether root, as the caller, may use what belongs to another user: a directory that
+// only root can have made for that user, as for a service, or a file in such a directory.
 func givenTo(uid int, path string, info fs.FileInfo) bool {
 	path, err := filepath.Abs(path)
 	if err != nil || os.Geteuid() != 0 {
@@ -173,12 +170,11 @@ func unixMode(m fs.FileMode) uint32 {
 	return mode
 }
 
-// holder is the process that has the lock of a file, from proc_locks(5):
+// holder is the process that holds the lock of a file, from proc_locks(5):
 //
 //	1: FLOCK  ADVISORY  WRITE 10775 00:27:17084 0 EOF
 //
-// with the device in hexadecimal; 0 when that is not known, as for a process of another
-// PID namespace.
+// with the device in hexadecimal; 0 if it is unknown, as for a process of another PID namespace.
 func holder(f *os.File) int {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {

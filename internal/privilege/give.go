@@ -10,11 +10,11 @@ import (
 	"syscall"
 )
 
-// Give makes a directory with a mode unless it is there, and gives it with all that is in it to
-// a user and group, if Ours accepts that. Only root can do it.
+// Give creates a directory with a mode unless it exists, and chowns it and everything in it to a
+// user and group, if Ours accepts that. Only root can do it.
 //
-// Symbolic links are given, not followed: whoever could write in the directory before may have
-// planted them.
+// Symbolic links are chowned, not followed: a user who could write in the directory earlier may
+// have planted them.
 func Give(dir string, mode fs.FileMode, uid, gid int, ours func(name string) bool) error {
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 		if err := makeDir(dir, mode); err != nil {
@@ -29,8 +29,9 @@ func Give(dir string, mode fs.FileMode, uid, gid int, ours func(name string) boo
 	return errors.Join(err, root.Close())
 }
 
-// Ours refuses a directory that others use, too, such as /run: ours does not know a name in it. It
-// also refuses hard links of files, which may lead anywhere. One that is not there is accepted.
+// Ours refuses a directory that others also use, such as /run: one with a name for which ours
+// returns false. It also refuses hard links of files, which may refer to any file. A missing
+// directory is accepted.
 func Ours(dir string, ours func(name string) bool) error {
 	root, err := os.OpenRoot(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -50,7 +51,7 @@ func makeDir(dir string, mode fs.FileMode) error {
 	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	return os.Chmod(dir, mode) // whatever the umask
+	return os.Chmod(dir, mode) // regardless of the umask
 }
 
 func give(root *os.Root, uid, gid int, ours func(name string) bool) error {

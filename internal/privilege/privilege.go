@@ -1,5 +1,5 @@
-// Package privilege reduces a process to a user and to the capabilities that the daemon works
-// with, on all of its threads, and reads back what the kernel made of that.
+// Package privilege reduces a process to a user and to the capabilities that the daemon needs, on
+// all of its threads, and verifies the result with the kernel.
 //
 // See capabilities(7), and Documentation/userspace-api/no_new_privs.rst of the kernel.
 package privilege
@@ -16,21 +16,21 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// Needed are the capabilities that the daemon works with.
+// Needed are the capabilities that the daemon needs.
 func Needed() []cap.Value {
 	return []cap.Value{cap.NET_ADMIN, cap.NET_RAW, cap.IPC_LOCK, cap.PERFMON, cap.BPF}
 }
 
-// User is whom a process changes to.
+// User is the user to switch to.
 type User struct {
 	Name     string
 	UID, GID int
-	// Groups are the supplementary ones.
+	// Groups are the supplementary groups.
 	Groups []int
 }
 
-// Lookup finds a user by name or number, and the primary group by name or number, "" for the
-// user's own. Root is refused: with its files it needs no capability.
+// Lookup finds a user by name or uid, and the primary group by name or gid, "" for the user's own.
+// It refuses root, which needs no capabilities for its files.
 func Lookup(name, group string) (User, error) {
 	found, err := user.Lookup(name)
 	if _, e := strconv.ParseUint(name, 10, 31); e == nil && err != nil {
@@ -76,18 +76,17 @@ func Lookup(name, group string) (User, error) {
 	return u, nil
 }
 
-// Drop changes all threads to a user, unless to is nil, and leaves them the needed capabilities
-// alone, as far as they had them: permitted and effective, none to be inherited. Programs that
-// the process executes gain none, also by set-user-ID bits. The bounding set is reduced where
-// CAP_SETPCAP is there to do it. It then asks the kernel about each thread; after an error the
-// process must end.
+// Drop switches all threads to a user, unless to is nil, and leaves them only the needed
+// capabilities, as far as they had them: permitted and effective, none inheritable. Executed
+// programs gain none, not even by set-user-ID bits. The bounding set is reduced if the process has
+// CAP_SETPCAP. It then verifies each thread with the kernel; after an error the process must end.
 func Drop(to *User) (State, error) {
 	before, err := Read()
 	if err != nil {
 		return State{}, err
 	}
 	if to != nil && before.UIDs == [4]int{to.UID, to.UID, to.UID, to.UID} {
-		to = nil // as a service manager has started it, with the groups that it gave
+		to = nil // as started by a service manager, with its groups
 	}
 	keep := before.Permitted & mask(Needed()...)
 	if err := drop(to, before, keep); err != nil {
@@ -101,7 +100,7 @@ func Drop(to *User) (State, error) {
 }
 
 func drop(to *User, before State, keep Set) error {
-	// Before the user changes: it takes CAP_SETPCAP.
+	// Before the user changes: it requires CAP_SETPCAP.
 	if before.Effective.Has(cap.SETPCAP) {
 		if err := cap.DropBound((before.Bounding &^ mask(Needed()...)).values()...); err != nil {
 			return fmt.Errorf("reduce the bounding set of capabilities: %w", err)
@@ -132,7 +131,7 @@ func drop(to *User, before State, keep Set) error {
 	return nil
 }
 
-// check says what is not as Drop means it.
+// check says what differs from the intended state.
 func (s State) check(to *User, keep Set, before State) error {
 	bounding := before.Bounding
 	if before.Effective.Has(cap.SETPCAP) {
@@ -155,8 +154,8 @@ func (s State) check(to *User, keep Set, before State) error {
 	return nil
 }
 
-// Ambient are the capabilities that a process started by this one is to be given, so that it can do
-// the same: those of this one, unless it is root's, whose processes have them.
+// Ambient are the capabilities for a process started by this one, so that it can do the same: those
+// of this one, unless it is root's, whose processes have them anyway.
 func Ambient() ([]uintptr, error) {
 	s, err := Read()
 	if err != nil || os.Geteuid() == 0 {

@@ -15,7 +15,7 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// Set is a set of capabilities, a bit for each, as /proc/PID/status shows it.
+// Set is a set of capabilities, a bit for each, as in /proc/PID/status.
 type Set uint64
 
 func mask(values ...cap.Value) (s Set) {
@@ -25,7 +25,7 @@ func mask(values ...cap.Value) (s Set) {
 	return s
 }
 
-// Has says whether one is in the set.
+// Has says whether a capability is in the set.
 func (s Set) Has(v cap.Value) bool { return s&(1<<v) != 0 }
 
 func (s Set) values() (all []cap.Value) {
@@ -35,7 +35,7 @@ func (s Set) values() (all []cap.Value) {
 	return all
 }
 
-// String names the capabilities as capabilities(7) does, without CAP_; "none" when there are none.
+// String names the capabilities as in capabilities(7), without CAP_; "none" if there are none.
 func (s Set) String() string {
 	var names []string
 	for _, v := range s.values() {
@@ -47,9 +47,9 @@ func (s Set) String() string {
 	return strings.Join(names, " ")
 }
 
-// State is what the kernel says of the privileges of all threads of a process.
+// State is the privileges of all threads of a process, as reported by the kernel.
 type State struct {
-	UIDs, GIDs [4]int // real, effective, saved, of file systems
+	UIDs, GIDs [4]int // real, effective, saved, file system
 	Groups     []int  // supplementary, sorted
 
 	Inheritable, Permitted, Effective, Bounding, Ambient Set
@@ -70,8 +70,8 @@ func (s State) String() string {
 		s.UIDs, s.GIDs, s.Groups, s.Inheritable, s.Permitted, s.Effective, s.Bounding, s.Ambient, s.NoNewPrivs, s.Threads)
 }
 
-// Read reads the privileges of all threads of this process from /proc/self/task. That threads
-// differ is an error.
+// Read reads the privileges of all threads of this process from /proc/self/task. It is an error if
+// threads differ.
 func Read() (State, error) { return read("/proc/self/task") }
 
 func read(tasks string) (State, error) {
@@ -83,7 +83,7 @@ func read(tasks string) (State, error) {
 	}
 }
 
-// readOnce says that it is to be tried again where threads have come meanwhile.
+// readOnce returns again if threads were created meanwhile.
 func readOnce(tasks string) (s State, again bool, err error) {
 	entries, err := os.ReadDir(tasks)
 	if err != nil {
@@ -123,7 +123,7 @@ func readOnce(tasks string) (s State, again bool, err error) {
 	}), nil
 }
 
-// parse reads proc_pid_status(5).
+// parse parses proc_pid_status(5).
 func parse(text string) (s State, err error) {
 	seen := 0
 	for line := range strings.Lines(text) {

@@ -1,5 +1,5 @@
-// Package streamtest has what happens to streams with several inputs: scenarios that the Go twin
-// of the relay program runs by itself, and the program beside it.
+// Package streamtest has scenarios of streams with several inputs, which run on the Go twin by
+// itself and on the relay program next to it.
 package streamtest
 
 import (
@@ -11,22 +11,22 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Scenario is a story of packets on the legs of one stream.
+// Scenario is a sequence of packets on the legs of one stream.
 type Scenario struct {
 	Name   string
 	Stream packet.Stream
 	Run    func(w *World)
 }
 
-// World gives packets to a stream, and checks what becomes of them.
+// World sends packets to a stream, and checks the results.
 type World struct {
 	testing.TB
-	// Send gives a UDP payload on a leg at a time in nanoseconds, and says whether it passed.
+	// Send passes a UDP payload to a leg at a time in nanoseconds, and returns whether it passed.
 	Send func(leg int, payload []byte, now uint64) bool
 	now  uint64
 }
 
-// Play runs a scenario, from a time long after the clock began.
+// Play runs a scenario, starting long after the clock's zero.
 func (s *Scenario) Play(t testing.TB, send func(leg int, payload []byte, now uint64) bool) {
 	s.Run(&World{TB: t, Send: send, now: uint64(100 * time.Second)})
 }
@@ -56,7 +56,7 @@ func (w *World) atLeast(what string, got, want int) {
 	}
 }
 
-// RTP is an RTP packet; the upper half of the number is where RFC 4175 has it.
+// RTP is an RTP packet; the upper half of the number is at RFC 4175's position.
 func RTP(number, ssrc uint32) []byte {
 	p := make([]byte, 60)
 	p[0], p[1] = 0x80, 96
@@ -541,7 +541,7 @@ func failovers() []Scenario {
 			n := 0
 			for i := range uint32(60000) {
 				w.after(ms)
-				if i/500%2 == 0 { // up for half a second: never long enough to go back to
+				if i/500%2 == 0 { // up for half a second: never long enough to return to
 					n += w.rtp(0, i)
 				}
 				n += w.rtp(1, i)

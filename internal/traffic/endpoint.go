@@ -9,22 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Target is where packets go: an address and port, out of an interface.
+// Target is the destination of packets: an address and port, through an interface.
 type Target struct {
 	Addr      netip.AddrPort
 	Interface string
 }
 
-// Subscription is what a receiver listens for: a target and, for a
-// source-specific one (RFC 4607), the only sender to hear.
+// Subscription is what a receiver listens to: a target and, for a source-specific one (RFC 4607),
+// the only sender.
 type Subscription struct {
 	// Source is the zero Addr for any source.
 	Source netip.Addr
 	Target
 }
 
-// ParseTarget reads ADDRESS:PORT%INTERFACE, or [ADDRESS]:PORT%INTERFACE for
-// IPv6.
+// ParseTarget parses ADDRESS:PORT%INTERFACE, or [ADDRESS]:PORT%INTERFACE for IPv6.
 func ParseTarget(s string) (Target, error) {
 	t, err := parseTarget(s)
 	if err != nil {
@@ -33,8 +32,8 @@ func ParseTarget(s string) (Target, error) {
 	return t, nil
 }
 
-// ParseSubscription reads [SOURCE@]ADDRESS:PORT%INTERFACE; an IPv6 address
-// stands in brackets, an IPv6 source may.
+// ParseSubscription parses [SOURCE@]ADDRESS:PORT%INTERFACE; an IPv6 address is in brackets, an IPv6
+// source may be.
 func ParseSubscription(s string) (Subscription, error) {
 	sub, err := parseSubscription(s)
 	if err != nil {
@@ -43,10 +42,10 @@ func ParseSubscription(s string) (Subscription, error) {
 	return sub, nil
 }
 
-// String formats the target as ParseTarget reads it.
+// String formats the target as ParseTarget parses it.
 func (t Target) String() string { return t.Addr.String() + "%" + t.Interface }
 
-// String formats the subscription as ParseSubscription reads it.
+// String formats the subscription as ParseSubscription parses it.
 func (s Subscription) String() string {
 	if !s.Source.IsValid() {
 		return s.Target.String()
@@ -109,7 +108,7 @@ func parseSubscription(s string) (Subscription, error) {
 	return sub, sub.check()
 }
 
-// check says whether source and address belong together.
+// check says whether source and address are compatible.
 func (s Subscription) check() error {
 	switch {
 	case !s.Source.IsValid():
@@ -124,7 +123,7 @@ func (s Subscription) check() error {
 	return nil
 }
 
-// parseHost reads an IPv4 address, or an IPv6 address in brackets.
+// parseHost parses an IPv4 address, or an IPv6 address in brackets.
 func parseHost(s string) (netip.Addr, error) {
 	inner, bracketed := strings.CutPrefix(s, "[")
 	if bracketed {
@@ -158,7 +157,7 @@ func parseAddr(s string) (netip.Addr, error) {
 	return addr, nil
 }
 
-// ParsePort reads a UDP port, 1 to 65535.
+// ParsePort parses a UDP port, 1 to 65535.
 func ParsePort(s string) (uint16, error) {
 	port, err := strconv.ParseUint(s, 10, 16)
 	if err != nil || port == 0 {
@@ -178,9 +177,8 @@ func checkInterfaceName(name string) error {
 	return nil
 }
 
-// ParseDSCP reads a differentiated services code point: 0 to 63, or a name of
-// RFC 2474 (cs0 to cs7), RFC 2597 (af11 to af43), RFC 3246 (ef), RFC 5865 (va)
-// or RFC 8622 (le).
+// ParseDSCP parses a differentiated services code point: 0 to 63, or a name of RFC 2474 (cs0 to
+// cs7), RFC 2597 (af11 to af43), RFC 3246 (ef), RFC 5865 (va) or RFC 8622 (le).
 func ParseDSCP(s string) (uint8, error) {
 	if n, err := strconv.ParseUint(s, 10, 8); err == nil && n <= 63 {
 		return uint8(n), nil
@@ -200,11 +198,10 @@ func ParseDSCP(s string) (uint8, error) {
 	return 0, fmt.Errorf("dscp %q: must be 0 to 63, or a name such as ef, af41 or cs3", s)
 }
 
-// maxGroups bounds the sockets of a receiver and the addresses of a sender.
+// maxGroups limits the sockets of a receiver and the addresses of a sender.
 const maxGroups = 65536
 
-// expand returns the target and the n-1 after it, with consecutive group
-// addresses.
+// expand returns n targets with consecutive group addresses, beginning with t.
 func (t Target) expand(n int) ([]Target, error) {
 	if n < 1 || n > maxGroups {
 		return nil, fmt.Errorf("groups %d: must be 1 to %d", n, maxGroups)

@@ -6,8 +6,7 @@ import (
 	"slices"
 )
 
-// Expected says which header fields packets must have. The zero value expects
-// nothing.
+// Expected are the header fields that packets must have. The zero value expects nothing.
 type Expected struct {
 	// TTL is the IPv4 TTL or IPv6 hop limit; 0 for any.
 	TTL uint8
@@ -19,8 +18,7 @@ type Expected struct {
 	DSCP *uint8
 }
 
-// check counts in w the fields that are not as expected and says whether there
-// were any.
+// check counts unexpected fields in w and returns whether there were any.
 func (e *Expected) check(f Fields, w *Wrong) bool {
 	before := *w
 	if e.TTL != 0 && f.TTL != e.TTL {
@@ -38,8 +36,8 @@ func (e *Expected) check(f Fields, w *Wrong) bool {
 	return *w != before
 }
 
-// maxFlows bounds the flows that a group keeps apart. Beyond it, the one not
-// heard for longest is folded into the group's counters and forgotten.
+// maxFlows limits the flows that a group distinguishes. Beyond it, the least recently active one is
+// folded into the group's counters and forgotten.
 const maxFlows = 64
 
 type flowKey struct {
@@ -51,14 +49,13 @@ type flow struct {
 	flowKey
 	tracker  *Tracker
 	gaps     gaps
-	offset   uint64 // of ours with a Numbering: the number of sequence number 0
-	base     uint64 // of others': what their numbers were raised by
+	offset   uint64 // for our packets with a Numbering: the number of sequence number 0
+	base     uint64 // for others' packets: the offset added to their numbers
 	received uint64
-	heard    uint64 // the group's count of datagrams at the latest packet
+	heard    uint64 // the group's count of datagrams at the flow's latest packet
 }
 
-// group accounts for what one socket receives. It is not safe for concurrent
-// use.
+// group accounts for the packets of one socket. It is not safe for concurrent use.
 type group struct {
 	sub Subscription
 	fd  int
@@ -67,13 +64,13 @@ type group struct {
 	fromStart bool
 	expected  Expected
 	numbering Numbering
-	late      int64 // ns after which a gap is repaired too late; 0: never
+	late      int64 // ns after which a repaired gap is late; 0: never
 
-	c          Counters // without what the flows' trackers say
-	retired    uint64   // lost of the flows that were forgotten
-	drops      uint32   // the socket's counter when it was last read
+	c          Counters // without the flows' trackers
+	retired    uint64   // lost packets of forgotten flows
+	drops      uint32   // the socket's counter at its last reading
 	latency    Histogram
-	repairs    *Histogram // nil before the first
+	repairs    *Histogram // nil before the first repair
 	flows      map[flowKey]*flow
 	current    *flow // the latest packet's
 	firstAt    int64 // arrival of the first and the latest packet; 0: none
@@ -84,9 +81,9 @@ type group struct {
 	anyWrong   bool
 }
 
-// handle accounts for one datagram: its payload, its header fields and when it
-// arrived (CLOCK_REALTIME, ns). It says whether that was a packet received, and
-// its latency, where the packet says when it was sent.
+// handle accounts for one datagram: its payload, its header fields and its arrival time
+// (CLOCK_REALTIME, ns). It returns whether that was a received packet, and its latency if the
+// packet contains its send time.
 func (g *group) handle(payload []byte, f Fields, arrival int64) (latency int64, timed, received bool) {
 	g.c.Datagrams++
 	p := payload
@@ -110,7 +107,7 @@ func (g *group) handle(payload []byte, f Fields, arrival int64) (latency int64, 
 		}
 		n.number = h.Seq
 	case err != ErrCorrupt && g.numbering != (Numbering{}):
-		// Another sender's, whose numbers alone are looked at.
+		// Another sender's: only its numbers count.
 		fl, err = g.flow(flowKey{n.session, othersFlow}), nil
 		n.number = fl.unwrap(n.number, g.numbering)
 	}
@@ -149,11 +146,11 @@ func (g *group) handle(payload []byte, f Fields, arrival int64) (latency int64, 
 	return latency, true, true
 }
 
-// othersFlow is the flow of packets that have no header of ours.
+// othersFlow is the flow of packets without our header.
 const othersFlow = 1<<32 - 1
 
-// counts says whether a number in front is as far from the sequence number as that of the flow's
-// first packet.
+// counts says whether the format's number is as far from the sequence number as in the flow's first
+// packet.
 func (fl *flow) counts(n Numbering, offset uint64) bool {
 	if n == (Numbering{}) {
 		return true
@@ -164,11 +161,11 @@ func (fl *flow) counts(n Numbering, offset uint64) bool {
 	return fl.offset == offset
 }
 
-// unwrap is the number without its bounds that is nearest to the highest so far.
+// unwrap extends a number to the value nearest to the highest so far.
 func (fl *flow) unwrap(number uint64, n Numbering) uint64 {
 	if !fl.tracker.Started() {
 		if n.bits() < 64 {
-			fl.base = n.mask() + 1 // so that there is room in front of the first
+			fl.base = n.mask() + 1 // so that there is room below the first
 		}
 		return fl.base + number
 	}
@@ -189,7 +186,7 @@ func (g *group) observe(fl *flow, n numbered, arrival int64) Verdict {
 	case v == Reordered:
 		at, ok := fl.gaps.opened(n.number)
 		if !ok {
-			break // it came before the first
+			break // it arrived before the first
 		}
 		if g.late > 0 && arrival-at > g.late {
 			g.c.Late++
@@ -212,7 +209,7 @@ func (g *group) arrived(at int64) {
 	g.lastAt = max(g.lastAt, at)
 }
 
-// flow finds or makes the account of a flow.
+// flow returns the state of a flow, creating it if necessary.
 func (g *group) flow(key flowKey) *flow {
 	if g.current != nil && g.current.flowKey == key {
 		g.current.heard = g.c.Datagrams
@@ -233,7 +230,7 @@ func (g *group) flow(key flowKey) *flow {
 	return fl
 }
 
-// recycle gives the memory of the flow not heard for longest to a new one.
+// recycle reuses the memory of the least recently active flow for a new one.
 func (g *group) recycle(key flowKey) *flow {
 	var oldest *flow
 	for _, fl := range g.flows {
@@ -250,9 +247,8 @@ func (g *group) recycle(key flowKey) *flow {
 	return oldest
 }
 
-// counters returns the counters as of now. For a finished run, what is missing
-// or too many compared with the expected number of packets is counted in; 0
-// expects nothing.
+// counters returns the current counters. For a finished run they include missing or surplus packets
+// compared with the expected number; 0 expects nothing.
 func (g *group) counters(expect uint64) Counters {
 	c := g.c
 	c.Lost = g.retired
@@ -306,7 +302,7 @@ func (g *group) report(expect uint64) GroupReport {
 	return r
 }
 
-// pollDrops adds what the kernel dropped at the socket since the last time.
+// pollDrops adds the kernel's drops at the socket since the last call.
 func (g *group) pollDrops() error {
 	drops, err := socketDrops(g.fd)
 	if err != nil {

@@ -2,9 +2,8 @@ package traffic
 
 import "math/bits"
 
-// A histogram is log-linear: each power of two is cut into 32 steps, so that
-// a value read back is at most 1/32 (3.2 %) too high. Values from 2^40 ns (18
-// minutes) on share the last bucket.
+// A histogram is log-linear: each power of two is divided into 32 steps, so that a value read back
+// is at most 1/32 (3.2 %) too high. Values from 2^40 ns (18 minutes) on share the last bucket.
 const (
 	histStepBits = 5
 	histSteps    = 1 << histStepBits
@@ -12,8 +11,8 @@ const (
 	histBuckets  = (histMaxBits - histStepBits + 1) * histSteps
 )
 
-// Histogram holds how long packets took, in nanoseconds, in fixed memory (9
-// KiB). The zero value is empty and ready. It is not safe for concurrent use.
+// Histogram records latencies in nanoseconds, in fixed memory (9 KiB). The zero value is empty and
+// ready. It is not safe for concurrent use.
 type Histogram struct {
 	buckets  [histBuckets]uint64
 	n        uint64
@@ -22,9 +21,8 @@ type Histogram struct {
 	sum      float64
 }
 
-// Record adds one value in nanoseconds. A negative one - the receiver's clock
-// is behind the sender's - counts as zero in the percentiles and as it is in
-// the minimum.
+// Record adds one value in nanoseconds. A negative one (the receiver's clock is behind the
+// sender's) counts as zero in the percentiles and unchanged in the minimum.
 func (h *Histogram) Record(ns int64) {
 	if h.n == 0 {
 		h.min, h.max = ns, ns
@@ -39,7 +37,7 @@ func (h *Histogram) Record(ns int64) {
 	h.buckets[bucketOf(uint64(ns))]++
 }
 
-// Merge adds everything that other holds.
+// Merge adds the contents of other.
 func (h *Histogram) Merge(other *Histogram) {
 	if other.n == 0 {
 		return
@@ -57,9 +55,8 @@ func (h *Histogram) Merge(other *Histogram) {
 	h.sum += other.sum
 }
 
-// Quantile returns a value that at least the share q (0 to 1) of the recorded
-// ones do not exceed: the upper end of the bucket, and never more than the
-// maximum. It is 0 when nothing was recorded.
+// Quantile returns a value that at least the share q (0 to 1) of the recorded ones do not exceed:
+// the upper end of the bucket, limited to the maximum. It is 0 if nothing was recorded.
 func (h *Histogram) Quantile(q float64) int64 {
 	if h.n == 0 {
 		return 0
@@ -88,8 +85,8 @@ func (h *Histogram) Latency() Latency {
 	return l
 }
 
-// bucketOf numbers the buckets without a gap: the first histSteps values have
-// one each, then every octave has histSteps.
+// bucketOf numbers the buckets contiguously: the first histSteps values have one each, then every
+// octave has histSteps.
 func bucketOf(v uint64) int {
 	if v < histSteps {
 		return int(v)

@@ -13,29 +13,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxLegs is how many legs a sender may have.
+// MaxLegs is the maximum number of legs of a sender.
 const MaxLegs = 4
 
-// Leg is a way that a sender's packets take, and what happens to them there. Legs carry the same
-// packets, byte for byte.
+// Leg is a path for a sender's packets, with its impairments. Legs carry the same packets, byte for
+// byte.
 type Leg struct {
 	Target
-	// Delay is how much later than without it each packet is sent.
+	// Delay is added to the send time of each packet.
 	Delay time.Duration
-	// Loss is the share of packets that are left out, 0 to 1, Reorder the share of those that are
-	// sent after the three that follow them. Which ones these are says SendConfig.Seed.
+	// Loss is the share of packets that are dropped, 0 to 1, Reorder the share of those sent after
+	// the three that follow them. SendConfig.Seed determines which ones.
 	Loss, Reorder float64
 }
 
 const (
 	reorderBy  = 3         // packets
-	maxLegWait = 1 << 24   // packets that a leg may be behind another
-	minLegWait = 1 << 12   // room for what one system call sends, and more
-	saltLoss   = 0x5deece6 // what is drawn for
+	maxLegWait = 1 << 24   // maximum packets between the legs
+	minLegWait = 1 << 12   // more than one system call sends
+	saltLoss   = 0x5deece6 // selects the random decision
 	saltMoved  = 0x1b873593
 )
 
-// draw is a number from 0 to 1 for a packet on a leg: the same for the same seed.
+// draw is a pseudo-random number from 0 to 1 for a packet on a leg, determined by the seed.
 func draw(seed, salt uint64, leg int, index uint64) float64 {
 	// The mixer of SplitMix64.
 	x := seed + (index*MaxLegs+uint64(leg)+1)*fillFactor + salt<<32
@@ -44,7 +44,7 @@ func draw(seed, salt uint64, leg int, index uint64) float64 {
 	return float64((x^x>>31)>>11) / (1 << 53)
 }
 
-// leftOut says whether a leg leaves a packet out.
+// leftOut says whether a leg drops a packet.
 func (c *SendConfig) leftOut(leg int, index uint64) bool {
 	if c.Legs == nil || draw(c.Seed, saltLoss, leg, index) >= c.Legs[leg].Loss {
 		return false
@@ -52,7 +52,7 @@ func (c *SendConfig) leftOut(leg int, index uint64) bool {
 	return !c.Repairable || index%uint64(len(c.Legs)) != uint64(leg) || !c.onNoLeg(index)
 }
 
-// onNoLeg says whether all legs would leave a packet out.
+// onNoLeg says whether all legs would drop a packet.
 func (c *SendConfig) onNoLeg(index uint64) bool {
 	for leg := range c.Legs {
 		if draw(c.Seed, saltLoss, leg, index) >= c.Legs[leg].Loss {
@@ -86,7 +86,7 @@ func (c *SendConfig) checkLegs() error {
 	return nil
 }
 
-// maxDelay is how long the last leg is behind.
+// maxDelay is the largest delay of a leg.
 func (c *SendConfig) maxDelay() (d time.Duration) {
 	for _, l := range c.Legs {
 		d = max(d, l.Delay)
@@ -94,8 +94,8 @@ func (c *SendConfig) maxDelay() (d time.Duration) {
 	return d
 }
 
-// leg is a leg at work; a sender without legs has one. Run alone uses it, but for what a
-// Sender's mutex guards.
+// leg is the state of a leg; a sender without legs has one. Only Run uses it, except the fields
+// guarded by the Sender's mutex.
 type leg struct {
 	Leg
 	number  int
@@ -103,17 +103,17 @@ type leg struct {
 	targets []Target
 	names   []unix.RawSockaddrInet6 // of targets
 	msgs    *mmsgs
-	next    uint64   // the first packet that was not looked at
-	queue   []uint64 // packets that are due, in the order in which they go
-	held    []uint64 // packets that go after others
+	next    uint64   // the next packet to decide on
+	queue   []uint64 // due packets, in send order
+	held    []uint64 // packets to send after others
 	trouble troubles
-	wait    time.Duration // for the next packet, when early says so
+	wait    time.Duration // until the next packet, if early
 
 	// Guarded by Sender.mu.
 	sent, out, moved uint64
 }
 
-// take queues the packets before due, as many as fit into a batch.
+// take queues the packets before due that fit into a batch.
 func (s *Sender) take(l *leg, due uint64) {
 	for len(l.queue) < s.cfg.Batch {
 		if len(l.held) > 0 && (l.next > l.held[0]+reorderBy || l.next >= s.limit) {
@@ -144,8 +144,8 @@ func (s *Sender) take(l *leg, due uint64) {
 	}
 }
 
-// early says whether a leg must wait for a packet that another has sent later than it was due, and
-// notes until when.
+// early says whether a leg must wait for a packet that another leg has sent later than it was due,
+// and records until when.
 func (l *leg) early(s *Sender, index uint64) bool {
 	if l.Delay == 0 || index >= s.taken {
 		return false
@@ -155,7 +155,7 @@ func (l *leg) early(s *Sender, index uint64) bool {
 	return l.wait > 0
 }
 
-// stamp notes when a packet is first sent, so that its copies on other legs are the same.
+// stamp records when a packet is first sent, so that its copies on other legs are identical.
 func (s *Sender) stamp(index uint64) {
 	if index < s.taken {
 		return
@@ -173,7 +173,7 @@ func (s *Sender) due(l *leg, elapsed time.Duration) uint64 {
 	if s.cfg.Legs == nil || elapsed < l.Delay {
 		return min(due, s.limit)
 	}
-	// The stamps of packets that another leg has before it are kept.
+	// Keep the stamps of packets that another leg has yet to send.
 	slowest := l.next
 	for _, o := range s.legs {
 		slowest = min(slowest, o.next)
@@ -196,21 +196,21 @@ func (c *SendConfig) stampsFor() []int64 {
 	return make([]int64, min(uint64(1)<<bits.Len64(n), 2*maxLegWait))
 }
 
-// idle says that a leg has nothing left of the packets that it looked at.
+// idle says that no queued packets remain on a leg.
 func (l *leg) idle() bool { return len(l.queue) == 0 && len(l.held) == 0 }
 
 // LegReport is what was sent on a leg.
 type LegReport struct {
 	Target  string `json:"target"`
 	Packets uint64 `json:"packets"`
-	// LeftOut packets are the leg's loss, Reordered ones went after others that follow them.
+	// LeftOut packets were dropped on the leg; Reordered ones were sent after others that follow
+	// them.
 	LeftOut   uint64 `json:"left_out"`
 	Reordered uint64 `json:"reordered"`
 }
 
-// ParseLegs reads targets with commas between them, and what happens on them: a value for each
-// leg with commas between, or one for all. One delay is that of all legs but the first, which
-// the others are behind. Empty texts are none.
+// ParseLegs parses comma-separated targets, and their impairments: comma-separated values, one for
+// each leg, or one for all. A single delay applies to all legs but the first. Empty texts are none.
 func ParseLegs(targets, loss, delay, reorder string) ([]Leg, error) {
 	var legs []Leg
 	for _, text := range strings.Split(targets, ",") {
@@ -252,7 +252,7 @@ func ParseLegs(targets, loss, delay, reorder string) ([]Leg, error) {
 	return legs, err
 }
 
-// ParseShare reads a part of all, from 0% to 100%.
+// ParseShare parses a share from 0% to 100%.
 func ParseShare(s string) (float64, error) {
 	number, ok := strings.CutSuffix(s, "%")
 	v, err := strconv.ParseFloat(number, 64)

@@ -10,19 +10,19 @@ import (
 // mmsghdr is struct mmsghdr of sendmmsg(2) and recvmmsg(2).
 type mmsghdr struct {
 	hdr unix.Msghdr
-	// n is how many bytes were sent or received.
+	// n is the number of bytes sent or received.
 	n uint32
 }
 
-// slotGap keeps the starts of neighbouring buffers off the same cache sets,
-// which they would share at strides of a power of two.
+// slotGap keeps the starts of neighbouring buffers out of the same cache sets, which they would
+// share at strides of a power of two.
 const slotGap = 128
 
-// controlLen has room for a time stamp, a TTL and a TOS.
+// controlLen has room for a timestamp, a TTL and a TOS.
 const controlLen = 128
 
-// mmsgs are the message headers and buffers for one sendmmsg or recvmmsg. The
-// headers point into the other slices, which therefore never grow.
+// mmsgs are the message headers and buffers for one sendmmsg or recvmmsg. The headers point into
+// the other slices, which therefore never grow.
 type mmsgs struct {
 	hdrs     []mmsghdr
 	iovs     []unix.Iovec
@@ -57,20 +57,19 @@ func (m *mmsgs) payload(i, n int) []byte {
 	return m.payloads[start : start+n]
 }
 
-// control is what the kernel said of received message i.
+// control is the control data of received message i.
 func (m *mmsgs) control(i int) []byte {
 	n := min(int(m.hdrs[i].hdr.Controllen), controlLen)
 	return m.controls[i*controlLen : i*controlLen+n]
 }
 
-// send sends the first n messages without blocking and returns how many went.
-// An error is about the first that did not, and only comes when none went.
+// send sends the first n messages without blocking and returns how many were sent. An error is
+// about the first unsent one, and is only returned if none was sent.
 func (m *mmsgs) send(fd, n int) (int, unix.Errno) {
 	return m.call(unix.SYS_SENDMMSG, fd, n)
 }
 
-// receive reads up to all the messages without blocking. Nothing there is
-// EAGAIN.
+// receive reads as many messages as are available without blocking; EAGAIN if there are none.
 func (m *mmsgs) receive(fd int) (int, unix.Errno) {
 	for i := range m.hdrs {
 		h := &m.hdrs[i].hdr
@@ -90,8 +89,8 @@ func (m *mmsgs) call(trap uintptr, fd, n int) (int, unix.Errno) {
 	return int(done), 0
 }
 
-// fields reads what the kernel said of received message i: its header fields
-// and when it arrived (CLOCK_REALTIME, ns).
+// fields parses the control data of received message i: its header fields and its arrival time
+// (CLOCK_REALTIME, ns).
 func (m *mmsgs) fields(i int) (f Fields, arrival int64) {
 	f.Source = addrPort(&m.names[i])
 	rest := m.control(i)

@@ -7,10 +7,10 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Numbering says where packets carry a number that others than Receiver read: the format of a
-// rule that merges. The zero Numbering is none: the payload begins with our own header.
+// Numbering is the format of an additional sequence number for other receivers, such as a rule that
+// merges. The zero Numbering is none: the payload begins with our own header.
 //
-// Our header follows the format's own:
+// Our header follows the format's header:
 //
 //	rtp        12 bytes, RFC 3550 section 5.1
 //	rfc4175    20 bytes: and the payload header of RFC 4175 section 4.2, of one line
@@ -31,7 +31,7 @@ const (
 	rtpClock       = 90000 // Hz
 )
 
-// ParseNumbering reads a format as merge= of a rule has it, without its options.
+// ParseNumbering parses a format as in merge= of a rule, without options.
 func ParseNumbering(s string) (Numbering, error) {
 	m, err := rules.ParseMerge(s)
 	if err != nil {
@@ -54,10 +54,10 @@ func ParseNumbering(s string) (Numbering, error) {
 	return n, nil
 }
 
-// String formats the numbering as ParseNumbering reads it; the zero Numbering is empty.
+// String formats the numbering as ParseNumbering parses it; the zero Numbering is empty.
 func (n Numbering) String() string { return n.merge.String() }
 
-// headerLen is how many bytes are in front of our own header.
+// headerLen is the number of bytes before our own header.
 func (n Numbering) headerLen() int {
 	switch n.merge.Format {
 	case rules.MergeNone:
@@ -90,9 +90,9 @@ func (n Numbering) bits() uint {
 	return 32
 }
 
-func (n Numbering) mask() uint64 { return 1<<n.bits() - 1 } // of 64 bits, too: the shift gives 0
+func (n Numbering) mask() uint64 { return 1<<n.bits() - 1 } // also for 64 bits: the shift gives 0
 
-// put fills the whole of b with a packet. Its number is first and as many more as h.Seq.
+// put fills all of b with a packet, numbered first + h.Seq.
 func (n Numbering) put(b []byte, h Header, first uint64) {
 	p, number := b[n.headerLen():], first+h.Seq
 	Encode(p, h)
@@ -129,10 +129,10 @@ func (n Numbering) put(b []byte, h Header, first uint64) {
 	}
 }
 
-// session tells a sender, and each of its flows, from others.
+// session identifies a sender and one of its flows.
 func session(h Header) uint64 { return h.Stream + uint64(h.Flow)*fillFactor }
 
-// putHex fills b with the lower digits of v.
+// putHex fills b with the lower hexadecimal digits of v.
 func putHex(b []byte, v uint64) {
 	const digits = "0123456789ABCDEF"
 	for i := len(b) - 1; i >= 0; i-- {
@@ -162,13 +162,13 @@ func field(b []byte, offset uint16, width uint8, little bool) (v uint64) {
 	return v
 }
 
-// numbered is what the format's own header of a packet says.
+// numbered is the content of the format's header of a packet.
 type numbered struct {
 	session, number uint64
-	count           int // numbers that the packet takes
+	count           int // sequence numbers that the packet takes
 }
 
-// read reads the number of any sender's packet. It is false for packets without one, such as
+// read parses the number of any sender's packet. It returns false for packets without one, such as
 // heartbeats and RTCP.
 func (n Numbering) read(b []byte) (numbered, bool) {
 	out := numbered{count: 1}
@@ -198,7 +198,7 @@ func (n Numbering) read(b []byte) (numbered, bool) {
 			return out, false
 		}
 		out.count = int(binary.BigEndian.Uint16(b[18:]))
-		if out.count == 0xffff { // the end of the session
+		if out.count == 0xffff { // end of the session
 			return out, false
 		}
 		out.session = binary.BigEndian.Uint64(b[2:]) + fillFactor*uint64(binary.BigEndian.Uint16(b))

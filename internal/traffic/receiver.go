@@ -11,67 +11,60 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RecvConfig says what to receive and what to expect of it.
+// RecvConfig configures what to receive and what to expect.
 type RecvConfig struct {
-	// Subscriptions are the endpoints to listen for, at least one.
+	// Subscriptions are the endpoints to listen to, at least one.
 	Subscriptions []Subscription
-	// Groups is how many consecutive group addresses each subscription stands
-	// for; 0 means 1.
+	// Groups is the number of consecutive group addresses of each subscription; 0 means 1.
 	Groups int
-	// FromStart says that every stream begins at sequence number 0, so that
-	// what is missing before its first packet is lost.
+	// FromStart says that every stream begins at sequence number 0, so that packets missing before
+	// the first received one are lost.
 	FromStart bool
-	// Expect is how many packets each group is to receive. What is missing in
-	// the end is lost, what is more is surplus. 0 expects nothing.
+	// Expect is how many packets each group should receive. Missing ones are lost at the end,
+	// further ones are surplus. 0 expects nothing.
 	Expect uint64
 	// Expected are the header fields that packets must have.
 	Expected Expected
-	// Numbering is a number in front that packets have. Those of other senders are accounted for
-	// by it, one flow for each sender; ours must have it right.
+	// Numbering is the format of an additional number in packets. Packets of other senders are
+	// accounted for by it, one flow for each sender; in our own it must be correct.
 	Numbering Numbering
-	// Late is the time after which a missing number that comes is late, such as what the
-	// receiver of a real stream holds back; 0 means never.
+	// Late is the time after which a repaired packet is late, like the buffer of a real stream's
+	// receiver; 0 means never.
 	Late time.Duration
-	// Window is within how many sequence numbers late packets and duplicates
-	// are told apart, a power of two from 64 on; 0 means 65536. It costs one
-	// bit a number for each flow.
+	// Window is the window within which late packets and duplicates are distinguished, in sequence
+	// numbers, a power of two from 64 on; 0 means 65536. It takes one bit a number for each flow.
 	Window int
-	// SocketBuffer is the receive buffer of each socket in bytes; 0 means 32
-	// MiB. The kernel grants less to a process without CAP_NET_ADMIN.
+	// SocketBuffer is the receive buffer of each socket in bytes; 0 means 32 MiB. The kernel grants
+	// less to a process without CAP_NET_ADMIN.
 	SocketBuffer int
-	// Batch is the most datagrams read in one system call, up to 1024; 0
-	// means 64.
+	// Batch is the maximum number of datagrams per system call, up to 1024; 0 means 64.
 	Batch int
 
-	// Count ends the run after that many packets, of all groups together; 0
-	// means no end.
+	// Count ends the run after that many packets, of all groups together; 0 means no end.
 	Count uint64
 	// Duration ends the run after that time; 0 means no end.
 	Duration time.Duration
-	// Idle ends the run when no packet was received for that time after the
-	// last one. It does not end a run that has received nothing. 0 means no end.
+	// Idle ends the run if no packet was received for that time after the last one. It does not end
+	// a run that has received nothing. 0 means no end.
 	Idle time.Duration
 }
 
 const (
-	// DefaultWindow is the window of a RecvConfig that leaves it 0.
+	// DefaultWindow is the default of RecvConfig.Window.
 	DefaultWindow = 65536
-	// DefaultSocketBuffer is the socket buffer of a RecvConfig that leaves it
-	// 0, in bytes.
+	// DefaultSocketBuffer is the default of RecvConfig.SocketBuffer, in bytes.
 	DefaultSocketBuffer = 32 << 20
 
 	defaultRecvBatch = 64
 
 	// maxDatagram has room for the largest UDP datagram of either family.
 	maxDatagram = 65536
-	// lastLook bounds how long a run that is to end reads what already waits
-	// in its sockets.
+	// lastLook limits how long a run that is ending reads what is already queued in its sockets.
 	lastLook = 200 * time.Millisecond
 )
 
-// Receiver receives and accounts for numbered packets. Run may be called on
-// any goroutine, once; Report and Interval may be called at any time from any
-// goroutine.
+// Receiver receives and accounts for numbered packets. Run may be called on any goroutine, once;
+// Report and Interval may be called at any time from any goroutine.
 type Receiver struct {
 	cfg    RecvConfig
 	msgs   *mmsgs
@@ -97,10 +90,9 @@ type Receiver struct {
 	}
 }
 
-// NewReceiver checks the configuration, opens a socket for each group in the
-// network namespace of the calling thread, and joins. What arrives from then
-// on is received, by Run. The caller must Close the receiver. An interface
-// that does not exist gives an error that matches ErrNoInterface.
+// NewReceiver checks the configuration, opens a socket for each group in the network namespace of
+// the calling thread, and joins. Run receives everything that arrives from then on. The caller must
+// Close the receiver. The error for a missing interface matches ErrNoInterface.
 func NewReceiver(cfg RecvConfig) (_ *Receiver, err error) {
 	cfg.setDefaults()
 	subs, err := cfg.expand()
@@ -174,16 +166,14 @@ func (c *RecvConfig) check() error {
 	return nil
 }
 
-// Check says what is wrong with the configuration as far as that can be told
-// without looking at this host. NewReceiver does it too.
+// Check validates the configuration without accessing this host. NewReceiver does it too.
 func (c RecvConfig) Check() error {
 	c.setDefaults()
 	_, err := c.expand()
 	return err
 }
 
-// expand checks the configuration and returns a subscription for each group,
-// none twice.
+// expand checks the configuration and returns a subscription for each group, without duplicates.
 func (c *RecvConfig) expand() ([]Subscription, error) {
 	if err := c.check(); err != nil {
 		return nil, err
@@ -216,9 +206,9 @@ func (c *RecvConfig) expand() ([]Subscription, error) {
 	return subs, nil
 }
 
-// add opens the socket of one subscription. Each has its own, bound to its
-// group and port: the stack then sorts the packets, the limit on memberships a
-// socket (igmp_max_memberships) does not matter, and drops count by group.
+// add opens the socket of one subscription. Each has its own, bound to its group and port: the
+// stack then sorts the packets, the limit on memberships a socket (igmp_max_memberships) does not
+// matter, and drops are counted by group.
 func (r *Receiver) add(sub Subscription) error {
 	fd, ifindex, err := openUDP(sub.Addr.Addr(), sub.Interface)
 	if err != nil {
@@ -247,7 +237,7 @@ func (r *Receiver) add(sub Subscription) error {
 		}
 		return fmt.Errorf("bind: %w", err)
 	}
-	// Watched first: there is no packet before the join.
+	// Watched first: there are no packets before the join.
 	if err := r.watch(fd, len(r.groups)-1); err != nil {
 		return err
 	}
@@ -261,12 +251,12 @@ func recvOptions(sub Subscription) []option {
 	o := []option{{"SO_TIMESTAMPNS", unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW, 1}}
 	multicast := sub.Addr.Addr().IsMulticast()
 	if multicast {
-		// Others may listen to the same group. A unicast port has one owner:
-		// the option would take the packets away from another program.
+		// Others may listen to the same group. A unicast port has one owner: the option would take
+		// packets away from another program.
 		o = append(o, option{"SO_REUSEADDR", unix.SOL_SOCKET, unix.SO_REUSEADDR, 1})
 	}
-	// *_MULTICAST_ALL = 0: only what this very socket joined, from the sources
-	// it joined, not what others on this host did.
+	// *_MULTICAST_ALL = 0: only what this very socket joined, from the sources it joined, not what
+	// others on this host did.
 	if sub.Addr.Addr().Is4() {
 		o = append(o,
 			option{"IP_RECVTTL", unix.IPPROTO_IP, unix.IP_RECVTTL, 1},
@@ -286,9 +276,9 @@ func recvOptions(sub Subscription) []option {
 	return o
 }
 
-// watch adds a descriptor to the epoll set, to be reported as that index.
+// watch adds a descriptor to the epoll set, reported as index.
 func (r *Receiver) watch(fd, index int) error {
-	// The kernel hands the Fd field back as it is.
+	// The kernel returns the Fd field unchanged.
 	event := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(index)}
 	if err := unix.EpollCtl(r.epoll, unix.EPOLL_CTL_ADD, fd, &event); err != nil {
 		return fmt.Errorf("epoll add: %w", err)
@@ -296,8 +286,8 @@ func (r *Receiver) watch(fd, index int) error {
 	return nil
 }
 
-// Close leaves all groups and closes the sockets; Report still answers. It
-// must not be called while Run is running.
+// Close leaves all groups and closes the sockets; Report still works. It must not be called while
+// Run is running.
 func (r *Receiver) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -320,9 +310,9 @@ func (r *Receiver) Close() error {
 	return nil
 }
 
-// Run receives until the count, the duration or the idle time is reached or
-// ctx is done; each of these is a normal end, without an error. Except after
-// the count it then reads what already waits in the sockets.
+// Run receives until the count, the duration or the idle time is reached or ctx is done; each of
+// these is a normal end, without an error. Except after the count it then reads what is already
+// queued in the sockets.
 func (r *Receiver) Run(ctx context.Context) error {
 	if r.ran {
 		return fmt.Errorf("receiver: %w", ErrRunTwice)
@@ -336,8 +326,8 @@ func (r *Receiver) Run(ctx context.Context) error {
 	woken := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(woken)
-		// A number that is not 0 in either byte order. It cannot fail: the
-		// counter is far from full.
+		// A number that is not 0 in either byte order. It cannot fail: the counter is far from
+		// full.
 		_, _ = unix.Write(r.wake, []byte{1, 0, 0, 0, 0, 0, 0, 1})
 	})
 	defer func() {
@@ -358,8 +348,7 @@ func (r *Receiver) Run(ctx context.Context) error {
 	return r.drain()
 }
 
-// timeout says how long Run may wait, in milliseconds, -1 for ever, or that
-// its time is over.
+// timeout returns how long Run may wait, in milliseconds, -1 forever, or that its time is over.
 func (r *Receiver) timeout() (ms int, expired bool) {
 	left := time.Duration(math.MaxInt64)
 	if r.cfg.Duration > 0 {
@@ -377,8 +366,8 @@ func (r *Receiver) timeout() (ms int, expired bool) {
 	return int(min(left/time.Millisecond, math.MaxInt32-1)) + 1, false
 }
 
-// wait waits for datagrams and reads one batch from each socket that has some.
-// It says whether the count was reached.
+// wait waits for datagrams and reads one batch from each socket that has some. It returns whether
+// the count was reached.
 func (r *Receiver) wait(ms int) (done bool, err error) {
 	n, err := unix.EpollWait(r.epoll, r.ready, ms)
 	if err != nil && !errors.Is(err, unix.EINTR) {
@@ -387,7 +376,7 @@ func (r *Receiver) wait(ms int) (done bool, err error) {
 	for i := range max(n, 0) {
 		index := r.ready[i].Fd
 		if index < 0 {
-			continue // woken by ctx, which Run looks at
+			continue // woken by ctx, which Run checks
 		}
 		if _, done, err := r.read(r.groups[index]); done || err != nil {
 			return done, err
@@ -396,8 +385,8 @@ func (r *Receiver) wait(ms int) (done bool, err error) {
 	return false, nil
 }
 
-// drain reads what waits in the sockets. A sender that goes on sending cannot
-// hold it for longer than lastLook.
+// drain reads what is queued in the sockets. A sender that keeps sending cannot prolong it beyond
+// lastLook.
 func (r *Receiver) drain() error {
 	deadline := time.Now().Add(lastLook)
 	for _, g := range r.groups {
@@ -417,8 +406,8 @@ func (r *Receiver) drain() error {
 	return nil
 }
 
-// read reads a batch from a group's socket and accounts for it. It returns how
-// many datagrams there were and whether the count was reached.
+// read reads a batch from a group's socket and accounts for it. It returns how many datagrams there
+// were and whether the count was reached.
 func (r *Receiver) read(g *group) (n int, done bool, err error) {
 	n, errno := r.msgs.receive(g.fd)
 	switch errno {
@@ -462,8 +451,8 @@ func (r *Receiver) finish() {
 	r.finished = max(time.Since(r.started), 1)
 }
 
-// Report says what has been received so far. Packets missing at the end,
-// compared with the expected number, count from when Run has returned.
+// Report returns the results so far. Packets missing at the end, compared with the expected number,
+// count once Run has returned.
 func (r *Receiver) Report() RecvReport {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -489,7 +478,7 @@ func (r *Receiver) Report() RecvReport {
 	rep.Latency = all.Latency()
 	rep.SpanNS = last - first
 	if rep.SpanNS > 0 && rep.Total.Received > 1 {
-		// n packets are n-1 steps apart.
+		// n packets span n-1 intervals.
 		n := float64(rep.Total.Received)
 		rep.PacketsPerSecond = (n - 1) / float64(rep.SpanNS) * 1e9
 		rep.BitsPerSecond = rep.PacketsPerSecond * float64(rep.Total.Bytes*8) / n
@@ -497,7 +486,7 @@ func (r *Receiver) Report() RecvReport {
 	return rep
 }
 
-// Interval reports the time since the Interval before it, or since Run began.
+// Interval reports the time since the previous Interval, or since Run began.
 func (r *Receiver) Interval() IntervalReport {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -529,8 +518,8 @@ func (r *Receiver) Interval() IntervalReport {
 	return rep
 }
 
-// expect is the number of packets that a group must have by now: none can be
-// missing at the end before the end.
+// expect is the number of packets that a group must have by now: before the end none can be missing
+// at the end.
 func (r *Receiver) expect() uint64 {
 	if r.finished == 0 {
 		return 0

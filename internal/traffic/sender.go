@@ -20,29 +20,26 @@ import (
 // ErrRunTwice is returned by the second Run of a Sender or Receiver.
 var ErrRunTwice = errors.New("already run")
 
-// SendConfig says what to send.
+// SendConfig configures a Sender.
 type SendConfig struct {
-	// Target is the first group, or the unicast address. With Legs it is not used.
+	// Target is the first group, or the unicast address. It is not used with Legs.
 	Target Target
-	// Legs are several ways for the same packets; nil is the one way to Target.
+	// Legs are several paths for the same packets; nil is a single path to Target.
 	Legs []Leg
-	// Seed says which packets the legs leave out or reorder, and which is the first number of
-	// RTP.
+	// Seed determines which packets the legs drop or reorder, and the first RTP number.
 	Seed uint64
-	// Repairable has each packet on one leg at least.
+	// Repairable keeps each packet on at least one leg.
 	Repairable bool
-	// Numbering is a number in front of our own header, for others to read.
+	// Numbering adds a number before our own header, for other receivers.
 	Numbering Numbering
-	// Groups is how many consecutive group addresses get packets in turn; 0
-	// means 1.
+	// Groups is the number of consecutive group addresses that get packets in turn; 0 means 1.
 	Groups int
 	// Rate is for all groups together; the zero value is as fast as possible.
 	Rate Rate
-	// Size is the UDP payload in bytes, HeaderLen and the Numbering's own header to MaxPayload;
-	// 0 means the smallest.
+	// Size is the UDP payload in bytes, from HeaderLen plus the Numbering's header to MaxPayload; 0
+	// means the smallest.
 	Size int
-	// Count ends the run after that many packets, of all groups together; 0
-	// means no end.
+	// Count ends the run after that many packets, of all groups together; 0 means no end.
 	Count uint64
 	// Duration ends the run after that time; 0 means no end.
 	Duration time.Duration
@@ -55,10 +52,10 @@ type SendConfig struct {
 	Source netip.Addr
 	// SourcePort is the port to send from; 0 lets the kernel choose.
 	SourcePort uint16
-	// Batch is the most packets in one system call, up to 1024; 0 means 64.
+	// Batch is the maximum number of packets per system call, up to 1024; 0 means 64.
 	Batch int
-	// MaxLag is how much of its schedule the sender catches up on after it was held up; 0 means
-	// a second. What it catches up on is sent as fast as possible.
+	// MaxLag is how much of its schedule a delayed sender catches up on; 0 means a second. It
+	// catches up as fast as possible.
 	MaxLag time.Duration
 }
 
@@ -68,36 +65,35 @@ const (
 
 	sendBuffer = 4 << 20
 
-	// lastPackets is how long beyond its duration a paced run may take to
-	// send what was due within it.
+	// lastPackets is how much longer than its duration a paced run may take to send the packets due
+	// within it.
 	lastPackets = 100 * time.Millisecond
-	// patience is how long the network may refuse every packet before that is
-	// the end of the run.
+	// patience is how long the network may refuse every packet before the run ends.
 	patience = 3 * time.Second
-	// fullNap is the wait for room in a full buffer. Waiting for the socket to
-	// become writable would not do: a full device queue does not show there,
-	// and a pending ICMP error makes the wait return at once.
+	// fullNap is the wait for room in a full buffer. Waiting for the socket to become writable does
+	// not work: a full device queue does not show there, and a pending ICMP error makes the wait
+	// return at once.
 	fullNap = 50 * time.Microsecond
 	// errorNap is the wait after the network refused a packet.
 	errorNap = time.Millisecond
 )
 
-// Sender sends numbered packets. Run may be called on any goroutine, once;
-// Report may be called at any time from any goroutine.
+// Sender sends numbered packets. Run may be called on any goroutine, once; Report may be called at
+// any time from any goroutine.
 type Sender struct {
 	cfg    SendConfig
 	legs   []*leg
 	stream uint64
 	first  uint64  // the number of packet 0
-	stamps []int64 // with legs: when packets were first sent, a ring
+	stamps []int64 // with legs: when packets were first sent, as a ring
 	pacer  pacer
 	limit  uint64 // packets
-	ran    bool   // used by Run and Close alone
+	ran    bool   // used only by Run and Close
 
 	mu       sync.Mutex // guards what follows
 	started  time.Time
-	taken    uint64        // with legs: packets that were looked at
-	onNone   uint64        // packets that all legs left out
+	taken    uint64        // with legs: packets decided on
+	onNone   uint64        // packets that all legs dropped
 	elapsed  time.Duration // to the latest sent packet
 	full     uint64
 	refused  uint64
@@ -139,7 +135,7 @@ func NewSender(cfg SendConfig) (*Sender, error) {
 }
 
 // firstNumber is the number of packet 0: a random one with RTP (RFC 3550 section 5.1), 1 with
-// others, as exchanges have it.
+// others, as at exchanges.
 func (c *SendConfig) firstNumber() uint64 {
 	if f := c.Numbering.merge.Format; f == rules.MergeRTP || f == rules.MergeRFC4175 {
 		return uint64(draw(c.Seed, 0, 0, 0) * (1 << 16))
@@ -147,8 +143,8 @@ func (c *SendConfig) firstNumber() uint64 {
 	return 1
 }
 
-// Send makes a sender in the network namespace of the calling thread, runs it
-// and closes it. The report is of what was sent, with an error too.
+// Send makes a sender in the network namespace of the calling thread, runs it and closes it. The
+// report is valid even with an error.
 func Send(ctx context.Context, cfg SendConfig) (SendReport, error) {
 	s, err := NewSender(cfg)
 	if err != nil {
@@ -164,8 +160,7 @@ func newStreamID() uint64 {
 	return binary.BigEndian.Uint64(b[:])
 }
 
-// Check says what is wrong with the configuration as far as that can be told
-// without looking at this host. NewSender does it too.
+// Check validates the configuration without accessing this host. NewSender does it too.
 func (c SendConfig) Check() error {
 	c.setDefaults()
 	_, err := c.expand()
@@ -247,7 +242,7 @@ func (s *Sender) open(l *leg) (err error) {
 	if _, err := setBuffer(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, sendBuffer); err != nil {
 		return err
 	}
-	if s.cfg.Legs != nil { // of one source port, if there is one
+	if s.cfg.Legs != nil { // with one source port, if given
 		if err := setOptions(fd, []option{{"SO_REUSEADDR", unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}}); err != nil {
 			return err
 		}
@@ -262,9 +257,8 @@ func (s *Sender) open(l *leg) (err error) {
 	return nil
 }
 
-// options returns the socket options. With IP_RECVERR a packet that a full
-// device queue turned away is an error, ENOBUFS; without it the kernel says
-// that it was sent (net/ipv4/udp.c, udp_send_skb).
+// options returns the socket options. With IP_RECVERR a packet refused by a full device queue is an
+// error, ENOBUFS; without it the kernel reports success (net/ipv4/udp.c, udp_send_skb).
 func (s *Sender) options(addr netip.Addr) []option {
 	var ttl, tos = int(s.cfg.TTL), int(s.cfg.DSCP) << 2
 	multicast := addr.IsMulticast()
@@ -309,7 +303,7 @@ func (s *Sender) bind(fd int, addr netip.Addr, ifindex uint32) error {
 	return nil
 }
 
-// addressMessages prepares the destinations that prepare chooses from.
+// addressMessages prepares the destinations from which prepare chooses.
 func (l *leg) addressMessages(ifindex uint32) {
 	l.names = make([]unix.RawSockaddrInet6, len(l.targets))
 	var size uint32
@@ -336,10 +330,9 @@ func (s *Sender) Close() error {
 	return nil
 }
 
-// Run sends until the count or the duration is reached or ctx is done; each of
-// these is a normal end, without an error. With legs, it goes on until all of them
-// have had the same packets. It returns an error when the kernel refuses to send
-// for good.
+// Run sends until the count or the duration is reached or ctx is done; each of these is a normal
+// end, without an error. With legs, it continues until all of them have sent the same packets. It
+// returns an error if the kernel permanently refuses to send.
 func (s *Sender) Run(ctx context.Context) error {
 	if s.ran {
 		return fmt.Errorf("sender: %w", ErrRunTwice)
@@ -366,7 +359,7 @@ func (s *Sender) Run(ctx context.Context) error {
 			return nil
 		}
 		if elapsed >= end {
-			// Without a rate the legs are not far from each other.
+			// Without a rate the legs are not far apart.
 			if s.cfg.Legs == nil || s.limit == s.taken {
 				return nil
 			}
@@ -382,7 +375,7 @@ func (s *Sender) Run(ctx context.Context) error {
 	}
 }
 
-// end is when a run is over, whatever was sent.
+// end is when a run is over, regardless of what was sent.
 func (s *Sender) end() time.Duration {
 	switch {
 	case s.cfg.Duration == 0:
@@ -393,7 +386,7 @@ func (s *Sender) end() time.Duration {
 	return s.cfg.Duration
 }
 
-// turn sends a batch on each leg that has some due.
+// turn sends a batch on each leg with due packets.
 func (s *Sender) turn(elapsed time.Duration) (worked bool, err error) {
 	for _, l := range s.legs {
 		s.pacer.limitLag(l.next, elapsed-l.Delay)
@@ -436,9 +429,9 @@ func (s *Sender) done() bool {
 	return true
 }
 
-// prepare encodes the first n packets of a leg's queue. Which flow and which number a packet has
-// follows from its place, so packets that the kernel does not take are simply prepared again;
-// without legs, with the time of the new attempt.
+// prepare encodes the first n packets of a leg's queue. A packet's flow and number follow from its
+// index, so packets that the kernel did not take are simply prepared again; without legs, with the
+// time of the new attempt.
 func (s *Sender) prepare(l *leg, n int) {
 	now := time.Now().UnixNano()
 	groups := uint64(len(l.targets))
@@ -475,7 +468,7 @@ func (s *Sender) finish() {
 	s.finished = max(time.Since(s.started), 1)
 }
 
-// Report says what has been sent so far.
+// Report returns what has been sent so far.
 func (s *Sender) Report() SendReport {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -508,7 +501,7 @@ func (s *Sender) Report() SendReport {
 	case !s.started.IsZero():
 		r.ElapsedNS = int64(time.Since(s.started))
 	}
-	// The first packet goes at time 0, so n packets are n-1 steps apart.
+	// The first packet is sent at time 0, so n packets span n-1 intervals.
 	if r.Packets > 1 && s.elapsed > 0 {
 		r.PacketsPerSecond = float64(r.Packets-1) / s.elapsed.Seconds()
 		r.BitsPerSecond = r.PacketsPerSecond * float64(s.cfg.Size*8)
@@ -518,7 +511,7 @@ func (s *Sender) Report() SendReport {
 
 func streamName(id uint64) string { return fmt.Sprintf("%016x", id) }
 
-// errorKind sorts what sendmmsg answers.
+// errorKind classifies errors of sendmmsg.
 type errorKind uint8
 
 const (
@@ -534,8 +527,8 @@ func kindOf(errno unix.Errno) errorKind {
 		return noError
 	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
 		return bufferFull
-	// Mostly these report what ICMP said of an earlier packet, or a link that
-	// is down for the moment. EPERM is a packet filter's verdict.
+	// Usually these report an ICMP error about an earlier packet, or a link that is temporarily
+	// down. EPERM is a packet filter's verdict.
 	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.ENETDOWN, unix.EHOSTDOWN,
 		unix.ENOPROTOOPT, unix.EPROTO, unix.EOPNOTSUPP, unix.EMSGSIZE, unix.EACCES, unix.EPERM:
 		return networkRefused
@@ -543,13 +536,12 @@ func kindOf(errno unix.Errno) errorKind {
 	return fatal
 }
 
-// troubles remembers since when nothing could be sent.
+// troubles tracks since when nothing could be sent.
 type troubles struct {
 	since time.Time
 }
 
-// handle waits as the answer to a send asks for, and returns an error when it
-// is no use to try again.
+// handle waits as appropriate for an error of a send, and returns an error if retrying is futile.
 func (t *troubles) handle(errno unix.Errno) error {
 	switch kindOf(errno) {
 	case noError:
@@ -571,16 +563,16 @@ func (t *troubles) handle(errno unix.Errno) error {
 	return nil
 }
 
-// nap blocks the thread for a short time. The runtime's own timers may be a
-// millisecond late, which is the time of thousands of packets.
+// nap blocks the thread for a short time. The runtime's own timers may be a millisecond late, the
+// time of thousands of packets.
 func nap(d time.Duration) {
 	ts := unix.NsecToTimespec(int64(d))
-	// Waking early, by EINTR, only means to look again earlier.
+	// Waking early, by EINTR, is harmless.
 	_ = unix.ClockNanosleep(unix.CLOCK_MONOTONIC, 0, &ts, nil)
 }
 
-// waitUntil returns at the deadline, when ctx is done, or earlier: the caller
-// looks again. A long wait can be interrupted; only its end is a nap.
+// waitUntil returns at the deadline, when ctx is done, or earlier: the caller checks again. A long
+// wait can be interrupted; only its end is a nap.
 func waitUntil(ctx context.Context, timer *time.Timer, deadline time.Time) {
 	const blockable = 5 * time.Millisecond
 	left := time.Until(deadline)

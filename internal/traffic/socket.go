@@ -9,17 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoInterface is matched by the error for an interface that does not exist
-// in the network namespace.
+// ErrNoInterface is matched by the error for an interface that does not exist in the network
+// namespace.
 var ErrNoInterface = errors.New("no such interface in this network namespace")
 
-// openUDP opens a UDP socket of the family of addr, without blocking, that
-// sends and receives through the interface alone, and returns it with the
-// interface's index. The caller closes it.
+// openUDP opens a non-blocking UDP socket of the family of addr that only uses the interface, and
+// returns it with the interface's index. The caller closes it.
 //
-// The socket is bound to the device, because not every check of the stack
-// minds the interface: an IPv6 membership on one interface lets the group in
-// from all of them, and a unicast address answers on all of them.
+// The socket is bound to the device, because not every check in the stack considers the interface:
+// an IPv6 membership on one interface accepts the group on all of them, and a unicast address
+// answers on all of them.
 func openUDP(addr netip.Addr, ifname string) (fd int, ifindex uint32, err error) {
 	family := unix.AF_INET
 	if addr.Is6() {
@@ -69,11 +68,10 @@ func setOptions(fd int, options []option) error {
 	return nil
 }
 
-// setBuffer asks for a socket buffer of that many bytes and returns what the
-// kernel granted. Going beyond net.core.rmem_max or wmem_max takes
-// CAP_NET_ADMIN; without it the limit is what one gets. The kernel doubles the
-// value for its own overhead and reports the double (socket(7)); here it is
-// the half.
+// setBuffer sets the size of a socket buffer in bytes and returns what the kernel granted.
+// Exceeding net.core.rmem_max or wmem_max requires CAP_NET_ADMIN; otherwise the size is clamped.
+// The kernel doubles the value for its own overhead and reports the double (socket(7)); this
+// returns half of that.
 func setBuffer(fd, force, plain, size int) (granted int, err error) {
 	err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, size)
 	if errors.Is(err, unix.EPERM) {
@@ -89,8 +87,8 @@ func setBuffer(fd, force, plain, size int) (granted int, err error) {
 	return granted / 2, nil
 }
 
-// sockaddr returns the address for bind. An IPv6 address carries
-// the interface; the kernel minds it for those of link-local scope only.
+// sockaddr returns the address for bind. An IPv6 address carries the interface; the kernel uses it
+// only for link-local scope.
 func sockaddr(addr netip.AddrPort, ifindex uint32) unix.Sockaddr {
 	if addr.Addr().Is4() {
 		return &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
@@ -98,8 +96,8 @@ func sockaddr(addr netip.AddrPort, ifindex uint32) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16(), ZoneId: ifindex}
 }
 
-// rawSockaddr is sockaddr in the kernel's form, with its length. An IPv4
-// address takes the first part of the memory.
+// rawSockaddr is sockaddr in the kernel's format, with its length. An IPv4 address takes the first
+// part of the memory.
 func rawSockaddr(addr netip.AddrPort, ifindex uint32) (raw unix.RawSockaddrInet6, size uint32) {
 	port := addr.Port()
 	bigEndian := [2]byte{byte(port >> 8), byte(port)}
@@ -117,8 +115,7 @@ func rawSockaddr(addr netip.AddrPort, ifindex uint32) (raw unix.RawSockaddrInet6
 	return raw, unix.SizeofSockaddrInet6
 }
 
-// addrPort is the inverse of rawSockaddr, without the interface; the zero
-// value for another family.
+// addrPort is the inverse of rawSockaddr, without the interface; the zero value for another family.
 func addrPort(raw *unix.RawSockaddrInet6) netip.AddrPort {
 	bigEndian := (*[2]byte)(unsafe.Pointer(&raw.Port))
 	port := uint16(bigEndian[0])<<8 | uint16(bigEndian[1])
@@ -158,8 +155,7 @@ type groupSourceReq struct {
 	source  sockaddrStorage
 }
 
-// join makes the socket a member of the subscription's group. The membership
-// ends with the socket.
+// join makes the socket a member of the subscription's group. The membership ends with the socket.
 func join(fd int, sub Subscription, ifindex uint32) error {
 	group := sub.Addr.Addr()
 	level := unix.IPPROTO_IP

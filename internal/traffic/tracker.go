@@ -5,7 +5,7 @@ import (
 	"math/bits"
 )
 
-// Verdict is what a Tracker says of one packet.
+// Verdict is a Tracker's verdict on one packet.
 type Verdict uint8
 
 const (
@@ -15,17 +15,17 @@ const (
 	Reordered
 	// Duplicate: seen before.
 	Duplicate
-	// Stale: so far behind the highest that the window cannot tell a late
-	// packet from a duplicate. What it may have filled stays counted as lost.
+	// Stale: so far behind the highest that the window cannot tell a late packet from a duplicate.
+	// A gap that it may have filled stays lost.
 	Stale
 )
 
-// Tracker accounts for the sequence numbers of one flow: which were received,
-// and how many are missing. Within its window, counted back from the highest
-// number seen, it is exact; its memory is the window, one bit a number.
+// Tracker accounts for the sequence numbers of one flow: which were received, and how many are
+// missing. Within its window, counted back from the highest number seen, it is exact; its memory is
+// the window, one bit a number.
 //
-// Numbers before the first one received are not missing, unless the tracker
-// was told to begin at 0. It is not safe for concurrent use.
+// Numbers before the first one received are not missing, unless the tracker starts at 0. It is not
+// safe for concurrent use.
 type Tracker struct {
 	fromStart bool
 	started   bool
@@ -35,9 +35,8 @@ type Tracker struct {
 	seen      []uint64 // bit n%window: n was received, for n in (highest-window, highest]
 }
 
-// NewTracker returns a tracker with a window of that many sequence numbers, a
-// power of two from 64 on. With fromStart, the stream begins at 0 and what is
-// missing before the first packet is lost.
+// NewTracker returns a tracker with a window of this many sequence numbers, a power of two from 64
+// on. With fromStart, the stream begins at 0 and numbers missing before the first packet are lost.
 func NewTracker(window int, fromStart bool) (*Tracker, error) {
 	if err := checkWindow(window); err != nil {
 		return nil, err
@@ -49,7 +48,7 @@ func newTracker(window int, fromStart bool) *Tracker {
 	return &Tracker{fromStart: fromStart, seen: make([]uint64, window/64)}
 }
 
-// reset forgets everything but how the tracker was made.
+// reset restores the initial state.
 func (t *Tracker) reset() {
 	clear(t.seen)
 	*t = Tracker{fromStart: t.fromStart, seen: t.seen}
@@ -65,7 +64,7 @@ func checkWindow(window int) error {
 	return nil
 }
 
-// Observe accounts for a packet that arrived.
+// Observe accounts for a received packet.
 func (t *Tracker) Observe(seq uint64) Verdict {
 	switch {
 	case !t.started:
@@ -92,7 +91,7 @@ func (t *Tracker) Started() bool { return t.started }
 // Lost is how many numbers between the first and the highest are missing.
 func (t *Tracker) Lost() uint64 { return t.lost }
 
-// First is the number that the account begins at: 0, or the first received.
+// First is the start of the account: 0, or the first number received.
 func (t *Tracker) First() uint64 { return t.first }
 
 // Highest is the highest number received.
@@ -107,8 +106,7 @@ func (t *Tracker) start(seq uint64) {
 	t.mark(seq)
 }
 
-// advance moves the window up to seq. The numbers skipped are lost until they
-// arrive.
+// advance moves the window up to seq. The skipped numbers are lost until they arrive.
 func (t *Tracker) advance(seq uint64) {
 	skipped := seq - t.highest - 1
 	t.lost += skipped
