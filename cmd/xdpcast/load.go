@@ -186,6 +186,9 @@ func upgradeDaemon(c *cli.Context) error {
 // isLoaded prevents a command that changes loaded programs from loading them.
 func isLoaded(c *cli.Context) error {
 	r, err := loader.OpenReader(c.String("pin-dir"))
+	if errors.Is(err, loader.ErrSchema) {
+		return nil // whoever opens it migrates it, or says why not
+	}
 	if err != nil {
 		return withRootHint(err)
 	}

@@ -284,7 +284,7 @@ func (g *gatherer) rules(ctx context.Context) (err error) {
 	if errors.Is(err, control.ErrNotRunning) {
 		err = nil // nothing is loaded either
 	}
-	if errors.Is(err, loader.ErrSchema) {
+	if errors.Is(err, loader.ErrSchema) || errors.Is(err, loader.ErrDamaged) {
 		g.f.Host.Pinned, err = err, nil
 	}
 	if err != nil {

@@ -192,6 +192,7 @@ func New(opts Options) (_ *Relay, err error) {
 func (r *Relay) openKernel(groups membership.Options, inherited loader.Locks) (err error) {
 	opts := &r.opts
 	opts.Loader.Inherited = inherited
+	opts.Loader.Replace = true // the rules are here
 	if r.loader, err = loader.Open(opts.Loader); err != nil {
 		return err
 	}

@@ -1,7 +1,6 @@
 package loader
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -27,7 +26,7 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 	if m.Config, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.RelayMapConfig), opts); err != nil {
 		return nil, pinError(filepath.Join(dir, bpf.RelayMapConfig), err)
 	}
-	config, err := m.config()
+	config, err := m.config(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -42,7 +41,7 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 			}
 		}
 		if err := fits(*slot, specs[name]); err != nil {
-			return nil, fmt.Errorf("%w: map %s: %w; unload it with the release that made it, or with unload --all", ErrSchema, name, err)
+			return nil, damaged(dir, fmt.Errorf("map %s: %w", name, err))
 		}
 	}
 	return m, nil
@@ -51,26 +50,30 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 // pinError says which pin cannot be opened. Without one the others are of no use.
 func pinError(path string, err error) error {
 	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("pin %s is missing, so that the pinned state cannot be used: remove the rest with \"xdpcast unload --all\"", path)
+		dir := filepath.Dir(path)
+		if base := filepath.Base(dir); base == programsDir || base == linksDir {
+			dir = filepath.Dir(dir)
+		}
+		return damaged(dir, fmt.Errorf("pin %s is missing", path))
 	}
 	return fmt.Errorf("open pin %s: %w", path, err)
 }
 
-// config reads the map config. The schema is its first field in every release, whatever
-// else the map holds.
-func (m *mapSet) config() (config bpf.RelayConfig, err error) {
+// config reads the map config of a pin directory.
+func (m *mapSet) config(dir string) (config bpf.RelayConfig, err error) {
 	raw, err := m.Config.LookupBytes(uint32(0))
 	if err != nil {
-		return config, fmt.Errorf("%w: map config: %w", ErrSchema, err)
+		return config, damaged(dir, fmt.Errorf("map config: %w", err))
 	}
-	if len(raw) < 4 {
-		return config, fmt.Errorf("%w: an entry of map config has %d bytes, a schema number 4", ErrSchema, len(raw))
+	head, err := readHeader(raw)
+	if err != nil {
+		return config, damaged(dir, err)
 	}
-	if schema := binary.NativeEndian.Uint32(raw); schema != bpf.Schema {
-		return config, fmt.Errorf("%w: it has %d, this xdpcast has %d; unload it with the release that made it, or with unload --all", ErrSchema, schema, bpf.Schema)
+	if head.schema != bpf.Schema {
+		return config, schemaError(dir, head.schema)
 	}
 	if err := m.Config.Lookup(uint32(0), &config); err != nil {
-		return config, fmt.Errorf("%w: map config: %w", ErrSchema, err)
+		return config, damaged(dir, fmt.Errorf("map config: %w", err))
 	}
 	return config, nil
 }
@@ -104,13 +107,13 @@ func (l *Loader) adopt() (err error) {
 		return err
 	}
 	if err := l.openAccount(); err != nil {
-		return fmt.Errorf("pinned state %s is damaged: %w; remove it with unload --all", dir, err)
+		return damaged(dir, err)
 	}
 	if err := l.adoptTables(); err != nil {
 		return err
 	}
 	if err := l.adoptRules(); err != nil {
-		return fmt.Errorf("pinned state %s is damaged: %w; remove it with unload --all", dir, err)
+		return damaged(dir, err)
 	}
 	if err := l.adoptShortcuts(); err != nil {
 		return err
@@ -131,12 +134,12 @@ func (l *Loader) adopt() (err error) {
 }
 
 func (l *Loader) adoptConfig() error {
-	config, err := l.maps.config()
+	config, err := l.maps.config(l.opts.PinDir)
 	if err != nil {
 		return err
 	}
 	if config.NetnsCookie != l.cookie {
-		return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, l.opts.PinDir)
+		return foreignError(l.opts.PinDir)
 	}
 	l.own, l.ownMACs = config.Own, config.OwnMacs
 	return l.adoptSteering(&config)

@@ -261,7 +261,7 @@ func (l *Loader) adoptLinks(paths []string) error {
 func adoptLink(path string) (_ *attachment, err error) {
 	lk, err := link.LoadPinnedLink(path, nil)
 	if err != nil {
-		return nil, fmt.Errorf("open link %s: %w", path, err)
+		return nil, linkError(path, err)
 	}
 	defer func() {
 		if err != nil {
@@ -274,7 +274,7 @@ func adoptLink(path string) (_ *attachment, err error) {
 	}
 	xdp := info.XDP()
 	if xdp == nil {
-		return nil, fmt.Errorf("pin %s is not an XDP link", path)
+		return nil, damaged(filepath.Dir(filepath.Dir(path)), fmt.Errorf("pin %s is not an XDP link", path))
 	}
 	if xdp.Ifindex == 0 {
 		return nil, fmt.Errorf("link %s: %w", path, unix.ENODEV)
@@ -291,6 +291,15 @@ func adoptLink(path string) (_ *attachment, err error) {
 		Index: int(xdp.Ifindex), Interface: dev.Attrs().Name, Mode: mode,
 		LinkID: uint32(info.ID), ProgramID: uint32(info.Program),
 	}}, nil
+}
+
+// linkError says why a pinned link cannot be opened. Without an answer of the kernel's it is none.
+func linkError(path string, err error) error {
+	var errno unix.Errno
+	if !errors.As(err, &errno) {
+		return damaged(filepath.Dir(filepath.Dir(path)), err)
+	}
+	return fmt.Errorf("open link %s: %w", path, err)
 }
 
 // Unload detaches the relay program everywhere and removes everything that is

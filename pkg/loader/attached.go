@@ -34,7 +34,7 @@ func (l *Loader) runs(lk link.Link, p *ebpf.Program, pin string) (bool, error) {
 	if id, ok := of.ID(); !ok || id != info.Program {
 		return false, pinned.Close()
 	}
-	same, err := sameProgram(pinned, p)
+	same, err := l.maps.sameProgram(pinned, p)
 	return same, errors.Join(err, l.keepAttached(pin, pinned))
 }
 

@@ -3,14 +3,19 @@ package loader
 import (
 	"errors"
 	"fmt"
+
+	"xdpcast/bpf"
 )
 
 // Errors to match with errors.Is.
 var (
 	// ErrLocked: another process owns the pin directory.
 	ErrLocked = errors.New("another xdpcast owns the pin directory")
-	// ErrSchema: the pinned state was made by a release with another layout.
+	// ErrSchema: the pinned state was made by a release with another layout, and cannot be
+	// migrated, or was not yet.
 	ErrSchema = errors.New("pinned state has another schema")
+	// ErrDamaged: the pinned state contradicts itself, or something of it is missing.
+	ErrDamaged = errors.New("pinned state is damaged")
 	// ErrForeignNamespace: the pinned state belongs to another network namespace.
 	ErrForeignNamespace = errors.New("pinned state belongs to another network namespace")
 	// ErrNotSupported: the kernel lacks something that is needed.
@@ -57,3 +62,33 @@ type RuleError struct {
 func (e *RuleError) Error() string { return fmt.Sprintf("rule %s: %v", e.Rule, e.Err) }
 
 func (e *RuleError) Unwrap() error { return e.Err }
+
+// damaged says what is wrong with a pin directory.
+func damaged(dir string, err error) error {
+	return fmt.Errorf("%w (%s): %w; %s", ErrDamaged, dir, err, unloadHint(dir))
+}
+
+// schemaError says that a pin directory has another schema.
+func schemaError(dir string, schema uint32) error {
+	hint := "\"xdpcast run\" and \"xdpcast upgrade\" migrate it"
+	switch {
+	case schema > bpf.Schema:
+		hint = "it was made by a newer release: run that one again, or \"xdpcast run\", which replaces it; " + unloadHint(dir)
+	case schemas[schema] == nil:
+		hint = "it was made by a release that is too old to be migrated: \"xdpcast run\" replaces it; " + unloadHint(dir)
+	}
+	return fmt.Errorf("%w (%s): it has %d, this xdpcast has %d; %s", ErrSchema, dir, schema, bpf.Schema, hint)
+}
+
+// unloadHint is the command that removes pinned state, whatever it is.
+func unloadHint(dir string) string {
+	command := "xdpcast unload --all"
+	if dir != DefaultPinDir {
+		command += " --pin-dir " + dir
+	}
+	return fmt.Sprintf("%q removes it, and ends its relaying", command)
+}
+
+func foreignError(dir string) error {
+	return fmt.Errorf("%w (%s): start xdpcast there, or use another pin directory", ErrForeignNamespace, dir)
+}

@@ -6,10 +6,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-
-	"xdpcast/bpf"
 )
 
 // dropForeign removes pinned state of another network namespace that serves no interface
@@ -18,17 +15,11 @@ import (
 // The caller holds the lock.
 func (l *Loader) dropForeign() (dropped bool, err error) {
 	dir := l.opts.PinDir
-	m := &mapSet{}
-	m.Config, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.RelayMapConfig), &ebpf.LoadPinOptions{ReadOnly: true})
+	head, err := l.header()
 	if err != nil {
 		return false, nil // whoever adopts it says what is wrong
 	}
-	defer func() { err = errors.Join(err, m.Config.Close()) }()
-	config, err := m.config()
-	if err != nil {
-		return false, nil // likewise
-	}
-	if l.cookie == config.NetnsCookie {
+	if l.cookie == head.cookie || head.cookie == 0 { // 0: it is too short to say
 		return false, nil
 	}
 	pin, index, err := servedLink(dir)
@@ -46,7 +37,7 @@ func (l *Loader) dropForeign() (dropped bool, err error) {
 // Here says whether the state is of the calling thread's network namespace: interface
 // indexes mean something there alone.
 func (r *Reader) Here() (bool, error) {
-	config, err := r.maps.config()
+	config, err := r.maps.config(r.pinDir)
 	if err != nil {
 		return false, err
 	}

@@ -209,7 +209,7 @@ func TestSchemaMismatchIsRefused(t *testing.T) {
 	l := open(t, stateOptions(t))
 	attachAll(t, l, n.in)
 	sync1(t, l, someRules(n)...)
-	config, err := l.maps.config()
+	config, err := l.maps.config(l.opts.PinDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,10 +229,14 @@ func TestSchemaMismatchIsRefused(t *testing.T) {
 	if id := xdpProgram(t, n.in.Index); id == 0 {
 		t.Error("the refused Open has detached the program")
 	}
-	replaceConfig(t, opts.PinDir, bpf.Schema-1)
+	replaceConfig(t, opts.PinDir, 1)
 	_, err = Open(opts)
-	if !errors.Is(err, ErrSchema) || !strings.Contains(err.Error(), fmt.Sprintf("it has %d, this xdpcast has %d", bpf.Schema-1, bpf.Schema)) {
+	if !errors.Is(err, ErrSchema) || !strings.Contains(err.Error(), fmt.Sprintf("it has 1, this xdpcast has %d", bpf.Schema)) {
 		t.Errorf("Open of a shorter config: %v, want ErrSchema with both versions", err)
+	}
+	replaceConfig(t, opts.PinDir, bpf.Schema-1)
+	if _, err = Open(opts); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "has 8 bytes, want at least 24") {
+		t.Errorf("Open of a config cut short: %v, want ErrDamaged", err)
 	}
 	if err := Unload(opts); err != nil {
 		t.Errorf("Unload: %v", err)

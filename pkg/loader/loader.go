@@ -45,14 +45,28 @@ type Options struct {
 	// MaxRules and MaxOutputs size the maps when the state is made; adopted
 	// state keeps its sizes. 0: the defaults.
 	MaxRules, MaxOutputs uint32
+	// Replace has Open make the state anew where what is pinned cannot be taken over, because of
+	// its schema or since it is damaged: the caller has the rules, and brings them in by Sync,
+	// with which the interfaces go over. Warnings says so, and for how long packets were not
+	// relayed. Counters begin anew. Otherwise Open refuses such state, and changes nothing.
+	Replace bool
 	// Inherited are the locks of a Loader that is at rest: this one takes its place. Open owns them.
 	Inherited Locks
 	// Logger receives what is made, adopted and upgraded. Nil: discarded.
 	Logger *slog.Logger
 
-	programs programSource // tests replace it to stand for another release
-	wait     func()        // waitForPrograms; tests look at what holds meanwhile
-	probes   *kernelProbes // tests replace it to stand for another kernel
+	programs programSource           // tests replace it to stand for another release
+	wait     func()                  // waitForPrograms; tests look at what holds meanwhile
+	probes   *kernelProbes           // tests replace it to stand for another kernel
+	at       func(step string) error // tests have the process die there, with an error
+}
+
+// step is a point at which a process may die, for tests.
+func (o Options) step(name string) error {
+	if o.at == nil {
+		return nil
+	}
+	return o.at(name)
 }
 
 // Absolute returns the options with absolute paths, the defaults where none are given.
@@ -147,7 +161,8 @@ type Loader struct {
 	lost      losses
 
 	adopted  bool
-	cookie   uint64 // of the network namespace
+	replaced *replacement // what was pinned could not be taken over
+	cookie   uint64       // of the network namespace
 	warnings []string
 }
 
@@ -160,25 +175,8 @@ func Open(opts Options) (_ *Loader, err error) {
 	if opts, err = opts.withDefaults(); err != nil {
 		return nil, err
 	}
-	l := &Loader{
-		opts:     opts,
-		log:      opts.Logger,
-		shared:   opts.Inherited.Pins != nil,
-		links:    map[int]*attachment{},
-		transmit: map[string]link.Link{},
-		tapped:   map[int]*tapped{},
-
-		tappedPrograms: map[bool]*ebpf.Program{},
-		attached:       map[string]*ebpf.Program{},
-		rules:          map[string]*entry{},
-		devices:        map[int]*device{},
-		broadcasts:     map[string]*broadcast{},
-		lookups:        lookupCount{},
-		streams:        map[streamKey]*streamEntry{},
-		sockets:        map[int]uint32{},
-		counters:       map[string][]openCounters{},
-		lost:           losses{},
-	}
+	l := &Loader{opts: opts, log: opts.Logger, shared: opts.Inherited.Pins != nil}
+	l.reset()
 	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
 	}
@@ -208,6 +206,24 @@ func Open(opts Options) (_ *Loader, err error) {
 	return l, nil
 }
 
+// reset forgets what was read of pinned state.
+func (l *Loader) reset() {
+	l.links = map[int]*attachment{}
+	l.transmit = map[string]link.Link{}
+	l.tapped = map[int]*tapped{}
+	l.tappedPrograms = map[bool]*ebpf.Program{}
+	l.attached = map[string]*ebpf.Program{}
+	l.rules = map[string]*entry{}
+	l.devices = map[int]*device{}
+	l.broadcasts = map[string]*broadcast{}
+	l.lookups, l.extra = lookupCount{}, 0
+	l.streams = map[streamKey]*streamEntry{}
+	l.sockets = map[int]uint32{}
+	l.counters = map[string][]openCounters{}
+	l.lost = losses{}
+	l.own, l.ownMACs, l.steering = [4]uint64{}, [8]uint64{}, nil
+}
+
 // warn keeps a warning, "" for none.
 func (l *Loader) warn(warning string) {
 	if warning != "" {
@@ -231,7 +247,7 @@ func (l *Loader) open() (err error) {
 			case err != nil:
 				return err
 			case built:
-				return l.adopt()
+				return l.takeOver()
 			}
 			// Another process may have removed the directory, or this one.
 			same, err := isAt(l.lock.pins, l.opts.PinDir)
@@ -280,7 +296,7 @@ func (l *Loader) closeState() error {
 		errs = append(errs, l.maps.Close())
 	}
 	l.links, l.transmit, l.relay, l.egress = map[int]*attachment{}, map[string]link.Link{}, nil, nil
-	l.maps, l.warnings = nil, nil
+	l.maps, l.account, l.warnings = nil, nil, nil
 	return errors.Join(errs...)
 }
 
@@ -292,7 +308,7 @@ func (l *Loader) Capabilities() Capabilities { return l.can }
 
 // Warnings says in a line each what works less well than it could.
 func (l *Loader) Warnings() []string {
-	return slices.Concat(l.warnings, l.tappedWarnings(), l.steeringWarnings(), l.accountWarnings())
+	return slices.Concat(l.warnings, l.replaced.warnings(), l.tappedWarnings(), l.steeringWarnings(), l.accountWarnings())
 }
 
 // Limits returns how many rules and outputs there is room for.

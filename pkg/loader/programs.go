@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -220,8 +221,9 @@ func loadInto(spec *ebpf.CollectionSpec, m *mapSet, to any) error {
 	}
 }
 
-// sameProgram compares two loaded programs by the hash of their instructions.
-func sameProgram(a, b *ebpf.Program) (bool, error) {
+// sameProgram says whether two loaded programs have the same instructions, by their hash, and
+// work on the same of the shared maps: a migration replaces some.
+func (m *mapSet) sameProgram(a, b *ebpf.Program) (bool, error) {
 	infoA, err := a.Info()
 	if err != nil {
 		return false, fmt.Errorf("program info: %w", err)
@@ -230,5 +232,22 @@ func sameProgram(a, b *ebpf.Program) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("program info: %w", err)
 	}
-	return infoA.Tag == infoB.Tag, nil
+	if infoA.Tag != infoB.Tag {
+		return false, nil
+	}
+	mapsA, okA := infoA.MapIDs()
+	mapsB, okB := infoB.MapIDs()
+	if !okA || !okB {
+		return false, fmt.Errorf("the maps of a program are %w to be told", ErrNotSupported)
+	}
+	for name, shared := range m.byName() {
+		id, err := mapID(shared)
+		if err != nil {
+			return false, fmt.Errorf("map %s: %w", name, err)
+		}
+		if slices.Contains(mapsA, id) != slices.Contains(mapsB, id) {
+			return false, nil
+		}
+	}
+	return true, nil
 }

@@ -103,7 +103,7 @@ func TestWaitsBeforeReuse(t *testing.T) {
 		if l == nil {
 			return
 		}
-		config, err := l.maps.config()
+		config, err := l.maps.config(l.opts.PinDir)
 		if err != nil || config.ShortcutShift != 0 {
 			t.Errorf("wait %d: shortcuts are open (shift %d), %v", waits, config.ShortcutShift, err)
 		}

@@ -49,7 +49,7 @@ func shortcutInput(s *bpf.RelayShortcut) flow.Input {
 // flow tables say.
 func shortcutsAgree(t testing.TB, m *mapSet) {
 	t.Helper()
-	config, err := m.config()
+	config, err := m.config("")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -309,7 +309,7 @@ func TestShortcutsAreMadeAnew(t *testing.T) {
 	if got := len(shortcutsOf(t, l.maps)); got != len(want) {
 		t.Errorf("%d shortcuts, want %d", got, len(want))
 	}
-	if config, _ := l.maps.config(); config.ShortcutShift == 0 {
+	if config, _ := l.maps.config(""); config.ShortcutShift == 0 {
 		t.Error("the shortcuts are not used")
 	}
 }
@@ -348,7 +348,7 @@ func TestShortcutsThatFail(t *testing.T) {
 	if got := shortcutsOf(t, r.l.maps); len(got) != 1 {
 		t.Errorf("%d shortcuts to 1 rule", len(got))
 	}
-	if config, _ := r.l.maps.config(); config.ShortcutShift == 0 {
+	if config, _ := r.l.maps.config(""); config.ShortcutShift == 0 {
 		t.Error("the shortcuts stay closed")
 	}
 
@@ -366,7 +366,7 @@ func TestShortcutsThatFail(t *testing.T) {
 	if refused := (*RuleError)(nil); err == nil || errors.As(err, &refused) {
 		t.Fatalf("the flow table cannot be written: %v", err)
 	}
-	if config, _ := r.l.maps.config(); config.ShortcutShift == 0 || !r.l.shortcuts.open {
+	if config, _ := r.l.maps.config(""); config.ShortcutShift == 0 || !r.l.shortcuts.open {
 		t.Error("the shortcuts stay closed after a failure")
 	}
 	shortcutsAgree(t, r.l.maps)

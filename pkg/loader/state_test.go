@@ -28,7 +28,7 @@ import (
 func dump(t testing.TB, l *Loader) string {
 	t.Helper()
 	var b strings.Builder
-	config, err := l.maps.config()
+	config, err := l.maps.config(l.opts.PinDir)
 	if err != nil {
 		t.Fatal(err)
 	}

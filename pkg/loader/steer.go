@@ -92,7 +92,7 @@ func (l *Loader) steeringWarnings() []string {
 // adoptSteering goes on with what the programs do now.
 func (l *Loader) adoptSteering(config *bpf.RelayConfig) error {
 	if config.Steered > bpf.MaxSteered {
-		return fmt.Errorf("%w: map config steers to %d CPUs, want at most %d", ErrSchema, config.Steered, bpf.MaxSteered)
+		return damaged(l.opts.PinDir, fmt.Errorf("map config steers to %d CPUs, want at most %d", config.Steered, bpf.MaxSteered))
 	}
 	l.steering = nil
 	for _, cpu := range config.Cpu[:config.Steered] {

@@ -61,7 +61,7 @@ func TestSteeringComesAndGoes(t *testing.T) {
 		t.Helper()
 		var queue bpf.RelayBpfCpumapVal
 		_ = l.maps.Cpus.Lookup(uint32(0), &queue)
-		config, err := l.maps.config()
+		config, err := l.maps.config(l.opts.PinDir)
 		if err != nil {
 			t.Fatal(err)
 		}

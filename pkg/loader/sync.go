@@ -53,7 +53,14 @@ type transaction struct {
 //
 // Interfaces are not attached here: see Attach. Errors to match: *RuleError,
 // ErrFull.
-func (l *Loader) Sync(want []*flow.Flow) (err error) {
+func (l *Loader) Sync(want []*flow.Flow) error {
+	if err := l.sync(want); err != nil {
+		return err
+	}
+	return l.endReplaced()
+}
+
+func (l *Loader) sync(want []*flow.Flow) (err error) {
 	s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
 	if err := s.plan(want); err != nil {
 		return err

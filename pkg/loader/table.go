@@ -389,18 +389,27 @@ func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) flowEnt
 const minTable = 1024
 
 // newTable makes a flow table for flows, not in force, with room to grow.
-func (l *Loader) newTable(kind tableKind, flows []flowEntry) (_ *ebpf.Map, err error) {
+func (l *Loader) newTable(kind tableKind, flows []flowEntry) (*ebpf.Map, error) {
+	table, err := l.emptyTable(kind, len(flows))
+	if err != nil {
+		return nil, err
+	}
+	if err := fillTable(table, kind, flows); err != nil {
+		return nil, errors.Join(fmt.Errorf("fill flow table: %w", err), table.Close())
+	}
+	return table, nil
+}
+
+// emptyTable creates a flow table with room for twice n entries.
+func (l *Loader) emptyTable(kind tableKind, n int) (*ebpf.Map, error) {
 	spec := l.specs[tableNames[kind].outer].InnerMap.Copy()
 	spec.Name = tableNames[kind].name
-	for spec.MaxEntries = minTable; int(spec.MaxEntries) < 2*len(flows); {
+	for spec.MaxEntries = minTable; int(spec.MaxEntries) < 2*n; {
 		spec.MaxEntries *= 2
 	}
 	table, err := ebpf.NewMap(spec)
 	if err != nil {
 		return nil, fmt.Errorf("make flow table: %w", err)
-	}
-	if err := fillTable(table, kind, flows); err != nil {
-		return nil, errors.Join(fmt.Errorf("fill flow table: %w", err), table.Close())
 	}
 	return table, nil
 }

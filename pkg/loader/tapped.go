@@ -154,11 +154,11 @@ func releaseTCX(lk link.Link) error {
 func openTCX(path string) (lk link.Link, index int, err error) {
 	lk, err = link.LoadPinnedLink(path, nil)
 	if err != nil {
-		return nil, 0, fmt.Errorf("open link %s: %w", path, err)
+		return nil, 0, linkError(path, err)
 	}
 	info, err := lk.Info()
 	if err == nil && info.TCX() == nil {
-		err = fmt.Errorf("pin %s is not a tcx link", path)
+		err = damaged(filepath.Dir(filepath.Dir(path)), fmt.Errorf("pin %s is not a tcx link", path))
 	} else if err == nil && info.TCX().Ifindex == 0 {
 		err = fmt.Errorf("link %s: %w", path, unix.ENODEV)
 	}

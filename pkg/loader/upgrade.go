@@ -3,6 +3,8 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -30,11 +32,17 @@ func (l *Loader) upgradeRelay() error {
 	if err != nil {
 		return err
 	}
-	same, err := sameProgram(fresh, l.relay)
-	if err != nil || same {
+	same, err := l.maps.sameProgram(fresh, l.relay)
+	if err != nil {
 		return errors.Join(err, fresh.Close())
 	}
+	if same {
+		return errors.Join(fresh.Close(), l.updateStrays())
+	}
 	for _, a := range l.links {
+		if err := l.opts.step("upgrade"); err != nil {
+			return errors.Join(err, fresh.Close())
+		}
 		err := a.link.Update(fresh)
 		if errors.Is(err, unix.ENOLINK) {
 			continue // its interface has gone since
@@ -57,13 +65,50 @@ func (l *Loader) upgradeRelay() error {
 	return old.Close()
 }
 
+// updateStrays brings the relay program to links that run another one: a process died before it
+// came to them.
+func (l *Loader) updateStrays() error {
+	strays, err := l.strays()
+	if err != nil {
+		return err
+	}
+	for _, a := range strays {
+		if err := a.link.Update(l.relay); err != nil && !errors.Is(err, unix.ENOLINK) {
+			return fmt.Errorf("upgrade interface %s: %w", a.Interface, err)
+		}
+		if err := a.fillIDs(); err != nil {
+			return err
+		}
+		l.log.Info("relay program upgraded where it was another one", "interface", a.Interface)
+	}
+	return nil
+}
+
+// strays are the attachments that run another program than the pinned one.
+func (l *Loader) strays() (strays []*attachment, err error) {
+	info, err := l.relay.Info()
+	if err != nil {
+		return nil, fmt.Errorf("program info: %w", err)
+	}
+	id, ok := info.ID()
+	if !ok {
+		return nil, fmt.Errorf("program ids are %w", ErrNotSupported)
+	}
+	for _, index := range slices.Sorted(maps.Keys(l.links)) {
+		if a := l.links[index]; ebpf.ProgramID(a.ProgramID) != id {
+			strays = append(strays, a)
+		}
+	}
+	return strays, nil
+}
+
 // upgradeEgress replaces the egress program in every row that runs it.
 func (l *Loader) upgradeEgress() error {
 	fresh, err := l.opts.programs.egress(l.maps, l.can)
 	if err != nil {
 		return err
 	}
-	same, err := sameProgram(fresh, l.egress)
+	same, err := l.maps.sameProgram(fresh, l.egress)
 	if err != nil || same {
 		return errors.Join(err, fresh.Close())
 	}

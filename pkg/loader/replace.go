@@ -1,0 +1,216 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
+)
+
+// takeOver takes over what is pinned: as it is, migrated, or by making it anew.
+func (l *Loader) takeOver() error {
+	counters, err := l.migrate()
+	if err == nil {
+		err = l.adopt()
+	}
+	if counters != nil {
+		if err == nil {
+			l.carryOver(counters)
+		}
+		err = errors.Join(err, counters.done())
+	}
+	if err != nil && l.opts.Replace && (errors.Is(err, ErrSchema) || errors.Is(err, ErrDamaged)) {
+		return l.replace(err)
+	}
+	return err
+}
+
+// carryOver ends a migration: no interface and no row of a devmap has an old program any more.
+func (l *Loader) carryOver(counters *carry) {
+	l.opts.wait()
+	grown, err := counters.finish()
+	if err != nil {
+		l.warn(fmt.Sprintf("what was counted while the pinned state was migrated is missing in some counters: %v", err))
+		return
+	}
+	l.log.Debug("counters carried over", "grown meanwhile", grown)
+}
+
+// replacement is pinned state that was made anew since that of before could not be taken over.
+type replacement struct {
+	why         error
+	done        bool          // the interfaces run this release's program
+	interrupted time.Duration // for how long packets were not relayed
+}
+
+func (r *replacement) warnings() []string {
+	switch {
+	case r == nil:
+		return nil
+	case !r.done:
+		return []string{fmt.Sprintf("pinned state was replaced, and its programs run until the rules are in force: %v", r.why)}
+	}
+	return []string{fmt.Sprintf("pinned state was replaced: counters began anew, and the streams of the kernel path were interrupted for %v: %v",
+		r.interrupted.Round(time.Microsecond), r.why)}
+}
+
+// replace makes the state anew in place of what is pinned. The interfaces run what they ran until
+// rules are in force: see endReplaced.
+func (l *Loader) replace(why error) (err error) {
+	head, err := l.header()
+	if err != nil || head.cookie != l.cookie {
+		return why // nothing tells that it is of this network namespace
+	}
+	if err := l.closeState(); err != nil {
+		return err
+	}
+	l.reset()
+	dir := l.opts.PinDir
+	building := filepath.Join(dir, pinMigrating)
+	if err := removePins(building); err != nil {
+		return err
+	}
+	if err := os.Mkdir(building, 0o700); err != nil {
+		return fmt.Errorf("make pin directory: %w", err)
+	}
+	if err := l.build(building); err != nil {
+		return errors.Join(why, err, removePins(building))
+	}
+	if err := os.Rename(building, filepath.Join(dir, pinMigrated)); err != nil {
+		return errors.Join(fmt.Errorf("publish pinned state: %w", err), removePins(building))
+	}
+	if err := l.settleMigrated(); err != nil {
+		return err
+	}
+	if err := errors.Join(l.sweepBroadcasts(), l.adoptWhatItCan()); err != nil {
+		return err
+	}
+	l.replaced = &replacement{why: why}
+	l.log.Warn("pinned state is replaced; its programs run until the rules are in force", "why", why, "interfaces", len(l.links))
+	return nil
+}
+
+// adoptWhatItCan takes the links over, and removes the pins of what is none.
+func (l *Loader) adoptWhatItCan() error {
+	dir := filepath.Join(l.opts.PinDir, linksDir)
+	links, err := os.ReadDir(dir)
+	if err != nil {
+		return pinError(dir, err)
+	}
+	for _, f := range links {
+		path := filepath.Join(dir, f.Name())
+		switch name := f.Name(); {
+		case l.transmit[name] != nil:
+		case strings.HasPrefix(name, pinInterface):
+			a, err := adoptLink(path)
+			if err == nil {
+				l.links[a.Index] = a
+				continue
+			}
+			l.log.Info("pin of a link removed", "why", err)
+			if err := removePins(path); err != nil {
+				return err
+			}
+		case strings.HasPrefix(name, pinTapped):
+			lk, index, err := openTCX(path)
+			if err == nil {
+				l.tapped[index] = &tapped{link: lk}
+				continue
+			}
+			l.log.Info("pin of a link removed", "why", err)
+			if err := removePins(path); err != nil {
+				return err
+			}
+		default:
+			if err := removePins(path); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// endReplaced has the interfaces run this release's program, now that rules are in force. Frames
+// of both programs must never be in one bulk: the kernel would run the egress program of the first
+// on all, and the two count outputs differently. So in between packets pass for a grace
+// period, and are not relayed.
+func (l *Loader) endReplaced() error {
+	if l.replaced == nil || l.replaced.done {
+		return nil
+	}
+	strays, err := l.strays()
+	if err != nil {
+		return err
+	}
+	if len(strays) > 0 {
+		pass, err := l.passProgram()
+		if err != nil {
+			return err
+		}
+		defer pass.Close()
+		began := time.Now()
+		for _, a := range strays {
+			if err := l.forceUpdate(a, pass); err != nil {
+				return err
+			}
+		}
+		l.opts.wait()
+		for _, a := range strays {
+			if err := l.forceUpdate(a, l.relay); err != nil {
+				return err
+			}
+		}
+		l.replaced.interrupted = time.Since(began)
+	}
+	l.replaced.done = true
+	if err := l.upgradeTapped(); err != nil {
+		return err
+	}
+	for _, warning := range l.replaced.warnings() {
+		l.log.Warn(warning)
+	}
+	return nil
+}
+
+// passProgram is an XDP program that passes all packets.
+func (l *Loader) passProgram() (*ebpf.Program, error) {
+	const xdpPass = 2 // include/uapi/linux/bpf.h
+	spec := &ebpf.ProgramSpec{
+		Name: "xdpcast_pass", Type: ebpf.XDP, AttachType: ebpf.AttachXDP, License: "Dual BSD/GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, xdpPass), asm.Return()},
+	}
+	if l.can.MultiBuffer { // an interface with a large MTU takes no other
+		spec.Flags = unix.BPF_F_XDP_HAS_FRAGS
+	}
+	p, err := ebpf.NewProgram(spec)
+	if err != nil {
+		return nil, fmt.Errorf("load the program that passes packets: %w", err)
+	}
+	return p, nil
+}
+
+// forceUpdate updates a link or, where the kernel does not (its program was made for another kind
+// of attachment), attaches anew.
+func (l *Loader) forceUpdate(a *attachment, p *ebpf.Program) error {
+	err := a.link.Update(p)
+	switch {
+	case errors.Is(err, unix.ENOLINK):
+		return nil // its interface has gone since
+	case err == nil:
+		return a.fillIDs()
+	case p != l.relay:
+		return nil // then it is attached anew
+	}
+	delete(l.links, a.Index)
+	if err := errors.Join(a.release(), removePins(linkPin(l.opts.PinDir, a.Index)), a.link.Close()); err != nil {
+		return err
+	}
+	_, err = l.attach(a.Index, a.Mode)
+	return err
+}
