@@ -314,7 +314,7 @@ var faults = []struct {
 		p.opts.Stats = func(context.Context) (control.Stats, error) {
 			return control.Stats{}, fmt.Errorf("state: %w", loader.ErrSchema)
 		}
-	}, "host", "pinned", Fault, "", "xdpcast unload --all"},
+	}, "host", "pinned", Fault, "", "start xdpcast, which migrates or replaces it"},
 	{"no daemon", func(p *patient) { p.status = nil },
 		"host", "daemon", Fault, "no daemon runs", "systemctl start xdpcast"},
 	{"the daemon is in another namespace", func(p *patient) { p.status.PID = processIn(p.t, p.other) },

@@ -87,7 +87,7 @@ func pinned(h *Host) []Finding {
 	if h.Pinned == nil {
 		return nil
 	}
-	return one(fault("xdpcast unload --all --pin-dir "+h.PinDir+", then start xdpcast", "%v", h.Pinned))
+	return one(fault("start xdpcast, which migrates or replaces it", "%v", h.Pinned))
 }
 
 func daemon(h *Host) (found []Finding) {

@@ -21,7 +21,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
@@ -164,7 +166,7 @@ func migrateUnderTraffic(t *testing.T, n *testLab, opts Options, schema uint32) 
 		}
 	}
 	// It goes on as if it had never been another.
-	l = reopen(t, l)
+	reopen(t, l)
 	for _, r := range pinnedRules {
 		if len(r.copies) > 0 && !strings.Contains(r.group, ":") {
 			s := startStream(t, n, r.group, r.copies...)
@@ -843,5 +845,64 @@ func TestReplaceAttachesAnew(t *testing.T) {
 		if a.ProgramID != uint32(programID(t, l.relay)) || a.Mode != ModeNative {
 			t.Errorf("%+v: want program %d in native mode", a, programID(t, l.relay))
 		}
+	}
+}
+
+// The layout of the pinned maps is fixed by their schema: another one is another schema.
+func TestSchemaLayout(t *testing.T) {
+	specs, err := mapSpecs(1, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var layout strings.Builder
+	for _, name := range slices.Sorted(maps.Keys((&mapSet{}).slots())) {
+		writeLayout(&layout, name, specs[name])
+	}
+	file := filepath.Join("testdata", "pinned", fmt.Sprintf("schema%d.txt", bpf.Schema))
+	if *updatePinned {
+		if err := os.WriteFile(file, []byte(layout.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(layout.String(), "\n")); diff != "" {
+		t.Errorf("the layout has changed (-schema %d +now): a release with schema %d would misread it. Before it is released, -update-pinned; after, docs/decisions/0023-migration-of-pinned-state.md:\n%s",
+			bpf.Schema, bpf.Schema, diff)
+	}
+}
+
+func writeLayout(to *strings.Builder, name string, spec *ebpf.MapSpec) {
+	fmt.Fprintf(to, "%s: %v, keys of %d bytes, values of %d, flags %#x\n", name, spec.Type, spec.KeySize, spec.ValueSize, spec.Flags)
+	for _, typ := range []btf.Type{spec.Key, spec.Value} {
+		writeType(to, "  ", typ)
+	}
+	if spec.InnerMap != nil {
+		writeLayout(to, name+" inner", spec.InnerMap)
+	}
+}
+
+func writeType(to *strings.Builder, indent string, typ btf.Type) {
+	if typ == nil {
+		return
+	}
+	s, ok := btf.UnderlyingType(typ).(*btf.Struct)
+	if !ok {
+		return
+	}
+	fmt.Fprintf(to, "%sstruct %s, %d bytes\n", indent, s.Name, s.Size)
+	for _, m := range s.Members {
+		size, err := btf.Sizeof(m.Type)
+		if err != nil {
+			size = -1
+		}
+		fmt.Fprintf(to, "%s  %s at %d, %d bytes\n", indent, m.Name, m.Offset.Bytes(), size)
+		inner := btf.UnderlyingType(m.Type)
+		if array, ok := inner.(*btf.Array); ok {
+			inner = array.Type
+		}
+		writeType(to, indent+"    ", inner)
 	}
 }
