@@ -14,14 +14,18 @@ import (
 func BenchmarkFanout(b *testing.B) {
 	for _, outputs := range []int{1, 4} {
 		for _, size := range []int{128, 1400} {
-			b.Run(fmt.Sprintf("1 to %d, %d bytes", outputs, size), func(b *testing.B) { benchmarkFanout(b, outputs, size) })
+			for _, frames := range []int{0, -1} {
+				b.Run(fmt.Sprintf("1 to %d, %d bytes, %s", outputs, size, ringsOf(frames)), func(b *testing.B) {
+					benchmarkFanout(b, outputs, size, frames)
+				})
+			}
 		}
 	}
 }
 
-func benchmarkFanout(b *testing.B, outputs, size int) {
+func benchmarkFanout(b *testing.B, outputs, size, frames int) {
 	n := newBench(b, outputs)
-	f := n.path(b, FanoutOptions{Blocks: fanout.DefaultBlocks, BlockTimeout: fanout.DefaultBlockTimeout})
+	f := n.path(b, FanoutOptions{Blocks: fanout.DefaultBlocks, BlockTimeout: fanout.DefaultBlockTimeout, Frames: frames})
 	r := rule("r", n.in, "239.1.1.1", 5000)
 	for i := range outputs {
 		r.Out = append(r.Out, sendTo(n.out[i], "239.9.9.1", 6000))

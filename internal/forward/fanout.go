@@ -38,11 +38,14 @@ type FanoutOptions struct {
 	Steering *ebpf.Program
 	// Blocks is the length of each worker's ring, in blocks of
 	// fanout.DefaultBlockSize; 0 means fanout.DefaultBlocks. BlockTimeout is what a
-	// frame waits at most until its block is handed over; 0 means
-	// fanout.DefaultBlockTimeout. At low rates a worker that does not get a CPU for
-	// Blocks times BlockTimeout loses packets.
+	// frame in a block waits at most until that is handed over; 0 means
+	// fanout.DefaultBlockTimeout. A worker that does not get a CPU until its frame ring is full,
+	// and then for Blocks times BlockTimeout, loses packets.
 	Blocks       int
 	BlockTimeout time.Duration
+	// Frames is the length of each worker's frame ring, by which frames come at once while
+	// they are few; 0 means what suits the MTU, and less none.
+	Frames int
 	// Sender is how senders send.
 	Sender fanout.SenderOptions
 	// Gate is what Fanout.Gate gave another process, which this one takes over from; nil: none. It
@@ -282,10 +285,11 @@ func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
 	if key.fromHost {
 		filter = f.filter.sent
 	}
+	frames, frameSize := f.frameRing(key.index)
 	group, err := f.system.openGroup(fanout.Options{
 		Interface: g.name, Index: key.index, Outgoing: key.fromHost, Workers: f.opts.Workers,
 		Mode: f.opts.Mode, Steering: f.opts.Steering, Blocks: f.opts.Blocks, BlockTimeout: f.opts.BlockTimeout,
-		Filter: fanout.Filter{Program: filter},
+		Filter: fanout.Filter{Program: filter}, Frames: frames, FrameSize: frameSize,
 	})
 	if err != nil {
 		return nil, err
@@ -303,6 +307,32 @@ func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
 		})
 	}
 	return g, nil
+}
+
+// frameRingSize is what a worker's frame ring takes, in bytes, and frameRingLeast how many
+// frames it has at least.
+const (
+	frameRingSize  = 2 << 20
+	frameRingLeast = 256
+)
+
+// frameRing says how many frames of which size the frame ring has of a worker on an
+// interface: as its MTU needs them. Packets that are longer, on a loopback device, come by
+// blocks.
+func (f *Fanout) frameRing(index int) (frames, size int) {
+	if f.opts.Mode == fanout.ModeEBPF || f.opts.Frames < 0 {
+		return 0, 0
+	}
+	size = fanout.DefaultFrameSize
+	if i, err := net.InterfaceByIndex(index); err == nil { // else opening the group says so
+		for size < i.MTU+fanout.FrameOverhead && size < 16<<10 {
+			size *= 2
+		}
+	}
+	if f.opts.Frames != 0 {
+		return f.opts.Frames, size
+	}
+	return max(frameRingSize/size, frameRingLeast), size
 }
 
 func (f *Fanout) openSender(index int) (Sender, error) {

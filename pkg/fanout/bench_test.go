@@ -8,9 +8,11 @@ import (
 )
 
 // Neither receiving nor sending allocates.
-func TestNothingAllocated(t *testing.T) {
+func TestNothingAllocated(t *testing.T) { eachRing(t, testNothingAllocated) }
+
+func testNothingAllocated(t *testing.T, ring int) {
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{Filter: Filter{Classic: portFilter(5000)}})
+	g := openGroup(t, b.relay, "in", Options{Frames: ring, Filter: Filter{Classic: portFilter(5000)}})
 	in, out := openSender(t, b.source, "eth0", SenderOptions{}), openSender(t, b.relay, "out", SenderOptions{})
 	data := frame(0, 0).Build()
 	packets := []Packet{{Header: data[:42], Payload: data[42:]}, {Header: data}, {Header: data}}
@@ -58,7 +60,7 @@ func TestSplitAllocatesOnce(t *testing.T) {
 	var f Frame
 	allocs := testing.AllocsPerRun(100, func() {
 		n := 0
-		for b.open(memory); b.Next(&f); n++ {
+		for b.open(memory, 0); b.Next(&f); n++ {
 		}
 		if n != 10 {
 			t.Fatalf("%d datagrams", n)
@@ -140,7 +142,7 @@ func BenchmarkNext(b *testing.B) {
 	var f Frame
 	for i := 0; i < b.N; i += len(frames) {
 		n := 0
-		for block.open(memory); block.Next(&f); n++ {
+		for block.open(memory, 0); block.Next(&f); n++ {
 		}
 		if n != len(frames) {
 			b.Fatal(n)

@@ -37,15 +37,15 @@ func buildBlock(size int, frames ...rawFrame) []byte {
 		h := block[at:]
 		step := (start + len(f.data) + 7) &^ 7
 		order.PutUint32(h[offsetOfNext:], uint32(step))
-		order.PutUint32(h[offsetOfSeconds:], 12)
-		order.PutUint32(h[offsetOfNanos:], 34)
-		order.PutUint32(h[offsetOfSnaplen:], uint32(len(f.data)))
-		order.PutUint32(h[offsetOfLen:], uint32(max(f.wireLen, len(f.data))))
-		order.PutUint32(h[offsetOfStatus:], unix.TP_STATUS_USER|f.status)
-		order.PutUint16(h[offsetOfMAC:], start)
-		order.PutUint16(h[offsetOfNet:], uint16(start+f.network))
-		order.PutUint32(h[offsetOfVLAN:], uint32(f.tci))
-		order.PutUint16(h[offsetOfTPID:], f.tpid)
+		order.PutUint32(h[inBlock.seconds:], 12)
+		order.PutUint32(h[inBlock.nanos:], 34)
+		order.PutUint32(h[inBlock.snaplen:], uint32(len(f.data)))
+		order.PutUint32(h[inBlock.length:], uint32(max(f.wireLen, len(f.data))))
+		order.PutUint32(h[inBlock.status:], unix.TP_STATUS_USER|f.status)
+		order.PutUint16(h[inBlock.mac:], start)
+		order.PutUint16(h[inBlock.net:], uint16(start+f.network))
+		order.PutUint32(h[inBlock.vlan:], uint32(f.tci))
+		order.PutUint16(h[inBlock.tpid:], f.tpid)
 		v := h[start-sizeofVnetHeader:]
 		v[0], v[1] = f.flags, f.gso
 		order.PutUint16(v[4:], f.segment)
@@ -57,12 +57,10 @@ func buildBlock(size int, frames ...rawFrame) []byte {
 	return block
 }
 
-const sizeofBlockHdr = 48
-
 // openBlock makes a block for Next alone.
 func openBlock(memory []byte) *Block {
 	b := &Block{worker: &Worker{}}
-	b.open(memory)
+	b.open(memory, 0)
 	return b
 }
 
@@ -78,29 +76,39 @@ func all(b *Block) (frames []Frame) {
 // kernel's headers.
 func TestOffsets(t *testing.T) {
 	var frame unix.Tpacket3Hdr
+	var single unix.Tpacket2Hdr
 	var block unix.TpacketHdrV1
 	hdr := unsafe.Offsetof(unix.TpacketBlockDesc{}.Hdr)
 	for _, test := range []struct {
 		name string
 		got  uintptr
-		want uintptr
+		want int
 	}{
-		{"block_status", offsetOfBlockStatus, hdr + unsafe.Offsetof(block.Block_status)},
-		{"num_pkts", offsetOfFrames, hdr + unsafe.Offsetof(block.Num_pkts)},
-		{"offset_to_first_pkt", offsetOfFirstFrame, hdr + unsafe.Offsetof(block.Offset_to_first_pkt)},
-		{"tp_next_offset", offsetOfNext, unsafe.Offsetof(frame.Next_offset)},
-		{"tp_sec", offsetOfSeconds, unsafe.Offsetof(frame.Sec)},
-		{"tp_nsec", offsetOfNanos, unsafe.Offsetof(frame.Nsec)},
-		{"tp_snaplen", offsetOfSnaplen, unsafe.Offsetof(frame.Snaplen)},
-		{"tp_len", offsetOfLen, unsafe.Offsetof(frame.Len)},
-		{"tp_status", offsetOfStatus, unsafe.Offsetof(frame.Status)},
-		{"tp_mac", offsetOfMAC, unsafe.Offsetof(frame.Mac)},
-		{"tp_net", offsetOfNet, unsafe.Offsetof(frame.Net)},
-		{"tp_vlan_tci", offsetOfVLAN, unsafe.Offsetof(frame.Hv1) + unsafe.Offsetof(frame.Hv1.Vlan_tci)},
-		{"tp_vlan_tpid", offsetOfTPID, unsafe.Offsetof(frame.Hv1) + unsafe.Offsetof(frame.Hv1.Vlan_tpid)},
+		{"block_status", hdr + unsafe.Offsetof(block.Block_status), offsetOfBlockStatus},
+		{"num_pkts", hdr + unsafe.Offsetof(block.Num_pkts), offsetOfFrames},
+		{"offset_to_first_pkt", hdr + unsafe.Offsetof(block.Offset_to_first_pkt), offsetOfFirstFrame},
+		{"tp_next_offset", unsafe.Offsetof(frame.Next_offset), offsetOfNext},
+		{"tp_sec", unsafe.Offsetof(frame.Sec), inBlock.seconds},
+		{"tp_nsec", unsafe.Offsetof(frame.Nsec), inBlock.nanos},
+		{"tp_snaplen", unsafe.Offsetof(frame.Snaplen), inBlock.snaplen},
+		{"tp_len", unsafe.Offsetof(frame.Len), inBlock.length},
+		{"tp_status", unsafe.Offsetof(frame.Status), inBlock.status},
+		{"tp_mac", unsafe.Offsetof(frame.Mac), inBlock.mac},
+		{"tp_net", unsafe.Offsetof(frame.Net), inBlock.net},
+		{"tp_vlan_tci", unsafe.Offsetof(frame.Hv1) + unsafe.Offsetof(frame.Hv1.Vlan_tci), inBlock.vlan},
+		{"tp_vlan_tpid", unsafe.Offsetof(frame.Hv1) + unsafe.Offsetof(frame.Hv1.Vlan_tpid), inBlock.tpid},
+		{"tp_sec of tpacket2_hdr", unsafe.Offsetof(single.Sec), inFrameRing.seconds},
+		{"tp_nsec of tpacket2_hdr", unsafe.Offsetof(single.Nsec), inFrameRing.nanos},
+		{"tp_snaplen of tpacket2_hdr", unsafe.Offsetof(single.Snaplen), inFrameRing.snaplen},
+		{"tp_len of tpacket2_hdr", unsafe.Offsetof(single.Len), inFrameRing.length},
+		{"tp_status of tpacket2_hdr", unsafe.Offsetof(single.Status), inFrameRing.status},
+		{"tp_mac of tpacket2_hdr", unsafe.Offsetof(single.Mac), inFrameRing.mac},
+		{"tp_net of tpacket2_hdr", unsafe.Offsetof(single.Net), inFrameRing.net},
+		{"tp_vlan_tci of tpacket2_hdr", unsafe.Offsetof(single.Vlan_tci), inFrameRing.vlan},
+		{"tp_vlan_tpid of tpacket2_hdr", unsafe.Offsetof(single.Vlan_tpid), inFrameRing.tpid},
 	} {
-		if test.got != test.want {
-			t.Errorf("%s is at %d, not %d", test.name, test.want, test.got)
+		if int(test.got) != test.want {
+			t.Errorf("%s is at %d, not %d", test.name, test.got, test.want)
 		}
 	}
 }
@@ -227,8 +235,8 @@ func TestMalformed(t *testing.T) {
 	for name, change := range map[string]func(block []byte){
 		"next frame outside":  func(b []byte) { order.PutUint32(b[sizeofBlockHdr+offsetOfNext:], 1<<31) },
 		"next frame is this":  func(b []byte) { order.PutUint32(b[sizeofBlockHdr+offsetOfNext:], 0) },
-		"length outside":      func(b []byte) { order.PutUint32(b[second+offsetOfSnaplen:], 1<<17) },
-		"data in the header":  func(b []byte) { order.PutUint16(b[second+offsetOfMAC:], 20) },
+		"length outside":      func(b []byte) { order.PutUint32(b[second+inBlock.snaplen:], 1<<17) },
+		"data in the header":  func(b []byte) { order.PutUint16(b[second+inBlock.mac:], 20) },
 		"more than there are": func(b []byte) { order.PutUint32(b[offsetOfFrames:], 1<<31) },
 		"first frame outside": func(b []byte) { order.PutUint32(b[offsetOfFirstFrame:], 1<<17-8) },
 	} {
@@ -239,6 +247,25 @@ func TestMalformed(t *testing.T) {
 		n := uint64(len(all(b)))
 		if got := b.worker.malformed.Load(); got == 0 || n+got != want {
 			t.Errorf("%s: %d handed out and %d malformed of %d", name, n, got, want)
+		}
+	}
+}
+
+// A frame for which the kernel made room, and that it then dropped, is passed over, whatever is in
+// its memory; those behind it come.
+func TestVoidFrames(t *testing.T) {
+	plain := rawFrame{data: frame(1, 1).Build(), network: etherLen}
+	for at := range 3 {
+		memory := buildBlock(1<<17, plain, plain, plain)
+		header := sizeofBlockHdr
+		for range at {
+			header += int(binary.NativeEndian.Uint32(memory[header:]))
+		}
+		binary.NativeEndian.PutUint32(memory[header+inBlock.status:], unix.TP_STATUS_VLAN_VALID)
+		clear(memory[header+inBlock.snaplen : header+inBlock.size])
+		b := openBlock(memory)
+		if n := len(all(b)); n != 2 || b.voids != 1 || b.worker.malformed.Load() != 0 {
+			t.Errorf("frame %d is void: %d handed out, %d void, %d malformed", at, n, b.voids, b.worker.malformed.Load())
 		}
 	}
 }
@@ -276,7 +303,7 @@ func FuzzBlock(f *testing.F) {
 			fr.CompleteChecksum()
 			fr.RestoreVLAN()
 		}
-		if b.left != 0 || n+b.worker.malformed.Load() < left {
+		if b.left != 0 || n+uint64(b.voids)+b.worker.malformed.Load() < left {
 			t.Fatalf("%d handed out and %d malformed of %d", n, b.worker.malformed.Load(), left)
 		}
 	})

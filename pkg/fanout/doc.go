@@ -21,6 +21,16 @@
 //		block.Release()
 //	}
 //
+// A block that is not full is handed over after a millisecond at the earliest. With
+// [Options].Frames a worker has a second ring (TPACKET_V2), whose frames are handed over one
+// by one, at once. A program in the kernel gives each frame to one of the two rings: to
+// the frame ring while that has room, to a block when more frames wait than that. Wait and
+// Next hand out the frames of both in the order in which they came.
+//
+// That order is exact for frames that one CPU handled. Frames of a flow that several CPUs handle, while frames
+// come by both rings, are put in order by the time at which they were received: a step of
+// the clock in that moment can reorder them.
+//
 // Every frame that arrives goes to one worker of the group, never to two, and
 // the host's own receivers get theirs as if the group were not there. Frames
 // that the host sends are not received.
@@ -37,7 +47,8 @@
 //  2. a filter that drops everything;
 //  3. version, virtio header, ring and mapping;
 //  4. bind, then PACKET_FANOUT;
-//  5. when every worker has joined: the filter that was asked for.
+//  5. when every worker has joined, first with the rings of blocks and then with the
+//     frame rings: the filter that was asked for.
 //
 // Nothing is in a ring before step 5, and from then on the number of members,
 // which decides who gets which flow, no longer changes.
@@ -46,7 +57,7 @@
 //
 // The first socket asks for an id that no group of the network namespace has
 // (PACKET_FANOUT_FLAG_UNIQUEID). The group is made for exactly its number of
-// workers (max_num_members of struct fanout_args), so that another program that
+// sockets (max_num_members of struct fanout_args), so that another program that
 // uses the id by accident or habit is refused with ENOSPC, rather than given a
 // share of the packets.
 //

@@ -52,6 +52,7 @@ func (f *faults) system() *system {
 		return errors.Join(f.hit(), k.setFilter(fd, program))
 	}
 	s.setRing = func(fd int, ring *unix.TpacketReq3) error { return errors.Join(f.hit(), k.setRing(fd, ring)) }
+	s.setFrames = func(fd int, ring *unix.TpacketReq) error { return errors.Join(f.hit(), k.setFrames(fd, ring)) }
 	s.setFanout = func(fd int, args fanoutArgs) error {
 		if err := f.hit(); err != nil {
 			return err
@@ -95,11 +96,22 @@ func faultOptions(t *testing.T) Options {
 	return opts
 }
 
+// faultsOf is faultOptions, or the same with frame rings.
+func faultsOf(t *testing.T, ring int) Options {
+	opts := faultOptions(t)
+	if ring > 0 {
+		opts.Mode, opts.Steering, opts.Frames = ModeHash, nil, ring
+	}
+	return opts
+}
+
 // Whichever call of Open fails, the error says which step, and nothing is left.
-func TestOpenFails(t *testing.T) {
+func TestOpenFails(t *testing.T) { eachRing(t, testOpenFails) }
+
+func testOpenFails(t *testing.T, ring int) {
 	h := labtest.Host(t, "flt")
 	labtest.Enter(t, h)
-	opts := faultOptions(t)
+	opts := faultsOf(t, ring)
 	before := labtest.Held()
 	steps := map[Step]int{}
 	for i := 1; ; i++ {
@@ -124,7 +136,7 @@ func TestOpenFails(t *testing.T) {
 			group = " new group "
 		}
 		if text := err.Error(); !strings.HasPrefix(text, "PACKET_FANOUT"+group) ||
-			!strings.Contains(text, "(mode ebpf) on lo: "+string(failure.Step)+": operation not permitted") {
+			!strings.Contains(text, "(mode "+opts.Mode.String()+") on lo: "+string(failure.Step)+": operation not permitted") {
 			t.Errorf("call %d: %s", i, text)
 		}
 		if after := labtest.Held(); after != before {
@@ -136,16 +148,23 @@ func TestOpenFails(t *testing.T) {
 		StepSocket: 3, StepDropAll: 3, StepVersion: 3, StepVnetHeader: 3, StepRing: 3, StepMap: 3, StepBind: 3,
 		StepHardware: 3, StepJoin: 3, StepGroupID: 3, StepEventFD: 3, StepSteering: 1, StepFilter: 3,
 	}
+	if ring > 0 {
+		for _, step := range []Step{StepSocket, StepDropAll, StepVersion, StepVnetHeader, StepRing, StepMap, StepBind, StepJoin, StepFilter} {
+			want[step] += 3
+		}
+	}
 	if diff := cmp.Diff(want, steps); diff != "" {
 		t.Error(diff)
 	}
 }
 
 // Whichever call of Close fails, everything is closed.
-func TestCloseFails(t *testing.T) {
+func TestCloseFails(t *testing.T) { eachRing(t, testCloseFails) }
+
+func testCloseFails(t *testing.T, ring int) {
 	h := labtest.Host(t, "flt")
 	labtest.Enter(t, h)
-	opts := faultOptions(t)
+	opts := faultsOf(t, ring)
 	before := labtest.Held()
 	for i := 1; ; i++ {
 		f := &faults{err: unix.EIO}

@@ -10,6 +10,7 @@ const (
 	etherAddressesLen = 12
 	etherLen          = 14
 	vlanLen           = 4
+	sizeofVnetHeader  = 10 // struct virtio_net_hdr of include/uapi/linux/virtio_net.h
 )
 
 // Frame is one frame, with what the kernel knows of it.
@@ -48,39 +49,69 @@ type Frame struct {
 	gsoType uint8
 }
 
-// parse reads a struct tpacket3_hdr, and the frame and the struct
-// virtio_net_hdr that it points to. memory goes to the end of the block.
-func (f *Frame) parse(memory []byte) bool {
+// layout says where a frame's header has what, which differs between versions of
+// rings: offsets in bytes.
+type layout struct {
+	seconds, nanos, snaplen, length, status, mac, net, vlan, tpid, size int
+	// wideVLAN says that the tag has 32 bits of room.
+	wideVLAN bool
+}
+
+// Struct tpacket3_hdr, of a frame in a block, and struct tpacket2_hdr, of one in a
+// frame ring (include/uapi/linux/if_packet.h). All fields are in the machine's byte order.
+var (
+	inBlock = layout{
+		seconds: 4, nanos: 8, snaplen: 12, length: 16, status: 20, mac: 24, net: 26, vlan: 32, tpid: 36,
+		size: unix.SizeofTpacket3Hdr, wideVLAN: true,
+	}
+	inFrameRing = layout{
+		status: 0, length: 4, snaplen: 8, mac: 12, net: 14, seconds: 16, nanos: 20, vlan: 24, tpid: 26,
+		size: unix.SizeofTpacket2Hdr,
+	}
+)
+
+// time reads when a frame was received.
+func (l *layout) time(header []byte) int64 {
 	order := binary.NativeEndian
-	header := memory[:sizeofFrameHdr]
-	start := int(order.Uint16(header[offsetOfMAC:]))
-	length := int(order.Uint32(header[offsetOfSnaplen:]))
-	if start < sizeofFrameHdr+sizeofVnetHeader || length < 0 || length > len(memory)-start {
+	return int64(order.Uint32(header[l.seconds:]))*1e9 + int64(order.Uint32(header[l.nanos:]))
+}
+
+// parse reads a frame's header, and the frame and the struct virtio_net_hdr that it
+// points to. memory goes to the end of the block, or of the frame's slot.
+func (f *Frame) parse(memory []byte, l *layout) bool {
+	order := binary.NativeEndian
+	header := memory[:l.size]
+	start := int(order.Uint16(header[l.mac:]))
+	length := int(order.Uint32(header[l.snaplen:]))
+	if start < l.size+sizeofVnetHeader || length < 0 || length > len(memory)-start {
 		return false
 	}
 	*f = Frame{
 		// The virtio header lies just before the frame. It has been read when
 		// anything is put there.
 		room:    memory[start-vlanLen : start+length : start+length],
-		WireLen: int(order.Uint32(header[offsetOfLen:])),
-		Time:    int64(order.Uint32(header[offsetOfSeconds:]))*1e9 + int64(order.Uint32(header[offsetOfNanos:])),
-		network: int(order.Uint16(header[offsetOfNet:])) - start,
+		WireLen: int(order.Uint32(header[l.length:])),
+		Time:    l.time(header),
+		network: int(order.Uint16(header[l.net:])) - start,
 	}
 	f.Data = f.room[vlanLen:]
-	f.parseVLAN(header)
+	f.parseVLAN(header, l)
 	f.parseVirtio(memory[start-sizeofVnetHeader:])
 	return true
 }
 
-func (f *Frame) parseVLAN(header []byte) {
-	status := binary.NativeEndian.Uint32(header[offsetOfStatus:])
+func (f *Frame) parseVLAN(header []byte, l *layout) {
+	status := binary.NativeEndian.Uint32(header[l.status:])
 	if status&unix.TP_STATUS_VLAN_VALID == 0 {
 		return
 	}
-	f.VLANTag = uint16(binary.NativeEndian.Uint32(header[offsetOfVLAN:]))
+	f.VLANTag = binary.NativeEndian.Uint16(header[l.vlan:])
+	if l.wideVLAN {
+		f.VLANTag = uint16(binary.NativeEndian.Uint32(header[l.vlan:]))
+	}
 	f.VLANProtocol = unix.ETH_P_8021Q
 	if status&unix.TP_STATUS_VLAN_TPID_VALID != 0 {
-		f.VLANProtocol = binary.NativeEndian.Uint16(header[offsetOfTPID:])
+		f.VLANProtocol = binary.NativeEndian.Uint16(header[l.tpid:])
 	}
 }
 

@@ -18,6 +18,7 @@ type Group struct {
 	workers []*Worker
 	// ethernet says that frames begin with an Ethernet header.
 	ethernet bool
+	choice   *choice // nil: workers have no frame rings
 
 	// mu is over the descriptors, but for the workers' own use of them, and over
 	// the totals.
@@ -57,12 +58,24 @@ func open(opts Options, sys *system) (*Group, error) {
 	if err != nil {
 		return nil, g.fail(StepOptions, err)
 	}
+	if opts.Frames != 0 {
+		if g.choice, err = newChoice(&opts); err != nil {
+			return nil, g.fail(StepChoice, err)
+		}
+	}
 	for range opts.Workers {
 		w, err := g.openWorker()
 		if err != nil {
 			return nil, errors.Join(err, g.Close())
 		}
 		g.workers = append(g.workers, w)
+	}
+	if g.choice != nil {
+		for i, w := range g.workers {
+			if err := g.openFrameRing(w, i); err != nil {
+				return nil, errors.Join(err, g.Close())
+			}
+		}
 	}
 	if err := g.start(); err != nil {
 		return nil, errors.Join(err, g.Close())
@@ -72,9 +85,13 @@ func open(opts Options, sys *system) (*Group, error) {
 
 // start lets frames in, now that all workers have joined.
 func (g *Group) start() error {
-	if g.opts.Mode == ModeEBPF {
+	program := g.opts.Steering
+	if g.choice != nil {
+		program = g.choice.program
+	}
+	if program != nil {
 		// It is the group's; any member can set it.
-		if err := g.sys.setInt(g.workers[0].fd, unix.SOL_PACKET, unix.PACKET_FANOUT_DATA, g.opts.Steering.FD()); err != nil {
+		if err := g.sys.setInt(g.workers[0].fd, unix.SOL_PACKET, unix.PACKET_FANOUT_DATA, program.FD()); err != nil {
 			return g.fail(StepSteering, err)
 		}
 	}
@@ -161,15 +178,17 @@ func (g *Group) Stats() ([]Stats, error) {
 func (g *Group) readStatistics() error {
 	var errs []error
 	for _, w := range g.workers {
-		s, err := g.sys.statistics(w.fd)
-		if err != nil {
-			errs = append(errs, g.fail(StepStats, err))
-			continue
+		for _, fd := range w.sockets() {
+			s, err := g.sys.statistics(fd)
+			if err != nil {
+				errs = append(errs, g.fail(StepStats, err))
+				continue
+			}
+			// What the kernel calls packets is with those dropped.
+			w.total.Received += uint64(s.Packets - s.Drops)
+			w.total.Dropped += uint64(s.Drops)
+			w.total.Freezes += uint64(s.Freeze_q_cnt)
 		}
-		// What the kernel calls packets is with those dropped.
-		w.total.Received += uint64(s.Packets - s.Drops)
-		w.total.Dropped += uint64(s.Drops)
-		w.total.Freezes += uint64(s.Freeze_q_cnt)
 	}
 	return errors.Join(errs...)
 }
@@ -193,6 +212,11 @@ func (g *Group) Close() error {
 			w.mu.Lock()
 			errs = append(errs, w.free())
 			w.mu.Unlock()
+		}
+		if g.choice != nil {
+			if err := g.choice.close(); err != nil {
+				errs = append(errs, g.fail(StepClose, err))
+			}
 		}
 	})
 	return errors.Join(errs...)

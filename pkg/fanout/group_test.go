@@ -197,10 +197,16 @@ func flood(t *testing.T, sender *Sender) {
 
 // The group is full with its own workers: another program cannot join and take
 // packets away. A second group has another id.
-func TestForeignSocketCannotJoin(t *testing.T) {
+func TestForeignSocketCannotJoin(t *testing.T) { eachRing(t, testForeignSocketCannotJoin) }
+
+func testForeignSocketCannotJoin(t *testing.T, ring int) {
+	mode := uint32(unix.PACKET_FANOUT_CPU)
+	if ring > 0 {
+		mode = unix.PACKET_FANOUT_EBPF
+	}
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{Workers: 2})
-	other := openGroup(t, b.relay, "in", Options{Workers: 2})
+	g := openGroup(t, b.relay, "in", Options{Workers: 2, Frames: ring})
+	other := openGroup(t, b.relay, "in", Options{Workers: 2, Frames: ring})
 	if g.ID() == other.ID() {
 		t.Errorf("both groups are number %d", g.ID())
 	}
@@ -213,7 +219,7 @@ func TestForeignSocketCannotJoin(t *testing.T) {
 		if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: networkOrder(unix.ETH_P_ALL), Ifindex: index(t, b.relay, "in")}); err != nil {
 			return err
 		}
-		args := uint32(g.ID()) | (unix.PACKET_FANOUT_CPU|unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING)<<16
+		args := uint32(g.ID()) | (mode|unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING)<<16
 		if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_FANOUT, int(args)); err != unix.ENOSPC {
 			t.Errorf("joining answered %v, want ENOSPC", err)
 		}
@@ -223,10 +229,12 @@ func TestForeignSocketCannotJoin(t *testing.T) {
 
 // A receiver on the relay's host gets its packets all the same, and what the host
 // sends is not received.
-func TestHostTrafficUntouched(t *testing.T) {
+func TestHostTrafficUntouched(t *testing.T) { eachRing(t, testHostTrafficUntouched) }
+
+func testHostTrafficUntouched(t *testing.T, ring int) {
 	b := newBench(t)
 	local := labtest.Listen(t, b.relay, "in", netip.MustParseAddrPort("239.1.1.1:5000"))
-	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeHash})
+	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeHash, Frames: ring})
 	c := collect(t, g)
 	back := openSender(t, b.relay, "in", SenderOptions{})
 	forth := openSender(t, b.source, "eth0", SenderOptions{})
@@ -290,9 +298,11 @@ func TestHostTrafficIgnoredBeforeLinux62(t *testing.T) {
 	}
 }
 
-func TestVLANTags(t *testing.T) {
+func TestVLANTags(t *testing.T) { eachRing(t, testVLANTags) }
+
+func testVLANTags(t *testing.T, ring int) {
 	b := newBench(t)
-	c := collect(t, openGroup(t, b.relay, "in", Options{}))
+	c := collect(t, openGroup(t, b.relay, "in", Options{Frames: ring}))
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
 	for i, test := range []struct {
 		tags     []uint16
@@ -332,9 +342,11 @@ func TestVLANTags(t *testing.T) {
 
 // A ring that nobody reads fills; every frame is then counted as dropped, and the
 // counters only grow though the kernel's begin anew with each reading.
-func TestRingFull(t *testing.T) {
+func TestRingFull(t *testing.T) { eachRing(t, testRingFull) }
+
+func testRingFull(t *testing.T, ring int) {
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{Blocks: 2, Filter: Filter{Classic: portFilter(5000)}})
+	g := openGroup(t, b.relay, "in", Options{Blocks: 2, Frames: ring, Filter: Filter{Classic: portFilter(5000)}})
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
 	f := frame(0, 0)
 	f.Payload = append(f.Payload, make([]byte, 1300)...)
@@ -380,7 +392,9 @@ func groupStats(t testing.TB, g *Group) []Stats {
 
 // A filter program cuts and chooses; it can be exchanged, and an exchange that
 // fails leaves the one of before.
-func TestSetFilter(t *testing.T) {
+func TestSetFilter(t *testing.T) { eachRing(t, testSetFilter) }
+
+func testSetFilter(t *testing.T, ring int) {
 	b := newBench(t)
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.SocketFilter, License: "MIT",
@@ -390,7 +404,7 @@ func TestSetFilter(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer program.Close()
-	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeHash, Filter: Filter{Program: program}})
+	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeHash, Frames: ring, Filter: Filter{Program: program}})
 	c := collect(t, g)
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
 	cut := frame(0, 0).Build()
@@ -434,9 +448,11 @@ func TestSetFilter(t *testing.T) {
 
 // The interface goes down: Wait says so once, and goes on when it is up again.
 // Then it goes for good.
-func TestInterfaceDownUpGone(t *testing.T) {
+func TestInterfaceDownUpGone(t *testing.T) { eachRing(t, testInterfaceDownUpGone) }
+
+func testInterfaceDownUpGone(t *testing.T, ring int) {
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeHash})
+	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeHash, Frames: ring})
 	c := collect(t, g)
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
 	for round := range 2 {
@@ -464,10 +480,12 @@ func TestInterfaceDownUpGone(t *testing.T) {
 }
 
 // A group on an interface that is down begins to receive when it is up.
-func TestOpenWhileDown(t *testing.T) {
+func TestOpenWhileDown(t *testing.T) { eachRing(t, testOpenWhileDown) }
+
+func testOpenWhileDown(t *testing.T, ring int) {
 	b := newBench(t)
 	setUp(t, b.relay, "in", false)
-	opts := Options{Interface: "in", Index: index(t, b.relay, "in"), Workers: 2, Mode: ModeHash, Blocks: 4}
+	opts := Options{Interface: "in", Index: index(t, b.relay, "in"), Workers: 2, Mode: ModeHash, Blocks: 4, Frames: ring}
 	var g *Group
 	err := b.relay.Do(func() (err error) {
 		g, err = Open(opts)
@@ -543,9 +561,11 @@ func TestClose(t *testing.T) {
 	groupStats(t, g)
 }
 
-func TestCloseWaitsForBlock(t *testing.T) {
+func TestCloseWaitsForBlock(t *testing.T) { eachRing(t, testCloseWaitsForBlock) }
+
+func testCloseWaitsForBlock(t *testing.T, ring int) {
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{})
+	g := openGroup(t, b.relay, "in", Options{Frames: ring})
 	sendAll(t, openSender(t, b.source, "eth0", SenderOptions{}), []Packet{{Header: frame(0, 0).Build()}})
 	w := g.Workers()[0]
 	block, err := w.Wait()
@@ -573,14 +593,20 @@ func TestCloseWaitsForBlock(t *testing.T) {
 
 // A goroutine that ended with a block in its hands is replaced by another, and
 // nothing but that block is lost.
-func TestGoroutineReplaced(t *testing.T) {
+func TestGoroutineReplaced(t *testing.T) { eachRing(t, testGoroutineReplaced) }
+
+func testGoroutineReplaced(t *testing.T, ring int) {
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{Filter: Filter{Classic: portFilter(5000)}})
+	g := openGroup(t, b.relay, "in", Options{Frames: ring, Filter: Filter{Classic: portFilter(5000)}})
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
 	sendAll(t, sender, []Packet{{Header: frame(0, 0).Build()}})
 	taken := make(chan error)
 	go func() {
-		_, err := g.Workers()[0].Wait()
+		block, err := g.Workers()[0].Wait()
+		var f Frame
+		if err == nil && !block.Next(&f) {
+			err = errors.New("no frame in the block")
+		}
 		taken <- err
 	}()
 	if err := <-taken; err != nil {
@@ -595,9 +621,11 @@ func TestGoroutineReplaced(t *testing.T) {
 	checkOnceInOrder(t, frames, 1, 10)
 }
 
-func TestWake(t *testing.T) {
+func TestWake(t *testing.T) { eachRing(t, testWake) }
+
+func testWake(t *testing.T, ring int) {
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{})
+	g := openGroup(t, b.relay, "in", Options{Frames: ring})
 	w := g.Workers()[0]
 	w.Wake()
 	w.Wake() // as one
@@ -633,6 +661,10 @@ func TestOpenRefuses(t *testing.T) {
 		{func(o *Options) { o.BlockTimeout = time.Minute }, "block timeout 1m0s"},
 		{func(o *Options) { o.Filter = Filter{Program: program, Classic: keep(1)} }, "one of the two"},
 		{func(o *Options) { o.Filter.Classic = make([]unix.SockFilter, 1<<16) }, "65536"},
+		{func(o *Options) { o.Frames = 100 }, "100 frames: must be 0, or a power of two from 64 to 65536"},
+		{func(o *Options) { o.Frames, o.FrameSize = 64, 1024 }, "frame size 1024: must be a power of two from 2048 to 65536"},
+		{func(o *Options) { o.Frames, o.Mode, o.Steering = 64, ModeEBPF, program }, "no frame ring"},
+		{func(o *Options) { o.Frames, o.Workers = 64, 1025 }, "1025 workers with a frame ring"},
 		{func(o *Options) { o.Index = 1 << 30 }, "bind: no such device"},
 	} {
 		opts := valid
@@ -712,7 +744,9 @@ func TestSteering(t *testing.T) {
 
 // Groups and senders, opened and closed many times under traffic with a worker
 // waiting, leave no descriptor, mapping or goroutine.
-func TestOpenCloseMany(t *testing.T) {
+func TestOpenCloseMany(t *testing.T) { eachRing(t, testOpenCloseMany) }
+
+func testOpenCloseMany(t *testing.T, ring int) {
 	b := newBench(t)
 	labtest.Enter(t, b.relay)
 	in, out := index(t, b.relay, "in"), index(t, b.relay, "out")
@@ -720,7 +754,7 @@ func TestOpenCloseMany(t *testing.T) {
 	packets := []Packet{{Header: frame(1, 0).Build()}, {Header: frame(2, 0).Build()}}
 	before, goroutines := labtest.Held(), runtime.NumGoroutine()
 	for i := range labtest.Soak(100, 1000) {
-		g, err := Open(Options{Interface: "in", Index: in, Workers: 2, Mode: ModeHash, Blocks: 2})
+		g, err := Open(Options{Interface: "in", Index: in, Workers: 2, Mode: ModeHash, Blocks: 2, Frames: ring})
 		if err != nil {
 			t.Fatalf("cycle %d: %v", i, err)
 		}

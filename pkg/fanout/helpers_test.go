@@ -3,6 +3,7 @@ package fanout
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"sync"
@@ -82,6 +83,13 @@ func openSender(t testing.TB, h *lab.Host, ifname string, opts SenderOptions) *S
 		}
 	})
 	return s
+}
+
+// eachRing runs a test with the ring of blocks alone, and with a frame ring.
+func eachRing(t *testing.T, test func(t *testing.T, ring int)) {
+	for _, ring := range []int{0, minFrames} {
+		t.Run(fmt.Sprintf("%d frames", ring), func(t *testing.T) { test(t, ring) })
+	}
 }
 
 // sendAll sends every packet, waiting for room.

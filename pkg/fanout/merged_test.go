@@ -20,9 +20,11 @@ import (
 // Datagrams that come merged are taken apart to what the kernel itself makes of
 // them on its way out, byte for byte. A kernel that cannot describe them to packet sockets
 // drops and counts them.
-func TestMergedAsTheKernelSplits(t *testing.T) {
+func TestMergedAsTheKernelSplits(t *testing.T) { eachRing(t, testMergedAsTheKernelSplits) }
+
+func testMergedAsTheKernelSplits(t *testing.T, ring int) {
 	b := newBench(t)
-	g := openGroup(t, b.relay, "in", Options{})
+	g := openGroup(t, b.relay, "in", Options{Frames: ring})
 	c := collect(t, g)
 	described := labtest.MergedDatagrams(t, b.relay)
 	for i, test := range []struct {
@@ -133,9 +135,11 @@ func sendSegmented(t *testing.T, h *lab.Host, to string, port, segment int, payl
 
 // Frames of a sender on this machine that left the checksum to the device are
 // made whole.
-func TestChecksumLeftToTheDevice(t *testing.T) {
+func TestChecksumLeftToTheDevice(t *testing.T) { eachRing(t, testChecksumLeftToTheDevice) }
+
+func testChecksumLeftToTheDevice(t *testing.T, ring int) {
 	b := newBench(t)
-	c := collect(t, openGroup(t, b.relay, "in", Options{}))
+	c := collect(t, openGroup(t, b.relay, "in", Options{Frames: ring}))
 	labtest.Do(t, b.source, func() error { return lab.SetTxChecksum("eth0", true) })
 	for i, to := range []string{"239.1.1.1", "fd00::2"} {
 		for size := range 20 {
@@ -166,7 +170,9 @@ func TestChecksumLeftToTheDevice(t *testing.T) {
 
 // Datagrams that generic receive offload merged on the way in are what they were,
 // byte for byte.
-func TestMergedByGRO(t *testing.T) {
+func TestMergedByGRO(t *testing.T) { eachRing(t, testMergedByGRO) }
+
+func testMergedByGRO(t *testing.T, ring int) {
 	b := newBench(t)
 	labtest.NeedsKernel(t, labtest.MergedDatagrams(t, b.relay), "merged datagrams at packet sockets", "6.2")
 	dir := t.TempDir()
@@ -176,7 +182,7 @@ func TestMergedByGRO(t *testing.T) {
 		}
 		return holdForGRO(dir, "in")
 	})
-	g := openGroup(t, b.relay, "in", Options{Filter: Filter{Classic: portFilter(5000)}})
+	g := openGroup(t, b.relay, "in", Options{Frames: ring, Filter: Filter{Classic: portFilter(5000)}})
 	c := collect(t, g)
 	const total = 200
 	var want [][]byte

@@ -73,6 +73,7 @@ const (
 	DefaultBlockSize    = 128 << 10
 	DefaultBlocks       = 128
 	DefaultBlockTimeout = time.Millisecond
+	DefaultFrameSize    = 2 << 10
 )
 
 // minBlockSize has room for the longest merged frame, which is 64 KiB and its
@@ -109,9 +110,16 @@ type Options struct {
 	Blocks int
 	// BlockTimeout is after which time the kernel hands over a block that is not
 	// full: whole milliseconds; 0 means DefaultBlockTimeout. It is what a frame
-	// waits at most, and its timer is what an idle worker costs. Before Linux
+	// in a block waits at most, and its timer is what an idle worker costs. Before Linux
 	// 6.18 it is rounded up to the kernel's tick.
 	BlockTimeout time.Duration
+	// Frames gives each worker a frame ring beside the ring of blocks, of so many
+	// frames: a power of two from 64 on; 0 means none. It needs CAP_BPF, and is for ModeCPU
+	// and ModeHash, which then hashes as [ByAddressesAndPorts] does, not the same in both directions.
+	Frames int
+	// FrameSize is the size of a frame of the frame ring, in bytes: a power of two
+	// from 2 to 64 KiB; 0 means DefaultFrameSize. [FrameOverhead] of them are not for the packet; longer ones come by blocks.
+	FrameSize int
 }
 
 // complete fills in the defaults and refuses what the kernel would, with words.
@@ -122,6 +130,7 @@ func (o Options) complete() (Options, error) {
 	if o.BlockTimeout == 0 {
 		o.BlockTimeout = DefaultBlockTimeout
 	}
+	setDefault(&o.FrameSize, DefaultFrameSize)
 	switch {
 	case o.Index <= 0 || o.Index > math.MaxInt32:
 		return o, fmt.Errorf("interface index %d: must be positive", o.Index)
@@ -137,6 +146,14 @@ func (o Options) complete() (Options, error) {
 		return o, fmt.Errorf("%d blocks of %d bytes: must be at least 2, and under 2 GiB together", o.Blocks, o.BlockSize)
 	case o.BlockTimeout < time.Millisecond || o.BlockTimeout > time.Second || o.BlockTimeout%time.Millisecond != 0:
 		return o, fmt.Errorf("block timeout %v: must be whole milliseconds, 1ms to 1s", o.BlockTimeout)
+	case o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames || bits.OnesCount(uint(o.Frames)) != 1):
+		return o, fmt.Errorf("%d frames: must be 0, or a power of two from %d to %d", o.Frames, minFrames, maxFrames)
+	case o.FrameSize < minFrameSize || o.FrameSize > frameBlock || bits.OnesCount(uint(o.FrameSize)) != 1:
+		return o, fmt.Errorf("frame size %d: must be a power of two from %d to %d", o.FrameSize, minFrameSize, frameBlock)
+	case o.Frames != 0 && o.Mode == ModeEBPF:
+		return o, errors.New("frames: mode ebpf has a program of its own, and no frame ring")
+	case o.Frames != 0 && o.Workers > maxFrameWorkers:
+		return o, fmt.Errorf("%d workers with a frame ring: must be 1 to %d", o.Workers, maxFrameWorkers)
 	}
 	return o, o.Filter.check()
 }

@@ -37,39 +37,63 @@ func keep(bytes uint32) []unix.SockFilter {
 // openWorker opens a socket that has joined the group and still drops everything.
 func (g *Group) openWorker() (*Worker, error) {
 	w := &Worker{group: g, fd: -1, event: -1, blockSize: g.opts.BlockSize}
-	for _, s := range []struct {
-		step Step
-		do   func() error
-	}{
-		{StepSocket, w.openSocket},
+	if err := g.do([]step{
+		{StepSocket, func() (err error) { w.fd, err = g.sys.openPacket(); return err }},
 		{StepDropAll, func() error { return g.sys.setFilter(w.fd, keep(0)) }},
 		{StepVersion, func() error { return w.setOption(unix.PACKET_VERSION, unix.TPACKET_V3) }},
 		{StepVnetHeader, func() error { return w.setOption(unix.PACKET_VNET_HDR, 1) }},
 		{StepRing, w.makeRing},
 		{StepMap, w.mapRing},
-		{StepBind, w.bind},
+		{StepBind, func() error { return g.sys.bindTo(w.fd, g.opts.Index) }},
 		{StepHardware, w.readHardwareType},
-		{StepJoin, w.join},
-		{StepGroupID, w.readGroupID},
+		{StepJoin, func() error { return g.join(w.fd) }},
+		{StepGroupID, func() error { return g.readID(w.fd) }},
 		{StepEventFD, w.openEvent},
-	} {
-		if err := s.do(); err != nil {
-			return nil, errors.Join(g.fail(s.step, err), w.free())
-		}
+	}); err != nil {
+		return nil, errors.Join(err, w.free())
 	}
-	w.fds[0] = unix.PollFd{Fd: int32(w.fd), Events: unix.POLLIN}
-	w.fds[1] = unix.PollFd{Fd: int32(w.event), Events: unix.POLLIN}
+	w.fds = []unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLIN}, {Fd: int32(w.event), Events: unix.POLLIN}}
 	w.block.worker = w
 	return w, nil
+}
+
+// openFrameRing gives a worker its frame ring. All workers have joined before the first
+// of these, as choice wants it.
+func (g *Group) openFrameRing(w *Worker, number int) error {
+	r := &frameRing{
+		fd: -1, size: g.opts.FrameSize, count: g.opts.Frames, slack: slackOf(&g.opts),
+		admits: g.choice.of(number), earliest: make([]int64, g.opts.Frames),
+	}
+	if err := g.do(r.steps(w)); err != nil {
+		return errors.Join(err, r.free(g.sys))
+	}
+	r.admit()
+	w.frames = r
+	w.fds = append(w.fds, unix.PollFd{Fd: int32(r.fd), Events: unix.POLLIN})
+	return nil
+}
+
+// step is a part of opening.
+type step struct {
+	name Step
+	do   func() error
+}
+
+func (g *Group) do(steps []step) error {
+	for _, s := range steps {
+		if err := s.do(); err != nil {
+			return g.fail(s.name, err)
+		}
+	}
+	return nil
 }
 
 func (w *Worker) setOption(option, value int) error {
 	return w.group.sys.setInt(w.fd, unix.SOL_PACKET, option, value)
 }
 
-func (w *Worker) openSocket() (err error) {
-	w.fd, err = w.group.sys.socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
-	return err
+func (s *system) openPacket() (int, error) {
+	return s.socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 }
 
 func (w *Worker) makeRing() error {
@@ -89,8 +113,8 @@ func (w *Worker) mapRing() (err error) {
 	return err
 }
 
-func (w *Worker) bind() error {
-	return w.group.sys.bind(w.fd, &unix.SockaddrLinklayer{Protocol: networkOrder(unix.ETH_P_ALL), Ifindex: w.group.opts.Index})
+func (s *system) bindTo(fd, index int) error {
+	return s.bind(fd, &unix.SockaddrLinklayer{Protocol: networkOrder(unix.ETH_P_ALL), Ifindex: index})
 }
 
 func (w *Worker) readHardwareType() error {
@@ -102,14 +126,17 @@ func (w *Worker) readHardwareType() error {
 	return nil
 }
 
-// join joins the group; the first worker makes it.
-func (w *Worker) join() error {
-	g := w.group
+// join has a socket join the group; the first one makes it.
+func (g *Group) join(fd int) error {
 	// A group has a hook of its own into the traffic: PACKET_IGNORE_OUTGOING, the
 	// option of a socket, does not reach it.
 	args := fanoutArgs{
 		modeFlags:  uint16(g.opts.Mode.kernelMode()),
 		maxMembers: uint32(g.opts.Workers),
+	}
+	if g.choice != nil {
+		args.modeFlags = unix.PACKET_FANOUT_EBPF
+		args.maxMembers = uint32(2 * g.opts.Workers)
 	}
 	if !g.opts.Outgoing {
 		args.modeFlags |= unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING
@@ -119,28 +146,28 @@ func (w *Worker) join() error {
 	} else {
 		args.id = uint16(g.id)
 	}
-	err := g.sys.setFanout(w.fd, args)
+	err := g.sys.setFanout(fd, args)
 	if !errors.Is(err, unix.EINVAL) {
 		return err
 	}
 	// Before Linux 6.13 that is the answer on an interface that is down.
-	if errno, _ := g.sys.getInt(w.fd, unix.SOL_SOCKET, unix.SO_ERROR); errno != 0 {
+	if errno, _ := g.sys.getInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); errno != 0 {
 		return unix.Errno(errno)
 	}
 	return err
 }
 
-// readGroupID reads which id the kernel chose, and checks it of those who join.
-func (w *Worker) readGroupID() error {
-	v, err := w.group.sys.getInt(w.fd, unix.SOL_PACKET, unix.PACKET_FANOUT)
+// readID reads which id the kernel chose, and checks it of those who join.
+func (g *Group) readID(fd int) error {
+	v, err := g.sys.getInt(fd, unix.SOL_PACKET, unix.PACKET_FANOUT)
 	if err != nil {
 		return err
 	}
 	id := int(uint16(v))
-	if w.group.id >= 0 && w.group.id != id {
-		return fmt.Errorf("the kernel says %d, must be %d", id, w.group.id)
+	if g.id >= 0 && g.id != id {
+		return fmt.Errorf("the kernel says %d, must be %d", id, g.id)
 	}
-	w.group.id = id
+	g.id = id
 	return nil
 }
 
@@ -149,19 +176,31 @@ func (w *Worker) openEvent() (err error) {
 	return err
 }
 
-func (w *Worker) setFilter(f Filter) (err error) {
-	switch {
-	case f.Program != nil:
-		err = w.group.sys.setInt(w.fd, unix.SOL_SOCKET, unix.SO_ATTACH_BPF, f.Program.FD())
-	case len(f.Classic) > 0:
-		err = w.group.sys.setFilter(w.fd, skipOutgoing(f.Classic))
-	default:
-		err = w.group.sys.setFilter(w.fd, skipOutgoing(keep(math.MaxUint32)))
-	}
-	if err != nil {
-		return w.group.fail(StepFilter, err)
+func (w *Worker) setFilter(f Filter) error {
+	for _, fd := range w.sockets() {
+		if err := w.group.sys.attach(fd, f); err != nil {
+			return w.group.fail(StepFilter, err)
+		}
 	}
 	return nil
+}
+
+func (s *system) attach(fd int, f Filter) error {
+	switch {
+	case f.Program != nil:
+		return s.setInt(fd, unix.SOL_SOCKET, unix.SO_ATTACH_BPF, f.Program.FD())
+	case len(f.Classic) > 0:
+		return s.setFilter(fd, skipOutgoing(f.Classic))
+	}
+	return s.setFilter(fd, skipOutgoing(keep(math.MaxUint32)))
+}
+
+// sockets are those of the worker's rings.
+func (w *Worker) sockets() []int {
+	if w.frames == nil {
+		return []int{w.fd}
+	}
+	return []int{w.fd, w.frames.fd}
 }
 
 // free gives back what the worker has, as far as it got.
@@ -170,6 +209,10 @@ func (w *Worker) free() error {
 	if w.ring != nil {
 		errs = append(errs, w.group.sys.munmap(w.ring))
 		w.ring = nil
+	}
+	if w.frames != nil {
+		errs = append(errs, w.frames.free(w.group.sys))
+		w.frames = nil
 	}
 	for _, fd := range []*int{&w.fd, &w.event} {
 		if *fd >= 0 {

@@ -57,6 +57,17 @@ const (
 )
 
 func steering(by SteerBy) asm.Instructions {
+	return append(flowHash(by),
+		asm.Mov.Reg32(asm.R0, regHash).WithSymbol("done"),
+		asm.Return(),
+		asm.Mov.Imm(asm.R0, 0).WithSymbol("other"),
+		asm.Return(),
+	)
+}
+
+// flowHash goes on at done with a hash of the packet's flow in regHash, and at other with what
+// is no IP packet.
+func flowHash(by SteerBy) asm.Instructions {
 	return join(
 		asm.Instructions{
 			asm.Mov.Reg(regContext, asm.R1),
@@ -77,12 +88,6 @@ func steering(by SteerBy) asm.Instructions {
 		},
 		labelled("ipv4", steerIPv4()), ports(by),
 		labelled("ipv6", steerIPv6()), ports(by),
-		asm.Instructions{
-			asm.Mov.Reg32(asm.R0, regHash).WithSymbol("done"),
-			asm.Return(),
-			asm.Mov.Imm(asm.R0, 0).WithSymbol("other"),
-			asm.Return(),
-		},
 	)
 }
 

@@ -14,6 +14,7 @@ type system struct {
 	getInt      func(fd, level, option int) (int, error)
 	setFilter   func(fd int, program []unix.SockFilter) error
 	setRing     func(fd int, ring *unix.TpacketReq3) error
+	setFrames   func(fd int, ring *unix.TpacketReq) error
 	setFanout   func(fd int, args fanoutArgs) error
 	mmap        func(fd, size int) ([]byte, error)
 	munmap      func(memory []byte) error
@@ -40,6 +41,7 @@ func kernel() *system {
 		getInt:      unix.GetsockoptInt,
 		setFilter:   attachClassic,
 		setRing:     setRing,
+		setFrames:   setFrames,
 		setFanout:   setFanout,
 		mmap:        mapRing,
 		munmap:      unix.Munmap,
@@ -61,6 +63,10 @@ func attachClassic(fd int, program []unix.SockFilter) error {
 
 func setRing(fd int, ring *unix.TpacketReq3) error {
 	return unix.SetsockoptTpacketReq3(fd, unix.SOL_PACKET, unix.PACKET_RX_RING, ring)
+}
+
+func setFrames(fd int, ring *unix.TpacketReq) error {
+	return unix.SetsockoptTpacketReq(fd, unix.SOL_PACKET, unix.PACKET_RX_RING, ring)
 }
 
 func setFanout(fd int, args fanoutArgs) error {

@@ -6,7 +6,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,10 +14,11 @@ import (
 // still there, in milliseconds: the kernel tells only that it went down.
 const goneCheck = 1000
 
-// Worker is one socket of a group. One goroutine at a time may use Wait and the
+// Worker is one socket of a group, or two with a frame ring. One goroutine at a time may use Wait and the
 // block that it returns; Wake may be called from any. When a goroutine has ended,
 // another may take over, even if the first one left a block unreleased: its Wait
-// does that, and receives what has come meanwhile.
+// does that, and receives what has come meanwhile, as well as frames of the frame ring that the first one
+// had not yet read.
 type Worker struct {
 	group *Group
 	fd    int
@@ -27,7 +27,8 @@ type Worker struct {
 	ring      []byte
 	blockSize int
 	index     int // of the block that the kernel hands over next
-	fds       [2]unix.PollFd
+	frames    *frameRing
+	fds       []unix.PollFd // of the blocks, of event, and of the frame ring
 	// down is set from ENETDOWN until frames arrive again.
 	down     bool
 	deadline time.Time // of Wait; zero: none
@@ -80,17 +81,47 @@ func (w *Worker) interrupted() error {
 	return nil
 }
 
-// take takes over the next block if it is ours.
+// take takes over what has come.
 func (w *Worker) take() bool {
-	memory := w.ring[w.index*w.blockSize:][:w.blockSize]
-	// The load orders the reads of the block after it.
-	if atomic.LoadUint32(blockStatus(memory))&unix.TP_STATUS_USER == 0 {
+	r := w.frames
+	block, single := w.readyBlock(), 0
+	if block == nil && r != nil {
+		r.waits = false
+		if single = r.ready(0, mostSingle); single == 0 {
+			r.admit()
+		} else if block = w.readyBlock(); block == nil && w.blockPending() {
+			r.waits = true
+			return false
+		}
+	}
+	if block == nil && single == 0 {
 		return false
 	}
+	if block != nil && r != nil {
+		single = r.settle()
+		r.rate(block)
+	}
 	w.down = false
-	w.block.open(memory)
+	w.block.open(block, single)
 	return true
 }
+
+// nextBlock is the block that the kernel fills, or has filled.
+func (w *Worker) nextBlock() []byte { return w.ring[w.index*w.blockSize:][:w.blockSize] }
+
+// readyBlock is the next block if the kernel has handed it over, nil otherwise.
+func (w *Worker) readyBlock() []byte {
+	block := w.nextBlock()
+	// The load orders the reads of the block after it.
+	if atomic.LoadUint32(blockStatus(block))&unix.TP_STATUS_USER == 0 {
+		return nil
+	}
+	return block
+}
+
+// blockPending says whether there are frames in the block that the kernel fills: it counts
+// them before it writes them.
+func (w *Worker) blockPending() bool { return atomic.LoadUint32(blockFrames(w.nextBlock())) != 0 }
 
 // SetDeadline sets the time after which Wait returns [os.ErrDeadlineExceeded] when there is
 // no block; the zero time sets none, which is the default. It is for the goroutine that
@@ -123,7 +154,13 @@ func (w *Worker) poll() error {
 	if err != nil {
 		return err
 	}
-	n, err := w.group.sys.poll(w.fds[:], timeout)
+	if r := w.frames; r != nil {
+		w.fds[2].Fd = int32(r.fd)
+		if r.waits {
+			w.fds[2].Fd = -1 // poll would not wait
+		}
+	}
+	n, err := w.group.sys.poll(w.fds, timeout)
 	switch {
 	case err == unix.EINTR:
 		return nil
@@ -137,8 +174,10 @@ func (w *Worker) poll() error {
 	if w.fds[1].Revents != 0 {
 		w.drainEvent()
 	}
-	if w.fds[0].Revents&^unix.POLLIN != 0 {
-		return w.socketError()
+	for _, i := range []int{0, 2} {
+		if i < len(w.fds) && w.fds[i].Revents&^unix.POLLIN != 0 {
+			return w.socketError()
+		}
 	}
 	return nil
 }
@@ -154,17 +193,24 @@ func (w *Worker) checkGone() error {
 	return nil
 }
 
-// socketError fetches the error that poll tells of; fetching clears it.
-func (w *Worker) socketError() error {
-	errno, err := w.group.sys.getInt(w.fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err == nil && errno == 0 {
-		return nil
+// socketError fetches the error that poll tells of; fetching clears it. The kernel
+// tells the socket of the blocks first, and then that of the frame ring.
+func (w *Worker) socketError() (first error) {
+	known := w.down
+	for i, fd := range w.sockets() {
+		errno, err := w.group.sys.getInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err == nil {
+			if errno == 0 || i > 0 && known {
+				continue
+			}
+			err = unix.Errno(errno)
+		}
+		if first == nil {
+			first = w.group.fail(StepReceive, err)
+		}
+		w.down = true
 	}
-	if err == nil {
-		err = unix.Errno(errno)
-	}
-	w.down = true
-	return w.group.fail(StepReceive, err)
+	return first
 }
 
 // drainEvent makes the eventfd unreadable. Nothing else reads it, so it cannot
@@ -191,10 +237,4 @@ func (w *Worker) wake() {
 	// The one error there is, EAGAIN for a counter at its end, means that it is
 	// readable, which is what is wanted.
 	_, _ = unix.Write(w.event, one[:])
-}
-
-// blockStatus is block_status of struct tpacket_hdr_v1, in struct
-// tpacket_block_desc at the start of a block.
-func blockStatus(block []byte) *uint32 {
-	return (*uint32)(unsafe.Pointer(&block[offsetOfBlockStatus]))
 }

@@ -1,0 +1,136 @@
+package fanout
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
+)
+
+// choice is the program that chooses, where workers have two rings, a frame's worker and
+// ring: in one group that has the sockets of the workers' blocks first, and then those of
+// their frame rings. So the kernel gives each frame to exactly one.
+//
+// A frame goes by the frame ring, which wakes the worker at once, while that has room; when
+// frames come faster than the worker takes them, by blocks, of which one wake-up
+// brings hundreds. By blocks go as well
+//
+//   - what is too long for a slot;
+//   - merged datagrams: a socket with a virtio header and TPACKET_V2 stays deaf for ever
+//     once the kernel met one that it cannot describe, since it keeps the slot
+//     (rx_owner_map in tpacket_rcv of net/packet/af_packet.c).
+type choice struct {
+	program *ebpf.Program
+	state   *ebpf.Map
+	memory  []byte // of state
+}
+
+// admission is what the program and a worker tell each other; a cache line.
+type admission struct {
+	taken uint64 // frames that went by the frame ring, or were to, and were filtered out
+	limit uint64 // no more than so many go by it; 0: none
+	_     [6]uint64
+}
+
+const (
+	sizeofAdmission = int(unsafe.Sizeof(admission{}))
+	offsetOfTaken   = int16(unsafe.Offsetof(admission{}.taken))
+	offsetOfLimit   = int16(unsafe.Offsetof(admission{}.limit))
+)
+
+func newChoice(o *Options) (_ *choice, err error) {
+	c := &choice{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.close())
+		}
+	}()
+	c.state, err = ebpf.NewMap(&ebpf.MapSpec{
+		Name: "xdpcast_rings", Type: ebpf.Array, Flags: unix.BPF_F_MMAPABLE,
+		KeySize: 4, ValueSize: uint32(o.Workers * sizeofAdmission), MaxEntries: 1,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make map: %w", err)
+	}
+	c.memory, err = unix.Mmap(c.state.FD(), 0, o.Workers*sizeofAdmission, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map map: %w", err)
+	}
+	c.program, err = ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "xdpcast_choice", Type: ebpf.SocketFilter, Instructions: chooseRing(o, c.state.FD()), License: "MIT",
+	})
+	if err != nil {
+		return nil, fmt.Errorf("load program: %w", err)
+	}
+	return c, nil
+}
+
+// of is the admission of a worker.
+func (c *choice) of(worker int) *admission {
+	return (*admission)(unsafe.Pointer(&c.memory[worker*sizeofAdmission]))
+}
+
+func (c *choice) close() error {
+	var errs []error
+	if c.memory != nil {
+		errs = append(errs, unix.Munmap(c.memory))
+	}
+	if c.program != nil {
+		errs = append(errs, c.program.Close())
+	}
+	if c.state != nil {
+		errs = append(errs, c.state.Close())
+	}
+	*c = choice{}
+	return errors.Join(errs...)
+}
+
+// slackOf is how many frames CPUs may be putting into a worker's slots at one time.
+func slackOf(o *Options) int { return min(2*runtime.NumCPU()+8, o.Frames/2) }
+
+// Offsets into struct __sk_buff of include/uapi/linux/bpf.h.
+const (
+	skbLen     = 0
+	skbGSOSize = 176
+)
+
+func chooseRing(o *Options, state int) asm.Instructions {
+	worker := asm.Instructions{
+		asm.Mov.Reg(regContext, asm.R1),
+		asm.FnGetSmpProcessorId.Call(),
+		asm.Mov.Reg32(regHash, asm.R0),
+	}
+	if o.Mode == ModeHash {
+		worker = flowHash(ByAddressesAndPorts)
+		worker = append(worker,
+			asm.Mov.Imm(regHash, 0).WithSymbol("other"),
+			asm.Mov.Reg32(regHash, regHash).WithSymbol("done"),
+		)
+	}
+	return join(worker, asm.Instructions{
+		asm.Mod.Imm32(regHash, int32(o.Workers)),
+		// Older verifiers do not see that it is smaller now.
+		asm.JLT.Imm(regHash, int32(o.Workers), "worker"),
+		asm.Mov.Imm(regHash, 0),
+		asm.Mov.Reg(asm.R0, regHash).WithSymbol("worker"),
+		asm.LoadMem(asm.R1, regContext, skbLen, asm.Word),
+		// From the network header on, or from the link-layer header on.
+		asm.JGT.Imm(asm.R1, int32(o.FrameSize-FrameOverhead), "blocks"),
+		asm.LoadMem(asm.R1, regContext, skbGSOSize, asm.Word),
+		asm.JNE.Imm(asm.R1, 0, "blocks"),
+		asm.LoadMapValue(asm.R1, state, 0),
+		asm.Mul.Imm(regHash, int32(sizeofAdmission)),
+		asm.Add.Reg(asm.R1, regHash),
+		asm.LoadMem(asm.R2, asm.R1, offsetOfTaken, asm.DWord),
+		asm.LoadMem(asm.R3, asm.R1, offsetOfLimit, asm.DWord),
+		asm.JGE.Reg(asm.R2, asm.R3, "blocks"),
+		asm.Mov.Imm(asm.R2, 1),
+		asm.AddAtomic.Mem(asm.R1, asm.R2, asm.DWord, offsetOfTaken),
+		asm.Add.Imm(asm.R0, int32(o.Workers)),
+		asm.Return().WithSymbol("blocks"),
+	})
+}
