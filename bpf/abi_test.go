@@ -46,7 +46,9 @@ var abiStructs = map[string]reflect.Type{
 	"rule_stats":     reflect.TypeFor[RelayRuleStats](),
 	"shortcut":       reflect.TypeFor[RelayShortcut](),
 	"stream":         reflect.TypeFor[RelayStream](),
+	"stream_health":  reflect.TypeFor[RelayStreamHealth](),
 	"stream_leg":     reflect.TypeFor[RelayStreamLeg](),
+	"stream_pulse":   reflect.TypeFor[RelayStreamPulse](),
 	"stream_state":   reflect.TypeFor[RelayStreamState](),
 	"egress_drops":   reflect.TypeFor[TransmitEgressDrops](),
 	"turn":           reflect.TypeFor[RelayTurn](),
@@ -95,6 +97,7 @@ var abiEnums = map[string]map[string]uint64{
 		"STREAM_RTP":       uint64(RelayStreamKindSTREAM_RTP),
 		"STREAM_RFC4175":   uint64(RelayStreamKindSTREAM_RFC4175),
 		"STREAM_MOLDUDP64": uint64(RelayStreamKindSTREAM_MOLDUDP64),
+		"STREAM_SINGLE":    uint64(RelayStreamKindSTREAM_SINGLE),
 	},
 	"stream_verdict": {
 		"STREAM_PASSED":      uint64(RelayStreamVerdictSTREAM_PASSED),

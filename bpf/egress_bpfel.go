@@ -45,6 +45,7 @@ const (
 	EgressMapRuleStats           = "rule_stats"
 	EgressMapRules               = "rules"
 	EgressMapShortcuts           = "shortcuts"
+	EgressMapStreamHealth        = "stream_health"
 	EgressMapStreamStates        = "stream_states"
 	EgressMapStreamWindows       = "stream_windows"
 	EgressMapStreams             = "streams"
@@ -73,6 +74,7 @@ const (
 	EgressVarExportRulePath      = "export_rule_path"
 	EgressVarExportStreamKind    = "export_stream_kind"
 	EgressVarExportStreamLeg     = "export_stream_leg"
+	EgressVarExportStreamPulse   = "export_stream_pulse"
 	EgressVarExportStreamVerdict = "export_stream_verdict"
 	EgressVarExportTtlMode       = "export_ttl_mode"
 	EgressVarExportUserKind      = "export_user_kind"
@@ -163,6 +165,7 @@ type EgressMapSpecs struct {
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.MapSpec `ebpf:"stream_health"`
 	StreamStates  *ebpf.MapSpec `ebpf:"stream_states"`
 	StreamWindows *ebpf.MapSpec `ebpf:"stream_windows"`
 	Streams       *ebpf.MapSpec `ebpf:"streams"`
@@ -196,6 +199,7 @@ type EgressVariableSpecs struct {
 	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.VariableSpec `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
 	ExportTtlMode       *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportUserKind      *ebpf.VariableSpec `ebpf:"export_user_kind"`
@@ -257,6 +261,7 @@ type EgressMaps struct {
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.Map `ebpf:"stream_health"`
 	StreamStates  *ebpf.Map `ebpf:"stream_states"`
 	StreamWindows *ebpf.Map `ebpf:"stream_windows"`
 	Streams       *ebpf.Map `ebpf:"streams"`
@@ -296,6 +301,7 @@ func (m *EgressMaps) Close() error {
 		m.RuleStats,
 		m.Rules,
 		m.Shortcuts,
+		m.StreamHealth,
 		m.StreamStates,
 		m.StreamWindows,
 		m.Streams,
@@ -330,6 +336,7 @@ type EgressVariables struct {
 	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.Variable `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
 	ExportTtlMode       *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportUserKind      *ebpf.Variable `ebpf:"export_user_kind"`

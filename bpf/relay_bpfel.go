@@ -486,7 +486,21 @@ type RelayStream struct {
 	Little      uint8
 	Shift       uint8
 	PassOther   uint8
-	Pad         [10]uint8
+	Watch       uint8
+	Pad         uint8
+	Clock       uint32
+	Reserved    uint32
+}
+
+type RelayStreamHealth struct {
+	_          structs.HostLayout
+	SampleNs   uint64
+	Marked     uint64
+	Lost       uint64
+	SampleLegs uint32
+	Pad        uint32
+	Reserved   [4]uint64
+	Legs       [4]RelayStreamPulse
 }
 
 type RelayStreamKind uint32
@@ -498,6 +512,7 @@ const (
 	RelayStreamKindSTREAM_RTP       RelayStreamKind = 3
 	RelayStreamKindSTREAM_RFC4175   RelayStreamKind = 4
 	RelayStreamKindSTREAM_MOLDUDP64 RelayStreamKind = 5
+	RelayStreamKindSTREAM_SINGLE    RelayStreamKind = 6
 )
 
 type RelayStreamLeg struct {
@@ -521,6 +536,18 @@ type RelayStreamLeg struct {
 	Resets           uint64
 	Senders          uint64
 	Others           uint64
+}
+
+type RelayStreamPulse struct {
+	_         structs.HostLayout
+	TimedNs   uint64
+	JitterNs  uint64
+	GapNs     uint64
+	LagNs     uint64
+	Filled    uint64
+	Timestamp uint32
+	TimedNext uint32
+	Pad       [2]uint64
 }
 
 type RelayStreamState struct {
@@ -657,6 +684,7 @@ const (
 	RelayMapRuleStats           = "rule_stats"
 	RelayMapRules               = "rules"
 	RelayMapShortcuts           = "shortcuts"
+	RelayMapStreamHealth        = "stream_health"
 	RelayMapStreamStates        = "stream_states"
 	RelayMapStreamWindows       = "stream_windows"
 	RelayMapStreams             = "streams"
@@ -685,6 +713,7 @@ const (
 	RelayVarExportRulePath      = "export_rule_path"
 	RelayVarExportStreamKind    = "export_stream_kind"
 	RelayVarExportStreamLeg     = "export_stream_leg"
+	RelayVarExportStreamPulse   = "export_stream_pulse"
 	RelayVarExportStreamVerdict = "export_stream_verdict"
 	RelayVarExportTtlMode       = "export_ttl_mode"
 	RelayVarExportUserKind      = "export_user_kind"
@@ -779,6 +808,7 @@ type RelayMapSpecs struct {
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.MapSpec `ebpf:"stream_health"`
 	StreamStates  *ebpf.MapSpec `ebpf:"stream_states"`
 	StreamWindows *ebpf.MapSpec `ebpf:"stream_windows"`
 	Streams       *ebpf.MapSpec `ebpf:"streams"`
@@ -812,6 +842,7 @@ type RelayVariableSpecs struct {
 	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.VariableSpec `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
 	ExportTtlMode       *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportUserKind      *ebpf.VariableSpec `ebpf:"export_user_kind"`
@@ -877,6 +908,7 @@ type RelayMaps struct {
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.Map `ebpf:"stream_health"`
 	StreamStates  *ebpf.Map `ebpf:"stream_states"`
 	StreamWindows *ebpf.Map `ebpf:"stream_windows"`
 	Streams       *ebpf.Map `ebpf:"streams"`
@@ -916,6 +948,7 @@ func (m *RelayMaps) Close() error {
 		m.RuleStats,
 		m.Rules,
 		m.Shortcuts,
+		m.StreamHealth,
 		m.StreamStates,
 		m.StreamWindows,
 		m.Streams,
@@ -950,6 +983,7 @@ type RelayVariables struct {
 	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.Variable `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
 	ExportTtlMode       *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportUserKind      *ebpf.Variable `ebpf:"export_user_kind"`

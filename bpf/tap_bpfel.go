@@ -86,6 +86,7 @@ const (
 	TapMapRuleStats           = "rule_stats"
 	TapMapRules               = "rules"
 	TapMapShortcuts           = "shortcuts"
+	TapMapStreamHealth        = "stream_health"
 	TapMapStreamStates        = "stream_states"
 	TapMapStreamWindows       = "stream_windows"
 	TapMapStreams             = "streams"
@@ -124,6 +125,7 @@ const (
 	TapVarExportRulePath      = "export_rule_path"
 	TapVarExportStreamKind    = "export_stream_kind"
 	TapVarExportStreamLeg     = "export_stream_leg"
+	TapVarExportStreamPulse   = "export_stream_pulse"
 	TapVarExportStreamVerdict = "export_stream_verdict"
 	TapVarExportTapDrop       = "export_tap_drop"
 	TapVarExportTapFlag       = "export_tap_flag"
@@ -223,6 +225,7 @@ type TapMapSpecs struct {
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.MapSpec `ebpf:"stream_health"`
 	StreamStates  *ebpf.MapSpec `ebpf:"stream_states"`
 	StreamWindows *ebpf.MapSpec `ebpf:"stream_windows"`
 	Streams       *ebpf.MapSpec `ebpf:"streams"`
@@ -261,6 +264,7 @@ type TapVariableSpecs struct {
 	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.VariableSpec `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
 	ExportTapDrop       *ebpf.VariableSpec `ebpf:"export_tap_drop"`
 	ExportTapFlag       *ebpf.VariableSpec `ebpf:"export_tap_flag"`
@@ -326,6 +330,7 @@ type TapMaps struct {
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.Map `ebpf:"stream_health"`
 	StreamStates  *ebpf.Map `ebpf:"stream_states"`
 	StreamWindows *ebpf.Map `ebpf:"stream_windows"`
 	Streams       *ebpf.Map `ebpf:"streams"`
@@ -371,6 +376,7 @@ func (m *TapMaps) Close() error {
 		m.RuleStats,
 		m.Rules,
 		m.Shortcuts,
+		m.StreamHealth,
 		m.StreamStates,
 		m.StreamWindows,
 		m.Streams,
@@ -410,6 +416,7 @@ type TapVariables struct {
 	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.Variable `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
 	ExportTapDrop       *ebpf.Variable `ebpf:"export_tap_drop"`
 	ExportTapFlag       *ebpf.Variable `ebpf:"export_tap_flag"`

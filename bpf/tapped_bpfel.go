@@ -44,6 +44,7 @@ const (
 	TappedMapRuleStats           = "rule_stats"
 	TappedMapRules               = "rules"
 	TappedMapShortcuts           = "shortcuts"
+	TappedMapStreamHealth        = "stream_health"
 	TappedMapStreamStates        = "stream_states"
 	TappedMapStreamWindows       = "stream_windows"
 	TappedMapStreams             = "streams"
@@ -72,6 +73,7 @@ const (
 	TappedVarExportRulePath      = "export_rule_path"
 	TappedVarExportStreamKind    = "export_stream_kind"
 	TappedVarExportStreamLeg     = "export_stream_leg"
+	TappedVarExportStreamPulse   = "export_stream_pulse"
 	TappedVarExportStreamVerdict = "export_stream_verdict"
 	TappedVarExportTtlMode       = "export_ttl_mode"
 	TappedVarExportUserKind      = "export_user_kind"
@@ -163,6 +165,7 @@ type TappedMapSpecs struct {
 	RuleStats     *ebpf.MapSpec `ebpf:"rule_stats"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Shortcuts     *ebpf.MapSpec `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.MapSpec `ebpf:"stream_health"`
 	StreamStates  *ebpf.MapSpec `ebpf:"stream_states"`
 	StreamWindows *ebpf.MapSpec `ebpf:"stream_windows"`
 	Streams       *ebpf.MapSpec `ebpf:"streams"`
@@ -196,6 +199,7 @@ type TappedVariableSpecs struct {
 	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.VariableSpec `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
 	ExportTtlMode       *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
 	ExportUserKind      *ebpf.VariableSpec `ebpf:"export_user_kind"`
@@ -258,6 +262,7 @@ type TappedMaps struct {
 	RuleStats     *ebpf.Map `ebpf:"rule_stats"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Shortcuts     *ebpf.Map `ebpf:"shortcuts"`
+	StreamHealth  *ebpf.Map `ebpf:"stream_health"`
 	StreamStates  *ebpf.Map `ebpf:"stream_states"`
 	StreamWindows *ebpf.Map `ebpf:"stream_windows"`
 	Streams       *ebpf.Map `ebpf:"streams"`
@@ -296,6 +301,7 @@ func (m *TappedMaps) Close() error {
 		m.RuleStats,
 		m.Rules,
 		m.Shortcuts,
+		m.StreamHealth,
 		m.StreamStates,
 		m.StreamWindows,
 		m.Streams,
@@ -330,6 +336,7 @@ type TappedVariables struct {
 	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
 	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
 	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamPulse   *ebpf.Variable `ebpf:"export_stream_pulse"`
 	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
 	ExportTtlMode       *ebpf.Variable `ebpf:"export_ttl_mode"`
 	ExportUserKind      *ebpf.Variable `ebpf:"export_user_kind"`

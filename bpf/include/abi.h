@@ -320,6 +320,7 @@ enum stream_kind {
 	STREAM_RTP,	  /* 16 bits; the session is the SSRC */
 	STREAM_RFC4175,	  /* RTP with the extended number behind its header */
 	STREAM_MOLDUDP64, /* numbers count messages; the session is the session's name */
+	STREAM_SINGLE,	  /* one input: every packet passes, and its numbers are watched */
 };
 
 /* What becomes of a packet of a leg. */
@@ -341,7 +342,9 @@ enum stream_verdict {
 #define XDPCAST_MAX_WINDOWS 4096
 #define STREAM_WORDS 2048 /* of a window's row; each has 32 numbers */
 
-/* What a rule with several inputs asks for; only the control program writes it. */
+/* What a rule with several inputs, or one that is watched, asks for; only the control program
+ * writes it.
+ */
 struct stream {
 	__u64 skew_ns;	   /* what is older than this, or twice this, is never new again */
 	__u64 reset_ns;	   /* a sender begins again after so long without a packet that passed */
@@ -362,7 +365,10 @@ struct stream {
 	__u8 little;	  /* 1: little endian */
 	__u8 shift;	  /* 32 less the bits of a number */
 	__u8 pass_other;  /* 1: packets without a number pass */
-	__u8 pad[10];
+	__u8 watch;	  /* STREAM_FAILOVER, STREAM_SINGLE: the kind of numbers that are watched */
+	__u8 pad;
+	__u32 clock; /* RTP: timestamps a second; 0: as the payload type says */
+	__u32 reserved;
 };
 
 /* A leg of a stream: what its last packets were. One CPU takes the packets of a leg as a rule,
@@ -397,7 +403,7 @@ struct stream_leg {
 struct stream_state {
 	__u64 head;	  /* the newest position, as it was up to 31 numbers ago */
 	__u64 floor;	  /* positions up to here are older than the skew */
-	__u64 next_floor; /* the floor after this turn */
+	__u64 next_floor; /* the floor after this turn: the newest position when it began */
 	__u64 turn_ns;	  /* when the turn began */
 	__u64 pass_ns;	  /* the last packet that passed */
 	__u64 sessions;	  /* the one that passes and, in the upper half, the one before */
@@ -416,6 +422,30 @@ struct stream_state {
 	__u32 pad;
 
 	struct stream_leg legs[XDPCAST_MAX_LEGS];
+};
+
+/* How steadily a leg comes. Written for samples alone, but for filled. */
+struct stream_pulse {
+	__u64 timed_ns;	  /* when a packet came that the next is timed from, by the precise clock */
+	__u64 jitter_ns;  /* 16 times, as in RFC 3550 section A.8 */
+	__u64 gap_ns;	  /* 16 times the mean between two packets; 0: their timestamps are used */
+	__u64 lag_ns;	  /* 8 times the mean behind the first copy of a number */
+	__u64 filled;	  /* numbers up to next_floor that have passed since that was set */
+	__u32 timestamp;  /* of the packet at timed_ns */
+	__u32 timed_next; /* the number expected behind it */
+	__u64 pad[2];
+};
+
+/* Of a stream: what is measured, and decides nothing. */
+struct stream_health {
+	__u64 sample_ns;   /* when the sample passed, by the precise clock */
+	__u64 marked;	   /* numbers up to next_floor that had passed, less those filled then */
+	__u64 lost;	   /* numbers up to floor that no leg brought */
+	__u32 sample_legs; /* a bit for each leg that has brought the sample */
+	__u32 pad;
+	__u64 reserved[4];
+
+	struct stream_pulse legs[XDPCAST_MAX_LEGS];
 };
 
 /* A token bucket, kept as the time at which it is full again (GCRA, ITU-T I.371):

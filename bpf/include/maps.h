@@ -23,6 +23,7 @@ EXPORT_TYPE(struct, handover);
 EXPORT_TYPE(struct, guard_way);
 EXPORT_TYPE(struct, guard_other);
 EXPORT_TYPE(struct, stream_leg);
+EXPORT_TYPE(struct, stream_pulse);
 EXPORT_TYPE(enum, stream_kind);
 EXPORT_TYPE(enum, stream_verdict);
 EXPORT_TYPE(enum, rule_path);
@@ -204,6 +205,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct stream_state);
 } stream_states SEC(".maps");
+
+/* stream_health: stream -> what is measured of it and its legs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, XDPCAST_MAX_STREAMS);
+	__type(key, __u32);
+	__type(value, struct stream_health);
+} stream_health SEC(".maps");
 
 /* A row of a window: words of 32 bits block number and a bit for each of the block's 32
  * numbers.

@@ -15,7 +15,9 @@
 #include "maps.h"
 #include "parse.h"
 
-/* Tests set the time: it is then in the field pass_ns of state 0, which no stream has. */
+/* Tests set the time: it is then in the field pass_ns of state 0, which no stream has, and that of
+ * the precise clock in turn_ns.
+ */
 const volatile bool stream_test_clock = false;
 
 /* A test that must fail claims numbers without atomics, and takes its time. */
@@ -31,6 +33,8 @@ const volatile bool stream_test_broken = false;
 #define STREAM_SAMPLES 26	  /* one of 2^(32 - 26) packets is compared with its copies ... */
 #define STREAM_CHECKED 64	  /* ... by its length and so many bytes of its payload */
 #define STREAM_SAMPLE_PASSED 0x80 /* beside a leg: it brought the first of the number */
+#define STREAM_SAMPLE_NS 2000000000ULL	/* a sample waits so long for the copies of all legs */
+#define STREAM_MAX_JITTER 1000000000ULL /* ns; what is further out is a pause */
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
@@ -40,6 +44,8 @@ struct stream_packet {
 	const struct stream *s;
 	struct stream_state *st;
 	struct stream_leg *l;
+	struct stream_health *h;
+	struct stream_pulse *pulse; /* of the leg */
 	__u64 now;
 	__s64 quiet; /* ns since a packet passed */
 	/* The stream, of one instant: see stream_look. */
@@ -49,10 +55,14 @@ struct stream_packet {
 	/* What the packet says of itself. */
 	__u32 raw; /* its number */
 	__u32 session;
-	__u32 count;  /* numbers that it takes */
-	__u32 stream; /* index into streams */
+	__u32 count;	 /* numbers that it takes */
+	__u32 timestamp; /* RTP */
+	__u32 type;	 /* its payload type; another: not known */
+	bool first;	 /* of the leg in this tick of the kernel's clock */
+	__u32 stream;	 /* index into streams */
 	__u32 leg;
-	bool sure; /* the leg's numbers go on */
+	__u32 format; /* enum stream_kind: where packets have their numbers */
+	bool sure;    /* the leg's numbers go on */
 };
 
 static __always_inline __u64 stream_clock(void)
@@ -63,6 +73,30 @@ static __always_inline __u64 stream_clock(void)
 		return bpf_ktime_get_coarse_ns();
 	clock = bpf_map_lookup_elem(&stream_states, &zero);
 	return clock ? READ_ONCE(clock->pass_ns) : 0;
+}
+
+static __always_inline __u64 stream_precise_clock(void)
+{
+	struct stream_state *clock;
+
+	if (!stream_test_clock)
+		return bpf_ktime_get_ns();
+	clock = bpf_map_lookup_elem(&stream_states, &zero);
+	return clock ? READ_ONCE(clock->turn_ns) : 0;
+}
+
+/* Timestamps a second of static payload types (RFC 3551 section 6); 0 for others. */
+static __always_inline __u32 rtp_clock(__u32 type)
+{
+	__u64 bit = 1ULL << (type & 63);
+
+	if (type > 34)
+		return 0;
+	if (bit & (1ULL << 14 | 3ULL << 25 | 1ULL << 28 | 15ULL << 31))
+		return 90000;
+	if (bit & (1ULL << 0 | 7ULL << 3 | 7ULL << 7 | 3ULL << 12 | 1ULL << 15 | 1ULL << 18))
+		return 8000;
+	return bit & 3ULL << 10 ? 44100 : 0;
 }
 
 /* RTP (RFC 3550 section 5.1); with RFC 4175 the high half of the number follows the header. */
@@ -78,8 +112,10 @@ static __always_inline __u32 rtp_number(const struct stream *s, __u8 *p, void *d
 	if (p[1] >= 192 && p[1] <= 223)
 		return STREAM_BEAT;
 	n->raw = bpf_ntohs(*(__be16 *)(p + 2));
+	n->timestamp = bpf_ntohl(*(__be32 *)(p + 4));
 	n->session = bpf_ntohl(*(__be32 *)(p + 8));
-	if (s->kind == STREAM_RTP)
+	n->type = p[1] & 0x7f;
+	if (n->format == STREAM_RTP)
 		return STREAM_PASSED;
 	at += 4 * (p[0] & 0xf); /* contributing sources */
 	if (p[0] & 0x10) {	/* header extension: RFC 3550 section 5.3.1 */
@@ -206,8 +242,8 @@ static __noinline bool stream_jump(const struct stream_packet *n)
 /* What a leg lacks, has twice, or in another order: a bit for each of its last 64 numbers. The
  * number goes on from the leg's last one.
  */
-static __always_inline void stream_health(const struct stream *s, struct stream_leg *l,
-					  const struct stream_packet *n)
+static __always_inline void stream_count(const struct stream *s, struct stream_leg *l,
+					 const struct stream_packet *n)
 {
 	__u32 ahead = (n->raw - l->expected) & s->number_mask, back;
 	__u64 bit;
@@ -231,6 +267,61 @@ static __always_inline void stream_health(const struct stream *s, struct stream_
 		if (l->lost)
 			l->lost--;
 	}
+}
+
+/* How unsteadily the packets of a leg come, by RFC 3550 section A.8. A precise time costs as much
+ * as all the rest: two packets in a row are timed in each tick of the kernel's clock.
+ */
+static __noinline void stream_jitter(const struct stream_packet *n, bool follows)
+{
+	struct stream_pulse *l = n->pulse;
+	__u32 clock = n->format == STREAM_RFC4175 ? 90000 : n->s->clock;
+	__s32 stamps = n->timestamp - l->timestamp;
+	__u64 now = stream_precise_clock();
+	__s64 by = now - l->timed_ns, due;
+
+	if (!clock)
+		clock = rtp_clock(n->type);
+	if (follows) {
+		if (clock) {
+			/* At most 2^31 * 10^9, which 63 bits hold. */
+			due = (__u64)(stamps < 0 ? -(__s64)stamps : stamps) * 1000000000ULL / clock;
+			if (stamps < 0)
+				due = -due;
+			l->gap_ns = 0;
+		} else {
+			if (!l->gap_ns)
+				l->gap_ns = by << 4;
+			due = l->gap_ns >> 4;
+		}
+		by -= due;
+		if (!clock)
+			l->gap_ns += by;
+		if (by < 0)
+			by = -by;
+		if (by <= (__s64)STREAM_MAX_JITTER)
+			l->jitter_ns += by - ((l->jitter_ns + 8) >> 4);
+	}
+	l->timed_ns = n->first ? now : 0;
+	l->timestamp = n->timestamp;
+	l->timed_next = n->raw + n->count;
+}
+
+/* Follows the numbers of a leg. Returns whether they go on. */
+static __always_inline bool stream_follow(const struct stream_packet *n)
+{
+	struct stream_leg *l = n->l;
+	bool follows;
+
+	if (__builtin_expect(n->session != l->session || !goes_on(n->s, n->raw, l->expected), 0))
+		return stream_jump(n);
+	if (l->run)
+		l->run = 0;
+	stream_count(n->s, l, n);
+	follows = n->pulse->timed_ns && n->pulse->timed_next == n->raw;
+	if (__builtin_expect(n->first || follows, 0))
+		stream_jitter(n, follows);
+	return true;
 }
 
 /* Reads where the stream is, unless a restart is under way. False when other CPUs go on changing
@@ -264,6 +355,32 @@ static __always_inline __u64 stream_newest(const struct stream_state *st, __u64 
 			newest = p;
 	}
 	return newest;
+}
+
+/* Counts what has passed up to a position, the newest one, which is to be next_floor. */
+static __always_inline void stream_mark(const struct stream_packet *n, __u64 position)
+{
+	__u64 marked = 0;
+	int i;
+
+	for (i = 0; i < XDPCAST_MAX_LEGS; i++)
+		marked += READ_ONCE(n->st->legs[i].numbers) - READ_ONCE(n->h->legs[i].filled);
+	n->h->marked = marked;
+	WRITE_ONCE(n->st->next_floor, position);
+}
+
+/* Counts what no leg has brought of the numbers up to next_floor, which is to be the floor. */
+static __always_inline void stream_settle(const struct stream_packet *n)
+{
+	__u64 expected = n->st->before, passed = n->h->marked;
+	__u64 floor = n->st->next_floor;
+	int i;
+
+	if (floor >= n->st->start)
+		expected += floor + 1 - n->st->start;
+	for (i = 0; i < XDPCAST_MAX_LEGS; i++)
+		passed += READ_ONCE(n->h->legs[i].filled);
+	n->h->lost = expected > passed ? expected - passed : 0;
 }
 
 /* The sender begins again, or another one does. Returns the packet's new position, ahead of all
@@ -302,7 +419,7 @@ static __noinline __u64 stream_restart(const struct stream_packet *n)
 		WRITE_ONCE(st->sessions, n->sessions << 32 | n->session);
 	}
 	WRITE_ONCE(st->floor, floor);
-	WRITE_ONCE(st->next_floor, floor);
+	stream_mark(n, floor);
 	WRITE_ONCE(st->turn_ns, n->now);
 	WRITE_ONCE(st->head, p);
 	st->restarts++;
@@ -405,9 +522,11 @@ static __always_inline void stream_advance(struct stream_state *st, __u64 p)
 }
 
 /* Once a tick: what is older than the skew is forgotten. */
-static __always_inline void stream_tick(const struct stream *s, struct stream_state *st, __u64 now)
+static __always_inline void stream_tick(const struct stream_packet *n)
 {
-	__u64 turn;
+	const struct stream *s = n->s;
+	struct stream_state *st = n->st;
+	__u64 now = n->now, turn;
 
 	if ((__s64)(now - READ_ONCE(st->pass_ns)) <= 0)
 		return;
@@ -417,9 +536,10 @@ static __always_inline void stream_tick(const struct stream *s, struct stream_st
 		return;
 	if (__sync_val_compare_and_swap(&st->turn_ns, turn, now) != turn)
 		return;
+	stream_settle(n);
 	WRITE_ONCE(st->floor,
 		   now - turn > 2 * s->skew_ns ? READ_ONCE(st->head) : READ_ONCE(st->next_floor));
-	WRITE_ONCE(st->next_floor, READ_ONCE(st->head));
+	stream_mark(n, stream_newest(st, READ_ONCE(st->head)));
 }
 
 /* The stream has been silent, and this leg's numbers jumped at about the time when it fell
@@ -474,24 +594,46 @@ static __always_inline bool stream_sampled(__u64 position)
 	return !((__u32)position * 0x9e3779b1U >> STREAM_SAMPLES);
 }
 
+/* Whether a leg that is heard has not brought the sample yet. */
+static __always_inline bool stream_awaits(const struct stream_state *st,
+					  const struct stream_health *h, __u64 now)
+{
+	__u32 i;
+
+	for (i = 0; i < XDPCAST_MAX_LEGS; i++)
+		if (!(h->sample_legs & 1 << i) &&
+		    READ_ONCE(st->legs[i].seen_ns) + STREAM_SAMPLE_NS > now)
+			return true;
+	return false;
+}
+
 /* Legs carry the same packets: a copy with the number of a sample is the same as that one was, or
- * they carry different streams. Global, so that it is verified once.
+ * they carry different streams. How long it came behind the first one is the leg's lag. Global, so
+ * that it is verified once.
  */
 __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at,
 			    __u64 position)
 {
 	struct stream_state *st = bpf_map_lookup_elem(&stream_states, &stream);
+	struct stream_health *h = bpf_map_lookup_elem(&stream_health, &stream);
 	void *data_end = (void *)(long)ctx->data_end;
 	void *data = (void *)(long)ctx->data;
 	bool passed = leg & STREAM_SAMPLE_PASSED;
 	struct udphdr *udp = data + (udp_at & 0xff);
+	__u64 now = stream_precise_clock(), check, sample;
 	__u8 *p = (void *)(udp + 1);
-	__u64 check, sample;
+	struct stream_pulse *l;
 	__u8 differs;
 	__u32 i, len;
 
 	leg &= ~STREAM_SAMPLE_PASSED;
-	if (!st || leg >= XDPCAST_MAX_LEGS || (void *)(udp + 1) > data_end)
+	if (!st || !h || leg >= XDPCAST_MAX_LEGS || (void *)(udp + 1) > data_end)
+		return 0;
+	l = &h->legs[leg];
+	sample = READ_ONCE(st->sample);
+	if (passed && h->sample_ns + STREAM_SAMPLE_NS > now && stream_awaits(st, h, now))
+		return 0;
+	if (!passed && sample >> 32 != (__u32)position)
 		return 0;
 	len = bpf_ntohs(udp->len) - sizeof(*udp);
 	check = len;
@@ -502,15 +644,21 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 	}
 	check >>= 32;
 	if (passed) {
+		h->sample_ns = now;
+		h->sample_legs = 1 << leg;
 		WRITE_ONCE(st->sample, position << 32 | check);
+		l->lag_ns -= l->lag_ns >> 3;
 		return 0;
 	}
-	sample = READ_ONCE(st->sample);
-	if (sample >> 32 != (__u32)position)
-		return 0;
 	differs = (__u32)sample != (__u32)check;
 	st->differ[leg] += differs;
 	st->differs[leg] = differs;
+	if (h->sample_legs & 1 << leg)
+		return 0; /* twice */
+	h->sample_legs |= 1 << leg;
+	now -= READ_ONCE(h->sample_ns);
+	if (now < STREAM_SAMPLE_NS)
+		l->lag_ns += now - (l->lag_ns >> 3);
 	return 0;
 }
 
@@ -518,20 +666,13 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 {
 	const struct stream *s = n->s;
 	struct stream_leg *l = n->l;
-	__u64 p;
+	__u64 p = 0;
 	__u32 v;
 
 	n->quiet = n->now - READ_ONCE(n->st->pass_ns);
 	if (!stream_look(n))
 		return STREAM_CONTENDED;
-	n->sure = true;
-	if (__builtin_expect(n->session == l->session && goes_on(s, n->raw, l->expected), 1)) {
-		if (l->run)
-			l->run = 0;
-		stream_health(s, l, n);
-	} else {
-		n->sure = stream_jump(n);
-	}
+	n->sure = stream_follow(n);
 	if (__builtin_expect((__u32)n->sessions == n->session && n->epoch, 1)) {
 		if (l->distrusted)
 			l->distrusted = 0;
@@ -539,8 +680,11 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 	} else {
 		v = stream_change(n, &p);
 	}
-	if (v != STREAM_PASSED)
+	if (v != STREAM_PASSED) {
+		if (v == STREAM_LATE && stream_sampled(p))
+			compare_copy(ctx, n->stream, n->leg, udp_at, p);
 		return v;
+	}
 	l->position = p + n->count - 1;
 	v = stream_claim_at(s, p);
 	/* Seen long ago, and nothing since. */
@@ -558,9 +702,11 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 		return v;
 	if (__builtin_expect(n->sure, 1))
 		stream_advance(n->st, p);
-	stream_tick(s, n->st, n->now);
+	stream_tick(n);
 	l->won++;
 	l->numbers += n->count;
+	if (p <= READ_ONCE(n->st->next_floor))
+		n->pulse->filled += n->count;
 	return STREAM_PASSED;
 }
 
@@ -602,28 +748,36 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
 	struct udphdr *udp = data + (udp_at & 0xff);
 	__u64 seen = READ_ONCE(n->l->seen_ns);
 	__u8 *p = (void *)(udp + 1);
-	__u32 len, v;
+	__u32 len, v, passes = STREAM_PASSED;
 
 	if (seen != n->now)
 		WRITE_ONCE(n->l->seen_ns, n->now);
+	n->first = seen != n->now;
 	if (n->s->kind == STREAM_FAILOVER) {
-		v = stream_failover(n, seen);
-		if (v == STREAM_PASSED)
+		passes = stream_failover(n, seen);
+		if (passes == STREAM_PASSED)
 			n->l->won++;
-		return v;
 	}
-	if ((void *)(udp + 1) > data_end)
-		return STREAM_NO_NUMBER;
-	len = bpf_ntohs(udp->len) - sizeof(*udp);
-	if (n->s->kind == STREAM_MOLDUDP64)
-		v = moldudp64_number(p, data_end, len, n);
-	else if (n->s->kind == STREAM_FIELD)
-		v = field_number(n->s, p, data_end, len, n);
-	else
-		v = rtp_number(n->s, p, data_end, len, n);
+	if (!n->format)
+		return passes;
+	v = STREAM_NO_NUMBER;
+	if ((void *)(udp + 1) <= data_end) {
+		len = bpf_ntohs(udp->len) - sizeof(*udp);
+		if (n->format == STREAM_MOLDUDP64)
+			v = moldudp64_number(p, data_end, len, n);
+		else if (n->format == STREAM_FIELD)
+			v = field_number(n->s, p, data_end, len, n);
+		else
+			v = rtp_number(n->s, p, data_end, len, n);
+	}
+	if (n->s->kind == n->format)
+		return v == STREAM_PASSED ? stream_merge(ctx, n, udp_at) : v;
+	/* The numbers are watched, and decide nothing. */
 	if (v != STREAM_PASSED)
-		return v;
-	return stream_merge(ctx, n, udp_at);
+		n->l->others++;
+	else
+		stream_follow(n);
+	return passes;
 }
 
 /* Says what becomes of a packet of a leg: enum stream_verdict. Out of line, since most rules have
@@ -631,14 +785,18 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
  */
 __noinline int judge_leg(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at)
 {
-	struct stream_packet n = {.count = 1, .stream = stream, .leg = leg};
+	struct stream_packet n = {.count = 1, .type = 127, .stream = stream, .leg = leg};
 	__u32 v;
 
 	n.s = bpf_map_lookup_elem(&streams, &stream);
 	n.st = bpf_map_lookup_elem(&stream_states, &stream);
-	if (!n.s || !n.st || leg >= XDPCAST_MAX_LEGS)
+	n.h = bpf_map_lookup_elem(&stream_health, &stream);
+	if (!n.s || !n.st || !n.h || leg >= XDPCAST_MAX_LEGS)
 		return STREAM_NO_NUMBER;
 	n.l = &n.st->legs[leg];
+	n.pulse = &n.h->legs[leg];
+	n.format =
+		n.s->kind == STREAM_FAILOVER || n.s->kind == STREAM_SINGLE ? n.s->watch : n.s->kind;
 	n.now = stream_clock();
 	v = stream_decide(ctx, &n, udp_at);
 	if (v == STREAM_BEAT || v == STREAM_NO_NUMBER) {

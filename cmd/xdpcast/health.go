@@ -13,12 +13,14 @@ import (
 func healthCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:      "health",
-		Usage:     "show what each input of rules with several has brought, and what it lacks",
+		Usage:     "show what the inputs of rules with several, or with health=, have brought, and what they lack",
 		ArgsUsage: "[NAME]",
 		Description: "LOST counts the numbers that an input did not bring, TWICE and LATE those that it brought again or behind a later\n" +
-			"one, JUMPS and SENDERS how often its numbers or its sender changed, BEHIND how many numbers it is behind, and\n" +
-			"DIFFER how many of its copies that were looked at, one in 64, are another packet than the one relayed.\n" +
-			"SHARE is its part of the packets that were relayed. With --watch, -o json writes one document a line.",
+			"one, JUMPS and SENDERS how often its numbers or its sender changed. JITTER is how unsteadily its packets come\n" +
+			"(RFC 3550 section A.8), against RTP timestamps, or with a ~ against the mean time between packets. Of several\n" +
+			"inputs SHARE is the part of the packets that were relayed, BEHIND and LAG how many numbers and how long an input is\n" +
+			"behind, and DIFFER how many of its copies that were looked at, one in 64, are another packet than the one relayed.\n" +
+			"With --watch, -o json writes one document a line.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "show it again and again, until interrupted"},
 			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between two looks with --watch", Value: time.Second},
@@ -59,7 +61,7 @@ func health(c *cli.Context, now func() time.Time) error {
 	return show(c, list, func(w io.Writer) error { return healthTable(w, list, now()) })
 }
 
-// readHealth reads the rules with several inputs, or the named one.
+// readHealth reads the rules with several inputs or with health=, or the named one.
 func readHealth(c *cli.Context) ([]control.RuleStatus, error) {
 	list := []control.RuleStatus{}
 	if c.NArg() == 1 {
@@ -67,8 +69,8 @@ func readHealth(c *cli.Context) ([]control.RuleStatus, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !several(rule) {
-			return nil, fmt.Errorf("rule %s has one input: health is of rules with several", rule.Name)
+		if !watched(rule) {
+			return nil, fmt.Errorf("rule %s has one input without health=: add health=rtp, say, to the input", rule.Name)
 		}
 		return append(list, rule), nil
 	}
@@ -77,29 +79,72 @@ func readHealth(c *cli.Context) ([]control.RuleStatus, error) {
 		return nil, err
 	}
 	for _, rule := range all {
-		if several(rule) {
+		if watched(rule) {
 			list = append(list, rule)
 		}
 	}
 	return list, nil
 }
 
+// watched says whether the numbers of a rule's packets are looked at.
+func watched(r control.RuleStatus) bool { return several(r) || r.Stream != nil }
+
+// healthInput is how an input is shown.
+func healthInput(r *control.RuleStatus, in *control.InputStatus) string {
+	switch {
+	case in.Input != "":
+		return in.Input
+	case len(r.Inputs) > 1:
+		return r.In + " on " + in.Interface
+	}
+	return r.In
+}
+
+// shortTime shows a time of some nanoseconds to seconds in three digits.
+func shortTime(seconds float64) string {
+	d := time.Duration(seconds * float64(time.Second))
+	for unit := time.Duration(10); unit <= time.Second; unit *= 10 {
+		if d < 100*unit {
+			return d.Round(unit / 10).String()
+		}
+	}
+	return d.Round(time.Second / 10).String()
+}
+
+// jitterText is the jitter of an input: with a ~ where it is no more than that of the gaps.
+func jitterText(l *control.LegStatus) string {
+	switch l.JitterBy {
+	case "":
+		return "-"
+	case control.JitterByGaps:
+		return "~" + shortTime(l.Jitter)
+	}
+	return shortTime(l.Jitter)
+}
+
 // healthTable has a line for each input, followed by what was lost on all inputs and alarms.
 func healthTable(w io.Writer, list []control.RuleStatus, now time.Time) error {
-	t := newTable("RULE", "INPUT", "STATE", ">PACKETS", ">SHARE", ">LOST", ">TWICE", ">LATE", ">JUMPS", ">SENDERS", ">DIFFER", ">BEHIND", "LAST")
+	t := newTable("RULE", "INPUT", "STATE", ">PACKETS", ">SHARE", ">LOST", ">TWICE", ">LATE", ">JUMPS", ">SENDERS", ">JITTER", ">BEHIND", ">LAG", ">DIFFER", "LAST")
 	for _, r := range list {
 		name := r.Name
-		for _, in := range r.Inputs {
-			row := []string{name, in.Input, in.State}
+		for i := range r.Inputs {
+			in := &r.Inputs[i]
+			row := []string{name, healthInput(&r, in), in.State}
 			if l := in.Leg; l != nil {
-				state := in.State
 				if in.State == control.StateActive && !l.Relayed {
-					state = "standby"
+					row[2] = "standby"
 				}
-				row = append(row[:2], state, humanCount(in.Matched.Packets), fmt.Sprintf("%.1f%%", 100*l.Share), humanCount(l.Lost), humanCount(l.Doubled), humanCount(l.Reordered),
-					humanCount(l.Resets), humanCount(l.Senders), humanCount(l.Different), humanCount(l.Behind), ago(now, l.LastSeen))
+				share, behind, lag, differ := "-", "-", "-", "-"
+				if several(r) {
+					share = fmt.Sprintf("%.1f%%", 100*l.Share)
+				}
+				if r.Merge != "" {
+					behind, lag, differ = humanCount(l.Behind), shortTime(l.Lag), humanCount(l.Different)
+				}
+				row = append(row, humanCount(in.Matched.Packets), share, humanCount(l.Lost), humanCount(l.Doubled), humanCount(l.Reordered),
+					humanCount(l.Resets), humanCount(l.Senders), jitterText(l), behind, lag, differ, ago(now, l.LastSeen))
 			} else {
-				row = append(row, "-", "-", "-", "-", "-", "-", "-", "-", "-", "-")
+				row = append(row, "-", "-", "-", "-", "-", "-", "-", "-", "-", "-", "-", "-")
 			}
 			t.add(row...)
 			name = ""
@@ -114,8 +159,11 @@ func healthTable(w io.Writer, list []control.RuleStatus, now time.Time) error {
 			continue
 		}
 		by, numbers, lost := "merge="+r.Merge, humanCount(r.Stream.Expected), humanCount(r.Stream.Lost)
-		if r.Failover != "" {
+		switch {
+		case r.Failover != "":
 			by, numbers, lost = "failover="+r.Failover, "-", "-"
+		case r.Merge == "":
+			by, numbers, lost = "health", "-", "-"
 		}
 		alarms := append([]string{}, r.Stream.Alarms...)
 		if len(alarms) == 0 {

@@ -2,11 +2,10 @@ package control
 
 import "time"
 
-// StreamStatus is the state of a stream with several inputs.
+// StreamStatus is the state of a stream with several inputs, or of one with health=.
 type StreamStatus struct {
-	// Expected counts the numbers since the stream began, and Lost those missing on all inputs,
-	// including numbers that may still arrive as long as the inputs differ in delay. Both are 0
-	// with failover.
+	// Expected counts the numbers since the stream began, and Lost those that no input delivered within
+	// the skew. Both are 0 without merge.
 	Expected uint64 `json:"expected"`
 	Lost     uint64 `json:"lost"`
 	// Restarts counts restarts of the sender, or with failover changes of the active input.
@@ -15,7 +14,13 @@ type StreamStatus struct {
 	Alarms []string `json:"alarms,omitempty"`
 }
 
-// LegStatus is the state of one of several inputs.
+// Values of LegStatus.JitterBy.
+const (
+	JitterByTimestamps = "timestamps" // of RTP, whose clock is known
+	JitterByGaps       = "gaps"       // the mean time between packets
+)
+
+// LegStatus is the state of one of several inputs, or of one with health=.
 type LegStatus struct {
 	// Relayed is set if the input's packets are sent: with merge for all inputs, with failover for
 	// one.
@@ -41,6 +46,13 @@ type LegStatus struct {
 	// that: beyond, its numbers cannot be told from later ones. 0 with failover.
 	Behind uint64 `json:"behind"`
 	Bound  uint64 `json:"bound"`
+	// Jitter is the interarrival jitter in seconds (RFC 3550 section A.8), and JitterBy its reference;
+	// empty until it is known.
+	Jitter   float64 `json:"jitter_seconds"`
+	JitterBy string  `json:"jitter_by,omitempty"`
+	// Lag is the mean delay after the first copy of a number, in seconds, over samples of the last
+	// packets; up to 2 seconds are measured, and Behind shows more.
+	Lag float64 `json:"lag_seconds"`
 	// LastSeen is the time of the last packet, nil if there was none.
 	LastSeen *time.Time `json:"last_seen,omitempty"`
 }

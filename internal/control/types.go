@@ -73,8 +73,8 @@ type InputStatus struct {
 	Interface string `json:"interface"`
 	State     string `json:"state"`
 	Reason    string `json:"reason,omitempty"`
-	// The following fields are set for one of several inputs: its text, its matched packets, those
-	// that were not relayed, and its part in the stream.
+	// The following fields are set for one of several inputs and, except Input, for one with health=:
+	// its text, its matched packets, those that were not relayed, and its part in the stream.
 	Input   string     `json:"input,omitempty"`
 	Matched Counter    `json:"matched,omitzero"`
 	Drops   []Drop     `json:"drops,omitempty"`
@@ -106,10 +106,10 @@ type RuleStatus struct {
 	// Drops counts matched packets that were dropped before any output.
 	Drops   []Drop         `json:"drops"`
 	Outputs []OutputStatus `json:"outputs"`
-	// Inputs has an entry for each interface that a pattern of the input matches, or for each of
-	// several inputs; it is empty for a single input that names its interface.
+	// Inputs has an entry for each interface that a pattern of the input matches, for each of several
+	// inputs, or for one with health=; it is empty for any other input that names its interface.
 	Inputs []InputStatus `json:"inputs"`
-	// Stream is nil for a rule with one input.
+	// Stream is nil for a rule with one input without health=.
 	Stream *StreamStatus `json:"stream,omitempty"`
 	// ReceiveDrops are those of the rule's path on its interfaces, of all rules there: the kernel
 	// does not report them by rule.

@@ -24,6 +24,7 @@ const (
 	KindNeighbour  Kind = "neighbour"  // the next hop of unicast outputs
 	KindQuerier    Kind = "querier"    // the querier on an interface
 	KindLoop       Kind = "loop"       // packets of a rule that come back
+	KindStream     Kind = "stream"     // what the inputs of a rule bring
 	KindReload     Kind = "reload"     // of the daemon's file
 	// KindMissed has no number: Count events were discarded before they were read.
 	KindMissed Kind = "missed"
@@ -31,7 +32,7 @@ const (
 
 // Kinds returns all kinds that are logged.
 func Kinds() []Kind {
-	return []Kind{KindDaemon, KindRule, KindOutput, KindPath, KindMembership, KindInterface, KindProgram, KindNeighbour, KindQuerier, KindLoop, KindReload}
+	return []Kind{KindDaemon, KindRule, KindOutput, KindPath, KindMembership, KindInterface, KindProgram, KindNeighbour, KindQuerier, KindLoop, KindStream, KindReload}
 }
 
 // Event is one change of state. The kind determines which of the other fields are set.
@@ -43,6 +44,7 @@ type Event struct {
 
 	Rule      string `json:"rule,omitempty"`
 	Output    string `json:"output,omitempty"` // an endpoint as in rules
+	Input     string `json:"input,omitempty"`  // of several inputs as errors name it: in[1]
 	Interface string `json:"interface,omitempty"`
 	Group     string `json:"group,omitempty"`   // [SOURCE@]GROUP
 	Address   string `json:"address,omitempty"` // of a neighbour or a querier
@@ -69,6 +71,8 @@ func (e *Event) Subject() string {
 		if e.Interface != "" {
 			of += " on " + e.Interface
 		}
+	case KindStream:
+		of = e.Rule + " " + e.Input
 	case KindOutput:
 		of = e.Output + " of rule " + e.Rule
 		if e.Interface != "" {
@@ -109,7 +113,7 @@ func (e *Event) Text() string {
 
 // texts are the fields with foreign text.
 func (e *Event) texts() []*string {
-	return []*string{&e.Rule, &e.Output, &e.Interface, &e.Group, &e.Address, &e.State, &e.Before, &e.Cause, &e.Last}
+	return []*string{&e.Rule, &e.Output, &e.Input, &e.Interface, &e.Group, &e.Address, &e.State, &e.Before, &e.Cause, &e.Last}
 }
 
 // maxText limits each text of an event, in bytes.

@@ -210,14 +210,17 @@ func (c *collector) collectRule(s *sink, r *control.RuleStatus) {
 	}
 }
 
-// collectStream adds what several inputs of a rule have brought.
+// collectStream adds what several inputs of a rule have brought, or one with health=.
 func (c *collector) collectStream(s *sink, r *control.RuleStatus) {
 	if r.Stream == nil {
 		return
 	}
-	s.put(c.streamExpected, float64(r.Stream.Expected), r.Name)
-	s.put(c.streamLost, float64(r.Stream.Lost), r.Name)
-	s.put(c.streamRestarts, float64(r.Stream.Restarts), r.Name)
+	several := r.Merge != "" || r.Failover != ""
+	if several {
+		s.put(c.streamExpected, float64(r.Stream.Expected), r.Name)
+		s.put(c.streamLost, float64(r.Stream.Lost), r.Name)
+		s.put(c.streamRestarts, float64(r.Stream.Restarts), r.Name)
+	}
 	for i := range r.Inputs {
 		in, input := &r.Inputs[i], strconv.Itoa(i)
 		s.count(c.inputPackets, c.inputBytes, in.Matched, r.Name, input)
@@ -225,16 +228,26 @@ func (c *collector) collectStream(s *sink, r *control.RuleStatus) {
 			s.count(c.inputDroppedPackets, c.inputDroppedBytes, d.Counter, r.Name, input, d.Reason)
 		}
 		if l := in.Leg; l != nil {
-			s.put(c.legWon, float64(l.Won), r.Name, input)
 			s.put(c.legLost, float64(l.Lost), r.Name, input)
-			s.put(c.legDiffer, float64(l.Different), r.Name, input)
-			s.put(c.legBehind, float64(l.Behind), r.Name, input)
-			s.put(c.legBound, float64(l.Bound), r.Name, input)
 			s.put(c.legDoubled, float64(l.Doubled), r.Name, input)
 			s.put(c.legReordered, float64(l.Reordered), r.Name, input)
 			s.put(c.legResets, float64(l.Resets), r.Name, input)
 			s.put(c.legSenders, float64(l.Senders), r.Name, input)
 			s.put(c.legUnnumbered, float64(l.Unnumbered), r.Name, input)
+			if l.JitterBy != "" {
+				s.put(c.legJitter, l.Jitter, r.Name, input, l.JitterBy)
+			}
+			if l.LastSeen != nil {
+				s.put(c.legLast, seconds(*l.LastSeen), r.Name, input)
+			}
+			if !several {
+				continue
+			}
+			s.put(c.legWon, float64(l.Won), r.Name, input)
+			s.put(c.legLag, l.Lag, r.Name, input)
+			s.put(c.legDiffer, float64(l.Different), r.Name, input)
+			s.put(c.legBehind, float64(l.Behind), r.Name, input)
+			s.put(c.legBound, float64(l.Bound), r.Name, input)
 		}
 	}
 }

@@ -52,6 +52,7 @@ type definitions struct {
 	legDoubled, legReordered, legResets             *metric
 	legSenders, legUnnumbered                       *metric
 	streamExpected, streamLost, streamRestarts      *metric
+	legJitter, legLag, legLast                      *metric
 	unsent, lost                                    *metric
 	interfaceInfo                                   *metric
 	joinsAttempted, joinsSucceeded, joinsFailed     *metric
@@ -107,17 +108,20 @@ func newDefinitions() definitions {
 		inputDroppedBytes:   define(counter, "xdpcast_input_dropped_bytes_total", "Bytes of the frames of xdpcast_input_dropped_packets_total.", "rule", "input", "reason"),
 
 		legWon:         define(counter, "xdpcast_leg_relayed_packets_total", "Packets that one of several inputs brought and that were relayed.", "rule", "input"),
-		legLost:        define(gauge, "xdpcast_leg_lost_numbers", "Numbers that one of several inputs did not bring; what comes late is taken off.", "rule", "input"),
+		legLost:        define(gauge, "xdpcast_leg_lost_numbers", "Numbers that one of several inputs, or one with health=, did not bring; what comes late is taken off.", "rule", "input"),
+		legJitter:      define(gauge, "xdpcast_leg_jitter_seconds", "How unsteadily the packets of an input come (RFC 3550 section A.8), by timestamps or by gaps; absent while it is not known.", "rule", "input", "by"),
+		legLag:         define(gauge, "xdpcast_leg_lag_seconds", "How long one of several inputs is behind the first copy of a number, on average.", "rule", "input"),
+		legLast:        define(gauge, "xdpcast_leg_last_packet_timestamp_seconds", "When an input last brought a packet, in seconds since 1970; absent before the first.", "rule", "input"),
 		legDiffer:      define(counter, "xdpcast_leg_different_packets_total", "Copies that were another packet than the one relayed with their number; one number in 64 is looked at.", "rule", "input"),
 		legBehind:      define(gauge, "xdpcast_leg_behind_numbers", "How many numbers one of several inputs is behind the newest.", "rule", "input"),
 		legBound:       define(gauge, "xdpcast_leg_behind_limit_numbers", "How many numbers an input may be behind for its copies to be told; 0 with failover.", "rule", "input"),
-		legDoubled:     define(counter, "xdpcast_leg_repeated_numbers_total", "Numbers that one of several inputs brought again.", "rule", "input"),
-		legReordered:   define(counter, "xdpcast_leg_reordered_numbers_total", "Numbers that came on one of several inputs behind a later one.", "rule", "input"),
-		legResets:      define(counter, "xdpcast_leg_resets_total", "Jumps of the numbers of one of several inputs.", "rule", "input"),
-		legSenders:     define(counter, "xdpcast_leg_sender_changes_total", "Changes of the sender, or session, of one of several inputs.", "rule", "input"),
-		legUnnumbered:  define(counter, "xdpcast_leg_unnumbered_packets_total", "Packets of one of several inputs without a number of their own: heartbeats, RTCP, others.", "rule", "input"),
+		legDoubled:     define(counter, "xdpcast_leg_repeated_numbers_total", "Numbers that an input brought again.", "rule", "input"),
+		legReordered:   define(counter, "xdpcast_leg_reordered_numbers_total", "Numbers that came behind a later one of the same input.", "rule", "input"),
+		legResets:      define(counter, "xdpcast_leg_resets_total", "Jumps of an input's numbers.", "rule", "input"),
+		legSenders:     define(counter, "xdpcast_leg_sender_changes_total", "Changes of an input's sender, or session.", "rule", "input"),
+		legUnnumbered:  define(counter, "xdpcast_leg_unnumbered_packets_total", "Packets of an input without a number of their own: heartbeats, RTCP, others.", "rule", "input"),
 		streamExpected: define(counter, "xdpcast_stream_numbers_total", "Numbers that there were since the stream of several inputs began; 0 with failover.", "rule"),
-		streamLost:     define(gauge, "xdpcast_stream_lost_numbers", "Numbers that none of several inputs has brought, those on their way included.", "rule"),
+		streamLost:     define(gauge, "xdpcast_stream_lost_numbers", "Numbers that none of several inputs has brought within the skew.", "rule"),
 		streamRestarts: define(counter, "xdpcast_stream_restarts_total", "How often the sender of several inputs began again, or with failover another input was taken.", "rule"),
 
 		unsent: define(counter, "xdpcast_interface_unsent_packets_total", "Frames handed to a device that it did not take, by the kernel's reason; not known by rule.", "interface", "reason"),
@@ -151,6 +155,7 @@ func (d *definitions) all() []*metric {
 		d.droppedPackets, d.droppedBytes, d.notedPackets, d.notedBytes, d.outputState, d.outputSentPackets, d.outputSentByte,
 		d.inputPackets, d.inputBytes, d.inputDroppedPackets, d.inputDroppedBytes,
 		d.legWon, d.legLost, d.legDiffer, d.legBehind, d.legBound, d.legDoubled, d.legReordered, d.legResets, d.legSenders, d.legUnnumbered,
+		d.legJitter, d.legLag, d.legLast,
 		d.streamExpected, d.streamLost, d.streamRestarts,
 		d.unsent, d.lost, d.interfaceInfo,
 		d.joinsAttempted, d.joinsSucceeded, d.joinsFailed, d.leavesAttempted, d.leavesSucceeded, d.leavesFailed,

@@ -111,6 +111,12 @@ func parseRule(t testing.TB, text string) *Rule {
 			}
 			continue
 		}
+		if failover, ok := strings.CutPrefix(word, "failover="); ok {
+			if err := r.ParseStream("", failover); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
 		if path, ok := strings.CutPrefix(word, "path="); ok {
 			if r.Path, err = rules.ParsePath(path); err != nil {
 				t.Fatal(err)

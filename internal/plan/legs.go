@@ -14,7 +14,7 @@ func (m *maker) legs(r *Rule) *RulePlan {
 	p := &RulePlan{Rule: r, taken: m.takenFirst(r), Flows: make([]*FlowPlan, r.InputCount())}
 	for i := range p.Flows {
 		one := &Rule{Rule: r.OfLeg(i), Origin: r.Origin}
-		leg := flow.Leg{Of: r.Name, Number: i, Settings: streamOf(r.Stream)}
+		leg := &flow.Leg{Of: r.Name, Number: i, Settings: streamOf(&r.Rule)}
 		p.Flows[i] = &FlowPlan{}
 		if inputs, reason := m.inputsOf(one.In); len(inputs) > 0 {
 			m.flow(p.Flows[i], one, m.taken[legRef{r, i}], leg, inputs[0])
@@ -28,16 +28,40 @@ func (m *maker) legs(r *Rule) *RulePlan {
 }
 
 // legName is the name of a leg's flow.
-func legName(leg flow.Leg) string { return fmt.Sprint(leg.Of, flow.LegSeparator, leg.Number) }
+func legName(leg *flow.Leg) string { return fmt.Sprint(leg.Of, flow.LegSeparator, leg.Number) }
 
-// streamOf converts the options of merge and failover. It is the only place that does.
-func streamOf(s *rules.Stream) packet.Stream {
-	if s.Failover != (rules.Failover{}) {
-		return packet.Stream{Kind: packet.StreamFailover, Silence: s.Failover.Silence, Back: s.Failover.Back}
+// streamOf converts the options of merge, failover and health. It is the only place that does.
+func streamOf(r *rules.Rule) packet.Stream {
+	s, h := r.Stream, r.Health()
+	switch {
+	case s != nil && s.Failover != (rules.Failover{}):
+		out := watched(h)
+		out.Kind, out.Silence, out.Back = packet.StreamFailover, s.Failover.Silence, s.Failover.Back
+		return out
+	case s == nil:
+		out := watched(h)
+		out.Kind = packet.StreamSingle
+		return out
 	}
-	out := packet.Stream{PassOther: s.Merge.PassOther}
+	out := numbers(s.Merge.Format, s.Merge.Field)
+	out.PassOther, out.Clock = s.Merge.PassOther, h.Clock
 	out.Skew, out.Reset, out.Window = s.Merge.Times()
-	switch s.Merge.Format {
+	return out
+}
+
+// watched is a stream whose numbers are watched: Kind is still to be set.
+func watched(h rules.Health) packet.Stream {
+	if h == (rules.Health{}) {
+		return packet.Stream{}
+	}
+	out := numbers(h.Format, h.Field)
+	out.Watch, out.Kind, out.Clock = out.Kind, packet.StreamNone, h.Clock
+	return out
+}
+
+// numbers says where packets have their numbers.
+func numbers(format rules.MergeFormat, f rules.MergeField) (out packet.Stream) {
+	switch format {
 	case rules.MergeRTP:
 		out.Kind = packet.StreamRTP
 	case rules.MergeRFC4175:
@@ -49,10 +73,27 @@ func streamOf(s *rules.Stream) packet.Stream {
 	case rules.MergeMDP3: // CME MDP 3.0: MsgSeqNum 4, SendingTime 8
 		out.Kind, out.Width, out.Little = packet.StreamField, 4, true
 	default:
-		f := s.Merge.Field
 		out.Kind, out.Offset, out.Width, out.Little, out.CountOffset, out.CountWidth = packet.StreamField, f.Offset, f.Bytes, f.Little, f.CountOffset, f.CountBytes
 	}
 	return out
+}
+
+// HealthOf is what watches a flow with one input, as rules have it: the reverse of what the plan
+// makes of it.
+func HealthOf(leg *flow.Leg) rules.Health {
+	if leg == nil || leg.Several() {
+		return rules.Health{}
+	}
+	s := leg.Settings
+	h := rules.Health{Format: rules.MergeByField, Clock: s.Clock}
+	for f := rules.MergeNone + 1; f < rules.MergeByField; f++ {
+		if watched(rules.Health{Format: f, Clock: s.Clock}) == (packet.Stream{Watch: s.Watch, Clock: s.Clock, Offset: s.Offset, Width: s.Width, Little: s.Little, CountOffset: s.CountOffset, CountWidth: s.CountWidth}) {
+			h.Format = f
+			return h
+		}
+	}
+	h.Field = rules.MergeField{Offset: s.Offset, Bytes: s.Width, Little: s.Little, CountOffset: s.CountOffset, CountBytes: s.CountWidth}
+	return h
 }
 
 // checkLeg says why an interface cannot carry one of several inputs: only the relay program detects
@@ -89,7 +130,7 @@ func (l legRef) flow() string {
 	if l.rule.Stream == nil {
 		return l.rule.Name
 	}
-	return legName(flow.Leg{Of: l.rule.Name, Number: l.leg})
+	return legName(&flow.Leg{Of: l.rule.Name, Number: l.leg})
 }
 
 // streamNote says how packets of one of several inputs are handled.

@@ -50,7 +50,7 @@ func TestLegs(t *testing.T) {
 			has(t, p, tt.want)
 			for _, f := range p.Rules[0].Flows {
 				want := flow.Leg{Of: "a", Number: f.Flow.Leg.Number, Settings: f.Flow.Leg.Settings}
-				if f.Flow.Leg != want || want.Settings.Kind != packet.StreamRTP || f.Publish && f.Flow.Check() != nil {
+				if *f.Flow.Leg != want || want.Settings.Kind != packet.StreamRTP || f.Publish && f.Flow.Check() != nil {
 					t.Errorf("flow %s is leg %+v: %v", f.Flow.Name, f.Flow.Leg, f.Flow.Check())
 				}
 				if rule, found := p.Flow(f.Flow.Name); found != f || rule != p.Rules[0] {
@@ -98,5 +98,44 @@ func TestExplainLegs(t *testing.T) {
 	k.Interface = "eth2"
 	if e := p.Explain(k, Known{}); e.Flow != nil || !strings.Contains(e.Why, "another interface") {
 		t.Errorf("explained as %+v", e)
+	}
+}
+
+// health= of an input makes its flow one whose numbers are watched, on every path, and costs nothing
+// where that is impossible. What is made of it leads back to it.
+func TestHealth(t *testing.T) {
+	for _, text := range []string{"rtp", "rtp/90000", "rfc4175", "moldudp64", "pitch", "mdp3", "field:8:4le", "field:0:2:count=4:1"} {
+		w := newWorld(t, three, "a: 239.1.1.1:5000%eth0,health="+text+" -> 239.2.2.2:6000%eth1")
+		f := Make(w, Options{}).Rules[0].Flows[0].Flow
+		if f.Leg == nil || f.Leg.Of != "a" || f.Leg.Several() || f.Leg.Settings.Kind != packet.StreamSingle || f.Check() != nil || HealthOf(f.Leg).String() != text {
+			t.Errorf("%s: leg %+v, back %v: %v", text, f.Leg, HealthOf(f.Leg), f.Check())
+		}
+	}
+	const watched = "a: 239.1.1.1:5000%eth0,health=rtp -> 239.2.2.2:6000%eth1"
+	w := newWorld(t, three, "a: 239.1.1.1:5000%eth+,health=rtp -> 239.2.2.2:6000%eth1")
+	for _, f := range Make(w, Options{}).Rules[0].Flows {
+		if f.Flow.Leg == nil || f.Flow.Leg.Of != f.Flow.Name || f.Flow.Check() != nil {
+			t.Errorf("flow %s of a pattern is leg %+v: %v", f.Flow.Name, f.Flow.Leg, f.Flow.Check())
+		}
+	}
+	w = newWorld(t, three, watched)
+	w.Answers.Attached[w.link(t, "eth0").LinkID] = Attached{Err: errTaken}
+	p := Make(w, Options{})
+	if f := p.Rules[0].Flows[0]; f.Flow.Leg != nil || f.State != Active || !strings.Contains(f.Note(), "health= is without effect: the relay program, which watches numbers, is not on interface eth0") {
+		t.Errorf("without the program: %v, %q, leg %+v", f.State, f.Note(), f.Flow.Leg)
+	}
+	p = Make(newWorld(t, []string{"eth0 noeth", "eth1 10.1.0.1"}, watched), Options{})
+	if f := p.Rules[0].Flows[0]; f.Flow.Leg != nil || f.State != Active || !strings.Contains(f.Note(), "health= is without effect: interface eth0 has no Ethernet header") {
+		t.Errorf("without an Ethernet header: %v, %q, leg %+v", f.State, f.Note(), f.Flow.Leg)
+	}
+	p = Make(newWorld(t, three, "a: 239.1.1.1:5000%eth0 239.1.2.1:5000%eth2,health=rtp/48000 -> 239.2.2.2:6000%eth1 failover=30ms"), Options{})
+	for _, f := range p.Rules[0].Flows {
+		if s := f.Flow.Leg.Settings; s.Kind != packet.StreamFailover || s.Watch != packet.StreamRTP || s.Clock != 48000 || f.Flow.Check() != nil {
+			t.Errorf("failover: %+v: %v", s, f.Flow.Check())
+		}
+	}
+	p = Make(newWorld(t, three, "a: 239.1.1.1:5000%eth0,health=rtp/48000 239.1.2.1:5000%eth2 -> 239.2.2.2:6000%eth1 merge=rtp"), Options{})
+	if s := p.Rules[0].Flows[1].Flow.Leg.Settings; s.Kind != packet.StreamRTP || s.Clock != 48000 {
+		t.Errorf("merge: %+v", s)
 	}
 }

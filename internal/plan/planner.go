@@ -395,7 +395,7 @@ func (p *Planner) names(all []*RulePlan) map[string]bool {
 			continue
 		}
 		for _, f := range r.Flows {
-			if f.Flow.Leg.Of == "" {
+			if !f.Flow.Leg.Several() {
 				add(f.In.Name, tagged)
 			}
 			for i := range f.Outputs {

@@ -40,7 +40,7 @@ func (m *maker) rule(r *Rule) *RulePlan {
 		p := &RulePlan{Rule: r, taken: m.takenFirst(r), Flows: make([]*FlowPlan, len(inputs))}
 		for i, in := range inputs {
 			p.Flows[i] = &FlowPlan{}
-			m.flow(p.Flows[i], r, p.taken, flow.Leg{}, in)
+			m.flow(p.Flows[i], r, p.taken, nil, in)
 		}
 		p.sum()
 		return p
@@ -53,7 +53,7 @@ func (m *maker) rule(r *Rule) *RulePlan {
 	p := &one.RulePlan
 	one.flows[0] = &one.flow
 	p.Flows = one.flows[:]
-	m.flow(&one.flow, r, p.taken, flow.Leg{}, inputs[0])
+	m.flow(&one.flow, r, p.taken, nil, inputs[0])
 	p.sum()
 	return p
 }
@@ -64,7 +64,7 @@ func (r *RulePlan) sum() {
 		if f.Reason != "" && r.Reason == "" {
 			r.Reason = f.Reason
 			switch {
-			case f.Flow.Leg.Of != "":
+			case f.Flow.Leg.Several():
 				r.Reason = fmt.Sprintf("in[%d]: %s", f.Flow.Leg.Number, f.Reason)
 			case len(r.Flows) > 1:
 				r.Reason = "on " + f.In.Name + ": " + f.Reason
@@ -107,7 +107,7 @@ func (f *FlowPlan) note(text string) {
 
 // flow plans a rule on one interface. A multicast route is left to the kernel unless the kernel
 // path can forward every packet of it equally well.
-func (m *maker) flow(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *network.Link) {
+func (m *maker) flow(f *FlowPlan, rule, taken *Rule, leg *flow.Leg, in *network.Link) {
 	m.relayed(f, rule, taken, leg, in)
 	if rule.Origin != OriginMroute {
 		return
@@ -147,7 +147,7 @@ func (m *maker) forwardsWorse(f *FlowPlan, rule *Rule, in *network.Link) string 
 
 // relayed plans a rule on one interface, in the order of its life: the input, its attachment, the
 // path, the outputs, the memberships.
-func (m *maker) relayed(f *FlowPlan, rule, taken *Rule, leg flow.Leg, in *network.Link) {
+func (m *maker) relayed(f *FlowPlan, rule, taken *Rule, leg *flow.Leg, in *network.Link) {
 	*f = FlowPlan{In: in, State: Active, Publish: true, rule: rule}
 	f.Flow = resolveInput(&rule.Rule, leg, in)
 	f.Flow.Routed = rule.Threshold
@@ -228,11 +228,15 @@ func (m *maker) prepareInput(f *FlowPlan, c *chooser) error {
 			m.wait(f, fmt.Sprintf("the relay program is being attached to interface %s", in.Name))
 		}
 		switch {
-		case a.Err != nil && f.Flow.Leg.Of != "":
+		case a.Err != nil && f.Flow.Leg.Several():
 			return fmt.Errorf("the relay program finds copies among several inputs: %w", a.Err)
 		case a.Err != nil && !mayTap(c.rule):
 			return a.Err
+		case a.Err != nil:
+			f.unwatched(fmt.Sprintf("the relay program, which watches numbers, is not on interface %s", in.Name))
 		}
+	} else {
+		f.unwatched(fmt.Sprintf("interface %s has no Ethernet header, which the relay program needs that watches numbers", c.in.Name))
 	}
 	if c.rule.In.VLAN.ID == 0 {
 		return nil
@@ -242,6 +246,14 @@ func (m *maker) prepareInput(f *FlowPlan, c *chooser) error {
 		m.wait(f, fmt.Sprintf("interface %s is being made to leave VLAN tags in the frames", c.in.Name))
 	}
 	return err
+}
+
+// unwatched relays a flow without health=, which must not cost packets.
+func (f *FlowPlan) unwatched(why string) {
+	if f.Flow.Leg != nil {
+		f.Flow.Leg = nil
+		f.note("health= is without effect: " + why)
+	}
 }
 
 func (m *maker) wait(f *FlowPlan, reason string) {
@@ -265,7 +277,7 @@ func (f *FlowPlan) settle() {
 // checkInput says what is wrong with an input. A single unicast address must be one of this host's:
 // frames for other addresses arrive only if this host routes them, and a rule for those uses a
 // prefix. A prefix therefore needs no address of this host.
-func (m *maker) checkInput(rule, taken *Rule, leg flow.Leg, in *network.Link) error {
+func (m *maker) checkInput(rule, taken *Rule, leg *flow.Leg, in *network.Link) error {
 	switch a := rule.In.Address; {
 	case in.Loopback:
 		return fmt.Errorf("interface %s is the loopback: want one that leads to a network", in.Name)
@@ -273,7 +285,7 @@ func (m *maker) checkInput(rule, taken *Rule, leg flow.Leg, in *network.Link) er
 		return fmt.Errorf("interface %s has no Ethernet header, which the %s path needs", in.Name, rule.Path)
 	case taken != nil:
 		return fmt.Errorf("interface %s is known by several names: rule %s takes the same input by another of them: want an input of its own", in.Name, taken.Name)
-	case leg.Of != "" && m.checkLeg(in) != nil:
+	case leg.Several() && m.checkLeg(in) != nil:
 		return m.checkLeg(in)
 	case rule.In.Multicast() || rule.In.Len != 0 || rule.Accept.Broadcast || m.net.IsOwn(a):
 		return nil
@@ -284,10 +296,13 @@ func (m *maker) checkInput(rule, taken *Rule, leg flow.Leg, in *network.Link) er
 
 // resolveInput converts the rule to a flow without outputs. It is the only place that converts
 // input options that do not depend on the host.
-func resolveInput(rule *rules.Rule, leg flow.Leg, in *network.Link) *flow.Flow {
+func resolveInput(rule *rules.Rule, leg *flow.Leg, in *network.Link) *flow.Flow {
 	name := FlowName(rule, in.Name)
-	if leg.Of != "" {
+	switch {
+	case leg != nil:
 		name = legName(leg)
+	case rule.Accept.Health != (rules.Health{}):
+		leg = &flow.Leg{Of: name, Settings: streamOf(rule)}
 	}
 	return &flow.Flow{
 		Name: name,

@@ -122,6 +122,7 @@ type Relay struct {
 	macs       [][6]byte       // of this host's interfaces, sorted
 	macsKnown  bool            // the kernel has them
 	looping    map[string]bool // rules logged as looping
+	streams    streams
 	warnings   map[string]string
 
 	igmp    igmpVersions
@@ -311,6 +312,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 			r.opts.Beat()
 		case <-loops.C:
 			r.logLoops()
+			r.watchStreams()
 		case <-timer.C:
 			r.observeIfDue()
 			r.stale = true // due retries are part of the answers

@@ -96,7 +96,7 @@ func (r *Relay) describeRule(p *plan.RulePlan, stats map[string]*loader.RuleStat
 	}
 	status.Drops, status.Notes = Drops(sum), Notes(notes)
 	status.Inputs = inputStatuses(p)
-	describeLegs(&status, p, stats)
+	r.describeLegs(&status, p, stats)
 	status.Outputs = r.outputStatuses(p, stats)
 	return status
 }
@@ -425,6 +425,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 			}
 		}
 		status.Warnings = append(status.Warnings, r.attachWarnings()...)
+		status.Warnings = append(status.Warnings, r.streamWarnings()...)
 		for _, about := range slices.Sorted(maps.Keys(r.warnings)) {
 			status.Warnings = append(status.Warnings, about+": "+r.warnings[about])
 		}

@@ -101,7 +101,9 @@ var (
 	MoldUDP64  = packet.Stream{Kind: packet.StreamMoldUDP64, Window: 1 << 16, Skew: 50 * ms, Reset: s}
 	Failover   = packet.Stream{Kind: packet.StreamFailover, Silence: 30 * ms}
 	FailBack   = packet.Stream{Kind: packet.StreamFailover, Silence: 30 * ms, Back: 2 * s}
-	AllStreams = []packet.Stream{RTPStream, RFC4175, MDP3, Pitch, MoldUDP64, Failover, FailBack}
+	Watched    = packet.Stream{Kind: packet.StreamSingle, Watch: packet.StreamRTP, Clock: 90000}
+	FailRTP    = packet.Stream{Kind: packet.StreamFailover, Watch: packet.StreamRTP, Silence: 30 * ms}
+	AllStreams = []packet.Stream{RTPStream, RFC4175, MDP3, Pitch, MoldUDP64, Failover, FailBack, Watched, FailRTP}
 )
 
 func never(int) bool { return false }

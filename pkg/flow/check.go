@@ -106,17 +106,20 @@ func (r Flow) Check() error {
 }
 
 func (r Flow) checkLeg() error {
-	if r.Leg.Of == "" {
-		if r.Leg != (Leg{}) {
-			return errors.New("settings of a stream without its name")
-		}
+	if r.Leg == nil {
 		return nil
-	}
-	if r.Leg.Number < 0 || r.Leg.Number >= packet.MaxLegs || r.Name != fmt.Sprint(r.Leg.Of, LegSeparator, r.Leg.Number) {
-		return fmt.Errorf("leg %d of stream %s: want 0 to %d, and the name %s%s%[1]d", r.Leg.Number, r.Leg.Of, packet.MaxLegs-1, r.Leg.Of, LegSeparator)
 	}
 	if r.In.FromHost {
 		return errors.New("what this host sends passes no relay program, and is no leg of a stream")
+	}
+	if !r.Leg.Several() {
+		if r.Leg.Number != 0 || r.Name != r.Leg.Of {
+			return fmt.Errorf("input %d of %s is watched: want 0, and the name %[2]s", r.Leg.Number, r.Leg.Of)
+		}
+		return r.Leg.Settings.Check()
+	}
+	if r.Leg.Number < 0 || r.Leg.Number >= packet.MaxLegs || r.Name != fmt.Sprint(r.Leg.Of, LegSeparator, r.Leg.Number) {
+		return fmt.Errorf("leg %d of stream %s: want 0 to %d, and the name %s%s%[1]d", r.Leg.Number, r.Leg.Of, packet.MaxLegs-1, r.Leg.Of, LegSeparator)
 	}
 	return r.Leg.Settings.Check()
 }

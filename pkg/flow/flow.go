@@ -65,16 +65,24 @@ type Flow struct {
 	// most Routed, the greatest threshold of an output. 0: not routed. The path is PathKernel, and
 	// every output is Ready.
 	Routed uint8
-	// Leg is set for one of several inputs of a stream.
-	Leg Leg
+	// Leg is set for one of several inputs of a stream, or for an input that is monitored; it is never
+	// changed.
+	Leg *Leg
 }
 
 // Leg identifies a flow's stream and input. It is comparable.
 type Leg struct {
-	Of       string // name of the stream; empty if the flow is no leg. The flow's name is Of, LegSeparator and Number
-	Number   int    // 0 to packet.MaxLegs-1, by preference
+	// Of is the name of the stream. The flow's is Of, LegSeparator and Number, and the same with
+	// packet.StreamSingle.
+	Of       string
+	Number   int // 0 to packet.MaxLegs-1, by preference
 	Settings packet.Stream
 }
+
+// Several says whether a flow with the leg, nil for none, is one of several inputs.
+func (l *Leg) Several() bool { return l != nil && l.Settings.Kind != packet.StreamSingle }
+
+func (l *Leg) equal(o *Leg) bool { return l == o || l != nil && o != nil && *l == *o }
 
 // LegSeparator separates the stream and the number in a leg's name; it cannot occur in a rule's
 // name.
@@ -172,7 +180,7 @@ func (in Input) Key() Input {
 // Equal says whether two flows are equal in all fields.
 func (r Flow) Equal(o Flow) bool {
 	return r.Name == o.Name && r.In == o.In && r.Path == o.Path && r.Fallback == o.Fallback && r.Local == o.Local && r.Steered == o.Steered &&
-		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.TwoWay == o.TwoWay && r.Fronted == o.Fronted && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed && r.Leg == o.Leg &&
+		r.AllowLoop == o.AllowLoop && r.Unguarded == o.Unguarded && r.TwoWay == o.TwoWay && r.Fronted == o.Fronted && r.Broadcast == o.Broadcast && r.AllowNoChecksum == o.AllowNoChecksum && r.Finish == o.Finish && r.Rate == o.Rate && r.Routed == o.Routed && r.Leg.equal(o.Leg) &&
 		slices.Equal(r.Except, o.Except) && slices.Equal(r.Out, o.Out)
 }
 

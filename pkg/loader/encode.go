@@ -31,8 +31,10 @@ func encodeFlow(e *entry) bpf.RelayFlow {
 		InputMac:    e.rule.In.MAC,
 		Sockets:     e.sockets,
 		Stream:      uint16(e.stream),
-		Leg:         uint8(e.rule.Leg.Number),
 		Routed:      e.rule.Routed,
+	}
+	if e.rule.Leg != nil {
+		value.Leg = uint8(e.rule.Leg.Number)
 	}
 	for _, o := range e.rule.Out {
 		if !o.Ready {

@@ -40,6 +40,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapPolicers:       &m.Policers,
 		bpf.RelayMapStreams:        &m.Streams,
 		bpf.RelayMapStreamStates:   &m.StreamStates,
+		bpf.RelayMapStreamHealth:   &m.StreamHealth,
 		bpf.RelayMapStreamWindows:  &m.StreamWindows,
 		bpf.RelayMapXsks:           &m.Xsks,
 		bpf.RelayMapCpus:           &m.Cpus,

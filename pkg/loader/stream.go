@@ -28,9 +28,12 @@ type streamKey struct {
 	shape packet.Stream
 }
 
-func keyOf(leg flow.Leg) streamKey {
+func keyOf(leg *flow.Leg) streamKey {
 	shape := leg.Settings
-	shape.Skew, shape.Reset, shape.Silence, shape.Back, shape.PassOther = 0, 0, 0, 0, false
+	if shape.Kind == packet.StreamFailover {
+		return streamKey{leg.Of, packet.Stream{Kind: shape.Kind}} // numbers decide nothing
+	}
+	shape.Skew, shape.Reset, shape.PassOther, shape.Clock = 0, 0, false, 0
 	return streamKey{leg.Of, shape}
 }
 
@@ -40,7 +43,7 @@ func windowRows(s packet.Stream) uint32 { return s.Window / packet.StreamRowNumb
 // useStream counts a rule that is a leg, and makes its stream with the first one.
 func (s *transaction) useStream(e *entry) error {
 	leg := e.rule.Leg
-	if leg.Of == "" {
+	if leg == nil {
 		return nil
 	}
 	key := keyOf(leg)
@@ -84,6 +87,9 @@ func (s *transaction) newStream(settings packet.Stream) (_ *streamEntry, err err
 		s.staged.openWindows = append(s.staged.openWindows, window)
 		s.staged.windows.add(st.row+i, uint32(window.FD()))
 	}
+	if err := s.maps.StreamHealth.Put(st.id, &bpf.RelayStreamHealth{}); err != nil {
+		return nil, errors.Join(fmt.Errorf("write map stream_health: %w", err), s.dropStream(st))
+	}
 	state := bpf.RelayStreamState{Head: packet.FirstHead}
 	if err := s.maps.StreamStates.Put(st.id, &state); err != nil {
 		return nil, errors.Join(fmt.Errorf("write map stream_states: %w", err), s.dropStream(st))
@@ -115,9 +121,12 @@ func (l *Loader) writeStream(st *streamEntry, settings packet.Stream) error {
 
 // releaseStream is the inverse of useStream. No program may look at the stream any more, if it is
 // the last one.
-func (l *Loader) releaseStream(leg flow.Leg) error {
+func (l *Loader) releaseStream(leg *flow.Leg) error {
+	if leg == nil {
+		return nil
+	}
 	st := l.streams[keyOf(leg)]
-	if leg.Of == "" || st == nil {
+	if st == nil {
 		return nil
 	}
 	if st.users--; st.users > 0 {
@@ -151,21 +160,25 @@ func (l *Loader) emptyWindows(row, rows uint32) error {
 
 // encodeStream is what the program goes by.
 func encodeStream(s packet.Stream, row uint32) bpf.RelayStream {
-	value := bpf.RelayStream{Kind: uint8(s.Kind), SilenceNs: uint64(s.Silence), BackNs: uint64(s.Back), FirstRow: row}
-	if s.Kind == packet.StreamFailover {
+	value := bpf.RelayStream{Kind: uint8(s.Kind), Watch: uint8(s.Watch), SilenceNs: uint64(s.Silence), BackNs: uint64(s.Back), FirstRow: row}
+	if s.Format() == packet.StreamNone {
 		return value
 	}
-	value.SkewNs, value.ResetNs = uint64(s.Skew), uint64(s.Reset)
-	value.WordMask = s.Window/32 - 1
-	value.NumberMask, value.Bias, value.Behind, value.Ahead, value.Slack = s.Mask(), s.Bias(), s.Behind(), s.Ahead(), s.Slack()
+	value.NumberMask, value.Slack, value.Clock = s.Mask(), s.Slack(), s.Clock
 	value.Offset, value.Width, value.CountOffset, value.CountWidth = s.Offset, s.Width, s.CountOffset, s.CountWidth
-	value.Shift = uint8(32 - s.Bits())
-	if s.Kind == packet.StreamMoldUDP64 {
+	if s.Format() == packet.StreamMoldUDP64 {
 		value.CountWidth = 2 // of its header
 	}
 	if s.Little {
 		value.Little = 1
 	}
+	if !s.Merges() {
+		return value
+	}
+	value.SkewNs, value.ResetNs = uint64(s.Skew), uint64(s.Reset)
+	value.WordMask = s.Window/32 - 1
+	value.Bias, value.Behind, value.Ahead = s.Bias(), s.Behind(), s.Ahead()
+	value.Shift = uint8(32 - s.Bits())
 	if s.PassOther {
 		value.PassOther = 1
 	}
@@ -176,15 +189,15 @@ func encodeStream(s packet.Stream, row uint32) bpf.RelayStream {
 func decodeStream(v *bpf.RelayStream) (packet.Stream, error) {
 	s := packet.Stream{
 		Kind: packet.StreamKind(v.Kind), Silence: time.Duration(v.SilenceNs), Back: time.Duration(v.BackNs),
-		Skew: time.Duration(v.SkewNs), Reset: time.Duration(v.ResetNs),
+		Skew: time.Duration(v.SkewNs), Reset: time.Duration(v.ResetNs), Watch: packet.StreamKind(v.Watch), Clock: v.Clock,
 		Offset: v.Offset, Width: v.Width, CountOffset: v.CountOffset, CountWidth: v.CountWidth,
 		Little: v.Little != 0, PassOther: v.PassOther != 0,
 	}
-	if s.Kind == packet.StreamMoldUDP64 {
-		s.CountWidth = 0
-	}
-	if s.Kind != packet.StreamFailover {
+	if s.Merges() {
 		s.Window = 32 * (v.WordMask + 1)
+	}
+	if s.Format() == packet.StreamMoldUDP64 {
+		s.CountWidth = 0
 	}
 	if err := s.Check(); err != nil {
 		return s, err
@@ -207,12 +220,16 @@ func (p *referents) streamOf(e *entry, f *bpf.RelayFlow) error {
 	if err != nil {
 		return fmt.Errorf("stream %d: %w", f.Stream, err)
 	}
+	e.stream = uint32(f.Stream)
+	if settings.Kind == packet.StreamSingle {
+		e.rule.Leg = &flow.Leg{Of: e.rule.Name, Number: int(f.Leg), Settings: settings}
+		return nil
+	}
 	name, _, ok := strings.Cut(e.rule.Name, flow.LegSeparator)
 	if !ok {
 		return fmt.Errorf("stream %d: the rule's name has no leg", f.Stream)
 	}
-	e.stream = uint32(f.Stream)
-	e.rule.Leg = flow.Leg{Of: name, Number: int(f.Leg), Settings: settings}
+	e.rule.Leg = &flow.Leg{Of: name, Number: int(f.Leg), Settings: settings}
 	return nil
 }
 
@@ -272,13 +289,13 @@ func overlaps(all []extent, first, n uint32) bool {
 	return false
 }
 
-// LegStats is what a leg of a stream has brought.
+// LegStats is what a leg of a stream has brought, or the one input of a flow that is watched.
 type LegStats struct {
 	Number int
 	// Won counts the packets that were the first of their number, or that came while the leg was
 	// the one that passes, and Others those without a number.
 	Won, Others uint64
-	// Active is set for the leg that passes, with failover; and for all with merge.
+	// Active is set for the leg that passes, with failover; and for all else.
 	Active bool
 	// What the leg's own numbers say: how many it did not bring, brought twice, or in another
 	// order; jumps of its numbers, and changes of its sender.
@@ -290,6 +307,14 @@ type LegStats struct {
 	// Behind is how many numbers the leg's last one is behind the newest of the stream, and Bound
 	// how many that may be for its numbers to be told from those of the next round.
 	Behind, Bound uint64
+	// Jitter is how unsteadily packets come (RFC 3550 section A.8), of two in a row at each tick of
+	// the kernel's clock: against the timestamps of RTP with Stamped, else against the mean time
+	// between packets.
+	Jitter  time.Duration
+	Stamped bool
+	// Lag is how long the leg is behind the first copy of a number, on average over samples; up to
+	// two seconds.
+	Lag time.Duration
 	// LastSeen is the age of the last packet; negative when there was none.
 	LastSeen time.Duration
 }
@@ -298,8 +323,9 @@ type LegStats struct {
 type StreamStats struct {
 	Settings packet.Stream
 	// Expected is how many numbers there were since the stream began, and Passed how many of them
-	// passed: the others are lost on all legs. Both are 0 with failover.
-	Expected, Passed uint64
+	// passed. Lost are those that no leg brought within the skew; what is younger may still come.
+	// All are 0 where nothing is merged.
+	Expected, Passed, Lost uint64
 	// Restarts counts how often the sender began again, or with failover how often another leg was
 	// chosen.
 	Restarts uint64
@@ -314,8 +340,17 @@ func readStream(m *mapSet, e *entry) (*LegStats, *StreamStats, error) {
 	if err := m.StreamStates.Lookup(e.stream, &v); err != nil {
 		return nil, nil, fmt.Errorf("read stream of rule %s: %w", e.rule.Name, err)
 	}
-	s, number := e.rule.Leg.Settings, e.rule.Leg.Number
-	merges := s.Kind != packet.StreamFailover
+	var h bpf.RelayStreamHealth
+	if err := m.StreamHealth.Lookup(e.stream, &h); err != nil {
+		return nil, nil, fmt.Errorf("read stream of rule %s: %w", e.rule.Name, err)
+	}
+	leg, all := statsOfStream(&v, &h, e.rule.Leg, monotonic())
+	return leg, all, nil
+}
+
+// statsOfStream is what a stream's state says at a time of the kernel's clock.
+func statsOfStream(v *bpf.RelayStreamState, h *bpf.RelayStreamHealth, of *flow.Leg, now time.Duration) (*LegStats, *StreamStats) {
+	s, number := of.Settings, of.Number
 	all := &StreamStats{Settings: s, Restarts: v.Restarts}
 	newest := v.Head
 	for i := range v.Legs {
@@ -324,28 +359,50 @@ func readStream(m *mapSet, e *entry) (*LegStats, *StreamStats, error) {
 			newest = p
 		}
 	}
-	if merges && v.Start != 0 {
+	if s.Merges() && v.Start != 0 {
 		all.Expected = v.Before + newest + 1 - v.Start
+		if all.Lost = h.Lost; now-monotonicOf(v.PassNs) > 2*s.Skew {
+			all.Lost = all.Expected - min(all.Expected, all.Passed) // what is to come has come
+		}
 	}
 	if all.Restarts > 0 {
 		all.Restarts-- // the first was the beginning
 	}
-	row := &v.Legs[number]
+	row, pulse := &v.Legs[number], &h.Legs[number]
 	leg := &LegStats{
-		Number: number, Won: row.Won, Others: row.Others, Active: merges || v.Active == uint32(number) && v.SessionNs != 0,
+		Number: number, Won: row.Won, Others: row.Others, Active: s.Kind != packet.StreamFailover || v.Active == uint32(number) && v.SessionNs != 0,
 		Lost: row.Lost, Doubled: row.Doubled, Reordered: row.Reordered, Resets: row.Resets, Senders: row.Senders, LastSeen: -1,
+		Jitter: time.Duration(pulse.JitterNs >> 4), Stamped: pulse.JitterNs != 0 && pulse.GapNs == 0,
 	}
-	if merges {
+	if s.Merges() {
 		leg.Differ, leg.Differs = uint64(v.Differ[number]), v.Differs[number] != 0
-		leg.Bound = uint64(s.Behind())
+		leg.Bound, leg.Lag = uint64(s.Behind()), time.Duration(pulse.LagNs>>3)
 		if row.Position != 0 && row.Position >= v.Start {
 			leg.Behind = newest - min(newest, row.Position)
 		}
 	}
 	if row.SeenNs != 0 {
-		leg.LastSeen = max(0, monotonic()-monotonicOf(row.SeenNs))
+		leg.LastSeen = max(0, now-monotonicOf(row.SeenNs))
 	}
-	return leg, all, nil
+	return leg, all
+}
+
+// Legs reads what the flows named have brought that are legs or are watched, and nothing else of them.
+func (l *Loader) Legs(names []string) (map[string]*RuleStats, error) {
+	all := make(map[string]*RuleStats, len(names))
+	for _, name := range names {
+		e := l.rules[name]
+		if e == nil || e.stream == 0 {
+			continue
+		}
+		s := &RuleStats{Name: name, ID: e.id}
+		var err error
+		if s.Leg, s.Stream, err = readStream(l.maps, e); err != nil {
+			return nil, err
+		}
+		all[name] = s
+	}
+	return all, nil
 }
 
 // readLeg reads what a leg has brought.
@@ -356,7 +413,7 @@ func (t *tally) readLeg(m *mapSet) (err error) {
 
 // copyReason is why copies of what other legs have brought are dropped.
 func copyReason(e *entry) Reason {
-	if e.rule.Leg.Settings.Kind == packet.StreamFailover {
+	if e.rule.Leg != nil && e.rule.Leg.Settings.Kind == packet.StreamFailover {
 		return Standby
 	}
 	return Duplicate

@@ -15,11 +15,16 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// legs are the flows of a stream: two on one interface, or on several.
+// legs are the flows of a stream: two on one interface, or on several. One that is watched has the
+// first alone.
 func legs(n *testLab, name string, settings packet.Stream, out flow.Output, groups ...string) (rules []flow.Flow) {
 	for i, group := range groups {
 		r := flow.Flow{Name: fmt.Sprintf("%s%%%d", name, i), In: input(n.in, group, "", 5000), Out: []flow.Output{out}}
-		r.Leg.Of, r.Leg.Number, r.Leg.Settings = name, i, settings
+		r.Leg = &flow.Leg{Of: name, Number: i, Settings: settings}
+		if settings.Kind == packet.StreamSingle {
+			r.Name = name
+			return append(rules, r)
+		}
 		rules = append(rules, r)
 	}
 	return rules
@@ -57,16 +62,16 @@ func (s *streamLab) begin(t testing.TB, settings packet.Stream) {
 var legGroups = [packet.MaxLegs]string{"239.1.1.1", "239.1.1.2", "239.1.1.3", "239.1.1.4"}
 
 // send gives a payload to both, and compares what they say.
-func (s *streamLab) send(t testing.TB, leg int, payload []byte, now uint64) bool {
+func (s *streamLab) send(t testing.TB, leg int, payload []byte, now, precise uint64) bool {
 	t.Helper()
-	clock := bpf.RelayStreamState{PassNs: now}
+	clock := bpf.RelayStreamState{PassNs: now, TurnNs: precise}
 	if err := s.l.maps.StreamStates.Put(uint32(0), &clock); err != nil {
 		t.Fatal(err)
 	}
 	frame := packet.Frame{DstMAC: packet.MulticastMAC(netip.MustParseAddr(legGroups[leg])), SrcMAC: [6]byte{2, 0, 0, 0, 0, 9}, Src: netip.MustParseAddr("192.0.2.7"),
 		Dst: netip.MustParseAddr(legGroups[leg]), SrcPort: 7, DstPort: 5000, TTL: 9, Payload: payload}.Build()
 	verdict, _ := s.must(t, s.l.relay, s.n.in.Index, frame, len(frame))
-	want := s.twin.Packet(leg, payload, len(payload), now)
+	want := s.twin.Packet(leg, payload, len(payload), now, precise)
 	passed := verdict == xdpRedirect
 	if !passed && verdict != xdpDrop {
 		t.Fatalf("verdict %d, want a redirect or a drop", verdict)
@@ -80,7 +85,11 @@ func (s *streamLab) send(t testing.TB, leg int, payload []byte, now uint64) bool
 // compare compares where the streams are.
 func (s *streamLab) compare(t testing.TB) {
 	t.Helper()
-	id := s.l.rules[s.name+"%0"].stream
+	first := s.name + "%0"
+	if s.twin.Kind == packet.StreamSingle {
+		first = s.name
+	}
+	id := s.l.rules[first].stream
 	var got bpf.RelayStreamState
 	if err := s.l.maps.StreamStates.Lookup(id, &got); err != nil {
 		t.Fatal(err)
@@ -91,12 +100,21 @@ func (s *streamLab) compare(t testing.TB) {
 		Epoch: w.Epoch, Active: w.Active, Start: w.Start, Before: w.Before, Restarts: w.Restarts, Left: w.Left, SessionLeg: w.SessionLeg,
 		Sample: w.Sample, Differ: w.Differ, Differs: w.Differs,
 	}
+	health := bpf.RelayStreamHealth{SampleNs: w.SampleAt, SampleLegs: w.SampleLegs, Marked: w.Marked, Lost: w.Lost}
 	for i, l := range w.Legs {
 		want.Legs[i] = bpf.RelayStreamLeg{
 			Session: l.Session, Expected: l.Expected, CandidateSession: l.CandidateSession, Candidate: l.Candidate, Run: l.Run, Distrusted: l.Distrusted,
 			JumpedNs: l.Jumped, History: l.History, Position: l.Position, Won: l.Won, Numbers: l.Numbers, SeenNs: l.Seen, UpNs: l.Up,
 			Lost: l.Lost, Doubled: l.Doubled, Reordered: l.Reordered, Resets: l.Resets, Senders: l.Senders, Others: l.Others,
 		}
+		health.Legs[i] = bpf.RelayStreamPulse{TimedNs: l.Timed, JitterNs: l.Jitter, GapNs: l.Gap, LagNs: l.Lag, Filled: l.Filled, Timestamp: l.Timestamp, TimedNext: l.TimedNext}
+	}
+	var measured bpf.RelayStreamHealth
+	if err := s.l.maps.StreamHealth.Lookup(id, &measured); err != nil {
+		t.Fatal(err)
+	}
+	if measured != health {
+		t.Fatalf("the program has measured\n%+v, the twin\n%+v", measured, health)
 	}
 	if got != want {
 		t.Fatalf("the program's stream is\n%+v, the twin's\n%+v", got, want)
@@ -113,9 +131,9 @@ func TestStreamScenarios(t *testing.T) {
 		n := 0
 		scenario.Play(t, func(leg int, payload []byte, now uint64) bool {
 			if n++; n > most {
-				return s.twin.Packet(leg, payload, len(payload), now) == packet.StreamPassed
+				return s.twin.Packet(leg, payload, len(payload), now, now) == packet.StreamPassed
 			}
-			passed := s.send(t, leg, payload, now)
+			passed := s.send(t, leg, payload, now, now)
 			if n%512 == 0 || n == most {
 				s.compare(t)
 			}
@@ -139,7 +157,7 @@ func TestStreamDifferential(t *testing.T) {
 		s.begin(t, settings)
 		for range 1500 {
 			leg, payload, now := d.packet(settings)
-			s.send(t, leg, payload, now)
+			s.send(t, leg, payload, now, now+d.Uint64N(uint64(2*time.Millisecond)))
 			packets++
 		}
 		s.compare(t)
@@ -168,13 +186,20 @@ func (d *drawn) settings() packet.Stream {
 			s.CountOffset = 0
 		}
 	}
-	if s.Kind != packet.StreamFailover {
+	if s.Merges() {
 		s.PassOther = d.IntN(3) == 0
 		s.Skew = time.Duration(1+d.IntN(200)) * time.Millisecond
 		s.Reset = 2*s.Skew + time.Duration(d.IntN(1000))*time.Millisecond
 		if s.Bits() == 32 {
 			s.Window = 1 << (16 + d.IntN(3))
 		}
+		if d.IntN(4) == 0 { // the same numbers, watched
+			s.Kind, s.Watch = packet.StreamSingle, s.Kind
+			s.PassOther, s.Skew, s.Reset, s.Window = false, 0, 0, 0
+		}
+	}
+	if s.Format() == packet.StreamRTP {
+		s.Clock = [...]uint32{0, 8000, 90000, 27_000_000}[d.IntN(4)]
 	}
 	start := d.Uint32()
 	for i := range d.number {
@@ -185,7 +210,9 @@ func (d *drawn) settings() packet.Stream {
 
 // packet draws the next one.
 func (d *drawn) packet(s packet.Stream) (leg int, payload []byte, now uint64) {
-	leg = d.IntN(packet.MaxLegs)
+	if s.Kind != packet.StreamSingle {
+		leg = d.IntN(packet.MaxLegs)
+	}
 	switch d.IntN(20) {
 	case 0:
 	case 1:
@@ -223,7 +250,7 @@ func (d *drawn) packet(s packet.Stream) (leg int, payload []byte, now uint64) {
 
 func (d *drawn) payload(s packet.Stream, number, session, count uint32) []byte {
 	var p []byte
-	switch s.Kind {
+	switch s.Format() {
 	case packet.StreamMoldUDP64:
 		p = streamtest.Mold(fmt.Sprint(session%3), uint64(number), uint16(count))
 	case packet.StreamRFC4175:
@@ -245,6 +272,10 @@ func (d *drawn) payload(s packet.Stream, number, session, count uint32) []byte {
 		put(s.CountOffset, s.CountWidth, count)
 	default:
 		p = streamtest.RTP(number, session)
+	}
+	if f := s.Format(); f == packet.StreamRTP || f == packet.StreamRFC4175 {
+		p[1] = byte([...]int{96, 33, 0, 10, d.IntN(128)}[d.IntN(5)])
+		binary.BigEndian.PutUint32(p[4:], number*1500+d.Uint32N(3000))
 	}
 	if len(p) > 50 { // legs differ now and then
 		p[50] ^= byte(d.IntN(2))

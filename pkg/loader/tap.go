@@ -441,7 +441,7 @@ func (t *Tap) addIn(r *bpf.TapTapRecord, frame []byte, w *tap.Writer) {
 	}
 	if r.Flags&uint8(bpf.TapTapFlagTAP_COPY) != 0 {
 		reason := Duplicate
-		if e.rule.Leg.Settings.Kind == packet.StreamFailover {
+		if e.rule.Leg != nil && e.rule.Leg.Settings.Kind == packet.StreamFailover {
 			reason = Standby
 		}
 		to.Drops = append(to.Drops, tap.Drop{Slot: tap.NoSlot, Reason: reason.String()})

@@ -7,13 +7,13 @@ import (
 	"time"
 )
 
-// Merging several inputs of one stream, its legs. This is the twin of bpf/include/stream.h and its
-// oracle; docs/decisions/0018 has the reasons.
+// Merging several inputs of one stream, its legs, and monitoring the numbers of one. This is the twin
+// of bpf/include/stream.h and its oracle; docs/decisions/0018 has the reasons.
 
 // StreamKind is how the legs of a stream are merged: enum stream_kind of bpf/include/abi.h.
 type StreamKind uint8
 
-// The kinds. All except StreamFailover merge by numbers.
+// The kinds. All except StreamFailover and StreamSingle merge by numbers.
 const (
 	StreamNone      StreamKind = iota
 	StreamFailover             // one leg passes at a time
@@ -21,6 +21,7 @@ const (
 	StreamRTP                  // RFC 3550, 16 bits; the session is the SSRC
 	StreamRFC4175              // RTP with the extended number of RFC 4175 after its header
 	StreamMoldUDP64            // MoldUDP64 1.00: numbers count messages
+	StreamSingle               // one input: every packet passes, and its numbers are watched
 )
 
 // MaxLegs is the maximum number of legs of a stream: XDPCAST_MAX_LEGS of bpf/include/abi.h.
@@ -36,6 +37,11 @@ const StreamRowNumbers = 2048 * blockNumbers
 // Stream is how several inputs are merged. It is comparable.
 type Stream struct {
 	Kind StreamKind
+	// Watch is the kind of the numbers that StreamFailover and StreamSingle only monitor: one that
+	// merges, or StreamNone.
+	Watch StreamKind
+	// Clock is the rate of RTP timestamps in Hz; 0: by the payload type.
+	Clock uint32
 	// For StreamField: the offset of the number in the UDP payload and its width in bytes, 2, 4 or
 	// 8; only the lower half of 8 counts. With CountWidth, 1 or 2, a field has the number of
 	// sequence numbers that a packet takes.
@@ -58,26 +64,44 @@ type Stream struct {
 // Check refuses what the relay program cannot handle. Rules are validated with messages for users
 // elsewhere.
 func (s *Stream) Check() error {
+	f := s.Format()
 	switch {
-	case s.Kind == StreamNone || s.Kind > StreamMoldUDP64:
-		return fmt.Errorf("stream of kind %d: want 1 to %d", s.Kind, StreamMoldUDP64)
+	case s.Kind == StreamNone || s.Kind > StreamSingle:
+		return fmt.Errorf("stream of kind %d: want 1 to %d", s.Kind, StreamSingle)
+	case s.Merges() && s.Watch != StreamNone || s.Kind == StreamSingle && f == StreamNone || f == StreamFailover || f > StreamMoldUDP64:
+		return fmt.Errorf("numbers of kind %d watched in a stream of kind %d", s.Watch, s.Kind)
 	case s.Skew < 0 || s.Reset < 0 || s.Silence < 0 || s.Back < 0 || s.Skew > maxStreamTime || s.Reset > maxStreamTime || s.Silence > maxStreamTime || s.Back > maxStreamTime:
 		return fmt.Errorf("times of a stream: want 0 to %v", maxStreamTime)
-	case s.Kind != StreamField && (s.Offset != 0 || s.Width != 0 || s.CountOffset != 0 || s.CountWidth != 0 || s.Little):
+	case f != StreamField && (s.Offset != 0 || s.Width != 0 || s.CountOffset != 0 || s.CountWidth != 0 || s.Little):
 		return errors.New("a field in a stream of another kind")
-	case s.Kind == StreamFailover:
-		if s.Window != 0 || s.Skew != 0 || s.Reset != 0 || s.PassOther {
-			return errors.New("numbers in a stream of kind failover")
-		}
-		return nil
-	case s.Kind == StreamField && s.Width != 2 && s.Width != 4 && s.Width != 8:
+	case s.Clock != 0 && f != StreamRTP:
+		return errors.New("a clock of timestamps without RTP")
+	case f == StreamField && s.Width != 2 && s.Width != 4 && s.Width != 8:
 		return fmt.Errorf("a number of %d bytes: want 2, 4 or 8", s.Width)
 	case s.CountWidth > 2 || s.Offset > MaxStreamOffset || s.CountOffset > MaxStreamOffset:
 		return fmt.Errorf("a count of %d bytes, offsets %d and %d: want at most 2, and %d", s.CountWidth, s.Offset, s.CountOffset, MaxStreamOffset)
+	case s.Kind != StreamFailover && (s.Silence != 0 || s.Back != 0):
+		return errors.New("a silence in a stream of another kind than failover")
+	case !s.Merges():
+		if s.Window != 0 || s.Skew != 0 || s.Reset != 0 || s.PassOther {
+			return fmt.Errorf("a window in a stream of kind %d", s.Kind)
+		}
+		return nil
 	case s.Window < StreamRowNumbers || s.Window > maxStreamWindow || s.Window&(s.Window-1) != 0 || s.Bits() == 16 && s.Window != StreamRowNumbers:
 		return fmt.Errorf("a window of %d numbers: want a power of two from %d to %d, and the least for numbers of 16 bits", s.Window, StreamRowNumbers, maxStreamWindow)
 	}
 	return nil
+}
+
+// Merges says whether the legs are merged by numbers.
+func (s *Stream) Merges() bool { return s.Kind != StreamFailover && s.Kind != StreamSingle }
+
+// Format is where packets have their numbers: StreamNone when they have none.
+func (s *Stream) Format() StreamKind {
+	if s.Merges() {
+		return s.Kind
+	}
+	return s.Watch
 }
 
 const (
@@ -118,11 +142,14 @@ const (
 	newerBlocks   = 0x10000
 	streamConfirm = 3
 	streamJump    = 1024
+	sampleTime    = uint64(2 * time.Second)
+	maxJitter     = int64(time.Second)
+	dynamicType   = 127
 )
 
 // Bits is the length of a number.
 func (s *Stream) Bits() uint {
-	if s.Kind == StreamRTP || s.Kind == StreamField && s.Width == 2 {
+	if f := s.Format(); f == StreamRTP || f == StreamField && s.Width == 2 {
 		return 16
 	}
 	return 32
@@ -155,19 +182,21 @@ func (s *Stream) Slack() uint32 {
 }
 
 // Counts says whether packets may take several numbers.
-func (s *Stream) Counts() bool { return s.Kind == StreamMoldUDP64 || s.CountWidth != 0 }
+func (s *Stream) Counts() bool { return s.Format() == StreamMoldUDP64 || s.CountWidth != 0 }
 
 // StreamNumber is the number, session and count of a packet.
 type StreamNumber struct {
 	Raw, Session, Count uint32
+	// Timestamp and Type are those of RTP; another Type than its payload types: there are none.
+	Timestamp, Type uint32
 }
 
 // Number parses the number of a packet. length is the payload length by the UDP header; payload may
 // be longer or truncated.
 func (s *Stream) Number(payload []byte, length int) (n StreamNumber, v StreamVerdict) {
-	n.Count = 1
+	n.Count, n.Type = 1, dynamicType
 	data := payload[:min(len(payload), max(length, 0))]
-	switch s.Kind {
+	switch s.Format() {
 	case StreamMoldUDP64:
 		if len(data) < 20 {
 			return n, StreamNoNumber
@@ -230,7 +259,8 @@ func (s *Stream) rtpNumber(n StreamNumber, data, payload []byte) (StreamNumber, 
 		return n, StreamBeat
 	}
 	n.Raw, n.Session = uint32(binary.BigEndian.Uint16(data[2:])), binary.BigEndian.Uint32(data[8:])
-	if s.Kind == StreamRTP {
+	n.Timestamp, n.Type = binary.BigEndian.Uint32(data[4:]), uint32(data[1]&0x7f)
+	if s.Format() == StreamRTP {
 		return n, StreamPassed
 	}
 	at := header + 4*int(data[0]&0xf)
@@ -258,6 +288,9 @@ type StreamLeg struct {
 	Seen, Up                    uint64
 	Lost, Doubled, Reordered    uint64
 	Resets, Senders, Others     uint64
+	Timed, Jitter, Gap, Lag     uint64
+	Filled                      uint64
+	Timestamp, TimedNext        uint32
 }
 
 // StreamState is the state of a stream: struct stream_state of bpf/include/abi.h and the words of
@@ -273,6 +306,8 @@ type StreamState struct {
 	Sample                  uint64
 	Differ                  [MaxLegs]uint32
 	Differs                 [MaxLegs]uint8
+	SampleAt, Marked, Lost  uint64 // and this of struct stream_health
+	SampleLegs              uint32
 	Legs                    [MaxLegs]StreamLeg
 	words                   []uint64
 }
@@ -286,9 +321,9 @@ func NewStreamState(s Stream) *StreamState {
 }
 
 // Packet returns the verdict on a packet of a leg, given its UDP payload and the length of that by
-// the UDP header.
-func (s *StreamState) Packet(leg int, payload []byte, length int, now uint64) StreamVerdict {
-	v := s.decide(leg, payload, length, now)
+// the UDP header. now is the coarse clock, precise the exact one.
+func (s *StreamState) Packet(leg int, payload []byte, length int, now, precise uint64) StreamVerdict {
+	v := s.decide(leg, payload, length, now, precise)
 	if v != StreamBeat && v != StreamNoNumber {
 		return v
 	}
@@ -305,26 +340,38 @@ type streamPacket struct {
 	l     *StreamLeg
 	leg   int
 	now   uint64
+	clock uint64 // precise
 	quiet int64
+	first bool
 	sure  bool
 }
 
-func (s *StreamState) decide(leg int, payload []byte, length int, now uint64) StreamVerdict {
-	p := &streamPacket{l: &s.Legs[leg], leg: leg, now: now}
+func (s *StreamState) decide(leg int, payload []byte, length int, now, precise uint64) StreamVerdict {
+	p := &streamPacket{l: &s.Legs[leg], leg: leg, now: now, clock: precise}
 	seen := p.l.Seen
-	p.l.Seen = now
+	p.l.Seen, p.first = now, seen != now
+	passes := StreamPassed
 	if s.Kind == StreamFailover {
-		v := s.failover(p, seen)
-		if v == StreamPassed {
+		if passes = s.failover(p, seen); passes == StreamPassed {
 			p.l.Won++
 		}
-		return v
+	}
+	if s.Format() == StreamNone {
+		return passes
 	}
 	var v StreamVerdict
-	if p.StreamNumber, v = s.Number(payload, length); v != StreamPassed {
+	p.StreamNumber, v = s.Number(payload, length)
+	switch {
+	case s.Merges() && v == StreamPassed:
+		return s.merge(p, payload, length)
+	case s.Merges():
 		return v
+	case v != StreamPassed:
+		p.l.Others++
+	default:
+		s.follow(p)
 	}
-	return s.merge(p, payload, length)
+	return passes
 }
 
 // sampled is stream_sampled.
@@ -332,6 +379,12 @@ func sampled(at uint64) bool { return uint32(at)*0x9e3779b1>>26 == 0 }
 
 // compare is compare_copy.
 func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at uint64, v StreamVerdict) {
+	switch {
+	case v == StreamPassed && s.SampleAt+sampleTime > p.clock && s.awaits(p.clock):
+		return
+	case v != StreamPassed && s.Sample>>32 != at&(1<<32-1):
+		return
+	}
 	const checked, word = 64, 8
 	check := uint64(uint32(length))
 	for i := word; i <= checked && i <= length; i += word {
@@ -341,11 +394,10 @@ func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at ui
 		check = (check ^ binary.LittleEndian.Uint64(payload[i-word:])) * 0x9e3779b97f4a7c15
 	}
 	check >>= 32
+	l, bit := p.l, uint32(1)<<p.leg
 	if v == StreamPassed {
-		s.Sample = at<<32 | check
-		return
-	}
-	if s.Sample>>32 != at&(1<<32-1) {
+		s.SampleAt, s.SampleLegs, s.Sample = p.clock, bit, at<<32|check
+		l.Lag -= l.Lag >> 3
 		return
 	}
 	s.Differs[p.leg] = 0
@@ -353,6 +405,93 @@ func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at ui
 		s.Differs[p.leg] = 1
 		s.Differ[p.leg]++
 	}
+	if s.SampleLegs&bit != 0 {
+		return
+	}
+	s.SampleLegs |= bit
+	if lag := p.clock - s.SampleAt; lag < sampleTime {
+		l.Lag += lag - l.Lag>>3
+	}
+}
+
+// awaits is stream_awaits.
+func (s *StreamState) awaits(now uint64) bool {
+	for i := range s.Legs {
+		if s.SampleLegs&(1<<i) == 0 && s.Legs[i].Seen+sampleTime > now {
+			return true
+		}
+	}
+	return false
+}
+
+// rtpClock is rtp_clock.
+func rtpClock(payloadType uint32) uint32 {
+	switch payloadType {
+	case 14, 25, 26, 28, 31, 32, 33, 34:
+		return 90000
+	case 0, 3, 4, 5, 7, 8, 9, 12, 13, 15, 18:
+		return 8000
+	case 10, 11:
+		return 44100
+	}
+	return 0
+}
+
+// clock is how many timestamps a second has; 0: that is not known.
+func (s *Stream) clock(payloadType uint32) uint32 {
+	switch {
+	case s.Clock != 0:
+		return s.Clock
+	case s.Format() == StreamRFC4175: // RFC 4175 section 4.1
+		return 90000
+	}
+	return rtpClock(payloadType)
+}
+
+// jitter is stream_jitter.
+func (s *StreamState) jitter(p *streamPacket, follows bool) {
+	l := p.l
+	if follows {
+		by, due := int64(p.clock-l.Timed), int64(0)
+		if clock := s.clock(p.Type); clock != 0 {
+			stamps := int64(int32(p.Timestamp - l.Timestamp))
+			due = max(stamps, -stamps) * int64(time.Second) / int64(clock)
+			if stamps < 0 {
+				due = -due
+			}
+			l.Gap = 0
+			by -= due
+		} else {
+			if l.Gap == 0 {
+				l.Gap = uint64(by << 4)
+			}
+			by -= int64(l.Gap >> 4)
+			l.Gap += uint64(by)
+		}
+		if by = max(by, -by); by <= maxJitter {
+			l.Jitter += uint64(by) - (l.Jitter+8)>>4
+		}
+	}
+	l.Timed = 0
+	if p.first {
+		l.Timed = p.clock
+	}
+	l.Timestamp, l.TimedNext = p.Timestamp, p.Raw+p.Count
+}
+
+// follow is stream_follow.
+func (s *StreamState) follow(p *streamPacket) bool {
+	l := p.l
+	if p.Session != l.Session || !s.goesOn(p.Raw, l.Expected) {
+		return s.jump(p)
+	}
+	l.Run = 0
+	s.health(p)
+	follows := l.Timed != 0 && l.TimedNext == p.Raw
+	if p.first || follows {
+		s.jitter(p, follows)
+	}
+	return true
 }
 
 func (s *StreamState) goesOn(raw, expected uint32) bool {
@@ -381,7 +520,7 @@ func (s *StreamState) jump(p *streamPacket) bool {
 	return true
 }
 
-// health is stream_health.
+// health is stream_count.
 func (s *StreamState) health(p *streamPacket) {
 	l := p.l
 	ahead := (p.Raw - l.Expected) & s.Mask()
@@ -421,6 +560,27 @@ func (s *StreamState) newest() uint64 {
 	return newest
 }
 
+// mark is stream_mark.
+func (s *StreamState) mark(position uint64) {
+	s.Marked = 0
+	for i := range s.Legs {
+		s.Marked += s.Legs[i].Numbers - s.Legs[i].Filled
+	}
+	s.NextFloor = position
+}
+
+// settle is stream_settle.
+func (s *StreamState) settle() {
+	expected, passed := s.Before, s.Marked
+	if s.NextFloor >= s.Start {
+		expected += s.NextFloor + 1 - s.Start
+	}
+	for i := range s.Legs {
+		passed += s.Legs[i].Filled
+	}
+	s.Lost = expected - min(expected, passed)
+}
+
 // restart is stream_restart.
 func (s *StreamState) restart(p *streamPacket) uint64 {
 	lap := uint64(s.Mask()) + 1
@@ -444,7 +604,8 @@ func (s *StreamState) restart(p *streamPacket) uint64 {
 		s.SessionSince, s.SessionLeg = p.now, uint32(p.leg)
 		s.Sessions = s.Sessions<<32 | uint64(p.Session)
 	}
-	s.Floor, s.NextFloor, s.Turn, s.Head = floor, floor, p.now, at
+	s.mark(floor)
+	s.Floor, s.Turn, s.Head = floor, p.now, at
 	s.Restarts++
 	s.Epoch += 2
 	p.l.Session, p.l.Expected, p.l.Jumped = p.Session, p.Raw+p.Count, p.now
@@ -500,11 +661,13 @@ func (s *StreamState) tick(now uint64) {
 	if int64(now-s.Turn) <= int64(s.Skew) {
 		return
 	}
+	s.settle()
 	s.Floor = s.NextFloor
 	if now-s.Turn > 2*uint64(s.Skew) {
 		s.Floor = s.Head
 	}
-	s.Turn, s.NextFloor = now, s.Head
+	s.Turn = now
+	s.mark(s.newest())
 }
 
 // begins is stream_begins.
@@ -526,9 +689,9 @@ func (s *StreamState) place(p *streamPacket) (uint64, StreamVerdict) {
 		return s.restart(p), StreamPassed
 	}
 	if d > 0 {
-		return 0, StreamAstray
+		return at, StreamAstray
 	}
-	return 0, StreamLate
+	return at, StreamLate
 }
 
 // change is stream_change.
@@ -536,22 +699,17 @@ func (s *StreamState) change(p *streamPacket) (uint64, StreamVerdict) {
 	if v := s.session(p); v != StreamPassed {
 		return 0, v
 	}
-	if at := s.restart(p); at > s.Floor {
+	at := s.restart(p)
+	if at > s.Floor {
 		return at, StreamPassed
 	}
-	return 0, StreamLate
+	return at, StreamLate
 }
 
 // merge is stream_merge.
 func (s *StreamState) merge(p *streamPacket, payload []byte, length int) StreamVerdict {
 	l := p.l
-	p.quiet, p.sure = int64(p.now-s.Pass), true
-	if p.Session == l.Session && s.goesOn(p.Raw, l.Expected) {
-		l.Run = 0
-		s.health(p)
-	} else {
-		p.sure = s.jump(p)
-	}
+	p.quiet, p.sure = int64(p.now-s.Pass), s.follow(p)
 	var at uint64
 	var v StreamVerdict
 	if uint32(s.Sessions) == p.Session && s.Epoch != 0 {
@@ -561,6 +719,9 @@ func (s *StreamState) merge(p *streamPacket, payload []byte, length int) StreamV
 		at, v = s.change(p)
 	}
 	if v != StreamPassed {
+		if v == StreamLate && sampled(at) {
+			s.compare(p, payload, length, at, v)
+		}
 		return v
 	}
 	l.Position = at + uint64(p.Count) - 1
@@ -581,6 +742,9 @@ func (s *StreamState) merge(p *streamPacket, payload []byte, length int) StreamV
 	s.tick(p.now)
 	l.Won++
 	l.Numbers += uint64(p.Count)
+	if at <= s.NextFloor {
+		l.Filled += uint64(p.Count)
+	}
 	return StreamPassed
 }
 

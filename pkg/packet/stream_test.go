@@ -1,7 +1,10 @@
 package packet_test
 
 import (
+	"encoding/binary"
+	"math/rand/v2"
 	"testing"
+	"time"
 
 	"xdpcast/internal/streamtest"
 	"xdpcast/pkg/packet"
@@ -20,11 +23,11 @@ func TestStreamLegsDiffer(t *testing.T) {
 		for i := range uint32(30_000) {
 			now += 1e6
 			p := streamtest.RTP(i, 7)
-			state.Packet(0, p, len(p), now)
+			state.Packet(0, p, len(p), now, now)
 			if i >= 10_000 && i < 20_000 {
 				p = change(p)
 			}
-			state.Packet(1, p, len(p), now)
+			state.Packet(1, p, len(p), now, now)
 			switch {
 			case (i == 9_999 || i == 29_999) && state.Differs[1] != 0, i == 9_999 && state.Differ[1] != 0:
 				t.Errorf("%s: at %d the legs differ %d times", name, i, state.Differ[1])
@@ -44,8 +47,141 @@ func TestStreamScenarios(t *testing.T) {
 		t.Run(s.Name, func(t *testing.T) {
 			state := packet.NewStreamState(s.Stream)
 			s.Play(t, func(leg int, payload []byte, now uint64) bool {
-				return state.Packet(leg, payload, len(payload), now) == packet.StreamPassed
+				return state.Packet(leg, payload, len(payload), now, now) == packet.StreamPassed
 			})
 		})
+	}
+}
+
+// player gives a stream packets by a precise clock, which a coarse one of 4 ms goes beside.
+type player struct {
+	*packet.StreamState
+	at uint64
+}
+
+func newPlayer(s packet.Stream) *player { return &player{packet.NewStreamState(s), uint64(time.Hour)} }
+
+func (p *player) send(leg int, payload []byte, at time.Duration) packet.StreamVerdict {
+	precise := p.at + uint64(at)
+	return p.Packet(leg, payload, len(payload), precise/4e6*4e6, precise)
+}
+
+// Jitter is that of RFC 3550 where the clock of the timestamps is known, else that of the gaps.
+func TestStreamJitter(t *testing.T) {
+	const period = 20 * time.Millisecond
+	rtp := func(payloadType byte, number, timestamp uint32) []byte {
+		p := streamtest.RTP(number, 7)
+		p[1] = payloadType
+		binary.BigEndian.PutUint32(p[4:], timestamp)
+		return p
+	}
+	watched := func(clock uint32) packet.Stream {
+		return packet.Stream{Kind: packet.StreamSingle, Watch: packet.StreamRTP, Clock: clock}
+	}
+	for name, tt := range map[string]struct {
+		stream  packet.Stream
+		period  time.Duration
+		payload func(i uint32) []byte
+		late    func(i int) time.Duration // of a packet; every other by 1 ms unless set
+		want    time.Duration
+	}{
+		"a clock that is told":          {watched(48000), period, func(i uint32) []byte { return rtp(97, i, i*960) }, nil, time.Millisecond},
+		"a static payload type":         {watched(0), period, func(i uint32) []byte { return rtp(33, i, i*1800) }, nil, time.Millisecond},
+		"the marker is no payload type": {watched(0), period, func(i uint32) []byte { return rtp(0x80|33, i, i*1800) }, nil, time.Millisecond},
+		"8000 a second":                 {watched(0), period, func(i uint32) []byte { return rtp(8, i, i*160) }, nil, time.Millisecond},
+		"RFC 4175":                      {packet.Stream{Kind: packet.StreamSingle, Watch: packet.StreamRFC4175}, period, func(i uint32) []byte { return rtp(96, i, i*1800) }, nil, time.Millisecond},
+		"timestamps at their end":       {watched(90000), period, func(i uint32) []byte { return rtp(96, i, i*1800-100_000) }, nil, time.Millisecond},
+		"timestamps that go back":       {watched(90000), period, func(i uint32) []byte { return rtp(96, i, 1<<31+i*1800-(i%2)*3600) }, func(int) time.Duration { return 0 }, 2 * period},
+		"no clock":                      {watched(0), period, func(i uint32) []byte { return rtp(96, i, i*1800) }, nil, time.Millisecond},
+		"no timestamps":                 {packet.Stream{Kind: packet.StreamSingle, Watch: packet.StreamMoldUDP64}, period, func(i uint32) []byte { return streamtest.Mold("s", uint64(i), 1) }, nil, time.Millisecond},
+		"legs that are merged":          {streamtest.RTPStream, period, func(i uint32) []byte { return rtp(33, i, i*1800) }, nil, time.Millisecond},
+		"a pause of ten seconds": {watched(0), period, func(i uint32) []byte { return rtp(96, i, 0) }, func(i int) time.Duration {
+			return time.Duration(i/300)*10*time.Second + time.Duration(i%2)*time.Millisecond
+		}, time.Millisecond},
+		"a million a second":                {watched(90_000_000), time.Microsecond, func(i uint32) []byte { return rtp(96, i, i*90) }, func(i int) time.Duration { return time.Duration(i%2) * 200 * time.Nanosecond }, 200 * time.Nanosecond},
+		"steady":                            {watched(90000), period, func(i uint32) []byte { return rtp(96, i, i*1800) }, func(int) time.Duration { return 0 }, 0},
+		"steady, half of it lost, no clock": {watched(0), period, func(i uint32) []byte { return rtp(96, i/2*4+i%2, 0) }, func(i int) time.Duration { return time.Duration(i/2) * 2 * period }, 0},
+	} {
+		p := newPlayer(tt.stream)
+		n := int(10 * time.Second / tt.period)
+		for i := range min(n, 200_000) {
+			late := time.Duration(i%2) * time.Millisecond
+			if tt.late != nil {
+				late = tt.late(i)
+			}
+			p.send(0, tt.payload(uint32(i)), time.Duration(i)*tt.period+late)
+		}
+		got := time.Duration(p.Legs[0].Jitter >> 4)
+		if off := max(got-tt.want, tt.want-got); off > tt.want/20+20*time.Microsecond && !(tt.want == 0 && off == 0) || tt.want < 10*time.Microsecond && off > tt.want/5 {
+			t.Errorf("%s: jitter %v, want %v", name, got, tt.want)
+		}
+	}
+}
+
+// A leg's lag is told in time, also when the legs are further apart than samples are.
+func TestStreamLag(t *testing.T) {
+	for _, lag := range []time.Duration{0, 300 * time.Microsecond, 30 * time.Millisecond, 400 * time.Millisecond} {
+		settings := streamtest.RFC4175
+		p := newPlayer(settings)
+		const period = 10 * time.Microsecond
+		n := int(6 * time.Second / period)
+		for i := range n + int(lag/period) {
+			at := time.Duration(i) * period
+			if i < n {
+				p.send(0, streamtest.RTP(uint32(i), 7), at)
+			}
+			if j := i - int(lag/period); j >= 0 {
+				p.send(1, streamtest.RTP(uint32(j), 7), at+time.Microsecond)
+			}
+		}
+		first, second := time.Duration(p.Legs[0].Lag>>3), time.Duration(p.Legs[1].Lag>>3)
+		if want := lag + time.Microsecond; first != 0 || second < want-want/3 || second > want+want/50 {
+			t.Errorf("legs %v apart lag by %v and %v", lag, first, second)
+		}
+	}
+}
+
+// Numbers that no leg brings are counted once they are older than the skew, those that are still to
+// come are not, and what came twice or began again does not spoil the count.
+func TestStreamLost(t *testing.T) {
+	for _, settings := range []packet.Stream{streamtest.RTPStream, streamtest.RFC4175, streamtest.MoldUDP64} {
+		d := rand.New(rand.NewPCG(1, 2))
+		p := newPlayer(settings)
+		const n, lag = 200_000, 40
+		numbers := uint32(2)
+		if settings.Kind != packet.StreamMoldUDP64 {
+			numbers = 1
+		}
+		payload := func(i int) []byte {
+			if numbers == 2 {
+				return streamtest.Mold("s", uint64(i)*2, 2)
+			}
+			return streamtest.RTP(uint32(i), 7)
+		}
+		var sent [n]bool
+		lost, highest := uint64(0), uint64(0)
+		for i := range n + lag {
+			at := time.Duration(i) * time.Millisecond
+			if i < n && (i < 10 || i > n-2000 || d.IntN(20) > 0) {
+				p.send(0, payload(i), at)
+				sent[i] = true
+			}
+			if j := i - lag; j >= 0 && (j < 10 || j > n-2000 || d.IntN(20) > 0) {
+				p.send(1, payload(j), at)
+				sent[j] = true
+			}
+			if j := i - 3*int(settings.Skew/time.Millisecond); j >= 0 && j < n && !sent[j] {
+				lost += uint64(numbers)
+			}
+			if p.Lost > lost+50 {
+				highest = max(highest, p.Lost-lost)
+			}
+		}
+		if highest > 0 {
+			t.Errorf("%v: as many as %d numbers counted as lost that came", settings.Kind, highest)
+		}
+		if p.Lost != lost || lost < n/1000 {
+			t.Errorf("%v: %d numbers lost, want %d", settings.Kind, p.Lost, lost)
+		}
 	}
 }

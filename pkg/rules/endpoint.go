@@ -20,7 +20,7 @@ import (
 //
 //	vlan=ID|OUTER.ID   from=host   join=none|all|GROUP+GROUP...   csum=any   local=yes
 //	loop=two-way|allow   loop-guard=off   except=SOURCE[/LEN]+SOURCE[/LEN]...
-//	local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N
+//	local-control=allow   broadcast=allow   rate=Npps|Nbit   burst=N   health=FORMAT[/CLOCK]
 //
 //	src=iface|keep|ADDRESS|ADDRESS:PORT   sport=keep|N
 //	ttl=keep|dec|N   minttl=N   dscp=keep|NAME|N   csum=update|zero

@@ -46,7 +46,7 @@ func TestParseInputErrors(t *testing.T) {
 	const (
 		wantPort     = "1 to 65535, or no ':' for any port"
 		wantBrackets = "brackets around an IPv6 address, which end it before a port: [ADDRESS]:PORT"
-		wantKey      = "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, loop-guard, local, local-control, broadcast, rate, burst"
+		wantKey      = "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, loop-guard, local, local-control, broadcast, rate, burst, health"
 		wantVLAN     = "vlan=ID or vlan=OUTER.ID, each 1 to 4094"
 		wantJoin     = "join=none, join=all or join=GROUP+GROUP..."
 		wantRate     = "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"

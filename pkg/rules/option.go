@@ -30,8 +30,8 @@ func errBurstAlone(burst uint64) error {
 // optionParser has the options parsed so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
-	vlan                                                                                        VLAN
-	hasVLAN, from, join, except, csum, loop, guard, local, localControl, broadcast, rate, burst bool
+	vlan                                                                                                VLAN
+	hasVLAN, from, join, except, csum, loop, guard, local, localControl, broadcast, rate, burst, health bool
 }
 
 // item parses one KEY=VALUE.
@@ -76,8 +76,10 @@ func (p *optionParser) item(item string) error {
 		seen, want = &p.rate, p.Rate.set(value)
 	case "burst":
 		seen, want = &p.burst, p.Rate.setBurst(value)
+	case "health":
+		seen, want = &p.health, p.Health.set(value)
 	default:
-		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, loop-guard, local, local-control, broadcast, rate, burst"}
+		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, loop-guard, local, local-control, broadcast, rate, burst, health"}
 	}
 	return checkItem(item, key, seen, want, "option")
 }
@@ -213,7 +215,11 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	if a.Broadcast {
 		b = append(b, ",broadcast=allow"...)
 	}
-	return appendRate(b, a.Rate)
+	b = appendRate(b, a.Rate)
+	if a.Health != (Health{}) {
+		b = append(append(b, ",health="...), a.Health.String()...)
+	}
+	return b
 }
 
 // units are the multipliers of a rate or burst, the largest first.

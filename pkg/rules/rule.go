@@ -79,6 +79,8 @@ type Acceptance struct {
 	Broadcast bool
 	// Rate limits the rule as a whole.
 	Rate Rate
+	// Health watches the numbers of the packets.
+	Health Health
 }
 
 // JoinPolicy selects which groups of a rule's input are joined.
@@ -175,7 +177,7 @@ func Equal(a, b Rule) bool {
 func equalAcceptance(a, b Acceptance) bool {
 	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && slices.Equal(a.Except, b.Except) && a.ZeroChecksum == b.ZeroChecksum &&
 		a.AllowLoop == b.AllowLoop && a.TwoWay == b.TwoWay && a.Unguarded == b.Unguarded && a.Local == b.Local && a.LocalControl == b.LocalControl && a.Broadcast == b.Broadcast &&
-		a.Rate == b.Rate
+		a.Rate == b.Rate && a.Health == b.Health
 }
 
 // String formats the rule as one line.

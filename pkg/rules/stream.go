@@ -48,6 +48,17 @@ type Merge struct {
 	PassOther bool
 }
 
+// Health monitors the sequence numbers of an input without affecting what is relayed. The zero Health
+// does not.
+//
+//	health  FORMAT[/CLOCK]
+type Health struct {
+	Format MergeFormat
+	Field  MergeField // with MergeByField
+	// Clock is the rate of RTP timestamps in Hz, with MergeRTP; 0: by the payload type.
+	Clock uint32
+}
+
 // MergeFormat is the position of a packet's sequence number.
 type MergeFormat uint8
 
@@ -96,6 +107,8 @@ const (
 	minSilence  = 5 * time.Millisecond
 	maxSilence  = time.Minute
 	maxFailBack = time.Hour
+	minClock    = 1000
+	maxClock    = 1_000_000_000
 )
 
 // Failover relays one of several inputs: the first, in order, that is not silent. The zero Failover
@@ -257,26 +270,82 @@ func ParseMerge(s string) (m Merge, err error) {
 	return m, nil
 }
 
-func (m *Merge) setFormat(s string) bool {
+func (m *Merge) setFormat(s string) (ok bool) {
+	m.Format, m.Field, ok = parseFormat(s)
+	return ok
+}
+
+// parseFormat reads where packets have their numbers.
+func parseFormat(s string) (format MergeFormat, at MergeField, ok bool) {
 	for f := MergeNone + 1; f < MergeByField; f++ {
 		if s == f.String() {
-			m.Format = f
-			return true
+			return f, at, true
 		}
 	}
 	rest, ok := strings.CutPrefix(s, "field:")
 	if !ok {
-		return false
+		return MergeNone, at, false
 	}
-	m.Format = MergeByField
 	field, count, hasCount := strings.Cut(rest, ":count=")
-	if m.Field.Offset, m.Field.Bytes, m.Field.Little, ok = parseField(field, true); !ok {
-		return false
+	if at.Offset, at.Bytes, at.Little, ok = parseField(field, true); ok && hasCount {
+		at.CountOffset, at.CountBytes, _, ok = parseField(count, false)
 	}
-	if hasCount {
-		m.Field.CountOffset, m.Field.CountBytes, _, ok = parseField(count, false)
+	return MergeByField, at, ok
+}
+
+// formatText is the reverse of parseFormat.
+func formatText(format MergeFormat, at MergeField) string {
+	s := format.String()
+	if format == MergeByField {
+		s += fmt.Sprintf(":%d:%d", at.Offset, at.Bytes)
+		if at.Little {
+			s += "le"
+		}
+		if at.CountBytes != 0 {
+			s += fmt.Sprintf(":count=%d:%d", at.CountOffset, at.CountBytes)
+		}
 	}
-	return ok
+	return s
+}
+
+// set reads FORMAT[/CLOCK], and answers what would have been right, or "".
+func (h *Health) set(s string) (want string) {
+	format, clock, hasClock := strings.Cut(s, "/")
+	var ok bool
+	if h.Format, h.Field, ok = parseFormat(format); !ok {
+		return "health=FORMAT, FORMAT " + wantFormat
+	}
+	if !hasClock {
+		return ""
+	}
+	n, ok := parseNumber(clock, 1, maxClock)
+	if !ok {
+		return "health=rtp/CLOCK, CLOCK the timestamps of a second, as 90000"
+	}
+	h.Clock = uint32(n)
+	return ""
+}
+
+// String is what follows health=, empty for the zero Health.
+func (h Health) String() string {
+	if h == (Health{}) {
+		return ""
+	}
+	s := formatText(h.Format, h.Field)
+	if h.Clock != 0 {
+		s += "/" + strconv.FormatUint(uint64(h.Clock), 10)
+	}
+	return s
+}
+
+// Health is what watches the inputs of a rule: of several what one of them says.
+func (r *Rule) Health() Health {
+	for i := range r.InputCount() {
+		if h := r.Leg(i).Accept.Health; h != (Health{}) {
+			return h
+		}
+	}
+	return Health{}
 }
 
 // parseField parses OFFSET:BYTES or OFFSET:BYTESle.
@@ -307,16 +376,7 @@ func (m Merge) String() string {
 	if m == (Merge{}) {
 		return ""
 	}
-	s := m.Format.String()
-	if m.Format == MergeByField {
-		s += fmt.Sprintf(":%d:%d", m.Field.Offset, m.Field.Bytes)
-		if m.Field.Little {
-			s += "le"
-		}
-		if m.Field.CountBytes != 0 {
-			s += fmt.Sprintf(":count=%d:%d", m.Field.CountOffset, m.Field.CountBytes)
-		}
-	}
+	s := formatText(m.Format, m.Field)
 	if m.Skew != 0 {
 		s += ",skew=" + timeText(m.Skew)
 	}
@@ -385,6 +445,7 @@ func equalStream(a, b *Stream) bool {
 // stream checks the inputs of a rule as one stream.
 func (c *checker) stream(r *Rule) {
 	if r.Stream == nil {
+		c.health(r, 0)
 		return
 	}
 	merges, fails := r.Stream.Merge != (Merge{}), r.Stream.Failover != (Failover{})
@@ -403,6 +464,7 @@ func (c *checker) stream(r *Rule) {
 	}
 	for i := range r.InputCount() {
 		c.leg(r, i)
+		c.health(r, i)
 	}
 	c.oneSource(r)
 	if merges {
@@ -471,23 +533,60 @@ func (c *checker) oneSource(r *Rule) {
 	}
 }
 
+// formatFault says what a format should be, "" when it is right.
+func formatFault(format MergeFormat, f MergeField) string {
+	switch {
+	case format == MergeNone || format >= mergeFormats:
+		return wantFormat
+	case format != MergeByField && f != (MergeField{}):
+		return "no field with format " + format.String()
+	case format == MergeByField && f.Bytes != 2 && f.Bytes != 4 && f.Bytes != 8:
+		return "a number of 2, 4 or 8 bytes"
+	case format == MergeByField && f.CountBytes > 2:
+		return "a count of 1 or 2 bytes"
+	case f.Offset > maxOffset || f.CountOffset > maxOffset:
+		return fmt.Sprintf("an offset of 0 to %d", maxOffset)
+	case f.CountBytes == 0 && f.CountOffset != 0:
+		return "the bytes of the count"
+	}
+	return ""
+}
+
+// health checks what watches an input.
+func (c *checker) health(r *Rule, i int) {
+	e, leg := end{c, legSlot(r, i)}, r.Leg(i)
+	in, h := leg.In, leg.Accept.Health
+	if h == (Health{}) {
+		return
+	}
+	bad := func(want string) { e.fault(nil, ".health", h.String(), want) }
+	switch fault := formatFault(h.Format, h.Field); {
+	case fault != "":
+		bad(fault)
+	case h.Clock != 0 && h.Format != MergeRTP:
+		bad("a clock with rtp alone: no other format has timestamps of a clock to be told")
+	case h.Clock != 0 && (h.Clock < minClock || h.Clock > maxClock):
+		bad(fmt.Sprintf("a clock of %d to %d", minClock, maxClock))
+	case in.FromHost:
+		bad("packets that arrive: what this host sends passes no relay program, which watches numbers")
+	case r.InputCount() == 1 && (in.Len != 0 || in.Port == 0 || in.PortTo != 0):
+		bad("an input of one address and one port: streams beside each other have numbers of their own")
+	case h != r.Health():
+		bad(r.Health().String() + ", as the other inputs of the stream")
+	case r.InputCount() > 1 && r.Stream.Merge != (Merge{}) && (h.Format != r.Stream.Merge.Format || h.Field != r.Stream.Merge.Field):
+		bad("the format of merge, " + formatText(r.Stream.Merge.Format, r.Stream.Merge.Field) + ", which is watched in any case")
+	}
+}
+
 func (c *checker) merge(m Merge) {
 	bad := func(value, want string) { c.fault(nil, "merge", value, want) }
 	skew, reset, window := m.Times()
-	f := m.Field
-	switch {
-	case m.Format == MergeNone || m.Format >= mergeFormats:
-		bad(m.Format.String(), wantFormat)
-	case m.Format != MergeByField && f != (MergeField{}):
-		bad(m.String(), "no field with format "+m.Format.String())
-	case m.Format == MergeByField && f.Bytes != 2 && f.Bytes != 4 && f.Bytes != 8:
-		bad(m.String(), "a number of 2, 4 or 8 bytes")
-	case m.Format == MergeByField && f.CountBytes > 2:
-		bad(m.String(), "a count of 1 or 2 bytes")
-	case f.Offset > maxOffset || f.CountOffset > maxOffset:
-		bad(m.String(), fmt.Sprintf("an offset of 0 to %d", maxOffset))
-	case f.CountBytes == 0 && f.CountOffset != 0:
-		bad(m.String(), "the bytes of the count")
+	if fault := formatFault(m.Format, m.Field); fault != "" {
+		value := m.String()
+		if m.Format == MergeNone || m.Format >= mergeFormats {
+			value = m.Format.String()
+		}
+		bad(value, fault)
 	}
 	switch {
 	case skew < minSkew || skew > maxSkew:

@@ -447,7 +447,7 @@ func TestLimits(t *testing.T) {
 	want := map[string]int{
 		"outputs of a rule, patterns expanded":                  rules.MaxOutputs,
 		"inputs of a rule":                                      rules.MaxInputs,
-		"rules with several inputs":                             bpf.MaxStreams - 1,
+		"rules with several inputs, and inputs with `health=`":  bpf.MaxStreams - 1,
 		"ports of a range":                                      rules.MaxPorts,
 		"senders, or prefixes of them, that `except=` excludes": rules.MaxExcept,
 		"entries of rules with a prefix of groups and one of sources, or `except=`, in all": loader.MaxBothEntries,

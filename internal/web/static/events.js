@@ -59,7 +59,7 @@ function line(e) {
 }
 
 export function eventsPage(live, main) {
-	const into = h("div"), kinds = ["", "daemon", "rule", "output", "path", "membership", "interface", "program", "neighbour", "querier", "loop", "reload"];
+	const into = h("div"), kinds = ["", "daemon", "rule", "output", "path", "membership", "interface", "program", "neighbour", "querier", "loop", "stream", "reload"];
 	let list = null;
 	const kind = h("select", { "aria-label": "Kind of event", onchange: open }, kinds.map((k) => h("option", { value: k }, k || "all kinds")));
 	function open() {

@@ -7,6 +7,15 @@ import { removeRule } from "./edit.js";
 const pause = 2000;
 const groupsEvery = 5; // memberships are of all rules: they are asked for with every fifth reading
 
+// legText says what an input has brought.
+function legText(l, merged) {
+	const ms = (seconds) => (seconds * 1000).toFixed(seconds < 0.01 ? 3 : 1) + " ms";
+	const parts = [`${count(l.lost)} lost`, `${count(l.doubled)} twice`, `${count(l.reordered)} late`, `${count(l.resets)} jumps`, `${count(l.senders)} other senders`];
+	if (l.jitter_by) parts.push(`jitter ${l.jitter_by === "gaps" ? "about " : ""}${ms(l.jitter_seconds)}`);
+	if (merged) parts.push(`${count(l.behind)} numbers, ${ms(l.lag_seconds)} behind`, `${count(l.different)} copies differ`);
+	return parts.join(", ");
+}
+
 export function rulePage(live, main, name) {
 	const body = h("div", {}, h("p", { class: "dim" }, "reading"));
 	const happened = h("div");
@@ -40,7 +49,8 @@ export function rulePage(live, main, name) {
 		};
 		const facts = [["State", state(r.state)], r.reason && ["Reason", r.reason], ["Input", r.in], ["Path", (r.used_path || "none") + " (" + (r.path || "auto") + ")"], ["From", r.origin],
 			["Matched", `${count(r.matched.packets)} packets, ${bytes(r.matched.bytes)}, last ${ago(r.last_seen)}`]].filter(Boolean);
-		for (const i of r.inputs) facts.push(["On " + i.interface, [state(i.state), " ", i.reason ?? ""]]);
+		for (const i of r.inputs) facts.push([i.input || "On " + i.interface, [state(i.state), " ", i.reason ?? "", i.leg ? h("div", {}, legText(i.leg, r.merge)) : ""]]);
+		for (const alarm of r.stream?.alarms ?? []) facts.push(["Alarm", h("span", { class: "bad" }, alarm)]);
 		const drops = [...r.drops.map((d) => ["before copying", d]), ...r.outputs.flatMap((o) => o.drops.map((d) => ["slot " + o.slot, d]))].filter(([, d]) => d.packets > 0);
 		body.replaceChildren(
 			h("dl", { class: "facts" }, facts.map(([k, v]) => [h("dt", {}, k), h("dd", {}, v)])),
