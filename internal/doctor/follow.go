@@ -23,6 +23,7 @@ func follow(f *Facts) Section {
 	}
 	w.matched()
 	w.dropped()
+	w.noted()
 	w.workers()
 	w.outputs()
 	w.wire()
@@ -224,6 +225,16 @@ func (w *way) dropped() {
 		w.add("dropped", d.Packets, fault(w.cure(d.Reason, ""), "%d packets were dropped before they were copied, reason %s", d.Packets, d.Reason))
 		if d.Packets >= w.count() {
 			w.ends("in the relay, before any copy: reason %s", d.Reason)
+		}
+	}
+}
+
+// noted looks at what comes again from another sender, perhaps in a loop.
+func (w *way) noted() {
+	for _, d := range growth(w.r.Status[0].Notes, w.now().Notes) {
+		if d.Reason == "echo" {
+			w.add("noted", d.Packets, warning("xdpcast tap "+w.r.Name+" shows the MAC address of who sends them; loop=two-way on the input drops them if they are the rule's own, resent",
+				"%d packets came again from another sender, reason echo, and were relayed: perhaps a host resends what the rule sends", d.Packets))
 		}
 	}
 }

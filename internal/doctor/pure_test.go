@@ -287,6 +287,8 @@ func TestFollow(t *testing.T) {
 			"dropped", Fault, "100 packets were dropped before they were copied, reason loop", "sends the relay's packets back", "packets end in the relay, before any copy: reason loop"},
 		{"some are policed", func(r *Rule) { r.Status[1].Drops = drops("policed", 10) },
 			"dropped", Fault, "10 packets", "rate=", "went the whole way"},
+		{"packets come again", func(r *Rule) { r.Status[1].Notes = drops("echo", 40) },
+			"noted", Warning, "40 packets came again from another sender, reason echo", "loop=two-way on the input", "went the whole way"},
 		{"the output waits", func(r *Rule) {
 			o := &r.Status[1].Outputs[0]
 			o.State, o.Reason, o.Sent.Packets, o.Drops = control.StatePending, "eth1 has no address", 0, drops("not_ready", 100)

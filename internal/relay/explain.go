@@ -46,7 +46,7 @@ func (r *Relay) explainNotes(e *control.Explanation) {
 		case loader.UnfinishedChecksum.String():
 			e.Why += fmt.Sprintf("; %d packets came with an unfinished checksum", n.Packets)
 		case loader.Echo.String():
-			e.Why += fmt.Sprintf("; %d packets had a content that another sender had brought before, and less often: perhaps a host sends them anew (loop=two-way cuts such loops)", n.Packets)
+			e.Why += fmt.Sprintf("; %d packets came again from another sender (echo): if a host resends the rule's own, loop=two-way on the input drops them", n.Packets)
 		}
 	}
 }

@@ -123,6 +123,7 @@ type Relay struct {
 	macsKnown  bool            // the kernel has them
 	looping    map[string]bool // rules logged as looping
 	streams    streams
+	echoes     echoes
 	warnings   map[string]string
 
 	igmp    igmpVersions
@@ -272,8 +273,9 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		ready()
 	}
 	r.followed()
-	loops, mirror := time.NewTicker(loopCheck), time.NewTicker(keepaliveEvery)
+	loops, echoes, mirror := time.NewTicker(loopCheck), time.NewTicker(echoCheck), time.NewTicker(keepaliveEvery)
 	defer loops.Stop()
+	defer echoes.Stop()
 	defer mirror.Stop()
 	var beats <-chan time.Time
 	if r.opts.Beat != nil && r.opts.BeatEvery > 0 {
@@ -313,6 +315,8 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case <-loops.C:
 			r.logLoops()
 			r.watchStreams()
+		case <-echoes.C:
+			r.logEchoes()
 		case <-timer.C:
 			r.observeIfDue()
 			r.stale = true // due retries are part of the answers

@@ -61,6 +61,7 @@ func (r *Relay) describeRules(rules []*plan.RulePlan, stats loader.Stats, lost [
 	for _, p := range rules {
 		status := r.describeRule(p, byName)
 		r.markLooping(&status, p, loops)
+		r.markEcho(&status, p)
 		status.ReceiveDrops = receiveDrops(p, lost)
 		all = append(all, status)
 	}

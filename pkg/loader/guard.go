@@ -66,6 +66,33 @@ func (l *Loader) Loops() ([]LoopingRule, error) {
 	return readLoops(l.maps, names)
 }
 
+// Echoes are how many packets of each rule the relay program has noted as Echo; rules without are
+// left out. It reads the drop counters of all rules.
+func (l *Loader) Echoes() (map[string]uint64, error) {
+	counted := map[uint32]uint64{}
+	var key bpf.RelayDropKey
+	var perCPU []bpf.RelayCounter
+	iter := l.maps.RuleDrops.Iterate()
+	for iter.Next(&key, &perCPU) {
+		if bpf.RelayDropScope(key.Scope) == bpf.RelayDropScopeDROP_NOTE && Note(key.Reason) == Echo {
+			counted[key.Id] = sum(perCPU).Packets
+		}
+	}
+	if err := iter.Err(); err != nil {
+		return nil, fmt.Errorf("read echoes: %w", err)
+	}
+	byName := make(map[string]uint64, len(counted))
+	if len(counted) == 0 {
+		return byName, nil
+	}
+	for name, e := range l.rules {
+		if n := counted[e.id]; n > 0 {
+			byName[name] = n
+		}
+	}
+	return byName, nil
+}
+
 // Loops is that of Loader.
 func (r *Reader) Loops() ([]LoopingRule, error) {
 	entries, err := r.entries()

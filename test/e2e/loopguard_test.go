@@ -35,6 +35,8 @@ type lans struct {
 	sent   int // packets that host has sent so far
 	// meant makes rules two-way, which say no loop themselves.
 	meant bool
+	// pause is how long a reflector waits before it sends.
+	pause time.Duration
 }
 
 // mostExtra is how many packets a loop may make in every test beyond those that were
@@ -441,6 +443,7 @@ func (l *lans) reflector(from, to int) {
 				if err != nil {
 					return
 				}
+				time.Sleep(l.pause)
 				_, _ = send.WriteToUDPAddrPort(buf[:n], ssdp)
 			}
 		}()
@@ -535,6 +538,47 @@ func TestLoopGuardHeals(t *testing.T) {
 	l.send(0, l.frame(0, ssdp, "second"))
 	if got := l.counts(); got[0] != 0 || got[1] != 1 {
 		t.Errorf("%v on the LANs", got)
+	}
+}
+
+// A plain rule whose packets a host sends anew by sockets, of which nothing proves that it is a
+// loop, goes on relaying, and everything says what to do; loop=two-way then ends it.
+func TestLoopGuardEcho(t *testing.T) {
+	l := newLANs(t, 2)
+	l.pause = 2 * time.Millisecond
+	r := l.relay(0, 1)
+	l.add(r, "kernel", "there", ssdpText+"%lan0", ssdpText+"%lan1")
+	l.reflector(1, 0)
+	// The daemon's first look has been: what was counted before it is not news.
+	eventually(t, "the packet goes round", func() string {
+		if r.rule("there").Matched.Packets < 20 {
+			l.send(0, l.frame(0, ssdp, "round"))
+			return "it does not"
+		}
+		return ""
+	})
+	const cure = "loop=two-way on the input drops them"
+	eventually(t, "the rule says what to do", func() string {
+		if s := r.rule("there"); s.State != control.StateActive || !strings.Contains(s.Reason, "came again from another sender (echo)") || !strings.Contains(s.Reason, cure) {
+			return fmt.Sprintf("%s: %q", s.State, s.Reason)
+		}
+		return ""
+	})
+	for _, command := range [][]string{{"explain", "there"}, {"status"}, {"events"}, {"doctor", "there"}} {
+		text, want := r.cli(command...).stdout, "again from another sender"
+		if !strings.Contains(text, want) {
+			t.Errorf("%v does not say %q:\n%s", command, want, text)
+		}
+	}
+	r.mustCLI("rule", "del", "there")
+	for _, tap := range l.taps {
+		for tap.Receive(150*time.Millisecond, marked) != nil {
+		}
+	}
+	l.add(r, "kernel", "there", ssdpText+"%lan0,loop=two-way", ssdpText+"%lan1")
+	l.send(0, l.frame(0, ssdp, "cut"))
+	if got := l.counts(); sum(got)-1 > mostExtra || len(l.looping()) == 0 {
+		t.Errorf("%v on the LANs with loop=two-way, looping %q", got, l.looping())
 	}
 }
 
