@@ -312,7 +312,9 @@ type RelayOutput struct {
 	MinTtl    uint8
 	DstLen    uint8
 	Blocked   uint8
-	Reserved  [47]uint8
+	Unused    [3]uint8
+	Held      uint32
+	Reserved  [40]uint8
 }
 
 type RelayOutputFlag uint32

@@ -309,7 +309,9 @@ struct output {
 	__u8 min_ttl;	/* 0: any */
 	__u8 dst_len;	/* bits of dst that are written, the others are the packet's; 0: all */
 	__u8 blocked;	/* enum drop_reason, while it is not ready */
-	__u8 reserved[47];
+	__u8 unused[3];
+	__u32 held; /* the first output of a routed flow: not 0, its packets are the kernel's */
+	__u8 reserved[40];
 };
 
 /* How several inputs become one stream. */

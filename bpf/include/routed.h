@@ -27,6 +27,17 @@ static __always_inline bool mirror_ended(void)
 	return !until || bpf_ktime_get_ns() > *until;
 }
 
+/* Whether the kernel has changed a flow's entry, or might have, and the daemon has not followed
+ * yet. It says so in the memory of the map outputs (pkg/loader/routed.go).
+ */
+static __always_inline bool route_held(const struct flow *flow)
+{
+	__u32 first = flow->first_output;
+	const struct output *o = bpf_map_lookup_elem(&outputs, &first);
+
+	return !o || *(const volatile __u32 *)&o->held;
+}
+
 /* A header without options whose checksum is right: the kernel drops others, and acts on
  * options.
  */
@@ -76,7 +87,7 @@ static __noinline bool kernel_routes(const struct config *cfg, const struct head
 		   h->ip6->hop_limit <= flow->routed) {
 		return true;
 	}
-	return mirror_ended() || h->l3_offset != ETH_HLEN ||
+	return route_held(flow) || mirror_ended() || h->l3_offset != ETH_HLEN ||
 	       (__u32)h->l3_offset + h->l3_len != bytes || h->l3_len > flow->min_mtu ||
 	       !to_group_mac(h, ip4) || own_packet(cfg, h, flow, ip4);
 }

@@ -186,3 +186,40 @@ func attributes(b []byte, good *bool) func(yield func(kind uint16, value []byte)
 }
 
 func aligned(n int) int { return (n + 3) &^ 3 }
+
+// Of include/uapi/linux/netconf.h; struct netconfmsg is padded to the alignment of attributes.
+const (
+	sizeofNetconfMsg    = 4
+	netconfIndex        = 1 // NETCONFA_IFINDEX
+	netconfMCForwarding = 4 // NETCONFA_MC_FORWARDING
+)
+
+// forwards reads the body of an RTM_NEWNETCONF: the index of an interface that multicast routing
+// uses. It is false for any other, and for those that stand for all or none.
+func forwards(body []byte) (index int, ok bool) {
+	if len(body) < sizeofNetconfMsg {
+		return 0, false
+	}
+	good, on := true, false
+	for kind, value := range attributes(body[sizeofNetconfMsg:], &good) {
+		if len(value) != 4 {
+			continue
+		}
+		switch n := int32(binary.NativeEndian.Uint32(value)); kind {
+		case netconfIndex:
+			index = int(n)
+		case netconfMCForwarding:
+			on = n != 0
+		}
+	}
+	return index, good && on && index > 0
+}
+
+// deletedLink reads which interface an RTM_DELLINK is about. One of a bridge's port is about the
+// bridge alone.
+func deletedLink(body []byte) (index int, ok bool) {
+	if len(body) < unix.SizeofIfInfomsg || body[0] != unix.AF_UNSPEC {
+		return 0, false
+	}
+	return int(int32(binary.NativeEndian.Uint32(body[4:]))), true
+}

@@ -3,6 +3,7 @@ package mroute
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
 	"os"
@@ -22,6 +23,11 @@ type Options struct {
 	Tables []uint32
 	// IPv4 and IPv6 say which families.
 	IPv4, IPv6 bool
+	// Hold is called for an entry as soon as an announcement is heard that changes it, or may have
+	// been lost, and before Changes tells of it: from then until Settled calls its function, what
+	// was made of the entry is not what the kernel has. Nil: nobody is told. It must not block, and
+	// must not call the watcher.
+	Hold func(Key)
 	// Logger receives warnings. Nil: discarded.
 	Logger *slog.Logger
 
@@ -32,7 +38,8 @@ type Options struct {
 // at once. The kernel's default loses some after 256.
 const receiveBuffer = 16 << 20
 
-// settle is how long announcements are collected, after one that was told, before Changed tells again.
+// settle is how long announcements are collected, after some that were told, before Changed tells
+// again. Hold does not wait.
 const settle = 5 * time.Millisecond
 
 // Watcher follows the caches of the network namespace that it was opened in. Its methods may be
@@ -47,9 +54,14 @@ type Watcher struct {
 	mu      sync.Mutex
 	entries map[Key]*Entry
 	touched map[Key]bool // since the last Changes
+	vifs    map[int]bool // indexes of interfaces that are, or were, virtual interfaces
 	stale   bool         // all is to be read again
+	lost    bool         // since announcements were lost
 	joins   bool         // some program joined or left a group since the last JoinsChanged
 	closed  bool
+	timer   *time.Timer // tells of what came too soon after what was told
+	waiting bool        // for timer
+	told    time.Time
 }
 
 // Open begins to follow the caches. The caller must Close the watcher. All of its methods must be
@@ -70,8 +82,10 @@ func Open(opts Options) (_ *Watcher, err error) {
 	}
 	w := &Watcher{
 		opts: opts, socket: os.NewFile(uintptr(fd), "netlink"), changed: make(chan struct{}, 1), ended: make(chan struct{}),
-		entries: map[Key]*Entry{}, touched: map[Key]bool{}, stale: true,
+		entries: map[Key]*Entry{}, touched: map[Key]bool{}, vifs: map[int]bool{}, stale: true,
 	}
+	w.timer = time.AfterFunc(time.Hour, w.tell)
+	w.timer.Stop()
 	if w.raw, err = w.socket.SyscallConn(); err == nil {
 		w.mu.Lock()
 		err = w.resync()
@@ -124,6 +138,7 @@ func (w *Watcher) Close() error {
 		return nil
 	}
 	w.closed = true
+	w.timer.Stop()
 	w.mu.Unlock()
 	err := w.socket.Close()
 	<-w.ended
@@ -162,6 +177,29 @@ func (w *Watcher) Changes() (map[Key]*Entry, error) {
 	return changes, nil
 }
 
+// Settled calls release for those of some entries that are as Changes told last: nothing was
+// announced since. Of the others Changed tells. While it runs, Hold is not called.
+func (w *Watcher) Settled(keys iter.Seq[Key], release func(Key)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.lost {
+		return
+	}
+	for key := range keys {
+		if !w.touched[key] {
+			release(key)
+		}
+	}
+}
+
+// Interfaces are the indexes of the interfaces that multicast routing uses, or used since Open, in
+// order. Daemons that start again are the reason for these.
+func (w *Watcher) Interfaces() []int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Sorted(maps.Keys(w.vifs))
+}
+
 // JoinsChanged says whether the kernel has announced since the last call that a group was joined,
 // or left, on some interface. Not every kernel does: Linux 6.14 and newer, and of the first
 // socket and the last.
@@ -188,13 +226,30 @@ func (w *Watcher) run() {
 		if err != nil {
 			return
 		}
-		select {
-		case w.changed <- struct{}{}:
-		default:
-		}
 		// The first change is told at once. One that changes often is looked at once in a while:
 		// what is told is the state.
-		time.Sleep(settle)
+		w.mu.Lock()
+		if wait := settle - time.Since(w.told); wait > 0 {
+			if !w.closed && !w.waiting {
+				w.waiting = true
+				w.timer.Reset(wait)
+			}
+			w.mu.Unlock()
+			continue
+		}
+		w.mu.Unlock()
+		w.tell()
+	}
+}
+
+// tell has Changed receive a value.
+func (w *Watcher) tell() {
+	w.mu.Lock()
+	w.told, w.waiting = time.Now(), false
+	w.mu.Unlock()
+	select {
+	case w.changed <- struct{}{}:
+	default:
 	}
 }
 
@@ -207,8 +262,9 @@ func (w *Watcher) drain(fd int, buf []byte) (news bool) {
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
-		case errors.Is(err, unix.ENOBUFS): // announcements are lost
-			w.stale, w.joins, news = true, true, true
+		case errors.Is(err, unix.ENOBUFS):
+			w.loseAnnouncements()
+			w.joins, news = true, true
 			continue
 		case err != nil:
 			return news
@@ -217,17 +273,35 @@ func (w *Watcher) drain(fd int, buf []byte) (news bool) {
 			continue // not the kernel
 		}
 		if n > len(buf) {
-			w.stale, news = true, true
+			w.loseAnnouncements()
+			news = true
 			continue
 		}
 		messages, err := syscall.ParseNetlinkMessage(buf[:n])
 		if err != nil {
-			w.stale, news = true, true
+			w.loseAnnouncements()
+			news = true
 			continue
 		}
 		for i := range messages {
 			news = w.hear(messages[i].Header.Type, messages[i].Data) || news
 		}
+	}
+}
+
+// loseAnnouncements notes that any entry may be another now. The lock is held.
+func (w *Watcher) loseAnnouncements() {
+	if !w.lost {
+		for key := range w.entries {
+			w.hold(key)
+		}
+	}
+	w.stale, w.lost = true, true
+}
+
+func (w *Watcher) hold(key Key) {
+	if w.opts.Hold != nil {
+		w.opts.Hold(key)
 	}
 }
 
@@ -243,8 +317,17 @@ func (w *Watcher) hear(kind uint16, body []byte) bool {
 	case unix.RTM_NEWMULTICAST, unix.RTM_DELMULTICAST:
 		w.joins = true
 		return true
-	case unix.RTM_NEWNETCONF, unix.RTM_DELNETCONF, unix.RTM_DELLINK:
+	case unix.RTM_DELLINK:
+		if index, ok := deletedLink(body); ok {
+			delete(w.vifs, index)
+		}
+		w.stale = true
+		return true
+	case unix.RTM_NEWNETCONF, unix.RTM_DELNETCONF:
 		// A VIF came or went: entries lose it without an announcement of their own.
+		if index, ok := forwards(body); ok && kind == unix.RTM_NEWNETCONF {
+			w.vifs[index] = true
+		}
 		w.stale = true
 		return true
 	}
@@ -274,6 +357,9 @@ func (w *Watcher) put(key Key, e *Entry) bool {
 		w.entries[key] = e
 	}
 	w.touched[key] = true
+	if old != nil { // of a new one nothing was made yet
+		w.hold(key)
+	}
 	return true
 }
 
@@ -288,8 +374,11 @@ func (w *Watcher) resync() error {
 		if err := dump(family, w.opts.Tables, found); err != nil {
 			return err
 		}
+		if err := dumpInterfaces(addressFamily[family], w.vifs); err != nil {
+			return err
+		}
 	}
-	w.stale = false
+	w.stale, w.lost = false, false
 	for key := range w.entries {
 		if found[key] == nil {
 			w.put(key, nil)
@@ -311,8 +400,7 @@ func dump(family uint8, tables []uint32, found map[Key]*Entry) error {
 	for range dumpTries {
 		req := nl.NewNetlinkRequest(unix.RTM_GETROUTE, unix.NLM_F_DUMP)
 		req.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: family}})
-		answers, err = req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWROUTE)
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+		if answers, err = req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWROUTE); !errors.Is(err, netlink.ErrDumpInterrupted) {
 			break
 		}
 	}
@@ -329,3 +417,34 @@ func dump(family uint8, tables []uint32, found map[Key]*Entry) error {
 	}
 	return nil
 }
+
+// addressFamily is that of a family of multicast routes.
+var addressFamily = map[uint8]uint8{familyIPv4: unix.AF_INET, familyIPv6: unix.AF_INET6}
+
+// dumpInterfaces adds the interfaces that multicast routing uses for an address family.
+func dumpInterfaces(family uint8, found map[int]bool) (err error) {
+	var answers [][]byte
+	for range dumpTries {
+		req := nl.NewNetlinkRequest(unix.RTM_GETNETCONF, unix.NLM_F_DUMP)
+		req.AddData(&netconfRequest{family})
+		if answers, err = req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNETCONF); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("read interfaces of multicast routing of family %d: %w", family, err)
+	}
+	for _, body := range answers {
+		if index, ok := forwards(body); ok {
+			found[index] = true
+		}
+	}
+	return nil
+}
+
+// netconfRequest is a struct netconfmsg (include/uapi/linux/netconf.h).
+type netconfRequest struct{ family uint8 }
+
+func (r *netconfRequest) Len() int { return sizeofNetconfMsg }
+
+func (r *netconfRequest) Serialize() []byte { return []byte{r.family, 0, 0, 0} }

@@ -248,6 +248,119 @@ func (w *world) deleted(source string) bool {
 	return was
 }
 
+// TestHold: an entry is held as soon as its change is heard, without anybody's asking, and released
+// by what Changes told last alone; a new one is not held. Lost announcements hold all entries.
+func TestHold(t *testing.T) {
+	labtest.RequireRoot(t)
+	held := make(chan Key, 100)
+	w := newWorld(t, Options{IPv4: true, Hold: func(key Key) { held <- key }, room: 1})
+	r := labtest.NewRouter(t, w.host, true, 0)
+	for _, name := range []string{"eth0", "eth1", "eth2"} {
+		r.AddVIF(name, 1)
+	}
+	key := func(source string) Key {
+		return Key{Source: netip.MustParseAddr(source), Group: netip.MustParseAddr("239.1.1.1")}
+	}
+	holds := func(what string, want Key) {
+		t.Helper()
+		select {
+		case got := <-held:
+			if got != want {
+				t.Fatalf("%s: %v is held, want %v", what, got, want)
+			}
+		case <-time.After(labtest.Timeout):
+			t.Fatalf("%s: %v is not held", what, want)
+		}
+	}
+	settled := func() (released []Key) {
+		w.watcher.Settled(slices.Values([]Key{key("10.0.0.5"), key("10.0.0.6")}), func(k Key) { released = append(released, k) })
+		return released
+	}
+	add := func(source, output string) { r.Add(source, "239.1.1.1", "eth0", map[string]uint8{output: 1}) }
+	add("10.0.0.5", "eth1")
+	add("10.0.0.6", "eth1")
+	w.agree(t, "two entries")
+	if len(held) != 0 {
+		t.Errorf("%v is held, which is new", <-held)
+	}
+	add("10.0.0.5", "eth2")
+	holds("another output", key("10.0.0.5"))
+	if got := settled(); !slices.Equal(got, []Key{key("10.0.0.6")}) {
+		t.Errorf("before the change was told: released %v", got)
+	}
+	w.follow(t)
+	if got := settled(); len(got) != 2 {
+		t.Errorf("after the change was told: released %v", got)
+	}
+	r.Delete("10.0.0.5", "239.1.1.1", "eth0")
+	holds("deleted", key("10.0.0.5"))
+	w.agree(t, "one entry")
+	// Until announcements are lost: the socket has room for few, and the lock keeps it from being read.
+	w.watcher.mu.Lock()
+	for range 200 {
+		add("10.0.0.7", "eth1")
+		r.Delete("10.0.0.7", "239.1.1.1", "eth0")
+	}
+	w.watcher.mu.Unlock()
+	labtest.Eventually(t, "an entry that nothing was heard of is held", func() bool {
+		select {
+		case got := <-held:
+			return got == key("10.0.0.6")
+		default:
+			return false
+		}
+	})
+	if got := settled(); len(got) != 0 {
+		t.Errorf("after announcements were lost: released %v", got)
+	}
+	w.agree(t, "all was read again")
+	if got := settled(); !slices.Contains(got, key("10.0.0.6")) {
+		t.Errorf("after all was read again: released %v", got)
+	}
+}
+
+// TestInterfaces: the interfaces that a routing daemon uses are told, of both families, also those
+// of a daemon that was there before, and stay until they are gone.
+func TestInterfaces(t *testing.T) {
+	labtest.RequireRoot(t)
+	w := newWorld(t, Options{IPv4: true, IPv6: true})
+	index := func(name string) int { return labtest.Index(t, w.host, name) }
+	told := func(what string, want ...int) {
+		t.Helper()
+		slices.Sort(want)
+		labtest.Eventually(t, what, func() bool { return slices.Equal(w.watcher.Interfaces(), want) })
+	}
+	told("none")
+	r := labtest.NewRouter(t, w.host, true, 0)
+	r.AddVIF("eth1", 1)
+	told("one", index("eth1"))
+	six := labtest.NewRouter(t, w.host, false, 0)
+	six.AddVIF("eth2", 1)
+	told("one of each family", index("eth1"), index("eth2"))
+	other, err := Open(Options{IPv4: true, IPv6: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := other.Interfaces(); !slices.Equal(got, []int{index("eth1"), index("eth2")}) {
+		t.Errorf("another watcher tells %v", got)
+	}
+	if err := other.Close(); err != nil {
+		t.Error(err)
+	}
+	r.Close()
+	six.Close()
+	told("those of before", index("eth1"), index("eth2"))
+	gone, stays := index("eth1"), index("eth2")
+	l, err := w.host.Link("eth1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.host.Netlink().LinkDel(l); err != nil {
+		t.Fatal(err)
+	}
+	told(fmt.Sprintf("without interface %d", gone), stays)
+}
+
 // TestOtherTables: tables that are not asked for are not told.
 func TestOtherTables(t *testing.T) {
 	labtest.RequireRoot(t)

@@ -89,9 +89,12 @@ type Capabilities struct {
 type World struct {
 	// Rules are ordered by name, and names are unique. Neither the slice nor the rules may be
 	// modified afterwards: a Planner compares by pointer first.
-	Rules   []*Rule
-	Network *network.Snapshot
-	Answers Answers
+	Rules []*Rule
+	// Interfaces are attached although no rule names them, beside those of the Options: which they
+	// are changes while packets flow.
+	Interfaces []string
+	Network    *network.Snapshot
+	Answers    Answers
 }
 
 // Answers are the kernel's answers to requests of earlier plans. What is missing from a map was not

@@ -28,6 +28,7 @@ func Make(w World, opts Options) *Plan { return New(opts).Plan(w) }
 // belong to the caller, who may modify them later.
 type seen struct {
 	rules      []*Rule
+	interfaces []string
 	network    *network.Snapshot
 	attached   map[network.LinkID]Attached
 	tags       map[network.LinkID]error
@@ -78,7 +79,7 @@ func sameSlice(a, b []*Rule) bool {
 // see records a World.
 func see(w World) seen {
 	s := seen{
-		rules: w.Rules, network: w.Network, attached: maps.Clone(w.Answers.Attached), tags: maps.Clone(w.Answers.Tags),
+		rules: w.Rules, interfaces: slices.Clone(w.Interfaces), network: w.Network, attached: maps.Clone(w.Answers.Attached), tags: maps.Clone(w.Answers.Tags),
 		refused: maps.Clone(w.Answers.Refused), noTransmit: maps.Clone(w.Answers.NoTransmit), neighbours: maps.Clone(w.Answers.Neighbours),
 	}
 	if s.network == nil {
@@ -352,10 +353,11 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	first := p.last == nil
 	plan.Attach, plan.Tags, plan.Joins, plan.Hops, plan.Neighbours = last.Attach, last.Tags, last.Joins, last.Hops, last.Neighbours
 	plan.seen.names = last.seen.names
-	if first || e.names {
-		plan.seen.names = p.names(plan.Rules)
+	names := e.names || !slices.Equal(last.seen.interfaces, plan.seen.interfaces)
+	if first || names {
+		plan.seen.names = p.names(plan.Rules, plan.seen.interfaces)
 	}
-	if first || e.names || len(c.links) > 0 {
+	if first || names || len(c.links) > 0 {
 		plan.Attach, plan.Tags = attachments(plan.seen.names, plan.seen.network)
 	}
 	if first || e.memberships {
@@ -367,14 +369,14 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 }
 
 // names are the interfaces that rules name or have flows on, and whether tags are matched there.
-func (p *Planner) names(all []*RulePlan) map[string]bool {
+func (p *Planner) names(all []*RulePlan, more []string) map[string]bool {
 	names := map[string]bool{}
 	add := func(name string, tagged bool) {
 		if was, ok := names[name]; !ok || tagged && !was {
 			names[name] = tagged
 		}
 	}
-	for _, name := range p.opts.Interfaces {
+	for _, name := range slices.Concat(p.opts.Interfaces, more) {
 		add(name, false)
 	}
 	for _, r := range all {

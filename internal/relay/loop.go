@@ -65,6 +65,7 @@ func (r *Relay) reconcile(strict []string) error {
 		if err := r.prepare(); err != nil {
 			return err
 		}
+		planned := !r.stale // else the rules are others by now
 		if err := r.fault(strict); err != nil {
 			return err
 		}
@@ -76,6 +77,9 @@ func (r *Relay) reconcile(strict []string) error {
 			return err
 		} else if changed {
 			r.stale = true
+		}
+		if planned {
+			r.releaseRoutes()
 		}
 		if r.memberships.join(r.plan, r.network, nil) {
 			r.stale = true
@@ -107,7 +111,7 @@ func (r *Relay) prepare() error {
 			r.follow(now)
 		}
 		r.stale = false
-		r.plan = r.planner.Plan(plan.World{Rules: r.rules, Network: now, Answers: r.answers()})
+		r.plan = r.planner.Plan(plan.World{Rules: r.rules, Interfaces: r.mroutes.vifs(), Network: now, Answers: r.answers()})
 		r.watcher.Ask(r.plan.Hops)
 		attached := r.attachments.apply(r.plan, now)
 		tagged := r.tags.apply(r.plan, now)
@@ -264,7 +268,9 @@ func (r *Relay) letGo() {
 	}
 	r.memberships.leave(r.plan)
 	r.memberships.manager.Settle()
-	r.attachments.detach(r.plan, r.network)
+	if !r.ending {
+		r.attachments.detach(r.plan, r.network)
+	}
 	r.warnUnless(aboutOffloads, r.tags.restore(r.plan, r.network))
 	if err := r.neighbours.forget(r.plan); err != nil {
 		r.warn(aboutNeighbours, err)

@@ -17,6 +17,7 @@ import (
 	"xdpcast/internal/mroute"
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
+	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
 	"xdpcast/pkg/rules"
 )
@@ -35,6 +36,8 @@ type mroutes struct {
 	opts    *rules.Mroute
 	watcher *mroute.Watcher
 	entries map[mroute.Key]*mirrored
+	keys    map[string]mroute.Key // of the entries, by the names of their rules
+	attach  []string              // interfaces that multicast routing uses
 	joined  joined
 	claims  *claims
 	based   []*plan.Rule      // the rules into which entries were last merged
@@ -51,16 +54,21 @@ type mirrored struct {
 }
 
 // newMroutes follows the cache of the calling thread's network namespace; nil without options.
-func newMroutes(opts *rules.Mroute, own *membership.Manager, log *slog.Logger) (_ *mroutes, err error) {
+func newMroutes(opts *rules.Mroute, own *membership.Manager, l *loader.Loader, log *slog.Logger) (_ *mroutes, err error) {
 	if opts == nil {
 		return nil, nil
 	}
 	m := &mroutes{
-		opts: opts, entries: map[mroute.Key]*mirrored{}, probes: make(chan []mroute.Probe, 1), ended: make(chan struct{}),
+		opts: opts, entries: map[mroute.Key]*mirrored{}, keys: map[string]mroute.Key{}, probes: make(chan []mroute.Probe, 1), ended: make(chan struct{}),
 		joined: joined{own: own, changed: map[mroute.On]bool{}},
 	}
 	ipv4, ipv6 := opts.Families()
-	m.watcher, err = mroute.Open(mroute.Options{Tables: opts.HasTables(), IPv4: ipv4, IPv6: ipv6, Logger: log})
+	m.watcher, err = mroute.Open(mroute.Options{
+		Tables: opts.HasTables(), IPv4: ipv4, IPv6: ipv6, Logger: log,
+		// The kernel forwards by the new entry already. The control loop may be busy: its packets are
+		// the kernel's until the flow is what the entry is.
+		Hold: func(key mroute.Key) { l.HoldRouted(mroute.RuleName(key)) },
+	})
 	if err != nil {
 		return nil, fmt.Errorf("mirror multicast routes: %w", err)
 	}
@@ -144,8 +152,10 @@ func (r *Relay) mirror(now *network.Snapshot) bool {
 		return false // the previous ones stay valid as long as they are confirmed
 	}
 	for key, e := range changes {
-		if e == nil {
+		name := mroute.RuleName(key)
+		if m.keys[name] = key; e == nil {
 			delete(m.entries, key)
+			delete(m.keys, name)
 		} else if old := m.entries[key]; old != nil {
 			old.entry = e
 		} else {
@@ -153,6 +163,9 @@ func (r *Relay) mirror(now *network.Snapshot) bool {
 		}
 	}
 	m.addJoined(changes, now)
+	if attach := m.interfaces(now); !slices.Equal(attach, m.attach) {
+		m.attach, r.stale = attach, true
+	}
 	edit := m.edit(r.rules, changes, now)
 	if len(edit.put) == 0 && len(edit.remove) == 0 {
 		m.based = r.rules
@@ -161,6 +174,47 @@ func (r *Relay) mirror(now *network.Snapshot) bool {
 	r.setRules(edited(r.rules, edit))
 	m.based = r.rules
 	return true
+}
+
+// interfaces names the interfaces that multicast routing uses and the settings select. They have
+// the program from the start, and keep it while their daemon starts again: to attach it or take it
+// off can interrupt an interface (drivers that set up their queues anew), and a veth drops what is
+// redirected to it while its peer has none.
+func (m *mroutes) interfaces(now *network.Snapshot) (names []string) {
+	for _, index := range m.watcher.Interfaces() {
+		if link := now.ByIndex(index); link != nil && m.opts.Names(link.Name) {
+			names = append(names, link.Name)
+		}
+	}
+	return names
+}
+
+// vifs are what interfaces returned last; none when nothing is mirrored.
+func (m *mroutes) vifs() []string {
+	if m == nil {
+		return nil
+	}
+	return m.attach
+}
+
+// releaseRoutes has the relay forward by the routes that are as the flows in force are; of others
+// news is to come.
+func (r *Relay) releaseRoutes() {
+	if r.mroutes == nil || r.tables.applied != r.plan {
+		return
+	}
+	held := r.loader.HeldRouted()
+	if len(held) == 0 {
+		return
+	}
+	keys := func(yield func(mroute.Key) bool) {
+		for _, name := range held {
+			if key, ok := r.mroutes.keys[name]; ok && !yield(key) {
+				return
+			}
+		}
+	}
+	r.mroutes.watcher.Settled(keys, func(key mroute.Key) { r.loader.ReleaseRouted(mroute.RuleName(key)) })
 }
 
 // edit computes the change that brings a set's rules in line with the entries: only for the changed
@@ -329,11 +383,13 @@ func (r *Relay) keepMirror() {
 	}
 }
 
-// handBack returns all packets of multicast routes to the kernel.
+// handBack gives all packets of multicast routes back to the kernel as this process ends. The
+// program stays on the interfaces: see mroutes.interfaces.
 func (r *Relay) handBack() {
 	if r.mroutes == nil {
 		return
 	}
+	r.ending = true
 	err := r.mroutes.close()
 	r.mroutes = nil
 	if rest := withoutRoutes(r.rules); len(rest) < len(r.rules) {
@@ -352,7 +408,7 @@ func (r *Relay) openMroutes(file *rules.Mroute) (*mroutes, error) {
 	if r.mroutes != nil && r.mroutes.opts.Equal(want) {
 		return r.mroutes, nil
 	}
-	return newMroutes(want, r.memberships.manager, r.log)
+	return newMroutes(want, r.memberships.manager, r.loader, r.log)
 }
 
 // mirrorAs applies the file's current settings. The caller must call settle: with true once they

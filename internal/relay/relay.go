@@ -115,6 +115,7 @@ type Relay struct {
 	changelog *changeLog
 
 	handedOver bool      // to another process: Run ends and leaves everything as it is
+	ending     bool      // programs stay attached
 	restored   bool      // the memberships of an earlier process are taken over
 	reconciled time.Time // the last time
 	observed   time.Time // likewise, of everything

@@ -115,6 +115,9 @@ func (l *Loader) adopt() (err error) {
 	if err := l.adoptRules(); err != nil {
 		return damaged(dir, err)
 	}
+	if err := l.openRouted(); err != nil {
+		return err
+	}
 	if err := l.adoptShortcuts(); err != nil {
 		return err
 	}

@@ -156,6 +156,7 @@ type Loader struct {
 	steeringFault error
 
 	fanCursor string // where Observe goes on among many devmaps
+	routed    routed
 	account   *account.Account
 	counters  map[string][]openCounters // that paths have opened, by rule
 	lost      losses
@@ -292,6 +293,7 @@ func (l *Loader) closeState() error {
 	if l.account != nil {
 		errs = append(errs, l.account.Close())
 	}
+	errs = append(errs, l.routed.close())
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}
@@ -382,7 +384,7 @@ func (l *Loader) build(building string) (err error) {
 	if l.maps, err = newMaps(l.opts); err != nil {
 		return err
 	}
-	if err := l.openAccount(); err != nil {
+	if err := errors.Join(l.openAccount(), l.openRouted()); err != nil {
 		return err
 	}
 	if err := l.firstTables(); err != nil {

@@ -225,7 +225,11 @@ func (s *transaction) stage(c change) error {
 	}
 	for slot, o := range e.rule.Out {
 		stats := e.firstStats + uint32(slot)
-		s.staged.outputs.add(e.first+uint32(slot), encodeOutput(o, stats, s.outputPolicer(stats)))
+		b := encodeOutput(o, stats, s.outputPolicer(stats))
+		if e.rule.Routed != 0 {
+			b.Held = 1 // until ReleaseRouted; the first one counts
+		}
+		s.staged.outputs.add(e.first+uint32(slot), b)
 	}
 	if e.rule.Path == flow.PathAFXDP {
 		var err error
@@ -379,6 +383,7 @@ func (s *transaction) publish() error {
 		return err
 	}
 	for _, c := range s.changes {
+		s.routed.replace(c.old, c.new)
 		if c.old != nil {
 			s.lookups.remove(c.old.rule.In)
 			s.extra -= c.old.rule.ExtraEntries()

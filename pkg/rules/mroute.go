@@ -159,11 +159,16 @@ func (m *Mroute) Left(group netip.Addr, interfaces []string) string {
 		return "its group is in a prefix that is left to the kernel"
 	}
 	for _, name := range interfaces {
-		if len(m.Interfaces) > 0 && !slices.ContainsFunc(m.Interfaces, func(i string) bool { return ifaceCovers(i, name) }) {
+		if !m.Names(name) {
 			return fmt.Sprintf("interface %s is none of those that are mirrored", name)
 		}
 	}
 	return ""
+}
+
+// Names says whether a route may have an interface.
+func (m *Mroute) Names(ifname string) bool {
+	return len(m.Interfaces) == 0 || slices.ContainsFunc(m.Interfaces, func(i string) bool { return ifaceCovers(i, ifname) })
 }
 
 // Equal says whether two settings are the same; nil mirrors nothing.
