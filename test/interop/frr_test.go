@@ -123,7 +123,7 @@ func (f *frrRouter) kill() {
 // vtysh asks the daemon that speaks PIM.
 func (f *frrRouter) vtysh(command string) string {
 	args := slices.Concat(f.release.vtysh, []string{"--vty_socket", f.dir, "-d", f.release.daemon, "-c", command})
-	out, _ := exec.CommandContext(f.ctx, args[0], args[1:]...).CombinedOutput()
+	out, _ := exec.CommandContext(context.WithoutCancel(f.ctx), args[0], args[1:]...).CombinedOutput()
 	return string(out)
 }
 
