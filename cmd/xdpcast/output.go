@@ -193,21 +193,7 @@ func age(d time.Duration) string {
 	}
 }
 
-// dropped is the total over all reasons.
-func dropped(drops []control.Drop) uint64 {
-	var sum uint64
-	for _, d := range drops {
-		if !isCopy(d.Reason) {
-			sum += d.Packets
-		}
-	}
-	return sum
-}
-
-// isCopy says whether a drop is a copy of another input's packet, which is no loss.
-func isCopy(reason string) bool { return reason == "duplicate" || reason == "standby" }
-
-// dropTable shows drops by reason, nothing if there are none.
+// dropTable shows drops by reason, nothing when there are none.
 func dropTable(w io.Writer, drops []control.Drop) error {
 	t := newTable("DROPPED BECAUSE", ">PACKETS", ">BYTES")
 	for _, d := range drops {

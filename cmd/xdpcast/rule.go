@@ -196,7 +196,7 @@ func ruleDetail(w io.Writer, r control.RuleStatus, now time.Time) error {
 		t := newTable(titles...)
 		for _, o := range r.Outputs {
 			row := []string{strconv.Itoa(o.Slot), o.Output, stateText(o.State, o.Reason), humanCount(o.Sent.Packets), humanBytes(o.Sent.Bytes),
-				humanCount(dropped(o.Drops))}
+				humanCount(control.Dropped(o.Drops))}
 			if hops {
 				row = append(row, nextHop(o))
 			}

@@ -216,7 +216,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		case <-ctx.Done():
 		}
 		page := web.Handler(web.Options{
-			Context: ctx, Backend: observed, Events: opts.Events, Metrics: scrapes, Token: listen.token, Names: listen.names, Log: opts.Logger,
+			Context: ctx, Backend: observed, Matched: r.Matched, Events: opts.Events, Metrics: scrapes, Token: listen.token, Names: listen.names, Log: opts.Logger,
 		})
 		served <- listening.serve(ctx, page, opts.Logger)
 	}()

@@ -193,7 +193,7 @@ func statsTable(w io.Writer, s control.Stats, rates map[endpointKey]rate) error 
 	}
 	t := newTable(titles...)
 	add := func(name string, key endpointKey, slot, endpoint, state string, n control.Counter, drops []control.Drop, seen *time.Time) {
-		row := []string{name, slot, endpoint, state, humanCount(n.Packets), humanBytes(n.Bytes), humanCount(dropped(drops))}
+		row := []string{name, slot, endpoint, state, humanCount(n.Packets), humanBytes(n.Bytes), humanCount(control.Dropped(drops))}
 		if rates != nil {
 			row = append(row, rateCells(rates, key)...)
 		}

@@ -215,9 +215,9 @@ func rowsOf(before *control.Stats, now control.Stats) (rows []topRow, sums topSu
 
 // dropsOf is the total of a rule's drops, before and after copying.
 func dropsOf(r *control.RuleStatus) uint64 {
-	n := dropped(r.Drops)
+	n := control.Dropped(r.Drops)
 	for _, o := range r.Outputs {
-		n += dropped(o.Drops)
+		n += control.Dropped(o.Drops)
 	}
 	return n
 }

@@ -252,7 +252,7 @@ func (m *topModel) detailText(b *strings.Builder) {
 		if m.rated {
 			cells = []string{humanCount(uint64(r.outs[slot].packets + 0.5)), withUnit(r.outs[slot].bits, "b")}
 		}
-		t.add(append(append([]string{fmt.Sprint(o.Slot), o.Output, o.State}, cells...), humanCount(o.Sent.Packets), humanCount(dropped(o.Drops)), o.Reason)...)
+		t.add(append(append([]string{fmt.Sprint(o.Slot), o.Output, o.State}, cells...), humanCount(o.Sent.Packets), humanCount(control.Dropped(o.Drops)), o.Reason)...)
 	}
 	_ = t.write(b)
 	m.dropText(b, r)

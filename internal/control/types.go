@@ -31,6 +31,20 @@ type Drop struct {
 	Counter
 }
 
+// Lost says whether the packets are missing at an output: what another input of the rule has brought
+// ("duplicate", "standby") is not.
+func (d Drop) Lost() bool { return d.Reason != "duplicate" && d.Reason != "standby" }
+
+// Dropped is the sum of the drops that are losses.
+func Dropped(drops []Drop) (packets uint64) {
+	for _, d := range drops {
+		if d.Lost() {
+			packets += d.Packets
+		}
+	}
+	return packets
+}
+
 // Origins of a rule.
 const (
 	OriginFile = "file" // the daemon's own file; changed by editing it and reloading

@@ -219,8 +219,8 @@ func (w *way) cure(reason, device string) string {
 
 func (w *way) dropped() {
 	for _, d := range growth(w.r.Status[0].Drops, w.now().Drops) {
-		if d.Reason == "duplicate" || d.Reason == "standby" {
-			continue // what several inputs are for
+		if !d.Lost() {
+			continue
 		}
 		w.add("dropped", d.Packets, fault(w.cure(d.Reason, ""), "%d packets were dropped before they were copied, reason %s", d.Packets, d.Reason))
 		if d.Packets >= w.count() {

@@ -40,6 +40,8 @@ type live struct {
 	Drops    []control.Drop          `json:"drops"`
 	Unsent   []control.TransmitDrop  `json:"unsent"`
 	Lost     []control.ReceiveDrop   `json:"lost"`
+	// History is in the first message to a page.
+	History *pastRates `json:"history,omitempty"`
 }
 
 const (
@@ -59,7 +61,8 @@ const (
 
 // hub reads the relay for all pages that are open, and not at all while none is.
 type hub struct {
-	o Options
+	o       Options
+	history *history // nil: none is kept
 
 	mu      sync.Mutex
 	pages   map[chan []byte]bool // true once it has a message with all
@@ -74,9 +77,18 @@ type sample struct {
 	every  time.Duration
 }
 
-func newHub(o Options) *hub { return &hub{o: o, pages: map[chan []byte]bool{}} }
+// newHub keeps a history until the context ends, if the relay counts for it.
+func newHub(o Options) *hub {
+	h := &hub{o: o, pages: map[chan []byte]bool{}}
+	if o.Matched != nil {
+		h.history = newHistory(historyStep)
+		go h.history.run(o.Context, o.Matched)
+	}
+	return h
+}
 
-// ServeHTTP answers with messages as server-sent events where the request accepts these, else with one that has all.
+// ServeHTTP answers with messages as server-sent events where the request accepts these, else with one that has all,
+// with ?history the rates of the last minutes, too.
 func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !strings.Contains(r.Header.Get("Accept"), "text/event-stream") {
 		s, err := h.fresh(r.Context())
@@ -84,7 +96,11 @@ func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			control.ServeJSON(w, nil, err)
 			return
 		}
-		control.ServeJSON(w, s.live, nil)
+		m := s.live
+		if r.URL.Query().Has("history") && h.history != nil {
+			m.History = h.history.tell()
+		}
+		control.ServeJSON(w, m, nil)
 		return
 	}
 	page := make(chan []byte, liveBehind)
@@ -182,8 +198,11 @@ func (h *hub) tell(s *sample) {
 		}
 		if *message == nil {
 			m := s.live
-			if message == &changes {
+			switch {
+			case message == &changes:
 				m = s.since(h.last)
+			case h.history != nil:
+				m.History = h.history.tell()
 			}
 			*message, _ = json.Marshal(m) // texts and numbers: cannot fail
 		}
@@ -239,16 +258,11 @@ func (h *hub) read(ctx context.Context) (*sample, error) {
 	for i := range stats.Rules {
 		r := &stats.Rules[i]
 		rule := &liveRule{Name: r.Name, In: r.In, Out: r.Out, Origin: r.Origin, State: r.State, Reason: r.Reason, Path: r.UsedPath}
-		c := liveCounters{r.Matched.Packets, r.Matched.Bytes}
-		for _, d := range r.Drops {
-			c[4] += d.Packets
-		}
+		c := liveCounters{r.Matched.Packets, r.Matched.Bytes, 0, 0, control.Dropped(r.Drops)}
 		for j := range r.Outputs {
 			c[2] += r.Outputs[j].Sent.Packets
 			c[3] += r.Outputs[j].Sent.Bytes
-			for _, d := range r.Outputs[j].Drops {
-				c[4] += d.Packets
-			}
+			c[4] += control.Dropped(r.Outputs[j].Drops)
 		}
 		s.Rules, s.byName[r.Name], s.Counters[r.Name] = append(s.Rules, rule), rule, c
 	}

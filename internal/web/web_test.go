@@ -75,6 +75,14 @@ func page(t *testing.T, r *relay, token string) string {
 	return s.URL
 }
 
+// serve serves a handler until the test ends.
+func serve(t *testing.T, h http.Handler) string {
+	t.Helper()
+	s := httptest.NewServer(h)
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
 func ask(t *testing.T, method, url string, headers map[string]string) (*http.Response, string) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), method, url, nil)

@@ -230,6 +230,24 @@ func (l *Loader) StatsOf(names []string) (Stats, error) {
 	return readStats(l.maps, entries, l.account, l.account.Settle, l.lost)
 }
 
+// Matched is how many packets each rule has matched on all paths, by its name. It reads no other counter.
+func (l *Loader) Matched() (map[string]uint64, error) {
+	entries := make([]*entry, 0, len(l.rules))
+	for _, e := range l.rules {
+		entries = append(entries, e)
+	}
+	matched := make(map[string]uint64, len(entries))
+	err := readRuleStats(l.maps, entries, func(i int, perCPU []bpf.RelayRuleStats) {
+		e := entries[i]
+		n := l.account.Sums(account.Target{Scope: account.Rule, ID: e.id})[account.Matched].Packets
+		for _, c := range perCPU {
+			n += c.Packets
+		}
+		matched[e.rule.Name] = n
+	})
+	return matched, err
+}
+
 // Reader reads pinned state without changing it, beside any owner.
 type Reader struct {
 	pinDir string
@@ -335,14 +353,9 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 	if s.Queriers, err = readQueriers(m.Queriers); err != nil {
 		return s, err
 	}
-	tallies := make([]*tally, len(entries))
-	for i, e := range entries {
-		if tallies[i], err = readTally(m, e); err != nil {
-			return s, err
-		}
-		if err := tallies[i].readLeg(m); err != nil {
-			return s, err
-		}
+	tallies, err := readTallies(m, entries)
+	if err != nil {
+		return s, err
 	}
 	// Each counter is read before those that come behind it on a packet's way: what comes
 	// in between is then behind alone, and never looks lost.
@@ -411,59 +424,77 @@ func waitForPrograms() {
 	}
 }
 
-// readRuleStats reads what the relay program has counted of a rule on each CPU.
-func readRuleStats(m *mapSet, e *entry) (perCPU []bpf.RelayRuleStats, err error) {
-	if err := m.RuleStats.Lookup(e.id, &perCPU); err != nil {
-		return nil, fmt.Errorf("read counters of rule %s: %w", e.rule.Name, err)
+// readRuleStats calls fn with what the relay program has counted of each rule, by its index.
+func readRuleStats(m *mapSet, entries []*entry, fn func(i int, perCPU []bpf.RelayRuleStats)) error {
+	ids := make([]uint32, len(entries))
+	for i, e := range entries {
+		ids[i] = e.id
 	}
-	return perCPU, nil
+	if err := eachRow(m.RuleStats, ids, fn); err != nil {
+		return fmt.Errorf("read map rule_stats: %w", err)
+	}
+	return nil
 }
 
-// readTally reads what the relay program has matched.
-func readTally(m *mapSet, e *entry) (*tally, error) {
-	t := &tally{entry: e, out: make([]outputTally, len(e.rule.Out))}
-	perCPU, err := readRuleStats(m, e)
+// readTallies reads what the relay program has matched.
+func readTallies(m *mapSet, entries []*entry) ([]*tally, error) {
+	tallies := make([]*tally, len(entries))
+	err := readRuleStats(m, entries, func(i int, perCPU []bpf.RelayRuleStats) {
+		e := entries[i]
+		t := &tally{entry: e, out: make([]outputTally, len(e.rule.Out))}
+		for _, c := range perCPU {
+			t.matched.add(c.Packets, c.Bytes)
+			t.handed.add(c.HandedPackets, c.HandedBytes)
+			t.copies.add(copyReason(e), Counter{c.CopiesPackets, c.CopiesBytes})
+			t.lastSeen = max(t.lastSeen, c.LastSeenNs)
+		}
+		tallies[i] = t
+	})
 	if err != nil {
 		return nil, err
 	}
-	for _, c := range perCPU {
-		t.matched.add(c.Packets, c.Bytes)
-		t.handed.add(c.HandedPackets, c.HandedBytes)
-		t.copies.add(copyReason(e), Counter{c.CopiesPackets, c.CopiesBytes})
-		t.lastSeen = max(t.lastSeen, c.LastSeenNs)
+	for _, t := range tallies {
+		if err := t.readLeg(m); err != nil {
+			return nil, err
+		}
 	}
-	return t, nil
+	return tallies, nil
 }
 
 // readSinks reads where packets and copies ended on the kernel path.
 func readSinks(m *mapSet, tallies []*tally) error {
 	byID, byStats := make(map[uint32]*tally, len(tallies)), map[uint32]*outputSink{}
+	// A rule's one output is counted with the rule.
+	var alone []*entry
+	var one, several []*outputSink
+	var indexes []uint32
 	for _, t := range tallies {
 		byID[t.entry.id] = t
-		if len(t.out) == 1 {
-			o := &t.out[0].kernel
-			byStats[t.entry.firstStats] = o
-			perCPU, err := readRuleStats(m, t.entry)
-			if err != nil {
-				return err
-			}
-			for _, c := range perCPU {
-				o.sent.add(c.SentPackets, c.SentBytes)
-			}
-			continue
-		}
 		for slot := range t.out {
-			index := t.entry.firstStats + uint32(slot)
-			o := &t.out[slot].kernel
+			o, index := &t.out[slot].kernel, t.entry.firstStats+uint32(slot)
 			byStats[index] = o
-			var perCPU []bpf.RelayOutputStats
-			if err := m.OutputStats.Lookup(index, &perCPU); err != nil {
-				return fmt.Errorf("read counters of rule %s, output %d: %w", t.entry.rule.Name, slot, err)
-			}
-			for _, c := range perCPU {
-				o.sent.add(c.Packets, c.Bytes)
+			if len(t.out) == 1 {
+				alone, one = append(alone, t.entry), append(one, o)
+			} else {
+				indexes, several = append(indexes, index), append(several, o)
 			}
 		}
+	}
+	err := readRuleStats(m, alone, func(i int, perCPU []bpf.RelayRuleStats) {
+		for _, c := range perCPU {
+			one[i].sent.add(c.SentPackets, c.SentBytes)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	err = eachRow(m.OutputStats, indexes, func(i int, perCPU []bpf.RelayOutputStats) {
+		for _, c := range perCPU {
+			several[i].sent.add(c.Packets, c.Bytes)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("read map output_stats: %w", err)
 	}
 	return readRuleDrops(m.RuleDrops, byID, byStats)
 }

@@ -4,6 +4,7 @@ package interop
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -171,7 +172,9 @@ func (b *browser) size(width, height int64, dark bool) {
 		scheme = "dark"
 	}
 	b.run("size", chromedp.EmulateViewport(width, height), chromedp.Func(func(ctx context.Context, tab *chromedp.Target) error {
-		_, err := cdp.Call(ctx, tab, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
+		_, err := cdp.Call(ctx, tab, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{
+			{Name: "prefers-color-scheme", Value: scheme}, {Name: "prefers-reduced-motion", Value: "reduce"},
+		}})
 		return err
 	}))
 }
@@ -182,6 +185,27 @@ func (b *browser) fits(what string) {
 	if over := eval[int](b, `document.documentElement.scrollWidth - document.documentElement.clientWidth`); over > 0 {
 		b.t.Errorf("%s: the page is %d pixels wider than the window", what, over)
 	}
+}
+
+// past is what the daemon tells of the last minutes.
+type past struct {
+	Step  float64
+	Taken int
+	Rates map[string][]float64
+}
+
+func lastMinutes(t *testing.T, address string) past {
+	t.Helper()
+	answer, err := http.Get("http://" + address + "/v1/live?history")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	var m struct{ History past }
+	if err := json.NewDecoder(answer.Body).Decode(&m); err != nil {
+		t.Fatal(err)
+	}
+	return m.History
 }
 
 const text = `document.body.innerText`
@@ -205,18 +229,41 @@ func TestPage(t *testing.T) {
 `, "--listen", "127.0.0.1:9464", "--token-file", tokenFile)
 	address := forward(t, n.relay, "127.0.0.1:9464")
 	sender := start(ctx, t, n.source, relay.program, "gen", "--rate", "200", "--duration", "3m", "239.10.10.10:5004%eth0")
+	const before = 2 // steps of 5 seconds with packets, while nobody looks
+	labtest.Eventually(t, "the daemon knows the last minutes", func() bool {
+		return len(lastMinutes(t, address).Rates["studio-a"]) >= before
+	})
 	b := newBrowser(ctx, t)
 	b.size(1280, 800, false)
 	b.run("open", chromedp.Navigate("http://"+address+"/"))
+	b.until("the rates of before are drawn at once", `document.querySelector('.row[data-rule="studio-a"] polyline')`)
+	points := strings.Fields(eval[string](b, `document.querySelector('.row[data-rule="studio-a"] polyline').getAttribute("points")`))
+	above := 0
+	for _, p := range points {
+		if x, y, ok := strings.Cut(p, ","); ok && x <= "120.0" && y != "22.0" { // 22 is the line of zero
+			above++
+		}
+	}
+	if above < before {
+		t.Errorf("%d points with packets, want %d: %s", above, before, points)
+	}
 	b.until("the page is live", `document.getElementById("connection").textContent === "live"`)
 	b.until("all rules are shown", `document.querySelectorAll(".row").length === 3`)
 	all, err := control.NewClient(relay.socket).Rules(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
+	b.until("what drops is said to", `document.querySelector('.row[data-rule="studio-a"]').textContent.includes("dropping")`)
+	if first := eval[string](b, `document.querySelector('.row[data-at="0"]').dataset.rule`); first != "studio-a" {
+		t.Errorf("rule %s stands at the top", first)
+	}
 	for _, r := range all {
 		row := eval[string](b, fmt.Sprintf(`document.querySelector('.row[data-rule="%s"]').textContent`, r.Name))
-		for _, want := range []string{r.Name, r.State, r.Reason} {
+		state := r.State
+		if r.Name == "studio-a" {
+			state = "dropping" // at the output that has a rate
+		}
+		for _, want := range []string{r.Name, state, r.Reason} {
 			if !strings.Contains(row, want) {
 				t.Errorf("row of %s has no %q: %s", r.Name, want, row)
 			}

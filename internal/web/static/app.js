@@ -1,6 +1,6 @@
 // The page: what is at the top, and which section is shown.
 import { h, state, rate, bits, count, ago, sum } from "./dom.js";
-import { Live } from "./live.js";
+import { Live, condition } from "./live.js";
 import { ask, token, setToken } from "./api.js";
 import { rulesPage } from "./rules.js";
 import { rulePage } from "./rule.js";
@@ -29,15 +29,18 @@ live.addEventListener("change", () => {
 
 function totals() {
 	const s = live.status;
-	const all = { packets: 0, bits: 0, sent: 0, drops: 0 };
+	const all = { packets: 0, bits: 0, sent: 0, drops: 0, dropping: 0, silent: 0 };
 	let known = false;
 	for (const r of live.rules.values()) {
+		const is = condition(r);
+		if (is in all) all[is]++;
 		if (!r.rates) continue;
 		known = true;
 		all.packets += r.rates.packets; all.bits += r.rates.bits; all.sent += r.rates.sent; all.drops += r.rates.drops;
 	}
 	const items = [["Rules", s.rules], ["active", s.active, "active"], ["pending", s.pending, s.pending ? "pending" : ""], ["failed", s.failed, s.failed ? "failed" : ""],
-		["In", known ? `${rate(all.packets)}, ${bits(all.bits)}` : "–"], ["Out", known ? rate(all.sent) : "–"], ["Dropped", known ? rate(all.drops) : "–", all.drops > 0 ? "bad" : ""], ["Version", s.version], ["Started", ago(s.started)]];
+		all.dropping && ["dropping", all.dropping, "dropping"], all.silent && ["silent", all.silent, "silent"],
+		["In", known ? `${rate(all.packets)}, ${bits(all.bits)}` : "–"], ["Out", known ? rate(all.sent) : "–"], ["Dropped", known ? rate(all.drops) : "–", all.drops > 0 ? "bad" : ""], ["Version", s.version], ["Started", ago(s.started)]].filter(Boolean);
 	document.getElementById("totals").replaceChildren(...items.map(([k, v, kind]) => h("div", {}, h("dt", {}, k), h("dd", { class: kind ?? "" }, v))));
 	const warnings = document.getElementById("warnings");
 	warnings.hidden = s.warnings.length === 0;

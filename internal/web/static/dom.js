@@ -59,12 +59,17 @@ export function ago(when, now = Date.now()) {
 
 export const state = (s) => h("span", { class: "state " + s }, s.replace("_", " "));
 
-export const sum = (drops) => (drops ?? []).reduce((n, d) => n + d.packets, 0);
+// lost are the drops that are missing at an output: what another input of the rule brings is not.
+export const lost = (drops) => (drops ?? []).filter((d) => d.packets > 0 && d.reason !== "duplicate" && d.reason !== "standby");
 
-// spark draws the rates of the last minutes.
-export function spark(history) {
-	const values = history.slice(-60);
+export const sum = (drops) => lost(drops).reduce((n, d) => n + d.packets, 0);
+
+const points = 60;
+
+// spark draws the rates of the last minutes, and the one of now at its right end.
+export function spark(history, now) {
+	const values = [...history, ...(now === undefined || now === null ? [] : [now])].slice(-points - 1);
 	const top = Math.max(1e-9, ...values);
-	const points = values.map((v, i) => `${(i * 120 / 59).toFixed(1)},${(22 - 20 * v / top).toFixed(1)}`).join(" ");
-	return svg("svg", { class: "spark", viewBox: "0 0 120 24", "aria-hidden": "true" }, values.length > 1 && svg("polyline", { points }));
+	const line = values.map((v, i) => `${(120 * (points - values.length + 1 + i) / points).toFixed(1)},${(22 - 20 * v / top).toFixed(1)}`).join(" ");
+	return svg("svg", { class: "spark", viewBox: "0 0 120 24", "aria-hidden": "true" }, values.length > 1 && svg("polyline", { points: line }));
 }

@@ -1,12 +1,13 @@
 // What the daemon does now: all rules with their rates, kept up to date by server-sent events, or by asking again
 // and again where these do not get through.
 
-const kept = 300; // rates of each rule that are remembered
+const kept = 60; // rates of each rule that are remembered, a step apart
 const quiet = 25000; // ms without a word after which a stream is taken for dead
 const first = 5000; // ms in which a stream must begin: a proxy may accept it and hold back what it says
 
 export class Live extends EventTarget {
-	rules = new Map(); // by name: what the daemon says, with rates and history
+	rules = new Map(); // by name: what the daemon says, with rates and history: packets per second in each step
+	step = 5; // seconds
 	status = null;
 	connection = "connecting";
 	#last = null; // the message before
@@ -15,6 +16,8 @@ export class Live extends EventTarget {
 	#begun = false; // the stream has said something
 	#failures = 0;
 	#timer = 0;
+	#stepped = 0; // when the newest step of the history ended
+	#took = 0; // when the last message came
 
 	start() {
 		document.addEventListener("visibilitychange", () => document.hidden ? this.#stop() : this.#open());
@@ -60,7 +63,9 @@ export class Live extends EventTarget {
 	// poll asks once, and tries the stream again now and then.
 	async #poll() {
 		try {
-			const answer = await fetch("v1/live", { signal: AbortSignal.timeout(20000) });
+			// The daemon's history is asked for where the page's own has a gap.
+			const gap = Date.now() - this.#took > 2000 * this.step;
+			const answer = await fetch(gap ? "v1/live?history" : "v1/live", { signal: AbortSignal.timeout(20000) });
 			if (!answer.ok) throw new Error(answer.statusText);
 			this.#take(await answer.json(), "polling");
 		} catch {
@@ -86,32 +91,72 @@ export class Live extends EventTarget {
 	}
 
 	#take(m, how) {
-		this.#heard = Date.now();
+		this.#heard = this.#took = Date.now();
 		const time = new Date(m.time).getTime();
 		// A daemon that was started anew counts on: its counters are the kernel's.
 		const seconds = this.#last ? (time - this.#last.time) / 1000 : 0;
 		const names = new Set();
 		for (const r of m.rules) {
 			const old = this.rules.get(r.name);
-			this.rules.set(r.name, Object.assign(old ?? { counters: null, rates: null, history: [] }, { reason: "", path: "" }, r));
+			this.rules.set(r.name, Object.assign(old ?? { counters: null, rates: null, history: [], stepped: 0, idle: 0, dropless: dropping }, { reason: "", path: "" }, r));
 			if (m.all) names.add(r.name);
 		}
 		for (const name of m.gone ?? []) this.rules.delete(name);
+		if (m.history) this.step = m.history.step;
+		const since = this.#stepped ? (time - this.#stepped) / 1000 : 0; // seconds
+		const steps = Math.floor(since / this.step);
 		for (const [name, r] of this.rules) {
 			if (m.all && !names.has(name)) { this.rules.delete(name); continue; }
-			const now = m.counters[name] ?? (m.all ? [0, 0, 0, 0, 0] : r.counters);
-			if (r.counters && seconds > 0.2 && seconds < 120) {
-				// A counter that runs backwards is of another rule of this name.
-				const d = now.map((n, i) => Math.max(0, n - r.counters[i]) / seconds);
-				r.rates = { packets: d[0], bits: 8 * d[1], sent: d[2], sentBits: 8 * d[3], drops: d[4] };
-				r.history.push(d[0]);
-				if (r.history.length > kept) r.history.shift();
-			} else if (seconds >= 120) r.rates = null;
+			const now = m.counters[name] ?? (m.all ? null : r.counters) ?? [0, 0, 0, 0, 0];
+			const before = r.counters;
 			r.counters = now;
+			if (before && seconds > 0.2 && seconds < 120) {
+				// A counter that runs backwards is of another rule of this name.
+				const d = now.map((n, i) => Math.max(0, n - before[i]) / seconds);
+				r.rates = { packets: d[0], bits: 8 * d[1], sent: d[2], sentBits: 8 * d[3], drops: d[4] };
+				r.idle = d[0] > 0 ? 0 : r.idle + seconds;
+				r.dropless = d[4] > 0 ? 0 : r.dropless + seconds;
+			} else if (seconds >= 120) r.rates = null;
+			if (m.history) remember(r, m.history, steps);
+			else if (steps > 0) push(r.history, Array(Math.min(steps, kept)).fill(before ? Math.max(0, now[0] - r.stepped) / since : 0));
+			if (m.history || steps > 0 || !this.#stepped) r.stepped = now[0];
 		}
+		if (m.history || steps > 0 || !this.#stepped) this.#stepped = time;
 		this.#last = { time, every: m.every };
 		Object.assign(this, { status: m.status, drops: m.drops, unsent: m.unsent, lost: m.lost, time });
 		this.#say(how);
 		this.dispatchEvent(new Event("change"));
 	}
+}
+
+function push(history, rates) {
+	history.push(...rates);
+	history.splice(0, history.length - kept);
+}
+
+// remember takes what the daemon knows of a rule's last minutes, the last steps of which the page has not seen. What
+// the daemon is too young for the page may have.
+function remember(r, history, steps) {
+	const rates = history.rates[r.name] ?? [];
+	r.history.splice(r.history.length - Math.max(0, history.taken - steps));
+	push(r.history, [...Array(history.taken - rates.length).fill(0), ...rates]);
+	if (rates.length && !rates.at(-1)) r.idle = (rates.length - 1 - rates.findLastIndex((rate) => rate > 0)) * history.step;
+	else if (!rates.length) r.idle = history.taken * history.step;
+}
+
+const silence = 10, dropping = 10; // seconds
+
+// condition is a rule's state, or what is wrong with one that is active.
+export function condition(r) {
+	if (r.state !== "active") return r.state;
+	if (r.dropless < dropping) return "dropping";
+	return r.counters?.[0] > 0 && r.idle >= silence ? "silent" : "active";
+}
+
+const ranks = ["failed", "looping", "dropping", "silent", "active"];
+
+// trouble ranks rules: the less, the sooner somebody should look.
+export function trouble(r) {
+	const rank = ranks.indexOf(condition(r));
+	return rank < 0 ? 2.5 : rank; // what waits
 }

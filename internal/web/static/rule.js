@@ -1,5 +1,5 @@
 // One rule: the way of its packets as a drawing, its outputs, drops, memberships and events.
-import { h, svg, state, rate, bits, bytes, count, ago, spark, sum } from "./dom.js";
+import { h, svg, state, rate, bits, bytes, count, ago, spark, lost, sum } from "./dom.js";
 import { ask, getRule, token } from "./api.js";
 import { eventList } from "./events.js";
 import { removeRule } from "./edit.js";
@@ -58,7 +58,7 @@ export function rulePage(live, main, name) {
 				h("button", { type: "button", onclick: () => { location.hash = "#/edit/" + encodeURIComponent(name); } }, "Edit"),
 				h("button", { type: "button", onclick: () => removeRule(r) }, "Delete")) || "",
 			h("div", { class: "wide" }, drawing(r, rates)),
-			spark(live.rules.get(name)?.history ?? []),
+			spark(live.rules.get(name)?.history ?? [], rates.packets),
 			h("div", { class: "wide" }, h("table", {}, h("caption", {}, "Outputs"),
 				h("thead", {}, h("tr", {}, ["Slot", "Output", "State", "Next hop"].map((t) => h("th", { scope: "col" }, t)), ["Packets", "Bytes", "Now", "Dropped"].map((t) => h("th", { scope: "col", class: "num" }, t)))),
 				h("tbody", {}, r.outputs.map((o, i) => h("tr", {}, h("td", {}, o.slot), h("td", {}, o.output), h("td", {}, state(o.state), o.reason && h("div", {}, o.reason)),
@@ -83,18 +83,18 @@ function drawing(r, rates) {
 	const middle = h0 + rows * step / 2 - 24;
 	const box = (x, y, w, lines) => svg("g", {}, svg("rect", { x, y, width: w, height: 48, rx: 6 }),
 		lines.map(([text, kind], i) => svg("text", { x: x + 10, y: y + 20 + 18 * i, class: kind }, text)));
-	const lost = sum(r.drops);
-	const label = `${r.in} by path ${r.used_path || "none"}: ${count(r.matched.packets)} packets matched, ${count(lost)} dropped before copying. ` +
+	const dropped = sum(r.drops);
+	const label = `${r.in} by path ${r.used_path || "none"}: ${count(r.matched.packets)} packets matched, ${count(dropped)} dropped before copying. ` +
 		r.outputs.map((o) => `Slot ${o.slot} ${o.output}: ${o.state}, ${count(o.sent.packets)} sent, ${count(sum(o.drops))} dropped.`).join(" ");
 	return svg("svg", { class: "way", viewBox: `0 0 980 ${height}`, role: "img", "aria-label": label },
 		svg("path", { d: `M300 ${middle + 24} H390`, class: r.used_path ? "" : "off" }),
 		box(10, middle, 290, [[cut(r.in, 40), ""], [`${rate(rates.packets, " packets/s")}, ${bits(rates.bytes === null ? null : 8 * rates.bytes)}`, "small"]]),
 		box(390, middle, 150, [[r.used_path ? "path " + r.used_path : r.state, ""], [`${count(r.matched.packets)} matched`, "small"]]),
-		lost > 0 ? [svg("path", { d: `M465 ${middle + 48} v12`, class: "drop" }),
-			svg("text", { x: 390, y: middle + 74, class: "lost" }, cut(`${count(lost)} dropped: ${r.drops.filter((d) => d.packets).map((d) => d.reason).join(", ")}`, 40))] : [],
+		dropped > 0 ? [svg("path", { d: `M465 ${middle + 48} v12`, class: "drop" }),
+			svg("text", { x: 390, y: middle + 74, class: "lost" }, cut(`${count(dropped)} dropped: ${lost(r.drops).map((d) => d.reason).join(", ")}`, 40))] : [],
 		r.outputs.map((o, i) => {
 			const y = h0 + i * step, dropped = sum(o.drops), on = o.state === "active";
-			const more = dropped > 0 ? [`${on ? rate(rates.outputs[i].sent, " packets/s") + ", " : ""}${count(dropped)} dropped: ${cut(o.drops.filter((d) => d.packets).map((d) => d.reason).join(", "), 24)}`, "lost"] : on ? [`${rate(rates.outputs[i].sent, " packets/s")}, ${count(o.sent.packets)} sent`, "small"] : [cut(o.reason ?? o.state, 46), "lost"];
+			const more = dropped > 0 ? [`${on ? rate(rates.outputs[i].sent, " packets/s") + ", " : ""}${count(dropped)} dropped: ${cut(lost(o.drops).map((d) => d.reason).join(", "), 24)}`, "lost"] : on ? [`${rate(rates.outputs[i].sent, " packets/s")}, ${count(o.sent.packets)} sent`, "small"] : [cut(o.reason ?? o.state, 46), "lost"];
 			return [svg("path", { d: `M540 ${middle + 24} C580 ${middle + 24} 590 ${y + 24} 630 ${y + 24}`, class: on ? "" : "off" }), box(630, y, 340, [[cut(`${o.slot}: ${o.output}`, 46), ""], more])];
 		}));
 }

@@ -1,14 +1,15 @@
 // The list of rules: only the rows in view exist.
 import { h, state, rate, bits, spark } from "./dom.js";
+import { condition, trouble } from "./live.js";
 
 const columns = [
-	["name", "Name", (r) => r.name], ["state", "State", (r) => r.state], ["in", "Input", (r) => r.in], ["path", "Path", (r) => r.path],
+	["name", "Name", (r) => r.name], ["state", "State", trouble], ["in", "Input", (r) => r.in], ["path", "Path", (r) => r.path],
 	["pps", "Packets", (r) => r.rates?.packets ?? -1], ["bps", "Bit rate", (r) => r.rates?.bits ?? -1], ["drops", "Dropped", (r) => r.rates?.drops ?? -1],
 ];
 const numbers = new Set(["pps", "bps", "drops"]);
 
-// What was searched and sorted stays when one comes back.
-const view = { text: "", state: "", by: "name", down: false, top: 0, at: 0 };
+// What was searched and sorted stays when one comes back. What needs somebody stands at the top.
+const view = { text: "", state: "", by: "state", down: false, top: 0, at: 0 };
 
 export function rulesPage(live, main) {
 	const found = h("p", { class: "dim", role: "status", "aria-live": "polite" });
@@ -28,8 +29,9 @@ export function rulesPage(live, main) {
 		shown = [];
 		const counts = new Map();
 		for (const r of live.rules.values()) {
-			counts.set(r.state, (counts.get(r.state) ?? 0) + 1);
-			if (view.state && r.state !== view.state) continue;
+			const is = condition(r);
+			counts.set(is, (counts.get(is) ?? 0) + 1);
+			if (view.state && is !== view.state) continue;
 			if (text && !(r.name + " " + r.in + " " + r.out.join(" ") + " " + r.reason).toLowerCase().includes(text)) continue;
 			shown.push(r);
 		}
@@ -76,13 +78,13 @@ export function rulesPage(live, main) {
 			const row = h("div", { class: "row", role: "row", "aria-rowindex": at + 2, tabindex: at === view.at ? 0 : -1, "data-at": at, "data-rule": r.name,
 				title: r.reason || null, onclick: () => open(r) },
 				h("div", { role: "gridcell", class: "c-name" }, h("a", { href: "#/rules/" + encodeURIComponent(r.name), tabindex: -1 }, r.name)),
-				h("div", { role: "gridcell", class: "c-state" }, state(r.state)),
+				h("div", { role: "gridcell", class: "c-state" }, state(condition(r))),
 				h("div", { role: "gridcell", class: "c-in" }, r.reason ? h("span", { class: r.state === "failed" ? "bad" : "pending" }, r.reason) : `${r.in} → ${r.out.length}`),
 				h("div", { role: "gridcell", class: "c-path" }, r.path || "–"),
 				h("div", { role: "gridcell", class: "c-pps num" }, rate(r.rates?.packets)),
 				h("div", { role: "gridcell", class: "c-bps num" }, bits(r.rates?.bits)),
 				h("div", { role: "gridcell", class: "c-drops num" + (r.rates?.drops > 0 ? " bad" : "") }, rate(r.rates?.drops)),
-				h("div", { role: "gridcell", class: "c-spark" }, spark(r.history)));
+				h("div", { role: "gridcell", class: "c-spark" }, spark(r.history, r.rates?.packets)));
 			row.style.transform = `translateY(${at * rowHeight}px)`;
 			return row;
 		}));
