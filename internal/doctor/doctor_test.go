@@ -371,3 +371,31 @@ func TestFaults(t *testing.T) {
 		})
 	}
 }
+
+// TestKernelCheck: what the check kernel says is what this kernel lacks, by its release: Linux 6.1 lacks what came with 6.6.
+func TestKernelCheck(t *testing.T) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		t.Fatal(err)
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		t.Fatalf("%s: %v", release, err)
+	}
+	var found []string
+	r := newPatient(t).examine()
+	for _, f := range r.Sections[0].Findings {
+		if f.Check == "kernel" && f.Level != OK {
+			found = append(found, f.Text)
+		}
+	}
+	want := 0
+	if major < 6 || major == 6 && minor < 6 {
+		want = 2
+	}
+	all := strings.Join(found, "\n")
+	if len(found) != want || want > 0 && (!strings.Contains(all, "reason multi_buffer") || !strings.Contains(all, "host's stack") || !strings.Contains(all, "Linux "+release)) {
+		t.Errorf("on Linux %s: %q", release, found)
+	}
+}

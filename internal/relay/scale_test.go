@@ -254,3 +254,37 @@ func TestLooksBesideTheLoop(t *testing.T) {
 	})
 	labtest.Eventually(t, "another look is done", func() bool { _, took := looked(); return took != time.Hour })
 }
+
+// BenchmarkLooks measures what those who look cost the control loop, with 10,000 rules of four outputs: Stats of
+// each scrape and of pages, Matched of the page's history.
+func BenchmarkLooks(b *testing.B) {
+	p := newPlace(b)
+	p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1<<14, 1<<16
+	r := p.start()
+	const many = 10_000
+	all := scaleRules(many, many)
+	for i := range all {
+		all[i].Out = nil
+		for slot := range 4 {
+			group := netip.AddrFrom4([4]byte{239, byte(100 + slot), byte(i >> 8), byte(i)})
+			all[i].Out = append(all[i].Out, rules.Output{Interface: []string{"out0", "out1"}[slot%2], Address: group, Port: 6000})
+		}
+	}
+	apply(b, r, all)
+	b.Run("stats", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if s, err := r.Stats(b.Context()); err != nil || len(s.Rules) != many {
+				b.Fatal(len(s.Rules), err)
+			}
+		}
+	})
+	b.Run("matched", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if m, err := r.Matched(b.Context()); err != nil || len(m) != many {
+				b.Fatal(len(m), err)
+			}
+		}
+	})
+}

@@ -204,7 +204,7 @@ func nextFlow(i, rules, flows int) int {
 
 // measure runs a program many times on one frame. The program meets the frame as it
 // has left it, so the rules send to a group that one of them matches.
-func measure(b *testing.B, p *ebpf.Program, index int, frame []byte, repeat, want uint32) time.Duration {
+func measure(b testing.TB, p *ebpf.Program, index int, frame []byte, repeat, want uint32) time.Duration {
 	b.Helper()
 	opts := ebpf.RunOptions{Data: frame, Context: xdpContext{DataEnd: uint32(len(frame)), IngressIfindex: uint32(index)}, Repeat: repeat}
 	start := time.Now()
