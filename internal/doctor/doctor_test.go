@@ -2,13 +2,16 @@ package doctor
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -25,6 +28,8 @@ import (
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/network"
 	"xdpcast/pkg/loader"
+	"xdpcast/pkg/membership"
+	"xdpcast/pkg/packet"
 )
 
 func TestMain(m *testing.M) { labtest.Main(m) }
@@ -39,6 +44,10 @@ type patient struct {
 	groups       []control.Group
 	stats        control.Stats
 	opts         Options
+	// before is called on the thread that gathers, which ends then.
+	before func() error
+	// between is called while the doctor waits for its second reading.
+	between func()
 }
 
 func (p *patient) Status(context.Context) (control.Status, error) {
@@ -71,7 +80,13 @@ func newPatient(t testing.TB) *patient {
 	p.groups = []control.Group{{Interface: "in0", Group: "239.1.1.1", Source: "10.1.0.2", State: control.GroupJoined, Rules: []string{"cam1"}, Multicast: control.Multicast{Version: "IGMPv3", Querier: "10.1.0.254"}}}
 	p.rule(testInput)
 	p.opts = Options{Daemon: p, PinDir: p.status.PinDir, Apart: time.Millisecond, Root: os.DirFS("/")}
-	p.opts.Stats = func(context.Context) (control.Stats, error) { return p.stats, nil }
+	reading := 0
+	p.opts.Stats = func(context.Context) (control.Stats, error) {
+		if reading++; reading == 3 && p.between != nil { // of the rules, and of the counters twice
+			p.between()
+		}
+		return p.stats, nil
+	}
 	return p
 }
 
@@ -90,16 +105,77 @@ func bpfFileSystem(t testing.TB) string {
 	return dir
 }
 
-// processIn starts a process in a host that does nothing, for the daemon's.
-func processIn(t testing.TB, h *lab.Host) int {
+// processIn starts a process in a host that does nothing, for the daemon's, by a command that becomes it.
+func processIn(t testing.TB, h *lab.Host, command ...string) int {
 	t.Helper()
-	cmd := exec.Command("sleep", "600")
+	command = append(command, "sleep", "600")
+	cmd := exec.Command(command[0], command[1:]...)
 	labtest.Do(t, h, cmd.Start)
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
+	labtest.Eventually(t, "the process runs", func() bool {
+		name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", cmd.Process.Pid))
+		return err == nil && string(name) == "sleep\n"
+	})
 	return cmd.Process.Pid
+}
+
+// process has the daemon be a process that was started by a command, such as setpriv(1).
+func (p *patient) process(command ...string) {
+	p.t.Helper()
+	p.status.PID = processIn(p.t, p.relay, command...)
+}
+
+// files is how many file descriptors the daemon's process has open, with those of the test's own parents.
+func (p *patient) files() uint64 {
+	p.t.Helper()
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.status.PID))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return uint64(len(open))
+}
+
+// limit lowers a limit of the daemon's process.
+func (p *patient) limit(resource int, to uint64) {
+	p.t.Helper()
+	if err := unix.Prlimit(p.status.PID, resource, &unix.Rlimit{Cur: to, Max: to}, nil); err != nil {
+		p.t.Fatalf("prlimit: %v", err)
+	}
+}
+
+// tooLong has out0 give up a packet: its peer takes no such length.
+func (p *patient) tooLong() {
+	p.t.Helper()
+	if err := p.other.Netlink().LinkSetMTU(labtest.Link(p.t, p.other, "sink0"), 1000); err != nil {
+		p.t.Fatal(err)
+	}
+	group := netip.MustParseAddr("239.2.1.1")
+	frame := packet.Frame{DstMAC: packet.MulticastMAC(group), Src: netip.MustParseAddr("10.2.0.1"), Dst: group, TTL: 1, Payload: make([]byte, 1200)}
+	labtest.NewTap(p.t, p.relay, "out0").Send(frame.Build())
+}
+
+// igmp2Query is a general query of IGMPv2 (RFC 2236, section 2) from src0.
+func igmp2Query() []byte {
+	igmp := []byte{0x11, 100, 0, 0, 0, 0, 0, 0}
+	ip := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 1, unix.IPPROTO_IGMP, 0, 0, 10, 1, 0, 2, 224, 0, 0, 1}
+	binary.BigEndian.PutUint16(igmp[2:], checksum(igmp))
+	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+	return slices.Concat([]byte{1, 0, 0x5e, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0}, ip, igmp)
+}
+
+// checksum is that of RFC 1071, of an even number of bytes.
+func checksum(b []byte) uint16 {
+	sum := uint32(0)
+	for ; len(b) > 0; b = b[2:] {
+		sum += uint32(binary.BigEndian.Uint16(b))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
 }
 
 // rule has the relay relay another input.
@@ -115,6 +191,11 @@ func (p *patient) examine() Report {
 	p.t.Helper()
 	var r Report
 	labtest.Do(p.t, p.relay, func() error {
+		if p.before != nil {
+			if err := p.before(); err != nil {
+				return err
+			}
+		}
 		facts, err := Gather(p.t.Context(), p.opts)
 		if err == nil {
 			r = Diagnose(facts)
@@ -160,13 +241,6 @@ func (o over) ReadLink(name string) (string, error) { return fs.ReadLink(o.below
 
 // Lstat implements fs.ReadLinkFS.
 func (o over) Lstat(name string) (fs.FileInfo, error) { return fs.Lstat(o.below, name) }
-
-func (p *patient) own(name string) string { return fmt.Sprintf("proc/%d/%s", p.status.PID, name) }
-
-// capabilities has the process have these.
-func (p *patient) capabilities(effective uint64) {
-	p.file(p.own("status"), fmt.Sprintf("Name:\txdpcast\nCapEff:\t%016x\n", effective))
-}
 
 func nft(t testing.TB, h *lab.Host, script string) {
 	t.Helper()
@@ -325,19 +399,60 @@ var faults = []struct {
 		p.groups[0].State, p.groups[0].Cause = control.GroupRetrying, "socket: too many open files"
 	},
 		"host", "memberships", Fault, "1 group is not joined: socket: too many open files", "LimitNOFILE"},
-	{"capabilities are missing", func(p *patient) { p.capabilities(0) },
+	{"capabilities are missing", func(p *patient) { p.process("setpriv", "--bounding-set=-all", "--inh-caps=-all") },
 		"host", "capabilities", Fault, "CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN", "AmbientCapabilities"},
+	{"a capability of two paths is missing", func(p *patient) { p.process("setpriv", "--bounding-set=-net_raw", "--inh-caps=-all") },
+		"host", "capabilities", Warning, "lacks CAP_NET_RAW: the paths afxdp and fanout do not work", "AmbientCapabilities=CAP_NET_RAW"},
+	{"file descriptors have run out", func(p *patient) { p.limit(unix.RLIMIT_NOFILE, p.files()) },
+		"host", "descriptors", Fault, "file descriptors open; 20 groups take one: joins fail", "LimitNOFILE="},
 	{"file descriptors run out", func(p *patient) {
-		p.file(p.own("limits"), "Max open files            3                    8                    files     \nMax locked memory         unlimited            unlimited            bytes     \n")
-	}, "host", "descriptors", Fault, "of 3 file descriptors open", "LimitNOFILE="},
+		p.process("sh", "-c", `for n in 3 4 5 6 7 8 9; do eval "exec $n</dev/null"; done; exec "$@"`, "sh")
+		p.limit(unix.RLIMIT_NOFILE, p.files()+1)
+	}, "host", "descriptors", Warning, "file descriptors open; 20 groups take one", "LimitNOFILE="},
 	{"memory may not be locked", func(p *patient) {
-		p.capabilities((1<<41 - 1) &^ (1 << unix.CAP_IPC_LOCK))
-		p.file(p.own("limits"), "Max open files            400000               400000               files     \nMax locked memory         65536                65536                bytes     \n")
+		p.process("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-all")
+		p.limit(unix.RLIMIT_MEMLOCK, 64<<10)
 	}, "host", "memlock", Warning, "may lock 64 kB", "LimitMEMLOCK"},
-	{"a time namespace", func(p *patient) {
-		p.file(p.own("timens_offsets"), "monotonic        3600         0\nboottime            0         0\n")
-	},
+	{"a time namespace", func(p *patient) { p.process("unshare", "--time", "--monotonic=3600") },
 		"host", "clock", Warning, "is off by 1h0m0s", "nsenter -t 1 -T"},
+	{"a BPF file system of a mount namespace", func(p *patient) {
+		dir := p.t.(*testing.T).TempDir()
+		p.status.PinDir = filepath.Join(dir, "xdpcast")
+		p.before = func() error {
+			return errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+				unix.Mount("bpf", dir, "bpf", 0, "mode=700"), os.Mkdir(p.status.PinDir, 0o700))
+		}
+	}, "host", "bpffs", Warning, "is mounted in this mount namespace alone", "nsenter --net="},
+	{"a querier of another version", func(p *patient) {
+		labtest.NewTap(p.t, p.other, "src0").Send(igmp2Query())
+		labtest.Eventually(p.t, "the kernel speaks it", func() bool {
+			versions := map[int]int{}
+			labtest.Do(p.t, p.relay, func() (err error) { versions, err = membership.IGMPVersions(); return err })
+			return versions[labtest.Index(p.t, p.relay, "in0")] == 2
+		})
+	}, "interface in0", "igmp", Warning, "the querier on in0 speaks IGMPv2", "IGMPv3"},
+	{"an IGMP version is forced, and no source named", func(p *patient) {
+		labtest.Sysctl(p.t, p.relay, "net/ipv4/conf/in0/force_igmp_version", "2")
+		p.rule("239.1.1.1:5000%in0")
+	}, "interface in0", "igmp", Warning, "IGMPv2 is forced on in0: no source can be named", "sysctl -w net.ipv4.conf.in0.force_igmp_version=0"},
+	{"a device gives up packets", func(p *patient) { p.between = p.tooLong },
+		"interface out0", "lost", Fault, "tx_dropped +1", "ethtool -S out0"},
+	{"a device has given up packets", func(p *patient) { p.tooLong() },
+		"interface out0", "lost", Warning, "tx_dropped 1", "ethtool -S out0"},
+	{"an output that sends no redirected frames", func(p *patient) {
+		addLink(p.t, p.relay, &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}})
+		p.stats.Rules[0].Outputs[0].Interface = "br0"
+	}, "interface br0", "transmit", Warning, "the driver of br0 (bridge) does not send redirected frames", "path: auto"},
+	{"a program at the egress", func(p *patient) {
+		labtest.NeedsKernel(p.t, labtest.TCX(p.t), "programs of traffic control by links", "6.6")
+		program := passing(p.t, ebpf.SchedCLS)
+		var lk link.Link
+		labtest.Do(p.t, p.relay, func() (err error) {
+			lk, err = link.AttachTCX(link.TCXOptions{Program: program, Attach: ebpf.AttachTCXEgress, Interface: labtest.Index(p.t, p.relay, "out0")})
+			return err
+		})
+		p.t.Cleanup(func() { lk.Close() })
+	}, "interface out0", "programs", Warning, "egress of out0 has tcx program foreign", "bpftool net"},
 	{"retpolines", func(p *patient) {
 		p.file("sys/devices/system/cpu/vulnerabilities/spectre_v2", "Mitigation: Retpolines; PBRSB-eIBRS: Not affected\n")
 	}, "host", "mitigations", Warning, "spectre_v2: Mitigation: Retpolines", "mitigations=off"},

@@ -2,11 +2,20 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"xdpcast/bpf"
 	"xdpcast/internal/doctor"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -166,4 +175,90 @@ func TestDoctorCounters(t *testing.T) {
 			t.Errorf("%s, %s: %+v", c.section, c.check, f)
 		}
 	}
+}
+
+// TestDoctorAndDaemon: faults that a daemon knows of, each made for real.
+func TestDoctorAndDaemon(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	if err := n.relay.Netlink().LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(n.relay.SetUp("br0", true), n.relay.AddAddr("br0", "10.9.0.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	in := newInstance(t, n.relay)
+	want := func(what, section, name string, level doctor.Level, text, cure string) {
+		t.Helper()
+		last := doctor.Finding{}
+		eventually(t, "the doctor finds "+what, func() string {
+			last = check(in.diagnosis("--for", "100ms"), section, name)
+			if last.Level != level || !strings.Contains(last.Text, text) || !strings.Contains(last.Cure, cure) {
+				return fmt.Sprintf("%+v", last)
+			}
+			return ""
+		})
+	}
+	d := in.start("--mode", "native")
+	in.add("cam1", "239.1.1.1:5000%in0", "239.2.1.1:6000%out0")
+	in.waitState("cam1", "active")
+	want("no querier", "interface in0", "querier", doctor.Warning, "no IGMP querier was heard on in0", "igmp snooping querier")
+
+	in.mustCLI("rule", "add", "late", "--in", "239.1.1.2:5000%absent0", "--out", "239.2.1.1:6000%out0")
+	want("a rule that waits", "host", "daemon", doctor.Warning, "1 rule is pending", "xdpcast rule list")
+	in.mustCLI("rule", "del", "late")
+	want("nothing", "host", "daemon", doctor.OK, "", "")
+
+	in.mustCLI("rule", "add", "bridged", "--in", "239.1.1.3:5000%br0", "--out", "239.2.1.1:6000%out0")
+	want("an interface without the program", "interface br0", "program", doctor.Fault, "the relay program is not on br0", "xdpcast status")
+	in.mustCLI("rule", "del", "bridged")
+
+	d.stop(syscall.SIGTERM)
+
+	// No descriptor is left for the sockets of more groups.
+	file := func(groups int) string {
+		b := strings.Builder{}
+		b.WriteString("rules:\n")
+		for i := range groups {
+			fmt.Fprintf(&b, "  - {name: g%d, in: \"239.3.3.%d:5000%%in0\", out: \"239.4.4.%d:5000%%out0\"}\n", i, i, i)
+		}
+		return in.write("rules.yaml", b.String())
+	}
+	labtest.Sysctl(t, n.relay, "net/ipv4/igmp_max_memberships", "1")
+	d = in.start("--mode", "native", "-c", file(1))
+	in.waitState("g0", "active")
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := uint64(len(open) + 40) // a quarter of which is kept for requests
+	if err := unix.Prlimit(d.cmd.Process.Pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
+		t.Fatal(err)
+	}
+	file(100)
+	in.cli("reload")
+	want("groups that are not joined", "host", "memberships", doctor.Fault, "not joined: ", "LimitNOFILE")
+	d.stop(syscall.SIGKILL)
+	in.mustCLI("unload", "--all")
+
+	d = in.start("--mode", "generic", "-c", file(1))
+	want("generic mode", "interface in0", "native", doctor.Warning, "XDP runs in generic mode on in0", "--mode native")
+	d.stop(syscall.SIGTERM)
+	in.running = nil
+
+	// The pinned state is of another release.
+	labtest.Do(t, n.relay, func() error {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(in.pinDir, "config"), nil)
+		if err != nil {
+			return err
+		}
+		defer m.Close()
+		var config bpf.RelayConfig
+		if err := m.Lookup(uint32(0), &config); err != nil {
+			return err
+		}
+		config.Schema++
+		return m.Put(uint32(0), &config)
+	})
+	want("state of another release", "host", "pinned", doctor.Fault, "schema", "xdpcast unload --all")
 }
