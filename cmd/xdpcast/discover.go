@@ -131,6 +131,12 @@ func discoverNotes(r discover.Result) (notes []string) {
 	if r.Forgotten > 0 {
 		notes = append(notes, fmt.Sprintf("more than %d streams: %d of those that were silent for the longest are left out", discover.MaxStreams, r.Forgotten))
 	}
+	if r.Fragments > 0 {
+		notes = append(notes, fmt.Sprintf("%d fragments behind the first of a datagram, which name no port, are in no stream's rate", r.Fragments))
+	}
+	if r.Unkept > 0 {
+		notes = append(notes, fmt.Sprintf("more than %d announced sessions: %d announcements are left out", discover.MaxSessions, r.Unkept))
+	}
 	return notes
 }
 

@@ -84,6 +84,10 @@ type Result struct {
 	// these; Forgotten counts streams beyond MaxStreams.
 	Missed    uint64 `json:"missed"`
 	Forgotten uint64 `json:"forgotten"`
+	// Fragments counts those behind the first of a datagram, which name no port and are in no stream's rate;
+	// Unkept announcements of sessions beyond MaxSessions.
+	Fragments uint64 `json:"fragments"`
+	Unkept    uint64 `json:"unkept"`
 }
 
 // multicastFilter lets frames pass whose destination has the group bit: on devices with an
@@ -242,6 +246,8 @@ func collect(watchers []*watcher, took time.Duration) Result {
 			r.Missed += stats[0].Dropped
 		}
 		r.Forgotten += w.table.forgotten
+		r.Fragments += w.table.fragments
+		r.Unkept += w.table.sessions.unkept
 		r.Streams = append(r.Streams, w.table.list(took)...)
 		r.Sessions = append(r.Sessions, w.table.sessions.list()...)
 	}

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -174,8 +175,15 @@ func TestStream(t *testing.T) {
 	if got := see(t, fragments...); got.Packets != 1 {
 		t.Errorf("of fragments: %+v", got)
 	}
-	// Unicast, and what is cut short, is no stream.
 	table := newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
+	for _, f := range fragments {
+		table.see(f, len(f))
+	}
+	if n := uint64(len(fragments) - 1); table.fragments != n || n == 0 {
+		t.Errorf("%d fragments are counted, want %d", table.fragments, n)
+	}
+	// Unicast, and what is cut short, is no stream.
+	table = newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
 	unicast := packet.Frame{Src: netip.MustParseAddr("10.0.0.5"), Dst: netip.MustParseAddr("10.0.0.6"), DstPort: 5000, TTL: 17}.Build()
 	table.see(unicast, len(unicast))
 	table.see(frame[:30], len(frame))
@@ -198,6 +206,19 @@ func TestBound(t *testing.T) {
 	}
 	if i := slices.IndexFunc(list, func(s Stream) bool { return s.Port == 5000 }); i < 0 || list[i].Packets != 1000 {
 		t.Error("the busy stream was forgotten")
+	}
+}
+
+// TestSessionsBound: of more sessions than there is room for, the announcements are counted.
+func TestSessionsBound(t *testing.T) {
+	var s sessions
+	for range 2 {
+		for i := range MaxSessions + 3 {
+			s.see(sap(0, uint16(i), []byte(sdp)), "eth0", 0, uint16(i>>16))
+		}
+	}
+	if len(s.list()) != MaxSessions || s.unkept != 6 {
+		t.Errorf("%d sessions are kept, %d announcements not; want %d and 6", len(s.list()), s.unkept, MaxSessions)
 	}
 }
 
@@ -382,4 +403,37 @@ func FuzzPayload(f *testing.F) {
 		}
 		checkRules(t, &r)
 	})
+}
+
+// BenchmarkSee is what a packet costs discover, of one stream and of as many as are kept, and the memory that
+// these take.
+func BenchmarkSee(b *testing.B) {
+	for _, streams := range []int{1, MaxStreams} {
+		b.Run(fmt.Sprintf("streams=%d", streams), func(b *testing.B) {
+			frames := make([][]byte, streams)
+			for i := range frames {
+				frames[i] = udp(netip.AddrFrom4([4]byte{239, byte(i >> 16), byte(i >> 8), byte(i)}).String(), 5000, []byte("unknown"))
+			}
+			used := func() uint64 {
+				var m runtime.MemStats
+				runtime.GC()
+				runtime.ReadMemStats(&m)
+				return m.HeapAlloc
+			}
+			before := used()
+			table := newTable("eth0", MaxStreams, netip.Prefix{}, newTaken(nil))
+			for _, f := range frames {
+				table.see(f, len(f))
+			}
+			kept := used() - before
+			i := 0
+			for b.Loop() {
+				f := frames[i%streams]
+				i++
+				table.see(f, len(f))
+			}
+			b.ReportMetric(float64(kept)/(1<<20), "MB")
+			runtime.KeepAlive(table)
+		})
+	}
 }

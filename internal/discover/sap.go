@@ -36,8 +36,8 @@ type Media struct {
 const (
 	// maxSDP bounds what a compressed announcement may become.
 	maxSDP = 64 << 10
-	// maxSessions bounds how many are kept on an interface, and maxMedia of each.
-	maxSessions = 10_000
+	// MaxSessions bounds how many are kept on an interface, and maxMedia of each.
+	MaxSessions = 10_000
 	maxMedia    = 64
 	// maxText bounds names, in bytes.
 	maxText = 200
@@ -228,7 +228,10 @@ type sessionKey struct {
 }
 
 // sessions are those announced on one interface.
-type sessions struct{ all map[sessionKey]Session }
+type sessions struct {
+	all    map[sessionKey]Session
+	unkept uint64
+}
 
 // see takes over an announcement, or a deletion.
 func (s *sessions) see(payload []byte, ifname string, vlan, outer uint16) {
@@ -245,7 +248,9 @@ func (s *sessions) see(payload []byte, ifname string, vlan, outer uint16) {
 	if s.all == nil {
 		s.all = map[sessionKey]Session{}
 	}
-	if _, known := s.all[k]; known || len(s.all) < maxSessions {
+	if _, known := s.all[k]; !known && len(s.all) >= MaxSessions {
+		s.unkept++
+	} else {
 		s.all[k] = Session{Interface: ifname, VLAN: vlan, OuterVLAN: outer, Name: name, Origin: a.origin, Media: media}
 	}
 }

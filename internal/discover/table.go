@@ -30,6 +30,7 @@ type table struct {
 	taken     *taken
 	streams   *simplelru.LRU[streamKey, *counted]
 	forgotten uint64
+	fragments uint64
 	sessions  sessions
 }
 
@@ -45,8 +46,12 @@ func newTable(ifname string, most int, only netip.Prefix, taken *taken) *table {
 // see counts a frame, if it is for a group. wire is its length before anything was cut.
 func (t *table) see(frame []byte, wire int) {
 	if h, ok := packet.Parse(frame); ok {
-		if h.Part == packet.LaterFragment || !t.wants(h.Dst) {
-			return // a later fragment has no port
+		if !t.wants(h.Dst) {
+			return
+		}
+		if h.Part == packet.LaterFragment {
+			t.fragments++
+			return
 		}
 		payload := frame[h.Payload:min(len(frame), h.L3+h.L3Len)]
 		c := t.count(streamKey{h.VLAN, h.OuterVLAN, h.Src, h.Dst, h.DstPort}, wire, ttlOf(frame, &h))

@@ -1,0 +1,116 @@
+package e2e_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"xdpcast/internal/discover"
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/packet"
+)
+
+// TestDiscoverMisses: what comes faster than discover can look at it is counted, and said; the relay loses nothing
+// by it. discover is stopped for a while, which is how a process that does not get the CPU looks from outside.
+func TestDiscoverMisses(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	in.start()
+	in.add("cam1", "239.1.1.1:5000%in0", "239.2.1.1:6000%out0")
+	in.waitState("cam1", "active")
+	var found discover.Result
+	var stdout, stderr safeBuffer
+	cmd := exec.Command(program, "discover", "-i", "in0", "--for", "1h", "-o", "json")
+	cmd.Env, cmd.Stdout, cmd.Stderr = in.env(), &stdout, &stderr
+	if err := in.host.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill() }()
+	index := labtest.Index(t, n.relay, "in0")
+	eventually(t, "discover looks", func() string {
+		var sockets []byte
+		labtest.Do(t, n.relay, func() (err error) { sockets, err = os.ReadFile("/proc/thread-self/net/packet"); return err })
+		for line := range strings.Lines(string(sockets)) {
+			// sk, users, type, protocol (ETH_P_ALL), interface, running (packet_seq_show of net/packet/af_packet.c)
+			if f := strings.Fields(line); len(f) > 5 && f[3] == "0003" && f[4] == fmt.Sprint(index) && f[5] == "1" {
+				return ""
+			}
+		}
+		return string(sockets)
+	})
+	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	source := labtest.NewTap(t, n.source, "src0")
+	frame := n.frame(t, "239.9.9.9")
+	frame.DstMAC, frame.DstPort, frame.Payload = packet.MulticastMAC(frame.Dst), 5004, make([]byte, 1400)
+	taken := n.frame(t, "239.1.1.1")
+	taken.DstMAC = packet.MulticastMAC(taken.Dst)
+	wire, rule := frame.Build(), taken.Build()
+	const sent = 40_000 // the ring has room for half of them
+	for i := range sent {
+		source.Send(wire)
+		if i%100 == 0 {
+			source.Send(rule)
+		}
+	}
+	if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	// It has read all that the ring holds when it computes no more.
+	used := func() string {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, fields, _ := strings.Cut(string(stat), ") ")
+		return strings.Join(strings.Fields(fields)[11:13], "+") // user and system time
+	}
+	last, since := used(), time.Now()
+	eventually(t, "it has read what there is", func() string {
+		if now := used(); now != last {
+			last, since = now, time.Now()
+		}
+		if time.Since(since) < time.Second {
+			return last
+		}
+		return ""
+	})
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("discover: %v: %s", err, stderr.String())
+	}
+	if err := json.Unmarshal([]byte(stdout.String()), &found); err != nil {
+		t.Fatal(err)
+	}
+	var seen uint64
+	for _, s := range found.Streams {
+		if s.Group == netip.MustParseAddr("239.9.9.9") {
+			seen += s.Packets
+		}
+	}
+	const others = 100 // of the hosts' own groups
+	if missed := sent - seen; seen == 0 || missed == 0 || found.Missed < missed || found.Missed > missed+others {
+		t.Errorf("of %d packets %d were seen, and %d are said to be missed", sent, seen, found.Missed)
+	}
+	if want := fmt.Sprintf("xdpcast: warning: %d packets came faster than they could be looked at: rates are too low by these", found.Missed); !strings.Contains(stderr.String(), want) {
+		t.Errorf("it says %q, want %q", stderr.String(), want)
+	}
+	eventually(t, "the rule has all of its packets", func() string {
+		if s := in.rule("cam1"); s.Matched.Packets != sent/100 || s.Outputs[0].Sent.Packets != sent/100 {
+			return fmt.Sprintf("%+v", s)
+		}
+		return ""
+	})
+}
