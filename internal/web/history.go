@@ -13,9 +13,10 @@ const (
 	historyStep  = 5 * time.Second
 	// historyRules bounds its memory, at about 350 bytes a rule. Beyond, no rates are kept.
 	historyRules = 20_000
-	// historyShare bounds the part of the time that reading may take: 1/historyShare. The steps between two
-	// readings share one rate.
+	// historyShare bounds the part of the time that reading may take: 1/historyShare, but for at most historyLeft steps
+	// without a reading, since a reading may have waited for a relay that is busy. They share one rate.
 	historyShare = 50
+	historyLeft  = 4
 )
 
 // history keeps the rates of the last minutes, so that a page shows them as it is opened. It may be used
@@ -135,7 +136,8 @@ func (h *history) run(ctx context.Context, matched func(context.Context) (map[st
 		if err == nil {
 			h.add(time.Now(), packets)
 		}
-		pause := max(h.step, historyShare*time.Since(began)) - time.Since(began)
+		took := time.Since(began)
+		pause := max(h.step, min(historyShare*took, historyLeft*h.step)) - took
 		select {
 		case <-ctx.Done():
 			return

@@ -569,3 +569,45 @@ func TestTapEnds(t *testing.T) {
 		})
 	}
 }
+
+// TestTapToTshark: the command of the guide, which shows the TTL of a packet that was dropped for it.
+func TestTapToTshark(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("tshark"); err != nil {
+		t.Skip("tshark is not installed: scripts/setup --interop installs it")
+	}
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	in.start()
+	path := "fanout"
+	if traces(t) {
+		path = "kernel"
+	}
+	in.mustCLI("rule", "add", "studio-0041", "--path", path, "--in", "239.1.1.1:5000%in0", "--out", "239.2.1.1:6000%out0,ttl=dec")
+	in.waitState("studio-0041", "active")
+	cmd := exec.Command("sh", "-c", program+" tap studio-0041 --dropped --count 1 -w - | tshark -r - -T fields -e ip.src -e ip.dst -e ip.ttl -e frame.comment")
+	var stdout, stderr safeBuffer
+	cmd.Env, cmd.Stdout, cmd.Stderr = in.env(), &stdout, &stderr
+	if err := in.host.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	source := labtest.NewTap(t, n.source, "src0")
+	frame := n.frame(t, "239.1.1.1")
+	frame.DstMAC, frame.TTL = packet.MulticastMAC(frame.Dst), 1
+	wire := frame.Build()
+	timer := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	for {
+		source.Send(wire)
+		select {
+		case err := <-ended:
+			if want := fmt.Sprintf("%v\t%v\t1\t", frame.Src, frame.Dst); err != nil || !strings.HasPrefix(stdout.String(), want) || !strings.Contains(stdout.String(), "dropped: ttl") {
+				t.Errorf("%q (%v, %s), want %q and why", stdout.String(), err, stderr.String(), want)
+			}
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}

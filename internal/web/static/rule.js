@@ -1,6 +1,7 @@
 // One rule: the way of its packets as a drawing, its outputs, drops, memberships and events.
 import { h, svg, state, rate, bits, bytes, count, ago, spark, lost, sum } from "./dom.js";
 import { ask, getRule, token } from "./api.js";
+import { condition } from "./live.js";
 import { eventList } from "./events.js";
 import { removeRule } from "./edit.js";
 
@@ -47,7 +48,7 @@ export function rulePage(live, main, name) {
 			outputs: r.outputs.map((o, i) => ({ sent: per(o.sent.packets, last?.rule.outputs[i]?.sent.packets), bytes: per(o.sent.bytes, last?.rule.outputs[i]?.sent.bytes),
 				dropped: per(sum(o.drops), last?.rule.outputs[i] && sum(last.rule.outputs[i].drops)) })),
 		};
-		const facts = [["State", state(r.state)], r.reason && ["Reason", r.reason], ["Input", r.in], ["Path", (r.used_path || "none") + " (" + (r.path || "auto") + ")"], ["From", r.origin],
+		const facts = [["State", state(live.rules.has(name) ? condition(live.rules.get(name)) : r.state)], r.reason && ["Reason", r.reason], ["Input", r.in], ["Path", (r.used_path || "none") + " (" + (r.path || "auto") + ")"], ["From", r.origin],
 			["Matched", `${count(r.matched.packets)} packets, ${bytes(r.matched.bytes)}, last ${ago(r.last_seen)}`]].filter(Boolean);
 		for (const i of r.inputs) facts.push([i.input || "On " + i.interface, [state(i.state), " ", i.reason ?? "", i.leg ? h("div", {}, legText(i.leg, r.merge)) : ""]]);
 		for (const alarm of r.stream?.alarms ?? []) facts.push(["Alarm", h("span", { class: "bad" }, alarm)]);
