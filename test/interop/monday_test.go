@@ -74,7 +74,7 @@ func TestMonday(t *testing.T) {
 	labtest.Eventually(t, "top shows all that is in trouble", func() bool {
 		screen = term("capture-pane", "-p")
 		for name, state := range trouble {
-			if !regexp.MustCompile(`(?m)^.`+name+" +"+state+" ").MatchString(screen) {
+			if !regexp.MustCompile(`(?m)^.` + name + " +" + state + " ").MatchString(screen) {
 				return false
 			}
 		}
