@@ -239,15 +239,18 @@ func (t *Tap) Run(ctx context.Context, w *tap.Writer, extra func() uint64) error
 	for n := 0; ; n++ {
 		// The clock costs more than most of what follows.
 		if n%64 == 0 && time.Now().After(next) {
-			if err := t.refresh(); err != nil {
+			if err := t.refresh(w); err != nil {
 				return err
 			}
 			lost := t.Lost()
 			if extra != nil {
 				lost += extra()
 			}
-			if more, err := w.Flush(lost); err != nil || !more || ctx.Err() != nil {
+			if more, err := w.Flush(lost); err != nil || !more {
 				return err
+			}
+			if ctx.Err() != nil {
+				return t.drain(w)
 			}
 			next = time.Now().Add(tap.HoldTime)
 			t.reader.SetDeadline(next)
@@ -262,6 +265,30 @@ func (t *Tap) Run(ctx context.Context, w *tap.Writer, extra func() uint64) error
 			t.add(record.RawSample, w)
 		}
 	}
+}
+
+// drain ends the programs, and adds what they have left in the rings.
+func (t *Tap) drain(w *tap.Writer) error {
+	var errs []error
+	for _, lk := range t.links {
+		errs = append(errs, lk.Close())
+	}
+	t.links = nil
+	var record perf.Record
+	t.reader.SetDeadline(time.Now())
+	// The first deadline may be an older one, of rings that were read before.
+	for deadlines := 0; deadlines < 2; {
+		err := t.reader.ReadInto(&record)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			deadlines++
+		case err != nil:
+			return errors.Join(append(errs, fmt.Errorf("read tap ring: %w", err))...)
+		case record.LostSamples == 0:
+			t.add(record.RawSample, w)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Lost is how many packets there was no room for.
@@ -290,7 +317,7 @@ func (t *Tap) InForce() (outputs int, userSpace bool) {
 }
 
 // refresh follows what has changed.
-func (t *Tap) refresh() error {
+func (t *Tap) refresh(w *tap.Writer) error {
 	if since := time.Since(t.looked); since < tapLookEvery || since < tapLookShare*t.took {
 		return nil
 	}
@@ -299,7 +326,7 @@ func (t *Tap) refresh() error {
 		return err
 	}
 	if !same {
-		if err := t.detach(); err != nil {
+		if err := errors.Join(t.drain(w), t.detach()); err != nil {
 			return err
 		}
 		if err := t.trace(); err != nil {
