@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -155,27 +153,6 @@ func (p *patient) tooLong() {
 	group := netip.MustParseAddr("239.2.1.1")
 	frame := packet.Frame{DstMAC: packet.MulticastMAC(group), Src: netip.MustParseAddr("10.2.0.1"), Dst: group, TTL: 1, Payload: make([]byte, 1200)}
 	labtest.NewTap(p.t, p.relay, "out0").Send(frame.Build())
-}
-
-// igmp2Query is a general query of IGMPv2 (RFC 2236, section 2) from src0.
-func igmp2Query() []byte {
-	igmp := []byte{0x11, 100, 0, 0, 0, 0, 0, 0}
-	ip := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 1, unix.IPPROTO_IGMP, 0, 0, 10, 1, 0, 2, 224, 0, 0, 1}
-	binary.BigEndian.PutUint16(igmp[2:], checksum(igmp))
-	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
-	return slices.Concat([]byte{1, 0, 0x5e, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0}, ip, igmp)
-}
-
-// checksum is that of RFC 1071, of an even number of bytes.
-func checksum(b []byte) uint16 {
-	sum := uint32(0)
-	for ; len(b) > 0; b = b[2:] {
-		sum += uint32(binary.BigEndian.Uint16(b))
-	}
-	for sum > 0xffff {
-		sum = sum>>16 + sum&0xffff
-	}
-	return ^uint16(sum)
 }
 
 // rule has the relay relay another input.
@@ -424,7 +401,7 @@ var faults = []struct {
 		}
 	}, "host", "bpffs", Warning, "is mounted in this mount namespace alone", "nsenter --net="},
 	{"a querier of another version", func(p *patient) {
-		labtest.NewTap(p.t, p.other, "src0").Send(igmp2Query())
+		labtest.NewTap(p.t, p.other, "src0").Send(labtest.IGMP2Query("10.1.0.2"))
 		labtest.Eventually(p.t, "the kernel speaks it", func() bool {
 			versions := map[int]int{}
 			labtest.Do(p.t, p.relay, func() (err error) { versions, err = membership.IGMPVersions(); return err })

@@ -7,10 +7,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/events"
 	"xdpcast/internal/labtest"
+	"xdpcast/internal/network"
+	"xdpcast/pkg/loader"
 )
 
 // logOf gives relays of a place an event log, whose events happened tells.
@@ -76,6 +79,9 @@ func TestEvents(t *testing.T) {
 	wantEvent(t, happened, n, "output 239.2.2.3:6000%late0 of rule cam: pending: interface late0 not found")
 	n = wantEvent(t, happened, n, "neighbour 10.2.0.2 on out1: resolved: at ")
 
+	labtest.NewTap(t, p.peer, "in0").Send(labtest.IGMP2Query("10.0.0.2"))
+	n = wantEvent(t, happened, n, "querier 10.0.0.2 on in0: heard: IGMPv2")
+
 	// A cable is pulled, and plugged again.
 	if err := p.peer.SetUp("out0", false); err != nil {
 		t.Fatal(err)
@@ -123,6 +129,29 @@ func TestEvents(t *testing.T) {
 		if e.Number != uint64(i+1) || e.Time.IsZero() || !slices.Contains(events.Kinds(), e.Kind) {
 			t.Errorf("event %d: %+v", i, e)
 		}
+	}
+}
+
+// TestQuerierEvents: a querier that appears, is another, falls silent and is heard again has an event each; one that was
+// silent before the daemon came has none.
+func TestQuerierEvents(t *testing.T) {
+	p := newPlace(t)
+	happened := logOf(t, p)
+	c := &changeLog{log: p.opts.Events}
+	heard := func(address string, ago time.Duration) {
+		c.heard([]loader.Querier{{Index: 7, Family: 4, Address: addr(address), Version: 3, LastSeen: ago}}, network.NewSnapshot(nil, nil))
+	}
+	heard("10.0.0.1", querierPresent)
+	heard("10.0.0.1", time.Second)
+	heard("10.0.0.1", 2*time.Second)
+	n := wantEvent(t, happened, 0, "querier 10.0.0.1 on if7: heard, was silent: IGMPv3")
+	heard("10.0.0.2", 0)
+	n = wantEvent(t, happened, n, "querier 10.0.0.2 on if7: heard, was heard: IGMPv3, was 10.0.0.1")
+	heard("10.0.0.2", querierPresent)
+	n = wantEvent(t, happened, n, "querier 10.0.0.2 on if7: silent, was heard: IGMPv3, not heard for 4m20s")
+	heard("10.0.0.2", 0)
+	if n = wantEvent(t, happened, n, "querier 10.0.0.2 on if7: heard, was silent: IGMPv3"); n != 4 {
+		t.Errorf("%d events", n)
 	}
 }
 

@@ -379,6 +379,16 @@ func (c *loopCase) run(t *testing.T, path string) {
 	if len(ways) == 0 || !strings.Contains(ways[0], "packets come back on lan") || !strings.Contains(ways[0], "having left by rule ") {
 		t.Errorf("the ways are %q", ways)
 	}
+	eventually(t, "there is an event of it", func() string {
+		all := ""
+		for _, in := range l.relays {
+			all += in.mustCLI("events")
+		}
+		if !strings.Contains(all, ": looping: ") {
+			return all
+		}
+		return ""
+	})
 	for i := range 20 {
 		l.send(c.from, frame(l, fmt.Sprint("next ", i)))
 	}
