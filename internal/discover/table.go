@@ -1,10 +1,9 @@
 package discover
 
 import (
+	"container/list"
 	"net/netip"
 	"time"
-
-	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"xdpcast/pkg/packet"
 )
@@ -18,6 +17,7 @@ type streamKey struct {
 
 // counted is what is known of a stream.
 type counted struct {
+	key            streamKey
 	packets, bytes uint64
 	ttl            uint8
 	identity       identity
@@ -28,19 +28,16 @@ type table struct {
 	ifname    string
 	only      netip.Prefix
 	taken     *taken
-	streams   *simplelru.LRU[streamKey, *counted]
+	most      int        // streams that are remembered
+	recent    *list.List // of *counted, the last seen in front
+	streams   map[streamKey]*list.Element
 	forgotten uint64
 	fragments uint64
 	sessions  sessions
 }
 
 func newTable(ifname string, most int, only netip.Prefix, taken *taken) *table {
-	t := &table{ifname: ifname, only: only, taken: taken}
-	var err error
-	if t.streams, err = simplelru.NewLRU(most, func(streamKey, *counted) { t.forgotten++ }); err != nil {
-		panic(err) // of a size that is not positive, which callers see to
-	}
-	return t
+	return &table{ifname: ifname, only: only, taken: taken, most: most, recent: list.New(), streams: map[streamKey]*list.Element{}}
 }
 
 // see counts a frame, if it is for a group. wire is its length before anything was cut.
@@ -73,13 +70,20 @@ func (t *table) wants(dst netip.Addr) bool {
 	return dst.IsMulticast() && (!t.only.IsValid() || t.only.Contains(dst))
 }
 
-// count finds a stream, or begins one.
+// count finds a stream, or begins one in place of the one that was seen longest ago.
 func (t *table) count(k streamKey, wire int, ttl uint8) *counted {
-	c, ok := t.streams.Get(k)
-	if !ok {
-		c = &counted{}
-		t.streams.Add(k, c)
+	at := t.streams[k]
+	if at == nil {
+		if len(t.streams) >= t.most {
+			oldest := t.recent.Back()
+			delete(t.streams, t.recent.Remove(oldest).(*counted).key)
+			t.forgotten++
+		}
+		at = t.recent.PushFront(&counted{key: k})
+		t.streams[k] = at
 	}
+	t.recent.MoveToFront(at)
+	c := at.Value.(*counted)
 	c.packets++
 	c.bytes += uint64(wire)
 	c.ttl = ttl
@@ -89,8 +93,9 @@ func (t *table) count(k streamKey, wire int, ttl uint8) *counted {
 // list is the streams that no rule takes.
 func (t *table) list(took time.Duration) (all []Stream) {
 	seconds := max(took, time.Millisecond).Seconds()
-	for _, k := range t.streams.Keys() {
-		c, _ := t.streams.Peek(k)
+	for at := t.recent.Back(); at != nil; at = at.Prev() {
+		c := at.Value.(*counted)
+		k := c.key
 		s := Stream{
 			Interface: t.ifname, VLAN: k.vlan, OuterVLAN: k.outer, Source: k.source, Group: k.group, Port: k.port,
 			Packets: c.packets, Bytes: c.bytes, PacketRate: float64(c.packets) / seconds, BitRate: float64(c.bytes) * 8 / seconds, TTL: c.ttl,

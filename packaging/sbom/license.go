@@ -65,6 +65,41 @@ func licenseOfGo() (string, error) {
 	return licenseIn(strings.TrimSpace(string(root)))
 }
 
+// permissive are the licenses of modules that may be linked into the program: those that ask for no
+// more than a notice.
+var permissive = regexp.MustCompile(`^(MIT|Apache-2\.0|BSD-[23]-Clause|ISC)( (AND|OR) (MIT|Apache-2\.0|BSD-[23]-Clause|ISC|GPL-2\.0-only))*$`)
+
+// exceptions are modules with another license, by path, with the license and the reason. There
+// is none.
+var exceptions = map[string]struct{ license, reason string }{}
+
+// checkLicenses finds the modules that a package links, and says which may not be.
+func checkLicenses(dir, pkg string) error {
+	cmd := exec.Command(goCommand(), "list", "-deps", "-f", "{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}", pkg)
+	cmd.Dir, cmd.Stderr = dir, os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("go list: %w", err)
+	}
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	slices.Sort(lines)
+	var errs []error
+	for _, line := range slices.Compact(lines) {
+		module, sources, _ := strings.Cut(line, " ")
+		if module == "" {
+			continue // of the standard library, and our own
+		}
+		license, err := licenseIn(sources)
+		switch {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("module %s: %w", module, err))
+		case !permissive.MatchString(license) && exceptions[module].license != license:
+			errs = append(errs, fmt.Errorf("module %s has the license %s: want MIT, Apache-2.0, BSD, ISC, or a reason among the exceptions of packaging/sbom/license.go", module, license))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 var (
 	licenseFile = regexp.MustCompile(`(?i)^(licen[sc]e|copying)(\.(txt|md))?$`)
 	spdxLine    = regexp.MustCompile(`SPDX-License-Identifier: ([A-Za-z0-9.()+ -]*[A-Za-z0-9.)+])`)

@@ -3,6 +3,10 @@
 // same binary and time give the same file.
 //
 //	sbom -o FILE [-time SECONDS] BINARY
+//
+// Or it checks that the modules that a package links have licenses which are allowed:
+//
+//	sbom -check DIR PACKAGE
 package main
 
 import (
@@ -26,7 +30,15 @@ func main() {
 	out := flag.String("o", "", "`FILE` to write")
 	seconds := flag.Int64("time", 0, "when it was made, in `SECONDS` since 1970")
 	version := flag.String("version", "", "of the program")
+	check := flag.String("check", "", "check the licenses of the modules that a package links, from `DIR`")
 	flag.Parse()
+	if *check != "" && flag.NArg() == 1 {
+		if err := checkLicenses(*check, flag.Arg(0)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	if flag.NArg() != 1 || *out == "" || *version == "" {
 		flag.Usage()
 		os.Exit(2)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
-	"regexp"
 	"runtime/debug"
 	"strings"
 	"testing"
@@ -12,9 +11,6 @@ import (
 
 	cyclonedx "github.com/CycloneDX/cyclonedx-go"
 )
-
-// permissive are the licenses that the program may be made of.
-var permissive = regexp.MustCompile(`^(MIT|Apache-2\.0|BSD-[23]-Clause|ISC)( (AND|OR) (MIT|Apache-2\.0|BSD-[23]-Clause|ISC|GPL-2\.0-only))*$`)
 
 func TestLicenseIn(t *testing.T) {
 	dir := t.TempDir()
@@ -92,5 +88,20 @@ func TestDescribe(t *testing.T) {
 	}
 	if err := write(filepath.Join(t.TempDir(), "x"), "/etc/passwd", "1", made); err == nil {
 		t.Error("a file that is no Go binary was described")
+	}
+}
+
+// Every module that the program links has a license that is allowed, and another is found.
+func TestCheckLicenses(t *testing.T) {
+	if err := checkLicenses("../..", "./cmd/xdpcast"); err != nil {
+		t.Error(err)
+	}
+	for license, want := range map[string]bool{
+		"MIT": true, "Apache-2.0": true, "BSD-3-Clause AND MIT": true, "BSD-3-Clause OR GPL-2.0-only": true,
+		"MPL-2.0": false, "GPL-2.0-only": false, "MIT AND MPL-2.0": false, "": false,
+	} {
+		if got := permissive.MatchString(license); got != want {
+			t.Errorf("license %q: allowed is %v", license, got)
+		}
 	}
 }
