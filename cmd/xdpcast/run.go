@@ -195,7 +195,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
 	defer service.watchHolder(cancel)()
-	up := &upgrader{ctx: ctx, service: service, relay: r, path: path, api: listener, web: listening.raw}
+	up := &upgrader{ctx: ctx, service: service, relay: r, path: path, api: listener, web: listening}
 	served := make(chan error, 2)
 	begin := make(chan struct{}) // a daemon that takes over answers only then
 	if !takesOver {

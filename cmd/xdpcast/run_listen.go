@@ -7,11 +7,13 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"time"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/metrics"
+	"xdpcast/internal/pause"
 	"xdpcast/internal/web"
 )
 
@@ -59,20 +61,53 @@ func listenOptions(c *cli.Context) (*listenConfig, error) {
 	return l, nil
 }
 
-// webListener is the HTTP server's socket; its fields are nil if there is none.
-type webListener struct{ ln, raw net.Listener }
+// webListener is the HTTP server's socket; its listeners are nil if there is none.
+type webListener struct {
+	ln   net.Listener    // with TLS
+	raw  *pause.Listener // of the socket itself
+	busy *metrics.Busy
+}
+
+// answerPatience bounds the wait for requests under way over HTTP. Those that follow events do not
+// end.
+const answerPatience = time.Second
+
+// pause makes clients wait in the socket's queue, until resume is called or for the next daemon, and
+// waits for the answers to others: the control loop gives none while it is handed over.
+func (w webListener) pause(ctx context.Context) (resume func()) {
+	if w.raw == nil {
+		return func() {}
+	}
+	resume, paused := w.raw.Pause()
+	ctx, cancel := context.WithTimeout(ctx, answerPatience)
+	defer cancel()
+	select {
+	case <-paused:
+		w.busy.Wait(ctx)
+	case <-ctx.Done():
+	}
+	return resume
+}
 
 // open opens the server's socket, or takes over the previous daemon's; nil if there is none.
 func (l *listenConfig) open(passed net.Listener) (w webListener, err error) {
 	opts := l.opts
 	opts.Open = func(network, addr string) (net.Listener, error) {
-		if passed != nil {
-			w.raw, passed = passed, nil
-			return w.raw, nil
-		}
+		ln := passed
+		passed = nil
 		var err error
-		w.raw, err = net.Listen(network, addr)
-		return w.raw, err
+		if ln == nil {
+			ln, err = net.Listen(network, addr)
+		}
+		if err != nil {
+			return nil, err
+		}
+		tcp, ok := ln.(*net.TCPListener)
+		if !ok {
+			return nil, errors.Join(fmt.Errorf("the socket that was passed is of %v: want TCP", ln.Addr().Network()), ln.Close())
+		}
+		w.raw = pause.Listen(tcp)
+		return w.raw, nil
 	}
 	defer func() {
 		if passed != nil {
@@ -92,7 +127,7 @@ func (l *listenConfig) open(passed net.Listener) (w webListener, err error) {
 	case err != nil:
 		return webListener{}, usagef("--listen: %w", err)
 	}
-	w.ln = ln
+	w.ln, w.busy = ln, &metrics.Busy{}
 	return w, nil
 }
 
@@ -110,5 +145,5 @@ func (w webListener) serve(ctx context.Context, h http.Handler, log *slog.Logger
 		return nil
 	}
 	log.Info("listening", "address", w.ln.Addr().String())
-	return metrics.Serve(ctx, w.ln, h, log)
+	return metrics.Serve(ctx, w.ln, h, w.busy, log)
 }

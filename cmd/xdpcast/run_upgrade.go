@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,7 +27,7 @@ type upgrader struct {
 	relay   *relay.Relay
 	path    string // of the binary
 	api     *control.Listener
-	web     net.Listener // nil: none
+	web     webListener
 
 	one sync.Mutex
 }
@@ -70,7 +69,8 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 	log := u.service.log
 	log.Info("upgrade", "binary", u.path, "timeout", timeout)
 	started := time.Now()
-	resume := u.api.Pause()
+	resumeAPI, resumeWeb := u.api.Pause(), u.web.pause(ctx)
+	resume := func() { resumeAPI(); resumeWeb() }
 	err = u.relay.HandOver(ctx, func(h *relay.Handed) error {
 		files, err := u.files(h)
 		if err != nil {
@@ -92,6 +92,9 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 			},
 			Beat: func() { u.service.tell(notify.Watchdog) },
 		})
+		if err == nil {
+			u.api.Leave() // before this daemon ends, which it does once this returns
+		}
 		return err
 	})
 	if err != nil {
@@ -100,7 +103,6 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 		return result, control.Errorf(control.KindFailed, "%w; this daemon goes on", err)
 	}
 	result.Took = time.Since(started).Round(time.Millisecond).String()
-	u.api.Leave()
 	log.Info("upgraded", "pid", result.PID, "took", result.Took)
 	return result, nil
 }
@@ -148,8 +150,8 @@ func (u *upgrader) files(h *relay.Handed) (files []notify.File, err error) {
 		}
 	}
 	of(passedAPI, u.api.UnixListener)
-	if u.web != nil {
-		of(passedHTTP, u.web)
+	if u.web.raw != nil {
+		of(passedHTTP, u.web.raw.TCPListener)
 	}
 	add(passedRunLock, int(h.Locks.Run.Fd()), nil)
 	add(passedPinLock, int(h.Locks.Pins.Fd()), nil)

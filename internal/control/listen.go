@@ -11,13 +11,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lockfile"
+	"xdpcast/internal/pause"
 )
 
 // maxSocketPath is the length limit of sockaddr_un.sun_path with its closing NUL, unix(7).
@@ -76,17 +76,12 @@ func Listen(path string, readGroups []uint32) (_ *Listener, err error) {
 // Listener accepts connections to a control socket.
 type Listener struct {
 	*net.UnixListener
-
-	mu      sync.Mutex
-	resumed chan struct{} // closed when accepting resumes; nil: not paused
-
-	closing sync.Once
-	closed  chan struct{}
+	gate *pause.Gate
 }
 
 // Close stops listening, and removes the socket unless Leave was called.
 func (l *Listener) Close() error {
-	l.closing.Do(func() { close(l.closed) })
+	l.gate.Close()
 	return l.UnixListener.Close()
 }
 
@@ -99,7 +94,7 @@ func newListener(ln net.Listener) (*Listener, error) {
 		return nil, errors.Join(fmt.Errorf("listen: %v is no unix socket", ln.Addr()), ln.Close())
 	}
 	u.SetUnlinkOnClose(true)
-	return &Listener{UnixListener: u, closed: make(chan struct{})}, nil
+	return &Listener{UnixListener: u, gate: pause.NewGate(u.SetDeadline)}, nil
 }
 
 // Inherit is Listen for a socket on which another process listens at path, and which it hands over;
@@ -121,18 +116,8 @@ func (l *Listener) Own() { l.SetUnlinkOnClose(true) }
 // Pause makes clients wait in the socket's queue until resume is called, or for another process
 // that also listens on it.
 func (l *Listener) Pause() (resume func()) {
-	resumed := make(chan struct{})
-	l.mu.Lock()
-	l.resumed = resumed
-	l.mu.Unlock()
-	_ = l.SetDeadline(time.Unix(1, 0)) // wakes Accept; harmless if closed
-	return sync.OnceFunc(func() {
-		l.mu.Lock()
-		l.resumed = nil
-		l.mu.Unlock()
-		_ = l.SetDeadline(time.Time{})
-		close(resumed)
-	})
+	resume, _ = l.gate.Pause()
+	return resume
 }
 
 // Leave makes Close leave the socket to another process that also listens on it.
@@ -142,19 +127,11 @@ func (l *Listener) Leave() { l.SetUnlinkOnClose(false) }
 func (l *Listener) AcceptUnix() (*net.UnixConn, error) {
 	for {
 		c, err := l.UnixListener.AcceptUnix()
-		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			return c, err
+		if err == nil {
+			return c, nil
 		}
-		l.mu.Lock()
-		resumed := l.resumed
-		l.mu.Unlock()
-		if resumed == nil {
-			continue
-		}
-		select {
-		case <-resumed:
-		case <-l.closed:
-			return nil, net.ErrClosed
+		if err := l.gate.Again(err); err != nil {
+			return nil, err
 		}
 	}
 }

@@ -428,7 +428,9 @@ func TestServeEnds(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- Serve(ctx, ln, Handler(Observe(full()), Options{}), slog.New(slog.DiscardHandler)) }()
+	go func() {
+		ended <- Serve(ctx, ln, Handler(Observe(full()), Options{}), &Busy{}, slog.New(slog.DiscardHandler))
+	}()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	answer, err := client.Get("http://" + ln.Addr().String() + "/healthz")
 	if err != nil {

@@ -7,7 +7,9 @@ import (
 	"os"
 	"testing"
 
+	"xdpcast/internal/hold"
 	"xdpcast/internal/labtest"
+	"xdpcast/internal/notify"
 )
 
 // program is the program under test; set once by TestMain, before any test.
@@ -15,7 +17,26 @@ var program string
 
 func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) }
 
+// takesPath is the environment variable that has this binary stand for a new daemon that dies after it
+// has had the old one stop a path.
+const takesPath = "XDPCAST_E2E_TAKES_PATH"
+
+func takeAndDie(path string) int {
+	manager, err := notify.Connect()
+	if err == nil {
+		err = hold.AskToStop(manager, path, patience)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 4
+	}
+	return 3
+}
+
 func buildAndRun(m *testing.M) int {
+	if path := os.Getenv(takesPath); path != "" {
+		return takeAndDie(path)
+	}
 	// A machine without a Go toolchain brings the program.
 	if program = os.Getenv("XDPCAST_E2E_PROGRAM"); program != "" || !labtest.Root() {
 		return m.Run() // without root everything is skipped

@@ -3,10 +3,14 @@ package e2e_test
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -189,9 +193,14 @@ func TestExecUpgrade(t *testing.T) {
 
 			// What does not come, or not in time.
 			script := in.write("script", "#!/bin/sh\necho 'I am broken' >&2\nexit 3\n")
+			self, err := os.Executable()
+			if err != nil {
+				t.Fatal(err)
+			}
 			for _, tt := range []struct{ name, text, want string }{
 				{"crash", "#!/bin/sh\nexit 3\n", "ended with exit status 3 before it was ready; this daemon goes on"},
 				{"hang", "#!/bin/sh\nexec sleep 600\n", "was not ready after 1s, and was killed; this daemon goes on"},
+				{"dies with the path", "#!/bin/sh\n" + takesPath + "=" + path + " exec " + self + "\n", "ended with exit status 3 before it was ready; this daemon goes on"},
 				{"no program", "", "ended with exit status 127 before it was ready; this daemon goes on"},
 			} {
 				if err := os.WriteFile(script, []byte(tt.text), 0o755); err != nil {
@@ -240,6 +249,137 @@ func TestExecUpgrade(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestExecUpgradeOfUser replaces a daemon of another user, that serves HTTP, by root's command and by a
+// signal: each next one has the same user and capabilities, no packet is lost, no group is left, and no
+// connection to its port is refused.
+func TestExecUpgradeOfUser(t *testing.T) {
+	t.Parallel()
+	n, wire := newFastLeaveNetwork(t)
+	in := newInstance(t, n.relay)
+	binary := in.replaceable()
+	rules := in.write("rules.yaml", "rules:\n  - {name: one, in: 239.1.1.1:5000%in0, out: ['239.2.1.1:6000%out0'], path: kernel}\n  - {name: two, in: 239.1.1.2:5000%in0, out: ['239.2.1.2:6000%out0'], path: fanout}\n")
+	d := in.start("--user", "nobody", "-c", rules, "--listen", "127.0.0.1:80")
+	waitGroups(t, n.relay, 2)
+	in.left(wire)
+	s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: easy}})
+	asked := askHTTP(t, n.relay, "127.0.0.1:80")
+	stream.flows(500)
+
+	pid := d.cmd.Process.Pid
+	for _, how := range []func(){
+		func() { in.mustCLI("upgrade", "--exec") },
+		func() {
+			if err := unix.Kill(pid, unix.SIGUSR2); err != nil {
+				t.Fatal(err)
+			}
+		},
+		func() { in.mustCLI("upgrade", "--exec") },
+	} {
+		in.replace(binary, program)
+		how()
+		pid = in.follow(pid)
+		unprivileged(t, pid)
+		stream.flows(500)
+		asked.more()
+	}
+	// What does not come changes nothing of it.
+	in.replace(binary, in.write("script", "#!/bin/sh\nexit 3\n"))
+	if got := in.cli("upgrade", "--exec"); got.code != 1 || !strings.Contains(got.stderr, "this daemon goes on") {
+		t.Errorf("a binary that ends: %s", got)
+	}
+	unprivileged(t, pid)
+	asked.more()
+	for _, name := range []string{"one", "two"} {
+		in.waitState(name, control.StateActive)
+	}
+	in.add("added", "239.1.2.1:5000%in0", "239.2.2.1:6000%out0")
+	if got := in.left(wire); len(got) > 0 {
+		t.Errorf("groups were left: %v", got)
+	}
+	asked.stop()
+	if fault := s.finish(stream.stop()); fault != "" {
+		t.Error(fault)
+	}
+	if got := d.log.String(); strings.Count(got, "msg=\"taken over\"") != 3 || strings.Contains(got, "is of no use") {
+		t.Errorf("the daemons' log:\n%s", got)
+	}
+}
+
+// asking asks a daemon over HTTP whether it is healthy, by a new connection each time.
+type asking struct {
+	t       *testing.T
+	answers atomic.Uint64
+	end     chan struct{}
+	done    sync.WaitGroup
+}
+
+func askHTTP(t *testing.T, host *lab.Host, addr string) *asking {
+	t.Helper()
+	a := &asking{t: t, end: make(chan struct{})}
+	a.done.Go(func() {
+		// A socket is of the network namespace that its thread is in.
+		err := host.Do(func() error {
+			for {
+				select {
+				case <-a.end:
+					return nil
+				default:
+				}
+				if err := askOnce(addr); err != nil {
+					return err
+				}
+				a.answers.Add(1)
+			}
+		})
+		if err != nil {
+			t.Errorf("after %d answers: %v", a.answers.Load(), err)
+		}
+	})
+	t.Cleanup(a.stop)
+	return a
+}
+
+func askOnce(addr string) error {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(conn, "GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n"); err != nil {
+		return err
+	}
+	text, err := io.ReadAll(conn)
+	if err != nil || !strings.HasPrefix(string(text), "HTTP/1.0 200") {
+		return fmt.Errorf("%q, %v", text, err)
+	}
+	return nil
+}
+
+// more waits for further answers.
+func (a *asking) more() {
+	a.t.Helper()
+	before := a.answers.Load()
+	eventually(a.t, "the daemon answers over HTTP", func() string {
+		if a.answers.Load() < before+5 && !a.t.Failed() {
+			return "it does not"
+		}
+		return ""
+	})
+}
+
+func (a *asking) stop() {
+	select {
+	case <-a.end:
+	default:
+		close(a.end)
+	}
+	a.done.Wait()
 }
 
 // TestHold runs a daemon under "xdpcast hold" behind a bridge with fast leave, and kills and replaces it
