@@ -54,11 +54,11 @@ type AFXDPOptions struct {
 	// Mode and HugePages are those of xsk.UMEMOptions.
 	Mode      xsk.Mode
 	HugePages bool
-	// Spin is how long a worker looks for more frames before it sleeps; 0 means 20
-	// microseconds, and less not at all.
+	// Spin is how long a worker looks for more frames before it sleeps, on a CPU that nobody
+	// else needs; 0 means not at all.
 	Spin time.Duration
 	// Frames is how many frames of memory each worker has, of 2 or 4 kB; 0 means 8192.
-	// Receiving takes 4096, and copies on their way out the rest.
+	// Receiving takes 4096, or 8192 where there are 12288 or more, and copies on their way out the rest.
 	Frames int
 	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
 	BusyPoll       time.Duration
@@ -133,9 +133,6 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	}
 	if err := opts.Validate(); err != nil {
 		return nil, fmt.Errorf("open AF_XDP path: %w", err)
-	}
-	if opts.Spin == 0 {
-		opts.Spin = 20 * time.Microsecond
 	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
@@ -424,7 +421,7 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 	if err != nil {
 		return nil, err
 	}
-	w.socket.Fill(ringSize)
+	w.socket.Fill(w.path.opts.receiveRing())
 	if w.waiter, err = xsk.NewWaiter(); err != nil {
 		return nil, err
 	}
@@ -473,9 +470,19 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer 
 	return err
 }
 
+// receiveRing is the size of the rings to receive by. Twice as many frames are kept for
+// them: those in the ring, and those that the kernel fills.
+func (o *AFXDPOptions) receiveRing() int {
+	if o.Frames >= 2*minFrames {
+		return 2 * ringSize
+	}
+	return ringSize
+}
+
 func (a *AFXDP) socketOptions() xsk.Options {
+	receive := a.opts.receiveRing()
 	return xsk.Options{
-		FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize,
+		FillSize: receive, CompletionSize: ringSize, RXSize: receive, TXSize: ringSize,
 		TXBudget: 256, SendBuffer: sendBuffer,
 		BusyPoll: a.opts.BusyPoll, PreferBusyPoll: a.opts.PreferBusyPoll, BusyPollBudget: a.opts.BusyPollBudget,
 	}
@@ -618,7 +625,7 @@ func (w *afxdpWorker) setLimits() {
 		}
 	}
 	for _, s := range w.senders {
-		s.limit = min(ringSize, (w.path.opts.Frames-2*ringSize)/max(n, 1))
+		s.limit = min(ringSize, (w.path.opts.Frames-2*w.path.opts.receiveRing())/max(n, 1))
 	}
 }
 

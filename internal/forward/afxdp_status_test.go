@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/fanout"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/xsk"
 )
@@ -26,30 +27,7 @@ func TestAFXDPLost(t *testing.T) {
 	w := b.path.inputs[b.in.Index].workers[0]
 	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
 	const frames = 2*ringSize + 500
-	w.mu.Lock() // the worker does not come to its ring
-	stalled := make(chan struct{})
-	go func() {
-		defer close(stalled)
-		// By a reader, who does not wait for the worker.
-		labtest.Eventually(t, "all have matched", func() bool {
-			reader, err := loader.OpenReader(b.opts.PinDir)
-			if err != nil {
-				t.Error(err)
-				return true
-			}
-			defer reader.Close()
-			stats, err := reader.Stats()
-			if err != nil {
-				t.Error(err)
-			}
-			return err != nil || stats.Rules[0].Matched.Packets == frames
-		})
-	}()
-	for n := range frames {
-		sendFrames(t, source, [][]byte{numbered(0, n).Build()})
-	}
-	<-stalled
-	w.mu.Unlock()
+	b.whileStalled(t, w, frames, source)
 	labtest.Eventually(t, "the rest is through", func() bool {
 		return b.path.Stats(nil)[0].Matched.Packets+b.unseen(t) == frames
 	})
@@ -69,6 +47,44 @@ func TestAFXDPLost(t *testing.T) {
 	b.sync(t, r)
 	if after := b.inputs(t); len(after) != 1 || after[0].Lost != in.Lost || len(after[0].Workers) != 1 {
 		t.Errorf("with the rule again: %+v, want %+v lost", after, in.Lost)
+	}
+}
+
+// whileStalled sends frames, which match before the worker comes to its ring.
+func (b *xdpBench) whileStalled(t *testing.T, w *afxdpWorker, frames int, source *fanout.Sender) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for n := range frames {
+		sendFrames(t, source, [][]byte{numbered(0, n).Build()})
+	}
+	// By a reader, who does not wait for the worker.
+	labtest.Eventually(t, "all have matched", func() bool {
+		reader, err := loader.OpenReader(b.opts.PinDir)
+		if err != nil {
+			t.Error(err)
+			return true
+		}
+		defer reader.Close()
+		stats, err := reader.Stats()
+		if err != nil {
+			t.Error(err)
+		}
+		return err != nil || stats.Rules[0].Matched.Packets == uint64(frames)
+	})
+}
+
+// With more frames the rings are longer: what comes while a worker is away for twice as long is not lost.
+func TestAFXDPLongRings(t *testing.T) {
+	b := newXDPBench(t, 1, 1, 0)
+	b.openWith(t, AFXDPOptions{Frames: 2 * minFrames})
+	b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
+	const frames = 2 * ringSize
+	b.whileStalled(t, b.path.inputs[b.in.Index].workers[0], frames, openSender(t, b.source, iface(t, b.source, "eth0").Index))
+	labtest.Eventually(t, "all came to the worker", func() bool {
+		return b.path.Stats(nil)[0].Matched.Packets+b.unseen(t) == frames
+	})
+	if lost := b.unseen(t); lost != 0 {
+		t.Errorf("%d of %d frames lost", lost, frames)
 	}
 }
 

@@ -219,7 +219,7 @@ func (w *afxdpWorker) turn() (n int, err error) {
 
 // finish forwards what is in the RX ring now, beside the worker's own turns.
 func (w *afxdpWorker) finish() {
-	for total := 0; total < ringSize; {
+	for total := 0; total < w.path.opts.receiveRing(); {
 		n, err := w.turn()
 		if n == 0 || err != nil {
 			return // an error has been logged
@@ -232,7 +232,7 @@ func (w *afxdpWorker) finish() {
 func (w *afxdpWorker) release() {
 	w.frames.ReleaseAll(w.held)
 	w.held, w.current = nil, -1
-	w.socket.Fill(ringSize)
+	w.socket.Fill(w.path.opts.receiveRing())
 	w.wakeDriver()
 }
 
@@ -437,7 +437,7 @@ func (w *afxdpWorker) housekeep() (busy bool) {
 			busy = true
 		}
 	}
-	w.socket.Fill(ringSize)
+	w.socket.Fill(w.path.opts.receiveRing())
 	w.wakeDriver()
 	if now := time.Now(); now.Sub(w.notedAt) >= noteEvery {
 		w.notedAt = now
