@@ -1,7 +1,7 @@
 // Command xdpcast relays multicast streams in the kernel.
 //
 // Each command is in a file of its name, with parts specific to it in run_*.go and the like;
-// load.go also has unload and upgrade. Shared code:
+// load.go also has unload and upgrade as they share its code. Shared by all:
 //
 //	app.go       the program as a whole: commands, usage errors, exit codes
 //	args.go      flags anywhere on the command line

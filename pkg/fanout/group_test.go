@@ -744,16 +744,19 @@ func TestSteering(t *testing.T) {
 
 // Groups and senders, opened and closed many times under traffic with a worker
 // waiting, leave no descriptor, mapping or goroutine.
-func TestOpenCloseMany(t *testing.T) { eachRing(t, testOpenCloseMany) }
+func TestOpenCloseMany(t *testing.T) {
+	times := labtest.Soak(100, 1000)
+	eachRing(t, func(t *testing.T, ring int) { testOpenCloseMany(t, ring, times) })
+}
 
-func testOpenCloseMany(t *testing.T, ring int) {
+func testOpenCloseMany(t *testing.T, ring, times int) {
 	b := newBench(t)
 	labtest.Enter(t, b.relay)
 	in, out := index(t, b.relay, "in"), index(t, b.relay, "out")
 	source := openSender(t, b.source, "eth0", SenderOptions{})
 	packets := []Packet{{Header: frame(1, 0).Build()}, {Header: frame(2, 0).Build()}}
 	before, goroutines := labtest.Held(), runtime.NumGoroutine()
-	for i := range labtest.Soak(100, 1000) {
+	for i := range times {
 		g, err := Open(Options{Interface: "in", Index: in, Workers: 2, Mode: ModeHash, Blocks: 2, Frames: ring})
 		if err != nil {
 			t.Fatalf("cycle %d: %v", i, err)

@@ -38,7 +38,7 @@ var allowed = map[string][]string{
 	"internal/discover":   {"pkg/fanout", "pkg/membership", "pkg/packet", "pkg/rules"},
 	"internal/doctor":     {"internal/control", "internal/discover", "pkg/loader", "pkg/membership", "internal/network", "pkg/packet", "pkg/rules"},
 	"internal/mroute":     {"bpf", "pkg/flow", "pkg/packet", "pkg/rules"},
-	"internal/relay":      {"bpf", "internal/tap", "internal/events", "internal/history", "internal/rulefile", "internal/savefile", "internal/control", "pkg/fanout", "pkg/flow", "internal/forward", "internal/mroute", "pkg/loader", "pkg/membership", "internal/network", "internal/plan", "pkg/rules"},
+	"internal/relay":      {"bpf", "internal/tap", "internal/events", "internal/history", "internal/rulefile", "internal/savefile", "internal/control", "pkg/fanout", "pkg/flow", "internal/forward", "internal/mroute", "pkg/loader", "pkg/membership", "internal/network", "internal/plan", "pkg/packet", "pkg/rules"},
 	"internal/genl":       {},
 	"internal/lockfile":   {},
 	"internal/pause":      {},
