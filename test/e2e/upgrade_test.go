@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -521,4 +522,57 @@ func waitGroups(t testing.TB, relay *lab.Host, groups int) {
 		}
 		return ""
 	})
+}
+
+// TestReplacedState starts a daemon over pinned state that is damaged, and over that of a newer release:
+// it brings its rules in, and status says for how long packets were not relayed.
+func TestReplacedState(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	in.start()
+	in.add("one", oneIn, oneOut)
+	for _, c := range []struct {
+		name, why string
+		damage    func() error
+	}{
+		{"damaged", "pin " + in.pinDir + "/outputs is missing", func() error { return os.Remove(filepath.Join(in.pinDir, "outputs")) }},
+		{"newer", "it has 1000, this xdpcast has ", func() error {
+			m, err := ebpf.LoadPinnedMap(filepath.Join(in.pinDir, "config"), nil)
+			if err != nil {
+				return err
+			}
+			defer m.Close()
+			config, err := m.LookupBytes(uint32(0))
+			if err != nil {
+				return err
+			}
+			binary.NativeEndian.PutUint32(config, 1000)
+			return m.Put(uint32(0), config)
+		}},
+	} {
+		in.running.stop(unix.SIGKILL)
+		if err := c.damage(); err != nil {
+			t.Fatal(err)
+		}
+		if got := in.cli("upgrade"); got.code != 1 || !strings.Contains(got.stderr, c.why) || !strings.Contains(got.stderr, `"xdpcast unload --all --pin-dir `+in.pinDir+`" removes it`) {
+			t.Errorf("%s: upgrade: %s", c.name, got)
+		}
+		s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+		stream := send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 16, Rate: traffic.Rate{Value: easy}})
+		in.start()
+		in.waitState("one", control.StateActive)
+		stream.flows(1_000)
+		sent := stream.stop()
+		if got := in.mustCLI("status"); !strings.Contains(got, "pinned state was replaced: counters began anew, and the streams of the kernel path were interrupted for ") || !strings.Contains(got, c.why) {
+			t.Errorf("%s: status says\n%s", c.name, got)
+		}
+		// Some pass by in the grace period of the change, which lasts as long as the machine is busy.
+		s.wait(sent / 2)
+		if total := s.receiver.Report().Total; total.Duplicated+total.Foreign+total.Reordered > 0 {
+			t.Errorf("%s: received %+v of %d", c.name, total, sent)
+		} else {
+			t.Logf("%s: %d of %d packets lost", c.name, sent-total.Received, sent)
+		}
+	}
 }
