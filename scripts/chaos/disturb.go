@@ -36,6 +36,19 @@ func upgrade(_ context.Context, s *stage) error {
 	return s.start()
 }
 
+// replaceDaemon has the daemon replace itself.
+func replaceDaemon(ctx context.Context, s *stage) error {
+	if err := s.cli("upgrade", "--exec"); err != nil {
+		return err
+	}
+	status, err := s.client.Status(ctx)
+	if err != nil {
+		return err
+	}
+	s.successor = status.PID
+	return s.settle()
+}
+
 // reload brings another rule in, and takes it away again.
 func reload(ctx context.Context, s *stage) error {
 	for _, others := range []int{50, 0} {
@@ -147,10 +160,10 @@ func ignore(err, expected error) error {
 
 // freeze stops the daemon's process for ten seconds.
 func freeze(ctx context.Context, s *stage) error {
-	if err := s.daemon.Process.Signal(syscall.SIGSTOP); err != nil {
+	if err := syscall.Kill(s.pid(), syscall.SIGSTOP); err != nil {
 		return err
 	}
-	return errors.Join(sleep(ctx, s.long(10*time.Second)), s.daemon.Process.Signal(syscall.SIGCONT))
+	return errors.Join(sleep(ctx, s.long(10*time.Second)), syscall.Kill(s.pid(), syscall.SIGCONT))
 }
 
 // cli runs a command of the program on the relay.

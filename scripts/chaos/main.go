@@ -133,6 +133,7 @@ var disturbances = []disturbance{
 	{name: "kill -9", ends: true, do: func(_ context.Context, s *stage) error { return s.restart(os.Kill) }},
 	{name: "restart", ends: true, do: func(_ context.Context, s *stage) error { return s.restart(os.Interrupt) }},
 	{name: "upgrade", ends: true, do: upgrade},
+	{name: "upgrade --exec", do: replaceDaemon},
 	{name: "reload", do: reload},
 	{name: "rollback", do: rollback},
 	{name: "link flap", do: flap},

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,7 @@ type stage struct {
 	dir, runDir, pinDir string
 	client              *control.Client
 	daemon              *exec.Cmd
+	successor           int // process that has replaced it; 0: none
 	log                 bytes.Buffer
 }
 
@@ -116,16 +118,24 @@ func (s *stage) settle() error {
 	return fmt.Errorf("the daemon does not get ready: %w", last)
 }
 
+// pid is the process of the daemon.
+func (s *stage) pid() int {
+	if s.successor != 0 {
+		return s.successor
+	}
+	return s.daemon.Process.Pid
+}
+
 // end ends the daemon.
 func (s *stage) end(sig os.Signal) error {
 	if s.daemon == nil {
 		return nil
 	}
-	if err := s.daemon.Process.Signal(sig); err != nil {
+	if err := syscall.Kill(s.pid(), sig.(syscall.Signal)); err != nil {
 		return err
 	}
-	err := s.daemon.Wait()
-	s.daemon = nil
+	err := s.daemon.Wait() // for its successor as well, which has its output
+	s.daemon, s.successor = nil, 0
 	var exit *exec.ExitError
 	if sig == os.Kill && errors.As(err, &exit) {
 		return nil
@@ -164,7 +174,7 @@ type holding struct {
 }
 
 func (s *stage) holding() (h holding, err error) {
-	dir := fmt.Sprintf("/proc/%d/", s.daemon.Process.Pid)
+	dir := fmt.Sprintf("/proc/%d/", s.pid())
 	descriptors, err := os.ReadDir(dir + "fdinfo")
 	if err != nil {
 		return h, err
