@@ -3,6 +3,8 @@
 package streamtest
 
 import (
+	"crypto/aes"
+	"crypto/cipher"
 	"encoding/binary"
 	"fmt"
 	"testing"
@@ -468,6 +470,38 @@ func formats() []Scenario {
 			p := RTPExtended(200_000, 7, 15, 20)
 			w.want("an extension beyond the packet", w.send(0, p[:100]), 0)
 		}},
+		{"SRTP: an encrypted payload with a tag behind a clear header", RTPStream, func(w *World) {
+			// RFC 3711 section 3.1: the header, sources and extension included, stays clear. SRTCP has its
+			// first 8 bytes clear, and the index of a packet behind.
+			key, err := aes.NewCipher([]byte("0123456789abcdef"))
+			if err != nil {
+				w.Fatal(err)
+			}
+			n, control := 0, 0
+			for i := range uint32(70_000) {
+				w.after(ms)
+				p := RTPExtended(i, 0xdeadbeef, int(i%3), 2)
+				clear := 12 + 4*int(i%3) + 4 + 4*2
+				p = append(p, make([]byte, 160)...)
+				iv := make([]byte, key.BlockSize())
+				binary.BigEndian.PutUint32(iv, i)
+				cipher.NewCTR(key, iv).XORKeyStream(p[clear:], p[clear:]) // and the last 10 bytes stand for the tag
+				if i%20 != 0 {
+					n += w.send(0, p)
+				}
+				if i%20 != 10 {
+					n += w.send(1, p)
+				}
+				if i%500 == 0 {
+					c := make([]byte, 46)
+					c[0], c[1] = 0x80, 200
+					cipher.NewCTR(key, iv).XORKeyStream(c[8:], c[8:])
+					control += w.send(0, c)
+				}
+			}
+			w.want("media, each once", n, 70_000)
+			w.want("SRTCP", control, 140)
+		}},
 		{"RTCP on the port", RTPStream, func(w *World) {
 			n, control := 0, 0
 			for i := range uint32(4000) {
@@ -513,6 +547,14 @@ func failovers() []Scenario {
 			}
 			w.want("longest gap in ms", int(gap/uint64(ms)), 31)
 			w.want("back at", back, 7000)
+		}},
+		{"failover, an input that repeats what it sent", Failover, func(w *World) {
+			n := 0
+			for i := range uint32(3000) {
+				w.after(ms)
+				n += w.rtp(0, i%100) + w.rtp(1, i)
+			}
+			w.want("the first leg's alone: numbers decide nothing", n, 3000)
 		}},
 		{"failover, never back", Failover, func(w *World) {
 			a, b := 0, 0

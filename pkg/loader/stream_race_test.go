@@ -40,7 +40,7 @@ type raceMaps struct {
 // newDriver loads a program that makes the next number of a leg, unless that is too far ahead of the
 // other, and calls the relay program with it. A run of it is many packets that no system call lies
 // between, so that two CPUs meet at one number again and again.
-func newDriver(t *testing.T, m raceMaps, leg int32, numbers int64) *ebpf.Program {
+func newDriver(t testing.TB, m raceMaps, leg int32, numbers int64) *ebpf.Program {
 	t.Helper()
 	lookup := func(m *ebpf.Map, key int32, to asm.Register) asm.Instructions {
 		return asm.Instructions{
@@ -97,7 +97,7 @@ func newDriver(t *testing.T, m raceMaps, leg int32, numbers int64) *ebpf.Program
 // attachDriver attaches a driver where no packets come. The kernel then has a way to it, and need not
 // make one for each run, which takes the grace period that the other leg's run would hold up
 // (bpf_prog_change_xdp in net/bpf/test_run.c).
-func attachDriver(t *testing.T, p *ebpf.Program, at *net.Interface) {
+func attachDriver(t testing.TB, p *ebpf.Program, at *net.Interface) {
 	t.Helper()
 	l, err := link.AttachXDP(link.XDPOptions{Program: p, Interface: at.Index})
 	if err != nil {
@@ -106,7 +106,7 @@ func attachDriver(t *testing.T, p *ebpf.Program, at *net.Interface) {
 	t.Cleanup(func() { l.Close() })
 }
 
-func raceMap(t *testing.T, spec *ebpf.MapSpec) *ebpf.Map {
+func raceMap(t testing.TB, spec *ebpf.MapSpec) *ebpf.Map {
 	t.Helper()
 	m, err := ebpf.NewMap(spec)
 	if err != nil {

@@ -185,3 +185,49 @@ func TestStreamLost(t *testing.T) {
 		}
 	}
 }
+
+// The longest gap of a failover is its silence, one packet interval and a tick of the clock; the way
+// back to a better leg has none, and a leg that flaps makes none beyond the first.
+func TestFailoverGaps(t *testing.T) {
+	const tick = 4 * time.Millisecond
+	for _, rate := range []int{1000, 100_000} {
+		period := time.Second / time.Duration(rate)
+		for _, silence := range []time.Duration{10 * time.Millisecond, 30 * time.Millisecond, 100 * time.Millisecond} {
+			for name, up := range map[string]func(at time.Duration) bool{
+				"dies":           func(at time.Duration) bool { return at < 700*time.Millisecond },
+				"comes back":     func(at time.Duration) bool { return at < 700*time.Millisecond || at > 1500*time.Millisecond },
+				"flaps":          func(at time.Duration) bool { return at/(170*time.Millisecond)%2 == 0 },
+				"stalls shortly": func(at time.Duration) bool { return at%(200*time.Millisecond) > silence/2 },
+			} {
+				p := newPlayer(packet.Stream{Kind: packet.StreamFailover, Silence: silence, Back: 500 * time.Millisecond})
+				var longest, last time.Duration
+				var relayed [2]int
+				for i := range 4 * rate {
+					at := time.Duration(i) * period
+					n := 0
+					for leg := range 2 {
+						if leg == 0 && !up(at) {
+							continue
+						}
+						if p.send(leg, streamtest.RTP(uint32(i), 7), at) == packet.StreamPassed {
+							relayed[leg]++
+							n++
+						}
+					}
+					if n > 1 {
+						t.Fatalf("%s: both legs are relayed at %v", name, at)
+					}
+					if n == 1 {
+						longest, last = max(longest, at-last), at
+					}
+				}
+				switched := int(p.Restarts) - 1
+				wantSwitched := map[string]int{"dies": 1, "comes back": 2, "flaps": 1, "stalls shortly": 1}[name] // the second is heard first
+				if longest > silence+period+tick || switched != wantSwitched || name == "comes back" && relayed[0] < 2*rate {
+					t.Errorf("%d a second, silence %v, a leg %s: longest gap %v, %d changes, want %d; relayed %v", rate, silence, name, longest, switched, wantSwitched, relayed)
+				}
+				t.Logf("%d a second, silence %v, a leg %s: longest gap %v, %d changes", rate, silence, name, longest, switched)
+			}
+		}
+	}
+}
