@@ -188,18 +188,21 @@ func runNumbers(ctx context.Context, wg *sync.WaitGroup, send func(uint32), c *n
 			}
 		}
 	})
-	wg.Go(func() {
-		b := make([]byte, 64)
-		for ctx.Err() == nil {
-			_ = c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-			if n, err := c.Read(b); err == nil && n == 4 {
-				s.mu.Lock()
-				s.got = append(s.got, binary.BigEndian.Uint32(b))
-				s.mu.Unlock()
-			}
-		}
-	})
+	wg.Go(func() { s.receive(ctx, c) })
 	return s
+}
+
+// receive notes what arrives until the context ends.
+func (s *numbers) receive(ctx context.Context, c *net.UDPConn) {
+	b := make([]byte, 64)
+	for ctx.Err() == nil {
+		_ = c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		if n, err := c.Read(b); err == nil && n == 4 {
+			s.mu.Lock()
+			s.got = append(s.got, binary.BigEndian.Uint32(b))
+			s.mu.Unlock()
+		}
+	}
 }
 
 // since is what has arrived of the numbers from one on.
