@@ -42,8 +42,8 @@ const (
 // The netdev netlink family, the only source of features, also announces them: including those that
 // a veth gains or loses with its peer's receive offload or program.
 //
-// The kernel does not announce everything. The MTU of a veth's peer in another network namespace,
-// programs attached or detached by a BPF link, and alternative names and programs of interfaces
+// The kernel does not announce everything. The MTU of a veth's peer in another network namespace
+// without CAP_NET_BROADCAST, programs attached or detached by a BPF link, and alternative names and programs of interfaces
 // that are down, are noticed when something else of the interface changes, or with Resync.
 type Watcher struct {
 	log       *slog.Logger
@@ -51,12 +51,14 @@ type Watcher struct {
 	changed   chan struct{}
 	listeners []*listener
 	ways      *listener // announces routes and neighbours, while hops are requested
+	foreign   *listener // announces links of other network namespaces; nil if that is not permitted
 	running   sync.WaitGroup
 
 	// mu guards what the listeners received.
 	mu       sync.Mutex
 	pending  news
 	of       interests
+	peers    peers       // whose announcements foreign takes
 	timer    *time.Timer // announces changed routes, once they are due
 	routesAt time.Time   // when routes are due again
 	closed   bool
@@ -135,6 +137,9 @@ func (w *Watcher) listen(f families, room int) error {
 	if w.ways, err = open(unix.NETLINK_ROUTE, func(m message) { w.pending.hearWay(m, &w.of) }, func() {
 		w.pending.routes, w.pending.tables = true, true
 	}); err != nil {
+		return err
+	}
+	if err := w.listenToPeers(open); err != nil {
 		return err
 	}
 	if group := f.ethtool.Groups["monitor"]; group != 0 {
@@ -299,6 +304,9 @@ func (w *Watcher) Snapshot() (*Snapshot, error) {
 	if err != nil {
 		w.again()
 		return nil, err
+	}
+	if linksDiffer {
+		w.followPeers()
 	}
 	hopsDiffer := w.readHops(linksDiffer, retrying)
 	if w.last != nil && !linksDiffer && !hopsDiffer {

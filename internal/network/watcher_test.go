@@ -582,8 +582,35 @@ func TestPeerMTU(t *testing.T) {
 	set(h, "own1", 1300)
 	want("the peer here is announced", map[string][2]int{"own0": {1300, 1300}, "own1": {1500, 1300}})
 	set(peer, "eth1", 1600)
-	w.Resync()
-	want("the peer elsewhere is looked at", map[string][2]int{"eth1": {1600, 1500}})
+	want("the peer elsewhere is announced", map[string][2]int{"eth1": {1600, 1500}})
+	set(peer, "eth0", 1200)
+	want("and another, that shrinks", map[string][2]int{"eth0": {1200, 1200}})
+	heard := func(change func()) (n int) {
+		t.Helper()
+		w.state.Lock()
+		defer w.state.Unlock()
+		w.take()
+		w.mu.Lock()
+		hear := w.foreign.hear
+		w.foreign.hear = func(m message) { n++; hear(m) }
+		w.mu.Unlock()
+		change()
+		w.take()
+		w.mu.Lock()
+		w.foreign.hear = hear
+		w.mu.Unlock()
+		w.signal() // what has been taken is yet to be looked at
+		return n
+	}
+	if n := heard(func() { add(t, peer, &netlink.Veth{LinkAttrs: attrs("other0"), PeerName: "other1"}) }); n != 0 {
+		t.Errorf("%d announcements of a link that is no peer are heard", n)
+	}
+	if heard(func() { set(peer, "eth0", 1250) }) == 0 {
+		t.Error("nothing is heard of a peer")
+	}
+	want("it was heard", map[string][2]int{"eth0": {1250, 1250}})
+	set(peer, "eth0", 1400)
+	want("as before", map[string][2]int{"eth0": {1400, 1400}})
 	set(h, "eth1", 9000)
 	want("its own changes", map[string][2]int{"eth1": {1600, 1600}})
 

@@ -24,6 +24,7 @@ type burst struct {
 	host    *lab.Host
 	program *ebpf.Program
 	state   *ebpf.Map
+	size    int // bytes of a frame, burstLen at least
 }
 
 const (
@@ -43,7 +44,7 @@ type burstState struct {
 
 func newBurst(t testing.TB, host *lab.Host, ifname string, frame []byte, ports [burstPattern]uint16) *burst {
 	t.Helper()
-	b := &burst{host: host}
+	b := &burst{host: host, size: burstLen}
 	labtest.Do(t, host, func() (err error) {
 		out, err := net.InterfaceByName(ifname)
 		if err != nil {
@@ -114,7 +115,7 @@ func burstProgram(state, ifindex int) asm.Instructions {
 func (b *burst) send(t testing.TB) {
 	t.Helper()
 	labtest.Do(t, b.host, func() error {
-		_, err := b.program.Run(&ebpf.RunOptions{Data: make([]byte, burstLen), Repeat: burstSize, BatchSize: burstSize, Flags: liveFrames})
+		_, err := b.program.Run(&ebpf.RunOptions{Data: make([]byte, b.size), Repeat: burstSize, BatchSize: burstSize, Flags: liveFrames})
 		return err
 	})
 }
@@ -223,4 +224,56 @@ func wanted(set []flow.Flow, rule *flow.Flow) []flow.Output {
 		}
 	}
 	return nil
+}
+
+// TestBulkIsLost: a frame that is longer than the MTU of a veth's peer takes those behind it in its
+// bulk with it, of another rule as well. That MTU as the output's own prevents it.
+func TestBulkIsLost(t *testing.T) {
+	t.Parallel()
+	const bursts, peerMTU = 20, 68
+	n := newLab(t, 1)
+	l := open(t, testOptions(t))
+	attachAll(t, l, n.in, n.out[0])
+	lk, err := n.sinks[0].Link("eth0")
+	if err == nil {
+		err = n.sinks[0].Netlink().LinkSetMTU(lk, peerMTU)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame := sourceFrame(n, "239.1.1.1", 5000, make([]byte, burstLen-atUDP-8))
+	frame.NoChecksum = true
+	var ports [burstPattern]uint16 // one in eight is long
+	for i := range ports {
+		if ports[i] = 5000; i%8 == 3 {
+			ports[i] = 5001
+		}
+	}
+	const sentLong, sentShort = bursts * burstSize / 8, bursts * burstSize * 7 / 8
+	b := newBurst(t, n.source, "eth0", frame.Build(), ports)
+	b.size = peerMTU + 18 - 6 // two tags more are too long
+	for _, mtu := range []int32{1500, peerMTU} {
+		short, tagged := output(n.out[0], "239.2.2.1", "10.1.0.1", 6000), output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)
+		short.MTU, tagged.MTU = mtu, mtu
+		tagged.VLAN, tagged.OuterVLAN, tagged.VLANID = packet.VLANSet, 20, 200
+		name := fmt.Sprint("mtu ", mtu)
+		sync1(t, l,
+			flow.Flow{Name: name, In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{short}},
+			flow.Flow{Name: name + ", tagged", In: input(n.in, "239.1.1.1", "", 5001), Out: []flow.Output{tagged}})
+		before := transmitDrops(t, l, n.out[0])
+		for range bursts {
+			b.send(t)
+		}
+		labtest.Eventually(t, "all are matched", func() bool { return statsOf(t, l, name).Matched.Packets == sentShort })
+		unsent := transmitDrops(t, l, n.out[0]) - before
+		drops := statsOf(t, l, name+", tagged").Outputs[0].Drops[MTU].Packets
+		t.Logf("MTU %d: of %d frames that fit and %d that do not, the device did not take %d; %d dropped for the MTU", mtu, sentShort, sentLong, unsent, drops)
+		if mtu == peerMTU {
+			if unsent != 0 || drops != sentLong {
+				t.Errorf("MTU %d: the device did not take %d frames, %d were dropped for the MTU; want 0 and %d", mtu, unsent, drops, sentLong)
+			}
+		} else if unsent <= sentLong || drops != 0 {
+			t.Errorf("MTU %d: the device did not take %d frames; want more than the %d that are too long, or there is nothing to prevent", mtu, unsent, sentLong)
+		}
+	}
 }
