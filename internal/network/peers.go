@@ -50,7 +50,8 @@ func (w *Watcher) listenToPeers(open func(protocol int, hear func(message), lost
 	}
 	if refused != nil {
 		w.log.Debug("changes of veth peers in other network namespaces are not heard", "error", refused)
-		return nil
+		w.listeners = slices.DeleteFunc(w.listeners, func(o *listener) bool { return o == l })
+		return l.socket.Close()
 	}
 	w.foreign = l
 	return nil
