@@ -11,11 +11,13 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/events"
 	"xdpcast/internal/plan"
-	"xdpcast/pkg/packet"
 )
 
 // echoCheck is the interval of reading how many echoes rules have: a look at all drop counters.
 const echoCheck = 5 * time.Second
+
+// echoOver is the time without another echo after which a rule echoes no more.
+const echoOver = 10 * time.Second
 
 const (
 	aboutEchoes = "echoes"
@@ -44,7 +46,7 @@ func (e *echoes) look(now time.Time, counts map[string]uint64) (began, ended []s
 		e.grew[name] = now
 	}
 	for name, at := range e.grew {
-		if now.Sub(at) >= packet.GuardHeal {
+		if now.Sub(at) >= echoOver {
 			delete(e.grew, name)
 			ended = append(ended, name)
 		}

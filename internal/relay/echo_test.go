@@ -4,8 +4,6 @@ import (
 	"slices"
 	"testing"
 	"time"
-
-	"xdpcast/pkg/packet"
 )
 
 // TestEchoes: a count that grows begins an echo, once; what was counted before the daemon came does
@@ -22,8 +20,8 @@ func TestEchoes(t *testing.T) {
 		{time.Second, map[string]uint64{"old": 7, "new": 1}, []string{"new"}, nil},
 		{time.Second, map[string]uint64{"old": 8, "new": 1}, []string{"old"}, nil},
 		{time.Second, map[string]uint64{"old": 9, "new": 1}, nil, nil},
-		{packet.GuardHeal - time.Second - time.Second, map[string]uint64{"old": 9, "new": 1}, nil, []string{"new"}},
-		{packet.GuardHeal, map[string]uint64{}, nil, []string{"old"}},
+		{echoOver - time.Second - time.Second, map[string]uint64{"old": 9, "new": 1}, nil, []string{"new"}},
+		{echoOver, map[string]uint64{}, nil, []string{"old"}},
 		{time.Second, map[string]uint64{"new": 1}, []string{"new"}, nil}, // another of that name
 	} {
 		now = now.Add(c.after)
