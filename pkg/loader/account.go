@@ -16,15 +16,15 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// minAccount is the fewest cells of the map user_stats, and the page in cells that
-// their number is a multiple of.
+// minAccount is the minimum number of cells of the map user_stats, and the page size in cells of
+// which their number is a multiple.
 const (
 	minAccount  = 4096
 	accountPage = 128
 )
 
-// accountCells is how many cells there are: what each rule and output needs on one
-// worker. Few rules are on user-space paths, and those have several workers.
+// accountCells is the number of cells: those that every rule and output needs on one worker. Few
+// rules are on user-space paths, and those have several workers.
 func accountCells(maxRules, maxOutputs uint32) uint32 {
 	n := max(maxRules+maxOutputs, minAccount)
 	return (n + accountPage - 1) / accountPage * accountPage
@@ -51,7 +51,7 @@ func (l *Loader) openAccount() error {
 	return nil
 }
 
-// readAccount copies what the map user_stats holds.
+// readAccount copies the map user_stats.
 func readAccount(m *ebpf.Map) (*account.Account, error) {
 	cells, err := readArray[bpf.RelayUserCounter](m, int(m.MaxEntries()))
 	if err != nil {
@@ -64,19 +64,18 @@ func readAccount(m *ebpf.Map) (*account.Account, error) {
 	return a, nil
 }
 
-// Account is what the user-space paths count in. It lives until the Loader is closed and
-// no counters are open any more.
+// Account holds the counters of the user-space paths. It lives until the Loader is closed and no
+// counters are open any more.
 func (l *Loader) Account() *account.Account { return l.account }
 
-// openCounters are counters that a path has opened of a rule.
+// openCounters are a rule's counters opened by a path.
 type openCounters struct {
 	rule     flow.Flow
 	counters *account.RuleCounters
 }
 
-// OpenCounters opens the counters of a rule for a path: those that the rule in force
-// has, when it goes on; else they become those of the rule when Sync brings it into
-// force. The caller must Close them.
+// OpenCounters opens the counters of a rule for a path: those of the current rule if it continues;
+// otherwise they become the rule's when Sync publishes it. The caller must Close them.
 func (l *Loader) OpenCounters(rule flow.Flow) *account.RuleCounters {
 	rule = rule.Normalized()
 	c := l.account.OpenRule(len(rule.Out))
@@ -88,7 +87,7 @@ func (l *Loader) OpenCounters(rule flow.Flow) *account.RuleCounters {
 	return c
 }
 
-// bindCounters gives the counters that were opened of a new rule its numbers.
+// bindCounters assigns a new rule's ids to its open counters.
 func (s *transaction) bindCounters(e *entry) {
 	open := slices.DeleteFunc(s.counters[e.rule.Name], func(o openCounters) bool { return o.counters.Closed() })
 	if len(open) == 0 {
@@ -104,7 +103,7 @@ func (s *transaction) bindCounters(e *entry) {
 	}
 }
 
-// retireAccount says that a rule's numbers are free for others.
+// retireAccount frees a rule's ids.
 func (l *Loader) retireAccount(e *entry) {
 	l.account.Retire(account.Target{Scope: account.Rule, ID: e.id})
 	for i := range e.rule.Out {
@@ -113,8 +112,7 @@ func (l *Loader) retireAccount(e *entry) {
 	l.lost.forget(e)
 }
 
-// adoptAccount drops what an earlier process has counted of rules and interfaces that
-// are no more.
+// adoptAccount drops an earlier process's counts of removed rules and interfaces.
 func (l *Loader) adoptAccount(byID []*entry, usedStats []bool) {
 	l.account.RetireOthers(func(t account.Target) bool {
 		switch t.Scope {
@@ -128,7 +126,7 @@ func (l *Loader) adoptAccount(byID []*entry, usedStats []bool) {
 	})
 }
 
-// accountWarnings says what is not counted as it should be.
+// accountWarnings warns about counts that may be lost.
 func (l *Loader) accountWarnings() []string {
 	if l.account == nil || !l.account.Full() {
 		return nil
@@ -136,7 +134,7 @@ func (l *Loader) accountWarnings() []string {
 	return []string{fmt.Sprintf("the map user_stats has no room for all counters of the paths afxdp and fanout: some are lost when the daemon ends (it has %d cells; --max-rules and --max-outputs size it)", l.maps.UserStats.MaxEntries())}
 }
 
-// bytesOf are the bytes that values consist of.
+// bytesOf are the bytes of values.
 func bytesOf[V any](values []V) []byte {
 	var one V
 	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(values))), len(values)*int(unsafe.Sizeof(one)))

@@ -5,17 +5,17 @@ import (
 	"slices"
 )
 
-// idAllocator hands out numbers below max. A number given back is used again as
-// late as possible, so that a packet still on its way cannot meet its next owner.
+// idAllocator allocates ids below max. A freed id is reused as late as possible, so that a packet
+// still in flight cannot meet its next owner.
 type idAllocator struct {
 	max   uint32
-	next  uint32   // everything from here on was never used
+	next  uint32   // from here on never used
 	freed []uint32 // oldest first
 }
 
 func newIDAllocator(max uint32) *idAllocator { return &idAllocator{max: max} }
 
-// take returns a number, and whether it was in use before.
+// take returns an id, and whether it was in use before.
 func (a *idAllocator) take() (id uint32, used bool, err error) {
 	if a.next < a.max {
 		a.next++
@@ -30,7 +30,7 @@ func (a *idAllocator) take() (id uint32, used bool, err error) {
 
 func (a *idAllocator) give(id uint32) { a.freed = append(a.freed, id) }
 
-// adopt marks the numbers in use after a restart; all others count as used before.
+// adopt marks the ids in use after a restart; all others count as used before.
 func (a *idAllocator) adopt(inUse func(uint32) bool) {
 	a.next, a.freed = a.max, a.freed[:0]
 	for id := range a.max {
@@ -40,24 +40,22 @@ func (a *idAllocator) adopt(inUse func(uint32) bool) {
 	}
 }
 
-// extent is a run of free numbers.
+// extent is a run of free ids.
 type extent struct{ first, n uint32 }
 
-// blockAllocator hands out runs of consecutive numbers, going round and round for
-// the same reason as idAllocator.
+// blockAllocator allocates runs of consecutive ids, in rotation for the same reason as idAllocator.
 type blockAllocator struct {
 	max  uint32
 	free []extent // sorted, never adjacent
-	hand uint32   // look from here on first
-	high uint32   // everything from here on was never used
+	hand uint32   // where the search starts
+	high uint32   // from here on never used
 }
 
 func newBlockAllocator(max uint32) *blockAllocator {
 	return &blockAllocator{max: max, free: []extent{{0, max}}}
 }
 
-// take returns the first of n consecutive numbers, and whether any of them was in
-// use before.
+// take returns the first of n consecutive ids, and whether any of them was in use before.
 func (a *blockAllocator) take(n uint32) (first uint32, used bool, err error) {
 	start, _ := slices.BinarySearchFunc(a.free, a.hand, func(e extent, hand uint32) int {
 		if e.first+e.n <= hand {
@@ -77,7 +75,7 @@ func (a *blockAllocator) take(n uint32) (first uint32, used bool, err error) {
 			return a.taken(first, n)
 		}
 	}
-	// What lies before the hand in its own extent.
+	// The part of its extent before the hand.
 	if start < len(a.free) && a.free[start].n >= n {
 		first := a.free[start].first
 		a.cut(start, first, n)
@@ -93,7 +91,7 @@ func (a *blockAllocator) taken(first, n uint32) (uint32, bool, error) {
 	return first, used, nil
 }
 
-// cut takes n numbers from first on out of the extent at index at.
+// cut removes n ids, starting at first, from the extent at index at.
 func (a *blockAllocator) cut(at int, first, n uint32) {
 	e := a.free[at]
 	var rest []extent
@@ -126,7 +124,7 @@ func (a *blockAllocator) give(first, n uint32) {
 	a.free = slices.Replace(a.free, at, to, e)
 }
 
-// adopt marks the blocks in use after a restart, and all else as used before.
+// adopt marks the blocks in use after a restart, and the rest as used before.
 func (a *blockAllocator) adopt(inUse []extent) error {
 	slices.SortFunc(inUse, func(x, y extent) int { return int(int64(x.first) - int64(y.first)) })
 	a.free, a.high = a.free[:0], a.max

@@ -16,11 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mode is how XDP runs on an interface.
+// Mode is an XDP attach mode.
 type Mode uint8
 
-// The modes: native runs in the driver; generic in the stack, on any device but
-// slower, and with one output a rule only. Auto tries native, then generic.
+// The modes: native runs in the driver; generic in the stack, on any device but slower, and only
+// with one output per rule. Auto tries native, then generic.
 const (
 	ModeAuto Mode = iota
 	ModeNative
@@ -38,7 +38,7 @@ func (m Mode) String() string {
 	}
 }
 
-// ParseMode reads what String writes.
+// ParseMode parses the output of String.
 func ParseMode(s string) (Mode, error) {
 	for _, m := range []Mode{ModeAuto, ModeNative, ModeGeneric} {
 		if s == m.String() {
@@ -53,7 +53,7 @@ type Attachment struct {
 	Index     int
 	Interface string
 	Mode      Mode // native or generic
-	// Fallback is why native mode was refused; nil when it was not tried.
+	// Fallback is why native mode was refused; nil if it was not tried.
 	Fallback  error
 	LinkID    uint32
 	ProgramID uint32
@@ -64,8 +64,8 @@ type attachment struct {
 	link link.Link
 }
 
-// Attach attaches the relay program to an interface, or confirms that it is
-// attached, in whatever mode it then runs. Another's program is never evicted.
+// Attach attaches the relay program to an interface, or confirms that it is attached, in whatever
+// mode it then runs. It never evicts another program.
 //
 // Errors to match: *BusyError, *AttachError.
 func (l *Loader) Attach(index int, mode Mode) (Attachment, error) {
@@ -114,12 +114,12 @@ func (l *Loader) attach(index int, mode Mode) (Attachment, error) {
 	return a.Attachment, nil
 }
 
-// TryNative attaches the relay program anew where it runs in generic mode: in native mode, else in
-// generic mode again. The kernel has no two modes active at once on an interface
-// (dev_xdp_attach in net/core/dev.c), so that packets meet no program for a moment: call it
-// while the interface carries none.
+// TryNative reattaches a relay program that runs in generic mode: in native mode, otherwise in
+// generic mode again. The kernel allows only one mode at a time on an interface (dev_xdp_attach in
+// net/core/dev.c), so packets meet no program for a moment: call it while the interface carries
+// none.
 //
-// Errors to match: *BusyError, *AttachError; then the program is not attached any more.
+// Errors to match: *BusyError, *AttachError; the program is then no longer attached.
 func (l *Loader) TryNative(index int) (Attachment, error) {
 	a := l.links[index]
 	if a == nil || a.Mode != ModeGeneric {
@@ -165,7 +165,7 @@ func (l *Loader) attachXDP(iface *net.Interface, mode Mode) (link.Link, Mode, er
 	return nil, 0, nil, &AttachError{Interface: iface.Name, Mode: mode, Err: refused}
 }
 
-// explainRefusal adds what a driver usually means by an error.
+// explainRefusal adds the usual reason for a driver's error.
 func explainRefusal(err error) error {
 	switch {
 	case errors.Is(err, unix.ENOSPC):
@@ -179,7 +179,7 @@ func explainRefusal(err error) error {
 	}
 }
 
-// programOn names the XDP program of an interface, for people.
+// programOn names the XDP program of an interface, for messages.
 func programOn(index int) string {
 	lk, err := netlink.LinkByIndex(index)
 	if err != nil || lk.Attrs().Xdp == nil || lk.Attrs().Xdp.ProgId == 0 {
@@ -207,8 +207,8 @@ func (a *attachment) fillIDs() error {
 	return nil
 }
 
-// Detach takes the relay program off an interface. It is no error if it is not
-// there, or the interface is gone.
+// Detach detaches the relay program from an interface. It is no error if it is not attached, or the
+// interface is gone.
 func (l *Loader) Detach(index int) error {
 	a := l.links[index]
 	if a == nil {
@@ -218,8 +218,8 @@ func (l *Loader) Detach(index int) error {
 	return errors.Join(a.release(), removePins(linkPin(l.opts.PinDir, index)), a.link.Close(), l.dropQueriers(index))
 }
 
-// release takes the program off the interface now. Without it the kernel does so
-// some time after the last pin and file descriptor of the link are gone.
+// release detaches the program now. Without it the kernel does so some time after the last pin and
+// file descriptor of the link are gone.
 func (a *attachment) release() error {
 	if err := a.link.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("detach from interface %s: %w", a.Interface, err)
@@ -237,7 +237,7 @@ func (l *Loader) Attachments() []Attachment {
 	return all
 }
 
-// adoptLinks takes over pinned links; those of interfaces that are gone go.
+// adoptLinks takes over pinned links, and removes those of removed interfaces.
 func (l *Loader) adoptLinks(paths []string) error {
 	for _, path := range paths {
 		a, err := adoptLink(path)
@@ -256,8 +256,7 @@ func (l *Loader) adoptLinks(paths []string) error {
 	return nil
 }
 
-// adoptLink opens a pinned link. The error matches ENODEV when its interface is
-// gone.
+// adoptLink opens a pinned link. The error matches ENODEV if its interface is gone.
 func adoptLink(path string) (_ *attachment, err error) {
 	lk, err := link.LoadPinnedLink(path, nil)
 	if err != nil {
@@ -331,8 +330,8 @@ func Unload(opts Options) (err error) {
 	return err
 }
 
-// releaseLinks takes the program off all interfaces now. It needs no more of the
-// pinned state than the links, so that state of any schema can be unloaded.
+// releaseLinks detaches the program from all interfaces now. Of the pinned state it needs only the
+// links, so state of any schema can be unloaded.
 func releaseLinks(pinDir string) error {
 	pins, err := os.ReadDir(filepath.Join(pinDir, linksDir))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -345,7 +344,7 @@ func releaseLinks(pinDir string) error {
 		case strings.HasPrefix(pin.Name(), pinInterface):
 			a, err := adoptLink(path)
 			if err != nil {
-				continue // its interface is gone, or it is no link: removing the pin is enough
+				continue // its interface is gone, or it is not a link: removing the pin is enough
 			}
 			errs = append(errs, a.release(), a.link.Close())
 		case strings.HasPrefix(pin.Name(), pinTapped):

@@ -10,11 +10,11 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// Programs that links run are pinned as well, so that the next process can tell them from its
-// own: to open them by their ids would take CAP_SYS_ADMIN.
+// Programs of links are also pinned, so that the next process can compare them with its own:
+// opening them by id would require CAP_SYS_ADMIN.
 
-// runs says whether a link runs this program, which was pinned when it was attached. One that is
-// not pinned, as an earlier release left it, is taken to be another.
+// runs says whether a link runs this program, which was pinned when it was attached. One without a
+// pin, from an earlier release, counts as different.
 func (l *Loader) runs(lk link.Link, p *ebpf.Program, pin string) (bool, error) {
 	info, err := lk.Info()
 	if err != nil {
@@ -38,9 +38,9 @@ func (l *Loader) runs(lk link.Link, p *ebpf.Program, pin string) (bool, error) {
 	return same, errors.Join(err, l.keepAttached(pin, pinned))
 }
 
-// pinProgram pins a program that is attached, in place of another.
+// pinProgram pins an attached program, replacing the previous pin.
 func (l *Loader) pinProgram(p *ebpf.Program, path string) error {
-	clone, err := p.Clone() // since p would remember where
+	clone, err := p.Clone() // because p would remember the path
 	if err != nil {
 		return fmt.Errorf("pin %s: %w", path, err)
 	}

@@ -21,7 +21,7 @@ import (
 // prefix of groups decides. So where a flow for any sender is inside of it, a class has an entry
 // of path none, and the lookup kind of any sender finds that flow.
 
-// step is which of the two steps an entry of a prefix table is for.
+// step says which of the two steps an entry of a prefix table belongs to.
 type step uint8
 
 const (
@@ -30,21 +30,21 @@ const (
 	inClassStep
 )
 
-// MaxBothEntries is how many entries such flows of one address family can have together. Only rules
-// that leave out many senders each, all of other ones, come near it.
+// MaxBothEntries is the maximum number of entries of flows with takesBoth in one address family.
+// Only rules that each exclude many different senders come near it.
 const MaxBothEntries = 1 << 18
 
 // takesBoth says whether a flow is found by prefixes of sources and of groups.
 func takesBoth(in flow.Input) bool { return in.BySource && in.Len != 0 }
 
-// countBoth counts the flows in force with takesBoth.
+// countBoth counts the current flows with takesBoth.
 func (l *Loader) countBoth(in flow.Input, n int) {
 	if takesBoth(in) {
 		l.both += n
 	}
 }
 
-// space is an input without its sources and groups: what classes are of.
+// space is an input without its sources and groups: the scope of classes.
 func space(in flow.Input) flow.Input {
 	family := netip.IPv4Unspecified()
 	if in.Group.Is6() {
@@ -57,7 +57,7 @@ func space(in flow.Input) flow.Input {
 
 func groups(in flow.Input) netip.Prefix { return netip.PrefixFrom(in.Group, in.Len) }
 
-// bothFlows are the entries of flows with takesBoth, beside those of any sender and a prefix of
+// bothFlows are the entries of flows with takesBoth, given those of any sender and a prefix of
 // groups.
 func bothFlows(entries, anySender []*entry) (flows []flowEntry, err error) {
 	type members struct{ both, any []*entry }
@@ -89,7 +89,7 @@ func bothFlows(entries, anySender []*entry) (flows []flowEntry, err error) {
 
 // appendClasses is bothFlows for one space.
 func appendClasses(flows []flowEntry, in flow.Input, both, anySender []*entry) ([]flowEntry, error) {
-	// In the order in which they win.
+	// In order of precedence.
 	slices.SortFunc(both, func(a, b *entry) int {
 		return cmp.Or(cmp.Compare(b.rule.In.SourceLen, a.rule.In.SourceLen), cmp.Compare(b.rule.In.Len, a.rule.In.Len))
 	})
@@ -100,7 +100,7 @@ func appendClasses(flows []flowEntry, in flow.Input, both, anySender []*entry) (
 			points[p] = true
 		}
 	}
-	classes := map[string]uint32{} // by the numbers of the flows that take it
+	classes := map[string]uint32{} // by the ids of the flows that take it
 	for p := range points {
 		var taking []*entry
 		var name []byte
@@ -126,8 +126,8 @@ func appendClasses(flows []flowEntry, in flow.Input, both, anySender []*entry) (
 	return flows, nil
 }
 
-// appendClass gives the entries of a class: the flows that take its sources, in the order in
-// which they win.
+// appendClass appends the entries of a class: the flows that take its sources, in order of
+// precedence.
 func appendClass(flows []flowEntry, in flow.Input, class uint32, taking, anySender []*entry) []flowEntry {
 	winner := func(p netip.Prefix) *entry {
 		for _, e := range taking {
@@ -159,14 +159,14 @@ func appendClass(flows []flowEntry, in flow.Input, class uint32, taking, anySend
 	return flows
 }
 
-// classes are the entries of flows with takesBoth in one space, as they were read.
+// classes are the entries of flows with takesBoth in one space, as read back.
 type classes struct {
 	sources map[uint32][]netip.Prefix // of each class
 	flows   map[uint32][]flowEntry    // in each class
 }
 
-// gatherBoth makes one entry of all of a flow with takesBoth. What does not go together is left
-// for the caller to find damaged.
+// gatherBoth merges all entries of a flow with takesBoth into one. Inconsistent entries are left
+// for the caller to detect as damaged.
 func gatherBoth(flows []flowEntry) (all []flowEntry) {
 	spaces := map[flow.Input]*classes{}
 	rules := map[uint32][]flowEntry{}
@@ -208,8 +208,8 @@ func gatherBoth(flows []flowEntry) (all []flowEntry) {
 	return all
 }
 
-// gatherSteps is the entry of a rule without the senders that it leaves out: of what it is found
-// by, the shortest prefixes, within which all others are. It is false for what does not go together.
+// gatherSteps is the entry of a rule without its excluded senders: with the shortest prefixes,
+// which contain all others. It is false if the entries are inconsistent.
 func gatherSteps(flows []flowEntry, spaces map[flow.Input]*classes) (one flowEntry, ok bool) {
 	anyPort := func(in flow.Input) flow.Input {
 		in = space(in)
@@ -249,9 +249,9 @@ func gatherSteps(flows []flowEntry, spaces map[flow.Input]*classes) (one flowEnt
 	return one, one.setPorts(ports)
 }
 
-// excepted are the prefixes of sources that a flow leaves out, as far as the entries tell: those
-// whose packets go to one that it would win over, or to none. What another that wins over it takes
-// may have been left out besides, and need not be.
+// excepted are the source prefixes that a flow excludes, as far as the entries show: those whose
+// packets go to a flow over which it takes precedence, or to none. Prefixes taken by a preceding
+// flow may have been excluded, too, which makes no difference.
 func (c *classes) excepted(in flow.Input, own map[uint32]flowEntry) (except []netip.Prefix) {
 	for class, sources := range c.sources {
 		taker := flowEntry{in: flow.Input{Len: -1}} // of the flow's groups
@@ -263,7 +263,7 @@ func (c *classes) excepted(in flow.Input, own map[uint32]flowEntry) (except []ne
 		if !isNone(taker) {
 			other := own[taker.value.Rule].in
 			if cmp.Or(cmp.Compare(other.SourceLen, in.SourceLen), cmp.Compare(other.Len, in.Len)) >= 0 {
-				continue // itself, or one that wins over it
+				continue // itself, or a preceding one
 			}
 		}
 		for _, p := range sources {

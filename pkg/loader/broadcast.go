@@ -14,17 +14,16 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// broadcast is a devmap that rules with several outputs send by: a row for each output
-// that is ready, all with the egress program. Which output a copy is for is not told
-// by the row, so all rules with outputs on the same interfaces share one broadcast. The
-// rows of the map broadcast hold it in the kernel.
+// broadcast is a devmap of rules with several outputs: a row for each ready output, all with the
+// egress program. A copy's output does not depend on the row, so all rules with outputs on the same
+// interfaces share one broadcast. In the kernel, the rows of the map broadcast hold it.
 type broadcast struct {
 	indexes []int // of the interfaces, in the order of the rows
 	id      ebpf.MapID
 	users   int // rules
 }
 
-// fanKey is the interfaces of the outputs that are ready, sorted.
+// fanKey is the sorted interfaces of the ready outputs.
 func fanKey(out []flow.Output) (key string, indexes []int) {
 	for _, o := range out {
 		if o.Ready {
@@ -51,8 +50,8 @@ func (o openBroadcasts) close() error {
 	return errors.Join(errs...)
 }
 
-// useBroadcast counts a user of the broadcast for some outputs and returns its devmap, which
-// stays in open.
+// useBroadcast counts a user of the broadcast for some outputs and returns its devmap, which stays
+// in open.
 func (l *Loader) useBroadcast(out []flow.Output, open openBroadcasts) (*ebpf.Map, error) {
 	key, indexes := fanKey(out)
 	f := l.broadcasts[key]
@@ -91,8 +90,7 @@ func (l *Loader) releaseBroadcast(out []flow.Output) error {
 	return removePins(broadcastPin(l.opts.PinDir, f.id))
 }
 
-// pinBroadcast pins a devmap, to be opened again: by its id it can be opened with CAP_SYS_ADMIN
-// alone.
+// pinBroadcast pins a devmap, so that it can be reopened: opening it by id requires CAP_SYS_ADMIN.
 func (l *Loader) pinBroadcast(devmap *ebpf.Map, id ebpf.MapID) error {
 	clone, err := devmap.Clone()
 	if err != nil {
@@ -105,9 +103,9 @@ func (l *Loader) pinBroadcast(devmap *ebpf.Map, id ebpf.MapID) error {
 	return repin(clone, broadcastPin(l.opts.PinDir, id))
 }
 
-// openDevmap opens the devmap of a broadcast in use. One that is not pinned, as an earlier release
-// left it or since somebody has removed the pin, is opened by its id or, without the capability to,
-// replaced by another in the rows of its rules.
+// openDevmap opens the devmap of a broadcast in use. One without a pin, from an earlier release or
+// because the pin was removed, is opened by its id or, without the capability, replaced in the rows
+// of its rules.
 func (l *Loader) openDevmap(key string, f *broadcast) (*ebpf.Map, error) {
 	path := broadcastPin(l.opts.PinDir, f.id)
 	devmap, err := openByID(path, f.id, false)
@@ -126,7 +124,7 @@ func (l *Loader) openDevmap(key string, f *broadcast) (*ebpf.Map, error) {
 	return l.replaceBroadcast(key, f)
 }
 
-// replaceBroadcast makes another devmap for the rules of a broadcast. Each packet finds the old one
+// replaceBroadcast makes a new devmap for the rules of a broadcast. Each packet finds the old one
 // or the new one.
 func (l *Loader) replaceBroadcast(key string, f *broadcast) (*ebpf.Map, error) {
 	devmap, fresh, err := l.newBroadcast(f.indexes)
@@ -149,7 +147,7 @@ func (l *Loader) replaceBroadcast(key string, f *broadcast) (*ebpf.Map, error) {
 	return devmap, nil
 }
 
-// sweepBroadcasts removes the pins of devmaps that no rule uses: a process died before it could.
+// sweepBroadcasts removes the pins of unused devmaps, left by a dead process.
 func (l *Loader) sweepBroadcasts() error {
 	used := map[string]bool{}
 	for _, f := range l.broadcasts {
@@ -175,7 +173,7 @@ func (l *Loader) sweepBroadcasts() error {
 func (l *Loader) newBroadcast(indexes []int) (_ *ebpf.Map, _ *broadcast, err error) {
 	spec := l.specs[bpf.RelayMapBroadcast].InnerMap.Copy()
 	spec.Name = "slots"
-	// The kernel takes no BTF for a devmap; to find out takes 20 ms a map.
+	// The kernel takes no BTF for a devmap; detecting that takes 20 ms a map.
 	spec.Key, spec.Value = nil, nil
 	spec.MaxEntries = uint32(max(1, len(indexes)))
 	devmap, err := ebpf.NewMap(spec)
@@ -199,8 +197,8 @@ func (l *Loader) newBroadcast(indexes []int) (_ *ebpf.Map, _ *broadcast, err err
 	return devmap, &broadcast{indexes: indexes, id: id}, nil
 }
 
-// openBroadcast opens the devmap of a broadcast in use. The kernel empties a row when its
-// interface goes; should another have come with the same index, it gets the row.
+// openBroadcast opens the devmap of a broadcast in use. The kernel empties a row when its interface
+// goes; a new interface with the same index gets the row.
 func (l *Loader) openBroadcast(key string, f *broadcast) (*ebpf.Map, error) {
 	devmap, err := l.openDevmap(key, f)
 	if err != nil {
@@ -228,7 +226,7 @@ func (l *Loader) setSlot(devmap *ebpf.Map, row uint32, index int) error {
 	return nil
 }
 
-// renewBroadcast puts the egress program of this binary into all rows.
+// renewBroadcast writes this binary's egress program into all rows.
 func (l *Loader) renewBroadcast(key string, f *broadcast) {
 	devmap, err := l.openDevmap(key, f)
 	if err != nil {
@@ -241,8 +239,8 @@ func (l *Loader) renewBroadcast(key string, f *broadcast) {
 	}
 }
 
-// adoptBroadcasts finds the devmaps of the rules again. It reads the rows of the map broadcast that
-// rules use and no others: see rowWaits.
+// adoptBroadcasts restores the devmaps of the rules. It reads only rows of the map broadcast that
+// rules use: see rowWaits.
 func (l *Loader) adoptBroadcasts() error {
 	rules := make([]*entry, 0, len(l.rules))
 	for _, e := range l.rules {
@@ -276,9 +274,9 @@ func (l *Loader) adoptBroadcasts() error {
 	return l.sweepBroadcasts()
 }
 
-// orphanBroadcasts returns the rows of the map broadcast that may hold a devmap that belongs to no
-// rule. The map itself would tell only row by row: see rowWaits. But what goes into a row
-// has its copies in the map copies before, and loses them after.
+// orphanBroadcasts returns the rows of the map broadcast that may hold a devmap of no rule. Reading
+// the map itself would be slow, row by row: see rowWaits. But a row's entries in the map copies are
+// written before it and cleared after it.
 func (l *Loader) orphanBroadcasts() ([]uint32, error) {
 	copies, err := readArray[bpf.RelayCopy](l.maps.Copies, int(l.maps.Copies.MaxEntries()))
 	if err != nil {

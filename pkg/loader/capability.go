@@ -7,11 +7,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// capability is one that the loader needs, as capabilities(7) names it.
+// capability is a capability that the loader needs, named as in capabilities(7).
 type capability struct {
 	name   string
 	number uint
-	// orAdmin: the kernel takes CAP_SYS_ADMIN for it, too.
+	// orAdmin: the kernel also accepts CAP_SYS_ADMIN.
 	orAdmin bool
 }
 
@@ -29,7 +29,7 @@ func (c capability) in(effective uint64) bool {
 	return effective&(1<<c.number) != 0 || c.orAdmin && effective&(1<<unix.CAP_SYS_ADMIN) != 0
 }
 
-// effectiveCapabilities are those of the calling thread, a bit for each.
+// effectiveCapabilities are those of the calling thread, one bit each.
 func effectiveCapabilities() (uint64, error) {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -39,8 +39,8 @@ func effectiveCapabilities() (uint64, error) {
 	return uint64(data[1].Effective)<<32 | uint64(data[0].Effective), nil
 }
 
-// checkCapabilities names what the kernel would refuse without a name. The warning is of
-// what only some paths need; the error matches os.ErrPermission.
+// checkCapabilities names missing capabilities, which the kernel's errors do not. The warning is
+// about those that only some paths need; the error matches os.ErrPermission.
 func checkCapabilities() (warning string, err error) {
 	effective, err := effectiveCapabilities()
 	if err != nil {

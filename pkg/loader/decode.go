@@ -17,7 +17,7 @@ type referents struct {
 	policers *ebpf.Map
 }
 
-// readReferents reads the rules and outputs that the flows refer to, as far as the maps have them.
+// readReferents reads the rules and outputs that the flows refer to, as far as they exist.
 func readReferents(m *mapSet, flows []flowEntry) (p referents, err error) {
 	rules, outputs, streams := 0, 0, 0
 	for i := range flows {
@@ -40,7 +40,7 @@ func readReferents(m *mapSet, flows []flowEntry) (p referents, err error) {
 	return p, nil
 }
 
-// entry makes a rule of a flow entry and of what it points to.
+// entry makes a rule from a flow entry and its referents.
 func (p *referents) entry(f flowEntry) (*entry, error) {
 	value := &f.value
 	if int(value.Rule) >= len(p.rules) {
@@ -79,7 +79,7 @@ func (p *referents) entry(f flowEntry) (*entry, error) {
 	return e, nil
 }
 
-// describes says whether the row of an entry is about the entry's own counters.
+// describes says whether the row of an entry describes the entry's own counters.
 func (p *referents) describes(e *entry) bool { return p.rules[e.id].FirstStats == e.firstStats }
 
 // output is the output of a slot, with the index of its counters.

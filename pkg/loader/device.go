@@ -12,18 +12,17 @@ import (
 // device is an output interface in use.
 type device struct {
 	index int
-	users int // outputs that send on it
+	users int // number of outputs that send on it
 	// row of the map devices, held while rules with one output send on it
 	row      uint32
 	rowUsers int
-	// slotUsers are outputs of rules with several. With one, the row runs the
-	// egress program too: all rows for one device must run the same.
+	// slotUsers is the number of outputs of rules with several. If there are any, the row also runs
+	// the egress program: all rows for one device must run the same program.
 	slotUsers  int
 	rowHasProg bool
 }
 
-// countDevice notes a user of an output interface; the first one makes its entry of
-// port_stats.
+// countDevice counts a user of an output interface; the first one creates its entry of port_stats.
 func (l *Loader) countDevice(index int) error {
 	p := l.devices[index]
 	if p == nil {
@@ -42,7 +41,7 @@ func (l *Loader) countDevice(index int) error {
 	return nil
 }
 
-// uncountDevice takes a user away; with the last one the counters go.
+// uncountDevice removes a user; the last one removes the counters.
 func (l *Loader) uncountDevice(index int) error {
 	p := l.devices[index]
 	if p == nil {
@@ -58,8 +57,8 @@ func (l *Loader) uncountDevice(index int) error {
 	return nil
 }
 
-// useDevice is countDevice for a rule with one output, which sends through a row of
-// the map devices.
+// useDevice is countDevice for a rule with one output, which sends through a row of the map
+// devices.
 func (l *Loader) useDevice(index int) (*device, error) {
 	if err := l.countDevice(index); err != nil {
 		return nil, err
@@ -104,9 +103,9 @@ func (l *Loader) writeRow(p *device) error {
 	return nil
 }
 
-// useSlot is countDevice for one output of a rule with several. The interface's row
-// of devices keeps the egress program from then on: when it could do without again,
-// frames that need it may still be queued for the device.
+// useSlot is countDevice for one output of a rule with several. The interface's row of devices
+// keeps the egress program from then on: even when no rule needs it any more, frames that need it
+// may still be queued for the device.
 func (l *Loader) useSlot(index int) error {
 	if err := l.countDevice(index); err != nil {
 		return err

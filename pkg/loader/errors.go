@@ -26,10 +26,10 @@ var (
 	ErrFull = errors.New("no room left")
 )
 
-// BusyError says that an interface has an XDP program that is not ours.
+// BusyError says that an interface has a foreign XDP program.
 type BusyError struct {
 	Interface string
-	// Program names it: its id and, where known, its name.
+	// Program names that program: its id and, if known, its name.
 	Program string
 	Err     error
 }
@@ -53,7 +53,7 @@ func (e *AttachError) Error() string {
 
 func (e *AttachError) Unwrap() error { return e.Err }
 
-// RuleError says which rule could not be written to the kernel.
+// RuleError names a rule that could not be written to the kernel.
 type RuleError struct {
 	Rule string
 	Err  error

@@ -9,15 +9,14 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// dropForeign removes pinned state of another network namespace that serves no interface
-// any more, as a container leaves it that has ended, and says whether it has. It leaves
-// everything else alone. The error matches ErrForeignNamespace when the state is in use.
-// The caller holds the lock.
+// dropForeign removes pinned state of another network namespace that no longer serves an interface,
+// as left by an ended container, and returns whether it did. It leaves everything else alone. The
+// error matches ErrForeignNamespace if the state is in use. The caller holds the lock.
 func (l *Loader) dropForeign() (dropped bool, err error) {
 	dir := l.opts.PinDir
 	head, err := l.header()
 	if err != nil {
-		return false, nil // whoever adopts it says what is wrong
+		return false, nil // adopting it reports the error
 	}
 	if l.cookie == head.cookie || head.cookie == 0 { // 0: it is too short to say
 		return false, nil
@@ -34,8 +33,8 @@ func (l *Loader) dropForeign() (dropped bool, err error) {
 	return true, removePinDir(dir)
 }
 
-// Here says whether the state is of the calling thread's network namespace: interface
-// indexes mean something there alone.
+// Here says whether the state belongs to the calling thread's network namespace: interface indexes
+// are meaningful only there.
 func (r *Reader) Here() (bool, error) {
 	config, err := r.maps.config(r.pinDir)
 	if err != nil {
@@ -45,8 +44,8 @@ func (r *Reader) Here() (bool, error) {
 	return cookie == config.NetnsCookie, err
 }
 
-// servedLink finds a pinned link that leads to an interface, in whatever network namespace;
-// index 0 when none does.
+// servedLink finds a pinned link that is attached to an interface, in any network namespace; index
+// 0 if there is none.
 func servedLink(pinDir string) (pin string, index int, err error) {
 	entries, err := os.ReadDir(filepath.Join(pinDir, linksDir))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -10,26 +10,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What those ask who look at a host, and change nothing.
+// Read-only functions for diagnosing a host.
 
-// Probe finds out what the running kernel has, as Open does. The error matches ErrNotSupported
-// where it lacks what the relay needs, and names it; os.ErrPermission where it could not be found out.
+// Probe probes the running kernel, as Open does. The error matches ErrNotSupported if the kernel
+// lacks a required feature, and names it; os.ErrPermission if probing was not permitted.
 func Probe() (Capabilities, error) {
 	switch warning, err := checkCapabilities(); {
 	case err != nil:
 		return Capabilities{}, err
-	case warning != "": // what sockets of the paths can do is not known without
+	case warning != "": // without the warning, the features of the paths' sockets are known
 		return Capabilities{}, fmt.Errorf("%s: %w", warning, unix.EPERM)
 	}
 	return probesOfKernel().run()
 }
 
-// PrivateMount is a warning when the BPF file system of a pin directory ends with this
-// process's mount namespace; "" when it does not, or that cannot be known.
+// PrivateMount is a warning if the BPF file system of a pin directory ends with this process's
+// mount namespace; "" if it does not, or if that cannot be determined.
 func PrivateMount(pinDir string) string { return privateMount(pinDir) }
 
-// MissingCapabilities names the capabilities that a set, a bit for each, lacks: those that
-// nothing works without, and those that some paths need.
+// MissingCapabilities names the capabilities missing from a set, one bit each: the required ones,
+// and those that only some paths need.
 func MissingCapabilities(effective uint64) (needs, optional []string) {
 	for _, c := range needed {
 		if !c.in(effective) {
@@ -42,7 +42,7 @@ func MissingCapabilities(effective uint64) (needs, optional []string) {
 	return needs, optional
 }
 
-// Attachments returns where the pinned links hold the relay program.
+// Attachments returns where pinned links attach the relay program.
 func (r *Reader) Attachments() (all []Attachment, err error) {
 	for path, err := range pinnedLinks(r.pinDir, pinInterface) {
 		if err != nil {
@@ -63,8 +63,8 @@ func (r *Reader) Attachments() (all []Attachment, err error) {
 	return all, nil
 }
 
-// TappedPrograms returns the ids of the programs that keep packets of PathFanout from the
-// host's stack, as far as they are pinned in a directory.
+// TappedPrograms returns the ids of the pinned programs that keep packets of PathFanout from the
+// host's stack.
 func TappedPrograms(pinDir string) (map[uint32]bool, error) {
 	ids := map[uint32]bool{}
 	for path, err := range pinnedLinks(pinDir, pinTapped) {
@@ -87,7 +87,7 @@ func TappedPrograms(pinDir string) (map[uint32]bool, error) {
 	return ids, nil
 }
 
-// pinnedLinks yields the pins of links whose names begin so; none where nothing is pinned.
+// pinnedLinks yields the pins of links with a name prefix; none if nothing is pinned.
 func pinnedLinks(pinDir, prefix string) func(yield func(string, error) bool) {
 	return func(yield func(string, error) bool) {
 		entries, err := os.ReadDir(filepath.Join(pinDir, linksDir))

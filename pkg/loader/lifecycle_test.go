@@ -630,7 +630,7 @@ func TestInterfaceGoes(t *testing.T) {
 	}
 	remove(n.out[1])
 	if err := l.Detach(n.out[1].Index); err != nil {
-		t.Errorf("detach from an interface that is gone: %v", err)
+		t.Errorf("detach from a removed interface: %v", err)
 	}
 	for i := range rules {
 		for slot := range rules[i].Out {

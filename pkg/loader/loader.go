@@ -1,11 +1,10 @@
-// Package loader puts the relay into the kernel: it loads the BPF programs,
-// attaches them to interfaces, and keeps the maps in step with a set of resolved
-// rules. All of it is pinned, so that packets go on when the process ends and the
-// next one takes over what it finds.
+// Package loader manages the relay in the kernel: it loads the BPF programs, attaches them to
+// interfaces, and keeps the maps in step with a set of resolved rules. All of it is pinned, so
+// packets keep flowing when the process ends, and the next process takes over.
 //
-// One Loader at a time changes a pin directory (a lock file sees to it); Readers
-// need no lock. The methods of a Loader are not safe for concurrent use: the
-// control loop is its one owner.
+// Only one Loader at a time changes a pin directory (ensured by a lock file); Readers need no lock.
+// The methods of a Loader are not safe for concurrent use, except where noted. Indexes are
+// interface indexes; bytes are of whole frames; addresses and ports in Go types are in host order.
 package loader
 
 import (
@@ -34,16 +33,16 @@ const (
 	DefaultMaxOutputs = 65536
 )
 
-// Options says where the pinned state is and how large to make it.
+// Options are the location and size of the pinned state.
 type Options struct {
-	// PinDir is a directory directly below a BPF file system. Where none is mounted one
-	// is, over /sys/fs/bpf or a directory called bpf that is new or empty, and over no
-	// other. Empty: DefaultPinDir. Its name holds no dot.
+	// PinDir is a directory directly below a BPF file system. If none is mounted, Open mounts one
+	// over /sys/fs/bpf or a directory called bpf that is new or empty, and over no other. Empty:
+	// DefaultPinDir. Its name must not contain a dot.
 	PinDir string
 	// RunDir holds the lock file; no other user may write there. Empty: DefaultRunDir.
 	RunDir string
-	// MaxRules and MaxOutputs size the maps when the state is made; adopted
-	// state keeps its sizes. 0: the defaults.
+	// MaxRules and MaxOutputs size the maps when the state is created; adopted state keeps its
+	// sizes. 0: the defaults.
 	MaxRules, MaxOutputs uint32
 	// Replace has Open make the state anew where what is pinned cannot be taken over, because of
 	// its schema or since it is damaged: the caller has the rules, and brings them in by Sync,
@@ -52,7 +51,7 @@ type Options struct {
 	Replace bool
 	// Inherited are the locks of a Loader that is at rest: this one takes its place. Open owns them.
 	Inherited Locks
-	// Logger receives what is made, adopted and upgraded. Nil: discarded.
+	// Logger receives log messages. Nil: discarded.
 	Logger *slog.Logger
 
 	programs programSource           // tests replace it to stand for another release
@@ -69,7 +68,7 @@ func (o Options) step(name string) error {
 	return o.at(name)
 }
 
-// Absolute returns the options with absolute paths, the defaults where none are given.
+// Absolute returns the options with absolute paths and defaults filled in.
 func (o Options) Absolute() (Options, error) {
 	for path, def := range map[*string]string{&o.PinDir: DefaultPinDir, &o.RunDir: DefaultRunDir} {
 		abs, err := filepath.Abs(cmp.Or(*path, def))
@@ -167,9 +166,9 @@ type Loader struct {
 	warnings []string
 }
 
-// Open takes the lock, and makes the pinned state or adopts what an earlier
-// process left. Adopted programs that differ from this binary's are replaced
-// without a gap. The caller must Close the Loader; what is pinned stays.
+// Open takes the lock, and creates the pinned state or adopts that of an earlier process. Adopted
+// programs that differ from this binary's are replaced without a gap. The caller must Close the
+// Loader; pinned state remains.
 //
 // Errors to match: ErrLocked, ErrSchema, ErrForeignNamespace, ErrNotSupported.
 func Open(opts Options) (_ *Loader, err error) {
@@ -276,8 +275,8 @@ func (l *Loader) open() (err error) {
 	}
 }
 
-// Close closes every file descriptor and gives the lock back. Programs, maps and
-// links stay pinned and go on.
+// Close closes every file descriptor and releases the lock. Programs, maps and links stay pinned
+// and keep working.
 func (l *Loader) Close() error { return errors.Join(l.closeState(), l.lock.Close()) }
 
 // closeState is Close without the locks.
@@ -305,15 +304,15 @@ func (l *Loader) closeState() error {
 // Adopted says whether Open found pinned state and took it over.
 func (l *Loader) Adopted() bool { return l.adopted }
 
-// Capabilities returns what the kernel has, as Open found it.
+// Capabilities returns the kernel's optional features, as found by Open.
 func (l *Loader) Capabilities() Capabilities { return l.can }
 
-// Warnings says in a line each what works less well than it could.
+// Warnings describes degraded functions, one line each.
 func (l *Loader) Warnings() []string {
 	return slices.Concat(l.warnings, l.replaced.warnings(), l.tappedWarnings(), l.steeringWarnings(), l.accountWarnings())
 }
 
-// Limits returns how many rules and outputs there is room for.
+// Limits returns the maximum number of rules and outputs.
 func (l *Loader) Limits() (rules, outputs uint32) {
 	return l.maps.Rules.MaxEntries(), l.maps.Outputs.MaxEntries()
 }

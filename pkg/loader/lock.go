@@ -11,15 +11,15 @@ import (
 	"xdpcast/internal/lockfile"
 )
 
-// Locks are the open files by whose locks a Loader keeps other writers out. Their locks are held
-// as long as a process has them open.
+// Locks are the open lock files with which a Loader excludes other writers. The locks are held as
+// long as a process has the files open.
 type Locks struct{ Run, Pins *os.File }
 
-// Close closes those that are there.
+// Close closes the files that are set.
 func (l Locks) Close() error { return (&locks{l.Run, l.Pins}).Close() }
 
-// Locks returns duplicates of the open files of the locks, to be inherited by another Loader
-// while this one is at rest (Options.Inherited). The caller closes them.
+// Locks returns duplicates of the open lock files, to be inherited by another Loader while this one
+// is paused (Options.Inherited). The caller closes them.
 func (l *Loader) Locks() (held Locks, err error) {
 	if held.Run, err = duplicate(l.lock.run); err != nil {
 		return held, err
@@ -38,12 +38,12 @@ func duplicate(f *os.File) (*os.File, error) {
 	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
-// locks are what keeps two writers apart: that of the run directory's files, which
-// go with one pin directory, and that of the pin directory itself, which processes with
-// other run directories may share. Either may be nil.
+// locks exclude other writers: the lock of the run directory's files, which belong to one pin
+// directory, and that of the pin directory itself, which processes with other run directories may
+// share. Either may be nil.
 type locks struct{ run, pins *os.File }
 
-// Close gives the locks back.
+// Close releases the locks.
 func (l *locks) Close() error {
 	var errs []error
 	for _, f := range []*os.File{l.pins, l.run} {
@@ -55,15 +55,14 @@ func (l *locks) Close() error {
 	return errors.Join(errs...)
 }
 
-// dropPins gives the lock of the pin directory back.
+// dropPins releases the lock of the pin directory.
 func (l *locks) dropPins() error {
 	f := l.pins
 	l.pins = nil
 	return f.Close()
 }
 
-// renew locks the pin directory where it is not the one that is locked any more: somebody has
-// removed it, and it was made again.
+// renew locks the pin directory again if it was removed and re-created since it was locked.
 func (l *locks) renew(opts Options) error {
 	same, err := isAt(l.pins, opts.PinDir)
 	if err != nil || same {
@@ -78,12 +77,12 @@ func (l *locks) renew(opts Options) error {
 	return old.Close()
 }
 
-// LockPath names the lock file of a pin directory: /sys/fs/bpf/xdpcast has
-// RunDir/sys-fs-bpf-xdpcast.lock.
+// LockPath is the lock file of a pin directory: RunDir/sys-fs-bpf-xdpcast.lock for
+// /sys/fs/bpf/xdpcast.
 func LockPath(opts Options) string { return filepath.Join(opts.RunDir, runName(opts.PinDir)+".lock") }
 
-// takeRunLock locks the run directory's files of a pin directory. It makes the directory
-// if it is absent, and refuses one in which others could plant files.
+// takeRunLock locks the run directory's files of a pin directory. It creates the directory if
+// necessary, and refuses one in which other users could plant files.
 func takeRunLock(opts Options) (*os.File, error) {
 	if err := os.MkdirAll(opts.RunDir, 0o755); err != nil {
 		return nil, fmt.Errorf("make run directory: %w", err)
@@ -99,8 +98,7 @@ func takeRunLock(opts Options) (*os.File, error) {
 	return f, lockError(opts, err)
 }
 
-// takePinLock locks a pin directory that is there. The error matches os.ErrNotExist
-// when it is not.
+// takePinLock locks an existing pin directory. The error matches os.ErrNotExist if there is none.
 func takePinLock(opts Options) (*os.File, error) {
 	if f := opts.Inherited.Pins; f != nil {
 		f, err := lockfile.Inherit(f, opts.PinDir)
@@ -115,14 +113,14 @@ func takePinLock(opts Options) (*os.File, error) {
 		if err == nil && same {
 			return f, nil
 		}
-		// It was unloaded, and maybe made anew, between the opening and the lock.
+		// It was unloaded, and perhaps re-created, between opening and locking.
 		if err := errors.Join(err, f.Close()); err != nil {
 			return nil, err
 		}
 	}
 }
 
-// isAt says whether a path still leads to what is open.
+// isAt says whether a path still refers to an open file.
 func isAt(f *os.File, path string) (bool, error) {
 	var open, there unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &open); err != nil {
@@ -146,10 +144,9 @@ func lockError(opts Options, err error) error {
 	return err
 }
 
-// RunFile is the path of the run directory's file of a name, such as api-rules.yaml, that
-// belongs to a pin directory, so that daemons with pins of their own may share a run
-// directory. That of the default pin directory has the name alone, and that of
-// /sys/fs/bpf/two is sys-fs-bpf-two.api-rules.yaml.
+// RunFile is the path of a file in the run directory, such as api-rules.yaml, that belongs to a pin
+// directory, so that daemons with different pins can share a run directory. For the default pin
+// directory it is the name alone, for /sys/fs/bpf/two it is sys-fs-bpf-two.api-rules.yaml.
 func RunFile(runDir, pinDir, name string) string {
 	if filepath.Clean(pinDir) != DefaultPinDir {
 		name = runName(pinDir) + "." + name
@@ -157,8 +154,8 @@ func RunFile(runDir, pinDir, name string) string {
 	return filepath.Join(runDir, name)
 }
 
-// runName is a pin directory as the name of a file: no two of them have the same, since
-// what is written as '-' is told from what is one.
+// runName encodes a pin directory as a file name, without collisions: '/' becomes '-', and '-' is
+// escaped.
 func runName(pinDir string) string {
 	var name []byte
 	for i, c := range []byte(filepath.Clean(pinDir)) {

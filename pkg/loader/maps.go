@@ -9,7 +9,7 @@ import (
 	"xdpcast/bpf"
 )
 
-// mapSet is all maps that the programs share.
+// mapSet is all maps shared by the programs.
 type mapSet struct {
 	bpf.RelayMaps
 	bpf.TransmitMaps
@@ -20,8 +20,7 @@ func (m *mapSet) Close() error {
 	return errors.Join(m.RelayMaps.Close(), m.TransmitMaps.Close())
 }
 
-// slots returns where each map is held, by its name in the object, which is also
-// the name of its pin.
+// slots returns the field of each map, by its name in the object, which is also its pin name.
 func (m *mapSet) slots() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
 		bpf.RelayMapConfig:         &m.Config,
@@ -74,7 +73,7 @@ func (m *mapSet) byName() map[string]*ebpf.Map {
 	return all
 }
 
-// mapSpecs returns the specs of all maps, with the flexible sizes set.
+// mapSpecs returns the specs of all maps, with their configured sizes.
 func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 	specs := map[string]*ebpf.MapSpec{}
 	for _, load := range []func() (*ebpf.CollectionSpec, error){bpf.LoadTransmit, bpf.LoadRelay} {
@@ -101,12 +100,12 @@ func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
 	specs[bpf.RelayMapTurns].MaxEntries = maxOutputs
 	specs[bpf.RelayMapPolicers].MaxEntries = maxRules + maxOutputs
 	specs[bpf.RelayMapUserStats].MaxEntries = accountCells(maxRules, maxOutputs)
-	// A drop that found no room here would be missing in its rule's sum.
+	// A drop for which there is no room here would be missing from its rule's sum.
 	specs[bpf.RelayMapRuleDrops].MaxEntries = max(specs[bpf.RelayMapRuleDrops].MaxEntries, 2*(maxRules+maxOutputs))
 	return specs, nil
 }
 
-// newMaps makes the maps, unpinned.
+// newMaps creates the maps, unpinned.
 func newMaps(opts Options) (_ *mapSet, err error) {
 	specs, err := mapSpecs(opts.MaxRules, opts.MaxOutputs)
 	if err != nil {

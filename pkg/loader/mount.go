@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// privateMount is a warning when the BPF file system of a pin directory is mounted in
-// this process's mount namespace and not in that of the host's first process: it ends with
-// the namespace, and with it all that is pinned. "" when it is not so, or cannot be known.
+// privateMount is a warning if the BPF file system of a pin directory is mounted in this process's
+// mount namespace but not in that of the host's first process: it ends with the namespace, together
+// with all pins. "" if that is not so, or cannot be determined.
 func privateMount(pinDir string) string {
 	var st unix.Stat_t
 	if err := unix.Stat(pinDir, &st); err != nil {
@@ -31,8 +31,8 @@ func privateMount(pinDir string) string {
 		" (\"ip netns exec\" makes such a namespace: use \"nsenter --net=FILE\", or mount a BPF file system outside and name it by --pin-dir)", filepath.Clean(pinDir))
 }
 
-// isMounted says whether a list of mounts (proc_pid_mountinfo(5)) has the file system of
-// a device:
+// isMounted says whether a list of mounts (proc_pid_mountinfo(5)) contains the file system of a
+// device:
 //
 //	36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw
 func isMounted(mounts io.Reader, device uint64) (bool, error) {

@@ -16,15 +16,15 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// Observation is what Observe found that was not as the Loader had left it.
+// Observation is the result of Observe: the differences from the Loader's state.
 type Observation struct {
-	// Lost are the attachments that are no more: the interface is gone, also when another
-	// has come with the same index, or the link was detached by force. They are forgotten;
-	// Attach attaches again.
+	// Lost are the attachments that no longer exist: the interface is gone, even if another one has
+	// the same index, or the link was detached by force. The Loader forgets them; Attach attaches
+	// again.
 	Lost []Attachment
-	// Repaired says in a line each what was put right.
+	// Repaired describes each repair in one line.
 	Repaired []string
-	// Errs are why something could not be looked at, or not be put right.
+	// Errs are failures to check or repair something.
 	Errs []error
 }
 
@@ -38,11 +38,11 @@ func (o *Observation) fail(err error) {
 	}
 }
 
-// Observe asks the kernel for everything besides the rules' own entries that packets
-// need, or that is to outlive the process: links, rows of devmaps, the map config, and
-// pins. What is not as the Loader had left it is put right, except for lost attachments. It
-// takes about as many system calls as there are interfaces, devmaps and pins; of very many
-// devmaps each call looks at some.
+// Observe checks everything in the kernel, besides the rules' own entries, that packets need or
+// that should outlive the process: links, devmap rows, the map config, and pins. It repairs
+// whatever differs from the Loader's state, except for lost attachments. It makes about as many
+// system calls as there are interfaces, devmaps and pins; if there are very many devmaps, each call
+// checks some of them.
 func (l *Loader) Observe() Observation {
 	var o Observation
 	l.observeLinks(&o)
@@ -54,8 +54,8 @@ func (l *Loader) Observe() Observation {
 	return o
 }
 
-// observeLinks forgets the XDP links that lead nowhere, and puts the relay program back
-// into those that another process has updated.
+// observeLinks forgets defunct XDP links, and restores the relay program in those that another
+// process has updated.
 func (l *Loader) observeLinks(o *Observation) {
 	for _, index := range slices.Sorted(maps.Keys(l.links)) {
 		a := l.links[index]
@@ -80,8 +80,7 @@ func (l *Loader) observeLinks(o *Observation) {
 	}
 }
 
-// info reads the link. The error matches ENODEV when it leads to no interface any more, or
-// to another.
+// info reads the link. The error matches ENODEV if its interface is gone or replaced.
 func (a *attachment) info() (*link.Info, error) {
 	info, err := a.link.Info()
 	if err != nil {
@@ -93,15 +92,15 @@ func (a *attachment) info() (*link.Info, error) {
 	return info, nil
 }
 
-// forgetLink lets go of a link that leads nowhere.
+// forgetLink drops a defunct link.
 func (l *Loader) forgetLink(index int) error {
 	a := l.links[index]
 	delete(l.links, index)
 	return errors.Join(removePins(linkPin(l.opts.PinDir, index)), a.link.Close(), l.dropQueriers(index))
 }
 
-// observeTapped is observeLinks for the tcx links. Those that are lost are attached again
-// where the interface is there.
+// observeTapped is observeLinks for the tcx links. Lost ones are attached again if the interface
+// exists.
 func (l *Loader) observeTapped(o *Observation) {
 	lost := false
 	for _, index := range slices.Sorted(maps.Keys(l.tapped)) {
@@ -134,9 +133,8 @@ func (l *Loader) observeTapped(o *Observation) {
 	l.attachTapped(inputs)
 }
 
-// observeDevices fills the rows of the map devices again that the kernel emptied when their
-// interface went. It is no error that the interface is not there now: no packet goes to
-// it then.
+// observeDevices refills the rows of the map devices that the kernel emptied when their interface
+// disappeared. A missing interface is no error: no packet goes to it.
 func (l *Loader) observeDevices(o *Observation) {
 	egress := l.egressID(o)
 	for _, index := range slices.Sorted(maps.Keys(l.devices)) {
@@ -171,7 +169,7 @@ func (l *Loader) egressID(o *Observation) ebpf.ProgramID {
 	return id
 }
 
-// observedRows is how many rows of devmaps one Observe reads.
+// observedRows is the number of devmap rows that one Observe reads.
 const observedRows = 8192
 
 // observeBroadcasts is observeDevices for the devmaps of rules with several outputs.
@@ -188,7 +186,7 @@ func (l *Loader) observeBroadcasts(o *Observation) {
 		f := l.broadcasts[key]
 		rows += 1 + len(f.indexes)
 		o.fail(l.observeBroadcast(key, f, egress, filled))
-		l.fanCursor = key + "\x00" // the least that comes after it
+		l.fanCursor = key + "\x00" // the smallest string after it
 	}
 	for _, index := range slices.Sorted(maps.Keys(filled)) {
 		o.repaired("outputs on %s of rules with several had no device: their rows are filled again", programInterface(index))
@@ -233,8 +231,7 @@ func (l *Loader) observeConfig(o *Observation) {
 	o.repaired("map config was changed: it is written again")
 }
 
-// observePins pins again what is not pinned any more: without its pins the relay would end
-// with the process.
+// observePins restores missing pins: without them the relay would end with the process.
 func (l *Loader) observePins(o *Observation) {
 	dir := l.opts.PinDir
 	have := map[string]bool{}
@@ -261,7 +258,7 @@ func (l *Loader) observePins(o *Observation) {
 			continue
 		}
 		missing++
-		// An object that was pinned remembers where, and would not be pinned there again.
+		// A pinned object remembers its path, and would not be pinned there again.
 		err := p.Unpin()
 		if err == nil {
 			err = repin(p, path)
@@ -273,7 +270,7 @@ func (l *Loader) observePins(o *Observation) {
 			continue
 		}
 		missing++
-		devmap, err := l.openDevmap(key, f) // pins it, or another
+		devmap, err := l.openDevmap(key, f) // pins it, or a replacement
 		if err == nil {
 			err = devmap.Close()
 		}

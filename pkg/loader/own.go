@@ -11,9 +11,9 @@ import (
 	"xdpcast/bpf"
 )
 
-// SetOwnAddresses says which unicast addresses are this host's: a packet that comes
-// from one of them was sent by us and is dropped with reason Loop, unless its rule
-// says otherwise. The addresses stay when the loader is closed.
+// SetOwnAddresses sets the unicast addresses of this host: a packet from one of them was sent by
+// this host and is dropped with reason Loop, unless its rule allows it. The addresses stay when the
+// loader is closed.
 func (l *Loader) SetOwnAddresses(addrs []netip.Addr) error {
 	want := map[bpf.RelayOwnAddress]bool{}
 	for _, a := range addrs {
@@ -22,8 +22,8 @@ func (l *Loader) SetOwnAddresses(addrs []netip.Addr) error {
 	return setOwn(l, l.maps.OwnAddresses, bpf.RelayMapOwnAddresses, want, func() { l.own = ownBits(want) })
 }
 
-// setOwn makes a map of what is this host's own hold want; setFilter sets the field of
-// map config that spares most packets the map.
+// setOwn makes a map of the host's own addresses equal to want; setFilter sets the filter in map
+// config that spares most packets the map lookup.
 func setOwn[K comparable](l *Loader, m *ebpf.Map, name string, want map[K]bool, setFilter func()) error {
 	have := map[K]bool{}
 	var key K
@@ -59,7 +59,7 @@ func setOwn[K comparable](l *Loader, m *ebpf.Map, name string, want map[K]bool, 
 	return nil
 }
 
-// ownBits is the field own of map config: bpf/include/own.h has the same hash.
+// ownBits is the field own of map config: the same hash as in bpf/include/own.h.
 func ownBits(addrs map[bpf.RelayOwnAddress]bool) (bits [4]uint64) {
 	for key := range addrs {
 		a := netip.AddrFrom16(key.Address).Unmap()

@@ -15,7 +15,7 @@ import (
 	"xdpcast/internal/lockfile"
 )
 
-// Directories below the pin directory, beside the maps.
+// Directories below the pin directory, next to the maps.
 const (
 	programsDir   = "programs"
 	linksDir      = "links"
@@ -34,37 +34,37 @@ const (
 	pinCPUThread   = "cpumap_kthread"
 
 	pinTappedEthernet = "tapped"
-	pinTappedBare     = "tapped_bare" // of interfaces without an Ethernet header
+	pinTappedBare     = "tapped_bare" // for interfaces without an Ethernet header
 )
 
 func relayPin(dir string) string { return filepath.Join(dir, programsDir, pinRelay) }
 
 func egressPin(dir string) string { return filepath.Join(dir, programsDir, pinEgress) }
 
-// broadcastPin is named by the id of the devmap.
+// broadcastPin is the pin of a devmap, named by its id.
 func broadcastPin(dir string, id ebpf.MapID) string {
 	return filepath.Join(dir, broadcastsDir, strconv.FormatUint(uint64(id), 10))
 }
 
-// linkPin is named by index: interface names may hold dots, and are used again.
+// linkPin is the pin of a link, named by interface index: interface names may contain dots, and are
+// reused.
 func linkPin(dir string, index int) string {
 	return filepath.Join(dir, linksDir, pinInterface+strconv.Itoa(index))
 }
 
-// pinBuilding is a directory in a pin directory that is being built. It tells what a
-// process left that died meanwhile from a pin directory whose name only looks like that.
+// pinBuilding is a directory in a pin directory under construction. It distinguishes the remains of
+// a dead process from a pin directory with a similar name.
 const pinBuilding = "building"
 
-// stagingMark is between the name of a pin directory and the number of one that is
-// built to take its place.
+// stagingMark separates the name of a pin directory and the number of a staging directory.
 const stagingMark = "_new_"
 
-// pinUnfinished is a directory in a pin directory that is being built where it is, since it was
-// made before, for a user who may make none beside it.
+// pinUnfinished is a directory in a pin directory that is built in place, because it was prepared
+// for a user who may not create one next to it.
 const pinUnfinished = "unfinished"
 
-// unbuilt says whether a pin directory holds nothing, or what a process left that died while it
-// was building there.
+// unbuilt says whether a pin directory is empty, or contains only the remains of a process that
+// died while building.
 func unbuilt(dir string) (bool, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -73,10 +73,10 @@ func unbuilt(dir string) (bool, error) {
 	return len(entries) == 0 || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return e.Name() == pinUnfinished }), nil
 }
 
-// newStaging makes a directory in which a pin directory is built before it is published,
-// and locks it: nobody sweeps it away meanwhile.
+// newStaging creates a directory in which a pin directory is built before it is published, and
+// locks it against sweep.
 func newStaging(pinDir string) (*os.File, error) {
-	for n := os.Getpid(); ; n++ { // a process of another PID namespace may have our number
+	for n := os.Getpid(); ; n++ { // a process of another PID namespace may have the same PID
 		dir := pinDir + stagingMark + strconv.Itoa(n)
 		err := os.Mkdir(dir, 0o700)
 		if errors.Is(err, os.ErrExist) {
@@ -96,15 +96,15 @@ func newStaging(pinDir string) (*os.File, error) {
 	}
 }
 
-// mounted is what mountBPFFS did.
+// mounted is the result of mountBPFFS.
 type mounted struct {
-	at           string // "" when a BPF file system was there
-	parent, made string // the lowest and the topmost directory made for it; "" for none
+	at           string // "" if there was a BPF file system
+	parent, made string // the lowest and the topmost directory created for it; "" for none
 }
 
-// mountBPFFS mounts a BPF file system for the pin directory when none is there: at its
-// parent, as systemd does at /sys/fs/bpf. A mount hides what is below it, so that the parent
-// must be /sys/fs/bpf, or a directory called bpf that is new or empty.
+// mountBPFFS mounts a BPF file system for the pin directory if there is none: at its parent, as
+// systemd does at /sys/fs/bpf. A mount hides what is below it, so the parent must be /sys/fs/bpf,
+// or a directory called bpf that is new or empty.
 func mountBPFFS(pinDir string) (m mounted, err error) {
 	if strings.Contains(filepath.Base(pinDir), ".") {
 		return m, fmt.Errorf("pin directory %q: the BPF file system allows no dot in a name", pinDir)
@@ -156,8 +156,7 @@ func mayMount(pinDir, parent string) error {
 	return nil
 }
 
-// topmostAbsent is the first directory on the way to dir that is not there, "" when
-// all are.
+// topmostAbsent is the first missing directory on the way to dir, "" if all exist.
 func topmostAbsent(dir string) (absent string) {
 	for ; ; dir = filepath.Dir(dir) {
 		if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
@@ -167,8 +166,7 @@ func topmostAbsent(dir string) (absent string) {
 	}
 }
 
-// undo takes the mount back, and the directories that were made for it as far as they are
-// empty.
+// undo reverts the mount, and removes the directories created for it if they are empty.
 func (m mounted) undo() error {
 	if m.at != "" {
 		if err := unix.Unmount(m.at, 0); err != nil {
@@ -194,8 +192,8 @@ func isBPFFS(path string) (bool, error) {
 	return uint32(fs.Type) == unix.BPF_FS_MAGIC, nil
 }
 
-// sweep removes what processes left that died while they were building. What is being
-// built now is locked.
+// sweep removes the remains of processes that died while building. Directories under construction
+// are locked.
 func sweep(pinDir string) error {
 	stale, err := staging(pinDir)
 	if err != nil {
@@ -206,7 +204,7 @@ func sweep(pinDir string) error {
 		lock, err := lockfile.TakeDir(dir)
 		var held *lockfile.HeldError
 		if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
-			continue // its builder lives, or is done
+			continue // its builder is alive, or done
 		}
 		if err != nil {
 			errs = append(errs, err)
@@ -217,8 +215,8 @@ func sweep(pinDir string) error {
 	return errors.Join(errs...)
 }
 
-// removePinDir removes a pin directory and everything in it. The directory stays, empty, where
-// this process may not remove it: somebody has made it for us, or mounted it.
+// removePinDir removes a pin directory and everything in it. The directory stays, empty, if this
+// process may not remove it because it was prepared or mounted by someone else.
 func removePinDir(dir string) error {
 	if err := emptyPinDir(dir); err != nil {
 		return err
@@ -253,8 +251,8 @@ func emptyPinDir(dir string) error {
 	return removePins(filepath.Join(dir, pinUnfinished))
 }
 
-// removePins removes pins and everything below them. The kernel frees
-// what nothing else holds; an interface loses its program with its link.
+// removePins removes pins and everything below them. The kernel frees objects without other
+// references; an interface loses its program with its link.
 func removePins(dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
@@ -262,7 +260,7 @@ func removePins(dir string) error {
 	return nil
 }
 
-// staging lists the directories in which pinDir is, or was, being built.
+// staging lists the staging directories of pinDir.
 func staging(pinDir string) (dirs []string, err error) {
 	parent, prefix := filepath.Dir(pinDir), filepath.Base(pinDir)+stagingMark
 	entries, err := os.ReadDir(parent)
@@ -290,8 +288,7 @@ func staging(pinDir string) (dirs []string, err error) {
 
 type pinner interface{ Pin(path string) error }
 
-// repin pins p at path in place of whatever is pinned there, with no moment in
-// which nothing is.
+// repin pins p at path, replacing the existing pin without a gap.
 func repin(p pinner, path string) error {
 	if err := pinNext(p, path); err != nil {
 		return err
@@ -302,7 +299,7 @@ func repin(p pinner, path string) error {
 	return nil
 }
 
-// nextPin is where what takes the place of a pin is pinned before.
+// nextPin is the temporary path of a replacement pin.
 func nextPin(path string) string { return path + "_next" }
 
 // pinNext is the first half of repin.
@@ -334,8 +331,8 @@ func (l *Loader) pinAll(dir string) error {
 		pins[filepath.Join(dir, name)] = m
 	}
 	for path, p := range pins {
-		// A pinned cilium/ebpf object remembers its path only to unpin itself,
-		// which nobody asks of it here.
+		// A pinned cilium/ebpf object remembers its path only to unpin itself, which is not used
+		// here.
 		if err := p.Pin(path); err != nil {
 			return fmt.Errorf("pin %s: %w", path, err)
 		}

@@ -9,12 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Prepare makes the places of pinned state for a Loader of another user, who may make none in a
-// BPF file system of root's: it mounts the file system where none is, makes the pin directory,
-// lets others pass through the directory above it, and calls give with the pin directory while no
-// other process can use the state. Only root can do all of it, each time anew.
+// Prepare creates the directories of pinned state for a Loader run by another user, who may not
+// create any in a BPF file system owned by root: it mounts the file system if there is none,
+// creates the pin directory, lets others traverse its parent, and calls give with the pin directory
+// while no other process can use the state. Only root can do all of this. It is idempotent.
 //
-// The error matches ErrLocked when another process uses the state.
+// The error matches ErrLocked if another process uses the state.
 func Prepare(opts Options, give func(pinDir string) error) (err error) {
 	if opts, err = opts.withDefaults(); err != nil {
 		return err
@@ -46,8 +46,8 @@ func (l *locks) makePinDir(opts Options) error {
 	return err
 }
 
-// letPass lets everybody pass through a directory, not read it: what is below has modes of its
-// own, and the kernel makes pins that are their owner's alone (bpf_mkobj_ops of
+// letPass lets everyone traverse a directory, but not read it: entries below it have their own
+// modes, and the kernel creates pins accessible only to their owner (bpf_mkobj_ops of
 // kernel/bpf/inode.c).
 func letPass(dir string) error {
 	info, err := os.Stat(dir)

@@ -13,34 +13,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Capabilities is what the running kernel has of what the relay can do without. It is found
-// out by trying, never by the version: distributions take features into older kernels.
+// Capabilities are the optional features of the running kernel. They are probed, never derived from
+// the version: distributions backport features.
 type Capabilities struct {
-	// MultiBuffer: programs take frames of several buffers (BPF_F_XDP_HAS_FRAGS, Linux
-	// 5.18). Without it drivers refuse native mode where the MTU needs such frames, and
-	// generic mode brings them in one buffer.
+	// MultiBuffer: programs take frames in several buffers (BPF_F_XDP_HAS_FRAGS, Linux 5.18).
+	// Without it drivers refuse native mode if the MTU requires such frames, and generic mode
+	// linearizes them.
 	MultiBuffer bool
-	// SocketMultiBuffer: AF_XDP sockets take and send frames of several buffers
-	// (XDP_USE_SG, Linux 6.6). Without it such frames are dropped for the reason
-	// MultiBuffer.
+	// SocketMultiBuffer: AF_XDP sockets receive and send frames in several buffers (XDP_USE_SG,
+	// Linux 6.6). Without it such frames are dropped with reason MultiBuffer.
 	SocketMultiBuffer bool
-	// TCX: programs are attached to traffic control by links (Linux 6.6). Without it
-	// the host's stack gets the packets of PathFanout, too.
+	// TCX: links attach programs to traffic control (Linux 6.6). Without it the host's stack also
+	// gets the packets of PathFanout.
 	TCX bool
 }
 
-// need is something of the kernel that the relay cannot do without.
+// need is a required kernel feature.
 type need struct {
-	what  string // for people
-	since string // the first release of Linux that has it
+	what  string // for messages
+	since string // the first Linux release with it
 	has   probe
 }
 
-// probe tries one feature of the kernel. An error says that it could not be found out.
+// probe tests one kernel feature. An error means that it could not be determined.
 type probe func() (bool, error)
 
-// kernelProbes are the probes of Open. Tests replace some of them to stand for another
-// kernel.
+// kernelProbes are the probes of Open. Tests replace some of them to simulate another kernel.
 type kernelProbes struct {
 	needs                               []need
 	multiBuffer, socketMultiBuffer, tcx probe
@@ -63,8 +61,8 @@ func probesOfKernel() *kernelProbes {
 	}
 }
 
-// run finds out what the kernel has. The error matches ErrNotSupported when it lacks
-// something that is needed, and then names it in one line.
+// run probes the kernel. The error matches ErrNotSupported if a required feature is missing, and
+// names it in one line.
 func (p *kernelProbes) run() (c Capabilities, err error) {
 	var missing []string
 	for _, n := range p.needs {
@@ -106,7 +104,7 @@ func permissionError(err error) error {
 	return fmt.Errorf("%w: needs root, or the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON", err)
 }
 
-// kernelRelease names the running kernel, for people.
+// kernelRelease names the running kernel, for messages.
 func kernelRelease() string {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
@@ -115,8 +113,7 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// supported is a probe whose error matches ebpf.ErrNotSupported when the feature is not
-// there.
+// supported is a probe whose error matches ebpf.ErrNotSupported if the feature is missing.
 func supported(try func() error) probe {
 	return func() (bool, error) {
 		err := try()
@@ -127,8 +124,7 @@ func supported(try func() error) probe {
 	}
 }
 
-// loads says whether the verifier takes a program. What it refuses it answers with EINVAL,
-// EACCES or E2BIG.
+// loads says whether the verifier accepts a program. It rejects with EINVAL, EACCES or E2BIG.
 func loads(spec *ebpf.ProgramSpec) (bool, error) {
 	p, err := ebpf.NewProgram(spec)
 	switch {
@@ -155,8 +151,8 @@ func hasCompareExchange() (bool, error) {
 	})
 }
 
-// hasBroadcast runs a program that broadcasts: older kernels load it, and refuse the flag
-// only when it runs.
+// hasBroadcast runs a program that broadcasts: older kernels load it, and reject the flag only when
+// it runs.
 func hasBroadcast() (_ bool, err error) {
 	const xdpRedirect, ethernetMinimum = 4, 64
 	devmap, err := ebpf.NewMap(&ebpf.MapSpec{Name: "probe_devmap", Type: ebpf.DevMap, KeySize: 4, ValueSize: 8, MaxEntries: 1})
@@ -203,8 +199,8 @@ func hasMultiBuffer() (bool, error) {
 // nowhere is an interface index that no interface has.
 const nowhere = math.MaxInt32
 
-// hasSocketMultiBuffer binds a socket to no interface: the kernel looks at the flags first
-// (xsk_bind of net/xdp/xsk.c).
+// hasSocketMultiBuffer binds a socket to no interface: the kernel checks the flags first (xsk_bind
+// of net/xdp/xsk.c).
 func hasSocketMultiBuffer() (_ bool, err error) {
 	fd, err := unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if errors.Is(err, unix.EPERM) { // without CAP_NET_RAW the path does not work at all
@@ -225,7 +221,7 @@ func hasSocketMultiBuffer() (_ bool, err error) {
 	}
 }
 
-// hasTCX attaches to no interface: the kernel looks at the type of the link first.
+// hasTCX attaches to no interface: the kernel checks the type of the link first.
 func hasTCX() (_ bool, err error) {
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "probe_tcx", Type: ebpf.SchedCLS, License: "MIT",

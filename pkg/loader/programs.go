@@ -16,8 +16,8 @@ import (
 	"xdpcast/bpf"
 )
 
-// programSource gives the programs of one release, loaded against its maps, for a kernel
-// that can so much.
+// programSource provides the programs of one release, loaded with its maps, for a kernel with these
+// capabilities.
 type programSource interface {
 	relay(m *mapSet, can Capabilities) (*ebpf.Program, error)
 	egress(m *mapSet, can Capabilities) (*ebpf.Program, error)
@@ -27,16 +27,15 @@ type programSource interface {
 
 // embedded is this binary's own programs.
 type embedded struct {
-	// fragmentTimeout is how long a first fragment speaks for the others; 0 leaves
-	// it as the program has it.
+	// fragmentTimeout is how long a first fragment's port is valid; 0 keeps the program's default.
 	fragmentTimeout time.Duration
-	// everyPacket makes the loop guard look at every packet, and its marks foreseeable.
+	// everyPacket makes the loop guard inspect every packet, and its marks predictable.
 	everyPacket bool
-	// noPacket makes it look at none, as at most of a fast rule: a benchmark that gives a
-	// program its frame as it left it is a loop.
+	// noPacket makes it inspect none, as with most packets of a fast rule: a benchmark that feeds a
+	// program its own output is a loop.
 	noPacket bool
-	// streamClock has streams go by the time in state 0, and streamBroken claim numbers without
-	// atomics, which a test has to notice.
+	// streamClock makes streams use the time in state 0, and streamBroken makes them claim numbers
+	// without atomics, which a test has to detect.
 	streamClock, streamBroken bool
 }
 
@@ -68,9 +67,9 @@ func (e embedded) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	return out.Relay, nil
 }
 
-// fitKernel leaves out of XDP programs what the kernel has not. All programs that meet the
-// same frames must agree on whether they take several buffers: the kernel refuses to mix
-// them in one devmap.
+// fitKernel removes features that the kernel lacks from XDP programs. All programs that see the
+// same frames must agree on support for several buffers: the kernel refuses to mix them in one
+// devmap.
 func fitKernel(spec *ebpf.CollectionSpec, can Capabilities) error {
 	for _, p := range spec.Programs {
 		if !can.MultiBuffer {
@@ -87,9 +86,9 @@ func fitKernel(spec *ebpf.CollectionSpec, can Capabilities) error {
 	return nil
 }
 
-// replaceBuffLen has a program measure the first buffer of a frame, the only one there is,
-// where it asks for the length of all. In C the choice would make the verifier look at half
-// as many instructions again on every kernel.
+// replaceBuffLen makes a program measure the first and only buffer of a frame instead of calling
+// for its total length. A branch in C would make the verifier process half as many instructions
+// again on every kernel.
 func replaceBuffLen(p *ebpf.ProgramSpec) {
 	const name = "first_buffer"
 	used := false
@@ -110,7 +109,7 @@ func replaceBuffLen(p *ebpf.ProgramSpec) {
 	first := asm.LoadMem(asm.R0, asm.R1, dataEnd, asm.Word).WithSymbol(name)
 	if main := btf.FuncMetadata(&p.Instructions[0]); main != nil { // it takes the same argument
 		first = btf.WithFuncMetadata(first, &btf.Func{Name: name, Type: main.Type, Linkage: btf.StaticFunc})
-		first = first.WithSource(p.Instructions[0].Source()) // the kernel wants a line for each function
+		first = first.WithSource(p.Instructions[0].Source()) // the kernel requires a line for each function
 	}
 	p.Instructions = append(p.Instructions,
 		first,
@@ -135,7 +134,7 @@ func (e embedded) setGuard(spec *ebpf.CollectionSpec) error {
 	if e.everyPacket {
 		set = map[string]uint32{"guard_secret": 0, "guard_budget": math.MaxUint32}
 	}
-	// Tests that set the time of fragments send one frame again and again, as loops do.
+	// Tests that set the time of fragments send one frame repeatedly, like loops do.
 	if e.noPacket || e.fragmentTimeout != 0 && !e.everyPacket {
 		set["guard_budget"], set["guard_watch"] = 0, 0
 	}

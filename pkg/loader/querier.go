@@ -12,15 +12,14 @@ import (
 	"xdpcast/bpf"
 )
 
-// Querier is a router or switch that asks an interface's hosts which multicast
-// groups they want (RFC 3376, RFC 3810), as the relay program heard it. Queries in
-// a VLAN are not counted.
+// Querier is a router or switch that queries an interface's hosts for their multicast groups (RFC
+// 3376, RFC 3810), as seen by the relay program. Queries in a VLAN are not counted.
 type Querier struct {
 	Index  int // of the interface
 	Family int // 4 (IGMP) or 6 (MLD)
 	// Version of the last query: 1 to 3 for IGMP, 1 or 2 for MLD.
 	Version int
-	// Address sent the last query. A switch without an address asks from 0.0.0.0.
+	// Address sent the last query. A switch without an address sends queries from 0.0.0.0.
 	Address netip.Addr
 	// Packets counts the queries of all queriers.
 	Packets uint64
@@ -28,7 +27,7 @@ type Querier struct {
 	LastSeen time.Duration
 }
 
-// Queriers reads those heard on interfaces since the program was attached.
+// Queriers reads the queriers heard on interfaces since the program was attached.
 func (l *Loader) Queriers() ([]Querier, error) { return readQueriers(l.maps.Queriers) }
 
 // readQueriers returns the queriers by interface and family.
@@ -59,8 +58,8 @@ func readQueriers(m *ebpf.Map) ([]Querier, error) {
 	return all, nil
 }
 
-// dropQueriers forgets the queriers of an interface that has no program any more:
-// what was heard then says nothing of the network that it is in later.
+// dropQueriers forgets the queriers of an interface without a program: they say nothing about its
+// network later.
 func (l *Loader) dropQueriers(index int) error {
 	for _, family := range []uint32{4, 6} {
 		key := bpf.RelayQuerierKey{Ifindex: uint32(index), Family: family}
@@ -71,8 +70,7 @@ func (l *Loader) dropQueriers(index int) error {
 	return nil
 }
 
-// adoptQueriers forgets the queriers of interfaces that went while no process was
-// there to see it.
+// adoptQueriers forgets the queriers of interfaces that disappeared while no process was running.
 func (l *Loader) adoptQueriers() error {
 	all, err := readQueriers(l.maps.Queriers)
 	if err != nil {

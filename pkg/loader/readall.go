@@ -7,20 +7,19 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// readChunk is how many entries one system call reads.
+// readChunk is the number of entries that one system call reads.
 const readChunk = 4096
 
-// readAll returns the entries of a map, in no order. What is written meanwhile may be
-// missing.
+// readAll returns the entries of a map, unordered. Concurrently written ones may be missing.
 //
-// It refuses maps of maps, of which only the rows in use may be read: see rowWaits.
+// It refuses maps of maps, of which only rows in use should be read: see rowWaits.
 func readAll[K, V any](m *ebpf.Map) ([]K, []V, error) {
 	if m.Type() == ebpf.ArrayOfMaps || m.Type() == ebpf.HashOfMaps {
 		return nil, nil, fmt.Errorf("read all of a map of type %s: %w", m.Type(), errors.ErrUnsupported)
 	}
 	keys, values, err := readMany[K, V](m, int(m.MaxEntries()))
 	if err != nil {
-		// The kernel cannot read entries of this type many at a time.
+		// The kernel cannot read entries of this type in batches.
 		return readEach[K, V](m)
 	}
 	return keys, values, nil

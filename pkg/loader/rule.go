@@ -7,7 +7,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// Used returns the indexes of all interfaces that the rules in force name.
+// Used returns the indexes of all interfaces named by the current rules.
 func (l *Loader) Used() []int {
 	used := map[int]bool{}
 	for _, e := range l.rules {
@@ -21,7 +21,7 @@ func (l *Loader) Used() []int {
 	return slices.Sorted(maps.Keys(used))
 }
 
-// InForce returns the names of the rules in force, with their paths.
+// InForce returns the names of the current rules, with their paths.
 func (l *Loader) InForce() map[string]flow.Path {
 	all := make(map[string]flow.Path, len(l.rules))
 	for name, e := range l.rules {
@@ -30,12 +30,12 @@ func (l *Loader) InForce() map[string]flow.Path {
 	return all
 }
 
-// Has says whether a rule is in force.
+// Has says whether a rule is loaded.
 func (l *Loader) Has(name string) bool { return l.rules[name] != nil }
 
-// FirstOutput returns the number by which the relay program names a rule in force to
-// the sockets of PathAFXDP (struct handover of bpf/include/handover.h). It changes when
-// the number of outputs does, and another rule may get it then.
+// FirstOutput returns the number by which the relay program identifies a rule to the sockets of
+// PathAFXDP (struct handover of bpf/include/handover.h). It changes with the number of outputs, and
+// may then be reused for another rule.
 func (l *Loader) FirstOutput(name string) (uint32, bool) {
 	e := l.rules[name]
 	if e == nil {
@@ -44,7 +44,7 @@ func (l *Loader) FirstOutput(name string) (uint32, bool) {
 	return e.first, true
 }
 
-// Rules returns the names and resolved forms of the rules in force, unordered.
+// Rules returns the current rules in resolved form, unordered.
 func (l *Loader) Rules() []flow.Flow {
 	all := make([]flow.Flow, 0, len(l.rules))
 	for _, e := range l.rules {

@@ -9,22 +9,22 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// A rule of a range of ports has an entry in its flow table for each. Rules of prefixes
-// of sources (Input.BySource) are entries of the prefix tables with the longest prefix
-// over the source. Each prefix that such rules of a group and port name, taken or left
-// out, is an entry there that says which of them gets it, or that none does: what the
-// longest prefix finds is then right, whatever the rules leave out.
+// A rule with a range of ports has a flow table entry for each port. Rules with source prefixes
+// (Input.BySource) are entries of the prefix tables with the longest prefix over the source. Each
+// prefix that such rules of a group and port name, taken or excluded, is an entry that says which
+// of them gets it, or that none does: so the longest prefix gives the correct answer, whatever the
+// rules exclude.
 
 // sourceFlows are the entries of rules with BySource and one group.
 func sourceFlows(entries []*entry) (flows []flowEntry) {
-	groups := map[flow.Input][]*entry{} // by everything but the sources
+	groups := map[flow.Input][]*entry{} // by all fields except the sources
 	for _, e := range entries {
 		for in := range e.rule.In.EveryPort() {
 			groups[in.AnySource()] = append(groups[in.AnySource()], e)
 		}
 	}
 	for in, members := range groups {
-		// The longest prefix goes first.
+		// The longest prefix takes precedence.
 		slices.SortFunc(members, func(a, b *entry) int { return cmp.Compare(b.rule.In.SourceLen, a.rule.In.SourceLen) })
 		points := map[netip.Prefix]bool{}
 		for _, e := range members {
@@ -48,8 +48,8 @@ func sourceFlows(entries []*entry) (flows []flowEntry) {
 	return flows
 }
 
-// gather makes one entry of all entries of a rule. What does not go together is left as
-// it is, for the caller to find damaged.
+// gather merges all entries of a rule into one. Inconsistent entries are left for the caller to
+// detect as damaged.
 func gather(flows []flowEntry) []flowEntry {
 	count := map[uint32]int{}
 	several := false
@@ -71,7 +71,7 @@ func gather(flows []flowEntry) []flowEntry {
 	}
 	var all []flowEntry
 	rules := map[uint32][]flowEntry{}
-	sources := map[flow.Input][]flowEntry{} // entries of prefixes of sources, by everything else
+	sources := map[flow.Input][]flowEntry{} // entries of source prefixes, by all other fields
 	var both []flowEntry
 	for _, f := range flows {
 		if f.step != oneStep {
@@ -143,7 +143,7 @@ func gatherRule(flows []flowEntry, sources map[flow.Input][]flowEntry) []flowEnt
 	return []flowEntry{one}
 }
 
-// setPorts makes an entry one of all these ports, and is false when they are no range.
+// setPorts merges entries of these ports into one, and returns false if they are not a range.
 func (f *flowEntry) setPorts(ports map[uint16]bool) bool {
 	first, last := f.in.Port, f.in.Port
 	for port := range ports {
@@ -156,9 +156,9 @@ func (f *flowEntry) setPorts(ports map[uint16]bool) bool {
 	return int(last-first)+1 == len(ports)
 }
 
-// excepted are the sources that a rule leaves out, as far as the entries of all its ports tell:
-// those of its prefix that go to a shorter prefix's rule, or to none. What a longer prefix's rule
-// takes may have been left out besides, and need not be.
+// excepted are the sources that a rule excludes, as far as the entries of all its ports show: those
+// of its prefix that go to a shorter prefix's rule, or to none. Sources taken by a longer prefix's
+// rule may have been excluded, too, which makes no difference.
 func excepted(f flowEntry, sources map[flow.Input][]flowEntry) (except []netip.Prefix) {
 	own := f.in.Senders()
 	for in := range f.in.EveryPort() {

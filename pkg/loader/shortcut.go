@@ -35,7 +35,7 @@ func newShortcuts(n uint32, fresh bool) shortcuts {
 	return shortcuts{open: fresh, known: fresh, slots: make([]*entry, n), shift: uint32(64 - bits.TrailingZeros32(n))}
 }
 
-// shiftInForce is what map config says.
+// shiftInForce is the shift in map config.
 func (s *shortcuts) shiftInForce() uint32 {
 	if !s.open {
 		return 0
@@ -71,7 +71,7 @@ func (s *shortcuts) has(e *entry) bool {
 	return s.slots[first] == e || s.slots[second] == e
 }
 
-// maxMoves bounds how many entries move to make room for a new one.
+// maxMoves limits how many entries move to make room for a new one.
 const maxMoves = 32
 
 // put gives an entry a slot; others may have to move to their second one (cuckoo hashing:
@@ -100,8 +100,8 @@ func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
 	changed[at] = true
 }
 
-// closeShortcuts leaves the flow tables alone to say which rule a packet takes.
-// The map config is yet to be written.
+// closeShortcuts makes the flow tables alone determine a packet's rule. The map config must still
+// be written.
 func (s *transaction) closeShortcuts() {
 	if s.shortcuts.open {
 		s.shortcuts.open = false
@@ -112,12 +112,12 @@ func (s *transaction) closeShortcuts() {
 	}
 }
 
-// storesInOrder: every CPU sees the stores of another in their order and loads in its own
-// (x86 TSO). Others, arm64 among them, promise neither between two system calls.
+// storesInOrder: every CPU sees the stores of another in order and loads in its own order (x86
+// TSO). Others, including arm64, guarantee neither between two system calls.
 const storesInOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 
-// openShortcuts gives the rules in force their slots. The caller has waited a grace period
-// for programs that saw the shortcuts open.
+// openShortcuts assigns slots to the current rules. The caller has waited a grace period for
+// programs that saw the shortcuts open.
 func (l *Loader) openShortcuts() error {
 	s := &l.shortcuts
 	changed := map[uint32]bool{}
@@ -172,8 +172,7 @@ func (l *Loader) shortcutRules() func(*entry) bool {
 // maxStagedShortcuts is how many slots are written at once.
 const maxStagedShortcuts = 4096
 
-// writeShortcuts writes the changed slots; all of them when it is not known what the kernel
-// holds.
+// writeShortcuts writes the changed slots; all of them if the kernel's contents are unknown.
 func (l *Loader) writeShortcuts(changed map[uint32]bool) error {
 	known := l.shortcuts.known
 	l.shortcuts.known = false // until all is written
@@ -219,8 +218,8 @@ func encodeShortcut(e *entry) (b bpf.RelayShortcut) {
 	return b
 }
 
-// embedOutput puts the first line of a rule's one output into its shortcut, unless packets need
-// the second. Outputs in force never change: an entry with others has another first output.
+// embedOutput copies the first line of a rule's only output into its shortcut, unless packets need
+// the second. Published outputs never change: a rule with other outputs has another first output.
 func embedOutput(b *bpf.RelayShortcut, e *entry) {
 	o := encodeOutput(e.rule.Out[0], e.firstStats, 0)
 	if bpf.RelayOutputFlag(o.Flags)&(bpf.RelayOutputFlagOUTPUT_READY|bpf.RelayOutputFlagOUTPUT_RARE) != bpf.RelayOutputFlagOUTPUT_READY {
@@ -231,8 +230,8 @@ func embedOutput(b *bpf.RelayShortcut, e *entry) {
 	copy(b.Second[:], line[:])
 }
 
-// adoptShortcuts closes what an earlier process left open, and opens it as this one
-// knows it to be right.
+// adoptShortcuts closes shortcuts that an earlier process left open, and opens them once this one
+// has verified them.
 func (l *Loader) adoptShortcuts() error {
 	l.shortcuts = newShortcuts(l.maps.Shortcuts.MaxEntries(), false)
 	if err := l.writeConfig(); err != nil {

@@ -10,8 +10,8 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// socketRow is the row of the map xsks for the first queue of an interface. It stays
-// the interface's own: packets are redirected by it before the next rule comes.
+// socketRow is the row of the map xsks for the first queue of an interface. It stays reserved for
+// the interface: programs may redirect by it until its rules change.
 func (l *Loader) socketRow(index int) (uint32, error) {
 	l.socketsMu.Lock()
 	defer l.socketsMu.Unlock()
@@ -26,9 +26,9 @@ func (l *Loader) socketRow(index int) (uint32, error) {
 	return l.sockets[index], nil
 }
 
-// SetSocket gives the packets of PathAFXDP rules that arrive on a queue of an
-// interface to an AF_XDP socket, which must be bound there. The kernel takes it out
-// again when the socket is closed. It may be called from any goroutine.
+// SetSocket directs the packets of PathAFXDP rules on a queue of an interface to an AF_XDP socket,
+// which must be bound there. The kernel removes it when the socket is closed. It may be called from
+// any goroutine.
 func (l *Loader) SetSocket(index, queue, fd int) error {
 	if queue < 0 || queue >= bpf.MaxQueues {
 		return fmt.Errorf("queue %d: want 0 to %d", queue, bpf.MaxQueues-1)
@@ -43,8 +43,8 @@ func (l *Loader) SetSocket(index, queue, fd int) error {
 	return nil
 }
 
-// ClearSocket takes the socket of a queue out: packets take their rule's fallback. It
-// may be called from any goroutine.
+// ClearSocket removes the socket of a queue: packets take their rule's fallback. It may be called
+// from any goroutine.
 func (l *Loader) ClearSocket(index, queue int) error {
 	l.socketsMu.Lock()
 	row, ok := l.sockets[index]
@@ -58,8 +58,7 @@ func (l *Loader) ClearSocket(index, queue int) error {
 	return nil
 }
 
-// forgetSockets gives the rows of interfaces that no rule of PathAFXDP names any more
-// to others.
+// forgetSockets frees the rows of interfaces that no rule of PathAFXDP names any more.
 func (l *Loader) forgetSockets() {
 	l.socketsMu.Lock()
 	defer l.socketsMu.Unlock()
@@ -80,7 +79,7 @@ func (l *Loader) forgetSockets() {
 	}
 }
 
-// adoptSockets finds the rows of the interfaces again.
+// adoptSockets restores the rows of the interfaces.
 func (l *Loader) adoptSockets() error {
 	inUse := map[uint32]bool{}
 	for _, e := range l.rules {

@@ -11,7 +11,7 @@ import (
 	"xdpcast/bpf"
 )
 
-// batch is values that are yet to be written to an array.
+// batch is values to be written to an array.
 type batch[V any] struct {
 	keys   []uint32
 	values []V
@@ -22,7 +22,7 @@ func (b *batch[V]) add(key uint32, value V) {
 	b.values = append(b.values, value)
 }
 
-// put writes the values and forgets them.
+// put writes the values and clears the batch.
 func (b *batch[V]) put(m *ebpf.Map) error {
 	if err := putAll(m, b.keys, b.values); err != nil {
 		return fmt.Errorf("write map of %d entries: %w", m.MaxEntries(), err)
@@ -31,7 +31,7 @@ func (b *batch[V]) put(m *ebpf.Map) error {
 	return nil
 }
 
-// staged is what a Sync has prepared and not written yet, by map.
+// staged is what a Sync has prepared but not written yet, by map.
 type staged struct {
 	rules     batch[bpf.RelayRule]
 	outputs   batch[bpf.RelayOutput]
@@ -40,11 +40,11 @@ type staged struct {
 	broadcast batch[uint32] // file descriptors of devmaps, all in open
 	open      openBroadcasts
 	windows   batch[uint32] // file descriptors of windows, all in openWindows
-	// openWindows are open until they are written.
+	// openWindows are kept open until they are written.
 	openWindows []*ebpf.Map
 }
 
-// What may be staged at once: file descriptors, and outputs.
+// Limits of what is staged at once: file descriptors, and outputs.
 const (
 	maxOpenDevmaps   = 256
 	maxStagedOutputs = 16384
@@ -57,8 +57,8 @@ func (s *transaction) flushIfFull() error {
 	return s.flush()
 }
 
-// flush writes what is staged. The kernel returns from the write to the map broadcast
-// only when no program that started before it runs any more, so that a row of devices that useSlot has changed is in force, too.
+// flush writes what is staged. The kernel returns from writing the map broadcast only after a grace
+// period, so a row of devices changed by useSlot has taken effect, too.
 func (s *transaction) flush() error {
 	t := &s.staged
 	copies := slices.Clone(t.copies.keys)
@@ -82,13 +82,11 @@ func (t *staged) closeWindows() error {
 	return errors.Join(errs...)
 }
 
-// rowWaits is how many rows of a map of maps are written or read at a time. Before Linux
-// 6.8 the kernel waits for running programs with each row, tens of milliseconds; those that
-// wait at the same time wait together.
+// rowWaits is the number of rows of a map of maps that are written or read concurrently. Before
+// Linux 6.8 each row waits a grace period, tens of milliseconds; concurrent ones wait together.
 const rowWaits = 64
 
-// atOnce calls fn for parts of 0 to n, up to rowWaits of them at the same time, and waits
-// for all.
+// atOnce calls fn for parts of 0 to n, up to rowWaits of them concurrently, and waits for all.
 func atOnce(n int, fn func(from, to int) error) error {
 	parts := min(n, rowWaits)
 	if parts == 1 {
@@ -115,12 +113,12 @@ func (b *batch[V]) putRows(m *ebpf.Map) error {
 	return err
 }
 
-// fewRows are deleted; more are filled with a devmap without interfaces, which takes fewer
-// system calls.
+// fewRows rows are deleted; more are overwritten with a devmap without interfaces, which takes
+// fewer system calls.
 const fewRows = 8
 
-// clearBroadcasts empties rows of the map broadcast, and then the rows of the map copies that
-// belong to them: see orphanBroadcasts.
+// clearBroadcasts empties rows of the map broadcast, and then their rows of the map copies: see
+// orphanBroadcasts.
 func (l *Loader) clearBroadcasts(rows, copies []uint32) error {
 	if err := l.emptyBroadcasts(rows); err != nil {
 		return err

@@ -11,16 +11,16 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// cpuQueue is how many frames may wait for a CPU. At a million frames a second they
-// are there for 4 ms, the scheduler's patience with others. The kernel allows 16384.
+// cpuQueue is how many frames can be queued for a CPU: 4 ms of buffering at 1 Mpps, about one
+// scheduler slice. The kernel allows 16384.
 const cpuQueue = 4096
 
-// MaxSteering is the most CPUs that packets are steered to.
+// MaxSteering is the maximum number of CPUs to steer packets to.
 const MaxSteering = bpf.MaxSteered
 
-// SetSteering says to which CPUs the packets of Steered rules go, at most 64; none
-// leaves them where they arrive. It takes effect with the next Sync. Where it cannot
-// be done packets stay where they arrive, and Warnings says so.
+// SetSteering sets the CPUs, at most 64, over which the packets of Steered rules are spread; none
+// leaves them where they arrive. It takes effect with the next Sync. If it fails, packets stay
+// where they arrive, and Warnings says so.
 func (l *Loader) SetSteering(cpus []int) error {
 	if len(cpus) > bpf.MaxSteered {
 		return fmt.Errorf("steer to %d CPUs: want at most %d", len(cpus), bpf.MaxSteered)
@@ -34,8 +34,7 @@ func (l *Loader) SetSteering(cpus []int) error {
 	return nil
 }
 
-// steer makes the queues to the CPUs while a rule needs them: each is a thread of the
-// kernel's.
+// steer creates the queues to the CPUs while a rule needs them: each is a kernel thread.
 func (l *Loader) steer(rules []*flow.Flow) {
 	var want []int
 	if slices.ContainsFunc(rules, func(r *flow.Flow) bool { return r.Steered }) {
@@ -51,11 +50,11 @@ func (l *Loader) steer(rules []*flow.Flow) {
 	l.steeringFault, l.steeringKnown = err, err == nil
 }
 
-// makeQueues makes the queues before packets go there, and takes away those of other
-// CPUs after.
+// makeQueues creates the queues before packets go there, and removes those of other CPUs
+// afterwards.
 func (l *Loader) makeQueues(cpus []int) error {
 	for _, cpu := range cpus {
-		// One that is there stays: another one would let packets overtake those in it.
+		// An existing queue stays: with a new one, packets could overtake those in the old one.
 		var there bpf.RelayBpfCpumapVal
 		err := l.maps.Cpus.Lookup(uint32(cpu), &there)
 		if err == nil && there.Qsize == cpuQueue {
@@ -89,7 +88,7 @@ func (l *Loader) steeringWarnings() []string {
 	return []string{fmt.Sprintf("packets are not steered to CPUs: %v", l.steeringFault)}
 }
 
-// adoptSteering goes on with what the programs do now.
+// adoptSteering continues with the current state of the programs.
 func (l *Loader) adoptSteering(config *bpf.RelayConfig) error {
 	if config.Steered > bpf.MaxSteered {
 		return damaged(l.opts.PinDir, fmt.Errorf("map config steers to %d CPUs, want at most %d", config.Steered, bpf.MaxSteered))

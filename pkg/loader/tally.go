@@ -7,15 +7,15 @@ import (
 	"xdpcast/internal/account"
 )
 
-// tally is all that was counted of one rule. What the programs count and what workers
-// count is apart, since packets are lost in different places between two counters.
+// tally is all counters of one rule. Those of the programs and of the workers are separate, since
+// packets are lost in different places between two counters.
 type tally struct {
 	entry *entry
-	// Sources: what is to be accounted for.
+	// Sources: packets to account for.
 	matched Counter // by the relay program
-	handed  Counter // of them, to AF_XDP sockets
+	handed  Counter // of these, to AF_XDP sockets
 	came    Counter // to workers, from sockets or the packet tap
-	tapped  Counter // of them, from the packet tap
+	tapped  Counter // of these, from the packet tap
 	// Sinks.
 	delivered Counter // to workers, from sockets
 	kernel    sink
@@ -23,18 +23,18 @@ type tally struct {
 	out       []outputTally
 	notes     map[Note]Counter
 	lastSeen  uint64
-	// Of a leg, read with the sources: copies are those that its stream did not need.
+	// For a leg, read with the sources: copies are those that its stream did not need.
 	leg    *LegStats
 	stream *StreamStats
 	copies sink
 }
 
-// sink is what ended on the way to the outputs.
+// sink counts packets that ended before the outputs.
 type sink struct{ drops map[Reason]Counter }
 
 type outputTally struct{ kernel, user outputSink }
 
-// outputSink is where one output's copies ended.
+// outputSink counts the ends of one output's copies.
 type outputSink struct {
 	sent Counter
 	sink
@@ -52,7 +52,7 @@ func (s *sink) add(reason Reason, c Counter) {
 	s.drops[reason] = sum
 }
 
-// less is c without what ended in the sinks.
+// less is c minus the sinks.
 func (c Counter) less(sinks ...*sink) Counter {
 	for _, s := range sinks {
 		for _, d := range s.drops {
@@ -67,15 +67,15 @@ func (c *Counter) subtract(o Counter) {
 	c.Bytes -= min(c.Bytes, o.Bytes)
 }
 
-// lostBefore is what sockets were given and workers did not get.
+// lostBefore is the packets given to sockets that did not reach workers.
 func (t *tally) lostBefore() Counter {
 	lost := t.handed
 	lost.subtract(t.delivered)
 	return lost
 }
 
-// skipped is what the kernel did not copy to an output: a broadcast skips rows whose
-// device is gone, down, or refuses the frame, without a word.
+// skipped is the copies that the kernel did not make for an output: a broadcast silently skips rows
+// whose device is gone, down, or refuses the frame.
 func (t *tally) skipped(slot int) Counter {
 	if len(t.out) < 2 {
 		return Counter{}
@@ -87,7 +87,7 @@ func (t *tally) skipped(slot int) Counter {
 	return rest
 }
 
-// unfinished is what came to workers and did not end at an output.
+// unfinished is packets that reached workers but did not end at an output.
 func (t *tally) unfinished(slot int) Counter {
 	o := &t.out[slot].user
 	rest := t.came.less(&t.user, &o.sink)
@@ -95,7 +95,7 @@ func (t *tally) unfinished(slot int) Counter {
 	return rest
 }
 
-// missing says whether something is not accounted for, or still on its way.
+// missing says whether packets are unaccounted for, or still in flight.
 func (t *tally) missing() bool {
 	if t.lostBefore().Packets > 0 {
 		return true
@@ -108,22 +108,22 @@ func (t *tally) missing() bool {
 	return false
 }
 
-// resetSinks forgets what ended where, to read it again.
+// resetSinks clears the sinks, to read them again.
 func (t *tally) resetSinks() {
 	t.delivered, t.kernel, t.user, t.notes = Counter{}, sink{}, sink{}, nil
 	clear(t.out)
 }
 
-// lostKey is one of the counters that are a difference of others.
+// lostKey identifies a counter that is a difference of others.
 type lostKey struct {
 	scope  account.Scope
 	id     uint32
 	reason Reason
 }
 
-// losses keeps the most that each difference has been: while packets flow it is too low,
-// for what came after the sources were read has reached the sinks, and a counter must not
-// run backwards.
+// losses keeps the maximum of each difference: while packets flow a difference is too low, because
+// packets that came after the sources were read have reached the sinks, and a counter must not
+// decrease.
 type losses map[lostKey]Counter
 
 func (l losses) most(scope account.Scope, id uint32, reason Reason, c Counter) Counter {
@@ -150,7 +150,7 @@ func (l losses) forget(e *entry) {
 	}
 }
 
-// stats makes one account of what was counted on all paths.
+// stats combines the counters of all paths.
 func (t *tally) stats(lost losses) RuleStats {
 	e := t.entry
 	r := RuleStats{Name: e.rule.Name, ID: e.id, Matched: t.matched, LastSeen: -1, Notes: map[Note]Counter{}}
@@ -198,7 +198,7 @@ func (s *sink) orEmpty() map[Reason]Counter {
 	return s.drops
 }
 
-// readUser adds what workers have counted: sources as well, or sinks alone.
+// readUser adds the workers' counters: sources as well, or only sinks.
 func (t *tally) readUser(a *account.Account, sources bool) {
 	for kind, sum := range a.Sums(account.Target{Scope: account.Rule, ID: t.entry.id}) {
 		c := Counter{sum.Packets, sum.Bytes}
@@ -245,7 +245,7 @@ func (t *tally) note(n Note, c Counter) {
 	t.notes[n] = sum
 }
 
-// Note says what is worth knowing of a rule's packets, and is no drop.
+// Note is a noteworthy condition of a rule's packets that is not a drop.
 type Note uint8
 
 // The notes, as the programs count them.

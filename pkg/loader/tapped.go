@@ -20,7 +20,7 @@ import (
 // tapped is the tapped program (bpf/tapped.bpf.c) on one interface.
 type tapped struct {
 	link link.Link
-	// fault is why it is not there, nil when it is.
+	// fault is why it is not attached, nil if it is.
 	fault error
 }
 
@@ -67,8 +67,7 @@ func (l *Loader) tappedProgram(index int) (*ebpf.Program, error) {
 	return p, err
 }
 
-// inputsToKeep are the inputs of rules of PathFanout whose packets the host's stack
-// must not get.
+// inputsToKeep are the inputs of rules of PathFanout whose packets must not reach the host's stack.
 func inputsToKeep(rules []*flow.Flow) map[int]bool {
 	inputs := map[int]bool{}
 	for i := range rules {
@@ -79,9 +78,9 @@ func inputsToKeep(rules []*flow.Flow) map[int]bool {
 	return inputs
 }
 
-// attachTapped attaches the tapped program where it is needed. It does nothing until
-// the flow tables say so. Without it the relay works, and the host's stack gets the
-// packets, too: Warnings says so, and the next Sync tries again.
+// attachTapped attaches the tapped program where needed. It does nothing until the flow tables say
+// so. If it fails the relay still works, but the host's stack also gets the packets: Warnings says
+// so, and the next Sync retries.
 func (l *Loader) attachTapped(inputs map[int]bool) {
 	for _, index := range slices.Sorted(maps.Keys(inputs)) {
 		t := l.tapped[index]
@@ -96,7 +95,7 @@ func (l *Loader) attachTapped(inputs map[int]bool) {
 	}
 }
 
-// detachTapped takes the tapped program off interfaces that do not need it any more.
+// detachTapped detaches the tapped program from interfaces that no longer need it.
 func (l *Loader) detachTapped(inputs map[int]bool) error {
 	var errs []error
 	for index, t := range l.tapped {
@@ -111,10 +110,9 @@ func (l *Loader) detachTapped(inputs map[int]bool) error {
 	return errors.Join(errs...)
 }
 
-// attachTCX attaches in front of other programs: what the relay takes, it takes from
-// them, too, as XDP does.
+// attachTCX attaches before other programs, which do not see the relay's packets, as with XDP.
 func (l *Loader) attachTCX(index int) (_ link.Link, err error) {
-	if !l.can.TCX { // the program takes the verifier a while
+	if !l.can.TCX { // the verifier takes a while for the program
 		return nil, fmt.Errorf("tcx is %w (needs Linux 6.6 or newer)", ErrNotSupported)
 	}
 	program, err := l.tappedProgram(index)
@@ -131,7 +129,7 @@ func (l *Loader) attachTCX(index int) (_ link.Link, err error) {
 	return lk, nil
 }
 
-// hasEthernetHeader says whether frames of an interface begin with one.
+// hasEthernetHeader says whether frames of an interface have an Ethernet header.
 func hasEthernetHeader(index int) (bool, error) {
 	dev, err := netlink.LinkByIndex(index)
 	if err != nil {
@@ -149,8 +147,7 @@ func releaseTCX(lk link.Link) error {
 	return nil
 }
 
-// openTCX opens a pinned link and says where it is. The error matches ENODEV when its
-// interface is gone.
+// openTCX opens a pinned link and returns its interface. The error matches ENODEV if that is gone.
 func openTCX(path string) (lk link.Link, index int, err error) {
 	lk, err = link.LoadPinnedLink(path, nil)
 	if err != nil {
@@ -168,7 +165,7 @@ func openTCX(path string) (lk link.Link, index int, err error) {
 	return lk, int(info.TCX().Ifindex), nil
 }
 
-// adoptTapped takes over pinned links; those of interfaces that are gone go.
+// adoptTapped takes over pinned links, and removes those of removed interfaces.
 func (l *Loader) adoptTapped(paths []string) error {
 	for _, path := range paths {
 		lk, index, err := openTCX(path)
@@ -186,7 +183,7 @@ func (l *Loader) adoptTapped(paths []string) error {
 	return nil
 }
 
-// upgradeTapped replaces the program where it differs from this binary's.
+// upgradeTapped replaces the program if it differs from this binary's.
 func (l *Loader) upgradeTapped() error {
 	for index, t := range l.tapped {
 		if t.link == nil {
@@ -208,8 +205,8 @@ func (l *Loader) upgradeTCX(lk link.Link, index int) error {
 	if err != nil {
 		return err
 	}
-	// Of two interfaces of a kind the pin may be of the other's program already: to update twice
-	// does no harm.
+	// With two interfaces of a kind the pin may already be the new program: updating twice is
+	// harmless.
 	if same, err := l.runs(lk, fresh, tappedProgramPin(l.opts.PinDir, ethernet)); err != nil || same {
 		return err
 	}
@@ -223,7 +220,7 @@ func tappedProgramPin(dir string, ethernet bool) string {
 	return filepath.Join(dir, programsDir, pinTappedBare)
 }
 
-// pinTappedPrograms pins the programs that are attached, for the next process to know them.
+// pinTappedPrograms pins the attached programs, so that the next process recognizes them.
 func (l *Loader) pinTappedPrograms() error {
 	for ethernet, p := range l.tappedPrograms {
 		if err := l.pinProgram(p, tappedProgramPin(l.opts.PinDir, ethernet)); err != nil {
@@ -233,7 +230,7 @@ func (l *Loader) pinTappedPrograms() error {
 	return nil
 }
 
-// closeTapped closes the file descriptors; what is pinned stays.
+// closeTapped closes the file descriptors; pins remain.
 func (l *Loader) closeTapped() error {
 	var errs []error
 	for _, t := range l.tapped {
@@ -258,7 +255,7 @@ func (l *Loader) tappedWarnings() (warnings []string) {
 	return warnings
 }
 
-// programInterface names an interface, for people.
+// programInterface names an interface, for messages.
 func programInterface(index int) string {
 	if dev, err := netlink.LinkByIndex(index); err == nil {
 		return dev.Attrs().Name

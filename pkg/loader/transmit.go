@@ -9,11 +9,10 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// attachTransmit attaches the programs that count what devices did with frames
-// after the relay program had returned, and pins them below dir. Without them the
-// relay works; only these counters stay empty, and Warnings says so. Those that are
-// attached already stay, unless they are of another release: two of them would count
-// everything twice.
+// attachTransmit attaches the programs that count what devices did with frames after the relay
+// program had returned, and pins them below dir. Without them the relay works; only these counters
+// stay empty, and Warnings says so. Attached ones stay, unless they are of another release: two of
+// them would count everything twice.
 func (l *Loader) attachTransmit(dir string) {
 	if err := l.tryAttachTransmit(dir); err != nil {
 		l.warnings = append(l.warnings, fmt.Sprintf("frames that devices refuse are not counted: %v", err))
@@ -43,7 +42,7 @@ func (l *Loader) attachTracing(name, path string, p *ebpf.Program) error {
 		if same, err := l.runs(old, p, programPin); err == nil && same {
 			return nil
 		}
-		// The kernel cannot update a tracing link: a moment is not counted.
+		// The kernel cannot update a tracing link: counting pauses for a moment.
 		delete(l.transmit, name)
 		if err := errors.Join(old.Close(), removePins(path)); err != nil {
 			return fmt.Errorf("replace %s: %w", name, err)

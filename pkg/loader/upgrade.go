@@ -10,13 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Upgrade replaces the programs in the kernel by this binary's, where they
-// differ. Each replacement is one step of the kernel: a packet meets the old
-// program or the new one, never none. After an error old and new ones may be
-// mixed; they work on the same maps, and another Upgrade goes on.
+// Upgrade replaces the programs in the kernel with this binary's, where they differ. Each
+// replacement is atomic: a packet meets the old program or the new one, never none. After an error
+// old and new ones may be mixed; they work on the same maps, and another Upgrade continues.
 //
-// The egress program comes first: a relay program may hand over only what the
-// egress program of its release or an older one understands.
+// The egress program comes first: a relay program may hand over only what the egress program of its
+// release or an older one understands.
 func (l *Loader) Upgrade() error {
 	if err := l.upgradeEgress(); err != nil {
 		return err
@@ -45,7 +44,7 @@ func (l *Loader) upgradeRelay() error {
 		}
 		err := a.link.Update(fresh)
 		if errors.Is(err, unix.ENOLINK) {
-			continue // its interface has gone since
+			continue // its interface is gone since
 		}
 		if err != nil {
 			return errors.Join(fmt.Errorf("upgrade interface %s: %w", a.Interface, err), fresh.Close())
@@ -54,8 +53,8 @@ func (l *Loader) upgradeRelay() error {
 			return errors.Join(err, fresh.Close())
 		}
 	}
-	// Pinned last: a process that dies before leaves the old pin, and the next one
-	// does it all again.
+	// Pinned last: if the process dies earlier, the old pin remains, and the next one repeats the
+	// upgrade.
 	if err := repin(fresh, relayPin(l.opts.PinDir)); err != nil {
 		return errors.Join(err, fresh.Close())
 	}
@@ -129,9 +128,8 @@ func (l *Loader) upgradeEgress() error {
 	return old.Close()
 }
 
-// renewRow puts the egress program of this binary into a row. A row that cannot be
-// written belongs to an interface that is gone: the kernel has emptied it, and the
-// next Sync replaces the rule.
+// renewRow writes this binary's egress program into a row. A row that cannot be written belongs to
+// a removed interface: the kernel has emptied it, and the next Sync replaces the rule.
 func (l *Loader) renewRow(devmap *ebpf.Map, row uint32, index int) {
 	if err := l.setSlot(devmap, row, index); err != nil {
 		l.log.Warn("upgrade egress program", "error", err)
