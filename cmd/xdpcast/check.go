@@ -13,9 +13,9 @@ import (
 func checkCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "check",
-		Usage:       "check a file of rules and say every error with its line",
+		Usage:       "check a rule file and report every error with its line",
 		ArgsUsage:   "[FILE]",
-		Description: "FILE is - for standard input. Nothing of the host is looked at: whether an interface exists is not an error here.",
+		Description: "FILE is - for standard input. The host is not examined: a missing interface is not an error here.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "`FILE` to check, as for run"},
 		},

@@ -221,7 +221,7 @@ func (b *backend) History(context.Context) ([]control.HistoryEntry, error) {
 
 func (b *backend) Rollback(_ context.Context, back int, o control.ApplyOptions) (control.ApplyResult, error) {
 	if back > 2 {
-		return control.ApplyResult{}, control.Errorf(control.KindNotFound, "rollback %d: 2 sets before that in force are kept", back)
+		return control.ApplyResult{}, control.Errorf(control.KindNotFound, "rollback %d: 2 earlier sets are kept", back)
 	}
 	result := control.ApplyResult{DryRun: o.DryRun, Removed: 1, Kept: 3, Changes: []control.Change{{Op: control.OpRemove, Rule: b.list()[0].Rule}}}
 	if o.Confirm > 0 {
@@ -374,7 +374,7 @@ func TestCommands(t *testing.T) {
 			"- feed-a: 239.9.0.1:15000%eth7 -> 239.9.0.1:15000%eth1 (path kernel)\n" +
 			"1 added, 1 removed, 1 changed, 1 kept\n", nil},
 		{[]string{"rule", "apply", bad}, "", 1, "", []string{"xdpcast: " + bad + ":3: ", "xdpcast: " + bad + ":6: ", "colour"}},
-		{[]string{"rule", "apply", "-"}, "", 1, "", []string{`xdpcast: stdin: rules missing: want them in a list below "rules:", or "rules: []" for none on purpose`}}, // of nothing
+		{[]string{"rule", "apply", "-"}, "", 1, "", []string{`xdpcast: stdin: rules missing: want them in a list below "rules:", or "rules: []" for none`}}, // of nothing
 		{[]string{"rule", "apply", "/absent"}, "", 1, "", []string{"/absent: no such file"}},
 		{[]string{"check", file}, "", 0, "ok: 1 rule\n", nil},
 		{[]string{"check", "-c", file}, "", 0, "ok: 1 rule\n", nil},
@@ -382,9 +382,9 @@ func TestCommands(t *testing.T) {
 		{[]string{"check", "/proc/self"}, "", 1, "", []string{"is a directory"}},
 		{[]string{"convert", "/proc/self"}, "", 1, "", []string{"is a directory"}},
 		{[]string{"convert", file}, "", 1, "", []string{"xdpcast: " + file + ": no line of smcroute.conf (mroute from ...), igmpproxy.conf"}},
-		{[]string{"convert", "--from", "frr", "/dev/null"}, "", 0, "rules: []\n", []string{"xdpcast: frr: 0 rules; 0 lines without an equal, in whole or in part\n"}},
+		{[]string{"convert", "--from", "frr", "/dev/null"}, "", 0, "rules: []\n", []string{"xdpcast: frr: 0 rules; 0 lines without an equivalent, in whole or in part\n"}},
 		{[]string{"rollback"}, "rollback 1", 0, "- cam1: 10.0.0.5@239.1.1.1:5000%eth0 -> 239.2.2.2:6000%eth1,src=keep,ttl=8 10.0.9.9:6000%eth2\n0 added, 1 removed, 0 changed, 3 kept\n", nil},
-		{[]string{"rollback", "3"}, "", 1, "", []string{"xdpcast: rollback 3: 2 sets before that in force are kept\n"}},
+		{[]string{"rollback", "3"}, "", 1, "", []string{"xdpcast: rollback 3: 2 earlier sets are kept\n"}},
 		{[]string{"--version"}, "", 0, "xdpcast version " + buildVersion() + "\n", nil},
 
 		{[]string{"rule", "add", "cam1", "--in", "239.1.1.1:5000%eth0,vlan=7", "--out", "239.1.1.1:5000%eth0,vlan=7", "--allow-loop"}, "add cam1: 239.1.1.1:5000%eth0,vlan=7,loop=allow -> 239.1.1.1:5000%eth0,vlan=7", 0, "rule cam1: active, path kernel, 1 output\n", nil},

@@ -9,15 +9,15 @@ import (
 
 // confirmFlag is the flag of commands whose change can wait for confirmation.
 func confirmFlag() cli.Flag {
-	return &cli.StringFlag{Name: "confirm", Usage: "undo the change after `TIME` (1s to 24h, such as 2m) without \"xdpcast confirm\""}
+	return &cli.StringFlag{Name: "confirm", Usage: "undo the change after `TIME` (1s to 24h, such as 2m) unless \"xdpcast confirm\" keeps it"}
 }
 
 func confirmCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "confirm",
-		Usage: "keep the change that waits for confirmation",
+		Usage: "keep the unconfirmed change",
 		Description: "\"rule apply\", \"reload\" and \"rollback\" with --confirm TIME make a change that is undone after that time unless it\n" +
-			"is confirmed. \"xdpcast status\" shows one that waits.",
+			"is confirmed. \"xdpcast status\" shows an unconfirmed change.",
 		Flags: []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
 			if err := showArgs(c, 0, 0); err != nil {

@@ -13,10 +13,10 @@ import (
 func convertCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "convert",
-		Usage:     "make rules of another relay's configuration",
+		Usage:     "convert another relay's configuration to rules",
 		ArgsUsage: "FILE",
 		Description: "Reads smcroute.conf, igmpproxy.conf or an FRR configuration with static multicast routes (ip mroute), and writes a\n" +
-			"file of rules that check and run -c read. A comment stands for each line that has no equal, and says why.\n" +
+			"rule file for check and run -c. Each line without an equivalent becomes a comment that says why.\n" +
 			"FILE is - for standard input.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "from", Usage: "`FORMAT` of FILE: smcroute, igmpproxy, frr, or detect", Value: convert.Detect.String()},
@@ -54,6 +54,6 @@ func convertFile(c *cli.Context) error {
 	if _, err := c.App.Writer.Write(result.File()); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.App.ErrWriter, "xdpcast: %v: %s; %s without an equal, in whole or in part\n", result.Format, plural(len(result.Rules()), "rule"), plural(result.Notes(), "line"))
+	_, err = fmt.Fprintf(c.App.ErrWriter, "xdpcast: %v: %s; %s without an equivalent, in whole or in part\n", result.Format, plural(len(result.Rules()), "rule"), plural(result.Notes(), "line"))
 	return err
 }

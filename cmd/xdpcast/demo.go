@@ -20,18 +20,18 @@ const liveInterval = time.Second
 func demoCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "demo",
-		Usage: "relay test streams through a lab of network namespaces, and judge every packet",
-		Description: "Makes a source, a relay and three sinks, each in a network namespace of its own, and removes\n" +
-			"them in the end. The relay is a real one, with its own pins and socket: it does not touch one\n" +
-			"that runs already. Five streams go through rules that rewrite them, one of them\n" +
-			"merged from two inputs that each lose packets, and what arrives is compared with what the rules say. The exit code is 0 only if every packet arrived so.\n\n" +
-			"With --keep the lab stays, with its relay running, and commands to try in it are shown.",
+		Usage: "relay test streams through a lab of network namespaces, and check every packet",
+		Description: "Makes a source, a relay and three sinks, each in its own network namespace, and removes\n" +
+			"them at the end. The relay is a real one, with its own pins and socket: it does not touch one\n" +
+			"that is already running. Five streams go through rules that rewrite them, one of them\n" +
+			"merged from two inputs that each lose packets, and the result is compared with the rules. The exit code is 0 only if every packet is correct.\n\n" +
+			"With --keep the lab stays, with its relay running, and commands to try in it are printed.",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "duration", Usage: "send for this `TIME`", Value: 5 * time.Second},
 			&cli.StringFlag{Name: "rate", Usage: "packets a second, of all streams together: `RATE` such as 20k", Value: "20k"},
 			&cli.BoolFlag{Name: "keep", Usage: "leave the lab and its relay, and show commands to try"},
-			&cli.BoolFlag{Name: "remove", Usage: "remove a lab that was kept, or left by a demonstration that was killed"},
-			&cli.StringFlag{Name: "prefix", Usage: "begin the names of the lab with `NAME`, so that several can stand side by side", Value: demo.DefaultPrefix},
+			&cli.BoolFlag{Name: "remove", Usage: "remove a lab that was kept, or left by a killed demo"},
+			&cli.StringFlag{Name: "prefix", Usage: "prefix the names of the lab with `NAME`, so that several can coexist", Value: demo.DefaultPrefix},
 			outputFlag(),
 		},
 		Action: func(c *cli.Context) error {

@@ -185,7 +185,7 @@ func TestDemoRefusesTakenNames(t *testing.T) {
 		}
 	}()
 	for _, tt := range []struct{ flag, want string }{
-		{"--keep", h.Path() + " is there already, and not from a demonstration: remove it, or name the lab otherwise with --prefix"},
+		{"--keep", h.Path() + " already exists, and not from a demo: remove it, or choose another name with --prefix"},
 		{"--remove", "no lab called " + prefix + " is there (no " + "/run/" + prefix + "-demo" + ")"},
 	} {
 		var out, errs bytes.Buffer

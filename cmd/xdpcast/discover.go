@@ -19,18 +19,18 @@ import (
 func discoverCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:  "discover",
-		Usage: "find multicast streams that no rule takes",
-		Description: "Looks at what arrives on the interfaces, in all VLANs, and lists who sends what to which group, how fast, and what\n" +
-			"it looks like: RTP and RTCP, MPEG-TS with its programs, SAP with the session's name, MoldUDP64, PTP, IGMP and MLD. Streams that\n" +
-			"rules take are left out. The device takes all groups meanwhile; --join has the network bring some.\n" +
-			"-o rules prints a file of rules for what was found, and for what is announced (SAP), to --to.",
+		Usage: "find multicast streams that match no rule",
+		Description: "Captures on the interfaces, in all VLANs, and lists the senders of each group, their rates, and what the streams\n" +
+			"look like: RTP and RTCP, MPEG-TS with its programs, SAP with the session's name, MoldUDP64, PTP, IGMP and MLD. Streams of\n" +
+			"rules are omitted. The device accepts all groups meanwhile; --join makes the network deliver some.\n" +
+			"-o rules prints a rule file for the streams found, and for announced ones (SAP), to --to.",
 		Flags: []cli.Flag{
-			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "look at `IFACE` (repeatable)"},
-			&cli.DurationFlag{Name: "for", Usage: "look for this `TIME`", Value: 10 * time.Second},
+			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "capture on `IFACE` (repeatable)"},
+			&cli.DurationFlag{Name: "for", Usage: "capture for this `TIME`", Value: 10 * time.Second},
 			&cli.StringSliceFlag{Name: "join", Usage: "join `GROUP[/LEN]` meanwhile, at most 4096 groups (repeatable)"},
 			&cli.StringFlag{Name: "to", Usage: "with -o rules: send to `IFACE`"},
 			pinDirFlag(),
-			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FORMAT`: table for people, json for programs, rules for a file of rules", Value: "table"},
+			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FORMAT`: table for people, json for programs, rules for a rule file", Value: "table"},
 		},
 		Action: func(c *cli.Context) error { return discoverStreams(c, now) },
 	}
@@ -126,10 +126,10 @@ func parseJoin(text string) (netip.Prefix, error) {
 // discoverNotes explains limits of the result.
 func discoverNotes(r discover.Result) (notes []string) {
 	if r.Missed > 0 {
-		notes = append(notes, fmt.Sprintf("%d packets came faster than they could be looked at: rates are too low by these", r.Missed))
+		notes = append(notes, fmt.Sprintf("%d packets came too fast to be captured: rates are too low by these", r.Missed))
 	}
 	if r.Forgotten > 0 {
-		notes = append(notes, fmt.Sprintf("more than %d streams: %d of those that were silent for the longest are left out", discover.MaxStreams, r.Forgotten))
+		notes = append(notes, fmt.Sprintf("more than %d streams: %d of the longest silent are omitted", discover.MaxStreams, r.Forgotten))
 	}
 	if r.Fragments > 0 {
 		notes = append(notes, fmt.Sprintf("%d fragments behind the first of a datagram, which name no port, are in no stream's rate", r.Fragments))
@@ -183,7 +183,7 @@ func discoverRules(w io.Writer, r *discover.Result, to string) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# found by xdpcast discover in %.0f seconds\n", r.Seconds)
 	if left > 0 {
-		fmt.Fprintf(&b, "# left out: %s of groups that stay on their link, or that come in on %s itself\n", plural(left, "stream"), printable(to))
+		fmt.Fprintf(&b, "# omitted: %s of groups that stay on their link, or that come in on %s itself\n", plural(left, "stream"), printable(to))
 	}
 	if len(proposals) == 0 {
 		b.WriteString("rules: []\n")

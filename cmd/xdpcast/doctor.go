@@ -17,19 +17,19 @@ import (
 func doctorCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:      "doctor",
-		Usage:     "say what keeps packets from moving, and what cures it",
+		Usage:     "report what stops or slows packets, and how to fix it",
 		ArgsUsage: "[RULE]",
-		Description: "Looks at the host, and at the interfaces that rules use, or with --interface at others, too. With RULE it follows\n" +
-			"that rule's packets from the card to the wire, and says where they end. Counters are read twice, --for apart.\n" +
-			"Each finding has the command that cures it. A fault keeps packets from moving; a warning may, slows them down, or\n" +
-			"speaks of earlier losses.\n" +
-			"It works without a daemon, too: then from what is pinned in the kernel, or for the network cards alone.\n\n" +
-			"Exit codes: 0 no fault, 1 a fault (with --strict a warning, too) or an error, 2 wrong usage, also for a RULE that there is not.",
+		Description: "Checks the host and the interfaces that rules use, or with --interface others, too. With RULE it follows\n" +
+			"that rule's packets from the card to the wire, and says where they stop. Counters are read twice, --for apart.\n" +
+			"Each finding has the command that fixes it. A fault stops packets; a warning may stop or slows them, or\n" +
+			"reports earlier losses.\n" +
+			"It also works without a daemon: from the state pinned in the kernel, or only for the network cards.\n\n" +
+			"Exit codes: 0 no fault, 1 a fault (with --strict a warning, too) or an error, 2 wrong usage, also for an unknown RULE.",
 		Flags: []cli.Flag{
-			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "look at `IFACE`, too (repeatable)"},
+			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "also check `IFACE` (repeatable)"},
 			&cli.DurationFlag{Name: "for", Usage: "`TIME` between two readings of the counters", Value: 2 * time.Second},
 			&cli.BoolFlag{Name: "strict", Usage: "exit code 1 for warnings, too"},
-			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "show what is fine, too"},
+			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "also show passed checks"},
 			pinDirFlag(),
 			outputFlag(),
 		},
@@ -55,14 +55,14 @@ func diagnose(c *cli.Context, now func() time.Time) error {
 		},
 	})
 	if errors.Is(err, doctor.ErrNoRule) {
-		return usagef("%w: \"xdpcast rule list\" lists those that there are", err)
+		return usagef("%w: \"xdpcast rule list\" lists the rules", err)
 	}
 	if err != nil {
 		return withRootHint(err)
 	}
 	report := doctor.Diagnose(facts)
 	if missing := missingCapabilities(needsOf(c)); missing != "" {
-		fmt.Fprintf(c.App.ErrWriter, "xdpcast: warning: not everything is looked at without %s (see capabilities(7))\n", missing)
+		fmt.Fprintf(c.App.ErrWriter, "xdpcast: warning: some checks are skipped without %s (see capabilities(7))\n", missing)
 	}
 	if err := show(c, report, func(w io.Writer) error { return reportText(w, report, c.Bool("all")) }); err != nil {
 		return err

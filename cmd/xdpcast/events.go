@@ -23,13 +23,13 @@ const (
 func eventsCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:  "events",
-		Usage: "show what has changed: rules, outputs, memberships, interfaces, paths, neighbours, queriers, loops, reloads",
-		Description: "Each event has a number that grows by one, also over restarts of the daemon, which keeps the last 10,000 events, and\n" +
-			"1,000 of them over a restart. Where very many of a kind come at once, one stands for all beyond the first 1,000.\n" +
+		Usage: "show state changes of rules, outputs, memberships, interfaces, paths, neighbours, queriers, loops, reloads",
+		Description: "Events are numbered consecutively, also across restarts of the daemon, which keeps the last 10,000 events, and\n" +
+			"1,000 of them across a restart. In a burst of one kind, one event summarizes all beyond the first 1,000.\n" +
 			"-o json writes one document a line.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "follow", Aliases: []string{"f"}, Usage: "show the last 10, or those of --since, and go on with those to come, until interrupted; also over a restart of the daemon"},
-			&cli.StringFlag{Name: "since", Usage: "only those behind event `N`, or from a TIME on: 10m (ago), 2026-01-31, \"2026-01-31 09:00\" or as RFC 3339 has it"},
+			&cli.BoolFlag{Name: "follow", Aliases: []string{"f"}, Usage: "show the last 10, or those of --since, and then new ones, until interrupted; also across a restart of the daemon"},
+			&cli.StringFlag{Name: "since", Usage: "only those after event `N`, or from a TIME on: 10m (ago), 2026-01-31, \"2026-01-31 09:00\" or RFC 3339"},
 			outputFlag(),
 		},
 		Action: func(c *cli.Context) error { return showEvents(c, now) },

@@ -15,10 +15,10 @@ import (
 func explainCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:      "explain",
-		Usage:     "say what becomes of a packet, and why",
+		Usage:     "explain how a packet is handled, and why",
 		ArgsUsage: "ENDPOINT|NAME",
-		Description: "Names the rule that takes a packet, those that it wins over, the path, what each output sends, and the memberships that bring the packet. " +
-			"A packet is written as the input of a rule, a source and a port given or left open; the name of a rule stands for what the rule takes.\n\n" +
+		Description: "Names the rule that takes a packet, the rules it takes precedence over, the path, what each output sends, and the memberships that attract the packet. " +
+			"A packet is written like the input of a rule, with or without a source and a port; the name of a rule stands for its packets.\n\n" +
 			"   xdpcast explain 10.0.0.5@239.1.1.1:5000%eth0\n   xdpcast explain 239.1.1.1:5000%eth0,vlan=100\n   xdpcast explain cam1",
 		Flags: []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {

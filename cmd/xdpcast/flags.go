@@ -31,7 +31,7 @@ const defaultStateDir = "/var/lib/xdpcast"
 // stateDirFlag also uses the directory that systemd passes to a unit with StateDirectory=.
 func stateDirFlag() cli.Flag {
 	return &cli.StringFlag{
-		Name: "state-dir", Usage: "`DIR` of the sets of rules that \"xdpcast rollback\" brings back", DefaultText: "the --run-dir that is given, or " + defaultStateDir,
+		Name: "state-dir", Usage: "`DIR` of the sets of rules that \"xdpcast rollback\" restores", DefaultText: "the given --run-dir, or " + defaultStateDir,
 		EnvVars: []string{"XDPCAST_STATE_DIR", "STATE_DIRECTORY"},
 	}
 }
@@ -53,7 +53,7 @@ func pinDirFlag() cli.Flag {
 }
 
 func modeFlag() cli.Flag {
-	return &cli.StringFlag{Name: "mode", Usage: "how to attach XDP: native, generic, or auto (native, else generic)", Value: "auto"}
+	return &cli.StringFlag{Name: "mode", Usage: "how to attach XDP: native, generic, or auto (native, otherwise generic)", Value: "auto"}
 }
 
 func loaderOptions(c *cli.Context, log *slog.Logger) loader.Options {
@@ -65,7 +65,7 @@ func loaderOptions(c *cli.Context, log *slog.Logger) loader.Options {
 
 // dryRunFlag is the flag of commands that change a set of rules.
 func dryRunFlag() cli.Flag {
-	return &cli.BoolFlag{Name: "dry-run", Usage: "only say what would change"}
+	return &cli.BoolFlag{Name: "dry-run", Usage: "only print what would change"}
 }
 
 // shownChanges is the number of changes listed for users: enough for any change made by hand, but

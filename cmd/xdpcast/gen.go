@@ -18,8 +18,8 @@ func genCommand() *cli.Command {
 		ArgsUsage: "ADDRESS:PORT%INTERFACE",
 		Description: "Sends UDP packets that recv accounts for, until --count, --duration or an interrupt:\n\n" +
 			"   xdpcast gen --rate 100k --groups 4 --ttl 8 239.1.1.1:5000%eth0\n\n" +
-			"An IPv6 address stands in brackets: [ff3e::1]:5000%eth0. With several groups, each packet goes to the next one in turn.\n\n" +
-			"With --legs the same packets go several ways, and something may happen to them on each, for a rule that merges:\n\n" +
+			"An IPv6 address is written in brackets: [ff3e::1]:5000%eth0. With several groups, packets go to each in turn.\n\n" +
+			"With --legs the same packets take several paths, each with its own impairments, for a rule that merges:\n\n" +
 			"   xdpcast gen --rtp --legs 239.1.1.1:5000%eth0,239.101.1.1:5000%eth1 --leg-loss 1% --leg-delay 20ms",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "rate", Value: "1k", Usage: "`RATE` of all groups together: packets a second (100k, 1.5M), bits of UDP payload a second (20Mbit, 2.5Gbit), or max"},
@@ -31,16 +31,16 @@ func genCommand() *cli.Command {
 			&cli.StringFlag{Name: "dscp", Value: "0", Usage: "`DSCP`, 0 to 63 or a name such as ef or af41"},
 			&cli.StringFlag{Name: "source", Usage: "`ADDRESS` of this host to send from", DefaultText: "the kernel's choice"},
 			&cli.StringFlag{Name: "sport", Usage: "`PORT` to send from", DefaultText: "the kernel's choice"},
-			&cli.StringFlag{Name: "seq", Usage: "put a number in front as a rule's merge=`FORMAT` reads it: rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES"},
+			&cli.StringFlag{Name: "seq", Usage: "add a sequence number in a rule's merge=`FORMAT`: rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES"},
 			&cli.BoolFlag{Name: "rtp", Usage: "as --seq rtp"},
 			&cli.BoolFlag{Name: "moldudp64", Usage: "as --seq moldudp64"},
 			&cli.StringFlag{Name: "field", Usage: "as --seq field:`OFFSET:BYTES`"},
-			&cli.StringFlag{Name: "legs", Usage: "send each packet to all `ENDPOINTS`, up to 4 with commas between, in place of the one behind the flags"},
-			&cli.StringFlag{Name: "leg-loss", Usage: "`SHARE` of packets that a leg leaves out, such as 1%; as the next two, one for all legs, or one for each with commas between"},
-			&cli.StringFlag{Name: "leg-delay", Usage: "`TIME` by which a leg is late; one alone is that of all legs but the first"},
+			&cli.StringFlag{Name: "legs", Usage: "send each packet to all `ENDPOINTS`, up to 4, comma-separated, instead of the argument"},
+			&cli.StringFlag{Name: "leg-loss", Usage: "`SHARE` of packets that a leg drops, such as 1%; like the next two, one for all legs, or a comma-separated list"},
+			&cli.StringFlag{Name: "leg-delay", Usage: "delay of a leg: `TIME`; a single value applies to all legs but the first"},
 			&cli.StringFlag{Name: "leg-reorder", Usage: "`SHARE` of packets that a leg sends after the three that follow them"},
-			&cli.BoolFlag{Name: "repairable", Usage: "leave no packet out on all legs"},
-			&cli.Uint64Flag{Name: "seed", Value: 1, Usage: "`NUMBER` that decides which packets the legs leave out and reorder"},
+			&cli.BoolFlag{Name: "repairable", Usage: "keep each packet on at least one leg"},
+			&cli.Uint64Flag{Name: "seed", Value: 1, Usage: "`NUMBER` that determines which packets the legs drop and reorder"},
 			&cli.IntFlag{Name: "batch", Value: 64, Usage: "at most `N` packets in one system call"},
 			outputFlag(),
 		},
@@ -167,8 +167,8 @@ func writeSendReport(w io.Writer, r traffic.SendReport) error {
 		text string
 	}{
 		{r.OnNoLeg, "packets left out on all legs"},
-		{r.BufferFull, "times no room in the socket or device; every packet was sent in the end"},
-		{r.NetworkErrors, "times refused by the network; every packet was sent in the end"},
+		{r.BufferFull, "times no room in the socket or device; every packet was eventually sent"},
+		{r.NetworkErrors, "times refused by the network; every packet was eventually sent"},
 	} {
 		if note.n > 0 {
 			if _, err := fmt.Fprintf(w, "%d %s\n", note.n, note.text); err != nil {
@@ -177,7 +177,7 @@ func writeSendReport(w io.Writer, r traffic.SendReport) error {
 		}
 	}
 	if r.BehindNS > 0 {
-		_, err = fmt.Fprintf(w, "the rate could not be held: %s behind\n", elapsed(r.BehindNS))
+		_, err = fmt.Fprintf(w, "the rate could not be sustained: %s behind\n", elapsed(r.BehindNS))
 	}
 	return err
 }

@@ -41,9 +41,9 @@ func groupShowCommand(now func() time.Time) *cli.Command {
 		Name:      "show",
 		Usage:     "show everything about the memberships of a group",
 		ArgsUsage: "GROUP[%INTERFACE]",
-		Description: "Shows each membership of the group, of any source and of single ones: its state, the rules that want it, " +
-			"when a packet last matched one of them, the IGMP or MLD version that the kernel speaks there, and the querier that was heard. " +
-			"Between two hosts there is no querier; behind a switch with snooping, packets end some minutes after the last query.",
+		Description: "Shows each membership of the group, source-specific or not: its state, the rules that need it, " +
+			"when a packet last matched one of them, the kernel's IGMP or MLD version there, and the querier. " +
+			"Between two hosts there is no querier; behind a snooping switch, packets stop a few minutes after the last query.",
 		Flags: []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
 			if err := showArgs(c, 1, 1); err != nil {

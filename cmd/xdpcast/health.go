@@ -22,8 +22,8 @@ func healthCommand(now func() time.Time) *cli.Command {
 			"behind, and DIFFER how many of its copies that were looked at, one in 64, are another packet than the one relayed.\n" +
 			"With --watch, -o json writes one document a line.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "show it again and again, until interrupted"},
-			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between two looks with --watch", Value: time.Second},
+			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "refresh until interrupted"},
+			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between refreshes with --watch", Value: time.Second},
 			outputFlag(),
 		},
 		Action: func(c *cli.Context) error { return health(c, now) },

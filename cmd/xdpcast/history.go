@@ -14,9 +14,9 @@ import (
 func historyCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:  "history",
-		Usage: "list the sets of rules that can be brought back",
-		Description: "The first line is the set in force; BACK is what \"xdpcast rollback\" takes. WHO is the user of the command, - where\n" +
-			"the daemon did it by itself.",
+		Usage: "list the sets of rules that can be restored",
+		Description: "The first line is the current set; BACK is the argument of \"xdpcast rollback\". WHO is the user of the command, - if\n" +
+			"the daemon did it itself.",
 		Flags: []cli.Flag{outputFlag()},
 		Action: func(c *cli.Context) error {
 			if err := showArgs(c, 0, 0); err != nil {

@@ -21,10 +21,10 @@ const maxHeld = 8192
 func holdCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "hold",
-		Usage:     "run a daemon, and keep its memberships while it is started again",
+		Usage:     "run a daemon, and keep its memberships across restarts",
 		ArgsUsage: "COMMAND [ARGUMENT...]",
-		Description: "For supervisors that keep no file descriptors, as runit, s6 and container engines: they run\n" +
-			"\"xdpcast hold -- xdpcast run ...\", which starts the daemon, starts it again when it ends, and keeps\n" +
+		Description: "For supervisors that keep no file descriptors, such as runit, s6 and container engines: they run\n" +
+			"\"xdpcast hold -- xdpcast run ...\", which starts the daemon, restarts it when it ends, and keeps\n" +
 			"the sockets that hold its groups, so that none is left meanwhile. SIGTERM and SIGINT end both;\n" +
 			"other signals are passed on. A daemon that ends before it was ever ready ends it, too, with its\n" +
 			"exit code.",

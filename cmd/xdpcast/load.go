@@ -15,9 +15,9 @@ import (
 func loadCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "load",
-		Usage: "load the programs and attach them, without a daemon",
-		Description: "Attaches the relay program to the interfaces. It passes everything until rules come:\n" +
-			"a daemon that is started later takes over what is loaded, without losing a packet.",
+		Usage: "load and attach the programs, without a daemon",
+		Description: "Attaches the relay program to the interfaces. It passes everything until there are rules:\n" +
+			"a daemon started later takes over the loaded programs, without losing a packet.",
 		Flags: append([]cli.Flag{
 			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "attach to `IFACE` (repeatable)"},
 			modeFlag(),
@@ -85,7 +85,7 @@ func unloadCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "unload",
 		Usage: "detach from interfaces, or remove everything",
-		Description: "With --all nothing is left: programs, maps, rules and counters go. With --interface\n" +
+		Description: "With --all everything is removed: programs, maps, rules and counters. With --interface\n" +
 			"only these interfaces are detached.",
 		Flags: append([]cli.Flag{
 			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "detach from `IFACE` (repeatable)"},
@@ -133,15 +133,15 @@ func detach(l *loader.Loader, interfaces []*net.Interface) error {
 func upgradeCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "upgrade",
-		Usage: "replace the programs in the kernel, or with --exec the running daemon, by this release's",
-		Description: "Without a daemon: each program in the kernel is replaced in one step by this binary's, and no packet is\n" +
-			"lost. A daemon does the same by itself when it starts.\n" +
-			"With --exec the running daemon starts the binary that is at its path now, with its own arguments, and hands over to it:\n" +
-			"memberships, sockets and locks. It goes on itself when the new one ends, or is not ready in time. So\n" +
-			"does SIGUSR2. Under systemd, \"systemctl restart\" does without.",
+		Usage: "replace the programs in the kernel, or with --exec the running daemon, with this release's",
+		Description: "Without a daemon: each program in the kernel is replaced atomically with this binary's, and no packet is\n" +
+			"lost. A starting daemon does the same.\n" +
+			"With --exec the running daemon starts the binary now at its path, with its own arguments, and hands over to it:\n" +
+			"memberships, sockets and locks. It resumes if the new one ends, or is not ready in time. SIGUSR2\n" +
+			"does the same. Under systemd, \"systemctl restart\" suffices.",
 		Flags: append([]cli.Flag{
 			&cli.BoolFlag{Name: "exec", Usage: "replace the running daemon"},
-			&cli.StringFlag{Name: "timeout", Usage: "with --exec: go on with the old daemon when the new one is not ready after `TIME` (1s to 50s)", DefaultText: "30s"},
+			&cli.StringFlag{Name: "timeout", Usage: "with --exec: keep the old daemon if the new one is not ready after `TIME` (1s to 50s)", DefaultText: "30s"},
 		}, pinFlags()...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
@@ -212,7 +212,7 @@ func withLoader(c *cli.Context, fn func(*loader.Loader) error) error {
 // explainLocked adds what to do about a running daemon.
 func explainLocked(err error) error {
 	if errors.Is(err, loader.ErrLocked) {
-		return fmt.Errorf("%w: stop it first (the kernel goes on relaying), or change its rules and interfaces instead", err)
+		return fmt.Errorf("%w: stop it first (the kernel keeps relaying), or change its rules and interfaces instead", err)
 	}
 	return err
 }
@@ -224,7 +224,7 @@ func namedInterfaces(c *cli.Context) ([]*net.Interface, error) {
 	for _, name := range c.StringSlice("interface") {
 		i, err := net.InterfaceByName(name)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("interface %q not found: \"ip link\" lists those that there are", name))
+			errs = append(errs, fmt.Errorf("interface %q not found: \"ip link\" lists the interfaces", name))
 			continue
 		}
 		all = append(all, i)

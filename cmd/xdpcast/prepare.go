@@ -17,10 +17,10 @@ import (
 func prepareCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "prepare",
-		Usage: "make the directories of a daemon that is started as another user than root",
-		Description: "Makes the pin directory, the run directory, the state directory and that of the socket, and gives them and what\n" +
-			"they hold to the user, as \"run --user\" does: for service managers that start the daemon as that user, with\n" +
-			"ambient capabilities. A BPF file system is mounted where none is. It is to be run by root before each start.",
+		Usage: "create the directories of a daemon that is not started as root",
+		Description: "Creates the pin directory, the run directory, the state directory and that of the socket, and chowns them and their\n" +
+			"contents to the user, as \"run --user\" does: for service managers that start the daemon as that user, with\n" +
+			"ambient capabilities. It mounts a BPF file system if there is none. Run it as root before each start.",
 		Flags: append(userFlags(true), append(pinFlags(), stateDirFlag())...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {

@@ -16,13 +16,13 @@ import (
 func recvCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "recv",
-		Usage:     "receive what gen sends, and say what is missing",
+		Usage:     "receive packets of gen, and report missing ones",
 		ArgsUsage: "[SOURCE@]ADDRESS:PORT%INTERFACE...",
 		Description: "Joins the groups, or listens on addresses of this host, and counts what is received, lost, duplicated, reordered and corrupt, " +
-			"and how long it took, until --count, --duration, --idle or an interrupt:\n\n" +
+			"with their latency, until --count, --duration, --idle or an interrupt:\n\n" +
 			"   xdpcast recv --strict --expect-ttl 8 10.0.0.5@232.1.1.1:5000%eth0 239.1.1.1:5000%eth1\n\n" +
-			"An IPv6 address stands in brackets: [ff3e::1]:5000%eth0. The latency is from the sender's clock to the receiver's: between two hosts it is as good as their time is synchronised.\n\n" +
-			"With --seq the packets have a number in front, as those of gen --rtp; those of any other sender are then accounted for, too, by that number alone.",
+			"An IPv6 address is written in brackets: [ff3e::1]:5000%eth0. The latency is from the sender's clock to the receiver's: between two hosts it is only as accurate as their clock synchronization.\n\n" +
+			"With --seq the packets have a sequence number, like those of gen --rtp; packets of any other sender are then accounted for by that number alone.",
 		Flags: []cli.Flag{
 			&cli.IntFlag{Name: "groups", Value: 1, Usage: "receive `N` consecutive group addresses for each endpoint"},
 			&cli.Uint64Flag{Name: "count", Usage: "end after `N` packets, of all groups together", DefaultText: "no end"},
@@ -30,15 +30,15 @@ func recvCommand() *cli.Command {
 			&cli.DurationFlag{Name: "idle", Usage: "end when this `TIME` has passed since the last packet", DefaultText: "no end"},
 			&cli.DurationFlag{Name: "interval", Value: time.Second, Usage: "`TIME` between the live lines, 0 for none; -o json has none"},
 			&cli.BoolFlag{Name: "strict", Usage: "exit code 1 if a packet was lost, duplicated, corrupt or had a wrong field, or a group received nothing"},
-			&cli.BoolFlag{Name: "from-start", Usage: "streams begin at number 0: what is missing before the first packet is lost"},
-			&cli.Uint64Flag{Name: "expect", Usage: "each group must receive `N` packets: what is missing in the end is lost"},
+			&cli.BoolFlag{Name: "from-start", Usage: "streams begin at number 0: packets missing before the first are lost"},
+			&cli.Uint64Flag{Name: "expect", Usage: "each group must receive `N` packets: missing ones are lost"},
 			&cli.StringFlag{Name: "expect-ttl", Usage: "packets must have this `TTL` or hop limit"},
 			&cli.StringFlag{Name: "expect-source", Usage: "packets must come from this `ADDRESS`"},
 			&cli.StringFlag{Name: "expect-sport", Usage: "packets must come from this `PORT`"},
 			&cli.StringFlag{Name: "expect-dscp", Usage: "packets must have this `DSCP`, 0 to 63 or a name such as ef or af41"},
-			&cli.StringFlag{Name: "seq", Usage: "packets have a number in front as a rule's merge=`FORMAT` reads it: rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES"},
-			&cli.DurationFlag{Name: "late", Usage: "a number that comes this `TIME` after it was missing is late, which --strict objects to", DefaultText: "never"},
-			&cli.IntFlag{Name: "window", Value: traffic.DefaultWindow, Usage: "tell late packets from duplicates within `N` numbers, a power of two"},
+			&cli.StringFlag{Name: "seq", Usage: "packets have a sequence number in a rule's merge=`FORMAT`: rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES"},
+			&cli.DurationFlag{Name: "late", Usage: "a missing number that arrives more than `TIME` late is a fault for --strict", DefaultText: "never"},
+			&cli.IntFlag{Name: "window", Value: traffic.DefaultWindow, Usage: "distinguish late packets from duplicates within `N` numbers, a power of two"},
 			&cli.IntFlag{Name: "buffer", Value: traffic.DefaultSocketBuffer, Usage: "`BYTES` of socket buffer for each group"},
 			outputFlag(),
 		},

@@ -9,8 +9,8 @@ import (
 func reloadCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "reload",
-		Usage:       "have the daemon read its file again, and say what changed",
-		Description: "Like SIGHUP to the daemon, but the answer comes here. If anything in the file is wrong, nothing changes.",
+		Usage:       "make the daemon read its file again, and print what changed",
+		Description: "Like SIGHUP to the daemon, but with the result printed here. If anything in the file is wrong, nothing changes.",
 		Flags:       []cli.Flag{dryRunFlag(), confirmFlag(), outputFlag()},
 		Action: func(c *cli.Context) error {
 			if err := showArgs(c, 0, 0); err != nil {

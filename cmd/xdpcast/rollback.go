@@ -10,12 +10,12 @@ import (
 func rollbackCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "rollback",
-		Usage:     "bring an earlier set of rules back",
+		Usage:     "restore an earlier set of rules",
 		ArgsUsage: "[N]",
-		Description: "Brings back the set of N changes ago, 1 unless it is given: the rules that were added here and those of the daemon's\n" +
-			"file alike. It is a change itself, so that a second \"rollback\" takes it back. The file is not touched: while it\n" +
-			"holds what was undone, restarts of the daemon keep to the set that was brought back; \"xdpcast reload\", or a file with\n" +
-			"other rules, ends that. While a change waits for confirmation, \"rollback\" undoes that one.",
+		Description: "Restores the set of N changes ago, by default 1: the rules added here and those of the daemon's\n" +
+			"file. It is a change itself, so a second \"rollback\" reverts it. The file is not modified: while it\n" +
+			"contains the undone rules, restarts of the daemon keep the restored set; \"xdpcast reload\", or a file with\n" +
+			"other rules, ends that. While a change waits for confirmation, \"rollback\" undoes that change.",
 		Flags:  []cli.Flag{dryRunFlag(), confirmFlag(), outputFlag()},
 		Action: rollback,
 	}

@@ -31,19 +31,19 @@ func ruleAddCommand() *cli.Command {
 		Name:      "add",
 		Usage:     "add one rule",
 		ArgsUsage: "NAME",
-		Description: "An endpoint is ADDRESS:PORT%INTERFACE, with SOURCE@ in front where only one sender is to be taken.\n" +
-			"ADDRESS/LEN is a prefix, without :PORT any port is taken and kept, and INTERFACE may end in '+' for all that begin so.\n" +
-			"An input can have options after commas (vlan=100, join=none, rate=50Mbit), an output policies (ttl=8, src=keep, dscp=af41, vlan=200).\n\n" +
+		Description: "An endpoint is ADDRESS:PORT%INTERFACE, preceded by SOURCE@ to take only one sender.\n" +
+			"ADDRESS/LEN is a prefix, without :PORT any port is taken and kept, and INTERFACE may end in '+' for all with that prefix.\n" +
+			"After commas, an input can have options (vlan=100, join=none, rate=50Mbit), an output policies (ttl=8, src=keep, dscp=af41, vlan=200).\n\n" +
 			"   xdpcast rule add cam1 --in 10.0.0.5@239.1.1.1:5000%eth0 --out 239.2.2.2:6000%eth1,ttl=8 --out 10.0.9.9:6000%eth2\n\n" +
-			"Up to four inputs that carry one stream become one again, by the numbers of its packets or by their order:\n\n" +
+			"Up to four inputs that carry one stream are merged, by sequence number or by order of preference:\n\n" +
 			"   xdpcast rule add cam2 --in 239.1.1.1:5000%eth0 --in 239.101.1.1:5000%eth1 --merge rtp --out 239.2.2.2:6000%eth2\n\n" +
 			"A rule whose interface is absent is pending, and becomes active when the interface appears.",
 		Flags: []cli.Flag{
-			&cli.StringSliceFlag{Name: "in", Usage: "`ENDPOINT` whose packets to take; once for each of several that carry one stream"},
-			&cli.StringFlag{Name: "merge", Usage: "relay the first copy of each number that several inputs bring: `FORMAT` rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES, and options (rtp,skew=100ms)"},
+			&cli.StringSliceFlag{Name: "in", Usage: "`ENDPOINT` to take packets from; repeat for several inputs that carry one stream"},
+			&cli.StringFlag{Name: "merge", Usage: "relay the first copy of each number from several inputs: `FORMAT` rtp, rfc4175, moldudp64, pitch, mdp3 or field:OFFSET:BYTES, and options (rtp,skew=100ms)"},
 			&cli.StringFlag{Name: "failover", Usage: "relay the first of several inputs that is not silent for `TIME` (30ms,back=2s)"},
-			&cli.StringSliceFlag{Name: "out", Usage: "`ENDPOINT` to send a copy to; once for each output"},
-			&cli.BoolFlag{Name: "allow-loop", Usage: "take packets that this host has sent, and close a circle if need be (loop=allow)"},
+			&cli.StringSliceFlag{Name: "out", Usage: "`ENDPOINT` to send a copy to; repeat for each output"},
+			&cli.BoolFlag{Name: "allow-loop", Usage: "take packets that this host has sent, and allow a loop (loop=allow)"},
 			&cli.StringFlag{Name: "path", Usage: "`PATH` of the packets: auto, kernel, afxdp or fanout", Value: "auto"},
 			outputFlag(),
 		},
@@ -330,8 +330,8 @@ func overlapText(r control.RuleStatus) string {
 func ruleExportCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "export",
-		Usage:       "write the rules as a file that run -c, check and rule apply read",
-		Description: "Multicast routes that are mirrored (origin mroute) are not among them. rule apply sets the rules of origin api: to change those and apply them again, export with --origin api.",
+		Usage:       "write the rules as a file for run -c, check and rule apply",
+		Description: "Mirrored multicast routes (origin mroute) are omitted. rule apply sets the rules of origin api: to change those and apply them again, export with --origin api.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "origin", Usage: "only the rules of `ORIGIN`: file or api"},
 		},
@@ -375,10 +375,10 @@ func ruleExport(c *cli.Context) error {
 func ruleApplyCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "apply",
-		Usage:     "make the rules that were added here exactly those of a file",
+		Usage:     "make the rules added here exactly those of a file",
 		ArgsUsage: "FILE",
 		Description: "FILE is - for standard input. Rules that are in the file and not in the daemon are added, rules that are in the\n" +
-			"daemon and not in the file are removed, and rules that are the same are not touched. The rules of the daemon's\n" +
+			"daemon and not in the file are removed, and unchanged rules are not touched. The rules of the daemon's\n" +
 			"own file stay. If anything in the file is wrong, nothing changes.",
 		Flags: []cli.Flag{
 			dryRunFlag(),

@@ -32,22 +32,22 @@ func runCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "run",
 		Usage: "relay in the foreground: programs, memberships and the API",
-		Description: "Brings in the rules of the file and those that were added through the API before,\n" +
+		Description: "Loads the rules of the file and those added earlier through the API,\n" +
 			"and keeps the kernel in step with interfaces as they come and go. SIGHUP reads the\n" +
-			"file again; a broken file changes nothing. SIGINT and SIGTERM end the process, while\n" +
-			"the kernel goes on relaying: \"xdpcast unload --all\" ends that, too.",
+			"file again; a broken file changes nothing. SIGINT and SIGTERM end the process, but\n" +
+			"the kernel keeps relaying: \"xdpcast unload --all\" ends that, too.",
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "YAML `FILE` of rules"},
-			&cli.BoolFlag{Name: "watch-config", Usage: "read the file again whenever it, or one that it includes, has changed"},
-			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "attach to `IFACE` even while no rule names it (repeatable)"},
+			&cli.BoolFlag{Name: "watch-config", Usage: "read the file again whenever it, or an included file, changes"},
+			&cli.StringSliceFlag{Name: "interface", Aliases: []string{"i"}, Usage: "attach to `IFACE` even if no rule names it (repeatable)"},
 			modeFlag(),
 			&cli.UintFlag{Name: "max-rules", Usage: "room for `N` rules in the kernel", DefaultText: "16384, or twice those of the file"},
 			&cli.UintFlag{Name: "max-outputs", Usage: "room for `N` outputs in the kernel", DefaultText: "65536, or twice those of the file"},
-			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one a CPU"},
+			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one per CPU"},
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
-			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, with what has happened in its environment"},
-			&cli.StringFlag{Name: "log-level", Usage: "least `LEVEL` to log: debug, info, warn or error", Value: "info"},
+			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, described in its environment"},
+			&cli.StringFlag{Name: "log-level", Usage: "minimum `LEVEL` to log: debug, info, warn or error", Value: "info"},
 		}, slices.Concat(mrouteFlags(), listenFlags(), afxdpFlags(), pinFlags(), []cli.Flag{stateDirFlag()}, userFlags(false))...),
 		Action: func(c *cli.Context) error {
 			if err := nargs(c, 0, 0); err != nil {
@@ -289,7 +289,7 @@ func reloadFor(ctx context.Context, cause string, r control.Backend, log *slog.L
 	result, err := r.Reload(control.WithCause(ctx, cause), control.ApplyOptions{MaxChanges: 1}) // only counted here
 	if err != nil {
 		for line := range strings.SplitSeq(err.Error(), "\n") {
-			log.Error("reload failed, the old rules stay", "error", line, "cause", cause)
+			log.Error("reload failed, keeping the old rules", "error", line, "cause", cause)
 		}
 		return
 	}
@@ -302,7 +302,7 @@ func explainStart(err error) error {
 	case errors.Is(err, control.ErrListening):
 		return fmt.Errorf("%w: stop it first, or choose another --socket", err)
 	case errors.Is(err, loader.ErrLocked):
-		return fmt.Errorf("%w: stop it first (the kernel goes on relaying), or choose another --pin-dir", err)
+		return fmt.Errorf("%w: stop it first (the kernel keeps relaying), or choose another --pin-dir", err)
 	default:
 		return withRootHint(err)
 	}

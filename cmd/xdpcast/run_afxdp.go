@@ -18,10 +18,10 @@ func afxdpFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "afxdp-cpus", Usage: "pin the afxdp workers of queues 0, 1, ... to these CPUs in turn: `LIST`, such as 2,4-7", DefaultText: "not pinned"},
 		&cli.IntFlag{Name: "afxdp-frames", Usage: "frames of 2 or 4 kB for each afxdp worker: `N`, 6144 to 524288", DefaultText: "8192"},
-		&cli.BoolFlag{Name: "afxdp-hugepages", Usage: "take them from huge pages of 2 MB (sysctl vm.nr_hugepages)"},
-		&cli.DurationFlag{Name: "afxdp-busy-poll", Usage: "let afxdp workers poll the driver for `TIME` at each call, up to 1s; 0 does not", DefaultText: "0s"},
+		&cli.BoolFlag{Name: "afxdp-hugepages", Usage: "take these frames from huge pages of 2 MB (sysctl vm.nr_hugepages)"},
+		&cli.DurationFlag{Name: "afxdp-busy-poll", Usage: "let afxdp workers poll the driver for `TIME` at each call, up to 1s; 0 disables", DefaultText: "0s"},
 		&cli.BoolFlag{Name: "afxdp-prefer-busy-poll", Usage: "with --afxdp-busy-poll: keep the driver's interrupts off between polls"},
-		&cli.IntFlag{Name: "afxdp-busy-poll-budget", Usage: "with --afxdp-busy-poll: `N` packets a poll, up to 65535", DefaultText: "the kernel's 8"},
+		&cli.IntFlag{Name: "afxdp-busy-poll-budget", Usage: "with --afxdp-busy-poll: `N` packets per poll, up to 65535", DefaultText: "the kernel's 8"},
 	}
 }
 

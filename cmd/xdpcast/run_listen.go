@@ -20,13 +20,13 @@ import (
 // listenFlags are the flags of the HTTP server of "xdpcast run".
 func listenFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "listen", Usage: "serve a page for browsers, /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464"},
-		&cli.BoolFlag{Name: "listen-public", Usage: "let that be an address that is not loopback, without TLS"},
+		&cli.StringFlag{Name: "listen", Usage: "serve a web page, /metrics, /healthz and /readyz over HTTP at `HOST:PORT`, such as 127.0.0.1:9464"},
+		&cli.BoolFlag{Name: "listen-public", Usage: "allow a non-loopback address without TLS"},
 		&cli.StringFlag{Name: "tls-cert", Usage: "PEM `FILE` of its certificate"},
 		&cli.StringFlag{Name: "tls-key", Usage: "PEM `FILE` of the certificate's key"},
 		&cli.StringFlag{Name: "token-file", Usage: "`FILE` with the token that lets browsers change rules; without it they only read"},
-		&cli.StringSliceFlag{Name: "listen-name", Usage: "`NAME` that the server is called by, besides localhost, addresses and this host's name (repeatable)"},
-		&cli.StringFlag{Name: "metrics-rules", Usage: "`RULES` that have metrics of their own: all, active (a packet has matched), none, or a regular expression of names", Value: "all"},
+		&cli.StringSliceFlag{Name: "listen-name", Usage: "further host `NAME` of the server, besides localhost, addresses and this host's name (repeatable)"},
+		&cli.StringFlag{Name: "metrics-rules", Usage: "`RULES` with their own metrics: all, active (a packet has matched), none, or a regular expression of names", Value: "all"},
 	}
 }
 

@@ -11,13 +11,13 @@ import (
 // mrouteFlags are the flags of multicast route mirroring.
 func mrouteFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.BoolFlag{Name: "mroute", Usage: "forward what the kernel's multicast routes say (of FRR, smcroute, pimd, igmpproxy) in XDP; as mroute of the file, which must not have it then"},
+		&cli.BoolFlag{Name: "mroute", Usage: "forward by the kernel's multicast routes (of FRR, smcroute, pimd, igmpproxy) in XDP; like mroute in the file, which must then not have it"},
 		&cli.StringSliceFlag{Name: "mroute-table", Usage: "mirror `TABLE`: main, or a number (repeatable)", DefaultText: "main"},
 		&cli.StringSliceFlag{Name: "mroute-family", Usage: "mirror routes of `FAMILY`: ipv4 or ipv6 (repeatable)", DefaultText: "both"},
-		&cli.StringSliceFlag{Name: "mroute-interface", Usage: "mirror only routes whose interfaces are all named: `IFACE`, or a pattern (eth+; repeatable)", DefaultText: "any"},
+		&cli.StringSliceFlag{Name: "mroute-interface", Usage: "mirror only routes whose interfaces are all listed: `IFACE`, or a pattern (eth+; repeatable)", DefaultText: "any"},
 		&cli.StringSliceFlag{Name: "mroute-group", Usage: "mirror only routes whose group is in `PREFIX` (repeatable)", DefaultText: "any"},
 		&cli.StringSliceFlag{Name: "mroute-leave", Usage: "leave groups in `PREFIX` to the kernel (repeatable)"},
-		&cli.StringFlag{Name: "mroute-joined", Usage: "`WHAT` to do with groups that a program on this host has joined on their input: leave them to the kernel, which gives it a copy, or take them", Value: "leave"},
+		&cli.StringFlag{Name: "mroute-joined", Usage: "`WHAT` to do with groups that a program on this host has joined on their input: leave them to the kernel, which gives the program a copy, or take them", Value: "leave"},
 	}
 }
 

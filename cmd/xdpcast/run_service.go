@@ -70,7 +70,7 @@ func connectService(log *slog.Logger) *service {
 			s.passed[f.Name] = os.NewFile(uintptr(f.FD), f.Name)
 			continue
 		}
-		log.Warn("a descriptor that the service manager has passed is of no use, and closed", "name", f.Name)
+		log.Warn("a descriptor from the service manager is unusable, and closed", "name", f.Name)
 		if err := unix.Close(f.FD); err != nil {
 			log.Warn("close it", "error", err)
 		}
@@ -105,7 +105,7 @@ func (s *service) listener(name string) net.Listener {
 	}
 	l, err := net.FileListener(f)
 	if err := errors.Join(err, f.Close()); err != nil {
-		s.log.Warn("what the daemon before has passed is not used", "name", name, "error", err)
+		s.log.Warn("a descriptor from the previous daemon is not used", "name", name, "error", err)
 		return nil
 	}
 	return l
@@ -148,7 +148,7 @@ func (s *service) ready() {
 		s.log.Info("taken over")
 	}
 	for name, f := range s.passed {
-		s.log.Warn("what the daemon before has passed is of no use, and closed", "name", name)
+		s.log.Warn("a descriptor from the previous daemon is unusable, and closed", "name", name)
 		if err := f.Close(); err != nil {
 			s.log.Warn("close it", "error", err)
 		}

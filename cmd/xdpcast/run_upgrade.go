@@ -57,14 +57,14 @@ func programPath() string {
 // upgrade returns when the new daemon has taken over, or has failed and this one continues.
 func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result control.UpgradeResult, err error) {
 	if !u.one.TryLock() {
-		return result, control.Errorf(control.KindConflict, "an upgrade is under way")
+		return result, control.Errorf(control.KindConflict, "an upgrade is in progress")
 	}
 	defer u.one.Unlock()
 	if os.Getpid() == 1 {
 		return result, control.Errorf(control.KindConflict, "this daemon is the first process of its container, which would end with it: start it by \"xdpcast hold -- xdpcast run ...\"")
 	}
 	if u.service.manager.TakesOver() {
-		return result, control.Errorf(control.KindUnavailable, "this daemon takes over from another one just now")
+		return result, control.Errorf(control.KindUnavailable, "this daemon is still taking over from another one")
 	}
 	log := u.service.log
 	log.Info("upgrade", "binary", u.path, "timeout", timeout)
@@ -99,8 +99,8 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 	})
 	if err != nil {
 		resume()
-		log.Error("upgrade failed, this daemon goes on", "error", err)
-		return result, control.Errorf(control.KindFailed, "%w; this daemon goes on", err)
+		log.Error("upgrade failed, this daemon continues", "error", err)
+		return result, control.Errorf(control.KindFailed, "%w; this daemon continues", err)
 	}
 	result.Took = time.Since(started).Round(time.Millisecond).String()
 	log.Info("upgraded", "pid", result.PID, "took", result.Took)

@@ -13,7 +13,7 @@ import (
 
 func userFlags(required bool) []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "user", Required: required, Usage: "work as `USER`, with the capabilities that it needs and no others"},
+		&cli.StringFlag{Name: "user", Required: required, Usage: "run as `USER`, with only the required capabilities"},
 		&cli.StringFlag{Name: "group", Usage: "and as `GROUP`", DefaultText: "the user's own"},
 	}
 }

@@ -61,7 +61,7 @@ func (w *configWatch) settled(ctx context.Context, r control.Backend) bool {
 			return ctx.Err() == nil
 		}
 		if first {
-			w.log.Warn("the file has changed: it is read when the change that waits is confirmed or undone", "change", status.Unconfirmed.What)
+			w.log.Warn("the file has changed: it is read once the unconfirmed change is confirmed or undone", "change", status.Unconfirmed.What)
 		}
 		select {
 		case <-ctx.Done():

@@ -21,12 +21,12 @@ func statsCommand(now func() time.Time) *cli.Command {
 		Name:      "stats",
 		Usage:     "show the counters of all rules, or of one",
 		ArgsUsage: "[NAME]",
-		Description: "While no daemon runs, the counters of all rules come from the kernel alone.\n" +
+		Description: "While no daemon runs, the counters come from the kernel only.\n" +
 			"With --watch, rates are shown too, and -o json writes one document a line.\n" +
-			"Bytes are those of whole frames, from the Ethernet header on.",
+			"Byte counts are of whole frames, including the Ethernet header.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "show them again and again, until interrupted"},
-			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between two looks with --watch", Value: time.Second},
+			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "refresh until interrupted"},
+			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between refreshes with --watch", Value: time.Second},
 			pinDirFlag(),
 			outputFlag(),
 		},
@@ -78,7 +78,7 @@ func ofRule(s control.Stats, name string) (control.Stats, error) {
 			return statsOf(s.Time, rule), nil
 		}
 	}
-	return s, fmt.Errorf("no rule is called %s in the kernel, and no xdpcast is running", name)
+	return s, fmt.Errorf("no rule is named %s in the kernel, and no xdpcast is running", name)
 }
 
 // statsOf is the statistics in a rule's own counters.

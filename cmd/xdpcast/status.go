@@ -40,13 +40,13 @@ func explainNotRunning(c *cli.Context, notRunning error, now time.Time) error {
 	if err != nil {
 		return notRunning
 	}
-	return fmt.Errorf("%w; the kernel goes on relaying %d rules without it, but holds no memberships: see \"xdpcast stats\"", notRunning, len(s.Rules))
+	return fmt.Errorf("%w; the kernel keeps relaying %d rules without it, but holds no memberships: see \"xdpcast stats\"", notRunning, len(s.Rules))
 }
 
 func statusText(w io.Writer, s control.Status, now time.Time) error {
 	ready := "ready"
 	if !s.Ready {
-		ready = "not ready: the rules are not in yet"
+		ready = "not ready: the rules are not loaded yet"
 	}
 	head := newTable("version", s.Version)
 	head.add("state", fmt.Sprintf("%s, pid %d, up %s", ready, s.PID, age(now.Sub(s.Started))))

@@ -26,16 +26,16 @@ func tapCommand() *cli.Command {
 		ArgsUsage: "RULE",
 		Description: "Writes pcapng, which Wireshark and tshark read while it is being written:\n" +
 			"xdpcast tap cam1 -w - | wireshark -k -i -\n" +
-			"A packet's comment says the rule, and the slot it went out by or why it was dropped. Without --in, --out and --dropped\n" +
-			"all are recorded. It ends when interrupted, or with --count; what there was no room for is counted, and the stream\n" +
-			"itself loses nothing. On the kernel path it works while no daemon runs, too.",
+			"A packet's comment names the rule, and the output slot or the drop reason. Without --in, --out and --dropped\n" +
+			"all are recorded. It ends when interrupted, or with --count; packets for which there was no room are counted, and the stream\n" +
+			"itself loses nothing. On the kernel path it also works while no daemon runs.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "in", Usage: "record packets as they came in"},
-			&cli.StringSliceFlag{Name: "out", Usage: "record packets of this `SLOT` as they went out; all: of each (repeatable)"},
+			&cli.StringSliceFlag{Name: "out", Usage: "record packets of this `SLOT` as they went out, or all (repeatable)"},
 			&cli.BoolFlag{Name: "dropped", Usage: "record packets, and copies, that were not sent"},
-			&cli.StringFlag{Name: "sample", Usage: "record one packet of `N`, written 1/N, with its copies", Value: "1/1"},
-			&cli.Uint64Flag{Name: "count", Usage: "end after `N` packets; 0: when interrupted"},
-			&cli.UintFlag{Name: "snap", Usage: "record at most so many `BYTES` of a packet", Value: tap.MaxSnap},
+			&cli.StringFlag{Name: "sample", Usage: "record one packet in `N`, written 1/N, with its copies", Value: "1/1"},
+			&cli.Uint64Flag{Name: "count", Usage: "end after `N` packets; 0: no limit"},
+			&cli.UintFlag{Name: "snap", Usage: "record at most `BYTES` of each packet", Value: tap.MaxSnap},
 			&cli.StringFlag{Name: "write", Aliases: []string{"w"}, Usage: "write to `FILE`, which is replaced; - is standard output"},
 			pinDirFlag(),
 		},
@@ -60,7 +60,7 @@ func tapRule(c *cli.Context) error {
 	out := &tapOutput{out: c.App.Writer, name: to}
 	if to == "-" {
 		if isTerminal(c.App.Writer) {
-			return usagef("-w -: standard output is a terminal, and pcapng is nothing to look at: want a file, or a pipe to wireshark -k -i -")
+			return usagef("-w -: standard output is a terminal, but pcapng is binary: want a file, or a pipe to wireshark -k -i -")
 		}
 		if file, ok := c.App.Writer.(*os.File); ok {
 			go func() {
@@ -131,9 +131,9 @@ func tapKernel(ctx context.Context, pinDir string, q control.TapQuery, out io.Wr
 	last := bits.Len64(q.Slots) - 1
 	switch {
 	case outputs == 0:
-		return 0, 0, fmt.Errorf("no rule %s is in force in the kernel, and no daemon runs", q.Rule)
+		return 0, 0, fmt.Errorf("no rule %s is in the kernel, and no daemon is running", q.Rule)
 	case userSpace:
-		return 0, 0, fmt.Errorf("rule %s: its packets are forwarded by the daemon, which does not run", q.Rule)
+		return 0, 0, fmt.Errorf("rule %s: its packets are forwarded by the daemon, which is not running", q.Rule)
 	case q.Slots != tap.AllSlots && last >= outputs:
 		return 0, 0, usagef("rule %s has no slot %d: want 0 to %d", q.Rule, last, outputs-1)
 	}

@@ -17,11 +17,11 @@ func topCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:  "top",
 		Usage: "watch rules, interfaces and events on a live screen",
-		Description: "Rules in trouble come first: failed, looping, dropping, pending, silent; then the others by rate. Rates are differences of\n" +
-			"counters between two looks. Without a daemon the counters come from the kernel alone. The key ? shows all keys.\n" +
-			"Where the environment variable NO_COLOR is set, there are no colours.",
+		Description: "Rules with problems come first: failed, looping, dropping, pending, silent; then the others by rate. Rates are differences of\n" +
+			"counters between refreshes. Without a daemon the counters come from the kernel only. The key ? shows all keys.\n" +
+			"The environment variable NO_COLOR disables colours.",
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between two looks", Value: time.Second},
+			&cli.DurationFlag{Name: "interval", Usage: "`TIME` between refreshes", Value: time.Second},
 			&cli.StringFlag{Name: "sort", Usage: "sort rules by `KEY`: " + sortNames(), Value: sortKeys[0].name},
 			&cli.StringFlag{Name: "filter", Usage: "show only rules with `TEXT` in name, state, path, input or outputs"},
 			pinDirFlag(),
@@ -43,7 +43,7 @@ func top(c *cli.Context, now func() time.Time) error {
 		return usagef("--sort %q: want one of %s", c.String("sort"), sortNames())
 	}
 	if !isTerminal(c.App.Writer) {
-		return usagef("top needs a terminal: \"xdpcast stats --watch\" writes to anything")
+		return usagef("top needs a terminal: \"xdpcast stats --watch\" does not")
 	}
 	look := looker(c, now)
 	first, err := look(c.Context) // initial errors are printed on the terminal

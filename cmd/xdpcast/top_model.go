@@ -493,7 +493,7 @@ func changes(before, now *seen, told bool) (events []topEvent) {
 	}
 	switch {
 	case before.daemon != nil && now.daemon == nil:
-		add("the daemon is gone; the kernel goes on relaying")
+		add("the daemon is gone; the kernel keeps relaying")
 	case before.daemon == nil && now.daemon != nil, before.daemon != nil && before.daemon.PID != now.daemon.PID:
 		add("a daemon runs, process %d", now.daemon.PID)
 	}

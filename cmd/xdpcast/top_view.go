@@ -60,7 +60,7 @@ func (m *topModel) lines() []string {
 
 func (m *topModel) head() []string {
 	s := m.sums
-	who := "no daemon runs: counters of the kernel, no group is joined"
+	who := "no daemon is running: counters of the kernel, no group is joined"
 	if d := m.seen.daemon; d != nil {
 		who = fmt.Sprintf("%s, pid %d, up %s", d.Version, d.PID, age(m.seen.stats.Time.Sub(d.Started)))
 	}
@@ -316,7 +316,7 @@ func (m *topModel) interfaceText(b *strings.Builder) {
 // eventText lists the events, the last first.
 func (m *topModel) eventText(b *strings.Builder) {
 	if len(m.events) == 0 {
-		fmt.Fprintln(b, "nothing has changed since this screen was opened")
+		fmt.Fprintln(b, "no changes since this screen was opened")
 	}
 	for _, e := range slices.Backward(m.events) {
 		fmt.Fprintf(b, "%s  %s\n", e.at.Format("Jan _2 15:04:05"), printable(e.text))
@@ -353,11 +353,11 @@ var helpLines = []string{
 	"  s           sort by " + sortNames(),
 	"  r           reverse the order",
 	"  /           filter by text in name, state, path, input and outputs",
-	"  p, space    pause, and go on",
+	"  p, space    pause, resume",
 	"  q           quit",
 	"",
 	styled("what is shown", bold),
-	"  PKT/S, BIT/S  packets that matched, between the last two looks",
+	"  PKT/S, BIT/S  packets that matched, between the last two refreshes",
 	"  OUT/S       copies that were sent, of all outputs together",
 	"  DROP/S, DROPS  dropped, before and after copying; one packet may be dropped",
 	"              once for each output",

@@ -112,7 +112,7 @@ func (w *wait) line(socket string) string {
 	if pid := w.pid.Load(); pid > 0 {
 		who = fmt.Sprintf("xdpcast (process %d)", pid)
 		if isStopped(pid) {
-			why = fmt.Sprintf("it is stopped: kill -CONT %d lets it go on", pid)
+			why = fmt.Sprintf("it is stopped: kill -CONT %d resumes it", pid)
 		}
 	}
 	return fmt.Sprintf("no answer from %s at %s for %v, waiting up to %v: %s", who, socket, slowAfter, clientTimeout, why)
@@ -297,7 +297,7 @@ func request(ctx context.Context, method, path string, in any) (*http.Request, e
 		}
 	}
 	if len(data) > MaxBody {
-		return nil, Errorf(KindTooLarge, "request of %d bytes, at most %d are taken", len(data), MaxBody)
+		return nil, Errorf(KindTooLarge, "request of %d bytes: want at most %d", len(data), MaxBody)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://xdpcast"+path, bytes.NewReader(data))
 	if err != nil {
@@ -339,7 +339,7 @@ func (c *Client) answeredError(status int, body io.Reader) error {
 		err = json.Unmarshal(data, &e)
 	}
 	if err != nil || e.Error == "" {
-		return Errorf(KindUnavailable, "what answers at %s (%d %s) is not xdpcast", c.socket, status, http.StatusText(status))
+		return Errorf(KindUnavailable, "the server at %s (%d %s) is not xdpcast", c.socket, status, http.StatusText(status))
 	}
 	return &Error{Kind: e.Kind, Msg: e.Error}
 }

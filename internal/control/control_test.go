@@ -121,7 +121,7 @@ func (f *fake) Stats(context.Context) (Stats, error) {
 
 func (f *fake) Explain(_ context.Context, packet string) (Explanation, error) {
 	if packet == "nobody" {
-		return Explanation{}, Errorf(KindNotFound, "no rule is called nobody")
+		return Explanation{}, Errorf(KindNotFound, "no rule is named nobody")
 	}
 	return Explanation{Packet: packet, Why: "rule cam1 takes it", Candidates: []Candidate{{Rule: "cam1", Kind: "any source, group, port"}}}, f.err
 }
@@ -486,7 +486,7 @@ func TestSlowDaemonIsTold(t *testing.T) {
 	if err := sleep.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	want := fmt.Sprintf("it is stopped: kill -CONT %d lets it go on", sleep.Process.Pid)
+	want := fmt.Sprintf("it is stopped: kill -CONT %d resumes it", sleep.Process.Pid)
 	labtest.Eventually(t, "the stop is told", func() bool { return strings.Contains(w.line("s"), want) })
 }
 

@@ -178,7 +178,7 @@ func atEnd(dec *json.Decoder) error {
 	case errors.Is(err, io.EOF):
 		return nil
 	case err == nil:
-		return errors.New("something follows the value")
+		return errors.New("trailing data after the value")
 	default:
 		return err
 	}

@@ -114,7 +114,7 @@ func (s *Server) serveEvents(w http.ResponseWriter, r *http.Request) {
 	if q.Follow {
 		if s.followers.Add(1) > maxFollowers {
 			s.followers.Add(-1)
-			s.fail(w, r, Errorf(KindUnavailable, "%d clients follow the events already", maxFollowers))
+			s.fail(w, r, Errorf(KindUnavailable, "%d clients already follow the events", maxFollowers))
 			return
 		}
 		defer s.followers.Add(-1)

@@ -106,7 +106,7 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, endpoints []en
 		return
 	}
 	if r.ContentLength > MaxBody {
-		s.fail(w, r, Errorf(KindTooLarge, "body of %d bytes, at most %d are taken", r.ContentLength, MaxBody))
+		s.fail(w, r, Errorf(KindTooLarge, "body of %d bytes: want at most %d", r.ContentLength, MaxBody))
 		return
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, MaxBody) // for a body of unknown length
@@ -204,10 +204,10 @@ func knownQuery(r *http.Request, known []string) error {
 	}
 	for key, values := range query {
 		if !slices.Contains(known, key) {
-			return Errorf(KindInvalid, "query key %q is unknown here", oneLine(key, 100))
+			return Errorf(KindInvalid, "unknown query key %q", oneLine(key, 100))
 		}
 		if len(values) > 1 {
-			return Errorf(KindInvalid, "query key %q is given %d times: once will do", key, len(values))
+			return Errorf(KindInvalid, "query key %q is given %d times: want at most once", key, len(values))
 		}
 	}
 	return nil

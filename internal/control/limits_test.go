@@ -90,7 +90,7 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/reload?confirm=2m&dry_run=true", "", 400, KindInvalid, "a dry run has nothing to confirm"},
 		{"POST", "/v1/rollback?back=-1", "", 400, KindInvalid, `query key back is "-1": must be a number from 0`},
 		{"POST", "/v1/rollback?back=x", "", 400, KindInvalid, "must be a number from 0"},
-		{"POST", "/v1/confirm?back=1", "", 400, KindInvalid, `query key "back" is unknown here`},
+		{"POST", "/v1/confirm?back=1", "", 400, KindInvalid, `unknown query key "back"`},
 		{"GET", "/v1/status?verbose=1", "", 400, KindInvalid, `query key "verbose" is unknown`},
 		{"PUT", "/v1/rules?dryrun=true", "[]", 400, KindInvalid, `query key "dryrun" is unknown`},
 		{"PUT", "/v1/rules?dry_run=yes", "[]", 400, KindInvalid, "must be true or false"},

@@ -208,7 +208,7 @@ func removeStale(path string) error {
 	case err != nil:
 		return fmt.Errorf("listen: %w", err)
 	case info.Mode().Type() != fs.ModeSocket:
-		return fmt.Errorf("listen: %s is there and not a socket: remove it or choose another path", path)
+		return fmt.Errorf("listen: %s exists and is not a socket: remove it or choose another path", path)
 	}
 
 	c, err := net.DialTimeout("unix", path, time.Second)

@@ -234,7 +234,7 @@ type converter struct {
 
 // note records that a line has no equivalent.
 func (c *converter) note(l source, format string, args ...any) {
-	c.result.Lines = append(c.result.Lines, Line{Number: l.number, Text: l.text, Note: "no equal: " + fmt.Sprintf(format, args...)})
+	c.result.Lines = append(c.result.Lines, Line{Number: l.number, Text: l.text, Note: "no equivalent: " + fmt.Sprintf(format, args...)})
 }
 
 // finish makes rules from the routes. Invalid ones become notes.
@@ -246,11 +246,11 @@ func (c *converter) finish() Result {
 		lines[i] = Line{Number: r.line.number, Text: r.line.text, Note: r.note}
 		rule := c.rule(r)
 		if err := rule.Validate(); err != nil {
-			lines[i].Note = "no equal: " + firstLine(err)
+			lines[i].Note = "no equivalent: " + firstLine(err)
 			continue
 		}
 		if line, ok := inputs[rule.In]; ok {
-			lines[i].Note = fmt.Sprintf("no equal: line %d takes the same", line)
+			lines[i].Note = fmt.Sprintf("no equivalent: line %d takes the same", line)
 			continue
 		}
 		inputs[rule.In] = r.line.number
@@ -272,7 +272,7 @@ func (c *converter) finish() Result {
 		}
 		for _, f := range faults {
 			if i, ok := at[f.Rule]; ok {
-				lines[i].Rule, lines[i].Note = nil, "no equal: "+firstLine(f)
+				lines[i].Rule, lines[i].Note = nil, "no equivalent: "+firstLine(f)
 			}
 		}
 	}

@@ -86,9 +86,9 @@ func (p places) claim() error {
 
 func (p places) taken(path string) error {
 	if _, err := os.Lstat(p.runDir()); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s is there already, and not from a demonstration: remove it, or name the lab otherwise with --prefix", path)
+		return fmt.Errorf("%s already exists, and not from a demo: remove it, or choose another name with --prefix", path)
 	}
-	return fmt.Errorf("%s is there already: \"%s\" removes that lab, --prefix makes another one beside it", path, p.removal())
+	return fmt.Errorf("%s already exists: \"%s\" removes that lab, --prefix makes another one", path, p.removal())
 }
 
 // remove removes everything except running processes. It can be repeated until it succeeds: the run

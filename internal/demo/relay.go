@@ -69,7 +69,7 @@ func (r *relayProcess) stop() error {
 		return nil // before it could handle the signal
 	}
 	// Not wrapped: an *exec.ExitError would set this program's exit code, too.
-	return fmt.Errorf("the relay did not end well: %v: %s", waitErr, lastWords(r.log))
+	return fmt.Errorf("the relay exited with an error: %v: %s", waitErr, lastWords(r.log))
 }
 
 // release detaches the relay.

@@ -237,7 +237,7 @@ func vlan(i *Interface) (found []Finding) {
 	features := i.Device[1].Features
 	for _, name := range network.TagFeatures() {
 		if features[name] {
-			found = append(found, fault("ethtool -K "+i.Name+" rxvlan off", "%s takes VLAN tags off before XDP sees them (%s), and rules there match tags", i.Name, name))
+			found = append(found, fault("ethtool -K "+i.Name+" rxvlan off", "%s strips VLAN tags before XDP sees them (%s), and rules there match tags", i.Name, name))
 		}
 	}
 	if features["rx-vlan-filter"] && !i.Device[1].Promiscuous && i.Link.Hardware {

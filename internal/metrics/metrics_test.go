@@ -383,7 +383,7 @@ func TestHealth(t *testing.T) {
 	r.status.Pending, r.status.Failed = 0, 0
 	check("/readyz", 200, "ok")
 	r.status.Ready = false
-	check("/readyz", 503, "the rules are not in yet")
+	check("/readyz", 503, "the rules are not loaded yet")
 	r.err = errors.New("the relay is busy")
 	check("/healthz", 503, "the relay is busy")
 	check("/readyz", 503, "the relay is busy")

@@ -69,7 +69,7 @@ func scrapes(b *Backend, o Options) http.HandlerFunc {
 		case free <- struct{}{}:
 			defer func() { <-free }()
 		default:
-			http.Error(w, fmt.Sprintf("%d scrapes go on already: want fewer at once", maxScrapes), http.StatusServiceUnavailable)
+			http.Error(w, fmt.Sprintf("%d scrapes are running already: want fewer at once", maxScrapes), http.StatusServiceUnavailable)
 			return
 		}
 		page := c.collect(r.Context())
@@ -109,7 +109,7 @@ func ready(ctx context.Context, b control.Backend) error {
 	case err != nil:
 		return err
 	case !status.Ready:
-		return errors.New("the rules are not in yet")
+		return errors.New("the rules are not loaded yet")
 	case status.Pending+status.Failed == 0:
 		return nil
 	}

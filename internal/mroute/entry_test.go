@@ -124,11 +124,11 @@ func TestConvert(t *testing.T) {
 		{"registers", e(func(e *Entry) { e.Outputs[1].Index = 4 }), rules.Mroute{}, "it sends PIM registers, or comes of them (pimreg): the kernel and its daemon make those"},
 		{"too many outputs", e(func(e *Entry) { e.Outputs = slices.Repeat([]Output{{2, 1}}, rules.MaxOutputs+1) }), rules.Mroute{}, "it has 65 outputs: want at most 64"},
 		{"group selected", e(nil), rules.Mroute{Groups: prefix("239.1.0.0/16")}, ""},
-		{"group not selected", e(nil), rules.Mroute{Groups: prefix("239.2.0.0/16")}, "its group is in none of the prefixes that are mirrored"},
-		{"group left", e(nil), rules.Mroute{Leave: prefix("239.1.1.0/24")}, "its group is in a prefix that is left to the kernel"},
+		{"group not selected", e(nil), rules.Mroute{Groups: prefix("239.2.0.0/16")}, "its group is in none of the mirrored prefixes"},
+		{"group left", e(nil), rules.Mroute{Leave: prefix("239.1.1.0/24")}, "its group is in a prefix left to the kernel"},
 		{"interfaces selected", e(nil), rules.Mroute{Interfaces: []string{"eth0", "eth1", "eth2"}}, ""},
 		{"interfaces selected by a pattern", e(nil), rules.Mroute{Interfaces: []string{"eth+"}}, ""},
-		{"interface not selected", e(nil), rules.Mroute{Interfaces: []string{"eth0", "eth1"}}, "interface eth2 is none of those that are mirrored"},
+		{"interface not selected", e(nil), rules.Mroute{Interfaces: []string{"eth0", "eth1"}}, "interface eth2 is not mirrored"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			rule, left := Convert(c.e, &c.s, func(index int) string { return names[index] })

@@ -264,11 +264,11 @@ func (w *Watcher) listenToWays(on bool) {
 	if err := w.ways.raw.Control(func(fd uintptr) {
 		for _, group := range wayGroups {
 			if err := join(int(fd), group, on); err != nil {
-				w.log.Warn("changes of routes and neighbours are not heard", "netlink_group", group, "error", err)
+				w.log.Warn("no notifications of routes and neighbours", "netlink_group", group, "error", err)
 			}
 		}
 	}); err != nil && !w.closed {
-		w.log.Warn("changes of routes and neighbours are not heard", "error", err)
+		w.log.Warn("no notifications of routes and neighbours", "error", err)
 	}
 }
 
@@ -281,7 +281,7 @@ func (w *Watcher) take() {
 		_ = l.raw.Control(func(fd uintptr) { l.drain(int(fd)) })
 	}
 	if w.pending.reborn {
-		w.log.Warn("the kernel announced more changes of interfaces than were read: all are looked at again")
+		w.log.Warn("notifications of interface changes were lost: all interfaces are read again")
 	}
 	w.unread.add(w.pending)
 	w.pending = news{}

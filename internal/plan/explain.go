@@ -38,7 +38,7 @@ func (p *Plan) ParsePacket(text string) (Packet, error) {
 			in.Interface = f.In.Name // for a pattern, the last flow's
 		}
 	case !strings.Contains(text, "%"):
-		return Packet{}, noRuleError(fmt.Sprintf("no rule is called %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", text))
+		return Packet{}, noRuleError(fmt.Sprintf("no rule is named %.100q: want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%%INTERFACE[,vlan=ID]", text))
 	default:
 		var accept rules.Acceptance
 		var err error
@@ -156,7 +156,7 @@ func (p *Plan) ownSource(c *Candidate, k Packet) string {
 	if c.leg().Accept.AllowLoop || !k.Source.IsValid() || !p.seen.network.IsOwn(k.Source) {
 		return ""
 	}
-	return fmt.Sprintf("%s is an address of this host (loop=allow on the input takes what comes back from the network; what this host itself sends there does not arrive on the interface, and is not relayed in any case)", k.Source)
+	return fmt.Sprintf("%s is an address of this host (loop=allow on the input takes packets that come back from the network; packets that this host itself sends there do not arrive on the interface, and are never relayed)", k.Source)
 }
 
 // querier notes that the querier's version cannot report a source to the network.
@@ -168,7 +168,7 @@ func (e *Explanation) querier(in rules.Input, known Known) {
 	if !in.Source.IsValid() || len(e.Memberships) == 0 || known.QuerierVersion == 0 || known.QuerierVersion >= sources {
 		return
 	}
-	e.Notes = append(e.Notes, fmt.Sprintf("the querier on %s speaks %sv%d, which has no sources: the network is told of group %s alone, not of source %s, and brings what every sender sends there (want %sv%d)",
+	e.Notes = append(e.Notes, fmt.Sprintf("the querier on %s speaks %sv%d, which has no sources: the network only learns of group %s alone, not of source %s, and delivers every sender's packets (want %sv%d)",
 		e.Flow.In.Name, protocol, known.QuerierVersion, e.Packet.Destination, in.Source, protocol, sources))
 }
 
@@ -266,7 +266,7 @@ func (p *Plan) whyNone(k Packet) string {
 	why := ""
 	p.eachInput(func(r *RulePlan, leg int, in rules.Input, accept *rules.Acceptance) bool {
 		if accept.Excludes(k.Source) && in.Overlaps(k.input()) {
-			why = fmt.Sprintf("no rule takes it: rule %s (%s) leaves its sender out", r.Rule.Name, r.Rule.Leg(leg).In)
+			why = fmt.Sprintf("no rule takes it: rule %s (%s) excludes its sender", r.Rule.Name, r.Rule.Leg(leg).In)
 		}
 		return why == ""
 	})
@@ -294,7 +294,7 @@ func (p *Plan) whyNone(k Packet) string {
 			return why
 		}
 	}
-	return "no rule takes it: it goes to the host as if there were no relay"
+	return "no rule takes it: it passes to the host unchanged"
 }
 
 // flow describes how a flow handles a packet.

@@ -87,14 +87,14 @@ func TestExplain(t *testing.T) {
 
 	for packet, want := range map[string]string{
 		"239.1.1.1:5000%eth7":         "no rule takes it: interface eth7 not found",
-		"239.9.2.1:5000%in0":          "no rule takes it: it goes to the host as if there were no relay",
+		"239.9.2.1:5000%in0":          "no rule takes it: it passes to the host unchanged",
 		"239.1.1.1:5000%in0,vlan=3":   "no rule takes it: rule any-port (239.1.1.1%in0) takes another VLAN",
 		"239.1.1.1:5000%out1":         "no rule takes it: rule any-port (239.1.1.1%in0) takes another interface",
 		"239.8.1.1:5001%in0":          "no rule takes it: rule down (239.8.1.1:5000%in0) takes another port",
 		"239.8.1.1:5000%in0":          "rule down would take it, but is not in the kernel: no interface matches nowhere+",
 		"239.1.1.1:5000%eth9":         "rule later would take it, but is not in the kernel: interface eth9 not found",
 		"239.1.2.1:5000%in0":          "rule wide takes it: no other matches",
-		"10.1.0.1@239.1.2.1:5%in0":    "rule wide takes it and drops it, reason loop: 10.1.0.1 is an address of this host (loop=allow on the input takes what comes back from the network; what this host itself sends there does not arrive on the interface, and is not relayed in any case)",
+		"10.1.0.1@239.1.2.1:5%in0":    "rule wide takes it and drops it, reason loop: 10.1.0.1 is an address of this host (loop=allow on the input takes packets that come back from the network; packets that this host itself sends there do not arrive on the interface, and are never relayed)",
 		"10.1.0.1@239.9.1.1:5000%in0": "rule loop takes it: no other matches",
 		"loop":                        "rule loop takes it: no other matches",
 	} {
@@ -108,7 +108,7 @@ func TestExplain(t *testing.T) {
 		}
 	}
 	for packet, want := range map[string]string{
-		"none":                    `no rule is called "none": want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%INTERFACE[,vlan=ID]`,
+		"none":                    `no rule is named "none": want a rule's name, or a packet as [SOURCE@]ADDRESS[:PORT]%INTERFACE[,vlan=ID]`,
 		"239.1.0.0/16%in0":        `packet "239.1.0.0/16%in0": want one address on one interface, with no option but vlan and from`,
 		"239.1.1.1%in+":           `packet "239.1.1.1%in+": want one address on one interface, with no option but vlan and from`,
 		"239.1.1.1%in0,local=yes": `packet "239.1.1.1%in0,local=yes": want one address on one interface, with no option but vlan and from`,
@@ -130,7 +130,7 @@ func TestExplainPath(t *testing.T) {
 	p := Make(w, Options{})
 	const bridged = "interface eth0 is a port of the bridge br0, which answers queries for it: groups are joined on br0, too"
 	e := explain(t, p, "a", Known{QuerierVersion: 2})
-	if len(e.Notes) != 2 || e.Notes[0] != bridged || e.Notes[1] != "the querier on eth0 speaks IGMPv2, which has no sources: the network is told of group 232.1.1.1 alone, not of source 10.0.0.9, and brings what every sender sends there (want IGMPv3)" {
+	if len(e.Notes) != 2 || e.Notes[0] != bridged || e.Notes[1] != "the querier on eth0 speaks IGMPv2, which has no sources: the network only learns of group 232.1.1.1 alone, not of source 10.0.0.9, and delivers every sender's packets (want IGMPv3)" {
 		t.Errorf("notes %q", e.Notes)
 	}
 	if len(e.Memberships) != 2 {

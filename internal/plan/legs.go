@@ -100,7 +100,7 @@ func HealthOf(leg *flow.Leg) rules.Health {
 // duplicates among them.
 func (m *maker) checkLeg(in *network.Link) error {
 	if !in.Ethernet {
-		return fmt.Errorf("interface %s has no Ethernet header, which the relay program needs that finds copies among several inputs", in.Name)
+		return fmt.Errorf("interface %s has no Ethernet header, which the relay program needs to merge several inputs", in.Name)
 	}
 	return nil
 }

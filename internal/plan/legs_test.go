@@ -29,12 +29,12 @@ func TestLegs(t *testing.T) {
 		{name: "on one interface", links: three, rule: "a: 239.1.1.1:5000%eth0 239.1.2.1:5000%eth0 -> 239.2.2.2:6000%eth1 merge=rtp",
 			want: []string{"rule a active", "flow a%0 on eth0 active kernel", "flow a%1 on eth0 active kernel"}},
 		{name: "without an Ethernet header", links: []string{"eth0 10.0.0.1", "eth1 10.1.0.1", "eth2 noeth"}, rule: twoLegs,
-			want: []string{"rule a active: in[1]: interface eth2 has no Ethernet header, which the relay program needs that finds copies among several inputs"}},
+			want: []string{"rule a active: in[1]: interface eth2 has no Ethernet header, which the relay program needs to merge several inputs"}},
 		{name: "the program cannot be attached", links: three, rule: twoLegs,
 			edit: func(t *testing.T, w *World) {
 				w.Answers.Attached[w.link(t, "eth2").LinkID] = Attached{Err: errTaken}
 			},
-			want: []string{"rule a active: in[1]: the relay program finds copies among several inputs: another program has it"}},
+			want: []string{"rule a active: in[1]: the relay program must merge several inputs: another program has it"}},
 		{name: "a path each", links: three, rule: "a: 239.1.1.1:5000%eth0 239.1.2.1:5000%eth2 -> 239.2.2.2:6000%eth1 239.2.2.3:6000%eth1 merge=rtp",
 			edit: func(t *testing.T, w *World) {
 				w.Answers.Attached[w.link(t, "eth2").LinkID] = Attached{Generic: true}

@@ -152,7 +152,7 @@ func (c *chooser) carries(p flow.Path) string {
 	}
 	switch {
 	case c.rule.In.FromHost:
-		return "from=host takes what this host sends, which the packet tap alone sees"
+		return "from=host takes packets that this host sends, which only the packet tap sees"
 	case c.rule.Accept.Local:
 		return "local=yes keeps the packets for the host's receivers"
 	case !c.in.Ethernet:
@@ -190,7 +190,7 @@ func (c *chooser) serves(p flow.Path, l *network.Link) string {
 	case p == flow.PathAFXDP || c.attached.Generic || isUnknown(l):
 		return "" // frames of a generic program are sent like those of the stack
 	case l.Features.Known && !l.Features.Transmit:
-		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again where it was switched on while the veth was down)", l.Name)
+		return fmt.Sprintf("interface %s does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again if it was switched on while the veth was down)", l.Name)
 	}
 	if why, ok := c.maker.answers.NoTransmit[l.LinkID]; ok {
 		return fmt.Sprintf("interface %s does not send redirected frames (%s)", l.Name, cmp.Or(why, "it refused some"))
@@ -261,7 +261,7 @@ func (m *maker) localSenders(in *network.Link) string {
 	if !softKind(below.Kind) || !in.Ethernet {
 		return ""
 	}
-	return fmt.Sprintf("interface %s (%s) carries packets of senders on this host, with checksums and segments that only the packet tap finishes", in.Name, below.Kind)
+	return fmt.Sprintf("interface %s (%s) carries packets of senders on this host, with checksums and segments that only the fanout path can complete", in.Name, below.Kind)
 }
 
 // finishes says whether incomplete checksums are completed on the way: by the relay program, if no

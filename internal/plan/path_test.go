@@ -52,11 +52,11 @@ func TestPaths(t *testing.T) {
 		{name: "output without Ethernet", rule: "eth0" + to("eth1", "tun0"), path: "fanout",
 			note: "path fanout: interface tun0 has no Ethernet header, which the kernel path needs; not path afxdp: interface tun0 has no Ethernet header"},
 		{name: "output that does not transmit", rule: "eth0" + to("eth1", "mute0"), path: "afxdp",
-			note: "path afxdp: interface mute0 does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again where it was switched on while the veth was down)"},
+			note: "path afxdp: interface mute0 does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again if it was switched on while the veth was down)"},
 		{name: "it does, of a generic program", rule: "eth0" + to("mute0"), edit: generic, path: "kernel"},
 		{name: "kernel, output that does not transmit", rule: "eth0" + to("eth1", "mute0") + " path=kernel", path: "kernel"},
 		{name: "it does not, though it is down", rule: "eth0" + to("eth1", "down0"), path: "afxdp",
-			note: "path afxdp: interface down0 does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again where it was switched on while the veth was down)"},
+			note: "path afxdp: interface down0 does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again if it was switched on while the veth was down)"},
 		{name: "output that is absent", rule: "eth0" + to("eth1", "late0"), path: "kernel"},
 		{name: "a veth that is down", rule: "eth0" + to("eth1", "veth0"), path: "kernel"},
 		{name: "a veth whose peer is down", rule: "eth0" + to("eth1", "veth1"), path: "kernel"},
@@ -86,7 +86,7 @@ func TestPaths(t *testing.T) {
 
 		// What is in force.
 		{name: "from kernel, an output comes that does not transmit", rule: "eth0" + to("eth1", "mute0"), edit: carried(flow.PathKernel), path: "afxdp",
-			note: "path afxdp: interface mute0 does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again where it was switched on while the veth was down)"},
+			note: "path afxdp: interface mute0 does not send redirected frames (its driver says so; a veth needs generic receive offload at its peer: ethtool -K PEER gro on, or off and on again if it was switched on while the veth was down)"},
 		{name: "from fanout, the other program is gone", rule: "eth0" + two, edit: carried(flow.PathFanout), path: "kernel"},
 		{name: "from afxdp, an output can transmit now", rule: "eth0" + two, edit: carried(flow.PathAFXDP), path: "kernel"},
 		{name: "on afxdp, an output is absent", rule: "eth0" + to("eth1", "late0"), edit: carried(flow.PathAFXDP), path: "afxdp", note: "path afxdp: kept until it is known what interface late0 can do"},

@@ -95,7 +95,7 @@ func TestStates(t *testing.T) {
 		{name: "no route", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1 239.2.2.2:6000%eth2"}, edit: hop(network.Hop{Kind: network.HopNone}),
 			want: []string{"rule a active: no route to 10.1.0.5 by interface eth1", "out a eth1 no_neighbour: no route to 10.1.0.5 by interface eth1"}},
 		{name: "broadcast", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1"}, edit: hop(network.Hop{Kind: network.HopBroadcast}),
-			want: []string{"rule a failed: output 10.1.0.5:6000%eth1: 10.1.0.5 is a broadcast address of the network of interface eth1: want a host's address, a multicast group, or broadcast=allow beside it"}},
+			want: []string{"rule a failed: output 10.1.0.5:6000%eth1: 10.1.0.5 is a broadcast address of the network of interface eth1: want a host's address, a multicast group, or broadcast=allow"}},
 		{name: "local", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1"}, edit: hop(network.Hop{Kind: network.HopLocal}),
 			want: []string{"rule a failed: output 10.1.0.5:6000%eth1: 10.1.0.5 is an address of this host: want another host's, or a multicast group"}},
 		{name: "not resolved", rules: []string{"a: 239.1.1.1:5000%eth0 -> 10.1.0.5:6000%eth1"}, edit: hop(network.Hop{Kind: network.HopUnicast, Via: addr("10.1.0.5")}),

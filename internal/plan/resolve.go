@@ -427,9 +427,9 @@ func peerNote(l *network.Link) string {
 	case l == nil || !l.Running():
 		return ""
 	case l.PeerUnread != "":
-		return fmt.Sprintf("the MTU of the peer of interface %s cannot be read (%s): if it is below %d, a copy that is too long for it takes up to 15 others of its bulk with it, of other rules as well", l.Name, l.PeerUnread, l.MTU)
+		return fmt.Sprintf("the MTU of the peer of interface %s cannot be read (%s): if it is below %d, a copy that is too long for it costs up to 15 others of its bulk, also of other rules", l.Name, l.PeerUnread, l.MTU)
 	case l.SendMTU() < l.MTU:
-		return fmt.Sprintf("interface %s has an MTU of %d, and its peer one of %d: what is longer than that is dropped, reason mtu", l.Name, l.MTU, l.PeerMTU)
+		return fmt.Sprintf("interface %s has an MTU of %d, and its peer one of %d: longer packets are dropped, reason mtu", l.Name, l.MTU, l.PeerMTU)
 	}
 	return ""
 }
@@ -482,7 +482,7 @@ func (m *maker) resolveHop(o *rules.Output, s *OutputPlan, out *flow.Output, l *
 		}
 	case network.HopBroadcast:
 		s.Reason = fmt.Sprintf("%s is a broadcast address of the network", o.Address)
-		return fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, a multicast group, or broadcast=allow beside it", o, o.Address, l.Name)
+		return fmt.Errorf("output %s: %s is a broadcast address of the network of interface %s: want a host's address, a multicast group, or broadcast=allow", o, o.Address, l.Name)
 	case network.HopLocal:
 		s.Reason = fmt.Sprintf("%s is an address of this host", o.Address)
 		return ownAddress(o)

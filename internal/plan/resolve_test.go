@@ -133,7 +133,7 @@ func TestSlots(t *testing.T) {
 		{"keeping the source", "10.9.9.9@239.1.1.1:5000%eth0 -> 239.1.1.1:5000%+,src=keep", []string{"eth0", "eth1"}, "0eth1", ""},
 		{"one name and another", "239.1.1.1:5000%eth0 -> 239.2.2.2:6%eth1 239.2.2.2:6%enp1,vlan=7 239.2.2.2:6%enp1", []string{"eth0", "eth1 alt=enp1"}, "0eth1 1eth1", "interface eth1 is known by several names: out[0] sends the same there"},
 		{"no match", "239.1.1.1:5000%eth0 -> 239.2.2.2:6%x+", []string{"eth0"}, "", "no interface matches x+"},
-		{"too many", "239.1.1.1:5000%eth00 -> 239.2.2.2:6%eth+", many, "64", "70 outputs after the patterns: the first 64 are served, up to eth63"},
+		{"too many", "239.1.1.1:5000%eth00 -> 239.2.2.2:6%eth+", many, "64", "70 outputs after expanding the patterns: only the first 64 are served, up to eth63"},
 	} {
 		w := newWorld(t, tt.links, "a: "+tt.rule)
 		m := &maker{opts: &Options{}, net: w.Network, answers: &w.Answers}

@@ -48,7 +48,7 @@ func (m *maker) slotsOf(rule *rules.Rule, in *network.Link) (slots []slot, reaso
 		}
 	}
 	if len(slots) > rules.MaxOutputs {
-		reason = fmt.Sprintf("%d outputs after the patterns: the first %d are served, up to %s", len(slots), rules.MaxOutputs, slots[rules.MaxOutputs-1].ifname)
+		reason = fmt.Sprintf("%d outputs after expanding the patterns: only the first %d are served, up to %s", len(slots), rules.MaxOutputs, slots[rules.MaxOutputs-1].ifname)
 		slots = slots[:rules.MaxOutputs]
 	}
 	m.scratch = slots

@@ -79,7 +79,7 @@ func (a *attachments) read() (all []uint32) {
 		err = json.Unmarshal(data, &all)
 	}
 	if err != nil {
-		a.log.Warn("what an earlier daemon attached is not known: it stays attached", "file", a.file, "error", err)
+		a.log.Warn("attachments of an earlier daemon are unknown: they stay", "file", a.file, "error", err)
 	}
 	return all
 }
@@ -115,7 +115,7 @@ func (a *attachments) save() {
 		return
 	}
 	if err := a.write(); err != nil {
-		a.log.Warn("what is attached is not written down: should the daemon be killed, the next one leaves it attached", "error", err)
+		a.log.Warn("attachments cannot be saved: if the daemon is killed, the next one leaves them", "error", err)
 		return
 	}
 	a.saved = maps.Clone(a.own)

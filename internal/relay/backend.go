@@ -146,7 +146,7 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 		case err != nil:
 			return err
 		case rule == nil:
-			return control.Errorf(control.KindNotFound, "no rule is called %s", name)
+			return control.Errorf(control.KindNotFound, "no rule is named %s", name)
 		case rule.Origin == plan.OriginMroute:
 			return control.Errorf(control.KindConflict, "rule %s mirrors a multicast route of the kernel: it goes when its routing daemon removes that", name)
 		case rule.Origin == plan.OriginFile:

@@ -241,7 +241,7 @@ func (c *changeLog) link(name string, was, now linkState) {
 		if now.link == stateUnused {
 			e.Cause = now.cause
 		} else if was.link != "" && was.id != now.id && now.id.Index != 0 {
-			e.Cause = fmt.Sprintf("it has come again, with index %d", now.id.Index)
+			e.Cause = fmt.Sprintf("it reappeared with index %d", now.id.Index)
 		}
 		c.log.Add(e)
 	}
@@ -263,7 +263,7 @@ func linkText(link *network.Link) string {
 // programLost logs that the kernel no longer has the program on an interface.
 func (c *changeLog) programLost(ifname string) {
 	was := c.links[ifname]
-	c.log.Add(events.Event{Kind: events.KindProgram, Interface: ifname, State: stateLost, Before: was.program, Cause: "something else has detached it"})
+	c.log.Add(events.Event{Kind: events.KindProgram, Interface: ifname, State: stateLost, Before: was.program, Cause: "another program detached it"})
 	if c.log != nil {
 		was.program = stateLost
 		c.links[ifname] = was

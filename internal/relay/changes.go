@@ -79,14 +79,14 @@ func (r *Relay) beginHistory() {
 		file, sets := r.historyFiles()
 		aside, err := history.SetAside(file)
 		if err == nil {
-			r.log.Error("the sets of rules that were kept cannot be read: starting without them", "error", c.why, "kept_as", aside)
+			r.log.Error("the history of rules cannot be read: starting without it", "error", c.why, "kept_as", aside)
 			c.store, err = history.Open(file, sets, r.log)
 		}
 		c.why = err
 	}
 	if c.why != nil {
 		c.store = nil
-		r.warn(aboutHistory, fmt.Errorf("sets of rules are not kept: %w", c.why))
+		r.warn(aboutHistory, fmt.Errorf("no history of rules is kept: %w", c.why))
 		return
 	}
 	r.undoIfDue()
@@ -132,7 +132,7 @@ func (r *Relay) mayChange() error {
 func (r *Relay) change(c change) error {
 	if c.confirm > 0 {
 		if err := r.begin(c); err != nil {
-			return control.Errorf(control.KindFailed, "nothing is changed, since it could not be undone: %w", err)
+			return control.Errorf(control.KindFailed, "nothing was changed, since it could not be undone: %w", err)
 		}
 	}
 	if err := r.replace(c.edit, c.save); err != nil {
@@ -180,7 +180,7 @@ func (r *Relay) noteRead(c change) error {
 func (r *Relay) begin(c change) error {
 	h := &r.changes
 	if h.store == nil {
-		return fmt.Errorf("sets of rules are not kept: %w", h.why)
+		return fmt.Errorf("no history of rules is kept: %w", h.why)
 	}
 	if !r.recorded() {
 		if err := r.keep(history.Change{Time: c.Time, What: "start"}, nil); err != nil {
@@ -246,7 +246,7 @@ func (r *Relay) record(c history.Change) {
 	}
 	err := r.keep(c, waiting)
 	if err != nil {
-		err = fmt.Errorf("the set in force is not kept: %w", err)
+		err = fmt.Errorf("the current set is not kept: %w", err)
 	}
 	r.warnUnless(aboutHistory, err)
 }
@@ -320,7 +320,7 @@ func (r *Relay) undoIfDue() {
 		p.failed, p.retry = err, time.Now().Add(recheck)
 		return
 	}
-	r.log.Warn("a change was not confirmed: the set of before is in force again", "change", byText(p.Change), "made", p.Time)
+	r.log.Warn("a change was not confirmed: the previous set is restored", "change", byText(p.Change), "made", p.Time)
 }
 
 // undo restores the set before an unconfirmed change. Rules of it that the kernel now refuses are
@@ -405,7 +405,7 @@ func unconfirmed(p *pending) *control.UnconfirmedChange {
 func (r *Relay) History(ctx context.Context) (all []control.HistoryEntry, err error) {
 	err = r.do(ctx, func() error {
 		if r.changes.store == nil {
-			return control.Errorf(control.KindFailed, "sets of rules are not kept: %w", r.changes.why)
+			return control.Errorf(control.KindFailed, "no history of rules is kept: %w", r.changes.why)
 		}
 		for back, e := range slices.Backward(r.changes.store.State().Entries) {
 			all = append(all, control.HistoryEntry{
@@ -425,7 +425,7 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 	err = r.do(ctx, func() error {
 		h := &r.changes
 		if h.store == nil {
-			return control.Errorf(control.KindFailed, "sets of rules are not kept: %w", h.why)
+			return control.Errorf(control.KindFailed, "no history of rules is kept: %w", h.why)
 		}
 		if back == 0 {
 			// For clients that show the pending change: it may have been undone or confirmed since.
@@ -468,7 +468,7 @@ func (r *Relay) rollbackPending(ctx context.Context, o control.ApplyOptions) (co
 		op = mirrorOp(r.mroute, p.mroute)
 	}
 	if err := r.undo(by(ctx, "rollback 1")); err != nil {
-		return control.ApplyResult{}, control.Errorf(control.KindFailed, "the set of before is in force again, but cannot be saved yet: %w", err)
+		return control.ApplyResult{}, control.Errorf(control.KindFailed, "the previous set is restored, but cannot be saved yet: %w", err)
 	}
 	result := summary(diff, o)
 	result.Mroute = op
@@ -486,7 +486,7 @@ func (r *Relay) earlier(back int) (s kept, err error) {
 	h := &r.changes
 	if !r.recorded() {
 		if err := r.keep(history.Change{Time: time.Now(), What: "unknown"}, nil); err != nil {
-			return s, control.Errorf(control.KindFailed, "the set in force is not kept: %w", err)
+			return s, control.Errorf(control.KindFailed, "the current set is not kept: %w", err)
 		}
 	}
 	all := h.store.State().Entries
@@ -502,11 +502,11 @@ func (r *Relay) earlier(back int) (s kept, err error) {
 func setsBefore(n int) string {
 	switch n {
 	case 0:
-		return "no set before that in force is"
+		return "no earlier set is"
 	case 1:
-		return "1 set before that in force is"
+		return "1 earlier set is"
 	}
-	return fmt.Sprintf("%d sets before that in force are", n)
+	return fmt.Sprintf("%d earlier sets are", n)
 }
 
 // readSet reads a set from disk.
@@ -536,7 +536,7 @@ func noSet(err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &fault):
-		return fmt.Errorf("a set of rules that was kept is none for this release: %w", err)
+		return fmt.Errorf("a kept set of rules is not valid in this release: %w", err)
 	}
 	return fmt.Errorf("read a set of rules: %w", err)
 }

@@ -308,7 +308,7 @@ func TestChangesSay(t *testing.T) {
 	p, clock := newPlace(t), &testClock{}
 	clock.set(p, "boot")
 	r := p.start()
-	if _, err := r.Rollback(t.Context(), 1, control.ApplyOptions{}); err == nil || err.Error() != `rollback 1: no set before that in force is kept ("xdpcast history" lists them)` {
+	if _, err := r.Rollback(t.Context(), 1, control.ApplyOptions{}); err == nil || err.Error() != `rollback 1: no earlier set is kept ("xdpcast history" lists them)` {
 		t.Errorf("rollback of nothing: %v", err)
 	}
 	r.mustAdd("first", anyIn, out0)
@@ -347,7 +347,7 @@ func TestChangesSay(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("history:\n%s", d)
 	}
-	if log := p.log.String(); !strings.Contains(log, `msg="a change was not confirmed: the set of before is in force again" change="rule apply"`) {
+	if log := p.log.String(); !strings.Contains(log, `msg="a change was not confirmed: the previous set is restored" change="rule apply"`) {
 		t.Errorf("the log does not say that a change was undone:\n%s", log)
 	}
 }
@@ -409,10 +409,10 @@ func TestDiskFails(t *testing.T) {
 	r := p.start()
 	block()
 	r.mustAdd("x", anyIn, out0)
-	if _, err := r.Apply(t.Context(), nil, control.ApplyOptions{Confirm: time.Minute}); err == nil || !strings.HasPrefix(err.Error(), "nothing is changed, since it could not be undone: ") {
+	if _, err := r.Apply(t.Context(), nil, control.ApplyOptions{Confirm: time.Minute}); err == nil || !strings.HasPrefix(err.Error(), "nothing was changed, since it could not be undone: ") {
 		t.Errorf("a change that could not be undone: %v", err)
 	}
-	if _, err := r.Rollback(t.Context(), 1, control.ApplyOptions{}); err == nil || !strings.HasPrefix(err.Error(), "the set in force is not kept: ") {
+	if _, err := r.Rollback(t.Context(), 1, control.ApplyOptions{}); err == nil || !strings.HasPrefix(err.Error(), "the current set is not kept: ") {
 		t.Errorf("rollback: %v", err)
 	}
 	warned := func(text string) bool {
@@ -423,7 +423,7 @@ func TestDiskFails(t *testing.T) {
 		}
 		return slices.ContainsFunc(status.Warnings, func(w string) bool { return strings.Contains(w, text) })
 	}
-	if !warned("history: the set in force is not kept: ") {
+	if !warned("history: the current set is not kept: ") {
 		t.Error("nobody is told that the set is not kept")
 	}
 	unblock()
@@ -459,8 +459,8 @@ func TestDamagedHistory(t *testing.T) {
 	for _, tt := range []struct {
 		name, text, log, history string
 	}{
-		{"damaged", "{", "the sets of rules that were kept cannot be read: starting without them", ""},
-		{"later", `{"version": 9}`, "sets of rules are not kept: ", "version 9 is of a later release: want at most 1"},
+		{"damaged", "{", "the history of rules cannot be read: starting without it", ""},
+		{"later", `{"version": 9}`, "no history of rules is kept: ", "version 9 is of a later release: want at most 1"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPlace(t)

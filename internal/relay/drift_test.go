@@ -350,7 +350,7 @@ func TestForcedDetach(t *testing.T) {
 	})
 	p.arrives("kernel", "239.1.1.1:5000%in0", "239.2.2.1:6000%out0")
 	p.arrives("fanout", "239.1.1.2:5000%in0", "239.2.2.2:6000%out0")
-	if !strings.Contains(p.log.String(), "the relay program is not on the interface any more") {
+	if !strings.Contains(p.log.String(), "the relay program is no longer on the interface") {
 		t.Error("the log says nothing of it")
 	}
 }

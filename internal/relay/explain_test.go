@@ -83,7 +83,7 @@ func TestExplain(t *testing.T) {
 		want   string
 	}{
 		{plan.Packet{Interface: "eth9", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: interface eth9 not found"},
-		{plan.Packet{Interface: "in0", Destination: addr("239.9.1.1"), Port: 5000}, "no rule takes it: it goes to the host as if there were no relay"},
+		{plan.Packet{Interface: "in0", Destination: addr("239.9.1.1"), Port: 5000}, "no rule takes it: it passes to the host unchanged"},
 		{plan.Packet{Interface: "in0", Destination: addr("239.1.1.1"), Port: 5000, VLAN: rules.VLAN{ID: 3}}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another VLAN"},
 		{plan.Packet{Interface: "out1", Destination: addr("239.1.1.1"), Port: 5000}, "no rule takes it: rule any-port (" + anyPort.In.String() + ") takes another interface"},
 	} {

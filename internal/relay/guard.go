@@ -127,7 +127,7 @@ func (r *Relay) logLoops() {
 	}
 	for name := range r.looping {
 		if !now[name] && r.plan.Rule(name) != nil {
-			r.log.Info("rule is looping no more", "rule", name)
+			r.log.Info("rule is no longer looping", "rule", name)
 			r.opts.Events.Add(events.Event{Kind: events.KindLoop, Rule: name, State: stateEnded, Before: control.StateLooping})
 		}
 	}

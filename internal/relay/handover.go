@@ -152,6 +152,6 @@ func (r *Relay) followed() {
 		err = errors.Join(err, before.Gate.Close())
 	}
 	if err != nil {
-		r.log.Warn("take over what the daemon before counted", "error", err)
+		r.log.Warn("take over the previous daemon's counters", "error", err)
 	}
 }

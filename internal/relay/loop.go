@@ -190,7 +190,7 @@ func (r *Relay) forget(link *network.Link) {
 	r.attachments.forget(link.LinkID)
 	r.neighbours.drop(link.LinkID)
 	if err := r.loader.Detach(link.Index); err != nil {
-		r.log.Warn("detach from an interface that is gone", "interface", link.Name, "error", err)
+		r.log.Warn("detach from a removed interface", "interface", link.Name, "error", err)
 	}
 	r.log.Info("interface is gone", "interface", link.Name, "index", link.Index)
 }
@@ -241,7 +241,7 @@ func (r *Relay) observeAt() time.Time {
 func (r *Relay) observeKernel(memberships bool) {
 	o := r.loader.Observe()
 	for _, a := range o.Lost {
-		r.log.Warn("the relay program is not on the interface any more", "interface", a.Interface, "index", a.Index)
+		r.log.Warn("the relay program is no longer on the interface", "interface", a.Interface, "index", a.Index)
 		r.changelog.programLost(a.Interface)
 		r.stale = true
 	}

@@ -335,7 +335,7 @@ func (s *memberships) forget(m plan.Membership) {
 
 // lost records a membership that is no longer held, to be joined again.
 func (s *memberships) lost(m membership.Membership, err error) {
-	s.tell(m, stateLost, control.GroupJoined, cmp.Or(errorText(err), "the kernel does not hold it any more"))
+	s.tell(m, stateLost, control.GroupJoined, cmp.Or(errorText(err), "the kernel no longer holds it"))
 	s.settled = 0
 	s.forget(wantedOf(m))
 	if err != nil {
@@ -440,7 +440,7 @@ func (s *memberships) found(look *membership.Look, err error) error {
 		s.lost(m, nil)
 	}
 	if len(lost) > 0 {
-		s.logMemberships("the kernel does not hold it any more", lost)
+		s.logMemberships("the kernel no longer holds it", lost)
 	}
 	if err != nil {
 		return fmt.Errorf("what is joined: %w", err)

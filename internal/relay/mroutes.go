@@ -97,7 +97,7 @@ func (m *mroutes) keepAlive(here netns.NsHandle, keepalive *mroute.Keepalive, lo
 			text = e.Error()
 		}
 		if text != told && text != "" {
-			log.Warn("the kernel's counters of multicast routes stand still: their daemon may give them up", "error", text)
+			log.Warn("the kernel's counters of multicast routes do not advance: their daemon may remove them", "error", text)
 		}
 		told = text
 	}
@@ -397,7 +397,7 @@ func (r *Relay) handBack() {
 		err = errors.Join(err, r.reconcile(nil))
 	}
 	if err = errors.Join(err, r.loader.MirrorUntil(0)); err != nil {
-		r.log.Error("multicast routes are not all given back to the kernel: they are within seconds", "error", err, "after", mirrorFor)
+		r.log.Error("not all multicast routes are back with the kernel: they will be within seconds", "error", err, "after", mirrorFor)
 	}
 }
 

@@ -343,7 +343,7 @@ func TestVLANOffload(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = r.put(tagged("1", 7))
-	if err == nil || !errors.Is(err, unix.EOPNOTSUPP) || !strings.Contains(err.Error(), "rule 1: interface in0 takes VLAN tags off before XDP sees them") {
+	if err == nil || !errors.Is(err, unix.EOPNOTSUPP) || !strings.Contains(err.Error(), "rule 1: interface in0 strips VLAN tags before XDP sees them") {
 		t.Errorf("error is %v", err)
 	}
 	if got := r.inKernel(); len(got) != 0 {

@@ -212,7 +212,7 @@ func TestEmptyFileChangesNothing(t *testing.T) {
 	before := p.footprint(r)
 	for _, text := range []string{"", "# rules:\n", "rules:\n"} {
 		p.file("rules.yaml", text)
-		if _, err := r.Reload(t.Context(), control.ApplyOptions{}); !errors.Is(err, control.ErrInvalid) || !strings.Contains(err.Error(), `"rules: []" for none on purpose`) {
+		if _, err := r.Reload(t.Context(), control.ApplyOptions{}); !errors.Is(err, control.ErrInvalid) || !strings.Contains(err.Error(), `"rules: []" for none`) {
 			t.Errorf("reload of %q: %v", text, err)
 		}
 		if diff := cmp.Diff(before, p.footprint(r)); diff != "" {

@@ -111,7 +111,7 @@ func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
 	for _, rule := range saved {
 		if !fits {
 			if err := rules.ValidateSet(append(accepted, rule)); err != nil {
-				r.log.Warn("rule added through the API is left out: it does not go with the file", "rule", rule.Name, "error", err)
+				r.log.Warn("rule added through the API is omitted: it conflicts with the file", "rule", rule.Name, "error", err)
 				continue
 			}
 		}
@@ -136,7 +136,7 @@ func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
 			taken = taken || inputs[rule.Leg(leg).In]
 		}
 		if taken {
-			r.log.Warn("rule added through the API is left out: the file has its name or its input", "rule", rule.Name)
+			r.log.Warn("rule added through the API is omitted: the file has its name or its input", "rule", rule.Name)
 		}
 		return taken
 	})
@@ -157,7 +157,7 @@ func (r *Relay) readConfig() (c rules.Config, err error) {
 	return c, err
 }
 
-var errMrouteTwice = errors.New("mroute: the options --mroute say it, too: want it in one of both places")
+var errMrouteTwice = errors.New("mroute: also given by --mroute: want it in only one place")
 
 // addOverlaps adds to rules which others take precedence for their packets.
 func (r *Relay) addOverlaps(all []control.RuleStatus) {

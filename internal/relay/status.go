@@ -20,7 +20,7 @@ import (
 
 func (r *Relay) ruleStatus(name string) (control.RuleStatus, error) {
 	if r.plan.Rule(name) == nil {
-		return control.RuleStatus{}, control.Errorf(control.KindNotFound, "no rule is called %s", name)
+		return control.RuleStatus{}, control.Errorf(control.KindNotFound, "no rule is named %s", name)
 	}
 	all, err := r.ruleStatuses([]string{name})
 	if err != nil {

@@ -123,7 +123,7 @@ func (t *tags) show(ifname string) (err error) {
 		return fmt.Errorf("note the features of interface %s: %w", ifname, err)
 	}
 	if err := f.Set(on, false); err != nil {
-		return fmt.Errorf("interface %s takes VLAN tags off before XDP sees them, and that cannot be switched off (ethtool -K %s rxvlan off): %w", ifname, ifname, err)
+		return fmt.Errorf("interface %s strips VLAN tags before XDP sees them, and that cannot be switched off (ethtool -K %s rxvlan off): %w", ifname, ifname, err)
 	}
 	return nil
 }

@@ -363,7 +363,7 @@ func TestUnicastRefused(t *testing.T) {
 	for _, tt := range []struct{ out, want string }{
 		{"10.1.0.1:6000%out0", "rule bad: output 10.1.0.1:6000%out0: 10.1.0.1 is an address of this host: want another host's, or a multicast group"},
 		{"10.2.0.1:6000%out0", "rule bad: output 10.2.0.1:6000%out0: 10.2.0.1 is an address of this host: want another host's, or a multicast group"},
-		{"10.1.0.255:6000%out0", "rule bad: output 10.1.0.255:6000%out0: 10.1.0.255 is a broadcast address of the network of interface out0: want a host's address, a multicast group, or broadcast=allow beside it"},
+		{"10.1.0.255:6000%out0", "rule bad: output 10.1.0.255:6000%out0: 10.1.0.255 is a broadcast address of the network of interface out0: want a host's address, a multicast group, or broadcast=allow"},
 	} {
 		if _, err := r.add("bad", anyIn, out1, tt.out); err == nil || err.Error() != tt.want || !errors.Is(err, control.ErrFailed) {
 			t.Errorf("output %s: %v, want %s", tt.out, err, tt.want)

@@ -58,7 +58,7 @@ func TestReadFaults(t *testing.T) {
 		".":           main + `:1: include ".": ` + dir + `: want a regular file`,
 		"c.yaml":      main + `:1: include "c.yaml": open ` + dir + `/c.yaml: no such file or directory`,
 		"rules.d/*":   main + `:1: include "rules.d/*": open ` + dir + `/rules.d: no such file or directory`,
-		"rules.ya*":   main + `:1: include "rules.ya*": ` + main + ` is this file: want others alone`,
+		"rules.ya*":   main + `:1: include "rules.ya*": ` + main + ` is this file: want only others`,
 		"b.yaml/none": main + `:1: include "b.yaml/none": open ` + dir + `/b.yaml/none: not a directory`,
 	} {
 		write(t, main, "include: "+include+"\n"+camera)

@@ -174,7 +174,7 @@ func (r RecvReport) Faults() []string {
 	}{
 		{"lost", r.Total.Lost},
 		{"duplicated", r.Total.Duplicated},
-		{"later than the receiver bears", r.Total.Late},
+		{"later than the receiver tolerates", r.Total.Late},
 		{"too late to judge", r.Total.Stale},
 		{"corrupt", r.Total.Corrupt},
 		{"more than expected", r.Total.Surplus},

@@ -82,7 +82,7 @@ func (r Flow) Check() error {
 	case r.In.Len < 0 || r.In.Len > r.In.Group.BitLen():
 		return fmt.Errorf("input prefix length %d: want 0 to %d", r.In.Len, r.In.Group.BitLen())
 	case r.In.Len != 0 && netip.PrefixFrom(r.In.Group, r.In.Len).Masked().Addr() != r.In.Group:
-		return fmt.Errorf("input prefix %v/%d: want no bits behind the prefix", r.In.Group, r.In.Len)
+		return fmt.Errorf("input prefix %v/%d: want no host bits", r.In.Group, r.In.Len)
 	case r.In.VLAN > maxVLAN || r.In.OuterVLAN > maxVLAN || r.In.VLAN == 0 && r.In.OuterVLAN != 0:
 		return fmt.Errorf("input VLAN %d.%d: want 1 to %d", r.In.OuterVLAN, r.In.VLAN, maxVLAN)
 	case r.Broadcast && (!r.In.Group.Is4() || r.In.Group.IsMulticast() || r.In.Len != 0):

@@ -119,7 +119,7 @@ func (r Flow) checkSenders() error {
 	case in.SourceLen < 0 || in.SourceLen >= in.Group.BitLen() || in.Source.IsValid() == (in.SourceLen == 0):
 		return fmt.Errorf("input source %v/%d: want a prefix of 1 to %d bits, or none", in.Source, in.SourceLen, in.Group.BitLen()-1)
 	case in.Senders().Masked() != in.Senders():
-		return fmt.Errorf("input source %v: want no bits behind the prefix", in.Senders())
+		return fmt.Errorf("input source %v: want no host bits", in.Senders())
 	}
 	for _, p := range r.Except {
 		if !p.IsValid() || p.Masked() != p || p.Addr().BitLen() != in.Group.BitLen() || !Covers(in.Senders(), p) || p.Bits() == in.SourceLen {

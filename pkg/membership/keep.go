@@ -101,7 +101,7 @@ func (k *keeping) name() string {
 // warn warns once that something could not be kept.
 func (k *keeping) warn(err error) {
 	if !k.warned {
-		k.log.Warn("groups joined from now on may end with this process: they are not kept for the next", "error", err)
+		k.log.Warn("groups joined from now on may be left with this process: they are not kept for the next", "error", err)
 	}
 	k.warned = true
 }
@@ -172,7 +172,7 @@ func (k *keeping) drop(names ...string) {
 		return
 	}
 	if err := k.keeper.Drop(names...); err != nil {
-		k.log.Warn("helper sockets that are not needed any more stay kept", "sockets", len(names), "error", err)
+		k.log.Warn("unneeded helper sockets stay kept", "sockets", len(names), "error", err)
 	}
 }
 
@@ -198,7 +198,7 @@ func (k *keeping) dropAll(sockets map[*shard]struct{}) {
 		return
 	}
 	if err := k.keeper.Sync(); err != nil {
-		k.log.Warn("helper sockets that are not needed any more may be kept still", "error", err)
+		k.log.Warn("unneeded helper sockets may still be kept", "error", err)
 	}
 }
 

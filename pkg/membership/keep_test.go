@@ -257,21 +257,21 @@ func TestRestoreFromDamage(t *testing.T) {
 		damage func(*testing.T, *store)
 		log    string
 	}{
-		{"no ledger", func(_ *testing.T, s *store) { _ = s.Drop(ledgerName) }, "helper sockets came back without the record of what they hold: their groups are joined anew before they are closed"},
+		{"no ledger", func(_ *testing.T, s *store) { _ = s.Drop(ledgerName) }, "helper sockets came back without the record of their groups: these are joined again before the sockets are closed"},
 		{"nothing", func(_ *testing.T, s *store) { _ = s.Drop(slices.Collect(maps.Keys(s.fds))...) }, ""},
 		{"a future version", patch(16, 2), "it has version 2, this xdpcast reads 1"},
 		{"other records", patch(20, 128), "its records have 128 bytes, want 64"},
-		{"another file", patch(0, 'X'), "it does not begin as one"},
+		{"another file", patch(0, 'X'), "it has the wrong magic"},
 		{"a flipped bit", patch(64+24, 0xff), "record 0: its checksum is wrong"},
 		{"truncated", truncate(64 * 5), "it has 4 records, want 256"},
 		{"torn", truncate(100), "it has 100 bytes, want records of 64 after a header of as many"},
 		{"empty", truncate(0), "it has 0 bytes"},
 		{"two ledgers", func(_ *testing.T, s *store) { s.add(ledgerName, s.fds[ledgerName][0]) }, "there is another one"},
-		{"a socket is missing", func(_ *testing.T, s *store) { _ = s.Drop("m.2") }, `helper sockets did not come back, and their groups are joined anew (does the service manager keep as many? see FileDescriptorStoreMax= of the service)" sockets=1 memberships=1 "came back"=`},
+		{"a socket is missing", func(_ *testing.T, s *store) { _ = s.Drop("m.2") }, `helper sockets did not come back, and their groups are joined again (does the service manager keep as many? see FileDescriptorStoreMax= of the service)" sockets=1 memberships=1 "came back"=`},
 		{"sockets are missing", func(_ *testing.T, s *store) { _ = s.Drop("m.1", "m.2", "m.3") }, "sockets=3 memberships="},
-		{"another's socket", other(b.host, unix.AF_INET, unix.SOCK_STREAM), `name=m.77 error="it is no UDP socket"`},
-		{"a socket of another namespace", other(b.peer, unix.AF_INET, unix.SOCK_DGRAM), `name=m.77 error="it is of another network namespace"`},
-		{"a socket that the ledger does not know", other(b.host, unix.AF_INET, unix.SOCK_DGRAM), `sockets=1 error="nothing is written down of it"`},
+		{"another's socket", other(b.host, unix.AF_INET, unix.SOCK_STREAM), `name=m.77 error="it is not a UDP socket"`},
+		{"a socket of another namespace", other(b.peer, unix.AF_INET, unix.SOCK_DGRAM), `name=m.77 error="it belongs to another network namespace"`},
+		{"a socket that the ledger does not know", other(b.host, unix.AF_INET, unix.SOCK_DGRAM), `sockets=1 error="the record does not mention it"`},
 		{"a socket twice", func(_ *testing.T, s *store) { s.add("m.78", s.fds["m.1"][0]) }, "is closed"},
 		{"another name", func(_ *testing.T, s *store) { s.add("m.x", s.fds["m.1"][0]) }, `name=m.x error="its name is not one of ours"`},
 	} {

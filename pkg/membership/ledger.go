@@ -88,7 +88,7 @@ func openLedger(fd int) (*ledger, []holding, error) {
 // parseLedger returns the records, and the numbers of the free ones.
 func parseLedger(data []byte) (held []holding, free []int, err error) {
 	if string(data[:len(ledgerMagic)]) != ledgerMagic {
-		return nil, nil, errors.New("it does not begin as one")
+		return nil, nil, errors.New("it has the wrong magic")
 	}
 	header := data[len(ledgerMagic):]
 	version, record, size := binary.NativeEndian.Uint32(header), binary.NativeEndian.Uint32(header[4:]), binary.NativeEndian.Uint64(header[8:])

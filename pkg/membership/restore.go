@@ -89,7 +89,7 @@ func (r *restore) sort(kept []Kept) (held []holding) {
 	r.identify(sockets)
 	if len(ledgers) == 0 {
 		if len(r.sockets) > 0 {
-			r.log.Warn("helper sockets came back without the record of what they hold: their groups are joined anew before they are closed", "sockets", len(r.sockets))
+			r.log.Warn("helper sockets came back without the record of their groups: these are joined again before the sockets are closed", "sockets", len(r.sockets))
 		}
 		return nil
 	}
@@ -101,7 +101,7 @@ func (r *restore) sort(kept []Kept) (held []holding) {
 			r.k.ledger, held, err = openLedger(d.FD)
 		}
 		if err != nil {
-			r.log.Warn("the record of memberships cannot be used: groups are joined anew before the sockets that hold them are closed", "error", err)
+			r.log.Warn("the record of memberships cannot be used: groups are joined again before the sockets that hold them are closed", "error", err)
 			r.closeKept(d)
 		}
 	}
@@ -127,7 +127,7 @@ func (r *restore) identify(sockets []Kept) {
 	}
 	var err error
 	if r.namespace, err = r.ownNamespace(); err != nil {
-		r.log.Warn("helper sockets that came back cannot be told from others'", "error", err)
+		r.log.Warn("helper sockets that came back cannot be identified", "error", err)
 	}
 	for _, d := range sockets {
 		s, cookie, err := r.look(d)
@@ -163,9 +163,9 @@ func (r *restore) look(d Kept) (*returned, uint64, error) {
 	domain, protocol, namespace, cookie := answers[0], answers[1], answers[2], answers[3]
 	switch {
 	case domain != unix.AF_INET && domain != unix.AF_INET6 || protocol != unix.IPPROTO_UDP:
-		return nil, 0, errors.New("it is no UDP socket")
+		return nil, 0, errors.New("it is not a UDP socket")
 	case namespace != r.namespace:
-		return nil, 0, errors.New("it is of another network namespace")
+		return nil, 0, errors.New("it belongs to another network namespace")
 	}
 	return &returned{Kept: d, family: family(domain)}, cookie, nil
 }
@@ -197,7 +197,7 @@ func (r *restore) takeOver(held []holding) {
 		s.held = append(s.held, h)
 	}
 	if len(absent) > 0 {
-		r.log.Warn("helper sockets did not come back, and their groups are joined anew (does the service manager keep as many? see FileDescriptorStoreMax= of the service)",
+		r.log.Warn("helper sockets did not come back, and their groups are joined again (does the service manager keep as many? see FileDescriptorStoreMax= of the service)",
 			"sockets", len(absent), "memberships", r.missing, "came back", len(r.sockets))
 	}
 	// In the order in which they were opened, since they are closed in reverse.
@@ -222,7 +222,7 @@ func (r *restore) takeOver(held []holding) {
 		return // logged by sort
 	}
 	for _, why := range slices.Sorted(maps.Keys(unused)) {
-		r.log.Warn("helper sockets that came back are not used: what they hold and is wanted is joined anew before they are closed", "sockets", unused[why], "error", why)
+		r.log.Warn("helper sockets that came back are not used: their wanted groups are joined again before they are closed", "sockets", unused[why], "error", why)
 	}
 }
 
@@ -237,7 +237,7 @@ func compareNames(a, b string) int {
 // adopt takes over one socket. After an error it is unchanged.
 func (r *restore) adopt(s *returned) error {
 	if len(s.held) == 0 {
-		return errors.New("nothing is written down of it")
+		return errors.New("the record does not mention it")
 	}
 	first := &s.held[0]
 	name, generation, ok := r.interfaces(first.index)
@@ -258,7 +258,7 @@ func (r *restore) adopt(s *returned) error {
 		case h.index != first.index || h.layer != first.layer || h.membership().family() != s.family:
 			return errors.New("it holds groups of several interfaces, families or layers")
 		case twice:
-			return fmt.Errorf("%v is written down twice", h.membership())
+			return fmt.Errorf("%v is recorded twice", h.membership())
 		case h.layer > anySource && p.filterAt(h.group, h.layer) != nil:
 			return fmt.Errorf("another one holds sources of %v", h.group)
 		}
@@ -268,7 +268,7 @@ func (r *restore) adopt(s *returned) error {
 		return err
 	}
 	if len(confirmed) == 0 {
-		return errors.New("it holds nothing of what is written down")
+		return errors.New("it holds none of the recorded groups")
 	}
 	r.register(p, s, confirmed, name, generation)
 	r.ifaces[of] = p
@@ -351,7 +351,7 @@ func (r *restore) openLedger() bool {
 func (r *restore) lost() []Membership {
 	lost, err := r.observe()
 	if err != nil {
-		r.log.Warn("what came back is not compared with what the interfaces hold", "error", err)
+		r.log.Warn("restored groups cannot be compared with those of the interfaces", "error", err)
 	}
 	return lost
 }
@@ -369,9 +369,9 @@ func (m *Manager) Settle() {
 		names = append(names, d.Name)
 	}
 	if err := m.keeper.Drop(names...); err != nil {
-		m.log.Warn("helper sockets of before stay kept", "sockets", len(names), "error", err)
+		m.log.Warn("earlier helper sockets stay kept", "sockets", len(names), "error", err)
 	}
-	m.log.Info("helper sockets of before are closed", "sockets", len(m.orphans))
+	m.log.Info("earlier helper sockets are closed", "sockets", len(m.orphans))
 	m.orphans = nil
 }
 

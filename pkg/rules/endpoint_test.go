@@ -159,7 +159,7 @@ func TestParseInputErrors(t *testing.T) {
 		{"239.1.1.1:5%eth0,rate=5Tbit", "option", "rate=5Tbit", wantRate},
 		{"239.1.1.1:5%eth0,rate=99999999999999999Gbit", "option", "rate=99999999999999999Gbit", wantRate},
 		{"239.1.1.1:5%eth0,rate=5pps,burst=x", "option", "burst=x", wantBurst},
-		{"239.1.1.1:5%eth0,burst=5", "burst", "5", "rate=Npps or rate=Nbit beside it"},
+		{"239.1.1.1:5%eth0,burst=5", "burst", "5", "rate=Npps or rate=Nbit, too"},
 	} {
 		got, _, err := ParseInput(c.text)
 		if err == nil {
@@ -296,7 +296,7 @@ func TestParseOutputErrors(t *testing.T) {
 		{"239.2.2.2:6%e,pcp=8", "policy", "pcp=8", "pcp=0 to 7"},
 		{"239.2.2.2:6%e,pcp=", "policy", "pcp=", "pcp=0 to 7"},
 		{"239.2.2.2:6%e,rate=1,burst=2", "policy", "rate=1", "rate=Npps or rate=Nbit, N a number, or one with k, M or G (rate=100kpps, rate=50Mbit)"},
-		{"239.2.2.2:6%e,burst=2", "burst", "2", "rate=Npps or rate=Nbit beside it"},
+		{"239.2.2.2:6%e,burst=2", "burst", "2", "rate=Npps or rate=Nbit, too"},
 		{"239.2.2.2:6%e,csum=no", "policy", "csum=no", "csum=update or csum=zero"},
 	} {
 		got, err := ParseOutput(c.text)

@@ -217,7 +217,7 @@ func (p *fileParser) read() {
 
 // errNoRules is the error for a file without a list of rules. Such a file may be the output of a
 // failed program, or truncated.
-var errNoRules = errors.New(`rules missing: want them in a list below "rules:", or "rules: []" for none on purpose`)
+var errNoRules = errors.New(`rules missing: want them in a list below "rules:", or "rules: []" for none`)
 
 // grow makes room for rules.
 func (p *fileParser) grow(rules int) {
@@ -238,7 +238,7 @@ func (p *fileParser) document() (*yaml.Node, *FileError) {
 	}
 	switch {
 	case err == nil:
-		return nil, &FileError{Line: second.Line, Err: errors.New("another document begins: want one alone")}
+		return nil, &FileError{Line: second.Line, Err: errors.New("a second document: want only one")}
 	case err != io.EOF:
 		return nil, syntaxFault(p.data, err)
 	}

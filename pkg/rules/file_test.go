@@ -66,7 +66,7 @@ type faultyFile struct {
 func faultyFiles() []faultyFile {
 	const name63 = "1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first"
 	const oneRule = "rules:\n- name: a\n  in: 239.1.1.1:1%eth0\n  out: 239.1.1.2:1%eth1\n"
-	const noRules = `rules missing: want them in a list below "rules:", or "rules: []" for none on purpose`
+	const noRules = `rules missing: want them in a list below "rules:", or "rules: []" for none`
 	return []faultyFile{
 		{"empty", "", []string{" " + noRules}},
 		{"blank", " \n\n", []string{" " + noRules}},
@@ -145,8 +145,8 @@ func faultyFiles() []faultyFile {
 			`5: rule "a": in "239.1.1.1:1%eth0": want an input of its own: rule "a" (line 2) takes it`,
 			`6: rule "a": name "a": want a unique name: rule #1 (line 2) has it`,
 			`10: rule "x": out[1] "239.1.1.1:1%eth0": want no loop between rules: a (line 2) -> x (line 8) -> a` + insist}},
-		{"a second document", oneRule + "---\nrules: []\n", []string{`5: another document begins: want one alone`}},
-		{"an empty second document", oneRule + "---\n", []string{`5: another document begins: want one alone`}},
+		{"a second document", oneRule + "---\nrules: []\n", []string{`5: a second document: want only one`}},
+		{"an empty second document", oneRule + "---\n", []string{`5: a second document: want only one`}},
 		{"a broken second document", oneRule + "---\na: b: c\n", []string{`6: mapping values are not allowed in this context`}},
 
 		{"tab", "rules:\n\t- name: a\n", []string{`2: found character that cannot start any token`}},

@@ -7,11 +7,11 @@ func (e end) fromHost(in Input, accept Acceptance, path Path) {
 	switch {
 	case !in.FromHost:
 	case path != PathAuto && path != PathFanout:
-		e.fault(nil, field, "host", "path auto or fanout: what this host sends does not pass path "+path.String())
+		e.fault(nil, field, "host", "path auto or fanout: packets that this host sends do not pass path "+path.String())
 	case accept.Join != JoinDefault:
-		e.fault(nil, field, "host", "no join: what this host sends needs no membership")
+		e.fault(nil, field, "host", "no join: packets that this host sends need no membership")
 	case accept.Local:
-		e.fault(nil, field, "host", "no local: the host's receivers get what it sends anyway")
+		e.fault(nil, field, "host", "no local: the host's receivers get its packets anyway")
 	case in.Address.IsValid() && !in.Multicast() && !accept.Broadcast:
 		e.fault(nil, field, "host", "a multicast group, or broadcast=allow")
 	}

@@ -145,7 +145,7 @@ type fileSet struct {
 // include parses the includes of the main file.
 func (s *fileSet) include(main *fileParser, files Files) {
 	if files == nil {
-		main.fault(main.includes[0].line, errors.New("include: want no include here: only a file that is read from disk by its name can include others"))
+		main.fault(main.includes[0].line, errors.New("include: want no include here: only a file on disk can include others"))
 		return
 	}
 	size := len(main.data)
@@ -161,7 +161,7 @@ func (s *fileSet) include(main *fileParser, files Files) {
 			line, again := lines[name]
 			switch {
 			case again && line == 0:
-				fail(fmt.Errorf("%s is this file: want others alone", bounded(name)))
+				fail(fmt.Errorf("%s is this file: want only others", bounded(name)))
 				continue
 			case again:
 				fail(fmt.Errorf("%s is included already (line %d): want it once", bounded(name), line))
@@ -203,7 +203,7 @@ func (in includeText) expand(dir string, files Files) ([]string, error) {
 	written, _ := filepath.Split(in.text)
 	switch {
 	case isGlob(written):
-		return nil, errors.New("want a pattern in the last element of the path alone")
+		return nil, errors.New("want a pattern only in the last element of the path")
 	case !isGlob(pattern):
 		return []string{name}, nil
 	}

@@ -112,7 +112,7 @@ func TestIncludeErrors(t *testing.T) {
 		{"one name here and there", listed("b 9") + "include: rules.d/b.yaml", []string{
 			`rules.d/b.yaml:6: rule "b": name "b": want a unique name: rule #1 (main.yaml:2) has it`}},
 		{"a circle of rules over files", listed("forth 9") + "include: loop/*", []string{
-			`loop/back.yaml:4: rule "back": out[0] "239.1.1.9:1%in": want no loop between rules: forth (main.yaml:2) -> back (loop/back.yaml:2) -> forth (loop=two-way on an input lets a circle between interfaces stand, loop=allow any: what goes round is found, and dropped)`}},
+			`loop/back.yaml:4: rule "back": out[0] "239.1.1.9:1%in": want no loop between rules: forth (main.yaml:2) -> back (loop/back.yaml:2) -> forth (loop=two-way on an input allows a loop between interfaces, loop=allow any loop: looping packets are detected and dropped)`}},
 		{"faults in several files", "include: broken/*.yaml\nrules:\n- name: m\n", []string{
 			`broken/x.yaml:2: found character that cannot start any token`,
 			`broken/y.yaml:3: rule "y": input "239.1.1.1:0%eth0": port "0": want 1 to 65535, or no ':' for any port`}},
@@ -121,14 +121,14 @@ func TestIncludeErrors(t *testing.T) {
 		{"no such directory", "include: [rules.d/a.yaml,\n rule.d/*.yaml]", []string{
 			`main.yaml:2: include "rule.d/*.yaml": open rule.d: file does not exist`}},
 		{"a pattern of directories", "include: \"*/a.yaml\"", []string{
-			`main.yaml:1: include "*/a.yaml": want a pattern in the last element of the path alone`}},
+			`main.yaml:1: include "*/a.yaml": want a pattern only in the last element of the path`}},
 		{"no pattern", "include: rules.d/[", []string{
 			`main.yaml:1: include "rules.d/[": pattern "[": want *, ?, [a-z] and \ before a character that stands for itself`}},
 		{"nested", "include: nested/n.yaml", []string{
 			`nested/n.yaml:2: include: want it in main.yaml alone: an included file includes no other`}},
 		{"a circle", "include: circle/c.yaml", []string{
 			`circle/c.yaml:1: include: want it in main.yaml alone: an included file includes no other`}},
-		{"itself", "include: \"*.yaml\"", []string{`main.yaml:1: include "*.yaml": main.yaml is this file: want others alone`}},
+		{"itself", "include: \"*.yaml\"", []string{`main.yaml:1: include "*.yaml": main.yaml is this file: want only others`}},
 		{"twice", "include:\n- rules.d/a.yaml\n- rules.d/[ac].yaml", []string{
 			`main.yaml:3: include "rules.d/[ac].yaml": rules.d/a.yaml is included already (line 2): want it once`}},
 		{"a name of two lines", "include: odd/*", []string{`main.yaml:1: include "odd/*": file name "a\nb.yaml": want printable characters`}},
@@ -168,7 +168,7 @@ func TestIncludeNeedsADisk(t *testing.T) {
 	if rules != nil {
 		t.Errorf("rules %v", rules)
 	}
-	checkLines(t, err, `body:2: include: want no include here: only a file that is read from disk by its name can include others`)
+	checkLines(t, err, `body:2: include: want no include here: only a file on disk can include others`)
 }
 
 // FuzzInclude: a set in two files is the set in one, and its faults are at the same

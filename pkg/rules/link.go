@@ -27,7 +27,7 @@ func (o Output) Unicast() bool { return !o.Address.IsMulticast() && !o.Policy.Br
 
 const (
 	insistLocalControl = ", unless the rule's input says local-control=allow"
-	insistBroadcast    = ", unless broadcast=allow is beside it"
+	insistBroadcast    = ", unless it has broadcast=allow"
 )
 
 // addrFault is the fault of an input or output address; broadcast declares it a broadcast address
@@ -106,6 +106,6 @@ func meets(a, b netip.Prefix) bool {
 // allGroups checks an output to the prefix of all groups.
 func (e end) allGroups(o Output, in Input) {
 	if p := (Input{Address: o.Address, Len: o.Len}).Prefix(); o.Len == in.Len && isAllGroups(p) && in.Prefix() != p {
-		e.fault(ErrLinkLocal, ".address", p.String(), fmt.Sprintf("an input of %v, too: else some would go to groups that are never forwarded between links", p))
+		e.fault(ErrLinkLocal, ".address", p.String(), fmt.Sprintf("an input of %v, too: otherwise some would go to groups that are never forwarded between links", p))
 	}
 }

@@ -112,7 +112,7 @@ func (r Rule) excludes(t traffic) bool {
 }
 
 // insist ends the error about a loop: how to allow it, and what then happens to looping packets.
-const insist = " (loop=two-way on an input lets a circle between interfaces stand, loop=allow any: what goes round is found, and dropped)"
+const insist = " (loop=two-way on an input allows a loop between interfaces, loop=allow any loop: looping packets are detected and dropped)"
 
 // maxFeedPairs limits the search in sets where very many outputs of many addresses, ports or
 // sources overlap with very many inputs each. After so many pairs of output and input, outputs are

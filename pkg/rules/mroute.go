@@ -138,9 +138,9 @@ func (m *Mroute) Validate() error {
 		for _, p := range list.all {
 			switch {
 			case p.Addr().Is4() && !ipv4:
-				return &FieldError{Field: list.field, Value: p.String(), Want: "IPv6 groups: families has ipv6 alone", Err: ErrFamily}
+				return &FieldError{Field: list.field, Value: p.String(), Want: "IPv6 groups: families has only ipv6", Err: ErrFamily}
 			case p.Addr().Is6() && !ipv6:
-				return &FieldError{Field: list.field, Value: p.String(), Want: "IPv4 groups: families has ipv4 alone", Err: ErrFamily}
+				return &FieldError{Field: list.field, Value: p.String(), Want: "IPv4 groups: families has only ipv4", Err: ErrFamily}
 			}
 		}
 	}
@@ -154,9 +154,9 @@ func (m *Mroute) Left(group netip.Addr, interfaces []string) string {
 	}
 	switch {
 	case len(m.Groups) > 0 && !in(m.Groups):
-		return "its group is in none of the prefixes that are mirrored"
+		return "its group is in none of the mirrored prefixes"
 	case in(m.Leave):
-		return "its group is in a prefix that is left to the kernel"
+		return "its group is in a prefix left to the kernel"
 	}
 	for _, name := range interfaces {
 		if !m.Names(name) {
@@ -275,7 +275,7 @@ func (p *fileParser) mrouteKey(s *mrouteSection, key string, n *yaml.Node) {
 		items = n.Content
 	}
 	if len(items) == 0 {
-		p.fault(n.Line, fmt.Errorf("mroute.%s: want one value at least: without the key all are taken", key))
+		p.fault(n.Line, fmt.Errorf("mroute.%s: want at least one value: without the key all are taken", key))
 	}
 	for _, item := range items {
 		text, ok := textOf(item)
@@ -305,7 +305,7 @@ func (s *fileSet) routes() (first *fileParser) {
 func (s *fileSet) refuseRoutes() {
 	for _, p := range s.files {
 		if p.routes != nil {
-			p.fault(p.routes.line, fmt.Errorf("mroute: want rules alone here: it belongs in the file of xdpcast run"))
+			p.fault(p.routes.line, fmt.Errorf("mroute: want only rules here: it belongs in the file of xdpcast run"))
 		}
 	}
 }

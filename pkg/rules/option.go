@@ -24,7 +24,7 @@ func parseOptions(s string, in *Input) (Acceptance, error) {
 }
 
 func errBurstAlone(burst uint64) error {
-	return &FieldError{Field: "burst", Value: strconv.FormatUint(burst, 10), Want: "rate=Npps or rate=Nbit beside it"}
+	return &FieldError{Field: "burst", Value: strconv.FormatUint(burst, 10), Want: "rate=Npps or rate=Nbit, too"}
 }
 
 // optionParser has the options parsed so far and which of their keys were given.

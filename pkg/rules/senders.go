@@ -176,7 +176,7 @@ func (e end) senderPrefix(in Input) {
 	case int(in.SourceLen) >= in.Source.BitLen():
 		e.fault(nil, ".source", fmt.Sprintf("/%d", in.SourceLen), fmt.Sprintf("/1 to /%d, or none for the address alone", in.Source.BitLen()-1))
 	case p.Masked() != p:
-		e.fault(nil, ".source", p.String(), p.Masked().String()+", without bits behind the prefix")
+		e.fault(nil, ".source", p.String(), p.Masked().String()+", without host bits")
 	case p.Overlaps(multicasts[0]) && !in.Source.IsMulticast(), p.Overlaps(multicasts[1]) && !in.Source.IsMulticast():
 		e.fault(nil, ".source", p.String(), "a prefix of unicast addresses: a group is never a source")
 	}
@@ -199,7 +199,7 @@ func (e end) except(in Input, except []netip.Prefix) {
 		case !p.IsValid() || p.Addr().Is4In6() || p.Addr().Zone() != "":
 			e.fault(nil, ".except", p.String(), "addresses, or prefixes of addresses")
 		case p.Masked() != p:
-			e.fault(nil, ".except", p.String(), p.Masked().String()+", without bits behind the prefix")
+			e.fault(nil, ".except", p.String(), p.Masked().String()+", without host bits")
 		case in.Address.IsValid() && p.Addr().Is4() != in.Address.Is4():
 			e.fault(ErrFamily, ".except", prefixText(p), "the family of "+bounded(in.Address.String()))
 		case in.Source.IsValid() && (!in.Senders().Contains(p.Addr()) || p.Bits() <= int(in.SourceLen)):

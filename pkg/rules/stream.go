@@ -451,14 +451,14 @@ func (c *checker) stream(r *Rule) {
 	merges, fails := r.Stream.Merge != (Merge{}), r.Stream.Failover != (Failover{})
 	switch n := r.InputCount(); {
 	case n == 1 && merges:
-		c.fault(nil, "merge", r.Stream.Merge.String(), "several inputs, which become one stream")
+		c.fault(nil, "merge", r.Stream.Merge.String(), "several inputs to merge")
 	case n == 1 && fails:
 		c.fault(nil, "failover", r.Stream.Failover.String(), "several inputs, of which one is relayed at a time")
 	case n > MaxInputs:
 		c.fault(nil, "in", strconv.Itoa(n)+" inputs", fmt.Sprintf("1 to %d inputs", MaxInputs))
 		return
 	case n > 1 && !merges && !fails:
-		c.fault(nil, "merge", "", "merge=FORMAT for inputs that carry one stream with numbers, or failover=TIME for one without (inputs of their own want rules of their own)")
+		c.fault(nil, "merge", "", "merge=FORMAT for inputs that carry one stream with numbers, or failover=TIME for one without (independent inputs need separate rules)")
 	case merges && fails:
 		c.fault(nil, "failover", r.Stream.Failover.String(), "merge or failover, not both")
 	}
@@ -494,7 +494,7 @@ func (c *checker) leg(r *Rule, i int) {
 		e.fault(nil, ".from", "host", "packets that arrive"+one)
 	}
 	if accept.Local {
-		e.fault(nil, ".local", "yes", "no local: the host's receivers would get what is left of each input")
+		e.fault(nil, ".local", "yes", "no local: the host's receivers would get the rest of each input")
 	}
 	if accept.Rate != (Rate{}) {
 		e.fault(nil, ".rate", string(appendRate(nil, accept.Rate)[1:]), "no rate"+one+" (which one is relayed changes)")

@@ -269,7 +269,7 @@ func joinForms(in Input) string {
 	if in.Address.BitLen()-int(in.Len) > maxJoinBits {
 		all = ""
 	}
-	return all + "join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them"
+	return all + "join=GROUP+GROUP... to join some, or join=none when the network floods the groups or another program joins them"
 }
 
 func (e end) joinList(in Input, groups []netip.Addr) {
@@ -312,7 +312,7 @@ func (e end) rate(r Rate) {
 	case r.Packets != 0 && r.Bits != 0:
 		e.fault(nil, ".rate", fmt.Sprintf("%dpps and %dbit", r.Packets, r.Bits), "packets or bits, not both")
 	case r.Burst != 0 && r.Packets == 0 && r.Bits == 0:
-		e.fault(nil, ".burst", strconv.FormatUint(r.Burst, 10), "a rate beside it")
+		e.fault(nil, ".burst", strconv.FormatUint(r.Burst, 10), "a rate, too")
 	case r.Bits != 0 && r.Bits < minBitRate:
 		e.fault(nil, ".rate", fmt.Sprintf("%dbit", r.Bits), "1kbit or more")
 	case r.Packets > maxRate || r.Bits > maxRate || r.Burst > maxRate:
@@ -386,7 +386,7 @@ func (e end) wholePrefix(addr netip.Addr, length uint8) {
 	}
 	p := netip.PrefixFrom(addr, int(length))
 	if p.Masked() != p {
-		e.fault(nil, ".address", p.String(), p.Masked().String()+", without bits behind the prefix")
+		e.fault(nil, ".address", p.String(), p.Masked().String()+", without host bits")
 		return
 	}
 	if isAllGroups(p) {
@@ -530,7 +530,7 @@ func (e end) policy(o Output) {
 // priority checks that a copy with a priority has a tag to carry it.
 func (e end) priority(o Output, in Input) {
 	if p := o.Policy; p.PCPSet && p.PCP <= 7 && (p.VLAN == VLANPop || p.VLAN == VLANKeep && in.VLAN == VLAN{}) {
-		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "a copy with a VLAN tag, which carries the priority: vlan=ID beside it")
+		e.fault(nil, ".pcp", strconv.Itoa(int(p.PCP)), "a copy with a VLAN tag, which carries the priority, such as vlan=ID")
 	}
 }
 

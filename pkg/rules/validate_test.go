@@ -52,7 +52,7 @@ func TestValidateAccepts(t *testing.T) {
 func TestValidateRefuses(t *testing.T) {
 	const thisNet = "an address outside 0.0.0.0/8, this network (RFC 1122 section 3.2.1.3)"
 	const loopback = "an address outside 127.0.0.0/8, loopback (RFC 1122 section 3.2.1.3)"
-	const broadcast = "an address other than broadcast (RFC 1122 section 3.2.1.3), unless broadcast=allow is beside it"
+	const broadcast = "an address other than broadcast (RFC 1122 section 3.2.1.3), unless it has broadcast=allow"
 	const reserved = "an address outside 240.0.0.0/4, reserved (RFC 1112 section 4)"
 	const control = "a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4), unless the rule's input says local-control=allow"
 	const scope = "a group of scope 3 or wider, ffx3::/16 and up: narrower ones are never forwarded between links (RFC 4291 section 2.7)"
@@ -113,10 +113,10 @@ func TestValidateRefuses(t *testing.T) {
 		{in("232.1.1.1"), ErrNeedSource, `in.source missing: write SOURCE@232.1.1.1: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
 		{in("::ffff:239.1.1.1"), nil, `in.address "::ffff:239.1.1.1": want 239.1.1.1: IPv4-mapped IPv6 addresses are not sent on a wire (RFC 4291 section 2.5.5.2)`},
 		{func(r *Rule) { r.In.Address = netip.Addr{} }, nil, `in.address missing: write a multicast group or a unicast address`},
-		{func(r *Rule) { r.In.Len = 16; r.Accept.Join = JoinNone }, nil, `in.address "239.1.1.1/16": want 239.1.0.0/16, without bits behind the prefix`},
+		{func(r *Rule) { r.In.Len = 16; r.Accept.Join = JoinNone }, nil, `in.address "239.1.1.1/16": want 239.1.0.0/16, without host bits`},
 		{func(r *Rule) { r.In.Len = 32; r.Accept.Join = JoinNone }, nil, `in.prefix "/32": want /1 to /31, or none for the address alone`},
-		{prefix("239.1.1.0/24"), nil, `in.join missing: write join=all to join every group, join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
-		{prefix("239.1.0.0/16"), nil, `in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
+		{prefix("239.1.1.0/24"), nil, `in.join missing: write join=all to join every group, join=GROUP+GROUP... to join some, or join=none when the network floods the groups or another program joins them`},
+		{prefix("239.1.0.0/16"), nil, `in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or another program joins them`},
 		{joined(prefix("239.1.0.0/16"), JoinAll), nil, `in.join "all": want join=none or join=GROUP+GROUP...: 239.1.0.0/16 has more than 4096 groups`},
 		{joined(prefix("239.1.1.0/24"), JoinList), nil, `in.join missing: write join=GROUP+GROUP...`},
 		{joined(prefix("239.1.1.0/24"), JoinList, "239.1.2.1"), nil, `in.join "239.1.2.1": want groups of the input, 239.1.1.0/24`},
@@ -152,7 +152,7 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) { r.Accept.Local, r.Path = true, PathKernel }, nil, `in.local "yes": want path auto or fanout: path kernel takes the packets away from the host's receivers`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 999} }, nil, `in.rate "999bit": want 1kbit or more`},
 		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 1000, Packets: 1} }, nil, `in.rate "1pps and 1000bit": want packets or bits, not both`},
-		{func(r *Rule) { r.Accept.Rate = Rate{Burst: 9} }, nil, `in.burst "9": want a rate beside it`},
+		{func(r *Rule) { r.Accept.Rate = Rate{Burst: 9} }, nil, `in.burst "9": want a rate, too`},
 		{func(r *Rule) { r.Out[0].Policy.Rate = Rate{Packets: 1e18} }, nil, `out[0].rate "1000000000000000000": want at most 1000000G`},
 		{func(r *Rule) { r.Out[0].Len = 16; r.Out[0].Address = addr("239.2.0.0") }, nil, `out[0].address "239.2.0.0/16": want one address, or a prefix as long as the input's, /32`},
 		{func(r *Rule) {
@@ -219,8 +219,8 @@ func TestValidateRefuses(t *testing.T) {
 		{policy(Policy{DSCP: DSCPSet, DSCPValue: 64}), nil, `out[0].dscp "64": want 0 to 63`},
 		{policy(Policy{DSCPValue: 1}), nil, `out[0].dscp "1": want no value with policy keep`},
 		{policy(Policy{DSCP: 7}), nil, `out[0].dscp "DSCPPolicy(7)": want one of the policies declared`},
-		{policy(Policy{PCPSet: true, PCP: 3}), nil, `out[0].pcp "3": want a copy with a VLAN tag, which carries the priority: vlan=ID beside it`},
-		{policy(Policy{PCPSet: true, VLAN: VLANPop}), nil, `out[0].pcp "0": want a copy with a VLAN tag, which carries the priority: vlan=ID beside it`},
+		{policy(Policy{PCPSet: true, PCP: 3}), nil, `out[0].pcp "3": want a copy with a VLAN tag, which carries the priority, such as vlan=ID`},
+		{policy(Policy{PCPSet: true, VLAN: VLANPop}), nil, `out[0].pcp "0": want a copy with a VLAN tag, which carries the priority, such as vlan=ID`},
 		{v6(func(r *Rule) { r.In.Address, r.In.Len, r.Accept.Join = addr("ff02::"), 64, JoinNone }), ErrLinkLocal, `in.address "ff02::/64": want ` + scope},
 		{joined(prefix("224.0.0.0/4"), JoinList, "239.1.1.1", "224.0.0.5"), ErrLinkLocal, `in.join "224.0.0.5": want a group outside 224.0.0.0/24: local network control is never forwarded between links (RFC 5771 section 4)`},
 		{joined(prefix("224.0.0.0/4"), JoinAll), nil, `in.join "all": want join=none or join=GROUP+GROUP...: 224.0.0.0/4 has more than 4096 groups`},
@@ -228,24 +228,24 @@ func TestValidateRefuses(t *testing.T) {
 			joined(prefix("16.0.0.0/4"), JoinNone)(r)
 			r.Out[0].Address, r.Out[0].Len = addr("224.0.0.0"), 4
 		}, ErrLinkLocal, `out[0].address "224.0.0.0/4": want an input of 224.0.0.0/4, too: else some would go to groups that are never forwarded between links`},
-		{host(func(r *Rule) { r.Path = PathKernel }), nil, `in.from "host": want path auto or fanout: what this host sends does not pass path kernel`},
-		{host(func(r *Rule) { r.Accept.Join = JoinNone }), nil, `in.from "host": want no join: what this host sends needs no membership`},
-		{host(func(r *Rule) { r.Accept.Local = true }), nil, `in.from "host": want no local: the host's receivers get what it sends anyway`},
+		{host(func(r *Rule) { r.Path = PathKernel }), nil, `in.from "host": want path auto or fanout: packets that this host sends do not pass path kernel`},
+		{host(func(r *Rule) { r.Accept.Join = JoinNone }), nil, `in.from "host": want no join: packets that this host sends need no membership`},
+		{host(func(r *Rule) { r.Accept.Local = true }), nil, `in.from "host": want no local: the host's receivers get its packets anyway`},
 		{host(in("10.0.0.1")), nil, `in.from "host": want a multicast group, or broadcast=allow`},
-		{senders("10.0.0.1/24"), nil, `in.source "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
+		{senders("10.0.0.1/24"), nil, `in.source "10.0.0.1/24": want 10.0.0.0/24, without host bits`},
 		{senders("10.0.0.0/32"), nil, `in.source "/32": want /1 to /31, or none for the address alone`},
 		{senders("128.0.0.0/1"), nil, `in.source "128.0.0.0/1": want a prefix of unicast addresses: a group is never a source`},
 		{senders("2001:db8::/32"), ErrFamily, `in.source "2001:db8::": want the family of 239.1.1.1`},
 		{func(r *Rule) { r.In.SourceLen = 8 }, nil, `in.source "/8": want an address in front of the length`},
 		{func(r *Rule) { in("232.1.1.1")(r); senders("10.0.0.0/8")(r) }, ErrNeedSource,
 			`in.source "10.0.0.0/8": want one source, or join=none: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
-		{except("10.0.0.1/24"), nil, `in.except "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
+		{except("10.0.0.1/24"), nil, `in.except "10.0.0.1/24": want 10.0.0.0/24, without host bits`},
 		{except("2001:db8::1/128"), ErrFamily, `in.except "2001:db8::1": want the family of 239.1.1.1`},
 		{except("10.0.0.0/24", "10.0.0.7/32"), nil, `in.except "10.0.0.7": want each sender once`},
 		{func(r *Rule) { senders("10.0.0.0/24")(r); except("10.0.1.0/32")(r) }, nil, `in.except "10.0.1.0": want senders of the input, 10.0.0.0/24`},
 		{func(r *Rule) { senders("10.0.0.0/24")(r); except("10.0.0.0/24")(r) }, nil, `in.except "10.0.0.0/24": want senders of the input, 10.0.0.0/24`},
 		{func(r *Rule) { source("10.0.0.1")(r); except("10.0.0.1/32")(r) }, nil, `in.except "10.0.0.1": want no except: one sender alone is taken`},
-		{func(r *Rule) { joined(prefix("239.1.0.0/16"), JoinNone)(r); except("10.0.0.1/24")(r) }, nil, `in.except "10.0.0.1/24": want 10.0.0.0/24, without bits behind the prefix`},
+		{func(r *Rule) { joined(prefix("239.1.0.0/16"), JoinNone)(r); except("10.0.0.1/24")(r) }, nil, `in.except "10.0.0.1/24": want 10.0.0.0/24, without host bits`},
 		{func(r *Rule) {
 			joined(prefix("239.1.0.0/16"), JoinNone)(r)
 			senders("10.0.0.0/24")(r)

@@ -121,7 +121,7 @@ func TestBadRules(t *testing.T) {
 		{name: "output to this host", input: "239.1.1.2:5000%in0", outputs: []string{"10.2.1.1:6000%out0"}, code: 1,
 			line: `rule bad: output 10.2.1.1:6000%out0: 10.2.1.1 is an address of this host: want another host's, or a multicast group`},
 		{name: "prefix without a word on joining", input: "239.1.0.0/16%in0", code: 2,
-			line: `rule "bad": in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or somebody else joins them`},
+			line: `rule "bad": in.join missing: write join=GROUP+GROUP... to join some, or join=none when the network floods the groups or another program joins them`},
 		{name: "feeds itself through a prefix", input: "239.1.0.0/24%in0,join=none", outputs: []string{"239.1.0.7:5000%in0"}, code: 2,
 			line: `rule "bad": out[0] "239.1.0.7:5000%in0": want no loop: it feeds the rule's own input, bad -> bad` + loopHint},
 		{name: "port shifted out of range", input: "239.1.1.2:5000%in0", outputs: []string{"239.2.2.2:-5000%out1"}, code: 2,
@@ -177,8 +177,8 @@ func TestBadRules(t *testing.T) {
 			[]string{"rule", "add", "there", "--in", "239.1.1.2:5000%in0", "--out", goodOut}},
 		{2, []string{`rule "a/b": name "a/b": want 1 to 63 bytes of A-Z a-z 0-9 . _ : -, a letter or digit first`},
 			[]string{"rule", "add", "a/b", "--in", "239.1.1.2:5000%in0", "--out", goodOut}},
-		{1, []string{"no rule is called nobody"}, []string{"rule", "del", "nobody"}},
-		{1, []string{"no rule is called nobody"}, []string{"rule", "show", "nobody"}},
+		{1, []string{"no rule is named nobody"}, []string{"rule", "del", "nobody"}},
+		{1, []string{"no rule is named nobody"}, []string{"rule", "show", "nobody"}},
 		{1, badYAMLFaults(bad), []string{"rule", "apply", bad}},
 		{1, badYAMLFaults(bad), []string{"check", bad}},
 		{1, []string{"nothing to reload: the relay was started without a file"}, []string{"reload"}},
@@ -188,7 +188,7 @@ func TestBadRules(t *testing.T) {
 }
 
 // loopHint ends the report of a circle.
-const loopHint = " (loop=two-way on an input lets a circle between interfaces stand, loop=allow any: what goes round is found, and dropped)"
+const loopHint = " (loop=two-way on an input allows a loop between interfaces, loop=allow any loop: looping packets are detected and dropped)"
 
 const badYAML = `rules:
   - name: a
@@ -263,10 +263,10 @@ func TestBadStart(t *testing.T) {
 	in.add("there", "239.1.1.1:5000%in0", "239.2.1.1:6000%out0")
 	listening := []string{"another xdpcast is listening at " + in.socket + ": stop it first, or choose another --socket"}
 	owned := fmt.Sprintf("another xdpcast owns the pin directory %s (process %d): ", in.pinDir, in.running.cmd.Process.Pid)
-	locked := []string{owned + "stop it first (the kernel goes on relaying), or change its rules and interfaces instead"}
+	locked := []string{owned + "stop it first (the kernel keeps relaying), or change its rules and interfaces instead"}
 	check([]try{
 		{nil, 1, listening, []string{"run"}},
-		{nil, 1, []string{owned + "stop it first (the kernel goes on relaying), or choose another --pin-dir"}, []string{"--socket", in.dir + "/second.sock", "run"}},
+		{nil, 1, []string{owned + "stop it first (the kernel keeps relaying), or choose another --pin-dir"}, []string{"--socket", in.dir + "/second.sock", "run"}},
 		{nil, 1, listening, []string{"run", "--pin-dir", in.dir + "/bpf/second"}},
 		{nil, 1, locked, []string{"load", "-i", "in0"}},
 		{nil, 1, locked, []string{"unload", "--all"}},

@@ -92,7 +92,7 @@ func TestKilledBeforeConfirmed(t *testing.T) {
 	check("reloaded without a condition", third)
 	in.mustCLI("rollback", "1")
 	check("rolled back", second)
-	if got := in.cli("rollback", "40"); got.code != 1 || !strings.Contains(got.stderr, `sets before that in force are kept ("xdpcast history" lists them)`) {
+	if got := in.cli("rollback", "40"); got.code != 1 || !strings.Contains(got.stderr, `earlier sets are kept ("xdpcast history" lists them)`) {
 		t.Errorf("rollback past the end: %s", got)
 	}
 	in.write("rules.yaml", file(first))
@@ -147,7 +147,7 @@ func TestWatchConfig(t *testing.T) {
 	relays("239.2.1.1:6002%out0")
 
 	publish(file("239.2.1.1:6003%out0,ttl=300"))
-	in.running.waitLog(`msg="reload failed, the old rules stay" error=`, 1)
+	in.running.waitLog(`msg="reload failed, keeping the old rules" error=`, 1)
 	in.running.waitLog(`want ttl=keep, ttl=dec or ttl=1 to 255`, 1)
 	relays("239.2.1.1:6002%out0")
 	publish("")
@@ -159,7 +159,7 @@ func TestWatchConfig(t *testing.T) {
 	in.write("api.yaml", "rules: [{name: other, in: 239.1.1.9:5000%in0, out: [239.2.1.9:6000%out1]}]\n")
 	in.mustCLI("rule", "apply", "--confirm", "1h", filepath.Join(in.dir, "api.yaml"))
 	publish(file("239.2.1.1:6005%out0"))
-	in.running.waitLog("the file has changed: it is read when the change that waits is confirmed or undone", 1)
+	in.running.waitLog("the file has changed: it is read once the unconfirmed change is confirmed or undone", 1)
 	relays("239.2.1.1:6004%out0")
 	in.mustCLI("confirm")
 	relays("239.2.1.1:6005%out0")

@@ -540,7 +540,7 @@ func TestLoopGuardHeals(t *testing.T) {
 	first.waitState("there", control.StateActive)
 	first.waitState("back", control.StateActive)
 	eventually(t, "the log says that it is over", func() string {
-		if text := first.running.log.String(); strings.Contains(text, "rule is looping") && !strings.Contains(text, "rule is looping no more") {
+		if text := first.running.log.String(); strings.Contains(text, "rule is looping") && !strings.Contains(text, "rule is no longer looping") {
 			return text
 		}
 		return ""

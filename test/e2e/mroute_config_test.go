@@ -74,7 +74,7 @@ func TestMrouteConfig(t *testing.T) {
 		t.Errorf("reload: %s", text)
 	}
 	left := in.mirrors(4, 2).Left
-	want := map[string]int{"its group is in a prefix that is left to the kernel": 1, "interface out1 is none of those that are mirrored": 1}
+	want := map[string]int{"its group is in a prefix left to the kernel": 1, "interface out1 is not mirrored": 1}
 	for _, l := range left {
 		if want[l.Reason] != l.Entries || !l.Expected {
 			t.Errorf("left: %+v", l)
@@ -145,7 +145,7 @@ func TestMrouteFlags(t *testing.T) {
 	in := newInstance(t, n.relay)
 	file := in.write("rules.yaml", "rules: []\nmroute: {}\n")
 	got := in.cli("run", "-c", file, "--mroute")
-	if want := file + ":2: mroute: the options --mroute say it, too: want it in one of both places"; got.code != 1 || !strings.Contains(got.stderr, want) {
+	if want := file + ":2: mroute: also given by --mroute: want it in only one place"; got.code != 1 || !strings.Contains(got.stderr, want) {
 		t.Errorf("%s\nwant %s", got, want)
 	}
 	for flags, want := range map[string]string{
@@ -154,7 +154,7 @@ func TestMrouteFlags(t *testing.T) {
 		"--mroute --mroute-family ip":                                            `--mroute-family "ip": want ipv4 or ipv6`,
 		"--mroute --mroute-leave 10.0.0.0/8":                                     `--mroute-leave "10.0.0.0/8": want a prefix of multicast groups, such as 239.1.0.0/16, or a group`,
 		"--mroute --mroute-joined x":                                             `--mroute-joined "x": want leave or take`,
-		"--mroute --mroute-family ipv4 --mroute-group ff3e::/32":                 `--mroute-group "ff3e::/32": want IPv4 groups: families has ipv4 alone`,
+		"--mroute --mroute-family ipv4 --mroute-group ff3e::/32":                 `--mroute-group "ff3e::/32": want IPv4 groups: families has only ipv4`,
 		"--mroute --mroute-interface eth0 --mroute-interface eth0":               `--mroute-interface "eth0": want each value once`,
 		"--mroute --mroute-interface a/b --mroute-joined take --mroute-table 10": `--mroute-interface "a/b": want an interface name`,
 	} {

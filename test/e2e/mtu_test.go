@@ -44,7 +44,7 @@ func TestPeerMTU(t *testing.T) {
 				}
 				in.mustCLI(args...)
 			}
-			const note = "interface out0 has an MTU of 1500, and its peer one of 1000: what is longer than that is dropped, reason mtu"
+			const note = "interface out0 has an MTU of 1500, and its peer one of 1000: longer packets are dropped, reason mtu"
 			if text := in.mustCLI("rule", "show", "long"); !strings.Contains(text, note) {
 				t.Errorf("rule show does not say %q:\n%s", note, text)
 			}

@@ -530,7 +530,7 @@ func TestTapEnds(t *testing.T) {
 	}{
 		{[]string{"tapped"}, 2, "-w missing: want the file to write, or - for standard output"},
 		{[]string{"-w", file}, 2, `xdpcast tap: RULE missing; see "xdpcast tap --help"`},
-		{[]string{"none", "-w", file}, 1, "no rule is called none"},
+		{[]string{"none", "-w", file}, 1, "no rule is named none"},
 		{[]string{"tapped", "--out", "1", "-w", file}, 1, "rule tapped has no slot 1: want 0 to 0"},
 		{[]string{"tapped", "--out", "64", "-w", file}, 2, `--out "64": want the number of a slot, or all`},
 		{[]string{"tapped", "--in=false", "-w", file}, 2, "nothing to record: want --in, --out or --dropped, or none of them for all"},

@@ -42,7 +42,7 @@ func TestSenderFeatures(t *testing.T) {
 		t.Run("what is left out", func(t *testing.T) {
 			in.mustCLI("rule", "add", "wide", "--path", path, "--in", "10.0.0.0/8@239.1.1.1:5000-5010%in0,except=10.1.0.0/30", "--out", "239.2.2.9:6000%out0")
 			defer in.mustCLI("rule", "del", "wide")
-			if text := in.mustCLI("explain", "10.1.0.2@239.1.1.1:5000%in0"); !strings.Contains(text, "no rule takes it: rule wide (10.0.0.0/8@239.1.1.1:5000-5010%in0) leaves its sender out") {
+			if text := in.mustCLI("explain", "10.1.0.2@239.1.1.1:5000%in0"); !strings.Contains(text, "no rule takes it: rule wide (10.0.0.0/8@239.1.1.1:5000-5010%in0) excludes its sender") {
 				t.Errorf("explain says\n%s", text)
 			}
 			if text := in.mustCLI("explain", "10.1.0.9@239.1.1.1:5000%in0"); !strings.Contains(text, "source prefix of 8 bits, group, range of ports") {
@@ -65,7 +65,7 @@ func TestSenderFeatures(t *testing.T) {
 			for packet, want := range map[string]string{
 				"10.1.0.2@239.1.1.1:5000%in0": "rule hall takes it: (source prefix of 16 bits, prefix of 16 bits, port) comes before (source prefix of 8 bits, prefix of 24 bits, port)",
 				"10.1.7.1@239.1.1.1:5000%in0": "rule site takes it: (source prefix of 8 bits, prefix of 24 bits, port) comes before (any source, prefix of 16 bits, port)",
-				"10.9.0.1@239.1.2.1:5000%in0": "no rule takes it: rule others (239.1.0.0/16:5000%in0) leaves its sender out",
+				"10.9.0.1@239.1.2.1:5000%in0": "no rule takes it: rule others (239.1.0.0/16:5000%in0) excludes its sender",
 			} {
 				in.mustCLI("rule", "add", "hall", "--path", path, "--in", "10.1.0.0/16@239.1.0.0/16:5000%in0,join=none,except=10.1.7.0/24", "--out", "239.2.2.8:6000%out0")
 				if text := in.mustCLI("explain", packet); !strings.Contains(text, want) {
