@@ -210,7 +210,7 @@ func TestDemoKeep(t *testing.T) {
 
 	errs.Reset()
 	if code := run(t.Context(), demoArgs(prefix), nil, io.Discard, &errs); code != exitFailed ||
-		!strings.Contains(errs.String(), "/run/"+prefix+"-demo"+" is there already: \"xdpcast demo --remove --prefix "+prefix+"\" removes that lab") {
+		!strings.Contains(errs.String(), "/run/"+prefix+"-demo"+" already exists: \"xdpcast demo --remove --prefix "+prefix+"\" removes that lab") {
 		t.Errorf("a second one: code %d, stderr %s", code, &errs)
 	}
 

@@ -102,7 +102,7 @@ func TestBadRequests(t *testing.T) {
 		{"PUT", "/v1/rules", "[" + rule, 400, KindInvalid, "unexpected end"},
 		{"PUT", "/v1/rules", "[" + rule + `,{"name":1}]`, 400, KindInvalid, "rule 2 of the list: "},
 		{"PUT", "/v1/rules", "[" + rule + `,{"nome":""}]`, 400, KindInvalid, `rule 2 of the list: unknown field "nome"`},
-		{"PUT", "/v1/rules", "[] []", 400, KindInvalid, "something follows"},
+		{"PUT", "/v1/rules", "[] []", 400, KindInvalid, "trailing data"},
 		{"POST", "/v1/rules", "", 400, KindInvalid, "body is empty"},
 		{"POST", "/v1/rules", rule + "}", 400, KindInvalid, "body: invalid character"},
 		{"POST", "/v1/rules", `{"name":"a","port":5}`, 400, KindInvalid, `unknown field "port"`},
