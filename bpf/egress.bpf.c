@@ -3,12 +3,12 @@
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
 /* The egress program: runs in the devmaps' rows, on each copy of a frame.
  *
- * The kernel collects the frames for a device and runs one program on all of
- * them, that of the first: rows must never hold different programs for one
- * device. So there is one egress program, which finds out by itself which output
- * a copy is for: by the interface it leaves by and, where a rule has several
- * outputs on that interface, by counting. The copies of one frame reach it one
- * after the other, in the order of the rows, on one CPU.
+ * The kernel collects the frames for a device and runs one program on all of them,
+ * that of the first: rows must never hold different programs for one device. So
+ * there is only one egress program, which finds a copy's output by itself: by the
+ * interface it leaves by and, if a rule has several outputs on that interface, by
+ * counting. The copies of one frame reach it successively, in the order of the rows,
+ * on one CPU.
  */
 #include "account.h"
 #include "bulk.h"
@@ -45,8 +45,8 @@ static __always_inline bool is_first_on(const struct copy *copy, __u32 ifindex)
 	return copy && copy->ifindex == ifindex && copy->same;
 }
 
-/* The first copy of the rule for the interface. It is where it was the last time, which a
- * look at it proves: only then is there no need to search.
+/* The first copy of the rule for the interface. The position where it last was is verified first,
+ * and only if that fails a search is needed.
  */
 static __always_inline struct copy *find_copy(const struct handover *from, __u32 ifindex,
 					      __u32 *index)
@@ -72,7 +72,7 @@ static __always_inline struct copy *find_copy(const struct handover *from, __u32
 	return copy;
 }
 
-/* The output that this copy is for; NULL when the maps contradict each other. */
+/* The output of this copy; NULL if the maps contradict each other. */
 static __always_inline struct output *find_output(const struct handover *from, __u32 ifindex)
 {
 	__u32 index;

@@ -1,8 +1,8 @@
 //go:build ignore
 
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
-/* The relay program: on every input and output interface. A packet that some
- * rule wants goes to the rule's outputs; everything else passes untouched.
+/* The relay program, attached to every input and output interface. A packet that matches a rule
+ * goes to the rule's outputs; everything else passes unchanged.
  */
 #include "account.h"
 #include "buffers.h"
@@ -18,7 +18,7 @@
 #include "steer.h"
 #include "stream.h"
 
-/* Hands a frame that was rewritten to the device. */
+/* Redirects a rewritten frame to the device. */
 static __always_inline int redirect_one(const struct flow *flow, const struct output *o,
 					struct rule_stats *stats, __u32 bytes)
 {
@@ -31,8 +31,8 @@ static __always_inline int redirect_one(const struct flow *flow, const struct ou
 	return verdict;
 }
 
-/* The one output of a rule without a line of it in its shortcut. NULL: it is none that the
- * fast path serves, and verdict says what became of the packet.
+/* The only output of a rule, if its shortcut has no copy of it. NULL: the output is not served by
+ * the fast path, and verdict is the result for the packet.
  */
 static __always_inline const struct output *find_one(struct xdp_md *ctx, struct headers *h,
 						     const struct flow *flow,
@@ -63,7 +63,7 @@ static __always_inline const struct output *find_one(struct xdp_md *ctx, struct 
 	return NULL;
 }
 
-/* One output: the frame itself is rewritten and sent on. */
+/* One output: the frame itself is rewritten and sent. */
 static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const struct flow *flow,
 				    struct rule_stats *stats, __u32 bytes, bool ip4)
 {
@@ -76,7 +76,7 @@ static __always_inline int send_one(struct xdp_md *ctx, struct headers *h, const
 		if (!o)
 			return verdict;
 	}
-	/* The tags stay as they are. */
+	/* The tags stay unchanged. */
 	if (__builtin_expect(frame_size(h->l3_offset, bytes) > o->mtu, 0) &&
 	    (h->l3_len > o->mtu || bytes > (__u32)o->mtu + FRAME_ROOM))
 		return count_drop(DROP_OUTPUT, o->stats, DROP_MTU, bytes);
@@ -109,7 +109,7 @@ __noinline int count_missing(__u32 first, __u32 n, __u32 l3_len, __u32 l3_offset
 	return 0;
 }
 
-/* Tells the egress program, or a user-space path, whose packet this is. */
+/* Tells the egress program, or a user-space path, which rule this packet belongs to. */
 static __always_inline void hand_over(struct headers *h, const struct flow *flow, __u32 sequence)
 {
 	struct handover *to = (struct handover *)h->eth;
@@ -133,7 +133,7 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 
 	if (!slots)
 		return count_drop(DROP_RULE, id, DROP_INTERNAL, bytes);
-	/* The kernel's clone leaves the further buffers of a frame behind. */
+	/* The kernel's clone drops all but the first buffer of a frame. */
 	if (bytes != first_buffer(ctx))
 		return count_drop(DROP_RULE, id, DROP_MULTI_BUFFER, bytes);
 	if (frame_size(h->l3_offset, bytes) > flow->min_mtu)
@@ -142,11 +142,11 @@ static __always_inline int send_many(struct xdp_md *ctx, struct headers *h, cons
 	return bpf_redirect_map(slots, 0, BPF_F_BROADCAST);
 }
 
-/* AF_XDP sockets take frames of several buffers (Linux 6.6). Set at load. */
+/* AF_XDP sockets take frames in several buffers (Linux 6.6). Set at load. */
 const volatile bool socket_multi_buffer = true;
 
-/* To the AF_XDP socket of the interface and queue. Returns false when the kernel path
- * is to serve.
+/* Redirects to the AF_XDP socket of the interface and queue. Returns false if the kernel path
+ * should serve the packet.
  */
 static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 				      const struct flow *flow, __u32 bytes,
@@ -154,7 +154,7 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 {
 	__u32 queue = ctx->rx_queue_index;
 
-	/* The kernel would drop it, and count it nowhere. */
+	/* The kernel would drop it without counting it. */
 	if (!socket_multi_buffer && bytes != first_buffer(ctx)) {
 		if (flow->flags & FLOW_FALLBACK)
 			return false;
@@ -177,8 +177,8 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
 	return true;
 }
 
-/* Whether a packet of one of several inputs goes on. One that does not is counted: in stats the
- * copies of what another input has brought.
+/* Whether a packet of one of several inputs continues. Otherwise it is counted: copies of another
+ * input's packets in stats.
  */
 static __always_inline bool leg_passes(struct xdp_md *ctx, __u32 ifindex, const struct headers *h,
 				       const struct flow *flow, struct rule_stats *stats,
@@ -201,7 +201,7 @@ static __always_inline bool leg_passes(struct xdp_md *ctx, __u32 ifindex, const 
 	return false;
 }
 
-/* The same on the fanout path, whose workers match and count what comes to them, and nothing else.
+/* The same on the fanout path, where workers match packets and count only those that reach them.
  */
 static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
 					      const struct headers *h, const struct flow *flow,
@@ -219,11 +219,11 @@ static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
 	return false;
 }
 
-/* What no rule takes passes untouched. */
+/* Passes a packet that matches no rule, unchanged. */
 #define NOT_OURS (-1)
 
-/* The word of a flow entry that begins with flags, in the order of a little-endian machine, of
- * the kernel path; and what of it is nothing else.
+/* The word of a flow entry that begins with flags, on a little-endian machine, for the kernel path;
+ * and the mask of its bits for everything rare.
  */
 #define FLOW_PLAIN ((__u64)PATH_KERNEL << 16)
 #define FLOW_PLAIN_MASK                                                                            \
@@ -236,7 +236,7 @@ _Static_assert(__builtin_offsetof(struct flow, routed) == 19, "follows path");
 _Static_assert(__builtin_offsetof(struct flow, stream) == 20, "follows routed");
 
 /* Whether a flow is on another path than the kernel's, a leg or routed, or has one of the flags
- * above: most have none of it, which is one comparison for them.
+ * above: for most flows one comparison excludes all of these.
  */
 static __always_inline bool is_rare(const struct flow *flow)
 {
@@ -249,15 +249,15 @@ static __always_inline bool is_rare(const struct flow *flow)
 static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg, __u32 ifindex,
 				   struct headers *h, const struct flow *flow, bool ip4)
 {
-	/* Masked, so that the verifier knows a packet of MALFORMED bytes to be longer. */
+	/* Masked, so that the verifier knows that a packet of MALFORMED bytes is longer. */
 	__u32 bytes = bpf_xdp_get_buff_len(ctx) & MALFORMED;
 	__u32 id = flow->rule;
 	bool rare = is_rare(flow), own;
 	struct rule_stats *stats;
 	int verdict;
 
-	/* A packet cut short is for the stack to refuse, and one for another host's MAC
-	 * to ignore.
+	/* The stack refuses a truncated packet, and ignores one for another host's
+	 * MAC.
 	 */
 	if (__builtin_expect((__u64)h->l3_offset + h->l3_len > bytes, 0)) {
 		if (flow->path != PATH_FANOUT)
@@ -279,7 +279,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		}
 	}
 	own = own_packet(cfg, h, flow, ip4);
-	/* The workers behind the packet tap do and count all that follows. */
+	/* The workers at the packet tap do and count everything below. */
 	if (__builtin_expect(rare, 0) && flow->path == PATH_FANOUT) {
 		if (!own && !(flow->flags & (FLOW_UNGUARDED | FLOW_LOCAL)) &&
 		    guard_tapped(ctx, id, guard_place(h, ip4, flow), h->fragment_id, bytes))
@@ -332,8 +332,8 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 	return ip4 ? lookup4(cfg, ifindex, h, port) : lookup6(cfg, ifindex, h, port);
 }
 
-/* What is no whole UDP packet is for the stack; queries are counted on the way.
- * Marked as unlikely, so that the compiler keeps it off the fast path.
+/* Incomplete or non-UDP packets go to the stack; queries are counted. Marked as unlikely, so that
+ * the compiler keeps it off the fast path.
  */
 static __always_inline int not_udp(struct xdp_md *ctx)
 {

@@ -1,14 +1,14 @@
 //go:build ignore
 
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
-/* The tap: tracing programs (fentry, fexit) on the relay and egress program, loaded while
- * somebody taps a rule and at no other time. The programs that they look at are not
- * changed, and know nothing of them.
+/* The tap: tracing programs (fentry, fexit) on the relay and egress programs, loaded
+ * only while a tap runs. The traced programs are not changed, and know nothing of
+ * them.
  *
- * Whose packet a frame was is told by the account: what makes a rule's counter grow while
- * the relay program runs is a packet of that rule, and what makes an output's counter grow
- * has been sent by it. The programs run from entry to exit on one CPU, and the counters
- * are of that CPU.
+ * The account identifies a frame's rule: if a rule's counter grows while the relay
+ * program runs, the packet belongs to that rule; if an output's counter grows, it was
+ * sent by that output. The programs run from entry to exit on one CPU, and the
+ * counters are per CPU.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -44,14 +44,14 @@ struct xdp_buff {
 	struct xdp_txq_info *txq;
 } __attribute__((preserve_access_index));
 
-/* What is wanted. Set at load. */
+/* What to record. Set at load. */
 const volatile bool want_in = true;
 const volatile bool want_dropped = true;
-const volatile __u64 want_slots = 0; /* a bit for each */
-const volatile __u32 sample = 1;     /* one of so many packets of a rule and CPU */
+const volatile __u64 want_slots = 0; /* one bit each */
+const volatile __u32 sample = 1;     /* one packet in this many, by rule and CPU */
 const volatile __u32 snap = 1;	     /* bytes of a frame; at most TAP_MAX_SNAP */
 
-/* A record of the ring must fit 16 bits with all that is around it. */
+/* The length of a record in the ring must fit 16 bits, including overhead. */
 #define TAP_MAX_SNAP 0xf000
 
 /* tapped_flows: interface -> flows of the rule. */
@@ -72,8 +72,8 @@ struct {
 	__type(value, __u32);
 } tapped_outputs SEC(".maps");
 
-/* tap_events: a ring for each CPU. Frames are copied from all of their buffers at once, which
- * the kernel offers for this type of map alone.
+/* tap_events: a ring for each CPU. Only this type of map lets the kernel copy frames from all of
+ * their buffers at once.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
@@ -81,7 +81,7 @@ struct {
 	__type(value, __u32);
 } tap_events SEC(".maps");
 
-/* tap_lost: one entry, packets that the ring had no room for. */
+/* tap_lost: one entry, packets for which the ring had no room. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -89,7 +89,7 @@ struct {
 	__type(value, __u64);
 } tap_lost SEC(".maps");
 
-/* What a rule's counters were when the relay program began. */
+/* The values of a rule's counters when the relay program began. */
 struct tap_before {
 	__u64 packets;
 	__u64 bytes;
@@ -99,14 +99,14 @@ struct tap_before {
 
 /* From the entry of the relay program to its exit. */
 struct tap_relay {
-	struct tap_flows flows; /* n is 0: the frame is of no interest */
+	struct tap_flows flows; /* n is 0: the frame is not of interest */
 	struct tap_before before[TAP_FLOWS];
 	__u32 length; /* of the frame's first buffer */
 };
 
 /* From the entry of the egress program to its exit. */
 struct tap_egress {
-	__u32 n; /* outputs of the tapped rule on the interface; 0: not its frame */
+	__u32 n; /* outputs of the tapped rule on the interface; 0: not a frame of it */
 	__u32 stats[XDPCAST_MAX_SLOTS];
 	__u64 packets[XDPCAST_MAX_SLOTS];
 };
@@ -127,7 +127,7 @@ struct {
 	__type(value, struct tap_egress);
 } egress_run SEC(".maps");
 
-/* tap_records: the record in hand, 0 of the relay program and 1 of the egress program. */
+/* tap_records: the current record, 0 of the relay program and 1 of the egress program. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 2);
@@ -147,7 +147,7 @@ static __always_inline void write_record(struct xdp_buff *xdp, struct tap_record
 	__u32 captured = r->length, key = 0, size;
 	__u64 *lost;
 
-	/* The frame as it came in may be longer by its tags. */
+	/* The incoming frame may be longer by its tags. */
 	if (captured > snap + 8)
 		captured = snap + 8;
 	captured &= 0xffff;
@@ -167,8 +167,8 @@ static __always_inline void write_record(struct xdp_buff *xdp, struct tap_record
 		*lost += (r->flags & (TAP_IN | TAP_OUT)) == (TAP_IN | TAP_OUT) ? 2 : 1;
 }
 
-/* The loops are callbacks of bpf_loop (Linux 5.17), which the verifier follows once, and not along
- * each way through all of their rounds.
+/* The loops are callbacks of bpf_loop (Linux 5.17), whose body the verifier checks once, rather
+ * than each path through all iterations.
  */
 static long note_before(__u32 i, void *unused)
 {
@@ -244,7 +244,7 @@ int BPF_PROG(egress_drop, __u32 scope, __u32 id, __u32 reason)
 	return 0;
 }
 
-/* Whether the frame is still one that the egress program has to rewrite. */
+/* Whether the egress program still has to rewrite the frame. */
 static __always_inline bool handed_over(struct xdp_buff *xdp)
 {
 	__u8 mark = 0;
@@ -254,9 +254,9 @@ static __always_inline bool handed_over(struct xdp_buff *xdp)
 	return mark == HANDOVER_MARK;
 }
 
-/* What has happened to a packet of the tapped rule in a run of the relay program. */
+/* The fate of a packet of the tapped rule in a run of the relay program. */
 struct relay_found {
-	__u64 bytes; /* 0: it was of another one */
+	__u64 bytes; /* 0: it belonged to another rule */
 	__u32 packets;
 	__u32 rule;
 	bool handed;
@@ -295,7 +295,7 @@ int BPF_PROG(relay_exit, struct xdp_buff *xdp, int verdict)
 		return 0;
 	bpf_loop(TAP_FLOWS, find_flow, &found, 0);
 	t->flows.n = 0;
-	/* The number is the one that the egress program goes by. */
+	/* The same number as that used by the egress program. */
 	if (!found.bytes || (sample > 1 && found.packets % sample))
 		return 0;
 	flags = found.copy ? TAP_COPY : 0;
@@ -317,7 +317,7 @@ int BPF_PROG(relay_exit, struct xdp_buff *xdp, int verdict)
 	return 0;
 }
 
-/* The outputs of a frame that the egress program is to rewrite. */
+/* The outputs of a frame that the egress program will rewrite. */
 struct egress_outputs {
 	__u32 first;
 	__u32 outputs;
@@ -381,7 +381,7 @@ static __always_inline bool slot_wanted(__u32 stats)
 	return slot && want_slots >> (*slot & 63) & 1;
 }
 
-/* The output that has sent the copy. */
+/* The output that sent the copy. */
 struct egress_found {
 	__u32 stats;
 	bool sent;

@@ -1,11 +1,11 @@
 //go:build ignore
 
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
-/* The tapped program: at the start of traffic control (tcx ingress) on inputs of the
- * fanout path. The packet taps have had their packets there, the stack has not yet
- * (__netif_receive_skb_core of net/core/dev.c), and what the workers take is to go no
- * further: to no receiver, bridge or multicast route of the host. It needs no XDP on
- * the interface, and decides as the relay program does.
+/* The tapped program: at the start of traffic control (tcx ingress) on inputs of the fanout path.
+ * There the packet taps already have their packets, but the stack does not
+ * (__netif_receive_skb_core of net/core/dev.c): it drops packets that the workers take, so that no
+ * receiver, bridge or multicast route of the host gets them. It needs no XDP on the interface, and
+ * decides like the relay program.
  */
 #include <linux/if_packet.h>
 #include <linux/pkt_cls.h>
@@ -14,19 +14,19 @@
 #include "lookup.h"
 #include "own.h"
 
-/* The length of the link-layer header: 0 on devices without (tun, WireGuard). Set at
+/* The length of the link-layer header: 0 on devices without one (tun, WireGuard). Set at
  * load.
  */
 const volatile __u32 link_header = ETH_HLEN;
 
-/* What all headers together are in front of UDP and its payload, at most: one tag, the
- * kernel has taken out the other.
+/* The maximum length of all headers before UDP and its payload: with one tag, since the kernel has
+ * removed the other.
  */
 #define HEADERS                                                                                    \
 	(ETH_HLEN + sizeof(struct vlan_hdr) + sizeof(struct ipv6hdr) + MAX_EXTENSION_BYTES +       \
 	 sizeof(struct udphdr))
 
-/* Brings the headers into the linear part of the buffer, where they nearly always are. */
+/* Pulls the headers into the linear part of the buffer, where they nearly always are. */
 static __always_inline void show_headers(struct __sk_buff *skb)
 {
 	__u32 shown = skb->data_end - skb->data;
@@ -35,8 +35,8 @@ static __always_inline void show_headers(struct __sk_buff *skb)
 		bpf_skb_pull_data(skb, skb->len < HEADERS ? skb->len : HEADERS);
 }
 
-/* Everything in front of IP, as parse_eth sees it in a frame that has all its tags.
- * Returns the EtherType in network order, 0 for what the relay program does not take.
+/* Everything before IP, as parse_eth would see it in a frame with all its tags. Returns the
+ * EtherType in network order, 0 for frames that the relay program does not take.
  */
 static __always_inline __be16 parse_link(struct __sk_buff *skb, void *data, void *data_end,
 					 struct headers *h)
@@ -48,15 +48,15 @@ static __always_inline __be16 parse_link(struct __sk_buff *skb, void *data, void
 	if (link_header) {
 		if ((void *)(eth + 1) > data_end)
 			return 0;
-		/* A buffer that generic XDP has copied has no mac_len (Linux 6.18): the data
-		 * begins behind the Ethernet header then.
+		/* A buffer copied by generic XDP has no mac_len (Linux 6.18): its data then begins
+		 * after the Ethernet header.
 		 */
 		if (eth->h_proto != proto)
 			start = 0;
 	}
 	h->l3_offset = start;
 	proto = parse_tags(data + start, data_end, proto, h);
-	/* The kernel has taken out the outer one. */
+	/* The kernel has removed the outer one. */
 	if (skb->vlan_present) {
 		tags = (h->l3_offset - start) / sizeof(struct vlan_hdr);
 		if (tags == MAX_VLAN_TAGS)
@@ -81,7 +81,7 @@ static __always_inline bool to_input(struct __sk_buff *skb, const struct flow *f
 	       same_mac(mac, flow->input_mac);
 }
 
-/* Whether a rule of the fanout path takes a packet and leaves none to the host. */
+/* Whether a rule of the fanout path takes a packet and keeps it from the host. */
 static __always_inline bool ours(struct __sk_buff *skb, struct headers *h, bool ip4)
 {
 	struct config *cfg = bpf_map_lookup_elem(&config, &zero);
@@ -101,7 +101,7 @@ static __always_inline bool ours(struct __sk_buff *skb, struct headers *h, bool 
 		return false;
 	if (flow->flags & FLOW_UNICAST && !to_input(skb, flow))
 		return false;
-	/* The relay program may not be there to do so. */
+	/* The relay program, which checks this otherwise, may not be attached. */
 	if (h->part == PART_FIRST)
 		remember_fragment(ifindex, h, ip4);
 	return !(flow->flags & FLOW_LOCAL);
@@ -113,7 +113,7 @@ static __always_inline bool taken(struct __sk_buff *skb)
 	void *data, *data_end;
 	__be16 proto;
 
-	/* What processes of this host send each other: no packet tap has seen it. */
+	/* Packets between processes of this host: no packet tap has seen them. */
 	if (skb->pkt_type == PACKET_LOOPBACK)
 		return false;
 	show_headers(skb);

@@ -1,9 +1,9 @@
 //go:build ignore
 
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
-/* What became of redirected frames after the programs had returned: the kernel
- * tells only its tracepoints. Optional: without BTF in the kernel the relay works
- * and these counters stay empty.
+/* The fate of redirected frames after the programs have returned: the kernel only reports it
+ * through tracepoints. Optional: without BTF in the kernel the relay works and these counters stay
+ * empty.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -26,8 +26,8 @@ struct net_device {
 	possible_net_t nd_net;
 } __attribute__((preserve_access_index));
 
-/* device_stats: output interface -> frames lost behind the programs. The loader
- * makes an entry for each interface that it sends on.
+/* device_stats: output interface -> frames lost after the programs. The loader creates an entry for
+ * each output interface.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
@@ -36,7 +36,7 @@ struct {
 	__type(value, struct device_stats);
 } device_stats SEC(".maps");
 
-/* device_rows: row of devices -> ifindex, which a tracepoint is not told. */
+/* device_rows: row of devices -> ifindex, which a tracepoint does not get. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1024);
@@ -44,8 +44,8 @@ struct {
 	__type(value, __u32);
 } device_rows SEC(".maps");
 
-/* The network namespace of the interfaces: the tracepoints tell of the devices of all.
- * Set at load.
+/* The network namespace of the interfaces: the tracepoints fire for devices of all namespaces. Set
+ * at load.
  */
 const volatile __u64 netns_cookie = 0;
 
@@ -88,8 +88,8 @@ int BPF_PROG(devmap_xmit, const struct net_device *from, const struct net_device
 	return 0;
 }
 
-/* A redirect through devices that the kernel refused: the device is down, or the
- * frame longer than it takes.
+/* A redirect through devices that the kernel refused: the device is down, or the frame too long for
+ * it.
  */
 SEC("tp_btf/xdp_redirect_err")
 int BPF_PROG(redirect_err, const struct net_device *dev, const void *prog, const void *target,

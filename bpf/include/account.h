@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* Counting. Every packet that matched ends in exactly one place for each of the
- * rule's outputs: sent_packets of a rule with one, output_stats of others, or a drop with its
- * reason.
+/* Counting. For each of its rule's outputs, every matched packet ends in exactly one
+ * counter: sent_packets of a rule with one output, output_stats of others, or a drop with
+ * its reason.
  */
 #pragma once
 
 #include "guard.h"
 #include "maps.h"
 
-/* Returns the counters of the rule on this CPU; their packets are a number that the
- * rule's next packet on this CPU does not get. The clock is read once a tick: it goes on with
- * jiffies, which a program reads without a call.
+/* Returns the counters of the rule on this CPU; their packet count is unique among the rule's
+ * packets on this CPU. The clock is read once a tick: ticks are jiffies, which a program reads
+ * without a call.
  */
 static __always_inline struct rule_stats *count_match(__u32 rule, __u32 bytes)
 {
@@ -43,7 +43,7 @@ static __always_inline void count(struct counter *c, __u32 bytes)
 	c->bytes += bytes;
 }
 
-/* Counts in rule_drops, whose entries come with the first count. Global, so that it is
+/* Counts in rule_drops, whose entries are created by the first count. Global, so that it is
  * verified once.
  */
 __noinline int count_rare(__u32 scope, __u32 id, __u32 reason, __u32 packets, __u32 bytes)
@@ -53,7 +53,7 @@ __noinline int count_rare(__u32 scope, __u32 id, __u32 reason, __u32 packets, __
 	struct counter *c = bpf_map_lookup_elem(&rule_drops, &key);
 
 	if (!c) {
-		/* Another CPU may make the entry first: then count in its. */
+		/* Another CPU may have created the entry first: count in that. */
 		if (!bpf_map_update_elem(&rule_drops, &key, &first, BPF_NOEXIST))
 			return 0;
 		c = bpf_map_lookup_elem(&rule_drops, &key);
@@ -65,8 +65,8 @@ __noinline int count_rare(__u32 scope, __u32 id, __u32 reason, __u32 packets, __
 	return 0;
 }
 
-/* Counts a drop; out of line, since no fast path comes here, and global, so that it
- * is verified once.
+/* Counts a drop; out of line, since no fast path comes here, and global, so that it is verified
+ * once.
  */
 __noinline int count_drop(__u32 scope, __u32 id, __u32 reason, __u32 bytes)
 {
@@ -78,14 +78,14 @@ __noinline int count_drop(__u32 scope, __u32 id, __u32 reason, __u32 bytes)
 	return XDP_DROP;
 }
 
-/* Notes something of a rule's packets that is no drop. */
+/* Counts a note, which is not a drop, on a rule. */
 static __always_inline void count_note(__u32 rule, __u32 note, __u32 packets, __u32 bytes)
 {
 	count_rare(DROP_NOTE, rule, note, packets, bytes);
 }
 
-/* Counts a broadcast datagram that no rule takes: rules take it with broadcast=allow alone. Returns
- * what passes. Global, so that it is verified once.
+/* Counts a broadcast datagram that matches no rule: only rules with broadcast=allow match. Returns
+ * the PASS verdict. Global, so that it is verified once.
  */
 __noinline int count_broadcast(struct xdp_md *ctx)
 {
@@ -97,9 +97,9 @@ __noinline int count_broadcast(struct xdp_md *ctx)
 	return 0;
 }
 
-/* The loop guard in front of the packet tap, behind which packets come in blocks of each
- * input, and no more in the order of their arrival. Says whether a packet was dropped.
- * Global, so that it is verified once.
+/* The loop guard before the packet tap, after which packets arrive in blocks per input, and no
+ * longer in order of arrival. Returns whether a packet was dropped. Global, so that it is verified
+ * once.
  */
 __noinline int guard_tapped(struct xdp_md *ctx, __u32 rule, __u32 place, __u32 fragment_id,
 			    __u32 bytes)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* Between the egress program and the tracepoint behind it, which run one after the other
- * on one CPU for each bulk of frames to a device (bq_xmit_all of kernel/bpf/devmap.c).
+/* Shared by the egress program and the tracepoint after it, which run successively on one CPU for
+ * each bulk of frames to a device (bq_xmit_all of kernel/bpf/devmap.c).
  */
 #pragma once
 
@@ -9,7 +9,7 @@
 
 #include "abi.h"
 
-/* egress_drops: one entry, what the egress program dropped of the bulk in hand. */
+/* egress_drops: one entry, frames that the egress program dropped from the current bulk. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);

@@ -1,25 +1,25 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* A local stack that sends over a virtual device (veth) leaves the UDP checksum to the
- * device: the field holds the sum of the pseudo header (CHECKSUM_PARTIAL). XDP has no
- * such offload, and an incremental update of that sum would be wrong. So the relay program
- * finishes it, on inputs where it may happen. A finished checksum that equals the sum by
- * chance (1 of 65,536) is computed anew, comes out the same and is not noted.
+/* A local stack that sends over a virtual device (veth) leaves the UDP checksum to the device: the
+ * field holds the sum of the pseudo header (CHECKSUM_PARTIAL). XDP has no such offload, and an
+ * incremental update of that sum would be wrong. So the relay program completes it, on inputs where
+ * it may occur. A complete checksum that equals the sum by chance (1 in 65,536) is recomputed with
+ * the same result and not noted.
  */
 #pragma once
 
 #include "parse.h"
 #include "rewrite.h"
 
-/* Blocks of the long steps and of the short ones behind them; no frame in one buffer is
- * longer than a page.
+/* Blocks of the long steps, and of the short ones after them; no frame in one buffer is longer than
+ * a page.
  */
 #define FINISH_BLOCK 256
 #define FINISH_BLOCKS 16
 #define FINISH_STEP 16
 #define FINISH_MASK 0xfff
 
-/* The sum of the pseudo header (RFC 768; RFC 8200 section 8.1), without length; 0 for
- * what cannot be.
+/* The sum of the pseudo header (RFC 768; RFC 8200 section 8.1), without length; 0 for impossible
+ * headers.
  */
 static __always_inline __u64 pseudo_header(const void *l3, const void *data_end)
 {
@@ -40,9 +40,9 @@ static __always_inline __u64 pseudo_header(const void *l3, const void *data_end)
 	return sum;
 }
 
-/* Where a datagram goes on of which len bytes are left; NULL where fewer than want are in
- * this buffer. Found from the lengths, of which the verifier knows no value: it looks at each
- * step below once, and not for each way to it.
+/* The rest of a datagram, of len bytes; NULL if fewer than want are in this buffer. Computed from
+ * lengths whose values the verifier does not know: it verifies each step below once, and not for
+ * each path to it.
  */
 static __always_inline const void *finish_at(const struct udphdr *udp, __u32 len, __u32 want,
 					     const void *data_end)
@@ -54,9 +54,9 @@ static __always_inline const void *finish_at(const struct udphdr *udp, __u32 len
 	return next > data_end ? NULL : p;
 }
 
-/* Finishes the checksum of a whole datagram, whose headers are at these offsets. Returns 0,
- * and changes nothing, when it is finished, or when the datagram goes on in another
- * buffer. Global, so that it is verified once.
+/* Completes the checksum of an unfragmented datagram with headers at these offsets. Returns 0, and
+ * changes nothing, if it is already complete, or if the datagram continues in another buffer.
+ * Global, so that it is verified once.
  */
 __noinline int finish_checksum(struct xdp_md *ctx, __u32 l3, __u32 at)
 {

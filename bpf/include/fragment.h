@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* Fragments behind the first have no ports. The first one leaves its port in the
- * map fragments, and the others are then looked up like any packet, so that a rule
- * changed in between takes effect on them, too.
+/* Later fragments carry no ports. The first one records its port in the map fragments,
+ * and the others are then looked up like any packet, so that a rule changed in between
+ * applies to them, too.
  *
- * A fragment whose first one was not seen, for it came out of order, was lost, or
- * was pushed out of the map by 16,384 other datagrams, is left to the stack and
+ * A fragment whose first one was not seen, because it came out of order, was lost, or
+ * was evicted from the map by 16,384 other datagrams, passes to the stack and is
  * counted.
  */
 #pragma once
@@ -13,8 +13,8 @@
 #include "maps.h"
 #include "parse.h"
 
-/* How long a first fragment speaks for the others. Identifications come again: at
- * 10,000 fragmented datagrams a second of one flow after 6.5 s.
+/* How long the port of a first fragment is valid. Identifications are reused: at 10,000 fragmented
+ * datagrams a second of one flow after 6.5 s.
  */
 const volatile __u64 fragment_timeout_ns = 2000000000;
 
@@ -45,8 +45,8 @@ static __always_inline void fragment_key(struct fragment_key *key, __u32 ifindex
 	}
 }
 
-/* Notes a fragment whose first one was not seen. Should that come yet, its rule can
- * tell that the datagram is lost: see claim_orphans.
+/* Records a fragment whose first one was not seen. If that arrives later, its rule can note that
+ * the datagram is lost: see claim_orphans.
  */
 static __noinline int keep_orphan(const struct fragment_key *key, __u32 bytes)
 {
@@ -92,7 +92,7 @@ static __noinline int note_orphans(const struct fragment_key *key, __u32 rule)
 	return 0;
 }
 
-/* A first fragment has come: the rule takes note of those before it. */
+/* A first fragment has arrived: its rule notes the fragments before it. */
 static __always_inline void claim_orphans(__u32 ifindex, const struct headers *h, __u32 rule,
 					  bool ip4)
 {
@@ -102,7 +102,7 @@ static __always_inline void claim_orphans(__u32 ifindex, const struct headers *h
 	note_orphans(&key, rule);
 }
 
-/* The port of a later fragment's datagram, 0 when it is not known. */
+/* The port of a later fragment's datagram, 0 if unknown. */
 static __always_inline __u16 fragment_port(__u32 ifindex, const struct headers *h, bool ip4)
 {
 	struct fragment_key key;
@@ -132,7 +132,7 @@ static __always_inline void remember_fragment(__u32 ifindex, const struct header
 	keep_fragment(&key, bpf_ntohs(h->udp->dest));
 }
 
-/* Notes what became of the first fragment, or returns what did. */
+/* Records the verdict on the first fragment, or returns the recorded one. */
 static __noinline int first_verdict(const struct fragment_key *key, bool set, __u32 verdict)
 {
 	struct fragment *first = key ? bpf_map_lookup_elem(&fragments, key) : NULL;
@@ -144,8 +144,8 @@ static __noinline int first_verdict(const struct fragment_key *key, bool set, __
 	return first->verdict;
 }
 
-/* What becomes of a fragment of a leg: the same as of the first one, which has the number. verdict
- * is that of the first.
+/* The verdict on a fragment of a leg: that of the first fragment, which has the number. verdict is
+ * that of the first.
  */
 static __always_inline __u32 fragment_verdict(__u32 ifindex, const struct headers *h, bool ip4,
 					      __u32 verdict)

@@ -1,45 +1,45 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* The loop guard: packets that this host has sent and that come back to it, by other
- * relays, reflectors or switches, are found and cut. docs/decisions/0017-loop-guard.md has
- * the reasons; pkg/packet/guard.go is the twin in Go.
+/* The loop guard: detects and drops packets that this host has sent and that come back to it
+ * through other relays, reflectors or switches. docs/decisions/0017-loop-guard.md has the
+ * reasons; pkg/packet/guard.go is the twin in Go.
  *
- * No rewriting changes the payload, so a signature of it tells a packet that was relayed
- * before, whatever its addresses, ports and tags are now. A content that comes again and
- * again leaves with a mark in what means nothing there: the identification of IPv4, or the
- * flow label of IPv6. Marks that come back, one after the other, prove a loop. No
- * number of senders, and no repetition, does.
+ * No rewriting changes the payload, so its signature identifies a packet that was relayed
+ * before, whatever its addresses, ports and tags are now. Packets with a repeated payload leave
+ * with a mark in a field without meaning there: the IPv4 identification, or the IPv6 flow label.
+ * Several different marks that come back prove a loop. No number of senders, and no repetition,
+ * does.
  *
- * Rules whose circle is meant (FLOW_TWO_WAY) are cut by likelihood, too: a return comes from
- * somebody else than the first packet did (source MAC and address), and each packet relayed
- * comes back, so that the returns outnumber those of the first sender without end. With the
- * others such packets are noted, and relayed.
+ * Rules with an intended loop (FLOW_TWO_WAY) are also cut by likelihood: a return has another
+ * sender than the first packet (source MAC and address), and each relayed packet comes back, so
+ * returns outnumber the packets of the first sender. In other rules such packets are noted, and
+ * relayed.
  *
- * Most packets of a fast rule are not looked at: the first of each tick are, and all
- * while the rule's rate multiplies, as it does with a loop.
+ * Most packets of a fast rule are not inspected: the first of each tick are, and all while the
+ * rule's rate multiplies, as it does in a loop.
  */
 #pragma once
 
 #include "maps.h"
 #include "parse.h"
 
-/* Packets of a rule that are looked at in each tick of the kernel (1 to 10 ms), on each
- * CPU. Set at load by tests.
+/* Packets of a rule that are inspected in each tick of the kernel (1 to 10 ms), on each CPU. Tests
+ * set it at load.
  */
 const volatile __u32 guard_budget = 64;
 
-/* What makes the marks of this host its own. Set at load. */
+/* Makes this host's marks unique. Set at load. */
 const volatile __u32 guard_secret = 0;
 
-/* Ticks for which every packet is looked at when the rate multiplies. */
+/* Ticks for which every packet is inspected when the rate multiplies. */
 const volatile __u32 guard_watch = 64;
 
-/* For how long a content is remembered after it was relayed, in 2^20 ns: loops that take
- * longer are not found.
+/* How long a payload is remembered after it was relayed, in 2^20 ns: slower loops are not
+ * found.
  */
 const volatile __u32 guard_window = 512;
 
-/* Who comes within so many 2^20 ns of the first packet, and within GUARD_EARLY packets, may
- * have been before it.
+/* A sender within this time (2^20 ns) of the first packet, and within GUARD_EARLY packets, may have
+ * been first.
  */
 const volatile __u32 guard_race = 512;
 
@@ -73,7 +73,7 @@ const volatile __u32 guard_race = 512;
 #define GUARD_K1 0xbf58476d1ce4e5b9ULL
 #define GUARD_K2 0x94d049bb133111ebULL
 
-/* A packet as the guard sees it. */
+/* A packet as seen by the guard. */
 struct guard_packet {
 	__u64 now_ns;
 	__u32 signature;
@@ -124,7 +124,7 @@ __noinline int guard_tick(struct rule_stats *stats, __u32 rule, __u64 tick)
 	return 0;
 }
 
-/* Whether this packet is one to look at. */
+/* Whether to inspect this packet. */
 static __always_inline bool guard_looks(const struct rule_stats *stats)
 {
 	return stats->packets <= stats->look_until;
@@ -135,7 +135,7 @@ static __always_inline __u32 guard_hash(__u64 a, __u64 b)
 	return (a * GUARD_K1 + b * GUARD_K2) >> 32;
 }
 
-/* The sender of a packet: its MAC and address. Never 0. */
+/* Identifies the sender of a packet: its MAC and address, hashed. Never 0. */
 static __always_inline __u32 guard_sender(const struct headers *h, bool ip4)
 {
 	const __u16 *mac = (const __u16 *)h->eth->h_source;
@@ -152,8 +152,8 @@ static __always_inline __u32 guard_sender(const struct headers *h, bool ip4)
 	return guard_hash(source, low << 16 | mac[0]) | 1;
 }
 
-/* The sum of the payload: what the UDP checksum is without the addresses and ports, which
- * relays change (RFC 768; RFC 1624 for the arithmetic).
+/* The sum of the payload: the UDP checksum without the addresses and ports, which relays change
+ * (RFC 768; RFC 1624 for the arithmetic).
  */
 static __always_inline __u16 guard_sum(const struct headers *h, bool ip4)
 {
@@ -193,7 +193,7 @@ static __noinline __u32 guard_signature(const struct udphdr *udp, const void *da
 		hash = (hash ^ payload[i - 1]) * GUARD_K1;
 		hash ^= hash >> 32;
 	}
-	/* The verifier follows a packet for 64 kB. */
+	/* The verifier tracks packet pointers for 64 kB. */
 	tail = (const void *)udp + ((len - 8) & GUARD_TAIL_MASK);
 	if (len < 2 * sizeof(*udp) || len - 8 > GUARD_TAIL_MASK || tail + 8 > data_end) {
 		const __u8 *end = (const void *)udp + ((len - 3) & GUARD_TAIL_MASK);
@@ -208,8 +208,8 @@ static __noinline __u32 guard_signature(const struct udphdr *udp, const void *da
 	return guard_hash(hash, ((const __u32 *)tail)[1]);
 }
 
-/* A later fragment has no UDP header. Routers and relays keep its number and length, and
- * where it belongs in IPv4; in IPv6 its last bytes stand for that.
+/* A later fragment has no UDP header. Routers and relays keep its identification and length, and
+ * its offset in IPv4; in IPv6 its last bytes are used instead.
  */
 static __always_inline __u32 guard_fragment(const struct headers *h, const void *data_end, bool ip4)
 {
@@ -224,13 +224,13 @@ static __always_inline __u32 guard_fragment(const struct headers *h, const void 
 	return guard_hash(whole, *(const __u32 *)tail ^ *(const __u32 *)(tail + 4) * GUARD_K2);
 }
 
-/* Whether a packet's content is that of a slot. Relays may drop the checksum. */
+/* Whether a packet's payload is that of a slot. Relays may drop the checksum. */
 static __always_inline bool guard_same(const struct guard_slot *slot, const struct guard_packet *p)
 {
 	return slot->signature == p->signature && (slot->sum == p->sum || !slot->sum || !p->sum);
 }
 
-/* The way of a sender back to a rule; NULL when none is known. */
+/* The loop path of a sender back to a rule; NULL if none is known. */
 static __always_inline struct guard_way *guard_way_of(struct loop *loop, __u32 sender)
 {
 	int i;
@@ -242,7 +242,7 @@ static __always_inline struct guard_way *guard_way_of(struct loop *loop, __u32 s
 	return NULL;
 }
 
-/* The entry for a new way: a free one, or the one longest unused. */
+/* The entry for a new loop path: a free one, or the least recently used. */
 static __always_inline struct guard_way *guard_oldest_way(struct loop *loop)
 {
 	struct guard_way *oldest = &loop->ways[0];
@@ -255,8 +255,8 @@ static __always_inline struct guard_way *guard_oldest_way(struct loop *loop)
 	return oldest;
 }
 
-/* The place among the others of a slot of a sender and its port: its own, or that of the one
- * with the fewest packets, those that came early last. Global, so that it is verified once.
+/* The index of a sender and its port among the others of a slot: its own, or a replacement: the
+ * entry with the fewest packets, early senders last. Global, so that it is verified once.
  */
 __noinline int guard_other_of(struct guard_slot *slot, __u32 sender, __u32 seen)
 {
@@ -287,8 +287,8 @@ __noinline int guard_other_of(struct guard_slot *slot, __u32 sender, __u32 seen)
 	return at;
 }
 
-/* The fewest packets of one who may have been first, but for the one at place not. Global, so
- * that it is verified once.
+/* The lowest packet count of a sender that may have been first, ignoring the one at index not.
+ * Global, so that it is verified once.
  */
 __noinline int guard_fewest(const struct guard_slot *slot, __u32 fewest, __u32 not )
 {
@@ -303,7 +303,7 @@ __noinline int guard_fewest(const struct guard_slot *slot, __u32 fewest, __u32 n
 	return fewest;
 }
 
-/* Cuts a packet that came back by a known way. */
+/* Drops a packet that came back on a known loop path. */
 static __always_inline void guard_cut(struct loop *loop, struct guard_way *way,
 				      struct guard_slot *slot, const struct guard_packet *p)
 {
@@ -319,7 +319,7 @@ static __always_inline void guard_cut(struct loop *loop, struct guard_way *way,
 
 static const struct loop guard_no_loop;
 
-/* Makes a way known. */
+/* Records a loop path. */
 static __noinline void guard_found(struct guard_slot *slot, const struct guard_packet *p)
 {
 	__u32 rule = p->rule;
@@ -345,15 +345,15 @@ static __noinline void guard_found(struct guard_slot *slot, const struct guard_p
 	guard_cut(loop, way, slot, p);
 }
 
-/* Whether a way was found to be none, not long ago. */
+/* Whether a loop path was recently found to be none. */
 static __always_inline bool guard_forgiven(const struct guard_way *way, __u64 now)
 {
 	return way && way->forgiven_ns && now - way->forgiven_ns < GUARD_MEMORY_NS;
 }
 
-/* What becomes of a packet on a known way: GUARD_CUT mostly. Now and then one is let pass
- * (GUARD_PASS), and when it does not come back the way is forgotten. So is one on which more
- * comes than was sent. GUARD_MARK: the way is not known, or no more.
+/* The verdict on a packet on a known loop path: usually GUARD_CUT. Occasionally one passes as a
+ * probe (GUARD_PASS), and if it does not come back the path is forgotten. So is one on which more
+ * packets come than were sent. GUARD_MARK: the path is not, or no longer, known.
  */
 static __always_inline __u32 guard_known(struct loop *loop, struct guard_way *way,
 					 struct guard_slot *slot, const struct guard_packet *p)
@@ -388,14 +388,14 @@ static __always_inline __u32 guard_known(struct loop *loop, struct guard_way *wa
 	return GUARD_CUT;
 }
 
-/* A mark of a content: the step after it is for a packet that has come back with it. */
+/* The mark of a payload for a step: the next step is for a packet that came back with this one. */
 static __always_inline __u16 guard_mark(__u32 signature, __u32 step)
 {
 	return guard_hash(signature, guard_secret) + (step & (GUARD_STEPS - 1)) * GUARD_STRIDE;
 }
 
-/* Which mark of this host a packet bears; GUARD_STEPS: none, or the content was not marked
- * lately.
+/* Which of this host's marks a packet carries; GUARD_STEPS: none, or the payload was not marked
+ * recently.
  */
 static __always_inline __u32 guard_step(const struct guard_slot *slot, const struct guard_packet *p)
 {
@@ -411,7 +411,7 @@ static __always_inline __u32 guard_step(const struct guard_slot *slot, const str
 	return step;
 }
 
-/* A packet has come back with a mark. Says whether that proves a loop. */
+/* A packet came back with a mark. Returns whether that proves a loop. */
 static __always_inline bool guard_back(struct guard_slot *slot, __u32 step)
 {
 	if (slot->arrivals - slot->marked > GUARD_NEAR)
@@ -422,7 +422,7 @@ static __always_inline bool guard_back(struct guard_slot *slot, __u32 step)
 	return GUARD_PROOF >> (slot->steps & 0xf) & 1;
 }
 
-/* Whether a content has come so often that it is marked: so many times and 63 more, the
+/* Whether a payload has repeated often enough to be marked: from, and the 63 packets after it, the
  * 256th to the 319th, the 2048th to the 2111th.
  */
 static __always_inline bool guard_asks(__u32 packets, __u32 from)
@@ -430,10 +430,10 @@ static __always_inline bool guard_asks(__u32 packets, __u32 from)
 	return packets - from < 64 || packets - 256 < 64 || packets - 2048 < 64;
 }
 
-/* The packet's content is in the slot: says whether the packet is a return, to be cut.
+/* The packet's payload is in the slot: returns whether the packet is a return, to be dropped.
  *
- * A packet that comes with a mark of this host has gone round, and leaves with the next. A mark
- * of another relay, to be known by not being what the first packet had, is left for that to
+ * A packet with a mark of this host has looped, and leaves with the next mark. A mark of another
+ * relay, recognised because it differs from the first packet's value, is left for that relay to
  * find.
  */
 static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_packet *p)
@@ -468,7 +468,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 	} else {
 		struct guard_other *o;
 
-		/* By rule, unless numbers count: one packet each to several rules is no return. */
+		/* By rule, unless counts matter: one packet each to several rules is no return. */
 		at = guard_other_of(
 			slot,
 			guard_hash(p->sender,
@@ -486,7 +486,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 		soon = o->soon;
 		fewest = guard_fewest(slot, slot->packets, at);
 		asks = guard_asks(packets, GUARD_ASKS);
-		/* Of a rule that loops, other ways need less to be believed. */
+		/* Once a rule loops, other paths need fewer returns. */
 		if (slot->cut || (loop && p->now_ns - loop->last_ns < GUARD_HEAL_NS)) {
 			returns = 2;
 			ratio = 1;
@@ -517,7 +517,7 @@ static __noinline __u32 guard_again(struct guard_slot *slot, const struct guard_
 	return (__u32)guard_mark(p->signature, next) << GUARD_MARK_SHIFT | GUARD_MARK;
 }
 
-/* Whether a content comes again and again, or has just come again. */
+/* Whether a payload keeps repeating, or has just repeated. */
 static __always_inline bool guard_counts(const struct guard_slot *slot, __u32 seen)
 {
 	__u32 age = seen - slot->seen;
@@ -526,8 +526,8 @@ static __always_inline bool guard_counts(const struct guard_slot *slot, __u32 se
 	       (slot->arrivals && age <= GUARD_FRESH);
 }
 
-/* Remembers a packet, unless its content is in the slot: then it says whether the packet is
- * a return, to be cut. Global, so that it is verified once.
+/* Remembers a packet, unless its payload is in the slot: then it returns whether the packet is a
+ * return, to be dropped. Global, so that it is verified once.
  */
 __noinline int guard_slot(const struct guard_packet *p)
 {
@@ -541,7 +541,7 @@ __noinline int guard_slot(const struct guard_packet *p)
 	slot = bpf_map_lookup_elem(&guard_slots, &at);
 	if (!slot)
 		return GUARD_PASS;
-	/* Another content must not hide one that is being counted: it gets the next slot. */
+	/* Another payload must not displace one being counted: it gets the next slot. */
 	if (!guard_same(slot, p) && guard_counts(slot, seen)) {
 		at ^= 1;
 		slot = bpf_map_lookup_elem(&guard_slots, &at);
@@ -568,7 +568,7 @@ __noinline int guard_slot(const struct guard_packet *p)
 #define GUARD_TWO_WAY 0x80
 #define GUARD_PART 0x40 /* it is a fragment */
 
-/* Where the headers of a packet lie, and where it goes: the offset of IP, of UDP (0: a later
+/* The positions of a packet's headers, and its outputs: the offset of IP, of UDP (0: a later
  * fragment), the family with the flags above, and the number of outputs, one byte each.
  */
 static __always_inline __u32 guard_place(const struct headers *h, bool ip4, const struct flow *flow)
@@ -580,12 +580,12 @@ static __always_inline __u32 guard_place(const struct headers *h, bool ip4, cons
 	       flow->outputs << 24;
 }
 
-/* Of account.h. */
+/* Defined in account.h. */
 __noinline int count_rare(__u32 scope, __u32 id, __u32 reason, __u32 packets, __u32 bytes);
 
-/* Says whether a packet has left this host before and comes back by a way that loops; notes it
- * where it likely does, and remembers it otherwise. Global, so that it is verified once, and not
- * for each way to here; the bounds are for the verifier, the packet has been parsed.
+/* Returns whether a packet left this host before and came back on a loop path; otherwise it
+ * remembers the packet, and notes it if it likely did. Global, so that it is verified once, and not
+ * for each path to here; the bounds are for the verifier, the packet is already parsed.
  */
 __noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32 fragment_id,
 			      __u64 now)
@@ -601,8 +601,8 @@ __noinline int guard_returned(struct xdp_md *ctx, __u32 rule, __u32 place, __u32
 		return false;
 	p.outputs = place >> 24;
 	p.can_bear = !fragment_id && !(place >> 16 & GUARD_PART);
-	/* No sender gives the number of a fragment again so soon (RFC 6864, RFC 8200): that it
-	 * comes again tells as much as marks, which fragments cannot bear.
+	/* No sender reuses a fragment's identification so soon (RFC 6864, RFC 8200): a repeat is as
+	 * good as marks, which fragments cannot carry.
 	 */
 	p.by_numbers = place >> 16 & GUARD_TWO_WAY || !(place >> 8 & 0xff);
 	h.l3 = data + (place & 0x1f);

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* How the relay program tells the egress program which rule a copy belongs to: in
- * place of the two MAC addresses, which every copy gets anew. Unlike packet
- * metadata this needs no support from the driver, no room in front of the frame
- * and no helper call, and it is cloned with the frame.
+/* How the relay program tells the egress program which rule a copy belongs to: in place of
+ * the two MAC addresses, which every copy overwrites anyway. Unlike packet metadata this
+ * needs no driver support, no headroom and no helper call, and it is cloned with the
+ * frame.
  */
 #pragma once
 
 #include <linux/if_ether.h>
 #include <linux/types.h>
 
-/* Stands where a source MAC begins, which never has the group bit set: a frame
- * without it was rewritten already.
+/* Occupies the first source-MAC byte. Real source MACs never have the group bit, so its absence
+ * means "already rewritten".
  */
 #define HANDOVER_MARK 0xff
 
@@ -20,7 +20,7 @@ struct handover {
 	__u8 outputs;
 	__u8 mark;
 	__u8 udp_offset; /* 0: a later fragment, without UDP */
-	__u32 sequence;	 /* the same in all copies of a frame, another in the next frame */
+	__u32 sequence;	 /* equal in all copies of a frame, different in the next frame */
 };
 
 _Static_assert(sizeof(struct handover) == 2 * ETH_ALEN, "takes the place of the two MAC addresses");

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* From a packet to its rule: the most specific one first, in the order of enum
- * lookup_kind. Kinds that no rule uses are skipped. Most packets take a shortcut, which has
- * the same answer.
+/* From a packet to its rule: the most specific first, in the order of enum lookup_kind.
+ * Kinds that no rule uses are skipped. Most packets take a shortcut, which gives the same
+ * answer.
  */
 #pragma once
 
@@ -15,12 +15,12 @@ static const __u32 zero;
 #define LOOKUP_IN_PREFIXES(kinds)                                                                  \
 	((kinds) & (0xf << LOOKUP_PREFIXES | LOOKUP_BOTH_PORT | LOOKUP_BOTH))
 
-/* The kind of prefixes of both that goes before one of any source and a prefix of groups. */
+/* The kind with both prefixes that precedes any source with a prefix of groups. */
 #define LOOKUP_BOTH_OF(kind)                                                                       \
 	((kind) == LOOKUP_PORT ? LOOKUP_BOTH_PORT : (kind) == LOOKUP_ANY ? LOOKUP_BOTH : 0)
 
-/* The rule of an IPv4 packet whose source is in some rule's prefix. Out of line, as few
- * rule sets have such.
+/* The rule of an IPv4 packet whose source is in some rule's prefix. Out of line: few rule sets have
+ * source prefixes.
  */
 static __noinline struct flow *lookup_sources4(const struct flow4 *exact, __u32 source)
 {
@@ -44,10 +44,10 @@ static __noinline struct flow *lookup_sources4(const struct flow4 *exact, __u32 
 }
 
 /* The rule of an IPv4 packet whose source and group are in prefixes of some rule: the longest
- * prefix of sources says which class of them, and there the longest prefix of groups which
- * rule. key is one of prefixes of groups, and is so again afterwards, but for the source. Both
- * steps are in one table, as a class has its number in that alone. Out of line, as few rule
- * sets have such.
+ * source prefix gives the class of rules, and within the class the longest group prefix gives the
+ * rule. key is for prefixes of groups, and is restored afterwards, except for the source. Both
+ * steps use the same table, in which alone the class's number is valid. Out of line: few rule sets
+ * have both.
  */
 static __noinline struct flow *lookup_both4(void *table, struct prefix4 *key, __u32 source)
 {
@@ -68,9 +68,9 @@ static __noinline struct flow *lookup_both4(void *table, struct prefix4 *key, __
 	return flow && flow->path != PATH_NONE ? flow : NULL;
 }
 
-/* The rule of an IPv4 packet whose group is in some rule's prefix. Out of line:
- * most rule sets have no prefixes. None takes what is meant for one link: the prefix of
- * all groups goes without.
+/* The rule of an IPv4 packet whose group is in some rule's prefix. Out of line: most rule
+ * sets have no prefixes. None matches link-local groups: the prefix of all groups excludes
+ * them.
  */
 static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 source, __u32 kinds)
 {
@@ -174,7 +174,7 @@ static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifin
 	return lookup_prefix4(&key, source, kinds);
 }
 
-/* The same for IPv6. Twins, as the verifier names lines and a macro would be a single one. */
+/* The same for IPv6. Not a macro, since the verifier reports lines. */
 static __noinline struct flow *lookup_sources6(const struct flow6 *exact,
 					       const struct in6_addr *source)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* The maps of the relay and egress programs. Sizes marked "load" are set by the
- * loader; all are pinned under the name that they have here.
+/* The maps of the relay and egress programs. Sizes marked "load" are set by the loader; all maps
+ * are pinned under their name here.
  */
 #pragma once
 
@@ -10,8 +10,8 @@
 #include "abi.h"
 #include "handover.h"
 
-/* Naming a type here puts it whole into the object's BTF: for Go, and for the
- * keys and values of inner maps, which are otherwise only declared.
+/* Mentioning a type here includes its full definition in the object's BTF: for Go, and for the keys
+ * and values of inner maps, which are otherwise only declared.
  */
 #define EXPORT_TYPE(kind, name) const kind name *export_##name __attribute__((unused))
 EXPORT_TYPE(struct, flow4);
@@ -50,8 +50,8 @@ struct {
 	__type(value, struct config);
 } config SEC(".maps");
 
-/* The shape of the flow tables. A table is replaced as a whole, so its size
- * follows the number of rules.
+/* The template of the flow tables. A table is replaced as a whole, so its size follows the number
+ * of rules.
  */
 struct flow_table4 {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -67,7 +67,7 @@ struct flow_table6 {
 	__type(value, struct flow);
 };
 
-/* flow_tables4: its one entry is the IPv4 flow table in force. */
+/* flow_tables4: its only entry is the current IPv4 flow table. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 1);
@@ -75,7 +75,7 @@ struct {
 	__array(values, struct flow_table4);
 } flow_tables4 SEC(".maps");
 
-/* flow_tables6: its one entry is the IPv6 flow table in force. */
+/* flow_tables6: its only entry is the current IPv6 flow table. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 1);
@@ -99,7 +99,7 @@ struct prefix_table6 {
 	__type(value, struct flow);
 };
 
-/* prefix_tables4: its one entry is the IPv4 prefix table in force. */
+/* prefix_tables4: its only entry is the current IPv4 prefix table. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 1);
@@ -107,7 +107,7 @@ struct {
 	__array(values, struct prefix_table4);
 } prefix_tables4 SEC(".maps");
 
-/* prefix_tables6: its one entry is the IPv6 prefix table in force. */
+/* prefix_tables6: its only entry is the current IPv6 prefix table. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 1);
@@ -115,9 +115,9 @@ struct {
 	__array(values, struct prefix_table6);
 } prefix_tables6 SEC(".maps");
 
-/* shortcuts: slot by hash -> input and flow entry of a rule, beside the flow tables. Size:
- * load. BPF_F_MMAPABLE has its values begin with a page: those of other arrays begin 56 bytes
- * into a cache line (struct bpf_array of Linux 6.18), and each is in one line more.
+/* shortcuts: slot by hash -> input and flow entry of a rule, in addition to the flow tables. Size:
+ * load. BPF_F_MMAPABLE aligns its values to a page: those of other arrays begin 56 bytes into a
+ * cache line (struct bpf_array of Linux 6.18), so each would span one line more.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -127,7 +127,7 @@ struct {
 	__type(value, struct shortcut);
 } shortcuts SEC(".maps");
 
-/* fragments: datagrams whose first fragment was seen; the longest unused go first. */
+/* fragments: datagrams whose first fragment was seen; LRU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
@@ -135,7 +135,7 @@ struct {
 	__type(value, struct fragment);
 } fragments SEC(".maps");
 
-/* orphans: datagrams whose first fragment has not come; the longest unused go first. */
+/* orphans: datagrams whose first fragment has not arrived; LRU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
@@ -169,8 +169,8 @@ struct {
 	__type(value, __u8);
 } own_macs SEC(".maps");
 
-/* guard_slots: place by signature -> a content that was relayed, and its senders. CPUs share
- * it, without a lock: what two of them count at once may be lost, which only delays.
+/* guard_slots: index by signature -> a relayed payload, and its senders. CPUs share it without a
+ * lock: simultaneous counts may be lost, which only delays detection.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -179,8 +179,8 @@ struct {
 	__type(value, struct guard_slot);
 } guard_slots SEC(".maps");
 
-/* loops: rule -> the ways on which its packets have come back. Entries come with the
- * first loop and go with the rule.
+/* loops: rule -> the paths on which its packets came back. Entries are created by the first loop
+ * and removed with the rule.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -190,7 +190,7 @@ struct {
 	__type(value, struct loop);
 } loops SEC(".maps");
 
-/* streams: stream of a rule with several inputs -> what it asks for. 0 is no stream. */
+/* streams: stream of a rule with several inputs -> its settings. 0 is no stream. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, XDPCAST_MAX_STREAMS);
@@ -198,7 +198,7 @@ struct {
 	__type(value, struct stream);
 } streams SEC(".maps");
 
-/* stream_states: stream -> where it is, and its legs. */
+/* stream_states: stream -> its state, and that of its legs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, XDPCAST_MAX_STREAMS);
@@ -224,8 +224,8 @@ struct stream_window {
 	__type(value, __u64);
 };
 
-/* stream_windows: row -> words, which numbers of a stream have passed. A stream has one row or
- * several; rows come with the streams, as each takes 16 KiB.
+/* stream_windows: row -> words, which numbers of a stream have passed. A stream has one or more
+ * rows; rows are created with the streams, as each takes 16 KiB.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
@@ -266,7 +266,7 @@ struct {
 	__type(value, struct rule);
 } rules SEC(".maps");
 
-/* outputs: first output + slot -> rewrite. Size: load. Mapped as shortcuts are, for the same. */
+/* outputs: first output + slot -> rewrite. Size: load. Mmapable like shortcuts. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -310,8 +310,8 @@ struct {
 	__type(value, struct copy);
 } copies SEC(".maps");
 
-/* guesses: where the egress program last found the copy for an interface. CPUs share it:
- * a guess is checked before it is used, and may be anything.
+/* guesses: where the egress program last found the copy for an interface. CPUs share it: a guess is
+ * verified before use, and may have any value.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -330,7 +330,7 @@ struct {
 	__type(value, struct turn);
 } turns SEC(".maps");
 
-/* rule_stats: rule -> what matched, and what its one output sent. Size: load. */
+/* rule_stats: rule -> packets matched, and sent by its only output. Size: load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -338,7 +338,7 @@ struct {
 	__type(value, struct rule_stats);
 } rule_stats SEC(".maps");
 
-/* output_stats: stats of one of several outputs -> what was sent. Size: load. */
+/* output_stats: stats of one of several outputs -> packets sent. Size: load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -346,7 +346,7 @@ struct {
 	__type(value, struct output_stats);
 } output_stats SEC(".maps");
 
-/* passed: enum passed_kind -> what no rule matched. */
+/* passed: enum passed_kind -> packets that matched no rule. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, PASSED_KINDS);
@@ -354,7 +354,7 @@ struct {
 	__type(value, struct counter);
 } passed SEC(".maps");
 
-/* kept: one entry, what rules of the fanout path took and the host's stack did not get. */
+/* kept: one entry, packets that rules of the fanout path kept from the host's stack. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -362,7 +362,7 @@ struct {
 	__type(value, struct counter);
 } kept SEC(".maps");
 
-/* drops: reason -> packets and bytes of all rules together; always exact. */
+/* drops: reason -> packets and bytes of all rules; always exact. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, DROP_REASONS);
@@ -370,8 +370,8 @@ struct {
 	__type(value, struct counter);
 } drops SEC(".maps");
 
-/* rule_drops: the same by rule and output. Entries come with the first drop; when
- * it is full, further ones are in drops alone.
+/* rule_drops: the same by rule and output. Entries are created by the first drop; if it is full,
+ * further drops are only in drops.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
@@ -381,8 +381,8 @@ struct {
 	__type(value, struct counter);
 } rule_drops SEC(".maps");
 
-/* user_stats: what the user-space paths count, in cells that workers have mapped into
- * their memory; package account owns them. Size: load.
+/* user_stats: counters of the user-space paths, in cells that workers map into their memory;
+ * package account owns them. Size: load.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -392,8 +392,8 @@ struct {
 	__type(value, struct user_counter);
 } user_stats SEC(".maps");
 
-/* queriers: interface and family -> who asks for memberships there. Entries come
- * with the first query and go when the program is detached.
+/* queriers: interface and family -> the querier there. Entries are created by the first query and
+ * removed when the program is detached.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

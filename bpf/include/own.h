@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* What this host itself has sent must not go round: a relay that takes its own
- * output again fills the network. Its MAC tells on the same link, its address
- * behind routers and other relays.
+/* Packets sent by this host must not loop: a relay that takes its own output again floods the
+ * network. They are recognised by their MAC on the same link, by their address after routers and
+ * other relays.
  */
 #pragma once
 
@@ -10,7 +10,7 @@
 
 static __always_inline bool same_mac(const __u8 *x, const __u8 *y)
 {
-	/* Its last bytes first: the first ones are the vendor's. */
+	/* The last bytes first: the first ones are the vendor's. */
 	return *(const __u32 *)(x + 2) == *(const __u32 *)(y + 2) &&
 	       *(const __u16 *)x == *(const __u16 *)y;
 }
@@ -35,8 +35,8 @@ static __noinline bool own_address6(const struct in6_addr *addr)
 	return bpf_map_lookup_elem(&own_addresses, addr);
 }
 
-/* The bit of config.own_macs for a MAC address: of its last four bytes, since the first
- * are those of the vendor.
+/* The bit of config.own_macs for a MAC address: of its last four bytes, since the first ones are
+ * the vendor's.
  */
 static __always_inline __u32 own_mac_bit(const __u8 *mac)
 {
@@ -51,8 +51,8 @@ static __noinline bool own_mac(const __u8 *mac)
 	return bpf_map_lookup_elem(&own_macs, &key);
 }
 
-/* Whether some interface of this host has the MAC that the frame comes from: a copy
- * carries that of its output, which may lead to the LAN of the input.
+/* Whether some interface of this host has the frame's source MAC: a copy carries that of its
+ * output, which may lead to the LAN of the input.
  */
 static __always_inline bool from_own_mac(const struct config *cfg, const struct headers *h)
 {

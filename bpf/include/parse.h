@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* From a frame to its headers. Nothing here decides anything: a frame that is
- * not UDP over IP, or not whole, is simply not ours.
+/* From a frame to its headers. No decisions are made here: a frame that is not UDP over IP, or
+ * incomplete, is simply not ours.
  */
 #pragma once
 
@@ -16,8 +16,8 @@
 
 #include "abi.h"
 
-/* Keeps the compiler from knowing a pointer's value or moving arithmetic on it, which the
- * verifier does not take.
+/* Hides a pointer's value from the compiler and keeps it from moving arithmetic on it, which the
+ * verifier rejects.
  */
 #define OPAQUE(p) asm volatile("" : "+r"(p))
 
@@ -32,7 +32,7 @@ struct vlan_hdr {
 	__be16 proto;
 };
 
-/* What part of a datagram a packet is. */
+/* Which part of a datagram a packet is. */
 enum part {
 	PART_WHOLE,
 	PART_FIRST, /* first of several fragments */
@@ -48,17 +48,17 @@ struct headers {
 	};
 	struct udphdr *udp; /* NULL in later fragments */
 	__u32 l3_offset;
-	__u32 l3_len;	   /* bytes of IP packet, without padding behind it */
+	__u32 l3_len;	   /* bytes of IP packet, without trailing padding */
 	__u32 fragment_id; /* unless PART_WHOLE */
 	__u16 vlan; /* VLAN of the only tag, or of the inner one; 0: none, or a priority tag */
 	__u16 outer_vlan;	     /* of the outer of two tags */
 	__u8 part;		     /* enum part */
-	const struct output *output; /* the rule's one output, when the shortcut has it */
+	const struct output *output; /* the rule's only output, if in the shortcut */
 };
 
-/* Returns x, of which the verifier then knows nothing: it follows each value of a constant
- * by itself, through all that comes behind, and so would look at everything once for each
- * number of tags and kind of extension headers.
+/* Returns x, with a value unknown to the verifier: it tracks each constant separately, through all
+ * code that follows, and so would verify everything once for each number of tags and kind of
+ * extension headers.
  */
 __noinline int forget(int x)
 {
@@ -66,7 +66,7 @@ __noinline int forget(int x)
 	return x;
 }
 
-/* Where UDP lies in the frame; 0 in later fragments. */
+/* The offset of UDP in the frame; 0 in later fragments. */
 static __always_inline __u32 udp_offset(const struct headers *h)
 {
 	return h->udp ? (void *)h->udp - (void *)h->eth : 0;
@@ -77,8 +77,8 @@ static __always_inline bool is_vlan(__be16 proto)
 	return proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD);
 }
 
-/* Up to two VLAN tags behind h->l3_offset. Returns the EtherType behind them in network
- * order, 0 when the frame is too short.
+/* Up to two VLAN tags at h->l3_offset. Returns the EtherType after them in network order, 0 if the
+ * frame is too short.
  */
 static __always_inline __be16 parse_tags(struct vlan_hdr *tag, void *data_end, __be16 proto,
 					 struct headers *h)
@@ -103,8 +103,8 @@ static __always_inline __be16 parse_tags(struct vlan_hdr *tag, void *data_end, _
 	return proto;
 }
 
-/* Ethernet and up to two VLAN tags. Returns the EtherType in network order, 0
- * when the frame is too short.
+/* Ethernet and up to two VLAN tags. Returns the EtherType in network order, 0 if the frame is too
+ * short.
  */
 static __always_inline __be16 parse_eth(void *data, void *data_end, struct headers *h)
 {
@@ -128,11 +128,11 @@ static __always_inline __be16 parse_eth(void *data, void *data_end, struct heade
 	return proto;
 }
 
-/* l3_len of UDP that ends beyond its packet: longer than any frame. */
+/* l3_len of UDP that exceeds its packet: longer than any frame. */
 #define MALFORMED 0x7fffffff
 
-/* UDP behind h->l3 at the given distance, with l3_len bytes of IP packet. A malformed
- * one gets the length MALFORMED, so that who looks for its rule can tell of it.
+/* UDP at the given distance from h->l3, in l3_len bytes of IP packet. If malformed, it gets the
+ * length MALFORMED, so that its rule can note it.
  */
 static __always_inline bool parse_udp(void *data_end, struct headers *h, __u32 l3_header_len)
 {
@@ -143,7 +143,7 @@ static __always_inline bool parse_udp(void *data_end, struct headers *h, __u32 l
 		return false;
 	h->udp = udp;
 	len = bpf_ntohs(udp->len);
-	/* The length of a first fragment's datagram goes beyond the fragment. */
+	/* A first fragment's datagram is longer than the fragment. */
 	if (len < sizeof(*udp) || (h->part == PART_WHOLE && l3_header_len + len > h->l3_len))
 		h->l3_len = MALFORMED;
 	return true;
@@ -178,8 +178,8 @@ static __always_inline bool parse_ip4(void *data_end, struct headers *h)
 	return parse_udp(data_end, h, header_len);
 }
 
-/* Extension headers that are walked (RFC 8200 section 4), and how far: handover
- * has one byte for the place of UDP.
+/* The number of extension headers that are parsed (RFC 8200 section 4), and their length: handover
+ * has one byte for the offset of UDP.
  */
 #define MAX_EXTENSIONS 4
 #define MAX_EXTENSION_BYTES 160
@@ -187,15 +187,15 @@ static __always_inline bool parse_ip4(void *data_end, struct headers *h)
 struct fragment_hdr { /* RFC 8200 section 4.5 */
 	__u8 nexthdr;
 	__u8 reserved;
-	__be16 offset; /* of 8 bytes in the upper 13 bits; the last one: more fragments */
+	__be16 offset; /* of 8 bytes in the upper 13 bits; the last bit: more fragments */
 	__be32 id;
 };
 
 #define IP6_MF 1
 #define IP6_OFFSET 0xfff8
 
-/* What lies between the IPv6 header and UDP. Returns the length of all headers in
- * front of UDP, 0 when something else comes. Out of line: rare.
+/* The headers between the IPv6 header and UDP. Returns the length of all headers before UDP, 0 if
+ * something else follows. Out of line: rare.
  */
 static __noinline __u32 walk_extensions(void *l3, void *data_end, __u32 next, struct headers *h)
 {
@@ -217,8 +217,8 @@ static __noinline __u32 walk_extensions(void *l3, void *data_end, __u32 next, st
 			next = frag->nexthdr;
 			len += sizeof(*frag);
 			if (frag->offset & bpf_htons(IP6_OFFSET)) {
-				/* What the first fragment begins with, which alone has it: UDP,
-				 * or options in front of it.
+				/* The beginning of the first fragment, which alone has it: UDP, or
+				 * options before it.
 				 */
 				h->part = PART_LATER;
 				return next == IPPROTO_UDP || next == IPPROTO_DSTOPTS ? len : 0;

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* Policing by token buckets that all CPUs share. */
+/* Policing by token buckets shared by all CPUs. */
 #pragma once
 
 #include <stdbool.h>
 
 #include "maps.h"
 
-/* A CPU that loses this often against others gives the packet up: it was one of
- * many at the same instant.
+/* A CPU that loses against others this often drops the packet: it was one of many at the same
+ * instant.
  */
 #define POLICE_TRIES 8
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* Watching for multicast queriers: a host that hears none keeps its memberships,
- * but a snooping switch between it and the source may forget them. Queries are
- * counted and left to the stack, which answers them.
+/* Watching for multicast queriers: a host that hears none keeps its memberships, but a
+ * snooping switch between it and the source may forget them. Queries are counted and left to
+ * the stack, which answers them.
  *
- * What is recognised is what Linux acts on (igmp_heard_query and igmp6_event_query),
- * but for the checksum and for the Router Alert option, which older queriers leave
- * out.
+ * It recognises the queries on which Linux acts (igmp_heard_query and igmp6_event_query),
+ * except that it ignores the checksum and the Router Alert option, which older queriers
+ * omit.
  */
 #pragma once
 
@@ -23,8 +23,8 @@ struct group_message {
 	__be32 rest;
 };
 
-/* The IGMP version of a query of so many bytes, 0 for a malformed one (RFC 3376
- * section 7.1). The code is the maximum response time, which IGMPv1 has not.
+/* The IGMP version of a query of this length, 0 for a malformed one (RFC 3376 section 7.1). The
+ * code is the maximum response time, which IGMPv1 lacks.
  */
 static __always_inline __u32 igmp_version(__u32 len, __u8 code)
 {
@@ -41,7 +41,7 @@ static __always_inline __u32 mld_version(__u32 len)
 	return len >= 28 ? 2 : 0;
 }
 
-/* The IGMP version of the packet when it is a query, else 0. */
+/* The IGMP version of the packet if it is a query, otherwise 0. */
 static __always_inline __u32 parse_query4(void *data_end, const struct headers *h, __u32 bytes,
 					  struct querier *from)
 {
@@ -64,9 +64,9 @@ static __always_inline __u32 parse_query4(void *data_end, const struct headers *
 	return igmp_version(len - header_len, m->code);
 }
 
-/* The MLD version of the packet when it is a query, else 0. Queries come in a
- * hop-by-hop header, from a link-local address and with hop limit 1 (RFC 3810
- * sections 5 and 5.1.14).
+/* The MLD version of the packet if it is a query, otherwise 0. Queries have a
+ * hop-by-hop header, a link-local source address and hop limit 1 (RFC 3810 sections 5
+ * and 5.1.14).
  */
 static __always_inline __u32 parse_query6(void *data_end, const struct headers *h, __u32 bytes,
 					  struct querier *from)
@@ -93,9 +93,9 @@ static __always_inline __u32 parse_query6(void *data_end, const struct headers *
 	return mld_version(len - hop_len);
 }
 
-/* Several CPUs may hear queries of one interface at once. The count is exact. An
- * address is never half of one and half of another: the halves of MLD queriers'
- * that differ, and IPv4 addresses, are written at once.
+/* Several CPUs may see queries of one interface at once. The count is exact. An address never mixes
+ * two queriers: the differing halves of MLD queriers' addresses, and IPv4 addresses, are written
+ * atomically.
  */
 static __always_inline void count_querier(__u32 ifindex, __u32 family, const struct querier *from)
 {
@@ -103,7 +103,7 @@ static __always_inline void count_querier(__u32 ifindex, __u32 family, const str
 	struct querier *to = bpf_map_lookup_elem(&queriers, &key);
 
 	if (!to) {
-		/* Another CPU may make the entry first: then count in its. */
+		/* Another CPU may have created the entry first: count in that. */
 		if (!bpf_map_update_elem(&queriers, &key, from, BPF_NOEXIST))
 			return;
 		to = bpf_map_lookup_elem(&queriers, &key);
@@ -117,9 +117,9 @@ static __always_inline void count_querier(__u32 ifindex, __u32 family, const str
 	to->last_seen_ns = from->last_seen_ns;
 }
 
-/* Counts a packet that is a query; of others nothing is done. It parses the frame
- * anew: out of line, and away from all that UDP packets pass through. Queries in a
- * VLAN are those of another network, where no rule's group is joined.
+/* Counts a packet if it is a query. It parses the frame again: out of line, and apart from the
+ * path of UDP packets. Queries in a VLAN belong to another network, where no group of a rule is
+ * joined.
  */
 __noinline int count_query(struct xdp_md *ctx)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* One copy of a packet becomes what its output says. Checksums are updated
- * incrementally (RFC 1624, equation 3), so that a wrong one stays wrong and the
- * receiver finds out. package packet is the twin in Go.
+/* Rewrites one copy of a packet for its output. Checksums are updated incrementally (RFC 1624,
+ * equation 3), so that a wrong one stays wrong and the receiver detects it. Package packet is the
+ * twin in Go.
  */
 #pragma once
 
@@ -19,7 +19,7 @@ static __always_inline __u16 fold(__u64 sum)
 	return sum;
 }
 
-/* What a sum changes by when a word does. */
+/* The change of a sum when a word changes. */
 static __always_inline __u64 delta16(__u16 from, __u16 to)
 {
 	return (__u64)(__u16)~from + to;
@@ -35,8 +35,8 @@ static __always_inline __u32 word(const __u8 *bytes, int i)
 	return ((const __u32 *)bytes)[i];
 }
 
-/* The destination port of a copy, 0 when there is none. rare is a constant in each
- * caller, here and below: what most outputs do not need costs them nothing.
+/* The destination port of a copy, 0 if out of range. rare is a constant in each caller, here and
+ * below: rare features cost most outputs nothing.
  */
 static __always_inline __u16 new_port(const struct udphdr *udp, const struct output *o, bool rare)
 {
@@ -48,8 +48,8 @@ static __always_inline __u16 new_port(const struct udphdr *udp, const struct out
 	return port > 0 && port <= 0xffff ? port : 0;
 }
 
-/* Writes the ports and the checksum; addresses is what the pseudo header's sum
- * changed by.
+/* Writes the ports and the checksum; addresses is the change of the pseudo header's
+ * sum.
  */
 static __always_inline void rewrite_udp(struct udphdr *udp, const struct output *o, __u16 port,
 					__u64 addresses)
@@ -75,7 +75,7 @@ static __always_inline void rewrite_udp(struct udphdr *udp, const struct output 
 	udp->check = check ? check : 0xffff; /* RFC 768: a computed zero is sent as all ones */
 }
 
-/* The TTL or hop limit that the output sends; 0 when the packet ends here. */
+/* The outgoing TTL or hop limit; 0 if the packet ends here. */
 static __always_inline __u8 new_ttl(const struct output *o, __u8 ttl, bool rare)
 {
 	if (rare && ttl < o->min_ttl)
@@ -90,8 +90,8 @@ static __always_inline __u8 new_ttl(const struct output *o, __u8 ttl, bool rare)
 	}
 }
 
-/* Both MACs at once, as three words: struct ethhdr is packed, and the compiler
- * would copy it byte by byte.
+/* Both MACs at once, as three words: struct ethhdr is packed, and the compiler would copy it byte
+ * by byte.
  */
 static __always_inline void rewrite_mac(struct ethhdr *eth, const struct output *o)
 {
@@ -113,8 +113,8 @@ static __always_inline __u32 prefix_mask(__u32 len, __u32 i)
 	return bits ? bpf_htonl(~0U << (32 - bits)) : 0;
 }
 
-/* The end of the destination MAC of a group that only the packet tells (RFC 1112
- * section 6.4, RFC 2464 section 7); last is the last word of the address.
+/* The end of the destination MAC of a group that depends on the packet (RFC 1112 section 6.4, RFC
+ * 2464 section 7); last is the last word of the address.
  */
 static __always_inline void rewrite_group_mac(struct ethhdr *eth, const struct output *o,
 					      __u32 last)
@@ -129,9 +129,9 @@ static __always_inline void rewrite_group_mac(struct ethhdr *eth, const struct o
 	eth->h_dest[5] = b[3];
 }
 
-/* What the kernel lets a frame have besides the MTU: Ethernet and one tag
- * (xdp_ok_fwd_dev and is_skb_forwardable). A longer one takes others with it: a driver
- * may give up a whole bulk with the frame that it refuses.
+/* What the kernel allows a frame beyond the MTU: Ethernet and one tag (xdp_ok_fwd_dev and
+ * is_skb_forwardable). A longer one costs others: a driver may drop a whole bulk with the frame
+ * that it refuses.
  */
 #define FRAME_ROOM (ETH_HLEN + 4)
 
@@ -141,8 +141,8 @@ static __always_inline __u32 frame_size(__u32 l3_offset, __u32 bytes)
 	return bytes - (l3_offset < FRAME_ROOM ? l3_offset : FRAME_ROOM);
 }
 
-/* Whether the frame that leaves is longer than the output's device takes: with the tags
- * that are pushed or kept, and what lies behind the IP packet.
+/* Whether the outgoing frame is too long for the output's device: including pushed or kept tags,
+ * and trailing bytes after the IP packet.
  */
 static __always_inline bool too_long(const struct output *o, __u32 l3_offset, __u32 bytes)
 {
@@ -155,16 +155,16 @@ static __always_inline bool too_long(const struct output *o, __u32 l3_offset, __
 	return bytes - l3_offset + header > (__u32)o->mtu + FRAME_ROOM;
 }
 
-/* Fragments of two senders that are sent from one address may have one number: each
- * sender's get others, the same for all fragments of a datagram.
+/* Fragments of two senders that leave with one address may have equal identifications: each
+ * sender's get new ones, the same for all fragments of a datagram.
  */
 static __always_inline __u16 merged_id(__u16 id, __u32 source)
 {
 	return id ^ (__u16)(source * 0x9e3779b1U >> 16);
 }
 
-/* Both rewrites return REWRITTEN, or the reason for which the packet ends here,
- * which is then unchanged.
+/* Both rewrites return REWRITTEN, or the reason why the packet is dropped; the packet is then
+ * unchanged.
  */
 #define REWRITTEN ((__u32)-1)
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* A copy for its output, whatever that asks for: the egress program's way, and the
- * relay program's with one output that uses what is rare.
+/* Rewrites a copy for any output: used by the egress program, and by the relay program for a single
+ * output with rare features.
  */
 #pragma once
 
@@ -10,7 +10,7 @@
 
 #define PCP_MASK 0xf000 /* priority and drop eligible indicator */
 
-/* Where the headers of a frame lie; udp 0: a later fragment, which has none. */
+/* The offsets of a frame's headers; udp 0: a later fragment, which has none. */
 struct offsets {
 	__u32 l3;
 	__u32 udp;
@@ -23,7 +23,7 @@ static __always_inline __be16 tci(const struct output *o, __u16 vlan, __u16 old)
 	return bpf_htons(priority | vlan);
 }
 
-/* Writes the priority into the tags that there are. */
+/* Writes the priority into the existing tags. */
 static __always_inline void set_priority(void *data, void *data_end, const struct output *o,
 					 __u32 tags)
 {
@@ -39,8 +39,8 @@ static __always_inline void set_priority(void *data, void *data_end, const struc
 	}
 }
 
-/* Makes the tags of a frame those of its output: what lies between the MACs and IP.
- * The MACs are left undefined. False when there is no room in front of the frame.
+/* Replaces the tags of a frame by those of its output: the bytes between the MACs and IP. The MACs
+ * are left undefined. False if there is not enough headroom.
  */
 static __always_inline bool retag(struct xdp_md *ctx, const struct output *o, struct offsets *at)
 {
@@ -92,8 +92,8 @@ static __always_inline bool retag(struct xdp_md *ctx, const struct output *o, st
 	return true;
 }
 
-/* Finds the headers again; the bounds are for the verifier, the relay program has
- * parsed the frame.
+/* Finds the headers again; the bounds are for the verifier, the relay program has parsed the
+ * frame.
  */
 static __always_inline bool find_headers(struct xdp_md *ctx, const struct offsets *at,
 					 struct headers *h)
@@ -133,9 +133,9 @@ static __always_inline __u32 rewrite_headers(struct xdp_md *ctx, struct headers 
 	return rewrite_ip6(h, o, rare);
 }
 
-/* Rewrites a copy for an output that uses what is rare. Returns REWRITTEN, or why
- * it must be dropped; the frame may be changed then, too. Global, so that it is
- * verified once.
+/* Rewrites a copy for an output with rare features. Returns REWRITTEN, or the
+ * drop reason; the frame may then be changed, too. Global, so that it is verified
+ * once.
  */
 __noinline int rewrite_rare(struct xdp_md *ctx, const struct output *o, __u32 l3, __u32 udp,
 			    __u32 bytes)
@@ -148,8 +148,8 @@ __noinline int rewrite_rare(struct xdp_md *ctx, const struct output *o, __u32 l3
 		return DROP_INTERNAL;
 	if (too_long(o, l3, bytes))
 		return DROP_MTU;
-	/* In a copy there is one buffer always. Of other frames the kernel would drop those
-	 * of several, and count it nowhere.
+	/* A copy always has one buffer. Other frames in several the kernel would drop without
+	 * counting them.
 	 */
 	if (o->flags & OUTPUT_ONE_BUFFER && bytes != first_buffer(ctx))
 		return DROP_MULTI_BUFFER;

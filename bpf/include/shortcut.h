@@ -79,8 +79,8 @@ _Static_assert(__builtin_offsetof(struct shortcut, family) ==
 _Static_assert(__builtin_offsetof(struct shortcut, second) == 64, "begins a cache line");
 _Static_assert(__builtin_offsetof(struct output, port_shift) == 64, "what fits in there");
 
-/* The flow entry of a packet's rule, and its one output in h if it is there; NULL: look it up in
- * the flow tables. ip4 is a constant in each caller.
+/* The flow entry of a packet's rule, and its only output in h if the slot has it; NULL: use the
+ * flow tables. ip4 is a constant in each caller.
  */
 static __always_inline struct flow *find_shortcut(const struct config *cfg, __u32 ifindex,
 						  struct headers *h, __u16 port, bool ip4)

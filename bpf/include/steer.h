@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* Where a device has fewer receive queues than the fanout path has workers: flows are
- * spread over the workers' CPUs, and PACKET_FANOUT_CPU gives each to the worker there.
+/* If a device has fewer receive queues than the fanout path has workers, flows are spread over the
+ * workers' CPUs, and PACKET_FANOUT_CPU gives each to the worker there.
  */
 #pragma once
 

@@ -212,7 +212,7 @@ func TestFollowersAreBounded(t *testing.T) {
 	}
 	c := NewClient(socket)
 	err := c.Events(t.Context(), EventQuery{Follow: true}, nil)
-	if !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "32 clients follow") {
+	if !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "32 clients already follow") {
 		t.Errorf("%v", err)
 	}
 	numbers(t, c, EventQuery{})

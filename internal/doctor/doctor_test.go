@@ -307,7 +307,7 @@ var faults = []struct {
 	{"the device takes VLAN tags off", func(p *patient) {
 		labtest.Do(p.t, p.relay, func() error { return lab.SetFeature("in0", network.TagFeatures()[0], true) })
 		p.rule("239.1.1.1:5000%in0,vlan=100")
-	}, "interface in0", "vlan", Fault, "takes VLAN tags off", "ethtool -K in0 rxvlan off"},
+	}, "interface in0", "vlan", Fault, "strips VLAN tags", "ethtool -K in0 rxvlan off"},
 	{"a group that nobody joins", func(p *patient) { p.rule("239.1.0.0/16%in0,join=none") },
 		"interface in0", "filter", Warning, "239.1.0.0/16%in0", "allmulticast on"},
 	{"a bridge that snoops without querier", func(p *patient) {

@@ -217,7 +217,7 @@ func TestSyncRefusals(t *testing.T) {
 		{"rate without a burst", extra(func(r *flow.Flow) { r.Rate.Packets = 5 }), nil, "burst 0: want 1 or more"},
 		{"rate too low", extra(func(r *flow.Flow) { r.Rate = flow.Rate{Bits: 999, Burst: 1} }), nil, "want 1000 or more"},
 		{"input prefix too long", extra(func(r *flow.Flow) { r.In.Len = 33 }), nil, "prefix length 33"},
-		{"input prefix with host bits", extra(func(r *flow.Flow) { r.In.Len = 16 }), nil, "239.1.1.9/16: want no bits behind"},
+		{"input prefix with host bits", extra(func(r *flow.Flow) { r.In.Len = 16 }), nil, "239.1.1.9/16: want no host bits"},
 		{"input VLAN 4095", extra(func(r *flow.Flow) { r.In.VLAN = 4095 }), nil, "VLAN 0.4095"},
 		{"input outer VLAN alone", extra(func(r *flow.Flow) { r.In.OuterVLAN = 7 }), nil, "VLAN 7.0"},
 		{"path of another release", extra(func(r *flow.Flow) { r.Path = 9 }), nil, "path 9"},

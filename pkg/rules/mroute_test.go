@@ -40,7 +40,7 @@ func TestMrouteSection(t *testing.T) {
 				t.Errorf("written and read again: %+v, %v", again.Mroute, err)
 			}
 			if c.want != nil {
-				if _, err := ParseFile("f", []byte(c.text)); err == nil || !strings.Contains(err.Error(), "mroute: want rules alone here") {
+				if _, err := ParseFile("f", []byte(c.text)); err == nil || !strings.Contains(err.Error(), "mroute: want only rules here") {
 					t.Errorf("as a file of rules alone: %v", err)
 				}
 			}

@@ -227,7 +227,7 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) {
 			joined(prefix("16.0.0.0/4"), JoinNone)(r)
 			r.Out[0].Address, r.Out[0].Len = addr("224.0.0.0"), 4
-		}, ErrLinkLocal, `out[0].address "224.0.0.0/4": want an input of 224.0.0.0/4, too: else some would go to groups that are never forwarded between links`},
+		}, ErrLinkLocal, `out[0].address "224.0.0.0/4": want an input of 224.0.0.0/4, too: otherwise some would go to groups that are never forwarded between links`},
 		{host(func(r *Rule) { r.Path = PathKernel }), nil, `in.from "host": want path auto or fanout: packets that this host sends do not pass path kernel`},
 		{host(func(r *Rule) { r.Accept.Join = JoinNone }), nil, `in.from "host": want no join: packets that this host sends need no membership`},
 		{host(func(r *Rule) { r.Accept.Local = true }), nil, `in.from "host": want no local: the host's receivers get its packets anyway`},

@@ -251,7 +251,7 @@ func TestBadStart(t *testing.T) {
 		{nil, 2, []string{`--mode: mode "fast": want native, generic or auto`}, []string{"run", "--mode", "fast"}},
 		{nil, 2, []string{"--max-rules 99999999: want at most 16777216"}, []string{"run", "--max-rules", "99999999"}},
 		{nil, 2, []string{"xdpcast load: --interface missing: name at least one"}, []string{"load"}},
-		{nil, 1, []string{`interface "nosuch0" not found: "ip link" lists those that there are`}, []string{"load", "-i", "nosuch0"}},
+		{nil, 1, []string{`interface "nosuch0" not found: "ip link" lists the interfaces`}, []string{"load", "-i", "nosuch0"}},
 		{nil, 1, []string{"nothing is loaded in " + in.pinDir}, []string{"unload", "--all"}},
 		{nil, 1, []string{"nothing is loaded in " + in.pinDir}, []string{"upgrade"}},
 		{nil, 1, []string{"no xdpcast is running (no answer at " + in.socket + `): start one with "xdpcast run"`}, []string{"rule", "list"}},

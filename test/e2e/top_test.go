@@ -158,7 +158,7 @@ func TestTop(t *testing.T) {
 	// Without the daemon the kernel's counters go on.
 	in.running.stop(syscall.SIGTERM)
 	in.running = nil
-	term.shows(`no daemon runs: counters of the kernel`)
+	term.shows(`no daemon is running: counters of the kernel`)
 	term.press("1")
 	term.shows(`(?m)^>cam1 +dropping kernel +[1-9]\d* `)
 	term.press("Enter")
@@ -167,7 +167,7 @@ func TestTop(t *testing.T) {
 	term.shows(`pid \d+, up`)
 	term.press("3")
 	term.shows(`a daemon runs, process \d+`)
-	term.shows(`the daemon is gone; the kernel goes on relaying`)
+	term.shows(`the daemon is gone; the kernel keeps relaying`)
 	term.shows(`rule late: pending: interface eth7 not found`) // the daemon's own event
 
 	// Another size, the filter, and the end.
