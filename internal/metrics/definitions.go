@@ -121,7 +121,7 @@ func newDefinitions() definitions {
 		legSenders:     define(counter, "xdpcast_leg_sender_changes_total", "Changes of an input's sender, or session.", "rule", "input"),
 		legUnnumbered:  define(counter, "xdpcast_leg_unnumbered_packets_total", "Packets of an input without a number of their own: heartbeats, RTCP, others.", "rule", "input"),
 		streamExpected: define(counter, "xdpcast_stream_numbers_total", "Numbers that there were since the stream of several inputs began; 0 with failover.", "rule"),
-		streamLost:     define(gauge, "xdpcast_stream_lost_numbers", "Numbers that none of several inputs has brought within the skew.", "rule"),
+		streamLost:     define(gauge, "xdpcast_stream_lost_numbers", "Numbers that none of several inputs has received within the skew.", "rule"),
 		streamRestarts: define(counter, "xdpcast_stream_restarts_total", "How often the sender of several inputs began again, or with failover another input was taken.", "rule"),
 
 		unsent: define(counter, "xdpcast_interface_unsent_packets_total", "Frames handed to a device that it did not take, by the kernel's reason; not known by rule.", "interface", "reason"),

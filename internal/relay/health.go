@@ -82,13 +82,13 @@ func alarmsOf(legs []*loader.RuleStats) (all []alarm) {
 		l, name := leg.Leg, inputText(i, len(legs))
 		switch {
 		case l.LastSeen < 0:
-			all = append(all, alarm{alarmSilent, i, name + " has brought no packet"})
+			all = append(all, alarm{alarmSilent, i, name + " has received no packets"})
 		case l.LastSeen > freshest+legSilent:
 			all = append(all, alarm{alarmSilent, i, fmt.Sprintf("%s is silent for %v", name, l.LastSeen.Round(time.Second))})
 		case l.Differs:
-			all = append(all, alarm{alarmDifferent, i, fmt.Sprintf("%s brings other packets than those relayed with the same numbers (%d of them seen): is it another stream?", name, l.Differ)})
+			all = append(all, alarm{alarmDifferent, i, fmt.Sprintf("%s delivers packets that differ from those relayed with the same numbers (%d of them seen): is it another stream?", name, l.Differ)})
 		case float64(l.Behind) > legBehind*float64(l.Bound):
-			all = append(all, alarm{alarmBehind, i, fmt.Sprintf("%s is %d numbers behind: from %d on copies pass again, or are lost (more window, or legs that are closer)", name, l.Behind, l.Bound)})
+			all = append(all, alarm{alarmBehind, i, fmt.Sprintf("%s is %d numbers behind: from %d on copies pass twice, or are lost (want a larger window, or less delay between the inputs)", name, l.Behind, l.Bound)})
 		}
 	}
 	return all

@@ -39,10 +39,10 @@ func TestStreamAlarms(t *testing.T) {
 	}{
 		"all is well":    {func(*loader.LegStats) {}, nil},
 		"some behind":    {func(l *loader.LegStats) { l.Behind = 700 }, nil},
-		"far behind":     {func(l *loader.LegStats) { l.Behind = 800 }, []string{"in[1] is 800 numbers behind: from 1000 on copies pass again, or are lost (more window, or legs that are closer)"}},
-		"never heard":    {func(l *loader.LegStats) { l.LastSeen = -1 }, []string{"in[1] has brought no packet"}},
+		"far behind":     {func(l *loader.LegStats) { l.Behind = 800 }, []string{"in[1] is 800 numbers behind: from 1000 on copies pass twice, or are lost (want a larger window, or less delay between the inputs)"}},
+		"never heard":    {func(l *loader.LegStats) { l.LastSeen = -1 }, []string{"in[1] has received no packets"}},
 		"silent":         {func(l *loader.LegStats) { l.LastSeen = 5 * time.Second }, []string{"in[1] is silent for 5s"}},
-		"another stream": {func(l *loader.LegStats) { l.Differ, l.Differs = 9, true }, []string{"in[1] brings other packets than those relayed with the same numbers (9 of them seen): is it another stream?"}},
+		"another stream": {func(l *loader.LegStats) { l.Differ, l.Differs = 9, true }, []string{"in[1] delivers packets that differ from those relayed with the same numbers (9 of them seen): is it another stream?"}},
 		"it was one":     {func(l *loader.LegStats) { l.Differ = 9 }, nil},
 	} {
 		legs := statsOfLegs(packet.StreamRTP)
