@@ -123,7 +123,7 @@ func TestMissingPinIsNamed(t *testing.T) {
 			if err := os.RemoveAll(path); err != nil {
 				t.Fatal(err)
 			}
-			want := "pin " + path + ` is missing, so that the pinned state cannot be used: remove the rest with "xdpcast unload --all"`
+			want := "pinned state is damaged (" + opts.PinDir + "): pin " + path + ` is missing; "xdpcast unload --all --pin-dir ` + opts.PinDir + `" removes it, and ends its relaying`
 			if _, err := Open(opts); err == nil || err.Error() != want {
 				t.Errorf("Open: %v\nwant %s", err, want)
 			}
