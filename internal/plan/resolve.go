@@ -229,7 +229,7 @@ func (m *maker) prepareInput(f *FlowPlan, c *chooser) error {
 		}
 		switch {
 		case a.Err != nil && f.Flow.Leg.Several():
-			return fmt.Errorf("the relay program finds copies among several inputs: %w", a.Err)
+			return fmt.Errorf("the relay program must merge several inputs: %w", a.Err)
 		case a.Err != nil && !mayTap(c.rule):
 			return a.Err
 		case a.Err != nil:
