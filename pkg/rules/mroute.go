@@ -160,7 +160,7 @@ func (m *Mroute) Left(group netip.Addr, interfaces []string) string {
 	}
 	for _, name := range interfaces {
 		if !m.Names(name) {
-			return fmt.Sprintf("interface %s is none of those that are mirrored", name)
+			return fmt.Sprintf("interface %s is not mirrored", name)
 		}
 	}
 	return ""
