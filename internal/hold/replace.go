@@ -99,10 +99,13 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 			}
 		}
 	}()
-	ended := make(chan *os.ProcessState, 1)
+	// The exit is seen, but left to be reaped: one that comes after the process has replaced this one,
+	// while this one still runs, is for the manager, which gets the zombie when this one ends.
+	ended := make(chan struct{})
 	go func() {
-		state, _ := process.Wait() // our own child: the state is available
-		ended <- state
+		defer close(ended)
+		for errors.Is(unix.Waitid(unix.P_PID, process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil), unix.EINTR) {
+		}
 	}()
 	timeout := time.NewTimer(o.Timeout)
 	defer timeout.Stop()
@@ -110,7 +113,7 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	defer beats.Stop()
 	kill := func(why string) error {
 		_ = process.Kill() // or it has already ended
-		<-ended
+		_, _ = process.Wait()
 		return r.fail(why)
 	}
 	for {
@@ -119,7 +122,8 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 			if finished := r.told(&m); finished {
 				return r.pid, nil
 			}
-		case state := <-ended:
+		case <-ended:
+			state, _ := process.Wait() // our own child: the state is available
 			return 0, r.fail(fmt.Sprintf("ended with %v before it was ready", state))
 		case <-beats.C:
 			if o.Beat != nil {

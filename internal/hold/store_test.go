@@ -1,6 +1,8 @@
 package hold
 
 import (
+	"fmt"
+	"os"
 	"strings"
 	"testing"
 
@@ -10,7 +12,16 @@ import (
 	"xdpcast/internal/notify"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == notify.StartStage {
+		fmt.Fprintln(os.Stderr, notify.Stage(os.Args[2:]))
+		os.Exit(127)
+	}
+	if os.Getenv(replacesVariable) != "" {
+		os.Exit(takeOver())
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func message(t *testing.T, descriptors int, lines ...string) *notify.Message {
 	t.Helper()
