@@ -104,7 +104,7 @@ func TestDiscoverMisses(t *testing.T) {
 	if missed := sent - seen; seen == 0 || missed == 0 || found.Missed < missed || found.Missed > missed+others {
 		t.Errorf("of %d packets %d were seen, and %d are said to be missed", sent, seen, found.Missed)
 	}
-	if want := fmt.Sprintf("xdpcast: warning: %d packets came faster than they could be looked at: rates are too low by these", found.Missed); !strings.Contains(stderr.String(), want) {
+	if want := fmt.Sprintf("xdpcast: warning: %d packets came too fast to be captured: rates are too low by these", found.Missed); !strings.Contains(stderr.String(), want) {
 		t.Errorf("it says %q, want %q", stderr.String(), want)
 	}
 	eventually(t, "the rule has all of its packets", func() string {

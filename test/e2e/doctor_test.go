@@ -260,5 +260,5 @@ func TestDoctorAndDaemon(t *testing.T) {
 		config.Schema++
 		return m.Put(uint32(0), &config)
 	})
-	want("state of another release", "host", "pinned", doctor.Fault, "schema", "xdpcast unload --all")
+	want("state of another release", "host", "pinned", doctor.Fault, "schema", "start xdpcast, which migrates or replaces it")
 }

@@ -199,10 +199,10 @@ func TestExecUpgrade(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, tt := range []struct{ name, text, want string }{
-				{"crash", "#!/bin/sh\nexit 3\n", "ended with exit status 3 before it was ready; this daemon goes on"},
-				{"hang", "#!/bin/sh\nexec sleep 600\n", "was not ready after 1s, and was killed; this daemon goes on"},
-				{"dies with the path", "#!/bin/sh\n" + takesPath + "=" + path + " exec " + self + "\n", "ended with exit status 3 before it was ready; this daemon goes on"},
-				{"no program", "", "ended with exit status 127 before it was ready; this daemon goes on"},
+				{"crash", "#!/bin/sh\nexit 3\n", "ended with exit status 3 before it was ready; this daemon continues"},
+				{"hang", "#!/bin/sh\nexec sleep 600\n", "was not ready after 1s, and was killed; this daemon continues"},
+				{"dies with the path", "#!/bin/sh\n" + takesPath + "=" + path + " exec " + self + "\n", "ended with exit status 3 before it was ready; this daemon continues"},
+				{"no program", "", "ended with exit status 127 before it was ready; this daemon continues"},
 			} {
 				if err := os.WriteFile(script, []byte(tt.text), 0o755); err != nil {
 					t.Fatal(err)
@@ -288,7 +288,7 @@ func TestExecUpgradeOfUser(t *testing.T) {
 	}
 	// What does not come changes nothing of it.
 	in.replace(binary, in.write("script", "#!/bin/sh\nexit 3\n"))
-	if got := in.cli("upgrade", "--exec"); got.code != 1 || !strings.Contains(got.stderr, "this daemon goes on") {
+	if got := in.cli("upgrade", "--exec"); got.code != 1 || !strings.Contains(got.stderr, "this daemon continues") {
 		t.Errorf("a binary that ends: %s", got)
 	}
 	unprivileged(t, pid)
