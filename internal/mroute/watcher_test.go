@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 )
@@ -253,7 +255,7 @@ func (w *world) deleted(source string) bool {
 func TestHold(t *testing.T) {
 	labtest.RequireRoot(t)
 	held := make(chan Key, 100)
-	w := newWorld(t, Options{IPv4: true, Hold: func(key Key) { held <- key }, room: 1})
+	w := newWorld(t, Options{IPv4: true, Hold: func(key Key) { held <- key }})
 	r := labtest.NewRouter(t, w.host, true, 0)
 	for _, name := range []string{"eth0", "eth1", "eth2"} {
 		r.AddVIF(name, 1)
@@ -295,7 +297,14 @@ func TestHold(t *testing.T) {
 	r.Delete("10.0.0.5", "239.1.1.1", "eth0")
 	holds("deleted", key("10.0.0.5"))
 	w.agree(t, "one entry")
-	// Until announcements are lost: the socket has room for few, and the lock keeps it from being read.
+	// Announcements are lost: the socket has room for few from here on, and the lock keeps it from being read.
+	if err := w.watcher.raw.Control(func(fd uintptr) {
+		if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
 	w.watcher.mu.Lock()
 	for range 200 {
 		add("10.0.0.7", "eth1")
