@@ -13,30 +13,30 @@ import (
 // machine's byte order.
 const (
 	offsetOfBlockStatus = 8
-	offsetOfFrames      = 12 // how many
-	offsetOfFirstFrame  = 16 // where
+	offsetOfFrames      = 12 // num_pkts
+	offsetOfFirstFrame  = 16 // offset_to_first_pkt
 	sizeofBlockHdr      = 48
 )
 
-// offsetOfNext is where a struct tpacket3_hdr says how far the next one is away.
+// offsetOfNext is the offset of tp_next_offset in struct tpacket3_hdr.
 const offsetOfNext = 0
 
-// Block is a number of frames in the memory that the worker shares with the
-// kernel: of a block, of the frame ring, or of both.
+// Block is a batch of frames in the memory that the worker shares with the
+// kernel: from a block, from the frame ring, or from both.
 type Block struct {
 	worker *Worker
 	held   bool
 	memory []byte // of the block; nil: none
 	next   int    // offset of the next frame
 	left   int    // frames from next on
-	voids  int    // frames passed over that the kernel dropped after it had made room
+	voids  int    // skipped frames that the kernel dropped after reserving room
 	merged merged
 
 	single int // frames of the frame ring, from its head on
-	used   int // of those
+	used   int // of those, already returned
 }
 
-// open begins with a block, nil for none, and so many frames of the frame ring.
+// open starts a batch with a block, nil for none, and single frames of the frame ring.
 func (b *Block) open(memory []byte, single int) {
 	b.held = true
 	b.memory, b.left = memory, 0
@@ -48,13 +48,13 @@ func (b *Block) open(memory []byte, single int) {
 	b.merged.reset()
 }
 
-// Next sets f to the next frame, and is false after the last one. A frame that
-// several datagrams were merged to comes as that many frames. It does not
-// allocate, but for the memory that merged datagrams are taken apart in, which
-// is kept.
+// Next sets f to the next frame, and returns false after the last one. It splits
+// a frame of several merged datagrams into that many frames. It does not
+// allocate, except for the memory into which merged datagrams are split, which
+// is reused.
 //
-// What f says, its data included, belongs to the block and is valid until
-// Release. The data may be changed.
+// The contents of f, including its data, belong to the block and are valid until
+// Release. The caller may modify the data.
 func (b *Block) Next(f *Frame) bool {
 	if b.merged.next(f) {
 		return true
@@ -76,11 +76,11 @@ func (b *Block) Next(f *Frame) bool {
 	return false
 }
 
-// more says whether there is a frame. Frames of the frame ring that came after all of
-// the block are left: the next block may hold older ones.
+// more says whether a frame is left. Frames of the frame ring newer than the whole
+// block stay for the next call: the next block may hold older ones.
 func (b *Block) more() bool { return b.left > 0 || b.memory == nil && b.used < b.single }
 
-// take reads the next frame; false if it is none.
+// take reads the next frame, and returns false if it skipped one.
 func (b *Block) take(f *Frame) bool {
 	if b.singleFirst() {
 		slot := b.worker.frames.slot(b.used)
@@ -95,8 +95,8 @@ func (b *Block) take(f *Frame) bool {
 	switch {
 	case !ok:
 	case binary.NativeEndian.Uint32(frame[inBlock.status:])&unix.TP_STATUS_USER == 0:
-		// The kernel could not describe it in a virtio header, and has counted it as
-		// dropped (tpacket_rcv of net/packet/af_packet.c). The rest is of an older frame.
+		// The kernel could not describe it in a virtio header, and counted it as
+		// dropped (tpacket_rcv of net/packet/af_packet.c). The rest is stale.
 		b.left--
 		b.voids++
 		return false
@@ -104,7 +104,7 @@ func (b *Block) take(f *Frame) bool {
 		b.left--
 		return true
 	}
-	// Where the next frame is cannot be told either.
+	// The position of the next frame is unknown, too.
 	b.worker.malformed.Add(uint64(b.left))
 	b.left = 0
 	return false
@@ -119,12 +119,12 @@ func (b *Block) singleFirst() bool {
 		return true
 	}
 	if b.next < 0 || b.next > len(b.memory)-inBlock.size {
-		return false // step says so
+		return false // step reports it
 	}
 	return b.worker.frames.earliest[b.used] <= inBlock.time(b.memory[b.next:])
 }
 
-// step returns the memory from the next frame on, and moves on.
+// step returns the memory from the next frame on, and advances.
 func (b *Block) step() (frame []byte, ok bool) {
 	if b.next < 0 || b.next > len(b.memory)-inBlock.size {
 		return nil, false
@@ -134,18 +134,18 @@ func (b *Block) step() (frame []byte, ok bool) {
 	if b.left > 1 && step < inBlock.size {
 		return nil, false
 	}
-	b.next += step // of the last frame it means nothing
+	b.next += step // meaningless after the last frame
 	return frame, true
 }
 
-// Release gives the frames back to the kernel. Releasing twice does nothing.
+// Release returns the frames to the kernel. Releasing twice does nothing.
 func (b *Block) Release() {
 	if !b.held {
 		return
 	}
 	w := b.worker
 	if b.memory != nil {
-		// Until the kernel opens the block again it counts as empty (Worker.blockPending).
+		// The block must look empty to Worker.blockPending until the kernel opens it again.
 		atomic.StoreUint32(blockFrames(b.memory), 0)
 		// The store orders the uses of the block before it.
 		atomic.StoreUint32(blockStatus(b.memory), unix.TP_STATUS_KERNEL)
@@ -165,7 +165,7 @@ func blockStatus(block []byte) *uint32 {
 	return (*uint32)(unsafe.Pointer(&block[offsetOfBlockStatus]))
 }
 
-// blockFrames is num_pkts, beside it.
+// blockFrames is num_pkts of the same struct.
 func blockFrames(block []byte) *uint32 {
 	return (*uint32)(unsafe.Pointer(&block[offsetOfFrames]))
 }

@@ -11,17 +11,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// choice is the program that chooses, where workers have two rings, a frame's worker and
-// ring: in one group that has the sockets of the workers' blocks first, and then those of
-// their frame rings. So the kernel gives each frame to exactly one.
+// choice is the program that selects a frame's worker and ring if workers have two rings.
+// One group holds first the sockets of the workers' blocks and then those of their frame
+// rings, so that the kernel gives each frame to exactly one.
 //
-// A frame goes by the frame ring, which wakes the worker at once, while that has room; when
-// frames come faster than the worker takes them, by blocks, of which one wake-up
-// brings hundreds. By blocks go as well
+// A frame uses the frame ring, which wakes the worker immediately, while that has room; when
+// frames arrive faster than the worker takes them, they use blocks, which deliver hundreds
+// per wake-up. Blocks also carry
 //
-//   - what is too long for a slot;
-//   - merged datagrams: a socket with a virtio header and TPACKET_V2 stays deaf for ever
-//     once the kernel met one that it cannot describe, since it keeps the slot
+//   - frames too long for a slot;
+//   - merged datagrams: a socket with a virtio header and TPACKET_V2 never receives again
+//     once the kernel meets one that it cannot describe, since it keeps the slot
 //     (rx_owner_map in tpacket_rcv of net/packet/af_packet.c).
 type choice struct {
 	program *ebpf.Program
@@ -29,10 +29,10 @@ type choice struct {
 	memory  []byte // of state
 }
 
-// admission is what the program and a worker tell each other; a cache line.
+// admission is the state shared by the program and a worker; a cache line.
 type admission struct {
-	taken uint64 // frames that went by the frame ring, or were to, and were filtered out
-	limit uint64 // no more than so many go by it; 0: none
+	taken uint64 // frames assigned to the frame ring, including those then filtered out
+	limit uint64 // of taken; 0: admit none
 	_     [6]uint64
 }
 
@@ -69,7 +69,7 @@ func newChoice(o *Options) (_ *choice, err error) {
 	return c, nil
 }
 
-// of is the admission of a worker.
+// of returns the admission of a worker.
 func (c *choice) of(worker int) *admission {
 	return (*admission)(unsafe.Pointer(&c.memory[worker*sizeofAdmission]))
 }
@@ -89,7 +89,7 @@ func (c *choice) close() error {
 	return errors.Join(errs...)
 }
 
-// slackOf is how many frames CPUs may be putting into a worker's slots at one time.
+// slackOf bounds how many frames CPUs may be writing into a worker's slots at one time.
 func slackOf(o *Options) int { return min(2*runtime.NumCPU()+8, o.Frames/2) }
 
 // Offsets into struct __sk_buff of include/uapi/linux/bpf.h.
@@ -113,12 +113,12 @@ func chooseRing(o *Options, state int) asm.Instructions {
 	}
 	return join(worker, asm.Instructions{
 		asm.Mod.Imm32(regHash, int32(o.Workers)),
-		// Older verifiers do not see that it is smaller now.
+		// Older verifiers do not derive a bound from the modulo.
 		asm.JLT.Imm(regHash, int32(o.Workers), "worker"),
 		asm.Mov.Imm(regHash, 0),
 		asm.Mov.Reg(asm.R0, regHash).WithSymbol("worker"),
 		asm.LoadMem(asm.R1, regContext, skbLen, asm.Word),
-		// From the network header on, or from the link-layer header on.
+		// Counted from the network or from the link-layer header.
 		asm.JGT.Imm(asm.R1, int32(o.FrameSize-FrameOverhead), "blocks"),
 		asm.LoadMem(asm.R1, regContext, skbGSOSize, asm.Word),
 		asm.JNE.Imm(asm.R1, 0, "blocks"),

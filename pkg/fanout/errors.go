@@ -8,10 +8,10 @@ import (
 // ErrWoken is what [Worker.Wait] returns after [Worker.Wake].
 var ErrWoken = errors.New("worker woken")
 
-// A Step is what was being done when something failed.
+// A Step is the operation that failed.
 type Step string
 
-// The steps of opening and running a group, in their order.
+// The steps of opening and running a group, in order.
 const (
 	StepOptions    Step = "check options"
 	StepSocket     Step = "open packet socket"
@@ -33,13 +33,13 @@ const (
 	StepClose      Step = "close"
 )
 
-// Error is a failure of a group. errors.Is finds the cause, which is the
-// kernel's errno where the kernel refused: EPERM without CAP_NET_RAW, ENODEV for
-// an interface that is gone, ENETDOWN for one that is down, ENOMEM for a ring
-// that does not fit, ENOSPC for a group that another program joined first.
+// Error is a failure of a group. Match its cause with errors.Is; if the kernel
+// refused, it is the errno: EPERM without CAP_NET_RAW, ENODEV if the interface is
+// gone, ENETDOWN if it is down, ENOMEM if there is no memory for a ring, ENOSPC
+// if another program joined the group first.
 type Error struct {
 	Step Step
-	// Interface is its name as given in Options.
+	// Interface is the name given in Options.
 	Interface string
 	// GroupID is the fanout group, -1 before the kernel chose one.
 	GroupID int
@@ -47,7 +47,7 @@ type Error struct {
 	Err     error
 }
 
-// Error names PACKET_FANOUT, the group, its mode, the interface, the step and the cause.
+// Error returns the group, its mode, the interface, the step and the cause.
 func (e *Error) Error() string {
 	group := "new group"
 	if e.GroupID >= 0 {

@@ -13,52 +13,51 @@ const (
 	sizeofVnetHeader  = 10 // struct virtio_net_hdr of include/uapi/linux/virtio_net.h
 )
 
-// Frame is one frame, with what the kernel knows of it.
+// Frame is one frame and its metadata from the kernel.
 type Frame struct {
 	// Data is the frame from its link-layer header on, or from its IP header on
 	// for an interface without one.
 	Data []byte
-	// WireLen is how long the frame was, in bytes, without the VLAN tag that the
-	// kernel took out; Data is shorter if the filter cut it.
+	// WireLen is the original length of the frame, in bytes, without the VLAN tag
+	// that the kernel removed; Data is shorter if the filter truncated it.
 	WireLen int
 	// Time is when the frame was received, in nanoseconds since the Unix epoch.
 	Time int64
-	// VLANProtocol is the EtherType of the VLAN tag that the kernel took out of
-	// the frame, the outermost: 0x8100 or 0x88a8; 0 if it took none.
+	// VLANProtocol is the EtherType of the outermost VLAN tag, which the kernel
+	// removed from the frame: 0x8100 or 0x88a8; 0 if it removed none.
 	VLANProtocol uint16
 	// VLANTag is that tag's control word: priority, drop eligible bit and VLAN id
-	// (IEEE 802.1Q).
+	// (IEEE 802.1Q), in host byte order.
 	VLANTag uint16
 	// ChecksumPartial says that the sender, on this machine, left the transport
 	// checksum to the device: the field covers the pseudo header alone.
 	ChecksumPartial bool
-	// SegmentSize is the payload of each datagram, or TCP segment, of which this
-	// frame was merged, and 0 for a frame that left its sender like this. It is
-	// set only on what Next cannot take apart, TCP above all: such frames are not
-	// what was on the wire.
+	// SegmentSize is the payload in bytes of each datagram, or TCP segment, that was
+	// merged into this frame, and 0 for an unmerged frame. It is set only on frames
+	// that Next cannot split, mainly TCP: they are not what was on the wire.
 	SegmentSize int
 
-	// room is Data and what may be used in front of it.
+	// room is Data and the usable bytes in front of it.
 	room []byte
-	// checksumStart is where the checksum begins to cover, and checksumAt where it
-	// is; offsets into Data.
+	// checksumStart is the first byte that the checksum covers, checksumAt its
+	// position; offsets into Data.
 	checksumStart, checksumAt int
-	// network is the offset of the network header as the kernel sees it: behind
-	// the tag taken out, but in front of another one.
+	// network is the offset of the network header as the kernel sees it: after the
+	// removed tag, but before any further one.
 	network int
 	gsoType uint8
 }
 
-// layout says where a frame's header has what, which differs between versions of
-// rings: offsets in bytes.
+// layout holds the offsets of header fields in bytes, which differ between ring
+// versions.
 type layout struct {
 	seconds, nanos, snaplen, length, status, mac, net, vlan, tpid, size int
-	// wideVLAN says that the tag has 32 bits of room.
+	// wideVLAN says that the tag's field has 32 bits.
 	wideVLAN bool
 }
 
-// Struct tpacket3_hdr, of a frame in a block, and struct tpacket2_hdr, of one in a
-// frame ring (include/uapi/linux/if_packet.h). All fields are in the machine's byte order.
+// Struct tpacket3_hdr of frames in a block, and struct tpacket2_hdr of frames in a
+// frame ring (include/uapi/linux/if_packet.h). All fields are in host byte order.
 var (
 	inBlock = layout{
 		seconds: 4, nanos: 8, snaplen: 12, length: 16, status: 20, mac: 24, net: 26, vlan: 32, tpid: 36,
@@ -70,14 +69,14 @@ var (
 	}
 )
 
-// time reads when a frame was received.
+// time reads the receive timestamp of a frame.
 func (l *layout) time(header []byte) int64 {
 	order := binary.NativeEndian
 	return int64(order.Uint32(header[l.seconds:]))*1e9 + int64(order.Uint32(header[l.nanos:]))
 }
 
 // parse reads a frame's header, and the frame and the struct virtio_net_hdr that it
-// points to. memory goes to the end of the block, or of the frame's slot.
+// points to. memory extends to the end of the block, or of the frame's slot.
 func (f *Frame) parse(memory []byte, l *layout) bool {
 	order := binary.NativeEndian
 	header := memory[:l.size]
@@ -87,8 +86,8 @@ func (f *Frame) parse(memory []byte, l *layout) bool {
 		return false
 	}
 	*f = Frame{
-		// The virtio header lies just before the frame. It has been read when
-		// anything is put there.
+		// The virtio header lies just before the frame. It is read before anything
+		// overwrites it.
 		room:    memory[start-vlanLen : start+length : start+length],
 		WireLen: int(order.Uint32(header[l.length:])),
 		Time:    l.time(header),
@@ -126,18 +125,18 @@ func (f *Frame) parseVirtio(header []byte) {
 	}
 	if header[1] != unix.VIRTIO_NET_HDR_GSO_NONE {
 		f.gsoType = header[1] &^ unix.VIRTIO_NET_HDR_GSO_ECN
-		f.SegmentSize = max(1, int(order.Uint16(header[4:]))) // 0 would say that it is not merged
+		f.SegmentSize = max(1, int(order.Uint16(header[4:]))) // 0 would mean unmerged
 	}
 }
 
-// merged says whether the frame is several UDP datagrams.
+// merged says whether the frame consists of several UDP datagrams.
 func (f *Frame) merged() bool {
 	return f.gsoType == unix.VIRTIO_NET_HDR_GSO_UDP_L4
 }
 
-// CompleteChecksum completes the transport checksum in Data if ChecksumPartial
-// says that it has to be, and clears that. It is false, and changes nothing, if
-// it cannot: the frame was cut, or the kernel names an offset outside it.
+// CompleteChecksum completes the transport checksum in Data if ChecksumPartial is
+// set, and clears that. It returns false, and changes nothing, if it cannot: the
+// frame is truncated, or the kernel's offset is outside it.
 func (f *Frame) CompleteChecksum() bool {
 	if !f.ChecksumPartial {
 		return true
@@ -145,19 +144,19 @@ func (f *Frame) CompleteChecksum() bool {
 	if len(f.Data) < f.WireLen || f.checksumAt < f.checksumStart || f.checksumAt+2 > len(f.Data) {
 		return false
 	}
-	// The checksum field holds the sum of the pseudo header, not complemented.
+	// The checksum field holds the uncomplemented sum of the pseudo header.
 	check := ^fold(sum(f.Data[f.checksumStart:]))
 	if check == 0 {
-		check = 0xffff // RFC 768: zero is for no checksum
+		check = 0xffff // RFC 768: zero means no checksum
 	}
 	binary.BigEndian.PutUint16(f.Data[f.checksumAt:], check)
 	f.ChecksumPartial = false
 	return true
 }
 
-// RestoreVLAN puts the VLAN tag that the kernel took out back into Data, and
-// clears VLANProtocol. It does nothing if there is none, and must not be called
-// for an interface without Ethernet header, which has none.
+// RestoreVLAN puts the VLAN tag that the kernel removed back into Data, and
+// clears VLANProtocol. It does nothing if there is none. Do not call it for an
+// interface without an Ethernet header.
 func (f *Frame) RestoreVLAN() {
 	if f.VLANProtocol == 0 || len(f.Data) < etherLen || len(f.room) != len(f.Data)+vlanLen {
 		return

@@ -14,52 +14,51 @@ const (
 	minFrames       = 64
 	maxFrames       = 1 << 16
 	minFrameSize    = 2 << 10
-	frameBlock      = 64 << 10 // what the kernel takes at a time
+	frameBlock      = 64 << 10 // the kernel's unit of allocation (tp_block_size)
 	maxFrameWorkers = 1 << 10
 )
 
-// FrameOverhead is what of a frame of the frame ring, in bytes, is not for the packet: struct
-// tpacket2_hdr, struct sockaddr_ll, a link-layer header and struct virtio_net_hdr.
+// FrameOverhead is the part of a frame ring's slot, in bytes, not available to the packet:
+// struct tpacket2_hdr, struct sockaddr_ll, a link-layer header and struct virtio_net_hdr.
 const FrameOverhead = 128
 
 const (
-	// mostSingle is how many frames of the frame ring are handed out at a time.
+	// mostSingle bounds the frames of the frame ring returned at a time.
 	mostSingle = 256
-	// fewFrames: a block that was handed over by time, with no more frames than this,
-	// says that frames come slowly enough to be handed over one by one.
+	// fewFrames: a block retired by its timeout with no more frames than this shows
+	// that frames arrive slowly enough for the frame ring.
 	fewFrames = 200
 )
 
 // frameRing is the second ring of a worker (TPACKET_V2): a socket of its own, in the same
-// group. See choice.go for which frames come by it.
+// group. See choice.go for which frames use it.
 //
 // # Order
 //
-// Frames of a flow are put in their rings one after the other. So one that is older than a
-// frame of the frame ring, and in a block, can be seen there when the younger one can: the
-// block has been handed over, or its number of frames is not zero, and the worker waits
-// for it. And one that is older than a frame of a block and in the frame ring can be
-// seen when the block has been handed over. Which of two that both can be seen is older
-// is told by the time at which they were received.
+// The kernel writes the frames of a flow to their rings one after the other. So if a frame
+// of the frame ring is visible, every older frame of its flow in a block is, too: the block
+// has been handed over, or its number of frames is not zero, and the worker waits for it.
+// And once a block has been handed over, every older frame in the frame ring is visible.
+// Two visible frames are ordered by their receive timestamps.
 type frameRing struct {
 	fd     int
 	memory []byte
 	size   int // of a slot
 	count  int // of slots
-	head   int // the slot that is filled next, or has been
+	head   int // the slot to read next
 	admits *admission
-	// slack is for frames that CPUs are just putting into slots.
+	// slack reserves slots for frames that CPUs are still writing.
 	slack int
-	// blocks says that frames come too fast for this ring.
+	// blocks says that frames arrive too fast for this ring.
 	blocks bool
-	// waits says that frames here are younger than some of the open block.
+	// waits says that frames here may be newer than some of the open block.
 	waits bool
-	// earliest says, for each frame from head on, when the earliest of it and those
-	// behind it came: a CPU may be late with a slot. Only beside a block.
+	// earliest holds, for each frame from head on, the earliest receive time of it and
+	// those after it: a CPU may fill a slot late. Only set together with a block.
 	earliest []int64
 }
 
-// open makes the socket a member of the group, which still drops everything.
+// steps make the socket a member of the group, which still drops everything.
 func (r *frameRing) steps(w *Worker) []step {
 	sys, o := w.group.sys, &w.group.opts
 	return []step{
@@ -79,7 +78,7 @@ func (r *frameRing) steps(w *Worker) []step {
 	}
 }
 
-// slot is the memory of the nth slot from the head on.
+// slot returns the memory of the nth slot from the head.
 func (r *frameRing) slot(n int) []byte {
 	at := (r.head + n) % r.count * r.size
 	return r.memory[at : at+r.size : at+r.size]
@@ -90,13 +89,13 @@ func (r *frameRing) status(n int) *uint32 {
 	return (*uint32)(unsafe.Pointer(&r.memory[(r.head+n)%r.count*r.size]))
 }
 
-// filled says whether the nth slot holds a frame.
+// filled says whether the nth slot from the head holds a frame.
 func (r *frameRing) filled(n int) bool {
-	// The load orders the reads of the frame, and of the open block, after it.
+	// This load precedes the reads of the frame, and of the open block.
 	return atomic.LoadUint32(r.status(n))&unix.TP_STATUS_USER != 0
 }
 
-// ready counts the frames from the nth slot on, up to most slots from the head on.
+// ready counts the frames from the nth slot on, within the first most slots.
 func (r *frameRing) ready(n, most int) int {
 	from := n
 	for n < min(most, r.count) && r.filled(n) {
@@ -105,8 +104,8 @@ func (r *frameRing) ready(n, most int) int {
 	return n - from
 }
 
-// settle counts all frames that have come so far, and waits for slots that CPUs are just
-// filling in front of others.
+// settle counts all frames that have arrived, and waits for slots that CPUs are still
+// filling before others.
 func (r *frameRing) settle() (n int) {
 	for {
 		n += r.ready(n, r.count)
@@ -124,7 +123,7 @@ func (r *frameRing) settle() (n int) {
 	return n
 }
 
-// beyond says whether a slot behind the nth holds a frame.
+// beyond says whether a slot after the nth holds a frame.
 func (r *frameRing) beyond(n int) bool {
 	for i := n + 1; i < min(n+1+r.slack, r.count); i++ {
 		if r.filled(i) {
@@ -134,7 +133,7 @@ func (r *frameRing) beyond(n int) bool {
 	return false
 }
 
-// release gives n slots back.
+// release returns n slots to the kernel.
 func (r *frameRing) release(n int) {
 	for i := range n {
 		atomic.StoreUint32(r.status(i), unix.TP_STATUS_KERNEL)
@@ -145,7 +144,7 @@ func (r *frameRing) release(n int) {
 	}
 }
 
-// admit lets as many frames in as have room; the ring is empty.
+// admit lets the program fill the ring, which must be empty.
 func (r *frameRing) admit() {
 	if r.blocks {
 		return
@@ -155,7 +154,7 @@ func (r *frameRing) admit() {
 	}
 }
 
-// rate learns from a block that was handed over how fast frames come.
+// rate decides by a block handed over whether frames arrive too fast for this ring.
 func (r *frameRing) rate(block []byte) {
 	byTime := atomic.LoadUint32(blockStatus(block))&unix.TP_STATUS_BLK_TMO != 0
 	r.blocks = !byTime || atomic.LoadUint32(blockFrames(block)) > fewFrames

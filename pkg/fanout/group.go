@@ -20,8 +20,8 @@ type Group struct {
 	ethernet bool
 	choice   *choice // nil: workers have no frame rings
 
-	// mu is over the descriptors, but for the workers' own use of them, and over
-	// the totals.
+	// mu protects the descriptors, except for the workers' own use of them, and the
+	// totals.
 	mu      sync.Mutex
 	closed  bool
 	closing sync.Once
@@ -29,27 +29,26 @@ type Group struct {
 
 // Stats are a worker's counters since Open.
 type Stats struct {
-	// Received counts the frames put into the ring, a merged one once.
+	// Received counts the frames put into the ring; a merged frame counts once.
 	Received uint64
 	// Dropped counts the frames that passed the filter but found the ring full.
 	Dropped uint64
 	// Freezes counts how often the ring became full.
 	Freezes uint64
-	// Truncated counts the frames handed out of which the filter, or the block,
-	// cut the end.
+	// Truncated counts the returned frames cut short by the filter or the block.
 	Truncated uint64
-	// Malformed counts the frames passed over since what the kernel wrote of them
-	// made no sense.
+	// Malformed counts the frames skipped because the kernel's description of them
+	// was invalid.
 	Malformed uint64
 }
 
 // Open opens a group in the network namespace of the calling thread. The caller
-// must Close it. errors.As finds an [*Error] in the error, and nothing remains of
-// the group.
+// must Close it. On an error, in which errors.As finds an [*Error], nothing
+// remains of the group.
 //
-// An interface that is down can be opened since Linux 6.13: the workers' first
-// Wait answers ENETDOWN, and they receive when it comes up. Earlier kernels
-// refuse, and the error is ENETDOWN.
+// Since Linux 6.13 an interface that is down can be opened: the workers' first
+// Wait returns ENETDOWN, and they receive once it is up. Earlier kernels refuse
+// with ENETDOWN.
 func Open(opts Options) (*Group, error) { return open(opts, kernel()) }
 
 func open(opts Options, sys *system) (*Group, error) {
@@ -83,14 +82,14 @@ func open(opts Options, sys *system) (*Group, error) {
 	return g, nil
 }
 
-// start lets frames in, now that all workers have joined.
+// start sets program and filters, after all workers have joined.
 func (g *Group) start() error {
 	program := g.opts.Steering
 	if g.choice != nil {
 		program = g.choice.program
 	}
 	if program != nil {
-		// It is the group's; any member can set it.
+		// The program belongs to the group; any member can set it.
 		if err := g.sys.setInt(g.workers[0].fd, unix.SOL_PACKET, unix.PACKET_FANOUT_DATA, program.FD()); err != nil {
 			return g.fail(StepSteering, err)
 		}
@@ -107,8 +106,8 @@ func (g *Group) fail(step Step, err error) error {
 	return &Error{Step: step, Interface: g.opts.Interface, GroupID: g.id, Mode: g.opts.Mode, Err: err}
 }
 
-// Gone asks the kernel whether the interface is gone for which the group was opened,
-// whatever has the same index now.
+// Gone asks the kernel whether the interface for which the group was opened is gone,
+// even if another has its index now. It returns false after Close.
 func (g *Group) Gone() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -119,19 +118,19 @@ func (g *Group) Gone() bool {
 	return err == nil && link.Ifindex != g.opts.Index
 }
 
-// ID returns the number of the fanout group.
+// ID returns the id of the fanout group.
 func (g *Group) ID() uint16 { return uint16(g.id) }
 
-// Workers returns the workers. The group keeps owning them.
+// Workers returns the workers. The group keeps ownership.
 func (g *Group) Workers() []*Worker { return g.workers }
 
 // Ethernet reports whether the interface's frames begin with an Ethernet header,
 // rather than with the IP header.
 func (g *Group) Ethernet() bool { return g.ethernet }
 
-// SetFilter exchanges the filter, one worker after another, each in one step: no
-// frame meets no filter. On an error the workers have the filter of before, as
-// far as the kernel lets them.
+// SetFilter replaces the filter of one worker after another, each atomically: every
+// frame meets a filter. On an error it restores the previous filter as far as the
+// kernel allows.
 func (g *Group) SetFilter(f Filter) error {
 	if err := f.check(); err != nil {
 		return g.fail(StepFilter, err)
@@ -155,9 +154,9 @@ func (g *Group) SetFilter(f Filter) error {
 	return nil
 }
 
-// Stats returns each worker's counters, which only ever grow. The kernel counts
-// in 32 bits: call it at least every few minutes, or counts are lost at millions
-// of frames a second. After Close it returns the last ones.
+// Stats returns each worker's counters, which never decrease. The kernel counts in
+// 32 bits: call it at least every few minutes, or counts are lost at millions of
+// frames a second. After Close it returns the last values.
 func (g *Group) Stats() ([]Stats, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -173,8 +172,8 @@ func (g *Group) Stats() ([]Stats, error) {
 	return stats, err
 }
 
-// readStatistics adds what the kernel counted since the last call: it starts
-// from zero with each.
+// readStatistics adds the kernel's counts since the last call: each read resets
+// them.
 func (g *Group) readStatistics() error {
 	var errs []error
 	for _, w := range g.workers {
@@ -184,7 +183,7 @@ func (g *Group) readStatistics() error {
 				errs = append(errs, g.fail(StepStats, err))
 				continue
 			}
-			// What the kernel calls packets is with those dropped.
+			// The kernel's tp_packets includes the dropped ones.
 			w.total.Received += uint64(s.Packets - s.Drops)
 			w.total.Dropped += uint64(s.Drops)
 			w.total.Freezes += uint64(s.Freeze_q_cnt)
@@ -196,7 +195,7 @@ func (g *Group) readStatistics() error {
 // Close wakes every worker, waits until none holds a block, and then unmaps the
 // rings and closes the sockets. Wait returns os.ErrClosed from then on. A second
 // Close does nothing. A goroutine that holds a block must release it first, or
-// Close waits for ever.
+// Close waits forever.
 func (g *Group) Close() error {
 	var errs []error
 	g.closing.Do(func() {
@@ -222,15 +221,15 @@ func (g *Group) Close() error {
 	return errors.Join(errs...)
 }
 
-// hasEthernetHeader says whether a device of this type (ARPHRD_ of
-// include/uapi/linux/if_arp.h) shows packet sockets frames with an Ethernet
-// header. Those without, such as tun and WireGuard, begin with the IP header.
+// hasEthernetHeader says whether packet sockets see an Ethernet header on a device
+// of this type (ARPHRD_ of include/uapi/linux/if_arp.h). On others, such as tun and
+// WireGuard, frames begin with the IP header.
 func hasEthernetHeader(hardwareType uint16) bool {
 	return hardwareType == unix.ARPHRD_ETHER || hardwareType == unix.ARPHRD_LOOPBACK
 }
 
-// boundTo returns what a bound packet socket is bound to. The index is -1 when
-// the interface is gone.
+// boundTo returns the address of a bound packet socket. The index is -1 if the
+// interface is gone.
 func (s *system) boundTo(fd int) (*unix.SockaddrLinklayer, error) {
 	address, err := s.getsockname(fd)
 	if err != nil {

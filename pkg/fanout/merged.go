@@ -12,20 +12,20 @@ const (
 	udpLen = 8
 )
 
-// maxArena bounds the memory for the datagrams of one frame. 64 KiB of payload a
-// byte each, which no kernel delivers, fit.
+// maxArena bounds the memory for the datagrams of one frame. Even 64 KiB split into
+// one-byte datagrams, which no kernel delivers, fit.
 const maxArena = 16 << 20
 
-// merged takes a frame of several UDP datagrams apart, as the kernel would on
-// its way out (__udp_gso_segment and inet_gso_segment): each datagram but the
-// last has SegmentSize bytes of payload.
+// merged splits a frame of several UDP datagrams as the kernel does on output
+// (__udp_gso_segment and inet_gso_segment): each datagram but the last has
+// SegmentSize bytes of payload.
 type merged struct {
 	whole Frame
-	// ip, udp and payload are offsets into whole.Data: of the headers, and of what
-	// is still to be handed out.
+	// ip, udp and payload are offsets into whole.Data: of the headers, and of the
+	// remaining payload.
 	ip, udp, payload int
-	count            int // datagrams handed out
-	// arena is where the datagrams are put. Those of one block share it.
+	count            int // datagrams returned
+	// arena holds the datagrams. Those of one block share it.
 	arena []byte
 	used  int
 }
@@ -35,14 +35,14 @@ func (m *merged) reset() {
 	m.payload, m.used = 0, 0
 }
 
-// split begins with a frame. It is false if that cannot be taken apart.
+// split starts splitting a frame. It returns false if that is not possible.
 func (m *merged) split(f *Frame) bool {
 	if len(f.Data) < f.WireLen || f.SegmentSize <= 0 || !f.ChecksumPartial {
 		return false
 	}
 	ip, ok := f.ipHeader()
-	// The UDP checksum is always left to the one who takes the frame apart, which
-	// tells where the UDP header is.
+	// A merged frame always leaves the UDP checksum partial, so that checksumStart is
+	// the UDP header.
 	udp := f.checksumStart
 	if !ok || udp+udpLen > len(f.Data) || f.checksumAt != udp+6 || !headersFit(f.Data[ip:], udp-ip) {
 		return false
@@ -56,7 +56,7 @@ func (m *merged) split(f *Frame) bool {
 	return true
 }
 
-// ipHeader finds the IP header, behind any VLAN tags left in the frame.
+// ipHeader finds the IP header after any VLAN tags left in the frame.
 func (f *Frame) ipHeader() (offset int, ok bool) {
 	offset = f.network
 	if offset < 0 {
@@ -72,8 +72,8 @@ func (f *Frame) ipHeader() (offset int, ok bool) {
 	return offset, offset < len(f.Data)
 }
 
-// headersFit says whether an IP header of this length, with its options or
-// extension headers, is what is at the start of ip.
+// headersFit says whether ip starts with an IP header of this length, options or
+// extension headers included.
 func headersFit(ip []byte, length int) bool {
 	switch ip[0] >> 4 {
 	case 4:
@@ -84,15 +84,15 @@ func headersFit(ip []byte, length int) bool {
 	return false
 }
 
-// need is how much memory the datagrams of a frame take, each with its headers
-// and room for a VLAN tag.
+// need returns the memory for the datagrams of a frame, each with its headers and
+// room for a VLAN tag.
 func need(payload, segmentSize, headers int) int {
 	datagrams := (payload + segmentSize - 1) / segmentSize
 	return payload + datagrams*(vlanLen+headers)
 }
 
-// reserve sees to it that there is so much memory, without moving the earlier
-// datagrams of the block, which are still in use.
+// reserve ensures that much memory, without moving the earlier datagrams of the
+// block, which are still in use.
 func (m *merged) reserve(need int) {
 	if m.used+need > len(m.arena) {
 		m.arena = make([]byte, max(2*len(m.arena), need))
@@ -100,7 +100,7 @@ func (m *merged) reserve(need int) {
 	}
 }
 
-// next sets f to the next datagram.
+// next sets f to the next datagram, and returns false after the last one.
 func (m *merged) next(f *Frame) bool {
 	n := min(len(m.whole.Data)-m.payload, m.whole.SegmentSize)
 	if m.whole.Data == nil || n <= 0 {
@@ -121,7 +121,8 @@ func (m *merged) next(f *Frame) bool {
 	return true
 }
 
-// writeHeaders makes the headers of the whole those of one datagram.
+// writeHeaders turns the copied headers of the merged frame into those of one
+// datagram.
 func (m *merged) writeHeaders(frame []byte) {
 	ip, udp := frame[m.ip:], frame[m.udp:]
 	length := uint16(len(udp))
@@ -145,10 +146,9 @@ func (m *merged) writeHeaders(frame []byte) {
 	binary.BigEndian.PutUint16(udp[6:], check)
 }
 
-// writeIdentification counts the identification up, as the kernel does. What it
-// merges had either consecutive ones or, on packets that must not be fragmented,
-// a constant one, which then is zero for all but contrived senders (RFC 6864
-// says that it means nothing).
+// writeIdentification increments the identification, as the kernel does. Merged
+// packets had either consecutive ones or, with DF set, a constant one, which is
+// zero for all but contrived senders (RFC 6864: it is meaningless there).
 func (m *merged) writeIdentification(ip []byte) {
 	id := binary.BigEndian.Uint16(ip[4:])
 	dontFragment := ip[6]&0x40 != 0

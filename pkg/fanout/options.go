@@ -16,17 +16,17 @@ import (
 // Mode is how the kernel chooses a frame's worker.
 type Mode uint8
 
-// The modes. None of them overflows to another worker when a ring is full: that
-// would put packets of a flow out of order.
+// The modes. None of them overflows to another worker when a ring is full, since
+// that would reorder packets of a flow.
 const (
-	// ModeCPU gives a frame to the worker whose number is that of the CPU that
-	// the kernel handles it on, modulo the number of workers. Flows keep their
-	// order where the network card, or a cpumap, keeps each on one CPU.
+	// ModeCPU selects the worker by the number of the CPU on which the kernel
+	// handles the frame, modulo the number of workers. Flows stay in order if the
+	// network card, or a cpumap, keeps each on one CPU.
 	ModeCPU Mode = iota
-	// ModeHash uses the kernel's flow hash: addresses and, but for fragments,
-	// ports, the same in both directions.
+	// ModeHash uses the kernel's flow hash: addresses and, except for fragments,
+	// ports; it is the same in both directions.
 	ModeHash
-	// ModeEBPF asks Options.Steering.
+	// ModeEBPF runs Options.Steering.
 	ModeEBPF
 )
 
@@ -42,7 +42,7 @@ func (m Mode) String() string {
 	return "mode " + strconv.Itoa(int(m))
 }
 
-// kernelMode is the mode's number in include/uapi/linux/if_packet.h.
+// kernelMode returns the mode's constant in include/uapi/linux/if_packet.h.
 func (m Mode) kernelMode() uint32 {
 	switch m {
 	case ModeHash:
@@ -53,18 +53,18 @@ func (m Mode) kernelMode() uint32 {
 	return unix.PACKET_FANOUT_CPU
 }
 
-// Filter chooses the frames that reach the rings. The zero Filter chooses all.
+// Filter selects the frames that reach the rings. The zero Filter selects all.
 //
-// A filter runs with the frame's link-layer header in front, on devices that have
-// one, and without the outer VLAN tag, which it finds in the socket buffer's
-// vlan_tci. It answers how many bytes of the frame are kept: 0 drops it.
+// A filter sees the frame from its link-layer header on, on devices that have
+// one, and without the outer VLAN tag, which is in the socket buffer's vlan_tci.
+// It returns how many bytes of the frame to keep: 0 drops it.
 type Filter struct {
 	// Program is a program of type SocketFilter. Before Linux 6.2 it must itself drop
-	// the frames that the host sends, of packet type PACKET_OUTGOING. The caller keeps owning it, and
-	// may close it after the call: the kernel holds its own reference.
+	// the frames that the host sends (packet type PACKET_OUTGOING). The caller keeps
+	// ownership, and may close it after the call: the kernel holds its own reference.
 	Program *ebpf.Program
-	// Classic is a classic BPF program, used where there is no Program. It never sees
-	// frames that the host sends.
+	// Classic is a classic BPF program, used if Program is nil. It never sees frames
+	// that the host sends.
 	Classic []unix.SockFilter
 }
 
@@ -76,16 +76,16 @@ const (
 	DefaultFrameSize    = 2 << 10
 )
 
-// minBlockSize has room for the longest merged frame, which is 64 KiB and its
-// headers; a frame that does not fit into a block is cut.
+// minBlockSize fits the longest merged frame: 64 KiB plus headers. A frame that
+// does not fit into a block is truncated.
 const minBlockSize = 128 << 10
 
 // maxWorkers is PACKET_FANOUT_MAX of net/packet/internal.h.
 const maxWorkers = 1 << 16
 
-// Options say what [Open] opens. Interface and Index must be set.
+// Options configure [Open]. Interface and Index are required.
 type Options struct {
-	// Interface is a name for messages.
+	// Interface is the interface's name, used in messages only.
 	Interface string
 	// Index is the interface's index in the network namespace of the thread that
 	// calls Open.
@@ -93,36 +93,39 @@ type Options struct {
 	// Workers is the number of sockets; 0 means 1.
 	Workers int
 	Mode    Mode
-	// Steering is the program of ModeEBPF, of type SocketFilter, as from
-	// [NewSteering]: it answers a number that is taken modulo the number of
-	// workers, and sees the frame from its network header on. The caller keeps
-	// owning it, and may close it after Open.
+	// Steering is the program of ModeEBPF, of type SocketFilter, such as that of
+	// [NewSteering]: it returns the worker's number, which the kernel takes modulo
+	// the number of workers, and sees the frame from its network header on. The
+	// caller keeps ownership, and may close it after Open.
 	Steering *ebpf.Program
 	Filter   Filter
-	// Outgoing lets frames in, too, that leave by the interface.
+	// Outgoing also receives frames that leave through the interface.
 	Outgoing bool
 	// BlockSize is in bytes: a power of two, and at least 128 KiB; 0 means
 	// DefaultBlockSize.
 	BlockSize int
 	// Blocks is the number of blocks of each worker's ring; 0 means
-	// DefaultBlocks. A worker that is away loses nothing for Blocks times
-	// BlockTimeout at low rates, or until the ring's bytes are full at high ones.
+	// DefaultBlocks. A delayed worker loses nothing for Blocks times BlockTimeout
+	// at low rates, or until the ring's bytes are full at high ones.
 	Blocks int
-	// BlockTimeout is after which time the kernel hands over a block that is not
-	// full: whole milliseconds; 0 means DefaultBlockTimeout. It is what a frame
-	// in a block waits at most, and its timer is what an idle worker costs. Before Linux
-	// 6.18 it is rounded up to the kernel's tick.
+	// BlockTimeout is the time after which the kernel hands over a partly filled
+	// block: whole milliseconds; 0 means DefaultBlockTimeout. It bounds the wait of
+	// a frame in a block, and its timer is the only cost of an idle worker. Before
+	// Linux 6.18 it is rounded up to the kernel's tick.
 	BlockTimeout time.Duration
-	// Frames gives each worker a frame ring beside the ring of blocks, of so many
-	// frames: a power of two from 64 on; 0 means none. It needs CAP_BPF, and is for ModeCPU
-	// and ModeHash, which then hashes as [ByAddressesAndPorts] does, not the same in both directions.
+	// Frames is the number of frames of a frame ring that each worker gets in
+	// addition to the ring of blocks: a power of two from 64 up; 0 means no frame
+	// ring. It needs CAP_BPF, and works with ModeCPU and ModeHash; the latter then
+	// hashes like [ByAddressesAndPorts], differently in the two directions.
 	Frames int
-	// FrameSize is the size of a frame of the frame ring, in bytes: a power of two
-	// from 2 to 64 KiB; 0 means DefaultFrameSize. [FrameOverhead] of them are not for the packet; longer ones come by blocks.
+	// FrameSize is the size of a slot of the frame ring, in bytes: a power of two
+	// from 2 to 64 KiB; 0 means DefaultFrameSize. [FrameOverhead] bytes of it are
+	// not available to the packet; longer packets use blocks.
 	FrameSize int
 }
 
-// complete fills in the defaults and refuses what the kernel would, with words.
+// complete fills in the defaults and validates, since the kernel's errno would not
+// name the option.
 func (o Options) complete() (Options, error) {
 	setDefault(&o.Workers, 1)
 	setDefault(&o.BlockSize, DefaultBlockSize)

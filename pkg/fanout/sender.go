@@ -15,52 +15,52 @@ const (
 	DefaultSendBuffer = 4 << 20
 )
 
-// Mark is the mark (SO_MARK) of the frames that a Sender sends, "xdpc" in ASCII: a packet
-// tap tells them by it from what other sockets of the host send.
+// Mark is the mark (SO_MARK) of the frames that a Sender sends, "xdpc" in ASCII: it lets a
+// packet tap distinguish them from frames of other sockets of the host.
 const Mark = 0x78647063
 
 // maxBatch is UIO_MAXIOV, the most that one sendmmsg(2) takes.
 const maxBatch = 1024
 
-// SenderOptions say how a [Sender] sends. The zero value is good.
+// SenderOptions configure a [Sender]. The zero value is valid.
 type SenderOptions struct {
-	// BypassQdisc gives frames to the driver without queueing (PACKET_QDISC_BYPASS):
-	// faster, but a driver that has no room then drops, with ENOBUFS.
+	// BypassQdisc passes frames to the driver without queueing (PACKET_QDISC_BYPASS):
+	// faster, but a driver without room drops them, with ENOBUFS.
 	BypassQdisc bool
-	// Batch is how many frames go to the kernel in one system call, at most 1024;
-	// 0 means DefaultBatch.
+	// Batch is the number of frames sent per system call, at most 1024; 0 means
+	// DefaultBatch.
 	Batch int
-	// SendBuffer bounds the memory of frames on their way, in bytes; 0 means
-	// DefaultSendBuffer. Without CAP_NET_ADMIN net.core.wmem_max bounds it too.
+	// SendBuffer bounds the memory of frames in flight, in bytes; 0 means
+	// DefaultSendBuffer. Without CAP_NET_ADMIN net.core.wmem_max bounds it, too.
 	SendBuffer int
 }
 
 // Packet is a frame to send, in two parts, so that copies with different headers
 // share a payload. Either may be empty; the kernel copies both in Send.
 //
-// It begins with the Ethernet header, or with the IP header for an interface
-// that has no other, and leaves the host as it is: no checksum is computed, no
-// address looked up, and neither routes nor netfilter see it.
+// It begins with the Ethernet header, or with the IP header on an interface
+// without one, and is sent unchanged: the kernel computes no checksum, looks up
+// no address, and bypasses routing and netfilter.
 type Packet struct {
 	Header, Payload []byte
 }
 
 // Sender sends frames out of one interface. It is for one goroutine at a time.
 //
-// It is a packet socket for interfaces without Ethernet header too: a UDP socket
-// would choose the source port, the IPv4 identification and the checksum itself,
-// and needs a route, where this sends every byte as it was rewritten.
+// It uses a packet socket on interfaces without an Ethernet header, too: a UDP
+// socket would choose the source port, the IPv4 identification and the checksum
+// itself, and needs a route; this sends every byte as given.
 //
 // Frames leave in the order of Send on an interface with one transmit queue. With
-// several the kernel may choose the queue by the CPU: a goroutine that sends a
-// flow there should stay on one (runtime.LockOSThread, sched_setaffinity).
+// several, the kernel may select the queue by CPU: a goroutine that sends a flow
+// should then stay on one (runtime.LockOSThread, sched_setaffinity).
 type Sender struct {
 	fd       int
 	ethernet bool
 	headers  []mmsghdr
-	iovecs   []unix.Iovec // two each
-	// toIPv4 and toIPv6 name the interface and the protocol, which devices without
-	// link-layer header need not find out themselves.
+	iovecs   []unix.Iovec // two per header
+	// toIPv4 and toIPv6 give the interface and the protocol, since devices without a
+	// link-layer header cannot read the latter from the frame.
 	toIPv4, toIPv6 unix.RawSockaddrLinklayer
 	fds            [1]unix.PollFd
 }
@@ -73,8 +73,8 @@ type mmsghdr struct {
 
 // OpenSender opens a sender on the interface with this index in the network
 // namespace of the calling thread. The caller must Close it. It needs
-// CAP_NET_RAW. Errors wrap the kernel's errno: ENODEV for an interface that is
-// not there. An interface that is down can be opened.
+// CAP_NET_RAW. Errors wrap the kernel's errno: ENODEV if there is no such
+// interface. The interface may be down.
 func OpenSender(index int, opts SenderOptions) (*Sender, error) {
 	setDefault(&opts.Batch, DefaultBatch)
 	setDefault(&opts.SendBuffer, DefaultSendBuffer)
@@ -135,8 +135,8 @@ func linkAddress(index int, protocol uint16) unix.RawSockaddrLinklayer {
 	return unix.RawSockaddrLinklayer{Family: unix.AF_PACKET, Protocol: networkOrder(protocol), Ifindex: int32(index)}
 }
 
-// Stale asks the kernel whether the interface is gone for which the sender was opened,
-// whatever has the same index now.
+// Stale asks the kernel whether the interface for which the sender was opened is gone,
+// even if another has its index now.
 func (s *Sender) Stale() bool {
 	link, err := kernel().boundTo(s.fd)
 	return err == nil && link.Ifindex != int(s.toIPv4.Ifindex)
@@ -146,24 +146,24 @@ func (s *Sender) Stale() bool {
 // with the IP header.
 func (s *Sender) Ethernet() bool { return s.ethernet }
 
-// Send sends the packets in their order. It never waits, and does not allocate.
-// It returns how many the kernel took; if not all, err says why it refused
-// packets[n]. The caller may go on with packets[n+1:], or try packets[n] again:
+// Send sends the packets in order. It never blocks, and does not allocate. It
+// returns how many the kernel took; if not all, err is the reason for refusing
+// packets[n]. The caller may continue with packets[n+1:], or retry packets[n]:
 //
 //	EAGAIN    the send buffer is full; Wait, and try again
 //	ENOBUFS   the interface's queue dropped it, or memory is short
 //	EMSGSIZE  it is longer than the MTU allows
-//	ENETDOWN  the interface is down; it is sent when it is up again
+//	ENETDOWN  the interface is down; sending works again once it is up
 //	ENXIO     the interface is gone; close the sender
 //	EINVAL    it is shorter than its link-layer header
 //
-// Errors are of type unix.Errno, bare, so that they can be counted by value.
+// Errors are unwrapped unix.Errno values, so that they can be counted by value.
 func (s *Sender) Send(packets []Packet) (n int, err error) {
 	for n < len(packets) {
 		batch := min(len(s.headers), len(packets)-n)
 		sent, errno := s.sendBatch(packets[n : n+batch])
-		// After a success the kernel keeps the reason why it took no more to
-		// itself. Trying the next one brings it out again, or sends it.
+		// After a partial success sendmmsg does not report why it stopped. Trying the
+		// next packet gets the error again, or sends it.
 		n += sent
 		if errno != 0 && errno != unix.EINTR {
 			return n, errno
@@ -179,8 +179,8 @@ func (s *Sender) sendBatch(packets []Packet) (sent int, errno unix.Errno) {
 	r, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&s.headers[0])),
 		uintptr(len(packets)), unix.MSG_DONTWAIT, 0, 0)
 	runtime.KeepAlive(packets)
-	// The packets may be in memory that is unmapped before the next Send: leave no
-	// pointer into it behind.
+	// The packets' memory may be unmapped before the next Send: keep no pointer into
+	// it.
 	clear(s.iovecs[:2*len(packets)])
 	if errno != 0 {
 		return 0, errno
@@ -204,7 +204,7 @@ func (s *Sender) fill(i int, p *Packet) {
 	s.headers[i].header.Namelen = unix.SizeofSockaddrLinklayer
 }
 
-// first returns the first byte.
+// first returns the packet's first byte.
 func (p *Packet) first() (b byte, ok bool) {
 	switch {
 	case len(p.Header) > 0:
@@ -215,8 +215,8 @@ func (p *Packet) first() (b byte, ok bool) {
 	return 0, false
 }
 
-// Wait waits until the send buffer has room again, for at most so long, in steps
-// of a millisecond. It is false when the time is up.
+// Wait waits until the send buffer has room, for at most timeout, rounded to
+// milliseconds. It returns false on a timeout.
 func (s *Sender) Wait(timeout time.Duration) (bool, error) {
 	n, err := unix.Poll(s.fds[:], int(timeout.Round(time.Millisecond)/time.Millisecond))
 	if err != nil && err != unix.EINTR {

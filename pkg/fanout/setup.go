@@ -9,15 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Of include/uapi/linux/filter.h: where a classic program finds the type of the packet.
+// Offset of the packet type for a classic program (include/uapi/linux/filter.h).
 const (
 	skfAdOff     = 1<<32 - 0x1000 // SKF_AD_OFF, -0x1000
 	skfAdPktType = 4              // SKF_AD_PKTTYPE
 )
 
-// skipOutgoing puts in front of a classic BPF program what drops the frames that the host
-// sends. PACKET_FANOUT_FLAG_IGNORE_OUTGOING does so without a filter, but kernels before
-// Linux 6.2 take the flag and do nothing.
+// skipOutgoing prepends to a classic BPF program instructions that drop the frames that the
+// host sends. PACKET_FANOUT_FLAG_IGNORE_OUTGOING does so without a filter, but kernels
+// before Linux 6.2 accept the flag and ignore it.
 func skipOutgoing(program []unix.SockFilter) []unix.SockFilter {
 	return append([]unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: skfAdOff + skfAdPktType},
@@ -26,10 +26,10 @@ func skipOutgoing(program []unix.SockFilter) []unix.SockFilter {
 	}, program...)
 }
 
-// skipLen is how many instructions skipOutgoing adds.
+// skipLen is the number of instructions that skipOutgoing adds.
 const skipLen = 3
 
-// keep is a classic BPF program that keeps so many bytes of every frame.
+// keep returns a classic BPF program that keeps so many bytes of every frame.
 func keep(bytes uint32) []unix.SockFilter {
 	return []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: bytes}}
 }
@@ -57,8 +57,8 @@ func (g *Group) openWorker() (*Worker, error) {
 	return w, nil
 }
 
-// openFrameRing gives a worker its frame ring. All workers have joined before the first
-// of these, as choice wants it.
+// openFrameRing gives a worker its frame ring. All workers must have joined before the
+// first frame ring, since choice relies on that order.
 func (g *Group) openFrameRing(w *Worker, number int) error {
 	r := &frameRing{
 		fd: -1, size: g.opts.FrameSize, count: g.opts.Frames, slack: slackOf(&g.opts),
@@ -73,7 +73,7 @@ func (g *Group) openFrameRing(w *Worker, number int) error {
 	return nil
 }
 
-// step is a part of opening.
+// step is one step of opening.
 type step struct {
 	name Step
 	do   func() error
@@ -101,7 +101,7 @@ func (w *Worker) makeRing() error {
 	return w.group.sys.setRing(w.fd, &unix.TpacketReq3{
 		Block_size: uint32(o.BlockSize),
 		Block_nr:   uint32(o.Blocks),
-		// Frames have no size of their own in a ring of blocks.
+		// Frames in blocks are of variable size; the kernel ignores the frame size.
 		Frame_size:     uint32(o.BlockSize),
 		Frame_nr:       uint32(o.Blocks),
 		Retire_blk_tov: uint32(o.BlockTimeout / time.Millisecond),
@@ -126,10 +126,10 @@ func (w *Worker) readHardwareType() error {
 	return nil
 }
 
-// join has a socket join the group; the first one makes it.
+// join makes a socket join the group; the first one creates it.
 func (g *Group) join(fd int) error {
-	// A group has a hook of its own into the traffic: PACKET_IGNORE_OUTGOING, the
-	// option of a socket, does not reach it.
+	// A group has its own packet hook: the socket option PACKET_IGNORE_OUTGOING does
+	// not affect it.
 	args := fanoutArgs{
 		modeFlags:  uint16(g.opts.Mode.kernelMode()),
 		maxMembers: uint32(g.opts.Workers),
@@ -150,14 +150,14 @@ func (g *Group) join(fd int) error {
 	if !errors.Is(err, unix.EINVAL) {
 		return err
 	}
-	// Before Linux 6.13 that is the answer on an interface that is down.
+	// Before Linux 6.13 the kernel returns EINVAL on an interface that is down.
 	if errno, _ := g.sys.getInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); errno != 0 {
 		return unix.Errno(errno)
 	}
 	return err
 }
 
-// readID reads which id the kernel chose, and checks it of those who join.
+// readID reads the id chosen by the kernel, and checks it for later members.
 func (g *Group) readID(fd int) error {
 	v, err := g.sys.getInt(fd, unix.SOL_PACKET, unix.PACKET_FANOUT)
 	if err != nil {
@@ -195,7 +195,7 @@ func (s *system) attach(fd int, f Filter) error {
 	return s.setFilter(fd, skipOutgoing(keep(math.MaxUint32)))
 }
 
-// sockets are those of the worker's rings.
+// sockets returns the sockets of the worker's rings.
 func (w *Worker) sockets() []int {
 	if w.frames == nil {
 		return []int{w.fd}
@@ -203,7 +203,7 @@ func (w *Worker) sockets() []int {
 	return []int{w.fd, w.frames.fd}
 }
 
-// free gives back what the worker has, as far as it got.
+// free releases the worker's resources, also after a partial open.
 func (w *Worker) free() error {
 	var errs []error
 	if w.ring != nil {

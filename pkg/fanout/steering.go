@@ -8,22 +8,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SteerBy is what a steering program tells flows apart by.
+// SteerBy selects the fields by which a steering program distinguishes flows.
 type SteerBy uint8
 
 const (
-	// ByAddresses keeps all that goes from one address to another on one worker,
-	// and so every flow in order, fragments included.
+	// ByAddresses keeps all packets from one address to another on one worker, and
+	// so every flow in order, fragments included.
 	ByAddresses SteerBy = iota
 	// ByAddressesAndPorts spreads UDP flows between the same addresses. Fragments,
-	// of which only the first has ports, go by their addresses alone: a flow that
-	// mixes whole and fragmented datagrams may be on two workers.
+	// of which only the first has ports, are hashed by their addresses alone: a flow
+	// that mixes whole and fragmented datagrams may use two workers.
 	ByAddressesAndPorts
 )
 
 // NewSteering loads a program for ModeEBPF that keeps each flow on one worker:
-// IPv4 and IPv6, behind up to two VLAN tags. All else goes to the first worker.
-// The caller must Close it; groups that use it keep their own reference.
+// IPv4 and IPv6, with up to two VLAN tags. All other frames go to the first
+// worker. The caller must Close it; groups that use it hold their own reference.
 func NewSteering(by SteerBy) (*ebpf.Program, error) {
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name:         "xdpcast_steer",
@@ -43,7 +43,7 @@ const (
 	skbProtocol = 16
 	// hdrStartNet is BPF_HDR_START_NET: offsets count from the network header.
 	hdrStartNet = 1
-	// Where the program puts on its stack what it loads.
+	// Stack offsets of the bytes that the program loads.
 	stackIP    = -48
 	stackPorts = -8
 )
@@ -52,7 +52,7 @@ const (
 const (
 	regContext = asm.R6
 	regOffset  = asm.R7 // of the IP header, from the network header
-	regHash    = asm.R8 // the protocol, before
+	regHash    = asm.R8 // first the protocol
 	regLength  = asm.R9 // of the IP header
 )
 
@@ -65,8 +65,8 @@ func steering(by SteerBy) asm.Instructions {
 	)
 }
 
-// flowHash goes on at done with a hash of the packet's flow in regHash, and at other with what
-// is no IP packet.
+// flowHash jumps to done with a hash of the packet's flow in regHash, and to other if the
+// packet is not IP.
 func flowHash(by SteerBy) asm.Instructions {
 	return join(
 		asm.Instructions{
@@ -77,7 +77,7 @@ func flowHash(by SteerBy) asm.Instructions {
 			asm.JEq.Imm(regHash, protocol(unix.ETH_P_8021AD), "tag"),
 			asm.Ja.Label("network"),
 		},
-		// One tag the kernel took out; this is another: tag control, EtherType.
+		// The kernel removed one tag; this is another: tag control, EtherType.
 		labelled("tag", load(stackIP, 4)),
 		asm.Instructions{
 			asm.LoadMem(regHash, asm.RFP, stackIP+2, asm.Half),
@@ -91,7 +91,7 @@ func flowHash(by SteerBy) asm.Instructions {
 	)
 }
 
-// steerIPv4 hashes the addresses, and is done with what has no ports.
+// steerIPv4 hashes the addresses, and jumps to done for packets without ports.
 func steerIPv4() asm.Instructions {
 	return join(
 		load(stackIP, ip4Len),
@@ -122,7 +122,7 @@ func steerIPv6() asm.Instructions {
 	)
 }
 
-// ports hashes the ports behind the IP header, if they are asked for.
+// ports hashes the ports after the IP header if by includes them.
 func ports(by SteerBy) asm.Instructions {
 	if by != ByAddressesAndPorts {
 		return asm.Instructions{asm.Ja.Label("done")}
@@ -135,7 +135,7 @@ func ports(by SteerBy) asm.Instructions {
 	)
 }
 
-// load copies bytes of the packet from regOffset on to the stack.
+// load copies size bytes of the packet at regOffset to the stack.
 func load(to int16, size int32) asm.Instructions {
 	return asm.Instructions{
 		asm.Mov.Reg(asm.R1, regContext),
@@ -149,18 +149,18 @@ func load(to int16, size int32) asm.Instructions {
 	}
 }
 
-// mix hashes 32-bit words from the stack into regHash. The first multiplies what
-// is in it, the protocol: that does no harm.
+// mix hashes 32-bit words from the stack into regHash. It starts from the protocol
+// left in it, which is harmless.
 func mix(from int16, words int) (prog asm.Instructions) {
 	const odd = -0x61c88647 // 2^32 over the golden ratio
 	for i := range words {
 		prog = append(prog,
 			asm.LoadMem(asm.R0, asm.RFP, from+int16(4*i), asm.Word),
 			asm.Xor.Reg32(regHash, asm.R0),
-			// Multiplying carries upwards only, and addresses differ most in the byte
-			// that is the highest on little-endian machines: bring it down, before
-			// and after. The kernel takes the remainder by the number of workers, so
-			// that the low bits matter.
+			// Multiplication carries upwards only, and addresses differ most in the byte
+			// that is the highest on little-endian machines: shift it down, before and
+			// after. The low bits matter, since the kernel takes the hash modulo the
+			// number of workers.
 			asm.Mov.Reg32(asm.R0, regHash),
 			asm.RSh.Imm32(asm.R0, 16),
 			asm.Xor.Reg32(regHash, asm.R0),
@@ -173,7 +173,7 @@ func mix(from int16, words int) (prog asm.Instructions) {
 	return prog
 }
 
-// protocol is a 16-bit number in network byte order, as an operand.
+// protocol returns a 16-bit value in network byte order, as an operand.
 func protocol(v uint16) int32 { return int32(networkOrder(v)) }
 
 func labelled(label string, prog asm.Instructions) asm.Instructions {

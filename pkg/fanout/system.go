@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// system is the system calls that a group makes. Tests put faults between the
-// two.
+// system holds the system calls that a group makes. Tests replace them to inject
+// faults.
 type system struct {
 	socket      func(domain, kind, protocol int) (int, error)
 	setInt      func(fd, level, option, value int) error
@@ -33,7 +33,7 @@ type fanoutArgs struct {
 	maxMembers uint32
 }
 
-// kernel is the system that is the kernel.
+// kernel returns the real system calls.
 func kernel() *system {
 	return &system{
 		socket:      unix.Socket,
@@ -71,8 +71,8 @@ func setFrames(fd int, ring *unix.TpacketReq) error {
 
 func setFanout(fd int, args fanoutArgs) error {
 	var b [8]byte
-	// In one word, as the kernel had it before there was a struct: the id is the
-	// low half whatever the byte order.
+	// Written as one word, as before the kernel introduced the struct: the id is the
+	// low half in either byte order.
 	binary.NativeEndian.PutUint32(b[:], uint32(args.id)|uint32(args.modeFlags)<<16)
 	binary.NativeEndian.PutUint32(b[4:], args.maxMembers)
 	return unix.SetsockoptString(fd, unix.SOL_PACKET, unix.PACKET_FANOUT, string(b[:]))
@@ -82,7 +82,7 @@ func mapRing(fd, size int) ([]byte, error) {
 	return unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 }
 
-// networkOrder is v as the kernel's __be16.
+// networkOrder returns v as the kernel's __be16.
 func networkOrder(v uint16) uint16 {
 	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v))
 }

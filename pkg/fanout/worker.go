@@ -10,15 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// goneCheck is how often a worker whose interface went down asks whether it is
-// still there, in milliseconds: the kernel tells only that it went down.
+// goneCheck is the interval, in milliseconds, at which a worker whose interface went
+// down checks that it still exists: the kernel reports only that it went down.
 const goneCheck = 1000
 
-// Worker is one socket of a group, or two with a frame ring. One goroutine at a time may use Wait and the
-// block that it returns; Wake may be called from any. When a goroutine has ended,
-// another may take over, even if the first one left a block unreleased: its Wait
-// does that, and receives what has come meanwhile, as well as frames of the frame ring that the first one
-// had not yet read.
+// Worker is one socket of a group, or two with a frame ring. One goroutine at a
+// time may use Wait and the block that it returns; Wake may be called from any.
+// When a goroutine has ended, another may take over, even if the first left a block
+// unreleased: Wait releases it, and returns the frames that arrived meanwhile and
+// those of the frame ring that the first had not read.
 type Worker struct {
 	group *Group
 	fd    int
@@ -26,33 +26,33 @@ type Worker struct {
 
 	ring      []byte
 	blockSize int
-	index     int // of the block that the kernel hands over next
+	index     int // of the next block to be handed over
 	frames    *frameRing
 	fds       []unix.PollFd // of the blocks, of event, and of the frame ring
 	// down is set from ENETDOWN until frames arrive again.
 	down     bool
 	deadline time.Time // of Wait; zero: none
 
-	// mu is held while in Wait, and from then on for as long as the goroutine
-	// holds a block: Close takes it, so that no reader is left in the ring.
+	// mu is held during Wait, and afterwards while the goroutine holds a block: Close
+	// takes it, so that no reader is left in the ring.
 	mu    sync.Mutex
 	block Block
 
 	closed, woken        atomic.Bool
 	truncated, malformed atomic.Uint64
-	total                Stats // of the kernel's counters; under Group.mu
+	total                Stats // of the kernel's counters; protected by Group.mu
 }
 
-// Wait waits for the next block of frames, and releases the last one if that has
-// not been done. The goroutine's thread waits with it, at no cost but the
+// Wait waits for the next block of frames, after releasing the last one if the
+// caller has not. It blocks the goroutine's thread; waiting costs only the
 // kernel's timer.
 //
 // Errors: [ErrWoken] after Wake; [os.ErrClosed] after Group.Close;
-// [os.ErrDeadlineExceeded] after the time of SetDeadline; an [*Error]
-// with ENETDOWN once when the interface goes down - it goes on when the
-// interface is up again, so call Wait again - and with ENODEV each time when the
-// interface is gone for good, which may take a second to be noticed. Blocks that
-// were filled before come first, but for ErrWoken and os.ErrClosed.
+// [os.ErrDeadlineExceeded] after the time of SetDeadline; an [*Error] with
+// ENETDOWN, once, when the interface goes down (call Wait again: it resumes once
+// the interface is up), and with ENODEV, each time, when the interface is gone for
+// good, which may take a second to detect. Blocks filled earlier come before all
+// of these except ErrWoken and os.ErrClosed.
 func (w *Worker) Wait() (*Block, error) {
 	w.block.Release()
 	w.mu.Lock()
@@ -81,7 +81,7 @@ func (w *Worker) interrupted() error {
 	return nil
 }
 
-// take takes over what has come.
+// take takes over the frames that have arrived, and returns false if there are none.
 func (w *Worker) take() bool {
 	r := w.frames
 	block, single := w.readyBlock(), 0
@@ -106,29 +106,29 @@ func (w *Worker) take() bool {
 	return true
 }
 
-// nextBlock is the block that the kernel fills, or has filled.
+// nextBlock returns the block that the kernel is filling or has handed over.
 func (w *Worker) nextBlock() []byte { return w.ring[w.index*w.blockSize:][:w.blockSize] }
 
-// readyBlock is the next block if the kernel has handed it over, nil otherwise.
+// readyBlock returns the next block if the kernel has handed it over, nil otherwise.
 func (w *Worker) readyBlock() []byte {
 	block := w.nextBlock()
-	// The load orders the reads of the block after it.
+	// This load precedes the reads of the block.
 	if atomic.LoadUint32(blockStatus(block))&unix.TP_STATUS_USER == 0 {
 		return nil
 	}
 	return block
 }
 
-// blockPending says whether there are frames in the block that the kernel fills: it counts
-// them before it writes them.
+// blockPending says whether the block that the kernel is filling has frames: the kernel
+// counts them before it writes them.
 func (w *Worker) blockPending() bool { return atomic.LoadUint32(blockFrames(w.nextBlock())) != 0 }
 
-// SetDeadline sets the time after which Wait returns [os.ErrDeadlineExceeded] when there is
-// no block; the zero time sets none, which is the default. It is for the goroutine that
-// calls Wait. Blocks that are ready are returned after the deadline, too.
+// SetDeadline sets the time after which Wait returns [os.ErrDeadlineExceeded] if there is
+// no block; the zero time, the default, means no deadline. Only the goroutine that calls
+// Wait may call it. Ready blocks are returned after the deadline, too.
 func (w *Worker) SetDeadline(t time.Time) { w.deadline = t }
 
-// pollTimeout is how long poll may wait, in milliseconds; negative: for ever.
+// pollTimeout returns how long poll may wait, in milliseconds; negative: forever.
 func (w *Worker) pollTimeout() (int, error) {
 	timeout := -1
 	if w.down {
@@ -157,7 +157,7 @@ func (w *Worker) poll() error {
 	if r := w.frames; r != nil {
 		w.fds[2].Fd = int32(r.fd)
 		if r.waits {
-			w.fds[2].Fd = -1 // poll would not wait
+			w.fds[2].Fd = -1 // its frames would end poll at once
 		}
 	}
 	n, err := w.group.sys.poll(w.fds, timeout)
@@ -193,8 +193,8 @@ func (w *Worker) checkGone() error {
 	return nil
 }
 
-// socketError fetches the error that poll tells of; fetching clears it. The kernel
-// tells the socket of the blocks first, and then that of the frame ring.
+// socketError reads the error that poll reported; reading clears it. The kernel
+// notifies the socket of the blocks first, and then that of the frame ring.
 func (w *Worker) socketError() (first error) {
 	known := w.down
 	for i, fd := range w.sockets() {
@@ -213,14 +213,14 @@ func (w *Worker) socketError() (first error) {
 	return first
 }
 
-// drainEvent makes the eventfd unreadable. Nothing else reads it, so it cannot
-// fail but for being so already.
+// drainEvent makes the eventfd unreadable. Nothing else reads it, so the only
+// possible error is that it is unreadable already.
 func (w *Worker) drainEvent() {
 	var count [8]byte
 	_, _ = unix.Read(w.event, count[:])
 }
 
-// Wake makes Wait return ErrWoken: the one that is waiting, or the next one.
+// Wake makes the current Wait, or the next one, return ErrWoken.
 func (w *Worker) Wake() {
 	w.group.mu.Lock()
 	defer w.group.mu.Unlock()
@@ -230,11 +230,11 @@ func (w *Worker) Wake() {
 	}
 }
 
-// wake ends a poll; under Group.mu, while the worker is open.
+// wake ends a poll. The caller holds Group.mu, and the worker is open.
 func (w *Worker) wake() {
 	var one [8]byte
 	binary.NativeEndian.PutUint64(one[:], 1)
-	// The one error there is, EAGAIN for a counter at its end, means that it is
-	// readable, which is what is wanted.
+	// The only possible error, EAGAIN for a counter at its maximum, means that it is
+	// readable already.
 	_, _ = unix.Write(w.event, one[:])
 }
