@@ -5,36 +5,36 @@ import (
 	"fmt"
 )
 
-// Errors to match with errors.Is. Besides these, what has been closed answers
-// [os.ErrClosed], and [Socket.Kick], [Socket.Flush], [Socket.WakeRX] and [Socket.Check]
-// answer the kernel's error numbers as they are.
+// Errors to match with errors.Is. In addition, closed objects return [os.ErrClosed], and
+// [Socket.Kick], [Socket.Flush], [Socket.WakeRX] and [Socket.Check] return the kernel's
+// errno (unix.Errno).
 var (
 	// ErrInUse: sockets of the UMEM are still open.
 	ErrInUse = errors.New("still in use")
 	// ErrNoHugePages: the system has too few free huge pages.
 	ErrNoHugePages = errors.New("not enough free huge pages")
-	// ErrStalled: the kernel takes nothing from the TX ring and says nothing, though the
+	// ErrStalled: the kernel takes nothing from the TX ring and returns no error, though the
 	// completion ring has room. The interface has no transmit queue of the socket's number.
 	ErrStalled = errors.New("frames are not taken from the TX ring: the interface has no such transmit queue")
-	// ErrOwnership: a frame was used by someone who did not hold it; see
+	// ErrOwnership: a frame was used without holding a reference; see
 	// [Frames.Verify].
 	ErrOwnership = errors.New("frame is not the caller's")
 )
 
-// OptionError says which option has a value that cannot be used.
+// OptionError reports an option with an invalid value.
 type OptionError struct {
 	Option string
 	Value  any
-	Want   string // what would be right
+	Want   string // the valid values
 }
 
 func (e *OptionError) Error() string {
 	return fmt.Sprintf("option %s is %v: want %s", e.Option, e.Value, e.Want)
 }
 
-// BindError says that a socket cannot have a queue of an interface. Match its cause:
+// BindError says that a socket cannot bind to a queue of an interface. Match its cause:
 // unix.ENODEV (no such interface), unix.EINVAL (no such queue), unix.EBUSY (the queue
-// has a socket, or had one a moment ago: the kernel gives up queues after the close has
+// has a socket, or had one a moment ago: the kernel releases queues after close has
 // returned), unix.EOPNOTSUPP (no zero-copy).
 type BindError struct {
 	Ifindex, Queue int
@@ -48,7 +48,7 @@ func (e *BindError) Error() string {
 
 func (e *BindError) Unwrap() error { return e.Err }
 
-// DescError says which descriptor given to [Socket.Send] the kernel would refuse.
+// DescError reports a descriptor given to [Socket.Send] that the kernel would refuse.
 // It would never complete, so it is not sent.
 type DescError struct {
 	Index  int // among the descriptors of the call
@@ -63,12 +63,12 @@ func (e *DescError) Error() string {
 
 func (e *DescError) Unwrap() error { return e.Err }
 
-// OwnershipError says what was done with a frame by someone who did not hold it. It
-// matches [ErrOwnership].
+// OwnershipError reports the use of a frame without a reference. It matches
+// [ErrOwnership].
 type OwnershipError struct {
 	Op   string
 	Addr uint64 // of the frame, in bytes from the start of the UMEM
-	Was  string // where the frame was
+	Was  string // the frame's state at that time
 }
 
 func (e *OwnershipError) Error() string {

@@ -2,20 +2,20 @@ package xsk
 
 import "fmt"
 
-// Frames hands out frames of a UMEM and counts the references to each. It belongs to
-// one goroutine at a time, with every socket that was opened with it.
+// Frames allocates frames of a UMEM and counts the references to each. It belongs to
+// one goroutine at a time, together with every socket opened with it.
 //
 // A reference is held by the caller or by a ring. Get and Receive give the caller one;
-// Retain adds some; Send and Fill hand one over to a ring; Complete and Release give
-// one up. A frame with no references is free.
+// Retain adds some; Send and Fill pass one to a ring; Complete and Release drop one. A
+// frame with no references is free.
 type Frames struct {
 	umem    *UMEM
 	first   uint64   // the number of frame 0 in the UMEM
 	refs    []uint32 // of each frame; 0: free
-	free    []uint32 // a stack, so that the frame used last, still in the cache, is used next
+	free    []uint32 // a stack, so that the last frame used, still in the cache, is reused first
 	held    []uint32 // with CheckOwnership: references that the caller holds
 	sockets []*Socket
-	stuck   map[uint32]uint32 // references of closed sockets that never come back, by frame
+	stuck   map[uint32]uint32 // references lost with closed sockets, by frame
 	err     error             // the first violation
 }
 
@@ -30,23 +30,22 @@ func newFrames(u *UMEM, first, n int) *Frames {
 	return f
 }
 
-// UMEM returns the memory that the frames are of.
+// UMEM returns the memory to which the frames belong.
 func (f *Frames) UMEM() *UMEM { return f.umem }
 
-// Len returns how many frames there are.
+// Len returns the number of frames.
 func (f *Frames) Len() int { return len(f.refs) }
 
-// Free returns how many frames are free.
+// Free returns the number of free frames.
 func (f *Frames) Free() int { return len(f.free) }
 
-// Retired returns how many frames can never be used again, because sockets were closed
-// while a driver could still read or write them: all that a zero-copy socket had in
-// its rings, and those that a copy-mode socket had given to the driver and not had
-// completed.
+// Retired returns how many frames can never be used again because sockets were closed
+// while a driver could still read or write them: all frames in the rings of a zero-copy
+// socket, and those of a copy-mode socket that the driver had not completed.
 func (f *Frames) Retired() int { return len(f.stuck) }
 
-// Get returns the address of a free frame, with one reference held by the caller;
-// false if there is none.
+// Get returns the address of a free frame, in bytes from the start of the UMEM, with one
+// reference held by the caller; false if no frame is free.
 func (f *Frames) Get() (addr uint64, ok bool) {
 	i, ok := f.pop()
 	if !ok {
@@ -59,7 +58,7 @@ func (f *Frames) Get() (addr uint64, ok bool) {
 }
 
 // Retain adds n references to the frame at an address, all held by the caller, who
-// holds one already.
+// must hold one already.
 func (f *Frames) Retain(addr uint64, n int) {
 	i, ok := f.index(addr)
 	if !ok || f.refs[i] == 0 || n < 0 {
@@ -76,8 +75,8 @@ func (f *Frames) Retain(addr uint64, n int) {
 	f.refs[i] += uint32(n)
 }
 
-// Release gives up one reference that the caller holds to the frame at an address;
-// any address inside of the frame will do.
+// Release drops one reference that the caller holds to the frame at an address; any
+// address inside the frame will do.
 func (f *Frames) Release(addr uint64) {
 	i, ok := f.index(addr)
 	if !ok || f.refs[i] == 0 || f.held != nil && f.held[i] == 0 {
@@ -90,16 +89,16 @@ func (f *Frames) Release(addr uint64) {
 	f.drop(i)
 }
 
-// ReleaseAll gives up the reference of each descriptor, as Release does.
+// ReleaseAll calls Release for the frame of each descriptor.
 func (f *Frames) ReleaseAll(descs []Desc) {
 	for i := range descs {
 		f.Release(descs[i].Addr)
 	}
 }
 
-// Verify returns the first use of a frame by someone who did not hold it, as an
-// [*OwnershipError]: a double release always, and with CheckOwnership every
-// use of a frame that is free or in a ring. With CheckOwnership it also counts every reference.
+// Verify returns the first use of a frame without a reference, as an
+// [*OwnershipError]: a double release always, and with CheckOwnership every use of a
+// frame that is free or in a ring. With CheckOwnership it also counts all references.
 func (f *Frames) Verify() error {
 	if f.err != nil || f.held == nil {
 		return f.err
@@ -128,13 +127,13 @@ func (f *Frames) Verify() error {
 
 func (f *Frames) addr(i uint32) uint64 { return (f.first + uint64(i)) << f.umem.shift }
 
-// index returns the number of the frame that an address is in, if it is one of f's.
+// index returns the number of the frame that contains an address, if it is one of f's.
 func (f *Frames) index(addr uint64) (uint32, bool) {
 	i := addr>>f.umem.shift - f.first // wraps below first
 	return uint32(i), i < uint64(len(f.refs))
 }
 
-// pop takes a free frame, with one reference, the caller's.
+// pop takes a free frame, with one reference held by the caller.
 func (f *Frames) pop() (uint32, bool) {
 	last := len(f.free) - 1
 	if last < 0 {
@@ -146,15 +145,15 @@ func (f *Frames) pop() (uint32, bool) {
 	return i, true
 }
 
-// drop gives up a reference.
+// drop drops a reference.
 func (f *Frames) drop(i uint32) {
 	f.refs[i]--
 	if f.refs[i] == 0 {
-		f.free = append(f.free, i) // there is room for all
+		f.free = append(f.free, i) // never grows: it has room for all
 	}
 }
 
-// retire records references that never come back: the frame is never free again.
+// retire records lost references: the frame is never free again.
 func (f *Frames) retire(i, refs uint32) {
 	if f.stuck == nil {
 		f.stuck = make(map[uint32]uint32)

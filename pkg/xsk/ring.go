@@ -15,26 +15,25 @@ type Desc struct {
 	Options uint32 // Continued, or 0
 }
 
-// Continued is XDP_PKT_CONTD: the packet goes on in the next descriptor.
+// Continued is XDP_PKT_CONTD: the packet continues in the next descriptor.
 const Continued uint32 = unix.XDP_PKT_CONTD
 
-// ring is what both ends of a ring have in common: the mapped memory of one
-// struct xdp_ring and its entries. Indexes run freely through all of uint32 and are
-// masked on use.
+// ring is the part common to both ends of a ring: the mapped memory of one
+// struct xdp_ring and its entries. Indexes wrap at 2^32 and are masked on use.
 //
 // The ordering rules, (A) to (D), are those of net/xdp/xsk_queue.h. Go's atomic
-// operations are sequentially consistent, which is stronger than each of them asks.
+// operations are sequentially consistent, which is stronger than any of them requires.
 type ring[T any] struct {
-	producer *atomic.Uint32 // the next entry that will be written
-	consumer *atomic.Uint32 // the next entry that will be read
+	producer *atomic.Uint32 // the next entry to be written
+	consumer *atomic.Uint32 // the next entry to be read
 	flags    *atomic.Uint32
 	entries  []T
 	mask     uint32
 	size     uint32 // 0 once closed
 }
 
-// newRing views mapped memory as a ring. The kernel has checked the size, and says
-// where things are (XDP_MMAP_OFFSETS).
+// newRing views mapped memory as a ring. The kernel has checked the size; off is from
+// XDP_MMAP_OFFSETS.
 func newRing[T any](mem []byte, off unix.XDPRingOffset, size int) ring[T] {
 	word := func(at uint64) *atomic.Uint32 { return (*atomic.Uint32)(unsafe.Pointer(&mem[at])) }
 	return ring[T]{
@@ -47,15 +46,15 @@ func newRing[T any](mem []byte, off unix.XDPRingOffset, size int) ring[T] {
 	}
 }
 
-// noRing is the ring of a socket that has none, or is closed: always empty and full,
-// so that use after Close is harmless.
+// noRing is the ring of a direction not opened, or of a closed socket: always empty and
+// full, so that use after Close is harmless.
 func noRing[T any]() ring[T] {
 	return ring[T]{producer: new(atomic.Uint32), consumer: new(atomic.Uint32), flags: new(atomic.Uint32), entries: make([]T, 1)}
 }
 
-// needsWakeup: the kernel set XDP_RING_NEED_WAKEUP. The caller has submitted before, and
-// that store cannot pass this load (sequential consistency): either the kernel sees
-// the entries, or we see the flag.
+// needsWakeup says whether the kernel set XDP_RING_NEED_WAKEUP. The caller must have
+// submitted before; that store cannot pass this load (sequential consistency), so either
+// the kernel sees the entries, or we see the flag.
 func (r *ring[T]) needsWakeup() bool { return r.flags.Load()&unix.XDP_RING_NEED_WAKEUP != 0 }
 
 // producerRing is a ring that we write: fill and TX.
@@ -69,18 +68,18 @@ func newProducerRing[T any](r ring[T]) producerRing[T] {
 	return producerRing[T]{ring: r, next: r.producer.Load(), seen: r.consumer.Load()}
 }
 
-// reserve returns how many of n entries can be written. The shared word is read only
-// when the entries known to be free are too few.
+// reserve returns how many of n entries can be written. It reads the shared index only
+// if too few entries are known to be free.
 //
-// (A) pairs with (D): entries are written only after the consumer was seen to be done
-// with them; the load of the consumer index comes first.
+// (A) pairs with (D): entries are written only after the load of a consumer index that
+// covers them.
 func (r *producerRing[T]) reserve(n uint32) uint32 {
 	free := r.size - (r.next - r.seen)
 	if free < n {
 		r.seen = r.consumer.Load() // (A)
 		if used := r.next - r.seen; used <= r.size {
 			free = r.size - used
-		} else { // not an index that a kernel writes
+		} else { // no kernel writes such an index
 			free = 0
 		}
 	}
@@ -93,7 +92,7 @@ func (r *producerRing[T]) set(i uint32, v T) { r.entries[(r.next+i)&r.mask] = v 
 // submit publishes the first n of the reserved entries.
 //
 // (B) pairs with (C): the entries are written before the producer index that covers
-// them; a store with release semantics.
+// them, by a store with release semantics.
 func (r *producerRing[T]) submit(n uint32) {
 	if n == 0 {
 		return
@@ -102,8 +101,8 @@ func (r *producerRing[T]) submit(n uint32) {
 	r.producer.Store(r.next) // (B)
 }
 
-// pending returns how many submitted entries the kernel has not said it has taken. It
-// may have taken more: it publishes its index after several.
+// pending returns how many submitted entries the kernel has not reported as taken. It
+// may have taken more, since it publishes its index after several.
 func (r *producerRing[T]) pending() uint32 {
 	r.seen = r.consumer.Load()
 	return min(r.next-r.seen, r.size)
@@ -123,16 +122,16 @@ func newConsumerRing[T any](r ring[T]) consumerRing[T] {
 	return consumerRing[T]{ring: r, next: r.consumer.Load(), seen: r.producer.Load()}
 }
 
-// peek returns how many of n entries can be read. The shared word is read only when
-// the entries known to be there are too few.
+// peek returns how many of n entries can be read. It reads the shared index only if too
+// few entries are known to be available.
 //
-// (C) pairs with (B): the producer index is loaded before the entries that it covers;
-// a load with acquire semantics.
+// (C) pairs with (B): the producer index is loaded before the entries that it covers,
+// with acquire semantics.
 func (r *consumerRing[T]) peek(n uint32) uint32 {
 	there := r.seen - r.next
 	if there < n {
 		r.seen = r.producer.Load() // (C)
-		// More than all are not what a kernel writes.
+		// No kernel writes an index beyond the ring's size.
 		there = min(r.seen-r.next, r.size)
 	}
 	return min(n, there)
@@ -141,10 +140,10 @@ func (r *consumerRing[T]) peek(n uint32) uint32 {
 // at returns the i-th of the peeked entries.
 func (r *consumerRing[T]) at(i uint32) T { return r.entries[(r.next+i)&r.mask] }
 
-// release gives the first n of the peeked entries back to the kernel.
+// release returns the first n of the peeked entries to the kernel.
 //
 // (D) pairs with (A): the entries are read before the store of the consumer index, or
-// the kernel could write them anew too early. Loads cannot pass a later sequentially
+// the kernel could overwrite them too early. Loads cannot pass a later sequentially
 // consistent store.
 func (r *consumerRing[T]) release(n uint32) {
 	if n == 0 {

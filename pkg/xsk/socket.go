@@ -15,48 +15,48 @@ import (
 const (
 	defaultRing = 2048
 	maxRing     = 1 << 16
-	// minTXBudget is TX_BATCH_SIZE of net/xdp/xsk.c: the kernel's default and the least
-	// that XDP_MAX_TX_SKB_BUDGET takes.
+	// minTXBudget is TX_BATCH_SIZE of net/xdp/xsk.c: the kernel's default and the minimum
+	// of XDP_MAX_TX_SKB_BUDGET.
 	minTXBudget = 32
-	// MaxSegments is how many descriptors one packet may have in copy mode: the least
-	// CONFIG_MAX_SKB_FRAGS. A zero-copy driver may take fewer (xdp-zc-max-segs of the
-	// netdev netlink family).
+	// MaxSegments is the maximum number of descriptors of a packet in copy mode: the
+	// smallest CONFIG_MAX_SKB_FRAGS. A zero-copy driver may accept fewer (xdp-zc-max-segs
+	// of the netdev netlink family).
 	MaxSegments = 17
 )
 
-// Options says how to open a socket. Sizes are in descriptors and powers of two; the
-// zero value receives and sends.
+// Options configures a socket. Sizes are in descriptors and powers of two; the zero
+// value receives and sends.
 type Options struct {
-	// FillSize and CompletionSize are the sizes of the rings that give the kernel
-	// frames and take them back; 0 means 2048.
+	// FillSize and CompletionSize are the sizes of the rings that pass frames to the
+	// kernel and back; 0 means 2048.
 	FillSize, CompletionSize int
-	// RXSize and TXSize are the sizes of the rings of packets; 0 means 2048. TXSize is
-	// also how many frames the kernel can hold before Send takes no more.
+	// RXSize and TXSize are the sizes of the packet rings; 0 means 2048. TXSize also
+	// bounds the frames that the kernel holds before Send takes no more.
 	RXSize, TXSize int
-	// NoRX and NoTX leave out one direction.
+	// NoRX and NoTX omit one direction.
 	NoRX, NoTX bool
 	// TXBudget is how many frames one system call sends in copy mode
-	// (XDP_MAX_TX_SKB_BUDGET, Linux 6.17): 32 to TXSize; 0 leaves the kernel's 32.
-	// Older kernels answer unix.ENOPROTOOPT.
+	// (XDP_MAX_TX_SKB_BUDGET, Linux 6.17): 32 to TXSize; 0 keeps the kernel's default
+	// of 32. Open returns unix.ENOPROTOOPT on older kernels.
 	TXBudget int
-	// SendBuffer is how many bytes of frames may be with the driver in copy mode, each
-	// counted with what the kernel needs to manage it (SO_SNDBUFFORCE, which needs
-	// CAP_NET_ADMIN); 0 leaves net.core.wmem_default. Kick answers EAGAIN when it is
-	// used up.
+	// SendBuffer bounds the bytes of frames held by the driver in copy mode, including
+	// the kernel's overhead per frame (SO_SNDBUFFORCE, which needs CAP_NET_ADMIN); 0
+	// keeps net.core.wmem_default. Kick returns EAGAIN when it is used up.
 	SendBuffer int
 	// BusyPoll is how long a system call polls the driver (SO_BUSY_POLL), rounded up to
 	// microseconds; 0 does not poll.
 	BusyPoll time.Duration
 	// PreferBusyPoll keeps the driver's interrupts off between polls
-	// (SO_PREFER_BUSY_POLL), as long as the interface's napi_defer_hard_irqs and
-	// gro_flush_timeout say.
+	// (SO_PREFER_BUSY_POLL), within the interface's napi_defer_hard_irqs and
+	// gro_flush_timeout.
 	PreferBusyPoll bool
-	// BusyPollBudget is how many packets one poll takes (SO_BUSY_POLL_BUDGET); 0 leaves
-	// the kernel's 8.
+	// BusyPollBudget is how many packets one poll takes (SO_BUSY_POLL_BUDGET); 0 keeps
+	// the kernel's default of 8.
 	BusyPollBudget int
 }
 
-// Socket is an AF_XDP socket on one queue of one interface.
+// Socket is an AF_XDP socket on one queue of one interface. It belongs to the goroutine of
+// its Frames, except for FD, Ifindex, Queue and ZeroCopy, which any goroutine may call.
 type Socket struct {
 	frames         *Frames
 	ifindex, queue int
@@ -71,14 +71,14 @@ type Socket struct {
 	tx   producerRing[Desc]
 	maps [][]byte
 
-	inFill []bool   // frames in the fill ring, or in the kernel on their way to the RX ring
-	inTX   []uint32 // references in the TX ring, or in the kernel on their way to the completion ring
+	inFill []bool   // frames between the fill ring and the RX ring
+	inTX   []uint32 // references between the TX ring and the completion ring
 	sent   int      // the sum of inTX
 	txBusy uint64
 }
 
-// Open opens a socket on a queue of an interface of the calling thread's network
-// namespace, and gives it the use of frames. The caller owns it and must Close it.
+// Open opens a socket that uses frames, on a queue of an interface in the calling
+// thread's network namespace. The caller owns it and must Close it.
 //
 // One UMEM may have sockets on any number of interfaces and queues, but only one on
 // each, and no other socket may be bound there: the [*BindError] then matches unix.EBUSY,
@@ -135,7 +135,7 @@ func (o Options) validate(ifindex, queue int) error {
 	return o.Validate()
 }
 
-// Validate says by an [*OptionError] which option Open would refuse.
+// Validate returns an [*OptionError] for the first option that Open would refuse.
 func (o Options) Validate() error {
 	o = o.withDefaults()
 	for _, ring := range []struct {
@@ -163,7 +163,7 @@ func (o Options) Validate() error {
 	return nil
 }
 
-// makeRings has the kernel make the rings and maps them.
+// makeRings creates and maps the rings.
 func (s *Socket) makeRings(fd int, opts Options) error {
 	setSize := func(name string, opt, size int) error {
 		if err := unix.SetsockoptInt(fd, unix.SOL_XDP, opt, size); err != nil {
@@ -255,7 +255,7 @@ func (s *Socket) configure(fd int, opts Options) error {
 	return errors.Join(errs...)
 }
 
-// join binds the socket to its queue, with the memory that the UMEM's other sockets use.
+// join binds the socket to its queue, sharing the memory of the UMEM's other sockets.
 func (s *Socket) join(fd int) error {
 	u := s.frames.umem
 	u.mu.Lock()
@@ -275,10 +275,9 @@ func (s *Socket) join(fd int) error {
 	return nil
 }
 
-// bind shares what another socket has registered (XDP_SHARED_UMEM), which fixes the
-// mode, too. It registers the memory once more where there is no such socket: none is
-// open, or their interfaces are gone; or, in ModeAuto, where the mode of the others is
-// not possible.
+// bind shares the memory registered by another socket (XDP_SHARED_UMEM), which also fixes
+// the mode. It registers the memory again if no other socket is open or their interfaces
+// are gone, or, in ModeAuto, if the interface does not support the others' mode.
 func (u *UMEM) bind(fd int, s *Socket) error {
 	flags := uint16(unix.XDP_USE_NEED_WAKEUP)
 	if u.opts.MultiBuffer {
@@ -322,14 +321,14 @@ func (u *UMEM) register(fd int) error {
 	return nil
 }
 
-// bindError says which of the several reasons that an error number has it was.
+// bindError finds which of the possible reasons of an errno applies.
 func (s *Socket) bindError(err error) error {
 	reason := "refused"
 	switch {
 	case errors.Is(err, unix.ENODEV):
 		reason = "no such interface"
 	case errors.Is(err, unix.EINVAL):
-		// The kernel also means by it that this UMEM has a socket there already.
+		// The kernel also returns it if this UMEM already has a socket there.
 		other := func(o *Socket) bool { return o.ifindex == s.ifindex && o.queue == s.queue }
 		if slices.ContainsFunc(s.frames.umem.sockets, other) {
 			reason, err = "this UMEM has a socket there", unix.EBUSY
@@ -347,34 +346,34 @@ func (s *Socket) bindError(err error) error {
 	return &BindError{Ifindex: s.ifindex, Queue: s.queue, Reason: reason, Err: err}
 }
 
-// FD returns the file descriptor, for an XSKMAP; the socket keeps owning it. It is -1
+// FD returns the file descriptor, for an XSKMAP; the socket keeps ownership. It is -1
 // once the socket is closed.
 func (s *Socket) FD() int { return int(s.fd.Load()) }
 
-// Ifindex returns the interface that the socket was opened on.
+// Ifindex returns the index of the interface on which the socket was opened.
 func (s *Socket) Ifindex() int { return s.ifindex }
 
-// Queue returns the queue that the socket was opened on.
+// Queue returns the queue on which the socket was opened.
 func (s *Socket) Queue() int { return s.queue }
 
 // ZeroCopy reports whether the driver uses the UMEM itself; otherwise the kernel copies.
 func (s *Socket) ZeroCopy() bool { return s.zeroCopy }
 
-// NeedWakeup reports whether the kernel asks now to be woken by a system call, to go on
-// receiving and to send (XDP_RING_NEED_WAKEUP); false for a direction that the socket
-// has not. WakeRX and Kick ask the same.
+// NeedWakeup reports whether the kernel currently needs a system call to continue
+// receiving and to send (XDP_RING_NEED_WAKEUP); false for a direction not opened. WakeRX
+// and Kick check the same.
 func (s *Socket) NeedWakeup() (rx, tx bool) {
 	return s.fill.needsWakeup(), s.tx.needsWakeup()
 }
 
-// Frames returns what the socket was opened with.
+// Frames returns the Frames with which the socket was opened.
 func (s *Socket) Frames() *Frames { return s.frames }
 
-// Close closes the socket and gives the frames that were in its rings back to Frames,
-// but for those that a driver may still use (see [Frames.Retired]): to keep them few,
-// stop sending and Complete until Outstanding is 0, first. The kernel takes the
-// socket out of every XSKMAP, and gives up the queue a moment after Close has
-// returned. It may be called again.
+// Close closes the socket and returns the frames in its rings to Frames, except those
+// that a driver may still use (see [Frames.Retired]): to keep them few, first stop
+// sending and Complete until Outstanding is 0. The kernel removes the socket from every
+// XSKMAP, and releases the queue a moment after Close has returned. It may be called
+// again.
 func (s *Socket) Close() error {
 	fd := s.FD()
 	if fd < 0 {
@@ -382,10 +381,10 @@ func (s *Socket) Close() error {
 	}
 	s.Complete(int(s.comp.size))
 	s.reclaimUnsent()
-	s.frames.umem.remove(s) // before the number is void: another's Open may be sharing it
+	s.frames.umem.remove(s) // before the descriptor is closed: a concurrent Open may share it
 	s.fd.Store(-1)
-	// The mapped rings keep the socket alive, as its descriptor does: both must go
-	// before the kernel stops using the frames.
+	// The mapped rings keep the socket alive, like its descriptor: the kernel stops using
+	// the frames only when both are gone.
 	err := errors.Join(s.unmap(), unix.Close(fd))
 	s.reclaim()
 	if err != nil {
@@ -394,14 +393,14 @@ func (s *Socket) Close() error {
 	return nil
 }
 
-// reclaimUnsent takes back what is still in the TX ring. Only in copy mode it stays
-// there, because it is this process that has it sent.
+// reclaimUnsent takes back the frames still in the TX ring. Only in copy mode do they stay
+// there, because the kernel then sends only in this process's system calls.
 func (s *Socket) reclaimUnsent() {
 	if s.zeroCopy {
 		return
 	}
 	for n := range s.tx.pending() {
-		// The kernel may have sent it and not said so; then it has completed.
+		// The kernel may have sent it without publishing that; then it has completed.
 		if i, ok := s.frames.index(s.tx.unread(n).Addr); ok && s.inTX[i] > 0 {
 			s.inTX[i]--
 			s.frames.drop(i)
@@ -409,8 +408,8 @@ func (s *Socket) reclaimUnsent() {
 	}
 }
 
-// reclaim takes back the frames that were given to the kernel to receive into; in copy
-// mode it writes them no more. The rest is retired.
+// reclaim takes back the frames given to the kernel for receiving; in copy mode it no
+// longer writes to them. It retires the rest.
 func (s *Socket) reclaim() {
 	f := s.frames
 	for i := range s.inFill {
@@ -449,13 +448,13 @@ type Statistics struct {
 	RXDropped       uint64 // packets without a frame, or longer than one frame
 	RXInvalid       uint64 // descriptors that the kernel refused
 	TXInvalid       uint64 // descriptors that the kernel refused: never completed
-	RXRingFull      uint64 // packets dropped since the RX ring was full
-	FillRingEmpty   uint64 // times that no frame was in the fill ring (also counted in RXDropped in copy mode)
-	TXRingEmpty     uint64 // times that nothing was in the TX ring
-	TXDeviceDropped uint64 // packets that completed unsent since the device dropped them (EBUSY from Kick)
+	RXRingFull      uint64 // packets dropped because the RX ring was full
+	FillRingEmpty   uint64 // times that the fill ring was empty (in copy mode also counted in RXDropped)
+	TXRingEmpty     uint64 // times that the TX ring was empty
+	TXDeviceDropped uint64 // packets completed unsent because the device dropped them (EBUSY from Kick)
 }
 
-// Statistics asks the kernel for the counters.
+// Statistics reads the counters from the kernel. A closed socket returns [os.ErrClosed].
 func (s *Socket) Statistics() (Statistics, error) {
 	fd := s.FD()
 	if fd < 0 {

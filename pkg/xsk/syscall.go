@@ -34,7 +34,7 @@ func bindTo(fd int, s *Socket, flags uint16, shared int) error {
 	return unix.Bind(fd, &unix.SockaddrXDP{Flags: flags, Ifindex: uint32(s.ifindex), QueueID: uint32(s.queue), SharedUmemFD: uint32(shared)})
 }
 
-// wakeTX is sendto(fd, NULL, 0, MSG_DONTWAIT). x/sys's Sendto wants an address.
+// wakeTX is sendto(fd, NULL, 0, MSG_DONTWAIT). x/sys's Sendto requires an address.
 func wakeTX(fd int) error {
 	_, _, errno := unix.Syscall6(unix.SYS_SENDTO, uintptr(fd), 0, 0, unix.MSG_DONTWAIT, 0, 0)
 	return asError(errno)
@@ -46,7 +46,8 @@ func wakeRX(fd int) error {
 	return asError(errno)
 }
 
-// asError does not allocate: error numbers are below 256, and the runtime has those.
+// asError does not allocate: the runtime preallocates values below 256, and errnos are
+// smaller.
 func asError(errno unix.Errno) error {
 	if errno != 0 {
 		return errno

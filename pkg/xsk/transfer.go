@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fill gives the kernel up to n free frames to receive into, and returns how many:
-// fewer if the fill ring is full or too few are free. Packets that find no frame are
-// lost, so call it often; leave some for what you send.
+// Fill gives the kernel up to n free frames for receiving, and returns how many: fewer if
+// the fill ring is full or too few are free. Packets that find no frame are lost, so call
+// it often; keep some frames for sending.
 func (s *Socket) Fill(n int) int {
 	if n < 1 {
 		return 0
@@ -30,9 +30,9 @@ func (s *Socket) Fill(n int) int {
 	return int(filled)
 }
 
-// Receive fills descs with what has arrived and returns how many. The caller then
+// Receive fills descs with received descriptors and returns how many. The caller then
 // holds a reference to each frame. With MultiBuffer, a packet of several frames has
-// [Continued] set in all its descriptors but the last; the result ends with the end of a
+// [Continued] set in all its descriptors but the last; the result ends at the end of a
 // packet, unless one packet alone has more than len(descs).
 func (s *Socket) Receive(descs []Desc) int {
 	n := s.rx.peek(clamp(len(descs)))
@@ -60,8 +60,8 @@ func wholePackets(descs []Desc) uint32 {
 	return uint32(len(descs))
 }
 
-// NextPacket splits what Receive returned into the descriptors of the first packet and
-// the rest. If no packet ends, all of it is of one that goes on in the next call.
+// NextPacket splits the descriptors from Receive into those of the first packet and the
+// rest. If no packet ends, all belong to one that continues in the next call.
 func NextPacket(descs []Desc) (packet, rest []Desc) {
 	for i := range descs {
 		if descs[i].Options&Continued == 0 {
@@ -85,11 +85,11 @@ func (s *Socket) received(d *Desc) {
 
 // Send puts packets into the TX ring and returns how many descriptors it took: fewer
 // than all if the ring is full, and never a part of a packet. Each descriptor taken
-// hands one of the caller's references over, until Complete; no one may write to the
-// frame meanwhile. Nothing is sent before Kick or Flush.
+// consumes one of the caller's references, until Complete; do not write to the frame
+// meanwhile. Nothing is sent before Kick or Flush.
 //
-// An error is a [*DescError] about the descriptor that was not taken because the kernel
-// would refuse it; the packets before it are taken.
+// An error is a [*DescError] for the first descriptor that the kernel would refuse; the
+// packets before it are taken.
 func (s *Socket) Send(descs []Desc) (int, error) {
 	room := int(s.tx.reserve(clamp(len(descs))))
 	var err error
@@ -110,7 +110,7 @@ func (s *Socket) Send(descs []Desc) (int, error) {
 			start = i + 1
 		}
 	}
-	for _, d := range descs[start:i] { // of a packet that is not whole
+	for _, d := range descs[start:i] { // of an incomplete packet
 		s.unsend(d)
 	}
 	s.tx.submit(uint32(start))
@@ -123,7 +123,7 @@ func (s *Socket) Send(descs []Desc) (int, error) {
 
 // sendable returns the number of a descriptor's frame, or why it cannot be sent.
 // segment is its index in its packet. The kernel checks the same (xp_validate_desc),
-// but never completes what fails.
+// but never completes a descriptor that fails.
 func (s *Socket) sendable(d Desc, segment int) (frame uint32, reason string) {
 	f := s.frames
 	frame, ok := f.index(d.Addr)
@@ -167,8 +167,8 @@ func (s *Socket) unsend(d Desc) {
 	}
 }
 
-// Complete gives up the references of up to n descriptors that the kernel has done
-// with, and returns how many. A frame with no more references is free.
+// Complete drops the references of up to n descriptors that the kernel has finished with,
+// and returns how many. A frame without references is free.
 func (s *Socket) Complete(n int) int {
 	if n < 1 {
 		return 0
@@ -189,19 +189,18 @@ func (s *Socket) Complete(n int) int {
 	return int(done)
 }
 
-// Unsent returns how many descriptors are in the TX ring that the kernel has not said
-// it has taken.
+// Unsent returns how many descriptors in the TX ring the kernel has not reported as taken.
 func (s *Socket) Unsent() int { return int(s.tx.pending()) }
 
-// Outstanding returns how many descriptors have been sent and not completed.
+// Outstanding returns how many descriptors Send took that have not completed.
 func (s *Socket) Outstanding() int { return s.sent }
 
-// Kick asks the kernel to send what is in the TX ring, if it has to be asked. In
-// zero-copy mode it is only asked when it sleeps; the driver sends by itself. In copy
-// mode one call sends at most TXBudget frames. Errors are the kernel's numbers:
+// Kick asks the kernel to send the TX ring, if it needs to be asked. In zero-copy mode
+// that is only when it sleeps; otherwise the driver sends by itself. In copy mode one call
+// sends at most TXBudget frames. Errors are unix.Errno values:
 //
-//   - EAGAIN: there is more to send than one call does; or the completion ring is full, the send
-//     buffer is used up or the device is: Complete, and try again;
+//   - EAGAIN: there is more to send than one call does; or the completion ring, the send buffer or
+//     the device is full: Complete, and try again;
 //   - EBUSY: the device dropped one packet, which completes; try again for the rest;
 //   - ENOBUFS, ENOMEM: no memory for a copy; try again;
 //   - ENETDOWN: the interface is down;
@@ -222,10 +221,10 @@ func (s *Socket) Kick() error {
 	return err
 }
 
-// Flush repeats Kick, and Complete where that makes room, until the kernel has taken
-// all of the TX ring, and returns nil; or until it takes no more, and returns why. It
-// is bounded by the sizes of the rings. A packet that the device drops is counted
-// (Statistics.TXDeviceDropped) and no error. In zero-copy mode it is Kick.
+// Flush repeats Kick, and Complete where that makes room, until the kernel has taken the
+// whole TX ring, and returns nil; or until it takes no more, and returns the reason. The
+// ring sizes bound the number of calls. A packet dropped by the device is counted
+// (Statistics.TXDeviceDropped) and is no error. In zero-copy mode it is Kick.
 func (s *Socket) Flush() error {
 	if s.zeroCopy {
 		return s.Kick()
@@ -243,7 +242,7 @@ func (s *Socket) Flush() error {
 			if err == nil {
 				err = ErrStalled
 				if s.sent >= int(s.comp.size) {
-					err = unix.EAGAIN // frames on their way may have all of the completion ring: Linux 6.1 does not say so
+					err = unix.EAGAIN // frames in flight may occupy the whole completion ring: Linux 6.1 reports no error
 				}
 			}
 			return err
@@ -252,9 +251,9 @@ func (s *Socket) Flush() error {
 	}
 }
 
-// WakeRX lets the kernel go on receiving if it has to be asked (zero-copy mode, after
-// it ran out of frames), or polls the driver (BusyPoll). Otherwise it makes no system
-// call. Errors are as those of Kick.
+// WakeRX makes the kernel continue receiving if it needs to be asked (zero-copy mode,
+// after it ran out of frames), or polls the driver (BusyPoll). Otherwise it makes no
+// system call. Errors are those of Kick.
 func (s *Socket) WakeRX() error {
 	fd := s.FD()
 	if fd < 0 {
@@ -266,8 +265,8 @@ func (s *Socket) WakeRX() error {
 	return wakeRX(fd)
 }
 
-// Check asks the kernel whether the socket can be used: ENETDOWN if the interface is
-// down, ENXIO if it is gone. Nothing else tells a socket that only receives.
+// Check asks the kernel whether the socket is usable: ENETDOWN if the interface is down,
+// ENXIO if it is gone. For a socket that only receives, nothing else reports that.
 func (s *Socket) Check() error {
 	fd := s.FD()
 	if fd < 0 {

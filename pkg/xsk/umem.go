@@ -13,7 +13,7 @@ import (
 
 // Sizes in bytes.
 const (
-	// packetHeadroom is what the kernel keeps free before a received frame, for XDP
+	// packetHeadroom is the room that the kernel keeps before a received packet for XDP
 	// programs (XDP_PACKET_HEADROOM).
 	packetHeadroom = unix.XDP_PACKET_HEADROOM
 	minFrameSize   = 2048    // XDP_UMEM_MIN_CHUNK_SIZE
@@ -21,21 +21,22 @@ const (
 	maxFrames      = 1 << 24
 )
 
-// mapHuge2MB asks for 2 MB pages, whatever the default size (MAP_HUGE_2MB: the
-// logarithm in the bits from MAP_HUGE_SHIFT).
+// mapHuge2MB requests 2 MB pages regardless of the default size (MAP_HUGE_2MB: log2 of
+// the size in the bits from MAP_HUGE_SHIFT).
 const mapHuge2MB = 21 << unix.MAP_HUGE_SHIFT
 
-// Mode is how frames get from the driver into the UMEM and back.
+// Mode says how frames are transferred between the driver and the UMEM.
 type Mode uint8
 
 const (
-	// ModeAuto is zero-copy where the driver of the first interface can, and copy mode
-	// otherwise; after a first one that can, those that cannot are in copy mode.
-	// [Socket.ZeroCopy] says which it became.
+	// ModeAuto uses zero-copy if the driver of the first interface supports it, and copy
+	// mode otherwise; after a first interface with zero-copy, those without it use copy
+	// mode. [Socket.ZeroCopy] reports the mode in use.
 	ModeAuto Mode = iota
-	// ModeCopy has the kernel copy.
+	// ModeCopy makes the kernel copy.
 	ModeCopy
-	// ModeZeroCopy has the driver use the UMEM; an interface that cannot is an error.
+	// ModeZeroCopy makes the driver use the UMEM; Open fails on an interface without
+	// support.
 	ModeZeroCopy
 )
 
@@ -52,46 +53,46 @@ func (m Mode) String() string {
 	}
 }
 
-// UMEMOptions says what memory to make. Mode and MultiBuffer are here and not in
-// [Options] because the kernel lets the first socket of a UMEM decide them for all.
+// UMEMOptions configures a UMEM. Mode and MultiBuffer are here and not in [Options]
+// because the first socket of a UMEM fixes them for all.
 type UMEMOptions struct {
-	// Frames is how many frames to make; required.
+	// Frames is the number of frames; required.
 	Frames int
-	// FrameSize is 2048 or 4096 bytes; 0 means 2048. A received frame shares it with
-	// the headroom and 256 bytes that the kernel keeps for XDP programs.
+	// FrameSize is 2048 or 4096 bytes; 0 means 2048. It includes the headroom and 256
+	// bytes that the kernel keeps for XDP programs.
 	FrameSize int
-	// Headroom is how many more bytes to leave free before each received frame.
+	// Headroom is the number of additional bytes to keep free before each received packet.
 	Headroom int
-	// HugePages takes the memory from 2 MB pages, which zero-copy drivers map in fewer
-	// pieces. There is no silent fallback: [ErrNoHugePages] tells the caller, who may
-	// try again without.
+	// HugePages allocates the memory from 2 MB pages, which zero-copy drivers map in
+	// fewer pieces. There is no silent fallback: NewUMEM returns [ErrNoHugePages], and
+	// the caller may try again without.
 	HugePages bool
-	// Mode is how frames get in and out.
+	// Mode selects zero-copy or copy mode.
 	Mode Mode
 	// MultiBuffer lets a packet have several frames (XDP_USE_SG, Linux 6.6). The XDP
 	// program needs BPF_F_XDP_HAS_FRAGS.
 	MultiBuffer bool
-	// CheckOwnership tracks which references to each frame the caller holds, and lets
-	// [Frames.Verify] and [Socket.Send] say when one is used that is not. For tests.
+	// CheckOwnership tracks which references to each frame the caller holds, so that
+	// [Frames.Verify] and [Socket.Send] detect the use of others. For tests.
 	CheckOwnership bool
 }
 
-// UMEM is memory that is shared with the kernel, divided into frames. Its methods may
-// be called from any goroutine; Close must come after the last use of memory that
-// Data and Frame have returned.
+// UMEM is memory shared with the kernel, divided into frames. Its methods may be
+// called from any goroutine; call Close after the last use of memory returned by Data
+// and Frame.
 type UMEM struct {
 	opts  UMEMOptions
-	shift uint // of an address, to the number of its frame
+	shift uint // log2 of the frame size
 	mem   []byte
-	area  []byte // what was mapped: mem, and what rounds it up to whole pages
+	area  []byte // the mapping: mem, rounded up to whole pages
 
 	mu      sync.Mutex
-	given   int // frames that belong to a Frames
+	given   int // frames assigned by NewFrames
 	sockets []*Socket
 }
 
-// NewUMEM makes the memory. The caller owns it and must Close it. The first [Open]
-// registers it with the kernel, which locks it into memory.
+// NewUMEM allocates the memory. The caller owns it and must Close it. The first [Open]
+// registers it with the kernel, which locks it in RAM.
 func NewUMEM(opts UMEMOptions) (*UMEM, error) {
 	if opts.FrameSize == 0 {
 		opts.FrameSize = minFrameSize
@@ -127,7 +128,7 @@ func (o UMEMOptions) validate() error {
 	return nil
 }
 
-// Close unmaps the memory. With sockets still open it answers [ErrInUse] and does
+// Close unmaps the memory. While sockets are open it returns [ErrInUse] and does
 // nothing; it may be called again.
 func (u *UMEM) Close() error {
 	u.mu.Lock()
@@ -145,16 +146,16 @@ func (u *UMEM) Close() error {
 	return nil
 }
 
-// FrameSize returns the bytes of a frame.
+// FrameSize returns the size of a frame in bytes.
 func (u *UMEM) FrameSize() int { return u.opts.FrameSize }
 
-// RXSize returns how many bytes of a packet fit one received frame. Without
-// MultiBuffer, longer packets are dropped (Statistics.RXDropped).
+// RXSize returns how many bytes of a packet fit into one received frame. Without
+// MultiBuffer, the kernel drops longer packets (Statistics.RXDropped).
 func (u *UMEM) RXSize() int { return u.opts.FrameSize - u.opts.Headroom - packetHeadroom }
 
-// Data returns the bytes that a descriptor describes; nil if they are outside of the
-// UMEM. They are shared with the kernel: valid until the frame is released, sent or
-// the UMEM closed.
+// Data returns the bytes of a descriptor; nil if they are outside the UMEM. They are
+// shared with the kernel: valid until the frame is released or sent, or the UMEM
+// closed.
 func (u *UMEM) Data(d Desc) []byte {
 	size := uint64(len(u.mem))
 	if d.Addr > size || uint64(d.Len) > size-d.Addr {
@@ -164,15 +165,15 @@ func (u *UMEM) Data(d Desc) []byte {
 	return u.mem[d.Addr:end:end]
 }
 
-// Frame returns the whole frame that an address is in; nil if it is outside of the
+// Frame returns the whole frame that contains an address; nil if it is outside the
 // UMEM.
 func (u *UMEM) Frame(addr uint64) []byte {
 	start := addr &^ uint64(u.opts.FrameSize-1)
 	return u.Data(Desc{Addr: start, Len: uint32(u.opts.FrameSize)})
 }
 
-// NewFrames gives n frames, all free, to an owner of their own. They cannot be given
-// back, only all be freed with the UMEM.
+// NewFrames assigns n free frames to a new owner. They cannot be returned, only freed
+// with the whole UMEM.
 func (u *UMEM) NewFrames(n int) (*Frames, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()

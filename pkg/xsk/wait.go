@@ -18,21 +18,21 @@ type Events int16
 const (
 	// Readable: packets are in the RX ring.
 	Readable Events = unix.POLLIN
-	// Writable: at least half of the TX ring is empty. In copy mode waiting for it also
-	// sends, as Kick does.
+	// Writable: at least half of the TX ring is empty. In copy mode, waiting for it also
+	// sends, like Kick.
 	Writable Events = unix.POLLOUT
 )
 
-// Waiter sleeps until one of several sockets has something to do: poll(2), so that an
-// idle process costs nothing. It belongs to one goroutine, but for Wake.
+// Waiter sleeps until one of several sockets has an event. It uses poll(2), so an idle
+// process uses no CPU. It belongs to one goroutine, except for Wake.
 //
-// poll does not say that an interface is down or gone, nor that frames have
-// completed: wait with a timeout, and ask [Socket.Check].
+// poll does not report that an interface is down or gone, nor that frames have
+// completed: wait with a timeout, and call [Socket.Check].
 type Waiter struct {
-	fds   []unix.PollFd // the first is the event that Wake counts up
-	count [8]byte       // read from it; its value means nothing
+	fds   []unix.PollFd // the first is the eventfd that Wake increments
+	count [8]byte       // read from it; the value is ignored
 
-	mu    sync.Mutex // between Wake and Close
+	mu    sync.Mutex // serializes Wake and Close
 	event int        // -1 once closed
 }
 
@@ -45,8 +45,8 @@ func NewWaiter() (*Waiter, error) {
 	return &Waiter{event: event, fds: []unix.PollFd{{Fd: int32(event), Events: unix.POLLIN}}}, nil
 }
 
-// Set says which events of a socket to wait for; none takes it out. Take a socket out
-// before closing it.
+// Set sets the events of a socket to wait for; 0 removes it. Remove a socket before
+// closing it.
 func (w *Waiter) Set(s *Socket, events Events) error {
 	fd := s.FD()
 	if fd < 0 {
@@ -67,8 +67,8 @@ func (w *Waiter) Set(s *Socket, events Events) error {
 	return nil
 }
 
-// Wait sleeps until an event, Wake, or the end of the timeout; a negative one never
-// ends. It returns how many sockets have events: 0 after Wake and after the timeout.
+// Wait sleeps until an event, Wake, or the timeout; a negative timeout never expires.
+// It returns how many sockets have events: 0 after Wake or the timeout.
 func (w *Waiter) Wait(timeout time.Duration) (ready int, err error) {
 	if w.closed() {
 		return 0, fmt.Errorf("wait: %w", os.ErrClosed)
@@ -92,7 +92,7 @@ func (w *Waiter) Wait(timeout time.Duration) (ready int, err error) {
 	}
 }
 
-// events takes note of all the calls of Wake so far, and counts the sockets.
+// events consumes all calls of Wake so far, and counts the sockets.
 func (w *Waiter) events(n int) (ready int, err error) {
 	for _, p := range w.fds {
 		if p.Revents&unix.POLLNVAL != 0 {
@@ -108,18 +108,18 @@ func (w *Waiter) events(n int) (ready int, err error) {
 	return n - 1, nil
 }
 
-// Wake ends the Wait that is under way, or the next. It may be called from any
-// goroutine, and after Close.
+// Wake ends the current Wait, or the next one. It may be called from any goroutine, and
+// after Close.
 func (w *Waiter) Wake() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.event >= 0 {
-		// It can fail only with a counter at its end, which wakes as well.
+		// It can fail only with the counter at its maximum, which wakes as well.
 		_, _ = unix.Write(w.event, binary.NativeEndian.AppendUint64(nil, 1))
 	}
 }
 
-// Close frees the waiter, and no socket. It may be called again.
+// Close frees the waiter, but no socket. It may be called again.
 func (w *Waiter) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
