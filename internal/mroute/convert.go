@@ -11,10 +11,10 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// RulePrefix begins the names of rules of entries. No rule of a file or the API can be called so.
+// RulePrefix starts the names of rules made from entries. Rules of a file or the API cannot use it.
 const RulePrefix = "mroute/"
 
-// RuleName is what the rule of an entry is called: at most flow.MaxName bytes.
+// RuleName is the name of an entry's rule: at most flow.MaxName bytes.
 func RuleName(k Key) string {
 	table := ""
 	if k.Table != Main {
@@ -24,22 +24,21 @@ func RuleName(k Key) string {
 	if len(name) <= flow.MaxName {
 		return name
 	}
-	// Two IPv6 addresses without zeros to leave out.
+	// Two IPv6 addresses without zeros to compress.
 	hex := func(a netip.Addr) string { return strings.ReplaceAll(a.StringExpanded(), ":", "") }
 	return "mr/" + strconv.FormatUint(uint64(k.Table), 36) + "/" + hex(k.Source) + hex(k.Group)
 }
 
-// Left is why an entry stays with the kernel although all is known of it. The zero Left: it need
-// not.
+// Left is why a fully known entry is left to the kernel. The zero Left: it is not.
 type Left struct {
 	Why string
-	// Expected: the settings want it so, or no other than the kernel could forward it.
+	// Expected: the settings say so, or only the kernel could forward it.
 	Expected bool
 }
 
-// Convert makes a rule of an entry: the source kept, the TTL one less, any port. Where it is left
-// to the kernel the rule is what can be said of the entry. ifname tells the name of an interface,
-// "" for one that is not there.
+// Convert makes a rule from an entry: source kept, TTL decremented, any port. For an entry left to
+// the kernel the rule only describes it, as far as possible. ifname returns the name of an
+// interface, "" if it does not exist.
 func Convert(e *Entry, s *rules.Mroute, ifname func(index int) string) (rule rules.Rule, _ Left) {
 	left := ""
 	name := func(index int) string {

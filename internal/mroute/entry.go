@@ -1,8 +1,8 @@
 // Package mroute follows the kernel's multicast forwarding cache (MFC): what multicast routing
-// daemons (FRR, smcroute, pimd, igmpproxy) have told the kernel to forward. A Watcher keeps a
-// copy of it from netlink, Convert makes rules of the entries, and a Keepalive lets the kernel's
-// counters of an entry move while its packets no longer pass there, which is what the daemons go
-// by. Nothing here writes the cache.
+// daemons (FRR, smcroute, pimd, igmpproxy) have the kernel forward. A Watcher keeps a copy of it
+// through netlink, Convert makes rules from its entries, and a Keepalive advances the kernel's
+// counters of entries whose packets bypass it, since the daemons rely on these. The package never
+// writes the cache.
 //
 // The formats are those of net/ipv4/ipmr_base.c (mr_fill_mroute) and
 // include/uapi/linux/rtnetlink.h.
@@ -32,7 +32,7 @@ const (
 	defaultTable6 = 254
 )
 
-// Main is the table that routing daemons use unless they are told of another.
+// Main is the table that routing daemons use unless configured otherwise.
 const Main = rules.MrouteMain
 
 // Key identifies an entry.
@@ -73,13 +73,13 @@ type Entry struct {
 	Outputs []Output // by index
 }
 
-// Equal says whether two entries are the same in everything.
+// Equal reports whether two entries are identical.
 func (e *Entry) Equal(o *Entry) bool {
 	return e.Key == o.Key && e.Input == o.Input && slices.Equal(e.Outputs, o.Outputs)
 }
 
-// Threshold is the greatest TTL with which a packet does not leave by all outputs: at least 1,
-// with which it leaves by none.
+// Threshold is the largest TTL with which a packet misses some output: at least 1, with which it
+// misses all.
 func (e *Entry) Threshold() uint8 {
 	threshold := uint8(1)
 	for _, o := range e.Outputs {
@@ -88,15 +88,15 @@ func (e *Entry) Threshold() uint8 {
 	return threshold
 }
 
-// message is one announcement or answer: an entry, or that it is gone.
+// message is one notification or dump answer: an entry, or its deletion.
 type message struct {
 	entry Entry
-	// resolved is false for an entry that still looks for its route, and of one that is gone.
+	// resolved is false for an entry whose route is still being resolved, and for a deleted one.
 	resolved bool
 }
 
-// parse reads the body of an RTM_NEWROUTE or RTM_DELROUTE. It is false for what is no entry of
-// the cache: other routes, and what is cut short.
+// parse reads the body of an RTM_NEWROUTE or RTM_DELROUTE. ok is false for anything but an entry of
+// the cache: other routes, and truncated messages.
 func parse(body []byte) (m message, ok bool) {
 	if len(body) < unix.SizeofRtMsg {
 		return m, false
@@ -147,7 +147,7 @@ func parse(body []byte) (m message, ok bool) {
 	return m, good && e.Group.IsMulticast()
 }
 
-// outputs reads a list of struct rtnexthop, whose hops are the threshold.
+// outputs reads a list of struct rtnexthop, whose rtnh_hops is the threshold.
 func (e *Entry) outputs(b []byte) bool {
 	for len(b) > 0 {
 		if len(b) < unix.SizeofRtNexthop {
@@ -164,7 +164,7 @@ func (e *Entry) outputs(b []byte) bool {
 	return true
 }
 
-// attributes yields the attributes of a message, and clears good when they are cut short.
+// attributes yields the attributes of a message, and clears good if they are truncated.
 func attributes(b []byte, good *bool) func(yield func(kind uint16, value []byte) bool) {
 	return func(yield func(kind uint16, value []byte) bool) {
 		for len(b) > 0 {
@@ -187,7 +187,7 @@ func attributes(b []byte, good *bool) func(yield func(kind uint16, value []byte)
 
 func aligned(n int) int { return (n + 3) &^ 3 }
 
-// Of include/uapi/linux/netconf.h; struct netconfmsg is padded to the alignment of attributes.
+// From include/uapi/linux/netconf.h; struct netconfmsg is padded to the alignment of attributes.
 const (
 	sizeofNetconfMsg    = 4
 	netconfIndex        = 1 // NETCONFA_IFINDEX
@@ -195,7 +195,8 @@ const (
 )
 
 // forwards reads the body of an RTM_NEWNETCONF: the index of an interface that multicast routing
-// uses. It is false for any other, and for those that stand for all or none.
+// uses. ok is false for other interfaces, and for NETCONFA_IFINDEX_ALL and
+// NETCONFA_IFINDEX_DEFAULT.
 func forwards(body []byte) (index int, ok bool) {
 	if len(body) < sizeofNetconfMsg {
 		return 0, false
@@ -215,8 +216,8 @@ func forwards(body []byte) (index int, ok bool) {
 	return index, good && on && index > 0
 }
 
-// deletedLink reads which interface an RTM_DELLINK is about. One of a bridge's port is about the
-// bridge alone.
+// deletedLink reads the interface index of an RTM_DELLINK. It ignores those of family AF_BRIDGE:
+// the port only left its bridge.
 func deletedLink(body []byte) (index int, ok bool) {
 	if len(body) < unix.SizeofIfInfomsg || body[0] != unix.AF_UNSPEC {
 		return 0, false

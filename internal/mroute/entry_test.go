@@ -23,7 +23,7 @@ func attr(kind uint16, value ...byte) []byte {
 
 func number(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
 
-// route is a message of the kernel: struct rtmsg and attributes.
+// route is a kernel message: struct rtmsg and attributes.
 func route(family, table byte, flags uint32, attrs ...[]byte) []byte {
 	b := []byte{family, 32, 32, 0, table, 17, 0, 5}
 	return append(binary.NativeEndian.AppendUint32(b, flags), slices.Concat(attrs...)...)
@@ -77,7 +77,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// FuzzParse: nothing that a message holds panics, and what is taken can be converted.
+// FuzzParse: no message panics, and every accepted one can be converted.
 func FuzzParse(f *testing.F) {
 	f.Add(route(128, 253, 0, attr(unix.RTA_SRC, 10, 0, 0, 1), attr(unix.RTA_DST, 239, 1, 1, 1), attr(unix.RTA_IIF, number(3)...), attr(unix.RTA_MULTIPATH, append(hop(5, 4), hop(4, 1)...)...)))
 	f.Add(route(129, 254, 0, attr(unix.RTA_DST, netip.MustParseAddr("ff0e::1").AsSlice()...), attr(unix.RTA_IIF, number(3)...)))
@@ -138,7 +138,8 @@ func TestConvert(t *testing.T) {
 			if left.Why != "" {
 				return
 			}
-			// Another tool's words for the same: it is a rule but for its name, which no user's can have.
+			// Cross-check with Validate: it is a rule except for its name, which no user's rule can
+			// have.
 			if err := rule.Validate(); err == nil || strings.Count(err.Error(), "\n") != 0 || !strings.Contains(err.Error(), "name") {
 				t.Errorf("validate: %v", err)
 			}
@@ -152,7 +153,7 @@ func TestConvert(t *testing.T) {
 	}
 }
 
-// TestRuleNames: each entry has a name of its own that has room in the kernel.
+// TestRuleNames: each entry has a unique name that fits the kernel's limit.
 func TestRuleNames(t *testing.T) {
 	long := func(s string) netip.Addr {
 		b, err := hex.DecodeString(s)

@@ -16,21 +16,21 @@ type On struct {
 	Group netip.Addr
 }
 
-// Joins is who has joined a group on an interface.
+// Joins counts the members of a group on an interface.
 type Joins struct {
-	// Sockets is how many have, the host's own reasons among them.
+	// Sockets is the number of members, including the host's own memberships.
 	Sockets int
-	// sources has, for each source that a socket names, how many take it alone.
+	// sources maps each source to the number of sockets that include it (INCLUDE mode of RFC 3376).
 	sources map[netip.Addr]int
 }
 
-// Joined is who has joined what on this host.
+// Joined is this host's group memberships.
 type Joined map[On]Joins
 
-// Receives says whether the kernel may give packets from a source to sockets of this host: those
-// of sockets beside the ones that are left out, of which each that names sources names its own.
-// In doubt it says so: how many sockets take all sources but some, the kernel does not tell
-// (ip_check_mc_rcu of net/ipv4/igmp.c).
+// Receives reports whether the kernel may deliver packets from a source to sockets of this host. It
+// ignores without of them; named lists the sources that these name, each its own. It errs towards
+// true: the kernel does not report how many sockets exclude sources (ip_check_mc_rcu of
+// net/ipv4/igmp.c).
 func (j Joins) Receives(source netip.Addr, without int, named []netip.Addr) bool {
 	sockets := j.Sockets - without
 	if sockets <= 0 {
@@ -40,7 +40,7 @@ func (j Joins) Receives(source netip.Addr, without int, named []netip.Addr) bool
 	for _, s := range named {
 		less[s]++
 	}
-	most := 0 // sockets that take named sources alone, at least
+	most := 0 // lower bound of the sockets in INCLUDE mode
 	for s, n := range j.sources {
 		n -= less[s]
 		if s == source && n > 0 {
@@ -51,7 +51,7 @@ func (j Joins) Receives(source netip.Addr, without int, named []netip.Addr) bool
 	return most < sockets
 }
 
-// Equal says whether two are the same.
+// Equal reports whether two are equal.
 func (j Joins) Equal(o Joins) bool {
 	if j.Sockets != o.Sockets || len(j.sources) != len(o.sources) {
 		return false
@@ -64,8 +64,7 @@ func (j Joins) Equal(o Joins) bool {
 	return true
 }
 
-// ReadJoined asks the kernel for the groups that are joined in the calling thread's network
-// namespace.
+// ReadJoined reads the groups joined in the calling thread's network namespace.
 func ReadJoined() (Joined, error) {
 	joined := Joined{}
 	for _, t := range []struct {
@@ -87,14 +86,14 @@ func ReadJoined() (Joined, error) {
 	return joined, nil
 }
 
-// addGroups4 reads igmp_mc_seq_show of net/ipv4/igmp.c: below the line of an interface one for
-// each of its groups, which begins with a tab, the address as a number of the host's byte order
-// over the address's bytes, and the number of users.
+// addGroups4 parses igmp_mc_seq_show of net/ipv4/igmp.c: a line for each interface, followed by one
+// for each of its groups: a tab, the address (its bytes as a hexadecimal integer in host byte
+// order), and the number of users.
 func (j Joined) addGroups4(data []byte) error {
 	index := 0
 	for line := range bytes.Lines(data) {
 		fields := bytes.Fields(line)
-		if len(fields) == 0 || line[0] == 'I' { // the title
+		if len(fields) == 0 || line[0] == 'I' { // the header
 			continue
 		}
 		if line[0] != '\t' {
@@ -171,12 +170,12 @@ func (j Joined) addSources6(data []byte) error {
 	return j.addSources(data, hexAddr6)
 }
 
-// addSources reads lines of an index, a name, a group, a source, and how many sockets take the
-// source and how many take all others.
+// addSources parses lines of index, name, group, source, number of sockets that include the source,
+// and number of sockets that exclude it.
 func (j Joined) addSources(data []byte, address func([]byte) (netip.Addr, error)) error {
 	for line := range bytes.Lines(data) {
 		fields := bytes.Fields(line)
-		if line[0] == 'I' { // the title
+		if line[0] == 'I' { // the header
 			continue
 		}
 		if len(fields) != 6 {
@@ -201,7 +200,7 @@ func (j Joined) addSources(data []byte, address func([]byte) (netip.Addr, error)
 		on := On{index, group}
 		joins, ok := j[on]
 		if !ok {
-			continue // joined after the list of groups was read: the next look has it
+			continue // joined after the groups were read: the next call finds it
 		}
 		if joins.sources == nil {
 			joins.sources = map[netip.Addr]int{}

@@ -9,8 +9,8 @@ import (
 	"xdpcast/pkg/membership"
 )
 
-// TestJoined: what sockets join is read back from the kernel, with the sources that they name,
-// and the sockets that are left out do not count.
+// TestJoined: the memberships of sockets are read back from the kernel with their sources, and
+// ignored sockets do not count.
 func TestJoined(t *testing.T) {
 	labtest.RequireRoot(t)
 	host := labtest.Host(t, "jn")
@@ -83,7 +83,7 @@ func TestJoined(t *testing.T) {
 	}
 }
 
-// TestReceives: in doubt a packet counts as received.
+// TestReceives: when in doubt, a packet counts as received.
 func TestReceives(t *testing.T) {
 	s1, s2 := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")
 	for _, c := range []struct {
@@ -110,7 +110,7 @@ func TestReceives(t *testing.T) {
 	}
 }
 
-// FuzzJoined: no text of the kernel's lists is a panic.
+// FuzzJoined: no text of the kernel's lists panics.
 func FuzzJoined(f *testing.F) {
 	f.Add([]byte("Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n7\teth0      :     1      V3\n\t\t\t\t010101EF     2 0:00000000\t\t0\n"))
 	f.Add([]byte("7    eth0            ff3e0000000000000000000000000001     1 00000004 0\n"))

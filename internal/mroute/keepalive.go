@@ -15,19 +15,19 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// maxProbes is how many frames one run sends.
+// maxProbes is the maximum number of frames per run.
 const maxProbes = 16384
 
-// Probe is a frame that an entry's counters are to count.
+// Probe is a frame for an entry's counters to count.
 type Probe struct {
 	Source, Group netip.Addr
 	Input         int // interface index
 }
 
-// Keepalive lets the kernel's counters of entries move whose packets do not pass there: a frame
-// of TTL 1 from the source to the group, that comes in by the entry's input, is counted and
-// leaves by no output. A daemon that watches the counters keeps the entry then, and nothing of
-// the stream is lost or comes out of order. It is for one goroutine at a time.
+// Keepalive advances the kernel's counters of entries whose packets bypass it: a frame of TTL 1
+// from the source to the group, received on the entry's input, is counted and leaves by no output.
+// A daemon that watches the counters then keeps the entry, and no packet of the stream is lost or
+// reordered. It is not safe for concurrent use.
 type Keepalive struct{ objs bpf.KeepaliveObjects }
 
 // NewKeepalive loads the program. The caller must Close it. The error matches
@@ -48,8 +48,8 @@ func NewKeepalive() (*Keepalive, error) {
 // Close unloads the program.
 func (k *Keepalive) Close() error { return k.objs.Close() }
 
-// Send sends a frame for each probe. An interface that cannot be sent from is an error that holds
-// up no other. It must be called in the network namespace of the interfaces.
+// Send sends a frame for each probe. An interface that cannot be used yields an error but does not
+// stop the others. Call it in the network namespace of the interfaces.
 func (k *Keepalive) Send(probes []Probe) error {
 	inputs := map[int][]bpf.KeepaliveProbe{}
 	for _, p := range probes {
@@ -85,7 +85,7 @@ func (k *Keepalive) run(index int, frames []bpf.KeepaliveProbe) error {
 	return err
 }
 
-// probeMAC is where the frames say that they come from: a locally administered address.
+// probeMAC is the source address of the frames: a locally administered one.
 var probeMAC = [6]byte{2, 'x', 'd', 'p', 'c', 0}
 
 const protocolExperiment = 253 // RFC 3692
@@ -99,7 +99,7 @@ func (p *Probe) frame() (f [60]byte) {
 		binary.BigEndian.PutUint16(f[12:], unix.ETH_P_IP)
 		ip[0], ip[8], ip[9] = 0x45, 1, protocolExperiment
 		binary.BigEndian.PutUint16(ip[2:], 20)
-		binary.BigEndian.PutUint16(ip[6:], 0x4000) // never fragmented
+		binary.BigEndian.PutUint16(ip[6:], 0x4000) // don't fragment
 		copy(ip[12:], p.Source.AsSlice())
 		copy(ip[16:], p.Group.AsSlice())
 		sum := uint32(0)

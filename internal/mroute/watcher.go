@@ -17,29 +17,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options say what to follow.
+// Options say what to follow, and whom to notify.
 type Options struct {
-	// Tables are numbers of tables; none means Main.
+	// Tables are table ids; none means Main.
 	Tables []uint32
-	// IPv4 and IPv6 say which families.
+	// IPv4 and IPv6 select the families.
 	IPv4, IPv6 bool
-	// Hold is called for an entry as soon as an announcement is heard that changes it, or may have
-	// been lost, and before Changes tells of it: from then until Settled calls its function, what
-	// was made of the entry is not what the kernel has. Nil: nobody is told. It must not block, and
-	// must not call the watcher.
+	// Hold is called for an entry as soon as a notification that changes it arrives or may have
+	// been lost, before Changes reports it: until Settled releases the entry, what was derived from
+	// it may differ from the kernel's state. Nil: not called. It must not block, and must not call
+	// the watcher.
 	Hold func(Key)
 	// Logger receives warnings. Nil: discarded.
 	Logger *slog.Logger
 
-	room int // of the socket, for tests; 0: receiveBuffer
+	room int // receive buffer in bytes, for tests; 0: receiveBuffer
 }
 
-// receiveBuffer is the room for announcements in bytes: that of some 20,000 entries that change
-// at once. The kernel's default loses some after 256.
+// receiveBuffer is the size of the socket's buffer in bytes: enough for some 20,000 entries that
+// change at once. The kernel's default loses notifications after 256.
 const receiveBuffer = 16 << 20
 
-// settle is how long announcements are collected, after some that were told, before Changed tells
-// again. Hold does not wait.
+// settle is the minimum time between two signals of Changed: notifications are collected meanwhile.
+// Hold does not wait.
 const settle = 5 * time.Millisecond
 
 // Watcher follows the caches of the network namespace that it was opened in. Its methods may be
@@ -55,17 +55,17 @@ type Watcher struct {
 	entries map[Key]*Entry
 	touched map[Key]bool // since the last Changes
 	vifs    map[int]bool // indexes of interfaces that are, or were, virtual interfaces
-	stale   bool         // all is to be read again
-	lost    bool         // since announcements were lost
-	joins   bool         // some program joined or left a group since the last JoinsChanged
+	stale   bool         // everything must be re-read
+	lost    bool         // notifications were lost since the last resync
+	joins   bool         // a group was joined or left since the last JoinsChanged
 	closed  bool
-	timer   *time.Timer // tells of what came too soon after what was told
-	waiting bool        // for timer
+	timer   *time.Timer // signals changes that settle held back
+	waiting bool        // timer is running
 	told    time.Time
 }
 
-// Open begins to follow the caches. The caller must Close the watcher. All of its methods must be
-// called in the network namespace that Open was called in.
+// Open starts following the caches. The caller must Close the watcher. Call all of its methods in
+// the network namespace that Open was called in.
 func Open(opts Options) (_ *Watcher, err error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
@@ -98,15 +98,15 @@ func Open(opts Options) (_ *Watcher, err error) {
 	return w, nil
 }
 
-// listen opens the socket of announcements: of entries, of VIFs that come and go, which is not
-// announced of the entries that name them, and of links.
+// listen opens the notification socket: for entries, for links, and for VIFs, since removing a VIF
+// is not announced for the entries that use it.
 func listen(opts Options) (fd int, err error) {
 	fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return -1, fmt.Errorf("netlink socket: %w", err)
 	}
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, opts.room) != nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, opts.room) // what net.core.rmem_max lets be
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, opts.room) // capped by net.core.rmem_max
 	}
 	groups := []int{unix.RTNLGRP_LINK}
 	if opts.IPv4 {
@@ -124,13 +124,13 @@ func listen(opts Options) (fd int, err error) {
 	if err != nil {
 		return -1, errors.Join(fmt.Errorf("listen to multicast routes: %w", err), unix.Close(fd))
 	}
-	// Since Linux 6.14. Before, who asks for what is joined asks often.
+	// Linux 6.14 and newer. On older kernels callers have to poll ReadJoined.
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_IPV4_MCADDR)
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_IPV6_MCADDR)
 	return fd, nil
 }
 
-// Close ends the watch. It may be called again; methods that ask answer os.ErrClosed from then on.
+// Close ends the watch. It may be called again; Changes returns os.ErrClosed afterwards.
 func (w *Watcher) Close() error {
 	w.mu.Lock()
 	if w.closed {
@@ -148,16 +148,15 @@ func (w *Watcher) Close() error {
 // Changed receives a value when Changes has something new.
 func (w *Watcher) Changed() <-chan struct{} { return w.changed }
 
-// Resync has the next Changes read everything from the kernel again.
+// Resync makes the next Changes re-read everything from the kernel.
 func (w *Watcher) Resync() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.stale = true
 }
 
-// Changes returns what has changed since the last call: the entries that are there now, and nil
-// for those that are gone. What it returns belongs to the caller. It asks the kernel where
-// announcements were lost.
+// Changes returns what changed since the last call: the current entries, and nil for deleted ones.
+// The map belongs to the caller. It re-reads the kernel's state if notifications were lost.
 func (w *Watcher) Changes() (map[Key]*Entry, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -177,8 +176,8 @@ func (w *Watcher) Changes() (map[Key]*Entry, error) {
 	return changes, nil
 }
 
-// Settled calls release for those of some entries that are as Changes told last: nothing was
-// announced since. Of the others Changed tells. While it runs, Hold is not called.
+// Settled calls release for those keys whose entries are as Changes last returned them, with no
+// notification since. Changed signals the others. Hold is not called while it runs.
 func (w *Watcher) Settled(keys iter.Seq[Key], release func(Key)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -192,17 +191,16 @@ func (w *Watcher) Settled(keys iter.Seq[Key], release func(Key)) {
 	}
 }
 
-// Interfaces are the indexes of the interfaces that multicast routing uses, or used since Open, in
-// order. Daemons that start again are the reason for these.
+// Interfaces returns the sorted indexes of interfaces that multicast routing uses, or used since
+// Open: daemons restart.
 func (w *Watcher) Interfaces() []int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Sorted(maps.Keys(w.vifs))
 }
 
-// JoinsChanged says whether the kernel has announced since the last call that a group was joined,
-// or left, on some interface. Not every kernel does: Linux 6.14 and newer, and of the first
-// socket and the last.
+// JoinsChanged reports whether the kernel has announced since the last call that a group was joined
+// or left on some interface. Only Linux 6.14 and newer do, for the first socket and the last.
 func (w *Watcher) JoinsChanged() (changed bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -210,14 +208,14 @@ func (w *Watcher) JoinsChanged() (changed bool) {
 	return changed
 }
 
-// Entries returns all entries, by key.
+// Entries returns all entries, sorted by key.
 func (w *Watcher) Entries() []*Entry {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.SortedFunc(maps.Values(w.entries), func(a, b *Entry) int { return a.Key.Compare(b.Key) })
 }
 
-// run takes up announcements until the socket is closed.
+// run processes notifications until the socket is closed.
 func (w *Watcher) run() {
 	defer close(w.ended)
 	buf := make([]byte, 1<<17)
@@ -226,8 +224,8 @@ func (w *Watcher) run() {
 		if err != nil {
 			return
 		}
-		// The first change is told at once. One that changes often is looked at once in a while:
-		// what is told is the state.
+		// Signal the first change at once, and a burst only every settle: Changes returns the
+		// state.
 		w.mu.Lock()
 		if wait := settle - time.Since(w.told); wait > 0 {
 			if !w.closed && !w.waiting {
@@ -242,7 +240,7 @@ func (w *Watcher) run() {
 	}
 }
 
-// tell has Changed receive a value.
+// tell signals Changed.
 func (w *Watcher) tell() {
 	w.mu.Lock()
 	w.told, w.waiting = time.Now(), false
@@ -253,7 +251,7 @@ func (w *Watcher) tell() {
 	}
 }
 
-// drain takes up all that has arrived, and says whether there is something to tell.
+// drain processes all pending notifications, and reports whether there is anything to signal.
 func (w *Watcher) drain(fd int, buf []byte) (news bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -289,7 +287,7 @@ func (w *Watcher) drain(fd int, buf []byte) (news bool) {
 	}
 }
 
-// loseAnnouncements notes that any entry may be another now. The lock is held.
+// loseAnnouncements records that any entry may have changed. The lock is held.
 func (w *Watcher) loseAnnouncements() {
 	if !w.lost {
 		for key := range w.entries {
@@ -305,7 +303,7 @@ func (w *Watcher) hold(key Key) {
 	}
 }
 
-// hear takes up one announcement, and says whether it is news. The lock is held.
+// hear processes one notification, and reports whether it is news. The lock is held.
 func (w *Watcher) hear(kind uint16, body []byte) bool {
 	switch kind {
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
@@ -324,7 +322,7 @@ func (w *Watcher) hear(kind uint16, body []byte) bool {
 		w.stale = true
 		return true
 	case unix.RTM_NEWNETCONF, unix.RTM_DELNETCONF:
-		// A VIF came or went: entries lose it without an announcement of their own.
+		// A VIF was added or removed: entries lose it without a notification of their own.
 		if index, ok := forwards(body); ok && kind == unix.RTM_NEWNETCONF {
 			w.vifs[index] = true
 		}
@@ -334,7 +332,7 @@ func (w *Watcher) hear(kind uint16, body []byte) bool {
 	return false
 }
 
-// entryOf is what a message makes of its entry; nil: there is none, or none that is resolved.
+// entryOf is the entry after a message; nil: none, or an unresolved one.
 func entryOf(m *message, kind uint16) *Entry {
 	if kind != unix.RTM_NEWROUTE || !m.resolved {
 		return nil
@@ -342,8 +340,8 @@ func entryOf(m *message, kind uint16) *Entry {
 	return &m.entry
 }
 
-// put replaces an entry, and says whether that changes anything: daemons write the same entry
-// again and again.
+// put replaces an entry, and reports whether that changes anything: daemons write the same entry
+// repeatedly.
 func (w *Watcher) put(key Key, e *Entry) bool {
 	old := w.entries[key]
 	switch {
@@ -357,14 +355,14 @@ func (w *Watcher) put(key Key, e *Entry) bool {
 		w.entries[key] = e
 	}
 	w.touched[key] = true
-	if old != nil { // of a new one nothing was made yet
+	if old != nil { // nothing was derived from a new entry yet
 		w.hold(key)
 	}
 	return true
 }
 
-// resync reads all entries from the kernel. The lock is held, so that what was announced
-// meanwhile is taken up afterwards: it is as old as what was read, or later.
+// resync reads all entries from the kernel. The lock is held, so that notifications that arrive
+// meanwhile are processed afterwards: they are as old as what was read, or newer.
 func (w *Watcher) resync() error {
 	found := map[Key]*Entry{}
 	for family, wanted := range map[uint8]bool{familyIPv4: w.opts.IPv4, familyIPv6: w.opts.IPv6} {
@@ -390,7 +388,7 @@ func (w *Watcher) resync() error {
 	return nil
 }
 
-// dumpTries bounds how often a dump is repeated that changed while it was read.
+// dumpTries bounds the attempts at a dump that changes while it is read.
 const dumpTries = 16
 
 // dump reads the entries of a family. A kernel without multicast routing has none.
@@ -418,7 +416,7 @@ func dump(family uint8, tables []uint32, found map[Key]*Entry) error {
 	return nil
 }
 
-// addressFamily is that of a family of multicast routes.
+// addressFamily maps a family of multicast routes to its address family.
 var addressFamily = map[uint8]uint8{familyIPv4: unix.AF_INET, familyIPv6: unix.AF_INET6}
 
 // dumpInterfaces adds the interfaces that multicast routing uses for an address family.

@@ -22,8 +22,8 @@ func TestMain(m *testing.M) { labtest.Main(m) }
 type world struct {
 	host    *lab.Host
 	watcher *Watcher
-	seen    map[Key]*Entry  // by Changes alone
-	made    map[string]bool // sources of the entries that a test has made
+	seen    map[Key]*Entry  // from Changes alone
+	made    map[string]bool // sources of entries that a test has added
 }
 
 func newWorld(t *testing.T, opts Options) *world {
@@ -47,7 +47,7 @@ func newWorld(t *testing.T, opts Options) *world {
 	return w
 }
 
-// follow takes up what has changed.
+// follow applies the changes.
 func (w *world) follow(t *testing.T) {
 	t.Helper()
 	changes, err := w.watcher.Changes()
@@ -63,7 +63,7 @@ func (w *world) follow(t *testing.T) {
 	}
 }
 
-// asked is what the kernel says now.
+// asked is the kernel's current state.
 func (w *world) asked(t *testing.T) map[Key]*Entry {
 	t.Helper()
 	found := map[Key]*Entry{}
@@ -75,7 +75,7 @@ func (w *world) asked(t *testing.T) map[Key]*Entry {
 	return found
 }
 
-// agree waits until what was told of changes is what the kernel says.
+// agree waits until the reported changes add up to the kernel's state.
 func (w *world) agree(t *testing.T, what string) {
 	t.Helper()
 	labtest.Eventually(t, what+": the changes that were told are the cache", func() bool {
@@ -95,8 +95,8 @@ func (w *world) agree(t *testing.T, what string) {
 
 func sourceOf(i int) string { return fmt.Sprintf("10.1.%d.%d", i/250, 1+i%250) }
 
-// TestFollows: whatever a daemon does, what the watcher tells is what the kernel has, also where
-// announcements are lost.
+// TestFollows: whatever a daemon does, the watcher reports the kernel's state, even after lost
+// notifications.
 func TestFollows(t *testing.T) {
 	labtest.RequireRoot(t)
 	for _, c := range []struct {
@@ -156,7 +156,7 @@ func TestFollows(t *testing.T) {
 	}
 }
 
-// TestManyEntries: 10,000 entries are all told, and cost a change nothing.
+// TestManyEntries: 10,000 entries are all reported, and do not slow a change.
 func TestManyEntries(t *testing.T) {
 	labtest.RequireRoot(t)
 	w := newWorld(t, Options{IPv4: true})
@@ -182,9 +182,9 @@ func TestManyEntries(t *testing.T) {
 	})
 }
 
-// TestChangesASecond: 5,000 changes a second are followed: what is told lags behind the cache by a
-// bounded time, and in the end both agree. With XDPCAST_SOAK it goes on for long, and both are
-// compared again and again.
+// TestChangesASecond: at 5,000 changes a second the watcher lags behind the cache by a bounded
+// time, and in the end both agree. With XDPCAST_SOAK it runs for long, and compares both
+// repeatedly.
 func TestChangesASecond(t *testing.T) {
 	labtest.RequireRoot(t)
 	w := newWorld(t, Options{IPv4: true})
@@ -212,7 +212,7 @@ func TestChangesASecond(t *testing.T) {
 				r.Add(source, "239.1.1.1", "eth0", map[string]uint8{[]string{"eth1", "eth2"}[random.IntN(2)]: 1})
 				w.made[source] = true
 			}
-			// What the loop of the relay does: it follows each time that it is told.
+			// As the relay's loop does, follow on every signal.
 			select {
 			case <-w.watcher.Changed():
 				told++
@@ -223,7 +223,7 @@ func TestChangesASecond(t *testing.T) {
 				time.Sleep(ahead)
 			}
 		}
-		// A change is told that comes behind all of these.
+		// The marker is announced after all of these changes.
 		changed := time.Now()
 		marker := fmt.Sprintf("10.9.0.%d", 1+round%250)
 		r.Add(marker, "239.9.9.9", "eth0", map[string]uint8{"eth1": 1})
@@ -243,15 +243,16 @@ func TestChangesASecond(t *testing.T) {
 	}
 }
 
-// deleted says whether an entry was there, which is to be deleted now.
+// deleted reports whether an entry exists that is about to be deleted.
 func (w *world) deleted(source string) bool {
 	was := w.made[source]
 	delete(w.made, source)
 	return was
 }
 
-// TestHold: an entry is held as soon as its change is heard, without anybody's asking, and released
-// by what Changes told last alone; a new one is not held. Lost announcements hold all entries.
+// TestHold: an entry is held as soon as its notification arrives, without a call of Changes, and
+// released only for the state that Changes returned last; a new one is not held. Lost notifications
+// hold all entries.
 func TestHold(t *testing.T) {
 	labtest.RequireRoot(t)
 	held := make(chan Key, 100)
@@ -297,7 +298,7 @@ func TestHold(t *testing.T) {
 	r.Delete("10.0.0.5", "239.1.1.1", "eth0")
 	holds("deleted", key("10.0.0.5"))
 	w.agree(t, "one entry")
-	// Announcements are lost: the socket has room for few from here on, and the lock keeps it from being read.
+	// Lose notifications: from here on the socket's buffer is small, and the lock keeps it from being read.
 	if err := w.watcher.raw.Control(func(fd uintptr) {
 		if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1); err != nil {
 			t.Error(err)
@@ -328,8 +329,8 @@ func TestHold(t *testing.T) {
 	}
 }
 
-// TestInterfaces: the interfaces that a routing daemon uses are told, of both families, also those
-// of a daemon that was there before, and stay until they are gone.
+// TestInterfaces: the interfaces that a routing daemon uses are reported for both families,
+// including those of an earlier daemon, until they are removed.
 func TestInterfaces(t *testing.T) {
 	labtest.RequireRoot(t)
 	w := newWorld(t, Options{IPv4: true, IPv6: true})
@@ -370,7 +371,7 @@ func TestInterfaces(t *testing.T) {
 	told(fmt.Sprintf("without interface %d", gone), stays)
 }
 
-// TestOtherTables: tables that are not asked for are not told.
+// TestOtherTables: tables that were not requested are not reported.
 func TestOtherTables(t *testing.T) {
 	labtest.RequireRoot(t)
 	w := newWorld(t, Options{IPv4: true})
@@ -388,8 +389,8 @@ func TestOtherTables(t *testing.T) {
 	}
 }
 
-// BenchmarkKeepalive: what a frame costs that the kernel counts for a route, of so many routes at
-// once. What a run costs besides its frames shows where there are few.
+// BenchmarkKeepalive measures the cost of a frame that the kernel counts for a route, for this many
+// routes per run. Small runs show the fixed cost of a run.
 func BenchmarkKeepalive(b *testing.B) {
 	labtest.RequireRoot(b)
 	host, peer := labtest.Host(b, "ka"), labtest.Host(b, "peer")
@@ -412,7 +413,7 @@ func BenchmarkKeepalive(b *testing.B) {
 	}
 	for _, n := range []int{1, 64, most} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			labtest.Enter(b, host) // a goroutine of its own
+			labtest.Enter(b, host) // each b.Run has its own goroutine
 			before, sent := r.Packets(sourceOf(0), "239.1.1.1"), uint64(0)
 			for b.Loop() {
 				if err := k.Send(probes[:n]); err != nil {
