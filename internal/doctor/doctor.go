@@ -1,7 +1,7 @@
-// Package doctor says what keeps packets from moving, or from moving fast, on this host, and
-// the command that cures each fault.
+// Package doctor reports what stops or slows packets on this host, and the command that cures each
+// fault.
 //
-// Gather reads Facts: the host's network once, counters twice. Everything behind it is pure:
+// Gather reads Facts: the host's network once, counters twice. Everything after it is pure:
 // Diagnose runs every check on the facts and makes a Report of them.
 package doctor
 
@@ -10,11 +10,11 @@ import (
 	"strings"
 )
 
-// Level says how bad a finding is.
+// Level is the severity of a finding.
 type Level uint8
 
-// The levels. A fault keeps packets from moving now. A warning may, or slows them down, or
-// speaks of packets lost earlier.
+// The levels. A fault stops packets now. A warning may stop or slow them, or reports packets lost
+// earlier.
 const (
 	OK Level = iota
 	Warning
@@ -46,41 +46,41 @@ func (l *Level) UnmarshalText(text []byte) error {
 	return fmt.Errorf("level %q: want ok, warning or fault", text)
 }
 
-// Finding is what one check says.
+// Finding is one result of a check.
 type Finding struct {
 	// Check is the check's name, stable for scripts.
 	Check string `json:"check"`
 	Level Level  `json:"level"`
-	// Text says in one line what was found.
+	// Text is the finding in one line.
 	Text string `json:"text"`
-	// Cure is the command that cures it, or where no command does, what to do. Empty for OK.
+	// Cure is the command that fixes it or, if no command does, what to do. Empty for OK.
 	Cure string `json:"cure,omitempty"`
-	// Packets is how many were counted between the two readings, where the check counts.
+	// Packets is the number counted between the two readings, for checks that count.
 	Packets uint64 `json:"packets,omitempty"`
 }
 
-// Section is the findings on one thing.
+// Section is the findings about one thing.
 type Section struct {
 	// Kind is "host", "interface" or "rule".
 	Kind string `json:"kind"`
-	// Name is the interface's or the rule's; empty for the host.
+	// Name is that of the interface or rule; empty for the host.
 	Name     string    `json:"name,omitempty"`
 	Findings []Finding `json:"findings"`
-	// Verdict says of a rule where its packets end.
+	// Verdict says where a rule's packets end.
 	Verdict string `json:"verdict,omitempty"`
 }
 
 // Title names the section for people.
 func (s *Section) Title() string { return strings.TrimSpace(s.Kind + " " + s.Name) }
 
-// Report is what the doctor says.
+// Report is the result of Diagnose.
 type Report struct {
 	Sections []Section `json:"sections"`
 	Faults   int       `json:"faults"`
 	Warnings int       `json:"warnings"`
 }
 
-// add appends a section and counts what is in it.
+// add appends a section and counts its findings.
 func (r *Report) add(s Section) {
 	for _, f := range s.Findings {
 		switch f.Level {
@@ -93,7 +93,8 @@ func (r *Report) add(s Section) {
 	r.Sections = append(r.Sections, s)
 }
 
-// Diagnose runs every check. The rule comes first where one is asked for, then its interfaces.
+// Diagnose runs every check. The requested rule, if any, comes first, then the host, then the
+// interfaces.
 func Diagnose(f *Facts) Report {
 	r := Report{Sections: []Section{}}
 	if f.Rule != nil {
@@ -109,7 +110,7 @@ func Diagnose(f *Facts) Report {
 		for _, c := range interfaceChecks {
 			s.Findings = append(s.Findings, named(c.name, c.fine, c.run(&f.Interfaces[i]))...)
 			if c.name == checkPresent && f.Interfaces[i].Link == nil {
-				break // there is nothing to look at
+				break // nothing else can be checked
 			}
 		}
 		r.add(s)
@@ -117,7 +118,7 @@ func Diagnose(f *Facts) Report {
 	return r
 }
 
-// named gives findings the name of their check, which has one at least.
+// named sets the check's name in its findings; without any it adds one with the text fine.
 func named(check, fine string, found []Finding) []Finding {
 	if len(found) == 0 {
 		found = []Finding{{Text: fine}}
@@ -137,5 +138,5 @@ func warning(cure, format string, args ...any) Finding {
 	return Finding{Level: Warning, Text: fmt.Sprintf(format, args...), Cure: cure}
 }
 
-// one is a list of one finding.
+// one returns a list of one finding.
 func one(f Finding) []Finding { return []Finding{f} }

@@ -32,7 +32,7 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// patient is a host whose relay the tests make up, while its network is real:
+// patient is a host with a made-up relay but a real network:
 //
 //	source src0 ---- in0 relay out0 ---- sink0 sink
 type patient struct {
@@ -42,7 +42,7 @@ type patient struct {
 	groups       []control.Group
 	stats        control.Stats
 	opts         Options
-	// before is called on the thread that gathers, which ends then.
+	// before is called on the gathering thread, which ends afterwards.
 	before func() error
 	// between is called while the doctor waits for its second reading.
 	between func()
@@ -80,7 +80,7 @@ func newPatient(t testing.TB) *patient {
 	p.opts = Options{Daemon: p, PinDir: p.status.PinDir, Apart: time.Millisecond, Root: os.DirFS("/")}
 	reading := 0
 	p.opts.Stats = func(context.Context) (control.Stats, error) {
-		if reading++; reading == 3 && p.between != nil { // of the rules, and of the counters twice
+		if reading++; reading == 3 && p.between != nil { // one reads the rules, two the counters
 			p.between()
 		}
 		return p.stats, nil
@@ -88,7 +88,7 @@ func newPatient(t testing.TB) *patient {
 	return p
 }
 
-// bpfFileSystem mounts one of the test's own: the machine may have none.
+// bpfFileSystem mounts a private BPF file system: the machine may have none.
 func bpfFileSystem(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -103,7 +103,8 @@ func bpfFileSystem(t testing.TB) string {
 	return dir
 }
 
-// processIn starts a process in a host that does nothing, for the daemon's, by a command that becomes it.
+// processIn starts an idle process in a host to stand in for the daemon, by a command that execs
+// it.
 func processIn(t testing.TB, h *lab.Host, command ...string) int {
 	t.Helper()
 	command = append(command, "sleep", "600")
@@ -120,13 +121,14 @@ func processIn(t testing.TB, h *lab.Host, command ...string) int {
 	return cmd.Process.Pid
 }
 
-// process has the daemon be a process that was started by a command, such as setpriv(1).
+// process replaces the daemon's process by one started by a command, such as setpriv(1).
 func (p *patient) process(command ...string) {
 	p.t.Helper()
 	p.status.PID = processIn(p.t, p.relay, command...)
 }
 
-// files is how many file descriptors the daemon's process has open, with those of the test's own parents.
+// files is the number of file descriptors that the daemon's process has open, including inherited
+// ones.
 func (p *patient) files() uint64 {
 	p.t.Helper()
 	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.status.PID))
@@ -144,7 +146,7 @@ func (p *patient) limit(resource int, to uint64) {
 	}
 }
 
-// tooLong has out0 give up a packet: its peer takes no such length.
+// tooLong makes out0 drop a packet that is too long for its peer.
 func (p *patient) tooLong() {
 	p.t.Helper()
 	if err := p.other.Netlink().LinkSetMTU(labtest.Link(p.t, p.other, "sink0"), 1000); err != nil {
@@ -155,7 +157,7 @@ func (p *patient) tooLong() {
 	labtest.NewTap(p.t, p.relay, "out0").Send(frame.Build())
 }
 
-// rule has the relay relay another input.
+// rule gives the relay another input.
 func (p *patient) rule(in string) {
 	p.stats.Rules = []control.RuleStatus{{
 		Rule: control.Rule{Name: "cam1", In: in, Out: []string{"239.2.1.1:6000%out0"}}, State: control.StateActive, UsedPath: "kernel",
@@ -182,8 +184,8 @@ func (p *patient) examine() Report {
 	return r
 }
 
-// worst is the worst finding of a check in a section; of the machine that the test runs on
-// nothing is known.
+// worst is the most severe finding of a check in a section; findings about the test machine are not
+// predictable.
 func (r *Report) worst(section, check string) (worst Finding) {
 	for _, s := range r.Sections {
 		for _, f := range s.Findings {
@@ -195,7 +197,7 @@ func (r *Report) worst(section, check string) (worst Finding) {
 	return worst
 }
 
-// over is the host's files with others above them.
+// over is the host's files with others laid over them.
 type over struct {
 	files fstest.MapFS
 	below fs.FS
@@ -208,7 +210,7 @@ func (o over) Open(name string) (fs.File, error) {
 	return o.below.Open(name)
 }
 
-// file has the doctor read a text where the kernel cannot be made to have it.
+// file gives the doctor a text that the kernel cannot be made to have.
 func (p *patient) file(name, text string) {
 	p.opts.Root = over{fstest.MapFS{name: {Data: []byte(text)}}, p.opts.Root}
 }
@@ -257,7 +259,7 @@ func addLink(t testing.TB, h *lab.Host, l netlink.Link) {
 	}
 }
 
-// faults are what keeps packets from moving: how to make it, and what the doctor must say.
+// faults are real faults: how to make each, and what the doctor must report.
 var faults = []struct {
 	name           string
 	make           func(p *patient)
@@ -441,7 +443,7 @@ var faults = []struct {
 		"host", "facts", Warning, "drops of CPUs", ""},
 }
 
-// TestFaults: each fault is named, with what cures it, and only then.
+// TestFaults: each fault is reported with its cure, and only when present.
 func TestFaults(t *testing.T) {
 	healthy := newPatient(t).examine()
 	for _, c := range faults {
@@ -464,7 +466,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestKernelCheck: what the check kernel says is what this kernel lacks, by its release: Linux 6.1 lacks what came with 6.6.
+// TestKernelCheck: the check kernel reports what this kernel lacks, by its release: Linux 6.1 lacks
+// what came with 6.6.
 func TestKernelCheck(t *testing.T) {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {

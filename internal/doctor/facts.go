@@ -9,142 +9,143 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Facts is what the checks look at.
+// Facts is the input of the checks.
 type Facts struct {
 	Host       Host
 	Interfaces []Interface
-	Rule       *Rule // nil: none is asked for
+	Rule       *Rule // nil: none requested
 }
 
-// Host is what is known of the host as a whole.
+// Host has the facts about the host as a whole.
 type Host struct {
 	Release string // of the kernel
-	// Lacks says what the kernel lacks that the relay cannot do without; nil for nothing. Has
-	// is what it has of the rest.
+	// Lacks is what the relay requires and the kernel lacks; nil for nothing. Has is what it has of
+	// the optional features.
 	Lacks error
 	Has   loader.Capabilities
 	CPUs  int
-	// Mitigations are the files of /sys/devices/system/cpu/vulnerabilities.
+	// Mitigations maps the files of /sys/devices/system/cpu/vulnerabilities to their contents.
 	Mitigations map[string]string
-	// Apart is the time between two readings of each counter.
+	// Apart is the time between the two readings of each counter.
 	Apart time.Duration
 
 	PinDir  string
-	Mounted bool // a BPF file system is where the pin directory is, or is to be made
-	// Private says that this file system ends with its mount namespace; empty: it does not.
+	Mounted bool // the pin directory is, or would be created, on a BPF file system
+	// Private says why this file system ends with its mount namespace; empty: it does not.
 	Private string
-	// Pinned says why pinned state could not be read; nil where it was, or there is none.
+	// Pinned is why pinned state could not be read; nil if it was, or there is none.
 	Pinned error
 
-	// Process is the daemon, or this program where none runs.
+	// Process is the daemon, or this program if none runs.
 	Process Process
-	// Daemon is nil while none runs, and Rules are those that are in the kernel then.
+	// Daemon is nil if none runs; Rules is then the number of rules in the kernel.
 	Daemon *control.Status
 	Rules  int
-	// Groups are the memberships of the daemon.
+	// Groups are the daemon's memberships.
 	Groups []control.Group
 
 	Softnet  [2]Softnet
 	Backlog  int // net.core.netdev_max_backlog
 	Budget   int // net.core.netdev_budget
 	Firewall Firewall
-	// Unread are the facts that could not be read, a line each.
+	// Unread lists the facts that could not be read, one per line.
 	Unread []string
 }
 
-// Process is what the kernel lets a process do.
+// Process is the privileges and limits of a process.
 type Process struct {
 	PID          int
-	Capabilities uint64 // effective, a bit for each
-	Files, Limit int    // open file descriptors, and how many there may be; 0: not known
-	MemLock      uint64 // bytes of memory that it may lock; 0: not known
-	// Elsewhere: it is in another network namespace than this program.
+	Capabilities uint64 // effective, one bit each
+	Files, Limit int    // open file descriptors and their maximum; 0: unknown
+	MemLock      uint64 // bytes of memory that it may lock; 0: unknown
+	// Elsewhere: its network namespace is not this program's.
 	Elsewhere bool
-	// ClockOffset is how much the monotonic clock of its time namespace is ahead of the host's.
+	// ClockOffset is how far the monotonic clock of its time namespace is ahead of the host's.
 	ClockOffset time.Duration
 }
 
-// Softnet counts what happened to packets between driver and stack, on all CPUs together
+// Softnet counts packets lost or delayed between driver and stack, summed over all CPUs
 // (/proc/net/softnet_stat).
 type Softnet struct {
-	Dropped  uint64 // no room in the backlog of a CPU
-	Squeezed uint64 // rounds that ended before the rings were empty
+	Dropped  uint64 // a CPU's backlog was full
+	Squeezed uint64 // polls that ended before the rings were empty
 }
 
-// Interface is what is known of one interface.
+// Interface has the facts about one interface.
 type Interface struct {
 	Name          string
 	Link          *network.Link // nil: absent
-	Input, Output bool          // rules take packets there, or send there
+	Input, Output bool          // rules receive or send on it
 	CPUs          int
 	Apart         time.Duration
 	// Device is read twice.
 	Device [2]network.Device
 
-	// Program is the id of the relay program on it, 0 for none, Mode how it runs, and Note why
-	// it runs so, as the daemon says.
+	// Program is the id of the relay program on it, 0 for none; Mode is its XDP mode, and Note the
+	// daemon's reason for the mode.
 	Program uint32
 	Mode    string
 	Note    string
-	// Wanted says that a rule needs the relay program there.
+	// Wanted: a rule needs the relay program on it.
 	Wanted bool
 
-	// Inputs are those of the rules on it, and Fanout says that some take the fanout path.
+	// Inputs are the inputs of rules on it; Fanout: some use the path fanout.
 	Inputs []Input
 	Fanout bool
-	// Unfinished counts packets of the rules on it that came with unfinished checksums, and
-	// TooLong copies that were too long for it.
+	// Unfinished counts packets of its rules that arrived with incomplete checksums, and TooLong
+	// copies that were too long for it.
 	Unfinished, TooLong [2]uint64
-	// SmallestOutput is the interface with the smallest MTU to which rules send from here;
-	// nil for none.
+	// SmallestOutput is the interface with the smallest MTU among the outputs of its rules; nil for
+	// none.
 	SmallestOutput *network.Link
 
-	// IGMP and MLD are as the daemon heard the network; nil without one.
+	// IGMP and MLD are what the daemon heard from the network; nil without a daemon.
 	IGMP, MLD *control.Multicast
-	// IGMPVersion is what the kernel speaks, 0: not known; ForcedIGMP and ForcedMLD are the
-	// versions that sysctls force, 0 for none, and ForcedBy names the interface of the sysctl.
+	// IGMPVersion is the version that the kernel uses, 0: unknown; ForcedIGMP and ForcedMLD are the
+	// versions forced by sysctls, 0: none, and ForcedBy is the interface that the sysctl names.
 	IGMPVersion           int
 	ForcedIGMP, ForcedMLD int
 	ForcedBy              string
-	Joined                int // memberships of the daemon on it
-	// Receives are the group MAC addresses that the device is told to take (/proc/net/dev_mcast).
+	Joined                int // the daemon's memberships on it
+	// Receives are the group MAC addresses that the device is set to receive (/proc/net/dev_mcast).
 	Receives map[[6]byte]bool
-	// Master is the bridge that it is a port of, or that it is; nil for none.
+	// Master is the bridge that it is, or is a port of; nil for none.
 	Master     *network.Bridge
 	MasterName string
-	// Interrupts are the CPUs that the interrupts of its queues go to, one each.
+	// Interrupts are the CPUs of its queues' interrupts, one entry per interrupt.
 	Interrupts []string
-	// Above are macvlan and ipvlan devices on it.
+	// Above are the macvlan and ipvlan devices on it.
 	Above []string
 }
 
 // Input is the input of a rule on one interface.
 type Input struct {
 	rules.Input
-	JoinNone bool // nobody joins it
+	JoinNone bool // not joined
 }
 
-// Rule is what is known of the rule that is asked for.
+// Rule has the facts about the requested rule.
 type Rule struct {
 	Name  string
 	Apart time.Duration
 	// Status is read twice.
 	Status [2]control.RuleStatus
-	// Unsent and Lost are what interfaces did not take, and what was lost before workers, read
-	// twice.
+	// Unsent counts frames that interfaces did not accept, and Lost packets lost before workers;
+	// both are read twice.
 	Unsent [2][]control.TransmitDrop
 	Lost   [2][]control.ReceiveDrop
-	// Groups are its memberships, and Explained what the daemon says; empty and nil without one.
+	// Groups are its memberships, and Explained the daemon's explanation; empty and nil without a
+	// daemon.
 	Groups    []control.Group
 	Explained *control.Explanation
 	// Inputs and Outputs are its interfaces.
 	Inputs, Outputs []*Interface
-	// Seen are streams to its groups that came to the host's stack, which no rule took, or a
-	// rule on the path fanout; nil: nobody looked.
+	// Seen are streams to its groups that reached the host's stack: no rule took them, or one on
+	// the path fanout did. Nil: not watched.
 	Seen []Seen
 }
 
-// Seen is a stream that was seen on an input.
+// Seen is a stream seen on an input.
 type Seen struct {
 	Interface string
 	Stream    string // SOURCE@GROUP:PORT%INTERFACE[,vlan=N]

@@ -8,18 +8,18 @@ import (
 	"strings"
 )
 
-// What nftables does to the packets that keep groups joined. Packets that a rule relays are
-// taken before it; queries and reports of IGMP and MLD are not.
+// What nftables does to the packets that keep groups joined. Relayed packets bypass it; IGMP and
+// MLD queries and reports do not.
 
 // Firewall is the nftables ruleset, and the interfaces on which groups are joined.
 type Firewall struct {
 	Ruleset Ruleset
 	Inputs  []string
-	// Groups are those of rules, in IPv4 or IPv6, by interface.
+	// Groups are the groups of rules, IPv4 or IPv6, by interface.
 	Groups map[string][]netip.AddrPort
 }
 
-// Ruleset is what "nft -j list ruleset" prints (libnftables-json(5)), as far as it is used.
+// Ruleset is the part used of what "nft -j list ruleset" prints (libnftables-json(5)).
 type Ruleset struct {
 	Chains []Chain
 	sets   map[string][]json.RawMessage // elements, by family, table and name
@@ -85,7 +85,7 @@ func ParseRuleset(data []byte) (Ruleset, error) {
 
 func key(parts ...string) string { return strings.Join(parts, "\x00") }
 
-// tri is an answer that may not be known: what a rule looks at may be in the packet alone.
+// tri is a three-valued answer: unknown if a rule tests a field that only real packets have.
 type tri int8
 
 const (
@@ -99,18 +99,18 @@ func (t tri) not() tri { return yes - t }
 func both(a, b tri) tri   { return min(a, b) }
 func either(a, b tri) tri { return max(a, b) }
 
-// sample is a packet as far as a ruleset can be told of it.
+// sample is a packet, as far as its fields are known.
 type sample struct {
 	what     string // for people
 	v6       bool
 	outgoing bool
 	ifname   string
-	protocol []string // names and numbers of it
+	protocol []string // its names and numbers
 	dst      netip.Addr
 	types    []string // of ICMPv6 or IGMP
 	port     uint16
-	accept   string // what to write into a rule that lets it pass
-	relayed  bool   // it is of a rule: what becomes of it here matters to the host alone
+	accept   string // rule text that accepts it
+	relayed  bool   // a rule relays it: its fate here matters to the host alone
 }
 
 // samples are the packets that keep groups joined on an interface.
@@ -145,7 +145,7 @@ func firewall(h *Host) (found []Finding) {
 type dropped struct {
 	chain  *Chain
 	rule   *FirewallRule // nil: the policy
-	unsure bool          // whether it does depends on what is not known
+	unsure bool          // depends on unknown fields
 }
 
 func (d *dropped) finding(s *sample) Finding {
@@ -168,7 +168,7 @@ func (d *dropped) finding(s *sample) Finding {
 	return fault(cure, "%s drops %s %s %s: groups time out in switches and routers, and streams end some minutes after they begin", where, s.what, direction, s.ifname)
 }
 
-// drops finds the base chains that drop a sample.
+// drops returns the base chains that drop a sample.
 func (r *Ruleset) drops(s *sample) (found []dropped) {
 	for i := range r.Chains {
 		c := &r.Chains[i]
@@ -187,7 +187,7 @@ func (r *Ruleset) drops(s *sample) (found []dropped) {
 	return found
 }
 
-// sees says whether a base chain gets a sample.
+// sees reports whether a base chain receives a sample.
 func (c *Chain) sees(s *sample) bool {
 	hooks := []string{"ingress", "prerouting", "input"}
 	if s.outgoing {
@@ -207,17 +207,17 @@ func (c *Chain) sees(s *sample) bool {
 	return c.Family == "inet"
 }
 
-// verdict is what becomes of a packet at a rule or chain.
+// verdict is a rule's or chain's decision on a packet.
 type verdict uint8
 
 const (
-	next verdict = iota // goes on
+	next verdict = iota // continue
 	accept
 	drop
 	back // return
 )
 
-// walk is the way of one sample through a ruleset.
+// walk evaluates a ruleset for one sample.
 type walk struct {
 	r      *Ruleset
 	s      *sample
@@ -225,7 +225,7 @@ type walk struct {
 	steps  int
 }
 
-// Rulesets are graphs without circles, which nft sees to; input from elsewhere is bounded.
+// nft refuses rulesets with loops; these bound input from elsewhere.
 const maxDepth, maxSteps = 32, 100_000
 
 func (w *walk) chain(c *Chain, depth int) (verdict, *FirewallRule) {
@@ -248,7 +248,7 @@ func (w *walk) chain(c *Chain, depth int) (verdict, *FirewallRule) {
 	return next, nil
 }
 
-// rule follows one rule.
+// rule evaluates one rule.
 func (w *walk) rule(c *Chain, rule *FirewallRule, depth int) (verdict, *FirewallRule) {
 	match, specific := yes, false
 	for _, e := range rule.Expressions {
@@ -266,18 +266,18 @@ func (w *walk) rule(c *Chain, rule *FirewallRule, depth int) (verdict, *Firewall
 		case match == yes:
 			return v, by
 		case v == accept:
-			w.unsure = true // it may have gone on here
+			w.unsure = true // it may have been accepted here
 		case v == drop && specific:
 			w.unsure = true
 			return v, by
-		default: // a rule about something else: it is hardly for this packet
+		default: // a rule about something else, hardly meant for this packet
 			return next, nil
 		}
 	}
 	return next, nil
 }
 
-// statement follows a statement that ends or redirects the way of a packet.
+// statement evaluates a statement that ends or redirects the evaluation.
 func (w *walk) statement(c *Chain, rule *FirewallRule, e map[string]json.RawMessage, depth int) (verdict, *FirewallRule) {
 	for name, raw := range e {
 		switch name {
@@ -308,8 +308,8 @@ func (w *walk) statement(c *Chain, rule *FirewallRule, e map[string]json.RawMess
 	return next, nil
 }
 
-// match says whether an expression matches the sample, and whether it is about what makes it
-// what it is: its protocol, type or group.
+// match reports whether an expression matches the sample, and whether it tests something specific
+// to it: protocol, type or group.
 func (w *walk) match(c *Chain, raw json.RawMessage) (m tri, specific bool) {
 	var e struct {
 		Op    string
@@ -333,8 +333,8 @@ func (w *walk) match(c *Chain, raw json.RawMessage) (m tri, specific bool) {
 	return unknown, false
 }
 
-// left tells what of the sample an expression looks at: its texts, or no when the packet has no
-// such field.
+// left returns the sample's values of the field that an expression tests, or no if the packet has
+// no such field.
 func (w *walk) left(left map[string]json.RawMessage) (values []string, specific bool, m tri) {
 	var f struct{ Key, Protocol, Field string }
 	s := w.s
@@ -378,7 +378,7 @@ func (w *walk) payload(protocol, field string) (values []string, specific bool, 
 		switch field {
 		case "protocol", "nexthdr":
 			if s.v6 && s.types != nil {
-				return []string{"hopopt", "0"}, true, unknown // the router alert stands in front
+				return []string{"hopopt", "0"}, true, unknown // the router alert's header comes first
 			}
 			return s.protocol, true, unknown
 		case "daddr":
@@ -399,7 +399,7 @@ func (w *walk) payload(protocol, field string) (values []string, specific bool, 
 	return nil, false, unknown
 }
 
-// in says whether one of the texts is the right side of a match, or in it.
+// in reports whether one of the values equals the right side of a match, or is in it.
 func (w *walk) in(c *Chain, values []string, right json.RawMessage) tri {
 	var text string
 	if json.Unmarshal(right, &text) == nil {
@@ -450,7 +450,7 @@ func (w *walk) inAny(c *Chain, values []string, list []json.RawMessage) tri {
 }
 
 func isOneOf(values []string, text string) tri {
-	begin, pattern := strings.CutSuffix(text, "*") // of an interface's name
+	begin, pattern := strings.CutSuffix(text, "*") // wildcard of an interface name
 	for _, v := range values {
 		if v == text || pattern && strings.HasPrefix(v, begin) {
 			return yes

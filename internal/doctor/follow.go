@@ -11,8 +11,8 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// follow goes with a rule's packets from the card to the wire. Its findings stand in the order
-// of a packet's way, and the verdict says where the way ends.
+// follow traces a rule's packets from the card to the wire. Its findings are in the order of the
+// packets' path, and the verdict says where the path ends.
 func follow(f *Facts) Section {
 	w := way{r: f.Rule, daemon: f.Host.Daemon != nil}
 	w.input, _, w.err = rules.ParseInput(w.now().In)
@@ -30,14 +30,14 @@ func follow(f *Facts) Section {
 	return Section{Kind: "rule", Name: f.Rule.Name, Findings: w.found, Verdict: w.verdict()}
 }
 
-// way collects what is found on the way.
+// way collects the findings along the path.
 type way struct {
 	r      *Rule
 	daemon bool
 	input  rules.Input
 	err    error
 	found  []Finding
-	// end is where packets end, in words: the first place that is found.
+	// end is where packets end, in words: the first point found.
 	end string
 }
 
@@ -48,7 +48,7 @@ func (w *way) add(check string, packets uint64, f Finding) {
 	w.found = append(w.found, f)
 }
 
-// ends notes where packets end, unless they end before.
+// ends records where packets end, unless they end earlier.
 func (w *way) ends(format string, args ...any) {
 	if w.end == "" {
 		w.end = fmt.Sprintf(format, args...)
@@ -57,7 +57,7 @@ func (w *way) ends(format string, args ...any) {
 
 func fine(format string, args ...any) Finding { return Finding{Text: fmt.Sprintf(format, args...)} }
 
-// grown is by how much a counter grew; one that ran backwards is another counter.
+// grown is the increase of a counter; one that ran backwards is a new counter.
 func grown(before, now uint64) uint64 {
 	if now < before {
 		return now
@@ -84,7 +84,7 @@ func (w *way) state() {
 	}
 }
 
-// card looks at the inputs.
+// card checks the inputs.
 func (w *way) card() {
 	if len(w.r.Inputs) == 0 {
 		w.add("input", 0, fault("ip link", "no interface matches %s", w.input.Interface))
@@ -105,7 +105,7 @@ func (w *way) card() {
 		switch {
 		case n > 0:
 			w.add("card", n, fine("%s received %d packets of all kinds in %v", i.Name, n, w.r.Apart))
-		case w.count() > 0: // the driver does not count what programs take
+		case w.count() > 0: // the driver does not count packets that programs take
 			w.add("card", 0, fine("%s does not count what XDP takes", i.Name))
 		default:
 			w.add("card", 0, warning("ethtool -S "+i.Name, "%s received nothing at all in %v", i.Name, w.r.Apart))
@@ -140,7 +140,7 @@ func (w *way) memberships() {
 	}
 }
 
-// count is how many packets matched between the readings.
+// count is the number of packets that matched between the readings.
 func (w *way) count() uint64 {
 	return grown(w.r.Status[0].Matched.Packets, w.now().Matched.Packets)
 }
@@ -169,7 +169,7 @@ func (w *way) matched() {
 	w.ends("at the flow table: packets for %s come in on %s, and the rule takes %s, not %s", w.input.Address, w.r.Seen[0].Interface, w.now().In, w.r.Seen[0].Stream)
 }
 
-// cures are what to do about a drop reason.
+// cures maps drop reasons to cures, in which RULE and DEVICE are replaced.
 var cures = map[string]string{
 	"loop":         "find who sends the relay's packets back; or loop=allow on the input, where that is meant",
 	"looping":      "xdpcast rule show RULE says the way that they take: cut it",
@@ -197,7 +197,7 @@ var cures = map[string]string{
 	"internal":     "please report it, with the output of xdpcast doctor",
 }
 
-// growth is by how much each reason grew.
+// growth returns the increase of each reason.
 func growth(before, now []control.Drop) (grew []control.Drop) {
 	old := map[string]uint64{}
 	for _, d := range before {
@@ -211,7 +211,7 @@ func growth(before, now []control.Drop) (grew []control.Drop) {
 	return grew
 }
 
-// cure is that of a reason, of this rule.
+// cure is the cure for a reason, for this rule.
 func (w *way) cure(reason, device string) string {
 	c := strings.ReplaceAll(cures[reason], "RULE", w.r.Name)
 	return strings.ReplaceAll(c, "DEVICE", cmp.Or(device, w.input.Interface))
@@ -229,7 +229,7 @@ func (w *way) dropped() {
 	}
 }
 
-// noted looks at what comes again from another sender, perhaps in a loop.
+// noted reports packets that came again from another sender, perhaps in a loop.
 func (w *way) noted() {
 	for _, d := range growth(w.r.Status[0].Notes, w.now().Notes) {
 		if d.Reason == "echo" {
@@ -239,7 +239,7 @@ func (w *way) noted() {
 	}
 }
 
-// workers looks at what was lost before a path in user space.
+// workers reports packets lost before a path in user space.
 func (w *way) workers() {
 	old := map[string]uint64{}
 	for _, l := range w.r.Lost[0] {
@@ -287,7 +287,7 @@ func (w *way) outputs() {
 	}
 }
 
-// wire looks at what devices did with what they were given.
+// wire reports what devices did with the frames they were given.
 func (w *way) wire() {
 	old := map[string]uint64{}
 	for _, u := range w.r.Unsent[0] {
@@ -319,7 +319,7 @@ func (w *way) wire() {
 	}
 }
 
-// transmitted compares what was handed to a device with what that counts.
+// transmitted compares the copies handed to a device with the device's own count.
 func (w *way) transmitted(i *Interface) {
 	var sent uint64
 	for slot, o := range w.now().Outputs {

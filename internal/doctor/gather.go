@@ -26,31 +26,30 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// Daemon is what the doctor asks the daemon: control.Client.
+// Daemon is the part of control.Client that the doctor uses.
 type Daemon interface {
 	Status(context.Context) (control.Status, error)
 	Groups(context.Context) ([]control.Group, error)
 	Explain(ctx context.Context, packet string) (control.Explanation, error)
 }
 
-// Options say what to look at, and by whom.
+// Options configure Gather.
 type Options struct {
 	Daemon Daemon
-	// Stats reads the counters of all rules, from the daemon or else from the pinned maps.
+	// Stats reads the counters of all rules, from the daemon or, without one, from the pinned maps.
 	Stats  func(context.Context) (control.Stats, error)
 	PinDir string
-	// Interfaces are to be looked at besides those of rules. Without any of both, network
-	// cards are.
+	// Interfaces are checked in addition to those of rules. Without either, network cards are.
 	Interfaces []string
-	// Rule is the one to follow; empty for none. Others' interfaces are left out then.
+	// Rule is the rule to follow, which excludes the interfaces of other rules; empty for none.
 	Rule string
-	// Apart is the time between two readings of the counters.
+	// Apart is the time between the two readings of the counters.
 	Apart time.Duration
-	// Root is the root of the file system: os.DirFS("/"), or in tests what stands for it.
+	// Root is the root of the file system: os.DirFS("/"), or its substitute in tests.
 	Root fs.FS
 }
 
-// ErrNoRule is of a rule that there is not.
+// ErrNoRule is matched by the error for a rule that does not exist.
 var ErrNoRule = errors.New("no such rule")
 
 // gatherer collects the facts.
@@ -62,11 +61,11 @@ type gatherer struct {
 	byName  map[string]*Interface
 }
 
-// Gather reads the facts, in the network namespace of the calling thread. It takes Options.Apart
-// and a little more. What cannot be read is noted among the facts; errors are of the daemon, of
-// a rule that there is not (ErrNoRule), and of the host's network.
+// Gather reads the facts in the calling thread's network namespace. It takes little longer than
+// Options.Apart. Facts that cannot be read are listed in Host.Unread; errors are those of the
+// daemon, of the host's network, and of a rule that does not exist (ErrNoRule).
 func Gather(ctx context.Context, o Options) (*Facts, error) {
-	runtime.LockOSThread() // processes and sockets are of this namespace
+	runtime.LockOSThread() // child processes and sockets use this namespace
 	defer runtime.UnlockOSThread()
 	g := &gatherer{Options: o, f: &Facts{Host: Host{PinDir: o.PinDir, Apart: o.Apart}}, byName: map[string]*Interface{}}
 	if err := g.snapshot(); err != nil {
@@ -91,8 +90,8 @@ func Gather(ctx context.Context, o Options) (*Facts, error) {
 	return g.finish(ctx)
 }
 
-// wait lets the time between the readings pass, and looks meanwhile at what comes for the
-// groups of the rule that is asked for, and goes past it.
+// wait waits between the readings, and meanwhile watches for streams to the requested rule's groups
+// that bypass it.
 func (g *gatherer) wait(ctx context.Context) error {
 	end := time.After(g.Apart)
 	if o := g.watch(); len(o.Interfaces) > 0 {
@@ -112,7 +111,7 @@ func (g *gatherer) wait(ctx context.Context) error {
 	}
 }
 
-// watch says what to look at meanwhile: no interface where there is nothing to see.
+// watch says what to watch meanwhile: no interface if there is nothing to see.
 func (g *gatherer) watch() (o discover.Options) {
 	if g.f.Rule == nil {
 		return o
@@ -121,7 +120,7 @@ func (g *gatherer) watch() (o discover.Options) {
 	for _, r := range g.stats[0].Rules {
 		in, _, err := rules.ParseInput(r.In)
 		if err != nil {
-			continue // noted before
+			continue // reported before
 		}
 		o.Taken = append(o.Taken, in)
 		if r.Name == g.Rule && in.Address.IsMulticast() && !in.FromHost {
@@ -155,7 +154,7 @@ func (g *gatherer) snapshot() error {
 	return errors.Join(err, w.Close())
 }
 
-// daemon asks the daemon; there need not be one.
+// daemon queries the daemon, if one runs.
 func (g *gatherer) daemon(ctx context.Context) error {
 	status, err := g.Daemon.Status(ctx)
 	if errors.Is(err, control.ErrNotRunning) {
@@ -170,7 +169,7 @@ func (g *gatherer) daemon(ctx context.Context) error {
 	return err
 }
 
-// host reads what is of the whole host.
+// host reads the facts about the whole host.
 func (g *gatherer) host(ctx context.Context) {
 	h := &g.f.Host
 	h.CPUs = runtime.NumCPU()
@@ -196,7 +195,7 @@ func (g *gatherer) host(ctx context.Context) {
 	g.firewall(ctx)
 }
 
-// text is a file that need not be there.
+// text returns the contents of a file, "" if it cannot be read.
 func (g *gatherer) text(name string) string {
 	data, err := fs.ReadFile(g.Root, name)
 	if err != nil {
@@ -205,7 +204,7 @@ func (g *gatherer) text(name string) string {
 	return string(data)
 }
 
-// onBPFFS says whether the next existing directory above is of a BPF file system.
+// onBPFFS reports whether dir, or the nearest existing directory above it, is on a BPF file system.
 func onBPFFS(dir string) bool {
 	for dir = filepath.Clean(dir); ; dir = filepath.Dir(dir) {
 		var st unix.Statfs_t
@@ -219,7 +218,7 @@ func onBPFFS(dir string) bool {
 	}
 }
 
-// process reads what the daemon may do, or this process where none runs.
+// process reads the privileges and limits of the daemon, or of this process if none runs.
 func (g *gatherer) process() (p Process) {
 	dir := "proc/self"
 	p.PID = os.Getpid()
@@ -249,7 +248,7 @@ func (g *gatherer) process() (p Process) {
 	return p
 }
 
-// firewall reads the nftables rules. Without nft, there are hardly any.
+// firewall reads the nftables rules. A host without nft hardly has any.
 func (g *gatherer) firewall(ctx context.Context) {
 	if strings.TrimSpace(g.text("proc/thread-self/net/ip_tables_names")+g.text("proc/thread-self/net/ip6_tables_names")) != "" {
 		g.unread("firewall", errors.New("there are tables of iptables-legacy: look at iptables-legacy -S for rules that drop IGMP"))
@@ -278,7 +277,7 @@ func (g *gatherer) firewall(ctx context.Context) {
 	g.unread("firewall (nft -j list ruleset)", err)
 }
 
-// rules finds the interfaces to look at.
+// rules finds the interfaces to check.
 func (g *gatherer) rules(ctx context.Context) (err error) {
 	g.stats[0], err = g.Stats(ctx)
 	if errors.Is(err, control.ErrNotRunning) {
@@ -319,7 +318,7 @@ func (g *gatherer) rules(ctx context.Context) (err error) {
 	return nil
 }
 
-// iface is what is known of an interface, which is looked at from then on.
+// iface returns the facts about an interface, and includes it in the checks.
 func (g *gatherer) iface(name string) *Interface {
 	link := g.network.Link(name)
 	if link != nil {
@@ -333,7 +332,7 @@ func (g *gatherer) iface(name string) *Interface {
 	return i
 }
 
-// rule notes a rule's interfaces.
+// rule records a rule's interfaces.
 func (g *gatherer) rule(r *control.RuleStatus) {
 	var outputs []*Interface
 	for _, o := range r.Outputs {
@@ -349,7 +348,7 @@ func (g *gatherer) rule(r *control.RuleStatus) {
 			outputs = append(outputs, i)
 		}
 	}
-	for _, text := range strings.Fields(r.In) { // several carry one stream
+	for _, text := range strings.Fields(r.In) { // several inputs may carry one stream
 		g.input(r, text, outputs)
 	}
 	if r.Name == g.Rule {
@@ -358,7 +357,7 @@ func (g *gatherer) rule(r *control.RuleStatus) {
 	}
 }
 
-// input notes the interfaces of one of a rule's inputs.
+// input records the interfaces of one of a rule's inputs.
 func (g *gatherer) input(r *control.RuleStatus, text string, outputs []*Interface) {
 	in, accept, err := rules.ParseInput(text)
 	if err != nil {
@@ -387,17 +386,17 @@ func (g *gatherer) input(r *control.RuleStatus, text string, outputs []*Interfac
 	}
 }
 
-// maxGroups bounds how many groups of an interface are held against the firewall.
+// maxGroups bounds the groups of an interface that are checked against the firewall.
 const maxGroups = 1000
 
-// follow starts what is known of the rule that is asked for.
+// follow creates the facts about the requested rule.
 func (g *gatherer) follow(r *control.RuleStatus) {
 	if g.f.Rule == nil {
 		g.f.Rule = &Rule{Name: r.Name, Apart: g.Apart}
 	}
 }
 
-// inputs are the interfaces of a rule's input: of a pattern those that match.
+// inputs returns the interfaces of a rule's input: for a pattern, those that match.
 func (g *gatherer) inputs(in rules.Input, r *control.RuleStatus) (names []string) {
 	if !pattern(in.Interface) {
 		return []string{in.Interface}
@@ -413,7 +412,7 @@ func pattern(ifname string) bool {
 	return ok
 }
 
-// interfaces reads what is known of the interfaces beyond their counters.
+// interfaces reads the facts about the interfaces, except their counters.
 func (g *gatherer) interfaces() {
 	g.attachments()
 	versions, err := membership.IGMPVersions()
@@ -453,7 +452,7 @@ func (g *gatherer) interfaces() {
 	}
 }
 
-// attachments says where the relay program is: as the daemon says, or the pins.
+// attachments finds where the relay program runs, from the daemon or, without one, from the pins.
 func (g *gatherer) attachments() {
 	if d := g.f.Host.Daemon; d != nil {
 		for _, s := range d.Interfaces {
@@ -480,8 +479,8 @@ func (g *gatherer) attachments() {
 	}
 }
 
-// forced reads what sysctls force; the larger of "all" and the interface's counts in IPv4
-// (IN_DEV_CONF_GET of force_igmp_version: all before the interface's own).
+// forced reads the versions that sysctls force. In IPv4, "all" takes precedence over the
+// interface's own (IN_DEV_CONF_GET of force_igmp_version).
 func (g *gatherer) forced(i *Interface) {
 	for _, name := range []string{"all", i.Name} {
 		if n, _ := strconv.Atoi(strings.TrimSpace(g.text("proc/sys/net/ipv4/conf/" + name + "/force_igmp_version"))); n != 0 && i.ForcedIGMP == 0 {
@@ -510,7 +509,7 @@ func (g *gatherer) master(i *Interface) {
 	i.Master, i.MasterName = d.Bridge, link.Name
 }
 
-// affinity lists the CPUs of a device's interrupts that have come.
+// affinity lists the CPUs of a device's interrupts that have fired.
 func (g *gatherer) affinity(bus string, busy map[string]bool) (cpus []string) {
 	entries, _ := fs.ReadDir(g.Root, path.Join("sys/bus/pci/devices", bus, "msi_irqs"))
 	for _, e := range entries {
@@ -551,7 +550,7 @@ func (g *gatherer) read(ctx context.Context, turn int) (err error) {
 	return nil
 }
 
-// finish composes what comes from both readings.
+// finish combines the two readings.
 func (g *gatherer) finish(ctx context.Context) (*Facts, error) {
 	for turn, s := range g.stats {
 		for i := range s.Rules {
@@ -582,14 +581,14 @@ func (g *gatherer) finish(ctx context.Context) (*Facts, error) {
 	return g.f, nil
 }
 
-// count takes what interfaces and the rule are told by a rule's counters.
+// count adds a rule's counters to its interfaces and to the requested rule.
 func (g *gatherer) count(s *control.RuleStatus, turn int) {
 	if s.Name == g.Rule && g.f.Rule != nil {
 		g.f.Rule.Status[turn] = *s
 	}
 	in, _, err := rules.ParseInput(s.In)
 	if err != nil {
-		return // noted before
+		return // reported before
 	}
 	for _, n := range s.Notes {
 		if i := g.byName[in.Interface]; i != nil && n.Reason == loader.UnfinishedChecksum.String() {
@@ -605,7 +604,7 @@ func (g *gatherer) count(s *control.RuleStatus, turn int) {
 	}
 }
 
-// withoutOwn takes the relay's own programs of traffic control off the lists.
+// withoutOwn removes the relay's own traffic control programs from the lists.
 func (g *gatherer) withoutOwn() {
 	own, err := loader.TappedPrograms(g.f.Host.PinDir)
 	g.unread("own programs of traffic control", err)

@@ -12,7 +12,7 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// hostChecks are the checks of the host. fine is what is said when run finds nothing.
+// hostChecks are the checks of the host. fine is the text if run finds nothing.
 var hostChecks = [...]struct {
 	name, fine string
 	run        func(*Host) []Finding
@@ -53,11 +53,11 @@ func kernel(h *Host) (found []Finding) {
 	return found
 }
 
-// mitigations looks for retpolines: the path of a packet makes indirect calls for each copy.
+// mitigations looks for retpolines: the packet path makes indirect calls for each copy.
 func mitigations(h *Host) (found []Finding) {
 	for _, name := range []string{"spectre_v2", "retbleed", "srso", "indirect_target_selection"} {
 		state := h.Mitigations[name]
-		lower, _, _ := strings.Cut(strings.ToLower(state), ";") // what follows is about other flaws
+		lower, _, _ := strings.Cut(strings.ToLower(state), ";") // the rest is about other flaws
 		slow := strings.Contains(lower, "retpoline")
 		if name != "spectre_v2" {
 			slow = strings.Contains(lower, "mitigation") && (strings.Contains(lower, "untrained") || strings.Contains(lower, "safe ret") || strings.Contains(lower, "aligned"))
@@ -121,7 +121,7 @@ func daemon(h *Host) (found []Finding) {
 	return found
 }
 
-// namespace: what is said of interfaces is said of those that this program sees.
+// namespace: the interface checks apply to the namespace of this program.
 func namespace(h *Host) []Finding {
 	if !h.Process.Elsewhere {
 		return nil
@@ -143,7 +143,7 @@ func capabilities(h *Host) []Finding {
 	return nil
 }
 
-// descriptors warns before they are used up: 20 groups take a socket.
+// descriptors warns before they run out: each 20 groups take a socket.
 func descriptors(h *Host) []Finding {
 	p := h.Process
 	if p.Limit == 0 || p.Files*10 < p.Limit*8 {
@@ -159,8 +159,8 @@ func descriptors(h *Host) []Finding {
 
 func nextPower(n int) int { return 1 << bits.Len(uint(n-1)) }
 
-// memlock is charged for the memory of AF_XDP sockets (xdp_umem_account_pages of
-// net/xdp/xdp_umem.c): 8192 frames of 2 kB for each queue.
+// memlock checks the limit that the memory of AF_XDP sockets is charged to (xdp_umem_account_pages
+// of net/xdp/xdp_umem.c): 8192 frames of 2 kB for each queue.
 func memlock(h *Host) []Finding {
 	const umem = 8192 * 2048
 	p := h.Process
@@ -196,7 +196,7 @@ func memberships(h *Host) (found []Finding) {
 	return found
 }
 
-// routes tells of multicast routes that something on the host keeps from being taken over.
+// routes reports multicast routes that something on the host forces to be left to the kernel.
 func routes(h *Host) (found []Finding) {
 	if h.Daemon == nil || h.Daemon.Mroutes == nil {
 		return nil

@@ -13,8 +13,8 @@ import (
 
 const checkPresent = "link"
 
-// interfaceChecks are the checks of an interface. When the first finds that it is absent, the
-// others are left out.
+// interfaceChecks are the checks of an interface. If the first finds it absent, the others are
+// skipped.
 var interfaceChecks = [...]struct {
 	name, fine string
 	run        func(*Interface) []Finding
@@ -52,7 +52,7 @@ func present(i *Interface) []Finding {
 	return nil
 }
 
-// foreign is an XDP program that is not the relay's; 0 for none.
+// foreign is an XDP program other than the relay's; its id is 0 for none.
 func (i *Interface) foreign() network.XDP {
 	for _, x := range i.Link.XDP {
 		if x.Program != i.Program {
@@ -80,7 +80,7 @@ func program(i *Interface) []Finding {
 	return nil
 }
 
-// native says why a program does not run in the driver.
+// native reports why a program does not run in the driver.
 func native(i *Interface) []Finding {
 	f := i.Link.Features
 	switch {
@@ -102,7 +102,7 @@ func driverText(i *Interface) string {
 	return ""
 }
 
-// genericCure guesses what had the driver refuse native mode.
+// genericCure guesses why the driver refused native mode.
 func genericCure(i *Interface) string {
 	switch {
 	case i.Device[1].Features["rx-lro"]:
@@ -133,7 +133,7 @@ func queues(i *Interface) []Finding {
 	return one(warning(fmt.Sprintf("ethtool -L %s combined %d", i.Name, i.CPUs), "%s receives on one queue, so that one of %d CPUs does all the work", i.Name, i.CPUs))
 }
 
-// missed counts what had no room in the receive ring.
+// missed counts packets that found the receive ring full.
 func missed(d *network.Device) uint64 { return d.Counters.RxMissed + d.Counters.RxFifo }
 
 func ring(i *Interface) []Finding {
@@ -148,10 +148,10 @@ func ring(i *Interface) []Finding {
 	return one(warning(cure, "the receive ring of %s has %d of %d descriptors, and %d packets have found no room since it came up", i.Name, now.RxRing, now.RxRingMax, missed(now)))
 }
 
-// lostWords are in the names of drivers' counters of packets that were lost while receiving.
+// lostWords occur in the names of drivers' counters of packets lost on receive.
 var lostWords = []string{"drop", "discard", "miss", "no_buf", "nobuf", "no_dma", "fifo", "overrun", "overflow", "out_of_buffer", "alloc_fail"}
 
-// isLost says whether a driver's counter counts packets that were lost while receiving.
+// isLost reports whether a driver's counter counts packets lost on receive.
 func isLost(name string) bool {
 	name = strings.ToLower(name)
 	if !strings.Contains(name, "rx") || strings.Contains(name, "xdp_drop") || strings.Contains(name, "filter") {
@@ -160,7 +160,7 @@ func isLost(name string) bool {
 	return slices.ContainsFunc(lostWords, func(word string) bool { return strings.Contains(name, word) })
 }
 
-// lost names the counters that say that packets were lost in the device.
+// lost names the counters that show packets lost in the device.
 func lost(i *Interface) []Finding {
 	var growing, past []string
 	note := func(name string, before, now uint64) {
@@ -211,7 +211,7 @@ func lro(i *Interface) []Finding {
 	return one(fault("ethtool -K "+i.Name+" lro off", "large receive offload is on at %s: the device merges packets, drivers refuse native XDP with it, and datagrams lose their borders", i.Name))
 }
 
-// gro: packets of the kernel path and of AF_XDP never come so far.
+// gro: packets of the kernel path and of AF_XDP never reach GRO.
 func gro(i *Interface) (found []Finding) {
 	if !i.Input || !i.Fanout && i.Mode != "generic" {
 		return nil
@@ -246,8 +246,8 @@ func vlan(i *Interface) (found []Finding) {
 	return found
 }
 
-// filter finds groups that the device is not told to take: those of rules with join=none, and
-// those of prefixes, which nobody joins.
+// filter finds groups that the device is not set to receive: those of rules with join=none, and
+// those of prefixes, which are not joined.
 func filter(i *Interface) []Finding {
 	d := &i.Device[1]
 	if !i.Input || d.Promiscuous || d.AllMulticast || i.Receives == nil || !i.Link.Ethernet {
@@ -267,7 +267,7 @@ func filter(i *Interface) []Finding {
 		"%s is not told to take the groups of %s, which nobody joins: a network card filters them out", i.Name, some(hidden)))
 }
 
-// some is a list that stays short.
+// some shortens a list.
 func some(all []string) string {
 	const most = 3
 	if len(all) > most {
@@ -276,7 +276,7 @@ func some(all []string) string {
 	return strings.Join(all, ", ")
 }
 
-// querier: without one, switches and bridges that snoop forget who wants a group.
+// querier: without one, snooping switches and bridges forget the members of a group.
 func querier(i *Interface) []Finding {
 	if b := i.Master; b != nil && b.Snooping && !b.Querier && !b.Heard {
 		return one(warning("ip link set dev "+i.MasterName+" type bridge mcast_querier 1",
@@ -349,7 +349,8 @@ func mtu(i *Interface) (found []Finding) {
 	return found
 }
 
-// raiseMTU is the command that has a link send longer frames. The MTU of a veth's peer counts, too.
+// raiseMTU is the command that lets a link send longer frames. The MTU of a veth's peer counts,
+// too.
 func raiseMTU(l *network.Link, mtu int) string {
 	if l.SendMTU() < l.MTU {
 		return fmt.Sprintf("ip link set mtu %d at the peer of %s, in its network namespace", mtu, l.Name)
@@ -357,8 +358,8 @@ func raiseMTU(l *network.Link, mtu int) string {
 	return fmt.Sprintf("ip link set dev %s mtu %d", l.Name, mtu)
 }
 
-// programs of traffic control: redirected frames pass them by, while memberships and the path
-// fanout do not.
+// programs reports programs of traffic control: redirected frames bypass them, memberships and the
+// path fanout do not.
 func programs(i *Interface) (found []Finding) {
 	for _, p := range i.Device[1].Programs {
 		what := p.Kind

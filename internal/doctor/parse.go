@@ -10,13 +10,13 @@ import (
 	"time"
 )
 
-// The texts of /proc. Nothing of them is believed: whatever they hold, a parser returns a
-// value or an error.
+// Parsers of /proc. They trust nothing: whatever a text holds, a parser returns a value or an
+// error.
 
 var errForm = errors.New("not in the form that proc(5) says")
 
-// parseSoftnet adds up the lines of /proc/net/softnet_stat, one a CPU
-// (softnet_seq_show of net/core/net-procfs.c): packets, dropped, squeezed, ... in hexadecimal.
+// parseSoftnet sums the lines of /proc/net/softnet_stat, one per CPU (softnet_seq_show of
+// net/core/net-procfs.c): packets, dropped, squeezed, ... in hexadecimal.
 func parseSoftnet(text string) (s Softnet, err error) {
 	for line := range strings.Lines(text) {
 		fields := strings.Fields(line)
@@ -48,7 +48,7 @@ func parseDevMcast(text string) (map[string]map[[6]byte]bool, error) {
 			return nil, fmt.Errorf("line %q: %w", line, errForm)
 		}
 		if len(address) != 6 {
-			continue // no Ethernet
+			continue // not Ethernet
 		}
 		if all[fields[1]] == nil {
 			all[fields[1]] = map[[6]byte]bool{}
@@ -58,18 +58,18 @@ func parseDevMcast(text string) (map[string]map[[6]byte]bool, error) {
 	return all, nil
 }
 
-// parseInterrupts says which interrupts of /proc/interrupts have come at all, by number.
+// parseInterrupts returns which interrupts of /proc/interrupts have fired, by number.
 func parseInterrupts(text string) map[string]bool {
 	busy := map[string]bool{}
 	for line := range strings.Lines(text) {
 		number, rest, ok := strings.Cut(strings.TrimSpace(line), ":")
 		if !ok {
-			continue // the title
+			continue // the header
 		}
 		for _, field := range strings.Fields(rest) {
 			n, err := strconv.ParseUint(field, 10, 64)
 			if err != nil {
-				break // behind the counters, one a CPU
+				break // after the counters, one per CPU
 			}
 			busy[number] = busy[number] || n > 0
 		}
@@ -97,7 +97,7 @@ func parseLimit(text, resource string) (uint64, error) {
 	return 0, fmt.Errorf("no limit %q: %w", resource, errForm)
 }
 
-// parseCapabilities reads the effective ones of /proc/PID/status.
+// parseCapabilities reads the effective capabilities from /proc/PID/status.
 func parseCapabilities(text string) (uint64, error) {
 	for line := range strings.Lines(text) {
 		if value, ok := strings.CutPrefix(line, "CapEff:"); ok {

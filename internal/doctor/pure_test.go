@@ -36,7 +36,7 @@ func healthyHost() *Host {
 	}
 }
 
-// hardwareFaults are those that no namespace can have, by their facts.
+// hardwareFaults are faults that no namespace can have, made from facts.
 var hardwareFaults = []struct {
 	check      string
 	make       func(h *Host, i *Interface)
@@ -149,8 +149,8 @@ var madeUp = map[string]string{
 	"lro":         "a network card's: no virtual device has it",
 }
 
-// TestEveryCheckHasAFault: a check without a fault that it finds is no check, and a fault that a test can make for
-// real is made. What the checks are told by the daemon is real in test/e2e (TestDoctor, TestDoctorCounters,
+// TestEveryCheckHasAFault: every check finds a fault in some test, a real one if a test can make
+// it. What the daemon reports to the checks is real in test/e2e (TestDoctor, TestDoctorCounters,
 // TestDoctorAndDaemon).
 func TestEveryCheckHasAFault(t *testing.T) {
 	isMade, isMadeUp := map[string]bool{}, map[string]bool{}
@@ -191,7 +191,7 @@ func TestCures(t *testing.T) {
 	}
 }
 
-// TestFirewall: rulesets as nft writes them, and what they do to IGMP, MLD and groups.
+// TestFirewall: rulesets as nft prints them, and their effects on IGMP, MLD and groups.
 func TestFirewall(t *testing.T) {
 	program, err := exec.LookPath("nft")
 	if err != nil {
@@ -256,7 +256,7 @@ func drops(reason string, packets uint64) []control.Drop {
 	return []control.Drop{{Reason: reason, Counter: control.Counter{Packets: packets}}}
 }
 
-// TestFollow: where the packets of a rule end.
+// TestFollow: the verdict says where the packets of a rule end.
 func TestFollow(t *testing.T) {
 	const in, out = "239.1.1.1:5000%eth0", "239.2.2.2:6000%eth1"
 	healthy := func() *Facts {
