@@ -6,7 +6,7 @@ import (
 	"net/netip"
 )
 
-// controlMessage is a message of IGMP or MLD.
+// controlMessage is an IGMP or MLD message.
 type controlMessage struct {
 	vlan, outer uint16
 	src, dst    netip.Addr
@@ -15,8 +15,8 @@ type controlMessage struct {
 	text        string
 }
 
-// parseControl reads a frame with IGMP (RFC 1112, 2236, 3376) or MLD (RFC 2710, 3810), behind up
-// to two VLAN tags.
+// parseControl parses an IGMP (RFC 1112, 2236, 3376) or MLD (RFC 2710, 3810) frame with up to two
+// VLAN tags.
 func parseControl(frame []byte) (m controlMessage, ok bool) {
 	const ethernet, vlan = 14, 4
 	if len(frame) < ethernet {
@@ -71,7 +71,7 @@ func (m *controlMessage) ipv4(ip []byte) bool {
 	return true
 }
 
-// igmpVersion is that of a query (RFC 3376 section 7.1).
+// igmpVersion is the version of a query (RFC 3376 section 7.1).
 func igmpVersion(query []byte) int {
 	switch {
 	case len(query) >= 12:
@@ -126,7 +126,7 @@ func (m *controlMessage) ipv6(ip []byte) bool {
 	case 143:
 		m.text = "MLDv2 report"
 	default:
-		return false // neighbours and routers, which are no groups to relay
+		return false // neighbour and router discovery: no groups to relay
 	}
 	return true
 }

@@ -1,9 +1,9 @@
-// Package discover finds the multicast streams that arrive on an interface and that no rule
-// takes: who sends them where, how fast, and what they look like.
+// Package discover finds the multicast streams that arrive on an interface and match no rule: their
+// senders, groups, rates and formats.
 //
-// It looks through a packet socket (package fanout), behind the XDP programs: what the relay
-// takes in the kernel never comes there, so that neither costs the other anything. What
-// rules of the path fanout take does come there, and is left out by their inputs.
+// It reads from a packet socket (package fanout), after the XDP programs: packets that the relay
+// takes in the kernel never get there, so neither slows the other. Packets of rules on the path
+// fanout do, and are excluded by the rules' inputs.
 package discover
 
 import (
@@ -25,37 +25,37 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// MaxStreams bounds how many streams are kept; of more, those that have been silent for the
-// longest are forgotten.
+// MaxStreams bounds the streams that are kept; beyond it, those silent for the longest are
+// forgotten.
 const MaxStreams = 100_000
 
-// Interface is one to look at.
+// Interface is an interface to watch.
 type Interface struct {
 	Name  string
 	Index int
 }
 
-// Options say where to look, and for how long.
+// Options say what to watch, and for how long.
 type Options struct {
 	Interfaces []Interface
 	For        time.Duration
-	// Join are prefixes of groups that are joined meanwhile, on each interface, so that the
-	// network brings them; at most MaxJoin groups.
+	// Join lists prefixes of groups to join on each interface during the watch, so that the network
+	// delivers them; at most MaxJoin groups of each.
 	Join []netip.Prefix
-	// Only is the only destination that is looked at; invalid for all.
+	// Only restricts the watch to these destinations; invalid for all.
 	Only netip.Prefix
-	// Passive leaves the devices as they are: groups that they filter out are not seen then.
+	// Passive leaves the devices as they are: groups that they filter out are not seen.
 	Passive bool
-	// Taken are the inputs of rules, whose packets are left out.
+	// Taken lists the inputs of rules, whose packets are ignored.
 	Taken []rules.Input
 	// MaxStreams is for tests; 0: MaxStreams.
 	MaxStreams int
 }
 
-// MaxJoin is how many groups of one prefix are joined at most.
+// MaxJoin is the maximum number of groups joined of one prefix.
 const MaxJoin = 4096
 
-// Stream is what arrived from one sender for one group and port.
+// Stream is the traffic of one sender to one group and port.
 type Stream struct {
 	Interface string     `json:"interface"`
 	VLAN      uint16     `json:"vlan,omitempty"`
@@ -66,31 +66,31 @@ type Stream struct {
 	Port    uint16 `json:"port,omitempty"`
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes"` // of whole frames
-	// PacketRate and BitRate are per second, over the whole time of looking.
+	// PacketRate and BitRate are per second, averaged over the whole watch.
 	PacketRate float64 `json:"packets_per_second"`
 	BitRate    float64 `json:"bits_per_second"`
 	TTL        uint8   `json:"ttl"` // or hop limit, of the last packet
 	Looks
 }
 
-// Result is what was found.
+// Result is the result of Watch.
 type Result struct {
 	Seconds float64 `json:"seconds"`
 	// Streams are sorted by interface, group, port and source.
 	Streams []Stream `json:"streams"`
-	// Sessions are those that were announced (SAP), whether their streams came or not.
+	// Sessions are those announced (SAP), whether or not their streams arrived.
 	Sessions []Session `json:"sessions"`
-	// Missed counts packets that came faster than they could be looked at: rates are too low by
-	// these; Forgotten counts streams beyond MaxStreams.
+	// Missed counts packets that arrived faster than they could be read, which the rates lack;
+	// Forgotten counts streams beyond MaxStreams.
 	Missed    uint64 `json:"missed"`
 	Forgotten uint64 `json:"forgotten"`
-	// Fragments counts those behind the first of a datagram, which name no port and are in no stream's rate;
-	// Unkept announcements of sessions beyond MaxSessions.
+	// Fragments counts later fragments of datagrams, which carry no ports and are in no stream's
+	// rate; Unkept counts announcements of sessions beyond MaxSessions.
 	Fragments uint64 `json:"fragments"`
 	Unkept    uint64 `json:"unkept"`
 }
 
-// multicastFilter lets frames pass whose destination has the group bit: on devices with an
+// multicastFilter passes frames whose destination MAC has the group bit, on devices with an
 // Ethernet header.
 var multicastFilter = []unix.SockFilter{
 	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS},
@@ -99,8 +99,8 @@ var multicastFilter = []unix.SockFilter{
 	{Code: unix.BPF_RET | unix.BPF_K},
 }
 
-// Watch looks at the interfaces until the time is up or the context ends, which is no error. It
-// opens sockets in the network namespace of the calling thread.
+// Watch watches the interfaces until the time is up or the context ends, which is no error. It
+// opens sockets in the calling thread's network namespace.
 func Watch(ctx context.Context, o Options) (r Result, err error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -147,14 +147,13 @@ func Watch(ctx context.Context, o Options) (r Result, err error) {
 	for range watchers {
 		if end := <-ends; end != nil {
 			err = errors.Join(err, end)
-			cancel() // the others end, too
+			cancel() // ends the others, too
 		}
 	}
 	return collect(watchers, time.Since(begin)), err
 }
 
-// hold has the devices take all groups, and the network bring those to join. The returned
-// function lets go.
+// hold makes the devices receive all groups, and joins those of o.Join. release undoes both.
 func hold(o Options) (release func() error, err error) {
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -168,7 +167,7 @@ func hold(o Options) (release func() error, err error) {
 		}
 	}()
 	for _, i := range o.Interfaces {
-		// Until the socket is closed. A device without a filter takes everything anyway.
+		// Lasts until the socket is closed. A device without a filter receives everything anyway.
 		mreq := unix.PacketMreq{Ifindex: int32(i.Index), Type: unix.PACKET_MR_ALLMULTI}
 		if o.Passive {
 			continue
@@ -187,14 +186,14 @@ func hold(o Options) (release func() error, err error) {
 	return release, nil
 }
 
-// watcher looks at one interface.
+// watcher watches one interface.
 type watcher struct {
 	group    *fanout.Group
 	ethernet bool
 	table    *table
 }
 
-// run takes frames in until the context ends.
+// run reads frames until the context ends.
 func (w *watcher) run(ctx context.Context) error {
 	worker := w.group.Workers()[0]
 	var frame fanout.Frame
@@ -204,7 +203,7 @@ func (w *watcher) run(ctx context.Context) error {
 		case errors.Is(err, fanout.ErrWoken), errors.Is(err, os.ErrClosed):
 			continue
 		case errors.Is(err, unix.ENETDOWN):
-			continue // it goes on when the interface is up again
+			continue // resumes when the interface is up again
 		case err != nil:
 			return err
 		}
@@ -221,7 +220,7 @@ func (w *watcher) run(ctx context.Context) error {
 	return nil
 }
 
-// withHeader puts an Ethernet header in front of an IP packet; nil for what is none.
+// withHeader prepends an Ethernet header to an IP packet; nil for anything else.
 func withHeader(ip []byte) []byte {
 	if len(ip) == 0 {
 		return nil
@@ -238,7 +237,7 @@ func withHeader(ip []byte) []byte {
 	return append(frame, ip...)
 }
 
-// collect puts together what the watchers have found.
+// collect merges the results of the watchers.
 func collect(watchers []*watcher, took time.Duration) Result {
 	r := Result{Seconds: took.Seconds(), Streams: []Stream{}, Sessions: []Session{}}
 	for _, w := range watchers {
@@ -258,7 +257,7 @@ func collect(watchers []*watcher, took time.Duration) Result {
 	return r
 }
 
-// Input is the stream as the input of a rule.
+// Input returns the stream as the input of a rule.
 func (s *Stream) Input() rules.Input {
 	return rules.Input{Interface: s.Interface, Address: s.Group, Port: s.Port, Source: s.Source, VLAN: rules.VLAN{ID: s.VLAN, Outer: s.OuterVLAN}}
 }
@@ -286,13 +285,13 @@ func exactKey(in rules.Input) rules.Input {
 	return rules.Input{Interface: in.Interface, Address: in.Address, Port: in.Port, VLAN: in.VLAN}
 }
 
-// by says whether a rule takes a stream.
+// by reports whether a rule takes a stream.
 func (t *taken) by(stream rules.Input) bool {
 	overlaps := func(in rules.Input) bool { return !in.FromHost && in.Overlaps(stream) }
 	return slices.ContainsFunc(t.exact[exactKey(stream)], overlaps) || slices.ContainsFunc(t.wide, overlaps)
 }
 
-// ttlOf returns the TTL or hop limit of a frame that was parsed.
+// ttlOf returns the TTL or hop limit of a parsed frame.
 func ttlOf(frame []byte, h *packet.Headers) uint8 {
 	if h.Dst.Is4() {
 		return frame[h.L3+8]

@@ -23,8 +23,8 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// payloads reads a file of testdata: a payload in hexadecimal a line. Those of ffmpeg are as
-// ffmpeg 5.1 sent them (-f sap, -f mpegts, -f rtp_mpegts).
+// payloads reads a file of testdata: a hexadecimal payload per line. Those of ffmpeg are as ffmpeg
+// 5.1 sent them (-f sap, -f mpegts, -f rtp_mpegts).
 func payloads(t testing.TB, name string) (all [][]byte) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("testdata", name))
@@ -70,14 +70,14 @@ func mold(session string, sequence uint64, messages ...string) []byte {
 	return b
 }
 
-// ptpAnnounce is a message of IEEE 1588-2019, domain 127, as SMPTE ST 2059-2 has it.
+// ptpAnnounce is an IEEE 1588-2019 message in domain 127, as used by SMPTE ST 2059-2.
 func ptpAnnounce() []byte {
 	b := make([]byte, 64)
 	b[0], b[1], b[3], b[4] = 0x0b, 0x02, 64, 127
 	return b
 }
 
-// ethernet puts a header in front of an IP packet.
+// ethernet prepends a header to an IP packet.
 func ethernet(kind uint16, ip []byte) []byte {
 	return append(binary.BigEndian.AppendUint16(make([]byte, 12), kind), ip...)
 }
@@ -89,7 +89,7 @@ func igmp(dst string, body []byte) []byte {
 	return ethernet(0x0800, append(ip, body...))
 }
 
-// mldFrame is an MLD message behind hop-by-hop options.
+// mldFrame is an MLD message after hop-by-hop options.
 func mldFrame(dst string, body []byte) []byte {
 	ip := make([]byte, 8, 100)
 	ip[0], ip[5], ip[6], ip[7] = 0x60, byte(8+len(body)), 0, 1
@@ -98,7 +98,7 @@ func mldFrame(dst string, body []byte) []byte {
 	return ethernet(0x86dd, append(ip, body...))
 }
 
-// see has a table see frames, and returns its one stream.
+// see feeds frames to a table, and returns its only stream.
 func see(t *testing.T, frames ...[]byte) Stream {
 	t.Helper()
 	table := newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
@@ -112,7 +112,7 @@ func see(t *testing.T, frames ...[]byte) Stream {
 	return list[0]
 }
 
-// TestKinds: what streams are taken for, by their packets.
+// TestKinds: streams are identified by their packets.
 func TestKinds(t *testing.T) {
 	frames := func(group string, port uint16, all ...[]byte) (f [][]byte) {
 		for _, p := range all {
@@ -158,7 +158,7 @@ func TestKinds(t *testing.T) {
 	}
 }
 
-// TestStream: what is counted of a stream.
+// TestStream: packets, bytes and rates of a stream.
 func TestStream(t *testing.T) {
 	frame := udp("239.1.1.1", 5000, []byte("hello"), 100, 7)
 	got := see(t, frame, frame, frame)
@@ -170,7 +170,7 @@ func TestStream(t *testing.T) {
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
-	// Fragments: the first has the port, the others count nowhere.
+	// Fragments: the first has the port, the others are counted in no stream.
 	fragments := packet.Fragment(udp("239.1.1.1", 5000, make([]byte, 3000)), 7, 1000)
 	if got := see(t, fragments...); got.Packets != 1 {
 		t.Errorf("of fragments: %+v", got)
@@ -182,7 +182,7 @@ func TestStream(t *testing.T) {
 	if n := uint64(len(fragments) - 1); table.fragments != n || n == 0 {
 		t.Errorf("%d fragments are counted, want %d", table.fragments, n)
 	}
-	// Unicast, and what is cut short, is no stream.
+	// Unicast and truncated frames are no streams.
 	table = newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
 	unicast := packet.Frame{Src: netip.MustParseAddr("10.0.0.5"), Dst: netip.MustParseAddr("10.0.0.6"), DstPort: 5000, TTL: 17}.Build()
 	table.see(unicast, len(unicast))
@@ -192,7 +192,7 @@ func TestStream(t *testing.T) {
 	}
 }
 
-// TestBound: of more streams than there is room for, the silent ones are forgotten, and counted.
+// TestBound: when the table is full, the streams silent for the longest are forgotten, and counted.
 func TestBound(t *testing.T) {
 	table := newTable("eth0", 100, netip.Prefix{}, newTaken(nil))
 	for i := range 1000 {
@@ -209,7 +209,7 @@ func TestBound(t *testing.T) {
 	}
 }
 
-// TestSessionsBound: of more sessions than there is room for, the announcements are counted.
+// TestSessionsBound: announcements beyond the maximum number of sessions are counted.
 func TestSessionsBound(t *testing.T) {
 	var s sessions
 	for range 2 {
@@ -222,7 +222,7 @@ func TestSessionsBound(t *testing.T) {
 	}
 }
 
-// TestTaken: streams that rules take are left out, however these name them.
+// TestTaken: streams that match a rule are left out, however the rule names them.
 func TestTaken(t *testing.T) {
 	for _, c := range []struct {
 		in    string
@@ -272,7 +272,7 @@ func TestSessions(t *testing.T) {
 	z.Close()
 	var s sessions
 	s.see(sap(0, 1, []byte(sdp)), "eth0", 0, 0)
-	s.see(sap(0, 1, []byte(strings.Replace(sdp, "Studio 1", "Studio 2", 1))), "eth0", 0, 0) // the same again, changed
+	s.see(sap(0, 1, []byte(strings.Replace(sdp, "Studio 1", "Studio 2", 1))), "eth0", 0, 0) // the same announcement, changed
 	s.see(compressed.Bytes(), "eth0", 7, 0)
 	s.see(sap(2, 3, []byte(sdp)), "eth0", 0, 0) // encrypted
 	s.see(sap(0, 4, []byte("hello")), "eth0", 0, 0)
@@ -289,7 +289,7 @@ func TestSessions(t *testing.T) {
 	}
 }
 
-// TestRules: what is proposed is a file of rules that holds together.
+// TestRules: the proposals form a valid rule file.
 func TestRules(t *testing.T) {
 	table := newTable("eth0", 100, netip.Prefix{}, newTaken(nil))
 	send := func(frames ...[]byte) {
@@ -361,7 +361,7 @@ func FuzzFrame(f *testing.F) {
 	})
 }
 
-// checkRules: proposals always hold together.
+// checkRules: proposals are always valid together.
 func checkRules(t *testing.T, r *Result) {
 	proposals, _ := r.Rules("eth1")
 	var all []rules.Rule
@@ -405,8 +405,8 @@ func FuzzPayload(f *testing.F) {
 	})
 }
 
-// BenchmarkSee is what a packet costs discover, of one stream and of as many as are kept, and the memory that
-// these take.
+// BenchmarkSee measures the cost of a packet, for one stream and for a full table, and the table's
+// memory.
 func BenchmarkSee(b *testing.B) {
 	for _, streams := range []int{1, MaxStreams} {
 		b.Run(fmt.Sprintf("streams=%d", streams), func(b *testing.B) {

@@ -23,21 +23,21 @@ const (
 	MLD       Kind = "mld"       // RFC 2710, 3810
 )
 
-// Looks is what a stream was taken for, by its payload.
+// Looks is what a stream's payload looks like.
 type Looks struct {
 	Kind Kind `json:"kind"`
 	// PayloadType and SSRC are RTP's.
 	PayloadType *uint8  `json:"payload_type,omitempty"`
 	SSRC        *uint32 `json:"ssrc,omitempty"`
-	// Programs are those of a transport stream's program association table.
+	// Programs are the program numbers in a transport stream's program association table.
 	Programs []uint16 `json:"programs,omitempty"`
-	// Session is that of MoldUDP64, or the name that SAP announces.
+	// Session is MoldUDP64's session, or the name announced by SAP.
 	Session string `json:"session,omitempty"`
-	// Message is PTP's domain and message, or what IGMP and MLD say.
+	// Message is PTP's version, domain and message type, or describes the last IGMP or MLD message.
 	Message string `json:"message,omitempty"`
 }
 
-// String is Looks in a line for people.
+// String formats Looks as one line for people.
 func (l Looks) String() string {
 	parts := []string{string(l.Kind)}
 	if l.PayloadType != nil {
@@ -62,35 +62,35 @@ func (l Looks) String() string {
 	return strings.Join(parts, " ")
 }
 
-// identity gathers from packet to packet what a stream is.
+// identity accumulates, packet by packet, what a stream is.
 type identity struct {
 	kind     Kind
 	rtp      rtpHeader
-	rtpRuns  int // packets in a row with one source and growing numbers
+	rtpRuns  int // consecutive packets with one SSRC and increasing sequence numbers
 	programs []uint16
 	session  string
 	message  string
 }
 
 const (
-	// rtpSure is how many packets in a row make RTP: two bits of a first byte are too few.
+	// rtpSure is how many consecutive packets identify RTP: the two version bits alone are too few.
 	rtpSure = 3
-	// lookAt is how many packets of a stream are looked at; later ones are only of those
-	// of transport streams without a table so far, and of announcements.
+	// lookAt is how many packets of a stream are inspected; later ones only of transport streams
+	// still without a table, and of announcements.
 	lookAt = 64
-	// maxLook ends that, too.
+	// maxLook also bounds the search for a table.
 	maxLook = 20_000
-	// maxPrograms bounds what is kept of a table.
+	// maxPrograms bounds the programs kept of a table.
 	maxPrograms = 64
 )
 
-// Ports of IANA's registry.
+// Ports from IANA's registry.
 const (
 	portPTPEvent, portPTPGeneral = 319, 320
 	portSAP                      = 9875
 )
 
-// see looks at the payload of the n-th packet of a stream, the first being 1.
+// see inspects the payload of the n-th packet of a stream, counting from 1.
 func (id *identity) see(payload []byte, port uint16, n uint64) {
 	if n > lookAt && (id.kind != MPEGTS || len(id.programs) > 0 || n > maxLook) && id.kind != SAP {
 		return
@@ -109,7 +109,7 @@ func (id *identity) see(payload []byte, port uint16, n uint64) {
 		id.kind = MPEGTS
 	case isRTCP(payload):
 		id.kind = RTCP
-	case id.isRTP(payload): // a kind once there are enough
+	case id.isRTP(payload): // sets the kind after rtpSure packets
 	case id.kind == "" || id.kind == MoldUDP64:
 		if session, ok := parseMoldUDP64(payload); ok {
 			id.kind, id.session = MoldUDP64, session
@@ -117,14 +117,14 @@ func (id *identity) see(payload []byte, port uint16, n uint64) {
 	}
 }
 
-// isRTP follows the numbers of RTP packets.
+// isRTP tracks the sequence numbers of RTP packets.
 func (id *identity) isRTP(payload []byte) bool {
 	h, body, ok := parseRTP(payload)
 	if !ok {
 		id.rtpRuns = 0
 		return false
 	}
-	// Lost packets leave holes: a number that is somewhat larger will do.
+	// Lost packets leave gaps, so accept any slightly larger number.
 	if id.rtpRuns > 0 && h.ssrc == id.rtp.ssrc && h.payloadType == id.rtp.payloadType && h.sequence-id.rtp.sequence-1 < 100 {
 		id.rtpRuns++
 	} else {
@@ -158,7 +158,7 @@ func (id *identity) ts(payload []byte) bool {
 	return true
 }
 
-// control notes what IGMP or MLD says.
+// control records an IGMP or MLD message.
 func (id *identity) control(m controlMessage) { id.kind, id.message = m.kind, m.text }
 
 func (id *identity) looks() Looks {
@@ -175,14 +175,14 @@ func (id *identity) looks() Looks {
 	return l
 }
 
-// rtpHeader is what RFC 3550 section 5.1 has in front.
+// rtpHeader has fields of the fixed header of RFC 3550 section 5.1.
 type rtpHeader struct {
 	payloadType uint8
 	sequence    uint16
 	ssrc        uint32
 }
 
-// parseRTP reads the header, and returns what follows it, without padding.
+// parseRTP parses the header, and returns what follows it, without padding.
 func parseRTP(b []byte) (h rtpHeader, body []byte, ok bool) {
 	const fixed = 12
 	if len(b) < fixed || b[0]>>6 != 2 {
@@ -209,8 +209,8 @@ func parseRTP(b []byte) (h rtpHeader, body []byte, ok bool) {
 	return h, b[length:end], true
 }
 
-// isRTCP says whether a payload is whole RTCP packets, the first of which is a report (section
-// 6.4).
+// isRTCP reports whether a payload consists of whole RTCP packets, the first of which is a report
+// (section 6.4).
 func isRTCP(b []byte) bool {
 	const header, senderReport, receiverReport = 4, 200, 201
 	if len(b) < 2*header || b[1] != senderReport && b[1] != receiverReport {
@@ -229,7 +229,7 @@ func isRTCP(b []byte) bool {
 // tsLen is the length of a transport stream packet (ISO/IEC 13818-1 section 2.4.3.2).
 const tsLen, tsSync = 188, 0x47
 
-// isTS says whether a payload is whole transport stream packets.
+// isTS reports whether a payload consists of whole transport stream packets.
 func isTS(b []byte) bool {
 	if len(b) < tsLen || len(b)%tsLen != 0 {
 		return false
@@ -242,8 +242,8 @@ func isTS(b []byte) bool {
 	return true
 }
 
-// programsOf reads the program association table that begins in a transport stream packet
-// (section 2.4.4.3); nil where there is none, or it is not whole.
+// programsOf parses the program association table that begins in a transport stream packet (section
+// 2.4.4.3); nil if there is none or it is incomplete.
 func programsOf(p []byte) (programs []uint16) {
 	const patPID = 0
 	begins, pid := p[1]&0x40 != 0, binary.BigEndian.Uint16(p[1:])&0x1fff
@@ -274,7 +274,7 @@ func programsOf(p []byte) (programs []uint16) {
 	return programs
 }
 
-// crcMPEG is the CRC of annex A, which is 0 over a section with its own.
+// crcMPEG is the CRC of annex A, which is 0 over a section that includes its own.
 func crcMPEG(b []byte) uint32 {
 	crc := uint32(0xffffffff)
 	for _, v := range b {
@@ -290,8 +290,8 @@ func crcMPEG(b []byte) uint32 {
 	return crc
 }
 
-// parseMoldUDP64 reads a downstream packet: session, sequence number, count, and as many
-// messages with their lengths, which must fill it.
+// parseMoldUDP64 parses a downstream packet: session, sequence number, count, and that many
+// messages with their lengths, which must fill it exactly.
 func parseMoldUDP64(b []byte) (session string, ok bool) {
 	const header, heartbeat, endOfSession = 20, 0, 0xffff
 	if len(b) < header || binary.BigEndian.Uint64(b[10:]) == 0 {
@@ -328,7 +328,7 @@ var ptpMessages = map[byte]string{
 	10: "peer delay follow-up", 11: "announce", 12: "signaling", 13: "management",
 }
 
-// parsePTP reads the common header of section 13.3, or says that it is version 1.
+// parsePTP parses the common header of section 13.3, or only recognizes version 1.
 func parsePTP(b []byte) (text string, ok bool) {
 	const header = 34
 	if len(b) < header {

@@ -14,9 +14,9 @@ type Proposal struct {
 	Why  string // a line for a comment
 }
 
-// Rules makes a rule for each stream of UDP and each announced one: from where it comes to the
-// same group and port on another interface. Those within one link, which no router forwards, are
-// left out; left says how many.
+// Rules proposes a rule for each UDP stream and each announced one, which sends it to the same
+// group and port on another interface. left counts those without a valid rule, such as streams
+// within one link, which no router forwards.
 func (r *Result) Rules(to string) (proposals []Proposal, left int) {
 	p := proposer{to: to, names: map[string]bool{}, senders: map[rules.Input]int{}, taken: map[rules.Input]bool{}}
 	for i := range r.Streams {
@@ -39,7 +39,7 @@ func (r *Result) Rules(to string) (proposals []Proposal, left int) {
 		}
 		in := s.Input()
 		if p.taken[in] {
-			continue // it is announced
+			continue // covered by its announcement
 		}
 		if p.senders[withoutSource(in)] == 1 && !sourceSpecific(in.Address) {
 			in.Source = netip.Addr{} // any sender
@@ -49,7 +49,7 @@ func (r *Result) Rules(to string) (proposals []Proposal, left int) {
 	return p.all, p.left
 }
 
-// sourceSpecific: such groups are joined with a source alone (RFC 4607).
+// sourceSpecific reports whether a group can only be joined with a source (RFC 4607).
 func sourceSpecific(group netip.Addr) bool {
 	b := group.As16()
 	return group.Is4() && b[12] == 232 || group.Is6() && b[0] == 0xff && b[1]>>4 == 3
@@ -69,7 +69,7 @@ type proposer struct {
 	taken   map[rules.Input]bool
 }
 
-// add makes a rule, unless one takes the same already, or it would be refused.
+// add proposes a rule, unless one takes the same stream already or it would be invalid.
 func (p *proposer) add(name string, in rules.Input, why string) {
 	if p.taken[in] || p.taken[withoutSource(in)] {
 		return
@@ -84,14 +84,14 @@ func (p *proposer) add(name string, in rules.Input, why string) {
 	p.all = append(p.all, Proposal{rule, why})
 }
 
-// name makes a name of a rule of a text: letters, digits and "._:-".
+// name makes a unique rule name from a text: letters, digits and "._:-".
 func (p *proposer) name(text string, in rules.Input) string {
 	slug := strings.Join(strings.FieldsFunc(text, func(r rune) bool {
 		letter := r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r >= 'A' && r <= 'Z'
 		return !letter && !strings.ContainsRune("._:", r)
 	}), "-")
 	slug = strings.TrimLeft(slug, "._:-")
-	const room = 8 // for a number
+	const room = 8 // for a numeric suffix
 	slug = strings.TrimRight(slug[:min(len(slug), rules.MaxNameLen-room)], "._:-")
 	if slug == "" {
 		slug = fmt.Sprintf("stream-%d", in.Port)

@@ -12,13 +12,13 @@ import (
 	"strings"
 )
 
-// Session is a session that was announced (RFC 2974, RFC 8866).
+// Session is an announced session (RFC 2974, RFC 8866).
 type Session struct {
 	Interface string `json:"interface"`
 	VLAN      uint16 `json:"vlan,omitempty"`
 	OuterVLAN uint16 `json:"outer_vlan,omitempty"`
 	Name      string `json:"name"`
-	// Origin is who announces it.
+	// Origin is the address of the announcer.
 	Origin netip.Addr `json:"origin"`
 	Media  []Media    `json:"media"`
 }
@@ -28,15 +28,15 @@ type Media struct {
 	Type  string     `json:"type"` // such as "audio"
 	Group netip.Addr `json:"group"`
 	Port  uint16     `json:"port"`
-	// Source is the one sender that is to be taken (RFC 4570); the zero Addr: any.
+	// Source is the only sender to accept (RFC 4570); the zero Addr: any.
 	Source netip.Addr `json:"source,omitzero"`
 	Format string     `json:"format,omitempty"` // of the payload, such as "L24/48000/2"
 }
 
 const (
-	// maxSDP bounds what a compressed announcement may become.
+	// maxSDP bounds the size of a decompressed announcement, in bytes.
 	maxSDP = 64 << 10
-	// MaxSessions bounds how many are kept on an interface, and maxMedia of each.
+	// MaxSessions bounds the sessions kept of an interface, and maxMedia the media of each.
 	MaxSessions = 10_000
 	maxMedia    = 64
 	// maxText bounds names, in bytes.
@@ -51,7 +51,7 @@ type announcement struct {
 	sdp     []byte
 }
 
-// parseSAP reads a SAP packet. Encrypted ones are none that can be read.
+// parseSAP parses a SAP packet. ok is false for encrypted ones.
 func parseSAP(b []byte) (a announcement, ok bool) {
 	const version1, ipv6, deletion, encrypted, compressed = 1, 1 << 4, 1 << 2, 1 << 1, 1 << 0
 	if len(b) < 8 || b[0]>>5 != version1 || b[0]&encrypted != 0 {
@@ -102,7 +102,7 @@ func (a *announcement) name() string {
 	return ""
 }
 
-// clean makes a text from the network fit for a terminal.
+// clean makes text from the network safe for a terminal.
 func clean(text string) string {
 	text = strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == '\ufffd' {
@@ -176,13 +176,13 @@ func parseSDP(sdp []byte) (name string, media []Media) {
 	return name, media
 }
 
-// parseMedia reads "audio 5004 RTP/AVP 97"; nil for what it is not.
+// parseMedia parses "audio 5004 RTP/AVP 97"; nil if malformed.
 func parseMedia(value string) *Media {
 	fields := strings.Fields(value)
 	if len(fields) < 2 {
 		return nil
 	}
-	port, _, _ := strings.Cut(fields[1], "/") // and how many
+	port, _, _ := strings.Cut(fields[1], "/") // followed by the number of ports
 	n, err := strconv.ParseUint(port, 10, 16)
 	if err != nil {
 		return nil
@@ -220,7 +220,7 @@ func address(text string) netip.Addr {
 	return addr
 }
 
-// sessionKey is what tells announcements apart (RFC 2974 section 6), and where they came.
+// sessionKey identifies an announcement (RFC 2974 section 6) and the VLANs that it arrived on.
 type sessionKey struct {
 	vlan, outer uint16
 	origin      netip.Addr
@@ -233,7 +233,7 @@ type sessions struct {
 	unkept uint64
 }
 
-// see takes over an announcement, or a deletion.
+// see records an announcement, or a deletion.
 func (s *sessions) see(payload []byte, ifname string, vlan, outer uint16) {
 	a, ok := parseSAP(payload)
 	if !ok {

@@ -8,14 +8,14 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// streamKey tells streams of one interface apart.
+// streamKey identifies a stream of one interface.
 type streamKey struct {
 	vlan, outer   uint16
 	source, group netip.Addr
 	port          uint16
 }
 
-// counted is what is known of a stream.
+// counted is the state of a stream.
 type counted struct {
 	key            streamKey
 	packets, bytes uint64
@@ -23,13 +23,13 @@ type counted struct {
 	identity       identity
 }
 
-// table is the streams of one interface. Its one user is its watcher.
+// table is the streams of one interface. Only its watcher uses it.
 type table struct {
 	ifname    string
 	only      netip.Prefix
 	taken     *taken
-	most      int        // streams that are remembered
-	recent    *list.List // of *counted, the last seen in front
+	most      int        // maximum number of streams
+	recent    *list.List // of *counted, most recently seen first
 	streams   map[streamKey]*list.Element
 	forgotten uint64
 	fragments uint64
@@ -40,7 +40,7 @@ func newTable(ifname string, most int, only netip.Prefix, taken *taken) *table {
 	return &table{ifname: ifname, only: only, taken: taken, most: most, recent: list.New(), streams: map[streamKey]*list.Element{}}
 }
 
-// see counts a frame, if it is for a group. wire is its length before anything was cut.
+// see counts a frame if it is multicast. wire is its length before truncation.
 func (t *table) see(frame []byte, wire int) {
 	if h, ok := packet.Parse(frame); ok {
 		if !t.wants(h.Dst) {
@@ -70,7 +70,7 @@ func (t *table) wants(dst netip.Addr) bool {
 	return dst.IsMulticast() && (!t.only.IsValid() || t.only.Contains(dst))
 }
 
-// count finds a stream, or begins one in place of the one that was seen longest ago.
+// count finds a stream, or adds one, evicting the least recently seen one if the table is full.
 func (t *table) count(k streamKey, wire int, ttl uint8) *counted {
 	at := t.streams[k]
 	if at == nil {
@@ -90,7 +90,7 @@ func (t *table) count(k streamKey, wire int, ttl uint8) *counted {
 	return c
 }
 
-// list is the streams that no rule takes.
+// list returns the streams that no rule takes.
 func (t *table) list(took time.Duration) (all []Stream) {
 	seconds := max(took, time.Millisecond).Seconds()
 	for at := t.recent.Back(); at != nil; at = at.Prev() {
