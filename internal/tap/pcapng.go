@@ -33,7 +33,7 @@ const (
 	directionOut = 2
 
 	maxComment = 1000
-	// writeBytes is how much is written at once.
+	// writeBytes is the size of a write.
 	writeBytes = 256 << 10
 )
 
@@ -41,7 +41,7 @@ const (
 type pcapng struct {
 	w     io.Writer
 	buf   []byte
-	block int // where the block in hand begins
+	block int // start of the current block
 }
 
 func (p *pcapng) flush() error {
@@ -56,7 +56,7 @@ func (p *pcapng) flush() error {
 func (p *pcapng) u16(v uint16) { p.buf = binary.LittleEndian.AppendUint16(p.buf, v) }
 func (p *pcapng) u32(v uint32) { p.buf = binary.LittleEndian.AppendUint32(p.buf, v) }
 
-// time is a time in nanoseconds, the upper half first.
+// time appends a time in nanoseconds, upper half first.
 func (p *pcapng) time(ns int64) {
 	p.u32(uint32(uint64(ns) >> 32))
 	p.u32(uint32(ns))
@@ -68,14 +68,14 @@ func (p *pcapng) begin(kind uint32) {
 	p.u32(0)
 }
 
-// end writes the block's length to both of its ends.
+// end writes the block's length at both of its ends.
 func (p *pcapng) end() {
 	n := uint32(len(p.buf) - p.block + 4)
 	binary.LittleEndian.PutUint32(p.buf[p.block+4:], n)
 	p.u32(n)
 }
 
-// padded appends bytes up to a multiple of 4.
+// padded appends bytes, padded to a multiple of 4.
 func (p *pcapng) padded(data []byte) {
 	p.buf = append(p.buf, data...)
 	for range -len(data) & 3 {
@@ -104,7 +104,7 @@ func (p *pcapng) section(application string) {
 	p.end()
 }
 
-// device describes an interface; the first has number 0.
+// device describes an interface; the first has id 0.
 func (p *pcapng) device(name string, raw bool) {
 	p.begin(blockInterface)
 	if raw {
@@ -113,15 +113,15 @@ func (p *pcapng) device(name string, raw bool) {
 		p.u16(linkEthernet)
 	}
 	p.u16(0)
-	p.u32(0) // no limit of a packet's length
+	p.u32(0) // no snap length
 	p.option(optName, []byte(name))
 	p.option(optResolution, []byte{9}) // 10^-9 s
 	p.endOfOptions()
 	p.end()
 }
 
-// packet writes a packet of length bytes, of which data is there. comments are as appendComment
-// makes them.
+// packet writes a packet of length bytes, of which data was kept. comments have the format of
+// appendComment.
 func (p *pcapng) packet(device uint32, ns int64, out bool, length int, data, comments []byte) {
 	p.begin(blockPacket)
 	p.u32(device)
@@ -153,20 +153,20 @@ func (p *pcapng) statistics(device uint32, ns int64, written, lost uint64) {
 	p.end()
 }
 
-// Reader copies a file of a Writer block by block, so that what is written ends between two, and
-// counts what is in it.
+// Reader copies a Writer's file block by block, so that the copy ends between two blocks, and
+// counts its packets.
 type Reader struct {
-	// Packets that were copied, and Lost that the tap could not keep.
+	// Packets counts packets copied, Lost those that the tap could not keep.
 	Packets, Lost uint64
 
 	block []byte
 }
 
-// maxBlock bounds what is taken for a block.
+// maxBlock bounds the length of a block, in bytes.
 const maxBlock = 1 << 20
 
-// Copy copies until in ends, which is io.EOF between two blocks only, or to fails. What has come is
-// handed on before it waits for more.
+// Copy copies until from ends, which is io.EOF only between two blocks, or to fails. It flushes
+// what has arrived before it waits for more.
 func (r *Reader) Copy(to io.Writer, from io.Reader) error {
 	in, out := bufio.NewReaderSize(from, writeBytes), bufio.NewWriterSize(to, writeBytes)
 	for {
@@ -201,7 +201,7 @@ func (r *Reader) Copy(to io.Writer, from io.Reader) error {
 	}
 }
 
-// lostOf reads the option of dropped packets.
+// lostOf reads the option with the number of dropped packets.
 func lostOf(block []byte) uint64 {
 	options := block[20 : len(block)-4]
 	for len(options) >= 4 {

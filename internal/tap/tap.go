@@ -1,6 +1,6 @@
-// Package tap writes packets of a rule, as they came in and as they went out, in the format
-// that Wireshark reads while it is being written: pcapng (draft-ietf-opsawg-pcapng). What
-// sees them is package loader for the kernel path and package forward for the others.
+// Package tap writes a rule's packets, as received and as sent, as pcapng
+// (draft-ietf-opsawg-pcapng), which Wireshark can read while it is being written. The packets come
+// from package loader for the kernel path and from package forward for the others.
 package tap
 
 import (
@@ -15,30 +15,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options say which packets are wanted.
+// Options select packets.
 type Options struct {
-	// In: as they came in. Slots has a bit for each output whose packets are wanted as they
-	// were sent, and Dropped is for those that were not sent.
+	// In selects packets as received. Slots has a bit for each output whose packets are wanted as
+	// sent, and Dropped selects those that were not sent.
 	In      bool
 	Slots   uint64
 	Dropped bool
-	// Sample is 1 for every packet, and n for one of n that an input takes, with all of its
+	// Sample is 1 for every packet, and n for one in n received by an input, with all of its
 	// copies.
 	Sample uint32
-	// Snap is how many bytes of a packet are kept at most, from 1 to MaxSnap.
+	// Snap is the maximum number of bytes kept of a packet, from 1 to MaxSnap.
 	Snap uint32
 }
 
-// MaxSnap is the longest part of a packet that is kept, and AllSlots stands for every output.
+// MaxSnap is the largest Snap, in bytes, and AllSlots selects every output.
 const (
 	MaxSnap  = 0xf000
 	AllSlots = ^uint64(0)
 )
 
-// Everything is all packets of a rule in full.
+// Everything selects all packets of a rule in full.
 var Everything = Options{In: true, Slots: AllSlots, Dropped: true, Sample: 1, Snap: MaxSnap}
 
-// Check says what is wrong with the options.
+// Check returns an error if the options are invalid.
 func (o Options) Check() error {
 	switch {
 	case !o.In && o.Slots == 0 && !o.Dropped:
@@ -51,10 +51,10 @@ func (o Options) Check() error {
 	return nil
 }
 
-// Wants says whether a slot's packets are wanted as they were sent.
+// Wants reports whether a slot's packets are wanted as sent.
 func (o Options) Wants(slot int) bool { return slot < 64 && o.Slots>>slot&1 == 1 }
 
-// NoSlot stands for a packet as a whole, where the slot of a copy is asked for.
+// NoSlot, instead of a copy's slot, stands for the packet as a whole.
 const NoSlot = -1
 
 // Drop says why a packet, or its copy for a slot, was not sent.
@@ -63,21 +63,21 @@ type Drop struct {
 	Reason string
 }
 
-// Record is a packet. Whoever makes one may use its memory again once it was added.
+// Record is a packet. The caller may reuse its memory once Add has returned.
 type Record struct {
 	Time   int64 // nanoseconds of CLOCK_MONOTONIC
-	Index  int   // of the interface that it came in on, or was to leave by
-	Out    bool  // it left, or was to leave; else it came in
+	Index  int   // of the input interface, or of the intended output interface
+	Out    bool  // sent, or meant to be; otherwise received
 	Raw    bool  // Data begins with the IP header
-	Length int   // bytes that it had; Data may be less
+	Length int   // original length in bytes; Data may be shorter
 	Data   []byte
 	Rule   string
-	// Slot is the output of a copy; NoSlot: it is the packet that came in.
+	// Slot is the output of a copy; NoSlot: the packet as received.
 	Slot  int
 	Drops []Drop
 }
 
-// comment says whose packet it is.
+// comment appends a description of the packet.
 func (r *Record) comment(to []byte) []byte {
 	to = append(append(to, "rule "...), r.Rule...)
 	switch {
@@ -100,15 +100,14 @@ func (d Drop) comment(to []byte) []byte {
 
 // Bounds of a Writer.
 const (
-	// holdBytes is how much is held back to be put in the order of time.
+	// holdBytes is the amount held back to be sorted by time.
 	holdBytes = 1 << 20
-	// HoldTime is how often to call Flush.
+	// HoldTime is the interval at which to call Flush.
 	HoldTime = 50 * time.Millisecond
 )
 
-// Writer puts records of any number of sources in the order of their time, as far as they come
-// within HoldTime of each other, and writes them. Its methods may be called from any
-// goroutine.
+// Writer sorts records of any number of sources by time, if they arrive within HoldTime of each
+// other, and writes them. Its methods may be called from any goroutine.
 type Writer struct {
 	name  func(index int) string
 	limit uint64 // packets, 0: none
@@ -129,18 +128,18 @@ type interfaceKey struct {
 	raw   bool
 }
 
-// held is a packet that waits to be written.
+// held is a packet waiting to be written.
 type held struct {
 	time     int64
 	index    int
-	from, to int // of bytes: the packet
-	comments int // up to here: the comments, each with its length in front
+	from, to int // the packet's range in Writer.bytes
+	comments int // end of the comments, each preceded by its length
 	length   int
 	out, raw bool
 }
 
-// NewWriter starts a file. name names interfaces; limit is how many packets it is to hold, 0 for
-// any number. application is who writes it.
+// NewWriter starts a file. name returns the name of an interface; limit is the maximum number of
+// packets, 0 for no limit; application names the program that writes it.
 func NewWriter(w io.Writer, application string, name func(index int) string, limit uint64) (*Writer, error) {
 	out := &pcapng{w: w}
 	out.section(application)
@@ -150,7 +149,7 @@ func NewWriter(w io.Writer, application string, name func(index int) string, lim
 	return &Writer{name: name, limit: limit, out: out, interfaces: map[interfaceKey]uint32{}}, nil
 }
 
-// Add takes a record; its memory is not used any more when Add has returned.
+// Add takes a record; it does not retain its memory.
 func (w *Writer) Add(r *Record) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -171,9 +170,8 @@ func (w *Writer) Add(r *Record) {
 	}
 }
 
-// Flush writes what was added, and, if it has changed, how many packets were lost so far. It says
-// whether there is room for more: not after the limit, nor after an error, which it returns
-// again and again.
+// Flush writes what was added and, if it changed, the number of packets lost so far. more is false
+// once the limit is reached and after an error, which every later call returns.
 func (w *Writer) Flush(lost uint64) (more bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -185,7 +183,7 @@ func (w *Writer) Flush(lost uint64) (more bool, err error) {
 	return !w.done, w.err
 }
 
-// Close ends the file with how many packets were lost.
+// Close completes the file with the number of packets lost.
 func (w *Writer) Close(lost uint64) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -196,7 +194,7 @@ func (w *Writer) Close(lost uint64) error {
 	return w.err
 }
 
-// Written is how many packets were written.
+// Written returns the number of packets written.
 func (w *Writer) Written() uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -228,8 +226,8 @@ func (w *Writer) flush() {
 	}
 }
 
-// statistics says for the first interface how many packets were lost: it is not known of which
-// they were.
+// statistics reports the lost packets on the first interface: it is unknown which ones they belong
+// to.
 func (w *Writer) statistics() {
 	if len(w.interfaces) == 0 {
 		if w.lost == 0 {
@@ -242,7 +240,7 @@ func (w *Writer) statistics() {
 	w.flush()
 }
 
-// interfaceOf is the number of an interface in the file.
+// interfaceOf returns the id of an interface in the file; it adds a new one.
 func (w *Writer) interfaceOf(index int, raw bool) uint32 {
 	key := interfaceKey{index, raw}
 	id, ok := w.interfaces[key]
@@ -254,14 +252,14 @@ func (w *Writer) interfaceOf(index int, raw bool) uint32 {
 	return id
 }
 
-// wallOffset is what the wall clock is ahead of CLOCK_MONOTONIC.
+// wallOffset is how far the wall clock is ahead of CLOCK_MONOTONIC, in nanoseconds.
 func wallOffset() int64 {
 	var mono unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &mono) // cannot fail for this clock
 	return time.Now().UnixNano() - mono.Nano()
 }
 
-// appendComment appends a text with its length in front, in two bytes.
+// appendComment appends a text preceded by its length, in two bytes, little endian.
 func appendComment(to []byte, text func([]byte) []byte) []byte {
 	at := len(to)
 	to = text(append(to, 0, 0))

@@ -39,7 +39,7 @@ func blocks(t *testing.T, file []byte) (kinds []uint32, bodies [][]byte) {
 	return kinds, bodies
 }
 
-// Packets of several sources come out in the order of their time, up to the limit.
+// Packets of several sources are written in the order of their time, up to the limit.
 func TestOrderAndLimit(t *testing.T) {
 	var out bytes.Buffer
 	w := newWriter(t, &out, 3)
@@ -75,7 +75,7 @@ func TestOrderAndLimit(t *testing.T) {
 	}
 }
 
-// What was lost is in the file even if no packet is.
+// Lost packets are recorded even if none was written.
 func TestAllLost(t *testing.T) {
 	var out bytes.Buffer
 	w := newWriter(t, &out, 0)
@@ -87,7 +87,7 @@ func TestAllLost(t *testing.T) {
 	}
 }
 
-// A file that is cut off anywhere is copied up to its last whole block, and never taken for whole.
+// A truncated file is copied up to its last whole block, and never taken for complete.
 func TestCopyCut(t *testing.T) {
 	var out bytes.Buffer
 	w := newWriter(t, &out, 0)
@@ -114,7 +114,7 @@ func TestCopyCut(t *testing.T) {
 	}
 }
 
-// Whatever comes, Copy neither fails to end nor panics.
+// For any input, Copy terminates and does not panic.
 func FuzzCopy(f *testing.F) {
 	var out bytes.Buffer
 	if w, err := NewWriter(&out, "test", name, 0); err == nil {
@@ -175,7 +175,7 @@ func (b *broken) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// A reader that goes away ends the file at once, and says so each time.
+// A reader that closes ends the file at once, and every Flush returns the error.
 func TestReaderGone(t *testing.T) {
 	w := newWriter(t, &broken{after: 1}, 0)
 	w.Add(record(1, "packet"))
