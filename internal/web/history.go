@@ -8,44 +8,46 @@ import (
 )
 
 const (
-	// A history is the last 5 minutes: so many rates of each rule, a step apart.
+	// A history covers the last 5 minutes: historySteps rates of each rule, historyStep apart.
 	historySteps = 60
 	historyStep  = 5 * time.Second
-	// historyRules bounds its memory, at about 350 bytes a rule. Beyond, no rates are kept.
+	// historyRules bounds its memory, at about 350 bytes a rule. With more rules, no rates are
+	// kept.
 	historyRules = 20_000
-	// historyShare bounds the part of the time that reading may take: 1/historyShare, but for at most historyLeft steps
-	// without a reading, since a reading may have waited for a relay that is busy. They share one rate.
+	// historyShare bounds the fraction of time spent reading: 1/historyShare. The pause is at most
+	// historyLeft steps, since a slow reading may only have waited for a busy relay. The steps of a
+	// pause share one rate.
 	historyShare = 50
 	historyLeft  = 4
 )
 
-// history keeps the rates of the last minutes, so that a page shows them as it is opened. It may be used
-// from any goroutine.
+// history keeps the rates of the last minutes, so that a page can show them as soon as it opens. It
+// may be used from any goroutine.
 type history struct {
 	step time.Duration
 
 	mu    sync.Mutex
 	rules map[string]*past
 	at    time.Time // of the last reading; zero: none
-	next  int       // where the next step goes
+	next  int       // index of the next step
 	taken int       // steps so far, at most historySteps
 }
 
-// past is a rule's rates: a ring, whose positions are those of all rules.
+// past is a rule's rates: a ring, with the same indexes for all rules.
 type past struct {
 	packets uint64 // as of the last reading
 	rates   [historySteps]float32
 }
 
-// pastRates are what a message has of a history.
+// pastRates is a history in a message.
 type pastRates struct {
 	Step  float64 `json:"step"` // seconds
 	Taken int     `json:"taken"`
-	// Rates are packets per second, the newest last. Zeros at the beginning are left out.
+	// Rates are packets per second, newest last. Leading zeros are omitted.
 	Rates map[string][]digits `json:"rates"`
 }
 
-// digits is a number of which three digits are told.
+// digits is a number encoded with three significant digits.
 type digits float32
 
 // MarshalJSON implements json.Marshaler.
@@ -57,7 +59,7 @@ func newHistory(step time.Duration) *history {
 	return &history{step: step, rules: map[string]*past{}}
 }
 
-// add takes a reading: how many packets each rule has matched.
+// add records a reading: the number of packets that each rule has matched.
 func (h *history) add(now time.Time, packets map[string]uint64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -66,7 +68,7 @@ func (h *history) add(now time.Time, packets map[string]uint64) {
 		h.begin(now, packets)
 		return
 	}
-	// The nearest: readings come a little early or late.
+	// Rounded: readings come a little early or late.
 	steps := int((between + h.step/2) / h.step)
 	if steps == 0 {
 		return
@@ -83,7 +85,7 @@ func (h *history) add(now time.Time, packets map[string]uint64) {
 			h.rules[name] = p
 		}
 		rate := float32(0)
-		if n > p.packets { // one that ran backwards is of another rule of this name
+		if n > p.packets { // a counter that ran backwards belongs to a new rule of this name
 			rate = float32(float64(n-p.packets) / between.Seconds())
 		}
 		for i := range steps {
@@ -94,7 +96,7 @@ func (h *history) add(now time.Time, packets map[string]uint64) {
 	h.at, h.next, h.taken = now, (h.next+steps)%historySteps, min(historySteps, h.taken+steps)
 }
 
-// begin forgets all, and takes a first reading, which has no rates.
+// begin clears the history and takes a first reading, which yields no rates.
 func (h *history) begin(now time.Time, packets map[string]uint64) {
 	clear(h.rules)
 	h.at, h.taken = time.Time{}, 0
@@ -107,7 +109,7 @@ func (h *history) begin(now time.Time, packets map[string]uint64) {
 	}
 }
 
-// tell is what a page is told.
+// tell returns the history for a page.
 func (h *history) tell() *pastRates {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -126,7 +128,7 @@ func (h *history) tell() *pastRates {
 	return m
 }
 
-// run reads until the context ends.
+// run takes readings until the context ends.
 func (h *history) run(ctx context.Context, matched func(context.Context) (map[string]uint64, error)) {
 	for {
 		began := time.Now()

@@ -29,7 +29,7 @@ func (p *pastRates) of(name string) []float64 {
 	return all
 }
 
-// TestHistory: what is told of each rule is what its counter said, a step after the other.
+// TestHistory: the rates of each rule follow its counter, step by step.
 func TestHistory(t *testing.T) {
 	h := newHistory(historyStep)
 	at := began
@@ -47,20 +47,20 @@ func TestHistory(t *testing.T) {
 	want("a")
 	step(5*time.Second, map[string]uint64{"a": 1500, "gone": 5})
 	want("a", 100)
-	// A rule that comes begins with nothing; readings are not quite on time.
+	// A new rule starts at zero; readings are not quite on time.
 	step(4900*time.Millisecond, map[string]uint64{"a": 1500 + 49, "new": 490})
 	want("a", 100, 10)
 	want("new", 0, 100)
 	want("gone", 0, 0)
 	step(time.Second, map[string]uint64{"a": 1549}) // too soon
-	// Steps that were left out have the rate of the time between.
+	// Skipped steps share the average rate.
 	step(14*time.Second, map[string]uint64{"a": 1549 + 150, "new": 490})
 	want("a", 100, 10, 10, 10, 10)
 	want("new", 0, 100, 0, 0, 0)
-	// Another rule of that name.
+	// A new rule of the same name.
 	step(5*time.Second, map[string]uint64{"a": 0, "new": 490})
 	want("a", 100, 10, 10, 10, 10, 0)
-	// Long after, all of it is too old.
+	// After a long time all rates are too old.
 	step(historySteps*historyStep+time.Second, map[string]uint64{"a": 9})
 	want("a")
 	if m := h.tell(); m.Step != 5 || m.Taken != 0 || len(m.Rates) != 0 {
@@ -68,7 +68,7 @@ func TestHistory(t *testing.T) {
 	}
 }
 
-// TestHistoryRandom: whatever comes and goes, the last steps are those of a list without bounds.
+// TestHistoryRandom: for random changes, the last steps equal those of an unbounded list.
 func TestHistoryRandom(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	h := newHistory(historyStep)
@@ -81,7 +81,7 @@ func TestHistoryRandom(t *testing.T) {
 		for i := range 5 {
 			name := fmt.Sprint("r", i)
 			before, known := packets[name]
-			if r.IntN(20) == 0 { // it goes, and comes back as another
+			if r.IntN(20) == 0 { // it is removed, and returns as a new rule
 				delete(all, name)
 				continue
 			}
@@ -140,8 +140,9 @@ func TestHistoryMemory(t *testing.T) {
 	runtime.KeepAlive(packets)
 }
 
-// TestHistoryIsTold: the first message to a page has what was read before the page was there, and so has a poll that asks;
-// messages after it have not. While the relay does not count, the page is told the rest.
+// TestHistoryIsTold: the first message to a page has the rates from before the page was opened, as
+// has a poll that requests them; later messages do not. While the relay does not count, the page
+// gets everything else.
 func TestHistoryIsTold(t *testing.T) {
 	var mu sync.Mutex
 	packets, failing := uint64(0), true

@@ -13,7 +13,7 @@ import (
 	"xdpcast/internal/control"
 )
 
-// liveRule is what the list of the page has of a rule, and changes seldom.
+// liveRule is the part of a rule in the page's list that seldom changes.
 type liveRule struct {
 	Name   string   `json:"name"`
 	In     string   `json:"in"`
@@ -27,10 +27,11 @@ type liveRule struct {
 // liveCounters are matched packets and bytes, sent packets and bytes, dropped packets.
 type liveCounters [5]uint64
 
-// live is a message to the page: all, or what is another than in the message before.
+// live is a message to the page: everything, or the changes since the previous message.
 type live struct {
 	Time time.Time `json:"time"`
-	// All: Rules are all rules. Else they are those that are new or others, and Gone names those that are gone.
+	// All: Rules has all rules. Otherwise it has the new and changed ones, and Gone names removed
+	// ones.
 	All      bool                    `json:"all"`
 	Every    float64                 `json:"every"` // seconds between messages
 	Rules    []*liveRule             `json:"rules"`
@@ -45,27 +46,27 @@ type live struct {
 }
 
 const (
-	// Pages are told every second; with many rules less often, as reading them takes time.
+	// Pages are updated every second; with many rules less often, since reading them takes time.
 	liveEvery     = time.Second
-	liveManyRules = 2_000 // for each so many rules a second more, up to
+	liveManyRules = 2_000 // one second more per this many rules, up to
 	liveMost      = 5 * time.Second
-	// liveShare bounds the part of the time that reading may take: 1/liveShare.
+	// liveShare bounds the fraction of time spent reading: 1/liveShare.
 	liveShare = 10
-	// liveBehind is how many messages a page may be behind before it is cut off, to come again.
+	// liveBehind is how many messages a page may lag before it is disconnected, and reconnects.
 	liveBehind = 4
-	// liveTimeout bounds one reading, and stallTime how long a page may take nothing.
+	// liveTimeout bounds one reading, and stallTime a write to a page.
 	liveTimeout = 20 * time.Second
 	stallTime   = 20 * time.Second
 	maxPages    = 64
 )
 
-// hub reads the relay for all pages that are open, and not at all while none is.
+// hub reads the relay for all open pages, and not at all without one.
 type hub struct {
 	o       Options
 	history *history // nil: none is kept
 
 	mu      sync.Mutex
-	pages   map[chan []byte]bool // true once it has a message with all
+	pages   map[chan []byte]bool // true once sent a full message
 	running bool
 	last    *sample // nil before the first
 }
@@ -77,7 +78,7 @@ type sample struct {
 	every  time.Duration
 }
 
-// newHub keeps a history until the context ends, if the relay counts for it.
+// newHub returns a hub that keeps a history until the context ends, if o.Matched is set.
 func newHub(o Options) *hub {
 	h := &hub{o: o, pages: map[chan []byte]bool{}}
 	if o.Matched != nil {
@@ -87,8 +88,8 @@ func newHub(o Options) *hub {
 	return h
 }
 
-// ServeHTTP answers with messages as server-sent events where the request accepts these, else with one that has all,
-// with ?history the rates of the last minutes, too.
+// ServeHTTP streams messages as server-sent events if the request accepts them. Otherwise it
+// returns one full message, with ?history including the rates of the last minutes.
 func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !strings.Contains(r.Header.Get("Accept"), "text/event-stream") {
 		s, err := h.fresh(r.Context())
@@ -110,7 +111,7 @@ func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer h.leave(page)
 	rc := http.NewResponseController(w)
-	_ = rc.SetReadDeadline(time.Time{}) // the server's bound is for requests that end
+	_ = rc.SetReadDeadline(time.Time{}) // the server's timeout is for requests that end
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no")
 	beat := time.NewTicker(stallTime / 2)
@@ -128,7 +129,7 @@ func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		case message, ok := <-page:
 			if !ok {
-				return // it was too slow
+				return // the page was too slow
 			}
 			text = fmt.Appendf(nil, "event: live\ndata: %s\n\n", message)
 		case <-beat.C:
@@ -160,7 +161,7 @@ func (h *hub) leave(page chan []byte) {
 	delete(h.pages, page)
 }
 
-// run tells pages until there are none.
+// run updates pages until none are open.
 func (h *hub) run() {
 	for {
 		started := time.Now()
@@ -186,7 +187,7 @@ func (h *hub) run() {
 	}
 }
 
-// tell sends pages what is new. One that has not taken the messages before is cut off.
+// tell sends changes to pages. A page that has not taken the previous messages is disconnected.
 func (h *hub) tell(s *sample) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -217,7 +218,7 @@ func (h *hub) tell(s *sample) {
 	h.last = s
 }
 
-// fresh returns a reading that is no older than pages get it.
+// fresh returns a reading no older than the update interval of pages.
 func (h *hub) fresh(ctx context.Context) (*sample, error) {
 	h.mu.Lock()
 	last := h.last
@@ -248,7 +249,7 @@ func (h *hub) read(ctx context.Context) (*sample, error) {
 	if err != nil {
 		return nil, err
 	}
-	status.Fill() // the page wants lists, also where there is nothing
+	status.Fill() // the page needs lists, even empty ones
 	stats.Fill()
 	s := &sample{byName: make(map[string]*liveRule, len(stats.Rules)), every: min(liveMost, liveEvery+time.Second*time.Duration(len(stats.Rules)/liveManyRules))}
 	s.live = live{
@@ -269,7 +270,7 @@ func (h *hub) read(ctx context.Context) (*sample, error) {
 	return s, nil
 }
 
-// since is what is another than in the sample before.
+// since returns the changes since an earlier sample.
 func (s *sample) since(before *sample) live {
 	m := s.live
 	m.All, m.Rules, m.Counters = false, []*liveRule{}, map[string]liveCounters{}

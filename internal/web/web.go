@@ -1,4 +1,4 @@
-// Package web serves a relay to browsers: a page, embedded in the program, and the API that it speaks.
+// Package web serves a relay to browsers: a page embedded in the program, and the API that it uses.
 package web
 
 import (
@@ -22,33 +22,34 @@ import (
 
 // Options configures a handler.
 type Options struct {
-	// Context ends the answers that go on.
+	// Context ends open event streams and the history.
 	Context context.Context
 	Backend control.Backend
-	// Matched says how many packets each rule has matched, at little cost: it is asked every 5 seconds, whether
-	// a page is open or not. Nil: pages draw no rates of before they were opened.
+	// Matched returns the number of packets that each rule has matched, at little cost: it is
+	// called every 5 seconds, whether or not a page is open. Nil: pages show no rates from before
+	// they were opened.
 	Matched func(context.Context) (map[string]uint64, error)
 	Events  *events.Log
 	// Metrics answers /metrics, /healthz and /readyz.
 	Metrics http.Handler
-	// Token is what a client must show that changes rules; empty: nobody can.
+	// Token is required of clients that change rules; empty: nobody can change them.
 	Token string
-	// Names are what the server may be called besides localhost, addresses and this host's name.
+	// Names are the server's host names besides localhost, addresses and this host's name.
 	Names []string
-	// Log is told of every change, and of what is refused. Nil: nobody.
+	// Log records every change and every refused request. Nil: discarded.
 	Log *slog.Logger
 }
 
 //go:embed static
 var static embed.FS
 
-// csp allows what the page brings itself, and nothing else: no script or style that stands in a
-// document, no other host, no frame around it.
+// csp allows only what the page brings itself: no inline script or style, no other host, no frame
+// around it.
 const csp = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
 	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 
-// Handler serves the page at /, the API below /v1 and what Options.Metrics does. Requests by a name that is not
-// the server's are refused, and so are changes that another site's page asks for.
+// Handler serves the page at /, the API below /v1, and Options.Metrics. It refuses requests with a
+// foreign host name, and changes requested by another site's page.
 func Handler(o Options) http.Handler {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -101,8 +102,9 @@ func Handler(o Options) http.Handler {
 	})
 }
 
-// checkHost refuses a request by a foreign name: the page of a site whose name was made to lead here could
-// read the answer (DNS rebinding). An address is no name that anybody else can have.
+// checkHost refuses requests with a foreign host name: a site whose name was made to resolve to
+// this server could read the answer (DNS rebinding). Addresses are safe, since no site can own them
+// as a name.
 func checkHost(r *http.Request, names []string) error {
 	host := r.Host
 	if name, _, err := net.SplitHostPort(host); err == nil {
@@ -115,8 +117,8 @@ func checkHost(r *http.Request, names []string) error {
 	return fmt.Errorf("host %.100q is not a name of this server: want an address, localhost, or a name given with --listen-name", host)
 }
 
-// checkOrigin refuses what another site's page asks for. The header that has the token could not be
-// set there anyway, and answers could not be read: this is the second wall.
+// checkOrigin refuses requests by another site's page. It is a second line of defence: such a page
+// can neither set the token's header nor read answers.
 func checkOrigin(r *http.Request) error {
 	if site := r.Header.Get("Sec-Fetch-Site"); site != "" && site != "same-origin" && site != "none" && r.Header.Get("Sec-Fetch-Mode") != "navigate" {
 		return fmt.Errorf("asked for by the page of another site")
@@ -134,7 +136,7 @@ func checkOrigin(r *http.Request) error {
 // minToken is the shortest token, in bytes.
 const minToken = 16
 
-// ReadToken reads a file that holds a token, which nobody but its owner and group may read.
+// ReadToken reads a token from a file that only its owner and group may read.
 func ReadToken(path string) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -107,7 +107,7 @@ func ask(t *testing.T, method, url string, headers map[string]string) (*http.Res
 	return answer, string(text)
 }
 
-// TestFiles: everything that the page names is embedded, and nothing in it runs or styles in line.
+// TestFiles: every file that the page refers to is embedded, and none has inline scripts or styles.
 func TestFiles(t *testing.T) {
 	url := page(t, &relay{}, "")
 	entries, err := static.ReadDir("static")
@@ -142,7 +142,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// TestForeign: names that are not the server's, and pages of other sites, get nothing.
+// TestForeign: requests with foreign host names or from pages of other sites are refused.
 func TestForeign(t *testing.T) {
 	r := &relay{}
 	url := page(t, r, token)
@@ -181,7 +181,7 @@ func TestForeign(t *testing.T) {
 	}
 }
 
-// TestToken: nothing is changed without the token, by any request that changes.
+// TestToken: no request changes anything without the token.
 func TestToken(t *testing.T) {
 	r := &relay{}
 	locked, open := page(t, r, ""), page(t, r, token)
@@ -226,7 +226,7 @@ func TestReadToken(t *testing.T) {
 	}
 }
 
-// TestLive: a page gets all rules, and then what is another; many pages cost no more than one.
+// TestLive: a page gets all rules, and then the changes; many pages cost no more than one.
 func TestLive(t *testing.T) {
 	r := &relay{}
 	r.set("a", "active", 1)
@@ -270,7 +270,7 @@ func TestLive(t *testing.T) {
 	r.set("b", "active", 7)
 	for i, stream := range streams {
 		states, packets := "", uint64(0)
-		for states == "" || packets == 0 { // it may be of two messages
+		for states == "" || packets == 0 { // the changes may come in two messages
 			m := next(stream)
 			if m.All {
 				t.Errorf("page %d gets all again", i)
@@ -291,7 +291,7 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// TestSince: messages with what is another, put together, are the whole.
+// TestSince: messages with changes add up to the full state.
 func TestSince(t *testing.T) {
 	r := &relay{}
 	h := newHub(Options{Context: t.Context(), Backend: r})

@@ -30,7 +30,7 @@ const query = (o) => {
 	const q = new URLSearchParams(Object.entries(o).filter(([, v]) => v)).toString();
 	return q && "?" + q;
 };
-// Changes that are only tried (dryRun), or undone unless they are confirmed within a time.
+// Changes that are dry runs, or undone unless confirmed within a time.
 const how = (dryRun, within, more) => query({ max_changes: 500, ...more, dry_run: dryRun, confirm: within });
 
 export const put = (rule, dryRun, within) => ask(rulePath(rule.name) + how(dryRun, within), json("PUT", rule));

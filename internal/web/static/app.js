@@ -1,4 +1,4 @@
-// The page: what is at the top, and which section is shown.
+// The page: its header, and the section shown.
 import { h, state, rate, bits, count, ago, sum } from "./dom.js";
 import { Live, condition } from "./live.js";
 import { ask, token, setToken } from "./api.js";
@@ -85,7 +85,7 @@ function membershipsPage(_, into) {
 		try {
 			const all = await ask("v1/groups");
 			if (left) return;
-			// What needs a person comes first.
+			// What needs attention comes first.
 			const order = { failed: 0, retrying: 1, wanted: 2, joined: 3 };
 			groups = all.sort((a, b) => order[a.state] - order[b.state]);
 			show();
@@ -130,7 +130,7 @@ document.getElementById("access").addEventListener("click", () => {
 });
 
 addEventListener("hashchange", () => {
-	if (!location.hash.startsWith("#/")) return; // the link that skips to the content
+	if (!location.hash.startsWith("#/")) return; // the link to skip to the main part
 	route();
 	main.focus({ preventScroll: true });
 });

@@ -1,11 +1,11 @@
-// Sets of rules: those that were in force, the daemon's file, and a change that waits for confirmation.
+// Sets of rules: earlier ones, the daemon's file, and a change that awaits confirmation.
 import { h, ago } from "./dom.js";
 import { token, getHistory, rollback, reload, confirm } from "./api.js";
 import { confirmChange } from "./edit.js";
 
 const pause = 5000;
 
-// duration is the time left, in the units that a person counts in.
+// duration formats the time left for people.
 export function duration(ms) {
 	const s = Math.max(0, Math.ceil(ms / 1000)), two = (n) => String(n).padStart(2, "0");
 	if (s < 60) return s + " s";
@@ -13,7 +13,7 @@ export function duration(ms) {
 	return `${Math.floor(s / 3600)} h ${two(Math.floor(s % 3600 / 60))} min`;
 }
 
-// PendingChange is the bar that tells of a change that waits for confirmation.
+// PendingChange is the bar that shows a change that awaits confirmation.
 export class PendingChange {
 	#live; #at; #shown = ""; #left = null; #ends = 0;
 	#fault = h("p", { class: "fault", role: "alert" });
@@ -26,7 +26,7 @@ export class PendingChange {
 
 	update() {
 		const p = this.#live.status?.unconfirmed;
-		// The clocks of the two hosts may differ: only differences of the daemon's are used.
+		// The clocks of the two hosts may differ: use only differences of the daemon's times.
 		this.#ends = p ? performance.now() + new Date(p.until).getTime() - this.#live.time : 0;
 		const now = p ? JSON.stringify([p, Boolean(token())]) : "";
 		if (now !== this.#shown) this.#build(p, now);
@@ -35,7 +35,7 @@ export class PendingChange {
 
 	#build(p, now) {
 		this.#shown = now;
-		// What was refused because it came too late stays to be read.
+		// Keep showing an action refused because it came too late.
 		const late = !p && this.#fault.textContent;
 		this.#at.hidden = !p && !late;
 		if (late) return this.#at.replaceChildren(this.#fault, h("button", { type: "button", id: "dismiss", onclick: () => { this.#at.hidden = true; this.#fault.textContent = ""; } }, "Dismiss"));
@@ -68,7 +68,7 @@ export class PendingChange {
 // A change without a user is the daemon's own, or was made with the token.
 const who = (e) => e.uid === undefined ? "–" : e.uid === 0 ? "root" : "user " + e.uid;
 
-// historyPage lists the sets that can be brought back.
+// historyPage lists the sets that can be restored.
 export function historyPage(live, main) {
 	let left = false, timer = 0, shown = "";
 	const fault = h("p", { class: "fault", role: "alert" });
@@ -79,7 +79,7 @@ export function historyPage(live, main) {
 		h("div", { class: "wide" }, h("table", { id: "history" }, h("caption", {}, "Sets that were in force, the newest first"),
 			h("thead", {}, h("tr", {}, ["Back", "Since", "Who", "What"].map((t) => h("th", { scope: "col" }, t)), ["Rules", "Added", "Removed", "Changed"].map((t) => h("th", { scope: "col", class: "num" }, t)), h("th", { scope: "col" }, ""))), rows)));
 
-	// change shows what an act would do, and does it when told to.
+	// change shows what an action would do, and does it when confirmed.
 	async function change(title, act) {
 		fault.textContent = "";
 		try {
@@ -92,7 +92,8 @@ export function historyPage(live, main) {
 		}
 	}
 
-	// Sets move back with each change: the one that was picked must still be at its number.
+	// Numbers of sets shift with each change: check that the number is still that of the chosen
+	// set.
 	const bringBack = (e) => change(`Bring back the set of ${new Date(e.time).toLocaleString()}`, async (dryRun, within) => {
 		const now = (await getHistory()).find((o) => o.back === e.back);
 		if (now?.time !== e.time) throw new Error("the rules have been changed meanwhile: pick the set again");

@@ -1,4 +1,4 @@
-// Elements are made by calls alone: no text is ever read as HTML.
+// Elements are only made by calls: no text is parsed as HTML.
 
 const svgNS = "http://www.w3.org/2000/svg";
 
@@ -59,14 +59,15 @@ export function ago(when, now = Date.now()) {
 
 export const state = (s) => h("span", { class: "state " + s }, s.replace("_", " "));
 
-// lost are the drops that are missing at an output: what another input of the rule brings is not.
+// lost are the drops that an output lacks: packets delivered by another input of the rule do not
+// count.
 export const lost = (drops) => (drops ?? []).filter((d) => d.packets > 0 && d.reason !== "duplicate" && d.reason !== "standby");
 
 export const sum = (drops) => lost(drops).reduce((n, d) => n + d.packets, 0);
 
 const points = 60;
 
-// spark draws the rates of the last minutes, and the one of now at its right end.
+// spark draws the rates of the last minutes, with the current one at its right end.
 export function spark(history, now) {
 	const values = [...history, ...(now === undefined || now === null ? [] : [now])].slice(-points - 1);
 	const top = Math.max(1e-9, ...values);

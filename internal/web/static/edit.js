@@ -1,4 +1,4 @@
-// Changes: a form with the faults at their fields, and a difference that is shown before anything is done.
+// Changes: a form with the errors at their fields, and a difference shown before anything is done.
 import { h } from "./dom.js";
 import { ask, check, put, remove, apply, getRule, token, setToken } from "./api.js";
 
@@ -8,7 +8,7 @@ function lines(rule) {
 	return [`${rule.name}:`, `  in: ${rule.in}`, ...rule.out.map((o) => `  out: ${o}`), ...(rule.path && rule.path !== "auto" ? [`  path: ${rule.path}`] : [])];
 }
 
-// difference lists what a change adds and takes away, line by line.
+// difference lists what a change adds and removes, line by line.
 function difference(result) {
 	const out = [];
 	const line = (sign, text) => out.push(h("div", { class: { "+": "add", "-": "remove", " ": "" }[sign] }, sign + " " + text));
@@ -22,7 +22,7 @@ function difference(result) {
 	return h("div", { class: "diff", tabindex: 0, role: "region", "aria-label": "Difference" }, out.length ? out : "nothing changes");
 }
 
-// confirmChange shows a difference, and does it when told to; true when it was done.
+// confirmChange shows a difference, and applies it when confirmed; it resolves to true if applied.
 export function confirmChange(title, result, act, probation = false) {
 	return new Promise((done) => {
 		const box = dialog();
@@ -105,7 +105,8 @@ export function editPage(live, main, name) {
 		timer = setTimeout(() => validate(false), 300);
 	}
 
-	// validate shows what is wrong at each field; those not filled in yet only when all are wanted.
+	// validate shows the errors at each field; those of fields not filled in yet only if all is
+	// set.
 	async function validate(all) {
 		clearTimeout(timer);
 		const rule = values();
@@ -152,7 +153,7 @@ export function editPage(live, main, name) {
 	return { update() {}, leave() { left = true; clearTimeout(timer); } };
 }
 
-// filePage has the rules as a file, to keep, and to bring in.
+// filePage shows the rules as a file, to save and to apply.
 export function filePage(live, main) {
 	const text = h("textarea", { id: "yaml", spellcheck: "false", "aria-describedby": "yaml-fault", readonly: !token() });
 	const fault = h("p", { class: "fault", id: "yaml-fault", role: "alert" });

@@ -1,9 +1,9 @@
-// What has changed, as it comes.
+// Events as they arrive.
 import { h } from "./dom.js";
 
 const most = 500;
-const first = 5000; // ms in which the stream must say something: a proxy may hold it back
-const pause = 2000; // ms between questions where it does not get through
+const first = 5000; // ms in which the stream must send something: a proxy may buffer it
+const pause = 2000; // ms between polls if the stream does not get through
 
 function text(e) {
 	const of = { output: () => `${e.output} of rule ${e.rule}`, membership: () => `${e.group}%${e.interface}`, neighbour: () => `${e.address} on ${e.interface}`, querier: () => `${e.address} on ${e.interface}` }[e.kind]?.() ?? e.rule ?? e.interface ?? "";
@@ -11,7 +11,7 @@ function text(e) {
 	return `${(e.kind + " " + of).trim()}${e.count > 1 ? ` and ${e.count - 1} more, the last ${e.last}` : ""}: `;
 }
 
-// eventList shows those that match, the newest first, until it is closed.
+// eventList shows matching events, newest first, until closed.
 export function eventList(into, match, limit = most) {
 	const list = h("ol", { class: "events", role: "log", "aria-label": "Events, the newest first", "aria-live": "off" });
 	const none = h("p", { class: "dim" }, "none yet");
@@ -22,7 +22,7 @@ export function eventList(into, match, limit = most) {
 		begun = true;
 		take(JSON.parse(m.data));
 	});
-	// A stream that broke comes again by itself; one that was refused does not.
+	// A broken stream reconnects by itself; a refused one does not.
 	source.onerror = () => { if (source.readyState === EventSource.CLOSED) instead(); };
 	function take(e) {
 		last = Math.max(last, e.number ?? 0);

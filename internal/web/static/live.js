@@ -1,23 +1,23 @@
-// What the daemon does now: all rules with their rates, kept up to date by server-sent events, or by asking again
-// and again where these do not get through.
+// What the daemon does now: all rules with their rates, updated by server-sent events, or by
+// polling if these do not get through.
 
-const kept = 60; // rates of each rule that are remembered, a step apart
-const quiet = 25000; // ms without a word after which a stream is taken for dead
-const first = 5000; // ms in which a stream must begin: a proxy may accept it and hold back what it says
+const kept = 60; // rates kept of each rule, one per step
+const quiet = 25000; // ms of silence after which a stream counts as dead
+const first = 5000; // ms in which a stream must start: a proxy may accept it and buffer its data
 
 export class Live extends EventTarget {
-	rules = new Map(); // by name: what the daemon says, with rates and history: packets per second in each step
+	rules = new Map(); // by name: what the daemon reports, with rates and history: packets per second in each step
 	step = 5; // seconds
 	status = null;
 	connection = "connecting";
-	#last = null; // the message before
+	#last = null; // the previous message
 	#source = null;
 	#heard = 0;
-	#begun = false; // the stream has said something
+	#begun = false; // the stream has sent something
 	#failures = 0;
 	#timer = 0;
-	#stepped = 0; // when the newest step of the history ended
-	#took = 0; // when the last message came
+	#stepped = 0; // end of the newest step of the history
+	#took = 0; // arrival of the last message
 
 	start() {
 		document.addEventListener("visibilitychange", () => document.hidden ? this.#stop() : this.#open());
@@ -25,9 +25,9 @@ export class Live extends EventTarget {
 		if (!document.hidden) this.#open();
 	}
 
-	// soon has what was just changed shown at once, where asking is how it is learnt.
+	// soon shows a change at once when polling.
 	soon() {
-		if (this.#source || document.hidden) return; // a stream tells by itself
+		if (this.#source || document.hidden) return; // a stream updates by itself
 		clearTimeout(this.#timer);
 		this.#poll();
 	}
@@ -52,18 +52,18 @@ export class Live extends EventTarget {
 		source.onerror = () => { if (this.#source === source) this.#instead(); };
 	}
 
-	// instead asks where the stream does not get through. One that was held back is not tried again soon: that
-	// takes longer to show than a refusal.
+	// instead polls if the stream does not get through. Retry a buffered stream later than a
+	// refused one: it takes longer to detect.
 	#instead(held = false) {
 		this.#stop();
 		this.#failures += held ? 3 : 1;
 		this.#poll();
 	}
 
-	// poll asks once, and tries the stream again now and then.
+	// poll polls once, and retries the stream at intervals.
 	async #poll() {
 		try {
-			// The daemon's history is asked for where the page's own has a gap.
+			// Request the daemon's history if the page's own has a gap.
 			const gap = Date.now() - this.#took > 2000 * this.step;
 			const answer = await fetch(gap ? "v1/live?history" : "v1/live", { signal: AbortSignal.timeout(20000) });
 			if (!answer.ok) throw new Error(answer.statusText);
@@ -93,7 +93,7 @@ export class Live extends EventTarget {
 	#take(m, how) {
 		this.#heard = this.#took = Date.now();
 		const time = new Date(m.time).getTime();
-		// A daemon that was started anew counts on: its counters are the kernel's.
+		// A restarted daemon continues the counts: they are the kernel's.
 		const seconds = this.#last ? (time - this.#last.time) / 1000 : 0;
 		const names = new Set();
 		for (const r of m.rules) {
@@ -111,7 +111,7 @@ export class Live extends EventTarget {
 			const before = r.counters;
 			r.counters = now;
 			if (before && seconds > 0.2 && seconds < 120) {
-				// A counter that runs backwards is of another rule of this name.
+				// A counter that ran backwards belongs to a new rule of this name.
 				const d = now.map((n, i) => Math.max(0, n - before[i]) / seconds);
 				r.rates = { packets: d[0], bits: 8 * d[1], sent: d[2], sentBits: 8 * d[3], drops: d[4] };
 				r.idle = d[0] > 0 ? 0 : r.idle + seconds;
@@ -134,8 +134,8 @@ function push(history, rates) {
 	history.splice(0, history.length - kept);
 }
 
-// remember takes what the daemon knows of a rule's last minutes, the last steps of which the page has not seen. What
-// the daemon is too young for the page may have.
+// remember merges the daemon's history of a rule, the last steps of which the page has not seen.
+// The page may have older steps than a daemon started recently.
 function remember(r, history, steps) {
 	const rates = history.rates[r.name] ?? [];
 	r.history.splice(r.history.length - Math.max(0, history.taken - steps));
@@ -146,7 +146,7 @@ function remember(r, history, steps) {
 
 const silence = 10, dropping = 10; // seconds
 
-// condition is a rule's state, or what is wrong with one that is active.
+// condition is a rule's state, or the problem of an active one.
 export function condition(r) {
 	if (r.state !== "active") return r.state;
 	if (r.dropless < dropping) return "dropping";
@@ -155,8 +155,8 @@ export function condition(r) {
 
 const ranks = ["failed", "looping", "dropping", "silent", "active"];
 
-// trouble ranks rules: the less, the sooner somebody should look.
+// trouble ranks rules: the lower, the more urgent.
 export function trouble(r) {
 	const rank = ranks.indexOf(condition(r));
-	return rank < 0 ? 2.5 : rank; // what waits
+	return rank < 0 ? 2.5 : rank; // waiting rules
 }

@@ -1,4 +1,4 @@
-// One rule: the way of its packets as a drawing, its outputs, drops, memberships and events.
+// One rule: a drawing of its packets' path, its outputs, drops, memberships and events.
 import { h, svg, state, rate, bits, bytes, count, ago, spark, lost, sum } from "./dom.js";
 import { ask, getRule, token } from "./api.js";
 import { condition } from "./live.js";
@@ -6,9 +6,9 @@ import { eventList } from "./events.js";
 import { removeRule } from "./edit.js";
 
 const pause = 2000;
-const groupsEvery = 5; // memberships are of all rules: they are asked for with every fifth reading
+const groupsEvery = 5; // memberships cover all rules: request them with every fifth reading
 
-// legText says what an input has brought.
+// legText describes what an input received.
 function legText(l, merged) {
 	const ms = (seconds) => (seconds * 1000).toFixed(seconds < 0.01 ? 3 : 1) + " ms";
 	const parts = [`${count(l.lost)} lost`, `${count(l.doubled)} twice`, `${count(l.reordered)} late`, `${count(l.resets)} jumps`, `${count(l.senders)} other senders`];
@@ -78,7 +78,7 @@ export function rulePage(live, main, name) {
 
 const cut = (text, n) => text.length > n ? text.slice(0, n - 1) + "…" : text;
 
-// drawing is the way of the packets: what comes in, the path, what goes out, and where packets are lost.
+// drawing shows the packets' path: inputs, the path, outputs, and where packets are lost.
 function drawing(r, rates) {
 	const step = 58, h0 = 16, rows = Math.max(2, r.outputs.length), height = h0 + rows * step + 10;
 	const middle = h0 + rows * step / 2 - 24;

@@ -8,7 +8,7 @@ const columns = [
 ];
 const numbers = new Set(["pps", "bps", "drops"]);
 
-// What was searched and sorted stays when one comes back. What needs somebody stands at the top.
+// Search and sorting are kept when the user returns. Rules that need attention come first.
 const view = { text: "", state: "", by: "state", down: false, top: 0, at: 0 };
 
 export function rulesPage(live, main) {
