@@ -8,7 +8,7 @@ import (
 	"xdpcast/internal/control"
 )
 
-// Backend is a relay whose reloads are counted. Whoever reloads must do so through it.
+// Backend is a relay whose reloads are counted. All reloads must go through it.
 type Backend struct {
 	control.Backend
 	now func() time.Time
@@ -17,11 +17,11 @@ type Backend struct {
 	seen reloads
 }
 
-// reloads is what is known of reloads.
+// reloads is the record of reloads.
 type reloads struct {
 	tried     uint64
 	failed    bool      // the last one
-	succeeded time.Time // the last one that did; zero for none
+	succeeded time.Time // time of the last success; zero for none
 }
 
 // Observe counts the reloads of a relay.
@@ -43,14 +43,14 @@ func (b *Backend) Reload(ctx context.Context, o control.ApplyOptions) (control.A
 	return result, err
 }
 
-// stateCounter is a relay that counts memberships without describing each.
+// stateCounter is a relay that counts memberships without listing them.
 type stateCounter interface {
 	// GroupStates counts memberships by interface and state.
 	GroupStates(ctx context.Context) (map[string]map[string]int, error)
 }
 
-// GroupStates counts memberships by interface and state. A relay that can do so by itself need not
-// read counters for it.
+// GroupStates counts memberships by interface and state. A relay that counts them itself avoids
+// reading their counters.
 func (b *Backend) GroupStates(ctx context.Context) (map[string]map[string]int, error) {
 	if quick, ok := b.Backend.(stateCounter); ok {
 		return quick.GroupStates(ctx)

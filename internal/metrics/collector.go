@@ -15,7 +15,7 @@ import (
 	"xdpcast/internal/events"
 )
 
-// Selection says which rules have metrics of their own. The totals are of all rules in any case.
+// Selection selects the rules that have metrics of their own. Totals always cover all rules.
 type Selection struct {
 	kind    string
 	pattern *regexp.Regexp
@@ -46,7 +46,7 @@ func (s Selection) takes(r *control.RuleStatus) bool {
 	}
 }
 
-// collector reads the relay when Prometheus asks. It may be used from any goroutine.
+// collector reads the relay for each scrape. It may be used from any goroutine.
 type collector struct {
 	definitions
 	events   *events.Log
@@ -67,11 +67,11 @@ func one(yes bool) float64 {
 	return 0
 }
 
-// seconds is a time as Prometheus has it.
+// seconds converts a time to seconds since 1970, as Prometheus uses it.
 func seconds(t time.Time) float64 { return float64(t.UnixNano()) / 1e9 }
 
-// collect reads the relay. What it does not tell is left out, and xdpcast_scrape_failed says so:
-// the rest is told all the same.
+// collect reads the relay. Parts that fail are omitted and reported by xdpcast_scrape_failed; the
+// rest is still collected.
 func (c *collector) collect(ctx context.Context) *sink {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
@@ -143,7 +143,7 @@ func (c *collector) collectStatus(s *sink, status *control.Status) {
 	}
 }
 
-// workerKey is what workers are counted by.
+// workerKey is what workers are grouped by.
 type workerKey struct{ iface, path, state string }
 
 func (c *collector) collectWorkers(s *sink, workers []control.Worker) {
@@ -210,7 +210,7 @@ func (c *collector) collectRule(s *sink, r *control.RuleStatus) {
 	}
 }
 
-// collectStream adds what several inputs of a rule have brought, or one with health=.
+// collectStream adds the metrics of a rule's inputs if it has several, or one with health=.
 func (c *collector) collectStream(s *sink, r *control.RuleStatus) {
 	if r.Stream == nil {
 		return
@@ -254,7 +254,7 @@ func (c *collector) collectStream(s *sink, r *control.RuleStatus) {
 
 func (c *collector) collectGroups(s *sink, states map[string]map[string]int) {
 	for _, iface := range slices.Sorted(maps.Keys(states)) {
-		// All states, so that an alert on one need not know whether it ever was.
+		// All states, so that an alert on one works before it first occurs.
 		for _, state := range []string{control.GroupWanted, control.GroupJoined, control.GroupRetrying, control.GroupFailed} {
 			s.put(c.memberships, float64(states[iface][state]), iface, state)
 		}

@@ -1,11 +1,11 @@
-// Package metrics tells Prometheus what a relay does. Every figure comes from the relay's
-// one account of packets, read when somebody asks; nothing is counted twice, and nothing is
-// counted for Prometheus alone but reloads.
+// Package metrics exports a relay's state to Prometheus. Every value is read at scrape time from
+// the relay's own packet accounting, so nothing is counted twice; only reloads are counted for
+// Prometheus alone.
 package metrics
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// metric is one metric that the collector has. docs/metrics.md is made from these.
+// metric describes one metric of the collector. docs/metrics.md is generated from these.
 type metric struct {
 	name   string
 	kind   string
@@ -13,7 +13,7 @@ type metric struct {
 	labels []string
 }
 
-// NewReconciles makes the histogram of how long rounds of the control loop take.
+// NewReconciles returns the histogram of the control loop's rounds, in seconds.
 func NewReconciles() prometheus.Histogram {
 	d := newDefinitions()
 	return prometheus.NewHistogram(prometheus.HistogramOpts{Name: d.reconciles.name, Help: d.reconciles.help, Buckets: prometheus.ExponentialBuckets(0.0001, 4, 10)})
@@ -29,8 +29,7 @@ func define(kind, name, help string, labels ...string) *metric {
 	return &metric{name, kind, help, labels}
 }
 
-// definitions are the metrics by what they are of. Names follow
-// prometheus.io/docs/practices/naming.
+// definitions are the metrics by subject. Names follow prometheus.io/docs/practices/naming.
 type definitions struct {
 	buildInfo, started, ready, warnings, rules      *metric
 	passedPackets, passedBytes                      *metric

@@ -35,9 +35,9 @@ var update = flag.Bool("update", false, "write docs/metrics.md and the golden fi
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// relay is a backend that tells what it is given.
+// relay is a backend that returns what it is given.
 type relay struct {
-	control.Backend // nil: what no metric asks for
+	control.Backend // nil: methods that no metric uses
 	status          control.Status
 	stats           control.Stats
 	groups          []control.Group
@@ -132,7 +132,7 @@ func get(t *testing.T, h http.Handler, path string) (int, string) {
 	return w.Code, w.Body.String()
 }
 
-// own are the lines of our metrics: those of Go and the process are not ours to fix.
+// own returns the lines of our metrics: those of Go and the process are not ours to fix.
 func own(text string) string {
 	var b strings.Builder
 	for line := range strings.Lines(text) {
@@ -143,7 +143,7 @@ func own(text string) string {
 	return b.String()
 }
 
-// TestExposition holds every metric, with its value, to a page.
+// TestExposition compares every metric and its value with a golden page.
 func TestExposition(t *testing.T) {
 	b := Observe(full())
 	b.now = func() time.Time { return time.Unix(1_700_000_200, 0) }
@@ -165,7 +165,7 @@ func TestExposition(t *testing.T) {
 	}
 }
 
-// notMetrics are the numbers of a relay that no metric has, and why: a field, or all below it.
+// notMetrics are the relay's numbers without a metric, and why: a field, or all fields below it.
 var notMetrics = map[string]string{
 	"Stats.Rules.ID":                  "an index, which bpftool shows",
 	"Stats.Rules.Outputs.Slot":        "a label",
@@ -188,8 +188,8 @@ var notMetrics = map[string]string{
 	"Status.Drops":                    "Stats.Drops",
 }
 
-// TestEveryCounterIsAMetric: each number that the API tells of counters and state is the value of
-// some metric, or is named above with the reason why not.
+// TestEveryCounterIsAMetric: each number that the API returns about counters and state is the value
+// of some metric, or is listed above with the reason why not.
 func TestEveryCounterIsAMetric(t *testing.T) {
 	r, paths := &relay{}, map[float64]string{}
 	next := 1000.0
@@ -259,7 +259,7 @@ func TestEveryCounterIsAMetric(t *testing.T) {
 	}
 }
 
-// parsed is what Prometheus' own parser reads.
+// parsed is the page as parsed by Prometheus's own parser.
 func parsed(t *testing.T, c *collector) prometheus.GathererFunc {
 	t.Helper()
 	var text bytes.Buffer
@@ -283,7 +283,7 @@ func count(t *testing.T, c *collector, name string) int {
 	return n
 }
 
-// TestLabels: whatever a label holds, the parser reads it back.
+// TestLabels: the parser reads back any label value.
 func TestLabels(t *testing.T) {
 	for _, name := range []string{"", "a", `"`, `\`, `\n`, "a\nb", `\"`, "ü", "\xff", "{}", "a,b=\"c\""} {
 		r := full()
@@ -303,7 +303,7 @@ func TestLabels(t *testing.T) {
 	}
 }
 
-// TestLint holds names and help texts to Prometheus' guidelines.
+// TestLint checks names and help texts against Prometheus's guidelines.
 func TestLint(t *testing.T) {
 	problems, err := testutil.GatherAndLint(parsed(t, newCollector(full(), "all")))
 	if err != nil {
@@ -314,7 +314,7 @@ func TestLint(t *testing.T) {
 	}
 }
 
-// TestDocument holds docs/metrics.md to the metrics as they are.
+// TestDocument compares docs/metrics.md with the metrics.
 func TestDocument(t *testing.T) {
 	const file = "../../docs/metrics.md"
 	text, err := os.ReadFile(file)
@@ -344,7 +344,7 @@ func TestSelection(t *testing.T) {
 	}
 }
 
-// TestFailedScrape: a relay that does not answer is told of, and nothing else is made up.
+// TestFailedScrape: a relay that does not answer is reported, and nothing is invented.
 func TestFailedScrape(t *testing.T) {
 	r := full()
 	r.err = errors.New("busy")
@@ -463,7 +463,7 @@ func many(rules int) *relay {
 	return r
 }
 
-// BenchmarkScrape is what 10,000 rules with four outputs each cost the collector.
+// BenchmarkScrape measures the collector's cost of 10,000 rules with four outputs each.
 func BenchmarkScrape(b *testing.B) {
 	h := Handler(Observe(many(10_000)), Options{})
 	b.ReportAllocs()
@@ -476,8 +476,8 @@ func BenchmarkScrape(b *testing.B) {
 	}
 }
 
-// TestScrapeMemory: what a scrape of 10,000 rules with four outputs each allocates beside the relay's own
-// answer is no more than 100 MB, garbage included.
+// TestScrapeMemory: a scrape of 10,000 rules with four outputs each allocates at most 100 MB in
+// addition to the relay's own answer, garbage included.
 func TestScrapeMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes a second")

@@ -20,20 +20,20 @@ import (
 	"xdpcast/internal/events"
 )
 
-// Options configures a handler; the zero value is good.
+// Options configures a handler; the zero value is valid.
 type Options struct {
-	// Rules are those that have metrics of their own; all of them by default.
+	// Rules selects the rules that have metrics of their own; all by default.
 	Rules Selection
-	// Log gets what goes wrong; nil discards.
+	// Log receives warnings; nil discards them.
 	Log *slog.Logger
-	// Events are counted; nil: there are none.
+	// Events are counted; nil: none.
 	Events *events.Log
-	// Reconciles, as NewReconciles makes them, are told how long the control loop takes; nil: nothing is.
+	// Reconciles, from NewReconciles, holds the durations of the control loop; nil: exported empty.
 	Reconciles prometheus.Histogram
 }
 
 const (
-	// scrapeTimeout bounds one reading of the relay, and maxScrapes how many go on at once: with
+	// scrapeTimeout bounds one reading of the relay, and maxScrapes the concurrent ones: with
 	// 100,000 rules a scrape takes memory as well as time.
 	scrapeTimeout = 30 * time.Second
 	maxScrapes    = 2
@@ -50,7 +50,7 @@ func Handler(b *Backend, o Options) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", scrapes(b, o))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
-		// The control loop answers, so it goes round.
+		// The control loop answers Status, so an answer proves that it runs.
 		_, err := b.Status(r.Context())
 		answer(w, err)
 	})
@@ -58,7 +58,7 @@ func Handler(b *Backend, o Options) http.Handler {
 	return mux
 }
 
-// scrapes answers with the relay's metrics, and then those that client_golang has.
+// scrapes serves the relay's metrics, then client_golang's own.
 func scrapes(b *Backend, o Options) http.HandlerFunc {
 	c := &collector{definitions: newDefinitions(), events: o.Events, backend: b, selected: o.Rules, timeout: scrapeTimeout}
 	registry := prometheus.NewRegistry()
@@ -79,7 +79,7 @@ func scrapes(b *Backend, o Options) http.HandlerFunc {
 		}
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		if _, err := page.WriteTo(w); err != nil {
-			return // the client is gone
+			return // the client disconnected
 		}
 		for _, family := range families {
 			if _, err := expfmt.MetricFamilyToText(w, family); err != nil {
@@ -99,10 +99,10 @@ func answer(w http.ResponseWriter, err error) {
 	fmt.Fprintln(w, "ok")
 }
 
-// maxReasons is how many rules /readyz names.
+// maxReasons is the maximum number of rules that /readyz names.
 const maxReasons = 20
 
-// ready says why not all rules are active; nil when they are.
+// ready returns why not all rules are active; nil if they are.
 func ready(ctx context.Context, b control.Backend) error {
 	status, err := b.Status(ctx)
 	switch {
@@ -130,7 +130,7 @@ func ready(ctx context.Context, b control.Backend) error {
 	return errors.New(strings.Join(lines, "\n"))
 }
 
-// ListenOptions says who may connect.
+// ListenOptions says who may connect, and how.
 type ListenOptions struct {
 	// Public allows an address that is not loopback without TLS.
 	Public bool
@@ -140,7 +140,8 @@ type ListenOptions struct {
 	Open func(network, addr string) (net.Listener, error)
 }
 
-// ErrNotLoopback is matched by the error for an address that others could read from in the clear.
+// ErrNotLoopback is matched by Listen's error for an address that others could read from in
+// cleartext.
 var ErrNotLoopback = errors.New("not a loopback address")
 
 // Listen opens a TCP listener for a handler. The address must be a loopback one unless o
@@ -177,8 +178,8 @@ func Listen(addr string, o ListenOptions) (net.Listener, error) {
 	return tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}), nil
 }
 
-// Busy is the connections on which a request is expected, or being answered. The zero value is ready
-// for use.
+// Busy tracks the connections on which a request is expected or being answered. The zero value is
+// ready for use.
 type Busy struct {
 	mu   sync.Mutex
 	busy map[net.Conn]bool
@@ -197,7 +198,7 @@ func (b *Busy) track(c net.Conn, state http.ConnState) {
 	delete(b.busy, c)
 }
 
-// Wait waits until there is none, or ctx ends.
+// Wait waits until there are none, or ctx ends.
 func (b *Busy) Wait(ctx context.Context) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
@@ -216,8 +217,8 @@ func (b *Busy) Wait(ctx context.Context) {
 	}
 }
 
-// Serve answers on ln until ctx ends, and closes it. No client can hold it up: every phase of
-// a connection is bounded.
+// Serve serves ln until ctx ends, and closes it. No client can delay it: every phase of a
+// connection has a timeout.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler, busy *Busy, log *slog.Logger) error {
 	server := &http.Server{
 		Handler: h, ConnState: busy.track, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
