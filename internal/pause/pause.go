@@ -1,5 +1,5 @@
-// Package pause makes clients of a listening socket wait in its queue, for this process or for another
-// one that listens on the same socket.
+// Package pause makes clients wait in a listening socket's queue until this process accepts again,
+// or another one that listens on the same socket.
 package pause
 
 import (
@@ -23,17 +23,17 @@ type Gate struct {
 
 type pause struct {
 	resumed chan struct{} // closed when accepting resumes
-	begun   chan struct{} // closed when Accept waits for that
+	begun   chan struct{} // closed once Accept waits for it
 	once    sync.Once
 }
 
-// NewGate is for a listener with this SetDeadline.
+// NewGate returns the gate of a listener with this SetDeadline.
 func NewGate(setDeadline func(time.Time) error) *Gate {
 	return &Gate{setDeadline: setDeadline, closed: make(chan struct{})}
 }
 
-// Pause makes clients wait until resume is called, or for another process. paused is closed once the
-// caller of Accept waits, too: it has everything that was accepted before.
+// Pause makes clients wait until resume is called, or another process accepts them. paused is
+// closed once the caller of Accept waits too: it has received every connection accepted before.
 func (g *Gate) Pause() (resume func(), paused <-chan struct{}) {
 	p := &pause{resumed: make(chan struct{}), begun: make(chan struct{})}
 	g.mu.Lock()
@@ -49,11 +49,11 @@ func (g *Gate) Pause() (resume func(), paused <-chan struct{}) {
 	}), p.begun
 }
 
-// Close ends a pause: the listener is to be closed.
+// Close ends a pause: the listener is about to be closed.
 func (g *Gate) Close() { g.closing.Do(func() { close(g.closed) }) }
 
-// Again returns nil if Accept is to be called again after it has returned err, once accepting has resumed;
-// otherwise it returns the error for the caller of Accept.
+// Again handles an error of Accept: it returns nil, once accepting has resumed, if Accept is to be
+// called again; otherwise the error for Accept's caller.
 func (g *Gate) Again(err error) error {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return err

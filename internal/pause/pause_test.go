@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// A client that comes during a pause is accepted after it; a listener can be closed during one.
+// A client that connects during a pause is accepted after it; a listener can be closed during one.
 func TestPause(t *testing.T) {
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
