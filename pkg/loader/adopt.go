@@ -13,8 +13,8 @@ import (
 	"xdpcast/bpf"
 )
 
-// openMaps opens the pinned maps of a pin directory and refuses what does not fit
-// this binary.
+// openMaps opens the pinned maps of a pin directory and rejects those that do not match this
+// binary.
 func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 	m := &mapSet{}
 	defer func() {
@@ -47,7 +47,7 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 	return m, nil
 }
 
-// pinError says which pin cannot be opened. Without one the others are of no use.
+// pinError names the pin that cannot be opened. If one is missing, the others are useless.
 func pinError(path string, err error) error {
 	if errors.Is(err, os.ErrNotExist) {
 		dir := filepath.Dir(path)
@@ -92,14 +92,13 @@ func fits(m *ebpf.Map, spec *ebpf.MapSpec) error {
 	return nil
 }
 
-// adopt takes over what an earlier process left, and brings programs of another
-// release up to date.
+// adopt takes over the state of an earlier process, and upgrades programs of another release.
 func (l *Loader) adopt() (err error) {
 	dir := l.opts.PinDir
 	if l.maps, err = openMaps(dir, false); err != nil {
 		return err
 	}
-	// Left by a process that died right after it had published what it built.
+	// Left by a process that died right after publishing what it built.
 	if err := os.Remove(filepath.Join(dir, pinBuilding)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("mark the pin directory as built: %w", err)
 	}
@@ -127,7 +126,7 @@ func (l *Loader) adopt() (err error) {
 	if err := l.Upgrade(); err != nil {
 		return err
 	}
-	// What the kernel has dropped with an interface while no process was there to see it.
+	// What the kernel removed along with an interface while no process was running.
 	for _, repaired := range l.Observe().Repaired {
 		l.log.Info("pinned state", "repaired", repaired)
 	}
@@ -148,8 +147,8 @@ func (l *Loader) adoptConfig() error {
 	return l.adoptSteering(&config)
 }
 
-// adoptRules reads the rules back from the flow tables and what they point to,
-// checking everything: a pin is foreign input.
+// adoptRules reads the rules back from the flow tables and the maps that they refer to, and
+// validates everything: a pin is untrusted input.
 func (l *Loader) adoptRules() error {
 	l.resetAllocators()
 	flows, err := l.tables.read()
@@ -213,11 +212,11 @@ func (l *Loader) adoptRules() error {
 	return l.clearOrphans(byID)
 }
 
-// dropHalfMoved settles a rule that is there twice under one name: it was moved by a
-// process that died before the old entry was gone. Each of the two is whole, with a row of
-// its own that describes it or, where it went on from an exact table to a prefix table or back,
-// with the same counters; e is unpublished when the result is true, whichever it is: the
-// one that stays had its packets at that moment, and Sync makes it the one that is wanted.
+// dropHalfMoved resolves two entries of one rule name: a process died after publishing the moved
+// entry and before removing the old one. Both are complete, each with its own row that describes it
+// or, after a move between an exact table and a prefix table, with the same counters. If stale is
+// true, e has been unpublished, whichever of the two it is: the other one received the rule's
+// packets at that moment, and Sync turns it into the wanted one.
 func (l *Loader) dropHalfMoved(e *entry, pointed *referents) (stale bool, err error) {
 	other := l.rules[e.rule.Name] // from the same table or one before
 	if other == nil || !pointed.describes(other) || !pointed.describes(e) {
@@ -232,7 +231,7 @@ func (l *Loader) dropHalfMoved(e *entry, pointed *referents) (stale bool, err er
 	return true, nil
 }
 
-// adoptDevices finds the rows of the map devices again.
+// adoptDevices restores the rows of map devices.
 func (l *Loader) adoptDevices() (err error) {
 	rows := map[uint32]bool{}
 	for _, e := range l.rules {
@@ -269,8 +268,8 @@ func (l *Loader) adoptDevices() (err error) {
 	return l.clearDevices(rows)
 }
 
-// clearDevices empties the rows of devices that no rule sends by, and forgets the
-// counters of interfaces that no rule sends on.
+// clearDevices clears the rows of devices that no rule uses, and deletes the counters of interfaces
+// on which no rule sends.
 func (l *Loader) clearDevices(inUse map[uint32]bool) error {
 	for row := range l.maps.Devices.MaxEntries() {
 		if inUse[row] {
@@ -302,16 +301,16 @@ func (l *Loader) rowHasProgram(row uint32) (bool, error) {
 	var value bpf.RelayBpfDevmapVal
 	err := l.maps.Devices.Lookup(row, &value)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return false, nil // the kernel has emptied it with its interface
+		return false, nil // the kernel cleared it when the interface went away
 	}
 	if err != nil {
 		return false, fmt.Errorf("read row %d of devices: %w", row, err)
 	}
-	return value.BpfProg.Fd != 0, nil // read, it is the program's id
+	return value.BpfProg.Fd != 0, nil // a lookup returns the program's id here
 }
 
-// clearOrphans removes what a process left that died between two steps, and brings
-// descriptions up to date that it did not come to write.
+// clearOrphans removes what a process left if it died between two steps, and updates descriptions
+// that it did not get to write.
 func (l *Loader) clearOrphans(byID []*entry) error {
 	rows, err := readArray[bpf.RelayRule](l.maps.Rules, len(byID))
 	if err != nil {
@@ -368,7 +367,7 @@ func (l *Loader) adoptPinnedLinks() error {
 		path := filepath.Join(dir, f.Name())
 		switch name := f.Name(); {
 		case strings.HasSuffix(name, "_next"):
-			err = removePins(path) // a process died while it was pinning
+			err = removePins(path) // a process died while pinning
 		case name == pinDevmapXmit, name == pinRedirectErr, name == pinCPUEnqueue, name == pinCPUThread:
 			var t link.Link
 			if t, err = link.LoadPinnedLink(path, nil); err == nil {

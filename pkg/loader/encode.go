@@ -72,7 +72,7 @@ func encodeFlags(r *flow.Flow) (flags uint16) {
 	return flags
 }
 
-// decodeFlow fills in what a flow entry says of its rule.
+// decodeFlow sets the fields of a rule that its flow entry holds.
 func decodeFlow(r *flow.Flow, flow *bpf.RelayFlow) error {
 	for path, value := range paths {
 		if flow.Path == uint8(value) {
@@ -166,7 +166,7 @@ func encodeOutput(o flow.Output, stats, policer uint32) bpf.RelayOutput {
 	return b
 }
 
-// decodeOutput is the inverse of encodeOutput; the rate is in the policer.
+// decodeOutput is the inverse of encodeOutput, except for the rate, which the policer holds.
 func decodeOutput(b *bpf.RelayOutput) (flow.Output, error) {
 	if b.Family != 4 && b.Family != 6 {
 		return flow.Output{}, fmt.Errorf("output has family %d: want 4 or 6", b.Family)
@@ -203,7 +203,7 @@ func decodeOutput(b *bpf.RelayOutput) (flow.Output, error) {
 	return o, nil
 }
 
-// encodeAddr puts an IPv4 address into the first four bytes.
+// encodeAddr stores an IPv4 address in the first four bytes.
 func encodeAddr(a netip.Addr) (b [16]byte) {
 	copy(b[:], a.AsSlice())
 	return b
@@ -216,8 +216,7 @@ func decodeAddr(b [16]byte, family uint8) netip.Addr {
 	return netip.AddrFrom16(b)
 }
 
-// encodeCopies lists the outputs that are ready, and those that are not behind
-// them, sorted by interface.
+// encodeCopies lists the ready outputs sorted by interface, followed by those that are not ready.
 func encodeCopies(out []flow.Output) []bpf.RelayCopy {
 	copies := make([]bpf.RelayCopy, len(out))
 	for slot, o := range out {

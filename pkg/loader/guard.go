@@ -15,9 +15,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// SetOwnMACs says which MAC addresses the interfaces of this host have: a frame that
-// comes from one of them was sent by us and is dropped with reason Loop, unless its rule
-// says otherwise. The addresses stay when the loader is closed.
+// SetOwnMACs sets the MAC addresses of this host's interfaces: a frame from one of them was sent by
+// us and is dropped with reason Loop, unless its rule allows it. The addresses stay after Close.
 func (l *Loader) SetOwnMACs(macs [][6]byte) error {
 	want := map[bpf.RelayOwnMac]bool{}
 	for _, mac := range macs {
@@ -26,7 +25,8 @@ func (l *Loader) SetOwnMACs(macs [][6]byte) error {
 	return setOwn(l, l.maps.OwnMacs, bpf.RelayMapOwnMacs, want, func() { l.ownMACs = ownMACBits(want) })
 }
 
-// ownMACBits is the field own_macs of map config: bpf/include/own.h has the same hash.
+// ownMACBits computes the field own_macs of map config: a filter with the hash of
+// bpf/include/own.h.
 func ownMACBits(macs map[bpf.RelayOwnMac]bool) (bits [8]uint64) {
 	for key := range macs {
 		bit := binary.NativeEndian.Uint32(key.Mac[2:]) * 0x9e3779b1 >> 23
@@ -35,29 +35,29 @@ func ownMACBits(macs map[bpf.RelayOwnMac]bool) (bits [8]uint64) {
 	return bits
 }
 
-// LoopingRule is a rule whose packets come back to it.
+// LoopingRule is a rule whose packets return to it.
 type LoopingRule struct {
 	Rule string
-	// Since is when the first packet came back, and Last when the last one did; of
-	// CLOCK_MONOTONIC turned into the wall clock.
+	// Since is when the first packet returned, and Last when the last one did; converted from
+	// CLOCK_MONOTONIC to wall-clock time.
 	Since, Last time.Time
-	// Looping says that packets have come back within packet.GuardHeal.
+	// Looping is set if packets returned within packet.GuardHeal.
 	Looping bool
-	Ways    []LoopWay // the one that was used last first
+	Ways    []LoopWay // most recently used first
 }
 
-// LoopWay is a way that packets take back to a rule.
+// LoopWay is a path by which packets return to a rule.
 type LoopWay struct {
-	Index  int        // interface that they come in on
-	MAC    [6]byte    // their source MAC; zero where there is no Ethernet header
+	Index  int        // interface on which they arrive
+	MAC    [6]byte    // their source MAC; zero without an Ethernet header
 	Source netip.Addr // their source address
-	From   string     // rule that had sent the last of them, by whose outputs it left; "" when it is no more
+	From   string     // rule whose output sent the last of them; "" if it is gone
 	Last   time.Time
-	// Packets were dropped with reason Looping.
+	// Packets is the number dropped with reason Looping.
 	Packets uint64
 }
 
-// Loops reads the rules whose packets have come back within packet.GuardMemory, by name.
+// Loops reads the rules whose packets returned within packet.GuardMemory, sorted by name.
 func (l *Loader) Loops() ([]LoopingRule, error) {
 	names := make(map[uint32]string, len(l.rules))
 	for _, e := range l.rules {
@@ -66,8 +66,8 @@ func (l *Loader) Loops() ([]LoopingRule, error) {
 	return readLoops(l.maps, names)
 }
 
-// Echoes are how many packets of each rule the relay program has noted as Echo; rules without are
-// left out. It reads the drop counters of all rules.
+// Echoes returns how many packets of each rule the relay program noted as Echo, without rules that
+// have none. It reads the drop counters of all rules.
 func (l *Loader) Echoes() (map[string]uint64, error) {
 	counted := map[uint32]uint64{}
 	var key bpf.RelayDropKey
@@ -93,7 +93,7 @@ func (l *Loader) Echoes() (map[string]uint64, error) {
 	return byName, nil
 }
 
-// Loops is that of Loader.
+// Loops is like Loader.Loops.
 func (r *Reader) Loops() ([]LoopingRule, error) {
 	entries, err := r.entries()
 	if err != nil {
@@ -137,7 +137,7 @@ func readLoops(m *mapSet, names map[uint32]string) ([]LoopingRule, error) {
 	return all, nil
 }
 
-// forgetLoops deletes the loops of rules that are no more.
+// forgetLoops deletes the loops of removed rules.
 func (l *Loader) forgetLoops(isGone func(uint32) bool) error {
 	var stale []uint32
 	var rule uint32

@@ -14,18 +14,19 @@ import (
 	"xdpcast/bpf"
 )
 
-// routed are the routed flows (flow.Flow.Routed) in force. A flow is held from before it comes
-// into force until ReleaseRouted, and from HoldRouted on: its packets are the kernel's then. That
-// is a word in the first of its outputs, which is written in the memory of the map outputs, so
-// that whoever hears of a change of the kernel's need not wait for the control loop.
+// routed are the published routed flows (flow.Flow.Routed). A flow is held from before it is
+// published until ReleaseRouted, and again from HoldRouted on: while held, the kernel forwards its
+// packets. The flag is a word in its first output, written through the memory mapping of map
+// outputs so that a change in the kernel's routes takes effect without waiting for the control
+// loop.
 type routed struct {
 	mu     sync.Mutex
-	memory []byte            // of the map outputs
-	first  map[string]uint32 // outputs of the flows in force, by name
-	held   map[string]bool   // which of them are held
+	memory []byte            // mapping of map outputs
+	first  map[string]uint32 // first outputs of published flows, by name
+	held   map[string]bool   // which of them are held, by name
 }
 
-// openRouted maps the map outputs into memory, and takes up the flows that are in force.
+// openRouted maps the map outputs into memory, and records the published flows.
 func (l *Loader) openRouted() error {
 	m := l.maps.Outputs
 	page := os.Getpagesize()
@@ -60,14 +61,14 @@ func (r *routed) close() error {
 	return unix.Munmap(memory)
 }
 
-// word is where an output says that its flow is held. The lock is held.
+// word is the held flag of an output. The caller holds the lock.
 func (r *routed) word(output uint32) *uint32 {
 	var o bpf.RelayOutput
 	return (*uint32)(unsafe.Pointer(&r.memory[uintptr(output)*unsafe.Sizeof(o)+unsafe.Offsetof(o.Held)]))
 }
 
-// replace notes that a routed flow came into force, held as it was written, or that one went; each
-// may be nil.
+// replace records that a routed flow was published, in the held state, or removed; either may be
+// nil.
 func (r *routed) replace(old, now *entry) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -81,7 +82,7 @@ func (r *routed) replace(old, now *entry) {
 }
 
 // HoldRouted gives the packets of a routed flow back to the kernel until ReleaseRouted, since its
-// multicast route is another now. A flow that is not in force is left alone: it begins held. It may
+// multicast route has changed. A flow that is not published is left alone: it starts held. It may
 // be called from any goroutine, also during Sync, and takes less than a microsecond.
 func (l *Loader) HoldRouted(name string) {
 	r := &l.routed
@@ -93,8 +94,8 @@ func (l *Loader) HoldRouted(name string) {
 	}
 }
 
-// ReleaseRouted has the relay forward the packets of a routed flow. One that is not in force, or
-// not held, stays as it is. It may be called from any goroutine.
+// ReleaseRouted makes the relay forward the packets of a routed flow. A flow that is not published,
+// or not held, stays as it is. It may be called from any goroutine.
 func (l *Loader) ReleaseRouted(name string) {
 	r := &l.routed
 	r.mu.Lock()
@@ -105,7 +106,7 @@ func (l *Loader) ReleaseRouted(name string) {
 	}
 }
 
-// HeldRouted names the routed flows in force that are held.
+// HeldRouted returns the names of the published routed flows that are held, sorted.
 func (l *Loader) HeldRouted() []string {
 	r := &l.routed
 	r.mu.Lock()
@@ -121,10 +122,9 @@ func (l *Loader) HeldRouted() []string {
 	return names
 }
 
-// MirrorUntil says that routed flows (flow.Flow.Routed) are as the kernel's multicast forwarding
-// cache is, from now on for so long. When that time is over, all of their packets are the
-// kernel's: so a daemon that dies leaves no route behind that its routing daemon has changed. 0
-// ends it at once.
+// MirrorUntil declares that routed flows (flow.Flow.Routed) match the kernel's multicast forwarding
+// cache for duration d from now. After that the kernel forwards all of their packets, so a daemon
+// that dies leaves no route behind that its routing daemon has changed. 0 ends it at once.
 func (l *Loader) MirrorUntil(d time.Duration) error {
 	until := uint64(0)
 	if d > 0 {

@@ -11,16 +11,16 @@ import (
 )
 
 const (
-	// batchRows is the number of wanted rows from which many are read with one system call, unless the map has
-	// more than sparseRows times as many up to the last one.
+	// batchRows is the number of wanted rows from which several are read with one system call,
+	// unless the last wanted row is beyond sparseRows times their number.
 	batchRows  = 64
 	sparseRows = 8
 	// batchBytes bounds the memory of one batch: a row has a value for each possible CPU.
 	batchBytes = 1 << 20
 )
 
-// eachRow calls fn with the values, one for each CPU, of the wanted rows of a per-CPU array, in the order of
-// their numbers. at is the row's index in wanted. fn must not keep perCPU.
+// eachRow calls fn with the values, one for each CPU, of the wanted rows of a per-CPU array, in
+// ascending order. at is the row's index in wanted. fn must not keep perCPU.
 func eachRow[V any](m *ebpf.Map, wanted []uint32, fn func(at int, perCPU []V)) error {
 	if len(wanted) == 0 {
 		return nil
@@ -59,7 +59,7 @@ func eachRow[V any](m *ebpf.Map, wanted []uint32, fn func(at int, perCPU []V)) e
 				next++
 			}
 		}
-		if err != nil && next < len(order) { // the map has no more
+		if err != nil && next < len(order) { // the map has no more rows
 			return fmt.Errorf("row %d: %w", wanted[order[next]], err)
 		}
 	}

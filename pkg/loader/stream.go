@@ -13,7 +13,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// streamEntry is a stream that rules in force are legs of.
+// streamEntry is a stream whose legs are published rules.
 type streamEntry struct {
 	id       uint32 // index of streams and stream_states
 	row      uint32 // first row of stream_windows
@@ -22,7 +22,8 @@ type streamEntry struct {
 	users    int // rules
 }
 
-// streamKey is what makes a stream another one, that begins anew: its times may change.
+// streamKey identifies a stream: a change of it restarts the stream, a change of its times does
+// not.
 type streamKey struct {
 	name  string
 	shape packet.Stream
@@ -31,16 +32,16 @@ type streamKey struct {
 func keyOf(leg *flow.Leg) streamKey {
 	shape := leg.Settings
 	if shape.Kind == packet.StreamFailover {
-		return streamKey{leg.Of, packet.Stream{Kind: shape.Kind}} // numbers decide nothing
+		return streamKey{leg.Of, packet.Stream{Kind: shape.Kind}} // its numbers decide nothing
 	}
 	shape.Skew, shape.Reset, shape.PassOther, shape.Clock = 0, 0, false, 0
 	return streamKey{leg.Of, shape}
 }
 
-// windowRows is how many rows the window of a stream takes.
+// windowRows is the number of rows in a stream's window.
 func windowRows(s packet.Stream) uint32 { return s.Window / packet.StreamRowNumbers }
 
-// useStream counts a rule that is a leg, and makes its stream with the first one.
+// useStream counts a rule that is a leg, and creates its stream for the first one.
 func (s *transaction) useStream(e *entry) error {
 	leg := e.rule.Leg
 	if leg == nil {
@@ -67,7 +68,7 @@ func (s *transaction) useStream(e *entry) error {
 	return nil
 }
 
-// newStream takes the numbers of a stream, and stages its window.
+// newStream allocates the id and rows of a stream, and stages its window.
 func (s *transaction) newStream(settings packet.Stream) (_ *streamEntry, err error) {
 	st := &streamEntry{rows: windowRows(settings)}
 	if st.id, _, err = s.streamIDs.take(); err != nil {
@@ -119,8 +120,8 @@ func (l *Loader) writeStream(st *streamEntry, settings packet.Stream) error {
 	return nil
 }
 
-// releaseStream is the inverse of useStream. No program may look at the stream any more, if it is
-// the last one.
+// releaseStream is the inverse of useStream. When it releases the last leg, no program may still
+// use the stream.
 func (l *Loader) releaseStream(leg *flow.Leg) error {
 	if leg == nil {
 		return nil
@@ -136,7 +137,7 @@ func (l *Loader) releaseStream(leg *flow.Leg) error {
 	return l.dropStream(st)
 }
 
-// dropStream gives the memory of a stream back.
+// dropStream frees the memory of a stream.
 func (l *Loader) dropStream(st *streamEntry) error {
 	err := errors.Join(l.emptyWindows(st.row, st.rows), l.maps.Streams.Put(st.id, &bpf.RelayStream{}))
 	l.streamIDs.give(st.id)
@@ -158,7 +159,7 @@ func (l *Loader) emptyWindows(row, rows uint32) error {
 	})
 }
 
-// encodeStream is what the program goes by.
+// encodeStream is the stream as the relay program reads it.
 func encodeStream(s packet.Stream, row uint32) bpf.RelayStream {
 	value := bpf.RelayStream{Kind: uint8(s.Kind), Watch: uint8(s.Watch), SilenceNs: uint64(s.Silence), BackNs: uint64(s.Back), FirstRow: row}
 	if s.Format() == packet.StreamNone {
@@ -185,7 +186,7 @@ func encodeStream(s packet.Stream, row uint32) bpf.RelayStream {
 	return value
 }
 
-// decodeStream is the inverse of encodeStream. It refuses what no release writes.
+// decodeStream is the inverse of encodeStream. It rejects values that no release writes.
 func decodeStream(v *bpf.RelayStream) (packet.Stream, error) {
 	s := packet.Stream{
 		Kind: packet.StreamKind(v.Kind), Silence: time.Duration(v.SilenceNs), Back: time.Duration(v.BackNs),
@@ -208,7 +209,7 @@ func decodeStream(v *bpf.RelayStream) (packet.Stream, error) {
 	return s, nil
 }
 
-// streamOf fills in the leg that a flow entry says its rule is.
+// streamOf sets the leg that a flow entry refers to.
 func (p *referents) streamOf(e *entry, f *bpf.RelayFlow) error {
 	if f.Stream == 0 {
 		return nil
@@ -233,8 +234,8 @@ func (p *referents) streamOf(e *entry, f *bpf.RelayFlow) error {
 	return nil
 }
 
-// adoptStreams finds the streams of the rules again, and clears what a process left that died
-// between two steps.
+// adoptStreams restores the streams of the rules, and clears what a process left if it died between
+// two steps.
 func (l *Loader) adoptStreams() error {
 	rows, err := readArray[bpf.RelayStream](l.maps.Streams, int(l.maps.Streams.MaxEntries()))
 	if err != nil {
@@ -279,7 +280,7 @@ func (l *Loader) adoptStreams() error {
 	return nil
 }
 
-// overlaps says whether rows are among those of some extents.
+// overlaps says whether rows overlap any of the extents.
 func overlaps(all []extent, first, n uint32) bool {
 	for _, e := range all {
 		if first < e.first+e.n && e.first < first+n {
@@ -289,44 +290,44 @@ func overlaps(all []extent, first, n uint32) bool {
 	return false
 }
 
-// LegStats is what a leg of a stream has brought, or the one input of a flow that is watched.
+// LegStats are the statistics of one leg of a stream, or of the only input of a watched flow.
 type LegStats struct {
 	Number int
-	// Won counts the packets that were the first of their number, or that came while the leg was
-	// the one that passes, and Others those without a number.
+	// Won counts packets that were the first with their number, or that arrived while the leg was
+	// the passing one, and Others those without a number.
 	Won, Others uint64
-	// Active is set for the leg that passes, with failover; and for all else.
+	// Active is set for the leg that passes with failover, and always for other kinds of stream.
 	Active bool
-	// What the leg's own numbers say: how many it did not bring, brought twice, or in another
-	// order; jumps of its numbers, and changes of its sender.
+	// From the leg's own numbers: how many it missed, repeated, or delivered out of order; jumps of
+	// its numbers, and changes of its sender.
 	Lost, Doubled, Reordered, Resets, Senders uint64
-	// Differ counts the copies that were another packet than the one that passed with their number;
-	// one number in 64 is looked at. Differs is set when the last one was.
+	// Differ counts copies that differed from the packet that passed with the same number; one
+	// number in 64 is compared. Differs is set if the last one compared did.
 	Differ  uint64
 	Differs bool
-	// Behind is how many numbers the leg's last one is behind the newest of the stream, and Bound
-	// how many that may be for its numbers to be told from those of the next round.
+	// Behind is by how many numbers the leg's last one trails the newest of the stream, and Bound
+	// the largest distance at which its numbers are still distinct from those of the next wrap.
 	Behind, Bound uint64
-	// Jitter is how unsteadily packets come (RFC 3550 section A.8), of two in a row at each tick of
-	// the kernel's clock: against the timestamps of RTP with Stamped, else against the mean time
-	// between packets.
+	// Jitter is the variation of packet arrival (RFC 3550 section A.8), sampled from two
+	// consecutive packets at each tick of the kernel's clock: against the RTP timestamps if Stamped
+	// is set, otherwise against the mean time between packets.
 	Jitter  time.Duration
 	Stamped bool
-	// Lag is how long the leg is behind the first copy of a number, on average over samples; up to
-	// two seconds.
+	// Lag is how long the leg trails the first copy of a number, averaged over samples; up to two
+	// seconds.
 	Lag time.Duration
-	// LastSeen is the age of the last packet; negative when there was none.
+	// LastSeen is the age of the last packet; negative if there was none.
 	LastSeen time.Duration
 }
 
-// StreamStats is what became of a stream.
+// StreamStats are the statistics of a stream.
 type StreamStats struct {
 	Settings packet.Stream
-	// Expected is how many numbers there were since the stream began, and Passed how many of them
-	// passed. Lost are those that no leg brought within the skew; what is younger may still come.
-	// All are 0 where nothing is merged.
+	// Expected is how many numbers the stream had since it began, and Passed how many of them
+	// passed. Lost are those that no leg delivered within the skew; younger ones may still arrive.
+	// All are 0 if nothing is merged.
 	Expected, Passed, Lost uint64
-	// Restarts counts how often the sender began again, or with failover how often another leg was
+	// Restarts counts how often the sender restarted, or with failover how often another leg was
 	// chosen.
 	Restarts uint64
 }
@@ -348,7 +349,7 @@ func readStream(m *mapSet, e *entry) (*LegStats, *StreamStats, error) {
 	return leg, all, nil
 }
 
-// statsOfStream is what a stream's state says at a time of the kernel's clock.
+// statsOfStream evaluates a stream's state at a time of the kernel's monotonic clock.
 func statsOfStream(v *bpf.RelayStreamState, h *bpf.RelayStreamHealth, of *flow.Leg, now time.Duration) (*LegStats, *StreamStats) {
 	s, number := of.Settings, of.Number
 	all := &StreamStats{Settings: s, Restarts: v.Restarts}
@@ -362,7 +363,7 @@ func statsOfStream(v *bpf.RelayStreamState, h *bpf.RelayStreamHealth, of *flow.L
 	if s.Merges() && v.Start != 0 {
 		all.Expected = v.Before + newest + 1 - v.Start
 		if all.Lost = h.Lost; now-monotonicOf(v.PassNs) > 2*s.Skew {
-			all.Lost = all.Expected - min(all.Expected, all.Passed) // what is to come has come
+			all.Lost = all.Expected - min(all.Expected, all.Passed) // nothing more can arrive
 		}
 	}
 	if all.Restarts > 0 {
@@ -387,7 +388,7 @@ func statsOfStream(v *bpf.RelayStreamState, h *bpf.RelayStreamHealth, of *flow.L
 	return leg, all
 }
 
-// Legs reads what the flows named have brought that are legs or are watched, and nothing else of them.
+// Legs reads only the stream statistics of the named flows, for those that are legs or are watched.
 func (l *Loader) Legs(names []string) (map[string]*RuleStats, error) {
 	all := make(map[string]*RuleStats, len(names))
 	for _, name := range names {
@@ -405,13 +406,13 @@ func (l *Loader) Legs(names []string) (map[string]*RuleStats, error) {
 	return all, nil
 }
 
-// readLeg reads what a leg has brought.
+// readLeg reads the statistics of a leg and its stream.
 func (t *tally) readLeg(m *mapSet) (err error) {
 	t.leg, t.stream, err = readStream(m, t.entry)
 	return err
 }
 
-// copyReason is why copies of what other legs have brought are dropped.
+// copyReason is the drop reason for copies of packets that other legs delivered.
 func copyReason(e *entry) Reason {
 	if e.rule.Leg != nil && e.rule.Leg.Settings.Kind == packet.StreamFailover {
 		return Standby

@@ -13,46 +13,43 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// entry is a rule as it is in the kernel.
+// entry is a rule as stored in the kernel.
 type entry struct {
-	rule       *flow.Flow // never changed; Sync's caller may hold it, too
+	rule       *flow.Flow // never modified; Sync's caller may hold it, too
 	id         uint32     // index of rules and rule_stats
 	first      uint32     // first output
 	firstStats uint32
 	row        uint32 // row of devices, with one output
 	sockets    uint32 // row of xsks, with PathAFXDP
 	stream     uint32 // index of streams, of a leg; 0: none
-	planned    uint64 // the last plan that wanted it: Loader.plans
+	planned    uint64 // value of Loader.plans at the last plan that wanted it
 	inForce    bool   // it is in Loader.rules
 }
 
-// change is one rule's way from old to new; either may be nil.
+// change replaces old by new; either may be nil.
 type change struct {
 	old, new *entry
-	// continues: the same rule with other addresses. It keeps its id and counters.
+	// continues: the same rule with changed addresses. It keeps its id and counters.
 	continues bool
 }
 
-// transaction is one call of Sync: what it changes, and how to take back what it has
-// done so far.
+// transaction is one call of Sync: its changes, and how to undo the steps done so far.
 type transaction struct {
 	*Loader
 	changes []change
 	undo    []func() error
-	done    []func() error // what is left to do after success
+	done    []func() error // run after success
 	staged  staged
-	// ids of rules, and of output counters, that others had before
+	// ids of rules, and of output counters, that were used by others before
 	reused, reusedStats map[uint32]bool
 }
 
-// Sync makes the kernel hold exactly the rules in want. Rules that are there
-// already are not touched, and their packets see nothing. Several changes come
-// into force in one write for each address family. After an error the rules in
-// the kernel are those from before. The Loader keeps the rules, not copies of them: the
-// caller must not change them afterwards.
+// Sync makes the kernel hold exactly the rules in want. Rules that it holds already are not
+// touched, and their packets see nothing. Several changes are published in one write for each
+// address family. After an error the kernel has the same rules as before. The Loader keeps the
+// rules, not copies of them: the caller must not modify them afterwards.
 //
-// Interfaces are not attached here: see Attach. Errors to match: *RuleError,
-// ErrFull.
+// It does not attach interfaces: see Attach. Errors to match: *RuleError, ErrFull.
 func (l *Loader) Sync(want []*flow.Flow) error {
 	if err := l.sync(want); err != nil {
 		return err
@@ -94,25 +91,25 @@ func (l *Loader) sync(want []*flow.Flow) (err error) {
 	if err := s.publish(); err != nil {
 		return err
 	}
-	s.undo = nil // from here on the new rules are in force
-	// Programs that have seen the old rules may still use what these point to, the memory
-	// of their entries and the shortcuts to them.
+	s.undo = nil // from here on the new rules are published
+	// Programs that have seen the old rules may still use the rows that these point to, the memory
+	// of their entries, and the shortcuts to them.
 	l.opts.wait()
 	if err := s.openShortcuts(); err != nil {
 		l.log.Warn("packets find their rules in the flow tables alone, which takes longer", "error", err)
 	}
 	if err := errors.Join(s.retire(), l.detachTapped(inputs)); err != nil {
-		// Nothing that a packet sees: at worst some memory is held in vain.
+		// No packet is affected: at worst some memory stays in use.
 		l.log.Warn("clean up after old rules", "error", err)
 	}
 	return nil
 }
 
-// plan compares want with what is there. Additions come in the order of want. What it costs of a
-// rule that stays the same flow is a look at its name.
+// plan compares want with the current rules. Additions keep the order of want. An unchanged flow
+// costs one lookup of its name.
 func (s *transaction) plan(want []*flow.Flow) error {
 	s.plans++
-	kept := 0 // of the rules in force
+	kept := 0 // number of current rules that stay
 	for _, r := range want {
 		old := s.rules[r.Name]
 		if old != nil {
@@ -122,7 +119,7 @@ func (s *transaction) plan(want []*flow.Flow) error {
 			old.planned = s.plans
 			kept++
 			if old.rule == r {
-				continue // it was right when it came into force
+				continue // it was checked when it was published
 			}
 		}
 		if normal := r.Normalized(); !normal.Equal(*r) {
@@ -133,7 +130,7 @@ func (s *transaction) plan(want []*flow.Flow) error {
 			return &RuleError{Rule: r.Name, Err: err}
 		}
 		if old != nil && old.rule.Equal(*r) {
-			old.rule = r // held once, by the caller, too
+			old.rule = r // share the caller's instead of keeping two
 			continue
 		}
 		s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.Continues(*old.rule)})
@@ -159,8 +156,8 @@ func nameTwice(name string) error {
 	return &RuleError{Rule: name, Err: errors.New("name is used twice")}
 }
 
-// checkInputs refuses new rules of one name, and inputs that two rules would have, of which one
-// at least is among the changes: those in force have inputs of their own.
+// checkInputs rejects new rules with the same name, and two rules with the same input. It compares
+// only pairs with a changed rule: the inputs of unchanged rules are distinct already.
 func (s *transaction) checkInputs() error {
 	if len(s.changes) == 0 {
 		return nil
@@ -182,7 +179,7 @@ func (s *transaction) checkInputs() error {
 	}
 	for _, e := range s.rules {
 		if e.planned != s.plans || names[e.rule.Name] {
-			continue // it goes, or has changed
+			continue // removed or changed
 		}
 		for in := range e.rule.In.Key().EveryPort() {
 			if changed, ok := inputs[in]; ok {
@@ -207,14 +204,14 @@ func (s *transaction) takeBack() error {
 	return errors.Join(errs...)
 }
 
-// stage prepares everything of a rule but its flow entry.
+// stage prepares everything of a rule except its flow entry.
 func (s *transaction) stage(c change) error {
 	e, n := c.new, uint32(len(c.new.rule.Out))
 	if err := s.allocate(c); err != nil {
 		return err
 	}
 	if !c.continues {
-		// Before the flow entry: what dies in between leaves no rule without a name.
+		// Before the flow entry: a crash in between leaves no rule without a name.
 		s.staged.rules.add(e.id, encodeRule(e))
 		s.onFailure(func() error { return s.maps.Rules.Put(e.id, &bpf.RelayRule{}) })
 	}
@@ -252,12 +249,11 @@ func (s *transaction) stage(c change) error {
 	return s.flushIfFull()
 }
 
-// outputPolicer is the policer of an output with the given counters. Those of the
-// rules come first.
+// outputPolicer is the policer of an output with the given counters. Those of the rules come first.
 func (l *Loader) outputPolicer(stats uint32) uint32 { return l.maps.Rules.MaxEntries() + stats }
 
-// stagePolicers fills the buckets of a rule's rates. One whose rate stays goes on as
-// it is.
+// stagePolicers fills the token buckets of a rule's rates. A bucket whose rate is unchanged keeps
+// its state.
 func (s *transaction) stagePolicers(c change) {
 	stage := func(index uint32, old, rate flow.Rate) {
 		if rate == (flow.Rate{}) || c.continues && old == rate {
@@ -292,8 +288,8 @@ func (s *transaction) allocate(c change) error {
 	e.first = first
 	s.onFailure(func() error { s.outputs.give(first, n); return nil })
 	if used && n > 1 {
-		// A frame with the number of the last one that another rule counted turns
-		// for would go on with its turns.
+		// A frame whose number equals the last one counted here for another rule would continue
+		// that count of turns.
 		if err := zeroPerCPU[bpf.RelayTurn](s.maps.Turns, first, n); err != nil {
 			return err
 		}
@@ -329,8 +325,7 @@ func (s *transaction) allocate(c change) error {
 	return nil
 }
 
-// stageSlots prepares the row of the map broadcast and the copies of a rule with
-// several outputs.
+// stageSlots prepares the row of map broadcast and the copies of a rule with several outputs.
 func (s *transaction) stageSlots(e *entry) error {
 	for _, o := range e.rule.Out {
 		if !o.Ready {
@@ -353,7 +348,7 @@ func (s *transaction) stageSlots(e *entry) error {
 	return s.flushIfFull()
 }
 
-// publish brings the changes into force.
+// publish makes the changes visible to the programs.
 func (s *transaction) publish() error {
 	before := s.lookups.kinds()
 	needed := before
@@ -363,7 +358,7 @@ func (s *transaction) publish() error {
 		}
 	}
 	s.closeShortcuts()
-	// A kind more than needed costs a lookup; a kind less would lose packets.
+	// An unneeded kind costs a lookup; a missing kind would lose packets.
 	if err := s.writeLookups(needed); err != nil {
 		return err
 	}
@@ -373,8 +368,8 @@ func (s *transaction) publish() error {
 		err = s.publishOne(s.changes[0])
 	} else {
 		if needed != before {
-			// A program that has not seen the new kinds would look for a rule that has
-			// moved to one of them where it was.
+			// A program that has not seen the new kinds would look up a rule that moved to one of
+			// them in its old table.
 			s.opts.wait()
 		}
 		err = s.publishTables()
@@ -406,7 +401,7 @@ func (s *transaction) publish() error {
 	return nil
 }
 
-// lookupCount counts the rules in force by the lookup kind that finds them.
+// lookupCount counts the published rules by the lookup kind that finds them.
 type lookupCount map[lookups]int
 
 func (c lookupCount) add(in flow.Input) { c[lookupOf(in)]++ }
@@ -425,7 +420,7 @@ func (c lookupCount) kinds() (kinds lookups) {
 	return kinds
 }
 
-// isSingle says whether one write to the flow table in force does it all.
+// isSingle says whether a single write to the current flow table is enough.
 func (s *transaction) isSingle() bool {
 	if len(s.changes) != 1 {
 		return false
@@ -438,7 +433,7 @@ func (s *transaction) isSingle() bool {
 		return c.old.rule.In.Key() == c.new.rule.In.Key()
 	}
 	if s.both > 0 && cmp.Or(c.new, c.old).rule.In.Len != 0 {
-		return false // it has a say in the entries of others
+		return false // it affects the entries of other rules
 	}
 	return c.new == nil || len(s.rules)+s.extra < int(s.tableOf(c.new.rule.In).MaxEntries())
 }
@@ -459,15 +454,14 @@ func (s *transaction) publishOne(c change) error {
 	return nil
 }
 
-// publishTables builds new flow tables beside those in force and swaps them. Each swap waits
-// until no program uses the table from before.
+// publishTables builds new flow tables next to the current ones and swaps them. Each swap waits
+// until no program uses the previous table.
 //
-// A packet is looked for in the exact table of its family and then in the prefix table (but
-// for prefixes of sources, which go before any source), so
-// the prefixes come last: what has become exact is found there first. What leaves the exact
-// table may be for a prefix to take, and stays in it until the prefixes are swapped. So a
-// packet meets the rule that it had before or the one that it has afterwards, never none
-// and no third one.
+// Programs look in the exact table of a packet's family and then in the prefix table (except for
+// prefixes of sources, which go before any source), so the prefixes are swapped last: a rule that
+// became exact is found in the exact table first. Rules that leave the exact table may move to a
+// prefix, so they stay in it until the prefixes are swapped. Thus a packet finds either its old
+// rule or its new one, never none and never a third one.
 func (s *transaction) publishTables() (err error) {
 	flows, changed, err := s.flowsAfter()
 	if err != nil {
@@ -502,7 +496,7 @@ func (s *transaction) publishTables() (err error) {
 	return nil
 }
 
-// leaving lists the flow entries of a table whose inputs no rule has any more.
+// leaving lists the flow entries of a table whose inputs no rule has any longer.
 func (s *transaction) leaving(kind tableKind) (flows []flowEntry) {
 	kept := map[flow.Input]bool{}
 	for _, c := range s.changes {
@@ -525,8 +519,7 @@ func (s *transaction) leaving(kind tableKind) (flows []flowEntry) {
 	return flows
 }
 
-// flowsAfter lists the flow entries of all rules as they will be, and which tables
-// change.
+// flowsAfter lists the flow entries of all rules after the change, and which tables change.
 func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tableKinds]bool, err error) {
 	touched := make(map[string]bool, len(s.changes))
 	var n [tableKinds]int
@@ -583,7 +576,7 @@ func (s *transaction) flowsAfter() (flows [tableKinds][]flowEntry, changed [tabl
 	return flows, changed, nil
 }
 
-// blame says which rule is the last that is too much for a table.
+// blame attributes an error to the last changed rule of the table that is full.
 func (s *transaction) blame(kind tableKind, err error) error {
 	for _, c := range slices.Backward(s.changes) {
 		if c.new != nil && kindOf(c.new.rule.In) == kind {
@@ -593,7 +586,7 @@ func (s *transaction) blame(kind tableKind, err error) error {
 	return err
 }
 
-// swap puts a new flow table into force with one write.
+// swap publishes a new flow table with one write.
 func (s *transaction) swap(kind tableKind, flows []flowEntry) error {
 	inForce := &s.tables[kind]
 	table, err := s.newTable(kind, flows)
@@ -614,8 +607,7 @@ func (s *transaction) swap(kind tableKind, flows []flowEntry) error {
 	return nil
 }
 
-// retire frees what only the old rules used, and brings the descriptions of the
-// rules up to date.
+// retire frees what only the old rules used, and updates the descriptions of the rules.
 func (s *transaction) retire() error {
 	var errs []error
 	var rows batch[bpf.RelayRule]
@@ -649,7 +641,7 @@ func (s *transaction) retire() error {
 	return errors.Join(errs...)
 }
 
-// releaseOutputs lets go of the interfaces that a rule sends on.
+// releaseOutputs releases the interfaces on which a rule sends.
 func (s *transaction) releaseOutputs(e *entry) error {
 	out := e.rule.Out
 	if len(out) == 1 {
@@ -686,8 +678,7 @@ func (l *Loader) dropCountersOf(ids, stats map[uint32]bool) error {
 	return l.dropStaleCounters(has(ids), has(stats))
 }
 
-// dropStaleCounters deletes the drop counters of rules and outputs that are no
-// more.
+// dropStaleCounters deletes the drop counters of removed rules and outputs.
 func (l *Loader) dropStaleCounters(isGone, isGoneStats func(uint32) bool) error {
 	if err := l.forgetLoops(isGone); err != nil {
 		return err
@@ -716,7 +707,7 @@ func (l *Loader) dropStaleCounters(isGone, isGoneStats func(uint32) bool) error 
 	return nil
 }
 
-// has asks a set for a number.
+// has returns the membership test of a set.
 func has(set map[uint32]bool) func(uint32) bool {
 	return func(i uint32) bool { return set[i] }
 }

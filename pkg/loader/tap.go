@@ -23,17 +23,17 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// TapOptions says what a [Tap] is to see.
+// TapOptions says what a [Tap] captures.
 type TapOptions struct {
 	PinDir string // empty: DefaultPinDir
-	Rule   string // its flows are those of this name, and those of its inputs
+	Rule   string // captures the flow of this name and the flows of the rule's inputs
 	tap.Options
 	// Memory for all rings together in bytes; 0: DefaultTapMemory.
 	Memory int
 }
 
-// DefaultTapMemory is what the rings of a Tap take together. Each CPU has at least
-// minTapRing and at most maxTapRing.
+// DefaultTapMemory is the memory of all rings of a Tap. Each CPU's ring has at least minTapRing and
+// at most maxTapRing.
 const (
 	DefaultTapMemory = 32 << 20
 
@@ -41,34 +41,34 @@ const (
 	maxTapRing = 8 << 20
 )
 
-// How often a Tap looks whether the rule has other flows now, or a release other programs: at most
-// so often, and for at most this part of its time.
+// How often a Tap checks for changed flows of the rule, and for programs of another release: at
+// most at this interval, and for at most one part in tapLookShare of its time.
 const (
 	tapLookEvery = 500 * time.Millisecond
 	tapLookShare = 20
 )
 
-// Tap sees the packets of a rule that the relay and egress programs see: all of its packets on
-// the kernel path; those that come to the relay program on the others. It traces the programs that
-// are pinned, and changes nothing of them. What it loads ends with it, or with the process. One
-// goroutine runs it.
+// Tap captures the packets of a rule that the relay and egress programs see: all of them on the
+// kernel path, and on the others those that reach the relay program. It traces the pinned programs
+// without changing them. What it loads is released by Close or when the process ends. Only one
+// goroutine may use it.
 type Tap struct {
 	opts     TapOptions
 	maps     *mapSet
 	objects  bpf.TapPrograms
 	own      tapMaps
 	reader   *perf.Reader
-	programs []ebpf.ProgramID // that are traced
+	programs []ebpf.ProgramID // being traced
 	links    []link.Link
 
 	flows   map[uint32]*entry // by id of the rule
 	outputs map[uint32]tapSlot
-	known   map[int]bpf.TapTapFlows // of the map tapped_flows
-	slots   map[uint32]uint32       // of the map tapped_outputs
+	known   map[int]bpf.TapTapFlows // content of map tapped_flows
+	slots   map[uint32]uint32       // content of map tapped_outputs
 	looked  time.Time
 	took    time.Duration
 
-	lost   atomic.Uint64 // by rings that are closed
+	lost   atomic.Uint64 // in rings already closed
 	record tap.Record
 	joined []byte
 }
@@ -86,10 +86,10 @@ type tapSlot struct {
 	slot  int
 }
 
-// OpenTap begins to tap a rule; what it sees waits in its rings until Run. The caller must Close it.
-// The rule need not be in force: its packets are seen as soon as it is.
+// OpenTap starts to tap a rule; captured packets wait in the rings until Run. The caller must Close
+// it. The rule need not be published: its packets are captured as soon as it is.
 //
-// Errors to match: ErrNotLoaded, ErrSchema, ErrNotSupported where the kernel cannot trace BPF
+// Errors to match: ErrNotLoaded, ErrSchema, ErrNotSupported if the kernel cannot trace BPF
 // programs.
 func OpenTap(opts TapOptions) (_ *Tap, err error) {
 	if opts.PinDir == "" {
@@ -116,7 +116,7 @@ func OpenTap(opts TapOptions) (_ *Tap, err error) {
 	return t, t.look()
 }
 
-// tapFaults are answers of a kernel that cannot trace BPF programs: no trampolines for the
+// tapFaults are the errors of kernels that cannot trace BPF programs: no trampolines for the
 // processor (arm64 before Linux 6.0), no JIT compiler, or no BTF.
 var tapFaults = []error{ebpf.ErrNotSupported, unix.EOPNOTSUPP, unix.Errno(524), unix.EINVAL, unix.ENOENT}
 
@@ -125,7 +125,7 @@ func tapError(what string, err error) error {
 		if _, missing := checkCapabilities(); missing != nil {
 			return permissionError(err)
 		}
-		// Nothing is missing but the kernel's will: it lets nobody change its code.
+		// No capability is missing: the kernel allows no one to change its code.
 		return fmt.Errorf("%s: tracing of BPF programs (fentry) is %w here (%s): the kernel refuses it to everybody", what, ErrNotSupported, kernelRelease())
 	}
 	for _, fault := range tapFaults {
@@ -136,7 +136,7 @@ func tapError(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
-// trace loads the tap's programs for the programs that are pinned, and attaches them.
+// trace loads the tap's programs for the pinned programs, and attaches them.
 func (t *Tap) trace() (err error) {
 	relay, err := ebpf.LoadPinnedProgram(relayPin(t.opts.PinDir), nil)
 	if err != nil {
@@ -182,7 +182,7 @@ func (t *Tap) trace() (err error) {
 	}
 	clear(t.known)
 	clear(t.slots)
-	// Those at the exit last: they do nothing for a run whose entry was not seen.
+	// The exit programs last: they ignore a run whose entry was not seen.
 	for _, p := range t.wanted() {
 		lk, err := link.AttachTracing(link.TracingOptions{Program: p})
 		if err != nil {
@@ -194,7 +194,7 @@ func (t *Tap) trace() (err error) {
 	return nil
 }
 
-// wanted returns the programs that are needed for what is wanted.
+// wanted returns the programs needed for the options.
 func (t *Tap) wanted() []*ebpf.Program {
 	all := []*ebpf.Program{t.objects.RelayEntry, t.objects.RelayDrop, t.objects.RelayExit}
 	if t.opts.Slots != 0 || t.opts.Dropped {
@@ -203,7 +203,7 @@ func (t *Tap) wanted() []*ebpf.Program {
 	return all
 }
 
-// tapRing is the length of a CPU's ring, a power of two.
+// tapRing is the length of one CPU's ring in bytes, a power of two.
 func tapRing(memory int) int {
 	if memory == 0 {
 		memory = DefaultTapMemory
@@ -230,14 +230,14 @@ func programIDs(programs ...*ebpf.Program) (ids []ebpf.ProgramID, err error) {
 	return ids, nil
 }
 
-// Run adds the packets that are seen to w, until that has enough, ctx ends, or something fails. It
-// writes all that was seen until then, but does not close w. extra is how many packets other sources
-// of w have lost; nil: there are none.
+// Run adds captured packets to w until w has enough, ctx ends, or something fails. It writes
+// everything captured until then, but does not close w. extra returns how many packets other
+// sources of w lost; nil if there are none.
 func (t *Tap) Run(ctx context.Context, w *tap.Writer, extra func() uint64) error {
 	var record perf.Record
 	next := time.Now()
 	for n := 0; ; n++ {
-		// The clock costs more than most of what follows.
+		// Reading the clock costs more than most of the code below.
 		if n%64 == 0 && time.Now().After(next) {
 			if err := t.refresh(w); err != nil {
 				return err
@@ -261,13 +261,13 @@ func (t *Tap) Run(ctx context.Context, w *tap.Writer, extra func() uint64) error
 			n = -1
 		case err != nil:
 			return fmt.Errorf("read tap ring: %w", err)
-		case record.LostSamples == 0: // else they are in the map tap_lost, too
+		case record.LostSamples == 0: // otherwise they are counted in map tap_lost, too
 			t.add(record.RawSample, w)
 		}
 	}
 }
 
-// drain ends the programs, and adds what they have left in the rings.
+// drain detaches the programs, and adds the records left in the rings.
 func (t *Tap) drain(w *tap.Writer) error {
 	var errs []error
 	for _, lk := range t.links {
@@ -276,7 +276,7 @@ func (t *Tap) drain(w *tap.Writer) error {
 	t.links = nil
 	var record perf.Record
 	t.reader.SetDeadline(time.Now())
-	// The first deadline may be an older one, of rings that were read before.
+	// The first deadline may be an older one, from rings read before.
 	for deadlines := 0; deadlines < 2; {
 		err := t.reader.ReadInto(&record)
 		switch {
@@ -291,7 +291,7 @@ func (t *Tap) drain(w *tap.Writer) error {
 	return errors.Join(errs...)
 }
 
-// Lost is how many packets there was no room for.
+// Lost is the number of packets for which the rings had no room.
 func (t *Tap) Lost() uint64 {
 	sum := t.lost.Load()
 	if t.own.Lost == nil {
@@ -306,8 +306,8 @@ func (t *Tap) Lost() uint64 {
 	return sum
 }
 
-// InForce says how many outputs the rule had when it was last looked at, 0 when it was not in force,
-// and whether user space forwards its packets. It is for the goroutine that runs the tap.
+// InForce returns how many outputs the rule had at the last check, 0 if it was not published, and
+// whether user space forwards its packets. Call it only from the goroutine that runs the tap.
 func (t *Tap) InForce() (outputs int, userSpace bool) {
 	for _, e := range t.flows {
 		outputs = max(outputs, len(e.rule.Out))
@@ -316,7 +316,7 @@ func (t *Tap) InForce() (outputs int, userSpace bool) {
 	return outputs, userSpace
 }
 
-// refresh follows what has changed.
+// refresh adapts the tap to changed rules and programs.
 func (t *Tap) refresh(w *tap.Writer) error {
 	if since := time.Since(t.looked); since < tapLookEvery || since < tapLookShare*t.took {
 		return nil
@@ -336,7 +336,7 @@ func (t *Tap) refresh(w *tap.Writer) error {
 	return t.look()
 }
 
-// tracesPinned says whether the programs that are pinned are those that are traced.
+// tracesPinned says whether the traced programs are still the pinned ones.
 func (t *Tap) tracesPinned() (bool, error) {
 	for i, pin := range []string{relayPin(t.opts.PinDir), egressPin(t.opts.PinDir)} {
 		p, err := ebpf.LoadPinnedProgram(pin, nil)
@@ -357,7 +357,7 @@ func (t *Tap) tracesPinned() (bool, error) {
 	return true, nil
 }
 
-// look finds the rule's flows and has the programs look at them.
+// look finds the rule's flows and makes the programs capture them.
 func (t *Tap) look() error {
 	start := time.Now()
 	defer func() { t.looked, t.took = time.Now(), time.Since(start) }()
@@ -392,7 +392,7 @@ func (t *Tap) look() error {
 	return errors.Join(syncTap(t.own.Outputs, t.slots, slots, func(k uint32) uint32 { return k }), syncTap(t.own.Flows, t.known, flows, func(k int) uint32 { return uint32(k) }))
 }
 
-// syncTap makes a map hold what is wanted; known is what it holds.
+// syncTap makes a map hold exactly want; known is its current content.
 func syncTap[K, V comparable](m *ebpf.Map, known, want map[K]V, key func(K) uint32) error {
 	for k := range known {
 		if _, stays := want[k]; !stays {
@@ -414,14 +414,14 @@ func syncTap[K, V comparable](m *ebpf.Map, known, want map[K]V, key func(K) uint
 	return nil
 }
 
-// Where the parts of a record are (struct tap_record of bpf/include/tap.h).
+// Offsets of the parts of a record (struct tap_record of bpf/include/tap.h).
 const (
 	tapHeadAt  = int(unsafe.Offsetof(bpf.TapTapRecord{}.Head))
 	tapDropAt  = int(unsafe.Offsetof(bpf.TapTapRecord{}.Drop))
 	tapDropLen = int(unsafe.Sizeof(bpf.TapTapDrop{}))
 )
 
-// add takes a record apart.
+// add decodes a record.
 func (t *Tap) add(raw []byte, w *tap.Writer) {
 	if len(raw) < tapHeadAt {
 		return
@@ -453,10 +453,10 @@ func (t *Tap) add(raw []byte, w *tap.Writer) {
 func (t *Tap) addIn(r *bpf.TapTapRecord, frame []byte, w *tap.Writer) {
 	e := t.flows[r.Rule]
 	if e == nil {
-		return // it is no more
+		return // the rule is gone
 	}
 	grown := int(int32(r.Grown))
-	// The first bytes are those of before; behind them nothing was changed but the place.
+	// The head holds the original first bytes; after them only the position has changed.
 	t.joined = append(t.joined[:0], r.Head[:r.HeadBytes]...)
 	if rest := int(r.HeadBytes) + grown; rest >= 0 && rest < len(frame) && int(r.HeadBytes) == len(r.Head) {
 		t.joined = append(t.joined, frame[rest:]...)
@@ -476,7 +476,7 @@ func (t *Tap) addIn(r *bpf.TapTapRecord, frame []byte, w *tap.Writer) {
 	w.Add(to)
 }
 
-// drops adds why the packet or copies of it were not sent.
+// drops appends why the packet or its copies were not sent.
 func (t *Tap) drops(r *bpf.TapTapRecord, to []tap.Drop) []tap.Drop {
 	for _, d := range r.Drop[:r.Drops] {
 		drop := tap.Drop{Slot: tap.NoSlot, Reason: Reason(d.Reason).String()}
@@ -507,8 +507,8 @@ func (t *Tap) addOut(r *bpf.TapTapRecord, e *entry, slot int, frame []byte, w *t
 	w.Add(&t.record)
 }
 
-// addUnsent adds a copy that the egress program has dropped. It has no MAC addresses: the handover
-// stands there.
+// addUnsent adds a copy that the egress program dropped. It has no MAC addresses: the handover
+// occupies their bytes.
 func (t *Tap) addUnsent(r *bpf.TapTapRecord, frame []byte, w *tap.Writer) {
 	drops := t.drops(r, t.record.Drops[:0])
 	if len(drops) == 0 {
@@ -522,7 +522,7 @@ func (t *Tap) addUnsent(r *bpf.TapTapRecord, frame []byte, w *tap.Writer) {
 	w.Add(&t.record)
 }
 
-// detach ends what is loaded, and keeps the count of what was lost.
+// detach unloads everything, and keeps the count of lost packets.
 func (t *Tap) detach() error {
 	var errs []error
 	for _, lk := range t.links {
@@ -539,7 +539,7 @@ func (t *Tap) detach() error {
 	return errors.Join(errs...)
 }
 
-// Close ends the tap. The kernel unloads its programs.
+// Close stops the tap. The kernel unloads its programs.
 func (t *Tap) Close() error {
 	err := t.detach()
 	if t.maps != nil {
