@@ -11,14 +11,14 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// Flows with a prefix of groups, and a prefix of sources or senders that they leave out (takesBoth),
-// are entries of the prefix tables in two steps. Each prefix of sources that such flows of one
-// interface, tags and port name, taken or left out, belongs to a class: those that the same flows
-// take as a whole. The longest prefix of a packet's source names the class (PREFIX_CLASS), and in
-// the class the longest prefix of groups the flow (PREFIX_IN_CLASS).
+// Flows with a prefix of groups, and a prefix of sources or excluded senders (takesBoth), are
+// stored in the prefix tables in two steps. Each prefix of sources that such flows of one
+// interface, tags and port name, taken or excluded, belongs to a class: the prefixes that the same
+// flows take as a whole. The longest prefix of a packet's source gives the class (PREFIX_CLASS),
+// and within the class the longest prefix of groups gives the flow (PREFIX_IN_CLASS).
 //
-// A flow that takes any sender but some is no more specific than one that takes any: the longer
-// prefix of groups decides. So where a flow for any sender is inside of it, a class has an entry
+// A flow that takes any sender with exceptions is no more specific than one that takes any: the
+// longer prefix of groups decides. So where it contains a flow for any sender, a class has an entry
 // of path none, and the lookup kind of any sender finds that flow.
 
 // step says which of the two steps an entry of a prefix table belongs to.
@@ -30,8 +30,9 @@ const (
 	inClassStep
 )
 
-// MaxBothEntries is the maximum number of entries of flows with takesBoth in one address family.
-// Only rules that each exclude many different senders come near it.
+// MaxBothEntries is the maximum number of flow table entries, in one address family, of flows with
+// both a prefix of groups and one of senders. Only rules that each exclude many different senders
+// come near it.
 const MaxBothEntries = 1 << 18
 
 // takesBoth says whether a flow is found by prefixes of sources and of groups.

@@ -11,15 +11,15 @@ import (
 	"xdpcast/bpf"
 )
 
-// carry is counters of maps that are made anew by a migration. They are copied before any
-// program counts in the new maps. What the old programs count after that is added when the last
-// of them has ended, while the new ones count on.
+// carry holds the counters of maps that a migration replaces. They are copied before any program
+// counts in the new maps. What the old programs count after that is added once the last of them has
+// ended, while the new ones keep counting.
 type carry struct {
 	maps []*carriedMap
 	done func() error // closes the maps
 }
 
-// carriedKey is the key of a counter as the kernel has it: 4 or 8 bytes.
+// carriedKey is the key of a counter as stored in the kernel: 4 or 8 bytes.
 type carriedKey [8]byte
 
 func indexKey(i uint32) (key carriedKey) {
@@ -29,23 +29,23 @@ func indexKey(i uint32) (key carriedKey) {
 
 func (k carriedKey) index() uint32 { return *(*uint32)(unsafe.Pointer(&k)) }
 
-// carriedMap is the counters of one map.
+// carriedMap holds the counters of one map.
 type carriedMap struct {
 	name string
 	to   *ebpf.Map
-	// adds are the words of to's values that each of the counted words is added to.
+	// adds has, for each counted word, the words of to's values to which it is added.
 	adds [][]int
-	// read reads the old maps: the sums over all CPUs.
+	// read returns the sums over all CPUs from the old maps.
 	read func() (map[carriedKey][]uint64, error)
-	// put writes what the first read said, before any program uses the map. create makes
-	// an entry without counts, which a hash needs; nil: all are there.
+	// put writes the result of the first read, before any program uses the map. create adds a zero
+	// entry, which a hash needs; nil if the map has all entries.
 	put    func(carriedKey, []uint64) error
 	create func(carriedKey) error
 
 	copied map[carriedKey][]uint64
 }
 
-// copy is the first half.
+// copy is the first half: it copies the counters.
 func (c *carry) copy() error {
 	for _, m := range c.maps {
 		var err error
@@ -61,8 +61,8 @@ func (c *carry) copy() error {
 	return nil
 }
 
-// finish is the second half. The old programs have ended. It returns how many counters grew
-// meanwhile.
+// finish is the second half, after the old programs have ended: it adds what they counted since. It
+// returns how many counters grew.
 func (c *carry) finish() (grown int, err error) {
 	for _, m := range c.maps {
 		n, err := m.finish()
@@ -116,10 +116,10 @@ func (m *carriedMap) finish() (grown int, err error) {
 	return grown, nil
 }
 
-// newAdder makes a program that adds words to the counters of the CPU that it runs on. Its
-// context is the key and what to add. A program that counts the same may interrupt it, but
-// neither comes between the other's reading and writing: this one adds by one instruction, and
-// that one is done before this one goes on.
+// newAdder loads a program that adds words to the counters of the CPU on which it runs. Its context
+// is the key and the words to add. A program that updates the same counters may interrupt it, but
+// no update is lost: this program adds with one instruction, and the other completes before this
+// one resumes.
 func (m *carriedMap) newAdder() (*ebpf.Program, error) {
 	const key = -8 // on the stack
 	code := asm.Instructions{
@@ -146,7 +146,7 @@ func (m *carriedMap) newAdder() (*ebpf.Program, error) {
 	return p, nil
 }
 
-// sumWords adds up the first n words of a value of each CPU.
+// sumWords sums the first n words of each CPU's value.
 func sumWords(perCPU []byte, cpus, n int) []uint64 {
 	sum := make([]uint64, n)
 	size := len(perCPU) / cpus
@@ -158,7 +158,7 @@ func sumWords(perCPU []byte, cpus, n int) []uint64 {
 	return sum
 }
 
-// carryCounters is the carry of an old schema's counters into new maps.
+// carryCounters prepares carrying an old schema's counters into new maps.
 func (m *migration) carryCounters() (*carry, error) {
 	cpus, err := ebpf.PossibleCPU()
 	if err != nil {
@@ -175,7 +175,7 @@ func (m *migration) carryCounters() (*carry, error) {
 	return c, nil
 }
 
-// reason is the number of a drop reason now.
+// reason is the current number of a drop reason of the old schema.
 func (m *migration) reason(then uint32) uint32 {
 	if then == m.old.internal {
 		return uint32(Internal)
@@ -195,8 +195,8 @@ const (
 	wordCopies      = int(unsafe.Offsetof(bpf.RelayRuleStats{}.CopiesPackets)) / 8
 )
 
-// carryRules carries what rules matched, and what the one output of a rule sent: before schema 7
-// that was in output_stats. The loop guard must not take it for packets of now.
+// carryRules carries the counts of matched packets, and of packets sent by a rule's only output:
+// before schema 7 those were in output_stats. The loop guard must not mistake them for new packets.
 func (m *migration) carryRules(cpus int) *carriedMap {
 	c := &carriedMap{
 		name: bpf.RelayMapRuleStats, to: m.fresh[bpf.RelayMapRuleStats],
@@ -245,7 +245,7 @@ func (m *migration) carryRules(cpus int) *carriedMap {
 	return c
 }
 
-// carryArray carries an array of struct counter; now is the index that one has now.
+// carryArray carries an array of struct counter; now maps an old index to the current one.
 func (m *migration) carryArray(cpus int, name string, now func(uint32) uint32) *carriedMap {
 	c := &carriedMap{name: name, to: m.fresh[name], adds: [][]int{{0}, {1}}}
 	c.read = func() (map[carriedKey][]uint64, error) {

@@ -52,7 +52,7 @@ type LoopWay struct {
 	MAC    [6]byte    // their source MAC; zero without an Ethernet header
 	Source netip.Addr // their source address
 	From   string     // rule whose output sent the last of them; "" if it is gone
-	Last   time.Time
+	Last   time.Time  // when the last of them arrived
 	// Packets is the number dropped with reason Looping.
 	Packets uint64
 }

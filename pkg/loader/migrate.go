@@ -14,36 +14,35 @@ import (
 	"xdpcast/bpf"
 )
 
-// Pinned state of another schema is migrated in three steps, and packets meet none of them but
-// the last:
+// Pinned state of another schema is migrated in three steps, of which packets see only the last:
 //
-//  1. What has another layout is made anew in the directory pinMigrating, from the old maps.
-//  2. The directory is renamed to pinMigrated, which decides. Its maps are moved to where the
-//     old ones are; whoever finds the directory goes on with that.
-//  3. The state is of this schema now, while the interfaces run the programs of the other
-//     release, on its maps. To adopt it is an upgrade like any other: see Upgrade.
+//  1. Maps with another layout are built in the directory pinMigrating from the old ones.
+//  2. The directory is renamed to pinMigrated, which commits the migration. Its maps are moved over
+//     the old ones; any process that finds the directory resumes there.
+//  3. The state now has this schema, while the interfaces run the other release's programs on its
+//     maps. Adopting it is an ordinary upgrade: see Upgrade.
 const (
 	pinMigrating = "migrating"
 	pinMigrated  = "migrated"
 )
 
-// migration is the first step.
+// migration is the state of the first step.
 type migration struct {
 	*Loader
 	dir   string // pinMigrating
 	old   *schema
 	head  header
-	have  map[string]*ebpf.Map // that there are, by the name of now
-	fresh map[string]*ebpf.Map // that are made anew, by name
-	// rules are the rules in force by number, with their first output counters.
+	have  map[string]*ebpf.Map // existing maps, by their current names
+	fresh map[string]*ebpf.Map // new maps, by name
+	// rules are the published rules by id, with their first output counters.
 	rules map[uint32]ruleCounters
 }
 
 type ruleCounters struct{ outputs, first uint32 }
 
-// migrate brings the pinned state to this release's schema. It changes nothing when it fails.
-// What the caller gets is to be finished once no old program runs any more; nil: nothing was to
-// be done.
+// migrate converts the pinned state to this release's schema. It changes nothing if it fails. The
+// caller must finish the returned carry once no old program runs any longer; nil means there was
+// nothing to do.
 func (l *Loader) migrate() (_ *carry, err error) {
 	dir := l.opts.PinDir
 	if err := l.settleMigrated(); err != nil {
@@ -66,7 +65,7 @@ func (l *Loader) migrate() (_ *carry, err error) {
 	started := time.Now()
 	m := &migration{Loader: l, dir: filepath.Join(dir, pinMigrating), old: old, head: head,
 		have: map[string]*ebpf.Map{}, fresh: map[string]*ebpf.Map{}, rules: map[uint32]ruleCounters{}}
-	// A file descriptor of each map stays open until the counters are carried over.
+	// Each map keeps an open file descriptor until the counters are carried over.
 	counters, err := m.build()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("migrate pinned state %s from schema %d to %d: %w", dir, head.schema, bpf.Schema, err), m.close(), removePins(m.dir))
@@ -95,7 +94,7 @@ func (m *migration) close() error {
 	return errors.Join(errs...)
 }
 
-// header reads what map config begins with in every release.
+// header reads the start of map config, which is the same in every release.
 func (l *Loader) header() (h header, err error) {
 	path := filepath.Join(l.opts.PinDir, bpf.RelayMapConfig)
 	config, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
@@ -113,10 +112,10 @@ func (l *Loader) header() (h header, err error) {
 	return h, nil
 }
 
-// anew says whether a map that the old schema has is made anew.
+// anew says whether a map of the old schema must be rebuilt.
 func (m *migration) anew(name string) bool { return slices.Contains(m.old.anew, name) }
 
-// build makes what has another layout, in a directory of its own.
+// build creates the maps with another layout in a directory of their own.
 func (m *migration) build() (_ *carry, err error) {
 	specs, err := mapSpecs(m.head.maxRules, m.head.maxOutputs)
 	if err != nil {
@@ -159,7 +158,7 @@ func (m *migration) build() (_ *carry, err error) {
 	return counters, nil
 }
 
-// pinClone pins a map that does not remember where.
+// pinClone pins a clone of a map, so that the map itself does not record the path.
 func pinClone(m *ebpf.Map, path string) error {
 	clone, err := m.Clone()
 	if err != nil {
@@ -171,7 +170,7 @@ func pinClone(m *ebpf.Map, path string) error {
 	return clone.Close()
 }
 
-// open opens the old map of a name, checks it, and makes the new one if it has to.
+// open opens and checks the old map of a name, and creates the new one if needed.
 func (m *migration) open(name string, spec *ebpf.MapSpec) (err error) {
 	then := name
 	if before, ok := m.old.then[name]; ok {
@@ -199,8 +198,7 @@ func (m *migration) open(name string, spec *ebpf.MapSpec) (err error) {
 	return nil
 }
 
-// copyConfig copies what the config said. What a new field says the control loop sets again; the
-// shortcuts are empty.
+// copyConfig copies the config. The control loop sets new fields again; the shortcuts are empty.
 func (m *migration) copyConfig() error {
 	raw, err := m.have[bpf.RelayMapConfig].LookupBytes(uint32(0))
 	if err != nil {
@@ -212,7 +210,7 @@ func (m *migration) copyConfig() error {
 	return m.fresh[bpf.RelayMapConfig].Put(uint32(0), &config[0])
 }
 
-// copyOutputs copies the outputs, whose entries are the same.
+// copyOutputs copies the outputs, whose entries have the same layout.
 func (m *migration) copyOutputs() error {
 	from, to := m.have[bpf.RelayMapOutputs], m.fresh[bpf.RelayMapOutputs]
 	if from.ValueSize() != to.ValueSize() || from.MaxEntries() != to.MaxEntries() {
@@ -229,7 +227,7 @@ func (m *migration) copyOutputs() error {
 	return putAll(to, keys, values)
 }
 
-// convertTable makes the flow table of a kind from the old one that is in force.
+// convertTable builds the flow table of a kind from the current old one.
 func (m *migration) convertTable(kind tableKind) (err error) {
 	outer := m.have[tableNames[kind].outer]
 	old, err := openTable(outer, tablePin(m.opts.PinDir, kind), true)
@@ -274,7 +272,7 @@ func (m *migration) readFlows(table *ebpf.Map) (keys [][]byte, values []bpf.Rela
 	return keys, values, iter.Err()
 }
 
-// findCounters finds the counters of the rules' outputs: they are where the first output says.
+// findCounters finds the counters of the rules' outputs, which the first output names.
 func (m *migration) findCounters() error {
 	outputs := m.fresh[bpf.RelayMapOutputs]
 	for id, r := range m.rules {
@@ -294,9 +292,9 @@ func (m *migration) findCounters() error {
 	return nil
 }
 
-// settleMigrated is the second step, or goes on with it after a process died there; and it
-// removes what one left that died in the first step. The map config moves last: until then the
-// state is of the old schema.
+// settleMigrated is the second step, and resumes it after a process died there; it also removes
+// what a process left that died in the first step. The map config moves last: until then the state
+// has the old schema.
 func (l *Loader) settleMigrated() error {
 	dir := l.opts.PinDir
 	migrated := filepath.Join(dir, pinMigrated)
@@ -304,7 +302,7 @@ func (l *Loader) settleMigrated() error {
 		return err
 	}
 	if _, err := os.Lstat(filepath.Join(migrated, bpf.RelayMapConfig)); errors.Is(err, os.ErrNotExist) {
-		return removePins(migrated) // all have moved
+		return removePins(migrated) // all maps have moved
 	}
 	head, err := l.header()
 	if err != nil && !errors.Is(err, ErrDamaged) {
@@ -336,8 +334,8 @@ func (l *Loader) settleMigrated() error {
 	return errors.Join(l.opts.step("moved"), removeOthers(dir), removePins(migrated))
 }
 
-// removeOthers removes pins that are none of this release, and those of tables that were to be
-// swapped.
+// removeOthers removes pins that this release does not use, and those of tables about to be swapped
+// in.
 func removeOthers(dir string) error {
 	known := map[string]bool{programsDir: true, linksDir: true, broadcastsDir: true, pinMigrated: true, pinBuilding: true}
 	for name := range (&mapSet{}).slots() {
@@ -359,7 +357,7 @@ func removeOthers(dir string) error {
 	return errors.Join(errs...)
 }
 
-// pinFiles lists the pins below a directory by their path there, the map config last.
+// pinFiles lists the pins below a directory by relative path, the map config last.
 func pinFiles(dir string) (names []string, err error) {
 	err = filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
 		if err == nil && !e.IsDir() && path != filepath.Join(dir, bpf.RelayMapConfig) {

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// takeOver takes over what is pinned: as it is, migrated, or by making it anew.
+// takeOver takes over the pinned state: unchanged, migrated, or rebuilt.
 func (l *Loader) takeOver() error {
 	counters, err := l.migrate()
 	if err == nil {
@@ -31,7 +31,8 @@ func (l *Loader) takeOver() error {
 	return err
 }
 
-// carryOver ends a migration: no interface and no row of a devmap has an old program any more.
+// carryOver completes a migration: no interface and no row of a devmap has an old program any
+// longer.
 func (l *Loader) carryOver(counters *carry) {
 	l.opts.wait()
 	grown, err := counters.finish()
@@ -42,11 +43,11 @@ func (l *Loader) carryOver(counters *carry) {
 	l.log.Debug("counters carried over", "grown meanwhile", grown)
 }
 
-// replacement is pinned state that was made anew since that of before could not be taken over.
+// replacement is pinned state that was rebuilt because the previous one could not be taken over.
 type replacement struct {
 	why         error
 	done        bool          // the interfaces run this release's program
-	interrupted time.Duration // for how long packets were not relayed
+	interrupted time.Duration // how long packets were not relayed
 }
 
 func (r *replacement) warnings() []string {
@@ -60,12 +61,12 @@ func (r *replacement) warnings() []string {
 		r.interrupted.Round(time.Microsecond), r.why)}
 }
 
-// replace makes the state anew in place of what is pinned. The interfaces run what they ran until
-// rules are in force: see endReplaced.
+// replace rebuilds the pinned state. The interfaces keep running their programs until rules are
+// published: see endReplaced.
 func (l *Loader) replace(why error) (err error) {
 	head, err := l.header()
 	if err != nil || head.cookie != l.cookie {
-		return why // nothing tells that it is of this network namespace
+		return why // nothing proves that it belongs to this network namespace
 	}
 	if err := l.closeState(); err != nil {
 		return err
@@ -96,7 +97,7 @@ func (l *Loader) replace(why error) (err error) {
 	return nil
 }
 
-// adoptWhatItCan takes the links over, and removes the pins of what is none.
+// adoptWhatItCan takes over the links, and removes other pins from their directory.
 func (l *Loader) adoptWhatItCan() error {
 	dir := filepath.Join(l.opts.PinDir, linksDir)
 	links, err := os.ReadDir(dir)
@@ -136,10 +137,10 @@ func (l *Loader) adoptWhatItCan() error {
 	return nil
 }
 
-// endReplaced has the interfaces run this release's program, now that rules are in force. Frames
-// of both programs must never be in one bulk: the kernel would run the egress program of the first
-// on all, and the two count outputs differently. So in between packets pass for a grace
-// period, and are not relayed.
+// endReplaced switches the interfaces to this release's program, now that rules are published.
+// Frames of both programs must never share a bulk: the kernel runs the egress program of the first
+// frame on all of them, and the two programs count outputs differently. So for a grace period in
+// between, packets pass and are not relayed.
 func (l *Loader) endReplaced() error {
 	if l.replaced == nil || l.replaced.done {
 		return nil
@@ -178,14 +179,14 @@ func (l *Loader) endReplaced() error {
 	return nil
 }
 
-// passProgram is an XDP program that passes all packets.
+// passProgram loads an XDP program that passes all packets.
 func (l *Loader) passProgram() (*ebpf.Program, error) {
 	const xdpPass = 2 // include/uapi/linux/bpf.h
 	spec := &ebpf.ProgramSpec{
 		Name: "xdpcast_pass", Type: ebpf.XDP, AttachType: ebpf.AttachXDP, License: "Dual BSD/GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, xdpPass), asm.Return()},
 	}
-	if l.can.MultiBuffer { // an interface with a large MTU takes no other
+	if l.can.MultiBuffer { // an interface with a large MTU accepts no other
 		spec.Flags = unix.BPF_F_XDP_HAS_FRAGS
 	}
 	p, err := ebpf.NewProgram(spec)
@@ -195,17 +196,17 @@ func (l *Loader) passProgram() (*ebpf.Program, error) {
 	return p, nil
 }
 
-// forceUpdate updates a link or, where the kernel does not (its program was made for another kind
-// of attachment), attaches anew.
+// forceUpdate updates a link or, if the kernel refuses (its program was made for another kind of
+// attachment), reattaches.
 func (l *Loader) forceUpdate(a *attachment, p *ebpf.Program) error {
 	err := a.link.Update(p)
 	switch {
 	case errors.Is(err, unix.ENOLINK):
-		return nil // its interface has gone since
+		return nil // its interface has gone
 	case err == nil:
 		return a.fillIDs()
 	case p != l.relay:
-		return nil // then it is attached anew
+		return nil // the second update reattaches it
 	}
 	delete(l.links, a.Index)
 	if err := errors.Join(a.release(), removePins(linkPin(l.opts.PinDir, a.Index)), a.link.Close()); err != nil {

@@ -8,27 +8,27 @@ import (
 	"xdpcast/bpf"
 )
 
-// schema is the layout of pinned state as another release wrote it, as far as it differs from
-// this release's (bpf/include/abi.h). Whoever changes the layout adds the one that there was:
-// decision 0023 says how.
+// schema is the layout of pinned state written by another release, where it differs from this
+// release's (bpf/include/abi.h). A change of the layout adds the previous one here: see decision
+// 0023.
 type schema struct {
-	// then has the names of maps that are called otherwise now.
+	// then has the old names of renamed maps, by current name.
 	then map[string]string
-	// anew are the maps whose layout or meaning was another. The others are taken over as they
-	// are: both releases' programs work on them, and nothing that they hold can be lost.
+	// anew are the maps whose layout or meaning changed. The others are taken over unchanged: both
+	// releases' programs work on them, so nothing in them can be lost.
 	anew []string
-	// flow is the size of an entry of a flow table, and flowOf reads one.
+	// flow is the size of a flow table entry in bytes, and flowOf decodes one.
 	flow   int
 	flowOf func([]byte) bpf.RelayFlow
-	// rule is the size of an entry of rule_stats in words, and counted how many of its first
-	// hold packets, bytes, the time of the last packet, and then handed and copies, two each.
+	// rule is the size of an entry of rule_stats in words, and counted how many of its first words
+	// are used: packets, bytes, the time of the last packet, and then handed and copies, two each.
 	rule, counted int
-	// internal is the number of DROP_INTERNAL, the last one of enum drop_reason.
+	// internal is the value of DROP_INTERNAL, the last one of enum drop_reason.
 	internal uint32
 }
 
-// schemas are those that this release migrates, by number. They share the keys of flow tables,
-// the handover between relay and egress program, and the maps that no entry names.
+// schemas are those that this release migrates, by number. They share the keys of flow tables, the
+// handover between relay and egress program, and all maps that no entry lists.
 var schemas = map[uint32]*schema{
 	4: {
 		then: namesBefore6,
@@ -59,14 +59,14 @@ var namesBefore6 = map[string]string{
 	bpf.TransmitMapDeviceRows:  "port_rows",
 }
 
-// Before schema 7 a flow entry was longer, maps that programs read for each packet were not
-// aligned to a cache line, and what the one output of a rule sent was in output_stats.
+// Before schema 7, flow entries were longer, maps that programs read for each packet were not
+// cache-line aligned, and packets sent by a rule's only output were counted in output_stats.
 var anewBefore7 = []string{
 	bpf.RelayMapConfig, bpf.RelayMapFlowTables4, bpf.RelayMapFlowTables6, bpf.RelayMapPrefixTables4, bpf.RelayMapPrefixTables6,
 	bpf.RelayMapShortcuts, bpf.RelayMapOutputs, bpf.RelayMapRuleStats, bpf.RelayMapPassed,
 }
 
-// flowBefore7 reads a flow entry of schema 6, or of those before, which ended earlier.
+// flowBefore7 decodes a flow entry of schema 6, or a shorter one of earlier schemas.
 func flowBefore7(b []byte) bpf.RelayFlow {
 	var old struct {
 		Rule, FirstOutput, Device   uint32
@@ -93,7 +93,7 @@ func flowBefore7(b []byte) bpf.RelayFlow {
 	return f
 }
 
-// header is the beginning of map config, which is the same in every release.
+// header is the start of map config, which is the same in every release.
 type header struct {
 	schema               uint32
 	cookie               uint64 // of the network namespace
@@ -102,7 +102,7 @@ type header struct {
 
 const headerSize = 24
 
-// readHeader reads it from an entry of map config. Of another schema the number alone may be there.
+// readHeader decodes it from an entry of map config. An unknown schema may have its number alone.
 func readHeader(config []byte) (h header, err error) {
 	n := binary.NativeEndian
 	if len(config) >= 4 {

@@ -12,15 +12,15 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// shortcuts mirrors the map shortcuts, where the relay program finds most rules without
-// the flow tables (bpf/include/shortcut.h). While open, the slots agree with the tables; while
-// closed, the tables alone count. Each rule has two candidate slots; rules without a slot
-// fall back to the tables.
+// shortcuts mirrors the map shortcuts, in which the relay program finds most rules without the flow
+// tables (bpf/include/shortcut.h). While open, the slots agree with the tables; while closed, only
+// the tables count. Each rule has two candidate slots; rules without a slot fall back to the
+// tables.
 type shortcuts struct {
 	open  bool
 	known bool     // slots equals what the kernel holds
 	slots []*entry // by index; nil: empty
-	shift uint32   // 64 less the bits of a slot index
+	shift uint32   // 64 minus the bits of a slot index
 }
 
 // shortcutSlots is the size of the map shortcuts. While at most half the slots are used,
@@ -29,13 +29,13 @@ func shortcutSlots(maxRules uint32) uint32 {
 	return 1 << max(1, min(bits.Len32(maxRules-1), 31))
 }
 
-// newShortcuts is for a map with n slots. fresh: the map was just made, so all slots are
-// empty and shortcuts can be open from the start.
+// newShortcuts creates the mirror of a map with n slots. fresh: the map was just created, so all
+// slots are empty and shortcuts can be open from the start.
 func newShortcuts(n uint32, fresh bool) shortcuts {
 	return shortcuts{open: fresh, known: fresh, slots: make([]*entry, n), shift: uint32(64 - bits.TrailingZeros32(n))}
 }
 
-// shiftInForce is the shift in map config.
+// shiftInForce is the current shift for map config; 0 while closed.
 func (s *shortcuts) shiftInForce() uint32 {
 	if !s.open {
 		return 0
@@ -74,15 +74,15 @@ func (s *shortcuts) has(e *entry) bool {
 // maxMoves limits how many entries move to make room for a new one.
 const maxMoves = 32
 
-// put gives an entry a slot; others may have to move to their second one (cuckoo hashing:
-// Pagh, Rodler 2001). When that frees no slot, nothing moves. It records in changed which
-// slots have another entry.
+// put gives an entry a slot; others may have to move to their second one (cuckoo hashing: Pagh,
+// Rodler 2001). If that frees no slot, nothing moves. It records in changed which slots have
+// another entry.
 func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
 	at, second := s.slotsOf(e.rule.In)
 	if s.slots[at] != nil && s.slots[second] == nil {
 		at = second
 	}
-	var moves []uint32 // slots whose entries move on to the next one
+	var moves []uint32 // slots whose entries move to the next one
 	for s.slots[at] != nil {
 		if len(moves) == maxMoves { // cycles end here, too
 			return
@@ -100,8 +100,8 @@ func (s *shortcuts) put(e *entry, changed map[uint32]bool) {
 	changed[at] = true
 }
 
-// closeShortcuts makes the flow tables alone determine a packet's rule. The map config must still
-// be written.
+// closeShortcuts makes the flow tables alone determine a packet's rule. The caller must still write
+// the map config.
 func (s *transaction) closeShortcuts() {
 	if s.shortcuts.open {
 		s.shortcuts.open = false
@@ -112,8 +112,8 @@ func (s *transaction) closeShortcuts() {
 	}
 }
 
-// storesInOrder: every CPU sees the stores of another in order and loads in its own order (x86
-// TSO). Others, including arm64, guarantee neither between two system calls.
+// storesInOrder says that every CPU sees another's stores in order and loads in its own order (x86
+// TSO). Other architectures, including arm64, guarantee neither between two system calls.
 const storesInOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 
 // openShortcuts assigns slots to the current rules. The caller has waited a grace period for
@@ -149,8 +149,8 @@ func (l *Loader) openShortcuts() error {
 	return nil
 }
 
-// shortcutRules returns which rules may have a slot: those of one group and one port
-// that no more specific rule can take packets from.
+// shortcutRules returns which rules may have a slot: those of one group and one port from which no
+// more specific rule can take packets.
 func (l *Loader) shortcutRules() func(*entry) bool {
 	sourced := map[flow.Input]bool{}
 	for _, e := range l.rules {

@@ -15,7 +15,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// Counter counts packets, and the bytes of their frames as they came in.
+// Counter counts packets and the bytes of their frames as received.
 type Counter struct {
 	Packets, Bytes uint64
 }
@@ -25,11 +25,11 @@ func (c *Counter) add(packets, bytes uint64) {
 	c.Bytes += bytes
 }
 
-// Reason says why a packet, or one copy of it, was not sent.
+// Reason is why a packet, or one copy of it, was not sent.
 type Reason uint8
 
-// The reasons, as the programs count them. NoDevice also holds the copies that
-// the kernel skipped before the egress program ran.
+// The reasons, as the programs count them. NoDevice includes copies that the kernel skipped before
+// the egress program ran.
 const (
 	Loop        = Reason(bpf.RelayDropReasonDROP_LOOP)
 	TTL         = Reason(bpf.RelayDropReasonDROP_TTL)
@@ -58,7 +58,7 @@ const (
 	reasons     = Reason(bpf.RelayDropReasonDROP_REASONS)
 )
 
-// ReasonOf is the reason that copies of a blocked output are dropped for.
+// ReasonOf is the drop reason for copies to a blocked output.
 func ReasonOf(b flow.Blocked) Reason {
 	switch b {
 	case flow.NoNeighbour:
@@ -135,51 +135,52 @@ func (r Reason) String() string {
 	}
 }
 
-// RuleStats is what became of the packets of one rule. For each output,
+// RuleStats are the statistics of one rule. For each output,
 //
 //	Matched = Sent + sum of Drops of the rule + sum of Drops of the output
 //
-// once no packet is on its way.
+// once no packet is in flight.
 type RuleStats struct {
 	Name    string
 	ID      uint32
 	Matched Counter
-	// LastSeen is the age of the last match; negative when there was none.
+	// LastSeen is the age of the last match; negative if there was none.
 	LastSeen time.Duration
-	// Drops happened before the packet was copied: it missed every output.
+	// Drops happened before the packet was copied, so every output missed it.
 	Drops   map[Reason]Counter
 	Outputs []OutputStats // by slot
-	// Notes is what is worth knowing, and is no drop.
+	// Notes count notable packets that were not dropped.
 	Notes map[Note]Counter
-	// Leg and Stream are set for a rule that is one of several inputs.
+	// Leg and Stream are set for a rule that is one of several inputs, or that is watched.
 	Leg    *LegStats
 	Stream *StreamStats
 }
 
-// OutputStats is what became of one output's copies.
+// OutputStats are the statistics of one output's copies.
 type OutputStats struct {
 	Rule  flow.Output
 	Sent  Counter // handed to the device
 	Drops map[Reason]Counter
 }
 
-// DeviceStats counts frames that were handed to a device and lost there, which the
-// kernel does not tell by rule.
+// DeviceStats counts frames that were handed to a device and lost there; the kernel does not report
+// them per rule. TransmitDrops are those that the driver did not take; RedirectRefused those that
+// met a device that was down, or were too long for it.
 type DeviceStats struct {
 	Index                          int
 	TransmitDrops, RedirectRefused uint64
 }
 
-// Stats is a reading of all counters.
+// Stats is one reading of all counters.
 type Stats struct {
 	Rules []RuleStats
-	// Drops are those of all rules together. The bytes of CPUFull, which no rule has by
-	// itself, are not known.
+	// Drops are the totals over all rules. The bytes of CPUFull, which is not counted per rule, are
+	// unknown.
 	Drops map[Reason]Counter
-	// Passed is what no rule matched, on all interfaces, and PassedBroadcast what of it was IPv4
-	// UDP in broadcast frames.
+	// Passed counts packets on all interfaces that matched no rule, and PassedBroadcast those of
+	// them that were IPv4 UDP in broadcast frames.
 	Passed, PassedBroadcast Counter
-	// Kept is what rules of PathFanout took from the host's stack.
+	// Kept counts packets that rules of PathFanout withheld from the host's stack.
 	Kept      Counter
 	Fragments Fragments
 	Devices   []DeviceStats
@@ -189,9 +190,9 @@ type Stats struct {
 
 // Fragments counts fragments of UDP datagrams by what was known of them.
 type Fragments struct {
-	First  Counter // of datagrams that a rule takes
-	Later  Counter // followed their first one
-	Orphan Counter // the first one was not seen before, or too long ago: left to the stack
+	First  Counter // of datagrams that matched a rule
+	Later  Counter // followed their first fragment
+	Orphan Counter // first fragment not seen before, or too long ago: left to the stack
 }
 
 func readFragments(m *ebpf.Map) (f Fragments, err error) {
@@ -209,8 +210,8 @@ func readFragments(m *ebpf.Map) (f Fragments, err error) {
 	return f, nil
 }
 
-// Stats reads the counters. It may be called while packets flow; each counter is
-// exact, and what is on its way between two of them is missing.
+// Stats reads the counters. It may be called while packets flow: each counter is exact, and packets
+// in flight between two counters are missing.
 func (l *Loader) Stats() (Stats, error) {
 	entries := make([]*entry, 0, len(l.rules))
 	for _, e := range l.rules {
@@ -219,7 +220,7 @@ func (l *Loader) Stats() (Stats, error) {
 	return readStats(l.maps, entries, l.account, l.account.Settle, l.lost)
 }
 
-// StatsOf is Stats with only the named rules; those not in the kernel are left out.
+// StatsOf is like Stats for the named rules only; it omits those not in the kernel.
 func (l *Loader) StatsOf(names []string) (Stats, error) {
 	entries := make([]*entry, 0, len(names))
 	for _, name := range names {
@@ -230,7 +231,8 @@ func (l *Loader) StatsOf(names []string) (Stats, error) {
 	return readStats(l.maps, entries, l.account, l.account.Settle, l.lost)
 }
 
-// Matched is how many packets each rule has matched on all paths, by its name. It reads no other counter.
+// Matched returns how many packets each rule matched on all paths, by name. It reads no other
+// counter.
 func (l *Loader) Matched() (map[string]uint64, error) {
 	entries := make([]*entry, 0, len(l.rules))
 	for _, e := range l.rules {
@@ -248,15 +250,15 @@ func (l *Loader) Matched() (map[string]uint64, error) {
 	return matched, err
 }
 
-// Reader reads pinned state without changing it, beside any owner.
+// Reader reads pinned state without changing it, while another process may own it.
 type Reader struct {
 	pinDir string
 	maps   *mapSet
 	tables tables
 }
 
-// OpenReader opens the pinned state read-only; the caller must Close it. Errors
-// to match: ErrNotLoaded, ErrSchema.
+// OpenReader opens the pinned state read-only; the caller must Close it. Errors to match:
+// ErrNotLoaded, ErrSchema.
 func OpenReader(pinDir string) (_ *Reader, err error) {
 	if nothing, err := unbuilt(pinDir); nothing || errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w in %s", ErrNotLoaded, pinDir)
@@ -274,7 +276,7 @@ func OpenReader(pinDir string) (_ *Reader, err error) {
 // Close closes the file descriptors.
 func (r *Reader) Close() error { return errors.Join(r.maps.Close(), r.tables.Close()) }
 
-// Rules reads the rules in force.
+// Rules reads the published rules.
 func (r *Reader) Rules() ([]flow.Flow, error) {
 	entries, err := r.entries()
 	if err != nil {
@@ -287,7 +289,7 @@ func (r *Reader) Rules() ([]flow.Flow, error) {
 	return rules, nil
 }
 
-// Stats reads the counters of the rules in force.
+// Stats reads the counters of the published rules.
 func (r *Reader) Stats() (Stats, error) {
 	entries, err := r.entries()
 	if err != nil {
@@ -320,7 +322,7 @@ func (r *Reader) entries() ([]*entry, error) {
 	return entries, nil
 }
 
-// readStats reads the counters. settle waits for what workers have; lost may be nil.
+// readStats reads the counters. settle waits for counts that workers still hold; lost may be nil.
 func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), lost losses) (Stats, error) {
 	var s Stats
 	var err error
@@ -357,8 +359,8 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 	if err != nil {
 		return s, err
 	}
-	// Each counter is read before those that come behind it on a packet's way: what comes
-	// in between is then behind alone, and never looks lost.
+	// Read each counter before those further along a packet's path: packets that arrive in between
+	// then appear only in the later counters, and never look lost.
 	for _, t := range tallies {
 		t.readUser(a, true)
 	}
@@ -366,7 +368,7 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 		return s, err
 	}
 	if slices.ContainsFunc(tallies, (*tally).missing) {
-		// Perhaps only on their way: read again when they have arrived.
+		// Perhaps only in flight: read again after they have arrived.
 		waitForPrograms()
 		settle()
 		for _, t := range tallies {
@@ -379,7 +381,7 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 	}
 	s.Rules = make([]RuleStats, len(tallies))
 	for i, t := range tallies {
-		for reason, c := range t.copies.drops { // the program counts them with their rules alone
+		for reason, c := range t.copies.drops { // the program counts them only per rule
 			total := s.Drops[reason]
 			total.add(c.Packets, c.Bytes)
 			s.Drops[reason] = total
@@ -389,7 +391,7 @@ func readStats(m *mapSet, entries []*entry, a *account.Account, settle func(), l
 	return s, nil
 }
 
-// addUser adds what workers have counted of all rules together.
+// addUser adds the workers' counts that cover all rules.
 func (s *Stats) addUser(a *account.Account) {
 	a.Each(func(t account.Target, kind account.Kind, w account.Writer, sum account.Sum) {
 		var to *Counter
@@ -414,17 +416,17 @@ func (s *Stats) addUser(a *account.Account) {
 	})
 }
 
-// waitForPrograms returns when every packet that was in a program, or in a queue
-// behind it, has left: the kernel frees nothing that programs read before then
-// either, and membarrier(2) waits for the same.
+// waitForPrograms returns after every packet that was in a program, or in a queue after it, has
+// left: the kernel delays freeing what programs read for the same time (RCU), and membarrier(2)
+// waits for it, too.
 func waitForPrograms() {
 	const membarrierCmdGlobal = 1 << 0 // include/uapi/linux/membarrier.h
 	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierCmdGlobal, 0, 0); errno != 0 {
-		time.Sleep(20 * time.Millisecond) // far longer than packets are under way
+		time.Sleep(20 * time.Millisecond) // far longer than a packet is in flight
 	}
 }
 
-// readRuleStats calls fn with what the relay program has counted of each rule, by its index.
+// readRuleStats calls fn with the relay program's counters of each rule, by its index in entries.
 func readRuleStats(m *mapSet, entries []*entry, fn func(i int, perCPU []bpf.RelayRuleStats)) error {
 	ids := make([]uint32, len(entries))
 	for i, e := range entries {
@@ -436,7 +438,7 @@ func readRuleStats(m *mapSet, entries []*entry, fn func(i int, perCPU []bpf.Rela
 	return nil
 }
 
-// readTallies reads what the relay program has matched.
+// readTallies reads the relay program's counters of matched packets.
 func readTallies(m *mapSet, entries []*entry) ([]*tally, error) {
 	tallies := make([]*tally, len(entries))
 	err := readRuleStats(m, entries, func(i int, perCPU []bpf.RelayRuleStats) {
@@ -464,7 +466,7 @@ func readTallies(m *mapSet, entries []*entry) ([]*tally, error) {
 // readSinks reads where packets and copies ended on the kernel path.
 func readSinks(m *mapSet, tallies []*tally) error {
 	byID, byStats := make(map[uint32]*tally, len(tallies)), map[uint32]*outputSink{}
-	// A rule's one output is counted with the rule.
+	// A rule's only output is counted in the rule's entry.
 	var alone []*entry
 	var one, several []*outputSink
 	var indexes []uint32
@@ -499,7 +501,7 @@ func readSinks(m *mapSet, tallies []*tally) error {
 	return readRuleDrops(m.RuleDrops, byID, byStats)
 }
 
-// readTotal reads a counter of one entry.
+// readTotal reads one counter of a map.
 func readTotal(name string, m *ebpf.Map, kind uint32) (Counter, error) {
 	var perCPU []bpf.RelayCounter
 	if err := m.Lookup(kind, &perCPU); err != nil {
@@ -574,10 +576,10 @@ func sum(perCPU []bpf.RelayCounter) (c Counter) {
 	return c
 }
 
-// monotonicOf is a time of that clock.
+// monotonicOf converts a time of the kernel's monotonic clock, in ns.
 func monotonicOf(ns uint64) time.Duration { return time.Duration(ns) }
 
-// monotonic is the clock that the programs read.
+// monotonic is CLOCK_MONOTONIC, the clock that the programs read.
 func monotonic() time.Duration {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {

@@ -14,8 +14,8 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// tableKind is one of the flow tables, each for the inputs of one shape: the exact ones
-// first, and the prefixes of the same families in the same order.
+// tableKind is one of the flow tables, each for one shape of input: the exact ones first, then the
+// prefixes of the same families in the same order.
 type tableKind int
 
 const (
@@ -26,8 +26,8 @@ const (
 	tableKinds
 )
 
-// tableNames says what each table is called: the one-entry map that holds it, in
-// the object and as a pin, the table in force as a pin, and the table itself.
+// tableNames has the names of each table: of the one-entry map that holds it, in the object and as
+// a pin; of the current table as a pin; and of the table itself.
 var tableNames = [tableKinds]struct{ outer, pin, name string }{
 	exact4:    {bpf.RelayMapFlowTables4, "flows4", "flow_table4"},
 	exact6:    {bpf.RelayMapFlowTables6, "flows6", "flow_table6"},
@@ -35,7 +35,7 @@ var tableNames = [tableKinds]struct{ outer, pin, name string }{
 	prefixes6: {bpf.RelayMapPrefixTables6, "prefixes6", "prefix_table6"},
 }
 
-// tables are the flow tables in force.
+// tables are the current flow tables.
 type tables [tableKinds]*ebpf.Map
 
 // Close closes the file descriptors.
@@ -48,7 +48,7 @@ func (t *tables) Close() error {
 	return errors.Join(errs...)
 }
 
-// openTables opens the tables that the outer maps say are in force.
+// openTables opens the current tables, to which the outer maps point.
 func openTables(m *mapSet, dir string, readOnly bool) (t tables, err error) {
 	for kind := range tableKinds {
 		if t[kind], err = openTable(m.outer(kind), tablePin(dir, kind), readOnly); err != nil {
@@ -60,12 +60,11 @@ func openTables(m *mapSet, dir string, readOnly bool) (t tables, err error) {
 
 func tablePin(dir string, kind tableKind) string { return filepath.Join(dir, tableNames[kind].pin) }
 
-// tableTries is how often openTable looks for a table that is swapped meanwhile.
+// tableTries is how often openTable retries while a table is being swapped.
 const tableTries = 100
 
-// openTable opens the table in force: it is pinned at path or, while it is swapped or when a
-// process died at that, as the next one. To open it by its id, as it is read from the outer map,
-// would take CAP_SYS_ADMIN.
+// openTable opens the current table: it is pinned at path or, during a swap or after a process died
+// in one, at the next pin. Opening it by the id from the outer map would take CAP_SYS_ADMIN.
 func openTable(outer *ebpf.Map, path string, readOnly bool) (*ebpf.Map, error) {
 	var missing error
 	for range tableTries {
@@ -88,7 +87,8 @@ func openTable(outer *ebpf.Map, path string, readOnly bool) (*ebpf.Map, error) {
 	return table, nil
 }
 
-// openByID opens a pinned map that must have the id. The map does not remember its pin.
+// openByID opens a pinned map that must have the given id. The returned map does not record its
+// pin.
 func openByID(path string, want ebpf.MapID, readOnly bool) (_ *ebpf.Map, err error) {
 	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: readOnly})
 	if err != nil {
@@ -118,7 +118,7 @@ func (m *mapSet) outer(kind tableKind) *ebpf.Map {
 	return [tableKinds]*ebpf.Map{m.FlowTables4, m.FlowTables6, m.PrefixTables4, m.PrefixTables6}[kind]
 }
 
-// kindOf is the table that an input belongs in.
+// kindOf is the table to which an input belongs.
 func kindOf(in flow.Input) tableKind {
 	kind := exact4
 	if in.Group.Is6() {
@@ -130,8 +130,7 @@ func kindOf(in flow.Input) tableKind {
 	return kind
 }
 
-// lookupOf is the lookup kind that finds an input, as bits of the IPv4 lookups and
-// of the IPv6 ones.
+// lookupOf is the lookup kind that finds an input, as bits of the IPv4 or the IPv6 lookups.
 func lookupOf(in flow.Input) (kinds lookups) {
 	var bit bpf.RelayLookupKind
 	switch {
@@ -163,8 +162,7 @@ func lookupOf(in flow.Input) (kinds lookups) {
 	return lookups(bit) << 16
 }
 
-// lookups holds the IPv4 lookup kinds in its lower half and the IPv6 ones in the
-// upper.
+// lookups has the IPv4 lookup kinds in its lower half and the IPv6 ones in the upper.
 type lookups uint32
 
 // flowEntry is one entry of a flow table.
@@ -176,7 +174,7 @@ type flowEntry struct {
 	class  uint32         // with step
 }
 
-// encodeKey returns a pointer to the key of an input in its table. It is none of several entries.
+// encodeKey returns a pointer to the key in its table of an input that has only one entry.
 func encodeKey(in flow.Input) any { return (&flowEntry{in: in}).key() }
 
 // key returns a pointer to the key of an entry in its table.
@@ -203,7 +201,7 @@ func (f *flowEntry) exact6() bpf.RelayFlow6 { return exactKey6(f.in) }
 
 const fromHost = uint16(bpf.RelayFlowFromFROM_HOST)
 
-// from is the field of this name in the keys of an input.
+// from is the field of that name in an input's keys.
 func from(in flow.Input) uint16 {
 	if in.FromHost {
 		return fromHost
@@ -271,8 +269,8 @@ func (f *flowEntry) prefix6() bpf.RelayPrefix6 {
 	return key
 }
 
-// Bits of a prefix table's key before the group (PREFIX4_EXACT and PREFIX6_EXACT
-// in bpf/include/abi.h).
+// Bits of a prefix table's key before the group (PREFIX4_EXACT and PREFIX6_EXACT in
+// bpf/include/abi.h).
 const (
 	prefixExact4 = 128
 	prefixExact6 = 224
@@ -338,8 +336,8 @@ func decodePrefix6(k *bpf.RelayPrefix6) (f flowEntry) {
 	return f
 }
 
-// read returns an entry for each rule of all tables, those of the first table first but
-// for rules of several entries, which come last.
+// read returns one entry for each rule of all tables, in the order of the tables, except that rules
+// with several entries come last.
 func (t *tables) read() ([]flowEntry, error) {
 	var all []flowEntry
 	for kind, table := range t {
@@ -352,7 +350,7 @@ func (t *tables) read() ([]flowEntry, error) {
 	return gather(all), nil
 }
 
-// readKind returns all entries of a table of a kind.
+// readKind returns all entries of a table.
 func readKind(kind tableKind, table *ebpf.Map) (all []flowEntry, err error) {
 	switch kind {
 	case exact4:
@@ -385,10 +383,10 @@ func readTable[K any](all *[]flowEntry, table *ebpf.Map, decode func(*K) flowEnt
 	return nil
 }
 
-// minTable is the fewest entries that a flow table has room for.
+// minTable is the smallest capacity of a flow table.
 const minTable = 1024
 
-// newTable makes a flow table for flows, not in force, with room to grow.
+// newTable creates an unpublished flow table with the given flows and room to grow.
 func (l *Loader) newTable(kind tableKind, flows []flowEntry) (*ebpf.Map, error) {
 	table, err := l.emptyTable(kind, len(flows))
 	if err != nil {
@@ -439,7 +437,7 @@ func fill[K any](table *ebpf.Map, flows []flowEntry, encode func(*flowEntry) K) 
 	return putAll(table, keys, values)
 }
 
-// putAll writes entries, in few system calls where the kernel can.
+// putAll writes entries, in few system calls if the kernel supports batches.
 func putAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
 	if len(keys) == 0 {
 		return nil
@@ -456,7 +454,7 @@ func putAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
 	return nil
 }
 
-// firstTables makes empty flow tables and puts them into force.
+// firstTables creates and publishes empty flow tables.
 func (l *Loader) firstTables() (err error) {
 	for kind := range tableKinds {
 		if l.tables[kind], err = l.newTable(kind, nil); err != nil {
@@ -469,14 +467,14 @@ func (l *Loader) firstTables() (err error) {
 	return nil
 }
 
-// adoptTables opens the flow tables in force. The outer maps say which they are:
-// the pins may be one swap behind.
+// adoptTables opens the current flow tables, to which the outer maps point: the pins may be one
+// swap behind.
 func (l *Loader) adoptTables() (err error) {
 	if l.tables, err = openTables(l.maps, l.opts.PinDir, false); err != nil {
 		return err
 	}
 	for kind := range tableKinds {
-		clone, err := l.tables[kind].Clone() // which may forget where it was pinned
+		clone, err := l.tables[kind].Clone() // which may forget its pin
 		if err == nil {
 			err = errors.Join(repin(clone, tablePin(l.opts.PinDir, kind)), clone.Close())
 		}
@@ -487,8 +485,8 @@ func (l *Loader) adoptTables() (err error) {
 	return nil
 }
 
-// putTable puts a table into force. It is pinned before, beside the one in force, so that the one
-// that is in force is always pinned.
+// putTable publishes a table. It pins it first, next to the current one, so the current table is
+// always pinned.
 func (l *Loader) putTable(kind tableKind, table *ebpf.Map) error {
 	path := tablePin(l.opts.PinDir, kind)
 	clone, err := table.Clone()

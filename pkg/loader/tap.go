@@ -32,8 +32,8 @@ type TapOptions struct {
 	Memory int
 }
 
-// DefaultTapMemory is the memory of all rings of a Tap. Each CPU's ring has at least minTapRing and
-// at most maxTapRing.
+// DefaultTapMemory is the memory of all rings of a Tap in bytes. Each CPU's ring has at least
+// minTapRing (256 KiB) and at most maxTapRing (8 MiB).
 const (
 	DefaultTapMemory = 32 << 20
 
