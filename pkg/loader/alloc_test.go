@@ -7,9 +7,8 @@ import (
 	"testing"
 )
 
-// The allocators against a plain set of who holds what: nothing is handed out
-// twice, nothing is refused that there is room for, and "used before" is never
-// forgotten.
+// The allocators against a plain set of owners: nothing is allocated twice, nothing is refused
+// while there is space, and "used before" is never forgotten.
 func TestBlockAllocatorAgainstModel(t *testing.T) {
 	for seed := range uint64(50) {
 		random := rand.New(rand.NewPCG(seed, 5))
@@ -19,7 +18,7 @@ func TestBlockAllocatorAgainstModel(t *testing.T) {
 		var blocks []extent
 		for range 2000 {
 			switch op := random.IntN(20); {
-			case op == 0: // a restart forgets what was used before
+			case op == 0: // a restart forgets what was in use
 				if err := a.adopt(slices.Clone(blocks)); err != nil {
 					t.Fatalf("seed %d: adopt %v: %v", seed, blocks, err)
 				}
@@ -87,7 +86,7 @@ func hasRoom(held []bool, n int) bool {
 	return false
 }
 
-// What was given back is used again as late as possible.
+// What was freed is reused as late as possible.
 func TestAllocatorsGoRound(t *testing.T) {
 	ids, blocks := newIDAllocator(8), newBlockAllocator(8)
 	for i := range uint32(20) {

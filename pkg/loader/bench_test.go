@@ -13,7 +13,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// bareRedirect is the least that a relay can do: every frame to one interface.
+// bareRedirect is the minimum that a relay can do: send every frame to one interface.
 func bareRedirect(b *testing.B, devices *ebpf.Map) *ebpf.Program {
 	b.Helper()
 	const hasFrags = 1 << 5 // BPF_F_XDP_HAS_FRAGS: programs that share a devmap must agree
@@ -31,10 +31,9 @@ func bareRedirect(b *testing.B, devices *ebpf.Map) *ebpf.Program {
 	return p
 }
 
-// BenchmarkRelay measures one run of the relay program for a packet that matches, and
-// of a bare redirect, in turns, so that both meet the same machine. It reports the least
-// nanoseconds a run of many short bursts, since what else the machine does only adds to it, and
-// their difference and ratio.
+// BenchmarkRelay alternates runs of the relay program for a matching packet with runs of a bare
+// redirect, so that both see the same machine. It reports the minimum ns per run over many short
+// bursts, since other load only adds to it, and their difference and ratio.
 func BenchmarkRelay(b *testing.B) {
 	for _, c := range []struct {
 		rules, outputs, flows int
@@ -61,8 +60,8 @@ func BenchmarkRelay(b *testing.B) {
 			sync1(b, l, rules...)
 			frame := sourceFrame(n, "239.1.0.0", 5000, make([]byte, 86)).Build()
 			bare := bareRedirect(b, l.maps.Devices)
-			// Attached, as the relay program is: a test run of a program that is not waits for
-			// the kernel's dispatcher to learn of it.
+			// Attached, as the relay program is: a test run of an unattached program waits until
+			// the kernel's dispatcher is updated.
 			held, err := link.AttachXDP(link.XDPOptions{Program: bare, Interface: n.out[1].Index})
 			if err != nil {
 				b.Fatal(err)
@@ -95,7 +94,7 @@ func BenchmarkRelay(b *testing.B) {
 	}
 }
 
-// freshContent is a program that gives the frame another payload, and hands it to the relay program.
+// freshContent is a program that gives the frame a new payload, and tail-calls the relay program.
 func freshContent(b *testing.B, relay *ebpf.Program) *ebpf.Program {
 	b.Helper()
 	programs, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
@@ -129,9 +128,9 @@ func freshContent(b *testing.B, relay *ebpf.Program) *ebpf.Program {
 	return p
 }
 
-// BenchmarkGuard measures what a packet costs that the loop guard looks at, beside one of a rule that
-// it leaves alone, in turns: with a payload that was never seen, as most are, and with that of the
-// packet before, as null packets and keepalives have. It reports as BenchmarkRelay does.
+// BenchmarkGuard measures the cost of a packet that the loop guard checks, alternating with one of
+// a rule that it ignores: with a payload never seen before, as most are, and with the payload of
+// the previous packet, as null packets and keepalives have. It reports as BenchmarkRelay does.
 func BenchmarkGuard(b *testing.B) {
 	for _, c := range []struct {
 		name  string
@@ -191,9 +190,9 @@ func BenchmarkGuard(b *testing.B) {
 	}
 }
 
-// nextFlow is the rule that takes the packet that rule i has sent: itself where one flow
-// goes round, else the next of a cycle through flows rules, spread over all in no order that a
-// prefetcher knows (a full period of a linear congruential generator).
+// nextFlow is the rule that takes the packet that rule i sent: itself if one flow feeds itself,
+// otherwise the next of a cycle through flows rules, spread over all in an order that no prefetcher
+// predicts (a full period of a linear congruential generator).
 func nextFlow(i, rules, flows int) int {
 	if flows == 1 {
 		return i
@@ -202,8 +201,8 @@ func nextFlow(i, rules, flows int) int {
 	return (i/apart*5 + 3) % flows * apart
 }
 
-// measure runs a program many times on one frame. The program meets the frame as it
-// has left it, so the rules send to a group that one of them matches.
+// measure runs a program many times on one frame. Each run sees the frame as the previous one left
+// it, so the rules send to a group that one of them matches.
 func measure(b testing.TB, p *ebpf.Program, index int, frame []byte, repeat, want uint32) time.Duration {
 	b.Helper()
 	opts := ebpf.RunOptions{Data: frame, Context: xdpContext{DataEnd: uint32(len(frame)), IngressIfindex: uint32(index)}, Repeat: repeat}
@@ -215,8 +214,8 @@ func measure(b testing.TB, p *ebpf.Program, index int, frame []byte, repeat, wan
 	return time.Since(start)
 }
 
-// BenchmarkEgress measures one run of the egress program for a copy. The output's MACs
-// are those that hand it over, so that the program meets the next copy when it is done.
+// BenchmarkEgress measures one run of the egress program for a copy. The output's MACs are a
+// handover, so that each run leaves the next copy.
 func BenchmarkEgress(b *testing.B) {
 	for _, outputs := range []int{2, 64} {
 		b.Run(fmt.Sprintf("outputs=%d", outputs), func(b *testing.B) {

@@ -13,7 +13,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// prefixed is an input of a prefix of groups, and of senders if it is not empty.
+// prefixed is an input with a prefix of groups, and of senders if that is not empty.
 func prefixed(in flow.Input, groups, senders string) flow.Input {
 	p := netip.MustParsePrefix(groups)
 	in.Group, in.Len = p.Addr(), p.Bits()
@@ -23,9 +23,8 @@ func prefixed(in flow.Input, groups, senders string) flow.Input {
 	return in
 }
 
-// TestBothPrefixes: of prefixes of senders and of groups the longer one of senders decides, then
-// that of groups; one sender goes before, and any sender is behind, where those that leave
-// some out are no more specific than others.
+// TestBothPrefixes: the longer prefix of senders decides, then that of groups. A single sender goes
+// before, and any sender after; rules that exclude some senders are no more specific than others.
 func TestBothPrefixes(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -101,14 +100,14 @@ func TestBothPrefixes(t *testing.T) {
 	}
 	sync1(t, r.l, rules...)
 	check(want)
-	// One that takes from others, and gives back, without their change.
+	// One that takes senders from others, and returns them, without a change of those.
 	sync1(t, r.l, slices.DeleteFunc(slices.Clone(rules), func(r flow.Flow) bool { return r.Name == "any" })...)
 	check(map[string]string{"11.0.0.1 239.1.2.1": "but", "192.168.0.1 239.1.2.1": "outer", "10.3.0.1 239.1.2.1": "inner"})
 	sync1(t, r.l, rules...)
 	check(want)
 	kernelFits(t, r.l)
 	allocatorsFit(t, r.l)
-	// The last one goes: any sender is found as ever.
+	// Without the last one, any sender is found as before.
 	sync1(t, r.l, rules[6], rules[10])
 	check(map[string]string{"11.0.0.1 239.1.2.1": "outer", "2001:db8::1 ff05::9": "six-any"})
 	if r.l.both != 0 {
@@ -116,7 +115,7 @@ func TestBothPrefixes(t *testing.T) {
 	}
 }
 
-// TestClasses: the two steps find the rule that wins, and what is read back is the same.
+// TestClasses: the two steps find the winning rule, and reading back gives the same rules.
 func TestClasses(t *testing.T) {
 	random := rand.New(rand.NewPCG(5, 6))
 	for round := range 2000 {
@@ -198,7 +197,8 @@ func TestClasses(t *testing.T) {
 	}
 }
 
-// twoSteps is the number of the rule that the programs find, as the kernel's trie does; 0 for none.
+// twoSteps is the id of the rule that the programs find, with lookups as in the kernel's trie; 0
+// for none.
 func twoSteps(flows []flowEntry, h *packet.Headers, port uint16) (rule uint32) {
 	longest, class := -1, uint32(0)
 	for _, f := range flows {
@@ -221,7 +221,8 @@ func twoSteps(flows []flowEntry, h *packet.Headers, port uint16) (rule uint32) {
 	return rule
 }
 
-// TestTooManyClasses: what would fill the table without end is refused, and nothing is changed.
+// TestTooManyClasses: rules that would fill the table without limit are refused, and nothing
+// changes.
 func TestTooManyClasses(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -232,7 +233,7 @@ func TestTooManyClasses(t *testing.T) {
 	for i := range 200 {
 		r := rule1(sourced(prefixed(in, fmt.Sprintf("239.%d.0.0/16", i), ""), ""), out)
 		r.Name = fmt.Sprint("rule", i)
-		for range 64 { // few senders are left out by the same rules
+		for range 64 { // few senders are excluded by the same rules
 			r.Except = append(r.Except, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(random.IntN(32)), byte(random.IntN(200))}), 32))
 		}
 		rules = append(rules, r.Normalized())

@@ -27,7 +27,7 @@ func TestBpftoolShowsRules(t *testing.T) {
 	}
 	n := newLab(t, 2)
 	opts := stateOptions(t)
-	opts.MaxRules, opts.MaxOutputs = 64, 256 // bpftool takes its time for each row
+	opts.MaxRules, opts.MaxOutputs = 64, 256 // bpftool is slow for each row
 	l := open(t, opts)
 	sync1(t, l, someRules(n)...)
 	plain := func(name string) string {
@@ -63,7 +63,7 @@ func TestBpftoolShowsRules(t *testing.T) {
 			}
 		}
 	}
-	// The pins follow the tables in force.
+	// The pins follow the current tables.
 	for range 3 {
 		sync1(t, l)
 		sync1(t, l, someRules(n)[:2]...)

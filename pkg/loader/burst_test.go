@@ -17,25 +17,25 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// burst sends frames so that a device's receiver finds many of them at once: from a
-// small XDP program, which BPF_PROG_RUN runs on a batch of live frames. Single
-// writes to a packet socket would be received one by one.
+// burst sends frames so that a device's receiver finds many of them at once: from a small XDP
+// program, which BPF_PROG_RUN runs on a batch of live frames. Single writes to a packet socket
+// would be received one by one.
 type burst struct {
 	host    *lab.Host
 	program *ebpf.Program
 	state   *ebpf.Map
-	size    int // bytes of a frame, burstLen at least
+	size    int // bytes of a frame, at least burstLen
 }
 
 const (
 	burstLen     = 64 // bytes of a frame
 	burstSize    = 64 // frames of a batch, and what a receiver takes at once
 	burstPattern = 16 // destination ports, taken in turn
-	burstNumber  = 44 // where a frame has its number
+	burstNumber  = 44 // offset of a frame's number
 	liveFrames   = 1 << 1
 )
 
-// burstState is what the program writes, and how far it is.
+// burstState is what the program writes, and its progress.
 type burstState struct {
 	Next  uint64
 	Frame [burstLen]byte
@@ -69,8 +69,8 @@ func newBurst(t testing.TB, host *lab.Host, ifname string, frame []byte, ports [
 	return b
 }
 
-// burstProgram writes the whole frame anew, since buffers come back as others left
-// them, with the next port and number in it.
+// burstProgram writes the whole frame each time, since buffers come back as others left them, with
+// the next port and number in it.
 func burstProgram(state, ifindex int) asm.Instructions {
 	const frameAt, portsAt = 8, 8 + burstLen
 	code := asm.Instructions{
@@ -120,9 +120,9 @@ func (b *burst) send(t testing.TB) {
 	})
 }
 
-// Frames of rules with one output and with several, for the same devices, come in
-// one burst. The kernel collects frames for a device and runs one program on them
-// all, so this is where a copy could leave as another output's, or as nobody's.
+// Frames of rules with one output and with several, for the same devices, come in one burst. The
+// kernel collects frames for a device and runs one program on all of them, so this is where a copy
+// could leave as another output's, or as no output's.
 func TestForwardMixedBursts(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -155,8 +155,7 @@ func TestForwardMixedBursts(t *testing.T) {
 	b := newBurst(t, n.source, "eth0", whole, ports)
 	taps := []*labtest.Tap{labtest.NewTap(t, n.sinks[0], "eth0"), labtest.NewTap(t, n.sinks[1], "eth0")}
 
-	// Rules come in this order of steps, so that interfaces change from one use to
-	// the other and back.
+	// The order of the steps makes interfaces change from one use to the other and back.
 	steps := [][]flow.Flow{{rules[0], rules[2], rules[5]}, rules, {rules[1], rules[3]}, rules, rules[:1], rules}
 	number := 0
 	for step, set := range steps {
@@ -216,7 +215,7 @@ func TestForwardMixedBursts(t *testing.T) {
 	}
 }
 
-// wanted returns the outputs of a rule when it is in the set.
+// wanted returns the outputs of a rule if it is in the set.
 func wanted(set []flow.Flow, rule *flow.Flow) []flow.Output {
 	for i := range set {
 		if set[i].Name == rule.Name {
@@ -226,8 +225,8 @@ func wanted(set []flow.Flow, rule *flow.Flow) []flow.Output {
 	return nil
 }
 
-// TestBulkIsLost: a frame that is longer than the MTU of a veth's peer takes those behind it in its
-// bulk with it, of another rule as well. That MTU as the output's own prevents it.
+// TestBulkIsLost: a frame longer than the MTU of a veth's peer drops the rest of its bulk, also
+// frames of another rule. Setting that MTU as the output's own prevents it.
 func TestBulkIsLost(t *testing.T) {
 	t.Parallel()
 	const bursts, peerMTU = 20, 68
@@ -251,7 +250,7 @@ func TestBulkIsLost(t *testing.T) {
 	}
 	const sentLong, sentShort = bursts * burstSize / 8, bursts * burstSize * 7 / 8
 	b := newBurst(t, n.source, "eth0", frame.Build(), ports)
-	b.size = peerMTU + 18 - 6 // two tags more are too long
+	b.size = peerMTU + 18 - 6 // too long with two more tags
 	for _, mtu := range []int32{1500, peerMTU} {
 		short, tagged := output(n.out[0], "239.2.2.1", "10.1.0.1", 6000), output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)
 		short.MTU, tagged.MTU = mtu, mtu

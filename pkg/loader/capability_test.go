@@ -27,7 +27,7 @@ func TestMissingCapabilitiesAreNamed(t *testing.T) {
 		warning, fail string
 	}{
 		{0, "", ""},
-		{bit(unix.CAP_BPF, unix.CAP_PERFMON), "", ""}, // CAP_SYS_ADMIN has them
+		{bit(unix.CAP_BPF, unix.CAP_PERFMON), "", ""}, // included in CAP_SYS_ADMIN
 		{bit(unix.CAP_SYS_ADMIN), "", ""},
 		{bit(unix.CAP_SYS_ADMIN, unix.CAP_BPF), "", "without CAP_BPF (see"},
 		{bit(unix.CAP_SYS_ADMIN, unix.CAP_PERFMON), "", "without CAP_PERFMON (see"},
@@ -55,7 +55,7 @@ func onThread(t *testing.T, fn func() error) {
 	}
 }
 
-// Open itself looks, before it has touched anything.
+// Open itself checks, before it touches anything.
 func TestOpenWithoutCapabilities(t *testing.T) {
 	newLab(t, 0)
 	opts := testOptions(t)
@@ -112,7 +112,7 @@ func TestPrivateMountIsWarnedOf(t *testing.T) {
 	})
 }
 
-// A pin that somebody has removed is named, and what to do.
+// The error names a removed pin, and what to do.
 func TestMissingPinIsNamed(t *testing.T) {
 	for _, pin := range []string{bpf.RelayMapConfig, bpf.RelayMapOutputs, "programs/relay", "programs/egress", "links"} {
 		t.Run(filepath.Base(pin), func(t *testing.T) {

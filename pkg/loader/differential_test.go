@@ -14,7 +14,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// ownAddresses are those that the loader is told are the host's.
+// ownAddresses are those set as the host's own.
 var ownAddresses = flowtest.OwnAddresses()
 
 func newWorld(seed uint64, n *testLab) *flowtest.World {
@@ -26,8 +26,8 @@ func newWorld(seed uint64, n *testLab) *flowtest.World {
 	return w
 }
 
-// differential runs one frame through the programs and the oracle and compares what
-// leaves and what is counted.
+// differential runs one frame through the programs and the oracle and compares the copies and the
+// counters.
 func differential(t testing.TB, r *runner, o *oracle, index int, frame []byte, linear int) {
 	t.Helper()
 	got := r.run(t, index, frame, linear)
@@ -58,7 +58,7 @@ func differential(t testing.TB, r *runner, o *oracle, index int, frame []byte, l
 	}
 }
 
-// checkTotals compares the drops of all rules with those by rule and output.
+// checkTotals compares the total drops with those by rule and output.
 func checkTotals(t testing.TB, o *oracle, drops map[Reason]Counter) {
 	t.Helper()
 	want := map[Reason]Counter{}
@@ -91,8 +91,8 @@ func TestDifferential(t *testing.T) {
 	}
 }
 
-// The programs as they are loaded for a kernel without frames of several buffers (before
-// Linux 5.18) give the same, too.
+// The programs give the same results as loaded for a kernel without multi-buffer frames (before
+// Linux 5.18).
 func TestDifferentialOnOldKernel(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 3)
@@ -102,7 +102,7 @@ func TestDifferentialOnOldKernel(t *testing.T) {
 	l := open(t, opts)
 	attachAll(t, l, append([]*net.Interface{n.in}, n.out...)...)
 	r := newRunner(t, l, n.relay)
-	r.partial = false // a test run spreads a frame over buffers even so
+	r.partial = false // a test run spreads a frame over buffers nevertheless
 	testDifferential(t, n, r)
 }
 
@@ -117,7 +117,7 @@ func testDifferential(t *testing.T, n *testLab, r *runner) {
 	for set := range 15 {
 		rules := w.Rules(set)
 		sync1(t, r.l, rules...)
-		if set%3 == 2 { // the flow tables alone have to say the same
+		if set%3 == 2 { // the flow tables alone must give the same result
 			r.l.shortcuts.open = false
 			if err := r.l.writeConfig(); err != nil {
 				t.Fatal(err)
@@ -155,8 +155,7 @@ func normalized(rules []flow.Flow) []flow.Flow {
 	return out
 }
 
-// FuzzRelay compares the programs with their twin on whatever the fuzzer makes of
-// frames, for rule sets drawn by seed.
+// FuzzRelay compares the programs with their twin on fuzzed frames, for rule sets drawn by seed.
 func FuzzRelay(f *testing.F) {
 	for seed := range uint64(24) {
 		w := &flowtest.World{Rand: rand.New(rand.NewPCG(seed, 2)), In: []flowtest.Interface{{Index: 1, MAC: [6]byte{2, 0, 0, 0, 0, 2}}}}
