@@ -14,8 +14,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// FuzzOutput: every row that decodes means something that encodes to the same
-// again, and no row makes decoding fail badly.
+// FuzzOutput: every row that decodes encodes to the same row again, and no row makes decoding
+// panic.
 func FuzzOutput(f *testing.F) {
 	n := binary.Size(bpf.RelayOutput{})
 	family, _ := reflect.TypeFor[bpf.RelayOutput]().FieldByName("Family")
@@ -48,7 +48,7 @@ func FuzzOutput(f *testing.F) {
 	})
 }
 
-// FuzzKeys: keys of the flow tables mean one input each.
+// FuzzKeys: each key of the flow tables stands for exactly one input.
 func FuzzKeys(f *testing.F) {
 	f.Add(uint32(1), uint16(5000), []byte{239, 1, 1, 1}, []byte{0, 0, 0, 0}, uint8(0), uint16(0), uint16(0))
 	f.Add(uint32(1), uint16(5000), []byte{239, 1, 0, 0}, []byte{10, 0, 0, 1}, uint8(16), uint16(100), uint16(7))
@@ -79,7 +79,7 @@ func FuzzKeys(f *testing.F) {
 	})
 }
 
-// FuzzName: a name that a rule may have is what is read back.
+// FuzzName: a valid rule name is read back unchanged.
 func FuzzName(f *testing.F) {
 	f.Add("cam1")
 	f.Add("")
@@ -137,8 +137,7 @@ func TestEncodeFlowMTU(t *testing.T) {
 	}
 }
 
-// Outputs are copied only where something is not in its normal form, and never changed
-// where they are.
+// Outputs are copied only if one is not in its normal form, and never modified in place.
 func TestNormalizedCopiesOnDemand(t *testing.T) {
 	odd := flow.Output{Blocked: flow.NotReady, Rewrite: packet.Rewrite{Dst: netip.MustParseAddr("239.1.1.1"), DstPort: 1, PCP: 3}}
 	r := flow.Flow{Name: "r", Out: []flow.Output{{Blocked: flow.NotReady, Rewrite: odd.Rewrite}}}

@@ -18,7 +18,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// transmitDrops is what the device of an output did not take.
+// transmitDrops is the number of frames that an output's device did not take.
 func transmitDrops(t testing.TB, l *Loader, i *net.Interface) (n uint64) {
 	t.Helper()
 	for _, p := range globalStats(t, l).Devices {
@@ -29,8 +29,8 @@ func transmitDrops(t testing.TB, l *Loader, i *net.Interface) (n uint64) {
 	return n
 }
 
-// What the egress program drops of a bulk is counted for its reason alone, and not as what
-// the device did not take.
+// What the egress program drops from a bulk is counted only for its reason, not as frames that the
+// device did not take.
 func TestEgressDropsAreNotTheDevice(t *testing.T) {
 	t.Parallel()
 	const frames = 100
@@ -58,7 +58,7 @@ func TestEgressDropsAreNotTheDevice(t *testing.T) {
 		t.Errorf("%d frames are said to be the device's fault, want none", got)
 	}
 	sink.Collect(int(s.Outputs[0].Sent.Packets)+frames, isUDP)
-	// What the device drops is still told.
+	// Drops by the device are still reported.
 	labtest.Do(t, n.sinks[0], func() error {
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -70,7 +70,7 @@ func TestEgressDropsAreNotTheDevice(t *testing.T) {
 	labtest.Eventually(t, "the device's drop is counted", func() bool { return transmitDrops(t, l, n.out[0]) > 0 })
 }
 
-// A restart that finds some of the links that count is not to attach all of them again.
+// A restart that finds only some of the counting links must not attach all of them again.
 func TestLinksThatCountAreAttachedOnce(t *testing.T) {
 	t.Parallel()
 	const frames = 5
@@ -104,8 +104,8 @@ func TestLinksThatCountAreAttachedOnce(t *testing.T) {
 	}
 }
 
-// A copy that is too long with its tags, or with what lies behind the packet, is dropped at
-// once for the reason mtu, and takes no frame of another rule with it.
+// A copy that is too long with its tags, or with bytes after the packet, is dropped at once for the
+// reason mtu, and drops no frame of another rule with it.
 func TestTooLongWithTags(t *testing.T) {
 	t.Parallel()
 	const frames = 50
@@ -187,8 +187,8 @@ func TestTooLongWithTags(t *testing.T) {
 	}
 }
 
-// Fragments of two senders that are merged have the same number by chance or by design:
-// on the way out each datagram's have another, all of one the same.
+// Fragments of two merged senders may have the same identification by chance or by design: on
+// output each datagram has its own, the same in all of its fragments.
 func TestMergedFragments(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
@@ -222,7 +222,8 @@ func TestMergedFragments(t *testing.T) {
 	}
 }
 
-// What a rule would take and cannot, or takes unfinished, is noted by rule.
+// Packets that a rule would take but cannot, or takes without a complete checksum, are noted by
+// rule.
 func TestNotes(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
@@ -242,7 +243,7 @@ func TestNotes(t *testing.T) {
 	t.Run("malformed", func(t *testing.T) {
 		r.enter(t)
 		for i, bad := range [][]byte{
-			put16(bytes.Clone(whole), atUDP+4, 2000), // the datagram goes beyond the packet
+			put16(bytes.Clone(whole), atUDP+4, 2000), // the datagram ends after the packet
 			put16(bytes.Clone(whole), atUDP+4, 7),    // shorter than its header
 			whole[:len(whole)-3],                     // cut short
 		} {
@@ -294,7 +295,7 @@ func TestNotes(t *testing.T) {
 				name := fmt.Sprintf("%s, %d bytes", c.rule, length)
 				unfinished := unfinish(c.frame)
 				got, want := r.run(t, n.in.Index, unfinished, len(unfinished)), r.run(t, n.in.Index, c.frame, len(c.frame))
-				if !bytes.Equal(got.frame[12:], want.frame[12:]) { // behind the handover
+				if !bytes.Equal(got.frame[12:], want.frame[12:]) { // after the handover
 					t.Errorf("%s: sent\n%x, want\n%x", name, got.frame, want.frame)
 				}
 				for slot := range want.copies {
@@ -336,8 +337,8 @@ func TestNotes(t *testing.T) {
 	})
 }
 
-// unfinish returns a frame whose sender leaves the UDP checksum to a device: the sum of the
-// pseudo header is in its place.
+// unfinish returns a frame whose sender leaves the UDP checksum to a device: the field holds the
+// sum of the pseudo header.
 func unfinish(frame []byte) []byte {
 	h, _ := packet.Parse(frame)
 	sum := uint32(17) + uint32(binary.BigEndian.Uint16(frame[h.UDP+4:]))
@@ -352,8 +353,8 @@ func unfinish(frame []byte) []byte {
 	return put16(bytes.Clone(frame), h.UDP+6, uint16(sum))
 }
 
-// Broadcast datagrams that no rule takes pass, and are counted; those that a rule takes, and what
-// is no UDP or no broadcast, are not.
+// Broadcast datagrams that no rule takes pass, and are counted; those that a rule takes, and
+// packets that are not UDP or not broadcast, are not.
 func TestPassedBroadcast(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)

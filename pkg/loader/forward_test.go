@@ -16,7 +16,7 @@ func isUDP(f []byte) bool {
 	return ok
 }
 
-// forwarded is what r makes of a frame, by the twin in Go.
+// forwarded is the copy of a frame after rewrite r, computed by the Go twin.
 func forwarded(t testing.TB, frame []byte, r packet.Rewrite) []byte {
 	t.Helper()
 	out := bytes.Clone(frame)
@@ -38,8 +38,8 @@ func sourceFrame(n *testLab, group string, port uint16, payload []byte) packet.F
 	}
 }
 
-// Every byte of every copy, with several outputs on one interface, is what the
-// rule says, and the counters add up.
+// Every byte of every copy, with several outputs on one interface, is as the rule says, and the
+// counters add up.
 func TestForwardByteExact(t *testing.T) {
 	t.Parallel()
 	for _, outputs := range []int{1, 2, 4, 16, 64} {

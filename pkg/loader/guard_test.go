@@ -16,13 +16,13 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// guardWorld draws packets of few senders and contents, some of which the host has just
-// sent itself: what comes back, and what looks like it.
+// guardWorld draws packets of few senders and payloads, some of which the host has just sent
+// itself: returning packets, and similar ones.
 type guardWorld struct {
 	*rand.Rand
 	rules []flow.Flow
-	alone bool     // one sender, so that only marks tell
-	last  [][]byte // frames as they left
+	alone bool     // one sender, so that only marks distinguish packets
+	last  [][]byte // frames as sent
 }
 
 func (w *guardWorld) frame() (index int, frame []byte) {
@@ -36,7 +36,7 @@ func (w *guardWorld) frame() (index int, frame []byte) {
 		Src: netip.AddrFrom4([4]byte{192, 0, 2, sender}), SrcPort: uint16(7000 + w.IntN(8)/7), DstPort: 5000, TTL: uint8(9 + w.IntN(3)),
 		Payload: bytes.Repeat([]byte{byte(w.IntN(3))}, []int{0, 3, 20, 40, 200}[w.IntN(5)]), NoChecksum: w.IntN(3) == 0,
 	}
-	if w.alone { // and few contents, each of them often
+	if w.alone { // and few payloads, each repeated often
 		f.Payload = f.Payload[:min(len(f.Payload), 20)]
 		clear(f.Payload)
 	}
@@ -49,7 +49,7 @@ func (w *guardWorld) frame() (index int, frame []byte) {
 		parts := packet.Fragment(b, uint32(w.IntN(2)), 64)
 		return r.In.Index, parts[w.IntN(len(parts))]
 	}
-	if len(w.last) > 0 && w.IntN(2) == 0 { // with the mark of one that left
+	if len(w.last) > 0 && w.IntN(2) == 0 { // with the mark of a sent one
 		was, _ := packet.Parse(w.last[w.IntN(len(w.last))])
 		if was.Dst.Is4() && h.Dst.Is4() {
 			id := w.last[len(w.last)-1][18:20]
@@ -60,9 +60,8 @@ func (w *guardWorld) frame() (index int, frame []byte) {
 	return r.In.Index, b
 }
 
-// The guard of the programs and its twin in Go agree on what is cut, on the bytes of what
-// is relayed, and on the ways that they have found. Each packet has one time for both, the
-// program's.
+// The programs' guard and its Go twin agree on what to drop, on the bytes of what is relayed, and
+// on the paths that they found. For each packet both use one time, the program's.
 func TestGuardDifferential(t *testing.T) {
 	n := newLab(t, 2)
 	opts := testOptions(t)
@@ -98,7 +97,7 @@ func TestGuardDifferential(t *testing.T) {
 				t.Fatalf("frame %x does not parse", frame)
 			}
 			if h.Part == packet.LaterFragment {
-				continue // its rule depends on fragments of other rounds, too
+				continue // its rule also depends on fragments of other rounds
 			}
 			rule := &rules[0]
 			for i := range rules {
@@ -141,7 +140,7 @@ func TestGuardDifferential(t *testing.T) {
 	}
 }
 
-// echoes is how many packets of a rule have been noted as echoes, on all CPUs.
+// echoes is how many packets of a rule were noted as echoes, on all CPUs.
 func echoes(t *testing.T, l *Loader, id uint32) (n uint64) {
 	t.Helper()
 	key := bpf.RelayDropKey{Id: id, Scope: uint16(bpf.RelayDropScopeDROP_NOTE), Reason: uint16(bpf.RelayNoteNOTE_ECHO)}
@@ -152,7 +151,7 @@ func echoes(t *testing.T, l *Loader, id uint32) (n uint64) {
 	return sum(cpus).Packets
 }
 
-// lastSeen is the time at which a rule's last packet came, on any CPU.
+// lastSeen is the time of a rule's last packet on any CPU.
 func lastSeen(t *testing.T, l *Loader, rule uint32) (at int64) {
 	t.Helper()
 	var cpus []bpf.RelayRuleStats
@@ -165,7 +164,7 @@ func lastSeen(t *testing.T, l *Loader, rule uint32) (at int64) {
 	return at
 }
 
-// compareLoops compares the ways in the kernel with those of the twin.
+// compareLoops compares the paths in the kernel with those of the twin.
 func compareLoops(t *testing.T, l *Loader, twin *packet.Guard, at int64) (n int) {
 	t.Helper()
 	kernel, err := l.Loops()
@@ -206,7 +205,7 @@ func compareLoops(t *testing.T, l *Loader, twin *packet.Guard, at int64) (n int)
 	return len(want)
 }
 
-// clearGuard empties the memory of the guard.
+// clearGuard clears the memory of the guard.
 func clearGuard(t *testing.T, l *Loader) {
 	t.Helper()
 	for i := range l.maps.GuardSlots.MaxEntries() {

@@ -19,7 +19,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// testOptions points at a BPF file system of the test's own.
+// testOptions uses a BPF file system of the test's own.
 func testOptions(t testing.TB) Options {
 	t.Helper()
 	dir := t.TempDir()
@@ -37,7 +37,7 @@ func testOptions(t testing.TB) Options {
 	}
 }
 
-// stateOptions are testOptions for tests of the pinned state that send no packet.
+// stateOptions are testOptions for tests of the pinned state that send no packets.
 func stateOptions(t testing.TB) Options {
 	t.Helper()
 	opts := testOptions(t)
@@ -45,8 +45,8 @@ func stateOptions(t testing.TB) Options {
 	return opts
 }
 
-// standIn has a relay program that passes all packets. The real one takes the verifier longer
-// than all else that Open does.
+// standIn has a relay program that passes all packets. Verifying the real one takes longer than the
+// rest of Open.
 type standIn struct{ embedded }
 
 func (standIn) relay(_ *mapSet, can Capabilities) (*ebpf.Program, error) {
@@ -54,7 +54,7 @@ func (standIn) relay(_ *mapSet, can Capabilities) (*ebpf.Program, error) {
 		Name: bpf.RelayProgRelay, Type: ebpf.XDP, License: "MIT",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, xdpPass), asm.Return()},
 	}
-	if can.MultiBuffer { // as the egress program has it
+	if can.MultiBuffer { // as in the egress program
 		spec.Flags = unix.BPF_F_XDP_HAS_FRAGS
 	}
 	return ebpf.NewProgram(spec)
@@ -88,8 +88,7 @@ func closeLoader(t testing.TB, l *Loader) {
 	}
 }
 
-// testLab is a source, the relay and some sinks. The test's goroutine is in the
-// relay.
+// testLab is a source, the relay and some sinks. The test's goroutine runs in the relay.
 type testLab struct {
 	source, relay *lab.Host
 	sinks         []*lab.Host
@@ -97,8 +96,7 @@ type testLab struct {
 	out           []*net.Interface
 }
 
-// newLab connects the relay's in to the source's eth0, and its out0, out1... to a
-// sink each.
+// newLab connects the relay's in to the source's eth0, and each of its out0, out1... to a sink.
 func newLab(t testing.TB, sinks int) *testLab {
 	t.Helper()
 	n := &testLab{source: labtest.Host(t, "src"), relay: labtest.Host(t, "rly")}
@@ -150,7 +148,7 @@ func input(i *net.Interface, group, source string, port uint16) flow.Input {
 	return in
 }
 
-// output sends to a group with a source address of its own.
+// output sends to a group from a given source address.
 func output(i *net.Interface, group, source string, port uint16) flow.Output {
 	dst := netip.MustParseAddr(group)
 	return flow.Output{Ready: true, Index: i.Index, MTU: int32(i.MTU), Rewrite: packet.Rewrite{
@@ -180,11 +178,11 @@ func statsOf(t testing.TB, l *Loader, name string) RuleStats {
 	return RuleStats{}
 }
 
-// pointers are rules as Sync takes them.
+// pointers converts rules for Sync.
 func pointers(rules []flow.Flow) []*flow.Flow {
 	all := make([]*flow.Flow, len(rules))
 	for i, r := range rules {
-		all[i] = &r // a copy: tests go on to change theirs
+		all[i] = &r // a copy: tests modify theirs later
 	}
 	return all
 }

@@ -47,8 +47,7 @@ func TestSecondOwnerIsRefused(t *testing.T) {
 	open(t, opts)
 }
 
-// A second start finds everything as it was, and applying the same rules writes
-// nothing.
+// A second start finds everything as it was, and applying the same rules writes nothing.
 func TestAdoptKeepsEverything(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -97,7 +96,7 @@ func TestAdoptKeepsEverything(t *testing.T) {
 	kernelFits(t, l)
 }
 
-// otherRelease gives programs that do the same with one instruction more.
+// otherRelease has programs that do the same with one more instruction.
 type otherRelease struct{ embedded }
 
 func padded(spec *ebpf.CollectionSpec, name string) {
@@ -134,8 +133,8 @@ func (otherRelease) egress(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	return out.P, err
 }
 
-// Another release's programs replace those in the kernel under traffic: no frame is
-// lost, no link changes.
+// Another release's programs replace those in the kernel under traffic: no frame is lost, no link
+// changes.
 func TestAdoptUpgrades(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -275,8 +274,7 @@ func xdpProgram(t testing.TB, index int) uint32 {
 	return lk.Attrs().Xdp.ProgId
 }
 
-// What is pinned is foreign input: state that cannot be right is refused, and
-// nothing about it is changed.
+// Pins are untrusted input: impossible state is rejected, and nothing in it is changed.
 func TestDamagedPinsAreRefused(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -490,7 +488,7 @@ func TestUnloadLeavesNothing(t *testing.T) {
 	if err := Unload(opts); !errors.Is(err, ErrNotLoaded) {
 		t.Errorf("second Unload: %v, want ErrNotLoaded", err)
 	}
-	l = open(t, opts) // nothing holds the lock
+	l = open(t, opts) // the lock is free
 	if l.Adopted() || len(l.Attachments()) != 0 {
 		t.Error("something was left to adopt")
 	}
@@ -540,7 +538,7 @@ func (brokenRelease) egress(None *mapSet, can Capabilities) (*ebpf.Program, erro
 	return nil, errBroken
 }
 
-// What a process leaves that dies in the middle is swept by the next.
+// What a process leaves when it dies midway is removed by the next one.
 func TestSweepsLeftovers(t *testing.T) {
 	n := newLab(t, 2)
 	l := open(t, testOptions(t))
@@ -599,8 +597,8 @@ func TestSweepsLeftovers(t *testing.T) {
 	kernelFits(t, l)
 }
 
-// An interface that goes takes its link and its rows with it; the next start copes,
-// and so does the running one.
+// An interface that disappears takes its link and its rows with it; the next start copes, and so
+// does the running process.
 func TestInterfaceGoes(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 3)
@@ -652,7 +650,7 @@ func TestNoFileDescriptorLeaks(t *testing.T) {
 	var before []string
 	for round := range 3 {
 		if round == 1 {
-			before = openFDs(t) // the first round has opened what stays, epoll and the like
+			before = openFDs(t) // the first round has opened what stays open, such as epoll
 		}
 		l := open(t, opts)
 		attachAll(t, l, append(n.out, n.in)...)
@@ -683,8 +681,8 @@ func TestNoFileDescriptorLeaks(t *testing.T) {
 	}
 }
 
-// A process that dies while it moves a rule from IPv6 to IPv4 leaves it in both
-// tables; the next one goes on with the new one.
+// A process that dies while it moves a rule from IPv6 to IPv4 leaves it in both tables; the next
+// one continues with the new one.
 func TestAdoptsHalfMovedRule(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -696,7 +694,7 @@ func TestAdoptsHalfMovedRule(t *testing.T) {
 	second := moved
 	second.Name = "cam2"
 	sync1(t, l, old, second)
-	// Under the other name it is what a half-done move leaves.
+	// Under the other name this is what a half-done move leaves.
 	row := encodeRule(l.rules["cam2"])
 	row.Name = encodeRule(l.rules["cam1"]).Name
 	if err := l.maps.Rules.Put(l.rules["cam2"].id, &row); err != nil {
@@ -713,8 +711,8 @@ func TestAdoptsHalfMovedRule(t *testing.T) {
 	sync1(t, l, moved)
 }
 
-// A process that dies after it has put new entries beside those that leave leaves a rule
-// twice in one table, too.
+// A process that dies after it added new entries next to the leaving ones also leaves a rule twice
+// in one table.
 func TestAdoptsRuleThatIsThereTwice(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)

@@ -32,15 +32,15 @@ import (
 
 var updatePinned = flag.Bool("update-pinned", false, "write testdata/pinned by the releases' own programs")
 
-// releases are the last commits that wrote each schema which this release migrates.
+// releases has the last commit that wrote each schema migrated by this release.
 var releases = map[uint32]string{
 	4: "117cc45f36fd2993543f88f4d50766a834afb7a4",
 	5: "911f07e9dc9ec2406d38ccba8f10df985ace6a3e",
 	6: "c02ce5669608f520222425380d5b957299386956",
 }
 
-// pinnedRule is a rule of the state that releases left, what was sent for it, and the copies of each
-// packet at each sink.
+// pinnedRule is a rule of the state that releases left, the frame sent for it, and the number of
+// copies of each packet at each sink.
 type pinnedRule struct {
 	name, text string
 	group      string
@@ -61,7 +61,7 @@ var pinnedRules = []pinnedRule{
 // pinnedFrames is how many frames were sent for each rule before the state was kept.
 const pinnedFrames = 5
 
-// pinnedState is what a release left pinned, and the programs that worked on it.
+// pinnedState is what a release left pinned, and its programs.
 type pinnedState struct {
 	Schema        uint32
 	Commit        string
@@ -70,7 +70,7 @@ type pinnedState struct {
 	Relay, Egress []byte
 }
 
-// pinnedMap is a map: entries without content are left out of arrays.
+// pinnedMap is a map, without the zero entries of arrays.
 type pinnedMap struct {
 	Pin                                            string `json:",omitempty"`
 	Type, KeySize, ValueSize, MaxEntries, MapFlags uint32
@@ -80,7 +80,7 @@ type pinnedMap struct {
 type pinnedEntry struct {
 	Key   []byte
 	Value []byte     `json:",omitempty"` // of all CPUs
-	Pin   string     `json:",omitempty"` // of a map that is pinned by itself
+	Pin   string     `json:",omitempty"` // of a map with its own pin
 	Map   *pinnedMap `json:",omitempty"`
 }
 
@@ -88,8 +88,8 @@ func pinnedFile(schema uint32) string {
 	return filepath.Join("testdata", "pinned", fmt.Sprintf("schema%d.json.gz", schema))
 }
 
-// State that each release left is taken over under traffic: no packet is lost or doubled, and
-// the counters go on.
+// State left by each release is taken over under traffic: no packet is lost or duplicated, and the
+// counters continue.
 func TestMigrate(t *testing.T) {
 	for _, schema := range slices.Sorted(maps.Keys(schemas)) {
 		t.Run(fmt.Sprintf("schema %d", schema), func(t *testing.T) {
@@ -102,8 +102,8 @@ func TestMigrate(t *testing.T) {
 	}
 }
 
-// The same with the state that the release's own program leaves here and now, which takes a
-// build of it: long form. With -update-pinned it is kept for TestMigrate.
+// The same with state that the release's own program writes now, which requires building it: long
+// form. With -update-pinned it is stored for TestMigrate.
 func TestMigrateFromRelease(t *testing.T) {
 	if labtest.Soak(0, 1) == 0 && !*updatePinned {
 		t.Skip("long form: builds the programs of earlier releases")
@@ -122,8 +122,8 @@ func TestMigrateFromRelease(t *testing.T) {
 	}
 }
 
-// migrateUnderTraffic opens pinned state of an earlier release while streams of one and of several
-// outputs flow.
+// migrateUnderTraffic opens pinned state of an earlier release while streams of one output and of
+// several flow.
 func migrateUnderTraffic(t *testing.T, n *testLab, opts Options, schema uint32) {
 	t.Helper()
 	_, err := OpenReader(opts.PinDir)
@@ -165,7 +165,7 @@ func migrateUnderTraffic(t *testing.T, n *testLab, opts Options, schema uint32) 
 			t.Errorf("%s is left", entry)
 		}
 	}
-	// It goes on as if it had never been another.
+	// It continues as if it had always had this schema.
 	reopen(t, l)
 	for _, r := range pinnedRules {
 		if len(r.copies) > 0 && !strings.Contains(r.group, ":") {
@@ -176,7 +176,7 @@ func migrateUnderTraffic(t *testing.T, n *testLab, opts Options, schema uint32) 
 	}
 }
 
-// checkPinnedRule checks that a rule has matched so many packets, and what became of them.
+// checkPinnedRule checks how many packets a rule has matched, and what happened to them.
 func checkPinnedRule(t *testing.T, l *Loader, r pinnedRule, want uint64) {
 	t.Helper()
 	s := statsOf(t, l, r.name)
@@ -197,8 +197,8 @@ func checkPinnedRule(t *testing.T, l *Loader, r pinnedRule, want uint64) {
 	}
 }
 
-// buildRelease builds the program of a commit. Without the history, as in a source archive, there is
-// none.
+// buildRelease builds the program of a commit. It skips the test without the git history, as in a
+// source archive.
 func buildRelease(t *testing.T, commit string) string {
 	t.Helper()
 	root, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
@@ -230,7 +230,7 @@ func buildRelease(t *testing.T, commit string) string {
 	return program
 }
 
-// runRelease has a release's program bring the rules in, sends some packets for each, and kills it.
+// runRelease loads the rules with a release's program, sends some packets for each, and kills it.
 func runRelease(t *testing.T, n *testLab, program string, opts Options) {
 	t.Helper()
 	var file strings.Builder
@@ -290,7 +290,7 @@ func sendPinned(t *testing.T, n *testLab) {
 	}
 }
 
-// keep writes what is pinned to testdata.
+// keep writes the pinned state to testdata.
 func keep(t *testing.T, n *testLab, dir string, schema uint32) {
 	t.Helper()
 	state := pinnedState{Schema: schema, Commit: releases[schema], Interfaces: map[string]uint32{n.in.Name: uint32(n.in.Index)}}
@@ -407,8 +407,8 @@ func isOuter(kind ebpf.MapType) bool { return kind == ebpf.ArrayOfMaps || kind =
 
 func isArray(kind ebpf.MapType) bool { return kind == ebpf.Array || kind == ebpf.PerCPUArray }
 
-// restore pins what testdata has of a schema, with the interfaces that there are here, and attaches
-// that release's programs.
+// restore pins the testdata of a schema, with this lab's interfaces, and attaches that release's
+// programs.
 func restore(t testing.TB, n *testLab, dir string, schema uint32) {
 	t.Helper()
 	packed, err := os.Open(pinnedFile(schema))
@@ -479,7 +479,7 @@ func restore(t testing.TB, n *testLab, dir string, schema uint32) {
 type restorer struct {
 	t       testing.TB
 	state   pinnedState
-	indexes map[uint32]uint32 // of interfaces: then and now
+	indexes map[uint32]uint32 // old to current interface indexes
 	cookie  uint64
 	maps    map[string]*ebpf.Map
 	egress  *ebpf.Program
@@ -497,7 +497,7 @@ func (r *restorer) load(object []byte, can Capabilities) *ebpf.CollectionSpec {
 	return spec
 }
 
-// make makes a map without content.
+// make creates a map without its entries.
 func (r *restorer) make(m *pinnedMap, relay *ebpf.CollectionSpec) {
 	r.t.Helper()
 	spec := &ebpf.MapSpec{Type: ebpf.MapType(m.Type), KeySize: m.KeySize, ValueSize: m.ValueSize, Flags: m.MapFlags, MaxEntries: m.MaxEntries}
@@ -538,7 +538,7 @@ func (r *restorer) program(name string, spec *ebpf.CollectionSpec) *ebpf.Program
 	return c.DetachProgram(name)
 }
 
-// fill brings the content in.
+// fill writes the entries.
 func (r *restorer) fill(to *ebpf.Map, m *pinnedMap, relay *ebpf.CollectionSpec) {
 	r.t.Helper()
 	for _, e := range m.Entries {
@@ -565,7 +565,7 @@ func (r *restorer) fill(to *ebpf.Map, m *pinnedMap, relay *ebpf.CollectionSpec) 
 
 func perCPU(kind ebpf.MapType) bool { return kind == ebpf.PerCPUArray || kind == ebpf.PerCPUHash }
 
-// putPerCPU adds up what is of CPUs that are not here.
+// putPerCPU adds the values of CPUs that this machine lacks to another one.
 func (r *restorer) putPerCPU(to *ebpf.Map, key, value []byte) error {
 	size := (int(to.ValueSize()) + 7) / 8 * 8
 	here := make([][]byte, ebpf.MustPossibleCPU())
@@ -600,7 +600,7 @@ func (r *restorer) fillOuter(to *ebpf.Map, m *pinnedMap, e pinnedEntry, relay *e
 	}
 }
 
-// adapt puts the interfaces and the network namespace in that there are here.
+// adapt inserts this lab's interfaces and network namespace.
 func (r *restorer) adapt(pin string, m *ebpf.Map, key, value []byte) {
 	r.t.Helper()
 	index := func(b []byte) {
@@ -627,12 +627,12 @@ func (r *restorer) adapt(pin string, m *ebpf.Map, key, value []byte) {
 		}
 	}
 	if pin == "shortcuts" {
-		clear(value) // their slots go by the interfaces' numbers
+		clear(value) // their slots depend on interface indexes
 	}
 }
 
-// A process that dies at any point of a migration leaves state that the next one takes over, and
-// packets see nothing of it.
+// A process that dies at any point of a migration leaves state that the next one takes over, and no
+// packet is affected.
 func TestMigrationDies(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -642,8 +642,8 @@ func TestMigrationDies(t *testing.T) {
 	s.more()
 	died := errors.New("died")
 	var steps []string
-	// The first one dies at its first step, each other one at its second, so that all that there
-	// are come to be where one has died.
+	// The first process dies at its first step, each later one at its second, so that each step is
+	// reached in state that a dead process left.
 	for {
 		seen := 0
 		opts.at = func(step string) error {
@@ -661,7 +661,7 @@ func TestMigrationDies(t *testing.T) {
 		}
 		s.more()
 		if steps[len(steps)-1] == "upgrade" {
-			break // of three interfaces one runs the new program
+			break // one of three interfaces runs the new program
 		}
 	}
 	for _, want := range []string{"built", "move config", "moved", "upgrade"} {
@@ -679,8 +679,8 @@ func TestMigrationDies(t *testing.T) {
 	kernelFits(t, l)
 }
 
-// State that cannot be taken over is refused, with what to do, or replaced: its programs relay on
-// until the rules are in force.
+// State that cannot be taken over is refused, with advice, or replaced: its programs keep relaying
+// until the rules are published.
 func TestReplace(t *testing.T) {
 	setSchema := func(schema uint32) func(t *testing.T, dir string) {
 		return func(t *testing.T, dir string) {
@@ -759,12 +759,12 @@ func TestReplace(t *testing.T) {
 			s.more()
 			opts.Replace = true
 			l = open(t, opts)
-			s.more() // the programs that were there relay
+			s.more() // the old programs relay
 			if l.Adopted() {
 				t.Error("the state is called adopted")
 			}
 			hasWarning(t, l, "its programs run until the rules are in force", c.want)
-			s.finish() // packets pass by for a moment now
+			s.finish() // packets pass unrelayed for a moment now
 			sync1(t, l, rules...)
 			hasWarning(t, l, "counters began anew, and the streams of the kernel path were interrupted for", c.want)
 			if l.replaced.interrupted <= 0 || l.replaced.interrupted > 10*time.Second {
@@ -807,8 +807,8 @@ func hasWarning(t *testing.T, l *Loader, wants ...string) {
 	}
 }
 
-// A link whose program the kernel does not update, as of one without a type of attachment, is
-// attached anew.
+// A link whose program the kernel does not update, such as one without an attach type, is
+// reattached.
 func TestReplaceAttachesAnew(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -848,7 +848,7 @@ func TestReplaceAttachesAnew(t *testing.T) {
 	}
 }
 
-// The layout of the pinned maps is fixed by their schema: another one is another schema.
+// The layout of the pinned maps is fixed by their schema: a new layout needs a new schema.
 func TestSchemaLayout(t *testing.T) {
 	specs, err := mapSpecs(1, 1)
 	if err != nil {

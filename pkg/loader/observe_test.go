@@ -27,7 +27,7 @@ func nothingIsLost(t *testing.T, l *Loader) {
 	}
 }
 
-// away has every interface of the relay leave the network namespace and come back with its
+// away moves every interface of the relay out of the network namespace and back, with the same
 // index.
 func (n *testLab) away(t *testing.T) {
 	t.Helper()
@@ -43,8 +43,8 @@ func (n *testLab) away(t *testing.T) {
 	}
 }
 
-// What the kernel dropped with an interface that is back with its index is found missing,
-// and put back, also by the next process, and packets flow.
+// What the kernel dropped with an interface that returned with its index is detected and restored,
+// also by the next process, and packets flow.
 func TestInterfacesGoAndComeBack(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -83,8 +83,8 @@ func TestInterfacesGoAndComeBack(t *testing.T) {
 	flows()
 }
 
-// An interface that is deleted and made again with its index is another one, whoever asks:
-// Observe, Attach, or the next process.
+// An interface that is deleted and recreated with the same index is a different one for all of
+// Observe, Attach, and the next process.
 func TestInterfaceIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -117,13 +117,13 @@ func TestInterfaceIsMadeAgain(t *testing.T) {
 	}
 	flows()
 	again()
-	flows() // Attach has looked first
+	flows() // Attach has checked first
 	again()
 	l = reopen(t, l)
 	flows()
 }
 
-// A link that was detached by force is found missing, and attached again.
+// A link that was detached by force is detected, and attached again.
 func TestForcedDetach(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -154,7 +154,7 @@ func TestForcedDetach(t *testing.T) {
 	}
 }
 
-// Another process puts another program into a link: it runs the relay program again.
+// If another process updates a link with another program, the relay program is put back.
 func TestForeignUpdateOfLink(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -176,8 +176,7 @@ func TestForeignUpdateOfLink(t *testing.T) {
 	nothingIsLost(t, l)
 }
 
-// Pins that somebody removes, one by one or all, are made again, and the next process
-// adopts them.
+// Removed pins, one by one or all, are restored, and the next process adopts them.
 func TestPinsAreRemoved(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -197,7 +196,7 @@ func TestPinsAreRemoved(t *testing.T) {
 		}
 		nothingIsLost(t, l)
 	}
-	for round := range 2 { // pins that were made again can be removed again
+	for round := range 2 { // restored pins can be removed again
 		for _, pin := range pins[1:] {
 			if err := os.RemoveAll(pin); err != nil {
 				t.Fatal(err)
@@ -216,7 +215,7 @@ func TestPinsAreRemoved(t *testing.T) {
 	}
 }
 
-// A map config that another process has written is put right.
+// A map config overwritten by another process is corrected.
 func TestConfigIsChanged(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -240,7 +239,7 @@ func someRulesOn1(n *testLab) []flow.Flow {
 	return []flow.Flow{{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.1", "10.1.0.1", 6000)}}}
 }
 
-// Very many devmaps are looked at in turns, each sooner or later.
+// Very many devmaps are checked in turn, each sooner or later.
 func TestManyDevmapsAreObserved(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -271,8 +270,8 @@ func TestManyDevmapsAreObserved(t *testing.T) {
 	}
 }
 
-// State of another network namespace is refused, with what to do, as long as it serves an
-// interface, and removed when that namespace is gone.
+// State of another network namespace is refused, with advice, while it serves an interface, and
+// removed once that namespace is gone.
 func TestNamespaceIsGone(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -319,7 +318,7 @@ func TestNamespaceIsGone(t *testing.T) {
 	}
 }
 
-// The counters' links are watched, too.
+// The links of the counting programs are watched, too.
 func TestTransmitPinIsRemoved(t *testing.T) {
 	t.Parallel()
 	newLab(t, 0)

@@ -9,19 +9,19 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// oracle says in plain Go what the programs do with a frame, and keeps the counters
-// that they must keep.
+// oracle models in plain Go what the programs do with a frame, and keeps the counters that they
+// must keep.
 type oracle struct {
 	rules []flow.Flow
 	own   []netip.Addr
 	first flowtest.Ports
 	want  map[string]*RuleStats
-	// passed since the counters were as before
+	// passed since the counters were passedBefore
 	passed, passedBefore Counter
 }
 
-// newOracle starts with rules that have matched nothing yet; first are the ports of
-// first fragments, which the programs remember beyond a rule set.
+// newOracle starts with rules that have matched nothing yet; first has the ports of first
+// fragments, which the programs remember beyond a rule set.
 func newOracle(rules []flow.Flow, before Stats, first flowtest.Ports) *oracle {
 	o := &oracle{rules: rules, own: ownAddresses, first: first, want: map[string]*RuleStats{}, passedBefore: before.Passed}
 	for _, r := range rules {
@@ -72,7 +72,7 @@ func (o *oracle) frame(index int, frame []byte, linear int) (verdict uint32, cop
 	return xdpRedirect, copies
 }
 
-// dropAll says why no output gets the packet.
+// dropAll returns why no output gets the packet.
 func (o *oracle) dropAll(rule *flow.Flow, frame []byte, linear int, h *packet.Headers) (Reason, bool) {
 	switch {
 	case !rule.AllowLoop && ([6]byte(frame[6:12]) == rule.In.MAC || slices.Contains(o.own, h.Src)):
@@ -86,14 +86,14 @@ func (o *oracle) dropAll(rule *flow.Flow, frame []byte, linear int, h *packet.He
 	}
 }
 
-// sendOne returns one output's copy, or why there is none. spread says that the frame
-// itself is sent and has several buffers.
+// sendOne returns one output's copy, or why there is none. spread says that the frame itself is
+// sent and has several buffers.
 func sendOne(out flow.Output, frame []byte, h *packet.Headers, many, spread bool) ([]byte, Reason) {
 	if !out.Ready {
 		return nil, ReasonOf(out.Blocked)
 	}
 	mtu := int(min(out.MTU, flow.MaxMTU))
-	// The kernel copies no frame that is too long as it came.
+	// The kernel copies no frame that was already too long on arrival.
 	if out.TooLong(h, len(frame), mtu, true) || many && len(frame) > mtu+18 {
 		return nil, MTU
 	}

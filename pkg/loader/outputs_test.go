@@ -31,8 +31,8 @@ func setLink(t testing.TB, i *net.Interface, change func(netlink.Link) error) {
 	}
 }
 
-// Whatever becomes of an output's interface, its counters say so, and for every
-// output what matched is what was sent and what was dropped.
+// Whatever happens to an output's interface, its counters show it, and for every output the matched
+// packets equal the sent plus the dropped ones.
 func TestOutputsThatCannotSend(t *testing.T) {
 	t.Parallel()
 	const frames = 20
@@ -114,7 +114,7 @@ func TestOutputsThatCannotSend(t *testing.T) {
 	}
 }
 
-// sumRule: for every output, what matched was sent or dropped, and nothing else.
+// sumRule checks that for every output each matched packet was either sent or dropped.
 func sumRule(t testing.TB, s RuleStats) {
 	t.Helper()
 	for slot, o := range s.Outputs {
@@ -149,7 +149,7 @@ func TestStatsUnderTraffic(t *testing.T) {
 	sumRule(t, statsOf(t, l, "two"))
 }
 
-// Another's program on an interface stays, and the error names it.
+// A foreign program on an interface stays, and the error names it.
 func TestBusyInterface(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -198,7 +198,7 @@ func TestAttachToNothing(t *testing.T) {
 	}
 }
 
-// endToEnd sends frames and compares what arrives, byte by byte.
+// endToEnd sends frames and compares the received ones, byte by byte.
 func endToEnd(t *testing.T, n *testLab, out flow.Output, frames ...packet.Frame) {
 	t.Helper()
 	source, sink := labtest.NewTap(t, n.source, "eth0"), labtest.NewTap(t, n.sinks[0], "eth0")
@@ -269,8 +269,8 @@ func TestForwardIPv6(t *testing.T) {
 	}
 }
 
-// 1472 bytes of payload fill an MTU of 1500; one more is dropped and counted, for
-// the one output it is too long for.
+// 1472 bytes of payload fill an MTU of 1500; one more is dropped and counted for the only output
+// for which it is too long.
 func TestForwardAtTheMTU(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -318,9 +318,9 @@ func TestForwardAtTheMTU(t *testing.T) {
 	}
 }
 
-// TestTransmitDropsOfOthers: frames that a device did not take are counted by the loader
-// that sent them alone, although a device of another network namespace has the same index
-// and the tracepoint tells of both.
+// TestTransmitDropsOfOthers: only the loader that sent frames counts those that a device did not
+// take, although a device of another network namespace has the same index and the tracepoint
+// reports both.
 func TestTransmitDropsOfOthers(t *testing.T) {
 	t.Parallel()
 	const frames = 5
@@ -344,7 +344,7 @@ func TestTransmitDropsOfOthers(t *testing.T) {
 	if other.out[0].Index != n.out[0].Index {
 		t.Fatalf("the outputs have the indexes %d and %d: the test needs them to be the same", other.out[0].Index, n.out[0].Index)
 	}
-	labtest.Do(t, n.sinks[0], func() error { // the sender does not know what its peer takes
+	labtest.Do(t, n.sinks[0], func() error { // the sender does not know its peer's limit
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {
 			return err

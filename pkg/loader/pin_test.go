@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The pins are what is shared: another run directory, as in another container, makes
-// no second owner.
+// The pins are shared: another run directory, as in another container, does not allow a second
+// owner.
 func TestPinsHaveOneOwnerWhateverTheRunDirectory(t *testing.T) {
 	n := newLab(t, 2)
 	opts := stateOptions(t)
@@ -35,8 +35,8 @@ func TestPinsHaveOneOwnerWhateverTheRunDirectory(t *testing.T) {
 	open(t, other)
 }
 
-// Of many that start at once on pins that are not there yet, each with a run directory of
-// its own, one gets them, and nothing half-built is left.
+// Of many processes that start at once on pins that do not exist yet, each with its own run
+// directory, one gets them, and nothing half-built remains.
 func TestManyStartAtOnce(t *testing.T) {
 	n := newLab(t, 0)
 	opts := stateOptions(t)
@@ -77,7 +77,7 @@ func TestManyStartAtOnce(t *testing.T) {
 	}
 }
 
-// Nobody but root can open what is locked, so nobody can keep the lock.
+// Only root can open the lock files, so no other user can keep the lock.
 func TestLocksCannotBeOpenedByOthers(t *testing.T) {
 	newLab(t, 0)
 	opts := stateOptions(t)
@@ -148,7 +148,7 @@ func TestRunDirectoryOfOthersIsRefused(t *testing.T) {
 	open(t, opts)
 }
 
-// A BPF file system is mounted where it hides nothing, and not after an error.
+// A BPF file system is mounted only where it hides nothing, and not left after an error.
 func TestMountHidesNothing(t *testing.T) {
 	newLab(t, 0)
 	dir := t.TempDir()
@@ -176,7 +176,7 @@ func TestMountHidesNothing(t *testing.T) {
 			t.Errorf("pin directory %s: %v, want %q", c.pinDir, err, c.want)
 		}
 	}
-	// What fails after the mount takes it back.
+	// A failure after the mount undoes it.
 	opts.PinDir, opts.programs = filepath.Join(dir, "a", "b", "bpf", "pins"), brokenRelease{}
 	if _, err := Open(opts); !errors.Is(err, errBroken) {
 		t.Errorf("Open: %v, want %v", err, errBroken)
@@ -188,7 +188,7 @@ func TestMountHidesNothing(t *testing.T) {
 	if _, err := os.Lstat(filepath.Join(dir, "a")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("directories made for the mount are left: %v", err)
 	}
-	// A relative path means the same whatever the working directory is later.
+	// A relative path keeps its meaning when the working directory changes later.
 	if err := os.Mkdir(filepath.Join(dir, "bpf"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -204,8 +204,8 @@ func TestMountHidesNothing(t *testing.T) {
 	}
 }
 
-// Another instance whose name looks like something half-built, alive or not, keeps its pins;
-// so does who is building now.
+// Another instance whose name looks half-built, alive or not, keeps its pins; so does one that is
+// being built.
 func TestSweepsOnlyWhatTheDeadLeft(t *testing.T) {
 	newLab(t, 0)
 	opts := stateOptions(t)
@@ -245,7 +245,7 @@ func TestSweepsOnlyWhatTheDeadLeft(t *testing.T) {
 	building.Close()
 }
 
-// Names of files in the run directory are of one pin directory each.
+// File names in the run directory are unique to one pin directory.
 func TestRunFilesOfTwoPinDirectoriesDiffer(t *testing.T) {
 	seen := map[string]string{}
 	for _, pins := range []string{DefaultPinDir, "/sys/fs/bpf/two", "/sys/fs/bpf-two", "/sys/fs-bpf/two", "/sys/fs/bpf%2dtwo", "/a/%2d", "/a/-", "/a//b", "/a-b"} {

@@ -11,8 +11,8 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// What a plan takes for granted of flows that stay the same ones must not show: it refuses what a
-// comparison of all of them refuses, and finds the same changes.
+// The shortcuts that a plan takes for unchanged flows must not show: it refuses what a comparison
+// of all flows refuses, and finds the same changes.
 func TestPlanTakesNothingForGranted(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -45,7 +45,7 @@ func TestPlanTakesNothingForGranted(t *testing.T) {
 				same := *want[at]
 				want[at] = &same // equal, at another address
 			case len(want) > 0 && rng.IntN(8) == 0:
-				want = append(want, want[rng.IntN(len(want))]) // twice
+				want = append(want, want[rng.IntN(len(want))]) // duplicate
 			case len(want) > 0 && rng.IntN(3) == 0:
 				want[rng.IntN(len(want))] = one()
 			default:
@@ -96,7 +96,7 @@ func TestPlanTakesNothingForGranted(t *testing.T) {
 	}
 }
 
-// together says by looking at all pairs whether rules may be in force together.
+// together says, by checking all pairs, whether rules may be published together.
 func together(rules []*flow.Flow) bool {
 	for i, a := range rules {
 		if a.Check() != nil {

@@ -12,7 +12,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// withoutSysAdmin runs fn on a thread that has the capabilities of the packaged service.
+// withoutSysAdmin runs fn on a thread that has only the capabilities of the packaged service.
 func withoutSysAdmin(t *testing.T, netns int, fn func() error) {
 	t.Helper()
 	onThread(t, func() error {
@@ -32,13 +32,13 @@ func withoutSysAdmin(t *testing.T, netns int, fn func() error) {
 	})
 }
 
-// What a process has pinned the next one takes over, changes and upgrades without CAP_SYS_ADMIN,
-// also where an earlier release has pinned no devmaps, or a process died while it swapped a table.
+// A process takes over, changes and upgrades another's pinned state without CAP_SYS_ADMIN, also if
+// an earlier release pinned no devmaps, or a process died while it swapped a table.
 func TestTakeOverWithoutSysAdmin(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		harm func(t *testing.T, dir string)
-		same bool // devmaps are those of before
+		same bool // devmaps are the previous ones
 	}{
 		{"whole", func(*testing.T, string) {}, true},
 		{"devmaps are not pinned", func(t *testing.T, dir string) {

@@ -11,7 +11,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// answers is a kernel whose probes answer so.
+// answers is a kernel whose probes give these results.
 func (c Capabilities) answers() *kernelProbes {
 	p := probesOfKernel()
 	p.multiBuffer, p.socketMultiBuffer, p.tcx = always(c.MultiBuffer), always(c.SocketMultiBuffer), always(c.TCX)
@@ -32,15 +32,15 @@ func TestProbe(t *testing.T) {
 	if _, err := fmt.Sscanf(kernelRelease(), "%d.%d", &major, &minor); err != nil {
 		t.Fatal(err)
 	}
-	// At least what is in that release; distributions may have taken in more.
+	// At least the features of that release; distributions may have backported more.
 	since := func(since int) bool { return major*100+minor >= since }
 	if since(518) && !got.MultiBuffer || since(606) && !got.SocketMultiBuffer || since(606) && !got.TCX {
 		t.Errorf("got %+v, which is less than the release has", got)
 	}
 }
 
-// A kernel that lacks something is refused with one line that names each thing and the
-// release that has it; nothing has been made then.
+// A kernel that lacks something is refused with one line that names each feature and the release
+// that has it, before anything is created.
 func TestProbeNamesWhatIsMissing(t *testing.T) {
 	needs := probesOfKernel().needs
 	for missing := range 1 << len(needs) {
@@ -50,7 +50,7 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 		}
 		_, err := p.run()
 		if missing == 0 {
-			continue // the rest asks the kernel
+			continue // the others query the kernel
 		}
 		if !errors.Is(err, ErrNotSupported) {
 			t.Fatalf("got %v, want %v", err, ErrNotSupported)
@@ -67,8 +67,8 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 	}
 }
 
-// What cannot be found out is an error of its own: it says nothing about the kernel, but
-// where rights are missing.
+// A failed probe is an error of its own: it says nothing about the kernel, but names missing
+// permissions.
 func TestProbeFails(t *testing.T) {
 	for _, tt := range []struct {
 		err  error
@@ -92,7 +92,7 @@ func TestProbeFails(t *testing.T) {
 	}
 }
 
-// Open makes nothing on a kernel that is too old.
+// Open creates nothing on a kernel that is too old.
 func TestOpenOnOldKernel(t *testing.T) {
 	labtest.Enter(t, labtest.Host(t, "old"))
 	opts := testOptions(t)

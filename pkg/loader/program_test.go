@@ -15,21 +15,21 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// programCase is one frame's way through the relay program. What leaves is built
-// from scratch, checksums included, and not by the code under test.
+// programCase is one frame's path through the relay program. The expected output is built from
+// scratch, checksums included, and not by the code under test.
 type programCase struct {
 	name string
-	// rule changes the rule that frames match by default.
+	// rule modifies the default rule.
 	rule func(r *flow.Flow)
 	// more are further rules.
 	more []flow.Flow
-	// frame changes the frame that matches by default, mangle the bytes of it.
+	// frame modifies the default frame, mangle its bytes.
 	frame  func(f *packet.Frame)
 	mangle func(b []byte) []byte
 	index  int // the input; 0: the rule's
 	linear int // bytes in the first buffer; 0: all
-	// Exactly one of these: the frame that leaves, as a change of the one that
-	// came; passes untouched; why it is dropped.
+	// Exactly one of these: the frame that leaves, as a change of the one received; that it passes
+	// untouched; why it is dropped.
 	want   func(f *packet.Frame)
 	passes bool
 	drop   Reason
@@ -44,8 +44,8 @@ func put16(b []byte, at int, v uint16) []byte {
 	return b
 }
 
-// renumbered is the identification of a fragment that a sender gave a number, when it is
-// sent from another address.
+// renumbered is the identification of a fragment, numbered by its sender, when it is sent from
+// another address.
 func renumbered(id uint16, sender netip.Addr) uint16 {
 	b := sender.As4()
 	mask := uint16(binary.LittleEndian.Uint32(b[:]) * 0x9e3779b1 >> 16)
@@ -328,8 +328,8 @@ func fixIPChecksum(b []byte) []byte {
 	return put16(b, atIP+10, ^uint16(sum))
 }
 
-// zeroSumPayload finds a payload with which the checksum of what leaves comes to
-// zero, which is sent as all ones.
+// zeroSumPayload finds a payload for which the outgoing checksum computes to zero, which is sent as
+// all ones.
 func zeroSumPayload(f packet.Frame, to func(f *packet.Frame)) []byte {
 	to(&f)
 	for i := range 1 << 16 {
@@ -342,7 +342,7 @@ func zeroSumPayload(f packet.Frame, to func(f *packet.Frame)) []byte {
 	panic("every sum is reached by some word")
 }
 
-// counted is what is counted of a rule.
+// counted has the counters of a rule.
 type counted struct {
 	Matched Counter
 	Drops   map[Reason]Counter
@@ -379,8 +379,8 @@ func subtractDrops(now, before map[Reason]Counter) map[Reason]Counter {
 	return now
 }
 
-// A frame for several outputs is handed over: the two MACs make room for what the
-// egress program must know, and nothing else changes.
+// A frame for several outputs is handed over: its two MACs are replaced by the data that the egress
+// program needs, and nothing else changes.
 func TestRelayProgramHandsOver(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
@@ -411,8 +411,8 @@ func TestRelayProgramHandsOver(t *testing.T) {
 	}
 }
 
-// The egress program leaves alone what was not handed over, and drops, counted,
-// what no output claims.
+// The egress program passes frames that were not handed over, and drops and counts those that no
+// output claims.
 func TestEgressProgramRefuses(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 3)
@@ -460,7 +460,7 @@ func TestRelayProgramWithDamagedMaps(t *testing.T) {
 	one := flow.Flow{Name: "one", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}}
 	two := flow.Flow{Name: "two", In: input(n.in, "239.1.1.2", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000), output(n.out[1], "239.2.2.3", "10.1.1.1", 6000)}}
 	sync1(t, r.l, one, two)
-	r.l.shortcuts.open = false // what is damaged is in the flow table
+	r.l.shortcuts.open = false // the damage is in the flow table
 	if err := r.l.writeConfig(); err != nil {
 		t.Fatal(err)
 	}
@@ -502,7 +502,7 @@ func TestRelayProgramWithDamagedMaps(t *testing.T) {
 	}
 }
 
-// Every reason has a name of its own, and the programs' modes are the twin's.
+// Every reason has a name of its own, and the programs' modes equal the twin's.
 func TestReasonsAndModes(t *testing.T) {
 	names := map[string]Reason{}
 	for reason := range reasons {

@@ -13,8 +13,8 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// inputKinds are the shapes of an input that takes packets of a group from the source of
-// sourceFrame: each is found by another lookup.
+// inputKinds are the kinds of input that match packets of a group from the source of sourceFrame:
+// each is found by a different lookup.
 func inputKinds(n *testLab, group string) (kinds []flow.Input) {
 	address := netip.MustParseAddr(group)
 	source, bits := "192.168.7.7", 24
@@ -32,8 +32,8 @@ func inputKinds(n *testLab, group string) (kinds []flow.Input) {
 	return kinds
 }
 
-// Rules change from each kind of input to each other, several at once and in all
-// directions, some for one of another name, and lose and double no packet.
+// Rules change from each kind of input to every other, several at once and in all directions, some
+// to another name, and lose or duplicate no packet.
 func TestInputsChangeKindUnderTraffic(t *testing.T) {
 	t.Parallel()
 	for _, family := range []struct{ name, in, out, src string }{
@@ -61,7 +61,8 @@ func TestInputsChangeKindUnderTraffic(t *testing.T) {
 			for i := range kinds {
 				streams = append(streams, startStream(t, n, fmt.Sprintf(family.in, i+1), 1))
 			}
-			// Offsets that differ from the next by 1 to 7: each kind turns into each other.
+			// The differences between successive offsets are 1 to 7: each kind changes to every
+			// other.
 			for step, offset := range []int{1, 3, 6, 2, 7, 5, 4} {
 				sync1(t, l, rules(step+1, offset)...)
 				for _, s := range streams {
@@ -71,7 +72,7 @@ func TestInputsChangeKindUnderTraffic(t *testing.T) {
 					t.Fatalf("in step %d", step)
 				}
 			}
-			// Alone, a rule goes from one table to the other and back.
+			// A single rule moves from one table to the other and back.
 			one := rules(8, 4)
 			for _, offset := range []int{0, 1, 0} {
 				one[0] = rules(8, offset)[0]
@@ -87,14 +88,14 @@ func TestInputsChangeKindUnderTraffic(t *testing.T) {
 	}
 }
 
-// What programs may still use is left alone until they have been waited for: after a
-// change, and after an adoption that closes the shortcuts.
+// What programs may still use is not reused before a grace period: after a change, and after an
+// adoption that closes the shortcuts.
 func TestWaitsBeforeReuse(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
 	opts := testOptions(t)
 	var l *Loader
-	var old []*entry // in force before
+	var old []*entry // published before
 	var before []string
 	waits := 0
 	opts.wait = func() {
@@ -142,8 +143,8 @@ func TestWaitsBeforeReuse(t *testing.T) {
 	}
 }
 
-// usedByPrograms is what programs may use that have seen old rules: the shortcuts, and the
-// rows of these rules and their outputs.
+// usedByPrograms lists what programs that saw old rules may still use: the shortcuts, and the rows
+// of these rules and their outputs.
 func usedByPrograms(t *testing.T, l *Loader, old []*entry) (used []string) {
 	t.Helper()
 	for i := range l.maps.Shortcuts.MaxEntries() {

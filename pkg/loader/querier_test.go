@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// igmp4 is a frame with an IGMP message from 10.0.0.254. Nothing of it is built by
-// the code under test.
+// igmp4 is a frame with an IGMP message from 10.0.0.254. None of it is built by the code under
+// test.
 func igmp4(vlans []uint16, options, message []byte) []byte {
 	ip := []byte{0x45, 0xc0, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 10, 0, 0, 254, 224, 0, 0, 1}
 	ip[0] += byte(len(options) / 4)
@@ -22,7 +22,7 @@ func igmp4(vlans []uint16, options, message []byte) []byte {
 	return append(ethernet(0x0800, vlans), ip...)
 }
 
-// mld6 is a frame with an MLD message from fe80::1, behind hop-by-hop options.
+// mld6 is a frame with an MLD message from fe80::1, after hop-by-hop options.
 func mld6(vlans []uint16, options, message []byte) []byte {
 	hop := append([]byte{58, byte((2+len(options))/8 - 1)}, options...)
 	payload := append(hop, message...)
@@ -58,8 +58,7 @@ var (
 	longOptions6 = bytes.Repeat([]byte{0}, 14) // Pad1
 )
 
-// Queries are counted with their version, and pass untouched like everything else
-// that is not ours.
+// Queries are counted with their version, and pass untouched like all packets that no rule matches.
 func TestQueriers(t *testing.T) {
 	t.Parallel()
 	const igmpQuery, mldQuery = 0x11, 130
@@ -166,8 +165,7 @@ func TestQueriers(t *testing.T) {
 	}
 }
 
-// What is shown is the last querier; all queries are counted, and each interface
-// and family by itself.
+// The last querier is shown; all queries are counted, separately for each interface and family.
 func TestQueriersByInterface(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -196,7 +194,7 @@ func TestQueriersByInterface(t *testing.T) {
 		}
 	}
 	check()
-	// They go with the program.
+	// They are removed with the program.
 	if err := r.l.Detach(n.in.Index); err != nil {
 		t.Fatal(err)
 	}
@@ -204,7 +202,7 @@ func TestQueriersByInterface(t *testing.T) {
 	check()
 }
 
-// Queries that several CPUs hear at once are all counted.
+// Queries heard by several CPUs at once are all counted.
 func TestQueriersAtOnce(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -233,8 +231,8 @@ func TestQueriersAtOnce(t *testing.T) {
 	}
 }
 
-// A process that takes over keeps what was heard on interfaces that still have the
-// program, and forgets the rest.
+// A process that takes over keeps the queriers heard on interfaces that still have the program, and
+// forgets the others.
 func TestAdoptQueriers(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)

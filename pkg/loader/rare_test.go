@@ -19,7 +19,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Prefixes, any port, VLANs and what outputs rarely ask for, byte for byte.
+// Prefixes, any port, VLANs and rare output options, byte for byte.
 func TestRelayProgramRare(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 3)
@@ -150,7 +150,7 @@ func TestRelayProgramRare(t *testing.T) {
 	}
 }
 
-// IPv6: what is behind extension headers is relayed, and rare outputs as in IPv4.
+// IPv6: datagrams after extension headers are relayed, and rare output options work as in IPv4.
 func TestRelayProgramRare6(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -216,8 +216,8 @@ func TestRelayProgramRare6(t *testing.T) {
 	}
 }
 
-// Fragments follow their first one, through rules of one output and of several, and
-// are counted when it has not come or is too old.
+// Fragments follow their first one, through rules of one output and of several, and are counted if
+// it is missing or too old.
 func TestFragments(t *testing.T) {
 	t.Parallel()
 	for _, dst := range []string{"239.1.1.1", "ff3e::1"} {
@@ -286,7 +286,7 @@ func checkFragments(t *testing.T, n *testLab, r *runner, rule flow.Flow, frame p
 	}
 }
 
-// A first fragment does not speak for others for ever.
+// A first fragment is not valid for others forever.
 func TestFragmentsTooOld(t *testing.T) {
 	n := newLab(t, 1)
 	opts := testOptions(t)
@@ -305,8 +305,8 @@ func TestFragmentsTooOld(t *testing.T) {
 	})
 }
 
-// Token buckets of a rule and of an output: as many as the burst pass, the rest is
-// counted, other rules see nothing of it, and a full bucket fills again.
+// Token buckets of a rule and of an output: a burst passes, the rest is counted, other rules are
+// not affected, and the bucket refills.
 func TestPolicing(t *testing.T) {
 	n, r := programLab(t, 2)
 	frame := sourceFrame(n, "239.1.1.1", 5000, make([]byte, 58)) // 100 bytes
@@ -381,7 +381,7 @@ func checkPoliced(t *testing.T, l *Loader, rule flow.Flow, sent int, passes []in
 	}
 }
 
-// refill lets every bucket be full.
+// refill makes every bucket full.
 func refill(t *testing.T, l *Loader) {
 	t.Helper()
 	var index uint32
@@ -404,7 +404,7 @@ func refill(t *testing.T, l *Loader) {
 	}
 }
 
-// A rate that stays keeps its bucket when the rule's addresses change.
+// An unchanged rate keeps its bucket when the rule's addresses change.
 func TestPolicerGoesOn(t *testing.T) {
 	n, r := programLab(t, 1)
 	rule := flow.Flow{Name: "cam1", In: input(n.in, "239.1.1.1", "", 5000), Out: []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}, Rate: flow.Rate{Packets: 1, Burst: 1}}
@@ -427,7 +427,7 @@ func TestPolicerGoesOn(t *testing.T) {
 	}
 }
 
-// Everything that a rule can have is there again after a restart.
+// Every setting of a rule survives a restart.
 func TestAdoptRareRules(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 3)
@@ -463,8 +463,8 @@ func TestAdoptRareRules(t *testing.T) {
 	kernelFits(t, l)
 }
 
-// Rules whose outputs are on the same interfaces share a devmap, which goes with the
-// last of them.
+// Rules whose outputs are on the same interfaces share a devmap, which is freed with the last of
+// them.
 func TestBroadcastsAreShared(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
@@ -510,7 +510,7 @@ func TestBroadcastsAreShared(t *testing.T) {
 	kernelFits(t, r.l)
 }
 
-// Own addresses come and go, those whose bits are the same included.
+// Own addresses are added and removed, including those that share filter bits.
 func TestOwnAddresses(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -527,7 +527,7 @@ func TestOwnAddresses(t *testing.T) {
 		return r.run(t, n.in.Index, b, len(b)).verdict
 	}
 	var many []netip.Addr
-	for i := range 600 { // more than there are bits
+	for i := range 600 { // more than the filter has bits
 		many = append(many, netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}))
 	}
 	for _, c := range []struct {
@@ -555,7 +555,7 @@ func TestOwnAddresses(t *testing.T) {
 	}
 }
 
-// Rows of the map xsks are used again by other interfaces, however many come and go.
+// Rows of the map xsks are reused by other interfaces, however many come and go.
 func TestSocketRowsAreUsedAgain(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)

@@ -11,8 +11,8 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// TestReadMany: many entries at once are what there is one by one, however many, and
-// with rows empty in between.
+// TestReadMany: reading many entries at once gives the same as one by one, for any number, and with
+// empty rows in between.
 func TestReadMany(t *testing.T) {
 	labtest.RequireRoot(t)
 	for _, tt := range []struct {
@@ -79,8 +79,8 @@ func entriesOf(t *testing.T, m *ebpf.Map, read func(*ebpf.Map) ([]uint32, []uint
 	return all
 }
 
-// Before Linux 6.8 the kernel waits with each row of a map of maps that is read, which for
-// all 65,536 of a map took minutes: nothing reads all.
+// Before Linux 6.8 the kernel waits for a grace period with each row read from a map of maps, which
+// took minutes for all 65,536 of a map: no code may read all.
 func TestReadAllRefusesMapsOfMaps(t *testing.T) {
 	inner := &ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1}
 	for _, kind := range []ebpf.MapType{ebpf.ArrayOfMaps, ebpf.HashOfMaps} {
@@ -95,8 +95,8 @@ func TestReadAllRefusesMapsOfMaps(t *testing.T) {
 	}
 }
 
-// Each number is in exactly one part, the parts are as many as may wait together, and every
-// error comes back.
+// Each index is in exactly one part, there are as many parts as may wait together, and every error
+// is returned.
 func TestAtOnce(t *testing.T) {
 	for _, n := range []int{0, 1, 2, rowWaits - 1, rowWaits, rowWaits + 1, 3*rowWaits + 5} {
 		var calls atomic.Int32

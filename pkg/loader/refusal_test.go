@@ -87,8 +87,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// A veth whose peer cannot receive redirected frames refuses all of one output and of
-// several; one that can is not named, whatever it sends.
+// A veth whose peer cannot receive redirected frames refuses all of them, of one output and of
+// several; one that can is not reported, whatever it sends.
 func TestRefusalsOfDevice(t *testing.T) {
 	t.Parallel()
 	const frames = 20

@@ -11,7 +11,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// routedFlow mirrors a multicast route to some outputs.
+// routedFlow mirrors a multicast route to a number of outputs.
 func routedFlow(n *testLab, name string, source netip.Addr, outputs int) *flow.Flow {
 	group := netip.MustParseAddr("239.1.1.1")
 	f := &flow.Flow{
@@ -27,9 +27,9 @@ func routedFlow(n *testLab, name string, source netip.Addr, outputs int) *flow.F
 	return f
 }
 
-// TestHeldRoutes: the packets of a routed flow are the kernel's from before it comes into force
-// until it is released, and from when it is held, also across a change of it and a new process; no
-// other flow notices.
+// TestHeldRoutes: the kernel handles the packets of a routed flow from before it is published until
+// it is released, and while it is held, also across a change of it and a new process; other flows
+// are not affected.
 func TestHeldRoutes(t *testing.T) {
 	labtest.RequireRoot(t)
 	n := newLab(t, 2)
@@ -93,7 +93,7 @@ func TestHeldRoutes(t *testing.T) {
 	l.ReleaseRouted("a")
 	wants("a is released", "b")
 	sync(a)
-	l.HoldRouted("b") // whose outputs are free
+	l.HoldRouted("b") // its outputs are free
 	sync(a, b)
 	l.ReleaseRouted("b")
 	wants("b is there again")

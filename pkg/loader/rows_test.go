@@ -11,8 +11,8 @@ import (
 	"xdpcast/bpf"
 )
 
-// TestEachRow: however many rows are wanted, and however sparse they are, each is read once, with the values that
-// one lookup each finds.
+// TestEachRow: for any number of wanted rows, however sparse, each is read once, with the same
+// values as a lookup of its own.
 func TestEachRow(t *testing.T) {
 	const size = 20_000
 	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 16, MaxEntries: size})

@@ -29,9 +29,9 @@ type xdpContext struct {
 	Data, DataEnd, DataMeta, IngressIfindex, RxQueueIndex, EgressIfindex uint32
 }
 
-// runner runs the programs of a Loader on single frames through BPF_PROG_RUN, which
-// ends before anything is sent. The kernel's part, copying the frame for every row
-// of the rule's devmap, is done here.
+// runner runs the programs of a Loader on single frames through BPF_PROG_RUN, which ends before
+// anything is sent. It does the kernel's part itself: copying the frame for every row of the rule's
+// devmap.
 type runner struct {
 	l       *Loader
 	host    *lab.Host
@@ -40,14 +40,14 @@ type runner struct {
 	out     []byte
 }
 
-// ran is what became of one frame.
+// ran is the result for one frame.
 type ran struct {
 	verdict uint32
 	frame   []byte         // as the relay program left it
 	copies  map[int][]byte // what leaves, by slot
 }
 
-// newRunner needs every interface that is run on to have the relay program.
+// newRunner requires the relay program on every interface used.
 func newRunner(t testing.TB, l *Loader, host *lab.Host) *runner {
 	t.Helper()
 	r := &runner{l: l, host: host, egress: plainEgress(t, l.maps), out: make([]byte, 1<<16)}
@@ -61,9 +61,8 @@ func newRunner(t testing.TB, l *Loader, host *lab.Host) *runner {
 	return r
 }
 
-// stay keeps the test on one CPU: which output a copy is for, where several are on
-// one interface, is counted by CPU, as the kernel sends all copies of a frame on
-// one.
+// stay keeps the test on one CPU: if several outputs are on one interface, the output of a copy is
+// counted per CPU, as the kernel sends all copies of a frame on one CPU.
 func (r *runner) stay(t testing.TB) {
 	t.Helper()
 	var now, one unix.CPUSet
@@ -92,7 +91,7 @@ func plainEgress(t testing.TB, m *mapSet) *ebpf.Program {
 	}
 	const ingressOffset, egressOffset = 12, 20
 	program, changed := spec.Programs[bpf.EgressProgEgress], 0
-	context := map[asm.Register]bool{asm.R1: true} // what holds the context, in the straight code at the beginning
+	context := map[asm.Register]bool{asm.R1: true} // registers holding the context in the straight-line code at the start
 	for i := range program.Instructions {
 		ins := &program.Instructions[i]
 		if ins.OpCode == asm.LoadMemOp(asm.Word) && ins.Offset == egressOffset && context[ins.Src] {
@@ -140,8 +139,7 @@ func (r *runner) must(t testing.TB, p *ebpf.Program, index int, frame []byte, li
 	return verdict, out
 }
 
-// run sends a frame through the relay program, and its copies through the egress
-// program.
+// run sends a frame through the relay program, and its copies through the egress program.
 func (r *runner) run(t testing.TB, index int, frame []byte, linear int) ran {
 	t.Helper()
 	r.inside(t)
@@ -184,7 +182,7 @@ func (r *runner) run(t testing.TB, index int, frame []byte, linear int) ran {
 	return result
 }
 
-// programLab is a lab with the programs on every interface of the relay.
+// programLab is a lab with the relay program on every interface of the relay.
 func programLab(t testing.TB, sinks int) (*testLab, *runner) {
 	t.Helper()
 	n := newLab(t, sinks)
@@ -195,14 +193,14 @@ func programLab(t testing.TB, sinks int) (*testLab, *runner) {
 	return n, newRunner(t, l, n.relay)
 }
 
-// enter puts another goroutine of the test, such as a subtest's, where the runner can run.
+// enter moves another goroutine of the test, such as a subtest's, to the namespace of the runner.
 func (r *runner) enter(t testing.TB) {
 	labtest.Enter(t, r.host)
 	r.stay(t)
 }
 
-// inside fails a test that has forgotten enter: BPF_PROG_RUN looks the interface up in the
-// namespace of the calling thread, which may have one of that index, too.
+// inside fails a test that forgot to call enter: BPF_PROG_RUN looks up the interface in the
+// namespace of the calling thread, which may also have one of that index.
 func (r *runner) inside(t testing.TB) {
 	t.Helper()
 	var here, there unix.Stat_t

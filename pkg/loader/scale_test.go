@@ -8,7 +8,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// manyRules makes rules with distinct groups, each with so many outputs.
+// manyRules creates rules with distinct groups, each with the given number of outputs.
 func manyRules(n *testLab, count, outputs int) []flow.Flow {
 	rules := make([]flow.Flow, count)
 	for i := range rules {
@@ -21,8 +21,7 @@ func manyRules(n *testLab, count, outputs int) []flow.Flow {
 	return rules
 }
 
-// A hundred thousand rules at once, replaced, and taken away, by their number of
-// outputs.
+// A hundred thousand rules added at once, replaced, and removed, by their number of outputs.
 func BenchmarkSyncMany(b *testing.B) {
 	const count = 100_000
 	for _, outputs := range []int{1, 2} {

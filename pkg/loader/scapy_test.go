@@ -10,8 +10,8 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// The relay program takes all frames that another tool made (pkg/packet/testdata/frames.py),
-// and all fragments of a datagram or none.
+// The relay program takes all frames made by another tool (pkg/packet/testdata/frames.py), and all
+// fragments of a datagram or none.
 func TestRelayProgramScapy(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)

@@ -29,15 +29,15 @@ func sourced(in flow.Input, prefix string) flow.Input {
 	return in
 }
 
-// runWhole runs the programs on a frame that came in.
+// runWhole runs the programs on a received frame.
 func runWhole(t *testing.T, r *runner, n *testLab, f packet.Frame) ran {
 	t.Helper()
 	frame := f.Build()
 	return r.run(t, n.in.Index, frame, len(frame))
 }
 
-// TestSourcePrefixes: the longest prefix that does not leave the sender out takes the
-// packet, between one source and any.
+// TestSourcePrefixes: the longest prefix that does not exclude the sender takes the packet; its
+// precedence is between one source and any.
 func TestSourcePrefixes(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -76,7 +76,7 @@ func TestSourcePrefixes(t *testing.T) {
 	}
 }
 
-// TestPortRange: one rule, one set of counters, an entry for each port.
+// TestPortRange: one rule, one set of counters, one entry for each port.
 func TestPortRange(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -97,14 +97,14 @@ func TestPortRange(t *testing.T) {
 	if s := statsOf(t, r.l, "r"); s.Matched.Packets != 3 || s.Outputs[0].Sent.Packets != 3 {
 		t.Errorf("%+v", s)
 	}
-	// Another rule for one of the ports is not to be had.
+	// Another rule for one of the ports is refused.
 	other := input(n.in, "239.1.1.1", "", 5005)
 	if err := r.l.Sync(pointers([]flow.Flow{rule1(in, out), {Name: "o", In: other, Out: []flow.Output{output(n.out[0], "239.2.2.3", "10.9.9.9", 1)}}})); err == nil {
 		t.Error("a port of a range has two rules")
 	}
 }
 
-// TestAllGroups: the prefix of all groups leaves out those of one link.
+// TestAllGroups: the prefix of all groups excludes those that stay on one link.
 func TestAllGroups(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -129,8 +129,8 @@ func TestAllGroups(t *testing.T) {
 	}
 }
 
-// TestSendersAreAdopted: what a restarted process reads back says the same of every
-// packet, and rules keep their numbers.
+// TestSendersAreAdopted: the rules that a restarted process reads back decide the same for every
+// packet, and keep their ids.
 func TestSendersAreAdopted(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 3)
@@ -187,8 +187,7 @@ func TestSendersAreAdopted(t *testing.T) {
 	}
 }
 
-// TestSourceFlows: each prefix that rules name has the rule of the longest one that
-// takes it.
+// TestSourceFlows: each prefix that rules name has the rule of the longest one that takes it.
 func TestSourceFlows(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	for range 2000 {
@@ -226,7 +225,7 @@ func TestSourceFlows(t *testing.T) {
 			}
 			var got uint32
 			longest := -1
-			for _, f := range flows { // as the kernel's trie
+			for _, f := range flows { // as in the kernel's trie
 				if p := f.in.Senders(); p.Contains(source) && p.Bits() > longest {
 					got, longest = f.value.Rule, p.Bits()
 				}
@@ -276,8 +275,8 @@ func TestNormalExcept(t *testing.T) {
 	}
 }
 
-// The first sender that is left out, and the last that no longer is, move a rule between the
-// tables while its counters and its rate go on.
+// The first excluded sender, and the removal of the last one, move a rule between the tables while
+// its counters and its rate continue.
 func TestExceptKeepsCounters(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -314,8 +313,8 @@ func TestExceptKeepsCounters(t *testing.T) {
 	}
 }
 
-// A process that dies while it moves a rule between the tables leaves both entries, with one
-// number and the same counters; the next one goes on with either.
+// A process that dies while it moves a rule between the tables leaves both entries, with one id and
+// the same counters; the next one continues with either.
 func TestAdoptsRuleWithHalfAnExcept(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -339,7 +338,7 @@ func TestAdoptsRuleWithHalfAnExcept(t *testing.T) {
 		}
 		first := l.rules["r"].first
 		sync1(t, l, way[1])
-		// What the first rule had, beside the second.
+		// The first rule's outputs, in addition to the second's.
 		if err := l.maps.Outputs.Put(first, &outputs[0]); err != nil {
 			t.Fatal(err)
 		}

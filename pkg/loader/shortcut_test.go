@@ -20,7 +20,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// shortcutsOf reads the slots that are in use.
+// shortcutsOf reads the used slots.
 func shortcutsOf(t testing.TB, m *mapSet) map[uint32]bpf.RelayShortcut {
 	t.Helper()
 	found := map[uint32]bpf.RelayShortcut{}
@@ -45,8 +45,8 @@ func shortcutInput(s *bpf.RelayShortcut) flow.Input {
 	return decodeKey6(&bpf.RelayFlow6{Ifindex: s.Ifindex, Vlan: s.Vlan, OuterVlan: s.OuterVlan, Port: s.Port, Group: [16]byte(s.Second[:]), Source: [16]byte(s.Second[16:])})
 }
 
-// shortcutsAgree checks what programs rely on: a shortcut that is open says what the
-// flow tables say.
+// shortcutsAgree checks what programs rely on: an open shortcut gives the same result as the flow
+// tables.
 func shortcutsAgree(t testing.TB, m *mapSet) {
 	t.Helper()
 	config, err := m.config("")
@@ -97,7 +97,7 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 	}
 }
 
-// shortcutCases are rules for which there is a shortcut, with frames that take it.
+// shortcutCases are rules that have a shortcut, with frames that use it.
 func shortcutCases(n *testLab) map[string]struct {
 	rule  flow.Flow
 	frame []byte
@@ -127,8 +127,8 @@ func shortcutCases(n *testLab) map[string]struct {
 	}
 }
 
-// A packet whose rule has a shortcut needs no flow table, and one without it finds its
-// rule in the tables.
+// A packet whose rule has a shortcut needs no flow table, and one without it finds its rule in the
+// tables.
 func TestShortcutsAreTaken(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -221,8 +221,7 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 	}
 }
 
-// Nearly every rule finds a slot, however many there are, and stays there when others
-// come and go.
+// Nearly every rule finds a slot, however many there are, and keeps it when others come and go.
 func TestShortcutPlaces(t *testing.T) {
 	for _, c := range []struct{ rules, slots uint32 }{{1, 2}, {2, 2}, {3, 4}, {16384, 16384}, {16385, 32768}, {1 << 31, 1 << 31}, {1<<32 - 1, 1 << 31}} {
 		if got := shortcutSlots(c.rules); got != c.slots {
@@ -257,7 +256,7 @@ func TestShortcutPlaces(t *testing.T) {
 	if placed < n*99/100 {
 		t.Errorf("%d of %d rules have a slot", placed, n)
 	}
-	// For more than have room, no entry loses its slot, and nothing is written in vain.
+	// If there are more rules than slots, no entry loses its slot, and there are no useless writes.
 	full := newShortcuts(shortcutSlots(n), true)
 	for _, e := range entries {
 		full.put(e, map[uint32]bool{})
@@ -283,7 +282,7 @@ func TestShortcutPlaces(t *testing.T) {
 	}
 }
 
-// What a process left that died, or anything else, is made right before it counts.
+// Slots left by a dead process, or changed by anything else, are corrected before they are used.
 func TestShortcutsAreMadeAnew(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -314,7 +313,7 @@ func TestShortcutsAreMadeAnew(t *testing.T) {
 	}
 }
 
-// Shortcuts that cannot be written cost time, not packets, and are made up for.
+// A failure to write shortcuts costs time, not packets, and is made up for later.
 func TestShortcutsThatFail(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -352,7 +351,7 @@ func TestShortcutsThatFail(t *testing.T) {
 		t.Error("the shortcuts stay closed")
 	}
 
-	// A change that fails leaves them as they were.
+	// A failed change leaves them as they were.
 	nowhere := cases["VLANs"].rule
 	nowhere.Out = []flow.Output{output(n.out[0], "239.2.2.2", "10.1.0.1", 6000)}
 	nowhere.Out[0].Index = 9999
@@ -372,8 +371,8 @@ func TestShortcutsThatFail(t *testing.T) {
 	shortcutsAgree(t, r.l.maps)
 }
 
-// Wherever rules have their slots, be these few and full, a new one takes no slot from
-// another: each has one of its own two, or none, and what has changed is noted.
+// Wherever rules have their slots, however few and full, a new one takes no slot from another: each
+// has one of its two candidates, or none, and changed slots are recorded.
 func TestShortcutsAreNotLost(t *testing.T) {
 	for seed := range uint64(200) {
 		random := rand.New(rand.NewPCG(seed, 1))

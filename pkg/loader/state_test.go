@@ -22,9 +22,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// dump describes everything that a Loader keeps in the kernel but counters, and how
-// much its allocators have left. Two dumps are equal when nothing has changed and
-// nothing has leaked.
+// dump describes everything that a Loader keeps in the kernel except counters, and the free space
+// of its allocators. Two dumps are equal if nothing has changed and nothing has leaked.
 func dump(t testing.TB, l *Loader) string {
 	t.Helper()
 	var b strings.Builder
@@ -40,7 +39,8 @@ func dump(t testing.TB, l *Loader) string {
 		}
 		return fmt.Sprintf("%+v", r)
 	})
-	// Rules that differ in their sources alone have the same two slots, and either may have either.
+	// Rules that differ only in their sources share the same two candidate slots, and may swap
+	// them.
 	for _, s := range shortcutsOf(t, l.maps) {
 		fmt.Fprintf(&b, "shortcut: %+v\n", s)
 	}
@@ -189,8 +189,8 @@ func programID(t testing.TB, p *ebpf.Program) ebpf.ProgramID {
 	return id
 }
 
-// fanoutRows returns the devmaps by first output, but for empty ones: rows that rules
-// have left keep those.
+// fanoutRows returns the devmaps by first output, without empty ones: rows that rules no longer use
+// keep those.
 func fanoutRows(t testing.TB, l *Loader) map[uint32]ebpf.MapID {
 	t.Helper()
 	ids := make([]ebpf.MapID, l.maps.Broadcast.MaxEntries())
@@ -214,7 +214,7 @@ func fanoutRows(t testing.TB, l *Loader) map[uint32]ebpf.MapID {
 	return rows
 }
 
-// gone says whether the kernel has none of these any more.
+// gone says whether the kernel has none of these any longer.
 func (ids kernelIDs) gone() bool {
 	for _, id := range ids.Maps {
 		if m, err := ebpf.NewMapFromID(id); !errors.Is(err, os.ErrNotExist) {
@@ -231,8 +231,8 @@ func (ids kernelIDs) gone() bool {
 	return true
 }
 
-// someRules are rules of every kind: one output, several, several on one interface,
-// one that is not ready, source-specific, IPv6.
+// someRules has rules of every kind: one output, several, several on one interface, one not ready,
+// source-specific, IPv6.
 func someRules(n *testLab) []flow.Flow {
 	waiting := output(n.out[0], "239.2.2.9", "10.1.0.1", 6000)
 	waiting.Ready = false
@@ -245,8 +245,7 @@ func someRules(n *testLab) []flow.Flow {
 	}
 }
 
-// allocatorsFit checks that what rules hold and what is free is everything there
-// is.
+// allocatorsFit checks that the rules' allocations and the free space add up to everything.
 func allocatorsFit(t testing.TB, l *Loader) {
 	t.Helper()
 	held := 0
@@ -273,7 +272,7 @@ func allocatorsFit(t testing.TB, l *Loader) {
 	}
 }
 
-// kernelFits checks that the kernel holds nothing but what the rules need.
+// kernelFits checks that the kernel holds only what the rules need.
 func kernelFits(t testing.TB, l *Loader) {
 	t.Helper()
 	several, names := 0, 0
@@ -314,8 +313,8 @@ func kernelFits(t testing.TB, l *Loader) {
 	}
 }
 
-// stream sends numbered frames from a goroutine of its own, a few at a time, and
-// sees that every copy of each arrives, once and in order.
+// stream sends numbered frames from its own goroutine, a few at a time, and checks that every copy
+// of each arrives, once and in order.
 type stream struct {
 	t    testing.TB
 	stop atomic.Bool
@@ -323,7 +322,7 @@ type stream struct {
 	sent atomic.Uint64
 }
 
-// window is how many frames are on their way at most, so that no queue overflows.
+// window is the maximum number of frames in flight, so that no queue overflows.
 const window = 16
 
 // startStream sends frames for a rule with outputs[i] copies at sink i.
@@ -367,20 +366,20 @@ func startStream(t testing.TB, n *testLab, group string, outputs ...int) *stream
 	return s
 }
 
-// more waits until further frames have gone all the way.
+// more waits until further frames have arrived.
 func (s *stream) more() {
 	s.t.Helper()
 	before := s.sent.Load()
 	labtest.Eventually(s.t, "the stream goes on", func() bool { return s.t.Failed() || s.sent.Load() >= before+2*window })
 }
 
-// finish ends the stream after a whole window.
+// finish ends the stream after a full window.
 func (s *stream) finish() {
 	s.stop.Store(true)
 	s.done.Wait()
 }
 
-// openFDs lists the open file descriptors by what they are.
+// openFDs lists the open file descriptors by their targets.
 func openFDs(t testing.TB) (fds []string) {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")

@@ -7,7 +7,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// What finds no room in the queue to a CPU is counted, and nothing else is lost.
+// Packets that find the queue of a CPU full are counted, and nothing else is lost.
 func TestSteeringQueueFull(t *testing.T) {
 	n := newLab(t, 0)
 	l := open(t, testOptions(t))
@@ -18,7 +18,7 @@ func TestSteeringQueueFull(t *testing.T) {
 	rule := tapRule("r", input(n.in, "239.1.1.1", "", 5000))
 	rule.Steered = true
 	sync1(t, l, rule)
-	// Smaller than the eight frames that the kernel puts there at a time.
+	// Smaller than the eight frames that the kernel enqueues at a time.
 	if err := l.maps.Cpus.Put(uint32(0), &bpf.RelayBpfCpumapVal{Qsize: 1}); err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func TestSteeringQueueFull(t *testing.T) {
 	}
 }
 
-// Queues are there while a rule needs them, and stay when another process takes over.
+// Queues exist while a rule needs them, and stay when another process takes over.
 func TestSteeringComesAndGoes(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 0)

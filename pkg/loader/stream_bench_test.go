@@ -15,9 +15,10 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// BenchmarkStream compares what the relay program takes for a packet of a plain rule, one whose numbers
-// are watched, the first copy of a number on a merged rule, and a duplicate. The kinds take turns, and
-// the least of many bursts counts; what makes the numbers is measured by itself and taken off.
+// BenchmarkStream compares the cost in the relay program of a packet of a plain rule, one whose
+// numbers are watched, the first copy of a number on a merged rule, and a duplicate. The kinds take
+// turns, and the minimum of many bursts counts; the cost of generating the numbers is measured
+// separately and subtracted.
 func BenchmarkStream(b *testing.B) {
 	opts := testOptions(b)
 	opts.Logger = nil

@@ -22,24 +22,24 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// raceHeaders is what is written anew into the frame for each number: all in front of the payload,
+// raceHeaders is the part rewritten in the frame for each number: everything before the payload,
 // and more, to a multiple of 8. The number follows Ethernet, IPv4 and UDP.
 const (
 	raceHeaders = 48
 	raceNumber  = 42
-	raceSlot    = 128 // bytes: the legs have cache lines of their own
-	raceApart   = 16  // numbers that a leg may be ahead of the other
+	raceSlot    = 128 // bytes: each leg has its own cache lines
+	raceApart   = 16  // numbers by which a leg may be ahead of the other
 	raceRun     = 1_000_000
 )
 
-// raceMaps are what two drivers share: where each is, and its frame.
+// raceMaps are shared by two drivers: the position of each, and its frame.
 type raceMaps struct {
 	next, frames, programs *ebpf.Map
 }
 
-// newDriver loads a program that makes the next number of a leg, unless that is too far ahead of the
-// other, and calls the relay program with it. A run of it is many packets that no system call lies
-// between, so that two CPUs meet at one number again and again.
+// newDriver loads a program that makes the next number of a leg, unless that is too far ahead of
+// the other, and tail-calls the relay program with it. One run handles many packets without a
+// system call in between, so that two CPUs meet at one number again and again.
 func newDriver(t testing.TB, m raceMaps, leg int32, numbers int64) *ebpf.Program {
 	t.Helper()
 	lookup := func(m *ebpf.Map, key int32, to asm.Register) asm.Instructions {
@@ -94,9 +94,9 @@ func newDriver(t testing.TB, m raceMaps, leg int32, numbers int64) *ebpf.Program
 	return p
 }
 
-// attachDriver attaches a driver where no packets come. The kernel then has a way to it, and need not
-// make one for each run, which takes the grace period that the other leg's run would hold up
-// (bpf_prog_change_xdp in net/bpf/test_run.c).
+// attachDriver attaches a driver to an interface without traffic. The kernel then has a dispatcher
+// for it, and need not create one for each run, which takes the grace period that the other leg's
+// run would hold up (bpf_prog_change_xdp in net/bpf/test_run.c).
 func attachDriver(t testing.TB, p *ebpf.Program, at *net.Interface) {
 	t.Helper()
 	l, err := link.AttachXDP(link.XDPOptions{Program: p, Interface: at.Index})
@@ -116,11 +116,11 @@ func raceMap(t testing.TB, spec *ebpf.MapSpec) *ebpf.Map {
 	return m
 }
 
-// raced is what came of a race: numbers that there were, packets that passed, and those that were
-// dropped for another reason than as a duplicate.
+// raced is the result of a race: the numbers sent, packets that passed, and those dropped for
+// another reason than as a duplicate.
 type raced struct{ numbers, passed, others uint64 }
 
-// race brings numbers on two legs by two CPUs at the same time, as many as it can in some time.
+// race sends numbers on two legs from two CPUs at the same time, as many as it can in some time.
 func race(t *testing.T, broken bool, numbers int64, most time.Duration) (r raced) {
 	opts := testOptions(t)
 	opts.Logger = nil
@@ -129,7 +129,7 @@ func race(t *testing.T, broken bool, numbers int64, most time.Duration) (r raced
 	l := open(t, opts)
 	attachAll(t, l, n.in, n.out[0])
 	settings := streamtest.MDP3
-	settings.Skew, settings.Reset = time.Hour, 4*time.Hour // CPUs that are shared stall
+	settings.Skew, settings.Reset = time.Hour, 4*time.Hour // shared CPUs stall
 	sync1(t, l, legs(n, "race", settings, output(n.out[0], "239.9.9.9", "10.1.0.1", 6000), legGroups[:2]...)...)
 	m := raceMaps{
 		next:     raceMap(t, &ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: raceSlot, MaxEntries: 2}),
@@ -153,7 +153,7 @@ func race(t *testing.T, broken bool, numbers int64, most time.Duration) (r raced
 	}
 	for leg, p := range drivers {
 		go func() {
-			runtime.LockOSThread() // and never unlocked: the thread ends with its CPU
+			runtime.LockOSThread() // never unlocked: the thread ends with its CPU affinity
 			if err := errors.Join(onCPU(leg), first()); err != nil {
 				ended <- err
 				return
@@ -186,15 +186,15 @@ func race(t *testing.T, broken bool, numbers int64, most time.Duration) (r raced
 	return r
 }
 
-// raceNext is the number that a leg comes to next.
+// raceNext is the next number of a leg.
 func raceNext(next *ebpf.Map, leg int) (int64, error) {
 	slot := make([]byte, raceSlot)
 	err := next.Lookup(uint32(leg), &slot)
 	return int64(binary.NativeEndian.Uint64(slot)), err
 }
 
-// drive runs a driver until it has brought all numbers, or the time is over. The legs meet while both
-// CPUs run: one that waits for the other goes on to, since a thread that sleeps is late to wake.
+// drive runs a driver until it has sent all numbers, or time is up. The legs meet while both CPUs
+// run: a leg that waits for the other keeps running, since a sleeping thread wakes late.
 func drive(p *ebpf.Program, frame []byte, index int, next *ebpf.Map, leg int, numbers int64, end time.Time) error {
 	for time.Now().Before(end) {
 		opts := ebpf.RunOptions{Data: frame, Context: xdpContext{DataEnd: uint32(len(frame)), IngressIfindex: uint32(index)}, Repeat: raceRun}
@@ -209,8 +209,8 @@ func drive(p *ebpf.Program, frame []byte, index int, next *ebpf.Map, leg int, nu
 	return nil
 }
 
-// first has the thread run before all others of the machine, so that both CPUs run the race at the
-// same time: legs that take turns do not meet. The kernel leaves others 5 % of each CPU
+// first gives the thread priority over all others of the machine, so that both CPUs run the race at
+// the same time: legs that take turns do not meet. The kernel leaves others 5 % of each CPU
 // (sched_rt_runtime_us). With one CPU it would keep the other leg from running.
 func first() error {
 	if runtime.NumCPU() < 2 {
@@ -218,12 +218,12 @@ func first() error {
 	}
 	err := unix.SchedSetAttr(0, &unix.SchedAttr{Policy: unix.SCHED_FIFO, Priority: 1}, 0)
 	if errors.Is(err, unix.EPERM) {
-		return nil // in a container without the right: slower, and the control may see nothing
+		return nil // in a container without the permission: slower, and the control may detect nothing
 	}
 	return os.NewSyscallError("sched_setattr", err)
 }
 
-// onCPU keeps the thread on the nth CPU that it may use.
+// onCPU pins the thread to the nth CPU that it may use.
 func onCPU(n int) error {
 	var now, one unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &now); err != nil {
@@ -239,11 +239,11 @@ func onCPU(n int) error {
 		}
 		n--
 	}
-	return nil // there are not so many: the legs take turns
+	return nil // too few CPUs: the legs take turns
 }
 
-// Two CPUs bring the copies of each number at the same time: each passes once. With one CPU the legs
-// take turns.
+// Two CPUs deliver the copies of each number at the same time: each number passes once. With one
+// CPU the legs take turns.
 func TestStreamRace(t *testing.T) {
 	labtest.RequireRoot(t)
 	numbers, most := int64(labtest.Soak(200_000, 10_000_000)), time.Duration(labtest.Soak(5, 240))*time.Second
@@ -258,7 +258,8 @@ func TestStreamRace(t *testing.T) {
 	t.Logf("%d numbers in %v", r.numbers, time.Since(begin).Round(time.Millisecond))
 }
 
-// The control of TestStreamRace: without atomics some numbers pass twice, so that it would notice.
+// The control of TestStreamRace: without atomics some numbers pass twice, so the test would detect
+// it.
 func TestStreamRaceNeedsAtomics(t *testing.T) {
 	labtest.RequireRoot(t)
 	if runtime.NumCPU() < 2 {

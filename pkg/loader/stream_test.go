@@ -15,8 +15,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// legs are the flows of a stream: two on one interface, or on several. One that is watched has the
-// first alone.
+// legs are the flows of a stream: two on one interface, or on several. A watched stream has only
+// the first.
 func legs(n *testLab, name string, settings packet.Stream, out flow.Output, groups ...string) (rules []flow.Flow) {
 	for i, group := range groups {
 		r := flow.Flow{Name: fmt.Sprintf("%s%%%d", name, i), In: input(n.in, group, "", 5000), Out: []flow.Output{out}}
@@ -30,7 +30,7 @@ func legs(n *testLab, name string, settings packet.Stream, out flow.Output, grou
 	return rules
 }
 
-// streamLab runs the relay program and its twin beside each other.
+// streamLab runs the relay program and its twin side by side.
 type streamLab struct {
 	*runner
 	n     *testLab
@@ -50,7 +50,7 @@ func newStreamLab(t testing.TB) *streamLab {
 	return &streamLab{runner: newRunner(t, l, n.relay), n: n, out: output(n.out[0], "239.9.9.9", "10.1.0.1", 6000)}
 }
 
-// begin brings a stream into force that has had no packet.
+// begin publishes a stream that has had no packet.
 func (s *streamLab) begin(t testing.TB, settings packet.Stream) {
 	t.Helper()
 	s.steps++
@@ -61,7 +61,7 @@ func (s *streamLab) begin(t testing.TB, settings packet.Stream) {
 
 var legGroups = [packet.MaxLegs]string{"239.1.1.1", "239.1.1.2", "239.1.1.3", "239.1.1.4"}
 
-// send gives a payload to both, and compares what they say.
+// send gives a payload to both, and compares their results.
 func (s *streamLab) send(t testing.TB, leg int, payload []byte, now, precise uint64) bool {
 	t.Helper()
 	clock := bpf.RelayStreamState{PassNs: now, TurnNs: precise}
@@ -82,7 +82,7 @@ func (s *streamLab) send(t testing.TB, leg int, payload []byte, now, precise uin
 	return passed
 }
 
-// compare compares where the streams are.
+// compare compares the positions of both streams.
 func (s *streamLab) compare(t testing.TB) {
 	t.Helper()
 	first := s.name + "%0"
@@ -121,7 +121,7 @@ func (s *streamLab) compare(t testing.TB) {
 	}
 }
 
-// What happens to streams, by the program and its twin; of the long ones in short their beginning.
+// Scenarios of streams, in the program and its twin; in short mode only the start of the long ones.
 func TestStreamScenarios(t *testing.T) {
 	labtest.RequireRoot(t)
 	s := newStreamLab(t)
@@ -145,8 +145,8 @@ func TestStreamScenarios(t *testing.T) {
 	}
 }
 
-// Random packets of random streams: the program and its twin do not differ in what becomes of one,
-// nor in what they remember of the stream.
+// Random packets of random streams: the program and its twin agree on what happens to each, and on
+// the state of the stream.
 func TestStreamDifferential(t *testing.T) {
 	labtest.RequireRoot(t)
 	s := newStreamLab(t)
@@ -168,7 +168,7 @@ func TestStreamDifferential(t *testing.T) {
 	t.Logf("%d packets", packets)
 }
 
-// drawn draws streams, and packets as senders, networks and accidents make them.
+// drawn draws streams, and packets as produced by senders, networks and accidents.
 type drawn struct {
 	*rand.Rand
 	now     uint64
@@ -208,7 +208,7 @@ func (d *drawn) settings() packet.Stream {
 	return s
 }
 
-// packet draws the next one.
+// packet draws the next packet.
 func (d *drawn) packet(s packet.Stream) (leg int, payload []byte, now uint64) {
 	if s.Kind != packet.StreamSingle {
 		leg = d.IntN(packet.MaxLegs)
@@ -228,11 +228,11 @@ func (d *drawn) packet(s packet.Stream) (leg int, payload []byte, now uint64) {
 	switch d.IntN(60) {
 	case 0: // another number
 		*number = d.Uint32()
-	case 1: // some back
+	case 1: // jumps back
 		*number -= uint32(d.IntN(2000))
 	case 2: // some lost
 		*number += uint32(d.IntN(2000))
-	case 3: // where another leg is
+	case 3: // the position of another leg
 		other := d.IntN(packet.MaxLegs)
 		*number, d.session[leg] = d.number[other], d.session[other]
 	case 4: // another sender
@@ -277,7 +277,7 @@ func (d *drawn) payload(s packet.Stream, number, session, count uint32) []byte {
 		p[1] = byte([...]int{96, 33, 0, 10, d.IntN(128)}[d.IntN(5)])
 		binary.BigEndian.PutUint32(p[4:], number*1500+d.Uint32N(3000))
 	}
-	if len(p) > 50 { // legs differ now and then
+	if len(p) > 50 { // legs differ occasionally
 		p[50] ^= byte(d.IntN(2))
 	}
 	switch d.IntN(40) {

@@ -50,9 +50,9 @@ func sorted(rules []flow.Flow) []flow.Flow {
 	return rules
 }
 
-// sameRules compares rules. Of senders that are left out, the flow tables hold what becomes of
-// their packets: where another rule takes some of them, one set of prefixes is as good as
-// another, so that the answers are compared.
+// sameRules compares rules. For excluded senders the flow tables hold only what happens to their
+// packets: if another rule takes some of them, several sets of prefixes are equivalent, so it
+// compares the results.
 func sameRules(t testing.TB, what string, want, got []flow.Flow) {
 	t.Helper()
 	text := func(rules []flow.Flow) string {
@@ -74,8 +74,8 @@ func sameRules(t testing.TB, what string, want, got []flow.Flow) {
 	}
 }
 
-// takerOf names the rule that takes the senders of a prefix, of those with an input but for its
-// sources.
+// takerOf names the rule that takes the senders of a prefix, among those with an input that is
+// equal except for its sources.
 func takerOf(rules []flow.Flow, in flow.Input, senders netip.Prefix) (name string) {
 	length := -1
 	for i := range rules {
@@ -87,8 +87,8 @@ func takerOf(rules []flow.Flow, in flow.Input, senders netip.Prefix) (name strin
 	return name
 }
 
-// Any set follows any other: the kernel holds exactly what was asked for, and with
-// no rules everything is free again. Some steps go through a restart.
+// Any set can follow any other: the kernel holds exactly the wanted rules, and without rules
+// everything is free again. Some steps include a restart.
 func TestSyncRandomSets(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 3)
@@ -98,15 +98,15 @@ func TestSyncRandomSets(t *testing.T) {
 	var rules []flow.Flow
 	for step := range 30 {
 		switch w.IntN(6) {
-		case 0: // all others
+		case 0: // all replaced
 			rules = w.Rules(step)
-		case 1: // some more; inputs that are taken are left out
+		case 1: // some added; inputs already used are skipped
 			for _, r := range w.Rules(step) {
 				if !slices.ContainsFunc(rules, func(o flow.Flow) bool { return o.In.Key() == r.In.Key() }) {
 					rules = append(rules, r)
 				}
 			}
-		case 2: // some fewer
+		case 2: // some removed
 			rules = slices.DeleteFunc(rules, func(flow.Flow) bool { return w.Chance(40) })
 		case 3: // outputs change
 			for i := range rules {
@@ -123,7 +123,7 @@ func TestSyncRandomSets(t *testing.T) {
 					rules[i].Out[slot].SrcMAC[5] = byte(step)
 				}
 			}
-		case 5: // inputs trade places
+		case 5: // inputs are swapped
 			if len(rules) > 1 {
 				rules[0].Name, rules[1].Name = rules[1].Name, rules[0].Name
 			}
@@ -236,10 +236,10 @@ func TestSyncRefusals(t *testing.T) {
 			t.Fatalf("%s: has changed something (-before +after):\n%s", c.name, diff)
 		}
 	}
-	sync1(t, l, extra(func(*flow.Flow) {})...) // there is room, after all
+	sync1(t, l, extra(func(*flow.Flow) {})...) // there is space after all
 }
 
-// A failure half-way leaks nothing, however often it happens.
+// A failure midway leaks nothing, however often it happens.
 func TestSyncFailuresDoNotLeak(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -274,8 +274,8 @@ func TestSyncFailuresDoNotLeak(t *testing.T) {
 	sync1(t, l, bad[:len(bad)-1]...)
 }
 
-// A rule that does not change loses nothing while others come, change and go, and
-// flow tables are swapped and grow.
+// An unchanged rule loses nothing while others come, change and go, and flow tables are swapped and
+// grow.
 func TestSyncDoesNotDisturb(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 2)
@@ -300,8 +300,8 @@ func TestSyncDoesNotDisturb(t *testing.T) {
 		sync1(t, l, more(count, 1)...)
 		sync1(t, l, more(count, 2+round)...)
 	}
-	// The interface of the one output gets an egress program in its row, and loses
-	// its last other user.
+	// The interface of the only output gets an egress program in its row, and loses its last other
+	// user.
 	two.finish()
 	sync1(t, l, steady[0])
 	one.more()
@@ -312,7 +312,7 @@ func TestSyncDoesNotDisturb(t *testing.T) {
 	}
 }
 
-// Counters outlive a change of addresses, and start anew with another destination.
+// Counters survive a change of addresses, and restart with another destination.
 func TestSyncCounters(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 2)
@@ -360,8 +360,8 @@ func TestSyncCounters(t *testing.T) {
 	step("removed and added", func() {})
 }
 
-// Numbers of rules, outputs and counters are used again, and nothing of their past
-// shows: not counters, not drops, not which output was next.
+// Ids of rules, outputs and counters are reused without a trace of their past: no counters, no
+// drops, no position in the order of outputs.
 func TestNumbersAreUsedAgain(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -425,7 +425,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 			labtest.Enter(t, n.relay)
 			l := open(t, stateOptions(t))
 			sync1(t, l, c.before...)
-			// As Sync does it, up to where the process dies.
+			// As Sync does it, up to the point where the process dies.
 			s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
 			err := s.plan(pointers(c.want))
 			for _, change := range s.changes {
@@ -439,7 +439,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			shortcutsAgree(t, l.maps) // with nobody to make them right again
+			shortcutsAgree(t, l.maps) // before anything corrects them
 			l = reopen(t, l)
 			sameRules(t, "adopted rules", sorted(c.want), rulesOf(l))
 			allocatorsFit(t, l)
@@ -452,7 +452,7 @@ func TestDiesAfterPublishing(t *testing.T) {
 	}
 }
 
-// crashSets are what a process applies in turn until it is killed.
+// crashSets are the sets that a process applies in turn until it is killed.
 func crashSets(n *testLab) [][]flow.Flow {
 	sets := [][]flow.Flow{someRules(n), someRules(n)[1:4], nil, someRules(n)}
 	sets[3][1].Out[0].SrcMAC[5]++
@@ -484,7 +484,7 @@ func TestCrashChild(t *testing.T) {
 	}
 }
 
-// A process killed at any moment leaves one of the rule sets that it was between.
+// A process killed at any moment leaves one of the two rule sets between which it was changing.
 func TestKilled(t *testing.T) {
 	n := newLab(t, 2)
 	opts := testOptions(t)
@@ -492,7 +492,7 @@ func TestKilled(t *testing.T) {
 	l := open(t, opts)
 	closeLoader(t, l)
 	random := rand.New(rand.NewPCG(3, 3))
-	// One write brings in the changes of one family.
+	// One write publishes the changes of one family.
 	ofFamily := func(rules []flow.Flow, six bool) string {
 		rules = slices.DeleteFunc(slices.Clone(rules), func(r flow.Flow) bool { return r.In.Group.Is6() != six })
 		return fmt.Sprintf("%+v", sorted(rules))
@@ -523,7 +523,7 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// killChild lets a child apply some sets and kills it a while into the next.
+// killChild lets a child apply some sets and kills it some time into the next.
 func killChild(t *testing.T, n *testLab, dir string, sets int, while time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), labtest.Timeout)

@@ -12,13 +12,13 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// TestTapCost: while a rule is tapped the relay program decides as before, and each packet is recorded or counted as
-// lost by the tap, as fast as packets may come. It tells what a packet costs meanwhile, and that of a rule beside the
-// tapped one, as the least of short bursts.
+// TestTapCost: while a rule is tapped the relay program decides as before, and the tap records each
+// packet or counts it as lost, at any packet rate. It reports the cost of a packet meanwhile, and
+// that of a rule next to the tapped one, as the minimum of short bursts.
 func TestTapCost(t *testing.T) {
 	n := newLab(t, 1)
 	opts := testOptions(t)
-	opts.programs = embedded{noPacket: true} // the frame goes round
+	opts.programs = embedded{noPacket: true} // the frame is processed again and again
 	l := open(t, opts)
 	attachAll(t, l, n.in, n.out[0])
 	newRunner(t, l, n.relay) // stays on one CPU

@@ -22,7 +22,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// tapRule is a rule of the fanout path that the kernel has no outputs of.
+// tapRule is a rule of the fanout path, for which the kernel has no outputs.
 func tapRule(name string, in flow.Input) flow.Flow {
 	return flow.Flow{Name: name, In: in, Path: flow.PathFanout, Out: []flow.Output{{Rewrite: packet.Rewrite{Dst: in.Group, DstPort: 6000}}}}
 }
@@ -34,8 +34,7 @@ type skbContext struct {
 	_       [37]uint32
 }
 
-// The tapped program takes exactly what the relay program leaves to the tap, on
-// whatever frames.
+// The tapped program takes exactly those frames that the relay program leaves to the packet tap.
 func TestTappedAgreesWithRelay(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
@@ -56,10 +55,10 @@ func TestTappedAgreesWithRelay(t *testing.T) {
 		for range 60 {
 			index, frame := w.Frame(rules)
 			if len(frame) < atIP+40 {
-				continue // BPF_PROG_RUN wants whole IP headers in an skb
+				continue // BPF_PROG_RUN requires whole IP headers in an skb
 			}
-			// The program marks no fragments that nobody takes; the relay program, first, has
-			// marked those of all rules.
+			// The program marks no fragments that no rule takes; the relay program, which runs
+			// first, has marked those of all rules.
 			if _, _, err := r.try(r.l.relay, index, frame, len(frame)); err != nil {
 				t.Fatal(err)
 			}
@@ -90,7 +89,7 @@ func TestTappedAgreesWithRelay(t *testing.T) {
 // tcShot is TC_ACT_SHOT of include/uapi/linux/pkt_cls.h.
 const tcShot = 2
 
-// rule is the one that takes a frame, nil when none does.
+// rule is the one that takes a frame, or nil.
 func (o *oracle) rule(index int, frame []byte) *flow.Flow {
 	h, ok := packet.Parse(frame)
 	if !ok {
@@ -99,8 +98,8 @@ func (o *oracle) rule(index int, frame []byte) *flow.Flow {
 	return o.first.Find(o.rules, index, frame, &h)
 }
 
-// On the wire, where the kernel takes the outer tag out of a frame: the host gets
-// none of a rule's packets, and all others. XDP is on the interface, or not.
+// On the wire, where the kernel strips the outer tag from a frame: the host gets none of a rule's
+// packets, and all others. With XDP on the interface, or without.
 func TestTappedOnTheWire(t *testing.T) {
 	for _, mode := range []Mode{ModeAuto, ModeNative, ModeGeneric} {
 		t.Run(map[Mode]string{ModeAuto: "without XDP", ModeNative: "native XDP", ModeGeneric: "generic XDP"}[mode], func(t *testing.T) {
@@ -109,7 +108,7 @@ func TestTappedOnTheWire(t *testing.T) {
 	}
 }
 
-// tappedOnTheWire attaches in a mode, not at all for ModeAuto.
+// tappedOnTheWire attaches in the given mode, not at all for ModeAuto.
 func tappedOnTheWire(t *testing.T, mode Mode) {
 	n := newLab(t, 0)
 	l := open(t, testOptions(t))
@@ -180,7 +179,7 @@ func tappedOnTheWire(t *testing.T, mode Mode) {
 		for _, frame := range c.frames {
 			source.Send(frame)
 		}
-		// The last one is taken, and says that those before it are through.
+		// The last one is taken, and shows that those before it have passed.
 		source.Send(plain.Build())
 		var got uint64
 		labtest.Eventually(t, c.name+": all are through", func() bool {
@@ -193,7 +192,7 @@ func tappedOnTheWire(t *testing.T, mode Mode) {
 	}
 }
 
-// On a device without Ethernet header the IP header comes first.
+// On a device without an Ethernet header the IP header comes first.
 func TestTappedWithoutEthernet(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 0)
@@ -211,7 +210,7 @@ func TestTappedWithoutEthernet(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// A tun receives in its writer's call.
+	// A tun receives within its writer's call.
 	if kept := globalStats(t, l).Kept; kept != (Counter{2, 2 * 60}) {
 		t.Errorf("kept %+v, want 2 packets of 60 bytes", kept)
 	}
@@ -265,8 +264,8 @@ func tappedOn(t testing.TB, i *net.Interface) (names []string) {
 	return names
 }
 
-// The program is there while a rule needs it, whoever owns the pinned state, in
-// front of those of others, which stay.
+// The program is attached while a rule needs it, whoever owns the pinned state, before foreign
+// ones, which stay.
 func TestTappedComesAndGoes(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 1)
@@ -317,8 +316,8 @@ func TestTappedComesAndGoes(t *testing.T) {
 	expect("unloaded", "other")
 }
 
-// An interface that vanishes takes the program with it, and one that cannot have it
-// costs a warning, not the rule.
+// An interface that disappears takes the program with it, and one that cannot have it causes a
+// warning, not a failure of the rule.
 func TestTappedFails(t *testing.T) {
 	t.Parallel()
 	n := newLab(t, 0)
@@ -377,8 +376,8 @@ func (f *failingTapped) tapped(m *mapSet, ethernet bool) (*ebpf.Program, error) 
 	return f.embedded.tapped(m, ethernet)
 }
 
-// What the tapped program saves the machine: a frame of a group that the host has
-// joined, without a receiver, sent and received on one CPU.
+// What the tapped program saves the machine: a frame of a group joined by the host, without a
+// receiver, sent and received on one CPU.
 func BenchmarkTapped(b *testing.B) {
 	for _, local := range []bool{false, true} {
 		b.Run(map[bool]string{false: "taken", true: "left"}[local], func(b *testing.B) {
