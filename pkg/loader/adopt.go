@@ -218,7 +218,7 @@ func (l *Loader) adoptRules() error {
 // true, e has been unpublished, whichever of the two it is: the other one received the rule's
 // packets at that moment, and Sync turns it into the wanted one.
 func (l *Loader) dropHalfMoved(e *entry, pointed *referents) (stale bool, err error) {
-	other := l.rules[e.rule.Name] // from the same table or one before
+	other := l.rules[e.rule.Name] // from the same or an earlier table
 	if other == nil || !pointed.describes(other) || !pointed.describes(e) {
 		return false, nil
 	}

@@ -301,8 +301,8 @@ func linkError(path string, err error) error {
 	return fmt.Errorf("open link %s: %w", path, err)
 }
 
-// Unload detaches the relay program everywhere and removes everything that is
-// pinned. ErrNotLoaded when there is nothing.
+// Unload detaches the relay program everywhere and removes all pins. The error matches ErrNotLoaded
+// if there is nothing to unload, ErrLocked if another process owns the pins.
 func Unload(opts Options) (err error) {
 	if opts, err = opts.withDefaults(); err != nil {
 		return err

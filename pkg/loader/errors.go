@@ -11,18 +11,18 @@ import (
 var (
 	// ErrLocked: another process owns the pin directory.
 	ErrLocked = errors.New("another xdpcast owns the pin directory")
-	// ErrSchema: the pinned state was made by a release with another layout, and cannot be
-	// migrated, or was not yet.
+	// ErrSchema: the pinned state has the layout of another release, and cannot be migrated or has
+	// not been yet.
 	ErrSchema = errors.New("pinned state has another schema")
-	// ErrDamaged: the pinned state contradicts itself, or something of it is missing.
+	// ErrDamaged: the pinned state is inconsistent or incomplete.
 	ErrDamaged = errors.New("pinned state is damaged")
 	// ErrForeignNamespace: the pinned state belongs to another network namespace.
 	ErrForeignNamespace = errors.New("pinned state belongs to another network namespace")
-	// ErrNotSupported: the kernel lacks something that is needed.
+	// ErrNotSupported: the kernel lacks a required feature.
 	ErrNotSupported = errors.New("not supported by this kernel")
-	// ErrNotLoaded: there is no pinned state.
+	// ErrNotLoaded: no pinned state exists.
 	ErrNotLoaded = errors.New("nothing is loaded")
-	// ErrFull: a map has no room left.
+	// ErrFull: a map is full.
 	ErrFull = errors.New("no room left")
 )
 
@@ -63,12 +63,12 @@ func (e *RuleError) Error() string { return fmt.Sprintf("rule %s: %v", e.Rule, e
 
 func (e *RuleError) Unwrap() error { return e.Err }
 
-// damaged says what is wrong with a pin directory.
+// damaged wraps a fault of a pin directory's state, with advice.
 func damaged(dir string, err error) error {
 	return fmt.Errorf("%w (%s): %w; %s", ErrDamaged, dir, err, unloadHint(dir))
 }
 
-// schemaError says that a pin directory has another schema.
+// schemaError is the error for a pin directory with another schema.
 func schemaError(dir string, schema uint32) error {
 	hint := "\"xdpcast run\" and \"xdpcast upgrade\" migrate it"
 	switch {
@@ -80,7 +80,7 @@ func schemaError(dir string, schema uint32) error {
 	return fmt.Errorf("%w (%s): it has %d, this xdpcast has %d; %s", ErrSchema, dir, schema, bpf.Schema, hint)
 }
 
-// unloadHint is the command that removes pinned state, whatever it is.
+// unloadHint is advice on the command that removes any pinned state.
 func unloadHint(dir string) string {
 	command := "xdpcast unload --all"
 	if dir != DefaultPinDir {

@@ -44,20 +44,20 @@ type Options struct {
 	// MaxRules and MaxOutputs size the maps when the state is created; adopted state keeps its
 	// sizes. 0: the defaults.
 	MaxRules, MaxOutputs uint32
-	// Replace has Open make the state anew where what is pinned cannot be taken over, because of
-	// its schema or since it is damaged: the caller has the rules, and brings them in by Sync,
-	// with which the interfaces go over. Warnings says so, and for how long packets were not
-	// relayed. Counters begin anew. Otherwise Open refuses such state, and changes nothing.
+	// Replace makes Open rebuild pinned state that it cannot take over because of its schema or
+	// damage: the caller has the rules and publishes them with Sync, which also switches the
+	// interfaces to the new programs. Warnings reports it, and how long packets were not relayed.
+	// Counters restart. If false, Open refuses such state and changes nothing.
 	Replace bool
-	// Inherited are the locks of a Loader that is at rest: this one takes its place. Open owns them.
+	// Inherited are the locks of a paused Loader that this one replaces. Open owns them.
 	Inherited Locks
 	// Logger receives log messages. Nil: discarded.
 	Logger *slog.Logger
 
-	programs programSource           // tests replace it to stand for another release
-	wait     func()                  // waitForPrograms; tests look at what holds meanwhile
-	probes   *kernelProbes           // tests replace it to stand for another kernel
-	at       func(step string) error // tests have the process die there, with an error
+	programs programSource           // tests substitute another release
+	wait     func()                  // waitForPrograms; tests inspect what is kept while it waits
+	probes   *kernelProbes           // tests substitute another kernel
+	at       func(step string) error // tests return an error to simulate the death of the process there
 }
 
 // step is a point at which a process may die, for tests.
@@ -111,34 +111,34 @@ type Loader struct {
 	opts Options
 	log  *slog.Logger
 	lock locks
-	// shared: another Loader rests, whose paths still count.
+	// shared: another Loader is paused, and its user-space paths keep counting.
 	shared bool
 	can    Capabilities
 
-	specs    map[string]*ebpf.MapSpec // for the maps inside maps
+	specs    map[string]*ebpf.MapSpec // for inner maps
 	maps     *mapSet
 	relay    *ebpf.Program
 	egress   *ebpf.Program
-	transmit map[string]link.Link // by the name of the pin
+	transmit map[string]link.Link // by pin name
 	links    map[int]*attachment  // by interface index
 	tapped   map[int]*tapped      // by interface index
 	// tappedPrograms are for interfaces with and without an Ethernet header.
 	tappedPrograms map[bool]*ebpf.Program
-	attached       map[string]*ebpf.Program // by the name of the pin: what links run
+	attached       map[string]*ebpf.Program // programs run by the links, by pin name
 
 	tables         tables
 	own            [4]uint64   // of map config
 	ownMACs        [8]uint64   // of map config
-	lookups        lookupCount // of the rules in force
-	extra          int         // entries of theirs in the flow tables besides one each
-	both           int         // how many have takesBoth
+	lookups        lookupCount // of the published rules
+	extra          int         // number of their flow table entries beyond one each
+	both           int         // number of them with takesBoth
 	shortcuts      shortcuts   // to them
 	rules          map[string]*entry
-	plans          uint64 // how often Sync has compared
+	plans          uint64 // number of plans made by Sync
 	ids            *idAllocator
 	outputs, stats *blockAllocator
 	broadcasts     map[string]*broadcast
-	socketsMu      sync.Mutex // around the next two: workers of other goroutines set sockets
+	socketsMu      sync.Mutex // guards the next two: workers set sockets from other goroutines
 	socketRows     *idAllocator
 	sockets        map[int]uint32  // row of the map xsks by interface index
 	devices        map[int]*device // by interface index
@@ -147,21 +147,21 @@ type Loader struct {
 	streamIDs      *idAllocator
 	windows        *blockAllocator // rows of the map stream_windows
 
-	taken taken // as Refusals last read it
+	taken taken // the last reading of Refusals
 
-	steerTo       []int // as SetSteering says
-	steering      []int // as map config says
-	steeringKnown bool  // the queues were made by this process, or left by it
+	steerTo       []int // set by SetSteering
+	steering      []int // in map config
+	steeringKnown bool  // the queues were created or kept by this process
 	steeringFault error
 
-	fanCursor string // where Observe goes on among many devmaps
+	fanCursor string // where Observe continues among many devmaps
 	routed    routed
 	account   *account.Account
-	counters  map[string][]openCounters // that paths have opened, by rule
+	counters  map[string][]openCounters // opened by paths, by rule
 	lost      losses
 
 	adopted  bool
-	replaced *replacement // what was pinned could not be taken over
+	replaced *replacement // set if the previous pinned state could not be taken over
 	cookie   uint64       // of the network namespace
 	warnings []string
 }
@@ -170,7 +170,7 @@ type Loader struct {
 // programs that differ from this binary's are replaced without a gap. The caller must Close the
 // Loader; pinned state remains.
 //
-// Errors to match: ErrLocked, ErrSchema, ErrForeignNamespace, ErrNotSupported.
+// Errors to match: ErrLocked, ErrSchema, ErrDamaged, ErrForeignNamespace, ErrNotSupported.
 func Open(opts Options) (_ *Loader, err error) {
 	if opts, err = opts.withDefaults(); err != nil {
 		return nil, err
@@ -199,14 +199,14 @@ func Open(opts Options) (_ *Loader, err error) {
 		return nil, errors.Join(err, l.Close())
 	}
 	if err := l.open(); err != nil {
-		return nil, errors.Join(err, l.Close(), mounted.undo()) // what is open keeps the mount
+		return nil, errors.Join(err, l.Close(), mounted.undo()) // open files keep the mount busy
 	}
 	l.warn(warning)
 	l.warn(privateMount(opts.PinDir))
 	return l, nil
 }
 
-// reset forgets what was read of pinned state.
+// reset discards what was read from pinned state.
 func (l *Loader) reset() {
 	l.links = map[int]*attachment{}
 	l.transmit = map[string]link.Link{}
@@ -224,7 +224,7 @@ func (l *Loader) reset() {
 	l.own, l.ownMACs, l.steering = [4]uint64{}, [8]uint64{}, nil
 }
 
-// warn keeps a warning, "" for none.
+// warn records a warning; "" is none.
 func (l *Loader) warn(warning string) {
 	if warning != "" {
 		l.log.Warn(warning)
@@ -232,15 +232,15 @@ func (l *Loader) warn(warning string) {
 	}
 }
 
-// open makes or adopts the pinned state, whichever is right once the pin directory is
-// locked.
+// open creates or adopts the pinned state, depending on what it finds after locking the pin
+// directory.
 func (l *Loader) open() (err error) {
 	if err := sweep(l.opts.PinDir); err != nil {
 		return err
 	}
 	for {
 		l.lock.pins, err = takePinLock(l.opts)
-		l.opts.Inherited = Locks{} // it is used up
+		l.opts.Inherited = Locks{} // used up
 		if err == nil {
 			built, err := l.hasState()
 			switch {
@@ -249,7 +249,7 @@ func (l *Loader) open() (err error) {
 			case built:
 				return l.takeOver()
 			}
-			// Another process may have removed the directory, or this one.
+			// Another process, or this one, may have removed the directory.
 			same, err := isAt(l.lock.pins, l.opts.PinDir)
 			if err != nil {
 				return err
@@ -317,8 +317,8 @@ func (l *Loader) Limits() (rules, outputs uint32) {
 	return l.maps.Rules.MaxEntries(), l.maps.Outputs.MaxEntries()
 }
 
-// hasState says whether the pin directory, which is locked, holds state of this network
-// namespace. State of one that is gone is removed.
+// hasState says whether the locked pin directory holds state of this network namespace. It removes
+// state of a namespace that is gone.
 func (l *Loader) hasState() (bool, error) {
 	if dropped, err := l.dropForeign(); dropped || err != nil {
 		return false, err
@@ -330,8 +330,8 @@ func (l *Loader) hasState() (bool, error) {
 	return !nothing, err
 }
 
-// createHere builds the whole state in the pin directory itself, which is locked and holds none.
-// Until the mark is removed it counts as empty, so that no process ever opens half of it.
+// createHere builds the whole state in the pin directory itself, which is locked and empty. Until
+// the mark is removed it counts as empty, so no process ever opens half of it.
 func (l *Loader) createHere() (err error) {
 	dir := l.opts.PinDir
 	if err := emptyPinDir(dir); err != nil {
@@ -351,9 +351,9 @@ func (l *Loader) createHere() (err error) {
 	return nil
 }
 
-// create builds the whole state in a directory of its own and publishes it with
-// one rename, so that no process ever opens half of it. The error matches os.ErrExist when
-// the pin directory has appeared meanwhile.
+// create builds the whole state in a separate directory and publishes it with one rename, so no
+// process ever opens half of it. The error matches os.ErrExist if the pin directory was created in
+// the meantime.
 func (l *Loader) create() (err error) {
 	if l.lock.pins, err = newStaging(l.opts.PinDir); err != nil {
 		return err
@@ -378,7 +378,7 @@ func (l *Loader) create() (err error) {
 	return nil
 }
 
-// build makes the whole state and pins it in a directory.
+// build creates the whole state and pins it in a directory.
 func (l *Loader) build(building string) (err error) {
 	if l.maps, err = newMaps(l.opts); err != nil {
 		return err
@@ -418,7 +418,7 @@ func (l *Loader) resetAllocators() {
 	l.windows = newBlockAllocator(l.maps.StreamWindows.MaxEntries())
 }
 
-// writeConfig writes what the rules in force and the own addresses ask for.
+// writeConfig writes the config for the published rules and the own addresses.
 func (l *Loader) writeConfig() error { return l.writeLookups(l.lookups.kinds()) }
 
 func (l *Loader) writeLookups(kinds lookups) error {
@@ -429,7 +429,7 @@ func (l *Loader) writeLookups(kinds lookups) error {
 	return nil
 }
 
-// config is what the map config is to hold.
+// config is the wanted content of map config.
 func (l *Loader) config(kinds lookups) bpf.RelayConfig {
 	config := bpf.RelayConfig{
 		Schema:      bpf.Schema,

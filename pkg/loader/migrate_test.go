@@ -58,7 +58,7 @@ var pinnedRules = []pinnedRule{
 	{name: "six", text: `{in: "fd00:7::7@[ff3e::1]:5000%in", out: "[ff3e::2]:6000%out0,src=[fd00::1]"}`, group: "ff3e::1", copies: []int{1}},
 }
 
-// pinnedFrames is how many frames were sent for each rule before the state was kept.
+// pinnedFrames is how many frames were sent for each rule before the state was stored.
 const pinnedFrames = 5
 
 // pinnedState is what a release left pinned, and its programs.

@@ -11,7 +11,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// The shortcuts that a plan takes for unchanged flows must not show: it refuses what a comparison
+// The checks that a plan skips for unchanged flows must not show: it refuses what a comparison
 // of all flows refuses, and finds the same changes.
 func TestPlanTakesNothingForGranted(t *testing.T) {
 	seed := rand.Uint64()

@@ -20,7 +20,7 @@ func (c Capabilities) answers() *kernelProbes {
 
 func always(has bool) probe { return func() (bool, error) { return has, nil } }
 
-// The probes find what the running kernel has.
+// The probes find the features of the running kernel.
 func TestProbe(t *testing.T) {
 	labtest.RequireRoot(t)
 	got, err := probesOfKernel().run()

@@ -4,28 +4,27 @@ import "xdpcast/pkg/flow"
 
 import "slices"
 
-// Refusal is an output interface that has refused what the kernel path gave it: the driver
-// does not send redirected frames. Where the kernel tells so beforehand (Features), there is
-// no need to find out.
+// Refusal is an output interface that refused frames of the kernel path: its driver does not send
+// redirected frames. If the kernel reports that beforehand (Features), Refusals are not needed.
 type Refusal struct {
 	Index int // of the interface
-	// Frames is how many frames were for the interface between two calls of Refusals, and
+	// Frames is how many frames were sent to the interface between two calls of Refusals, and
 	// Refused how many of them it did not take.
 	Frames, Refused uint64
 }
 
-// An interface refuses when it takes less than a tenth of so many frames. A device that can
-// send and whose queue is full takes more; and what is on its way between two counters looks
-// as if it was taken.
+// An interface refuses if it refused at least refusalFrames and took less than a tenth
+// (refusalShare). A device that can send but has a full queue takes more, and frames in flight
+// between two counters look taken.
 const (
 	refusalFrames = 16
 	refusalShare  = 10
 )
 
-// Refusals returns which of some interfaces have refused frames since the last call for
-// them, by index. The first call for an interface, and for a rule, only takes note. Frames
-// of rules that are not on the kernel path do not count. It reads the counters of every
-// rule that sends on the interfaces, some microseconds each.
+// Refusals returns which of the given interfaces refused frames since the last call for them,
+// sorted by index. The first call for an interface, and for a rule, only records its counters.
+// Frames of rules that are not on the kernel path do not count. It reads the counters of every rule
+// that sends on the interfaces, some microseconds each.
 func (l *Loader) Refusals(indexes []int) ([]Refusal, error) {
 	asked := make(map[int]bool, len(indexes))
 	for _, index := range indexes {
@@ -40,7 +39,7 @@ func (l *Loader) Refusals(indexes []int) ([]Refusal, error) {
 	return found, nil
 }
 
-// taken is a reading of what interfaces were given and what they took of it.
+// taken is a reading of the frames sent to interfaces and refused by them.
 type taken struct {
 	refused map[int]uint64 // by interface index
 	outputs map[takenKey]takenOutput
@@ -57,8 +56,8 @@ type takenOutput struct {
 	sent, skipped uint64
 }
 
-// readTaken reads the interfaces' counters after those of the rules: a frame that is
-// refused in between is never missing among those given.
+// readTaken reads the interfaces' counters after those of the rules: a frame refused in between is
+// never missing among the frames sent.
 func (l *Loader) readTaken(asked map[int]bool) (t taken, err error) {
 	t = taken{map[int]uint64{}, map[takenKey]takenOutput{}}
 	if len(asked) == 0 {
@@ -112,7 +111,7 @@ func refusals(before, now taken) (found []Refusal) {
 		r.Refused += o.skipped - was.skipped
 	}
 	for _, r := range since {
-		// Rules that are new have sent, too.
+		// New rules have sent, too.
 		r.Frames = max(r.Frames, r.Refused)
 		if r.Refused >= refusalFrames && r.Frames-r.Refused < r.Frames/refusalShare {
 			found = append(found, *r)

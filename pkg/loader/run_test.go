@@ -91,7 +91,7 @@ func plainEgress(t testing.TB, m *mapSet) *ebpf.Program {
 	}
 	const ingressOffset, egressOffset = 12, 20
 	program, changed := spec.Programs[bpf.EgressProgEgress], 0
-	context := map[asm.Register]bool{asm.R1: true} // registers holding the context in the straight-line code at the start
+	context := map[asm.Register]bool{asm.R1: true} // holding the context, in the straight-line code at the start
 	for i := range program.Instructions {
 		ins := &program.Instructions[i]
 		if ins.OpCode == asm.LoadMemOp(asm.Word) && ins.Offset == egressOffset && context[ins.Src] {

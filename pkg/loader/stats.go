@@ -28,8 +28,8 @@ func (c *Counter) add(packets, bytes uint64) {
 // Reason is why a packet, or one copy of it, was not sent.
 type Reason uint8
 
-// The reasons, as the programs count them. NoDevice includes copies that the kernel skipped before
-// the egress program ran.
+// The reasons, as the programs count them (enum drop_reason of bpf/include/abi.h). NoDevice includes
+// copies that the kernel skipped before the egress program ran.
 const (
 	Loop        = Reason(bpf.RelayDropReasonDROP_LOOP)
 	TTL         = Reason(bpf.RelayDropReasonDROP_TTL)
@@ -258,7 +258,7 @@ type Reader struct {
 }
 
 // OpenReader opens the pinned state read-only; the caller must Close it. Errors to match:
-// ErrNotLoaded, ErrSchema.
+// ErrNotLoaded, ErrSchema, ErrDamaged.
 func OpenReader(pinDir string) (_ *Reader, err error) {
 	if nothing, err := unbuilt(pinDir); nothing || errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w in %s", ErrNotLoaded, pinDir)

@@ -89,8 +89,8 @@ type tapSlot struct {
 // OpenTap starts to tap a rule; captured packets wait in the rings until Run. The caller must Close
 // it. The rule need not be published: its packets are captured as soon as it is.
 //
-// Errors to match: ErrNotLoaded, ErrSchema, ErrNotSupported if the kernel cannot trace BPF
-// programs.
+// Errors to match: ErrNotLoaded, ErrSchema, ErrDamaged, ErrNotSupported if the kernel cannot trace
+// BPF programs.
 func OpenTap(opts TapOptions) (_ *Tap, err error) {
 	if opts.PinDir == "" {
 		opts.PinDir = DefaultPinDir
