@@ -292,7 +292,7 @@ func adoptLink(path string) (_ *attachment, err error) {
 	}}, nil
 }
 
-// linkError says why a pinned link cannot be opened. Without an answer of the kernel's it is none.
+// linkError is why a pinned link cannot be opened. Without an errno from the kernel it is no link.
 func linkError(path string, err error) error {
 	var errno unix.Errno
 	if !errors.As(err, &errno) {

@@ -7,8 +7,8 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// Rates are kept as the time that a packet or byte takes, in sixteenths of a
-// nanosecond with 16 more bits behind the point (bpf/include/police.h).
+// Rates are stored as the time per packet or byte, in sixteenths of a nanosecond with 16 fractional
+// bits (bpf/include/police.h).
 const (
 	policerSecond = 1_000_000_000 << 4
 	policerPoint  = 16

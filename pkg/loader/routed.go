@@ -124,7 +124,7 @@ func (l *Loader) HeldRouted() []string {
 
 // MirrorUntil declares that routed flows (flow.Flow.Routed) match the kernel's multicast forwarding
 // cache for duration d from now. After that the kernel forwards all of their packets, so a daemon
-// that dies leaves no route behind that its routing daemon has changed. 0 ends it at once.
+// that dies leaves no stale route behind once its routing daemon changes it. 0 ends it at once.
 func (l *Loader) MirrorUntil(d time.Duration) error {
 	until := uint64(0)
 	if d > 0 {

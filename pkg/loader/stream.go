@@ -168,7 +168,7 @@ func encodeStream(s packet.Stream, row uint32) bpf.RelayStream {
 	value.NumberMask, value.Slack, value.Clock = s.Mask(), s.Slack(), s.Clock
 	value.Offset, value.Width, value.CountOffset, value.CountWidth = s.Offset, s.Width, s.CountOffset, s.CountWidth
 	if s.Format() == packet.StreamMoldUDP64 {
-		value.CountWidth = 2 // of its header
+		value.CountWidth = 2 // as in its header
 	}
 	if s.Little {
 		value.Little = 1

@@ -484,7 +484,7 @@ func TestCrashChild(t *testing.T) {
 	}
 }
 
-// A process killed at any moment leaves one of the two rule sets between which it was changing.
+// A process killed at any moment leaves one of the rule sets between which it was changing.
 func TestKilled(t *testing.T) {
 	n := newLab(t, 2)
 	opts := testOptions(t)

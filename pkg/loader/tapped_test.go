@@ -34,7 +34,8 @@ type skbContext struct {
 	_       [37]uint32
 }
 
-// The tapped program takes exactly those frames that the relay program leaves to the packet tap.
+// Of any frames, the tapped program takes exactly those that the relay program leaves to the packet
+// tap.
 func TestTappedAgreesWithRelay(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
