@@ -5,7 +5,7 @@ import (
 	"slices"
 )
 
-// linesOf makes a line of each subject from the results of some axes.
+// linesOf makes one line per subject from the results of some axes.
 func (r *report) linesOf(axes []string, at func(*result) (point, bool)) (lines []line) {
 	for _, res := range r.Results {
 		if !slices.Contains(axes, res.Axis) || res.Skipped != "" {

@@ -27,7 +27,7 @@ func TestHistogramQuantile(t *testing.T) {
 	var all []float64
 	var counts [buckets]uint64
 	for range 10_000 {
-		ns := uint64(math.Exp(random.Float64() * 22)) // up to 2^32, small ones as often as large ones
+		ns := uint64(math.Exp(random.Float64() * 22)) // up to 2^32, evenly over the magnitudes
 		all = append(all, float64(ns))
 		counts[bucketOf(ns)]++
 	}
@@ -66,7 +66,7 @@ func TestBucketEnds(t *testing.T) {
 	}
 }
 
-// A subject that loses from a rate on is found to, within the precision.
+// The search finds the rate above which a subject loses packets, within the precision.
 func TestSearch(t *testing.T) {
 	for _, can := range []float64{700, 1234, 50_000, 99_999, 1e6, 13.9e6} {
 		for _, start := range []float64{600, can / 3, can, can * 1.4, 1e9} {
@@ -102,7 +102,7 @@ func TestSearchEnds(t *testing.T) {
 	if _, _, err := s.lossFree(func(float64) (bool, error) { return false, broken }); !errors.Is(err, broken) {
 		t.Errorf("the error is %v", err)
 	}
-	// One failure in two is forgiven.
+	// One failure in two is tolerated.
 	n := 0
 	if rate, _, err := s.lossFree(func(float64) (bool, error) { n++; return n%2 == 0, nil }); rate != 1000 || err != nil {
 		t.Errorf("of one that fails now and then: %v, %v", rate, err)
@@ -145,7 +145,7 @@ func TestParseCPU(t *testing.T) {
 	}
 }
 
-// A frame that is filled in has the checksums that it would have been built with.
+// A filled header has the same checksums as a frame built whole.
 func TestHeaderFill(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	with := everyday
@@ -197,7 +197,7 @@ func TestFlowsAreSpreadOverRules(t *testing.T) {
 	}
 }
 
-// example is a report with everything in it.
+// example is a report with every field set.
 func example() *report {
 	result := func(axis, subject string, s setup, rate float64) *result {
 		f := summarize([]float64{rate, rate * 1.1, rate * 0.9})
@@ -266,7 +266,7 @@ func TestReport(t *testing.T) {
 	}
 }
 
-// A chart with nothing in it, and names that are no XML, are drawn, too.
+// An empty chart and names that need XML escaping are drawn as well.
 func TestChartsAreXML(t *testing.T) {
 	empty := &report{}
 	if got := empty.pace(); got != "" || paceOf(nil) != 0 {
@@ -281,7 +281,7 @@ func TestChartsAreXML(t *testing.T) {
 	}
 }
 
-// wellFormed reads XML to its end and returns its texts.
+// wellFormed parses XML to its end and returns its text nodes.
 func wellFormed(t *testing.T, name, data string) (texts []string) {
 	t.Helper()
 	if strings.Contains(data, "NaN") || strings.Contains(data, "Inf") {
@@ -335,7 +335,7 @@ func TestTargets(t *testing.T) {
 	}
 }
 
-// The committed objects were made from the committed C, as in package bpf.
+// The committed objects match the committed C sources, as in package bpf.
 func TestObjectsAreNotStale(t *testing.T) {
 	recorded := map[string]string{}
 	for line := range strings.Lines(readFile(t, "bpf/sources.txt")) {
@@ -359,7 +359,7 @@ func TestObjectsAreNotStale(t *testing.T) {
 	}
 }
 
-// The reference forwarder compiles without a warning, where there is a compiler.
+// The reference forwarder compiles without warnings; skipped without a compiler.
 func TestReferenceCompiles(t *testing.T) {
 	if _, err := exec.LookPath("clang"); err != nil {
 		labtest.Lacking(t, "clang is not installed: scripts/setup --bench installs it")

@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// cpuTime is what all CPUs did since the machine started.
+// cpuTime is the time of all CPUs since boot.
 type cpuTime struct {
 	busy   time.Duration // user, nice, system, irq, softirq
-	stolen time.Duration // wanted, and withheld by a hypervisor
+	stolen time.Duration // steal: withheld by a hypervisor
 }
 
 // readCPU reads the first line of /proc/stat (proc_stat(5)).

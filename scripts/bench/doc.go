@@ -1,11 +1,9 @@
-// Command bench measures xdpcast beside what one would use instead, in one run on
-// one machine, and writes a report. Everything runs in network namespaces of its
-// own: source, relay and sinks.
+// Command bench measures xdpcast against its alternatives, in one run on one machine, and writes a
+// report. Source, relay and sinks run in network namespaces of their own.
 //
-// The source is BPF_PROG_RUN with live frames, paced inside the kernel; the sinks are
-// XDP programs that check and count and drop. Every subject has a network of its own
-// and all run at once, while the trials take turns, so that a change of the machine's
-// pace meets all of them.
+// The source is BPF_PROG_RUN with live frames, paced inside the kernel; the sinks are XDP programs
+// that check, count and drop. Every subject has its own network and all run at once, while the
+// trials take turns, so that a change in the machine's pace affects all of them.
 //
 // # Map
 //
@@ -29,26 +27,26 @@
 //
 //	lab.go         its network: source, relay, sinks
 //	programs.go    generation of the BPF programs in bpf/
-//	source.go      sends, by BPF_PROG_RUN
-//	source_xsk.go  sends frames that are longer than that can, by AF_XDP
-//	sink.go        what has arrived: counts, faults, latencies
+//	source.go      sends by BPF_PROG_RUN
+//	source_xsk.go  sends frames too long for BPF_PROG_RUN, by AF_XDP
+//	sink.go        what arrived: counts, faults, latencies
 //	histogram.go   the sinks' latencies
 //
 // Measuring:
 //
-//	trial.go    one trial: so many frames at a rate, and what became of them
+//	trial.go    one trial: a number of frames at a rate, and their outcome
 //	search.go   the highest loss-free rate (RFC 2544)
 //	measure.go  rounds of trials in turns: throughput, loss-free rate, latency
 //	survive.go  packets lost while the daemon is killed and restarted
 //	memory.go   the memory of the daemon and of its maps
 //	proof.go    proofs that the bench measures what it says
 //	smoke.go    every subject once, without figures (CI)
-//	cpu.go      time that others took from the machine
-//	machine.go  what the figures were measured on, and with
+//	cpu.go      CPU time, and what other users of the machine took
+//	machine.go  the machine and software versions behind the figures
 //
 // Reporting:
 //
-//	report.go    everything of a run, as JSON, and whether the machine was noisy
+//	report.go    all results of a run as JSON, and whether the machine was noisy
 //	summary.go   figures from samples
 //	targets.go   the targets and their verdicts
 //	markdown.go  the report for people

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// The buckets of bpf/sink.bpf.c: each power of two is cut into 32 steps, so that a
-// value read back is at most 1/32 (3.2 %) too high.
+// The buckets of bpf/sink.bpf.c: each power of two has 32 steps, so a value read back is at most
+// 1/32 (3.2 %) too high.
 const (
 	stepBits = 5
 	steps    = 1 << stepBits
@@ -26,8 +26,8 @@ func (h *histogram) add(counts *[buckets]uint64) {
 	}
 }
 
-// quantile returns a value that at least the share q (0 to 1) of the recorded ones
-// do not exceed; 0 when nothing was recorded.
+// quantile returns an upper bound of the share q (0 to 1) of the recorded durations; 0 if nothing
+// was recorded.
 func (h *histogram) quantile(q float64) time.Duration {
 	rank := uint64(math.Ceil(q * float64(h.n)))
 	var below uint64

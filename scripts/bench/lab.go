@@ -9,8 +9,8 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// mostSinks is how many sink hosts there are; more outputs share them, but for subjects that
-// send a packet out of an interface once.
+// mostSinks is the number of sink hosts. More outputs share them, except for subjects that send a
+// packet only once per interface.
 const mostSinks = 4
 
 // network is a source, a relay and sinks, for one subject:
@@ -18,19 +18,19 @@ const mostSinks = 4
 //	source eth0 -- in relay out0 -- eth0 sink 0
 //	                        out1 -- eth0 sink 1 ...
 //
-// or the source and one sink, with nothing between.
+// or the source connected directly to one sink.
 type network struct {
 	setup  setup
 	dir    string    // for files of the subject
-	relay  *lab.Host // nil with nothing between
-	outs   []string  // the relay's interface of each sink
+	relay  *lab.Host // nil for a direct connection
+	outs   []string  // the relay's interface to each sink
 	source source
 	sinks  *sinks
 
 	cleanup cleanup
 }
 
-// cleanup is what is to be undone, last first.
+// cleanup is a list of undo functions, run in reverse order.
 type cleanup []func() error
 
 func (c *cleanup) add(fn func() error) { *c = append(*c, fn) }
@@ -44,10 +44,10 @@ func (c *cleanup) run() error {
 	return errors.Join(errs...)
 }
 
-// relayAddr is the relay's own address on its way to a sink.
+// relayAddr is the relay's address on the link to a sink.
 func relayAddr(sink int) netip.Addr { return netip.AddrFrom4([4]byte{10, 1, byte(sink), 1}) }
 
-// newNetwork makes the network for a subject. The caller closes it.
+// newNetwork creates the network of a subject. The caller closes it.
 func newNetwork(s setup, of subject) (_ *network, err error) {
 	n := &network{setup: s}
 	defer func() {
@@ -55,7 +55,7 @@ func newNetwork(s setup, of subject) (_ *network, err error) {
 			err = errors.Join(err, n.close())
 		}
 	}()
-	if n.dir, err = os.MkdirTemp("", "xb-"); err != nil { // short: it holds sockets
+	if n.dir, err = os.MkdirTemp("", "xb-"); err != nil { // a short path, since it holds sockets
 		return nil, err
 	}
 	n.cleanup.add(func() error { return os.RemoveAll(n.dir) })
@@ -82,7 +82,7 @@ func newNetwork(s setup, of subject) (_ *network, err error) {
 		return nil, err
 	}
 	n.cleanup.add(n.source.close)
-	// A veth sends XDP frames only with a program on.
+	// A veth sends XDP frames only with a program attached.
 	return n, src.Do(func() error { return attachHere("eth0", n.sinks.objs[0].Sink) })
 }
 
@@ -121,13 +121,13 @@ func (n *network) connect(src *lab.Host, sinkHosts []*lab.Host, direct bool) (er
 	return nil
 }
 
-// out is the relay's interface of an output.
+// out is the relay's interface for an output.
 func (n *network) out(output int) string { return n.outs[output%len(n.outs)] }
 
 func (n *network) close() error { return n.cleanup.run() }
 
-// batch is the most frames that the source may send at one time. A veth holds 256,
-// and the copies of outputs that share a sink come at once.
+// batch is the largest number of frames that the source may send at once. A veth queues 256, and
+// copies to outputs on one sink arrive together.
 func (n *network) batch() int {
 	const most, held = 32, 256
 	sinks := len(n.sinks.objs)

@@ -12,7 +12,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// The proofs of a report hold, and all that the lab made is gone afterwards.
+// The proofs of a report hold, and the lab leaves nothing behind.
 func TestProofs(t *testing.T) {
 	labtest.RequireRoot(t)
 	all, top, err := prove(t.Context(), options{trial: 20 * time.Millisecond, precision: 0.5})
@@ -24,8 +24,8 @@ func TestProofs(t *testing.T) {
 	}
 }
 
-// Every copy is seen where it belongs, once, whatever the numbers of outputs, flows,
-// queues and the length are.
+// Every copy arrives once where it belongs, for all numbers of outputs, flows and queues and all
+// lengths.
 func TestTrialAccountsForAll(t *testing.T) {
 	labtest.RequireRoot(t)
 	for _, with := range []setup{
@@ -39,7 +39,7 @@ func TestTrialAccountsForAll(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// The source's share of each queue, times the queues.
+		// Rounded down to the same number per queue, as the source sends.
 		frames := 5000 / with.Queues * with.Queues
 		labtest.Eventually(t, "all arrives", func() bool {
 			got, err := b.run(t.Context(), trialPlan{frames: frames, rate: 50_000, timed: true})
@@ -63,8 +63,7 @@ func TestTrialAccountsForAll(t *testing.T) {
 	}
 }
 
-// The source keeps to its rate: it is never faster, and not slower than the machine
-// lets it.
+// The source keeps its rate: never faster, and no slower than the machine allows.
 func TestSourceKeepsItsRate(t *testing.T) {
 	labtest.RequireRoot(t)
 	err := with(t.Context(), direct(), options{}, func(b *bench) error {
@@ -73,7 +72,7 @@ func TestSourceKeepsItsRate(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			// Between n frames are n-1 intervals.
+			// n frames have n-1 intervals.
 			if most := rate * float64(got.frames) / float64(got.frames-1) * 1.001; got.rate() > most {
 				t.Errorf("%.0f frames/s, want at most %.0f", got.rate(), most)
 			}
@@ -88,7 +87,7 @@ func TestSourceKeepsItsRate(t *testing.T) {
 	}
 }
 
-// A subject that cannot start leaves nothing, and says why.
+// A subject that cannot start leaves nothing behind, and reports why.
 func TestSubjectThatDoesNotStart(t *testing.T) {
 	labtest.RequireRoot(t)
 	_, err := newBench(t.Context(), xdpcast("kernel"), everyday, options{program: "/nonexistent/xdpcast"})
@@ -97,9 +96,8 @@ func TestSubjectThatDoesNotStart(t *testing.T) {
 	}
 }
 
-// The source program in BPF and its twin in Go write the same frames: both are
-// received by a sink that checks the addresses, and by the host's own stack, which
-// checks both checksums.
+// The BPF source program and its Go twin write the same frames: both are received by a sink that
+// checks the addresses, and by the host's own stack, which verifies both checksums.
 func TestFramesHaveChecksums(t *testing.T) {
 	labtest.RequireRoot(t)
 	for _, size := range []int{64, 1400, mostFrame} {

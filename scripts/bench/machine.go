@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// machine is what the figures were measured on, and with.
+// machine describes the hardware and software behind the figures.
 type machine struct {
 	Kernel   string            `json:"kernel"`
 	System   string            `json:"system"`
@@ -20,7 +20,7 @@ type machine struct {
 	Versions map[string]string `json:"versions"`
 }
 
-// thisMachine asks the machine; what it does not tell stays empty.
+// thisMachine describes this machine; unknown fields stay empty.
 func thisMachine(ctx context.Context, o options) machine {
 	m := machine{CPUs: runtime.NumCPU(), Versions: map[string]string{"go": runtime.Version()}}
 	var u unix.Utsname
@@ -33,7 +33,7 @@ func thisMachine(ctx context.Context, o options) machine {
 		"xdpcast": {o.program, "version"}, "smcroute": {"smcrouted", "-v"}, "nftables": {"nft", "--version"},
 		"iproute2": {"tc", "-Version"}, "socat": {"socat", "-V"}, "clang": {"clang", "--version"},
 	} {
-		// Some say it on stderr, and end with an error.
+		// Some print their version on stderr and exit with an error.
 		out, _ := exec.CommandContext(ctx, cmd[0], cmd[1:]...).CombinedOutput()
 		for line := range bytes.Lines(out) {
 			text := strings.TrimSpace(string(line))
@@ -46,7 +46,7 @@ func thisMachine(ctx context.Context, o options) machine {
 	return m
 }
 
-// fieldOf finds the first "name separator value" in a file; empty when there is none.
+// fieldOf returns the first "name separator value" in a file; empty if there is none.
 func fieldOf(file, name, separator string) string {
 	data, err := os.ReadFile(file)
 	if err != nil {

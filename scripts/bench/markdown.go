@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// markdown is the report for people.
+// markdown renders the report for people.
 func (r *report) markdown() []byte {
 	var b bytes.Buffer
 	r.writeHead(&b)
@@ -44,7 +44,7 @@ func (r *report) writeHead(b *bytes.Buffer) {
 	}
 }
 
-// pace says how fast the machine was: virtual ones differ by a factor of four from day to day.
+// pace reports the machine's speed: virtual machines differ by a factor of four from day to day.
 func (r *report) pace() string {
 	var parts []string
 	if r.Ceiling.Full > 0 {
@@ -197,7 +197,7 @@ func (r *report) writeSkipped(b *bytes.Buffer) {
 	}
 }
 
-// on are the results of an axis.
+// on returns the results of an axis.
 func (r *report) on(axis string) (found []*result) {
 	for _, res := range r.Results {
 		if res.Axis == axis {
@@ -207,7 +207,7 @@ func (r *report) on(axis string) (found []*result) {
 	return found
 }
 
-// value is the setup's on an axis.
+// value returns the setup's value on an axis.
 func (s setup) value(axis string) int {
 	return map[string]int{"outputs": s.Outputs, "frames": s.Frame, "flows": s.Flows, "queues": s.Queues, "rules": s.Rules, "rules in use": s.Rules}[axis]
 }
@@ -220,7 +220,7 @@ func percent(part float64) string { return fmt.Sprintf("%.1f %%", part*100) }
 
 func megabytes(n uint64) string { return fmt.Sprintf("%.1f", float64(n)/1e6) }
 
-// table is rows of cells, the first one its head.
+// table is rows of cells, with the header first.
 type table [][]string
 
 func (t *table) add(cells ...string) { *t = append(*t, cells) }

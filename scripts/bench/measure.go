@@ -9,75 +9,73 @@ import (
 	"time"
 )
 
-// result is all that was measured of a subject with a setup.
+// result is everything measured of a subject with a setup.
 type result struct {
 	Axis    string `json:"axis"`
 	Subject string `json:"subject"`
 	setup
-	// Skipped says why nothing was measured.
+	// Skipped is the reason if nothing was measured.
 	Skipped string `json:"skipped,omitempty"`
 
-	// Full is copies a second at the full offered load, and FullLoss the part of them
-	// that was lost.
+	// Full is copies per second at full offered load, FullLoss the share of copies lost.
 	Full     *figure `json:"full_copies_per_second,omitempty"`
 	FullLoss *figure `json:"full_loss,omitempty"`
-	// CPU is seconds of processor time for a million copies, at full load.
+	// CPU is seconds of processor time per million copies, at full load.
 	CPU *figure `json:"cpu_seconds_per_million,omitempty"`
-	// LossFree is frames a second into the relay.
+	// LossFree is frames per second into the relay.
 	LossFree *figure `json:"loss_free_frames_per_second,omitempty"`
-	// AtFullLoad: no search found a rate, of those that the source can keep, at which
-	// anything was lost.
+	// AtFullLoad: no search found loss at any rate that the source can keep.
 	AtFullLoad bool            `json:"loss_free_at_full_load,omitempty"`
 	Latency    []latencyResult `json:"latency,omitempty"`
 
-	// ResidentBytes is what all processes have in memory, KernelBytes what the maps
-	// take, AppliedSeconds from the start of the daemon until all rules are in.
+	// ResidentBytes is the resident memory of all processes, KernelBytes the memory of the maps,
+	// AppliedSeconds the time from the start of the daemon until all rules are active.
 	ResidentBytes  uint64  `json:"resident_bytes,omitempty"`
 	KernelBytes    uint64  `json:"kernel_bytes,omitempty"`
 	AppliedSeconds float64 `json:"applied_seconds,omitempty"`
-	// Account is what the subject says of all trials, nil for one that says nothing.
+	// Account is the subject's own count over all trials, nil if it keeps none.
 	Account *comparison `json:"account,omitempty"`
 }
 
-// latencyResult is how long copies took at a rate.
+// latencyResult is the latency of copies at a rate.
 type latencyResult struct {
-	// Load is the part of the loss-free rate, 0 where Rate is a fixed one.
+	// Load is the share of the loss-free rate, 0 if Rate is a fixed one.
 	Load float64 `json:"load,omitempty"`
 	Rate float64 `json:"frames_per_second"`
 	P50  *figure `json:"p50_ns"`
 	P99  *figure `json:"p99_ns"`
 	P999 *figure `json:"p999_ns"`
 	CPU  *figure `json:"cpu_seconds_per_million"`
-	// Lost is copies of all rounds.
+	// Lost is the number of copies lost in all rounds.
 	Lost int64 `json:"lost"`
 }
 
-// samples is what the rounds of a subject have given.
+// samples are the results of a subject's rounds.
 type samples struct {
 	bench                         *bench
 	result                        *result
 	full, fullLoss, cpu, lossFree []float64
-	estimate                      float64 // frames a second at full load
+	estimate                      float64 // frames per second at full load
 	p50, p99, p999, latencyCPU    map[int][]float64
 	loads                         []latencyResult
 	atFullLoad                    bool
 }
 
-// fixedRate is a rate at which the latency of everything can be compared.
+// fixedRate is a rate at which the latency of all subjects can be compared.
 const fixedRate = 100_000
 
-// loads are the parts of the loss-free rate at which latency is measured.
+// loads are the shares of the loss-free rate at which latency is measured.
 var loads = []float64{0.1, 0.5, 0.9}
 
-// measurer does jobs.
+// measurer runs jobs.
 type measurer struct {
 	options options
 	log     *slog.Logger
 	stolen  time.Duration // in all trials
-	others  float64       // the most of all CPUs that others were seen to use
+	others  float64       // the highest share of all CPUs seen in use by others
 }
 
-// listen looks at what others do while nothing is measured.
+// listen measures the load from others while the bench is idle.
 func (m *measurer) listen(ctx context.Context) error {
 	const listening = 200 * time.Millisecond
 	before, err := readCPU()
@@ -139,7 +137,7 @@ func (m *measurer) do(ctx context.Context, j job) (results []*result, err error)
 	return results, nil
 }
 
-// steps is what is done with each subject before the next step is done with any.
+// steps are the steps of a job; each runs for every subject before the next begins.
 func (m *measurer) steps(j job) (steps []func(context.Context, *samples) error) {
 	steps = append(steps, m.warmUp)
 	for round := range m.options.rounds {
@@ -160,7 +158,7 @@ func (m *measurer) steps(j job) (steps []func(context.Context, *samples) error) 
 	return steps
 }
 
-// warmUp finds out about how fast the source can send to this subject.
+// warmUp estimates how fast the source can send to this subject.
 func (m *measurer) warmUp(ctx context.Context, s *samples) error {
 	for frames := 2000; ; frames *= 10 {
 		t, err := s.bench.run(ctx, trialPlan{frames: frames})
@@ -170,7 +168,7 @@ func (m *measurer) warmUp(ctx context.Context, s *samples) error {
 		if t.packets == 0 {
 			return errors.New("nothing arrived")
 		}
-		// Until it takes long enough to be known.
+		// Until it takes long enough to be measured.
 		if t.took() > m.options.trial/10 {
 			s.estimate = t.rate()
 			return nil
@@ -193,7 +191,7 @@ func (m *measurer) fullLoad(ctx context.Context, s *samples) error {
 }
 
 func (m *measurer) lossFree(ctx context.Context, s *samples) error {
-	// Who loses at full load may do more when there is less to do, but not much.
+	// A subject that loses at full load may do more at a lower load, but not much.
 	start := 1.5 * s.full[len(s.full)-1] / float64(s.bench.network.setup.Outputs)
 	if n := len(s.lossFree); n > 0 && s.lossFree[n-1] > 0 {
 		start = s.lossFree[n-1] * 1.05
@@ -211,7 +209,7 @@ func (m *measurer) lossFree(ctx context.Context, s *samples) error {
 	return nil
 }
 
-// planLatency decides on the rates.
+// planLatency chooses the rates.
 func (m *measurer) planLatency(_ context.Context, s *samples) error {
 	most := s.estimate
 	if f := summarize(s.lossFree); f != nil {
@@ -244,7 +242,7 @@ func (m *measurer) latency(ctx context.Context, s *samples, i int) error {
 	return nil
 }
 
-// finish sums up.
+// finish summarizes the samples.
 func (s *samples) finish(ctx context.Context) (err error) {
 	r := s.result
 	r.Full, r.FullLoss, r.CPU, r.LossFree = summarize(s.full), summarize(s.fullLoss), summarize(s.cpu), summarize(s.lossFree)

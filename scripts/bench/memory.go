@@ -12,8 +12,7 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// residentMemory is what a process has in memory, in bytes (VmRSS of
-// proc_pid_status(5)).
+// residentMemory returns the resident memory of a process, in bytes (VmRSS of proc_pid_status(5)).
 func residentMemory(pid int) (uint64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -22,7 +21,7 @@ func residentMemory(pid int) (uint64, error) {
 	return parseField(string(data), "VmRSS:", "kB", 1024)
 }
 
-// parseField finds a number by its name in text of lines "name number unit".
+// parseField finds a number by name in text with lines "name number unit".
 func parseField(text, name, unit string, scale uint64) (uint64, error) {
 	for line := range strings.Lines(text) {
 		fields := strings.Fields(line)
@@ -41,8 +40,8 @@ func parseField(text, name, unit string, scale uint64) (uint64, error) {
 	return 0, fmt.Errorf("no line %s", name)
 }
 
-// pinnedMemory is what the maps take that are pinned in a directory, and those in
-// them, in bytes.
+// pinnedMemory returns the memory of the maps pinned in a directory, including their inner maps, in
+// bytes.
 func pinnedMemory(dir string) (total uint64, err error) {
 	seen := map[ebpf.MapID]bool{}
 	err = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
@@ -63,7 +62,7 @@ func pinnedMemory(dir string) (total uint64, err error) {
 	return total, err
 }
 
-// mapMemory is what a map takes, and maps in it that have not been seen yet.
+// mapMemory returns the memory of a map and of inner maps not seen before.
 func mapMemory(m *ebpf.Map, seen map[ebpf.MapID]bool) (total uint64, err error) {
 	info, err := m.Info()
 	if err != nil {
@@ -99,7 +98,7 @@ func mapMemory(m *ebpf.Map, seen map[ebpf.MapID]bool) (total uint64, err error) 
 	return total, nil
 }
 
-// lockedMemory is what the kernel says that a map takes (memlock in its fdinfo).
+// lockedMemory is the kernel's figure for the memory of a map (memlock in its fdinfo).
 func lockedMemory(fd int) (uint64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
 	if err != nil {

@@ -10,14 +10,14 @@ import (
 	"time"
 )
 
-// options is what the command line says.
+// options are the settings from the command line.
 type options struct {
 	program  string // the xdpcast to measure
 	report   string // directory
 	subjects []string
 	jobs     []job
 	rounds   int
-	// searches is how often the loss-free rate is searched for, at most rounds.
+	// searches is the number of searches for the loss-free rate, at most rounds.
 	searches int
 	trial    time.Duration
 	// precision of the loss-free rate.
@@ -27,7 +27,7 @@ type options struct {
 	profile   string
 }
 
-// job is what is measured in turns.
+// job is a set of entries measured in turns.
 type job struct {
 	axis     string
 	entries  []entry
@@ -35,19 +35,19 @@ type job struct {
 	latency  bool
 }
 
-// entry is a subject and what it is measured with.
+// entry is a subject and the setup it is measured with.
 type entry struct {
 	subject string
 	setup   setup
 }
 
-// everyday is the setup around which one axis at a time is varied.
+// everyday is the base setup; each axis varies one of its values.
 var everyday = setup{Outputs: 1, Frame: 128, Rules: 1, Flows: 1, Queues: 1}
 
-// axes are the values of each axis, of a full and of a quick run.
+// axes are the values of each axis, for a full and for a quick run.
 type axes struct {
 	outputs, frames, rules, flows, queues []int
-	// lossFree and latency are the numbers of outputs for which these are measured.
+	// lossFree and latency are the output counts for which these are measured.
 	lossFree, latency []int
 }
 
@@ -62,10 +62,10 @@ func quickAxes() axes {
 	return axes{outputs: []int{1, 4, 16}, rules: []int{1, 10_000}, lossFree: []int{1}, latency: []int{1}}
 }
 
-// fewRules is how many rules all paths are measured with; more take long to start.
+// fewRules is the number of rules that all paths are measured with; more take long to start.
 const fewRules = 10_000
 
-// forwarders are all subjects but those of the proofs.
+// forwarders are all subjects except those of the proofs.
 func forwarders() (names []string) {
 	for _, s := range subjects() {
 		if !s.direct && s.name != "lossy" {
@@ -77,7 +77,7 @@ func forwarders() (names []string) {
 
 func ours() []string { return []string{"xdpcast-kernel", "xdpcast-afxdp", "xdpcast-fanout"} }
 
-// jobs lists what is to be measured.
+// jobs lists what to measure.
 func (a axes) jobs(subjects []string) (jobs []job) {
 	vary := func(axis string, values []int, change func(*setup, int)) {
 		for _, value := range values {
@@ -93,8 +93,8 @@ func (a axes) jobs(subjects []string) (jobs []job) {
 	vary("frames", a.frames, func(s *setup, n int) { s.Frame = n })
 	vary("flows", a.flows, func(s *setup, n int) { s.Flows = n })
 	vary("queues", a.queues, func(s *setup, n int) { s.Queues, s.Flows = n, 64 })
-	// Only xdpcast has rules to speak of. All numbers of them take turns: the cost of
-	// more is what is asked for.
+	// Only xdpcast has many rules. All rule counts take turns, since their relative cost is the
+	// question.
 	for _, axis := range []string{"rules", "rules in use"} {
 		j := job{axis: axis}
 		for _, n := range a.rules {

@@ -15,8 +15,8 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// patience bounds every wait for a program. It is long, since the machine may be
-// busy; nothing waits for its end while all is well.
+// patience bounds every wait for a program. It is long, since the machine may be busy; no wait
+// reaches it while all is well.
 const patience = 60 * time.Second
 
 // process is a program that runs on a host until it is stopped.
@@ -24,14 +24,14 @@ type process struct {
 	cmd    *exec.Cmd
 	log    lockedBuffer
 	exited chan struct{}
-	err    error // of Wait, once exited is closed
+	err    error // from Wait, valid once exited is closed
 }
 
 // startProcess starts a program on a host. The caller stops it.
 func startProcess(host *lab.Host, cmd *exec.Cmd) (*process, error) {
 	p := &process{cmd: cmd, exited: make(chan struct{})}
 	cmd.Stdout, cmd.Stderr = &p.log, &p.log
-	// An interrupt from the terminal is for the bench, which then ends its programs.
+	// A terminal interrupt is for the bench, which then stops its programs.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := host.Start(cmd); err != nil {
 		return nil, fmt.Errorf("start %s: %w", cmd, err)
@@ -43,7 +43,7 @@ func startProcess(host *lab.Host, cmd *exec.Cmd) (*process, error) {
 	return p, nil
 }
 
-// failed says how the program ended, if it did.
+// failed reports how the program ended, nil if it still runs.
 func (p *process) failed() error {
 	select {
 	case <-p.exited:
@@ -53,7 +53,7 @@ func (p *process) failed() error {
 	}
 }
 
-// stop ends the program and fails if it had ended before.
+// stop ends the program; it fails if the program had ended before.
 func (p *process) stop() error {
 	if err := p.failed(); err != nil {
 		return err
@@ -72,7 +72,7 @@ func (p *process) stop() error {
 	}
 }
 
-// until waits until ready says nothing, or the program ends.
+// until waits until ready returns "", or the program ends.
 func (p *process) until(ctx context.Context, ready func() string) error {
 	if err := until(ctx, func() string {
 		if p.failed() != nil {
@@ -85,7 +85,7 @@ func (p *process) until(ctx context.Context, ready func() string) error {
 	return p.failed()
 }
 
-// until waits until lacks, which says what is missing, says nothing.
+// until waits until lacks, which returns what is missing, returns "".
 func until(ctx context.Context, lacks func() string) error {
 	for start, deadline := time.Now(), time.Now().Add(patience); ; {
 		what := lacks()
@@ -98,13 +98,13 @@ func until(ctx context.Context, lacks func() string) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		// To ask all the time would slow down who is asked.
+		// Polling more often would slow down the process asked.
 		case <-time.After(max(2*time.Millisecond, time.Since(start)/20)):
 		}
 	}
 }
 
-// command runs a program on a host to its end and returns what it printed.
+// command runs a program on a host to completion and returns its output.
 func command(ctx context.Context, host *lab.Host, stdin, name string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -115,7 +115,7 @@ func command(ctx context.Context, host *lab.Host, stdin, name string, args ...st
 	return runOn(host, cmd)
 }
 
-// runOn runs a command on a host to its end and returns what it printed.
+// runOn runs a command on a host to completion and returns its output.
 func runOn(host *lab.Host, cmd *exec.Cmd) (string, error) {
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -129,7 +129,7 @@ func runOn(host *lab.Host, cmd *exec.Cmd) (string, error) {
 	return out.String(), nil
 }
 
-// lockedBuffer is a buffer for a process to write while others read.
+// lockedBuffer is a buffer that a process writes while others read.
 type lockedBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer

@@ -14,15 +14,15 @@ type proof struct {
 	Result string `json:"result"`
 }
 
-// ceiling is what source and sink can do with nothing between.
+// ceiling is what source and sink achieve when connected directly.
 type ceiling struct {
 	Full     float64 `json:"full_frames_per_second"`
 	LossFree float64 `json:"loss_free_frames_per_second"`
 	CPU      float64 `json:"cpu_seconds_per_million"`
 }
 
-// proofTries is how often a proof is tried: a machine that is busy elsewhere may
-// lose frames, or hold up the source, now and then.
+// proofTries is the number of attempts per proof: a busy machine may occasionally lose frames or
+// delay the source.
 const proofTries = 5
 
 // prove runs all proofs; a failed one is an error.
@@ -42,7 +42,7 @@ func prove(ctx context.Context, o options) (all []proof, top ceiling, err error)
 	return all, top, nil
 }
 
-// with does something to a subject in the everyday setup.
+// with runs fn on a subject in the everyday setup.
 func with(ctx context.Context, s subject, o options, fn func(*bench) error) error {
 	b, err := newBench(ctx, s, everyday, o)
 	if err != nil {
@@ -51,7 +51,7 @@ func with(ctx context.Context, s subject, o options, fn func(*bench) error) erro
 	return errors.Join(fn(b), b.close())
 }
 
-// proveDirect: between source and sink nothing is lost, doubled or overtaken.
+// proveDirect: with source and sink connected directly, nothing is lost, duplicated or reordered.
 func proveDirect(ctx context.Context, o options, top *ceiling) (p proof, err error) {
 	p = proof{Name: "source to sink", What: "with nothing between, everything sent arrives once and in order, slowly and at full load"}
 	err = with(ctx, direct(), o, func(b *bench) error {
@@ -86,11 +86,11 @@ func proveDirect(ctx context.Context, o options, top *ceiling) (p proof, err err
 	return p, err
 }
 
-// proveLoss: what a program drops on purpose is what the bench says was lost.
+// proveLoss: the bench reports as lost exactly what a program drops on purpose.
 func proveLoss(ctx context.Context, o options, _ *ceiling) (p proof, err error) {
 	p = proof{Name: "deliberate loss", What: "a program that drops one frame in 100 shows as that, in the count and in the numbers of the frames"}
 	err = with(ctx, lossy(), o, func(b *bench) error {
-		// The last frame is one that passes, or nothing would show the gap.
+		// The last frame must pass, or the gap before it would not show.
 		t, err := b.run(ctx, trialPlan{frames: 50_000, rate: fixedRate, timed: true})
 		if err != nil {
 			return err
@@ -104,7 +104,7 @@ func proveLoss(ctx context.Context, o options, _ *ceiling) (p proof, err error) 
 	return p, err
 }
 
-// proveAddress: frames that were not rewritten do not count where they should be.
+// proveAddress: frames that were not rewritten do not count as arrived.
 func proveAddress(ctx context.Context, o options, _ *ceiling) (p proof, err error) {
 	p = proof{Name: "wrong address", What: "frames that nothing rewrote are refused by a sink that wants them rewritten"}
 	s := redirect()

@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// report is everything of a run.
+// report is all results of a run.
 type report struct {
 	Started time.Time `json:"started"`
-	// Seconds is how long the run took.
+	// Seconds is the duration of the run.
 	Seconds   float64  `json:"seconds"`
 	Command   []string `json:"command"`
 	Profile   string   `json:"profile"`
@@ -23,27 +23,26 @@ type report struct {
 	Machine   machine  `json:"machine"`
 	Proofs    []proof  `json:"proofs"`
 	Ceiling   ceiling  `json:"ceiling"`
-	// Survival is nil where the kernel path was not measured.
+	// Survival is nil if the kernel path was not measured.
 	Survival *survival `json:"survival,omitempty"`
 	Results  []*result `json:"results"`
 	Targets  []target  `json:"targets"`
-	// PaceNS is what a bare redirect of one output takes for a frame from source to sink under full
-	// load, in nanoseconds; 0: not measured. Figures of two runs are comparable as far as this
-	// is.
+	// PaceNS is the time per frame of a bare redirect to one output, from source to sink under full
+	// load, in nanoseconds; 0: not measured. Figures of two runs compare only if their paces do.
 	PaceNS float64 `json:"pace_ns"`
-	// Noise says what spoilt the figures, nothing when nothing is known to have.
+	// Noise lists what disturbed the figures; empty if nothing is known.
 	Noise []string `json:"noise"`
 }
 
 const (
-	// noisySpread is the spread of a bare redirect or broadcast, which do the same
-	// all the time, from which on the machine does not.
+	// noisySpread is the spread of a bare redirect or broadcast from which the machine counts as
+	// noisy: both do constant work.
 	noisySpread = 0.05
-	// noisyOthers is the part of all CPUs that others may use before a job.
+	// noisyOthers is the share of all CPUs that others may use before a job.
 	noisyOthers = 0.05
 )
 
-// noise says why the machine is noisy, if it is.
+// noise returns why the machine is noisy, nil if it is not.
 func noise(all []*result, stolen time.Duration, others float64) (why []string) {
 	for _, r := range all {
 		if (r.Subject == "redirect" || r.Subject == "broadcast") && r.Full != nil && r.Full.Spread > noisySpread {
@@ -59,7 +58,7 @@ func noise(all []*result, stolen time.Duration, others float64) (why []string) {
 	return why
 }
 
-// paceOf is PaceNS of a report with these results.
+// paceOf returns PaceNS of a report with these results.
 func paceOf(all []*result) float64 {
 	r := of(all, "outputs", "redirect", everyday)
 	if r == nil || r.Full == nil || r.Full.Median <= 0 {
@@ -68,7 +67,7 @@ func paceOf(all []*result) float64 {
 	return 1e9 / r.Full.Median
 }
 
-// write makes the report's files.
+// write writes the report's files.
 func (r *report) write(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err

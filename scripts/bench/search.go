@@ -6,22 +6,22 @@ import (
 	"time"
 )
 
-// search is RFC 2544's (section 26.1): the highest rate at which nothing is lost.
+// search is that of RFC 2544 (section 26.1): the highest rate without loss.
 type search struct {
-	// start is a rate, in frames a second, to begin with; most one that is not
-	// exceeded, and least one below which it gives up.
+	// start is the first rate tried, in frames per second; most is the upper limit, and below least
+	// the search gives up.
 	start, most, least float64
-	// precision is what the rate found may be below the one that exists, as a part.
+	// precision is how far the result may be below the true rate, as a share of it.
 	precision float64
-	// tries is how often a rate must fail.
+	// tries is how many times a rate must fail.
 	tries int
 }
 
-// lossFree returns the highest rate that passed, and whether it is the most asked
-// for; 0 when none did. It goes up or down in doubles until it knows a rate that
-// passes below one that fails, and then halves what is between, in proportion.
+// lossFree returns the highest rate that passed, and whether it is most; 0 if none passed. It
+// doubles or halves the rate until a passing rate is below a failing one, then bisects between them
+// geometrically.
 func (s search) lossFree(passes func(rate float64) (bool, error)) (rate float64, all bool, err error) {
-	low, high := 0.0, 0.0 // the highest that passed, the lowest that failed; 0 for none yet
+	low, high := 0.0, 0.0 // highest that passed, lowest that failed; 0: none yet
 	for at := min(s.start, s.most); ; {
 		ok, err := s.try(at, passes)
 		if err != nil {
@@ -49,7 +49,7 @@ func (s search) lossFree(passes func(rate float64) (bool, error)) (rate float64,
 	}
 }
 
-// try says whether a rate passes at least once.
+// try reports whether a rate passes at least once.
 func (s search) try(rate float64, passes func(rate float64) (bool, error)) (bool, error) {
 	for range max(1, s.tries) {
 		if ok, err := passes(rate); ok || err != nil {
@@ -59,16 +59,15 @@ func (s search) try(rate float64, passes func(rate float64) (bool, error)) (bool
 	return false, nil
 }
 
-// onTime is the part of the rate that the source must have reached: it shares a CPU
-// with the relay, so that a relay that is too slow makes it late before anything is
-// lost.
+// onTime is the share of the rate that the source must reach: it shares a CPU with the relay, so a
+// relay that is too slow delays it before anything is lost.
 const onTime = 0.99
 
-// drainTime is when the last copy must have come: a relay with deep queues that
-// cannot keep up would else pass every trial that is short enough.
+// drainTime is the deadline of the last copy: otherwise a relay with deep queues that cannot keep
+// up would pass every short trial.
 const drainTime = 10 * time.Millisecond
 
-// passes tries a rate: everything arrives, soon, and the source is on time.
+// passes tries a rate: everything arrives by drainTime, and the source is on time.
 func (b *bench) passes(ctx context.Context, rate float64, took time.Duration) (bool, error) {
 	t, err := b.run(ctx, trialPlan{frames: framesFor(rate, took), rate: rate, timed: true})
 	if err != nil {
@@ -77,7 +76,7 @@ func (b *bench) passes(ctx context.Context, rate float64, took time.Duration) (b
 	return t.lost() == 0 && t.drained() <= drainTime && t.rate() >= rate*onTime, nil
 }
 
-// framesFor is how many frames a rate sends in a time.
+// framesFor is the number of frames sent at a rate in a given time.
 func framesFor(rate float64, took time.Duration) int {
 	return max(100, int(rate*took.Seconds()))
 }

@@ -12,26 +12,26 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// arrived is what a trial has brought to the sinks.
+// arrived is what reached the sinks in a trial.
 type arrived struct {
 	packets uint64
-	outputs []uint64 // packets of each; of each sink where they are not rewritten
+	outputs []uint64 // packets per output; per sink if they are not rewritten
 	bytes   uint64
-	missing uint64 // numbers of flows that were passed over
-	late    uint64 // numbers that had been passed over or seen before
-	address uint64 // not addressed as any output
-	stray   uint64 // of an earlier trial
-	last    uint64 // when the last one came, in nanoseconds of CLOCK_MONOTONIC
+	missing uint64 // sequence numbers skipped
+	late    uint64 // sequence numbers skipped or seen before
+	address uint64 // with a destination that no output has
+	stray   uint64 // from an earlier trial
+	last    uint64 // arrival of the last one, in nanoseconds of CLOCK_MONOTONIC
 	latency histogram
 }
 
-// sinks are the programs at the end of every way.
+// sinks are the programs at the end of each path.
 type sinks struct {
 	objs []*sinkObjects
 }
 
-// newSinks loads a program for each host and attaches it to the host's eth0 for as
-// long as the namespace lives. The caller closes what is returned.
+// newSinks loads a program for each host and attaches it to the host's eth0 for the lifetime of the
+// namespace. The caller closes the result.
 func newSinks(hosts []*lab.Host, s setup, rewritten bool) (_ *sinks, err error) {
 	all := &sinks{}
 	defer func() {
@@ -81,7 +81,7 @@ func (s *sinks) close() error {
 	return errors.Join(errs...)
 }
 
-// expect makes everything zero and takes only frames of this trial from now on.
+// expect resets the counters; from then on only frames of this trial count.
 func (s *sinks) expect(trial uint32, ordered, timed bool) error {
 	flag := map[bool]uint32{true: 1}
 	cpus, err := ebpf.PossibleCPU()
@@ -103,7 +103,7 @@ func (s *sinks) expect(trial uint32, ordered, timed bool) error {
 	return nil
 }
 
-// packets returns how many have arrived.
+// packets returns the number of packets that arrived.
 func (s *sinks) packets(outputs int) (n uint64, err error) {
 	for _, o := range s.objs {
 		for output := range uint32(outputs) {
@@ -119,7 +119,7 @@ func (s *sinks) packets(outputs int) (n uint64, err error) {
 	return n, nil
 }
 
-// read returns all that has arrived.
+// read returns everything that arrived.
 func (s *sinks) read(outputs int) (arrived, error) {
 	all := arrived{outputs: make([]uint64, outputs)}
 	for _, o := range s.objs {
@@ -153,8 +153,8 @@ func (s *sinks) read(outputs int) (arrived, error) {
 	return all, nil
 }
 
-// attachHere attaches a program to an interface of the calling thread's namespace,
-// without a link: it stays until the namespace goes.
+// attachHere attaches a program to an interface in the calling thread's namespace, without a BPF
+// link: it stays for the lifetime of the namespace.
 func attachHere(name string, p *ebpf.Program) error {
 	i, err := net.InterfaceByName(name)
 	if err != nil {

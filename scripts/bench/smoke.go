@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// smoke proves that the bench and all its subjects work, and measures nothing: what
-// was sent has arrived, or the subject says that it dropped it. A subject that is
-// not installed is skipped with a line.
+// smoke proves that the bench and all its subjects work, without measuring: every packet sent
+// arrives, or the subject reports dropping it. A subject that is not installed is skipped with a
+// log line.
 func smoke(ctx context.Context, o options, log *slog.Logger) (err error) {
 	o.trial, o.precision, o.rounds, o.searches = 20*time.Millisecond, 0.3, 1, 1
 	proofs, _, err := prove(ctx, o)
@@ -39,7 +39,7 @@ func smoke(ctx context.Context, o options, log *slog.Logger) (err error) {
 	return smokeReport(ctx, o, log)
 }
 
-// smokeSetups are the least and one that differs in everything.
+// smokeSetups are the smallest setup and one that differs in every value.
 func smokeSetups(s subject) []setup {
 	least := func(want, most int) int {
 		if most > 0 {
@@ -76,7 +76,7 @@ func smokeSubject(ctx context.Context, s subject, with setup, o options, log *sl
 	case b.running.account == nil && t.lost() != 0:
 		return fmt.Errorf("%d of %d copies arrived, in %d tries never all: want all at least once", t.packets, t.wanted, proofTries)
 	}
-	// A worker may count a packet after it has arrived.
+	// A worker may count a packet after it arrived.
 	if err := until(ctx, func() string { return b.contradiction(ctx) }); err != nil {
 		return err
 	}
@@ -84,7 +84,7 @@ func smokeSubject(ctx context.Context, s subject, with setup, o options, log *sl
 	return nil
 }
 
-// contradiction says how the subject's account differs from what the bench saw.
+// contradiction returns how the subject's count differs from what the bench saw.
 func (b *bench) contradiction(ctx context.Context) string {
 	said, err := b.compare(ctx)
 	switch {
@@ -96,7 +96,7 @@ func (b *bench) contradiction(ctx context.Context) string {
 	return ""
 }
 
-// smokeReport does a run of the shortest kind for its report alone.
+// smokeReport does the shortest possible run, only to produce a report.
 func smokeReport(ctx context.Context, o options, log *slog.Logger) (err error) {
 	if o.report, err = os.MkdirTemp("", "xb-report-"); err != nil {
 		return err

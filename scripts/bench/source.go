@@ -15,38 +15,37 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// plan is what the source is to send.
+// plan is what the source sends.
 type plan struct {
 	trial   uint32
 	frames  int
-	rate    float64 // frames a second; 0 sends as fast as it can
-	batch   int     // most frames at one time
+	rate    float64 // frames per second; 0: as fast as possible
+	batch   int     // most frames sent at once
 	stamped bool
 }
 
 // sent is what the source did.
 type sent struct {
 	frames uint64
-	// started is when the first frame was sent and ended when the last one was, in
-	// nanoseconds of CLOCK_MONOTONIC.
+	// started and ended are when the first and last frames were sent, in nanoseconds of
+	// CLOCK_MONOTONIC.
 	started, ended uint64
-	// waited is what the source's CPUs spent waiting for the next frame to be due,
-	// and setUp what the kernel took before and after.
+	// waited is the time the source's CPUs spent waiting for the next frame to be due, and setUp
+	// the kernel's time before and after.
 	waited, setUp time.Duration
 }
 
-// rate is frames a second.
+// rate is in frames per second.
 func (s sent) rate() float64 { return float64(s.frames) / (float64(s.ended-s.started) / 1e9) }
 
 // source sends frames from the source host. It is not safe for concurrent use.
 type source interface {
-	// send sends what is planned, or less when ctx ends, which is an error.
+	// send sends as planned, or less if ctx ends, which is an error.
 	send(ctx context.Context, p plan) (sent, error)
 	close() error
 }
 
-// newSource returns a source that sends by the host's interface eth0. The caller
-// closes it.
+// newSource returns a source that sends on the host's interface eth0. The caller closes it.
 func newSource(host *lab.Host, s setup) (source, error) {
 	if s.Frame > liveFrame {
 		return newXSKSource(host, s)
@@ -54,7 +53,7 @@ func newSource(host *lab.Host, s setup) (source, error) {
 	return newLiveSource(host, s)
 }
 
-// liveSource sends by BPF_PROG_RUN with live frames: one program a CPU.
+// liveSource sends by BPF_PROG_RUN with live frames: one program per CPU.
 type liveSource struct {
 	host  *lab.Host
 	index int // of the interface
@@ -154,7 +153,7 @@ type xdpMD struct {
 	Data, DataEnd, DataMeta, IngressIfindex, RxQueueIndex, EgressIfindex uint32
 }
 
-// run sends a part on a thread of its own, which it keeps to one CPU.
+// run sends a part on its own thread, which it pins to one CPU.
 func (s *liveSource) run(ctx context.Context, part *sourceObjects, p plan, cpu int) (sent, error) {
 	if err := pin(cpu); err != nil {
 		return sent{}, err
@@ -172,13 +171,13 @@ func (s *liveSource) run(ctx context.Context, part *sourceObjects, p plan, cpu i
 		v.Batch.Set(uint32(p.batch)), v.Sent.Set(uint64(0)), v.Waited.Set(uint64(0))); err != nil {
 		return sent{}, fmt.Errorf("set source: %w", err)
 	}
-	// What remains after that is not sent.
+	// When ctx ends, the rest is not sent.
 	defer context.AfterFunc(ctx, func() { _ = v.Limit.Set(uint64(0)) })()
 	before, err := threadTime()
 	if err != nil {
 		return sent{}, err
 	}
-	// A signal makes the kernel start again; the program stops at its limit.
+	// A signal makes the kernel restart the run; the program stops at its limit.
 	if _, err := part.Source.Run(&ebpf.RunOptions{
 		Data: s.frame, Repeat: uint32(p.frames), Flags: unix.BPF_F_TEST_XDP_LIVE_FRAMES, BatchSize: uint32(p.batch),
 		Context: xdpMD{DataEnd: uint32(len(s.frame)), IngressIfindex: uint32(s.index)},
@@ -199,7 +198,7 @@ func (s *liveSource) run(ctx context.Context, part *sourceObjects, p plan, cpu i
 	return d, nil
 }
 
-// pin keeps the calling thread to one CPU. Machines with fewer share them.
+// pin pins the calling thread to a CPU. With fewer CPUs, threads share them.
 func pin(cpu int) error {
 	var set unix.CPUSet
 	set.Set(cpu % runtime.NumCPU())
@@ -209,7 +208,7 @@ func pin(cpu int) error {
 	return nil
 }
 
-// threadTime is the processor time that the calling thread has used.
+// threadTime is the processor time used by the calling thread.
 func threadTime() (time.Duration, error) {
 	var t unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t); err != nil {

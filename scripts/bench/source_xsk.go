@@ -13,13 +13,13 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// liveFrame is the longest frame that BPF_PROG_RUN sends live: it must fit a page
-// with what the kernel keeps before and behind it.
+// liveFrame is the longest frame that BPF_PROG_RUN sends live: it must fit into a page together
+// with the kernel's headroom and tailroom.
 const liveFrame = 3400
 
-// xskSource sends long frames by AF_XDP, several buffers a frame: the header in one
-// of its own, the rest shared by all. It is slower than live frames, and as well
-// behaved. One thread sends all flows by queue 0.
+// xskSource sends long frames by AF_XDP in several buffers each: the header in a buffer of its own,
+// the rest shared by all. It is slower than live frames but has the same guarantees. One thread
+// sends all flows through queue 0.
 type xskSource struct {
 	host   *lab.Host
 	setup  setup
@@ -28,7 +28,7 @@ type xskSource struct {
 	umem   *xsk.UMEM
 	frames *xsk.Frames
 	socket *xsk.Socket
-	tail   []xsk.Desc // all but the first buffer of every frame
+	tail   []xsk.Desc // all buffers of a frame but the first
 	// epoch and its CLOCK_MONOTONIC: package time reads the clock without a system call.
 	epoch   time.Time
 	epochNS uint64
@@ -107,7 +107,7 @@ func (s *xskSource) send(ctx context.Context, p plan) (done sent, err error) {
 	return done, err
 }
 
-// run sends batches when they are due.
+// run sends batches as they become due.
 func (s *xskSource) run(ctx context.Context, p plan) (done sent, err error) {
 	done.started = s.now()
 	done.ended = done.started
@@ -171,7 +171,7 @@ func (s *xskSource) put(p plan, n int) error {
 	}
 }
 
-// flush gives everything in the ring to the kernel.
+// flush passes everything in the ring to the kernel.
 func (s *xskSource) flush() error {
 	for {
 		err := s.socket.Flush()
@@ -185,7 +185,7 @@ func (s *xskSource) flush() error {
 	}
 }
 
-// fill does in Go what write of bpf/source.bpf.c does.
+// fill is the Go twin of write in bpf/source.bpf.c.
 func (h *header) fill(frame []byte, trial, flow, seq, stamp uint32, groupStep int) {
 	group := plus(firstGroup, int(flow)*groupStep).As4()
 	copy(frame[3:6], []byte{group[1] & 0x7f, group[2], group[3]})
@@ -196,7 +196,7 @@ func (h *header) fill(frame []byte, trial, flow, seq, stamp uint32, groupStep in
 	}
 	binary.NativeEndian.PutUint16(frame[24:], checksum(h.ipSum+sum(frame[30:34])))
 	check := checksum(h.udpSum + sum(frame[30:36]) + sum(frame[42:58]))
-	if check == 0 { // which says that there is none
+	if check == 0 { // 0 would mean no checksum
 		check = 0xffff
 	}
 	binary.NativeEndian.PutUint16(frame[40:], check)

@@ -6,54 +6,54 @@ import (
 	"os/exec"
 )
 
-// subject is something that forwards, and how it is started.
+// subject is a forwarder, and how to start it.
 type subject struct {
 	name string
-	what string // in a line, for the report
-	// rewrites says that each output gets a destination of its own.
+	what string // one line, for the report
+	// rewrites says that each output has its own destination.
 	rewrites bool
-	direct   bool // the source is connected to the sink
-	sinks    int  // most hosts that its outputs go to, where these are more than mostSinks
-	// most is the largest setup that it can do; zero is no limit.
+	direct   bool // source connected directly to the sink
+	sinks    int  // number of sink hosts, if more than mostSinks
+	// most is the largest setup supported; zero is no limit.
 	most setup
 	// programs must be installed.
 	programs []string
 	start    func(ctx context.Context, n *network, o options) (*running, error)
 }
 
-// running is a subject that forwards.
+// running is a subject that is forwarding.
 type running struct {
 	stop func() error
-	pids []int // its processes, if it has any
-	// kernelMemory is what its maps take, nil where it has none to speak of.
+	pids []int // its processes, if any
+	// kernelMemory returns the memory of its maps; nil if that is negligible.
 	kernelMemory func() (uint64, error)
-	// account is what the subject itself says of its packets, nil where it does not.
+	// account returns the subject's own packet counts; nil if it keeps none.
 	account func(ctx context.Context) (account, error)
-	// applied is how long it took to take in its rules, in seconds, if it has any.
+	// applied is the time it took to apply its rules, in seconds, if it has any.
 	applied float64
-	// restart kills the control loop and starts it again, nil where there is none.
+	// restart kills the control loop and starts it again; nil if there is none.
 	restart func(ctx context.Context) error
 }
 
 // account is what a subject counted since it started.
 type account struct {
-	Matched uint64 `json:"matched"` // packets that came in
-	Sent    uint64 `json:"sent"`    // copies that went out
-	Dropped uint64 `json:"dropped"` // copies, and packets times outputs, that it says it dropped
+	Matched uint64 `json:"matched"` // packets received
+	Sent    uint64 `json:"sent"`    // copies sent
+	Dropped uint64 `json:"dropped"` // copies, and packets times outputs, reported as dropped
 }
 
-// comparison is what a subject says of its packets beside what the bench saw.
+// comparison sets a subject's own counts against what the bench saw.
 type comparison struct {
 	account
-	// Offered is copies that should have gone out, Received those that arrived.
+	// Offered is copies that should have been sent, Received those that arrived.
 	Offered  uint64 `json:"offered"`
 	Received uint64 `json:"received"`
-	// Unaccounted is copies that neither arrived nor were counted as dropped by the
-	// subject: what its input interface lost before it saw them, or a mistake.
+	// Unaccounted is copies that neither arrived nor were counted as dropped by the subject: lost
+	// by its input interface before it saw them, or a bug.
 	Unaccounted int64 `json:"unaccounted"`
 }
 
-// compare asks the subject for its account; nil when it keeps none.
+// compare reads the subject's account; nil if it keeps none.
 func (b *bench) compare(ctx context.Context) (*comparison, error) {
 	if b.running.account == nil {
 		return nil, nil
@@ -69,7 +69,7 @@ func (b *bench) compare(ctx context.Context) (*comparison, error) {
 
 func nothing() error { return nil }
 
-// can says why a subject cannot be measured with a setup, or nothing.
+// can returns why a subject cannot be measured with a setup, "" if it can.
 func (s subject) can(with setup) string {
 	for _, p := range s.programs {
 		if _, err := exec.LookPath(p); err != nil {
@@ -90,7 +90,7 @@ func (s subject) can(with setup) string {
 	return ""
 }
 
-// subjects are all there are, in the order of the report.
+// subjects are all subjects, in the order of the report.
 func subjects() []subject {
 	return []subject{
 		direct(), lossy(), xdpcast("kernel"), xdpcast("afxdp"), xdpcast("fanout"),

@@ -17,7 +17,7 @@ import (
 //go:embed ref/forward.c
 var forwardSource string
 
-// referenceAFXDP is ref/forward.c: what the kernel's documentation leads to.
+// referenceAFXDP is ref/forward.c, written as the kernel's documentation suggests.
 func referenceAFXDP() subject {
 	return subject{
 		name: "afxdp-c", what: "AF_XDP forwarder in C, one thread, copy mode: Ethernet addresses swapped, nothing else rewritten",
@@ -52,7 +52,7 @@ func startReference(ctx context.Context, n *network, _ options) (*running, error
 	return &running{stop: stop, pids: []int{p.cmd.Process.Pid}}, nil
 }
 
-// startForwarder starts the program and hands it the map of sockets.
+// startForwarder starts the program and passes it the map of sockets.
 func startForwarder(n *network, program string, sockets *ebpf.Map) (_ *process, err error) {
 	fd, err := unix.FcntlInt(uintptr(sockets.FD()), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -65,7 +65,7 @@ func startForwarder(n *network, program string, sockets *ebpf.Map) (_ *process, 
 	return startProcess(n.relay, cmd)
 }
 
-// compile makes a program of C.
+// compile builds a program from C.
 func compile(ctx context.Context, source, program string) error {
 	cmd := exec.CommandContext(ctx, "clang", "-O2", "-Wall", "-Wextra", "-Werror", "-x", "c", "-o", program, "-")
 	cmd.Stdin = strings.NewReader(source)

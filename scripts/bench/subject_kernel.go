@@ -13,12 +13,12 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// mostVIFs is how many interfaces the kernel routes to beside the input, of MAXVIFS and some that
-// smcroute may take (include/uapi/linux/mroute.h).
+// mostVIFs is how many interfaces the kernel routes to in addition to the input, of MAXVIFS and
+// some that smcroute may take (include/uapi/linux/mroute.h).
 const mostVIFs = 30
 
-// multicastRouting is the kernel's own, set up by smcroute. It sends a packet out of
-// an interface once, and rewrites the TTL alone.
+// multicastRouting is the kernel's, set up by smcroute. It sends a packet once per interface, and
+// rewrites only the TTL.
 func multicastRouting() subject {
 	return subject{
 		name: "mroute", what: "the kernel's multicast routing by smcroute; rewrites the TTL alone",
@@ -64,11 +64,11 @@ func startMulticastRouting(ctx context.Context, n *network, _ options) (*running
 	return &running{stop: p.stop, pids: []int{p.cmd.Process.Pid}}, nil
 }
 
-// mirred is traffic control's, which copies a packet in the input's ingress hook.
+// mirred is the traffic control action that copies a packet in the input's ingress hook.
 func mirred() subject {
 	return subject{
 		name: "tc", what: "tc mirred in the input's ingress hook; nothing rewritten",
-		// A filter has room for 32 actions (TCA_ACT_MAX_PRIO of the kernel).
+		// A filter holds up to 32 actions (the kernel's TCA_ACT_MAX_PRIO).
 		most:     setup{Outputs: 32, Rules: 1},
 		programs: []string{"tc"},
 		start: func(ctx context.Context, n *network, _ options) (*running, error) {
@@ -90,7 +90,7 @@ func mirred() subject {
 	}
 }
 
-// netdevDup is nftables' in the input's ingress hook, which can rewrite each copy.
+// netdevDup is nftables' dup in the input's ingress hook, which can rewrite each copy.
 func netdevDup() subject {
 	return subject{
 		name: "nft", what: "nftables netdev dup in the input's ingress hook: MAC, both addresses, port and TTL rewritten",

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// socat is a process for each output that receives datagrams and sends them.
+// socat runs one process per output that receives datagrams and sends them on.
 func socat() subject {
 	return subject{
 		name: "socat", what: "socat, a process for each output; destination and TTL its own, the rest the host's",
@@ -37,7 +37,7 @@ func startSocat(ctx context.Context, n *network, _ options) (_ *running, err err
 		all.add(p.stop)
 		r.pids = append(r.pids, p.cmd.Process.Pid)
 	}
-	// Each has joined the group once it receives.
+	// Each has joined the group once it can receive.
 	joined := func() string {
 		out, err := command(ctx, n.relay, "", "ip", "-4", "maddress", "show", "dev", "in")
 		if err != nil {

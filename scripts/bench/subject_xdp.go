@@ -10,7 +10,7 @@ import (
 	"xdpcast/bpf"
 )
 
-// direct is the source connected to the sink: what both can do.
+// direct connects the source to the sink: the ceiling of both.
 func direct() subject {
 	return subject{
 		name: "none", what: "source to sink with nothing between", direct: true, most: setup{Outputs: 1},
@@ -18,7 +18,7 @@ func direct() subject {
 	}
 }
 
-// lossy loses one frame in a hundred, to see that the bench sees it.
+// lossy loses one frame in a hundred, to prove that the bench detects it.
 func lossy() subject {
 	return subject{
 		name: "lossy", what: "XDP redirect that drops one frame in 100", most: setup{Outputs: 1},
@@ -28,7 +28,7 @@ func lossy() subject {
 	}
 }
 
-// redirect is the least that a forwarder to one output can do.
+// redirect is the minimum work of a forwarder to one output.
 func redirect() subject {
 	return subject{
 		name: "redirect", what: "bare XDP redirect, nothing rewritten", most: setup{Outputs: 1},
@@ -38,7 +38,7 @@ func redirect() subject {
 	}
 }
 
-// broadcast is the least that a forwarder to several outputs can do.
+// broadcast is the minimum work of a forwarder to several outputs.
 func broadcast() subject {
 	return subject{
 		name: "broadcast", what: "bare XDP broadcast through a devmap, nothing rewritten",
@@ -48,8 +48,8 @@ func broadcast() subject {
 	}
 }
 
-// startXDP attaches a program of bpf/forward.bpf.c to the relay's input, and to its
-// outputs, too: a veth sends XDP frames only with a program on.
+// startXDP attaches a program of bpf/forward.bpf.c to the relay's input, and also to its outputs: a
+// veth sends XDP frames only with a program attached.
 func startXDP(n *network, choose func(*forwardObjects) *ebpf.Program) (*running, error) {
 	objs, err := attachXDP(n, choose)
 	if err != nil {
@@ -58,13 +58,13 @@ func startXDP(n *network, choose func(*forwardObjects) *ebpf.Program) (*running,
 	return &running{stop: objs.Close}, nil
 }
 
-// attachXDP is startXDP that returns the programs, which the caller closes.
+// attachXDP is startXDP, but returns the programs, which the caller closes.
 func attachXDP(n *network, choose func(*forwardObjects) *ebpf.Program) (*forwardObjects, error) {
 	spec, err := loadForward()
 	if err != nil {
 		return nil, err
 	}
-	// A broadcast looks at every entry there could be.
+	// A broadcast visits every possible entry.
 	spec.Maps["outputs"].MaxEntries = uint32(n.setup.Outputs)
 	objs := new(forwardObjects)
 	if err := spec.LoadAndAssign(objs, nil); err != nil {

@@ -26,12 +26,12 @@ func xdpcast(path string) subject {
 	}
 }
 
-// daemon is a process of `xdpcast run` and where it keeps its things.
+// daemon is a process of `xdpcast run` and its files.
 type daemon struct {
 	*process
 	client  *control.Client
 	path    string
-	rule    string // the first of the setup
+	rule    string // first rule of the setup
 	program string
 	args    []string
 	env     []string
@@ -39,8 +39,7 @@ type daemon struct {
 	network *network
 }
 
-// startDaemon starts a daemon with the rules of the setup and waits until they all
-// are in.
+// startDaemon starts a daemon with the rules of the setup and waits until all are active.
 func startDaemon(ctx context.Context, n *network, program, path string) (*running, error) {
 	return startDaemonWith(ctx, n, program, path, "r0", rulesFile(n, path))
 }
@@ -54,7 +53,7 @@ func mirroredRouting() subject {
 		if err != nil {
 			return nil, err
 		}
-		// smcroute joins the group itself, and receives nothing.
+		// smcroute joins the group itself, but reads nothing.
 		file := []byte("rules: []\nmroute: {families: ipv4, joined: take}\n")
 		r, err := startDaemonWith(ctx, n, o.program, "kernel", fmt.Sprintf("mroute/%v/%v", sourceAddr, firstGroup), file)
 		if err != nil {
@@ -68,7 +67,7 @@ func mirroredRouting() subject {
 	return s
 }
 
-// startDaemonWith starts a daemon with a file, whose first rule is known by its name.
+// startDaemonWith starts a daemon with a configuration file; rule is the name of its first rule.
 func startDaemonWith(ctx context.Context, n *network, program, path, rule string, file []byte) (_ *running, err error) {
 	socket := filepath.Join(n.dir, "run", "xdpcast.sock")
 	d := &daemon{client: control.NewClient(socket), path: path, rule: rule, program: program, pinDir: filepath.Join(n.dir, "bpf", "xdpcast"), network: n}
@@ -90,7 +89,7 @@ func startDaemonWith(ctx context.Context, n *network, program, path, rule string
 	}, nil
 }
 
-// begin starts the process and waits until its rules are in.
+// begin starts the process and waits until its rules are active.
 func (d *daemon) begin(ctx context.Context) (err error) {
 	cmd := exec.Command(d.program, d.args...)
 	cmd.Env = d.env
@@ -100,8 +99,7 @@ func (d *daemon) begin(ctx context.Context) (err error) {
 	return d.until(ctx, func() string { return d.lacks(ctx) })
 }
 
-// restart kills the process, which leaves it no time for anything, and starts it
-// again.
+// restart kills the process without any time to clean up, and starts it again.
 func (d *daemon) restart(ctx context.Context) error {
 	if err := d.cmd.Process.Kill(); err != nil {
 		return fmt.Errorf("kill %s: %w", d.cmd, err)
@@ -127,7 +125,7 @@ func rulesFile(n *network, path string) []byte {
 	return []byte(b.String())
 }
 
-// lacks says what the daemon has not done yet.
+// lacks returns what the daemon has not done yet.
 func (d *daemon) lacks(ctx context.Context) string {
 	status, err := d.client.Status(ctx)
 	switch {
@@ -148,29 +146,29 @@ func (d *daemon) lacks(ctx context.Context) string {
 	return ""
 }
 
-// stop ends the daemon and removes what it keeps in the kernel.
+// stop ends the daemon and removes its state from the kernel.
 func (d *daemon) stop(ctx context.Context) error {
 	var err error
 	if d.process != nil {
 		err = d.process.stop()
 	}
 	if _, statErr := os.Stat(d.pinDir); errors.Is(statErr, os.ErrNotExist) {
-		return err // it never came to that
+		return err // it never started
 	}
 	unload := exec.CommandContext(ctx, d.program, "unload", "--all")
 	unload.Env = d.env
 	if _, unloadErr := runOn(d.network.relay, unload); unloadErr != nil {
 		err = errors.Join(err, unloadErr)
 	}
-	// Nothing is mounted where no daemon came so far.
+	// Nothing is mounted if no daemon got that far.
 	if unmountErr := unix.Unmount(filepath.Dir(d.pinDir), 0); unmountErr != nil && !errors.Is(unmountErr, unix.EINVAL) && !errors.Is(unmountErr, unix.ENOENT) {
 		err = errors.Join(err, fmt.Errorf("unmount %s: %w", filepath.Dir(d.pinDir), unmountErr))
 	}
 	return err
 }
 
-// account is what the daemon's counters say: a packet that never came to a worker misses
-// every output.
+// account returns the daemon's counters: a packet that reached no worker counts as missing at every
+// output.
 func (d *daemon) account(ctx context.Context) (a account, err error) {
 	stats, err := d.client.Stats(ctx)
 	if err != nil {
@@ -192,7 +190,7 @@ func (d *daemon) account(ctx context.Context) (a account, err error) {
 			}
 		}
 	}
-	// Counted as sent, too: the program had done its part.
+	// Counted as sent as well: the program had done its part.
 	for _, drop := range stats.TransmitDrops {
 		a.Sent -= min(a.Sent, drop.Packets)
 		a.Dropped += drop.Packets

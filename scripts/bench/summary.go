@@ -2,15 +2,15 @@ package main
 
 import "slices"
 
-// figure sums up measurements of one thing.
+// figure summarizes repeated measurements of one value.
 type figure struct {
 	Median float64 `json:"median"`
-	// Spread is half the distance of the outer quartiles as a part of the median.
+	// Spread is half the interquartile range as a share of the median.
 	Spread float64   `json:"spread"`
 	All    []float64 `json:"all"`
 }
 
-// summarize returns nil for no measurements.
+// summarize returns nil if there are no measurements.
 func summarize(all []float64) *figure {
 	if len(all) == 0 {
 		return nil
@@ -23,8 +23,7 @@ func summarize(all []float64) *figure {
 	return f
 }
 
-// quantile is the value at the share q of sorted ones, between two of them in
-// proportion.
+// quantile returns the value at the share q of sorted values, interpolated linearly.
 func quantile(sorted []float64, q float64) float64 {
 	at := q * float64(len(sorted)-1)
 	i := int(at)

@@ -7,10 +7,10 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// survival is what happened to a stream while the control loop was killed and
-// started again, several times.
+// survival is the outcome of a stream while the control loop was killed and restarted several
+// times.
 type survival struct {
-	Rate     float64 `json:"frames_per_second"` // reached
+	Rate     float64 `json:"frames_per_second"` // achieved
 	Sent     uint64  `json:"sent"`
 	Lost     int64   `json:"lost"`
 	Restarts int     `json:"restarts"`
@@ -21,8 +21,7 @@ const (
 	survivalSeconds = 2
 )
 
-// survive sends through the kernel path and restarts the daemon as often as there is
-// time to.
+// survive sends through the kernel path and restarts the daemon as many times as fit.
 func survive(ctx context.Context, o options) (found survival, err error) {
 	err = with(ctx, xdpcast("kernel"), o, func(b *bench) error {
 		sending, done := context.WithCancel(ctx)
@@ -44,7 +43,7 @@ func survive(ctx context.Context, o options) (found survival, err error) {
 				if err := b.running.restart(ctx); err != nil {
 					return err
 				}
-				// One that was not over in time was not of the stream.
+				// A restart that outlasted the stream does not count.
 				if sending.Err() == nil {
 					found.Restarts++
 				}

@@ -9,17 +9,15 @@ import (
 	"strconv"
 )
 
-// chart is a line chart with logarithmic axes, or, with categories, one whose
-// horizontal places are named.
+// chart is a line chart with logarithmic axes; with categories, the horizontal positions are named.
 type chart struct {
 	title, x, y string
-	// categories names the places 1, 2, ... of the horizontal axis.
+	// categories names the positions 1, 2, ... of the horizontal axis.
 	categories []string
 	lines      []line
 }
 
-// line is a line of a chart. Points with a coordinate that is not positive are left
-// out.
+// line is a line of a chart. Points with a non-positive coordinate are omitted.
 type line struct {
 	name   string
 	points []point
@@ -27,14 +25,14 @@ type line struct {
 
 type point struct{ x, y float64 }
 
-// The places of everything, in pixels.
+// The layout, in pixels.
 const (
 	chartWidth, chartHeight = 860, 480
 	plotLeft, plotRight     = 80, 620
 	plotTop, plotBottom     = 50, 410
 )
 
-// colours can be told apart by most people (Okabe and Ito), and dashes help.
+// colours can be told apart by most people (Okabe and Ito); dashes help.
 var (
 	colours = []string{"#0072b2", "#d55e00", "#009e73", "#000000", "#cc79a7", "#56b4e9", "#e69f00", "#777777", "#8a5a00", "#a00000"}
 	dashes  = []string{"", "6 3", "2 2"}
@@ -67,7 +65,7 @@ func (c chart) svg() []byte {
 	return b.Bytes()
 }
 
-// values are all that is drawn.
+// values returns the coordinates of all points drawn.
 func (c chart) values() (xs, ys []float64) {
 	for _, l := range c.lines {
 		for _, p := range l.drawn() {
@@ -110,7 +108,7 @@ func (c chart) drawAxes(b *bytes.Buffer, x, y scale, xs []float64) {
 	fmt.Fprintf(b, "<path d=\"M%d %dV%dH%d\" fill=\"none\" stroke=\"black\"/>\n", plotLeft, plotTop, plotBottom, plotRight)
 }
 
-// draw draws the i-th line and its place in the legend.
+// draw draws the i-th line and its legend entry.
 func (l line) draw(b *bytes.Buffer, x, y scale, i int) {
 	style := fmt.Sprintf("stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"%s\"", colours[i%len(colours)], dashes[i%len(dashes)])
 	path := ""
@@ -131,28 +129,28 @@ func (l line) draw(b *bytes.Buffer, x, y scale, i int) {
 	text(b, plotRight+58, at+4, "start", "", l.name)
 }
 
-// text writes a text; attributes are as they are in the file.
+// text writes a text element; attributes are copied verbatim.
 func text(b *bytes.Buffer, x, y int, anchor, attributes, s string) {
 	fmt.Fprintf(b, "<text x=\"%d\" y=\"%d\" text-anchor=\"%s\" %s>", x, y, anchor, attributes)
-	// To a buffer it cannot fail.
+	// Writing to a buffer cannot fail.
 	_ = xml.EscapeText(b, []byte(s))
 	b.WriteString("</text>\n")
 }
 
-// scale is where the values of an axis are.
+// scale maps the values of an axis to positions.
 type scale struct {
 	low, high float64
 	from, to  float64
 	linear    bool
 }
 
-// newScale makes a logarithmic scale with room above the values, and ends at ticks.
+// newScale makes a logarithmic scale with room above the values, whose ends are ticks.
 func newScale(values []float64, from, to float64) scale {
 	low, high := slices.Min(values), slices.Max(values)
 	return scale{low: floor125(low), high: floor125(high) * 2.5, from: from, to: to}
 }
 
-// floor125 is the highest of 1, 2 and 5 times a power of ten that is not above v.
+// floor125 is the highest of 1, 2 and 5 times a power of ten not above v.
 func floor125(v float64) float64 {
 	power := math.Pow(10, math.Floor(math.Log10(v)))
 	for _, step := range []float64{5, 2} {
@@ -183,7 +181,7 @@ func (s scale) ticks() (all []float64) {
 	return all
 }
 
-// short writes a number with k and M.
+// short formats a number with k and M.
 func short(v float64) string {
 	switch {
 	case v >= 1e6:

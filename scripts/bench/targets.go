@@ -2,17 +2,17 @@ package main
 
 import "fmt"
 
-// target is what the relay must reach.
+// target is a requirement on the relay.
 type target struct {
 	Figure string `json:"figure"`
 	Want   string `json:"want"`
-	// Measured is empty where this run has not measured it; Why says why.
+	// Measured is empty if this run did not measure it; Why gives the reason.
 	Measured string `json:"measured,omitempty"`
 	Met      bool   `json:"met"`
 	Why      string `json:"why,omitempty"`
 }
 
-// verdict is the target's in a word.
+// verdict is the outcome in one word.
 func (t target) verdict() string {
 	switch {
 	case t.Measured == "":
@@ -23,7 +23,7 @@ func (t target) verdict() string {
 	return "missed"
 }
 
-// of returns the first result of a subject with a setup, nil when there is none.
+// of returns the first result of a subject with a setup, nil if there is none.
 func of(all []*result, axis, subject string, with setup) *result {
 	for _, r := range all {
 		if r.Axis == axis && r.Subject == subject && r.setup == with && r.Skipped == "" {
@@ -33,7 +33,7 @@ func of(all []*result, axis, subject string, with setup) *result {
 	return nil
 }
 
-// targets compares the results of a run with what must be reached.
+// targets compares the results of a run with the requirements.
 func targets(all []*result, s *survival) []target {
 	outputs := func(subject string, n int) *result {
 		with := everyday
@@ -70,7 +70,7 @@ func fullLoad(r *result) *figure { return r.Full }
 
 func lossFree(r *result) *figure { return r.LossFree }
 
-// ratio is a target of one median to another.
+// ratio is a target for the ratio of two medians.
 func ratio(what string, least float64, pick func(*result) *figure, ours, theirs *result) target {
 	t := target{Figure: what, Want: fmt.Sprintf("at least %g", least), Why: notInRun}
 	if ours == nil || theirs == nil {
@@ -84,7 +84,7 @@ func ratio(what string, least float64, pick func(*result) *figure, ours, theirs 
 	return target{Figure: t.Figure, Want: t.Want, Measured: fmt.Sprintf("%.3f", measured), Met: measured >= least}
 }
 
-// below is a target of a figure that is to be small.
+// below is a target for a figure that should be small.
 func below(what, unit string, most float64, r *result, pick func(*result) float64) target {
 	t := target{Figure: what, Want: fmt.Sprintf("under %g %s", most, unit), Why: notInRun}
 	if r == nil {
@@ -93,7 +93,7 @@ func below(what, unit string, most float64, r *result, pick func(*result) float6
 	return target{Figure: t.Figure, Want: t.Want, Measured: fmt.Sprintf("%.1f %s", pick(r), unit), Met: pick(r) < most}
 }
 
-// survived is the target of a stream that nothing interrupts.
+// survived is the target for an uninterrupted stream.
 func survived(s *survival) target {
 	t := target{Figure: "kernel path, daemon killed (-9) and started again at 500,000 frames/s: packets lost", Want: "0", Why: notInRun}
 	if s == nil {

@@ -11,8 +11,8 @@ import (
 // setup is what a subject is measured with.
 type setup struct {
 	Outputs int `json:"outputs"`
-	// Frame is the length of an Ethernet frame in bytes, without the frame check
-	// sequence, which a veth does not have.
+	// Frame is the length of an Ethernet frame in bytes, without the frame check sequence, which a
+	// veth lacks.
 	Frame int `json:"frame_bytes"`
 	Rules int `json:"rules"`
 	Flows int `json:"flows"`
@@ -24,7 +24,7 @@ func (s setup) String() string {
 	return fmt.Sprintf("%d outputs, %d bytes, %d rules, %d flows, %d queues", s.Outputs, s.Frame, s.Rules, s.Flows, s.Queues)
 }
 
-// Limits of bpf/tag.h, and of what the addresses below have room for.
+// Limits of bpf/tag.h and of the address ranges below.
 const (
 	maxOutputs = 64
 	maxFlows   = 4096
@@ -34,8 +34,8 @@ const (
 	mostFrame  = 9000
 )
 
-// Addresses of the traffic. Rule n listens to the group firstGroup + n, and sends to
-// firstOut + slot.
+// Addresses of the traffic. Rule n listens to the group firstGroup + n and sends to firstOut +
+// slot.
 const (
 	groupPort = 5000
 	outPort   = 6000
@@ -49,7 +49,7 @@ var (
 	firstOut   = netip.AddrFrom4([4]byte{239, 200, 0, 0})
 )
 
-// plus returns the IPv4 address that is n after a.
+// plus returns the IPv4 address n after a.
 func plus(a netip.Addr, n int) netip.Addr {
 	b := a.As4()
 	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+uint32(n))
@@ -61,8 +61,8 @@ func number(a netip.Addr) uint32 {
 	return binary.BigEndian.Uint32(b[:])
 }
 
-// groupStep is how far the groups of two flows are apart: the flows are spread over
-// all rules, or share the one there is.
+// groupStep is the distance between the groups of consecutive flows: the flows are spread over all
+// rules, or share the only one.
 func (s setup) groupStep() int {
 	if s.Rules < s.Flows {
 		return 0
@@ -70,7 +70,7 @@ func (s setup) groupStep() int {
 	return s.Rules / s.Flows
 }
 
-// check says what is wrong with a setup.
+// check returns what is wrong with a setup.
 func (s setup) check() error {
 	switch {
 	case s.Outputs < 1 || s.Outputs > maxOutputs:
@@ -97,8 +97,8 @@ func (s setup) template() []byte {
 	}.Build()
 }
 
-// header is the template as the source program has it: without what it fills in,
-// and with sums of the rest for the checksums.
+// header is the template as the source program needs it: without the fields it fills in, and with
+// partial checksums of the rest.
 type header struct {
 	words         [headerLen / 8]uint64
 	ipSum, udpSum uint64
@@ -107,7 +107,7 @@ type header struct {
 func newHeader(frame []byte) (h header) {
 	const ip, udp, dst = 14, 34, 30
 	f := append([]byte{}, frame...)
-	copy(f[2:6], []byte{0, 0, 0, 0})       // of the group's MAC
+	copy(f[2:6], []byte{0, 0, 0, 0})       // group's MAC
 	copy(f[24:26], []byte{0, 0})           // IPv4 checksum
 	copy(f[dst:dst+4], []byte{0, 0, 0, 0}) // group
 	copy(f[udp:udp+2], []byte{0, 0})       // source port
@@ -122,8 +122,7 @@ func newHeader(frame []byte) (h header) {
 	return h
 }
 
-// sum adds 16-bit words in the machine's byte order, the last one filled up with
-// zero (RFC 1071).
+// sum adds 16-bit words in native byte order, zero-padding the last one (RFC 1071).
 func sum(b []byte) (s uint64) {
 	for ; len(b) > 1; b = b[2:] {
 		s += uint64(binary.NativeEndian.Uint16(b))

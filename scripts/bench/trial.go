@@ -13,11 +13,11 @@ type bench struct {
 	network *network
 	running *running
 	trials  uint32
-	// Of all trials.
+	// Totals of all trials.
 	frames, copies uint64
 }
 
-// newBench makes the network and starts the subject. The caller closes it.
+// newBench creates the network and starts the subject. The caller closes it.
 func newBench(ctx context.Context, s subject, with setup, o options) (*bench, error) {
 	n, err := newNetwork(with, s)
 	if err != nil {
@@ -35,20 +35,20 @@ func newBench(ctx context.Context, s subject, with setup, o options) (*bench, er
 
 func (b *bench) close() error { return b.network.close() }
 
-// trialPlan is what a trial is to do.
+// trialPlan describes a trial.
 type trialPlan struct {
 	frames int
-	rate   float64 // frames a second; 0 sends as fast as it can
-	timed  bool    // frames carry the time, and their order is checked
+	rate   float64 // frames per second; 0: as fast as possible
+	timed  bool    // frames carry a timestamp, and their order is checked
 }
 
-// trial is what came of it.
+// trial is the outcome of a trial.
 type trial struct {
 	sent
 	arrived
 	wanted uint64 // copies
-	// busy is what all CPUs spent working until everything had arrived, and stolen
-	// what a hypervisor withheld.
+	// busy is the time all CPUs spent working until everything had arrived, and stolen the time
+	// withheld by a hypervisor.
 	busy, stolen time.Duration
 }
 
@@ -59,24 +59,24 @@ func (t trial) lossRatio() float64 { return float64(t.lost()) / float64(t.wanted
 // took is the time from the first frame sent to the last one sent or received.
 func (t trial) took() time.Duration { return time.Duration(max(t.ended, t.last) - t.started) }
 
-// drained is how long after the last frame was sent the last copy came.
+// drained is the time from the last frame sent to the last copy received.
 func (t trial) drained() time.Duration { return t.took() - time.Duration(t.ended-t.started) }
 
-// copies is how many arrived a second.
+// copies is the number received per second.
 func (t trial) copies() float64 { return float64(t.packets) / t.took().Seconds() }
 
-// cpuSeconds is the processor time of a million copies: of all that the machine
-// did, but for the source's waiting and setting up.
+// cpuSeconds is the processor time per million copies: all work of the machine except the source's
+// waiting and setup.
 func (t trial) cpuSeconds() float64 {
 	return max(t.busy-t.waited-t.setUp, 0).Seconds() / float64(max(t.packets, 1)) * 1e6
 }
 
-// burst is the longest time of frames that the source sends at once when it sends at
-// a rate, as long as they are several.
+// burst is the longest span of frames that the source sends at once in a paced trial, with a
+// minimum of one frame.
 const burst = 8 * time.Microsecond
 
-// run does a trial. Everything that arrives must be what was sent: an address that
-// no output has, a frame twice or of another trial is an error, not a loss.
+// run runs a trial. Everything that arrives must have been sent: an address that no output has, a
+// duplicate frame, or one of another trial is an error, not a loss.
 func (b *bench) run(ctx context.Context, p trialPlan) (t trial, err error) {
 	b.trials++
 	send := plan{trial: b.trials, frames: p.frames, rate: p.rate, batch: b.network.batch(), stamped: p.timed}
@@ -84,7 +84,7 @@ func (b *bench) run(ctx context.Context, p trialPlan) (t trial, err error) {
 		send.batch = max(1, min(send.batch, int(p.rate*burst.Seconds())))
 	}
 	n := b.network
-	// Copies that are not rewritten cannot be told apart where they share a sink.
+	// Copies that are not rewritten cannot be told apart if they share a sink.
 	ordered := p.timed && (b.subject.rewrites || n.setup.Outputs <= len(n.sinks.objs))
 	if err := n.sinks.expect(b.trials, ordered, p.timed); err != nil {
 		return t, err
@@ -113,10 +113,10 @@ func (b *bench) run(ctx context.Context, p trialPlan) (t trial, err error) {
 	return t, t.check()
 }
 
-// errAddress: what arrived was not addressed as any output's copies are.
+// errAddress: something arrived with a destination that no output has.
 var errAddress = errors.New("a destination that no output has")
 
-// check says what must never be.
+// check returns an error for what must never happen.
 func (t trial) check() error {
 	switch {
 	case t.frames == 0:
@@ -129,7 +129,7 @@ func (t trial) check() error {
 	return nil
 }
 
-// settle waits until all copies have arrived, or no more do.
+// settle waits until all copies have arrived, or no more arrive.
 func (n *network) settle(ctx context.Context, wanted uint64) error {
 	const quiet = 60 * time.Millisecond
 	last, since := uint64(0), time.Now()

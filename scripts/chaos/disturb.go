@@ -17,7 +17,7 @@ import (
 	"xdpcast/internal/control"
 )
 
-// restart ends the daemon and starts the next.
+// restart ends the daemon and starts another.
 func (s *stage) restart(sig os.Signal) error {
 	if err := s.end(sig); err != nil {
 		return err
@@ -49,7 +49,7 @@ func replaceDaemon(ctx context.Context, s *stage) error {
 	return s.settle()
 }
 
-// reload brings another rule in, and takes it away again.
+// reload adds another rule, and removes it again.
 func reload(ctx context.Context, s *stage) error {
 	for _, others := range []int{50, 0} {
 		if err := s.writeRules(others); err != nil {
@@ -62,7 +62,7 @@ func reload(ctx context.Context, s *stage) error {
 	return nil
 }
 
-// rollback takes a reload back.
+// rollback undoes a reload.
 func rollback(ctx context.Context, s *stage) error {
 	if err := s.writeRules(50); err != nil {
 		return err
@@ -76,7 +76,7 @@ func rollback(ctx context.Context, s *stage) error {
 	return s.writeRules(0)
 }
 
-// flap has another interface lose its carrier and get it back.
+// flap takes another interface's carrier down and up again.
 func flap(ctx context.Context, s *stage) error {
 	for _, up := range []bool{false, true} {
 		if err := s.relay.SetUp("other0", up); err != nil {
@@ -89,7 +89,7 @@ func flap(ctx context.Context, s *stage) error {
 	return nil
 }
 
-// storm makes and deletes interfaces.
+// storm creates and deletes interfaces.
 func storm(_ context.Context, s *stage) error {
 	nl := s.relay.Netlink()
 	for i := range s.many(1000) {
@@ -104,8 +104,7 @@ func storm(_ context.Context, s *stage) error {
 	return nil
 }
 
-// pressure takes memory until little is left, without more than a quarter of the machine's, and
-// gives it back.
+// pressure allocates a quarter of the free memory, at most 4 GiB, and frees it.
 func pressure(ctx context.Context, s *stage) error {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
@@ -119,7 +118,7 @@ func pressure(ctx context.Context, s *stage) error {
 	return errors.Join(sleep(ctx, s.long(time.Second)), unix.Munmap(memory))
 }
 
-// part is how much less of everything a smoke test takes.
+// part is the divisor of all amounts in a smoke test.
 func (o options) part() int {
 	if o.smoke {
 		return 16

@@ -23,11 +23,11 @@ func watchLeaves(h *lab.Host) (*leaves, error) {
 		if err != nil {
 			return err
 		}
-		const ip = unix.ETH_P_IP<<8 | unix.ETH_P_IP>>8 // in network order
+		const ip = unix.ETH_P_IP<<8 | unix.ETH_P_IP>>8 // in network byte order
 		if l.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
 			return err
 		}
-		// The stream itself leaves by this link: only what arrives counts.
+		// The stream itself is sent on this link: count only what arrives.
 		if err := unix.SetsockoptInt(l.fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
 			return err
 		}
@@ -38,7 +38,7 @@ func watchLeaves(h *lab.Host) (*leaves, error) {
 
 func (l *leaves) close() { _ = unix.Close(l.fd) }
 
-// count reads what has arrived.
+// count reads and counts what has arrived.
 func (l *leaves) count() (n int) {
 	buf := make([]byte, 2048)
 	for {
@@ -50,8 +50,8 @@ func (l *leaves) count() (n int) {
 	}
 }
 
-// leavesIn counts how often an IPv4 packet leaves the stream's group: by an IGMPv2 leave, or by records of an IGMPv3
-// report that change to including no source or block one (RFC 3376 section 4.2.12).
+// leavesIn counts the leaves of the stream's group in an IPv4 packet: an IGMPv2 leave, or IGMPv3
+// records that change to including no source or block one (RFC 3376 section 4.2.12).
 func leavesIn(packet []byte) (n int) {
 	const protocolIGMP, leaveV2, reportV3 = 2, 0x17, 0x22
 	const toInclude, block = 3, 6

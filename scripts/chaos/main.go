@@ -1,11 +1,11 @@
-// Chaos disturbs a relay in every way that it is to survive while numbered packets go through
-// it, and says what became of them: make chaos.
+// Chaos disturbs a relay in every way that it must survive while numbered packets pass through it,
+// and reports their outcome: make chaos.
 //
 //	source src0 ---- in0 relay out0 ---- sink0 sink
 //
-// Each disturbance is a number of rounds, in each of which something is done to the daemon or its
-// host and undone. The figures are those of the packets that were sent meanwhile, the leaves that the
-// source's side saw, and what the daemon held before and after.
+// Each disturbance runs for a number of rounds; each round does something to the daemon or its host
+// and undoes it. The figures cover the packets sent during the disturbance, the leaves seen on the
+// source's link, and what the daemon held before and after.
 package main
 
 import (
@@ -86,7 +86,7 @@ func run(ctx context.Context, o options) (err error) {
 	return nil
 }
 
-// result is what became of the packets of a disturbance.
+// result is the outcome of a disturbance for the packets.
 type result struct {
 	name                           string
 	sent, lost, doubled, reordered uint64
@@ -100,7 +100,7 @@ func (r result) String() string {
 		change(r.before.descriptors, r.after.descriptors), change(r.before.objects, r.after.objects), float64(r.before.resident)/1e6, float64(r.after.resident)/1e6)
 }
 
-// faults are the counts that must not be: of times nothing is said here.
+// faults returns the counts that must not occur; times are not judged.
 func (r result) faults(o options, d disturbance) (all []string) {
 	fault := func(format string, args ...any) { all = append(all, r.name+": "+fmt.Sprintf(format, args...)) }
 	if r.sent == 0 {
@@ -118,13 +118,13 @@ func (r result) faults(o options, d disturbance) (all []string) {
 	return all
 }
 
-// disturbance is something that is done to the relay while packets flow.
+// disturbance is an event inflicted on the relay while packets flow.
 type disturbance struct {
 	name string
-	// ends: the daemon's process ends, and with it, without a service manager that keeps them, its memberships.
+	// ends: the daemon ends, and so do its memberships unless a service manager keeps them.
 	ends bool
 	do   func(ctx context.Context, s *stage) error
-	// skipped says why it is not done.
+	// skipped is the reason for skipping it.
 	skipped string
 }
 
@@ -153,7 +153,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// long is d, or a tenth of it for a smoke test.
+// long is d, or a tenth of it in a smoke test.
 func (s *stage) long(d time.Duration) time.Duration {
 	if s.opts.smoke {
 		return d / 10
@@ -161,7 +161,7 @@ func (s *stage) long(d time.Duration) time.Duration {
 	return d
 }
 
-// many is n, or a twentieth of it for a smoke test.
+// many is n, or a twentieth of it in a smoke test.
 func (s *stage) many(n int) int {
 	if s.opts.smoke {
 		return n / 20

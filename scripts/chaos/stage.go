@@ -20,17 +20,17 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// patience bounds every wait: nothing waits for its end while all is well.
+// patience bounds every wait; no wait reaches it while all is well.
 const patience = time.Minute
 
-// stage is the network, and the daemon on it.
+// stage is the network and its daemon.
 type stage struct {
 	opts                options
 	source, relay, sink *lab.Host
 	dir, runDir, pinDir string
 	client              *control.Client
 	daemon              *exec.Cmd
-	successor           int // process that has replaced it; 0: none
+	successor           int // process that replaced it; 0: none
 	log                 bytes.Buffer
 }
 
@@ -65,7 +65,7 @@ func newStage(o options) (_ *stage, err error) {
 	if err := os.Mkdir(s.runDir, 0o755); err != nil {
 		return nil, err
 	}
-	// Of its own, so that it can be filled.
+	// Its own file system, so that it can be filled.
 	if err := unix.Mount("tmpfs", s.runDir, "tmpfs", 0, "size=4m,mode=755"); err != nil {
 		return nil, fmt.Errorf("mount %s: %w", s.runDir, err)
 	}
@@ -82,7 +82,7 @@ func (s *stage) env() []string {
 	return append(os.Environ(), "XDPCAST_SOCKET="+s.socket(), "XDPCAST_PIN_DIR="+s.pinDir, "XDPCAST_RUN_DIR="+s.runDir, "XDPCAST_STATE_DIR="+filepath.Join(s.dir, "state"))
 }
 
-// writeRules writes the file: the rule of the stream, and so many others.
+// writeRules writes the file: the stream's rule and a number of others.
 func (s *stage) writeRules(others int) error {
 	text := fmt.Sprintf("rules:\n  - {name: stream, in: 239.1.1.1:5000%%in0, out: [239.2.1.1:6000%%out0], path: %s}\n", s.opts.path)
 	for i := range others {
@@ -118,7 +118,7 @@ func (s *stage) settle() error {
 	return fmt.Errorf("the daemon does not get ready: %w", last)
 }
 
-// pid is the process of the daemon.
+// pid is the daemon's process id.
 func (s *stage) pid() int {
 	if s.successor != 0 {
 		return s.successor
@@ -134,7 +134,7 @@ func (s *stage) end(sig os.Signal) error {
 	if err := syscall.Kill(s.pid(), sig.(syscall.Signal)); err != nil {
 		return err
 	}
-	err := s.daemon.Wait() // for its successor as well, which has its output
+	err := s.daemon.Wait() // waits for its successor as well, which has its output
 	s.daemon, s.successor = nil, 0
 	var exit *exec.ExitError
 	if sig == os.Kill && errors.As(err, &exit) {
@@ -169,7 +169,7 @@ func (s *stage) close() error {
 
 // holding is what the daemon's process holds.
 type holding struct {
-	descriptors, objects int // the latter maps, programs and links
+	descriptors, objects int // the latter: maps, programs and links
 	resident             int // bytes
 }
 
@@ -181,7 +181,7 @@ func (s *stage) holding() (h holding, err error) {
 	}
 	h.descriptors = len(descriptors)
 	for _, d := range descriptors {
-		text, _ := os.ReadFile(dir + "fdinfo/" + d.Name()) // one that is closed meanwhile has none
+		text, _ := os.ReadFile(dir + "fdinfo/" + d.Name()) // a descriptor closed in the meantime has none
 		if bytes.Contains(text, []byte("memlock:")) || bytes.Contains(text, []byte("link_id:")) {
 			h.objects++
 		}
@@ -196,7 +196,7 @@ func (s *stage) holding() (h holding, err error) {
 	return h, err
 }
 
-// measure does a disturbance while packets flow.
+// measure runs a disturbance while packets flow.
 func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error) {
 	r.name = d.name
 	if r.before, err = s.holding(); err != nil {
@@ -231,7 +231,7 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 	return r, err
 }
 
-// stream is packets on their way through the relay.
+// stream is numbered packets flowing through the relay.
 type stream struct {
 	sender       *traffic.Sender
 	receiver     *traffic.Receiver
@@ -269,7 +269,7 @@ func (s *stage) startStream() (*stream, error) {
 	return st, nil
 }
 
-// end ends the stream and counts its packets, once no more come.
+// end ends the stream and counts its packets once no more arrive.
 func (st *stream) end() (sent, lost, doubled, reordered uint64, err error) {
 	st.stop()
 	err = <-st.sent
