@@ -50,8 +50,8 @@ func (l *leaves) count() (n int) {
 	}
 }
 
-// leavesIn counts the leaves of the stream's group in an IPv4 packet: an IGMPv2 leave, or IGMPv3
-// records that change to including no source or block one (RFC 3376 section 4.2.12).
+// leavesIn counts the leaves of the stream's group in an IPv4 packet: an IGMPv2 leave, or IGMPv3 records that change
+// to including no source or block one (RFC 3376 section 4.2.12).
 func leavesIn(packet []byte) (n int) {
 	const protocolIGMP, leaveV2, reportV3 = 2, 0x17, 0x22
 	const toInclude, block = 3, 6

@@ -14,10 +14,9 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// TestAFXDPWithoutDaemon: while the daemon is gone, however it went, the kernel path
-// serves the rules of path afxdp that it can, and drops the packets of others for the
-// reason no_socket. A kernel that does not say which devices send redirected frames (before
-// Linux 6.3) has no such others.
+// TestAFXDPWithoutDaemon: without a daemon, however it ended, the kernel path serves the rules of
+// path afxdp that it can, and drops the packets of the others with reason no_socket. On a kernel
+// that does not report which devices send redirected frames (before Linux 6.3) there are no others.
 func TestAFXDPWithoutDaemon(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -70,7 +69,7 @@ func TestAFXDPWithoutDaemon(t *testing.T) {
 	}
 }
 
-// stopped sends to the rule stops, and wants every packet dropped.
+// stopped sends to the rule stops, and requires every packet to be dropped.
 func stopped(t *testing.T, n *network, in *instance) {
 	t.Helper()
 	before := in.noSocket(t, "stops")
@@ -87,8 +86,8 @@ func stopped(t *testing.T, n *network, in *instance) {
 	}
 }
 
-// noSocket is how many packets of a rule the program dropped for want of a socket, as
-// the command line tells with a daemon and without.
+// noSocket is the number of packets of a rule that the program dropped for lack of a socket; the
+// command line must report the same with and without a daemon.
 func (in *instance) noSocket(t *testing.T, rule string) (packets uint64) {
 	t.Helper()
 	var s control.Stats

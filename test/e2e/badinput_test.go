@@ -43,7 +43,7 @@ func (in *instance) everything() everything {
 		in.t.Fatal(err)
 	}
 	for _, f := range files {
-		// A lock file cannot be removed: somebody may be waiting for it.
+		// A lock file cannot be removed: another process may be waiting for the lock.
 		if filepath.Ext(f.Name()) != ".lock" {
 			e.Files = append(e.Files, f.Name())
 		}
@@ -56,8 +56,8 @@ func (in *instance) everything() everything {
 	return e
 }
 
-// refused runs a command that must fail in this way, and change nothing. Each line
-// of stderr is given whole, without the program's name.
+// refused runs a command that must fail with this code and change nothing. Each line of stderr is
+// given in full, without the program's name.
 func (in *instance) refused(t *testing.T, code int, lines []string, args ...string) {
 	t.Helper()
 	in.refusedAs(t, nil, code, lines, args...)
@@ -153,7 +153,7 @@ func TestBadRules(t *testing.T) {
 				args = append(args, "--out", o)
 			}
 			in.refused(t, tt.code, []string{tt.line}, args...)
-			// The API by itself says the same.
+			// The API itself gives the same answer.
 			before := in.everything()
 			rule := control.Rule{Name: "bad", In: tt.input, Out: tt.outputs}
 			if len(tt.more) > 0 {
@@ -187,7 +187,7 @@ func TestBadRules(t *testing.T) {
 	}
 }
 
-// loopHint ends the report of a circle.
+// loopHint ends the report of a loop.
 const loopHint = " (loop=two-way on an input allows a loop between interfaces, loop=allow any loop: looping packets are detected and dropped)"
 
 const badYAML = `rules:
@@ -283,8 +283,8 @@ func TestBadStart(t *testing.T) {
 	}
 }
 
-// TestAnothersProgram: an interface with an XDP program of somebody else is left
-// alone, and what is to be attached with it is not attached either.
+// TestAnothersProgram: an interface with another's XDP program is left alone, and what would be
+// attached with it is not attached either.
 func TestAnothersProgram(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -298,11 +298,11 @@ func TestAnothersProgram(t *testing.T) {
 		t.Errorf("path %s, %q", s.UsedPath, s.Reason)
 	}
 
-	// As an output it does no harm: the driver sends all the same.
+	// It does not matter on an output: the driver sends anyway.
 	in.add("y", "239.1.1.2:5000%out0", "239.2.1.1:6000%in0")
 }
 
-// attachOther attaches a program that is not ours and returns its id.
+// attachOther attaches a foreign program and returns its id.
 func attachOther(t *testing.T, h *lab.Host, ifname string) ebpf.ProgramID {
 	t.Helper()
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{

@@ -12,15 +12,15 @@ import (
 	"xdpcast/internal/control"
 )
 
-// outputOf is the output of the rule "one", from what the kernel relays.
+// outputOf is the output of the rule "one" in the kernel.
 func outputOf(in *instance) string {
 	in.t.Helper()
 	return in.rule("one").Outputs[0].Output
 }
 
 // TestKilledBeforeConfirmed kills the daemon while a reload waits for confirmation. A daemon
-// that starts in time goes on waiting, one that starts later brings the set of before back, and
-// those after it keep to that while the file holds what was undone.
+// started in time keeps waiting; one started later restores the previous set, and later daemons
+// keep it as long as the file holds what was undone.
 func TestKilledBeforeConfirmed(t *testing.T) {
 	const first, second, third = "239.2.1.1:6001%out0", "239.2.1.1:6002%out0", "239.2.1.1:6003%out0"
 	file := func(out string) string { return "rules: [{name: one, in: " + oneIn + ", out: [" + out + "]}]\n" }
@@ -101,14 +101,14 @@ func TestKilledBeforeConfirmed(t *testing.T) {
 	check("the file has changed", first)
 }
 
-// TestWatchConfig follows a file as Kubernetes mounts it: a link into a directory that another
-// one replaces. A file with a mistake leaves the rules as they are, and one that changes while
-// another change waits for confirmation is read afterwards.
+// TestWatchConfig follows a file as Kubernetes mounts it: a symbolic link into a directory that is
+// replaced. A file with a mistake leaves the rules unchanged, and one that changes while another
+// change waits for confirmation is read afterwards.
 func TestWatchConfig(t *testing.T) {
 	in := newInstance(t, newNetwork(t).relay)
 	dir := filepath.Join(in.dir, "config")
 	version := 0
-	// publish replaces the directory that the file is in.
+	// publish replaces the directory of the file.
 	publish := func(text string) {
 		t.Helper()
 		version++

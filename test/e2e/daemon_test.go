@@ -21,12 +21,11 @@ import (
 	"xdpcast/internal/lab"
 )
 
-// patience bounds every wait for a condition. It is long, since a test machine may
-// be busy, or emulated, which makes loading the programs take a minute; nothing waits for
-// its end while all is well.
+// patience bounds every wait for a condition. It is long, since a test machine may be busy, or
+// emulated, where loading the programs takes a minute; no wait reaches it while all is well.
 const patience = 2 * time.Minute
 
-// eventually waits until the condition, which says what it lacks, lacks nothing.
+// eventually waits until lacks, which returns what is missing, returns "".
 func eventually(t testing.TB, what string, lacks func() string) {
 	t.Helper()
 	last := ""
@@ -38,20 +37,20 @@ func eventually(t testing.TB, what string, lacks func() string) {
 	t.Fatalf("timed out waiting until %s: %s", what, last)
 }
 
-// instance is where one daemon keeps its things. Daemons may follow each other.
+// instance is the directories of a daemon. Several daemons may use it in turn.
 type instance struct {
 	t       testing.TB
 	host    *lab.Host
-	dir     string // of everything
+	dir     string // of all files
 	pinDir  string
 	runDir  string
 	socket  string
 	client  *control.Client
 	running *daemon
-	program string // that start starts, where it is not the one of all
+	program string // program started by start, if not the common one
 }
 
-// newInstance makes a place for a daemon on a host.
+// newInstance makes the directories for a daemon on a host.
 func newInstance(t testing.TB, host *lab.Host) *instance {
 	t.Helper()
 	// Not t.TempDir: the path of a socket must be short.
@@ -71,7 +70,7 @@ func newInstance(t testing.TB, host *lab.Host) *instance {
 	return in
 }
 
-// on is the same place on another host: what belongs to one cannot be used there.
+// on is the same instance used from another host: neither can use the other's state.
 func (in *instance) on(host *lab.Host) *instance {
 	other := *in
 	other.host, other.running = host, nil
@@ -85,7 +84,7 @@ func (in *instance) cleanUp() {
 		in.running.stopFollower()
 	} else if in.running != nil {
 		select {
-		case <-in.running.exited: // a test has ended it, and looked at how
+		case <-in.running.exited: // a test has ended it and checked how
 		default:
 			if code := in.running.stop(syscall.SIGTERM); code != 0 {
 				in.t.Errorf("the daemon ended with code %d", code)
@@ -100,7 +99,7 @@ func (in *instance) cleanUp() {
 			in.t.Errorf("unload: %s", got)
 		}
 	}
-	// Nothing is mounted where no daemon came so far.
+	// Nothing is mounted if no daemon got that far.
 	if err := unix.Unmount(filepath.Dir(in.pinDir), 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		in.t.Errorf("unmount: %v", err)
 	}
@@ -113,7 +112,7 @@ func (in *instance) env() []string {
 	return append(os.Environ(), "XDPCAST_SOCKET="+in.socket, "XDPCAST_PIN_DIR="+in.pinDir, "XDPCAST_RUN_DIR="+in.runDir)
 }
 
-// result is how a command ended.
+// result is the outcome of a command.
 type result struct {
 	code           int
 	stdout, stderr string
@@ -123,7 +122,7 @@ func (r result) String() string {
 	return fmt.Sprintf("exit code %d\nstdout: %s\nstderr: %s", r.code, r.stdout, r.stderr)
 }
 
-// cli runs a command of the program on the host, as a user types it.
+// cli runs a command of the program on the host, as a user would type it.
 func (in *instance) cli(args ...string) result {
 	in.t.Helper()
 	return in.cliAs(nil, args...)
@@ -158,7 +157,7 @@ func (in *instance) mustCLI(args ...string) string {
 	return got.stdout
 }
 
-// write writes a file beside the instance and returns its path.
+// write writes a file into the instance's directory and returns its path.
 func (in *instance) write(name, text string) string {
 	in.t.Helper()
 	path := filepath.Join(in.dir, name)
@@ -217,10 +216,10 @@ type daemon struct {
 	log    *safeBuffer
 	exited chan struct{}
 
-	process *os.Process // that has replaced it; nil: none has
+	process *os.Process // that replaced it; nil: none
 }
 
-// start starts a daemon and waits until its rules are in.
+// start starts a daemon and waits until its rules are active.
 func (in *instance) start(args ...string) *daemon {
 	in.t.Helper()
 	d := in.startCommand(append([]string{"run"}, args...)...)
@@ -253,7 +252,7 @@ func (in *instance) startCommand(args ...string) *daemon {
 	in.running = d
 	go func() {
 		defer close(d.exited)
-		_ = d.cmd.Wait() // the state of the process says it too
+		_ = d.cmd.Wait() // the process state has the error as well
 	}()
 	return d
 }
@@ -266,7 +265,7 @@ func (d *daemon) signal(sig syscall.Signal) {
 	}
 }
 
-// stop ends the process and returns its exit code, -1 for one that was killed.
+// stop ends the process and returns its exit code, -1 if it was killed.
 func (d *daemon) stop(sig syscall.Signal) int {
 	select {
 	case <-d.exited:
@@ -284,7 +283,7 @@ func (d *daemon) stop(sig syscall.Signal) int {
 	return d.cmd.ProcessState.ExitCode()
 }
 
-// stopFollower ends the process that has replaced the daemon, which is no child of this one.
+// stopFollower ends the process that replaced the daemon; it is not a child of this one.
 func (d *daemon) stopFollower() {
 	d.t.Helper()
 	pid := d.process.Pid
@@ -301,7 +300,7 @@ func (d *daemon) stopFollower() {
 	})
 }
 
-// waitLog waits until the log holds a text at least n times.
+// waitLog waits until the log contains a text at least n times.
 func (d *daemon) waitLog(text string, n int) {
 	d.t.Helper()
 	eventually(d.t, fmt.Sprintf("the log says %q %d times", text, n), func() string {
@@ -313,7 +312,7 @@ func (d *daemon) waitLog(text string, n int) {
 	})
 }
 
-// safeBuffer is a buffer for a process to write while a test reads.
+// safeBuffer is a buffer that a process writes while a test reads.
 type safeBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer

@@ -16,8 +16,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// TestDiscoverMisses: what comes faster than discover can look at it is counted, and said; the relay loses nothing
-// by it. discover is stopped for a while, which is how a process that does not get the CPU looks from outside.
+// TestDiscoverMisses: packets that arrive faster than discover reads them are counted and reported; the relay
+// loses none because of it. discover is stopped for a while, which looks like a process that gets no CPU.
 func TestDiscoverMisses(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -64,7 +64,7 @@ func TestDiscoverMisses(t *testing.T) {
 	if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	// It has read all that the ring holds when it computes no more.
+	// It has emptied the ring once it uses no more CPU time.
 	used := func() string {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
 		if err != nil {

@@ -17,7 +17,7 @@ import (
 )
 
 // repeat sends frames on an interface of the source until the returned function is called, which
-// says how often each was sent.
+// returns how many times each was sent.
 func (n *network) repeat(t *testing.T, frames ...[]byte) (stop func() int) {
 	t.Helper()
 	tap := labtest.NewTap(t, n.source, "src0")
@@ -44,8 +44,8 @@ func (n *network) repeat(t *testing.T, frames ...[]byte) (stop func() int) {
 	}
 }
 
-// TestDiscover: streams on the wire, in VLANs, too, that no rule takes, and rules made of them.
-// What rules take is left out, on each path.
+// TestDiscover: discover finds streams on the wire, also in VLANs, that no rule takes, and makes
+// rules of them. Streams that rules take are left out, on each path.
 func TestDiscover(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -99,7 +99,7 @@ func TestDiscover(t *testing.T) {
 		t.Errorf("sessions %+v, missed %d", found.Sessions, found.Missed)
 	}
 
-	// The relay is not disturbed, and what was found becomes rules.
+	// The relay is not disturbed, and the streams found become rules.
 	text = []byte(in.mustCLI("discover", "-i", "in0", "--for", "500ms", "-o", "rules", "--to", "out1"))
 	stop()
 	eventually(t, "the relay has counted all that came", func() string {
@@ -118,7 +118,7 @@ func TestDiscover(t *testing.T) {
 	}
 	in.waitState("moldudp64-233.54.12.111-26400", "active")
 
-	// Groups are joined meanwhile, and left then.
+	// Groups are joined for the duration, then left.
 	ended := make(chan result, 1)
 	go func() { ended <- in.cli("discover", "-i", "out2", "--for", "3s", "--join", "239.7.7.0/30") }()
 	n.waitJoined("out2", "239.7.7.3", true)

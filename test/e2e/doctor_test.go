@@ -23,7 +23,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// diagnosis runs the doctor and returns its report, whose faults must go with the exit code.
+// diagnosis runs the doctor and returns its report, whose faults must match the exit code.
 func (in *instance) diagnosis(args ...string) doctor.Report {
 	in.t.Helper()
 	got := in.cli(append([]string{"doctor", "-o", "json"}, args...)...)
@@ -37,7 +37,7 @@ func (in *instance) diagnosis(args ...string) doctor.Report {
 	return r
 }
 
-// check finds the worst finding of a check; levels of the machine's own faults are not known.
+// check returns the worst finding of a check; the levels of the machine's own faults vary.
 func check(r doctor.Report, section, name string) (worst doctor.Finding) {
 	for _, s := range r.Sections {
 		for _, f := range s.Findings {
@@ -49,7 +49,7 @@ func check(r doctor.Report, section, name string) (worst doctor.Finding) {
 	return worst
 }
 
-// addRepeated: what comes instead of a rule's stream is named.
+// addRepeated: the doctor names what arrives in place of a rule's stream.
 func (n *network) addRepeated(t *testing.T, in *instance) {
 	t.Helper()
 	group := netip.MustParseAddr("239.1.1.1")
@@ -69,8 +69,8 @@ func (n *network) addRepeated(t *testing.T, in *instance) {
 	}
 }
 
-// TestDoctor: the doctor follows the packets of a rule with live counters, and says where they
-// end, with a daemon and without.
+// TestDoctor: the doctor follows the packets of a rule with live counters, and reports where they
+// end, with and without a daemon.
 func TestDoctor(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -84,7 +84,7 @@ func TestDoctor(t *testing.T) {
 	if s := r.Sections[0]; s.Title() != "rule cam1" || !strings.HasSuffix(s.Verdict, "went the whole way, from in0 to the wire") {
 		t.Errorf("verdict %q of %q", s.Verdict, s.Title())
 	}
-	for _, s := range r.Sections { // the machine's own faults are in that of the host
+	for _, s := range r.Sections { // the host section has the machine's own faults
 		for _, f := range s.Findings {
 			if s.Kind != "host" && f.Level == doctor.Fault {
 				t.Errorf("%s: %+v", s.Title(), f)
@@ -98,7 +98,7 @@ func TestDoctor(t *testing.T) {
 	}
 	stream.stop()
 
-	// The TTL ends at one output of two.
+	// The TTL expires at one of two outputs.
 	stream = send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 1, Rate: traffic.Rate{Value: 2_000}})
 	stream.flows(100)
 	r = in.diagnosis("cam1", "--for", "500ms")
@@ -109,7 +109,7 @@ func TestDoctor(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 
-	// Without a daemon, from what is pinned.
+	// Without a daemon, from the pinned state.
 	in.running.stop(syscall.SIGTERM)
 	in.running = nil
 	r = in.diagnosis("cam1", "--for", "500ms")
@@ -132,7 +132,7 @@ func TestDoctor(t *testing.T) {
 	if f := check(r, "rule cam1", "matched"); f.Level != doctor.Fault || !strings.Contains(r.Sections[0].Verdict, "packets end before the host") {
 		t.Errorf("of a silent stream: %+v, verdict %q", f, r.Sections[0].Verdict)
 	}
-	// The stream comes, to another port and in a VLAN.
+	// The stream arrives on another port and in a VLAN.
 	n.addRepeated(t, in)
 	if got := in.cli("doctor", "nobody"); got.code != 2 || !strings.Contains(got.stderr, `no such rule: "nobody"`) {
 		t.Errorf("of no rule: %s", got)
@@ -145,8 +145,8 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
-// TestDoctorCounters: what only the kernel's counters tell: unfinished checksums, and copies that
-// are too long.
+// TestDoctorCounters: faults that only the kernel's counters show: incomplete checksums, and copies
+// that are too long.
 func TestDoctorCounters(t *testing.T) {
 	n := newNetwork(t)
 	labtest.Do(t, n.source, func() error { return lab.SetTxChecksum("src0", true) })
@@ -177,7 +177,7 @@ func TestDoctorCounters(t *testing.T) {
 	}
 }
 
-// TestDoctorAndDaemon: faults that a daemon knows of, each made for real.
+// TestDoctorAndDaemon: faults that a daemon reports, each produced for real.
 func TestDoctorAndDaemon(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -215,7 +215,7 @@ func TestDoctorAndDaemon(t *testing.T) {
 
 	d.stop(syscall.SIGTERM)
 
-	// No descriptor is left for the sockets of more groups.
+	// No descriptors are left for the sockets of more groups.
 	file := func(groups int) string {
 		b := strings.Builder{}
 		b.WriteString("rules:\n")
@@ -246,7 +246,7 @@ func TestDoctorAndDaemon(t *testing.T) {
 	d.stop(syscall.SIGTERM)
 	in.running = nil
 
-	// The pinned state is of another release.
+	// The pinned state is from another release.
 	labtest.Do(t, n.relay, func() error {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(in.pinDir, "config"), nil)
 		if err != nil {

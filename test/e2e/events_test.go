@@ -12,7 +12,7 @@ import (
 	"xdpcast/internal/control"
 )
 
-// events are what the program prints, whose numbers must grow by one.
+// events are those the program prints, whose numbers must increase by one.
 func (in *instance) events(args ...string) (all []control.Event) {
 	in.t.Helper()
 	for line := range strings.Lines(in.mustCLI(append([]string{"events", "-o", "json"}, args...)...)) {
@@ -28,8 +28,8 @@ func (in *instance) events(args ...string) (all []control.Event) {
 	return all
 }
 
-// TestEvents: what happened is known after the daemon was killed, numbers go on growing, and a program
-// is called for each event.
+// TestEvents: events outlive a killed daemon, their numbers keep increasing, and a program is called
+// for each event.
 func TestEvents(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)

@@ -17,20 +17,19 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// featureCase is one rule, the frame that comes in, and those that must leave, byte
-// for byte.
+// featureCase is one rule, the frame that arrives, and those that must leave, byte for byte.
 type featureCase struct {
 	name string
 	in   string
 	out  []string
-	// frame changes the frame that comes in: from 10.1.0.2:4000 to 239.1.1.1:5000.
+	// frame changes the arriving frame: from 10.1.0.2:4000 to 239.1.1.1:5000.
 	frame func(f *packet.Frame)
-	// want changes, for each output, the frame that came in into the one that leaves.
-	// The MAC addresses are filled in.
+	// want changes, for each output, the arriving frame into the one that leaves. The MAC addresses
+	// are filled in.
 	want []func(f *packet.Frame)
-	// drop is why the first output sends nothing.
+	// drop is the reason why the first output sends nothing.
 	drop string
-	path string // instead of the path of the test
+	path string // overrides the path of the test
 }
 
 func (c featureCase) run(t *testing.T, n *network, in *instance, path, name string) {
@@ -49,7 +48,7 @@ func (c featureCase) run(t *testing.T, n *network, in *instance, path, name stri
 	in.waitState(name, "active")
 
 	frame := n.frame(t, "239.1.1.1")
-	// The loop guard marks copies of what it has seen before: no case repeats another's content.
+	// The loop guard marks copies of packets it has seen before: no case repeats another's payload.
 	frame.Payload = fmt.Appendf(frame.Payload, " %-7s", name)
 	if c.frame != nil {
 		c.frame(&frame)
@@ -84,7 +83,7 @@ func (c featureCase) run(t *testing.T, n *network, in *instance, path, name stri
 	})
 }
 
-// frame is what comes in, without its destination MAC address.
+// frame is what arrives, without its destination MAC address.
 func (n *network) frame(t *testing.T, group string) packet.Frame {
 	t.Helper()
 	return packet.Frame{
@@ -94,8 +93,8 @@ func (n *network) frame(t *testing.T, group string) packet.Frame {
 	}
 }
 
-// compare waits for one frame behind each output, in their order, and compares it byte for
-// byte. want changes the frame that came in; the MAC addresses are filled in.
+// compare waits for one frame at each output, in their order, and compares it byte for byte. want
+// changes the arriving frame; the MAC addresses are filled in.
 func (n *network) compare(t *testing.T, frame packet.Frame, taps map[string]*labtest.Tap, out []string, want []func(f *packet.Frame)) {
 	t.Helper()
 	for slot, edit := range want {
@@ -122,7 +121,7 @@ func outputInterface(out string) string {
 	return name
 }
 
-// taps listens behind the outputs.
+// taps listens at the far ends of the outputs.
 func (n *network) taps(t *testing.T, outs []string) map[string]*labtest.Tap {
 	t.Helper()
 	taps := map[string]*labtest.Tap{}
@@ -210,7 +209,7 @@ func v6(more ...func(f *packet.Frame)) func(f *packet.Frame) {
 	}
 }
 
-// features is what every path must do alike.
+// features must work alike on every path.
 var features = []featureCase{
 	{name: "one output", out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}},
 	{name: "everything kept", out: []string{"239.2.2.2%out0,src=keep"}, want: []func(f *packet.Frame){dst("239.2.2.2", 5000, from("10.1.0.2"))}},
@@ -247,7 +246,7 @@ func TestFeatures(t *testing.T) {
 	onPaths(t, func(t *testing.T, n *network, in *instance, path string) { runFeatures(t, features, n, in, path) })
 }
 
-// onPaths runs a test on every path, with a relay of its own that has started.
+// onPaths runs a test on every path, each with its own relay, already started.
 func onPaths(t *testing.T, run func(t *testing.T, n *network, in *instance, path string)) {
 	t.Helper()
 	for _, path := range paths {
@@ -263,7 +262,7 @@ func onPaths(t *testing.T, run func(t *testing.T, n *network, in *instance, path
 
 func runFeatures(t *testing.T, cases []featureCase, n *network, in *instance, path string) {
 	t.Helper()
-	// Keeps what the path opens for the first rule.
+	// Keeps open what the path opens for the first rule.
 	in.mustCLI("rule", "add", "first", "--path", path, "--in", "239.99.99.99:9%in0", "--out", "239.99.99.98:9%out0")
 	for i, c := range cases {
 		t.Run(c.name, func(t *testing.T) { c.run(t, n, in, path, fmt.Sprintf("case%d", i)) })
@@ -273,8 +272,8 @@ func runFeatures(t *testing.T, cases []featureCase, n *network, in *instance, pa
 // paths are those that all features are tested on.
 var paths = []string{"kernel", "afxdp", "fanout"}
 
-// TestFragmentedDatagram sends 60 kB through a rule of four outputs: the receivers
-// put the fragments together again.
+// TestFragmentedDatagram sends 60 kB through a rule with four outputs: the receivers reassemble the
+// fragments.
 func TestFragmentedDatagram(t *testing.T) {
 	t.Parallel()
 	onPaths(t, func(t *testing.T, n *network, in *instance, path string) {
@@ -334,8 +333,8 @@ func (n *network) fragmented(t *testing.T, in *instance, path, input, to, output
 	}
 }
 
-// TestJumbo sends frames of 9,000 bytes through rules of every path, and says what becomes
-// of them where the kernel cannot: they are counted, and auto takes a path that can.
+// TestJumbo sends frames of 9,000 bytes through rules of every path. Where the kernel path cannot
+// send them they are counted, and auto chooses a path that can.
 func TestJumbo(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -352,7 +351,7 @@ func TestJumbo(t *testing.T) {
 	}
 	in := newInstance(t, n.relay)
 	in.start()
-	// byKernel is how the kernel path must fare: before Linux 6.3 no device sends
+	// byKernel is the expected outcome on the kernel path: before Linux 6.3 no device sends
 	// redirected frames of several buffers.
 	sends := n.features(t, "out0")
 	byKernel := func(c featureCase) featureCase {
@@ -377,7 +376,7 @@ func TestJumbo(t *testing.T) {
 	}
 }
 
-// features is what the kernel says of an interface of the relay.
+// features is what the kernel reports for an interface of the relay.
 func (n *network) features(t *testing.T, ifname string) (f host.Features) {
 	t.Helper()
 	labtest.Do(t, n.relay, func() error {
@@ -403,9 +402,8 @@ func closeAll(t *testing.T, closers ...io.Closer) {
 	}
 }
 
-// TestSourceSpecific: the streams of two sources of one group go different ways, a
-// third one's goes the way of any source, and a receiver that has joined one source
-// alone hears it behind src=keep.
+// TestSourceSpecific: the streams of two sources of one group take different paths, that of a third
+// takes the any-source rule's, and a receiver that joined a single source hears it with src=keep.
 func TestSourceSpecific(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)

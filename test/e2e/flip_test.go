@@ -15,7 +15,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// The two sets of TestFlips. Every output of a set has ports of its own.
+// The two sets of TestFlips. Every output of a set has its own ports.
 var flipSets = [2][3][]string{
 	{
 		{"239.2.1.1:6000%out0"},
@@ -42,10 +42,10 @@ func flipped(t *testing.T, set int, path string) (all []rules.Rule) {
 	return all
 }
 
-// TestFlips changes a whole set of rules back and forth while their packets flow. None is
-// lost that is not counted, none doubled, and each has the outputs of its rule in one of the two
-// sets, all of them and no other. The rules change at one time: of packets that follow each other, for
-// whatever rule, the first to have the outputs of the other set begins it for all.
+// TestFlips switches a whole set of rules back and forth while packets flow. No packet is lost without
+// being counted, none duplicated, and each has all outputs of its rule in one of the two sets and no
+// other. All rules change at once: among consecutive packets of any rules, the first with the outputs
+// of the other set starts it for all.
 func TestFlips(t *testing.T) {
 	for _, path := range []string{"kernel", "afxdp", "fanout"} {
 		t.Run(path, func(t *testing.T) { testFlips(t, path, labtest.Soak(40, 1000)) })
@@ -78,7 +78,7 @@ func testFlips(t *testing.T, path string, flips int) {
 	}
 	sent := stream.stop()
 	outputs := map[copyOf][]int{} // the ports of each packet's copies, in any order
-	// A packet of each rule goes after them: when those have come, all have.
+	// A packet of each rule follows: once these arrive, all have.
 	send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Groups: 3, TTL: 16, Rate: traffic.Rate{Value: 1_000}, Count: 3}).wait()
 	copies := 0
 	for _, outs := range flipSets[flips%2] {
@@ -103,8 +103,8 @@ func testFlips(t *testing.T, path string, flips int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The ring of a worker that gets no CPU for a tenth of a second runs full: no matter here,
-	// when it is counted.
+	// The ring of a worker that gets no CPU for a tenth of a second overflows: acceptable here if
+	// it is counted.
 	lost := 0
 	for _, d := range stats.ReceiveDrops {
 		lost += int(d.Packets)
@@ -112,7 +112,7 @@ func testFlips(t *testing.T, path string, flips int) {
 	checkFlips(t, outputs, sent, flips, lost)
 }
 
-// checkFlips holds what became of each packet against the two sets.
+// checkFlips checks the copies of each packet against the two sets.
 func checkFlips(t *testing.T, outputs map[copyOf][]int, sent uint64, flips, lost int) {
 	t.Helper()
 	var want [2][3]string
@@ -162,7 +162,7 @@ func checkFlips(t *testing.T, outputs map[copyOf][]int, sent uint64, flips, lost
 	}
 }
 
-// copyOf is the packet that a copy was made of.
+// copyOf is the packet that a copy was made from.
 type copyOf struct {
 	flow uint32
 	seq  uint64
@@ -173,8 +173,8 @@ type captured struct {
 	port int
 }
 
-// capture notes the numbered packets of one sender that arrive at a tap, and counts those of
-// the next one.
+// capture records the numbered packets of one sender that arrive at a tap, and counts those of the
+// next one.
 type capture struct {
 	last atomic.Uint64
 	end  chan struct{}
@@ -216,7 +216,7 @@ func newCapture(t *testing.T, tap *labtest.Tap) *capture {
 	return c
 }
 
-// stop returns what was captured, once nothing more comes.
+// stop returns the captured packets once no more arrive.
 func (c *capture) stop() []captured {
 	close(c.end)
 	return <-c.got

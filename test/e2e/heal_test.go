@@ -17,7 +17,7 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// ends is where the packets of a probe are to arrive, and from which address.
+// ends is where the packets of a probe must arrive, and from which address.
 type ends struct {
 	host     *lab.Host
 	endpoint string
@@ -47,7 +47,7 @@ func (n *network) probe(group string, want ...ends) {
 	}
 }
 
-// waitKernel waits until the rules in the kernel are as the condition wants them.
+// waitKernel waits until the rules in the kernel meet the condition.
 func (in *instance) waitKernel(what string, lacks func([]flow.Flow) string) {
 	in.t.Helper()
 	eventually(in.t, what, func() string {
@@ -160,7 +160,7 @@ func TestInputComesBack(t *testing.T) {
 		if want := "interface in0 is down"; got.Reason != want {
 			t.Errorf("reason is %q, want %q", got.Reason, want)
 		}
-		// A source that is joined while the interface is down must be heard, too.
+		// A source joined while the interface is down must be heard later, too.
 		in.add("down", "10.1.0.2@232.1.1.2:5000%in0", "239.2.2.0:6000%out0")
 		if err := n.relay.SetUp("in0", true); err != nil {
 			t.Fatal(err)
@@ -223,7 +223,7 @@ func setMAC(t *testing.T, h *lab.Host, name, mac string) {
 	}
 }
 
-// TestOutputComesBack does to one output of a rule with three whatever happens to
+// TestOutputComesBack subjects one of a rule's three outputs to everything that happens to
 // interfaces, while packets flow. The other two must not miss one.
 func TestOutputComesBack(t *testing.T) {
 	t.Parallel()
@@ -275,7 +275,7 @@ func TestOutputComesBack(t *testing.T) {
 	n.connectOutput(1)
 	active("10.2.1.1")
 
-	// Before the daemon can look.
+	// Before the daemon can notice.
 	labtest.RemoveLink(n.t, n.relay, "out1")
 	n.connectOutput(1)
 	n.setAddr("out1", "10.2.1.50/24")
@@ -339,7 +339,7 @@ func checkSum(t *testing.T, r control.RuleStatus, packets uint64) {
 	}
 }
 
-// probeMAC checks the MAC of a packet of the stream under way.
+// probeMAC checks the destination MAC of a packet of the running stream.
 func (n *network) probeMAC(i int) {
 	n.t.Helper()
 	tap := labtest.NewTap(n.t, n.sinks[i], "sink0")

@@ -9,8 +9,8 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// health= tells what an input loses, reorders and how unsteadily it comes, on every path and of
-// inputs that fail over, and drops nothing; what is lost is an alarm.
+// health= reports loss, reordering and jitter of an input, on every path and for inputs that fail
+// over, and drops nothing; loss raises an alarm.
 func TestHealth(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -57,7 +57,7 @@ func TestHealth(t *testing.T) {
 			return ""
 		})
 		leg := in.rule(name).Inputs[0].Leg
-		// The first and the last may be among the lost.
+		// The first and last packets may be among those lost.
 		if leg.Lost > sent.LeftOut || leg.Lost+20 < sent.LeftOut || leg.Reordered > sent.Reordered || leg.Reordered+10 < sent.Reordered || leg.Doubled+leg.Senders+leg.Resets+leg.Different+leg.Unnumbered != 0 {
 			t.Errorf("%s: %+v, sent %+v", name, leg, sent)
 		}

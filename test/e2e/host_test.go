@@ -16,7 +16,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// sendFrom sends datagrams to a group by a plain socket of a host.
+// sendFrom sends datagrams to a group from a plain socket of a host.
 func sendFrom(t *testing.T, h *lab.Host, ifname string, to netip.AddrPort, segment int, payload []byte) {
 	t.Helper()
 	labtest.Do(t, h, func() error {
@@ -51,7 +51,7 @@ func sendFrom(t *testing.T, h *lab.Host, ifname string, to netip.AddrPort, segme
 	})
 }
 
-// finished is a frame with whole checksums: a veth passes on what a card would compute.
+// finished is a frame with complete checksums: a veth leaves out those that a NIC would fill in.
 func finished(t *testing.T, frame []byte) []byte {
 	t.Helper()
 	h, ok := packet.Parse(frame)
@@ -62,9 +62,9 @@ func finished(t *testing.T, frame []byte) []byte {
 	return frame
 }
 
-// TestFromHost: what a socket of the relay's host sends by an interface is relayed, byte
-// for byte, and leaves there, too. What arrives there, and what the relay itself sends
-// there, is not taken for it.
+// TestFromHost: packets that a socket of the relay's host sends on an interface are relayed, byte
+// for byte, and also leave there. Packets that arrive there, and those the relay itself sends
+// there, are not relayed.
 func TestFromHost(t *testing.T) {
 	n := newNetwork(t)
 	n.addIPv6(t)
@@ -110,7 +110,7 @@ func TestFromHost(t *testing.T) {
 	left = finished(t, collect(source, 1)[0])
 	check("ipv6", collect(taps["out0"], 1)[0], want(left, "out0", packet.Rewrite{Dst: netip.MustParseAddr("ff3e::2"), DstPort: 6000}))
 
-	// Ten datagrams in one call, which leave as one frame until the device; a kernel that does not describe such
+	// Ten datagrams in one call, which stay one frame until the device; a kernel that does not describe such
 	// frames to packet sockets does not make them for devices without checksum offload either.
 	sent := uint64(1)
 	if labtest.MergedDatagrams(t, n.relay) {
@@ -131,7 +131,7 @@ func TestFromHost(t *testing.T) {
 		return ""
 	})
 
-	// What arrives is not sent by the host, and the relay's own copies are not either.
+	// The host sends neither arriving packets nor the relay's own copies.
 	in.mustCLI("rule", "add", "arrives", "--path", "fanout", "--in", "239.1.1.1:5000%in0", "--out", "239.3.3.3:6000%out0")
 	in.mustCLI("rule", "add", "copies", "--in", "239.3.3.3:6000%out0,from=host", "--out", "239.4.4.4:6000%out1")
 	n.sendStream(t, 5)
@@ -141,7 +141,7 @@ func TestFromHost(t *testing.T) {
 		}
 		return ""
 	})
-	// This one comes behind whatever was taken wrongly.
+	// This one arrives after any packet relayed by mistake.
 	sendFrom(t, n.relay, "out0", netip.MustParseAddrPort("239.3.3.3:6000"), 0, []byte("last"))
 	eventually(t, "the last packet is taken", func() string {
 		if s := in.rule("copies"); s.Matched.Packets == 0 {

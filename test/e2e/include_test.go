@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestInclude: a file and what it includes are one set, at the start, in a reload and in
-// rule apply; a fault names its file and line, and changes nothing.
+// TestInclude: a file and its includes are one set, at startup, in a reload and in rule apply; a
+// fault names its file and line, and changes nothing.
 func TestInclude(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)

@@ -12,7 +12,7 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// TestBpftool: what is pinned can be read by people, with the kernel's own tool.
+// TestBpftool: people can read the pinned state with the kernel's own tool.
 func TestBpftool(t *testing.T) {
 	bpftool, err := exec.LookPath("bpftool")
 	if err != nil {
@@ -20,7 +20,7 @@ func TestBpftool(t *testing.T) {
 	}
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
-	in.start("--max-rules", "64", "--max-outputs", "256") // or bpftool takes its time
+	in.start("--max-rules", "64", "--max-outputs", "256") // limits that keep bpftool fast
 	in.add("cam1", "10.1.0.2@239.1.1.1:5000%in0", "239.2.1.1:6000%out0,ttl=9", "239.2.1.2:6001%out1")
 	n.probe("239.1.1.1:5000", ends{n.sinks[0], "239.2.1.1:6000%sink0", "10.2.0.1"})
 
@@ -28,7 +28,7 @@ func TestBpftool(t *testing.T) {
 		Formatted struct {
 			Key    any `json:"key"`
 			Value  any `json:"value"`
-			Values any `json:"values"` // of each CPU
+			Values any `json:"values"` // per CPU
 		} `json:"formatted"`
 	}
 	find := func(name string, parts ...string) {
@@ -63,8 +63,8 @@ func TestBpftool(t *testing.T) {
 	find("rule_stats", `"packets":200`)
 }
 
-// TestTwoRelays: relays in two namespaces of one host, each with its pin directory,
-// do not disturb each other; the state of one is refused in the other.
+// TestTwoRelays: relays in two namespaces of one host, each with its own pin directory, do not
+// disturb each other; each refuses the other's state.
 func TestTwoRelays(t *testing.T) {
 	first, second := newNetwork(t), newNetwork(t)
 	a, b := newInstance(t, first.relay), newInstance(t, second.relay)
@@ -98,7 +98,7 @@ func TestTwoRelays(t *testing.T) {
 		t.Errorf("%d packets of %d arrived beside the other relay", got, sent)
 	}
 
-	// With the daemon of the first stopped, its directory is free, but not here.
+	// With the first daemon stopped its directory is free, but not for this namespace.
 	a.running.stop(15)
 	a.running = nil
 	before := a.everything()

@@ -11,16 +11,16 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// legCase is a rule that merges two inputs, and what its frames look like.
+// legCase is a rule that merges two inputs, and the frames before and after.
 type legCase struct {
 	name string
 	in   [2]string
 	out  []string
-	// frame changes the RTP frames that come in on each leg: from 10.1.0.2:4000 to 239.1.1.1:5000
+	// frame changes the RTP frames that arrive on each leg: from 10.1.0.2:4000 to 239.1.1.1:5000
 	// and 239.1.1.2:5000. want changes them into those that leave.
 	frame [2]func(f *packet.Frame)
 	want  []func(f *packet.Frame)
-	// fragments is the payload of each, 0 for whole frames.
+	// fragments is the payload length of each fragment, 0 for whole frames.
 	fragments int
 }
 
@@ -38,13 +38,13 @@ var legCases = []legCase{
 		out: []string{"[ff3e::2]:6000%out0"}, want: []func(f *packet.Frame){dst("ff3e::2", 6000)}},
 }
 
-// legNumbers is how many packets a case has. Each leg loses some.
+// legNumbers is the number of packets of a case. Each leg loses some.
 const legNumbers = 40
 
 func legLoses(leg, number int) bool { return number%5 == 1+2*leg }
 
-// run sends on both legs, the second behind the first, and looks at every byte of what comes out: each
-// number once.
+// run sends on both legs, the second after the first, and checks every byte of the output: each number
+// once.
 func (c legCase) run(t *testing.T, n *network, in *instance, path, name string) {
 	if c.in[0] == "" {
 		c.in = [2]string{"239.1.1.1:5000%in0", "239.1.1.2:5000%in0"}
@@ -73,7 +73,7 @@ func (c legCase) run(t *testing.T, n *network, in *instance, path, name string) 
 	wanted := map[string][]string{}
 	for slot, edit := range c.want {
 		for number := range legNumbers {
-			// From whichever leg: both look the same behind the relay, but for the fragments' identification.
+			// From either leg: both look the same after the relay, except for the fragments' identification.
 			leg := 0
 			if legLoses(0, number) {
 				leg = 1
@@ -126,7 +126,7 @@ func (c legCase) run(t *testing.T, n *network, in *instance, path, name string) 
 	}
 }
 
-// arriving is the frame of a number on a leg.
+// arriving is the frame with a number on a leg.
 func (c legCase) arriving(t *testing.T, n *network, leg, number int) packet.Frame {
 	f := n.frame(t, fmt.Sprintf("239.1.1.%d", leg+1))
 	f.Payload = streamtest.RTP(uint32(65_520+number), 7)
@@ -137,8 +137,8 @@ func (c legCase) arriving(t *testing.T, n *network, leg, number int) packet.Fram
 	return f
 }
 
-// unmarked is a frame without the identification of its fragments, which a relay that changes the source draws anew, and
-// the checksum over it.
+// unmarked is a frame without its fragment identification, which a relay that changes the source chooses randomly, and
+// without the checksum over it.
 func (c legCase) unmarked(b []byte) string {
 	if h, ok := packet.Parse(b); ok && h.Dst.Is4() && c.fragments > 0 {
 		copy(b[h.L3+4:], []byte{0, 0})
@@ -147,7 +147,7 @@ func (c legCase) unmarked(b []byte) string {
 	return string(b)
 }
 
-// cut makes fragments of a frame, if the case has them.
+// cut fragments a frame if the case says so.
 func (c legCase) cut(f packet.Frame, leg, number int) [][]byte {
 	if c.fragments == 0 {
 		return [][]byte{f.Build()}
@@ -155,7 +155,7 @@ func (c legCase) cut(f packet.Frame, leg, number int) [][]byte {
 	return packet.Fragment(f.Build(), uint32(1000*leg+number+1), c.fragments)
 }
 
-// TestLegsFrames: what frames of merged streams look like, on every path and in generic mode.
+// TestLegsFrames: the frames of merged streams, on every path and in generic mode.
 func TestLegsFrames(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ mode, path string }{{"native", "kernel"}, {"native", "afxdp"}, {"native", "fanout"}, {"generic", "kernel"}} {

@@ -10,8 +10,8 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// Each format that a rule merges, sent on two legs that lose, lag and reorder: each packet comes once,
-// and is what was sent.
+// Each format that a rule merges, sent on two legs that lose, lag and reorder: each packet arrives
+// once, as it was sent.
 func TestLegsFormats(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -60,8 +60,8 @@ func TestLegsFormats(t *testing.T) {
 			}
 			status := in.rule(fmt.Sprintf("r%d", i))
 			for leg, sent := range s.sender.Report().Legs {
-				// Of packets that may take several numbers the relay does not know which of the late ones were lost, and
-				// not how many those before the first were.
+				// For packets that may take several numbers the relay knows neither which of the late ones were lost nor
+				// how many were lost before the first.
 				if in := status.Inputs[leg]; in.Matched.Packets != sent.Packets || in.Leg.Lost > sent.LeftOut+sent.Reordered+5 || in.Leg.Lost+20 < sent.LeftOut {
 					t.Errorf("leg %d: %+v, %+v of %+v", leg, in.Matched, in.Leg, sent)
 				}

@@ -21,7 +21,7 @@ import (
 )
 
 // legSender sends RTP packets to a group on an interface. The number is the sequence number and, so
-// that a sink can tell it from that of another round, in full behind the header.
+// that a sink can tell rounds of it apart, also follows the header in full.
 type legSender struct {
 	fd int
 	to unix.SockaddrInet4
@@ -60,7 +60,7 @@ func (s *legSender) send(number uint32) error {
 	}
 }
 
-// numberSink counts how often it gets each number.
+// numberSink counts how often each number arrives.
 type numberSink struct {
 	seen  []atomic.Uint32
 	total atomic.Int64
@@ -141,8 +141,8 @@ func lostOn(leg int, number uint32) bool {
 	return x*0xbf58476d1ce4e5b9>>32%50 == 0
 }
 
-// A stream on two legs that each lose one packet in 50, one 200 packets behind the other, comes out
-// with every number once, whatever happens to the relay meanwhile.
+// A stream on two legs that each lose one packet in 50, one 200 packets behind the other, leaves
+// with every number once, whatever happens to the relay in the meantime.
 func TestLegsMerge(t *testing.T) {
 	rules := func(outputs, more string) string {
 		return "rules:\n- name: cam\n  in: [" + strings.ReplaceAll(legInputs, " ", ", ") + "]\n  out: " + outputs + "\n" + more
@@ -182,7 +182,7 @@ func TestLegsMerge(t *testing.T) {
 			l.in.start("-c", l.in.write("rules.yaml", rules(one, merge)))
 			l.in.waitState("cam", control.StateActive)
 			const lag = 200
-			numbers := labtest.Soak(70_000, 10_000_000) // beyond one round of the sequence number
+			numbers := labtest.Soak(70_000, 10_000_000) // more than one round of the sequence number
 			sink := newNumberSink(t, l.sinks[0], "sink0", "239.2.1.1:6000", numbers)
 			var at atomic.Int64
 			sent := make(chan error, 1)
@@ -206,8 +206,8 @@ func TestLegsMerge(t *testing.T) {
 						continue
 					}
 					time.Sleep(time.Until(begin.Add(time.Duration(i) * 40 * time.Microsecond))) // the pace of the stream, not a wait for something
-					// A machine that is slower than that must not be given more than its queues hold. What is lost
-					// all the same is not waited for again.
+					// A machine that cannot keep up must not be given more than its queues hold. Packets lost
+					// anyway are not waited for again.
 					for late := time.Now(); sink.total.Load() < given-lost-64; time.Sleep(200 * time.Microsecond) {
 						if time.Since(late) > time.Second {
 							lost = given - 64 - sink.total.Load()
@@ -231,7 +231,7 @@ func TestLegsMerge(t *testing.T) {
 	}
 }
 
-// checkOnce waits for all numbers that some leg had, and finds those that came twice or not.
+// checkOnce waits for all numbers that some leg carried, and finds duplicate and missing ones.
 func (l *legLab) checkOnce(t *testing.T, sink *numberSink, numbers int) {
 	t.Helper()
 	want := int64(0)
@@ -268,7 +268,7 @@ func (l *legLab) checkOnce(t *testing.T, sink *numberSink, numbers int) {
 	}
 }
 
-// checkLegs holds what the relay says of its inputs to what was sent.
+// checkLegs compares the relay's report on its inputs with what was sent.
 func (l *legLab) checkLegs(t *testing.T, numbers int, undisturbed bool) {
 	t.Helper()
 	r := l.in.rule("cam")
@@ -291,7 +291,7 @@ func (l *legLab) checkLegs(t *testing.T, numbers int, undisturbed bool) {
 		if in.Leg == nil || in.State != control.StateActive {
 			t.Fatalf("input %d: %+v", i, in)
 		}
-		// The first and the last may be among the lost.
+		// The first and last packets may be among those lost.
 		if n := int(in.Leg.Lost); n > lost[i] || n < lost[i]-5 {
 			t.Errorf("input %d lacks %d numbers, want %d", i, n, lost[i])
 		}
@@ -304,7 +304,7 @@ func (l *legLab) checkLegs(t *testing.T, numbers int, undisturbed bool) {
 		t.Errorf("%d numbers are lost on all inputs, want %d: %+v", n, both, r.Stream)
 	}
 	if !undisturbed {
-		return // outputs that change begin their counters anew
+		return // changed outputs restart their counters
 	}
 	eventually(t, "what is lost on all inputs is told, once it is older than the skew", func() string {
 		if n := int(l.in.rule("cam").Stream.Lost); n > both || n < both-3 {

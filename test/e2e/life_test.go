@@ -11,15 +11,15 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// TestLife goes through the life of a relay on every path: started, killed, upgraded without
-// a daemon, started again, terminated, unloaded. Frames are compared byte for byte each
-// time. It is what is run on each kernel that is supported, and short for that.
+// TestLife takes a relay through its life on every path: started, killed, upgraded without a
+// daemon, started again, terminated, unloaded. Frames are compared byte for byte at each stage. It
+// runs on every supported kernel, so it is short.
 func TestLife(t *testing.T) {
 	n := newNetwork(t)
 	n.addIPv6(t)
 	in := newInstance(t, n.relay)
-	// For each path a rule with one output and one with four, with what is rare among
-	// them; by its group each rule is known.
+	// For each path a rule with one output and one with four, which include rare features; each
+	// rule is identified by its group.
 	var rules strings.Builder
 	rules.WriteString("rules:\n")
 	type stream struct {
@@ -60,7 +60,7 @@ func TestLife(t *testing.T) {
 	}
 	check("started", paths...)
 	in.running.stop(syscall.SIGKILL)
-	// The afxdp path falls back to the kernel path, which can carry these rules.
+	// The afxdp path falls back to the kernel path, which supports these rules.
 	check("killed", "kernel", "afxdp")
 	in.mustCLI("upgrade")
 	check("upgraded", "kernel", "afxdp")

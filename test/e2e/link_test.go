@@ -10,7 +10,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// ofTheLink stands for the IPv6 address that an interface has on its link.
+// ofTheLink stands for the link-local IPv6 address of an interface.
 var ofTheLink = netip.MustParseAddr("fe80::")
 
 func linkLocal(t *testing.T, h *lab.Host, ifname string) (found netip.Addr) {
@@ -36,7 +36,7 @@ func linkLocal(t *testing.T, h *lab.Host, ifname string) (found netip.Addr) {
 
 func toAll(f *packet.Frame) { f.DstMAC = packet.BroadcastMAC }
 
-// linkFeatures are rules for what is meant for one link.
+// linkFeatures are rules for link-local traffic.
 var linkFeatures = []featureCase{
 	{name: "mDNS", in: "224.0.0.251:5353%in0,local-control=allow", frame: dst("224.0.0.251", 5353, func(f *packet.Frame) { f.TTL = 255 }),
 		out: []string{"224.0.0.251:5353%out0", "224.0.0.251:5353%out1,src=keep", "239.2.2.2:6000%out2"}, want: []func(f *packet.Frame){
@@ -58,8 +58,8 @@ var linkFeatures = []featureCase{
 		out: []string{"239.2.2.2:9%out2"}, drop: "loop"},
 }
 
-// TestLinkFeatures: groups of one link and broadcast are relayed when rules say so, on
-// every path.
+// TestLinkFeatures: link-local groups and broadcast are relayed when rules ask for it, on every
+// path.
 func TestLinkFeatures(t *testing.T) {
 	onPaths(t, func(t *testing.T, n *network, in *instance, path string) { runFeatures(t, linkFeatures, n, in, path) })
 }

@@ -22,9 +22,9 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// container connects a host to the relay as a container is: its frames reach the relay
-// by a device of the host, and no wire. It returns the relay's interface, on which rules
-// are to take the packets in.
+// container connects a host to the relay the way a container is connected: its frames reach the
+// relay through a device of the host, without a wire. It returns the relay's interface for rule
+// inputs.
 type container func(t *testing.T, n *network, c *lab.Host) (input string)
 
 func addLink(t *testing.T, h *lab.Host, l netlink.Link) {
@@ -47,8 +47,7 @@ func up(t *testing.T, h *lab.Host, name, cidr string) {
 	}
 }
 
-// port connects the container's eth0 to an interface of the relay, with the offloads that
-// a veth has.
+// connectPort connects the container's eth0 to an interface of the relay, with a veth's offloads.
 func connectPort(t *testing.T, n *network, c *lab.Host, name, relayAddr string) {
 	t.Helper()
 	end := lab.End{Host: n.relay, Name: name}
@@ -128,8 +127,8 @@ var containers = map[string]container{
 	},
 }
 
-// openTun makes a tun device whose packets come with what their sender left to others to do, as
-// between a virtual machine or a VPN's process and the kernel.
+// openTun opens a tun device whose packets carry their sender's pending offloads, as between a
+// virtual machine or a VPN process and the kernel.
 func openTun(t *testing.T, h *lab.Host, name string) *os.File {
 	t.Helper()
 	f := labtest.Tun(t, h, name, unix.IFF_VNET_HDR)
@@ -139,7 +138,7 @@ func openTun(t *testing.T, h *lab.Host, name string) *os.File {
 	}
 	var fault error
 	err = raw.Control(func(fd uintptr) {
-		// Datagrams that are not divided are taken since Linux 6.2.
+		// Unsegmented datagrams are accepted since Linux 6.2.
 		if unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_USO4|unix.TUN_F_USO6) != nil {
 			fault = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, unix.TUN_F_CSUM)
 		}
@@ -150,7 +149,7 @@ func openTun(t *testing.T, h *lab.Host, name string) *os.File {
 	return f
 }
 
-// connectTun connects the container's eth0 with tun0 of the relay, both without Ethernet header.
+// connectTun connects the container's eth0 to tun0 of the relay, both without Ethernet header.
 func connectTun(t *testing.T, n *network, c *lab.Host) string {
 	from, to := openTun(t, c, "eth0"), openTun(t, n.relay, "tun0")
 	copied := make(chan struct{})
@@ -162,7 +161,7 @@ func connectTun(t *testing.T, n *network, c *lab.Host) string {
 			if err != nil {
 				return
 			}
-			_, _ = to.Write(packet[:length]) // an error is a packet lost, which the test finds
+			_, _ = to.Write(packet[:length]) // an error is a lost packet, which the test detects
 		}
 	}()
 	t.Cleanup(func() {
@@ -175,14 +174,14 @@ func connectTun(t *testing.T, n *network, c *lab.Host) string {
 	return "tun0"
 }
 
-// datagrams is how many each sender sends, and their length. So many wait in a receiver's
-// socket, of the usual size, until it reads.
+// datagrams is the number each sender sends, and their length. That many fit in a receiver's socket
+// of default size until it reads.
 const (
 	datagrams   = 40
 	datagramLen = 1000
 )
 
-// sendSegments sends ten datagrams in one, ten times (UDP_SEGMENT, udp(7)).
+// sendSegments sends ten datagrams in one call, ten times (UDP_SEGMENT, udp(7)).
 func sendSegments(fd int, to *unix.SockaddrInet4) error {
 	control := make([]byte, unix.CmsgSpace(2))
 	header := control[:unix.CmsgLen(0)]
@@ -254,7 +253,7 @@ func sendFromPort(t *testing.T, c *lab.Host, ifname, group string, fn func(int, 
 	})
 }
 
-// arrive reads so many datagrams, of the right length, and says how many came.
+// arrive reads a number of datagrams of the right length, and returns how many arrived.
 func arrive(t *testing.T, c net.PacketConn, want int) (n int) {
 	t.Helper()
 	buffer := make([]byte, 65536)
@@ -277,8 +276,8 @@ func arrive(t *testing.T, c net.PacketConn, want int) (n int) {
 	return n
 }
 
-// Whatever a container's sockets and devices leave to others to do - checksums, dividing
-// datagrams - path auto takes a path on which it is done, with one output and with two.
+// Whatever a container's sockets and devices leave to offloads - checksums, segmentation of
+// datagrams - path auto chooses a path that does it, with one output and with two.
 func TestSendersOfThisHost(t *testing.T) {
 	for kind, connect := range containers {
 		t.Run(kind, func(t *testing.T) {
@@ -303,7 +302,7 @@ func TestSendersOfThisHost(t *testing.T) {
 						outs = append(outs, fmt.Sprintf("%s%%out%d", to, o))
 						sinks = append(sinks, labtest.Listen(t, n.sinks[o], "sink0", to))
 					}
-					if kind != "macvlan" { // which has what its parent has
+					if kind != "macvlan" { // a macvlan has the offloads of its parent
 						offload(t, c, "eth0", s.offload)
 					}
 					name := fmt.Sprintf("r%d", number)
@@ -343,8 +342,8 @@ func TestSendersOfThisHost(t *testing.T) {
 	}
 }
 
-// What would be a rule's packet, did it not end too early, is told by stats, rule show and
-// explain, on every path.
+// A packet that would match a rule but is truncated is reported by stats, rule show and explain, on
+// every path.
 func TestMalformedIsTold(t *testing.T) {
 	for _, path := range []string{"kernel", "afxdp", "fanout"} {
 		t.Run(path, func(t *testing.T) {
@@ -376,8 +375,8 @@ func TestMalformedIsTold(t *testing.T) {
 	}
 }
 
-// Processes of the relay's own host that send to each other do so whatever rules there are
-// on the interface.
+// Processes of the relay's host that send to each other reach each other whatever rules the
+// interface has.
 func TestLocalTrafficOfTheRelay(t *testing.T) {
 	for _, path := range []string{"kernel", "afxdp", "fanout"} {
 		t.Run(path, func(t *testing.T) {

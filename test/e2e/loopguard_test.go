@@ -23,8 +23,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// lans is some LANs, each a bridge that floods, a host with an interface on each
-// (lan0, lan1, ...; 10.N.0.100), and relays that have the same (10.N.0.1 and up).
+// lans is a number of LANs, each a flooding bridge, a host with an interface on each (lan0, lan1,
+// ...; 10.N.0.100), and relays with the same (10.N.0.1 and up).
 type lans struct {
 	t      testing.TB
 	sw     *lab.Host
@@ -32,15 +32,14 @@ type lans struct {
 	taps   []*labtest.Tap
 	macs   [][6]byte
 	relays []*instance
-	sent   int // packets that host has sent so far
-	// meant makes rules two-way, which say no loop themselves.
+	sent   int // packets sent by host so far
+	// meant makes rules two-way if they do not set loop themselves.
 	meant bool
-	// pause is how long a reflector waits before it sends.
+	// pause is the delay of a reflector before it sends.
 	pause time.Duration
 }
 
-// mostExtra is how many packets a loop may make in every test beyond those that were
-// asked for.
+// mostExtra is the number of packets that a loop may add to the expected ones in every test.
 const mostExtra = 100
 
 func newLANs(t testing.TB, n int) *lans {
@@ -67,11 +66,11 @@ func newLANs(t testing.TB, n int) *lans {
 func (l *lans) plug(h *lab.Host, lan int, name, addr string) {
 	l.t.Helper()
 	port := fmt.Sprintf("p%d-%s", lan, h.Name[max(0, len(h.Name)-8):])
-	if len(name) > 4 { // a second one on the same LAN
+	if len(name) > 4 { // a second interface on the same LAN
 		port = "q" + port[1:]
 	}
 	labtest.Connect(l.t, lab.End{Host: h, Name: name, Addrs: []string{addr}}, lab.End{Host: l.sw, Name: port})
-	// The bridge gives tags to the port beside the frame, where XDP does not see them.
+	// The bridge passes tags to the port as metadata, where XDP does not see them.
 	labtest.Do(l.t, l.sw, func() error { return lab.SetFeature(port, "tx-vlan-hw-insert", false) })
 	bridge, err := l.sw.Link(fmt.Sprintf("lan%d", lan))
 	if err != nil {
@@ -114,7 +113,7 @@ const marker = "loop guard test "
 
 func marked(frame []byte) bool { return bytes.Contains(frame, []byte(marker)) }
 
-// frame is a datagram of the host to a group of a LAN.
+// frame is a datagram from the host to a group on a LAN.
 func (l *lans) frame(lan int, dst netip.AddrPort, payload string, change ...func(*packet.Frame)) []byte {
 	src := netip.AddrFrom4([4]byte{10, byte(lan), 0, 100})
 	if dst.Addr().Is6() {
@@ -136,8 +135,8 @@ func (l *lans) send(lan int, frame []byte) {
 	l.sent++
 }
 
-// counts waits until no marked packet has come for a while on any LAN, and returns how
-// many have come on each. More than a bound says that the loop goes on.
+// counts waits until no marked packet has arrived for a while on any LAN, and returns the number on
+// each. Exceeding a bound means that the loop continues.
 func (l *lans) counts() []int {
 	l.t.Helper()
 	got := make([]int, len(l.taps))
@@ -163,7 +162,7 @@ func sum(counts []int) (n int) {
 	return n
 }
 
-// looping returns the rules that are looping, with the ways.
+// looping returns the rules that are looping, with their loops.
 func (l *lans) looping() (all []string) {
 	l.t.Helper()
 	for i, in := range l.relays {
@@ -197,10 +196,10 @@ func addPath(in *instance, path, name, input string, outputs ...string) {
 	}
 }
 
-// guardPaths are those that a loop is tried on.
+// guardPaths are the paths that every loop is tried on.
 var guardPaths = []string{"kernel", "afxdp", "fanout"}
 
-// twoWay adds the rules that relay a group both ways.
+// twoWay adds the rules that relay a group in both directions.
 func twoWay(in *instance, path, group string, a, b int, policy string) {
 	in.t.Helper()
 	addPath(in, path, "there", fmt.Sprintf("%s%%lan%d,loop=two-way", group, a), fmt.Sprintf("%s%%lan%d%s", group, b, policy))
@@ -214,18 +213,18 @@ const (
 
 var ssdp = netip.MustParseAddrPort(ssdpText)
 
-// loopCase is a topology that sends packets round.
+// loopCase is a topology with a loop.
 type loopCase struct {
 	name string
 	lans int
 	make func(l *lans, path string)
-	// reached is how many packets on the LANs one packet makes without a loop.
+	// reached is the number of packets on the LANs per packet sent, without a loop.
 	reached int
 	frame   func(l *lans, payload string) []byte
-	plain   bool // of rules whose circle is not meant: the guard goes by marks alone
-	from    int  // LAN that it is sent on
+	plain   bool // rules not marked two-way: the guard relies on marks alone
+	from    int  // LAN it is sent on
 	calm    bool // ended by the check of own packets: nothing loops
-	basic   bool // of TestLoopGuard, which other kernels run, too
+	basic   bool // part of TestLoopGuard, which also runs on other kernels
 }
 
 var loopCases = []loopCase{
@@ -246,7 +245,7 @@ var loopCases = []loopCase{
 			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
 		}
 	}},
-	// Each hears two others: what goes round doubles with each round.
+	// Each hears two others: looping packets double with each round.
 	{name: "three relays, two ways", lans: 2, reached: 3, make: func(l *lans, path string) {
 		for range 3 {
 			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
@@ -335,12 +334,11 @@ var loopCases = []loopCase{
 	}},
 }
 
-// In every topology that sends packets round, on every path: the loop is found, at most
-// mostExtra packets are made, and the rule says the way. With the way known, the next
-// packet makes few.
+// In every topology with a loop, on every path: the loop is found, at most mostExtra packets are
+// made, and the rule reports the loop. Once the loop is known, the next packet makes few.
 func TestLoopGuard(t *testing.T) { runLoopCases(t, true) }
 
-// The same in larger topologies, and with what others make of packets.
+// The same in larger topologies, and with packets modified by others.
 func TestLoopGuardTopologies(t *testing.T) { runLoopCases(t, false) }
 
 func runLoopCases(t *testing.T, basic bool) {
@@ -396,7 +394,7 @@ func (c *loopCase) run(t *testing.T, path string) {
 	if extra := sum(more) - 20*c.reached; extra > mostExtra {
 		t.Errorf("%d more packets, %d without a loop", sum(more), 20*c.reached)
 	}
-	// In a ring both ways, the second copy of each may be cut, and no first one.
+	// In a two-way ring the second copy of each packet may be cut, but no first one.
 	for lan, n := range more {
 		if lan != c.from && n < 20 {
 			t.Errorf("%d of 20 more packets on LAN %d", n, lan)
@@ -410,8 +408,8 @@ func (c *loopCase) run(t *testing.T, path string) {
 	}
 }
 
-// reflector is a program that sends what it receives of a group on one LAN to another, by
-// plain sockets, until the test ends.
+// reflector sends what it receives from a group on one LAN to another, with plain sockets, until
+// the test ends.
 func (l *lans) reflector(from, to int) {
 	l.t.Helper()
 	h := labtest.Host(l.t, "reflect")
@@ -466,7 +464,7 @@ func (l *lans) reflector(from, to int) {
 	})
 }
 
-// smcroute relays what the host sends from one LAN to another by the kernel's multicast
+// smcroute relays what the host sends from one LAN to another through the kernel's multicast
 // routing, until the test ends.
 func (l *lans) smcroute(from, to int) {
 	l.t.Helper()
@@ -515,8 +513,8 @@ func (l *lans) smcroute(from, to int) {
 	})
 }
 
-// A loop that is gone heals: the rule is active again, and takes from the one who sent the
-// packets back what is its own.
+// A loop that is gone heals: the rule is active again, and takes what the host that sent the
+// packets back originates itself.
 func TestLoopGuardHeals(t *testing.T) {
 	l := newLANs(t, 2)
 	for range 2 {
@@ -551,15 +549,15 @@ func TestLoopGuardHeals(t *testing.T) {
 	}
 }
 
-// A plain rule whose packets a host sends anew by sockets, of which nothing proves that it is a
-// loop, goes on relaying, and everything says what to do; loop=two-way then ends it.
+// A plain rule whose packets a host resends by sockets, with no proof of a loop, keeps relaying,
+// and every command says what to do; loop=two-way then ends the loop.
 func TestLoopGuardEcho(t *testing.T) {
 	l := newLANs(t, 2)
 	l.pause = 2 * time.Millisecond
 	r := l.relay(0, 1)
 	l.add(r, "kernel", "there", ssdpText+"%lan0", ssdpText+"%lan1")
 	l.reflector(1, 0)
-	// The daemon's first look has been: what was counted before it is not news.
+	// The daemon has done its first check: what was counted before it is not news.
 	eventually(t, "the packet goes round", func() string {
 		if r.rule("there").Matched.Packets < 20 {
 			l.send(0, l.frame(0, ssdp, "round"))
@@ -592,7 +590,7 @@ func TestLoopGuardEcho(t *testing.T) {
 	}
 }
 
-// Real senders of equal content, on two inputs and on one, lose nothing.
+// Real senders with equal payloads, on two inputs and on one, lose nothing.
 func TestLoopGuardLeavesSendersAlone(t *testing.T) {
 	for _, path := range guardPaths {
 		t.Run(path, func(t *testing.T) {
@@ -608,11 +606,11 @@ func TestLoopGuardLeavesSendersAlone(t *testing.T) {
 				l.send(0, l.frame(0, group, payload))        // two legs of one stream
 				l.send(1, l.frame(1, group, payload))        // on two inputs
 				l.send(0, l.frame(0, group, payload, other)) // and on one
-				l.send(0, l.frame(0, group, "null packet"))  // one that repeats itself
+				l.send(0, l.frame(0, group, "null packet"))  // a sender that repeats itself
 				l.send(1, l.frame(1, group, "null packet"))
 				l.send(1, l.frame(1, group, "null packet", other)) // and another that does the same
 			}
-			// One that takes over from another, at a pace.
+			// One sender takes over from another, at a pace.
 			l.send(0, l.frame(0, group, "takes over"))
 			for range n / 2 {
 				l.send(1, l.frame(1, group, "takes over", other))

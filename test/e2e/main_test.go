@@ -1,5 +1,5 @@
-// Package e2e_test tests the built program from outside: as a daemon in a network
-// namespace, with real traffic, its command line and its API.
+// Package e2e_test tests the built program from outside: as a daemon in a network namespace, with
+// real traffic, its command line and its API.
 package e2e_test
 
 import (
@@ -17,7 +17,7 @@ var program string
 
 func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) }
 
-// takesPath is the environment variable that has this binary stand for a new daemon that dies after it
+// takesPath is the environment variable that makes this binary act as a new daemon that dies after it
 // has had the old one stop a path.
 const takesPath = "XDPCAST_E2E_TAKES_PATH"
 
@@ -37,9 +37,9 @@ func buildAndRun(m *testing.M) int {
 	if path := os.Getenv(takesPath); path != "" {
 		return takeAndDie(path)
 	}
-	// A machine without a Go toolchain brings the program.
+	// A machine without a Go toolchain supplies the program.
 	if program = os.Getenv("XDPCAST_E2E_PROGRAM"); program != "" || !labtest.Root() {
-		return m.Run() // without root everything is skipped
+		return m.Run() // all tests are skipped without root
 	}
 	dir, err := os.MkdirTemp("", "xdpcast-e2e-")
 	if err != nil {

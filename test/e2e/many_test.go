@@ -22,8 +22,8 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// TestThousandRules adds 1,000 rules one by one, sends through some, and removes
-// them. Everything must be back to where it was.
+// TestThousandRules adds 1,000 rules one by one, sends through some, and removes them. Everything
+// must return to its initial state.
 func TestThousandRules(t *testing.T) {
 	const count = 1000
 	n := newNetwork(t)
@@ -31,14 +31,14 @@ func TestThousandRules(t *testing.T) {
 		lab.End{Host: n.source, Name: "src1", Addrs: []string{"10.3.0.2/24"}})
 	in := newInstance(t, n.relay)
 	in.start("-i", "in0", "-i", "in1", "-i", "out0", "-i", "out1", "-i", "out2")
-	// The first of all makes what then stays, such as the runtime's own files.
+	// The first rules create what then stays, such as the runtime's own files.
 	in.addMany(t, 0, 8)
 	in.deleteMany(t, 0, 8)
 	var before holdings
 	eventually(t, "the last client is gone", func() string {
 		before = in.holdings()
-		// What stays: the control socket; those that hear of interfaces, of routes and neighbours,
-		// of queues, and of features; and two that ask for all that.
+		// Permanent sockets: the control socket; those for notifications of interfaces, of routes
+		// and neighbours, of queues, and of features; and two for queries about them.
 		if n := before.Files["socket:"]; n != 7 {
 			return fmt.Sprintf("%d sockets", n)
 		}
@@ -87,12 +87,12 @@ func TestThousandRules(t *testing.T) {
 		return cmp.Diff(before.exact(), after.exact())
 	})
 	t.Logf("memory of the daemon: %d kB after", after.Memory)
-	// The collector gives memory back when it likes.
+	// The collector returns memory when it likes.
 	if limit := before.Memory + 128<<10; after.Memory > limit {
 		t.Errorf("the daemon has %d kB, before the rules %d kB", after.Memory, before.Memory)
 	}
 
-	// And all at once, which is one swap of the flow table.
+	// And all at once, in one swap of the flow table.
 	all := make([]rules.Rule, count)
 	for i := range all {
 		var err error
@@ -110,7 +110,7 @@ func TestThousandRules(t *testing.T) {
 	}
 	eventually(t, "all is back to where it was", func() string {
 		after := in.holdings().exact()
-		// The flow table in force is another one now.
+		// The current flow table is a different one now.
 		for _, h := range []holdings{before, after} {
 			h.Pins["flows4"] = 0
 		}
@@ -118,14 +118,14 @@ func TestThousandRules(t *testing.T) {
 	})
 }
 
-// manyRule is rule i of many: with one output or three, any-source or
-// source-specific, on one of two interfaces.
+// manyRule is rule i of many: with one output or three, any-source or source-specific, on one of
+// two interfaces.
 func manyRule(i int) control.Rule {
 	r := control.Rule{Name: fmt.Sprintf("r%d", i), In: fmt.Sprintf("%s:5000%%in%d", manyGroup(i), i&1)}
 	if i&2 != 0 {
 		r.In = fmt.Sprintf("10.%d.0.2@", 1+2*(i&1)) + r.In
 	}
-	// Few with three: each waits until the kernel has let go of what it replaces.
+	// Few have three: each waits until the kernel has freed what it replaces.
 	outputs := 1
 	if i%8 == 7 {
 		outputs = 3
@@ -172,17 +172,17 @@ func (in *instance) deleteMany(t *testing.T, from, to int) {
 type holdings struct {
 	// Files counts open files by kind: bpf maps, programs and links, sockets.
 	Files map[string]int
-	// Memberships is the number of groups of all interfaces.
+	// Memberships is the number of groups on all interfaces.
 	Memberships int
 	Pins        map[string]uint32
-	// Filled counts the entries of maps that hold one for each rule or output.
+	// Filled counts the entries of maps that hold one per rule or output.
 	Filled map[string]int
 	// Programs are those attached to interfaces.
 	Programs map[string]uint32
 	Memory   int // resident, kB
 }
 
-// exact is what must be the same, not only alike.
+// exact is the part that must be equal, not just similar.
 func (h holdings) exact() holdings {
 	h.Memory = 0
 	h.Pins = maps.Clone(h.Pins)
@@ -219,7 +219,7 @@ func openFiles(t testing.TB, pid string) map[string]int {
 	for _, e := range entries {
 		link, err := os.Readlink(filepath.Join(dir, e.Name()))
 		if err != nil {
-			continue // closed meanwhile
+			continue // closed in the meantime
 		}
 		count[inode.ReplaceAllString(link, "")]++
 	}
@@ -245,7 +245,7 @@ func residentMemory(t testing.TB, pid string) int {
 	return 0
 }
 
-// filled counts the entries of a map: those of an array that are not zero.
+// filled counts the entries of a map; for an array, the non-zero ones.
 func filled(t testing.TB, path string) int {
 	t.Helper()
 	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
@@ -253,7 +253,7 @@ func filled(t testing.TB, path string) int {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	// Keys alone, since an array of maps gives a value only where there is one.
+	// Only keys, since an array of maps returns a value only for occupied entries.
 	var key, next []byte
 	n := 0
 	for {

@@ -14,7 +14,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// mirrors waits until so many routes are there, and so many of them are forwarded in XDP.
+// mirrors waits until there are this many routes, and this many of them are forwarded in XDP.
 func (in *instance) mirrors(entries, accelerated int) (s *control.MrouteStatus) {
 	in.t.Helper()
 	eventually(in.t, fmt.Sprintf("%d of %d routes are forwarded in XDP", accelerated, entries), func() string {
@@ -33,8 +33,8 @@ func (in *instance) mirrors(entries, accelerated int) (s *control.MrouteStatus) 
 	return s
 }
 
-// TestMrouteConfig: the file says which routes are mirrored, a reload changes that, a confirmation
-// that does not come brings the settings of before back, and status and doctor say why the others
+// TestMrouteConfig: the file selects which routes are mirrored, a reload changes that, a missing
+// confirmation restores the previous settings, and status and doctor report why the other routes
 // are left to the kernel.
 func TestMrouteConfig(t *testing.T) {
 	n := newNetwork(t)
@@ -86,7 +86,7 @@ func TestMrouteConfig(t *testing.T) {
 			t.Errorf("status lacks %q:\n%s", line, text)
 		}
 	}
-	// Other tables, and a fault changes nothing.
+	// Other tables; a fault changes nothing.
 	in.write("rules.yaml", rule+"mroute:\n  tables: [main, 100]\n")
 	in.mustCLI("reload")
 	in.mirrors(5, 5)
@@ -99,7 +99,7 @@ func TestMrouteConfig(t *testing.T) {
 	}
 	in.mirrors(5, 5)
 
-	// A change that nobody confirms, and one that is rolled back.
+	// A change that is not confirmed, and one that is rolled back.
 	in.write("rules.yaml", rule)
 	if text := in.mustCLI("reload", "--confirm", "1s"); !strings.Contains(text, "- multicast routes of the kernel are mirrored\n") {
 		t.Errorf("reload: %s", text)
@@ -117,7 +117,7 @@ func TestMrouteConfig(t *testing.T) {
 		t.Errorf("the rule of the file has number %d in the kernel, had %d", now, id)
 	}
 
-	// An interface that nothing can be sent by is told by the doctor.
+	// The doctor reports an interface that cannot send.
 	if err := n.relay.SetUp("out1", false); err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +139,7 @@ func TestMrouteConfig(t *testing.T) {
 	}
 }
 
-// TestMrouteFlags: options and file do not both say it.
+// TestMrouteFlags: options and file must not both set it.
 func TestMrouteFlags(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -164,8 +164,8 @@ func TestMrouteFlags(t *testing.T) {
 	}
 }
 
-// TestMrouteJoined: a group that a program on the router joins on its input is left to the kernel
-// while the program has it, so that both get each packet, the program and the receiver beyond.
+// TestMrouteJoined: a group that a program on the router joins on the route's input is left to the
+// kernel while joined, so that the program and the receiver beyond both get each packet.
 func TestMrouteJoined(t *testing.T) {
 	n := newNetwork(t)
 	router := labtest.NewRouter(t, n.relay, true, 0)
@@ -196,7 +196,7 @@ func TestMrouteJoined(t *testing.T) {
 		}
 		sink.Collect(1, beyond)
 	}
-	// What the relay itself joins for a rule is no program's.
+	// A group that the relay itself joins for a rule is no program's.
 	in.mustCLI("rule", "add", "own", "--in", routedGroup+":7000%in0", "--out", "239.8.8.8:7000%out0")
 	if err := program.Close(); err != nil {
 		t.Fatal(err)
@@ -209,7 +209,7 @@ func TestMrouteJoined(t *testing.T) {
 		t.Errorf("%d packets forwarded in XDP, want %d", after, before+1)
 	}
 
-	// Taken whether a program has joined or not.
+	// Taken whether or not a program has joined.
 	labtest.Listen(t, n.relay, "in0", group)
 	in.mirrors(1, 0)
 	in.write("rules.yaml", "rules: []\nmroute: {joined: take}\n")

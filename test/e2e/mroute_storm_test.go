@@ -12,9 +12,9 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// TestMrouteStorm: routes change 5,000 times a second, and the daemon is behind by a bounded time:
-// a change that follows is in force soon, and what the daemon forwards then are the routes that
-// were made, with their outputs. With XDPCAST_SOAK it goes on for half an hour.
+// TestMrouteStorm: routes change 5,000 times per second, and the daemon's delay is bounded: a
+// change that follows takes effect soon, and the daemon then forwards the routes that were made,
+// with their outputs. With XDPCAST_SOAK it runs for half an hour.
 func TestMrouteStorm(t *testing.T) {
 	n := newNetwork(t)
 	router := labtest.NewRouter(t, n.relay, true, 0)
@@ -25,9 +25,9 @@ func TestMrouteStorm(t *testing.T) {
 	in := newInstance(t, n.relay)
 	in.start("--mroute", "--mroute-family", "ipv4", "--log-level", "error")
 	const (
-		rate   = 5000 // changes a second
+		rate   = 5000 // changes per second
 		routes = 1000
-		limit  = 5 * time.Second // tens of milliseconds, where nothing else runs
+		limit  = 5 * time.Second // tens of milliseconds on an idle machine
 	)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)

@@ -20,22 +20,22 @@ const (
 	routedGroup  = "239.1.1.1"
 )
 
-// routedFrame is one frame of those that a multicast router meets.
+// routedFrame is a frame that a multicast router may meet.
 type routedFrame struct {
 	name  string
 	frame []byte
-	// kernel: the kernel forwards or drops it with the mirror, too.
+	// kernel: the kernel forwards or drops it also with the mirror.
 	kernel bool
 }
 
-// marked puts a number into the last bytes of a payload.
+// numberedPayload has a number in its last bytes.
 func numberedPayload(n, length int) []byte {
 	b := bytes.Repeat([]byte{0xa5}, length)
 	binary.BigEndian.PutUint32(b, uint32(n))
 	return b
 }
 
-// routedFrames are frames of a source to a group, each with its number at the start of its payload.
+// routedFrames are frames from a source to a group, each starting its payload with its number.
 func (n *network) routedFrames(t *testing.T, source, group string) (all []routedFrame) {
 	plain := func() packet.Frame {
 		g := netip.MustParseAddr(group)
@@ -112,7 +112,7 @@ func (n *network) routedFrames(t *testing.T, source, group string) (all []routed
 	return all
 }
 
-// routed sends the frames and returns what comes out at each sink, in order.
+// routed sends the frames and returns what arrives at each sink, in order.
 func (n *network) routed(t *testing.T, frames []routedFrame, group string) (out [2][][]byte) {
 	t.Helper()
 	to := netip.MustParseAddr(group)
@@ -141,8 +141,8 @@ func (n *network) routed(t *testing.T, frames []routedFrame, group string) (out 
 	return out
 }
 
-// TestMroutes: with its routes mirrored a router forwards the same frames, byte for byte, and
-// most of them in XDP; its routing daemon sees packets counted. Daemons that end, change a route or
+// TestMroutes: with its routes mirrored a router forwards the same frames, byte for byte, and most
+// of them in XDP; its routing daemon sees its counters grow. Daemons that end, change a route or
 // are killed leave the forwarding to the kernel.
 func TestMroutes(t *testing.T) {
 	for _, family := range []string{"ipv4", "ipv6"} {
@@ -185,7 +185,7 @@ func TestMroutes(t *testing.T) {
 			if r := in.rule(name); r.Origin != control.OriginMroute || r.Outputs[0].Sent.Packets != uint64(taken) {
 				t.Errorf("rule: %+v", r)
 			}
-			// The kernel's counter moves within seconds, and the stream is not touched by that.
+			// The kernel's counter increases within seconds, without disturbing the stream.
 			counted := router.Packets(source, group)
 			from := labtest.NewTap(t, n.source, "src0")
 			eventually(t, "the routing daemon sees packets counted", func() string {
@@ -224,7 +224,7 @@ func TestMroutes(t *testing.T) {
 				in.waitRoute(name, control.StateActive, 1)
 				router.Add(source, group, "in0", outputs)
 				in.waitRoute(name, control.StateActive, 2)
-				// Of the routes that have it the kernel does not tell that an interface left the router.
+				// The kernel does not notify of routes whose interface left the router.
 				router.DeleteVIF("out1")
 				in.waitRoute(name, control.StateActive, 1)
 				router.AddVIF("out1", 4)
@@ -242,7 +242,7 @@ func TestMroutes(t *testing.T) {
 			})
 			t.Run("killed", func(t *testing.T) {
 				in.running.stop(syscall.SIGKILL)
-				// A route changes while nobody mirrors it: within seconds the kernel forwards by it.
+				// A route changes while no daemon mirrors it: the kernel follows within seconds.
 				router.Add(source, group, "in0", map[string]uint8{"out0": 1})
 				from, sink := labtest.NewTap(t, n.source, "src0"), labtest.NewTap(t, n.sinks[1], "sink0")
 				eventually(t, "nothing comes by the route of before", func() string {
@@ -272,7 +272,7 @@ func TestMroutes(t *testing.T) {
 	}
 }
 
-// waitRoute waits until the rule of a route has a state and so many outputs.
+// waitRoute waits until the rule of a route has a state and a number of outputs.
 func (in *instance) waitRoute(name, state string, outputs int) {
 	in.t.Helper()
 	eventually(in.t, fmt.Sprintf("%s is %s with %d outputs", name, state, outputs), func() string {
@@ -288,8 +288,8 @@ func (in *instance) waitRoute(name, state string, outputs int) {
 	})
 }
 
-// compareRouted compares what came out, in any order: what the kernel forwards may come before or
-// behind what XDP does.
+// compareRouted compares frames in any order: those forwarded by the kernel may arrive before or
+// after those from XDP.
 func compareRouted(t *testing.T, where string, got, want [][]byte) {
 	t.Helper()
 	got, want = slices.Clone(got), slices.Clone(want)

@@ -21,9 +21,9 @@ func (n *network) setMTU(sink, mtu int) {
 	}
 }
 
-// A veth takes a bulk of redirected frames up to the first that is too long for its peer, whose MTU
-// is in another network namespace, and drops the rest. So what is too long is dropped before,
-// reason mtu, and takes no packet of another rule with it; on every path.
+// A veth accepts a bulk of redirected frames up to the first that is too long for its peer, whose
+// MTU is in another network namespace, and drops the rest. So frames that are too long are dropped
+// earlier, with reason mtu, and take no packet of another rule with them; on every path.
 func TestPeerMTU(t *testing.T) {
 	const packets = 400
 	for _, path := range paths {

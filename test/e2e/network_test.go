@@ -56,8 +56,8 @@ func (n *network) connectOutput(i int) {
 		lab.End{Host: n.sinks[i], Name: "sink0", Addrs: []string{fmt.Sprintf("10.2.%d.2/24", i)}})
 }
 
-// igmp returns the IPv4 groups of each interface, as the kernel lists them, without
-// that of all hosts.
+// igmp returns the IPv4 groups of each interface, as the kernel lists them, without the all-hosts
+// group.
 func igmp(t testing.TB, h *lab.Host) map[string][]netip.Addr {
 	t.Helper()
 	groups := map[string][]netip.Addr{}
@@ -77,7 +77,7 @@ func igmp(t testing.TB, h *lab.Host) map[string][]netip.Addr {
 				}
 				continue
 			}
-			// The number is the address as it lies in memory.
+			// The number is the address as stored in memory.
 			n, err := strconv.ParseUint(fields[0], 16, 32)
 			if err != nil {
 				return fmt.Errorf("line %q: %w", lines.Text(), err)
@@ -96,7 +96,7 @@ func igmp(t testing.TB, h *lab.Host) map[string][]netip.Addr {
 	return groups
 }
 
-// waitJoined waits until an interface is a member of a group, or no more.
+// waitJoined waits until an interface is, or is no longer, a member of a group.
 func (n *network) waitJoined(ifname, group string, want bool) {
 	n.t.Helper()
 	eventually(n.t, fmt.Sprintf("membership of %s on %s is %v", group, ifname, want), func() string {
@@ -124,7 +124,7 @@ func attachedPrograms(t testing.TB, h *lab.Host) map[string]uint32 {
 	return ids
 }
 
-// pins returns the kernel's id of everything that is pinned, by its path below dir.
+// pins returns the kernel id of every pinned object, by its path below dir.
 func pins(t testing.TB, dir string) map[string]uint32 {
 	t.Helper()
 	ids := map[string]uint32{}
@@ -209,7 +209,7 @@ func (n *network) setAddr(ifname, cidr string) {
 	}
 }
 
-// rename renames an interface of the relay, which must be down for it.
+// rename renames an interface of the relay, which must be down.
 func (n *network) rename(from, to string) {
 	n.t.Helper()
 	l, err := n.relay.Link(from)

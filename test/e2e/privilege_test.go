@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// documentedCapabilities reads the table of docs/operations.md: what each command needs.
+// documentedCapabilities reads the table of capabilities per command in docs/operations.md.
 func documentedCapabilities(t *testing.T) map[string][]string {
 	t.Helper()
 	text, err := os.ReadFile("../../docs/operations.md")
@@ -28,8 +28,7 @@ func documentedCapabilities(t *testing.T) map[string][]string {
 	return needs
 }
 
-// having makes commands and daemons run with so many of root's capabilities and no others; undo ends
-// that.
+// having makes commands and daemons run with only these of root's capabilities; undo ends that.
 func (in *instance) having(capabilities []string) (undo func()) {
 	in.t.Helper()
 	bounds := "-all"
@@ -45,19 +44,19 @@ func (in *instance) having(capabilities []string) (undo func()) {
 	return func() { program = before }
 }
 
-// Commands work with exactly the capabilities that their table names, and
-// without any one of them are refused with its name.
+// Commands work with exactly the capabilities listed for them, and are refused without any one of
+// them, with its name.
 func TestCapabilities(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	file := in.write("rules.yaml", "rules:\n  - {name: file, in: \"239.1.9.1:5000%in0\", out: [\"239.2.9.1:6000%out0\"]}\n")
 	state := filepath.Join(in.dir, "state")
-	in.mustCLI("load", "-i", "in0") // mounts the BPF file system, which takes CAP_SYS_ADMIN
+	in.mustCLI("load", "-i", "in0") // mounts the BPF file system, which requires CAP_SYS_ADMIN
 	as := func(capabilities []string, args ...string) result {
 		defer in.having(capabilities)()
 		return in.cli(args...)
 	}
-	roots := func() { // a pin is root's, and the directories are the user's
+	roots := func() { // pins belong to root, directories to the user
 		if err := os.Chown(filepath.Join(in.pinDir, "config"), 0, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -117,7 +116,7 @@ func TestCapabilities(t *testing.T) {
 		}
 	}
 
-	// Nothing is needed to ask the daemon, and to use sockets as everybody may.
+	// Asking the daemon and using sockets as any user may needs no capability.
 	in.start("-c", file)
 	for _, args := range [][]string{
 		{"rule", "add", "x", "--in", "239.1.9.2:5000%in0", "--out", "239.2.9.2:6000%out0"}, {"rule", "list"}, {"rule", "show", "x"}, {"rule", "export"}, {"rule", "del", "x"},

@@ -25,7 +25,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// recording is "xdpcast tap" under way.
+// recording is a running "xdpcast tap".
 type recording struct {
 	t      testing.TB
 	in     *instance
@@ -35,7 +35,7 @@ type recording struct {
 	ended  bool
 }
 
-// record begins to tap, and returns when it has begun.
+// record starts a tap, and returns once it records.
 func (in *instance) record(args ...string) *recording {
 	in.t.Helper()
 	r := &recording{t: in.t, in: in, file: filepath.Join(in.dir, fmt.Sprintf("tap%d.pcapng", time.Now().UnixNano()))}
@@ -62,7 +62,7 @@ func (in *instance) record(args ...string) *recording {
 	return r
 }
 
-// wait waits for the end of a tap, and returns what it says.
+// wait waits for the end of a tap, and returns its output.
 func (r *recording) wait() string {
 	r.t.Helper()
 	r.ended = true
@@ -83,17 +83,17 @@ func (r *recording) stop() string {
 	return r.wait()
 }
 
-// recorded is a packet of a file.
+// recorded is a packet from a file.
 type recorded struct {
-	ifname, comment string // comments have | between them
+	ifname, comment string // comments are joined by |
 	out             bool
 	bytes           []byte
 	length          int
-	time            string // seconds, with a point
+	time            string // seconds, with a decimal point
 }
 
-// packets reads the file, by the words of draft-ietf-opsawg-pcapng and without the code that wrote
-// it; TestTapForTshark holds it against tshark.
+// packets reads the file according to draft-ietf-opsawg-pcapng, without the code that wrote it;
+// TestTapForTshark checks it against tshark.
 func (r *recording) packets() (all []recorded) {
 	r.t.Helper()
 	data, err := os.ReadFile(r.file)
@@ -132,7 +132,7 @@ func (r *recording) packets() (all []recorded) {
 	return all
 }
 
-// optionsOf reads options; those that occur several times are joined.
+// optionsOf reads options; repeated ones are joined.
 func optionsOf(data []byte) map[uint16][]byte {
 	all := map[uint16][]byte{}
 	for len(data) >= 4 {
@@ -149,7 +149,7 @@ func optionsOf(data []byte) map[uint16][]byte {
 	return all
 }
 
-// byTshark has tshark read the file.
+// byTshark reads the file with tshark.
 func (r *recording) byTshark() (all []recorded) {
 	r.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -221,11 +221,11 @@ type tapCase struct {
 	input string
 	out   []string
 	frame func(f *packet.Frame)
-	// dropped are the comments of copies that are not sent, by slot, "" for those that are.
+	// dropped are the comments of copies that are not sent, by slot, "" for copies that are.
 	dropped []string
-	// whole is why no output gets it.
+	// whole is the reason why no output gets it.
 	whole string
-	// tshark is to read the file, too.
+	// tshark says to read the file with tshark as well.
 	tshark bool
 }
 
@@ -292,7 +292,7 @@ func (c tapCase) run(t *testing.T, n *network, in *instance, path string) {
 		t.Errorf("it says %q", said)
 	}
 
-	// What came in.
+	// The packet that arrived.
 	at := slices.IndexFunc(got, func(p recorded) bool { return strings.HasPrefix(p.comment, "rule tapped, in") })
 	if at < 0 {
 		if c.whole != "" && path == "afxdp" && !traces(t) {
@@ -301,7 +301,7 @@ func (c tapCase) run(t *testing.T, n *network, in *instance, path string) {
 		t.Fatalf("nothing has come in: %v", got)
 	}
 	if path == "afxdp" && !traces(t) {
-		clear(wire[:12]) // where the workers are alone, nobody has the MAC addresses any more
+		clear(wire[:12]) // with only the workers tapped, the MAC addresses are no longer known
 	}
 	if p := got[at]; p.out || p.ifname != "in0" || !bytes.Equal(p.bytes, wire) {
 		t.Errorf("in: %v\nwant %x", p, wire)
@@ -309,7 +309,7 @@ func (c tapCase) run(t *testing.T, n *network, in *instance, path string) {
 	if c.whole != "" && got[at].comment != "rule tapped, in|dropped: "+c.whole {
 		t.Errorf("in: %v, want dropped: %s", got[at], c.whole)
 	}
-	// What went out.
+	// The copies sent.
 	for ifname, tap := range taps {
 		var want [][]byte
 		for slot, d := range c.dropped {
@@ -355,8 +355,8 @@ func (c tapCase) run(t *testing.T, n *network, in *instance, path string) {
 	}
 }
 
-// traces says whether the kernel lets anybody trace its functions, and so BPF programs, with BPF: some
-// are built to let nobody change their code. It knows by trying, without the code under test.
+// traces says whether the kernel allows tracing of its functions, and so of BPF programs, with BPF:
+// some kernels are built without code patching. It finds out by trying, without the code under test.
 func traces(t testing.TB) bool {
 	t.Helper()
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -391,9 +391,9 @@ func tapPrograms(t *testing.T) (n int) {
 	}
 }
 
-// TestTapLosesNothing: a stream that is tapped comes out whole, and every packet of it is recorded or counted as
-// lost by the tap, on each path: 100,000 packets a second, in the short form 10,000 in user space. An emulated machine has too little CPU for that many in user
-// space, and its receivers' sockets overflow.
+// TestTapLosesNothing: a tapped stream leaves complete, and every packet of it is recorded or counted as lost by the
+// tap, on each path: 100,000 packets per second, in the short form 10,000 in user space. An emulated machine has too
+// little CPU for that rate in user space, and its receivers' sockets overflow.
 func TestTapLosesNothing(t *testing.T) {
 	for _, path := range paths {
 		t.Run(path, func(t *testing.T) {
@@ -431,8 +431,8 @@ func TestTapLosesNothing(t *testing.T) {
 	}
 }
 
-// overflows waits until so many packets have come, or none comes any more, and says whether those that are missing came
-// to the receiver, whose socket had no room.
+// overflows waits until this many packets have arrived, or no more arrive, and says whether the missing ones reached
+// the receiver, whose socket was full.
 func (s *sink) overflows(packets uint64) bool {
 	const quiet = 10 * time.Second
 	for last, since := s.received(), time.Now(); last < packets; time.Sleep(50 * time.Millisecond) {
@@ -446,7 +446,7 @@ func (s *sink) overflows(packets uint64) bool {
 	return false
 }
 
-// accounted wants so many packets to be recorded, or counted as lost by the tap, none of them longer than snap.
+// accounted requires these packets to be recorded or counted as lost by the tap, none longer than snap.
 func (r *recording) accounted(packets uint64, snap int) {
 	r.t.Helper()
 	said := r.stop()
@@ -466,13 +466,14 @@ func (r *recording) accounted(packets uint64, snap int) {
 	r.t.Logf("of %d packets in and out, %d were recorded, and %d lost by the tap", packets, recorded, lost)
 }
 
-// emulated says whether the processor is qemu's.
+// emulated says whether the processor is QEMU's.
 func emulated() bool {
 	text, err := os.ReadFile("/proc/cpuinfo")
 	return err == nil && bytes.Contains(text, []byte("QEMU"))
 }
 
-// TestTapEnds: however a tap ends, nothing of it is left, and a tap that cannot begin changes nothing.
+// TestTapEnds: however a tap ends, it leaves nothing behind, and one that cannot start changes
+// nothing.
 func TestTapEnds(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -486,7 +487,7 @@ func TestTapEnds(t *testing.T) {
 		ended++
 		daemon.waitLog(`msg="tap has ended"`, ended)
 	}
-	// With its count.
+	// At its packet count.
 	source := labtest.NewTap(t, n.source, "src0")
 	frame := n.frame(t, "239.1.1.1")
 	frame.DstMAC = packet.MulticastMAC(frame.Dst)
@@ -498,7 +499,7 @@ func TestTapEnds(t *testing.T) {
 		t.Errorf("%q: %v", said, r.packets())
 	}
 	gone(t)
-	// When its reader goes, though no packet comes.
+	// When its reader closes, even if no packet arrives.
 	reader, writer, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -525,7 +526,7 @@ func TestTapEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone(t)
-	// What cannot be tapped.
+	// Taps that cannot start.
 	file := filepath.Join(in.dir, "none.pcapng")
 	for _, c := range []struct {
 		args []string
@@ -550,7 +551,7 @@ func TestTapEnds(t *testing.T) {
 	if _, err := os.Stat(file); !os.IsNotExist(err) {
 		t.Errorf("a tap that did not begin has left a file: %v", err)
 	}
-	// Who may only read may not tap.
+	// A user with read access only may not tap.
 	got := in.cliAs(&syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}, "tap", "tapped", "-w", "/dev/null")
 	if got.code != 1 || got.stderr == "" {
 		t.Errorf("as nobody: %s", got)
@@ -565,7 +566,7 @@ func TestTapEnds(t *testing.T) {
 	}
 }
 
-// TestTapToTshark: the command of the guide, which shows the TTL of a packet that was dropped for it.
+// TestTapToTshark: the guide's command, which shows the TTL of a packet that was dropped for it.
 func TestTapToTshark(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("tshark"); err != nil {

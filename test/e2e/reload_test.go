@@ -11,8 +11,8 @@ import (
 	"xdpcast/internal/control"
 )
 
-// TestReload: a broken file changes nothing and every fault is in the log with its
-// line; a good one changes only what is different.
+// TestReload: a broken file changes nothing, and every fault is logged with its line; a good one
+// changes only what differs.
 func TestReload(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -29,7 +29,7 @@ func TestReload(t *testing.T) {
 		{"rules: [", []string{file + ":1: "}},
 		{"rules:\n  - {name: x, in: " + oneIn + ", out: [" + oneOut + "]}\n  - {name: y, in: " + oneIn + ", out: [" + oneOut + "]}\n",
 			[]string{file + `:3: rule "y": in "` + oneIn + `": want an input of its own`}},
-		// At odds with a rule of the API.
+		// Conflicts with a rule of the API.
 		{"rules:\n  - {name: api, in: " + oneIn + ", out: [" + oneOut + "]}\n", []string{`rule "api": name "api": want a unique name`}},
 	} {
 		in.write("rules.yaml", bad.text)
@@ -80,5 +80,5 @@ func TestReload(t *testing.T) {
 	}
 }
 
-// logged is a text as the log quotes it.
+// logged is a text as quoted by the log.
 func logged(line string) string { return strings.ReplaceAll(line, `"`, `\"`) }

@@ -10,7 +10,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// senderFeatures are rules for some senders, ranges of ports, and all groups.
+// senderFeatures are rules for some senders, port ranges, and all groups.
 var senderFeatures = []featureCase{
 	{name: "prefix of sources", in: "10.1.0.0/30@239.1.1.1:5000%in0", out: []string{"239.2.2.2:6000%out0", "239.2.2.3:6000%out1,src=keep"},
 		want: []func(f *packet.Frame){dst("239.2.2.2", 6000), dst("239.2.2.3", 6000, from("10.1.0.2"))}},
@@ -34,8 +34,8 @@ var senderFeatures = []featureCase{
 		want: []func(f *packet.Frame){dst("ff3e:0:0:1::7", 5000)}},
 }
 
-// TestSenderFeatures: prefixes of sources, senders left out, ranges of ports and the
-// prefix of all groups, on every path. What a rule leaves out is not for it.
+// TestSenderFeatures: source prefixes, excluded senders, port ranges and the prefix of all groups,
+// on every path. A rule does not take what it excludes.
 func TestSenderFeatures(t *testing.T) {
 	onPaths(t, func(t *testing.T, n *network, in *instance, path string) {
 		runFeatures(t, senderFeatures, n, in, path)
@@ -84,7 +84,7 @@ func TestSenderFeatures(t *testing.T) {
 	})
 }
 
-// TestSendersSurviveRestart: the counters of such rules go on.
+// TestSendersSurviveRestart: the counters of such rules continue.
 func TestSendersSurviveRestart(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)

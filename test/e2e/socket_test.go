@@ -6,7 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// multicastInterface makes a socket send its groups on an interface.
+// multicastInterface makes a socket send multicast on an interface.
 func multicastInterface(index int, is4 bool) func(network, address string, c syscall.RawConn) error {
 	return func(_, _ string, c syscall.RawConn) error {
 		var sent error

@@ -15,15 +15,15 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// easy is a rate, in packets a second, that an emulated or busy machine carries without loss:
-// for tests that want every packet, and no speed. send has its streams catch up on easyLag of
-// it, since a veth pair holds no more than 256 packets.
+// easy is a rate, in packets per second, that an emulated or busy machine carries without loss: for
+// tests that require every packet, but no speed. send bounds the catch-up of its streams to
+// easyLag, since a veth pair queues at most 256 packets.
 const (
 	easy    = 1_000
 	easyLag = 40 * time.Millisecond
 )
 
-// stream is traffic under way.
+// stream is running traffic.
 type stream struct {
 	t      testing.TB
 	sender *traffic.Sender
@@ -31,7 +31,7 @@ type stream struct {
 	ended  chan error
 }
 
-// send starts to send. The caller must stop the stream.
+// send starts a stream. The caller must stop it.
 func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	t.Helper()
 	s := &stream{t: t, ended: make(chan error, 1)}
@@ -45,9 +45,8 @@ func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	ctx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
 	go func() {
-		// One CPU from the first host to the last: frames of a sender that moves
-		// to another may overtake those that it sent before. The thread ends with
-		// the goroutine.
+		// One CPU from the first host to the last: frames of a sender that migrates to another CPU
+		// may overtake earlier ones. The thread ends with the goroutine.
 		runtime.LockOSThread()
 		var cpus unix.CPUSet
 		if err := unix.SchedGetaffinity(0, &cpus); err == nil {
@@ -57,7 +56,7 @@ func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 			}
 			cpus.Zero()
 			cpus.Set(first)
-			_ = unix.SchedSetaffinity(0, &cpus) // as good as it gets
+			_ = unix.SchedSetaffinity(0, &cpus) // best effort
 		}
 		s.ended <- s.sender.Run(ctx)
 	}()
@@ -71,7 +70,7 @@ func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	return s
 }
 
-// flows waits until so many packets more have been sent.
+// flows waits until this many more packets have been sent.
 func (s *stream) flows(packets uint64) {
 	s.t.Helper()
 	goal := s.sender.Report().Packets + packets
@@ -83,7 +82,7 @@ func (s *stream) flows(packets uint64) {
 	})
 }
 
-// wait waits for the end of a stream that has one, and returns its packets.
+// wait waits for the end of a finite stream, and returns its packets.
 func (s *stream) wait() uint64 {
 	s.t.Helper()
 	select {
@@ -98,7 +97,7 @@ func (s *stream) wait() uint64 {
 	return s.sender.Report().Packets
 }
 
-// stop ends the stream and returns how many packets there were.
+// stop ends the stream and returns its number of packets.
 func (s *stream) stop() uint64 {
 	s.t.Helper()
 	s.cancel()
@@ -118,8 +117,7 @@ type sink struct {
 	ended    chan error
 }
 
-// receive starts to receive everything that is sent from now on. The streams must
-// begin later.
+// receive starts a receiver. The streams must start later.
 func receive(t testing.TB, h *lab.Host, endpoint string, expected traffic.Expected) *sink {
 	t.Helper()
 	sub, err := traffic.ParseSubscription(endpoint)
@@ -147,7 +145,7 @@ func receive(t testing.TB, h *lab.Host, endpoint string, expected traffic.Expect
 	return s
 }
 
-// received is how many packets there have been so far.
+// received is the number of packets so far.
 func (s *sink) received() uint64 { return s.receiver.Report().Total.Received }
 
 // wait waits for the number of packets.
@@ -161,8 +159,8 @@ func (s *sink) wait(packets uint64) {
 	})
 }
 
-// finish ends the reception and returns what is wrong if there were to be so many
-// packets, each once, in order, and as expected.
+// finish ends the reception and returns what is wrong, given that so many packets were expected,
+// each once, in order, and as specified.
 func (s *sink) finish(packets uint64) string {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); s.received() < packets && time.Now().Before(deadline); {
@@ -194,7 +192,7 @@ func (s *sink) finish(packets uint64) string {
 	return fmt.Sprintf("%s: %s (last %+v, wrong %+v)", s.endpoint, strings.Join(faults, ", "), r.Groups[0].Last, r.Groups[0].LastWrong)
 }
 
-// target reads a target of a test.
+// target parses a target.
 func target(t testing.TB, s string) traffic.Target {
 	t.Helper()
 	parsed, err := traffic.ParseTarget(s)

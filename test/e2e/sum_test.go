@@ -17,11 +17,11 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// sumRounds is how many events a run of TestSumRule has; XDPCAST_SUM_ROUNDS sets it for a
+// sumRounds is the number of events in a run of TestSumRule; XDPCAST_SUM_ROUNDS sets it for a
 // longer one, and XDPCAST_SUM_SEED repeats a run.
 const sumRounds = 14
 
-// sumWorld is a random set of rules and what happens to it.
+// sumWorld is a random set of rules with their events.
 type sumWorld struct {
 	t    *testing.T
 	rand *rand.Rand
@@ -34,10 +34,9 @@ type sumWorld struct {
 	last  map[string]control.RuleStatus // at the last quiet moment
 }
 
-// TestSumRule lets random things happen to random rules under traffic, restarts and kills
-// among them. Whenever no packet is on its way, what matched is, for each output, what
-// was sent and what was dropped by reason; and no counter of a rule that goes on runs
-// backwards.
+// TestSumRule applies random events to random rules under traffic, including restarts and kills.
+// Whenever no packet is in flight, the matched packets equal, for each output, those sent plus
+// those dropped by reason; and no counter of a surviving rule decreases.
 func TestSumRule(t *testing.T) {
 	rounds, seed := sumRounds, uint64(time.Now().UnixNano())
 	for name, set := range map[string]func(uint64){
@@ -91,7 +90,7 @@ func (w *sumWorld) path() string {
 	return []string{"kernel", "afxdp", "fanout"}[w.rand.IntN(3)]
 }
 
-// invent makes rules of one to four outputs.
+// invent makes rules with one to four outputs.
 func (w *sumWorld) invent() {
 	options := []string{"", ",ttl=8", ",ttl=dec", ",minttl=2", ",src=keep", ",vlan=7", ",vlan=7.8", ",rate=300pps", ",dscp=ef"}
 	for i := range 4 {
@@ -162,13 +161,13 @@ func (w *sumWorld) outputGone() {
 	w.n.connectOutput(i)
 }
 
-// restart ends the daemon, looks at the counters without one, and starts the next.
+// restart ends the daemon, checks the counters without one, and starts the next.
 func (w *sumWorld) restart(sig syscall.Signal) {
 	w.in.running.stop(sig)
 	w.in.start("-c", w.file)
 }
 
-// quiet waits until the counters add up, with the daemon's eyes and without.
+// quiet waits until the counters add up, as seen by the daemon and without it.
 func (w *sumWorld) quiet(when string) {
 	w.t.Helper()
 	eventually(w.t, when+": the counters add up", func() string {
@@ -191,7 +190,7 @@ func (w *sumWorld) quiet(when string) {
 	w.readers(when, now)
 }
 
-// readers checks that what a command reads from the pins says the same.
+// readers checks that a command reads the same from the pins.
 func (w *sumWorld) readers(when string, daemon []control.RuleStatus) {
 	w.t.Helper()
 	var s control.Stats
@@ -210,7 +209,7 @@ func (w *sumWorld) readers(when string, daemon []control.RuleStatus) {
 	}
 }
 
-// sumFault says at which output a rule's packets do not add up; "" at none.
+// sumFault returns at which output a rule's packets do not add up; "" if all do.
 func sumFault(r control.RuleStatus) string {
 	for _, o := range r.Outputs {
 		sum := o.Sent
@@ -225,7 +224,7 @@ func sumFault(r control.RuleStatus) string {
 	return ""
 }
 
-// backwards says which counter has become less; "" for none.
+// backwards returns which counter has decreased; "" if none has.
 func backwards(before, now control.RuleStatus) string {
 	if now.Matched.Packets < before.Matched.Packets {
 		return fmt.Sprintf("rule %s matched %d, before it were %d", now.Name, now.Matched.Packets, before.Matched.Packets)
@@ -252,8 +251,8 @@ func packetsFor(drops []control.Drop, reason string) (n uint64) {
 	return n
 }
 
-// TestPathChangeKeepsCounters takes a rule from each path to each other, with a restart
-// and a kill in between: what was delivered stays delivered.
+// TestPathChangeKeepsCounters moves a rule from each path to each other, with a restart and a kill
+// in between: delivered packets stay counted.
 func TestPathChangeKeepsCounters(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)

@@ -17,12 +17,12 @@ import (
 )
 
 // TestSupervisors runs the script of docs/operations.md under runit and s6, behind a bridge with fast leave:
-// while the holder lives no packet is lost and no group is left; when it is killed the supervisor
-// starts both again; and what the supervisor ends is gone.
+// while the holder lives no packet is lost and no group is left; when it is killed the supervisor restarts
+// both; and a service stopped by the supervisor is gone.
 func TestSupervisors(t *testing.T) {
 	for _, c := range []struct {
 		name               string
-		supervise          string // takes the directory of the service
+		supervise          string // takes the service directory
 		pid, restart, down []string
 	}{
 		{"runit", "runsv", []string{"cat", "supervise/pid"}, []string{"sv", "-w", "120", "restart", "."}, []string{"sv", "-w", "120", "down", "."}},

@@ -14,9 +14,8 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// The streams of the tests in which no packet may be missing: two groups in turn,
-// one rule with one output and one with three, one of these on an interface that
-// the first rule sends on, too.
+// The streams of the tests that allow no loss: two groups in turn, one rule with one output and one
+// with three, one of these on an interface that the first rule also sends on.
 const (
 	streamTarget = "239.1.1.1:5000%src0"
 	oneIn        = "239.1.1.1:5000%in0"
@@ -26,15 +25,14 @@ const (
 
 var threeOut = []string{"239.2.2.1:6000%out0", "239.2.2.2:6001%out1,ttl=9", "239.2.2.3:6002%out2,src=keep"}
 
-// TestNothingIsMissing disturbs the daemon in many ways while it relays 100,000
-// packets a second, or as many as the machine can send. Every packet must arrive,
-// once and in order, and be counted.
+// TestNothingIsMissing disturbs the daemon in many ways while it relays 100,000 packets per second,
+// or as many as the machine can send. Every packet must arrive, once and in order, and be counted.
 func TestNothingIsMissing(t *testing.T) {
 	tests := []struct {
 		name string
 		// prepare starts the first daemon, with the rules "one" and "three".
 		prepare func(*instance)
-		// disturb does its worst while packets flow.
+		// disturb runs while packets flow.
 		disturb func(*testing.T, *instance, *stream)
 	}{
 		{"killed", startWithAPIRules, func(t *testing.T, in *instance, s *stream) {
@@ -100,7 +98,7 @@ func TestNothingIsMissing(t *testing.T) {
 	}
 }
 
-// checkCounted checks that a rule matched and sent so many packets and dropped none.
+// checkCounted checks that a rule matched and sent this many packets and dropped none.
 func checkCounted(t *testing.T, r control.RuleStatus, packets uint64) {
 	t.Helper()
 	if r.State != control.StateActive || r.Matched.Packets != packets || len(r.Drops) > 0 {
@@ -133,8 +131,8 @@ func startWithFile(in *instance) {
 	in.start("-c", in.write("rules.yaml", streamRules("239.2.9.1:6000%out0")))
 }
 
-// restart ends the daemon, lets packets flow without one, and starts the next,
-// which must find everything as it was.
+// restart ends the daemon, lets packets flow without one, and starts the next, which must find
+// everything unchanged.
 func restart(t *testing.T, in *instance, s *stream, sig syscall.Signal, code int, args ...string) {
 	t.Helper()
 	pinned, programs, rules := pins(t, in.pinDir), attachedPrograms(t, in.host), withoutCounters(in.rules())
@@ -170,7 +168,7 @@ func withoutCounters(all []control.RuleStatus) []control.RuleStatus {
 	return all
 }
 
-// reloadOthers has the daemon read files in which other rules come, change and go.
+// reloadOthers reloads files that add, change and remove other rules.
 func reloadOthers(t *testing.T, in *instance, s *stream) {
 	ids := func() [2]uint32 { return [2]uint32{in.rule("one").ID, in.rule("three").ID} }
 	before := ids()
@@ -191,8 +189,8 @@ func reloadOthers(t *testing.T, in *instance, s *stream) {
 	}
 }
 
-// addAndDelete adds and deletes rules with one and three outputs, on the interfaces
-// that the streams use.
+// addAndDelete adds and deletes rules with one and three outputs, on the interfaces that the
+// streams use.
 func addAndDelete(t *testing.T, in *instance, s *stream) {
 	for range 10 {
 		in.add("a", "239.1.9.1:5000%in0", "239.2.9.1:6000%out0")
@@ -206,9 +204,8 @@ func addAndDelete(t *testing.T, in *instance, s *stream) {
 	}
 }
 
-// TestLoadThenRun loads the programs without a daemon while packets pass through to
-// the relay's own stack, and has a daemon take over. None is missing, and the
-// daemon goes on with the links that it finds.
+// TestLoadThenRun loads the programs without a daemon while packets pass through to the relay's own
+// stack, and then starts a daemon. No packet is lost, and the daemon keeps the links that it finds.
 func TestLoadThenRun(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -232,7 +229,7 @@ func TestLoadThenRun(t *testing.T) {
 	if err := in.client.DeleteRule(t.Context(), "one"); err != nil {
 		t.Fatal(err)
 	}
-	// What was loaded by hand stays attached when no rule needs it any more.
+	// Programs loaded by hand stay attached when no rule needs them any more.
 	if d := cmp.Diff(loaded, pins(t, in.pinDir)); d != "" {
 		t.Errorf("ids of what is pinned have changed with a rule that came and went:\n%s", d)
 	}

@@ -21,8 +21,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// TestLocalReceivers: with local=yes the relay's own receivers get what is relayed,
-// each packet once, and so do the sinks.
+// TestLocalReceivers: with local=yes the relay's own receivers get each relayed packet once, and so
+// do the sinks.
 func TestLocalReceivers(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -50,8 +50,8 @@ func TestLocalReceivers(t *testing.T) {
 	}
 }
 
-// routesMulticast makes the kernel of a host route a group from in0 to out0, until the
-// test ends (include/uapi/linux/mroute.h).
+// routesMulticast makes the kernel of a host route a group from in0 to out0, until the test ends
+// (include/uapi/linux/mroute.h).
 func routesMulticast(t *testing.T, h *lab.Host, source, group string) {
 	t.Helper()
 	const mrtInit, mrtAddVIF, mrtAddMFC, useIndex = 200, 202, 204, 8
@@ -99,16 +99,16 @@ func routesMulticast(t *testing.T, h *lab.Host, source, group string) {
 	})
 }
 
-// TestHostGetsNoCopy: what a rule of the fanout path takes goes to its outputs alone,
-// once, and to no receiver or multicast route of the host, while the daemon runs and
-// while it does not. With local=yes the host has it all, and without tcx (before Linux 6.6),
-// of which status warns. XDP is on the input, or not.
+// TestHostGetsNoCopy: packets that a rule of the fanout path takes go only to its outputs, once,
+// and to no receiver or multicast route of the host, with and without a running daemon. The host
+// gets them all with local=yes, and without tcx (before Linux 6.6), which status warns about. XDP
+// is on the input, or not.
 func TestHostGetsNoCopy(t *testing.T) {
 	t.Parallel()
 	tcx := labtest.Root() && labtest.TCX(t)
 	for _, c := range []struct {
 		name, input string
-		busy        bool // another's XDP program is on the input
+		busy        bool // a foreign XDP program is on the input
 		local       bool
 	}{
 		{"taken", "239.1.1.1:5000%in0", false, false},
@@ -172,7 +172,7 @@ func TestHostGetsNoCopy(t *testing.T) {
 	}
 }
 
-// kept is how many packets the relay took from the host's stack.
+// kept is the number of packets that the relay took from the host's stack.
 func (in *instance) kept() uint64 {
 	in.t.Helper()
 	var kept uint64
@@ -189,8 +189,8 @@ func (in *instance) kept() uint64 {
 	return kept
 }
 
-// TestSteer: with run --fanout-steer on the streams of an input with one queue go through the
-// workers' CPUs, each packet once and in order, before and after a restart.
+// TestSteer: with run --fanout-steer on the streams of a single-queue input go through the workers'
+// CPUs, each packet once and in order, before and after a restart.
 func TestSteer(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -232,7 +232,7 @@ func TestSteer(t *testing.T) {
 	}
 }
 
-// kernelRules are the rules as the kernel has them.
+// kernelRules are the rules in the kernel.
 func (in *instance) kernelRules() (rules []flow.Flow) {
 	in.t.Helper()
 	labtest.Do(in.t, in.host, func() error {
@@ -247,7 +247,7 @@ func (in *instance) kernelRules() (rules []flow.Flow) {
 	return rules
 }
 
-// newTun makes a tun device, which has no Ethernet header, and returns its other end.
+// newTun creates a tun device, which has no Ethernet header, and returns its other end.
 func newTun(t *testing.T, h *lab.Host, name, cidr string) *os.File {
 	t.Helper()
 	f := labtest.Tun(t, h, name, 0)
@@ -260,8 +260,8 @@ func newTun(t *testing.T, h *lab.Host, name, cidr string) *os.File {
 	return f
 }
 
-// TestTunOutput: a rule with an output that has no Ethernet header takes the fanout
-// path by itself and says why; a unicast output there needs no neighbour.
+// TestTunOutput: a rule with an output without Ethernet header takes the fanout path by itself and
+// says why; a unicast output there needs no neighbour.
 func TestTunOutput(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -301,7 +301,7 @@ func TestTunOutput(t *testing.T) {
 	}
 }
 
-// TestPathChanges: a stream goes on, without a packet lost or doubled, while its rule moves to
+// TestPathChanges: a stream continues, without lost or duplicate packets, while its rule moves to
 // the fanout path and back.
 func TestPathChanges(t *testing.T) {
 	n := newNetwork(t)
@@ -325,7 +325,7 @@ func TestPathChanges(t *testing.T) {
 	stream.flows(500)
 	sent := stream.stop()
 	fault := s.finish(sent)
-	// What is still in the rings may leave behind what the kernel path sends.
+	// Packets still in the rings may leave after those of the kernel path.
 	if r := s.receiver.Report().Total; r.Received != sent || r.Duplicated != 0 || r.Lost != 0 {
 		t.Error(fault)
 	}

@@ -16,14 +16,14 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// terminal is a real terminal, in tmux, in which the program runs.
+// terminal is a real terminal, in tmux, that runs the program.
 type terminal struct {
 	in     *instance
 	tmux   string
 	socket string
 }
 
-// newTerminal runs a command of the program in a terminal of so many columns and lines. env are
+// newTerminal runs a command of the program in a terminal of the given columns and lines. env are
 // variables, such as NO_COLOR=1.
 func newTerminal(in *instance, width, height int, env string, args ...string) *terminal {
 	t := in.t
@@ -33,7 +33,7 @@ func newTerminal(in *instance, width, height int, env string, args ...string) *t
 		labtest.Lacking(t, "tmux is not installed: scripts/setup --test installs it")
 	}
 	term := &terminal{in, tmux, filepath.Join(in.dir, "tmux")}
-	// The session lives as long as it has a window, also when the program has ended.
+	// The session lives as long as it has a window, even after the program has ended.
 	term.run("-f", "/dev/null", "new-session", "-d", "-x", strconv.Itoa(width), "-y", strconv.Itoa(height),
 		fmt.Sprintf("env TERM=screen-256color %s %s %s; echo it ended with code $?; exec sleep 600", env, program, strings.Join(args, " ")))
 	t.Cleanup(func() { term.run("kill-server") })
@@ -55,10 +55,10 @@ func (term *terminal) run(args ...string) string {
 
 func (term *terminal) press(keys ...string) { term.run(append([]string{"send-keys"}, keys...)...) }
 
-// screen is what a person sees.
+// screen is the visible text.
 func (term *terminal) screen() string { return term.run("capture-pane", "-p") }
 
-// shows waits until the screen matches, and returns what the expression's groups match.
+// shows waits until the screen matches, and returns the submatches.
 func (term *terminal) shows(pattern string) []string {
 	term.in.t.Helper()
 	want := regexp.MustCompile(pattern)
@@ -73,7 +73,7 @@ func (term *terminal) shows(pattern string) []string {
 	return found
 }
 
-// matched is what stats says of a rule.
+// matched is the number that stats reports for a rule.
 func (in *instance) matched(name string) uint64 {
 	in.t.Helper()
 	var s control.Stats
@@ -83,8 +83,8 @@ func (in *instance) matched(name string) uint64 {
 	return s.Rules[0].Matched.Packets
 }
 
-// TestTop: the live screen in a real terminal of 80x24, without colours, with real traffic: what
-// it shows is what stats says, also when the daemon ends.
+// TestTop: the live screen in a real terminal of 80x24, without colours, with real traffic: it
+// shows the same as stats, also when the daemon ends.
 func TestTop(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -94,7 +94,7 @@ func TestTop(t *testing.T) {
 	in.waitState("cam1", "active")
 	const rate = 1_000
 	stream := send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 1, Rate: traffic.Rate{Value: rate}})
-	stream.flows(5 * rate) // a rate from zero would be seen
+	stream.flows(5 * rate) // a rate starting from zero would show
 
 	term := newTerminal(in, 80, 24, "NO_COLOR=1", "top", "--interval", "500ms")
 	number := func(s string) uint64 {
@@ -127,7 +127,7 @@ func TestTop(t *testing.T) {
 		t.Errorf("with NO_COLOR there are colours: %q", colours)
 	}
 
-	// One rule alone: its counter is between what stats says before and after.
+	// A single rule: its counter is between those of stats before and after.
 	term.press("Enter")
 	term.shows(`(?m)^rule +cam1`)
 	between := func() {
@@ -155,7 +155,7 @@ func TestTop(t *testing.T) {
 	term.press("2")
 	term.shows(`(?m)^in0 +up +native +input +[1-9]`)
 
-	// Without the daemon the kernel's counters go on.
+	// Without the daemon the kernel's counters continue.
 	in.running.stop(syscall.SIGTERM)
 	in.running = nil
 	term.shows(`no daemon is running: counters of the kernel`)
@@ -170,7 +170,7 @@ func TestTop(t *testing.T) {
 	term.shows(`the daemon is gone; the kernel keeps relaying`)
 	term.shows(`rule late: pending: interface eth7 not found`) // the daemon's own event
 
-	// Another size, the filter, and the end.
+	// Another size, the filter, and the exit.
 	term.run("resize-window", "-x", "160", "-y", "40")
 	term.press("/")
 	term.press("l", "a", "t", "Enter")

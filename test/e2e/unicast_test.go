@@ -16,7 +16,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// gateway routes a network by a gateway on an interface of the relay.
+// gateway adds a route to a network through a gateway on an interface of the relay.
 func (n *network) gateway(dst, gateway, ifname string) {
 	n.t.Helper()
 	ipnet, err := netlink.ParseIPNet(dst)
@@ -41,7 +41,7 @@ func macOf(t *testing.T, h *lab.Host, name string) [6]byte {
 	return [6]byte(l.Attrs().HardwareAddr)
 }
 
-// waitNextHop waits until an output of a rule goes to a link-layer address.
+// waitNextHop waits until an output of a rule sends to a link-layer address.
 func (in *instance) waitNextHop(name string, slot int, mac [6]byte) {
 	in.t.Helper()
 	in.waitKernel("the next hop is "+net.HardwareAddr(mac[:]).String(), func(all []flow.Flow) string {
@@ -54,13 +54,13 @@ func (in *instance) waitNextHop(name string, slot int, mac [6]byte) {
 	})
 }
 
-// TestUnicastOutput sends one stream to a group, a neighbour and a host behind a
-// gateway. Whatever happens to the ways to the last two, the group misses nothing.
+// TestUnicastOutput sends one stream to a group, a neighbour and a host behind a gateway. Whatever
+// happens on the paths to the last two, the group misses nothing.
 func TestUnicastOutput(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	in.start()
-	// At once and once a second, rather than for 3 seconds and every 5.
+	// Probe at once and once per second, not for 3 seconds and every 5.
 	for _, name := range []string{"out1", "out2"} {
 		labtest.Sysctl(t, n.relay, "net/ipv4/neigh/"+name+"/retrans_time_ms", "20")
 		labtest.Sysctl(t, n.relay, "net/ipv4/neigh/"+name+"/interval_probe_time_ms", "1000")
@@ -76,26 +76,26 @@ func TestUnicastOutput(t *testing.T) {
 	stream.flows(1_000)
 	arrives := func(sink int, endpoint string) {
 		t.Helper()
-		t.Run("arrives at "+endpoint, func(t *testing.T) { // which ends the receiver
+		t.Run("arrives at "+endpoint, func(t *testing.T) { // ends the receiver
 			receive(t, n.sinks[sink], endpoint, traffic.Expected{}).wait(200)
 		})
 	}
 	arrives(1, "10.2.1.2:6000%sink0")
 
-	// The host behind a gateway that does not answer, then one that does.
+	// The host behind a gateway that does not answer, then behind one that does.
 	n.gateway("10.99.0.0/24", "10.2.2.77", "out2")
 	in.waitOutput("mixed", 2, "no_neighbour", "gateway 10.2.2.77 of 10.99.0.5 does not answer on interface out2")
 	n.gateway("10.99.0.0/24", "10.2.2.2", "out2")
 	in.waitOutput("mixed", 2, control.StateActive, "")
 	arrives(2, "10.99.0.5:6000%sink0")
 
-	// The neighbour gets another MAC and says so.
+	// The neighbour gets another MAC and announces it.
 	labtest.Sysctl(t, n.sinks[1], "net/ipv4/conf/sink0/arp_notify", "1")
 	setMAC(t, n.sinks[1], "sink0", "02:00:00:00:00:55")
 	in.waitNextHop("mixed", 1, [6]byte{2, 0, 0, 0, 0, 0x55})
 	arrives(1, "10.2.1.2:6000%sink0")
 
-	// A daemon that is killed leaves the neighbours resolved; the next one goes on.
+	// A killed daemon leaves the neighbours resolved; the next one continues.
 	in.running.stop(syscall.SIGKILL)
 	stream.flows(2_000)
 	arrives(1, "10.2.1.2:6000%sink0")
@@ -115,8 +115,8 @@ func TestUnicastOutput(t *testing.T) {
 	}
 }
 
-// TestUnicastToMulticast relays what is sent to the relay itself, as a tunnel through
-// a network without multicast ends.
+// TestUnicastToMulticast relays packets sent to the relay's own address, as at the end of a tunnel
+// through a network without multicast.
 func TestUnicastToMulticast(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)

@@ -24,8 +24,8 @@ import (
 	"xdpcast/internal/traffic"
 )
 
-// newFastLeaveNetwork is newNetwork with a bridge between source and relay that snoops, and ends a
-// stream to the relay with the first leave. wire hears what the relay sends there.
+// newFastLeaveNetwork is newNetwork with a snooping bridge between source and relay that ends a
+// stream to the relay at the first leave. wire captures what the relay sends there.
 func newFastLeaveNetwork(t testing.TB) (n *network, wire *labtest.Tap) {
 	t.Helper()
 	n = &network{t: t, source: labtest.Host(t, "src"), relay: labtest.Host(t, "relay")}
@@ -81,7 +81,7 @@ func leaves(frame []byte) (groups []netip.Addr) {
 	return groups
 }
 
-// left returns the groups that were left until a rule of its own, which is deleted for that, is.
+// left adds and deletes a rule of its own, and returns the groups left before that rule's.
 func (in *instance) left(wire *labtest.Tap) (before []netip.Addr) {
 	in.t.Helper()
 	const name, group = "sentinel", "239.1.250.250"
@@ -106,7 +106,7 @@ func (in *instance) left(wire *labtest.Tap) (before []netip.Addr) {
 	return before
 }
 
-// replaceable gives the instance a binary of its own, to be replaced, and returns its path.
+// replaceable gives the instance its own binary that can be replaced, and returns its path.
 func (in *instance) replaceable() string {
 	in.t.Helper()
 	path := filepath.Join(in.dir, "xdpcast")
@@ -130,7 +130,7 @@ func (in *instance) replace(path, from string) {
 	}
 }
 
-// follow has the instance know the process that has replaced its daemon.
+// follow records the process that replaced the instance's daemon.
 func (in *instance) follow(before int) (pid int) {
 	in.t.Helper()
 	pid = in.ready(before)
@@ -152,8 +152,8 @@ func (in *instance) status() control.Status {
 }
 
 // TestExecUpgrade replaces a daemon by another binary while a stream flows, on each path, behind a
-// bridge with fast leave: no packet is lost or overtaken on the paths kernel and fanout, no leave is
-// sent, and when the new one does not come the old one goes on.
+// bridge with fast leave: no packet is lost or reordered on the paths kernel and fanout, no leave is
+// sent, and when the new daemon fails to start the old one continues.
 func TestExecUpgrade(t *testing.T) {
 	for _, path := range []string{"kernel", "fanout", "afxdp"} {
 		t.Run(path, func(t *testing.T) {
@@ -192,7 +192,7 @@ func TestExecUpgrade(t *testing.T) {
 			third := in.follow(second)
 			stream.flows(1_000)
 
-			// What does not come, or not in time.
+			// Successors that fail to start, or not in time.
 			script := in.write("script", "#!/bin/sh\necho 'I am broken' >&2\nexit 3\n")
 			self, err := os.Executable()
 			if err != nil {
@@ -237,14 +237,14 @@ func TestExecUpgrade(t *testing.T) {
 				checkCounted(t, in.rule("r0"), sent)
 				return
 			}
-			// A worker that a busy machine keeps from its CPU for long loses packets, replaced or not.
+			// On a busy machine a worker may starve and lose packets, replaced or not.
 			s.wait(sent * 9 / 10)
 			total := s.receiver.Report().Total
 			t.Logf("%d packets of %d lost, longest gap %v", sent-total.Received, sent, time.Duration(s.receiver.Report().Groups[0].LongestGapNS))
 			if total.Duplicated+total.Foreign > 0 {
 				t.Errorf("received %+v, want each packet once", total)
 			}
-			// What takes the kernel path overtakes what is in a socket's ring.
+			// Packets on the kernel path overtake those in a socket's ring.
 			if path == "fanout" && total.Reordered > 0 {
 				t.Errorf("received %+v, want them in order", total)
 			}
@@ -252,9 +252,9 @@ func TestExecUpgrade(t *testing.T) {
 	}
 }
 
-// TestExecUpgradeOfUser replaces a daemon of another user, that serves HTTP, by root's command and by a
-// signal: each next one has the same user and capabilities, no packet is lost, no group is left, and no
-// connection to its port is refused.
+// TestExecUpgradeOfUser replaces an unprivileged daemon that serves HTTP, by root's command and by a
+// signal: each successor has the same user and capabilities, no packet is lost, no group is left, and
+// no connection to its port is refused.
 func TestExecUpgradeOfUser(t *testing.T) {
 	t.Parallel()
 	n, wire := newFastLeaveNetwork(t)
@@ -286,7 +286,7 @@ func TestExecUpgradeOfUser(t *testing.T) {
 		stream.flows(500)
 		asked.more()
 	}
-	// What does not come changes nothing of it.
+	// A successor that fails to start changes none of this.
 	in.replace(binary, in.write("script", "#!/bin/sh\nexit 3\n"))
 	if got := in.cli("upgrade", "--exec"); got.code != 1 || !strings.Contains(got.stderr, "this daemon continues") {
 		t.Errorf("a binary that ends: %s", got)
@@ -309,7 +309,7 @@ func TestExecUpgradeOfUser(t *testing.T) {
 	}
 }
 
-// asking asks a daemon over HTTP whether it is healthy, by a new connection each time.
+// asking asks a daemon over HTTP whether it is healthy, each time over a new connection.
 type asking struct {
 	t       *testing.T
 	answers atomic.Uint64
@@ -321,7 +321,7 @@ func askHTTP(t *testing.T, host *lab.Host, addr string) *asking {
 	t.Helper()
 	a := &asking{t: t, end: make(chan struct{})}
 	a.done.Go(func() {
-		// A socket is of the network namespace that its thread is in.
+		// A socket belongs to the network namespace of its thread.
 		err := host.Do(func() error {
 			for {
 				select {
@@ -421,7 +421,7 @@ func TestHold(t *testing.T) {
 	kill(unix.SIGTERM)
 	in.mustCLI("upgrade", "--exec")
 	pid = in.ready(pid)
-	kill(unix.SIGKILL) // the one that was not started by the holder
+	kill(unix.SIGKILL) // the one not started by the holder
 	d.signal(unix.SIGUSR2)
 	pid = in.ready(pid)
 	in.add("added", "239.1.2.1:5000%in0", "239.2.2.1:6000%out0")
@@ -436,7 +436,7 @@ func TestHold(t *testing.T) {
 		t.Error(fault)
 	}
 
-	// Without its holder the daemon ends, so that there is room for the next.
+	// Without its holder the daemon ends, which makes room for the next.
 	if code := d.stop(unix.SIGKILL); code != -1 {
 		t.Errorf("the holder ended with code %d", code)
 	}
@@ -455,7 +455,7 @@ func TestHold(t *testing.T) {
 	n.waitJoined("in0", "239.1.1.1", false)
 }
 
-// ready waits until another process than before is ready, and returns it.
+// ready waits until a process other than before is ready, and returns its id.
 func (in *instance) ready(before int) (pid int) {
 	in.t.Helper()
 	eventually(in.t, "another process is ready", func() string {
@@ -471,8 +471,8 @@ func (in *instance) ready(before int) (pid int) {
 	return pid
 }
 
-// TestManyGroupsHandedOver replaces, and kills, a daemon that holds 20 groups a socket: every socket comes to
-// the next one, and no group is left or joined anew.
+// TestManyGroupsHandedOver replaces, and kills, a daemon that holds 20 groups per socket: every socket passes
+// to the next one, and no group is left or joined again.
 func TestManyGroupsHandedOver(t *testing.T) {
 	groups := labtest.Soak(2_000, 10_000)
 	n, wire := newFastLeaveNetwork(t)
@@ -513,7 +513,7 @@ func TestManyGroupsHandedOver(t *testing.T) {
 	}
 }
 
-// waitGroups waits until a relay has joined so many groups on in0.
+// waitGroups waits until a relay has joined this many groups on in0.
 func waitGroups(t testing.TB, relay *lab.Host, groups int) {
 	t.Helper()
 	eventually(t, "the groups are joined", func() string {
@@ -524,8 +524,8 @@ func waitGroups(t testing.TB, relay *lab.Host, groups int) {
 	})
 }
 
-// TestReplacedState starts a daemon over pinned state that is damaged, and over that of a newer release:
-// it brings its rules in, and status says for how long packets were not relayed.
+// TestReplacedState starts a daemon over damaged pinned state, and over that of a newer release: it
+// activates its rules, and status reports for how long packets were not relayed.
 func TestReplacedState(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)
@@ -567,7 +567,7 @@ func TestReplacedState(t *testing.T) {
 		if got := in.mustCLI("status"); !strings.Contains(got, "pinned state was replaced: counters began anew, and the streams of the kernel path were interrupted for ") || !strings.Contains(got, c.why) {
 			t.Errorf("%s: status says\n%s", c.name, got)
 		}
-		// Some pass by in the grace period of the change, which lasts as long as the machine is busy.
+		// Some pass unrelayed in the grace period of the change, which a busy machine prolongs.
 		s.wait(sent / 2)
 		if total := s.receiver.Report().Total; total.Duplicated+total.Foreign+total.Reordered > 0 {
 			t.Errorf("%s: received %+v of %d", c.name, total, sent)

@@ -22,7 +22,7 @@ const nobodyID = 65534
 // daemonCapabilities are NET_ADMIN, NET_RAW, IPC_LOCK, PERFMON and BPF in /proc/PID/status.
 const daemonCapabilities = "000000c000007000"
 
-// unprivileged checks that all threads of a process are a user's and have the daemon's capabilities alone.
+// unprivileged checks that all threads of a process run as a user with only the daemon's capabilities.
 func unprivileged(t *testing.T, pid int) {
 	t.Helper()
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
@@ -45,7 +45,7 @@ func unprivileged(t *testing.T, pid int) {
 	}
 }
 
-// A daemon of another user does all that root's does, over the same state, on every path, and they
+// An unprivileged daemon does all that root's does, over the same state, on every path, and the two
 // follow each other without a packet lost on the kernel path.
 func TestUser(t *testing.T) {
 	n := newNetwork(t)
@@ -80,7 +80,7 @@ func TestUser(t *testing.T) {
 	id := in.rule("one").ID
 	stream.flows(1000)
 
-	// Rules through the API and the file, on every path.
+	// Rules through the API and from the file, on every path.
 	for i, path := range []string{"kernel", "afxdp", "fanout"} {
 		group := fmt.Sprintf("239.1.2.%d:5000%%in0", i)
 		if _, err := in.client.AddRule(t.Context(), control.Rule{Name: path, In: group, Out: []string{"239.2.2.1:6000%out1", "239.2.2.2:6000%out2"}, Path: path}); err != nil {
@@ -116,7 +116,7 @@ func TestUser(t *testing.T) {
 	}
 	in.mustCLI("doctor")
 
-	// The daemon's user may change rules, another may not.
+	// The daemon's user may change rules, another user may not.
 	as := func(id uint32) *syscall.SysProcAttr {
 		return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: id, Gid: id}}
 	}
@@ -126,7 +126,7 @@ func TestUser(t *testing.T) {
 	if got := in.cliAs(as(nobodyID-1), "rule", "list"); got.code != 1 || !strings.Contains(got.stderr, "not allowed to reach") {
 		t.Errorf("another user: %s", got)
 	}
-	// Metrics at a port of root's.
+	// Metrics on a privileged port.
 	labtest.Do(t, n.relay, func() error {
 		conn, err := net.Dial("tcp", "127.0.0.1:80")
 		if err != nil {
@@ -141,7 +141,7 @@ func TestUser(t *testing.T) {
 		}
 		return nil
 	})
-	// The program for events has no capability.
+	// The program for events has no capabilities.
 	eventually(t, "the program for events is called", func() string {
 		files, _ := filepath.Glob(told + "/*[0-9]")
 		if len(files) == 0 {
@@ -154,14 +154,14 @@ func TestUser(t *testing.T) {
 		}
 		return ""
 	})
-	// An interface that comes later is attached to, and a pin that was removed is made again.
+	// An interface that appears later is attached to, and a removed pin is recreated.
 	if err := os.Remove(filepath.Join(in.pinDir, "programs", "relay")); err != nil {
 		t.Fatal(err)
 	}
 	d.waitLog("1 pins were removed", 1)
 	unprivileged(t, d.cmd.Process.Pid)
 
-	// Killed, and started again as the same user, as root, and as the user after root.
+	// Killed, and restarted as the same user, as root, and as the user after root.
 	in.running.stop(syscall.SIGKILL)
 	in.start(user...)
 	in.running.stop(syscall.SIGTERM)
@@ -184,8 +184,8 @@ func TestUser(t *testing.T) {
 	}
 }
 
-// Prepared, the daemon is started by a service manager as its user, with ambient capabilities, which
-// it passes on to nobody.
+// After prepare, a service manager starts the daemon as its user, with ambient capabilities, which
+// it passes on to no child.
 func TestPrepare(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -212,18 +212,17 @@ func TestPrepare(t *testing.T) {
 	in.mustCLI("prepare", "--user", "nobody")
 	d = start()
 	d.waitLog("pinned state adopted", 1)
-	// What it cannot make anew it says.
+	// It reports what it cannot recreate.
 	d.stop(syscall.SIGTERM)
 	in.mustCLI("unload", "--all")
 	in.mustCLI("prepare", "--user", "nobody")
-	in.mustCLI("load", "-i", "in0") // of root's, before the daemon
+	in.mustCLI("load", "-i", "in0") // owned by root, before the daemon
 	in.mustCLI("prepare", "--user", "nobody")
 	d = start()
 	d.waitLog("pinned state adopted", 1)
 }
 
-// A process that dies while it builds in a directory that was made for it leaves nothing that
-// counts.
+// A process that dies while it builds in a directory created for it leaves nothing that counts.
 func TestUnfinished(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -239,7 +238,7 @@ func TestUnfinished(t *testing.T) {
 	in.add("one", oneIn, oneOut)
 }
 
-// A user who cannot be, or may not have the directories, is refused before anything is changed.
+// A user that does not exist, or may not use the directories, is refused before anything changes.
 func TestBadUser(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
