@@ -1,6 +1,6 @@
-// Image makes a container image of files, without a container engine: one layer, as an archive that
-// is an OCI image layout (image-spec 1.1) and, by its manifest.json, what "docker load" reads.
-// The same files and time give the same archive.
+// Image makes a container image from files, without a container engine: one layer, as an archive
+// that is an OCI image layout (image-spec 1.1) and, by its manifest.json, readable by "docker
+// load". The same files and time give the same archive.
 //
 //	image -o FILE -arch ARCH -version VERSION -commit COMMIT [-time SECONDS] PATH=FILE[:MODE]...
 //
@@ -114,7 +114,7 @@ func labels(o options) map[string]string {
 	}
 }
 
-// layer makes the archive of the files, and of the directories that they are in.
+// layer returns the archive of the files and their directories.
 func layer(made time.Time, files []string) ([]byte, error) {
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)

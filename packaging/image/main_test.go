@@ -34,7 +34,7 @@ func TestBuild(t *testing.T) {
 			t.Fatal(err)
 		}
 		slices.Reverse(specs)
-		// What a file was last touched at is no part of it.
+		// File times are not part of the image.
 		if err := os.Chtimes(binary, time.Now(), time.Now()); err != nil {
 			t.Fatal(err)
 		}

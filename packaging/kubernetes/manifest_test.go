@@ -1,4 +1,4 @@
-// Package kubernetes holds the files for Kubernetes to its own types.
+// Package kubernetes checks the Kubernetes files against Kubernetes' own types.
 package kubernetes
 
 import (
@@ -15,7 +15,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// decode reads a document into a type, which must know all of its keys.
+// decode decodes a document into a type, which must have all of its keys.
 func decode[T any](t *testing.T, text []byte) T {
 	t.Helper()
 	var v T
@@ -25,8 +25,8 @@ func decode[T any](t *testing.T, text []byte) T {
 	return v
 }
 
-// strictly reads YAML as the API server does when it is asked to be strict: keys count by case,
-// and those that are unknown or there twice are errors.
+// strictly parses YAML as the API server does in strict mode: keys are case-sensitive, and unknown
+// or duplicate ones are errors.
 func strictly(text []byte, v any) error {
 	data, err := yaml.YAMLToJSONStrict(text)
 	if err != nil {
@@ -113,7 +113,7 @@ func TestManifest(t *testing.T) {
 	}
 }
 
-// TestDecodeIsStrict: a key that Kubernetes does not know is found.
+// TestDecodeIsStrict: a key unknown to Kubernetes is found.
 func TestDecodeIsStrict(t *testing.T) {
 	var set appsv1.DaemonSet
 	for _, text := range []string{"spec: {templates: {}}", "spec: {template: {spec: {hostnetwork: true}}}", "kind: DaemonSet\nkind: DaemonSet"} {

@@ -17,7 +17,7 @@ import (
 	"github.com/google/licensecheck"
 )
 
-// licensesOf finds the license of each module, as an SPDX expression, in its sources, which the
+// licensesOf returns the license of each module, as an SPDX expression, from its sources, which the
 // build has downloaded.
 func licensesOf(modules []*debug.Module) (map[*debug.Module]string, error) {
 	args := []string{"mod", "download", "-json"}
@@ -56,7 +56,7 @@ func goCommand() string {
 	return "go"
 }
 
-// licenseOfGo is that of the standard library.
+// licenseOfGo is the license of the standard library.
 func licenseOfGo() (string, error) {
 	root, err := exec.Command(goCommand(), "env", "GOROOT").Output()
 	if err != nil {
@@ -65,15 +65,15 @@ func licenseOfGo() (string, error) {
 	return licenseIn(strings.TrimSpace(string(root)))
 }
 
-// permissive are the licenses of modules that may be linked into the program: those that ask for no
+// permissive are the licenses of modules that may be linked into the program: those that require no
 // more than a notice.
 var permissive = regexp.MustCompile(`^(MIT|Apache-2\.0|BSD-[23]-Clause|ISC)( (AND|OR) (MIT|Apache-2\.0|BSD-[23]-Clause|ISC|GPL-2\.0-only))*$`)
 
-// exceptions are modules with another license, by path, with the license and the reason. There
-// is none.
+// exceptions are modules with another license, by path, with the license and the reason; none so
+// far.
 var exceptions = map[string]struct{ license, reason string }{}
 
-// checkLicenses finds the modules that a package links, and says which may not be.
+// checkLicenses reports the modules linked into a package whose licenses are not allowed.
 func checkLicenses(dir, pkg string) error {
 	cmd := exec.Command(goCommand(), "list", "-deps", "-f", "{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}", pkg)
 	cmd.Dir, cmd.Stderr = dir, os.Stderr
@@ -105,8 +105,8 @@ var (
 	spdxLine    = regexp.MustCompile(`SPDX-License-Identifier: ([A-Za-z0-9.()+ -]*[A-Za-z0-9.)+])`)
 )
 
-// licenseIn reads the license files of a directory: what they declare, or else what their texts are.
-// A text that is not known is an error: somebody has to read it.
+// licenseIn returns the license of a directory: the one its license files declare, otherwise what
+// their texts match. An unknown text is an error: a person has to read it.
 func licenseIn(dir string) (string, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {

@@ -1,10 +1,10 @@
-// Sbom writes the software bill of materials of a Go binary, in CycloneDX 1.6: the modules that
-// the linker recorded in it, with their versions, checksums and licenses, and the standard library. The
+// Sbom writes the software bill of materials of a Go binary, in CycloneDX 1.6: the modules that the
+// linker recorded in it, with their versions, checksums and licenses, and the standard library. The
 // same binary and time give the same file.
 //
 //	sbom -o FILE [-time SECONDS] BINARY
 //
-// Or it checks that the modules that a package links have licenses which are allowed:
+// Or it checks that all modules linked into a package have allowed licenses:
 //
 //	sbom -check DIR PACKAGE
 package main
@@ -61,7 +61,7 @@ func write(out, binary, version string, made time.Time) error {
 	return os.WriteFile(out, text.Bytes(), 0o644)
 }
 
-// describe reads what a binary is made of.
+// describe returns the bill of materials of a binary.
 func describe(binary, version string, made time.Time) (*cyclonedx.BOM, error) {
 	data, err := os.ReadFile(binary)
 	if err != nil {
@@ -77,7 +77,7 @@ func describe(binary, version string, made time.Time) (*cyclonedx.BOM, error) {
 		BOMRef: "pkg:generic/xdpcast@" + version + "?arch=" + goarch, Type: cyclonedx.ComponentTypeApplication,
 		Name: "xdpcast", Version: version, PackageURL: "pkg:generic/xdpcast@" + version + "?arch=" + goarch,
 		Hashes:   &[]cyclonedx.Hash{{Algorithm: cyclonedx.HashAlgoSHA256, Value: hex.EncodeToString(sum[:])}},
-		Licenses: expression("Apache-2.0 AND (BSD-2-Clause OR GPL-2.0-only)"), // the latter is the BPF programs'
+		Licenses: expression("Apache-2.0 AND (BSD-2-Clause OR GPL-2.0-only)"), // the latter for the BPF programs
 	}
 	var modules []*debug.Module
 	for _, m := range info.Deps {
@@ -128,7 +128,7 @@ func setting(info *debug.BuildInfo, key string) string {
 }
 
 // component describes a module. Its checksum is that of go.sum: the SHA-256 of the list of its
-// files with theirs (golang.org/x/mod/sumdb/dirhash).
+// files with their checksums (golang.org/x/mod/sumdb/dirhash).
 func component(m *debug.Module, license string) (cyclonedx.Component, error) {
 	raw, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(m.Sum, "h1:"))
 	if err != nil || len(raw) != sha256.Size {
@@ -141,5 +141,5 @@ func component(m *debug.Module, license string) (cyclonedx.Component, error) {
 	}, nil
 }
 
-// expression is a license as SPDX writes it.
+// expression is a license as an SPDX expression.
 func expression(spdx string) *cyclonedx.Licenses { return &cyclonedx.Licenses{{Expression: spdx}} }

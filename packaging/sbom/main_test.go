@@ -91,7 +91,7 @@ func TestDescribe(t *testing.T) {
 	}
 }
 
-// Every module that the program links has a license that is allowed, and another is found.
+// Every module linked into the program has an allowed license, and any other license is found.
 func TestCheckLicenses(t *testing.T) {
 	if err := checkLicenses("../..", "./cmd/xdpcast"); err != nil {
 		t.Error(err)

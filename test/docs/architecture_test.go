@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// TestArchitectureNames: the files and functions that docs/architecture.md names are there.
+// TestArchitectureNames: the files and functions named in docs/architecture.md exist.
 func TestArchitectureNames(t *testing.T) {
 	text := read(t, "docs/architecture.md")
 	var sources []string
@@ -58,7 +58,7 @@ func TestArchitectureNames(t *testing.T) {
 }
 
 // TestWalks: each step of a walk in docs/architecture.md names a file and the functions in it that take
-// the step, and no step of a walk comes twice.
+// the step, and no walk repeats a step.
 func TestWalks(t *testing.T) {
 	walks, steps := 0, 0
 	seen := map[string]bool{}

@@ -10,11 +10,11 @@ import (
 	"testing"
 )
 
-// recipes are the lists of CONTRIBUTING.md, each by an example of what is added.
+// recipes are the lists of CONTRIBUTING.md, each with an example of what is added.
 var recipes = map[string]struct {
-	// in matches the example in each file of the list.
+	// in matches the example in each listed file.
 	in string
-	// everywhere matches it in sources that are not tests: each must be in the list.
+	// everywhere matches it in non-test sources: each of these must be listed.
 	everywhere string
 }{
 	"A policy":      {`(?i)min_?ttl`, `(?i)min_?ttl`},
@@ -39,8 +39,8 @@ func recipe(text, title string) (paths []string) {
 	return paths
 }
 
-// The lists of how to add something are true of what is there: every file knows the
-// example, and every source that knows it is in the list.
+// The lists of how to add something are correct and complete: every listed file contains the
+// example, and every source that contains it is listed.
 func TestHowToAdd(t *testing.T) {
 	text := read(t, "CONTRIBUTING.md")
 	for title, r := range recipes {
@@ -67,7 +67,7 @@ func TestHowToAdd(t *testing.T) {
 	}
 }
 
-// anyMatches says whether a file, or one of a folder, matches.
+// anyMatches says whether a file, or any file in a folder, matches.
 func anyMatches(t *testing.T, path string, re *regexp.Regexp) bool {
 	t.Helper()
 	info, err := os.Stat(root + path)
@@ -85,7 +85,7 @@ func anyMatches(t *testing.T, path string, re *regexp.Regexp) bool {
 	return false
 }
 
-// sources lists the program's sources: what is neither a test nor generated.
+// sources lists the program's sources, without tests and generated files.
 func sources(t *testing.T) (files []string) {
 	t.Helper()
 	for _, dir := range []string{"bpf", "cmd", "internal", "pkg"} {
@@ -103,7 +103,7 @@ func sources(t *testing.T) (files []string) {
 	return files
 }
 
-// What public forges run is .ci/run, and their texts are the same.
+// Public forges run .ci/run, and their texts are the same.
 func TestForges(t *testing.T) {
 	for _, file := range []string{".github/workflows/ci.yml", ".gitlab-ci.yml"} {
 		if !strings.Contains(read(t, file), "bash .ci/run\n") {

@@ -1,5 +1,5 @@
-// Package docs holds the documents to the program: what they tell people to type
-// must exist.
+// Package docs checks the documents against the program: whatever they tell people to type must
+// exist.
 package docs
 
 import (
@@ -46,7 +46,7 @@ func read(t *testing.T, name string) string {
 	return string(text)
 }
 
-// block is a fenced block of a document.
+// block is a fenced code block of a document.
 type block struct {
 	language string
 	line     int // of its first line
@@ -77,8 +77,8 @@ type commandLine struct {
 	words []string
 }
 
-// commandLines returns the commands of a document: every line of sh blocks, and in
-// console blocks those behind a prompt. Pipes and lists are taken apart.
+// commandLines returns the commands of a document: every line of sh blocks, and in console blocks
+// the lines with a prompt. Pipes and lists are split.
 func commandLines(text string) (all []commandLine) {
 	for _, b := range blocks(text) {
 		if b.language != "sh" && b.language != "console" {
@@ -96,7 +96,7 @@ func commandLines(text string) (all []commandLine) {
 	return all
 }
 
-// split takes a shell's line apart into commands of words, without what runs them.
+// split splits a shell line into commands of words, without their wrappers.
 func split(n int, line string) (all []commandLine) {
 	var words []string
 	end := func() {
@@ -117,7 +117,7 @@ func split(n int, line string) (all []commandLine) {
 	return all
 }
 
-// shellWords splits at blanks outside quotes, and ends at a comment.
+// shellWords splits at blanks outside quotes, and stops at a comment.
 func shellWords(line string) (words []string) {
 	var word strings.Builder
 	quote, inWord := rune(0), false
@@ -146,7 +146,7 @@ func shellWords(line string) (words []string) {
 	return words
 }
 
-// unwrap removes what stands before a command: variables, sudo, another namespace.
+// unwrap removes prefixes of a command: variables, sudo, another namespace.
 func unwrap(words []string) []string {
 	for len(words) > 0 {
 		switch {
@@ -165,7 +165,7 @@ func unwrap(words []string) []string {
 
 var assignment = regexp.MustCompile(`^[A-Z_]+=`)
 
-// reference is what docs/cli.md says of the program.
+// reference is the content of docs/cli.md.
 type reference struct {
 	commands map[string][]string // "xdpcast rule add" -> flags
 	global   []string
@@ -198,7 +198,7 @@ func readReference(t *testing.T) reference {
 	return r
 }
 
-// check says what is wrong with a command line of the program, "" if nothing is.
+// check returns what is wrong with a command line of the program, "" if nothing is.
 func (r reference) check(words []string) string {
 	command, rest := "xdpcast", words[1:]
 	for len(rest) > 0 {
@@ -232,7 +232,7 @@ func flagOf(word string) string {
 	return name
 }
 
-// begins is true of a command, and of the first words of one.
+// begins is true for a command, and for the first words of one.
 func (r reference) begins(words string) bool {
 	for command := range r.commands {
 		if command == words || strings.HasPrefix(command, words+" ") {
@@ -276,7 +276,7 @@ func withoutBlocks(text string) string {
 	return text
 }
 
-// The check of commands finds what is wrong.
+// The check of commands finds faults.
 func TestCheck(t *testing.T) {
 	r := readReference(t)
 	for line, want := range map[string]string{
@@ -300,7 +300,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// What make is told to do, it can.
+// Every make target in the documents exists.
 func TestTargetsExist(t *testing.T) {
 	makefile := read(t, "Makefile")
 	checked := 0
@@ -320,7 +320,7 @@ func TestTargetsExist(t *testing.T) {
 	}
 }
 
-// CI runs what the README says, though without sudo.
+// CI runs the commands of the README, without sudo.
 func TestCIRunsTheReadme(t *testing.T) {
 	ci := read(t, ".ci/run")
 	for _, command := range []string{"make demo", "make test"} {
@@ -333,8 +333,8 @@ func TestCIRunsTheReadme(t *testing.T) {
 	}
 }
 
-// included is what the files of the documents include: one rule a file, a.yaml and
-// b.yaml in each directory.
+// included is the files that the documents' files include: one rule per file, a.yaml and b.yaml in
+// each directory.
 type included struct{}
 
 func (included) ReadDir(string) ([]string, error) { return []string{"a.yaml", "b.yaml"}, nil }

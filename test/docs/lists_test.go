@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// testFunctions returns the packages of each test, by its name.
+// testFunctions returns the packages of each test, by test name.
 func testFunctions(t *testing.T) map[string][]string {
 	t.Helper()
 	function := regexp.MustCompile(`(?m)^func (Test\w+)\(t \*testing\.T\)`)
@@ -33,7 +33,7 @@ func testFunctions(t *testing.T) map[string][]string {
 // listed is an entry of a list of tests.
 type listed struct{ pkg, test string }
 
-// readList reads a list: a package, a test and a text in each line.
+// readList reads a list: each line is a package, a test and a text.
 func readList(t *testing.T, file string) (all []listed) {
 	t.Helper()
 	for line := range strings.Lines(read(t, file)) {
@@ -53,8 +53,8 @@ func readList(t *testing.T, file string) (all []listed) {
 	return all
 }
 
-// A test that is listed to run alone is skipped by its name wherever it is, and run
-// where the list says: it must be there, and nowhere else.
+// A test listed to run alone is skipped by name in every package, and run only in the listed one:
+// it must exist there, and nowhere else.
 func TestListOfTestsThatRunAlone(t *testing.T) {
 	functions := testFunctions(t)
 	for _, e := range readList(t, "test/alone.txt") {
@@ -64,10 +64,10 @@ func TestListOfTestsThatRunAlone(t *testing.T) {
 	}
 }
 
-// The list of tests with a long form names all that ask labtest.Soak, and no other.
+// The list of tests with a long form names exactly those that call labtest.Soak.
 func TestListOfLongForms(t *testing.T) {
 	functions := testFunctions(t)
-	want := map[string]bool{} // packages that ask
+	want := map[string]bool{} // packages that call it
 	if err := filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
 		if err != nil || !strings.HasSuffix(path, "_test.go") || strings.Contains(path, "lists_test") {
 			return err
@@ -93,8 +93,8 @@ func TestListOfLongForms(t *testing.T) {
 	}
 }
 
-// What is listed to run on other kernels is there, and a skip is allowed for a test that
-// runs, with its reason.
+// Tests listed to run on other kernels exist, and a skip is allowed only for a test that runs, with
+// a reason.
 func TestListOfTestsOnOtherKernels(t *testing.T) {
 	const file = "test/kernels.txt"
 	functions := testFunctions(t)

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// The maps of files at the top of packages name each file there is, and no other.
+// The file maps at the top of packages name exactly the existing files.
 func TestMapsOfFiles(t *testing.T) {
 	entry := regexp.MustCompile(`(?m)^//\t(\S+\.go)  +\S`)
 	for _, file := range []string{"scripts/bench/doc.go", "internal/demo/demo.go"} {

@@ -8,8 +8,8 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// TestDropReasonsAreExplained: docs/operations.md has a line for each reason, and for
-// none that there is not.
+// TestDropReasonsAreExplained: docs/operations.md has a line for each existing reason, and no
+// others.
 func TestDropReasonsAreExplained(t *testing.T) {
 	known := map[string]bool{}
 	for reason := loader.Reason(0); reason < 255; reason++ {

@@ -18,7 +18,7 @@ import (
 	"xdpcast/pkg/rules"
 )
 
-// parseLine reads a rule as the documents write it: NAME: INPUT... -> OUTPUT... and so on.
+// parseLine parses a rule as the documents write it: NAME: INPUT... -> OUTPUT... and so on.
 func parseLine(line string) (r rules.Rule, err error) {
 	name, rest, ok := strings.Cut(line, ": ")
 	if !ok {
@@ -27,7 +27,7 @@ func parseLine(line string) (r rules.Rule, err error) {
 	return parseRule(name, rest)
 }
 
-// parseRule reads INPUT... -> OUTPUT... [path=PATH] [merge=MERGE] [failover=FAILOVER].
+// parseRule parses INPUT... -> OUTPUT... [path=PATH] [merge=MERGE] [failover=FAILOVER].
 func parseRule(name, text string) (r rules.Rule, err error) {
 	in, out, ok := strings.Cut(text, " -> ")
 	if !ok {
@@ -67,7 +67,7 @@ func parseRule(name, text string) (r rules.Rule, err error) {
 	return r, nil
 }
 
-// ruleBlock reads a block of rules; what stands behind "error: " is returned apart.
+// ruleBlock parses a block of rules; it returns the text after "error: " separately.
 func ruleBlock(text string) (set []rules.Rule, refusal string, err error) {
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
@@ -84,7 +84,7 @@ func ruleBlock(text string) (set []rules.Rule, refusal string, err error) {
 	return set, refusal, nil
 }
 
-// Every example of rules is one set that is right.
+// Every example of rules is one valid set.
 func TestRuleExamples(t *testing.T) {
 	checked := 0
 	for name, text := range documents(t) {
@@ -107,7 +107,7 @@ func TestRuleExamples(t *testing.T) {
 	}
 }
 
-// Every set that a document says is refused is refused with these words.
+// Every set that a document calls refused is refused with these words.
 func TestRefusedSets(t *testing.T) {
 	checked := 0
 	for name, text := range documents(t) {
@@ -131,7 +131,7 @@ func TestRefusedSets(t *testing.T) {
 	}
 }
 
-// table is a table of a document; cells are without blanks around them.
+// table is a table of a document, its cells trimmed.
 type table struct {
 	head []string
 	rows []row
@@ -167,7 +167,7 @@ func tables(text string) (all []table) {
 	return all
 }
 
-// withBlankBlocks empties the blocks and keeps the numbers of lines.
+// withBlankBlocks blanks the code blocks and keeps the line numbers.
 func withBlankBlocks(text string) string {
 	for _, b := range blocks(text) {
 		text = strings.Replace(text, b.text, strings.Repeat("\n", strings.Count(b.text, "\n")), 1)
@@ -175,7 +175,7 @@ func withBlankBlocks(text string) string {
 	return text
 }
 
-// code is what a cell holds between backquotes.
+// code returns the text of a cell between backquotes.
 func code(cell string) (string, bool) {
 	text, ok := strings.CutPrefix(cell, "`")
 	if ok {
@@ -184,8 +184,8 @@ func code(cell string) (string, bool) {
 	return text, ok && !strings.Contains(text, "`")
 }
 
-// refusalOf is what the program says of a rule, without what is in front: the name of
-// the rule, or the whole input or output.
+// refusalOf returns the program's message on a rule without its prefix: the name of the rule, or
+// the whole input or output.
 func refusalOf(text string) (string, error) {
 	r, err := parseRule("x", text)
 	if err == nil {
@@ -209,7 +209,7 @@ func refusalOf(text string) (string, error) {
 	return alone.Error(), nil
 }
 
-// Every refusal that a document quotes is the program's answer to the rule beside it.
+// Every refusal quoted in a document is the program's answer to the rule in the same row.
 func TestRefusals(t *testing.T) {
 	checked := 0
 	for name, text := range documents(t) {
@@ -239,7 +239,7 @@ func TestRefusals(t *testing.T) {
 // endpoint is an input or output in running text; the grammar itself is in capitals.
 var endpoint = regexp.MustCompile("`([^` ]*[0-9:][^` ]*%[^` ]+)`")
 
-// Every endpoint in the text is one.
+// Every endpoint in the text is valid.
 func TestEndpoints(t *testing.T) {
 	checked := 0
 	for name, text := range documents(t) {
@@ -257,7 +257,7 @@ func TestEndpoints(t *testing.T) {
 	}
 }
 
-// Every rule that a document adds by a command is right.
+// Every rule that a document adds by a command is valid.
 func TestAddedRules(t *testing.T) {
 	checked := 0
 	for name, text := range documents(t) {
@@ -281,7 +281,7 @@ func TestAddedRules(t *testing.T) {
 	}
 }
 
-// addedRule is the rule of `xdpcast rule add`, as parseLine reads it.
+// addedRule is the rule of `xdpcast rule add`, in the form that parseLine reads.
 func addedRule(words []string) (string, bool) {
 	if len(words) < 4 || filepath.Base(words[0]) != "xdpcast" || words[1] != "rule" || words[2] != "add" {
 		return "", false
@@ -300,8 +300,7 @@ func addedRule(words []string) (string, bool) {
 	return words[3] + ": " + in + " ->" + out, true
 }
 
-// messageForms are the texts of a package as patterns: anything may stand where it has
-// verbs.
+// messageForms returns the messages of a package as patterns: each verb matches anything.
 func messageForms(t *testing.T, dir string) (all []*regexp.Regexp) {
 	t.Helper()
 	files, err := filepath.Glob(root + dir + "/*.go")
@@ -326,7 +325,7 @@ func messageForms(t *testing.T, dir string) (all []*regexp.Regexp) {
 				t.Fatal(err)
 			}
 			fixed := verb.ReplaceAllString(text, "")
-			if len(fixed) >= 12 { // else nearly everything matches
+			if len(fixed) >= 12 { // shorter ones match nearly everything
 				all = append(all, regexp.MustCompile("^"+verb.ReplaceAllString(regexp.QuoteMeta(text), `\S+`)+"$"))
 			}
 			return true
@@ -337,8 +336,8 @@ func messageForms(t *testing.T, dir string) (all []*regexp.Regexp) {
 
 var verb = regexp.MustCompile(`%[svdwq]`)
 
-// Every reason for a state or a path that a document quotes is one of the program's;
-// words in capitals stand for what it is about.
+// Every state or path reason that a document quotes is one of the program's; words in capitals are
+// placeholders.
 func TestReasons(t *testing.T) {
 	forms := slices.Concat(messageForms(t, "internal/plan"), messageForms(t, "internal/relay"), messageForms(t, "internal/network"))
 	checked := 0
@@ -372,7 +371,7 @@ func matchesAny(forms []*regexp.Regexp, text string) bool {
 	return false
 }
 
-// tableOf is the one table of a document with a heading.
+// tableOf is the only table under a heading of a document.
 func tableOf(t *testing.T, name, heading string) table {
 	t.Helper()
 	var found []table
@@ -387,7 +386,7 @@ func tableOf(t *testing.T, name, heading string) table {
 	return found[0]
 }
 
-// The table of drop reasons has all of them, in the program's order, and no other.
+// The table of drop reasons has exactly the program's, in its order.
 func TestDropReasons(t *testing.T) {
 	var got, want []string
 	for _, r := range tableOf(t, "docs/rules.md", "reason | what was dropped | what to do").rows {
@@ -402,8 +401,7 @@ func TestDropReasons(t *testing.T) {
 	}
 }
 
-// The table of precedence is in the order in which inputs win, each over all that
-// follow it.
+// The table of precedence is in the order in which inputs win, each over all following ones.
 func TestPrecedence(t *testing.T) {
 	var inputs []rules.Input
 	for i, r := range tableOf(t, "docs/rules.md", "rank | kind | example").rows {
@@ -427,7 +425,7 @@ func TestPrecedence(t *testing.T) {
 	}
 }
 
-// The limits are those of the program.
+// The documented limits are the program's.
 func TestLimits(t *testing.T) {
 	spec, err := bpf.LoadRelay()
 	if err != nil {
@@ -469,8 +467,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// includeFaults are files that end in each fault: the one that includes the others, and
-// two in rules.d.
+// includeFaults are files that produce each fault: the including one, and two in rules.d.
 var includeFaults = map[string]struct{ main, a, b string }{
 	"one name in two files":    {main: "include: rules.d/*.yaml", a: cam1, b: strings.ReplaceAll(cam1, "1.1:5", "1.2:5")},
 	"one input in two files":   {main: "include: rules.d/*.yaml", a: cam1, b: strings.ReplaceAll(cam1, "cam1", "cam2")},
@@ -497,7 +494,7 @@ func (d includeDisk) ReadDir(dir string) (names []string, err error) {
 	return names, nil
 }
 
-// Every fault of files that include others is the program's.
+// Every documented fault of included files is the program's.
 func TestIncludeFaults(t *testing.T) {
 	rows := tableOf(t, "docs/rules.md", "fault | message").rows
 	if len(rows) != len(includeFaults) {
@@ -517,7 +514,7 @@ func TestIncludeFaults(t *testing.T) {
 	}
 }
 
-// Headings that a document points to are there.
+// Headings that a document links to exist.
 func TestAnchors(t *testing.T) {
 	checked := 0
 	all := documents(t)

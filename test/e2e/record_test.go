@@ -472,8 +472,7 @@ func emulated() bool {
 	return err == nil && bytes.Contains(text, []byte("QEMU"))
 }
 
-// TestTapEnds: however a tap ends, it leaves nothing behind, and one that cannot start changes
-// nothing.
+// TestTapEnds: however a tap ends, nothing of it stays, and one that cannot start changes nothing.
 func TestTapEnds(t *testing.T) {
 	t.Parallel()
 	n := newNetwork(t)

@@ -21,7 +21,7 @@ import (
 )
 
 // sharedNet is a network in which two routers, up0 and up1, forward one stream to the same LAN, since two
-// others, down0 and down1, each have a way to the source by another one of them:
+// others, down0 and down1, each reach the source through a different one of them:
 //
 //   - up0 -             - down0 - receiver0
 //     source - LAN         LAN of routers
@@ -34,7 +34,7 @@ type sharedNet struct {
 	receivers [2]*lab.Host
 	up, down  [2]*lab.Host
 	routers   []*frrRouter // up0, up1, down0, down1
-	relays    []*relay     // likewise; nil without
+	relays    []*relay     // likewise; nil without xdpcast
 }
 
 const (
@@ -133,8 +133,8 @@ func sourceMember(t *testing.T, h *lab.Host, source string, group netip.AddrPort
 	return c
 }
 
-// elected is what the routers say of the assert: of each whether it won. False until up1 has, since
-// of two with the same metric the one with the higher address does.
+// elected returns the state of each router in the assert. ok is false until up1 has won: with equal
+// metrics the higher address wins.
 func (n *sharedNet) elected() (states []string, ok bool) {
 	for _, r := range n.routers {
 		state := ""
@@ -149,8 +149,8 @@ func (n *sharedNet) elected() (states []string, ok bool) {
 	return states, slices.Equal(states[:2], []string{"LOSER", "WINNER"})
 }
 
-// story has one receiver join, and then the other, whose router takes the stream from another neighbour. It says
-// whether packets come twice when the upper routers have agreed, as FRR 8.4 has them do: its loser prunes no output.
+// story has one receiver join, then the other, whose router takes the stream from another neighbour. It returns
+// whether packets arrive twice once the upper routers have agreed, as with FRR 8.4: its loser prunes no output.
 func (n *sharedNet) story(ctx context.Context) (doubled bool) {
 	t := n.t
 	defer func() {
@@ -195,7 +195,7 @@ func (n *sharedNet) story(ctx context.Context) (doubled bool) {
 		states, ok = n.elected()
 		return ok
 	}
-	// FRR asserts when it has looked at the counters, which is after its keepalive time.
+	// FRR asserts when it checks the counters, which is after its keepalive time.
 	for time.Since(began) < labtest.Timeout && !elected() {
 		time.Sleep(200 * time.Millisecond)
 	}
@@ -223,11 +223,11 @@ func (n *sharedNet) story(ctx context.Context) (doubled bool) {
 	return twice > count/2
 }
 
-// TestAssert: two routers that forward the same stream to one LAN, both of them in XDP, hear each
-// other and agree on one of them, as they do without xdpcast: packets on the wrong interface are the
-// kernel's, and tell the daemons. What comes of it is the same.
+// TestAssert: two routers that forward the same stream to one LAN, both in XDP, hear each other and
+// agree on one of them, as without xdpcast: the kernel handles packets on the wrong interface, and
+// notifies the daemons. The outcome is the same.
 func TestAssert(t *testing.T) {
-	t.Parallel() // it waits for FRR nearly all the time
+	t.Parallel() // waits for FRR nearly all the time
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	var doubled [2]bool

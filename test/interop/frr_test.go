@@ -24,19 +24,19 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// frrRelease is where a release of FRR is, and what it is run by.
+// frrRelease is the location of a release of FRR, and how to run it.
 type frrRelease struct {
 	dir    string   // of the daemons
-	loader []string // the command before each; empty: none
+	loader []string // prefix of each command; empty: none
 	flags  []string
-	daemon string // that speaks PIM
+	daemon string // the one that speaks PIM
 	vtysh  []string
 }
 
-// frr12 is that of the machine, Debian 12's.
+// frr12 is Debian 12's, installed on the machine.
 var frr12 = frrRelease{dir: "/usr/lib/frr", daemon: "pimd", vtysh: []string{"vtysh"}}
 
-// frr13 is Debian 13's pim6d, of the files that scripts/frr-root unpacks.
+// frr13 is Debian 13's pim6d, from the files that scripts/frr-root unpacks.
 func frr13(t *testing.T) frrRelease {
 	t.Helper()
 	out, err := exec.Command("../../scripts/frr-root").Output()
@@ -69,7 +69,7 @@ type frrRouter struct {
 	running map[string]*process
 }
 
-// startFRR starts both on a host, with a configuration for the second.
+// startFRR starts both on a host; conf configures the second.
 func startFRR(ctx context.Context, t *testing.T, h *lab.Host, release frrRelease, conf string) *frrRouter {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "frr")
@@ -113,14 +113,14 @@ func (f *frrRouter) start() {
 	}
 }
 
-// kill kills the daemons, and the kernel forgets their routes.
+// kill kills the daemons, and clears their routes from the kernel.
 func (f *frrRouter) kill() {
 	for _, p := range f.running {
 		p.stop(unix.SIGKILL)
 	}
 }
 
-// vtysh asks the daemon that speaks PIM.
+// vtysh queries the daemon that speaks PIM.
 func (f *frrRouter) vtysh(command string) string {
 	args := slices.Concat(f.release.vtysh, []string{"--vty_socket", f.dir, "-d", f.release.daemon, "-c", command})
 	out, _ := exec.CommandContext(context.WithoutCancel(f.ctx), args[0], args[1:]...).CombinedOutput()
@@ -154,7 +154,7 @@ func pim6Config(rp string, interfaces ...string) string {
 }
 
 // TestPIM6: two routers of FRR's pim6d forward an IPv6 stream in XDP from the first join to the last
-// leave, and no number is lost, doubled or out of order where PIM has settled.
+// leave, and once PIM has settled no number is lost, duplicated or reordered.
 func TestPIM6(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()

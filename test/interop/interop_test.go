@@ -1,16 +1,15 @@
 //go:build interop
 
-// Package interop holds the relay against programs that others wrote: ffmpeg sends
-// a video stream, and ffmpeg, socat and tshark receive what the relay makes of it.
+// Package interop tests the relay against third-party programs: ffmpeg sends a video stream, and
+// ffmpeg, socat and tshark receive what the relay makes of it.
 //
 //	ffmpeg      +-----------------------+  out0   sink 0: ffmpeg, socat, tshark
 //	source -- in0  xdpcast run -c FILE  +--------
 //	            +                       +--------
 //	            +-----------------------+  out1   sink 1: ffmpeg, socat, tshark
 //
-// Every process is the real one, in a network namespace of its own; nothing is
-// linked in. The frames of the video are compared by their checksums with those of
-// the file that was sent.
+// Every process is the real one, in its own network namespace; nothing is linked in. The frames of
+// the video are compared by their checksums with those of the file that was sent.
 package interop
 
 import (
@@ -52,9 +51,8 @@ var (
 	programDir string
 )
 
-// The stream: a little longer than what the live receivers are to decode, since a
-// receiver of a stream without an end never knows that a frame is complete before
-// the next one begins.
+// The stream is a little longer than the live receivers decode, since a receiver of an endless
+// stream does not know that a frame is complete before the next one begins.
 const (
 	streamSeconds = "10.4"
 	videoFrames   = 260
@@ -62,7 +60,7 @@ const (
 	liveAudio     = 400
 )
 
-// sinkCase is what one sink must see.
+// sinkCase is what one sink must receive.
 type sinkCase struct {
 	group netip.AddrPort
 	// rewritten is a tshark display filter for the header fields of each packet.
@@ -169,10 +167,10 @@ func makeSource(t *testing.T) source {
 // frames are the checksums of decoded frames, in order.
 type frames struct{ video, audio []string }
 
-// strict makes ffmpeg fail on anything in a stream that is not as it should be.
+// strict makes ffmpeg fail on any irregularity in a stream.
 var strict = []string{"-nostdin", "-v", "warning", "-xerror", "-err_detect", "explode"}
 
-// decode decodes a file strictly, and counts its frames with ffprobe, too.
+// decode decodes a file strictly, and also counts its frames with ffprobe.
 func decode(ctx context.Context, t *testing.T, file string) frames {
 	t.Helper()
 	args := append(slices.Clone(strict), "-i", file, "-map", "0", "-f", "framemd5", "-")
@@ -184,8 +182,8 @@ func decode(ctx context.Context, t *testing.T, file string) frames {
 	return f
 }
 
-// parseFrames reads ffmpeg's framemd5 format: stream, dts, pts, duration, size, hash.
-// Times are left out: the sender writes others.
+// parseFrames parses ffmpeg's framemd5 format: stream, dts, pts, duration, size, hash. Times are
+// ignored: the sender rewrites them.
 func parseFrames(t *testing.T, text string) (f frames) {
 	t.Helper()
 	for line := range strings.Lines(text) {
@@ -215,8 +213,7 @@ func (f frames) compare(t *testing.T, what string, want frames) {
 	}
 }
 
-// output runs a program in the test's own namespace; it must succeed and not
-// complain.
+// output runs a program in the test's own namespace; it must succeed without complaints.
 func output(ctx context.Context, t *testing.T, name string, args ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(ctx, name, args...)
@@ -228,7 +225,7 @@ func output(ctx context.Context, t *testing.T, name string, args ...string) stri
 	return stdout.String()
 }
 
-// complaints leaves out what tshark tells every root.
+// complaints leaves out tshark's warning to root.
 func complaints(stderr string) string {
 	var rest strings.Builder
 	for line := range strings.Lines(stderr) {

@@ -23,8 +23,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// twoWays is a source whose packets reach the relay on two ways, through a network between that loses
-// and delays.
+// twoWays is a source whose packets reach the relay on two paths, through a network between that
+// loses and delays.
 //
 //	                      left ---- in0
 //	source eth0 ---- from            relay out0 ---- eth0 sink
@@ -33,7 +33,7 @@ type twoWays struct {
 	source, between, relay, sink *lab.Host
 	from                         *labtest.Tap
 	ways                         [2]*labtest.Tap
-	mu                           sync.Mutex // guards what follows
+	mu                           sync.Mutex // guards the following fields
 	lost                         [2]uint64
 	seen                         uint64
 }
@@ -58,8 +58,8 @@ func newTwoWays(t *testing.T) *twoWays {
 	return n
 }
 
-// carry carries the packets to a group until the context ends: each way loses 5 % of them by itself, but
-// none that the other loses, too, and the right one is ten packets behind.
+// carry forwards the packets to a group until the context ends: each path loses 5 % of them, but never
+// the same ones, and the right one lags by ten packets.
 func (n *twoWays) carry(ctx context.Context, to netip.AddrPort) {
 	loses := func(way int) bool {
 		x := (n.seen*2 + uint64(way) + 1) * 0x9e3779b97f4a7c15
@@ -71,13 +71,13 @@ func (n *twoWays) carry(ctx context.Context, to netip.AddrPort) {
 		frame := n.from.Receive(20*time.Millisecond, nil)
 		h, ok := packet.Parse(frame)
 		if !ok || h.Dst != to.Addr() || h.UDP == 0 || binary.BigEndian.Uint16(frame[h.UDP+2:]) != to.Port() {
-			if frame == nil && len(behind) > 0 { // nothing follows that it would be behind of
+			if frame == nil && len(behind) > 0 { // no further packets to lag behind
 				n.ways[1].Send(behind[0])
 				behind = behind[1:]
 			}
 			continue
 		}
-		packet.FillChecksums(frame, &h) // a sender leaves them to its device
+		packet.FillChecksums(frame, &h) // senders leave them to their device
 		n.mu.Lock()
 		left, right := loses(0), loses(1)
 		n.seen++
@@ -103,7 +103,7 @@ func (n *twoWays) carry(ctx context.Context, to netip.AddrPort) {
 }
 
 // run starts the relay, and carries packets until the returned function is called, which waits until all
-// of them are counted and holds what the relay says to what was lost.
+// of them are counted and checks the relay's report against what was lost.
 func (n *twoWays) run(ctx context.Context, t *testing.T, to netip.AddrPort, merge string) (finish func() control.RuleStatus) {
 	t.Helper()
 	relay := startRelay(ctx, t, n.relay, fmt.Sprintf(`rules:
@@ -143,9 +143,9 @@ func (n *twoWays) run(ctx context.Context, t *testing.T, to netip.AddrPort, merg
 	}
 }
 
-// A video that ffmpeg sends as RTP, and that loses 5 % of its packets on each of two ways, comes out behind the
-// relay with every number once, and is decoded without an error, frame by frame. What a way has lost comes late; the
-// test puts the packets in order, since ffmpeg's own receiver hands out what waits before a gap is filled.
+// A video that ffmpeg sends as RTP, and that loses 5 % of its packets on each of two paths, leaves the relay with
+// every number once, and is decoded without an error, frame by frame. Packets lost on one path arrive late; the test
+// puts the packets in order, since ffmpeg's own receiver outputs what it holds before a gap is filled.
 func TestVideoOnTwoLegs(t *testing.T) {
 	source := makeSource(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -177,7 +177,7 @@ func TestVideoOnTwoLegs(t *testing.T) {
 	relayed <- finish().Outputs[0].Sent.Packets
 	payloads := <-received
 	number := func(payload []byte) uint16 { return binary.BigEndian.Uint16(payload[2:]) }
-	first := number(payloads[0]) - 1000 // none is so late
+	first := number(payloads[0]) - 1000 // none is that late
 	slices.SortFunc(payloads, func(a, b []byte) int { return int(number(a)-first) - int(number(b)-first) })
 	var stream []byte
 	for i, p := range payloads {
@@ -191,13 +191,13 @@ func TestVideoOnTwoLegs(t *testing.T) {
 	if err := os.WriteFile(file, stream, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// ffmpeg's sender leaves out the end of the last frame.
+	// ffmpeg's sender omits the end of the last frame.
 	args := append(slices.Clone(strict), "-i", file, "-map", "0", "-frames:v", strconv.Itoa(liveVideo), "-frames:a", strconv.Itoa(liveAudio), "-f", "framemd5", "-")
 	parseFrames(t, output(ctx, t, "ffmpeg", args...)).compare(t, "relayed", frames{source.frames.video[:liveVideo], source.frames.audio[:liveAudio]})
 }
 
-// A recording of MoldUDP64 that another program made comes out of two ways that each lose 5 % whole, as tshark
-// reads it: every message once, each packet byte for byte.
+// A recording of MoldUDP64 made by another program, sent on two paths that each lose 5 %, arrives complete, as
+// read by tshark: every message once, each packet byte for byte.
 func TestMessagesOnTwoLegs(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -238,14 +238,14 @@ func TestMessagesOnTwoLegs(t *testing.T) {
 	})
 	shark.stop(syscall.SIGINT)
 	got = read(capture, 6004)
-	slices.Sort(got) // what a way lost comes behind others
+	slices.Sort(got) // packets lost on one path arrive after others
 	slices.Sort(want)
 	if len(want) < 1000 || !slices.Equal(got, want) {
 		t.Errorf("%d messages came of %d, or others", len(got), len(want))
 	}
 }
 
-// readPcap reads the frames of a capture file in the byte order of little endian machines.
+// readPcap reads the frames of a capture file written on a little-endian machine.
 func readPcap(t *testing.T, file string) (frames [][]byte) {
 	t.Helper()
 	b, err := os.ReadFile(file)

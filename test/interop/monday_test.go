@@ -19,16 +19,16 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// TestMonday: of 1,000 streams, some of which are in trouble, one screen shows who comes at nine what needs somebody:
-// the page in a browser, and top in a terminal. Docs have both screens, and the way from there to the causes, which
-// is gone here with the same commands.
+// TestMonday: with 1,000 streams, some in trouble, one screen shows a person who starts at nine what needs attention:
+// the page in a browser, and top in a terminal. The docs show both screens, and how to get from them to the causes;
+// this test runs the same commands.
 func TestMonday(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	n := newNet(t)
 	const streams = 1000
-	// 41 and 42 have an output that lowers a TTL of 1, 700 to 702 one on an interface that is not there, and the last
-	// ten end during the night.
+	// Rules 41 and 42 have an output that decrements a TTL of 1, 700 to 702 one on a missing interface, and the last
+	// ten streams end during the night.
 	var rules strings.Builder
 	rules.WriteString("rules:\n")
 	trouble := map[string]string{}
@@ -101,13 +101,13 @@ func TestMonday(t *testing.T) {
 	}
 	run(`(?s)copies for 239\.2\.0\.41:6000%out1,ttl=dec were dropped, reason ttl.*cure: raise the sender's TTL.*packets end at the outputs: reason ttl`, "doctor", "studio-0041")
 	run(`(?s)no packet matched in 2s: the last one did .* ago.*packets end before the host: nothing that the rule takes came in on in0`, "doctor", "studio-0990")
-	// Its sender has another group now.
+	// Its sender uses another group now.
 	start(ctx, t, n.source, relay.program, "gen", "--rate", "40", "239.1.7.43:5000%eth0")
 	run(`(?m)^in0 +- +10\.0\.0\.1 +239\.1\.7\.43 +5000 +\d+ .* unknown$`, "discover", "-i", "in0", "--for", "2s")
 	run(`rule studio-0700: pending: interface late0 not found`, "events", "--since", "10m")
 }
 
-// newTerminal runs a program in a terminal of tmux; the function that it returns gives tmux commands.
+// newTerminal runs a program in a tmux terminal; the returned function runs tmux commands.
 func newTerminal(t *testing.T, h hostStarter, width, height int, program string, args ...string) func(...string) string {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "tmux")
@@ -131,7 +131,7 @@ func newTerminal(t *testing.T, h hostStarter, width, height int, program string,
 
 type hostStarter interface{ Start(*exec.Cmd) error }
 
-// terminalPage is a screen of tmux as a page, with its colours.
+// terminalPage renders a tmux screen as a page, with its colours.
 func terminalPage(screen string) string {
 	colours := []string{"#3b4252", "#ff8a80", "#6fcf8a", "#e9b44c", "#6db3e3", "#c792ea", "#7fdbca", "#e4e8ec"}
 	var b strings.Builder
@@ -158,7 +158,7 @@ func terminalPage(screen string) string {
 		codes := strings.Split(screen[at[2]:at[3]], ";")
 		for i := 0; i < len(codes); i++ {
 			var n int
-			_, _ = fmt.Sscan(codes[i], &n) // nothing is 0
+			_, _ = fmt.Sscan(codes[i], &n) // empty means 0
 			switch {
 			case n == 0:
 				style = map[string]string{}

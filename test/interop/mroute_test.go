@@ -21,7 +21,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// routerNet is a network with two routers, of which the second is the rendezvous point of PIM:
+// routerNet is a network with two routers, of which the second is PIM's rendezvous point:
 //
 //	source eth0 - in0 first link0 - link0 second out0 - eth0 receiver
 type routerNet struct {
@@ -61,7 +61,7 @@ func frr(ctx context.Context, t *testing.T, h *lab.Host, interfaces ...string) (
 	return startFRR(ctx, t, h, frr12, pimConfig("10.255.0.2", interfaces...)).vtysh
 }
 
-// next is the number of the next packet; false after the time-out.
+// next is the number of the next packet; false on a timeout.
 func next(t *testing.T, c *net.UDPConn, timeout time.Duration) (uint32, bool) {
 	t.Helper()
 	b := make([]byte, 64)
@@ -75,7 +75,7 @@ func next(t *testing.T, c *net.UDPConn, timeout time.Duration) (uint32, bool) {
 	return binary.BigEndian.Uint32(b), true
 }
 
-// route asks a relay for the rule of a route; nil when there is none.
+// route asks a relay for the rule of a route; nil if there is none.
 func route(ctx context.Context, r *relay, name string) *control.RuleStatus {
 	status, err := control.NewClient(r.socket).Rule(ctx, name)
 	if err != nil {
@@ -85,8 +85,8 @@ func route(ctx context.Context, r *relay, name string) *control.RuleStatus {
 }
 
 // TestFRR: two routers of FRR's pimd, one of them the rendezvous point, forward a stream from the
-// first join to the last leave, and with their routes in XDP no number is lost, doubled or out of
-// order where PIM has settled.
+// first join to the last leave, and with their routes in XDP no number is lost, duplicated or
+// reordered once PIM has settled.
 func TestFRR(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
@@ -115,7 +115,7 @@ func TestFRR(t *testing.T) {
 				return false
 			}
 		}
-		// What was on its way while PIM settled is read.
+		// Drain what was in flight while PIM settled.
 		for {
 			if last, ok := next(t, receiver, 200*time.Millisecond); !ok || last == number {
 				return ok
@@ -142,7 +142,7 @@ func TestFRR(t *testing.T) {
 			t.Errorf("router %d forwarded %d packets in XDP, want %d", i, taken, count)
 		}
 	}
-	// The daemons see traffic: they would let go of the entries.
+	// The daemons see traffic; otherwise they would drop the entries.
 	for i, show := range vtysh {
 		if text := show("show ip mroute"); !strings.Contains(text, "239.1.1.1") {
 			t.Errorf("router %d: %s", i, text)
@@ -154,7 +154,7 @@ func TestFRR(t *testing.T) {
 			return len(fields) > 2 && fields[0] == "239.1.1.1" && fields[2] != "0"
 		})
 	}
-	// The last receiver leaves: the route loses its output, and the kernel has it back.
+	// The last receiver leaves: the route loses its output, and the kernel takes it back.
 	if err := receiver.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -164,14 +164,14 @@ func TestFRR(t *testing.T) {
 	})
 }
 
-// after is what follows a text.
+// after returns the text after what.
 func after(text, what string) string {
 	_, rest, _ := strings.Cut(text, what)
 	return rest
 }
 
-// TestSmcroute: static routes of smcroute are forwarded in XDP, and are the kernel's again when it
-// ends, or when it removes them.
+// TestSmcroute: static routes of smcroute are forwarded in XDP, and return to the kernel when it
+// ends or removes them.
 func TestSmcroute(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -195,7 +195,7 @@ func TestSmcroute(t *testing.T) {
 	active := func(name string) {
 		t.Helper()
 		labtest.Eventually(t, name+" is forwarded in XDP", func() bool {
-			sendDynamic(0) // a route by a range is made for its first packet
+			sendDynamic(0) // the route of a range is created by its first packet
 			s := route(ctx, r, name)
 			return s != nil && s.State == control.StateActive
 		})

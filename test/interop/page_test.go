@@ -38,7 +38,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// forward lets the browser, which is on no host of the test, reach a server on one; it returns the address.
+// forward lets the browser, which runs on no test host, reach a server on one; it returns the address.
 func forward(t *testing.T, h *lab.Host, to string) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -79,7 +79,7 @@ type browser struct {
 	ctx context.Context
 
 	mu         sync.Mutex
-	complaints []string // of the console: errors, and what the policy for contents forbids
+	complaints []string // on the console: errors, and violations of the content security policy
 }
 
 func newBrowser(ctx context.Context, t *testing.T) *browser {
@@ -89,7 +89,7 @@ func newBrowser(ctx context.Context, t *testing.T) *browser {
 	ctx, cancel = chromedp.NewContext(ctx)
 	t.Cleanup(cancel)
 	b := &browser{t: t, ctx: ctx}
-	// The first call makes the tab, which lives as long as its context.
+	// The first call creates the tab, which lives as long as its context.
 	err := chromedp.Listen(ctx, func(event any) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -127,7 +127,7 @@ func do(script string) chromedp.Action[chromedp.Void] {
 	return chromedp.Evaluate[chromedp.Void]("void (" + script + ")")
 }
 
-// eval is what a script says.
+// eval returns the result of a script.
 func eval[T any](b *browser, script string) T {
 	b.t.Helper()
 	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
@@ -139,7 +139,7 @@ func eval[T any](b *browser, script string) T {
 	return v
 }
 
-// until waits until a script says true.
+// until waits until a script returns true.
 func (b *browser) until(what, script string) {
 	b.t.Helper()
 	defer func() {
@@ -153,7 +153,7 @@ func (b *browser) until(what, script string) {
 	labtest.Eventually(b.t, what, func() bool { return eval[bool](b, "Boolean("+script+")") })
 }
 
-// shot takes a screenshot where SCREENSHOTS names a directory for them.
+// shot takes a screenshot if SCREENSHOTS names a directory for them.
 func (b *browser) shot(name string) {
 	dir := os.Getenv("SCREENSHOTS")
 	if dir == "" {
@@ -174,7 +174,7 @@ func (b *browser) shot(name string) {
 	}
 }
 
-// small is a screenshot with the 192 colours that occur most, of 32,768: less than half of its length.
+// small is a screenshot reduced to its 192 most frequent colours, of 32,768: less than half the size.
 func small(shot []byte) ([]byte, error) {
 	full, err := png.Decode(bytes.NewReader(shot))
 	if err != nil {
@@ -208,7 +208,7 @@ func small(shot []byte) ([]byte, error) {
 	return out.Bytes(), err
 }
 
-// size sets how large the window is, and whether the user likes it dark.
+// size sets the window size, and whether the user prefers a dark page.
 func (b *browser) size(width, height int64, dark bool) {
 	scheme := "light"
 	if dark {
@@ -222,7 +222,7 @@ func (b *browser) size(width, height int64, dark bool) {
 	}))
 }
 
-// fits wants nothing to stick out of the window.
+// fits requires that nothing sticks out of the window.
 func (b *browser) fits(what string) {
 	b.t.Helper()
 	if over := eval[int](b, `document.documentElement.scrollWidth - document.documentElement.clientWidth`); over > 0 {
@@ -230,7 +230,7 @@ func (b *browser) fits(what string) {
 	}
 }
 
-// past is what the daemon tells of the last minutes.
+// past is the daemon's history of the last minutes.
 type past struct {
 	Step  float64
 	Taken int
@@ -253,7 +253,7 @@ func lastMinutes(t *testing.T, address string) past {
 
 const text = `document.body.innerText`
 
-// TestPage has a real browser show what the API says, add a rule that relays, change and delete it.
+// TestPage has a real browser show the API's data, and add, change and delete a rule that relays.
 func TestPage(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
@@ -272,7 +272,7 @@ func TestPage(t *testing.T) {
 `, "--listen", "127.0.0.1:9464", "--token-file", tokenFile)
 	address := forward(t, n.relay, "127.0.0.1:9464")
 	sender := start(ctx, t, n.source, relay.program, "gen", "--rate", "200", "--duration", "3m", "239.10.10.10:5004%eth0")
-	const before = 2 // steps of 5 seconds with packets, while nobody looks
+	const before = 2 // steps of 5 seconds with packets, while no page is open
 	labtest.Eventually(t, "the daemon knows the last minutes", func() bool {
 		return len(lastMinutes(t, address).Rates["studio-a"]) >= before
 	})
@@ -283,7 +283,7 @@ func TestPage(t *testing.T) {
 	points := strings.Fields(eval[string](b, `document.querySelector('.row[data-rule="studio-a"] polyline').getAttribute("points")`))
 	above := 0
 	for _, p := range points {
-		if x, y, ok := strings.Cut(p, ","); ok && x <= "120.0" && y != "22.0" { // 22 is the line of zero
+		if x, y, ok := strings.Cut(p, ","); ok && x <= "120.0" && y != "22.0" { // y = 22 is the zero line
 			above++
 		}
 	}
@@ -304,7 +304,7 @@ func TestPage(t *testing.T) {
 		row := eval[string](b, fmt.Sprintf(`document.querySelector('.row[data-rule="%s"]').textContent`, r.Name))
 		state := r.State
 		if r.Name == "studio-a" {
-			state = "dropping" // at the output that has a rate
+			state = "dropping" // for the output that has a rate
 		}
 		for _, want := range []string{r.Name, state, r.Reason} {
 			if !strings.Contains(row, want) {
@@ -319,7 +319,7 @@ func TestPage(t *testing.T) {
 	b.until("lines are drawn", `document.querySelector('.row[data-rule="studio-a"] polyline')?.getAttribute("points").split(" ").length > 5`)
 	shots(b, "rules")
 
-	// Keys alone lead to a rule's own page.
+	// The keyboard alone leads to a rule's own page.
 	b.run("keys", chromedp.Focus(chromedp.CSS(`.row[tabindex="0"]`)), chromedp.KeyEvent("\ue015"), chromedp.KeyEvent("\r"))
 	b.until("a rule's page is shown", `location.hash.startsWith("#/rules/") && document.querySelector("svg.way")`)
 	b.run("go to studio-a", do(`location.hash = "#/rules/studio-a"`))
@@ -335,7 +335,7 @@ func TestPage(t *testing.T) {
 	})
 	b.until("the page has what the API says", fmt.Sprintf(`%s.includes("%d packets,") && document.querySelector("svg.way").getAttribute("aria-label").includes("%d sent")`, text, rule.Matched.Packets, rule.Outputs[0].Sent.Packets))
 
-	// Changes, from here on.
+	// From here on, changes.
 	b.run("unlock", chromedp.Click(chromedp.CSS("#access")), chromedp.SendKeys(chromedp.CSS("#token"), "wrong token and long"), chromedp.Click(chromedp.CSS("#dialog button.primary")),
 		do(`location.hash = "#/edit/"`), chromedp.WaitVisible(chromedp.CSS("#name")))
 	fillIn := func(name, in, out string) {
@@ -388,14 +388,14 @@ func TestPage(t *testing.T) {
 	}
 	b.mu.Lock()
 	for _, c := range b.complaints {
-		if !strings.Contains(c, "403") { // that of the wrong token
+		if !strings.Contains(c, "403") { // from the wrong token
 			t.Errorf("the browser complains: %s", c)
 		}
 	}
 	b.mu.Unlock()
 }
 
-// shots takes screenshots at the sizes of a desk, a tablet and a phone, the last one dark; nothing sticks out.
+// shots takes screenshots at desktop, tablet and phone size, the last one dark; nothing sticks out.
 func shots(b *browser, name string) {
 	b.t.Helper()
 	for _, size := range []struct {
@@ -411,7 +411,7 @@ func shots(b *browser, name string) {
 }
 
 // TestPageWithManyRules: 10,000 rules can be searched, sorted and scrolled, and only the rows in view exist; the page
-// says when the daemon is gone.
+// reports when the daemon is gone.
 func TestPageWithManyRules(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
@@ -441,7 +441,7 @@ func TestPageWithManyRules(t *testing.T) {
 	shots(b, "gone")
 }
 
-// TestPageChanges has the page reload the file, confirm, undo and roll back, with what the API refuses shown.
+// TestPageChanges has the page reload the file, confirm, undo and roll back, and show what the API refuses.
 func TestPageChanges(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
@@ -552,7 +552,7 @@ func TestPageChanges(t *testing.T) {
 	waits(false)
 	output(two)
 
-	// Somebody else's change is shown, too; undoing it when it is confirmed already takes nothing back.
+	// The page also shows another's change; undoing it after it was confirmed reverts nothing.
 	if _, err := client.Reload(ctx, control.ApplyOptions{Confirm: time.Hour}); err != nil {
 		t.Fatal(err)
 	}
@@ -576,14 +576,14 @@ func TestPageChanges(t *testing.T) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, c := range b.complaints {
-		if !strings.Contains(c, "403") && !strings.Contains(c, "400") && !strings.Contains(c, "409") { // what was refused
+		if !strings.Contains(c, "403") && !strings.Contains(c, "400") && !strings.Contains(c, "409") { // for refused requests
 			t.Errorf("the browser complains: %s", c)
 		}
 	}
 }
 
-// TestPageWithoutStreams: where a proxy refuses server-sent events, or holds them back, the page asks again and again,
-// and takes the stream when that gets through.
+// TestPageWithoutStreams: if a proxy refuses server-sent events, or holds them back, the page polls, and uses the
+// stream once it gets through.
 func TestPageWithoutStreams(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	t.Cleanup(cancel)
@@ -636,7 +636,7 @@ func TestPageWithoutStreams(t *testing.T) {
 			b.run("events", do(`location.hash = "#/events"`))
 			b.until("events are shown", `document.querySelector(".events")?.innerText.includes("rule cam")`)
 			through.Store(true)
-			// A page that comes into view again does not wait for its next attempt.
+			// A page that becomes visible again does not wait for its next attempt.
 			b.run("come into view", do(`document.dispatchEvent(new Event("visibilitychange"))`))
 			b.until("the page comes back to the stream", `document.getElementById("connection").textContent === "live"`)
 		})

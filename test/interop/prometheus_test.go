@@ -18,7 +18,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// TestAlerts has promtool make each fault that an alert is for, and see it fire.
+// TestAlerts has promtool simulate the fault of each alert, and checks that it fires.
 func TestAlerts(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -31,7 +31,7 @@ func TestAlerts(t *testing.T) {
 	}
 }
 
-// panel is what a test needs of a panel of a Grafana dashboard.
+// panel is the part of a Grafana panel that a test needs.
 type panel struct {
 	Title   string
 	Type    string
@@ -57,13 +57,13 @@ scrape_configs:
     static_configs: [{targets: ["127.0.0.1:9464"]}]
 `
 
-// TestDashboard has a real Prometheus scrape a real daemon with real traffic. Every query
-// of the dashboard must find something: no panel is empty.
+// TestDashboard has a real Prometheus scrape a real daemon with real traffic. Every query of the
+// dashboard must return data: no panel is empty.
 func TestDashboard(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	n := newNet(t)
-	// A bridge with a querier, as a switch has one, asks for memberships.
+	// A bridge with a querier, like a switch with one, queries memberships.
 	for _, args := range [][]string{
 		{"ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "1", "mcast_querier", "1", "mcast_query_interval", "100", "mcast_query_response_interval", "10", "mcast_startup_query_interval", "100"},
 		{"ip", "link", "set", "br0", "up"},
@@ -101,7 +101,7 @@ func TestDashboard(t *testing.T) {
 	}
 	sender.stop(syscall.SIGINT)
 
-	// What Prometheus has in the end is what the relay says.
+	// In the end Prometheus has the relay's values.
 	rule := relay.rule(ctx, t, "video")
 	want := fmt.Sprintf("=> %d @", rule.Matched.Packets)
 	labtest.Eventually(t, "Prometheus has "+want, func() bool {
@@ -117,7 +117,7 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// in runs a program in a host; it must succeed.
+// in runs a program on a host; it must succeed.
 func in(ctx context.Context, t *testing.T, h *lab.Host, args ...string) string {
 	t.Helper()
 	var out strings.Builder
@@ -134,7 +134,7 @@ func in(ctx context.Context, t *testing.T, h *lab.Host, args ...string) string {
 	return out.String()
 }
 
-// query asks Prometheus; the answer is empty while it has none, or is not up yet.
+// query queries Prometheus; the answer is empty while it has none, or is not up yet.
 func query(ctx context.Context, t *testing.T, h *lab.Host, expr string) string {
 	t.Helper()
 	var out strings.Builder
@@ -146,5 +146,5 @@ func query(ctx context.Context, t *testing.T, h *lab.Host, expr string) string {
 	if err := cmd.Wait(); err != nil {
 		return ""
 	}
-	return strings.TrimSpace(out.String()) // it ends an empty answer with a newline, too
+	return strings.TrimSpace(out.String()) // it ends an empty answer with a newline as well
 }

@@ -44,8 +44,8 @@ func newNet(t *testing.T) *network {
 		hosts = append(hosts, n.sinks[i])
 	}
 	for _, h := range hosts {
-		// The programs name no interface when they send or join. Where the source
-		// of a packet is, a sink does not know, and takes it nevertheless.
+		// The programs name no interface when they send or join. A sink has no route to the source
+		// of a packet, and accepts it nevertheless.
 		if err := h.AddRoute("0.0.0.0/0", "eth0"); err != nil {
 			t.Fatal(err)
 		}
@@ -53,17 +53,17 @@ func newNet(t *testing.T) *network {
 	return n
 }
 
-// process is a program that runs in a host.
+// process is a program that runs on a host.
 type process struct {
 	name   string
 	cmd    *exec.Cmd
-	stderr strings.Builder // to be read after done
+	stderr strings.Builder // read it only after done
 	done   chan struct{}
 	err    error
 	once   sync.Once
 }
 
-// start starts a program in a host. The test ends it, if it has not ended by itself.
+// start starts a program on a host. The test ends it if it still runs.
 func start(ctx context.Context, t *testing.T, h *lab.Host, name string, args ...string) *process {
 	t.Helper()
 	p := &process{name: filepath.Base(name), cmd: exec.CommandContext(ctx, name, args...), done: make(chan struct{})}
@@ -85,8 +85,7 @@ func (p *process) stop(s syscall.Signal) {
 	<-p.done
 }
 
-// mustEnd waits until the process ends by itself, which must be without an error or
-// a complaint.
+// mustEnd waits until the process ends by itself, which must be without an error or complaint.
 func (p *process) mustEnd(t *testing.T) {
 	t.Helper()
 	<-p.done // the context bounds it
@@ -98,15 +97,15 @@ func (p *process) mustEnd(t *testing.T) {
 // relay is a running daemon.
 type relay struct {
 	program string
-	dirs    []string // flags that say where its state is
+	dirs    []string // flags for the location of its state
 	socket  string
 	file    string // its rules
 }
 
-// noRules is a file of no rules.
+// noRules is a file without rules.
 const noRules = "rules: []\n"
 
-// startMany is startRelay for a set of so many rules; the daemon is to be stopped by the caller, too.
+// startMany is startRelay for a set of many rules; the caller may also stop the daemon.
 func startMany(ctx context.Context, t *testing.T, h *lab.Host, rules string, many int, flags ...string) *process {
 	t.Helper()
 	_, daemon := startDaemon(ctx, t, h, rules, many, flags...)
@@ -120,7 +119,7 @@ func startRelay(ctx context.Context, t *testing.T, h *lab.Host, rules string, fl
 	return r
 }
 
-// startDaemon waits until so many rules are active.
+// startDaemon waits until this many rules are active.
 func startDaemon(ctx context.Context, t *testing.T, h *lab.Host, rules string, active int, flags ...string) (*relay, *process) {
 	t.Helper()
 	dir := t.TempDir()
@@ -163,7 +162,7 @@ func startDaemon(ctx context.Context, t *testing.T, h *lab.Host, rules string, a
 	return r, daemon
 }
 
-// rule asks the program about a rule.
+// rule queries the program for a rule.
 func (r *relay) rule(ctx context.Context, t *testing.T, name string) (status control.RuleStatus) {
 	t.Helper()
 	text := output(ctx, t, r.program, "--socket", r.socket, "rule", "show", name, "-o", "json")

@@ -16,12 +16,12 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// TestRouterSoak: under traffic receivers join and leave at random, sources begin and end, a path is
-// cut and comes back, and routing daemons and relays are killed: after each of it all relays
-// have the routes of their kernels, and a stream that goes on is whole. With XDPCAST_SOAK it takes half
-// an hour.
+// TestRouterSoak: under traffic receivers join and leave at random, sources start and stop, a link is
+// cut and restored, and routing daemons and relays are killed: after each event all relays have the
+// routes of their kernels, and a continuing stream is complete. With XDPCAST_SOAK it takes half an
+// hour.
 func TestRouterSoak(t *testing.T) {
-	t.Parallel() // beside TestAssert
+	t.Parallel() // alongside TestAssert
 	length := time.Duration(labtest.Soak(15, 1800)) * time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), length+5*time.Minute)
 	defer cancel()
@@ -101,10 +101,10 @@ func TestRouterSoak(t *testing.T) {
 		}},
 		{"a routing daemon is killed", 1, func() {
 			if !up {
-				cut() // the other way is the rendezvous point's alone
+				cut() // the other path depends on the rendezvous point alone
 			}
 			n.routers[1].kill()
-			time.Sleep(time.Duration(random.IntN(2000)) * time.Millisecond) // so long there is none
+			time.Sleep(time.Duration(random.IntN(2000)) * time.Millisecond) // no daemon during this time
 			n.routers[1].start()
 			n.neighbours()
 		}},

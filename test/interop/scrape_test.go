@@ -16,7 +16,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// resident is how much memory a process has, in bytes (proc_pid_status(5)).
+// resident is the resident memory of a process, in bytes (proc_pid_status(5)).
 func resident(t *testing.T, pid int) int {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -31,8 +31,8 @@ func resident(t *testing.T, pid int) int {
 	return kB << 10
 }
 
-// TestScrapeOfManyRules: a daemon with 10,000 rules of four outputs each answers a scrape with all of them. How long
-// that takes, and how much more memory, is told; the bounds are wide, since the machine may be busy. The long form has
+// TestScrapeOfManyRules: a daemon with 10,000 rules of four outputs each answers a scrape with all of them. The test
+// logs the time and extra memory this takes; the bounds are wide, since the machine may be busy. The long form has
 // 100,000 rules, which do not take the daemon down.
 func TestScrapeOfManyRules(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)

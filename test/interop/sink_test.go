@@ -19,13 +19,13 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// sink receives the stream with three programs at once: ffmpeg decodes it as it
-// comes, socat records the payload, and tshark the packets.
+// sink receives the stream with three programs at once: ffmpeg decodes it live, socat records the
+// payload, and tshark the packets.
 type sink struct {
 	host               *lab.Host
 	want               sinkCase
 	live, socat, shark *process
-	// What they write: checksums of frames, an MPEG transport stream, packets.
+	// Their output: checksums of frames, an MPEG transport stream, packets.
 	frames, recording, capture string
 }
 
@@ -48,7 +48,7 @@ func startSink(ctx context.Context, t *testing.T, h *lab.Host, want sinkCase) *s
 	return s
 }
 
-// waitReady waits until all three would see a packet.
+// waitReady waits until all three can receive.
 func (s *sink) waitReady(t *testing.T) {
 	t.Helper()
 	labtest.Eventually(t, "ffmpeg and socat have bound "+s.want.group.String(), func() bool {
@@ -80,7 +80,7 @@ func (s *sink) bound(t *testing.T) int {
 func (s *sink) members(t *testing.T) int {
 	t.Helper()
 	addr := s.want.group.Addr()
-	table, group, at := "igmp", "", 0 // Group, Users, ... as the kernel's word
+	table, group, at := "igmp", "", 0 // Group, Users, ... as a native-endian word
 	if addr.Is4() {
 		b := addr.As4()
 		group = fmt.Sprintf("%08X", binary.NativeEndian.Uint32(b[:]))
@@ -100,7 +100,7 @@ func (s *sink) members(t *testing.T) int {
 	return 0
 }
 
-// checkLive checks what ffmpeg decoded as the stream came in.
+// checkLive checks what ffmpeg decoded live.
 func (s *sink) checkLive(t *testing.T, sent frames) {
 	t.Helper()
 	s.live.mustEnd(t)
@@ -111,8 +111,7 @@ func (s *sink) checkLive(t *testing.T, sent frames) {
 	parseFrames(t, string(text)).compare(t, "live", frames{sent.video[:liveVideo], sent.audio[:liveAudio]})
 }
 
-// checkRecording checks that socat received every byte, and that they are the whole
-// stream.
+// checkRecording checks that socat received every byte, and that they are the complete stream.
 func (s *sink) checkRecording(ctx context.Context, t *testing.T, sent frames, counted control.Counter) {
 	t.Helper()
 	payload := int64(counted.Bytes) - int64(counted.Packets)*int64(s.headers())
@@ -124,7 +123,7 @@ func (s *sink) checkRecording(ctx context.Context, t *testing.T, sent frames, co
 	decode(ctx, t, s.recording).compare(t, "recording", sent)
 }
 
-// headers is the length of the headers before a payload.
+// headers is the length of the headers before the payload.
 func (s *sink) headers() int {
 	const ethernet, ipv4, ipv6, udp = 14, 20, 40, 8
 	if s.want.group.Addr().Is4() {
@@ -133,14 +132,14 @@ func (s *sink) headers() int {
 	return ethernet + ipv6 + udp
 }
 
-// The file format of libpcap, pcap-savefile(5): a header, and one more for each packet.
+// The libpcap file format, pcap-savefile(5): a file header, and one header per packet.
 const (
 	pcapHeader       = 24
 	pcapPacketHeader = 16
 )
 
-// checkCapture checks that tshark finds nothing wrong with any packet: checksums,
-// lengths, the fields that the rule rewrites, and the stream inside.
+// checkCapture checks that tshark finds no fault in any packet: checksums, lengths, the rewritten
+// fields, and the stream inside.
 func (s *sink) checkCapture(ctx context.Context, t *testing.T, counted control.Counter) {
 	t.Helper()
 	size := int64(pcapHeader + pcapPacketHeader*counted.Packets + counted.Bytes)
@@ -162,7 +161,7 @@ func (s *sink) checkCapture(ctx context.Context, t *testing.T, counted control.C
 	}
 }
 
-// procNet reads a table below /proc/net of a host, in words, without its title.
+// procNet reads a table below /proc/net of a host, split into words, without its header.
 func procNet(t *testing.T, h *lab.Host, table string) (lines [][]string) {
 	t.Helper()
 	labtest.Do(t, h, func() error {
@@ -177,7 +176,7 @@ func procNet(t *testing.T, h *lab.Host, table string) (lines [][]string) {
 	return lines
 }
 
-// datagramsSent is how many UDP datagrams a host has sent since it was made.
+// datagramsSent is the number of UDP datagrams a host has sent since its creation.
 func datagramsSent(t *testing.T, h *lab.Host, is4 bool) uint64 {
 	t.Helper()
 	value := func(s string) uint64 {

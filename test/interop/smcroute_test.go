@@ -22,26 +22,26 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// smcScenario is a router of smcroute between two sources and two sinks, and what is sent through
-// it. They are the situations of smcroute's own tests, anew.
+// smcScenario is an smcroute router between two sources and two sinks, and what is sent through it.
+// The scenarios repeat those of smcroute's own tests.
 //
 //	source 0 eth0 - in0 router out0 - eth0 sink 0
 //	source 1 eth0 - in1        out1 - eth0 sink 1
 type smcScenario struct {
 	name  string
 	conf  string
-	flags []string // of smcrouted
+	flags []string // for smcrouted
 	steps [][]smcFrame
-	taken int // entries that are forwarded in XDP in the end
+	taken int // entries forwarded in XDP at the end
 }
 
 // smcFrame is what a source sends.
 type smcFrame struct {
 	from          int
-	tag           uint16 // of IEEE 802.1Q; 0: none
+	tag           uint16 // IEEE 802.1Q; 0: none
 	source, group string
 	ttl           uint8
-	during        time.Duration // sent every 50 ms for so long; 0: sent once
+	during        time.Duration // sent every 50 ms for this long; 0: sent once
 }
 
 const (
@@ -70,9 +70,9 @@ func smcScenarios() []smcScenario {
 	low := f(0, "10.0.0.5", "239.1.1.1")
 	low.ttl = 1
 	tagged := f(0, "10.0.0.5", "239.1.1.1")
-	tagged.tag = 10 // of a VLAN that the router has no interface of
+	tagged.tag = 10 // of a VLAN without an interface on the router
 	priority := tagged
-	priority.tag = 5 << 13 // of no VLAN: the kernel takes the tag off
+	priority.tag = 5 << 13 // priority tag: the kernel removes it
 	steady, idle := f(0, "10.0.0.5", "239.1.1.1"), f(0, "10.0.0.6", "239.1.1.1")
 	steady.during = 7 * time.Second
 	return []smcScenario{
@@ -95,10 +95,10 @@ func smcScenarios() []smcScenario {
 	}
 }
 
-// smcResult is what came of a scenario.
+// smcResult is the outcome of a scenario.
 type smcResult struct {
 	frames [2][][]byte // at each sink, sorted, without MAC addresses
-	routes []string    // of the kernel in the end
+	routes []string    // of the kernel at the end
 }
 
 // run plays the scenario, with the routes mirrored or without.
@@ -135,7 +135,7 @@ func (s *smcScenario) run(ctx context.Context, t *testing.T, mirrored bool) (res
 			t.Logf("smcrouted: %s", daemon.stderr.String())
 		}
 	})
-	// The markers show in the kernel's routes once all of the file is in.
+	// The markers appear among the kernel's routes once the whole file is loaded.
 	labtest.Eventually(t, "smcrouted has its routes in", func() bool { return len(kernelRoutes(ctx, t, router, is4, true)) >= 2 })
 	var r *relay
 	if mirrored {
@@ -192,8 +192,8 @@ func (s *smcScenario) run(ctx context.Context, t *testing.T, mirrored bool) (res
 	return result
 }
 
-// untilQuiet is what a sink receives until both markers have come and nothing more does, without MAC
-// addresses and markers.
+// untilQuiet returns what a sink receives until both markers have arrived and nothing more does,
+// without MAC addresses and markers.
 func untilQuiet(t *testing.T, sink *labtest.Tap, where, marker string) (frames [][]byte) {
 	t.Helper()
 	markers := 0
@@ -211,7 +211,7 @@ func untilQuiet(t *testing.T, sink *labtest.Tap, where, marker string) (frames [
 		}
 		if is {
 			if markers++; markers == 2 {
-				wait = 300 * time.Millisecond // the kernel may hold packets until smcrouted has answered
+				wait = 300 * time.Millisecond // the kernel may queue packets until smcrouted has answered
 			}
 			continue
 		}
@@ -219,7 +219,7 @@ func untilQuiet(t *testing.T, sink *labtest.Tap, where, marker string) (frames [
 	}
 }
 
-// hexLines shows frames.
+// hexLines formats frames, one per line.
 func hexLines(frames [][]byte) (text string) {
 	for _, f := range frames {
 		text += fmt.Sprintf("%x\n", f)
@@ -229,7 +229,7 @@ func hexLines(frames [][]byte) (text string) {
 
 var kernelRoute = regexp.MustCompile(`\(([^)]*)\)\s+Iif: (\S+)`)
 
-// kernelRoutes are the entries of the kernel, as ip has them.
+// kernelRoutes are the kernel's entries, as printed by ip.
 func kernelRoutes(ctx context.Context, t *testing.T, h *lab.Host, is4, resolved bool) (all []string) {
 	t.Helper()
 	family := "-6"
@@ -245,8 +245,8 @@ func kernelRoutes(ctx context.Context, t *testing.T, h *lab.Host, is4, resolved 
 	return all
 }
 
-// TestSmcrouteScenarios: what smcroute's own tests look at comes out the same with the routes
-// mirrored as by the kernel alone, and the kernel has the same routes in the end.
+// TestSmcrouteScenarios: the scenarios of smcroute's own tests have the same outcome with mirrored
+// routes as with the kernel alone, and leave the same routes in the kernel.
 func TestSmcrouteScenarios(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
@@ -262,7 +262,7 @@ func TestSmcrouteScenarios(t *testing.T) {
 				for i := range kernel.frames {
 					got += len(kernel.frames[i])
 					if s.name == "expire" {
-						continue // how many frames a time has is not the same
+						continue // the number of frames within a time varies
 					}
 					if !slices.EqualFunc(kernel.frames[i], mirrored.frames[i], bytes.Equal) {
 						t.Errorf("sink %d:\n%s\nof the kernel alone:\n%s", i, hexLines(mirrored.frames[i]), hexLines(kernel.frames[i]))

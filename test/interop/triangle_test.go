@@ -29,10 +29,10 @@ import (
 //	                   ar \     / br
 //	                       third
 //
-// A stream goes by the third until the second switches to the shortest path.
+// A stream passes through the third until the second switches to the shortest path.
 type triangle struct {
-	t        *testing.T // of what happens now
-	whole    *testing.T // of all that happens
+	t        *testing.T // of the current step
+	whole    *testing.T // of the whole test
 	source   *lab.Host
 	hosts    [3]*lab.Host
 	receiver *lab.Host
@@ -86,7 +86,7 @@ func newTriangle(ctx context.Context, t *testing.T, accelerate bool) *triangle {
 	return n
 }
 
-// tell logs what the routers know.
+// tell logs the routers' state.
 func (n *triangle) tell() {
 	// The test's context may have ended.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(n.t.Context()), 20*time.Second)
@@ -112,7 +112,7 @@ func (n *triangle) tell() {
 	}
 }
 
-// shortRoute is the second router's way to the source without a detour.
+// shortRoute is the second router's direct route to the source.
 func (n *triangle) shortRoute(ctx context.Context) {
 	in(ctx, n.t, n.hosts[1], "ip", "route", "add", "10.0.1.0/24", "via", "10.0.2.1", "metric", "10")
 }
@@ -139,11 +139,11 @@ func mirrorAll(ctx context.Context, t *testing.T, h *lab.Host) *accelerated {
 	return &accelerated{relay: r, host: h, daemon: daemon, args: daemon.cmd.Args[1:]}
 }
 
-// restart kills the daemon, and starts it again after a time without.
+// restart kills the daemon, and starts it again after a time without it.
 func (a *accelerated) restart(ctx context.Context, t *testing.T, without time.Duration) {
 	t.Helper()
 	a.daemon.stop(unix.SIGKILL)
-	time.Sleep(without) // what is looked at is what happens meanwhile
+	time.Sleep(without) // the test observes this interval
 	a.start(ctx, t)
 }
 
@@ -157,7 +157,7 @@ func (a *accelerated) start(ctx context.Context, t *testing.T) {
 	})
 }
 
-// forwards says whether a router forwards a group of the source in XDP; it need not where none does.
+// forwards says whether a router forwards a group of the source in XDP; true without a relay.
 func (n *triangle) forwards(ctx context.Context, router int, group string) bool {
 	if n.relays[router] == nil {
 		return true
@@ -166,7 +166,7 @@ func (n *triangle) forwards(ctx context.Context, router int, group string) bool 
 	return s != nil && s.State == control.StateActive
 }
 
-// numbers is a stream of numbered packets, a thousand a second, and what of it has arrived.
+// numbers is a stream of numbered packets, a thousand per second, and those that arrived.
 type numbers struct {
 	sent atomic.Uint32
 	mu   sync.Mutex
@@ -192,7 +192,7 @@ func runNumbers(ctx context.Context, wg *sync.WaitGroup, send func(uint32), c *n
 	return s
 }
 
-// receive notes what arrives until the context ends.
+// receive records what arrives until the context ends.
 func (s *numbers) receive(ctx context.Context, c *net.UDPConn) {
 	b := make([]byte, 64)
 	for ctx.Err() == nil {
@@ -205,7 +205,7 @@ func (s *numbers) receive(ctx context.Context, c *net.UDPConn) {
 	}
 }
 
-// since is what has arrived of the numbers from one on.
+// since returns the numbers that arrived, from the given one on.
 func (s *numbers) since(from uint32) (got []uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -220,7 +220,7 @@ func (s *numbers) since(from uint32) (got []uint32) {
 	return got
 }
 
-// faults counts numbers between two that are missing, and those that came twice.
+// faults counts missing and duplicate numbers in a range.
 func (s *numbers) faults(from, to uint32) (missing, twice int) {
 	seen := map[uint32]int{}
 	for _, n := range s.since(from) {
@@ -240,7 +240,7 @@ func (s *numbers) faults(from, to uint32) (missing, twice int) {
 	return missing, twice
 }
 
-// settled waits until 300 numbers in a row have arrived once each.
+// settled waits until 300 consecutive numbers have arrived once each.
 func (s *numbers) settled(t *testing.T, what string) {
 	t.Helper()
 	labtest.Eventually(t, what, func() bool {
@@ -248,13 +248,13 @@ func (s *numbers) settled(t *testing.T, what string) {
 		for s.sent.Load() < from+300 {
 			time.Sleep(10 * time.Millisecond)
 		}
-		time.Sleep(50 * time.Millisecond) // of the last
+		time.Sleep(50 * time.Millisecond) // for the last one
 		missing, twice := s.faults(from, from+300)
 		return missing == 0 && twice == 0
 	})
 }
 
-// passes waits until so many more are sent, and wants every one of them to arrive once.
+// passes waits until this many more are sent, and requires each to arrive once.
 func (s *numbers) passes(t *testing.T, what string, count uint32) {
 	t.Helper()
 	from := s.sent.Load() + 1
@@ -264,7 +264,7 @@ func (s *numbers) passes(t *testing.T, what string, count uint32) {
 	s.whole(t, what, from, from+count)
 }
 
-// whole wants every number between two to arrive once.
+// whole requires every number in a range to arrive once.
 func (s *numbers) whole(t *testing.T, what string, from, to uint32) {
 	t.Helper()
 	missing, twice := 0, 0
@@ -278,10 +278,10 @@ func (s *numbers) whole(t *testing.T, what string, from, to uint32) {
 	}
 }
 
-// tally is what went wrong with a stream while something happened.
+// tally is what went wrong with a stream during an event.
 type tally struct{ missing, twice int }
 
-// What happens to a triangle.
+// The events of a triangle.
 const (
 	joining = "a receiver joins, and PIM switches to the shortest path"
 	cutting = "the shortest path is cut"
@@ -297,7 +297,7 @@ type stream struct {
 	stop   func()
 }
 
-// stream begins to send to a group that has been joined.
+// stream starts sending to a group that has been joined.
 func (n *triangle) stream(ctx context.Context, group string) *stream {
 	t := n.t
 	t.Helper()
@@ -317,7 +317,7 @@ func (n *triangle) stream(ctx context.Context, group string) *stream {
 	return s
 }
 
-// comesBy waits until the second router's kernel takes the stream from an interface, and some
+// comesBy waits until the second router's kernel receives the stream from an interface, and these
 // routers forward it.
 func (s *stream) comesBy(ctx context.Context, ifname string, routers ...int) {
 	t := s.n.t
@@ -332,8 +332,8 @@ func (s *stream) comesBy(ctx context.Context, ifname string, routers ...int) {
 	}
 }
 
-// during counts what goes wrong with the stream while something happens, until it is whole again,
-// and all that is mirrored is what the kernel has.
+// during counts what goes wrong with the stream during an event, until it is complete again and the
+// mirrored routes match the kernel's.
 func (s *stream) during(ctx context.Context, what string, from uint32, do func()) tally {
 	t := s.n.t
 	t.Helper()
@@ -369,11 +369,11 @@ func (n *triangle) agrees(ctx context.Context, when string) {
 	}
 }
 
-// routesDiffer says how the routes of a relay differ from those of its host's kernel; "" when they
-// are the same.
+// routesDiffer returns how the routes of a relay differ from those of its host's kernel; "" if they
+// do not.
 func routesDiffer(ctx context.Context, t *testing.T, h *lab.Host, r *relay) string {
 	t.Helper()
-	// One a line: (10.0.1.2,239.1.1.1)  Iif: in0  Oifs: ab ar  State: resolved
+	// One per line: (10.0.1.2,239.1.1.1) Iif: in0 Oifs: ab ar State: resolved
 	kernel := map[string]string{}
 	for line := range strings.Lines(in(ctx, t, h, "ip", "-4", "mroute")) {
 		if !strings.HasPrefix(line, "(") || !strings.Contains(line, "State: resolved") {
@@ -417,8 +417,8 @@ func routesDiffer(ctx context.Context, t *testing.T, h *lab.Host, r *relay) stri
 	return ""
 }
 
-// round is what happens to a triangle under a stream: to a group of its own, and to one that goes
-// on. It returns what went wrong meanwhile.
+// round runs the events of a triangle under a stream: on a group of its own, and on a continuing
+// one. It returns what went wrong in each.
 func (n *triangle) round(ctx context.Context, number int, s *stream) map[string]tally {
 	t := n.t
 	found := map[string]tally{}
@@ -448,7 +448,7 @@ func (n *triangle) round(ctx context.Context, number int, s *stream) map[string]
 	return found
 }
 
-// restarts kills daemons under the stream, which are started again.
+// restarts kills and restarts daemons under the stream.
 func (n *triangle) restarts(ctx context.Context, s *stream) {
 	t := n.t
 	s.during(ctx, "a routing daemon is killed and started", s.sent.Load()+1, func() {
@@ -460,7 +460,7 @@ func (n *triangle) restarts(ctx context.Context, s *stream) {
 	if n.relays[1] == nil {
 		return
 	}
-	// Nothing is lost, whether its flows hold yet or the kernel has taken over.
+	// Nothing is lost, whether its flows still apply or the kernel has taken over.
 	from := s.sent.Load() + 1
 	n.relays[1].restart(ctx, n.whole, 6*time.Second)
 	labtest.Eventually(t, "the relay forwards again", func() bool { return n.forwards(ctx, 1, triangleGroup) })
@@ -474,15 +474,15 @@ func (n *triangle) restarts(ctx context.Context, s *stream) {
 	s.whole(t, "while the relay was stopped and started", from, s.sent.Load()-100)
 }
 
-// Triangles of the kernel alone and with xdpcast beside each other.
+// Triangles of the kernel alone and with xdpcast, side by side.
 const (
 	byKernel = iota
 	withXDP
 )
 
-// worse says in what the transitions were worse than the kernel's own; "" in nothing. Of half of
-// them the kernel's worst is the measure, and slack for the scheduler: a router's daemons are
-// late at times, and PIM by as much.
+// worse returns how the transitions were worse than the kernel's own; "" if they were not. The
+// median may exceed the kernel's worst by slack, for the scheduler: a router's daemons are
+// sometimes late, and PIM by as much.
 func worse(found [2][]map[string]tally) string {
 	const slack = 10 // milliseconds
 	faults := map[string]func(tally) int{
@@ -507,9 +507,9 @@ func worse(found [2][]map[string]tally) string {
 	return ""
 }
 
-// TestTriangle: a network of three FRR routers, of which a path is cut and daemons are killed
-// under a stream: with xdpcast on all of them, the stream arrives whenever it does without, and
-// the transitions of PIM lose and double no more than the kernel's own, in the same minute.
+// TestTriangle: a network of three FRR routers, where a link is cut and daemons are killed under a
+// stream: with xdpcast on all of them, the stream arrives whenever it does without, and PIM's
+// transitions lose and duplicate no more than the kernel's own, in the same minute.
 func TestTriangle(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Duration(labtest.Soak(8, 20))*time.Minute)
 	defer cancel()
@@ -545,7 +545,7 @@ func TestTriangle(t *testing.T) {
 		streams[i] = n.stream(ctx, triangleGroup)
 		streams[i].during(ctx, joining, 1, func() { streams[i].comesBy(ctx, "ab", 0, 1) })
 	})
-	// Where the median does not tell, more rounds do.
+	// If the median is inconclusive, run more rounds.
 	least, most := labtest.Soak(3, 20), labtest.Soak(15, 40)
 	var found [2][]map[string]tally
 	for number := 1; number <= least || number <= most && worse(found) != ""; number++ {
@@ -561,7 +561,7 @@ func TestTriangle(t *testing.T) {
 	}
 	both("restarts", func(i int, n *triangle) { n.restarts(ctx, streams[i]) })
 	both("end", func(i int, n *triangle) {
-		// The routes outlive the keepalive time of 31 s, which a daemon that sees no packets ends them after.
+		// The routes outlive the keepalive time of 31 s, after which a daemon that sees no packets ends them.
 		for time.Since(began) < 40*time.Second {
 			streams[i].passes(n.t, "a stream that goes on", 1000)
 		}

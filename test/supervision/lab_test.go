@@ -1,5 +1,5 @@
-// Package supervision tests group membership end to end: the relay, real traffic
-// and a switch that forwards only what its hosts have asked for.
+// Package supervision tests group membership end to end: the relay, real traffic and a switch that
+// forwards only what its hosts have joined.
 package supervision
 
 import (
@@ -27,8 +27,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// network is a source, the relay and a sink. The relay's in leads to the source,
-// over a switch if there is one, and its out to the sink.
+// network is a source, the relay and a sink. The relay's in connects to the source, possibly over a
+// switch, and its out to the sink.
 type network struct {
 	source, relayHost, sink *lab.Host
 	r                       *relay.Relay
@@ -37,10 +37,10 @@ type network struct {
 	stack   *labtest.Tap // at the relay's in: what the relay program passes
 	receive *labtest.Tap // at the sink
 	number  uint32       // of the last fence
-	from    string       // source that rules name, and "@"; empty: any
+	from    string       // source in rules, followed by "@"; empty: any
 }
 
-// newNetwork starts a relay; joinIn connects the source's eth0 with the relay's in.
+// newNetwork starts a relay; joinIn connects the source's eth0 to the relay's in.
 func newNetwork(t *testing.T, joinIn func(source, relay lab.End)) *network {
 	t.Helper()
 	n := &network{source: labtest.Host(t, "src"), relayHost: labtest.Host(t, "rly"), sink: labtest.Host(t, "snk")}
@@ -55,7 +55,7 @@ func newNetwork(t *testing.T, joinIn func(source, relay lab.End)) *network {
 	return n
 }
 
-// startRelay runs a relay in a host until the test ends.
+// startRelay runs a relay on a host until the test ends.
 func startRelay(t *testing.T, h *lab.Host) *relay.Relay {
 	t.Helper()
 	dir := t.TempDir()
@@ -103,16 +103,15 @@ func plain(t *testing.T) func(a, b lab.End) {
 	return func(a, b lab.End) { labtest.Connect(t, a, b) }
 }
 
-// Times of the switch, in hundredths of a second: as short as the kernel allows, so
-// that tests need not wait for long.
+// Times of the switch, in hundredths of a second: the kernel's minimum, so that tests wait less.
 const (
 	queryInterval      = 100
 	queryResponse      = 30
 	lastMemberInterval = 10
 )
 
-// snooping connects two ends by a switch that snoops on IGMP and MLD, and asks its
-// hosts in the given versions, from 10.0.0.254 and a link-local address.
+// snooping connects two ends by a switch that snoops on IGMP and MLD, and queries its hosts in the
+// given versions, from 10.0.0.254 and a link-local address.
 func snooping(t *testing.T, igmpVersion, mldVersion uint8) func(a, b lab.End) {
 	return func(a, b lab.End) {
 		t.Helper()
@@ -138,15 +137,15 @@ func snooping(t *testing.T, igmpVersion, mldVersion uint8) func(a, b lab.End) {
 			labtest.Connect(t, end, lab.End{Host: sw, Name: port})
 			labtest.Enslave(t, sw, port)
 		}
-		// Only now: with the time for responses set, which it waits before it trusts
-		// what it has learned.
+		// Set last: the querier waits for the response time set above before it trusts what it has
+		// learned.
 		labtest.SetBridge(t, sw, 0, map[int][]byte{nl.IFLA_BR_MCAST_QUERIER: {1}})
 	}
 }
 
 const inPort, outPort = 5000, 6000
 
-// frame is a packet of the source to a group.
+// frame is a packet from the source to a group.
 func frame(group netip.Addr, payload []byte) []byte {
 	src := netip.MustParseAddr("10.0.0.1")
 	if group.Is6() {
@@ -158,7 +157,7 @@ func frame(group netip.Addr, payload []byte) []byte {
 	}.Build()
 }
 
-// payload of a UDP frame to the given port; ok is false for other frames.
+// payload returns the payload of a UDP frame to the given port; ok is false for other frames.
 func payload(b []byte, port uint16) (group netip.Addr, data []byte, ok bool) {
 	h, ok := packet.Parse(b)
 	if !ok || h.DstPort != port || !h.Dst.IsMulticast() {
@@ -167,14 +166,14 @@ func payload(b []byte, port uint16) (group netip.Addr, data []byte, ok bool) {
 	return h.Dst, b[h.UDP+8 : h.L3+h.L3Len], true
 }
 
-// reached counts where the packets of a probe came to, by group: to the relay's
-// stack without a rule, or to the sink.
+// reached counts where the packets of a probe arrived, by group: at the relay's stack without a
+// rule, or at the sink.
 type reached struct {
 	stack, sink map[netip.Addr]int
 }
 
-// Fences are two frames that follow others on their way: one goes to every host
-// behind the switch, the other through the relay to the sink.
+// Fences are two frames that follow others on their path: one goes to every host behind the switch,
+// the other through the relay to the sink.
 const (
 	fenceType    = 0x88b5 // local experimental (IEEE 802)
 	fenceTimeout = 3 * time.Second
@@ -183,9 +182,9 @@ const (
 // fenceHeader is the Ethernet header of the first.
 var fenceHeader = append(append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, 2, 0, 0, 0, 0, 1), fenceType>>8, fenceType&0xff)
 
-// probe sends a packet to each group and tells where they came to. It sends them in
-// lots that fit every queue on the way, each followed by fences. The group of the
-// fences must be relayed; ok is false if one of them did not come.
+// probe sends a packet to each group and returns where they arrived. It sends them in batches that
+// fit every queue on the path, each followed by fences. The group of the fences must be relayed; ok
+// is false if a fence did not arrive.
 func (n *network) probe(fence netip.Addr, groups []netip.Addr) (got reached, ok bool) {
 	const lot = 64
 	got = reached{map[netip.Addr]int{}, map[netip.Addr]int{}}
@@ -223,7 +222,7 @@ func (n *network) probe(fence netip.Addr, groups []netip.Addr) (got reached, ok 
 	return got, true
 }
 
-// apply makes the rules of the relay one for each group, which keeps its address.
+// apply replaces the relay's rules by one per group, which keeps its address.
 func (n *network) apply(t *testing.T, groups ...netip.Addr) {
 	t.Helper()
 	all := make([]rules.Rule, len(groups))
@@ -249,7 +248,7 @@ func (n *network) groups(t *testing.T) []control.Group {
 	return all
 }
 
-// consecutive returns n addresses from first on.
+// consecutive returns n addresses starting at first.
 func consecutive(first string, n int) []netip.Addr {
 	all := make([]netip.Addr, n)
 	for i, addr := 0, netip.MustParseAddr(first); i < n; i, addr = i+1, addr.Next() {

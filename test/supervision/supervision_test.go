@@ -13,8 +13,8 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// Behind a switch that snoops, packets reach the relay while it is a member, and
-// only then; for all of its groups; and the relay shows who asks in what version.
+// Behind a snooping switch packets reach the relay only while it is a member, for all of its
+// groups; and the relay shows the querier and its version.
 func TestSnoopingSwitch(t *testing.T) {
 	for _, c := range []struct {
 		version       string
@@ -22,7 +22,7 @@ func TestSnoopingSwitch(t *testing.T) {
 		igmp, mld     uint8
 		fence, groups string
 		n             int
-		querier       string // how its address begins
+		querier       string // prefix of its address
 	}{
 		{"IGMPv3", "", 3, 2, "239.255.0.1", "239.1.1.1", 500, "10.0.0.254"},
 		{"IGMPv3", "10.0.0.1@", 3, 2, "232.255.0.1", "232.1.1.1", 100, "10.0.0.254"},
@@ -123,7 +123,7 @@ func (n *network) checkInterface(t *testing.T, is4 bool, version, querier string
 	}
 }
 
-// Between two hosts nobody asks, and that is no error.
+// Between two hosts there is no querier, which is not an error.
 func TestNoQuerier(t *testing.T) {
 	n := newNetwork(t, plain(t))
 	group := netip.MustParseAddr("239.1.1.1")
@@ -141,8 +141,8 @@ func TestNoQuerier(t *testing.T) {
 	want("joined, receiving, no querier heard")
 }
 
-// 64 rules on one interface, 64 streams at once: every packet of every stream is at
-// its output, once, in order and whole.
+// 64 rules on one interface, 64 streams at once: every packet of every stream reaches its output,
+// once, in order and unchanged.
 func TestManyStreams(t *testing.T) {
 	const streams, packets, lot = 64, 200, 64
 	n := newNetwork(t, plain(t))
@@ -158,7 +158,7 @@ func TestManyStreams(t *testing.T) {
 		for _, g := range groups {
 			n.send.Send(frame(g, streamPayload(g, sequence)))
 		}
-		// A lot is all that the shortest queue on the way has room for.
+		// A batch fits the shortest queue on the path.
 		for _, b := range n.receive.Collect(lot, func(b []byte) bool { _, _, ok := payload(b, outPort); return ok }) {
 			g, data, _ := payload(b, outPort)
 			if want := streamPayload(g, next[g]); !bytes.Equal(data, want) {
