@@ -1,5 +1,5 @@
 # Targets that load programs or make namespaces (test, test-interop, soak, demo, bench)
-# need root: sudo make demo. They install what they need and the machine lacks.
+# need root: sudo make demo. They install missing dependencies.
 
 ifndef GO
 GO := $(shell scripts/find-go)
@@ -11,7 +11,7 @@ export GO
 
 VERSION := $(shell cat VERSION)
 COMMIT := $(shell git -c safe.directory='$(CURDIR)' describe --always --dirty --exclude='*' --abbrev=12 2>/dev/null)
-# The version has the commit; go build would fail to find it where the checkout
+# The version has the commit; go build would fail to find it if the checkout
 # belongs to another user, as under sudo.
 BUILD_FLAGS := -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)'
 
@@ -59,7 +59,7 @@ test-arm64: go ## the same as test-kernels on an emulated arm64 machine with Lin
 demo: build ## show the relay at work in network namespaces
 	bin/xdpcast demo
 
-# What cannot be installed is left out of the bench, which says so.
+# The bench leaves out what cannot be installed, and reports it.
 BENCH := $(GO) run -buildvcs=false ./scripts/bench -xdpcast bin/xdpcast
 BENCH_SETUP := scripts/setup --bench || scripts/setup
 BENCH_OWNER := if [ -n "$$SUDO_UID" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" bench; fi
@@ -139,7 +139,7 @@ clean: ## remove what was built
 help: ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | column -t -s "$$(printf '\t')"
 
-# go fails where there is no Go; scripts/find-go has said what to do.
+# go fails if there is no Go; scripts/find-go has printed what to do.
 .PHONY: go
 go:
 	@test -n "$(GO)"
