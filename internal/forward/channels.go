@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// channels is how many queues an interface has in use.
+// channels holds the numbers of queues that an interface uses.
 type channels struct{ rx, tx int }
 
-// ReceiveQueues returns how many receive queues an interface has in use. Errors to match:
+// ReceiveQueues returns how many receive queues an interface uses. Errors to match:
 // unix.ENODEV.
 func ReceiveQueues(ifname string) (int, error) {
 	c, err := channelsOf(ifname)
@@ -25,8 +25,8 @@ type ethtoolChannels struct {
 	rxCount, txCount, otherCount, combine uint32
 }
 
-// channelsOf asks the driver (ETHTOOL_GCHANNELS). A driver that has no answer has one
-// queue each way. Errors to match: unix.ENODEV.
+// channelsOf asks the driver (ETHTOOL_GCHANNELS). A driver without support counts as one
+// queue in each direction. Errors to match: unix.ENODEV.
 func channelsOf(ifname string) (channels, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

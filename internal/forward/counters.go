@@ -9,16 +9,16 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Accounts is where a path counts what becomes of packets; *loader.Loader is one, whose
-// account outlives the process.
+// Accounts is where a path counts packets; *loader.Loader is one, whose account outlives
+// the process.
 type Accounts interface {
-	// OpenCounters opens the counters of a rule. Update and the methods that call it
-	// call it.
+	// OpenCounters opens the counters of a rule. It is called by Update and the methods
+	// that call Update.
 	OpenCounters(rule flow.Flow) *account.RuleCounters
 	Account() *account.Account
 }
 
-// ownAccounts ends with its path.
+// ownAccounts lives as long as its path.
 type ownAccounts struct{ account *account.Account }
 
 func (o ownAccounts) OpenCounters(rule flow.Flow) *account.RuleCounters {
@@ -27,7 +27,7 @@ func (o ownAccounts) OpenCounters(rule flow.Flow) *account.RuleCounters {
 
 func (o ownAccounts) Account() *account.Account { return o.account }
 
-// accountsOr is a, or an account of its own for nil.
+// accountsOr returns a, or new accounts in memory if a is nil.
 func accountsOr(a Accounts) Accounts {
 	if a == nil {
 		return ownAccounts{account.NewInMemory()}
@@ -38,13 +38,13 @@ func accountsOr(a Accounts) Accounts {
 // reasons is the number of drop reasons.
 const reasons = int(loader.Internal) + 1
 
-// counter has one writer, and readers at any time. Each of its two numbers is
-// exact; between them a reader may see half of an addition.
+// counter has one writer and any number of concurrent readers. Each of its two numbers
+// is exact, but a reader may see one without the other.
 type counter struct {
 	packets, bytes atomic.Uint64
 }
 
-// add needs no locked instruction for the sum: it has one writer.
+// add needs no locked instruction, since there is one writer.
 func (c *counter) add(packets, bytes uint64) {
 	c.packets.Store(c.packets.Load() + packets)
 	c.bytes.Store(c.bytes.Load() + bytes)
@@ -55,12 +55,12 @@ func (c *counter) addTo(sum *loader.Counter) {
 	sum.Bytes += c.bytes.Load()
 }
 
-// counters are one worker's for one rule or output. The cells are taken with the first
-// packet that they count: of the reasons, few occur.
+// counters are one worker's for one rule or output. Cells are allocated with the first
+// packet that they count, since few of the reasons occur.
 type counters struct {
 	from   *account.Counters
 	writer account.Writer
-	all    *account.Cell // what matched, or was sent
+	all    *account.Cell // matched or sent packets
 	drops  [reasons]*account.Cell
 	notes  [notes]*account.Cell
 	pace   packet.GuardPace // of a rule
@@ -79,7 +79,7 @@ func (c *counters) drop(reason loader.Reason, packets, bytes uint64) {
 	cell.Add(packets, bytes)
 }
 
-// note counts what is no drop.
+// note counts an event that is not a drop.
 func (c *counters) note(note loader.Note, packets, bytes uint64) {
 	cell := c.notes[note]
 	if cell == nil {
@@ -89,8 +89,8 @@ func (c *counters) note(note loader.Note, packets, bytes uint64) {
 	cell.Add(packets, bytes)
 }
 
-// perWorker are the counters of each worker, made with the first packet that it counts:
-// of the workers that there could be, few serve a rule. Each worker uses its own alone.
+// perWorker holds the counters of each worker, allocated with the first packet that it
+// counts, since few of the possible workers serve a rule. Each worker uses only its own.
 type perWorker struct {
 	from    *account.Counters
 	workers []*counters
@@ -100,8 +100,8 @@ func newPerWorker(from *account.Counters, workers int) *perWorker {
 	return &perWorker{from, make([]*counters, workers)}
 }
 
-// of returns the counters of an engine's worker, to that engine alone; kind is what they
-// count first of all.
+// of returns the counters of an engine's worker; only that engine may call it. kind is the
+// kind of counters.all.
 func (p *perWorker) of(e *Engine, kind account.Kind) *counters {
 	if c := p.workers[e.worker]; c != nil {
 		return c
@@ -111,7 +111,7 @@ func (p *perWorker) of(e *Engine, kind account.Kind) *counters {
 	return c
 }
 
-// sentAndDropped reads what an output, or a rule, has counted.
+// sentAndDropped reads the counters of an output or a rule.
 func sentAndDropped(from *account.Counters) (sums map[account.Kind]account.Sum, drops map[loader.Reason]loader.Counter) {
 	sums, drops = from.Sums(), map[loader.Reason]loader.Counter{}
 	for kind, sum := range sums {

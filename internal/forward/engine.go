@@ -13,53 +13,53 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Engine forwards for one worker. One goroutine at a time uses it; Set's methods
-// may be called meanwhile.
+// Engine forwards for one worker. One goroutine at a time uses it; Set's methods may
+// be called concurrently.
 type Engine struct {
 	set    *Set
 	input  int
 	worker int
 	open   func(index int) (Sender, error)
-	// fromHost says that the frames are what this host sends by the input.
+	// fromHost says that the frames are those that this host sends through the input.
 	fromHost bool
 
-	// next is what the next batch works with, and using what the current one does:
-	// while that is so, nothing of it is closed. nil between batches.
+	// next is the view for the next batch, using that of the current one, a hazard
+	// pointer: nothing of it is closed meanwhile. using is nil between batches.
 	next, using atomic.Pointer[view]
-	// now is using, for the worker alone.
+	// now is the worker's own copy of using.
 	now *view
 
-	// lifted is memory for frames that came without Ethernet header.
+	// lifted is memory for frames received without an Ethernet header.
 	lifted []byte
 	writer account.Writer
-	// global counts what is of no rule: fragments, by what is known of them.
+	// global holds counters outside rules: fragments by kind.
 	global    *account.Counters
 	fragments [fragmentKinds]*account.Cell
-	batches   atomic.Uint64 // that have ended
+	batches   atomic.Uint64 // ended batches
 
-	// Who sees packets, and of them who wants the packet in hand.
+	// The active taps, and the set of those that want the current packet.
 	tapList *[]*Tap
 	taps    []tapping
 	wanted  uint8
-	noMACs  bool // its MAC addresses are those of the handover
+	noMACs  bool // the handover occupies its MAC addresses
 }
 
-// view is what an engine needs to forward, all of one moment.
+// view is a consistent snapshot of what an engine needs to forward.
 type view struct {
 	table *Table
-	// queues are beside Table.devices; nil where the engine's rules have no output,
-	// or there is no such interface.
+	// queues is parallel to Table.devices; an entry is nil if the engine's rules have
+	// no output there, or the interface does not exist.
 	queues []*queue
-	open   int // queues that are not nil
+	open   int // non-nil queues
 }
 
-// Begin starts a batch with the rules that are in force.
+// Begin starts a batch with the current rules.
 func (e *Engine) Begin() {
 	for {
 		v := e.next.Load()
 		e.using.Store(v)
-		// Whoever exchanges next looks at using afterwards: it has seen v there, or v
-		// is still the one.
+		// Update stores next before it reads using (hazard pointer): either it saw v
+		// in using, or next is still v.
 		if e.next.Load() == v {
 			e.now = v
 			break
@@ -70,7 +70,7 @@ func (e *Engine) Begin() {
 	}
 }
 
-// End sends what is still queued. The batch's frames may be reused then.
+// End sends the packets still queued. The batch's frames may be reused afterwards.
 func (e *Engine) End() {
 	e.flush()
 	if len(e.taps) > 0 {
@@ -89,7 +89,7 @@ func (e *Engine) flush() {
 	}
 }
 
-// send sends what a queue has.
+// send sends the packets of a queue.
 func (e *Engine) send(q *queue) {
 	if len(e.taps) > 0 {
 		e.tapSending(q)
@@ -97,7 +97,7 @@ func (e *Engine) send(q *queue) {
 	q.flush(e.now.open)
 }
 
-// abandon ends a batch that failed in the middle: what was queued is dropped.
+// abandon ends a batch that failed, and drops its queued packets.
 func (e *Engine) abandon() {
 	if e.now != nil {
 		for _, q := range e.now.queues {
@@ -117,9 +117,9 @@ func (e *Engine) abandon() {
 // Table returns the rules of the current batch.
 func (e *Engine) Table() *Table { return e.now.table }
 
-// Frame forwards an Ethernet frame that came in on the interface with this index,
-// at this time of Set.Clock. The frame must stay as it is until End. It says
-// whether a rule took it, whatever became of it.
+// Frame forwards an Ethernet frame received on the interface with this index at this
+// time of Set.Clock. The frame must not change until End. It returns whether a rule
+// matched, even if the frame was dropped.
 func (e *Engine) Frame(index int, frame []byte, at int64) bool {
 	h, ok := packet.Parse(frame)
 	if !ok {
@@ -129,7 +129,7 @@ func (e *Engine) Frame(index int, frame []byte, at int64) bool {
 	return e.forward(index, frame, &h, at, len(frame), true)
 }
 
-// Packet is Frame for an interface without Ethernet header: data begins with the IP
+// Packet is Frame for an interface without an Ethernet header: data begins with the IP
 // header.
 func (e *Engine) Packet(index int, data []byte, at int64) bool {
 	frame := e.lift(data)
@@ -141,8 +141,8 @@ func (e *Engine) Packet(index int, data []byte, at int64) bool {
 	return e.forward(index, frame, &h, at, len(data), false)
 }
 
-// Deliver sends the copies of a packet whose rule is known and whose checks have
-// been made. The MAC addresses of the frame are undefined.
+// Deliver sends the copies of a packet whose rule is known and which has passed all
+// checks. The MAC addresses of the frame are undefined.
 func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
 	counts := e.match(r, at, len(frame))
 	if r.rule.Finish && packet.FinishChecksum(frame, h) {
@@ -155,15 +155,15 @@ func (e *Engine) Deliver(r *Rule, frame []byte, h *packet.Headers, at int64) {
 	e.copies(r, frame, h, packet.GuardMark{}, at, len(frame))
 }
 
-// liftedSize is the memory for frames without Ethernet header: a multiple of the
+// liftedSize is the memory for frames without an Ethernet header: a multiple of the
 // longest.
 const (
 	etherLen   = 14
 	liftedSize = 4 << 16
 )
 
-// lift puts an Ethernet header in front of a packet, in memory that is reused after
-// the batch, or when all that is queued has been sent.
+// lift prepends an Ethernet header to a packet, in memory that is reused after the
+// batch, or after all queued packets have been sent.
 func (e *Engine) lift(data []byte) []byte {
 	need := etherLen + len(data)
 	if len(data) == 0 || need > liftedSize {
@@ -189,8 +189,8 @@ func (e *Engine) lift(data []byte) []byte {
 	return frame
 }
 
-// forward is the relay program's function of this name, and lookup in front of it.
-// length is of the frame as it came in.
+// forward is the relay program's function of this name, preceded by its lookup. length
+// is the frame's length on arrival.
 func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) bool {
 	port := h.DstPort
 	if h.Part == packet.LaterFragment {
@@ -229,7 +229,7 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 	return true
 }
 
-// malformed notes a packet that would be a rule's, did it not end too early.
+// malformed counts a truncated packet that would have matched a rule.
 func (e *Engine) malformed(index int, frame []byte, length int, ethernet bool) {
 	h, ok := packet.Malformed(frame)
 	if !ok || h.Part == packet.LaterFragment {
@@ -240,7 +240,7 @@ func (e *Engine) malformed(index int, frame []byte, length int, ethernet bool) {
 	}
 }
 
-// fragmentKinds are account.FragmentFirst and those behind it.
+// fragmentKinds is the number of kinds from account.FragmentFirst on.
 const fragmentKinds = 3
 
 func (e *Engine) fragment(kind account.Kind, length int) {
@@ -258,7 +258,7 @@ func (e *Engine) match(r *Rule, at int64, length int) *counters {
 	return counts
 }
 
-// refuses says why no output gets a packet, and what its copies are to bear else.
+// refuses returns why no output gets a packet, otherwise the mark for its copies.
 func (e *Engine) refuses(r *Rule, counts *counters, frame []byte, h *packet.Headers, at int64, length int, ethernet bool) (reason loader.Reason, mark packet.GuardMark, refused bool) {
 	if !r.rule.AllowLoop && !e.fromHost && e.own(r, frame, h, ethernet) {
 		return loader.Loop, mark, true
@@ -283,7 +283,7 @@ func (e *Engine) refuses(r *Rule, counts *counters, frame []byte, h *packet.Head
 	return 0, mark, false
 }
 
-// own says whether this host has sent a packet.
+// own says whether this host sent a packet.
 func (e *Engine) own(r *Rule, frame []byte, h *packet.Headers, ethernet bool) bool {
 	if ethernet {
 		mac := [6]byte(frame[6:12])
@@ -313,7 +313,7 @@ func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, mark packet.Gu
 	}
 }
 
-// copy queues one output's copy, or says why there is none.
+// copy queues one output's copy, or returns the reason for dropping it.
 func (e *Engine) copy(o *output, slot int, counts *counters, frame []byte, h *packet.Headers, mark packet.GuardMark, at int64, length int) (loader.Reason, bool) {
 	if !o.Ready {
 		return loader.ReasonOf(o.Blocked), false
@@ -352,8 +352,8 @@ func (e *Engine) copy(o *output, slot int, counts *counters, frame []byte, h *pa
 	return 0, true
 }
 
-// settle waits until the engine uses nothing but what next holds. A batch takes no
-// longer than sending its frames, and what waits there is bounded.
+// settle waits until the engine uses only the view in next. A batch takes no longer than
+// sending its frames, whose waiting is bounded.
 func (e *Engine) settle() {
 	next := e.next.Load()
 	for {
@@ -364,7 +364,7 @@ func (e *Engine) settle() {
 	}
 }
 
-// idle waits until the batch in hand has ended.
+// idle waits until the current batch has ended.
 func (e *Engine) idle() {
 	before := e.batches.Load()
 	for e.using.Load() != nil && e.batches.Load() == before {

@@ -13,27 +13,26 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// filter is the socket filter of all groups of a Fanout: it lets UDP packets in
-// whose destination some rule of the interface has, group or prefix, so that what
-// no rule wants never reaches user space. VLAN, source and port are left to Table. What the
-// host sends is dropped: the flag that asks the kernel for that does nothing before Linux
-// 6.2.
+// filter is the socket filter of all groups of a Fanout: it accepts UDP packets to the
+// group or prefix of some rule of the interface, so that unwanted packets never reach user
+// space. Table checks VLAN, source and port. The filter drops frames that the host sends,
+// since PACKET_FANOUT_FLAG_IGNORE_OUTGOING has no effect before Linux 6.2.
 type filter struct {
 	wanted  *ebpf.Map
 	program *ebpf.Program
-	sent    *ebpf.Program // for groups of what this host sends
+	sent    *ebpf.Program // for groups of packets that this host sends
 	have    map[wantedKey]bool
 	gate    *gate
 }
 
-// gate says which of several Fanouts takes packets: that whose number its one value is. So one
-// process takes over from another with one write, before which its sockets get none.
+// gate selects which of several Fanouts receives packets: the one whose number is its value. So
+// one process takes over from another with one write; until then its sockets receive nothing.
 type gate struct {
 	value  *ebpf.Map
 	number uint32
 }
 
-// newGate makes an open gate, or stands in front of one that another Fanout has; it owns value.
+// newGate makes an open gate, or joins that of another Fanout, still closed; it owns value.
 func newGate(value *ebpf.Map) (_ *gate, err error) {
 	g := &gate{value: value, number: 1}
 	if value == nil {
@@ -56,7 +55,7 @@ func newGate(value *ebpf.Map) (_ *gate, err error) {
 	return g, nil
 }
 
-// enter has packets come to this one from now on, and to no other.
+// enter directs packets to this Fanout alone from now on.
 func (g *gate) enter() error {
 	if err := g.value.Put(uint32(0), g.number); err != nil {
 		return fmt.Errorf("write gate of the socket filter: %w", err)
@@ -64,7 +63,7 @@ func (g *gate) enter() error {
 	return nil
 }
 
-// pass goes on while packets are to come to this one.
+// pass continues if this Fanout receives packets.
 func (g *gate) pass() asm.Instructions {
 	return asm.Instructions{
 		asm.LoadMapValue(asm.R0, g.value.FD(), 0),
@@ -73,10 +72,10 @@ func (g *gate) pass() asm.Instructions {
 	}
 }
 
-// wantedKey is the key of the map: a prefix of an interface and an address, an IPv4
-// one as ::ffff:a.b.c.d.
+// wantedKey is the key of the map: a prefix of interface index and address, IPv4 as
+// ::ffff:a.b.c.d.
 type wantedKey struct {
-	PrefixLen uint32 // bits of what follows
+	PrefixLen uint32 // bits of Index and Address
 	Index     uint32
 	Address   [16]byte
 }
@@ -95,7 +94,7 @@ func wantedOf(in flow.Input) wantedKey {
 	}
 }
 
-// newFilter owns gate.
+// newFilter takes ownership of gate.
 func newFilter(gate *gate) (_ *filter, err error) {
 	defer func() {
 		if err != nil {
@@ -130,7 +129,7 @@ func (f *filter) close() error {
 	return errors.Join(f.program.Close(), f.sent.Close(), f.wanted.Close(), f.gate.value.Close())
 }
 
-// allow lets in what rules want, too. It returns what it has added.
+// allow adds keys, and returns those that were new.
 func (f *filter) allow(want map[wantedKey]bool) (added []wantedKey, err error) {
 	for key := range want {
 		if f.have[key] {
@@ -145,7 +144,7 @@ func (f *filter) allow(want map[wantedKey]bool) (added []wantedKey, err error) {
 	return added, nil
 }
 
-// restrict lets in no more than rules want.
+// restrict removes all keys that are not in want.
 func (f *filter) restrict(want map[wantedKey]bool) error {
 	var gone []wantedKey
 	for key := range f.have {
@@ -178,10 +177,10 @@ const (
 	skbIndex      = 40
 	// hdrStartNet is BPF_HDR_START_NET: offsets count from the network header.
 	hdrStartNet = 1
-	// keepAll is the answer that keeps a whole frame.
+	// keepAll is the return value that keeps the whole frame.
 	keepAll = -1
 
-	// Where the program puts on its stack what it looks up, and what it loads.
+	// Stack offsets of the lookup key and of the loaded bytes.
 	stackKey     = -24
 	stackIndex   = stackKey + 4
 	stackAddress = stackKey + 8
@@ -191,8 +190,8 @@ const (
 	ip6Len = 40
 )
 
-// arriving goes on with what arrives: not with what the host sends, which
-// PACKET_FANOUT_FLAG_IGNORE_OUTGOING leaves out from Linux 6.2 on.
+// arriving continues with received packets only: PACKET_FANOUT_FLAG_IGNORE_OUTGOING omits
+// those that the host sends only since Linux 6.2.
 func arriving() asm.Instructions {
 	return asm.Instructions{
 		asm.LoadMem(asm.R0, asm.R1, skbPacketType, asm.Word),
@@ -200,8 +199,8 @@ func arriving() asm.Instructions {
 	}
 }
 
-// sentByHost goes on with what a socket of this host sends: not with what arrives, what
-// the host forwards, which has come in on an interface, and what the relay itself sends.
+// sentByHost continues with packets sent by a socket of this host: not with received ones,
+// those forwarded by the host, which have an input interface, or the relay's own.
 func sentByHost() asm.Instructions {
 	return asm.Instructions{
 		asm.LoadMem(asm.R0, asm.R1, skbPacketType, asm.Word),
@@ -239,7 +238,7 @@ func filterProgram(wanted *ebpf.Map) asm.Instructions {
 		asm.JEq.Imm(protocol, networkOrder(unix.ETH_P_8021AD), "tag"),
 		asm.Ja.Label("network"),
 	}
-	// One tag the kernel took out; this is another: tag control, EtherType.
+	// The kernel removed one tag; this is another: tag control, EtherType.
 	tag := load(4)
 	tag[0] = tag[0].WithSymbol("tag")
 	program = append(program, tag...)
@@ -269,7 +268,7 @@ func filterProgram(wanted *ebpf.Map) asm.Instructions {
 	ipv6[0] = ipv6[0].WithSymbol("ipv6")
 	program = append(program, ipv6...)
 	program = append(program,
-		// UDP, or extension headers that may lead there.
+		// UDP, or extension headers that may precede it.
 		asm.LoadMem(asm.R0, asm.RFP, stackIP+6, asm.Byte),
 		asm.JEq.Imm(asm.R0, unix.IPPROTO_UDP, "address"),
 		asm.JEq.Imm(asm.R0, unix.IPPROTO_HOPOPTS, "address"),
@@ -296,7 +295,7 @@ func filterProgram(wanted *ebpf.Map) asm.Instructions {
 	)
 }
 
-// networkOrder is v as the kernel's __be16, as an operand.
+// networkOrder returns v as the kernel's __be16, as an operand.
 func networkOrder(v uint16) int32 {
 	return int32(binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v)))
 }

@@ -8,20 +8,20 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// fragmentTimeout is how long a first fragment speaks for the others
+// fragmentTimeout is how long the port of a first fragment applies to later ones
 // (fragment_timeout_ns of bpf/include/fragment.h).
 const fragmentTimeout = int64(2 * time.Second)
 
-// The table has room for as many datagrams as the map of the BPF programs.
+// The table holds as many datagrams as the map of the BPF programs.
 const (
 	fragmentBuckets = 2048
 	fragmentWays    = 8
 )
 
-// fragments remembers the ports of first fragments for those behind them. It is
-// bounded: where a bucket is full, the oldest goes. Workers share it, for the
-// fragments of a datagram may come to several of them; its locks, one a bucket, are
-// taken for fragments only.
+// fragments records the ports of first fragments for later ones, which carry none. It
+// is bounded: a full bucket evicts its oldest entry. Workers share it, since fragments
+// of a datagram may arrive at several of them; its locks, one per bucket, are taken for
+// fragments only.
 type fragments struct {
 	seed    maphash.Seed
 	buckets [fragmentBuckets]fragmentBucket
@@ -35,17 +35,17 @@ type fragmentBucket struct {
 type fragment struct {
 	fragmentKey
 	seen   int64
-	port   uint16  // 0: the first fragment has not come
-	before orphans // that came before it
+	port   uint16  // 0: the first fragment has not arrived
+	before orphans // that arrived before it
 }
 
-// orphans are fragments that came before the first of their datagram.
+// orphans counts fragments that arrived before the first of their datagram.
 type orphans struct{ packets, bytes uint64 }
 
-// free says whether an entry can be used for another datagram.
+// free says whether an entry is unused.
 func (f *fragment) free() bool { return f.port == 0 && f.before.packets == 0 }
 
-// fragmentKey is what the fragments of a datagram share.
+// fragmentKey holds the fields that all fragments of a datagram share.
 type fragmentKey struct {
 	index, id   uint32
 	vlan, outer uint16
@@ -67,9 +67,9 @@ func (f *fragments) bucket(key fragmentKey) *fragmentBucket {
 	return &f.buckets[maphash.Comparable(f.seed, key)%fragmentBuckets]
 }
 
-// entry returns the entry of a datagram, its own or one to be used for it. The bucket is
-// locked. Entries without a first fragment go before others: many are of datagrams that
-// no rule takes.
+// entry returns the entry of a datagram, or one to reuse for it. The bucket must be locked.
+// Entries without a first fragment are reused first: many are of datagrams that match no
+// rule.
 func (b *fragmentBucket) entry(key fragmentKey) (e *fragment, own bool) {
 	to := &b.entries[0]
 	for i := range b.entries {
@@ -94,7 +94,7 @@ func (b *fragmentBucket) entry(key fragmentKey) (e *fragment, own bool) {
 	return to, false
 }
 
-// remember keeps the port of a first fragment, and returns those that came before it.
+// remember stores the port of a first fragment, and returns the fragments before it.
 func (f *fragments) remember(index int, h *packet.Headers, at int64) (before orphans) {
 	if h.DstPort == 0 {
 		return before
@@ -111,7 +111,7 @@ func (f *fragments) remember(index int, h *packet.Headers, at int64) (before orp
 	return before
 }
 
-// orphan notes a fragment whose first one was not seen.
+// orphan records a fragment whose first fragment has not been seen.
 func (f *fragments) orphan(index int, h *packet.Headers, at int64, length int) {
 	key := keyOf(index, h)
 	b := f.bucket(key)
@@ -120,7 +120,7 @@ func (f *fragments) orphan(index int, h *packet.Headers, at int64, length int) {
 	e, own := b.entry(key)
 	switch {
 	case !own && !e.free() && e.port != 0 && at-e.seen <= fragmentTimeout:
-		return // datagrams that a rule takes have all entries
+		return // datagrams that match a rule occupy all entries
 	case !own || e.port != 0 || at-e.seen > fragmentTimeout:
 		*e = fragment{fragmentKey: key, seen: at}
 	}
@@ -128,7 +128,7 @@ func (f *fragments) orphan(index int, h *packet.Headers, at int64, length int) {
 	e.before.bytes += uint64(length)
 }
 
-// port is the port of a later fragment's datagram, 0 when it is not known.
+// port returns the destination port of a later fragment's datagram, 0 if unknown.
 func (f *fragments) port(index int, h *packet.Headers, at int64) uint16 {
 	key := keyOf(index, h)
 	b := f.bucket(key)

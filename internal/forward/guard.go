@@ -9,8 +9,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// SetOwnMACs says which MAC addresses the interfaces of this host have: frames that come
-// from them are loops, as those from its addresses are.
+// SetOwnMACs sets the MAC addresses of this host's interfaces: frames from them are loops,
+// like those from its IP addresses.
 func (s *Set) SetOwnMACs(macs [][6]byte) {
 	own := make(map[[6]byte]struct{}, len(macs))
 	for _, mac := range macs {
@@ -19,7 +19,7 @@ func (s *Set) SetOwnMACs(macs [][6]byte) {
 	s.ownMACs.Store(&own)
 }
 
-// Loops reads the rules whose packets have come back within packet.GuardMemory, by name.
+// Loops returns the rules whose packets came back within packet.GuardMemory, by name.
 func (s *Set) Loops() []loader.LoopingRule {
 	now := time.Now()
 	clock := s.Clock(now)

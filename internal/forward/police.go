@@ -7,7 +7,7 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// policer is a token bucket, kept as the time at which it is full again (GCRA,
+// policer is a token bucket, stored as the time at which it is full again (GCRA,
 // ITU-T I.371): the twin of bpf/include/police.h, shared by all workers.
 type policer struct {
 	full        atomic.Uint64 // when the bucket is full again, in sixteenths of a nanosecond
@@ -23,7 +23,7 @@ const (
 	policeTries  = 8
 )
 
-// newPolicer is nil for no rate.
+// newPolicer returns nil for no rate.
 func newPolicer(r flow.Rate) *policer {
 	p := &policer{rate: r}
 	switch {
@@ -39,8 +39,8 @@ func newPolicer(r flow.Rate) *policer {
 	return p
 }
 
-// conforms says whether a packet that came at this time, in nanoseconds, is within
-// the rate. A worker that loses often against others gives the packet up.
+// conforms says whether a packet that arrived at this time, in nanoseconds, is within
+// the rate. A worker that keeps losing the race against others drops the packet.
 func (p *policer) conforms(at int64, bytes int) bool {
 	now, cost := uint64(at)<<4, p.cost
 	if p.byBytes {
@@ -60,7 +60,7 @@ func (p *policer) conforms(at int64, bytes int) bool {
 	return false
 }
 
-// mulDiv is a*b/c, at most policeDepth.
+// mulDiv returns a*b/c, at most policeDepth.
 func mulDiv(a, b, c uint64) uint64 {
 	hi, lo := bits.Mul64(a, b)
 	if hi >= c {

@@ -15,10 +15,9 @@ import (
 // Sender sends frames out of one interface; a [fanout.Sender] is one. One goroutine
 // at a time uses it.
 type Sender interface {
-	// Send sends packets in their order, without waiting. It returns how many were
-	// taken; if not all, err is the unix.Errno for which packets[n] was refused, and
-	// the caller may go on with packets[n+1:]. Neither part of a packet may be used
-	// after Send has returned.
+	// Send sends packets in order, without waiting. It returns how many were taken; if
+	// not all, err is the unix.Errno with which packets[n] was refused, and the caller
+	// may continue with packets[n+1:]. Send must not retain either part of a packet.
 	//
 	//	EAGAIN, ENOBUFS, ENOMEM  no room now
 	//	EMSGSIZE                 too long for the interface
@@ -31,51 +30,49 @@ type Sender interface {
 	Close() error
 }
 
-// batch is how many packets a queue collects.
+// batch is how many packets a queue collects before sending.
 const batch = fanout.DefaultBatch
 
-// headerRoom is for the headers of one packet.
+// headerRoom is the space for the headers of one packet.
 const headerRoom = 256
 
 var _ [headerRoom - packet.MaxHeaders]struct{}
 
-// How long an engine waits for devices without room: at most the part 1/patience of
-// its time, and never longer than maxPatience at once. What does not go away in that
-// time is no burst.
+// How long an engine waits for devices without room: at most 1/patience of its time,
+// and never longer than maxPatience at once. Congestion that lasts longer is no burst.
 const (
 	patience    = 8
 	maxPatience = 2 * time.Millisecond
 	retryPause  = 50 * time.Microsecond
 )
 
-// queue is what an engine has for one output interface.
+// queue holds an engine's packets for one output interface.
 type queue struct {
 	sender   Sender
 	dropper  dropper // sender, if it is one
 	ethernet bool
-	// gone: the interface is no more, and the sender with it.
+	// gone: the interface no longer exists, so the sender is useless.
 	gone    atomic.Bool
 	packets []fanout.Packet
-	pending []pending // beside packets
-	tapped  []tapped  // beside packets, while somebody taps
-	tap     *Engine   // that shows them; nil: nobody taps
+	pending []pending // parallel to packets
+	tapped  []tapped  // parallel to packets, while there are taps
+	tap     *Engine   // that shows them; nil: no taps
 	index   int       // of the interface
-	done    int       // of them, sent or dropped
+	done    int       // packets sent or dropped
 	headers []byte
 
-	// left is the time that may still be waited, as of filled.
+	// left is the remaining time to wait, as of filled.
 	left   time.Duration
 	filled time.Time
 }
 
-// usable says whether the queue goes on with its sender: not when the interface is no
-// more, nor when another sender is to take its place.
+// usable is false once the interface is gone or the sender must be replaced.
 func (q *queue) usable() bool {
 	s, ok := q.sender.(interface{ Stale() bool })
 	return !q.gone.Load() && !(ok && s.Stale())
 }
 
-// pending is what a packet of a queue is counted for.
+// pending says where a packet of a queue is counted.
 type pending struct {
 	counts *counters
 	bytes  uint64
@@ -91,13 +88,13 @@ func newQueue(s Sender) *queue {
 	}
 }
 
-// room is where the headers of the next packet go.
+// room returns the memory for the headers of the next packet.
 func (q *queue) room() []byte {
 	at := len(q.packets) * headerRoom
 	return q.headers[at : at : at+headerRoom]
 }
 
-// flush sends what is queued. queues is how many the engine has.
+// flush sends the queued packets. queues is how many the engine has.
 func (q *queue) flush(queues int) {
 	for q.done < len(q.packets) {
 		n, err := q.sender.Send(q.packets[q.done:])
@@ -121,14 +118,14 @@ func (q *queue) flush(queues int) {
 	q.reset()
 }
 
-// dropper is a Sender whose device may drop what it has taken.
+// dropper is a Sender whose device may drop packets that it has taken.
 type dropper interface {
-	// Dropped returns the places of such packets among those of the last Send, in
+	// Dropped returns the indexes of such packets in those of the last Send, in
 	// ascending order. It is valid until the next Send.
 	Dropped() []int
 }
 
-// count counts what the sender has taken just now.
+// count counts the packets that the sender has just taken.
 func (q *queue) count(taken []pending) {
 	if q.tap != nil {
 		q.tap.tapOutcome(q.tappedOf(taken), 0, false)
@@ -160,23 +157,23 @@ func (q *queue) drop(dropped []pending, reason loader.Reason) {
 	countDropped(dropped, reason)
 }
 
-// tappedOf is what is beside packets that take has returned last.
+// tappedOf returns the tapped entries of the packets last returned by take.
 func (q *queue) tappedOf(taken []pending) []tapped { return q.tapped[q.done-len(taken) : q.done] }
 
-// take is what the next n packets are counted for, which are done with.
+// take marks the next n packets as done, and returns their pending entries.
 func (q *queue) take(n int) []pending {
 	q.done += n
 	return q.pending[q.done-n : q.done]
 }
 
-// abandon drops what is queued.
+// abandon drops the queued packets.
 func (q *queue) abandon() {
 	countDropped(q.pending[q.done:], loader.Internal)
-	q.reset() // who taps does not see them
+	q.reset() // taps do not see them
 }
 
-// reset forgets what is queued, and leaves no pointer behind: payloads may lie in
-// memory that is unmapped before the queue is used again.
+// reset empties the queue, and clears all pointers: payloads may lie in memory that is
+// unmapped before the queue is used again.
 func (q *queue) reset() {
 	clear(q.packets)
 	clear(q.pending)
@@ -184,8 +181,8 @@ func (q *queue) reset() {
 	q.tapped, q.tap = q.tapped[:0], nil
 }
 
-// refused is the reason behind an error of Send, and whether all that follows would
-// meet it too.
+// refused returns the drop reason for an error of Send, and whether all later packets
+// would fail, too.
 func refused(err error) (reason loader.Reason, all bool) {
 	switch {
 	case errors.Is(err, unix.EAGAIN):
@@ -201,35 +198,35 @@ func refused(err error) (reason loader.Reason, all bool) {
 	}
 }
 
-// wait waits for the device a little. It is false when the queue has waited its
-// share: then the device is slower than what is sent there, and waiting would make
-// the other outputs as slow.
+// wait waits briefly for the device. It returns false when the queue has used up its
+// share: then the device is slower than its traffic, and waiting would slow down the
+// other outputs as well.
 func (q *queue) wait(queues int) bool {
 	pause := q.pause(time.Now(), queues)
 	if pause <= 0 {
 		return false
 	}
 	ts := unix.NsecToTimespec(int64(pause))
-	_ = unix.Nanosleep(&ts, nil) // woken early, it tries again early
+	_ = unix.Nanosleep(&ts, nil) // an early wake-up only retries early
 	q.waited(time.Now())
 	return true
 }
 
-// pause is how long to wait now, 0 when the share is used up.
+// pause returns how long to wait now, 0 if the share is used up.
 func (q *queue) pause(now time.Time, queues int) time.Duration {
 	q.left = min(maxPatience, q.left+now.Sub(q.filled)/time.Duration(patience*queues))
 	q.filled = now
 	return min(retryPause, q.left)
 }
 
-// waited takes the time since pause from the share. It may become negative: a thread
-// sleeps longer than it asks for.
+// waited deducts the time since pause from the share. That may become negative, since a
+// thread sleeps longer than requested.
 func (q *queue) waited(now time.Time) {
 	q.left -= now.Sub(q.filled)
 	q.filled = now
 }
 
-// countSent adds up what follows each other for the same output.
+// countSent counts packets as sent, adding up runs for the same output.
 func countSent(sent []pending) {
 	for i := 0; i < len(sent); {
 		counts, n, bytes := sent[i].counts, uint64(0), uint64(0)

@@ -7,13 +7,13 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// Rule is a rule in a Table. What counts and polices is shared with the same rule
-// in the Tables before and behind.
+// Rule is a rule in a Table. Its counters and policers are shared with the same rule in
+// earlier and later Tables.
 type Rule struct {
 	rule    flow.Flow
-	name    string // that people know it by, which its other inputs have, too
+	name    string // as shown to users, shared by all its inputs
 	unicast bool
-	number  uint32 // by which the guard knows it
+	number  uint32 // its id in the guard
 	policer *policer
 	open    *account.RuleCounters
 	counts  *perWorker
@@ -30,7 +30,7 @@ type output struct {
 	counts  *perWorker
 }
 
-// newRule makes a rule; old is the one with the same name in the table before, or
+// newRule makes a rule; old is the one with the same name in the previous table, or
 // nil.
 func (s *Set) newRule(r flow.Flow, old *Rule) *Rule {
 	n := &Rule{rule: r.Normalized(), unicast: r.Unicast()}

@@ -21,28 +21,28 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Set is the rules of a path, and what its workers share. Its methods may be called
-// from any goroutine.
+// Set holds the rules of a path, and the state that its workers share. Its methods may
+// be called from any goroutine.
 type Set struct {
 	workers   int
 	start     time.Time
 	fragments *fragments
 	accounts  Accounts
 	path      flow.Path
-	matches   account.Kind // what a packet that comes to a worker is counted as
+	matches   account.Kind // as which a packet that reaches a worker is counted
 	guard     *packet.Guard
 	ownMACs   atomic.Pointer[map[[6]byte]struct{}]
 	taps      *Taps
 
 	mu      sync.Mutex
-	numbers uint32 // given to rules, for the guard
+	numbers uint32 // last id given to a rule, for the guard
 	table   *Table
 	given   given
 	engines []*Engine
 }
 
-// NewSet makes a set without rules, for inputs with so many workers each, which counts in
-// memory of its own.
+// NewSet makes a set without rules, for inputs with so many workers each; it counts in its
+// own memory.
 func NewSet(workers int) *Set { return newSet(flow.PathFanout, workers, nil, nil) }
 
 func newSet(path flow.Path, workers int, accounts Accounts, taps *Taps) *Set {
@@ -66,13 +66,13 @@ func newSet(path flow.Path, workers int, accounts Accounts, taps *Taps) *Set {
 	return s
 }
 
-// Clock is the time that engines are told when packets came, in nanoseconds of
+// Clock converts t to the time that engines take for packets: nanoseconds of
 // CLOCK_MONOTONIC.
 func (s *Set) Clock(t time.Time) int64 { return int64(t.Sub(s.start)) }
 
-// NewEngine adds an engine for the rules of one input interface. worker, from 0 on,
+// NewEngine adds an engine for the rules of one input interface. worker, from 0,
 // is different for each engine of an input. open opens a sender on an interface, in
-// the goroutine that calls Update. Remove it when its goroutine has ended.
+// the goroutine that calls Update. Call Remove when the engine's goroutine has ended.
 func (s *Set) NewEngine(input, worker int, open func(index int) (Sender, error)) (*Engine, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -84,13 +84,13 @@ func (s *Set) NewEngine(input, worker int, open func(index int) (Sender, error))
 		writer: account.WriterOf(uint8(s.path), worker),
 		global: s.accounts.Account().Open(account.Target{Scope: account.Total}),
 	}
-	// Without senders before the next Update, and so without rules.
+	// It has no senders before the next Update, and therefore no rules.
 	e.next.Store(&view{table: &Table{}})
 	s.engines = append(s.engines, e)
 	return e, nil
 }
 
-// Remove closes the senders of an engine, which must not be used any more.
+// Remove closes the senders of an engine, which must no longer be used.
 func (s *Set) Remove(e *Engine) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -104,12 +104,12 @@ func (s *Set) Remove(e *Engine) error {
 
 // Update makes the rules exactly want; own are the host's unicast addresses, whose
 // packets are loops. firstOutputs is for paths that look rules up by
-// Table.ByFirstOutput: the number by rule name, nil elsewhere. The counters of rules
-// that stay go on, even with other addresses.
+// Table.ByFirstOutput: the number by rule name, nil elsewhere. Rules that stay keep
+// their counters, even with other addresses.
 //
-// An interface without a sender gets one now, if it is there; the copies for it are
-// dropped with reason NoDevice otherwise, until the next Update. After an error all
-// is as before. Errors to match: *loader.RuleError.
+// It opens a sender for each interface without one; if the interface does not exist,
+// copies for it are dropped with reason NoDevice until the next Update. On an error
+// nothing changes. Errors to match: *loader.RuleError.
 func (s *Set) Update(want []flow.Flow, own []netip.Addr, firstOutputs map[string]uint32) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -147,16 +147,15 @@ func (s *Set) Update(want []flow.Flow, own []netip.Addr, firstOutputs map[string
 	s.given = given{cloneRules(want), slices.Clone(own), maps.Clone(firstOutputs)}
 	for i, e := range s.engines {
 		e.settle()
-		// What cannot be closed is closed nevertheless: close(2) frees the descriptor
-		// whatever it answers.
+		// Errors are ignored: close(2) frees the descriptor even if it fails.
 		_ = closeQueues(old[i].queues, views[i].queues)
 	}
-	_ = before.closeCounters(table) // of memory, and not closed yet
+	_ = before.closeCounters(table) // cannot fail: in memory, and not closed yet
 	return nil
 }
 
-// closeCounters closes the counters of the rules, but for those that another table has,
-// too.
+// closeCounters closes the counters of the rules, except those shared with another
+// table.
 func (t *Table) closeCounters(other *Table) error {
 	stays := make(map[*account.RuleCounters]bool, len(other.rules))
 	for _, r := range other.rules {
@@ -171,7 +170,7 @@ func (t *Table) closeCounters(other *Table) error {
 	return errors.Join(errs...)
 }
 
-// close closes the counters of all rules; no engine is left.
+// close closes the counters of all rules; no engine may be left.
 func (s *Set) close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -180,7 +179,7 @@ func (s *Set) close() error {
 	return err
 }
 
-// settle waits until the batches in hand have ended.
+// settle waits until all current batches have ended.
 func (s *Set) settle() {
 	s.mu.Lock()
 	engines := slices.Clone(s.engines)
@@ -190,14 +189,14 @@ func (s *Set) settle() {
 	}
 }
 
-// given is what the table was made of.
+// given holds the arguments from which the table was made.
 type given struct {
 	rules        []flow.Flow
 	own          []netip.Addr
 	firstOutputs map[string]uint32
 }
 
-// cloneRules copies what the caller might change later.
+// cloneRules copies the rules, since the caller may change its own later.
 func cloneRules(rules []flow.Flow) []flow.Flow {
 	rules = slices.Clone(rules)
 	for i := range rules {
@@ -206,7 +205,7 @@ func cloneRules(rules []flow.Flow) []flow.Flow {
 	return rules
 }
 
-// holds says whether there is nothing to do.
+// holds says whether the table and all engines are up to date.
 func (s *Set) holds(rules []flow.Flow, own []netip.Addr, firstOutputs map[string]uint32) bool {
 	if !slices.Equal(own, s.given.own) || !maps.Equal(firstOutputs, s.given.firstOutputs) ||
 		!slices.EqualFunc(rules, s.given.rules, equal) {
@@ -225,8 +224,7 @@ func equal(a, b flow.Flow) bool {
 		a.AllowNoChecksum == b.AllowNoChecksum && a.Rate == b.Rate && slices.Equal(a.Out, b.Out)
 }
 
-// complete says whether the engine works with this table, and has all of its
-// senders.
+// complete says whether the engine uses this table and has all senders for it.
 func (e *Engine) complete(table *Table) bool {
 	v := e.next.Load()
 	if v.table != table {
@@ -240,8 +238,7 @@ func (e *Engine) complete(table *Table) bool {
 	return true
 }
 
-// view makes what the engine is to use with a table, with its queues from before
-// and new ones.
+// view makes the engine's view for a table, reusing its queues and opening new ones.
 func (e *Engine) view(before, table *Table) (*view, error) {
 	v := &view{table: table, queues: make([]*queue, len(table.devices))}
 	current := e.next.Load()
@@ -269,7 +266,7 @@ func (e *Engine) view(before, table *Table) (*view, error) {
 	return v, nil
 }
 
-// closeQueues closes those that are not among others.
+// closeQueues closes the queues that are not in others.
 func closeQueues(queues, others []*queue) error {
 	var errs []error
 	for _, q := range queues {
@@ -334,7 +331,7 @@ func (s *Set) newTable(want []flow.Flow, own []netip.Addr, firstOutputs map[stri
 	return t, nil
 }
 
-// number gives the rules that are new a number of their own.
+// number gives each new rule an id.
 func (s *Set) number(t *Table) {
 	for _, r := range t.rules {
 		if r.number == 0 {
@@ -344,7 +341,7 @@ func (s *Set) number(t *Table) {
 	}
 }
 
-// forget makes the guard forget the rules that are no more.
+// forget makes the guard forget removed rules.
 func (s *Set) forget(before, now *Table) {
 	stays := make(map[uint32]bool, len(now.rules))
 	for _, r := range now.rules {
@@ -377,7 +374,7 @@ func (t *Table) add(r *Rule) {
 	t.v6.add(in, in.Group.As16(), source, r)
 }
 
-// user is the first rule of an input that sends to a device.
+// user returns the name of the first rule of an input that sends to a device.
 func (t *Table) user(input, device int) string {
 	for _, r := range t.rules {
 		if r.rule.In.Index == input && slices.ContainsFunc(r.out, func(o output) bool { return o.device == device }) {
@@ -387,7 +384,7 @@ func (t *Table) user(input, device int) string {
 	return ""
 }
 
-// devicesOf says which devices the rules of an input send to.
+// devicesOf says to which devices the rules of an input send.
 func (t *Table) devicesOf(input int) []bool {
 	used := make([]bool, len(t.devices))
 	for _, r := range t.rules {
@@ -403,8 +400,8 @@ func (t *Table) devicesOf(input int) []bool {
 	return used
 }
 
-// Stats reads the counters of the rules in force by these names, of all with nil.
-// Each is exact; a packet that an engine still has is matched but not yet sent.
+// Stats reads the counters of the current rules with these names; nil means all. Each
+// is exact; a packet that an engine still holds is matched but not yet sent.
 func (s *Set) Stats(names []string) []loader.RuleStats {
 	s.mu.Lock()
 	table := s.table
@@ -448,7 +445,7 @@ func (r *Rule) stats(now int64) loader.RuleStats {
 	return s
 }
 
-// Fragments counts the fragments that engines were given.
+// Fragments returns the numbers of fragments that engines have processed.
 func (s *Set) Fragments() (sum loader.Fragments) {
 	s.accounts.Account().Each(func(_ account.Target, kind account.Kind, w account.Writer, n account.Sum) {
 		if w.Path() != uint8(s.path) {

@@ -9,27 +9,27 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Table is the rules of a path, and nothing in it ever changes: any number of
-// goroutines may read it.
+// Table holds the rules of a path. It is immutable: any number of goroutines may read
+// it.
 type Table struct {
 	v4      flows[[4]byte]
 	v6      flows[[16]byte]
 	own     map[netip.Addr]struct{}
 	rules   []*Rule
 	byFirst map[uint32]*Rule
-	// devices are the indexes of the outputs' interfaces; Rule names them by their
-	// place here.
+	// devices are the indexes of the outputs' interfaces; output.device is an index
+	// into it.
 	devices []int
 }
 
-// Lookup returns the rule of a packet to this port that came in on the interface
-// with this index, nil when there is none: the most specific one, in the order of
-// enum lookup_kind of bpf/include/abi.h. It does not allocate.
+// Lookup returns the rule of a packet to this port, received on the interface with
+// this index, or nil: the most specific one, in the order of enum lookup_kind of
+// bpf/include/abi.h. It does not allocate.
 func (t *Table) Lookup(index int, h *packet.Headers, port uint16) *Rule {
 	return t.lookup(index, h, port, false)
 }
 
-// lookup is Lookup, with fromHost for a packet that this host sends by the interface.
+// lookup is Lookup, with fromHost for a packet that this host sends through the interface.
 func (t *Table) lookup(index int, h *packet.Headers, port uint16, fromHost bool) *Rule {
 	if h.Dst.Is4() {
 		return t.v4.lookup(key[[4]byte]{
@@ -43,16 +43,16 @@ func (t *Table) lookup(index int, h *packet.Headers, port uint16, fromHost bool)
 	}, h)
 }
 
-// ByFirstOutput returns the rule whose first output the loader gave this number,
-// nil when there is none: how the relay program names a rule in struct handover
+// ByFirstOutput returns the rule whose first output has this number from the loader,
+// or nil. The relay program identifies a rule by it in struct handover
 // (bpf/include/handover.h).
 func (t *Table) ByFirstOutput(first uint32) *Rule { return t.byFirst[first] }
 
-// bytesOf is the address families, as they stand in packets.
+// bytesOf is an address of either family, as in packets.
 type bytesOf interface{ [4]byte | [16]byte }
 
-// key is what a rule is found by. Source all zero: any; port 0: any; bits 0: the
-// group alone, else a prefix of so many.
+// key is the lookup key of a rule. Source all zero: any; port 0: any; bits 0: the
+// group alone, otherwise the length of a prefix.
 type key[A bytesOf] struct {
 	index             uint32
 	fromHost          bool
@@ -62,7 +62,7 @@ type key[A bytesOf] struct {
 	group, source     A
 }
 
-// The lookup kinds: bit 1 is any port, bit 0 any source; prefixes come behind all
+// The lookup kinds: bit 1 is any port, bit 0 any source; prefixes come after all
 // others.
 const (
 	anySource = 1
@@ -75,18 +75,18 @@ const (
 type flows[A bytesOf] struct {
 	rules map[key[A]]*Rule
 	used  [kinds]bool
-	// sources are the rules of prefixes of sources, by everything else, the longest
-	// prefix first.
+	// sources are the rules with a source prefix, keyed by the other fields, the
+	// longest prefix first.
 	sources map[key[A]][]*Rule
-	// lengths are those of the prefixes, the longest first.
+	// lengths are the lengths of group prefixes, the longest first.
 	lengths []uint16
-	// both are the rules of prefixes of sources and of groups, by port or any; shapes are the
-	// lengths that they have, in the order in which they win.
+	// both are the rules with a source prefix and a group prefix, by port or any; shapes are
+	// their lengths, in order of precedence.
 	both   map[key[A]]*Rule
 	shapes []shape
 }
 
-// shape is the lengths of a prefix of sources and one of groups.
+// shape holds the lengths of a source prefix and a group prefix.
 type shape struct{ source, group uint16 }
 
 func (f *flows[A]) add(in flow.Input, group, source A, r *Rule) {
@@ -132,7 +132,7 @@ func (f *flows[A]) addLength(length int) {
 	}
 }
 
-// addBoth adds a rule of a prefix of sources, or of any sender but some, and a prefix of groups.
+// addBoth adds a rule with a source prefix, or excluded sources, and a group prefix.
 func (f *flows[A]) addBoth(in flow.Input, group, source A, r *Rule) {
 	if f.both == nil {
 		f.both = map[key[A]]*Rule{}
@@ -157,7 +157,7 @@ func (f *flows[A]) addBoth(in flow.Input, group, source A, r *Rule) {
 	}
 }
 
-// byBoth finds the first rule of a prefix of sources and one of groups that takes a packet.
+// byBoth finds the first rule with a source and a group prefix that matches a packet.
 func (f *flows[A]) byBoth(k key[A], h *packet.Headers) *Rule {
 	at := k
 	for _, s := range f.shapes {
@@ -170,7 +170,7 @@ func (f *flows[A]) byBoth(k key[A], h *packet.Headers) *Rule {
 	return nil
 }
 
-// addSources adds a rule of a prefix of sources.
+// addSources adds a rule with a source prefix.
 func (f *flows[A]) addSources(in flow.Input, group A, r *Rule) {
 	if f.sources == nil {
 		f.sources = map[key[A]][]*Rule{}
@@ -185,7 +185,7 @@ func (f *flows[A]) addSources(in flow.Input, group A, r *Rule) {
 	}
 }
 
-// bySource finds the rule of the longest prefix of sources that takes a packet's.
+// bySource finds the rule with the longest prefix that contains the packet's source.
 func (f *flows[A]) bySource(k key[A], h *packet.Headers) *Rule {
 	setZero(&k.source)
 	for _, r := range f.sources[k] {
@@ -196,8 +196,8 @@ func (f *flows[A]) bySource(k key[A], h *packet.Headers) *Rule {
 	return nil
 }
 
-// ofTheLink says whether no prefix takes a group: 224.0.0.0/24 (RFC 5771 section 4), and
-// IPv6 groups of scope 2 and below (RFC 4291 section 2.7).
+// ofTheLink says whether a group is link-local and so matched by no prefix: 224.0.0.0/24
+// (RFC 5771 section 4), and IPv6 groups of scope 2 and below (RFC 4291 section 2.7).
 func ofTheLink(dst netip.Addr) bool {
 	if dst.Is4() {
 		b := dst.As4()
@@ -245,7 +245,7 @@ func (f *flows[A]) lookup(packet key[A], h *packet.Headers) *Rule {
 		}
 		for _, bits := range f.lengths {
 			k.bits, k.group = bits, masked(packet.group, int(bits))
-			if both { // of any sender but some
+			if both { // with excluded sources
 				if r := f.both[k]; r != nil && r.rule.TakesSource(h.Src) {
 					return r
 				}
@@ -263,7 +263,7 @@ func setZero[A bytesOf](a *A) {
 	*a = none
 }
 
-// masked is an address without what lies behind a prefix.
+// masked returns an address with the bits after the prefix cleared.
 func masked[A bytesOf](a A, bits int) A {
 	for i := range len(a) {
 		switch left := bits - 8*i; {
