@@ -26,75 +26,75 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// Sockets is what the path needs of package loader; *loader.Loader is one.
+// Sockets is the part of package loader that the path needs; *loader.Loader is one.
 type Sockets interface {
-	// SetSocket gives a queue's packets to a socket, and ClearSocket takes them back.
+	// SetSocket directs a queue's packets to a socket, and ClearSocket undoes that.
 	// They are called from any goroutine.
 	SetSocket(index, queue, fd int) error
 	ClearSocket(index, queue int) error
-	// FirstOutput is the number by which the relay program names a rule. It is called
-	// by Sync and Prepare.
+	// FirstOutput is the number by which the relay program identifies a rule. Sync and
+	// Prepare call it.
 	FirstOutput(rule string) (uint32, bool)
 }
 
-// AFXDPOptions say how an [AFXDP] runs. Only Loader is required.
+// AFXDPOptions configure an [AFXDP]. Only Loader is required.
 type AFXDPOptions struct {
 	Loader Sockets
-	// Accounts is where packets are counted; nil: in memory that ends with the path.
+	// Accounts is where packets are counted; nil: in memory, as long as the path lives.
 	Accounts Accounts
-	// Taps see packets; nil: nobody does.
+	// Taps see packets; nil: no taps.
 	Taps   *Taps
 	Logger *slog.Logger // nil: logs nothing
-	// Queues is how many receive queues an interface may have at most; 0 means 16, or
-	// the number of CPUs if there are more. Counters are kept for so many workers.
+	// Queues is the maximum number of receive queues of an interface; 0 means 16, or the
+	// number of CPUs if there are more. There are counters for so many workers.
 	Queues int
-	// CPUs pins the worker of each queue to the CPU in its place, from the first again
-	// behind the last; empty pins none.
+	// CPUs pins the worker of queue n to the CPU at index n, wrapping at the end; empty
+	// pins none.
 	CPUs []int
 	// Mode and HugePages are those of xsk.UMEMOptions.
 	Mode      xsk.Mode
 	HugePages bool
-	// Spin is how long a worker looks for more frames before it sleeps, on a CPU that nobody
-	// else needs; 0 means not at all.
+	// Spin is how long a worker polls for more frames before it sleeps, on a CPU that
+	// nothing else needs; 0 means not at all.
 	Spin time.Duration
-	// Frames is how many frames of memory each worker has, of 2 or 4 kB; 0 means 8192.
-	// Receiving takes 4096, or 8192 where there are 12288 or more, and copies on their way out the rest.
+	// Frames is the number of frames of memory of each worker, of 2 or 4 kB; 0 means 8192.
+	// Receiving uses 4096, or 8192 of 12288 or more; copies in flight use the rest.
 	Frames int
 	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
 	BusyPoll       time.Duration
 	PreferBusyPoll bool
 	BusyPollBudget int
-	// Sender is how packet sockets send, where AF_XDP cannot.
+	// Sender configures the packet sockets that are used where AF_XDP cannot send.
 	Sender fanout.SenderOptions
-	// TakeOver is called before the first queue is opened; it returns when another process, which
-	// this one takes over from, has closed its own. Nil: there is none.
+	// TakeOver is called before the first queue is opened; it returns when the process from
+	// which this one takes over has closed its queues. Nil: there is none.
 	TakeOver func() error
 	// CheckOwnership is that of xsk.UMEMOptions, for tests.
 	CheckOwnership bool
-	// oneFrame is what a kernel without multi-buffer is like, for tests.
+	// oneFrame simulates a kernel without multi-buffer, for tests.
 	oneFrame bool
 }
 
-// AFXDP is the AF_XDP path: for each queue of each input interface of its rules a
-// worker, which is a goroutine with a thread, memory, sockets and an engine of its own.
-// The relay program has matched, counted, checked and policed what comes here. Its
-// methods may be called from any goroutine; Open, Prepare, Sync and Close from threads
-// of one network namespace.
+// AFXDP is the AF_XDP path: one worker for each queue of each input interface of its
+// rules. A worker is a goroutine with its own thread, memory, sockets and engine. The
+// relay program has matched, counted, checked and policed the packets that arrive here.
+// The methods may be called from any goroutine, but Open, Prepare, Sync and Close only
+// from threads of one network namespace.
 //
 // # Changing rules
 //
-// A rule's packets come as soon as the loader has it, so this path has it first:
+// A rule's packets arrive as soon as the loader has it, so this path must get it first:
 //
-//	path.Prepare(rules, own) // the new ones besides the old
+//	path.Prepare(rules, own) // the new ones in addition to the old
 //	loader.Sync(rules)
 //	path.Sync(rules, own)    // the new ones alone
 //
 // # Outputs
 //
-// The kernel gives a queue of a device to one AF_XDP memory. A worker sends to an
-// output by a socket on the transmit queue of its own number, or any that is free;
-// to its own input interface by the socket that it receives on; and by a packet socket
-// where no queue is left: other workers have them, or receive there.
+// The kernel binds a queue of a device to one UMEM. A worker sends to an output through
+// a socket on the transmit queue of its own number, or any free one; to its own input
+// interface through its receiving socket; and through a packet socket if no queue is
+// left because other workers send or receive there.
 type AFXDP struct {
 	opts AFXDPOptions
 	log  *slog.Logger
@@ -105,19 +105,19 @@ type AFXDP struct {
 	mu      sync.Mutex
 	closed  bool
 	inputs  map[int]*afxdpInput
-	names   map[int]string            // of inputs that there were, too
+	names   map[int]string            // also of former inputs
 	claimed map[queueKey]*afxdpSender // nil: a worker receives there
 }
 
 type queueKey struct{ index, queue int }
 
-// afxdpInput is the workers of an input interface.
+// afxdpInput holds the workers of an input interface.
 type afxdpInput struct {
 	index   int
 	name    string
-	workers []*afxdpWorker // by queue; nil where there is none
+	workers []*afxdpWorker // by queue; nil: none
 	err     error          // why one is missing
-	causes  []QueueError   // the same by queue, where it is about one
+	causes  []QueueError   // the same by queue, if it concerns one
 }
 
 // OpenAFXDP opens the path without rules. The caller must Close it.
@@ -145,8 +145,8 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 	return a, nil
 }
 
-// Validate says which option cannot be used, by an *xsk.OptionError. Whether there are
-// enough huge pages shows only when a worker is opened.
+// Validate returns an *xsk.OptionError for an invalid option. A lack of huge pages shows
+// only when a worker is opened.
 func (o AFXDPOptions) Validate() error {
 	switch {
 	case o.Queues < 0 || o.Queues > bpf.MaxQueues:
@@ -166,8 +166,8 @@ func (o AFXDPOptions) Validate() error {
 	return xsk.Options{BusyPoll: o.BusyPoll, PreferBusyPoll: o.PreferBusyPoll, BusyPollBudget: o.BusyPollBudget}.Validate()
 }
 
-// Prepare makes the path forward the rules of loader.PathAFXDP among these, and goes on
-// with those it has under other names. Otherwise it is Sync.
+// Prepare makes the path forward those of the rules whose path is loader.PathAFXDP, in
+// addition to its present rules with other names. Otherwise it is like Sync.
 func (a *AFXDP) Prepare(rules []flow.Flow, own []netip.Addr) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -185,13 +185,13 @@ func (a *AFXDP) Prepare(rules []flow.Flow, own []netip.Addr) error {
 }
 
 // Sync makes the path forward exactly those of the rules whose path is
-// loader.PathAFXDP. Rules that are there already are not touched, and their packets
-// see nothing. own are the host's unicast addresses. Call it again, with the same
-// rules, when interfaces have changed, and while [AFXDP.Pending]: queues are followed,
-// and inputs and outputs that were down or gone are opened again.
+// loader.PathAFXDP. It does not touch unchanged rules or their packets. own are the
+// host's unicast addresses. Call it again, with the same rules, when interfaces have
+// changed, and while [AFXDP.Pending]: it follows changes of queues, and reopens inputs
+// and outputs that were down or gone.
 //
-// An input that cannot be received from, since it is gone or another has its queue, is
-// no error: Inputs says it. After an error all is as before. Errors to match:
+// Failing to receive from an input, because it is gone or another socket has its queue,
+// is not an error: Inputs reports it. On an error nothing changes. Errors to match:
 // *loader.RuleError, os.ErrClosed.
 func (a *AFXDP) Sync(rules []flow.Flow, own []netip.Addr) error {
 	a.mu.Lock()
@@ -224,7 +224,7 @@ func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 			a.log.Warn("take the queues over", "error", err)
 		}
 	}
-	// Before the rules, so that the engines of new workers get them at once.
+	// Before the rules, so that the engines of new workers get them immediately.
 	fresh := a.openInputs(inputs)
 	a.reviewSenders()
 	if err := a.set.Update(want, own, numbers); err != nil {
@@ -246,7 +246,7 @@ func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 	return nil
 }
 
-// drops says whether a rule in force is not among those that are wanted.
+// drops says whether a current rule is not in want.
 func (a *AFXDP) drops(want []flow.Flow) bool {
 	stays := make(map[flow.Input]bool, len(want))
 	for i := range want {
@@ -258,10 +258,10 @@ func (a *AFXDP) drops(want []flow.Flow) bool {
 // membarrierGlobal is MEMBARRIER_CMD_GLOBAL of include/uapi/linux/membarrier.h.
 const membarrierGlobal = 1
 
-// finish forwards all that the relay program has redirected so far. It waits until
-// every CPU that was running the program has left it, which the program's last look at
-// a rule is before (membarrier(2): MEMBARRIER_CMD_GLOBAL is an RCU grace period), and
-// then empties the rings. A kernel without membarrier leaves a gap of microseconds.
+// finish forwards all packets that the relay program has redirected so far. It waits until
+// every CPU running the program has left it (membarrier(2): MEMBARRIER_CMD_GLOBAL is an
+// RCU grace period), so that none uses an old rule, and then empties the rings. Without
+// membarrier in the kernel there is a gap of microseconds.
 func (a *AFXDP) finish() {
 	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
 	for _, in := range a.inputs {
@@ -273,15 +273,15 @@ func (a *AFXDP) finish() {
 	}
 }
 
-// settle forwards all that was redirected so far, and returns when it has been counted.
+// settle forwards all packets redirected so far, and returns when they have been counted.
 func (a *AFXDP) settle() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finish()
 }
 
-// openInputs opens workers for the queues that have none, and closes those of queues
-// that are no more, or whose interface is.
+// openInputs opens workers for queues without one, and closes those of queues or interfaces
+// that no longer exist.
 func (a *AFXDP) openInputs(inputs map[int]bool) (fresh []*afxdpWorker) {
 	for _, index := range slices.Sorted(maps.Keys(inputs)) {
 		in := a.inputs[index]
@@ -334,7 +334,7 @@ func (a *AFXDP) openQueues(in *afxdpInput) (fresh []*afxdpWorker, err error) {
 		}
 		tries := busyTries
 		if slices.ContainsFunc(before, func(c QueueError) bool { return c.Queue == q && errors.Is(c.Err, unix.EBUSY) }) {
-			tries = 1 // it is not ours that holds it: nobody is to wait for that every time
+			tries = 1 // another process holds it: do not wait for that every time
 		}
 		w, err := a.openWorker(in, q, iface.MTU, tries)
 		if err != nil {
@@ -353,15 +353,15 @@ func (w *afxdpWorker) takes(mtu int) bool {
 	return w.multiBuffer || frameSizeFor(mtu) <= w.umem.FrameSize()
 }
 
-// How often, and after which pause, a queue is tried that the kernel has not yet given
-// up after another socket was closed.
+// How often, and at which interval, to retry a queue that the kernel has not yet released
+// after another socket was closed.
 const (
 	busyTries = 100
 	busyPause = 5 * time.Millisecond
 )
 
-// openSocket opens a socket for a worker, with what the kernel and the process's rights
-// allow. The worker goes on between two tries.
+// openSocket opens a socket for a worker, with the options that the kernel and the
+// process's capabilities allow. The worker continues to run between two tries.
 func (w *afxdpWorker) openSocket(index, queue int, opts xsk.Options, tries int) (*xsk.Socket, error) {
 	return tryOpen(func(opts xsk.Options) (*xsk.Socket, error) {
 		w.mu.Lock()
@@ -370,8 +370,8 @@ func (w *afxdpWorker) openSocket(index, queue int, opts xsk.Options, tries int) 
 	}, opts, tries)
 }
 
-// tryOpen calls open until it succeeds or the queue was busy so many times. An option that
-// is refused is left out, which is no try of the queue.
+// tryOpen calls open until it succeeds or the queue was busy so many times. It drops
+// refused options, which does not count as a try.
 func tryOpen(open func(xsk.Options) (*xsk.Socket, error), opts xsk.Options, tries int) (*xsk.Socket, error) {
 	for {
 		s, err := open(opts)
@@ -389,7 +389,7 @@ func tryOpen(open func(xsk.Options) (*xsk.Socket, error), opts xsk.Options, trie
 	}
 }
 
-// sendBuffer lets a ring full of frames be with a driver.
+// sendBuffer lets a driver hold a ring's worth of frames.
 const sendBuffer = ringSize * 4096
 
 func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorker, err error) {
@@ -439,8 +439,8 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 	return w, nil
 }
 
-// frameSizeFor is the size of a frame that takes all packets of an MTU, with an Ethernet
-// header and two tags; or the largest, which longer packets take several of.
+// frameSizeFor returns the frame size that holds all packets of an MTU, with an Ethernet
+// header and two tags; or the largest, of which longer packets use several.
 func frameSizeFor(mtu int) int {
 	if mtu+18+4 > 2048-2*unix.XDP_PACKET_HEADROOM {
 		return 4096
@@ -470,8 +470,8 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer 
 	return err
 }
 
-// receiveRing is the size of the rings to receive by. Twice as many frames are kept for
-// them: those in the ring, and those that the kernel fills.
+// receiveRing returns the size of the receiving rings. Twice as many frames are reserved
+// for them: those in the ring, and those that the kernel fills.
 func (o *AFXDPOptions) receiveRing() int {
 	if o.Frames >= 2*minFrames {
 		return 2 * ringSize
@@ -527,7 +527,7 @@ func (a *AFXDP) openPacket(index int) (Sender, error) {
 	return fanout.OpenSender(index, a.opts.Sender)
 }
 
-// errNoQueue: all transmit queues are used by others.
+// errNoQueue: other workers use all transmit queues.
 var errNoQueue = errors.New("no transmit queue is free")
 
 // openSocket finds a queue for the sender.
@@ -565,10 +565,9 @@ func (s *afxdpSender) openSocket(iface *net.Interface) error {
 	return err
 }
 
-// reviewSenders notes which packet sockets are to make room for AF_XDP sockets, since
-// transmit queues of their interfaces are free now. The other way round needs nothing: the
-// kernel removes no queue that has a socket (ethnl_set_channels of
-// net/ethtool/channels.c).
+// reviewSenders marks packet sockets to be replaced by AF_XDP sockets, because transmit
+// queues of their interfaces are free now. The reverse is not needed: the kernel removes
+// no queue that has a socket (ethnl_set_channels of net/ethtool/channels.c).
 func (a *AFXDP) reviewSenders() {
 	for _, in := range a.inputs {
 		for _, w := range in.workers {
@@ -588,7 +587,7 @@ func (a *AFXDP) reviewSenders() {
 func (a *AFXDP) hasRoom(index int) bool {
 	queues, err := channelsOf(interfaceName(index))
 	if err != nil {
-		return false // it is gone, which its senders notice
+		return false // it is gone; its senders detect that
 	}
 	for q := range queues.tx {
 		if _, taken := a.claimed[queueKey{index, q}]; !taken {
@@ -598,7 +597,7 @@ func (a *AFXDP) hasRoom(index int) bool {
 	return false
 }
 
-// openSenders are the senders of a worker now.
+// openSenders returns the current senders of a worker.
 func (w *afxdpWorker) openSenders() []*afxdpSender {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -615,8 +614,8 @@ func (s *afxdpSender) prepare() {
 	}
 }
 
-// setLimits divides the frames that receiving leaves among the senders, so that a slow
-// one does not take those of others.
+// setLimits divides the frames not reserved for receiving among the senders, so that a
+// slow one does not use up those of others.
 func (w *afxdpWorker) setLimits() {
 	n := 0
 	for _, s := range w.senders {
@@ -629,14 +628,14 @@ func (w *afxdpWorker) setLimits() {
 	}
 }
 
-// forget takes a sender out.
+// forget removes a sender.
 func (w *afxdpWorker) forget(s *afxdpSender) {
-	_ = s.account.Close() // of memory, and closed here alone
+	_ = s.account.Close() // cannot fail: in memory, and closed only here
 	w.senders = slices.DeleteFunc(w.senders, func(other *afxdpSender) bool { return other == s })
 	w.setLimits()
 }
 
-// start gives a worker its queue's packets.
+// start directs a queue's packets to its worker and runs it.
 func (a *AFXDP) start(w *afxdpWorker) {
 	if err := a.opts.Loader.SetSocket(w.index, w.queue, w.fd); err != nil {
 		w.failed(err)
@@ -646,7 +645,7 @@ func (a *AFXDP) start(w *afxdpWorker) {
 	w.ended.Go(w.run)
 }
 
-// retire closes workers. What fails there harms no packet.
+// retire closes workers. Errors are only logged: they affect no packet.
 func (a *AFXDP) retire(workers []*afxdpWorker) {
 	for i, w := range workers {
 		if w == nil {
@@ -659,7 +658,7 @@ func (a *AFXDP) retire(workers []*afxdpWorker) {
 	}
 }
 
-// closeWorker ends a worker, which may be half open, and closes what it has.
+// closeWorker ends a worker, possibly half open, and closes its resources.
 func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	var errs []error
 	if w.socket != nil {
@@ -671,7 +670,7 @@ func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	}
 	w.ended.Wait()
 	if w.engine != nil {
-		w.finish() // what was redirected before the socket was cleared
+		w.finish() // packets redirected before the socket was cleared
 		errs = append(errs, a.set.Remove(w.engine))
 	}
 	if w.waiter != nil {
@@ -705,7 +704,7 @@ func (w *afxdpWorker) closeMemory() error {
 	return errors.Join(errs...)
 }
 
-// Pending says whether an input has a queue without worker, for a reason that may pass.
+// Pending says whether an input has a queue without a worker for a temporary reason.
 func (a *AFXDP) Pending() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -717,21 +716,21 @@ func (a *AFXDP) Pending() bool {
 	return false
 }
 
-// Stats reads the counters of the rules by these names, of all with nil. Matched is
-// what came to the workers: less than the relay program matched by what it dropped, the
-// kernel path served, and sockets lost (Inputs).
+// Stats reads the counters of the rules with these names; nil means all. Matched counts
+// packets that reached the workers: those that the relay program matched, less those that
+// it dropped, that the kernel path served, and that sockets lost (Inputs).
 func (a *AFXDP) Stats(names []string) []loader.RuleStats { return a.set.Stats(names) }
 
-// InputStatus is how the workers of an input interface are.
+// InputStatus is the state of the workers of an input interface.
 type InputStatus struct {
 	Index     int
 	Interface string
-	Workers   []QueueStatus // none on an interface that no rule has any more
-	// Error is why a queue has no worker; nil if all have. Missing is the same by
-	// queue, but for what is wrong with the whole interface.
+	Workers   []QueueStatus // none on an interface that no rule uses any more
+	// Error is why a queue has no worker; nil if all have one. Missing is the same by
+	// queue, without errors of the whole interface.
 	Error   error
 	Missing []QueueError
-	// Lost is the sum of all workers that there are and were on the interface.
+	// Lost is the sum over all present and former workers of the interface.
 	Lost Lost
 }
 
@@ -741,24 +740,24 @@ type QueueError struct {
 	Err   error
 }
 
-// Lost counts packets that the relay program gave to the path, and that came to no
+// Lost counts packets that the relay program redirected to the path, but that reached no
 // rule.
 type Lost struct {
-	NoFrame   uint64 // no memory was free, since the worker did not keep up; or the packet was too long
+	NoFrame   uint64 // no memory was free because the worker did not keep up; or the packet was too long
 	RingFull  uint64 // the worker did not keep up
 	Unclaimed uint64 // the rule was removed meanwhile
 }
 
-// nameOf is the name of an input that may be gone.
+// nameOf returns the name of an input that may be gone.
 func (a *AFXDP) nameOf(index int) string {
 	if name, ok := a.names[index]; ok {
 		return name
 	}
-	return interfaceName(index) // of an earlier process
+	return interfaceName(index) // used by an earlier process
 }
 
-// lostBy reads what was lost on each input interface, and unsent what devices did not take,
-// since the account was made.
+// lostBy reads the packets lost on each input interface, and those that output devices did
+// not take, since the account was made.
 func lostBy(a *account.Account) (inputs map[int]Lost, unsent map[int]uint64) {
 	inputs, unsent = map[int]Lost{}, map[int]uint64{}
 	a.Each(func(t account.Target, kind account.Kind, w account.Writer, sum account.Sum) {
@@ -787,30 +786,30 @@ func lostBy(a *account.Account) (inputs map[int]Lost, unsent map[int]uint64) {
 	return inputs, unsent
 }
 
-// QueueStatus is how the worker of a queue is.
+// QueueStatus is the state of the worker of a queue.
 type QueueStatus struct {
 	Queue int
-	// ZeroCopy and MultiBuffer are what the driver and kernel gave.
+	// ZeroCopy and MultiBuffer say what the driver and kernel granted.
 	ZeroCopy, MultiBuffer bool
 	FrameSize             int // bytes
-	// WakeRX and WakeTX say whether the kernel asks now to be woken by a system call
-	// (XDP_RING_NEED_WAKEUP): in copy mode always for TX, and never for RX.
+	// WakeRX and WakeTX say whether the kernel currently needs to be woken by a system
+	// call (XDP_RING_NEED_WAKEUP): in copy mode always for TX, and never for RX.
 	WakeRX, WakeTX bool
-	// Received counts the packets that came to the worker.
+	// Received counts the packets that reached the worker.
 	Received uint64
-	// Socket is what the kernel counted: RXDropped and RXRingFull are lost packets.
+	// Socket holds the kernel's counters: RXDropped and RXRingFull are lost packets.
 	Socket xsk.Statistics
-	// Unclaimed are packets of rules that were gone when they were read.
+	// Unclaimed counts packets whose rule had been removed when they were read.
 	Unclaimed loader.Counter
 	Failures  uint64
 	LastError string // empty if there was none
-	// Down and Gone say what the interface is. Stopped: the worker has failed, and
-	// begins anew in a moment; until then the rules' fallback serves the queue.
+	// Down and Gone describe the interface. Stopped: the worker has failed, and will
+	// restart shortly; until then the rules' fallback serves the queue.
 	Down, Gone, Stopped bool
 	Senders             []SenderStatus
 }
 
-// SenderStatus is how a worker sends to an interface.
+// SenderStatus is the state of a worker's sender for an interface.
 type SenderStatus struct {
 	Index int
 	// Queue is the transmit queue of the AF_XDP socket; -1 for a packet socket, and
@@ -818,15 +817,15 @@ type SenderStatus struct {
 	Queue    int
 	ZeroCopy bool
 	Cause    string
-	// Outstanding are the descriptors on their way, and Lost those that were counted as
-	// sent, and given up since the device went before it took them.
+	// Outstanding counts the descriptors in flight, and Lost those counted as sent, but
+	// given up because the device disappeared before it took them.
 	Outstanding int
 	Lost        uint64
-	Failed      bool // the interface is down or gone: the next Sync opens it again
+	Failed      bool // the interface is down or gone: the next Sync reopens it
 }
 
-// Inputs reads how the workers are, by interface index. What was lost on an interface is
-// listed even when no rule has it any more.
+// Inputs returns the state of the workers, by interface index. It lists the losses of an
+// interface even if no rule uses it any more.
 func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -847,7 +846,7 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 		}
 		all = append(all, status)
 	}
-	lost, _ := lostBy(a.set.accounts.Account()) // what the workers have just noted, too
+	lost, _ := lostBy(a.set.accounts.Account()) // after the workers have updated it
 	for i := range all {
 		all[i].Lost = lost[all[i].Index]
 	}
@@ -860,25 +859,25 @@ func (a *AFXDP) Inputs() ([]InputStatus, error) {
 	return all, errors.Join(errs...)
 }
 
-// Unsent counts by output interface the packets that were counted as sent, and that the
-// device did not take: those that were in a TX ring when it went down or away, and those
-// that it dropped later.
+// Unsent returns, by output interface, the number of packets that were counted as sent but
+// not taken by the device: those in a TX ring when it went down or away, and those that it
+// dropped later.
 func (a *AFXDP) Unsent() map[int]uint64 {
 	_, unsent := lostBy(a.set.accounts.Account())
 	return unsent
 }
 
-// remember notes what a worker has lost, which its socket forgets.
+// remember saves a worker's losses before its socket is closed.
 func (a *AFXDP) remember(w *afxdpWorker) error {
-	if w.engine == nil { // it never served
+	if w.engine == nil { // it never ran
 		return nil
 	}
 	_, err := w.status()
 	return errors.Join(err, w.account.Close())
 }
 
-// noteLost adds what the socket has lost since the last time to the account. The
-// worker's lock is held.
+// noteLost adds the socket's losses since the last call to the account. The caller holds
+// the worker's lock.
 func (w *afxdpWorker) noteLost(s xsk.Statistics) {
 	w.noFrame.Add(s.RXDropped-w.noted.RXDropped, 0)
 	w.ringFull.Add(s.RXRingFull-w.noted.RXRingFull, 0)
@@ -912,7 +911,7 @@ func (w *afxdpWorker) status() (s QueueStatus, err error) {
 	return s, err
 }
 
-// String says how packets are received, for people.
+// String describes how packets are received.
 func (s QueueStatus) String() string {
 	mode := []string{"copy"}
 	if s.ZeroCopy {

@@ -13,33 +13,32 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// MaxTaps is how many may tap at once.
+// MaxTaps is the maximum number of concurrent taps.
 const MaxTaps = 4
 
-// What a Tap holds at most: packets that workers have seen, until they are read.
+// Bounds of a Tap's memory for packets that have not been read yet.
 const (
 	tapChunks       = 8
 	tapChunkBytes   = 1 << 20
 	tapChunkRecords = 4096
 )
 
-// ErrTaps is returned when MaxTaps tap already.
+// ErrTaps is returned when there are MaxTaps taps already.
 var ErrTaps = errors.New("too many taps at once")
 
-// Taps are those who want to see packets of the user-space paths. While there are none, a worker
-// notices so once a batch. The zero value is ready for use; its methods may be called from any
-// goroutine.
+// Taps is the set of taps of the user-space paths. While it is empty, it costs a worker one check
+// per batch. The zero value is ready for use; its methods may be called from any goroutine.
 type Taps struct {
 	mu   sync.Mutex
-	list atomic.Pointer[[]*Tap] // never changed, but replaced
+	list atomic.Pointer[[]*Tap] // immutable; replaced on changes
 }
 
-// Tap collects packets of one rule. Workers give it memory of a fixed size, filled; what does not fit
-// is counted, and no worker waits.
+// Tap collects packets of one rule. Workers pass it filled chunks of fixed size; packets that do not
+// fit are counted, and no worker waits.
 type Tap struct {
 	rule string
 	opts tap.Options
-	// alone says that nothing shows what the relay program hands to the workers.
+	// alone says that nothing else shows the packets that the relay program hands to the workers.
 	alone bool
 	full  chan *tapChunk
 	free  chan *tapChunk
@@ -49,8 +48,8 @@ type Tap struct {
 	cells []*tapCell
 }
 
-// tapCell holds what a worker has seen between its batches, which go on filling it until it is
-// full, or taken.
+// tapCell holds a worker's chunk between its batches, which fill it until it is full or
+// taken.
 type tapCell = atomic.Pointer[tapChunk]
 
 // tapChunk is filled by one worker.
@@ -71,9 +70,9 @@ type tapRecord struct {
 	unwanted bool
 }
 
-// Add begins to tap a rule; the caller must Remove the tap. alone says that loader.Tap does not see
-// the relay program: then what it hands to workers is shown by these, without MAC addresses. The
-// error matches ErrTaps.
+// Add starts a tap on a rule; the caller must Remove it. alone says that loader.Tap does not see
+// the relay program: then the workers show the packets that it hands over, without MAC addresses.
+// The error matches ErrTaps.
 func (t *Taps) Add(rule string, opts tap.Options, alone bool) (*Tap, error) {
 	n := &Tap{rule: rule, opts: opts, alone: alone, full: make(chan *tapChunk, tapChunks), free: make(chan *tapChunk, tapChunks)}
 	t.mu.Lock()
@@ -93,7 +92,7 @@ func (t *Taps) Add(rule string, opts tap.Options, alone bool) (*Tap, error) {
 	return n, nil
 }
 
-// Remove ends a tap. Workers may still give it what they have.
+// Remove ends a tap. Workers may still pass it packets of their current batches.
 func (t *Taps) Remove(gone *Tap) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -112,10 +111,10 @@ func (t *Taps) Remove(gone *Tap) {
 	t.list.Store(&list)
 }
 
-// Lost is how many packets there was no room for.
+// Lost returns how many packets did not fit.
 func (t *Tap) Lost() uint64 { return t.lost.Load() }
 
-// Run adds what workers have seen to w, until ctx ends.
+// Run adds the collected packets to w until ctx ends.
 func (t *Tap) Run(ctx context.Context, w *tap.Writer) {
 	tick := time.NewTicker(tap.HoldTime / 2)
 	defer tick.Stop()
@@ -132,7 +131,7 @@ func (t *Tap) Run(ctx context.Context, w *tap.Writer) {
 	}
 }
 
-// collect adds what there is now.
+// collect adds the packets collected so far.
 func (t *Tap) collect(w *tap.Writer) {
 	for range 2 * tapChunks {
 		c := t.take()
@@ -143,7 +142,7 @@ func (t *Tap) collect(w *tap.Writer) {
 	}
 }
 
-// take returns a chunk with packets, those that are full first; nil when there is none.
+// take returns a chunk with packets, full ones first, or nil.
 func (t *Tap) take() *tapChunk {
 	select {
 	case c := <-t.full:
@@ -189,22 +188,22 @@ func (t *Tap) add(c *tapChunk, w *tap.Writer) {
 	t.free <- c // has room for all chunks
 }
 
-// tapping is a tap as one engine serves it.
+// tapping is one engine's state of a tap.
 type tapping struct {
 	*Tap
 	cell    *tapCell
-	chunk   *tapChunk // in a batch
+	chunk   *tapChunk // during a batch
 	packets uint32    // of the rule, for the sample
 }
 
-// tapped is who wants to see a packet of a queue.
+// tapped says which taps want a packet of a queue.
 type tapped struct {
 	slot    int
 	taps    uint8          // a bit for each of Engine.taps
 	records [MaxTaps]int32 // in their chunks; -1: none
 }
 
-// followTaps serves those who tap now. It is called between batches.
+// followTaps adopts the current list of taps. It is called between batches.
 func (e *Engine) followTaps(list *[]*Tap) {
 	e.tapList, e.taps = list, nil
 	if list == nil {
@@ -215,23 +214,23 @@ func (e *Engine) followTaps(list *[]*Tap) {
 	}
 }
 
-// endTaps leaves what was seen in a batch to be taken.
+// endTaps leaves the chunks of a batch in their cells for Tap.take.
 func (e *Engine) endTaps() {
 	for i := range e.taps {
 		if t := &e.taps[i]; t.chunk != nil {
-			t.cell.Store(t.chunk) // which is empty: room has taken what was there
+			t.cell.Store(t.chunk) // the cell is empty: room took its chunk
 			t.chunk = nil
 		}
 	}
 }
 
-// handOver makes room for more than the chunk in hand.
+// handOver passes on the current chunk to make room for another.
 func (t *tapping) handOver() {
 	t.full <- t.chunk // has room for all chunks
 	t.chunk = nil
 }
 
-// room returns memory for a packet of n bytes, nil when there is none.
+// room returns a chunk with room for a packet of n bytes, or nil.
 func (t *tapping) room(n int) *tapChunk {
 	if t.chunk == nil {
 		t.chunk = t.cell.Swap(nil)
@@ -249,7 +248,7 @@ func (t *tapping) room(n int) *tapChunk {
 	return t.chunk
 }
 
-// write appends a packet, as far as there is room, and returns its record.
+// write appends a packet, at most snap bytes of it; false if there is no room.
 func (c *tapChunk) write(r tapRecord, snap int, parts ...[]byte) bool {
 	if len(c.records) == cap(c.records) {
 		return false
@@ -269,8 +268,8 @@ func (c *tapChunk) write(r tapRecord, snap int, parts ...[]byte) bool {
 	return true
 }
 
-// wantedBy says who wants to see a packet of a rule. sequence is its number in the relay program,
-// which the samples there go by; 0: it has none.
+// wantedBy returns the set of taps that want a packet of a rule. sequence is its number in the
+// relay program, on which sampling there is based; 0: none.
 func (e *Engine) wantedBy(r *Rule, sequence uint32) (taps uint8) {
 	for i := range e.taps {
 		t := &e.taps[i]
@@ -289,7 +288,7 @@ func (e *Engine) wantedBy(r *Rule, sequence uint32) (taps uint8) {
 	return taps
 }
 
-// tapIn shows a packet that has come, and whether no output gets it.
+// tapIn shows a received packet, and whether it was dropped for all outputs.
 func (e *Engine) tapIn(index int, frame []byte, at int64, length int, reason loader.Reason, refused bool) {
 	for i := range e.taps {
 		t := &e.taps[i]
@@ -299,7 +298,7 @@ func (e *Engine) tapIn(index int, frame []byte, at int64, length int, reason loa
 	}
 }
 
-// tapUnsent shows a packet of which an output gets no copy, as it has come.
+// tapUnsent shows a packet, as received, of which an output gets no copy.
 func (e *Engine) tapUnsent(o *output, slot int, frame []byte, at int64, length int, reason loader.Reason) {
 	for i := range e.taps {
 		t := &e.taps[i]
@@ -309,9 +308,8 @@ func (e *Engine) tapUnsent(o *output, slot int, frame []byte, at int64, length i
 	}
 }
 
-// show writes a packet as it has come, or counts it as lost. noMACs says that the handover stands
-// in place of the MAC addresses. A frame that is longer than the packet has an Ethernet header that
-// the packet had not.
+// show writes a packet as received, or counts it as lost. noMACs says that the handover replaces
+// the MAC addresses. A frame longer than the packet has an Ethernet header that the packet lacked.
 func (t *tapping) show(r tapRecord, frame []byte, noMACs bool) {
 	var macs [2 * 6]byte
 	head := frame[:0]
@@ -327,15 +325,15 @@ func (t *tapping) show(r tapRecord, frame []byte, noMACs bool) {
 	}
 }
 
-// tapQueued notes who wants to see the packet that was just queued.
+// tapQueued records which taps want the packet just queued.
 func (e *Engine) tapQueued(q *queue, slot int) {
 	q.tapped = append(q.tapped, tapped{slot: slot, taps: e.wanted, records: noRecords})
 }
 
 var noRecords = [MaxTaps]int32{-1, -1, -1, -1}
 
-// tapSending shows the packets of a queue before they are sent: their memory is not theirs
-// afterwards. What became of them is filled in by tapOutcome.
+// tapSending shows the packets of a queue before they are sent, since their memory may be reused
+// afterwards. tapOutcome adds the outcome.
 func (e *Engine) tapSending(q *queue) {
 	at := e.set.Clock(time.Now())
 	for i := range e.taps {
@@ -349,7 +347,7 @@ func (e *Engine) tapSending(q *queue) {
 		if need == 0 {
 			continue
 		}
-		// All in one chunk, which is not handed over before their fate is known.
+		// All in one chunk, which is not handed over before the outcome is known.
 		c := t.room(need)
 		if c != nil && len(c.records)+len(q.tapped) > cap(c.records) {
 			t.handOver()
@@ -374,7 +372,7 @@ func (e *Engine) tapSending(q *queue) {
 
 func packetLen(p *fanout.Packet) int { return len(p.Header) + len(p.Payload) }
 
-// tapOutcome says what became of packets of a queue.
+// tapOutcome records whether packets of a queue were sent or dropped.
 func (e *Engine) tapOutcome(packets []tapped, reason loader.Reason, dropped bool) {
 	for n := range packets {
 		w := &packets[n]
@@ -390,7 +388,7 @@ func (e *Engine) tapOutcome(packets []tapped, reason loader.Reason, dropped bool
 	}
 }
 
-// sequenceOf is the number that the relay program has given a frame (struct handover of
+// sequenceOf returns the relay program's number of a frame (struct handover of
 // bpf/include/handover.h).
 func sequenceOf(frame []byte) uint32 {
 	const at = 8

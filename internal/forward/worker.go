@@ -15,7 +15,7 @@ import (
 	"xdpcast/pkg/fanout"
 )
 
-// fanoutWorker takes the frames of one socket through its engine.
+// fanoutWorker passes the frames of one socket to its engine.
 type fanoutWorker struct {
 	engine   *Engine
 	socket   *fanout.Worker
@@ -24,12 +24,12 @@ type fanoutWorker struct {
 	wait     func(*fanout.Worker) (*fanout.Block, error)
 	log      *slog.Logger
 	failures atomic.Uint64
-	frames   atomic.Uint64 // that were forwarded
+	frames   atomic.Uint64 // frames forwarded
 	// worked says that a block was forwarded since the last failure.
 	worked bool
 }
 
-// run works until the group is closed. Whatever fails, it starts again.
+// run works until the group is closed. It restarts after any failure.
 func (w *fanoutWorker) run() {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -92,7 +92,7 @@ func (w *fanoutWorker) forward(block *fanout.Block) {
 	frames := uint64(0)
 	for block.Next(&f) {
 		frames++
-		// A checksum that cannot be completed stays wrong, and the receiver finds out.
+		// A checksum that cannot be completed stays wrong, and the receiver drops the packet.
 		f.CompleteChecksum()
 		at := clock - age(wall, f.Time)
 		if !ethernet {
@@ -107,8 +107,8 @@ func (w *fanoutWorker) forward(block *fanout.Block) {
 	block.Release()
 }
 
-// age is how long a frame has waited, in nanoseconds. The wall clock may have been
-// set in between: then it is not believed.
+// age returns how long a frame has waited, in nanoseconds. It is 0 if the wall clock was
+// set in between.
 func age(wall, received int64) int64 {
 	waited := wall - received
 	if waited < 0 || waited > int64(time.Second) {
