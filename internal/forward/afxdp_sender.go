@@ -15,38 +15,38 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// shareZeroCopy is from how many bytes on a payload is shared between copies, rather
-// than copied, where the driver reads it in place. In copy mode the kernel copies each
-// part of a frame anyway and takes a page for each behind the first, so that only
-// frames are shared that have several parts in any case.
+// shareZeroCopy is the payload size in bytes from which copies share a payload instead of
+// copying it, if the driver reads it in place. In copy mode the kernel copies each part of
+// a frame anyway and allocates a page for each after the first, so that only frames that
+// have several parts in any case are shared.
 const shareZeroCopy = 256
 
-// kickTries bounds how often a device or the kernel's memory is tried that has no room.
+// kickTries bounds the retries while the device or the kernel's memory has no room.
 const kickTries = 4
 
-// afxdpSender sends for one worker out of one interface: by a socket that shares the
-// worker's frames, or by a packet socket where there is no queue for one. The
-// worker's lock is held in Send; the other methods take it.
+// afxdpSender sends for one worker out of one interface: through a socket that shares the
+// worker's frames, or through a packet socket if there is no queue for one. The caller of
+// Send holds the worker's lock; the other methods take it.
 type afxdpSender struct {
 	worker *afxdpWorker
 	index  int
 	socket *xsk.Socket // nil: packet
 	shared bool        // socket is the worker's own, for input and output
 	packet Sender
-	why    string // why it is packet
-	// noQueue: it is packet since others have all queues, which may change.
+	why    string // reason for using packet
+	// noQueue: it uses packet because others have all queues, which may change.
 	noQueue bool
-	// stale: it is to be opened again; see reviewSenders.
+	// stale: it must be reopened; see reviewSenders.
 	stale  atomic.Bool
-	limit  int  // descriptors on their way
+	limit  int  // descriptors in flight
 	share  int  // payloads from this length on are shared
 	failed bool // the interface is down or gone
 
 	descs   []xsk.Desc // of one packet
-	ends    []int      // descriptors in the TX ring behind each packet of a chunk
+	ends    []int      // descriptors in the TX ring after each packet of a chunk
 	dropped []int
-	// lost are descriptors of frames that were counted as sent and still in the TX ring
-	// when the interface went, or that the device dropped later.
+	// lost counts descriptors of frames counted as sent that were still in the TX ring
+	// when the interface went down, or that the device dropped later.
 	lost    uint64
 	account *account.Counters
 	unsent  *account.Cell // the same, for all senders on the interface; nil: none yet
@@ -64,12 +64,12 @@ func (s *afxdpSender) lose(n int) {
 	s.unsent.Add(uint64(n), 0)
 }
 
-// Ethernet reports that frames have an Ethernet header, but for a packet socket on an
-// interface without.
+// Ethernet reports that frames have an Ethernet header, except for a packet socket on an
+// interface without one.
 func (s *afxdpSender) Ethernet() bool { return s.packet == nil || s.packet.Ethernet() }
 
-// Stale says that another sender is to take this one's place: for an interface that is
-// gone, whatever has the same index now, the kernel is asked.
+// Stale says whether the sender must be replaced. It asks the kernel whether the interface
+// is gone, even if another has its index now.
 func (s *afxdpSender) Stale() bool {
 	switch {
 	case s.stale.Load():
@@ -81,12 +81,12 @@ func (s *afxdpSender) Stale() bool {
 	return ok && packet.Stale()
 }
 
-// Dropped returns the places of the packets of the last Send that were taken, and
+// Dropped returns the indexes of the packets of the last Send that were taken, but
 // dropped by the device.
 func (s *afxdpSender) Dropped() []int { return s.dropped }
 
-// Send is that of Sender. What has been put in the TX ring counts as taken, as it is
-// with the queue of a device; frames that the ring still holds go before new ones.
+// Send implements Sender. Packets in the TX ring count as taken, as in a device's queue;
+// frames that the ring still holds are sent before new ones.
 func (s *afxdpSender) Send(packets []fanout.Packet) (n int, err error) {
 	s.dropped = s.dropped[:0]
 	switch {
@@ -129,8 +129,8 @@ func (s *afxdpSender) Send(packets []fanout.Packet) (n int, err error) {
 	return n, nil
 }
 
-// taken is how many packets of the chunk the kernel has taken, when it has left so many
-// descriptors.
+// taken returns how many packets of the chunk the kernel has taken if left descriptors
+// remain.
 func (s *afxdpSender) taken(left int) (n int) {
 	for n < len(s.ends) && s.ends[n] <= s.ends[len(s.ends)-1]-left {
 		n++
@@ -138,9 +138,9 @@ func (s *afxdpSender) taken(left int) (n int) {
 	return n
 }
 
-// kick has the kernel send what is in the TX ring. first is the place of the chunk's
-// first packet. It is an error when something stays: EAGAIN, or that the interface
-// cannot be used, which fails the sender.
+// kick makes the kernel send the TX ring. first is the index of the chunk's first packet.
+// It returns an error if descriptors remain: EAGAIN, or that the interface is unusable,
+// which fails the sender.
 func (s *afxdpSender) kick(first int) error {
 	if s.socket.ZeroCopy() {
 		if err := s.socket.Kick(); fatal(err) {
@@ -149,7 +149,7 @@ func (s *afxdpSender) kick(first int) error {
 		return nil
 	}
 	before := s.socket.Unsent()
-	silent := 0 // packets dropped since the kernel last said how far it is
+	silent := 0 // packets dropped since the kernel last published its progress
 	for tries := 0; before > 0; {
 		err := s.socket.Kick()
 		left := s.socket.Unsent()
@@ -168,7 +168,7 @@ func (s *afxdpSender) kick(first int) error {
 			return s.fail()
 		}
 		done := s.socket.Complete(ringSize)
-		if s.socket.Outstanding() == 0 { // a dropped one at the end is not told
+		if s.socket.Outstanding() == 0 { // the kernel does not report a final dropped one as taken
 			return nil
 		}
 		if left == before && done == 0 {
@@ -181,8 +181,8 @@ func (s *afxdpSender) kick(first int) error {
 	return nil
 }
 
-// drop takes note of the packet that the device has just dropped: the last that the
-// kernel has taken. What was in the ring before the chunk is lost.
+// drop records the packet that the device has just dropped: the last that the kernel has
+// taken. One that was in the ring before the chunk is lost.
 func (s *afxdpSender) drop(first, left, silent int) {
 	if len(s.ends) == 0 {
 		s.lose(1)
@@ -193,13 +193,13 @@ func (s *afxdpSender) drop(first, left, silent int) {
 	}
 }
 
-// fatal says whether a socket is of no more use: its interface is down or gone.
+// fatal says whether a socket is no longer usable: its interface is down or gone.
 func fatal(err error) bool {
 	return errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENXIO) || errors.Is(err, os.ErrClosed)
 }
 
-// fail gives the queue up, so that nothing old leaves when the interface is up again.
-// It leaves the packets in ends that were taken.
+// fail gives up the queue, so that no old packets leave when the interface is up again.
+// It leaves only the packets that were taken in ends.
 func (s *afxdpSender) fail() error {
 	left := s.socket.Unsent()
 	if len(s.ends) == 0 {
@@ -208,13 +208,13 @@ func (s *afxdpSender) fail() error {
 	s.ends = s.ends[:s.taken(left)]
 	s.failed = true
 	if !s.shared {
-		// It is closed whatever close(2) answers.
+		// close(2) frees the descriptor even if it fails.
 		_ = s.socket.Close()
 	}
 	return unix.ENXIO
 }
 
-// put puts a packet in the TX ring, and returns of how many descriptors.
+// put puts a packet into the TX ring, and returns the number of its descriptors.
 func (s *afxdpSender) put(p *fanout.Packet) (int, error) {
 	w := s.worker
 	s.descs = s.descs[:0]
@@ -273,7 +273,7 @@ func (s *afxdpSender) retain(parts []xsk.Desc) {
 	}
 }
 
-// duplicate copies a packet to frames of its own.
+// duplicate copies a packet to its own frames.
 func (s *afxdpSender) duplicate(p *fanout.Packet) error {
 	f, size := s.worker.frames, s.worker.umem.FrameSize()
 	need := (len(p.Header) + len(p.Payload) + size - 1) / size
@@ -299,14 +299,14 @@ func (s *afxdpSender) duplicate(p *fanout.Packet) error {
 	return nil
 }
 
-// housekeep sends what was left in the TX ring, and frees what has completed; it says
-// whether something is still on its way.
+// housekeep sends what remains in the TX ring, and frees completed frames; it returns
+// whether any are still in flight.
 func (s *afxdpSender) housekeep() (busy bool) {
 	if s.packet != nil || s.failed {
 		return false
 	}
 	s.ends, s.dropped = s.ends[:0], s.dropped[:0]
-	_ = s.kick(0) // the next Send says it
+	_ = s.kick(0) // the next Send reports it
 	if s.failed {
 		return false
 	}
@@ -314,14 +314,14 @@ func (s *afxdpSender) housekeep() (busy bool) {
 	return s.socket.Outstanding() > 0
 }
 
-// Waits for frames that a driver still has when a socket is closed.
+// The wait for frames that a driver still holds when a socket is closed.
 const (
 	drainTries = 100
 	drainPause = time.Millisecond
 )
 
-// drain waits a little until the driver has done with the frames; after that they are
-// lost to the worker.
+// drain waits briefly until the driver has finished with the frames; later ones are lost
+// to the worker.
 func (s *afxdpSender) drain() {
 	for range drainTries {
 		s.worker.mu.Lock()
@@ -334,7 +334,7 @@ func (s *afxdpSender) drain() {
 	}
 }
 
-// Close closes the socket; the queue can be another's then.
+// Close closes the socket, which frees the queue for others.
 func (s *afxdpSender) Close() error {
 	if s.packet == nil && !s.shared {
 		s.drain()
@@ -355,7 +355,7 @@ func (s *afxdpSender) Close() error {
 	return s.socket.Close()
 }
 
-// usePacket makes the sender use a packet socket from now on, and gives its queue up.
+// usePacket switches the sender to a packet socket, and gives up its queue.
 func (s *afxdpSender) usePacket(why string) error {
 	if s.packet != nil || s.shared {
 		return nil
@@ -373,8 +373,8 @@ func (s *afxdpSender) usePacket(why string) error {
 	return err
 }
 
-// offset is where a part of an area of memory begins in it; false if it is no part of
-// it. Only addresses are compared: nothing is read.
+// offset returns the offset of part in area; false if it is not within it. It only compares
+// addresses, and reads no memory.
 func offset(part, area []byte) (int, bool) {
 	at := uintptr(unsafe.Pointer(unsafe.SliceData(part))) - uintptr(unsafe.Pointer(unsafe.SliceData(area)))
 	return int(at), len(part) > 0 && at < uintptr(len(area))

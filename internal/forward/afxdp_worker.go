@@ -19,8 +19,8 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// Sizes of a worker's rings and memory. What is received takes two rings of frames at
-// most, and copies take the rest.
+// Sizes of a worker's rings and memory. Receiving uses at most two rings of frames, and
+// copies use the rest.
 const (
 	ringSize      = 2048
 	defaultFrames = 4 * ringSize
@@ -29,22 +29,22 @@ const (
 	receiveBatch  = batch
 	// maxPacket is the longest packet of several frames.
 	maxPacket = 64 << 10
-	// joinedSize is the memory in which they are joined.
+	// joinedSize is the memory in which such packets are joined.
 	joinedSize = 16 * maxPacket
 )
 
-// How long a worker sleeps when nothing comes: with frames on their way out, which
-// nothing wakes it for, and without.
+// How long a worker sleeps when no packets arrive: with frames in flight, whose completion
+// does not wake it, and without.
 const (
 	shortSleep = time.Millisecond
 	longSleep  = 500 * time.Millisecond
 )
 
-// noteEvery is how often an idle worker notes what its socket has lost, which is
-// forgotten when the process is killed.
+// noteEvery is the interval at which an idle worker saves its socket's losses, which would
+// otherwise be forgotten if the process is killed.
 const noteEvery = time.Second
 
-// afxdpWorker takes the frames of one queue through its engine.
+// afxdpWorker passes the frames of one queue to its engine.
 type afxdpWorker struct {
 	path       *AFXDP
 	index      int
@@ -57,23 +57,23 @@ type afxdpWorker struct {
 	engine     *Engine
 	umem       *xsk.UMEM
 	area       []byte // all of the UMEM
-	shift      int    // of an address, to the number of its frame
+	shift      int    // log2 of the frame size
 	ended      sync.WaitGroup
 	fd         int
 	failures   atomic.Uint64
 	unclaimed  counter
-	account    *account.Counters // of the input, and what was lost on it
+	account    *account.Counters // of the input, losses included
 	noFrame    *account.Cell
 	ringFull   *account.Cell
 	ruleGone   *account.Cell
-	noted      xsk.Statistics // that are in the account
+	noted      xsk.Statistics // already in the account
 	notedAt    time.Time
 	received   atomic.Uint64 // packets; written with mu held
-	stopped    atomic.Bool   // failed, and not yet started again
+	stopped    atomic.Bool   // failed, and not yet restarted
 	lastError  atomic.Pointer[string]
 	interfaceC atomic.Uint32 // interfaceState
 
-	// mu is held while frames are forwarded, and by who opens and closes sockets.
+	// mu is held while forwarding frames, and while opening and closing sockets.
 	mu          sync.Mutex
 	frames      *xsk.Frames
 	socket      *xsk.Socket
@@ -82,14 +82,14 @@ type afxdpWorker struct {
 
 	descs  []xsk.Desc
 	held   []xsk.Desc // of descs, not released yet
-	parts  []xsk.Desc // that locate returns
+	parts  []xsk.Desc // returned by locate
 	joined []byte     // packets of several frames
-	whole  []joint    // where they are in joined
-	// claims says of each frame in which batch its room before the payload was taken
-	// for the headers of a copy.
+	whole  []joint    // their positions in joined
+	// claims holds, for each frame, the batch in which the headers of a copy took its
+	// room before the payload.
 	claims  []uint64
 	batch   uint64
-	current int // frame whose copies are being made, -1 for none
+	current int // frame being copied, -1 for none
 	worked  bool
 }
 
@@ -106,8 +106,8 @@ const (
 	interfaceGone
 )
 
-// run works until the worker is closed, or its interface is gone. Whatever else fails,
-// it starts again.
+// run works until the worker is closed, or its interface is gone. It restarts after any
+// other failure.
 func (w *afxdpWorker) run() {
 	runtime.LockOSThread()
 	if w.cpu >= 0 {
@@ -126,7 +126,7 @@ func (w *afxdpWorker) run() {
 		if errors.Is(err, os.ErrClosed) {
 			return
 		}
-		// First of all, so that the rules' fallback takes over.
+		// First, so that the rules' fallback takes over.
 		err = errors.Join(err, w.path.opts.Loader.ClearSocket(w.index, w.queue))
 		w.stopped.Store(true)
 		w.failed(err)
@@ -194,7 +194,7 @@ func (w *afxdpWorker) work() (err error) {
 	}
 }
 
-// turn forwards what has come, and says how many descriptors that was.
+// turn forwards the received packets, and returns the number of their descriptors.
 func (w *afxdpWorker) turn() (n int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -217,7 +217,7 @@ func (w *afxdpWorker) turn() (n int, err error) {
 	return n, nil
 }
 
-// finish forwards what is in the RX ring now, beside the worker's own turns.
+// finish forwards the packets now in the RX ring, in addition to the worker's own turns.
 func (w *afxdpWorker) finish() {
 	for total := 0; total < w.path.opts.receiveRing(); {
 		n, err := w.turn()
@@ -228,7 +228,7 @@ func (w *afxdpWorker) finish() {
 	}
 }
 
-// release gives up what was received, and gives the kernel frames to receive into.
+// release releases the received frames, and gives the kernel new ones.
 func (w *afxdpWorker) release() {
 	w.frames.ReleaseAll(w.held)
 	w.held, w.current = nil, -1
@@ -236,10 +236,10 @@ func (w *afxdpWorker) release() {
 	w.wakeDriver()
 }
 
-// wakeDriver lets the driver go on when it has to be asked: in zero-copy mode after it
-// ran out of frames, and in every turn when it is polled. Otherwise it costs nothing.
+// wakeDriver makes the driver continue if it needs to be asked: in zero-copy mode after it
+// ran out of frames, and in every turn with busy polling. Otherwise it costs nothing.
 func (w *afxdpWorker) wakeDriver() {
-	_ = w.socket.WakeRX() // Check says what is wrong
+	_ = w.socket.WakeRX() // Check reports errors
 }
 
 func (w *afxdpWorker) forward(descs []xsk.Desc) {
@@ -279,20 +279,20 @@ func (w *afxdpWorker) packet(parts []xsk.Desc, at int64) {
 	w.engine.Deliver(r, frame, &h, at)
 }
 
-// Of struct handover (bpf/include/handover.h).
+// Fields of struct handover (bpf/include/handover.h).
 const (
 	handoverMark   = 0xff
 	handoverMarkAt = 6
 )
 
-// handedOver returns the rule that the relay program found for a frame, nil when the
-// rule is no more.
+// handedOver returns the rule that the relay program found for a frame, or nil if the rule
+// has been removed.
 //
-// The program names it by the number of its first output, which spares a search, and
-// tells later fragments apart, whose first one may have come on another queue. When
-// rules change, numbers that the engine knows and those in the program differ for a
-// moment, and a number can get another rule: it counts only if the frame is what the
-// rule wants. Otherwise the frame itself says the rule.
+// The program identifies it by the number of its first output, which saves a lookup, and
+// works for later fragments whose first one arrived on another queue. While rules change,
+// the numbers of the engine and of the program differ for a moment, and a number can be
+// reused by another rule: it is trusted only if the rule matches the frame. Otherwise the
+// rule is looked up by the frame.
 func (e *Engine) handedOver(index int, frame []byte, h *packet.Headers, at int64) *Rule {
 	if frame[handoverMarkAt] != handoverMark {
 		return nil
@@ -312,8 +312,8 @@ func (e *Engine) handedOver(index int, frame []byte, h *packet.Headers, at int64
 	return e.now.table.Lookup(index, h, port)
 }
 
-// wants says whether a packet is of the rule's input. The port of later fragments is
-// not known.
+// wants says whether a packet matches the rule's input. The port of later fragments is
+// unknown.
 func (r *Rule) wants(index int, h *packet.Headers) bool {
 	in := &r.rule.In
 	if in.Index != index || in.VLAN != h.VLAN || in.OuterVLAN != h.OuterVLAN ||
@@ -328,8 +328,8 @@ func (r *Rule) wants(index int, h *packet.Headers) bool {
 	return err == nil && p.Addr() == in.Group
 }
 
-// join copies a packet of several frames to one piece. Copies that are sent by AF_XDP
-// are of the frames nevertheless.
+// join copies a packet of several frames into contiguous memory. Copies sent by AF_XDP
+// still use the frames.
 func (w *afxdpWorker) join(parts []xsk.Desc) []byte {
 	length := 0
 	for i := range parts {
@@ -343,7 +343,7 @@ func (w *afxdpWorker) join(parts []xsk.Desc) []byte {
 		w.whole = make([]joint, 0, receiveBatch)
 	}
 	if len(w.joined)+length > cap(w.joined) {
-		w.engine.flush() // what is queued is in joined
+		w.engine.flush() // queued packets are in joined
 		w.joined, w.whole = w.joined[:0], w.whole[:0]
 	}
 	at := len(w.joined)
@@ -354,8 +354,8 @@ func (w *afxdpWorker) join(parts []xsk.Desc) []byte {
 	return w.joined[at : at+length : at+length]
 }
 
-// locate returns where in the UMEM a payload lies; nothing if it does not. It is valid
-// until the next call.
+// locate returns the descriptors of a payload in the UMEM, or none if it is elsewhere. They
+// are valid until the next call.
 func (w *afxdpWorker) locate(payload []byte) []xsk.Desc {
 	if at, ok := offset(payload, w.area); ok {
 		w.parts = append(w.parts[:0], xsk.Desc{Addr: uint64(at), Len: uint32(len(payload))})
@@ -374,7 +374,7 @@ func (w *afxdpWorker) locate(payload []byte) []xsk.Desc {
 	return nil
 }
 
-// cut returns n bytes of a packet, from some place on.
+// cut returns the descriptors of n bytes of a packet, starting at offset from.
 func (w *afxdpWorker) cut(descs []xsk.Desc, from, n int) []xsk.Desc {
 	w.parts = w.parts[:0]
 	for _, d := range descs {
@@ -394,15 +394,15 @@ func (w *afxdpWorker) cut(descs []xsk.Desc, from, n int) []xsk.Desc {
 
 func (w *afxdpWorker) frameOf(addr uint64) int { return int(addr >> w.shift) }
 
-// claim says whether the headers of a copy can stand in front of its payload, in the
-// frame that came: when it has room, all copies of the frame have been made, and none
-// has taken the room yet.
+// claim says whether the headers of a copy can be written before its payload in the
+// received frame: if it has room, all copies of the frame have been made, and none has
+// taken the room yet.
 func (w *afxdpWorker) claim(payload uint64, headers int) bool {
 	frame := w.frameOf(payload)
 	return int(payload)&(1<<w.shift-1) >= headers && frame != w.current && w.claims[frame] != w.batch
 }
 
-// sleep waits for frames, and looks after senders and interface when none came.
+// sleep waits for frames, and checks senders and interface if none arrived.
 func (w *afxdpWorker) sleep() error {
 	timeout := longSleep
 	if w.housekeep() {
@@ -428,7 +428,7 @@ func (w *afxdpWorker) sleep() error {
 	return nil
 }
 
-// housekeep says whether frames are on their way out.
+// housekeep maintains the senders, and returns whether frames are in flight.
 func (w *afxdpWorker) housekeep() (busy bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -441,7 +441,7 @@ func (w *afxdpWorker) housekeep() (busy bool) {
 	w.wakeDriver()
 	if now := time.Now(); now.Sub(w.notedAt) >= noteEvery {
 		w.notedAt = now
-		if s, err := w.socket.Statistics(); err == nil { // else Check says what is wrong
+		if s, err := w.socket.Statistics(); err == nil { // otherwise Check reports the error
 			w.noteLost(s)
 		}
 	}

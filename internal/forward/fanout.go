@@ -23,44 +23,42 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// FanoutOptions say how a [Fanout] runs. The zero value is good.
+// FanoutOptions configure a [Fanout]. The zero value is valid.
 type FanoutOptions struct {
 	Logger *slog.Logger // nil: logs nothing
 	// Workers is the number of workers for each input interface; 0 means one for each
 	// CPU that the process may use.
 	Workers int
-	// Accounts is where packets are counted; nil: in memory that ends with the path.
+	// Accounts is where packets are counted; nil: in memory, as long as the path lives.
 	Accounts Accounts
-	// Taps see packets; nil: nobody does.
+	// Taps see packets; nil: no taps.
 	Taps *Taps
 	// Mode and Steering are those of fanout.Options.
 	Mode     fanout.Mode
 	Steering *ebpf.Program
 	// Blocks is the length of each worker's ring, in blocks of
-	// fanout.DefaultBlockSize; 0 means fanout.DefaultBlocks. BlockTimeout is what a
-	// frame in a block waits at most until that is handed over; 0 means
-	// fanout.DefaultBlockTimeout. A worker that does not get a CPU until its frame ring is full,
-	// and then for Blocks times BlockTimeout, loses packets.
+	// fanout.DefaultBlockSize; 0 means fanout.DefaultBlocks. BlockTimeout bounds the wait
+	// of a frame in a block; 0 means fanout.DefaultBlockTimeout. A worker that gets no CPU
+	// until its frame ring is full, and then for Blocks times BlockTimeout, loses packets.
 	Blocks       int
 	BlockTimeout time.Duration
-	// Frames is the length of each worker's frame ring, by which frames come at once while
-	// they are few; 0 means what suits the MTU, and less none.
+	// Frames is the length of each worker's frame ring, which delivers frames immediately
+	// while they are few; 0 means a size that suits the MTU, less than 0 no frame ring.
 	Frames int
-	// Sender is how senders send.
+	// Sender configures the senders.
 	Sender fanout.SenderOptions
-	// Gate is what Fanout.Gate gave another process, which this one takes over from; nil: none. It
-	// is owned.
+	// Gate is from Fanout.Gate of the process from which this one takes over; nil: none. The
+	// path takes ownership.
 	Gate *ebpf.Map
-	// TakeOver is called with a Gate, once: packets come to this path's sockets and wait there. It
-	// returns when the other process has forwarded what came before (Fanout.Drain).
+	// TakeOver is called once, if there is a Gate: packets then wait in this path's sockets. It
+	// returns when the other process has forwarded all earlier packets (Fanout.Drain).
 	TakeOver func() error
 }
 
-// Fanout is the PACKET_FANOUT path: for each input interface of its rules a group
-// of workers, each a goroutine with a thread of its own, a ring, an engine and its
-// own senders. The host's receivers get their packets as if it were not there. Its
-// methods may be called from any goroutine; Open, Sync and Close from threads of one
-// network namespace.
+// Fanout is the PACKET_FANOUT path: for each input interface of its rules a group of
+// workers, each a goroutine with its own thread, ring, engine and senders. The host's
+// receivers are unaffected. The methods may be called from any goroutine, but Open, Sync
+// and Close only from threads of one network namespace.
 type Fanout struct {
 	opts   FanoutOptions
 	log    *slog.Logger
@@ -75,8 +73,8 @@ type Fanout struct {
 	groups map[groupKey]*fanoutGroup
 }
 
-// groupKey is what a group is of: an interface, and what arrives on it or what this host
-// sends by it.
+// groupKey identifies a group: an interface, and its received packets or those that this
+// host sends through it.
 type groupKey struct {
 	index    int
 	fromHost bool
@@ -92,7 +90,7 @@ func sortedGroups[V any](m map[groupKey]V) []groupKey {
 	return slices.SortedFunc(maps.Keys(m), groupKey.compare)
 }
 
-// fanoutSystem is what a Fanout opens. Tests put faults between the two.
+// fanoutSystem opens what a Fanout needs. Tests replace it to inject faults.
 type fanoutSystem struct {
 	openGroup  func(fanout.Options) (*fanout.Group, error)
 	openSender func(index int, opts fanout.SenderOptions) (Sender, error)
@@ -136,14 +134,14 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 }
 
 // Sync makes the path forward exactly those of the rules whose path is
-// loader.PathFanout. Rules that are there already are not touched, and their packets
-// see nothing. A group is opened before its first rule, and closed after its last.
-// own are the host's unicast addresses. Call it again, with the same rules, when
-// interfaces have changed: outputs that were gone are opened again.
+// loader.PathFanout. It does not touch unchanged rules or their packets. A group is
+// opened before its first rule, and closed after its last. own are the host's unicast
+// addresses. Call it again, with the same rules, when interfaces have changed: it
+// reopens outputs that were gone.
 //
-// After an error all is as before. Errors to match: *loader.RuleError, which names a
-// rule without which the others may succeed, and holds a *fanout.Error where it is
-// the group of its input that cannot be opened; os.ErrClosed.
+// On an error nothing changes. Errors to match: *loader.RuleError, which names a rule
+// without which the others may succeed, and wraps a *fanout.Error if the group of its
+// input cannot be opened; os.ErrClosed.
 func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) (err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -187,7 +185,7 @@ func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) (err error) {
 	return nil
 }
 
-// takeOver has packets come to this path, once, in place of that of another process.
+// takeOver directs packets to this path instead of another process's, once.
 func (f *Fanout) takeOver() error {
 	if f.opts.Gate == nil {
 		return nil
@@ -200,8 +198,8 @@ func (f *Fanout) takeOver() error {
 	return err
 }
 
-// Drain returns when all that the rings held has been forwarded, and false when it has not been
-// within a time. Packets must not come any more: another process has taken them over.
+// Drain waits until all packets in the rings have been forwarded; it returns false if that takes
+// longer than patience. No more packets may arrive: another process must have taken over.
 func (f *Fanout) Drain(patience time.Duration) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -216,11 +214,11 @@ func (f *Fanout) Drain(patience time.Duration) bool {
 	}
 }
 
-// holds says whether frames are in the rings that were not forwarded.
+// holds says whether the rings hold frames that have not been forwarded.
 func (g *fanoutGroup) holds() bool {
 	stats, err := g.group.Stats()
 	if err != nil || len(stats) != len(g.workers) {
-		return false // it is closed, or its interface gone
+		return false // it is closed, or its interface is gone
 	}
 	for i, w := range g.workers {
 		if w.frames.Load() < stats[i].Received {
@@ -230,12 +228,12 @@ func (g *fanoutGroup) holds() bool {
 	return false
 }
 
-// Gate returns a duplicate of what says to which process packets come, for another one to take over.
-// The caller closes it.
+// Gate returns a duplicate of the map that selects the receiving process, for another process to
+// take over. The caller must close it.
 func (f *Fanout) Gate() (*ebpf.Map, error) { return f.filter.gate.value.Clone() }
 
-// closeGone closes the groups of interfaces that are gone where others have come with
-// their indexes, which get their own. Otherwise a group stays for as long as a rule is there.
+// closeGone closes the groups of interfaces that are gone if new ones have their indexes,
+// since those get their own groups. Otherwise a group stays as long as it has a rule.
 func (f *Fanout) closeGone() {
 	for key, g := range f.groups {
 		if !g.group.Gone() {
@@ -251,7 +249,7 @@ func (f *Fanout) closeGone() {
 	}
 }
 
-// FanoutWorkers is how many workers an input has that is opened with so many.
+// FanoutWorkers returns the number of workers per input for FanoutOptions.Workers.
 func FanoutWorkers(workers int) int {
 	if workers == 0 {
 		return runtime.NumCPU()
@@ -259,8 +257,8 @@ func FanoutWorkers(workers int) int {
 	return workers
 }
 
-// openGroups opens groups on the interfaces that have none; inputs says which rule
-// is the first of each. Nothing is left of them after an error.
+// openGroups opens groups on the interfaces that have none; inputs holds the first rule
+// of each. On an error it closes them again.
 func (f *Fanout) openGroups(inputs map[groupKey]string) (fresh []*fanoutGroup, err error) {
 	for _, key := range sortedGroups(inputs) {
 		if f.groups[key] != nil {
@@ -309,22 +307,22 @@ func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
 	return g, nil
 }
 
-// frameRingSize is what a worker's frame ring takes, in bytes, and frameRingLeast how many
-// frames it has at least.
+// frameRingSize is the size of a worker's frame ring, in bytes, and frameRingLeast its
+// minimum number of frames.
 const (
 	frameRingSize  = 2 << 20
 	frameRingLeast = 256
 )
 
-// frameRing says how many frames of which size the frame ring has of a worker on an
-// interface: as its MTU needs them. Packets that are longer, on a loopback device, come by
+// frameRing returns the number and size of the frames in a worker's frame ring on an
+// interface, according to its MTU. Longer packets, on a loopback device, arrive through
 // blocks.
 func (f *Fanout) frameRing(index int) (frames, size int) {
 	if f.opts.Mode == fanout.ModeEBPF || f.opts.Frames < 0 {
 		return 0, 0
 	}
 	size = fanout.DefaultFrameSize
-	if i, err := net.InterfaceByIndex(index); err == nil { // else opening the group says so
+	if i, err := net.InterfaceByIndex(index); err == nil { // otherwise opening the group fails
 		for size < i.MTU+fanout.FrameOverhead && size < 16<<10 {
 			size *= 2
 		}
@@ -339,7 +337,7 @@ func (f *Fanout) openSender(index int) (Sender, error) {
 	return f.system.openSender(index, f.opts.Sender)
 }
 
-// interfaceName is for messages.
+// interfaceName returns the interface's name for messages.
 func interfaceName(index int) string {
 	i, err := net.InterfaceByIndex(index)
 	if err != nil {
@@ -348,7 +346,7 @@ func interfaceName(index int) string {
 	return i.Name
 }
 
-// retire closes what no rule needs any more. What fails there harms no packet.
+// retire closes what no rule needs any more. Errors there affect no packet.
 func (f *Fanout) retire(inputs map[groupKey]string, allowed map[wantedKey]bool) {
 	for key, g := range f.groups {
 		if inputs[key] != "" {
@@ -364,30 +362,30 @@ func (f *Fanout) retire(inputs map[groupKey]string, allowed map[wantedKey]bool) 
 	}
 }
 
-// Stats reads the counters of the rules by these names, of all with nil.
+// Stats reads the counters of the rules with these names; nil means all.
 func (f *Fanout) Stats(names []string) []loader.RuleStats { return f.set.Stats(names) }
 
-// Fragments counts fragments of UDP datagrams.
+// Fragments returns the numbers of fragments of UDP datagrams.
 func (f *Fanout) Fragments() loader.Fragments { return f.set.Fragments() }
 
-// GroupStatus is how the workers of an input interface are.
+// GroupStatus is the state of the workers of an input interface.
 type GroupStatus struct {
 	Index     int
 	Interface string
-	FromHost  bool // of what this host sends by the interface
+	FromHost  bool // for packets that this host sends through the interface
 	GroupID   uint16
 	Mode      fanout.Mode
 	Workers   []WorkerStatus
 }
 
-// WorkerStatus is how a worker is.
+// WorkerStatus is the state of a worker.
 type WorkerStatus struct {
 	fanout.Stats
-	// Failures counts how often the worker has failed and was started again.
+	// Failures counts how often the worker has failed and was restarted.
 	Failures uint64
 }
 
-// Groups reads how the groups are, by interface index. The kernel counts in 32
+// Groups returns the state of the groups, by interface index. The kernel counts in 32
 // bits: call it every few minutes.
 func (f *Fanout) Groups() ([]GroupStatus, error) {
 	f.mu.Lock()
@@ -426,7 +424,7 @@ func (f *Fanout) Close() error {
 	return errors.Join(append(errs, f.filter.close(), f.set.close())...)
 }
 
-// fanoutGroup is the workers of one input interface.
+// fanoutGroup holds the workers of one input interface.
 type fanoutGroup struct {
 	groupKey
 	name    string
@@ -453,8 +451,7 @@ func (g *fanoutGroup) close(set *Set) error {
 	return errors.Join(errs...)
 }
 
-// How long a worker that failed pauses before it starts again, at first and at
-// most.
+// How long a failed worker pauses before it restarts, at first and at most.
 const (
 	firstPause = 10 * time.Millisecond
 	lastPause  = time.Second
