@@ -53,7 +53,7 @@ func testNothingAllocated(t *testing.T, ring int) {
 	}
 }
 
-// The memory that merged datagrams are taken apart in is kept.
+// The memory into which merged datagrams are split is reused.
 func TestSplitAllocatesOnce(t *testing.T) {
 	memory := buildBlock(1<<17, mergedFrame(false, nil, 1, false, make([]byte, 10000), 1000))
 	b := openBlock(memory)
@@ -71,9 +71,9 @@ func TestSplitAllocatesOnce(t *testing.T) {
 	}
 }
 
-// BenchmarkForward takes bursts through source, relay and sink, one after the
-// other: pps is of all three, ns/receive+send is the relay's part. What is lost
-// fails it.
+// BenchmarkForward passes bursts through source, relay and sink, one after the
+// other: pps is of all three, ns/receive+send is the relay's part. Any loss fails
+// it.
 func BenchmarkForward(b *testing.B) {
 	for _, size := range []int{128, 1400} {
 		b.Run(fmt.Sprintf("%d bytes", size), func(b *testing.B) { benchmarkForward(b, size) })
@@ -110,7 +110,7 @@ func benchmarkForward(b *testing.B, size int) {
 	}
 }
 
-// take takes count frames from a group of one worker, and hands them on a block at
+// take receives count frames from a group of one worker, and passes them on a block at
 // a time.
 func take(b *testing.B, g *Group, count int, handle func([]Packet)) {
 	var f Frame

@@ -12,7 +12,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// rawFrame is a frame as the kernel puts it into a block.
+// rawFrame is a frame as the kernel writes it to a block.
 type rawFrame struct {
 	data          []byte
 	wireLen       int
@@ -57,7 +57,7 @@ func buildBlock(size int, frames ...rawFrame) []byte {
 	return block
 }
 
-// openBlock makes a block for Next alone.
+// openBlock makes a block to call only Next on.
 func openBlock(memory []byte) *Block {
 	b := &Block{worker: &Worker{}}
 	b.open(memory, 0)
@@ -113,8 +113,7 @@ func TestOffsets(t *testing.T) {
 	}
 }
 
-// mergedFrame is the frame of n datagrams of segment bytes; the tags are still in
-// it.
+// mergedFrame is the frame of n datagrams of segment bytes, including the tags.
 func mergedFrame(v6 bool, tags []uint16, id uint16, dontFragment bool, payload []byte, segment int) rawFrame {
 	f := frame(0, 0)
 	f.VLANs, f.Payload = tags, payload
@@ -138,8 +137,8 @@ func mergedFrame(v6 bool, tags []uint16, id uint16, dontFragment bool, payload [
 	}
 }
 
-// Merged frames of every sort in one block, between plain ones: each datagram has
-// its payload, right headers, and its tags.
+// Merged frames of every kind in one block, between plain ones: each datagram has
+// its payload, correct headers, and its tags.
 func TestSplitTable(t *testing.T) {
 	payload := make([]byte, 1001)
 	for i := range payload {
@@ -179,7 +178,7 @@ func TestSplitTable(t *testing.T) {
 					t.Errorf("datagram %d: tag %x, %d bytes, wire length %d, time %d", i, got, len(f.Data), f.WireLen, f.Time)
 				}
 				data := f.Data
-				for range test.tags { // more than packet.Parse knows
+				for range test.tags { // more than packet.Parse supports
 					data = append(data[:12:12], data[16:]...)
 				}
 				h, ok := packet.Parse(data)
@@ -200,7 +199,7 @@ func TestSplitTable(t *testing.T) {
 	}
 }
 
-// What cannot be taken apart comes whole, and says so.
+// Frames that cannot be split are returned whole, with SegmentSize set.
 func TestNotSplit(t *testing.T) {
 	valid := mergedFrame(false, nil, 0, false, make([]byte, 100), 10)
 	for name, change := range map[string]func(*rawFrame){
@@ -227,7 +226,7 @@ func TestNotSplit(t *testing.T) {
 	}
 }
 
-// What makes no sense ends the block, and is counted.
+// Invalid data ends the block, and is counted.
 func TestMalformed(t *testing.T) {
 	plain := rawFrame{data: frame(1, 1).Build(), network: etherLen}
 	order := binary.NativeEndian
@@ -251,8 +250,8 @@ func TestMalformed(t *testing.T) {
 	}
 }
 
-// A frame for which the kernel made room, and that it then dropped, is passed over, whatever is in
-// its memory; those behind it come.
+// A frame that the kernel dropped after reserving room is skipped, regardless of its memory's
+// contents; later frames are returned.
 func TestVoidFrames(t *testing.T) {
 	plain := rawFrame{data: frame(1, 1).Build(), network: etherLen}
 	for at := range 3 {
@@ -270,7 +269,7 @@ func TestVoidFrames(t *testing.T) {
 	}
 }
 
-// TestChecksumRefused: the helper does not write where it should not.
+// TestChecksumRefused: CompleteChecksum does not write outside the frame.
 func TestChecksumRefused(t *testing.T) {
 	for _, f := range []rawFrame{
 		{start: 60000, offset: 6}, {start: 34, offset: 60000}, {start: 34, offset: 6, wireLen: 3000},
@@ -283,8 +282,8 @@ func TestChecksumRefused(t *testing.T) {
 	}
 }
 
-// FuzzBlock: whatever is in a block, nothing panics, no frame reaches out of the
-// block, and each is handed out or counted.
+// FuzzBlock: for any contents of a block, nothing panics, no frame extends beyond the
+// block, and each is returned or counted.
 func FuzzBlock(f *testing.F) {
 	f.Add(buildBlock(2048, mergedFrame(false, nil, 3, false, make([]byte, 300), 100)))
 	f.Add(buildBlock(2048, mergedFrame(true, []uint16{8}, 3, false, make([]byte, 300), 7), rawFrame{data: frame(0, 0).Build()}))
@@ -309,12 +308,12 @@ func FuzzBlock(f *testing.F) {
 	})
 }
 
-// A checksum that comes out as zero is sent as 0xffff: zero would say that there is none
-// (RFC 768), and IPv6 forbids it.
+// A checksum of zero is sent as 0xffff: zero would mean no checksum (RFC 768), and IPv6
+// forbids it.
 func TestChecksumIsNeverZero(t *testing.T) {
 	const udp, check = 34, 34 + 6
 	data := frame(1, 1).Build()
-	// Unfinished as the kernel leaves it: the sum of the pseudo header alone is there.
+	// Partial, as the kernel leaves it: only the sum of the pseudo header.
 	pseudo := sum(data[26:34]) + unix.IPPROTO_UDP + uint64(len(data)-udp)
 	binary.BigEndian.PutUint16(data[check:], fold(pseudo))
 	// The last word of the payload makes the whole sum 0xffff, whose complement is zero.

@@ -19,7 +19,7 @@ const (
 	maxFeatures        = 128
 )
 
-// setFeature turns an offload on that has no command of its own.
+// setFeature enables an offload that has no ethtool command of its own.
 func setFeature(ifname, feature string) error {
 	order := binary.NativeEndian
 	// struct ethtool_gstrings: cmd, string_set, len, data.

@@ -31,7 +31,7 @@ func Example() {
 	}
 }
 
-// receive gives each frame to handle until that has enough or the time has come. The frame is
+// receive passes each frame to handle until that has enough or the deadline expires. The frame is
 // valid during the call.
 func receive(index int, until time.Time, handle func(frame []byte) bool) (err error) {
 	group, err := fanout.Open(fanout.Options{Interface: "eth0", Index: index})
@@ -39,7 +39,7 @@ func receive(index int, until time.Time, handle func(frame []byte) bool) (err er
 		return err
 	}
 	defer func() { err = errors.Join(err, group.Close()) }()
-	worker := group.Workers()[0] // of one: others are for goroutines of their own
+	worker := group.Workers()[0] // the only one; with several, each needs its own goroutine
 	worker.SetDeadline(until)
 	for {
 		block, err := worker.Wait()
@@ -60,7 +60,7 @@ func receive(index int, until time.Time, handle func(frame []byte) bool) (err er
 	}
 }
 
-// The example receives what a neighbour sends, and ends at its deadline when that is silent.
+// The example receives what a neighbour sends, and ends at its deadline if that is silent.
 func TestExampleReceives(t *testing.T) {
 	src, dst := labtest.Host(t, "fana"), labtest.Host(t, "fanb")
 	labtest.Connect(t, lab.End{Host: src, Name: "eth0"}, lab.End{Host: dst, Name: "eth0"})
@@ -96,7 +96,7 @@ func TestExampleReceives(t *testing.T) {
 	})
 	defer sender.Close()
 	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() { // until one arrives: the group is opened meanwhile
+	go func() { // repeat until one arrives: the group is opened meanwhile
 		defer close(stopped)
 		for {
 			select {

@@ -28,8 +28,8 @@ func (f *faults) hit() error {
 	return f.err
 }
 
-// system is the kernel, but for the call that fails. Calls that give something
-// back are made all the same.
+// system is the kernel, except for the call that fails. Calls that release something
+// are made anyway.
 func (f *faults) system() *system {
 	k := kernel()
 	s := *k
@@ -96,7 +96,7 @@ func faultOptions(t *testing.T) Options {
 	return opts
 }
 
-// faultsOf is faultOptions, or the same with frame rings.
+// faultsOf returns faultOptions, optionally with frame rings.
 func faultsOf(t *testing.T, ring int) Options {
 	opts := faultOptions(t)
 	if ring > 0 {
@@ -105,7 +105,7 @@ func faultsOf(t *testing.T, ring int) Options {
 	return opts
 }
 
-// Whichever call of Open fails, the error says which step, and nothing is left.
+// Whichever call of Open fails, the error names the step, and nothing is left.
 func TestOpenFails(t *testing.T) { eachRing(t, testOpenFails) }
 
 func testOpenFails(t *testing.T, ring int) {
@@ -187,7 +187,7 @@ func testCloseFails(t *testing.T, ring int) {
 	}
 }
 
-// A filter that fails on a later worker is taken back from those before.
+// A filter that fails on a later worker is removed from the earlier ones.
 func TestSetFilterFails(t *testing.T) {
 	labtest.Enter(t, labtest.Host(t, "flt"))
 	f := &faults{err: unix.ENOMEM}
@@ -221,8 +221,8 @@ func TestSetFilterFails(t *testing.T) {
 	}
 }
 
-// Kernels before 6.13 say EINVAL of an interface that is down; one that mixed up
-// group ids would be noticed.
+// Kernels before 6.13 return EINVAL for an interface that is down; a wrong group id
+// from the kernel is detected.
 func TestJoinAnswers(t *testing.T) {
 	labtest.Enter(t, labtest.Host(t, "flt"))
 	opts := Options{Interface: "lo", Index: 1, Workers: 2, Blocks: 2}

@@ -17,8 +17,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// With two rings, too, each frame comes once, and each flow in its order, however the frames
-// go by one ring and the other: too many for one, too long, merged.
+// With two rings, too, each frame arrives once, and each flow in order, however the frames
+// are spread over the rings: too many for one, too long, merged.
 func TestFrameRingOrder(t *testing.T) {
 	b := newBench(t)
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
@@ -56,7 +56,7 @@ func TestFrameRingOrder(t *testing.T) {
 	}
 }
 
-// A frame that comes alone is handed over at once, not when the time of a block is up.
+// A single frame is handed over immediately, not at a block's timeout.
 func TestFrameRingIsPrompt(t *testing.T) {
 	b := newBench(t)
 	g := openGroup(t, b.relay, "in", Options{Frames: minFrames, Blocks: 4, BlockTimeout: time.Second, Filter: Filter{Classic: portFilter(5000)}})
@@ -74,8 +74,8 @@ func TestFrameRingIsPrompt(t *testing.T) {
 	c.stop()
 }
 
-// What comes while nobody reads, and is more than the frame ring holds, waits in blocks; then
-// frames come by the frame ring again.
+// Frames that arrive while the worker does not read and exceed the frame ring wait in blocks;
+// then frames use the frame ring again.
 func TestFrameRingOverflows(t *testing.T) {
 	b := newBench(t)
 	g := openGroup(t, b.relay, "in", Options{Frames: minFrames, Filter: Filter{Classic: portFilter(5000)}})
@@ -115,8 +115,8 @@ func TestFrameRingOverflows(t *testing.T) {
 	}
 }
 
-// Frames too long for a slot, and merged ones, come whole, and between the short ones in whose
-// midst they were sent.
+// Frames too long for a slot, and merged ones, arrive whole, and in order with the short ones
+// between which they were sent.
 func TestFrameRingOrderOfLongAndMerged(t *testing.T) {
 	b := newBench(t)
 	for h, ifname := range map[*lab.Host]string{b.source: "eth0", b.relay: "in"} {
@@ -191,8 +191,8 @@ func TestFrameRingOrderOfLongAndMerged(t *testing.T) {
 	}
 }
 
-// A frame that the kernel cannot describe in a virtio header is dropped and counted, and
-// those behind it come: TPACKET_V2 with such a header would be deaf from then on.
+// A frame that the kernel cannot describe in a virtio header is dropped and counted, and later
+// ones arrive: a TPACKET_V2 socket with such a header would never receive again.
 func TestUndescribedFrameDoesNotDeafen(t *testing.T) { eachRing(t, testUndescribedFrameDoesNotDeafen) }
 
 func testUndescribedFrameDoesNotDeafen(t *testing.T, ring int) {

@@ -8,8 +8,8 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// A sender and a group of an interface that is gone say so, also when another has come with
-// its index.
+// A sender and a group of an interface that is gone report it, even if another interface has
+// its index now.
 func TestInterfaceIsAnother(t *testing.T) {
 	host, peer := labtest.Host(t, "fan"), labtest.Host(t, "peer")
 	labtest.Connect(t, lab.End{Host: host, Name: "eth0"}, lab.End{Host: peer, Name: "eth0"})

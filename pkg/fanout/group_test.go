@@ -23,7 +23,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// modeOptions returns options for a mode, with a steering program where it needs
+// modeOptions returns options for a mode, with a steering program if it needs
 // one.
 func modeOptions(t testing.TB, mode Mode, workers int) Options {
 	t.Helper()
@@ -44,7 +44,7 @@ func steeringProgram(t testing.TB, by SteerBy) *ebpf.Program {
 	return p
 }
 
-// pin keeps the calling goroutine on one CPU, on a thread that is thrown away.
+// pin keeps the calling goroutine on one CPU, on a thread that ends with it.
 func pin(t testing.TB) {
 	t.Helper()
 	runtime.LockOSThread()
@@ -64,8 +64,8 @@ func pin(t testing.TB) {
 	}
 }
 
-// Whatever the number of workers, each frame comes once, in order, and a flow to
-// one worker. (Sockets that are not in one group each receive a copy.)
+// With any number of workers, each frame arrives once, in order, and a flow at one
+// worker. (Sockets that are not in one group each receive a copy.)
 func TestEachFrameOnceInOrder(t *testing.T) {
 	b := newBench(t)
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
@@ -120,7 +120,7 @@ func checkOnceInOrder(t *testing.T, frames []captured, streams, each int) {
 	}
 }
 
-// checkBusy checks that 64 streams do not all go to one worker.
+// checkBusy checks that 64 streams do not all use one worker.
 func checkBusy(t *testing.T, frames []captured, mode Mode, workers, streams int) {
 	t.Helper()
 	busy := map[int]bool{}
@@ -132,7 +132,7 @@ func checkBusy(t *testing.T, frames []captured, mode Mode, workers, streams int)
 	}
 }
 
-// portFilter keeps UDP over IPv4, without options, to one port.
+// portFilter accepts UDP over IPv4, without options, to one port.
 func portFilter(port uint16) []unix.SockFilter {
 	const (
 		half = unix.BPF_LD | unix.BPF_H | unix.BPF_ABS
@@ -146,8 +146,8 @@ func portFilter(port uint16) []unix.SockFilter {
 	}
 }
 
-// Opening and closing in the midst of traffic lets in nothing that the filter
-// does not want, and nothing twice.
+// Opening and closing under traffic lets in no frame that the filter rejects, and no
+// frame twice.
 func TestOpenUnderLoad(t *testing.T) {
 	b := newBench(t)
 	flood(t, openSender(t, b.source, "eth0", SenderOptions{}))
@@ -174,8 +174,8 @@ func TestOpenUnderLoad(t *testing.T) {
 	}
 }
 
-// flood sends numbered frames of streams 0 and 1 until the test ends, whatever
-// becomes of them.
+// flood sends numbered frames of streams 0 and 1 until the test ends, ignoring
+// losses.
 func flood(t *testing.T, sender *Sender) {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
@@ -195,8 +195,8 @@ func flood(t *testing.T, sender *Sender) {
 	})
 }
 
-// The group is full with its own workers: another program cannot join and take
-// packets away. A second group has another id.
+// The group is full with its own workers: another program cannot join and take its
+// packets. A second group has another id.
 func TestForeignSocketCannotJoin(t *testing.T) { eachRing(t, testForeignSocketCannotJoin) }
 
 func testForeignSocketCannotJoin(t *testing.T, ring int) {
@@ -227,8 +227,8 @@ func testForeignSocketCannotJoin(t *testing.T, ring int) {
 	})
 }
 
-// A receiver on the relay's host gets its packets all the same, and what the host
-// sends is not received.
+// A receiver on the relay's host still gets its packets, and packets that the host
+// sends are not received.
 func TestHostTrafficUntouched(t *testing.T) { eachRing(t, testHostTrafficUntouched) }
 
 func testHostTrafficUntouched(t *testing.T, ring int) {
@@ -258,16 +258,16 @@ func testHostTrafficUntouched(t *testing.T, ring int) {
 	}
 }
 
-// What the host sends is not received where the kernel takes the flag for it and does
-// nothing, either: with no filter, with one, and with one set later.
+// Packets that the host sends are not received even if the kernel accepts the flag and
+// ignores it: with no filter, with one, and with one set later.
 func TestHostTrafficIgnoredBeforeLinux62(t *testing.T) {
 	old := kernel()
 	old.setFanout = func(fd int, args fanoutArgs) error {
 		args.modeFlags &^= unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING
 		return setFanout(fd, args)
 	}
-	// A jump of the program's own: offsets are relative, and what stands in front must
-	// not move them.
+	// A jump in the program: its offsets are relative, so that the prepended
+	// instructions must not change them.
 	jump := []unix.SockFilter{{Code: unix.BPF_JMP | unix.BPF_JA, K: 1}, {Code: unix.BPF_RET | unix.BPF_K, K: 0}, {Code: unix.BPF_RET | unix.BPF_K, K: math.MaxUint32}}
 	for _, tt := range []struct {
 		name          string
@@ -340,8 +340,8 @@ func testVLANTags(t *testing.T, ring int) {
 	}
 }
 
-// A ring that nobody reads fills; every frame is then counted as dropped, and the
-// counters only grow though the kernel's begin anew with each reading.
+// An unread ring fills; every further frame is counted as dropped, and the counters
+// never decrease although each read resets the kernel's.
 func TestRingFull(t *testing.T) { eachRing(t, testRingFull) }
 
 func testRingFull(t *testing.T, ring int) {
@@ -390,8 +390,8 @@ func groupStats(t testing.TB, g *Group) []Stats {
 	return stats
 }
 
-// A filter program cuts and chooses; it can be exchanged, and an exchange that
-// fails leaves the one of before.
+// A filter program truncates and selects; it can be replaced, and a failed replacement
+// keeps the previous one.
 func TestSetFilter(t *testing.T) { eachRing(t, testSetFilter) }
 
 func testSetFilter(t *testing.T, ring int) {
@@ -446,8 +446,8 @@ func testSetFilter(t *testing.T, ring int) {
 	c.udp(2, nil)
 }
 
-// The interface goes down: Wait says so once, and goes on when it is up again.
-// Then it goes for good.
+// The interface goes down: Wait reports it once, and continues when it is up again.
+// Then it is deleted.
 func TestInterfaceDownUpGone(t *testing.T) { eachRing(t, testInterfaceDownUpGone) }
 
 func testInterfaceDownUpGone(t *testing.T, ring int) {
@@ -479,7 +479,7 @@ func testInterfaceDownUpGone(t *testing.T, ring int) {
 	})
 }
 
-// A group on an interface that is down begins to receive when it is up.
+// A group on an interface that is down starts receiving when it is up.
 func TestOpenWhileDown(t *testing.T) { eachRing(t, testOpenWhileDown) }
 
 func testOpenWhileDown(t *testing.T, ring int) {
@@ -528,8 +528,8 @@ func sendUntilSeen(t testing.TB, s *Sender, c *collector, stream int) {
 	})
 }
 
-// Close ends Wait, waits for a block that is held, and may be called twice, as may
-// all else afterwards.
+// Close ends Wait, waits for a held block, and may be called twice; other methods may
+// be called afterwards.
 func TestClose(t *testing.T) {
 	b := newBench(t)
 	g := openGroup(t, b.relay, "in", Options{Workers: 2, Mode: ModeCPU})
@@ -576,7 +576,7 @@ func testCloseWaitsForBlock(t *testing.T, ring int) {
 	go func() { closed <- g.Close() }()
 	labtest.Eventually(t, "it is closing", w.closed.Load)
 	var f Frame
-	for block.Next(&f) { // the memory is still there
+	for block.Next(&f) { // the memory is still mapped
 		_ = bytes.Clone(f.Data)
 	}
 	select {
@@ -591,8 +591,8 @@ func testCloseWaitsForBlock(t *testing.T, ring int) {
 	}
 }
 
-// A goroutine that ended with a block in its hands is replaced by another, and
-// nothing but that block is lost.
+// A goroutine that ended while holding a block is replaced by another, and only that
+// block is lost.
 func TestGoroutineReplaced(t *testing.T) { eachRing(t, testGoroutineReplaced) }
 
 func testGoroutineReplaced(t *testing.T, ring int) {
@@ -628,7 +628,7 @@ func testWake(t *testing.T, ring int) {
 	g := openGroup(t, b.relay, "in", Options{Frames: ring})
 	w := g.Workers()[0]
 	w.Wake()
-	w.Wake() // as one
+	w.Wake() // counts as one call
 	if _, err := w.Wait(); !errors.Is(err, ErrWoken) {
 		t.Errorf("first Wait: %v", err)
 	}
@@ -678,8 +678,8 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// The steering program keeps a flow together whatever its TTL, tags and size, and
-// tells flows apart by what it was asked to.
+// The steering program keeps a flow together regardless of TTL, tags and size, and
+// distinguishes flows by the requested fields.
 func TestSteering(t *testing.T) {
 	b := newBench(t)
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
@@ -742,8 +742,8 @@ func TestSteering(t *testing.T) {
 	}
 }
 
-// Groups and senders, opened and closed many times under traffic with a worker
-// waiting, leave no descriptor, mapping or goroutine.
+// Groups and senders, opened and closed many times under traffic with a waiting
+// worker, leave no descriptor, mapping or goroutine.
 func TestOpenCloseMany(t *testing.T) {
 	times := labtest.Soak(100, 1000)
 	eachRing(t, func(t *testing.T, ring int) { testOpenCloseMany(t, ring, times) })

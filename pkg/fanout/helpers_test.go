@@ -56,7 +56,7 @@ func openGroup(t testing.TB, h *lab.Host, ifname string, opts Options) *Group {
 func openGroupOn(t testing.TB, sys *system, h *lab.Host, ifname string, opts Options) *Group {
 	t.Helper()
 	opts.Interface, opts.Index = ifname, index(t, h, ifname)
-	setDefault(&opts.Blocks, 64) // 64 ms without a look at it, on a busy machine
+	setDefault(&opts.Blocks, 64) // survives 64 ms without being read, on a busy machine
 	var g *Group
 	labtest.Do(t, h, func() (err error) {
 		g, err = open(opts, sys)
@@ -85,7 +85,7 @@ func openSender(t testing.TB, h *lab.Host, ifname string, opts SenderOptions) *S
 	return s
 }
 
-// eachRing runs a test with the ring of blocks alone, and with a frame ring.
+// eachRing runs a test with the ring of blocks only, and with a frame ring.
 func eachRing(t *testing.T, test func(t *testing.T, ring int)) {
 	for _, ring := range []int{0, minFrames} {
 		t.Run(fmt.Sprintf("%d frames", ring), func(t *testing.T) { test(t, ring) })
@@ -148,7 +148,7 @@ type collector struct {
 	errs   []error
 }
 
-// collect begins to read, until the test ends or the collector is stopped.
+// collect starts reading, until the test ends or the collector is stopped.
 func collect(t testing.TB, g *Group) *collector {
 	c := &collector{t: t, group: g}
 	for i, w := range g.Workers() {
@@ -179,7 +179,7 @@ func (c *collector) read(number int, w *Worker) {
 	}
 }
 
-// clone copies a frame out of its block, with what is around its data.
+// clone copies a frame out of its block, with the memory around its data.
 func clone(f Frame) Frame {
 	f.room = append([]byte(nil), f.room...)
 	f.Data = f.room[len(f.room)-len(f.Data):]
@@ -193,7 +193,7 @@ func (c *collector) stop() {
 	c.wg.Wait()
 }
 
-// udp returns the UDP frames for which keep holds, once there are at least n.
+// udp returns the UDP frames for which keep is true, once there are at least n.
 func (c *collector) udp(n int, keep func(packet.Headers) bool) (frames []captured) {
 	c.t.Helper()
 	labtest.Eventually(c.t, "the frames have arrived", func() bool {
@@ -217,5 +217,5 @@ func (c *collector) errors() []error {
 	return append([]error(nil), c.errs...)
 }
 
-// toGroup keeps the frames that frame makes.
+// toGroup accepts the frames made by frame.
 func toGroup(h packet.Headers) bool { return h.Dst == netip.MustParseAddr("239.1.1.1") }

@@ -17,9 +17,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Datagrams that come merged are taken apart to what the kernel itself makes of
-// them on its way out, byte for byte. A kernel that cannot describe them to packet sockets
-// drops and counts them.
+// Merged datagrams are split exactly as the kernel itself splits them on output, byte for
+// byte. A kernel that cannot describe them to packet sockets drops and counts them.
 func TestMergedAsTheKernelSplits(t *testing.T) { eachRing(t, testMergedAsTheKernelSplits) }
 
 func testMergedAsTheKernelSplits(t *testing.T, ring int) {
@@ -56,7 +55,7 @@ func testMergedAsTheKernelSplits(t *testing.T, ring int) {
 			sendSegmented(t, b.source, test.to, port, test.segment, payload)
 			if offload && datagrams > 1 && !described {
 				labtest.Eventually(t, "the merged datagram is counted as dropped", func() bool { return groupStats(t, g)[0].Dropped == dropped+1 })
-				break // such a kernel does not divide it either without the device's checksums
+				break // without the device's checksums such a kernel does not split it, either
 			}
 			frames := c.udp(datagrams, func(h packet.Headers) bool { return h.DstPort == uint16(port) })
 			if merged := groupStats(t, g)[0].Received-before < uint64(datagrams); merged != (offload && datagrams > 1) {
@@ -83,8 +82,8 @@ func testMergedAsTheKernelSplits(t *testing.T, ring int) {
 	}
 }
 
-// comparable takes out what differs between two sockets: the source port, the flow
-// label, and the identification that they began with. The checksums are checked before they go.
+// comparable removes what differs between two sockets: the source port, the flow label,
+// and the initial identification. The checksums are verified before they are removed.
 func comparable(t *testing.T, frame, first []byte) []byte {
 	t.Helper()
 	h, ok := packet.Parse(frame)
@@ -107,7 +106,7 @@ func comparable(t *testing.T, frame, first []byte) []byte {
 	return out
 }
 
-// sendSegmented sends a payload as datagrams of segment bytes, in one piece.
+// sendSegmented sends a payload as datagrams of segment bytes, in one call.
 func sendSegmented(t *testing.T, h *lab.Host, to string, port, segment int, payload []byte) {
 	t.Helper()
 	labtest.Do(t, h, func() error {
@@ -133,8 +132,8 @@ func sendSegmented(t *testing.T, h *lab.Host, to string, port, segment int, payl
 	})
 }
 
-// Frames of a sender on this machine that left the checksum to the device are
-// made whole.
+// The checksums of frames from a sender on this machine that left them to the device
+// are completed.
 func TestChecksumLeftToTheDevice(t *testing.T) { eachRing(t, testChecksumLeftToTheDevice) }
 
 func testChecksumLeftToTheDevice(t *testing.T, ring int) {
@@ -168,8 +167,7 @@ func testChecksumLeftToTheDevice(t *testing.T, ring int) {
 	}
 }
 
-// Datagrams that generic receive offload merged on the way in are what they were,
-// byte for byte.
+// Datagrams merged by generic receive offload are restored byte for byte.
 func TestMergedByGRO(t *testing.T) { eachRing(t, testMergedByGRO) }
 
 func testMergedByGRO(t *testing.T, ring int) {
@@ -190,7 +188,7 @@ func testMergedByGRO(t *testing.T, ring int) {
 	for i := range total {
 		data := frame(0, i).Build()
 		h, _ := packet.Parse(data)
-		// Merged are those whose identifications follow each other.
+		// GRO merges only consecutive identifications.
 		binary.BigEndian.PutUint16(data[h.L3+4:], uint16(65500+i))
 		packet.FillChecksums(data, &h)
 		want = append(want, data)
@@ -209,10 +207,10 @@ func testMergedByGRO(t *testing.T, ring int) {
 	}
 }
 
-// holdForGRO makes the interface hold what it could merge for a while, rather than
-// until it has taken what has come. It is a setting of sysfs, which shows the
-// devices of the namespace in which it is mounted: here on a directory of the
-// calling thread's own, which must be thrown away.
+// holdForGRO makes the interface hold mergeable packets for a while, instead of only
+// for one poll. It is a sysfs setting, and sysfs shows the devices of the namespace in
+// which it is mounted: here on a directory private to the calling thread, which must
+// end afterwards.
 func holdForGRO(dir, ifname string) error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)

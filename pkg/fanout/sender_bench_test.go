@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// BenchmarkSend is the processor time of a frame that is sent, the peer's receiving of
-// it included, which a veth does on the sender's time.
+// BenchmarkSend measures the CPU time per frame sent, including its reception by the
+// peer, which on a veth runs in the sender's context.
 func BenchmarkSend(b *testing.B) {
 	for _, c := range []SenderOptions{{Batch: 1}, {Batch: 16}, {Batch: 64}, {Batch: 256}, {Batch: 64, BypassQdisc: true}} {
 		b.Run(fmt.Sprintf("batches of %d, bypass %v", c.Batch, c.BypassQdisc), func(b *testing.B) {

@@ -19,8 +19,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Frames leave as they are and in their order, in one part or in two that share
-// a payload, with and without the queue.
+// Frames leave unchanged and in order, in one part or in two that share a payload,
+// with and without the qdisc.
 func TestSendByteExact(t *testing.T) {
 	for _, bypass := range []bool{false, true} {
 		t.Run("bypass "+strconv.FormatBool(bypass), func(t *testing.T) {
@@ -69,7 +69,7 @@ func isUDP(f []byte) bool {
 	return ok
 }
 
-// One frame that the kernel refuses is named, and the others are not touched.
+// A frame refused by the kernel is identified, and the others are unaffected.
 func TestSendNamesTheFrame(t *testing.T) {
 	b := newBench(t)
 	tap := labtest.NewTap(t, b.sink, "eth0")
@@ -111,7 +111,7 @@ func TestSendNamesTheFrame(t *testing.T) {
 	}
 }
 
-// A queue that is full answers ENOBUFS.
+// A full queue returns ENOBUFS.
 func TestSendQueueFull(t *testing.T) {
 	b := newBench(t)
 	slowDown(t, b.relay, "out", 300)
@@ -133,7 +133,7 @@ func slowDown(t *testing.T, h *lab.Host, ifname string, queue uint32) {
 	}
 }
 
-// A queue that is slow fills the send buffer: EAGAIN, until there is room.
+// A slow queue fills the send buffer: EAGAIN, until there is room.
 func TestSendBufferFull(t *testing.T) {
 	b := newBench(t)
 	slowDown(t, b.relay, "out", 1<<20)
@@ -256,7 +256,7 @@ func newTun(t *testing.T, h *lab.Host, name string) *os.File {
 	return file
 }
 
-// l3 is a packet without Ethernet header, as it is on a tun device.
+// l3 is a packet without an Ethernet header, as on a tun device.
 func l3(f packet.Frame, v6 bool) []byte {
 	if v6 {
 		f.Src, f.Dst = netip.MustParseAddr("fd00::1"), netip.MustParseAddr("ff3e::1")
@@ -264,7 +264,7 @@ func l3(f packet.Frame, v6 bool) []byte {
 	return f.Build()[etherLen:]
 }
 
-// What is sent into a device without Ethernet header is read back byte for byte:
+// Packets sent to a device without an Ethernet header are read back byte for byte:
 // addresses, both ports, identification, TTL, DSCP and checksums.
 func TestTunOutput(t *testing.T) {
 	h := labtest.Host(t, "tun")
@@ -322,7 +322,7 @@ func TestTunOutput(t *testing.T) {
 	}
 }
 
-// ethernet is the header that packet.Parse wants in front of an IP packet.
+// ethernet is the header that packet.Parse requires before an IP packet.
 func ethernet(ip []byte) []byte {
 	header := make([]byte, etherLen)
 	header[12], header[13] = 0x08, 0x00
