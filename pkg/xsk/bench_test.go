@@ -17,7 +17,7 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// Nothing is allocated from the fill ring to the completion ring.
+// There is no allocation from the fill ring to the completion ring.
 func TestTransferDoesNotAllocate(t *testing.T) {
 	for _, check := range []bool{false, true} {
 		src, dst := pair(t, 0, 1)
@@ -68,8 +68,8 @@ func TestTransferDoesNotAllocate(t *testing.T) {
 
 // BenchmarkForward forwards frames of 128 bytes from one veth to another with their
 // addresses rewritten, while BPF_PROG_RUN sends more than that: an operation is one
-// packet. It reports the rate and the processor time of the forwarding thread, and
-// checks that every frame sent has arrived.
+// packet. It reports the rate and the CPU time of the forwarding thread, and checks
+// that every frame sent has arrived.
 func BenchmarkForward(b *testing.B) {
 	for _, budget := range []int{0, 256} {
 		b.Run(fmt.Sprint("budget=", max(budget, minTXBudget)), func(b *testing.B) {
@@ -87,7 +87,7 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
-// More comes in than can be forwarded: what was taken arrives all the same.
+// More arrives than can be forwarded: the packets taken must still arrive.
 func TestForwardUnderLoad(t *testing.T) {
 	l := newForwardLab(t, Options{NoRX: true, TXSize: 256, CompletionSize: 128})
 	l.finish(t, l.forward(t, 20_000))
@@ -102,7 +102,7 @@ type forwardLab struct {
 	stop    func()
 }
 
-// newForwardLab starts the source. The test's goroutine then is on another CPU.
+// newForwardLab starts the source, and moves the test's goroutine to another CPU.
 func newForwardLab(t testing.TB, opts Options) *forwardLab {
 	src, relay, dst := newHost(t, "src"), newHost(t, "rly"), newHost(t, "dst")
 	connect(t, src, "eth0", relay, "in", 0, 1)
@@ -111,15 +111,15 @@ func newForwardLab(t testing.TB, opts Options) *forwardLab {
 	l := &forwardLab{umem: u, sink: dst, in: openOn(t, relay, "in", frames, 0, Options{NoTX: true}), out: openOn(t, relay, "out", frames, 0, opts)}
 	l.in.Fill(allOfThem)
 	redirect(t, relay, "in", l.in)
-	// Softirqs of the source's CPU receive into the UMEM; those of ours do the rest.
+	// Softirqs of the source's CPU receive into the UMEM; those of our CPU do the rest.
 	pin(t, 1)
 	l.before = arrived(t, dst)
 	l.stop = generate(t, src, 128)
 	return l
 }
 
-// finish stops the source and checks that what was sent has arrived, once, but for
-// what the device dropped.
+// finish stops the source and checks that every packet sent has arrived once, except
+// those that the device dropped.
 func (l *forwardLab) finish(t testing.TB, sent int) (dropped uint64) {
 	t.Helper()
 	l.stop()
@@ -173,7 +173,7 @@ func (l *forwardLab) forward(t testing.TB, n int) (sent int) {
 }
 
 // generate sends frames from a host as fast as it can, from a thread of another CPU,
-// until stop, which returns when the last is sent.
+// until stop, which returns after the last is sent.
 func generate(t testing.TB, h *lab.Host, size int) (stop func()) {
 	t.Helper()
 	index := labtest.Index(t, h, "eth0")
@@ -215,7 +215,7 @@ func generate(t testing.TB, h *lab.Host, size int) (stop func()) {
 	return stop
 }
 
-// pin keeps the benchmark's goroutine on a CPU, where there is more than one.
+// pin keeps the benchmark's goroutine on a CPU, if there is more than one.
 func pin(t testing.TB, cpu int) {
 	t.Helper()
 	runtime.LockOSThread()
@@ -242,7 +242,7 @@ func setCPU(cpu int) error {
 	return unix.SchedSetaffinity(0, &set)
 }
 
-// arrived is how many packets a host's eth0 has received.
+// arrived returns how many packets a host's eth0 has received.
 func arrived(t testing.TB, h *lab.Host) uint64 {
 	t.Helper()
 	l, err := h.Link("eth0")

@@ -15,8 +15,8 @@ import (
 	"xdpcast/internal/labtest"
 )
 
-// The example receives a group, ends with its context, and says when the interface is
-// down.
+// The example receives a group, ends with its context, and reports when the interface
+// is down.
 func TestExampleReceives(t *testing.T) {
 	src, dst := labtest.Host(t, "xska"), labtest.Host(t, "xskb")
 	labtest.Connect(t, lab.End{Host: src, Name: "eth0", Addrs: []string{"10.0.0.1/24"}}, lab.End{Host: dst, Name: "eth0", Addrs: []string{"10.0.0.2/24"}})
@@ -52,7 +52,7 @@ func TestExampleReceives(t *testing.T) {
 	sender := sendGroup(t, src, group)
 	ctx, cancel := context.WithCancel(t.Context())
 	sent := make(chan struct{})
-	go func() { // until one arrives: the socket is opened meanwhile
+	go func() { // repeat until one arrives: the socket is opened meanwhile
 		defer close(sent)
 		for ctx.Err() == nil {
 			if _, err := sender.Write([]byte("hello")); err != nil {

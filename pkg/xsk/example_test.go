@@ -33,7 +33,7 @@ func Example() {
 	}
 }
 
-// receive gives every packet to handle, until the context ends or the interface does.
+// receive passes every packet to handle, until the context ends or the interface fails.
 func receive(ctx context.Context, ifindex int, xsks *ebpf.Map, handle func(packet []byte)) (err error) {
 	umem, err := xsk.NewUMEM(xsk.UMEMOptions{Frames: 4096})
 	if err != nil {

@@ -42,7 +42,7 @@ func TestFramesCountReferences(t *testing.T) {
 	}
 	second.Retain(3*4096, 2)
 	for _, want := range []int{0, 0, 1} {
-		second.Release(3*4096 + 777) // anywhere inside of it
+		second.Release(3*4096 + 777) // anywhere inside it
 		if second.Free() != want {
 			t.Fatalf("%d free: want %d", second.Free(), want)
 		}
@@ -93,7 +93,7 @@ func TestData(t *testing.T) {
 	}
 }
 
-// Each wrong use is seen, named and changes nothing.
+// Each misuse is detected and named, and changes nothing.
 func TestOwnership(t *testing.T) {
 	host, _ := pair(t, 0, 1)
 	for _, c := range []struct {
@@ -173,7 +173,7 @@ func TestOwnership(t *testing.T) {
 	}
 }
 
-// Verify itself sees references that are counted wrongly.
+// Verify itself detects wrong reference counts.
 func TestVerifyCounts(t *testing.T) {
 	for name, damage := range map[string]func(f *Frames){
 		"lost reference":    func(f *Frames) { f.held[0]-- },
@@ -203,8 +203,8 @@ func TestVerifyCounts(t *testing.T) {
 	}
 }
 
-// Any order of correct operations, on sockets that come and go while packets are on
-// their way, leaves every reference in one place.
+// Any sequence of correct operations, on sockets opened and closed while packets are
+// in flight, accounts for every reference exactly once.
 func TestRandomTransfers(t *testing.T) {
 	a, b := pair(t, 0, 1)
 	hosts := []*lab.Host{a, b}
@@ -286,7 +286,7 @@ func TestRandomTransfers(t *testing.T) {
 	}
 }
 
-// Verify tells the first misuse, since those after it may be its consequences.
+// Verify reports the first misuse, since later ones may be its consequences.
 func TestVerifyTellsTheFirst(t *testing.T) {
 	u, err := NewUMEM(UMEMOptions{Frames: 4, CheckOwnership: true})
 	if err != nil {

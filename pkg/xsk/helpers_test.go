@@ -54,8 +54,8 @@ func makeUMEM(t testing.TB, opts UMEMOptions) (*UMEM, *Frames) {
 	return makeUMEMAsIs(t, opts)
 }
 
-// makeUMEMAsIs gives all the frames to one owner, and verifies at the end of the test
-// that each was in one place.
+// makeUMEMAsIs assigns all frames to one owner, and verifies at the end of the test
+// that each was accounted for once.
 func makeUMEMAsIs(t testing.TB, opts UMEMOptions) (*UMEM, *Frames) {
 	t.Helper()
 	u, err := NewUMEM(opts)
@@ -83,7 +83,7 @@ func needsMultiBuffer(t testing.TB) {
 	labtest.NeedsKernel(t, labtest.MultiBufferSockets(t), "packets of several frames in AF_XDP sockets", "6.6")
 }
 
-// needsBudget skips a test that sets a TXBudget other than the kernel's own.
+// needsBudget skips a test that sets a TXBudget other than the kernel's default.
 func needsBudget(t testing.TB, budget int) {
 	t.Helper()
 	if budget != 0 {
@@ -91,8 +91,8 @@ func needsBudget(t testing.TB, budget int) {
 	}
 }
 
-// openOn opens a socket inside of a host. The kernel gives a queue up a moment after
-// its last socket was closed.
+// openOn opens a socket inside a host. It retries, since the kernel releases a queue a
+// moment after its last socket was closed.
 func openOn(t testing.TB, h *lab.Host, name string, f *Frames, queue int, opts Options) *Socket {
 	t.Helper()
 	index := labtest.Index(t, h, name)
@@ -115,8 +115,8 @@ func openOn(t testing.TB, h *lab.Host, name string, f *Frames, queue int, opts O
 	return s
 }
 
-// redirect attaches a program that gives every frame to the socket of its queue, and
-// passes those without. It takes packets of several buffers.
+// redirect attaches a program that redirects every frame to the socket of its queue, and
+// passes frames of queues without one. It accepts packets of several buffers.
 func redirect(t testing.TB, h *lab.Host, name string, sockets ...*Socket) {
 	t.Helper()
 	index := labtest.Index(t, h, name)
@@ -154,7 +154,7 @@ func attach(t testing.TB, h *lab.Host, index int, code asm.Instructions) {
 	t.Cleanup(func() { l.Close() })
 }
 
-// frame is an Ethernet frame of a size, with a number and content of its own.
+// frame is an Ethernet frame of a size, with its own number and payload.
 func frame(number uint32, size int) []byte {
 	f := make([]byte, size)
 	copy(f, []byte{0x01, 0x00, 0x5e, 1, 2, 3, 0x02, 0, 0, 0, 0, 1})
@@ -217,7 +217,7 @@ func write(t testing.TB, f *Frames, packet []byte, size int) (descs []Desc) {
 	return descs
 }
 
-// send sends all the descriptors, as often as it takes.
+// send sends all descriptors, retrying as often as necessary.
 func send(t testing.TB, s *Socket, descs []Desc) {
 	t.Helper()
 	labtest.Eventually(t, "all is sent", func() bool {

@@ -106,7 +106,7 @@ func TestBindErrors(t *testing.T) {
 		}
 		t.Logf("%v", err)
 	}
-	// What failed left nothing behind: the other queue can be had.
+	// The failures left nothing behind: the other queue is available.
 	openOn(t, host, "eth0", frames, 1, Options{})
 	_ = peer
 }
@@ -144,7 +144,7 @@ func TestUMEMClose(t *testing.T) {
 	}
 }
 
-// Every method of a closed socket answers.
+// Every method of a closed socket returns.
 func TestClosedSocket(t *testing.T) {
 	host, _ := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64})
@@ -177,7 +177,7 @@ func TestClosedSocket(t *testing.T) {
 	}
 }
 
-// Frames in all rings of a socket come back when it is closed, and go to the next.
+// Frames in all rings of a socket are returned when it is closed, and usable by the next.
 func TestCloseReclaimsFrames(t *testing.T) {
 	src, dst := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 128})
@@ -218,7 +218,7 @@ func TestCloseReclaimsFrames(t *testing.T) {
 	}
 }
 
-// Frames that the driver still has are not used again.
+// Frames that the driver still holds are not reused.
 func TestCloseRetiresFramesInFlight(t *testing.T) {
 	host, _ := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 16})
@@ -228,7 +228,7 @@ func TestCloseRetiresFramesInFlight(t *testing.T) {
 	if n, err := s.Send([]Desc{{Addr: shared, Len: 60}, {Addr: shared, Len: 60}}); n != 2 || err != nil {
 		t.Fatal(n, err)
 	}
-	// The kernel has taken one and not completed it: what a slow device does.
+	// The kernel has taken one and not completed it, as with a slow device.
 	s.tx.consumer.Add(1)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -238,12 +238,12 @@ func TestCloseRetiresFramesInFlight(t *testing.T) {
 	}
 }
 
-// A zero-copy driver can write for a moment what it had been given.
+// A zero-copy driver can still write for a moment to the frames that it was given.
 func TestCloseRetiresFramesOfADriver(t *testing.T) {
 	host, _ := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 16})
 	s := openOn(t, host, "eth0", frames, 0, Options{FillSize: 8, NoTX: true})
-	s.zeroCopy = true // no driver here has it
+	s.zeroCopy = true // no driver here supports it
 	s.Fill(8)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -298,7 +298,7 @@ func TestLeaks(t *testing.T) {
 	}
 }
 
-// holdingCounts is what the process holds that would grow.
+// holdingCounts are the process's resources that a leak would increase.
 type holdingCounts struct{ fds, ringMaps, mapped int }
 
 func holding(t *testing.T) (h holdingCounts) {
@@ -323,8 +323,8 @@ func holding(t *testing.T) (h holdingCounts) {
 	return h
 }
 
-// The pages that the kernel locks are given back: with room for a few UMEMs alone
-// (RLIMIT_MEMLOCK, without CAP_IPC_LOCK), any number comes and goes.
+// The kernel unlocks the pages again: with room for only a few UMEMs (RLIMIT_MEMLOCK,
+// without CAP_IPC_LOCK), any number can be opened and closed.
 func TestLockedPagesAreGivenBack(t *testing.T) {
 	const size, room = 64 * 4096, 4
 	host, _ := pair(t, 0, 1)
@@ -366,7 +366,7 @@ func TestLockedPagesAreGivenBack(t *testing.T) {
 	}
 	for range 25 * room {
 		var err error
-		// Pages and queue are given up a moment after the close.
+		// Pages and queue are released a moment after the close.
 		labtest.Eventually(t, "there is room", func() bool {
 			err = open(1)
 			return !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EBUSY)
@@ -377,8 +377,8 @@ func TestLockedPagesAreGivenBack(t *testing.T) {
 	}
 }
 
-// withoutCapability takes one from the calling thread, which must be locked, until the
-// test ends.
+// withoutCapability removes a capability from the calling thread, which must be locked,
+// until the test ends.
 func withoutCapability(t *testing.T, capability int) {
 	t.Helper()
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
@@ -398,7 +398,7 @@ func withoutCapability(t *testing.T, capability int) {
 	})
 }
 
-// Hugepages are an error that says so where there are none.
+// Without free huge pages the error is ErrNoHugePages.
 func TestHugePages(t *testing.T) {
 	const count = "/proc/sys/vm/nr_hugepages"
 	before, err := os.ReadFile(count)
@@ -449,7 +449,7 @@ func TestInterfaceDown(t *testing.T) {
 			t.Errorf("%s: %v: want ENETDOWN", what, err)
 		}
 	}
-	// Up again, the same socket goes on, with what was in its ring.
+	// Once up again, the same socket continues with the contents of its ring.
 	if err := host.SetUp("eth0", true); err != nil {
 		t.Fatal(err)
 	}
@@ -460,13 +460,13 @@ func TestInterfaceDown(t *testing.T) {
 	completeAll(t, s)
 }
 
-// A device that drops says so once a packet; the packets complete, and Flush goes on.
+// A device that drops reports it once per packet; the packets complete, and Flush continues.
 func TestDeviceDrops(t *testing.T) {
 	needsMultiBuffer(t)
 	host, peer := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64, MultiBuffer: true})
 	s := openOn(t, host, "eth0", frames, 0, Options{})
-	if err := peer.SetUp("eth0", false); err != nil { // which takes the carrier
+	if err := peer.SetUp("eth0", false); err != nil { // removes the carrier
 		t.Fatal(err)
 	}
 	var descs []Desc
@@ -488,8 +488,8 @@ func TestDeviceDrops(t *testing.T) {
 	}
 }
 
-// An interface disappears under a socket; the UMEM goes on with others, although the
-// one that had registered it is gone.
+// An interface disappears under a socket; the UMEM keeps working with others, although
+// the socket that registered it is unusable.
 func TestInterfaceVanishes(t *testing.T) {
 	host, peer := pair(t, 0, 1)
 	connect(t, host, "eth1", peer, "eth1", 0, 1)
@@ -518,8 +518,8 @@ func TestInterfaceVanishes(t *testing.T) {
 	}
 }
 
-// Two registrations of one memory, as after an interface that vanished or a driver of
-// another mode: a frame received by the one is sent by the other.
+// Two registrations of one memory, as after an interface vanished or with a driver of
+// another mode: a frame received through one is sent through the other.
 func TestForwardAcrossRegistrations(t *testing.T) {
 	src, relay, dst := newHost(t, "src"), newHost(t, "rly"), newHost(t, "dst")
 	connect(t, src, "eth0", relay, "in", 0, 1)
@@ -625,7 +625,7 @@ func resize(h *lab.Host, mtu int) error {
 	return h.Netlink().LinkSetMTU(l, mtu)
 }
 
-// A transmit queue that is not there never takes a frame, and the kernel says nothing.
+// A nonexistent transmit queue never takes a frame, and the kernel returns no error.
 func TestNoTransmitQueue(t *testing.T) {
 	host, peer := newHost(t, "xska"), newHost(t, "xskb")
 	if err := connectUneven(host, peer); err != nil {
@@ -641,12 +641,12 @@ func TestNoTransmitQueue(t *testing.T) {
 	}
 }
 
-// Frames that a slow device holds fill the completion ring: that is not a queue that is not there.
+// Frames held by a slow device fill the completion ring: that is not a nonexistent queue.
 func TestSlowDeviceIsNotStalled(t *testing.T) {
 	host, _ := pair(t, 0, 1)
 	nl := host.Netlink()
 	eth0 := labtest.Link(t, host, "eth0")
-	// A bridge hands frames to the queueing discipline of its port, which lets one go now and then.
+	// A bridge passes frames to the queueing discipline of its port, which releases one now and then.
 	off := false
 	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "slow0"}, MulticastSnooping: &off}
 	if err := nl.LinkAdd(bridge); err != nil {
@@ -784,7 +784,7 @@ func TestWaiter(t *testing.T) {
 	w.Wake()
 	w.Wake()
 	wait(-1, 0) // or it would never end
-	wait(0, 0)  // both were taken note of
+	wait(0, 0)  // both calls were consumed
 	if err := w.Set(s, Writable); err != nil {
 		t.Fatal(err)
 	}
@@ -822,12 +822,12 @@ func TestWaiter(t *testing.T) {
 	}
 }
 
-// A thread that waits uses no processor time.
+// A waiting thread uses no CPU time.
 func TestWaitIsIdle(t *testing.T) {
 	host, _ := pair(t, 0, 1)
 	_, frames := makeUMEM(t, UMEMOptions{Frames: 64})
 	s := openOn(t, host, "eth0", frames, 0, Options{NoTX: true})
-	labtest.Enter(t, host) // which locks the thread
+	labtest.Enter(t, host) // locks the thread
 	w, err := NewWaiter()
 	if err != nil {
 		t.Fatal(err)

@@ -19,14 +19,14 @@ func ringMemory(size int, start uint32) ring[uint64] {
 }
 
 // checkRing runs operations on both ends of a ring against a queue: each byte of ops
-// is one, with the count in its low bits. It fails if an entry is lost, doubled,
-// reordered, overwritten or made up.
+// is one, with the count in its low bits. It fails if an entry is lost, duplicated,
+// reordered, overwritten or invented.
 func checkRing(t *testing.T, logSize uint8, start uint32, ops []byte) {
 	t.Helper()
 	size := 1 << (logSize % 8)
 	r := ringMemory(size, start)
 	p, c := newProducerRing(r), newConsumerRing(r)
-	var model []uint64 // submitted and not released
+	var model []uint64 // submitted but not released
 	written := uint64(0)
 	for step, op := range ops {
 		n := uint32(op >> 1)
@@ -81,8 +81,8 @@ func FuzzRing(f *testing.F) {
 	f.Fuzz(checkRing)
 }
 
-// Both ends of a ring run at once, each on a goroutine of its own: entries carry
-// what the other end computes, so one read too early or late shows.
+// Both ends of a ring run concurrently, each on its own goroutine: the other end can
+// compute each entry, so that one read too early or late shows.
 func TestRingConcurrently(t *testing.T) {
 	const entries = 200_000
 	r := ringMemory(64, ^uint32(0)-1000)
@@ -111,7 +111,7 @@ func TestRingConcurrently(t *testing.T) {
 
 func mix(n uint64) uint64 { return n*0x9e3779b97f4a7c15 ^ n>>7 }
 
-// Whatever the other side writes into its word, counts stay within the ring.
+// Whatever the other side writes to its index, counts stay within the ring.
 func TestRingForeignIndexes(t *testing.T) {
 	for _, index := range []uint32{0, 1, 7, 8, 9, 1 << 16, 1 << 31, ^uint32(0)} {
 		r := ringMemory(8, 0)
@@ -133,7 +133,7 @@ func TestRingForeignIndexes(t *testing.T) {
 	}
 }
 
-// The shared words are read only when what is known does not suffice.
+// The shared indexes are read only if too few entries are known.
 func TestRingCachesIndexes(t *testing.T) {
 	r := ringMemory(8, 0)
 	p := newProducerRing(r)
@@ -184,7 +184,7 @@ func TestWholePackets(t *testing.T) {
 		if got := wholePackets(descs); got != c.want {
 			t.Errorf("%v: %d whole: want %d", c.options, got, c.want)
 		}
-		// Packet by packet, they come out again in order.
+		// Packet by packet, they come out in order.
 		n := 0
 		for rest := descs; len(rest) > 0; {
 			var packet []Desc

@@ -29,7 +29,7 @@ func TestReceive(t *testing.T) {
 			s.Fill(allOfThem)
 			redirect(t, dst, "eth0", s)
 			tap := labtest.NewTap(t, src, "eth0")
-			for round := range 20 { // rings and frames come round several times
+			for round := range 20 { // rings and frames wrap several times
 				var want [][]byte
 				for i, size := range sizes {
 					want = append(want, frame(uint32(round*100+i), size))
@@ -47,7 +47,7 @@ func TestReceive(t *testing.T) {
 	}
 }
 
-// A packet starts after the headroom that was asked for and the kernel's own.
+// A packet starts after the requested headroom and the kernel's own.
 func TestReceiveHeadroom(t *testing.T) {
 	src, dst := pair(t, 0, 1)
 	u, frames := makeUMEM(t, UMEMOptions{Frames: 8, Headroom: 192})
@@ -77,7 +77,7 @@ func TestTransmit(t *testing.T) {
 			for round := range 10 {
 				var want [][]byte
 				var descs []Desc
-				for i := range 100 { // more than one call sends, and the completion ring holds
+				for i := range 100 { // more than one call sends, and than the completion ring holds
 					want = append(want, frame(uint32(round*100+i), sizes[i%len(sizes)]))
 					descs = append(descs, write(t, frames, want[i], 2048)...)
 				}
@@ -94,7 +94,7 @@ func TestTransmit(t *testing.T) {
 	}
 }
 
-// One call sends no more than the budget: EAGAIN says that there is more.
+// One call sends no more than the budget: EAGAIN means that there is more.
 func TestKickBudget(t *testing.T) {
 	for _, c := range []struct{ budget, calls int }{{0, 4}, {64, 2}, {128, 1}} {
 		t.Run(fmt.Sprint("budget=", c.budget), func(t *testing.T) {
@@ -152,7 +152,7 @@ func TestTwoQueues(t *testing.T) {
 	}
 }
 
-// What is received on one interface is sent on another, from the same memory.
+// Frames received on one interface are sent on another, from the same memory.
 func TestForward(t *testing.T) {
 	src, relay, dst := newHost(t, "src"), newHost(t, "rly"), newHost(t, "dst")
 	connect(t, src, "eth0", relay, "in", 0, 1)
@@ -220,7 +220,7 @@ func TestMultiBuffer(t *testing.T) {
 	}
 }
 
-// A received packet of several frames is sent on as it is.
+// A received packet of several frames is forwarded unchanged.
 func TestForwardMultiBuffer(t *testing.T) {
 	needsMultiBuffer(t)
 	src, relay, dst := newHost(t, "src"), newHost(t, "rly"), newHost(t, "dst")
@@ -262,8 +262,8 @@ func TestForwardMultiBuffer(t *testing.T) {
 	completeAll(t, out)
 }
 
-// One payload goes to 16 destinations, behind a header of each: four interfaces, four
-// times on each. It returns when the last copy is done.
+// One payload is sent to 16 destinations, each with its own header: four interfaces, four
+// times on each. It is free again when the last copy has completed.
 func TestSharedPayload(t *testing.T) {
 	needsMultiBuffer(t)
 	const interfaces, copies = 4, 4
@@ -314,7 +314,7 @@ func TestSharedPayload(t *testing.T) {
 	}
 }
 
-// Two owners, a goroutine each, use shares of one UMEM at once.
+// Two owners, a goroutine each, use shares of one UMEM concurrently.
 func TestOwnersOfOneUMEM(t *testing.T) {
 	src, dst := pair(t, 0, 2)
 	u, err := NewUMEM(UMEMOptions{Frames: 256, CheckOwnership: true})
