@@ -18,7 +18,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// A worker that panics gives its packets to the fallback, and starts again.
+// A worker that panics leaves its packets to the fallback, and restarts.
 func TestAFXDPWorkerStartsAgain(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.openWith(t, AFXDPOptions{})
@@ -40,7 +40,7 @@ func TestAFXDPWorkerStartsAgain(t *testing.T) {
 	for n := range 20 {
 		f := numbered(0, n).Build()
 		sendFrames(t, source, [][]byte{f})
-		receive(t, c, [][]byte{expect(t, r.Out[0], f)}) // by one path or the other
+		receive(t, c, [][]byte{expect(t, r.Out[0], f)}) // on one path or the other
 	}
 	n := uint64(21)
 	labtest.Eventually(t, "the worker serves again", func() bool {
@@ -60,8 +60,8 @@ func TestAFXDPWorkerStartsAgain(t *testing.T) {
 	}
 }
 
-// An interface that is input and output sends by the socket that it receives on; one
-// that becomes an input takes its queue back from who sends by it.
+// An interface that is input and output sends through its receiving socket; one that
+// becomes an input takes its queue back from the sender that uses it.
 func TestAFXDPBothWays(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.open(t)
@@ -104,8 +104,8 @@ func TestAFXDPBothWays(t *testing.T) {
 	b.adds(t, "hairpin", 1)
 }
 
-// Queues that are added get workers and senders. The kernel removes none that has a
-// socket; once it has none, it can go.
+// Added queues get workers and senders. The kernel removes only queues without a
+// socket.
 func TestAFXDPQueues(t *testing.T) {
 	b := newXDPBench(t, 0, 2, 0)
 	b.sinks = append(b.sinks, labtest.Host(t, "snk"))
@@ -118,13 +118,13 @@ func TestAFXDPQueues(t *testing.T) {
 		t.Helper()
 		labtest.Do(t, b.relay, func() error { return errors.Join(lab.SetChannels("in", rx, 2), lab.SetChannels("out0", 2, tx)) })
 	}
-	// A veth with a program receives on as many queues as its peer sends on: those are
-	// added after its own, and removed before.
+	// A veth with a program receives on as many queues as its peer sends on: the peer's
+	// are added after its own, and removed before.
 	far := func(tx int) {
 		t.Helper()
 		labtest.Do(t, b.source, func() error { return lab.SetChannels("eth0", 2, tx) })
 	}
-	// by lists the transmit queue of each worker's sender.
+	// by returns the transmit queue of each worker's sender.
 	by := func() (queues []int) {
 		b.sync(t, r)
 		for i, w := range b.inputs(t)[0].Workers {
@@ -178,12 +178,12 @@ func TestAFXDPQueues(t *testing.T) {
 	relays(1, 1, 0)
 }
 
-// labInterface is one that needs not be there.
+// labInterface is an interface that need not exist.
 func labInterface(index int) *net.Interface {
 	return &net.Interface{Index: index, MTU: 1500, HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, byte(index)}}
 }
 
-// An input that is down comes up by itself; one that is not there is pending.
+// An input that is down recovers by itself; one that does not exist is pending.
 func TestAFXDPPending(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.open(t)
@@ -209,7 +209,7 @@ func TestAFXDPPending(t *testing.T) {
 	}
 }
 
-// A frame whose rule's number has gone to another rule goes where its addresses say.
+// A frame whose rule's number was reused by another rule is forwarded by its addresses.
 func TestHandedOver(t *testing.T) {
 	set := NewSet(1)
 	e, err := set.NewEngine(3, 0, func(int) (Sender, error) { return nil, unix.ENODEV })
@@ -266,7 +266,7 @@ func TestHandedOver(t *testing.T) {
 	}
 }
 
-// Where a packet must fit one frame, a worker gets larger ones with the MTU.
+// If a packet must fit into one frame, a worker gets larger frames with a larger MTU.
 func TestAFXDPLargerFrames(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 1500)
 	b.openWith(t, AFXDPOptions{CheckOwnership: true, oneFrame: true})

@@ -10,13 +10,13 @@ import (
 	"xdpcast/pkg/flow"
 )
 
-// holdings is what the path can leave behind: descriptors, rings and memory.
+// holdings are resources that the path can leak: descriptors, rings and memory.
 type holdings struct {
 	labtest.Holdings
 	Mapped int // areas of memory of a UMEM's size
 }
 
-// held counts what this process holds, where each worker has so many frames.
+// held counts the resources of this process, with so many frames per worker.
 func held(t testing.TB, frames int) holdings {
 	t.Helper()
 	h := holdings{Holdings: labtest.Held()}
@@ -33,8 +33,8 @@ func held(t testing.TB, frames int) holdings {
 	return h
 }
 
-// Rules that come and go many times leave nothing: neither those that open and
-// close a sender, nor those that open and close the worker with its memory.
+// Rules added and removed many times leave nothing behind: neither those that open
+// and close a sender, nor those that open and close the worker with its memory.
 func TestAFXDPLeavesNothing(t *testing.T) {
 	b := newXDPBench(t, 3, 1, 0)
 	const frames = minFrames + 100 // a size that nothing else has

@@ -14,7 +14,7 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// tally counts the numbered frames that arrive on an interface, and those that come
+// tally counts the numbered frames that arrive on an interface, and those that arrive
 // more than once.
 type tally struct {
 	catcher         *catcher
@@ -63,7 +63,7 @@ func (y *tally) frame(data []byte) {
 	}
 }
 
-// dropped is what the ring of the tally itself had no room for.
+// dropped returns how many frames did not fit into the tally's own ring.
 func (y *tally) dropped(t *testing.T) int64 {
 	t.Helper()
 	stats, err := y.catcher.group.Stats()
@@ -74,9 +74,9 @@ func (y *tally) dropped(t *testing.T) int64 {
 }
 
 // TestAFXDPHalfCapacity relays 50 streams over two queues at half the rate that the same
-// run takes with nothing lost. Frames may not double, and none may be missing but those
-// that the source's device, a ring, or the receiver's tap say they had no room for: on a
-// machine that others use, a thread may be kept from its work for long.
+// run forwards without loss. No frame may be duplicated, and only those may be missing that
+// the source's device, a ring, or the receiver's tap counted as dropped: on a busy machine
+// a thread may not run for a long time.
 func TestAFXDPHalfCapacity(t *testing.T) {
 	const streams = 50
 	for _, c := range []struct{ outputs, size, frames int }{
@@ -117,7 +117,7 @@ func TestAFXDPHalfCapacity(t *testing.T) {
 	}
 }
 
-// capacity is how many frames a second the path takes when a sender waits for it.
+// capacity measures how many frames per second the path forwards if a sender waits for it.
 func (b *xdpBench) capacity(t *testing.T, source *fanout.Sender, frames [][]byte) (rate float64) {
 	t.Helper()
 	const burst, ahead = 32, 256
@@ -130,7 +130,7 @@ func (b *xdpBench) capacity(t *testing.T, source *fanout.Sender, frames [][]byte
 			sent += len(some)
 			waiting := time.Now()
 			for int(b.path.Stats(nil)[0].Matched.Packets)+lost+ahead < sent {
-				// Looked for late, since it holds the worker up. What is lost never comes.
+				// Checked late, since it delays the worker. Lost frames never arrive.
 				if time.Since(waiting) > 50*time.Millisecond {
 					lost = int(b.unseen(t) + b.sourceDrops(t))
 				}
@@ -141,7 +141,7 @@ func (b *xdpBench) capacity(t *testing.T, source *fanout.Sender, frames [][]byte
 	return float64(len(frames)) / time.Since(start).Seconds()
 }
 
-// sourceDrops is what the device of the source had no room for.
+// sourceDrops returns the frames that the source's device dropped.
 func (b *xdpBench) sourceDrops(t *testing.T) uint64 {
 	t.Helper()
 	link, err := b.source.Link("eth0")
@@ -151,7 +151,7 @@ func (b *xdpBench) sourceDrops(t *testing.T) uint64 {
 	return link.Attrs().Statistics.TxDropped
 }
 
-// allAccounted checks that of so many frames each arrived once at each sink, or is
+// allAccounted checks that each of so many frames arrived once at each sink, or is
 // accounted for.
 func (b *xdpBench) allAccounted(t *testing.T, sinks []*tally, sent uint64) {
 	t.Helper()
@@ -159,7 +159,7 @@ func (b *xdpBench) allAccounted(t *testing.T, sinks []*tally, sent uint64) {
 	labtest.Eventually(t, "all frames are accounted for", func() bool {
 		s = b.path.Stats(nil)[0]
 		for i := range sinks {
-			if accounted(&s, i) != s.Matched { // another worker may be behind
+			if accounted(&s, i) != s.Matched { // another worker may lag
 				return false
 			}
 		}

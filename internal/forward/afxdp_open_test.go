@@ -10,8 +10,8 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// A queue is tried as often as the caller says, whatever options the kernel and the
-// process's rights refuse on the way: each is left out once.
+// A queue is tried as often as requested, regardless of options that the kernel or missing
+// capabilities refuse: each is dropped once.
 func TestAFXDPOpenTries(t *testing.T) {
 	for _, old := range []bool{false, true} {
 		for _, unprivileged := range []bool{false, true} {
@@ -50,7 +50,7 @@ func TestAFXDPOpenTries(t *testing.T) {
 	}
 }
 
-// What an option is not refused for ends the tries.
+// Errors that are not about an option end the tries.
 func TestAFXDPOpenGivesUp(t *testing.T) {
 	for _, refusal := range []error{unix.ENOPROTOOPT, unix.EPERM, unix.ENODEV} {
 		calls := 0

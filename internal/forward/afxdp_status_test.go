@@ -18,7 +18,7 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// What is lost since a worker does not keep up is told, also when its worker is no more.
+// Losses of a worker that does not keep up are reported, even after it has ended.
 func TestAFXDPLost(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.open(t)
@@ -50,14 +50,14 @@ func TestAFXDPLost(t *testing.T) {
 	}
 }
 
-// whileStalled sends frames, which match before the worker comes to its ring.
+// whileStalled sends frames, which match before the worker reads its ring.
 func (b *xdpBench) whileStalled(t *testing.T, w *afxdpWorker, frames int, source *fanout.Sender) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for n := range frames {
 		sendFrames(t, source, [][]byte{numbered(0, n).Build()})
 	}
-	// By a reader, who does not wait for the worker.
+	// Checked by a reader, which does not wait for the worker.
 	labtest.Eventually(t, "all have matched", func() bool {
 		reader, err := loader.OpenReader(b.opts.PinDir)
 		if err != nil {
@@ -73,7 +73,7 @@ func (b *xdpBench) whileStalled(t *testing.T, w *afxdpWorker, frames int, source
 	})
 }
 
-// With more frames the rings are longer: what comes while a worker is away for twice as long is not lost.
+// With more frames the rings are longer: packets that arrive during a delay of twice the length are not lost.
 func TestAFXDPLongRings(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.openWith(t, AFXDPOptions{Frames: 2 * minFrames})
@@ -88,7 +88,7 @@ func TestAFXDPLongRings(t *testing.T) {
 	}
 }
 
-// A queue that another program has is told with the cause, and taken when it is free.
+// A queue used by another program is reported with the cause, and taken once it is free.
 func TestAFXDPQueueTaken(t *testing.T) {
 	b := newXDPBench(t, 1, 2, 0)
 	umem, err := xsk.NewUMEM(xsk.UMEMOptions{Frames: 64})
@@ -125,7 +125,7 @@ func TestAFXDPQueueTaken(t *testing.T) {
 	}
 }
 
-// The settings come to the sockets and threads.
+// The options are applied to the sockets and threads.
 func TestAFXDPSettings(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.openWith(t, AFXDPOptions{
@@ -161,7 +161,7 @@ func TestAFXDPSettings(t *testing.T) {
 	receive(t, c, [][]byte{expect(t, r.Out[0], f)})
 }
 
-// Without huge pages each queue says so, and how many are needed.
+// Without huge pages each queue reports that, and how many are needed.
 func TestAFXDPHugePages(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.openWith(t, AFXDPOptions{HugePages: true, Frames: 16 * ringSize})
@@ -174,7 +174,7 @@ func TestAFXDPHugePages(t *testing.T) {
 	}
 }
 
-// What cannot be is refused when the path is opened.
+// Invalid options are refused when the path is opened.
 func TestAFXDPOptions(t *testing.T) {
 	for _, opts := range []AFXDPOptions{
 		{Queues: -1}, {Queues: 100_000}, {CPUs: []int{-1}}, {CPUs: []int{1 << 20}}, {Frames: 1}, {Frames: 1 << 30}, {BusyPoll: -1}, {PreferBusyPoll: true},
@@ -187,7 +187,7 @@ func TestAFXDPOptions(t *testing.T) {
 	}
 }
 
-// What a device did not take is told when its sender is no more, too.
+// Packets that a device did not take are reported even after its sender was closed.
 func TestAFXDPUnsent(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	b.open(t)

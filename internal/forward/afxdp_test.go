@@ -30,7 +30,7 @@ type xdpBench struct {
 	path   *AFXDP
 }
 
-// newXDPBench makes a bench with so many receive queues of the input, and attaches the
+// newXDPBench makes a bench whose input has so many receive queues, and attaches the
 // program to it.
 func newXDPBench(t testing.TB, outputs, queues, mtu int) *xdpBench {
 	t.Helper()
@@ -82,7 +82,7 @@ func (b *xdpBench) attach(t testing.TB, i *net.Interface) {
 }
 
 // up sets an interface of the relay up, and waits until the host at its other end can
-// send, which takes the kernel a moment.
+// send.
 func (b *xdpBench) up(t testing.TB, name string, other *lab.Host) {
 	t.Helper()
 	if err := b.relay.SetUp(name, true); err != nil {
@@ -157,7 +157,7 @@ func (b *xdpBench) kernelStats(t testing.TB, name string) loader.RuleStats {
 	return loader.RuleStats{}
 }
 
-// inputs is the state of the path.
+// inputs returns the state of the path.
 func (b *xdpBench) inputs(t testing.TB) []InputStatus {
 	t.Helper()
 	all, err := b.path.Inputs()
@@ -167,8 +167,8 @@ func (b *xdpBench) inputs(t testing.TB) []InputStatus {
 	return all
 }
 
-// adds checks that all that the program matched is accounted for, and that what workers
-// lost by the rule's counters is what their sockets and rules say.
+// adds checks that all packets matched by the program are accounted for, and that the
+// losses by the rule's counters are those reported by sockets and rules.
 func (b *xdpBench) adds(t testing.TB, name string, matched uint64) loader.RuleStats {
 	t.Helper()
 	var user, all loader.RuleStats
@@ -189,7 +189,7 @@ func (b *xdpBench) adds(t testing.TB, name string, matched uint64) loader.RuleSt
 	return user
 }
 
-// unseen are packets that the sockets lost, or whose rule was gone.
+// unseen counts packets that the sockets lost, or whose rule was gone.
 func (b *xdpBench) unseen(t testing.TB) (n uint64) {
 	t.Helper()
 	for _, in := range b.inputs(t) {
@@ -213,7 +213,7 @@ func udpFrame(group, source string, size int, change func(*packet.Frame)) []byte
 	return f.Build()
 }
 
-// once takes the numbered frames of a stream, each of which must come once, in any
+// once receives the numbered frames of a stream, each of which must arrive once, in any
 // order.
 type once struct {
 	total atomic.Int64
@@ -254,7 +254,7 @@ func countOnce(t testing.TB, h *lab.Host) *once {
 	return o
 }
 
-// exactly checks that so many frames arrived, and no more.
+// exactly checks that exactly so many frames arrived.
 func exactly(t testing.TB, c *counted, n int) {
 	t.Helper()
 	labtest.Eventually(t, "all frames have arrived", func() bool { return c.total.Load() >= int64(n) })
@@ -275,7 +275,7 @@ func fragmented(t testing.TB) [][]byte {
 
 // TestAFXDPBytes sends every kind of frame through 1, 4 and 16 outputs, with the payload
 // of short frames copied, as in copy mode, and shared, as with zero-copy. Before Linux 6.6,
-// sockets take no packets of several frames, which long ones and shared payloads are.
+// sockets do not accept packets of several frames, as long ones and shared payloads are.
 func TestAFXDPBytes(t *testing.T) {
 	multiBuffer := labtest.Root() && labtest.MultiBufferSockets(t)
 	sizes := []int{0, 18, 22, 64, 1000, 1400, 1472, 1500, 2000}
@@ -388,7 +388,7 @@ func TestAFXDPExactlyOnce(t *testing.T) {
 	}
 }
 
-// TestAFXDPFallback takes the path away and gives it back.
+// TestAFXDPFallback removes the path and restores it.
 func TestAFXDPFallback(t *testing.T) {
 	for _, fallback := range []bool{true, false} {
 		t.Run(fmt.Sprint(fallback), func(t *testing.T) {
@@ -463,7 +463,7 @@ func TestAFXDPFault(t *testing.T) {
 			t.Errorf("output %d: %d sent, drops %v: want 50 each", slot, o.Sent.Packets, o.Drops)
 		}
 	}
-	b.sync(t, r) // with the faults there
+	b.sync(t, r) // while the faults persist
 	send(10)
 	b.up(t, "out1", b.sinks[1])
 	b.sync(t, r)
@@ -471,7 +471,7 @@ func TestAFXDPFault(t *testing.T) {
 	if o := out(1); o.Sent.Packets != 60 || o.Drops[loader.NoDevice].Packets != 60 {
 		t.Errorf("%d sent, drops %v: want 60 each", o.Sent.Packets, o.Drops)
 	}
-	// The input: what comes while it is down is nobody's.
+	// The input: packets that arrive while it is down are not counted.
 	if err := b.relay.SetUp("in", false); err != nil {
 		t.Fatal(err)
 	}
@@ -483,7 +483,7 @@ func TestAFXDPFault(t *testing.T) {
 }
 
 // TestAFXDPRuleChanges adds, changes and removes rules, and moves one between the
-// paths, under load: nothing is lost or doubled, though a move may change the order.
+// paths, under load: nothing is lost or duplicated, though a move may reorder packets.
 func TestAFXDPRuleChanges(t *testing.T) {
 	b := newXDPBench(t, 2, 1, 0)
 	b.open(t)
@@ -540,8 +540,8 @@ func TestAFXDPRuleChanges(t *testing.T) {
 	t.Logf("%d changes, %d frames", changes.Load(), frames)
 }
 
-// TestAFXDPSlowOutput has one output that nobody reads: what it has no room for is
-// dropped for it alone, and all that counts as sent is there.
+// TestAFXDPSlowOutput has one unread output: packets without room are dropped for it
+// alone, and all packets counted as sent are there.
 func TestAFXDPSlowOutput(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
 	tap, slow := b.tap(t, "slow", 100)
@@ -575,7 +575,7 @@ func TestAFXDPSlowOutput(t *testing.T) {
 	}
 }
 
-// tap makes a device in the relay whose frames come to a file.
+// tap makes a tap device in the relay, whose frames are read from a file.
 func (b *xdpBench) tap(t testing.TB, name string, queue int) (fd int, i *net.Interface) {
 	t.Helper()
 	labtest.Do(t, b.relay, func() (err error) {
@@ -607,7 +607,7 @@ func (b *xdpBench) tap(t testing.TB, name string, queue int) (fd int, i *net.Int
 	return fd, iface(t, b.relay, name)
 }
 
-// TestAFXDPAllocs holds that nothing is allocated for a packet.
+// TestAFXDPAllocs checks that there is no allocation per packet.
 func TestAFXDPAllocs(t *testing.T) {
 	b := newXDPBench(t, 2, 1, 9000)
 	b.openWith(t, AFXDPOptions{})
@@ -618,7 +618,7 @@ func TestAFXDPAllocs(t *testing.T) {
 		frames = append(frames, fanout.Packet{Header: udpFrame("239.1.1.1", "10.0.0.1", 8900, nil)})
 	}
 	w := b.path.inputs[b.in.Index].workers[0]
-	w.mu.Lock() // the worker waits, and the test does its work
+	w.mu.Lock() // the worker waits while the test does its work
 	defer w.mu.Unlock()
 	turn := func() {
 		if _, err := source.Send(frames); err != nil {
@@ -632,8 +632,8 @@ func TestAFXDPAllocs(t *testing.T) {
 	}
 }
 
-// work does a worker's work until so many frames have come, and returns how much
-// processor time forwarding took.
+// work does a worker's work until so many frames have arrived, and returns the CPU time
+// of forwarding.
 func work(w *afxdpWorker, frames int) (busy time.Duration) {
 	for got := 0; got < frames; {
 		n := w.socket.Receive(w.descs)
@@ -655,7 +655,7 @@ func work(w *afxdpWorker, frames int) (busy time.Duration) {
 	return busy
 }
 
-// threadTime is the processor time of the calling thread.
+// threadTime returns the CPU time of the calling thread.
 func threadTime() time.Duration {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
@@ -664,8 +664,8 @@ func threadTime() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
-// BenchmarkAFXDPWork measures the processor time of a worker for a frame, from the RX
-// ring to the device and what the kernel does there in the same system call.
+// BenchmarkAFXDPWork measures a worker's CPU time per frame, from the RX ring to the
+// device, including the kernel's work in the same system call.
 func BenchmarkAFXDPWork(b *testing.B) {
 	for _, outputs := range []int{1, 4} {
 		for _, size := range []int{86, 1400} {
@@ -708,8 +708,8 @@ func BenchmarkAFXDPWork(b *testing.B) {
 	}
 }
 
-// BenchmarkAFXDP measures frames a second with nothing lost: a sender that waits for
-// the receivers, so that rings never overflow.
+// BenchmarkAFXDP measures frames per second without loss: the sender waits for the
+// receivers, so that rings never overflow.
 func BenchmarkAFXDP(b *testing.B) {
 	for _, outputs := range []int{1, 4} {
 		b.Run(fmt.Sprintf("1 to %d", outputs), func(b *testing.B) {

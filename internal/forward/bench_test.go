@@ -9,7 +9,7 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// BenchmarkFanout takes frames through the whole path, loss-free: source, relay and
+// BenchmarkFanout sends frames through the whole path, without loss: source, relay and
 // the sinks' stacks share the machine.
 func BenchmarkFanout(b *testing.B) {
 	for _, outputs := range []int{1, 4} {

@@ -10,14 +10,14 @@ import (
 	"xdpcast/pkg/fanout"
 )
 
-// trip is the way from a source through the path to a sink, with everything that
+// trip is the route from a source through the path to a sink, with everything that
 // counts frames on it.
 type trip struct {
 	*bench
 	fanout *Fanout
 	source *fanout.Sender
 	sink   *counted
-	sent   int // frames, ever
+	sent   int // frames in total
 }
 
 func newTrip(t testing.TB, workers int) *trip {
@@ -31,7 +31,7 @@ func newTrip(t testing.TB, workers int) *trip {
 	return f
 }
 
-// refusedBy is what an interface's receive queue had no room for.
+// refusedBy returns how many frames did not fit into an interface's receive queue.
 func refusedBy(t testing.TB, h *lab.Host, name string) int {
 	t.Helper()
 	link, err := h.Link(name)
@@ -41,9 +41,8 @@ func refusedBy(t testing.TB, h *lab.Host, name string) int {
 	return int(link.Attrs().Statistics.RxDropped)
 }
 
-// lost is how many frames were lost on the way, as those who lost them count: the
-// queue of the input, rings, outputs, and on the other side the queue and ring of the
-// sink.
+// lost returns how many frames were lost, by the counters of the input's queue, rings
+// and outputs, and of the sink's queue and ring.
 func (f *trip) lost(t testing.TB) (lost int) {
 	t.Helper()
 	groups, err := f.fanout.Groups()
@@ -63,8 +62,8 @@ func (f *trip) lost(t testing.TB) (lost int) {
 	return lost + int(stats[0].Dropped) + refusedBy(t, f.relay, "in") + refusedBy(t, f.sinks[0], "eth0")
 }
 
-// send sends frames of so many streams, so many a second or, with 0, without a
-// break, and waits until each has arrived or is counted as lost. It returns how many
+// send sends frames of so many streams at a rate per second or, with 0, without
+// pauses, and waits until each has arrived or is counted as lost. It returns how many
 // were lost, and how long it took.
 func (f *trip) send(t testing.TB, streams, frames int, rate float64) (lost int, took time.Duration) {
 	t.Helper()
@@ -93,9 +92,9 @@ func (f *trip) send(t testing.TB, streams, frames int, rate float64) (lost int, 
 	return f.lost(t) - before, time.Since(start)
 }
 
-// However many workers and streams there are, and however fast the frames come: none is
-// doubled or overtaken in its stream, each that is missing is counted by who lost it,
-// and at half of what gets through none is missing.
+// With any number of workers and streams, at any rate: no frame is duplicated or
+// reordered in its stream, each missing one is counted where it was lost, and at half of
+// the measured capacity none is missing.
 func TestCapacity(t *testing.T) {
 	for _, workers := range []int{1, 2, 4, 8} {
 		for _, streams := range []int{1, 64} {
@@ -104,8 +103,8 @@ func TestCapacity(t *testing.T) {
 				const frames = 64 * 200
 				lost, took := f.send(t, streams, frames, 0)
 				capacity := float64(frames-lost) / took.Seconds()
-				// A machine that is busy with others has less now than before: then it is
-				// tried at half of that.
+				// A busy machine may have less capacity now than when measured: retry at half
+				// of that.
 				rate := capacity / 2
 				for {
 					lost, _ = f.send(t, streams, frames/4, rate)

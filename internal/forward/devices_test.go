@@ -19,8 +19,8 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// newTun makes a tun device in a host, up, and returns its other end: what is
-// written there arrives on the device, and what leaves by it is read there.
+// newTun makes a tun device in a host, sets it up, and returns its other end: packets
+// written there arrive on the device, and packets sent through it are read there.
 func newTun(t testing.TB, h *lab.Host, name string) *os.File {
 	t.Helper()
 	f := labtest.Tun(t, h, name, 0)
@@ -57,7 +57,7 @@ func ethernet(p []byte) []byte {
 	return append(append(make([]byte, 12), protocol...), p...)
 }
 
-// Devices without Ethernet header send and receive, beside others.
+// Devices without an Ethernet header send and receive, together with others.
 func TestTun(t *testing.T) {
 	b := newBench(t, 1)
 	tunOut, tunIn := newTun(t, b.relay, "tun-out"), newTun(t, b.relay, "tun-in")
@@ -99,7 +99,7 @@ func TestTun(t *testing.T) {
 	}
 }
 
-// The host's own receiver gets its packets once, and so does the output.
+// The host's own receiver gets each packet once, and so does the output.
 func TestLocalReceiver(t *testing.T) {
 	b := newBench(t, 1)
 	conn := labtest.Listen(t, b.relay, "in", netip.MustParseAddrPort("239.1.1.1:5000"))
@@ -126,7 +126,7 @@ func TestLocalReceiver(t *testing.T) {
 	labtest.Eventually(t, "the output's copies have arrived", func() bool { return sink.total.Load() == frames })
 }
 
-// What no rule wants does not reach user space.
+// Packets that match no rule do not reach user space.
 func TestFilter(t *testing.T) {
 	b := newBench(t, 1)
 	f := b.path(t, FanoutOptions{Workers: 1})
@@ -194,7 +194,7 @@ func TestFilter(t *testing.T) {
 		if c.in {
 			want++
 		}
-		// The group's frame behind it tells that it has been through.
+		// The group's frame after it shows that it has been processed.
 		want++
 		sendFrames(t, source, [][]byte{c.frame, frame("239.1.1.1", nil)})
 		labtest.Eventually(t, "both frames are through: "+c.name, func() bool { return received() >= want })
@@ -212,8 +212,8 @@ func TestFilter(t *testing.T) {
 	}
 }
 
-// A unicast input takes frames sent to its MAC address, and what comes from the
-// relay itself is a loop.
+// A unicast input accepts frames to its MAC address, and frames from the relay itself
+// are loops.
 func TestUnicastAndLoop(t *testing.T) {
 	b := newBench(t, 1)
 	f := b.path(t, FanoutOptions{Workers: 1})
@@ -233,8 +233,8 @@ func TestUnicastAndLoop(t *testing.T) {
 	}
 }
 
-// A group or sender that cannot be opened leaves what was there working, and
-// nothing of itself; the error says what the kernel said.
+// A group or sender that cannot be opened leaves the others working, and nothing
+// behind; the error is the kernel's.
 func TestSyncFails(t *testing.T) {
 	b := newBench(t, 2)
 	faulty := false
@@ -297,7 +297,7 @@ func TestSyncFails(t *testing.T) {
 	}
 }
 
-// Rules of other paths are not this one's, and nothing is open for them.
+// The path ignores rules of other paths, and opens nothing for them.
 func TestOtherPaths(t *testing.T) {
 	b := newBench(t, 1)
 	f := b.path(t, FanoutOptions{Workers: 2})
@@ -312,7 +312,7 @@ func TestOtherPaths(t *testing.T) {
 	}
 }
 
-// Opening and closing leaves nothing, with and without traffic.
+// Opening and closing leaves nothing behind, with and without traffic.
 func TestOpenClose(t *testing.T) {
 	b := newBench(t, 1)
 	stop, done := make(chan struct{}), make(chan struct{})
@@ -351,8 +351,8 @@ func TestOpenClose(t *testing.T) {
 	<-done
 }
 
-// An input interface that vanishes costs nothing but its own packets, and its rule
-// goes on where it comes back.
+// An input interface that vanishes loses only its own packets, and its rule continues
+// when it is back.
 func TestInputVanishes(t *testing.T) {
 	b := newBench(t, 2)
 	f := b.path(t, FanoutOptions{Workers: 2})

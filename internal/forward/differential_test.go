@@ -25,13 +25,13 @@ func testInterface(index int) flowtest.Interface {
 	return flowtest.Interface{Index: index, MAC: [6]byte{2, 0, 0, 0, 1, byte(index)}}
 }
 
-// newWorld draws for the engine.
+// newWorld draws random rules and frames for the engine.
 func newWorld(seed, stream uint64) *flowtest.World {
 	return &flowtest.World{Rand: rand.New(rand.NewPCG(seed, stream)), In: inputs, Out: devices}
 }
 
-// unguarded draws rules without the loop guard, which marks what random frames repeat.
-// TestGuardDifferential is for it.
+// unguarded draws rules without the loop guard, which would mark repeated random frames.
+// TestGuardDifferential covers it.
 func unguarded(w *flowtest.World, set int) []flow.Flow {
 	rules := w.Rules(set)
 	for i := range rules {
@@ -40,8 +40,8 @@ func unguarded(w *flowtest.World, set int) []flow.Flow {
 	return rules
 }
 
-// oracle says in plain Go what is to become of a frame, and keeps the counters: the
-// oracle that package loader holds the BPF programs to.
+// oracle computes in plain Go the expected copies of a frame, and counts: the same oracle
+// with which package loader tests the BPF programs.
 type oracle struct {
 	rules []flow.Flow
 	first flowtest.Ports
@@ -129,10 +129,10 @@ func countReason(m map[loader.Reason]loader.Counter, reason loader.Reason, more 
 	m[reason] = c
 }
 
-// recorder is a sender that keeps what it is given, and refuses what it is told to.
+// recorder is a sender that records packets, and refuses those that it is told to.
 type recorder struct {
 	sent    [][]byte
-	headers bool // frames have no Ethernet header
+	headers bool // frames lack an Ethernet header
 	refuse  func() error
 	closed  bool
 }
@@ -156,8 +156,8 @@ func (r *recorder) Close() error {
 	return nil
 }
 
-// Random rules and frames: the engine gives the same copies and counters as the
-// oracle that the BPF programs are held to.
+// Random rules and frames: the engine produces the same copies and counters as the
+// oracle with which the BPF programs are tested.
 func TestDifferential(t *testing.T) {
 	w := newWorld(20261123, 1)
 	set := NewSet(1)

@@ -24,8 +24,8 @@ func outFace(index int) *net.Interface {
 	return &net.Interface{Index: index, MTU: 1500, HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 1, byte(index)}}
 }
 
-// newEngine makes a set with one engine for interface 1, whose senders are by
-// interface; one that is nil is of an interface that is not there.
+// newEngine makes a set with one engine for interface 1, with senders by interface; a
+// nil sender means that the interface does not exist.
 func newEngine(t testing.TB, senders map[int]Sender, rules ...flow.Flow) (*Set, *Engine) {
 	t.Helper()
 	set := NewSet(1)
@@ -53,8 +53,8 @@ func forwardAll(e *Engine, at int64, frames ...[]byte) {
 	e.End()
 }
 
-// What a sender refuses is dropped for its reason, for its output alone, and the
-// next packets are tried again.
+// Packets refused by a sender are dropped with its reason, for its output alone, and
+// later packets are tried.
 func TestRefused(t *testing.T) {
 	frames := make([][]byte, 100)
 	for i := range frames {
@@ -94,8 +94,8 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// A device that is short of room for a moment loses nothing; one that stays so
-// costs a bounded share of time.
+// A device that is briefly full loses nothing; one that stays full costs a bounded
+// share of time.
 func TestBoundedRetry(t *testing.T) {
 	refusals := 0
 	busy := &recorder{refuse: func() error {
@@ -111,7 +111,7 @@ func TestBoundedRetry(t *testing.T) {
 		t.Errorf("%+v after %d tries", s.Outputs[0], refusals)
 	}
 
-	// Packets every 10 us, none of which is taken, and a thread that oversleeps.
+	// Packets every 10 us, none of which are taken, and a thread that oversleeps.
 	for _, queues := range []int{1, 16} {
 		q, now, waited := newQueue(&recorder{}), time.Now(), time.Duration(0)
 		for end := now.Add(time.Second); now.Before(end); now = now.Add(10 * time.Microsecond) {
@@ -128,8 +128,8 @@ func TestBoundedRetry(t *testing.T) {
 	}
 }
 
-// An output whose interface is not there is counted, and opened by the next Update
-// that finds it.
+// Drops of an output whose interface does not exist are counted, and the next Update
+// that finds the interface opens it.
 func TestInterfaceComes(t *testing.T) {
 	senders := map[int]Sender{}
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
@@ -158,7 +158,7 @@ func TestInterfaceComes(t *testing.T) {
 	}
 }
 
-// A sender that cannot be opened leaves the rules as they were, and none open.
+// A sender that cannot be opened leaves the rules unchanged, and no sender open.
 func TestUpdateFails(t *testing.T) {
 	kept, fresh := &recorder{}, &recorder{}
 	senders := map[int]Sender{3: kept, 4: fresh}
@@ -190,7 +190,7 @@ func TestUpdateFails(t *testing.T) {
 	}
 }
 
-// What no engine could forward is refused with the rule's name.
+// A rule that no engine could forward is refused with its name.
 func TestUpdateRefuses(t *testing.T) {
 	good := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
 	for name, change := range map[string]func(*flow.Flow){
@@ -232,8 +232,8 @@ func TestUpdateRefuses(t *testing.T) {
 	}
 }
 
-// A rule and an output let through what their rates say, in packets and in bytes,
-// and a change of address does not fill their buckets.
+// A rule and an output pass packets according to their rates, in packets and in bytes,
+// and a change of address does not refill their buckets.
 func TestPoliced(t *testing.T) {
 	sink := &recorder{}
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
@@ -265,8 +265,8 @@ func TestPoliced(t *testing.T) {
 	}
 }
 
-// Fragments behind the first go by its port, for two seconds, whichever worker had
-// it; those without a first one are nobody's.
+// Later fragments use the port of the first for two seconds, whichever worker received
+// it; those without a first one match no rule.
 func TestFragments(t *testing.T) {
 	sink := &recorder{}
 	long := numbered(0, 0)
@@ -305,7 +305,7 @@ func TestFragments(t *testing.T) {
 	}
 }
 
-// The table of fragments is bounded: of many datagrams, the last are remembered.
+// The table of fragments is bounded: of many datagrams, it keeps the last.
 func TestFragmentsBounded(t *testing.T) {
 	f := newFragments()
 	h := packet.Headers{Src: netip.MustParseAddr("10.0.0.1"), Dst: netip.MustParseAddr("239.1.1.1"), DstPort: 5000}
@@ -330,7 +330,7 @@ func TestFragmentsBounded(t *testing.T) {
 	}
 }
 
-// A rule can be named by the number of its first output, as the relay program does.
+// A rule can be identified by the number of its first output, as the relay program does.
 func TestByFirstOutput(t *testing.T) {
 	sink := &recorder{}
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
@@ -369,7 +369,7 @@ func (s *taker) Send(packets []fanout.Packet) (int, error) {
 func (*taker) Ethernet() bool { return true }
 func (*taker) Close() error   { return nil }
 
-// Nothing is allocated for a packet: whole, fragment, policed or without Ethernet
+// There is no allocation per packet: whole, fragment, policed or without an Ethernet
 // header.
 func TestNothingAllocated(t *testing.T) {
 	sink := &taker{}
@@ -402,7 +402,7 @@ func TestNothingAllocated(t *testing.T) {
 	}
 }
 
-// Readers never see a counter go back, nor more copies than packets.
+// Readers never see a counter decrease, nor more copies than packets.
 func TestCountersWhileForwarding(t *testing.T) {
 	set, e := newEngine(t, map[int]Sender{3: &taker{}}, rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000)))
 	frames := slices.Repeat([][]byte{numbered(0, 0).Build()}, 100)
@@ -431,7 +431,7 @@ func TestCountersWhileForwarding(t *testing.T) {
 	}
 }
 
-// Whatever the bytes, the engine neither panics nor loses count.
+// For any bytes, the engine neither panics nor miscounts.
 func FuzzEngine(f *testing.F) {
 	w := newWorld(1, 2)
 	rules := unguarded(w, 0)
@@ -482,7 +482,7 @@ func BenchmarkEngine(b *testing.B) {
 	}
 }
 
-// closing is a sender that says when it is closed.
+// closing is a sender that reports its Close.
 type closing struct {
 	recorder
 	done chan struct{}
@@ -508,10 +508,10 @@ func TestUpdateWaitsForTheBatch(t *testing.T) {
 		t.Error("the sender is closed within the batch")
 	case err := <-updated:
 		t.Errorf("the update is done within the batch: %v", err)
-	case <-time.After(100 * time.Millisecond): // long enough for one that does not wait
+	case <-time.After(100 * time.Millisecond): // long enough for an Update that does not wait
 	}
 	frame := numbered(0, 1).Build()
-	e.Frame(1, frame, 1) // by the rules of the batch
+	e.Frame(1, frame, 1) // with the rules of the batch
 	e.End()
 	if err := <-updated; err != nil {
 		t.Error(err)

@@ -11,7 +11,7 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// Every copy has exactly the bytes that its output asks for.
+// Every copy has exactly the bytes that its output specifies.
 func TestForward(t *testing.T) {
 	b := newBench(t, 2)
 	f := b.path(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash})

@@ -19,8 +19,8 @@ func openGate(t *testing.T) *gate {
 	return g
 }
 
-// The filter drops what the host sends on an input by itself. A plain packet socket stands
-// for a group of a kernel before Linux 6.2, which hands such frames to the filter.
+// The filter itself drops frames that the host sends on an input. A plain packet socket stands
+// for a group on kernels before Linux 6.2, which pass such frames to the filter.
 func TestFilterDropsOutgoing(t *testing.T) {
 	b := newBench(t, 0)
 	labtest.Enter(t, b.relay)

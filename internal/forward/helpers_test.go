@@ -71,7 +71,7 @@ func (b *bench) pathWith(t testing.TB, opts FanoutOptions, change func(*fanoutSy
 	if opts.Blocks == 0 {
 		opts.Blocks = 32
 	}
-	// On a busy machine a worker may be away for long: 640 ms do no harm.
+	// On a busy machine a worker may be delayed: up to 640 ms lose nothing.
 	if opts.BlockTimeout == 0 {
 		opts.BlockTimeout = 20 * time.Millisecond
 	}
@@ -105,7 +105,7 @@ func (b *bench) sync(t testing.TB, f *Fanout, rules ...flow.Flow) {
 
 var ownAddresses = flowtest.OwnAddresses()
 
-// rule takes a group and port of an input to outputs.
+// rule makes a rule from a group and port of an input to outputs.
 func rule(name string, in *net.Interface, group string, port uint16, out ...flow.Output) flow.Flow {
 	return flow.Flow{
 		Name: name, Path: flow.PathFanout, Out: out,
@@ -113,7 +113,7 @@ func rule(name string, in *net.Interface, group string, port uint16, out ...flow
 	}
 }
 
-// sendTo sends to a group and port on an interface, from an address of ours.
+// sendTo makes an output to a group and port on an interface, from an address of ours.
 func sendTo(out *net.Interface, group string, port uint16) flow.Output {
 	dst := netip.MustParseAddr(group)
 	src := netip.MustParseAddr("192.0.2.1")
@@ -151,7 +151,7 @@ func number(data []byte) (stream, number int, ok bool) {
 	return int(binary.BigEndian.Uint32(payload)), int(binary.BigEndian.Uint32(payload[4:])), true
 }
 
-// expect is the copy that an output makes of a frame.
+// expect returns the copy that an output makes of a frame.
 func expect(t testing.TB, o flow.Output, frame []byte) []byte {
 	t.Helper()
 	h, ok := packet.Parse(frame)
@@ -170,8 +170,8 @@ func isUDP(frame []byte) bool {
 	return ok
 }
 
-// adds checks that every packet of a rule ended in one place for each output, once
-// the engines are idle.
+// adds checks that every packet of a rule is accounted for once per output, after the
+// engines are idle.
 func adds(t testing.TB, f *Fanout, name string, matched uint64) loader.RuleStats {
 	t.Helper()
 	var s loader.RuleStats
@@ -194,7 +194,7 @@ func adds(t testing.TB, f *Fanout, name string, matched uint64) loader.RuleStats
 	return s
 }
 
-// accounted is what became of the packets of a rule at one output.
+// accounted returns how many packets of a rule are accounted for at one output.
 func accounted(s *loader.RuleStats, slot int) (sum loader.Counter) {
 	add := func(c loader.Counter) {
 		sum.Packets += c.Packets
@@ -241,8 +241,8 @@ func sendFrames(t testing.TB, s *fanout.Sender, frames [][]byte) {
 	}
 }
 
-// receive takes as many frames from the kernel's tap as are wanted, with the tags
-// that it takes out restored, and compares them.
+// receive reads as many frames from the kernel's tap as are wanted, restores the tags
+// that the kernel removed, and compares them.
 func receive(t testing.TB, c *catcher, want [][]byte) {
 	t.Helper()
 	got := c.frames(t, len(want))
@@ -253,7 +253,7 @@ func receive(t testing.TB, c *catcher, want [][]byte) {
 	}
 }
 
-// catcher takes the UDP frames that arrive on an interface.
+// catcher captures the UDP frames that arrive on an interface.
 type catcher struct {
 	group *fanout.Group
 }
@@ -306,11 +306,11 @@ func (c *catcher) frames(t testing.TB, n int) (all [][]byte) {
 	return all
 }
 
-// pointers are rules as the loader takes them.
+// pointers returns rules in the form that the loader takes.
 func pointers(rules []flow.Flow) []*flow.Flow {
 	all := make([]*flow.Flow, len(rules))
 	for i, r := range rules {
-		all[i] = &r // a copy: tests go on to change theirs
+		all[i] = &r // a copy: tests change theirs later
 	}
 	return all
 }

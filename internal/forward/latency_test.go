@@ -10,8 +10,8 @@ import (
 	"xdpcast/pkg/fanout"
 )
 
-// BenchmarkLatency is the time of single frames from the source's socket to the sink's,
-// at rates at which a block is never full.
+// BenchmarkLatency measures the time of single frames from the source's socket to the
+// sink's, at rates at which a block is never full.
 func BenchmarkLatency(b *testing.B) {
 	for _, pause := range []time.Duration{0, 200 * time.Microsecond, 1300 * time.Microsecond} {
 		for _, frames := range []int{0, -1} {

@@ -18,25 +18,25 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// counted takes the numbered frames of streams that arrive on an interface. Each
-// must come once, and be the next of its stream.
+// counted receives the numbered frames of streams on an interface. Each must arrive
+// once, and be the next of its stream.
 type counted struct {
 	catcher *catcher
 	t       testing.TB
 	name    string
 	total   atomic.Int64
-	// disorder counts the frames that were not the next of their stream, where that
-	// is no error.
+	// disorder counts the frames that were not the next of their stream, if that is no
+	// error.
 	disorder  atomic.Int64
 	unordered atomic.Bool
-	// lossy: frames may be missing, but not overtaken.
+	// lossy: frames may be missing, but not reordered.
 	lossy atomic.Bool
 	seen  map[string]bool
 	next  map[string]int
 	done  chan struct{}
 }
 
-// countOn begins to count on the eth0 of a sink.
+// countOn starts counting on the eth0 of a sink.
 func countOn(t testing.TB, h *lab.Host) *counted {
 	t.Helper()
 	catcher := catch(t, h, "eth0")
@@ -82,13 +82,12 @@ func (c *counted) frame(data []byte) {
 	c.total.Add(1)
 }
 
-// window bounds the frames on their way. With a burst of 50 they fit the ring of a veth
+// window bounds the frames in flight. With a burst of 50 they fit the ring of a veth
 // (VETH_RING_SIZE of drivers/net/veth.c, 256), so that none is lost however late its receiver runs.
 const window = 150
 
-// load sends streams round and round, frame after frame, from one CPU, as a network
-// card would that keeps a flow on one queue; arrived says how many frames of how
-// many are through.
+// load sends streams round-robin from one CPU, like a network card that keeps a flow
+// on one queue; arrived returns how many of how many frames have arrived.
 func (b *bench) load(t testing.TB, streams, frames int, arrived func() int64) {
 	t.Helper()
 	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
@@ -133,9 +132,9 @@ func onOneCPU(t testing.TB, fn func()) {
 	fn()
 }
 
-// However many workers and streams there are: every frame leaves once, and each
-// stream in its order, as long as the kernel keeps it on one worker. By CPU it does so
-// where a device keeps a stream on one CPU, which a veth with a queue does not always.
+// With any number of workers and streams, every frame leaves once, and each stream in
+// order, as long as the kernel keeps it on one worker. In mode cpu it does so if the
+// device keeps a stream on one CPU, which a veth with a queue does not always do.
 func TestExactlyOnce(t *testing.T) {
 	for _, mode := range []fanout.Mode{fanout.ModeCPU, fanout.ModeHash} {
 		for _, workers := range []int{1, 2, 3, 8} {
@@ -181,7 +180,7 @@ func TestExactlyOnce(t *testing.T) {
 	}
 }
 
-// While rules come and go, and those that stay get other addresses, not one frame
+// While rules are added and removed, and the others get different addresses, no frame
 // is lost.
 func TestExchangeUnderLoad(t *testing.T) {
 	b := newBench(t, 3)
@@ -219,7 +218,7 @@ func TestExchangeUnderLoad(t *testing.T) {
 		})
 	}()
 	const frames = 8000
-	// At least one exchange every 100 frames.
+	// At least one update every 100 frames.
 	b.load(t, 8, frames, func() int64 { return min(sink.total.Load(), 100*exchanged.Load()) })
 	close(stop)
 	if err := <-done; err != nil {
@@ -230,8 +229,8 @@ func TestExchangeUnderLoad(t *testing.T) {
 	}
 }
 
-// An output whose interface goes down, comes back, or vanishes loses its own
-// copies, for a reason, and nobody else's.
+// An output whose interface goes down, comes back, or vanishes loses only its own
+// copies, with a reason.
 func TestOutputFails(t *testing.T) {
 	b := newBench(t, 3)
 	f := b.path(t, FanoutOptions{Workers: 2, Mode: fanout.ModeHash})
@@ -290,7 +289,7 @@ func TestOutputFails(t *testing.T) {
 		t.Errorf("output 2: %+v", s.Outputs[2])
 	}
 
-	// It comes back, with another index, and the control loop says so.
+	// It comes back, with another index, and the control loop updates the rules.
 	labtest.Connect(t, lab.End{Host: b.relay, Name: "out2"}, lab.End{Host: b.sinks[2], Name: "eth9"})
 	back := iface(t, b.relay, "out2")
 	r.Out[2].Index = back.Index
@@ -301,7 +300,7 @@ func TestOutputFails(t *testing.T) {
 	labtest.Eventually(t, "the output sends again", func() bool { return out(2).Sent.Packets == before+1 })
 }
 
-// A worker that fails, by an error or a panic, is started again, and no frame is
+// A worker that fails, by an error or a panic, is restarted, and no frame is
 // lost.
 func TestWorkerFails(t *testing.T) {
 	for name, fail := range map[string]func() error{
@@ -339,8 +338,8 @@ func TestWorkerFails(t *testing.T) {
 	}
 }
 
-// A worker that panics in the middle of a batch goes on with the next one, and its
-// counters add up.
+// A worker that panics during a batch continues with the next one, and its counters
+// add up.
 func TestPanicInBatch(t *testing.T) {
 	b := newBench(t, 1)
 	var calls atomic.Int64

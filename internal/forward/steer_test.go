@@ -14,15 +14,15 @@ import (
 	"xdpcast/pkg/packet"
 )
 
-// steered is the fanout path behind an input with one receive queue and the relay
-// program, which spreads flows over two CPUs.
+// steered is the fanout path on an input with one receive queue and the relay program,
+// which spreads flows over two CPUs.
 type steered struct {
 	*xdpBench
 	fanout *Fanout
 	rule   flow.Flow
 }
 
-// cpusOf is two CPUs of different workers.
+// cpusOf returns two CPUs of different workers.
 func cpusOf(t testing.TB) []int {
 	t.Helper()
 	var set unix.CPUSet
@@ -63,20 +63,20 @@ func (s *steered) sync(t testing.TB) {
 		kernel.Out[0].Ready = false
 		return s.loader.Sync([]*flow.Flow{&kernel})
 	})
-	if w := s.loader.Warnings(); len(w) != 0 && labtest.TCX(t) { // without tcx it says so
+	if w := s.loader.Warnings(); len(w) != 0 && labtest.TCX(t) { // without tcx it warns
 		t.Errorf("warnings %q", w)
 	}
 }
 
-// portOf gives each stream a port of its own.
+// portOf gives each stream its own port.
 func portOf(stream, n int) packet.Frame {
 	f := numbered(stream, n)
 	f.DstPort = uint16(5000 + stream)
 	return f
 }
 
-// sends sends streams round and round from number from to number to, and waits until
-// they have arrived.
+// sends sends streams round-robin from number from to number to, and waits until they
+// have arrived.
 func (s *steered) sends(t testing.TB, streams, from, to int, sink *counted) {
 	t.Helper()
 	source := openSender(t, s.source, iface(t, s.source, "eth0").Index)
@@ -110,7 +110,7 @@ func (s *steered) received(t testing.TB) (frames []uint64) {
 
 // From one receive queue to two workers, each stream on one of them: every frame once,
 // in the order of its stream, while the interface goes down and up and the control
-// process changes.
+// process is replaced.
 func TestSteered(t *testing.T) {
 	s := newSteered(t, 0)
 	sink := countOn(t, s.sinks[0])
@@ -135,7 +135,7 @@ func TestSteered(t *testing.T) {
 	}
 }
 
-// reopen has another Loader take over the kernel's state.
+// reopen makes another Loader take over the kernel's state.
 func (s *steered) reopen(t testing.TB) {
 	t.Helper()
 	opts := s.opts
@@ -200,7 +200,7 @@ func TestSteeredFragments(t *testing.T) {
 	})
 }
 
-// A frame in several buffers reaches its worker whole.
+// A frame of several buffers reaches its worker whole.
 func TestSteeredJumbo(t *testing.T) {
 	s := newSteered(t, 9000)
 	sink := catch(t, s.sinks[0], "eth0")

@@ -16,7 +16,7 @@ import (
 	"xdpcast/pkg/loader"
 )
 
-// seen takes what a tap has, without waiting.
+// seen returns the packets of a tap, without waiting.
 func (t *Tap) seen() (all []tapRecord, data [][]byte) {
 	for c := t.take(); c != nil; c = t.take() {
 		for _, r := range c.records {
@@ -39,14 +39,14 @@ func addTap(t testing.TB, set *Set, rule string, opts tap.Options) *Tap {
 	return n
 }
 
-// Each packet is shown as it came, and each copy as it was sent or with the reason why it was not:
-// what the sender took, what it refused, what no output got.
+// Each packet is shown as received, and each copy as sent or with its drop reason: copies that the
+// sender took, those that it refused, and packets that no output got.
 func TestTapShows(t *testing.T) {
 	refuse := error(nil)
 	sent := &recorder{refuse: func() error { return refuse }}
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000), sendTo(outFace(4), "239.9.9.2", 6000))
 	other := rule("other", inFace, "239.1.1.2", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
-	set, e := newEngine(t, map[int]Sender{3: sent}, r, other) // interface 4 is not there
+	set, e := newEngine(t, map[int]Sender{3: sent}, r, other) // interface 4 does not exist
 	tapped := addTap(t, set, "r", tap.Everything)
 	frame, foreign := numbered(0, 1), numbered(0, 2)
 	foreign.Dst = other.In.Group
@@ -83,7 +83,7 @@ func TestTapShows(t *testing.T) {
 	}
 }
 
-// What is not wanted is not shown.
+// Packets that the options exclude are not shown.
 func TestTapWants(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -119,7 +119,7 @@ func TestTapWants(t *testing.T) {
 	}
 }
 
-// A tap that is not read costs the stream nothing: every packet is sent, and every packet is either
+// An unread tap does not affect the stream: every packet is sent, and every packet is either
 // shown or counted as lost.
 func TestTapNotRead(t *testing.T) {
 	sink := &taker{}
@@ -148,7 +148,7 @@ func TestTapNotRead(t *testing.T) {
 	}
 }
 
-// While somebody taps, nothing is allocated for a packet either.
+// With a tap, there is no allocation per packet, either.
 func TestTapAllocatesNothing(t *testing.T) {
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000), sendTo(outFace(5), "239.9.9.2", 6000))
 	set, e := newEngine(t, map[int]Sender{3: &taker{}}, r)
@@ -169,7 +169,7 @@ func TestTapAllocatesNothing(t *testing.T) {
 	}
 }
 
-// Taps come and go while packets flow; each sees some.
+// Taps are added and removed while packets flow; each sees some.
 func TestTapsWhileForwarding(t *testing.T) {
 	r := rule("r", inFace, "239.1.1.1", 5000, sendTo(outFace(3), "239.9.9.1", 6000))
 	set, e := newEngine(t, map[int]Sender{3: &taker{}}, r)
@@ -205,8 +205,8 @@ func TestTapsWhileForwarding(t *testing.T) {
 	<-done
 }
 
-// BenchmarkTap is what a packet with one output costs an engine that hands it to nobody: untapped, while its rule is
-// tapped and read, and while another is. ns/op are of a packet.
+// BenchmarkTap measures a packet with one output in an engine whose sender discards it: untapped, while its rule is
+// tapped and read, and while another is. ns/op are per packet.
 func BenchmarkTap(b *testing.B) {
 	for _, tapped := range []string{"nobody", "r", "other"} {
 		b.Run("tapped="+tapped, func(b *testing.B) {
