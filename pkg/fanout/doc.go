@@ -33,7 +33,7 @@
 //
 // Every frame that arrives goes to one worker of the group, never to two, and
 // the host's own receivers are unaffected. Frames that the host sends are not
-// received unless [Options].Outgoing is set.
+// received; see [Options].Outgoing.
 //
 // # Opening without a race
 //

@@ -5,7 +5,7 @@ import (
 	"fmt"
 )
 
-// ErrWoken is what [Worker.Wait] returns after [Worker.Wake].
+// ErrWoken is returned by [Worker.Wait] after [Worker.Wake].
 var ErrWoken = errors.New("worker woken")
 
 // A Step is the operation that failed.

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Group is the workers that share the traffic of one interface. Its methods may
-// be called from any goroutine.
+// Group consists of the workers that share the traffic of one interface. Its methods
+// may be called from any goroutine.
 type Group struct {
 	sys     *system
 	opts    Options

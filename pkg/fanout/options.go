@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mode is how the kernel chooses a frame's worker.
+// Mode is how the kernel selects a frame's worker.
 type Mode uint8
 
 // The modes. None of them overflows to another worker when a ring is full, since
@@ -68,7 +68,7 @@ type Filter struct {
 	Classic []unix.SockFilter
 }
 
-// Defaults of [Options].
+// Defaults of [Options]; sizes in bytes.
 const (
 	DefaultBlockSize    = 128 << 10
 	DefaultBlocks       = 128
@@ -99,7 +99,8 @@ type Options struct {
 	// caller keeps ownership, and may close it after Open.
 	Steering *ebpf.Program
 	Filter   Filter
-	// Outgoing also receives frames that leave through the interface.
+	// Outgoing also receives frames that leave through the interface, if
+	// Filter.Program is set and accepts them: other filters drop them.
 	Outgoing bool
 	// BlockSize is in bytes: a power of two, and at least 128 KiB; 0 means
 	// DefaultBlockSize.

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Defaults of [SenderOptions].
+// Defaults of [SenderOptions]: packets, and bytes.
 const (
 	DefaultBatch      = 64
 	DefaultSendBuffer = 4 << 20
