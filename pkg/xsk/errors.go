@@ -6,8 +6,8 @@ import (
 )
 
 // Errors to match with errors.Is. In addition, closed objects return [os.ErrClosed], and
-// [Socket.Kick], [Socket.Flush], [Socket.WakeRX] and [Socket.Check] return the kernel's
-// errno (unix.Errno).
+// [Socket.Kick], [Socket.Flush], [Socket.WakeRX] and [Socket.Check] return errors that
+// match the kernel's errno (unix.Errno).
 var (
 	// ErrInUse: sockets of the UMEM are still open.
 	ErrInUse = errors.New("still in use")

@@ -197,7 +197,7 @@ func (s *Socket) Outstanding() int { return s.sent }
 
 // Kick asks the kernel to send the TX ring, if it needs to be asked. In zero-copy mode
 // that is only when it sleeps; otherwise the driver sends by itself. In copy mode one call
-// sends at most TXBudget frames. Errors are unix.Errno values:
+// sends at most TXBudget frames. Errors are unwrapped, of type unix.Errno except the last:
 //
 //   - EAGAIN: there is more to send than one call does; or the completion ring, the send buffer or
 //     the device is full: Complete, and try again;
