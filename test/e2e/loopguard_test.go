@@ -513,8 +513,8 @@ func (l *lans) smcroute(from, to int) {
 	})
 }
 
-// A loop that is gone heals: the rule is active again, and takes what the host that sent the
-// packets back originates itself.
+// A loop that is gone heals: the rule is active again, and accepts original packets from the host
+// that sent copies back.
 func TestLoopGuardHeals(t *testing.T) {
 	l := newLANs(t, 2)
 	for range 2 {

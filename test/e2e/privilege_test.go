@@ -116,7 +116,7 @@ func TestCapabilities(t *testing.T) {
 		}
 	}
 
-	// Asking the daemon and using sockets as any user may needs no capability.
+	// Asking the daemon, or using sockets as any user may, needs no capability.
 	in.start("-c", file)
 	for _, args := range [][]string{
 		{"rule", "add", "x", "--in", "239.1.9.2:5000%in0", "--out", "239.2.9.2:6000%out0"}, {"rule", "list"}, {"rule", "show", "x"}, {"rule", "export"}, {"rule", "del", "x"},
