@@ -38,8 +38,9 @@ func TestThousandRules(t *testing.T) {
 	eventually(t, "the last client is gone", func() string {
 		before = in.holdings()
 		// Permanent sockets: the control socket; those for notifications of interfaces, of routes
-		// and neighbours, of queues, and of features; and two for queries about them.
-		if n := before.Files["socket:"]; n != 7 {
+		// and neighbours, of queues, of features, and of veth peers in other namespaces; and two for
+		// queries about them.
+		if n := before.Files["socket:"]; n != 8 {
 			return fmt.Sprintf("%d sockets", n)
 		}
 		return ""
