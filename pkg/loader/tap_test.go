@@ -28,6 +28,8 @@ func TestTapCost(t *testing.T) {
 	sync1(t, l, rule("tapped", "239.1.1.1"), rule("beside", "239.1.1.2"))
 	frame := sourceFrame(n, "239.1.1.1", 5000, make([]byte, 86)).Build()
 	const burst, bursts = 1_000, 50
+	// A signal interrupts a burst, which is then repeated: the counters say how many packets there were.
+	matched := func() uint64 { return statsOf(t, l, "tapped").Matched.Packets }
 	runs := uint64(0)
 	cost := func() time.Duration {
 		t.Helper()
@@ -53,7 +55,7 @@ func TestTapCost(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- tapped.Run(ctx, w, nil) }()
-		before := runs
+		before := matched()
 		each = cost()
 		cancel()
 		err = errors.Join(<-ended, w.Close(tapped.Lost()))
@@ -61,7 +63,7 @@ func TestTapCost(t *testing.T) {
 		if err := errors.Join(err, tapped.Close()); err != nil {
 			t.Fatal(err)
 		}
-		return each, w.Written(), lost, runs - before
+		return each, w.Written(), lost, matched() - before
 	}
 	cost() // warm
 	without := cost()
@@ -74,8 +76,8 @@ func TestTapCost(t *testing.T) {
 		t.Errorf("%d packets of another rule were recorded", others)
 	}
 	after := cost()
-	if s := statsOf(t, l, "tapped"); s.Matched.Packets != runs || s.Outputs[0].Sent.Packets != runs || len(s.Drops) != 0 {
-		t.Errorf("of %d packets: %+v", runs, s)
+	if s := statsOf(t, l, "tapped"); s.Matched.Packets < runs || s.Outputs[0].Sent != s.Matched || len(s.Drops) != 0 {
+		t.Errorf("of %d packets at least: %+v", runs, s)
 	}
 	t.Logf("a packet costs %v; while its rule is tapped %v, with %d recorded and %d lost by the tap; while another is %v; afterwards %v", without, tapped, written, lost, beside, after)
 }
