@@ -225,24 +225,30 @@ func exactKey6(in flow.Input) bpf.RelayFlow6 {
 	return key
 }
 
+// prefixBy says what the group of a prefix table's key holds, and how many bits of it are the prefix.
+func (f *flowEntry) prefixBy() (by bpf.RelayPrefixBy, bits int) {
+	switch {
+	case f.step == classStep:
+		return bpf.RelayPrefixByPREFIX_CLASS, f.in.SourceLen
+	case f.step == inClassStep:
+		return bpf.RelayPrefixByPREFIX_IN_CLASS, f.in.Len
+	case f.in.BySource:
+		return bpf.RelayPrefixByPREFIX_BY_SOURCE, f.in.SourceLen
+	}
+	return bpf.RelayPrefixByPREFIX_BY_GROUP, f.in.Len
+}
+
 func (f *flowEntry) prefix4() bpf.RelayPrefix4 {
 	k := exactKey4(f.in)
 	key := bpf.RelayPrefix4{Prefixlen: prefixExact4, Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
-	switch {
-	case f.step == classStep:
-		key.Prefixlen += uint32(f.in.SourceLen)
-		key.By |= uint16(bpf.RelayPrefixByPREFIX_CLASS)
+	by, bits := f.prefixBy()
+	key.Prefixlen += uint32(bits)
+	key.By |= uint16(by)
+	switch by {
+	case bpf.RelayPrefixByPREFIX_CLASS, bpf.RelayPrefixByPREFIX_BY_SOURCE:
 		key.Source, key.Group = k.Group, k.Source
-	case f.step == inClassStep:
-		key.Prefixlen += uint32(f.in.Len)
-		key.By |= uint16(bpf.RelayPrefixByPREFIX_IN_CLASS)
+	case bpf.RelayPrefixByPREFIX_IN_CLASS:
 		binary.NativeEndian.PutUint32(key.Source[:], f.class)
-	case f.in.BySource:
-		key.Prefixlen += uint32(f.in.SourceLen)
-		key.By |= uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE)
-		key.Source, key.Group = k.Group, k.Source
-	default:
-		key.Prefixlen += uint32(f.in.Len)
 	}
 	return key
 }
@@ -250,21 +256,14 @@ func (f *flowEntry) prefix4() bpf.RelayPrefix4 {
 func (f *flowEntry) prefix6() bpf.RelayPrefix6 {
 	k := exactKey6(f.in)
 	key := bpf.RelayPrefix6{Prefixlen: prefixExact6, Ifindex: k.Ifindex, Vlan: k.Vlan, OuterVlan: k.OuterVlan, Port: k.Port, By: k.From, Source: k.Source, Group: k.Group}
-	switch {
-	case f.step == classStep:
-		key.Prefixlen += uint32(f.in.SourceLen)
-		key.By |= uint16(bpf.RelayPrefixByPREFIX_CLASS)
+	by, bits := f.prefixBy()
+	key.Prefixlen += uint32(bits)
+	key.By |= uint16(by)
+	switch by {
+	case bpf.RelayPrefixByPREFIX_CLASS, bpf.RelayPrefixByPREFIX_BY_SOURCE:
 		key.Source, key.Group = k.Group, k.Source
-	case f.step == inClassStep:
-		key.Prefixlen += uint32(f.in.Len)
-		key.By |= uint16(bpf.RelayPrefixByPREFIX_IN_CLASS)
+	case bpf.RelayPrefixByPREFIX_IN_CLASS:
 		binary.NativeEndian.PutUint32(key.Source[:], f.class)
-	case f.in.BySource:
-		key.Prefixlen += uint32(f.in.SourceLen)
-		key.By |= uint16(bpf.RelayPrefixByPREFIX_BY_SOURCE)
-		key.Source, key.Group = k.Group, k.Source
-	default:
-		key.Prefixlen += uint32(f.in.Len)
 	}
 	return key
 }
