@@ -1,6 +1,9 @@
 package labtest
 
-import "os"
+import (
+	"os"
+	"testing"
+)
 
 // soak is the environment variable that has tests take their long form: make soak.
 const soak = "XDPCAST_SOAK"
@@ -12,4 +15,12 @@ func Soak(short, long int) int {
 		return long
 	}
 	return short
+}
+
+// LongOnly skips a test that has no short form, except under make soak. test/soak.txt lists it.
+func LongOnly(t testing.TB, why string) {
+	t.Helper()
+	if os.Getenv(soak) == "" {
+		t.Skipf("runs under make soak (%s=1) alone: %s", soak, why)
+	}
 }

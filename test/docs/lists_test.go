@@ -74,7 +74,7 @@ func TestListOfLongForms(t *testing.T) {
 		}
 		file := strings.TrimPrefix(filepath.ToSlash(path), root)
 		for _, text := range strings.Split(read(t, file), "\nfunc ") {
-			if name, body, _ := strings.Cut(text, "("); strings.Contains(body, "labtest.Soak(") {
+			if name, body, _ := strings.Cut(text, "("); strings.Contains(body, "labtest.Soak(") || strings.Contains(body, "labtest.LongOnly(") {
 				want[filepath.ToSlash(filepath.Dir(file))+" "+name] = true
 			}
 		}

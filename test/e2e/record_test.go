@@ -573,7 +573,7 @@ func TestTapEnds(t *testing.T) {
 func TestTapToTshark(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("tshark"); err != nil {
-		t.Skip("tshark is not installed: scripts/setup --interop installs it")
+		labtest.Lacking(t, "tshark is not installed: scripts/setup --test installs it")
 	}
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
