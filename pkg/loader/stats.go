@@ -250,11 +250,11 @@ func (l *Loader) Matched() (map[string]uint64, error) {
 	return matched, err
 }
 
-// Reader reads pinned state without changing it, while another process may own it.
+// Reader reads pinned state without changing it, while another process may own it and change it: what
+// it returns of a rule is one of the versions that were published, and no older than the read.
 type Reader struct {
 	pinDir string
 	maps   *mapSet
-	tables tables
 }
 
 // OpenReader opens the pinned state read-only; the caller must Close it. Errors to match:
@@ -267,14 +267,14 @@ func OpenReader(pinDir string) (_ *Reader, err error) {
 	if r.maps, err = openMaps(pinDir, true); err != nil {
 		return nil, err
 	}
-	if r.tables, err = openTables(r.maps, pinDir, true); err != nil {
+	if _, err = r.flows(); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
 }
 
 // Close closes the file descriptors.
-func (r *Reader) Close() error { return errors.Join(r.maps.Close(), r.tables.Close()) }
+func (r *Reader) Close() error { return r.maps.Close() }
 
 // Rules reads the published rules.
 func (r *Reader) Rules() ([]flow.Flow, error) {
@@ -302,11 +302,41 @@ func (r *Reader) Stats() (Stats, error) {
 	return readStats(r.maps, entries, a, func() {}, nil)
 }
 
-func (r *Reader) entries() ([]*entry, error) {
-	flows, err := r.tables.read()
+// readerTries is how often a Reader reads anew because the rules changed meanwhile.
+const readerTries = 100
+
+// entries reads the flow tables, what their entries refer to, and the tables again: rows that entries
+// referred to all the time were not freed and used again in between (see transaction.retire).
+func (r *Reader) entries() (entries []*entry, err error) {
+	flows, err := r.flows()
 	if err != nil {
 		return nil, err
 	}
+	for range readerTries {
+		entries, err = r.resolve(flows)
+		again, readErr := r.flows()
+		if readErr != nil {
+			return nil, readErr
+		}
+		if slices.EqualFunc(flows, again, func(a, b flowEntry) bool { return a.equal(&b) }) {
+			return entries, err
+		}
+		flows = again
+	}
+	return nil, fmt.Errorf("rules in %s changed during each of %d reads", r.pinDir, readerTries)
+}
+
+// flows reads the current flow tables.
+func (r *Reader) flows() (_ []flowEntry, err error) {
+	current, err := openTables(r.maps, r.pinDir, true)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, current.Close()) }()
+	return current.read()
+}
+
+func (r *Reader) resolve(flows []flowEntry) ([]*entry, error) {
 	pointed, err := readReferents(r.maps, flows)
 	if err != nil {
 		return nil, err

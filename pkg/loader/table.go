@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 
@@ -172,6 +173,10 @@ type flowEntry struct {
 	except []netip.Prefix // of a rule, see gather
 	step   step           // of flows with takesBoth
 	class  uint32         // with step
+}
+
+func (f *flowEntry) equal(other *flowEntry) bool {
+	return f.in == other.in && f.value == other.value && slices.Equal(f.except, other.except) && f.step == other.step && f.class == other.class
 }
 
 // encodeKey returns a pointer to the key in its table of an input that has only one entry.
