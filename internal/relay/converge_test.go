@@ -201,10 +201,7 @@ func (w *changingWorld) begin(seed uint64) {
 		leave()
 		delete(w.leave, name)
 	}
-	if w.tun != nil {
-		w.must(w.tun.Close())
-		w.tun = nil
-	}
+	w.deleteTun()
 	if br, err := w.p.host.Link("br0"); err == nil {
 		w.must(w.p.host.Netlink().LinkDel(br))
 	}
@@ -639,11 +636,24 @@ func (w *changingWorld) alternative(name string) {
 	w.altern[name] = true
 }
 
+// deleteTun deletes tun0, if there is one, and waits until it is gone: a process that another world is starting holds a
+// copy of its descriptor until it has called execve.
+func (w *changingWorld) deleteTun() {
+	if w.tun == nil {
+		return
+	}
+	w.must(w.tun.Close())
+	w.tun = nil
+	labtest.Eventually(w.t, "tun0 is gone", func() bool {
+		_, err := w.p.host.Link("tun0")
+		return err != nil
+	})
+}
+
 func (w *changingWorld) tunnel(string) {
 	if w.tun != nil {
 		w.event("tun0 is deleted")
-		w.must(w.tun.Close())
-		w.tun = nil
+		w.deleteTun()
 		return
 	}
 	w.event("tun0 is made")
