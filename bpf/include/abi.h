@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* What the programs and Go share: keys, values and enumerations of the maps.
+/* Keys, values and enumerations of the maps, shared by the programs and Go.
  *
- * Addresses are byte arrays in network order, so that bpftool prints
- * 239,1,1,1; everything else is in host order. Changing anything here is a new
- * XDPCAST_SCHEMA.
+ * Addresses are byte arrays in network order, so that bpftool prints 239,1,1,1;
+ * everything else is in host order. Any change here needs a new XDPCAST_SCHEMA.
  */
 #pragma once
 
@@ -16,7 +15,7 @@
 #define XDPCAST_MAX_QUEUES 64  /* of an interface, for AF_XDP */
 #define XDPCAST_MAX_STEERED 64 /* CPUs that packets are steered to; a power of two */
 
-/* How a rule's packets travel. */
+/* The path that forwards a rule's packets. */
 enum rule_path {
 	PATH_NONE,
 	PATH_KERNEL,
@@ -27,9 +26,9 @@ enum rule_path {
 /* Why a matched packet, or one copy of it, was not sent. */
 enum drop_reason {
 	DROP_LOOP,	   /* the source MAC or address is our own */
-	DROP_TTL,	   /* below what the output lets pass, or it would reach 0 */
+	DROP_TTL,	   /* below the output's minimum, or would become 0 */
 	DROP_MTU,	   /* longer than the output's MTU */
-	DROP_MULTI_BUFFER, /* spread over several buffers: cannot be copied */
+	DROP_MULTI_BUFFER, /* in several buffers: cannot be copied */
 	DROP_NOT_READY,	   /* the output has no interface or address yet */
 	DROP_NO_NEIGHBOUR, /* the output's next hop has not been resolved */
 	DROP_NO_DEVICE,	   /* the output's row in its devmap is empty */
@@ -39,11 +38,11 @@ enum drop_reason {
 	DROP_NO_SOCKET,	   /* no AF_XDP socket takes the rule's packets */
 	DROP_TX_FULL,	   /* user-space paths: the output's queue stayed full */
 	DROP_CPU_FULL,	   /* fanout path: the queue to the worker's CPU was full */
-	DROP_NO_CARRIER,   /* the output's interface is up and carries nothing */
-	DROP_WORKER_LOST,  /* user-space paths: given to a worker that did not forward it */
-	DROP_LOOPING,	   /* it has left this host before, and came back by a way that loops */
-	/* Of legs, as in enum stream_verdict. DROP_DUPLICATE and DROP_STANDBY are counted in
-	 * rule_stats: they are half of all packets.
+	DROP_NO_CARRIER,   /* the output's interface is up but has no carrier */
+	DROP_WORKER_LOST,  /* user-space paths: handed to a worker that did not forward it */
+	DROP_LOOPING,	   /* sent by this host before and returned through a loop */
+	/* Of legs, as in enum stream_verdict. rule_stats counts DROP_DUPLICATE and DROP_STANDBY:
+	 * they are half of all packets.
 	 */
 	DROP_DUPLICATE,
 	DROP_LATE,
@@ -52,90 +51,86 @@ enum drop_reason {
 	DROP_CONTENDED,
 	DROP_NO_NUMBER,
 	DROP_STANDBY,
-	DROP_INTERNAL, /* the maps contradict each other, or a frame has no room in front */
+	DROP_INTERNAL, /* the maps contradict each other, or a frame lacks headroom */
 	DROP_REASONS,
 };
 
-/* Lookup kinds, in their order: the first that finds a rule wins. */
+/* Lookup kinds in lookup order: the first that finds a rule wins. */
 enum lookup_kind {
 	LOOKUP_SOURCE_PORT = 1 << 0, /* source, group, port */
 	LOOKUP_PORT = 1 << 1,	     /* any source, group, port */
 	LOOKUP_SOURCE = 1 << 2,	     /* source, group, any port */
 	LOOKUP_ANY = 1 << 3,	     /* any source, group, any port */
-	LOOKUP_PREFIXES = 4,	     /* shift: the same four for prefixes, behind all others */
-	/* In between: prefixes of sources, each behind the kind of one source and in front
-	 * of that of any.
-	 */
+	LOOKUP_PREFIXES = 4,	     /* shift: the same four for group prefixes, after all others */
+	/* Source prefixes: each after the same kind with one source, before that with any. */
 	LOOKUP_SOURCES_PORT = 1 << 8, /* prefix of sources, group, port */
 	LOOKUP_SOURCES = 1 << 9,      /* prefix of sources, group, any port */
-	/* And those of prefixes of groups besides, in front of any source and a prefix. */
+	/* Source and group prefixes: before any source with a group prefix. */
 	LOOKUP_BOTH_PORT = 1 << 10, /* prefix of sources, prefix of groups, port */
 	LOOKUP_BOTH = 1 << 11,	    /* prefix of sources, prefix of groups, any port */
 };
 
-/* What the longest prefix of a prefix table's key is of. */
+/* What the prefix of a prefix table's key matches. */
 enum prefix_by {
 	PREFIX_BY_GROUP,
-	/* group and source are swapped: source holds the group, and group the prefix of
-	 * sources. A flow of PATH_NONE is for sources that no rule takes.
+	/* Swapped: source holds the group, group the source prefix. A flow of PATH_NONE marks
+	 * sources that no rule matches.
 	 */
 	PREFIX_BY_SOURCE,
-	/* Prefixes of both, in two steps. First group holds the prefix of sources, and the flow's
-	 * rule is a number: that of the class of sources that the same rules take.
+	/* Prefixes of both, in two steps. First, group holds the source prefix, and the flow's
+	 * rule is the id of a class: sources that the same rules match.
 	 */
 	PREFIX_CLASS,
-	/* Then source begins with that number, and group is the prefix of groups. PATH_NONE: no
-	 * such rule takes it.
+	/* Then source begins with the class id, and group holds the group prefix. PATH_NONE: no
+	 * such rule matches.
 	 */
 	PREFIX_IN_CLASS,
 };
 
-/* What no rule took. */
+/* Packets that no rule matches. */
 enum passed_kind {
 	PASSED_ALL,
 	PASSED_BROADCAST, /* of these, IPv4 UDP in frames to ff:ff:ff:ff:ff:ff */
 	PASSED_KINDS,
 };
 
-/* Fragments, by what was known of them. */
+/* Fragments, by what is known of their datagram. */
 enum fragment_kind {
-	FRAGMENT_FIRST,	 /* carries the ports; of a datagram that a rule takes */
+	FRAGMENT_FIRST,	 /* carries the ports; a rule matches the datagram */
 	FRAGMENT_LATER,	 /* its first fragment was seen */
-	FRAGMENT_ORPHAN, /* it was not, or too long ago: passed to the stack */
+	FRAGMENT_ORPHAN, /* it was not, or it has expired: passed to the stack */
 	FRAGMENT_KINDS,
 };
 
-/* What is worth knowing of a rule's packets, and is no drop. */
+/* Per-rule observations that are no drops. */
 enum note {
 	NOTE_MALFORMED,	 /* UDP that ends beyond its packet, or a packet cut short: passed */
-	NOTE_ORPHAN,	 /* fragments that came before the first of their datagram: passed */
-	NOTE_UNFINISHED, /* the sender left the UDP checksum to a device that was none */
-	NOTE_ECHO,	 /* what another sender brought before, more often than that: relayed */
+	NOTE_ORPHAN,	 /* fragments received before the first one: passed */
+	NOTE_UNFINISHED, /* UDP checksum left incomplete for an offload that did not happen */
+	NOTE_ECHO,	 /* a payload another sender sent before, above its rate: relayed */
 	NOTES,
 };
 
 #define OWN_WORDS 4
 #define OWN_MAC_WORDS 8
 
-/* config: one entry, what every part must agree on. */
+/* Value of config, one entry: settings shared by programs and control plane. */
 struct config {
-	__u32 schema;  /* XDPCAST_SCHEMA; first in every release */
+	__u32 schema;  /* XDPCAST_SCHEMA; the first field in every release */
 	__u16 lookup4; /* enum lookup_kind, a superset of what the tables hold */
 	__u16 lookup6;
 	__u64 netns_cookie; /* network namespace that the interface indexes belong to */
 	__u32 max_rules;
 	__u32 max_outputs;
-	__u64 own[OWN_WORDS]; /* a bit for the hash of each own address: most packets need no lookup
-			       */
-	__u32 steered; /* how many CPUs packets are steered to; 0: they stay where they are */
-	__u16 cpu[XDPCAST_MAX_STEERED]; /* their numbers */
-	__u32 shortcut_shift; /* 64 less the bits of a slot of shortcuts; 0: they are not used
-			       */
-	__u64 own_macs[OWN_MAC_WORDS]; /* the same as own, for own MAC addresses */
+	__u64 own[OWN_WORDS]; /* a bit for the hash of each own address: a lookup saved */
+	__u32 steered;	      /* number of CPUs that packets are steered to; 0: no steering */
+	__u16 cpu[XDPCAST_MAX_STEERED]; /* their ids */
+	__u32 shortcut_shift;		/* 64 minus the bits of a shortcut index; 0: off */
+	__u64 own_macs[OWN_MAC_WORDS];	/* the same as own, for own MAC addresses */
 };
 
-/* Bit of the field from of a key: a flow of what this host sends. The workers behind the
- * packet tap take it, and no program looks such a key up.
+/* Bit of a key's field from: the flow matches packets that this host sends. The workers of
+ * the packet tap handle it; no program looks up such a key.
  */
 enum flow_from {
 	FROM_HOST = 1 << 8,
@@ -144,7 +139,7 @@ enum flow_from {
 /* Key of an IPv4 flow table. All zero source: any; port 0: any. */
 struct flow4 {
 	__u32 ifindex;
-	__u16 vlan;	  /* of the only tag, or of the inner one; 0: untagged */
+	__u16 vlan;	  /* the only or the inner tag; 0: untagged */
 	__u16 outer_vlan; /* 0: no second tag */
 	__u16 port;
 	__u16 from; /* enum flow_from */
@@ -165,7 +160,7 @@ struct flow6 {
 
 /* Key of an IPv4 prefix table. Everything before the group is exact. */
 struct prefix4 {
-	__u32 prefixlen; /* bits of what follows: PREFIX4_EXACT and those of the group */
+	__u32 prefixlen; /* PREFIX4_EXACT plus the bits of the group */
 	__u32 ifindex;
 	__u16 vlan;
 	__u16 outer_vlan;
@@ -191,65 +186,62 @@ struct prefix6 {
 #define PREFIX6_EXACT 224
 
 enum flow_flag {
-	FLOW_UNICAST = 1 << 0,	   /* only frames sent to input_mac */
-	FLOW_ALLOW_LOOP = 1 << 1,  /* frames of our own, too */
-	FLOW_NO_CHECKSUM = 1 << 2, /* IPv6 without a UDP checksum, too */
-	FLOW_POLICED = 1 << 3,	   /* by the policer of the rule */
-	FLOW_FALLBACK = 1 << 4,	   /* the kernel path serves when no socket does */
-	FLOW_LOCAL = 1 << 5,	   /* PATH_FANOUT: the host's own receivers get the packets, too */
-	FLOW_STEERED = 1 << 6,	   /* PATH_FANOUT: to a worker's CPU, chosen by flow */
-	FLOW_UNGUARDED = 1 << 7,   /* the loop guard does not look at its packets */
-	FLOW_TWO_WAY = 1 << 8,	   /* a circle is meant: the loop guard goes by numbers, too */
-	FLOW_FINISH = 1 << 9,	   /* UDP checksums may be unfinished, and are finished */
+	FLOW_UNICAST = 1 << 0,	   /* match only frames sent to input_mac */
+	FLOW_ALLOW_LOOP = 1 << 1,  /* match the host's own frames, too */
+	FLOW_NO_CHECKSUM = 1 << 2, /* relay IPv6 without a UDP checksum, too */
+	FLOW_POLICED = 1 << 3,	   /* the rule has a policer */
+	FLOW_FALLBACK = 1 << 4,	   /* use the kernel path if no socket is bound */
+	FLOW_LOCAL = 1 << 5,	   /* PATH_FANOUT: the host's receivers get the packets, too */
+	FLOW_STEERED = 1 << 6,	   /* PATH_FANOUT: to the worker's CPU that the flow hashes to */
+	FLOW_UNGUARDED = 1 << 7,   /* not checked by the loop guard */
+	FLOW_TWO_WAY = 1 << 8,	   /* an intended loop: the loop guard compares numbers, too */
+	FLOW_FINISH = 1 << 9,	   /* complete UDP checksums that offload left incomplete */
 };
 
-/* Value of a flow table: all that a packet needs of its rule. A rule is changed by
- * replacing this value, which the kernel does at once, so that no packet sees
- * half of a change.
+/* Value of a flow table: everything a packet needs of its rule. A rule changes by
+ * replacing this value, which is atomic: no packet sees half of a change.
  */
 struct flow {
 	__u32 rule;	    /* index into rules and rule_stats */
 	__u32 first_output; /* index into outputs; slot s is first_output + s */
-	__u32 device;	    /* row of devices, with one output */
-	__u32 sockets;	    /* row of xsks of the input's first queue, with PATH_AFXDP */
-	/* One word, which tells at once that nothing of it is needed (relay.bpf.c). */
+	__u32 device;	    /* row of devices, if there is one output */
+	__u32 sockets;	    /* PATH_AFXDP: row in xsks of the input's first queue */
+	/* Read as one word: 0 rules out all of these at once (relay.bpf.c). */
 	__u16 flags;  /* enum flow_flag */
 	__u8 path;    /* enum rule_path */
-	__u8 routed;  /* not 0: a multicast route of the kernel; packets of at most this TTL are
-		       * left to it
+	__u8 routed;  /* not 0: mirrors a multicast route of the kernel, which forwards packets up
+		       * to this TTL itself
 		       */
 	__u16 stream; /* index into streams; 0: the rule has one input */
-	__u8 leg;     /* number of the input among those of its stream */
+	__u8 leg;     /* index of the input in its stream */
 	__u8 outputs; /* 1 to XDPCAST_MAX_SLOTS */
 
-	__u16 min_mtu; /* smallest MTU of several outputs; 0 when one is not ready */
+	__u16 min_mtu; /* smallest MTU of several outputs; 0 while one is not ready */
 	__u8 input_mac[6];
 };
 
-/* A slot of the map shortcuts: what a rule takes, its flow entry, and with IPv4 how its one
- * output rewrites, all that a packet of most rules needs, in two cache lines side by side.
+/* A slot of the map shortcuts: key, flow entry and, for IPv4, the rewrite of a single output:
+ * all that packets of most rules need, in two adjacent cache lines.
  */
 struct shortcut {
 	struct flow flow;
-	/* Two words that are compared as such. */
+	/* Compared as two words. */
 	__u8 group[4];
 	__u32 ifindex;
 	__u16 vlan;
 	__u16 outer_vlan;
 	__u16 port;
 	__u8 family;	 /* 4 or 6; 0: empty */
-	__u8 has_output; /* IPv4: 1: the rule has one output, which is ready and not rare */
+	__u8 has_output; /* IPv4: 1: the only output is ready and not rare */
 
 	__u8 source[4]; /* all zero: any */
 	__u8 reserved[12];
 
-	/* IPv4, with has_output: the first line of the output. IPv6: group and source. */
+	/* IPv4 with has_output: the output's first cache line. IPv6: group and source. */
 	__u8 second[64];
 };
 
-/* What people and a restarted control loop want to know of a rule; no program
- * reads it.
- */
+/* For bpftool and a restarted control loop; no program reads it. */
 struct rule {
 	__u32 first_output;
 	__u32 first_stats; /* index into output_stats of slot 0 */
@@ -261,20 +253,20 @@ struct rule {
 
 enum output_flag {
 	OUTPUT_READY = 1 << 0,
-	OUTPUT_SOURCE_SET = 1 << 1,    /* write src; else keep the packet's */
+	OUTPUT_SOURCE_SET = 1 << 1,    /* write src; otherwise keep the packet's */
 	OUTPUT_DSCP_SET = 1 << 2,      /* write dscp; ECN is always kept */
 	OUTPUT_CHECKSUM_ZERO = 1 << 3, /* IPv4: send without a UDP checksum */
-	OUTPUT_RARE = 1 << 4,	       /* something behind the first cache line is used */
-	OUTPUT_PORT_ADD = 1 << 5,      /* rare: dst_port is the packet's and port_shift */
+	OUTPUT_RARE = 1 << 4,	       /* uses the second cache line */
+	OUTPUT_PORT_ADD = 1 << 5,      /* rare: add port_shift to the packet's port */
 	OUTPUT_PCP_SET = 1 << 6,       /* rare: write pcp */
-	OUTPUT_POLICED = 1 << 7,       /* rare: by the policer of the output */
-	OUTPUT_ONE_BUFFER = 1 << 8,    /* rare: the device sends no frames of several buffers */
+	OUTPUT_POLICED = 1 << 7,       /* rare: the output has a policer */
+	OUTPUT_ONE_BUFFER = 1 << 8,    /* rare: the device cannot send multi-buffer frames */
 };
 
 enum vlan_mode {
 	VLAN_KEEP,
 	VLAN_POP,
-	VLAN_SET, /* vlan, and outer_vlan unless it is 0, in place of the packet's tags */
+	VLAN_SET, /* vlan, and outer_vlan unless it is 0, replaces the packet's tags */
 };
 
 enum ttl_mode {
@@ -283,7 +275,7 @@ enum ttl_mode {
 	TTL_SET,
 };
 
-/* How one copy is rewritten. Two cache lines; most outputs need the first alone. */
+/* How one copy is rewritten. Two cache lines; most outputs need only the first. */
 struct output {
 	__u8 dst_mac[6];
 	__u8 src_mac[6];
@@ -292,8 +284,8 @@ struct output {
 	__u16 dst_port;
 	__u16 src_port; /* 0: keep */
 	__u32 ifindex;
-	__u32 stats; /* index into output_stats: counters outlive a change of address */
-	__u16 mtu;   /* bytes of IP packet */
+	__u32 stats; /* index into output_stats: counters survive an address change */
+	__u16 mtu;   /* bytes of the IP packet */
 	__u16 flags; /* enum output_flag */
 	__u8 ttl_mode;
 	__u8 ttl;
@@ -307,164 +299,163 @@ struct output {
 	__u8 vlan_mode; /* enum vlan_mode */
 	__u8 pcp;	/* 0 to 7 */
 	__u8 min_ttl;	/* 0: any */
-	__u8 dst_len;	/* bits of dst that are written, the others are the packet's; 0: all */
-	__u8 blocked;	/* enum drop_reason, while it is not ready */
+	__u8 dst_len;	/* bits of dst to write, the rest stay the packet's; 0: all */
+	__u8 blocked;	/* enum drop_reason while the output is not ready */
 	__u8 unused[3];
-	__u32 held; /* the first output of a routed flow: not 0, its packets are the kernel's */
+	__u32 held; /* first output of a routed flow: nonzero leaves its packets to the kernel */
 	__u8 reserved[40];
 };
 
-/* How several inputs become one stream. */
+/* How several inputs are merged into one stream. */
 enum stream_kind {
 	STREAM_NONE,
 	STREAM_FAILOVER,  /* one leg passes at a time */
 	STREAM_FIELD,	  /* a number at an offset of the UDP payload */
 	STREAM_RTP,	  /* 16 bits; the session is the SSRC */
-	STREAM_RFC4175,	  /* RTP with the extended number behind its header */
-	STREAM_MOLDUDP64, /* numbers count messages; the session is the session's name */
-	STREAM_SINGLE,	  /* one input: every packet passes, and its numbers are watched */
+	STREAM_RFC4175,	  /* RTP with the extended number after its header */
+	STREAM_MOLDUDP64, /* numbers count messages; the session is the session name */
+	STREAM_SINGLE,	  /* one input: every packet passes; numbers are only monitored */
 };
 
-/* What becomes of a packet of a leg. */
+/* The verdict on a leg's packet. */
 enum stream_verdict {
-	STREAM_PASSED,	    /* the first copy of its number, or the leg that passes */
-	STREAM_DUPLICATE,   /* another leg, or this one, has brought the number before */
-	STREAM_LATE,	    /* its number is older than what is remembered */
-	STREAM_ASTRAY,	    /* its number or session is far from the others, and not confirmed */
-	STREAM_OLD_SESSION, /* of the session that the sender has left */
-	STREAM_CONTENDED,   /* other CPUs were in the way again and again */
-	STREAM_NO_NUMBER,   /* it is not of the rule's format, or too short */
-	STREAM_STANDBY,	    /* failover: another leg passes */
+	STREAM_PASSED,	    /* the first copy of its number, or from the active leg */
+	STREAM_DUPLICATE,   /* the number has been received, on this leg or another */
+	STREAM_LATE,	    /* its number is older than the window */
+	STREAM_ASTRAY,	    /* its number or session is far off and not yet confirmed */
+	STREAM_OLD_SESSION, /* of the sender's previous session */
+	STREAM_CONTENDED,   /* lost every compare-and-swap to other CPUs */
+	STREAM_NO_NUMBER,   /* not in the rule's format, or too short */
+	STREAM_STANDBY,	    /* failover: another leg is active */
 	STREAM_VERDICTS,
-	STREAM_BEAT, /* without a number of its own: passes; a heartbeat, or RTCP */
+	STREAM_BEAT, /* a heartbeat or RTCP, without a number of its own: passes */
 };
 
 #define XDPCAST_MAX_LEGS 4
 #define XDPCAST_MAX_STREAMS 1024
 #define XDPCAST_MAX_WINDOWS 4096
-#define STREAM_WORDS 2048 /* of a window's row; each has 32 numbers */
+#define STREAM_WORDS 2048 /* per row of a window; each holds 32 numbers */
 
-/* What a rule with several inputs, or one that is watched, asks for; only the control program
- * writes it.
+/* Settings of a rule with several inputs, or with monitored numbers; written only by the
+ * control plane.
  */
 struct stream {
-	__u64 skew_ns;	   /* what is older than this, or twice this, is never new again */
-	__u64 reset_ns;	   /* a sender begins again after so long without a packet that passed */
-	__u64 silence_ns;  /* failover: a leg without packets for longer is down */
-	__u64 back_ns;	   /* a better leg takes over when it was up for so long; 0: never */
+	__u64 skew_ns;	   /* numbers older than this to twice this never pass again */
+	__u64 reset_ns;	   /* silence after which a sender may restart its numbers */
+	__u64 silence_ns;  /* failover: a leg silent for longer is down */
+	__u64 back_ns;	   /* a better leg takes over once up for this long; 0: never */
 	__u32 first_row;   /* of stream_windows */
-	__u32 word_mask;   /* words of the window less 1 */
+	__u32 word_mask;   /* words of the window minus 1 */
 	__u32 number_mask; /* 2^bits - 1 of a number */
-	__u32 bias;	   /* how far back a number is taken to be from the head, at most ... */
-	__u32 behind;	   /* ... and how far the window remembers */
-	__u32 ahead;	   /* how far forward a number may jump */
-	__u32 slack;	   /* numbers of a leg that go on are at most so far apart */
-	__u16 offset;	   /* STREAM_FIELD: of the number in the UDP payload */
+	__u32 bias;	   /* how far behind the head a number may be read as ... */
+	__u32 behind;	   /* ... and how far back the window reaches */
+	__u32 ahead;	   /* how far ahead of the head a number may be */
+	__u32 slack;	   /* largest gap between consecutive numbers of a leg */
+	__u16 offset;	   /* STREAM_FIELD: offset of the number in the UDP payload */
 	__u16 count_offset;
 	__u8 kind;	  /* enum stream_kind */
-	__u8 width;	  /* of the number in bytes */
-	__u8 count_width; /* of how many numbers the packet takes; 0: one */
+	__u8 width;	  /* of the number, in bytes */
+	__u8 count_width; /* of the field with the packet's count of numbers; 0: one each */
 	__u8 little;	  /* 1: little endian */
-	__u8 shift;	  /* 32 less the bits of a number */
+	__u8 shift;	  /* 32 minus the bits of a number */
 	__u8 pass_other;  /* 1: packets without a number pass */
-	__u8 watch;	  /* STREAM_FAILOVER, STREAM_SINGLE: the kind of numbers that are watched */
+	__u8 watch;	  /* STREAM_FAILOVER, STREAM_SINGLE: format of the monitored numbers */
 	__u8 pad;
-	__u32 clock; /* RTP: timestamps a second; 0: as the payload type says */
+	__u32 clock; /* RTP: timestamp ticks per second; 0: from the payload type */
 	__u32 reserved;
 };
 
-/* A leg of a stream: what its last packets were. One CPU takes the packets of a leg as a rule,
- * and writes these lines alone; that several do costs nothing but the accuracy of what is told.
+/* Receive state of one leg. Usually one CPU receives a leg and is the only writer; several
+ * writers cost only the accuracy of the counters.
  */
 struct stream_leg {
 	__u32 session;
 	__u32 expected; /* number */
 	__u32 candidate_session;
-	__u32 candidate;  /* the number expected after one that did not go on */
-	__u32 run;	  /* how many have gone on from it since */
-	__u32 distrusted; /* 1: it has brought another stream's session */
+	__u32 candidate;  /* number expected after one that jumped */
+	__u32 run;	  /* how many in a row have followed it */
+	__u32 distrusted; /* 1: it carried another stream's session */
 	__u64 jumped_ns;  /* when the leg's numbers last jumped */
 	__u64 history;	  /* bit i: number expected - 1 - i was seen */
-	__u64 position;	  /* of the last number */
+	__u64 position;	  /* position of the last number */
 	__u64 won;	  /* packets that passed */
-	__u64 numbers;	  /* that they had */
+	__u64 numbers;	  /* numbers those packets carried */
 
-	__u64 seen_ns; /* the last packet; CLOCK_MONOTONIC, as coarse as the kernel's tick */
-	__u64 up_ns;   /* failover: since when there was no silence */
-	__u64 lost;    /* numbers that the leg did not bring */
+	__u64 seen_ns; /* the last packet; CLOCK_MONOTONIC, tick resolution */
+	__u64 up_ns;   /* failover: up without silence since */
+	__u64 lost;    /* numbers missing on the leg */
 	__u64 doubled;
 	__u64 reordered;
 	__u64 resets;  /* jumps of its numbers */
 	__u64 senders; /* changes of the session */
-	__u64 others;  /* packets without a number of their own */
+	__u64 others;  /* packets without their own number */
 };
 
-/* Where a stream is; the programs write it. All times are of CLOCK_MONOTONIC, as coarse as the
- * kernel's tick.
+/* State of a stream; written by the programs. All times are CLOCK_MONOTONIC at tick
+ * resolution.
  */
 struct stream_state {
-	__u64 head;	  /* the newest position, as it was up to 31 numbers ago */
-	__u64 floor;	  /* positions up to here are older than the skew */
+	__u64 head;	  /* the newest position, up to 31 numbers behind */
+	__u64 floor;	  /* positions up to this one are older than the skew */
 	__u64 next_floor; /* the floor after this turn: the newest position when it began */
 	__u64 turn_ns;	  /* when the turn began */
 	__u64 pass_ns;	  /* the last packet that passed */
-	__u64 sessions;	  /* the one that passes and, in the upper half, the one before */
-	__u64 session_ns; /* since when it passes; with failover, since when the leg does */
-	__u32 epoch;	  /* restarts, twice; odd: one is under way */
-	__u32 active;	  /* failover: the leg that passes */
+	__u64 sessions;	  /* lower half: the active session; upper half: the previous one */
+	__u64 session_ns; /* active since; with failover, the active leg's time */
+	__u32 epoch;	  /* twice the restarts; odd: one is in progress */
+	__u32 active;	  /* failover: the active leg */
 
 	__u64 start;	   /* position of the first number since the last restart */
-	__u64 before;	   /* numbers that there were before that */
-	__u64 restarts;	   /* with failover, changes of the leg and the first choice */
-	__u32 left;	   /* number up to which the session before has passed */
-	__u32 session_leg; /* the leg that brought the session */
-	__u64 sample; /* lower half of a position, and a check of the packet that passed there */
-	__u32 differ[XDPCAST_MAX_LEGS]; /* of a leg, copies of samples with another check */
-	__u8 differs[XDPCAST_MAX_LEGS]; /* 1: the last copy of a sample was one */
+	__u64 before;	   /* numbers before that restart */
+	__u64 restarts;	   /* with failover, changes of the active leg, and its first choice */
+	__u32 left;	   /* number up to which the previous session passed */
+	__u32 session_leg; /* the leg that introduced the session */
+	__u64 sample; /* lower half of a position, and a checksum of the packet that passed there */
+	__u32 differ[XDPCAST_MAX_LEGS]; /* per leg: copies of samples whose checksum differs */
+	__u8 differs[XDPCAST_MAX_LEGS]; /* 1: the last copy of a sample differed */
 	__u32 pad;
 
 	struct stream_leg legs[XDPCAST_MAX_LEGS];
 };
 
-/* How steadily a leg comes. Written for samples alone, but for filled. */
+/* Timing of a leg. Written only for samples, except filled. */
 struct stream_pulse {
-	__u64 timed_ns;	  /* when a packet came that the next is timed from, by the precise clock */
-	__u64 jitter_ns;  /* 16 times, as in RFC 3550 section A.8 */
-	__u64 gap_ns;	  /* 16 times the mean between two packets; 0: their timestamps are used */
-	__u64 lag_ns;	  /* 8 times the mean behind the first copy of a number */
-	__u64 filled;	  /* numbers up to next_floor that have passed since that was set */
+	__u64 timed_ns;	  /* arrival of the packet that the next is timed from, precise clock */
+	__u64 jitter_ns;  /* times 16, as in RFC 3550 section A.8 */
+	__u64 gap_ns;	  /* 16 times the mean gap between packets; 0: use their timestamps */
+	__u64 lag_ns;	  /* 8 times the mean delay after the first copy of a number */
+	__u64 filled;	  /* numbers up to next_floor that passed after it was set */
 	__u32 timestamp;  /* of the packet at timed_ns */
-	__u32 timed_next; /* the number expected behind it */
+	__u32 timed_next; /* the number expected after it */
 	__u64 pad[2];
 };
 
-/* Of a stream: what is measured, and decides nothing. */
+/* Measurements of a stream; no verdict depends on them. */
 struct stream_health {
-	__u64 sample_ns;   /* when the sample passed, by the precise clock */
-	__u64 marked;	   /* numbers up to next_floor that had passed, less those filled then */
-	__u64 lost;	   /* numbers up to floor that no leg brought */
-	__u32 sample_legs; /* a bit for each leg that has brought the sample */
+	__u64 sample_ns;   /* when the sample passed, precise clock */
+	__u64 marked;	   /* numbers up to next_floor that had passed, minus filled at that time */
+	__u64 lost;	   /* numbers up to floor missing on all legs */
+	__u32 sample_legs; /* a bit for each leg that has carried the sample */
 	__u32 pad;
 	__u64 reserved[4];
 
 	struct stream_pulse legs[XDPCAST_MAX_LEGS];
 };
 
-/* A token bucket, kept as the time at which it is full again (GCRA, ITU-T I.371):
- * one word, changed by compare and swap. Time is in sixteenths of a nanosecond of
- * CLOCK_MONOTONIC.
+/* A token bucket, stored as the time when it is full again (GCRA, ITU-T I.371): one word,
+ * updated by compare-and-swap. Time is in sixteenths of a nanosecond of CLOCK_MONOTONIC.
  */
 struct policer {
 	__u64 full;	/* when the bucket is full again */
-	__u64 cost;	/* of a packet or byte, in units of 2^-16 of that time */
-	__u64 depth;	/* how far full may be ahead of the clock */
-	__u64 rate;	/* as it was asked for: packets or bits a second; 0: no policer */
+	__u64 cost;	/* per packet or byte, in 2^-16 units of that time */
+	__u64 depth;	/* the most that full may be ahead of the clock */
+	__u64 rate;	/* as configured: packets or bits per second; 0: no policer */
 	__u64 burst;	/* packets or bytes */
-	__u32 by_bytes; /* 1: cost is of a byte, 0: of a packet */
+	__u32 by_bytes; /* 1: cost is per byte, 0: per packet */
 	__u32 pad;
 };
 
-/* Key of fragments: what all fragments of a datagram share. */
+/* Key of fragments: the fields that all fragments of a datagram share. */
 struct fragment_key {
 	__u32 ifindex;
 	__u16 vlan;
@@ -475,17 +466,17 @@ struct fragment_key {
 	__u8 dst[16];
 };
 
-/* What a first fragment says to those that follow it. */
+/* Recorded from a first fragment for the later ones. */
 struct fragment {
-	__u64 seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u64 seen_ns; /* CLOCK_MONOTONIC, tick resolution */
 	__u16 port;
 	__u16 verdict; /* of a leg's datagram: enum stream_verdict */
 	__u16 pad[2];
 };
 
-/* Fragments of a datagram that came before its first one. */
+/* Fragments received before the first one of their datagram. */
 struct orphans {
-	__u64 seen_ns; /* the first of them; CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u64 seen_ns; /* the earliest; CLOCK_MONOTONIC, tick resolution */
 	__u32 packets;
 	__u32 bytes;
 };
@@ -502,26 +493,25 @@ struct own_mac {
 };
 
 struct rule_stats {
-	__u64 packets; /* matched, whatever became of them */
-	__u64 bytes;   /* of whole frames as they came in */
-	/* Of a rule with one output, what the kernel path has handed to the device. Of others
-	 * output_stats has it.
+	__u64 packets; /* matched, including dropped ones */
+	__u64 bytes;   /* of whole frames as received */
+	/* With one output, what the kernel path handed to the device; otherwise output_stats
+	 * counts it.
 	 */
 	__u64 sent_packets;
 	__u64 sent_bytes;
-	/* Of the loop guard, see guard.h. */
+	/* For the loop guard (guard.h). */
 	__u64 tick;	  /* of the kernel's clock (jiffies) */
-	__u64 look_until; /* packets up to which this tick's are looked at */
-	/* What follows is written once a tick. */
-	__u64 last_seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u64 look_until; /* packet count up to which this tick's are checked */
+	/* The fields below are written once a tick. */
+	__u64 last_seen_ns; /* CLOCK_MONOTONIC, tick resolution */
 	__u64 tick_packets; /* packets when this tick began */
-	__u32 pace;	    /* the most packets a tick, slowly forgotten */
-	__u32 watched;	    /* ticks for which every packet is still looked at */
-	/* Of packets, what went to AF_XDP sockets. */
+	__u32 pace;	    /* most packets per tick, decaying slowly */
+	__u32 watched;	    /* remaining ticks in which every packet is checked */
+	/* Those of packets redirected to AF_XDP sockets. */
 	__u64 handed_packets;
 	__u64 handed_bytes;
-	/* Of them, copies that the stream of a leg does not need: DROP_DUPLICATE or DROP_STANDBY.
-	 */
+	/* Those of packets dropped with DROP_DUPLICATE or DROP_STANDBY. */
 	__u64 copies_packets;
 	__u64 copies_bytes;
 };
@@ -530,61 +520,61 @@ struct rule_stats {
 #define GUARD_OTHERS 6
 #define GUARD_WAYS 4
 
-/* One who sent a content after its first sender had. */
+/* A sender of a payload that another sender sent first. */
 struct guard_other {
 	__u32 sender;  /* hash of source MAC, address and port; 0: free */
-	__u16 packets; /* that were relayed */
-	__u16 soon;    /* of them, soon after the content was relayed before */
+	__u16 packets; /* relayed */
+	__u16 soon;    /* of these, soon after the payload was last relayed */
 };
 
-/* What is remembered of one content: who brought it, and how often since. */
+/* State of one payload: its senders, and how often each sent it. */
 struct guard_slot {
-	__u32 signature; /* of some bytes of the payload */
-	__u32 seen;	 /* when it was last relayed, in 2^20 ns of CLOCK_MONOTONIC */
-	__u32 rule;	 /* that relayed it last */
-	__u32 sender;	 /* hash of source MAC and address of the first packet */
-	__u32 packets;	 /* of that sender and port */
-	__u32 soon;	 /* of them, soon after the content was relayed before */
-	__u32 cut;	 /* packets that were dropped as returns */
-	__u32 born;	 /* when the first packet came, as seen */
-	__u32 early;	 /* a bit for each of others that came so soon after that */
-	__u32 arrivals;	 /* packets after the first, of whomever */
-	__u32 marked;	 /* arrivals when a mark last came back */
-	__u16 steps;	 /* a bit for each mark that came back shortly before */
-	__u16 foreign;	 /* packets with another relay's mark, since this one marked */
-	__u16 id;	 /* what the first packet had where a mark would be, as in the packet */
-	__u16 is_marked; /* 1: it was, at that time: */
-	__u32 marked_at; /* as seen */
-	__u16 port;	 /* source port of the first packet, as in the packet */
-	__u16 sum;	 /* of the payload, from a UDP checksum; 0: not known */
+	__u32 signature; /* hash of some bytes of the payload */
+	__u32 seen;	 /* when last relayed, in units of 2^20 ns of CLOCK_MONOTONIC */
+	__u32 rule;	 /* rule that relayed it last */
+	__u32 sender;	 /* hash of the first packet's source MAC and address */
+	__u32 packets;	 /* from that sender and port */
+	__u32 soon;	 /* of these, soon after the payload was last relayed */
+	__u32 cut;	 /* packets dropped as returned */
+	__u32 born;	 /* when the first packet arrived, unit as seen */
+	__u32 early;	 /* a bit for each of others that arrived soon after born */
+	__u32 arrivals;	 /* packets after the first, from any sender */
+	__u32 marked;	 /* value of arrivals when a mark last returned */
+	__u16 steps;	 /* a bit for each mark that returned recently */
+	__u16 foreign;	 /* packets with another relay's mark since this one marked */
+	__u16 id;	 /* the first packet's field that a mark would replace, network order */
+	__u16 is_marked; /* 1: marked, at marked_at */
+	__u32 marked_at; /* unit as seen */
+	__u16 port;	 /* source port of the first packet, network order */
+	__u16 sum;	 /* sum of the payload, derived from a UDP checksum; 0: unknown */
 	struct guard_other others[GUARD_OTHERS];
 };
 
-/* A way on which packets come back to a rule. */
+/* A path by which packets return to a rule. */
 struct guard_way {
-	__u64 first_ns;	   /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
+	__u64 first_ns;	   /* CLOCK_MONOTONIC, tick resolution */
 	__u64 last_ns;	   /* 0: free */
-	__u64 forgiven_ns; /* when the sender proved to send by itself */
+	__u64 forgiven_ns; /* when its sender was found to be an origin */
 	__u64 packets;	   /* dropped */
-	__u64 probe_ns;	   /* when a packet was last let pass, to see whether it comes back */
-	__u32 probe;	   /* its signature, while that is not known; else 0 */
-	__u32 orphans;	   /* packets in a row that nothing sent before */
+	__u64 probe_ns;	   /* when a packet was last let through, to see whether it returns */
+	__u32 probe;	   /* that packet's signature until the result is known; otherwise 0 */
+	__u32 orphans;	   /* packets in a row that this host had not sent */
 	__u32 sender;
-	__u32 ifindex; /* they come in on */
-	__u32 from;    /* rule that had sent the last one */
+	__u32 ifindex; /* interface they arrive on */
+	__u32 from;    /* rule that sent the last one */
 	__u8 mac[6];   /* their source MAC */
 	__u8 pad[6];
 	__u8 source[16]; /* their source; IPv4 as ::ffff:a.b.c.d */
 };
 
-/* A rule whose packets come back. */
+/* A rule whose packets return. */
 struct loop {
 	__u64 since_ns; /* the first return after none for GUARD_HEAL_NS */
-	__u64 last_ns;	/* the last one */
+	__u64 last_ns;	/* the last return */
 	struct guard_way ways[GUARD_WAYS];
 };
 
-/* Of an output of a rule with several. */
+/* Counters of an output of a rule with several. */
 struct output_stats {
 	__u64 packets; /* handed to the device */
 	__u64 bytes;
@@ -595,11 +585,11 @@ struct counter {
 	__u64 bytes;
 };
 
-/* What a drop is counted for. */
+/* What a drop is counted against. */
 enum drop_scope {
 	DROP_RULE,    /* before the packet was copied: it misses every output */
 	DROP_OUTPUT,  /* one output's copy */
-	DROP_UNKNOWN, /* its rule is not known; id is 0 */
+	DROP_UNKNOWN, /* the rule is unknown; id is 0 */
 	DROP_NOTE,    /* no drop: a note on a rule; reason is enum note */
 };
 
@@ -610,26 +600,26 @@ struct drop_key {
 	__u16 reason; /* enum drop_reason */
 };
 
-/* What a cell of user_stats counts for, and what. */
+/* What a cell of user_stats counts, and for which object. */
 enum user_scope {
 	USER_FREE,
 	USER_RULE,   /* id: rule */
 	USER_OUTPUT, /* id: stats of an output */
-	USER_TOTAL,  /* id 0: what rules dropped that are gone, and what no rule has */
-	USER_INPUT,  /* id: interface, of packets lost on the way to workers */
-	USER_DEVICE, /* id: interface, of packets lost behind workers */
-	USER_LOOSE,  /* of a rule or output without number */
-	USER_HEADER, /* the first cell: packets is how many pages were ever used */
+	USER_TOTAL,  /* id 0: drops of removed rules, and counts without a rule */
+	USER_INPUT,  /* id: interface, of packets lost before the workers */
+	USER_DEVICE, /* id: interface, of packets lost after the workers */
+	USER_LOOSE,  /* a rule or output without an id */
+	USER_HEADER, /* the first cell: packets is the number of pages ever used */
 };
 
 enum user_kind {
 	USER_MATCHED,
-	USER_DELIVERED, /* matched by the relay program, and came to a worker */
+	USER_DELIVERED, /* matched by the relay program and received by a worker */
 	USER_SENT,
 	USER_FRAGMENT_FIRST,
 	USER_FRAGMENT_LATER,
 	USER_FRAGMENT_ORPHAN,
-	USER_UNSENT, /* counted as sent, and not taken by the device */
+	USER_UNSENT, /* counted as sent, but refused by the device */
 	USER_NO_FRAME,
 	USER_RING_FULL,
 	USER_RULE_GONE,
@@ -654,40 +644,40 @@ struct querier_key {
 	__u32 family; /* 4: IGMP, 6: MLD */
 };
 
-/* The multicast querier that an interface last heard from. */
+/* The multicast querier last heard on an interface. */
 struct querier {
-	__u64 packets;	    /* queries, of whatever querier */
-	__u64 last_seen_ns; /* CLOCK_MONOTONIC, as coarse as the kernel's tick */
-	__u8 address[16];   /* IPv4: the first four bytes; 0.0.0.0 is a switch without one */
+	__u64 packets;	    /* queries, from any querier */
+	__u64 last_seen_ns; /* CLOCK_MONOTONIC, tick resolution */
+	__u8 address[16];   /* IPv4: the first four bytes; 0.0.0.0: a switch without an address */
 	__u32 version;	    /* of the last query: IGMP 1 to 3, MLD 1 or 2 */
 	__u32 pad;
 };
 
-/* Where the copies of a rule with several outputs go: one for each output, sorted
- * by interface, so that the egress program finds its own.
+/* One output of a rule with several, sorted by interface so that the egress program finds
+ * its own.
  */
 struct copy {
 	__u32 ifindex;
 	__u16 slot;
-	__u16 same; /* outputs of the rule on this interface; right in the first of them */
+	__u16 same; /* outputs of the rule on this interface; valid in the first of them */
 };
 
-/* Which of several outputs on one interface is next. */
+/* Next of several outputs on one interface. */
 struct turn {
-	__u32 sequence; /* of the frame whose copies are being counted */
+	__u32 sequence; /* of the frame being copied */
 	__u32 next;
 };
 
-/* What the egress program has dropped of the bulk that is being sent: the kernel's
- * tracepoint does not tell it from what the device dropped.
+/* Frames of the current bulk that the egress program dropped: the kernel's tracepoint does
+ * not tell them from those the device dropped.
  */
 struct egress_drops {
 	__u32 ifindex;
 	__u32 packets;
 };
 
-/* What devices did with frames after the programs had returned. */
+/* Frames that devices refused after the programs returned. */
 struct device_stats {
-	__u64 transmit_drops;  /* the driver did not take them */
+	__u64 transmit_drops;  /* the driver refused them */
 	__u64 redirect_errors; /* the device was down, or the frame too long for it */
 };
