@@ -13,13 +13,13 @@ import (
 func healthCommand(now func() time.Time) *cli.Command {
 	return &cli.Command{
 		Name:      "health",
-		Usage:     "show what the inputs of rules with several, or with health=, have brought, and what they lack",
+		Usage:     "show what the inputs of rules with several, or with health=, received and lost",
 		ArgsUsage: "[NAME]",
-		Description: "LOST counts the numbers that an input did not bring, TWICE and LATE those that it brought again or behind a later\n" +
-			"one, JUMPS and SENDERS how often its numbers or its sender changed. JITTER is how unsteadily its packets come\n" +
+		Description: "LOST counts the numbers that an input did not receive, TWICE and LATE those received again or after a later\n" +
+			"one, JUMPS and SENDERS how often its numbers or its sender changed. JITTER is the interarrival jitter of its packets\n" +
 			"(RFC 3550 section A.8), against RTP timestamps, or with a ~ against the mean time between packets. Of several\n" +
 			"inputs SHARE is the part of the packets that were relayed, BEHIND and LAG how many numbers and how long an input is\n" +
-			"behind, and DIFFER how many of its copies that were looked at, one in 64, are another packet than the one relayed.\n" +
+			"behind, and DIFFER how many of the compared copies, one in 64, differ from the packet relayed.\n" +
 			"With --watch, -o json writes one document a line.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "refresh until interrupted"},

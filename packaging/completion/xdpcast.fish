@@ -123,7 +123,7 @@ complete -c xdpcast -n '__fish_seen_subcommand_from stats' -f -l interval -r -d 
 complete -c xdpcast -n '__fish_seen_subcommand_from stats' -f -l pin-dir -r -d '`DIR` of pinned programs and maps'
 complete -c xdpcast -n '__fish_seen_subcommand_from stats' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'
 complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l help -s h -d 'show help'
-complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'health' -d 'show what the inputs of rules with several, or with health=, have brought, and what they lack'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'health' -d 'show what the inputs of rules with several, or with health=, received and lost'
 complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l watch -s w -d 'refresh until interrupted'
 complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l interval -r -d '`TIME` between refreshes with --watch'
 complete -c xdpcast -n '__fish_seen_subcommand_from health' -f -l output -s o -r -d '`FORMAT`: table for people, json for programs'

@@ -23,8 +23,8 @@ type broadcast struct {
 	users   int // rules
 }
 
-// fanKey is the sorted interfaces of the ready outputs.
-func fanKey(out []flow.Output) (key string, indexes []int) {
+// broadcastKey is the sorted interfaces of the ready outputs.
+func broadcastKey(out []flow.Output) (key string, indexes []int) {
 	for _, o := range out {
 		if o.Ready {
 			indexes = append(indexes, o.Index)
@@ -53,7 +53,7 @@ func (o openBroadcasts) close() error {
 // useBroadcast counts a user of the broadcast for some outputs and returns its devmap, which stays
 // in open.
 func (l *Loader) useBroadcast(out []flow.Output, open openBroadcasts) (*ebpf.Map, error) {
-	key, indexes := fanKey(out)
+	key, indexes := broadcastKey(out)
 	f := l.broadcasts[key]
 	devmap := open[key]
 	var err error
@@ -78,7 +78,7 @@ func (l *Loader) useBroadcast(out []flow.Output, open openBroadcasts) (*ebpf.Map
 
 // releaseBroadcast is the inverse of useBroadcast.
 func (l *Loader) releaseBroadcast(out []flow.Output) error {
-	key, _ := fanKey(out)
+	key, _ := broadcastKey(out)
 	f := l.broadcasts[key]
 	if f == nil {
 		return nil
@@ -136,7 +136,7 @@ func (l *Loader) replaceBroadcast(key string, f *broadcast) (*ebpf.Map, error) {
 		if len(e.rule.Out) < 2 {
 			continue
 		}
-		if of, _ := fanKey(e.rule.Out); of == key {
+		if of, _ := broadcastKey(e.rule.Out); of == key {
 			rows.add(e.first, uint32(devmap.FD()))
 		}
 	}
@@ -263,7 +263,7 @@ func (l *Loader) adoptBroadcasts() error {
 		return err
 	}
 	for i, e := range rules {
-		key, indexes := fanKey(e.rule.Out)
+		key, indexes := broadcastKey(e.rule.Out)
 		f := l.broadcasts[key]
 		if f == nil {
 			f = &broadcast{indexes: indexes, id: ids[i]}

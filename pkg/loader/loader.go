@@ -154,11 +154,11 @@ type Loader struct {
 	steeringKnown bool  // the queues were created or kept by this process
 	steeringFault error
 
-	fanCursor string // where Observe continues among many devmaps
-	routed    routed
-	account   *account.Account
-	counters  map[string][]openCounters // opened by paths, by rule
-	lost      losses
+	broadcastCursor string // where Observe continues among many devmaps
+	routed          routed
+	account         *account.Account
+	counters        map[string][]openCounters // opened by paths, by rule
+	lost            losses
 
 	adopted  bool
 	replaced *replacement // set if the previous pinned state could not be taken over

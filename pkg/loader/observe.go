@@ -179,14 +179,14 @@ func (l *Loader) observeBroadcasts(o *Observation) {
 	}
 	egress := l.egressID(o)
 	keys := slices.Sorted(maps.Keys(l.broadcasts))
-	start, _ := slices.BinarySearch(keys, l.fanCursor)
+	start, _ := slices.BinarySearch(keys, l.broadcastCursor)
 	filled := map[int]bool{}
 	for i, rows := 0, 0; i < len(keys) && rows < observedRows; i++ {
 		key := keys[(start+i)%len(keys)]
 		f := l.broadcasts[key]
 		rows += 1 + len(f.indexes)
 		o.fail(l.observeBroadcast(key, f, egress, filled))
-		l.fanCursor = key + "\x00" // the smallest string after it
+		l.broadcastCursor = key + "\x00" // the smallest string after it
 	}
 	for _, index := range slices.Sorted(maps.Keys(filled)) {
 		o.repaired("outputs on %s of rules with several had no device: their rows are filled again", programInterface(index))

@@ -262,7 +262,7 @@ func TestManyDevmapsAreObserved(t *testing.T) {
 	seen := map[string]bool{}
 	for range len(l.broadcasts) {
 		l.Observe()
-		seen[l.fanCursor] = true
+		seen[l.broadcastCursor] = true
 	}
 	nothingIsLost(t, l)
 	if len(seen) == 0 {

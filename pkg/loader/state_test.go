@@ -277,7 +277,7 @@ func kernelFits(t testing.TB, l *Loader) {
 	t.Helper()
 	several, names := 0, 0
 	for _, e := range l.rules {
-		if key, _ := fanKey(e.rule.Out); len(e.rule.Out) > 1 && key != "" {
+		if key, _ := broadcastKey(e.rule.Out); len(e.rule.Out) > 1 && key != "" {
 			several++
 		}
 	}
