@@ -132,7 +132,7 @@ func discoverNotes(r discover.Result) (notes []string) {
 		notes = append(notes, fmt.Sprintf("more than %d streams: %d of the longest silent are omitted", discover.MaxStreams, r.Forgotten))
 	}
 	if r.Fragments > 0 {
-		notes = append(notes, fmt.Sprintf("%d fragments behind the first of a datagram, which name no port, are in no stream's rate", r.Fragments))
+		notes = append(notes, fmt.Sprintf("%d later fragments, which carry no ports, are not in any stream's rate", r.Fragments))
 	}
 	if r.Unkept > 0 {
 		notes = append(notes, fmt.Sprintf("more than %d announced sessions: %d announcements are left out", discover.MaxSessions, r.Unkept))

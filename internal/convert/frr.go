@@ -92,7 +92,7 @@ func frrRoute(l source, iface string, at int) (r route, err error) {
 	r.line, r.iface = l, iface
 	group, err := netip.ParseAddr(l.word(at))
 	if err != nil || group.Zone() != "" || !group.IsMulticast() || len(l.words) > at+2 {
-		return r, fmt.Errorf("want a multicast group and at most a source behind it")
+		return r, fmt.Errorf("want a multicast group, optionally followed by a source")
 	}
 	r.group = netip.PrefixFrom(group, group.BitLen())
 	if text := l.word(at + 1); text != "" {

@@ -36,7 +36,7 @@ func (c *converter) smcroute(lines []source) {
 		case "mroute":
 			r, err := parseRoute(l)
 			if err == nil && len(r.out) == 0 {
-				err = fmt.Errorf("want interfaces behind \"to\"")
+				err = fmt.Errorf("want interfaces after \"to\"")
 			}
 			if err != nil {
 				c.note(l, "%v", err)

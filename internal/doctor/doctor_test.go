@@ -319,7 +319,7 @@ var faults = []struct {
 		if err := p.relay.Netlink().LinkSetMaster(labtest.Link(p.t, p.relay, "in0"), bridge); err != nil {
 			p.t.Fatal(err)
 		}
-	}, "interface in0", "querier", Warning, "bridge br0 snoops and nobody asks", "ip link set dev br0 type bridge mcast_querier 1"},
+	}, "interface in0", "querier", Warning, "bridge br0 snoops without a querier", "ip link set dev br0 type bridge mcast_querier 1"},
 	{"no querier", func(p *patient) { p.status.Interfaces[0].IGMP.Querier = "" },
 		"interface in0", "querier", Warning, "no IGMP querier was heard on in0", "querier"},
 	{"an IGMP version is forced", func(p *patient) { labtest.Sysctl(p.t, p.relay, "net/ipv4/conf/in0/force_igmp_version", "2") },

@@ -79,7 +79,7 @@ func (w *way) state() {
 	default:
 		w.add("state", 0, fault("xdpcast rule show "+w.r.Name, "%s: %s", s.State, s.Reason))
 		if s.UsedPath == "" {
-			w.ends("at the rule, which is not in force: %s", s.Reason)
+			w.ends("at the rule, which is not active: %s", s.Reason)
 		}
 	}
 }
@@ -118,7 +118,7 @@ func (w *way) memberships() {
 		return
 	}
 	if !w.daemon {
-		w.add("membership", 0, fault("systemctl start xdpcast", "no daemon runs: nobody has joined the group, and the network may not bring it"))
+		w.add("membership", 0, fault("systemctl start xdpcast", "no daemon runs: the group is not joined, and the network may not deliver it"))
 		return
 	}
 	if len(w.r.Groups) == 0 {

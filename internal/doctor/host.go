@@ -94,7 +94,7 @@ func daemon(h *Host) (found []Finding) {
 	d := h.Daemon
 	switch {
 	case d == nil && h.Rules > 0:
-		return one(fault("systemctl start xdpcast", "no daemon runs: the kernel goes on relaying %s of the path kernel, but no group is joined, and rules of the paths afxdp and fanout stand still", plural(h.Rules, "rule")))
+		return one(fault("systemctl start xdpcast", "no daemon runs: the kernel keeps relaying %s of the path kernel, but no group is joined, and the paths afxdp and fanout are down", plural(h.Rules, "rule")))
 	case d == nil:
 		return one(warning("systemctl start xdpcast", "no daemon runs, and no rule is in the kernel"))
 	case !d.Ready:

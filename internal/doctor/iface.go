@@ -20,7 +20,7 @@ var interfaceChecks = [...]struct {
 	run        func(*Interface) []Finding
 }{
 	{checkPresent, "up, with carrier", present},
-	{"program", "no rule lacks the relay program", program},
+	{"program", "the relay program is attached for every rule", program},
 	{"native", "nothing keeps programs from running in the driver", native},
 	{"transmit", "no output that redirected frames would miss", transmit},
 	{"queues", "no input on a single queue", queues},
@@ -264,7 +264,7 @@ func filter(i *Interface) []Finding {
 		return nil
 	}
 	return one(warning("ip link set dev "+i.Name+" allmulticast on",
-		"%s is not told to take the groups of %s, which nobody joins: a network card filters them out", i.Name, some(hidden)))
+		"%s does not receive the groups of %s, which no rule joins: a network card filters them out", i.Name, some(hidden)))
 }
 
 // some shortens a list.
@@ -280,7 +280,7 @@ func some(all []string) string {
 func querier(i *Interface) []Finding {
 	if b := i.Master; b != nil && b.Snooping && !b.Querier && !b.Heard {
 		return one(warning("ip link set dev "+i.MasterName+" type bridge mcast_querier 1",
-			"bridge %s snoops and nobody asks for memberships: it forgets who wants a group after some minutes, and streams end", i.MasterName))
+			"bridge %s snoops without a querier: memberships expire after some minutes, and streams end", i.MasterName))
 	}
 	if i.Joined == 0 {
 		return nil
@@ -291,7 +291,7 @@ func querier(i *Interface) []Finding {
 	}{{"IGMP", i.IGMP}, {"MLD", i.MLD}} {
 		if m.multicast != nil && m.multicast.Querier == "" && m.multicast.Version != "" {
 			return one(warning("enable the IGMP querier of the switch or router (ip igmp snooping querier); between two hosts there is none, and need not be",
-				"no %s querier was heard on %s: behind a switch that snoops, streams end some minutes after they begin", m.name, i.Name))
+				"no %s querier was heard on %s: behind a snooping switch, streams end some minutes after they begin", m.name, i.Name))
 		}
 	}
 	return nil
@@ -331,7 +331,7 @@ func igmp(i *Interface) (found []Finding) {
 
 func mtu(i *Interface) (found []Finding) {
 	if n := i.TooLong[1] - i.TooLong[0]; i.TooLong[1] > 0 {
-		cure := raiseMTU(i.Link, max(9000, i.Link.MTU)) + ", and what is behind it likewise"
+		cure := raiseMTU(i.Link, max(9000, i.Link.MTU)) + ", and on the path behind it"
 		if n > 0 {
 			found = append(found, fault(cure, "%d copies in %v were too long for %s (MTU %d), reason mtu", n, i.Apart, i.Name, i.Link.SendMTU()))
 		} else {

@@ -320,7 +320,7 @@ func TestFollow(t *testing.T) {
 		{"the rule is not in force", func(r *Rule) {
 			silent(r)
 			r.Status[1].State, r.Status[1].Reason, r.Status[1].UsedPath = control.StateFailed, "no route", ""
-		}, "state", Fault, "failed: no route", "rule show cam1", "packets end at the rule, which is not in force: no route"},
+		}, "state", Fault, "failed: no route", "rule show cam1", "packets end at the rule, which is not active: no route"},
 		{"it loops", func(r *Rule) { r.Status[1].State, r.Status[1].Reason = control.StateLooping, "by out0" }, "state", Fault, "by out0", "explain cam1", "went the whole way"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -339,7 +339,7 @@ func TestFollow(t *testing.T) {
 	f := healthy()
 	f.Host.Daemon = nil
 	r := Diagnose(f)
-	if got := r.worst("rule cam1", "membership"); got.Level != Fault || !strings.Contains(got.Text, "nobody has joined") {
+	if got := r.worst("rule cam1", "membership"); got.Level != Fault || !strings.Contains(got.Text, "the group is not joined") {
 		t.Errorf("without a daemon: %+v", got)
 	}
 }

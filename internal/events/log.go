@@ -375,7 +375,7 @@ func (r *Reader) Next(buf []Event) []Event {
 	defer l.mu.Unlock()
 	switch {
 	case r.after > l.shown:
-		buf = append(buf, Event{Time: l.opts.Now(), Kind: KindMissed, Cause: "the numbers have begun anew"})
+		buf = append(buf, Event{Time: l.opts.Now(), Kind: KindMissed, Cause: "event numbers were restarted"})
 		r.after = l.first - 1
 	case r.after+1 < l.first:
 		buf = append(buf, Event{Time: l.opts.Now(), Kind: KindMissed, Count: l.first - 1 - r.after})

@@ -781,10 +781,10 @@ func TestReplace(t *testing.T) {
 			if l.Adopted() {
 				t.Error("the state is called adopted")
 			}
-			hasWarning(t, l, "its programs run until the rules are in force", c.want)
+			hasWarning(t, l, "its programs run until the rules are active", c.want)
 			s.finish() // packets pass unrelayed for a moment now
 			sync1(t, l, rules...)
-			hasWarning(t, l, "counters began anew, and the streams of the kernel path were interrupted for", c.want)
+			hasWarning(t, l, "counters restarted at 0, and the streams of the kernel path were interrupted for", c.want)
 			if l.replaced.interrupted <= 0 || l.replaced.interrupted > 10*time.Second {
 				t.Errorf("interrupted for %v", l.replaced.interrupted)
 			}

@@ -55,9 +55,9 @@ func (r *replacement) warnings() []string {
 	case r == nil:
 		return nil
 	case !r.done:
-		return []string{fmt.Sprintf("pinned state was replaced, and its programs run until the rules are in force: %v", r.why)}
+		return []string{fmt.Sprintf("pinned state was replaced, and its programs run until the rules are active: %v", r.why)}
 	}
-	return []string{fmt.Sprintf("pinned state was replaced: counters began anew, and the streams of the kernel path were interrupted for %v: %v",
+	return []string{fmt.Sprintf("pinned state was replaced: counters restarted at 0, and the streams of the kernel path were interrupted for %v: %v",
 		r.interrupted.Round(time.Microsecond), r.why)}
 }
 
@@ -93,7 +93,7 @@ func (l *Loader) replace(why error) (err error) {
 		return err
 	}
 	l.replaced = &replacement{why: why}
-	l.log.Warn("pinned state is replaced; its programs run until the rules are in force", "why", why, "interfaces", len(l.links))
+	l.log.Warn("pinned state is replaced; its programs run until the rules are active", "why", why, "interfaces", len(l.links))
 	return nil
 }
 

@@ -564,7 +564,7 @@ func TestReplacedState(t *testing.T) {
 		in.waitState("one", control.StateActive)
 		stream.flows(1_000)
 		sent := stream.stop()
-		if got := in.mustCLI("status"); !strings.Contains(got, "pinned state was replaced: counters began anew, and the streams of the kernel path were interrupted for ") || !strings.Contains(got, c.why) {
+		if got := in.mustCLI("status"); !strings.Contains(got, "pinned state was replaced: counters restarted at 0, and the streams of the kernel path were interrupted for ") || !strings.Contains(got, c.why) {
 			t.Errorf("%s: status says\n%s", c.name, got)
 		}
 		// Some pass unrelayed in the grace period of the change, which a busy machine prolongs.
