@@ -20,6 +20,7 @@
 //	subject_xdp.go      direct, a bare redirect and a bare broadcast: the ceilings
 //	subject_kernel.go   multicast routing, tc, nftables
 //	subject_afxdp.go    ref/forward.c, an AF_XDP forwarder in C
+//	subject_testpmd.go  testpmd, the forwarder of DPDK, on two of its drivers
 //	subject_socat.go    socat
 //	process.go          programs that run on a host of the lab
 //

@@ -94,7 +94,7 @@ func (s subject) can(with setup) string {
 func subjects() []subject {
 	return []subject{
 		direct(), lossy(), xdpcast("kernel"), xdpcast("afxdp"), xdpcast("fanout"),
-		redirect(), broadcast(), referenceAFXDP(), multicastRouting(), mirroredRouting(), mirred(), netdevDup(), socat(),
+		redirect(), broadcast(), referenceAFXDP(), testpmd("af_packet"), testpmd("af_xdp"), multicastRouting(), mirroredRouting(), mirred(), netdevDup(), socat(),
 	}
 }
 
