@@ -20,6 +20,7 @@ import (
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/events"
+	"xdpcast/internal/forward"
 	"xdpcast/internal/metrics"
 	"xdpcast/internal/notify"
 	"xdpcast/internal/privilege"
@@ -45,6 +46,7 @@ func runCommand() *cli.Command {
 			&cli.UintFlag{Name: "max-outputs", Usage: "room for `N` outputs in the kernel", DefaultText: "65536, or twice those of the file"},
 			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one per CPU"},
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
+			&cli.UintFlag{Name: "worker-priority", Usage: "real-time priority of the workers of the afxdp and fanout paths (SCHED_FIFO): `N`, 1 to 99", DefaultText: "none"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, described in its environment"},
 			&cli.StringFlag{Name: "log-level", Usage: "minimum `LEVEL` to log: debug, info, warn or error", Value: "info"},
@@ -110,6 +112,10 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 	if workers > maxWorkers {
 		return relay.Options{}, usagef("--fanout-workers %d: want at most %d", workers, maxWorkers)
 	}
+	priority := c.Uint("worker-priority")
+	if c.IsSet("worker-priority") && (priority < 1 || priority > forward.MaxPriority) {
+		return relay.Options{}, usagef("--worker-priority %d: want 1 to %d", priority, forward.MaxPriority)
+	}
 	afxdp, err := afxdpOptions(c)
 	if err != nil {
 		return relay.Options{}, err
@@ -119,7 +125,7 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 		return relay.Options{}, err
 	}
 	return relay.Options{
-		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Steering: steering,
+		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Priority: int(priority), Steering: steering,
 		ConfigFile: c.String("config"), StateDir: stateDir(c), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/urfave/cli/v2"
+	"kernel.org/pub/linux/libs/security/libcap/cap"
 
 	"xdpcast/internal/privilege"
 )
@@ -44,7 +45,11 @@ func dropPrivileges(c *cli.Context, u *privilege.User, log *slog.Logger) error {
 			return err
 		}
 	}
-	s, err := privilege.Drop(u)
+	var also []cap.Value
+	if c.Uint("worker-priority") > 0 {
+		also = append(also, cap.SYS_NICE)
+	}
+	s, err := privilege.Drop(u, also...)
 	if err != nil {
 		return err
 	}

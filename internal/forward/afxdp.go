@@ -58,8 +58,12 @@ type AFXDPOptions struct {
 	// nothing else needs; 0 means not at all.
 	Spin time.Duration
 	// Frames is the number of frames of memory of each worker, of 2 or 4 kB; 0 means 8192.
-	// Receiving uses 4096, or 8192 of 12288 or more; copies in flight use the rest.
+	// Receiving uses the largest power of two up to half of them, at most 32768; copies in
+	// flight use the rest.
 	Frames int
+	// Priority is the real-time priority (SCHED_FIFO) of the workers' threads, 1 to 99; see
+	// [CheckPriority]. 0 leaves them to the default scheduler.
+	Priority int
 	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
 	BusyPoll       time.Duration
 	PreferBusyPoll bool
@@ -151,6 +155,8 @@ func (o AFXDPOptions) Validate() error {
 	switch {
 	case o.Queues < 0 || o.Queues > bpf.MaxQueues:
 		return &xsk.OptionError{Option: "Queues", Value: o.Queues, Want: fmt.Sprintf("1 to %d", bpf.MaxQueues)}
+	case o.Priority < 0 || o.Priority > MaxPriority:
+		return &xsk.OptionError{Option: "Priority", Value: o.Priority, Want: fmt.Sprintf("0 to %d", MaxPriority)}
 	case o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames):
 		return &xsk.OptionError{Option: "Frames", Value: o.Frames, Want: fmt.Sprintf("%d to %d", minFrames, maxFrames)}
 	}
@@ -421,7 +427,7 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 	if err != nil {
 		return nil, err
 	}
-	w.socket.Fill(w.path.opts.receiveRing())
+	w.fill()
 	if w.waiter, err = xsk.NewWaiter(); err != nil {
 		return nil, err
 	}
@@ -470,14 +476,15 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer 
 	return err
 }
 
-// receiveRing returns the size of the receiving rings. Twice as many frames are reserved
-// for them: those in the ring, and those that the kernel fills.
+// receiveRing returns the size of the receiving rings, which is also the number of frames for
+// receiving: the kernel can place as many packets while the worker does not run. It is the largest
+// power of two that leaves at least as many frames to the copies.
 func (o *AFXDPOptions) receiveRing() int {
-	if o.Frames >= 2*minFrames {
-		return 2 * ringSize
-	}
-	return ringSize
+	return min(1<<(bits.Len(uint(o.Frames/2))-1), maxReceiveRing)
 }
+
+// copyFrames returns the number of frames for copies being sent.
+func (o *AFXDPOptions) copyFrames() int { return o.Frames - o.receiveRing() }
 
 func (a *AFXDP) socketOptions() xsk.Options {
 	receive := a.opts.receiveRing()
@@ -624,7 +631,7 @@ func (w *afxdpWorker) setLimits() {
 		}
 	}
 	for _, s := range w.senders {
-		s.limit = min(ringSize, (w.path.opts.Frames-2*w.path.opts.receiveRing())/max(n, 1))
+		s.limit = min(ringSize, w.path.opts.copyFrames()/max(n, 1))
 	}
 }
 

@@ -2,6 +2,7 @@ package forward
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -27,7 +28,7 @@ func TestAFXDPLost(t *testing.T) {
 	w := b.path.inputs[b.in.Index].workers[0]
 	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
 	const frames = 2*ringSize + 500
-	b.whileStalled(t, w, frames, source)
+	b.whileStalled(t, w, 0, frames, source)
 	labtest.Eventually(t, "the rest is through", func() bool {
 		return b.path.Stats(nil)[0].Matched.Packets+b.unseen(t) == frames
 	})
@@ -50,12 +51,12 @@ func TestAFXDPLost(t *testing.T) {
 	}
 }
 
-// whileStalled sends frames, which match before the worker reads its ring.
-func (b *xdpBench) whileStalled(t *testing.T, w *afxdpWorker, frames int, source *fanout.Sender) {
+// whileStalled sends frames, after earlier ones. They match before the worker reads its ring.
+func (b *xdpBench) whileStalled(t *testing.T, w *afxdpWorker, earlier, frames int, source *fanout.Sender) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for n := range frames {
-		sendFrames(t, source, [][]byte{numbered(0, n).Build()})
+		sendFrames(t, source, [][]byte{numbered(0, earlier+n).Build()})
 	}
 	// Checked by a reader, which does not wait for the worker.
 	labtest.Eventually(t, "all have matched", func() bool {
@@ -69,22 +70,45 @@ func (b *xdpBench) whileStalled(t *testing.T, w *afxdpWorker, frames int, source
 		if err != nil {
 			t.Error(err)
 		}
-		return err != nil || stats.Rules[0].Matched.Packets == uint64(frames)
+		return err != nil || stats.Rules[0].Matched.Packets == uint64(earlier+frames)
 	})
 }
 
-// With more frames the rings are longer: packets that arrive during a delay of twice the length are not lost.
-func TestAFXDPLongRings(t *testing.T) {
-	b := newXDPBench(t, 1, 1, 0)
-	b.openWith(t, AFXDPOptions{Frames: 2 * minFrames})
-	b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
-	const frames = 2 * ringSize
-	b.whileStalled(t, b.path.inputs[b.in.Index].workers[0], frames, openSender(t, b.source, iface(t, b.source, "eth0").Index))
-	labtest.Eventually(t, "all came to the worker", func() bool {
-		return b.path.Stats(nil)[0].Matched.Packets+b.unseen(t) == frames
-	})
-	if lost := b.unseen(t); lost != 0 {
-		t.Errorf("%d of %d frames lost", lost, frames)
+// Half of the frames are for receiving: while the worker does not run, as many packets wait. The
+// other half is still there for copies when it runs again, and all are received again afterwards.
+func TestAFXDPRings(t *testing.T) {
+	for frames, room := range map[int]int{minFrames: ringSize, 0: 2 * ringSize, 8 * ringSize: 4 * ringSize} {
+		t.Run(fmt.Sprint(frames), func(t *testing.T) {
+			b := newXDPBench(t, 2, 1, 0)
+			b.openWith(t, AFXDPOptions{Frames: frames, CheckOwnership: true})
+			b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)))
+			source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+			w := b.path.inputs[b.in.Index].workers[0]
+			for round := range 2 {
+				b.whileStalled(t, w, room*round, room, source)
+				labtest.Eventually(t, "all came to the worker", func() bool {
+					return b.path.Stats(nil)[0].Matched.Packets+b.unseen(t) == uint64(room*(round+1))
+				})
+			}
+			if lost := b.unseen(t); lost != 0 {
+				t.Errorf("%d of %d frames lost", lost, 2*room)
+			}
+			for _, out := range b.path.Stats(nil)[0].Outputs {
+				if out.Sent.Packets != uint64(2*room) {
+					t.Errorf("sent %d of %d: %+v", out.Sent.Packets, 2*room, out)
+				}
+			}
+		})
+	}
+}
+
+// The kernel never gets frames for receiving that the senders may still take.
+func TestAFXDPFramesForCopies(t *testing.T) {
+	for frames := minFrames; frames <= maxFrames; frames += 1000 {
+		o := AFXDPOptions{Frames: frames}
+		if ring := o.receiveRing(); ring < ringSize || ring > maxReceiveRing || ring&(ring-1) != 0 || o.copyFrames() < ring || ring+o.copyFrames() != frames {
+			t.Fatalf("%d frames: a ring of %d, %d for copies", frames, ring, o.copyFrames())
+		}
 	}
 }
 
@@ -177,7 +201,7 @@ func TestAFXDPHugePages(t *testing.T) {
 // Invalid options are refused when the path is opened.
 func TestAFXDPOptions(t *testing.T) {
 	for _, opts := range []AFXDPOptions{
-		{Queues: -1}, {Queues: 100_000}, {CPUs: []int{-1}}, {CPUs: []int{1 << 20}}, {Frames: 1}, {Frames: 1 << 30}, {BusyPoll: -1}, {PreferBusyPoll: true},
+		{Queues: -1}, {Queues: 100_000}, {CPUs: []int{-1}}, {CPUs: []int{1 << 20}}, {Frames: 1}, {Frames: 1 << 30}, {Priority: -1}, {Priority: 100}, {BusyPoll: -1}, {PreferBusyPoll: true},
 	} {
 		opts.Loader = &loader.Loader{}
 		var wrong *xsk.OptionError

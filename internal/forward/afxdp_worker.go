@@ -19,14 +19,14 @@ import (
 	"xdpcast/pkg/xsk"
 )
 
-// Sizes of a worker's rings and memory. Receiving uses at most two rings of frames, and
-// copies use the rest.
+// Sizes of a worker's rings and memory.
 const (
-	ringSize      = 2048
-	defaultFrames = 4 * ringSize
-	minFrames     = 3 * ringSize
-	maxFrames     = 1 << 19 // 2 GB of the larger ones
-	receiveBatch  = batch
+	ringSize       = 2048 // of those for copies, and the least for receiving
+	defaultFrames  = 4 * ringSize
+	minFrames      = 3 * ringSize
+	maxFrames      = 1 << 19 // 2 GB of the larger ones
+	maxReceiveRing = 1 << 15
+	receiveBatch   = batch
 	// maxPacket is the longest packet of several frames.
 	maxPacket = 64 << 10
 	// joinedSize is the memory in which such packets are joined.
@@ -109,16 +109,17 @@ const (
 // run works until the worker is closed, or its interface is gone. It restarts after any
 // other failure.
 func (w *afxdpWorker) run() {
+	// The thread ends with the goroutine, and its affinity and priority with it.
 	runtime.LockOSThread()
 	if w.cpu >= 0 {
-		// The thread ends with the goroutine, and its affinity with it.
 		var set unix.CPUSet
 		set.Set(w.cpu)
 		if err := unix.SchedSetaffinity(0, &set); err != nil {
 			w.log.Warn("pin worker", "cpu", w.cpu, "error", err)
 		}
-	} else {
-		defer runtime.UnlockOSThread()
+	}
+	if err := setPriority(w.path.opts.Priority); err != nil {
+		w.log.Warn("worker has no real-time priority", "error", err)
 	}
 	pause := firstPause
 	for {
@@ -232,8 +233,20 @@ func (w *afxdpWorker) finish() {
 func (w *afxdpWorker) release() {
 	w.frames.ReleaseAll(w.held)
 	w.held, w.current = nil, -1
-	w.socket.Fill(w.path.opts.receiveRing())
+	w.fill()
 	w.wakeDriver()
+}
+
+// fill gives the kernel free frames for receiving, and keeps those that the senders may still
+// take for copies.
+func (w *afxdpWorker) fill() {
+	kept := w.path.opts.copyFrames()
+	for _, s := range w.senders {
+		if s.socket != nil {
+			kept -= s.socket.Outstanding()
+		}
+	}
+	w.socket.Fill(w.frames.Free() - max(kept, 0))
 }
 
 // wakeDriver makes the driver continue if it needs to be asked: in zero-copy mode after it
@@ -437,7 +450,7 @@ func (w *afxdpWorker) housekeep() (busy bool) {
 			busy = true
 		}
 	}
-	w.socket.Fill(w.path.opts.receiveRing())
+	w.fill()
 	w.wakeDriver()
 	if now := time.Now(); now.Sub(w.notedAt) >= noteEvery {
 		w.notedAt = now

@@ -29,6 +29,9 @@ type FanoutOptions struct {
 	// Workers is the number of workers for each input interface; 0 means one for each
 	// CPU that the process may use.
 	Workers int
+	// Priority is the real-time priority (SCHED_FIFO) of the workers' threads, 1 to 99; see
+	// [CheckPriority]. 0 leaves them to the default scheduler.
+	Priority int
 	// Accounts is where packets are counted; nil: in memory, as long as the path lives.
 	Accounts Accounts
 	// Taps see packets; nil: no taps.
@@ -112,6 +115,9 @@ func OpenFanout(opts FanoutOptions) (*Fanout, error) {
 func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 	if opts.Workers < 0 {
 		return nil, fmt.Errorf("%d workers: must be positive", opts.Workers)
+	}
+	if opts.Priority < 0 || opts.Priority > MaxPriority {
+		return nil, fmt.Errorf("real-time priority %d: want 0 to %d", opts.Priority, MaxPriority)
 	}
 	opts.Workers = FanoutWorkers(opts.Workers)
 	if opts.Logger == nil {
@@ -278,7 +284,7 @@ func (f *Fanout) openGroups(inputs map[groupKey]string) (fresh []*fanoutGroup, e
 }
 
 func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
-	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), done: make(chan struct{})}
+	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), priority: f.opts.Priority, done: make(chan struct{})}
 	filter := f.filter.program
 	if key.fromHost {
 		filter = f.filter.sent
@@ -427,11 +433,12 @@ func (f *Fanout) Close() error {
 // fanoutGroup holds the workers of one input interface.
 type fanoutGroup struct {
 	groupKey
-	name    string
-	group   *fanout.Group
-	workers []*fanoutWorker
-	done    chan struct{} // closed to end the workers
-	running sync.WaitGroup
+	name     string
+	group    *fanout.Group
+	workers  []*fanoutWorker
+	priority int           // of the workers' threads
+	done     chan struct{} // closed to end the workers
+	running  sync.WaitGroup
 }
 
 func (g *fanoutGroup) start() {

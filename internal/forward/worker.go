@@ -31,8 +31,10 @@ type fanoutWorker struct {
 
 // run works until the group is closed. It restarts after any failure.
 func (w *fanoutWorker) run() {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	runtime.LockOSThread() // the thread ends with the goroutine, and its priority with it
+	if err := setPriority(w.group.priority); err != nil {
+		w.log.Warn("worker has no real-time priority", "error", err)
+	}
 	pause := firstPause
 	var last string
 	for {

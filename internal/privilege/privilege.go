@@ -77,10 +77,10 @@ func Lookup(name, group string) (User, error) {
 }
 
 // Drop switches all threads to a user, unless to is nil, and leaves them only the needed
-// capabilities, as far as they had them: permitted and effective, none inheritable. Executed
+// capabilities and those of also, as far as they had them: permitted and effective, none inheritable. Executed
 // programs gain none, not even by set-user-ID bits. The bounding set is reduced if the process has
 // CAP_SETPCAP. It then verifies each thread with the kernel; after an error the process must end.
-func Drop(to *User) (State, error) {
+func Drop(to *User, also ...cap.Value) (State, error) {
 	before, err := Read()
 	if err != nil {
 		return State{}, err
@@ -88,21 +88,22 @@ func Drop(to *User) (State, error) {
 	if to != nil && before.UIDs == [4]int{to.UID, to.UID, to.UID, to.UID} {
 		to = nil // as started by a service manager, with its groups
 	}
-	keep := before.Permitted & mask(Needed()...)
-	if err := drop(to, before, keep); err != nil {
+	want := mask(slices.Concat(Needed(), also)...)
+	keep := before.Permitted & want
+	if err := drop(to, before, keep, want); err != nil {
 		return State{}, err
 	}
 	after, err := Read()
 	if err != nil {
 		return State{}, err
 	}
-	return after, after.check(to, keep, before)
+	return after, after.check(to, keep, want, before)
 }
 
-func drop(to *User, before State, keep Set) error {
+func drop(to *User, before State, keep, bounding Set) error {
 	// Before the user changes: it requires CAP_SETPCAP.
 	if before.Effective.Has(cap.SETPCAP) {
-		if err := cap.DropBound((before.Bounding &^ mask(Needed()...)).values()...); err != nil {
+		if err := cap.DropBound((before.Bounding &^ bounding).values()...); err != nil {
 			return fmt.Errorf("reduce the bounding set of capabilities: %w", err)
 		}
 	}
@@ -132,10 +133,10 @@ func drop(to *User, before State, keep Set) error {
 }
 
 // check says what differs from the intended state.
-func (s State) check(to *User, keep Set, before State) error {
+func (s State) check(to *User, keep, reduced Set, before State) error {
 	bounding := before.Bounding
 	if before.Effective.Has(cap.SETPCAP) {
-		bounding &= mask(Needed()...)
+		bounding &= reduced
 	}
 	uid, gid := os.Getuid(), os.Getgid()
 	if to != nil {

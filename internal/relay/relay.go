@@ -54,6 +54,8 @@ type Options struct {
 	// Workers is the number of workers of an input of the fanout path; 0: one for each CPU that the
 	// process may use.
 	Workers int
+	// Priority is the real-time priority of the workers of the user-space paths; 0: none.
+	Priority int
 	// Steering says when packets are spread over the CPUs of these workers.
 	Steering plan.Steering
 	// Loader configures the pinned state. Its Logger is replaced.
@@ -61,7 +63,7 @@ type Options struct {
 	// Membership configures what keeps memberships beyond the process, and lets tests inject
 	// faults. Its Logger is replaced.
 	Membership membership.Options
-	// AFXDP configures the AF_XDP path. Its Loader and Logger are replaced.
+	// AFXDP configures the AF_XDP path. Its Loader, Logger and Priority are replaced.
 	AFXDP forward.AFXDPOptions
 	// Logger receives log messages. Nil: discarded.
 	Logger  *slog.Logger
@@ -166,6 +168,9 @@ func New(opts Options) (_ *Relay, err error) {
 	// The path is opened for its first rule, too late to report errors.
 	if err := opts.AFXDP.Validate(); err != nil {
 		return nil, fmt.Errorf("path afxdp: %w", err)
+	}
+	if err := forward.CheckPriority(opts.Priority); err != nil {
+		return nil, fmt.Errorf("workers: %w", err)
 	}
 	r.openHistory()
 	// The rules first: a broken file must not change the kernel.

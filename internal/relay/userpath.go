@@ -30,7 +30,7 @@ type openPath struct {
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
 		flow.PathFanout: {open: func() (userPath, error) {
-			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Accounts: r.loader, Taps: &r.taps}
+			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Accounts: r.loader, Taps: &r.taps}
 			if before := r.opts.Predecessor; before != nil {
 				opts.Gate, before.Gate = before.Gate, nil
 				opts.TakeOver = func() error { return before.Stop(flow.PathFanout) }
@@ -43,7 +43,7 @@ func (r *Relay) newUserPaths() userPaths {
 		}},
 		flow.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP
-			opts.Logger, opts.Loader, opts.Accounts, opts.Taps = r.log, r.loader, r.loader, &r.taps
+			opts.Logger, opts.Loader, opts.Accounts, opts.Taps, opts.Priority = r.log, r.loader, r.loader, &r.taps, r.opts.Priority
 			if before := r.opts.Predecessor; before != nil {
 				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
 			}

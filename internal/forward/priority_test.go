@@ -1,0 +1,93 @@
+package forward
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/labtest"
+)
+
+// realTime returns the priorities of the threads of this process that have a real-time one.
+func realTime(t *testing.T) (priorities []uint32) {
+	t.Helper()
+	threads, err := filepath.Glob("/proc/self/task/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range threads {
+		tid, err := strconv.Atoi(filepath.Base(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		attr, err := unix.SchedGetAttr(tid, 0)
+		if err == nil && attr.Policy == unix.SCHED_FIFO { // a thread may end meanwhile
+			priorities = append(priorities, attr.Priority)
+		}
+	}
+	return priorities
+}
+
+// Workers of both paths have the real-time priority, other threads do not, and none keeps it when
+// the workers have ended.
+func TestPriority(t *testing.T) {
+	const priority = 7
+	if err := CheckPriority(priority); err != nil {
+		var refused *PriorityError
+		if !errors.As(err, &refused) || !errors.Is(err, unix.EPERM) {
+			t.Fatal(err)
+		}
+		t.Skipf("the kernel refuses: %v", err)
+	}
+	forwards := func(t *testing.T, workers int, end func()) {
+		t.Helper()
+		labtest.Eventually(t, "each worker has the priority", func() bool {
+			all := realTime(t)
+			for _, p := range all {
+				if p != priority {
+					t.Fatalf("priorities %v, want %d", all, priority)
+				}
+			}
+			if len(all) > workers {
+				t.Fatalf("%d threads with a real-time priority, want %d", len(all), workers)
+			}
+			return len(all) == workers
+		})
+		end()
+		labtest.Eventually(t, "no thread has one", func() bool { return len(realTime(t)) == 0 })
+	}
+	t.Run("afxdp", func(t *testing.T) {
+		b := newXDPBench(t, 1, 2, 0)
+		b.openWith(t, AFXDPOptions{Priority: priority})
+		b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
+		forwards(t, 2, func() { b.sync(t) })
+	})
+	t.Run("fanout", func(t *testing.T) {
+		n := newBench(t, 1)
+		f := n.path(t, FanoutOptions{Workers: 3, Priority: priority})
+		n.sync(t, f, rule("r", n.in, "239.1.1.1", 5000, sendTo(n.out[0], "239.9.9.1", 6000)))
+		forwards(t, 3, func() { n.sync(t, f) })
+	})
+}
+
+// Without the permission the error says what is missing.
+func TestPriorityRefused(t *testing.T) {
+	if err := CheckPriority(0); err != nil {
+		t.Error(err)
+	}
+	var wrong *PriorityError
+	if err := CheckPriority(MaxPriority + 1); !errors.As(err, &wrong) || !errors.Is(err, unix.EINVAL) {
+		t.Errorf("%v, want EINVAL", err)
+	}
+	err := &PriorityError{5, os.NewSyscallError("sched_setattr", unix.EPERM)}
+	if want := "real-time priority 5 is not permitted: want CAP_SYS_NICE, or a limit RLIMIT_RTPRIO of at least 5"; err.Error() != want {
+		t.Errorf("%q, want %q", err, want)
+	}
+	if _, err := OpenFanout(FanoutOptions{Priority: -1}); err == nil {
+		t.Error("the fanout path takes a negative priority")
+	}
+}
