@@ -110,6 +110,10 @@ static __always_inline __u32 rewrite_copy(struct xdp_md *ctx, const struct hando
 
 	if (bytes > (__u32)o->mtu + FRAME_ROOM)
 		return DROP_MTU;
+	if (o->flags & OUTPUT_ROUTED)
+		return route_frame((void *)(long)ctx->data, (void *)(long)ctx->data_end, o)
+			       ? REWRITTEN
+			       : DROP_INTERNAL;
 	if (__builtin_expect(o->flags & OUTPUT_RARE, 0))
 		return rewrite_rare(ctx, o, at.l3, at.udp, bytes);
 	if (!find_headers(ctx, &at, &h))

@@ -243,6 +243,24 @@ static __always_inline bool is_rare(const struct flow *flow)
 	return (*(const __u64 *)&flow->flags & FLOW_PLAIN_MASK) != FLOW_PLAIN;
 }
 
+/* One output of a routed flow. */
+static __always_inline int route_one(struct xdp_md *ctx, const struct flow *flow,
+				     struct rule_stats *stats, __u32 bytes)
+{
+	__u32 first = flow->first_output;
+	const struct output *o = bpf_map_lookup_elem(&outputs, &first);
+
+	if (!o)
+		return count_drop(DROP_RULE, flow->rule, DROP_INTERNAL, bytes);
+	if (!(o->flags & OUTPUT_READY))
+		return count_drop(DROP_OUTPUT, o->stats, o->blocked, bytes);
+	if (__builtin_expect(o->flags & OUTPUT_ONE_BUFFER, 0) && bytes != first_buffer(ctx))
+		return count_drop(DROP_OUTPUT, o->stats, DROP_MULTI_BUFFER, bytes);
+	if (!route_frame((void *)(long)ctx->data, (void *)(long)ctx->data_end, o))
+		return count_drop(DROP_OUTPUT, o->stats, DROP_INTERNAL, bytes);
+	return redirect_one(flow, o, stats, bytes);
+}
+
 /* A packet with its rule. ip4 is a constant in each caller, so that the family is
  * decided once.
  */
@@ -278,7 +296,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 				claim_orphans(ifindex, h, id, ip4);
 		}
 	}
-	own = own_packet(cfg, h, flow, ip4);
+	/* Of a routed flow kernel_routes has looked. */
+	own = !(rare && flow->routed) && own_packet(cfg, h, flow, ip4);
 	/* The workers at the packet tap do and count everything below. */
 	if (__builtin_expect(rare, 0) && flow->path == PATH_FANOUT) {
 		if (!own && !(flow->flags & (FLOW_UNGUARDED | FLOW_LOCAL)) &&
@@ -309,9 +328,11 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		    finish_checksum(ctx, h->l3_offset, udp_offset(h)))
 			count_note(id, NOTE_UNFINISHED, 1, bytes);
 	}
-	if (flow->outputs == 1)
-		return send_one(ctx, h, flow, stats, bytes, ip4);
-	return send_many(ctx, h, flow, bytes, stats->packets);
+	if (flow->outputs > 1)
+		return send_many(ctx, h, flow, bytes, stats->packets);
+	if (__builtin_expect(rare, 0) && flow->routed)
+		return route_one(ctx, flow, stats, bytes);
+	return send_one(ctx, h, flow, stats, bytes, ip4);
 }
 
 /* The rule of a packet. */

@@ -329,6 +329,7 @@ const (
 	RelayOutputFlagOUTPUT_PCP_SET       RelayOutputFlag = 64
 	RelayOutputFlagOUTPUT_POLICED       RelayOutputFlag = 128
 	RelayOutputFlagOUTPUT_ONE_BUFFER    RelayOutputFlag = 256
+	RelayOutputFlagOUTPUT_ROUTED        RelayOutputFlag = 512
 )
 
 type RelayOutputStats struct {
@@ -671,6 +672,7 @@ const (
 	RelayMapGuesses             = "guesses"
 	RelayMapKept                = "kept"
 	RelayMapLoops               = "loops"
+	RelayMapMirror              = "mirror"
 	RelayMapOrphans             = "orphans"
 	RelayMapOutputStats         = "output_stats"
 	RelayMapOutputs             = "outputs"
@@ -795,6 +797,7 @@ type RelayMapSpecs struct {
 	Guesses       *ebpf.MapSpec `ebpf:"guesses"`
 	Kept          *ebpf.MapSpec `ebpf:"kept"`
 	Loops         *ebpf.MapSpec `ebpf:"loops"`
+	Mirror        *ebpf.MapSpec `ebpf:"mirror"`
 	Orphans       *ebpf.MapSpec `ebpf:"orphans"`
 	OutputStats   *ebpf.MapSpec `ebpf:"output_stats"`
 	Outputs       *ebpf.MapSpec `ebpf:"outputs"`
@@ -895,6 +898,7 @@ type RelayMaps struct {
 	Guesses       *ebpf.Map `ebpf:"guesses"`
 	Kept          *ebpf.Map `ebpf:"kept"`
 	Loops         *ebpf.Map `ebpf:"loops"`
+	Mirror        *ebpf.Map `ebpf:"mirror"`
 	Orphans       *ebpf.Map `ebpf:"orphans"`
 	OutputStats   *ebpf.Map `ebpf:"output_stats"`
 	Outputs       *ebpf.Map `ebpf:"outputs"`
@@ -935,6 +939,7 @@ func (m *RelayMaps) Close() error {
 		m.Guesses,
 		m.Kept,
 		m.Loops,
+		m.Mirror,
 		m.Orphans,
 		m.OutputStats,
 		m.Outputs,

@@ -261,6 +261,7 @@ enum output_flag {
 	OUTPUT_PCP_SET = 1 << 6,       /* rare: write pcp */
 	OUTPUT_POLICED = 1 << 7,       /* rare: the output has a policer */
 	OUTPUT_ONE_BUFFER = 1 << 8,    /* rare: the device cannot send multi-buffer frames */
+	OUTPUT_ROUTED = 1 << 9, /* of a multicast route: the egress program calls route_frame */
 };
 
 enum vlan_mode {

@@ -108,6 +108,23 @@ static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 s
 	return NULL;
 }
 
+/* The shortcut of a packet whose rule may be of any port, too. While no rule names a port,
+ * it is looked for first.
+ */
+static __always_inline struct flow *find_any_shortcut(const struct config *cfg, __u32 ifindex,
+						      struct headers *h, __u16 port, __u32 kinds,
+						      bool ip4)
+{
+	struct flow *flow;
+
+	if (!(kinds & (LOOKUP_SOURCE_PORT | LOOKUP_PORT)))
+		port = 0;
+	flow = find_shortcut(cfg, ifindex, h, port, ip4);
+	if (flow || __builtin_expect(!(kinds & LOOKUP_SOURCE) || !port, 1))
+		return flow;
+	return find_shortcut(cfg, ifindex, h, 0, ip4);
+}
+
 static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifindex,
 					    struct headers *h, __u16 port)
 {
@@ -124,7 +141,7 @@ static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifin
 
 	if (!kinds)
 		return NULL;
-	flow = find_shortcut(cfg, ifindex, h, port, true);
+	flow = find_any_shortcut(cfg, ifindex, h, port, kinds, true);
 	if (flow)
 		return flow;
 	table = bpf_map_lookup_elem(&flow_tables4, &zero);
@@ -274,7 +291,7 @@ static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifin
 
 	if (!kinds)
 		return NULL;
-	flow = find_shortcut(cfg, ifindex, h, port, false);
+	flow = find_any_shortcut(cfg, ifindex, h, port, kinds, false);
 	if (flow)
 		return flow;
 	table = bpf_map_lookup_elem(&flow_tables6, &zero);

@@ -282,3 +282,28 @@ static __always_inline __u32 rewrite_ip6(struct headers *h, const struct output 
 		rewrite_group_mac(h->eth, o, ip->daddr.in6_u.u6_addr32[3]);
 	return REWRITTEN;
 }
+
+/* Rewrites a frame of a routed flow for an output: the MACs, and a TTL one less. The relay program
+ * has checked the rest (routed.h). False if the frame ends in front of the header's end.
+ */
+static __always_inline bool route_frame(void *data, void *data_end, const struct output *o)
+{
+	struct ethhdr *eth = data;
+	struct iphdr *ip4 = (void *)(eth + 1);
+	struct ipv6hdr *ip6 = (void *)(eth + 1);
+	__u32 check;
+
+	if (o->family == 4) {
+		if ((void *)(ip4 + 1) > data_end)
+			return false;
+		ip4->ttl--;
+		check = ip4->check + (__u32)bpf_htons(0x0100);
+		ip4->check = check + (check >= 0xffff); /* ip_decrease_ttl of include/net/ip.h */
+	} else {
+		if ((void *)(ip6 + 1) > data_end)
+			return false;
+		ip6->hop_limit--;
+	}
+	rewrite_mac(eth, o);
+	return true;
+}

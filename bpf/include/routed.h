@@ -8,10 +8,20 @@
 #include "maps.h"
 #include "own.h"
 #include "parse.h"
+#include "rewrite.h"
 
-/* routed_until: one entry, the bpf_ktime_get_ns() until which routed flows are as the kernel's
- * cache is. The daemon that mirrors it says so again and again; when it does no more, the kernel
- * forwards alone.
+/* mirror: one row, an AF_XDP socket of the daemon that mirrors the cache. No frame is sent to it:
+ * the kernel empties the row as the process ends, however it ends.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_XSKMAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} mirror SEC(".maps");
+
+/* routed_until: one entry, the CLOCK_MONOTONIC time in nanoseconds until which routed flows match
+ * the kernel's cache. The daemon that mirrors it extends this periodically: it may also hang.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -20,11 +30,13 @@ struct {
 	__type(value, __u64);
 } routed_until SEC(".maps");
 
+/* Whether the daemon has ended, or hangs: the kernel then forwards alone. */
 static __always_inline bool mirror_ended(void)
 {
 	__u64 *until = bpf_map_lookup_elem(&routed_until, &zero);
 
-	return !until || bpf_ktime_get_ns() > *until;
+	return !bpf_map_lookup_elem(&mirror, &zero) || !until ||
+	       bpf_ktime_get_coarse_ns() > *until;
 }
 
 /* Whether the kernel has changed a flow's entry, or might have, and the daemon has not followed
@@ -43,18 +55,16 @@ static __always_inline bool route_held(const struct flow *flow)
  */
 static __always_inline bool plain_ip4(const struct iphdr *ip)
 {
-	const __u16 *words = (const __u16 *)ip;
-	__u32 sum = 0;
+	const __u32 *words = (const __u32 *)ip;
+	__u64 sum = 0;
 	int i;
 
 	if (ip->ihl != sizeof(*ip) / 4)
 		return false;
 #pragma unroll
-	for (i = 0; i < (int)sizeof(*ip) / 2; i++)
+	for (i = 0; i < (int)sizeof(*ip) / 4; i++)
 		sum += words[i];
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return sum == 0xffff;
+	return fold(sum) == 0xffff;
 }
 
 /* Whether the frame was sent to the group's MAC address: RFC 1112 section 6.4, RFC 2464

@@ -26,7 +26,8 @@ const (
 	// keepaliveEvery is how often the counters of routes in use are advanced, and the mirror
 	// confirmed. FRR reads them every 10 seconds at most, and keeps an entry for 210.
 	keepaliveEvery = time.Second
-	// mirrorFor is how long the flows stay valid after the last confirmation.
+	// mirrorFor is how long the flows stay valid after the last confirmation of a process that
+	// lives but hangs.
 	mirrorFor = 4 * time.Second
 )
 
@@ -344,7 +345,9 @@ func (r *Relay) keepMirror() {
 	if m == nil {
 		return
 	}
-	r.warnUnless(aboutMroutes, r.loader.MirrorUntil(mirrorFor))
+	if r.tables.settled {
+		r.warnUnless(aboutMroutes, r.loader.MirrorUntil(mirrorFor))
+	}
 	if r.warnUnless(aboutJoined, m.lookJoined()); len(m.joined.changed) > 0 {
 		_ = r.reconcile(nil)
 	}
@@ -420,7 +423,7 @@ func (r *Relay) mirrorAs(file *rules.Mroute) (settle func(done bool) error, err 
 		return nil, err
 	}
 	r.mroutes, r.mroute = now, file
-	if now != nil {
+	if now != nil && r.tables.settled {
 		r.warnUnless(aboutMroutes, r.loader.MirrorUntil(mirrorFor))
 	}
 	return func(done bool) error {

@@ -27,6 +27,8 @@ type tables struct {
 	refused map[string]*refusedFlow
 	// applied is the plan whose flows are published; nil if unknown.
 	applied *plan.Plan
+	// settled: the flows of a plan were published. Before, they may be those of a dead process.
+	settled bool
 	own     []netip.Addr // as set on the user-space paths
 	refresh bool         // the user-space paths should check their devices
 }
@@ -69,7 +71,7 @@ func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed
 		}
 		return false, err
 	}
-	t.applied, t.own, t.refresh = p, own, false
+	t.applied, t.own, t.refresh, t.settled = p, own, false, true
 	changed = t.carry(want)
 	return t.forgetRefused(p) || changed, nil
 }

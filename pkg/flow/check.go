@@ -73,6 +73,8 @@ func (r Flow) Check() error {
 		return fmt.Errorf("name %q: holds a NUL byte", r.Name)
 	case len(r.Out) == 0 || len(r.Out) > MaxOutputs:
 		return fmt.Errorf("%d outputs: want 1 to %d", len(r.Out), MaxOutputs)
+	case r.Routed != 0 && (r.In.Len != 0 || r.Rate != Rate{}):
+		return fmt.Errorf("a multicast route of the kernel: want one group, and no rate")
 	case r.Routed != 0 && (r.Path != PathKernel || slices.ContainsFunc(r.Out, func(o Output) bool { return !o.Ready })):
 		return fmt.Errorf("a multicast route of the kernel: want the kernel path, and outputs that are all ready")
 	case r.In.Index <= 0:
@@ -101,8 +103,18 @@ func (r Flow) Check() error {
 		if err := checkOutput(slot, o, r.In); err != nil {
 			return err
 		}
+		if r.Routed != 0 && !r.routes(&o) {
+			return fmt.Errorf("output %d: a multicast route of the kernel: want its group, and a TTL one less, and nothing else rewritten", slot)
+		}
 	}
 	return nil
+}
+
+// routes says whether an output of a routed flow rewrites like the kernel.
+func (r *Flow) routes(o *Output) bool {
+	return o.Rate == Rate{} && o.Rewrite == packet.Rewrite{
+		DstMAC: o.DstMAC, SrcMAC: o.SrcMAC, Dst: r.In.Group, PortAdd: true, TTLMode: packet.TTLDecrement,
+	}
 }
 
 func (r Flow) checkLeg() error {

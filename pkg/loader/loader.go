@@ -292,7 +292,7 @@ func (l *Loader) closeState() error {
 	if l.account != nil {
 		errs = append(errs, l.account.Close())
 	}
-	errs = append(errs, l.routed.close())
+	errs = append(errs, l.endMirror(), l.routed.close())
 	if l.maps != nil {
 		errs = append(errs, l.maps.Close())
 	}

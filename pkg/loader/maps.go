@@ -29,6 +29,7 @@ func (m *mapSet) slots() map[string]**ebpf.Map {
 		bpf.RelayMapPrefixTables4:  &m.PrefixTables4,
 		bpf.RelayMapPrefixTables6:  &m.PrefixTables6,
 		bpf.RelayMapShortcuts:      &m.Shortcuts,
+		bpf.RelayMapMirror:         &m.Mirror,
 		bpf.RelayMapRoutedUntil:    &m.RoutedUntil,
 		bpf.RelayMapFragments:      &m.Fragments,
 		bpf.RelayMapFragmentStats:  &m.FragmentStats,

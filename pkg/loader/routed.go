@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -24,6 +25,7 @@ type routed struct {
 	memory []byte            // mapping of map outputs
 	first  map[string]uint32 // first outputs of published flows, by name
 	held   map[string]bool   // which of them are held, by name
+	alive  *os.File          // this process's socket in the map mirror; of the Loader's goroutine
 }
 
 // openRouted maps the map outputs into memory, and records the published flows.
@@ -123,8 +125,12 @@ func (l *Loader) HeldRouted() []string {
 }
 
 // MirrorUntil declares that routed flows (flow.Flow.Routed) match the kernel's multicast forwarding
-// cache for duration d from now. After that the kernel forwards all of their packets, so a daemon
-// that dies leaves no stale route behind once its routing daemon changes it. 0 ends it at once.
+// cache for duration d from now, while this process lives and the Loader is open. After that the
+// kernel forwards all of their packets, so that a daemon that hangs or dies leaves no stale route in
+// force once its routing daemon changes it. 0 ends it at once.
+//
+// The flows that are published when it is first called must match: the process that published them
+// may have died long ago.
 func (l *Loader) MirrorUntil(d time.Duration) error {
 	until := uint64(0)
 	if d > 0 {
@@ -133,5 +139,37 @@ func (l *Loader) MirrorUntil(d time.Duration) error {
 	if err := l.maps.RoutedUntil.Put(uint32(0), until); err != nil {
 		return fmt.Errorf("write map routed_until: %w", err)
 	}
+	if d > 0 {
+		return l.beginMirror()
+	}
+	return l.endMirror()
+}
+
+// beginMirror puts a socket of this process into the map mirror, in place of another process's. The
+// kernel takes it out when its last descriptor is closed.
+func (l *Loader) beginMirror() error {
+	r := &l.routed
+	if r.alive != nil {
+		return nil
+	}
+	fd, err := unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("AF_XDP socket by which the kernel tells that this process lives: %w", err)
+	}
+	alive := os.NewFile(uintptr(fd), "mirror")
+	if err := l.maps.Mirror.Put(uint32(0), uint32(fd)); err != nil {
+		return errors.Join(fmt.Errorf("write map mirror: %w", err), alive.Close())
+	}
+	r.alive = alive
 	return nil
+}
+
+// endMirror is the inverse of beginMirror. A socket that another process has put in stays.
+func (l *Loader) endMirror() error {
+	alive := l.routed.alive
+	l.routed.alive = nil
+	if alive == nil {
+		return nil
+	}
+	return alive.Close()
 }

@@ -49,7 +49,7 @@ const (
 	shortcutK2 = 0x94d049bb133111eb
 )
 
-// slotsOf returns the two candidate slots of an input with a port.
+// slotsOf returns the two candidate slots of an input of one port, or of any.
 func (s *shortcuts) slotsOf(in flow.Input) (first, second uint32) {
 	var group uint64
 	if in.Group.Is4() {
@@ -149,21 +149,38 @@ func (l *Loader) openShortcuts() error {
 	return nil
 }
 
-// shortcutRules returns which rules may have a slot: those of one group and one port from which no
-// more specific rule can take packets.
+// shortcutRules returns which rules may have a slot: those of one group from which no more specific
+// rule can take packets. They are of one port, or of one source and any port.
 func (l *Loader) shortcutRules() func(*entry) bool {
-	sourced := map[flow.Input]bool{}
+	sourced, ported, anyPort := map[flow.Input]bool{}, map[flow.Input]bool{}, false
 	for _, e := range l.rules {
-		if e.rule.In.Source.IsValid() || e.rule.In.BySource {
-			for in := range e.rule.In.EveryPort() {
+		in := e.rule.In
+		anyPort = anyPort || in.Port == 0
+		if in.Port != 0 && (in.Source.IsValid() || in.BySource) {
+			for in := range in.EveryPort() {
 				sourced[in.AnySource()] = true
+			}
+		}
+	}
+	every := func(in flow.Input) flow.Input {
+		in = in.AnySource()
+		in.Port, in.PortTo = 0, 0
+		return in
+	}
+	if anyPort {
+		for _, e := range l.rules {
+			if in := e.rule.In; in.Port != 0 && !in.FromHost {
+				ported[every(in)] = true
 			}
 		}
 	}
 	return func(e *entry) bool {
 		in := e.rule.In
-		if in.Port == 0 || in.Len != 0 || !in.IsOne() || in.FromHost {
+		switch {
+		case in.Len != 0 || !in.IsOne() || in.FromHost:
 			return false
+		case in.Port == 0:
+			return in.Source.IsValid() && !ported[every(in)]
 		}
 		return in.Source.IsValid() || len(sourced) == 0 || !sourced[in.AnySource()]
 	}

@@ -65,9 +65,17 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inForce, sourced := map[flow.Input]bpf.RelayFlow{}, map[flow.Input]bool{}
+	inForce, sourced, ported := map[flow.Input]bpf.RelayFlow{}, map[flow.Input]bool{}, map[flow.Input]bool{}
+	every := func(in flow.Input) flow.Input {
+		in = in.AnySource()
+		in.Port = 0
+		return in
+	}
 	for _, f := range flows {
 		inForce[f.in.Key()] = f.value
+		if f.in.Port != 0 && f.in.Len == 0 {
+			ported[every(f.in)] = true
+		}
 		if in := f.in.Key(); in.Source.IsValid() {
 			in.Source = netip.Addr{}
 			sourced[in] = true
@@ -91,7 +99,7 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 				t.Errorf("slot %d has output %x, map outputs %+v", at, s.Second, o)
 			}
 		}
-		if sourced[in] {
+		if sourced[in] || in.Port == 0 && (!in.Source.IsValid() || ported[every(in)]) {
 			t.Errorf("slot %d takes the packets of a more specific rule from %+v", at, in)
 		}
 	}
@@ -118,12 +126,14 @@ func shortcutCases(n *testLab) map[string]struct {
 		frame []byte
 	}
 	return map[string]c{
-		"any source":    {rule("a", input(n.in, "239.1.1.1", "", 5000), out4), frame("192.168.7.7", "239.1.1.1")},
-		"one source":    {rule("b", input(n.in, "239.1.1.2", "192.168.7.7", 5000), out4), frame("192.168.7.7", "239.1.1.2")},
-		"VLANs":         {rule("c", tagged, out4), frame("192.168.7.7", "239.1.1.3", 9, 7)},
-		"several":       {rule("d", input(n.in, "239.1.1.4", "", 5000), out4, out4), frame("192.168.7.7", "239.1.1.4")},
-		"IPv6":          {rule("e", input(n.in, "ff3e::1", "", 5000), out6), frame("2001:db8::7", "ff3e::1")},
-		"IPv6, sourced": {rule("f", input(n.in, "ff3e::3", "2001:db8::7", 5000), out6), frame("2001:db8::7", "ff3e::3")},
+		"any source":     {rule("a", input(n.in, "239.1.1.1", "", 5000), out4), frame("192.168.7.7", "239.1.1.1")},
+		"one source":     {rule("b", input(n.in, "239.1.1.2", "192.168.7.7", 5000), out4), frame("192.168.7.7", "239.1.1.2")},
+		"VLANs":          {rule("c", tagged, out4), frame("192.168.7.7", "239.1.1.3", 9, 7)},
+		"several":        {rule("d", input(n.in, "239.1.1.4", "", 5000), out4, out4), frame("192.168.7.7", "239.1.1.4")},
+		"IPv6":           {rule("e", input(n.in, "ff3e::1", "", 5000), out6), frame("2001:db8::7", "ff3e::1")},
+		"IPv6, sourced":  {rule("f", input(n.in, "ff3e::3", "2001:db8::7", 5000), out6), frame("2001:db8::7", "ff3e::3")},
+		"any port":       {rule("g", input(n.in, "239.1.1.5", "192.168.7.7", 0), out4), frame("192.168.7.7", "239.1.1.5")},
+		"IPv6, any port": {rule("h", input(n.in, "ff3e::4", "2001:db8::7", 0), out6), frame("2001:db8::7", "ff3e::4")},
 	}
 }
 
@@ -172,8 +182,12 @@ func TestShortcutsAreTaken(t *testing.T) {
 			}
 			other := bytes.Clone(c.frame)
 			other[len(other)-len("payload")-5]++ // the destination port
-			if got := verdict(other); got != xdpPass {
-				t.Errorf("verdict %d for another port", got)
+			want := uint32(xdpPass)
+			if c.rule.In.Port == 0 {
+				want = xdpRedirect
+			}
+			if got := verdict(other); got != want {
+				t.Errorf("verdict %d for another port, want %d", got, want)
 			}
 		})
 	}
@@ -192,6 +206,9 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 	elsewhere := rule("elsewhere", "192.168.7.7", 5000)
 	elsewhere.In.VLAN = 7
 	anySource, s1, s2, anyPort, other := rule("any", "", 5000), rule("s1", "192.168.7.7", 5000), rule("s2", "192.168.7.9", 5000), rule("port", "", 0), rule("other", "192.168.7.7", 5001)
+	every, ports, some := rule("every", "192.168.7.7", 0), rule("ports", "", 5000), rule("some", "192.168.0.0", 5000)
+	ports.In.PortTo = 5003
+	some.In.SourceLen, some.In.BySource = 16, true
 	for _, c := range []struct {
 		name  string
 		rules []flow.Flow
@@ -202,6 +219,12 @@ func TestShortcutsOfOverlappingRules(t *testing.T) {
 		{"more sources than slots", []flow.Flow{anySource, s1, s2}, "s1 s2"},
 		{"sources alone", []flow.Flow{s1, s2, anyPort}, "s1 s2"},
 		{"any source again", []flow.Flow{anySource}, "any"},
+		{"any port of a source", []flow.Flow{every, prefix, anyPort, elsewhere}, "elsewhere every"},
+		{"a port beside it", []flow.Flow{every, anySource}, "any"},
+		{"a source's port beside it", []flow.Flow{every, s2}, "s2"},
+		{"ports beside it", []flow.Flow{every, ports}, ""},
+		{"a port of some sources beside it", []flow.Flow{every, some}, ""},
+		{"any port of a source again", []flow.Flow{every}, "every"},
 		{"none", nil, ""},
 	} {
 		sync1(t, l, c.rules...)

@@ -225,6 +225,7 @@ func (s *transaction) stage(c change) error {
 		b := encodeOutput(o, stats, s.outputPolicer(stats))
 		if e.rule.Routed != 0 {
 			b.Held = 1 // until ReleaseRouted; the first one counts
+			b.Flags |= uint16(bpf.RelayOutputFlagOUTPUT_ROUTED)
 		}
 		s.staged.outputs.add(e.first+uint32(slot), b)
 	}
