@@ -35,8 +35,7 @@ static __always_inline bool mirror_ended(void)
 {
 	__u64 *until = bpf_map_lookup_elem(&routed_until, &zero);
 
-	return !bpf_map_lookup_elem(&mirror, &zero) || !until ||
-	       bpf_ktime_get_coarse_ns() > *until;
+	return !bpf_map_lookup_elem(&mirror, &zero) || !until || bpf_ktime_get_coarse_ns() > *until;
 }
 
 /* Whether the kernel has changed a flow's entry, or might have, and the daemon has not followed
