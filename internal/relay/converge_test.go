@@ -136,7 +136,7 @@ func (w *changingWorld) converge() {
 	}
 	w.relay.start()
 	var told2, kernel2 string
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(labtest.Timeout); ; time.Sleep(20 * time.Millisecond) {
 		told2, kernel2 = w.told()
 		if told == told2 && kernel == kernel2 {
 			break

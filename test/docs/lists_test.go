@@ -1,6 +1,9 @@
 package docs
 
 import (
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"maps"
 	"os"
 	"path/filepath"
@@ -61,6 +64,58 @@ func TestListOfTestsThatRunAlone(t *testing.T) {
 		if got := functions[e.test]; !slices.Equal(got, []string{e.pkg}) {
 			t.Errorf("test/alone.txt: %s is in %v, want it in %s alone", e.test, got, e.pkg)
 		}
+	}
+}
+
+// scripts/test leaves the race detector out only where nothing runs concurrently, and starts first what
+// exists.
+func TestListsOfTheTestRun(t *testing.T) {
+	script := read(t, "scripts/test")
+	setting := func(name string) string {
+		m := regexp.MustCompile(`(?m)^` + name + `='(.*)'$`).FindStringSubmatch(script)
+		if m == nil {
+			t.Fatalf("scripts/test does not set %s", name)
+		}
+		return m[1]
+	}
+	functions := testFunctions(t)
+	for _, test := range strings.Fields(setting("longest")) {
+		if len(functions[test]) == 0 {
+			t.Errorf("scripts/test starts %s first, which does not exist", test)
+		}
+	}
+	plain, checked := regexp.MustCompile(setting("plain")), map[string]bool{}
+	if err := filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
+		file := strings.TrimPrefix(filepath.ToSlash(path), root)
+		pkg := filepath.ToSlash(filepath.Dir(file))
+		if err != nil || !strings.HasSuffix(path, ".go") || !plain.MatchString(pkg) {
+			return err
+		}
+		checked[pkg] = true
+		files := token.NewFileSet()
+		parsed, err := parser.ParseFile(files, path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		ast.Inspect(parsed, func(n ast.Node) bool {
+			starts := false
+			switch n := n.(type) {
+			case *ast.GoStmt:
+				starts = true
+			case *ast.SelectorExpr: // of a WaitGroup, of a test
+				starts = n.Sel.Name == "Go" || n.Sel.Name == "Parallel"
+			}
+			if starts {
+				t.Errorf("%s starts a goroutine: scripts/test runs %s without the race detector", files.Position(n.Pos()), pkg)
+			}
+			return true
+		})
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if len(checked) != 7 {
+		t.Errorf("scripts/test runs without the race detector: %v", slices.Sorted(maps.Keys(checked)))
 	}
 }
 
