@@ -71,7 +71,7 @@ func testFlips(t *testing.T, path string, flips int) {
 	for i := range n.sinks {
 		captures = append(captures, newCapture(t, labtest.NewTap(t, n.sinks[i], "sink0")))
 	}
-	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Groups: 3, TTL: 16, Rate: traffic.Rate{Value: 3_000}})
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Groups: 3, TTL: 16, Rate: traffic.Rate{Value: easy}})
 	stream.flows(100)
 	for i := range flips {
 		apply((i + 1) % 2)
