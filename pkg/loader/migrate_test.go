@@ -28,6 +28,7 @@ import (
 
 	"xdpcast/bpf"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/flow"
 )
 
 var updatePinned = flag.Bool("update-pinned", false, "write testdata/pinned by the releases' own programs")
@@ -45,7 +46,15 @@ type pinnedRule struct {
 	name, text string
 	group      string
 	copies     []int
-	drops      Reason // with no copies
+	drops      Reason    // with no copies
+	since      uint32    // the first schema that has such rules; 0: all have
+	again      string    // the group of a second input, which carries the same numbers; empty: none
+	path       flow.Path // of its packets while a daemon runs
+}
+
+// pinnedRulesOf are the rules of a schema.
+func pinnedRulesOf(schema uint32) []pinnedRule {
+	return slices.DeleteFunc(slices.Clone(pinnedRules), func(r pinnedRule) bool { return r.since > schema })
 }
 
 var pinnedRules = []pinnedRule{
@@ -56,6 +65,11 @@ var pinnedRules = []pinnedRule{
 	{name: "low", text: `{in: "239.1.1.7:5000%in", out: "239.2.1.7:6000%out0,minttl=64"}`, group: "239.1.1.7", drops: TTL},
 	{name: "rated", text: `{in: "239.1.1.8:5000%in,rate=100000pps", out: "239.2.1.8:6000%out0"}`, group: "239.1.1.8", copies: []int{1}},
 	{name: "six", text: `{in: "fd00:7::7@[ff3e::1]:5000%in", out: "[ff3e::2]:6000%out0,src=[fd00::1]"}`, group: "ff3e::1", copies: []int{1}},
+	{name: "socket", text: `{in: "239.1.1.9:5000%in", out: "239.2.1.9:6000%out0", path: afxdp}`, group: "239.1.1.9", copies: []int{1}, path: flow.PathAFXDP},
+	{name: "tapped", text: `{in: "239.1.1.10:5000%in", out: "239.2.2.10:6000%out1", path: fanout}`, group: "239.1.1.10", copies: []int{0, 1}, path: flow.PathFanout},
+	// The number follows "stream 239.1.3.1 ".
+	{name: "merged", text: `{in: ["239.1.3.1:5000%in", "239.1.3.2:5000%in"], merge: "field:17:8", out: ["239.2.1.3:7000%out0", "239.2.2.3:7000%out1"]}`,
+		group: "239.1.3.1", copies: []int{1, 1}, since: 6, again: "239.1.3.2"},
 }
 
 // pinnedFrames is how many frames were sent for each rule before the state was stored.
@@ -65,6 +79,7 @@ const pinnedFrames = 5
 type pinnedState struct {
 	Schema        uint32
 	Commit        string
+	Monotonic     time.Duration     // the clock of times in maps
 	Interfaces    map[string]uint32 // index by name
 	Maps          []pinnedMap
 	Relay, Egress []byte
@@ -113,7 +128,7 @@ func TestMigrateFromRelease(t *testing.T) {
 			program := buildRelease(t, releases[schema])
 			n := newLab(t, 2)
 			opts := testOptions(t)
-			runRelease(t, n, program, opts)
+			runRelease(t, n, program, opts, schema)
 			if *updatePinned {
 				keep(t, n, opts.PinDir, schema)
 			}
@@ -131,10 +146,16 @@ func migrateUnderTraffic(t *testing.T, n *testLab, opts Options, schema uint32) 
 		t.Errorf("OpenReader: %v, want ErrSchema with both numbers", err)
 	}
 	running := map[string]*stream{}
-	for _, name := range []string{"one", "same"} {
-		r := pinnedRules[slices.IndexFunc(pinnedRules, func(r pinnedRule) bool { return r.name == name })]
-		running[name] = startStream(t, n, r.group, r.copies...)
-		running[name].more()
+	for _, r := range pinnedRulesOf(schema) {
+		switch r.name {
+		case "one", "same", "socket":
+			running[r.name] = startStream(t, n, r.group, r.copies...)
+		case "merged":
+			running[r.name] = startNumbers(t, n, pinnedFrames, []string{r.group, r.again}, r.copies...)
+		default:
+			continue
+		}
+		running[r.name].more()
 	}
 	l := open(t, opts)
 	if !l.Adopted() {
@@ -151,12 +172,19 @@ func migrateUnderTraffic(t *testing.T, n *testLab, opts Options, schema uint32) 
 			t.Errorf("%s runs program %d, want %d", a.Interface, a.ProgramID, programID(t, l.relay))
 		}
 	}
-	for _, r := range pinnedRules {
-		want := uint64(pinnedFrames)
+	for _, r := range pinnedRulesOf(schema) {
+		var since uint64
 		if s := running[r.name]; s != nil {
-			want += s.sent.Load()
+			since = s.sent.Load()
 		}
-		checkPinnedRule(t, l, r, want)
+		switch {
+		case r.again != "":
+			checkPinnedStream(t, n, l, r, since)
+		case r.path != 0 && schema < 5: // whose workers' counts died with the process
+			checkKernelCounts(t, l, r, since)
+		default:
+			checkPinnedRule(t, l, r, pinnedFrames+since)
+		}
 	}
 	allocatorsFit(t, l)
 	kernelFits(t, l)
@@ -167,8 +195,8 @@ func migrateUnderTraffic(t *testing.T, n *testLab, opts Options, schema uint32) 
 	}
 	// It continues as if it had always had this schema.
 	reopen(t, l)
-	for _, r := range pinnedRules {
-		if len(r.copies) > 0 && !strings.Contains(r.group, ":") {
+	for _, r := range pinnedRulesOf(schema) {
+		if len(r.copies) > 0 && !strings.Contains(r.group, ":") && r.again == "" && r.path != flow.PathFanout {
 			s := startStream(t, n, r.group, r.copies...)
 			s.more()
 			s.finish()
@@ -194,6 +222,40 @@ func checkPinnedRule(t *testing.T, l *Loader, r pinnedRule, want uint64) {
 		} else if o.Sent != s.Matched || len(o.Drops) != 0 {
 			t.Errorf("rule %s, output %d: %+v of %+v sent, drops %v", r.name, slot, o.Sent, s.Matched, o.Drops)
 		}
+	}
+}
+
+// checkPinnedStream checks that a merged stream has relayed each number once, and continues to know
+// those that were relayed before the migration.
+func checkPinnedStream(t *testing.T, n *testLab, l *Loader, r pinnedRule, since uint64) {
+	t.Helper()
+	source := labtest.NewTap(t, n.source, "eth0")
+	for i := range uint64(pinnedFrames) {
+		source.Send(sourceFrame(n, r.again, 5000, pinnedPayload(i)).Build())
+	}
+	want := since + pinnedFrames
+	labtest.Eventually(t, "the second input's packets are matched", func() bool { return statsOf(t, l, r.name+"%1").Matched.Packets >= want })
+	checkPinnedRule(t, l, pinnedRule{name: r.name + "%0", copies: r.copies}, want)
+	second := statsOf(t, l, r.name+"%1")
+	// Those from before the migration are duplicates until they are older than the skew.
+	if second.Matched.Packets != want || second.Drops[Duplicate].Packets+second.Drops[Late].Packets != want || second.Drops[Duplicate].Packets < since {
+		t.Errorf("rule %s: second input: %d matched, drops %v, want %d, all duplicates or late", r.name, second.Matched.Packets, second.Drops, want)
+	}
+	if first := statsOf(t, l, r.name+"%0"); first.Stream == nil || first.Stream.Restarts != 0 {
+		t.Errorf("rule %s: stream %+v, want one that was not restarted", r.name, first.Stream)
+	}
+}
+
+// checkKernelCounts checks the counts of a rule on a user-space path without those of its workers.
+func checkKernelCounts(t *testing.T, l *Loader, r pinnedRule, since uint64) {
+	t.Helper()
+	matched := since
+	if r.path == flow.PathAFXDP {
+		matched += pinnedFrames // counted by the relay program
+	}
+	s := statsOf(t, l, r.name)
+	if s.Matched.Packets != matched || s.Outputs[0].Sent.Packets != since || len(s.Drops)+len(s.Outputs[0].Drops) != 0 {
+		t.Errorf("rule %s: %+v, want %d matched, %d sent", r.name, counters(s), matched, since)
 	}
 }
 
@@ -231,11 +293,11 @@ func buildRelease(t *testing.T, commit string) string {
 }
 
 // runRelease loads the rules with a release's program, sends some packets for each, and kills it.
-func runRelease(t *testing.T, n *testLab, program string, opts Options) {
+func runRelease(t *testing.T, n *testLab, program string, opts Options, schema uint32) {
 	t.Helper()
 	var file strings.Builder
 	file.WriteString("rules:\n")
-	for _, r := range pinnedRules {
+	for _, r := range pinnedRulesOf(schema) {
 		fmt.Fprintf(&file, "  - {name: %s, %s\n", r.name, strings.TrimPrefix(r.text, "{"))
 	}
 	dir := t.TempDir()
@@ -260,9 +322,9 @@ func runRelease(t *testing.T, n *testLab, program string, opts Options) {
 		default:
 		}
 		out, err := exec.Command(program, "--socket", socket, "rule", "list").CombinedOutput()
-		return err == nil && strings.Count(string(out), "active") >= len(pinnedRules)
+		return err == nil && strings.Count(string(out), "active") >= len(pinnedRulesOf(schema))
 	})
-	sendPinned(t, n)
+	sendPinned(t, n, schema)
 	kill()
 	if err := <-ended; cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL {
 		t.Fatalf("the release's program: %v\n%s", err, output.String())
@@ -270,14 +332,14 @@ func runRelease(t *testing.T, n *testLab, program string, opts Options) {
 }
 
 // sendPinned sends the frames of all rules, and waits for their copies.
-func sendPinned(t *testing.T, n *testLab) {
+func sendPinned(t *testing.T, n *testLab, schema uint32) {
 	t.Helper()
 	source := labtest.NewTap(t, n.source, "eth0")
 	sinks := []*labtest.Tap{labtest.NewTap(t, n.sinks[0], "eth0"), labtest.NewTap(t, n.sinks[1], "eth0")}
 	copies := make([]int, len(sinks))
-	for _, r := range pinnedRules {
-		for range pinnedFrames {
-			source.Send(sourceFrame(n, r.group, 5000, []byte("pinned")).Build())
+	for _, r := range pinnedRulesOf(schema) {
+		for i := range uint64(pinnedFrames) {
+			source.Send(sourceFrame(n, r.group, 5000, pinnedPayload(i)).Build())
 		}
 		for sink, c := range r.copies {
 			copies[sink] += c * pinnedFrames
@@ -290,10 +352,15 @@ func sendPinned(t *testing.T, n *testLab) {
 	}
 }
 
+// pinnedPayload has a number where those of numbered streams have it.
+func pinnedPayload(number uint64) []byte {
+	return binary.BigEndian.AppendUint64([]byte("pinned           "), number)
+}
+
 // keep writes the pinned state to testdata.
 func keep(t *testing.T, n *testLab, dir string, schema uint32) {
 	t.Helper()
-	state := pinnedState{Schema: schema, Commit: releases[schema], Interfaces: map[string]uint32{n.in.Name: uint32(n.in.Index)}}
+	state := pinnedState{Schema: schema, Commit: releases[schema], Monotonic: monotonic(), Interfaces: map[string]uint32{n.in.Name: uint32(n.in.Index)}}
 	for _, out := range n.out {
 		state.Interfaces[out.Name] = uint32(out.Index)
 	}
@@ -644,9 +711,32 @@ func (r *restorer) adapt(pin string, m *ebpf.Map, key, value []byte) {
 			binary.NativeEndian.PutUint32(value[4:], uint32(r.egress.FD()))
 		}
 	}
+	if pin == "stream_states" {
+		r.shiftTimes(value)
+	}
 	if pin == "shortcuts" {
 		clear(value) // their slots depend on interface indexes
 	}
+}
+
+// shiftTimes makes the times of a stream as old as they were when the state was recorded.
+func (r *restorer) shiftTimes(value []byte) {
+	r.t.Helper()
+	states := make([]bpf.RelayStreamState, 1)
+	if n := copy(bytesOf(states), value); n != len(value) {
+		r.t.Fatalf("a stream has %d bytes, want at most %d", len(value), n)
+	}
+	s := &states[0]
+	times := []*uint64{&s.TurnNs, &s.PassNs, &s.SessionNs}
+	for i := range s.Legs {
+		times = append(times, &s.Legs[i].JumpedNs, &s.Legs[i].SeenNs, &s.Legs[i].UpNs)
+	}
+	for _, at := range times {
+		if *at != 0 {
+			*at += uint64(monotonic() - r.state.Monotonic)
+		}
+	}
+	copy(value, bytesOf(states))
 }
 
 // A process that dies at any point of a migration leaves state that the next one takes over, and no

@@ -328,9 +328,16 @@ const window = 16
 // startStream sends frames for a rule with outputs[i] copies at sink i.
 func startStream(t testing.TB, n *testLab, group string, outputs ...int) *stream {
 	t.Helper()
+	return startNumbers(t, n, 0, []string{group}, outputs...)
+}
+
+// startNumbers is startStream with numbers from first on, each sent to all groups, of which one copy
+// is relayed. The number follows "stream ", the first group and a space.
+func startNumbers(t testing.TB, n *testLab, first uint64, groups []string, outputs ...int) *stream {
+	t.Helper()
 	s := &stream{t: t}
 	source := labtest.NewTap(t, n.source, "eth0")
-	marker := "stream " + group + " "
+	marker := "stream " + groups[0] + " "
 	taps := map[int]*labtest.Tap{}
 	for i, copies := range outputs {
 		if copies > 0 {
@@ -338,9 +345,11 @@ func startStream(t testing.TB, n *testLab, group string, outputs ...int) *stream
 		}
 	}
 	s.done.Go(func() {
-		for next := uint64(0); !s.stop.Load() && !t.Failed(); next += window {
+		for next := first; !s.stop.Load() && !t.Failed(); next += window {
 			for i := range uint64(window) {
-				source.Send(sourceFrame(n, group, 5000, binary.BigEndian.AppendUint64([]byte(marker), next+i)).Build())
+				for _, group := range groups {
+					source.Send(sourceFrame(n, group, 5000, binary.BigEndian.AppendUint64([]byte(marker), next+i)).Build())
+				}
 			}
 			for i, tap := range taps {
 				numbers := map[netip.AddrPort]uint64{}
