@@ -39,7 +39,8 @@ type Options struct {
 // descriptors any more.
 const PipeName = "holder"
 
-// Restart delays: initial and maximum. After running for calm the delay is reset.
+// Restart delays: a process that ran for calm is restarted at once, one that ends sooner after
+// firstPause and then after twice as long each time, up to lastPause.
 const (
 	firstPause = 100 * time.Millisecond
 	lastPause  = 10 * time.Second
@@ -60,9 +61,9 @@ type holder struct {
 
 	main    int // the process; 0: not running
 	started time.Time
-	ready   bool // it was, at least once
-	ending  bool // it was told to end
-	pause   time.Duration
+	ready   bool          // it was, at least once
+	ending  bool          // it was told to end
+	pause   time.Duration // before the next start
 }
 
 // death is the exit of a child, also of an adopted one.
@@ -80,7 +81,7 @@ func Run(o Options) (code int, err error) {
 	if o.Self == "" {
 		o.Self = "/proc/self/exe"
 	}
-	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), children: make(chan struct{}, 1), stop: make(chan struct{}), pause: firstPause}
+	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), children: make(chan struct{}, 1), stop: make(chan struct{})}
 	defer close(h.stop)
 	defer h.store.Close()
 	// Orphaned descendants become children of this process, including one that replaced another.
@@ -182,17 +183,17 @@ func (h *holder) run() (code int, err error) {
 				return exitCode(d.status), nil
 			}
 			if time.Since(h.started) >= calm {
-				h.pause = firstPause
+				h.pause = 0
 			}
 			h.Log.Warn("ended, and is started again", "pid", d.pid, "how", end, "in", h.pause, "descriptors", len(h.store.Files()))
 			again = time.After(h.pause)
-			h.pause = min(2*h.pause, lastPause)
+			h.pause = longer(h.pause)
 		case <-again:
 			again = nil
 			if err := h.start(); err != nil {
 				h.Log.Error("not started", "error", err, "again_in", h.pause)
 				again = time.After(h.pause)
-				h.pause = min(2*h.pause, lastPause)
+				h.pause = longer(h.pause)
 			}
 		case s := <-h.Signals:
 			if h.pass(s) {
@@ -201,6 +202,9 @@ func (h *holder) run() (code int, err error) {
 		}
 	}
 }
+
+// longer is the delay after one that was not enough.
+func longer(pause time.Duration) time.Duration { return min(max(2*pause, firstPause), lastPause) }
 
 const exitDone = 0
 

@@ -3,8 +3,10 @@ package hold
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -71,5 +73,21 @@ func TestStore(t *testing.T) {
 		if len(step.message.Files) > 0 {
 			t.Errorf("%q: descriptors stay open", step.message.Lines)
 		}
+	}
+}
+
+// A process that ends soon after its start, again and again, is restarted at once and then ever
+// later.
+func TestDelays(t *testing.T) {
+	var pause time.Duration
+	var got []time.Duration
+	for range 9 {
+		got = append(got, pause)
+		pause = longer(pause)
+	}
+	want := []time.Duration{0, 100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond, 800 * time.Millisecond,
+		1600 * time.Millisecond, 3200 * time.Millisecond, 6400 * time.Millisecond, 10 * time.Second}
+	if !slices.Equal(got, want) {
+		t.Errorf("delays %v, want %v", got, want)
 	}
 }
