@@ -164,8 +164,13 @@ func (m *migration) carryCounters() (*carry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("possible cpus: %w", err)
 	}
-	passed := m.carryArray(cpus, bpf.RelayMapPassed, func(i uint32) uint32 { return i })
-	c := &carry{maps: []*carriedMap{m.carryRules(cpus), passed}}
+	c := &carry{}
+	if m.anew(bpf.RelayMapRuleStats) {
+		c.maps = append(c.maps, m.carryRules(cpus))
+	}
+	if m.anew(bpf.RelayMapPassed) {
+		c.maps = append(c.maps, m.carryArray(cpus, bpf.RelayMapPassed, func(i uint32) uint32 { return i }))
+	}
 	if m.anew(bpf.RelayMapDrops) {
 		c.maps = append(c.maps, m.carryArray(cpus, bpf.RelayMapDrops, m.reason))
 	}

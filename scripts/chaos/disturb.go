@@ -17,17 +17,21 @@ import (
 	"xdpcast/internal/control"
 )
 
-// restart ends the daemon and starts another.
-func (s *stage) restart(sig os.Signal) error {
-	if err := s.end(sig); err != nil {
+// replace has a signal end the daemon; its holder starts another.
+func (s *stage) replace(sig syscall.Signal) error {
+	before := s.pid
+	if err := syscall.Kill(before, sig); err != nil {
 		return err
 	}
-	return s.start()
+	return s.settleAfter(before)
 }
 
 // upgrade replaces the programs in the kernel without a daemon.
 func upgrade(_ context.Context, s *stage) error {
-	if err := s.end(os.Interrupt); err != nil {
+	if err := s.end(); err != nil {
+		return err
+	}
+	if err := s.installOther(); err != nil {
 		return err
 	}
 	if err := s.cli("upgrade"); err != nil {
@@ -37,16 +41,15 @@ func upgrade(_ context.Context, s *stage) error {
 }
 
 // replaceDaemon has the daemon replace itself.
-func replaceDaemon(ctx context.Context, s *stage) error {
+func replaceDaemon(_ context.Context, s *stage) error {
+	before := s.pid
+	if err := s.installOther(); err != nil {
+		return err
+	}
 	if err := s.cli("upgrade", "--exec"); err != nil {
 		return err
 	}
-	status, err := s.client.Status(ctx)
-	if err != nil {
-		return err
-	}
-	s.successor = status.PID
-	return s.settle()
+	return s.settleAfter(before)
 }
 
 // reload adds another rule, and removes it again.
@@ -157,18 +160,32 @@ func ignore(err, expected error) error {
 	return err
 }
 
+// stepClock sets the host's clock an hour ahead, and back.
+func stepClock(ctx context.Context, s *stage) error {
+	for _, step := range []time.Duration{time.Hour, -time.Hour} {
+		now := unix.NsecToTimespec(time.Now().Add(step).UnixNano())
+		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
+			return fmt.Errorf("set the clock: %w", err)
+		}
+		if err := sleep(ctx, s.long(time.Second)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // freeze stops the daemon's process for ten seconds.
 func freeze(ctx context.Context, s *stage) error {
-	if err := syscall.Kill(s.pid(), syscall.SIGSTOP); err != nil {
+	if err := syscall.Kill(s.pid, syscall.SIGSTOP); err != nil {
 		return err
 	}
-	return errors.Join(sleep(ctx, s.long(10*time.Second)), syscall.Kill(s.pid(), syscall.SIGCONT))
+	return errors.Join(sleep(ctx, s.long(10*time.Second)), syscall.Kill(s.pid, syscall.SIGCONT))
 }
 
 // cli runs a command of the program on the relay.
 func (s *stage) cli(args ...string) error {
 	var out strings.Builder
-	cmd := exec.Command(s.opts.program, args...)
+	cmd := exec.Command(s.binary(), args...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = s.env(), &out, &out
 	if err := s.relay.Start(cmd); err != nil {
 		return err

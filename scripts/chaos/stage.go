@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,16 +29,31 @@ type stage struct {
 	source, relay, sink *lab.Host
 	dir, runDir, pinDir string
 	client              *control.Client
-	daemon              *exec.Cmd
-	successor           int // process that replaced it; 0: none
-	log                 bytes.Buffer
+	pid                 int       // of the daemon
+	holder              *exec.Cmd // runs the daemon, and keeps its memberships
+	log                 output
+}
+
+// output is what the holder and its daemons write.
+type output struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.String()
 }
 
 func newStage(o options) (_ *stage, err error) {
 	s := &stage{opts: o}
-	if s.opts.program, err = filepath.Abs(o.program); err != nil {
-		return nil, err
-	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -58,11 +73,14 @@ func newStage(o options) (_ *stage, err error) {
 			return nil, err
 		}
 	}
-	if s.dir, err = os.MkdirTemp("/tmp", "chaos"); err != nil {
+	if s.dir, err = os.MkdirTemp("/tmp", "xdpcast-chaos"); err != nil {
 		return nil, err
 	}
 	s.runDir, s.pinDir = filepath.Join(s.dir, "run"), filepath.Join(s.dir, "bpf", "xdpcast")
 	if err := os.Mkdir(s.runDir, 0o755); err != nil {
+		return nil, err
+	}
+	if err := s.install(s.opts.program); err != nil {
 		return nil, err
 	}
 	// Its own file system, so that it can be filled.
@@ -78,6 +96,30 @@ func newStage(o options) (_ *stage, err error) {
 
 func (s *stage) socket() string { return filepath.Join(s.runDir, "s") }
 
+// binary is what the relay runs.
+func (s *stage) binary() string { return filepath.Join(s.dir, "xdpcast") }
+
+// install puts a copy of a program at that path by a rename, as package managers do.
+func (s *stage) install(program string) error {
+	data, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	next := s.binary() + ".new"
+	if err := os.WriteFile(next, data, 0o755); err != nil {
+		return err
+	}
+	return os.Rename(next, s.binary())
+}
+
+// installOther installs the other build, and the first one again the next time.
+func (s *stage) installOther() error {
+	if s.opts.other != "" {
+		s.opts.program, s.opts.other = s.opts.other, s.opts.program
+	}
+	return s.install(s.opts.program)
+}
+
 func (s *stage) env() []string {
 	return append(os.Environ(), "XDPCAST_SOCKET="+s.socket(), "XDPCAST_PIN_DIR="+s.pinDir, "XDPCAST_RUN_DIR="+s.runDir, "XDPCAST_STATE_DIR="+filepath.Join(s.dir, "state"))
 }
@@ -91,55 +133,53 @@ func (s *stage) writeRules(others int) error {
 	return os.WriteFile(filepath.Join(s.dir, "rules.yaml"), []byte(text), 0o644)
 }
 
-// start starts a daemon and waits until the stream's rule is active.
+// start starts a holder with a daemon, and waits until the stream's rule is active.
 func (s *stage) start() error {
-	s.log.Reset()
-	s.daemon = exec.Command(s.opts.program, "run", "-c", filepath.Join(s.dir, "rules.yaml"))
-	s.daemon.Env, s.daemon.Stdout, s.daemon.Stderr = s.env(), &s.log, &s.log
-	if err := s.relay.Start(s.daemon); err != nil {
+	s.holder = exec.Command(s.binary(), "hold", "--", s.binary(), "run", "-c", filepath.Join(s.dir, "rules.yaml"))
+	s.holder.Env, s.holder.Stdout, s.holder.Stderr = s.env(), &s.log, &s.log
+	if err := s.relay.Start(s.holder); err != nil {
 		return err
 	}
 	return s.settle()
 }
 
 // settle waits until the daemon answers and the stream's rule is active.
-func (s *stage) settle() error {
-	var last error
+func (s *stage) settle() error { return s.settleAfter(0) }
+
+// settleAfter does so for a daemon whose process is not the one given.
+func (s *stage) settleAfter(before int) error {
+	last := fmt.Errorf("process %d still answers", before)
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		status, err := s.client.Status(context.Background())
+		if err != nil {
+			last = err
+			continue
+		}
+		if status.PID == before {
+			continue
+		}
 		rule, err := s.client.Rule(context.Background(), "stream")
 		if err == nil && rule.State == control.StateActive {
+			s.pid = status.PID
 			return nil
 		}
-		last = err
-		if err == nil {
+		if last = err; err == nil {
 			last = fmt.Errorf("rule stream is %s (%s)", rule.State, rule.Reason)
 		}
 	}
 	return fmt.Errorf("the daemon does not get ready: %w", last)
 }
 
-// pid is the daemon's process id.
-func (s *stage) pid() int {
-	if s.successor != 0 {
-		return s.successor
-	}
-	return s.daemon.Process.Pid
-}
-
-// end ends the daemon.
-func (s *stage) end(sig os.Signal) error {
-	if s.daemon == nil {
+// end ends the daemon and its holder.
+func (s *stage) end() error {
+	if s.holder == nil {
 		return nil
 	}
-	if err := syscall.Kill(s.pid(), sig.(syscall.Signal)); err != nil {
+	if err := s.holder.Process.Signal(os.Interrupt); err != nil {
 		return err
 	}
-	err := s.daemon.Wait() // waits for its successor as well, which has its output
-	s.daemon, s.successor = nil, 0
-	var exit *exec.ExitError
-	if sig == os.Kill && errors.As(err, &exit) {
-		return nil
-	}
+	err := s.holder.Wait()
+	s.holder, s.pid = nil, 0
 	if err != nil {
 		return fmt.Errorf("the daemon: %w:\n%s", err, s.log.String())
 	}
@@ -147,7 +187,7 @@ func (s *stage) end(sig os.Signal) error {
 }
 
 func (s *stage) close() error {
-	errs := []error{s.end(os.Interrupt)}
+	errs := []error{s.end()}
 	if _, err := os.Stat(s.pinDir); err == nil && s.pinDir != "" {
 		errs = append(errs, s.cli("unload", "--all"))
 	}
@@ -169,12 +209,12 @@ func (s *stage) close() error {
 
 // holding is what the daemon's process holds.
 type holding struct {
-	descriptors, objects int // the latter: maps, programs and links
-	resident             int // bytes
+	descriptors, maps, programs, links int
+	resident                           int // bytes
 }
 
 func (s *stage) holding() (h holding, err error) {
-	dir := fmt.Sprintf("/proc/%d/", s.pid())
+	dir := fmt.Sprintf("/proc/%d/", s.pid)
 	descriptors, err := os.ReadDir(dir + "fdinfo")
 	if err != nil {
 		return h, err
@@ -182,8 +222,13 @@ func (s *stage) holding() (h holding, err error) {
 	h.descriptors = len(descriptors)
 	for _, d := range descriptors {
 		text, _ := os.ReadFile(dir + "fdinfo/" + d.Name()) // a descriptor closed in the meantime has none
-		if bytes.Contains(text, []byte("memlock:")) || bytes.Contains(text, []byte("link_id:")) {
-			h.objects++
+		switch {                                           // a link's names its program, too
+		case bytes.Contains(text, []byte("link_id:")):
+			h.links++
+		case bytes.Contains(text, []byte("map_id:")):
+			h.maps++
+		case bytes.Contains(text, []byte("prog_id:")):
+			h.programs++
 		}
 	}
 	status, err := os.ReadFile(dir + "status")
@@ -213,17 +258,21 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 	}
 	defer stream.close()
 	for range s.opts.rounds {
+		// Under a rate of thousands of packets a second, this covers the start of the stream.
+		if err := sleep(ctx, s.long(max(time.Second, d.apart))); err != nil {
+			return r, err
+		}
 		if err := d.do(ctx, s); err != nil {
 			return r, errors.Join(err, errors.New(s.log.String()))
 		}
 		if err := s.settle(); err != nil {
 			return r, err
 		}
-		if err := sleep(ctx, s.long(time.Second)); err != nil {
-			return r, err
-		}
 	}
-	if r.sent, r.lost, r.doubled, r.reordered, err = stream.end(); err != nil {
+	if err := sleep(ctx, s.long(time.Second)); err != nil {
+		return r, err
+	}
+	if err := stream.end(&r); err != nil {
 		return r, err
 	}
 	r.leaves = leaves.count()
@@ -270,23 +319,29 @@ func (s *stage) startStream() (*stream, error) {
 }
 
 // end ends the stream and counts its packets once no more arrive.
-func (st *stream) end() (sent, lost, doubled, reordered uint64, err error) {
+func (st *stream) end(r *result) (err error) {
 	st.stop()
 	err = <-st.sent
 	st.sent <- nil
-	sent = st.sender.Report().Packets
+	sending := st.sender.Report()
+	r.sent, r.rate = sending.Packets, float64(sending.Packets)/(float64(sending.ElapsedNS)/1e9)
 	received, since := uint64(0), time.Now()
-	for received < sent && time.Since(since) < 3*time.Second {
+	for received < r.sent && time.Since(since) < 3*time.Second {
 		if n := st.receiver.Report().Total.Received; n != received {
 			received, since = n, time.Now()
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	total := st.receiver.Report().Total
+	report := st.receiver.Report()
+	total := report.Total
 	if total.Corrupt > 0 || total.SocketDrops > 0 {
 		err = errors.Join(err, fmt.Errorf("%d packets corrupt, %d dropped by the receiver's own socket", total.Corrupt, total.SocketDrops))
 	}
-	return sent, sent - min(sent, total.Received), total.Duplicated, total.Reordered, err
+	r.lost, r.doubled, r.reordered = r.sent-min(r.sent, total.Received), total.Duplicated, total.Reordered
+	for _, g := range report.Groups {
+		r.gap = max(r.gap, time.Duration(g.LongestGapNS))
+	}
+	return err
 }
 
 func (st *stream) close() {
