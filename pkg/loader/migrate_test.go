@@ -68,7 +68,7 @@ var pinnedRules = []pinnedRule{
 	{name: "socket", text: `{in: "239.1.1.9:5000%in", out: "239.2.1.9:6000%out0", path: afxdp}`, group: "239.1.1.9", copies: []int{1}, path: flow.PathAFXDP},
 	{name: "tapped", text: `{in: "239.1.1.10:5000%in", out: "239.2.2.10:6000%out1", path: fanout}`, group: "239.1.1.10", copies: []int{0, 1}, path: flow.PathFanout},
 	// The number follows "stream 239.1.3.1 ".
-	{name: "merged", text: `{in: ["239.1.3.1:5000%in", "239.1.3.2:5000%in"], merge: "field:17:8", out: ["239.2.1.3:7000%out0", "239.2.2.3:7000%out1"]}`,
+	{name: "merged", text: `{in: ["239.1.3.1:5000%in", "239.1.3.2:5000%in"], merge: "field:17:8,skew=10s,reset=60s", out: ["239.2.1.3:7000%out0", "239.2.2.3:7000%out1"]}`,
 		group: "239.1.3.1", copies: []int{1, 1}, since: 6, again: "239.1.3.2"},
 }
 
