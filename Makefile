@@ -89,6 +89,11 @@ chaos: build ## disturb a relay under traffic, 20 times in each way, on each pat
 	$(CHAOS) -path afxdp -rate 50000
 	$(CHAOS) -path fanout -rate 50000
 
+.PHONY: chaos-clock
+chaos-clock: go ## step the clock of a virtual machine under a relay, 20 times on each path
+	@scripts/setup --kernels
+	scripts/kernels/clock
+
 .PHONY: chaos-smoke
 chaos-smoke: build ## the same once, in under a minute
 	$(CHAOS) -smoke -path kernel

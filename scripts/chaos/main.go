@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
 )
 
@@ -40,7 +39,7 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 20, "of each disturbance")
 	flag.BoolVar(&o.smoke, "smoke", false, "one short round each, at a low rate; fail on a packet that is lost, doubled or reordered on the kernel path")
 	flag.BoolVar(&o.clock, "clock", false, "set the clock of this host an hour ahead and back, too, which everything on it sees")
-	flag.BoolVar(&o.log, "log", false, "print what the daemons log")
+	flag.BoolVar(&o.log, "log", false, "print what the daemons log, and the rule's counters")
 	flag.StringVar(&o.only, "only", "", "the disturbances with these `NAMES` alone, separated by commas")
 	flag.Parse()
 	if o.smoke {
@@ -88,32 +87,35 @@ func run(ctx context.Context, o options) (err error) {
 		}
 	}()
 	fmt.Printf("path %s, %.0f packets a second, rounds of each: %d\n\n", o.path, o.rate, o.rounds)
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "DISTURBANCE\tSENT\tPACKETS/S\tLOST\tDOUBLED\tREORDERED\tLONGEST GAP\tLEAVES\tDESCRIPTORS\tMAPS\tPROGRAMS\tLINKS\tMEMORY")
+	fmt.Printf(row, "DISTURBANCE", "SENT", "PACKETS/S", "LOST", "DOUBLED", "REORDERED", "LONGEST GAP", "LEAVES", "DESCRIPTORS", "MAPS", "PROGRAMS", "LINKS", "MEMORY")
 	var faults []string
 	for _, d := range chosen {
 		if d.clock && !o.clock {
-			fmt.Fprintf(w, "%s\tleft out: it needs -clock\n", d.name)
+			fmt.Printf("%-19s left out: it needs -clock\n", d.name)
 			continue
 		}
 		r, err := s.measure(ctx, d)
 		if err != nil {
 			return fmt.Errorf("%s: %w", d.name, err)
 		}
-		fmt.Fprintln(w, r)
+		fmt.Print(r)
 		faults = append(faults, r.faults(o, d)...)
 	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
 	if o.log {
-		fmt.Print("\n", s.log.String())
+		rule, err := s.client.Rule(ctx, "stream")
+		if err != nil {
+			return err
+		}
+		fmt.Printf("\n%s\nmatched %+v, drops %+v, outputs %+v\n", s.log.String(), rule.Matched, rule.Drops, rule.Outputs)
 	}
 	if len(faults) > 0 {
 		return fmt.Errorf("%s", strings.Join(faults, "\n"))
 	}
 	return nil
 }
+
+// row has the columns of the table, printed as it grows: a run takes minutes.
+const row = "%-19s %10s %9s %9s %7s %9s %12s %6s %12s %9s %9s %7s  %s\n"
 
 // result is the outcome of a disturbance for the packets.
 type result struct {
@@ -128,8 +130,8 @@ type result struct {
 func (r result) String() string {
 	change := func(a, b int) string { return fmt.Sprintf("%d -> %d", a, b) }
 	b, a := r.before, r.after
-	return fmt.Sprintf("%s\t%d\t%.0f\t%d\t%d\t%d\t%v\t%d\t%s\t%s\t%s\t%s\t%.1f -> %.1f MB", r.name, r.sent, r.rate, r.lost, r.doubled, r.reordered, r.gap.Round(100*time.Microsecond), r.leaves,
-		change(b.descriptors, a.descriptors), change(b.maps, a.maps), change(b.programs, a.programs), change(b.links, a.links), float64(b.resident)/1e6, float64(a.resident)/1e6)
+	return fmt.Sprintf(row, r.name, fmt.Sprint(r.sent), fmt.Sprintf("%.0f", r.rate), fmt.Sprint(r.lost), fmt.Sprint(r.doubled), fmt.Sprint(r.reordered), r.gap.Round(100*time.Microsecond).String(), fmt.Sprint(r.leaves),
+		change(b.descriptors, a.descriptors), change(b.maps, a.maps), change(b.programs, a.programs), change(b.links, a.links), fmt.Sprintf("%.1f -> %.1f MB", float64(b.resident)/1e6, float64(a.resident)/1e6))
 }
 
 // faults returns the counts that must not occur; times are not judged.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -314,8 +315,28 @@ func (s *stage) startStream() (*stream, error) {
 	receiving, finish := context.WithCancel(context.Background())
 	st.stop, st.finish = stop, finish
 	go func() { st.got <- st.receiver.Run(receiving) }()
-	go func() { st.sent <- st.sender.Run(sending) }()
+	go func() {
+		oneCPU()
+		st.sent <- st.sender.Run(sending)
+	}()
 	return st, nil
+}
+
+// oneCPU keeps the goroutine on a thread that uses one CPU: frames of a sender that moves to another CPU
+// may overtake earlier ones. The thread ends with the goroutine.
+func oneCPU() {
+	runtime.LockOSThread()
+	var cpus unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
+		return // frames may be reordered
+	}
+	first := 0
+	for !cpus.IsSet(first) {
+		first++
+	}
+	cpus.Zero()
+	cpus.Set(first)
+	_ = unix.SchedSetaffinity(0, &cpus) // or frames may be reordered
 }
 
 // end ends the stream and counts its packets once no more arrive.
