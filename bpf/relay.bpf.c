@@ -182,12 +182,15 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
  */
 static __always_inline bool leg_passes(struct xdp_md *ctx, __u32 ifindex, const struct headers *h,
 				       const struct flow *flow, struct rule_stats *stats,
-				       __u32 bytes, bool ip4)
+				       __u32 bytes, __u64 now, bool ip4)
 {
 	__u32 v = STREAM_PASSED;
 
-	if (h->udp)
-		v = judge_leg(ctx, flow->stream, flow->leg, udp_offset(h));
+	if (h->udp) {
+		v = judge_next(ctx, flow->stream, flow->leg, udp_offset(h), now);
+		if (__builtin_expect(v == STREAM_VERDICTS, 0))
+			v = judge_leg(ctx, flow->stream, flow->leg, udp_offset(h), now);
+	}
 	if (__builtin_expect(h->part != PART_WHOLE, 0))
 		v = fragment_verdict(ifindex, h, ip4, v);
 	if (v == STREAM_PASSED)
@@ -212,7 +215,7 @@ static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
 
 	if (!stats)
 		return false;
-	if (leg_passes(ctx, ifindex, h, flow, stats, bytes, ip4))
+	if (leg_passes(ctx, ifindex, h, flow, stats, bytes, bpf_ktime_get_coarse_ns(), ip4))
 		return true;
 	stats->packets++;
 	stats->bytes += bytes;
@@ -318,7 +321,8 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
 	if (__builtin_expect(rare, 0)) {
-		if (flow->stream && !leg_passes(ctx, ifindex, h, flow, stats, bytes, ip4))
+		if (flow->stream &&
+		    !leg_passes(ctx, ifindex, h, flow, stats, bytes, stats->last_seen_ns, ip4))
 			return XDP_DROP;
 		if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
 			return count_drop(DROP_RULE, id, DROP_POLICED, bytes);

@@ -374,7 +374,7 @@ struct stream_leg {
 	__u32 expected; /* number */
 	__u32 candidate_session;
 	__u32 candidate;  /* number expected after one that jumped */
-	__u32 run;	  /* how many in a row have followed it */
+	__u32 run;	  /* struct stream_run (stream.h): how many in a row have followed it */
 	__u32 distrusted; /* 1: it carried another stream's session */
 	__u64 jumped_ns;  /* when the leg's numbers last jumped */
 	__u64 history;	  /* bit i: number expected - 1 - i was seen */

@@ -183,6 +183,7 @@ func TestLegsMerge(t *testing.T) {
 			l.in.waitState("cam", control.StateActive)
 			const lag = 200
 			numbers := labtest.Soak(70_000, 10_000_000) // more than one round of the sequence number
+			pace := time.Duration(labtest.Soak(40, 10)) * time.Microsecond
 			sink := newNumberSink(t, l.sinks[0], "sink0", "239.2.1.1:6000", numbers)
 			var at atomic.Int64
 			sent := make(chan error, 1)
@@ -205,7 +206,7 @@ func TestLegsMerge(t *testing.T) {
 					if i%50 != 0 {
 						continue
 					}
-					time.Sleep(time.Until(begin.Add(time.Duration(i) * 40 * time.Microsecond))) // the pace of the stream, not a wait for something
+					time.Sleep(time.Until(begin.Add(time.Duration(i) * pace))) // the pace of the stream, not a wait for something
 					// A machine that cannot keep up must not be given more than its queues hold. Packets lost
 					// anyway are not waited for again.
 					for late := time.Now(); sink.total.Load() < given-lost-64; time.Sleep(200 * time.Microsecond) {
