@@ -158,6 +158,7 @@ var abiEnums = map[string]map[string]uint64{
 		"OUTPUT_PCP_SET":       uint64(RelayOutputFlagOUTPUT_PCP_SET),
 		"OUTPUT_POLICED":       uint64(RelayOutputFlagOUTPUT_POLICED),
 		"OUTPUT_ONE_BUFFER":    uint64(RelayOutputFlagOUTPUT_ONE_BUFFER),
+		"OUTPUT_ROUTED":        uint64(RelayOutputFlagOUTPUT_ROUTED),
 	},
 	"vlan_mode": {
 		"VLAN_KEEP": uint64(RelayVlanModeVLAN_KEEP),

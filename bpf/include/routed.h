@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* Flows that mirror an entry of the kernel's multicast forwarding cache. The relay takes of
- * them what it forwards exactly as the kernel would (ip_mr_forward of net/ipv4/ipmr.c,
- * ip6_mr_forward of net/ipv6/ip6mr.c); every other packet is the kernel's, one by one.
+/* Flows that mirror an entry of the kernel's multicast forwarding cache. The relay forwards
+ * only packets that it forwards exactly as the kernel would (ip_mr_forward of net/ipv4/ipmr.c,
+ * ip6_mr_forward of net/ipv6/ip6mr.c); every other packet is left to the kernel, one by one.
  */
 #pragma once
 
@@ -38,8 +38,8 @@ static __always_inline bool mirror_ended(void)
 	return !bpf_map_lookup_elem(&mirror, &zero) || !until || bpf_ktime_get_coarse_ns() > *until;
 }
 
-/* Whether the kernel has changed a flow's entry, or might have, and the daemon has not followed
- * yet. It says so in the memory of the map outputs (pkg/loader/routed.go).
+/* Whether the kernel has, or may have, changed a flow's entry and the daemon has yet to follow.
+ * The daemon sets this in the memory of the map outputs (pkg/loader/routed.go).
  */
 static __always_inline bool route_held(const struct flow *flow)
 {
@@ -49,7 +49,7 @@ static __always_inline bool route_held(const struct flow *flow)
 	return !o || *(const volatile __u32 *)&o->held;
 }
 
-/* A header without options whose checksum is right: the kernel drops others, and acts on
+/* A header with a valid checksum and no options: the kernel drops invalid ones and processes
  * options.
  */
 static __always_inline bool plain_ip4(const struct iphdr *ip)
@@ -81,10 +81,9 @@ static __always_inline bool to_group_mac(const struct headers *h, bool ip4)
 	       low == bpf_ntohl(h->ip6->daddr.in6_u.u6_addr32[3]);
 }
 
-/* Whether a packet of a routed flow is the kernel's. Its TTL decides which outputs get a copy
- * (thresholds), so one that is not above all of them is. So is one that some output would
- * need fragments for or answer with an error, one with padding, which the kernel trims, one
- * with a priority tag, which it takes off, and one of this host.
+/* Whether the kernel forwards a packet of a routed flow: if its TTL is not above the thresholds
+ * of all outputs, an output would fragment it or answer with an error, it has padding, which
+ * the kernel trims, or a priority tag, which it removes, or this host sent it.
  */
 static __noinline bool kernel_routes(const struct config *cfg, const struct headers *h,
 				     const struct flow *flow, __u32 bytes, bool ip4)

@@ -3,38 +3,38 @@
  * a number passes (merge), or one leg passes at a time (failover). docs/decisions/0018 has the
  * reasons; pkg/packet/stream.go is the twin in Go.
  *
- * Nothing is held back and no lock is taken: CPUs that bring copies of one number at the same
- * instant settle by compare-and-swap on the word of the window that the number belongs to.
+ * Packets are never held back and no lock is taken: CPUs with copies of one number at the same
+ * time decide by compare-and-swap on the number's word of the window.
  *
- * A number is turned into a position, which does not wrap in the life of a host: the one with
- * these lower bits that is nearest to the head, the newest position so far. A sender that begins
- * again gets positions ahead of all that were used, so that nothing has to be cleared.
+ * A number is extended to a 64-bit position, which does not wrap: the one with these lower bits
+ * nearest to the head, the newest position so far. A sender that restarts gets positions ahead of
+ * all used ones, so nothing has to be cleared.
  */
 #pragma once
 
 #include "maps.h"
 #include "parse.h"
 
-/* Tests set the time: it is then in the field pass_ns of state 0, which no stream has, and that of
- * the precise clock in turn_ns.
+/* Tests set the time: pass_ns of state 0, which no stream uses, is then the clock, and turn_ns the
+ * precise clock.
  */
 const volatile bool stream_test_clock = false;
 
-/* A test that must fail claims numbers without atomics, and takes its time. */
+/* For a test that must fail: claims numbers without atomics, slowly. */
 const volatile bool stream_test_broken = false;
 
-#define STREAM_BLOCK_BITS 5	    /* numbers in one word, as a power of two */
-#define STREAM_NEWER_BLOCKS 0x10000 /* so many blocks ahead: newer; more: long ago */
-#define STREAM_TRIES 16		    /* against other CPUs */
+#define STREAM_BLOCK_BITS 5	    /* log2 of the numbers per word */
+#define STREAM_NEWER_BLOCKS 0x10000 /* blocks ahead up to this: newer; beyond: old, wrapped */
+#define STREAM_TRIES 16		    /* attempts of a compare-and-swap */
 #define STREAM_CONFIRM 3	    /* packets in a row that confirm a jump or a session */
 #define STREAM_JUMP 1024	    /* a number further ahead than this is a jump */
-#define STREAM_MAX_OFFSET 511	    /* bytes of the UDP payload in front of a number */
+#define STREAM_MAX_OFFSET 511	    /* bytes of UDP payload before a number */
 #define STREAM_RTP_HEADER 12
-#define STREAM_SAMPLES 26	  /* one of 2^(32 - 26) packets is compared with its copies ... */
-#define STREAM_CHECKED 64	  /* ... by its length and so many bytes of its payload */
-#define STREAM_SAMPLE_PASSED 0x80 /* beside a leg: it brought the first of the number */
-#define STREAM_SAMPLE_NS 2000000000ULL	/* a sample waits so long for the copies of all legs */
-#define STREAM_MAX_JITTER 1000000000ULL /* ns; what is further out is a pause */
+#define STREAM_SAMPLES 26	  /* one packet in 2^(32 - 26) is compared with its copies: */
+#define STREAM_CHECKED 64	  /* length and this many bytes of payload */
+#define STREAM_SAMPLE_PASSED 0x80 /* flag on a leg: it carried the first copy */
+#define STREAM_SAMPLE_NS 2000000000ULL	/* time that a sample waits for the copies on all legs */
+#define STREAM_MAX_JITTER 1000000000ULL /* ns; larger deviations count as a pause */
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
@@ -53,16 +53,16 @@ static __always_inline struct stream_run *stream_run(struct stream_leg *l)
 	return (struct stream_run *)&l->run;
 }
 
-/* What a packet says of itself. */
+/* The fields of a packet. */
 struct stream_number {
 	__u32 raw; /* its number */
 	__u32 session;
-	__u32 count;	 /* numbers that it takes */
+	__u32 count;	 /* numbers that it carries */
 	__u32 timestamp; /* RTP */
-	__u32 type;	 /* its payload type; another: not known */
+	__u32 type;	 /* RTP payload type; 127: unknown */
 };
 
-/* A packet of a leg, and what is known of it. */
+/* A packet of a leg, while it is judged. */
 struct stream_packet {
 	const struct stream *s;
 	struct stream_state *st;
@@ -71,7 +71,7 @@ struct stream_packet {
 	struct stream_pulse *pulse; /* of the leg */
 	__u64 now;
 	__s64 quiet; /* ns since a packet passed */
-	/* The stream, of one instant: see stream_look. */
+	/* A consistent snapshot of the stream: see stream_look. */
 	__u64 head;
 	__u64 sessions;
 	__u32 epoch;
@@ -85,11 +85,11 @@ struct stream_packet {
 			__u32 type;
 		};
 	};
-	bool first;   /* of the leg in this tick of the kernel's clock */
+	bool first;   /* the leg's first in this tick of the kernel's clock */
 	__u32 stream; /* index into streams */
 	__u32 leg;
-	__u32 format; /* enum stream_kind: where packets have their numbers */
-	bool sure;    /* the leg's numbers go on */
+	__u32 format; /* enum stream_kind: format of the numbers */
+	bool sure;    /* the number continues the leg's sequence */
 };
 
 static __always_inline __u64 stream_clock(void)
@@ -112,7 +112,7 @@ static __always_inline __u64 stream_precise_clock(void)
 	return clock ? READ_ONCE(clock->turn_ns) : 0;
 }
 
-/* Timestamps a second of static payload types (RFC 3551 section 6); 0 for others. */
+/* Timestamp ticks per second of static payload types (RFC 3551 section 6); 0 for others. */
 static __always_inline __u32 rtp_clock(__u32 type)
 {
 	__u64 bit = 1ULL << (type & 63);
@@ -135,7 +135,7 @@ static __always_inline __u32 rtp_number(__u32 format, __u8 *p, void *data_end, _
 	if ((void *)(p + STREAM_RTP_HEADER) > data_end || len < STREAM_RTP_HEADER ||
 	    (p[0] & 0xc0) != 0x80)
 		return STREAM_NO_NUMBER;
-	/* RTCP on the same port (RFC 5761 section 4) has a length in place of the number. */
+	/* RTCP on the same port (RFC 5761 section 4) has a length instead of the number. */
 	if (p[1] >= 192 && p[1] <= 223)
 		return STREAM_BEAT;
 	n->raw = bpf_ntohs(*(__be16 *)(p + 2));
@@ -177,8 +177,8 @@ static __always_inline __u32 moldudp64_number(__u8 *p, void *data_end, __u32 len
 	return STREAM_PASSED;
 }
 
-/* An unsigned field of 1, 2, 4 or 8 bytes; of 8 the lower half. False when the packet is too
- * short.
+/* Reads an unsigned field of 1, 2, 4 or 8 bytes; of 8, the lower half. False if the packet is
+ * too short.
  */
 static __always_inline bool read_field(__u8 *p, void *data_end, __u32 len, __u32 offset,
 				       __u32 width, bool little, __u32 *value)
@@ -242,16 +242,15 @@ static __always_inline __u32 stream_number(const struct stream *s, __u32 format,
 	return rtp_number(format, p, data_end, len, n);
 }
 
-/* Whether a number follows the one that was expected, but for some that are missing or came in
- * another order.
+/* Whether a number is the expected one, apart from slack for lost or reordered ones.
  */
 static __always_inline bool goes_on(const struct stream *s, __u32 raw, __u32 expected)
 {
 	return ((raw - expected + s->slack) & s->number_mask) <= 2 * s->slack;
 }
 
-/* A number that does not go on from the leg's last one. Returns whether it is one of some in a
- * row, which the leg is then at.
+/* Handles a number that does not continue the leg's sequence. Returns whether it is one of several in
+ * a row, from which the leg then continues.
  */
 static __noinline bool stream_jump(const struct stream_packet *n)
 {
@@ -281,8 +280,8 @@ static __noinline bool stream_jump(const struct stream_packet *n)
 	return false;
 }
 
-/* What a leg lacks, has twice, or in another order: a bit for each of its last 64 numbers. The
- * number goes on from the leg's last one.
+/* Counts lost, repeated and reordered numbers of a leg, with a bit for each of its last 64 numbers.
+ * The number continues the leg's sequence.
  */
 static __always_inline void stream_count(const struct stream *s, struct stream_leg *l,
 					 const struct stream_packet *n)
@@ -298,7 +297,7 @@ static __always_inline void stream_count(const struct stream *s, struct stream_l
 	}
 	back = (l->expected - 1 - n->raw) & s->number_mask;
 	bit = 1ULL << (back & 63);
-	/* Of packets that take several numbers it is not known which were seen. */
+	/* With several numbers per packet, which of them were seen is unknown. */
 	if (back > 63 || s->count_width) {
 		l->reordered++;
 	} else if (l->history & bit) {
@@ -311,8 +310,8 @@ static __always_inline void stream_count(const struct stream *s, struct stream_l
 	}
 }
 
-/* How unsteadily the packets of a leg come, by RFC 3550 section A.8. A precise time costs as much
- * as all the rest: two packets in a row are timed in each tick of the kernel's clock.
+/* Interarrival jitter of a leg (RFC 3550 section A.8). Reading the precise clock costs as much as
+ * everything else, so only two packets in a row are timed per tick of the kernel's clock.
  */
 static __noinline void stream_jitter(const struct stream_packet *n, bool follows)
 {
@@ -350,7 +349,7 @@ static __noinline void stream_jitter(const struct stream_packet *n, bool follows
 	l->timed_next = n->raw + n->count;
 }
 
-/* Follows the numbers of a leg. Returns whether they go on. */
+/* Tracks the numbers of a leg. Returns whether this one continues the sequence. */
 static __always_inline bool stream_follow(const struct stream_packet *n)
 {
 	struct stream_leg *l = n->l;
@@ -367,8 +366,7 @@ static __always_inline bool stream_follow(const struct stream_packet *n)
 	return true;
 }
 
-/* Reads where the stream is, unless a restart is under way. False when other CPUs go on changing
- * it.
+/* Reads a consistent snapshot of the stream. False while other CPUs restart it.
  */
 static __always_inline bool stream_look(struct stream_packet *n)
 {
@@ -385,7 +383,7 @@ static __always_inline bool stream_look(struct stream_packet *n)
 	return false;
 }
 
-/* The newest position: the head, or one of the same block, which the head does not follow. */
+/* The newest position: the head, or a later one of its block, for which the head is not updated. */
 static __always_inline __u64 stream_newest(const struct stream_state *st, __u64 head)
 {
 	__u64 newest = head;
@@ -400,7 +398,7 @@ static __always_inline __u64 stream_newest(const struct stream_state *st, __u64 
 	return newest;
 }
 
-/* Counts what has passed up to a position, the newest one, which is to be next_floor. */
+/* Counts what has passed up to the newest position, which becomes next_floor. */
 static __always_inline void stream_mark(const struct stream_packet *n, __u64 position)
 {
 	__u64 marked = 0;
@@ -412,7 +410,7 @@ static __always_inline void stream_mark(const struct stream_packet *n, __u64 pos
 	WRITE_ONCE(n->st->next_floor, position);
 }
 
-/* Counts what no leg has brought of the numbers up to next_floor, which is to be the floor. */
+/* Counts the numbers up to next_floor, the new floor, that are missing on all legs. */
 static __always_inline void stream_settle(const struct stream_packet *n)
 {
 	__u64 expected = n->st->before, passed = n->h->marked;
@@ -426,8 +424,8 @@ static __always_inline void stream_settle(const struct stream_packet *n)
 	n->h->lost = expected > passed ? expected - passed : 0;
 }
 
-/* The sender begins again, or another one does. Returns the packet's new position, ahead of all
- * that were used; 0: another CPU was first, so that the decision is not valid any more.
+/* Restarts the stream for a restarted or new sender. Returns the packet's new position, ahead of all
+ * used ones; 0 if another CPU was first, which invalidates the decision.
  */
 static __noinline __u64 stream_restart(const struct stream_packet *n)
 {
@@ -437,7 +435,7 @@ static __noinline __u64 stream_restart(const struct stream_packet *n)
 	__u64 lap = (__u64)s->number_mask + 1, head, p, floor;
 	bool back = n->sessions >> 32 == n->session;
 
-	/* An odd epoch: nobody else looks or restarts. */
+	/* An odd epoch keeps other CPUs from reading or restarting. */
 	if (__sync_val_compare_and_swap(&st->epoch, n->epoch, n->epoch + 1) != n->epoch)
 		return 0;
 	head = READ_ONCE(st->head);
@@ -449,13 +447,13 @@ static __noinline __u64 stream_restart(const struct stream_packet *n)
 	if (st->start)
 		st->before += stream_newest(st, head) + 1 - st->start;
 	st->start = p;
-	/* What comes before the first one has not been seen either. */
+	/* Numbers before the first one have not been seen either. */
 	floor = p - s->behind - 1;
 	if ((__u32)n->sessions != n->session) {
-		/* A session that was left and comes back goes on where it was left. */
+		/* A previous session that returns continues where it stopped. */
 		if (back && (__s64)(n->now - st->session_ns) < 4 * (__s64)s->reset_ns)
 			floor = p + ((__s32)((st->left - n->raw) << s->shift) >> s->shift);
-		/* The head may be behind by what is left of its block. */
+		/* The head may lag by the rest of its block. */
 		st->left = ((__u32)head | 31) & s->number_mask;
 		st->session_ns = n->now;
 		st->session_leg = n->leg;
@@ -485,14 +483,14 @@ static __noinline __u32 stream_session(const struct stream_packet *n)
 
 	if (!n->epoch || n->quiet > (__s64)s->reset_ns)
 		return STREAM_PASSED;
-	/* Late copies of the session before, until their leg comes to the new one. */
+	/* Late copies of the previous session, until their leg reaches the new one. */
 	if (!n->sure || n->l->distrusted ||
 	    (__s64)(n->now - st->session_ns) <= 2 * (__s64)s->skew_ns)
 		return before ? STREAM_OLD_SESSION : STREAM_ASTRAY;
 	if (!before)
 		return STREAM_PASSED;
-	/* A leg on which it goes on says that the new session was another stream's, and the leg
-	 * that brought it is not believed until it is back.
+	/* A leg on which it continues proves that the new session is another stream's: distrust
+	 * the leg that introduced it until it returns.
 	 */
 	if (beyond <= STREAM_CONFIRM || beyond > s->number_mask / 2)
 		return STREAM_OLD_SESSION;
@@ -502,7 +500,7 @@ static __noinline __u32 stream_session(const struct stream_packet *n)
 	return STREAM_PASSED;
 }
 
-/* Who comes first to a position passes. */
+/* The first to claim a position passes. */
 static __always_inline __u32 stream_claim(__u64 *word, __u64 p)
 {
 	__u32 block = p >> STREAM_BLOCK_BITS;
@@ -553,7 +551,7 @@ static __always_inline __u32 stream_claim_at(const struct stream *s, __u64 p)
 	return word ? stream_claim(word, p) : STREAM_NO_NUMBER;
 }
 
-/* The head follows what passes by words, so that it is written once in 32 packets. */
+/* Updates the head once per word, so that it is written once in 32 packets. */
 static __noinline void stream_advance(struct stream_state *st, __u64 p)
 {
 	int i;
@@ -568,7 +566,7 @@ static __noinline void stream_advance(struct stream_state *st, __u64 p)
 	}
 }
 
-/* Once a tick: what is older than the skew is forgotten. */
+/* Once a tick: expires positions older than the skew. */
 static __always_inline void stream_tick(const struct stream_packet *n)
 {
 	const struct stream *s = n->s;
@@ -589,9 +587,9 @@ static __always_inline void stream_tick(const struct stream_packet *n)
 	stream_mark(n, stream_newest(st, READ_ONCE(st->head)));
 }
 
-/* The stream has been silent, and this leg's numbers jumped at about the time when it fell
- * silent: its sender began again. A leg that lags, or stood still with the whole machine, did
- * not, and has to wait longer.
+/* Whether a sender restarts: the stream was silent, and this leg's numbers jumped at about the time
+ * when the silence began. A leg that lags, or was paused with the whole machine, has not jumped then
+ * and waits longer.
  */
 static __always_inline bool stream_begins(const struct stream_packet *n, bool jumps)
 {
@@ -635,13 +633,13 @@ static __always_inline __u32 stream_change(struct stream_packet *n, __u64 *posit
 	return *position > READ_ONCE(n->st->floor) ? STREAM_PASSED : STREAM_LATE;
 }
 
-/* Whether a packet is one of those that are compared. */
+/* Whether a packet is compared with its copies. */
 static __always_inline bool stream_sampled(__u64 position)
 {
 	return !((__u32)position * 0x9e3779b1U >> STREAM_SAMPLES);
 }
 
-/* Whether a leg that is heard has not brought the sample yet. */
+/* Whether a leg with traffic has yet to carry the sample. */
 static __always_inline bool stream_awaits(const struct stream_state *st,
 					  const struct stream_health *h, __u64 now)
 {
@@ -654,9 +652,8 @@ static __always_inline bool stream_awaits(const struct stream_state *st,
 	return false;
 }
 
-/* Legs carry the same packets: a copy with the number of a sample is the same as that one was, or
- * they carry different streams. How long it came behind the first one is the leg's lag. Global, so
- * that it is verified once.
+/* Compares a copy with the sample of its number: they differ if legs carry different streams. Its
+ * delay after the first copy is the leg's lag. Global, so that it is verified once.
  */
 __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at,
 			    __u64 position)
@@ -746,7 +743,7 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 	}
 	l->position = p + n->count - 1;
 	v = stream_claim_at(s, p);
-	/* Seen long ago, and nothing since. */
+	/* Seen long ago, and no packets since. */
 	if (__builtin_expect(v == STREAM_DUPLICATE, 0) && stream_begins(n, false)) {
 		p = stream_restart(n);
 		if (!p)
@@ -771,7 +768,7 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 	return STREAM_PASSED;
 }
 
-/* One leg passes: the best one that is not silent. */
+/* The best leg that is not silent passes. */
 static __always_inline __u32 stream_failover(const struct stream_packet *n, __u64 seen)
 {
 	const struct stream *s = n->s;
@@ -785,7 +782,7 @@ static __always_inline __u32 stream_failover(const struct stream_packet *n, __u6
 	if (__builtin_expect(active == n->leg && since, 1))
 		return STREAM_PASSED;
 	if (n->leg < active) {
-		/* Which leg is heard first says nothing: a better one takes over at once then. */
+		/* At first, which leg is heard first is arbitrary: a better one takes over at once. */
 		if (READ_ONCE(st->restarts) <= 1)
 			better = (__s64)(n->now - since) <= (__s64)s->silence_ns;
 		if (s->back_ns && (__s64)(n->now - READ_ONCE(n->l->up_ns)) >= (__s64)s->back_ns)
@@ -819,7 +816,7 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
 		return passes;
 	if (n->s->kind == n->format)
 		return v == STREAM_PASSED ? stream_merge(ctx, n, udp_at) : v;
-	/* The numbers are watched, and decide nothing. */
+	/* The numbers are only monitored. */
 	if (v != STREAM_PASSED)
 		n->l->others++;
 	else if (stream_follow(n) && n->s->kind == STREAM_SINGLE)
@@ -898,7 +895,7 @@ out:
 	return v;
 }
 
-/* Says what becomes of a packet of a leg: enum stream_verdict. now is the coarse clock, read in
+/* Returns the verdict on a packet of a leg: enum stream_verdict. now is the coarse clock, read in
  * this tick. Out of line and global, like judge_next.
  */
 __noinline int judge_leg(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at, __u64 now)
