@@ -30,9 +30,9 @@ const volatile bool stream_test_broken = false;
 #define STREAM_JUMP 1024	    /* a number further ahead than this is a jump */
 #define STREAM_MAX_OFFSET 511	    /* bytes of UDP payload before a number */
 #define STREAM_RTP_HEADER 12
-#define STREAM_SAMPLES 26	  /* one packet in 2^(32 - 26) is compared with its copies: */
-#define STREAM_CHECKED 64	  /* length and this many bytes of payload */
-#define STREAM_SAMPLE_PASSED 0x80 /* flag on a leg: it carried the first copy */
+#define STREAM_SAMPLES 26		/* one packet in 2^(32 - 26) is compared with its copies: */
+#define STREAM_CHECKED 64		/* length and this many bytes of payload */
+#define STREAM_SAMPLE_PASSED 0x80	/* flag on a leg: it carried the first copy */
 #define STREAM_SAMPLE_NS 2000000000ULL	/* time that a sample waits for the copies on all legs */
 #define STREAM_MAX_JITTER 1000000000ULL /* ns; larger deviations count as a pause */
 
@@ -249,8 +249,8 @@ static __always_inline bool goes_on(const struct stream *s, __u32 raw, __u32 exp
 	return ((raw - expected + s->slack) & s->number_mask) <= 2 * s->slack;
 }
 
-/* Handles a number that does not continue the leg's sequence. Returns whether it is one of several in
- * a row, from which the leg then continues.
+/* Handles a number that does not continue the leg's sequence. Returns whether it is one of several
+ * in a row, from which the leg then continues.
  */
 static __noinline bool stream_jump(const struct stream_packet *n)
 {
@@ -424,8 +424,8 @@ static __always_inline void stream_settle(const struct stream_packet *n)
 	n->h->lost = expected > passed ? expected - passed : 0;
 }
 
-/* Restarts the stream for a restarted or new sender. Returns the packet's new position, ahead of all
- * used ones; 0 if another CPU was first, which invalidates the decision.
+/* Restarts the stream for a restarted or new sender. Returns the packet's new position, ahead of
+ * all used ones; 0 if another CPU was first, which invalidates the decision.
  */
 static __noinline __u64 stream_restart(const struct stream_packet *n)
 {
@@ -588,8 +588,8 @@ static __always_inline void stream_tick(const struct stream_packet *n)
 }
 
 /* Whether a sender restarts: the stream was silent, and this leg's numbers jumped at about the time
- * when the silence began. A leg that lags, or was paused with the whole machine, has not jumped then
- * and waits longer.
+ * when the silence began. A leg that lags, or was paused with the whole machine, has not jumped
+ * then and waits longer.
  */
 static __always_inline bool stream_begins(const struct stream_packet *n, bool jumps)
 {
@@ -782,7 +782,8 @@ static __always_inline __u32 stream_failover(const struct stream_packet *n, __u6
 	if (__builtin_expect(active == n->leg && since, 1))
 		return STREAM_PASSED;
 	if (n->leg < active) {
-		/* At first, which leg is heard first is arbitrary: a better one takes over at once. */
+		/* At first, which leg is heard first is arbitrary: a better one takes over at once.
+		 */
 		if (READ_ONCE(st->restarts) <= 1)
 			better = (__s64)(n->now - since) <= (__s64)s->silence_ns;
 		if (s->back_ns && (__s64)(n->now - READ_ONCE(n->l->up_ns)) >= (__s64)s->back_ns)
