@@ -18,11 +18,13 @@ const mostSinks = 4
 //	source eth0 -- in relay out0 -- eth0 sink 0
 //	                        out1 -- eth0 sink 1 ...
 //
-// or the source connected directly to one sink.
+// or the source connected directly to one sink. A subject with several legs has source interfaces
+// eth0, eth1 ... and relay interfaces in, in1 ...
 type network struct {
 	setup  setup
 	dir    string    // for files of the subject
 	relay  *lab.Host // nil for a direct connection
+	ins    []string  // the relay's interface to each leg of the source
 	outs   []string  // the relay's interface to each sink
 	source source
 	sinks  *sinks
@@ -71,19 +73,27 @@ func newNetwork(s setup, of subject) (_ *network, err error) {
 		}
 		sinkHosts = append(sinkHosts, h)
 	}
-	if err := n.connect(src, sinkHosts, of.direct); err != nil {
+	legs, err := n.connect(src, sinkHosts, of)
+	if err != nil {
 		return nil, err
 	}
 	if n.sinks, err = newSinks(sinkHosts, s, of.rewrites); err != nil {
 		return nil, err
 	}
 	n.cleanup.add(n.sinks.close)
-	if n.source, err = newSource(src, s); err != nil {
+	if n.source, err = newSource(src, s, legs); err != nil {
 		return nil, err
 	}
 	n.cleanup.add(n.source.close)
 	// A veth sends XDP frames only with a program attached.
-	return n, src.Do(func() error { return attachHere("eth0", n.sinks.objs[0].Sink) })
+	return n, src.Do(func() error {
+		for _, name := range legs {
+			if err := attachHere(name, n.sinks.objs[0].Sink); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 func (n *network) host(name string) (*lab.Host, error) {
@@ -95,30 +105,39 @@ func (n *network) host(name string) (*lab.Host, error) {
 	return h, nil
 }
 
-func (n *network) connect(src *lab.Host, sinkHosts []*lab.Host, direct bool) (err error) {
+// connect returns the source's interfaces.
+func (n *network) connect(src *lab.Host, sinkHosts []*lab.Host, of subject) (legs []string, err error) {
 	mtu := 0
 	if n.setup.Frame > 1514 {
 		mtu = mostFrame
 	}
-	from := lab.End{Host: src, Name: "eth0", Addrs: []string{"10.0.0.1/24"}, Queues: n.setup.Queues}
-	if direct {
-		return lab.Connect(from, lab.End{Host: sinkHosts[0], Name: "eth0", Queues: n.setup.Queues}, mtu)
+	from := lab.End{Host: src, Name: "eth0", Addrs: []string{sourceAddr.String() + "/24"}, Queues: n.setup.Queues}
+	if of.direct {
+		return []string{from.Name}, lab.Connect(from, lab.End{Host: sinkHosts[0], Name: "eth0", Queues: n.setup.Queues}, mtu)
 	}
 	if n.relay, err = n.host("bench-relay"); err != nil {
-		return err
+		return nil, err
 	}
-	if err := lab.Connect(from, lab.End{Host: n.relay, Name: "in", Addrs: []string{"10.0.0.2/24"}, Queues: n.setup.Queues}, mtu); err != nil {
-		return err
+	for leg := range max(1, of.legs) {
+		to := lab.End{Host: n.relay, Name: "in", Addrs: []string{fmt.Sprintf("10.0.%d.2/24", leg)}, Queues: n.setup.Queues}
+		if leg > 0 {
+			from.Name, from.Addrs = fmt.Sprintf("eth%d", leg), []string{fmt.Sprintf("10.0.%d.1/24", leg)}
+			to.Name = fmt.Sprintf("in%d", leg)
+		}
+		if err := lab.Connect(from, to, mtu); err != nil {
+			return nil, err
+		}
+		legs, n.ins = append(legs, from.Name), append(n.ins, to.Name)
 	}
 	for i, sink := range sinkHosts {
 		name := fmt.Sprintf("out%d", i)
 		out := lab.End{Host: n.relay, Name: name, Addrs: []string{relayAddr(i).String() + "/24"}, Queues: n.setup.Queues}
 		if err := lab.Connect(out, lab.End{Host: sink, Name: "eth0", Queues: n.setup.Queues}, mtu); err != nil {
-			return err
+			return nil, err
 		}
 		n.outs = append(n.outs, name)
 	}
-	return nil
+	return legs, nil
 }
 
 // out is the relay's interface for an output.

@@ -22,11 +22,12 @@ type plan struct {
 	rate    float64 // frames per second; 0: as fast as possible
 	batch   int     // most frames sent at once
 	stamped bool
+	first   uint32 // number of each flow's first frame
 }
 
 // sent is what the source did.
 type sent struct {
-	frames uint64
+	frames uint64 // of one leg
 	// started and ended are when the first and last frames were sent, in nanoseconds of
 	// CLOCK_MONOTONIC.
 	started, ended uint64
@@ -45,39 +46,48 @@ type source interface {
 	close() error
 }
 
-// newSource returns a source that sends on the host's interface eth0. The caller closes it.
-func newSource(host *lab.Host, s setup) (source, error) {
-	if s.Frame > liveFrame {
+// newSource returns a source that sends the same frames on each of the host's interfaces. The caller
+// closes it.
+func newSource(host *lab.Host, s setup, ifnames []string) (source, error) {
+	if s.Frame > liveFrame && len(ifnames) == 1 {
 		return newXSKSource(host, s)
 	}
-	return newLiveSource(host, s)
+	return newLiveSource(host, s, ifnames)
 }
 
 // liveSource sends by BPF_PROG_RUN with live frames: one program per CPU.
 type liveSource struct {
 	host  *lab.Host
-	index int // of the interface
+	legs  int
 	frame []byte
-	parts []*sourceObjects
+	parts []part
 }
 
-func newLiveSource(host *lab.Host, s setup) (_ *liveSource, err error) {
-	l, err := host.Link("eth0")
-	if err != nil {
-		return nil, err
-	}
-	src := &liveSource{host: host, index: l.Attrs().Index, frame: s.template()}
+// part sends a share of the flows on one interface.
+type part struct {
+	*sourceObjects
+	ifindex int
+}
+
+func newLiveSource(host *lab.Host, s setup, ifnames []string) (_ *liveSource, err error) {
+	src := &liveSource{host: host, legs: len(ifnames), frame: s.template()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, src.close())
 		}
 	}()
-	for i := range s.Queues {
-		part, err := loadPart(s, src.frame, i)
+	for _, name := range ifnames {
+		l, err := host.Link(name)
 		if err != nil {
-			return nil, fmt.Errorf("load source: %w", err)
+			return nil, err
 		}
-		src.parts = append(src.parts, part)
+		for i := range s.Queues {
+			objs, err := loadPart(s, src.frame, i)
+			if err != nil {
+				return nil, fmt.Errorf("load source: %w", err)
+			}
+			src.parts = append(src.parts, part{objs, l.Attrs().Index})
+		}
 	}
 	return src, nil
 }
@@ -126,8 +136,8 @@ func (s *liveSource) send(ctx context.Context, p plan) (sent, error) {
 	done := make([]sent, len(s.parts))
 	for i, part := range s.parts {
 		share := p
-		share.rate /= float64(len(s.parts))
-		share.frames /= len(s.parts)
+		share.rate /= float64(len(s.parts) / s.legs)
+		share.frames /= len(s.parts) / s.legs
 		group.Go(func() error {
 			return s.host.Do(func() (err error) {
 				done[i], err = s.run(ctx, part, share, i)
@@ -145,6 +155,7 @@ func (s *liveSource) send(ctx context.Context, p plan) (sent, error) {
 		all.setUp += d.setUp
 		all.started, all.ended = min(all.started, d.started), max(all.ended, d.ended)
 	}
+	all.frames /= uint64(s.legs)
 	return all, ctx.Err()
 }
 
@@ -154,7 +165,7 @@ type xdpMD struct {
 }
 
 // run sends a part on its own thread, which it pins to one CPU.
-func (s *liveSource) run(ctx context.Context, part *sourceObjects, p plan, cpu int) (sent, error) {
+func (s *liveSource) run(ctx context.Context, part part, p plan, cpu int) (sent, error) {
 	if err := pin(cpu); err != nil {
 		return sent{}, err
 	}
@@ -168,7 +179,7 @@ func (s *liveSource) run(ctx context.Context, part *sourceObjects, p plan, cpu i
 	}
 	v := &part.sourceVariables
 	if err := errors.Join(v.Trial.Set(p.trial), v.Stamped.Set(stamped), v.Limit.Set(uint64(p.frames)), v.Interval.Set(interval),
-		v.Batch.Set(uint32(p.batch)), v.Sent.Set(uint64(0)), v.Waited.Set(uint64(0))); err != nil {
+		v.Batch.Set(uint32(p.batch)), v.FirstSeq.Set(p.first), v.Sent.Set(uint64(0)), v.Waited.Set(uint64(0))); err != nil {
 		return sent{}, fmt.Errorf("set source: %w", err)
 	}
 	// When ctx ends, the rest is not sent.
@@ -180,7 +191,7 @@ func (s *liveSource) run(ctx context.Context, part *sourceObjects, p plan, cpu i
 	// A signal makes the kernel restart the run; the program stops at its limit.
 	if _, err := part.Source.Run(&ebpf.RunOptions{
 		Data: s.frame, Repeat: uint32(p.frames), Flags: unix.BPF_F_TEST_XDP_LIVE_FRAMES, BatchSize: uint32(p.batch),
-		Context: xdpMD{DataEnd: uint32(len(s.frame)), IngressIfindex: uint32(s.index)},
+		Context: xdpMD{DataEnd: uint32(len(s.frame)), IngressIfindex: uint32(part.ifindex)},
 	}); err != nil {
 		return sent{}, fmt.Errorf("send live frames: %w", err)
 	}

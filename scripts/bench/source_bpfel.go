@@ -22,6 +22,7 @@ const (
 	sourceVarFirstFlow  = "first_flow"
 	sourceVarFirstGroup = "first_group"
 	sourceVarFirstPort  = "first_port"
+	sourceVarFirstSeq   = "first_seq"
 	sourceVarFlowStep   = "flow_step"
 	sourceVarFlows      = "flows"
 	sourceVarGroupStep  = "group_step"
@@ -98,6 +99,7 @@ type sourceVariableSpecs struct {
 	FirstFlow  *ebpf.VariableSpec `ebpf:"first_flow"`
 	FirstGroup *ebpf.VariableSpec `ebpf:"first_group"`
 	FirstPort  *ebpf.VariableSpec `ebpf:"first_port"`
+	FirstSeq   *ebpf.VariableSpec `ebpf:"first_seq"`
 	FlowStep   *ebpf.VariableSpec `ebpf:"flow_step"`
 	Flows      *ebpf.VariableSpec `ebpf:"flows"`
 	GroupStep  *ebpf.VariableSpec `ebpf:"group_step"`
@@ -149,6 +151,7 @@ type sourceVariables struct {
 	FirstFlow  *ebpf.Variable `ebpf:"first_flow"`
 	FirstGroup *ebpf.Variable `ebpf:"first_group"`
 	FirstPort  *ebpf.Variable `ebpf:"first_port"`
+	FirstSeq   *ebpf.Variable `ebpf:"first_seq"`
 	FlowStep   *ebpf.Variable `ebpf:"flow_step"`
 	Flows      *ebpf.Variable `ebpf:"flows"`
 	GroupStep  *ebpf.Variable `ebpf:"group_step"`

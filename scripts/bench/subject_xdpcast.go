@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -42,6 +43,27 @@ type daemon struct {
 // startDaemon starts a daemon with the rules of the setup and waits until all are active.
 func startDaemon(ctx context.Context, n *network, program, path string) (*running, error) {
 	return startDaemonWith(ctx, n, program, path, "r0", rulesFile(n, path))
+}
+
+// merging is xdpcast on the kernel path with a rule that merges two inputs, which bring the same
+// numbered packets: it drops half of all packets. Flows would each have their own numbers.
+func merging() subject {
+	return subject{
+		name: "xdpcast-merge", what: "as xdpcast-kernel, with two inputs, each on a CPU of its own where there are several, that bring the same numbered packets: the first copy of each is relayed",
+		rewrites: true, legs: 2, most: setup{Frame: liveFrame, Rules: 1, Flows: 1, Queues: 1},
+		start: func(ctx context.Context, n *network, o options) (*running, error) {
+			return startDaemon(ctx, n, o.program, "kernel")
+		},
+	}
+}
+
+// numbering is the format of the tag's number, in the machine's byte order.
+func numbering() string {
+	const offset = 8 // of seq in struct tag, bpf/tag.h
+	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 {
+		return fmt.Sprintf("field:%d:4le", offset)
+	}
+	return fmt.Sprintf("field:%d:4", offset)
 }
 
 // mirroredRouting is the kernel's multicast routing with its routes mirrored.
@@ -113,7 +135,18 @@ func rulesFile(n *network, path string) []byte {
 	var b strings.Builder
 	b.WriteString("rules:\n")
 	for rule := range n.setup.Rules {
-		fmt.Fprintf(&b, "  - {name: r%d, path: %s, in: \"%v:%d%%in\", out: [", rule, path, plus(firstGroup, rule), groupPort)
+		fmt.Fprintf(&b, "  - {name: r%d, path: %s, ", rule, path)
+		if len(n.ins) > 1 {
+			fmt.Fprintf(&b, "merge: %q, ", numbering())
+		}
+		b.WriteString("in: [")
+		for leg, name := range n.ins {
+			if leg > 0 {
+				b.WriteString(", ")
+			}
+			fmt.Fprintf(&b, "\"%v:%d%%%s\"", plus(firstGroup, rule), groupPort, name)
+		}
+		b.WriteString("], out: [")
 		for output := range n.setup.Outputs {
 			if output > 0 {
 				b.WriteString(", ")
@@ -142,6 +175,11 @@ func (d *daemon) lacks(ctx context.Context) string {
 		return err.Error()
 	case rule.UsedPath != d.path:
 		return fmt.Sprintf("the rule's path is %q (%s)", rule.UsedPath, rule.Reason)
+	}
+	for _, in := range rule.Inputs {
+		if in.State != control.StateActive {
+			return fmt.Sprintf("input %s is %s (%s)", in.Input, in.State, in.Reason)
+		}
 	}
 	return ""
 }
@@ -181,7 +219,9 @@ func (d *daemon) account(ctx context.Context) (a account, err error) {
 	for _, r := range stats.Rules {
 		a.Matched += r.Matched.Packets
 		for _, drop := range r.Drops {
-			a.Dropped += drop.Packets * outputs
+			if drop.Lost() {
+				a.Dropped += drop.Packets * outputs
+			}
 		}
 		for _, out := range r.Outputs {
 			a.Sent += out.Sent.Packets

@@ -52,6 +52,7 @@ func targets(all []*result, s *survival) []target {
 		ratio("kernel path, 1 to 16, full load, to a bare broadcast", 0.95, fullLoad, outputs("xdpcast-kernel", 16), outputs("broadcast", 16)),
 		ratio("kernel path, 1 to 4, full load, to kernel multicast routing", 6, fullLoad, outputs("xdpcast-kernel", 4), outputs("mroute", 4)),
 		ratio("mirrored multicast routes, 1 to 4, full load, to kernel multicast routing", 6, fullLoad, outputs("xdpcast-mroute", 4), outputs("mroute", 4)),
+		ratio("kernel path, two inputs merged, 1 to 1, full load, to one input", 0.5, fullLoad, outputs("xdpcast-merge", 1), kernel),
 		ratio("afxdp path, 1 to 1, loss-free, to the C forwarder", 1.2, lossFree, outputs("xdpcast-afxdp", 1), outputs("afxdp-c", 1)),
 		ratio("fanout path, 1 to 1, loss-free, to kernel multicast routing", 1, lossFree, outputs("xdpcast-fanout", 1), outputs("mroute", 1)),
 		ratio("fanout path, 1 to 1, loss-free, to socat", 4, lossFree, outputs("xdpcast-fanout", 1), outputs("socat", 1)),

@@ -29,6 +29,7 @@ __u32 stamped = 0;  /* frames carry the time */
 __u64 limit = 0;    /* frames to send; what is asked for beyond is not sent */
 __u64 interval = 0; /* between frames, in ns / 2^16; 0 sends as fast as it can */
 __u32 batch = 1;    /* frames that are sent at one time */
+__u32 first_seq = 0; /* number of each flow's first frame */
 
 /* What the run did. */
 __u64 sent = 0;
@@ -120,7 +121,7 @@ int source(struct xdp_md *ctx)
 		return XDP_DROP;
 	if (n == 0) {
 		f = first_flow;
-		s = 0;
+		s = first_seq;
 	}
 	/* Without a rate the clock is read now and then: it costs as much as the frame. */
 	if (n % batch == 0 && (interval || n % 64 == 0))
