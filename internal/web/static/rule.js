@@ -9,12 +9,18 @@ const pause = 2000;
 const groupsEvery = 5; // memberships cover all rules: request them with every fifth reading
 
 // legText describes what an input received.
-function legText(l, merged) {
+function legText(l, r) {
 	const ms = (seconds) => (seconds * 1000).toFixed(seconds < 0.01 ? 3 : 1) + " ms";
-	const parts = [`${count(l.lost)} lost`, `${count(l.doubled)} twice`, `${count(l.reordered)} late`, `${count(l.resets)} jumps`, `${count(l.senders)} other senders`];
+	const parts = [r.merge || r.failover ? `${(100 * l.share).toFixed(1)} % of what was relayed` : "", `${count(l.lost)} lost`, `${count(l.doubled)} twice`, `${count(l.reordered)} late`, `${count(l.resets)} jumps`, `${count(l.senders)} other senders`];
 	if (l.jitter_by) parts.push(`jitter ${l.jitter_by === "gaps" ? "about " : ""}${ms(l.jitter_seconds)}`);
-	if (merged) parts.push(`${count(l.behind)} numbers, ${ms(l.lag_seconds)} behind`, `${count(l.different)} copies differ`);
-	return parts.join(", ");
+	if (r.merge) parts.push(`${count(l.behind)} numbers, ${ms(l.lag_seconds)} behind`, `${count(l.different)} copies differ`);
+	return parts.filter(Boolean).join(", ");
+}
+
+// streamText describes what became of all inputs together.
+function streamText(r) {
+	if (r.merge) return `${count(r.stream.expected)} numbers, ${count(r.stream.lost)} lost on all inputs, ${count(r.stream.restarts)} restarts`;
+	return `${count(r.stream.restarts)} changes of the input`;
 }
 
 export function rulePage(live, main, name) {
@@ -50,7 +56,8 @@ export function rulePage(live, main, name) {
 		};
 		const facts = [["State", state(live.rules.has(name) ? condition(live.rules.get(name)) : r.state)], r.reason && ["Reason", r.reason], ["Input", r.in], ["Path", (r.used_path || "none") + " (" + (r.path || "auto") + ")"], ["From", r.origin],
 			["Matched", `${count(r.matched.packets)} packets, ${bytes(r.matched.bytes)}, last ${ago(r.last_seen)}`]].filter(Boolean);
-		for (const i of r.inputs) facts.push([i.input || "On " + i.interface, [state(i.state), " ", i.reason ?? "", i.leg ? h("div", {}, legText(i.leg, r.merge)) : ""]]);
+		for (const i of r.inputs) facts.push([i.input || "On " + i.interface, [state(i.state === "active" && i.leg?.relayed === false ? "standby" : i.state), " ", i.reason ?? "", i.leg ? h("div", {}, legText(i.leg, r)) : ""]]);
+		if (r.stream && (r.merge || r.failover)) facts.push(["Stream", streamText(r)]);
 		for (const alarm of r.stream?.alarms ?? []) facts.push(["Alarm", h("span", { class: "bad" }, alarm)]);
 		const drops = [...r.drops.map((d) => ["before copying", d]), ...r.outputs.flatMap((o) => o.drops.map((d) => ["slot " + o.slot, d]))].filter(([, d]) => d.packets > 0);
 		body.replaceChildren(
@@ -89,7 +96,7 @@ function drawing(r, rates) {
 		r.outputs.map((o) => `Slot ${o.slot} ${o.output}: ${o.state}, ${count(o.sent.packets)} sent, ${count(sum(o.drops))} dropped.`).join(" ");
 	return svg("svg", { class: "way", viewBox: `0 0 980 ${height}`, role: "img", "aria-label": label },
 		svg("path", { d: `M300 ${middle + 24} H390`, class: r.used_path ? "" : "off" }),
-		box(10, middle, 290, [[cut(r.in, 40), ""], [`${rate(rates.packets, " packets/s")}, ${bits(rates.bytes === null ? null : 8 * rates.bytes)}`, "small"]]),
+		box(10, middle, 290, [[cut(r.in, 38), ""], [`${rate(rates.packets, " packets/s")}, ${bits(rates.bytes === null ? null : 8 * rates.bytes)}`, "small"]]),
 		box(390, middle, 150, [[r.used_path ? "path " + r.used_path : r.state, ""], [`${count(r.matched.packets)} matched`, "small"]]),
 		dropped > 0 ? [svg("path", { d: `M465 ${middle + 48} v12`, class: "drop" }),
 			svg("text", { x: 390, y: middle + 74, class: "lost" }, cut(`${count(dropped)} dropped: ${lost(r.drops).map((d) => d.reason).join(", ")}`, 40))] : [],
