@@ -25,10 +25,10 @@ const volatile __u32 flows = 1;	     /* below this */
 
 /* Set before a run. */
 __u32 trial = 0;
-__u32 stamped = 0;  /* frames carry the time */
-__u64 limit = 0;    /* frames to send; what is asked for beyond is not sent */
-__u64 interval = 0; /* between frames, in ns / 2^16; 0 sends as fast as it can */
-__u32 batch = 1;    /* frames that are sent at one time */
+__u32 stamped = 0;   /* frames carry the time */
+__u64 limit = 0;     /* frames to send; what is asked for beyond is not sent */
+__u64 interval = 0;  /* between frames, in ns / 2^16; 0 sends as fast as it can */
+__u32 batch = 1;     /* frames that are sent at one time */
 __u32 first_seq = 0; /* number of each flow's first frame */
 
 /* What the run did. */
