@@ -93,12 +93,12 @@ func (a axes) jobs(subjects []string) (jobs []job) {
 	vary("frames", a.frames, func(s *setup, n int) { s.Frame = n })
 	vary("flows", a.flows, func(s *setup, n int) { s.Flows = n })
 	vary("queues", a.queues, func(s *setup, n int) { s.Queues, s.Flows = n, 64 })
-	// Only xdpcast has many rules. All rule counts take turns, since their relative cost is the
+	// Only xdpcast has many rules. Each that merges has a window of its own. All rule counts take turns, since their relative cost is the
 	// question.
 	for _, axis := range []string{"rules", "rules in use"} {
 		j := job{axis: axis}
 		for _, n := range a.rules {
-			of := ours()
+			of := append(ours(), "xdpcast-merge")
 			if n > fewRules || axis == "rules in use" {
 				of = []string{"xdpcast-kernel"}
 			}

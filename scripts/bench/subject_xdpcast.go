@@ -50,7 +50,7 @@ func startDaemon(ctx context.Context, n *network, program, path string) (*runnin
 func merging() subject {
 	return subject{
 		name: "xdpcast-merge", what: "as xdpcast-kernel, with two inputs, each on a CPU of its own where there are several, that bring the same numbered packets: the first copy of each is relayed",
-		rewrites: true, legs: 2, most: setup{Frame: liveFrame, Rules: 1, Flows: 1, Queues: 1},
+		rewrites: true, legs: 2, most: setup{Frame: liveFrame, Rules: 1000, Flows: 1, Queues: 1},
 		start: func(ctx context.Context, n *network, o options) (*running, error) {
 			return startDaemon(ctx, n, o.program, "kernel")
 		},
