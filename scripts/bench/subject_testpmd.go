@@ -12,9 +12,9 @@ import (
 // testpmd is DPDK's forwarder with one of its drivers for the kernel's devices.
 func testpmd(driver string) subject {
 	return subject{
-		name: "testpmd-" + strings.ReplaceAll(driver, "_", "-"),
-		what: "DPDK testpmd over net_" + driver + ", one thread that never sleeps: Ethernet addresses swapped, nothing else rewritten",
-		most: setup{Outputs: 1, Rules: 1, Frame: 1514, Queues: 1}, programs: []string{"dpdk-testpmd", "stdbuf"},
+		name:  "testpmd-" + strings.ReplaceAll(driver, "_", "-"),
+		what:  "DPDK testpmd over net_" + driver + ", one thread that never sleeps: Ethernet addresses swapped, nothing else rewritten",
+		spins: true, most: setup{Outputs: 1, Rules: 1, Frame: 1514, Queues: 1}, programs: []string{"dpdk-testpmd", "stdbuf"},
 		start: func(ctx context.Context, n *network, _ options) (*running, error) {
 			return startTestpmd(ctx, n, driver)
 		},
