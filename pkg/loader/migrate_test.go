@@ -711,8 +711,11 @@ func (r *restorer) adapt(pin string, m *ebpf.Map, key, value []byte) {
 			binary.NativeEndian.PutUint32(value[4:], uint32(r.egress.FD()))
 		}
 	}
-	if pin == "stream_states" {
+	switch pin {
+	case "stream_states":
 		r.shiftTimes(value)
+	case "policers":
+		clear(value[:8]) // struct policer's full: a time of the machine that recorded the state
 	}
 	if pin == "shortcuts" {
 		clear(value) // their slots depend on interface indexes
