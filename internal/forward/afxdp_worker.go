@@ -109,7 +109,7 @@ const (
 // run works until the worker is closed, or its interface is gone. It restarts after any
 // other failure.
 func (w *afxdpWorker) run() {
-	// The thread ends with the goroutine, and its affinity and priority with it.
+	// The thread ends with the goroutine, and its affinity with it.
 	runtime.LockOSThread()
 	if w.cpu >= 0 {
 		var set unix.CPUSet
@@ -120,6 +120,8 @@ func (w *afxdpWorker) run() {
 	}
 	if err := setPriority(w.path.opts.Priority); err != nil {
 		w.log.Warn("worker has no real-time priority", "error", err)
+	} else if w.path.opts.Priority > 0 {
+		defer clearPriority()
 	}
 	pause := firstPause
 	for {

@@ -35,7 +35,9 @@ func CheckPriority(priority int) error {
 	result := make(chan error)
 	go func() {
 		runtime.LockOSThread() // the thread ends with the goroutine
-		result <- setPriority(priority)
+		err := setPriority(priority)
+		clearPriority()
+		result <- err
 	}()
 	return <-result
 }
@@ -53,4 +55,12 @@ func setPriority(priority int) error {
 		return &PriorityError{priority, err}
 	}
 	return nil
+}
+
+// clearPriority takes the calling thread's real-time priority away, before its goroutine ends: the thread may
+// outlive it by a moment, and the process's first thread stays for ever.
+func clearPriority() {
+	// Clearing the flag would take CAP_SYS_NICE.
+	attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL, Flags: unix.SCHED_FLAG_RESET_ON_FORK}
+	_ = unix.SchedSetAttr(0, &attr, 0) // to give a priority up is always allowed
 }

@@ -31,9 +31,11 @@ type fanoutWorker struct {
 
 // run works until the group is closed. It restarts after any failure.
 func (w *fanoutWorker) run() {
-	runtime.LockOSThread() // the thread ends with the goroutine, and its priority with it
+	runtime.LockOSThread() // the thread ends with the goroutine
 	if err := setPriority(w.group.priority); err != nil {
 		w.log.Warn("worker has no real-time priority", "error", err)
+	} else if w.group.priority > 0 {
+		defer clearPriority()
 	}
 	pause := firstPause
 	var last string

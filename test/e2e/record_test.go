@@ -407,7 +407,7 @@ func TestTapLosesNothing(t *testing.T) {
 			in.waitState("tapped", "active")
 			rate := 100_000
 			switch {
-			case emulated():
+			case labtest.Emulated():
 				rate = easy
 			case path != "kernel":
 				rate = labtest.Soak(10_000, 100_000) // an AF_XDP socket's ring holds 10 ms of the higher rate
@@ -419,7 +419,7 @@ func TestTapLosesNothing(t *testing.T) {
 			r := in.record("tapped", "--snap", "128")
 			packets := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Count: count, TTL: 16, Rate: traffic.Rate{Value: float64(rate)}}).wait()
 			for _, s := range sinks {
-				if emulated() && s.overflows(packets) {
+				if labtest.Emulated() && s.overflows(packets) {
 					continue
 				}
 				if fault := s.finish(packets); fault != "" {
@@ -464,12 +464,6 @@ func (r *recording) accounted(packets uint64, snap int) {
 		}
 	}
 	r.t.Logf("of %d packets in and out, %d were recorded, and %d lost by the tap", packets, recorded, lost)
-}
-
-// emulated says whether the processor is QEMU's.
-func emulated() bool {
-	text, err := os.ReadFile("/proc/cpuinfo")
-	return err == nil && bytes.Contains(text, []byte("QEMU"))
 }
 
 // TestTapEnds: however a tap ends, nothing of it stays, and one that cannot start changes nothing.

@@ -38,7 +38,7 @@ func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	if cfg.Rate.Value == easy && cfg.MaxLag == 0 {
 		cfg.MaxLag = easyLag
 	}
-	if cfg.Rate.Value <= easy && cfg.MaxLag != 0 && emulated() {
+	if cfg.Rate.Value <= easy && cfg.MaxLag != 0 && labtest.Emulated() {
 		cfg.Rate.Value /= 4 // a veth queues 256 packets, and a CPU there may not run for a quarter of a second
 	}
 	labtest.Do(t, h, func() (err error) {
