@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -107,17 +108,29 @@ func bpfFileSystem(t testing.TB) string {
 // it.
 func processIn(t testing.TB, h *lab.Host, command ...string) int {
 	t.Helper()
-	command = append(command, "sleep", "600")
-	cmd := exec.Command(command[0], command[1:]...)
+	command = append(command, "cat")
+	cmd := exec.CommandContext(t.Context(), command[0], command[1:]...)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	labtest.Do(t, h, cmd.Start)
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
-	labtest.Eventually(t, "the process runs", func() bool {
-		name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", cmd.Process.Pid))
-		return err == nil && string(name) == "sleep\n"
-	})
+	// An echo is the sign that it has loaded its libraries: under a lowered limit it could not, and
+	// the file descriptors of the loader would be counted.
+	if _, err := io.WriteString(in, "\n"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(out, make([]byte, 1)); err != nil {
+		t.Fatalf("%q ended at its start: %v", command, err)
+	}
 	return cmd.Process.Pid
 }
 
