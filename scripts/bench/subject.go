@@ -15,7 +15,9 @@ type subject struct {
 	direct   bool // source connected directly to the sink
 	sinks    int  // number of sink hosts, if more than mostSinks
 	legs     int  // inputs, each of which brings every frame, if more than one; copies may overtake each other
-	spins    bool // its thread never sleeps, so it loses frames wherever it has no CPU to itself
+	// spins says that its thread never sleeps: it loses frames wherever it has no CPU to itself, and is
+	// stopped while others take their turns.
+	spins bool
 	// most is the largest setup supported; zero is no limit.
 	most setup
 	// programs must be installed.

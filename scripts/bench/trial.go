@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // bench is a subject in its network, ready for trials.
@@ -31,7 +33,23 @@ func newBench(ctx context.Context, s subject, with setup, o options) (*bench, er
 	}
 	b.running = r
 	n.cleanup.add(r.stop)
+	if s.spins {
+		n.cleanup.add(func() error { return b.signal(unix.SIGCONT) })
+		if err := b.signal(unix.SIGSTOP); err != nil {
+			return nil, errors.Join(err, b.close())
+		}
+	}
 	return b, nil
+}
+
+// signal sends a signal to the subject's processes.
+func (b *bench) signal(s unix.Signal) error {
+	for _, pid := range b.running.pids {
+		if err := unix.Kill(pid, s); err != nil {
+			return fmt.Errorf("send %v to %s: %w", s, b.subject.name, err)
+		}
+	}
+	return nil
 }
 
 func (b *bench) close() error { return b.network.close() }
@@ -87,6 +105,12 @@ func (b *bench) run(ctx context.Context, p trialPlan) (t trial, err error) {
 	b.first += uint32(p.frames)
 	if p.rate > 0 {
 		send.batch = max(1, min(send.batch, int(p.rate*burst.Seconds())))
+	}
+	if b.subject.spins {
+		if err := b.signal(unix.SIGCONT); err != nil {
+			return t, err
+		}
+		defer func() { err = errors.Join(err, b.signal(unix.SIGSTOP)) }()
 	}
 	n := b.network
 	// Copies that are not rewritten cannot be told apart if they share a sink; those of different legs
