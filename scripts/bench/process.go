@@ -66,10 +66,20 @@ func (p *process) stop() error {
 		return nil
 	case <-time.After(patience):
 		err := fmt.Errorf("%s does not end by SIGTERM\n%s", p.cmd, p.log.String())
-		err = errors.Join(err, p.cmd.Process.Kill())
-		<-p.exited
+		return errors.Join(err, p.kill())
+	}
+}
+
+// kill ends the program without asking it; it fails if the program had ended before.
+func (p *process) kill() error {
+	if err := p.failed(); err != nil {
 		return err
 	}
+	if err := p.cmd.Process.Kill(); err != nil {
+		return fmt.Errorf("kill %s: %w", p.cmd, err)
+	}
+	<-p.exited
+	return nil
 }
 
 // until waits until ready returns "", or the program ends.

@@ -34,7 +34,6 @@ func newBench(ctx context.Context, s subject, with setup, o options) (*bench, er
 	b.running = r
 	n.cleanup.add(r.stop)
 	if s.spins {
-		n.cleanup.add(func() error { return b.signal(unix.SIGCONT) })
 		if err := b.signal(unix.SIGSTOP); err != nil {
 			return nil, errors.Join(err, b.close())
 		}
