@@ -306,13 +306,22 @@ func inNewNamespace(fn func() error) error {
 }
 
 // prepareRunDir makes RunDir a shared mount point, as ip-netns(8) does when it makes the first
-// namespace: doing so later would hide earlier ones.
+// namespace: doing so later would hide earlier ones. The lock is that of ip-netns(8), too: of
+// processes that make their first namespaces at the same time one mounts, before any of them goes on.
 func prepareRunDir() error {
 	if err := os.MkdirAll(RunDir, 0o755); err != nil {
 		return fmt.Errorf("make %s: %w", RunDir, err)
 	}
+	dir, err := os.Open(RunDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", RunDir, err)
+	}
 	const share = unix.MS_SHARED | unix.MS_REC
-	err := unix.Mount("", RunDir, "none", share, "")
+	err = unix.Mount("", RunDir, "none", share, "")
 	if errors.Is(err, unix.EINVAL) { // not a mount point yet
 		err = unix.Mount(RunDir, RunDir, "none", unix.MS_BIND|unix.MS_REC, "")
 		if err == nil {
