@@ -52,8 +52,8 @@ func Sysctl(t testing.TB, h *lab.Host, path, value string) {
 	Do(t, h, func() error { return os.WriteFile("/proc/sys/"+path, []byte(value), 0o644) })
 }
 
-// Listen joins a group on the named interface of the host and receives its packets there. The
-// socket is closed when the test ends.
+// Listen joins a group on the named interface of the host and receives its packets there, into a
+// large buffer. The socket is closed when the test ends.
 func Listen(t testing.TB, h *lab.Host, ifname string, group netip.AddrPort) *net.UDPConn {
 	t.Helper()
 	var conn *net.UDPConn
@@ -66,6 +66,7 @@ func Listen(t testing.TB, h *lab.Host, ifname string, group netip.AddrPort) *net
 		return err
 	})
 	t.Cleanup(func() { conn.Close() })
+	GrowBuffer(t, conn)
 	return conn
 }
 

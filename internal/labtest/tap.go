@@ -15,7 +15,7 @@ import (
 
 // Timeout bounds every wait for a condition in a test. It is long, for machines that are busy
 // or emulated; nothing waits for its end while all is well.
-const Timeout = time.Minute
+const Timeout = 2 * time.Minute
 
 // Enter moves the test's goroutine, and what it calls, into the host. The thread
 // is thrown away with the goroutine.

@@ -1,0 +1,45 @@
+package labtest
+
+import (
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// OnOneCPU runs fn on a thread of its own that uses one CPU, and waits for its end. What one CPU sends stays in order
+// on its way through veths; frames of a sender that the scheduler moves to another CPU may overtake earlier ones. Tests
+// of one process use the same CPU. fn must not end the test.
+func OnOneCPU(fn func()) {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		runtime.LockOSThread() // the thread ends with the goroutine
+		var allowed unix.CPUSet
+		if err := unix.SchedGetaffinity(0, &allowed); err == nil {
+			var cpus []int
+			for cpu := range 64 * len(allowed) {
+				if allowed.IsSet(cpu) {
+					cpus = append(cpus, cpu)
+				}
+			}
+			var one unix.CPUSet
+			one.Set(cpus[os.Getpid()%len(cpus)]) // processes beside each other use different ones
+			_ = unix.SchedSetaffinity(0, &one)   // best effort
+		}
+		fn()
+	}()
+	<-ended
+}
+
+// CPUTime is what the process has used, which a busy machine does not prolong as it does the time of the clock.
+func CPUTime(t testing.TB) time.Duration {
+	t.Helper()
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
