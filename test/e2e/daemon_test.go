@@ -19,6 +19,7 @@ import (
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
+	"xdpcast/internal/labtest"
 )
 
 // patience bounds every wait for a condition. It is long, since a test machine may be busy, or
@@ -48,6 +49,8 @@ type instance struct {
 	client  *control.Client
 	running *daemon
 	program string // program started by start, if not the common one
+
+	sentinels int // how often left was called
 }
 
 // newInstance makes the directories for a daemon on a host.
@@ -99,10 +102,7 @@ func (in *instance) cleanUp() {
 			in.t.Errorf("unload: %s", got)
 		}
 	}
-	// Nothing is mounted if no daemon got that far.
-	if err := unix.Unmount(filepath.Dir(in.pinDir), 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		in.t.Errorf("unmount: %v", err)
-	}
+	labtest.Unmount(in.t, filepath.Dir(in.pinDir)) // nothing is mounted if no daemon got that far
 	if err := os.RemoveAll(in.dir); err != nil {
 		in.t.Error(err)
 	}
@@ -155,6 +155,14 @@ func (in *instance) mustCLI(args ...string) string {
 		in.t.Fatalf("xdpcast %s: %s", strings.Join(args, " "), got)
 	}
 	return got.stdout
+}
+
+// script writes an executable file into the instance's directory and returns its path.
+func (in *instance) script(name, text string) string {
+	in.t.Helper()
+	path := filepath.Join(in.dir, name)
+	labtest.WriteProgram(in.t, path, []byte(text))
+	return path
 }
 
 // write writes a file into the instance's directory and returns its path.
@@ -293,11 +301,17 @@ func (d *daemon) stopFollower() {
 		return
 	}
 	eventually(d.t, "the daemon that has taken over ends", func() string {
-		if state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && !strings.Contains(string(state), ") Z ") {
+		if runs(pid) {
 			return "it runs"
 		}
 		return ""
 	})
+}
+
+// runs says whether a process has not ended. One that nobody has waited for has.
+func runs(pid int) bool {
+	state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && !strings.Contains(string(state), ") Z ")
 }
 
 // waitLog waits until the log contains a text at least n times.

@@ -33,10 +33,7 @@ func (in *instance) events(args ...string) (all []control.Event) {
 func TestEvents(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
-	hook := in.write("hook", fmt.Sprintf("#!/bin/sh\necho \"$XDPCAST_EVENT_NUMBER $XDPCAST_EVENT_KIND $XDPCAST_EVENT_RULE $XDPCAST_EVENT_STATE\" >>%s/hooked\n", in.dir))
-	if err := os.Chmod(hook, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	hook := in.script("hook", fmt.Sprintf("#!/bin/sh\necho \"$XDPCAST_EVENT_NUMBER $XDPCAST_EVENT_KIND $XDPCAST_EVENT_RULE $XDPCAST_EVENT_STATE\" >>%s/hooked\n", in.dir))
 	d := in.start("--on-event", hook)
 	in.add("cam", "239.1.8.1:5000%in0", "239.2.8.1:6000%out0", "239.2.8.2:6000%late0")
 	has := func(all []control.Event, text string) bool {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -42,9 +41,7 @@ func newArrivalSink(t *testing.T, h *lab.Host, ifname, group string) *arrivalSin
 	}
 	var optErr error
 	if err := raw.Control(func(fd uintptr) {
-		if optErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1); optErr == nil {
-			optErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
-		}
+		optErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1)
 	}); err != nil || optErr != nil {
 		t.Fatal(err, optErr)
 	}
@@ -120,34 +117,21 @@ func (g gap) longer(other gap) gap {
 // paced calls send with each number at a rate, on one CPU, so that packets of one leg cannot overtake those of the other.
 // It catches up for at most 2 ms.
 func paced(rate int, count uint32, send func(number uint32) error) error {
-	ended := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // the thread ends with the goroutine
-		var cpus unix.CPUSet
-		if err := unix.SchedGetaffinity(0, &cpus); err == nil {
-			first := 0
-			for !cpus.IsSet(first) {
-				first++
-			}
-			cpus.Zero()
-			cpus.Set(first)
-			_ = unix.SchedSetaffinity(0, &cpus) // best effort
-		}
+	var err error
+	labtest.OnOneCPU(func() {
 		due := time.Now()
 		for n := range count {
 			if late := time.Since(due); late > 2*time.Millisecond {
 				due = due.Add(late)
 			}
 			time.Sleep(time.Until(due)) // the pace of the stream, not a wait for something
-			if err := send(n); err != nil {
-				ended <- err
+			if err = send(n); err != nil {
 				return
 			}
 			due = due.Add(time.Second / time.Duration(rate))
 		}
-		ended <- nil
-	}()
-	return <-ended
+	})
+	return err
 }
 
 // TestFailoverLive prints the longest gap that a sink sees, in numbers and in time, when the better of two inputs falls silent, when it returns,

@@ -70,26 +70,7 @@ type numberSink struct {
 func newNumberSink(t testing.TB, h *lab.Host, ifname, group string, numbers int) *numberSink {
 	t.Helper()
 	s := &numberSink{seen: make([]atomic.Uint32, numbers)}
-	at := netip.MustParseAddrPort(group)
-	var conn *net.UDPConn
-	labtest.Do(t, h, func() error {
-		i, err := net.InterfaceByName(ifname)
-		if err != nil {
-			return err
-		}
-		if conn, err = net.ListenMulticastUDP("udp4", i, net.UDPAddrFromAddrPort(at)); err != nil {
-			return err
-		}
-		raw, err := conn.SyscallConn()
-		if err != nil {
-			return err
-		}
-		return raw.Control(func(fd uintptr) {
-			if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
-				t.Error(err)
-			}
-		})
-	})
+	conn := labtest.Listen(t, h, ifname, netip.MustParseAddrPort(group))
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

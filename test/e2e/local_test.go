@@ -174,8 +174,7 @@ func connectTun(t *testing.T, n *network, c *lab.Host) string {
 	return "tun0"
 }
 
-// datagrams is the number each sender sends, and their length. That many fit in a receiver's socket
-// of default size until it reads.
+// datagrams is the number each sender sends, and their length. That many fit the queues on their way.
 const (
 	datagrams   = 40
 	datagramLen = 1000
@@ -258,7 +257,7 @@ func arrive(t *testing.T, c net.PacketConn, want int) (n int) {
 	t.Helper()
 	buffer := make([]byte, 65536)
 	for n < want {
-		if err := c.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(labtest.Timeout)); err != nil {
 			t.Fatal(err)
 		}
 		length, _, err := c.ReadFrom(buffer)
@@ -314,10 +313,11 @@ func TestSendersOfThisHost(t *testing.T) {
 							t.Errorf("%s, %d outputs: %d of %d arrived at output %d: %+v", s.name, outputs, got, datagrams, o, in.rule(name))
 						}
 					}
-					r := in.rule(name)
-					if fault := sumFault(r); fault != "" {
-						t.Error(fault)
-					}
+					var r control.RuleStatus
+					eventually(t, "all are counted", func() string { // after they have left
+						r = in.rule(name)
+						return sumFault(r)
+					})
 					if want := map[string]string{"veth": "kernel"}[kind]; want != "" && r.UsedPath != want {
 						t.Errorf("%s: path %s, want %s", s.name, r.UsedPath, want)
 					}

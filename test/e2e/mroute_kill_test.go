@@ -18,13 +18,15 @@ import (
 type routedStream struct {
 	t    *testing.T
 	sent atomic.Uint32
-	stop func()
-	mu   sync.Mutex
-	came [2]map[uint32]int
+	// highest is the highest number that came at the second sink.
+	highest atomic.Uint32
+	stop    func()
+	mu      sync.Mutex
+	came    [2]map[uint32]int
 }
 
-// startRouted sends a packet a millisecond until stop is called, which returns once the sinks are
-// quiet.
+// startRouted sends a packet a millisecond until stop is called, which returns once the last one has arrived at the
+// second sink, which gets all, and the sinks are quiet. It sends no more than the queues on the way hold.
 func (n *network) startRouted(t *testing.T, source, group string) *routedStream {
 	t.Helper()
 	s := &routedStream{t: t, came: [2]map[uint32]int{{}, {}}}
@@ -47,6 +49,9 @@ func (n *network) startRouted(t *testing.T, source, group string) *routedStream 
 				return
 			case <-tick.C:
 			}
+			for late := time.Now(); s.sent.Load() > s.highest.Load()+64 && time.Since(late) < time.Second; {
+				time.Sleep(time.Millisecond)
+			}
 			binary.BigEndian.PutUint32(f.Payload, s.sent.Load()+1)
 			from.Send(f.Build())
 			s.sent.Add(1)
@@ -62,6 +67,9 @@ func (n *network) startRouted(t *testing.T, source, group string) *routedStream 
 					s.mu.Lock()
 					s.came[i][number(b)]++
 					s.mu.Unlock()
+					if i == 1 {
+						s.highest.Store(max(s.highest.Load(), number(b)))
+					}
 					continue
 				}
 				select {
@@ -75,6 +83,9 @@ func (n *network) startRouted(t *testing.T, source, group string) *routedStream 
 	s.stop = sync.OnceFunc(func() {
 		close(ended)
 		senders.Wait()
+		for late := time.Now(); s.highest.Load() < s.sent.Load() && time.Since(late) < patience; {
+			time.Sleep(time.Millisecond)
+		}
 		close(quiet)
 		receivers.Wait()
 	})

@@ -2,7 +2,6 @@ package e2e_test
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -26,11 +25,7 @@ func TestWorkerPriority(t *testing.T) {
 	}
 	noLimit := func() (undo func()) {
 		before := program
-		wrapper := in.write("limited", "#!/bin/sh\nexec prlimit --rtprio=0 "+before+" \"$@\"\n")
-		if err := os.Chmod(wrapper, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		program = wrapper
+		program = in.script("limited", "#!/bin/sh\nexec prlimit --rtprio=0 "+before+" \"$@\"\n")
 		return func() { program = before }
 	}
 	for _, tt := range []struct {

@@ -36,11 +36,7 @@ func (in *instance) having(capabilities []string) (undo func()) {
 		bounds += ",+" + strings.ToLower(c)
 	}
 	before := program
-	wrapper := in.write("having", "#!/bin/sh\nexec setpriv --bounding-set="+bounds+" --inh-caps=-all "+before+" \"$@\"\n")
-	if err := os.Chmod(wrapper, 0o755); err != nil {
-		in.t.Fatal(err)
-	}
-	program = wrapper
+	program = in.script("having", "#!/bin/sh\nexec setpriv --bounding-set="+bounds+" --inh-caps=-all "+before+" \"$@\"\n")
 	return func() { program = before }
 }
 

@@ -3,12 +3,9 @@ package e2e_test
 import (
 	"context"
 	"fmt"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -16,11 +13,12 @@ import (
 )
 
 // easy is a rate, in packets per second, that an emulated or busy machine carries without loss: for
-// tests that require every packet, but no speed. send bounds the catch-up of its streams to
-// easyLag, since a veth pair queues at most 256 packets.
+// tests that require every packet, but no speed. send bounds the catch-up of streams up to the rate
+// most to the packets of easyLag at the easy rate, since a veth pair queues at most 256 packets.
 const (
 	easy    = 1_000
 	easyLag = 40 * time.Millisecond
+	most    = 20_000
 )
 
 // stream is running traffic.
@@ -35,8 +33,8 @@ type stream struct {
 func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	t.Helper()
 	s := &stream{t: t, ended: make(chan error, 1)}
-	if cfg.Rate.Value == easy && cfg.MaxLag == 0 {
-		cfg.MaxLag = easyLag
+	if 0 < cfg.Rate.Value && cfg.Rate.Value <= most && cfg.MaxLag == 0 {
+		cfg.MaxLag = time.Duration(float64(easyLag) * easy / cfg.Rate.Value)
 	}
 	if cfg.Rate.Value <= easy && cfg.MaxLag != 0 && labtest.Emulated() {
 		cfg.Rate.Value /= 4 // a veth queues 256 packets, and a CPU there may not run for a quarter of a second
@@ -47,22 +45,7 @@ func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
-	go func() {
-		// One CPU from the first host to the last: frames of a sender that migrates to another CPU
-		// may overtake earlier ones. The thread ends with the goroutine.
-		runtime.LockOSThread()
-		var cpus unix.CPUSet
-		if err := unix.SchedGetaffinity(0, &cpus); err == nil {
-			first := 0
-			for !cpus.IsSet(first) {
-				first++
-			}
-			cpus.Zero()
-			cpus.Set(first)
-			_ = unix.SchedSetaffinity(0, &cpus) // best effort
-		}
-		s.ended <- s.sender.Run(ctx)
-	}()
+	go labtest.OnOneCPU(func() { s.ended <- s.sender.Run(ctx) })
 	t.Cleanup(func() {
 		cancel()
 		<-s.ended

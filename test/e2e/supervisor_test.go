@@ -46,9 +46,7 @@ func TestSupervisors(t *testing.T) {
 				t.Fatal(err)
 			}
 			script := strings.ReplaceAll(runScript(t), "/etc/xdpcast/rules.yaml", in.write("rules.yaml", rules))
-			if err := os.WriteFile(filepath.Join(dir, "run"), []byte(script), 0o755); err != nil {
-				t.Fatal(err)
-			}
+			labtest.WriteProgram(t, filepath.Join(dir, "run"), []byte(script))
 			do := func(command []string) string {
 				t.Helper()
 				cmd := exec.Command(command[0], command[1:]...)
@@ -103,7 +101,7 @@ func TestSupervisors(t *testing.T) {
 			stream.stop()
 			do(c.down)
 			n.waitJoined("in0", "239.1.1.1", false)
-			if err := unix.Kill(pid, 0); err == nil {
+			if runs(pid) {
 				t.Errorf("the daemon, process %d, runs", pid)
 			}
 		})

@@ -52,10 +52,7 @@ func TestUser(t *testing.T) {
 	in := newInstance(t, n.relay)
 	file := in.write("rules.yaml", "rules:\n  - {name: file, in: \"239.1.9.1:5000%in0\", out: [\"239.2.9.1:6000%out0\"]}\n")
 	told := filepath.Join(in.dir, "told")
-	hook := in.write("hook", "#!/bin/sh\ngrep -E '^(Uid|CapEff|CapBnd|NoNewPrivs)' /proc/self/status >"+told+"/$XDPCAST_EVENT_NUMBER.next\nmv "+told+"/$XDPCAST_EVENT_NUMBER.next "+told+"/$XDPCAST_EVENT_NUMBER\n")
-	if err := os.Chmod(hook, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	hook := in.script("hook", "#!/bin/sh\ngrep -E '^(Uid|CapEff|CapBnd|NoNewPrivs)' /proc/self/status >"+told+"/$XDPCAST_EVENT_NUMBER.next\nmv "+told+"/$XDPCAST_EVENT_NUMBER.next "+told+"/$XDPCAST_EVENT_NUMBER\n")
 	if err := os.Mkdir(told, 0o777); err != nil {
 		t.Fatal(err)
 	}
@@ -68,8 +65,8 @@ func TestUser(t *testing.T) {
 	in.start("-c", file)
 	in.add("one", oneIn, oneOut)
 	received := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
-	stream := send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 16, Rate: traffic.Rate{Value: 10_000}})
-	stream.flows(1000)
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, streamTarget), TTL: 16, Rate: traffic.Rate{Value: easy}})
+	stream.flows(300)
 	in.running.stop(syscall.SIGTERM)
 
 	user := []string{"--user", "nobody", "-c", file, "--listen", "127.0.0.1:80", "--on-event", hook, "--mroute"}
@@ -78,7 +75,7 @@ func TestUser(t *testing.T) {
 	d.waitLog(`pinned state adopted`, 1)
 	unprivileged(t, d.cmd.Process.Pid)
 	id := in.rule("one").ID
-	stream.flows(1000)
+	stream.flows(300)
 
 	// Rules through the API and from the file, on every path.
 	for i, path := range []string{"kernel", "afxdp", "fanout"} {
@@ -174,7 +171,7 @@ func TestUser(t *testing.T) {
 	if in.rule("one").ID != id || in.rule("again").State != control.StateActive {
 		t.Errorf("rules after root's daemon: %+v", in.rules())
 	}
-	stream.flows(1000)
+	stream.flows(300)
 	sent := stream.stop()
 	if fault := received.finish(sent); fault != "" {
 		t.Error(fault)
@@ -195,11 +192,7 @@ func TestPrepare(t *testing.T) {
 		before := program
 		defer func() { program = before }()
 		set := "-all,+net_admin,+net_raw,+ipc_lock,+perfmon,+bpf"
-		wrapper := in.write("start", "#!/bin/sh\nexec setpriv --reuid=65534 --regid=65534 --clear-groups --bounding-set="+set+" --inh-caps="+set+" --ambient-caps="+set+" "+before+" \"$@\"\n")
-		if err := os.Chmod(wrapper, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		program = wrapper
+		program = in.script("start", "#!/bin/sh\nexec setpriv --reuid=65534 --regid=65534 --clear-groups --bounding-set="+set+" --inh-caps="+set+" --ambient-caps="+set+" "+before+" \"$@\"\n")
 		return in.start()
 	}
 	d := start()
