@@ -35,7 +35,7 @@ func startRecv(ctx context.Context, t *testing.T, h *lab.Host, group string, arg
 		}
 		done <- recvResult{code, out.String(), errs.String()}
 	}()
-	for deadline := time.Now().Add(10 * time.Second); !isMember(t, h, group); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(labtest.Timeout); !isMember(t, h, group); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("no member of %s", group)
 		}

@@ -266,25 +266,15 @@ func TestBlanksTakeNoTime(t *testing.T) {
 		"before": blanks + "[]", "inside": "[" + blanks + "]", "behind": "[]" + blanks,
 		"in a rule": `[{"name"` + blanks + `:"a"}]`,
 	} {
-		start := cpuTime(t)
+		start := labtest.CPUTime(t)
 		_, err := decodeRules(strings.NewReader(body))
 		if name == "in a rule" && !errors.Is(err, ErrInvalid) || name != "in a rule" && err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if took := cpuTime(t) - start; took > 3*time.Second {
+		if took := labtest.CPUTime(t) - start; took > 3*time.Second {
 			t.Errorf("%s: %d MiB of blanks took %v of CPU time", name, len(body)>>20, took)
 		}
 	}
-}
-
-// cpuTime is what the process has used.
-func cpuTime(t *testing.T) time.Duration {
-	t.Helper()
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // What oneSpace passes on means the same to a JSON reader.
@@ -326,7 +316,7 @@ func TestSlowClients(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := io.WriteString(c, request); err != nil {
+		if _, err := io.WriteString(c, request); err != nil && !errors.Is(err, unix.EPIPE) { // a server that has ended it before this runs
 			t.Fatal(err)
 		}
 		if err := waitHangup(c.(*net.UnixConn)); err != nil {

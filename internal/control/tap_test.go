@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/internal/tap"
 )
 
@@ -39,7 +40,7 @@ func TestRefusedTapIsAnsweredAfterTheBodyBegins(t *testing.T) {
 		if _, err := io.WriteString(conn, "1\r\n\n\r\n"); err != nil {
 			t.Errorf("tap%s: %v", query, err)
 		}
-		if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := conn.SetReadDeadline(time.Now().Add(labtest.Timeout)); err != nil {
 			t.Fatal(err)
 		}
 		n, err := conn.Read(b)

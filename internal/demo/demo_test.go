@@ -67,25 +67,38 @@ func newLab(t *testing.T) string {
 	return prefix
 }
 
-// observer calls flowing once when the streams begin.
-type observer struct{ flowing func() }
+// observer calls ready before the streams, and flowing once they have begun, each if set.
+type observer struct{ ready, flowing func() }
 
-func (observer) Ready(Lab) error                       { return nil }
-func (o observer) Flowing()                            { o.flowing() }
+func (o observer) Ready(Lab) error {
+	if o.ready != nil {
+		o.ready()
+	}
+	return nil
+}
+
+func (o observer) Flowing() {
+	if o.flowing != nil {
+		o.flowing()
+	}
+}
+
 func (observer) Progress(time.Duration, Figures, bool) {}
 
 // short is a demonstration of the length that tests can afford.
 func short(prefix string) *demonstration {
 	return newDemonstration(Config{
 		Prefix: prefix, Program: program, Rate: 10000, Duration: 300 * time.Millisecond, Interval: 100 * time.Millisecond,
-		Observer: observer{func() {}},
+		Observer: observer{},
 	})
 }
 
 // A verdict that cannot fail is worth nothing: each sabotage must be found.
 func TestFindsSabotage(t *testing.T) {
+	var sink, relay *labtest.Tap
 	for name, tt := range map[string]struct {
 		change   func(d *demonstration)               // before
+		prepare  func(t *testing.T, d *demonstration) // when the lab is there
 		sabotage func(t *testing.T, d *demonstration) // while the streams flow
 		faults   []string                             // that must be among those found
 		err      string                               // instead of a verdict
@@ -104,14 +117,17 @@ func TestFindsSabotage(t *testing.T) {
 			},
 		},
 		"a packet comes twice": {
-			sabotage: repeatPacket,
+			prepare:  func(t *testing.T, d *demonstration) { sink, relay = tapFirst(t, d) },
+			sabotage: func(t *testing.T, _ *demonstration) { repeatPacket(t, sink, relay) },
 			faults:   []string{"one-to-one to sink1: 1 duplicated"},
 		},
 		"rules are changed and removed": {
-			sabotage: func(t *testing.T, d *demonstration) {
+			prepare: func(t *testing.T, d *demonstration) {
+				all := d.streams
 				d.streams[0].rule.Out[0] = "239.2.1.1:5000%eth1,ttl=3"
 				d.streams = d.streams[:3]
-				if err := d.writeRules(); err != nil {
+				err := d.writeRules()
+				if d.streams = all; err != nil {
 					t.Fatal(err)
 				}
 				if _, err := d.client.Reload(t.Context(), control.ApplyOptions{}); err != nil {
@@ -142,9 +158,14 @@ func TestFindsSabotage(t *testing.T) {
 			if tt.change != nil {
 				tt.change(d)
 			}
-			if tt.sabotage != nil {
-				d.Observer = observer{func() { tt.sabotage(t, d) }}
+			var o observer
+			if tt.prepare != nil {
+				o.ready = func() { tt.prepare(t, d) }
 			}
+			if tt.sabotage != nil {
+				o.flowing = func() { tt.sabotage(t, d) }
+			}
+			d.Observer = o
 			v, err := d.run(t.Context())
 			if tt.err != "" {
 				if v != nil || err == nil || !strings.Contains(err.Error(), tt.err) {
@@ -164,9 +185,13 @@ func TestFindsSabotage(t *testing.T) {
 	}
 }
 
-// repeatPacket takes a packet that arrives at the first sink and sends it there again.
-func repeatPacket(t *testing.T, d *demonstration) {
-	sink, relay := labtest.NewTap(t, d.hosts["sink1"], "eth0"), labtest.NewTap(t, d.hosts[relayHost], "eth1")
+// tapFirst opens both ends of the first sink's cable.
+func tapFirst(t *testing.T, d *demonstration) (sink, relay *labtest.Tap) {
+	return labtest.NewTap(t, d.hosts["sink1"], "eth0"), labtest.NewTap(t, d.hosts[relayHost], "eth1")
+}
+
+// repeatPacket takes a packet that has arrived at the first sink and sends it there again.
+func repeatPacket(t *testing.T, sink, relay *labtest.Tap) {
 	group := []byte{239, 2, 1, 1}
 	frame := sink.Receive(labtest.Timeout, func(f []byte) bool { return len(f) > 34 && bytes.Equal(f[30:34], group) })
 	if frame == nil {

@@ -138,7 +138,7 @@ func onOneCPU(t testing.TB, fn func()) {
 func TestExactlyOnce(t *testing.T) {
 	for _, mode := range []fanout.Mode{fanout.ModeCPU, fanout.ModeHash} {
 		for _, workers := range []int{1, 2, 3, 8} {
-			for _, streams := range []int{1, 64} {
+			for _, streams := range []int{1, 256} {
 				t.Run(fmt.Sprintf("%s, %d workers, %d streams", mode, workers, streams), func(t *testing.T) {
 					b := newBench(t, 2)
 					f := b.path(t, FanoutOptions{Workers: workers, Mode: mode})
@@ -171,7 +171,7 @@ func TestExactlyOnce(t *testing.T) {
 					if disorder := sinks[0].disorder.Load() + sinks[1].disorder.Load(); used == 1 && disorder != 0 {
 						t.Errorf("%d frames of one worker out of order", disorder)
 					}
-					if mode == fanout.ModeHash && streams == 64 && used != workers {
+					if mode == fanout.ModeHash && streams == 256 && used != workers {
 						t.Errorf("%d of %d workers had frames, which proves little", used, workers)
 					}
 				})

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -52,18 +51,7 @@ func newPlace(t testing.TB) *place {
 		if err := loader.Unload(p.opts.Loader); err != nil && !errors.Is(err, loader.ErrNotLoaded) {
 			t.Error(err)
 		}
-		// Without MNT_DETACH, so that a descriptor left open in there fails the test. A process that is being
-		// started elsewhere holds copies of this one's descriptors until it has called execve.
-		var err error
-		for range 1000 {
-			if err = unix.Unmount(filepath.Join(dir, "bpf"), 0); err != unix.EBUSY {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-		if err != nil && err != unix.EINVAL && err != unix.ENOENT {
-			t.Errorf("unmount: %v", err)
-		}
+		labtest.Unmount(t, filepath.Join(dir, "bpf"))
 		if t.Failed() {
 			t.Logf("log of the relay:\n%s", p.log)
 		}

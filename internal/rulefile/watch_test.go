@@ -188,7 +188,10 @@ func TestWatchIgnores(t *testing.T) {
 	must(t, os.WriteFile(name, ruleText("", 1), 0o600))
 	w := watch(t, name, time.Hour)
 	now := time.Now()
-	must(t, os.WriteFile(dir+"/other", nil, 0o600), os.WriteFile(name, ruleText("", 1), 0o600), os.Chtimes(name, now, now), os.Chmod(name, 0o644))
+	again, err := os.OpenFile(name, os.O_WRONLY, 0) // not os.WriteFile, in the middle of which it is empty
+	must(t, err)
+	_, err = again.Write(ruleText("", 1))
+	must(t, err, again.Close(), os.WriteFile(dir+"/other", nil, 0o600), os.Chtimes(name, now, now), os.Chmod(name, 0o644))
 	must(t, os.WriteFile(name+"2", ruleText("", 1), 0o600), os.Rename(name+"2", name))
 	select {
 	case <-w.changed:

@@ -122,7 +122,7 @@ func receive(t testing.TB, h *lab.Host, cfg traffic.RecvConfig, endpoints ...str
 // condition is what to wait for first.
 func (r *running) stop(condition func(traffic.RecvReport) bool) traffic.RecvReport {
 	r.t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(labtest.Timeout)
 	for !condition(r.Report()) && time.Now().Before(deadline) {
 		time.Sleep(time.Millisecond)
 	}
@@ -138,7 +138,7 @@ func (r *running) wait() traffic.RecvReport {
 		if err != nil {
 			r.t.Fatal(err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(labtest.Timeout):
 		r.t.Fatal("the receiver does not end")
 	}
 	return r.Report()
@@ -540,7 +540,7 @@ func TestSenderStopsWithItsContext(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(labtest.Timeout):
 			t.Fatalf("rate %g: does not end", rate)
 		}
 		if err := s.Run(ctx); !errors.Is(err, traffic.ErrRunTwice) {
@@ -569,9 +569,18 @@ func TestReceiverEnds(t *testing.T) {
 		t.Errorf("second run: %v", err)
 	}
 
-	r = receive(t, w.rx, traffic.RecvConfig{Idle: 100 * time.Millisecond}, endpoint)
+	// All are in its socket before it runs, so that no pause of the sender ends it.
+	var idle *traffic.Receiver
+	labtest.Do(t, w.rx, func() (err error) {
+		idle, err = traffic.NewReceiver(traffic.RecvConfig{Subscriptions: []traffic.Subscription{subscription(t, endpoint)}, Idle: 100 * time.Millisecond})
+		return err
+	})
+	defer idle.Close()
 	send(t, w.tx, cfg)
-	if got := r.wait(); got.Total.Received != 1000 || got.ElapsedNS < int64(100*time.Millisecond) {
+	if err := idle.Run(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := idle.Report(); got.Total.Received != 1000 || got.ElapsedNS < int64(100*time.Millisecond) {
 		t.Errorf("idle: %+v", got)
 	}
 
@@ -670,7 +679,7 @@ func TestSenderGivesUpOnADeadInterface(t *testing.T) {
 		if err == nil || !strings.HasPrefix(err.Error(), "send to 239.1.1.1:5000%eth0: ") {
 			t.Errorf("got %v", err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(labtest.Timeout):
 		t.Fatal("goes on for ever")
 	}
 }

@@ -71,7 +71,7 @@ func TestEachFrameOnceInOrder(t *testing.T) {
 	sender := openSender(t, b.source, "eth0", SenderOptions{})
 	for _, mode := range []Mode{ModeCPU, ModeHash, ModeEBPF} {
 		for workers := 1; workers <= 8; workers++ {
-			for _, streams := range []int{1, 64} {
+			for _, streams := range []int{1, 256} {
 				t.Run(fmt.Sprintf("%s/%d workers/%d streams", mode, workers, streams), func(t *testing.T) {
 					const total = 2048
 					g := openGroup(t, b.relay, "in", modeOptions(t, mode, workers))
@@ -120,14 +120,15 @@ func checkOnceInOrder(t *testing.T, frames []captured, streams, each int) {
 	}
 }
 
-// checkBusy checks that 64 streams do not all use one worker.
+// checkBusy checks that many streams use all workers. The kernel's hash differs with each boot: of 64 streams none uses one
+// of 8 workers once in 600 boots.
 func checkBusy(t *testing.T, frames []captured, mode Mode, workers, streams int) {
 	t.Helper()
 	busy := map[int]bool{}
 	for _, f := range frames {
 		busy[f.worker] = true
 	}
-	if mode != ModeCPU && streams == 64 && len(busy) < workers {
+	if mode != ModeCPU && streams == 256 && len(busy) < workers {
 		t.Errorf("only %d of %d workers had frames", len(busy), workers)
 	}
 }

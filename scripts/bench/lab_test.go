@@ -119,7 +119,7 @@ func TestFramesHaveChecksums(t *testing.T) {
 			}
 			return errors.Join(
 				unix.SetsockoptIPMreqn(fd, unix.IPPROTO_IP, unix.IP_ADD_MEMBERSHIP, &unix.IPMreqn{Multiaddr: firstGroup.As4(), Ifindex: int32(in.Index)}),
-				unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}),
+				unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(labtest.Timeout.Seconds())}),
 				unix.Bind(fd, &unix.SockaddrInet4{Port: groupPort}))
 		})
 		const frames = 7

@@ -184,8 +184,12 @@ var fenceHeader = append(append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, 2, 0
 
 // probe sends a packet to each group and returns where they arrived. It sends them in batches that
 // fit every queue on the path, each followed by fences. The group of the fences must be relayed; ok
-// is false if a fence did not arrive.
+// is false if a fence did not arrive within fenceTimeout.
 func (n *network) probe(fence netip.Addr, groups []netip.Addr) (got reached, ok bool) {
+	return n.probeFor(fenceTimeout, fence, groups)
+}
+
+func (n *network) probeFor(patience time.Duration, fence netip.Addr, groups []netip.Addr) (got reached, ok bool) {
 	const lot = 64
 	got = reached{map[netip.Addr]int{}, map[netip.Addr]int{}}
 	for len(groups) > 0 {
@@ -198,13 +202,13 @@ func (n *network) probe(fence netip.Addr, groups []netip.Addr) (got reached, ok 
 		number := binary.BigEndian.AppendUint32(nil, n.number)
 		n.send.Send(append(append([]byte{}, fenceHeader...), append(number, make([]byte, 46)...)...))
 		n.send.Send(frame(fence, number))
-		atStack := n.stack.Receive(fenceTimeout, func(b []byte) bool {
+		atStack := n.stack.Receive(patience, func(b []byte) bool {
 			if group, _, ok := payload(b, inPort); ok {
 				got.stack[group]++
 			}
 			return binary.BigEndian.Uint16(b[12:]) == fenceType && binary.BigEndian.Uint32(b[14:]) == n.number
 		})
-		atSink := n.receive.Receive(fenceTimeout, func(b []byte) bool {
+		atSink := n.receive.Receive(patience, func(b []byte) bool {
 			group, data, ok := payload(b, outPort)
 			if !ok {
 				return false

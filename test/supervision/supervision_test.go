@@ -79,7 +79,7 @@ func once(groups []netip.Addr) map[netip.Addr]int {
 
 func (n *network) mustReach(t *testing.T, fence netip.Addr, groups []netip.Addr, want reached) {
 	t.Helper()
-	got, ok := n.probe(fence, groups)
+	got, ok := n.probeFor(labtest.Timeout, fence, groups)
 	if !ok {
 		t.Fatal("a fence was lost")
 	}
