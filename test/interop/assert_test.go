@@ -130,6 +130,7 @@ func sourceMember(t *testing.T, h *lab.Host, source string, group netip.AddrPort
 		return err
 	})
 	t.Cleanup(func() { c.Close() })
+	labtest.GrowBuffer(t, c)
 	return c
 }
 

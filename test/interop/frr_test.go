@@ -211,12 +211,11 @@ func member(t *testing.T, h *lab.Host, group netip.AddrPort) (c *net.UDPConn) {
 		if err != nil {
 			return err
 		}
-		if c, err = net.ListenMulticastUDP("udp", eth0, net.UDPAddrFromAddrPort(group)); err == nil {
-			err = c.SetReadBuffer(8 << 20)
-		}
+		c, err = net.ListenMulticastUDP("udp", eth0, net.UDPAddrFromAddrPort(group))
 		return err
 	})
 	t.Cleanup(func() { c.Close() })
+	labtest.GrowBuffer(t, c)
 	return c
 }
 

@@ -14,8 +14,6 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -138,9 +136,7 @@ func startDaemon(ctx context.Context, t *testing.T, h *lab.Host, rules string, a
 		if out, err := exec.Command(r.program, append([]string{"unload", "--all"}, r.dirs...)...).CombinedOutput(); err != nil {
 			t.Errorf("unload: %v\n%s", err, out)
 		}
-		if err := unix.Unmount(filepath.Join(dir, "bpf"), 0); err != nil {
-			t.Errorf("unmount: %v", err)
-		}
+		labtest.Unmount(t, filepath.Join(dir, "bpf"))
 	})
 	args := slices.Concat([]string{"--socket", r.socket, "run", "-c", file, "--mode", "native"}, r.dirs, flags)
 	daemon := start(ctx, t, h, r.program, args...)

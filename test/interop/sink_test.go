@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -37,9 +39,11 @@ func startSink(ctx context.Context, t *testing.T, h *lab.Host, want sinkCase) *s
 	addr, port := want.group.Addr(), want.group.Port()
 
 	s.shark = start(ctx, t, h, "tshark", "-q", "-i", "eth0", "-f", fmt.Sprintf("udp dst port %d", port), "-F", "pcap", "-w", s.capture)
-	listen := fmt.Sprintf("UDP4-RECV:%d,reuseaddr,ip-add-membership=%s:eth0", port, addr)
+	// A buffer for the time in which socat gets no CPU: SOL_SOCKET, SO_RCVBUFFORCE.
+	buffer := fmt.Sprintf("setsockopt-int=%d:%d:%d", unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
+	listen := fmt.Sprintf("UDP4-RECV:%d,reuseaddr,%s,ip-add-membership=%s:eth0", port, buffer, addr)
 	if addr.Is6() {
-		listen = fmt.Sprintf("UDP6-RECV:%d,reuseaddr,ipv6-join-group=[%s]:eth0", port, addr)
+		listen = fmt.Sprintf("UDP6-RECV:%d,reuseaddr,%s,ipv6-join-group=[%s]:eth0", port, buffer, addr)
 	}
 	s.socat = start(ctx, t, h, "socat", "-u", listen, "OPEN:"+s.recording+",creat,trunc")
 	args := append(strict[:len(strict):len(strict)], "-i", fmt.Sprintf("udp://%s?fifo_size=100000", want.group), "-map", "0",
