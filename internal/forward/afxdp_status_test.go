@@ -152,8 +152,9 @@ func TestAFXDPQueueTaken(t *testing.T) {
 // The options are applied to the sockets and threads.
 func TestAFXDPSettings(t *testing.T) {
 	b := newXDPBench(t, 1, 1, 0)
+	cpu := labtest.CPUs()[0]
 	b.openWith(t, AFXDPOptions{
-		CheckOwnership: true, CPUs: []int{0}, Frames: minFrames,
+		CheckOwnership: true, CPUs: []int{cpu}, Frames: minFrames,
 		BusyPoll: 30 * time.Microsecond, PreferBusyPoll: true, BusyPollBudget: 16,
 	})
 	r := xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000))
@@ -176,7 +177,7 @@ func TestAFXDPSettings(t *testing.T) {
 		}
 		return slices.ContainsFunc(threads, func(name string) bool {
 			status, _ := os.ReadFile(name) // a thread may end meanwhile
-			return strings.Contains(string(status), "Cpus_allowed_list:\t0\n")
+			return strings.Contains(string(status), fmt.Sprintf("Cpus_allowed_list:\t%d\n", cpu))
 		})
 	})
 	source, c := openSender(t, b.source, iface(t, b.source, "eth0").Index), catch(t, b.sinks[0], "eth0")

@@ -17,14 +17,7 @@ func OnOneCPU(fn func()) {
 	go func() {
 		defer close(ended)
 		runtime.LockOSThread() // the thread ends with the goroutine
-		var allowed unix.CPUSet
-		if err := unix.SchedGetaffinity(0, &allowed); err == nil {
-			var cpus []int
-			for cpu := range 64 * len(allowed) {
-				if allowed.IsSet(cpu) {
-					cpus = append(cpus, cpu)
-				}
-			}
+		if cpus := CPUs(); len(cpus) > 0 {
 			var one unix.CPUSet
 			one.Set(cpus[os.Getpid()%len(cpus)]) // processes beside each other use different ones
 			_ = unix.SchedSetaffinity(0, &one)   // best effort
@@ -32,6 +25,20 @@ func OnOneCPU(fn func()) {
 		fn()
 	}()
 	<-ended
+}
+
+// CPUs are the numbers of the CPUs that the process may use, which need not begin with 0.
+func CPUs() (numbers []int) {
+	var allowed unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
+		return nil
+	}
+	for cpu := range 64 * len(allowed) {
+		if allowed.IsSet(cpu) {
+			numbers = append(numbers, cpu)
+		}
+	}
+	return numbers
 }
 
 // CPUTime is what the process has used, which a busy machine does not prolong as it does the time of the clock.
