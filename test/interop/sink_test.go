@@ -40,7 +40,7 @@ func startSink(ctx context.Context, t *testing.T, h *lab.Host, want sinkCase) *s
 
 	s.shark = start(ctx, t, h, "tshark", "-q", "-i", "eth0", "-f", fmt.Sprintf("udp dst port %d", port), "-F", "pcap", "-w", s.capture)
 	// A buffer for the time in which socat gets no CPU: SOL_SOCKET, SO_RCVBUFFORCE.
-	buffer := fmt.Sprintf("setsockopt-int=%d:%d:%d", unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
+	buffer := fmt.Sprintf("setsockopt-listen=%d:%d:x%x", unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, binary.NativeEndian.AppendUint32(nil, 64<<20))
 	listen := fmt.Sprintf("UDP4-RECV:%d,reuseaddr,%s,ip-add-membership=%s:eth0", port, buffer, addr)
 	if addr.Is6() {
 		listen = fmt.Sprintf("UDP6-RECV:%d,reuseaddr,%s,ipv6-join-group=[%s]:eth0", port, buffer, addr)
