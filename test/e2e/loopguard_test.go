@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -31,8 +32,11 @@ type lans struct {
 	host   *lab.Host
 	taps   []*labtest.Tap
 	macs   [][6]byte
-	relays []*instance
-	sent   int // packets sent by host so far
+	relays []*instance // that the test has asked for
+	idle   []*instance // further ones, with an interface on each LAN and without rules
+	sent   int         // packets sent by host so far
+	marker string      // begins each payload
+	suffix string      // ends the name of each rule
 	// meant makes rules two-way if they do not set loop themselves.
 	meant bool
 	// pause is the delay of a reflector before it sends.
@@ -44,7 +48,7 @@ const mostExtra = 100
 
 func newLANs(t testing.TB, n int) *lans {
 	t.Helper()
-	l := &lans{t: t, sw: labtest.Host(t, "switch"), host: labtest.Host(t, "host")}
+	l := &lans{t: t, sw: labtest.Host(t, "switch"), host: labtest.Host(t, "host"), marker: "loop guard test "}
 	for i := range n {
 		snooping := false
 		bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("lan%d", i)}, MulticastSnooping: &snooping}
@@ -94,9 +98,15 @@ func (l *lans) mac(h *lab.Host, name string) [6]byte {
 	return [6]byte(link.Attrs().HardwareAddr)
 }
 
-// relay starts a relay with an interface on each of the LANs.
+// relay starts a relay with an interface on each of the LANs, unless one is idle.
 func (l *lans) relay(on ...int) *instance {
 	l.t.Helper()
+	if len(l.idle) > 0 {
+		in := l.idle[0]
+		l.idle = l.idle[1:]
+		l.relays = append(l.relays, in)
+		return in
+	}
 	number := len(l.relays) + 1
 	h := labtest.Host(l.t, fmt.Sprintf("relay%d", number))
 	for _, lan := range on {
@@ -108,10 +118,29 @@ func (l *lans) relay(on ...int) *instance {
 	return in
 }
 
-// marker begins each payload that these tests send.
-const marker = "loop guard test "
+// lend lends the relays to a subtest, which finds them without rules, and so leaves them. The
+// number distinguishes its packets and rules from those of earlier subtests.
+func (l *lans) lend(t *testing.T, number int) *lans {
+	t.Helper()
+	lent := *l
+	lent.t, lent.relays, lent.idle = t, nil, nil
+	lent.marker, lent.suffix = fmt.Sprintf("loop guard test %d ", number), fmt.Sprintf("-%d", number)
+	for _, in := range l.relays {
+		of := *in
+		of.t = t
+		lent.idle = append(lent.idle, &of)
+	}
+	t.Cleanup(func() {
+		for _, in := range lent.relays {
+			if _, err := in.client.Apply(context.Background(), nil, control.ApplyOptions{}); err != nil {
+				t.Errorf("remove the rules: %v", err)
+			}
+		}
+	})
+	return &lent
+}
 
-func marked(frame []byte) bool { return bytes.Contains(frame, []byte(marker)) }
+func (l *lans) marked(frame []byte) bool { return bytes.Contains(frame, []byte(l.marker)) }
 
 // frame is a datagram from the host to a group on a LAN.
 func (l *lans) frame(lan int, dst netip.AddrPort, payload string, change ...func(*packet.Frame)) []byte {
@@ -121,7 +150,7 @@ func (l *lans) frame(lan int, dst netip.AddrPort, payload string, change ...func
 	}
 	f := packet.Frame{
 		SrcMAC: l.macs[lan], DstMAC: packet.MulticastMAC(dst.Addr()), Src: src, Dst: dst.Addr(),
-		SrcPort: 40000, DstPort: dst.Port(), TTL: 64, Payload: []byte(marker + payload),
+		SrcPort: 40000, DstPort: dst.Port(), TTL: 64, Payload: []byte(l.marker + payload),
 	}
 	for _, c := range change {
 		c(&f)
@@ -144,7 +173,7 @@ func (l *lans) counts(enough func(got []int) bool) []int {
 	for quiet := false; !quiet || !enough(got) && time.Now().Before(deadline); {
 		quiet = true
 		for i, tap := range l.taps {
-			for tap.Receive(150*time.Millisecond, marked) != nil {
+			for tap.Receive(150*time.Millisecond, l.marked) != nil {
 				got[i]++
 				quiet = false
 				if got[i] > 20*mostExtra {
@@ -179,13 +208,22 @@ func (l *lans) looping() (all []string) {
 	return all
 }
 
+// loopEvents is the number of events of loops that began.
+func (l *lans) loopEvents() (n int) {
+	l.t.Helper()
+	for _, in := range l.relays {
+		n += strings.Count(in.mustCLI("events"), ": looping: ")
+	}
+	return n
+}
+
 // add adds a rule to one of the relays.
 func (l *lans) add(in *instance, path, name, input string, outputs ...string) {
 	l.t.Helper()
 	if l.meant && !strings.Contains(input, "loop=") {
 		input += ",loop=two-way"
 	}
-	addPath(in, path, name, input, outputs...)
+	addPath(in, path, name+l.suffix, input, outputs...)
 }
 
 // addPath adds a rule with a path.
@@ -204,10 +242,10 @@ func addPath(in *instance, path, name, input string, outputs ...string) {
 var guardPaths = []string{"kernel", "afxdp", "fanout"}
 
 // twoWay adds the rules that relay a group in both directions.
-func twoWay(in *instance, path, group string, a, b int, policy string) {
-	in.t.Helper()
-	addPath(in, path, "there", fmt.Sprintf("%s%%lan%d,loop=two-way", group, a), fmt.Sprintf("%s%%lan%d%s", group, b, policy))
-	addPath(in, path, "back", fmt.Sprintf("%s%%lan%d,loop=two-way", group, b), fmt.Sprintf("%s%%lan%d%s", group, a, policy))
+func (l *lans) twoWay(in *instance, path, group string, a, b int, policy string) {
+	l.t.Helper()
+	addPath(in, path, "there"+l.suffix, fmt.Sprintf("%s%%lan%d,loop=two-way", group, a), fmt.Sprintf("%s%%lan%d%s", group, b, policy))
+	addPath(in, path, "back"+l.suffix, fmt.Sprintf("%s%%lan%d,loop=two-way", group, b), fmt.Sprintf("%s%%lan%d%s", group, a, policy))
 }
 
 const (
@@ -235,24 +273,25 @@ var loopCases = []loopCase{
 	{name: "two interfaces on one LAN", lans: 1, reached: 1, calm: true, plain: true, make: func(l *lans, path string) {
 		r := l.relay(0)
 		l.plug(r.host, 0, "lan0b", "10.0.0.200/24")
+		l.t.Cleanup(func() { labtest.RemoveLink(l.t, r.host, "lan0b") })
 		l.add(r, path, "there", "239.5.1.1:5000%lan0", "239.5.1.1:5000%lan0b,src=keep")
 	}, frame: func(l *lans, payload string) []byte {
 		return l.frame(0, netip.MustParseAddrPort("239.5.1.1:5000"), payload)
 	}},
 	{name: "two relays, two ways", basic: true, lans: 2, reached: 2, make: func(l *lans, path string) {
 		for range 2 {
-			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, "")
+			l.twoWay(l.relay(0, 1), path, ssdpText, 0, 1, "")
 		}
 	}},
 	{name: "two relays, two ways, sources kept", lans: 2, reached: 2, make: func(l *lans, path string) {
 		for range 2 {
-			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
+			l.twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
 		}
 	}},
 	// Each hears two others: looping packets double with each round.
 	{name: "three relays, two ways", lans: 2, reached: 3, make: func(l *lans, path string) {
 		for range 3 {
-			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
+			l.twoWay(l.relay(0, 1), path, ssdpText, 0, 1, ",src=keep")
 		}
 	}},
 	{name: "two relays, one way each", basic: true, lans: 2, reached: 2, plain: true, make: func(l *lans, path string) {
@@ -272,7 +311,7 @@ var loopCases = []loopCase{
 	}},
 	{name: "three relays in a ring, two ways", lans: 3, reached: 4, make: func(l *lans, path string) {
 		for i := range 3 {
-			twoWay(l.relay(i, (i+1)%3), path, ssdpText, i, (i+1)%3, "")
+			l.twoWay(l.relay(i, (i+1)%3), path, ssdpText, i, (i+1)%3, "")
 		}
 	}},
 	{name: "a group rewritten and back", plain: true, lans: 2, reached: 2, make: func(l *lans, path string) {
@@ -290,7 +329,7 @@ var loopCases = []loopCase{
 	}},
 	{name: "without checksums", lans: 2, reached: 2, make: func(l *lans, path string) {
 		for range 2 {
-			twoWay(l.relay(0, 1), path, ssdpText, 0, 1, "")
+			l.twoWay(l.relay(0, 1), path, ssdpText, 0, 1, "")
 		}
 	}, frame: func(l *lans, payload string) []byte {
 		return l.frame(0, ssdp, payload, func(f *packet.Frame) { f.NoChecksum = true })
@@ -318,7 +357,7 @@ var loopCases = []loopCase{
 	}},
 	{name: "IPv6", basic: true, lans: 2, reached: 2, make: func(l *lans, path string) {
 		for range 2 {
-			twoWay(l.relay(0, 1), path, "[ff05::c]:1900", 0, 1, ",src=keep")
+			l.twoWay(l.relay(0, 1), path, "[ff05::c]:1900", 0, 1, ",src=keep")
 		}
 	}, frame: func(l *lans, payload string) []byte {
 		return l.frame(0, netip.MustParseAddrPort("[ff05::c]:1900"), payload)
@@ -345,20 +384,33 @@ func TestLoopGuard(t *testing.T) { runLoopCases(t, true) }
 // The same in larger topologies, and with packets modified by others.
 func TestLoopGuardTopologies(t *testing.T) { runLoopCases(t, false) }
 
+// runLoopCases runs the cases on each path, one after the other on the same LANs with the same
+// relays: a rule must not inherit what the guard knew of an earlier one.
 func runLoopCases(t *testing.T, basic bool) {
-	for _, c := range loopCases {
-		for _, path := range guardPaths {
-			if c.basic == basic {
-				t.Run(c.name+"/"+path, func(t *testing.T) { c.run(t, path) })
+	for _, path := range guardPaths {
+		t.Run(path, func(t *testing.T) {
+			t.Parallel() // mostly waits for the daemons' next look at the guard
+			l := newLANs(t, 3)
+			for range 3 {
+				l.relay(0, 1, 2)
 			}
-		}
+			for i, c := range loopCases {
+				if c.basic == basic {
+					t.Run(c.name, func(t *testing.T) { c.run(t, l.lend(t, i), path) })
+				}
+			}
+		})
 	}
 }
 
-func (c *loopCase) run(t *testing.T, path string) {
-	l := newLANs(t, c.lans)
+func (c *loopCase) run(t *testing.T, l *lans, path string) {
+	l.taps = l.taps[:c.lans]
 	l.meant = !c.plain
 	c.make(l, path)
+	if ways := l.looping(); len(ways) != 0 {
+		t.Errorf("looping before there was a packet: %q", ways)
+	}
+	events := l.loopEvents()
 	frame := c.frame
 	if frame == nil {
 		frame = func(l *lans, payload string) []byte { return l.frame(0, ssdp, payload) }
@@ -381,8 +433,8 @@ func (c *loopCase) run(t *testing.T, path string) {
 		t.Errorf("%d packets, %d without a loop", sum(first), c.reached)
 	}
 	if c.calm {
-		if len(ways) != 0 || !slices.ContainsFunc(l.relays[0].rule("there").Drops, func(d control.Drop) bool { return d.Reason == "loop" && d.Packets == 1 }) {
-			t.Errorf("looping %q, %+v", ways, l.relays[0].rule("there").Drops)
+		if len(ways) != 0 || !slices.ContainsFunc(l.relays[0].rule("there"+l.suffix).Drops, func(d control.Drop) bool { return d.Reason == "loop" && d.Packets == 1 }) {
+			t.Errorf("looping %q, %+v", ways, l.relays[0].rule("there"+l.suffix).Drops)
 		}
 		return
 	}
@@ -390,12 +442,8 @@ func (c *loopCase) run(t *testing.T, path string) {
 		t.Errorf("the ways are %q", ways)
 	}
 	eventually(t, "there is an event of it", func() string {
-		all := ""
-		for _, in := range l.relays {
-			all += in.mustCLI("events")
-		}
-		if !strings.Contains(all, ": looping: ") {
-			return all
+		if l.loopEvents() == events {
+			return "no more than before"
 		}
 		return ""
 	})
@@ -532,7 +580,7 @@ func (l *lans) smcroute(from, to int) {
 func TestLoopGuardHeals(t *testing.T) {
 	l := newLANs(t, 2)
 	for range 2 {
-		twoWay(l.relay(0, 1), "kernel", ssdpText, 0, 1, "")
+		l.twoWay(l.relay(0, 1), "kernel", ssdpText, 0, 1, "")
 	}
 	first, second := l.relays[0], l.relays[1]
 	l.send(0, l.frame(0, ssdp, "first"))
@@ -600,7 +648,7 @@ func TestLoopGuardEcho(t *testing.T) {
 	}
 	r.mustCLI("rule", "del", "there")
 	for _, tap := range l.taps {
-		for tap.Receive(150*time.Millisecond, marked) != nil {
+		for tap.Receive(150*time.Millisecond, l.marked) != nil {
 		}
 	}
 	l.add(r, "kernel", "there", ssdpText+"%lan0,loop=two-way", ssdpText+"%lan1")
@@ -618,9 +666,11 @@ func TestLoopGuardEcho(t *testing.T) {
 
 // Real senders with equal payloads, on two inputs and on one, lose nothing.
 func TestLoopGuardLeavesSendersAlone(t *testing.T) {
-	for _, path := range guardPaths {
+	all := newLANs(t, 3)
+	all.relay(0, 1, 2)
+	for i, path := range guardPaths {
 		t.Run(path, func(t *testing.T) {
-			l := newLANs(t, 3)
+			l := all.lend(t, i)
 			r := l.relay(0, 1, 2)
 			addPath(r, path, "a", "239.5.1.1:5000%lan0", "239.5.2.1:5000%lan2")
 			addPath(r, path, "b", "239.5.1.1:5000%lan1", "239.5.2.2:5000%lan2")
@@ -637,7 +687,7 @@ func TestLoopGuardLeavesSendersAlone(t *testing.T) {
 				l.send(1, l.frame(1, group, "null packet"))
 				l.send(1, l.frame(1, group, "null packet", other)) // and another that does the same
 				if i%10 == 9 {                                     // no more than the queues on the way hold
-					arrived += len(l.taps[2].Collect(l.sent-arrived, marked))
+					arrived += len(l.taps[2].Collect(l.sent-arrived, l.marked))
 				}
 			}
 			// One sender takes over from another, at a pace.
