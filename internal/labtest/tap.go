@@ -30,12 +30,18 @@ func Enter(t testing.TB, h *lab.Host) {
 // Eventually waits until the condition holds.
 func Eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(Timeout); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for start := time.Now(); time.Since(start) < Timeout; Pause(start, time.Millisecond) {
 		if condition() {
 			return
 		}
 	}
 	t.Fatalf("timed out waiting until %s", what)
+}
+
+// Pause sleeps between two looks at a condition awaited since start: a tenth of that time, so that
+// waiting costs little and ends soon, within bounds.
+func Pause(start time.Time, least time.Duration) {
+	time.Sleep(min(max(least, time.Since(start)/10), 100*time.Millisecond))
 }
 
 // Tap sends and receives whole frames on an interface.

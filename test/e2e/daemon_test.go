@@ -30,7 +30,7 @@ const patience = 2 * time.Minute
 func eventually(t testing.TB, what string, lacks func() string) {
 	t.Helper()
 	last := ""
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for start := time.Now(); time.Since(start) < patience; labtest.Pause(start, 5*time.Millisecond) {
 		if last = lacks(); last == "" {
 			return
 		}
