@@ -96,3 +96,35 @@ func TestWalks(t *testing.T) {
 		t.Errorf("%d tables with %d steps, want those of three walks: has the page changed its form?", walks, steps)
 	}
 }
+
+// TestFolders: docs/architecture.md lists the folders of the repository, and no others.
+func TestFolders(t *testing.T) {
+	listed := map[string]bool{}
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\| [^|]+ \\|$").FindAllStringSubmatch(read(t, "docs/architecture.md"), -1) {
+		if listed[row[1]] {
+			t.Errorf("%s is listed twice", row[1])
+		}
+		listed[row[1]] = true
+	}
+	want := []string{"bpf", "docs", "packaging", "scripts"}
+	for _, pattern := range []string{"cmd/*", "internal/*", "pkg/*", "scripts/*", "test/*"} {
+		entries, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, entry := range entries {
+			if info, err := os.Stat(entry); err == nil && info.IsDir() {
+				want = append(want, strings.TrimPrefix(filepath.ToSlash(entry), root))
+			}
+		}
+	}
+	for _, folder := range want {
+		if !listed[folder] {
+			t.Errorf("folder %s is not listed", folder)
+		}
+		delete(listed, folder)
+	}
+	for folder := range listed {
+		t.Errorf("there is no folder %s", folder)
+	}
+}
