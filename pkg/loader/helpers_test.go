@@ -49,7 +49,7 @@ func stateOptions(t testing.TB) Options {
 // rest of Open.
 type standIn struct{ embedded }
 
-func (standIn) relay(_ *mapSet, can Capabilities) (*ebpf.Program, error) {
+func (standIn) relay(_ *mapSet, can Capabilities, _ *ebpf.Program) (*ebpf.Program, error) {
 	spec := &ebpf.ProgramSpec{
 		Name: bpf.RelayProgRelay, Type: ebpf.XDP, License: "MIT",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, xdpPass), asm.Return()},

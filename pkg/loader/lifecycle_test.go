@@ -107,7 +107,7 @@ func padded(spec *ebpf.CollectionSpec, name string) {
 	p.Instructions = append(asm.Instructions{more, first}, p.Instructions[1:]...)
 }
 
-func (otherRelease) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
+func (otherRelease) relay(m *mapSet, can Capabilities, _ *ebpf.Program) (*ebpf.Program, error) {
 	spec, err := bpf.LoadRelay()
 	if err != nil {
 		return nil, err
@@ -120,7 +120,7 @@ func (otherRelease) relay(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	return out.P, err
 }
 
-func (otherRelease) egress(m *mapSet, can Capabilities) (*ebpf.Program, error) {
+func (otherRelease) egress(m *mapSet, can Capabilities, _ *ebpf.Program) (*ebpf.Program, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
 		return nil, err
@@ -131,6 +131,53 @@ func (otherRelease) egress(m *mapSet, can Capabilities) (*ebpf.Program, error) {
 	}
 	err = loadInto(spec, m, &out)
 	return out.P, err
+}
+
+// A loaded program is recognized without loading it again, and taken for no other: not for another
+// release's, nor for one with other maps.
+func TestLoadedProgramIsRecognized(t *testing.T) {
+	newLab(t, 0)
+	l, other := open(t, testOptions(t)), open(t, stateOptions(t))
+	tapped, err := l.opts.programs.tapped(l.maps, true, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tapped.Close() })
+	for _, p := range []struct {
+		name string
+		spec func() (*ebpf.CollectionSpec, error)
+		have *ebpf.Program
+	}{
+		{bpf.RelayProgRelay, bpf.LoadRelay, l.relay}, {bpf.EgressProgEgress, bpf.LoadEgress, l.egress}, {bpf.TappedProgTapped, bpf.LoadTapped, tapped},
+	} {
+		spec, err := p.spec()
+		if err == nil {
+			err = fitKernel(spec, l.can)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func(what string, m *mapSet, have *ebpf.Program, want bool) {
+			t.Helper()
+			if got := m.isLoaded(spec.Programs[p.name], have); got != want {
+				t.Errorf("%s, %s: is loaded: %v", p.name, what, got)
+			}
+		}
+		check("none", l.maps, nil, false)
+		check("the same", l.maps, p.have, true)
+		check("with other maps", other.maps, p.have, false)
+		check("another program", l.maps, other.relay, false)
+		padded(spec, p.name)
+		check("another release", l.maps, p.have, false)
+	}
+	again, err := l.opts.programs.relay(l.maps, l.can, l.relay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if programID(t, again) != programID(t, l.relay) {
+		t.Error("the relay program was loaded again")
+	}
+	again.Close()
 }
 
 // Another release's programs replace those in the kernel under traffic: no frame is lost, no link
@@ -534,7 +581,7 @@ var errBroken = errors.New("broken")
 
 type brokenRelease struct{ embedded }
 
-func (brokenRelease) egress(None *mapSet, can Capabilities) (*ebpf.Program, error) {
+func (brokenRelease) egress(*mapSet, Capabilities, *ebpf.Program) (*ebpf.Program, error) {
 	return nil, errBroken
 }
 

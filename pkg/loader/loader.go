@@ -393,10 +393,10 @@ func (l *Loader) build(building string) (err error) {
 	if err := l.writeConfig(); err != nil {
 		return err
 	}
-	if l.relay, err = l.opts.programs.relay(l.maps, l.can); err != nil {
+	if l.relay, err = l.opts.programs.relay(l.maps, l.can, nil); err != nil {
 		return err
 	}
-	if l.egress, err = l.opts.programs.egress(l.maps, l.can); err != nil {
+	if l.egress, err = l.opts.programs.egress(l.maps, l.can, nil); err != nil {
 		return err
 	}
 	if err := l.pinAll(building); err != nil {

@@ -160,7 +160,7 @@ func TestForeignUpdateOfLink(t *testing.T) {
 	n := newLab(t, 1)
 	l := open(t, testOptions(t))
 	attachAll(t, l, n.in)
-	other, err := otherRelease{}.relay(l.maps, l.can)
+	other, err := otherRelease{}.relay(l.maps, l.can, nil)
 	if err == nil {
 		err = errors.Join(l.links[n.in.Index].link.Update(other), other.Close())
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -29,7 +30,7 @@ func tappedPin(dir string, index int) string {
 }
 
 // tapped loads the program for interfaces with or without an Ethernet header.
-func (e embedded) tapped(m *mapSet, ethernet bool) (*ebpf.Program, error) {
+func (e embedded) tapped(m *mapSet, ethernet bool, have *ebpf.Program) (*ebpf.Program, error) {
 	spec, err := bpf.LoadTapped()
 	if err != nil {
 		return nil, fmt.Errorf("read tapped program: %w", err)
@@ -41,6 +42,9 @@ func (e embedded) tapped(m *mapSet, ethernet bool) (*ebpf.Program, error) {
 		if err := spec.Variables["link_header"].Set(uint32(0)); err != nil {
 			return nil, fmt.Errorf("set link_header: %w", err)
 		}
+	}
+	if m.isLoaded(spec.Programs[bpf.TappedProgTapped], have) {
+		return have.Clone()
 	}
 	var out struct {
 		Tapped *ebpf.Program `ebpf:"tapped"`
@@ -60,11 +64,17 @@ func (l *Loader) tappedProgram(index int) (*ebpf.Program, error) {
 	if p := l.tappedPrograms[ethernet]; p != nil {
 		return p, nil
 	}
-	p, err := l.opts.programs.tapped(l.maps, ethernet)
-	if err == nil {
-		l.tappedPrograms[ethernet] = p
+	pin := tappedProgramPin(l.opts.PinDir, ethernet)
+	pinned, err := ebpf.LoadPinnedProgram(pin, nil)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("open pin %s: %w", pin, err)
 	}
-	return p, err
+	p, err := l.opts.programs.tapped(l.maps, ethernet, pinned)
+	if err = errors.Join(err, pinned.Close()); err != nil {
+		return nil, errors.Join(err, p.Close())
+	}
+	l.tappedPrograms[ethernet] = p
+	return p, nil
 }
 
 // inputsToKeep are the inputs of rules of PathFanout whose packets must not reach the host's stack.

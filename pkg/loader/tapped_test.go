@@ -39,7 +39,7 @@ type skbContext struct {
 func TestTappedAgreesWithRelay(t *testing.T) {
 	t.Parallel()
 	n, r := programLab(t, 1)
-	program, err := r.l.opts.programs.tapped(r.l.maps, true)
+	program, err := r.l.opts.programs.tapped(r.l.maps, true, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -361,7 +361,7 @@ func TestTappedFails(t *testing.T) {
 // laterTapped is a release whose tapped program does nothing.
 type laterTapped struct{ embedded }
 
-func (laterTapped) tapped(*mapSet, bool) (*ebpf.Program, error) {
+func (laterTapped) tapped(*mapSet, bool, *ebpf.Program) (*ebpf.Program, error) {
 	return ebpf.NewProgram(&ebpf.ProgramSpec{Name: "later", Type: ebpf.SchedCLS, License: "MIT", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}})
 }
 
@@ -370,11 +370,11 @@ type failingTapped struct {
 	err error
 }
 
-func (f *failingTapped) tapped(m *mapSet, ethernet bool) (*ebpf.Program, error) {
+func (f *failingTapped) tapped(m *mapSet, ethernet bool, have *ebpf.Program) (*ebpf.Program, error) {
 	if f.err != nil {
 		return nil, f.err
 	}
-	return f.embedded.tapped(m, ethernet)
+	return f.embedded.tapped(m, ethernet, have)
 }
 
 // What the tapped program saves the machine: a frame of a group joined by the host, without a

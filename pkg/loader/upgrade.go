@@ -27,7 +27,7 @@ func (l *Loader) Upgrade() error {
 }
 
 func (l *Loader) upgradeRelay() error {
-	fresh, err := l.opts.programs.relay(l.maps, l.can)
+	fresh, err := l.opts.programs.relay(l.maps, l.can, l.relay)
 	if err != nil {
 		return err
 	}
@@ -103,7 +103,7 @@ func (l *Loader) strays() (strays []*attachment, err error) {
 
 // upgradeEgress replaces the egress program in every row that runs it.
 func (l *Loader) upgradeEgress() error {
-	fresh, err := l.opts.programs.egress(l.maps, l.can)
+	fresh, err := l.opts.programs.egress(l.maps, l.can, l.egress)
 	if err != nil {
 		return err
 	}
