@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"xdpcast/internal/labtest"
+	"xdpcast/internal/live"
 	"xdpcast/pkg/packet"
 )
 
@@ -150,11 +151,11 @@ func TestHeaderFill(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	with := everyday
 	with.Rules, with.Flows = 5*maxFlows, maxFlows
-	h := newHeader(with.template())
+	h := live.NewHeader(with.template())
 	for range 10_000 {
 		frame := with.template()
 		flow := uint32(random.IntN(maxFlows))
-		h.fill(frame, random.Uint32(), flow, random.Uint32(), random.Uint32(), with.groupStep())
+		fill(&h, frame, random.Uint32(), flow, random.Uint32(), random.Uint32(), with.groupStep())
 		parsed, ok := packet.Parse(frame)
 		if want := plus(firstGroup, int(flow)*5); !ok || parsed.Dst != want || packet.MulticastMAC(want) != [6]byte(frame[:6]) {
 			t.Fatalf("flow %d: %+v, %v; want the group %v", flow, parsed, ok, want)
@@ -335,27 +336,39 @@ func TestTargets(t *testing.T) {
 	}
 }
 
-// The committed objects match the committed C sources, as in package bpf.
+// The committed objects match the committed C sources, as in package bpf: those of the bench and of
+// internal/live.
 func TestObjectsAreNotStale(t *testing.T) {
-	recorded := map[string]string{}
-	for line := range strings.Lines(readFile(t, "bpf/sources.txt")) {
-		if fields := strings.Fields(line); len(fields) == 2 && len(fields[0]) == hex.EncodedLen(sha256.Size) {
-			recorded[strings.TrimPrefix(fields[1], "scripts/bench/")] = fields[0]
+	const root = "../../"
+	for of, patterns := range map[string][]string{
+		"scripts/bench": {"scripts/bench/bpf/*.[ch]", "internal/live/bpf/*.h"},
+		"internal/live": {"internal/live/bpf/*.[ch]"},
+	} {
+		recorded := map[string]string{}
+		for line := range strings.Lines(readFile(t, root+of+"/bpf/sources.txt")) {
+			if fields := strings.Fields(line); len(fields) == 2 && len(fields[0]) == hex.EncodedLen(sha256.Size) {
+				recorded[fields[1]] = fields[0]
+			}
 		}
-	}
-	sources, err := filepath.Glob("bpf/*.[ch]")
-	if err != nil || len(sources) == 0 {
-		t.Fatalf("sources: %v, %v", sources, err)
-	}
-	for _, source := range sources {
-		hash := sha256.Sum256([]byte(readFile(t, source)))
-		if recorded[source] != hex.EncodeToString(hash[:]) {
-			t.Errorf("%s has changed since the objects were made: run make generate", source)
+		var sources []string
+		for _, pattern := range patterns {
+			found, err := filepath.Glob(root + pattern)
+			if err != nil || len(found) == 0 {
+				t.Fatalf("sources %s: %v, %v", pattern, found, err)
+			}
+			sources = append(sources, found...)
 		}
-		delete(recorded, source)
-	}
-	for source := range recorded {
-		t.Errorf("the objects were made from %s, which is gone: run make generate", source)
+		for _, source := range sources {
+			name := strings.TrimPrefix(source, root)
+			hash := sha256.Sum256([]byte(readFile(t, source)))
+			if recorded[name] != hex.EncodeToString(hash[:]) {
+				t.Errorf("%s has changed since the objects of %s were made: run make generate", name, of)
+			}
+			delete(recorded, name)
+		}
+		for name := range recorded {
+			t.Errorf("the objects of %s were made from %s, which is gone: run make generate", of, name)
+		}
 	}
 }
 

@@ -28,7 +28,7 @@
 //
 //	lab.go         its network: source, relay, sinks
 //	programs.go    generation of the BPF programs in bpf/
-//	source.go      sends by BPF_PROG_RUN
+//	source.go      sends by BPF_PROG_RUN, with internal/live
 //	source_xsk.go  sends frames too long for BPF_PROG_RUN, by AF_XDP
 //	sink.go        what arrived: counts, faults, latencies
 //	histogram.go   the sinks' latencies

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"xdpcast/internal/lab"
+	"xdpcast/internal/live"
 )
 
 // mostSinks is the number of sink hosts. More outputs share them, except for subjects that send a
@@ -88,7 +89,7 @@ func newNetwork(s setup, of subject) (_ *network, err error) {
 	// A veth sends XDP frames only with a program attached.
 	return n, src.Do(func() error {
 		for _, name := range legs {
-			if err := attachHere(name, n.sinks.objs[0].Sink); err != nil {
+			if err := live.Attach(name, n.sinks.objs[0].Sink); err != nil {
 				return err
 			}
 		}

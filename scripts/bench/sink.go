@@ -3,13 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net"
 
 	"github.com/cilium/ebpf"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
+	"xdpcast/internal/live"
 )
 
 // arrived is what reached the sinks in a trial.
@@ -45,7 +43,7 @@ func newSinks(hosts []*lab.Host, s setup, rewritten bool) (_ *sinks, err error) 
 			return nil, fmt.Errorf("load sink: %w", err)
 		}
 		all.objs = append(all.objs, objs)
-		if err := host.Do(func() error { return attachHere("eth0", objs.Sink) }); err != nil {
+		if err := host.Do(func() error { return live.Attach("eth0", objs.Sink) }); err != nil {
 			return nil, err
 		}
 	}
@@ -65,7 +63,7 @@ func loadSinkOf(s setup, i int, rewritten bool) (*sinkObjects, error) {
 	if rewritten {
 		values["rewritten"] = uint32(1)
 	}
-	if err := set(spec.Variables, values); err != nil {
+	if err := live.SetVariables(spec.Variables, values); err != nil {
 		return nil, err
 	}
 	spec.Maps["expected"].MaxEntries = uint32(maxOutputs * s.Flows)
@@ -151,21 +149,4 @@ func (s *sinks) read(outputs int) (arrived, error) {
 		}
 	}
 	return all, nil
-}
-
-// attachHere attaches a program to an interface in the calling thread's namespace, without a BPF
-// link: it stays for the lifetime of the namespace.
-func attachHere(name string, p *ebpf.Program) error {
-	i, err := net.InterfaceByName(name)
-	if err != nil {
-		return fmt.Errorf("interface %s: %w", name, err)
-	}
-	l, err := netlink.LinkByIndex(i.Index)
-	if err != nil {
-		return fmt.Errorf("interface %s: %w", name, err)
-	}
-	if err := netlink.LinkSetXdpFdWithFlags(l, p.FD(), unix.XDP_FLAGS_DRV_MODE); err != nil {
-		return fmt.Errorf("attach to %s: %w", name, err)
-	}
-	return nil
 }

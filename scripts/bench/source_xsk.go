@@ -10,12 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/lab"
+	"xdpcast/internal/live"
 	"xdpcast/pkg/xsk"
 )
-
-// liveFrame is the longest frame that BPF_PROG_RUN sends live: it must fit into a page together
-// with the kernel's headroom and tailroom.
-const liveFrame = 3400
 
 // xskSource sends long frames by AF_XDP in several buffers each: the header in a buffer of its own,
 // the rest shared by all. It is slower than live frames but has the same guarantees. One thread
@@ -24,7 +21,7 @@ type xskSource struct {
 	host   *lab.Host
 	setup  setup
 	frame  []byte
-	header header
+	header live.Header
 	umem   *xsk.UMEM
 	frames *xsk.Frames
 	socket *xsk.Socket
@@ -45,7 +42,7 @@ func newXSKSource(host *lab.Host, s setup) (_ *xskSource, err error) {
 		return nil, err
 	}
 	src := &xskSource{host: host, setup: s, frame: s.template()}
-	src.header = newHeader(src.frame)
+	src.header = live.NewHeader(src.frame)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, src.close())
@@ -98,7 +95,7 @@ func (s *xskSource) now() uint64 { return s.epochNS + uint64(time.Since(s.epoch)
 
 func (s *xskSource) send(ctx context.Context, p plan) (done sent, err error) {
 	err = s.host.Do(func() error {
-		if err := pin(0); err != nil {
+		if err := live.Pin(0); err != nil {
 			return err
 		}
 		done, err = s.run(ctx, p)
@@ -151,7 +148,7 @@ func (s *xskSource) put(p plan, n int) error {
 	if p.stamped {
 		stamp = uint32(s.now())
 	}
-	s.header.fill(head, p.trial, uint32(n%s.setup.Flows), uint32(n/s.setup.Flows), stamp, s.setup.groupStep())
+	fill(&s.header, head, p.trial, uint32(n%s.setup.Flows), uint32(n/s.setup.Flows), stamp, s.setup.groupStep())
 	descs := []xsk.Desc{{Addr: addr, Len: uint32(len(head))}}
 	if len(s.tail) > 0 {
 		descs[0].Options = xsk.Continued
@@ -185,8 +182,8 @@ func (s *xskSource) flush() error {
 	}
 }
 
-// fill is the Go twin of write in bpf/source.bpf.c.
-func (h *header) fill(frame []byte, trial, flow, seq, stamp uint32, groupStep int) {
+// fill is the Go twin of write in internal/live/bpf/source.bpf.c.
+func fill(h *live.Header, frame []byte, trial, flow, seq, stamp uint32, groupStep int) {
 	group := plus(firstGroup, int(flow)*groupStep).As4()
 	copy(frame[3:6], []byte{group[1] & 0x7f, group[2], group[3]})
 	copy(frame[30:34], group[:])
@@ -194,8 +191,8 @@ func (h *header) fill(frame []byte, trial, flow, seq, stamp uint32, groupStep in
 	for i, v := range []uint32{trial, flow, seq, stamp} {
 		binary.NativeEndian.PutUint32(frame[42+4*i:], v)
 	}
-	binary.NativeEndian.PutUint16(frame[24:], checksum(h.ipSum+sum(frame[30:34])))
-	check := checksum(h.udpSum + sum(frame[30:36]) + sum(frame[42:58]))
+	binary.NativeEndian.PutUint16(frame[24:], live.Checksum(h.IPSum+live.Sum(frame[30:34])))
+	check := live.Checksum(h.UDPSum + live.Sum(frame[30:36]) + live.Sum(frame[42:58]))
 	if check == 0 { // 0 would mean no checksum
 		check = 0xffff
 	}

@@ -8,6 +8,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
+	"xdpcast/internal/live"
 )
 
 // direct connects the source to the sink: the ceiling of both.
@@ -81,7 +82,7 @@ func attachXDP(n *network, choose func(*forwardObjects) *ebpf.Program) (*forward
 			}
 		}
 		for _, name := range append([]string{"in"}, n.outs...) {
-			if err := attachHere(name, choose(objs)); err != nil {
+			if err := live.Attach(name, choose(objs)); err != nil {
 				return err
 			}
 		}

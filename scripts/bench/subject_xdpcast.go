@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/live"
 )
 
 // xdpcast is the program under test with all rules on one path.
@@ -50,7 +51,7 @@ func startDaemon(ctx context.Context, n *network, program, path string) (*runnin
 func merging() subject {
 	return subject{
 		name: "xdpcast-merge", what: "as xdpcast-kernel, with two inputs, each on a CPU of its own where there are several, that bring the same numbered packets: the first copy of each is relayed",
-		rewrites: true, legs: 2, most: setup{Frame: liveFrame, Rules: 1000, Flows: 1, Queues: 1},
+		rewrites: true, legs: 2, most: setup{Frame: live.MaxFrame, Rules: 1000, Flows: 1, Queues: 1},
 		start: func(ctx context.Context, n *network, o options) (*running, error) {
 			return startDaemon(ctx, n, o.program, "kernel")
 		},
@@ -59,7 +60,7 @@ func merging() subject {
 
 // numbering is the format of the tag's number, in the machine's byte order.
 func numbering() string {
-	const offset = 8 // of seq in struct tag, bpf/tag.h
+	const offset = 8 // of seq in struct tag, internal/live/bpf/tag.h
 	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 {
 		return fmt.Sprintf("field:%d:4le", offset)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 
+	"xdpcast/internal/live"
 	"xdpcast/pkg/packet"
 )
 
@@ -24,13 +25,12 @@ func (s setup) String() string {
 	return fmt.Sprintf("%d outputs, %d bytes, %d rules, %d flows, %d queues", s.Outputs, s.Frame, s.Rules, s.Flows, s.Queues)
 }
 
-// Limits of bpf/tag.h and of the address ranges below.
+// Limits of internal/live/bpf/tag.h and of the address ranges below.
 const (
 	maxOutputs = 64
 	maxFlows   = 4096
 	maxRules   = 1 << 17
-	// leastFrame holds the headers and the tag.
-	leastFrame = 58
+	leastFrame = live.MinFrame
 	mostFrame  = 9000
 )
 
@@ -40,7 +40,6 @@ const (
 	groupPort = 5000
 	outPort   = 6000
 	flowPort  = 10000
-	headerLen = 40
 )
 
 var (
@@ -95,48 +94,4 @@ func (s setup) template() []byte {
 		DstMAC: packet.MulticastMAC(firstGroup), SrcMAC: [6]byte{2, 0, 0, 0, 0, 1},
 		Src: sourceAddr, Dst: firstGroup, DstPort: groupPort, TTL: 16, Payload: make([]byte, s.Frame-42),
 	}.Build()
-}
-
-// header is the template as the source program needs it: without the fields it fills in, and with
-// partial checksums of the rest.
-type header struct {
-	words         [headerLen / 8]uint64
-	ipSum, udpSum uint64
-}
-
-func newHeader(frame []byte) (h header) {
-	const ip, udp, dst = 14, 34, 30
-	f := append([]byte{}, frame...)
-	copy(f[2:6], []byte{0, 0, 0, 0})       // group's MAC
-	copy(f[24:26], []byte{0, 0})           // IPv4 checksum
-	copy(f[dst:dst+4], []byte{0, 0, 0, 0}) // group
-	copy(f[udp:udp+2], []byte{0, 0})       // source port
-	copy(f[40:42], []byte{0, 0})           // UDP checksum
-	for i := range h.words {
-		h.words[i] = binary.NativeEndian.Uint64(f[i*8:])
-	}
-	h.ipSum = sum(f[ip:udp])
-	// The pseudo header: source, group (added later), protocol, length (RFC 768).
-	pseudo := []byte{0, 17, f[38], f[39]}
-	h.udpSum = sum(f[26:dst]) + sum(pseudo) + sum(f[udp:])
-	return h
-}
-
-// sum adds 16-bit words in native byte order, zero-padding the last one (RFC 1071).
-func sum(b []byte) (s uint64) {
-	for ; len(b) > 1; b = b[2:] {
-		s += uint64(binary.NativeEndian.Uint16(b))
-	}
-	if len(b) == 1 {
-		s += uint64(binary.NativeEndian.Uint16([]byte{b[0], 0}))
-	}
-	return s
-}
-
-// checksum is the complement of a sum, folded (RFC 1071).
-func checksum(s uint64) uint16 {
-	for s>>16 != 0 {
-		s = s&0xffff + s>>16
-	}
-	return ^uint16(s)
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/control"
@@ -92,19 +93,27 @@ func flap(ctx context.Context, s *stage) error {
 	return nil
 }
 
-// storm creates and deletes interfaces.
+// stormGroup is the group of the storm's interfaces.
+const stormGroup = 77
+
+// storm creates interfaces one by one, and deletes them all at once.
 func storm(_ context.Context, s *stage) error {
-	nl := s.relay.Netlink()
+	links := s.relay.Netlink()
 	for i := range s.many(1000) {
-		link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("storm%d", i)}, PeerName: fmt.Sprintf("mrots%d", i)}
-		if err := nl.LinkAdd(link); err != nil {
-			return err
+		link := &netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("storm%d", i), Group: stormGroup, TxQLen: -1}, PeerName: fmt.Sprintf("mrots%d", i),
 		}
-		if err := nl.LinkDel(link); err != nil {
+		if err := links.LinkAdd(link); err != nil {
 			return err
 		}
 	}
-	return nil
+	return s.relay.Do(func() error {
+		del := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
+		del.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+		del.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(stormGroup)))
+		_, err := del.Execute(unix.NETLINK_ROUTE, 0)
+		return err
+	})
 }
 
 // pressure allocates a quarter of the free memory, at most 4 GiB, and frees it.

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,7 +17,7 @@ import (
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
-	"xdpcast/internal/traffic"
+	"xdpcast/internal/live"
 )
 
 // patience bounds every wait; no wait reaches it while all is well.
@@ -29,6 +28,9 @@ type stage struct {
 	opts                options
 	source, relay, sink *lab.Host
 	dir, runDir, pinDir string
+	sender              *live.Source
+	witness             *live.Witness
+	trials              uint32 // streams so far
 	client              *control.Client
 	pid                 int       // of the daemon
 	holder              *exec.Cmd // runs the daemon, and keeps its memberships
@@ -88,6 +90,9 @@ func newStage(o options) (_ *stage, err error) {
 	if err := unix.Mount("tmpfs", s.runDir, "tmpfs", 0, "size=4m,mode=755"); err != nil {
 		return nil, fmt.Errorf("mount %s: %w", s.runDir, err)
 	}
+	if err := s.openTraffic(); err != nil {
+		return nil, err
+	}
 	s.client = control.NewClient(s.socket())
 	if err := s.writeRules(0); err != nil {
 		return nil, err
@@ -127,7 +132,7 @@ func (s *stage) env() []string {
 
 // writeRules writes the file: the stream's rule and a number of others.
 func (s *stage) writeRules(others int) error {
-	text := fmt.Sprintf("rules:\n  - {name: stream, in: 239.1.1.1:5000%%in0, out: [239.2.1.1:6000%%out0], path: %s}\n", s.opts.path)
+	text := fmt.Sprintf("rules:\n  - {name: stream, in: '%v%%in0', out: ['%v%%out0'], path: %s}\n", streamIn, streamOut, s.opts.path)
 	for i := range others {
 		text += fmt.Sprintf("  - {name: other%d, in: 239.1.8.%d:5000%%in0, out: [239.2.8.%d:6000%%out0]}\n", i, i+1, i+1)
 	}
@@ -197,6 +202,12 @@ func (s *stage) close() error {
 			errs = append(errs, ignore(ignore(unix.Unmount(dir, 0), unix.EINVAL), unix.ENOENT))
 		}
 	}
+	if s.sender != nil {
+		errs = append(errs, s.sender.Close())
+	}
+	if s.witness != nil {
+		errs = append(errs, s.witness.Close())
+	}
 	for _, host := range []*lab.Host{s.source, s.relay, s.sink} {
 		if host != nil {
 			errs = append(errs, host.Close())
@@ -253,13 +264,12 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 		return r, err
 	}
 	defer leaves.close()
-	stream, err := s.startStream()
+	stream, err := s.startStream(s.opts.rate)
 	if err != nil {
 		return r, err
 	}
 	defer stream.close()
 	for range s.opts.rounds {
-		// Under a rate of thousands of packets a second, this covers the start of the stream.
 		if err := sleep(ctx, s.long(max(time.Second, d.apart))); err != nil {
 			return r, err
 		}
@@ -279,96 +289,4 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 	r.leaves = leaves.count()
 	r.after, err = s.holding()
 	return r, err
-}
-
-// stream is numbered packets flowing through the relay.
-type stream struct {
-	sender       *traffic.Sender
-	receiver     *traffic.Receiver
-	stop, finish context.CancelFunc
-	sent, got    chan error
-}
-
-func (s *stage) startStream() (*stream, error) {
-	target, err := traffic.ParseTarget("239.1.1.1:5000%src0")
-	if err != nil {
-		return nil, err
-	}
-	sub, err := traffic.ParseSubscription("239.2.1.1:6000%sink0")
-	if err != nil {
-		return nil, err
-	}
-	st := &stream{sent: make(chan error, 1), got: make(chan error, 1)}
-	if err := s.sink.Do(func() (err error) {
-		st.receiver, err = traffic.NewReceiver(traffic.RecvConfig{Subscriptions: []traffic.Subscription{sub}, FromStart: true, SocketBuffer: 256 << 20})
-		return err
-	}); err != nil {
-		return nil, err
-	}
-	if err := s.source.Do(func() (err error) {
-		st.sender, err = traffic.NewSender(traffic.SendConfig{Target: target, TTL: 16, Rate: traffic.Rate{Value: s.opts.rate}})
-		return err
-	}); err != nil {
-		return nil, errors.Join(err, st.receiver.Close())
-	}
-	sending, stop := context.WithCancel(context.Background())
-	receiving, finish := context.WithCancel(context.Background())
-	st.stop, st.finish = stop, finish
-	go func() { st.got <- st.receiver.Run(receiving) }()
-	go func() {
-		oneCPU()
-		st.sent <- st.sender.Run(sending)
-	}()
-	return st, nil
-}
-
-// oneCPU keeps the goroutine on a thread that uses one CPU: frames of a sender that moves to another CPU
-// may overtake earlier ones. The thread ends with the goroutine.
-func oneCPU() {
-	runtime.LockOSThread()
-	var cpus unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
-		return // frames may be reordered
-	}
-	first := 0
-	for !cpus.IsSet(first) {
-		first++
-	}
-	cpus.Zero()
-	cpus.Set(first)
-	_ = unix.SchedSetaffinity(0, &cpus) // or frames may be reordered
-}
-
-// end ends the stream and counts its packets once no more arrive.
-func (st *stream) end(r *result) (err error) {
-	st.stop()
-	err = <-st.sent
-	st.sent <- nil
-	sending := st.sender.Report()
-	r.sent, r.rate = sending.Packets, float64(sending.Packets)/(float64(sending.ElapsedNS)/1e9)
-	received, since := uint64(0), time.Now()
-	for received < r.sent && time.Since(since) < 3*time.Second {
-		if n := st.receiver.Report().Total.Received; n != received {
-			received, since = n, time.Now()
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	report := st.receiver.Report()
-	total := report.Total
-	if total.Corrupt > 0 || total.SocketDrops > 0 {
-		err = errors.Join(err, fmt.Errorf("%d packets corrupt, %d dropped by the receiver's own socket", total.Corrupt, total.SocketDrops))
-	}
-	r.lost, r.doubled, r.reordered = r.sent-min(r.sent, total.Received), total.Duplicated, total.Reordered
-	for _, g := range report.Groups {
-		r.gap = max(r.gap, time.Duration(g.LongestGapNS))
-	}
-	return err
-}
-
-func (st *stream) close() {
-	st.stop()
-	st.finish()
-	<-st.sent
-	<-st.got
-	_, _ = st.sender.Close(), st.receiver.Close()
 }

@@ -8,7 +8,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#include "tag.h"
+#include "../../../internal/live/bpf/tag.h"
 
 /* outputs: output -> interface. */
 struct {

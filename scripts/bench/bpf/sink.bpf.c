@@ -9,7 +9,7 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
 
-#include "tag.h"
+#include "../../../internal/live/bpf/tag.h"
 
 /* Set at load. */
 const volatile __u32 rewritten = 0; /* outputs are told by their port; else by the sink */

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only) */
-/* What the source writes into a frame and the sink looks for: addresses, ports and
- * a tag at the start of the UDP payload. Frames are IPv4 without options or VLAN
- * tags.
+/* What the source writes into a frame and the receiving programs look for: addresses,
+ * ports and a tag at the start of the UDP payload. Frames are IPv4 without options or
+ * VLAN tags.
  */
-#ifndef BENCH_TAG_H
-#define BENCH_TAG_H
+#ifndef LIVE_TAG_H
+#define LIVE_TAG_H
 
 #include <linux/types.h>
 
@@ -12,11 +12,14 @@
 enum {
 	OFF_MAC_GROUP = 2,
 	OFF_ETHER_TYPE = 12,
+	OFF_IP = 14,
 	OFF_IP_PROTOCOL = 23,
 	OFF_IP_CHECK = 24,
+	OFF_IP_SRC = 26,
 	OFF_IP_DST = 30,
 	OFF_UDP_SRC = 34,
 	OFF_UDP_DST = 36,
+	OFF_UDP_LEN = 38,
 	OFF_UDP_CHECK = 40,
 	OFF_TAG = 42,
 	HEADER_LEN = OFF_UDP_CHECK,
@@ -28,7 +31,8 @@ struct tag {
 	__u32 trial; /* frames of another one are strays */
 	__u32 flow;
 	__u32 seq;   /* from 0, each flow its own */
-	__u32 stamp; /* the low half of bpf_ktime_get_ns(); 0 in frames without */
+	__u32 stamp; /* the low half of bpf_ktime_get_ns() >> the source's stamp_shift; 0 in frames
+			without */
 };
 
 /* Limits that the maps are made for. */

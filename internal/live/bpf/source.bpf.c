@@ -18,10 +18,11 @@ const volatile __u64 ip_sum = 0;		  /* of the IPv4 header without the group */
 const volatile __u64 udp_sum = 0;		  /* of all else that the UDP checksum covers */
 const volatile __u32 first_group = 0;		  /* of flow 0; the machine's byte order */
 const volatile __u32 group_step = 0;		  /* from one flow's group to the next one's */
-const volatile __u16 first_port = 0; /* UDP source port of flow 0; each flow has its own */
-const volatile __u32 first_flow = 0; /* sources share the flows; this one's are */
-const volatile __u32 flow_step = 1;  /* first_flow, first_flow + flow_step, ... */
-const volatile __u32 flows = 1;	     /* below this */
+const volatile __u16 first_port = 0;  /* UDP source port of flow 0; each flow has its own */
+const volatile __u32 first_flow = 0;  /* sources share the flows; this one's are */
+const volatile __u32 flow_step = 1;   /* first_flow, first_flow + flow_step, ... */
+const volatile __u32 flows = 1;	      /* below this */
+const volatile __u32 stamp_shift = 0; /* stamps are in 2^this ns */
 
 /* Set before a run. */
 __u32 trial = 0;
@@ -30,12 +31,14 @@ __u64 limit = 0;     /* frames to send; what is asked for beyond is not sent */
 __u64 interval = 0;  /* between frames, in ns / 2^16; 0 sends as fast as it can */
 __u32 batch = 1;     /* frames that are sent at one time */
 __u32 first_seq = 0; /* number of each flow's first frame */
+__u64 behind = 0;    /* ns that it may be late before it shifts its schedule; 0: it catches up */
 
 /* What the run did. */
 __u64 sent = 0;
 __u64 started = 0; /* bpf_ktime_get_ns() at the first frame, */
 __u64 ended = 0;   /* and at the last */
 __u64 waited = 0;  /* ns spent waiting for frames to be due */
+__u64 shifted = 0; /* ns by which it has shifted its schedule */
 __u64 late = 0;	   /* ns that the last batch was behind its time */
 
 static __u32 flow = 0; /* the next frame's */
@@ -68,14 +71,18 @@ static void pace(__u64 n)
 	struct wait w = {.now = bpf_ktime_get_ns()};
 	__u64 before = w.now;
 
-	if (n == 0)
+	if (n == 0) {
 		started = w.now;
-	w.due = started + (n * interval >> 16);
+		shifted = 0;
+	}
+	w.due = started + shifted + (n * interval >> 16);
 	late = 0;
-	if (w.now >= w.due)
-		late = w.now - w.due;
-	else
+	if (w.now < w.due)
 		bpf_loop(1 << 23, until, &w, 0);
+	else
+		late = w.now - w.due;
+	if (behind && late > behind)
+		shifted += late - behind;
 	waited += w.now - before;
 	ended = w.now;
 }
@@ -86,7 +93,7 @@ static void write(void *data, __u32 f, __u32 s)
 	struct tag *tag = data + OFF_TAG;
 	__u32 group = bpf_htonl(first_group + f * group_step);
 	__u16 port = bpf_htons(first_port + f);
-	__u32 now = stamped ? (__u32)bpf_ktime_get_ns() : 0;
+	__u32 now = stamped ? (__u32)(bpf_ktime_get_ns() >> stamp_shift) : 0;
 	__u64 *words = data;
 	__u16 check;
 	int i;
