@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/forward"
 	"xdpcast/internal/hold"
 	"xdpcast/internal/notify"
 	"xdpcast/internal/relay"
@@ -26,7 +28,10 @@ const (
 	passedRunLock = "lock.run"
 	passedPinLock = "lock.pins"
 	passedGate    = "fanout.gate"
+	passedAFXDP   = "afxdp.state" // the others of the path are passedSocket(0), 1, ...
 )
+
+func passedSocket(at int) string { return fmt.Sprintf("afxdp.%d", at) }
 
 // stopPatience is how long the previous daemon may take to end a path.
 const stopPatience = 10 * time.Second
@@ -121,9 +126,18 @@ func (s *service) predecessor() *relay.Predecessor {
 	if !s.manager.TakesOver() {
 		return nil
 	}
-	p := &relay.Predecessor{Stop: func(path flow.Path) error {
-		return hold.AskToStop(s.manager, relay.PathName(path), stopPatience)
-	}}
+	p := &relay.Predecessor{
+		Stop: func(path flow.Path) error {
+			return hold.AskToStop(s.manager, relay.PathName(path), stopPatience)
+		},
+		Suspend: func() error { return hold.AskToStop(s.manager, relay.SuspendAFXDP, stopPatience) },
+	}
+	if f := s.take(passedAFXDP); f != nil {
+		p.AFXDP = &forward.AFXDPHandover{State: f}
+		for f := s.take(passedSocket(0)); f != nil; f = s.take(passedSocket(len(p.AFXDP.Files))) {
+			p.AFXDP.Files = append(p.AFXDP.Files, f)
+		}
+	}
 	if f := s.take(passedGate); f != nil {
 		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
 		if err = errors.Join(err, f.Close()); err == nil {

@@ -72,11 +72,11 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 	resumeAPI, resumeWeb := u.api.Pause(), u.web.pause(ctx)
 	resume := func() { resumeAPI(); resumeWeb() }
 	err = u.relay.HandOver(ctx, func(h *relay.Handed) error {
-		files, err := u.files(h)
+		files, duplicates, err := u.files(h)
+		defer closeAll(duplicates)
 		if err != nil {
 			return err
 		}
-		defer closeAll(files[len(h.Memberships):]) // those of memberships belong to h
 		ambient, err := privilege.Ambient()
 		if err != nil {
 			return err
@@ -121,11 +121,9 @@ func (u *upgrader) upgradeOnSignal(ctx context.Context, signals <-chan os.Signal
 	}
 }
 
-// files are the descriptors for the new daemon, those of memberships first.
-func (u *upgrader) files(h *relay.Handed) (files []notify.File, err error) {
-	for _, d := range h.Memberships {
-		files = append(files, notify.File{Name: d.Name, FD: d.FD})
-	}
+// files are the descriptors for the new daemon: those that h owns, and duplicates, to be closed also after
+// an error.
+func (u *upgrader) files(h *relay.Handed) (files, duplicates []notify.File, err error) {
 	add := func(name string, fd int, failed error) {
 		if failed == nil {
 			fd, failed = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
@@ -134,7 +132,7 @@ func (u *upgrader) files(h *relay.Handed) (files []notify.File, err error) {
 			err = errors.Join(err, fmt.Errorf("hand over %s: %w", name, failed))
 			return
 		}
-		files = append(files, notify.File{Name: name, FD: fd})
+		duplicates = append(duplicates, notify.File{Name: name, FD: fd})
 	}
 	of := func(name string, l any) {
 		conn, ok := l.(syscall.Conn)
@@ -161,10 +159,17 @@ func (u *upgrader) files(h *relay.Handed) (files []notify.File, err error) {
 	if u.service.holder >= 0 {
 		add(hold.PipeName, u.service.holder, nil)
 	}
-	if err != nil {
-		closeAll(files[len(h.Memberships):])
+	for _, d := range h.Memberships {
+		files = append(files, notify.File{Name: d.Name, FD: d.FD})
 	}
-	return files, err
+	// Not duplicates: a queue is bound until all are closed.
+	if h.AFXDP != nil {
+		files = append(files, notify.File{Name: passedAFXDP, FD: int(h.AFXDP.State.Fd())})
+		for i, f := range h.AFXDP.Files {
+			files = append(files, notify.File{Name: passedSocket(i), FD: int(f.Fd())})
+		}
+	}
+	return append(files, duplicates...), duplicates, err
 }
 
 func closeAll(files []notify.File) {

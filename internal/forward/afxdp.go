@@ -73,6 +73,11 @@ type AFXDPOptions struct {
 	// TakeOver is called before the first queue is opened; it returns when the process from
 	// which this one takes over has closed its queues. Nil: there is none.
 	TakeOver func() error
+	// Inherited are the sockets of that process ([AFXDP.HandOver]), nil for none; the path takes ownership.
+	// If they are those that its inputs need, Suspend is called instead of TakeOver: it returns when
+	// that process has suspended them ([AFXDP.Suspend]).
+	Inherited *AFXDPHandover
+	Suspend   func() error
 	// CheckOwnership is that of xsk.UMEMOptions, for tests.
 	CheckOwnership bool
 	// oneFrame simulates a kernel without multi-buffer, for tests.
@@ -111,6 +116,9 @@ type AFXDP struct {
 	inputs  map[int]*afxdpInput
 	names   map[int]string            // also of former inputs
 	claimed map[queueKey]*afxdpSender // nil: a worker receives there
+	// handed are the workers of the previous process whose sockets are about to be taken over.
+	handed    map[queueKey]*handedWorker
+	suspended bool // another process may use the sockets
 }
 
 type queueKey struct{ index, queue int }
@@ -224,7 +232,8 @@ func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 	if a.drops(want) {
 		a.finish()
 	}
-	if take := a.opts.TakeOver; take != nil && len(inputs) > 0 {
+	inherits := a.inherit(inputs)
+	if take := a.opts.TakeOver; take != nil && len(inputs) > 0 && !inherits {
 		a.opts.TakeOver = nil
 		if err := take(); err != nil {
 			a.log.Warn("take the queues over", "error", err)
@@ -238,6 +247,17 @@ func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 			err = errors.Join(err, a.closeWorker(w))
 		}
 		return err
+	}
+	if inherits {
+		if err := a.resume(fresh); err != nil {
+			a.disinherit(err)
+			for _, w := range fresh {
+				if err := a.closeWorker(w); err != nil {
+					a.log.Warn("close worker", "interface", w.name, "queue", w.queue, "error", err)
+				}
+			}
+			return a.sync(want, own)
+		}
 	}
 	for _, w := range fresh {
 		a.start(w)
@@ -419,15 +439,21 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 			err = errors.Join(err, a.closeWorker(w))
 		}
 	}()
-	// Multi-buffer needs Linux 6.6.
-	err = w.openMemory(a.opts, mtu, tries, !a.opts.oneFrame)
-	if errors.Is(err, unix.EINVAL) && !a.opts.oneFrame {
-		err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, tries, false))
+	if handed := a.handed[key]; handed != nil {
+		err = w.inheritMemory(handed)
+	} else {
+		// Multi-buffer needs Linux 6.6.
+		err = w.openMemory(a.opts, mtu, tries, !a.opts.oneFrame)
+		if errors.Is(err, unix.EINVAL) && !a.opts.oneFrame {
+			err = errors.Join(w.closeMemory(), w.openMemory(a.opts, mtu, tries, false))
+		}
 	}
 	if err != nil {
 		return nil, err
 	}
-	w.fill()
+	if !w.foreign {
+		w.fill()
+	}
 	if w.waiter, err = xsk.NewWaiter(); err != nil {
 		return nil, err
 	}
@@ -455,25 +481,32 @@ func frameSizeFor(mtu int) int {
 }
 
 func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer bool) (err error) {
-	size := frameSizeFor(mtu)
-	w.umem, err = xsk.NewUMEM(xsk.UMEMOptions{
-		Frames: opts.Frames, FrameSize: size, HugePages: opts.HugePages, Mode: opts.Mode,
-		MultiBuffer: multiBuffer, CheckOwnership: opts.CheckOwnership,
-	})
-	if err != nil {
+	w.memory = xsk.UMEMOptions{
+		Frames: opts.Frames, FrameSize: frameSizeFor(mtu), HugePages: opts.HugePages, Mode: opts.Mode,
+		MultiBuffer: multiBuffer, Shared: true, CheckOwnership: opts.CheckOwnership,
+	}
+	if w.umem, err = xsk.NewUMEM(w.memory); err != nil {
 		return err
 	}
-	if w.frames, err = w.umem.NewFrames(opts.Frames); err != nil {
+	if err := w.takeFrames(); err != nil {
 		return err
 	}
-	w.multiBuffer, w.shift = multiBuffer, bits.TrailingZeros(uint(size))
-	w.area = w.umem.Data(xsk.Desc{Len: uint32(opts.Frames * size)})
-	w.claims = make([]uint64, opts.Frames)
 	w.socket, err = w.openSocket(w.index, w.queue, w.path.socketOptions(), tries)
 	if err == nil {
 		w.fd = w.socket.FD()
 	}
 	return err
+}
+
+// takeFrames makes all frames of the memory the worker's.
+func (w *afxdpWorker) takeFrames() (err error) {
+	if w.frames, err = w.umem.NewFrames(w.memory.Frames); err != nil {
+		return err
+	}
+	w.multiBuffer, w.shift = w.memory.MultiBuffer, bits.TrailingZeros(uint(w.memory.FrameSize))
+	w.area = w.umem.Data(xsk.Desc{Len: uint32(w.memory.Frames * w.memory.FrameSize)})
+	w.claims = make([]uint64, w.memory.Frames)
+	return nil
 }
 
 // receiveRing returns the size of the receiving rings, which is also the number of frames for
@@ -493,6 +526,13 @@ func (a *AFXDP) socketOptions() xsk.Options {
 		TXBudget: 256, SendBuffer: sendBuffer,
 		BusyPoll: a.opts.BusyPoll, PreferBusyPoll: a.opts.PreferBusyPoll, BusyPollBudget: a.opts.BusyPollBudget,
 	}
+}
+
+// senderOptions are those of sockets that only send.
+func (a *AFXDP) senderOptions() xsk.Options {
+	opts := a.socketOptions()
+	opts.NoRX, opts.FillSize = true, 1
+	return opts
 }
 
 // openSender opens a sender, in the goroutine that syncs.
@@ -545,12 +585,18 @@ func (s *afxdpSender) openSocket(iface *net.Interface) error {
 		s.prepare()
 		return nil
 	}
+	if inherited := w.waiting[iface.Index]; inherited != nil {
+		delete(w.waiting, iface.Index)
+		s.socket = inherited
+		w.path.claimed[queueKey{iface.Index, inherited.Queue()}] = s
+		s.prepare()
+		return nil
+	}
 	queues, err := channelsOf(iface.Name)
 	if err != nil {
 		return err
 	}
-	opts := w.path.socketOptions()
-	opts.NoRX, opts.FillSize = true, 1
+	opts := w.path.senderOptions()
 	err = errNoQueue
 	for i := range queues.tx {
 		q := (w.queue + i) % queues.tx
@@ -668,13 +714,10 @@ func (a *AFXDP) retire(workers []*afxdpWorker) {
 // closeWorker ends a worker, possibly half open, and closes its resources.
 func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	var errs []error
-	if w.socket != nil {
+	if w.socket != nil && !w.foreign {
 		errs = append(errs, a.opts.Loader.ClearSocket(w.index, w.queue))
 	}
-	close(w.done)
-	if w.waiter != nil {
-		w.waiter.Wake()
-	}
+	w.signal()
 	w.ended.Wait()
 	if w.engine != nil {
 		w.finish() // packets redirected before the socket was cleared
@@ -683,7 +726,7 @@ func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	if w.waiter != nil {
 		errs = append(errs, w.waiter.Close())
 	}
-	errs = append(errs, a.remember(w), w.closeMemory())
+	errs = append(errs, a.remember(w), w.closeWaiting(), w.closeMemory())
 	delete(a.claimed, queueKey{w.index, w.queue})
 	for _, in := range a.inputs {
 		for i := range in.workers {
@@ -904,7 +947,7 @@ func (w *afxdpWorker) status() (s QueueStatus, err error) {
 	if text := w.lastError.Load(); text != nil {
 		s.LastError = *text
 	}
-	if s.Socket, err = w.socket.Statistics(); err == nil {
+	if s.Socket, err = w.socket.Statistics(); err == nil && !w.path.suspended && !w.foreign {
 		w.noteLost(s.Socket)
 	}
 	for _, o := range w.senders {
@@ -940,6 +983,9 @@ func (a *AFXDP) Close() error {
 	a.closed = true
 	a.unregister()
 	var errs []error
+	if a.opts.Inherited != nil {
+		errs = append(errs, a.opts.Inherited.Close())
+	}
 	for _, in := range a.inputs {
 		for _, w := range slices.Clone(in.workers) {
 			if w != nil {

@@ -56,8 +56,9 @@ type afxdpWorker struct {
 	waiter     *xsk.Waiter
 	engine     *Engine
 	umem       *xsk.UMEM
-	area       []byte // all of the UMEM
-	shift      int    // log2 of the frame size
+	memory     xsk.UMEMOptions // of umem
+	area       []byte          // all of the UMEM
+	shift      int             // log2 of the frame size
 	ended      sync.WaitGroup
 	fd         int
 	failures   atomic.Uint64
@@ -72,6 +73,10 @@ type afxdpWorker struct {
 	stopped    atomic.Bool   // failed, and not yet restarted
 	lastError  atomic.Pointer[string]
 	interfaceC atomic.Uint32 // interfaceState
+	signalled  bool          // it is to end; under the path's lock
+	// foreign: another process uses the sockets. waiting are inherited sockets for senders, by interface.
+	foreign bool
+	waiting map[int]*xsk.Socket
 
 	// mu is held while forwarding frames, and while opening and closing sockets.
 	mu          sync.Mutex

@@ -123,8 +123,18 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 				return r.pid, nil
 			}
 		case <-ended:
+			if r.ready && o.Outer.Managed() {
+				// The manager knows it as the main process, and starts the next one once this process
+				// has ended, too.
+				o.Log.Error("the new process ended right after it was ready", "pid", process.Pid)
+				return r.pid, nil
+			}
+			when := "before"
+			if r.ready {
+				when = "right after"
+			}
 			state, _ := process.Wait() // our own child: the state is available
-			return 0, r.fail(fmt.Sprintf("ended with %v before it was ready", state))
+			return 0, r.fail(fmt.Sprintf("ended with %v %s it was ready", state, when))
 		case <-beats.C:
 			if o.Beat != nil {
 				o.Beat()

@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/forward"
 	"xdpcast/internal/network"
 	"xdpcast/internal/plan"
 	"xdpcast/pkg/flow"
@@ -24,16 +25,23 @@ type Handed struct {
 	Locks loader.Locks
 	// Gate is the gate of the fanout path; nil if the path is not open.
 	Gate *ebpf.Map
+	// AFXDP are the sockets of the AF_XDP path; nil if it is not open.
+	AFXDP *forward.AFXDPHandover
 	// Stop forwards the packets already received on a user-space path, whose later ones are the
-	// successor's. It closes the AF_XDP path, since queues have one owner. path is its name.
+	// successor's. It closes the AF_XDP path, since queues have one owner. path is its name, or
+	// SuspendAFXDP.
 	Stop func(path string) error
 	// End closes all user-space paths: the successor is ready.
 	End func() error
 }
 
+// SuspendAFXDP is an argument of Handed.Stop: it leaves the sockets of the AF_XDP path to the successor, with
+// the packets in them.
+const SuspendAFXDP = "afxdp.suspend"
+
 // Close closes this process's descriptors, of which the successor has copies.
 func (h *Handed) Close() error {
-	errs := []error{h.Locks.Close()}
+	errs := []error{h.Locks.Close(), h.AFXDP.Close()}
 	for _, d := range h.Memberships {
 		errs = append(errs, unix.Close(d.FD))
 	}
@@ -46,8 +54,11 @@ func (h *Handed) Close() error {
 // Predecessor is the receiving side of Handed, except memberships and locks, which have their own
 // options.
 type Predecessor struct {
-	Gate *ebpf.Map // nil: none; owned by the relay
-	Stop func(flow.Path) error
+	Gate  *ebpf.Map              // nil: none; owned by the relay
+	AFXDP *forward.AFXDPHandover // nil: none; owned by the relay
+	Stop  func(flow.Path) error
+	// Suspend leaves the sockets of the AF_XDP path to this process.
+	Suspend func() error
 }
 
 // HandOver calls start to bring up a successor process. The control loop pauses until start
@@ -82,7 +93,15 @@ func (r *Relay) HandedOver() bool { return r.handedOver }
 
 func (r *Relay) hand() (h *Handed, err error) {
 	paths := r.tables.paths
-	h = &Handed{End: paths.close, Stop: func(path string) error {
+	h = &Handed{End: paths.leave, Stop: func(path string) error {
+		if path == SuspendAFXDP {
+			if p, ok := paths[flow.PathAFXDP].path.(interface {
+				Suspend(*forward.AFXDPHandover) error
+			}); ok {
+				return p.Suspend(h.AFXDP)
+			}
+			return errors.New("the AF_XDP path is not open")
+		}
 		var p *openPath
 		for kind, of := range paths {
 			if PathName(kind) == path {
@@ -103,13 +122,26 @@ func (r *Relay) hand() (h *Handed, err error) {
 		}
 		open := p.path
 		p.path, p.rules = nil, nil
-		return open.Close()
+		errs := []error{open.Close()}
+		if path == PathName(flow.PathAFXDP) { // a queue is bound until all descriptors are closed
+			errs = append(errs, h.AFXDP.Close())
+			h.AFXDP = nil
+		}
+		return errors.Join(errs...)
 	}}
 	if h.Memberships, err = r.memberships.manager.Duplicates(); err == nil {
 		h.Locks, err = r.loader.Locks()
 	}
 	if gated, ok := paths[flow.PathFanout].path.(interface{ Gate() (*ebpf.Map, error) }); ok && err == nil {
 		h.Gate, err = gated.Gate()
+	}
+	if afxdp, ok := paths[flow.PathAFXDP].path.(interface {
+		HandOver() (*forward.AFXDPHandover, error)
+	}); ok && err == nil {
+		var failed error
+		if h.AFXDP, failed = afxdp.HandOver(); failed != nil {
+			r.log.Warn("the next daemon opens AF_XDP sockets of its own", "error", failed)
+		}
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("hand over: %w", err), h.Close())
@@ -151,6 +183,7 @@ func (r *Relay) followed() {
 	if before.Gate != nil {
 		err = errors.Join(err, before.Gate.Close())
 	}
+	err = errors.Join(err, before.AFXDP.Close())
 	if err != nil {
 		r.log.Warn("take over the previous daemon's counters", "error", err)
 	}

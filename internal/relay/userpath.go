@@ -46,6 +46,7 @@ func (r *Relay) newUserPaths() userPaths {
 			opts.Logger, opts.Loader, opts.Accounts, opts.Taps, opts.Priority = r.log, r.loader, r.loader, &r.taps, r.opts.Priority
 			if before := r.opts.Predecessor; before != nil {
 				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
+				opts.Inherited, opts.Suspend, before.AFXDP = before.AFXDP, before.Suspend, nil
 			}
 			return forward.OpenAFXDP(opts)
 		}},
@@ -62,6 +63,18 @@ func (u userPaths) close() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// leave stops the workers for another process that continues with their sockets, where it does.
+func (u userPaths) leave() error {
+	var errs []error
+	for _, p := range u {
+		if left, ok := p.path.(interface{ Leave() error }); ok {
+			errs = append(errs, left.Leave())
+			p.path, p.rules = nil, nil
+		}
+	}
+	return errors.Join(append(errs, u.close())...)
 }
 
 // busy says whether some path has rules.

@@ -32,9 +32,14 @@
 // of [Socket.Kick] copies sent frames, at most [Options.TXBudget] per call, which is
 // why [Socket.Flush] repeats it. A frame completes when the driver frees its copy.
 //
+// # Another process
+//
+// A process can leave its sockets to another one, which continues with the packets in them:
+// [UMEMOptions.Shared], [Socket.Suspend], [Inherit] and [Socket.Resume].
+//
 // # Requirements
 //
-// Linux 5.11, and 6.6 for multi-buffer; CAP_NET_RAW to open sockets. The UMEM is
+// Linux 5.11, 6.4 to inherit sockets, and 6.6 for multi-buffer; CAP_NET_RAW to open sockets. The UMEM is
 // locked memory and counts against RLIMIT_MEMLOCK, unless the process has
 // CAP_IPC_LOCK. An XDP program delivers frames to a socket by redirecting them to its
 // entry in a BPF_MAP_TYPE_XSKMAP, which the caller writes with [Socket.FD].

@@ -71,6 +71,9 @@ type Socket struct {
 	tx   producerRing[Desc]
 	maps [][]byte
 
+	suspended bool      // another process uses the rings
+	inherited *mappings // until Resume
+
 	inFill []bool   // frames between the fill ring and the RX ring
 	inTX   []uint32 // references between the TX ring and the completion ring
 	sent   int      // the sum of inTX
@@ -187,6 +190,11 @@ func (s *Socket) makeRings(fd int, opts Options) error {
 			return err
 		}
 	}
+	return s.mapRings(fd, opts)
+}
+
+// mapRings maps the rings.
+func (s *Socket) mapRings(fd int, opts Options) error {
 	off, err := getsockopt[unix.XDPMmapOffsets](fd, unix.XDP_MMAP_OFFSETS)
 	if err != nil {
 		return fmt.Errorf("offsets of the rings: %w", err)

@@ -72,6 +72,9 @@ type UMEMOptions struct {
 	// MultiBuffer lets a packet have several frames (XDP_USE_SG, Linux 6.6). The XDP
 	// program needs BPF_F_XDP_HAS_FRAGS.
 	MultiBuffer bool
+	// Shared makes the memory one that another process can map, by the descriptor [UMEM.FD]: see
+	// [InheritUMEM].
+	Shared bool
 	// CheckOwnership tracks which references to each frame the caller holds, so that
 	// [Frames.Verify] and [Socket.Send] detect the use of others. For tests.
 	CheckOwnership bool
@@ -87,6 +90,7 @@ type UMEM struct {
 	area  []byte // the mapping: mem, rounded up to whole pages
 
 	mu      sync.Mutex
+	fd      int // of shared memory; -1: none
 	given   int // frames assigned by NewFrames
 	sockets []*Socket
 }
@@ -100,18 +104,57 @@ func NewUMEM(opts UMEMOptions) (*UMEM, error) {
 	if err := opts.validate(); err != nil {
 		return nil, fmt.Errorf("make UMEM: %w", err)
 	}
-	size, page, flags := opts.Frames*opts.FrameSize, unix.Getpagesize(), unix.MAP_PRIVATE|unix.MAP_ANONYMOUS
-	if opts.HugePages {
-		page, flags = hugePageSize, flags|unix.MAP_HUGETLB|mapHuge2MB
+	if !opts.Shared {
+		return opts.mapArea(-1)
 	}
-	area, err := unix.Mmap(-1, 0, (size+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, flags)
+	flags := unix.MFD_CLOEXEC
+	if opts.HugePages {
+		flags |= unix.MFD_HUGETLB | unix.MFD_HUGE_2MB
+	}
+	fd, err := unix.MemfdCreate("xdpcast-umem", flags)
 	if err != nil {
-		if opts.HugePages && errors.Is(err, unix.ENOMEM) {
-			return nil, fmt.Errorf("make UMEM: %w: need %d of 2 MB (sysctl vm.nr_hugepages)", ErrNoHugePages, (size+page-1)/page)
+		return nil, fmt.Errorf("make memory of UMEM: %w", err)
+	}
+	size, _ := opts.sizes()
+	if err := unix.Ftruncate(fd, int64(size)); err != nil {
+		return nil, errors.Join(fmt.Errorf("make %d bytes of UMEM: %w", size, err), unix.Close(fd))
+	}
+	u, err := opts.mapArea(fd)
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	return u, nil
+}
+
+// sizes are those of the memory and of its pages, in bytes.
+func (o UMEMOptions) sizes() (size, page int) {
+	page = unix.Getpagesize()
+	if o.HugePages {
+		page = hugePageSize
+	}
+	size = o.Frames * o.FrameSize
+	return (size + page - 1) / page * page, page
+}
+
+// mapArea maps the memory behind a descriptor, -1 for private memory.
+func (o UMEMOptions) mapArea(fd int) (*UMEM, error) {
+	size, page := o.sizes()
+	flags := unix.MAP_SHARED
+	if fd < 0 {
+		flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
+		if o.HugePages {
+			flags |= unix.MAP_HUGETLB | mapHuge2MB
+		}
+	}
+	area, err := unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, flags)
+	if err != nil {
+		if o.HugePages && errors.Is(err, unix.ENOMEM) {
+			return nil, fmt.Errorf("make UMEM: %w: need %d of 2 MB (sysctl vm.nr_hugepages)", ErrNoHugePages, size/page)
 		}
 		return nil, fmt.Errorf("map %d bytes of UMEM: %w", size, err)
 	}
-	return &UMEM{opts: opts, shift: uint(bits.TrailingZeros(uint(opts.FrameSize))), mem: area[:size:size], area: area}, nil
+	used := o.Frames * o.FrameSize
+	return &UMEM{opts: o, fd: fd, shift: uint(bits.TrailingZeros(uint(o.FrameSize))), mem: area[:used:used], area: area}, nil
 }
 
 func (o UMEMOptions) validate() error {
@@ -143,6 +186,12 @@ func (u *UMEM) Close() error {
 		return fmt.Errorf("unmap UMEM: %w", err)
 	}
 	u.mem, u.area = nil, nil
+	if fd := u.fd; fd >= 0 {
+		u.fd = -1
+		if err := unix.Close(fd); err != nil {
+			return fmt.Errorf("close memory of UMEM: %w", err)
+		}
+	}
 	return nil
 }
 

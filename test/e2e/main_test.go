@@ -33,7 +33,32 @@ func takeAndDie(path string) int {
 	return 3
 }
 
+// dies is the environment variable that makes this binary act as a new daemon that dies when it is
+// "ready", which the old one knows, or has "followed" it.
+const dies = "XDPCAST_E2E_DIES"
+
+func readyAndDie(when string) int {
+	manager, err := notify.Connect()
+	if err == nil {
+		err = manager.Notify(notify.Ready)
+	}
+	if err == nil && when == "ready" {
+		err = hold.AskToStop(manager, "nothing", patience) // returns when the other process has read both
+	}
+	if err == nil && when == "followed" {
+		err = manager.Barrier()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 4
+	}
+	return 3
+}
+
 func buildAndRun(m *testing.M) int {
+	if when := os.Getenv(dies); when != "" {
+		return readyAndDie(when)
+	}
 	if path := os.Getenv(takesPath); path != "" {
 		return takeAndDie(path)
 	}

@@ -21,6 +21,7 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
+	"xdpcast/internal/relay"
 	"xdpcast/internal/traffic"
 )
 
@@ -198,10 +199,16 @@ func TestExecUpgrade(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			takes := path
+			if path == "afxdp" {
+				takes = relay.SuspendAFXDP
+			}
 			for _, tt := range []struct{ name, text, want string }{
 				{"crash", "#!/bin/sh\nexit 3\n", "ended with exit status 3 before it was ready; this daemon continues"},
 				{"hang", "#!/bin/sh\nexec sleep 600\n", "was not ready after 1s, and was killed; this daemon continues"},
 				{"dies with the path", "#!/bin/sh\n" + takesPath + "=" + path + " exec " + self + "\n", "ended with exit status 3 before it was ready; this daemon continues"},
+				{"dies with the sockets", "#!/bin/sh\n" + takesPath + "=" + takes + " exec " + self + "\n", "ended with exit status 3 before it was ready; this daemon continues"},
+				{"dies when it is ready", "#!/bin/sh\n" + dies + "=ready exec " + self + "\n", "ended with exit status 3 right after it was ready; this daemon continues"},
 				{"no program", "", "ended with exit status 127 before it was ready; this daemon continues"},
 			} {
 				in.replace(binary, in.script("script", tt.text))
@@ -246,7 +253,8 @@ func TestExecUpgrade(t *testing.T) {
 			if total.Duplicated+total.Foreign > 0 {
 				t.Errorf("received %+v, want each packet once", total)
 			}
-			// Packets on the kernel path overtake those in a socket's ring.
+			// Where an upgrade fails packets on the kernel path overtake those in a socket's ring:
+			// TestExecUpgradeInOrder.
 			if path == "fanout" && total.Reordered > 0 {
 				t.Errorf("received %+v, want them in order", total)
 			}
@@ -426,6 +434,23 @@ func TestHold(t *testing.T) {
 	kill(unix.SIGKILL) // the one not started by the holder
 	d.signal(unix.SIGUSR2)
 	pid = in.ready(pid)
+	// A build that dies as soon as it has taken over is started again, until it is replaced.
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, when := range []string{"ready", "followed"} {
+		script := in.write("script", "#!/bin/sh\n"+dies+"="+when+" exec "+self+"\n")
+		if err := os.Chmod(script, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		in.replace(binary, script)
+		in.cli("upgrade", "--exec") // whose outcome depends on how soon the old daemon ends
+		stream.flows(500)
+		in.replace(binary, program)
+		pid = in.ready(pid)
+		stream.flows(500)
+	}
 	in.add("added", "239.1.2.1:5000%in0", "239.2.2.1:6000%out0")
 	kill(unix.SIGKILL)
 	if got := d.log.String(); strings.Count(got, `"joined anew"=0`) < 5 {
