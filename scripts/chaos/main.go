@@ -31,7 +31,7 @@ import (
 type options struct {
 	program, other, path string
 	rate                 float64
-	rounds, flows        int
+	rounds, flows, cpu   int
 	behind               time.Duration
 	smoke, clock, log    bool
 	only                 string
@@ -44,6 +44,7 @@ func main() {
 	flag.StringVar(&o.path, "path", "kernel", "`PATH` of the rule: kernel, afxdp or fanout")
 	flag.Float64Var(&o.rate, "rate", 500_000, "packets a second; 0: half the highest rate at which the path loses nothing for a second, measured first")
 	flag.IntVar(&o.flows, "flows", 1, "`NUMBER` of flows, each with its own source port, that share the rate")
+	flag.IntVar(&o.cpu, "cpu", 0, "`NUMBER` of the CPU that the source keeps busy")
 	flag.DurationVar(&o.behind, "behind", 0, "by how much the source, for want of a CPU, may be late before it gives up packets rather than sending them in a burst (default 1s on the kernel path, which no burst overruns, and 500 packets on the others)")
 	flag.IntVar(&o.rounds, "rounds", 20, "of each disturbance")
 	flag.BoolVar(&o.smoke, "smoke", false, "one short round each, at a low rate; fail on a packet that is lost, doubled or reordered on the kernel path")

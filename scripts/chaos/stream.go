@@ -7,8 +7,6 @@ import (
 	"net/netip"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"xdpcast/internal/live"
 	"xdpcast/pkg/packet"
 )
@@ -100,7 +98,7 @@ func (s *stage) send(ctx context.Context, trial uint32, rate float64) (done send
 		Batch: max(1, min(most, int(rate*burst.Seconds()))), Stamped: true, Behind: s.opts.behindAt(rate),
 	}
 	done.err = s.source.Do(func() error {
-		if err := live.Pin(firstCPU()); err != nil {
+		if err := live.Pin(s.opts.cpu); err != nil {
 			return err
 		}
 		for ctx.Err() == nil {
@@ -202,19 +200,6 @@ func (s *stage) half(ctx context.Context) (float64, error) {
 		return 0, fmt.Errorf("at %d packets a second, the least that is tried, packets are lost: give a rate", first)
 	}
 	return best / 2, nil
-}
-
-// firstCPU is the first CPU that this process may use.
-func firstCPU() int {
-	var cpus unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
-		return 0
-	}
-	cpu := 0
-	for !cpus.IsSet(cpu) {
-		cpu++
-	}
-	return cpu
 }
 
 // behindAt is by how much the source may be late at a rate.
