@@ -715,6 +715,9 @@ func (a *AFXDP) retire(workers []*afxdpWorker) {
 func (a *AFXDP) closeWorker(w *afxdpWorker) error {
 	var errs []error
 	if w.socket != nil && !w.foreign {
+		if w.engine != nil {
+			w.finish() // what is still in the ring afterwards may be overtaken by packets on the kernel path
+		}
 		errs = append(errs, a.opts.Loader.ClearSocket(w.index, w.queue))
 	}
 	w.signal()
