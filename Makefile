@@ -1,4 +1,4 @@
-# Targets that load programs or make namespaces (test, test-interop, soak, demo, bench)
+# Targets that load programs or make namespaces (test, test-long, test-interop, soak, demo, bench)
 # need root: sudo make demo. They install missing dependencies.
 
 ifndef GO
@@ -26,9 +26,14 @@ check: go ## build, check the sources and run the tests that need no root, in un
 	scripts/check
 
 .PHONY: test
-test: go ## run all tests
+test: go ## run the tests
 	@scripts/setup --test
 	scripts/test
+
+.PHONY: test-long
+test-long: go ## run the tests that need the machine to themselves, and more of the random ones
+	@scripts/setup --test
+	scripts/test --long
 
 .PHONY: soak
 soak: go ## run the long forms of tests, and each fuzz target for FUZZTIME (1m)

@@ -84,6 +84,11 @@ func TestListsOfTheTestRun(t *testing.T) {
 			t.Errorf("scripts/test starts %s first, which does not exist", test)
 		}
 	}
+	for _, test := range strings.Split(strings.Trim(setting("raced"), "^()$"), "|") {
+		if !slices.Contains(functions[test], "pkg/loader") {
+			t.Errorf("scripts/test races %s, which pkg/loader does not have", test)
+		}
+	}
 	plain, checked := regexp.MustCompile(setting("plain")), map[string]bool{}
 	if err := filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
 		file := strings.TrimPrefix(filepath.ToSlash(path), root)
@@ -114,7 +119,7 @@ func TestListsOfTheTestRun(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if len(checked) != 7 {
+	if len(checked) != 11 {
 		t.Errorf("scripts/test runs without the race detector: %v", slices.Sorted(maps.Keys(checked)))
 	}
 }
