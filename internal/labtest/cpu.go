@@ -11,9 +11,9 @@ import (
 
 // OnOneCPU runs fn on a thread of its own that uses one CPU, and waits for its end. What one CPU sends stays in order
 // on its way through veths; frames of a sender that the scheduler moves to another CPU may overtake earlier ones. Tests
-// of one process use the same CPU. fn must not end the test.
+// of one process use the same CPU. fn may end the test, although it runs on another goroutine.
 func OnOneCPU(fn func()) {
-	ended := make(chan struct{})
+	ended, returned := make(chan struct{}), false
 	go func() {
 		defer close(ended)
 		runtime.LockOSThread() // the thread ends with the goroutine
@@ -23,8 +23,12 @@ func OnOneCPU(fn func()) {
 			_ = unix.SchedSetaffinity(0, &one)   // best effort
 		}
 		fn()
+		returned = true
 	}()
 	<-ended
+	if !returned {
+		runtime.Goexit()
+	}
 }
 
 // CPUs are the numbers of the CPUs that the process may use, which need not begin with 0.

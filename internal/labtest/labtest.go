@@ -3,6 +3,7 @@ package labtest
 
 import (
 	"os"
+	"runtime"
 	"testing"
 
 	"xdpcast/internal/lab"
@@ -32,11 +33,21 @@ func Connect(t testing.TB, a, b lab.End) {
 	}
 }
 
-// Do runs fn inside the host and fails the test on its error.
+// Do runs fn inside the host and fails the test on its error. fn may end the test, as with t.Fatal or t.Skip, although it
+// runs on another goroutine.
 func Do(t testing.TB, h *lab.Host, fn func() error) {
 	t.Helper()
-	if err := h.Do(fn); err != nil {
+	returned := false
+	err := h.Do(func() error {
+		err := fn()
+		returned = true
+		return err
+	})
+	if err != nil {
 		t.Fatal(err)
+	}
+	if !returned {
+		runtime.Goexit()
 	}
 }
 
