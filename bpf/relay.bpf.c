@@ -182,10 +182,20 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
  */
 static __always_inline bool leg_passes(struct xdp_md *ctx, __u32 ifindex, const struct headers *h,
 				       const struct flow *flow, struct rule_stats *stats,
-				       __u32 bytes, __u64 now, bool ip4)
+				       __u32 bytes, __u64 now, bool ip4, bool tapped)
 {
 	__u32 v = STREAM_PASSED;
 
+	if (!tapped && h->part == PART_WHOLE && h->udp) {
+		v = plain_next(ctx, flow, h->udp, udp_offset(h), now);
+		if (v == STREAM_PASSED)
+			return true;
+		if (v == STREAM_DUPLICATE) {
+			stats->copies_packets++;
+			stats->copies_bytes += bytes;
+			return false;
+		}
+	}
 	if (h->udp) {
 		v = judge_next(ctx, flow->stream, flow->leg, udp_offset(h), now);
 		if (__builtin_expect(v == STREAM_VERDICTS, 0))
@@ -215,7 +225,7 @@ static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
 
 	if (!stats)
 		return false;
-	if (leg_passes(ctx, ifindex, h, flow, stats, bytes, bpf_ktime_get_coarse_ns(), ip4))
+	if (leg_passes(ctx, ifindex, h, flow, stats, bytes, bpf_ktime_get_coarse_ns(), ip4, true))
 		return true;
 	stats->packets++;
 	stats->bytes += bytes;
@@ -244,6 +254,12 @@ _Static_assert(__builtin_offsetof(struct flow, stream) == 20, "follows routed");
 static __always_inline bool is_rare(const struct flow *flow)
 {
 	return (*(const __u64 *)&flow->flags & FLOW_PLAIN_MASK) != FLOW_PLAIN;
+}
+
+/* The same, but for legs. */
+static __always_inline bool is_odd(const struct flow *flow)
+{
+	return (*(const __u32 *)&flow->flags & (__u32)FLOW_PLAIN_MASK) != (__u32)FLOW_PLAIN;
 }
 
 /* One output of a routed flow. */
@@ -285,7 +301,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 			count_note(id, NOTE_MALFORMED, 1, bytes);
 		return NOT_OURS;
 	}
-	if (__builtin_expect(rare, 0)) {
+	if (__builtin_expect(rare, 0) && is_odd(flow)) {
 		if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
 			return NOT_OURS;
 		if (flow->routed && kernel_routes(cfg, h, flow, bytes, ip4))
@@ -320,10 +336,10 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		return count_drop(DROP_RULE, id, DROP_LOOPING, bytes);
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
-	if (__builtin_expect(rare, 0)) {
-		if (flow->stream &&
-		    !leg_passes(ctx, ifindex, h, flow, stats, bytes, stats->last_seen_ns, ip4))
-			return XDP_DROP;
+	if (__builtin_expect(rare, 0) && flow->stream &&
+	    !leg_passes(ctx, ifindex, h, flow, stats, bytes, stats->last_seen_ns, ip4, false))
+		return XDP_DROP;
+	if (__builtin_expect(rare, 0) && is_odd(flow)) {
 		if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
 			return count_drop(DROP_RULE, id, DROP_POLICED, bytes);
 		if (flow->path != PATH_KERNEL && to_socket(ctx, h, flow, bytes, stats, &verdict))
@@ -331,11 +347,11 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		if (flow->flags & FLOW_FINISH && h->part == PART_WHOLE &&
 		    finish_checksum(ctx, h->l3_offset, udp_offset(h)))
 			count_note(id, NOTE_UNFINISHED, 1, bytes);
+		if (flow->routed && flow->outputs == 1)
+			return route_one(ctx, flow, stats, bytes);
 	}
 	if (flow->outputs > 1)
 		return send_many(ctx, h, flow, bytes, stats->packets);
-	if (__builtin_expect(rare, 0) && flow->routed)
-		return route_one(ctx, flow, stats, bytes);
 	return send_one(ctx, h, flow, stats, bytes, ip4);
 }
 

@@ -29,6 +29,7 @@ const volatile bool stream_test_broken = false;
 #define STREAM_CONFIRM 3	    /* packets in a row that confirm a jump or a session */
 #define STREAM_JUMP 1024	    /* a number further ahead than this is a jump */
 #define STREAM_MAX_OFFSET 511	    /* bytes of UDP payload before a number */
+#define STREAM_PLAIN_BEHIND 49151   /* behind of a window of one row */
 #define STREAM_RTP_HEADER 12
 #define STREAM_SAMPLES 26		/* one packet in 2^(32 - 26) is compared with its copies: */
 #define STREAM_CHECKED 64		/* length and this many bytes of payload */
@@ -52,6 +53,30 @@ static __always_inline struct stream_run *stream_run(struct stream_leg *l)
 {
 	return (struct stream_run *)&l->run;
 }
+
+/* What judge_next needs of the settings of a stream with one number a packet at a fixed offset, and
+ * a window of one row. With them it need not look the settings up: judge_leg copies them to each
+ * leg of a merged stream, to up_ns, which only failover uses.
+ */
+struct stream_plain {
+	__u16 at; /* from the UDP header to the 4 bytes that the number is, or is in; 0: not plain
+		   */
+	__u16 least; /* UDP length of a packet that has the number */
+	__u16 row;   /* of stream_windows */
+	__u16 flags;
+};
+
+#define PLAIN_LITTLE 1 /* little-endian */
+#define PLAIN_SHORT 2  /* the number has 16 bits, otherwise 32 */
+#define PLAIN_RTP 4
+
+static __always_inline struct stream_plain *stream_plain(struct stream_leg *l)
+{
+	return (struct stream_plain *)&l->up_ns;
+}
+
+_Static_assert(sizeof(struct stream_plain) == sizeof(__u64), "in the place of up_ns");
+_Static_assert(XDPCAST_MAX_WINDOWS <= 0x10000, "row has 16 bits");
 
 /* The fields of a packet. */
 struct stream_number {
@@ -566,25 +591,32 @@ static __noinline void stream_advance(struct stream_state *st, __u64 p)
 	}
 }
 
-/* Once a tick: expires positions older than the skew. */
-static __always_inline void stream_tick(const struct stream_packet *n)
+/* At a turn of the floor: expires positions older than the skew. */
+static __always_inline void stream_turn(const struct stream_packet *n)
 {
 	const struct stream *s = n->s;
 	struct stream_state *st = n->st;
-	__u64 now = n->now, turn;
+	__u64 turn = READ_ONCE(st->turn_ns);
 
-	if ((__s64)(now - READ_ONCE(st->pass_ns)) <= 0)
+	if ((__s64)(n->now - turn) <= (__s64)s->skew_ns)
 		return;
-	WRITE_ONCE(st->pass_ns, now);
-	turn = READ_ONCE(st->turn_ns);
-	if ((__s64)(now - turn) <= (__s64)s->skew_ns)
-		return;
-	if (__sync_val_compare_and_swap(&st->turn_ns, turn, now) != turn)
+	if (__sync_val_compare_and_swap(&st->turn_ns, turn, n->now) != turn)
 		return;
 	stream_settle(n);
-	WRITE_ONCE(st->floor,
-		   now - turn > 2 * s->skew_ns ? READ_ONCE(st->head) : READ_ONCE(st->next_floor));
+	WRITE_ONCE(st->floor, n->now - turn > 2 * s->skew_ns ? READ_ONCE(st->head)
+							     : READ_ONCE(st->next_floor));
 	stream_mark(n, stream_newest(st, READ_ONCE(st->head)));
+}
+
+/* Once a tick. pass_ns is set last: from then on the floors stay as they are in this tick, which
+ * stream_next relies on.
+ */
+static __always_inline void stream_tick(const struct stream_packet *n)
+{
+	if ((__s64)(n->now - READ_ONCE(n->st->pass_ns)) <= 0)
+		return;
+	stream_turn(n);
+	WRITE_ONCE(n->st->pass_ns, n->now);
 }
 
 /* Whether a sender restarts: the stream was silent, and this leg's numbers jumped at about the time
@@ -664,8 +696,8 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 	void *data = (void *)(long)ctx->data;
 	bool passed = leg & STREAM_SAMPLE_PASSED;
 	struct udphdr *udp = data + (udp_at & 0xff);
-	__u64 now = stream_precise_clock(), check, sample;
 	__u8 *p = (void *)(udp + 1);
+	__u64 now, check, sample;
 	struct stream_pulse *l;
 	__u8 differs;
 	__u32 i, len;
@@ -675,10 +707,12 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 		return 0;
 	l = &h->legs[leg];
 	sample = READ_ONCE(st->sample);
+	now = READ_ONCE(st->legs[leg].seen_ns);
 	if (passed && h->sample_ns + STREAM_SAMPLE_NS > now && stream_awaits(st, h, now))
 		return 0;
 	if (!passed && sample >> 32 != (__u32)position)
 		return 0;
+	now = stream_precise_clock();
 	len = bpf_ntohs(udp->len) - sizeof(*udp);
 	check = len;
 	for (i = 8; i <= STREAM_CHECKED && i <= len; i += 8, p += 8) {
@@ -715,6 +749,29 @@ _Static_assert(__builtin_offsetof(struct stream_leg, distrusted) == 20, "ends th
 static __always_inline __u16 stream_steady(__u32 epoch)
 {
 	return epoch << 1 | 1;
+}
+
+static __always_inline struct stream_plain plain_settings(const struct stream *s)
+{
+	struct stream_plain f = {.row = s->first_row};
+
+	if (s->word_mask != STREAM_WORDS - 1)
+		return f;
+	if (s->kind == STREAM_RTP) { /* the 4 bytes end with the number */
+		f.at = sizeof(struct udphdr);
+		f.least = sizeof(struct udphdr) + STREAM_RTP_HEADER;
+		f.flags = PLAIN_RTP | PLAIN_SHORT;
+	} else if (s->kind == STREAM_FIELD && !s->count_width) {
+		f.at = sizeof(struct udphdr) + s->offset;
+		f.least = f.at + s->width;
+		if (s->shift)
+			f.flags = PLAIN_SHORT;
+		if (s->little)
+			f.flags |= PLAIN_LITTLE;
+		else
+			f.at = f.least - 4;
+	}
+	return f;
 }
 
 static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_packet *n, __u32 udp_at)
@@ -754,18 +811,22 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 	}
 	if (stream_sampled(p) && v <= STREAM_DUPLICATE)
 		compare_copy(ctx, n->stream, v ? n->leg : n->leg | STREAM_SAMPLE_PASSED, udp_at, p);
-	if (n->sure && v <= STREAM_DUPLICATE && l->expected == n->raw + n->count)
+	if (v == STREAM_PASSED) {
+		if (__builtin_expect(n->sure, 1))
+			stream_advance(n->st, p);
+		stream_tick(n);
+		l->won++;
+		l->numbers += n->count;
+		if (p <= READ_ONCE(n->st->next_floor))
+			n->pulse->filled += n->count;
+	}
+	if (n->sure && v <= STREAM_DUPLICATE && l->expected == n->raw + n->count &&
+	    (__s64)(n->now - READ_ONCE(n->st->pass_ns)) <= 0 && p > READ_ONCE(n->st->floor) &&
+	    !stream_test_broken) {
+		*stream_plain(l) = plain_settings(s);
 		stream_run(l)->steady = stream_steady(n->epoch);
-	if (v != STREAM_PASSED)
-		return v;
-	if (__builtin_expect(n->sure, 1))
-		stream_advance(n->st, p);
-	stream_tick(n);
-	l->won++;
-	l->numbers += n->count;
-	if (p <= READ_ONCE(n->st->next_floor))
-		n->pulse->filled += n->count;
-	return STREAM_PASSED;
+	}
+	return v;
 }
 
 /* The best leg that is not silent passes. */
@@ -805,8 +866,11 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
 	__u64 seen = READ_ONCE(n->l->seen_ns);
 	__u32 passes = STREAM_PASSED;
 
-	if (seen != n->now)
+	if (seen != n->now) {
+		/* A packet without a number must not carry it into this tick. */
+		stream_run(n->l)->steady = 0;
 		WRITE_ONCE(n->l->seen_ns, n->now);
+	}
 	n->first = seen != n->now;
 	if (n->s->kind == STREAM_FAILOVER) {
 		passes = stream_failover(n, seen);
@@ -826,10 +890,131 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
 	return passes;
 }
 
+/* Whether a packet of a plain leg has the number of a position. */
+static __always_inline bool plain_number(const struct stream_plain *f, const struct stream_leg *l,
+					 const struct udphdr *udp, void *data_end, __u64 position)
+{
+	__u32 at = f->at, flags = f->flags, raw, differs;
+	__u8 *p = (__u8 *)udp + (at & 0x3ff);
+
+	if (!at || (void *)(p + 4) > data_end || bpf_ntohs(udp->len) < f->least)
+		return false;
+	raw = *(__u32 *)p;
+	if (!(flags & PLAIN_LITTLE))
+		raw = bpf_ntohl(raw);
+	differs = raw ^ (__u32)position;
+	if (flags & PLAIN_SHORT)
+		differs = (__u16)differs;
+	if (differs)
+		return false;
+	if (!(flags & PLAIN_RTP))
+		return true;
+	p = (__u8 *)(udp + 1);
+	/* Of version 2, and not RTCP (rtp_number). */
+	return (void *)(p + STREAM_RTP_HEADER) <= data_end && raw >> 30 == 2 &&
+	       (raw >> 21 & 7) != 6 && *(__be32 *)(p + 8) == bpf_htonl(l->session);
+}
+
+/* Whether a leg is as judge_leg left it: the last packet of the leg was in this tick, since when
+ * neither the stream has been restarted nor the leg's numbers jumped. The floors have not changed
+ * either, since judge_leg had seen the stream's turn in this tick: the leg is above the floor.
+ */
+static __always_inline bool leg_is_steady(const struct stream_state *st, struct stream_leg *l,
+					  __u64 now)
+{
+	if (stream_test_clock)
+		now = stream_clock();
+	/* With failover none is. */
+	return READ_ONCE(*(const __u64 *)&l->run) == (__u64)stream_steady(READ_ONCE(st->epoch))
+							     << 16 &&
+	       l->seen_ns == now;
+}
+
+static __always_inline void stream_went_on(struct stream_leg *l, __u64 p, __u32 count,
+					   __u32 expected)
+{
+	if (~l->history)
+		l->history = l->history << 1 | 1;
+	l->expected = expected;
+	l->position = p + count - 1;
+}
+
+/* Claims position p, the next one of a steady leg, and notes that the leg has brought it, with
+ * count - 1 numbers after it, and expects another.
+ */
+static __always_inline __u32 stream_claim_next(struct xdp_md *ctx, __u32 stream, __u32 leg,
+					       __u32 udp_at, struct stream_state *st,
+					       struct stream_leg *l, __u64 *word, __u64 p,
+					       __u32 count, __u32 expected)
+{
+	__u64 old = READ_ONCE(*word), bit = 1ULL << (p & 31), new;
+	__u32 newer = (__u32)(old >> 32) - (__u32)(p >> STREAM_BLOCK_BITS);
+
+	if (newer || !(old & bit)) {
+		if (newer - 1 < STREAM_NEWER_BLOCKS - 1 || p <= READ_ONCE(st->next_floor))
+			return STREAM_VERDICTS;
+		new = newer ? p >> STREAM_BLOCK_BITS << 32 | bit : old | bit;
+		new = __sync_val_compare_and_swap(word, old, new);
+		OPAQUE(new); /* or it becomes a flag first */
+		if (new != old)
+			return STREAM_VERDICTS;
+		l->won++;
+		l->numbers += count;
+		stream_went_on(l, p, count, expected);
+		if (p >> STREAM_BLOCK_BITS > READ_ONCE(st->head) >> STREAM_BLOCK_BITS)
+			stream_advance(st, p);
+		if (__builtin_expect(stream_sampled(p), 0))
+			compare_copy(ctx, stream, leg | STREAM_SAMPLE_PASSED, udp_at, p);
+		return STREAM_PASSED;
+	}
+	stream_went_on(l, p, count, expected);
+	if (__builtin_expect(stream_sampled(p), 0))
+		compare_copy(ctx, stream, leg, udp_at, p);
+	return STREAM_DUPLICATE;
+}
+
 /* What most packets are, but for failover: the number after their leg's last one, with the stream
- * where it was then, and nothing else due. Does with them what judge_leg does, at less than half
- * the cost; or nothing, and returns STREAM_VERDICTS. Out of line, since most rules have one input,
- * and global, so that it is verified once.
+ * where it was then, and nothing else due. plain_next and judge_next do with them what judge_leg
+ * does, at a third of the cost; or nothing, and return STREAM_VERDICTS.
+ *
+ * plain_next is for legs with stream_plain, and part of the relay program.
+ */
+static __always_inline __u32 plain_next(struct xdp_md *ctx, const struct flow *flow,
+					const struct udphdr *udp, __u32 udp_at, __u64 now)
+{
+	void *data_end = (void *)(long)ctx->data_end;
+	__u32 stream = flow->stream, row, at, expected;
+	struct stream_state *st = bpf_map_lookup_elem(&stream_states, &stream);
+	const struct stream_plain *f;
+	struct stream_leg *l;
+	void *window;
+	__u64 p, *word;
+
+	if (!st)
+		return STREAM_VERDICTS;
+	l = &st->legs[flow->leg & (XDPCAST_MAX_LEGS - 1)];
+	OPAQUE(l);
+	if (!leg_is_steady(st, l, now))
+		return STREAM_VERDICTS;
+	f = stream_plain(l);
+	p = READ_ONCE(l->position) + 1;
+	if ((__s64)(READ_ONCE(st->head) - p) > STREAM_PLAIN_BEHIND ||
+	    !plain_number(f, l, udp, data_end, p))
+		return STREAM_VERDICTS;
+	row = f->row;
+	window = bpf_map_lookup_elem(&stream_windows, &row);
+	if (!window)
+		return STREAM_VERDICTS;
+	at = p >> STREAM_BLOCK_BITS & (STREAM_WORDS - 1);
+	word = bpf_map_lookup_elem(window, &at);
+	if (!word)
+		return STREAM_VERDICTS;
+	expected = (f->flags & PLAIN_SHORT ? (__u16)p : (__u32)p) + 1;
+	return stream_claim_next(ctx, stream, flow->leg, udp_at, st, l, word, p, 1, expected);
+}
+
+/* For all other formats and windows, and watched numbers. Out of line, since most rules have one
+ * input, and global, so that it is verified once.
  */
 __noinline int judge_next(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp_at, __u64 now)
 {
@@ -839,26 +1024,19 @@ __noinline int judge_next(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp
 	void *data = (void *)(long)ctx->data;
 	struct udphdr *udp = data + (udp_at & 0xff);
 	struct stream_number u = {.count = 1};
-	__u64 p, old, new, bit, *word;
-	__u32 v = STREAM_PASSED, newer;
 	struct stream_leg *l;
+	__u64 p, *word;
 	bool merges;
 
 	if (!s || !st || (void *)(udp + 1) > data_end)
 		return STREAM_VERDICTS;
-	if (stream_test_clock)
-		now = stream_clock();
 	l = &st->legs[leg & (XDPCAST_MAX_LEGS - 1)];
 	OPAQUE(l);
-	/* With failover no leg is steady. */
-	if (READ_ONCE(*(const __u64 *)&l->run) != (__u64)stream_steady(READ_ONCE(st->epoch))
-							  << 16 ||
-	    l->seen_ns != now)
+	if (!leg_is_steady(st, l, now))
 		return STREAM_VERDICTS;
 	p = READ_ONCE(l->position) + 1;
 	merges = s->kind != STREAM_SINGLE;
-	if (merges && ((__s64)(now - READ_ONCE(st->pass_ns)) > 0 || p <= READ_ONCE(st->floor) ||
-		       p + s->behind < READ_ONCE(st->head) || stream_sampled(p)))
+	if (merges && p + s->behind < READ_ONCE(st->head))
 		return STREAM_VERDICTS;
 	if (stream_number(s, merges ? s->kind : s->watch, udp, data_end, &u) != STREAM_PASSED ||
 	    u.session != l->session)
@@ -867,33 +1045,16 @@ __noinline int judge_next(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp
 	 */
 	if ((u.raw - (merges ? (__u32)p : l->expected)) & s->number_mask)
 		return STREAM_VERDICTS;
-	if (!merges)
-		goto out;
+	if (!merges) {
+		l->history = l->history << 1 | 1;
+		l->expected = u.raw + u.count;
+		return STREAM_PASSED;
+	}
 	word = stream_word(s, p);
 	if (!word)
 		return STREAM_VERDICTS;
-	old = READ_ONCE(*word);
-	bit = 1ULL << (p & 31);
-	newer = (__u32)(old >> 32) - (__u32)(p >> STREAM_BLOCK_BITS);
-	if (!newer && old & bit) {
-		v = STREAM_DUPLICATE;
-	} else {
-		if (newer - 1 < STREAM_NEWER_BLOCKS - 1 || p <= READ_ONCE(st->next_floor) ||
-		    stream_test_broken)
-			return STREAM_VERDICTS;
-		new = newer ? p >> STREAM_BLOCK_BITS << 32 | bit : old | bit;
-		if (__sync_val_compare_and_swap(word, old, new) != old)
-			return STREAM_VERDICTS;
-		if (p >> STREAM_BLOCK_BITS > READ_ONCE(st->head) >> STREAM_BLOCK_BITS)
-			stream_advance(st, p);
-		l->won++;
-		l->numbers += u.count;
-	}
-	l->position = p + u.count - 1;
-out:
-	l->history = l->history << 1 | 1;
-	l->expected = u.raw + u.count;
-	return v;
+	return stream_claim_next(ctx, stream, leg, udp_at, st, l, word, p, u.count,
+				 u.raw + u.count);
 }
 
 /* Returns the verdict on a packet of a leg: enum stream_verdict. now is the coarse clock, read in

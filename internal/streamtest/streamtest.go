@@ -104,6 +104,8 @@ var (
 	Failover   = packet.Stream{Kind: packet.StreamFailover, Silence: 30 * ms}
 	FailBack   = packet.Stream{Kind: packet.StreamFailover, Silence: 30 * ms, Back: 2 * s}
 	Watched    = packet.Stream{Kind: packet.StreamSingle, Watch: packet.StreamRTP, Clock: 90000}
+	PassOther  = packet.Stream{Kind: packet.StreamRTP, Window: 1 << 16, Skew: 50 * ms, Reset: s, PassOther: true}
+	Wide       = packet.Stream{Kind: packet.StreamField, Offset: 3, Width: 8, Window: 1 << 16, Skew: 50 * ms, Reset: s}
 	FailRTP    = packet.Stream{Kind: packet.StreamFailover, Watch: packet.StreamRTP, Silence: 30 * ms}
 	AllStreams = []packet.Stream{RTPStream, RFC4175, MDP3, Pitch, MoldUDP64, Failover, FailBack, Watched, FailRTP}
 )
@@ -402,6 +404,42 @@ func formats() []Scenario {
 				n += w.send(0, b) + w.send(1, b)
 			}
 			w.want("each once", n, 5000)
+		}},
+		{"an 8-byte counter beyond 32 bits", Wide, func(w *World) {
+			n := 0
+			for i := range uint64(5000) {
+				w.after(ms)
+				b := binary.BigEndian.AppendUint64([]byte("ABC"), 0xffff_ff00+i)
+				n += w.send(0, b) + w.send(1, b)
+			}
+			w.want("each once", n, 5000)
+		}},
+		{"a heartbeat is what a leg brings first in each tick", MoldUDP64, func(w *World) {
+			n := 0
+			for i := range uint64(500) {
+				w.after(ms)
+				w.want("heartbeat", w.send(0, Mold("S1", 1+2*i, 0)), 1)
+				n += w.send(0, Mold("S1", 1+2*i, 1)) + w.send(0, Mold("S1", 2+2*i, 1))
+			}
+			w.want("each once", n, 1000)
+		}},
+		{"MoldUDP64 numbers beyond 32 bits", MoldUDP64, func(w *World) {
+			n := 0
+			for i := range uint64(5000) {
+				w.after(ms)
+				n += w.send(0, Mold("S1", 0xffff_ff00+3*i, 3)) + w.send(1, Mold("S1", 0xffff_ff00+3*i, 3))
+			}
+			w.want("each once", n, 5000)
+		}},
+		{"packets without a number, which the rule relays", PassOther, func(w *World) {
+			n, others := 0, 0
+			for i := range uint32(3000) {
+				w.after(ms)
+				n += w.rtp(0, i) + w.rtp(1, i)
+				others += w.send(0, RTP(i, 7)[:11]) + w.send(1, []byte("HELLO, NO RTP AT ALL"))
+			}
+			w.want("numbers, each once", n, 3000)
+			w.want("others of both legs", others, 2*3000)
 		}},
 		{"PITCH, units that take several numbers, heartbeats", Pitch, func(w *World) {
 			n, beats, number := 0, 0, uint32(1)

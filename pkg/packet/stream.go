@@ -380,7 +380,7 @@ func sampled(at uint64) bool { return uint32(at)*0x9e3779b1>>26 == 0 }
 // compare is compare_copy.
 func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at uint64, v StreamVerdict) {
 	switch {
-	case v == StreamPassed && s.SampleAt+sampleTime > p.clock && s.awaits(p.clock):
+	case v == StreamPassed && s.SampleAt+sampleTime > p.now && s.awaits(p.now):
 		return
 	case v != StreamPassed && s.Sample>>32 != at&(1<<32-1):
 		return
