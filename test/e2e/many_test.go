@@ -35,7 +35,8 @@ func TestThousandRules(t *testing.T) {
 	in.addMany(t, 0, 8)
 	in.deleteMany(t, 0, 8)
 	var before holdings
-	eventually(t, "the last client is gone", func() string {
+	eventually(t, "the last client is gone, and no file is open for a moment only", func() string {
+		earlier := before
 		before = in.holdings()
 		// Permanent sockets: the control socket; those for notifications of interfaces, of routes
 		// and neighbours, of queues, of features, and of veth peers in other namespaces; and two for
@@ -43,7 +44,7 @@ func TestThousandRules(t *testing.T) {
 		if n := before.Files["socket:"]; n != 8 {
 			return fmt.Sprintf("%d sockets", n)
 		}
-		return ""
+		return cmp.Diff(earlier.exact(), before.exact())
 	})
 
 	started := time.Now()
