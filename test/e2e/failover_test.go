@@ -1,97 +1,17 @@
 package e2e_test
 
 import (
-	"encoding/binary"
 	"fmt"
-	"net"
-	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/control"
-	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 )
-
-// arrival is a number that reached a sink, and when its kernel received the packet.
-type arrival struct {
-	number uint32
-	at     time.Duration // since the epoch
-}
-
-// arrivalSink records what arrives, in its order, with the kernel's timestamps.
-type arrivalSink struct {
-	mu   sync.Mutex // guards all
-	all  []arrival
-	done chan struct{}
-}
-
-func newArrivalSink(t *testing.T, h *lab.Host, ifname, group string) *arrivalSink {
-	t.Helper()
-	conn := labtest.Listen(t, h, ifname, netip.MustParseAddrPort(group))
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var optErr error
-	if err := raw.Control(func(fd uintptr) {
-		optErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1)
-	}); err != nil || optErr != nil {
-		t.Fatal(err, optErr)
-	}
-	s := &arrivalSink{done: make(chan struct{})}
-	go s.run(t, conn)
-	t.Cleanup(func() {
-		conn.Close()
-		<-s.done
-	})
-	return s
-}
-
-func (s *arrivalSink) run(t *testing.T, conn *net.UDPConn) {
-	defer close(s.done)
-	b, control := make([]byte, 2048), make([]byte, 256)
-	for {
-		n, length, _, _, err := conn.ReadMsgUDPAddrPort(b, control)
-		if err != nil {
-			return
-		}
-		messages, err := unix.ParseSocketControlMessage(control[:length])
-		if err != nil || n < 16 || len(messages) != 1 || len(messages[0].Data) < int(unsafe.Sizeof(unix.Timespec{})) {
-			t.Errorf("%d bytes with control messages %+v (%v): want a number and a timestamp", n, messages, err)
-			return
-		}
-		var at unix.Timespec
-		copy(unsafe.Slice((*byte)(unsafe.Pointer(&at)), unsafe.Sizeof(at)), messages[0].Data)
-		s.mu.Lock()
-		s.all = append(s.all, arrival{binary.BigEndian.Uint32(b[12:]), time.Duration(at.Nano())})
-		s.mu.Unlock()
-	}
-}
-
-// take returns what has arrived, and forgets it.
-func (s *arrivalSink) take() []arrival {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	all := s.all
-	s.all = nil
-	return all
-}
-
-func (s *arrivalSink) last() (number uint32, ok bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.all) == 0 {
-		return 0, false
-	}
-	return s.all[len(s.all)-1].number, true
-}
 
 // phase is a part of a run, during which the better leg sends or not.
 type phase struct {
@@ -114,26 +34,6 @@ func (g gap) longer(other gap) gap {
 	return g
 }
 
-// paced calls send with each number at a rate, on one CPU, so that packets of one leg cannot overtake those of the other.
-// It catches up for at most 2 ms.
-func paced(rate int, count uint32, send func(number uint32) error) error {
-	var err error
-	labtest.OnOneCPU(func() {
-		due := time.Now()
-		for n := range count {
-			if late := time.Since(due); late > 2*time.Millisecond {
-				due = due.Add(late)
-			}
-			time.Sleep(time.Until(due)) // the pace of the stream, not a wait for something
-			if err = send(n); err != nil {
-				return
-			}
-			due = due.Add(time.Second / time.Duration(rate))
-		}
-	})
-	return err
-}
-
 // TestFailoverLive prints the longest gap that a sink sees, in numbers and in time, when the better of two inputs falls silent, when it returns,
 // and while it flaps. Numbers arrive in order and once; times depend on the machine and are not checked.
 func TestFailoverLive(t *testing.T) {
@@ -146,7 +46,8 @@ func TestFailoverLive(t *testing.T) {
 		rules += fmt.Sprintf("- {name: r%d, in: [239.1.1.%d:5000%%in0, 239.101.1.%d:5000%%out2], failover: \"%v,back=%v\", out: 239.2.1.%d:6000%%out0}\n", i, i+1, i+1, silence, 2*silence, i+1)
 	}
 	in.start("-c", in.write("rules.yaml", rules))
-	table := []string{"| packets/s | silence | undisturbed | failover | return | flapping |"}
+	sink := newArrivalSink(t, n.sinks[0], "sink0", 6000)
+	table := []string{"| packets/s | silence | undisturbed | failover | return | flapping | stalls of the source |", "|---|---|---|---|---|---|---|"}
 	for i, silence := range silences {
 		rule := fmt.Sprintf("r%d", i)
 		eventually(t, "both inputs of "+rule+" are active", func() string {
@@ -158,19 +59,18 @@ func TestFailoverLive(t *testing.T) {
 			}
 			return ""
 		})
-		sink := newArrivalSink(t, n.sinks[0], "sink0", fmt.Sprintf("239.2.1.%d:6000", i+1))
-		legs := [2]*legSender{
-			newLegSender(t, n.source, "src0", fmt.Sprintf("239.1.1.%d:5000", i+1)), newLegSender(t, n.sinks[2], "sink0", fmt.Sprintf("239.101.1.%d:5000", i+1)),
-		}
-		for _, rate := range []int{1_000, 10_000} {
-			table = append(table, failoverRun(t, in, rule, sink, legs, rate, silence))
+		source := newLegSource(t, [2]legEnd{
+			{n.source, "src0", "10.1.0.2", fmt.Sprintf("239.1.1.%d", i+1)}, {n.sinks[2], "sink0", "10.2.2.2", fmt.Sprintf("239.101.1.%d", i+1)},
+		})
+		for _, rate := range []int{1_000, 10_000, 100_000} {
+			table = append(table, failoverRun(t, in, rule, sink, source, rate, silence))
 		}
 	}
 	t.Logf("longest gaps at the sink, load %s\n%s", load(t), strings.Join(table, "\n"))
 }
 
 // failoverRun returns a row of the table.
-func failoverRun(t *testing.T, in *instance, rule string, sink *arrivalSink, legs [2]*legSender, rate int, silence time.Duration) string {
+func failoverRun(t *testing.T, in *instance, rule string, sink *arrivalSink, source *legSource, rate int, silence time.Duration) string {
 	t.Helper()
 	const flaps, attempts = 5, 10
 	phases := []phase{{"undisturbed", time.Second, true}, {"failover", 5 * silence, false}, {"return", 5 * silence, true}}
@@ -178,20 +78,14 @@ func failoverRun(t *testing.T, in *instance, rule string, sink *arrivalSink, leg
 		phases = append(phases, phase{"flapping", 3 * silence, false}, phase{"flapping", 4 * silence, true})
 	}
 	var of []int // phase of each number
+	var up []bool
 	for i, p := range phases {
-		of = append(of, slices.Repeat([]int{i}, int(p.length*time.Duration(rate)/time.Second))...)
+		n := int(p.length * time.Duration(rate) / time.Second)
+		of, up = append(of, slices.Repeat([]int{i}, n)...), append(up, slices.Repeat([]bool{p.up}, n)...)
 	}
 	for range attempts {
 		// The better leg is in use after it has been up for twice the silence.
-		both := func(number uint32) error {
-			if err := legs[0].send(number); err != nil {
-				return err
-			}
-			return legs[1].send(number)
-		}
-		if err := paced(rate, uint32(int(4*silence*time.Duration(rate)/time.Second)), both); err != nil {
-			t.Fatal(err)
-		}
+		source.send(t, rate, slices.Repeat([]bool{true}, int(4*silence*time.Duration(rate)/time.Second)))
 		eventually(t, "the better input of "+rule+" is in use", func() string {
 			if r := in.rule(rule); !r.Inputs[0].Leg.Relayed {
 				return fmt.Sprintf("%+v", r.Inputs[0].Leg)
@@ -199,42 +93,39 @@ func failoverRun(t *testing.T, in *instance, rule string, sink *arrivalSink, leg
 			return ""
 		})
 		before := in.rule(rule).Stream.Restarts
-		sink.take()
-		if err := paced(rate, uint32(len(of)), func(number uint32) error {
-			if phases[of[number]].up {
-				return both(number)
-			}
-			return legs[1].send(number)
-		}); err != nil {
-			t.Fatal(err)
+		sink.reset(t, len(of))
+		sent, stalls := source.send(t, rate, up)
+		// A machine that stops the source or a queue between the two legs of a number, for longer than the silence, makes
+		// the relay change its input: as it should, but not as planned.
+		if changes, want := in.rule(rule).Stream.Restarts-before, uint64(2+2*flaps); sent < len(up) || changes != want {
+			t.Logf("%d packets/s, silence %v: %d of %d numbers sent, the relay changed its input %d times, want %d: once more", rate, silence, sent, len(up), changes, want)
+			continue
 		}
 		eventually(t, "the last number has arrived", func() string {
-			if last, ok := sink.last(); !ok || last != uint32(len(of))-1 {
-				return fmt.Sprintf("%d, %v", last, ok)
+			if sink.arrived(t, len(of)-1) == 0 {
+				return "it has not"
 			}
 			return ""
 		})
-		// A machine that stops the sender or a queue between the two legs of a number, for longer than the silence, makes
-		// the relay change its input: as it should, but not as planned.
-		if changes, want := in.rule(rule).Stream.Restarts-before, uint64(2+2*flaps); changes != want {
-			t.Logf("%d packets/s, silence %v: the relay changed its input %d times, want %d: once more", rate, silence, changes, want)
-			sink.take()
-			continue
+		at, disorder, twice := sink.all(t, len(of))
+		if disorder+twice > 0 {
+			t.Errorf("%d packets/s, silence %v: %d numbers arrived after later ones, %d twice", rate, silence, disorder, twice)
 		}
 		gaps := map[string]gap{}
-		all := sink.take()
-		for i, a := range all[1:] {
-			if a.number <= all[i].number {
-				t.Errorf("%d packets/s, silence %v: number %d arrived after %d", rate, silence, a.number, all[i].number)
+		last := 0
+		for number := 1; number < len(at); number++ {
+			if at[number] == 0 {
+				continue
 			}
-			name := phases[of[a.number]].name
-			gaps[name] = gaps[name].longer(gap{int(a.number-all[i].number) - 1, a.at - all[i].at})
+			name := phases[of[number]].name
+			gaps[name] = gaps[name].longer(gap{number - last - 1, at[number] - at[last]})
+			last = number
 		}
 		row := fmt.Sprintf("| %d | %v |", rate, silence)
 		for _, name := range []string{"undisturbed", "failover", "return", "flapping"} {
 			row += fmt.Sprintf(" %d lost, %.1f ms |", gaps[name].lost, gaps[name].length.Seconds()*1e3)
 		}
-		return row
+		return row + fmt.Sprintf(" %d |", stalls)
 	}
 	t.Errorf("%d packets/s, silence %v: the machine never let a run pass as planned, in %d attempts", rate, silence, attempts)
 	return ""
