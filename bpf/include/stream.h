@@ -707,7 +707,7 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 		return 0;
 	l = &h->legs[leg];
 	sample = READ_ONCE(st->sample);
-	now = READ_ONCE(st->legs[leg].seen_ns);
+	now = stream_clock();
 	if (passed && h->sample_ns + STREAM_SAMPLE_NS > now && stream_awaits(st, h, now))
 		return 0;
 	if (!passed && sample >> 32 != (__u32)position)
