@@ -729,6 +729,7 @@ const (
 	RelayVarGuardSecret         = "guard_secret"
 	RelayVarGuardWatch          = "guard_watch"
 	RelayVarGuardWindow         = "guard_window"
+	RelayVarPlainTestAnyTick    = "plain_test_any_tick"
 	RelayVarSocketMultiBuffer   = "socket_multi_buffer"
 	RelayVarStreamTestBroken    = "stream_test_broken"
 	RelayVarStreamTestClock     = "stream_test_clock"
@@ -859,6 +860,7 @@ type RelayVariableSpecs struct {
 	GuardSecret         *ebpf.VariableSpec `ebpf:"guard_secret"`
 	GuardWatch          *ebpf.VariableSpec `ebpf:"guard_watch"`
 	GuardWindow         *ebpf.VariableSpec `ebpf:"guard_window"`
+	PlainTestAnyTick    *ebpf.VariableSpec `ebpf:"plain_test_any_tick"`
 	SocketMultiBuffer   *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
 	StreamTestBroken    *ebpf.VariableSpec `ebpf:"stream_test_broken"`
 	StreamTestClock     *ebpf.VariableSpec `ebpf:"stream_test_clock"`
@@ -1002,6 +1004,7 @@ type RelayVariables struct {
 	GuardSecret         *ebpf.Variable `ebpf:"guard_secret"`
 	GuardWatch          *ebpf.Variable `ebpf:"guard_watch"`
 	GuardWindow         *ebpf.Variable `ebpf:"guard_window"`
+	PlainTestAnyTick    *ebpf.Variable `ebpf:"plain_test_any_tick"`
 	SocketMultiBuffer   *ebpf.Variable `ebpf:"socket_multi_buffer"`
 	StreamTestBroken    *ebpf.Variable `ebpf:"stream_test_broken"`
 	StreamTestClock     *ebpf.Variable `ebpf:"stream_test_clock"`

@@ -10,13 +10,13 @@
 
 #define ECN_MASK 0x03
 
-/* Folds a sum of 16-bit and 32-bit words in network order to 16 bits. */
+/* Folds a sum of 16-bit and 32-bit words in network order, less than 2^48, to 16 bits: the
+ * product's upper 16 bits are the sum of its three words and of the carries out of them. Twin:
+ * TestFoldByProduct of package packet.
+ */
 static __always_inline __u16 fold(__u64 sum)
 {
-	sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return sum;
+	return sum * 0x0001000100010001ULL >> 48;
 }
 
 /* The change of a sum when a word changes. */
@@ -49,10 +49,11 @@ static __always_inline __u16 new_port(const struct udphdr *udp, const struct out
 }
 
 /* Writes the ports and the checksum; addresses is the change of the pseudo header's
- * sum.
+ * sum, and flags are the output's: the compiler would read them again after each write to the
+ * packet.
  */
-static __always_inline void rewrite_udp(struct udphdr *udp, const struct output *o, __u16 port,
-					__u64 addresses)
+static __always_inline void rewrite_udp(struct udphdr *udp, const struct output *o, __u16 flags,
+					__u16 port, __u64 addresses)
 {
 	__be16 dst_port = bpf_htons(port);
 	__u64 sum = (__u16)~udp->check + addresses + delta16(udp->dest, dst_port);
@@ -67,7 +68,7 @@ static __always_inline void rewrite_udp(struct udphdr *udp, const struct output 
 	}
 	if (!udp->check)
 		return; /* sent without one: stays so */
-	if (o->flags & OUTPUT_CHECKSUM_ZERO) {
+	if (flags & OUTPUT_CHECKSUM_ZERO) {
 		udp->check = 0;
 		return;
 	}
@@ -164,19 +165,20 @@ static __always_inline __u16 merged_id(__u16 id, __u32 source)
 }
 
 /* Both rewrites return REWRITTEN, or the reason why the packet is dropped; the packet is then
- * unchanged.
+ * unchanged. whole: it is known to be no fragment; a constant in each caller, like rare.
  */
 #define REWRITTEN ((__u32)-1)
 
-static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output *o, bool rare)
+static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output *o, bool whole,
+					 bool rare)
 {
 	struct iphdr *ip = h->ip4;
 	__u16 *ttl_word = (__u16 *)&ip->ttl;
 	__u16 *tos_word = (__u16 *)ip;
 	__u8 ttl = new_ttl(o, ip->ttl, rare);
 	__u32 dst = word(o->dst, 0);
+	__u16 old, port = 0, flags = o->flags;
 	__u64 addresses, sum, id = 0;
-	__u16 old, port = 0;
 
 	if (!ttl)
 		return DROP_TTL;
@@ -192,11 +194,11 @@ static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output 
 	}
 	addresses = delta32(ip->daddr, dst);
 	ip->daddr = dst;
-	if (o->flags & OUTPUT_SOURCE_SET) {
+	if (flags & OUTPUT_SOURCE_SET) {
 		__u32 src = word(o->src, 0);
 
 		addresses += delta32(ip->saddr, src);
-		if (__builtin_expect(ip->frag_off & bpf_htons(IP_MF | IP_OFFSET), 0)) {
+		if (!whole && __builtin_expect(ip->frag_off & bpf_htons(IP_MF | IP_OFFSET), 0)) {
 			old = ip->id;
 			ip->id = merged_id(old, ip->saddr);
 			id = delta16(old, ip->id);
@@ -209,14 +211,14 @@ static __always_inline __u32 rewrite_ip4(struct headers *h, const struct output 
 		ip->ttl = ttl;
 		sum += delta16(old, *ttl_word);
 	}
-	if (o->flags & OUTPUT_DSCP_SET) {
+	if (flags & OUTPUT_DSCP_SET) {
 		old = *tos_word;
 		ip->tos = o->dscp << 2 | (ip->tos & ECN_MASK);
 		sum += delta16(old, *tos_word);
 	}
 	ip->check = ~fold(sum);
 	if (h->udp)
-		rewrite_udp(h->udp, o, port, addresses);
+		rewrite_udp(h->udp, o, flags, port, addresses);
 	rewrite_mac(h->eth, o);
 	if (rare && o->dst_len)
 		rewrite_group_mac(h->eth, o, dst);
@@ -276,7 +278,7 @@ static __always_inline __u32 rewrite_ip6(struct headers *h, const struct output 
 		b[1] = (o->dscp & 0x03) << 6 | (b[1] & 0x3f);
 	}
 	if (h->udp)
-		rewrite_udp(h->udp, o, port, addresses);
+		rewrite_udp(h->udp, o, o->flags, port, addresses);
 	rewrite_mac(h->eth, o);
 	if (rare && o->dst_len)
 		rewrite_group_mac(h->eth, o, ip->daddr.in6_u.u6_addr32[3]);

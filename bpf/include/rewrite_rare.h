@@ -124,7 +124,7 @@ static __always_inline __u32 rewrite_headers(struct xdp_md *ctx, struct headers 
 			return DROP_INTERNAL;
 		if (bpf_ntohs(h->ip4->tot_len) > o->mtu)
 			return DROP_MTU;
-		return rewrite_ip4(h, o, rare);
+		return rewrite_ip4(h, o, false, rare);
 	}
 	if ((void *)(h->ip6 + 1) > data_end)
 		return DROP_INTERNAL;

@@ -45,18 +45,31 @@ static __always_inline __u64 shortcut_rehash(__u64 hash)
 	return (hash ^ hash >> 32) * SHORTCUT_K2;
 }
 
+/* A word of a slot, which is aligned to 8 bytes. Through a pointer of another type, since the
+ * compiler reads fields of 4 bytes in halves.
+ */
+static __always_inline __u64 shortcut_word(const struct shortcut *s, __u32 offset)
+{
+	const void *at = s;
+
+	return *(const __u64 *)(at + offset);
+}
+
 /* Whether a slot's family, VLANs and port are these. */
 static __always_inline bool same_tags(const struct shortcut *s, __u64 tags, __u64 family)
 {
+	__u64 have = shortcut_word(s, __builtin_offsetof(struct shortcut, vlan));
+
 	/* The uppermost byte is has_output. */
-	return (*(const __u64 *)&s->vlan & ~0ULL >> 8) == (family << 48 | tags);
+	return (have & ~0ULL >> 8) == (family << 48 | tags);
 }
 
 static __always_inline bool same_addresses4(const struct shortcut *s, __u64 input, __u32 source)
 {
 	__u32 want = *(const __u32 *)s->source;
 
-	return *(const __u64 *)s->group == input && (!want || want == source);
+	return shortcut_word(s, __builtin_offsetof(struct shortcut, group)) == input &&
+	       (!want || want == source);
 }
 
 static __always_inline bool same_addr6(const __u64 *a, const __u64 *b)
@@ -79,11 +92,9 @@ _Static_assert(__builtin_offsetof(struct shortcut, family) ==
 _Static_assert(__builtin_offsetof(struct shortcut, second) == 64, "begins a cache line");
 _Static_assert(__builtin_offsetof(struct output, port_shift) == 64, "what fits in there");
 
-/* The flow entry of a packet's rule, and its only output in h if the slot has it; NULL: use the
- * flow tables. ip4 is a constant in each caller.
- */
-static __always_inline struct flow *find_shortcut(const struct config *cfg, __u32 ifindex,
-						  struct headers *h, __u16 port, bool ip4)
+/* The slot of a packet's rule; NULL: use the flow tables. ip4 is a constant in each caller. */
+static __always_inline struct shortcut *find_slot(const struct config *cfg, __u32 ifindex,
+						  const struct headers *h, __u16 port, bool ip4)
 {
 	__u64 tags = shortcut_tags(h, port), input, hash;
 	struct in6_addr group6, source6;
@@ -91,7 +102,6 @@ static __always_inline struct flow *find_shortcut(const struct config *cfg, __u3
 	__u32 source = 0;
 	int i;
 
-	h->output = NULL;
 	if (!cfg->shortcut_shift)
 		return NULL;
 	if (ip4) {
@@ -112,12 +122,31 @@ static __always_inline struct flow *find_shortcut(const struct config *cfg, __u3
 		if (same_tags(s, tags, ip4 ? 4 : 6) &&
 		    (ip4 ? same_addresses4(s, input, source)
 			 : s->ifindex == ifindex && same_addresses6(s, (const __u64 *)&group6,
-								    (const __u64 *)&source6))) {
-			if (ip4 && s->has_output)
-				h->output = (const struct output *)s->second;
-			return &s->flow;
-		}
+								    (const __u64 *)&source6)))
+			return s;
 		hash = shortcut_rehash(hash);
 	}
 	return NULL;
+}
+
+/* The only output of an IPv4 rule with has_output. */
+static __always_inline const struct output *slot_output(const struct shortcut *s)
+{
+	return (const struct output *)s->second;
+}
+
+/* The flow entry in the slot of a packet's rule, and its only output in h if the slot has it; NULL:
+ * no slot.
+ */
+static __always_inline struct flow *find_shortcut(const struct config *cfg, __u32 ifindex,
+						  struct headers *h, __u16 port, bool ip4)
+{
+	struct shortcut *s = find_slot(cfg, ifindex, h, port, ip4);
+
+	h->output = NULL;
+	if (!s)
+		return NULL;
+	if (ip4 && s->has_output)
+		h->output = slot_output(s);
+	return &s->flow;
 }

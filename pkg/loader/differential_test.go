@@ -163,7 +163,7 @@ func FuzzRelay(f *testing.F) {
 		f.Add(uint8(seed/8), frame, uint16(0))
 	}
 	opts := testOptions(f)
-	opts.programs = embedded{fragmentTimeout: time.Hour}
+	opts.programs = embedded{fragmentTimeout: time.Hour, anyTick: true}
 	opts.Logger = nil // a fuzz target may not log through f
 	n := newLab(f, 3)
 	l := open(f, opts)

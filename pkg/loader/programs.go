@@ -39,6 +39,9 @@ type embedded struct {
 	// streamClock makes streams use the time in state 0, and streamBroken makes them claim numbers
 	// without atomics, which a test has to detect.
 	streamClock, streamBroken bool
+	// anyTick lets plain packets take the short way without another packet of the same tick before
+	// them.
+	anyTick bool
 }
 
 func (e embedded) relay(m *mapSet, can Capabilities, have *ebpf.Program) (*ebpf.Program, error) {
@@ -52,7 +55,7 @@ func (e embedded) relay(m *mapSet, can Capabilities, have *ebpf.Program) (*ebpf.
 	if err := e.setGuard(spec); err != nil {
 		return nil, err
 	}
-	for name, on := range map[string]bool{"stream_test_clock": e.streamClock, "stream_test_broken": e.streamBroken} {
+	for name, on := range map[string]bool{"stream_test_clock": e.streamClock, "stream_test_broken": e.streamBroken, "plain_test_any_tick": e.anyTick} {
 		if err := spec.Variables[name].Set(on); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
 		}

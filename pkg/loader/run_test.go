@@ -187,7 +187,7 @@ func programLab(t testing.TB, sinks int) (*testLab, *runner) {
 	t.Helper()
 	n := newLab(t, sinks)
 	opts := testOptions(t)
-	opts.programs = embedded{fragmentTimeout: time.Hour}
+	opts.programs = embedded{fragmentTimeout: time.Hour, anyTick: true}
 	l := open(t, opts)
 	attachAll(t, l, append([]*net.Interface{n.in}, n.out...)...)
 	return n, newRunner(t, l, n.relay)

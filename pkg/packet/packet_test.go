@@ -3,6 +3,7 @@ package packet
 import (
 	"bytes"
 	"encoding/binary"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"testing"
@@ -32,6 +33,25 @@ func TestFold(t *testing.T) {
 	for in, want := range map[uint64]uint16{0: 0, 0xffff: 0xffff, 0x10000: 1, 0x1ffff: 1, 0xffffffff: 0xffff, 1<<48 + 1: 2, ^uint64(0): 0xffff} {
 		if got := fold(in); got != want {
 			t.Errorf("fold(%#x) = %#x, want %#x", in, got, want)
+		}
+	}
+}
+
+// The BPF programs fold sums of 32-bit words by one multiplication (fold of bpf/include/rewrite.h).
+func TestFoldByProduct(t *testing.T) {
+	product := func(sum uint64) uint16 { return uint16(sum * 0x0001000100010001 >> 48) }
+	random := rand.New(rand.NewPCG(1, 1))
+	edges := []uint64{0, 1, 2, 15, 16, 0x7fff, 0x8000, 0xfff0, 0xfffd, 0xfffe, 0xffff}
+	for range 20 {
+		edges = append(edges, random.Uint64()&0xffff)
+	}
+	for _, high := range edges {
+		for _, middle := range edges {
+			for _, low := range edges {
+				if sum := high<<32 | middle<<16 | low; product(sum) != fold(sum) {
+					t.Errorf("%#x: %#x by the product, want %#x", sum, product(sum), fold(sum))
+				}
+			}
 		}
 	}
 }
