@@ -60,10 +60,10 @@ type Rule struct {
 	// Threshold is the greatest TTL threshold of the outputs of a rule of OriginMroute, whose flow
 	// is published only while all of its outputs are ready: otherwise the kernel forwards.
 	Threshold uint8
-	// Left is why the kernel keeps forwarding in any case; "" if the rule should take over.
-	Left string
 	// Expected: Left is due to the settings or the route itself, not to the state of the host.
 	Expected bool
+	// Left is why the kernel keeps forwarding in any case; "" if the rule should take over.
+	Left string
 }
 
 // Options are fixed at start by the operator and the running kernel.

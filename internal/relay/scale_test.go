@@ -255,6 +255,38 @@ func TestLooksBesideTheLoop(t *testing.T) {
 	labtest.Eventually(t, "another look is done", func() bool { _, took := looked(); return took != time.Hour })
 }
 
+// A look at few groups was quick; one at many is beside the control loop even so.
+func TestManyGroupsAfterFew(t *testing.T) {
+	p := newPlace(t)
+	p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 4096, 8192
+	p.opts.observeEvery = time.Hour
+	r := p.start()
+	look := func() (beside bool) {
+		t.Helper()
+		if err := r.do(t.Context(), func() error {
+			err := r.memberships.observe(true)
+			beside = r.memberships.look != nil // until the loop goes on
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return beside
+	}
+	apply(t, r, scaleRules(quickLen+1, quickLen+1)[:1])
+	labtest.Eventually(t, "a look at one group is quick", func() bool {
+		beside := look()
+		if beside { // on a busy machine
+			_ = r.do(t.Context(), func() error { r.memberships.took = 0; return nil })
+		}
+		return !beside
+	})
+	_ = r.do(t.Context(), func() error { r.memberships.took = 0; return nil })
+	apply(t, r, scaleRules(quickLen+1, quickLen+1))
+	if !look() {
+		t.Errorf("the control loop looked at %d groups itself", quickLen+1)
+	}
+}
+
 // BenchmarkLooks measures what those who look cost the control loop, with 10,000 rules of four outputs: Stats of
 // each scrape and of pages, Matched of the page's history.
 func BenchmarkLooks(b *testing.B) {

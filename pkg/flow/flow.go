@@ -22,7 +22,8 @@ const (
 )
 
 // Flow is a rule on one input interface with everything resolved: interfaces are indexes, policies
-// are addresses. Ports and VLAN ids are in host byte order.
+// are addresses. Ports and VLAN ids are in host byte order. There may be 100,000 of them: fields of
+// one byte are together.
 type Flow struct {
 	Name string // unique; 1 to MaxName bytes
 	In   Input
@@ -52,19 +53,19 @@ type Flow struct {
 	Fronted bool
 	// AllowNoChecksum takes IPv6 packets without a UDP checksum.
 	AllowNoChecksum bool
-	// Except are senders that a flow with In.BySource excludes, sorted.
-	Except []netip.Prefix
 	// Finish completes UDP checksums that the sender left to a device without offload. The input
 	// may receive from a local stack, and runs the relay program in native mode, or the path is
 	// PathAFXDP.
 	Finish bool
-	// Rate limits the flow as a whole.
-	Rate Rate
 	// Routed says that the flow mirrors a multicast route of the kernel: packets that the relay
 	// would not forward exactly like the kernel pass to it, as does every packet with a TTL of at
 	// most Routed, the greatest threshold of an output. 0: not routed. The path is PathKernel, and
 	// every output is Ready.
 	Routed uint8
+	// Except are senders that a flow with In.BySource excludes, sorted.
+	Except []netip.Prefix
+	// Rate limits the flow as a whole.
+	Rate Rate
 	// Leg is set for one of several inputs of a stream, or for an input that is monitored; it is never
 	// changed.
 	Leg *Leg

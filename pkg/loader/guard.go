@@ -59,11 +59,13 @@ type LoopWay struct {
 
 // Loops reads the rules whose packets returned within packet.GuardMemory, sorted by name.
 func (l *Loader) Loops() ([]LoopingRule, error) {
-	names := make(map[uint32]string, len(l.rules))
-	for _, e := range l.rules {
-		names[e.id] = e.rule.Name
-	}
-	return readLoops(l.maps, names)
+	return readLoops(l.maps, func() map[uint32]string {
+		names := make(map[uint32]string, len(l.rules))
+		for _, e := range l.rules {
+			names[e.id] = e.rule.Name
+		}
+		return names
+	})
 }
 
 // Echoes returns how many packets of each rule the relay program noted as Echo, without rules that
@@ -103,17 +105,22 @@ func (r *Reader) Loops() ([]LoopingRule, error) {
 	for _, e := range entries {
 		names[e.id] = e.rule.Name
 	}
-	return readLoops(r.maps, names)
+	return readLoops(r.maps, func() map[uint32]string { return names })
 }
 
-func readLoops(m *mapSet, names map[uint32]string) ([]LoopingRule, error) {
+// readLoops reads the map loops. It calls named, for the names of all rules, only if there are loops.
+func readLoops(m *mapSet, named func() map[uint32]string) ([]LoopingRule, error) {
 	var all []LoopingRule
+	var names map[uint32]string
 	var rule uint32
 	var value bpf.RelayLoop
 	now, wall := monotonic(), time.Now()
 	at := func(ns uint64) time.Time { return wall.Add(time.Duration(ns) - now) }
 	iter := m.Loops.Iterate()
 	for iter.Next(&rule, &value) {
+		if names == nil {
+			names = named()
+		}
 		name, ok := names[rule]
 		if !ok || now-time.Duration(value.LastNs) > packet.GuardMemory {
 			continue

@@ -151,8 +151,8 @@ func (b bench) noLeave(t testing.TB, c *capture, of []Membership) {
 		mustJoin(t, m, ms)
 		for seen := false; !seen; {
 			for _, r := range c.next().Records {
-				r.Sources = slices.DeleteFunc(r.Sources, func(from netip.Addr) bool { return !watched[key{r.Group, from}] })
-				if (watched[key{group: r.Group}] && r.Type == "CHANGE_TO_INCLUDE_MODE" || len(r.Sources) > 0) && (r.Type == "CHANGE_TO_INCLUDE_MODE" || r.Type == "BLOCK_OLD_SOURCES") {
+				r.Sources = slices.DeleteFunc(r.Sources, func(from netip.Addr) bool { return !watched[Membership{Group: r.Group, Source: from}.key()] })
+				if (watched[Membership{Group: r.Group}.key()] && r.Type == "CHANGE_TO_INCLUDE_MODE" || len(r.Sources) > 0) && (r.Type == "CHANGE_TO_INCLUDE_MODE" || r.Type == "BLOCK_OLD_SOURCES") {
 					t.Errorf("left on the wire: %+v", r)
 				}
 				seen = seen || r.Group == ms.Group

@@ -187,7 +187,8 @@ func (m *Manager) kernelLeave(p *iface, r *record, ms Membership) error {
 
 // named is the membership of a record.
 func (r *record) named(of life, k key) Membership {
-	return Membership{Interface: r.counters.Interface, Index: of.index, Generation: of.generation, Group: k.group, Source: k.source}
+	group, source := k.addrs()
+	return Membership{Interface: r.counters.Interface, Index: of.index, Generation: of.generation, Group: group, Source: source}
 }
 
 func (m *Manager) forgetIfEmpty(p *iface, of life) {
@@ -410,7 +411,7 @@ func (m *Manager) Sockets(index int, group netip.Addr) (sockets int, sources []n
 		if of.index != index {
 			continue
 		}
-		if p.records[key{group: group}] != nil {
+		if p.records[Membership{Group: group}.key()] != nil {
 			sockets++
 		}
 		layers := 0
@@ -423,8 +424,8 @@ func (m *Manager) Sockets(index int, group netip.Addr) (sockets int, sources []n
 			continue
 		}
 		for k := range p.records {
-			if k.group == group && k.source.IsValid() {
-				sources = append(sources, k.source)
+			if of, source := k.addrs(); of == group && source.IsValid() {
+				sources = append(sources, source)
 			}
 		}
 	}

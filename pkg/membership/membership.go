@@ -35,9 +35,10 @@ func (m Membership) String() string {
 	return s + " on " + interfaceLabel(m.Interface, m.Index)
 }
 
-// key identifies a membership on its interface.
+// key identifies a membership on its interface: IPv4 addresses in IPv6 notation, which validate
+// refuses otherwise, and :: for any source. There may be 100,000 of them.
 type key struct {
-	group, source netip.Addr
+	group, source [16]byte
 }
 
 // life is one generation of an interface.
@@ -48,7 +49,21 @@ type life struct {
 
 func (m Membership) life() life { return life{m.Index, m.Generation} }
 
-func (m Membership) key() key { return key{m.Group, m.Source} }
+func (m Membership) key() key {
+	k := key{group: m.Group.As16()}
+	if m.Source.IsValid() {
+		k.source = m.Source.As16()
+	}
+	return k
+}
+
+// addrs returns the group and the source of a membership; the zero Addr is any source.
+func (k key) addrs() (group, source netip.Addr) {
+	if k.source != ([16]byte{}) {
+		source = netip.AddrFrom16(k.source).Unmap()
+	}
+	return netip.AddrFrom16(k.group).Unmap(), source
+}
 
 func (m Membership) family() family {
 	if m.Group.Is4() {

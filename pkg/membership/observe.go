@@ -79,8 +79,9 @@ func (m *Manager) Look() (*Look, error) {
 func (m *Manager) look() (_ *Look, err error) {
 	var want4, want6 bool
 	for _, p := range m.ifaces {
-		for of := range p.records {
-			want4, want6 = want4 || of.group.Is4(), want6 || of.group.Is6()
+		for k := range p.records {
+			group, _ := k.addrs()
+			want4, want6 = want4 || group.Is4(), want6 || group.Is6()
 			if want4 && want6 {
 				break
 			}
@@ -176,7 +177,8 @@ func (m *Manager) missing(l *Look, joined map[groupOn]bool) map[heldKey]bool {
 	missing := map[heldKey]bool{}
 	for of, p := range m.ifaces {
 		for k, r := range p.records {
-			if r.since < l.at && !joined[groupOn{of.index, k.group}] {
+			group, _ := k.addrs()
+			if r.since < l.at && !joined[groupOn{of.index, group}] {
 				missing[heldKey{of, k}] = true
 			}
 		}

@@ -1,6 +1,7 @@
 package membership
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -301,11 +302,13 @@ func (p *iface) removeLayer(m Membership, layer int) {
 func (p *iface) sourceSpecific() []key {
 	var all []key
 	for k := range p.records {
-		if k.source.IsValid() {
+		if _, source := k.addrs(); source.IsValid() {
 			all = append(all, k)
 		}
 	}
-	slices.SortFunc(all, func(a, b key) int { return cmp.Or(a.group.Compare(b.group), a.source.Compare(b.source)) })
+	slices.SortFunc(all, func(a, b key) int {
+		return cmp.Or(bytes.Compare(a.group[:], b.group[:]), bytes.Compare(a.source[:], b.source[:]))
+	})
 	return all
 }
 

@@ -53,15 +53,13 @@ type VLAN struct {
 	Outer uint16 // of the service tag around it (QinQ); 0: none
 }
 
-// Acceptance restricts and extends the packets that a rule takes, and sets its memberships.
+// Acceptance restricts and extends the packets that a rule takes, and sets its memberships. There
+// may be 100,000 of them: fields of one byte are together.
 type Acceptance struct {
-	Join   JoinPolicy
-	Groups []netip.Addr // only with JoinList: groups of the input's prefix
+	Join JoinPolicy
 	// ZeroChecksum takes IPv6 packets without a UDP checksum (RFC 6935), which are otherwise
 	// dropped.
 	ZeroChecksum bool
-	// Except are senders to exclude, within Input.Source.
-	Except []netip.Prefix
 	// AllowLoop takes packets that this host sent, and allows a rule that closes a loop.
 	AllowLoop bool
 	// TwoWay allows a rule that closes a loop with others, as relaying both ways between networks
@@ -77,6 +75,9 @@ type Acceptance struct {
 	// Broadcast declares Input.Address a broadcast address of the input's link, the limited one or
 	// one of a network there, rather than a host's.
 	Broadcast bool
+	Groups    []netip.Addr // only with JoinList: groups of the input's prefix
+	// Except are senders to exclude, within Input.Source.
+	Except []netip.Prefix
 	// Rate limits the rule as a whole.
 	Rate Rate
 	// Health watches the numbers of the packets.
