@@ -29,7 +29,13 @@ type SourceOptions struct {
 	FirstFlow, FlowStep, Flows int
 	// StampShift is that of [WitnessOptions]: stamps are in units of 2^StampShift ns.
 	StampShift int
+	// Mixed sends frames of several lengths in turns, of which Frame is the longest, MixedFrame bytes
+	// with a payload of zeros: of each 12, 7 have 60 bytes, 4 have 590 and one MixedFrame.
+	Mixed bool
 }
+
+// MixedFrame is the longest of mixed frames.
+const MixedFrame = 1514
 
 // Source sends frames by BPF_PROG_RUN with live frames. One goroutine at a time uses it, apart from
 // Sent.
@@ -48,11 +54,19 @@ func NewSource(o SourceOptions) (*Source, error) {
 	if err != nil {
 		return nil, err
 	}
+	if o.Mixed && len(o.Frame) != MixedFrame {
+		return nil, fmt.Errorf("source: mixed frames of at most %d bytes: want %d", len(o.Frame), MixedFrame)
+	}
+	var mixed uint32
+	if o.Mixed {
+		mixed = 1
+	}
 	h := NewHeader(o.Frame)
 	if err := SetVariables(spec.Variables, map[string]any{
 		"header": h.words, "ip_sum": h.IPSum, "udp_sum": h.UDPSum,
 		"first_group": number(o.FirstGroup), "group_step": uint32(o.GroupStep), "first_port": uint16(o.FirstPort),
 		"first_flow": uint32(o.FirstFlow), "flow_step": uint32(max(o.FlowStep, 1)), "flows": uint32(o.Flows), "stamp_shift": uint32(o.StampShift),
+		"mixed": mixed,
 	}); err != nil {
 		return nil, err
 	}

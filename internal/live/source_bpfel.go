@@ -32,6 +32,7 @@ const (
 	sourceVarIpSum      = "ip_sum"
 	sourceVarLate       = "late"
 	sourceVarLimit      = "limit"
+	sourceVarMixed      = "mixed"
 	sourceVarSent       = "sent"
 	sourceVarShifted    = "shifted"
 	sourceVarStampShift = "stamp_shift"
@@ -112,6 +113,7 @@ type sourceVariableSpecs struct {
 	IpSum      *ebpf.VariableSpec `ebpf:"ip_sum"`
 	Late       *ebpf.VariableSpec `ebpf:"late"`
 	Limit      *ebpf.VariableSpec `ebpf:"limit"`
+	Mixed      *ebpf.VariableSpec `ebpf:"mixed"`
 	Sent       *ebpf.VariableSpec `ebpf:"sent"`
 	Shifted    *ebpf.VariableSpec `ebpf:"shifted"`
 	StampShift *ebpf.VariableSpec `ebpf:"stamp_shift"`
@@ -167,6 +169,7 @@ type sourceVariables struct {
 	IpSum      *ebpf.Variable `ebpf:"ip_sum"`
 	Late       *ebpf.Variable `ebpf:"late"`
 	Limit      *ebpf.Variable `ebpf:"limit"`
+	Mixed      *ebpf.Variable `ebpf:"mixed"`
 	Sent       *ebpf.Variable `ebpf:"sent"`
 	Shifted    *ebpf.Variable `ebpf:"shifted"`
 	StampShift *ebpf.Variable `ebpf:"stamp_shift"`

@@ -100,9 +100,12 @@ func TestSubjectThatDoesNotStart(t *testing.T) {
 // checks the addresses, and by the host's own stack, which verifies both checksums.
 func TestFramesHaveChecksums(t *testing.T) {
 	labtest.RequireRoot(t)
-	for _, size := range []int{64, 1400, mostFrame} {
-		with := everyday
-		with.Frame, with.Flows = size, 7
+	for _, with := range []setup{{Frame: 64}, {Frame: 1400}, {Frame: mostFrame}, {Frame: mixedFrame, Mixed: true}} {
+		frames := 7
+		if with.Mixed {
+			frames = 12
+		}
+		with.Outputs, with.Rules, with.Flows, with.Queues = 1, 1, frames, 1
 		n, err := newNetwork(with, subject{})
 		if err != nil {
 			t.Fatal(err)
@@ -122,19 +125,22 @@ func TestFramesHaveChecksums(t *testing.T) {
 				unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(labtest.Timeout.Seconds())}),
 				unix.Bind(fd, &unix.SockaddrInet4{Port: groupPort}))
 		})
-		const frames = 7
 		if _, err := n.source.send(t.Context(), plan{trial: 1, frames: frames, rate: 1000, batch: 1, stamped: true}); err != nil {
 			t.Error(err)
 		}
 		buf := make([]byte, mostFrame)
 		for i := range frames {
 			got, from, err := unix.Recvfrom(fd, buf, 0)
+			size := with.Frame
+			if with.Mixed {
+				size = []int{60, 60, 590, 60, 590, 60, 60, 1514, 60, 590, 60, 590}[i%12]
+			}
 			if err != nil || got != size-42 {
-				t.Errorf("%d bytes, frame %d: %d bytes, %v", size, i, got, err)
+				t.Errorf("%v, frame %d: %d bytes, %v, want %d", with, i, got, err, size-42)
 				break
 			}
 			if addr := from.(*unix.SockaddrInet4); addr.Port != flowPort+i || netip.AddrFrom4(addr.Addr) != sourceAddr {
-				t.Errorf("%d bytes, frame %d: from %v port %d", size, i, addr.Addr, addr.Port)
+				t.Errorf("%v, frame %d: from %v port %d", with, i, addr.Addr, addr.Port)
 			}
 		}
 		if err := errors.Join(unix.Close(fd), n.close()); err != nil {

@@ -95,7 +95,7 @@ sinks, and whatever else ran.
 }
 
 func (r *report) writeFullLoad(b *bytes.Buffer) {
-	for _, axis := range []string{"outputs", "frames", "flows", "queues"} {
+	for _, axis := range []string{"outputs", "frames", "flows", "queues", longCopies, mixedCopies} {
 		found := r.on(axis)
 		if len(found) == 0 {
 			continue
@@ -104,7 +104,8 @@ func (r *report) writeFullLoad(b *bytes.Buffer) {
 		if axis == "outputs" {
 			b.WriteString("![rate by outputs](rate-by-outputs.svg)\n\n")
 		}
-		t := table{{axis, "subject", "Mcopies/s", "±", "ns a copy", "lost", "CPU s/million"}}
+		name, _, _ := strings.Cut(axis, ",")
+		t := table{{name, "subject", "Mcopies/s", "±", "ns a copy", "lost", "CPU s/million"}}
 		for _, res := range found {
 			if res.Full != nil {
 				t.add(fmt.Sprint(res.value(axis)), res.Subject, million(res.Full), percent(res.Full.Spread), fmt.Sprintf("%.0f", 1e9/res.Full.Median),
@@ -209,7 +210,7 @@ func (r *report) on(axis string) (found []*result) {
 
 // value returns the setup's value on an axis.
 func (s setup) value(axis string) int {
-	return map[string]int{"outputs": s.Outputs, "frames": s.Frame, "flows": s.Flows, "queues": s.Queues, "rules": s.Rules, "rules in use": s.Rules}[axis]
+	return map[string]int{"outputs": s.Outputs, longCopies: s.Outputs, mixedCopies: s.Outputs, "frames": s.Frame, "flows": s.Flows, "queues": s.Queues, "rules": s.Rules, "rules in use": s.Rules}[axis]
 }
 
 func million(f *figure) string { return fmt.Sprintf("%.3f", f.Median/1e6) }

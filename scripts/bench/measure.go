@@ -67,6 +67,9 @@ const fixedRate = 100_000
 // loads are the shares of the loss-free rate at which latency is measured.
 var loads = []float64{0.1, 0.5, 0.9}
 
+// latencyRounds is the maximum number of measurements of each latency.
+const latencyRounds = 3
+
 // measurer runs jobs.
 type measurer struct {
 	options options
@@ -143,14 +146,19 @@ func (m *measurer) steps(j job) (steps []func(context.Context, *samples) error) 
 	for round := range m.options.rounds {
 		steps = append(steps, m.fullLoad)
 		if j.lossFree && round < m.options.searches {
-			steps = append(steps, m.lossFree)
+			steps = append(steps, func(ctx context.Context, s *samples) error {
+				if s.bench.subject.spins && round > 0 {
+					return nil // it loses at most rates, each of which is tried twice
+				}
+				return m.lossFree(ctx, s)
+			})
 		}
 	}
 	if !j.latency {
 		return steps
 	}
 	steps = append(steps, m.planLatency)
-	for range m.options.rounds {
+	for range min(m.options.rounds, latencyRounds) {
 		for i := range len(loads) + 1 {
 			steps = append(steps, func(ctx context.Context, s *samples) error { return m.latency(ctx, s, i) })
 		}
@@ -196,7 +204,7 @@ func (m *measurer) lossFree(ctx context.Context, s *samples) error {
 	if n := len(s.lossFree); n > 0 && s.lossFree[n-1] > 0 {
 		start = s.lossFree[n-1] * 1.05
 	}
-	find := search{start: start, most: s.estimate, least: 500, precision: m.options.precision, tries: 2}
+	find := search{start: start, most: s.estimate, least: max(500, s.full[len(s.full)-1]/float64(64*s.bench.network.setup.Outputs)), precision: m.options.precision, tries: 2}
 	rate, all, err := find.lossFree(func(rate float64) (bool, error) {
 		return s.bench.passes(ctx, rate, 2*m.options.trial)
 	})

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"xdpcast/internal/live"
 )
 
 // options are the settings from the command line.
@@ -47,6 +49,8 @@ var everyday = setup{Outputs: 1, Frame: 128, Rules: 1, Flows: 1, Queues: 1}
 // axes are the values of each axis, for a full and for a quick run.
 type axes struct {
 	outputs, frames, rules, flows, queues []int
+	// copies are the output counts for which long and mixed frames are measured.
+	copies []int
 	// lossFree and latency are the output counts for which these are measured.
 	lossFree, latency []int
 }
@@ -54,13 +58,19 @@ type axes struct {
 func fullAxes() axes {
 	return axes{
 		outputs: []int{1, 2, 4, 8, 16, 32, 64}, frames: []int{64, 128, 512, 1400, 9000}, rules: []int{1, 100, 10_000, 100_000},
-		flows: []int{1, 64, 4096}, queues: []int{1, 2}, lossFree: []int{1, 4}, latency: []int{1, 4},
+		flows: []int{1, 64, 4096}, queues: []int{1, 2}, copies: []int{4, 16, 64}, lossFree: []int{1, 4}, latency: []int{1, 4},
 	}
 }
 
 func quickAxes() axes {
 	return axes{outputs: []int{1, 4, 16}, rules: []int{1, 10_000}, lossFree: []int{1}, latency: []int{1}}
 }
+
+// Axes of outputs for frames of other lengths.
+var (
+	longCopies  = fmt.Sprintf("outputs, frames of %d bytes", live.MaxFrame)
+	mixedCopies = fmt.Sprintf("outputs, frames of 60, 590 and %d bytes", mixedFrame)
+)
 
 // fewRules is the number of rules that all paths are measured with; more take long to start.
 const fewRules = 10_000
@@ -80,19 +90,27 @@ func ours() []string { return []string{"xdpcast-kernel", "xdpcast-afxdp", "xdpca
 // jobs lists what to measure.
 func (a axes) jobs(subjects []string) (jobs []job) {
 	vary := func(axis string, values []int, change func(*setup, int)) {
+		of := subjects
+		if axis == longCopies || axis == mixedCopies {
+			of = intersect([]string{"xdpcast-kernel", "broadcast"}, subjects)
+		}
 		for _, value := range values {
 			j := job{axis: axis}
-			j.add(subjects, value, change)
+			j.add(of, value, change)
 			if axis == "outputs" {
 				j.lossFree, j.latency = slices.Contains(a.lossFree, value), slices.Contains(a.latency, value)
 			}
-			jobs = append(jobs, j)
+			if len(j.entries) > 0 {
+				jobs = append(jobs, j)
+			}
 		}
 	}
 	vary("outputs", a.outputs, func(s *setup, n int) { s.Outputs = n })
 	vary("frames", a.frames, func(s *setup, n int) { s.Frame = n })
 	vary("flows", a.flows, func(s *setup, n int) { s.Flows = n })
 	vary("queues", a.queues, func(s *setup, n int) { s.Queues, s.Flows = n, 64 })
+	vary(longCopies, a.copies, func(s *setup, n int) { s.Outputs, s.Frame = n, live.MaxFrame })
+	vary(mixedCopies, a.copies, func(s *setup, n int) { s.Outputs, s.Frame, s.Mixed = n, mixedFrame, true })
 	// Only xdpcast has many rules. Each that merges has a window of its own. All rule counts take turns, since their relative cost is the
 	// question.
 	for _, axis := range []string{"rules", "rules in use"} {
@@ -142,13 +160,13 @@ func parseFlags(args []string) (o options, err error) {
 	f.StringVar(&o.program, "xdpcast", "bin/xdpcast", "the `program` to measure")
 	f.StringVar(&o.report, "report", "bench/report", "`directory` of the report")
 	f.IntVar(&o.rounds, "rounds", 0, "measurements of each subject, in turns (default 5, quick 3)")
-	f.IntVar(&o.searches, "searches", 0, "searches for the loss-free rate of each subject (default 3, quick 2)")
-	f.DurationVar(&o.trial, "trial", 0, "length of a measurement; those of the loss-free rate take twice that (default 500ms, quick 150ms)")
-	f.Float64Var(&o.precision, "precision", 0, "of the loss-free rate (default 0.02, quick 0.05)")
+	f.IntVar(&o.searches, "searches", 0, "searches for the loss-free rate of each subject (default 2, quick 2)")
+	f.DurationVar(&o.trial, "trial", 0, "length of a measurement; those of the loss-free rate take twice that (default 400ms, quick 150ms)")
+	f.Float64Var(&o.precision, "precision", 0, "of the loss-free rate (default 0.03, quick 0.05)")
 	names := f.String("subjects", strings.Join(forwarders(), ","), "what to measure")
 	axis := map[string]*string{}
-	for _, name := range []string{"outputs", "frames", "rules", "flows", "queues", "lossfree", "latency"} {
-		axis[name] = f.String(name, "", "`values` of this axis with commas between, - for none; lossfree and latency: numbers of outputs that they are measured with")
+	for _, name := range []string{"outputs", "frames", "rules", "flows", "queues", "copies", "lossfree", "latency"} {
+		axis[name] = f.String(name, "", "`values` of this axis with commas between, - for none; copies, lossfree and latency: numbers of outputs that long and mixed frames, and these, are measured with")
 	}
 	if err := f.Parse(args); err != nil {
 		return o, err
@@ -158,7 +176,7 @@ func parseFlags(args []string) (o options, err error) {
 	}
 	a := fullAxes()
 	o.profile = "full"
-	defaults := options{rounds: 5, searches: 3, trial: 500 * time.Millisecond, precision: 0.02}
+	defaults := options{rounds: 5, searches: 2, trial: 400 * time.Millisecond, precision: 0.03}
 	if *quick {
 		a, o.profile = quickAxes(), "quick"
 		defaults = options{rounds: 3, searches: 2, trial: 150 * time.Millisecond, precision: 0.05}
@@ -179,7 +197,7 @@ func parseFlags(args []string) (o options, err error) {
 		return o, errors.New("want at least one round, one to as many searches, trials of 10ms and a precision of 0.001")
 	}
 	for name, values := range map[string]*[]int{
-		"outputs": &a.outputs, "frames": &a.frames, "rules": &a.rules, "flows": &a.flows, "queues": &a.queues,
+		"outputs": &a.outputs, "frames": &a.frames, "rules": &a.rules, "flows": &a.flows, "queues": &a.queues, "copies": &a.copies,
 		"lossfree": &a.lossFree, "latency": &a.latency,
 	} {
 		if err := parseAxis(*axis[name], values); err != nil {

@@ -76,7 +76,7 @@ func newLiveSource(host *lab.Host, s setup, ifnames []string) (_ *liveSource, er
 			part, err := live.NewSource(live.SourceOptions{
 				Frame: s.template(), Index: l.Attrs().Index,
 				FirstGroup: firstGroup, GroupStep: s.groupStep(), FirstPort: flowPort,
-				FirstFlow: i, FlowStep: s.Queues, Flows: s.Flows,
+				FirstFlow: i, FlowStep: s.Queues, Flows: s.Flows, Mixed: s.Mixed,
 			})
 			if err != nil {
 				return nil, err

@@ -15,14 +15,24 @@ type setup struct {
 	// Frame is the length of an Ethernet frame in bytes, without the frame check sequence, which a
 	// veth lacks.
 	Frame int `json:"frame_bytes"`
-	Rules int `json:"rules"`
-	Flows int `json:"flows"`
+	// Mixed: frames have turns of several lengths, of which Frame is the longest.
+	Mixed bool `json:"mixed,omitempty"`
+	Rules int  `json:"rules"`
+	Flows int  `json:"flows"`
 	// Queues is the number of receive queues of the relay's input, each fed by a CPU.
 	Queues int `json:"queues"`
 }
 
 func (s setup) String() string {
-	return fmt.Sprintf("%d outputs, %d bytes, %d rules, %d flows, %d queues", s.Outputs, s.Frame, s.Rules, s.Flows, s.Queues)
+	return fmt.Sprintf("%d outputs, %s bytes, %d rules, %d flows, %d queues", s.Outputs, s.bytes(), s.Rules, s.Flows, s.Queues)
+}
+
+// bytes is the length of the frames.
+func (s setup) bytes() string {
+	if s.Mixed {
+		return "60 to " + fmt.Sprint(s.Frame)
+	}
+	return fmt.Sprint(s.Frame)
 }
 
 // Limits of internal/live/bpf/tag.h and of the address ranges below.
@@ -32,6 +42,7 @@ const (
 	maxRules   = 1 << 17
 	leastFrame = live.MinFrame
 	mostFrame  = 9000
+	mixedFrame = live.MixedFrame
 )
 
 // Addresses of the traffic. Rule n listens to the group firstGroup + n and sends to firstOut +
@@ -76,6 +87,8 @@ func (s setup) check() error {
 		return fmt.Errorf("outputs %d: want 1 to %d", s.Outputs, maxOutputs)
 	case s.Frame < leastFrame || s.Frame > mostFrame:
 		return fmt.Errorf("frame of %d bytes: want %d to %d", s.Frame, leastFrame, mostFrame)
+	case s.Mixed && s.Frame != mixedFrame:
+		return fmt.Errorf("mixed frames of at most %d bytes: want %d", s.Frame, mixedFrame)
 	case s.Rules < 1 || s.Rules > maxRules:
 		return fmt.Errorf("rules %d: want 1 to %d", s.Rules, maxRules)
 	case s.Flows < 1 || s.Flows > maxFlows:

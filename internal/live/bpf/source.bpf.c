@@ -23,6 +23,8 @@ const volatile __u32 first_flow = 0;  /* sources share the flows; this one's are
 const volatile __u32 flow_step = 1;   /* first_flow, first_flow + flow_step, ... */
 const volatile __u32 flows = 1;	      /* below this */
 const volatile __u32 stamp_shift = 0; /* stamps are in 2^this ns */
+/* Frames have turns of several lengths, the longest that of the header. */
+const volatile __u32 mixed = 0;
 
 /* Set before a run. */
 __u32 trial = 0;
@@ -87,26 +89,45 @@ static void pace(__u64 n)
 	ended = w.now;
 }
 
-/* write fills in the frame of a flow. */
-static void write(void *data, __u32 f, __u32 s)
+/* The length of frame number n with mixed: of each 12, 7 have 60 bytes, 4 have 590 and one 1514
+ * ("simple IMIX", without the frame check sequence), and no length comes in a row.
+ */
+static __u32 length_of(__u64 n)
+{
+	__u32 turn = n * 5 % 12;
+
+	return turn < 7 ? 60 : turn < 11 ? 590 : MIXED_LONGEST;
+}
+
+/* write fills in the frame of a flow; len: its length with mixed. */
+static void write(void *data, __u32 f, __u32 s, __u32 len)
 {
 	struct tag *tag = data + OFF_TAG;
 	__u32 group = bpf_htonl(first_group + f * group_step);
 	__u16 port = bpf_htons(first_port + f);
 	__u32 now = stamped ? (__u32)(bpf_ktime_get_ns() >> stamp_shift) : 0;
-	__u64 *words = data;
+	__u16 *ip_len = data + OFF_IP_LEN, *udp_len = data + OFF_UDP_LEN;
+	__u64 *words = data, ip = ip_sum, udp = udp_sum;
 	__u16 check;
 	int i;
 
 #pragma unroll
 	for (i = 0; i < HEADER_LEN / 8; i++)
 		words[i] = header[i];
+	if (mixed) {
+		ip += (__u16)~*ip_len;
+		udp += 2 * (__u16)~*udp_len; /* in the pseudo header, too */
+		*ip_len = bpf_htons(len - OFF_IP);
+		*udp_len = bpf_htons(len - OFF_UDP_SRC);
+		ip += *ip_len;
+		udp += 2 * *udp_len;
+	}
 	/* The Ethernet address of a group: its low 23 bits (RFC 1112 section 6.4). */
 	*(__u32 *)(data + OFF_MAC_GROUP) = (group & bpf_htonl(0x7fffff)) | bpf_htonl(0x5e000000);
 	*(__u32 *)(data + OFF_IP_DST) = group;
 	*(__u16 *)(data + OFF_UDP_SRC) = port;
-	*(__u16 *)(data + OFF_IP_CHECK) = ~fold(ip_sum + group);
-	check = ~fold(udp_sum + group + port + trial + f + s + now);
+	*(__u16 *)(data + OFF_IP_CHECK) = ~fold(ip + group);
+	check = ~fold(udp + group + port + trial + f + s + now);
 	*(__u16 *)(data + OFF_UDP_CHECK) = check ? check : 0xffff;
 	tag->trial = trial;
 	tag->flow = f;
@@ -120,7 +141,7 @@ int source(struct xdp_md *ctx)
 	void *data = (void *)(long)ctx->data;
 	void *data_end = (void *)(long)ctx->data_end;
 	__u64 n = sent;
-	__u32 f = flow, s = seq;
+	__u32 f = flow, s = seq, len = 0;
 
 	if (data + LEAST_FRAME > data_end)
 		return XDP_ABORTED;
@@ -133,7 +154,16 @@ int source(struct xdp_md *ctx)
 	/* Without a rate the clock is read now and then: it costs as much as the frame. */
 	if (n % batch == 0 && (interval || n % 64 == 0))
 		pace(n);
-	write(data, f, s);
+	if (mixed) {
+		len = length_of(n);
+		if (bpf_xdp_adjust_tail(ctx, (int)len - (int)(data_end - data)))
+			return XDP_ABORTED;
+		data = (void *)(long)ctx->data;
+		data_end = (void *)(long)ctx->data_end;
+		if (data + LEAST_FRAME > data_end)
+			return XDP_ABORTED;
+	}
+	write(data, f, s, len);
 	f += flow_step;
 	if (f >= flows) {
 		f = first_flow;

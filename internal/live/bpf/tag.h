@@ -13,6 +13,7 @@ enum {
 	OFF_MAC_GROUP = 2,
 	OFF_ETHER_TYPE = 12,
 	OFF_IP = 14,
+	OFF_IP_LEN = 16,
 	OFF_IP_PROTOCOL = 23,
 	OFF_IP_CHECK = 24,
 	OFF_IP_SRC = 26,
@@ -38,5 +39,7 @@ struct tag {
 /* Limits that the maps are made for. */
 #define MAX_OUTPUTS 64
 #define MAX_FLOWS 4096
+
+#define MIXED_LONGEST 1514 /* bytes of the longest of mixed frames */
 
 #endif
