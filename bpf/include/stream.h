@@ -705,7 +705,6 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 	leg &= ~STREAM_SAMPLE_PASSED;
 	if (!st || !h || leg >= XDPCAST_MAX_LEGS || (void *)(udp + 1) > data_end)
 		return 0;
-	l = &h->legs[leg];
 	sample = READ_ONCE(st->sample);
 	now = stream_clock();
 	if (passed && h->sample_ns + STREAM_SAMPLE_NS > now && stream_awaits(st, h, now))
@@ -713,6 +712,10 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 	if (!passed && sample >> 32 != (__u32)position)
 		return 0;
 	now = stream_precise_clock();
+	/* Bounded once more: Linux 6.1 forgets it of what is kept on the stack across a call. */
+	OPAQUE(leg);
+	leg &= XDPCAST_MAX_LEGS - 1;
+	l = &h->legs[leg];
 	len = bpf_ntohs(udp->len) - sizeof(*udp);
 	check = len;
 	for (i = 8; i <= STREAM_CHECKED && i <= len; i += 8, p += 8) {
