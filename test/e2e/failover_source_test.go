@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"encoding/binary"
 	"errors"
 	"math/bits"
 	"net"
@@ -305,14 +304,14 @@ func (s *arrivalSink) arrived(t *testing.T, number int) (at uint64) {
 // all returns when the numbers below count arrived, 0 for those that did not, and how many came after a later one, and twice.
 func (s *arrivalSink) all(t *testing.T, count int) (at []time.Duration, behind, twice uint64) {
 	t.Helper()
-	values := make([]byte, 8*sinkNumbers)
+	values := make([]uint64, sinkNumbers)
 	var cursor ebpf.MapBatchCursor
 	n, err := s.at.BatchLookup(&cursor, make([]uint32, sinkNumbers), values, nil)
 	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) || n < count {
 		t.Fatalf("%d of %d numbers: %v", n, count, err)
 	}
 	for i := range count {
-		at = append(at, time.Duration(binary.NativeEndian.Uint64(values[8*i:])))
+		at = append(at, time.Duration(values[i]))
 	}
 	var state [3]uint64
 	if err := s.state.Lookup(uint32(0), &state); err != nil {

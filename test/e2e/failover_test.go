@@ -84,9 +84,9 @@ func failoverRun(t *testing.T, in *instance, rule string, sink *arrivalSink, sou
 		of, up = append(of, slices.Repeat([]int{i}, n)...), append(up, slices.Repeat([]bool{p.up}, n)...)
 	}
 	for range attempts {
-		// The better leg is in use after it has been up for twice the silence.
-		source.send(t, rate, slices.Repeat([]bool{true}, int(4*silence*time.Duration(rate)/time.Second)))
+		// The better leg is in use after it has been up for twice the silence, without a stall of the machine.
 		eventually(t, "the better input of "+rule+" is in use", func() string {
+			source.send(t, rate, slices.Repeat([]bool{true}, int(4*silence*time.Duration(rate)/time.Second)))
 			if r := in.rule(rule); !r.Inputs[0].Leg.Relayed {
 				return fmt.Sprintf("%+v", r.Inputs[0].Leg)
 			}
