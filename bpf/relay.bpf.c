@@ -490,8 +490,8 @@ static __always_inline int relay_packet(struct xdp_md *ctx, __u32 bytes)
 SEC("xdp.frags")
 int relay(struct xdp_md *ctx)
 {
-	/* First, while nothing else is in registers. Masked, so that the verifier knows that a packet
-	 * of MALFORMED bytes is longer.
+	/* First, while nothing else is in registers. Masked, so that the verifier knows that a
+	 * packet of MALFORMED bytes is longer.
 	 */
 	__u32 bytes = bpf_xdp_get_buff_len(ctx) & MALFORMED;
 	int verdict = relay_packet(ctx, bytes);

@@ -115,8 +115,8 @@ static void write(void *data, __u32 f, __u32 s, __u32 len)
 	for (i = 0; i < HEADER_LEN / 8; i++)
 		words[i] = header[i];
 	if (mixed) {
-		ip += (__u16)~*ip_len;
-		udp += 2 * (__u16)~*udp_len; /* in the pseudo header, too */
+		ip += (__u16) ~*ip_len;
+		udp += 2 * (__u16) ~*udp_len; /* in the pseudo header, too */
 		*ip_len = bpf_htons(len - OFF_IP);
 		*udp_len = bpf_htons(len - OFF_UDP_SRC);
 		ip += *ip_len;
