@@ -183,20 +183,10 @@ static __always_inline bool to_socket(struct xdp_md *ctx, struct headers *h,
  */
 static __always_inline bool leg_passes(struct xdp_md *ctx, __u32 ifindex, const struct headers *h,
 				       const struct flow *flow, struct rule_stats *stats,
-				       __u32 bytes, __u64 now, bool ip4, bool tapped)
+				       __u32 bytes, __u64 now, bool ip4)
 {
 	__u32 v = STREAM_PASSED;
 
-	if (!tapped && h->part == PART_WHOLE && h->udp) {
-		v = plain_next(ctx, flow, h->udp, udp_offset(h), now);
-		if (v == STREAM_PASSED)
-			return true;
-		if (v == STREAM_DUPLICATE) {
-			stats->copies_packets++;
-			stats->copies_bytes += bytes;
-			return false;
-		}
-	}
 	if (h->udp) {
 		v = judge_next(ctx, flow->stream, flow->leg, udp_offset(h), now);
 		if (__builtin_expect(v == STREAM_VERDICTS, 0))
@@ -226,7 +216,7 @@ static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
 
 	if (!stats)
 		return false;
-	if (leg_passes(ctx, ifindex, h, flow, stats, bytes, bpf_ktime_get_coarse_ns(), ip4, true))
+	if (leg_passes(ctx, ifindex, h, flow, stats, bytes, bpf_ktime_get_coarse_ns(), ip4))
 		return true;
 	stats->packets++;
 	stats->bytes += bytes;
@@ -343,7 +333,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (!ip4 && h->udp && !h->udp->check && !(flow->flags & FLOW_NO_CHECKSUM))
 		return count_drop(DROP_RULE, id, DROP_NO_CHECKSUM, bytes);
 	if (__builtin_expect(rare, 0) && flow->stream &&
-	    !leg_passes(ctx, ifindex, h, flow, stats, bytes, stats->last_seen_ns, ip4, false))
+	    !leg_passes(ctx, ifindex, h, flow, stats, bytes, stats->last_seen_ns, ip4))
 		return XDP_DROP;
 	if (__builtin_expect(rare, 0) && is_odd(flow)) {
 		if (flow->flags & FLOW_POLICED && !conforms(id, bytes))
@@ -365,8 +355,9 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 const volatile bool plain_test_any_tick = false;
 
 /* The short way of most packets: plain ones, of rules and outputs with nothing rare, found by their
- * shortcut. Returns NOT_PLAIN for all others, before it has counted or changed anything:
- * relay_packet then begins anew. So it only saves instructions.
+ * shortcut; and those of merged streams that plain_next judges. Returns NOT_PLAIN for all others,
+ * before it has counted or changed anything: relay_packet then begins anew. So it only saves
+ * instructions.
  */
 static __always_inline int plain_packet(struct xdp_md *ctx, const struct config *cfg, __u32 ifindex,
 					void *data, void *data_end, __u32 bytes)
@@ -375,12 +366,12 @@ static __always_inline int plain_packet(struct xdp_md *ctx, const struct config 
 	const struct output *o;
 	struct rule_stats *stats;
 	struct shortcut *s;
-	__u32 id, reason;
+	__u32 id, reason, v;
 
 	if (!parse_plain(data, data_end, bytes, &h))
 		return NOT_PLAIN;
 	s = find_slot(cfg, ifindex, &h, bpf_ntohs(h.udp->dest), true);
-	if (!s || is_rare(&s->flow) || (!s->has_output && s->flow.outputs == 1))
+	if (!s || is_odd(&s->flow) || (!s->has_output && s->flow.outputs == 1))
 		return NOT_PLAIN;
 	o = slot_output(s);
 	if (s->has_output && frame_size(h.l3_offset, bytes) > o->mtu)
@@ -393,8 +384,20 @@ static __always_inline int plain_packet(struct xdp_md *ctx, const struct config 
 	if (!stats || (stats->tick != bpf_jiffies64() && !plain_test_any_tick) ||
 	    stats->packets < stats->look_until)
 		return NOT_PLAIN;
+	v = STREAM_PASSED;
+	if (s->flow.stream) {
+		v = plain_next(ctx, &s->flow, h.udp, sizeof(*h.eth) + sizeof(*h.ip4),
+			       stats->last_seen_ns);
+		if (v == STREAM_VERDICTS)
+			return NOT_PLAIN;
+	}
 	stats->packets++;
 	stats->bytes += bytes;
+	if (v == STREAM_DUPLICATE) {
+		stats->copies_packets++;
+		stats->copies_bytes += bytes;
+		return XDP_DROP;
+	}
 	if (!s->has_output) {
 		OPAQUE(ctx);
 		return send_many(ctx, &h, &s->flow, bytes, stats->packets);

@@ -398,8 +398,10 @@ static __always_inline bool stream_look(struct stream_packet *n)
 	struct stream_state *st = n->st;
 	int i;
 
-	for (i = 0; i < 3; i++) {
+	/* A restart on another CPU takes some ten reads. */
+	for (i = 0; i < 64; i++) {
 		n->epoch = READ_ONCE(st->epoch);
+		n->quiet = n->now - READ_ONCE(st->pass_ns);
 		n->sessions = READ_ONCE(st->sessions);
 		n->head = READ_ONCE(st->head);
 		if (!(n->epoch & 1) && READ_ONCE(st->epoch) == n->epoch)
@@ -488,6 +490,10 @@ static __noinline __u64 stream_restart(const struct stream_packet *n)
 	stream_mark(n, floor);
 	WRITE_ONCE(st->turn_ns, n->now);
 	WRITE_ONCE(st->head, p);
+	/* Before the epoch ends: another CPU, with a copy of this number, would take the silence
+	 * before it for one after it, and restart again.
+	 */
+	WRITE_ONCE(st->pass_ns, n->now);
 	st->restarts++;
 	__sync_fetch_and_add(&st->epoch, 1);
 	l->session = n->session;
@@ -785,7 +791,6 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 	__u32 v;
 
 	stream_run(l)->steady = 0;
-	n->quiet = n->now - READ_ONCE(n->st->pass_ns);
 	if (!stream_look(n))
 		return STREAM_CONTENDED;
 	n->sure = stream_follow(n);
@@ -803,7 +808,9 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 	}
 	l->position = p + n->count - 1;
 	v = stream_claim_at(s, p);
-	/* Seen long ago, and no packets since. */
+	/* Seen long ago, and no packets since, by what is known after the claim. */
+	if (v == STREAM_DUPLICATE)
+		n->quiet = n->now - READ_ONCE(n->st->pass_ns);
 	if (__builtin_expect(v == STREAM_DUPLICATE, 0) && stream_begins(n, false)) {
 		p = stream_restart(n);
 		if (!p)
@@ -980,7 +987,8 @@ static __always_inline __u32 stream_claim_next(struct xdp_md *ctx, __u32 stream,
  * where it was then, and nothing else due. plain_next and judge_next do with them what judge_leg
  * does, at a third of the cost; or nothing, and return STREAM_VERDICTS.
  *
- * plain_next is for legs with stream_plain, and part of the relay program.
+ * plain_next is for legs with stream_plain, and part of the short way of plain packets
+ * (plain_packet of relay.bpf.c): its caller does nothing before either.
  */
 static __always_inline __u32 plain_next(struct xdp_md *ctx, const struct flow *flow,
 					const struct udphdr *udp, __u32 udp_at, __u64 now)

@@ -605,7 +605,7 @@ func (s *StreamState) restart(p *streamPacket) uint64 {
 		s.Sessions = s.Sessions<<32 | uint64(p.Session)
 	}
 	s.mark(floor)
-	s.Floor, s.Turn, s.Head = floor, p.now, at
+	s.Floor, s.Turn, s.Pass, s.Head = floor, p.now, p.now, at
 	s.Restarts++
 	s.Epoch += 2
 	p.l.Session, p.l.Expected, p.l.Jumped = p.Session, p.Raw+p.Count, p.now
