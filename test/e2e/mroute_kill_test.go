@@ -103,17 +103,17 @@ func (s *routedStream) more(count uint32) {
 // next is the number of a packet that is not yet sent; nor is any later one.
 func (s *routedStream) next() uint32 { return s.sent.Load() + 2 }
 
-// faults counts what is missing and what came twice at a sink, from a number on, up to another.
-func (s *routedStream) faults(sink int, from, to uint32) (missing, twice int) {
+// faults returns the numbers that are missing and those that came twice at a sink, from one on, up to another.
+func (s *routedStream) faults(sink int, from, to uint32) (missing, twice []uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for n := from; n < to; n++ {
 		switch s.came[sink][n] {
 		case 0:
-			missing++
+			missing = append(missing, n)
 		case 1:
 		default:
-			twice++
+			twice = append(twice, n)
 		}
 	}
 	return missing, twice
@@ -172,14 +172,14 @@ func TestMrouteKilled(t *testing.T) {
 			}
 			s.stop()
 			last := s.sent.Load() + 1
-			if missing, twice := s.faults(1, 1, last); missing != 0 || twice != 0 {
-				t.Errorf("of %d packets %d are missing and %d came twice", last-1, missing, twice)
+			if missing, twice := s.faults(1, 1, last); len(missing)+len(twice) != 0 {
+				t.Errorf("of %d packets %d are missing and %d came twice; killed before %d, changed before %d", last-1, missing, twice, killed, changed)
 			}
-			if missing, twice := s.faults(0, 1, killed); missing != 0 || twice != 0 {
+			if missing, twice := s.faults(0, 1, killed); len(missing)+len(twice) != 0 {
 				t.Errorf("of %d packets before the change %d are missing and %d came twice at the other sink", killed-1, missing, twice)
 			}
-			if missing, twice := s.faults(0, changed, last); missing != int(last-changed) {
-				t.Errorf("%d packets came by the route of before, %d of them twice", int(last-changed)-missing, twice)
+			if missing, twice := s.faults(0, changed, last); len(missing) != int(last-changed) {
+				t.Errorf("%d packets came by the route of before, %d twice", int(last-changed)-len(missing), twice)
 			}
 		})
 	}
