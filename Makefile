@@ -100,7 +100,7 @@ chaos-clock: go ## step the clock of a virtual machine under a relay, 20 times o
 	scripts/kernels/clock
 
 .PHONY: chaos-smoke
-chaos-smoke: build ## the same once, in under a minute
+chaos-smoke: build ## the same once, in about a minute
 	$(CHAOS) -smoke -path kernel
 	$(CHAOS) -smoke -path afxdp
 	$(CHAOS) -smoke -path fanout
