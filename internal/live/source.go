@@ -50,12 +50,12 @@ func NewSource(o SourceOptions) (*Source, error) {
 	if len(o.Frame) < MinFrame || len(o.Frame) > MaxFrame {
 		return nil, fmt.Errorf("source: frame of %d bytes: want %d to %d", len(o.Frame), MinFrame, MaxFrame)
 	}
+	if o.Mixed && len(o.Frame) != MixedFrame {
+		return nil, fmt.Errorf("source: mixed frames of at most %d bytes: want %d", len(o.Frame), MixedFrame)
+	}
 	spec, err := loadSource()
 	if err != nil {
 		return nil, err
-	}
-	if o.Mixed && len(o.Frame) != MixedFrame {
-		return nil, fmt.Errorf("source: mixed frames of at most %d bytes: want %d", len(o.Frame), MixedFrame)
 	}
 	var mixed uint32
 	if o.Mixed {

@@ -261,7 +261,8 @@ func (m *mapSet) isLoaded(spec *ebpf.ProgramSpec, p *ebpf.Program) bool {
 }
 
 // sameProgram says whether two loaded programs have the same instructions, by their hash, and
-// work on the same of the shared maps: a migration replaces some.
+// work on the same of the shared maps: a migration replaces some. Constants are not compared: to open
+// their map by its id takes CAP_SYS_ADMIN. Those of pinned programs follow from the kernel or from the pin.
 func (m *mapSet) sameProgram(a, b *ebpf.Program) (bool, error) {
 	infoA, err := a.Info()
 	if err != nil {

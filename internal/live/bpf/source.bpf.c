@@ -46,14 +46,6 @@ __u64 late = 0;	   /* ns that the last batch was behind its time */
 static __u32 flow = 0; /* the next frame's */
 static __u32 seq = 0;
 
-static __u16 fold(__u64 sum)
-{
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (sum & 0xffff) + (sum >> 16);
-}
-
 struct wait {
 	__u64 due;
 	__u64 now;

@@ -40,6 +40,15 @@ struct tag {
 #define MAX_OUTPUTS 64
 #define MAX_FLOWS 4096
 
+/* Folds a sum of 16-bit and 32-bit words to 16 bits (RFC 1071). */
+static inline __u16 fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
 #define MIXED_LONGEST 1514 /* bytes of the longest of mixed frames */
 
 #endif

@@ -158,14 +158,6 @@ static void follow(struct stream *s, const struct tag *tag)
 		s->reordered++;
 }
 
-static __u16 fold(__u64 sum)
-{
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (sum & 0xffff) + (sum >> 16);
-}
-
 /* intact says whether both checksums are right. The payload behind the tag is zero. */
 static int intact(void *data)
 {
