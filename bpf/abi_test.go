@@ -123,6 +123,11 @@ var abiEnums = map[string]map[string]uint64{
 		"LOOKUP_BOTH_PORT":    uint64(RelayLookupKindLOOKUP_BOTH_PORT),
 		"LOOKUP_BOTH":         uint64(RelayLookupKindLOOKUP_BOTH),
 	},
+	"shortcut_output": {
+		"SHORTCUT_NONE":     uint64(RelayShortcutOutputSHORTCUT_NONE),
+		"SHORTCUT_OUTPUT":   uint64(RelayShortcutOutputSHORTCUT_OUTPUT),
+		"SHORTCUT_PREPARED": uint64(RelayShortcutOutputSHORTCUT_PREPARED),
+	},
 	"flow_from": {"FROM_HOST": uint64(RelayFlowFromFROM_HOST)},
 	"prefix_by": {
 		"PREFIX_BY_GROUP":  uint64(RelayPrefixByPREFIX_BY_GROUP),

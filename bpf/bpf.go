@@ -5,7 +5,7 @@
 // Generate through `make generate`, which sets the compiler flags.
 package bpf
 
-//go:generate go tool bpf2go -go-package bpf -target bpfel -type flow4 -type flow6 -type flow -type handover -type rule_path -type drop_reason -type drop_scope -type lookup_kind -type prefix_by -type flow_from -type output_flag -type ttl_mode -type prefix4 -type prefix6 -type vlan_mode -type flow_flag -type fragment_kind -type passed_kind -type note -type user_scope -type user_kind -type shortcut -type guard_way -type guard_other -type stream_kind -type stream_verdict -type stream_leg -type stream_pulse Relay relay.bpf.c -- -Iinclude
+//go:generate go tool bpf2go -go-package bpf -target bpfel -type flow4 -type flow6 -type flow -type handover -type rule_path -type drop_reason -type drop_scope -type lookup_kind -type prefix_by -type flow_from -type output_flag -type ttl_mode -type prefix4 -type prefix6 -type vlan_mode -type flow_flag -type fragment_kind -type passed_kind -type note -type user_scope -type user_kind -type shortcut -type shortcut_output -type guard_way -type guard_other -type stream_kind -type stream_verdict -type stream_leg -type stream_pulse Relay relay.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel -no-global-types Egress egress.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel Keepalive keepalive.bpf.c -- -Iinclude
 //go:generate go tool bpf2go -go-package bpf -target bpfel Transmit transmit.bpf.c -- -Iinclude

@@ -6,6 +6,7 @@
  */
 #include "account.h"
 #include "buffers.h"
+#include "config.h"
 #include "rewrite_rare.h"
 #include "finish.h"
 #include "fragment.h"
@@ -280,9 +281,8 @@ static __always_inline int route_one(struct xdp_md *ctx, const struct flow *flow
 /* A packet with its rule. ip4 is a constant in each caller, so that the family is
  * decided once.
  */
-static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg, __u32 ifindex,
-				   struct headers *h, const struct flow *flow, __u32 bytes,
-				   bool ip4)
+static __always_inline int forward(struct xdp_md *ctx, __u32 ifindex, struct headers *h,
+				   const struct flow *flow, __u32 bytes, bool ip4)
 {
 	__u32 id = flow->rule;
 	bool rare = is_rare(flow), own;
@@ -300,7 +300,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 	if (__builtin_expect(rare, 0) && is_odd(flow)) {
 		if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
 			return NOT_OURS;
-		if (flow->routed && kernel_routes(cfg, h, flow, bytes, ip4))
+		if (flow->routed && kernel_routes(h, flow, bytes, ip4))
 			return NOT_OURS;
 	}
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {
@@ -312,7 +312,7 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 		}
 	}
 	/* Of a routed flow kernel_routes has looked. */
-	own = !(rare && flow->routed) && own_packet(cfg, h, flow, ip4);
+	own = !(rare && flow->routed) && own_packet(h, flow, ip4);
 	/* The workers at the packet tap do and count everything below. */
 	if (__builtin_expect(rare, 0) && flow->path == PATH_FANOUT) {
 		if (!own && !(flow->flags & (FLOW_UNGUARDED | FLOW_LOCAL)) &&
@@ -354,35 +354,68 @@ static __always_inline int forward(struct xdp_md *ctx, const struct config *cfg,
 /* For tests: a rule's tick need not have begun. */
 const volatile bool plain_test_any_tick = false;
 
+/* The counters of a rule on this CPU; NULL for the first packets of each tick, which begin it, and
+ * which the loop guard inspects.
+ */
+static __always_inline struct rule_stats *steady_stats(const struct flow *flow)
+{
+	__u32 id = flow->rule;
+	struct rule_stats *stats = bpf_map_lookup_elem(&rule_stats, &id);
+
+	if (!stats || (stats->tick != bpf_jiffies64() && !plain_test_any_tick) ||
+	    stats->packets < stats->look_until)
+		return NULL;
+	return stats;
+}
+
+/* A plain packet of another host, of a slot that is SHORTCUT_PREPARED; or NOT_PLAIN. */
+static __always_inline int send_prepared(struct headers *h, const struct shortcut *s, __u32 bytes)
+{
+	const struct output *o = slot_output(s);
+	__u32 ttl = prepared_ttl(s, h);
+	struct rule_stats *stats;
+
+	if (frame_size(h->l3_offset, bytes) > o->mtu || ttl - 1 > 254)
+		return NOT_PLAIN;
+	stats = steady_stats(&s->flow);
+	if (!stats)
+		return NOT_PLAIN;
+	stats->packets++;
+	stats->bytes += bytes;
+	rewrite_prepared(h, s, ttl);
+	return redirect_one(&s->flow, o, stats, bytes);
+}
+
 /* The short way of most packets: plain ones, of rules and outputs with nothing rare, found by their
  * shortcut; and those of merged streams that plain_next judges. Returns NOT_PLAIN for all others,
  * before it has counted or changed anything: relay_packet then begins anew. So it only saves
  * instructions.
  */
-static __always_inline int plain_packet(struct xdp_md *ctx, const struct config *cfg, __u32 ifindex,
-					void *data, void *data_end, __u32 bytes)
+static __always_inline int plain_packet(struct xdp_md *ctx, __u32 ifindex, void *data,
+					void *data_end, __u32 bytes)
 {
 	struct headers h; /* in registers: no function that is called gets its address */
 	const struct output *o;
 	struct rule_stats *stats;
 	struct shortcut *s;
-	__u32 id, reason, v;
+	__u32 reason, v;
 
 	if (!parse_plain(data, data_end, bytes, &h))
 		return NOT_PLAIN;
-	s = find_slot(cfg, ifindex, &h, bpf_ntohs(h.udp->dest), true);
-	if (!s || is_odd(&s->flow) || (!s->has_output && s->flow.outputs == 1))
+	s = find_slot(ifindex, &h, bpf_ntohs(h.udp->dest), true);
+	if (!s)
+		return NOT_PLAIN;
+	if (s->has_output == SHORTCUT_PREPARED && __builtin_expect(!maybe_own4(&h, &s->flow), 1))
+		return send_prepared(&h, s, bytes);
+	if (is_odd(&s->flow) || (!s->has_output && s->flow.outputs == 1))
 		return NOT_PLAIN;
 	o = slot_output(s);
 	if (s->has_output && frame_size(h.l3_offset, bytes) > o->mtu)
 		return NOT_PLAIN;
-	if (own_packet(cfg, &h, &s->flow, true))
+	if (own_packet(&h, &s->flow, true))
 		return NOT_PLAIN;
-	id = s->flow.rule;
-	stats = bpf_map_lookup_elem(&rule_stats, &id);
-	/* The first packets of each tick begin it, and the loop guard inspects them. */
-	if (!stats || (stats->tick != bpf_jiffies64() && !plain_test_any_tick) ||
-	    stats->packets < stats->look_until)
+	stats = steady_stats(&s->flow);
+	if (!stats)
 		return NOT_PLAIN;
 	v = STREAM_PASSED;
 	if (s->flow.stream) {
@@ -409,8 +442,8 @@ static __always_inline int plain_packet(struct xdp_md *ctx, const struct config 
 }
 
 /* The rule of a packet. */
-static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct config *cfg,
-					   __u32 ifindex, struct headers *h, __u32 bytes, bool ip4)
+static __always_inline struct flow *lookup(struct xdp_md *ctx, __u32 ifindex, struct headers *h,
+					   __u32 bytes, bool ip4)
 {
 	__u16 port;
 
@@ -423,7 +456,7 @@ static __always_inline struct flow *lookup(struct xdp_md *ctx, const struct conf
 	} else {
 		port = bpf_ntohs(h->udp->dest);
 	}
-	return ip4 ? lookup4(cfg, ifindex, h, port) : lookup6(cfg, ifindex, h, port);
+	return ip4 ? lookup4(ifindex, h, port) : lookup6(ifindex, h, port);
 }
 
 /* Incomplete or non-UDP packets go to the stack; queries are counted. Marked as unlikely, so that
@@ -444,7 +477,6 @@ static __always_inline bool is_broadcast(const struct ethhdr *eth)
 
 static __always_inline int relay_packet(struct xdp_md *ctx, __u32 bytes)
 {
-	struct config *cfg = bpf_map_lookup_elem(&config, &zero);
 	void *data_end = (void *)(long)ctx->data_end;
 	void *data = (void *)(long)ctx->data;
 	struct headers h;
@@ -454,9 +486,7 @@ static __always_inline int relay_packet(struct xdp_md *ctx, __u32 bytes)
 	__be16 proto;
 	int verdict;
 
-	if (!cfg)
-		return NOT_OURS;
-	verdict = plain_packet(ctx, cfg, ifindex, data, data_end, bytes);
+	verdict = plain_packet(ctx, ifindex, data, data_end, bytes);
 	if (__builtin_expect(verdict != NOT_PLAIN, 1))
 		return verdict;
 	/* All anew, so that the compiler keeps no registers for it in the above, and the verifier
@@ -467,16 +497,13 @@ static __always_inline int relay_packet(struct xdp_md *ctx, __u32 bytes)
 	data_end = (void *)(long)ctx->data_end;
 	data = (void *)(long)ctx->data;
 	ifindex = ctx->ingress_ifindex;
-	cfg = bpf_map_lookup_elem(&config, &zero);
-	if (!cfg)
-		return NOT_OURS;
 	proto = parse_eth(data, data_end, &h);
 	if (proto == bpf_htons(ETH_P_IP)) {
 		if (__builtin_expect(!parse_ip4(data_end, &h), 0))
 			return not_udp(ctx);
-		flow = lookup(ctx, cfg, ifindex, &h, bytes, true);
+		flow = lookup(ctx, ifindex, &h, bytes, true);
 		if (flow)
-			return forward(ctx, cfg, ifindex, &h, flow, bytes, true);
+			return forward(ctx, ifindex, &h, flow, bytes, true);
 		if (__builtin_expect(is_broadcast(h.eth), 0))
 			count_broadcast(ctx);
 		return NOT_OURS;
@@ -484,8 +511,8 @@ static __always_inline int relay_packet(struct xdp_md *ctx, __u32 bytes)
 	if (proto == bpf_htons(ETH_P_IPV6)) {
 		if (__builtin_expect(!parse_ip6(data_end, &h), 0))
 			return not_udp(ctx);
-		flow = lookup(ctx, cfg, ifindex, &h, bytes, false);
-		return flow ? forward(ctx, cfg, ifindex, &h, flow, bytes, false) : NOT_OURS;
+		flow = lookup(ctx, ifindex, &h, bytes, false);
+		return flow ? forward(ctx, ifindex, &h, flow, bytes, false) : NOT_OURS;
 	}
 	return NOT_OURS;
 }

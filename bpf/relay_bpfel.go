@@ -464,9 +464,22 @@ type RelayShortcut struct {
 	Family    uint8
 	HasOutput uint8
 	Source    [4]uint8
-	Reserved  [12]uint8
+	IpSum     uint32
+	UdpSum    uint16
+	DstPort   uint16
+	SrcPort   uint16
+	TtlOr     uint8
+	TtlSub    uint8
 	Second    [64]uint8
 }
+
+type RelayShortcutOutput uint32
+
+const (
+	RelayShortcutOutputSHORTCUT_NONE     RelayShortcutOutput = 0
+	RelayShortcutOutputSHORTCUT_OUTPUT   RelayShortcutOutput = 1
+	RelayShortcutOutputSHORTCUT_PREPARED RelayShortcutOutput = 2
+)
 
 type RelayStream struct {
 	_           structs.HostLayout
@@ -658,81 +671,83 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	RelayMapBroadcast           = "broadcast"
-	RelayMapConfig              = "config"
-	RelayMapCopies              = "copies"
-	RelayMapCpus                = "cpus"
-	RelayMapDevices             = "devices"
-	RelayMapDrops               = "drops"
-	RelayMapFlowTables4         = "flow_tables4"
-	RelayMapFlowTables6         = "flow_tables6"
-	RelayMapFragmentStats       = "fragment_stats"
-	RelayMapFragments           = "fragments"
-	RelayMapGuardSlots          = "guard_slots"
-	RelayMapGuesses             = "guesses"
-	RelayMapKept                = "kept"
-	RelayMapLoops               = "loops"
-	RelayMapMirror              = "mirror"
-	RelayMapOrphans             = "orphans"
-	RelayMapOutputStats         = "output_stats"
-	RelayMapOutputs             = "outputs"
-	RelayMapOwnAddresses        = "own_addresses"
-	RelayMapOwnMacs             = "own_macs"
-	RelayMapPassed              = "passed"
-	RelayMapPolicers            = "policers"
-	RelayMapPrefixTables4       = "prefix_tables4"
-	RelayMapPrefixTables6       = "prefix_tables6"
-	RelayMapQueriers            = "queriers"
-	RelayMapRoutedUntil         = "routed_until"
-	RelayMapRuleDrops           = "rule_drops"
-	RelayMapRuleStats           = "rule_stats"
-	RelayMapRules               = "rules"
-	RelayMapShortcuts           = "shortcuts"
-	RelayMapStreamHealth        = "stream_health"
-	RelayMapStreamStates        = "stream_states"
-	RelayMapStreamWindows       = "stream_windows"
-	RelayMapStreams             = "streams"
-	RelayMapTurns               = "turns"
-	RelayMapUserStats           = "user_stats"
-	RelayMapXsks                = "xsks"
-	RelayProgRelay              = "relay"
-	RelayVarExportDropReason    = "export_drop_reason"
-	RelayVarExportDropScope     = "export_drop_scope"
-	RelayVarExportFlow          = "export_flow"
-	RelayVarExportFlow4         = "export_flow4"
-	RelayVarExportFlow6         = "export_flow6"
-	RelayVarExportFlowFlag      = "export_flow_flag"
-	RelayVarExportFlowFrom      = "export_flow_from"
-	RelayVarExportFragmentKind  = "export_fragment_kind"
-	RelayVarExportGuardOther    = "export_guard_other"
-	RelayVarExportGuardWay      = "export_guard_way"
-	RelayVarExportHandover      = "export_handover"
-	RelayVarExportLookupKind    = "export_lookup_kind"
-	RelayVarExportNote          = "export_note"
-	RelayVarExportOutputFlag    = "export_output_flag"
-	RelayVarExportPassedKind    = "export_passed_kind"
-	RelayVarExportPrefix4       = "export_prefix4"
-	RelayVarExportPrefix6       = "export_prefix6"
-	RelayVarExportPrefixBy      = "export_prefix_by"
-	RelayVarExportRulePath      = "export_rule_path"
-	RelayVarExportStreamKind    = "export_stream_kind"
-	RelayVarExportStreamLeg     = "export_stream_leg"
-	RelayVarExportStreamPulse   = "export_stream_pulse"
-	RelayVarExportStreamVerdict = "export_stream_verdict"
-	RelayVarExportTtlMode       = "export_ttl_mode"
-	RelayVarExportUserKind      = "export_user_kind"
-	RelayVarExportUserScope     = "export_user_scope"
-	RelayVarExportVlanMode      = "export_vlan_mode"
-	RelayVarFragmentTimeoutNs   = "fragment_timeout_ns"
-	RelayVarGuardBudget         = "guard_budget"
-	RelayVarGuardRace           = "guard_race"
-	RelayVarGuardSecret         = "guard_secret"
-	RelayVarGuardWatch          = "guard_watch"
-	RelayVarGuardWindow         = "guard_window"
-	RelayVarPlainTestAnyTick    = "plain_test_any_tick"
-	RelayVarSocketMultiBuffer   = "socket_multi_buffer"
-	RelayVarStreamTestBroken    = "stream_test_broken"
-	RelayVarStreamTestClock     = "stream_test_clock"
+	RelayMapBroadcast            = "broadcast"
+	RelayMapConfig               = "config"
+	RelayMapCopies               = "copies"
+	RelayMapCpus                 = "cpus"
+	RelayMapDevices              = "devices"
+	RelayMapDrops                = "drops"
+	RelayMapFlowTables4          = "flow_tables4"
+	RelayMapFlowTables6          = "flow_tables6"
+	RelayMapFragmentStats        = "fragment_stats"
+	RelayMapFragments            = "fragments"
+	RelayMapGuardSlots           = "guard_slots"
+	RelayMapGuesses              = "guesses"
+	RelayMapKept                 = "kept"
+	RelayMapLoops                = "loops"
+	RelayMapMirror               = "mirror"
+	RelayMapOrphans              = "orphans"
+	RelayMapOutputStats          = "output_stats"
+	RelayMapOutputs              = "outputs"
+	RelayMapOwnAddresses         = "own_addresses"
+	RelayMapOwnMacs              = "own_macs"
+	RelayMapPassed               = "passed"
+	RelayMapPolicers             = "policers"
+	RelayMapPrefixTables4        = "prefix_tables4"
+	RelayMapPrefixTables6        = "prefix_tables6"
+	RelayMapQueriers             = "queriers"
+	RelayMapRoutedUntil          = "routed_until"
+	RelayMapRuleDrops            = "rule_drops"
+	RelayMapRuleStats            = "rule_stats"
+	RelayMapRules                = "rules"
+	RelayMapShortcuts            = "shortcuts"
+	RelayMapStreamHealth         = "stream_health"
+	RelayMapStreamStates         = "stream_states"
+	RelayMapStreamWindows        = "stream_windows"
+	RelayMapStreams              = "streams"
+	RelayMapTurns                = "turns"
+	RelayMapUserStats            = "user_stats"
+	RelayMapXsks                 = "xsks"
+	RelayProgRelay               = "relay"
+	RelayVarExportDropReason     = "export_drop_reason"
+	RelayVarExportDropScope      = "export_drop_scope"
+	RelayVarExportFlow           = "export_flow"
+	RelayVarExportFlow4          = "export_flow4"
+	RelayVarExportFlow6          = "export_flow6"
+	RelayVarExportFlowFlag       = "export_flow_flag"
+	RelayVarExportFlowFrom       = "export_flow_from"
+	RelayVarExportFragmentKind   = "export_fragment_kind"
+	RelayVarExportGuardOther     = "export_guard_other"
+	RelayVarExportGuardWay       = "export_guard_way"
+	RelayVarExportHandover       = "export_handover"
+	RelayVarExportLookupKind     = "export_lookup_kind"
+	RelayVarExportNote           = "export_note"
+	RelayVarExportOutputFlag     = "export_output_flag"
+	RelayVarExportPassedKind     = "export_passed_kind"
+	RelayVarExportPrefix4        = "export_prefix4"
+	RelayVarExportPrefix6        = "export_prefix6"
+	RelayVarExportPrefixBy       = "export_prefix_by"
+	RelayVarExportRulePath       = "export_rule_path"
+	RelayVarExportShortcutOutput = "export_shortcut_output"
+	RelayVarExportStreamKind     = "export_stream_kind"
+	RelayVarExportStreamLeg      = "export_stream_leg"
+	RelayVarExportStreamPulse    = "export_stream_pulse"
+	RelayVarExportStreamVerdict  = "export_stream_verdict"
+	RelayVarExportTtlMode        = "export_ttl_mode"
+	RelayVarExportUserKind       = "export_user_kind"
+	RelayVarExportUserScope      = "export_user_scope"
+	RelayVarExportVlanMode       = "export_vlan_mode"
+	RelayVarFragmentTimeoutNs    = "fragment_timeout_ns"
+	RelayVarGuardBudget          = "guard_budget"
+	RelayVarGuardRace            = "guard_race"
+	RelayVarGuardSecret          = "guard_secret"
+	RelayVarGuardWatch           = "guard_watch"
+	RelayVarGuardWindow          = "guard_window"
+	RelayVarPlainTestAnyTick     = "plain_test_any_tick"
+	RelayVarSettings             = "settings"
+	RelayVarSocketMultiBuffer    = "socket_multi_buffer"
+	RelayVarStreamTestBroken     = "stream_test_broken"
+	RelayVarStreamTestClock      = "stream_test_clock"
 )
 
 // LoadRelay returns the embedded CollectionSpec for Relay.
@@ -827,43 +842,45 @@ type RelayMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RelayVariableSpecs struct {
-	ExportDropReason    *ebpf.VariableSpec `ebpf:"export_drop_reason"`
-	ExportDropScope     *ebpf.VariableSpec `ebpf:"export_drop_scope"`
-	ExportFlow          *ebpf.VariableSpec `ebpf:"export_flow"`
-	ExportFlow4         *ebpf.VariableSpec `ebpf:"export_flow4"`
-	ExportFlow6         *ebpf.VariableSpec `ebpf:"export_flow6"`
-	ExportFlowFlag      *ebpf.VariableSpec `ebpf:"export_flow_flag"`
-	ExportFlowFrom      *ebpf.VariableSpec `ebpf:"export_flow_from"`
-	ExportFragmentKind  *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
-	ExportGuardOther    *ebpf.VariableSpec `ebpf:"export_guard_other"`
-	ExportGuardWay      *ebpf.VariableSpec `ebpf:"export_guard_way"`
-	ExportHandover      *ebpf.VariableSpec `ebpf:"export_handover"`
-	ExportLookupKind    *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
-	ExportNote          *ebpf.VariableSpec `ebpf:"export_note"`
-	ExportOutputFlag    *ebpf.VariableSpec `ebpf:"export_output_flag"`
-	ExportPassedKind    *ebpf.VariableSpec `ebpf:"export_passed_kind"`
-	ExportPrefix4       *ebpf.VariableSpec `ebpf:"export_prefix4"`
-	ExportPrefix6       *ebpf.VariableSpec `ebpf:"export_prefix6"`
-	ExportPrefixBy      *ebpf.VariableSpec `ebpf:"export_prefix_by"`
-	ExportRulePath      *ebpf.VariableSpec `ebpf:"export_rule_path"`
-	ExportStreamKind    *ebpf.VariableSpec `ebpf:"export_stream_kind"`
-	ExportStreamLeg     *ebpf.VariableSpec `ebpf:"export_stream_leg"`
-	ExportStreamPulse   *ebpf.VariableSpec `ebpf:"export_stream_pulse"`
-	ExportStreamVerdict *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
-	ExportTtlMode       *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
-	ExportUserKind      *ebpf.VariableSpec `ebpf:"export_user_kind"`
-	ExportUserScope     *ebpf.VariableSpec `ebpf:"export_user_scope"`
-	ExportVlanMode      *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
-	FragmentTimeoutNs   *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
-	GuardBudget         *ebpf.VariableSpec `ebpf:"guard_budget"`
-	GuardRace           *ebpf.VariableSpec `ebpf:"guard_race"`
-	GuardSecret         *ebpf.VariableSpec `ebpf:"guard_secret"`
-	GuardWatch          *ebpf.VariableSpec `ebpf:"guard_watch"`
-	GuardWindow         *ebpf.VariableSpec `ebpf:"guard_window"`
-	PlainTestAnyTick    *ebpf.VariableSpec `ebpf:"plain_test_any_tick"`
-	SocketMultiBuffer   *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
-	StreamTestBroken    *ebpf.VariableSpec `ebpf:"stream_test_broken"`
-	StreamTestClock     *ebpf.VariableSpec `ebpf:"stream_test_clock"`
+	ExportDropReason     *ebpf.VariableSpec `ebpf:"export_drop_reason"`
+	ExportDropScope      *ebpf.VariableSpec `ebpf:"export_drop_scope"`
+	ExportFlow           *ebpf.VariableSpec `ebpf:"export_flow"`
+	ExportFlow4          *ebpf.VariableSpec `ebpf:"export_flow4"`
+	ExportFlow6          *ebpf.VariableSpec `ebpf:"export_flow6"`
+	ExportFlowFlag       *ebpf.VariableSpec `ebpf:"export_flow_flag"`
+	ExportFlowFrom       *ebpf.VariableSpec `ebpf:"export_flow_from"`
+	ExportFragmentKind   *ebpf.VariableSpec `ebpf:"export_fragment_kind"`
+	ExportGuardOther     *ebpf.VariableSpec `ebpf:"export_guard_other"`
+	ExportGuardWay       *ebpf.VariableSpec `ebpf:"export_guard_way"`
+	ExportHandover       *ebpf.VariableSpec `ebpf:"export_handover"`
+	ExportLookupKind     *ebpf.VariableSpec `ebpf:"export_lookup_kind"`
+	ExportNote           *ebpf.VariableSpec `ebpf:"export_note"`
+	ExportOutputFlag     *ebpf.VariableSpec `ebpf:"export_output_flag"`
+	ExportPassedKind     *ebpf.VariableSpec `ebpf:"export_passed_kind"`
+	ExportPrefix4        *ebpf.VariableSpec `ebpf:"export_prefix4"`
+	ExportPrefix6        *ebpf.VariableSpec `ebpf:"export_prefix6"`
+	ExportPrefixBy       *ebpf.VariableSpec `ebpf:"export_prefix_by"`
+	ExportRulePath       *ebpf.VariableSpec `ebpf:"export_rule_path"`
+	ExportShortcutOutput *ebpf.VariableSpec `ebpf:"export_shortcut_output"`
+	ExportStreamKind     *ebpf.VariableSpec `ebpf:"export_stream_kind"`
+	ExportStreamLeg      *ebpf.VariableSpec `ebpf:"export_stream_leg"`
+	ExportStreamPulse    *ebpf.VariableSpec `ebpf:"export_stream_pulse"`
+	ExportStreamVerdict  *ebpf.VariableSpec `ebpf:"export_stream_verdict"`
+	ExportTtlMode        *ebpf.VariableSpec `ebpf:"export_ttl_mode"`
+	ExportUserKind       *ebpf.VariableSpec `ebpf:"export_user_kind"`
+	ExportUserScope      *ebpf.VariableSpec `ebpf:"export_user_scope"`
+	ExportVlanMode       *ebpf.VariableSpec `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs    *ebpf.VariableSpec `ebpf:"fragment_timeout_ns"`
+	GuardBudget          *ebpf.VariableSpec `ebpf:"guard_budget"`
+	GuardRace            *ebpf.VariableSpec `ebpf:"guard_race"`
+	GuardSecret          *ebpf.VariableSpec `ebpf:"guard_secret"`
+	GuardWatch           *ebpf.VariableSpec `ebpf:"guard_watch"`
+	GuardWindow          *ebpf.VariableSpec `ebpf:"guard_window"`
+	PlainTestAnyTick     *ebpf.VariableSpec `ebpf:"plain_test_any_tick"`
+	Settings             *ebpf.VariableSpec `ebpf:"settings"`
+	SocketMultiBuffer    *ebpf.VariableSpec `ebpf:"socket_multi_buffer"`
+	StreamTestBroken     *ebpf.VariableSpec `ebpf:"stream_test_broken"`
+	StreamTestClock      *ebpf.VariableSpec `ebpf:"stream_test_clock"`
 }
 
 // RelayObjects contains all objects after they have been loaded into the kernel.
@@ -971,43 +988,45 @@ func (m *RelayMaps) Close() error {
 //
 // It can be passed to LoadRelayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RelayVariables struct {
-	ExportDropReason    *ebpf.Variable `ebpf:"export_drop_reason"`
-	ExportDropScope     *ebpf.Variable `ebpf:"export_drop_scope"`
-	ExportFlow          *ebpf.Variable `ebpf:"export_flow"`
-	ExportFlow4         *ebpf.Variable `ebpf:"export_flow4"`
-	ExportFlow6         *ebpf.Variable `ebpf:"export_flow6"`
-	ExportFlowFlag      *ebpf.Variable `ebpf:"export_flow_flag"`
-	ExportFlowFrom      *ebpf.Variable `ebpf:"export_flow_from"`
-	ExportFragmentKind  *ebpf.Variable `ebpf:"export_fragment_kind"`
-	ExportGuardOther    *ebpf.Variable `ebpf:"export_guard_other"`
-	ExportGuardWay      *ebpf.Variable `ebpf:"export_guard_way"`
-	ExportHandover      *ebpf.Variable `ebpf:"export_handover"`
-	ExportLookupKind    *ebpf.Variable `ebpf:"export_lookup_kind"`
-	ExportNote          *ebpf.Variable `ebpf:"export_note"`
-	ExportOutputFlag    *ebpf.Variable `ebpf:"export_output_flag"`
-	ExportPassedKind    *ebpf.Variable `ebpf:"export_passed_kind"`
-	ExportPrefix4       *ebpf.Variable `ebpf:"export_prefix4"`
-	ExportPrefix6       *ebpf.Variable `ebpf:"export_prefix6"`
-	ExportPrefixBy      *ebpf.Variable `ebpf:"export_prefix_by"`
-	ExportRulePath      *ebpf.Variable `ebpf:"export_rule_path"`
-	ExportStreamKind    *ebpf.Variable `ebpf:"export_stream_kind"`
-	ExportStreamLeg     *ebpf.Variable `ebpf:"export_stream_leg"`
-	ExportStreamPulse   *ebpf.Variable `ebpf:"export_stream_pulse"`
-	ExportStreamVerdict *ebpf.Variable `ebpf:"export_stream_verdict"`
-	ExportTtlMode       *ebpf.Variable `ebpf:"export_ttl_mode"`
-	ExportUserKind      *ebpf.Variable `ebpf:"export_user_kind"`
-	ExportUserScope     *ebpf.Variable `ebpf:"export_user_scope"`
-	ExportVlanMode      *ebpf.Variable `ebpf:"export_vlan_mode"`
-	FragmentTimeoutNs   *ebpf.Variable `ebpf:"fragment_timeout_ns"`
-	GuardBudget         *ebpf.Variable `ebpf:"guard_budget"`
-	GuardRace           *ebpf.Variable `ebpf:"guard_race"`
-	GuardSecret         *ebpf.Variable `ebpf:"guard_secret"`
-	GuardWatch          *ebpf.Variable `ebpf:"guard_watch"`
-	GuardWindow         *ebpf.Variable `ebpf:"guard_window"`
-	PlainTestAnyTick    *ebpf.Variable `ebpf:"plain_test_any_tick"`
-	SocketMultiBuffer   *ebpf.Variable `ebpf:"socket_multi_buffer"`
-	StreamTestBroken    *ebpf.Variable `ebpf:"stream_test_broken"`
-	StreamTestClock     *ebpf.Variable `ebpf:"stream_test_clock"`
+	ExportDropReason     *ebpf.Variable `ebpf:"export_drop_reason"`
+	ExportDropScope      *ebpf.Variable `ebpf:"export_drop_scope"`
+	ExportFlow           *ebpf.Variable `ebpf:"export_flow"`
+	ExportFlow4          *ebpf.Variable `ebpf:"export_flow4"`
+	ExportFlow6          *ebpf.Variable `ebpf:"export_flow6"`
+	ExportFlowFlag       *ebpf.Variable `ebpf:"export_flow_flag"`
+	ExportFlowFrom       *ebpf.Variable `ebpf:"export_flow_from"`
+	ExportFragmentKind   *ebpf.Variable `ebpf:"export_fragment_kind"`
+	ExportGuardOther     *ebpf.Variable `ebpf:"export_guard_other"`
+	ExportGuardWay       *ebpf.Variable `ebpf:"export_guard_way"`
+	ExportHandover       *ebpf.Variable `ebpf:"export_handover"`
+	ExportLookupKind     *ebpf.Variable `ebpf:"export_lookup_kind"`
+	ExportNote           *ebpf.Variable `ebpf:"export_note"`
+	ExportOutputFlag     *ebpf.Variable `ebpf:"export_output_flag"`
+	ExportPassedKind     *ebpf.Variable `ebpf:"export_passed_kind"`
+	ExportPrefix4        *ebpf.Variable `ebpf:"export_prefix4"`
+	ExportPrefix6        *ebpf.Variable `ebpf:"export_prefix6"`
+	ExportPrefixBy       *ebpf.Variable `ebpf:"export_prefix_by"`
+	ExportRulePath       *ebpf.Variable `ebpf:"export_rule_path"`
+	ExportShortcutOutput *ebpf.Variable `ebpf:"export_shortcut_output"`
+	ExportStreamKind     *ebpf.Variable `ebpf:"export_stream_kind"`
+	ExportStreamLeg      *ebpf.Variable `ebpf:"export_stream_leg"`
+	ExportStreamPulse    *ebpf.Variable `ebpf:"export_stream_pulse"`
+	ExportStreamVerdict  *ebpf.Variable `ebpf:"export_stream_verdict"`
+	ExportTtlMode        *ebpf.Variable `ebpf:"export_ttl_mode"`
+	ExportUserKind       *ebpf.Variable `ebpf:"export_user_kind"`
+	ExportUserScope      *ebpf.Variable `ebpf:"export_user_scope"`
+	ExportVlanMode       *ebpf.Variable `ebpf:"export_vlan_mode"`
+	FragmentTimeoutNs    *ebpf.Variable `ebpf:"fragment_timeout_ns"`
+	GuardBudget          *ebpf.Variable `ebpf:"guard_budget"`
+	GuardRace            *ebpf.Variable `ebpf:"guard_race"`
+	GuardSecret          *ebpf.Variable `ebpf:"guard_secret"`
+	GuardWatch           *ebpf.Variable `ebpf:"guard_watch"`
+	GuardWindow          *ebpf.Variable `ebpf:"guard_window"`
+	PlainTestAnyTick     *ebpf.Variable `ebpf:"plain_test_any_tick"`
+	Settings             *ebpf.Variable `ebpf:"settings"`
+	SocketMultiBuffer    *ebpf.Variable `ebpf:"socket_multi_buffer"`
+	StreamTestBroken     *ebpf.Variable `ebpf:"stream_test_broken"`
+	StreamTestClock      *ebpf.Variable `ebpf:"stream_test_clock"`
 }
 
 // RelayPrograms contains all programs after they have been loaded into the kernel.

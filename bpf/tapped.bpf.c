@@ -84,17 +84,14 @@ static __always_inline bool to_input(struct __sk_buff *skb, const struct flow *f
 /* Whether a rule of the fanout path takes a packet and keeps it from the host. */
 static __always_inline bool ours(struct __sk_buff *skb, struct headers *h, bool ip4)
 {
-	struct config *cfg = bpf_map_lookup_elem(&config, &zero);
 	__u32 ifindex = skb->ifindex;
 	struct flow *flow;
 	__u16 port;
 
-	if (!cfg)
-		return false;
 	port = h->udp ? bpf_ntohs(h->udp->dest) : fragment_port(ifindex, h, ip4);
 	if (!port && !h->udp)
 		return false;
-	flow = ip4 ? lookup4(cfg, ifindex, h, port) : lookup6(cfg, ifindex, h, port);
+	flow = ip4 ? lookup4(ifindex, h, port) : lookup6(ifindex, h, port);
 	if (!flow || flow->path != PATH_FANOUT)
 		return false;
 	if ((__u64)h->l3_offset + h->l3_len > skb->len)

@@ -220,6 +220,13 @@ struct flow {
 	__u8 input_mac[6];
 };
 
+/* What a slot of the map shortcuts holds of a rule's output; IPv4. */
+enum shortcut_output {
+	SHORTCUT_NONE,	   /* nothing */
+	SHORTCUT_OUTPUT,   /* the only output, which is ready and not rare */
+	SHORTCUT_PREPARED, /* the same, and nothing rare in the flow: send_prepared (relay.bpf.c) */
+};
+
 /* A slot of the map shortcuts: key, flow entry and, for IPv4, the rewrite of a single output:
  * all that packets of most rules need, in two adjacent cache lines.
  */
@@ -232,10 +239,18 @@ struct shortcut {
 	__u16 outer_vlan;
 	__u16 port;
 	__u8 family;	 /* 4 or 6; 0: empty */
-	__u8 has_output; /* IPv4: 1: the only output is ready and not rare */
+	__u8 has_output; /* enum shortcut_output */
 
 	__u8 source[4]; /* all zero: any */
-	__u8 reserved[12];
+	/* SHORTCUT_PREPARED: the output's rewrite, as far as it is the same for all packets
+	 * (plain.h).
+	 */
+	__u32 ip_sum;
+	__u16 udp_sum;
+	__be16 dst_port;
+	__be16 src_port; /* 0: keep */
+	__u8 ttl_or;
+	__u8 ttl_sub;
 
 	/* IPv4 with has_output: the output's first cache line. IPv6: group and source. */
 	__u8 second[64];

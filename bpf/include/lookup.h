@@ -111,22 +111,20 @@ static __noinline struct flow *lookup_prefix4(const struct flow4 *exact, __u32 s
 /* The shortcut of a packet whose rule may be of any port, too. While no rule names a port,
  * it is looked for first.
  */
-static __always_inline struct flow *find_any_shortcut(const struct config *cfg, __u32 ifindex,
-						      struct headers *h, __u16 port, __u32 kinds,
-						      bool ip4)
+static __always_inline struct flow *find_any_shortcut(__u32 ifindex, struct headers *h, __u16 port,
+						      __u32 kinds, bool ip4)
 {
 	struct flow *flow;
 
 	if (!(kinds & (LOOKUP_SOURCE_PORT | LOOKUP_PORT)))
 		port = 0;
-	flow = find_shortcut(cfg, ifindex, h, port, ip4);
+	flow = find_shortcut(ifindex, h, port, ip4);
 	if (flow || __builtin_expect(!(kinds & LOOKUP_SOURCE) || !port, 1))
 		return flow;
-	return find_shortcut(cfg, ifindex, h, 0, ip4);
+	return find_shortcut(ifindex, h, 0, ip4);
 }
 
-static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifindex,
-					    struct headers *h, __u16 port)
+static __always_inline struct flow *lookup4(__u32 ifindex, struct headers *h, __u16 port)
 {
 	struct flow4 key = {
 		.ifindex = ifindex,
@@ -135,13 +133,13 @@ static __always_inline struct flow *lookup4(const struct config *cfg, __u32 ifin
 		.port = port,
 	};
 	__u32 source = h->ip4->saddr;
-	__u32 kinds = cfg->lookup4;
+	__u32 kinds = settings.lookup4;
 	struct flow *flow;
 	void *table;
 
 	if (!kinds)
 		return NULL;
-	flow = find_any_shortcut(cfg, ifindex, h, port, kinds, true);
+	flow = find_any_shortcut(ifindex, h, port, kinds, true);
 	if (flow)
 		return flow;
 	table = bpf_map_lookup_elem(&flow_tables4, &zero);
@@ -275,8 +273,7 @@ static __noinline struct flow *lookup_prefix6(const struct flow6 *exact,
 	return NULL;
 }
 
-static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifindex,
-					    struct headers *h, __u16 port)
+static __always_inline struct flow *lookup6(__u32 ifindex, struct headers *h, __u16 port)
 {
 	struct flow6 key = {
 		.ifindex = ifindex,
@@ -285,13 +282,13 @@ static __always_inline struct flow *lookup6(const struct config *cfg, __u32 ifin
 		.port = port,
 	};
 	struct in6_addr source;
-	__u32 kinds = cfg->lookup6;
+	__u32 kinds = settings.lookup6;
 	struct flow *flow;
 	void *table;
 
 	if (!kinds)
 		return NULL;
-	flow = find_any_shortcut(cfg, ifindex, h, port, kinds, false);
+	flow = find_any_shortcut(ifindex, h, port, kinds, false);
 	if (flow)
 		return flow;
 	table = bpf_map_lookup_elem(&flow_tables6, &zero);

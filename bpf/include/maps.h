@@ -36,6 +36,7 @@ EXPORT_TYPE(enum, output_flag);
 EXPORT_TYPE(enum, ttl_mode);
 EXPORT_TYPE(enum, vlan_mode);
 EXPORT_TYPE(enum, flow_flag);
+EXPORT_TYPE(enum, shortcut_output);
 EXPORT_TYPE(enum, fragment_kind);
 EXPORT_TYPE(enum, note);
 EXPORT_TYPE(enum, passed_kind);

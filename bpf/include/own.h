@@ -5,14 +5,14 @@
  */
 #pragma once
 
+#include "config.h"
 #include "maps.h"
 #include "parse.h"
 
-static __always_inline bool same_mac(const __u8 *x, const __u8 *y)
+/* Whether a filter of map config has a bit, which is in range. */
+static __always_inline bool own_filter(const __u64 *filter, __u32 bit)
 {
-	/* The last bytes first: the first ones are the vendor's. */
-	return *(const __u32 *)(x + 2) == *(const __u32 *)(y + 2) &&
-	       *(const __u16 *)x == *(const __u16 *)y;
+	return shift_right(filter[bit >> 6], bit) & 1;
 }
 
 /* The bit of config.own for an address: the last byte of a multiplicative hash. */
@@ -35,12 +35,21 @@ static __noinline bool own_address6(const struct in6_addr *addr)
 	return bpf_map_lookup_elem(&own_addresses, addr);
 }
 
-/* The bit of config.own_macs for a MAC address: of its last four bytes, since the first ones are
- * the vendor's.
- */
-static __always_inline __u32 own_mac_bit(const __u8 *mac)
+/* The last four bytes of a MAC address: the first ones are the vendor's. */
+static __always_inline __u32 mac_end(const __u8 *mac)
 {
-	return (*(const __u32 *)(mac + 2) * 0x9e3779b1U) >> 23;
+	return *(const __u32 *)(mac + 2);
+}
+
+/* The bit of config.own_macs for the end of a MAC address. */
+static __always_inline __u32 own_mac_bit(__u32 end)
+{
+	return (end * 0x9e3779b1U) >> 23;
+}
+
+static __always_inline bool same_mac(const __u8 *x, const __u8 *y)
+{
+	return mac_end(x) == mac_end(y) && *(const __u16 *)x == *(const __u16 *)y;
 }
 
 static __noinline bool own_mac(const __u8 *mac)
@@ -54,25 +63,23 @@ static __noinline bool own_mac(const __u8 *mac)
 /* Whether some interface of this host has the frame's source MAC: a copy carries that of its
  * output, which may lead to the LAN of the input.
  */
-static __always_inline bool from_own_mac(const struct config *cfg, const struct headers *h)
+static __always_inline bool from_own_mac(const struct headers *h)
 {
-	__u32 bit = own_mac_bit(h->eth->h_source);
+	__u32 bit = own_mac_bit(mac_end(h->eth->h_source));
 
-	if (__builtin_expect(
-		    !(cfg->own_macs[(bit >> 6) & (OWN_MAC_WORDS - 1)] & 1ULL << (bit & 63)), 1))
+	if (__builtin_expect(!own_filter(settings.own_macs, bit), 1))
 		return false;
 	return own_mac(h->eth->h_source);
 }
 
-static __always_inline bool own_packet(const struct config *cfg, const struct headers *h,
-				       const struct flow *flow, bool ip4)
+static __always_inline bool own_packet(const struct headers *h, const struct flow *flow, bool ip4)
 {
 	struct in6_addr addr;
 	__u32 bit;
 
 	if (flow->flags & FLOW_ALLOW_LOOP)
 		return false;
-	if (same_mac(h->eth->h_source, flow->input_mac) || from_own_mac(cfg, h))
+	if (same_mac(h->eth->h_source, flow->input_mac) || from_own_mac(h))
 		return true;
 	if (ip4) {
 		bit = own_bit(h->ip4->saddr);
@@ -81,7 +88,18 @@ static __always_inline bool own_packet(const struct config *cfg, const struct he
 		bit = own_bit(addr.in6_u.u6_addr32[0] ^ addr.in6_u.u6_addr32[1] ^
 			      addr.in6_u.u6_addr32[2] ^ addr.in6_u.u6_addr32[3]);
 	}
-	if (__builtin_expect(!(cfg->own[(bit >> 6) & (OWN_WORDS - 1)] & 1ULL << (bit & 63)), 1))
+	if (__builtin_expect(!own_filter(settings.own, bit), 1))
 		return false;
 	return ip4 ? own_address4(h->ip4->saddr) : own_address6(&addr);
+}
+
+/* What own_packet looks at first, of an IPv4 packet: false for nearly all packets of others,
+ * whatever the flow's flags.
+ */
+static __always_inline bool maybe_own4(const struct headers *h, const struct flow *flow)
+{
+	__u32 end = mac_end(h->eth->h_source);
+
+	return end == mac_end(flow->input_mac) || own_filter(settings.own_macs, own_mac_bit(end)) ||
+	       own_filter(settings.own, own_bit(h->ip4->saddr));
 }

@@ -21,6 +21,13 @@
  */
 #define OPAQUE(p) asm volatile("" : "+r"(p))
 
+/* Shifts by the lower 6 bits of n: the instruction does so, where C would need a mask. */
+static __always_inline __u64 shift_right(__u64 x, __u64 n)
+{
+	asm("%0 >>= %1" : "+r"(x) : "r"(n));
+	return x;
+}
+
 #define MAX_VLAN_TAGS 2
 #define VLAN_VID_MASK 0x0fff
 

@@ -91,17 +91,14 @@ static __always_inline __u8 new_ttl(const struct output *o, __u8 ttl, bool rare)
 	}
 }
 
-/* Both MACs at once, as three words: struct ethhdr is packed, and the compiler would copy it byte
+/* Both MACs at once, as two words: struct ethhdr is packed, and the compiler would copy it byte
  * by byte.
  */
 static __always_inline void rewrite_mac(struct ethhdr *eth, const struct output *o)
 {
-	__u32 *to = (__u32 *)eth;
-
 	_Static_assert(__builtin_offsetof(struct output, src_mac) == 6, "MACs lie as in a frame");
-	to[0] = word(o->dst_mac, 0);
-	to[1] = word(o->dst_mac, 1);
-	to[2] = word(o->dst_mac, 2);
+	*(__u64 *)eth = *(const __u64 *)o->dst_mac;
+	((__u32 *)eth)[2] = word(o->dst_mac, 2);
 }
 
 /* Bits of a prefix that lie in its 32-bit word i, as a mask in network order. */

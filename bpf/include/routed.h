@@ -85,8 +85,8 @@ static __always_inline bool to_group_mac(const struct headers *h, bool ip4)
  * of all outputs, an output would fragment it or answer with an error, it has padding, which
  * the kernel trims, or a priority tag, which it removes, or this host sent it.
  */
-static __noinline bool kernel_routes(const struct config *cfg, const struct headers *h,
-				     const struct flow *flow, __u32 bytes, bool ip4)
+static __noinline bool kernel_routes(const struct headers *h, const struct flow *flow, __u32 bytes,
+				     bool ip4)
 {
 	if (ip4) {
 		if (!plain_ip4(h->ip4) || h->ip4->ttl <= flow->routed)
@@ -97,5 +97,5 @@ static __noinline bool kernel_routes(const struct config *cfg, const struct head
 	}
 	return route_held(flow) || mirror_ended() || h->l3_offset != ETH_HLEN ||
 	       (__u32)h->l3_offset + h->l3_len != bytes || h->l3_len > flow->min_mtu ||
-	       !to_group_mac(h, ip4) || own_packet(cfg, h, flow, ip4);
+	       !to_group_mac(h, ip4) || own_packet(h, flow, ip4);
 }

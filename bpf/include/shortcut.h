@@ -10,6 +10,7 @@
  */
 #pragma once
 
+#include "config.h"
 #include "maps.h"
 #include "parse.h"
 
@@ -32,9 +33,9 @@ static __always_inline __u64 shortcut_hash(__u64 input, __u64 tags)
 }
 
 /* The slot of a hash: its highest bits, which depend on all others. */
-static __always_inline struct shortcut *shortcut_at(const struct config *cfg, __u64 hash)
+static __always_inline struct shortcut *shortcut_at(__u64 hash)
 {
-	__u32 at = hash >> (cfg->shortcut_shift & 63);
+	__u32 at = shift_right(hash, settings.shortcut_shift);
 
 	return bpf_map_lookup_elem(&shortcuts, &at);
 }
@@ -61,7 +62,7 @@ static __always_inline bool same_tags(const struct shortcut *s, __u64 tags, __u6
 	__u64 have = shortcut_word(s, __builtin_offsetof(struct shortcut, vlan));
 
 	/* The uppermost byte is has_output. */
-	return (have & ~0ULL >> 8) == (family << 48 | tags);
+	return have << 8 == (family << 48 | tags) << 8;
 }
 
 static __always_inline bool same_addresses4(const struct shortcut *s, __u64 input, __u32 source)
@@ -93,8 +94,8 @@ _Static_assert(__builtin_offsetof(struct shortcut, second) == 64, "begins a cach
 _Static_assert(__builtin_offsetof(struct output, port_shift) == 64, "what fits in there");
 
 /* The slot of a packet's rule; NULL: use the flow tables. ip4 is a constant in each caller. */
-static __always_inline struct shortcut *find_slot(const struct config *cfg, __u32 ifindex,
-						  const struct headers *h, __u16 port, bool ip4)
+static __always_inline struct shortcut *find_slot(__u32 ifindex, const struct headers *h,
+						  __u16 port, bool ip4)
 {
 	__u64 tags = shortcut_tags(h, port), input, hash;
 	struct in6_addr group6, source6;
@@ -102,7 +103,7 @@ static __always_inline struct shortcut *find_slot(const struct config *cfg, __u3
 	__u32 source = 0;
 	int i;
 
-	if (!cfg->shortcut_shift)
+	if (!settings.shortcut_shift)
 		return NULL;
 	if (ip4) {
 		source = h->ip4->saddr;
@@ -116,7 +117,7 @@ static __always_inline struct shortcut *find_slot(const struct config *cfg, __u3
 	hash = shortcut_hash(input, tags);
 #pragma unroll
 	for (i = 0; i < SHORTCUT_SLOTS; i++) {
-		s = shortcut_at(cfg, hash);
+		s = shortcut_at(hash);
 		if (!s)
 			return NULL;
 		if (same_tags(s, tags, ip4 ? 4 : 6) &&
@@ -138,10 +139,10 @@ static __always_inline const struct output *slot_output(const struct shortcut *s
 /* The flow entry in the slot of a packet's rule, and its only output in h if the slot has it; NULL:
  * no slot.
  */
-static __always_inline struct flow *find_shortcut(const struct config *cfg, __u32 ifindex,
-						  struct headers *h, __u16 port, bool ip4)
+static __always_inline struct flow *find_shortcut(__u32 ifindex, struct headers *h, __u16 port,
+						  bool ip4)
 {
-	struct shortcut *s = find_slot(cfg, ifindex, h, port, ip4);
+	struct shortcut *s = find_slot(ifindex, h, port, ip4);
 
 	h->output = NULL;
 	if (!s)

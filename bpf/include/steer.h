@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "config.h"
 #include "fragment.h"
 #include "maps.h"
 #include "parse.h"
@@ -39,13 +40,12 @@ static __always_inline __u32 flow_hash(const struct headers *h, __u16 port, bool
  */
 __noinline int to_cpu(__u32 hash)
 {
-	struct config *cfg = bpf_map_lookup_elem(&config, &zero);
 	__u32 at;
 
-	if (!cfg || !cfg->steered)
+	if (!settings.steered)
 		return XDP_PASS;
-	at = (__u64)hash * cfg->steered >> 32;
-	return bpf_redirect_map(&cpus, cfg->cpu[at & (XDPCAST_MAX_STEERED - 1)], XDP_PASS);
+	at = (__u64)hash * settings.steered >> 32;
+	return bpf_redirect_map(&cpus, settings.cpu[at & (XDPCAST_MAX_STEERED - 1)], XDP_PASS);
 }
 
 static __noinline int steer(__u32 ifindex, const struct headers *h, bool ip4)

@@ -206,6 +206,19 @@ func (embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
 	return &out, nil
 }
 
+// configSection has the variable by which programs read the only entry of map config: they know its
+// address then (bpf/include/config.h).
+const configSection = ".data.config"
+
+// useConfig makes a program refer to map config there. Idempotent.
+func useConfig(p *ebpf.ProgramSpec) {
+	for i := range p.Instructions {
+		if ins := &p.Instructions[i]; ins.Reference() == configSection {
+			*ins = ins.WithReference(bpf.RelayMapConfig)
+		}
+	}
+}
+
 // loadInto loads the programs that to asks for against the given maps.
 func loadInto(spec *ebpf.CollectionSpec, m *mapSet, to any) error {
 	replacements := map[string]*ebpf.Map{}
@@ -214,6 +227,9 @@ func loadInto(spec *ebpf.CollectionSpec, m *mapSet, to any) error {
 			s.MaxEntries = mapped.MaxEntries()
 			replacements[name] = mapped
 		}
+	}
+	for _, p := range spec.Programs {
+		useConfig(p)
 	}
 	err := spec.LoadAndAssign(to, &ebpf.CollectionOptions{MapReplacements: replacements})
 	var verifier *ebpf.VerifierError
@@ -241,6 +257,7 @@ func (m *mapSet) isLoaded(spec *ebpf.ProgramSpec, p *ebpf.Program) bool {
 	if err != nil {
 		return false
 	}
+	useConfig(spec)
 	instructions := slices.Clone(spec.Instructions)
 	// Marshal resolves calls and jumps, of which the kernel's hash has the offsets.
 	if instructions.Marshal(io.Discard, spec.ByteOrder) != nil {

@@ -10,6 +10,7 @@ import (
 
 	"xdpcast/bpf"
 	"xdpcast/pkg/flow"
+	"xdpcast/pkg/packet"
 )
 
 // shortcuts mirrors the map shortcuts, in which the relay program finds most rules without the flow
@@ -242,9 +243,57 @@ func embedOutput(b *bpf.RelayShortcut, e *entry) {
 	if bpf.RelayOutputFlag(o.Flags)&(bpf.RelayOutputFlagOUTPUT_READY|bpf.RelayOutputFlagOUTPUT_RARE) != bpf.RelayOutputFlagOUTPUT_READY {
 		return
 	}
-	b.HasOutput = 1
+	b.HasOutput = uint8(bpf.RelayShortcutOutputSHORTCUT_OUTPUT)
 	line := (*[unsafe.Sizeof(o)]byte)(unsafe.Pointer(&o))
 	copy(b.Second[:], line[:])
+	if isPrepared(b, &o) {
+		b.HasOutput = uint8(bpf.RelayShortcutOutputSHORTCUT_PREPARED)
+		prepare(b, &o)
+	}
+}
+
+// rareFlow are the flags of flows that the shortest way of plain packets does not look at.
+const rareFlow = bpf.RelayFlowFlagFLOW_UNICAST | bpf.RelayFlowFlagFLOW_ALLOW_LOOP | bpf.RelayFlowFlagFLOW_POLICED | bpf.RelayFlowFlagFLOW_FINISH
+
+// isPrepared says whether packets of the slot may take that way.
+func isPrepared(b *bpf.RelayShortcut, o *bpf.RelayOutput) bool {
+	return b.Flow.Path == uint8(bpf.RelayRulePathPATH_KERNEL) && b.Flow.Routed == 0 && b.Flow.Stream == 0 &&
+		bpf.RelayFlowFlag(b.Flow.Flags)&rareFlow == 0 &&
+		bpf.RelayOutputFlag(o.Flags) == bpf.RelayOutputFlagOUTPUT_READY|bpf.RelayOutputFlagOUTPUT_SOURCE_SET
+}
+
+// prepare computes what rewrite_prepared (bpf/include/plain.h) adds to a packet's checksums: what it loses, less
+// what it gets, in the byte order of the packet.
+func prepare(b *bpf.RelayShortcut, o *bpf.RelayOutput) {
+	n := binary.NativeEndian
+	b.DstPort, b.SrcPort = networkOrder(o.DstPort), networkOrder(o.SrcPort)
+	addresses := uint64(n.Uint32(b.Group[:])) + uint64(^n.Uint32(o.Dst[:])) + uint64(^n.Uint32(o.Src[:]))
+	ports := uint64(networkOrder(b.Port)) + uint64(^b.DstPort)
+	if o.SrcPort != 0 {
+		ports += uint64(^b.SrcPort)
+	}
+	// One more, see there; and 0xffff, which is nothing, so that the sum stays positive without the new TTL.
+	b.IpSum = uint32(foldSum(addresses)) + 1 + 0xffff
+	b.UdpSum = foldSum(addresses + ports)
+	switch packet.TTLMode(o.TtlMode) {
+	case packet.TTLSet:
+		b.TtlOr, b.TtlSub = 0xff, 0xff-o.Ttl
+	case packet.TTLDecrement:
+		b.TtlSub = 1
+	}
+}
+
+// networkOrder is a port as packets have it.
+func networkOrder(port uint16) uint16 {
+	return binary.NativeEndian.Uint16([]byte{byte(port >> 8), byte(port)})
+}
+
+// foldSum folds a sum of words to the 16 bits of one's complement arithmetic.
+func foldSum(sum uint64) uint16 {
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return uint16(sum)
 }
 
 // adoptShortcuts closes shortcuts that an earlier process left open, and opens them once this one

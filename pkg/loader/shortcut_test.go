@@ -86,7 +86,7 @@ func shortcutsAgree(t testing.TB, m *mapSet) {
 		if flow, ok := inForce[in]; !ok || flow != s.Flow {
 			t.Errorf("slot %d has %+v, the flow tables say %+v", at, s, flow)
 		}
-		if s.HasOutput == 1 {
+		if s.HasOutput != 0 {
 			var o bpf.RelayOutput
 			if err := m.Outputs.Lookup(s.Flow.FirstOutput, &o); err != nil {
 				t.Fatal(err)

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/live"
 	"xdpcast/pkg/packet"
@@ -231,6 +232,33 @@ func example() *report {
 }
 
 var resultSkipped = result{Axis: "outputs", Subject: "<socat>", setup: everyday, Skipped: "not installed"}
+
+// A lost packet counts once at each output, whichever of the daemon's counters have it.
+func TestAccountOf(t *testing.T) {
+	drop := func(reason string, packets uint64) []control.Drop {
+		return []control.Drop{{Reason: reason, Counter: control.Counter{Packets: packets}}}
+	}
+	for _, c := range []struct {
+		name  string
+		stats control.Stats
+		want  uint64
+	}{
+		{"afxdp, rings full", control.Stats{
+			Rules:        []control.RuleStatus{{Drops: drop("worker_lost", 5)}},
+			ReceiveDrops: []control.ReceiveDrop{{Path: "afxdp", Loss: control.Loss{Reason: "ring_full", Packets: 5}}},
+		}, 10},
+		{"fanout, rings full", control.Stats{
+			ReceiveDrops: []control.ReceiveDrop{{Path: "fanout", Loss: control.Loss{Reason: "ring_full", Packets: 5}}},
+		}, 10},
+		{"copies of another input", control.Stats{Rules: []control.RuleStatus{{Drops: drop("duplicate", 5)}}}, 0},
+		{"one output", control.Stats{Rules: []control.RuleStatus{{Outputs: []control.OutputStatus{{Drops: drop("mtu", 5)}, {}}}}}, 5},
+		{"refused by a device", control.Stats{TransmitDrops: []control.TransmitDrop{{Packets: 5}}}, 5},
+	} {
+		if got := accountOf(c.stats, 2).Dropped; got != c.want {
+			t.Errorf("%s: %d copies dropped, want %d", c.name, got, c.want)
+		}
+	}
+}
 
 func TestReport(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "a", "report")
