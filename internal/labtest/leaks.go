@@ -32,8 +32,8 @@ func Main(m *testing.M) {
 
 // Holdings are a process's resources of the user-space paths.
 type Holdings struct {
-	Sockets, Eventfds, BPF int // descriptors
-	Rings                  int // mappings of sockets
+	Sockets, Eventfds, BPF, Memory int // descriptors
+	Rings                          int // mappings of sockets
 }
 
 // Held counts what this process holds.
@@ -51,6 +51,8 @@ func Held() (h Holdings) {
 			h.Eventfds++
 		case strings.HasPrefix(target, "anon_inode:bpf"):
 			h.BPF++
+		case strings.HasPrefix(target, "/memfd:"):
+			h.Memory++
 		}
 	}
 	maps, err := os.ReadFile("/proc/self/maps")

@@ -15,6 +15,7 @@ const (
 	offsetOfBlockStatus = 8
 	offsetOfFrames      = 12 // num_pkts
 	offsetOfFirstFrame  = 16 // offset_to_first_pkt
+	offsetOfNumber      = 24 // seq_num
 	sizeofBlockHdr      = 48
 )
 
@@ -28,6 +29,7 @@ type Block struct {
 	held   bool
 	memory []byte // of the block; nil: none
 	next   int    // offset of the next frame
+	total  int    // frames of the block
 	left   int    // frames from next on
 	voids  int    // skipped frames that the kernel dropped after reserving room
 	merged merged
@@ -39,13 +41,39 @@ type Block struct {
 // open starts a batch with a block, nil for none, and single frames of the frame ring.
 func (b *Block) open(memory []byte, single int) {
 	b.held = true
-	b.memory, b.left = memory, 0
+	b.memory, b.total, b.left = memory, 0, 0
 	if memory != nil {
 		b.next = int(binary.NativeEndian.Uint32(memory[offsetOfFirstFrame:]))
-		b.left = int(binary.NativeEndian.Uint32(memory[offsetOfFrames:]))
+		b.total = int(binary.NativeEndian.Uint32(memory[offsetOfFrames:]))
+		b.left = b.total
+		b.skip()
 	}
 	b.single, b.used, b.voids = single, 0, 0
 	b.merged.reset()
+}
+
+// skip skips the frames that another process had committed.
+func (b *Block) skip() {
+	for w := b.worker; w.skip > 0; w.skip-- {
+		if _, ok := b.step(); b.left == 0 || !ok {
+			w.skip = 0
+			return
+		}
+		b.left--
+	}
+}
+
+// Commit says that the caller is about to act on the frames returned so far: a process that inherits
+// the group from a killed one begins with the next frame, so that none is acted on twice. It
+// costs two stores. Release commits all frames of the block.
+func (b *Block) Commit() {
+	c := b.worker.cursor
+	if b.memory != nil {
+		atomic.StoreUint64(&c.taken, c.block<<32|uint64(b.total-b.left))
+	}
+	if b.used > 0 {
+		atomic.StoreUint64(&c.read, c.released+uint64(b.used))
+	}
 }
 
 // Next sets f to the next frame, and returns false after the last one. It splits
@@ -145,10 +173,8 @@ func (b *Block) Release() {
 	}
 	w := b.worker
 	if b.memory != nil {
-		// The block must look empty to Worker.blockPending until the kernel opens it again.
-		atomic.StoreUint32(blockFrames(b.memory), 0)
-		// The store orders the uses of the block before it.
-		atomic.StoreUint32(blockStatus(b.memory), unix.TP_STATUS_KERNEL)
+		atomic.StoreUint64(&w.cursor.block, w.cursor.block+1)
+		giveBack(b.memory)
 		w.index = (w.index + 1) % (len(w.ring) / w.blockSize)
 	}
 	if b.used > 0 {
@@ -157,6 +183,14 @@ func (b *Block) Release() {
 	b.held, b.memory, b.left, b.single, b.used = false, nil, 0, 0, 0
 	b.merged.reset()
 	w.mu.Unlock()
+}
+
+// giveBack returns a block to the kernel.
+func giveBack(block []byte) {
+	// It must look empty to Worker.blockPending until the kernel opens it again.
+	atomic.StoreUint32(blockFrames(block), 0)
+	// The store orders the uses of the block before it.
+	atomic.StoreUint32(blockStatus(block), unix.TP_STATUS_KERNEL)
 }
 
 // blockStatus is block_status of struct tpacket_hdr_v1, in struct
@@ -168,4 +202,9 @@ func blockStatus(block []byte) *uint32 {
 // blockFrames is num_pkts of the same struct.
 func blockFrames(block []byte) *uint32 {
 	return (*uint32)(unsafe.Pointer(&block[offsetOfFrames]))
+}
+
+// blockNumber is seq_num of the same struct; 0 before the kernel first opened the block.
+func blockNumber(block []byte) *uint64 {
+	return (*uint64)(unsafe.Pointer(&block[offsetOfNumber]))
 }

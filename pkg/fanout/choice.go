@@ -69,6 +69,26 @@ func newChoice(o *Options) (_ *choice, err error) {
 	return c, nil
 }
 
+// inheritChoice maps the state of a group's program, which the group keeps. It takes ownership of fd.
+func inheritChoice(o *Options, fd int) (_ *choice, err error) {
+	c := &choice{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.close())
+		}
+	}()
+	if c.state, err = ebpf.NewMapFromFD(fd); err != nil {
+		return nil, errors.Join(fmt.Errorf("state of the program that chooses the ring: %w", err), unix.Close(fd))
+	}
+	if want := uint32(o.Workers * sizeofAdmission); c.state.Type() != ebpf.Array || c.state.ValueSize() != want || c.state.MaxEntries() != 1 {
+		return nil, fmt.Errorf("%w: %v chooses the ring, want an array of one value of %d bytes", ErrLayout, c.state, want)
+	}
+	if c.memory, err = unix.Mmap(fd, 0, o.Workers*sizeofAdmission, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		return nil, fmt.Errorf("map map: %w", err)
+	}
+	return c, nil
+}
+
 // of returns the admission of a worker.
 func (c *choice) of(worker int) *admission {
 	return (*admission)(unsafe.Pointer(&c.memory[worker*sizeofAdmission]))

@@ -73,6 +73,13 @@
 // [Frame.CompleteChecksum] fills it in. The kernel removes the outer VLAN tag
 // from a frame: [Frame.RestoreVLAN] puts it back.
 //
+// # Handing over
+//
+// Another process can continue with a group through duplicates of its descriptors ([Group.Files]): it maps
+// them with [Inherit], and takes over with [Group.Resume] when this process has closed the group, or
+// has ended in any way. Frames wait in the rings meanwhile. A worker's position is in shared memory, and
+// [Block.Commit] says which frames of a block are no longer to be handed out.
+//
 // # Sending
 //
 // A [Sender] sends batches of frames with sendmmsg(2), on devices with and

@@ -8,12 +8,16 @@ import (
 // ErrWoken is returned by [Worker.Wait] after [Worker.Wake].
 var ErrWoken = errors.New("worker woken")
 
+// ErrLayout is the cause of the error of [Inherit] when the rings are not those that the options ask for.
+var ErrLayout = errors.New("the rings have another layout")
+
 // A Step is the operation that failed.
 type Step string
 
 // The steps of opening and running a group, in order.
 const (
 	StepOptions    Step = "check options"
+	StepState      Step = "make memory for positions"
 	StepSocket     Step = "open packet socket"
 	StepDropAll    Step = "attach filter that drops everything"
 	StepVersion    Step = "set PACKET_VERSION"
@@ -30,6 +34,8 @@ const (
 	StepFilter     Step = "attach filter"
 	StepReceive    Step = "receive"
 	StepStats      Step = "read PACKET_STATISTICS"
+	StepInherit    Step = "inherit"
+	StepResume     Step = "resume"
 	StepClose      Step = "close"
 )
 

@@ -85,6 +85,12 @@ func (f *faults) system() *system {
 		}
 		return k.statistics(fd)
 	}
+	s.memory = func(size int) (int, error) {
+		if err := f.hit(); err != nil {
+			return -1, err
+		}
+		return k.memory(size)
+	}
 	s.close = func(fd int) error { return errors.Join(k.close(fd), f.hit()) }
 	return &s
 }
@@ -145,7 +151,7 @@ func testOpenFails(t *testing.T, ring int) {
 		steps[failure.Step]++
 	}
 	want := map[Step]int{
-		StepSocket: 3, StepDropAll: 3, StepVersion: 3, StepVnetHeader: 3, StepRing: 3, StepMap: 3, StepBind: 3,
+		StepState: 2, StepSocket: 3, StepDropAll: 3, StepVersion: 3, StepVnetHeader: 3, StepRing: 3, StepMap: 3, StepBind: 3,
 		StepHardware: 3, StepJoin: 3, StepGroupID: 3, StepEventFD: 3, StepSteering: 1, StepFilter: 3,
 	}
 	if ring > 0 {

@@ -47,6 +47,7 @@ type frameRing struct {
 	count  int // of slots
 	head   int // the slot to read next
 	admits *admission
+	cursor *cursor // of the worker
 	// slack reserves slots for frames that CPUs are still writing.
 	slack int
 	// blocks says that frames arrive too fast for this ring.
@@ -84,9 +85,12 @@ func (r *frameRing) slot(n int) []byte {
 	return r.memory[at : at+r.size : at+r.size]
 }
 
-// status is tp_status of struct tpacket2_hdr.
-func (r *frameRing) status(n int) *uint32 {
-	return (*uint32)(unsafe.Pointer(&r.memory[(r.head+n)%r.count*r.size]))
+// status is that of the nth slot from the head.
+func (r *frameRing) status(n int) *uint32 { return r.statusOf((r.head + n) % r.count) }
+
+// statusOf is tp_status of struct tpacket2_hdr in a slot.
+func (r *frameRing) statusOf(slot int) *uint32 {
+	return (*uint32)(unsafe.Pointer(&r.memory[slot*r.size]))
 }
 
 // filled says whether the nth slot from the head holds a frame.
@@ -135,10 +139,14 @@ func (r *frameRing) beyond(n int) bool {
 
 // release returns n slots to the kernel.
 func (r *frameRing) release(n int) {
+	atomic.StoreUint64(&r.cursor.read, r.cursor.released+uint64(n))
 	for i := range n {
 		atomic.StoreUint32(r.status(i), unix.TP_STATUS_KERNEL)
 	}
 	r.head = (r.head + n) % r.count
+	// Before the limit: until then the kernel fills none of these slots, and a process that finds
+	// this number unchanged can give them back again.
+	atomic.StoreUint64(&r.cursor.released, r.cursor.read)
 	if limit := atomic.LoadUint64(&r.admits.limit); limit != 0 {
 		atomic.StoreUint64(&r.admits.limit, limit+uint64(n))
 	}

@@ -19,6 +19,8 @@ type Group struct {
 	// ethernet says that frames begin with an Ethernet header.
 	ethernet bool
 	choice   *choice // nil: workers have no frame rings
+	state    *state
+	resumed  bool // this process uses the rings
 
 	// mu protects the descriptors, except for the workers' own use of them, and the
 	// totals.
@@ -57,13 +59,16 @@ func open(opts Options, sys *system) (*Group, error) {
 	if err != nil {
 		return nil, g.fail(StepOptions, err)
 	}
+	if g.state, err = newState(sys, &opts); err != nil {
+		return nil, g.fail(StepState, err)
+	}
 	if opts.Frames != 0 {
 		if g.choice, err = newChoice(&opts); err != nil {
-			return nil, g.fail(StepChoice, err)
+			return nil, errors.Join(g.fail(StepChoice, err), g.Close())
 		}
 	}
-	for range opts.Workers {
-		w, err := g.openWorker()
+	for i := range opts.Workers {
+		w, err := g.openWorker(i)
 		if err != nil {
 			return nil, errors.Join(err, g.Close())
 		}
@@ -79,6 +84,7 @@ func open(opts Options, sys *system) (*Group, error) {
 	if err := g.start(); err != nil {
 		return nil, errors.Join(err, g.Close())
 	}
+	g.resumed = true
 	return g, nil
 }
 
@@ -161,7 +167,7 @@ func (g *Group) Stats() ([]Stats, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	var err error
-	if !g.closed {
+	if !g.closed && g.resumed {
 		err = g.readStatistics()
 	}
 	stats := make([]Stats, len(g.workers))
@@ -193,14 +199,17 @@ func (g *Group) readStatistics() error {
 }
 
 // Close wakes every worker, waits until none holds a block, and then unmaps the
-// rings and closes the sockets. Wait returns os.ErrClosed from then on. A second
+// rings and closes the descriptors. With the last duplicate of them the group ends; as long as
+// there are others, frames wait in the rings for a process that inherits the group. Wait returns os.ErrClosed from then on. A second
 // Close does nothing. A goroutine that holds a block must release it first, or
 // Close waits forever.
 func (g *Group) Close() error {
 	var errs []error
 	g.closing.Do(func() {
 		g.mu.Lock()
-		errs = append(errs, g.readStatistics())
+		if g.resumed {
+			errs = append(errs, g.readStatistics())
+		}
 		g.closed = true
 		for _, w := range g.workers {
 			w.closed.Store(true)
@@ -212,10 +221,16 @@ func (g *Group) Close() error {
 			errs = append(errs, w.free())
 			w.mu.Unlock()
 		}
+		if g.resumed {
+			g.state.setClosed(1)
+		}
 		if g.choice != nil {
 			if err := g.choice.close(); err != nil {
 				errs = append(errs, g.fail(StepClose, err))
 			}
+		}
+		if err := g.state.free(g.sys); err != nil {
+			errs = append(errs, g.fail(StepClose, err))
 		}
 	})
 	return errors.Join(errs...)

@@ -547,7 +547,7 @@ func TestClose(t *testing.T) {
 	}
 	c.wg.Wait()
 	want := before
-	want.Sockets, want.Eventfds, want.Rings = before.Sockets-2, before.Eventfds-2, before.Rings-2
+	want.Sockets, want.Eventfds, want.Memory, want.Rings = before.Sockets-2, before.Eventfds-2, before.Memory-1, before.Rings-2
 	if after := labtest.Held(); after != want {
 		t.Errorf("holds %+v, want %+v", after, want)
 	}

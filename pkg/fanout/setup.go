@@ -35,8 +35,8 @@ func keep(bytes uint32) []unix.SockFilter {
 }
 
 // openWorker opens a socket that has joined the group and still drops everything.
-func (g *Group) openWorker() (*Worker, error) {
-	w := &Worker{group: g, fd: -1, event: -1, blockSize: g.opts.BlockSize}
+func (g *Group) openWorker(number int) (*Worker, error) {
+	w := g.newWorker(number, -1)
 	if err := g.do([]step{
 		{StepSocket, func() (err error) { w.fd, err = g.sys.openPacket(); return err }},
 		{StepDropAll, func() error { return g.sys.setFilter(w.fd, keep(0)) }},
@@ -52,25 +52,41 @@ func (g *Group) openWorker() (*Worker, error) {
 	}); err != nil {
 		return nil, errors.Join(err, w.free())
 	}
-	w.fds = []unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLIN}, {Fd: int32(w.event), Events: unix.POLLIN}}
-	w.block.worker = w
+	w.polls(w.fd, w.event)
 	return w, nil
+}
+
+func (g *Group) newWorker(number, fd int) *Worker {
+	w := &Worker{group: g, fd: fd, event: -1, blockSize: g.opts.BlockSize, cursor: g.state.cursor(number)}
+	w.block.worker = w
+	return w
+}
+
+// polls adds descriptors to those for which Wait waits.
+func (w *Worker) polls(fds ...int) {
+	for _, fd := range fds {
+		w.fds = append(w.fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	}
 }
 
 // openFrameRing gives a worker its frame ring. All workers must have joined before the
 // first frame ring, since choice relies on that order.
 func (g *Group) openFrameRing(w *Worker, number int) error {
-	r := &frameRing{
-		fd: -1, size: g.opts.FrameSize, count: g.opts.Frames, slack: slackOf(&g.opts),
-		admits: g.choice.of(number), earliest: make([]int64, g.opts.Frames),
-	}
+	r := g.newFrameRing(w, number, -1)
 	if err := g.do(r.steps(w)); err != nil {
 		return errors.Join(err, r.free(g.sys))
 	}
 	r.admit()
 	w.frames = r
-	w.fds = append(w.fds, unix.PollFd{Fd: int32(r.fd), Events: unix.POLLIN})
+	w.polls(r.fd)
 	return nil
+}
+
+func (g *Group) newFrameRing(w *Worker, number, fd int) *frameRing {
+	return &frameRing{
+		fd: fd, size: g.opts.FrameSize, count: g.opts.Frames, slack: slackOf(&g.opts),
+		admits: g.choice.of(number), cursor: w.cursor, earliest: make([]int64, g.opts.Frames),
+	}
 }
 
 // step is one step of opening.

@@ -2,6 +2,7 @@ package fanout
 
 import (
 	"encoding/binary"
+	"errors"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +24,7 @@ type system struct {
 	eventfd     func() (int, error)
 	poll        func(fds []unix.PollFd, milliseconds int) (int, error)
 	statistics  func(fd int) (*unix.TpacketStatsV3, error)
+	memory      func(size int) (int, error)
 	close       func(fd int) error
 }
 
@@ -52,8 +54,21 @@ func kernel() *system {
 		statistics: func(fd int) (*unix.TpacketStatsV3, error) {
 			return unix.GetsockoptTpacketStatsV3(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
 		},
-		close: unix.Close,
+		memory: newMemory,
+		close:  unix.Close,
 	}
+}
+
+// newMemory returns the descriptor of zeroed memory that another process can map.
+func newMemory(size int) (int, error) {
+	fd, err := unix.MemfdCreate("xdpcast-fanout", unix.MFD_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	if err := unix.Ftruncate(fd, int64(size)); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	return fd, nil
 }
 
 func attachClassic(fd int, program []unix.SockFilter) error {

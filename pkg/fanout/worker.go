@@ -27,6 +27,8 @@ type Worker struct {
 	ring      []byte
 	blockSize int
 	index     int // of the next block to be handed over
+	cursor    *cursor
+	skip      int // frames of that block committed by another process
 	frames    *frameRing
 	fds       []unix.PollFd // of the blocks, of event, and of the frame ring
 	// down is set from ENETDOWN until frames arrive again.
