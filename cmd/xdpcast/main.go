@@ -29,7 +29,11 @@ func main() {
 		fmt.Fprintf(os.Stderr, "xdpcast: %v\n", notify.Stage(os.Args[2:]))
 		os.Exit(127) // as in a shell
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ends := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if restartsOnTerm() {
+		ends = ends[:1]
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))
 }

@@ -154,6 +154,11 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	hangups, upgrades := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
 	signal.Notify(upgrades, syscall.SIGUSR2)
+	restarts := make(chan os.Signal, 2)
+	if restartsOnTerm() {
+		signal.Notify(restarts, syscall.SIGTERM)
+		defer signal.Stop(restarts)
+	}
 	defer signal.Stop(hangups)
 	defer signal.Stop(upgrades)
 	path := programPath() // before another binary is installed
@@ -175,6 +180,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		return errors.Join(explainStart(err), listening.close())
 	}
 	opts.Membership, opts.Predecessor, opts.Loader.Inherited = service.memberships(), service.predecessor(), service.locks()
+	opts.Keeper, opts.Kept = service.store, service.rings
 	opts.Beat, opts.BeatEvery = func() { service.tell(notify.Watchdog) }, service.manager.WatchdogInterval()/3
 	// The socket first: a daemon that must not run must not touch the kernel.
 	listener, err := listenAPI(c.String("socket"), service.listener(passedAPI), groups)
@@ -230,6 +236,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	reloads.Go(func() { reloadOnHangup(ctx, hangups, observed, opts.Logger) })
 	reloads.Go(func() { watcher.reload(ctx, observed) })
 	reloads.Go(func() { up.upgradeOnSignal(ctx, upgrades) })
+	reloads.Go(func() { up.restartOnSignal(ctx, restarts, cancel) })
 	err = r.Run(ctx, func() {
 		opts.Logger.Info("ready", "socket", c.String("socket"), "pins", opts.Loader.PinDir)
 		service.ready()

@@ -42,7 +42,8 @@ type service struct {
 	log     *slog.Logger
 	manager *notify.Manager // nil: none
 	kept    []membership.Kept
-	holds   int // descriptors in its store
+	rings   *forward.FanoutHandover // kept from an earlier process; nil: none
+	store   *notify.Store
 
 	passed map[string]*os.File // by the previous daemon, by name
 	holder int                 // pipe that is closed when the holder is gone; -1: none
@@ -61,17 +62,23 @@ func connectService(log *slog.Logger) *service {
 		log.Warn("descriptors of the service manager", "error", err)
 	}
 	takesOver := s.manager.TakesOver()
-	store := s.manager.Store(len(files))
+	store, holds := s.manager.Store(len(files)), 0
 	for _, f := range files {
 		switch {
 		case s.manager != nil && membership.IsKept(f.Name):
 			s.kept = append(s.kept, membership.Kept{Name: f.Name, FD: f.FD})
-			s.holds++
+			holds++
 			continue
 		case f.Name == hold.PipeName && s.holder < 0:
 			s.holder = f.FD
 			continue
+		case s.manager != nil && !takesOver && s.keepRing(f):
+			holds++
+			continue
 		case takesOver && s.passed[f.Name] == nil:
+			if forward.IsRing(f.Name) {
+				holds++
+			}
 			s.passed[f.Name] = os.NewFile(uintptr(f.FD), f.Name)
 			continue
 		}
@@ -86,13 +93,23 @@ func connectService(log *slog.Logger) *service {
 			log.Warn("have it dropped", "error", err)
 		}
 	}
+	s.store = s.manager.Store(holds)
 	return s
+}
+
+// keepRing takes a descriptor of the fanout path. It returns false if it is none, or a second one of its
+// name.
+func (s *service) keepRing(f notify.File) bool {
+	if s.rings == nil {
+		s.rings = &forward.FanoutHandover{}
+	}
+	return s.rings.Add(f.Name, f.FD)
 }
 
 // memberships makes the service manager keep memberships. Without one they can still be handed
 // over.
 func (s *service) memberships() membership.Options {
-	return membership.Options{Keeper: s.manager.Store(s.holds), Kept: s.kept}
+	return membership.Options{Keeper: s.store, Kept: s.kept}
 }
 
 // take returns the descriptor that the previous daemon passed under a name; nil if none.
@@ -130,7 +147,21 @@ func (s *service) predecessor() *relay.Predecessor {
 		Stop: func(path flow.Path) error {
 			return hold.AskToStop(s.manager, relay.PathName(path), stopPatience)
 		},
-		Suspend: func() error { return hold.AskToStop(s.manager, relay.SuspendAFXDP, stopPatience) },
+		Suspend: func(what string) error { return hold.AskToStop(s.manager, what, stopPatience) },
+	}
+	for name := range s.passed {
+		if forward.IsRing(name) {
+			if p.Fanout == nil {
+				p.Fanout = &forward.FanoutHandover{}
+			}
+			f := s.take(name)
+			fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+			if err = errors.Join(err, f.Close()); err != nil {
+				s.log.Warn("a descriptor from the previous daemon is not used", "name", name, "error", err)
+				continue
+			}
+			p.Fanout.Add(name, fd)
+		}
 	}
 	if f := s.take(passedAFXDP); f != nil {
 		p.AFXDP = &forward.AFXDPHandover{State: f}

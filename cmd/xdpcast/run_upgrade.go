@@ -107,6 +107,35 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 	return result, nil
 }
 
+// restartsOnTerm says whether SIGTERM asks this process, a daemon below "xdpcast hold", to restart.
+func restartsOnTerm() bool {
+	return len(os.Args) > 1 && os.Args[1] == "run" && os.Getenv(hold.RestartVariable) != ""
+}
+
+// restartOnSignal replaces this daemon, as an upgrade does, on the first signal, and lets it end by end if that
+// fails, and on the second: the holder then starts the next one.
+func (u *upgrader) restartOnSignal(ctx context.Context, signals <-chan os.Signal, end func()) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-signals:
+	}
+	failed := make(chan error, 1)
+	go func() {
+		_, err := u.upgrade(ctx, control.DefaultUpgradeTimeout)
+		failed <- err
+	}()
+	select {
+	case err := <-failed:
+		if err == nil {
+			return
+		}
+		u.service.log.Error("SIGTERM: the daemon cannot replace itself, and ends", "error", err)
+	case <-signals:
+	}
+	end()
+}
+
 // upgradeOnSignal upgrades on each signal. Errors are logged.
 func (u *upgrader) upgradeOnSignal(ctx context.Context, signals <-chan os.Signal) {
 	for {
@@ -169,6 +198,7 @@ func (u *upgrader) files(h *relay.Handed) (files, duplicates []notify.File, err 
 			files = append(files, notify.File{Name: passedSocket(i), FD: int(f.Fd())})
 		}
 	}
+	h.Fanout.Each(func(name string, fd int) { files = append(files, notify.File{Name: name, FD: fd}) })
 	return append(files, duplicates...), duplicates, err
 }
 

@@ -284,12 +284,15 @@ func (a *AFXDP) drops(want []flow.Flow) bool {
 // membarrierGlobal is MEMBARRIER_CMD_GLOBAL of include/uapi/linux/membarrier.h.
 const membarrierGlobal = 1
 
+// awaitPrograms waits until every CPU that is running a BPF program has left it.
+func awaitPrograms() { _, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0) }
+
 // finish forwards all packets that the relay program has redirected so far. It waits until
 // every CPU running the program has left it (membarrier(2): MEMBARRIER_CMD_GLOBAL is an
 // RCU grace period), so that none uses an old rule, and then empties the rings. Without
 // membarrier in the kernel there is a gap of microseconds.
 func (a *AFXDP) finish() {
-	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
+	awaitPrograms()
 	for _, in := range a.inputs {
 		for _, w := range in.workers {
 			if w != nil {

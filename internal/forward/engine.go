@@ -36,6 +36,7 @@ type Engine struct {
 	global    *account.Counters
 	fragments [fragmentKinds]*account.Cell
 	batches   atomic.Uint64 // ended batches
+	committer committer     // of the current batch; nil: none
 
 	// The active taps, and the set of those that want the current packet.
 	tapList *[]*Tap
@@ -43,6 +44,10 @@ type Engine struct {
 	wanted  uint8
 	noMACs  bool // the handover occupies its MAC addresses
 }
+
+// committer is told before packets are sent: should the process be killed meanwhile, the one that
+// inherits its rings does not send them again. A [fanout.Block] is one.
+type committer interface{ Commit() }
 
 // view is a consistent snapshot of what an engine needs to forward.
 type view struct {
@@ -91,6 +96,9 @@ func (e *Engine) flush() {
 
 // send sends the packets of a queue.
 func (e *Engine) send(q *queue) {
+	if e.committer != nil {
+		e.committer.Commit()
+	}
 	if len(e.taps) > 0 {
 		e.tapSending(q)
 	}

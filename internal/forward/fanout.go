@@ -50,12 +50,22 @@ type FanoutOptions struct {
 	Frames int
 	// Sender configures the senders.
 	Sender fanout.SenderOptions
+	// Inherited are the groups of the process from which this one takes over (Fanout.HandOver), or of
+	// one that has ended (Keeper); nil: none. The path takes ownership. Those that its first rules
+	// need are used, with the packets in them. Suspend is called before: it returns when that process
+	// has suspended them (Fanout.Suspend). Nil: it has ended.
+	Inherited *FanoutHandover
+	Suspend   func() error
+	// Keeper keeps the groups for the next process; nil: they end with this one.
+	Keeper Keeper
 	// Gate is from Fanout.Gate of the process from which this one takes over; nil: none. The
-	// path takes ownership.
+	// path takes ownership. It is used where groups are not inherited.
 	Gate *ebpf.Map
-	// TakeOver is called once, if there is a Gate: packets then wait in this path's sockets. It
+	// TakeOver is called once, if the Gate is used: packets then wait in this path's sockets. It
 	// returns when the other process has forwarded all earlier packets (Fanout.Drain).
 	TakeOver func() error
+	// stale replaces defaultStale, for tests.
+	stale time.Duration
 }
 
 // Fanout is the PACKET_FANOUT path: for each input interface of its rules a group of
@@ -70,10 +80,12 @@ type Fanout struct {
 
 	unregister func()
 
-	mu     sync.Mutex
-	closed bool
-	filter *filter
-	groups map[groupKey]*fanoutGroup
+	mu        sync.Mutex
+	closed    bool
+	suspended bool // another process may use the groups
+	gated     bool // packets come once the gate of the previous process is turned to this path
+	filter    *filter
+	groups    map[groupKey]*fanoutGroup
 }
 
 // groupKey identifies a group: an interface, and its received packets or those that this
@@ -120,10 +132,17 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 		return nil, fmt.Errorf("real-time priority %d: want 0 to %d", opts.Priority, MaxPriority)
 	}
 	opts.Workers = FanoutWorkers(opts.Workers)
+	if opts.stale == 0 {
+		opts.stale = defaultStale
+	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	gate, err := newGate(opts.Gate)
+	var before *ebpf.Map
+	if opts.Inherited == nil {
+		before, opts.Gate = opts.Gate, nil
+	}
+	gate, err := newGate(before)
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +151,7 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 		return nil, err
 	}
 	f := &Fanout{
-		opts: opts, log: opts.Logger, system: system, filter: filter,
+		gated: before != nil, opts: opts, log: opts.Logger, system: system, filter: filter,
 		set: newSet(flow.PathFanout, opts.Workers, opts.Accounts, opts.Taps), groups: map[groupKey]*fanoutGroup{},
 	}
 	f.unregister = f.set.accounts.Account().OnSettle(f.set.settle)
@@ -148,10 +167,14 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 // On an error nothing changes. Errors to match: *loader.RuleError, which names a rule
 // without which the others may succeed, and wraps a *fanout.Error if the group of its
 // input cannot be opened; os.ErrClosed.
-func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) (err error) {
+func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed {
+	return f.sync(rules, own)
+}
+
+func (f *Fanout) sync(rules []flow.Flow, own []netip.Addr) (err error) {
+	if f.closed || f.suspended {
 		return fmt.Errorf("fanout path: %w", os.ErrClosed)
 	}
 	want := slices.DeleteFunc(slices.Clone(rules), func(r flow.Flow) bool { return r.Path != flow.PathFanout })
@@ -175,28 +198,40 @@ func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) (err error) {
 		err = f.set.Update(want, own, nil)
 	}
 	if err == nil {
+		err = f.resume(fresh)
+	}
+	if err == nil {
 		err = f.takeOver()
 	}
 	if err != nil {
 		for _, g := range fresh {
 			err = errors.Join(err, g.close(f.set))
 		}
-		return errors.Join(err, f.filter.forget(added))
+		err = errors.Join(err, f.filter.forget(added))
+		var without *notInherited
+		if errors.As(err, &without) {
+			if err := f.disinherit(without.cause); err != nil {
+				return err
+			}
+			return f.sync(rules, own)
+		}
+		return err
 	}
 	for _, g := range fresh {
 		f.groups[g.groupKey] = g
 		g.start()
 	}
+	f.settleInherited(fresh)
 	f.retire(inputs, allowed)
 	return nil
 }
 
 // takeOver directs packets to this path instead of another process's, once.
 func (f *Fanout) takeOver() error {
-	if f.opts.Gate == nil {
+	if !f.gated {
 		return nil
 	}
-	f.opts.Gate = nil
+	f.gated = false
 	err := f.filter.gate.enter()
 	if err == nil && f.opts.TakeOver != nil {
 		err = f.opts.TakeOver()
@@ -209,29 +244,16 @@ func (f *Fanout) takeOver() error {
 func (f *Fanout) Drain(patience time.Duration) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	awaitPrograms() // a CPU may have passed the gate, and be about to place a packet
 	for deadline := time.Now().Add(patience); ; time.Sleep(200 * time.Microsecond) {
 		left := false
 		for _, g := range f.groups {
-			left = left || g.holds()
+			left = left || g.group.Holds()
 		}
 		if !left || time.Now().After(deadline) {
 			return !left
 		}
 	}
-}
-
-// holds says whether the rings hold frames that have not been forwarded.
-func (g *fanoutGroup) holds() bool {
-	stats, err := g.group.Stats()
-	if err != nil || len(stats) != len(g.workers) {
-		return false // it is closed, or its interface is gone
-	}
-	for i, w := range g.workers {
-		if w.frames.Load() < stats[i].Received {
-			return true
-		}
-	}
-	return false
 }
 
 // Gate returns a duplicate of the map that selects the receiving process, for another process to
@@ -249,6 +271,7 @@ func (f *Fanout) closeGone() {
 			continue
 		}
 		delete(f.groups, key)
+		f.drop(g)
 		if err := g.close(f.set); err != nil {
 			f.log.Warn("close group", "interface", g.name, "error", err)
 		}
@@ -290,11 +313,15 @@ func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
 		filter = f.filter.sent
 	}
 	frames, frameSize := f.frameRing(key.index)
-	group, err := f.system.openGroup(fanout.Options{
+	opts := fanout.Options{
 		Interface: g.name, Index: key.index, Outgoing: key.fromHost, Workers: f.opts.Workers,
 		Mode: f.opts.Mode, Steering: f.opts.Steering, Blocks: f.opts.Blocks, BlockTimeout: f.opts.BlockTimeout,
 		Filter: fanout.Filter{Program: filter}, Frames: frames, FrameSize: frameSize,
-	})
+	}
+	group, err := f.inherit(key, opts)
+	if g.inherited = group != nil; err == nil && group == nil {
+		group, err = f.system.openGroup(opts)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -359,6 +386,7 @@ func (f *Fanout) retire(inputs map[groupKey]string, allowed map[wantedKey]bool) 
 			continue
 		}
 		delete(f.groups, key)
+		f.drop(g)
 		if err := g.close(f.set); err != nil {
 			f.log.Warn("close group", "interface", g.name, "error", err)
 		}
@@ -406,6 +434,7 @@ func (f *Fanout) Groups() ([]GroupStatus, error) {
 		}
 		status := GroupStatus{Index: key.index, Interface: g.name, FromHost: key.fromHost, GroupID: g.group.ID(), Mode: f.opts.Mode}
 		for i, w := range g.workers {
+			stats[i].Dropped += w.discarded.Load()
 			status.Workers = append(status.Workers, WorkerStatus{stats[i], w.failures.Load()})
 		}
 		all = append(all, status)
@@ -413,7 +442,8 @@ func (f *Fanout) Groups() ([]GroupStatus, error) {
 	return all, errors.Join(errs...)
 }
 
-// Close ends all workers and closes everything. A second Close does nothing.
+// Close ends all workers and closes everything. Packets wait in the rings of groups that the keeper
+// has. A second Close does nothing.
 func (f *Fanout) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -424,9 +454,16 @@ func (f *Fanout) Close() error {
 	f.unregister()
 	var errs []error
 	for _, g := range f.groups {
-		errs = append(errs, g.close(f.set))
+		if !f.suspended {
+			errs = append(errs, g.stop())
+		}
+		errs = append(errs, g.remove(f.set))
 	}
 	clear(f.groups)
+	errs = append(errs, f.opts.Inherited.Close())
+	if f.opts.Gate != nil {
+		errs = append(errs, f.opts.Gate.Close())
+	}
 	return errors.Join(append(errs, f.filter.close(), f.set.close())...)
 }
 
@@ -439,6 +476,9 @@ type fanoutGroup struct {
 	priority int           // of the workers' threads
 	done     chan struct{} // closed to end the workers
 	running  sync.WaitGroup
+
+	inherited bool // from another process
+	kept      int  // descriptors that the keeper has
 }
 
 func (g *fanoutGroup) start() {
@@ -448,10 +488,19 @@ func (g *fanoutGroup) start() {
 }
 
 // close ends the workers.
-func (g *fanoutGroup) close(set *Set) error {
+func (g *fanoutGroup) close(set *Set) error { return errors.Join(g.stop(), g.remove(set)) }
+
+// stop ends the workers, which have sent all that they have taken.
+func (g *fanoutGroup) stop() error {
 	close(g.done)
-	errs := []error{g.group.Close()}
+	err := g.group.Close()
 	g.running.Wait()
+	return err
+}
+
+// remove closes the senders of stopped workers.
+func (g *fanoutGroup) remove(set *Set) error {
+	var errs []error
 	for _, w := range g.workers {
 		errs = append(errs, set.Remove(w.engine))
 	}

@@ -24,7 +24,9 @@ type fanoutWorker struct {
 	wait     func(*fanout.Worker) (*fanout.Block, error)
 	log      *slog.Logger
 	failures atomic.Uint64
-	frames   atomic.Uint64 // frames forwarded
+	// since is the time, in ns of the wall clock, before which received packets are discarded; 0: none.
+	since     int64
+	discarded atomic.Uint64
 	// worked says that a block was forwarded since the last failure.
 	worked bool
 }
@@ -88,14 +90,16 @@ func (w *fanoutWorker) work() (err error) {
 
 func (w *fanoutWorker) forward(block *fanout.Block) {
 	e := w.engine
+	e.committer = block
 	e.Begin()
 	now := time.Now()
 	clock, wall := e.set.Clock(now), now.UnixNano()
 	ethernet := w.group.group.Ethernet()
 	var f fanout.Frame
-	frames := uint64(0)
 	for block.Next(&f) {
-		frames++
+		if w.discards(f.Time) {
+			continue
+		}
 		// A checksum that cannot be completed stays wrong, and the receiver drops the packet.
 		f.CompleteChecksum()
 		at := clock - age(wall, f.Time)
@@ -107,7 +111,6 @@ func (w *fanoutWorker) forward(block *fanout.Block) {
 		e.Frame(w.group.index, f.Data, at)
 	}
 	e.End()
-	w.frames.Add(frames)
 	block.Release()
 }
 

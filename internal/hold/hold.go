@@ -31,9 +31,13 @@ type Options struct {
 	// Outer is the manager of this process, which is informed of the process's state; nil: none.
 	Outer *notify.Manager
 	Log   *slog.Logger
-	// Signals are passed on; SIGTERM and SIGINT also end Run, with the process.
+	// Signals are passed on; SIGTERM, as SIGINT, and SIGINT also end Run, with the process.
 	Signals <-chan os.Signal
 }
+
+// RestartVariable is set for a process that its holder ends by SIGINT: SIGTERM then is for the process alone, which the
+// holder would start again, so that the process may instead replace itself.
+const RestartVariable = "XDPCAST_HOLD_RESTART"
 
 // PipeName is the name of the read end of a pipe that is closed when nothing holds the process's
 // descriptors any more.
@@ -44,7 +48,7 @@ const PipeName = "holder"
 const (
 	firstPause = 100 * time.Millisecond
 	lastPause  = 10 * time.Second
-	calm       = 10 * time.Second
+	calm       = 2 * time.Second
 )
 
 // holder is the state of one Run.
@@ -151,6 +155,7 @@ func (h *holder) reap() {
 // start starts the process with the kept descriptors.
 func (h *holder) start() error {
 	env := append(notify.WithoutProtocol(os.Environ()), h.Outer.Variables(h.listener.Addr(), h.Max, false)...)
+	env = append(env, RestartVariable+"=SIGTERM")
 	files := append([]notify.File{{Name: PipeName, FD: h.pipe[0]}}, h.store.Files()...)
 	process, err := notify.Start(h.Self, h.Command, env, files, nil)
 	if err != nil {
@@ -216,6 +221,7 @@ func (h *holder) pass(s os.Signal) (ends bool) {
 	}
 	if number == unix.SIGTERM || number == unix.SIGINT {
 		h.ending = true
+		number = unix.SIGINT // see RestartVariable
 		if h.main == 0 {
 			return true
 		}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,10 +50,12 @@ func Received() ([]File, error) {
 }
 
 // Store stores descriptors with the service manager: it is a membership.Keeper. Without a service
-// manager nothing is kept, and nothing fails.
+// manager nothing is kept, and nothing fails. Its methods may be called from any goroutine.
 type Store struct {
 	manager *Manager
-	kept    int
+
+	mu   sync.Mutex
+	kept int
 }
 
 // Store returns the manager's store, which already holds this many descriptors. systemd does not
@@ -66,6 +69,8 @@ func (s *Store) Keep(name string, fd int) error {
 	if !s.manager.Managed() {
 		return nil
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.manager.max > 0 && s.kept >= s.manager.max {
 		return fmt.Errorf("the service manager keeps no more than %d descriptors (raise FileDescriptorStoreMax= of the service)", s.manager.max)
 	}
@@ -78,6 +83,8 @@ func (s *Store) Keep(name string, fd int) error {
 
 // Drop closes the descriptors stored under the names.
 func (s *Store) Drop(names ...string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, name := range names {
 		if err := s.manager.Notify("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
 			return err

@@ -25,23 +25,28 @@ type Handed struct {
 	Locks loader.Locks
 	// Gate is the gate of the fanout path; nil if the path is not open.
 	Gate *ebpf.Map
-	// AFXDP are the sockets of the AF_XDP path; nil if it is not open.
-	AFXDP *forward.AFXDPHandover
+	// AFXDP are the sockets of the AF_XDP path, and Fanout the rings of the fanout path; nil if it is not
+	// open.
+	AFXDP  *forward.AFXDPHandover
+	Fanout *forward.FanoutHandover
 	// Stop forwards the packets already received on a user-space path, whose later ones are the
 	// successor's. It closes the AF_XDP path, since queues have one owner. path is its name, or
-	// SuspendAFXDP.
+	// SuspendAFXDP or SuspendFanout.
 	Stop func(path string) error
 	// End closes all user-space paths: the successor is ready.
 	End func() error
 }
 
-// SuspendAFXDP is an argument of Handed.Stop: it leaves the sockets of the AF_XDP path to the successor, with
-// the packets in them.
-const SuspendAFXDP = "afxdp.suspend"
+// Arguments of Handed.Stop, besides the names of paths: they leave the sockets of the AF_XDP path, or the
+// rings of the fanout path, to the successor, with the packets in them.
+const (
+	SuspendAFXDP  = "afxdp.suspend"
+	SuspendFanout = "fanout.suspend"
+)
 
 // Close closes this process's descriptors, of which the successor has copies.
 func (h *Handed) Close() error {
-	errs := []error{h.Locks.Close(), h.AFXDP.Close()}
+	errs := []error{h.Locks.Close(), h.AFXDP.Close(), h.Fanout.Close()}
 	for _, d := range h.Memberships {
 		errs = append(errs, unix.Close(d.FD))
 	}
@@ -54,11 +59,13 @@ func (h *Handed) Close() error {
 // Predecessor is the receiving side of Handed, except memberships and locks, which have their own
 // options.
 type Predecessor struct {
-	Gate  *ebpf.Map              // nil: none; owned by the relay
-	AFXDP *forward.AFXDPHandover // nil: none; owned by the relay
-	Stop  func(flow.Path) error
-	// Suspend leaves the sockets of the AF_XDP path to this process.
-	Suspend func() error
+	Gate   *ebpf.Map               // nil: none; owned by the relay
+	AFXDP  *forward.AFXDPHandover  // nil: none; owned by the relay
+	Fanout *forward.FanoutHandover // nil: none; owned by the relay
+	Stop   func(flow.Path) error
+	// Suspend leaves the sockets of the AF_XDP path to this process, or the rings of the fanout path: what
+	// is SuspendAFXDP or SuspendFanout.
+	Suspend func(what string) error
 }
 
 // HandOver calls start to bring up a successor process. The control loop pauses until start
@@ -94,13 +101,19 @@ func (r *Relay) HandedOver() bool { return r.handedOver }
 func (r *Relay) hand() (h *Handed, err error) {
 	paths := r.tables.paths
 	h = &Handed{End: paths.leave, Stop: func(path string) error {
-		if path == SuspendAFXDP {
+		switch path {
+		case SuspendAFXDP:
 			if p, ok := paths[flow.PathAFXDP].path.(interface {
 				Suspend(*forward.AFXDPHandover) error
 			}); ok {
 				return p.Suspend(h.AFXDP)
 			}
 			return errors.New("the AF_XDP path is not open")
+		case SuspendFanout:
+			if p, ok := paths[flow.PathFanout].path.(interface{ Suspend() error }); ok {
+				return p.Suspend()
+			}
+			return errors.New("the fanout path is not open")
 		}
 		var p *openPath
 		for kind, of := range paths {
@@ -135,6 +148,14 @@ func (r *Relay) hand() (h *Handed, err error) {
 	if gated, ok := paths[flow.PathFanout].path.(interface{ Gate() (*ebpf.Map, error) }); ok && err == nil {
 		h.Gate, err = gated.Gate()
 	}
+	if fanout, ok := paths[flow.PathFanout].path.(interface {
+		HandOver() (*forward.FanoutHandover, error)
+	}); ok && err == nil {
+		var failed error
+		if h.Fanout, failed = fanout.HandOver(); failed != nil {
+			r.log.Warn("the next daemon opens rings of its own for the fanout path", "error", failed)
+		}
+	}
 	if afxdp, ok := paths[flow.PathAFXDP].path.(interface {
 		HandOver() (*forward.AFXDPHandover, error)
 	}); ok && err == nil {
@@ -156,7 +177,12 @@ func (r *Relay) takeBack(handed *Handed) error {
 	r.kernel = kernel{}
 	groups := r.opts.Membership
 	groups.Kept = handed.Memberships
-	r.opts.Predecessor = &Predecessor{Gate: handed.Gate, Stop: func(path flow.Path) error { return handed.Stop(PathName(path)) }}
+	// The groups of the fanout path may have been suspended, or used by the other process: this one
+	// continues with them either way.
+	r.opts.Predecessor = &Predecessor{
+		Gate: handed.Gate, Fanout: handed.Fanout, Suspend: handed.Stop,
+		Stop: func(path flow.Path) error { return handed.Stop(PathName(path)) },
+	}
 	if err := r.openKernel(groups, handed.Locks); err != nil {
 		return errors.Join(fmt.Errorf("take over again: %w", err), before.close())
 	}
@@ -174,6 +200,12 @@ func (r *Relay) takeBack(handed *Handed) error {
 
 // followed is called once this process has taken over and runs alone.
 func (r *Relay) followed() {
+	if kept := r.opts.Kept; kept != nil { // no rule takes the path
+		r.opts.Kept = nil
+		if err := kept.Discard(r.opts.Keeper); err != nil {
+			r.log.Warn("close the rings of the previous daemon", "error", err)
+		}
+	}
 	before := r.opts.Predecessor
 	if before == nil {
 		return
@@ -183,7 +215,7 @@ func (r *Relay) followed() {
 	if before.Gate != nil {
 		err = errors.Join(err, before.Gate.Close())
 	}
-	err = errors.Join(err, before.AFXDP.Close())
+	err = errors.Join(err, before.AFXDP.Close(), before.Fanout.Discard(r.opts.Keeper))
 	if err != nil {
 		r.log.Warn("take over the previous daemon's counters", "error", err)
 	}

@@ -65,6 +65,10 @@ type Options struct {
 	Membership membership.Options
 	// AFXDP configures the AF_XDP path. Its Loader, Logger and Priority are replaced.
 	AFXDP forward.AFXDPOptions
+	// Keeper keeps the rings of the fanout path beyond the process, nil: nothing does; and Kept are
+	// those that it kept from an earlier one, nil: none. The relay takes ownership of Kept.
+	Keeper forward.Keeper
+	Kept   *forward.FanoutHandover
 	// Logger receives log messages. Nil: discarded.
 	Logger  *slog.Logger
 	Version string

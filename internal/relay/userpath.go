@@ -30,10 +30,13 @@ type openPath struct {
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
 		flow.PathFanout: {open: func() (userPath, error) {
-			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Accounts: r.loader, Taps: &r.taps}
+			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Accounts: r.loader, Taps: &r.taps, Keeper: r.opts.Keeper}
+			opts.Inherited, r.opts.Kept = r.opts.Kept, nil
 			if before := r.opts.Predecessor; before != nil {
 				opts.Gate, before.Gate = before.Gate, nil
 				opts.TakeOver = func() error { return before.Stop(flow.PathFanout) }
+				opts.Inherited, before.Fanout = before.Fanout, nil
+				opts.Suspend = func() error { return before.Suspend(SuspendFanout) }
 			}
 			path, err := forward.OpenFanout(opts)
 			if err == nil {
@@ -46,7 +49,8 @@ func (r *Relay) newUserPaths() userPaths {
 			opts.Logger, opts.Loader, opts.Accounts, opts.Taps, opts.Priority = r.log, r.loader, r.loader, &r.taps, r.opts.Priority
 			if before := r.opts.Predecessor; before != nil {
 				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
-				opts.Inherited, opts.Suspend, before.AFXDP = before.AFXDP, before.Suspend, nil
+				opts.Inherited, before.AFXDP = before.AFXDP, nil
+				opts.Suspend = func() error { return before.Suspend(SuspendAFXDP) }
 			}
 			return forward.OpenAFXDP(opts)
 		}},

@@ -199,10 +199,7 @@ func TestExecUpgrade(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			takes := path
-			if path == "afxdp" {
-				takes = relay.SuspendAFXDP
-			}
+			takes := map[string]string{"kernel": path, "fanout": relay.SuspendFanout, "afxdp": relay.SuspendAFXDP}[path]
 			for _, tt := range []struct{ name, text, want string }{
 				{"crash", "#!/bin/sh\nexit 3\n", "ended with exit status 3 before it was ready; this daemon continues"},
 				{"hang", "#!/bin/sh\nexec sleep 600\n", "was not ready after 1s, and was killed; this daemon continues"},

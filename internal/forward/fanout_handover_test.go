@@ -1,0 +1,430 @@
+package forward
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/labtest"
+	"xdpcast/pkg/fanout"
+)
+
+// store is a Keeper like a service manager.
+type store struct {
+	t     *testing.T
+	files map[string]int
+	full  bool
+}
+
+func newStore(t *testing.T) *store {
+	s := &store{t: t, files: map[string]int{}}
+	t.Cleanup(func() {
+		for name := range s.files {
+			if err := s.Drop(name); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return s
+}
+
+func (s *store) Keep(name string, fd int) error {
+	if s.full {
+		return errors.New("the store is full")
+	}
+	if _, taken := s.files[name]; taken {
+		s.t.Errorf("%s is stored twice", name)
+	}
+	fd, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	s.files[name] = fd
+	return err
+}
+
+func (s *store) Drop(names ...string) error {
+	var errs []error
+	for _, name := range names {
+		fd, ok := s.files[name]
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s is not stored", name))
+			continue
+		}
+		delete(s.files, name)
+		errs = append(errs, unix.Close(fd))
+	}
+	return errors.Join(errs...)
+}
+
+// handover is what the next process gets.
+func (s *store) handover() *FanoutHandover {
+	h := &FanoutHandover{}
+	for name, fd := range s.files {
+		fd, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if !h.Add(name, fd) {
+			s.t.Errorf("%s is refused", name)
+		}
+	}
+	return h
+}
+
+// numbers reads the numbers of the frames that arrive at a sink.
+type numbers struct {
+	mu  sync.Mutex
+	all []int
+}
+
+func readNumbers(t *testing.T, c *catcher) *numbers {
+	n := &numbers{}
+	var running sync.WaitGroup
+	w := c.group.Workers()[0]
+	running.Go(func() {
+		for {
+			block, err := w.Wait()
+			if err != nil {
+				return
+			}
+			var f fanout.Frame
+			for block.Next(&f) {
+				if _, number, ok := number(f.Data); ok {
+					n.mu.Lock()
+					n.all = append(n.all, number)
+					n.mu.Unlock()
+				}
+			}
+			block.Release()
+		}
+	})
+	t.Cleanup(func() {
+		w.Wake()
+		running.Wait()
+	})
+	return n
+}
+
+func (n *numbers) count() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.all)
+}
+
+// check fails unless each number has come once and in order.
+func (n *numbers) check(t *testing.T, total int) {
+	t.Helper()
+	labtest.Eventually(t, fmt.Sprintf("%d frames have arrived", total), func() bool { return n.count() >= total })
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for i, number := range n.all {
+		if number != i {
+			t.Fatalf("frame %d is number %d: %d arrived of %d", i, number, len(n.all), total)
+		}
+	}
+	if len(n.all) != total {
+		t.Errorf("%d frames arrived, want %d", len(n.all), total)
+	}
+}
+
+// stream sends numbered frames until stop, which returns how many.
+func stream(t *testing.T, b *bench) (stop func() int) {
+	sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	end, sent := make(chan struct{}), make(chan int, 1)
+	go func() {
+		total := 0
+		for {
+			select {
+			case <-end:
+				sent <- total
+				return
+			case <-time.After(time.Millisecond):
+			}
+			packets := []fanout.Packet{{Header: numbered(0, total).Build()}, {Header: numbered(0, total+1).Build()}}
+			n, err := sender.Send(packets)
+			if total += n; err != nil {
+				t.Errorf("send: %v", err)
+			}
+		}
+	}()
+	return sync.OnceValue(func() int {
+		close(end)
+		return <-sent
+	})
+}
+
+// logged returns a logger and what it has written.
+func logged() (*slog.Logger, *bytes.Buffer) {
+	var text bytes.Buffer
+	return slog.New(slog.NewTextHandler(&text, nil)), &text
+}
+
+// successor opens a path that takes over from another one, as another process does.
+func (b *bench) successor(t *testing.T, old *Fanout, opts FanoutOptions) (next *Fanout, log *bytes.Buffer) {
+	t.Helper()
+	h, err := old.HandOver()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if opts.Inherited = h; opts.Suspend == nil {
+		opts.Suspend = old.Suspend
+	}
+	if opts.Gate, err = old.Gate(); err != nil {
+		t.Fatal(err)
+	}
+	opts.TakeOver = func() error {
+		if !old.Drain(labtest.Timeout) {
+			return errors.New("the old path is not empty")
+		}
+		return nil
+	}
+	next = b.path(t, opts)
+	logger, log := logged()
+	next.log = logger
+	return next, log
+}
+
+// TestFanoutHandsOver passes the rings of a path to another one several times while packets flow: none is
+// lost, doubled or overtaken.
+func TestFanoutHandsOver(t *testing.T) {
+	b := newBench(t, 1)
+	keeper := newStore(t)
+	opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
+	path := b.path(t, opts)
+	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+	b.sync(t, path, r)
+	arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
+	stop := stream(t, b)
+	more := func() {
+		t.Helper()
+		from := arrived.count()
+		labtest.Eventually(t, "packets flow", func() bool { return arrived.count() >= from+50 })
+	}
+	more()
+	want := len(keeper.files)
+	if want != 2+2*2 {
+		t.Errorf("%d descriptors are kept", want)
+	}
+	for range 4 {
+		id := path.Groups
+		before, err := id()
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, log := b.successor(t, path, opts)
+		b.sync(t, next, r)
+		if strings.Contains(log.String(), "not inherited") {
+			t.Errorf("the rings are not inherited:\n%s", log)
+		}
+		if err := path.Close(); err != nil {
+			t.Error(err)
+		}
+		after, err := next.Groups()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(after) != 1 || after[0].GroupID != before[0].GroupID {
+			t.Errorf("groups %+v, want those of %+v", after, before)
+		}
+		if len(keeper.files) != want {
+			t.Errorf("%d descriptors are kept, want %d", len(keeper.files), want)
+		}
+		path = next
+		more()
+	}
+	arrived.check(t, stop())
+}
+
+// A path whose rings have another layout opens its own, and so does one whose predecessor does not
+// suspend: the reason is logged, and no packet is lost either.
+func TestFanoutHandsOverNothing(t *testing.T) {
+	b := newBench(t, 1)
+	keeper := newStore(t)
+	opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
+	path := b.path(t, opts)
+	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+	b.sync(t, path, r)
+	arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
+	stop := stream(t, b)
+	more := func() {
+		t.Helper()
+		from := arrived.count()
+		labtest.Eventually(t, "packets flow", func() bool { return arrived.count() >= from+50 })
+	}
+	more()
+	for _, c := range []struct {
+		workers int
+		suspend func() error
+		want    string
+	}{
+		{3, nil, "another layout"},
+		{3, func() error { return errors.New("too late") }, "too late"},
+		{3, func() error { return nil }, "still uses those of interface in"},
+	} {
+		opts.Workers, opts.Suspend = c.workers, c.suspend
+		next, log := b.successor(t, path, opts)
+		b.sync(t, next, r)
+		if !strings.Contains(log.String(), "not inherited") || !strings.Contains(log.String(), c.want) {
+			t.Errorf("want %q in the log:\n%s", c.want, log)
+		}
+		if err := path.Close(); err != nil {
+			t.Error(err)
+		}
+		if want := 2 + 2*c.workers; len(keeper.files) != want {
+			t.Errorf("%d descriptors are kept, want %d", len(keeper.files), want)
+		}
+		path = next
+		more()
+	}
+	arrived.check(t, stop())
+}
+
+// Packets that arrive while no path runs wait in the rings that a keeper has, for the next one.
+func TestFanoutIsKept(t *testing.T) {
+	b := newBench(t, 1)
+	keeper := newStore(t)
+	opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
+	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+	other := rule("other", b.out[0], "239.1.1.2", 5000, sendTo(b.in, "239.9.9.2", 6000))
+	arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
+	sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	total := 0
+	send := func(n int) {
+		t.Helper()
+		var frames [][]byte
+		for range n {
+			frames = append(frames, numbered(0, total).Build())
+			total++
+		}
+		sendFrames(t, sender, frames)
+	}
+	for range 3 {
+		path := b.path(t, opts)
+		b.sync(t, path, r, other)
+		send(20)
+		if err := path.Close(); err != nil {
+			t.Fatal(err)
+		}
+		send(20) // to nobody yet
+		if n := len(keeper.files); n != 12 {
+			t.Fatalf("%d descriptors are kept, want those of two groups", n)
+		}
+		opts.Inherited = keeper.handover()
+	}
+	path := b.path(t, opts)
+	// A group that no rule needs any more is dropped.
+	b.sync(t, path, r)
+	if n := len(keeper.files); n != 6 {
+		t.Errorf("%d descriptors are kept, want those of one group", n)
+	}
+	arrived.check(t, total)
+	if groups, err := path.Groups(); err != nil || len(groups) != 1 || sumOf(groups[0]).Dropped != 0 {
+		t.Errorf("%+v, %v", groups, err)
+	}
+
+	// Those of another layout are dropped, and the group is opened anew.
+	if err := path.Close(); err != nil {
+		t.Fatal(err)
+	}
+	opts.Workers, opts.Inherited = 1, keeper.handover()
+	path = b.path(t, opts)
+	b.sync(t, path, r)
+	send(1)
+	arrived.check(t, total)
+	if n := len(keeper.files); n != 4 {
+		t.Errorf("%d descriptors are kept, want those of a group of one worker", n)
+	}
+
+	// Packets that have waited too long are discarded.
+	if err := path.Close(); err != nil {
+		t.Fatal(err)
+	}
+	send(7)
+	total -= 7
+	opts.Inherited, opts.stale = keeper.handover(), time.Nanosecond
+	path = b.path(t, opts)
+	b.sync(t, path, r)
+	labtest.Eventually(t, "the old packets are discarded", func() bool {
+		groups, err := path.Groups()
+		return err == nil && sumOf(groups[0]).Dropped == 7
+	})
+	send(3)
+	arrived.check(t, total)
+
+	// So is everything that is not complete.
+	if err := path.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h := keeper.handover()
+	key := groupOf(r.In)
+	if err := unix.Close(h.groups[key][1]); err != nil {
+		t.Fatal(err)
+	}
+	delete(h.groups[key], 1)
+	if err := keeper.Drop(key.fileName(1)); err != nil {
+		t.Fatal(err)
+	}
+	opts.Inherited, opts.stale = h, 0
+	path = b.path(t, opts)
+	b.sync(t, path, r)
+	send(3)
+	arrived.check(t, total)
+	if n := len(keeper.files); n != 4 {
+		t.Errorf("%d descriptors are kept, want those of one group", n)
+	}
+
+	// A full store is no obstacle.
+	b.sync(t, path)
+	if n := len(keeper.files); n != 0 {
+		t.Errorf("%d descriptors are kept, want none", n)
+	}
+	keeper.full = true
+	b.sync(t, path, r)
+	send(3)
+	arrived.check(t, total)
+}
+
+func sumOf(g GroupStatus) (sum WorkerStatus) {
+	for _, w := range g.Workers {
+		sum.Dropped += w.Dropped
+		sum.Received += w.Received
+	}
+	return sum
+}
+
+// Names of descriptors are read as they are written, and no others.
+func TestRingNames(t *testing.T) {
+	for _, key := range []groupKey{{1, false}, {1, true}, {1 << 30, false}} {
+		for _, n := range []int{0, 1, 99} {
+			if got, number, ok := parseFileName(key.fileName(n)); !ok || got != key || number != n {
+				t.Errorf("%s is %+v, %d, %v", key.fileName(n), got, number, ok)
+			}
+		}
+	}
+	for _, name := range []string{"", "f.", "f.1", "f.1.", "f..1", "f.1x.1", "f.01.1", "f.1.+1", "f.1ss.1", "f.-1.1x", "m.1", "afxdp.1", "f.99999999999.1"} {
+		if IsRing(name) {
+			t.Errorf("%q is taken for a ring", name)
+		}
+	}
+	h := &FanoutHandover{}
+	fd, err := unix.Dup(int(os.Stderr.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !h.Add("f.1.0", fd) || h.Add("f.1.0", fd) || h.Add("other", fd) {
+		t.Error("a name is taken twice, or another's")
+	}
+	if err := h.Close(); err != nil {
+		t.Error(err)
+	}
+	var none *FanoutHandover
+	if err := errors.Join(none.Close(), none.Discard(nil)); err != nil {
+		t.Error(err)
+	}
+}

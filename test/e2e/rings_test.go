@@ -1,0 +1,121 @@
+package e2e_test
+
+import (
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/traffic"
+)
+
+// TestRingsAreKept kills and restarts the daemon of "xdpcast hold" on the fanout path. Packets that arrive while the
+// holder cannot start the next one wait in the rings, which that one takes over: none is lost, doubled or overtaken.
+func TestRingsAreKept(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	rule := "rules:\n  - {name: r, in: '239.1.1.1:5000%in0', out: ['239.2.1.1:6000%out0'], path: fanout}\n"
+	file := in.write("rules.yaml", rule)
+	d := in.startCommand("hold", "--run-dir", in.runDir, "--", program, "run", "-c", file)
+	in.running = d
+	pid := in.ready(0)
+	waitGroups(t, n.relay, 1)
+	s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+	total := uint64(0)
+	// So slow that the rings hold seconds of it, however busy the machine.
+	const slow = 200
+	config := traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: slow}}
+	burst := func(packets uint64) {
+		t.Helper()
+		config := config
+		config.Count = packets
+		config.Rate.Value = easy
+		total += send(t, n.source, config).wait()
+	}
+	burst(100)
+	s.wait(total)
+	for range 2 {
+		d.signal(unix.SIGSTOP)
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the daemon is dead", func() string {
+			if runs(pid) {
+				return "it runs"
+			}
+			return ""
+		})
+		burst(200) // to nobody
+		d.signal(unix.SIGCONT)
+		pid = in.ready(pid)
+		s.wait(total)
+	}
+
+	// A restart hands over, as an upgrade does.
+	stream := send(t, n.source, config)
+	for range 2 {
+		stream.flows(20)
+		if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		pid = in.ready(pid)
+	}
+	stream.flows(20)
+	if got := d.log.String(); strings.Count(got, `msg="taken over"`) != 2 || strings.Count(got, "ended, and is started again") != 2 {
+		t.Errorf("want two daemons that took over, and two that were started again:\n%s", got)
+	}
+	total += stream.stop()
+	s.wait(total)
+
+	// A killed daemon loses what it had in hand.
+	stream = send(t, n.source, config)
+	const kills, hand = 2, 64
+	for range kills {
+		stream.flows(20)
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		pid = in.ready(pid)
+	}
+	stream.flows(20)
+	total += stream.stop()
+	s.wait(total - kills*hand)
+	if got := d.log.String(); strings.Contains(got, "not inherited") {
+		t.Errorf("rings were not inherited:\n%s", got)
+	}
+
+	// A daemon whose rings have another layout says so, and opens its own.
+	if text := s.receiver.Report().Total; text.Duplicated+text.Reordered+text.Foreign > 0 {
+		t.Errorf("received %+v, want each packet once and in order", text)
+	}
+	s = receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+	link, err := n.relay.Link("in0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.relay.Netlink().LinkSetMTU(link, 9000); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	pid = in.ready(pid)
+	d.waitLog("the rings of the previous daemon are not inherited", 1)
+	total = 0
+	burst(100)
+	if fault := s.finish(total); fault != "" {
+		t.Error(fault)
+	}
+	if want := "another layout"; !strings.Contains(d.log.String(), want) {
+		t.Errorf("%q is not in the log:\n%s", want, d.log.String())
+	}
+
+	// The holder ends both.
+	if code := d.stop(unix.SIGTERM); code != 0 {
+		t.Errorf("the holder ended with code %d:\n%s", code, d.log.String())
+	}
+	if runs(pid) {
+		t.Errorf("the daemon %d outlives its holder", pid)
+	}
+}
