@@ -32,8 +32,9 @@ type options struct {
 	program, other, path string
 	rate                 float64
 	rounds, flows, cpu   int
-	behind               time.Duration
+	behind, pause        time.Duration
 	smoke, clock, log    bool
+	markdown             bool
 	only                 string
 }
 
@@ -42,11 +43,13 @@ func main() {
 	flag.StringVar(&o.program, "xdpcast", "bin/xdpcast", "`FILE` of the program")
 	flag.StringVar(&o.other, "other", "", "`FILE` of another build of the same schema: upgrades alternate between the two (default: the same again)")
 	flag.StringVar(&o.path, "path", "kernel", "`PATH` of the rule: kernel, afxdp or fanout")
-	flag.Float64Var(&o.rate, "rate", 500_000, "packets a second; 0: half the highest rate at which the path loses nothing for a second, measured first")
+	flag.Float64Var(&o.rate, "rate", 500_000, "packets a second; 0: half the highest rate at which the path loses nothing for half a second, measured first")
 	flag.IntVar(&o.flows, "flows", 1, "`NUMBER` of flows, each with its own source port, that share the rate")
 	flag.IntVar(&o.cpu, "cpu", 0, "`NUMBER` of the CPU that the source keeps busy")
 	flag.DurationVar(&o.behind, "behind", 0, "by how much the source, for want of a CPU, may be late before it gives up packets rather than sending them in a burst (default 1s on the kernel path, which no burst overruns, and 500 packets on the others)")
 	flag.IntVar(&o.rounds, "rounds", 20, "of each disturbance")
+	flag.DurationVar(&o.pause, "pause", 250*time.Millisecond, "between two rounds; a daemon that was replaced runs for 2s at least, so that its holder starts the next one at once")
+	flag.BoolVar(&o.markdown, "markdown", false, "print rows as docs/benchmarks.md has them")
 	flag.BoolVar(&o.smoke, "smoke", false, "one short round each, at a low rate; fail on a packet that is lost, doubled or reordered on the kernel path")
 	flag.BoolVar(&o.clock, "clock", false, "set the clock of this host an hour ahead and back, too, which everything on it sees")
 	flag.BoolVar(&o.log, "log", false, "print what the daemons log, and the rule's counters")
@@ -55,8 +58,8 @@ func main() {
 	if o.smoke {
 		o.rate, o.rounds = 2_000, 1
 	}
-	if o.rate < 0 || o.rounds < 1 || o.flows < 1 || o.behind < 0 {
-		fmt.Fprintf(os.Stderr, "chaos: -rate %v, -rounds %d, -flows %d, -behind %v: want positive numbers\n", o.rate, o.rounds, o.flows, o.behind)
+	if o.rate < 0 || o.rounds < 1 || o.flows < 1 || o.behind < 0 || o.pause < 0 {
+		fmt.Fprintf(os.Stderr, "chaos: -rate %v, -rounds %d, -flows %d, -behind %v, -pause %v: want positive numbers\n", o.rate, o.rounds, o.flows, o.behind, o.pause)
 		os.Exit(2)
 	}
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt)
@@ -107,7 +110,11 @@ func run(ctx context.Context, o options) (err error) {
 		s.opts.rate = o.rate
 	}
 	fmt.Printf("path %s, %.0f packets a second, rounds of each: %d\n\n", o.path, o.rate, o.rounds)
-	fmt.Printf(row, "DISTURBANCE", "SENT", "PACKETS/S", "NOT TAKEN", "SINK FULL", "LOST", "DOUBLED", "REORDERED", "LONGEST GAP", "LEAVES", "DESCRIPTORS", "MAPS", "PROGRAMS", "LINKS", "MEMORY")
+	if o.markdown {
+		fmt.Print("| disturbance | rounds | sent | a second | lost | doubled | reordered | longest gap | leaves | descriptors | resident, MB |\n|---|---|---|---|---|---|---|---|---|---|---|\n")
+	} else {
+		fmt.Printf(row, "DISTURBANCE", "SENT", "PACKETS/S", "NOT TAKEN", "SINK FULL", "LOST", "DOUBLED", "REORDERED", "LONGEST GAP", "LEAVES", "DESCRIPTORS", "MAPS", "PROGRAMS", "LINKS", "MEMORY")
+	}
 	var faults []string
 	for _, d := range chosen {
 		if d.clock && !o.clock {
@@ -118,7 +125,11 @@ func run(ctx context.Context, o options) (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", d.name, err)
 		}
-		fmt.Print(r)
+		if o.markdown {
+			fmt.Print(r.markdown(o.rounds))
+		} else {
+			fmt.Print(r)
+		}
 		faults = append(faults, r.faults(o, d)...)
 	}
 	if o.log {
@@ -167,6 +178,49 @@ func (r result) String() string {
 		change(b.descriptors, a.descriptors), change(b.maps, a.maps), change(b.programs, a.programs), change(b.links, a.links), fmt.Sprintf("%.1f -> %.1f MB", float64(b.resident)/1e6, float64(a.resident)/1e6))
 }
 
+// markdown is the row of the table in docs/benchmarks.md. What the links had no room for is added below it, in the
+// words of the page.
+func (r result) markdown(rounds int) string {
+	name := r.name
+	for _, d := range disturbances {
+		if d.name == r.name && d.what != "" {
+			name = d.what
+		}
+	}
+	b, a := r.before, r.after
+	text := fmt.Sprintf("| %s | %d | %s | %s | %s | %s | %s | %s | %d | %d -> %d | %.1f -> %.1f |\n", name, rounds, thousands(r.sent), thousands(uint64(r.rate)),
+		thousands(r.lost()), thousands(r.seen.Doubled), thousands(r.seen.Reordered), short(r.seen.Longest), r.leaves,
+		b.descriptors, a.descriptors, float64(b.resident)/1e6, float64(a.resident)/1e6)
+	if r.notTaken+r.sinkFull > 0 {
+		text += fmt.Sprintf("(%s: NOT TAKEN %s, SINK FULL %s)\n", name, thousands(r.notTaken), thousands(r.sinkFull))
+	}
+	if b.maps != a.maps || b.programs != a.programs || b.links != a.links {
+		text += fmt.Sprintf("(%s: maps %d -> %d, programs %d -> %d, links %d -> %d)\n", name, b.maps, a.maps, b.programs, a.programs, b.links, a.links)
+	}
+	return text
+}
+
+// thousands separates groups of three digits.
+func thousands(n uint64) string {
+	if n < 1000 {
+		return fmt.Sprint(n)
+	}
+	return fmt.Sprintf("%s,%03d", thousands(n/1000), n%1000)
+}
+
+// short is a duration to two digits.
+func short(d time.Duration) string {
+	switch {
+	case d >= 10*time.Second:
+		return fmt.Sprintf("%.0f s", d.Seconds())
+	case d >= time.Second:
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	case d >= 10*time.Millisecond:
+		return fmt.Sprintf("%d ms", d.Milliseconds())
+	}
+	return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000)
+}
+
 // faults returns the counts that must not occur; times are not judged.
 func (r result) faults(o options, d disturbance) (all []string) {
 	fault := func(format string, args ...any) { all = append(all, r.name+": "+fmt.Sprintf(format, args...)) }
@@ -203,6 +257,7 @@ func (r result) faults(o options, d disturbance) (all []string) {
 // disturbance is an event inflicted on the relay while packets flow.
 type disturbance struct {
 	name string
+	what string // in docs/benchmarks.md; empty: the name
 	// ends: the holder ends, too, and with it the memberships.
 	ends bool
 	// clock: it steps the host's clock.
@@ -216,21 +271,21 @@ type disturbance struct {
 }
 
 // calm is how long a daemon must have run for its holder to start the next one at once.
-const calm = 10*time.Second + 500*time.Millisecond
+const calm = 2*time.Second + 250*time.Millisecond
 
 var disturbances = []disturbance{
 	{name: "nothing", do: func(context.Context, *stage) error { return nil }},
 	{name: "kill -9", apart: calm, do: func(_ context.Context, s *stage) error { return s.replace(syscall.SIGKILL) }},
 	{name: "restart", apart: calm, do: func(_ context.Context, s *stage) error { return s.replace(syscall.SIGTERM) }},
-	{name: "upgrade", ends: true, do: upgrade},
-	{name: "upgrade --exec", ordered: true, do: replaceDaemon},
-	{name: "reload", do: reload},
-	{name: "rollback", do: rollback},
-	{name: "link flap", do: flap},
-	{name: "netlink storm", do: storm},
-	{name: "memory pressure", do: pressure},
+	{name: "upgrade", what: "upgrade without a daemon", ends: true, do: upgrade},
+	{name: "upgrade --exec", what: "upgrade --exec, to another build", ordered: true, do: replaceDaemon},
+	{name: "reload", what: "reload: 50 other rules come and go", do: reload},
+	{name: "rollback", what: "rollback of a change that waits for confirmation", do: rollback},
+	{name: "link flap", what: "another interface loses its carrier", do: flap},
+	{name: "netlink storm", what: "netlink storm: 1,000 veths made one by one, deleted at once", do: storm},
+	{name: "memory pressure", what: "memory pressure: a quarter of what is free", do: pressure},
 	{name: "full run directory", do: fullDirectory},
-	{name: "SIGSTOP", do: freeze},
+	{name: "SIGSTOP", what: "SIGSTOP, 10 s", do: freeze},
 	{name: "clock step", clock: true, do: stepClock},
 }
 

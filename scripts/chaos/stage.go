@@ -270,7 +270,7 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 	}
 	defer stream.close()
 	for range s.opts.rounds {
-		if err := sleep(ctx, s.long(max(time.Second, d.apart))); err != nil {
+		if err := sleep(ctx, s.long(max(s.opts.pause, d.apart))); err != nil {
 			return r, err
 		}
 		if err := d.do(ctx, s); err != nil {
@@ -283,7 +283,7 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 	if err := sleep(ctx, s.long(time.Second)); err != nil {
 		return r, err
 	}
-	if err := stream.end(&r); err != nil {
+	if err := stream.end(&r, patienceForRest); err != nil {
 		return r, err
 	}
 	r.leaves = leaves.count()

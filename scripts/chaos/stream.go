@@ -121,8 +121,8 @@ func (s *stage) send(ctx context.Context, trial uint32, rate float64) (done send
 	return done
 }
 
-// end ends the stream and counts its packets once no more arrive.
-func (st *stream) end(r *result) error {
+// end ends the stream and counts its packets once no more arrive for so long.
+func (st *stream) end(r *result, patience time.Duration) error {
 	st.stop()
 	sent := <-st.sent
 	st.sent <- sending{}
@@ -147,7 +147,7 @@ func (st *stream) end(r *result) error {
 		if seen.Packets != last {
 			last, since = seen.Packets, time.Now()
 		}
-		if time.Since(since) > patienceForRest {
+		if time.Since(since) > patience {
 			break
 		}
 	}
@@ -168,9 +168,10 @@ func (st *stream) close() {
 	<-st.sent
 }
 
-// half returns half the highest rate at which the path loses nothing for a second.
+// half returns half the highest rate at which the path loses nothing for half a second, in one of
+// three tries.
 func (s *stage) half(ctx context.Context) (float64, error) {
-	const first, step, tries = 20_000, 1.25, 3
+	const first, step, tries, trial = 20_000, 1.25, 3, 500 * time.Millisecond
 	best := 0.0
 	for rate := float64(first); ; rate *= step {
 		lossFree := false
@@ -179,9 +180,9 @@ func (s *stage) half(ctx context.Context) (float64, error) {
 			if err != nil {
 				return 0, err
 			}
-			err = sleep(ctx, time.Second)
+			err = sleep(ctx, trial)
 			var r result
-			if err = errors.Join(err, st.end(&r)); err != nil {
+			if err = errors.Join(err, st.end(&r, trial)); err != nil {
 				st.close()
 				return 0, err
 			}
