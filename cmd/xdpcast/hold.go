@@ -21,12 +21,13 @@ const maxHeld = 8192
 func holdCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "hold",
-		Usage:     "run a daemon, and keep its memberships across restarts",
+		Usage:     "run a daemon, and keep its memberships and rings across restarts",
 		ArgsUsage: "COMMAND [ARGUMENT...]",
 		Description: "For supervisors that keep no file descriptors, such as runit, s6 and container engines: they run\n" +
 			"\"xdpcast hold -- xdpcast run ...\", which starts the daemon, restarts it when it ends, and keeps\n" +
-			"the sockets that hold its groups, so that none is left meanwhile. SIGTERM and SIGINT end both;\n" +
-			"other signals are passed on. A daemon that ends before it was ever ready ends it, too, with its\n" +
+			"the sockets that hold its groups, so that none is left meanwhile, and the rings of the path fanout\n" +
+			"with the packets in them. SIGTERM and SIGINT end both; other signals are passed on. A daemon that\n" +
+			"gets SIGTERM itself is restarted without loss, as by \"xdpcast upgrade --exec\". A daemon that ends before it was ever ready ends it, too, with its\n" +
 			"exit code.",
 		Flags: []cli.Flag{
 			&cli.IntFlag{Name: "max", Usage: "keep up to `N` descriptors; a socket holds 20 IPv4 groups", Value: maxHeld},

@@ -36,7 +36,8 @@ func runCommand() *cli.Command {
 		Description: "Loads the rules of the file and those added earlier through the API,\n" +
 			"and keeps the kernel in step with interfaces as they come and go. SIGHUP reads the\n" +
 			"file again; a broken file changes nothing. SIGINT and SIGTERM end the process, but\n" +
-			"the kernel keeps relaying: \"xdpcast unload --all\" ends that, too.",
+			"the kernel keeps relaying: \"xdpcast unload --all\" ends that, too. Below \"xdpcast hold\"\n" +
+			"SIGTERM replaces the process, as SIGUSR2 does.",
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "YAML `FILE` of rules"},
 			&cli.BoolFlag{Name: "watch-config", Usage: "read the file again whenever it, or an included file, changes"},

@@ -18,6 +18,7 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/history"
 	"xdpcast/internal/labtest"
+	"xdpcast/pkg/loader"
 	"xdpcast/pkg/rules"
 )
 
@@ -453,6 +454,70 @@ func TestDiskFails(t *testing.T) {
 
 // kept is a file of the state directory.
 func (p *place) kept(name string) string { return (&Relay{opts: p.opts}).keptFile(name) }
+
+// TestDamagedFiles damages each file that a daemon leaves: the next one names it, and starts, or, where the file holds
+// rules, leaves the kernel as it is.
+func TestDamagedFiles(t *testing.T) {
+	p := newPlace(t)
+	p.opts.StateDir = t.TempDir()
+	r := p.start()
+	r.mustAdd("x", anyIn, out0)
+	r.stop()
+	run := func(name string) string { return loader.RunFile(p.opts.Loader.RunDir, p.opts.Loader.PinDir, name) }
+	rules := run("api-rules.yaml")
+	named := map[string]bool{}
+	for _, name := range []string{"attached.json", "offloads.json"} {
+		named[run(name)] = true
+	}
+	for _, dir := range []string{p.opts.Loader.RunDir, p.opts.StateDir} {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if e.Type().IsRegular() {
+				named[filepath.Join(dir, e.Name())] = true
+			}
+		}
+	}
+	for file := range named {
+		intact, err := os.ReadFile(file)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(file, "lock") {
+			continue
+		}
+		if err := os.WriteFile(file, []byte("{\x00"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		said := len(p.log.String())
+		if file == rules {
+			if _, err := p.tryStart(); err == nil {
+				t.Errorf("%s is damaged, and a daemon starts without its rules", file)
+			} else if !strings.Contains(err.Error(), file) {
+				t.Errorf("%s is damaged: %v", file, err)
+			}
+		} else {
+			r := p.start()
+			if all, err := r.Rules(t.Context()); err != nil || len(all) != 1 {
+				t.Errorf("%s is damaged: rules %v, %v", file, all, err)
+			}
+			r.stop()
+			if said := p.log.String()[said:]; !strings.Contains(said, filepath.Base(file)) {
+				t.Errorf("%s is damaged, and not named:\n%s", file, said)
+			}
+		}
+		if intact == nil {
+			err = os.RemoveAll(file)
+		} else {
+			err = os.WriteFile(file, intact, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
 
 // TestDamagedHistory: what cannot be read is told, and no rule is lost for it.
 func TestDamagedHistory(t *testing.T) {

@@ -181,7 +181,7 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := r.readInitialRules(); err != nil {
 		return nil, err
 	}
-	if r.tags, err = readTags(loader.RunFile(r.opts.Loader.RunDir, r.opts.Loader.PinDir, "offloads.json")); err != nil {
+	if r.tags, err = readTags(loader.RunFile(r.opts.Loader.RunDir, r.opts.Loader.PinDir, "offloads.json"), r.log); err != nil {
 		return nil, err
 	}
 	r.sizeMaps()

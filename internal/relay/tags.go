@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"slices"
@@ -39,17 +40,24 @@ type featureSet interface {
 
 func openFeatures(ifname string) (featureSet, error) { return network.OpenFeatures(ifname) }
 
-func readTags(file string) (*tags, error) {
+// readTags reads the file. A damaged one is renamed, to be examined later: the interfaces then keep what was
+// switched off, which does no harm, while a daemon that does not start would.
+func readTags(file string, log *slog.Logger) (*tags, error) {
 	t := &tags{file: file, off: map[string][]string{}, open: openFeatures, answers: map[network.LinkID]error{}, looked: map[network.LinkID]*network.Link{}}
 	data, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return t, nil
 	}
-	if err == nil {
-		err = json.Unmarshal(data, &t.off)
-	}
 	if err != nil {
-		return nil, fmt.Errorf("features switched off earlier: %s: %w; remove the file to forget them", file, err)
+		return nil, fmt.Errorf("features switched off earlier: %w", err)
+	}
+	if err := json.Unmarshal(data, &t.off); err != nil {
+		aside := file + ".damaged"
+		log.Warn("features switched off earlier cannot be read, and stay off on their interfaces", "file", file, "error", err, "kept_as", aside)
+		t.off = map[string][]string{}
+		if err := os.Rename(file, aside); err != nil {
+			return nil, fmt.Errorf("features switched off earlier: %w", err)
+		}
 	}
 	return t, nil
 }

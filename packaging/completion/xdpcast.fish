@@ -59,7 +59,7 @@ complete -c xdpcast -n '__fish_seen_subcommand_from prepare' -f -l pin-dir -r -d
 complete -c xdpcast -n '__fish_seen_subcommand_from prepare' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from prepare' -f -l state-dir -r -d '`DIR` of the sets of rules that "xdpcast rollback" restores'
 complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l help -s h -d 'show help'
-complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'hold' -d 'run a daemon, and keep its memberships across restarts'
+complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'hold' -d 'run a daemon, and keep its memberships and rings across restarts'
 complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l max -r -d 'keep up to `N` descriptors; a socket holds 20 IPv4 groups'
 complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from load' -f -l help -s h -d 'show help'

@@ -21,6 +21,7 @@ import (
 // replace has a signal end the daemon; its holder starts another.
 func (s *stage) replace(sig syscall.Signal) error {
 	before := s.pid
+	fmt.Fprintf(&s.log, "time=%s chaos: %v to %d\n", time.Now().Format("2006-01-02T15:04:05.000Z07:00"), sig, before)
 	if err := syscall.Kill(before, sig); err != nil {
 		return err
 	}
