@@ -276,7 +276,7 @@ const calm = 2*time.Second + 250*time.Millisecond
 var disturbances = []disturbance{
 	{name: "nothing", do: func(context.Context, *stage) error { return nil }},
 	{name: "kill -9", apart: calm, do: func(_ context.Context, s *stage) error { return s.replace(syscall.SIGKILL) }},
-	{name: "restart", apart: calm, do: func(_ context.Context, s *stage) error { return s.replace(syscall.SIGTERM) }},
+	{name: "restart", apart: calm, ordered: true, do: func(_ context.Context, s *stage) error { return s.replace(syscall.SIGTERM) }},
 	{name: "upgrade", what: "upgrade without a daemon", ends: true, do: upgrade},
 	{name: "upgrade --exec", what: "upgrade --exec, to another build", ordered: true, do: replaceDaemon},
 	{name: "reload", what: "reload: 50 other rules come and go", do: reload},
