@@ -24,7 +24,7 @@ import (
 //     once the kernel meets one that it cannot describe, since it keeps the slot
 //     (rx_owner_map in tpacket_rcv of net/packet/af_packet.c).
 type choice struct {
-	program *ebpf.Program
+	program *ebpf.Program // nil once the group has it
 	state   *ebpf.Map
 	memory  []byte // of state
 }
@@ -94,13 +94,19 @@ func (c *choice) of(worker int) *admission {
 	return (*admission)(unsafe.Pointer(&c.memory[worker*sizeofAdmission]))
 }
 
+func (c *choice) closeProgram() error {
+	if c.program == nil {
+		return nil
+	}
+	p := c.program
+	c.program = nil
+	return p.Close()
+}
+
 func (c *choice) close() error {
-	var errs []error
+	errs := []error{c.closeProgram()}
 	if c.memory != nil {
 		errs = append(errs, unix.Munmap(c.memory))
-	}
-	if c.program != nil {
-		errs = append(errs, c.program.Close())
 	}
 	if c.state != nil {
 		errs = append(errs, c.state.Close())

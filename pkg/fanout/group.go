@@ -99,6 +99,11 @@ func (g *Group) start() error {
 		if err := g.sys.setInt(g.workers[0].fd, unix.SOL_PACKET, unix.PACKET_FANOUT_DATA, program.FD()); err != nil {
 			return g.fail(StepSteering, err)
 		}
+		if g.choice != nil { // the group has its own reference
+			if err := g.choice.closeProgram(); err != nil {
+				return g.fail(StepSteering, err)
+			}
+		}
 	}
 	for _, w := range g.workers {
 		if err := w.setFilter(g.opts.Filter); err != nil {
