@@ -169,11 +169,11 @@ func (st *stream) close() {
 }
 
 // half returns half the highest rate at which the path loses nothing for half a second, in one of
-// three tries.
+// three tries. Two rates in a row must fail, since one may for want of a CPU.
 func (s *stage) half(ctx context.Context) (float64, error) {
 	const first, step, tries, trial = 20_000, 1.25, 3, 500 * time.Millisecond
-	best := 0.0
-	for rate := float64(first); ; rate *= step {
+	best, failed := 0.0, 0
+	for rate := float64(first); failed < 2; rate *= step {
 		lossFree := false
 		for range tries {
 			st, err := s.startStream(rate)
@@ -193,8 +193,8 @@ func (s *stage) half(ctx context.Context) (float64, error) {
 				break
 			}
 		}
-		if !lossFree {
-			break
+		if failed++; lossFree {
+			failed = 0
 		}
 	}
 	if best == 0 {
