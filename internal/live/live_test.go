@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -296,4 +297,108 @@ func TestSourceToWitness(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// Legs leave by interfaces of several namespaces, and one of them falls silent at exactly the numbers
+// that it was told to. A witness that counts them as one has each number once, and notes when it came.
+func TestLegs(t *testing.T) {
+	labtest.RequireRoot(t)
+	const numbers = 3000
+	silences := []Silence{{0, 100}, {500, 501}, {502, 1000}, {numbers - 1, numbers}}
+	var s *Source
+	var hosts [2]*lab.Host
+	var all, seconds *Witness
+	for i := range hosts {
+		hosts[i] = labtest.Host(t, "leg")
+		far := labtest.Host(t, "far")
+		labtest.Connect(t, lab.End{Host: hosts[i], Name: "a"}, lab.End{Host: far, Name: "b"})
+		labtest.Do(t, far, func() error {
+			w, err := NewWitness("b", WitnessOptions{Group: group, Port: port, Flows: 2, StampShift: 10, Legs: true, Arrivals: numbers})
+			if err == nil {
+				t.Cleanup(func() { _ = w.Close() })
+			}
+			all, seconds = seconds, w
+			return err
+		})
+	}
+	s, err := NewSource(SourceOptions{Frame: frameOf(0, 0, 0, 0), FirstGroup: group, FirstPort: 10000, Flows: 2, Legs: true, StampShift: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	if err := s.SetInterface(2, 1); err == nil {
+		t.Error("an interface for a third flow is accepted")
+	}
+	plan := Plan{Frames: 2 * numbers, Rate: 50_000, Batch: 2, Silences: silences}
+	silent := 0
+	for _, r := range silences {
+		silent += int(r.To - r.From)
+	}
+	refused := func() (all uint64) {
+		for _, h := range hosts {
+			labtest.Do(t, h, func() error {
+				n, err := Refused("a")
+				all += n
+				return err
+			})
+		}
+		return all
+	}
+	// run sends, again if a busy machine let a ring overflow.
+	run := func() (got, other Seen) {
+		for lost := uint64(1); lost > 0; {
+			before := refused()
+			plan.Trial++
+			for _, w := range []*Witness{all, seconds} {
+				if err := w.Expect(plan.Trial); err != nil {
+					t.Fatal(err)
+				}
+			}
+			labtest.Do(t, hosts[0], func() error {
+				_, err := s.Send(t.Context(), plan)
+				return err
+			})
+			labtest.Eventually(t, "all frames are accounted for", func() bool {
+				lost = refused() - before
+				var err1, err2 error
+				got, err1 = all.Read()
+				other, err2 = seconds.Read()
+				if err := errors.Join(err1, err2); err != nil {
+					t.Fatal(err)
+				}
+				return got.Packets+got.Doubled+other.Packets+lost == uint64(2*numbers-silent)
+			})
+		}
+		return got, other
+	}
+	for _, second := range hosts { // both legs to one witness, and one to each
+		for flow, h := range []*lab.Host{hosts[0], second} {
+			labtest.Do(t, h, func() error { return s.SetInterface(flow, labtest.Index(t, h, "a")) })
+		}
+		got, other := run()
+		at, err := all.Arrivals()
+		if err != nil || len(at) != numbers {
+			t.Fatalf("%d arrivals, %v", len(at), err)
+		}
+		if second == hosts[0] {
+			if got.Packets != numbers || slices.Min(at) == 0 || !slices.IsSorted(at) {
+				t.Errorf("both legs: %+v, first at %v", got, at[0])
+			}
+			continue
+		}
+		if other.Packets != numbers {
+			t.Errorf("one leg: %+v of %d", other, numbers)
+		}
+		for n, when := range at {
+			silent := slices.ContainsFunc(silences, func(r Silence) bool { return uint32(n) >= r.From && uint32(n) < r.To })
+			if silent != (when == 0) {
+				t.Errorf("number %d came at %v, silent %v", n, when, silent)
+			}
+		}
+	}
+	for _, wrong := range [][]Silence{{{5, 5}}, {{5, 7}, {7, 9}}, make([]Silence, MaxSilences+1)} {
+		if _, err := s.Send(t.Context(), Plan{Frames: 1, Silences: wrong}); err == nil {
+			t.Errorf("silences %v are accepted", wrong)
+		}
+	}
 }

@@ -32,6 +32,8 @@ type SourceOptions struct {
 	// Mixed sends frames of several lengths in turns, of which Frame is the longest, MixedFrame bytes
 	// with a payload of zeros: of each 12, 7 have 60 bytes, 4 have 590 and one MixedFrame.
 	Mixed bool
+	// Legs are flows that leave by an interface each, set by [Source.SetInterface].
+	Legs bool
 }
 
 // MixedFrame is the longest of mixed frames.
@@ -61,12 +63,17 @@ func NewSource(o SourceOptions) (*Source, error) {
 	if o.Mixed {
 		mixed = 1
 	}
+	legs := uint32(0)
+	if o.Legs {
+		legs = 1
+		spec.Maps["interfaces"].MaxEntries = uint32(o.Flows)
+	}
 	h := NewHeader(o.Frame)
 	if err := SetVariables(spec.Variables, map[string]any{
 		"header": h.words, "ip_sum": h.IPSum, "udp_sum": h.UDPSum,
 		"first_group": number(o.FirstGroup), "group_step": uint32(o.GroupStep), "first_port": uint16(o.FirstPort),
 		"first_flow": uint32(o.FirstFlow), "flow_step": uint32(max(o.FlowStep, 1)), "flows": uint32(o.Flows), "stamp_shift": uint32(o.StampShift),
-		"mixed": mixed,
+		"mixed": mixed, "legs": legs,
 	}); err != nil {
 		return nil, err
 	}
@@ -96,6 +103,14 @@ func number(a netip.Addr) uint32 {
 	return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
 }
 
+// SetInterface sets the interface that a flow leaves by, with Legs: one of the calling thread's network namespace.
+func (s *Source) SetInterface(flow, index int) error {
+	if err := s.objs.Interfaces.Put(uint32(flow), uint32(index)); err != nil {
+		return fmt.Errorf("interface %d of flow %d: %w", index, flow, err)
+	}
+	return nil
+}
+
 // Close frees the program.
 func (s *Source) Close() error { return s.objs.Close() }
 
@@ -111,11 +126,38 @@ type Plan struct {
 	// Behind is by how much the source may be late, for want of a CPU, before it gives up frames
 	// rather than sending them in a burst; 0: it always catches up.
 	Behind time.Duration
+	// Silences are the numbers that flow 0 leaves out, while their time passes: ascending, and at
+	// most MaxSilences.
+	Silences []Silence
+}
+
+// Silence is a range of numbers, without To.
+type Silence struct{ From, To uint32 }
+
+// MaxSilences is the most silences of a Plan.
+const MaxSilences = 31
+
+// turns are the numbers at which flow 0 falls silent and speaks again.
+func (p *Plan) turns() (turns [2 * (MaxSilences + 1)]uint32, err error) {
+	if len(p.Silences) > MaxSilences {
+		return turns, fmt.Errorf("%d silences: want at most %d", len(p.Silences), MaxSilences)
+	}
+	for i := range turns {
+		turns[i] = math.MaxUint32
+	}
+	last := p.First
+	for i, s := range p.Silences {
+		if s.From < last || s.To <= s.From {
+			return turns, fmt.Errorf("silence %d of numbers %d to %d: want it from %d on, and not empty", i, s.From, s.To, last)
+		}
+		turns[2*i], turns[2*i+1], last = s.From, s.To, s.To+1
+	}
+	return turns, nil
 }
 
 // Sent is what a source did.
 type Sent struct {
-	Frames uint64
+	Frames uint64 // with those left out
 	// Started and Ended are when the first and last frames were sent, in nanoseconds of
 	// CLOCK_MONOTONIC.
 	Started, Ended uint64
@@ -145,8 +187,12 @@ func (s *Source) Send(ctx context.Context, p Plan) (sent Sent, err error) {
 	if p.Stamped {
 		stamped = 1
 	}
+	turns, err := p.turns()
+	if err != nil {
+		return sent, err
+	}
 	v := &s.objs.sourceVariables
-	if err := errors.Join(v.Trial.Set(p.Trial), v.Stamped.Set(stamped), v.Limit.Set(uint64(p.Frames)), v.Interval.Set(interval),
+	if err := errors.Join(v.Turns.Set(turns), v.Trial.Set(p.Trial), v.Stamped.Set(stamped), v.Limit.Set(uint64(p.Frames)), v.Interval.Set(interval),
 		v.Batch.Set(uint32(p.Batch)), v.FirstSeq.Set(p.First), v.Behind.Set(uint64(p.Behind)), v.Sent.Set(uint64(0)), v.Waited.Set(uint64(0))); err != nil {
 		return sent, fmt.Errorf("set source: %w", err)
 	}

@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sourceMapInterfaces = "interfaces"
 	sourceProgSource    = "source"
 	sourceVarBatch      = "batch"
 	sourceVarBehind     = "behind"
@@ -31,6 +32,7 @@ const (
 	sourceVarInterval   = "interval"
 	sourceVarIpSum      = "ip_sum"
 	sourceVarLate       = "late"
+	sourceVarLegs       = "legs"
 	sourceVarLimit      = "limit"
 	sourceVarMixed      = "mixed"
 	sourceVarSent       = "sent"
@@ -39,6 +41,7 @@ const (
 	sourceVarStamped    = "stamped"
 	sourceVarStarted    = "started"
 	sourceVarTrial      = "trial"
+	sourceVarTurns      = "turns"
 	sourceVarUdpSum     = "udp_sum"
 	sourceVarWaited     = "waited"
 )
@@ -92,6 +95,7 @@ type sourceProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sourceMapSpecs struct {
+	Interfaces *ebpf.MapSpec `ebpf:"interfaces"`
 }
 
 // sourceVariableSpecs contains global variables before they are loaded into the kernel.
@@ -112,6 +116,7 @@ type sourceVariableSpecs struct {
 	Interval   *ebpf.VariableSpec `ebpf:"interval"`
 	IpSum      *ebpf.VariableSpec `ebpf:"ip_sum"`
 	Late       *ebpf.VariableSpec `ebpf:"late"`
+	Legs       *ebpf.VariableSpec `ebpf:"legs"`
 	Limit      *ebpf.VariableSpec `ebpf:"limit"`
 	Mixed      *ebpf.VariableSpec `ebpf:"mixed"`
 	Sent       *ebpf.VariableSpec `ebpf:"sent"`
@@ -120,6 +125,7 @@ type sourceVariableSpecs struct {
 	Stamped    *ebpf.VariableSpec `ebpf:"stamped"`
 	Started    *ebpf.VariableSpec `ebpf:"started"`
 	Trial      *ebpf.VariableSpec `ebpf:"trial"`
+	Turns      *ebpf.VariableSpec `ebpf:"turns"`
 	UdpSum     *ebpf.VariableSpec `ebpf:"udp_sum"`
 	Waited     *ebpf.VariableSpec `ebpf:"waited"`
 }
@@ -144,10 +150,13 @@ func (o *sourceObjects) Close() error {
 //
 // It can be passed to loadSourceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sourceMaps struct {
+	Interfaces *ebpf.Map `ebpf:"interfaces"`
 }
 
 func (m *sourceMaps) Close() error {
-	return _SourceClose()
+	return _SourceClose(
+		m.Interfaces,
+	)
 }
 
 // sourceVariables contains all global variables after they have been loaded into the kernel.
@@ -168,6 +177,7 @@ type sourceVariables struct {
 	Interval   *ebpf.Variable `ebpf:"interval"`
 	IpSum      *ebpf.Variable `ebpf:"ip_sum"`
 	Late       *ebpf.Variable `ebpf:"late"`
+	Legs       *ebpf.Variable `ebpf:"legs"`
 	Limit      *ebpf.Variable `ebpf:"limit"`
 	Mixed      *ebpf.Variable `ebpf:"mixed"`
 	Sent       *ebpf.Variable `ebpf:"sent"`
@@ -176,6 +186,7 @@ type sourceVariables struct {
 	Stamped    *ebpf.Variable `ebpf:"stamped"`
 	Started    *ebpf.Variable `ebpf:"started"`
 	Trial      *ebpf.Variable `ebpf:"trial"`
+	Turns      *ebpf.Variable `ebpf:"turns"`
 	UdpSum     *ebpf.Variable `ebpf:"udp_sum"`
 	Waited     *ebpf.Variable `ebpf:"waited"`
 }

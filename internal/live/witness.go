@@ -26,13 +26,18 @@ type WitnessOptions struct {
 	// StampShift is that of the source. Stamps have 32 bits: they must not wrap while a frame
 	// is under way. 10 is about a microsecond, and an hour.
 	StampShift int
+	// Legs are flows that count as one: each number comes on any of them.
+	Legs bool
+	// Arrivals is how many numbers of flow 0, from 0 on, have the time noted at which they came.
+	Arrivals int
 }
 
 // Witness is an XDP program that keeps account of the frames of a source, on an interface with one
 // receive queue. One goroutine at a time uses it.
 type Witness struct {
-	objs  witnessObjects
-	flows int
+	objs     witnessObjects
+	flows    int
+	arrivals int
 }
 
 // NewWitness loads the program and attaches it to the interface in the calling thread's network
@@ -42,14 +47,19 @@ func NewWitness(ifname string, o WitnessOptions) (*Witness, error) {
 	if err != nil {
 		return nil, err
 	}
+	legs := uint32(0)
+	if o.Legs {
+		legs, o.Flows = 1, 1
+	}
 	if err := SetVariables(spec.Variables, map[string]any{
-		"flows": uint32(o.Flows), "group": number(o.Group), "port": uint16(o.Port), "stamp_shift": uint32(o.StampShift),
+		"legs": legs, "flows": uint32(o.Flows), "group": number(o.Group), "port": uint16(o.Port), "stamp_shift": uint32(o.StampShift),
 	}); err != nil {
 		return nil, err
 	}
 	spec.Maps["streams"].MaxEntries = uint32(o.Flows)
 	spec.Maps["seen"].MaxEntries *= uint32(o.Flows)
-	w := &Witness{flows: o.Flows}
+	spec.Maps["arrivals"].MaxEntries = uint32(max(o.Arrivals, 1))
+	w := &Witness{flows: o.Flows, arrivals: o.Arrivals}
 	if err := spec.LoadAndAssign(&w.objs, nil); err != nil {
 		return nil, fmt.Errorf("load witness: %w", err)
 	}
@@ -86,10 +96,31 @@ func (w *Witness) Expect(trial uint32) error {
 			return fmt.Errorf("clear witness: %w", err)
 		}
 	}
+	if w.arrivals > 0 {
+		keys := make([]uint32, w.arrivals)
+		for i := range keys {
+			keys[i] = uint32(i)
+		}
+		if _, err := w.objs.Arrivals.BatchUpdate(keys, make([]uint64, w.arrivals), nil); err != nil {
+			return fmt.Errorf("clear witness: %w", err)
+		}
+	}
 	if err := errors.Join(w.objs.Wrongs.Put(uint32(0), witnessWrong{}), w.objs.Trial.Set(trial)); err != nil {
 		return fmt.Errorf("clear witness: %w", err)
 	}
 	return nil
+}
+
+// Arrivals returns when each number of flow 0 came first, from 0 on, in time of CLOCK_MONOTONIC; 0 if it has
+// not.
+func (w *Witness) Arrivals() ([]time.Duration, error) {
+	at := make([]time.Duration, max(w.arrivals, 1))
+	var cursor ebpf.MapBatchCursor
+	n, err := w.objs.Arrivals.BatchLookup(&cursor, make([]uint32, len(at)), at, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, fmt.Errorf("read witness: %w", err)
+	}
+	return at[:min(n, w.arrivals)], nil
 }
 
 // Seen is what came of a trial: exact counts.

@@ -36,12 +36,14 @@ type witnessWrong struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	witnessMapArrivals   = "arrivals"
 	witnessMapSeen       = "seen"
 	witnessMapStreams    = "streams"
 	witnessMapWrongs     = "wrongs"
 	witnessProgWitness   = "witness"
 	witnessVarFlows      = "flows"
 	witnessVarGroup      = "group"
+	witnessVarLegs       = "legs"
 	witnessVarPort       = "port"
 	witnessVarStampShift = "stamp_shift"
 	witnessVarTrial      = "trial"
@@ -96,9 +98,10 @@ type witnessProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type witnessMapSpecs struct {
-	Seen    *ebpf.MapSpec `ebpf:"seen"`
-	Streams *ebpf.MapSpec `ebpf:"streams"`
-	Wrongs  *ebpf.MapSpec `ebpf:"wrongs"`
+	Arrivals *ebpf.MapSpec `ebpf:"arrivals"`
+	Seen     *ebpf.MapSpec `ebpf:"seen"`
+	Streams  *ebpf.MapSpec `ebpf:"streams"`
+	Wrongs   *ebpf.MapSpec `ebpf:"wrongs"`
 }
 
 // witnessVariableSpecs contains global variables before they are loaded into the kernel.
@@ -107,6 +110,7 @@ type witnessMapSpecs struct {
 type witnessVariableSpecs struct {
 	Flows      *ebpf.VariableSpec `ebpf:"flows"`
 	Group      *ebpf.VariableSpec `ebpf:"group"`
+	Legs       *ebpf.VariableSpec `ebpf:"legs"`
 	Port       *ebpf.VariableSpec `ebpf:"port"`
 	StampShift *ebpf.VariableSpec `ebpf:"stamp_shift"`
 	Trial      *ebpf.VariableSpec `ebpf:"trial"`
@@ -132,13 +136,15 @@ func (o *witnessObjects) Close() error {
 //
 // It can be passed to loadWitnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type witnessMaps struct {
-	Seen    *ebpf.Map `ebpf:"seen"`
-	Streams *ebpf.Map `ebpf:"streams"`
-	Wrongs  *ebpf.Map `ebpf:"wrongs"`
+	Arrivals *ebpf.Map `ebpf:"arrivals"`
+	Seen     *ebpf.Map `ebpf:"seen"`
+	Streams  *ebpf.Map `ebpf:"streams"`
+	Wrongs   *ebpf.Map `ebpf:"wrongs"`
 }
 
 func (m *witnessMaps) Close() error {
 	return _WitnessClose(
+		m.Arrivals,
 		m.Seen,
 		m.Streams,
 		m.Wrongs,
@@ -151,6 +157,7 @@ func (m *witnessMaps) Close() error {
 type witnessVariables struct {
 	Flows      *ebpf.Variable `ebpf:"flows"`
 	Group      *ebpf.Variable `ebpf:"group"`
+	Legs       *ebpf.Variable `ebpf:"legs"`
 	Port       *ebpf.Variable `ebpf:"port"`
 	StampShift *ebpf.Variable `ebpf:"stamp_shift"`
 	Trial      *ebpf.Variable `ebpf:"trial"`

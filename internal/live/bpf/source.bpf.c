@@ -25,6 +25,7 @@ const volatile __u32 flows = 1;	      /* below this */
 const volatile __u32 stamp_shift = 0; /* stamps are in 2^this ns */
 /* Frames have turns of several lengths, the longest that of the header. */
 const volatile __u32 mixed = 0;
+const volatile __u32 legs = 0; /* each flow leaves by an interface of its own; 0: all by one */
 
 /* Set before a run. */
 __u32 trial = 0;
@@ -34,6 +35,11 @@ __u64 interval = 0;  /* between frames, in ns / 2^16; 0 sends as fast as it can 
 __u32 batch = 1;     /* frames that are sent at one time */
 __u32 first_seq = 0; /* number of each flow's first frame */
 __u64 behind = 0;    /* ns that it may be late before it shifts its schedule; 0: it catches up */
+/* Numbers at which flow 0 falls silent and at which it speaks again, in turns, ascending; the rest
+ * is ~0.
+ */
+#define MAX_TURNS 64
+__u32 turns[MAX_TURNS] = {};
 
 /* What the run did. */
 __u64 sent = 0;
@@ -45,6 +51,15 @@ __u64 late = 0;	   /* ns that the last batch was behind its time */
 
 static __u32 flow = 0; /* the next frame's */
 static __u32 seq = 0;
+static __u32 turn = 0; /* of turns, the next one */
+
+/* interfaces: flow -> the interface that it leaves by, with legs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_DEVMAP);
+	__uint(max_entries, 1); /* as many as there are flows; set at load */
+	__type(key, __u32);
+	__type(value, __u32);
+} interfaces SEC(".maps");
 
 struct wait {
 	__u64 due;
@@ -127,6 +142,14 @@ static void write(void *data, __u32 f, __u32 s, __u32 len)
 	tag->stamp = now;
 }
 
+/* silent says whether flow 0 leaves a number out, which it takes the time for all the same. */
+static int silent(__u32 s)
+{
+	if (turns[turn % MAX_TURNS] <= s)
+		turn++;
+	return turn & 1;
+}
+
 SEC("xdp")
 int source(struct xdp_md *ctx)
 {
@@ -142,6 +165,7 @@ int source(struct xdp_md *ctx)
 	if (n == 0) {
 		f = first_flow;
 		s = first_seq;
+		turn = 0;
 	}
 	/* Without a rate the clock is read now and then: it costs as much as the frame. */
 	if (n % batch == 0 && (interval || n % 64 == 0))
@@ -155,16 +179,17 @@ int source(struct xdp_md *ctx)
 		if (data + LEAST_FRAME > data_end)
 			return XDP_ABORTED;
 	}
-	write(data, f, s, len);
-	f += flow_step;
-	if (f >= flows) {
-		f = first_flow;
-		s++;
-	}
-	flow = f;
+	flow = f + flow_step;
 	seq = s;
+	if (flow >= flows) {
+		flow = first_flow;
+		seq++;
+	}
 	sent = n + 1;
-	return XDP_TX;
+	if (f == 0 && silent(s))
+		return XDP_DROP;
+	write(data, f, s, len);
+	return legs ? bpf_redirect_map(&interfaces, f, XDP_ABORTED) : XDP_TX;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

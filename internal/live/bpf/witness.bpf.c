@@ -20,6 +20,7 @@ const volatile __u32 flows = 1;
 const volatile __u32 stamp_shift = 0; /* of the source */
 const volatile __u32 group = 0;	      /* destination of the frames; the machine's byte order */
 const volatile __u16 port = 0;
+const volatile __u32 legs = 0; /* all flows count as one: a number may come on any */
 
 /* Set before a run. */
 __u32 trial = 0;
@@ -74,6 +75,14 @@ struct {
 	__type(value, struct wrong);
 } wrongs SEC(".maps");
 
+/* arrivals: a number of flow 0 -> when it came first, of bpf_ktime_get_ns(). */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1); /* as many as are wanted; set at load */
+	__type(key, __u32);
+	__type(value, __u64);
+} arrivals SEC(".maps");
+
 static __u64 *word_of(__u32 flow, __u32 seq)
 {
 	__u32 key = flow * WORDS + seq % WINDOW / 64;
@@ -126,12 +135,12 @@ static void gap(struct stream *s, __u32 seq, __u32 stamp, __u64 now)
 		s->longest = still;
 }
 
-static void follow(struct stream *s, const struct tag *tag)
+static void follow(struct stream *s, __u32 flow, const struct tag *tag)
 {
 	__u64 now = bpf_ktime_get_ns();
-	__u32 flow = tag->flow, seq = tag->seq;
+	__u32 seq = tag->seq;
 	int first = s->trial != tag->trial;
-	__u64 bit = 1ULL << seq % 64, *word;
+	__u64 bit = 1ULL << seq % 64, *word, *at;
 
 	if (first) {
 		__builtin_memset(s, 0, sizeof(*s));
@@ -156,6 +165,9 @@ static void follow(struct stream *s, const struct tag *tag)
 	s->packets++;
 	if (seq < s->highest)
 		s->reordered++;
+	at = bpf_map_lookup_elem(&arrivals, &seq);
+	if (at && flow == 0)
+		*at = now;
 }
 
 /* intact says whether both checksums are right. The payload behind the tag is zero. */
@@ -188,7 +200,7 @@ int witness(struct xdp_md *ctx)
 	if (!w)
 		return XDP_ABORTED;
 	tag = data + OFF_TAG;
-	flow = tag->flow;
+	flow = legs ? 0 : tag->flow;
 	s = bpf_map_lookup_elem(&streams, &flow);
 	if (!s || *(__u32 *)(data + OFF_IP_DST) != bpf_htonl(group) ||
 	    *(__u16 *)(data + OFF_UDP_DST) != bpf_htons(port)) {
@@ -203,7 +215,7 @@ int witness(struct xdp_md *ctx)
 		w->stray++;
 		return XDP_DROP;
 	}
-	follow(s, tag);
+	follow(s, flow, tag);
 	return XDP_DROP;
 }
 
