@@ -31,13 +31,19 @@ type echoes struct {
 	grew   map[string]time.Time // when a count last grew, of those that echo
 }
 
-// look takes new counts, and returns which flows have begun to echo, and which echo no more.
+// look takes new counts, and returns which flows have begun to echo, and which echo no more. A count
+// that is gone or has shrunk is of a flow that was removed; one added since may have its name.
 func (e *echoes) look(now time.Time, counts map[string]uint64) (began, ended []string) {
 	if e.grew == nil {
 		e.grew = map[string]time.Time{}
 	}
 	for name, n := range counts {
-		if e.counts == nil || n <= e.counts[name] {
+		before := e.counts[name]
+		if n < before {
+			before = 0
+			delete(e.grew, name)
+		}
+		if e.counts == nil || n <= before {
 			continue // counted before the daemon started, or as before
 		}
 		if _, echoing := e.grew[name]; !echoing {
@@ -46,7 +52,7 @@ func (e *echoes) look(now time.Time, counts map[string]uint64) (began, ended []s
 		e.grew[name] = now
 	}
 	for name, at := range e.grew {
-		if now.Sub(at) >= echoOver {
+		if _, counted := counts[name]; !counted || now.Sub(at) >= echoOver {
 			delete(e.grew, name)
 			ended = append(ended, name)
 		}

@@ -23,6 +23,9 @@ func TestEchoes(t *testing.T) {
 		{echoOver - time.Second - time.Second, map[string]uint64{"old": 9, "new": 1}, nil, []string{"new"}},
 		{echoOver, map[string]uint64{}, nil, []string{"old"}},
 		{time.Second, map[string]uint64{"new": 1}, []string{"new"}, nil}, // another of that name
+		{time.Second, map[string]uint64{"new": 5}, nil, nil},
+		{time.Second, map[string]uint64{"new": 2}, []string{"new"}, nil}, // another, between two looks
+		{time.Second, map[string]uint64{}, nil, []string{"new"}},         // another without echoes
 	} {
 		now = now.Add(c.after)
 		began, ended := e.look(now, c.counts)

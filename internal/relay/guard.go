@@ -107,29 +107,52 @@ func (r *Relay) markLooping(status *control.RuleStatus, p *plan.RulePlan, loops 
 	}
 }
 
+// loopLog knows which rules were logged as looping, by name: an added rule is another one than a removed
+// one of its name.
+type loopLog map[string]*plan.Rule
+
+// look takes the rules that are looping, and returns which have begun to, and which loop no more. The
+// latter are logged only if they are still wanted.
+func (l *loopLog) look(looping []*plan.Rule) (began []*plan.Rule, ended []string) {
+	now := make(loopLog, len(looping))
+	for _, rule := range looping {
+		now[rule.Name] = rule
+		if (*l)[rule.Name] != rule {
+			began = append(began, rule)
+		}
+	}
+	for name := range *l {
+		if now[name] == nil {
+			ended = append(ended, name)
+		}
+	}
+	slices.Sort(ended)
+	*l = now
+	return began, ended
+}
+
 // logLoops logs loops that began or ended since the last call.
 func (r *Relay) logLoops() {
 	loops := r.loops()
 	if len(loops) == 0 && len(r.looping) == 0 {
 		return
 	}
-	now := map[string]bool{}
+	var looping []*plan.Rule
+	ways := map[*plan.Rule]string{}
 	for _, p := range r.plan.Rules {
-		text := r.loopText(p, loops)
-		if text == "" {
-			continue
-		}
-		now[p.Rule.Name] = true
-		if !r.looping[p.Rule.Name] {
-			r.log.Warn("rule is looping", "rule", p.Rule.Name, "way", text)
-			r.opts.Events.Add(events.Event{Kind: events.KindLoop, Rule: p.Rule.Name, State: control.StateLooping, Cause: text})
+		if text := r.loopText(p, loops); text != "" {
+			looping, ways[p.Rule] = append(looping, p.Rule), text
 		}
 	}
-	for name := range r.looping {
-		if !now[name] && r.plan.Rule(name) != nil {
+	began, ended := r.looping.look(looping)
+	for _, rule := range began {
+		r.log.Warn("rule is looping", "rule", rule.Name, "way", ways[rule])
+		r.opts.Events.Add(events.Event{Kind: events.KindLoop, Rule: rule.Name, State: control.StateLooping, Cause: ways[rule]})
+	}
+	for _, name := range ended {
+		if r.plan.Rule(name) != nil {
 			r.log.Info("rule is no longer looping", "rule", name)
 			r.opts.Events.Add(events.Event{Kind: events.KindLoop, Rule: name, State: stateEnded, Before: control.StateLooping})
 		}
 	}
-	r.looping = now
 }

@@ -126,9 +126,9 @@ type Relay struct {
 	reconciled time.Time // the last time
 	observed   time.Time // likewise, of everything
 	observing  time.Duration
-	macs       [][6]byte       // of this host's interfaces, sorted
-	macsKnown  bool            // the kernel has them
-	looping    map[string]bool // rules logged as looping
+	macs       [][6]byte // of this host's interfaces, sorted
+	macsKnown  bool      // the kernel has them
+	looping    loopLog
 	streams    streams
 	echoes     echoes
 	warnings   map[string]string
