@@ -38,6 +38,8 @@ func (n *network) startRouted(t *testing.T, source, group string) *routedStream 
 	number := func(b []byte) uint32 { return binary.BigEndian.Uint32(b[len(b)-len(f.Payload):]) }
 	size := len(f.Build())
 	from := labtest.NewTap(t, n.source, "src0")
+	// Before the first packet leaves.
+	taps := []*labtest.Tap{labtest.NewTap(t, n.sinks[0], "sink0"), labtest.NewTap(t, n.sinks[1], "sink0")}
 	ended := make(chan struct{})
 	var senders, receivers sync.WaitGroup
 	senders.Go(func() {
@@ -58,8 +60,7 @@ func (n *network) startRouted(t *testing.T, source, group string) *routedStream 
 		}
 	})
 	quiet := make(chan struct{})
-	for i := range n.sinks[:2] {
-		tap := labtest.NewTap(t, n.sinks[i], "sink0")
+	for i, tap := range taps {
 		receivers.Go(func() {
 			for {
 				b := tap.Receive(100*time.Millisecond, func(b []byte) bool { return len(b) == size && b[0]&1 == 1 })
