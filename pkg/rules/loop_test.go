@@ -442,8 +442,11 @@ func circles(edge [][]bool) bool {
 func TestLoopsAgainstOracle(t *testing.T) {
 	random := rand.New(rand.NewPCG(5, 6))
 	packets := allPackets()
-	loops, none, beyond := 0, 0, 0
-	for range 3000 {
+	sets, loops, none, beyond := 3000, 0, 0, 0
+	if testing.Short() {
+		sets = 500
+	}
+	for range sets {
 		rules := randomRules(random, 2+random.IntN(6))
 		oracle := newFeedOracle(rules, packets)
 		edge, real := make([][]bool, len(rules)), make([][]bool, len(rules))
@@ -490,7 +493,7 @@ func TestLoopsAgainstOracle(t *testing.T) {
 			beyond++
 		}
 	}
-	if loops < 150 || none < 300 || beyond > 30 {
+	if loops < sets/20 || none < sets/10 || beyond > sets/100 {
 		t.Errorf("%d sets with loops, %d without, %d with none in truth that are taken to have one", loops, none, beyond)
 	}
 }
