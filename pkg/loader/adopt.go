@@ -174,11 +174,8 @@ func (l *Loader) adoptRules() error {
 		if l.rules[e.rule.Name] != nil {
 			return fmt.Errorf("rule %s (number %d) is there twice", e.rule.Name, e.id)
 		}
-		l.rules[e.rule.Name] = e
-		e.inForce = true
-		l.lookups.add(e.rule.In)
-		l.extra += e.rule.ExtraEntries()
-		l.countBoth(e.rule.In, 1)
+		l.places.add(e)
+		l.enter(e)
 	}
 	byID := make([]*entry, l.maps.Rules.MaxEntries())
 	var outputs, stats []extent

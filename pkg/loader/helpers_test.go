@@ -3,9 +3,11 @@ package loader
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -159,6 +161,22 @@ func output(i *net.Interface, group, source string, port uint16) flow.Output {
 func sync1(t testing.TB, l *Loader, rules ...flow.Flow) {
 	t.Helper()
 	if err := l.Sync(pointers(rules)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// change1 is sync1 by Change, with the differences from the current rules alone.
+func change1(t testing.TB, l *Loader, rules ...flow.Flow) {
+	t.Helper()
+	var put []*flow.Flow
+	gone := maps.Clone(l.rules)
+	for _, r := range pointers(rules) {
+		old := gone[r.Name]
+		if delete(gone, r.Name); old == nil || !old.rule.Equal(r.Normalized()) {
+			put = append(put, r)
+		}
+	}
+	if err := l.Change(put, slices.Collect(maps.Keys(gone))); err != nil {
 		t.Fatal(err)
 	}
 }

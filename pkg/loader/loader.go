@@ -134,7 +134,10 @@ type Loader struct {
 	both           int         // number of them with takesBoth
 	shortcuts      shortcuts   // to them
 	rules          map[string]*entry
-	plans          uint64 // number of plans made by Sync
+	places         places      // of the rules
+	keep           map[int]int // rules with keepsFromStack by interface index of their input
+	steered        int         // number of Steered rules
+	plans          uint32      // number of plans made by Sync
 	ids            *idAllocator
 	outputs, stats *blockAllocator
 	broadcasts     map[string]*broadcast
@@ -213,10 +216,10 @@ func (l *Loader) reset() {
 	l.tapped = map[int]*tapped{}
 	l.tappedPrograms = map[bool]*ebpf.Program{}
 	l.attached = map[string]*ebpf.Program{}
-	l.rules = map[string]*entry{}
+	l.rules, l.places, l.keep, l.steered = map[string]*entry{}, places{}, map[int]int{}, 0
 	l.devices = map[int]*device{}
 	l.broadcasts = map[string]*broadcast{}
-	l.lookups, l.extra = lookupCount{}, 0
+	l.lookups, l.extra, l.both = lookupCount{}, 0, 0
 	l.streams = map[streamKey]*streamEntry{}
 	l.sockets = map[int]uint32{}
 	l.counters = map[string][]openCounters{}

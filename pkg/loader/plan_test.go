@@ -2,6 +2,7 @@ package loader
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -30,7 +31,7 @@ func TestPlanTakesNothingForGranted(t *testing.T) {
 		}
 		return r
 	}
-	l := &Loader{rules: map[string]*entry{}}
+	l := &Loader{rules: map[string]*entry{}, keep: map[int]int{}, lookups: lookupCount{}}
 	var inForce []*flow.Flow
 	plans, refused, kept := 0, 0, 0
 	for range 20_000 {
@@ -54,7 +55,20 @@ func TestPlanTakesNothingForGranted(t *testing.T) {
 		}
 		rng.Shuffle(len(want), func(i, j int) { want[i], want[j] = want[j], want[i] })
 		s := &transaction{Loader: l}
-		err := s.plan(want)
+		var err error
+		if rng.IntN(2) == 0 {
+			err = s.plan(want)
+		} else {
+			err = s.planChange(want, goneOf(l, want))
+		}
+		if err == nil {
+			err = s.claimInputs()
+		}
+		if err != nil {
+			if err := s.takeBack(); err != nil {
+				t.Fatal(err)
+			}
+		}
 		plans++
 		if right := together(want); (err == nil) != right {
 			t.Fatalf("after %d plans: %v, want it accepted: %v\nin force %+v\nwanted   %+v", plans, err, right, values(inForce), values(want))
@@ -89,11 +103,33 @@ func TestPlanTakesNothingForGranted(t *testing.T) {
 				t.Fatalf("%s is %+v, want %+v", r.Name, e, *r)
 			}
 		}
-		l.rules, inForce = next, want
+		for _, c := range s.changes {
+			if c.old != nil {
+				l.places.remove(c.old)
+				l.leave(c.old)
+			}
+			if c.new != nil {
+				l.enter(c.new)
+			}
+		}
+		if !maps.Equal(l.rules, next) || l.places.count != len(next) {
+			t.Fatalf("%d rules, %d with a place, want %d", len(l.rules), l.places.count, len(next))
+		}
+		inForce = want
 	}
 	if refused < plans/20 || kept < plans/2 || plans-refused < plans/20 {
 		t.Errorf("%d plans, %d refused, %d rules kept: too few of one kind", plans, refused, kept)
 	}
+}
+
+// goneOf are the names of the current rules that are not wanted.
+func goneOf(l *Loader, want []*flow.Flow) (names []string) {
+	for name := range l.rules {
+		if !slices.ContainsFunc(want, func(r *flow.Flow) bool { return r.Name == name }) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // together says, by checking all pairs, whether rules may be published together.

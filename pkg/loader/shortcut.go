@@ -2,7 +2,9 @@ package loader
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"maps"
 	"math/bits"
 	"runtime"
 	"slices"
@@ -22,6 +24,9 @@ type shortcuts struct {
 	known bool     // slots equals what the kernel holds
 	slots []*entry // by index; nil: empty
 	shift uint32   // 64 minus the bits of a slot index
+	// slotless are the rules that may have a slot, but whose slots are taken by others. Unless known,
+	// it may be wrong.
+	slotless map[*entry]bool
 }
 
 // shortcutSlots is the size of the map shortcuts. While at most half the slots are used,
@@ -33,7 +38,7 @@ func shortcutSlots(maxRules uint32) uint32 {
 // newShortcuts creates the mirror of a map with n slots. fresh: the map was just created, so all
 // slots are empty and shortcuts can be open from the start.
 func newShortcuts(n uint32, fresh bool) shortcuts {
-	return shortcuts{open: fresh, known: fresh, slots: make([]*entry, n), shift: uint32(64 - bits.TrailingZeros32(n))}
+	return shortcuts{open: fresh, known: fresh, slots: make([]*entry, n), shift: uint32(64 - bits.TrailingZeros32(n)), slotless: map[*entry]bool{}}
 }
 
 // shiftInForce is the current shift for map config; 0 while closed.
@@ -64,6 +69,12 @@ func (s *shortcuts) slotsOf(in flow.Input) (first, second uint32) {
 	hash := (group^uint64(in.Index)<<32)*shortcutK1 + tags*shortcutK2
 	again := (hash ^ hash>>32) * shortcutK2
 	return uint32(hash >> s.shift), uint32(again >> s.shift)
+}
+
+// candidates are slotsOf of an entry.
+func (s *shortcuts) candidates(e *entry) [2]uint32 {
+	first, second := s.slotsOf(e.rule.In)
+	return [2]uint32{first, second}
 }
 
 // has says whether an entry has a slot.
@@ -117,22 +128,15 @@ func (s *transaction) closeShortcuts() {
 // TSO). Other architectures, including arm64, guarantee neither between two system calls.
 const storesInOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 
-// openShortcuts assigns slots to the current rules. The caller has waited a grace period for
-// programs that saw the shortcuts open.
-func (l *Loader) openShortcuts() error {
+// openShortcuts assigns slots to the current rules, of which all but some were assigned before. The
+// caller has waited a grace period for programs that saw the shortcuts open.
+func (l *Loader) openShortcuts(changes []change) error {
 	s := &l.shortcuts
 	changed := map[uint32]bool{}
-	wants := l.shortcutRules()
-	for at, e := range s.slots {
-		if e != nil && (!e.inForce || !wants(e)) {
-			s.slots[at] = nil
-			changed[uint32(at)] = true
-		}
-	}
-	for _, e := range l.rules {
-		if wants(e) && !s.has(e) {
-			s.put(e, changed)
-		}
+	if s.known && len(changes) <= fewShortcuts {
+		l.assignSome(changes, changed)
+	} else {
+		l.assignAll(changed)
 	}
 	if err := l.writeShortcuts(changed); err != nil {
 		return err
@@ -150,8 +154,159 @@ func (l *Loader) openShortcuts() error {
 	return nil
 }
 
-// shortcutRules returns which rules may have a slot: those of one group from which no more specific
-// rule can take packets. They are of one port, or of one source and any port.
+// emptySlot is an empty slot among the candidates of an entry.
+func (s *shortcuts) emptySlot(e *entry) (at uint32, ok bool) {
+	for _, at := range s.candidates(e) {
+		if s.slots[at] == nil {
+			return at, true
+		}
+	}
+	return 0, false
+}
+
+// addShortcut is openShortcuts for a change with addsOne: the shortcuts are open. It writes the slot
+// twice: at first without its family, so that it matches no packet, and then the family, when
+// programs that see that see all the rest, too.
+func (l *Loader) addShortcut(changes []change) error {
+	e, s := changes[0].new, &l.shortcuts
+	at, empty := s.emptySlot(e)
+	if !empty || !l.wantsShortcut(e) {
+		return nil
+	}
+	b := encodeShortcut(e)
+	hidden := b
+	hidden.Family = 0
+	err := l.maps.Shortcuts.Put(at, &hidden)
+	if err == nil {
+		if !storesInOrder {
+			l.opts.wait()
+		}
+		err = l.maps.Shortcuts.Put(at, &b)
+	}
+	if err != nil {
+		s.known, s.open = false, false // the next change assigns them anew
+		return errors.Join(fmt.Errorf("write map shortcuts: %w", err), l.writeConfig())
+	}
+	s.slots[at] = e
+	return nil
+}
+
+// fewShortcuts is the number of changed rules up to which only rules of their places are looked at.
+const fewShortcuts = 64
+
+// assignAll assigns slots to all current rules.
+func (l *Loader) assignAll(changed map[uint32]bool) {
+	s := &l.shortcuts
+	wants := l.shortcutRules()
+	for at, e := range s.slots {
+		if e != nil && (!e.inForce || !wants(e)) {
+			s.slots[at] = nil
+			changed[uint32(at)] = true
+		}
+	}
+	clear(s.slotless)
+	for _, e := range l.rules {
+		if wants(e) && !s.has(e) {
+			if s.put(e, changed); !s.has(e) {
+				s.slotless[e] = true
+			}
+		}
+	}
+}
+
+// assignSome assigns slots after some changes, as assignAll would: besides the changed rules, it
+// looks at those from which they take packets, or took some, and at those without a slot if one has
+// become free.
+func (l *Loader) assignSome(changes []change, changed map[uint32]bool) {
+	s := &l.shortcuts
+	free := func(e *entry) {
+		delete(s.slotless, e)
+		for _, at := range s.candidates(e) {
+			if s.slots[at] == e {
+				s.slots[at] = nil
+				changed[at] = true
+			}
+		}
+	}
+	var wanting []*entry
+	look := func(e *entry) {
+		switch wants := l.wantsShortcut(e); {
+		case !wants:
+			free(e)
+		case !s.has(e):
+			wanting = append(wanting, e)
+		}
+	}
+	for _, c := range changes {
+		if c.old != nil {
+			free(c.old)
+		}
+	}
+	for _, c := range changes {
+		if c.new != nil {
+			look(c.new)
+		}
+		for _, x := range []*entry{c.old, c.new} {
+			if x == nil {
+				continue
+			}
+			for e := range l.places.of(x.rule.In) {
+				if e != x && shadows(x.rule.In, e.rule.In) {
+					look(e)
+				}
+			}
+		}
+	}
+	if len(changed) > 0 {
+		for e := range s.slotless {
+			wanting = append(wanting, e)
+		}
+	}
+	for _, e := range wanting {
+		if !s.has(e) {
+			s.put(e, changed)
+		}
+	}
+	for _, e := range wanting {
+		if delete(s.slotless, e); !s.has(e) {
+			s.slotless[e] = true
+		}
+	}
+}
+
+// shadows says whether a rule may take packets that a shortcut to another one of its place would
+// take: it names sources, or the port.
+func shadows(x, of flow.Input) bool {
+	switch {
+	case x.Port == 0:
+		return false
+	case of.Port == 0:
+		return true
+	}
+	return (x.Source.IsValid() || x.BySource) && x.Port <= of.Port && of.Port <= max(x.Port, x.PortTo)
+}
+
+// mayHaveShortcut says whether an input has one group, and one port or one source and any port.
+func mayHaveShortcut(in flow.Input) bool {
+	return in.Len == 0 && in.IsOne() && !in.FromHost && (in.Port != 0 || in.Source.IsValid())
+}
+
+// wantsShortcut says whether a current rule may have a slot: its input may, and no more specific rule
+// can take its packets.
+func (l *Loader) wantsShortcut(e *entry) bool {
+	in := e.rule.In
+	if !mayHaveShortcut(in) || in.Port != 0 && in.Source.IsValid() {
+		return mayHaveShortcut(in)
+	}
+	for other := range l.places.of(in) {
+		if other != e && shadows(other.rule.In, in) {
+			return false
+		}
+	}
+	return true
+}
+
+// shortcutRules returns wantsShortcut for all current rules, in less time for many of one place.
 func (l *Loader) shortcutRules() func(*entry) bool {
 	sourced, ported, anyPort := map[flow.Input]bool{}, map[flow.Input]bool{}, false
 	for _, e := range l.rules {
@@ -163,25 +318,20 @@ func (l *Loader) shortcutRules() func(*entry) bool {
 			}
 		}
 	}
-	every := func(in flow.Input) flow.Input {
-		in = in.AnySource()
-		in.Port, in.PortTo = 0, 0
-		return in
-	}
 	if anyPort {
 		for _, e := range l.rules {
 			if in := e.rule.In; in.Port != 0 && !in.FromHost {
-				ported[every(in)] = true
+				ported[placeOf(in)] = true
 			}
 		}
 	}
 	return func(e *entry) bool {
 		in := e.rule.In
 		switch {
-		case in.Len != 0 || !in.IsOne() || in.FromHost:
+		case !mayHaveShortcut(in):
 			return false
 		case in.Port == 0:
-			return in.Source.IsValid() && !ported[every(in)]
+			return !ported[placeOf(in)]
 		}
 		return in.Source.IsValid() || len(sourced) == 0 || !sourced[in.AnySource()]
 	}
@@ -195,15 +345,24 @@ func (l *Loader) writeShortcuts(changed map[uint32]bool) error {
 	known := l.shortcuts.known
 	l.shortcuts.known = false // until all is written
 	var b batch[bpf.RelayShortcut]
-	for at, e := range l.shortcuts.slots {
-		if known && !changed[uint32(at)] {
-			continue
+	write := func(at uint32) error {
+		b.add(at, encodeShortcut(l.shortcuts.slots[at]))
+		if len(b.keys) < maxStagedShortcuts {
+			return nil
 		}
-		b.add(uint32(at), encodeShortcut(e))
-		if len(b.keys) == maxStagedShortcuts {
-			if err := b.put(l.maps.Shortcuts); err != nil {
+		return b.put(l.maps.Shortcuts)
+	}
+	if known {
+		for _, at := range slices.Sorted(maps.Keys(changed)) {
+			if err := write(at); err != nil {
 				return err
 			}
+		}
+		return b.put(l.maps.Shortcuts)
+	}
+	for at := range l.shortcuts.slots {
+		if err := write(uint32(at)); err != nil {
+			return err
 		}
 	}
 	return b.put(l.maps.Shortcuts)
@@ -304,7 +463,7 @@ func (l *Loader) adoptShortcuts() error {
 		return err
 	}
 	l.opts.wait()
-	if err := l.openShortcuts(); err != nil {
+	if err := l.openShortcuts(nil); err != nil {
 		return fmt.Errorf("shortcuts to the rules: %w", err)
 	}
 	return nil

@@ -432,3 +432,83 @@ func TestShortcutsAreNotLost(t *testing.T) {
 		}
 	}
 }
+
+// After any changes of few rules, shortcuts are as if they were assigned anew: all rules that may have
+// a slot have one, or wait for one of two that others have.
+func TestShortcutsOfFewChanges(t *testing.T) {
+	for seed := range uint64(300) {
+		random := rand.New(rand.NewPCG(seed, 2))
+		l := &Loader{rules: map[string]*entry{}, keep: map[int]int{}, lookups: lookupCount{}, shortcuts: newShortcuts(1<<(1+random.IntN(6)), true)}
+		input := func() flow.Input {
+			in := flow.Input{Index: 2 + random.IntN(2), Group: netip.AddrFrom4([4]byte{239, 1, 1, byte(random.IntN(3))}), Port: uint16(random.IntN(4))}
+			switch random.IntN(4) {
+			case 0, 1:
+				in.Source = netip.AddrFrom4([4]byte{10, 0, 0, byte(1 + random.IntN(3))})
+			case 2:
+				if in.Port != 0 && random.IntN(2) == 0 {
+					in.PortTo = in.Port + 2
+				}
+				if random.IntN(3) == 0 {
+					in.BySource, in.SourceLen, in.Source = true, 8, netip.AddrFrom4([4]byte{10, 0, 0, 0})
+				}
+			}
+			return in
+		}
+		for step := range 60 {
+			s := &transaction{Loader: l}
+			touched := map[string]bool{}
+			for range 1 + random.IntN(3) {
+				name := fmt.Sprint(random.IntN(20))
+				if touched[name] {
+					continue
+				}
+				touched[name] = true
+				c := change{old: l.rules[name]}
+				if c.old == nil || random.IntN(2) == 0 {
+					c.new = &entry{rule: &flow.Flow{Name: name, In: input(), Out: make([]flow.Output, 1)}}
+				}
+				s.changes = append(s.changes, c)
+			}
+			if s.claimInputs() != nil {
+				if err := s.takeBack(); err != nil {
+					t.Fatal(err)
+				}
+				countsFit(t, l)
+				continue
+			}
+			for _, c := range s.changes {
+				if c.old != nil {
+					l.places.remove(c.old)
+					l.leave(c.old)
+				}
+				if c.new != nil {
+					l.enter(c.new)
+				}
+			}
+			before := slices.Clone(l.shortcuts.slots)
+			changed := map[uint32]bool{}
+			l.assignSome(s.changes, changed)
+			for at := range before {
+				if before[at] != l.shortcuts.slots[at] && !changed[uint32(at)] {
+					t.Errorf("slot %d has changed, which is not recorded", at)
+				}
+			}
+			countsFit(t, l)
+			for _, e := range l.shortcuts.slots {
+				if e != nil && l.rules[e.rule.Name] != e {
+					t.Errorf("a slot has rule %s, which is gone", e.rule.Name)
+				}
+			}
+			for e := range l.shortcuts.slotless {
+				for _, at := range l.shortcuts.candidates(e) {
+					if l.shortcuts.slots[at] == nil {
+						t.Errorf("rule %s waits for slot %d, which is free", e.rule.Name, at)
+					}
+				}
+			}
+			if t.Failed() {
+				t.Fatalf("seed %d, step %d", seed, step)
+			}
+		}
+	}
+}

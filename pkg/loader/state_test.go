@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -272,6 +273,41 @@ func allocatorsFit(t testing.TB, l *Loader) {
 	}
 }
 
+// countsFit checks that what follows from the rules as a whole, and is kept in step with their
+// changes, is what they say.
+func countsFit(t testing.TB, l *Loader) {
+	t.Helper()
+	fresh := &Loader{rules: map[string]*entry{}, keep: map[int]int{}, lookups: lookupCount{}}
+	wants := l.shortcutRules()
+	for _, e := range l.rules {
+		fresh.enter(e)
+		found := false
+		for other := range l.places.of(e.rule.In) {
+			found = found || other == e
+		}
+		if !found || e.leaving || !e.inForce {
+			t.Errorf("rule %s: in places %v, leaving %v, in force %v", e.rule.Name, found, e.leaving, e.inForce)
+		}
+		if l.wantsShortcut(e) != wants(e) {
+			t.Errorf("rule %s: wants a shortcut: %v, want %v", e.rule.Name, l.wantsShortcut(e), wants(e))
+		}
+		if has, waits := l.shortcuts.has(e), l.shortcuts.slotless[e]; has && waits || (has || waits) != wants(e) {
+			t.Errorf("rule %s: has a slot %v, waits for one %v, want one of them: %v", e.rule.Name, has, waits, wants(e))
+		}
+	}
+	if l.places.count != len(l.rules) {
+		t.Errorf("%d rules have a place, want %d", l.places.count, len(l.rules))
+	}
+	if !maps.Equal(l.keep, fresh.keep) || l.steered != fresh.steered || l.extra != fresh.extra || l.both != fresh.both || !maps.Equal(l.lookups, fresh.lookups) {
+		t.Errorf("counts are %v %d %d %d %v, want %v %d %d %d %v", l.keep, l.steered, l.extra, l.both, l.lookups, fresh.keep, fresh.steered, fresh.extra, fresh.both, fresh.lookups)
+	}
+	for e := range l.shortcuts.slotless {
+		if l.rules[e.rule.Name] != e {
+			t.Errorf("rule %s waits for a slot and is gone", e.rule.Name)
+		}
+	}
+}
+
 // kernelFits checks that the kernel holds only what the rules need.
 func kernelFits(t testing.TB, l *Loader) {
 	t.Helper()
@@ -304,6 +340,7 @@ func kernelFits(t testing.TB, l *Loader) {
 		t.Errorf("%d rules are described, want %d", names, len(l.rules))
 	}
 	shortcutsAgree(t, l.maps)
+	countsFit(t, l)
 	s, err := l.Stats()
 	if err != nil {
 		t.Fatal(err)

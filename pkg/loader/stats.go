@@ -3,6 +3,8 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -555,10 +557,8 @@ func readDrops(m *ebpf.Map) (map[Reason]Counter, error) {
 }
 
 func readRuleDrops(m *ebpf.Map, byID map[uint32]*tally, byStats map[uint32]*outputSink) error {
-	var key bpf.RelayDropKey
 	var perCPU []bpf.RelayCounter
-	iter := m.Iterate()
-	for iter.Next(&key, &perCPU) {
+	count := func(key *bpf.RelayDropKey) {
 		switch bpf.RelayDropScope(key.Scope) {
 		case bpf.RelayDropScopeDROP_RULE:
 			if t := byID[key.Id]; t != nil {
@@ -574,10 +574,55 @@ func readRuleDrops(m *ebpf.Map, byID map[uint32]*tally, byStats map[uint32]*outp
 			}
 		}
 	}
+	if len(byID)+len(byStats) <= fewCounters {
+		for key := range dropKeys(maps.Keys(byID), maps.Keys(byStats)) {
+			switch err := m.Lookup(&key, &perCPU); {
+			case err == nil:
+				count(&key)
+			case !errors.Is(err, ebpf.ErrKeyNotExist):
+				return fmt.Errorf("read drops by rule: %w", err)
+			}
+		}
+		return nil
+	}
+	var key bpf.RelayDropKey
+	iter := m.Iterate()
+	for iter.Next(&key, &perCPU) {
+		count(&key)
+	}
 	if err := iter.Err(); err != nil {
 		return fmt.Errorf("read drops by rule: %w", err)
 	}
 	return nil
+}
+
+// fewCounters is the number of rules and outputs up to which their drop counters are looked for one
+// by one. For more, all drop counters are: the kernel searches a large map for those that there are.
+const fewCounters = 16
+
+// dropKeys yields the keys that the drop counters of some rules, and of some outputs by the indexes
+// of their counters, can have.
+func dropKeys(ids, stats iter.Seq[uint32]) iter.Seq[bpf.RelayDropKey] {
+	return func(yield func(bpf.RelayDropKey) bool) {
+		each := func(scope bpf.RelayDropScope, id uint32, reasons int) bool {
+			for reason := range reasons {
+				if !yield(bpf.RelayDropKey{Id: id, Scope: uint16(scope), Reason: uint16(reason)}) {
+					return false
+				}
+			}
+			return true
+		}
+		for id := range ids {
+			if !each(bpf.RelayDropScopeDROP_RULE, id, int(reasons)) || !each(bpf.RelayDropScopeDROP_NOTE, id, int(notes)) {
+				return
+			}
+		}
+		for id := range stats {
+			if !each(bpf.RelayDropScopeDROP_OUTPUT, id, int(reasons)) {
+				return
+			}
+		}
+	}
 }
 
 func readDevices(m *ebpf.Map) ([]DeviceStats, error) {

@@ -8,7 +8,6 @@ import (
 	"github.com/cilium/ebpf"
 
 	"xdpcast/bpf"
-	"xdpcast/pkg/flow"
 )
 
 // cpuQueue is how many frames can be queued for a CPU: 4 ms of buffering at 1 Mpps, about one
@@ -35,9 +34,9 @@ func (l *Loader) SetSteering(cpus []int) error {
 }
 
 // steer creates the queues to the CPUs while a rule needs them: each is a kernel thread.
-func (l *Loader) steer(rules []*flow.Flow) {
+func (l *Loader) steer(steered bool) {
 	var want []int
-	if slices.ContainsFunc(rules, func(r *flow.Flow) bool { return r.Steered }) {
+	if steered {
 		want = l.steerTo
 	}
 	if l.steeringKnown && slices.Equal(want, l.steering) {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -22,8 +23,10 @@ type entry struct {
 	row        uint32 // row of devices, with one output
 	sockets    uint32 // row of xsks, with PathAFXDP
 	stream     uint32 // index of streams, of a leg; 0: none
-	planned    uint64 // value of Loader.plans at the last plan that wanted it
+	planned    uint32 // value of Loader.plans at the last Sync that wanted it
 	inForce    bool   // it is in Loader.rules
+	leaving    bool   // the transaction in progress removes or replaces it
+	next       *entry // of places
 }
 
 // change replaces old by new; either may be nil.
@@ -42,6 +45,7 @@ type transaction struct {
 	staged  staged
 	// ids of rules, and of output counters, that were used by others before
 	reused, reusedStats map[uint32]bool
+	adds                bool // see addsOne
 }
 
 // Sync makes the kernel hold exactly the rules in want. Rules that it holds already are not
@@ -51,22 +55,27 @@ type transaction struct {
 //
 // It does not attach interfaces: see Attach. Errors to match: *RuleError, ErrFull.
 func (l *Loader) Sync(want []*flow.Flow) error {
-	if err := l.sync(want); err != nil {
+	return l.transact(func(s *transaction) error { return s.plan(want) })
+}
+
+// Change is Sync for a set of rules that differs from the current one in a few: put has those that
+// are added, or replace those of the same names, and remove the names of those that are not wanted
+// any more. It costs what they cost, however many others there are.
+func (l *Loader) Change(put []*flow.Flow, remove []string) error {
+	return l.transact(func(s *transaction) error { return s.planChange(put, remove) })
+}
+
+func (l *Loader) transact(plan func(*transaction) error) error {
+	if err := l.sync(plan); err != nil {
 		return err
 	}
 	return l.endReplaced()
 }
 
-func (l *Loader) sync(want []*flow.Flow) (err error) {
+func (l *Loader) sync(plan func(*transaction) error) (err error) {
 	s := &transaction{Loader: l, reused: map[uint32]bool{}, reusedStats: map[uint32]bool{}, staged: staged{open: openBroadcasts{}}}
-	if err := s.plan(want); err != nil {
+	if err := plan(s); err != nil {
 		return err
-	}
-	inputs := inputsToKeep(want)
-	l.attachTapped(inputs)
-	l.steer(want)
-	if len(s.changes) == 0 {
-		return nil
 	}
 	defer func() {
 		err = errors.Join(err, s.staged.open.close(), s.staged.closeWindows())
@@ -74,6 +83,15 @@ func (l *Loader) sync(want []*flow.Flow) (err error) {
 			err = errors.Join(err, s.takeBack())
 		}
 	}()
+	if err := s.claimInputs(); err != nil {
+		return err
+	}
+	inputs, steered := s.needs()
+	l.attachTapped(inputs)
+	l.steer(steered)
+	if len(s.changes) == 0 {
+		return nil
+	}
 	for _, c := range s.changes {
 		if c.new == nil {
 			continue
@@ -92,10 +110,14 @@ func (l *Loader) sync(want []*flow.Flow) (err error) {
 		return err
 	}
 	s.undo = nil // from here on the new rules are published
-	// Programs that have seen the old rules may still use the rows that these point to, the memory
-	// of their entries, and the shortcuts to them.
-	l.opts.wait()
-	if err := s.openShortcuts(); err != nil {
+	open := s.addShortcut
+	if !s.adds {
+		// Programs that have seen the old rules may still use the rows that these point to, the
+		// memory of their entries, and the shortcuts to them.
+		l.opts.wait()
+		open = s.openShortcuts
+	}
+	if err := open(s.changes); err != nil {
 		l.log.Warn("packets find their rules in the flow tables alone, which takes longer", "error", err)
 	}
 	if err := errors.Join(s.retire(), l.detachTapped(inputs)); err != nil {
@@ -118,24 +140,12 @@ func (s *transaction) plan(want []*flow.Flow) error {
 			}
 			old.planned = s.plans
 			kept++
-			if old.rule == r {
-				continue // it was checked when it was published
-			}
 		}
-		if normal := r.Normalized(); !normal.Equal(*r) {
-			other := normal
-			r = &other
+		if err := s.want(old, r); err != nil {
+			return err
 		}
-		if err := r.Check(); err != nil {
-			return &RuleError{Rule: r.Name, Err: err}
-		}
-		if old != nil && old.rule.Equal(*r) {
-			old.rule = r // share the caller's instead of keeping two
-			continue
-		}
-		s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.Continues(*old.rule)})
 	}
-	if err := s.checkInputs(); err != nil {
+	if err := s.checkNames(); err != nil {
 		return err
 	}
 	if kept == len(s.rules) {
@@ -152,42 +162,123 @@ func (s *transaction) plan(want []*flow.Flow) error {
 	return nil
 }
 
+// planChange looks at the given rules only.
+func (s *transaction) planChange(put []*flow.Flow, remove []string) error {
+	stay := make(map[string]bool, len(put))
+	for _, r := range put {
+		if stay[r.Name] {
+			return nameTwice(r.Name)
+		}
+		stay[r.Name] = true
+		if err := s.want(s.rules[r.Name], r); err != nil {
+			return err
+		}
+	}
+	gone := map[string]bool{}
+	for _, name := range remove {
+		if e := s.rules[name]; e != nil && !stay[name] && !gone[name] {
+			gone[name] = true
+			s.changes = append(s.changes, change{old: e})
+		}
+	}
+	return nil
+}
+
+// want adds the change, if any, by which a rule becomes r. old is the current rule of its name, nil
+// for none.
+func (s *transaction) want(old *entry, r *flow.Flow) error {
+	if old != nil && old.rule == r {
+		return nil // it was checked when it was published
+	}
+	if normal := r.Normalized(); !normal.Equal(*r) {
+		other := normal
+		r = &other
+	}
+	if err := r.Check(); err != nil {
+		return &RuleError{Rule: r.Name, Err: err}
+	}
+	if old != nil && old.rule.Equal(*r) {
+		old.rule = r // share the caller's instead of keeping two
+		return nil
+	}
+	s.changes = append(s.changes, change{old: old, new: &entry{rule: r}, continues: old != nil && r.Continues(*old.rule)})
+	return nil
+}
+
 func nameTwice(name string) error {
 	return &RuleError{Rule: name, Err: errors.New("name is used twice")}
 }
 
-// checkInputs rejects new rules with the same name, and two rules with the same input. It compares
-// only pairs with a changed rule: the inputs of unchanged rules are distinct already.
-func (s *transaction) checkInputs() error {
-	if len(s.changes) == 0 {
-		return nil
-	}
+// checkNames rejects new rules with the same name.
+func (s *transaction) checkNames() error {
 	names := make(map[string]bool, len(s.changes))
-	inputs := make(map[flow.Input]string, len(s.changes))
 	for _, c := range s.changes {
-		r := c.new.rule
-		if names[r.Name] {
-			return nameTwice(r.Name)
+		if c.old != nil {
+			continue // plan has found it only once
 		}
-		names[r.Name] = true
-		for in := range r.In.Key().EveryPort() {
-			if other, ok := inputs[in]; ok {
-				return sameInput(r.Name, other)
-			}
-			inputs[in] = r.Name
+		if names[c.new.rule.Name] {
+			return nameTwice(c.new.rule.Name)
 		}
-	}
-	for _, e := range s.rules {
-		if e.planned != s.plans || names[e.rule.Name] {
-			continue // removed or changed
-		}
-		for in := range e.rule.In.Key().EveryPort() {
-			if changed, ok := inputs[in]; ok {
-				return sameInput(changed, e.rule.Name)
-			}
-		}
+		names[c.new.rule.Name] = true
 	}
 	return nil
+}
+
+// claimInputs rejects two rules with the same input. It compares only new rules, with those of the
+// same place: the inputs of unchanged rules are distinct already.
+func (s *transaction) claimInputs() error {
+	claimed := 0
+	s.onFailure(func() error {
+		for i, c := range s.changes {
+			if c.old != nil {
+				c.old.leaving = false
+			}
+			if c.new != nil && i < claimed {
+				s.places.remove(c.new)
+			}
+		}
+		return nil
+	})
+	for _, c := range s.changes {
+		if c.old != nil {
+			c.old.leaving = true
+		}
+	}
+	for _, c := range s.changes {
+		if c.new != nil {
+			if other := s.places.sameInput(c.new); other != nil {
+				return sameInput(c.new.rule.Name, other.rule.Name)
+			}
+			s.places.add(c.new)
+		}
+		claimed++
+	}
+	return nil
+}
+
+// needs are the inputs of PathFanout whose packets must not reach the host's stack, and whether a
+// rule is steered, after the change.
+func (s *transaction) needs() (inputs map[int]bool, steered bool) {
+	keep, steer := maps.Clone(s.keep), s.steered
+	count := func(e *entry, n int) {
+		if e != nil && keepsFromStack(e.rule) {
+			keep[e.rule.In.Index] += n
+		}
+		if e != nil && e.rule.Steered {
+			steer += n
+		}
+	}
+	for _, c := range s.changes {
+		count(c.old, -1)
+		count(c.new, 1)
+	}
+	inputs = map[int]bool{}
+	for index, n := range keep {
+		if n > 0 {
+			inputs[index] = true
+		}
+	}
+	return inputs, steer > 0
 }
 
 func sameInput(name, other string) error {
@@ -358,7 +449,9 @@ func (s *transaction) publish() error {
 			needed |= lookupOf(c.new.rule.In)
 		}
 	}
-	s.closeShortcuts()
+	if s.adds = s.addsOne(); !s.adds {
+		s.closeShortcuts()
+	}
 	// An unneeded kind costs a lookup; a missing kind would lose packets.
 	if err := s.writeLookups(needed); err != nil {
 		return err
@@ -381,25 +474,43 @@ func (s *transaction) publish() error {
 	for _, c := range s.changes {
 		s.routed.replace(c.old, c.new)
 		if c.old != nil {
-			s.lookups.remove(c.old.rule.In)
-			s.extra -= c.old.rule.ExtraEntries()
-			s.countBoth(c.old.rule.In, -1)
-			c.old.inForce = false
+			s.places.remove(c.old)
+			s.leave(c.old)
 		}
 		if c.new != nil {
-			s.lookups.add(c.new.rule.In)
-			s.extra += c.new.rule.ExtraEntries()
-			s.countBoth(c.new.rule.In, 1)
-		}
-		if c.old != nil && (c.new == nil || c.old.rule.Name != c.new.rule.Name) {
-			delete(s.rules, c.old.rule.Name)
-		}
-		if c.new != nil {
-			s.rules[c.new.rule.Name] = c.new
-			c.new.inForce = true
+			s.enter(c.new)
 		}
 	}
 	return nil
+}
+
+// enter counts a rule that is published. It is in places already.
+func (l *Loader) enter(e *entry) {
+	l.rules[e.rule.Name] = e
+	e.inForce = true
+	l.lookups.add(e.rule.In)
+	l.count(e, 1)
+}
+
+// leave is the inverse of enter.
+func (l *Loader) leave(e *entry) {
+	delete(l.rules, e.rule.Name)
+	e.inForce = false
+	l.lookups.remove(e.rule.In)
+	l.count(e, -1)
+}
+
+func (l *Loader) count(e *entry, n int) {
+	l.extra += n * e.rule.ExtraEntries()
+	l.countBoth(e.rule.In, n)
+	if e.rule.Steered {
+		l.steered += n
+	}
+	if keepsFromStack(e.rule) {
+		if l.keep[e.rule.In.Index] += n; l.keep[e.rule.In.Index] == 0 {
+			delete(l.keep, e.rule.In.Index)
+		}
+	}
 }
 
 // lookupCount counts the published rules by the lookup kind that finds them.
@@ -437,6 +548,25 @@ func (s *transaction) isSingle() bool {
 		return false // it affects the entries of other rules
 	}
 	return c.new == nil || len(s.rules)+s.extra < int(s.tableOf(c.new.rule.In).MaxEntries())
+}
+
+// addsOne says whether the only change is a new rule that takes no packets from a shortcut, and finds
+// one of its own slots empty: no program uses anything that changes, and the shortcuts stay open.
+func (s *transaction) addsOne() bool {
+	if !s.shortcuts.open || !s.shortcuts.known || !s.isSingle() || s.changes[0].old != nil {
+		return false
+	}
+	e := s.changes[0].new
+	for other := range s.places.of(e.rule.In) {
+		if other != e && shadows(e.rule.In, other.rule.In) && s.shortcuts.has(other) {
+			return false
+		}
+	}
+	if !s.wantsShortcut(e) {
+		return true
+	}
+	_, empty := s.shortcuts.emptySlot(e)
+	return empty
 }
 
 func (l *Loader) tableOf(in flow.Input) *ebpf.Map { return l.tables[kindOf(in)] }
@@ -673,10 +803,23 @@ func (s *transaction) retireCounters(e *entry, gone, goneStats map[uint32]bool) 
 
 // dropCountersOf deletes the drop counters of some rules and outputs.
 func (l *Loader) dropCountersOf(ids, stats map[uint32]bool) error {
-	if len(ids) == 0 && len(stats) == 0 {
+	switch {
+	case len(ids) == 0 && len(stats) == 0:
 		return nil
+	case len(ids)+len(stats) > fewCounters:
+		return l.dropStaleCounters(has(ids), has(stats))
 	}
-	return l.dropStaleCounters(has(ids), has(stats))
+	for id := range ids {
+		if err := l.maps.Loops.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("clear map loops: %w", err)
+		}
+	}
+	for key := range dropKeys(maps.Keys(ids), maps.Keys(stats)) {
+		if err := l.maps.RuleDrops.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("clear map rule_drops: %w", err)
+		}
+	}
+	return nil
 }
 
 // dropStaleCounters deletes the drop counters of removed rules and outputs.

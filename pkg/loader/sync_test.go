@@ -96,8 +96,8 @@ func TestSyncRandomSets(t *testing.T) {
 	attachAll(t, l, append(n.out, n.in)...)
 	w := newWorld(7, n)
 	var rules []flow.Flow
-	for step := range 30 {
-		switch w.IntN(6) {
+	for step := range 40 {
+		switch w.IntN(7) {
 		case 0: // all replaced
 			rules = w.Rules(step)
 		case 1: // some added; inputs already used are skipped
@@ -127,8 +127,16 @@ func TestSyncRandomSets(t *testing.T) {
 			if len(rules) > 1 {
 				rules[0].Name, rules[1].Name = rules[1].Name, rules[0].Name
 			}
+		case 6: // one is removed
+			if len(rules) > 0 {
+				rules = slices.Delete(rules, 0, 1)
+			}
 		}
-		sync1(t, l, rules...)
+		if w.Chance(50) {
+			change1(t, l, rules...)
+		} else {
+			sync1(t, l, rules...)
+		}
 		if w.Chance(10) {
 			l = reopen(t, l)
 		}

@@ -254,6 +254,7 @@ const (
 	OrphanFragment     = Note(bpf.RelayNoteNOTE_ORPHAN)
 	UnfinishedChecksum = Note(bpf.RelayNoteNOTE_UNFINISHED)
 	Echo               = Note(bpf.RelayNoteNOTE_ECHO)
+	notes              = Note(bpf.RelayNoteNOTES)
 )
 
 func (n Note) String() string {

@@ -77,15 +77,9 @@ func (l *Loader) tappedProgram(index int) (*ebpf.Program, error) {
 	return p, nil
 }
 
-// inputsToKeep are the inputs of rules of PathFanout whose packets must not reach the host's stack.
-func inputsToKeep(rules []*flow.Flow) map[int]bool {
-	inputs := map[int]bool{}
-	for i := range rules {
-		if rules[i].Path == flow.PathFanout && !rules[i].Local && !rules[i].In.FromHost {
-			inputs[rules[i].In.Index] = true
-		}
-	}
-	return inputs
+// keepsFromStack says whether the packets of a rule, of PathFanout, must not reach the host's stack.
+func keepsFromStack(r *flow.Flow) bool {
+	return r.Path == flow.PathFanout && !r.Local && !r.In.FromHost
 }
 
 // attachTapped attaches the tapped program where needed. It does nothing until the flow tables say
