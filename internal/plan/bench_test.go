@@ -97,6 +97,17 @@ func BenchmarkPlan(b *testing.B) {
 				planner.Plan(w)
 			}
 		})
+		b.Run(fmt.Sprintf("rules=%d/rule, paths known", count), func(b *testing.B) {
+			planner := New(Options{})
+			planner.Plan(w)
+			w := w
+			w.Answers.Recarried = []string{}
+			sets := [2][]*Rule{w.Rules[1:], w.Rules}
+			for i := 0; b.Loop(); i++ {
+				w.Rules = sets[i%2]
+				planner.Plan(w)
+			}
+		})
 		b.Run(fmt.Sprintf("rules=%d/memory", count), func(b *testing.B) {
 			for b.Loop() {
 				before := heap()

@@ -110,6 +110,10 @@ type Answers struct {
 	// Carried has the published flows, with their paths. It is the only history in a World: a
 	// working path is not left for a better one while packets may flow on it.
 	Carried map[string]flow.Path
+	// Recarried, if not nil, has the names of the flows whose Carried differs from that of the
+	// Planner's last World, so that it looks at no other. Names of flows that are the same, or gone,
+	// do no harm.
+	Recarried []string
 	// Refused has the flows that a path could not bring into force, by name.
 	Refused map[string]error
 	// NoTransmit has links that refused redirected frames although nothing was known against them
@@ -326,8 +330,7 @@ func (p *Plan) Rule(name string) *RulePlan {
 // Flow returns the plan of the flow with a name as from FlowName, with its rule; nil if there is
 // none.
 func (p *Plan) Flow(name string) (*RulePlan, *FlowPlan) {
-	rule, _, _ := strings.Cut(name, flowSeparator)
-	r := p.Rule(rule)
+	r := p.Rule(ruleOfFlow(name))
 	if r == nil {
 		return nil, nil
 	}
@@ -349,3 +352,9 @@ func FlowName(rule *rules.Rule, ifname string) string {
 }
 
 const flowSeparator = "%"
+
+// ruleOfFlow is the name of the rule of a flow.
+func ruleOfFlow(name string) string {
+	rule, _, _ := strings.Cut(name, flowSeparator)
+	return rule
+}

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"cmp"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -12,10 +13,13 @@ import (
 )
 
 // Planner makes successive plans. A rule whose plan depends on nothing that changed keeps its plan,
-// by pointer; the result equals that of Make. It is not for concurrent use; the returned plans are.
+// by pointer; the result equals that of Make. A change of one rule costs the planning of that rule,
+// and a comparison of pointers for each of the others. It is not for concurrent use; the returned
+// plans are.
 type Planner struct {
-	opts Options
-	last *Plan
+	opts  Options
+	last  *Plan
+	tally tally // of last
 }
 
 // New returns a Planner without history.
@@ -37,6 +41,7 @@ type seen struct {
 	noTransmit map[network.LinkID]string
 	neighbours map[network.NeighbourKey]error
 	inputs     *inputIndex
+	taken      map[legRef]*Rule
 	names      map[string]bool // interfaces that rules name or have flows on, and whether tags are matched there
 }
 
@@ -47,23 +52,29 @@ func (p *Planner) Plan(w World) *Plan {
 		last = &Plan{}
 	}
 	now := see(w)
-	byName := func(a, b *Rule) int { return strings.Compare(a.Name, b.Name) }
-	if !sameSlice(now.rules, last.seen.rules) && !slices.IsSortedFunc(now.rules, byName) {
+	if !sortedLike(last.seen.rules, now.rules) {
 		now.rules = slices.Clone(now.rules)
 		slices.SortFunc(now.rules, byName)
 	}
 	c := compare(&last.seen, &now)
-	if !c.rules {
+	c.carried, c.allCarried = w.Answers.Recarried, w.Answers.Recarried == nil
+	hadPatterns := len(p.tally.patterns) > 0
+	for _, r := range c.gone {
+		p.tally.removeRule(r)
+	}
+	for _, r := range c.come {
+		p.tally.addRule(r)
+	}
+	switch {
+	case p.last == nil, len(c.gone)+len(c.come) > 0 && (hadPatterns || len(p.tally.patterns) > 0):
+		now.inputs = newInputIndex(now.rules)
+	default:
 		now.inputs = last.seen.inputs
 	}
-	m := &maker{
-		opts: &p.opts, net: now.network, answers: &w.Answers, failed: now.failed, inputs: now.inputs,
-		taken: takenInputs(now.rules, now.network, w.Answers.Carried),
+	if p.tally.severalNames(now.network) {
+		now.taken = takenInputs(now.rules, now.network, w.Answers.Carried)
 	}
-	if m.inputs == nil {
-		m.inputs = newInputIndex(now.rules)
-		now.inputs = m.inputs
-	}
+	m := &maker{opts: &p.opts, net: now.network, answers: &w.Answers, failed: now.failed, inputs: now.inputs, taken: now.taken}
 	plan := &Plan{Rules: make([]*RulePlan, len(now.rules)), seen: now}
 	e := p.rules(plan, last, m, &c)
 	p.sets(plan, last, &c, e)
@@ -71,9 +82,28 @@ func (p *Planner) Plan(w World) *Plan {
 	return plan
 }
 
+func byName(a, b *Rule) int { return strings.Compare(a.Name, b.Name) }
+
 // sameSlice says whether two slices are the same memory.
 func sameSlice(a, b []*Rule) bool {
 	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0])
+}
+
+// sortedLike says whether now is sorted by name, as before is. It looks only at the rules between
+// those with which both begin and end.
+func sortedLike(before, now []*Rule) bool {
+	if sameSlice(before, now) {
+		return true
+	}
+	begin, most := 0, min(len(before), len(now))
+	for begin < most && before[begin] == now[begin] {
+		begin++
+	}
+	end := 0
+	for end < most-begin && before[len(before)-1-end] == now[len(now)-1-end] {
+		end++
+	}
+	return slices.IsSortedFunc(now[max(0, begin-1):min(len(now), len(now)-end+1)], byName)
 }
 
 // see records a World.
@@ -98,33 +128,50 @@ func see(w World) seen {
 
 // effect is what planning the rules changed besides their plans.
 type effect struct {
-	names, memberships, hops bool
+	memberships, hops bool
 }
 
 // rules plans the rules that need it.
 func (p *Planner) rules(plan, last *Plan, m *maker, c *changes) (e effect) {
-	old := last.Rules
+	any := c.any(m, last) // what every rule may depend on has changed
+	old, oldRules := last.Rules, last.seen.rules
 	for i, r := range plan.seen.rules {
-		for len(old) > 0 && old[0].Rule.Name < r.Name {
-			e.note(old[0], nil)
-			old = old[1:]
+		for len(old) > 0 && oldRules[0] != r && oldRules[0].Name < r.Name {
+			e.note(p, old[0], nil)
+			old, oldRules = old[1:], oldRules[1:]
 		}
 		var before *RulePlan
-		if len(old) > 0 && old[0].Rule.Name == r.Name {
-			before, old = old[0], old[1:]
+		same := false
+		if len(old) > 0 && (oldRules[0] == r || oldRules[0].Name == r.Name) {
+			before, same = old[0], oldRules[0] == r
+			old, oldRules = old[1:], oldRules[1:]
 		}
-		if before != nil && before.Rule == r && !c.touch(before, m) {
+		if same && !(any && c.touch(before, m)) {
 			plan.Rules[i] = before
 			continue
 		}
-		plan.Rules[i] = m.rule(r)
-		plan.Rules[i].shareFlows(before)
-		e.note(before, plan.Rules[i])
+		p.plan(plan, i, before, m, &e)
 	}
 	for _, r := range old {
-		e.note(r, nil)
+		e.note(p, r, nil)
+	}
+	if any {
+		return e
+	}
+	for name := range c.named(&p.tally) {
+		i, found := slices.BinarySearchFunc(plan.Rules, name, func(r *RulePlan, name string) int { return strings.Compare(r.Rule.Name, name) })
+		if found && c.touch(plan.Rules[i], m) {
+			p.plan(plan, i, plan.Rules[i], m, &e)
+		}
 	}
 	return e
+}
+
+// plan plans one rule.
+func (p *Planner) plan(plan *Plan, i int, before *RulePlan, m *maker, e *effect) {
+	plan.Rules[i] = m.rule(plan.seen.rules[i])
+	plan.Rules[i].shareFlows(before)
+	e.note(p, before, plan.Rules[i])
 }
 
 // shareFlows reuses unchanged flows of the last plan, so that there is one copy of each, however
@@ -145,8 +192,8 @@ func (r *RulePlan) shareFlows(before *RulePlan) {
 }
 
 // note records the differences between two plans of a rule; each may be nil.
-func (e *effect) note(before, now *RulePlan) {
-	e.names = e.names || before == nil || now == nil || before.Rule != now.Rule || hasPattern(now.Rule)
+func (e *effect) note(p *Planner, before, now *RulePlan) {
+	p.tally.replace(before, now)
 	e.memberships = e.memberships || !sameMemberships(before, now)
 	e.hops = e.hops || hasHops(before) || hasHops(now)
 }
@@ -173,24 +220,26 @@ func hasHops(r *RulePlan) bool {
 
 // changes are the differences between two Worlds that the plan of a rule can depend on.
 type changes struct {
-	rules      bool            // some rule was added, removed or changed
+	gone, come []*Rule         // rules that were removed or replaced, and added or replaced
 	links      map[string]bool // names of links that changed, or have a new answer
 	own        bool            // the host's addresses
 	hops       map[network.HopKey]bool
 	joins      map[Membership]bool // that fail differently than before
 	refused    map[string]bool
 	neighbours map[network.NeighbourKey]bool
+	carried    []string // flows whose path in force may have changed; of any, if allCarried
+	allCarried bool
 }
 
 // compare finds the differences.
 func compare(before, now *seen) changes {
 	c := changes{
-		rules:      !sameSlice(before.rules, now.rules) && !slices.Equal(before.rules, now.rules),
 		joins:      differing(before.failed, now.failed, sameJoin),
 		refused:    differing(before.refused, now.refused, sameError),
 		neighbours: differing(before.neighbours, now.neighbours, sameError),
 		links:      map[string]bool{},
 	}
+	c.compareRules(before.rules, now.rules)
 	if before.network != now.network {
 		diff := network.Diff(before.network, now.network)
 		c.own, c.hops = diff.Own, diff.Hops
@@ -212,6 +261,66 @@ func compare(before, now *seen) changes {
 	}
 	return c
 }
+
+// compareRules finds the rules that differ between two sets, ordered by name. It looks only at those
+// that do.
+func (c *changes) compareRules(before, now []*Rule) {
+	if sameSlice(before, now) {
+		return
+	}
+	for len(before)+len(now) > 0 {
+		order := 0
+		switch {
+		case len(before) == 0:
+			order = 1
+		case len(now) == 0:
+			order = -1
+		case before[0] == now[0]:
+			before, now = before[1:], now[1:]
+			continue
+		default:
+			order = byName(before[0], now[0])
+		}
+		if order <= 0 {
+			c.gone, before = append(c.gone, before[0]), before[1:]
+		}
+		if order >= 0 {
+			c.come, now = append(c.come, now[0]), now[1:]
+		}
+	}
+}
+
+// any says whether the plan of every rule may change, so that all are compared.
+func (c *changes) any(m *maker, last *Plan) bool {
+	return len(c.links) > 0 || c.own || len(c.hops) > 0 || len(c.neighbours) > 0 || len(c.joins) > 0 || c.allCarried ||
+		len(m.taken) > 0 || len(last.seen.taken) > 0
+}
+
+// named yields the names of the rules whose plan may change although any is false.
+func (c *changes) named(t *tally) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		if c.rules() {
+			for name := range t.patterns {
+				if !yield(name) {
+					return
+				}
+			}
+		}
+		for _, name := range c.carried {
+			if !yield(ruleOfFlow(name)) {
+				return
+			}
+		}
+		for name := range c.refused {
+			if !yield(ruleOfFlow(name)) {
+				return
+			}
+		}
+	}
+}
+
+// rules says whether some rule was added, removed or replaced.
+func (c *changes) rules() bool { return len(c.gone)+len(c.come) > 0 }
 
 // link records a link by all its names; a nil link is gone, which the comparison of the snapshots
 // has found.
@@ -275,7 +384,7 @@ func (c *changes) touchesInput(r *Rule) bool {
 	// links.
 	for leg := range r.InputCount() {
 		in := r.Leg(leg).In
-		if c.touchesName(in.Interface) || c.rules && isPattern(in.Interface) || c.own && !in.Multicast() {
+		if c.touchesName(in.Interface) || c.rules() && isPattern(in.Interface) || c.own && !in.Multicast() {
 			return true
 		}
 	}
@@ -353,9 +462,9 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 	first := p.last == nil
 	plan.Attach, plan.Tags, plan.Joins, plan.Hops, plan.Neighbours = last.Attach, last.Tags, last.Joins, last.Hops, last.Neighbours
 	plan.seen.names = last.seen.names
-	names := e.names || !slices.Equal(last.seen.interfaces, plan.seen.interfaces)
-	if first || names {
-		plan.seen.names = p.names(plan.Rules, plan.seen.interfaces)
+	names := p.tally.renamed || !slices.Equal(last.seen.interfaces, plan.seen.interfaces)
+	if p.tally.renamed = false; first || names {
+		plan.seen.names = p.names(plan.seen.interfaces)
 	}
 	if first || names || len(c.links) > 0 {
 		plan.Attach, plan.Tags = attachments(plan.seen.names, plan.seen.network)
@@ -369,40 +478,14 @@ func (p *Planner) sets(plan, last *Plan, c *changes, e effect) {
 }
 
 // names are the interfaces that rules name or have flows on, and whether tags are matched there.
-func (p *Planner) names(all []*RulePlan, more []string) map[string]bool {
-	names := map[string]bool{}
-	add := func(name string, tagged bool) {
-		if was, ok := names[name]; !ok || tagged && !was {
-			names[name] = tagged
-		}
+func (p *Planner) names(more []string) map[string]bool {
+	names := make(map[string]bool, len(p.tally.names))
+	for name, n := range p.tally.names {
+		names[name] = n.tagged > 0
 	}
 	for _, name := range slices.Concat(p.opts.Interfaces, more) {
-		add(name, false)
-	}
-	for _, r := range all {
-		tagged := r.Rule.In.VLAN.ID != 0
-		if !isPattern(r.Rule.In.Interface) {
-			add(r.Rule.In.Interface, tagged)
-		}
-		for leg := 1; leg < r.Rule.InputCount(); leg++ {
-			in := r.Rule.Leg(leg).In
-			add(in.Interface, in.VLAN.ID != 0)
-		}
-		for i := range r.Rule.Out {
-			if name := r.Rule.Out[i].Interface; !isPattern(name) {
-				add(name, false)
-			}
-		}
-		if !hasPattern(r.Rule) {
-			continue
-		}
-		for _, f := range r.Flows {
-			if !f.Flow.Leg.Several() {
-				add(f.In.Name, tagged)
-			}
-			for i := range f.Outputs {
-				add(f.Outputs[i].Interface, false)
-			}
+		if _, ok := names[name]; !ok {
+			names[name] = false
 		}
 	}
 	return names

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"reflect"
@@ -45,7 +46,8 @@ type model struct {
 	noJoin  map[netip.Addr]bool
 	fails   map[string]bool // flows that their path does not take
 	answers Answers
-	hops    []network.HopKey // asked for
+	planned map[string]flow.Path // answers.Carried of the last plan; nil: none
+	hops    []network.HopKey     // asked for
 	snap    *network.Snapshot
 }
 
@@ -308,6 +310,25 @@ func (m *model) act(p *Plan) {
 	m.snapshot()
 }
 
+// recarried is Answers.Recarried; nil, for that nothing is known, for the first plan.
+func (m *model) recarried() (names []string) {
+	if m.planned != nil {
+		names = []string{}
+	}
+	for name, path := range m.answers.Carried {
+		if m.planned != nil && m.planned[name] != path {
+			names = append(names, name)
+		}
+	}
+	for name := range m.planned {
+		if m.answers.Carried[name] == 0 {
+			names = append(names, name)
+		}
+	}
+	m.planned = maps.Clone(m.answers.Carried)
+	return names
+}
+
 // rounds is how often plan and answers may follow each other until nothing changes.
 const rounds = 8
 
@@ -317,7 +338,9 @@ func (m *model) settle(t testing.TB, planner *Planner, opts Options) *Plan {
 	var last *Plan
 	for range rounds {
 		w := m.world()
-		p := planner.Plan(w)
+		hinted := w
+		hinted.Answers.Recarried = m.recarried()
+		p := planner.Plan(hinted)
 		check(t, &w, p)
 		samePlan(t, "the plan with a memo, and anew", p, Make(w, opts))
 		if last != nil && equalPlans(p, last) {
