@@ -99,7 +99,9 @@ type Store struct {
 	log        *slog.Logger
 	state      State
 	limits     limits
-	failWrites error // for tests
+	sizes      map[Digest]int64 // of the stored sets; nil until the directory is read: see known
+	good       map[Digest]bool  // sets that this Store has written
+	failWrites error            // for tests
 }
 
 type limits struct {
@@ -110,7 +112,7 @@ type limits struct {
 // Open reads the state in file, whose sets are in the directory sets. If the file is missing, the
 // state is empty. It writes nothing before Put and Save.
 func Open(file, sets string, log *slog.Logger) (*Store, error) {
-	s := &Store{file: file, sets: sets, log: log, limits: limits{MaxEntries, MaxBytes}}
+	s := &Store{file: file, sets: sets, log: log, limits: limits{MaxEntries, MaxBytes}, good: map[Digest]bool{}}
 	data, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return s, nil
@@ -170,7 +172,7 @@ func (s *Store) Save(state State) error {
 		return s.failWrites
 	}
 	state = state.Clone()
-	sizes, err := s.sizes()
+	sizes, err := s.known()
 	if err != nil {
 		return err
 	}
@@ -209,11 +211,15 @@ func (s *Store) trim(state *State, sizes map[Digest]int64) {
 func (s *Store) sweep(sizes map[Digest]int64) {
 	named := s.state.digests()
 	for digest := range sizes {
-		if !named[digest] {
-			if err := os.Remove(s.path(digest)); err != nil && !errors.Is(err, os.ErrNotExist) {
-				s.log.Warn("remove an old set of rules", "error", err)
-			}
+		if named[digest] {
+			continue
 		}
+		if err := os.Remove(s.path(digest)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			s.log.Warn("remove an old set of rules", "error", err)
+			continue
+		}
+		delete(sizes, digest)
+		delete(s.good, digest)
 	}
 }
 

@@ -3,14 +3,19 @@
 package savefile
 
 import (
+	"bufio"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 )
 
 // Stage writes data to path.next and syncs it, for Commit to rename. It creates the directory if
 // necessary, and does not follow links.
-func Stage(path string, data []byte) error {
+func Stage(path string, data []byte) error { return StageParts(path, [][]byte{data}) }
+
+// StageParts is Stage for the concatenated parts.
+func StageParts(path string, parts [][]byte) error {
 	next := path + ".next"
 	if err := os.MkdirAll(filepath.Dir(next), 0o755); err != nil {
 		return err
@@ -22,14 +27,30 @@ func Stage(path string, data []byte) error {
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(data)
-	if err == nil {
+	if err = write(f, parts); err == nil {
 		err = f.Sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		Discard(path)
 	}
 	return err
+}
+
+// buffered is how many bytes are collected for one system call.
+const buffered = 256 << 10
+
+func write(to io.Writer, parts [][]byte) error {
+	if len(parts) == 1 {
+		_, err := to.Write(parts[0])
+		return err
+	}
+	b := bufio.NewWriterSize(to, buffered)
+	for _, p := range parts {
+		if _, err := b.Write(p); err != nil {
+			return err
+		}
+	}
+	return b.Flush()
 }
 
 // Discard removes what Stage wrote.
@@ -46,8 +67,11 @@ func Commit(path string) error {
 }
 
 // Write is Stage and Commit.
-func Write(path string, data []byte) error {
-	if err := Stage(path, data); err != nil {
+func Write(path string, data []byte) error { return WriteParts(path, [][]byte{data}) }
+
+// WriteParts is Write for the concatenated parts.
+func WriteParts(path string, parts [][]byte) error {
+	if err := StageParts(path, parts); err != nil {
 		return err
 	}
 	return Commit(path)
