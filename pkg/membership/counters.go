@@ -71,6 +71,13 @@ func (m *Manager) Counters() []Counters {
 func (m *Manager) Prune(keep func(ifname string) bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	gone := false
+	for name := range m.counters {
+		gone = gone || !keep(name)
+	}
+	if !gone {
+		return
+	}
 	held := map[string]bool{}
 	for _, p := range m.ifaces {
 		held[p.name] = true

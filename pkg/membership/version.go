@@ -3,6 +3,7 @@ package membership
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -12,9 +13,34 @@ import (
 // IGMPVersions returns the IGMP version that the kernel uses on each interface, by index: 3, or 1
 // or 2 while it has heard a querier of that version (RFC 3376 section 7.2.1) or force_igmp_version
 // is set. Interfaces without IPv4 groups are missing. It reads the network namespace of the calling
-// thread.
+// thread, in quadratic time in the groups of an interface: see OpenIGMPTable for callers that cannot
+// wait.
 func IGMPVersions() (map[int]int, error) {
-	table, err := os.ReadFile("/proc/thread-self/net/igmp")
+	t, err := OpenIGMPTable()
+	if err != nil {
+		return nil, err
+	}
+	defer t.Close()
+	return t.Versions()
+}
+
+// IGMPTable is the kernel's table of interfaces and their IPv4 groups.
+type IGMPTable struct{ file *os.File }
+
+// OpenIGMPTable opens the table of the network namespace of the calling thread. The caller must Close
+// it, which it may do from another goroutine to end Versions.
+func OpenIGMPTable() (*IGMPTable, error) {
+	file, err := os.Open("/proc/thread-self/net/igmp")
+	if err != nil {
+		return nil, fmt.Errorf("read IGMP versions: %w", err)
+	}
+	return &IGMPTable{file}, nil
+}
+
+// Versions is IGMPVersions. It may be called once, from any goroutine. An error matches os.ErrClosed
+// after Close.
+func (t *IGMPTable) Versions() (map[int]int, error) {
+	table, err := io.ReadAll(t.file)
 	if err != nil {
 		return nil, fmt.Errorf("read IGMP versions: %w", err)
 	}
@@ -24,6 +50,9 @@ func IGMPVersions() (map[int]int, error) {
 	}
 	return versions, nil
 }
+
+// Close closes the table. Closing it again returns an error that matches os.ErrClosed.
+func (t *IGMPTable) Close() error { return t.file.Close() }
 
 // parseIGMPVersions parses the lines of interfaces, which begin with the index and end with the
 // version (igmp_mc_seq_show in net/ipv4/igmp.c):
