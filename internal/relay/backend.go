@@ -32,7 +32,7 @@ func (r *Relay) AddRule(ctx context.Context, c control.Rule) (status control.Rul
 		if old := r.rule(rule.Name); old != nil {
 			return control.Errorf(control.KindConflict, "rule %s exists already (from %s): delete it first, or choose another name", rule.Name, r.originOf(old))
 		}
-		if err := control.ValidateSet(append(r.wantedRules(), rule)); err != nil {
+		if err := r.checkAdded(&rule); err != nil {
 			return err
 		}
 		c := change{edit: edit{put: []*plan.Rule{{Rule: rule, Origin: plan.OriginAPI}}}, Change: by(ctx, "rule add "+rule.Name), save: true}

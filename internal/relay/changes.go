@@ -23,11 +23,17 @@ type changes struct {
 	clock history.Clock
 
 	// read is the set of the file when it was last read. While an undone file is held off, the
-	// current rules of the file differ from it: see heldOff.
+	// current rules of the file differ from it: see heldOff. It is empty until fill if they are the
+	// same.
 	read history.Digest
 	// set is the current set as last kept; a part is empty if it was not kept.
 	set     history.Set
 	pending *pending
+	// api and file are the texts of the wanted rules. Those of the file are seldom needed, and not
+	// kept.
+	api, file setText
+	// ahead is closed when the goroutine of formatAhead has ended; nil: there is none.
+	ahead chan struct{}
 }
 
 // pending is the change that waits for confirmation.
@@ -75,6 +81,8 @@ func (r *Relay) keptFile(name string) string {
 // which this process starts.
 func (r *Relay) beginHistory() {
 	c := &r.changes
+	c.endAhead()
+	defer func() { c.file.parts = nil }()
 	if errors.Is(c.why, history.ErrDamaged) {
 		file, sets := r.historyFiles()
 		aside, err := history.SetAside(file)
@@ -226,11 +234,42 @@ func (r *Relay) recorded() bool {
 
 // fill computes missing parts of the current set.
 func (c *changes) fill(inForce []*plan.Rule, mroute *rules.Mroute) {
+	c.endAhead()
 	if c.set.File == "" {
-		c.set.File = history.Sum(fileText(inForce, mroute))
+		c.set.File = history.SumParts(withRoutes(c.file.of(inForce), mroute))
 	}
 	if c.set.API == "" {
-		c.set.API = history.Sum(textOf(inForce, plan.OriginAPI))
+		c.set.API = history.SumParts(c.api.of(inForce))
+	}
+	c.read = cmp.Or(c.read, c.set.File)
+}
+
+// formatAhead computes the set of the file's rules beside what else the start of a daemon does: with
+// 100,000 rules that takes half a second.
+func (c *changes) formatAhead(all []*plan.Rule, mroute *rules.Mroute) {
+	if c.store == nil {
+		return
+	}
+	var last history.Set
+	if entries := c.store.State().Entries; len(entries) > 0 {
+		last = entries[len(entries)-1].Set
+	}
+	done := make(chan struct{})
+	c.ahead = done
+	go func() {
+		defer close(done)
+		text := withRoutes(c.file.of(all), mroute)
+		if c.set.File = history.SumParts(text); c.set.File != last.File {
+			_ = history.PackParts(text) // PutParts finds the error, too
+		}
+	}()
+}
+
+// endAhead waits for formatAhead.
+func (c *changes) endAhead() {
+	if c.ahead != nil {
+		<-c.ahead
+		c.ahead = nil
 	}
 }
 
@@ -261,12 +300,13 @@ func (r *Relay) keep(c history.Change, waiting *history.Pending) error {
 	}
 	set, err := h.set, error(nil)
 	if set.API == "" || set.API != last.API {
-		if set.API, err = h.store.Put(textOf(r.rules, plan.OriginAPI)); err != nil {
+		if set.API, err = h.store.PutParts(h.api.of(r.rules)); err != nil {
 			return err
 		}
 	}
 	if set.File == "" || set.File != last.File {
-		if set.File, err = h.store.Put(fileText(r.rules, r.mroute)); err != nil {
+		set.File, err = h.store.PutParts(withRoutes(h.file.of(r.rules), r.mroute))
+		if h.file.parts = nil; err != nil {
 			return err
 		}
 	}
@@ -545,12 +585,14 @@ func noSet(err error) error {
 // the API, unless an earlier process has undone the file, or a change was not confirmed in time.
 func (r *Relay) initialSets(fromFile rules.Config, saved []rules.Rule, isSaved bool) (file rules.Config, api []rules.Rule) {
 	h := &r.changes
-	h.read = history.Sum(configText(fromFile))
 	if h.store == nil {
 		return fromFile, saved
 	}
 	state := h.store.State()
 	p := state.Pending
+	if p != nil || state.Held != nil {
+		h.read = history.Sum(configText(fromFile))
+	}
 	var before kept
 	if p != nil {
 		var err error
@@ -594,23 +636,7 @@ func bare(all []*plan.Rule) []rules.Rule {
 	return out
 }
 
-// textOf formats the rules of an origin as a rule file, sorted by name.
-func textOf(all []*plan.Rule, origin plan.Origin) []byte {
-	var text []byte
-	for _, rule := range all {
-		if rule.Origin == origin {
-			text = rules.AppendRule(text, rule.Rule)
-		}
-	}
-	return rules.EndFile(text)
-}
-
-// fileText formats the current rules of the file.
-func fileText(all []*plan.Rule, mroute *rules.Mroute) []byte {
-	return rules.AppendMroute(textOf(all, plan.OriginFile), mroute)
-}
-
-// configText is fileText for a parsed file, with rules in any order.
+// configText is the text of a parsed file, whose rules are in any order.
 func configText(c rules.Config) []byte {
 	var text []byte
 	for _, rule := range slices.SortedFunc(slices.Values(c.Rules), func(a, b rules.Rule) int { return cmp.Compare(a.Name, b.Name) }) {

@@ -73,11 +73,12 @@ func (r *Relay) reconcile(strict []string) error {
 			r.stale = true
 			continue // fault says which
 		}
-		if changed, err := r.publish(strict); err != nil {
+		joined := r.memberships.joinAhead(r.plan, r.network)
+		changed, err := r.publish(strict)
+		if joined(); err != nil {
 			return err
-		} else if changed {
-			r.stale = true
 		}
+		r.stale = r.stale || changed
 		if planned {
 			r.releaseRoutes()
 		}
@@ -111,7 +112,9 @@ func (r *Relay) prepare() error {
 			r.follow(now)
 		}
 		r.stale = false
+		r.attachFirst(now)
 		r.plan = r.planner.Plan(plan.World{Rules: r.rules, Interfaces: r.mroutes.vifs(), Network: now, Answers: r.answers()})
+		r.tables.planned()
 		r.watcher.Ask(r.plan.Hops)
 		attached := r.attachments.apply(r.plan, now)
 		tagged := r.tags.apply(r.plan, now)
@@ -121,10 +124,45 @@ func (r *Relay) prepare() error {
 	return nil
 }
 
+// attachFirst attaches the program to the interfaces of very many rules before their first plan: if
+// that had to be made again with the answers, it would take twice the time. One rule for each
+// interface and each use of it is enough to know where.
+func (r *Relay) attachFirst(now *network.Snapshot) {
+	if len(r.plan.Rules) > 0 || len(r.rules) < manyEdits {
+		return
+	}
+	type use struct {
+		name   string
+		tagged bool
+	}
+	seen := map[use]bool{}
+	var some []*plan.Rule
+	for _, rule := range r.rules {
+		first := false
+		see := func(name string, tagged bool) {
+			first = first || !seen[use{name, tagged}]
+			seen[use{name, tagged}] = true
+		}
+		for leg := range rule.InputCount() {
+			in := rule.Leg(leg).In
+			see(in.Interface, in.VLAN.ID != 0)
+		}
+		for i := range rule.Out {
+			see(rule.Out[i].Interface, false)
+		}
+		if first {
+			some = append(some, rule)
+		}
+	}
+	p := plan.Make(plan.World{Rules: some, Interfaces: r.mroutes.vifs(), Network: now, Answers: r.answers()}, r.planOptions())
+	r.attachments.apply(p, now)
+	r.tags.apply(p, now)
+}
+
 func (r *Relay) answers() plan.Answers {
 	return plan.Answers{
 		Attached: r.attachments.answers, Tags: r.tags.answers, Neighbours: r.neighbours.refused,
-		Joined: r.memberships.failed, Carried: r.tables.carried, Refused: r.tables.refusedFlows(), NoTransmit: r.refusals.answers,
+		Joined: r.memberships.failed, Carried: r.tables.carried, Recarried: r.tables.recarried, Refused: r.tables.refusedFlows(), NoTransmit: r.refusals.answers,
 	}
 }
 

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/vishvananda/netns"
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/events"
@@ -34,10 +37,12 @@ type memberships struct {
 	tries map[plan.Membership]*joinTries
 	// failed has the failed memberships, as passed to the next plan.
 	failed map[plan.Membership]plan.Join
-	// settled is the plan.Plan.Joins whose memberships are all joined, or failed; 0: none.
-	settled uint64
-	// left is the plan.Plan.Joins to which the joined memberships were last reduced; 0: none.
-	left uint64
+	// settled is a plan whose memberships are all joined, or failed; nil: none.
+	settled *plan.Plan
+	// left is the plan to which the joined memberships were last reduced, and since are the
+	// memberships that were tried after that. nil: none, any may be joined.
+	left  *plan.Plan
+	since []plan.Membership
 	// observed is when the kernel was last read, how long it took, and with how many memberships.
 	observed time.Time
 	took     time.Duration
@@ -79,6 +84,7 @@ func newMemberships(m *membership.Manager, log *slog.Logger, events *events.Log)
 // restore takes over the memberships of an earlier process. letGo later leaves those that the plan
 // does not need.
 func (s *memberships) restore(now *network.Snapshot) {
+	s.left = nil
 	s.manager.Restore(func(index int) (string, uint64, bool) {
 		link := now.ByIndex(index)
 		if link == nil {
@@ -107,24 +113,12 @@ type dueJoin struct {
 // whether the set of failures or their errors changed. With names, only those of these rules are
 // tried.
 func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) (changed bool) {
-	if names == nil && s.settled == p.Joins && !s.anyDue(time.Now()) {
-		return false
-	}
 	at := time.Now()
 	blocked := map[*plan.FlowPlan]bool{}
-	var due []dueJoin
-	if names == nil {
-		for _, r := range p.Rules {
-			due = s.dueOf(r, now, at, due, blocked)
-		}
-	} else {
-		for _, name := range names {
-			if r := p.Rule(name); r != nil {
-				due = s.dueOf(r, now, at, due, blocked)
-			}
-		}
+	due, any := s.due(p, now, names, at, blocked)
+	if !any {
+		return false
 	}
-	slices.SortFunc(due, func(a, b dueJoin) int { return membership.CompareToJoin(a.Membership, b.Membership) })
 	var joined []membership.Membership
 	var failed []dueJoin
 	for _, d := range due {
@@ -147,7 +141,7 @@ func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) 
 	s.logMemberships("joined", joined)
 	s.logFailures(failed)
 	if names == nil {
-		s.settled = p.Joins
+		s.settled = p
 	}
 	return changed
 }
@@ -158,8 +152,104 @@ func (s *memberships) wait(m plan.Membership, at time.Time) *joinTries {
 	if t == nil {
 		t = &joinTries{since: at}
 		s.tries[m] = t
+		s.tried(m)
 	}
 	return t
+}
+
+// due returns the due memberships, in the order in which to try them, and adds to blocked the flows
+// that have a failed one which is not due. It returns false if nothing is to be done: all are joined,
+// or have failed.
+func (s *memberships) due(p *plan.Plan, now *network.Snapshot, names []string, at time.Time, blocked map[*plan.FlowPlan]bool) (due []dueJoin, any bool) {
+	retries := names == nil && s.anyDue(at)
+	switch {
+	case names != nil:
+		for _, name := range names {
+			if r := p.Rule(name); r != nil {
+				due = s.dueOf(r, now, at, due, blocked)
+			}
+		}
+	case s.settled == nil || retries:
+		for _, r := range p.Rules {
+			due = s.dueOf(r, now, at, due, blocked)
+		}
+	case s.settled.Joins == p.Joins:
+		return nil, false
+	default: // what is new since then
+		changedRules(s.settled.Rules, p.Rules, func(_, r *plan.RulePlan) {
+			if r != nil {
+				due = s.dueOf(r, now, at, due, blocked)
+			}
+		})
+	}
+	slices.SortFunc(due, func(a, b dueJoin) int { return membership.CompareToJoin(a.Membership, b.Membership) })
+	return due, true
+}
+
+// manyJoins is the number of memberships from which joinAhead uses another thread.
+const manyJoins = 4096
+
+// joinAhead begins to join very many memberships in a thread of its own, while the caller publishes
+// the flows: the two together take half a start with 100,000 rules. It ends with the first failure:
+// join then does the rest. The caller must call wait, and not use s before.
+func (s *memberships) joinAhead(p *plan.Plan, now *network.Snapshot) (wait func()) {
+	blocked := map[*plan.FlowPlan]bool{}
+	due, _ := s.due(p, now, nil, time.Now(), blocked)
+	if len(due) < manyJoins || len(blocked) > 0 {
+		return func() {}
+	}
+	here, err := netns.Get()
+	if err != nil {
+		return func() {} // join does all
+	}
+	var joined []membership.Membership
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // it ends with the goroutine
+		if enter(here) != nil {
+			return
+		}
+		for i := range due {
+			m := due[i].Membership
+			if s.manager.Holds(m) {
+				continue
+			}
+			if s.manager.Join(m) != nil {
+				return
+			}
+			joined = append(joined, m)
+		}
+	}()
+	return func() {
+		<-done
+		if err := here.Close(); err != nil {
+			s.log.Warn("network namespace", "error", err)
+		}
+		for _, m := range joined {
+			s.succeeded(m, "")
+		}
+		s.logMemberships("joined", joined)
+	}
+}
+
+// succeeded records a successful join; was is the state before.
+func (s *memberships) succeeded(m membership.Membership, was string) {
+	s.tried(wantedOf(m))
+	if t := s.tries[wantedOf(m)]; t != nil {
+		t.failed = nil
+		if t.count++; t.count == 1 {
+			delete(s.tries, wantedOf(m))
+		}
+	}
+	s.tell(m, control.GroupJoined, was, "")
+}
+
+// tried records a membership for the next leave.
+func (s *memberships) tried(m plan.Membership) {
+	if len(s.since) < manyCandidates { // with that many, it looks at all
+		s.since = append(s.since, m)
+	}
 }
 
 func (s *memberships) anyDue(now time.Time) bool {
@@ -197,13 +287,7 @@ func (s *memberships) try(m membership.Membership) bool {
 	was := s.tries[wantedOf(m)].state()
 	err := s.manager.Join(m)
 	if err == nil {
-		if t := s.tries[wantedOf(m)]; t != nil {
-			t.failed = nil
-			if t.count++; t.count == 1 {
-				delete(s.tries, wantedOf(m))
-			}
-		}
-		s.tell(m, control.GroupJoined, was, "")
+		s.succeeded(m, was)
 		return true
 	}
 	t := s.wait(wantedOf(m), time.Now())
@@ -289,16 +373,10 @@ func (s *memberships) logFailures(all []dueJoin) {
 // leave leaves the memberships that the plan no longer needs. A failure is only a warning, logged
 // by the manager.
 func (s *memberships) leave(p *plan.Plan) {
-	if s.left == p.Joins {
+	if s.left != nil && s.left.Joins == p.Joins {
 		return // nothing changed since the last call
 	}
-	unwanted := s.manager.Unwanted(func(yield func(membership.Membership) bool) {
-		for m := range p.Memberships() {
-			if !yield(joinable(m, "")) {
-				return
-			}
-		}
-	})
+	unwanted := s.unwanted(p)
 	var done []membership.Membership
 	for _, m := range unwanted {
 		if s.manager.Leave(m) == nil {
@@ -306,11 +384,91 @@ func (s *memberships) leave(p *plan.Plan) {
 			s.tell(m, stateLeft, control.GroupJoined, "no rule wants it any more")
 		}
 	}
+	s.left, s.since = p, nil
+	s.logMemberships("left", done)
+}
+
+// manyCandidates is the number of memberships from which all that are joined are compared with the
+// plan's, instead of looking for each.
+const manyCandidates = 1000
+
+// unwanted returns the joined memberships that the plan does not need, the newest first, and forgets
+// the attempts of others.
+func (s *memberships) unwanted(p *plan.Plan) []membership.Membership {
+	if s.left != nil && len(s.since) < manyCandidates {
+		if gone, ok := s.goneSince(p); ok {
+			var held []membership.Status
+			for m := range gone {
+				if status, ok := s.manager.Held(joinable(m, "")); ok {
+					held = append(held, status)
+				}
+				if s.tries[m] != nil {
+					s.forget(m)
+				}
+			}
+			slices.SortFunc(held, func(a, b membership.Status) int {
+				return cmp.Or(b.Since.Compare(a.Since), a.Compare(b.Membership))
+			})
+			all := make([]membership.Membership, len(held))
+			for i := range held {
+				all[i] = held[i].Membership
+			}
+			return all
+		}
+	}
 	if len(s.tries) > 0 {
 		s.forgetTries(p)
 	}
-	s.left = p.Joins
-	s.logMemberships("left", done)
+	return s.manager.Unwanted(func(yield func(membership.Membership) bool) {
+		for m := range p.Memberships() {
+			if !yield(joinable(m, "")) {
+				return
+			}
+		}
+	})
+}
+
+// goneSince finds the memberships that the plan does not need, among those of rules that changed
+// since the last leave, and those tried since. It returns false if there are too many.
+func (s *memberships) goneSince(p *plan.Plan) (gone map[plan.Membership]bool, ok bool) {
+	gone = map[plan.Membership]bool{}
+	for _, m := range s.since {
+		gone[m] = true
+	}
+	changedRules(s.left.Rules, p.Rules, func(old, _ *plan.RulePlan) {
+		if old == nil || len(gone) > manyCandidates {
+			return
+		}
+		for _, f := range old.Flows {
+			for m := range f.Memberships() {
+				gone[m] = true
+			}
+		}
+	})
+	if len(gone) > manyCandidates {
+		return nil, false
+	}
+	// New and changed rules first: mostly these need what is new.
+	changedRules(s.left.Rules, p.Rules, func(_, now *plan.RulePlan) { without(gone, now) })
+	for _, r := range p.Rules {
+		if len(gone) == 0 {
+			break
+		}
+		without(gone, r)
+	}
+	return gone, true
+}
+
+// without removes the memberships of a rule from a set. The rule may be nil.
+func without(set map[plan.Membership]bool, r *plan.RulePlan) {
+	if r == nil {
+		return
+	}
+	for _, f := range r.Flows {
+		for m := range f.Memberships() {
+			delete(set, m)
+		}
+	}
 }
 
 // forgetTries forgets the attempts of memberships that the plan does not need.
@@ -331,13 +489,12 @@ func (s *memberships) forgetTries(p *plan.Plan) {
 func (s *memberships) forget(m plan.Membership) {
 	delete(s.tries, m)
 	delete(s.failed, m)
-	s.settled = 0
+	s.settled = nil
 }
 
 // lost records a membership that is no longer held, to be joined again.
 func (s *memberships) lost(m membership.Membership, err error) {
 	s.tell(m, stateLost, control.GroupJoined, cmp.Or(errorText(err), "the kernel no longer holds it"))
-	s.settled = 0
 	s.forget(wantedOf(m))
 	if err != nil {
 		s.wait(wantedOf(m), time.Now()).failed = &failedJoin{err: err}
@@ -357,7 +514,7 @@ func (s *memberships) drop(id network.LinkID) {
 	for _, m := range s.manager.DropInterface(id.Index, id.Generation) {
 		s.tell(m, stateLeft, control.GroupJoined, "the interface is gone")
 	}
-	s.settled = 0
+	s.settled = nil
 	for m := range s.tries {
 		if m.Link == id {
 			s.forget(m)
@@ -370,7 +527,7 @@ func (s *memberships) drop(id network.LinkID) {
 // new.
 func (s *memberships) reborn(before, now network.LinkID) {
 	s.manager.Reborn(before.Index, before.Generation, now.Generation)
-	s.settled = 0
+	s.settled, s.left = nil, nil
 	for m, t := range s.tries {
 		if m.Link == before {
 			s.forget(m)

@@ -113,6 +113,9 @@ type Relay struct {
 	stale    bool              // the rules or the answers differ from its input
 	overlaps map[string]plan.Overlaps
 	changes  changes
+	// summary is of summed, earlier wanted rules: see checkAdded. It is made for the first added rule.
+	summary *rules.Summary
+	summed  []*plan.Rule
 
 	kernel
 	tags      *tags
@@ -168,6 +171,7 @@ func New(opts Options) (_ *Relay, err error) {
 		states:    states{log: opts.Logger, told: map[string]string{}},
 		changelog: newChangeLog(opts.Events),
 		warnings:  map[string]string{},
+		changes:   changes{api: setText{origin: plan.OriginAPI}, file: setText{origin: plan.OriginFile}},
 	}
 	// The path is opened for its first rule, too late to report errors.
 	if err := opts.AFXDP.Validate(); err != nil {
@@ -208,10 +212,7 @@ func (r *Relay) openKernel(groups membership.Options, inherited loader.Locks) (e
 	if r.loader, err = loader.Open(opts.Loader); err != nil {
 		return err
 	}
-	r.planner = plan.New(plan.Options{
-		Interfaces: opts.Interfaces, Steering: opts.Steering, FanoutWorkers: forward.FanoutWorkers(opts.Workers),
-		Kernel: plan.Capabilities{SocketSG: r.loader.Capabilities().SocketMultiBuffer},
-	})
+	r.planner = plan.New(r.planOptions())
 	if err := r.setUpSteering(); err != nil {
 		return err
 	}
@@ -221,6 +222,13 @@ func (r *Relay) openKernel(groups membership.Options, inherited loader.Locks) (e
 	r.tables = r.newTables()
 	r.refusals = newRefusals(r.loader.Refusals, r.log)
 	return nil
+}
+
+func (r *Relay) planOptions() plan.Options {
+	return plan.Options{
+		Interfaces: r.opts.Interfaces, Steering: r.opts.Steering, FanoutWorkers: forward.FanoutWorkers(r.opts.Workers),
+		Kernel: plan.Capabilities{SocketSG: r.loader.Capabilities().SocketMultiBuffer},
+	}
 }
 
 func (o Options) withDefaults() (_ Options, err error) {
@@ -346,6 +354,8 @@ func (r *Relay) adopt() {
 
 func (r *Relay) close() error {
 	r.tidy.Wait()
+	r.changes.endAhead()
+	r.igmp.close()
 	errs := []error{r.mroutes.close()}
 	if r.watcher != nil {
 		errs = append(errs, r.watcher.Close())

@@ -31,26 +31,37 @@ const (
 	tidyAfter = 2 * time.Second
 )
 
-// edited returns the rules after a change, by name. before is not modified.
+// edited returns the rules after a change, by name. before is not modified. It looks only at the
+// rules between which the changed ones belong.
 func edited(before []*plan.Rule, e edit) []*plan.Rule {
-	gone := make(map[string]bool, len(e.put)+len(e.remove))
-	for _, name := range e.remove {
-		gone[name] = true
-	}
-	for _, r := range e.put {
-		gone[r.Name] = true
-	}
 	put := slices.SortedFunc(slices.Values(e.put), func(a, b *plan.Rule) int { return cmp.Compare(a.Name, b.Name) })
-	after := make([]*plan.Rule, 0, len(before)+len(put))
-	for _, r := range before {
-		for len(put) > 0 && put[0].Name < r.Name {
+	remove := slices.Sorted(slices.Values(e.remove))
+	after := make([]*plan.Rule, 0, max(0, len(before)+len(put)-len(remove)))
+	for len(put)+len(remove) > 0 {
+		var name string
+		if len(put) == 0 || len(remove) > 0 && remove[0] < put[0].Name {
+			name = remove[0]
+		} else {
+			name = put[0].Name
+		}
+		at, found := findRule(before, name)
+		after, before = append(after, before[:at]...), before[at:]
+		if found {
+			before = before[1:]
+		}
+		for len(put) > 0 && put[0].Name == name {
 			after, put = append(after, put[0]), put[1:]
 		}
-		if !gone[r.Name] {
-			after = append(after, r)
+		for len(remove) > 0 && remove[0] == name {
+			remove = remove[1:]
 		}
 	}
-	return append(after, put...)
+	return append(after, before...)
+}
+
+// findRule finds a name among rules, ordered by name: its index, or that where it belongs.
+func findRule(all []*plan.Rule, name string) (at int, found bool) {
+	return slices.BinarySearchFunc(all, name, func(rule *plan.Rule, name string) int { return strings.Compare(rule.Name, name) })
 }
 
 // setRules replaces the wanted rules.
@@ -61,11 +72,59 @@ func (r *Relay) setRules(all []*plan.Rule) {
 
 // rule finds a wanted rule; nil if there is none of that name.
 func (r *Relay) rule(name string) *plan.Rule {
-	at, ok := slices.BinarySearchFunc(r.rules, name, func(rule *plan.Rule, name string) int { return strings.Compare(rule.Name, name) })
+	at, ok := findRule(r.rules, name)
 	if !ok {
 		return nil
 	}
 	return r.rules[at]
+}
+
+// checkAdded checks whether the wanted rules stay valid with one more, which is valid by itself and
+// whose name is unique.
+func (r *Relay) checkAdded(rule *rules.Rule) error {
+	if r.summary == nil {
+		r.summary = rules.NewSummary()
+	}
+	changedByName(r.summed, r.rules, func(old, new *plan.Rule) {
+		if old != nil && old.Origin != plan.OriginMroute {
+			r.summary.Remove(&old.Rule)
+		}
+		if new != nil && new.Origin != plan.OriginMroute {
+			r.summary.Add(&new.Rule)
+		}
+	})
+	r.summed = r.rules
+	if r.summary.Admits(rule) {
+		return nil
+	}
+	return control.ValidateSet(append(r.wantedRules(), *rule))
+}
+
+// changedByName calls fn for every rule that differs between two sets, each ordered by name; old or
+// new is nil for one that was added or removed. It looks only at those that do.
+func changedByName(before, after []*plan.Rule, fn func(old, new *plan.Rule)) {
+	for len(before)+len(after) > 0 {
+		order := 0
+		switch {
+		case len(before) == 0:
+			order = 1
+		case len(after) == 0:
+			order = -1
+		case before[0] == after[0]:
+			before, after = before[1:], after[1:]
+			continue
+		default:
+			order = cmp.Compare(before[0].Name, after[0].Name)
+		}
+		var old, new *plan.Rule
+		if order <= 0 {
+			old, before = before[0], before[1:]
+		}
+		if order >= 0 {
+			new, after = after[0], after[1:]
+		}
+		fn(old, new)
+	}
 }
 
 // wantedRules returns the rules of the file and of the API, with capacity for one more.
@@ -95,6 +154,7 @@ func (r *Relay) readInitialRules() error {
 	if p := r.changes.pending; p != nil && p.before == nil {
 		p.before, p.mroute = r.rules, r.mroute // its time is over
 	}
+	r.changes.formatAhead(r.rules, r.mroute)
 	return nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/plan"
@@ -153,6 +154,33 @@ func BenchmarkChange(b *testing.B) {
 			for b.Loop() {
 				apply(b, r, one)
 				if err := r.do(b.Context(), func() error { return r.replace(edit{remove: []string{one[0].Name}}, false) }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkAddRule measures what adding and deleting a rule through the API costs with many others,
+// which are of the API, too: validation, the saved file and the history are part of it.
+func BenchmarkAddRule(b *testing.B) {
+	for _, count := range []int{1_000, 100_000} {
+		b.Run(fmt.Sprintf("rules=%d", count), func(b *testing.B) {
+			p := newPlace(b)
+			p.opts.observeEvery = time.Hour
+			p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 1<<18, 1<<19
+			r := p.start()
+			all := scaleRules(count+1, count+1)
+			if _, err := r.Apply(b.Context(), all[:count], control.ApplyOptions{MaxChanges: 1}); err != nil {
+				b.Fatal(err)
+			}
+			one := all[count]
+			one.Name = "rule-000500-more"
+			for b.Loop() {
+				if _, err := r.AddRule(b.Context(), control.FromRule(one)); err != nil {
+					b.Fatal(err)
+				}
+				if err := r.DeleteRule(b.Context(), one.Name); err != nil {
 					b.Fatal(err)
 				}
 			}

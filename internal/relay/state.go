@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 
-	"xdpcast/internal/plan"
 	"xdpcast/internal/savefile"
 	"xdpcast/pkg/rules"
 )
@@ -29,7 +28,12 @@ func readState(path string) (all []rules.Rule, found bool, err error) {
 // stageState writes the API rules to a temporary file, and commitState renames that to the saved
 // one. A reader, or a crash, sees the old file or the new one.
 func (r *Relay) stageState() error {
-	if err := savefile.Stage(r.opts.StateFile, textOf(r.rules, plan.OriginAPI)); err != nil {
+	parts := r.changes.api.of(r.rules)
+	text := make([][]byte, len(parts))
+	for i := range parts {
+		text[i] = parts[i].Text
+	}
+	if err := savefile.StageParts(r.opts.StateFile, text); err != nil {
 		return fmt.Errorf("save rules: %w", err)
 	}
 	return nil

@@ -38,32 +38,81 @@ func (r *Relay) supervise(heard []loader.Querier, now time.Time) *supervision {
 	for _, q := range heard {
 		s.queriers[querierKey{q.Index, q.Family == 4}] = q
 	}
-	if err := r.igmp.refresh(now); err != nil {
+	if err := r.igmp.refresh(now, r.memberships.manager.Len() > quickLen); err != nil {
 		r.log.Debug("IGMP versions", "error", err)
 	}
 	s.igmp = r.igmp.byIndex
 	return s
 }
 
-// igmpVersions is the kernel's last answer. Reading it is quadratic in the groups, half a second
-// with 100,000: then it is read less often.
+// igmpVersions is the kernel's last answer. Reading it is quadratic in the groups, some seconds with
+// 100,000: then it is read less often, and beside the control loop.
 type igmpVersions struct {
 	byIndex map[int]int
 	asked   time.Time
 	took    time.Duration
+	reading *igmpReading // nil: none is in progress
+}
+
+// igmpReading is a reading in a goroutine of its own, which closes done after setting the rest.
+type igmpReading struct {
+	table   *membership.IGMPTable
+	byIndex map[int]int
+	err     error
+	took    time.Duration
+	done    chan struct{}
 }
 
 // askedShare is the largest share of time spent reading, as 1/askedShare.
 const askedShare = 100
 
-func (v *igmpVersions) refresh(now time.Time) (err error) {
+// refresh reads the versions, unless that was recent relative to its cost. If many groups are joined
+// the answer comes with a later call.
+func (v *igmpVersions) refresh(now time.Time, many bool) (err error) {
+	if r := v.reading; r != nil {
+		select {
+		case <-r.done:
+			v.reading, v.took = nil, r.took
+			if r.err == nil {
+				v.byIndex = r.byIndex
+			}
+			return r.err
+		default:
+			return nil
+		}
+	}
 	if now.Sub(v.asked) < askedShare*v.took {
 		return nil
 	}
+	v.asked = now
 	start := time.Now()
-	v.byIndex, err = membership.IGMPVersions()
-	v.asked, v.took = now, time.Since(start)
-	return err
+	if !many {
+		v.byIndex, err = membership.IGMPVersions()
+		v.took = time.Since(start)
+		return err
+	}
+	table, err := membership.OpenIGMPTable()
+	if err != nil {
+		return err
+	}
+	r := &igmpReading{table: table, done: make(chan struct{})}
+	v.reading = r
+	go func() {
+		defer close(r.done)
+		r.byIndex, r.err = table.Versions()
+		r.took = time.Since(start)
+		_ = table.Close() // also by close
+	}()
+	return nil
+}
+
+// close ends a reading.
+func (v *igmpVersions) close() {
+	if v.reading != nil {
+		_ = v.reading.table.Close()
+		<-v.reading.done
+		v.reading = nil
+	}
 }
 
 func (s *supervision) multicast(ifname string, index int, is4 bool) control.Multicast {

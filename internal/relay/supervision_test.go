@@ -3,12 +3,14 @@ package relay
 import (
 	"bytes"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/labtest"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/membership"
 )
@@ -79,13 +81,43 @@ func TestIGMPVersionsAreAskedForWithMeasure(t *testing.T) {
 	asked := time.Now()
 	known := map[int]int{4711: 3}
 	v := igmpVersions{byIndex: known, asked: asked, took: time.Second}
-	if err := v.refresh(asked.Add(99 * time.Second)); err != nil || v.byIndex[4711] != 3 || v.asked != asked {
+	if err := v.refresh(asked.Add(99*time.Second), false); err != nil || v.byIndex[4711] != 3 || v.asked != asked {
 		t.Errorf("asked again at once: %+v, %v", v, err)
 	}
 	now := asked.Add(101 * time.Second)
-	if err := v.refresh(now); err != nil || v.byIndex[4711] != 0 || v.asked != now {
+	if err := v.refresh(now, false); err != nil || v.byIndex[4711] != 0 || v.asked != now {
 		t.Errorf("not asked again: %+v, %v", v, err)
 	}
+}
+
+// With many groups the versions are read beside the caller, and come with a later call; closing ends
+// the reading.
+func TestIGMPVersionsOfManyGroups(t *testing.T) {
+	want, err := membership.IGMPVersions()
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := map[int]int{4711: 3}
+	v := igmpVersions{byIndex: known}
+	now := time.Now()
+	if err := v.refresh(now, true); err != nil || v.byIndex[4711] != 3 {
+		t.Errorf("the first call: %+v, %v; want what is known", v, err)
+	}
+	labtest.Eventually(t, "the versions are read", func() bool {
+		if err := v.refresh(now, true); err != nil {
+			t.Fatal(err)
+		}
+		return v.reading == nil
+	})
+	if !maps.Equal(v.byIndex, want) || v.asked != now || v.took == 0 {
+		t.Errorf("%+v, want %v", v, want)
+	}
+	v.took = 0
+	if err := v.refresh(now, true); err != nil || v.reading == nil {
+		t.Fatalf("not read again: %v", err)
+	}
+	v.close()
+	v.close()
 }
 
 // A few memberships have a line each in the log, very many one together.

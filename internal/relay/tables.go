@@ -2,6 +2,7 @@ package relay
 
 import (
 	"errors"
+	"iter"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -21,8 +22,10 @@ type tables struct {
 	loader *loader.Loader
 	paths  userPaths
 	log    *slog.Logger
-	// carried has the published flows, with their paths.
-	carried map[string]flow.Path
+	// carried has the published flows, with their paths; recarried are those of them that changed since
+	// the last plan, at least. It is nil if that may be any.
+	carried   map[string]flow.Path
+	recarried []string
 	// refused are the flows that a path refused, with its error.
 	refused map[string]*refusedFlow
 	// applied is the plan whose flows are published; nil if unknown.
@@ -48,6 +51,9 @@ func (r *Relay) newTables() *tables {
 	return &tables{loader: r.loader, paths: r.newUserPaths(), log: r.log, carried: map[string]flow.Path{}, refused: map[string]*refusedFlow{}}
 }
 
+// planned says that a plan was made from the answers.
+func (t *tables) planned() { t.recarried = []string{} }
+
 // adopt records the flows published by an earlier process.
 func (t *tables) adopt() { t.carried = t.loader.InForce() }
 
@@ -62,9 +68,20 @@ func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed
 		t.own, t.refresh = own, false
 		return t.forgetRefused(p), err
 	}
-	want := published(p)
+	before := t.applied
 	t.applied = nil
-	if err := t.syncPaths(want, own); err != nil {
+	if d := differenceOf(before, p); before != nil && d.inKernel && !(t.paths.busy() && (t.refresh || t.paths.pending() || !slices.Equal(own, t.own))) {
+		// The user-space paths keep their flows.
+		if err = t.loader.Change(d.put, d.remove); err == nil {
+			changed = t.carryChange(&d)
+		}
+	} else {
+		want := published(p)
+		if err = t.syncPaths(want, own); err == nil {
+			changed = t.carry(want)
+		}
+	}
+	if err != nil {
 		names, cause := blame(p, err)
 		if t.refuse(p, names, cause, strict) {
 			return true, nil
@@ -72,18 +89,70 @@ func (t *tables) apply(p *plan.Plan, own []netip.Addr, strict []string) (changed
 		return false, err
 	}
 	t.applied, t.own, t.refresh, t.settled = p, own, false, true
-	changed = t.carry(want)
 	return t.forgetRefused(p) || changed, nil
+}
+
+// difference is how the published flows of two plans differ.
+type difference struct {
+	put      []*flow.Flow // new, or different
+	remove   []string     // published no more
+	inKernel bool         // no flow of a user-space path is among them
+}
+
+// differenceOf compares two plans, of which before may be nil.
+func differenceOf(before, now *plan.Plan) difference {
+	d := difference{inKernel: true}
+	if before == nil {
+		return d
+	}
+	changedRules(before.Rules, now.Rules, func(old, new *plan.RulePlan) {
+		for f := range publishedOf(new) {
+			if had := flowNamed(old, f.Name); had == nil || had != f && !had.Equal(*f) {
+				d.put = append(d.put, f)
+				d.inKernel = d.inKernel && f.Path == flow.PathKernel && (had == nil || had.Path == flow.PathKernel)
+			}
+		}
+		for f := range publishedOf(old) {
+			if flowNamed(new, f.Name) == nil {
+				d.remove = append(d.remove, f.Name)
+				d.inKernel = d.inKernel && f.Path == flow.PathKernel
+			}
+		}
+	})
+	return d
+}
+
+// flowNamed is the flow of that name that a rule publishes; nil if there is none. The plan may be
+// nil.
+func flowNamed(r *plan.RulePlan, name string) *flow.Flow {
+	for f := range publishedOf(r) {
+		if f.Name == name {
+			return f
+		}
+	}
+	return nil
+}
+
+// publishedOf yields the flows of a rule to publish. The plan may be nil.
+func publishedOf(r *plan.RulePlan) iter.Seq[*flow.Flow] {
+	return func(yield func(*flow.Flow) bool) {
+		if r == nil {
+			return
+		}
+		for _, f := range r.Flows {
+			if f.Publish && !yield(f.Flow) {
+				return
+			}
+		}
+	}
 }
 
 // published are the flows of a plan to publish.
 func published(p *plan.Plan) []*flow.Flow {
 	want := make([]*flow.Flow, 0, len(p.Rules))
 	for _, r := range p.Rules {
-		for _, f := range r.Flows {
-			if f.Publish {
-				want = append(want, f.Flow)
-			}
+		for f := range publishedOf(r) {
+			want = append(want, f)
 		}
 	}
 	return want
@@ -103,10 +172,8 @@ func sameFlows(a, b *plan.Plan) bool {
 
 // carry records the published flows.
 func (t *tables) carry(want []*flow.Flow) (changed bool) {
-	for i := range want {
-		if path := want[i].Path; t.carried[want[i].Name] != path {
-			t.carried[want[i].Name], changed = path, true
-		}
+	for _, f := range want {
+		changed = t.set(f.Name, f.Path) || changed
 	}
 	if len(t.carried) == len(want) {
 		return changed
@@ -117,8 +184,39 @@ func (t *tables) carry(want []*flow.Flow) (changed bool) {
 	}
 	for name := range t.carried {
 		if !names[name] {
-			delete(t.carried, name)
+			t.set(name, 0)
 		}
+	}
+	return true
+}
+
+// carryChange is carry for a difference from the flows that were published before.
+func (t *tables) carryChange(d *difference) (changed bool) {
+	for _, f := range d.put {
+		changed = t.set(f.Name, f.Path) || changed
+	}
+	for _, name := range d.remove {
+		changed = t.set(name, 0) || changed
+	}
+	return changed
+}
+
+// manyRecarried is the number of changed flows from which the planner compares all instead.
+const manyRecarried = 1000
+
+// set records the path of a flow; 0: it is not published.
+func (t *tables) set(name string, path flow.Path) (changed bool) {
+	if t.carried[name] == path {
+		return false
+	}
+	if t.carried[name] = path; path == 0 {
+		delete(t.carried, name)
+	}
+	if t.recarried != nil {
+		t.recarried = append(t.recarried, name)
+	}
+	if len(t.recarried) > manyRecarried {
+		t.recarried = nil
 	}
 	return true
 }
