@@ -407,6 +407,12 @@ static __always_inline int plain_packet(struct xdp_md *ctx, __u32 ifindex, void 
 		return NOT_PLAIN;
 	if (s->has_output == SHORTCUT_PREPARED && __builtin_expect(!maybe_own4(&h, &s->flow), 1))
 		return send_prepared(&h, s, bytes);
+	/* Found again, so that the compiler keeps no pointers for this in the above. */
+	OPAQUE(data);
+	h.eth = data;
+	h.ip4 = data + sizeof(*h.eth);
+	h.udp = (void *)(h.ip4 + 1);
+	h.l3_len = bpf_ntohs(h.ip4->tot_len);
 	if (is_odd(&s->flow) || (!s->has_output && s->flow.outputs == 1))
 		return NOT_PLAIN;
 	o = slot_output(s);

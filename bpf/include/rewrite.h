@@ -96,9 +96,11 @@ static __always_inline __u8 new_ttl(const struct output *o, __u8 ttl, bool rare)
  */
 static __always_inline void rewrite_mac(struct ethhdr *eth, const struct output *o)
 {
+	const void *from = o->dst_mac; /* of which the compiler does not know that it is aligned */
+
 	_Static_assert(__builtin_offsetof(struct output, src_mac) == 6, "MACs lie as in a frame");
-	*(__u64 *)eth = *(const __u64 *)o->dst_mac;
-	((__u32 *)eth)[2] = word(o->dst_mac, 2);
+	*(__u64 *)eth = *(const __u64 *)from;
+	((__u32 *)eth)[2] = ((const __u32 *)from)[2];
 }
 
 /* Bits of a prefix that lie in its 32-bit word i, as a mask in network order. */

@@ -100,13 +100,11 @@ static __always_inline struct shortcut *find_slot(__u32 ifindex, const struct he
 	__u64 tags = shortcut_tags(h, port), input, hash;
 	struct in6_addr group6, source6;
 	struct shortcut *s;
-	__u32 source = 0;
 	int i;
 
 	if (!settings.shortcut_shift)
 		return NULL;
 	if (ip4) {
-		source = h->ip4->saddr;
 		input = h->ip4->daddr;
 	} else {
 		group6 = h->ip6->daddr;
@@ -114,18 +112,20 @@ static __always_inline struct shortcut *find_slot(__u32 ifindex, const struct he
 		input = *(const __u64 *)&group6 ^ *((const __u64 *)&group6 + 1);
 	}
 	input ^= (__u64)ifindex << 32;
-	hash = shortcut_hash(input, tags);
 #pragma unroll
 	for (i = 0; i < SHORTCUT_SLOTS; i++) {
-		s = shortcut_at(hash);
+		/* Most rules have their first slot: the hash is computed again rather than kept. */
+		OPAQUE(input);
+		OPAQUE(tags);
+		hash = shortcut_hash(input, tags);
+		s = shortcut_at(i ? shortcut_rehash(hash) : hash);
 		if (!s)
 			return NULL;
 		if (same_tags(s, tags, ip4 ? 4 : 6) &&
-		    (ip4 ? same_addresses4(s, input, source)
+		    (ip4 ? same_addresses4(s, input, h->ip4->saddr)
 			 : s->ifindex == ifindex && same_addresses6(s, (const __u64 *)&group6,
 								    (const __u64 *)&source6)))
 			return s;
-		hash = shortcut_rehash(hash);
 	}
 	return NULL;
 }
