@@ -329,7 +329,7 @@ func TestLegs(t *testing.T) {
 	if err := s.SetInterface(2, 1); err == nil {
 		t.Error("an interface for a third flow is accepted")
 	}
-	plan := Plan{Frames: 2 * numbers, Rate: 50_000, Batch: 2, Silences: silences}
+	plan := Plan{Frames: 2 * numbers, Rate: 50_000, Silences: silences}
 	silent := 0
 	for _, r := range silences {
 		silent += int(r.To - r.From)
@@ -389,7 +389,14 @@ func TestLegs(t *testing.T) {
 		if other.Packets != numbers {
 			t.Errorf("one leg: %+v of %d", other, numbers)
 		}
+		others, err := seconds.Arrivals()
+		if err != nil {
+			t.Fatal(err)
+		}
 		for n, when := range at {
+			if when > others[n] {
+				t.Errorf("number %d came on the second leg %v before the first", n, when-others[n])
+			}
 			silent := slices.ContainsFunc(silences, func(r Silence) bool { return uint32(n) >= r.From && uint32(n) < r.To })
 			if silent != (when == 0) {
 				t.Errorf("number %d came at %v, silent %v", n, when, silent)

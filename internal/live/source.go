@@ -32,7 +32,8 @@ type SourceOptions struct {
 	// Mixed sends frames of several lengths in turns, of which Frame is the longest, MixedFrame bytes
 	// with a payload of zeros: of each 12, 7 have 60 bytes, 4 have 590 and one MixedFrame.
 	Mixed bool
-	// Legs are flows that leave by an interface each, set by [Source.SetInterface].
+	// Legs are flows that leave by an interface each, set by [Source.SetInterface]: those of a number in
+	// one batch, flow 0 first.
 	Legs bool
 }
 
@@ -45,6 +46,7 @@ type Source struct {
 	objs  sourceObjects
 	frame []byte
 	index int
+	legs  int // 0: none
 }
 
 // NewSource loads the program. The caller must Close it.
@@ -67,6 +69,7 @@ func NewSource(o SourceOptions) (*Source, error) {
 	if o.Legs {
 		legs = 1
 		spec.Maps["interfaces"].MaxEntries = uint32(o.Flows)
+		o.FirstFlow, o.FlowStep = 0, 1
 	}
 	h := NewHeader(o.Frame)
 	if err := SetVariables(spec.Variables, map[string]any{
@@ -78,6 +81,9 @@ func NewSource(o SourceOptions) (*Source, error) {
 		return nil, err
 	}
 	s := &Source{frame: o.Frame, index: o.Index}
+	if o.Legs {
+		s.legs = o.Flows
+	}
 	if err := spec.LoadAndAssign(&s.objs, nil); err != nil {
 		return nil, fmt.Errorf("load source: %w", err)
 	}
@@ -119,7 +125,7 @@ type Plan struct {
 	Trial  uint32  // written into each frame
 	Frames int     // at most 2^32-1
 	Rate   float64 // frames a second; 0: as fast as possible
-	Batch  int     // most frames sent at once, up to 256; 0 means 1
+	Batch  int     // most frames sent at once, up to 256; 0 means 1; not with Legs
 	// Stamped frames carry the time at which they were sent.
 	Stamped bool
 	First   uint32 // number of each flow's first frame
@@ -179,6 +185,9 @@ func (s *Source) Send(ctx context.Context, p Plan) (sent Sent, err error) {
 		return sent, fmt.Errorf("%d frames: want 1 to %d", p.Frames, uint32(math.MaxUint32))
 	}
 	p.Batch = max(p.Batch, 1)
+	if s.legs > 0 {
+		p.Batch = s.legs
+	}
 	interval := uint64(0)
 	if p.Rate > 0 {
 		interval = uint64(math.Round(1e9 / p.Rate * (1 << 16)))

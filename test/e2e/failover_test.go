@@ -71,7 +71,7 @@ func TestFailoverLive(t *testing.T) {
 	t.Logf("longest gaps at the sink, load %s\n%s", load(t), strings.Join(table, "\n"))
 }
 
-// legSource sends the same numbers on two legs, from one CPU: the frames of a number leave at one time.
+// legSource sends the same numbers on two legs, from one CPU: the frames of a number leave at one time, the better leg first.
 type legSource struct {
 	*live.Source
 	host  *lab.Host
@@ -109,7 +109,7 @@ func (s *legSource) send(t *testing.T, sink *live.Witness, rate, numbers int, si
 			return err
 		}
 		sent, err = s.Send(t.Context(), live.Plan{
-			Trial: s.trial, Frames: 2 * numbers, Rate: 2 * float64(rate), Batch: 2, Stamped: true, Behind: 2 * time.Millisecond, Silences: silences,
+			Trial: s.trial, Frames: 2 * numbers, Rate: 2 * float64(rate), Stamped: true, Behind: 2 * time.Millisecond, Silences: silences,
 		})
 		return err
 	})

@@ -186,6 +186,11 @@ int source(struct xdp_md *ctx)
 		seq++;
 	}
 	sent = n + 1;
+	/* The legs of a number are a batch, whose devices the kernel flushes from the last one that
+	 * a frame was redirected to (list_add in bq_enqueue of kernel/bpf/devmap.c).
+	 */
+	if (legs)
+		f = flows - 1 - f;
 	if (f == 0 && silent(s))
 		return XDP_DROP;
 	write(data, f, s, len);
