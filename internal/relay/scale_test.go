@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
 	"xdpcast/internal/labtest"
@@ -347,4 +349,59 @@ func BenchmarkLooks(b *testing.B) {
 			}
 		}
 	})
+}
+
+// Very many groups are joined beside publishing the flows, in the relay's network namespace. One that
+// cannot be joined holds back only its own rule, and is joined when it can be.
+func TestJoinsAhead(t *testing.T) {
+	p := newPlace(t)
+	system := newFaulty()
+	p.opts.Membership.System = system
+	p.opts.Loader.MaxRules, p.opts.Loader.MaxOutputs = 8192, 16384
+	r := p.start()
+	const count = manyJoins + 100
+	all := scaleRules(count, count)
+	bad := all[count/2]
+	group := bad.In.Address.As4()
+	system.fail(unix.ENOBUFS, string(group[:]))
+	apply(t, r, all)
+	states := func() (active int, other string) {
+		t.Helper()
+		if err := r.do(t.Context(), func() error {
+			for _, rule := range r.plan.Rules {
+				if rule.State == plan.Active {
+					active++
+				} else {
+					other += rule.Rule.Name
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return active, other
+	}
+	if active, other := states(); active != count-1 || other != bad.Name {
+		t.Errorf("%d rules are active, want all %d but %s: %s are not", active, count, bad.Name, other)
+	}
+	if joined := strings.Count(p.groups(), "in0 group"); joined < count-1 {
+		t.Errorf("%d groups are joined, want %d", joined, count-1)
+	}
+	system.fail(nil, "")
+	labtest.Eventually(t, "the last group is joined", func() bool { active, _ := states(); return active == count })
+	// All are left again, by the difference and as a whole.
+	for _, rest := range [][]string{{all[0].Name}, nil} {
+		e := edit{remove: rest}
+		if rest == nil {
+			for _, rule := range all[1:] {
+				e.remove = append(e.remove, rule.Name)
+			}
+		}
+		if err := r.do(t.Context(), func() error { return r.replace(e, false) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if held := r.memberships.manager.Len(); held != 0 {
+		t.Errorf("%d groups are held without rules", held)
+	}
 }
