@@ -152,6 +152,9 @@ func (r *Relay) DeleteRule(ctx context.Context, name string) error {
 		case rule.Origin == plan.OriginFile:
 			return control.Errorf(control.KindConflict, "rule %s comes from %s: remove it there and reload", name, r.fileOf(name))
 		}
+		if err := r.checkRemoved(&rule.Rule); err != nil {
+			return err
+		}
 		c := change{edit: edit{remove: []string{name}}, Change: by(ctx, "rule del "+name), save: true}
 		c.Removed = 1
 		return r.change(c)

@@ -571,3 +571,22 @@ func TestDamagedHistory(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+// TestNeededRuleStays: a rule that takes what others would send to each other in a loop is refused to be
+// deleted. Without it the saved set would not be valid, and the next start would omit rules.
+func TestNeededRuleStays(t *testing.T) {
+	r := newPlace(t).start()
+	r.mustAdd("there", "239.1.1.1:5000%in0", "239.1.1.2:5000%out0")
+	r.mustAdd("taken", "239.1.1.2:5000%out0", "239.9.9.9:6000%in0")
+	r.mustAdd("back", "239.1.1.2%out0", "239.1.1.1:5000%in0")
+	err := r.DeleteRule(t.Context(), "taken")
+	if !errors.Is(err, control.ErrConflict) || !errors.Is(err, rules.ErrLoop) || !strings.HasPrefix(err.Error(), "rule taken is needed: it takes packets that other rules would send to each other without it; delete one of those first: ") ||
+		!strings.Contains(err.Error(), "back") || !strings.Contains(err.Error(), "there") {
+		t.Fatalf("a rule is deleted that keeps others from a loop: %v", err)
+	}
+	for _, name := range []string{"back", "taken", "there"} {
+		if err := r.DeleteRule(t.Context(), name); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -113,7 +113,7 @@ type Relay struct {
 	stale    bool              // the rules or the answers differ from its input
 	overlaps map[string]plan.Overlaps
 	changes  changes
-	// summary is of summed, earlier wanted rules: see checkAdded. It is made for the first added rule.
+	// summary is of summed, earlier wanted rules: see summarize. It is made for the first added or removed one.
 	summary *rules.Summary
 	summed  []*plan.Rule
 

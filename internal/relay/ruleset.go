@@ -82,6 +82,27 @@ func (r *Relay) rule(name string) *plan.Rule {
 // checkAdded checks whether the wanted rules stay valid with one more, which is valid by itself and
 // whose name is unique.
 func (r *Relay) checkAdded(rule *rules.Rule) error {
+	if r.summarize().Admits(rule) {
+		return nil
+	}
+	return control.ValidateSet(append(r.wantedRules(), *rule))
+}
+
+// checkRemoved checks whether the wanted rules stay valid without one of them: it may take packets that
+// others would send to each other in a loop.
+func (r *Relay) checkRemoved(rule *rules.Rule) error {
+	if r.summarize().Releases(rule) {
+		return nil
+	}
+	rest := slices.DeleteFunc(r.wantedRules(), func(other rules.Rule) bool { return other.Name == rule.Name })
+	if err := control.ValidateSet(rest); err != nil {
+		return control.Errorf(control.KindConflict, "rule %s is needed: it takes packets that other rules would send to each other without it; delete one of those first: %w", rule.Name, err)
+	}
+	return nil
+}
+
+// summarize returns the summary of the wanted rules.
+func (r *Relay) summarize() *rules.Summary {
 	if r.summary == nil {
 		r.summary = rules.NewSummary()
 	}
@@ -94,10 +115,7 @@ func (r *Relay) checkAdded(rule *rules.Rule) error {
 		}
 	})
 	r.summed = r.rules
-	if r.summary.Admits(rule) {
-		return nil
-	}
-	return control.ValidateSet(append(r.wantedRules(), *rule))
+	return r.summary
 }
 
 // changedByName calls fn for every rule that differs between two sets, each ordered by name; old or

@@ -3,8 +3,8 @@ package rules
 import "hash/maphash"
 
 // Summary knows enough of a valid set of rules to tell, for nearly every rule, that the set stays
-// valid with it: in the time that this rule takes, however many others there are. It takes some 30
-// bytes a rule. It is not for concurrent use.
+// valid with it, or without it: in the time that this rule takes, however many others there are. It
+// takes some 30 bytes a rule. It is not for concurrent use.
 type Summary struct {
 	seed   maphash.Seed
 	inputs map[uint64]int // number of inputs by hash
@@ -68,6 +68,18 @@ func (s *Summary) Admits(r *Rule) bool {
 			if in := r.Leg(leg).In.Interface; ifaceCovers(in, r.Out[i].Interface) || ifaceCovers(r.Out[i].Interface, in) {
 				return false
 			}
+		}
+	}
+	return true
+}
+
+// Releases reports that the set stays valid without a rule of it. If it returns false, only ValidateSet
+// knows: the rule may take packets that others send, and would send to each other in a loop without
+// it.
+func (s *Summary) Releases(r *Rule) bool {
+	for i := range r.InputCount() {
+		if meetsAny(r.Leg(i).In.Interface, s.outs) {
+			return false
 		}
 	}
 	return true
