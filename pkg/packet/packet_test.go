@@ -69,6 +69,7 @@ func FuzzAppend(f *testing.F) {
 		f.Add(whole.Build(), uint64(1), uint16(7), uint8(3), uint8(0x2e), int32(0))
 		for _, b := range Fragment(whole.Build(), 77, 16) {
 			f.Add(b, uint64(1), uint16(7), uint8(3), uint8(0x2e), int32(1))
+			f.Add(b, uint64(1)<<32|1, uint16(7), uint8(8|1), uint8(0x2e), int32(1)) // with another source
 		}
 		if src.Is6() {
 			whole.FirstExtension, whole.Extensions = protocolHopByHop, []byte{60, 0, 1, 4, 0, 0, 0, 0, 17, 0, 1, 4, 0, 0, 0, 0}
@@ -154,6 +155,12 @@ func checkRewritten(t *testing.T, r *Rewrite, h, after *Headers) {
 	}
 	if r.Src.IsValid() {
 		want.Src = r.Src
+		if h.Dst.Is4() && h.Part != Whole {
+			var id [2]byte
+			binary.NativeEndian.PutUint16(id[:], uint16(h.FragmentID))
+			id = mergedID(id, h.Src.As4())
+			want.FragmentID = uint32(binary.NativeEndian.Uint16(id[:]))
+		}
 	}
 	if h.Part != LaterFragment {
 		want.UDP += moved
