@@ -127,6 +127,7 @@ var abiEnums = map[string]map[string]uint64{
 		"SHORTCUT_NONE":     uint64(RelayShortcutOutputSHORTCUT_NONE),
 		"SHORTCUT_OUTPUT":   uint64(RelayShortcutOutputSHORTCUT_OUTPUT),
 		"SHORTCUT_PREPARED": uint64(RelayShortcutOutputSHORTCUT_PREPARED),
+		"SHORTCUT_LEG":      uint64(RelayShortcutOutputSHORTCUT_LEG),
 	},
 	"flow_from": {"FROM_HOST": uint64(RelayFlowFromFROM_HOST)},
 	"prefix_by": {
@@ -152,6 +153,7 @@ var abiEnums = map[string]map[string]uint64{
 		"FLOW_UNGUARDED":   uint64(RelayFlowFlagFLOW_UNGUARDED),
 		"FLOW_TWO_WAY":     uint64(RelayFlowFlagFLOW_TWO_WAY),
 		"FLOW_FINISH":      uint64(RelayFlowFlagFLOW_FINISH),
+		"FLOW_LONG_WAY":    uint64(RelayFlowFlagFLOW_LONG_WAY),
 	},
 	"output_flag": {
 		"OUTPUT_READY":         uint64(RelayOutputFlagOUTPUT_READY),

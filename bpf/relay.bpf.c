@@ -236,7 +236,7 @@ static __always_inline bool tapped_leg_passes(struct xdp_md *ctx, __u32 ifindex,
 #define FLOW_PLAIN ((__u64)PATH_KERNEL << 16)
 #define FLOW_PLAIN_MASK                                                                            \
 	(0xffffffff0000ULL /* path, routed and stream */ | FLOW_UNICAST | FLOW_POLICED |           \
-	 FLOW_FINISH)
+	 FLOW_FINISH | FLOW_LONG_WAY)
 
 _Static_assert(__builtin_offsetof(struct flow, flags) == 16, "begins a word");
 _Static_assert(__builtin_offsetof(struct flow, path) == 18, "follows flags");
@@ -386,6 +386,45 @@ static __always_inline int send_prepared(struct headers *h, const struct shortcu
 	return redirect_one(&s->flow, o, stats, bytes);
 }
 
+/* A plain packet of a leg, for its rule's counters; XDP_PASS if it continues. */
+static __always_inline int plain_leg(struct xdp_md *ctx, struct headers *h,
+				     const struct shortcut *s, struct rule_stats *stats,
+				     __u32 bytes)
+{
+	__u32 v = plain_next(ctx, &s->flow, h->eth, sizeof(*h->eth) + sizeof(*h->ip4), stats);
+
+	if (__builtin_expect(v == STREAM_VERDICTS, 0))
+		return NOT_PLAIN;
+	stats->packets++;
+	stats->bytes += bytes;
+	if (v == STREAM_PASSED)
+		return XDP_PASS;
+	stats->copies_packets++;
+	stats->copies_bytes += bytes;
+	return XDP_DROP;
+}
+
+/* The same as send_prepared for a slot that is SHORTCUT_LEG. */
+static __always_inline int send_leg(struct xdp_md *ctx, struct headers *h, const struct shortcut *s,
+				    __u32 bytes)
+{
+	const struct output *o = slot_output(s);
+	struct rule_stats *stats;
+	int verdict;
+
+	if (frame_size(h->l3_offset, bytes) > o->mtu || prepared_ttl(s, h) - 1 > 254)
+		return NOT_PLAIN;
+	stats = steady_stats(&s->flow);
+	if (!stats)
+		return NOT_PLAIN;
+	verdict = plain_leg(ctx, h, s, stats, bytes);
+	if (verdict != XDP_PASS)
+		return verdict;
+	OPAQUE(s); /* the TTL once more, rather than in a register until here */
+	rewrite_prepared(h, s, prepared_ttl(s, h));
+	return redirect_one(&s->flow, slot_output(s), stats, bytes);
+}
+
 /* The short way of most packets: plain ones, of rules and outputs with nothing rare, found by their
  * shortcut; and those of merged streams that plain_next judges. Returns NOT_PLAIN for all others,
  * before it has counted or changed anything: relay_packet then begins anew. So it only saves
@@ -398,7 +437,8 @@ static __always_inline int plain_packet(struct xdp_md *ctx, __u32 ifindex, void 
 	const struct output *o;
 	struct rule_stats *stats;
 	struct shortcut *s;
-	__u32 reason, v;
+	__u32 reason;
+	int verdict;
 
 	if (!parse_plain(data, data_end, bytes, &h))
 		return NOT_PLAIN;
@@ -407,6 +447,8 @@ static __always_inline int plain_packet(struct xdp_md *ctx, __u32 ifindex, void 
 		return NOT_PLAIN;
 	if (s->has_output == SHORTCUT_PREPARED && __builtin_expect(!maybe_own4(&h, &s->flow), 1))
 		return send_prepared(&h, s, bytes);
+	if (s->has_output == SHORTCUT_LEG && __builtin_expect(!maybe_own4(&h, &s->flow), 1))
+		return send_leg(ctx, &h, s, bytes);
 	/* Found again, so that the compiler keeps no pointers for this in the above. */
 	OPAQUE(data);
 	h.eth = data;
@@ -423,19 +465,13 @@ static __always_inline int plain_packet(struct xdp_md *ctx, __u32 ifindex, void 
 	stats = steady_stats(&s->flow);
 	if (!stats)
 		return NOT_PLAIN;
-	v = STREAM_PASSED;
 	if (s->flow.stream) {
-		v = plain_next(ctx, &s->flow, h.udp, sizeof(*h.eth) + sizeof(*h.ip4),
-			       stats->last_seen_ns);
-		if (v == STREAM_VERDICTS)
-			return NOT_PLAIN;
-	}
-	stats->packets++;
-	stats->bytes += bytes;
-	if (v == STREAM_DUPLICATE) {
-		stats->copies_packets++;
-		stats->copies_bytes += bytes;
-		return XDP_DROP;
+		verdict = plain_leg(ctx, &h, s, stats, bytes);
+		if (verdict != XDP_PASS)
+			return verdict;
+	} else {
+		stats->packets++;
+		stats->bytes += bytes;
 	}
 	if (!s->has_output) {
 		OPAQUE(ctx);

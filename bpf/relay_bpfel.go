@@ -156,6 +156,7 @@ const (
 	RelayFlowFlagFLOW_UNGUARDED   RelayFlowFlag = 128
 	RelayFlowFlagFLOW_TWO_WAY     RelayFlowFlag = 256
 	RelayFlowFlagFLOW_FINISH      RelayFlowFlag = 512
+	RelayFlowFlagFLOW_LONG_WAY    RelayFlowFlag = 1024
 )
 
 type RelayFlowFrom uint32
@@ -479,6 +480,7 @@ const (
 	RelayShortcutOutputSHORTCUT_NONE     RelayShortcutOutput = 0
 	RelayShortcutOutputSHORTCUT_OUTPUT   RelayShortcutOutput = 1
 	RelayShortcutOutputSHORTCUT_PREPARED RelayShortcutOutput = 2
+	RelayShortcutOutputSHORTCUT_LEG      RelayShortcutOutput = 3
 )
 
 type RelayStream struct {
@@ -567,26 +569,26 @@ type RelayStreamPulse struct {
 }
 
 type RelayStreamState struct {
-	_          structs.HostLayout
-	Head       uint64
-	Floor      uint64
-	NextFloor  uint64
-	TurnNs     uint64
-	PassNs     uint64
-	Sessions   uint64
-	SessionNs  uint64
-	Epoch      uint32
-	Active     uint32
-	Start      uint64
-	Before     uint64
-	Restarts   uint64
-	Left       uint32
-	SessionLeg uint32
-	Sample     uint64
-	Differ     [4]uint32
-	Differs    [4]uint8
-	Pad        uint32
-	Legs       [4]RelayStreamLeg
+	_           structs.HostLayout
+	Head        uint64
+	Floor       uint64
+	NextFloor   uint64
+	TurnNs      uint64
+	PassNs      uint64
+	Sessions    uint64
+	SessionNs   uint64
+	Epoch       uint32
+	Active      uint32
+	Start       uint64
+	Before      uint64
+	Restarts    uint64
+	Left        uint32
+	SessionLeg  uint32
+	Sample      uint64
+	Differ      [4]uint32
+	Differs     [4]uint8
+	SampleWaits uint32
+	Legs        [4]RelayStreamLeg
 }
 
 type RelayStreamVerdict uint32

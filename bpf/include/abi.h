@@ -196,6 +196,7 @@ enum flow_flag {
 	FLOW_UNGUARDED = 1 << 7,   /* not checked by the loop guard */
 	FLOW_TWO_WAY = 1 << 8,	   /* an intended loop: the loop guard compares numbers, too */
 	FLOW_FINISH = 1 << 9,	   /* complete UDP checksums that offload left incomplete */
+	FLOW_LONG_WAY = 1 << 10,   /* a leg whose numbers plain_next (stream.h) does not read */
 };
 
 /* Value of a flow table: everything a packet needs of its rule. A rule changes by
@@ -225,6 +226,7 @@ enum shortcut_output {
 	SHORTCUT_NONE,	   /* nothing */
 	SHORTCUT_OUTPUT,   /* the only output, which is ready and not rare */
 	SHORTCUT_PREPARED, /* the same, and nothing rare in the flow: send_prepared (relay.bpf.c) */
+	SHORTCUT_LEG, /* the same, but that the flow is a leg that plain_next judges: send_leg */
 };
 
 /* A slot of the map shortcuts: key, flow entry and, for IPv4, the rewrite of a single output:
@@ -242,8 +244,8 @@ struct shortcut {
 	__u8 has_output; /* enum shortcut_output */
 
 	__u8 source[4]; /* all zero: any */
-	/* SHORTCUT_PREPARED: the output's rewrite, as far as it is the same for all packets
-	 * (plain.h).
+	/* SHORTCUT_PREPARED and SHORTCUT_LEG: the output's rewrite, as far as it is the same for
+	 * all packets (plain.h).
 	 */
 	__u32 ip_sum;
 	__u16 udp_sum;
@@ -386,7 +388,7 @@ struct stream {
  */
 struct stream_leg {
 	__u32 session;
-	__u32 expected; /* number */
+	__u32 expected; /* number; while run has steady set, the one after position's */
 	__u32 candidate_session;
 	__u32 candidate;  /* number expected after one that jumped */
 	__u32 run;	  /* struct stream_run (stream.h): how many in a row have followed it */
@@ -395,7 +397,7 @@ struct stream_leg {
 	__u64 history;	  /* bit i: number expected - 1 - i was seen */
 	__u64 position;	  /* position of the last number */
 	__u64 won;	  /* packets that passed */
-	__u64 numbers;	  /* numbers those packets carried */
+	__u64 numbers;	  /* numbers those packets carried, if they may carry several */
 
 	__u64 seen_ns; /* the last packet; CLOCK_MONOTONIC, tick resolution */
 	__u64 up_ns;   /* failover: up without silence since */
@@ -429,7 +431,7 @@ struct stream_state {
 	__u64 sample; /* lower half of a position, and a checksum of the packet that passed there */
 	__u32 differ[XDPCAST_MAX_LEGS]; /* per leg: copies of samples whose checksum differs */
 	__u8 differs[XDPCAST_MAX_LEGS]; /* 1: the last copy of a sample differed */
-	__u32 pad;
+	__u32 sample_waits;		/* 1: for a leg's copy; no other sample is taken */
 
 	struct stream_leg legs[XDPCAST_MAX_LEGS];
 };

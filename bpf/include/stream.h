@@ -41,12 +41,15 @@ const volatile bool stream_test_broken = false;
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
 
 /* The field run of a leg. With distrusted it is one word: a single comparison recognizes an
- * ordinary next packet (judge_next). Earlier programs of this schema wrote run alone.
+ * ordinary next packet (leg_is_steady). Earlier programs of this schema wrote run alone.
  */
 struct stream_run {
-	__u8 run;     /* how many in a row have followed a jump */
-	__u8 timed;   /* 1: timed_ns of stream_pulse is set, so the next number is timed */
-	__u16 steady; /* stream_steady(epoch) while position is that of expected - 1; or 0 */
+	__u8 run;   /* how many in a row have followed a jump */
+	__u8 timed; /* 1: timed_ns of stream_pulse is set, so the next number is timed */
+	/* stream_steady(epoch): the leg goes on from position, and expected is out of date until
+	 * stream_resume. Or 0.
+	 */
+	__u16 steady;
 };
 
 static __always_inline struct stream_run *stream_run(struct stream_leg *l)
@@ -54,21 +57,23 @@ static __always_inline struct stream_run *stream_run(struct stream_leg *l)
 	return (struct stream_run *)&l->run;
 }
 
-/* What judge_next needs of the settings of a stream with one number a packet at a fixed offset, and
+/* What plain_next needs of the settings of a stream with one number a packet at a fixed offset, and
  * a window of one row. With them it need not look the settings up: judge_leg copies them to each
- * leg of a merged stream, to up_ns, which only failover uses.
+ * leg of a merged or watched stream, to up_ns, which only failover uses. The tops of at and flags
+ * are the signs of the lower half and of the whole word: the cheapest flags.
  */
 struct stream_plain {
-	__u16 at; /* from the UDP header to the 4 bytes that the number is, or is in; 0: not plain
-		   */
-	__u16 least; /* UDP length of a packet that has the number */
-	__u16 row;   /* of stream_windows */
+	__u16 row; /* of stream_windows; PLAIN_WATCHED: every packet passes */
+	__u16 at;  /* from the UDP header to the 4 bytes that the number is, or is in; PLAIN_RTP */
+	__u16 least; /* UDP length of a packet that has the number; PLAIN_NEVER: not plain */
 	__u16 flags;
 };
 
-#define PLAIN_LITTLE 1 /* little-endian */
-#define PLAIN_SHORT 2  /* the number has 16 bits, otherwise 32 */
-#define PLAIN_RTP 4
+#define PLAIN_WATCHED 0xffff /* beyond all rows */
+#define PLAIN_RTP 0x8000
+#define PLAIN_NEVER 0xffff  /* a UDP header and an IP header have no such length together */
+#define PLAIN_LITTLE 0x8000 /* little-endian */
+#define PLAIN_SHORT 1	    /* the number has 16 bits, otherwise 32 */
 
 static __always_inline struct stream_plain *stream_plain(struct stream_leg *l)
 {
@@ -76,7 +81,7 @@ static __always_inline struct stream_plain *stream_plain(struct stream_leg *l)
 }
 
 _Static_assert(sizeof(struct stream_plain) == sizeof(__u64), "in the place of up_ns");
-_Static_assert(XDPCAST_MAX_WINDOWS <= 0x10000, "row has 16 bits");
+_Static_assert(XDPCAST_MAX_WINDOWS <= PLAIN_WATCHED, "no row is PLAIN_WATCHED");
 
 /* The fields of a packet. */
 struct stream_number {
@@ -274,6 +279,12 @@ static __always_inline bool goes_on(const struct stream *s, __u32 raw, __u32 exp
 	return ((raw - expected + s->slack) & s->number_mask) <= 2 * s->slack;
 }
 
+/* The number after those of a packet. */
+static __always_inline __u32 number_after(const struct stream_packet *n)
+{
+	return (n->raw + n->count) & n->s->number_mask;
+}
+
 /* Handles a number that does not continue the leg's sequence. Returns whether it is one of several
  * in a row, from which the leg then continues.
  */
@@ -293,7 +304,7 @@ static __noinline bool stream_jump(const struct stream_packet *n)
 		else
 			l->resets++;
 		l->session = n->session;
-		l->expected = next;
+		l->expected = number_after(n);
 		l->history = 1;
 		l->jumped_ns = n->now;
 		stream_run(l)->run = 0;
@@ -317,7 +328,7 @@ static __always_inline void stream_count(const struct stream *s, struct stream_l
 	if (__builtin_expect(ahead <= s->slack, 1)) {
 		l->lost += ahead;
 		l->history = ahead < 63 ? l->history << (ahead + 1) | 1 : 1;
-		l->expected = n->raw + n->count;
+		l->expected = number_after(n);
 		return;
 	}
 	back = (l->expected - 1 - n->raw) & s->number_mask;
@@ -425,6 +436,12 @@ static __always_inline __u64 stream_newest(const struct stream_state *st, __u64 
 	return newest;
 }
 
+/* How many numbers a leg has brought: a counter of its own only where a packet may have several. */
+static __always_inline __u64 stream_numbers(const struct stream *s, const struct stream_leg *l)
+{
+	return s->count_width ? READ_ONCE(l->numbers) : READ_ONCE(l->won);
+}
+
 /* Counts what has passed up to the newest position, which becomes next_floor. */
 static __always_inline void stream_mark(const struct stream_packet *n, __u64 position)
 {
@@ -432,7 +449,7 @@ static __always_inline void stream_mark(const struct stream_packet *n, __u64 pos
 	int i;
 
 	for (i = 0; i < XDPCAST_MAX_LEGS; i++)
-		marked += READ_ONCE(n->st->legs[i].numbers) - READ_ONCE(n->h->legs[i].filled);
+		marked += stream_numbers(n->s, &n->st->legs[i]) - READ_ONCE(n->h->legs[i].filled);
 	n->h->marked = marked;
 	WRITE_ONCE(n->st->next_floor, position);
 }
@@ -497,7 +514,7 @@ static __noinline __u64 stream_restart(const struct stream_packet *n)
 	st->restarts++;
 	__sync_fetch_and_add(&st->epoch, 1);
 	l->session = n->session;
-	l->expected = n->raw + n->count;
+	l->expected = number_after(n);
 	l->jumped_ns = n->now;
 	return p;
 }
@@ -597,6 +614,29 @@ static __noinline void stream_advance(struct stream_state *st, __u64 p)
 	}
 }
 
+/* Whether a packet is the next sample, or a copy of it: compare_copy is due. */
+static __always_inline bool stream_sampled(const struct stream_state *st, __u64 position,
+					   bool passed)
+{
+	if (__builtin_expect((__u32)position * 0x9e3779b1U >> STREAM_SAMPLES, 1))
+		return false;
+	return passed ? !READ_ONCE(st->sample_waits)
+		      : READ_ONCE(st->sample) >> 32 == (__u32)position;
+}
+
+/* Whether a leg with traffic has yet to carry the sample. */
+static __always_inline bool stream_awaits(const struct stream_state *st,
+					  const struct stream_health *h, __u64 now)
+{
+	__u32 i;
+
+	for (i = 0; i < XDPCAST_MAX_LEGS; i++)
+		if (!(h->sample_legs & 1 << i) &&
+		    READ_ONCE(st->legs[i].seen_ns) + STREAM_SAMPLE_NS > now)
+			return true;
+	return false;
+}
+
 /* At a turn of the floor: expires positions older than the skew. */
 static __always_inline void stream_turn(const struct stream_packet *n)
 {
@@ -608,6 +648,8 @@ static __always_inline void stream_turn(const struct stream_packet *n)
 		return;
 	if (__sync_val_compare_and_swap(&st->turn_ns, turn, n->now) != turn)
 		return;
+	if (n->h->sample_ns + STREAM_SAMPLE_NS <= n->now || !stream_awaits(st, n->h, n->now))
+		WRITE_ONCE(st->sample_waits, 0);
 	stream_settle(n);
 	WRITE_ONCE(st->floor, n->now - turn > 2 * s->skew_ns ? READ_ONCE(st->head)
 							     : READ_ONCE(st->next_floor));
@@ -671,25 +713,6 @@ static __always_inline __u32 stream_change(struct stream_packet *n, __u64 *posit
 	return *position > READ_ONCE(n->st->floor) ? STREAM_PASSED : STREAM_LATE;
 }
 
-/* Whether a packet is compared with its copies. */
-static __always_inline bool stream_sampled(__u64 position)
-{
-	return !((__u32)position * 0x9e3779b1U >> STREAM_SAMPLES);
-}
-
-/* Whether a leg with traffic has yet to carry the sample. */
-static __always_inline bool stream_awaits(const struct stream_state *st,
-					  const struct stream_health *h, __u64 now)
-{
-	__u32 i;
-
-	for (i = 0; i < XDPCAST_MAX_LEGS; i++)
-		if (!(h->sample_legs & 1 << i) &&
-		    READ_ONCE(st->legs[i].seen_ns) + STREAM_SAMPLE_NS > now)
-			return true;
-	return false;
-}
-
 /* Compares a copy with the sample of its number: they differ if legs carry different streams. Its
  * delay after the first copy is the leg's lag. Global, so that it is verified once.
  */
@@ -712,9 +735,6 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 	if (!st || !h || leg >= XDPCAST_MAX_LEGS || (void *)(udp + 1) > data_end)
 		return 0;
 	sample = READ_ONCE(st->sample);
-	now = stream_clock();
-	if (passed && h->sample_ns + STREAM_SAMPLE_NS > now && stream_awaits(st, h, now))
-		return 0;
 	if (!passed && sample >> 32 != (__u32)position)
 		return 0;
 	now = stream_precise_clock();
@@ -734,6 +754,7 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 		h->sample_ns = now;
 		h->sample_legs = 1 << leg;
 		WRITE_ONCE(st->sample, position << 32 | check);
+		WRITE_ONCE(st->sample_waits, stream_awaits(st, h, stream_clock()));
 		l->lag_ns -= l->lag_ns >> 3;
 		return 0;
 	}
@@ -743,6 +764,7 @@ __noinline int compare_copy(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 u
 	if (h->sample_legs & 1 << leg)
 		return 0; /* twice */
 	h->sample_legs |= 1 << leg;
+	WRITE_ONCE(st->sample_waits, stream_awaits(st, h, stream_clock()));
 	now -= READ_ONCE(h->sample_ns);
 	if (now < STREAM_SAMPLE_NS)
 		l->lag_ns += now - (l->lag_ns >> 3);
@@ -757,30 +779,50 @@ _Static_assert(__builtin_offsetof(struct stream_leg, distrusted) == 20, "ends th
  */
 static __always_inline __u16 stream_steady(__u32 epoch)
 {
-	return epoch << 1 | 1;
+	return epoch << 2 | 3;
 }
 
 static __always_inline struct stream_plain plain_settings(const struct stream *s)
 {
-	struct stream_plain f = {.row = s->first_row};
+	bool merges = s->kind != STREAM_SINGLE;
+	__u32 format = merges ? s->kind : s->watch;
+	struct stream_plain f = {.row = merges ? s->first_row : PLAIN_WATCHED,
+				 .least = PLAIN_NEVER};
 
-	if (s->word_mask != STREAM_WORDS - 1)
+	if (merges && s->word_mask != STREAM_WORDS - 1)
 		return f;
-	if (s->kind == STREAM_RTP) { /* the 4 bytes end with the number */
-		f.at = sizeof(struct udphdr);
-		f.least = sizeof(struct udphdr) + STREAM_RTP_HEADER;
-		f.flags = PLAIN_RTP | PLAIN_SHORT;
-	} else if (s->kind == STREAM_FIELD && !s->count_width) {
+	if (format == STREAM_RTP) {
+		f.at = PLAIN_RTP;
+		f.least = 0;
+	} else if (format == STREAM_FIELD && !s->count_width) {
 		f.at = sizeof(struct udphdr) + s->offset;
 		f.least = f.at + s->width;
-		if (s->shift)
+		if (s->number_mask == 0xffff)
 			f.flags = PLAIN_SHORT;
 		if (s->little)
 			f.flags |= PLAIN_LITTLE;
 		else
-			f.at = f.least - 4;
+			f.at = f.least - 4; /* the 4 bytes end with the number */
 	}
 	return f;
+}
+
+/* Marks a leg as steady, if it goes on from the packet. */
+static __always_inline void stream_steadies(const struct stream_packet *n)
+{
+	if (n->l->expected != number_after(n))
+		return;
+	*stream_plain(n->l) = plain_settings(n->s);
+	stream_run(n->l)->steady = stream_steady(n->epoch);
+}
+
+/* The inverse. */
+static __always_inline void stream_resume(const struct stream *s, struct stream_leg *l)
+{
+	if (!stream_run(l)->steady)
+		return;
+	l->expected = ((__u32)l->position + 1) & s->number_mask;
+	stream_run(l)->steady = 0;
 }
 
 static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_packet *n, __u32 udp_at)
@@ -790,7 +832,6 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 	__u64 p = 0;
 	__u32 v;
 
-	stream_run(l)->steady = 0;
 	if (!stream_look(n))
 		return STREAM_CONTENDED;
 	n->sure = stream_follow(n);
@@ -802,7 +843,7 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 		v = stream_change(n, &p);
 	}
 	if (v != STREAM_PASSED) {
-		if (v == STREAM_LATE && stream_sampled(p))
+		if (v == STREAM_LATE && stream_sampled(n->st, p, false))
 			compare_copy(ctx, n->stream, n->leg, udp_at, p);
 		return v;
 	}
@@ -819,23 +860,21 @@ static __always_inline __u32 stream_merge(struct xdp_md *ctx, struct stream_pack
 		l->position = p + n->count - 1;
 		v = stream_claim_at(s, p);
 	}
-	if (stream_sampled(p) && v <= STREAM_DUPLICATE)
+	if (v <= STREAM_DUPLICATE && stream_sampled(n->st, p, !v))
 		compare_copy(ctx, n->stream, v ? n->leg : n->leg | STREAM_SAMPLE_PASSED, udp_at, p);
 	if (v == STREAM_PASSED) {
 		if (__builtin_expect(n->sure, 1))
 			stream_advance(n->st, p);
 		stream_tick(n);
 		l->won++;
-		l->numbers += n->count;
+		if (s->count_width)
+			l->numbers += n->count;
 		if (p <= READ_ONCE(n->st->next_floor))
 			n->pulse->filled += n->count;
 	}
-	if (n->sure && v <= STREAM_DUPLICATE && l->expected == n->raw + n->count &&
-	    (__s64)(n->now - READ_ONCE(n->st->pass_ns)) <= 0 && p > READ_ONCE(n->st->floor) &&
-	    !stream_test_broken) {
-		*stream_plain(l) = plain_settings(s);
-		stream_run(l)->steady = stream_steady(n->epoch);
-	}
+	if (n->sure && v <= STREAM_DUPLICATE && (__s64)(n->now - READ_ONCE(n->st->pass_ns)) <= 0 &&
+	    p > READ_ONCE(n->st->floor) && !stream_test_broken)
+		stream_steadies(n);
 	return v;
 }
 
@@ -876,11 +915,10 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
 	__u64 seen = READ_ONCE(n->l->seen_ns);
 	__u32 passes = STREAM_PASSED;
 
-	if (seen != n->now) {
-		/* A packet without a number must not carry it into this tick. */
-		stream_run(n->l)->steady = 0;
+	/* Not steady any longer: a packet without a number must not carry that into this tick. */
+	stream_resume(n->s, n->l);
+	if (seen != n->now)
 		WRITE_ONCE(n->l->seen_ns, n->now);
-	}
 	n->first = seen != n->now;
 	if (n->s->kind == STREAM_FAILOVER) {
 		passes = stream_failover(n, seen);
@@ -892,37 +930,42 @@ static __always_inline __u32 stream_decide(struct xdp_md *ctx, struct stream_pac
 	if (n->s->kind == n->format)
 		return v == STREAM_PASSED ? stream_merge(ctx, n, udp_at) : v;
 	/* The numbers are only monitored. */
-	if (v != STREAM_PASSED)
+	if (v != STREAM_PASSED) {
 		n->l->others++;
-	else if (stream_follow(n) && n->s->kind == STREAM_SINGLE)
-		stream_run(n->l)->steady =
-			n->l->expected == n->raw + n->count ? stream_steady(n->epoch) : 0;
+	} else if (stream_follow(n) && n->s->kind == STREAM_SINGLE) {
+		n->l->position += (n->l->expected - 1 - (__u32)n->l->position) & n->s->number_mask;
+		stream_steadies(n);
+	}
 	return passes;
 }
 
-/* Whether a packet of a plain leg has the number of a position. */
-static __always_inline bool plain_number(const struct stream_plain *f, const struct stream_leg *l,
-					 const struct udphdr *udp, void *data_end, __u64 position)
+/* Whether a packet of a plain leg has the number of a position. udp is at a fixed place. */
+static __always_inline bool plain_number(const struct stream_leg *l, const struct udphdr *udp,
+					 void *data_end, __u64 position)
 {
-	__u32 at = f->at, flags = f->flags, raw, differs;
-	__u8 *p = (__u8 *)udp + (at & 0x3ff);
+	const struct stream_plain *f = (const void *)&l->up_ns;
+	__u8 *p = (__u8 *)(udp + 1);
+	__u32 raw, differs;
 
-	if (!at || (void *)(p + 4) > data_end || bpf_ntohs(udp->len) < f->least)
+	if (*(const __s32 *)f < 0) { /* PLAIN_RTP */
+		if ((void *)(p + STREAM_RTP_HEADER) > data_end ||
+		    bpf_ntohs(udp->len) < sizeof(*udp) + STREAM_RTP_HEADER)
+			return false;
+		raw = bpf_ntohl(*(__be32 *)p);
+		/* Of version 2, and not RTCP (rtp_number). */
+		return (__u16)raw == (__u16)position && raw >> 30 == 2 && (raw >> 21 & 7) != 6 &&
+		       *(__be32 *)(p + 8) == bpf_htonl(l->session);
+	}
+	p = (__u8 *)udp + (f->at & 0x3ff);
+	if (__builtin_expect((void *)(p + 4) > data_end || bpf_ntohs(udp->len) < f->least, 0))
 		return false;
 	raw = *(__u32 *)p;
-	if (!(flags & PLAIN_LITTLE))
+	if (*(const __s64 *)f >= 0) /* not PLAIN_LITTLE */
 		raw = bpf_ntohl(raw);
 	differs = raw ^ (__u32)position;
-	if (flags & PLAIN_SHORT)
+	if (READ_ONCE(f->flags) & PLAIN_SHORT)
 		differs = (__u16)differs;
-	if (differs)
-		return false;
-	if (!(flags & PLAIN_RTP))
-		return true;
-	p = (__u8 *)(udp + 1);
-	/* Of version 2, and not RTCP (rtp_number). */
-	return (void *)(p + STREAM_RTP_HEADER) <= data_end && raw >> 30 == 2 &&
-	       (raw >> 21 & 7) != 6 && *(__be32 *)(p + 8) == bpf_htonl(l->session);
+	return !differs;
 }
 
 /* Whether a leg is as judge_leg left it: the last packet of the leg was in this tick, since when
@@ -932,55 +975,78 @@ static __always_inline bool plain_number(const struct stream_plain *f, const str
 static __always_inline bool leg_is_steady(const struct stream_state *st, struct stream_leg *l,
 					  __u64 now)
 {
-	if (stream_test_clock)
-		now = stream_clock();
 	/* With failover none is. */
-	return READ_ONCE(*(const __u64 *)&l->run) == (__u64)stream_steady(READ_ONCE(st->epoch))
-							     << 16 &&
-	       l->seen_ns == now;
+	if (READ_ONCE(*(const __u64 *)&l->run) != (__u64)stream_steady(READ_ONCE(st->epoch)) << 16)
+		return false;
+	if (__builtin_expect(l->seen_ns != now, 0))
+		return stream_test_clock && l->seen_ns == stream_clock();
+	return true;
 }
 
-static __always_inline void stream_went_on(struct stream_leg *l, __u64 p, __u32 count,
-					   __u32 expected)
+static __always_inline void stream_went_on(struct stream_leg *l, __u64 position)
 {
 	if (~l->history)
 		l->history = l->history << 1 | 1;
-	l->expected = expected;
-	l->position = p + count - 1;
+	l->position = position;
+}
+
+/* The leg that a packet of compare_copy is of. flow, if there is one, has both: for plain_next,
+ * which reads them only for a sample.
+ */
+struct sampled_leg {
+	struct xdp_md *ctx;
+	const struct flow *flow;
+	__u32 stream;
+	__u32 leg;
+	__u32 udp_at;
+};
+
+static __always_inline void sample_next(struct sampled_leg of, const struct stream_state *st,
+					__u64 p, __u32 passed)
+{
+	if (!stream_sampled(st, p, passed))
+		return;
+	if (of.flow) {
+		OPAQUE(of.flow);
+		of.stream = of.flow->stream;
+		of.leg = of.flow->leg;
+	}
+	compare_copy(of.ctx, of.stream, of.leg | passed, of.udp_at, p);
 }
 
 /* Claims position p, the next one of a steady leg, and notes that the leg has brought it, with
- * count - 1 numbers after it, and expects another.
+ * count - 1 numbers after it.
  */
-static __always_inline __u32 stream_claim_next(struct xdp_md *ctx, __u32 stream, __u32 leg,
-					       __u32 udp_at, struct stream_state *st,
+static __always_inline __u32 stream_claim_next(struct sampled_leg of, struct stream_state *st,
 					       struct stream_leg *l, __u64 *word, __u64 p,
-					       __u32 count, __u32 expected)
+					       __u32 count, bool counts)
 {
-	__u64 old = READ_ONCE(*word), bit = 1ULL << (p & 31), new;
+	__u64 old = READ_ONCE(*word), bit = 1ULL << (p & 31), new = old | bit;
 	__u32 newer = (__u32)(old >> 32) - (__u32)(p >> STREAM_BLOCK_BITS);
 
-	if (newer || !(old & bit)) {
-		if (newer - 1 < STREAM_NEWER_BLOCKS - 1 || p <= READ_ONCE(st->next_floor))
+	if (__builtin_expect(newer, 0)) {
+		if (newer < STREAM_NEWER_BLOCKS)
 			return STREAM_VERDICTS;
-		new = newer ? p >> STREAM_BLOCK_BITS << 32 | bit : old | bit;
-		new = __sync_val_compare_and_swap(word, old, new);
-		OPAQUE(new); /* or it becomes a flag first */
-		if (new != old)
-			return STREAM_VERDICTS;
-		l->won++;
-		l->numbers += count;
-		stream_went_on(l, p, count, expected);
-		if (p >> STREAM_BLOCK_BITS > READ_ONCE(st->head) >> STREAM_BLOCK_BITS)
-			stream_advance(st, p);
-		if (__builtin_expect(stream_sampled(p), 0))
-			compare_copy(ctx, stream, leg | STREAM_SAMPLE_PASSED, udp_at, p);
-		return STREAM_PASSED;
+		new = p >> STREAM_BLOCK_BITS << 32 | bit;
+	} else if (old & bit) {
+		stream_went_on(l, p + count - 1);
+		sample_next(of, st, p, 0);
+		return STREAM_DUPLICATE;
 	}
-	stream_went_on(l, p, count, expected);
-	if (__builtin_expect(stream_sampled(p), 0))
-		compare_copy(ctx, stream, leg, udp_at, p);
-	return STREAM_DUPLICATE;
+	if (__builtin_expect(p <= READ_ONCE(st->next_floor), 0))
+		return STREAM_VERDICTS;
+	new = __sync_val_compare_and_swap(word, old, new);
+	OPAQUE(new); /* or it becomes a flag first */
+	if (__builtin_expect(new != old, 0))
+		return STREAM_VERDICTS;
+	l->won++;
+	if (counts)
+		l->numbers += count;
+	stream_went_on(l, p + count - 1);
+	if (__builtin_expect(p >> STREAM_BLOCK_BITS > READ_ONCE(st->head) >> STREAM_BLOCK_BITS, 0))
+		stream_advance(st, p);
+	sample_next(of, st, p, STREAM_SAMPLE_PASSED);
+	return STREAM_PASSED;
 }
 
 /* What most packets are, but for failover: the number after their leg's last one, with the stream
@@ -988,40 +1054,45 @@ static __always_inline __u32 stream_claim_next(struct xdp_md *ctx, __u32 stream,
  * does, at a third of the cost; or nothing, and return STREAM_VERDICTS.
  *
  * plain_next is for legs with stream_plain, and part of the short way of plain packets
- * (plain_packet of relay.bpf.c): its caller does nothing before either.
+ * (plain_packet of relay.bpf.c): its caller does nothing before either. What it looks up comes
+ * first, so that nothing else is kept across the calls.
  */
-static __always_inline __u32 plain_next(struct xdp_md *ctx, const struct flow *flow,
-					const struct udphdr *udp, __u32 udp_at, __u64 now)
+static __always_inline __u32 plain_next(struct xdp_md *ctx, const struct flow *flow, void *data,
+					__u32 udp_at, const struct rule_stats *stats)
 {
-	void *data_end = (void *)(long)ctx->data_end;
-	__u32 stream = flow->stream, row, at, expected;
+	struct sampled_leg of = {.ctx = ctx, .flow = flow, .udp_at = udp_at};
+	__u32 stream = flow->stream, row, at;
 	struct stream_state *st = bpf_map_lookup_elem(&stream_states, &stream);
-	const struct stream_plain *f;
+	__u64 p, *word = NULL;
 	struct stream_leg *l;
 	void *window;
-	__u64 p, *word;
 
 	if (!st)
 		return STREAM_VERDICTS;
 	l = &st->legs[flow->leg & (XDPCAST_MAX_LEGS - 1)];
 	OPAQUE(l);
-	if (!leg_is_steady(st, l, now))
+	if (__builtin_expect(!leg_is_steady(st, l, stats->last_seen_ns), 0))
 		return STREAM_VERDICTS;
-	f = stream_plain(l);
 	p = READ_ONCE(l->position) + 1;
-	if ((__s64)(READ_ONCE(st->head) - p) > STREAM_PLAIN_BEHIND ||
-	    !plain_number(f, l, udp, data_end, p))
-		return STREAM_VERDICTS;
-	row = f->row;
+	row = stream_plain(l)->row;
 	window = bpf_map_lookup_elem(&stream_windows, &row);
-	if (!window)
+	if (window) {
+		at = p >> STREAM_BLOCK_BITS & (STREAM_WORDS - 1);
+		word = bpf_map_lookup_elem(window, &at);
+	}
+	/* In the order of their use, now that registers need not survive calls. */
+	OPAQUE(data);
+	if (__builtin_expect(!plain_number(l, data + udp_at, (void *)(long)ctx->data_end, p), 0))
 		return STREAM_VERDICTS;
-	at = p >> STREAM_BLOCK_BITS & (STREAM_WORDS - 1);
-	word = bpf_map_lookup_elem(window, &at);
-	if (!word)
+	if (!word) {
+		if (stream_plain(l)->row != PLAIN_WATCHED)
+			return STREAM_VERDICTS;
+		stream_went_on(l, p);
+		return STREAM_PASSED;
+	}
+	if (__builtin_expect((__s64)(READ_ONCE(st->head) - p) > STREAM_PLAIN_BEHIND, 0))
 		return STREAM_VERDICTS;
-	expected = (f->flags & PLAIN_SHORT ? (__u16)p : (__u32)p) + 1;
-	return stream_claim_next(ctx, stream, flow->leg, udp_at, st, l, word, p, 1, expected);
+	return stream_claim_next(of, st, l, word, p, 1, false);
 }
 
 /* For all other formats and windows, and watched numbers. Out of line, since most rules have one
@@ -1034,6 +1105,7 @@ __noinline int judge_next(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp
 	void *data_end = (void *)(long)ctx->data_end;
 	void *data = (void *)(long)ctx->data;
 	struct udphdr *udp = data + (udp_at & 0xff);
+	struct sampled_leg of = {.ctx = ctx, .stream = stream, .leg = leg, .udp_at = udp_at};
 	struct stream_number u = {.count = 1};
 	struct stream_leg *l;
 	__u64 p, *word;
@@ -1054,18 +1126,16 @@ __noinline int judge_next(struct xdp_md *ctx, __u32 stream, __u32 leg, __u32 udp
 		return STREAM_VERDICTS;
 	/* Not expected: another CPU that takes packets of the leg may have changed one of the two.
 	 */
-	if ((u.raw - (merges ? (__u32)p : l->expected)) & s->number_mask)
+	if ((u.raw - (__u32)p) & s->number_mask)
 		return STREAM_VERDICTS;
 	if (!merges) {
-		l->history = l->history << 1 | 1;
-		l->expected = u.raw + u.count;
+		stream_went_on(l, p + u.count - 1);
 		return STREAM_PASSED;
 	}
 	word = stream_word(s, p);
 	if (!word)
 		return STREAM_VERDICTS;
-	return stream_claim_next(ctx, stream, leg, udp_at, st, l, word, p, u.count,
-				 u.raw + u.count);
+	return stream_claim_next(of, st, l, word, p, u.count, s->count_width);
 }
 
 /* Returns the verdict on a packet of a leg: enum stream_verdict. now is the coarse clock, read in

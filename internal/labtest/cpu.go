@@ -31,6 +31,16 @@ func OnOneCPU(fn func()) {
 	}
 }
 
+// PinThread pins the calling thread to the nth CPU that the process may use, counted on from the first. The caller has
+// locked its goroutine to the thread.
+func PinThread(n int) {
+	if cpus := CPUs(); len(cpus) > 0 {
+		var one unix.CPUSet
+		one.Set(cpus[n%len(cpus)])
+		_ = unix.SchedSetaffinity(0, &one) // best effort
+	}
+}
+
 // CPUs are the numbers of the CPUs that the process may use, which need not begin with 0.
 func CPUs() (numbers []int) {
 	var allowed unix.CPUSet

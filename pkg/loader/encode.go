@@ -69,6 +69,7 @@ func encodeFlags(r *flow.Flow) (flags uint16) {
 	set(bpf.RelayFlowFlagFLOW_STEERED, r.Steered)
 	set(bpf.RelayFlowFlagFLOW_TWO_WAY, r.TwoWay)
 	set(bpf.RelayFlowFlagFLOW_FINISH, r.Finish)
+	set(bpf.RelayFlowFlagFLOW_LONG_WAY, r.Leg != nil && !isPlain(&r.Leg.Settings))
 	return flags
 }
 

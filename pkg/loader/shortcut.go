@@ -407,16 +407,20 @@ func embedOutput(b *bpf.RelayShortcut, e *entry) {
 	copy(b.Second[:], line[:])
 	if isPrepared(b, &o) {
 		b.HasOutput = uint8(bpf.RelayShortcutOutputSHORTCUT_PREPARED)
+		if b.Flow.Stream != 0 {
+			b.HasOutput = uint8(bpf.RelayShortcutOutputSHORTCUT_LEG)
+		}
 		prepare(b, &o)
 	}
 }
 
 // rareFlow are the flags of flows that the shortest way of plain packets does not look at.
-const rareFlow = bpf.RelayFlowFlagFLOW_UNICAST | bpf.RelayFlowFlagFLOW_ALLOW_LOOP | bpf.RelayFlowFlagFLOW_POLICED | bpf.RelayFlowFlagFLOW_FINISH
+const rareFlow = bpf.RelayFlowFlagFLOW_UNICAST | bpf.RelayFlowFlagFLOW_ALLOW_LOOP | bpf.RelayFlowFlagFLOW_POLICED | bpf.RelayFlowFlagFLOW_FINISH |
+	bpf.RelayFlowFlagFLOW_LONG_WAY
 
 // isPrepared says whether packets of the slot may take that way.
 func isPrepared(b *bpf.RelayShortcut, o *bpf.RelayOutput) bool {
-	return b.Flow.Path == uint8(bpf.RelayRulePathPATH_KERNEL) && b.Flow.Routed == 0 && b.Flow.Stream == 0 &&
+	return b.Flow.Path == uint8(bpf.RelayRulePathPATH_KERNEL) && b.Flow.Routed == 0 &&
 		bpf.RelayFlowFlag(b.Flow.Flags)&rareFlow == 0 &&
 		bpf.RelayOutputFlag(o.Flags) == bpf.RelayOutputFlagOUTPUT_READY|bpf.RelayOutputFlagOUTPUT_SOURCE_SET
 }

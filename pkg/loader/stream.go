@@ -186,6 +186,17 @@ func encodeStream(s packet.Stream, row uint32) bpf.RelayStream {
 	return value
 }
 
+// isPlain says whether plain_next of bpf/include/stream.h judges the stream's packets (plain_settings).
+func isPlain(s *packet.Stream) bool {
+	switch {
+	case s.Kind == packet.StreamFailover || s.Merges() && windowRows(*s) != 1:
+		return false
+	case s.Format() == packet.StreamField:
+		return !s.Counts()
+	}
+	return s.Format() == packet.StreamRTP
+}
+
 // decodeStream is the inverse of encodeStream. It rejects values that no release writes.
 func decodeStream(v *bpf.RelayStream) (packet.Stream, error) {
 	s := packet.Stream{
@@ -355,7 +366,13 @@ func statsOfStream(v *bpf.RelayStreamState, h *bpf.RelayStreamHealth, of *flow.L
 	all := &StreamStats{Settings: s, Restarts: v.Restarts}
 	newest := v.Head
 	for i := range v.Legs {
-		all.Passed += v.Legs[i].Numbers
+		switch {
+		case !s.Merges():
+		case s.Counts():
+			all.Passed += v.Legs[i].Numbers
+		default:
+			all.Passed += v.Legs[i].Won
+		}
 		if p := v.Legs[i].Position; p > newest && p-newest < 32 {
 			newest = p
 		}

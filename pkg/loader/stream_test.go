@@ -38,12 +38,14 @@ type streamLab struct {
 	twin  *packet.StreamState
 	name  string
 	steps int
+
+	frames int // sent
 }
 
 func newStreamLab(t testing.TB) *streamLab {
 	opts := testOptions(t)
 	opts.Logger = nil
-	opts.programs = embedded{streamClock: true, noPacket: true}
+	opts.programs = embedded{streamClock: true, noPacket: true, anyTick: true}
 	n := newLab(t, 1)
 	l := open(t, opts)
 	attachAll(t, l, n.in, n.out[0])
@@ -61,17 +63,49 @@ func (s *streamLab) begin(t testing.TB, settings packet.Stream) {
 
 var legGroups = [packet.MaxLegs]string{"239.1.1.1", "239.1.1.2", "239.1.1.3", "239.1.1.4"}
 
-// send gives a payload to both, and compares their results.
-func (s *streamLab) send(t testing.TB, leg int, payload []byte, now, precise uint64) bool {
+// datagram is one of a leg: all that follows its UDP header in the frame, and the length of the payload
+// by that header. It may be shorter: bytes trail it, the last ones of them beyond the IP packet. It is
+// longer in the first fragment of a datagram, and in nothing else that is relayed.
+type datagram struct {
+	payload []byte
+	length  int
+	padding int
+	first   bool
+}
+
+func whole(payload []byte) datagram { return datagram{payload: payload, length: len(payload)} }
+
+// build builds the frame.
+func (d datagram) build(group netip.Addr, id uint16) []byte {
+	const ipID, ipFlags, moreFragments, udpLength = 18, 20, 0x20, 38
+	frame := packet.Frame{DstMAC: packet.MulticastMAC(group), SrcMAC: [6]byte{2, 0, 0, 0, 0, 9}, Src: netip.MustParseAddr("192.0.2.7"), Dst: group, SrcPort: 7, DstPort: 5000, TTL: 9,
+		Payload: d.payload[:len(d.payload)-d.padding]}.Build()
+	frame = append(frame, d.payload[len(d.payload)-d.padding:]...)
+	binary.BigEndian.PutUint16(frame[udpLength:], uint16(8+d.length))
+	if d.first {
+		binary.BigEndian.PutUint16(frame[ipID:], id)
+		frame[ipFlags] |= moreFragments
+	}
+	return frame
+}
+
+// send gives a datagram to both, and compares their results.
+func (s *streamLab) send(t testing.TB, leg int, d datagram, now, precise uint64) bool {
 	t.Helper()
 	clock := bpf.RelayStreamState{PassNs: now, TurnNs: precise}
 	if err := s.l.maps.StreamStates.Put(uint32(0), &clock); err != nil {
 		t.Fatal(err)
 	}
-	frame := packet.Frame{DstMAC: packet.MulticastMAC(netip.MustParseAddr(legGroups[leg])), SrcMAC: [6]byte{2, 0, 0, 0, 0, 9}, Src: netip.MustParseAddr("192.0.2.7"),
-		Dst: netip.MustParseAddr(legGroups[leg]), SrcPort: 7, DstPort: 5000, TTL: 9, Payload: payload}.Build()
+	s.frames++
+	frame := d.build(netip.MustParseAddr(legGroups[leg]), uint16(s.frames))
 	verdict, _ := s.must(t, s.l.relay, s.n.in.Index, frame, len(frame))
-	want := s.twin.Packet(leg, payload, len(payload), now, precise)
+	if d.length > len(d.payload)-d.padding && !d.first {
+		if verdict != xdpPass {
+			t.Fatalf("verdict %d for a datagram beyond its packet, want %d: it is not relayed", verdict, xdpPass)
+		}
+		return false
+	}
+	want := s.twin.Packet(leg, d.payload, d.length, now, precise)
 	passed := verdict == xdpRedirect
 	if !passed && verdict != xdpDrop {
 		t.Fatalf("verdict %d, want a redirect or a drop", verdict)
@@ -82,14 +116,18 @@ func (s *streamLab) send(t testing.TB, leg int, payload []byte, now, precise uin
 	return passed
 }
 
+// id is the stream's index.
+func (s *streamLab) id() uint32 {
+	if s.twin.Kind == packet.StreamSingle {
+		return s.l.rules[s.name].stream
+	}
+	return s.l.rules[s.name+"%0"].stream
+}
+
 // compare compares the positions of both streams.
 func (s *streamLab) compare(t testing.TB) {
 	t.Helper()
-	first := s.name + "%0"
-	if s.twin.Kind == packet.StreamSingle {
-		first = s.name
-	}
-	id := s.l.rules[first].stream
+	id := s.id()
 	var got bpf.RelayStreamState
 	if err := s.l.maps.StreamStates.Lookup(id, &got); err != nil {
 		t.Fatal(err)
@@ -98,7 +136,7 @@ func (s *streamLab) compare(t testing.TB) {
 	want := bpf.RelayStreamState{
 		Head: w.Head, Floor: w.Floor, NextFloor: w.NextFloor, TurnNs: w.Turn, PassNs: w.Pass, Sessions: w.Sessions, SessionNs: w.SessionSince,
 		Epoch: w.Epoch, Active: w.Active, Start: w.Start, Before: w.Before, Restarts: w.Restarts, Left: w.Left, SessionLeg: w.SessionLeg,
-		Sample: w.Sample, Differ: w.Differ, Differs: w.Differs,
+		Sample: w.Sample, SampleWaits: w.SampleWaits, Differ: w.Differ, Differs: w.Differs,
 	}
 	health := bpf.RelayStreamHealth{SampleNs: w.SampleAt, SampleLegs: w.SampleLegs, Marked: w.Marked, Lost: w.Lost}
 	for i, l := range w.Legs {
@@ -120,9 +158,12 @@ func (s *streamLab) compare(t testing.TB) {
 		t.Fatalf("the program has measured\n%+v, the twin\n%+v", measured, health)
 	}
 	for i := range got.Legs { // the twin has no short way for ordinary packets
-		got.Legs[i].Run &= 0xffff
-		if s.twin.Merges() {
-			got.Legs[i].UpNs = 0
+		l := &got.Legs[i]
+		if l.Run>>16 != 0 { // steady: stream_resume
+			l.Expected = (uint32(l.Position) + 1) & s.twin.Mask()
+		}
+		if l.Run &= 0xffff; s.twin.Kind != packet.StreamFailover {
+			l.UpNs = 0
 		}
 	}
 	if got != want {
@@ -142,7 +183,7 @@ func TestStreamScenarios(t *testing.T) {
 			if n++; n > most {
 				return s.twin.Packet(leg, payload, len(payload), now, now) == packet.StreamPassed
 			}
-			passed := s.send(t, leg, payload, now, now)
+			passed := s.send(t, leg, whole(payload), now, now)
 			if n%512 == 0 || n == most {
 				s.compare(t)
 			}
@@ -154,13 +195,86 @@ func TestStreamScenarios(t *testing.T) {
 	}
 }
 
+// The short way of plain packets takes the legs that their flow entry says, and no others: the program copies what
+// plain_next needs of a stream's settings to its legs, or that they are not plain.
+func TestPlainLegs(t *testing.T) {
+	labtest.RequireRoot(t)
+	s := newStreamLab(t)
+	watched := packet.Stream{Kind: packet.StreamSingle, Watch: packet.StreamField, Offset: 3, Width: 8}
+	large := streamtest.MDP3
+	large.Window *= 2
+	short := streamtest.Wide
+	short.Width = 2
+	for name, c := range map[string]struct {
+		packet.Stream
+		plain bool
+	}{
+		"rtp":          {streamtest.RTPStream, true},
+		"rfc4175":      {streamtest.RFC4175, false},
+		"mdp3":         {streamtest.MDP3, true},
+		"pitch":        {streamtest.Pitch, false},
+		"moldudp64":    {streamtest.MoldUDP64, false},
+		"failover":     {streamtest.FailRTP, false},
+		"watched rtp":  {streamtest.Watched, true},
+		"8 bytes":      {streamtest.Wide, true},
+		"2 bytes":      {short, true},
+		"watched":      {watched, true},
+		"large window": {large, false},
+	} {
+		s.begin(t, c.Stream)
+		d := drawn{Rand: rand.New(rand.NewPCG(1, 1))}
+		now := uint64(time.Hour)
+		for i := range uint32(70) {
+			if !s.send(t, 0, whole(d.plainPayload(c.Stream, 0xffd0+i)), now, now) {
+				t.Errorf("%s: number %d did not pass", name, i)
+			}
+		}
+		s.compare(t)
+		slots := 0
+		for _, slot := range shortcutsOf(t, s.l.maps) {
+			if slot.Flow.Stream == 0 {
+				continue
+			}
+			slots++
+			if leg := slot.HasOutput == uint8(bpf.RelayShortcutOutputSHORTCUT_LEG); leg != c.plain {
+				t.Errorf("%s: the shortcut is for send_leg: %v, want %v", name, leg, c.plain)
+			}
+		}
+		var got bpf.RelayStreamState
+		if err := s.l.maps.StreamStates.Lookup(s.id(), &got); err != nil {
+			t.Fatal(err)
+		}
+		// The field least of stream_plain, 0xffff: PLAIN_NEVER.
+		l := &got.Legs[0]
+		if plain := l.Run>>16 != 0 && uint16(l.UpNs>>32) != 0xffff; slots == 0 || plain != c.plain {
+			t.Errorf("%s: the program takes the leg as plain: %v, want %v; %d slots, leg %+v", name, plain, c.plain, slots, l)
+		}
+		// expected is out of date by the packets since judge_leg's.
+		if away := uint32(l.Position) + 1 - l.Expected; c.plain && away&s.twin.Mask() < 60 {
+			t.Errorf("%s: %d packets of 70 took a short way", name, away)
+		}
+	}
+}
+
+// plainPayload is a payload that nothing has happened to.
+func (d *drawn) plainPayload(s packet.Stream, number uint32) []byte {
+	if s.Format() == packet.StreamRFC4175 {
+		return streamtest.RTPExtended(number, 7, 0, 0)
+	}
+	for {
+		if p := d.payload(s, number, 7, 1); !d.spoilt {
+			return p
+		}
+	}
+}
+
 // Random packets of random streams: the program and its twin agree on what happens to each, and on
 // the state of the stream.
 func TestStreamDifferential(t *testing.T) {
 	labtest.RequireRoot(t)
 	s := newStreamLab(t)
-	packets, ordinary := 0, 0
-	for seed := range uint64(labtest.Soak(24, 3000)) {
+	packets, ordinary, odd := 0, 0, 0
+	for seed := range uint64(labtest.Soak(48, 3600)) {
 		d := &drawn{Rand: rand.New(rand.NewPCG(seed, 7))}
 		settings := d.settings()
 		s.begin(t, settings)
@@ -171,7 +285,11 @@ func TestStreamDifferential(t *testing.T) {
 					ordinary++
 				}
 			}
-			s.send(t, leg, payload, now, now+d.Uint64N(uint64(2*time.Millisecond)))
+			sent := d.datagram(payload)
+			if sent.length != len(payload) {
+				odd++
+			}
+			s.send(t, leg, sent, now, now+d.Uint64N(uint64(2*time.Millisecond)))
 			packets++
 		}
 		s.compare(t)
@@ -179,7 +297,7 @@ func TestStreamDifferential(t *testing.T) {
 			t.Fatalf("seed %d: %+v", seed, settings)
 		}
 	}
-	t.Logf("%d packets, %d of them next in a tick", packets, ordinary)
+	t.Logf("%d packets, %d of them next in a tick, %d whose UDP length is not that of the frame", packets, ordinary, odd)
 	if ordinary < packets/20 {
 		t.Errorf("%d of %d packets are the next of their leg in a tick: want one in 20, which the program judges the short way", ordinary, packets)
 	}
@@ -192,6 +310,7 @@ type drawn struct {
 	tick    uint64 // of the clock
 	number  [packet.MaxLegs]uint32
 	session [packet.MaxLegs]uint32
+	spoilt  bool // the last payload
 }
 
 func (d *drawn) settings() packet.Stream {
@@ -267,6 +386,22 @@ func (d *drawn) packet(s packet.Stream) (leg int, payload []byte, now uint64) {
 	return leg, d.payload(s, this, d.session[leg], count), d.now - d.now%d.tick
 }
 
+// datagram draws lengths: most are those of the payload.
+func (d *drawn) datagram(payload []byte) datagram {
+	g := whole(payload)
+	switch d.IntN(40) {
+	case 0, 1: // bytes trail it
+		g.length = d.IntN(len(payload) + 1)
+		g.padding = d.IntN(len(payload) - g.length + 1)
+	case 2: // beyond its packet
+		g.length += 1 + d.IntN(100)
+	case 3: // a first fragment
+		g.length += d.IntN(100)
+		g.first = true
+	}
+	return g
+}
+
 func (d *drawn) payload(s packet.Stream, number, session, count uint32) []byte {
 	var p []byte
 	switch s.Format() {
@@ -299,7 +434,9 @@ func (d *drawn) payload(s packet.Stream, number, session, count uint32) []byte {
 	if len(p) > 50 { // legs differ occasionally
 		p[50] ^= byte(d.IntN(2))
 	}
-	switch d.IntN(40) {
+	accident := d.IntN(40)
+	d.spoilt = accident < 3
+	switch accident {
 	case 0:
 		p = p[:d.IntN(len(p)+1)]
 	case 1:

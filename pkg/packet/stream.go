@@ -304,6 +304,7 @@ type StreamState struct {
 	Start, Before, Restarts uint64
 	Left, SessionLeg        uint32
 	Sample                  uint64
+	SampleWaits             uint32
 	Differ                  [MaxLegs]uint32
 	Differs                 [MaxLegs]uint8
 	SampleAt, Marked, Lost  uint64 // and this of struct stream_health
@@ -369,22 +370,26 @@ func (s *StreamState) decide(leg int, payload []byte, length int, now, precise u
 	case v != StreamPassed:
 		p.l.Others++
 	default:
-		s.follow(p)
+		if s.follow(p) && s.Kind == StreamSingle {
+			p.l.Position += uint64((p.l.Expected - 1 - uint32(p.l.Position)) & s.Mask())
+		}
 	}
 	return passes
 }
 
 // sampled is stream_sampled.
-func sampled(at uint64) bool { return uint32(at)*0x9e3779b1>>26 == 0 }
+func (s *StreamState) sampled(at uint64, v StreamVerdict) bool {
+	switch {
+	case uint32(at)*0x9e3779b1>>26 != 0:
+		return false
+	case v == StreamPassed:
+		return s.SampleWaits == 0
+	}
+	return s.Sample>>32 == at&(1<<32-1)
+}
 
 // compare is compare_copy.
 func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at uint64, v StreamVerdict) {
-	switch {
-	case v == StreamPassed && s.SampleAt+sampleTime > p.now && s.awaits(p.now):
-		return
-	case v != StreamPassed && s.Sample>>32 != at&(1<<32-1):
-		return
-	}
 	const checked, word = 64, 8
 	check := uint64(uint32(length))
 	for i := word; i <= checked && i <= length; i += word {
@@ -397,6 +402,7 @@ func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at ui
 	l, bit := p.l, uint32(1)<<p.leg
 	if v == StreamPassed {
 		s.SampleAt, s.SampleLegs, s.Sample = p.clock, bit, at<<32|check
+		s.SampleWaits = s.awaits(p.now)
 		l.Lag -= l.Lag >> 3
 		return
 	}
@@ -409,19 +415,20 @@ func (s *StreamState) compare(p *streamPacket, payload []byte, length int, at ui
 		return
 	}
 	s.SampleLegs |= bit
+	s.SampleWaits = s.awaits(p.now)
 	if lag := p.clock - s.SampleAt; lag < sampleTime {
 		l.Lag += lag - l.Lag>>3
 	}
 }
 
 // awaits is stream_awaits.
-func (s *StreamState) awaits(now uint64) bool {
+func (s *StreamState) awaits(now uint64) uint32 {
 	for i := range s.Legs {
 		if s.SampleLegs&(1<<i) == 0 && s.Legs[i].Seen+sampleTime > now {
-			return true
+			return 1
 		}
 	}
-	return false
+	return 0
 }
 
 // rtpClock is rtp_clock.
@@ -494,6 +501,9 @@ func (s *StreamState) follow(p *streamPacket) bool {
 	return true
 }
 
+// after is number_after.
+func (s *StreamState) after(p *streamPacket) uint32 { return (p.Raw + p.Count) & s.Mask() }
+
 func (s *StreamState) goesOn(raw, expected uint32) bool {
 	return (raw-expected+s.Slack())&s.Mask() <= 2*s.Slack()
 }
@@ -516,7 +526,7 @@ func (s *StreamState) jump(p *streamPacket) bool {
 	default:
 		l.Resets++
 	}
-	l.Session, l.Expected, l.History, l.Jumped, l.Run = p.Session, next, 1, p.now, 0
+	l.Session, l.Expected, l.History, l.Jumped, l.Run = p.Session, s.after(p), 1, p.now, 0
 	return true
 }
 
@@ -530,7 +540,7 @@ func (s *StreamState) health(p *streamPacket) {
 		if ahead >= 63 {
 			l.History = 1
 		}
-		l.Expected = p.Raw + p.Count
+		l.Expected = s.after(p)
 		return
 	}
 	back := (l.Expected - 1 - p.Raw) & s.Mask()
@@ -560,11 +570,19 @@ func (s *StreamState) newest() uint64 {
 	return newest
 }
 
+// numbers is stream_numbers.
+func (s *StreamState) numbers(l *StreamLeg) uint64 {
+	if s.Counts() {
+		return l.Numbers
+	}
+	return l.Won
+}
+
 // mark is stream_mark.
 func (s *StreamState) mark(position uint64) {
 	s.Marked = 0
 	for i := range s.Legs {
-		s.Marked += s.Legs[i].Numbers - s.Legs[i].Filled
+		s.Marked += s.numbers(&s.Legs[i]) - s.Legs[i].Filled
 	}
 	s.NextFloor = position
 }
@@ -608,7 +626,7 @@ func (s *StreamState) restart(p *streamPacket) uint64 {
 	s.Floor, s.Turn, s.Pass, s.Head = floor, p.now, p.now, at
 	s.Restarts++
 	s.Epoch += 2
-	p.l.Session, p.l.Expected, p.l.Jumped = p.Session, p.Raw+p.Count, p.now
+	p.l.Session, p.l.Expected, p.l.Jumped = p.Session, s.after(p), p.now
 	p.sure = true
 	return at
 }
@@ -660,6 +678,9 @@ func (s *StreamState) tick(now uint64) {
 	s.Pass = now
 	if int64(now-s.Turn) <= int64(s.Skew) {
 		return
+	}
+	if s.SampleAt+sampleTime <= now || s.awaits(now) == 0 {
+		s.SampleWaits = 0
 	}
 	s.settle()
 	s.Floor = s.NextFloor
@@ -719,7 +740,7 @@ func (s *StreamState) merge(p *streamPacket, payload []byte, length int) StreamV
 		at, v = s.change(p)
 	}
 	if v != StreamPassed {
-		if v == StreamLate && sampled(at) {
+		if v == StreamLate && s.sampled(at, v) {
 			s.compare(p, payload, length, at, v)
 		}
 		return v
@@ -730,7 +751,7 @@ func (s *StreamState) merge(p *streamPacket, payload []byte, length int) StreamV
 		l.Position = at + uint64(p.Count) - 1
 		v = s.claim(at)
 	}
-	if sampled(at) && v <= StreamDuplicate {
+	if v <= StreamDuplicate && s.sampled(at, v) {
 		s.compare(p, payload, length, at, v)
 	}
 	if v != StreamPassed {
@@ -741,7 +762,9 @@ func (s *StreamState) merge(p *streamPacket, payload []byte, length int) StreamV
 	}
 	s.tick(p.now)
 	l.Won++
-	l.Numbers += uint64(p.Count)
+	if s.Counts() {
+		l.Numbers += uint64(p.Count)
+	}
 	if at <= s.NextFloor {
 		l.Filled += uint64(p.Count)
 	}

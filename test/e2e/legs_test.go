@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"xdpcast/internal/control"
@@ -162,55 +164,76 @@ func TestLegsMerge(t *testing.T) {
 			l := newLegLab(t)
 			l.in.start("-c", l.in.write("rules.yaml", rules(one, merge)))
 			l.in.waitState("cam", control.StateActive)
-			const lag = 200
 			numbers := labtest.Soak(70_000, 10_000_000) // more than one round of the sequence number
-			pace := time.Duration(labtest.Soak(40, 10)) * time.Microsecond
 			sink := newNumberSink(t, l.sinks[0], "sink0", "239.2.1.1:6000", numbers)
-			var at atomic.Int64
-			sent := make(chan error, 1)
-			go func() {
-				begin, given, lost := time.Now(), int64(0), int64(0)
-				for i := range numbers + lag {
-					at.Store(int64(i))
-					for leg, number := range [2]int{i, i - lag} {
-						if number < 0 || number >= numbers || lostOn(leg, uint32(number)) {
-							continue
-						}
-						if err := l.legs[leg].send(uint32(number)); err != nil {
-							sent <- fmt.Errorf("leg %d: %w", leg, err)
-							return
-						}
-						if leg == 0 || lostOn(0, uint32(number)) {
-							given++
-						}
-					}
-					if i%50 != 0 {
-						continue
-					}
-					time.Sleep(time.Until(begin.Add(time.Duration(i) * pace))) // the pace of the stream, not a wait for something
-					// A machine that cannot keep up must not be given more than its queues hold. Packets lost
-					// anyway are not waited for again.
-					for late := time.Now(); sink.total.Load() < given-lost-64; time.Sleep(200 * time.Microsecond) {
-						if time.Since(late) > time.Second {
-							lost = given - 64 - sink.total.Load()
-						}
-					}
-				}
-				sent <- nil
-			}()
+			sent := l.sendBoth(sink, numbers, time.Duration(labtest.Soak(40, 10))*time.Microsecond)
 			for i, disturb := range tt.disturb {
-				for at.Load() < int64(i+1)*int64(numbers)/int64(len(tt.disturb)+2) && len(sent) == 0 {
+				for sent.past[0].Load() < int64(i+1)*int64(numbers)/int64(len(tt.disturb)+2) {
 					time.Sleep(time.Millisecond)
 				}
 				disturb(t, l, i+1)
 			}
-			if err := <-sent; err != nil {
+			if err := sent.Wait(); err != nil {
 				t.Fatal(err)
 			}
 			l.checkOnce(t, sink, numbers)
 			l.checkLegs(t, numbers, tt.disturb == nil)
 		})
 	}
+}
+
+// sending is what sendBoth does: past are the numbers that each leg is done with.
+type sending struct {
+	errgroup.Group
+	past [2]atomic.Int64
+}
+
+// sendBoth sends all numbers on both legs, each from a CPU of its own, in whose context the relay then runs. The second is
+// 200 numbers behind the first or more, but not twice that. A number takes pace.
+func (l *legLab) sendBoth(sink *numberSink, numbers int, pace time.Duration) *sending {
+	const lag, queued = 200, 64
+	s := &sending{}
+	begin, given := time.Now(), atomic.Int64{}
+	// due waits until a leg may send number i.
+	due := func(leg, i int) {
+		for leg == 1 && s.past[0].Load() < int64(min(i+lag, numbers)) || leg == 0 && s.past[1].Load() < int64(i-2*lag) {
+			time.Sleep(20 * time.Microsecond)
+		}
+		if i%50 != 0 {
+			return
+		}
+		if leg == 0 {
+			time.Sleep(time.Until(begin.Add(time.Duration(i) * pace))) // the pace of the stream, not a wait for something
+		}
+		// A machine that cannot keep up must not be given more than its queues hold. Packets lost anyway are not
+		// waited for again.
+		for late := time.Now(); sink.total.Load() < given.Load()-queued; time.Sleep(200 * time.Microsecond) {
+			if time.Since(late) > time.Second {
+				given.Store(sink.total.Load())
+			}
+		}
+	}
+	for leg := range s.past {
+		s.Go(func() error {
+			defer s.past[leg].Store(math.MaxInt64) // after an error, too: the other must not wait
+			runtime.LockOSThread()                 // never unlocked: the thread ends with its CPU
+			labtest.PinThread(leg)
+			for i := range numbers {
+				due(leg, i)
+				if !lostOn(leg, uint32(i)) {
+					if leg == 0 || lostOn(0, uint32(i)) {
+						given.Add(1)
+					}
+					if err := l.legs[leg].send(uint32(i)); err != nil {
+						return fmt.Errorf("leg %d: %w", leg, err)
+					}
+				}
+				s.past[leg].Store(int64(i + 1))
+			}
+			return nil
+		})
+	}
+	return s
 }
 
 // checkOnce waits for all numbers that some leg carried, and finds duplicate and missing ones.
