@@ -337,8 +337,12 @@ func (l *Log) Before(t time.Time) uint64 {
 			return n
 		}
 	}
-	return l.first - 1
+	return l.gone()
 }
+
+// gone is the number of the newest event that readers may know of, and that is discarded. Events may be
+// discarded before they are shown: these count as missed once they would have been.
+func (l *Log) gone() uint64 { return min(l.first-1, l.shown) }
 
 // Counts returns the number of changes since Open, by kind, including summarized ones.
 func (l *Log) Counts() map[Kind]uint64 {
@@ -376,10 +380,10 @@ func (r *Reader) Next(buf []Event) []Event {
 	switch {
 	case r.after > l.shown:
 		buf = append(buf, Event{Time: l.opts.Now(), Kind: KindMissed, Cause: "event numbers were restarted"})
-		r.after = l.first - 1
-	case r.after+1 < l.first:
-		buf = append(buf, Event{Time: l.opts.Now(), Kind: KindMissed, Count: l.first - 1 - r.after})
-		r.after = l.first - 1
+		r.after = l.gone()
+	case r.after < l.gone():
+		buf = append(buf, Event{Time: l.opts.Now(), Kind: KindMissed, Count: l.gone() - r.after})
+		r.after = l.gone()
 	}
 	last := min(l.shown, r.after+uint64(cap(buf)-len(buf)))
 	buf = l.copy(buf, r.after+1, last)

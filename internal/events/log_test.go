@@ -449,3 +449,52 @@ func BenchmarkAdd(b *testing.B) {
 		l.Add(e)
 	}
 }
+
+// TestMissedAreCountedOnce: whatever is added, shown and read in whatever order, a reader sees or misses
+// each event once, in order, also those that were discarded before they were shown.
+func TestMissedAreCountedOnce(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(20) {
+		random := rand.New(rand.NewPCG(seed, 1))
+		l, clock := testLog(t, "")
+		r := l.ReadAfter(0)
+		var added, seen, missed uint64
+		read := func(buf []Event) (more bool) {
+			all := r.Next(buf[:0])
+			for i := range all {
+				e := &all[i]
+				if e.Kind == KindMissed {
+					if missed += e.Count; e.Cause != "" || e.Count == 0 {
+						t.Fatalf("seed %d: %+v", seed, e)
+					}
+				} else if seen++; e.Number != seen+missed {
+					t.Fatalf("seed %d: event %d after %d seen and %d missed", seed, e.Number, seen-1, missed)
+				}
+			}
+			return len(all) > 0
+		}
+		for range 30 {
+			switch random.IntN(3) {
+			case 0:
+				for range []int{1, 100, Kept - 1, Kept, Kept + 1, 3 * Kept}[random.IntN(6)] {
+					clock.advance(time.Second) // so that none is summarized
+					l.Add(Event{Kind: KindRule, State: "active"})
+					added++
+				}
+			case 1:
+				l.show(false)
+				if before := l.Before(time.Time{}); before > l.Last() {
+					t.Fatalf("seed %d: the event before all is %d, of %d", seed, before, l.Last())
+				}
+			case 2:
+				read(make([]Event, 2+random.IntN(2*Kept)))
+			}
+		}
+		l.show(true)
+		for buf := make([]Event, Kept); read(buf); {
+		}
+		if seen+missed != added || l.Last() != added {
+			t.Errorf("seed %d: %d seen and %d missed of %d", seed, seen, missed, added)
+		}
+	}
+}
