@@ -268,6 +268,21 @@ func (c *changes) compareRules(before, now []*Rule) {
 	if sameSlice(before, now) {
 		return
 	}
+	Changed(before, now, (*Rule).name, func(old, new *Rule) {
+		if old != nil {
+			c.gone = append(c.gone, old)
+		}
+		if new != nil {
+			c.come = append(c.come, new)
+		}
+	})
+}
+
+func (r *Rule) name() string { return r.Name }
+
+// Changed calls fn for everything that differs, by pointer, between two slices ordered by name; old or new
+// is nil for what was added or removed. It takes the names only of what differs.
+func Changed[T any](before, now []*T, name func(*T) string, fn func(old, new *T)) {
 	for len(before)+len(now) > 0 {
 		order := 0
 		switch {
@@ -279,14 +294,16 @@ func (c *changes) compareRules(before, now []*Rule) {
 			before, now = before[1:], now[1:]
 			continue
 		default:
-			order = byName(before[0], now[0])
+			order = strings.Compare(name(before[0]), name(now[0]))
 		}
+		var old, new *T
 		if order <= 0 {
-			c.gone, before = append(c.gone, before[0]), before[1:]
+			old, before = before[0], before[1:]
 		}
 		if order >= 0 {
-			c.come, now = append(c.come, now[0]), now[1:]
+			new, now = now[0], now[1:]
 		}
+		fn(old, new)
 	}
 }
 

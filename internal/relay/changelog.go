@@ -76,28 +76,7 @@ func (c *changeLog) round(p *plan.Plan, now *network.Snapshot, attached map[netw
 // changedRules calls fn for every rule whose plan changed; old or new is nil for a rule that was
 // added or removed. Both slices are sorted by name.
 func changedRules(before, after []*plan.RulePlan, fn func(old, new *plan.RulePlan)) {
-	for len(before)+len(after) > 0 {
-		order := 0
-		switch {
-		case len(before) == 0:
-			order = 1
-		case len(after) == 0:
-			order = -1
-		case before[0] == after[0]:
-			before, after = before[1:], after[1:]
-			continue
-		default:
-			order = cmp.Compare(before[0].Rule.Name, after[0].Rule.Name)
-		}
-		var old, new *plan.RulePlan
-		if order <= 0 {
-			old, before = before[0], before[1:]
-		}
-		if order >= 0 {
-			new, after = after[0], after[1:]
-		}
-		fn(old, new)
-	}
+	plan.Changed(before, after, func(r *plan.RulePlan) string { return r.Rule.Name }, fn)
 }
 
 // rule logs the changes of a rule. In a daemon's first round, healthy rules are summarized: nothing

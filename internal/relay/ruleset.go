@@ -121,28 +121,7 @@ func (r *Relay) summarize() *rules.Summary {
 // changedByName calls fn for every rule that differs between two sets, each ordered by name; old or
 // new is nil for one that was added or removed. It looks only at those that do.
 func changedByName(before, after []*plan.Rule, fn func(old, new *plan.Rule)) {
-	for len(before)+len(after) > 0 {
-		order := 0
-		switch {
-		case len(before) == 0:
-			order = 1
-		case len(after) == 0:
-			order = -1
-		case before[0] == after[0]:
-			before, after = before[1:], after[1:]
-			continue
-		default:
-			order = cmp.Compare(before[0].Name, after[0].Name)
-		}
-		var old, new *plan.Rule
-		if order <= 0 {
-			old, before = before[0], before[1:]
-		}
-		if order >= 0 {
-			new, after = after[0], after[1:]
-		}
-		fn(old, new)
-	}
+	plan.Changed(before, after, func(r *plan.Rule) string { return r.Name }, fn)
 }
 
 // wantedRules returns the rules of the file and of the API, with capacity for one more.

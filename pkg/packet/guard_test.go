@@ -77,8 +77,6 @@ func TestGuardLeavesSendersAlone(t *testing.T) {
 		run  func(l *guardLab)
 		// plain is what numbers do not tell from a loop.
 		plain bool
-		// slow takes seconds, too many for -short.
-		slow bool
 	}{
 		{name: "a sender that takes over from another", plain: true, run: func(l *guardLab) {
 			l.take(1, from(1, null))
@@ -87,7 +85,7 @@ func TestGuardLeavesSendersAlone(t *testing.T) {
 				l.take(1, from(2, null))
 			}
 		}},
-		{name: "null packets of many streams, in bursts", plain: true, slow: true, run: func(l *guardLab) {
+		{name: "null packets of many streams, in bursts", plain: true, run: func(l *guardLab) {
 			random := rand.New(rand.NewPCG(3, 3))
 			for range 5000 {
 				sender := 1 + random.IntN(5)
@@ -133,7 +131,7 @@ func TestGuardLeavesSendersAlone(t *testing.T) {
 				l.wait(time.Millisecond)
 			}
 		}},
-		{name: "null packets with a counting identification", slow: true, run: func(l *guardLab) {
+		{name: "null packets with a counting identification", run: func(l *guardLab) {
 			for i := range 300_000 {
 				b := from(1, null)
 				binary.BigEndian.PutUint16(b[18:], uint16(i))
@@ -243,9 +241,6 @@ func TestGuardLeavesSendersAlone(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprintf("%s, two ways %v", c.name, twoWay), func(t *testing.T) {
-				if c.slow && testing.Short() {
-					t.Skip("takes a second; run without -short")
-				}
 				l := newGuardLab(t)
 				l.twoWay = twoWay
 				c.run(l)
