@@ -11,6 +11,10 @@ var ErrWoken = errors.New("worker woken")
 // ErrLayout is the cause of the error of [Inherit] when the rings are not those that the options ask for.
 var ErrLayout = errors.New("the rings have another layout")
 
+// ErrNamespace is the cause of the error of [Inherit] when the rings receive from the interfaces of another network
+// namespace, which have the same indexes.
+var ErrNamespace = errors.New("the rings belong to another network namespace")
+
 // A Step is the operation that failed.
 type Step string
 

@@ -65,6 +65,18 @@ func (f *faults) system() *system {
 		}
 		return k.mmap(fd, size)
 	}
+	s.seals = func(fd int) (int, error) {
+		if err := f.hit(); err != nil {
+			return 0, err
+		}
+		return k.seals(fd)
+	}
+	s.namespace = func(fd int) (uint64, error) {
+		if err := f.hit(); err != nil {
+			return 0, err
+		}
+		return k.namespace(fd)
+	}
 	s.munmap = func(memory []byte) error { return errors.Join(k.munmap(memory), f.hit()) }
 	s.bind = func(fd int, address unix.Sockaddr) error { return errors.Join(f.hit(), k.bind(fd, address)) }
 	s.getsockname = func(fd int) (unix.Sockaddr, error) {

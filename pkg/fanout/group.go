@@ -84,6 +84,7 @@ func open(opts Options, sys *system) (*Group, error) {
 	if err := g.start(); err != nil {
 		return nil, errors.Join(err, g.Close())
 	}
+	g.state.identity().group = uint32(g.id)
 	g.resumed = true
 	return g, nil
 }

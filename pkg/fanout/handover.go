@@ -40,7 +40,8 @@ func fileCount(o *Options) int {
 // what its Files returned; Inherit takes ownership, also on an error. It may be called while that
 // process uses the group; [Group.Resume] takes it over, and until then only Close and Released may
 // be called. Options.Steering is not used: the group keeps its own. If the rings are
-// not those of the options, the error matches [ErrLayout].
+// not those of the options, the error matches [ErrLayout]; if they are not of the calling thread's network
+// namespace, [ErrNamespace].
 func Inherit(opts Options, files []int) (*Group, error) { return inherit(opts, files, kernel()) }
 
 func inherit(opts Options, files []int, sys *system) (_ *Group, err error) {
@@ -77,25 +78,50 @@ func inherit(opts Options, files []int, sys *system) (_ *Group, err error) {
 			return nil, err
 		}
 	}
+	namespace, err := sys.ownNamespace()
+	if err != nil {
+		return nil, fmt.Errorf("network namespace: %w", err)
+	}
 	for i := range opts.Workers {
 		w := g.newWorker(i, take())
 		g.workers = append(g.workers, w)
+		if err := g.checkSocket(w.fd, namespace); err != nil {
+			return nil, err
+		}
 		if err := g.inheritWorker(w); err != nil {
 			return nil, err
 		}
 		if opts.Frames != 0 {
 			r := g.newFrameRing(w, i, take())
 			w.frames = r
+			if err := g.checkSocket(r.fd, namespace); err != nil {
+				return nil, err
+			}
 			if r.memory, err = sys.mmap(r.fd, opts.Frames*opts.FrameSize); err != nil {
 				return nil, fmt.Errorf("map ring: %w", err)
-			}
-			if err := g.readID(r.fd); err != nil {
-				return nil, err
 			}
 			w.polls(r.fd)
 		}
 	}
 	return g, nil
+}
+
+// checkSocket checks that a socket is of this network namespace, where it is a member of the group that the
+// state is of.
+func (g *Group) checkSocket(fd int, namespace uint64) error {
+	switch of, err := g.sys.namespace(fd); {
+	case err != nil:
+		return err
+	case of != namespace:
+		return ErrNamespace
+	}
+	if err := g.readID(fd); err != nil {
+		return err
+	}
+	if of := g.state.identity().group; int(of) != g.id {
+		return fmt.Errorf("%w: its state is of group %d", ErrLayout, of)
+	}
+	return nil
 }
 
 // inheritWorker maps the ring of blocks of a worker, whose socket must be bound to the interface.
@@ -108,9 +134,6 @@ func (g *Group) inheritWorker(w *Worker) error {
 		return err
 	}
 	g.ethernet = hasEthernetHeader(link.Hatype)
-	if err := g.readID(w.fd); err != nil {
-		return err
-	}
 	if err := w.mapRing(); err != nil {
 		return fmt.Errorf("map ring: %w", err)
 	}

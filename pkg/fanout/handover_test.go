@@ -27,13 +27,14 @@ func duplicates(t *testing.T, g *Group) (fds []int) {
 	return fds
 }
 
-// heirOf inherits a group that was opened with these options.
-func heirOf(t *testing.T, g *Group, opts Options) *Group {
+// heirOf inherits a group of a host that was opened with these options.
+func heirOf(t *testing.T, h *lab.Host, g *Group, opts Options) *Group {
 	t.Helper()
-	heir, err := Inherit(opts, duplicates(t, g))
-	if err != nil {
-		t.Fatal(err)
-	}
+	var heir *Group
+	labtest.Do(t, h, func() (err error) {
+		heir, err = Inherit(opts, duplicates(t, g))
+		return err
+	})
 	t.Cleanup(func() {
 		if err := heir.Close(); err != nil {
 			t.Error(err)
@@ -103,7 +104,7 @@ func testInherit(t *testing.T, ring int) {
 		c := collect(t, current)
 		burst(10)
 		c.udp(10, toGroup)
-		heir := heirOf(t, current, opts)
+		heir := heirOf(t, b.relay, current, opts)
 		if heir.Released() {
 			t.Error("a group in use is released")
 		}
@@ -255,7 +256,7 @@ func testInheritFromKilled(t *testing.T, ring int) {
 				block, done := next(t, w, 7, c.uncommitted, &frames)
 				c.dies(w, block)
 				want := committed + done
-				heir := heirOf(t, current, opts)
+				heir := heirOf(t, b.relay, current, opts)
 				kill(t, current)
 				burst(5)
 				sent += 5
@@ -289,6 +290,8 @@ func TestInheritRefuses(t *testing.T) {
 	b := newBench(t)
 	opts := inheritable(t, b.relay, 2, minFrames)
 	g := openGroup(t, b.relay, "in", opts)
+	another := openGroup(t, b.relay, "in", opts)
+	labtest.Enter(t, b.relay)
 	before := labtest.Held()
 	refused := func(name string, opts Options, fds []int, want string) {
 		t.Helper()
@@ -331,6 +334,33 @@ func TestInheritRefuses(t *testing.T) {
 	fds = duplicates(t, g)
 	fds[2], fds[0] = fds[0], fds[2]
 	refused("memory and socket exchanged", opts, fds, ErrLayout.Error())
+	exchange := func(n int, fd int) (fds []int) {
+		fds = duplicates(t, g)
+		if err := unix.Dup3(fd, fds[n], unix.O_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+		return fds
+	}
+	refused("memory of another group", opts, exchange(0, another.Files()[0]), fmt.Sprintf("its state is of group %d", another.ID()))
+	refused("socket of another group", opts, exchange(4, another.Files()[4]), fmt.Sprintf("the kernel says %d", another.ID()))
+
+	// Memory whose size can change is refused: reading what is no longer there would end the process.
+	state := g.state.memory
+	file, err := unix.MemfdCreate("unsealed", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Write(file, state); err != nil {
+		t.Fatal(err)
+	}
+	fds = exchange(0, file)
+	if err := unix.Close(file); err != nil {
+		t.Fatal(err)
+	}
+	refused("unsealed memory", opts, fds, "not sealed")
+	if err := unix.Ftruncate(g.state.fd, 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("truncate the memory of a group: %v, want EPERM", err)
+	}
 
 	for name, damage := range map[string]func(c *cursor){
 		"block 0":            func(c *cursor) { c.block = 0 },
@@ -358,6 +388,28 @@ func TestInheritRefuses(t *testing.T) {
 	}
 }
 
+// The group of another network namespace is refused although its interface has the same name and index there.
+func TestInheritOfAnotherNamespace(t *testing.T) {
+	here, there := newBench(t), newBench(t)
+	opts := inheritable(t, here.relay, 1, minFrames)
+	if there := inheritable(t, there.relay, 1, minFrames); there.Index != opts.Index {
+		t.Fatalf("index %d and %d: the test needs equal ones", opts.Index, there.Index)
+	}
+	g := openGroup(t, there.relay, "in", opts)
+	labtest.Enter(t, here.relay)
+	before := labtest.Held()
+	heir, err := Inherit(opts, duplicates(t, g))
+	if !errors.Is(err, ErrNamespace) {
+		t.Errorf("%v, want ErrNamespace", err)
+	}
+	if err == nil {
+		heir.Close()
+	}
+	if after := labtest.Held(); after != before {
+		t.Errorf("holds %+v, want %+v", after, before)
+	}
+}
+
 // Whichever call of Inherit fails, nothing is left.
 func TestInheritFails(t *testing.T) { eachRing(t, testInheritFails) }
 
@@ -365,6 +417,7 @@ func testInheritFails(t *testing.T, ring int) {
 	b := newBench(t)
 	opts := inheritable(t, b.relay, 2, ring)
 	g := openGroup(t, b.relay, "in", opts)
+	labtest.Enter(t, b.relay)
 	for i := 1; ; i++ {
 		before := labtest.Held()
 		f := &faults{failAt: i, err: unix.EPERM}

@@ -27,7 +27,8 @@ type identity struct {
 	blockSize, blocks, timeoutMS uint32
 	frames, frameSize            uint32
 	closed                       uint32 // 1 once the process that used it has closed the group
-	_                            [6]uint32
+	group                        uint32 // its id, once the group is open
+	_                            [5]uint32
 }
 
 // outgoingFlag is Options.Outgoing in identity.mode.
@@ -106,11 +107,18 @@ func inheritState(sys *system, o *Options, fd int) (_ *state, err error) {
 	if want := stateSize(o.Workers); stat.Size != int64(want) {
 		return nil, fmt.Errorf("%w: its state has %d bytes, want %d", ErrLayout, stat.Size, want)
 	}
+	// The size must not change any more. Only memory from memfd_create has seals: EINVAL.
+	switch seals, err := sys.seals(fd); {
+	case err != nil && !errors.Is(err, unix.EINVAL):
+		return nil, err
+	case err != nil || seals&memorySeals != memorySeals:
+		return nil, fmt.Errorf("%w: the size of its state is not sealed", ErrLayout)
+	}
 	if s.memory, err = sys.mmap(fd, stateSize(o.Workers)); err != nil {
 		return nil, err
 	}
 	have, want := *s.identity(), identityOf(o)
-	have.closed = 0
+	have.closed, have.group = 0, 0
 	if have != want {
 		return nil, fmt.Errorf("%w: %s, want %s", ErrLayout, have.String(), want.String())
 	}

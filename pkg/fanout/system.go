@@ -25,6 +25,8 @@ type system struct {
 	poll        func(fds []unix.PollFd, milliseconds int) (int, error)
 	statistics  func(fd int) (*unix.TpacketStatsV3, error)
 	memory      func(size int) (int, error)
+	seals       func(fd int) (int, error)
+	namespace   func(fd int) (uint64, error)
 	close       func(fd int) error
 }
 
@@ -54,21 +56,42 @@ func kernel() *system {
 		statistics: func(fd int) (*unix.TpacketStatsV3, error) {
 			return unix.GetsockoptTpacketStatsV3(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
 		},
-		memory: newMemory,
-		close:  unix.Close,
+		memory:    newMemory,
+		seals:     func(fd int) (int, error) { return unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0) },
+		namespace: func(fd int) (uint64, error) { return unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE) },
+		close:     unix.Close,
 	}
 }
 
-// newMemory returns the descriptor of zeroed memory that another process can map.
+// memorySeals keep the size of newMemory: a process that reads memory beyond the end of a file that another
+// has truncated gets SIGBUS.
+const memorySeals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
+
+// newMemory returns the descriptor of zeroed memory that another process can map, and whose size cannot
+// change.
 func newMemory(size int) (int, error) {
-	fd, err := unix.MemfdCreate("xdpcast-fanout", unix.MFD_CLOEXEC)
+	fd, err := unix.MemfdCreate("xdpcast-fanout", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
 		return -1, err
 	}
-	if err := unix.Ftruncate(fd, int64(size)); err != nil {
+	err = unix.Ftruncate(fd, int64(size))
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, memorySeals)
+	}
+	if err != nil {
 		return -1, errors.Join(err, unix.Close(fd))
 	}
 	return fd, nil
+}
+
+// ownNamespace returns the cookie of the network namespace of the calling thread.
+func (s *system) ownNamespace() (cookie uint64, err error) {
+	fd, err := s.openPacket()
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, s.close(fd)) }()
+	return s.namespace(fd)
 }
 
 func attachClassic(fd int, program []unix.SockFilter) error {
