@@ -56,6 +56,9 @@ type FanoutOptions struct {
 	// has suspended them (Fanout.Suspend). Nil: it has ended.
 	Inherited *FanoutHandover
 	Suspend   func() error
+	// Own says that Suspend suspends a path of this process, and that the process to which its groups were
+	// handed over has ended, in whatever state it left them.
+	Own bool
 	// Keeper keeps the groups for the next process; nil: they end with this one.
 	Keeper Keeper
 	// Gate is from Fanout.Gate of the process from which this one takes over; nil: none. The

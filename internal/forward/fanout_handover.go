@@ -224,7 +224,7 @@ func (f *Fanout) resume(fresh []*fanoutGroup) error {
 		if !g.inherited {
 			continue
 		}
-		if live && !g.group.Released() {
+		if live && !f.opts.Own && !g.group.Released() {
 			return &notInherited{fmt.Errorf("the previous daemon still uses those of interface %s", g.name)}
 		}
 		if err := g.group.Resume(); err != nil {

@@ -285,6 +285,74 @@ func TestFanoutHandsOverNothing(t *testing.T) {
 	arrived.check(t, stop())
 }
 
+// A path takes its groups back from a process that has ended, whether it had taken them over or not, and had closed
+// them or was killed: nothing is lost, doubled or overtaken.
+func TestFanoutTakesBack(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		taken, killed bool
+	}{{"not taken over", false, false}, {"closed", true, false}, {"killed", true, true}} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBench(t, 1)
+			keeper := newStore(t)
+			opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
+			path := b.path(t, opts)
+			r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+			b.sync(t, path, r)
+			arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
+			sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+			total := 0
+			send := func(n int) {
+				t.Helper()
+				var frames [][]byte
+				for range n {
+					frames = append(frames, numbered(0, total).Build())
+					total++
+				}
+				sendFrames(t, sender, frames)
+			}
+			send(20)
+			kept, err := path.HandOver()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.taken {
+				other := opts
+				other.Keeper = nil // it tells the store only once it is ready
+				next, _ := b.successor(t, path, other)
+				b.sync(t, next, r)
+				send(20)
+				if err := next.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if c.killed { // it did not say that it has closed them
+				const offsetOfClosed = 36
+				if _, err := unix.Pwrite(kept.groups[groupOf(r.In)][0], make([]byte, 4), offsetOfClosed); err != nil {
+					t.Fatal(err)
+				}
+			}
+			send(20)
+			opts.Inherited, opts.Suspend, opts.Own = kept, path.Suspend, true
+			back := b.path(t, opts)
+			logger, log := logged()
+			back.log = logger
+			b.sync(t, back, r)
+			if strings.Contains(log.String(), "not inherited") {
+				t.Errorf("the rings are not taken back:\n%s", log)
+			}
+			if err := path.Close(); err != nil {
+				t.Error(err)
+			}
+			send(20)
+			arrived.check(t, total)
+			if len(keeper.files) != 2+2*2 {
+				t.Errorf("%d descriptors are kept", len(keeper.files))
+			}
+		})
+	}
+}
+
 // Packets that arrive while no path runs wait in the rings that a keeper has, for the next one.
 func TestFanoutIsKept(t *testing.T) {
 	b := newBench(t, 1)

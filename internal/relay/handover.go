@@ -66,6 +66,8 @@ type Predecessor struct {
 	// Suspend leaves the sockets of the AF_XDP path to this process, or the rings of the fanout path: what
 	// is SuspendAFXDP or SuspendFanout.
 	Suspend func(what string) error
+	// Own says that this is the process itself, taking back what it handed over to one that has ended.
+	Own bool
 }
 
 // HandOver calls start to bring up a successor process. The control loop pauses until start
@@ -110,10 +112,13 @@ func (r *Relay) hand() (h *Handed, err error) {
 			}
 			return errors.New("the AF_XDP path is not open")
 		case SuspendFanout:
-			if p, ok := paths[flow.PathFanout].path.(interface{ Suspend() error }); ok {
+			switch p := paths[flow.PathFanout].path.(type) {
+			case nil:
+				return nil // closed by End
+			case interface{ Suspend() error }:
 				return p.Suspend()
 			}
-			return errors.New("the fanout path is not open")
+			return errors.New("the fanout path cannot be suspended")
 		}
 		var p *openPath
 		for kind, of := range paths {
@@ -180,7 +185,7 @@ func (r *Relay) takeBack(handed *Handed) error {
 	// The groups of the fanout path may have been suspended, or used by the other process: this one
 	// continues with them either way.
 	r.opts.Predecessor = &Predecessor{
-		Gate: handed.Gate, Fanout: handed.Fanout, Suspend: handed.Stop,
+		Gate: handed.Gate, Fanout: handed.Fanout, Suspend: handed.Stop, Own: true,
 		Stop: func(path flow.Path) error { return handed.Stop(PathName(path)) },
 	}
 	if err := r.openKernel(groups, handed.Locks); err != nil {

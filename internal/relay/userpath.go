@@ -37,6 +37,7 @@ func (r *Relay) newUserPaths() userPaths {
 				opts.TakeOver = func() error { return before.Stop(flow.PathFanout) }
 				opts.Inherited, before.Fanout = before.Fanout, nil
 				opts.Suspend = func() error { return before.Suspend(SuspendFanout) }
+				opts.Own = before.Own
 			}
 			path, err := forward.OpenFanout(opts)
 			if err == nil {

@@ -250,6 +250,10 @@ func TestExecUpgrade(t *testing.T) {
 			if total.Duplicated+total.Foreign > 0 {
 				t.Errorf("received %+v, want each packet once", total)
 			}
+			// Also where it fails, the old one takes its rings back, with the packets in them.
+			if got := in.running.log.String(); path == "fanout" && strings.Contains(got, "not inherited") {
+				t.Errorf("rings were not inherited:\n%s", got)
+			}
 			// Where an upgrade fails packets on the kernel path overtake those in a socket's ring:
 			// TestExecUpgradeInOrder.
 			if path == "fanout" && total.Reordered > 0 {
