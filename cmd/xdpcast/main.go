@@ -30,7 +30,7 @@ func main() {
 		os.Exit(127) // as in a shell
 	}
 	ends := []os.Signal{os.Interrupt, syscall.SIGTERM}
-	if restartsOnTerm() {
+	if restartsOnTerm(os.Args) {
 		ends = ends[:1]
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), ends...)

@@ -156,7 +156,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	signal.Notify(hangups, syscall.SIGHUP)
 	signal.Notify(upgrades, syscall.SIGUSR2)
 	restarts := make(chan os.Signal, 2)
-	if restartsOnTerm() {
+	if restartsOnTerm(os.Args) {
 		signal.Notify(restarts, syscall.SIGTERM)
 		defer signal.Stop(restarts)
 	}

@@ -29,7 +29,8 @@ type upgrader struct {
 	api     *control.Listener
 	web     webListener
 
-	one sync.Mutex
+	one      sync.Mutex // held during an upgrade
+	replaced bool       // by a successor
 }
 
 // programPath is the path of the program: the name it was called by, if that still refers to this
@@ -60,6 +61,11 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 		return result, control.Errorf(control.KindConflict, "an upgrade is in progress")
 	}
 	defer u.one.Unlock()
+	return u.replace(ctx, timeout)
+}
+
+// replace is upgrade for a caller that holds one.
+func (u *upgrader) replace(ctx context.Context, timeout time.Duration) (result control.UpgradeResult, err error) {
 	if os.Getpid() == 1 {
 		return result, control.Errorf(control.KindConflict, "this daemon is the first process of its container, which would end with it: start it by \"xdpcast hold -- xdpcast run ...\"")
 	}
@@ -102,18 +108,25 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (result c
 		log.Error("upgrade failed, this daemon continues", "error", err)
 		return result, control.Errorf(control.KindFailed, "%w; this daemon continues", err)
 	}
+	u.replaced = true
 	result.Took = time.Since(started).Round(time.Millisecond).String()
 	log.Info("upgraded", "pid", result.PID, "took", result.Took)
 	return result, nil
 }
 
-// restartsOnTerm says whether SIGTERM asks this process, a daemon below "xdpcast hold", to restart.
-func restartsOnTerm() bool {
-	return len(os.Args) > 1 && os.Args[1] == "run" && os.Getenv(hold.RestartVariable) != ""
+// restartsOnTerm says whether SIGTERM asks a process with this command line, a daemon below "xdpcast hold", to
+// restart.
+func restartsOnTerm(args []string) bool {
+	if os.Getenv(hold.RestartVariable) == "" || len(args) == 0 {
+		return false
+	}
+	_, command := takeFlags(args[1:], newApp(time.Now).Flags)
+	return len(command) > 0 && command[0] == runCommand().Name
 }
 
 // restartOnSignal replaces this daemon, as an upgrade does, on the first signal, and lets it end by end if that
-// fails, and on the second: the holder then starts the next one.
+// fails, and on the second: the holder then starts the next one. An upgrade in progress is as good if it
+// succeeds.
 func (u *upgrader) restartOnSignal(ctx context.Context, signals <-chan os.Signal, end func()) {
 	select {
 	case <-ctx.Done():
@@ -122,7 +135,12 @@ func (u *upgrader) restartOnSignal(ctx context.Context, signals <-chan os.Signal
 	}
 	failed := make(chan error, 1)
 	go func() {
-		_, err := u.upgrade(ctx, control.DefaultUpgradeTimeout)
+		u.one.Lock()
+		defer u.one.Unlock()
+		var err error
+		if !u.replaced {
+			_, err = u.replace(ctx, control.DefaultUpgradeTimeout)
+		}
 		failed <- err
 	}()
 	select {

@@ -221,18 +221,25 @@ func (h *holder) pass(s os.Signal) (ends bool) {
 	}
 	if number == unix.SIGTERM || number == unix.SIGINT {
 		h.ending = true
-		number = unix.SIGINT // see RestartVariable
+		number = endSignal
 		if h.main == 0 {
 			return true
 		}
 	}
-	if h.main == 0 {
-		return false
+	if h.main != 0 {
+		h.kill(number)
 	}
+	return false
+}
+
+// endSignal ends the process: see RestartVariable.
+const endSignal = unix.SIGINT
+
+// kill sends the process a signal.
+func (h *holder) kill(number unix.Signal) {
 	if err := unix.Kill(h.main, number); err != nil && !errors.Is(err, unix.ESRCH) {
 		h.Log.Warn("signal not passed on", "signal", number, "error", err)
 	}
-	return false
 }
 
 // told handles a message.
@@ -277,6 +284,9 @@ func (h *holder) follow(text string) {
 	}
 	h.Log.Info("replaced", "pid", h.main, "by", pid)
 	h.main, h.started = pid, time.Now()
+	if h.ending { // the signal was for the process before
+		h.kill(endSignal)
+	}
 }
 
 // isDescendant says whether a process is a descendant of this one, which then receives its exit.
