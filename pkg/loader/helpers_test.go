@@ -168,6 +168,13 @@ func sync1(t testing.TB, l *Loader, rules ...flow.Flow) {
 // change1 is sync1 by Change, with the differences from the current rules alone.
 func change1(t testing.TB, l *Loader, rules ...flow.Flow) {
 	t.Helper()
+	if err := tryChange(l, rules...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// tryChange makes these the rules by Change.
+func tryChange(l *Loader, rules ...flow.Flow) error {
 	var put []*flow.Flow
 	gone := maps.Clone(l.rules)
 	for _, r := range pointers(rules) {
@@ -176,9 +183,7 @@ func change1(t testing.TB, l *Loader, rules ...flow.Flow) {
 			put = append(put, r)
 		}
 	}
-	if err := l.Change(put, slices.Collect(maps.Keys(gone))); err != nil {
-		t.Fatal(err)
-	}
+	return l.Change(put, slices.Collect(maps.Keys(gone)))
 }
 
 func statsOf(t testing.TB, l *Loader, name string) RuleStats {

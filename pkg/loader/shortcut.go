@@ -133,7 +133,7 @@ const storesInOrder = runtime.GOARCH == "amd64" || runtime.GOARCH == "386"
 func (l *Loader) openShortcuts(changes []change) error {
 	s := &l.shortcuts
 	changed := map[uint32]bool{}
-	if s.known && len(changes) <= fewShortcuts {
+	if s.known && len(changes) <= fewChanges {
 		l.assignSome(changes, changed)
 	} else {
 		l.assignAll(changed)
@@ -190,9 +190,6 @@ func (l *Loader) addShortcut(changes []change) error {
 	s.slots[at] = e
 	return nil
 }
-
-// fewShortcuts is the number of changed rules up to which only rules of their places are looked at.
-const fewShortcuts = 64
 
 // assignAll assigns slots to all current rules.
 func (l *Loader) assignAll(changed map[uint32]bool) {

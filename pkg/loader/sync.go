@@ -224,9 +224,16 @@ func (s *transaction) checkNames() error {
 	return nil
 }
 
+// fewChanges is the number of changes up to which only rules of their places are looked at. For more, all rules
+// are: very many of one place would be compared with each other.
+const fewChanges = 64
+
 // claimInputs rejects two rules with the same input. It compares only new rules, with those of the
 // same place: the inputs of unchanged rules are distinct already.
 func (s *transaction) claimInputs() error {
+	if len(s.changes) > fewChanges {
+		return s.claimManyInputs()
+	}
 	claimed := 0
 	s.onFailure(func() error {
 		for i, c := range s.changes {
@@ -252,6 +259,37 @@ func (s *transaction) claimInputs() error {
 			s.places.add(c.new)
 		}
 		claimed++
+	}
+	return nil
+}
+
+// claimManyInputs is claimInputs for many changes. The new rules come into places with publish.
+func (s *transaction) claimManyInputs() error {
+	inputs := make(map[flow.Input]string, len(s.changes))
+	gone := make(map[*entry]bool, len(s.changes))
+	for _, c := range s.changes {
+		if c.old != nil {
+			gone[c.old] = true
+		}
+		if c.new == nil {
+			continue
+		}
+		for in := range c.new.rule.In.Key().EveryPort() {
+			if other, ok := inputs[in]; ok {
+				return sameInput(c.new.rule.Name, other)
+			}
+			inputs[in] = c.new.rule.Name
+		}
+	}
+	for _, e := range s.rules {
+		if gone[e] {
+			continue
+		}
+		for in := range e.rule.In.Key().EveryPort() {
+			if name, ok := inputs[in]; ok {
+				return sameInput(name, e.rule.Name)
+			}
+		}
 	}
 	return nil
 }
@@ -471,20 +509,29 @@ func (s *transaction) publish() error {
 	if err != nil {
 		return err
 	}
+	many := len(s.changes) > fewChanges
 	for _, c := range s.changes {
 		s.routed.replace(c.old, c.new)
 		if c.old != nil {
-			s.places.remove(c.old)
+			if !many {
+				s.places.remove(c.old)
+			}
 			s.leave(c.old)
 		}
 		if c.new != nil {
 			s.enter(c.new)
 		}
 	}
+	if many {
+		s.places = places{}
+		for _, e := range s.rules {
+			s.places.add(e)
+		}
+	}
 	return nil
 }
 
-// enter counts a rule that is published. It is in places already.
+// enter counts a rule that is published. It is in places, or its caller adds it.
 func (l *Loader) enter(e *entry) {
 	l.rules[e.rule.Name] = e
 	e.inForce = true
