@@ -107,7 +107,7 @@ func (m *model) changeLink(d *dice, name string) {
 		return
 	}
 	l := *m.links[i] // links are values that do not change
-	switch d.n(9) {
+	switch d.n(10) {
 	case 0:
 		l.Up = !l.Up
 		l.Carrier = l.Up
@@ -130,6 +130,11 @@ func (m *model) changeLink(d *dice, name string) {
 		if master := m.master(); master != nil && name != "br0" {
 			l.Master, l.MasterKind = master.Index, master.Kind
 		}
+	case 9: // it is renamed
+		to := linkNames[d.n(len(linkNames))]
+		if !slices.ContainsFunc(m.links, func(l *network.Link) bool { return l.Name == to }) {
+			l.Name = to
+		}
 	}
 	m.links = slices.Clone(m.links)
 	m.links[i] = &l
@@ -146,7 +151,7 @@ func (m *model) master() *network.Link {
 
 func (m *model) newLink(d *dice, name string) *network.Link {
 	l := &network.Link{
-		LinkID: network.LinkID{Index: 1 + slices.Index(linkNames, name), Generation: uint64(1 + d.n(200))}, Name: name,
+		LinkID: network.LinkID{Index: m.freeIndex(), Generation: uint64(1 + d.n(200))}, Name: name,
 		Ethernet: name != "tun0" && name != "lo", Loopback: name == "lo", MTU: pick(d, 1500, 9000), Up: !d.rare(4), Queues: d.n(3), Hardware: d.rare(2),
 		Features: network.Features{Known: !d.rare(3), Transmit: !d.rare(3), TransmitSG: d.rare(2)}, Addrs: randomAddrs(d), AltNames: m.freeNames(d, name),
 	}
@@ -161,6 +166,15 @@ func (m *model) newLink(d *dice, name string) *network.Link {
 		l.Kind, l.Features = pick(d, "bridge", "bond", "vrf"), network.Features{Known: true}
 	}
 	return l
+}
+
+// freeIndex is the index of a new link: mostly that of one that was removed.
+func (m *model) freeIndex() int {
+	for index := 1; ; index++ {
+		if !slices.ContainsFunc(m.links, func(l *network.Link) bool { return l.Index == index }) {
+			return index
+		}
+	}
 }
 
 func randomAddrs(d *dice) (all []netip.Addr) {
@@ -221,6 +235,15 @@ func randomRule(d *dice, name string) *Rule {
 	if r.In, r.Accept, err = rules.ParseInput(in); err != nil {
 		panic(err)
 	}
+	if !is6 && d.rare(4) { // another input of the stream
+		if err := r.ParseInputs(in + " " + pick(d, "239.1.1.1:5000", "239.1.1.3:5000", "10.9.9.9@239.1.1.1:5000") + "%" + pick(d, names...)); err != nil {
+			panic(err)
+		}
+		merge := pick(d, "rtp", "")
+		if err := r.ParseStream(merge, map[string]string{"": "20ms"}[merge]); err != nil {
+			panic(err)
+		}
+	}
 	for range 1 + d.n(3) {
 		out := pick(d, "239.2.2.1:6000", "239.2.2.2", "239.2.2.3:+1", "10.1.0.5:6000", "10.1.0.255:6000", "10.1.0.6:7000", "239.1.1.1:5000")
 		if is6 {
@@ -250,7 +273,7 @@ func (m *model) changeAnswers(d *dice) {
 		group := pick(d, addr("239.1.1.1"), addr("239.1.1.2"), addr("ff05::1"))
 		m.noJoin[group] = !m.noJoin[group]
 	case 4:
-		toggle(m.fails, pick(d, "a", "b", "c%eth0", "d"))
+		toggle(m.fails, pick(d, "a", "b", "c%eth0", "d", "a%0", "b%1"))
 	case 5:
 		if l := m.snap.Link(link); l != nil {
 			m.answers.NoTransmit[l.LinkID] = pick(d, "", "3 frames")

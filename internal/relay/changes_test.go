@@ -182,7 +182,22 @@ func randomChanges(t *testing.T, random *rand.Rand) {
 	}
 	for range 40 {
 		confirm := time.Duration(random.IntN(2)) * window
-		switch random.IntN(9) {
+		switch random.IntN(12) {
+		case 9, 10, 11:
+			name := string("xyz"[random.IntN(3)])
+			api := maps.Clone(m.now.API)
+			if _, has := api[name]; has {
+				delete(api, name)
+				change("rule del "+name, 0, sets{m.now.File, api}, func(control.ApplyOptions) (control.ApplyResult, error) {
+					return control.ApplyResult{}, r.DeleteRule(t.Context(), name)
+				})
+				break
+			}
+			api[name] = random.IntN(3)
+			change(fmt.Sprint("rule add ", name, api[name]), 0, sets{m.now.File, api}, func(control.ApplyOptions) (control.ApplyResult, error) {
+				_, err := r.AddRule(t.Context(), control.FromRule(ruleSet{name: api[name]}.rules(t)[0]))
+				return control.ApplyResult{}, err
+			})
 		case 0:
 			api := draw("xyz")
 			change(fmt.Sprint("apply ", api, confirm), confirm, sets{m.now.File, api}, func(o control.ApplyOptions) (control.ApplyResult, error) {
@@ -282,6 +297,9 @@ func randomChanges(t *testing.T, random *rand.Rand) {
 		}
 		if d := cmp.Diff(m.now, inForce(t, r)); d != "" {
 			t.Fatalf("%s\nin force (-want, +got):\n%s", strings.Join(steps, "\n"), d)
+		}
+		if err := r.checkKept(); err != nil {
+			t.Fatalf("%s\n%v", strings.Join(steps, "\n"), err)
 		}
 		kept, err := r.History(t.Context())
 		if err != nil {

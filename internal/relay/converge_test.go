@@ -162,7 +162,8 @@ type changingWorld struct {
 	peers   map[string]bool   // whose other end is up
 	leave   map[string]func() // takes another's program off
 	tun     *os.File
-	wanted  []rules.Rule
+	wanted  []rules.Rule // of the file
+	single  []rules.Rule // of the API, by name, which come after those
 	events  []string
 	paused  bool // the relay is
 	// unpinned: a pin was removed, and the relay may not have made it again.
@@ -284,9 +285,34 @@ func (w *changingWorld) rule(i int) rules.Rule {
 	return rule
 }
 
+// putSingle deletes a rule of the API, or adds one.
+func (w *changingWorld) putSingle(string) {
+	w.stopped(false)   // nobody could tell it
+	n := 6 + w.IntN(4) // groups that no rule of the file takes
+	name := fmt.Sprintf("s%d", n)
+	if i := slices.IndexFunc(w.single, func(r rules.Rule) bool { return r.Name == name }); i >= 0 {
+		w.event("rule %s is deleted", name)
+		w.must(w.relay.client.DeleteRule(w.t.Context(), name))
+		w.single = slices.Delete(w.single, i, i+1)
+		return
+	}
+	rule := w.rule(n)
+	rule.Name = name
+	w.event("rule %s is added: %s", name, rule)
+	if _, err := w.relay.client.AddRule(w.t.Context(), control.FromRule(rule)); err != nil {
+		w.event("which is refused: %v", err)
+		return
+	}
+	w.single = append(w.single, rule)
+	slices.SortFunc(w.single, func(a, b rules.Rule) int { return strings.Compare(a.Name, b.Name) })
+}
+
+// all are the rules as the API lists them.
+func (w *changingWorld) all() []rules.Rule { return slices.Concat(w.wanted, w.single) }
+
 func (w *changingWorld) ruleText() string {
 	var b strings.Builder
-	for _, r := range w.wanted {
+	for _, r := range w.all() {
 		fmt.Fprintf(&b, "  %s\n", r)
 	}
 	return b.String()
@@ -329,7 +355,7 @@ func (w *changingWorld) step() {
 	for len(w.events) == n { // not every one is possible now
 		w.touched[name] = true
 		pickOf(w, w.upDown, w.carrier, w.remake, w.remake, w.visit, w.visit, w.rename, w.enslave, w.address, w.route, w.neighbour, w.mtu, w.mac,
-			w.queues, w.foreign, w.detach, w.unpin, w.stop, w.stop, w.restart, w.killed, w.reload, w.alternative, w.tunnel, w.bridge)(name)
+			w.queues, w.foreign, w.detach, w.unpin, w.stop, w.stop, w.restart, w.killed, w.reload, w.putSingle, w.putSingle, w.putSingle, w.alternative, w.tunnel, w.bridge)(name)
 		name = pickOf(w, veths...)
 	}
 }
@@ -816,8 +842,9 @@ func (w *changingWorld) flows() {
 			taps[w.names[name]] = labtest.NewTap(w.t, w.p.peer, name)
 		}
 	}
+	wanted := w.all()
 	for i, s := range all {
-		inputs := []string{w.wanted[i].In.Interface}
+		inputs := []string{wanted[i].In.Interface}
 		if isPattern(inputs[0]) {
 			inputs = nil
 			for _, in := range s.Inputs {
@@ -828,7 +855,7 @@ func (w *changingWorld) flows() {
 		}
 		for _, in := range inputs {
 			if l, err := w.p.host.Link(in); err == nil && taps[l.Attrs().Name] != nil && s.State == control.StateActive && l.Attrs().Flags&net.FlagUp != 0 {
-				w.flowsFor(w.wanted[i], s, taps[l.Attrs().Name], taps)
+				w.flowsFor(wanted[i], s, taps[l.Attrs().Name], taps)
 			}
 		}
 	}
