@@ -105,6 +105,9 @@ func Diagnose(f *Facts) Report {
 		host.Findings = append(host.Findings, named(c.name, c.fine, c.run(&f.Host))...)
 	}
 	r.add(host)
+	if f.Host.Process.Elsewhere {
+		return r // the daemon's interfaces are others, even if they have the same names
+	}
 	for i := range f.Interfaces {
 		s := Section{Kind: "interface", Name: f.Interfaces[i].Name}
 		for _, c := range interfaceChecks {

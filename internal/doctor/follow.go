@@ -17,6 +17,10 @@ func follow(f *Facts) Section {
 	w := way{r: f.Rule, daemon: f.Host.Daemon != nil}
 	w.input, _, w.err = rules.ParseInput(w.now().In)
 	w.state()
+	for _, bad := range namespace(&f.Host) {
+		w.elsewhere = true
+		w.add("namespace", 0, bad)
+	}
 	if !w.input.FromHost {
 		w.card()
 		w.memberships()
@@ -34,9 +38,11 @@ func follow(f *Facts) Section {
 type way struct {
 	r      *Rule
 	daemon bool
-	input  rules.Input
-	err    error
-	found  []Finding
+	// elsewhere: the interfaces that were looked at are of another namespace than the daemon's.
+	elsewhere bool
+	input     rules.Input
+	err       error
+	found     []Finding
 	// end is where packets end, in words: the first point found.
 	end string
 }
@@ -91,6 +97,9 @@ func (w *way) card() {
 		w.ends("before the host: no interface matches %s", w.input.Interface)
 	}
 	for _, i := range w.r.Inputs {
+		if w.elsewhere {
+			break
+		}
 		if bad := present(i); len(bad) > 0 {
 			w.add("input", 0, bad[0])
 			if len(w.r.Inputs) == 1 {
@@ -304,7 +313,7 @@ func (w *way) wire() {
 	}
 	seen := map[string]bool{}
 	for _, i := range w.r.Outputs {
-		if seen[i.Name] {
+		if w.elsewhere || seen[i.Name] {
 			continue
 		}
 		seen[i.Name] = true

@@ -127,7 +127,7 @@ func namespace(h *Host) []Finding {
 		return nil
 	}
 	return one(fault(fmt.Sprintf("nsenter -t %d -n xdpcast doctor", h.Process.PID),
-		"the daemon, process %d, is in another network namespace: interfaces that are looked at here are not those that it relays between", h.Process.PID))
+		"the daemon, process %d, is in another network namespace: no interface is checked, since those here are not the ones that it relays between", h.Process.PID))
 }
 
 func capabilities(h *Host) []Finding {

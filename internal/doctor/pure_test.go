@@ -256,6 +256,37 @@ func drops(reason string, packets uint64) []control.Drop {
 	return []control.Drop{{Reason: reason, Counter: control.Counter{Packets: packets}}}
 }
 
+// The interfaces of a daemon in another namespace are not those that the doctor sees, which are nothing to it even if
+// they have the same names.
+func TestElsewhere(t *testing.T) {
+	h, i := healthyHost(), healthyInterface()
+	h.Process.PID, h.Process.Elsewhere = 4711, true
+	absent := &Interface{Name: "in0"}
+	rule := &Rule{Name: "cam1", Inputs: []*Interface{absent}, Outputs: []*Interface{absent}}
+	for turn := range rule.Status {
+		rule.Status[turn] = control.RuleStatus{Rule: control.Rule{Name: "cam1", In: "239.1.1.1:5000%in0"}, State: control.StateActive}
+	}
+	r := Diagnose(&Facts{Host: *h, Interfaces: []Interface{*i, *absent}, Rule: rule})
+	for _, s := range r.Sections {
+		if s.Kind == "interface" {
+			t.Errorf("%s is checked", s.Title())
+		}
+		for _, f := range s.Findings {
+			if strings.Contains(f.Text, "not found") {
+				t.Errorf("%s: %s", s.Title(), f.Text)
+			}
+		}
+		if strings.Contains(s.Verdict, "not found") {
+			t.Errorf("%s: %s", s.Title(), s.Verdict)
+		}
+	}
+	for _, of := range []string{"rule cam1", "host"} {
+		if f := r.worst(of, "namespace"); f.Level != Fault || f.Cure != "nsenter -t 4711 -n xdpcast doctor" {
+			t.Errorf("%s: %+v", of, f)
+		}
+	}
+}
+
 // TestFollow: the verdict says where the packets of a rule end.
 func TestFollow(t *testing.T) {
 	const in, out = "239.1.1.1:5000%eth0", "239.2.2.2:6000%eth1"
