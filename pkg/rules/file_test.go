@@ -149,7 +149,7 @@ func faultyFiles() []faultyFile {
 		{"an empty second document", oneRule + "---\n", []string{`5: a second document: want only one`}},
 		{"a broken second document", oneRule + "---\na: b: c\n", []string{`6: mapping values are not allowed in this context`}},
 
-		{"tab", "rules:\n\t- name: a\n", []string{`2: found character that cannot start any token`}},
+		{"tab", "rules:\n\t- name: a\n", []string{`2: found character that cannot start any token (indent with spaces: YAML does not allow tabs)`}},
 		{"indentation", "rules:\n  - name: a\n   in: b\n  - name: c\n", []string{`3: did not find expected '-' indicator`}},
 		{"indentation, far down", strings.Repeat("# comment\n", 5000) + "rules:\n  - name: a\n   in: b\n\n\n\n  - name: c\n", []string{`5003: did not find expected '-' indicator`}},
 		{"list not closed", "rules:\n- name: a\n  in: b\n  out: [\n    c,\n    d\n  path: auto\n- name: e\n  in: f\n", []string{`6: did not find expected ',' or ']'`}},

@@ -114,7 +114,7 @@ func TestIncludeErrors(t *testing.T) {
 		{"a circle of rules over files", listed("forth 9") + "include: loop/*", []string{
 			`loop/back.yaml:4: rule "back": out[0] "239.1.1.9:1%in": want no loop between rules: forth (main.yaml:2) -> back (loop/back.yaml:2) -> forth (loop=two-way on an input allows a loop between interfaces, loop=allow any loop: looping packets are detected and dropped)`}},
 		{"faults in several files", "include: broken/*.yaml\nrules:\n- name: m\n", []string{
-			`broken/x.yaml:2: found character that cannot start any token`,
+			`broken/x.yaml:2: found character that cannot start any token (indent with spaces: YAML does not allow tabs)`,
 			`broken/y.yaml:3: rule "y": input "239.1.1.1:0%eth0": port "0": want 1 to 65535, or no ':' for any port`}},
 		{"no such file", "include: rules.d/c.yaml", []string{
 			`main.yaml:1: include "rules.d/c.yaml": open rules.d/c.yaml: file does not exist`}},

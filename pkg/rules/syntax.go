@@ -28,6 +28,9 @@ func syntaxFault(data []byte, err error) *FileError {
 	if strings.Contains(lineText(data, line), "]:") {
 		text += ` (an endpoint that begins with "[" needs quotes)`
 	}
+	if line := strings.TrimLeft(lineText(data, line), " "); strings.HasPrefix(line, "\t") {
+		text += " (indent with spaces: YAML does not allow tabs)"
+	}
 	return &FileError{Line: line, Err: errors.New(text)}
 }
 
