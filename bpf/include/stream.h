@@ -548,10 +548,19 @@ static __noinline __u32 stream_session(const struct stream_packet *n)
 	return STREAM_PASSED;
 }
 
+/* Identifies the block of a position in its word. A restart with 32-bit numbers moves 2^32 positions
+ * ahead: the lower half of block numbers repeats after 32 of them, and a word that was not used since
+ * would say that the new sender's numbers had passed. What the upper half adds tells them apart.
+ */
+static __always_inline __u32 stream_block(__u64 p)
+{
+	return (__u32)(p >> STREAM_BLOCK_BITS) + (__u32)(p >> (32 + STREAM_BLOCK_BITS)) * 0x9e3779b1U;
+}
+
 /* The first to claim a position passes. */
 static __always_inline __u32 stream_claim(__u64 *word, __u64 p)
 {
-	__u32 block = p >> STREAM_BLOCK_BITS;
+	__u32 block = stream_block(p);
 	__u64 bit = 1ULL << (p & 31);
 	int i;
 
@@ -1022,12 +1031,12 @@ static __always_inline __u32 stream_claim_next(struct sampled_leg of, struct str
 					       __u32 count, bool counts)
 {
 	__u64 old = READ_ONCE(*word), bit = 1ULL << (p & 31), new = old | bit;
-	__u32 newer = (__u32)(old >> 32) - (__u32)(p >> STREAM_BLOCK_BITS);
+	__u32 block = stream_block(p), newer = (__u32)(old >> 32) - block;
 
 	if (__builtin_expect(newer, 0)) {
 		if (newer < STREAM_NEWER_BLOCKS)
 			return STREAM_VERDICTS;
-		new = p >> STREAM_BLOCK_BITS << 32 | bit;
+		new = (__u64)block << 32 | bit;
 	} else if (old & bit) {
 		stream_went_on(l, p + count - 1);
 		sample_next(of, st, p, 0);

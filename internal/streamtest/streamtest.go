@@ -345,6 +345,20 @@ func sessions() []Scenario {
 			w.atLeast("the stream's: it stops once, for twice the skew", n, 20000-120)
 			w.want("the other one's, but for that time", min(other, 120), other)
 		}},
+		{"the sender begins again 40 times, mostly for few numbers", MoldUDP64, func(w *World) {
+			for session := range 40 {
+				numbers, n := 10, 0
+				if session%32 == 0 {
+					numbers = 1500
+				}
+				for i := range uint64(numbers) {
+					w.after(ms)
+					n += w.send(0, Mold(fmt.Sprint(session), 1+i, 1)) + w.send(1, Mold(fmt.Sprint(session), 1+i, 1))
+				}
+				w.want(fmt.Sprintf("session %d, each number once", session), n, numbers)
+				w.after(5 * s)
+			}
+		}},
 		{"a leg whose encoder begins again every 100 packets", RTPStream, func(w *World) {
 			n := 0
 			for i := range uint32(20000) {

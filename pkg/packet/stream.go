@@ -655,8 +655,8 @@ func (s *StreamState) session(p *streamPacket) StreamVerdict {
 
 // claim is stream_claim_at.
 func (s *StreamState) claim(at uint64) StreamVerdict {
-	block, bit := uint32(at>>blockBits), uint64(1)<<(at&(blockNumbers-1))
-	w := &s.words[int(block)&(len(s.words)-1)]
+	block, bit := uint32(at>>blockBits)+uint32(at>>(32+blockBits))*0x9e3779b1, uint64(1)<<(at&(blockNumbers-1))
+	w := &s.words[int(at>>blockBits)&(len(s.words)-1)]
 	switch newer := int32(uint32(*w>>32) - block); {
 	case newer == 0 && *w&bit != 0:
 		return StreamDuplicate
