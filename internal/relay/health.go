@@ -20,6 +20,10 @@ const (
 	legSilent = time.Second // without a packet, while another input has some
 	legBehind = 0.75        // of what the numbers of an input can bear
 	lossRests = time.Minute // without a number lost, for the alarm to end
+	flapRests = time.Minute // without its cause, for an alarm to end that had ended and begun again within as long
+	// Restarts and changes of the input, of one stream, are told at once up to a number; after it one a minute tells of all.
+	happensAtOnce = 5
+	happensEvery  = time.Minute
 )
 
 // Alarms of streams: states of their events.
@@ -122,8 +126,36 @@ func (l *lossWatch) look(counter uint64, now time.Time) {
 type watchedStream struct {
 	lost     map[int]*lossWatch // by input, or wholeStream
 	standing []alarm
-	relayed  int // with failover, the input that is; -1: none
-	restarts []uint64
+	found    []alarm                 // at the last look: an alarm begins when its cause is found twice in a row
+	flaps    map[alarmKey]*flapWatch // of the alarms that have begun before
+	relayed  int                     // with failover, the input that is, as told; -1: none
+	restarts []uint64                // told
+	told     pace                    // of what happens
+}
+
+// pace says how often something is told.
+type pace struct {
+	left float64
+	at   time.Time // zero: nothing told
+}
+
+// may says whether another event may be told now. If not, the next look asks again.
+func (p *pace) may(now time.Time) bool {
+	if p.left += float64(now.Sub(p.at)) / float64(happensEvery); p.at.IsZero() || p.left > happensAtOnce {
+		p.left = happensAtOnce
+	}
+	if p.at = now; p.left < 1 {
+		return false
+	}
+	p.left--
+	return true
+}
+
+// flapWatch keeps an alarm whose cause comes and goes from being told each time.
+type flapWatch struct {
+	caused  time.Time // when the cause was last found
+	ended   time.Time // when the alarm last ended; zero: never
+	flapped bool      // it began again within flapRests
 }
 
 // streams watches the streams of rules with several inputs or with health=.
@@ -162,7 +194,7 @@ type streamChange struct {
 
 // look looks at a stream, given the statistics of the rule's inputs; nil for those not in force.
 func (s *watchedStream) look(legs []*loader.RuleStats, now time.Time) (c streamChange) {
-	standing := alarmsOf(legs)
+	standing := s.settled(alarmsOf(legs), now)
 	lost := func(input int, counter uint64, text string) {
 		l := s.lost[input]
 		if l == nil {
@@ -190,13 +222,15 @@ func (s *watchedStream) look(legs []*loader.RuleStats, now time.Time) (c streamC
 			if !merged {
 				merged = true
 				lost(wholeStream, st.Lost, "%d numbers came by no input")
-				s.restarted(&c, i, wholeStream, leg)
+				s.restarted(&c, i, wholeStream, leg, now)
 			}
 		case st.Settings.Kind == packet.StreamFailover:
-			if leg.Leg.Active && s.relayed != i {
-				if before := inputText(s.relayed, len(legs)); before != "" {
-					c.happened = append(c.happened, events.Event{Input: inputText(i, len(legs)), State: streamRelayed, Before: before})
-				}
+			switch before := inputText(s.relayed, len(legs)); {
+			case !leg.Leg.Active || s.relayed == i:
+			case before == "":
+				s.relayed = i
+			case s.told.may(now):
+				c.happened = append(c.happened, events.Event{Input: inputText(i, len(legs)), State: streamRelayed, Before: before})
 				s.relayed = i
 			}
 			fallthrough
@@ -206,7 +240,7 @@ func (s *watchedStream) look(legs []*loader.RuleStats, now time.Time) (c streamC
 			}
 			lost(i, leg.Leg.Lost, inputText(i, len(legs))+" lost %d numbers")
 			if st.Settings.Kind == packet.StreamSingle {
-				s.restarted(&c, i, i, leg)
+				s.restarted(&c, i, i, leg, now)
 			}
 		}
 	}
@@ -221,7 +255,42 @@ func (s *watchedStream) look(legs []*loader.RuleStats, now time.Time) (c streamC
 		}
 	}
 	s.standing = standing
+	for _, a := range c.ended {
+		if w := s.flaps[a.key()]; w != nil {
+			w.ended = now
+		}
+	}
 	return c
+}
+
+// settled returns the alarms to raise, given those whose cause is found now: a cause that only one look finds, such as the
+// delay between two inputs that rarely have a packet, raises none, and the alarm of one that comes and goes stays.
+func (s *watchedStream) settled(found []alarm, now time.Time) (standing []alarm) {
+	has := func(all []alarm, a alarm) bool {
+		return slices.ContainsFunc(all, func(o alarm) bool { return o.key() == a.key() })
+	}
+	for _, a := range found {
+		stands := has(s.standing, a)
+		if !stands && !has(s.found, a) {
+			continue
+		}
+		standing = append(standing, a)
+		w := s.flaps[a.key()]
+		if w == nil {
+			w = &flapWatch{}
+			s.flaps[a.key()] = w
+		}
+		if w.caused = now; !stands {
+			w.flapped = !w.ended.IsZero() && now.Sub(w.ended) < flapRests
+		}
+	}
+	for _, a := range s.standing {
+		if w := s.flaps[a.key()]; w != nil && w.flapped && !has(found, a) && now.Sub(w.caused) < flapRests {
+			standing = append(standing, a)
+		}
+	}
+	s.found = found
+	return standing
 }
 
 // restartsOf counts how often the sender of a stream began again, or of an input that is watched by
@@ -236,17 +305,20 @@ func restartsOf(leg *loader.RuleStats) uint64 {
 	return leg.Stream.Restarts
 }
 
-// restarted notes that a sender began again since the last look, of an input or of all.
-func (s *watchedStream) restarted(c *streamChange, i, of int, leg *loader.RuleStats) {
-	now := restartsOf(leg)
-	if n := now - s.restarts[i]; now > s.restarts[i] {
+// restarted notes that a sender began again since that was last told, of an input or of all.
+func (s *watchedStream) restarted(c *streamChange, i, of int, leg *loader.RuleStats, now time.Time) {
+	count := restartsOf(leg)
+	if n := count - s.restarts[i]; count > s.restarts[i] {
+		if !s.told.may(now) {
+			return
+		}
 		e := events.Event{Input: inputText(of, len(s.restarts)), State: streamRestarted, Cause: "the sender began again"}
 		if n > 1 {
 			e.Cause = fmt.Sprintf("the sender began again %d times", n)
 		}
 		c.happened = append(c.happened, e)
 	}
-	s.restarts[i] = now
+	s.restarts[i] = count
 }
 
 // watchStreams looks at all streams, and logs what has changed.
@@ -272,7 +344,7 @@ func (r *Relay) watchStreams() {
 		name := p.Rule.Name
 		w := s.seen[name]
 		if w == nil {
-			w = &watchedStream{lost: map[int]*lossWatch{}}
+			w = &watchedStream{lost: map[int]*lossWatch{}, flaps: map[alarmKey]*flapWatch{}}
 			if s.seen == nil {
 				s.seen = map[string]*watchedStream{}
 			}

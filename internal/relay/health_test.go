@@ -69,8 +69,13 @@ func TestStreamEvents(t *testing.T) {
 			nothing,
 			func(l []*loader.RuleStats) { l[1].Leg.LastSeen = 3 * time.Second },
 			func(l []*loader.RuleStats) { l[1].Leg.LastSeen = 4 * time.Second },
+			func(l []*loader.RuleStats) { l[1].Leg.LastSeen = 5 * time.Second },
 			nothing, nothing,
-		}, want: []string{"1 silent in[1] is silent for 3s", "3 ended silent"}},
+		}, want: []string{"2 silent in[1] is silent for 4s", "4 ended silent"}},
+		"inputs with a packet in two seconds, one behind the other": {kind: packet.StreamRTP, steps: []step{
+			nothing, func(l []*loader.RuleStats) { l[1].Leg.LastSeen = 1999 * time.Millisecond }, nothing, nothing,
+			func(l []*loader.RuleStats) { l[1].Leg.LastSeen = 1999 * time.Millisecond }, nothing,
+		}},
 		"an old loss": {kind: packet.StreamRTP, steps: []step{func(l []*loader.RuleStats) { l[0].Stream.Lost, l[1].Stream.Lost = 7, 7 }, func(l []*loader.RuleStats) { l[0].Stream.Lost = 7 }}},
 		"a loss for good": {kind: packet.StreamRTP, after: 50 * time.Second, steps: []step{
 			nothing,
@@ -106,7 +111,7 @@ func TestStreamEvents(t *testing.T) {
 			func(l []*loader.RuleStats) { l[0] = nil }, func(l []*loader.RuleStats) { l[0], l[1] = nil, nil }, nothing,
 		}},
 	} {
-		w := &watchedStream{lost: map[int]*lossWatch{}}
+		w := &watchedStream{lost: map[int]*lossWatch{}, flaps: map[alarmKey]*flapWatch{}}
 		now := time.Unix(1_000_000, 0)
 		var got []string
 		for i, step := range tt.steps {
@@ -139,5 +144,61 @@ func TestStreamEvents(t *testing.T) {
 	e := events.Event{Kind: events.KindStream, Rule: "cam1", Input: "in[1]", State: alarmSilent, Cause: "x"}
 	if got := e.Text(); got != "stream cam1 in[1]: silent: x" {
 		t.Error(got)
+	}
+}
+
+// What comes and goes for an hour is told a few times, and not at each look; and what it ends with is told.
+func TestFlappingStream(t *testing.T) {
+	const looks = 3600
+	restarts := uint64(0)
+	for name, tt := range map[string]struct {
+		kind  packet.StreamKind
+		flap  func(l []*loader.RuleStats, bad bool)
+		calm  func(l []*loader.RuleStats)
+		most  int
+		final string
+	}{
+		"an input that is silent every other second": {packet.StreamRTP, func(l []*loader.RuleStats, bad bool) {
+			if bad {
+				l[1].Leg.LastSeen = 2 * time.Second
+			}
+		}, func([]*loader.RuleStats) {}, 4, "ended silent"},
+		"a sender that begins again ten times a second": {packet.StreamRTP, func(l []*loader.RuleStats, bad bool) {
+			restarts += 10
+			l[0].Stream.Restarts, l[1].Stream.Restarts = restarts, restarts
+		}, func(l []*loader.RuleStats) { l[0].Stream.Restarts, l[1].Stream.Restarts = restarts, restarts }, happensAtOnce + looks/60 + 2, "restarted the sender began again"},
+		"failover between two that flap": {packet.StreamFailover, func(l []*loader.RuleStats, bad bool) {
+			l[0].Leg.Active, l[1].Leg.Active = !bad, bad
+		}, func(l []*loader.RuleStats) { l[0].Leg.Active, l[1].Leg.Active = false, true }, happensAtOnce + looks/60 + 2, "relayed in[1]"},
+	} {
+		w := &watchedStream{lost: map[int]*lossWatch{}, flaps: map[alarmKey]*flapWatch{}}
+		now, told, last := time.Unix(1_000_000, 0), 0, ""
+		look := func(change func([]*loader.RuleStats)) {
+			legs := statsOfLegs(tt.kind)
+			change(legs)
+			c := w.look(legs, now)
+			for _, a := range c.began {
+				told, last = told+1, a.kind
+			}
+			for _, a := range c.ended {
+				told, last = told+1, "ended "+a.kind
+			}
+			for _, e := range c.happened {
+				told, last = told+1, e.State+" "+e.Input+e.Cause
+			}
+			now = now.Add(time.Second)
+		}
+		for i := range looks {
+			look(func(l []*loader.RuleStats) { tt.flap(l, i%4 > 1) })
+		}
+		for range 2 * int(flapRests/time.Second) {
+			look(tt.calm)
+		}
+		if told > tt.most || !strings.HasPrefix(last, tt.final) {
+			t.Errorf("%s: told %d times, at last %q; want at most %d times, at last %q", name, told, last, tt.most, tt.final)
+		}
+		if len(w.flaps) > 2 || len(w.lost) > 3 {
+			t.Errorf("%s: %d alarms and %d losses are remembered", name, len(w.flaps), len(w.lost))
+		}
 	}
 }
