@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -47,7 +48,7 @@ func runCommand() *cli.Command {
 			&cli.UintFlag{Name: "max-outputs", Usage: "room for `N` outputs in the kernel", DefaultText: "65536, or twice those of the file"},
 			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one per CPU"},
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
-			&cli.UintFlag{Name: "worker-priority", Usage: "real-time priority of the workers of the afxdp and fanout paths (SCHED_FIFO): `N`, 1 to 99", DefaultText: "none"},
+			&cli.StringFlag{Name: "worker-priority", Usage: "real-time `PRIORITY` of the workers of the afxdp and fanout paths (SCHED_FIFO): auto (the lowest, for up to half of a CPU's time, where permitted), none, or always: 1 to 99", Value: "auto"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, described in its environment"},
 			&cli.StringFlag{Name: "log-level", Usage: "minimum `LEVEL` to log: debug, info, warn or error", Value: "info"},
@@ -113,9 +114,9 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 	if workers > maxWorkers {
 		return relay.Options{}, usagef("--fanout-workers %d: want at most %d", workers, maxWorkers)
 	}
-	priority := c.Uint("worker-priority")
-	if c.IsSet("worker-priority") && (priority < 1 || priority > forward.MaxPriority) {
-		return relay.Options{}, usagef("--worker-priority %d: want 1 to %d", priority, forward.MaxPriority)
+	priority, boost, err := workerPriority(c)
+	if err != nil {
+		return relay.Options{}, err
 	}
 	afxdp, err := afxdpOptions(c)
 	if err != nil {
@@ -126,10 +127,26 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 		return relay.Options{}, err
 	}
 	return relay.Options{
-		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Priority: int(priority), Steering: steering,
+		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Priority: priority, Boost: boost, Steering: steering,
 		ConfigFile: c.String("config"), StateDir: stateDir(c), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil
+}
+
+// workerPriority returns the workers' real-time priority, 0 for none, and whether they have one for a part of their time.
+func workerPriority(c *cli.Context) (priority int, boost bool, err error) {
+	switch text := c.String("worker-priority"); text {
+	case "auto":
+		return 0, true, nil
+	case "none":
+		return 0, false, nil
+	default:
+		priority, err := strconv.Atoi(text)
+		if err != nil || priority < 1 || priority > forward.MaxPriority {
+			return 0, false, usagef("--worker-priority %q: want auto, none, or 1 to %d", text, forward.MaxPriority)
+		}
+		return priority, false, nil
+	}
 }
 
 // maxWorkers exceeds the number of CPUs of any machine; each worker has a ring of 16 MiB.

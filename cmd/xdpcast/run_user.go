@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 
+	"xdpcast/internal/forward"
 	"xdpcast/internal/privilege"
 )
 
@@ -46,8 +47,15 @@ func dropPrivileges(c *cli.Context, u *privilege.User, log *slog.Logger) error {
 		}
 	}
 	var also []cap.Value
-	if c.Uint("worker-priority") > 0 {
+	priority, boost, err := workerPriority(c)
+	switch {
+	case err != nil:
+		return err
+	case priority > 0:
 		also = append(also, cap.SYS_NICE)
+	case boost && u != nil:
+		// Instead of a capability. Without the limit workers have no priority, which the relay says.
+		_ = forward.AllowBoost()
 	}
 	s, err := privilege.Drop(u, also...)
 	if err != nil {

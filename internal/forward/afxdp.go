@@ -58,12 +58,14 @@ type AFXDPOptions struct {
 	// nothing else needs; 0 means not at all.
 	Spin time.Duration
 	// Frames is the number of frames of memory of each worker, of 2 or 4 kB; 0 means 8192.
-	// Receiving uses the largest power of two up to half of them, at most 32768; copies in
-	// flight use the rest.
+	// Copies in flight use 2048 with one output, and up to half of them, rounded up, with more. Receiving uses
+	// the rest, at most 32768.
 	Frames int
 	// Priority is the real-time priority (SCHED_FIFO) of the workers' threads, 1 to 99; see
-	// [CheckPriority]. 0 leaves them to the default scheduler.
+	// [CheckPriority]. 0 leaves them to the default scheduler, and to Boost.
 	Priority int
+	// Boost gives the workers a real-time priority while they need little time, unless Priority does; nil: not.
+	Boost *Boost
 	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
 	BusyPoll       time.Duration
 	PreferBusyPoll bool
@@ -430,6 +432,7 @@ func (a *AFXDP) openWorker(in *afxdpInput, queue, mtu, tries int) (_ *afxdpWorke
 	}
 	w := &afxdpWorker{
 		path: a, index: in.index, queue: queue, cpu: -1, name: in.name, done: make(chan struct{}), current: -1,
+		kept:  ringSize,
 		descs: make([]xsk.Desc, receiveBatch), parts: make([]xsk.Desc, 0, receiveBatch),
 		log: a.log.With("interface", in.name, "queue", queue),
 	}
@@ -512,15 +515,20 @@ func (w *afxdpWorker) takeFrames() (err error) {
 	return nil
 }
 
-// receiveRing returns the size of the receiving rings, which is also the number of frames for
-// receiving: the kernel can place as many packets while the worker does not run. It is the largest
-// power of two that leaves at least as many frames to the copies.
-func (o *AFXDPOptions) receiveRing() int {
+// receiveFrames returns the number of frames for receiving, whatever the number of outputs: the kernel can place as
+// many packets while the worker does not run. It is the largest power of two that leaves at least as many
+// frames to the copies.
+func (o *AFXDPOptions) receiveFrames() int {
 	return min(1<<(bits.Len(uint(o.Frames/2))-1), maxReceiveRing)
 }
 
-// copyFrames returns the number of frames for copies being sent.
-func (o *AFXDPOptions) copyFrames() int { return o.Frames - o.receiveRing() }
+// copyFrames returns the number of frames that copies being sent may take, if there are enough outputs.
+func (o *AFXDPOptions) copyFrames() int { return o.Frames - o.receiveFrames() }
+
+// receiveRing returns the size of the receiving rings, which have room for all frames that a single output leaves.
+func (o *AFXDPOptions) receiveRing() int {
+	return min(1<<bits.Len(uint(o.Frames-ringSize-1)), maxReceiveRing)
+}
 
 func (a *AFXDP) socketOptions() xsk.Options {
 	receive := a.opts.receiveRing()
@@ -671,7 +679,8 @@ func (s *afxdpSender) prepare() {
 }
 
 // setLimits divides the frames not reserved for receiving among the senders, so that a
-// slow one does not use up those of others.
+// slow one does not use up those of others. What they do not need is for receiving, too, but for a ring's worth: the
+// kernel does not give frames back when a second output comes.
 func (w *afxdpWorker) setLimits() {
 	n := 0
 	for _, s := range w.senders {
@@ -679,9 +688,11 @@ func (w *afxdpWorker) setLimits() {
 			n++
 		}
 	}
+	limit := min(ringSize, w.path.opts.copyFrames()/max(n, 1))
 	for _, s := range w.senders {
-		s.limit = min(ringSize, w.path.opts.copyFrames()/max(n, 1))
+		s.limit = limit
 	}
+	w.kept = max(n*limit, ringSize)
 }
 
 // forget removes a sender.

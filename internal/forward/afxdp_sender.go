@@ -252,7 +252,7 @@ func (s *afxdpSender) put(p *fanout.Packet) (int, error) {
 	sent := 0
 	var err error
 	if s.socket.Outstanding()+len(s.descs) <= s.limit {
-		sent, err = s.socket.Send(s.descs)
+		sent, err = s.socket.Stage(s.descs) // kick follows
 	}
 	if sent < len(s.descs) {
 		w.frames.ReleaseAll(s.descs)

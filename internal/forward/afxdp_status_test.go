@@ -15,6 +15,7 @@ import (
 
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 	"xdpcast/pkg/loader"
 	"xdpcast/pkg/xsk"
 )
@@ -27,7 +28,7 @@ func TestAFXDPLost(t *testing.T) {
 	b.sync(t, r)
 	w := b.path.inputs[b.in.Index].workers[0]
 	source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
-	const frames = 2*ringSize + 500
+	const frames = 3*ringSize + 500
 	b.whileStalled(t, w, 0, frames, source)
 	labtest.Eventually(t, "the rest is through", func() bool {
 		return b.path.Stats(nil)[0].Matched.Packets+b.unseen(t) == frames
@@ -74,14 +75,22 @@ func (b *xdpBench) whileStalled(t *testing.T, w *afxdpWorker, earlier, frames in
 	})
 }
 
-// Half of the frames are for receiving: while the worker does not run, as many packets wait. The
-// other half is still there for copies when it runs again, and all are received again afterwards.
+// What the outputs do not need for copies is for receiving: while the worker does not run, as many packets wait. The
+// rest is still there for copies when it runs again, and all are received again afterwards.
 func TestAFXDPRings(t *testing.T) {
-	for frames, room := range map[int]int{minFrames: ringSize, 0: 2 * ringSize, 8 * ringSize: 4 * ringSize} {
-		t.Run(fmt.Sprint(frames), func(t *testing.T) {
-			b := newXDPBench(t, 2, 1, 0)
-			b.openWith(t, AFXDPOptions{Frames: frames, CheckOwnership: true})
-			b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000), sendTo(b.out[1], "239.2.2.2", 6000)))
+	for _, tt := range []struct{ outputs, frames, room int }{
+		{1, minFrames, 2 * ringSize}, {2, minFrames, ringSize}, {1, 0, 3 * ringSize}, {2, 0, 2 * ringSize},
+		{1, 8 * ringSize, 7 * ringSize}, {2, 8 * ringSize, 6 * ringSize}, {4, 8 * ringSize, 4 * ringSize},
+	} {
+		t.Run(fmt.Sprintf("%d outputs, %d frames", tt.outputs, tt.frames), func(t *testing.T) {
+			room := tt.room
+			b := newXDPBench(t, tt.outputs, 1, 0)
+			b.openWith(t, AFXDPOptions{Frames: tt.frames, CheckOwnership: true})
+			var outs []flow.Output
+			for i, o := range b.out {
+				outs = append(outs, sendTo(o, fmt.Sprintf("239.2.2.%d", i+1), 6000))
+			}
+			b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, outs...))
 			source := openSender(t, b.source, iface(t, b.source, "eth0").Index)
 			w := b.path.inputs[b.in.Index].workers[0]
 			for round := range 2 {
@@ -106,8 +115,11 @@ func TestAFXDPRings(t *testing.T) {
 func TestAFXDPFramesForCopies(t *testing.T) {
 	for frames := minFrames; frames <= maxFrames; frames += 1000 {
 		o := AFXDPOptions{Frames: frames}
-		if ring := o.receiveRing(); ring < ringSize || ring > maxReceiveRing || ring&(ring-1) != 0 || o.copyFrames() < ring || ring+o.copyFrames() != frames {
-			t.Fatalf("%d frames: a ring of %d, %d for copies", frames, ring, o.copyFrames())
+		if n := o.receiveFrames(); n < ringSize || n > maxReceiveRing || o.copyFrames() < n || n+o.copyFrames() != frames {
+			t.Fatalf("%d frames: %d for receiving, %d for copies", frames, n, o.copyFrames())
+		}
+		if ring := o.receiveRing(); ring < min(frames-ringSize, maxReceiveRing) || ring > maxReceiveRing || ring&(ring-1) != 0 {
+			t.Fatalf("%d frames: a ring of %d", frames, ring)
 		}
 	}
 }

@@ -74,6 +74,7 @@ type afxdpWorker struct {
 	lastError  atomic.Pointer[string]
 	interfaceC atomic.Uint32 // interfaceState
 	signalled  bool          // it is to end; under the path's lock
+	boosted    *boosted      // of its thread
 	// foreign: another process uses the sockets. waiting are inherited sockets for senders, by interface.
 	foreign bool
 	waiting map[int]*xsk.Socket
@@ -84,6 +85,7 @@ type afxdpWorker struct {
 	socket      *xsk.Socket
 	multiBuffer bool
 	senders     []*afxdpSender
+	kept        int // frames for copies: the sum of the senders' limits
 
 	descs  []xsk.Desc
 	held   []xsk.Desc // of descs, not released yet
@@ -127,6 +129,9 @@ func (w *afxdpWorker) run() {
 		w.log.Warn("worker has no real-time priority", "error", err)
 	} else if w.path.opts.Priority > 0 {
 		defer clearPriority()
+	} else {
+		w.boosted = w.path.opts.Boost.join(w.cpu, w.log)
+		defer w.boosted.leave()
 	}
 	pause := firstPause
 	for {
@@ -184,11 +189,12 @@ func (w *afxdpWorker) work() (err error) {
 		if err != nil {
 			return err
 		}
+		now := time.Now()
+		w.boosted.account(now, true)
 		if n > 0 {
 			w.worked, idle = true, time.Time{}
 			continue
 		}
-		now := time.Now()
 		if idle.IsZero() {
 			idle = now
 		}
@@ -247,7 +253,7 @@ func (w *afxdpWorker) release() {
 // fill gives the kernel free frames for receiving, and keeps those that the senders may still
 // take for copies.
 func (w *afxdpWorker) fill() {
-	kept := w.path.opts.copyFrames()
+	kept := w.kept
 	for _, s := range w.senders {
 		if s.socket != nil {
 			kept -= s.socket.Outstanding()
@@ -429,6 +435,7 @@ func (w *afxdpWorker) sleep() error {
 		timeout = shortSleep
 	}
 	ready, err := w.waiter.Wait(timeout)
+	w.boosted.account(time.Now(), false)
 	if err != nil || ready > 0 && w.interfaceC.Load() == interfaceUp {
 		return err
 	}

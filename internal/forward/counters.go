@@ -64,6 +64,10 @@ type counters struct {
 	drops  [reasons]*account.Cell
 	notes  [notes]*account.Cell
 	pace   packet.GuardPace // of a rule
+
+	// Packets of the current batch that all lacks: see Engine.match.
+	packets, bytes uint64
+	seen           int64
 }
 
 // notes is the number of notes.

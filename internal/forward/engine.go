@@ -36,6 +36,7 @@ type Engine struct {
 	global    *account.Counters
 	fragments [fragmentKinds]*account.Cell
 	batches   atomic.Uint64 // ended batches
+	matched   []*counters   // with packets that are not accounted yet
 	committer committer     // of the current batch; nil: none
 
 	// The active taps, and the set of those that want the current packet.
@@ -77,6 +78,7 @@ func (e *Engine) Begin() {
 
 // End sends the packets still queued. The batch's frames may be reused afterwards.
 func (e *Engine) End() {
+	e.account()
 	e.flush()
 	if len(e.taps) > 0 {
 		e.endTaps()
@@ -99,6 +101,7 @@ func (e *Engine) send(q *queue) {
 	if e.committer != nil {
 		e.committer.Commit()
 	}
+	e.account()
 	if len(e.taps) > 0 {
 		e.tapSending(q)
 	}
@@ -107,6 +110,7 @@ func (e *Engine) send(q *queue) {
 
 // abandon ends a batch that failed, and drops its queued packets.
 func (e *Engine) abandon() {
+	e.account()
 	if e.now != nil {
 		for _, q := range e.now.queues {
 			if q != nil {
@@ -230,6 +234,7 @@ func (e *Engine) forward(index int, frame []byte, h *packet.Headers, at int64, l
 		e.tapIn(index, frame, at, length, reason, refused)
 	}
 	if refused {
+		e.account()
 		counts.drop(reason, 1, uint64(length))
 		return true
 	}
@@ -261,9 +266,24 @@ func (e *Engine) fragment(kind account.Kind, length int) {
 
 func (e *Engine) match(r *Rule, at int64, length int) *counters {
 	counts := r.counts.of(e, e.set.matches)
-	counts.all.Add(1, uint64(length))
-	counts.all.Seen(at)
+	if counts.packets == 0 {
+		e.matched = append(e.matched, counts)
+	}
+	counts.packets++
+	counts.bytes += uint64(length)
+	counts.seen = at
 	return counts
+}
+
+// account counts the matched packets of the batch so far, before what becomes of them is counted: a store that
+// others may read costs as much as the rest of match.
+func (e *Engine) account() {
+	for _, c := range e.matched {
+		c.all.Add(c.packets, c.bytes)
+		c.all.Seen(c.seen)
+		c.packets, c.bytes = 0, 0
+	}
+	e.matched = e.matched[:0]
 }
 
 // refuses returns why no output gets a packet, otherwise the mark for its copies.
@@ -313,6 +333,7 @@ func (e *Engine) copies(r *Rule, frame []byte, h *packet.Headers, mark packet.Gu
 		o := &r.out[slot]
 		counts := o.counts.of(e, account.Sent)
 		if reason, ok := e.copy(o, slot, counts, frame, h, mark, at, length); !ok {
+			e.account()
 			counts.drop(reason, 1, uint64(length))
 			if len(e.taps) > 0 {
 				e.tapUnsent(o, slot, frame, at, length, reason)

@@ -30,8 +30,10 @@ type FanoutOptions struct {
 	// CPU that the process may use.
 	Workers int
 	// Priority is the real-time priority (SCHED_FIFO) of the workers' threads, 1 to 99; see
-	// [CheckPriority]. 0 leaves them to the default scheduler.
+	// [CheckPriority]. 0 leaves them to the default scheduler, and to Boost.
 	Priority int
+	// Boost gives the workers a real-time priority while they need little time, unless Priority does; nil: not.
+	Boost *Boost
 	// Accounts is where packets are counted; nil: in memory, as long as the path lives.
 	Accounts Accounts
 	// Taps see packets; nil: no taps.
@@ -310,7 +312,7 @@ func (f *Fanout) openGroups(inputs map[groupKey]string) (fresh []*fanoutGroup, e
 }
 
 func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
-	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), priority: f.opts.Priority, done: make(chan struct{})}
+	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), priority: f.opts.Priority, boost: f.opts.Boost, done: make(chan struct{})}
 	filter := f.filter.program
 	if key.fromHost {
 		filter = f.filter.sent
@@ -476,7 +478,8 @@ type fanoutGroup struct {
 	name     string
 	group    *fanout.Group
 	workers  []*fanoutWorker
-	priority int           // of the workers' threads
+	priority int // of the workers' threads
+	boost    *Boost
 	done     chan struct{} // closed to end the workers
 	running  sync.WaitGroup
 

@@ -48,13 +48,17 @@ func setPriority(priority int) error {
 	if priority == 0 {
 		return nil
 	}
-	attr := unix.SchedAttr{
-		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: uint32(priority),
-	}
+	attr := realTimeAttr(priority)
 	if err := unix.SchedSetAttr(0, &attr, 0); err != nil {
 		return &PriorityError{priority, err}
 	}
 	return nil
+}
+
+func realTimeAttr(priority int) unix.SchedAttr {
+	return unix.SchedAttr{
+		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: uint32(priority),
+	}
 }
 
 // clearPriority takes the calling thread's real-time priority away, before its goroutine ends: the thread may

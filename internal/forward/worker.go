@@ -28,7 +28,8 @@ type fanoutWorker struct {
 	since     int64
 	discarded atomic.Uint64
 	// worked says that a block was forwarded since the last failure.
-	worked bool
+	worked  bool
+	boosted *boosted // of its thread
 }
 
 // run works until the group is closed. It restarts after any failure.
@@ -38,6 +39,9 @@ func (w *fanoutWorker) run() {
 		w.log.Warn("worker has no real-time priority", "error", err)
 	} else if w.group.priority > 0 {
 		defer clearPriority()
+	} else {
+		w.boosted = w.group.boost.join(-1, w.log)
+		defer w.boosted.leave()
 	}
 	pause := firstPause
 	var last string
@@ -75,9 +79,11 @@ func (w *fanoutWorker) work() (err error) {
 	}()
 	for {
 		block, err := w.wait(w.socket)
+		w.boosted.account(time.Now(), false)
 		switch {
 		case err == nil:
 			w.forward(block)
+			w.boosted.account(time.Now(), true)
 			w.worked = true
 		case errors.Is(err, unix.ENETDOWN):
 			w.log.Info("interface is down")

@@ -54,8 +54,10 @@ type Options struct {
 	// Workers is the number of workers of an input of the fanout path; 0: one for each CPU that the
 	// process may use.
 	Workers int
-	// Priority is the real-time priority of the workers of the user-space paths; 0: none.
+	// Priority is the real-time priority of the workers of the user-space paths; 0: none, or that of Boost.
 	Priority int
+	// Boost gives them one while they need little time, if that is permitted: see forward.Boost.
+	Boost bool
 	// Steering says when packets are spread over the CPUs of these workers.
 	Steering plan.Steering
 	// Loader configures the pinned state. Its Logger is replaced.
@@ -97,7 +99,8 @@ type Relay struct {
 	log  *slog.Logger
 
 	watcher *network.Watcher
-	taps    forward.Taps // of the user-space paths
+	taps    forward.Taps   // of the user-space paths
+	boost   *forward.Boost // of their workers; nil: none
 
 	commands chan command
 	ended    chan struct{} // closed when Run has returned
@@ -179,6 +182,11 @@ func New(opts Options) (_ *Relay, err error) {
 	}
 	if err := forward.CheckPriority(opts.Priority); err != nil {
 		return nil, fmt.Errorf("workers: %w", err)
+	}
+	if opts.Boost && opts.Priority == 0 {
+		if r.boost, err = forward.NewBoost(); err != nil {
+			r.log.Info("workers have no real-time priority", "cause", err)
+		}
 	}
 	r.openHistory()
 	// The rules first: a broken file must not change the kernel.

@@ -30,7 +30,7 @@ type openPath struct {
 func (r *Relay) newUserPaths() userPaths {
 	return userPaths{
 		flow.PathFanout: {open: func() (userPath, error) {
-			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Accounts: r.loader, Taps: &r.taps, Keeper: r.opts.Keeper}
+			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Boost: r.boost, Accounts: r.loader, Taps: &r.taps, Keeper: r.opts.Keeper}
 			opts.Inherited, r.opts.Kept = r.opts.Kept, nil
 			if before := r.opts.Predecessor; before != nil {
 				opts.Gate, before.Gate = before.Gate, nil
@@ -47,7 +47,8 @@ func (r *Relay) newUserPaths() userPaths {
 		}},
 		flow.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP
-			opts.Logger, opts.Loader, opts.Accounts, opts.Taps, opts.Priority = r.log, r.loader, r.loader, &r.taps, r.opts.Priority
+			opts.Logger, opts.Loader, opts.Accounts, opts.Taps = r.log, r.loader, r.loader, &r.taps
+			opts.Priority, opts.Boost = r.opts.Priority, r.boost
 			if before := r.opts.Predecessor; before != nil {
 				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
 				opts.Inherited, before.AFXDP = before.AFXDP, nil

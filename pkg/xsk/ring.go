@@ -60,12 +60,14 @@ func (r *ring[T]) needsWakeup() bool { return r.flags.Load()&unix.XDP_RING_NEED_
 // producerRing is a ring that we write: fill and TX.
 type producerRing[T any] struct {
 	ring[T]
-	next uint32 // our producer index
-	seen uint32 // the consumer index when last read
+	next   uint32 // our producer index
+	seen   uint32 // the consumer index when last read
+	shared uint32 // our producer index as the kernel sees it
 }
 
 func newProducerRing[T any](r ring[T]) producerRing[T] {
-	return producerRing[T]{ring: r, next: r.producer.Load(), seen: r.consumer.Load()}
+	next := r.producer.Load()
+	return producerRing[T]{ring: r, next: next, seen: r.consumer.Load(), shared: next}
 }
 
 // reserve returns how many of n entries can be written. It reads the shared index only
@@ -89,16 +91,24 @@ func (r *producerRing[T]) reserve(n uint32) uint32 {
 // set writes the i-th of the reserved entries.
 func (r *producerRing[T]) set(i uint32, v T) { r.entries[(r.next+i)&r.mask] = v }
 
-// submit publishes the first n of the reserved entries.
+// stage submits the first n of the reserved entries, but does not publish them.
+func (r *producerRing[T]) stage(n uint32) { r.next += n }
+
+// publish publishes all submitted entries.
 //
 // (B) pairs with (C): the entries are written before the producer index that covers
 // them, by a store with release semantics.
-func (r *producerRing[T]) submit(n uint32) {
-	if n == 0 {
-		return
+func (r *producerRing[T]) publish() {
+	if r.shared != r.next {
+		r.shared = r.next
+		r.producer.Store(r.next) // (B)
 	}
-	r.next += n
-	r.producer.Store(r.next) // (B)
+}
+
+// submit submits the first n of the reserved entries, and publishes them.
+func (r *producerRing[T]) submit(n uint32) {
+	r.stage(n)
+	r.publish()
 }
 
 // pending returns how many submitted entries the kernel has not reported as taken. It

@@ -91,6 +91,14 @@ func (s *Socket) received(d *Desc) {
 // An error is a [*DescError] for the first descriptor that the kernel would refuse; the
 // packets before it are taken.
 func (s *Socket) Send(descs []Desc) (int, error) {
+	n, err := s.Stage(descs)
+	s.tx.publish()
+	return n, err
+}
+
+// Stage is Send, but leaves it to the next Send, Kick or Flush to show the packets to the kernel: with packets
+// that come one by one, each access to the memory that it shares costs more than the rest of Send.
+func (s *Socket) Stage(descs []Desc) (int, error) {
 	room := int(s.tx.reserve(clamp(len(descs))))
 	var err error
 	start, i := 0, 0 // of the packet; of the descriptor
@@ -113,7 +121,7 @@ func (s *Socket) Send(descs []Desc) (int, error) {
 	for _, d := range descs[start:i] { // of an incomplete packet
 		s.unsend(d)
 	}
-	s.tx.submit(uint32(start))
+	s.tx.stage(uint32(start))
 	s.sent += start
 	if err == nil && i == len(descs) && start < i {
 		err = s.descError(i-1, descs[i-1], "the last packet has no end")
@@ -211,6 +219,7 @@ func (s *Socket) Kick() error {
 	if fd < 0 {
 		return os.ErrClosed
 	}
+	s.tx.publish()
 	if !s.tx.needsWakeup() || s.tx.pending() == 0 {
 		return nil
 	}

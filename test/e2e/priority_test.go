@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -11,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Workers get the real-time priority that was asked for, also of a daemon that drops its capabilities. One that
-// may not give it says what it needs, and ends. A limit in place of the capability: TestPriorityByLimit of
-// internal/forward.
+// Workers get the real-time priority that was asked for, also of a daemon that drops its capabilities, and by default
+// the lowest while they are idle. One that may not give it says what it needs, and ends, or by default goes on. A limit
+// in place of the capability: TestPriorityByLimit of internal/forward.
 func TestWorkerPriority(t *testing.T) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
@@ -28,35 +29,50 @@ func TestWorkerPriority(t *testing.T) {
 		program = in.script("limited", "#!/bin/sh\nexec prlimit --rtprio=0 "+before+" \"$@\"\n")
 		return func() { program = before }
 	}
+	const refusal = "real-time priority %d is not permitted: want CAP_SYS_NICE, or a limit RLIMIT_RTPRIO of at least %[1]d"
+	allowed := "1 1" // of a user's daemon that may raise the limit of those without the capability
+	if !mayRaise(t) {
+		allowed = ""
+	}
 	for _, tt := range []struct {
 		name         string
 		capabilities []string // in addition; nil: all of root's
 		args         []string
+		want         string // priorities
 		refused      bool
+		log          string // contains this
 	}{
-		{name: "root"},
-		{name: "capability", capabilities: []string{"NET_RAW", "SYS_NICE"}},
-		{name: "neither", capabilities: []string{"NET_RAW"}, refused: true},
-		{name: "user", args: []string{"--user", "nobody"}}, // last: the user owns the files then
+		{name: "root", args: []string{"--worker-priority", "5"}, want: "5 5"},
+		{name: "capability", capabilities: []string{"NET_RAW", "SYS_NICE"}, args: []string{"--worker-priority", "5"}, want: "5 5"},
+		{name: "neither", capabilities: []string{"NET_RAW"}, args: []string{"--worker-priority", "5"}, refused: true, log: fmt.Sprintf(refusal, 5)},
+		{name: "default", want: "1 1"},
+		{name: "none", args: []string{"--worker-priority", "none"}},
+		{name: "default, neither", capabilities: []string{"NET_RAW"}, log: fmt.Sprintf("workers have no real-time priority\" cause=\""+refusal, 1)},
+		// Last: the user owns the files then.
+		{name: "user", args: []string{"--worker-priority", "5", "--user", "nobody"}, want: "5 5"},
+		{name: "default, user", args: []string{"--user", "nobody"}, want: allowed},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.capabilities != nil {
 				defer in.having(append(tt.capabilities, needs...))()
 			}
 			defer noLimit()()
-			args := append([]string{"--worker-priority", "5", "--fanout-workers", "2", "-c", file}, tt.args...)
+			args := append([]string{"--fanout-workers", "2", "-c", file}, tt.args...)
 			if tt.refused {
 				d := in.startCommand(append([]string{"run"}, args...)...)
 				<-d.exited
-				if code := d.cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(d.log.String(), "real-time priority 5 is not permitted: want CAP_SYS_NICE, or a limit RLIMIT_RTPRIO of at least 5") {
+				if code := d.cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(d.log.String(), tt.log) {
 					t.Errorf("exit code %d:\n%s", code, d.log.String())
 				}
 				return
 			}
 			d := in.start(args...)
-			eventually(t, "two workers have the priority", func() string {
-				if got := realTime(t, d.cmd.Process.Pid); got != "5 5" {
-					return fmt.Sprintf("priorities %q", got)
+			eventually(t, "the workers have the priority", func() string {
+				if got := realTime(t, d.cmd.Process.Pid); got != tt.want {
+					return fmt.Sprintf("priorities %q, want %q", got, tt.want)
+				}
+				if !strings.Contains(d.log.String(), tt.log) {
+					return fmt.Sprintf("no %q in %s", tt.log, d.log.String())
 				}
 				return ""
 			})
@@ -65,6 +81,26 @@ func TestWorkerPriority(t *testing.T) {
 			}
 		})
 	}
+}
+
+// mayRaise says whether root may raise a hard limit, which needs CAP_SYS_RESOURCE.
+func mayRaise(t *testing.T) bool {
+	t.Helper()
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(status)) {
+		if text, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			caps, err := strconv.ParseUint(strings.TrimSpace(text), 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return caps&(1<<unix.CAP_SYS_RESOURCE) != 0
+		}
+	}
+	t.Fatal("no CapEff in /proc/self/status")
+	return false
 }
 
 // realTime returns the priorities of a process's threads that have a real-time one.
