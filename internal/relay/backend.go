@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"xdpcast/internal/control"
@@ -98,15 +99,48 @@ func (r *Relay) tidyUp() {
 	if !r.tidying.CompareAndSwap(false, true) {
 		return
 	}
+	r.thrift.begin()
 	r.tidy.Go(func() {
 		select {
 		case <-r.ended:
 			return
 		case <-time.After(tidyAfter):
 		}
+		r.thrift.end()
 		r.tidying.Store(false) // later garbage belongs to the next call
 		debug.FreeOSMemory()
 	})
+}
+
+// thrift has the garbage collected earlier (GOGC), from begin to end: of a large change there is as much as it
+// leaves, and the collector runs beside it. Both may be called again.
+type thrift struct {
+	mu     sync.Mutex
+	begun  bool
+	before int // percent
+}
+
+func (t *thrift) begin() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.begun {
+		return
+	}
+	before := debug.SetGCPercent(busyGarbage)
+	if before <= busyGarbage { // somebody wants less, or that GOMEMLIMIT alone decides
+		debug.SetGCPercent(before)
+		return
+	}
+	t.begun, t.before = true, before
+}
+
+func (t *thrift) end() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.begun {
+		t.begun = false
+		debug.SetGCPercent(t.before)
+	}
 }
 
 // PutRule implements control.Backend.

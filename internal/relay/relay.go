@@ -140,6 +140,7 @@ type Relay struct {
 	warnings   map[string]string
 
 	igmp    igmpVersions
+	thrift  thrift
 	tidy    sync.WaitGroup
 	tidying atomic.Bool // a tidy-up is scheduled
 }
@@ -287,6 +288,10 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	r.adopt()
 	opts := &r.opts
 	opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateStarted, Cause: fmt.Sprintf("version %s with %d rules", opts.Version, len(r.rules))})
+	if len(r.rules) >= manyEdits {
+		r.thrift.begin()
+		defer r.thrift.end()
+	}
 	_ = r.reconcile(nil) // errors are logged, shown and retried
 	r.keepMirror()
 	r.beginHistory()

@@ -25,10 +25,11 @@ type edit struct {
 type mirrorEdit struct{ as *rules.Mroute }
 
 // manyEdits is the number of changed rules from which a change frees memory to the host
-// (FreeOSMemory), after tidyAfter.
+// (FreeOSMemory), after tidyAfter; until then garbage may take busyGarbage percent of what is in use.
 const (
-	manyEdits = 10_000
-	tidyAfter = 2 * time.Second
+	manyEdits   = 10_000
+	tidyAfter   = 2 * time.Second
+	busyGarbage = 40
 )
 
 // edited returns the rules after a change, by name. before is not modified. It looks only at the
