@@ -111,8 +111,12 @@ type lossWatch struct {
 // look takes the counter at a time.
 func (l *lossWatch) look(counter uint64, now time.Time) {
 	switch sure := min(counter, l.last); {
-	case !l.known || counter < l.told: // the first look, or the counter began again
+	case !l.known: // the first look
 		l.told = counter
+	case max(counter, l.last) < l.told:
+		// The counter began again. Less at one look alone is not that: what a stream lost before a pause is counted
+		// during the pause, and after it once the next numbers are older than the skew.
+		l.told = max(counter, l.last)
 	case sure > l.told:
 		l.sum, l.told, l.at = l.sum+sure-l.told, sure, now
 	}

@@ -202,3 +202,24 @@ func TestFlappingStream(t *testing.T) {
 		}
 	}
 }
+
+// A counter of losses that goes back for one look has not begun again: what it had is not told twice.
+func TestLossesAreToldOnce(t *testing.T) {
+	for name, tt := range map[string]struct {
+		counter []uint64
+		want    uint64
+	}{
+		"a stream that pauses":     {[]uint64{1, 6, 6, 1, 6, 6, 6}, 5},
+		"one that is set up again": {[]uint64{1, 6, 6, 0, 0, 2, 2}, 7},
+		"and again at once":        {[]uint64{9, 9, 0, 3, 3, 3}, 0},
+	} {
+		w, now := &lossWatch{}, time.Unix(1_000_000, 0)
+		for _, n := range tt.counter {
+			w.look(n, now)
+			now = now.Add(time.Second)
+		}
+		if w.sum != tt.want {
+			t.Errorf("%s: %d numbers were told as lost, want %d", name, w.sum, tt.want)
+		}
+	}
+}
