@@ -548,13 +548,15 @@ static __noinline __u32 stream_session(const struct stream_packet *n)
 	return STREAM_PASSED;
 }
 
-/* Identifies the block of a position in its word. A restart with 32-bit numbers moves 2^32 positions
- * ahead: the lower half of block numbers repeats after 32 of them, and a word that was not used since
- * would say that the new sender's numbers had passed. What the upper half adds tells them apart.
+/* Identifies the block of a position in its word. A restart with 32-bit numbers moves 2^32
+ * positions ahead: the lower half of block numbers repeats after 32 of them, and a word that was
+ * not used since would say that the new sender's numbers had passed. What the upper half adds tells
+ * them apart.
  */
 static __always_inline __u32 stream_block(__u64 p)
 {
-	return (__u32)(p >> STREAM_BLOCK_BITS) + (__u32)(p >> (32 + STREAM_BLOCK_BITS)) * 0x9e3779b1U;
+	return (__u32)(p >> STREAM_BLOCK_BITS) +
+	       (__u32)(p >> (32 + STREAM_BLOCK_BITS)) * 0x9e3779b1U;
 }
 
 /* The first to claim a position passes. */
