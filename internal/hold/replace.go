@@ -101,12 +101,12 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	}()
 	// The exit is seen, but left to be reaped: one that comes after the process has replaced this one,
 	// while this one still runs, is for the manager, which gets the zombie when this one ends.
-	ended := make(chan struct{})
-	go func() {
+	ended, unmarked := make(chan struct{}), make(chan struct{})
+	go func(ended chan struct{}) {
 		defer close(ended)
 		for errors.Is(unix.Waitid(unix.P_PID, process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil), unix.EINTR) {
 		}
-	}()
+	}(ended)
 	timeout := time.NewTimer(o.Timeout)
 	defer timeout.Stop()
 	beats := time.NewTicker(200 * time.Millisecond)
@@ -118,23 +118,24 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	}
 	for {
 		select {
+		case <-ended:
+			// What it has sent comes first: why it ended, or that it has taken over.
+			ended = nil
+			go func() {
+				if listener.Mark(endMark) != nil { // this process is out of memory, say
+					close(unmarked)
+				}
+			}()
 		case m := <-messages:
+			if m.PID == os.Getpid() && m.Is(endMark) {
+				m.Close()
+				return r.ended(process)
+			}
 			if finished := r.told(&m); finished {
 				return r.pid, nil
 			}
-		case <-ended:
-			if r.ready && o.Outer.Managed() {
-				// The manager knows it as the main process, and starts the next one once this process
-				// has ended, too.
-				o.Log.Error("the new process ended right after it was ready", "pid", process.Pid)
-				return r.pid, nil
-			}
-			when := "before"
-			if r.ready {
-				when = "right after"
-			}
-			state, _ := process.Wait() // our own child: the state is available
-			return 0, r.fail(fmt.Sprintf("ended with %v %s it was ready", state, when))
+		case <-unmarked:
+			return r.ended(process)
 		case <-beats.C:
 			if o.Beat != nil {
 				o.Beat()
@@ -145,6 +146,25 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 			return 0, kill("was killed before it was ready, since this process is to end")
 		}
 	}
+}
+
+// endMark is this process's message to itself once the other one has ended.
+const endMark = "X_XDPCAST_ENDED=1"
+
+// ended is called when the process has ended before it has taken over.
+func (r *replacing) ended(process *os.Process) (pid int, err error) {
+	if r.ready && r.Outer.Managed() {
+		// The manager knows it as the main process, and starts the next one once this process has ended,
+		// too.
+		r.Log.Error("the new process ended right after it was ready", "pid", process.Pid)
+		return r.pid, nil
+	}
+	when := "before"
+	if r.ready {
+		when = "right after"
+	}
+	state, _ := process.Wait() // our own child: the state is available
+	return 0, r.fail(fmt.Sprintf("ended with %v %s it was ready", state, when))
 }
 
 func (r *replacing) fail(how string) error {

@@ -3,6 +3,7 @@ package hold
 import (
 	"log/slog"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,6 +19,17 @@ func takeOver() int {
 	manager, err := notify.Connect()
 	if err != nil {
 		return 10
+	}
+	if os.Getenv(replacesVariable) == "fail" {
+		for range 20 {
+			if manager.Notify("STATUS=not yet") != nil {
+				return 11
+			}
+		}
+		if manager.Notify("STATUS=a reason") != nil {
+			return 11
+		}
+		return 3
 	}
 	if manager.Notify(notify.Ready) != nil || manager.Barrier() != nil {
 		return 11
@@ -46,5 +58,22 @@ func TestReplacedProcessIsNotReaped(t *testing.T) {
 	var status unix.WaitStatus
 	if got, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); got != pid || err != nil || status.ExitStatus() != 7 {
 		t.Errorf("the process is reaped: %d, %v, exit code %d; want %d and 7", got, err, status.ExitStatus(), pid)
+	}
+}
+
+// Why a process ended is known, however many of its messages are unread when it has.
+func TestReasonOfEnd(t *testing.T) {
+	outer, err := notify.Connect() // none
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		_, err = Replace(t.Context(), Replacement{
+			Command: []string{os.Args[0]}, Env: append(os.Environ(), replacesVariable+"=fail"),
+			Outer: outer, Timeout: time.Minute, Log: slog.New(slog.DiscardHandler), Stop: func(string) error { return nil },
+		})
+		if err == nil || !strings.HasSuffix(err.Error(), "ended with exit status 3 before it was ready: a reason") {
+			t.Errorf("the error is %v", err)
+		}
 	}
 }

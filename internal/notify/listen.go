@@ -64,6 +64,13 @@ func Listen(addr string) (*Listener, error) {
 // Addr is the value of NOTIFY_SOCKET for senders.
 func (l *Listener) Addr() string { return l.addr }
 
+// Mark makes this process send itself a message, which Receive returns after everything that was sent before. It may
+// wait for Receive.
+func (l *Listener) Mark(line string) error {
+	_, err := l.conn.WriteToUnix([]byte(line), &net.UnixAddr{Name: l.addr, Net: "unixgram"})
+	return err
+}
+
 // Close ends Receive, and removes the path.
 func (l *Listener) Close() error {
 	err := l.conn.Close()
