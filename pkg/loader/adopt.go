@@ -14,8 +14,8 @@ import (
 )
 
 // openMaps opens the pinned maps of a pin directory and rejects those that do not match this
-// binary.
-func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
+// binary. known has been parsed already; it may be nil.
+func openMaps(dir string, readOnly bool, known *definitions) (_ *mapSet, err error) {
 	m := &mapSet{}
 	defer func() {
 		if err != nil {
@@ -30,7 +30,7 @@ func openMaps(dir string, readOnly bool) (_ *mapSet, err error) {
 	if err != nil {
 		return nil, err
 	}
-	specs, err := mapSpecs(config.MaxRules, config.MaxOutputs)
+	specs, err := known.mapSpecs(config.MaxRules, config.MaxOutputs)
 	if err != nil {
 		return nil, err
 	}
@@ -95,7 +95,7 @@ func fits(m *ebpf.Map, spec *ebpf.MapSpec) error {
 // adopt takes over the state of an earlier process, and upgrades programs of another release.
 func (l *Loader) adopt() (err error) {
 	dir := l.opts.PinDir
-	if l.maps, err = openMaps(dir, false); err != nil {
+	if l.maps, err = openMaps(dir, false, l.opts.definitions); err != nil {
 		return err
 	}
 	// Left by a process that died right after publishing what it built.
@@ -329,12 +329,11 @@ func (l *Loader) clearOrphans(byID []*entry) error {
 			return fmt.Errorf("describe rule number %d: %w", id, err)
 		}
 	}
-	broadcasts, err := l.orphanBroadcasts()
-	if err != nil {
-		return err
-	}
-	if err := l.clearBroadcasts(broadcasts, broadcasts); err != nil {
-		return err
+	l.orphansDue = true
+	if !l.opts.Later {
+		if err := l.clearOrphanBroadcasts(); err != nil {
+			return err
+		}
 	}
 	l.adoptAccount(byID, usedStats)
 	return l.dropStaleCounters(func(id uint32) bool { return int(id) >= len(byID) || byID[id] == nil },
@@ -379,7 +378,9 @@ func (l *Loader) adoptPinnedLinks() error {
 			return fmt.Errorf("open pinned link: %w", err)
 		}
 	}
-	l.attachTransmit(l.opts.PinDir)
+	if l.transmitDue = l.opts.Later && l.transmitComplete(); !l.transmitDue {
+		l.attachTransmit(l.opts.PinDir)
+	}
 	if err := l.adoptLinks(interfaces); err != nil {
 		return err
 	}

@@ -274,6 +274,19 @@ func (l *Loader) adoptBroadcasts() error {
 	return l.sweepBroadcasts()
 }
 
+// clearOrphanBroadcasts clears them, once, before rules change: rows may be given to new ones then.
+func (l *Loader) clearOrphanBroadcasts() error {
+	if !l.orphansDue {
+		return nil
+	}
+	rows, err := l.orphanBroadcasts()
+	if err == nil {
+		err = l.clearBroadcasts(rows, rows)
+	}
+	l.orphansDue = err != nil
+	return err
+}
+
 // orphanBroadcasts returns the rows of the map broadcast that may hold a devmap of no rule. Reading
 // the map itself would be slow, row by row: see rowWaits. But a row's entries in the map copies are
 // written before it and cleared after it.

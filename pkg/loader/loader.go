@@ -49,10 +49,16 @@ type Options struct {
 	// interfaces to the new programs. Warnings reports it, and how long packets were not relayed.
 	// Counters restart. If false, Open refuses such state and changes nothing.
 	Replace bool
+	// Later lets Open leave to the first Observe, or Sync that needs it, what no packet waits for: whether the
+	// programs that count what devices refuse are this binary's, which takes the types of the whole kernel to
+	// find out; and rows that an earlier process has left in the maps of copies.
+	Later bool
 	// Inherited are the locks of a paused Loader that this one replaces. Open owns them.
 	Inherited Locks
 	// Logger receives log messages. Nil: discarded.
 	Logger *slog.Logger
+
+	definitions *definitions // of the embedded objects, for Open
 
 	programs programSource           // tests substitute another release
 	wait     func()                  // waitForPrograms; tests inspect what is kept while it waits
@@ -97,8 +103,9 @@ func (o Options) withDefaults() (Options, error) {
 	if o.probes == nil {
 		o.probes = probesOfKernel()
 	}
+	o.definitions = &definitions{}
 	if o.programs == nil {
-		o.programs = embedded{}
+		o.programs = embedded{known: o.definitions}
 	}
 	if o.wait == nil {
 		o.wait = waitForPrograms
@@ -120,8 +127,11 @@ type Loader struct {
 	relay    *ebpf.Program
 	egress   *ebpf.Program
 	transmit map[string]link.Link // by pin name
-	links    map[int]*attachment  // by interface index
-	tapped   map[int]*tapped      // by interface index
+	// transmitDue: Observe must check them. orphansDue: Observe, or a Sync that changes rules, must clear the rows
+	// of broadcasts that no rule has.
+	transmitDue, orphansDue bool
+	links                   map[int]*attachment // by interface index
+	tapped                  map[int]*tapped     // by interface index
 	// tappedPrograms are for interfaces with and without an Ethernet header.
 	tappedPrograms map[bool]*ebpf.Program
 	attached       map[string]*ebpf.Program // programs run by the links, by pin name
@@ -178,9 +188,10 @@ func Open(opts Options) (_ *Loader, err error) {
 	if opts, err = opts.withDefaults(); err != nil {
 		return nil, err
 	}
+	defer opts.definitions.forget()
 	l := &Loader{opts: opts, log: opts.Logger, shared: opts.Inherited.Pins != nil}
 	l.reset()
-	if l.specs, err = mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
+	if l.specs, err = opts.definitions.mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
 	}
 	warning, err := checkCapabilities()
@@ -225,6 +236,7 @@ func (l *Loader) reset() {
 	l.counters = map[string][]openCounters{}
 	l.lost = losses{}
 	l.own, l.ownMACs, l.steering = [4]uint64{}, [8]uint64{}, nil
+	l.transmitDue, l.orphansDue = false, false
 }
 
 // warn records a warning; "" is none.

@@ -13,6 +13,25 @@ import (
 type mapSet struct {
 	bpf.RelayMaps
 	bpf.TransmitMaps
+
+	known map[string]ebpf.MapID // by ids
+}
+
+// ids returns the id of each map by its name.
+func (m *mapSet) ids() (map[string]ebpf.MapID, error) {
+	if m.known != nil {
+		return m.known, nil
+	}
+	ids := map[string]ebpf.MapID{}
+	for name, of := range m.byName() {
+		id, err := mapID(of)
+		if err != nil {
+			return nil, fmt.Errorf("map %s: %w", name, err)
+		}
+		ids[name] = id
+	}
+	m.known = ids
+	return ids, nil
 }
 
 // Close closes the file descriptors.
@@ -74,41 +93,9 @@ func (m *mapSet) byName() map[string]*ebpf.Map {
 	return all
 }
 
-// mapSpecs returns the specs of all maps, with their configured sizes.
-func mapSpecs(maxRules, maxOutputs uint32) (map[string]*ebpf.MapSpec, error) {
-	specs := map[string]*ebpf.MapSpec{}
-	for _, load := range []func() (*ebpf.CollectionSpec, error){bpf.LoadTransmit, bpf.LoadRelay} {
-		spec, err := load()
-		if err != nil {
-			return nil, fmt.Errorf("read map definitions: %w", err)
-		}
-		for name, m := range spec.Maps {
-			specs[name] = m
-		}
-	}
-	cpus, err := ebpf.PossibleCPU()
-	if err != nil {
-		return nil, fmt.Errorf("number of CPUs: %w", err)
-	}
-	specs[bpf.RelayMapCpus].MaxEntries = uint32(cpus)
-	specs[bpf.RelayMapRules].MaxEntries = maxRules
-	specs[bpf.RelayMapRuleStats].MaxEntries = maxRules
-	specs[bpf.RelayMapShortcuts].MaxEntries = shortcutSlots(maxRules)
-	specs[bpf.RelayMapOutputs].MaxEntries = maxOutputs
-	specs[bpf.RelayMapOutputStats].MaxEntries = maxOutputs
-	specs[bpf.RelayMapBroadcast].MaxEntries = maxOutputs
-	specs[bpf.RelayMapCopies].MaxEntries = maxOutputs
-	specs[bpf.RelayMapTurns].MaxEntries = maxOutputs
-	specs[bpf.RelayMapPolicers].MaxEntries = maxRules + maxOutputs
-	specs[bpf.RelayMapUserStats].MaxEntries = accountCells(maxRules, maxOutputs)
-	// A drop for which there is no room here would be missing from its rule's sum.
-	specs[bpf.RelayMapRuleDrops].MaxEntries = max(specs[bpf.RelayMapRuleDrops].MaxEntries, 2*(maxRules+maxOutputs))
-	return specs, nil
-}
-
 // newMaps creates the maps, unpinned.
 func newMaps(opts Options) (_ *mapSet, err error) {
-	specs, err := mapSpecs(opts.MaxRules, opts.MaxOutputs)
+	specs, err := opts.definitions.mapSpecs(opts.MaxRules, opts.MaxOutputs)
 	if err != nil {
 		return nil, err
 	}

@@ -117,7 +117,7 @@ func (m *migration) anew(name string) bool { return slices.Contains(m.old.anew, 
 
 // build creates the maps with another layout in a directory of their own.
 func (m *migration) build() (_ *carry, err error) {
-	specs, err := mapSpecs(m.head.maxRules, m.head.maxOutputs)
+	specs, err := (*definitions)(nil).mapSpecs(m.head.maxRules, m.head.maxOutputs)
 	if err != nil {
 		return nil, err
 	}

@@ -961,7 +961,7 @@ func TestReplaceAttachesAnew(t *testing.T) {
 
 // The layout of the pinned maps is fixed by their schema: a new layout needs a new schema.
 func TestSchemaLayout(t *testing.T) {
-	specs, err := mapSpecs(1, 1)
+	specs, err := (*definitions)(nil).mapSpecs(1, 1)
 	if err != nil {
 		t.Fatal(err)
 	}

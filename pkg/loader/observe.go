@@ -45,6 +45,10 @@ func (o *Observation) fail(err error) {
 // checks some of them.
 func (l *Loader) Observe() Observation {
 	var o Observation
+	if l.adopted { // else Open
+		l.observeTransmit()
+		o.fail(l.clearOrphanBroadcasts())
+	}
 	l.observeLinks(&o)
 	l.observeTapped(&o)
 	l.observeDevices(&o)

@@ -29,6 +29,7 @@ type programSource interface {
 
 // embedded is this binary's own programs.
 type embedded struct {
+	known *definitions
 	// fragmentTimeout is how long a first fragment's port is valid; 0 keeps the program's default.
 	fragmentTimeout time.Duration
 	// everyPacket makes the loop guard inspect every packet, and its marks predictable.
@@ -45,7 +46,7 @@ type embedded struct {
 }
 
 func (e embedded) relay(m *mapSet, can Capabilities, have *ebpf.Program) (*ebpf.Program, error) {
-	spec, err := bpf.LoadRelay()
+	spec, err := e.known.relay()
 	if err != nil {
 		return nil, fmt.Errorf("read relay program: %w", err)
 	}
@@ -174,8 +175,8 @@ func (embedded) egress(m *mapSet, can Capabilities, have *ebpf.Program) (*ebpf.P
 	return out.Egress, nil
 }
 
-func (embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
-	spec, err := bpf.LoadTransmit()
+func (e embedded) transmit(m *mapSet) (*bpf.TransmitPrograms, error) {
+	spec, err := e.known.transmit()
 	if err != nil {
 		return nil, fmt.Errorf("read transmit programs: %w", err)
 	}
@@ -268,9 +269,12 @@ func (m *mapSet) isLoaded(spec *ebpf.ProgramSpec, p *ebpf.Program) bool {
 	}
 	used, ok := info.MapIDs()
 	references := spec.Instructions.ReferenceOffsets()
-	for name, shared := range m.byName() {
-		id, err := mapID(shared)
-		if _, uses := references[name]; !ok || err != nil || uses != slices.Contains(used, id) {
+	ids, err := m.ids()
+	if !ok || err != nil {
+		return false
+	}
+	for name, id := range ids {
+		if _, uses := references[name]; uses != slices.Contains(used, id) {
 			return false
 		}
 	}
@@ -297,11 +301,11 @@ func (m *mapSet) sameProgram(a, b *ebpf.Program) (bool, error) {
 	if !okA || !okB {
 		return false, fmt.Errorf("the maps of a program are %w to be told", ErrNotSupported)
 	}
-	for name, shared := range m.byName() {
-		id, err := mapID(shared)
-		if err != nil {
-			return false, fmt.Errorf("map %s: %w", name, err)
-		}
+	ids, err := m.ids()
+	if err != nil {
+		return false, err
+	}
+	for _, id := range ids {
 		if slices.Contains(mapsA, id) != slices.Contains(mapsB, id) {
 			return false, nil
 		}

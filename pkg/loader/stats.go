@@ -266,7 +266,7 @@ func OpenReader(pinDir string) (_ *Reader, err error) {
 		return nil, fmt.Errorf("%w in %s", ErrNotLoaded, pinDir)
 	}
 	r := &Reader{pinDir: pinDir}
-	if r.maps, err = openMaps(pinDir, true); err != nil {
+	if r.maps, err = openMaps(pinDir, true, nil); err != nil {
 		return nil, err
 	}
 	if _, err = r.flows(); err != nil {

@@ -92,6 +92,9 @@ func (l *Loader) sync(plan func(*transaction) error) (err error) {
 	if len(s.changes) == 0 {
 		return nil
 	}
+	if err := l.clearOrphanBroadcasts(); err != nil {
+		return err
+	}
 	for _, c := range s.changes {
 		if c.new == nil {
 			continue

@@ -511,7 +511,7 @@ func TestKilled(t *testing.T) {
 	}
 	for range 6 {
 		killChild(t, n, strings.TrimSuffix(opts.PinDir, "/bpf/xdpcast"), 1+random.IntN(8), time.Duration(random.Int64N(int64(20*time.Millisecond))))
-		m, err := openMaps(opts.PinDir, false)
+		m, err := openMaps(opts.PinDir, false, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -107,7 +107,7 @@ func OpenTap(opts TapOptions) (_ *Tap, err error) {
 			err = errors.Join(err, t.Close())
 		}
 	}()
-	if t.maps, err = openMaps(opts.PinDir, false); err != nil {
+	if t.maps, err = openMaps(opts.PinDir, false, nil); err != nil {
 		return nil, err
 	}
 	if err := t.trace(); err != nil {
