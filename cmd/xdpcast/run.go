@@ -214,7 +214,8 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	opts.Events = events.Open(events.Options{File: loader.RunFile(opts.Loader.RunDir, opts.Loader.PinDir, "events.ndjson"), Logger: opts.Logger})
 	reconciles := metrics.NewReconciles()
 	opts.Reconciled = func(took time.Duration) { reconciles.Observe(took.Seconds()) }
-	r, err := relay.New(opts)
+	var r *relay.Relay
+	service.prepare(func() { r, err = relay.New(opts) })
 	if err != nil {
 		return errors.Join(explainStart(err), listener.Close(), listening.close(), watcher.close())
 	}

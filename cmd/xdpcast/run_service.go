@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -14,6 +15,7 @@ import (
 
 	"xdpcast/internal/forward"
 	"xdpcast/internal/hold"
+	"xdpcast/internal/nice"
 	"xdpcast/internal/notify"
 	"xdpcast/internal/relay"
 	"xdpcast/pkg/flow"
@@ -47,6 +49,8 @@ type service struct {
 
 	passed map[string]*os.File // by the previous daemon, by name
 	holder int                 // pipe that is closed when the holder is gone; -1: none
+	// taken: the previous daemon was asked to leave a path to this one.
+	taken atomic.Bool
 }
 
 // connectService connects to the service manager, and takes the descriptors kept from an earlier
@@ -143,11 +147,14 @@ func (s *service) predecessor() *relay.Predecessor {
 	if !s.manager.TakesOver() {
 		return nil
 	}
+	ask := func(what string) error {
+		s.taken.Store(true)
+		return hold.AskToStop(s.manager, what, stopPatience)
+	}
 	p := &relay.Predecessor{
-		Stop: func(path flow.Path) error {
-			return hold.AskToStop(s.manager, relay.PathName(path), stopPatience)
-		},
-		Suspend: func(what string) error { return hold.AskToStop(s.manager, what, stopPatience) },
+		Stop:    func(path flow.Path) error { return ask(relay.PathName(path)) },
+		Suspend: ask,
+		Prepare: s.prepare,
 	}
 	for name := range s.passed {
 		if forward.IsRing(name) {
@@ -179,6 +186,16 @@ func (s *service) predecessor() *relay.Predecessor {
 		}
 	}
 	return p
+}
+
+// prepare calls a function, with a low priority while the previous daemon forwards: what it needs the CPU for,
+// its rings may not hold.
+func (s *service) prepare(do func()) {
+	if s.manager.TakesOver() && !s.taken.Load() {
+		nice.Do(do)
+		return
+	}
+	do()
 }
 
 // ready says that the rules are loaded. When it returns, a daemon that takes over has replaced the

@@ -80,6 +80,9 @@ type AFXDPOptions struct {
 	// that process has suspended them ([AFXDP.Suspend]).
 	Inherited *AFXDPHandover
 	Suspend   func() error
+	// Prepare calls a function that prepares to use the inherited sockets, while that process still forwards: on a
+	// thread of low priority, for example. Nil: it is just called.
+	Prepare func(do func())
 	// CheckOwnership is that of xsk.UMEMOptions, for tests.
 	CheckOwnership bool
 	// oneFrame simulates a kernel without multi-buffer, for tests.
@@ -241,15 +244,27 @@ func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 			a.log.Warn("take the queues over", "error", err)
 		}
 	}
-	// Before the rules, so that the engines of new workers get them immediately.
-	fresh := a.openInputs(inputs)
-	a.reviewSenders()
-	if err := a.set.Update(want, own, numbers); err != nil {
+	var fresh []*afxdpWorker
+	var err error
+	prepare := func() {
+		// Before the rules, so that the engines of new workers get them immediately.
+		fresh = a.openInputs(inputs)
+		a.reviewSenders()
+		err = a.set.Update(want, own, numbers)
+	}
+	if inherits && a.opts.Prepare != nil {
+		a.opts.Prepare(prepare)
+	} else {
+		prepare()
+	}
+	if err != nil {
 		for _, w := range fresh {
 			err = errors.Join(err, a.closeWorker(w))
 		}
 		return err
 	}
+	// Packets wait from here until the workers run: nothing slow may happen between.
+	asked := time.Now()
 	if inherits {
 		if err := a.resume(fresh); err != nil {
 			a.disinherit(err)
@@ -263,6 +278,9 @@ func (a *AFXDP) sync(want []flow.Flow, own []netip.Addr) error {
 	}
 	for _, w := range fresh {
 		a.start(w)
+	}
+	if inherits {
+		a.log.Info("AF_XDP sockets taken over", "workers", len(fresh), "packets_waited", time.Since(asked).Round(time.Microsecond))
 	}
 	for index, in := range a.inputs {
 		if inputs[index] {

@@ -101,18 +101,24 @@ func duplicated(t *testing.T, f *os.File) *os.File {
 // handOver lets another path take over from the current one, as in another process.
 func (b *xdpBench) handOver(t *testing.T, opts AFXDPOptions, rules ...flow.Flow) (log string) {
 	t.Helper()
-	old := b.path
-	h, err := old.HandOver()
+	h, err := b.path.HandOver()
 	if err != nil {
 		t.Fatal(err)
 	}
+	return b.handOverTo(t, h, b.loader, opts, rules...)
+}
+
+func (b *xdpBench) handOverTo(t *testing.T, h *AFXDPHandover, sockets Sockets, opts AFXDPOptions, rules ...flow.Flow) (log string) {
+	t.Helper()
+	old := b.path
+	var err error
 	// The descriptors are the other process's, of which it closes its own.
 	to := &AFXDPHandover{State: duplicated(t, h.State)}
 	for _, f := range h.Files {
 		to.Files = append(to.Files, duplicated(t, f))
 	}
 	var text bytes.Buffer
-	opts.Loader, opts.Accounts, opts.CheckOwnership = b.loader, b.loader, true
+	opts.Loader, opts.Accounts, opts.CheckOwnership = sockets, b.loader, true
 	opts.Logger = slog.New(slog.NewTextHandler(&text, nil))
 	opts.Inherited = to
 	if opts.Suspend == nil {

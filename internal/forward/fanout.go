@@ -61,6 +61,9 @@ type FanoutOptions struct {
 	// Own says that Suspend suspends a path of this process, and that the process to which its groups were
 	// handed over has ended, in whatever state it left them.
 	Own bool
+	// Prepare calls a function that prepares to use the inherited groups, while that process still forwards: on a
+	// thread of low priority, for example. Nil: it is just called.
+	Prepare func(do func())
 	// Keeper keeps the groups for the next process; nil: they end with this one.
 	Keeper Keeper
 	// Gate is from Fanout.Gate of the process from which this one takes over; nil: none. The
@@ -197,11 +200,20 @@ func (f *Fanout) sync(rules []flow.Flow, own []netip.Addr) (err error) {
 	if err != nil {
 		return err
 	}
-	f.closeGone()
-	fresh, err := f.openGroups(inputs)
-	if err == nil {
-		err = f.set.Update(want, own, nil)
+	var fresh []*fanoutGroup
+	prepare := func() {
+		f.closeGone()
+		if fresh, err = f.openGroups(inputs); err == nil {
+			err = f.set.Update(want, own, nil)
+		}
 	}
+	if f.opts.Inherited != nil && f.opts.Suspend != nil && f.opts.Prepare != nil {
+		f.opts.Prepare(prepare)
+	} else {
+		prepare()
+	}
+	// Packets wait from here until the workers run: nothing slow may happen between.
+	asked := time.Now()
 	if err == nil {
 		err = f.resume(fresh)
 	}
@@ -225,6 +237,9 @@ func (f *Fanout) sync(rules []flow.Flow, own []netip.Addr) (err error) {
 	for _, g := range fresh {
 		f.groups[g.groupKey] = g
 		g.start()
+	}
+	if f.opts.Inherited != nil && len(fresh) > 0 {
+		f.log.Info("fanout rings taken over", "groups", len(fresh), "packets_waited", time.Since(asked).Round(time.Microsecond))
 	}
 	f.settleInherited(fresh)
 	f.retire(inputs, allowed)

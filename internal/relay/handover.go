@@ -68,6 +68,19 @@ type Predecessor struct {
 	Suspend func(what string) error
 	// Own says that this is the process itself, taking back what it handed over to one that has ended.
 	Own bool
+	// Prepare calls a function that prepares to take over, such as by planning: beside that process, which still
+	// forwards, and so with a low priority. From the first Stop or Suspend on it just calls it: nothing that
+	// has taken over may wait for a thread of low priority. Nil: likewise.
+	Prepare func(do func())
+}
+
+// aside calls do as Predecessor.Prepare does.
+func (r *Relay) aside(do func()) {
+	if p := r.opts.Predecessor; p != nil && p.Prepare != nil {
+		p.Prepare(do)
+		return
+	}
+	do()
 }
 
 // HandOver calls start to bring up a successor process. The control loop pauses until start

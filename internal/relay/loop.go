@@ -62,7 +62,8 @@ func (r *Relay) reconcile(strict []string) error {
 		}
 	}()
 	for range maxRounds {
-		if err := r.prepare(); err != nil {
+		var err error
+		if r.aside(func() { err = r.prepare() }); err != nil {
 			return err
 		}
 		planned := !r.stale // else the rules are others by now

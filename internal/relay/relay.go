@@ -218,6 +218,7 @@ func (r *Relay) openKernel(groups membership.Options, inherited loader.Locks) (e
 	opts := &r.opts
 	opts.Loader.Inherited = inherited
 	opts.Loader.Replace = true // the rules are here
+	opts.Loader.Later = true
 	if r.loader, err = loader.Open(opts.Loader); err != nil {
 		return err
 	}
@@ -285,7 +286,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	if ctx.Err() != nil {
 		return nil
 	}
-	r.adopt()
+	r.aside(r.adopt)
 	opts := &r.opts
 	opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateStarted, Cause: fmt.Sprintf("version %s with %d rules", opts.Version, len(r.rules))})
 	if len(r.rules) >= manyEdits {

@@ -38,8 +38,11 @@ func (r *Relay) newUserPaths() userPaths {
 				opts.Inherited, before.Fanout = before.Fanout, nil
 				opts.Suspend = func() error { return before.Suspend(SuspendFanout) }
 				opts.Own = before.Own
+				opts.Prepare = before.Prepare
 			}
-			path, err := forward.OpenFanout(opts)
+			var path *forward.Fanout
+			var err error
+			r.aside(func() { path, err = forward.OpenFanout(opts) })
 			if err == nil {
 				path.SetOwnMACs(r.macs)
 			}
@@ -53,6 +56,7 @@ func (r *Relay) newUserPaths() userPaths {
 				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
 				opts.Inherited, before.AFXDP = before.AFXDP, nil
 				opts.Suspend = func() error { return before.Suspend(SuspendAFXDP) }
+				opts.Prepare = before.Prepare
 			}
 			return forward.OpenAFXDP(opts)
 		}},

@@ -46,6 +46,7 @@ var allowed = map[string][]string{
 	"internal/notify":     {},
 	"internal/hold":       {"internal/notify"},
 	"internal/lab":        {},
+	"internal/nice":       {},
 	"internal/live":       {},
 	"internal/streamtest": {"pkg/packet"},
 	"internal/flowtest":   {"pkg/flow", "pkg/packet"},
