@@ -517,9 +517,26 @@ func (w *afxdpWorker) openMemory(opts AFXDPOptions, mtu, tries int, multiBuffer 
 	}
 	w.socket, err = w.openSocket(w.index, w.queue, w.path.socketOptions(), tries)
 	if err == nil {
-		w.fd = w.socket.FD()
+		w.closesFirst()
 	}
 	return err
+}
+
+// firstClosed is a number above those of most processes' descriptors. The kernel's table grows with it: to 64 kB.
+const firstClosed = 4096
+
+// closesFirst makes the kernel close the receiving socket before anything else if the process is killed: packets
+// then take the fallback of their rules at once, not after the grace periods of other sockets.
+func (w *afxdpWorker) closesFirst() {
+	var limit unix.Rlimit
+	err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
+	if err == nil {
+		err = w.socket.Renumber(int(min(limit.Cur/2, firstClosed)))
+	}
+	if err != nil {
+		w.log.Debug("the receiving socket has no high descriptor", "error", err)
+	}
+	w.fd = w.socket.FD()
 }
 
 // takeFrames makes all frames of the memory the worker's.

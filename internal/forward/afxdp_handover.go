@@ -355,7 +355,7 @@ func (w *afxdpWorker) inheritMemory(handed *handedWorker) (err error) {
 	if w.socket, err = inherit(handed.Socket, w.index, w.queue, w.path.socketOptions()); err != nil {
 		return err
 	}
-	w.fd = w.socket.FD()
+	w.closesFirst()
 	w.waiting = map[int]*xsk.Socket{}
 	for _, s := range handed.Senders {
 		if w.waiting[s.Index], err = inherit(s.Socket, s.Index, s.Queue, w.path.senderOptions()); err != nil {

@@ -358,6 +358,29 @@ func (s *Socket) bindError(err error) error {
 // once the socket is closed.
 func (s *Socket) FD() int { return int(s.fd.Load()) }
 
+// Renumber gives the descriptor the lowest free number from least on. When a process is killed, the kernel
+// closes the highest numbers first (a list of last references, see task_work_add in kernel/task_work.c), many others
+// with a grace period each, and only then do packets that were directed to a socket go elsewhere. After an
+// error, such as that the number is above the limit (RLIMIT_NOFILE), the number is what it was.
+func (s *Socket) Renumber(least int) error {
+	u := s.frames.umem
+	u.mu.Lock() // a concurrent Open may share the descriptor
+	defer u.mu.Unlock()
+	old := s.FD()
+	if old < 0 {
+		return fmt.Errorf("renumber AF_XDP socket: %w", os.ErrClosed)
+	}
+	fd, err := unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, least)
+	if err != nil {
+		return fmt.Errorf("renumber descriptor of AF_XDP socket to %d: %w", least, err)
+	}
+	s.fd.Store(int64(fd))
+	if err := unix.Close(old); err != nil {
+		return fmt.Errorf("close former descriptor of AF_XDP socket: %w", err)
+	}
+	return nil
+}
+
 // Ifindex returns the index of the interface on which the socket was opened.
 func (s *Socket) Ifindex() int { return s.ifindex }
 
