@@ -8,10 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Increment is added to the nice value of the calling process (setpriority(2)). On a CPU that another
-// thread keeps busy, each step takes a fifth of the time left: ten leave a tenth. SCHED_IDLE, or 19
-// steps, would leave 0.3% or 1.5%, which is for ever where workers poll on every CPU.
-const Increment = 10
+// Increment is added to the nice value of the calling process (setpriority(2)). Five steps are a weight of 335 instead of
+// 1024 (sched_prio_to_weight of kernel/sched/core.c): another thread gets three quarters of the CPU if it needs
+// them, and the function takes at most three times as long, however much else runs: so it needs no limit. 10
+// steps, 19, or SCHED_IDLE make that 9, 68, or 341 times.
+const Increment = 5
 
 // Do calls do on a thread of its own and of low priority, and returns when do has. The priority ends
 // with the thread: to raise it again would take CAP_SYS_NICE. The runtime starts no thread from a thread to
