@@ -15,6 +15,7 @@ import (
 
 	"xdpcast/internal/labtest"
 	"xdpcast/pkg/fanout"
+	"xdpcast/pkg/flow"
 )
 
 // store is a Keeper like a service manager.
@@ -159,15 +160,58 @@ func stream(t *testing.T, b *bench) (stop func() int) {
 	})
 }
 
-// logged returns a logger and what it has written.
-func logged() (*slog.Logger, *bytes.Buffer) {
-	var text bytes.Buffer
-	return slog.New(slog.NewTextHandler(&text, nil)), &text
+// handoverBench is a bench with a keeper, a path that it keeps the rings of, and a rule whose packets arrive
+// as numbers.
+type handoverBench struct {
+	*bench
+	keeper  *store
+	opts    FanoutOptions
+	path    *Fanout
+	rule    flow.Flow
+	arrived *numbers
 }
 
-// successor opens a path that takes over from another one, as another process does.
-func (b *bench) successor(t *testing.T, old *Fanout, opts FanoutOptions) (next *Fanout, log *bytes.Buffer) {
+func newHandoverBench(t *testing.T) *handoverBench {
+	b := &handoverBench{bench: newBench(t, 1), keeper: newStore(t)}
+	b.opts = FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: b.keeper}
+	b.rule = rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+	b.arrived = readNumbers(t, catch(t, b.sinks[0], "eth0"))
+	return b
+}
+
+// open opens the path with the current options.
+func (b *handoverBench) open(t *testing.T, rules ...flow.Flow) {
 	t.Helper()
+	b.path = b.bench.path(t, b.opts)
+	b.sync(t, b.path, rules...)
+}
+
+func (b *handoverBench) close(t *testing.T) {
+	t.Helper()
+	if err := b.path.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (b *handoverBench) checkKept(t *testing.T, want int, what string) {
+	t.Helper()
+	if n := len(b.keeper.files); n != want {
+		t.Errorf("%d descriptors are kept, want %d: %s", n, want, what)
+	}
+}
+
+// more waits until further packets have arrived.
+func (b *handoverBench) more(t *testing.T) {
+	t.Helper()
+	from := b.arrived.count()
+	labtest.Eventually(t, "packets flow", func() bool { return b.arrived.count() >= from+50 })
+}
+
+// handOver has a path with the current options take over from the current one, as another process does,
+// while packets flow. It returns the log of the new path.
+func (b *handoverBench) handOver(t *testing.T) (log string) {
+	t.Helper()
+	old, opts := b.path, b.opts
 	h, err := old.HandOver()
 	if err != nil {
 		t.Fatal(err)
@@ -184,80 +228,52 @@ func (b *bench) successor(t *testing.T, old *Fanout, opts FanoutOptions) (next *
 		}
 		return nil
 	}
-	next = b.path(t, opts)
-	logger, log := logged()
-	next.log = logger
-	return next, log
+	b.path = b.bench.path(t, opts)
+	var text bytes.Buffer
+	b.path.log = slog.New(slog.NewTextHandler(&text, nil))
+	b.sync(t, b.path, b.rule)
+	if err := old.Close(); err != nil {
+		t.Error(err)
+	}
+	b.checkKept(t, 2+2*opts.Workers, "those of one group")
+	b.more(t)
+	return text.String()
 }
 
 // TestFanoutHandsOver passes the rings of a path to another one several times while packets flow: none is
 // lost, doubled or overtaken.
 func TestFanoutHandsOver(t *testing.T) {
-	b := newBench(t, 1)
-	keeper := newStore(t)
-	opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
-	path := b.path(t, opts)
-	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
-	b.sync(t, path, r)
-	arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
-	stop := stream(t, b)
-	more := func() {
-		t.Helper()
-		from := arrived.count()
-		labtest.Eventually(t, "packets flow", func() bool { return arrived.count() >= from+50 })
-	}
-	more()
-	want := len(keeper.files)
-	if want != 2+2*2 {
-		t.Errorf("%d descriptors are kept", want)
-	}
+	b := newHandoverBench(t)
+	b.open(t, b.rule)
+	stop := stream(t, b.bench)
+	b.more(t)
+	b.checkKept(t, 2+2*2, "those of one group")
 	for range 4 {
-		id := path.Groups
-		before, err := id()
+		before, err := b.path.Groups()
 		if err != nil {
 			t.Fatal(err)
 		}
-		next, log := b.successor(t, path, opts)
-		b.sync(t, next, r)
-		if strings.Contains(log.String(), "not inherited") {
+		if log := b.handOver(t); strings.Contains(log, "not inherited") {
 			t.Errorf("the rings are not inherited:\n%s", log)
 		}
-		if err := path.Close(); err != nil {
-			t.Error(err)
-		}
-		after, err := next.Groups()
+		after, err := b.path.Groups()
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(after) != 1 || after[0].GroupID != before[0].GroupID {
 			t.Errorf("groups %+v, want those of %+v", after, before)
 		}
-		if len(keeper.files) != want {
-			t.Errorf("%d descriptors are kept, want %d", len(keeper.files), want)
-		}
-		path = next
-		more()
 	}
-	arrived.check(t, stop())
+	b.arrived.check(t, stop())
 }
 
 // A path whose rings have another layout opens its own, and so does one whose predecessor does not
 // suspend: the reason is logged, and no packet is lost either.
 func TestFanoutHandsOverNothing(t *testing.T) {
-	b := newBench(t, 1)
-	keeper := newStore(t)
-	opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
-	path := b.path(t, opts)
-	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
-	b.sync(t, path, r)
-	arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
-	stop := stream(t, b)
-	more := func() {
-		t.Helper()
-		from := arrived.count()
-		labtest.Eventually(t, "packets flow", func() bool { return arrived.count() >= from+50 })
-	}
-	more()
+	b := newHandoverBench(t)
+	b.open(t, b.rule)
+	stop := stream(t, b.bench)
+	b.more(t)
 	for _, c := range []struct {
 		workers int
 		suspend func() error
@@ -267,22 +283,12 @@ func TestFanoutHandsOverNothing(t *testing.T) {
 		{3, func() error { return errors.New("too late") }, "too late"},
 		{3, func() error { return nil }, "still uses those of interface in"},
 	} {
-		opts.Workers, opts.Suspend = c.workers, c.suspend
-		next, log := b.successor(t, path, opts)
-		b.sync(t, next, r)
-		if !strings.Contains(log.String(), "not inherited") || !strings.Contains(log.String(), c.want) {
+		b.opts.Workers, b.opts.Suspend = c.workers, c.suspend
+		if log := b.handOver(t); !strings.Contains(log, "not inherited") || !strings.Contains(log, c.want) {
 			t.Errorf("want %q in the log:\n%s", c.want, log)
 		}
-		if err := path.Close(); err != nil {
-			t.Error(err)
-		}
-		if want := 2 + 2*c.workers; len(keeper.files) != want {
-			t.Errorf("%d descriptors are kept, want %d", len(keeper.files), want)
-		}
-		path = next
-		more()
 	}
-	arrived.check(t, stop())
+	b.arrived.check(t, stop())
 }
 
 // A path takes its groups back from a process that has ended, whether it had taken them over or not, and had closed
@@ -355,12 +361,8 @@ func TestFanoutTakesBack(t *testing.T) {
 
 // Packets that arrive while no path runs wait in the rings that a keeper has, for the next one.
 func TestFanoutIsKept(t *testing.T) {
-	b := newBench(t, 1)
-	keeper := newStore(t)
-	opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
-	r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
+	b := newHandoverBench(t)
 	other := rule("other", b.out[0], "239.1.1.2", 5000, sendTo(b.in, "239.9.9.2", 6000))
-	arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
 	sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
 	total := 0
 	send := func(n int) {
@@ -373,89 +375,65 @@ func TestFanoutIsKept(t *testing.T) {
 		sendFrames(t, sender, frames)
 	}
 	for range 3 {
-		path := b.path(t, opts)
-		b.sync(t, path, r, other)
+		b.open(t, b.rule, other)
 		send(20)
-		if err := path.Close(); err != nil {
-			t.Fatal(err)
-		}
+		b.close(t)
 		send(20) // to nobody yet
-		if n := len(keeper.files); n != 12 {
-			t.Fatalf("%d descriptors are kept, want those of two groups", n)
-		}
-		opts.Inherited = keeper.handover()
+		b.checkKept(t, 12, "those of two groups")
+		b.opts.Inherited = b.keeper.handover()
 	}
-	path := b.path(t, opts)
-	// A group that no rule needs any more is dropped.
-	b.sync(t, path, r)
-	if n := len(keeper.files); n != 6 {
-		t.Errorf("%d descriptors are kept, want those of one group", n)
-	}
-	arrived.check(t, total)
-	if groups, err := path.Groups(); err != nil || len(groups) != 1 || sumOf(groups[0]).Dropped != 0 {
+	b.open(t, b.rule) // a group that no rule needs any more is dropped
+	b.checkKept(t, 6, "those of one group")
+	b.arrived.check(t, total)
+	if groups, err := b.path.Groups(); err != nil || len(groups) != 1 || sumOf(groups[0]).Dropped != 0 {
 		t.Errorf("%+v, %v", groups, err)
 	}
 
 	// Those of another layout are dropped, and the group is opened anew.
-	if err := path.Close(); err != nil {
-		t.Fatal(err)
-	}
-	opts.Workers, opts.Inherited = 1, keeper.handover()
-	path = b.path(t, opts)
-	b.sync(t, path, r)
+	b.close(t)
+	b.opts.Workers, b.opts.Inherited = 1, b.keeper.handover()
+	b.open(t, b.rule)
 	send(1)
-	arrived.check(t, total)
-	if n := len(keeper.files); n != 4 {
-		t.Errorf("%d descriptors are kept, want those of a group of one worker", n)
-	}
+	b.arrived.check(t, total)
+	b.checkKept(t, 4, "those of a group of one worker")
 
 	// Packets that have waited too long are discarded.
-	if err := path.Close(); err != nil {
-		t.Fatal(err)
-	}
+	b.close(t)
 	send(7)
 	total -= 7
-	opts.Inherited, opts.stale = keeper.handover(), time.Nanosecond
-	path = b.path(t, opts)
-	b.sync(t, path, r)
+	b.opts.Inherited, b.opts.stale = b.keeper.handover(), time.Nanosecond
+	b.open(t, b.rule)
 	labtest.Eventually(t, "the old packets are discarded", func() bool {
-		groups, err := path.Groups()
+		groups, err := b.path.Groups()
 		return err == nil && sumOf(groups[0]).Dropped == 7
 	})
 	send(3)
-	arrived.check(t, total)
+	b.arrived.check(t, total)
 
 	// So is everything that is not complete.
-	if err := path.Close(); err != nil {
-		t.Fatal(err)
-	}
-	h := keeper.handover()
-	key := groupOf(r.In)
+	b.close(t)
+	h := b.keeper.handover()
+	key := groupOf(b.rule.In)
 	if err := unix.Close(h.groups[key][1]); err != nil {
 		t.Fatal(err)
 	}
 	delete(h.groups[key], 1)
-	if err := keeper.Drop(key.fileName(1)); err != nil {
+	if err := b.keeper.Drop(key.fileName(1)); err != nil {
 		t.Fatal(err)
 	}
-	opts.Inherited, opts.stale = h, 0
-	path = b.path(t, opts)
-	b.sync(t, path, r)
+	b.opts.Inherited, b.opts.stale = h, 0
+	b.open(t, b.rule)
 	send(3)
-	arrived.check(t, total)
-	if n := len(keeper.files); n != 4 {
-		t.Errorf("%d descriptors are kept, want those of one group", n)
-	}
+	b.arrived.check(t, total)
+	b.checkKept(t, 4, "those of one group")
 
 	// A full store is no obstacle.
-	b.sync(t, path)
-	if n := len(keeper.files); n != 0 {
-		t.Errorf("%d descriptors are kept, want none", n)
-	}
-	keeper.full = true
-	b.sync(t, path, r)
+	b.sync(t, b.path)
+	b.checkKept(t, 0, "none")
+	b.keeper.full = true
+	b.sync(t, b.path, b.rule)
 	send(3)
-	arrived.check(t, total)
+	b.arrived.check(t, total)
 }
 
 func sumOf(g GroupStatus) (sum WorkerStatus) {

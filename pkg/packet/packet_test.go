@@ -3,6 +3,7 @@ package packet
 import (
 	"bytes"
 	"encoding/binary"
+	"math/big"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -156,10 +157,7 @@ func checkRewritten(t *testing.T, r *Rewrite, h, after *Headers) {
 	if r.Src.IsValid() {
 		want.Src = r.Src
 		if h.Dst.Is4() && h.Part != Whole {
-			var id [2]byte
-			binary.NativeEndian.PutUint16(id[:], uint16(h.FragmentID))
-			id = mergedID(id, h.Src.As4())
-			want.FragmentID = uint32(binary.NativeEndian.Uint16(id[:]))
+			want.FragmentID = uint32(renumbered(uint16(h.FragmentID), h.Src))
 		}
 	}
 	if h.Part != LaterFragment {
@@ -174,6 +172,44 @@ func checkRewritten(t *testing.T, r *Rewrite, h, after *Headers) {
 	}
 	if *after != want {
 		t.Fatalf("%+v became %+v, want %+v", *h, *after, want)
+	}
+}
+
+// renumbered is the identification of a fragment that leaves with another source address, in the long
+// form of docs/rules.md: exclusive or with bits 16 to 31 of the original address times 2^32 divided by the
+// golden ratio, both numbers with their first byte lowest.
+func renumbered(id uint16, source netip.Addr) uint16 {
+	address := new(big.Int)
+	for i, b := range source.AsSlice() {
+		address.Or(address, new(big.Int).Lsh(big.NewInt(int64(b)), uint(8*i)))
+	}
+	product := address.Mul(address, big.NewInt(2654435761))
+	for bit := range 16 {
+		id ^= uint16(product.Bit(16+bit)) << bit
+	}
+	return id
+}
+
+// Identifications on the wire. They must be the same on every path and in every release: two may each
+// send fragments of one datagram. The values were computed by another program.
+func TestIdentifications(t *testing.T) {
+	for _, c := range []struct {
+		source       string
+		before, want [2]byte
+	}{
+		{"10.0.0.1", [2]byte{0x00, 0x00}, [2]byte{0x2a, 0xdf}},
+		{"10.0.0.1", [2]byte{0x12, 0x34}, [2]byte{0x38, 0xeb}},
+		{"10.0.0.2", [2]byte{0x12, 0x34}, [2]byte{0x38, 0xa4}},
+		{"192.168.7.7", [2]byte{0xff, 0xff}, [2]byte{0xb1, 0xc3}},
+		{"255.255.255.255", [2]byte{0x00, 0x01}, [2]byte{0xc8, 0x60}},
+	} {
+		source := netip.MustParseAddr(c.source)
+		if got := mergedID(c.before, source.As4()); got != c.want {
+			t.Errorf("%x of %v became %x, want %x", c.before, source, got, c.want)
+		}
+		if got := renumbered(binary.LittleEndian.Uint16(c.before[:]), source); got != binary.LittleEndian.Uint16(c.want[:]) {
+			t.Errorf("%x of %v is to become %x, want %x", c.before, source, got, c.want)
+		}
 	}
 }
 
