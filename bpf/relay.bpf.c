@@ -300,7 +300,10 @@ static __always_inline int forward(struct xdp_md *ctx, __u32 ifindex, struct hea
 	if (__builtin_expect(rare, 0) && is_odd(flow)) {
 		if (flow->flags & FLOW_UNICAST && !same_mac(h->eth->h_dest, flow->input_mac))
 			return NOT_OURS;
-		if (flow->routed && kernel_routes(h, flow, bytes, ip4))
+		/* The kernel removes a priority tag. */
+		if (flow->routed && (h->l3_offset != ETH_HLEN ||
+				     (ip4 ? kernel_routes4(ctx, flow, h->l3_len, bytes)
+					  : kernel_routes6(ctx, flow, h->l3_len, bytes))))
 			return NOT_OURS;
 	}
 	if (__builtin_expect(h->part != PART_WHOLE, 0)) {

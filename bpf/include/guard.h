@@ -408,7 +408,7 @@ static __always_inline __u32 guard_step(const struct guard_slot *slot, const str
 	for (i = 0; i < GUARD_STEPS; i++)
 		if (guard_mark(p->signature, i) == p->mark)
 			step = i;
-	return step;
+	return forget(step);
 }
 
 /* A packet came back with a mark. Returns whether that proves a loop. */

@@ -21,18 +21,23 @@ static __always_inline __u32 own_bit(__u32 sum)
 	return (__u32)(sum * 0x9e3779b1U) >> 24;
 }
 
-/* Out of line: only for packets whose bit is set. */
-static __noinline bool own_address4(__u32 addr)
+/* Out of line: only for packets whose bit is set. Global, with numbers as arguments, so that the
+ * verifier looks at it once, and not in each state of each caller.
+ */
+__noinline int own_address4(__u32 addr)
 {
 	struct own_address key = {.address = {[10] = 0xff, [11] = 0xff}};
 
 	*(__u32 *)(key.address + 12) = addr;
-	return bpf_map_lookup_elem(&own_addresses, &key);
+	return !!bpf_map_lookup_elem(&own_addresses, &key);
 }
 
-static __noinline bool own_address6(const struct in6_addr *addr)
+/* The halves of the address in network order. */
+__noinline int own_address6(__u64 first, __u64 second)
 {
-	return bpf_map_lookup_elem(&own_addresses, addr);
+	__u64 key[2] = {first, second};
+
+	return !!bpf_map_lookup_elem(&own_addresses, key);
 }
 
 /* The last four bytes of a MAC address: the first ones are the vendor's. */
@@ -52,12 +57,14 @@ static __always_inline bool same_mac(const __u8 *x, const __u8 *y)
 	return mac_end(x) == mac_end(y) && *(const __u16 *)x == *(const __u16 *)y;
 }
 
-static __noinline bool own_mac(const __u8 *mac)
+/* The first two and the last four bytes of the MAC address. */
+__noinline int own_mac(__u16 begin, __u32 end)
 {
 	struct own_mac key = {};
 
-	__builtin_memcpy(key.mac, mac, sizeof(key.mac));
-	return bpf_map_lookup_elem(&own_macs, &key);
+	*(__u16 *)key.mac = begin;
+	__builtin_memcpy(key.mac + 2, &end, sizeof(end));
+	return !!bpf_map_lookup_elem(&own_macs, &key);
 }
 
 /* Whether some interface of this host has the frame's source MAC: a copy carries that of its
@@ -65,16 +72,16 @@ static __noinline bool own_mac(const __u8 *mac)
  */
 static __always_inline bool from_own_mac(const struct headers *h)
 {
-	__u32 bit = own_mac_bit(mac_end(h->eth->h_source));
+	__u32 end = mac_end(h->eth->h_source);
 
-	if (__builtin_expect(!own_filter(settings.own_macs, bit), 1))
+	if (__builtin_expect(!own_filter(settings.own_macs, own_mac_bit(end)), 1))
 		return false;
-	return own_mac(h->eth->h_source);
+	return own_mac(*(const __u16 *)h->eth->h_source, end);
 }
 
 static __always_inline bool own_packet(const struct headers *h, const struct flow *flow, bool ip4)
 {
-	struct in6_addr addr;
+	const __u32 *words;
 	__u32 bit;
 
 	if (flow->flags & FLOW_ALLOW_LOOP)
@@ -84,13 +91,15 @@ static __always_inline bool own_packet(const struct headers *h, const struct flo
 	if (ip4) {
 		bit = own_bit(h->ip4->saddr);
 	} else {
-		addr = h->ip6->saddr;
-		bit = own_bit(addr.in6_u.u6_addr32[0] ^ addr.in6_u.u6_addr32[1] ^
-			      addr.in6_u.u6_addr32[2] ^ addr.in6_u.u6_addr32[3]);
+		words = h->ip6->saddr.in6_u.u6_addr32;
+		bit = own_bit(words[0] ^ words[1] ^ words[2] ^ words[3]);
 	}
 	if (__builtin_expect(!own_filter(settings.own, bit), 1))
 		return false;
-	return ip4 ? own_address4(h->ip4->saddr) : own_address6(&addr);
+	if (ip4)
+		return own_address4(h->ip4->saddr);
+	words = h->ip6->saddr.in6_u.u6_addr32;
+	return own_address6(words[0] | (__u64)words[1] << 32, words[2] | (__u64)words[3] << 32);
 }
 
 /* What own_packet looks at first, of an IPv4 packet: false for nearly all packets of others,

@@ -73,6 +73,9 @@ __noinline int forget(int x)
 	return x;
 }
 
+/* The same where a call costs too much; any is a number that the verifier does not know. */
+#define FORGET(x, any) asm volatile("%0 += %1\n\t%0 -= %1" : "+r"(x) : "r"((__u64)(any)))
+
 /* The offset of UDP in the frame; 0 in later fragments. */
 static __always_inline __u32 udp_offset(const struct headers *h)
 {
@@ -116,22 +119,25 @@ static __always_inline __be16 parse_tags(struct vlan_hdr *tag, void *data_end, _
 static __always_inline __be16 parse_eth(void *data, void *data_end, struct headers *h)
 {
 	struct ethhdr *eth = data;
+	__u64 offset;
 	__be16 proto;
 
 	if ((void *)(eth + 1) > data_end)
 		return 0;
 	h->eth = eth;
-	h->l3 = eth + 1;
 	h->l3_offset = sizeof(*eth);
 	h->vlan = 0;
 	h->outer_vlan = 0;
 	proto = eth->h_proto;
 	if (__builtin_expect(is_vlan(proto), 0)) {
 		proto = parse_tags(data + (forget(sizeof(*eth)) & 0x1f), data_end, proto, h);
-		h->l3_offset = forget(h->l3_offset) & 0x1f;
 		h->outer_vlan = forget(h->outer_vlan);
-		h->l3 = data + h->l3_offset;
 	}
+	/* Even without tags: one state to verify, and not one more. */
+	offset = h->l3_offset;
+	FORGET(offset, proto);
+	h->l3_offset = offset & 0x1f;
+	h->l3 = data + h->l3_offset;
 	return proto;
 }
 
@@ -173,9 +179,9 @@ static __always_inline bool parse_ip4(void *data_end, struct headers *h)
 	frag = ip->frag_off & bpf_htons(IP_MF | IP_OFFSET);
 	if (__builtin_expect(frag != 0, 0)) {
 		h->fragment_id = ip->id;
-		h->part = PART_FIRST;
+		h->part = forget(PART_FIRST);
 		if (frag & bpf_htons(IP_OFFSET)) {
-			h->part = PART_LATER;
+			h->part = forget(PART_LATER);
 			h->udp = NULL;
 			return h->l3_len > header_len && h->l3 + header_len <= data_end;
 		}
@@ -257,6 +263,7 @@ static __always_inline bool parse_ip6(void *data_end, struct headers *h)
 		if (!len || len > sizeof(*ip) + MAX_EXTENSION_BYTES || len >= h->l3_len)
 			return false;
 		len = forget(len) & 0xff;
+		h->part = forget(h->part);
 		if (h->part == PART_LATER) {
 			h->udp = NULL;
 			return true;

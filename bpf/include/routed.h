@@ -81,21 +81,41 @@ static __always_inline bool to_group_mac(const struct headers *h, bool ip4)
 	       low == bpf_ntohl(h->ip6->daddr.in6_u.u6_addr32[3]);
 }
 
-/* Whether the kernel forwards a packet of a routed flow: if its TTL is not above the thresholds
- * of all outputs, an output would fragment it or answer with an error, it has padding, which
- * the kernel trims, or a priority tag, which it removes, or this host sent it.
+/* Whether the kernel forwards a packet without tags of a routed flow: if its TTL is not above the
+ * thresholds of all outputs, an output would fragment it or answer with an error, it has padding,
+ * which the kernel trims, or this host sent it.
  */
-static __noinline bool kernel_routes(const struct headers *h, const struct flow *flow, __u32 bytes,
-				     bool ip4)
+static __always_inline int kernel_routes(struct xdp_md *ctx, const struct flow *flow, __u32 l3_len,
+					 __u32 bytes, bool ip4)
 {
+	void *data_end = (void *)(long)ctx->data_end;
+	void *data = (void *)(long)ctx->data;
+	struct headers h = {.eth = data, .l3 = data + ETH_HLEN};
+	struct udphdr *udp = (void *)(h.ip6 + 1);
+
+	if (!flow)
+		return true;
 	if (ip4) {
-		if (!plain_ip4(h->ip4) || h->ip4->ttl <= flow->routed)
+		if ((void *)(h.ip4 + 1) > data_end || !plain_ip4(h.ip4) ||
+		    h.ip4->ttl <= flow->routed)
 			return true;
-	} else if (h->ip6->nexthdr != IPPROTO_UDP || !h->udp || !h->udp->check ||
-		   h->ip6->hop_limit <= flow->routed) {
+	} else if ((void *)(udp + 1) > data_end || h.ip6->nexthdr != IPPROTO_UDP || !udp->check ||
+		   h.ip6->hop_limit <= flow->routed) {
 		return true;
 	}
-	return route_held(flow) || mirror_ended() || h->l3_offset != ETH_HLEN ||
-	       (__u32)h->l3_offset + h->l3_len != bytes || h->l3_len > flow->min_mtu ||
-	       !to_group_mac(h, ip4) || own_packet(h, flow, ip4);
+	return route_held(flow) || mirror_ended() || ETH_HLEN + l3_len != bytes ||
+	       l3_len > flow->min_mtu || !to_group_mac(&h, ip4) || own_packet(&h, flow, ip4);
+}
+
+/* Global functions, so that the verifier looks at them once: they find the headers anew. */
+__noinline int kernel_routes4(struct xdp_md *ctx, const struct flow *flow, __u32 l3_len,
+			      __u32 bytes)
+{
+	return kernel_routes(ctx, flow, l3_len, bytes, true);
+}
+
+__noinline int kernel_routes6(struct xdp_md *ctx, const struct flow *flow, __u32 l3_len,
+			      __u32 bytes)
+{
+	return kernel_routes(ctx, flow, l3_len, bytes, false);
 }

@@ -19,7 +19,7 @@ import (
 
 // programSource provides the programs of one release, loaded with its maps, for a kernel with these
 // capabilities. If the same program is loaded already, as have, it returns a clone of that: the
-// verifier takes a quarter of a second, in an emulated machine minutes.
+// verifier takes an eighth of a second, in an emulated machine a minute.
 type programSource interface {
 	relay(m *mapSet, can Capabilities, have *ebpf.Program) (*ebpf.Program, error)
 	egress(m *mapSet, can Capabilities, have *ebpf.Program) (*ebpf.Program, error)
