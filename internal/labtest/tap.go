@@ -1,6 +1,7 @@
 package labtest
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -16,6 +17,21 @@ import (
 // Timeout bounds every wait for a condition in a test. It is long, for machines that are busy
 // or emulated; nothing waits for its end while all is well.
 const Timeout = 2 * time.Minute
+
+// Context returns a context for what a test runs. It ends with the test, or before the deadline of the test binary
+// (go test -timeout), so that a program that hangs ends and the test can say which. Nothing shorter is of use: waits have
+// Timeout, and a slow machine may take any time for all of a test.
+func Context(t *testing.T) context.Context {
+	t.Helper()
+	const report = 30 * time.Second // for the programs to end, and the log
+	deadline, ok := t.Deadline()
+	if !ok {
+		return t.Context()
+	}
+	ctx, cancel := context.WithDeadline(t.Context(), deadline.Add(-report))
+	t.Cleanup(cancel)
+	return ctx
+}
 
 // Enter moves the test's goroutine, and what it calls, into the host. The thread
 // is thrown away with the goroutine.

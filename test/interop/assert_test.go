@@ -229,8 +229,7 @@ func (n *sharedNet) story(ctx context.Context) (doubled bool) {
 // notifies the daemons. The outcome is the same.
 func TestAssert(t *testing.T) {
 	t.Parallel() // waits for FRR nearly all the time
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	var doubled [2]bool
 	t.Run("both", func(t *testing.T) {
 		for i, name := range []string{byKernel: "kernel", withXDP: "xdpcast"} {

@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -131,7 +130,7 @@ func (f *frrRouter) vtysh(command string) string {
 func pimConfig(rp string, interfaces ...string) string {
 	conf := "ip pim rp " + rp + " 239.0.0.0/8\nip pim keep-alive-timer 31\nip pim rp keep-alive-timer 31\n"
 	for _, ifname := range interfaces {
-		conf += "interface " + ifname + "\n ip pim\n ip pim hello 1 4\n"
+		conf += "interface " + ifname + "\n ip pim\n ip pim hello 1 30\n"
 		if ifname == "out0" || ifname == "in0" {
 			conf += " ip igmp\n"
 		}
@@ -144,7 +143,7 @@ func pimConfig(rp string, interfaces ...string) string {
 func pim6Config(rp string, interfaces ...string) string {
 	conf := "router pim6\n rp " + rp + " ff15::/16\n keep-alive-timer 31\n rp keep-alive-timer 31\nexit\n"
 	for _, ifname := range interfaces {
-		conf += "interface " + ifname + "\n ipv6 pim\n ipv6 pim hello 1 4\n"
+		conf += "interface " + ifname + "\n ipv6 pim\n ipv6 pim hello 1 30\n"
 		if ifname == "out0" || ifname == "in0" {
 			conf += " ipv6 mld\n"
 		}
@@ -156,8 +155,7 @@ func pim6Config(rp string, interfaces ...string) string {
 // TestPIM6: two routers of FRR's pim6d forward an IPv6 stream in XDP from the first join to the last
 // leave, and once PIM has settled no number is lost, duplicated or reordered.
 func TestPIM6(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	release := frr13(t)
 	source, first, second, sink := labtest.Host(t, "src"), labtest.Host(t, "ra"), labtest.Host(t, "rb"), labtest.Host(t, "rcv")
 	labtest.Connect(t, lab.End{Host: source, Name: "eth0", Addrs: []string{"fd01::2/64"}}, lab.End{Host: first, Name: "in0", Addrs: []string{"fd01::1/64"}})

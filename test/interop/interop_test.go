@@ -23,7 +23,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -107,8 +106,7 @@ func TestVideoStream(t *testing.T) {
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-			defer cancel()
+			ctx := labtest.Context(t)
 			n := newNet(t)
 			relay := startRelay(ctx, t, n.relay, c.rule)
 			var sinks []*sink
@@ -124,7 +122,7 @@ func TestVideoStream(t *testing.T) {
 			sender.mustEnd(t)
 			sent := datagramsSent(t, n.source, c.in.Addr().Is4())
 
-			rule := relay.rule(ctx, t, "video")
+			rule := relay.arrived(ctx, t, "video", sent)
 			if rule.UsedPath != "kernel" || rule.Matched.Packets != sent || len(rule.Drops) > 0 {
 				t.Errorf("%d packets were sent; the rule matched %d on path %q, and dropped %v", sent, rule.Matched.Packets, rule.UsedPath, rule.Drops)
 			}
@@ -150,8 +148,7 @@ type source struct {
 
 func makeSource(t *testing.T) source {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	s := source{file: filepath.Join(t.TempDir(), "source.ts")}
 	output(ctx, t, "ffmpeg", "-nostdin", "-v", "warning", "-f", "lavfi", "-i", "testsrc2=size=640x360:rate=25",
 		"-f", "lavfi", "-i", "sine=frequency=440:sample_rate=48000", "-t", streamSeconds,

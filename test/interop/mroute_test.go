@@ -88,8 +88,7 @@ func route(ctx context.Context, r *relay, name string) *control.RuleStatus {
 // first join to the last leave, and with their routes in XDP no number is lost, duplicated or
 // reordered once PIM has settled.
 func TestFRR(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	n := newRouterNet(t)
 	routers := []*lab.Host{n.first, n.second}
 	vtysh := []func(string) string{frr(ctx, t, n.first, "in0", "link0"), frr(ctx, t, n.second, "link0", "out0", "lo")}
@@ -126,12 +125,12 @@ func TestFRR(t *testing.T) {
 	before := []uint64{matched(relays[0]), matched(relays[1])}
 	const count = 3000
 	first := number + 1
-	go func() {
+	go labtest.OnOneCPU(func() {
 		for i := range uint32(count) {
 			send(first + i)
 			time.Sleep(time.Millisecond)
 		}
-	}()
+	})
 	for want := first; want < first+count; want++ {
 		if got, ok := next(t, receiver, labtest.Timeout); !ok || got != want {
 			t.Fatalf("number %d, %v: want %d", got, ok, want)
@@ -173,8 +172,7 @@ func after(text, what string) string {
 // TestSmcroute: static routes of smcroute are forwarded in XDP, and return to the kernel when it
 // ends or removes them.
 func TestSmcroute(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	n := newNet(t)
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "smcroute.conf")
@@ -204,9 +202,11 @@ func TestSmcroute(t *testing.T) {
 	active("mroute/10.0.0.1/239.2.7.7")
 	relayed := func(from, to uint32) {
 		t.Helper()
-		for i := from; i < to; i++ {
-			send(i)
-		}
+		labtest.OnOneCPU(func() {
+			for i := from; i < to; i++ {
+				send(i)
+			}
+		})
 		for s, c := range sinks {
 			for want := from; want < to; want++ {
 				if got, ok := next(t, c, labtest.Timeout); !ok || got != want {

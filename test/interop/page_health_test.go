@@ -3,7 +3,6 @@
 package interop
 
 import (
-	"context"
 	"fmt"
 	"regexp"
 	"slices"
@@ -11,7 +10,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/chromedp/chromedp"
 
@@ -67,8 +65,7 @@ func columns(t *testing.T, text, first, key string) map[string]string {
 // TestPageHealth: of a rule with two merged inputs the page, the API and xdpcast health tell the same numbers: what the
 // worse input lost and the other one delivered, what both lost, and that an input is silent.
 func TestPageHealth(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	n := newNet(t)
 	const good, bad = "239.10.1.1:5004%in0", "239.10.2.1:5004%in0"
 	relay := startRelay(ctx, t, n.relay, fmt.Sprintf(`rules:

@@ -139,8 +139,7 @@ func registers(ctx context.Context, t *testing.T, accelerate bool) {
 // point joins the source, the stream moves into XDP as it comes natively, and none registers.
 func TestRegister(t *testing.T) {
 	t.Parallel() // waits for FRR nearly all the time
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	t.Cleanup(cancel) // after the parallel ones
+	ctx := labtest.Context(t)
 	for i, name := range []string{byKernel: "kernel", withXDP: "xdpcast"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

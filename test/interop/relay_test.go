@@ -5,6 +5,7 @@ package interop
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"xdpcast/internal/control"
 	"xdpcast/internal/lab"
@@ -86,7 +88,12 @@ func (p *process) stop(s syscall.Signal) {
 // mustEnd waits until the process ends by itself, which must be without an error or complaint.
 func (p *process) mustEnd(t *testing.T) {
 	t.Helper()
-	<-p.done // the context bounds it
+	select {
+	case <-p.done:
+	case <-time.After(labtest.Timeout):
+		p.stop(syscall.SIGKILL)
+		t.Errorf("%s does not end", strings.Join(p.cmd.Args, " "))
+	}
 	if p.err != nil || complaints(p.stderr.String()) != "" {
 		t.Errorf("%s: %v\n%s", strings.Join(p.cmd.Args, " "), p.err, p.stderr.String())
 	}
@@ -156,6 +163,17 @@ func startDaemon(ctx context.Context, t *testing.T, h *lab.Host, rules string, a
 		}
 	})
 	return r, daemon
+}
+
+// arrived waits until the relay has counted all packets of senders that have ended, and returns the rule: the kernel
+// may still hold some of them.
+func (r *relay) arrived(ctx context.Context, t *testing.T, name string, sent uint64) (status control.RuleStatus) {
+	t.Helper()
+	labtest.Eventually(t, fmt.Sprintf("rule %s has had %d packets", name, sent), func() bool {
+		status = r.rule(ctx, t, name)
+		return status.Matched.Packets >= sent
+	})
+	return status
 }
 
 // rule queries the program for a rule.

@@ -23,8 +23,7 @@ import (
 func TestRouterSoak(t *testing.T) {
 	t.Parallel() // alongside TestAssert
 	length := time.Duration(labtest.Soak(15, 1800)) * time.Second
-	ctx, cancel := context.WithTimeout(t.Context(), length+5*time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 1))

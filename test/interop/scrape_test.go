@@ -3,7 +3,6 @@
 package interop
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -35,8 +34,7 @@ func resident(t *testing.T, pid int) int {
 // logs the time and extra memory this takes; the bounds are wide, since the machine may be busy. The long form has
 // 100,000 rules, which do not take the daemon down.
 func TestScrapeOfManyRules(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
-	defer cancel()
+	ctx := labtest.Context(t)
 	n := newNet(t)
 	many := labtest.Soak(10_000, 100_000)
 	var rules strings.Builder

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -38,7 +39,7 @@ func startSink(ctx context.Context, t *testing.T, h *lab.Host, want sinkCase) *s
 		frames: filepath.Join(dir, "live.framemd5"), recording: filepath.Join(dir, "socat.ts"), capture: filepath.Join(dir, "tshark.pcap")}
 	addr, port := want.group.Addr(), want.group.Port()
 
-	s.shark = start(ctx, t, h, "tshark", "-q", "-i", "eth0", "-f", fmt.Sprintf("udp dst port %d", port), "-F", "pcap", "-w", s.capture)
+	s.shark = start(ctx, t, h, "tshark", "-q", "-B", "64", "-i", "eth0", "-f", fmt.Sprintf("udp dst port %d", port), "-F", "pcap", "-w", s.capture)
 	// A buffer for the time in which socat gets no CPU: SOL_SOCKET, SO_RCVBUFFORCE.
 	buffer := fmt.Sprintf("setsockopt-listen=%d:%d:x%x", unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, binary.NativeEndian.AppendUint32(nil, 64<<20))
 	listen := fmt.Sprintf("UDP4-RECV:%d,reuseaddr,%s,ip-add-membership=%s:eth0", port, buffer, addr)
@@ -62,6 +63,44 @@ func (s *sink) waitReady(t *testing.T) {
 		return s.members(t) == 2
 	})
 	labtest.Eventually(t, "tshark captures", func() bool { return fileSize(s.capture) >= pcapHeader })
+	growBuffers(t, s.live.cmd.Process.Pid)
+}
+
+// growBuffers gives the sockets of a process buffers for the time in which it gets no CPU: ffmpeg itself may only ask for
+// net.core.rmem_max, less than a second of the stream.
+func growBuffers(t *testing.T, pid int) {
+	t.Helper()
+	process, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(process)
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	open, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	grown := 0
+	for _, e := range open {
+		if target, err := os.Readlink(filepath.Join(dir, e.Name())); err != nil || !strings.HasPrefix(target, "socket:") {
+			continue
+		}
+		number, err := strconv.Atoi(e.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.PidfdGetfd(process, number, 0)
+		if err == nil {
+			err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20), unix.Close(fd))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		grown++
+	}
+	if grown == 0 {
+		t.Fatalf("process %d has no socket", pid)
+	}
 }
 
 // bound counts the sockets on the sink's port.
