@@ -32,6 +32,14 @@ type everything struct {
 
 func (in *instance) everything() everything {
 	in.t.Helper()
+	if in.running != nil { // the daemon's first event makes a file, when it comes to it
+		eventually(in.t, "the file of events is there", func() string {
+			if _, err := os.Stat(loader.RunFile(in.runDir, in.pinDir, "events.ndjson")); err != nil {
+				return err.Error()
+			}
+			return ""
+		})
+	}
 	e := everything{
 		Groups: igmp(in.t, in.host), Programs: attachedPrograms(in.t, in.host), Pins: pins(in.t, in.pinDir),
 	}
@@ -43,8 +51,9 @@ func (in *instance) everything() everything {
 		in.t.Fatal(err)
 	}
 	for _, f := range files {
-		// A lock file cannot be removed: another process may be waiting for the lock.
-		if filepath.Ext(f.Name()) != ".lock" {
+		// A lock file cannot be removed: another process may be waiting for the lock. The file of events may be replaced
+		// at any time.
+		if filepath.Ext(f.Name()) != ".lock" && !strings.HasSuffix(f.Name(), "events.ndjson.next") {
 			e.Files = append(e.Files, f.Name())
 		}
 	}

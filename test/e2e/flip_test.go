@@ -72,10 +72,29 @@ func testFlips(t *testing.T, path string, flips int) {
 		captures = append(captures, newCapture(t, labtest.NewTap(t, n.sinks[i], "sink0")))
 	}
 	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), Groups: 3, TTL: 16, Rate: traffic.Rate{Value: easy}})
-	stream.flows(100)
+	// arrive waits for packets that are sent from now on: a worker that gets no CPU would relay those of several sets by
+	// the last of them.
+	arrive := func() {
+		t.Helper()
+		stream.flows(30)
+		next := (stream.sender.Report().Packets - 15) / 3
+		for flow := range flipSets[0] {
+			eventually(t, "packets come out", func() string {
+				highest := uint64(0)
+				for _, c := range captures {
+					highest = max(highest, c.highest[flow].Load())
+				}
+				if highest < next {
+					return fmt.Sprintf("rule %d: %d, want %d", flow, highest, next)
+				}
+				return ""
+			})
+		}
+	}
+	arrive()
 	for i := range flips {
 		apply((i + 1) % 2)
-		stream.flows(30)
+		arrive()
 	}
 	sent := stream.stop()
 	// The ring of a worker that gets no CPU for a tenth of a second overflows: acceptable here if
@@ -188,9 +207,10 @@ type captured struct {
 // capture records the numbered packets of one sender that arrive at a tap, and counts those of the
 // next one.
 type capture struct {
-	last  atomic.Uint64
-	end   chan struct{}
-	ended chan struct{}
+	last    atomic.Uint64
+	highest [len(flipSets[0])]atomic.Uint64 // number of the first sender's packets of each rule
+	end     chan struct{}
+	ended   chan struct{}
 
 	mu  sync.Mutex
 	all []captured
@@ -225,6 +245,9 @@ func newCapture(t *testing.T, tap *labtest.Tap) *capture {
 				continue
 			}
 			stream, known = h.Stream, true
+			if int(h.Flow) < len(c.highest) {
+				c.highest[h.Flow].Store(max(c.highest[h.Flow].Load(), h.Seq))
+			}
 			c.mu.Lock()
 			c.all = append(c.all, captured{copyOf{h.Flow, h.Seq}, int(binary.BigEndian.Uint16(frame[36:]))})
 			c.mu.Unlock()

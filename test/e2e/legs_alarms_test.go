@@ -101,8 +101,10 @@ func TestLegAlarms(t *testing.T) {
 			has(fault.input + " ended " + fault.state)
 		}
 	}
-	if alarms := l.in.rule("cam").Stream.Alarms; len(alarms) != 1 || !strings.Contains(alarms[0], " numbers came by no input") {
-		t.Errorf("alarms at the end: %q", alarms)
+	for _, alarm := range l.in.rule("cam").Stream.Alarms {
+		if !strings.Contains(alarm, " numbers came by no input") { // it lasts a minute, and so may have ended or not
+			t.Errorf("alarm at the end: %q", alarm)
+		}
 	}
 }
 
