@@ -225,7 +225,7 @@ func TestProcessStop(t *testing.T) {
 		if p.ended() {
 			t.Errorf("%s: ended already", name)
 		}
-		patience := 10 * time.Second
+		patience := labtest.Timeout
 		if tt.want != "" {
 			patience = 100 * time.Millisecond
 		}

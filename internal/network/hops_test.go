@@ -224,12 +224,13 @@ func TestHopKeeps(t *testing.T) {
 	w.mu.Lock()
 	const pause = 2 * time.Second
 	w.routesAt = time.Now().Add(pause)
+	due := w.routesAt
 	w.mu.Unlock()
-	if s := snapshot(t, w); s != first {
+	if s := snapshot(t, w); s != first && time.Now().Before(due) {
 		t.Error("the pause was not kept")
 	}
-	if due := w.Due(); due == 0 || due > pause {
-		t.Errorf("the last change is due in %v", due)
+	if d := w.Due(); d == 0 && time.Now().Before(due) || d > pause {
+		t.Errorf("the last change is due in %v", d)
 	}
 	for snapshot(t, w).Hop(key).Via != netip.MustParseAddr("10.0.0.99") {
 		select {

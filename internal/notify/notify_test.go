@@ -16,6 +16,8 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"xdpcast/internal/labtest"
 )
 
 func TestMain(m *testing.M) {
@@ -40,7 +42,7 @@ func listen(t *testing.T, name string) *net.UnixConn {
 // receive returns a message and the descriptors that came with it.
 func receive(t *testing.T, conn *net.UnixConn) (string, []int) {
 	t.Helper()
-	if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+	if err := conn.SetReadDeadline(time.Now().Add(labtest.Timeout)); err != nil {
 		t.Fatal(err)
 	}
 	text, oob := make([]byte, 4096), make([]byte, 4096)

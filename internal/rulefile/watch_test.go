@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/pkg/rules"
 )
 
@@ -44,7 +45,7 @@ func watch(t *testing.T, name string, again time.Duration) *watching {
 // until waits for changes until the condition holds after one.
 func (w *watching) until(what string, condition func() bool) {
 	w.t.Helper()
-	deadline := time.After(time.Minute)
+	deadline := time.After(labtest.Timeout)
 	for {
 		select {
 		case <-w.changed:

@@ -50,7 +50,7 @@ func (s *Sender) step(tb testing.TB, n int) {
 
 // receive receives until the total is reached.
 func (r *Receiver) receive(tb testing.TB, total uint64) {
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(labtest.Timeout)
 	for r.received < total {
 		if _, err := r.wait(1000); err != nil {
 			tb.Fatal(err)
