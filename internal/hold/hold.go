@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -60,6 +61,7 @@ type holder struct {
 
 	messages chan notify.Message
 	deaths   chan death
+	marks    chan error    // outcome of each Mark
 	children chan struct{} // notified when there is one
 	stop     chan struct{}
 
@@ -67,6 +69,7 @@ type holder struct {
 	started time.Time
 	ready   bool          // it was, at least once
 	ending  bool          // it was told to end
+	dead    []death       // main processes whose last messages are being read
 	pause   time.Duration // before the next start
 }
 
@@ -85,7 +88,7 @@ func Run(o Options) (code int, err error) {
 	if o.Self == "" {
 		o.Self = "/proc/self/exe"
 	}
-	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), children: make(chan struct{}, 1), stop: make(chan struct{})}
+	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), marks: make(chan error), children: make(chan struct{}, 1), stop: make(chan struct{})}
 	defer close(h.stop)
 	defer h.store.Close()
 	// Orphaned descendants become children of this process, including one that replaced another.
@@ -174,25 +177,22 @@ func (h *holder) start() error {
 func (h *holder) run() (code int, err error) {
 	var again <-chan time.Time
 	for {
+		over := false // they have been
 		select {
 		case m := <-h.messages:
-			h.told(&m)
+			if over = m.PID == os.Getpid() && m.Is(endMark); !over {
+				h.told(&m)
+			}
+		case err := <-h.marks:
+			if over = err != nil; over {
+				h.Log.Warn("notifications of the process", "error", err)
+			}
 		case d := <-h.deaths:
-			if d.pid != h.main {
-				continue
+			// What it has sent counts: descriptors to keep, that it was ready, which process has replaced it.
+			if d.pid == h.main {
+				h.dead = append(h.dead, d)
+				go h.mark()
 			}
-			h.main = 0
-			end := endOf(d.status)
-			if h.ending || !h.ready {
-				h.Log.Info("ended", "pid", d.pid, "how", end)
-				return exitCode(d.status), nil
-			}
-			if time.Since(h.started) >= calm {
-				h.pause = 0
-			}
-			h.Log.Warn("ended, and is started again", "pid", d.pid, "how", end, "in", h.pause, "descriptors", len(h.store.Files()))
-			again = time.After(h.pause)
-			h.pause = longer(h.pause)
 		case <-again:
 			again = nil
 			if err := h.start(); err != nil {
@@ -205,6 +205,40 @@ func (h *holder) run() (code int, err error) {
 				return exitDone, nil
 			}
 		}
+		if !over {
+			continue
+		}
+		d := h.dead[0]
+		h.dead = h.dead[1:]
+		if d.pid != h.main {
+			continue
+		}
+		h.main = 0
+		end := endOf(d.status)
+		if h.ending || !h.ready {
+			h.Log.Info("ended", "pid", d.pid, "how", end)
+			return exitCode(d.status), nil
+		}
+		if time.Since(h.started) >= calm {
+			h.pause = 0
+		}
+		h.Log.Warn("ended, and is started again", "pid", d.pid, "how", end, "in", h.pause, "descriptors", len(h.store.Files()))
+		again = time.After(h.pause)
+		h.pause = longer(h.pause)
+	}
+}
+
+// running says whether the main process is not known to have ended.
+func (h *holder) running() bool {
+	return h.main != 0 && !slices.ContainsFunc(h.dead, func(d death) bool { return d.pid == h.main })
+}
+
+// mark marks the end of what was sent so far.
+func (h *holder) mark() {
+	err := h.listener.Mark(endMark)
+	select {
+	case h.marks <- err:
+	case <-h.stop:
 	}
 }
 
@@ -226,7 +260,7 @@ func (h *holder) pass(s os.Signal) (ends bool) {
 			return true
 		}
 	}
-	if h.main != 0 {
+	if h.running() {
 		h.kill(number)
 	}
 	return false
