@@ -17,7 +17,7 @@ import (
 
 // patience bounds every wait for a program. It is long, since the machine may be busy; no wait
 // reaches it while all is well.
-const patience = 60 * time.Second
+const patience = 2 * time.Minute
 
 // process is a program that runs on a host until it is stopped.
 type process struct {

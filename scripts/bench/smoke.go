@@ -62,11 +62,13 @@ func smokeSubject(ctx context.Context, s subject, with setup, o options, log *sl
 	defer func() { err = errors.Join(err, b.close()) }()
 	var t trial
 	arrived, tries := uint64(0), proofTries
+	patience := 2 * time.Second // a copy that comes after its trial would be missing in the count
 	if s.spins {
 		tries *= 10
+		patience = settleTime
 	}
 	for range tries {
-		if t, err = b.run(ctx, trialPlan{frames: 500, rate: 5000, timed: true}); err != nil {
+		if t, err = b.run(ctx, trialPlan{frames: 500, rate: 5000, timed: true, patience: patience}); err != nil {
 			return err
 		}
 		arrived = max(arrived, t.packets)

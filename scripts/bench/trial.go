@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,6 +59,8 @@ type trialPlan struct {
 	frames int
 	rate   float64 // frames per second; 0: as fast as possible
 	timed  bool    // frames carry a timestamp, and their order is checked
+	// patience is how long to wait for another copy; 0: settleTime.
+	patience time.Duration
 }
 
 // trial is the outcome of a trial.
@@ -126,7 +129,7 @@ func (b *bench) run(ctx context.Context, p trialPlan) (t trial, err error) {
 		return t, err
 	}
 	t.wanted = t.frames * uint64(n.setup.Outputs)
-	if err := n.settle(ctx, t.wanted); err != nil {
+	if err := n.settle(ctx, t.wanted, cmp.Or(p.patience, settleTime)); err != nil {
 		return t, err
 	}
 	after, err := readCPU()
@@ -158,9 +161,11 @@ func (t trial) check() error {
 	return nil
 }
 
-// settle waits until all copies have arrived, or no more arrive.
-func (n *network) settle(ctx context.Context, wanted uint64) error {
-	const quiet = 60 * time.Millisecond
+// settleTime is how long a trial waits for another copy.
+const settleTime = 60 * time.Millisecond
+
+// settle waits until all copies have arrived, or none for some time.
+func (n *network) settle(ctx context.Context, wanted uint64, quiet time.Duration) error {
 	last, since := uint64(0), time.Now()
 	for {
 		now, err := n.sinks.packets(n.setup.Outputs)

@@ -72,7 +72,7 @@ func rollback(ctx context.Context, s *stage) error {
 	if err := s.writeRules(50); err != nil {
 		return err
 	}
-	if _, err := s.client.Reload(ctx, control.ApplyOptions{Confirm: time.Minute}); err != nil {
+	if _, err := s.client.Reload(ctx, control.ApplyOptions{Confirm: time.Hour}); err != nil {
 		return err
 	}
 	if _, err := s.client.Rollback(ctx, 1, control.ApplyOptions{}); err != nil {

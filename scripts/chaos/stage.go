@@ -21,7 +21,7 @@ import (
 )
 
 // patience bounds every wait; no wait reaches it while all is well.
-const patience = time.Minute
+const patience = 2 * time.Minute
 
 // stage is the network and its daemon.
 type stage struct {
