@@ -378,9 +378,7 @@ func (l *Loader) adoptPinnedLinks() error {
 			return fmt.Errorf("open pinned link: %w", err)
 		}
 	}
-	if l.transmitDue = l.opts.Later && l.transmitComplete(); !l.transmitDue {
-		l.attachTransmit(l.opts.PinDir)
-	}
+	l.attachTransmit(l.opts.PinDir)
 	if err := l.adoptLinks(interfaces); err != nil {
 		return err
 	}

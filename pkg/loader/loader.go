@@ -49,9 +49,8 @@ type Options struct {
 	// interfaces to the new programs. Warnings reports it, and how long packets were not relayed.
 	// Counters restart. If false, Open refuses such state and changes nothing.
 	Replace bool
-	// Later lets Open leave to the first Observe, or Sync that needs it, what no packet waits for: whether the
-	// programs that count what devices refuse are this binary's, which takes the types of the whole kernel to
-	// find out; and rows that an earlier process has left in the maps of copies.
+	// Later lets Open leave to the first Observe, or Sync that needs it, what no packet waits for: rows that an
+	// earlier process has left in the map of copies.
 	Later bool
 	// Inherited are the locks of a paused Loader that this one replaces. Open owns them.
 	Inherited Locks
@@ -127,11 +126,10 @@ type Loader struct {
 	relay    *ebpf.Program
 	egress   *ebpf.Program
 	transmit map[string]link.Link // by pin name
-	// transmitDue: Observe must check them. orphansDue: Observe, or a Sync that changes rules, must clear the rows
-	// of broadcasts that no rule has.
-	transmitDue, orphansDue bool
-	links                   map[int]*attachment // by interface index
-	tapped                  map[int]*tapped     // by interface index
+	// orphansDue: Observe, or a Sync that changes rules, must clear the rows of broadcasts that no rule has.
+	orphansDue bool
+	links      map[int]*attachment // by interface index
+	tapped     map[int]*tapped     // by interface index
 	// tappedPrograms are for interfaces with and without an Ethernet header.
 	tappedPrograms map[bool]*ebpf.Program
 	attached       map[string]*ebpf.Program // programs run by the links, by pin name
@@ -236,7 +234,7 @@ func (l *Loader) reset() {
 	l.counters = map[string][]openCounters{}
 	l.lost = losses{}
 	l.own, l.ownMACs, l.steering = [4]uint64{}, [8]uint64{}, nil
-	l.transmitDue, l.orphansDue = false, false
+	l.orphansDue = false
 }
 
 // warn records a warning; "" is none.

@@ -46,7 +46,6 @@ func (o *Observation) fail(err error) {
 func (l *Loader) Observe() Observation {
 	var o Observation
 	if l.adopted { // else Open
-		l.observeTransmit()
 		o.fail(l.clearOrphanBroadcasts())
 	}
 	l.observeLinks(&o)

@@ -7,8 +7,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-
-	"xdpcast/bpf"
 )
 
 // attachTransmit attaches the programs that count what devices did with frames after the relay
@@ -36,39 +34,6 @@ func (l *Loader) tryAttachTransmit(dir string) error {
 		}
 	}
 	return nil
-}
-
-// transmitComplete says whether all of the programs are attached, and count in the maps of the pin directory: they may
-// be another release's.
-func (l *Loader) transmitComplete() bool {
-	used := map[ebpf.MapID]bool{}
-	for _, name := range []string{pinDevmapXmit, pinRedirectErr, pinCPUEnqueue, pinCPUThread} {
-		if l.transmit[name] == nil {
-			return false
-		}
-		p, err := ebpf.LoadPinnedProgram(filepath.Join(l.opts.PinDir, programsDir, name), nil)
-		if err != nil {
-			return false
-		}
-		info, err := p.Info()
-		if err := errors.Join(err, p.Close()); err != nil {
-			return false
-		}
-		maps, _ := info.MapIDs()
-		for _, id := range maps {
-			used[id] = true
-		}
-	}
-	ids, err := l.maps.ids()
-	return err == nil && used[ids[bpf.TransmitMapDeviceStats]] && used[ids[bpf.TransmitMapDeviceRows]] && used[ids[bpf.TransmitMapCpuDrops]]
-}
-
-// observeTransmit checks the programs, once.
-func (l *Loader) observeTransmit() {
-	if l.transmitDue {
-		l.transmitDue = false
-		l.attachTransmit(l.opts.PinDir)
-	}
 }
 
 func (l *Loader) attachTracing(name, path string, p *ebpf.Program) error {
