@@ -147,6 +147,8 @@ func (w *boosted) set(raised bool) {
 	attr := w.normal
 	if raised {
 		attr = realTimeAttr(boostPriority)
+	} else if now, err := unix.Getpriority(unix.PRIO_PROCESS, 0); err == nil { // of the thread
+		attr.Nice = int32(20 - now) // somebody may have changed it meanwhile: renice(1)
 	}
 	if err := w.apply(&attr); err != nil {
 		w.log.Warn("worker has no real-time priority any more", "error", &PriorityError{boostPriority, err})
