@@ -207,11 +207,9 @@ func (b *handoverBench) more(t *testing.T) {
 	labtest.Eventually(t, "packets flow", func() bool { return b.arrived.count() >= from+50 })
 }
 
-// handOver has a path with the current options take over from the current one, as another process does,
-// while packets flow. It returns the log of the new path.
-func (b *handoverBench) handOver(t *testing.T) (log string) {
+// successor opens a path that is to take over from a current one, as another process does.
+func (b *bench) successor(t *testing.T, old *Fanout, opts FanoutOptions) (next *Fanout, log *bytes.Buffer) {
 	t.Helper()
-	old, opts := b.path, b.opts
 	h, err := old.HandOver()
 	if err != nil {
 		t.Fatal(err)
@@ -228,14 +226,24 @@ func (b *handoverBench) handOver(t *testing.T) (log string) {
 		}
 		return nil
 	}
-	b.path = b.bench.path(t, opts)
-	var text bytes.Buffer
-	b.path.log = slog.New(slog.NewTextHandler(&text, nil))
+	next = b.path(t, opts)
+	log = &bytes.Buffer{}
+	next.log = slog.New(slog.NewTextHandler(log, nil))
+	return next, log
+}
+
+// handOver has a successor with the current options take over from the current path while packets flow. It
+// returns the log of the new path.
+func (b *handoverBench) handOver(t *testing.T) (log string) {
+	t.Helper()
+	old := b.path
+	next, text := b.successor(t, old, b.opts)
+	b.path = next
 	b.sync(t, b.path, b.rule)
 	if err := old.Close(); err != nil {
 		t.Error(err)
 	}
-	b.checkKept(t, 2+2*opts.Workers, "those of one group")
+	b.checkKept(t, 2+2*b.opts.Workers, "those of one group")
 	b.more(t)
 	return text.String()
 }
@@ -299,13 +307,9 @@ func TestFanoutTakesBack(t *testing.T) {
 		taken, killed bool
 	}{{"not taken over", false, false}, {"closed", true, false}, {"killed", true, true}} {
 		t.Run(c.name, func(t *testing.T) {
-			b := newBench(t, 1)
-			keeper := newStore(t)
-			opts := FanoutOptions{Workers: 2, Mode: fanout.ModeHash, Keeper: keeper}
-			path := b.path(t, opts)
-			r := rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000))
-			b.sync(t, path, r)
-			arrived := readNumbers(t, catch(t, b.sinks[0], "eth0"))
+			b := newHandoverBench(t)
+			b.open(t, b.rule)
+			path, opts := b.path, b.opts
 			sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
 			total := 0
 			send := func(n int) {
@@ -326,7 +330,7 @@ func TestFanoutTakesBack(t *testing.T) {
 				other := opts
 				other.Keeper = nil // it tells the store only once it is ready
 				next, _ := b.successor(t, path, other)
-				b.sync(t, next, r)
+				b.sync(t, next, b.rule)
 				send(20)
 				if err := next.Close(); err != nil {
 					t.Fatal(err)
@@ -334,27 +338,25 @@ func TestFanoutTakesBack(t *testing.T) {
 			}
 			if c.killed { // it did not say that it has closed them
 				const offsetOfClosed = 36
-				if _, err := unix.Pwrite(kept.groups[groupOf(r.In)][0], make([]byte, 4), offsetOfClosed); err != nil {
+				if _, err := unix.Pwrite(kept.groups[groupOf(b.rule.In)][0], make([]byte, 4), offsetOfClosed); err != nil {
 					t.Fatal(err)
 				}
 			}
 			send(20)
 			opts.Inherited, opts.Suspend, opts.Own = kept, path.Suspend, true
-			back := b.path(t, opts)
-			logger, log := logged()
-			back.log = logger
-			b.sync(t, back, r)
+			back := b.bench.path(t, opts)
+			var log strings.Builder
+			back.log = slog.New(slog.NewTextHandler(&log, nil))
+			b.sync(t, back, b.rule)
 			if strings.Contains(log.String(), "not inherited") {
-				t.Errorf("the rings are not taken back:\n%s", log)
+				t.Errorf("the rings are not taken back:\n%s", log.String())
 			}
 			if err := path.Close(); err != nil {
 				t.Error(err)
 			}
 			send(20)
-			arrived.check(t, total)
-			if len(keeper.files) != 2+2*2 {
-				t.Errorf("%d descriptors are kept", len(keeper.files))
-			}
+			b.arrived.check(t, total)
+			b.checkKept(t, 2+2*2, "those of one group")
 		})
 	}
 }
