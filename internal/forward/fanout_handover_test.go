@@ -207,7 +207,14 @@ func (b *handoverBench) more(t *testing.T) {
 	labtest.Eventually(t, "packets flow", func() bool { return b.arrived.count() >= from+50 })
 }
 
-// successor opens a path that is to take over from a current one, as another process does.
+// logged has a path write its log into a buffer.
+func logged(path *Fanout) *bytes.Buffer {
+	var text bytes.Buffer
+	path.log = slog.New(slog.NewTextHandler(&text, nil))
+	return &text
+}
+
+// successor opens a path that takes over from another one, as another process does.
 func (b *bench) successor(t *testing.T, old *Fanout, opts FanoutOptions) (next *Fanout, log *bytes.Buffer) {
 	t.Helper()
 	h, err := old.HandOver()
@@ -227,25 +234,35 @@ func (b *bench) successor(t *testing.T, old *Fanout, opts FanoutOptions) (next *
 		return nil
 	}
 	next = b.path(t, opts)
-	log = &bytes.Buffer{}
-	next.log = slog.New(slog.NewTextHandler(log, nil))
-	return next, log
+	return next, logged(next)
 }
 
-// handOver has a successor with the current options take over from the current path while packets flow. It
+// handOver has a path with the current options take over from the current one while packets flow. It
 // returns the log of the new path.
 func (b *handoverBench) handOver(t *testing.T) (log string) {
 	t.Helper()
-	old := b.path
-	next, text := b.successor(t, old, b.opts)
+	next, text := b.successor(t, b.path, b.opts)
+	b.sync(t, next, b.rule)
+	b.close(t)
 	b.path = next
-	b.sync(t, b.path, b.rule)
-	if err := old.Close(); err != nil {
-		t.Error(err)
-	}
 	b.checkKept(t, 2+2*b.opts.Workers, "those of one group")
 	b.more(t)
 	return text.String()
+}
+
+// sends returns a function that sends the next n numbered frames, and how many it has sent.
+func (b *handoverBench) sends(t *testing.T) (send func(n int), total *int) {
+	sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
+	total = new(int)
+	return func(n int) {
+		t.Helper()
+		var frames [][]byte
+		for range n {
+			frames = append(frames, numbered(0, *total).Build())
+			*total++
+		}
+		sendFrames(t, sender, frames)
+	}, total
 }
 
 // TestFanoutHandsOver passes the rings of a path to another one several times while packets flow: none is
@@ -309,27 +326,17 @@ func TestFanoutTakesBack(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := newHandoverBench(t)
 			b.open(t, b.rule)
-			path, opts := b.path, b.opts
-			sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
-			total := 0
-			send := func(n int) {
-				t.Helper()
-				var frames [][]byte
-				for range n {
-					frames = append(frames, numbered(0, total).Build())
-					total++
-				}
-				sendFrames(t, sender, frames)
-			}
+			send, total := b.sends(t)
 			send(20)
-			kept, err := path.HandOver()
+			old := b.path
+			kept, err := old.HandOver()
 			if err != nil {
 				t.Fatal(err)
 			}
 			if c.taken {
-				other := opts
+				other := b.opts
 				other.Keeper = nil // it tells the store only once it is ready
-				next, _ := b.successor(t, path, other)
+				next, _ := b.successor(t, b.path, other)
 				b.sync(t, next, b.rule)
 				send(20)
 				if err := next.Close(); err != nil {
@@ -343,19 +350,18 @@ func TestFanoutTakesBack(t *testing.T) {
 				}
 			}
 			send(20)
-			opts.Inherited, opts.Suspend, opts.Own = kept, path.Suspend, true
-			back := b.bench.path(t, opts)
-			var log strings.Builder
-			back.log = slog.New(slog.NewTextHandler(&log, nil))
-			b.sync(t, back, b.rule)
+			b.opts.Inherited, b.opts.Suspend, b.opts.Own = kept, old.Suspend, true
+			b.path = b.bench.path(t, b.opts)
+			log := logged(b.path)
+			b.sync(t, b.path, b.rule)
 			if strings.Contains(log.String(), "not inherited") {
-				t.Errorf("the rings are not taken back:\n%s", log.String())
+				t.Errorf("the rings are not taken back:\n%s", log)
 			}
-			if err := path.Close(); err != nil {
+			if err := old.Close(); err != nil {
 				t.Error(err)
 			}
 			send(20)
-			b.arrived.check(t, total)
+			b.arrived.check(t, *total)
 			b.checkKept(t, 2+2*2, "those of one group")
 		})
 	}
@@ -365,17 +371,7 @@ func TestFanoutTakesBack(t *testing.T) {
 func TestFanoutIsKept(t *testing.T) {
 	b := newHandoverBench(t)
 	other := rule("other", b.out[0], "239.1.1.2", 5000, sendTo(b.in, "239.9.9.2", 6000))
-	sender := openSender(t, b.source, iface(t, b.source, "eth0").Index)
-	total := 0
-	send := func(n int) {
-		t.Helper()
-		var frames [][]byte
-		for range n {
-			frames = append(frames, numbered(0, total).Build())
-			total++
-		}
-		sendFrames(t, sender, frames)
-	}
+	send, total := b.sends(t)
 	for range 3 {
 		b.open(t, b.rule, other)
 		send(20)
@@ -386,7 +382,7 @@ func TestFanoutIsKept(t *testing.T) {
 	}
 	b.open(t, b.rule) // a group that no rule needs any more is dropped
 	b.checkKept(t, 6, "those of one group")
-	b.arrived.check(t, total)
+	b.arrived.check(t, *total)
 	if groups, err := b.path.Groups(); err != nil || len(groups) != 1 || sumOf(groups[0]).Dropped != 0 {
 		t.Errorf("%+v, %v", groups, err)
 	}
@@ -396,13 +392,13 @@ func TestFanoutIsKept(t *testing.T) {
 	b.opts.Workers, b.opts.Inherited = 1, b.keeper.handover()
 	b.open(t, b.rule)
 	send(1)
-	b.arrived.check(t, total)
+	b.arrived.check(t, *total)
 	b.checkKept(t, 4, "those of a group of one worker")
 
 	// Packets that have waited too long are discarded.
 	b.close(t)
 	send(7)
-	total -= 7
+	*total -= 7
 	b.opts.Inherited, b.opts.stale = b.keeper.handover(), time.Nanosecond
 	b.open(t, b.rule)
 	labtest.Eventually(t, "the old packets are discarded", func() bool {
@@ -410,7 +406,7 @@ func TestFanoutIsKept(t *testing.T) {
 		return err == nil && sumOf(groups[0]).Dropped == 7
 	})
 	send(3)
-	b.arrived.check(t, total)
+	b.arrived.check(t, *total)
 
 	// So is everything that is not complete.
 	b.close(t)
@@ -426,7 +422,7 @@ func TestFanoutIsKept(t *testing.T) {
 	b.opts.Inherited, b.opts.stale = h, 0
 	b.open(t, b.rule)
 	send(3)
-	b.arrived.check(t, total)
+	b.arrived.check(t, *total)
 	b.checkKept(t, 4, "those of one group")
 
 	// A full store is no obstacle.
@@ -435,7 +431,7 @@ func TestFanoutIsKept(t *testing.T) {
 	b.keeper.full = true
 	b.sync(t, b.path, b.rule)
 	send(3)
-	b.arrived.check(t, total)
+	b.arrived.check(t, *total)
 }
 
 func sumOf(g GroupStatus) (sum WorkerStatus) {
