@@ -186,7 +186,7 @@ func New(opts Options) (_ *Relay, err error) {
 	}
 	if opts.Boost && opts.Priority == 0 {
 		if r.boost, err = forward.NewBoost(); err != nil {
-			r.log.Info("workers have no real-time priority", "cause", err)
+			r.log.Warn("workers have no real-time priority", "cause", err)
 		}
 	}
 	r.openHistory()

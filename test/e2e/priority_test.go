@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Workers get the real-time priority that was asked for, also of a daemon that drops its capabilities, and by default
-// the lowest while they are idle. One that may not give it says what it needs, and ends, or by default goes on. A limit
+// Workers get the real-time priority that was asked for, also of a daemon that drops its capabilities, and with auto
+// the lowest while they are idle. One that may not give it says what it needs, and ends, or with auto goes on. A limit
 // in place of the capability: TestPriorityByLimit of internal/forward.
 func TestWorkerPriority(t *testing.T) {
 	n := newNetwork(t)
@@ -45,12 +45,13 @@ func TestWorkerPriority(t *testing.T) {
 		{name: "root", args: []string{"--worker-priority", "5"}, want: "5 5"},
 		{name: "capability", capabilities: []string{"NET_RAW", "SYS_NICE"}, args: []string{"--worker-priority", "5"}, want: "5 5"},
 		{name: "neither", capabilities: []string{"NET_RAW"}, args: []string{"--worker-priority", "5"}, refused: true, log: fmt.Sprintf(refusal, 5)},
-		{name: "default", want: "1 1"},
+		{name: "default"},
+		{name: "auto", args: []string{"--worker-priority", "auto"}, want: "1 1"},
 		{name: "none", args: []string{"--worker-priority", "none"}},
-		{name: "default, neither", capabilities: []string{"NET_RAW"}, log: fmt.Sprintf("workers have no real-time priority\" cause=\""+refusal, 1)},
+		{name: "auto, neither", capabilities: []string{"NET_RAW"}, args: []string{"--worker-priority", "auto"}, log: fmt.Sprintf("workers have no real-time priority\" cause=\""+refusal, 1)},
 		// Last: the user owns the files then.
 		{name: "user", args: []string{"--worker-priority", "5", "--user", "nobody"}, want: "5 5"},
-		{name: "default, user", args: []string{"--user", "nobody"}, want: allowed},
+		{name: "auto, user", args: []string{"--worker-priority", "auto", "--user", "nobody"}, want: allowed},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.capabilities != nil {
