@@ -2,7 +2,9 @@ package hold
 
 import (
 	"log/slog"
+	"os"
 	"os/exec"
+	"os/signal"
 	"strconv"
 	"testing"
 
@@ -11,6 +13,10 @@ import (
 
 // A process that has just replaced the one to which the end was signalled is ended, too, instead of being waited for.
 func TestEndsReplacement(t *testing.T) {
+	// A background job of a shell ignores SIGINT, and so would its children: those of a process that handles it do not.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, endSignal)
+	defer signal.Stop(signals)
 	for _, ending := range []bool{false, true} {
 		cmd := exec.Command("sleep", "600")
 		if err := cmd.Start(); err != nil {
