@@ -205,7 +205,7 @@ func (h *holder) run() (code int, err error) {
 				return exitDone, nil
 			}
 		}
-		if !over {
+		if !over || len(h.dead) == 0 {
 			continue
 		}
 		d := h.dead[0]
