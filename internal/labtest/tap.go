@@ -109,17 +109,23 @@ func (tap *Tap) Send(frame []byte) {
 	}
 }
 
-// Receive returns the next frame that keep wants, nil after the time-out.
+// Receive returns the next frame that keep wants, nil if none came before the time-out. One that came in time is returned
+// however late the caller gets its CPU.
 func (tap *Tap) Receive(timeout time.Duration, keep func([]byte) bool) []byte {
 	tap.t.Helper()
 	buf := make([]byte, 65536)
 	for deadline := time.Now().Add(timeout); ; {
-		left := time.Until(deadline)
-		if left < 0 {
-			return nil
+		wait := 0
+		if left := time.Until(deadline); left > 0 {
+			wait = int(left.Milliseconds()) + 1
 		}
 		fds := []unix.PollFd{{Fd: int32(tap.fd), Events: unix.POLLIN}}
-		if n, err := unix.Poll(fds, int(left.Milliseconds())+1); n <= 0 || err != nil {
+		if n, err := unix.Poll(fds, wait); err != nil {
+			continue // a signal
+		} else if n == 0 {
+			if wait == 0 {
+				return nil
+			}
 			continue
 		}
 		oob := make([]byte, 64)
