@@ -75,8 +75,14 @@ func openGroupOn(t testing.TB, sys *system, h *lab.Host, ifname string, opts Opt
 	return g
 }
 
+// openSender opens a sender that is closed when the test ends. That of a test waits until the kernel has delivered what
+// it has in flight, 200 frames or so: a CPU's backlog queues 1,000 (net.core.netdev_max_backlog), and drops the others
+// if its softirqs wait for the CPU.
 func openSender(t testing.TB, h *lab.Host, ifname string, opts SenderOptions) *Sender {
 	t.Helper()
+	if _, isBenchmark := t.(*testing.B); !isBenchmark {
+		setDefault(&opts.SendBuffer, 64<<10)
+	}
 	var s *Sender
 	labtest.Do(t, h, func() (err error) {
 		s, err = OpenSender(index(t, h, ifname), opts)
@@ -201,6 +207,11 @@ func (c *collector) stop() {
 // udp returns the UDP frames for which keep is true, once there are at least n.
 func (c *collector) udp(n int, keep func(packet.Headers) bool) (frames []captured) {
 	c.t.Helper()
+	defer func() {
+		if c.t.Failed() {
+			c.t.Logf("%d frames of %d; %+v", len(frames), n, groupStats(c.t, c.group))
+		}
+	}()
 	labtest.Eventually(c.t, "the frames have arrived", func() bool {
 		c.mu.Lock()
 		defer c.mu.Unlock()
