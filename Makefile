@@ -43,7 +43,7 @@ soak: go ## run the long forms of tests, and each fuzz target for a minute; SOAK
 .PHONY: test-interop
 test-interop: go ## relay a video stream between ffmpeg and other programs, scrape with Prometheus, look with Chromium
 	@scripts/setup --interop
-	$(GO) test -tags interop -count=1 -parallel 8 -timeout 25m -v ./test/interop
+	$(GO) test -tags interop -count=1 -parallel 12 -timeout 25m -v ./test/interop
 
 .PHONY: test-kernels
 test-kernels: go ## run the program and the tests that fit on Linux 6.1, 6.12 and 7 in virtual machines; no root needed

@@ -155,6 +155,7 @@ func pim6Config(rp string, interfaces ...string) string {
 // TestPIM6: two routers of FRR's pim6d forward an IPv6 stream in XDP from the first join to the last
 // leave, and once PIM has settled no number is lost, duplicated or reordered.
 func TestPIM6(t *testing.T) {
+	t.Parallel() // waits for FRR
 	ctx := labtest.Context(t)
 	release := frr13(t)
 	source, first, second, sink := labtest.Host(t, "src"), labtest.Host(t, "ra"), labtest.Host(t, "rb"), labtest.Host(t, "rcv")

@@ -67,6 +67,7 @@ type sinkCase struct {
 }
 
 func TestVideoStream(t *testing.T) {
+	t.Parallel() // the stream takes its time
 	source := makeSource(t)
 	for _, c := range []struct {
 		name  string
@@ -106,6 +107,7 @@ func TestVideoStream(t *testing.T) {
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			ctx := labtest.Context(t)
 			n := newNet(t)
 			relay := startRelay(ctx, t, n.relay, c.rule)

@@ -154,6 +154,7 @@ func (n *twoWays) run(ctx context.Context, t *testing.T, to netip.AddrPort, merg
 // every number once, and is decoded without an error, frame by frame. Packets lost on one path arrive late; the test
 // puts the packets in order, since ffmpeg's own receiver outputs what it holds before a gap is filled.
 func TestVideoOnTwoLegs(t *testing.T) {
+	t.Parallel() // the stream takes its time
 	source := makeSource(t)
 	ctx := labtest.Context(t)
 	n := newTwoWays(t)

@@ -21,6 +21,7 @@ import (
 // the page in a browser, and top in a terminal. The docs show both screens, and how to get from them to the causes;
 // this test runs the same commands.
 func TestMonday(t *testing.T) {
+	t.Parallel() // waits for rates and commands
 	ctx := labtest.Context(t)
 	n := newNet(t)
 	const streams = 1000
