@@ -36,7 +36,7 @@ test-long: go ## run the tests that need the machine to themselves, and more of 
 	scripts/test --long
 
 .PHONY: soak
-soak: go ## run the long forms of tests, and each fuzz target for a minute; SOAK=10s: the short forms, and 10 s
+soak: go ## run the long forms of tests, and each fuzz target, in about an hour; SOAK=night: longer; SOAK=10s: short forms
 	@scripts/setup --test --interop
 	scripts/soak
 

@@ -3,6 +3,7 @@ package labtest
 import (
 	"os"
 	"testing"
+	"time"
 )
 
 // soak is the environment variable that has tests take their long form: make soak.
@@ -15,6 +16,19 @@ func Soak(short, long int) int {
 		return long
 	}
 	return short
+}
+
+// SoakTime is for how long a storm goes on at least: five minutes under make soak, half an hour under make soak
+// SOAK=night; 0 in its short form. test/soak.txt lists the tests that ask.
+func SoakTime() time.Duration {
+	switch os.Getenv(soak) {
+	case "":
+		return 0
+	case "night":
+		return 30 * time.Minute
+	default:
+		return 5 * time.Minute
+	}
 }
 
 // LongOnly skips a test that has no short form, except under make soak. test/soak.txt lists it.

@@ -124,7 +124,7 @@ func TestListsOfTheTestRun(t *testing.T) {
 	}
 }
 
-// The list of tests with a long form names exactly those that call labtest.Soak.
+// The list of tests with a long form names exactly those that call labtest.Soak, SoakTime or LongOnly.
 func TestListOfLongForms(t *testing.T) {
 	functions := testFunctions(t)
 	want := map[string]bool{} // packages that call it
@@ -134,7 +134,7 @@ func TestListOfLongForms(t *testing.T) {
 		}
 		file := strings.TrimPrefix(filepath.ToSlash(path), root)
 		for _, text := range strings.Split(read(t, file), "\nfunc ") {
-			if name, body, _ := strings.Cut(text, "("); strings.Contains(body, "labtest.Soak(") || strings.Contains(body, "labtest.LongOnly(") {
+			if name, body, _ := strings.Cut(text, "("); slices.ContainsFunc([]string{"Soak(", "SoakTime(", "LongOnly("}, func(f string) bool { return strings.Contains(body, "labtest."+f) }) {
 				want[filepath.ToSlash(filepath.Dir(file))+" "+name] = true
 			}
 		}
@@ -144,7 +144,7 @@ func TestListOfLongForms(t *testing.T) {
 	}
 	for _, e := range readList(t, "test/soak.txt") {
 		if !slices.Contains(functions[e.test], e.pkg) || !want[e.pkg+" "+e.test] {
-			t.Errorf("test/soak.txt: %s of %s is not there, or does not ask labtest.Soak", e.test, e.pkg)
+			t.Errorf("test/soak.txt: %s of %s is not there, or does not ask labtest.Soak, SoakTime or LongOnly", e.test, e.pkg)
 		}
 		delete(want, e.pkg+" "+e.test)
 	}
