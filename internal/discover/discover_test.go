@@ -379,6 +379,9 @@ func FuzzPayload(f *testing.F) {
 	f.Add(ptpAnnounce())
 	f.Add(sap(0, 1, []byte(sdp)))
 	f.Add([]byte(sdp))
+	f.Add([]byte("s=\x9e a space behind what is left out"))
+	f.Add([]byte("s=a" + strings.Repeat("ä", maxText))) // the limit splits a character
+	f.Add([]byte("s=" + strings.Repeat("a", maxText-1) + " the limit is behind a space"))
 	for _, name := range []string{"mpegts-ffmpeg.hex", "rtp-mpegts-ffmpeg.hex", "sap-ffmpeg.hex"} {
 		for _, p := range payloads(f, name) {
 			f.Add(p)

@@ -102,15 +102,16 @@ func (a *announcement) name() string {
 	return ""
 }
 
-// clean makes text from the network safe for a terminal.
+// clean makes text from the network safe for a terminal: at most maxText bytes of whole characters, which
+// neither begin nor end with a space.
 func clean(text string) string {
-	text = strings.Map(func(r rune) rune {
+	text = strings.TrimSpace(strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == '\ufffd' {
 			return -1
 		}
 		return r
-	}, strings.ToValidUTF8(strings.TrimSpace(text), ""))
-	return text[:min(len(text), maxText)]
+	}, strings.ToValidUTF8(text, "")))
+	return strings.TrimSpace(strings.ToValidUTF8(text[:min(len(text), maxText)], "")) // it may have split a character
 }
 
 // sdpLines yields the lines of a session description.
