@@ -22,6 +22,7 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/events"
 	"xdpcast/internal/forward"
+	"xdpcast/internal/hold"
 	"xdpcast/internal/metrics"
 	"xdpcast/internal/notify"
 	"xdpcast/internal/privilege"
@@ -189,6 +190,9 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		service.failed(err)
 		err = errors.Join(err, service.close())
 	}()
+	if restartsOnTerm(os.Args) && !service.manager.TakesOver() {
+		service.tell(hold.RestartsOnTerm)
+	}
 	// Only root may be able to read the keys and open the port.
 	listening, err := listen.open(service.listener(passedHTTP))
 	if err != nil {

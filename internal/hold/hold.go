@@ -32,13 +32,19 @@ type Options struct {
 	// Outer is the manager of this process, which is informed of the process's state; nil: none.
 	Outer *notify.Manager
 	Log   *slog.Logger
-	// Signals are passed on; SIGTERM, as SIGINT, and SIGINT also end Run, with the process.
+	// Signals are passed on, SIGINT as SIGTERM. Both also end Run, with the process; see RestartsOnTerm.
 	Signals <-chan os.Signal
 }
 
-// RestartVariable is set for a process that its holder ends by SIGINT: SIGTERM then is for the process alone, which the
-// holder would start again, so that the process may instead replace itself.
+// RestartVariable is set for a process whose holder knows RestartsOnTerm.
 const RestartVariable = "XDPCAST_HOLD_RESTART"
+
+// RestartsOnTerm is the notification by which a process says that SIGTERM is for it alone: its holder would start it
+// again, so that it replaces itself instead. The holder ends it by SIGINT, and any other process by SIGTERM, as
+// supervisors do.
+const RestartsOnTerm = termVariable + "restart"
+
+const termVariable = "X_XDPCAST_TERM="
 
 // PipeName is the name of the read end of a pipe that is closed when nothing holds the process's
 // descriptors any more.
@@ -68,6 +74,7 @@ type holder struct {
 	main    int // the process; 0: not running
 	started time.Time
 	ready   bool          // it was, at least once
+	byInt   bool          // it has sent RestartsOnTerm
 	ending  bool          // it was told to end
 	dead    []death       // main processes whose last messages are being read
 	pause   time.Duration // before the next start
@@ -164,7 +171,7 @@ func (h *holder) start() error {
 	if err != nil {
 		return err
 	}
-	h.main, h.started = process.Pid, time.Now()
+	h.main, h.started, h.byInt = process.Pid, time.Now(), false
 	h.Log.Info("started", "pid", h.main, "descriptors", len(h.store.Files()))
 	select {
 	case h.children <- struct{}{}:
@@ -255,7 +262,7 @@ func (h *holder) pass(s os.Signal) (ends bool) {
 	}
 	if number == unix.SIGTERM || number == unix.SIGINT {
 		h.ending = true
-		number = endSignal
+		number = h.endSignal()
 		if h.main == 0 {
 			return true
 		}
@@ -266,8 +273,13 @@ func (h *holder) pass(s os.Signal) (ends bool) {
 	return false
 }
 
-// endSignal ends the process: see RestartVariable.
-const endSignal = unix.SIGINT
+// endSignal ends the process.
+func (h *holder) endSignal() unix.Signal {
+	if h.byInt {
+		return unix.SIGINT
+	}
+	return unix.SIGTERM
+}
 
 // kill sends the process a signal.
 func (h *holder) kill(number unix.Signal) {
@@ -288,6 +300,12 @@ func (h *holder) told(m *notify.Message) {
 	}
 	if m.Is(notify.Ready) {
 		h.ready = true
+	}
+	if m.PID == h.main && !h.byInt && m.Is(RestartsOnTerm) {
+		h.byInt = true
+		if h.ending { // it may take the signal for one to restart
+			h.kill(h.endSignal())
+		}
 	}
 	var outer []string
 	for _, line := range m.Lines {
@@ -318,8 +336,8 @@ func (h *holder) follow(text string) {
 	}
 	h.Log.Info("replaced", "pid", h.main, "by", pid)
 	h.main, h.started = pid, time.Now()
-	if h.ending { // the signal was for the process before
-		h.kill(endSignal)
+	if h.ending { // the signal was for the process before, which may have taken it for one to restart
+		h.kill(unix.SIGINT)
 	}
 }
 

@@ -74,9 +74,9 @@ func validName(name string) bool {
 	return strings.IndexFunc(name, func(c rune) bool { return c <= ' ' || c >= 127 || c == ':' }) < 0
 }
 
-// forStore says whether a line of a message is about the store, and so only for its owner.
+// forStore says whether a line of a message is about the store, or how the process is ended, and so only for its owner.
 func forStore(line string) bool {
-	for _, prefix := range []string{"FDSTORE", "FDNAME=", "FDPOLL=", "BARRIER=", "MAINPID=", "MAINPIDFDID="} {
+	for _, prefix := range []string{"FDSTORE", "FDNAME=", "FDPOLL=", "BARRIER=", "MAINPID=", "MAINPIDFDID=", termVariable} {
 		if strings.HasPrefix(line, prefix) {
 			return true
 		}
