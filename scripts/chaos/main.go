@@ -15,10 +15,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -30,6 +32,7 @@ import (
 // options are the flags.
 type options struct {
 	program, other, path string
+	name, priority       string
 	rate                 float64
 	rounds, flows, cpu   int
 	behind, pause        time.Duration
@@ -42,6 +45,8 @@ func main() {
 	var o options
 	flag.StringVar(&o.program, "xdpcast", "bin/xdpcast", "`FILE` of the program")
 	flag.StringVar(&o.other, "other", "", "`FILE` of another build of the same schema: upgrades alternate between the two (default: the same again)")
+	flag.StringVar(&o.name, "name", "chaos", "`PREFIX` of the names of network namespaces, and of the directory in /tmp")
+	flag.StringVar(&o.priority, "worker-priority", "none", "`PRIORITY` of the workers, as of xdpcast run")
 	flag.StringVar(&o.path, "path", "kernel", "`PATH` of the rule: kernel, afxdp or fanout")
 	flag.Float64Var(&o.rate, "rate", 500_000, "packets a second; 0: half the highest rate at which the path loses nothing for half a second, measured first")
 	flag.IntVar(&o.flows, "flows", 1, "`NUMBER` of flows, each with its own source port, that share the rate")
@@ -62,7 +67,8 @@ func main() {
 		fmt.Fprintf(os.Stderr, "chaos: -rate %v, -rounds %d, -flows %d, -behind %v, -pause %v: want positive numbers\n", o.rate, o.rounds, o.flows, o.behind, o.pause)
 		os.Exit(2)
 	}
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt)
+	// Whatever of these ends it, it removes what it made: a second one changes nothing.
+	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	defer cancel()
 	if err := run(ctx, o); err != nil {
 		fmt.Fprintf(os.Stderr, "chaos: %v\n", err)
@@ -99,8 +105,11 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer func() {
-		if closed := s.close(); err == nil {
-			err = closed
+		if cause := recover(); cause != nil {
+			err = fmt.Errorf("panic: %v\n%s", cause, debug.Stack())
+		}
+		if closed := s.close(); err == nil || errors.Is(err, context.Canceled) {
+			err = errors.Join(err, closed)
 		}
 	}()
 	if o.rate == 0 {
@@ -109,13 +118,14 @@ func run(ctx context.Context, o options) (err error) {
 		}
 		s.opts.rate = o.rate
 	}
-	fmt.Printf("path %s, %.0f packets a second, rounds of each: %d\n\n", o.path, o.rate, o.rounds)
 	if o.markdown {
-		fmt.Print("| disturbance | rounds | sent | a second | lost | doubled | reordered | longest gap | leaves | descriptors | resident, MB |\n|---|---|---|---|---|---|---|---|---|---|---|\n")
+		fmt.Print(markdownHead(o))
 	} else {
+		fmt.Printf("path %s, %.0f packets a second, rounds of each: %d\n\n", o.path, o.rate, o.rounds)
 		fmt.Printf(row, "DISTURBANCE", "SENT", "PACKETS/S", "NOT TAKEN", "SINK FULL", "LOST", "DOUBLED", "REORDERED", "LONGEST GAP", "LEAVES", "DESCRIPTORS", "MAPS", "PROGRAMS", "LINKS", "MEMORY")
 	}
 	var faults []string
+	var results []result
 	for _, d := range chosen {
 		if d.clock && !o.clock {
 			fmt.Printf("%-19s left out: it needs -clock\n", d.name)
@@ -130,7 +140,10 @@ func run(ctx context.Context, o options) (err error) {
 		} else {
 			fmt.Print(r)
 		}
-		faults = append(faults, r.faults(o, d)...)
+		faults, results = append(faults, r.faults(o, d)...), append(results, r)
+	}
+	if o.markdown {
+		fmt.Print(markdownFoot(results))
 	}
 	if o.log {
 		rule, err := s.client.Rule(ctx, "stream")
@@ -178,24 +191,50 @@ func (r result) String() string {
 		change(b.descriptors, a.descriptors), change(b.maps, a.maps), change(b.programs, a.programs), change(b.links, a.links), fmt.Sprintf("%.1f -> %.1f MB", float64(b.resident)/1e6, float64(a.resident)/1e6))
 }
 
-// markdown is the row of the table in docs/benchmarks.md. What the links had no room for is added below it, in the
-// words of the page.
-func (r result) markdown(rounds int) string {
-	name := r.name
-	for _, d := range disturbances {
-		if d.name == r.name && d.what != "" {
-			name = d.what
-		}
-	}
+// markdownHead begins the table of a path in docs/benchmarks.md.
+func markdownHead(o options) string {
+	return fmt.Sprintf(`%s path, %s packets a second:
+
+| disturbance | rounds | sent | a second | lost | doubled | reordered | longest gap | leaves | descriptors | resident, MB |
+|---|---|---|---|---|---|---|---|---|---|---|
+`, o.path, thousands(uint64(o.rate)))
+}
+
+// markdown is a row of that table.
+func (r *result) markdown(rounds int) string {
 	b, a := r.before, r.after
-	text := fmt.Sprintf("| %s | %d | %s | %s | %s | %s | %s | %s | %d | %d -> %d | %.1f -> %.1f |\n", name, rounds, thousands(r.sent), thousands(uint64(r.rate)),
+	return fmt.Sprintf("| %s | %d | %s | %s | %s | %s | %s | %s | %d | %d -> %d | %.1f -> %.1f |\n", r.what(), rounds, thousands(r.sent), thousands(uint64(r.rate)),
 		thousands(r.lost()), thousands(r.seen.Doubled), thousands(r.seen.Reordered), short(r.seen.Longest), r.leaves,
 		b.descriptors, a.descriptors, float64(b.resident)/1e6, float64(a.resident)/1e6)
-	if r.notTaken+r.sinkFull > 0 {
-		text += fmt.Sprintf("(%s: NOT TAKEN %s, SINK FULL %s)\n", name, thousands(r.notTaken), thousands(r.sinkFull))
+}
+
+// what names the disturbance on the page.
+func (r *result) what() string {
+	for _, d := range disturbances {
+		if d.name == r.name && d.what != "" {
+			return d.what
+		}
 	}
-	if b.maps != a.maps || b.programs != a.programs || b.links != a.links {
-		text += fmt.Sprintf("(%s: maps %d -> %d, programs %d -> %d, links %d -> %d)\n", name, b.maps, a.maps, b.programs, a.programs, b.links, a.links)
+	return r.name
+}
+
+// markdownFoot are the sentences below that table: what has no column in it.
+func markdownFoot(results []result) (text string) {
+	text = "\n"
+	held := func(h holding) string {
+		return fmt.Sprintf("%d maps, %d programs and %d links", h.maps, h.programs, h.links)
+	}
+	for i := range results {
+		r := &results[i]
+		if r.notTaken+r.sinkFull > 0 {
+			text += fmt.Sprintf("%s: the ring to the relay had no room for %s of them, that to the sink for %s.\n", r.what(), thousands(r.notTaken), thousands(r.sinkFull))
+		}
+		if before, after := held(r.before), held(r.after); before != after || i > 0 && before != held(results[0].before) {
+			text += fmt.Sprintf("%s: %s before, %s after.\n", r.what(), before, after)
+		}
+	}
+	if len(results) > 0 {
+		text += fmt.Sprintf("The daemon held %s, before and after, where nothing else is said.\n", held(results[0].before))
 	}
 	return text
 }

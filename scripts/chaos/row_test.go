@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -17,11 +18,18 @@ func TestMarkdown(t *testing.T) {
 	if got := r.markdown(20); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
+	quiet := r
 	r.notTaken, r.sinkFull, r.after.maps = 500, 60, 1
-	want = "| upgrade without a daemon | 20 | 1,234,567 | 20,000 | 7 | 0 | 6 | 1.5 s | 40 | 90 -> 83 | 44.0 -> 45.7 |\n" +
-		"(upgrade without a daemon: NOT TAKEN 500, SINK FULL 60)\n(upgrade without a daemon: maps 0 -> 1, programs 0 -> 0, links 0 -> 0)\n"
-	if got := r.markdown(20); got != want {
+	want = "\nupgrade without a daemon: the ring to the relay had no room for 500 of them, that to the sink for 60.\n" +
+		"upgrade without a daemon: 0 maps, 0 programs and 0 links before, 1 maps, 0 programs and 0 links after.\n" +
+		"The daemon held 0 maps, 0 programs and 0 links, before and after, where nothing else is said.\n"
+	if got := markdownFoot([]result{quiet, r}); got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+	head := markdownHead(options{path: "fanout", rate: 350_572.9})
+	title, table, _ := strings.Cut(head, "\n\n")
+	if columns := strings.Count(table, "|"); title != "fanout path, 350,572 packets a second:" || columns != 2*strings.Count(r.markdown(20), "|") {
+		t.Errorf("the head is %q", head)
 	}
 	for d, want := range map[time.Duration]string{0: "0.0 ms", 9_960 * time.Microsecond: "10.0 ms", 61 * time.Millisecond: "61 ms", 12 * time.Second: "12 s"} {
 		if got := short(d); got != want {

@@ -63,7 +63,7 @@ func newStage(o options) (_ *stage, err error) {
 		}
 	}()
 	for name, host := range map[string]**lab.Host{"source": &s.source, "relay": &s.relay, "sink": &s.sink} {
-		if *host, err = lab.NewHost(lab.UniqueName("chaos-" + name)); err != nil {
+		if *host, err = lab.NewHost(lab.UniqueName(o.name + "-" + name)); err != nil {
 			return nil, err
 		}
 	}
@@ -76,7 +76,7 @@ func newStage(o options) (_ *stage, err error) {
 			return nil, err
 		}
 	}
-	if s.dir, err = os.MkdirTemp("/tmp", "xdpcast-chaos"); err != nil {
+	if s.dir, err = os.MkdirTemp("/tmp", o.name+"-"); err != nil {
 		return nil, err
 	}
 	s.runDir, s.pinDir = filepath.Join(s.dir, "run"), filepath.Join(s.dir, "bpf", "xdpcast")
@@ -141,7 +141,7 @@ func (s *stage) writeRules(others int) error {
 
 // start starts a holder with a daemon, and waits until the stream's rule is active.
 func (s *stage) start() error {
-	s.holder = exec.Command(s.binary(), "hold", "--", s.binary(), "run", "-c", filepath.Join(s.dir, "rules.yaml"))
+	s.holder = exec.Command(s.binary(), "hold", "--", s.binary(), "run", "--worker-priority", s.opts.priority, "-c", filepath.Join(s.dir, "rules.yaml"))
 	s.holder.Env, s.holder.Stdout, s.holder.Stderr = s.env(), &s.log, &s.log
 	if err := s.relay.Start(s.holder); err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime/debug"
 	"time"
 
 	"xdpcast/internal/live"
@@ -87,7 +88,16 @@ func (s *stage) startStream(rate float64) (_ *stream, err error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	st.stop = stop
-	go func() { st.sent <- s.send(ctx, s.trials, rate) }()
+	go func() {
+		done := sending{err: errors.New("the source has ended")}
+		defer func() {
+			if cause := recover(); cause != nil { // or what was made would stay
+				done.err = fmt.Errorf("panic of the source: %v\n%s", cause, debug.Stack())
+			}
+			st.sent <- done
+		}()
+		done = s.send(ctx, s.trials, rate)
+	}()
 	return st, nil
 }
 
