@@ -686,6 +686,17 @@ func (r *RuleCounters) Bind(rule, firstOutput uint32) {
 	}
 }
 
+// IDs returns the ids given to Bind; ok is false without.
+func (r *RuleCounters) IDs() (rule, firstOutput uint32, ok bool) {
+	a := r.Rule.account
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !r.Rule.bound || len(r.Outputs) == 0 || !r.Outputs[0].bound {
+		return 0, 0, false
+	}
+	return r.Rule.id, r.Outputs[0].id, true
+}
+
 // Loosen removes the ids again.
 func (r *RuleCounters) Loosen() {
 	r.Rule.Loosen()

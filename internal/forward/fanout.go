@@ -89,6 +89,7 @@ type Fanout struct {
 	unregister func()
 
 	mu        sync.Mutex
+	rules     keptRules
 	closed    bool
 	suspended bool // another process may use the groups
 	gated     bool // packets come once the gate of the previous process is turned to this path
@@ -178,6 +179,9 @@ func openFanout(opts FanoutOptions, system fanoutSystem) (*Fanout, error) {
 func (f *Fanout) Sync(rules []flow.Flow, own []netip.Addr) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if err := f.changeRules(rules, own); err != nil {
+		return err
+	}
 	return f.sync(rules, own)
 }
 
@@ -480,7 +484,7 @@ func (f *Fanout) Close() error {
 		errs = append(errs, g.remove(f.set))
 	}
 	clear(f.groups)
-	errs = append(errs, f.opts.Inherited.Close())
+	errs = append(errs, f.opts.Inherited.Close(), f.rules.close())
 	if f.opts.Gate != nil {
 		errs = append(errs, f.opts.Gate.Close())
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,6 +28,7 @@ type Keeper interface {
 // wait in their rings meanwhile. The zero value has none.
 type FanoutHandover struct {
 	groups map[groupKey]map[int]int // descriptors by number
+	rules  *os.File                 // see keptRules; nil: none
 }
 
 // groupName begins the names of a group's descriptors. They are short, since all that a process
@@ -57,12 +59,16 @@ func parseFileName(name string) (key groupKey, n int, ok bool) {
 // IsRing says whether a descriptor's name is one that a Fanout has given.
 func IsRing(name string) bool {
 	_, _, ok := parseFileName(name)
-	return ok
+	return ok || name == rulesName
 }
 
 // Add adds a descriptor by the name that it was passed or kept under, and takes ownership. It returns
 // false, and does nothing, if the name is not one that a Fanout has given, or is taken.
 func (h *FanoutHandover) Add(name string, fd int) bool {
+	if name == rulesName && h.rules == nil {
+		h.rules = os.NewFile(uintptr(fd), name)
+		return true
+	}
 	key, n, ok := parseFileName(name)
 	if !ok {
 		return false
@@ -90,6 +96,9 @@ func (h *FanoutHandover) Each(do func(name string, fd int)) {
 			do(key.fileName(n), h.groups[key][n])
 		}
 	}
+	if h.rules != nil {
+		do(rulesName, int(h.rules.Fd()))
+	}
 }
 
 // Close closes the descriptors.
@@ -98,8 +107,15 @@ func (h *FanoutHandover) Close() error {
 		return nil
 	}
 	var errs []error
-	h.Each(func(_ string, fd int) { errs = append(errs, unix.Close(fd)) })
-	h.groups = nil
+	for _, files := range h.groups {
+		for _, fd := range files {
+			errs = append(errs, unix.Close(fd))
+		}
+	}
+	if h.rules != nil {
+		errs = append(errs, h.rules.Close())
+	}
+	h.groups, h.rules = nil, nil
 	return errors.Join(errs...)
 }
 
@@ -144,14 +160,24 @@ func (f *Fanout) HandOver() (_ *FanoutHandover, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	h := &FanoutHandover{}
+	add := func(name string, fd int) {
+		if err != nil {
+			return
+		}
+		if fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
+			h.Add(name, fd)
+		}
+	}
 	for key, g := range f.groups {
 		for n, fd := range g.group.Files() {
-			fd, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
-			if err != nil {
-				return nil, errors.Join(fmt.Errorf("hand the fanout path over: %w", err), h.Close())
-			}
-			h.Add(key.fileName(n), fd)
+			add(key.fileName(n), fd)
 		}
+	}
+	if f.rules.file != nil {
+		add(rulesName, int(f.rules.file.Fd()))
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("hand the fanout path over: %w", err), h.Close())
 	}
 	return h, nil
 }
@@ -166,7 +192,7 @@ func (f *Fanout) Suspend() error {
 		return nil
 	}
 	f.suspended = true
-	var errs []error
+	errs := []error{f.rules.invalidate()}
 	for _, g := range f.groups {
 		errs = append(errs, g.stop())
 	}
@@ -283,6 +309,9 @@ func (f *Fanout) settleInherited(fresh []*fanoutGroup) {
 			}
 			delete(h.groups, g.groupKey)
 		}
+	}
+	if h != nil && !live && f.rules.file == nil {
+		f.rules.file, h.rules = h.rules, nil
 	}
 	if err := h.Discard(f.opts.Keeper); err != nil {
 		f.log.Warn("close the rings of the previous daemon", "error", err)

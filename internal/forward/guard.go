@@ -57,7 +57,12 @@ func (s *Set) Loops() []loader.LoopingRule {
 }
 
 // SetOwnMACs is Set.SetOwnMACs.
-func (f *Fanout) SetOwnMACs(macs [][6]byte) { f.set.SetOwnMACs(macs) }
+func (f *Fanout) SetOwnMACs(macs [][6]byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.changeMACs(macs)
+	f.set.SetOwnMACs(macs)
+}
 
 // Loops is Set.Loops.
 func (f *Fanout) Loops() []loader.LoopingRule { return f.set.Loops() }

@@ -196,6 +196,11 @@ type given struct {
 	firstOutputs map[string]uint32
 }
 
+// has says whether these are the rules and addresses.
+func (g *given) has(rules []flow.Flow, own []netip.Addr) bool {
+	return slices.Equal(own, g.own) && slices.EqualFunc(rules, g.rules, equal)
+}
+
 // cloneRules copies the rules, since the caller may change its own later.
 func cloneRules(rules []flow.Flow) []flow.Flow {
 	rules = slices.Clone(rules)
@@ -207,8 +212,7 @@ func cloneRules(rules []flow.Flow) []flow.Flow {
 
 // holds says whether the table and all engines are up to date.
 func (s *Set) holds(rules []flow.Flow, own []netip.Addr, firstOutputs map[string]uint32) bool {
-	if !slices.Equal(own, s.given.own) || !maps.Equal(firstOutputs, s.given.firstOutputs) ||
-		!slices.EqualFunc(rules, s.given.rules, equal) {
+	if !maps.Equal(firstOutputs, s.given.firstOutputs) || !s.given.has(rules, own) {
 		return false
 	}
 	for _, e := range s.engines {

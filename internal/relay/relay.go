@@ -99,6 +99,7 @@ type Relay struct {
 	log  *slog.Logger
 
 	watcher *network.Watcher
+	early   *early         // nil: not, or the control loop has it
 	taps    forward.Taps   // of the user-space paths
 	boost   *forward.Boost // of their workers; nil: none
 
@@ -189,6 +190,12 @@ func New(opts Options) (_ *Relay, err error) {
 			r.log.Warn("workers have no real-time priority", "cause", err)
 		}
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.closeEarly())
+		}
+	}()
+	r.resumeEarly()
 	r.openHistory()
 	// The rules first: a broken file must not change the kernel.
 	if err := r.readInitialRules(); err != nil {
@@ -219,7 +226,9 @@ func (r *Relay) openKernel(groups membership.Options, inherited loader.Locks) (e
 	opts.Loader.Inherited = inherited
 	opts.Loader.Replace = true // the rules are here
 	opts.Loader.Later = true
-	if r.loader, err = loader.Open(opts.Loader); err != nil {
+	r.loader, err = loader.Open(opts.Loader)
+	opts.Loader.Early = nil
+	if err != nil {
 		return err
 	}
 	r.planner = plan.New(r.planOptions())
@@ -309,6 +318,8 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	defer loops.Stop()
 	defer echoes.Stop()
 	defer mirror.Stop()
+	keep := time.NewTimer(idle)
+	defer keep.Stop()
 	var beats <-chan time.Time
 	if r.opts.Beat != nil && r.opts.BeatEvery > 0 {
 		beat := time.NewTicker(r.opts.BeatEvery)
@@ -318,6 +329,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	}
 	for {
 		r.undoIfDue()
+		keep.Reset(r.keepRules())
 		timer := time.NewTimer(r.wake())
 		select {
 		case <-ctx.Done():
@@ -353,6 +365,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 			r.observeIfDue()
 			r.stale = true // due retries are part of the answers
 			_ = r.reconcile(nil)
+		case <-keep.C: // above
 		}
 		timer.Stop()
 	}

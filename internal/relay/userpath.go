@@ -27,10 +27,18 @@ type openPath struct {
 	rules []flow.Flow // current rules of the path
 }
 
+// fanoutOptions are those of the path fanout that do not depend on the process before.
+func (r *Relay) fanoutOptions(accounts forward.Accounts) forward.FanoutOptions {
+	return forward.FanoutOptions{
+		Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Boost: r.boost, Accounts: accounts, Taps: &r.taps, Keeper: r.opts.Keeper,
+	}
+}
+
 func (r *Relay) newUserPaths() userPaths {
+	path, rules := r.takeEarly()
 	return userPaths{
-		flow.PathFanout: {open: func() (userPath, error) {
-			opts := forward.FanoutOptions{Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Boost: r.boost, Accounts: r.loader, Taps: &r.taps, Keeper: r.opts.Keeper}
+		flow.PathFanout: {path: path, rules: rules, open: func() (userPath, error) {
+			opts := r.fanoutOptions(r.loader)
 			opts.Inherited, r.opts.Kept = r.opts.Kept, nil
 			if before := r.opts.Predecessor; before != nil {
 				opts.Gate, before.Gate = before.Gate, nil

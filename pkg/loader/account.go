@@ -30,25 +30,35 @@ func accountCells(maxRules, maxOutputs uint32) uint32 {
 	return (n + accountPage - 1) / accountPage * accountPage
 }
 
-// openAccount maps the map user_stats into memory.
-func (l *Loader) openAccount() error {
-	m := l.maps.UserStats
-	page := os.Getpagesize()
-	size := int(m.MaxEntries()) * account.CellSize
-	mapped := (size + page - 1) / page * page
-	memory, err := unix.Mmap(m.FD(), 0, mapped, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return fmt.Errorf("map user_stats into memory: %w", err)
+// openAccount maps the map user_stats into memory, unless that was done before this Loader was opened.
+func (l *Loader) openAccount() (err error) {
+	if e := l.opts.Early; e != nil {
+		if l.account, err = e.take(l.maps.UserStats); l.account != nil || err != nil {
+			return err
+		}
 	}
 	open := account.New
 	if l.shared {
 		open = account.Join
 	}
-	l.account, err = open(memory[:size], func() error { return unix.Munmap(memory) })
+	l.account, err = mapAccount(l.maps.UserStats, open)
+	return err
+}
+
+// mapAccount maps the map user_stats into memory, and opens the account in it.
+func mapAccount(m *ebpf.Map, open func(memory []byte, unmap func() error) (*account.Account, error)) (*account.Account, error) {
+	page := os.Getpagesize()
+	size := int(m.MaxEntries()) * account.CellSize
+	mapped := (size + page - 1) / page * page
+	memory, err := unix.Mmap(m.FD(), 0, mapped, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return errors.Join(fmt.Errorf("map user_stats: %w", err), unix.Munmap(memory))
+		return nil, fmt.Errorf("map user_stats into memory: %w", err)
 	}
-	return nil
+	a, err := open(memory[:size], func() error { return unix.Munmap(memory) })
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("map user_stats: %w", err), unix.Munmap(memory))
+	}
+	return a, nil
 }
 
 // readAccount copies the map user_stats.

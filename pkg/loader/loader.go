@@ -54,6 +54,8 @@ type Options struct {
 	Later bool
 	// Inherited are the locks of a paused Loader that this one replaces. Open owns them.
 	Inherited Locks
+	// Early was opened with these options before; nil: nothing was. Open takes its locks and its account over.
+	Early *Early
 	// Logger receives log messages. Nil: discarded.
 	Logger *slog.Logger
 
@@ -188,6 +190,9 @@ func Open(opts Options) (_ *Loader, err error) {
 	}
 	defer opts.definitions.forget()
 	l := &Loader{opts: opts, log: opts.Logger, shared: opts.Inherited.Pins != nil}
+	if opts.Early != nil {
+		l.opts.Inherited, l.shared = opts.Early.giveLocks(), false
+	}
 	l.reset()
 	if l.specs, err = opts.definitions.mapSpecs(opts.MaxRules, opts.MaxOutputs); err != nil {
 		return nil, err
@@ -203,7 +208,7 @@ func Open(opts Options) (_ *Loader, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if l.lock.run, err = takeRunLock(opts); err != nil {
+	if l.lock.run, err = takeRunLock(l.opts); err != nil {
 		return nil, err
 	}
 	mounted, err := mountBPFFS(opts.PinDir)
@@ -212,6 +217,9 @@ func Open(opts Options) (_ *Loader, err error) {
 	}
 	if err := l.open(); err != nil {
 		return nil, errors.Join(err, l.Close(), mounted.undo()) // open files keep the mount busy
+	}
+	if opts.Early != nil {
+		opts.Early.follow(l)
 	}
 	l.warn(warning)
 	l.warn(privateMount(opts.PinDir))

@@ -1,11 +1,15 @@
 package e2e_test
 
 import (
+	"fmt"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"xdpcast/internal/control"
 	"xdpcast/internal/traffic"
 )
 
@@ -126,4 +130,96 @@ func TestRingsAreKept(t *testing.T) {
 	if runs(pid) {
 		t.Errorf("the daemon %d outlives its holder", pid)
 	}
+}
+
+// The successor of a killed daemon relays on the fanout path with the rules that were in force before it knows the rules
+// of its file: it reads them from a pipe, into which nothing is written until packets have come through. Each packet
+// comes once and in order, and is counted; then the rules are those of the file.
+func TestSuccessorRelaysFirst(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	const text = "rules:\n  - {name: r, in: '239.1.1.1:5000%%in0', out: ['239.2.1.1:6000%%out0'], path: %s}\n"
+	file := in.write("rules.yaml", fmt.Sprintf(text, "fanout"))
+	d := in.startCommand("hold", "--run-dir", in.runDir, "--", program, "run", "-c", file)
+	in.running = d
+	pid := in.ready(0)
+	waitGroups(t, n.relay, 1)
+	s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+	const slow = 200
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: slow}})
+	paths := []string{"fanout", "fanout", "kernel"}
+	for i, path := range paths {
+		eventually(t, "the holder has the rules", func() string {
+			if !holdsRules(t, d.cmd.Process.Pid) {
+				return "it has not"
+			}
+			return ""
+		})
+		stream.flows(20)
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mkfifo(file, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		d.waitLog("the path fanout goes on with the rules of the previous daemon", i+1)
+		s.wait(s.received() + slow/2)
+		pipe, err := os.OpenFile(file, os.O_WRONLY, 0) // the daemon is about to read
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		in.write("rules.yaml", fmt.Sprintf(text, path))
+		if _, err := fmt.Fprintf(pipe, text, path); err != nil {
+			t.Fatal(err)
+		}
+		if err := pipe.Close(); err != nil {
+			t.Fatal(err)
+		}
+		pid = in.ready(pid)
+		if rule := in.waitState("r", control.StateActive); rule.UsedPath != path {
+			t.Errorf("the path is %s, want %s", rule.UsedPath, path)
+		}
+		if log := d.log.String(); strings.Contains(log, "not inherited") || strings.Contains(log, "until the daemon has started") {
+			t.Fatalf("the path did not go on:\n%s", log)
+		}
+	}
+	stream.flows(20)
+	total := stream.stop()
+	hand := uint64(len(paths) * 64) // what each killed daemon had in hand
+	s.wait(total - hand)
+	got := s.receiver.Report().Total
+	if got.Duplicated+got.Reordered+got.Foreign > 0 {
+		t.Errorf("received %+v, want each packet once and in order", got)
+	}
+	eventually(t, "all packets are counted", func() string {
+		if rule := in.rule("r"); rule.Matched.Packets < got.Received || rule.Matched.Packets > total {
+			return fmt.Sprintf("%d have matched, and %d have arrived of %d", rule.Matched.Packets, got.Received, total)
+		}
+		return ""
+	})
+}
+
+// holdsRules says whether a process has a descriptor of valid rules that a daemon keeps.
+func holdsRules(t *testing.T, pid int) bool {
+	dir := fmt.Sprintf("/proc/%d/fd/", pid)
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(files, func(f os.DirEntry) bool {
+		to, _ := os.Readlink(dir + f.Name()) // it may be closed by now
+		if !strings.Contains(to, "memfd:xdpcast-rules") {
+			return false
+		}
+		const valid = 8 // offset of a byte
+		text, err := os.ReadFile(dir + f.Name())
+		return err == nil && len(text) > valid && text[valid] == 1
+	})
 }
