@@ -209,6 +209,30 @@ func (w *Watcher) signal() {
 // Snapshot.
 func (w *Watcher) Changed() <-chan struct{} { return w.changed }
 
+// Remind sends to Changed if there is something to read, which may have been drained by Concerns.
+func (w *Watcher) Remind() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.announce()
+}
+
+// Concerns says whether a Snapshot is due for more than links that used denies.
+func (w *Watcher) Concerns(used func(index int) bool) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.drain()
+	n := &w.pending
+	if n.all || n.tables || len(n.neighbours) > 0 || n.routesChanged() && time.Until(w.routesAt) <= 0 {
+		return true
+	}
+	for index := range n.links {
+		if used(index) {
+			return true
+		}
+	}
+	return false
+}
+
 // Resync makes the next Snapshot read everything again.
 func (w *Watcher) Resync() {
 	w.mu.Lock()
@@ -277,14 +301,19 @@ func (w *Watcher) listenToWays(on bool) {
 func (w *Watcher) take() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, l := range w.listeners {
-		_ = l.raw.Control(func(fd uintptr) { l.drain(int(fd)) })
-	}
+	w.drain()
 	if w.pending.reborn {
 		w.log.Warn("notifications of interface changes were lost: all interfaces are read again")
 	}
 	w.unread.add(w.pending)
 	w.pending = news{}
+}
+
+// drain reads what the kernel has announced; mu is held.
+func (w *Watcher) drain() {
+	for _, l := range w.listeners {
+		_ = l.raw.Control(func(fd uintptr) { l.drain(int(fd)) })
+	}
 }
 
 // Snapshot returns the host's current network. It is the same snapshot as the last if nothing

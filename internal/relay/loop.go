@@ -98,7 +98,11 @@ func (r *Relay) reconcile(strict []string) error {
 
 // prepare plans until the plan and its answers agree.
 func (r *Relay) prepare() error {
-	for range maxRounds {
+	for round := range maxRounds {
+		if round > 0 && !r.stale && !r.watcher.Concerns(r.uses) {
+			r.watcher.Remind()
+			return nil // other interfaces may come for ever
+		}
 		now, err := r.watcher.Snapshot()
 		if err != nil {
 			r.warn(aboutNetwork, err)
@@ -319,7 +323,7 @@ func (r *Relay) letGo() {
 
 // wake is the time until something is due without an event.
 func (r *Relay) wake() time.Duration {
-	wake := min(r.watcher.Due(), time.Until(r.observeAt()), r.memberships.wake(), r.tables.wake(), r.attachments.wake(), r.pendingWake())
+	wake := min(r.watcher.Due(), time.Until(r.observeAt()), r.pace.wake(), r.memberships.wake(), r.tables.wake(), r.attachments.wake(), r.pendingWake())
 	failing := r.stale || r.tables.paths.pending() || len(r.neighbours.refused) > 0
 	for _, about := range []string{aboutNetwork, aboutKernel, aboutOwn} {
 		failing = failing || r.warnings[about] != ""

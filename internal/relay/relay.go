@@ -127,11 +127,12 @@ type Relay struct {
 	states    states
 	changelog *changeLog
 
-	handedOver bool      // to another process: Run ends and leaves everything as it is
-	ending     bool      // programs stay attached
-	restored   bool      // the memberships of an earlier process are taken over
-	reconciled time.Time // the last time
-	observed   time.Time // likewise, of everything
+	handedOver bool        // to another process: Run ends and leaves everything as it is
+	ending     bool        // programs stay attached
+	restored   bool        // the memberships of an earlier process are taken over
+	reconciled time.Time   // the last time
+	pace       networkPace // of changes of the network
+	observed   time.Time   // likewise, of everything
 	observing  time.Duration
 	macs       [][6]byte // of this host's interfaces, sorted
 	macsKnown  bool      // the kernel has them
@@ -348,8 +349,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 				return nil
 			}
 		case <-r.watcher.Changed():
-			r.tables.refresh = true
-			_ = r.reconcile(nil)
+			r.networkChanged()
 		case look := <-r.memberships.looks:
 			r.warnUnless(aboutGroups, r.memberships.looked(look))
 			r.tellObserved()
@@ -364,6 +364,10 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 		case <-timer.C:
 			r.observeIfDue()
 			r.stale = true // due retries are part of the answers
+			if r.pace.waiting && r.pace.wake() <= 0 {
+				r.followNetwork()
+				break
+			}
 			_ = r.reconcile(nil)
 		case <-keep.C: // above
 		}

@@ -1,0 +1,66 @@
+package relay
+
+import (
+	"time"
+
+	"xdpcast/internal/plan"
+)
+
+// Changes of interfaces that no flow uses are followed in at most a fifth of the time, and after half a second at the latest: a
+// thousand interfaces that come one after another, as where containers are started, would take a CPU from the workers.
+const (
+	paceShare = 4
+	paceMost  = 500 * time.Millisecond
+)
+
+// networkPace spaces reconciles.
+type networkPace struct {
+	free    time.Time // when changes of other interfaces may be followed again
+	waiting bool      // there are some
+
+	used map[int]bool // indexes of the interfaces of flows
+	of   *plan.Plan   // from which used was made
+}
+
+// networkChanged follows changes of the network: at once, those of interfaces that no flow uses perhaps later.
+func (r *Relay) networkChanged() {
+	if time.Until(r.pace.free) > 0 && !r.watcher.Concerns(r.uses) {
+		r.pace.waiting = true
+		return
+	}
+	r.followNetwork()
+}
+
+// followNetwork reconciles with the network as it is now.
+func (r *Relay) followNetwork() {
+	started := time.Now()
+	r.tables.refresh = true
+	_ = r.reconcile(nil)
+	now := time.Now()
+	r.pace.waiting, r.pace.free = false, now.Add(min(paceShare*now.Sub(started), paceMost))
+}
+
+// wake is the time until changes that wait may be followed.
+func (p *networkPace) wake() time.Duration {
+	if !p.waiting {
+		return idle
+	}
+	return time.Until(p.free)
+}
+
+// uses says whether a flow uses an interface.
+func (r *Relay) uses(index int) bool {
+	p := &r.pace
+	if p.used == nil || p.of != r.plan {
+		p.used, p.of = map[int]bool{}, r.plan
+		for _, rule := range r.plan.Rules {
+			for _, f := range rule.Flows {
+				p.used[f.Flow.In.Index] = true
+				for i := range f.Flow.Out {
+					p.used[f.Flow.Out[i].Index] = true
+				}
+			}
+		}
+	}
+	return p.used[index]
+}
