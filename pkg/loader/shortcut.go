@@ -226,8 +226,17 @@ func (l *Loader) assignSome(changes []change, changed map[uint32]bool) {
 		}
 	}
 	var wanting []*entry
+	shades := map[flow.Input]*shade{} // by place
 	look := func(e *entry) {
-		switch wants := l.wantsShortcut(e); {
+		if !mayHaveShortcut(e.rule.In) {
+			free(e)
+			return
+		}
+		place := placeOf(e.rule.In)
+		if shades[place] == nil {
+			shades[place] = l.places.shade(place)
+		}
+		switch wants := !shades[place].covers(e.rule.In); {
 		case !wants:
 			free(e)
 		case !s.has(e):
@@ -301,6 +310,40 @@ func (l *Loader) wantsShortcut(e *entry) bool {
 		}
 	}
 	return true
+}
+
+// shade is what the rules of a place shadow, for many rules of the place: wantsShortcut looks at all of
+// them for each.
+type shade struct {
+	anyPort bool                   // rules of any port
+	ports   [(1 << 16) / 64]uint64 // rules of these ports and any source
+}
+
+// shade is that of a place.
+func (p *places) shade(place flow.Input) *shade {
+	s := &shade{}
+	for e := range p.of(place) {
+		in := e.rule.In
+		if in.Port == 0 {
+			continue
+		}
+		s.anyPort = true
+		if !in.Source.IsValid() && !in.BySource {
+			continue
+		}
+		for port := uint32(in.Port); port <= uint32(max(in.Port, in.PortTo)); port++ {
+			s.ports[port/64] |= 1 << (port % 64)
+		}
+	}
+	return s
+}
+
+// covers says whether a rule that may have a shortcut is shadowed.
+func (s *shade) covers(in flow.Input) bool {
+	if in.Port == 0 {
+		return s.anyPort
+	}
+	return !in.Source.IsValid() && s.ports[in.Port/64]>>(in.Port%64)&1 == 1
 }
 
 // shortcutRules returns wantsShortcut for all current rules, in less time for many of one place.

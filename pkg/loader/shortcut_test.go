@@ -9,11 +9,14 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
 	"xdpcast/pkg/flow"
@@ -494,6 +497,13 @@ func TestShortcutsOfFewChanges(t *testing.T) {
 				}
 			}
 			countsFit(t, l)
+			for _, e := range l.rules {
+				if mayHaveShortcut(e.rule.In) {
+					if got := !l.places.shade(placeOf(e.rule.In)).covers(e.rule.In); got != l.wantsShortcut(e) {
+						t.Errorf("rule %s %+v wants a shortcut: %v by the shade of its place", e.rule.Name, e.rule.In, got)
+					}
+				}
+			}
 			for _, e := range l.shortcuts.slots {
 				if e != nil && l.rules[e.rule.Name] != e {
 					t.Errorf("a slot has rule %s, which is gone", e.rule.Name)
@@ -510,5 +520,48 @@ func TestShortcutsOfFewChanges(t *testing.T) {
 				t.Fatalf("seed %d, step %d", seed, step)
 			}
 		}
+	}
+}
+
+// TestShortcutsOfManySources: a rule of one port beside very many of one source and any port, which all lose
+// their shortcuts to it and get them back, costs what the rules of the group are, and not their square.
+func TestShortcutsOfManySources(t *testing.T) {
+	const many = 20_000
+	l := &Loader{rules: map[string]*entry{}, keep: map[int]int{}, lookups: lookupCount{}, shortcuts: newShortcuts(1<<16, true)}
+	add := func(name string, in flow.Input) *entry {
+		e := &entry{rule: &flow.Flow{Name: name, In: in, Out: make([]flow.Output, 1)}}
+		l.places.add(e)
+		l.enter(e)
+		return e
+	}
+	group := netip.AddrFrom4([4]byte{232, 1, 1, 1})
+	for i := range many {
+		add(fmt.Sprint(i), flow.Input{Index: 2, Group: group, Source: netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})})
+	}
+	l.assignAll(map[uint32]bool{})
+	port := add("port", flow.Input{Index: 2, Group: group, Port: 5000})
+	var before, after unix.Rusage
+	cpu := func(u *unix.Rusage) time.Duration {
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &before); err != nil {
+		t.Fatal(err)
+	}
+	l.assignSome([]change{{new: port}}, map[uint32]bool{})
+	for _, e := range l.rules {
+		if l.shortcuts.has(e) != (e == port) {
+			t.Fatalf("rule %s has a shortcut: %v, beside one of a port", e.rule.Name, l.shortcuts.has(e))
+		}
+	}
+	l.places.remove(port)
+	l.leave(port)
+	l.assignSome([]change{{old: port}}, map[uint32]bool{})
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &after); err != nil {
+		t.Fatal(err)
+	}
+	if took := cpu(&after) - cpu(&before); took > time.Second {
+		t.Errorf("%v of CPU for %d rules of a group, want at most 1s", took, many)
 	}
 }
