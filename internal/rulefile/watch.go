@@ -22,6 +22,9 @@ const (
 	// quiet is how long a file must be unchanged before it is read: one that is written in place
 	// should be complete by then.
 	quiet = 500 * time.Millisecond
+	// patience is how long other files of a directory, from which a pattern includes some, can postpone
+	// that: a program may write there without a pause.
+	patience = 5 * time.Second
 	// lookAgain is the polling interval without notifications, which network file systems do not
 	// send.
 	lookAgain = 10 * time.Second
@@ -33,10 +36,11 @@ const (
 // place, replaced by a rename, or behind a symbolic link that was changed anywhere on its path, as
 // Kubernetes does with a ConfigMap. It is not safe for concurrent use.
 type Watcher struct {
-	name         string
-	log          *slog.Logger
-	notify       *fsnotify.Watcher
-	quiet, again time.Duration
+	name   string
+	log    *slog.Logger
+	notify *fsnotify.Watcher
+
+	quiet, patience, again time.Duration
 
 	read      reads
 	content   [sha256.Size]byte // of everything that was read
@@ -57,7 +61,7 @@ func NewWatcher(name string, log *slog.Logger) (*Watcher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch %s: %w", name, err)
 	}
-	w := &Watcher{name: name, log: log, notify: notify, quiet: quiet, again: lookAgain}
+	w := &Watcher{name: name, log: log, notify: notify, quiet: quiet, patience: patience, again: lookAgain}
 	w.look()
 	return w, nil
 }
@@ -72,14 +76,20 @@ func (w *Watcher) Run(ctx context.Context, changed func()) {
 	timer := time.NewTimer(w.again)
 	defer timer.Stop()
 	announced := false
+	var since time.Time // of the first notification since the last look
+	unsettled := false  // the content had changed, but may have been half written
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case e := <-w.notify.Events:
 			if e.Op != fsnotify.Chmod && (w.entries[e.Name] || w.folders[filepath.Dir(e.Name)]) {
-				announced = true
-				timer.Reset(w.quiet)
+				if announced = true; since.IsZero() {
+					since = time.Now()
+				}
+				if time.Since(since) < w.patience {
+					timer.Reset(w.quiet)
+				}
 			}
 			continue
 		case err := <-w.notify.Errors: // an overflow: notifications were lost
@@ -89,10 +99,16 @@ func (w *Watcher) Run(ctx context.Context, changed func()) {
 			continue
 		case <-timer.C:
 		}
-		if (announced || w.signature != w.sign()) && w.look() {
+		postponed := !since.IsZero() && time.Since(since) >= w.patience
+		differs := (announced || unsettled || w.signature != w.sign()) && w.look()
+		announced, since = false, time.Time{}
+		if unsettled, differs = differs && postponed, differs || unsettled; unsettled {
+			timer.Reset(w.quiet) // not after a pause: the same content twice proves that it is complete
+			continue
+		}
+		if differs {
 			changed()
 		}
-		announced = false
 		timer.Reset(w.again)
 	}
 }

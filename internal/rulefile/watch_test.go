@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -260,3 +261,29 @@ func TestWatchRandom(t *testing.T) {
 }
 
 var _ rules.Files = (*reads)(nil)
+
+// TestWatchBesideOthers notices a change of an included file beside others that change without a pause.
+func TestWatchBesideOthers(t *testing.T) {
+	dir := t.TempDir()
+	name := dir + "/rules.yaml"
+	must(t, os.Mkdir(dir+"/d", 0o755), os.WriteFile(name, []byte("include: d/*.yaml\n"), 0o600), os.WriteFile(dir+"/d/a.yaml", ruleText("", 1), 0o600))
+	w, err := NewWatcher(name, slog.New(slog.DiscardHandler))
+	must(t, err)
+	w.quiet, w.patience, w.again = 200*time.Millisecond, time.Second, time.Hour
+	ctx, cancel := context.WithCancel(context.Background())
+	changed := make(chan struct{}, 100)
+	var running sync.WaitGroup
+	running.Go(func() { w.Run(ctx, func() { changed <- struct{}{} }) })
+	running.Go(func() {
+		for ctx.Err() == nil {
+			if err := errors.Join(os.WriteFile(dir+"/d/metrics.tmp", []byte("x"), 0o600), os.Rename(dir+"/d/metrics.tmp", dir+"/d/metrics")); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(time.Millisecond) // many times in the quiet time, on a busy machine, too
+		}
+	})
+	defer running.Wait()
+	defer cancel()
+	must(t, os.WriteFile(dir+"/d/a.yaml", ruleText("", 2), 0o600))
+	(&watching{t, changed}).until("an included file", holds(name, 2))
+}
