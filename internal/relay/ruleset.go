@@ -162,21 +162,37 @@ func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
 	for _, rule := range fromFile {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginFile})
 	}
-	saved = r.withoutConflicts(fromFile, saved)
-	// One by one only if there is a conflict, since that is quadratic.
-	fits := len(saved) == 0 || rules.ValidateSet(slices.Concat(fromFile, saved)) == nil
-	accepted := slices.Clone(fromFile)
-	for _, rule := range saved {
-		if !fits {
-			if err := rules.ValidateSet(append(accepted, rule)); err != nil {
-				r.log.Warn("rule added through the API is omitted: it conflicts with the file", "rule", rule.Name, "error", err)
-				continue
-			}
-		}
-		accepted = append(accepted, rule)
+	all := fitting(fromFile, r.withoutConflicts(fromFile, saved), rules.ValidateSet, func(rule rules.Rule, err error) {
+		r.log.Warn("rule added through the API is omitted: it conflicts with the file", "rule", rule.Name, "error", err)
+	})
+	for _, rule := range all[len(fromFile):] {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginAPI})
 	}
 	return edited(nil, e)
+}
+
+// fitting returns a valid set, and those of more rules that are valid with it. It calls omit for the others.
+// It validates all at once, and halves of what is not valid: one by one would be quadratic, and a
+// daemon with 20,000 rules of the API, one of which conflicts, would not start for minutes.
+func fitting(set, more []rules.Rule, validate func([]rules.Rule) error, omit func(rules.Rule, error)) []rules.Rule {
+	all := append(make([]rules.Rule, 0, len(set)+len(more)), set...)
+	var add func(some []rules.Rule)
+	add = func(some []rules.Rule) {
+		if len(some) == 0 {
+			return
+		}
+		switch err := validate(append(all, some...)); {
+		case err == nil:
+			all = append(all, some...)
+		case len(some) == 1:
+			omit(some[0], err)
+		default:
+			add(some[:len(some)/2])
+			add(some[len(some)/2:])
+		}
+	}
+	add(more)
+	return all
 }
 
 // withoutConflicts omits the saved rules with a name or an input of the file.
