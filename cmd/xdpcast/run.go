@@ -194,7 +194,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		service.tell(hold.RestartsOnTerm)
 	}
 	// Only root may be able to read the keys and open the port.
-	listening, err := listen.open(service.listener(passedHTTP))
+	listening, err := listen.open(service.listener(passedHTTP), service.take(passedSecrets), opts.Logger)
 	if err != nil {
 		return err
 	}
@@ -230,7 +230,7 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()
 	defer service.watchHolder(cancel)()
-	up := &upgrader{ctx: ctx, service: service, relay: r, path: path, api: listener, web: listening}
+	up := &upgrader{ctx: ctx, service: service, relay: r, path: path, api: listener, web: listening, listen: listen}
 	served := make(chan error, 2)
 	begin := make(chan struct{}) // a daemon that takes over answers only then
 	if !takesOver {

@@ -2,11 +2,15 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -37,12 +41,81 @@ type listenConfig struct {
 	rules metrics.Selection
 	token string
 	names []string
+
+	tokenFile, certFile, keyFile string // empty: none
+	// unread is why a file could not be read: this process must not. Then the previous daemon, which
+	// was started as root, has passed what is in them.
+	unread error
+}
+
+// secrets are the contents of files that only root may be able to read, for the next daemon.
+type secrets struct {
+	Token     string
+	Cert, Key []byte
+}
+
+// secretsSize is more than they take, in bytes.
+const secretsSize = 1 << 20
+
+// pass returns a file with the secrets for the next daemon, nil if there are none.
+func (l *listenConfig) pass() (f *os.File, err error) {
+	s := secrets{Token: l.token}
+	if l.opts.Certificate != nil {
+		s.Cert, s.Key = l.opts.Certificate.PEM()
+	}
+	if s.Token == "" && s.Cert == nil {
+		return nil, nil
+	}
+	text, err := json.Marshal(s)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate("xdpcast-secrets", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	f = os.NewFile(uintptr(fd), passedSecrets)
+	if _, err := f.Write(text); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// receive uses the secrets of the previous daemon in place of files that this one must not read. f may
+// be nil, and is closed.
+func (l *listenConfig) receive(f *os.File) (err error) {
+	var s secrets
+	if f != nil {
+		text, readErr := io.ReadAll(io.NewSectionReader(f, 0, secretsSize))
+		if err := errors.Join(readErr, f.Close()); err != nil {
+			return fmt.Errorf("secrets of the previous daemon: %w", err)
+		}
+		if err := json.Unmarshal(text, &s); err != nil {
+			return fmt.Errorf("secrets of the previous daemon: %w", err)
+		}
+	}
+	if l.unread == nil {
+		return nil
+	}
+	if l.tokenFile != "" && l.token == "" {
+		if l.token = s.Token; s.Token == "" {
+			return l.unread
+		}
+	}
+	if l.certFile != "" && l.opts.Certificate == nil {
+		if s.Cert == nil {
+			return l.unread
+		}
+		l.opts.Certificate, err = metrics.PassedCertificate(l.certFile, l.keyFile, s.Cert, s.Key)
+	}
+	return err
 }
 
 func listenOptions(c *cli.Context) (*listenConfig, error) {
-	l := &listenConfig{addr: c.String("listen"), opts: metrics.ListenOptions{
-		Public: c.Bool("listen-public"), CertFile: c.String("tls-cert"), KeyFile: c.String("tls-key"),
-	}}
+	l := &listenConfig{
+		addr: c.String("listen"), opts: metrics.ListenOptions{Public: c.Bool("listen-public")},
+		tokenFile: c.String("token-file"), certFile: c.String("tls-cert"), keyFile: c.String("tls-key"),
+	}
 	for _, name := range []string{"listen-public", "tls-cert", "tls-key", "token-file", "listen-name"} {
 		if l.addr == "" && c.IsSet(name) {
 			return nil, usagef("--%s without --listen: want an address to listen on", name)
@@ -53,9 +126,27 @@ func listenOptions(c *cli.Context) (*listenConfig, error) {
 		return nil, usagef("--metrics-rules: %w", err)
 	}
 	l.names = c.StringSlice("listen-name")
+	// unless says whether an error is one that the previous daemon may make up for.
+	unless := func(err error) error {
+		if errors.Is(err, fs.ErrPermission) {
+			l.unread = err
+			return nil
+		}
+		return err
+	}
 	if c.IsSet("token-file") {
-		if l.token, err = web.ReadToken(c.String("token-file")); err != nil {
-			return nil, usagef("--token-file: %w", err)
+		if l.token, err = web.ReadToken(l.tokenFile); err != nil {
+			if err = unless(usagef("--token-file: %w", err)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if c.IsSet("tls-cert") || c.IsSet("tls-key") {
+		certificate, err := metrics.OpenCertificate(l.certFile, l.keyFile)
+		if err == nil {
+			l.opts.Certificate = certificate
+		} else if err = unless(usagef("--tls-cert, --tls-key: %w", err)); err != nil {
+			return nil, err
 		}
 	}
 	return l, nil
@@ -89,8 +180,18 @@ func (w webListener) pause(ctx context.Context) (resume func()) {
 	return resume
 }
 
-// open opens the server's socket, or takes over the previous daemon's; nil if there is none.
-func (l *listenConfig) open(passed net.Listener) (w webListener, err error) {
+// open opens the server's socket, or takes over the previous daemon's with its secrets; nil if there is
+// none.
+func (l *listenConfig) open(passed net.Listener, secrets *os.File, log *slog.Logger) (w webListener, err error) {
+	if err := l.receive(secrets); err != nil {
+		if passed != nil {
+			err = errors.Join(err, passed.Close())
+		}
+		return webListener{}, err
+	}
+	if l.opts.Certificate != nil {
+		l.opts.Certificate.Log = log
+	}
 	opts := l.opts
 	opts.Open = func(network, addr string) (net.Listener, error) {
 		ln := passed

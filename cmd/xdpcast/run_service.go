@@ -27,6 +27,7 @@ import (
 const (
 	passedAPI     = "api"
 	passedHTTP    = "http"
+	passedSecrets = "http.secrets"
 	passedRunLock = "lock.run"
 	passedPinLock = "lock.pins"
 	passedGate    = "fanout.gate"

@@ -28,6 +28,7 @@ type upgrader struct {
 	path    string // of the binary
 	api     *control.Listener
 	web     webListener
+	listen  *listenConfig
 
 	one      sync.Mutex // held during an upgrade
 	replaced bool       // by a successor
@@ -197,6 +198,13 @@ func (u *upgrader) files(h *relay.Handed) (files, duplicates []notify.File, err 
 	of(passedAPI, u.api.UnixListener)
 	if u.web.raw != nil {
 		of(passedHTTP, u.web.raw.TCPListener)
+	}
+	secrets, failed := u.listen.pass()
+	if failed != nil {
+		add(passedSecrets, -1, failed)
+	} else if secrets != nil {
+		add(passedSecrets, int(secrets.Fd()), nil)
+		err = errors.Join(err, secrets.Close())
 	}
 	add(passedRunLock, int(h.Locks.Run.Fd()), nil)
 	add(passedPinLock, int(h.Locks.Pins.Fd()), nil)

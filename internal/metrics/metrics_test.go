@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -29,6 +30,7 @@ import (
 	"go.uber.org/goleak"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/labtest"
 )
 
 var update = flag.Bool("update", false, "write docs/metrics.md and the golden files instead of comparing")
@@ -408,8 +410,6 @@ func TestListen(t *testing.T) {
 		{"0.0.0.0:0", ListenOptions{}, "want TLS (--tls-cert and --tls-key), or --listen-public"},
 		{":0", ListenOptions{}, "not a loopback address"},
 		{"127.0.0.1", ListenOptions{}, "want HOST:PORT, such as 127.0.0.1:9464"},
-		{"127.0.0.1:0", ListenOptions{CertFile: "x"}, "one of the two files is missing"},
-		{"127.0.0.1:0", ListenOptions{CertFile: "/none", KeyFile: "/none"}, "TLS certificate /none with key /none"},
 	} {
 		ln, err := Listen(tt.addr, tt.opts)
 		switch {
@@ -492,5 +492,85 @@ func TestScrapeMemory(t *testing.T) {
 	}
 	if used := after.TotalAlloc - before.TotalAlloc; used > 100<<20 {
 		t.Errorf("%d MB", used>>20)
+	}
+}
+
+// TestConnections: clients cannot take the daemon's descriptors. Of those with nothing to ask, the one that
+// has been idle for the longest time makes room for a new one, and requests in progress are never cut off.
+func TestConnections(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	hold := make(chan struct{})
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			<-hold
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	busy, ended := &Busy{}, make(chan error, 1)
+	go func() { ended <- Serve(ctx, ln, h, busy, slog.New(slog.DiscardHandler)) }()
+	open := func() int {
+		busy.mu.Lock()
+		defer busy.mu.Unlock()
+		return len(busy.conns)
+	}
+	var conns []net.Conn
+	connect := func(path string) *bufio.Reader {
+		t.Helper()
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", path)
+		return bufio.NewReader(c)
+	}
+	answered := func(r *bufio.Reader) error {
+		answer, err := http.ReadResponse(r, nil)
+		if err != nil {
+			return err
+		}
+		defer answer.Body.Close()
+		_, err = io.Copy(io.Discard, answer.Body)
+		return err
+	}
+	slow := connect("/slow")
+	labtest.Eventually(t, "the request is in progress", func() bool { return busy.busy() == 1 && open() == 1 })
+	for n := range 3 * maxConns {
+		if err := answered(connect("/")); err != nil {
+			t.Fatalf("connection %d: %v", n, err)
+		}
+		if n := open(); n > maxConns {
+			t.Fatalf("%d connections are open", n)
+		}
+	}
+	// All in use: a further one is refused.
+	for _, c := range conns[1:] {
+		c.Close()
+	}
+	labtest.Eventually(t, "the others are closed", func() bool { return open() == 1 })
+	waiting := []*bufio.Reader{slow}
+	for range maxConns - 1 {
+		waiting = append(waiting, connect("/slow"))
+	}
+	labtest.Eventually(t, "all are in use", func() bool { return busy.busy() == maxConns })
+	if err := answered(connect("/")); err == nil {
+		t.Error("another one is answered")
+	}
+	close(hold)
+	for i, r := range waiting {
+		if err := answered(r); err != nil {
+			t.Errorf("request %d was cut off: %v", i, err)
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	for _, c := range conns {
+		c.Close()
 	}
 }

@@ -134,8 +134,8 @@ func ready(ctx context.Context, b control.Backend) error {
 type ListenOptions struct {
 	// Public allows an address that is not loopback without TLS.
 	Public bool
-	// CertFile and KeyFile are in PEM; both or neither.
-	CertFile, KeyFile string
+	// Certificate is for TLS; nil: cleartext.
+	Certificate *Certificate
 	// Open opens the listener, before TLS; nil: net.Listen.
 	Open func(network, addr string) (net.Listener, error)
 }
@@ -157,45 +157,98 @@ func Listen(addr string, o ListenOptions) (net.Listener, error) {
 	if open == nil {
 		open = net.Listen
 	}
-	secure := o.CertFile != "" || o.KeyFile != ""
-	if !loopback && !o.Public && !secure {
+	if !loopback && !o.Public && o.Certificate == nil {
 		return nil, fmt.Errorf("address %s: %w: everybody there could read all rules and counters; want TLS (--tls-cert and --tls-key), or --listen-public", addr, ErrNotLoopback)
 	}
-	if !secure {
-		return open("tcp", addr)
-	}
-	if o.CertFile == "" || o.KeyFile == "" {
-		return nil, errors.New("TLS needs a certificate and a key: one of the two files is missing")
-	}
-	certificate, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile)
-	if err != nil {
-		return nil, fmt.Errorf("TLS certificate %s with key %s: %w", o.CertFile, o.KeyFile, err)
-	}
 	ln, err := open("tcp", addr)
-	if err != nil {
-		return nil, err
+	if err != nil || o.Certificate == nil {
+		return ln, err
 	}
-	return tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}), nil
+	return tls.NewListener(ln, o.Certificate.config()), nil
 }
 
-// Busy tracks the connections on which a request is expected or being answered. The zero value is
-// ready for use.
+// maxConns limits the connections. Helper sockets of memberships leave at most 256 descriptors to the rest
+// of the process (package membership): if clients took these, rules could not be added, nor workers
+// started again.
+const maxConns = 128
+
+// Busy tracks the connections of a server, and those on which a request is expected or being
+// answered. The zero value is ready for use.
 type Busy struct {
-	mu   sync.Mutex
-	busy map[net.Conn]bool
+	mu    sync.Mutex
+	conns map[net.Conn]connState
+	count uint64 // of changes of state
 }
 
+// connState is the state of a connection, and the number of the change that led to it.
+type connState struct {
+	state http.ConnState
+	since uint64
+}
+
+// track is a callback for http.Server.ConnState. The server calls it with StateNew before it accepts
+// the next connection.
 func (b *Busy) track(c net.Conn, state http.ConnState) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if state == http.StateNew || state == http.StateActive {
-		if b.busy == nil {
-			b.busy = map[net.Conn]bool{}
-		}
-		b.busy[c] = true
+	if state == http.StateClosed || state == http.StateHijacked {
+		delete(b.conns, c)
 		return
 	}
-	delete(b.busy, c)
+	if b.conns == nil {
+		b.conns = map[net.Conn]connState{}
+	}
+	b.count++
+	b.conns[c] = connState{state, b.count}
+}
+
+// room says whether there is room for another connection among most. If there is none, it closes the
+// one that has been idle for the longest time.
+func (b *Busy) room(most int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.conns) < most {
+		return true
+	}
+	var idle net.Conn
+	for c, s := range b.conns {
+		if s.state == http.StateIdle && (idle == nil || s.since < b.conns[idle].since) {
+			idle = c
+		}
+	}
+	if idle == nil {
+		return false
+	}
+	delete(b.conns, idle)
+	go idle.Close() // may take seconds with TLS
+	return true
+}
+
+// limitListener refuses connections for which there is no room.
+type limitListener struct {
+	net.Listener
+	busy *Busy
+	max  int
+	log  *slog.Logger
+	told time.Time // when a refusal was logged
+}
+
+// refusalPause is the least interval of logging refused connections.
+const refusalPause = 10 * time.Second
+
+// Accept is the listener's. It is called by one goroutine.
+func (l *limitListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil || l.busy.room(l.max) {
+			return c, err
+		}
+		if time.Since(l.told) >= refusalPause {
+			l.told = time.Now()
+			l.log.Warn("connection refused", "peer", c.RemoteAddr().String(), "cause", fmt.Sprintf("%d are open", l.max))
+		}
+		_ = c.Close()
+	}
 }
 
 // Wait waits until there are none, or ctx ends.
@@ -203,9 +256,7 @@ func (b *Busy) Wait(ctx context.Context) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		b.mu.Lock()
-		n := len(b.busy)
-		b.mu.Unlock()
+		n := b.busy()
 		if n == 0 {
 			return
 		}
@@ -217,8 +268,20 @@ func (b *Busy) Wait(ctx context.Context) {
 	}
 }
 
+// busy is the number of connections on which a request is expected or being answered.
+func (b *Busy) busy() (n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, s := range b.conns {
+		if s.state == http.StateNew || s.state == http.StateActive {
+			n++
+		}
+	}
+	return n
+}
+
 // Serve serves ln until ctx ends, and closes it. No client can delay it: every phase of a
-// connection has a timeout.
+// connection has a timeout, and their number is limited.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler, busy *Busy, log *slog.Logger) error {
 	server := &http.Server{
 		Handler: h, ConnState: busy.track, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
@@ -234,7 +297,7 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, busy *Busy, log
 			_ = server.Close()
 		}
 	})
-	if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+	if err := server.Serve(&limitListener{Listener: ln, busy: busy, max: maxConns, log: log}); !errors.Is(err, http.ErrServerClosed) {
 		stopped()
 		return fmt.Errorf("serve metrics: %w", err)
 	}

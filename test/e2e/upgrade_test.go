@@ -263,6 +263,26 @@ func TestExecUpgrade(t *testing.T) {
 	}
 }
 
+// mayChange checks that a token lets a client change rules, and another one does not.
+func mayChange(t *testing.T, h *lab.Host, address, token string) {
+	t.Helper()
+	for given, want := range map[string]string{token: "404", "x" + token: "403"} {
+		labtest.Do(t, h, func() error {
+			conn, err := net.Dial("tcp", address)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			fmt.Fprintf(conn, "DELETE /v1/rules/none HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n", given)
+			text, err := io.ReadAll(conn)
+			if fields := strings.Fields(string(text)); err != nil || len(fields) < 2 || fields[1] != want {
+				return fmt.Errorf("a change with token %s: want %s: %v\n%s", given, want, err, text)
+			}
+			return nil
+		})
+	}
+}
+
 // TestExecUpgradeOfUser replaces an unprivileged daemon that serves HTTP, by root's command and by a
 // signal: each successor has the same user and capabilities, no packet is lost, no group is left, and
 // no connection to its port is refused.
@@ -272,7 +292,12 @@ func TestExecUpgradeOfUser(t *testing.T) {
 	in := newInstance(t, n.relay)
 	binary := in.replaceable()
 	rules := in.write("rules.yaml", "rules:\n  - {name: one, in: 239.1.1.1:5000%in0, out: ['239.2.1.1:6000%out0'], path: kernel}\n  - {name: two, in: 239.1.1.2:5000%in0, out: ['239.2.1.2:6000%out0'], path: fanout}\n")
-	d := in.start("--user", "nobody", "-c", rules, "--listen", "127.0.0.1:80")
+	// Root alone may read the token: the first daemon passes it on.
+	token := in.write("token", "0123456789abcdef\n")
+	if err := os.Chmod(token, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := in.start("--user", "nobody", "-c", rules, "--listen", "127.0.0.1:80", "--token-file", token)
 	waitGroups(t, n.relay, 2)
 	in.left(wire)
 	s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
@@ -296,6 +321,7 @@ func TestExecUpgradeOfUser(t *testing.T) {
 		unprivileged(t, pid)
 		stream.flows(500)
 		asked.more()
+		mayChange(t, n.relay, "127.0.0.1:80", "0123456789abcdef")
 	}
 	// A successor that fails to start changes none of this.
 	in.replace(binary, in.script("script", "#!/bin/sh\nexit 3\n"))
