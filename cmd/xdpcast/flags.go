@@ -68,6 +68,11 @@ func dryRunFlag() cli.Flag {
 	return &cli.BoolFlag{Name: "dry-run", Usage: "only print what would change"}
 }
 
+// revisionFlag is the flag of commands that change several rules at once.
+func revisionFlag() cli.Flag {
+	return &cli.StringFlag{Name: "revision", Usage: "fail if the daemon's rules are not those of `REVISION` any more (\"revision\" of \"--dry-run -o json\" and of \"status -o json\")"}
+}
+
 // shownChanges is the number of changes listed for users: enough for any change made by hand, but
 // listing must not slow down a large set.
 const shownChanges = 1000
@@ -81,6 +86,7 @@ func applyOptions(c *cli.Context) (o control.ApplyOptions, err error) {
 	if err := parseFlag(c, "confirm", &o.Confirm, control.ParseConfirm); err != nil {
 		return o, err
 	}
+	o.Revision = c.String("revision")
 	if o.DryRun && o.Confirm > 0 {
 		return o, usagef("--dry-run and --confirm together: a dry run has nothing to confirm")
 	}

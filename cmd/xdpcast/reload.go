@@ -11,7 +11,7 @@ func reloadCommand() *cli.Command {
 		Name:        "reload",
 		Usage:       "make the daemon read its file again, and print what changed",
 		Description: "Like SIGHUP to the daemon, but with the result printed here. If anything in the file is wrong, nothing changes.",
-		Flags:       []cli.Flag{dryRunFlag(), confirmFlag(), outputFlag()},
+		Flags:       []cli.Flag{dryRunFlag(), confirmFlag(), revisionFlag(), outputFlag()},
 		Action: func(c *cli.Context) error {
 			if err := showArgs(c, 0, 0); err != nil {
 				return err

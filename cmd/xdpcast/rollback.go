@@ -16,7 +16,7 @@ func rollbackCommand() *cli.Command {
 			"file. It is a change itself, so a second \"rollback\" reverts it. The file is not modified: while it\n" +
 			"contains the undone rules, restarts of the daemon keep the restored set; \"xdpcast reload\", or a file with\n" +
 			"other rules, ends that. While a change waits for confirmation, \"rollback\" undoes that change.",
-		Flags:  []cli.Flag{dryRunFlag(), confirmFlag(), outputFlag()},
+		Flags:  []cli.Flag{dryRunFlag(), confirmFlag(), revisionFlag(), outputFlag()},
 		Action: rollback,
 	}
 }

@@ -383,6 +383,7 @@ func ruleApplyCommand() *cli.Command {
 		Flags: []cli.Flag{
 			dryRunFlag(),
 			confirmFlag(),
+			revisionFlag(),
 			outputFlag(),
 		},
 		Action: ruleApply,

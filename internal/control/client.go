@@ -189,6 +189,9 @@ func (o ApplyOptions) queryWith(q url.Values) string {
 	if o.Confirm != 0 {
 		q.Set(queryConfirm, o.Confirm.String())
 	}
+	if o.Revision != "" {
+		q.Set(queryRevision, o.Revision)
+	}
 	if len(q) == 0 {
 		return ""
 	}

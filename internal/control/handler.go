@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -19,6 +20,7 @@ type endpoint struct {
 	need   access
 	query  []string // known query keys
 	status int      // on success
+	body   int64    // limit of the body in bytes; 0: MaxBody
 	do     func(r *http.Request) (any, error)
 }
 
@@ -64,17 +66,17 @@ func (s *Server) endpoints() map[string][]endpoint {
 		"/v1/status": {get(s.getStatus)},
 		"/v1/rules": {
 			get(s.getRules),
-			{method: http.MethodPost, need: accessWrite, status: http.StatusCreated, do: s.postRule},
+			{method: http.MethodPost, need: accessWrite, status: http.StatusCreated, body: maxRuleBody, do: s.postRule},
 			{method: http.MethodPut, need: accessWrite, status: http.StatusOK, do: s.putRules, query: applyQuery},
 		},
 		"/v1/rules/{name}": {
 			get(s.getRule),
-			{method: http.MethodPut, need: accessWrite, status: http.StatusOK, do: s.putRule, query: applyQuery},
+			{method: http.MethodPut, need: accessWrite, status: http.StatusOK, body: maxRuleBody, do: s.putRule, query: applyQuery},
 			{method: http.MethodDelete, need: accessWrite, status: http.StatusNoContent, do: s.deleteRule},
 		},
 		"/v1/groups":  {get(s.getGroups)},
 		"/v1/stats":   {get(s.getStats)},
-		"/v1/check":   {{method: http.MethodPost, need: accessRead, status: http.StatusOK, do: s.postCheck}},
+		"/v1/check":   {{method: http.MethodPost, need: accessRead, status: http.StatusOK, body: maxRuleBody, do: s.postCheck}},
 		"/v1/explain": {{method: http.MethodGet, need: accessRead, status: http.StatusOK, do: s.getExplain, query: []string{"packet"}}},
 		"/v1/reload":  {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postReload, query: applyQuery}},
 		"/v1/confirm": {{method: http.MethodPost, need: accessWrite, status: http.StatusOK, do: s.postConfirm}},
@@ -105,11 +107,12 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, endpoints []en
 		s.fail(w, r, err)
 		return
 	}
-	if r.ContentLength > MaxBody {
-		s.fail(w, r, Errorf(KindTooLarge, "body of %d bytes: want at most %d", r.ContentLength, MaxBody))
+	most := cmp.Or(e.body, MaxBody)
+	if r.ContentLength > most {
+		s.fail(w, r, Errorf(KindTooLarge, "body of %d bytes: want at most %d", r.ContentLength, most))
 		return
 	}
-	r.Body = http.MaxBytesReader(w, r.Body, MaxBody) // for a body of unknown length
+	r.Body = http.MaxBytesReader(w, r.Body, most) // for a body of unknown length
 	value, err := e.do(r)
 	if e.need == accessWrite {
 		s.audit(r, time.Since(start), err)
@@ -358,11 +361,12 @@ const (
 	queryDryRun     = "dry_run"
 	queryMaxChanges = "max_changes"
 	queryConfirm    = "confirm"
+	queryRevision   = "revision"
 	queryBack       = "back"
 	queryTimeout    = "timeout"
 )
 
-var applyQuery = []string{queryDryRun, queryMaxChanges, queryConfirm}
+var applyQuery = []string{queryDryRun, queryMaxChanges, queryConfirm, queryRevision}
 
 func applyOptions(r *http.Request) (o ApplyOptions, err error) {
 	if o.DryRun, err = boolQuery(r, queryDryRun); err != nil {
@@ -378,6 +382,7 @@ func applyOptions(r *http.Request) (o ApplyOptions, err error) {
 			return o, Errorf(KindInvalid, "query key %s: %w", queryConfirm, err)
 		}
 	}
+	o.Revision = r.URL.Query().Get(queryRevision)
 	if o.DryRun && o.Confirm > 0 {
 		return o, Errorf(KindInvalid, "query keys %s and %s together: a dry run has nothing to confirm", queryDryRun, queryConfirm)
 	}

@@ -21,6 +21,9 @@ const (
 	DefaultMaxConns = 64
 
 	maxHeader = 16 << 10
+	// maxRuleBody limits the body of a single rule, whose longest part are the groups of join=: everybody
+	// who may read can have one checked.
+	maxRuleBody = 1 << 20
 )
 
 // Timeouts limit every phase of a connection: a slow client cannot hold one open. The zero value of

@@ -318,6 +318,9 @@ type Status struct {
 	Schema uint32 `json:"schema"`
 	// Config is the daemon's file, empty if it has none.
 	Config string `json:"config"`
+	// Revision changes with every change of the rules, and with the daemon. Mirrored multicast routes
+	// do not count.
+	Revision string `json:"revision,omitempty"`
 
 	// Unconfirmed is the change that waits for confirmation, nil if none.
 	Unconfirmed *UnconfirmedChange `json:"unconfirmed,omitempty"`
@@ -386,6 +389,9 @@ type ApplyOptions struct {
 	// Confirm is the time within which the change must be confirmed (Backend.Confirm), or the
 	// previous set is restored: MinConfirm to MaxConfirm. 0: no confirmation needed.
 	Confirm time.Duration
+	// Revision makes the change only if the daemon's rules are still those of this revision
+	// (Status.Revision, ApplyResult.Revision); KindConflict otherwise. Empty: whatever they are.
+	Revision string
 }
 
 // Limits of ApplyOptions.Confirm.
@@ -396,11 +402,13 @@ const (
 
 // ApplyResult is the result of a change of the rules.
 type ApplyResult struct {
-	DryRun  bool `json:"dry_run"`
-	Added   int  `json:"added"`
-	Changed int  `json:"changed"`
-	Removed int  `json:"removed"`
-	Kept    int  `json:"kept"`
+	DryRun bool `json:"dry_run"`
+	// Revision is that of the rules after the change, of a dry run that of the current ones.
+	Revision string `json:"revision,omitempty"`
+	Added    int    `json:"added"`
+	Changed  int    `json:"changed"`
+	Removed  int    `json:"removed"`
+	Kept     int    `json:"kept"`
 	// Changes lists the added, changed and removed rules, in this order; at most the first
 	// ApplyOptions.MaxChanges.
 	Changes []Change `json:"changes"`

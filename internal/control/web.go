@@ -37,8 +37,8 @@ func NewHandler(b Backend, o Options, token string) http.Handler {
 	return s.handler()
 }
 
-// Fault is a fault of a rule's field: "name", "in", "out[2]", "path", or "" for the rule as a
-// whole.
+// Fault is a fault of a rule's field: "name", "in", "out[2]", "path", "merge", "failover", or "" for
+// the rule as a whole.
 type Fault struct {
 	Field   string `json:"field"`
 	Message string `json:"message"`
@@ -51,26 +51,27 @@ type Check struct {
 	Rule *Rule `json:"rule,omitempty"`
 }
 
-// CheckRule validates a rule by itself, and returns each fault with its field.
+// CheckRule validates a rule by itself, and returns each fault with its field. Of more outputs than a
+// rule can have, the others are not looked at.
 func CheckRule(r Rule) Check {
 	c := Check{Faults: []Fault{}}
 	parsed := rules.Rule{Name: r.Name}
-	var err error
-	if parsed.In, parsed.Accept, err = rules.ParseInput(r.In); err != nil {
-		c.add("in", err)
-	}
-	for i, text := range r.Out {
+	c.add("in", parsed.ParseInputs(r.In))
+	for i, text := range r.Out[:min(len(r.Out), rules.MaxOutputs)] {
 		o, err := rules.ParseOutput(text)
-		if err != nil {
-			c.add(fmt.Sprintf("out[%d]", i), err)
-		}
 		parsed.Out = append(parsed.Out, o)
+		c.add(fmt.Sprintf("out[%d]", i), err)
+	}
+	if n := len(r.Out); n > rules.MaxOutputs {
+		c.add(fmt.Sprintf("out[%d]", rules.MaxOutputs), fmt.Errorf("%d outputs: want 1 to %d", n, rules.MaxOutputs))
 	}
 	if r.Path != "" {
-		if parsed.Path, err = rules.ParsePath(r.Path); err != nil {
-			c.add("path", err)
-		}
+		var err error
+		parsed.Path, err = rules.ParsePath(r.Path)
+		c.add("path", err)
 	}
+	c.add("merge", parsed.ParseStream(r.Merge, ""))
+	c.add("failover", parsed.ParseStream("", r.Failover))
 	whole := len(c.Faults) == 0
 	for _, fault := range split(parsed.Validate()) {
 		var field *rules.FieldError
@@ -92,7 +93,11 @@ func CheckRule(r Rule) Check {
 	return c
 }
 
+// add adds a fault of a field, unless err is nil.
 func (c *Check) add(field string, err error) {
+	if err == nil {
+		return
+	}
 	c.Faults = append(c.Faults, Fault{field, oneLine(err.Error(), maxErrorText)})
 }
 
@@ -107,11 +112,15 @@ func split(err error) []error {
 	return []error{err}
 }
 
-// baseField is the field as filled in by a user: "out[2]" of "out[2].ttl".
+// baseField is the field as filled in by a user: "out[2]" of "out[2].ttl", and "in" of "in[1].vlan",
+// since all inputs are one text.
 func baseField(field string) string {
 	base, _, _ := strings.Cut(field, ".")
-	if base == "out" {
+	switch {
+	case base == "out":
 		return "out[0]"
+	case strings.HasPrefix(base, "in["):
+		return "in"
 	}
 	return base
 }
@@ -155,8 +164,8 @@ func (s *Server) serveExport(w http.ResponseWriter, r *http.Request) {
 	}
 	var file []byte
 	for i := range all {
-		if origin != "" && all[i].Origin != origin {
-			continue
+		if all[i].Origin == OriginMroute || origin != "" && all[i].Origin != origin {
+			continue // a routing daemon changes the mirrored routes: as rules they would stay when it removes them
 		}
 		rule, err := ToRule(all[i].Rule)
 		if err != nil {

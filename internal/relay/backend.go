@@ -254,6 +254,9 @@ func (r *Relay) logReload(result control.ApplyResult, err error) {
 
 // applySets makes the rules of some origins exactly those given. c says who requested it.
 func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOptions, c change) (control.ApplyResult, error) {
+	if err := r.checkRevision(o); err != nil {
+		return control.ApplyResult{}, err
+	}
 	if !o.DryRun {
 		if err := r.mayChange(); err != nil {
 			return control.ApplyResult{}, err
@@ -291,7 +294,7 @@ func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOpti
 		}
 		diff = diff.And(d)
 	}
-	result := summary(diff, o)
+	result := r.summarized(diff, o)
 	if c.mirror != nil && c.mirror.as.Equal(r.mroute) {
 		c.mirror = nil
 	}
@@ -308,6 +311,7 @@ func (r *Relay) applySets(want map[plan.Origin][]rules.Rule, o control.ApplyOpti
 	if err := r.change(c); err != nil {
 		return control.ApplyResult{}, err
 	}
+	result.Revision = r.revision()
 	if p := r.changes.pending; p != nil {
 		result.ConfirmBy = &p.Until
 	}
@@ -338,10 +342,22 @@ func (e *edit) add(origin plan.Origin, d rules.Diff) {
 	}
 }
 
-// summary counts the changes, and lists as many as requested.
-func summary(diff rules.Diff, o control.ApplyOptions) control.ApplyResult {
+// revision identifies the rules of the file and the API: another process, or the same one after a change,
+// has another.
+func (r *Relay) revision() string { return fmt.Sprintf("%x-%d", r.started.UnixNano(), r.revised) }
+
+// checkRevision refuses a change that was decided on other rules than the current ones.
+func (r *Relay) checkRevision(o control.ApplyOptions) error {
+	if now := r.revision(); o.Revision != "" && o.Revision != now {
+		return control.Errorf(control.KindConflict, "the rules have changed since revision %.40q, now %s: look at the difference again", o.Revision, now)
+	}
+	return nil
+}
+
+// summarized counts the changes, and lists as many as requested.
+func (r *Relay) summarized(diff rules.Diff, o control.ApplyOptions) control.ApplyResult {
 	result := control.ApplyResult{
-		DryRun: o.DryRun, Added: len(diff.Add), Changed: len(diff.Change), Removed: len(diff.Remove), Kept: len(diff.Keep),
+		DryRun: o.DryRun, Revision: r.revision(), Added: len(diff.Add), Changed: len(diff.Change), Removed: len(diff.Remove), Kept: len(diff.Keep),
 	}
 	total := result.Added + result.Changed + result.Removed
 	if o.MaxChanges > 0 {

@@ -149,6 +149,7 @@ func (r *Relay) change(c change) error {
 		}
 		return err
 	}
+	r.revised++
 	if c.save {
 		r.changes.set.API = ""
 	}
@@ -367,6 +368,7 @@ func (r *Relay) undoIfDue() {
 // shown as failed: they were active before. An error means that it could not be saved.
 func (r *Relay) undo(c history.Change) error {
 	p := r.changes.pending
+	r.revised++
 	settle := func(bool) error { return nil }
 	if !p.mroute.Equal(r.mroute) {
 		var err error
@@ -471,8 +473,8 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 			// For clients that show the pending change: it may have been undone or confirmed since.
 			r.undoIfDue()
 			switch {
-			case o.DryRun || o.Confirm != 0:
-				return control.Errorf(control.KindInvalid, "rollback 0 undoes the change that waits for confirmation: it takes neither dry_run nor confirm")
+			case o.DryRun || o.Confirm != 0 || o.Revision != "":
+				return control.Errorf(control.KindInvalid, "rollback 0 undoes the change that waits for confirmation: it takes neither dry_run nor confirm nor revision")
 			case h.pending == nil:
 				return control.Errorf(control.KindConflict, "no change waits for confirmation: nothing was undone")
 			}
@@ -480,6 +482,9 @@ func (r *Relay) Rollback(ctx context.Context, back int, o control.ApplyOptions) 
 			return err
 		}
 		if p := h.pending; p != nil && back == 1 && !o.DryRun && o.Confirm == 0 {
+			if err := r.checkRevision(o); err != nil {
+				return err
+			}
 			result, err = r.rollbackPending(ctx, o)
 			return err
 		}
@@ -510,7 +515,7 @@ func (r *Relay) rollbackPending(ctx context.Context, o control.ApplyOptions) (co
 	if err := r.undo(by(ctx, "rollback 1")); err != nil {
 		return control.ApplyResult{}, control.Errorf(control.KindFailed, "the previous set is restored, but cannot be saved yet: %w", err)
 	}
-	result := summary(diff, o)
+	result := r.summarized(diff, o)
 	result.Mroute = op
 	return result, nil
 }

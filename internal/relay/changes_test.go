@@ -608,3 +608,63 @@ func TestNeededRuleStays(t *testing.T) {
 		}
 	}
 }
+
+// TestRevision: a change that was decided on other rules than the current ones is refused, whoever changed
+// them; a dry run, or a change that failed, changes no revision.
+func TestRevision(t *testing.T) {
+	p, clock := newPlace(t), &testClock{}
+	clock.set(p, "boot")
+	p.opts.ConfigFile = p.file("rules.yaml", ruleSet{"f": 1}.file(t))
+	r := p.start()
+	revision := func() string {
+		t.Helper()
+		status, err := r.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return status.Revision
+	}
+	first, err := r.Apply(t.Context(), ruleSet{"x": 1}.rules(t), control.ApplyOptions{DryRun: true})
+	if err != nil || first.Revision == "" || first.Revision != revision() {
+		t.Fatalf("revision %q of a dry run, want %q: %v", first.Revision, revision(), err)
+	}
+	if _, err := r.add("f", anyIn, out0); err == nil || revision() != first.Revision {
+		t.Errorf("a refused change: %v, revision %s, want %s", err, revision(), first.Revision)
+	}
+	old := control.ApplyOptions{Revision: first.Revision}
+	done, err := r.Apply(t.Context(), ruleSet{"x": 1}.rules(t), old)
+	if err != nil || done.Revision == first.Revision || done.Revision != revision() {
+		t.Fatalf("%+v, %v, revision %s", done, err, revision())
+	}
+	for what, change := range map[string]func(control.ApplyOptions) (control.ApplyResult, error){
+		"apply": func(o control.ApplyOptions) (control.ApplyResult, error) { return r.Apply(t.Context(), nil, o) },
+		"put": func(o control.ApplyOptions) (control.ApplyResult, error) {
+			return r.PutRule(t.Context(), named("x", 2), o)
+		},
+		"reload":   func(o control.ApplyOptions) (control.ApplyResult, error) { return r.Reload(t.Context(), o) },
+		"rollback": func(o control.ApplyOptions) (control.ApplyResult, error) { return r.Rollback(t.Context(), 1, o) },
+	} {
+		if _, err := change(old); !errors.Is(err, control.ErrConflict) || !strings.Contains(err.Error(), "look at the difference again") {
+			t.Errorf("%s of another revision: %v", what, err)
+		}
+	}
+	if got, want := inForce(t, r), (sets{ruleSet{"f": 1}, ruleSet{"x": 1}}); !got.equal(want) {
+		t.Errorf("%v in force, want %v", got, want)
+	}
+	// An undone change is none that anybody has seen.
+	if _, err := r.Apply(t.Context(), nil, control.ApplyOptions{Confirm: time.Minute, Revision: done.Revision}); err != nil {
+		t.Fatal(err)
+	}
+	waiting := revision()
+	clock.pass(t, r, time.Minute)
+	if now := revision(); now == waiting || now == done.Revision {
+		t.Errorf("revision %s after a change was undone, %s while it waited, %s before", now, waiting, done.Revision)
+	}
+	// Another daemon has other revisions.
+	before := revision()
+	r.stop()
+	r = p.start()
+	if revision() == before {
+		t.Errorf("the next daemon has the revision %s of the one before", before)
+	}
+}

@@ -120,6 +120,8 @@ type Relay struct {
 	// summary is of summed, earlier wanted rules: see summarize. It is made for the first added or removed one.
 	summary *rules.Summary
 	summed  []*plan.Rule
+	// revised counts the changes of the rules of the file and the API.
+	revised uint64
 
 	kernel
 	tags      *tags

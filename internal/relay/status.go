@@ -431,7 +431,7 @@ func (r *Relay) Status(ctx context.Context) (status control.Status, err error) {
 		}
 		status = control.Status{
 			Version: r.opts.Version, PID: os.Getpid(), Started: r.started, Ready: r.ready,
-			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile, Unconfirmed: unconfirmed(r.changes.pending),
+			PinDir: r.opts.Loader.PinDir, Schema: bpf.Schema, Config: r.opts.ConfigFile, Revision: r.revision(), Unconfirmed: unconfirmed(r.changes.pending),
 			Rules: len(r.rules), Mroutes: r.mrouteStatus(), Interfaces: r.interfaceStatuses(stats), Workers: r.workerStatus().workers,
 			Passed: control.Counter(stats.Passed), Drops: Drops(stats.Drops), Warnings: slices.Clone(r.loader.Warnings()),
 		}

@@ -91,7 +91,7 @@ func newHub(o Options) *hub {
 // ServeHTTP streams messages as server-sent events if the request accepts them. Otherwise it
 // returns one full message, with ?history including the rates of the last minutes.
 func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !strings.Contains(r.Header.Get("Accept"), "text/event-stream") {
+	if !wantsStream(r) {
 		s, err := h.fresh(r.Context())
 		if err != nil {
 			control.ServeJSON(w, nil, err)
@@ -139,6 +139,10 @@ func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+}
+
+func wantsStream(r *http.Request) bool {
+	return strings.Contains(r.Header.Get("Accept"), "text/event-stream")
 }
 
 func (h *hub) join(page chan []byte) bool {

@@ -62,9 +62,18 @@ func Handler(o Options) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", o.Metrics)
 	mux.Handle("/healthz", o.Metrics)
-	mux.Handle("/readyz", o.Metrics)
-	mux.Handle("/v1/", api)
-	mux.Handle("GET /v1/live", newHub(o))
+	answers := make(limit, maxAnswers)
+	mux.Handle("/readyz", answers.of(o.Metrics))
+	mux.Handle("/v1/", answers.of(api))
+	mux.Handle("/v1/events", api) // written in small parts, also to those who follow them
+	pages := newHub(o)
+	mux.HandleFunc("GET /v1/live", func(w http.ResponseWriter, r *http.Request) {
+		if wantsStream(r) {
+			pages.ServeHTTP(w, r)
+			return
+		}
+		answers.of(pages).ServeHTTP(w, r)
+	})
 	mux.HandleFunc("GET /v1/access", func(w http.ResponseWriter, _ *http.Request) {
 		control.ServeJSON(w, map[string]bool{"writable": o.Token != ""}, nil)
 	})
@@ -99,6 +108,37 @@ func Handler(o Options) http.Handler {
 			return
 		}
 		mux.ServeHTTP(w, r)
+	})
+}
+
+// maxAnswers limits the simultaneous answers about rules: of 100,000 one takes 100 MB and more, until a
+// slow client has read it. Streams of the page and metrics have limits of their own. answerWait is how long a request waits for its turn.
+const (
+	maxAnswers = 4
+	answerWait = 5 * time.Second
+)
+
+// limit limits how many requests are answered at a time: its capacity.
+type limit chan struct{}
+
+// of limits the answers of a handler, but not those to changes, which are short and must not wait for
+// readers.
+func (l limit) of(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			h.ServeHTTP(w, r)
+			return
+		}
+		wait := time.NewTimer(answerWait)
+		defer wait.Stop()
+		select {
+		case l <- struct{}{}:
+			defer func() { <-l }()
+			h.ServeHTTP(w, r)
+		case <-wait.C:
+			control.ServeJSON(w, nil, control.Errorf(control.KindUnavailable, "%d requests are being answered: want fewer at once", cap(l)))
+		case <-r.Context().Done():
+		}
 	})
 }
 

@@ -11,11 +11,13 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"go.uber.org/goleak"
 
 	"xdpcast/internal/control"
+	"xdpcast/internal/labtest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -337,5 +339,37 @@ func TestLiveFails(t *testing.T) {
 	answer, text := ask(t, http.MethodGet, page(t, r, "")+"/v1/live", nil)
 	if answer.StatusCode != http.StatusServiceUnavailable || !strings.Contains(text, "the relay is busy") {
 		t.Errorf("%d %s", answer.StatusCode, text)
+	}
+}
+
+// TestAnswersAreLimited: however many clients ask for the rules, few answers are in memory at a time, also
+// if they do not read them. Changes and streams do not wait for them.
+func TestAnswersAreLimited(t *testing.T) {
+	hold := make(chan struct{})
+	var now, most atomic.Int32
+	handler := make(limit, maxAnswers).of(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if n := now.Add(1); r.Method == http.MethodGet {
+			most.Store(max(most.Load(), n))
+			<-hold
+		}
+		now.Add(-1)
+	}))
+	url := serve(t, handler)
+	var asking sync.WaitGroup
+	for range 3 * maxAnswers {
+		asking.Go(func() {
+			if answer, _ := ask(t, http.MethodGet, url, nil); answer.StatusCode != http.StatusOK && answer.StatusCode != http.StatusServiceUnavailable {
+				t.Errorf("%d", answer.StatusCode)
+			}
+		})
+	}
+	labtest.Eventually(t, "all turns are taken", func() bool { return now.Load() == maxAnswers })
+	if answer, _ := ask(t, http.MethodPut, url, nil); answer.StatusCode != http.StatusOK {
+		t.Errorf("a change: %d", answer.StatusCode)
+	}
+	close(hold)
+	asking.Wait()
+	if n := most.Load(); n > maxAnswers {
+		t.Errorf("%d at a time, want at most %d", n, maxAnswers)
 	}
 }

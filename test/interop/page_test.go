@@ -556,10 +556,36 @@ func TestPageChanges(t *testing.T) {
 	shots(b, "history")
 	press("bring back", `#history tr[data-back="1"] button`)
 	b.until("the difference is shown", fmt.Sprintf(`document.querySelector("#dialog[open] .diff")?.textContent.includes("+   out: %s")`, two))
+	// Somebody else changes the rules while it is looked at.
+	const in = "239.10.10.11:5004%in0 239.10.10.12:5004%in0"
+	if _, err := client.AddRule(ctx, control.Rule{Name: "legs", In: in, Merge: "rtp,skew=50ms", Out: []string{"239.20.20.21:6000%out0"}}); err != nil {
+		t.Fatal(err)
+	}
 	press("apply", "#apply")
-	b.until("it is in force", `document.querySelector('#history tr[data-back="0"]').innerText.includes("rollback 1")`)
+	b.until("other rules than those that were looked at are not changed", `/changed meanwhile|look at the difference again/.test(document.querySelector("#dialog .fault").textContent)`)
+	output(three)
+	b.run("cancel", chromedp.Click(`//dialog//button[text()="Cancel"]`))
+	b.until("the other change is shown", `document.querySelector('#history tr[data-back="0"]').innerText.includes("rule add legs")`)
+	press("bring back", `#history tr[data-back="2"] button`)
+	b.until("the difference is shown", fmt.Sprintf(`document.querySelector("#dialog[open] .diff")?.textContent.includes("+   out: %s")`, two))
+	press("apply", "#apply")
+	b.until("it is in force", `document.querySelector('#history tr[data-back="0"]').innerText.includes("rollback 2")`)
 	output(two)
 	waits(false)
+
+	// A rule with several inputs keeps them, and how they are merged, when its output is edited.
+	if _, err := client.AddRule(ctx, control.Rule{Name: "legs", In: in, Merge: "rtp,skew=50ms", Out: []string{"239.20.20.21:6000%out0"}}); err != nil {
+		t.Fatal(err)
+	}
+	b.run("edit", do(`location.hash = "#/edit/legs"`), chromedp.WaitVisible(chromedp.CSS("#out0")))
+	b.until("all of the rule is shown", fmt.Sprintf(`document.getElementById("in").value === %q && document.getElementById("merge").value === "rtp,skew=50ms"`, in))
+	b.run("change", chromedp.SetValue(chromedp.CSS("#out0"), "239.20.20.21:6001%out0"), chromedp.SetValue(chromedp.CSS("#merge"), "rtp,skew=70ms"), chromedp.Click(chromedp.CSS("#preview")))
+	b.until("what changes is shown", `["+   out: 239.20.20.21:6001%out0", "-   merge: rtp,skew=50ms", "+   merge: rtp,skew=70ms", "    in: 239.10.10.12:5004%in0"].every(l => document.querySelector("#dialog[open] .diff")?.textContent.includes(l))`)
+	press("apply", "#apply")
+	b.until("the rule is shown", `location.hash === "#/rules/legs"`)
+	if got := relay.rule(ctx, t, "legs"); got.In != in || got.Merge != "rtp,skew=70ms" || got.Out[0] != "239.20.20.21:6001%out0" {
+		t.Errorf("after an edit: %+v", got.Rule)
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, c := range b.complaints {

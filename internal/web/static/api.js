@@ -5,12 +5,14 @@ const key = "xdpcast-token";
 export const token = () => sessionStorage.getItem(key);
 export const setToken = (t) => t ? sessionStorage.setItem(key, t) : sessionStorage.removeItem(key);
 
+const patience = 70000; // ms: more than the daemon takes for any answer
+
 export async function ask(path, options = {}) {
 	const headers = new Headers(options.headers);
 	if (token()) headers.set("Authorization", "Bearer " + token());
 	let answer;
 	try {
-		answer = await fetch(path, { ...options, headers });
+		answer = await fetch(path, { signal: AbortSignal.timeout(patience), ...options, headers });
 	} catch {
 		throw new Error("no answer from the daemon");
 	}
@@ -31,13 +33,14 @@ const query = (o) => {
 	return q && "?" + q;
 };
 // Changes that are dry runs, or undone unless confirmed within a time.
-const how = (dryRun, within, more) => query({ max_changes: 500, ...more, dry_run: dryRun, confirm: within });
+// The rules must still be those of a revision, if one is given: what the user has seen is what is done.
+const how = (dryRun, within, revision, more) => query({ max_changes: 500, ...more, dry_run: dryRun, confirm: within, revision });
 
-export const put = (rule, dryRun, within) => ask(rulePath(rule.name) + how(dryRun, within), json("PUT", rule));
+export const put = (rule, dryRun, within, revision) => ask(rulePath(rule.name) + how(dryRun, within, revision), json("PUT", rule));
 export const remove = (name) => ask(rulePath(name), { method: "DELETE" });
-export const apply = (yaml, dryRun, within) => ask("v1/rules" + how(dryRun, within),
+export const apply = (yaml, dryRun, within, revision) => ask("v1/rules" + how(dryRun, within, revision),
 	{ method: "PUT", body: yaml, headers: { "Content-Type": "application/yaml" } });
-export const reload = (dryRun, within) => ask("v1/reload" + how(dryRun, within), { method: "POST" });
+export const reload = (dryRun, within, revision) => ask("v1/reload" + how(dryRun, within, revision), { method: "POST" });
 export const getHistory = () => ask("v1/history");
-export const rollback = (back, dryRun, within) => ask("v1/rollback" + how(dryRun, within, { back: String(back) }), { method: "POST" });
+export const rollback = (back, dryRun, within, revision) => ask("v1/rollback" + how(dryRun, within, revision, { back: String(back) }), { method: "POST" });
 export const confirm = () => ask("v1/confirm", { method: "POST" });

@@ -102,7 +102,8 @@ function membershipsPage(_, into) {
 function route() {
 	const [, at, name] = /^#\/([a-z]*)\/?(.*)$/.exec(location.hash) ?? [null, "rules", ""];
 	section?.leave();
-	const of = decodeURIComponent(name);
+	let of = name;
+	try { of = decodeURIComponent(name); } catch { /* typed by hand: no rule has such a name */ }
 	const pages = { rules: of ? rulePage : rulesPage, memberships: membershipsPage, interfaces: interfacesPage, events: eventsPage, file: filePage, history: historyPage, edit: editPage };
 	section = (pages[at] ?? rulesPage)(live, main, of);
 	if (at === "rules" && !of && token()) {

@@ -83,7 +83,7 @@ export function historyPage(live, main) {
 	async function change(title, act) {
 		fault.textContent = "";
 		try {
-			if (await confirmChange(title, await act(true), (within) => act(false, within), true)) {
+			if (await confirmChange(title, await act(true), (within, revision) => act(false, within, revision), true)) {
 				live.soon();
 				await read();
 			}
@@ -94,10 +94,10 @@ export function historyPage(live, main) {
 
 	// Numbers of sets shift with each change: check that the number is still that of the chosen
 	// set.
-	const bringBack = (e) => change(`Bring back the set of ${new Date(e.time).toLocaleString()}`, async (dryRun, within) => {
+	const bringBack = (e) => change(`Bring back the set of ${new Date(e.time).toLocaleString()}`, async (dryRun, within, revision) => {
 		const now = (await getHistory()).find((o) => o.back === e.back);
 		if (now?.time !== e.time) throw new Error("the rules have been changed meanwhile: pick the set again");
-		return rollback(e.back, dryRun, within);
+		return rollback(e.back, dryRun, within, revision);
 	});
 
 	async function read() {

@@ -5,7 +5,8 @@ import { ask, check, put, remove, apply, getRule, token, setToken } from "./api.
 const dialog = () => document.getElementById("dialog");
 
 function lines(rule) {
-	return [`${rule.name}:`, `  in: ${rule.in}`, ...rule.out.map((o) => `  out: ${o}`), ...(rule.path && rule.path !== "auto" ? [`  path: ${rule.path}`] : [])];
+	const also = ["merge", "failover", "path"].filter((key) => rule[key] && rule[key] !== "auto");
+	return [`${rule.name}:`, ...rule.in.split(" ").map((i) => `  in: ${i}`), ...rule.out.map((o) => `  out: ${o}`), ...also.map((key) => `  ${key}: ${rule[key]}`)];
 }
 
 // difference lists what a change adds and removes, line by line.
@@ -31,7 +32,7 @@ export function confirmChange(title, result, act, probation = false) {
 		const go = h("button", { type: "button", class: "primary", id: "apply", disabled: result.added + result.removed + result.changed === 0 && !result.mroute, onclick: async () => {
 			go.disabled = true;
 			try {
-				await act(within.value);
+				await act(within.value, result.revision);
 				box.returnValue = "done";
 				box.close("done");
 			} catch (error) {
@@ -77,11 +78,15 @@ export function editPage(live, main, name) {
 	};
 	const nameInput = h("input", { required: true, autocomplete: "off", spellcheck: "false", readonly: !isNew, oninput: later });
 	const input = h("input", { required: true, autocomplete: "off", spellcheck: "false", placeholder: "239.1.1.1:5000%eth0", oninput: later });
+	const merge = h("input", { autocomplete: "off", spellcheck: "false", placeholder: "rtp,skew=50ms", oninput: later });
+	const failover = h("input", { autocomplete: "off", spellcheck: "false", placeholder: "30ms,back=2s", oninput: later });
 	const path = h("select", { onchange: later }, ["auto", "kernel", "afxdp", "fanout"].map((p) => h("option", { value: p }, p)));
 	const outs = h("div");
 	const whole = h("p", { class: "fault", role: "alert" });
 	const form = h("form", { novalidate: true, onsubmit: submit },
-		field("name", "Name", nameInput), field("in", "Input", input, "[SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE, then options after commas"),
+		field("name", "Name", nameInput), field("in", "Input", input, "[SOURCE@]ADDRESS[/LEN][:PORT]%INTERFACE, then options after commas; blanks between several inputs that carry one stream"),
+		field("merge", "Merge", merge, "for several inputs: the format of the numbers by which they are merged"),
+		field("failover", "Failover", failover, "or instead: the time for which an input may be silent before the next one is relayed"),
 		h("fieldset", {}, h("legend", {}, "Outputs"), outs, h("button", { type: "button", onclick: () => { addOut(""); outs.lastChild.querySelector("input").focus(); } }, "Add an output")),
 		field("path", "Path", path), whole,
 		h("div", { class: "tools" }, h("button", { class: "primary", id: "preview" }, "Show the difference"), h("a", { href: isNew ? "#/rules" : "#/rules/" + encodeURIComponent(name) }, "Cancel")));
@@ -98,7 +103,7 @@ export function editPage(live, main, name) {
 		} }, "Remove")), h("p", { class: "fault", id: `out${i}-fault`, "aria-live": "polite" })));
 	}
 
-	const values = () => ({ name: nameInput.value.trim(), in: input.value.trim(), out: [...outs.querySelectorAll("input")].map((o) => o.value.trim()), path: path.value });
+	const values = () => ({ name: nameInput.value.trim(), in: input.value.trim(), out: [...outs.querySelectorAll("input")].map((o) => o.value.trim()), path: path.value, merge: merge.value.trim(), failover: failover.value.trim() });
 
 	function later() {
 		clearTimeout(timer);
@@ -137,7 +142,7 @@ export function editPage(live, main, name) {
 			const rule = values();
 			if (isNew && live.rules.has(rule.name)) throw new Error(`rule ${rule.name} is there already: choose another name, or edit it`);
 			const result = await put(rule, true);
-			if (await confirmChange(isNew ? "Add rule " + rule.name : "Change rule " + rule.name, result, (within) => put(rule, false, within), true)) location.hash = "#/rules/" + encodeURIComponent(rule.name);
+			if (await confirmChange(isNew ? "Add rule " + rule.name : "Change rule " + rule.name, result, (within, revision) => put(rule, false, within, revision), true)) location.hash = "#/rules/" + encodeURIComponent(rule.name);
 		} catch (error) {
 			whole.textContent = error.message;
 		}
@@ -148,6 +153,8 @@ export function editPage(live, main, name) {
 		nameInput.value = r.name;
 		input.value = r.in;
 		path.value = r.path || "auto";
+		merge.value = r.merge ?? "";
+		failover.value = r.failover ?? "";
 		r.out.forEach(addOut);
 	}, (error) => { whole.textContent = error.message; });
 	return { update() {}, leave() { left = true; clearTimeout(timer); } };
@@ -164,7 +171,7 @@ export function filePage(live, main) {
 			fault.textContent = "";
 			try {
 				const result = await apply(text.value, true);
-				if (await confirmChange("Replace the rules that were added here", result, (within) => apply(text.value, false, within), true)) location.hash = "#/rules";
+				if (await confirmChange("Replace the rules that were added here", result, (within, revision) => apply(text.value, false, within, revision), true)) location.hash = "#/rules";
 			} catch (error) {
 				fault.textContent = error.message;
 			}

@@ -1,9 +1,9 @@
-// Events as they arrive.
+// Events, by polling: a stream would hold one of the six connections that a browser opens to a host,
+// for each of its windows and tabs, and with six of them no other request gets through.
 import { h } from "./dom.js";
 
 const most = 500;
-const first = 5000; // ms in which the stream must send something: a proxy may buffer it
-const pause = 2000; // ms between polls if the stream does not get through
+const pause = 2000; // ms between polls
 
 function text(e) {
 	const of = { output: () => `${e.output} of rule ${e.rule}`, membership: () => `${e.group}%${e.interface}`, neighbour: () => `${e.address} on ${e.interface}`, querier: () => `${e.address} on ${e.interface}` }[e.kind]?.() ?? e.rule ?? e.interface ?? "";
@@ -16,40 +16,26 @@ export function eventList(into, match, limit = most) {
 	const list = h("ol", { class: "events", role: "log", "aria-label": "Events, the newest first", "aria-live": "off" });
 	const none = h("p", { class: "dim" }, "none yet");
 	into.replaceChildren(none, list);
-	const source = new EventSource("v1/events?tail=10000");
-	let waiting = [], last = 0, closed = false, begun = false, timer = setTimeout(() => { if (!begun) instead(); }, first);
-	source.addEventListener("event", (m) => {
-		begun = true;
-		take(JSON.parse(m.data));
-	});
-	// A broken stream reconnects by itself; a refused one does not.
-	source.onerror = () => { if (source.readyState === EventSource.CLOSED) instead(); };
-	function take(e) {
-		last = Math.max(last, e.number ?? 0);
-		if (match(e) && waiting.push(e) === 1) requestAnimationFrame(flush);
-	}
-	function instead() {
-		source.close();
-		clearTimeout(timer);
-		if (!closed) poll();
-	}
+	let last = 0, closed = false, timer = 0;
 	async function poll() {
 		try {
 			const answer = await fetch("v1/events?" + (last ? "since=" + last : "tail=10000"), { signal: AbortSignal.timeout(20000) });
 			const text = answer.ok ? await answer.text() : "";
 			if (closed) return;
-			for (const line of text.split("\n")) if (line) take(JSON.parse(line));
+			show(text.split("\n").filter(Boolean).map((line) => JSON.parse(line)));
 		} catch { /* the top of the page says that the daemon does not answer */ }
 		if (!closed) timer = setTimeout(poll, document.hidden ? 30000 : pause);
 	}
-	function flush() {
-		const fresh = waiting.slice(-limit).reverse().map(line);
-		waiting = [];
+	function show(events) {
+		for (const e of events) last = e.number ?? 0; // none after the numbers were restarted: then from the first on
+		const fresh = events.filter(match).slice(-limit).reverse().map(line);
+		if (!fresh.length) return;
 		none.remove();
 		list.prepend(...fresh);
 		while (list.children.length > limit) list.lastChild.remove();
 	}
-	return { close: () => { closed = true; source.close(); clearTimeout(timer); } };
+	poll();
+	return { close: () => { closed = true; clearTimeout(timer); } };
 }
 
 function line(e) {
