@@ -39,7 +39,7 @@ func buildAndRun(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	if program, err = labtest.BuildProgram(dir); err != nil {
+	if program, err = labtest.Program(dir); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

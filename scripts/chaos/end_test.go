@@ -31,7 +31,7 @@ func TestSignalsLeaveNothing(t *testing.T) {
 	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	program, err := labtest.BuildProgram(dir)
+	program, err := labtest.Program(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

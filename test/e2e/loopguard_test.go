@@ -212,7 +212,15 @@ func (l *lans) looping() (all []string) {
 func (l *lans) loopEvents() (n int) {
 	l.t.Helper()
 	for _, in := range l.relays {
-		n += strings.Count(in.mustCLI("events"), ": looping: ")
+		err := in.client.Events(l.t.Context(), control.EventQuery{}, func(e control.Event) error {
+			if strings.Contains(e.Text(), ": looping: ") {
+				n++
+			}
+			return nil
+		})
+		if err != nil {
+			l.t.Fatal(err)
+		}
 	}
 	return n
 }

@@ -39,13 +39,13 @@ func TestMain(m *testing.M) {
 	}))
 }
 
-// buildProgram builds the program once for all tests, in programDir.
+// buildProgram builds the program once for all tests, in programDir, unless the environment names one.
 var (
 	buildProgram = sync.OnceValues(func() (program string, err error) {
 		if programDir, err = os.MkdirTemp("", "xdpcast-interop"); err != nil {
 			return "", err
 		}
-		return labtest.BuildProgram(programDir)
+		return labtest.Program(programDir)
 	})
 	programDir string
 )
