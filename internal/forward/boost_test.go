@@ -130,39 +130,13 @@ func requireBoost(t *testing.T) *Boost {
 	return b
 }
 
-// Workers of both paths have the priority while they are idle, no other thread has it, and none keeps it when
-// they have ended.
+// Idle workers have the priority.
 func TestBoostWorkers(t *testing.T) {
 	boost := requireBoost(t)
-	forwards := func(t *testing.T, workers int, end func()) {
-		t.Helper()
-		has := func(n int) bool {
-			all := realTime(t)
-			for _, p := range all {
-				if p != boostPriority {
-					t.Fatalf("priorities %v, want %d", all, boostPriority)
-				}
-			}
-			return len(all) == n
-		}
-		labtest.Eventually(t, "each worker has the priority", func() bool { return has(workers) })
-		end()
-		labtest.Eventually(t, "no thread has one", func() bool { return has(0) })
+	workersHave(t, boostPriority, AFXDPOptions{Boost: boost}, FanoutOptions{Boost: boost}, func(t *testing.T) {
 		if n := boost.sharing.Load(); n != 1 || boost.free != 0 {
 			t.Errorf("%d workers are left, %d share a CPU", boost.free, n)
 		}
-	}
-	t.Run("afxdp", func(t *testing.T) {
-		b := newXDPBench(t, 1, 2, 0)
-		b.openWith(t, AFXDPOptions{Boost: boost})
-		b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
-		forwards(t, 2, func() { b.sync(t) })
-	})
-	t.Run("fanout", func(t *testing.T) {
-		n := newBench(t, 1)
-		f := n.path(t, FanoutOptions{Workers: 3, Boost: boost})
-		n.sync(t, f, rule("r", n.in, "239.1.1.1", 5000, sendTo(n.out[0], "239.9.9.1", 6000)))
-		forwards(t, 3, func() { n.sync(t, f) })
 	})
 }
 

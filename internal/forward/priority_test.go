@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"testing"
 
@@ -33,8 +34,38 @@ func realTime(t *testing.T) (priorities []uint32) {
 	return priorities
 }
 
-// Workers of both paths have the real-time priority, other threads do not, and none keeps it when
-// the workers have ended.
+// workersHave starts workers of each path: each of them gets a real-time priority, no other thread has one, and none
+// keeps it when they have ended, which ended then looks at.
+func workersHave(t *testing.T, priority uint32, afxdp AFXDPOptions, fanout FanoutOptions, ended func(t *testing.T)) {
+	t.Helper()
+	forwards := func(t *testing.T, workers int, end func()) {
+		t.Helper()
+		labtest.Eventually(t, "each worker has the priority", func() bool {
+			all := realTime(t)
+			if len(all) > workers || slices.ContainsFunc(all, func(p uint32) bool { return p != priority }) {
+				t.Fatalf("threads have the real-time priorities %v, want %d times %d", all, workers, priority)
+			}
+			return len(all) == workers
+		})
+		end()
+		labtest.Eventually(t, "no thread has one", func() bool { return len(realTime(t)) == 0 })
+		ended(t)
+	}
+	t.Run("afxdp", func(t *testing.T) {
+		b := newXDPBench(t, 1, 2, 0)
+		b.openWith(t, afxdp)
+		b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
+		forwards(t, 2, func() { b.sync(t) })
+	})
+	t.Run("fanout", func(t *testing.T) {
+		n := newBench(t, 1)
+		fanout.Workers = 3
+		f := n.path(t, fanout)
+		n.sync(t, f, rule("r", n.in, "239.1.1.1", 5000, sendTo(n.out[0], "239.9.9.1", 6000)))
+		forwards(t, fanout.Workers, func() { n.sync(t, f) })
+	})
+}
+
 func TestPriority(t *testing.T) {
 	const priority = 7
 	if err := CheckPriority(priority); err != nil {
@@ -44,35 +75,7 @@ func TestPriority(t *testing.T) {
 		}
 		labtest.Lacking(t, err.Error())
 	}
-	forwards := func(t *testing.T, workers int, end func()) {
-		t.Helper()
-		labtest.Eventually(t, "each worker has the priority", func() bool {
-			all := realTime(t)
-			for _, p := range all {
-				if p != priority {
-					t.Fatalf("priorities %v, want %d", all, priority)
-				}
-			}
-			if len(all) > workers {
-				t.Fatalf("%d threads with a real-time priority, want %d", len(all), workers)
-			}
-			return len(all) == workers
-		})
-		end()
-		labtest.Eventually(t, "no thread has one", func() bool { return len(realTime(t)) == 0 })
-	}
-	t.Run("afxdp", func(t *testing.T) {
-		b := newXDPBench(t, 1, 2, 0)
-		b.openWith(t, AFXDPOptions{Priority: priority})
-		b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
-		forwards(t, 2, func() { b.sync(t) })
-	})
-	t.Run("fanout", func(t *testing.T) {
-		n := newBench(t, 1)
-		f := n.path(t, FanoutOptions{Workers: 3, Priority: priority})
-		n.sync(t, f, rule("r", n.in, "239.1.1.1", 5000, sendTo(n.out[0], "239.9.9.1", 6000)))
-		forwards(t, 3, func() { n.sync(t, f) })
-	})
+	workersHave(t, priority, AFXDPOptions{Priority: priority}, FanoutOptions{Priority: priority}, func(*testing.T) {})
 }
 
 // Without the permission the error says what is missing.
