@@ -60,18 +60,20 @@ func Pause(start time.Time, least time.Duration) {
 	time.Sleep(min(max(least, time.Since(start)/10), 100*time.Millisecond))
 }
 
-// Tap sends and receives whole frames on an interface.
+// Tap sends and receives whole frames on an interface. One goroutine at a time receives; any may send.
 type Tap struct {
 	t    testing.TB
 	fd   int
 	name string
+
+	buf, oob []byte // of the last frame; anew for each they would be most of what a test allocates
 }
 
 // NewTap opens a tap on an interface of a host. Frames that arrive from then on
 // are held for Receive.
 func NewTap(t testing.TB, h *lab.Host, ifname string) *Tap {
 	t.Helper()
-	tap := &Tap{t: t, fd: -1, name: h.Name + "/" + ifname}
+	tap := &Tap{t: t, fd: -1, name: h.Name + "/" + ifname, buf: make([]byte, 65536), oob: make([]byte, 64)}
 	Do(t, h, func() error {
 		iface, err := net.InterfaceByName(ifname)
 		if err != nil {
@@ -113,28 +115,20 @@ func (tap *Tap) Send(frame []byte) {
 // however late the caller gets its CPU.
 func (tap *Tap) Receive(timeout time.Duration, keep func([]byte) bool) []byte {
 	tap.t.Helper()
-	buf := make([]byte, 65536)
 	for deadline := time.Now().Add(timeout); ; {
-		wait := 0
-		if left := time.Until(deadline); left > 0 {
-			wait = int(left.Milliseconds()) + 1
-		}
-		fds := []unix.PollFd{{Fd: int32(tap.fd), Events: unix.POLLIN}}
-		if n, err := unix.Poll(fds, wait); err != nil {
-			continue // a signal
-		} else if n == 0 {
-			if wait == 0 {
-				return nil
+		left := time.Until(deadline)
+		n, oobn, _, _, err := unix.Recvmsg(tap.fd, tap.buf, tap.oob, unix.MSG_DONTWAIT)
+		switch {
+		case err == nil:
+			if frame := withTag(tap.buf[:n], tap.oob[:oobn]); keep == nil || keep(frame) {
+				return append([]byte(nil), frame...)
 			}
-			continue
-		}
-		oob := make([]byte, 64)
-		n, oobn, _, _, err := unix.Recvmsg(tap.fd, buf, oob, unix.MSG_DONTWAIT)
-		if err != nil {
-			continue
-		}
-		if frame := withTag(buf[:n], oob[:oobn]); keep == nil || keep(frame) {
-			return append([]byte(nil), frame...)
+		case err == unix.EINTR, err == unix.ENETDOWN: // told once; frames may be there
+		case left <= 0:
+			return nil
+		default:
+			fds := []unix.PollFd{{Fd: int32(tap.fd), Events: unix.POLLIN}}
+			_, _ = unix.Poll(fds, int(left.Milliseconds())+1)
 		}
 	}
 }

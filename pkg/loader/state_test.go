@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -383,6 +384,7 @@ func startNumbers(t testing.TB, n *testLab, first uint64, groups []string, outpu
 	}
 	s.done.Go(func() {
 		for next := first; !s.stop.Load() && !t.Failed(); next += window {
+			began := time.Now()
 			for i := range uint64(window) {
 				for _, group := range groups {
 					source.Send(sourceFrame(n, group, 5000, binary.BigEndian.AppendUint64([]byte(marker), next+i)).Build())
@@ -406,6 +408,7 @@ func startNumbers(t testing.TB, n *testLab, first uint64, groups []string, outpu
 				}
 			}
 			s.sent.Add(window)
+			time.Sleep(time.Since(began)) // half of a CPU is left to the changes
 		}
 	})
 	t.Cleanup(s.finish)
