@@ -72,7 +72,7 @@ func TestListOfTestsThatRunAlone(t *testing.T) {
 func TestListsOfTheTestRun(t *testing.T) {
 	script := read(t, "scripts/test")
 	setting := func(name string) string {
-		m := regexp.MustCompile(`(?m)^` + name + `='(.*)'$`).FindStringSubmatch(script)
+		m := regexp.MustCompile(`(?m)^` + name + `='([^']*)'$`).FindStringSubmatch(script)
 		if m == nil {
 			t.Fatalf("scripts/test does not set %s", name)
 		}
@@ -89,6 +89,20 @@ func TestListsOfTheTestRun(t *testing.T) {
 	for _, test := range raced {
 		if !slices.Contains(functions[test], "pkg/loader") && !slices.Contains(functions[test], shared) {
 			t.Errorf("scripts/test races %s, which neither pkg/loader nor %s has", test, shared)
+		}
+	}
+	for line := range strings.Lines(setting("single")) {
+		pkg, test, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if !slices.Contains(functions[test], pkg) {
+			t.Errorf("scripts/test runs %s of %s by itself, which does not exist", test, pkg)
+		}
+	}
+	// Tests of raced packages that run without the detector, by name; TestConverges is of another process.
+	for _, m := range regexp.MustCompile(`([\w/]+) \(([\w|]+)\)`).FindAllStringSubmatch(setting("unraced"), -1) {
+		for _, test := range strings.Split(m[2], "|") {
+			if body := testBody(t, m[1], test); body == "" || regexp.MustCompile(`\bgo func|\.Go\(`).MatchString(body) {
+				t.Errorf("scripts/test runs %s of %s without the race detector: it does not exist, or starts a goroutine", test, m[1])
+			}
 		}
 	}
 	plain, checked := regexp.MustCompile(setting("plain")), map[string]bool{}
@@ -126,6 +140,26 @@ func TestListsOfTheTestRun(t *testing.T) {
 	if len(checked) != 12 {
 		t.Errorf("scripts/test runs without the race detector: %v", slices.Sorted(maps.Keys(checked)))
 	}
+}
+
+// testBody returns the text of a test, or "".
+func testBody(t *testing.T, pkg, test string) string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(root, pkg, "*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, rest, ok := strings.Cut(string(text), "\nfunc "+test+"(t *testing.T) {\n"); ok {
+			body, _, _ := strings.Cut(rest, "\n}\n")
+			return body
+		}
+	}
+	return ""
 }
 
 // The list of tests with a long form names exactly those that call labtest.Soak, SoakTime or LongOnly.
