@@ -244,23 +244,7 @@ func (t *Totals) add(s StreamVerdict) {
 	for _, o := range s.Outputs {
 		t.Expected += o.Expected
 		t.Relayed += o.Relayed
-		t.Received += o.Received
-		t.Datagrams += o.Datagrams
-		t.Bytes += o.Bytes
-		t.Lost += o.Lost
-		t.Duplicated += o.Duplicated
-		t.Reordered += o.Reordered
-		t.Repaired += o.Repaired
-		t.Late += o.Late
-		t.Stale += o.Stale
-		t.Corrupt += o.Corrupt
-		t.Foreign += o.Foreign
-		t.Surplus += o.Surplus
-		t.SocketDrops += o.SocketDrops
-		t.Wrong.TTL += o.Wrong.TTL
-		t.Wrong.Source += o.Wrong.Source
-		t.Wrong.SourcePort += o.Wrong.SourcePort
-		t.Wrong.DSCP += o.Wrong.DSCP
+		t.Counters.Add(o.Counters)
 	}
 }
 

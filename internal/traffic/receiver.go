@@ -468,7 +468,7 @@ func (r *Receiver) Report() RecvReport {
 	for _, g := range r.groups {
 		gr := g.report(r.expect())
 		rep.Groups = append(rep.Groups, gr)
-		rep.Total.add(gr.Counters)
+		rep.Total.Add(gr.Counters)
 		all.Merge(&g.latency)
 		if g.firstAt != 0 && (first == 0 || g.firstAt < first) {
 			first = g.firstAt
@@ -493,7 +493,7 @@ func (r *Receiver) Interval() IntervalReport {
 	r.pollDrops()
 	var total Counters
 	for _, g := range r.groups {
-		total.add(g.counters(r.expect()))
+		total.Add(g.counters(r.expect()))
 	}
 	now, last := time.Now(), &r.interval
 	if last.since.IsZero() {

@@ -211,7 +211,8 @@ func (r RecvReport) silent() []string {
 	return []string{fmt.Sprintf("nothing received on %d of %d groups, such as %s", count, len(r.Groups), first)}
 }
 
-func (c *Counters) add(o Counters) {
+// Add adds the counters of another group or receiver.
+func (c *Counters) Add(o Counters) {
 	c.Datagrams += o.Datagrams
 	c.Received += o.Received
 	c.Bytes += o.Bytes
