@@ -50,6 +50,7 @@ func runCommand() *cli.Command {
 			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one per CPU"},
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
 			&cli.StringFlag{Name: "worker-priority", Usage: "real-time `PRIORITY` of the workers of the afxdp and fanout paths (SCHED_FIFO): auto (the lowest, for up to half of a CPU's time, where permitted), none, or always: 1 to 99", Value: "none"},
+			&cli.StringFlag{Name: "worker-placement", Usage: "`WHETHER` the workers of the afxdp and fanout paths avoid CPUs for which they have waited: auto, or none (the scheduler alone places them)", Value: "none"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, described in its environment"},
 			&cli.StringFlag{Name: "log-level", Usage: "minimum `LEVEL` to log: debug, info, warn or error", Value: "info"},
@@ -119,6 +120,10 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 	if err != nil {
 		return relay.Options{}, err
 	}
+	place, err := workerPlacement(c)
+	if err != nil {
+		return relay.Options{}, err
+	}
 	afxdp, err := afxdpOptions(c)
 	if err != nil {
 		return relay.Options{}, err
@@ -128,7 +133,7 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 		return relay.Options{}, err
 	}
 	return relay.Options{
-		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Priority: priority, Boost: boost, Steering: steering,
+		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Priority: priority, Boost: boost, Place: place, Steering: steering,
 		ConfigFile: c.String("config"), StateDir: stateDir(c), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil
@@ -148,6 +153,15 @@ func workerPriority(c *cli.Context) (priority int, boost bool, err error) {
 		}
 		return priority, false, nil
 	}
+}
+
+// workerPlacement says whether workers avoid CPUs for which they wait.
+func workerPlacement(c *cli.Context) (bool, error) {
+	text := c.String("worker-placement")
+	if text != "auto" && text != "none" {
+		return false, usagef("--worker-placement %q: want auto or none", text)
+	}
+	return text == "auto", nil
 }
 
 // maxWorkers exceeds the number of CPUs of any machine; each worker has a ring of 16 MiB.

@@ -66,6 +66,8 @@ type AFXDPOptions struct {
 	Priority int
 	// Boost gives the workers a real-time priority while they need little time, unless Priority does; nil: not.
 	Boost *Boost
+	// Place moves workers that are not pinned away from CPUs for which they wait.
+	Place bool
 	// BusyPoll, PreferBusyPoll and BusyPollBudget are those of xsk.Options.
 	BusyPoll       time.Duration
 	PreferBusyPoll bool

@@ -75,6 +75,7 @@ type afxdpWorker struct {
 	interfaceC atomic.Uint32 // interfaceState
 	signalled  bool          // it is to end; under the path's lock
 	boosted    *boosted      // of its thread
+	placement  *placement    // of its thread
 	// foreign: another process uses the sockets. waiting are inherited sockets for senders, by interface.
 	foreign bool
 	waiting map[int]*xsk.Socket
@@ -124,6 +125,9 @@ func (w *afxdpWorker) run() {
 		if err := unix.SchedSetaffinity(0, &set); err != nil {
 			w.log.Warn("pin worker", "cpu", w.cpu, "error", err)
 		}
+	} else if w.path.opts.Place {
+		w.placement = place(w.log)
+		defer w.placement.leave()
 	}
 	if err := setPriority(w.path.opts.Priority); err != nil {
 		w.log.Warn("worker has no real-time priority", "error", err)
@@ -191,6 +195,7 @@ func (w *afxdpWorker) work() (err error) {
 		}
 		now := time.Now()
 		w.boosted.account(now, true)
+		w.placement.look(now)
 		if n > 0 {
 			w.worked, idle = true, time.Time{}
 			continue
@@ -435,7 +440,9 @@ func (w *afxdpWorker) sleep() error {
 		timeout = shortSleep
 	}
 	ready, err := w.waiter.Wait(timeout)
-	w.boosted.account(time.Now(), false)
+	now := time.Now()
+	w.boosted.account(now, false)
+	w.placement.look(now)
 	if err != nil || ready > 0 && w.interfaceC.Load() == interfaceUp {
 		return err
 	}

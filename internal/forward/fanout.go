@@ -34,6 +34,8 @@ type FanoutOptions struct {
 	Priority int
 	// Boost gives the workers a real-time priority while they need little time, unless Priority does; nil: not.
 	Boost *Boost
+	// Place moves workers away from CPUs for which they wait.
+	Place bool
 	// Accounts is where packets are counted; nil: in memory, as long as the path lives.
 	Accounts Accounts
 	// Taps see packets; nil: no taps.
@@ -331,7 +333,7 @@ func (f *Fanout) openGroups(inputs map[groupKey]string) (fresh []*fanoutGroup, e
 }
 
 func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
-	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), priority: f.opts.Priority, boost: f.opts.Boost, done: make(chan struct{})}
+	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), priority: f.opts.Priority, boost: f.opts.Boost, place: f.opts.Place, done: make(chan struct{})}
 	filter := f.filter.program
 	if key.fromHost {
 		filter = f.filter.sent
@@ -499,6 +501,7 @@ type fanoutGroup struct {
 	workers  []*fanoutWorker
 	priority int // of the workers' threads
 	boost    *Boost
+	place    bool
 	done     chan struct{} // closed to end the workers
 	running  sync.WaitGroup
 

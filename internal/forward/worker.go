@@ -28,8 +28,9 @@ type fanoutWorker struct {
 	since     int64
 	discarded atomic.Uint64
 	// worked says that a block was forwarded since the last failure.
-	worked  bool
-	boosted *boosted // of its thread
+	worked    bool
+	boosted   *boosted   // of its thread
+	placement *placement // of its thread
 }
 
 // run works until the group is closed. It restarts after any failure.
@@ -42,6 +43,10 @@ func (w *fanoutWorker) run() {
 	} else {
 		w.boosted = w.group.boost.join(-1, w.log)
 		defer w.boosted.leave()
+	}
+	if w.group.place {
+		w.placement = place(w.log)
+		defer w.placement.leave()
 	}
 	pause := firstPause
 	var last string
@@ -79,11 +84,11 @@ func (w *fanoutWorker) work() (err error) {
 	}()
 	for {
 		block, err := w.wait(w.socket)
-		w.boosted.account(time.Now(), false)
+		w.account(false)
 		switch {
 		case err == nil:
 			w.forward(block)
-			w.boosted.account(time.Now(), true)
+			w.account(true)
 			w.worked = true
 		case errors.Is(err, unix.ENETDOWN):
 			w.log.Info("interface is down")
@@ -92,6 +97,13 @@ func (w *fanoutWorker) work() (err error) {
 			return err
 		}
 	}
+}
+
+// account says that the worker ran, or slept.
+func (w *fanoutWorker) account(ran bool) {
+	now := time.Now()
+	w.boosted.account(now, ran)
+	w.placement.look(now)
 }
 
 func (w *fanoutWorker) forward(block *fanout.Block) {

@@ -58,6 +58,8 @@ type Options struct {
 	Priority int
 	// Boost gives them one while they need little time, if that is permitted: see forward.Boost.
 	Boost bool
+	// Place keeps workers that are not pinned off CPUs for which they wait: see forward.AFXDPOptions.
+	Place bool
 	// Steering says when packets are spread over the CPUs of these workers.
 	Steering plan.Steering
 	// Loader configures the pinned state. Its Logger is replaced.
@@ -65,7 +67,7 @@ type Options struct {
 	// Membership configures what keeps memberships beyond the process, and lets tests inject
 	// faults. Its Logger is replaced.
 	Membership membership.Options
-	// AFXDP configures the AF_XDP path. Its Loader, Logger and Priority are replaced.
+	// AFXDP configures the AF_XDP path. Its Loader, Logger, Priority, Boost and Place are replaced.
 	AFXDP forward.AFXDPOptions
 	// Keeper keeps the rings of the fanout path beyond the process, nil: nothing does; and Kept are
 	// those that it kept from an earlier one, nil: none. The relay takes ownership of Kept.

@@ -30,7 +30,7 @@ type openPath struct {
 // fanoutOptions are those of the path fanout that do not depend on the process before.
 func (r *Relay) fanoutOptions(accounts forward.Accounts) forward.FanoutOptions {
 	return forward.FanoutOptions{
-		Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Boost: r.boost, Accounts: accounts, Taps: &r.taps, Keeper: r.opts.Keeper,
+		Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Boost: r.boost, Place: r.opts.Place, Accounts: accounts, Taps: &r.taps, Keeper: r.opts.Keeper,
 	}
 }
 
@@ -59,7 +59,7 @@ func (r *Relay) newUserPaths() userPaths {
 		flow.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP
 			opts.Logger, opts.Loader, opts.Accounts, opts.Taps = r.log, r.loader, r.loader, &r.taps
-			opts.Priority, opts.Boost = r.opts.Priority, r.boost
+			opts.Priority, opts.Boost, opts.Place = r.opts.Priority, r.boost, r.opts.Place
 			if before := r.opts.Predecessor; before != nil {
 				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
 				opts.Inherited, before.AFXDP = before.AFXDP, nil

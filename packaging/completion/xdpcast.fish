@@ -23,6 +23,7 @@ complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l max-outputs -r -d
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l fanout-workers -r -d 'serve each input of the fanout path with `N` workers'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l fanout-steer -r -d '`WHEN` to spread packets of the fanout path over the workers\' CPUs: on, off, or auto (network cards with fewer queues than workers)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l worker-priority -r -d 'real-time `PRIORITY` of the workers of the afxdp and fanout paths (SCHED_FIFO): auto (the lowest, for up to half of a CPU\'s time, where permitted), none, or always: 1 to 99'
+complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l worker-placement -r -d '`WHETHER` the workers of the afxdp and fanout paths avoid CPUs for which they have waited: auto, or none (the scheduler alone places them)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l read-group -r -d 'let members of group `GID` read through the API (repeatable)'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l on-event -r -d 'call `PROGRAM` for each event, described in its environment'
 complete -c xdpcast -n '__fish_seen_subcommand_from run' -f -l log-level -r -d 'minimum `LEVEL` to log: debug, info, warn or error'
