@@ -49,7 +49,7 @@ func runCommand() *cli.Command {
 			&cli.UintFlag{Name: "max-outputs", Usage: "room for `N` outputs in the kernel", DefaultText: "65536, or twice those of the file"},
 			&cli.UintFlag{Name: "fanout-workers", Usage: "serve each input of the fanout path with `N` workers", DefaultText: "one per CPU"},
 			&cli.StringFlag{Name: "fanout-steer", Usage: "`WHEN` to spread packets of the fanout path over the workers' CPUs: on, off, or auto (network cards with fewer queues than workers)", Value: "auto"},
-			&cli.StringFlag{Name: "worker-priority", Usage: "real-time `PRIORITY` of the workers of the afxdp and fanout paths (SCHED_FIFO): auto (the lowest, for up to half of a CPU's time, where permitted), none, or always: 1 to 99", Value: "none"},
+			&cli.StringFlag{Name: "worker-priority", Usage: "real-time `PRIORITY` of the workers of the afxdp and fanout paths (SCHED_FIFO): auto (the lowest, for up to half of a CPU's time, where no CPU is free, and permitted; implies --worker-placement auto), none, or always: 1 to 99", Value: "none"},
 			&cli.StringFlag{Name: "worker-placement", Usage: "`WHETHER` the workers of the afxdp and fanout paths avoid CPUs for which they have waited: auto, or none (the scheduler alone places them)", Value: "none"},
 			&cli.UintSliceFlag{Name: "read-group", Usage: "let members of group `GID` read through the API (repeatable)"},
 			&cli.StringFlag{Name: "on-event", Usage: "call `PROGRAM` for each event, described in its environment"},
@@ -133,7 +133,7 @@ func relayOptions(c *cli.Context) (relay.Options, error) {
 		return relay.Options{}, err
 	}
 	return relay.Options{
-		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Priority: priority, Boost: boost, Place: place, Steering: steering,
+		AFXDP: afxdp, Mroutes: mroutes, Workers: int(workers), Priority: priority, Boost: boost, Place: place || boost, Steering: steering,
 		ConfigFile: c.String("config"), StateDir: stateDir(c), Interfaces: c.StringSlice("interface"), Mode: mode,
 		Loader: loaderOptions(c, log), Logger: log, Version: buildVersion(),
 	}, nil

@@ -134,7 +134,7 @@ func (w *afxdpWorker) run() {
 	} else if w.path.opts.Priority > 0 {
 		defer clearPriority()
 	} else {
-		w.boosted = w.path.opts.Boost.join(w.cpu, w.log)
+		w.boosted = w.path.opts.Boost.join(w.cpu, w.placement, w.log)
 		defer w.boosted.leave()
 	}
 	pause := firstPause

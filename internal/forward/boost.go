@@ -19,7 +19,7 @@ const (
 )
 
 // Boost gives workers the lowest real-time priority (SCHED_FIFO) while they need little time, so that a woken worker runs
-// at once whatever else wants its CPU. All of them together use at most half of each CPU that
+// at once whatever else wants its CPU. A worker with a placement gets it only while it waits on all of its CPUs. All of them together use at most half of each CPU that
 // way. A worker that needs more competes like any other thread until it has saved enough again, so nothing is starved.
 //
 // Its methods may be called from any goroutine. Workers of several paths share one.
@@ -82,6 +82,7 @@ func (b *Boost) count(cpu, n int) {
 type boosted struct {
 	boost  *Boost
 	cpu    int
+	placed *placement // nil: none
 	log    *slog.Logger
 	apply  func(*unix.SchedAttr) error // to the calling thread
 	normal unix.SchedAttr              // without the priority
@@ -92,8 +93,8 @@ type boosted struct {
 }
 
 // join makes the calling thread, to which its goroutine must be locked for ever, one of the workers. One to which
-// someone has given another scheduler is left alone.
-func (b *Boost) join(cpu int, log *slog.Logger) *boosted {
+// someone has given another scheduler is left alone. The placement may be nil.
+func (b *Boost) join(cpu int, placed *placement, log *slog.Logger) *boosted {
 	if b == nil {
 		return nil
 	}
@@ -103,7 +104,7 @@ func (b *Boost) join(cpu int, log *slog.Logger) *boosted {
 	}
 	b.count(cpu, 1)
 	w := &boosted{
-		boost: b, cpu: cpu, log: log, at: time.Now(), credit: boostCredit,
+		boost: b, cpu: cpu, placed: placed, log: log, at: time.Now(), credit: boostCredit,
 		apply: func(attr *unix.SchedAttr) error { return unix.SchedSetAttr(0, attr, 0) },
 		// The kernel takes the flag back only from those with CAP_SYS_NICE.
 		normal: unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL, Flags: unix.SCHED_FLAG_RESET_ON_FORK, Nice: attr.Nice},
@@ -132,10 +133,11 @@ func (w *boosted) account(now time.Time, ran bool) {
 		w.credit -= elapsed
 	}
 	w.credit = min(w.credit, boostCredit)
+	needed := w.placed.contended()
 	switch {
-	case w.raised && w.credit <= 0:
+	case w.raised && (w.credit <= 0 || !needed):
 		w.set(false)
-	case !w.raised && w.credit >= boostCredit/2: // not for each few microseconds
+	case !w.raised && needed && w.credit >= boostCredit/2: // not for each few microseconds
 		w.set(true)
 	}
 }

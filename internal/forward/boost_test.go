@@ -162,7 +162,7 @@ func TestBoostKeepsScheduling(t *testing.T) {
 			}
 		}
 		set(unix.SchedAttr{Policy: unix.SCHED_NORMAL, Nice: 5})
-		w := boost.join(-1, log)
+		w := boost.join(-1, nil, log)
 		w.account(time.Now(), false)
 		is(unix.SCHED_FIFO, 0, boostPriority)
 		w.account(w.at.Add(4*boostCredit), true)
@@ -175,7 +175,7 @@ func TestBoostKeepsScheduling(t *testing.T) {
 		w.leave()
 		is(unix.SCHED_NORMAL, 7, 0)
 		set(unix.SchedAttr{Policy: unix.SCHED_BATCH, Nice: 7, Flags: unix.SCHED_FLAG_RESET_ON_FORK})
-		if w := boost.join(-1, log); w != nil {
+		if w := boost.join(-1, nil, log); w != nil {
 			t.Error("a worker of SCHED_BATCH joins")
 		}
 	}()

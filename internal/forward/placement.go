@@ -72,6 +72,21 @@ func (w *waits) choose(now time.Time, used *unix.CPUSet) (set unix.CPUSet) {
 	return set
 }
 
+// contended says whether the thread waits on the best of its CPUs, too, when it did or did not before.
+func (w *waits) contended(now time.Time, before bool) bool {
+	w.shrink(now)
+	few := fewWaits
+	if before {
+		few /= avoidRatio
+	}
+	for _, cpu := range w.cpus {
+		if w.on[cpu] < few {
+			return false
+		}
+	}
+	return true
+}
+
 // placement keeps the thread of a worker off the CPUs for which it waits: a woken thread often gets the
 // CPU on which its packets arrived, beside a thread that goes on until the scheduler's next tick, although another CPU
 // is idle. It needs no privilege, and moves nobody else's thread. It belongs to the thread; nil is a worker that is
@@ -85,6 +100,7 @@ type placement struct {
 
 	waits   *waits
 	set     unix.CPUSet // of the thread
+	contend bool        // it waits on all of them
 	looked  time.Time
 	revised time.Time
 	waited  time.Duration // at looked, in all
@@ -166,14 +182,18 @@ func (p *placement) look(now time.Time) {
 			return
 		}
 		p.waits.add(cpu, long, now)
-	} else if p.set.Count() == len(p.waits.cpus) || now.Sub(p.revised) < reviseEvery {
+	} else if p.set.Count() == len(p.waits.cpus) && !p.contend || now.Sub(p.revised) < reviseEvery {
 		return
 	}
 	p.revised = now
+	p.contend = p.waits.contended(now, p.contend)
 	if set := p.waits.choose(now, &p.set); set != p.set {
 		p.move(&set)
 	}
 }
+
+// contended says whether no CPU is free for the worker: without a placement that is not known, and so yes.
+func (p *placement) contended() bool { return p == nil || p.contend }
 
 // move changes the thread's CPUs, unless someone else has: then these are the ones that it may use.
 func (p *placement) move(set *unix.CPUSet) {

@@ -8,6 +8,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -151,6 +153,36 @@ func TestPlacement(t *testing.T) {
 	}
 }
 
+// A worker has a real-time priority only while it waits on all of its CPUs: a free one is better.
+func TestPriorityOnlyWhereContended(t *testing.T) {
+	s := newSimulated(2, map[int]float64{0: 0.5})
+	w, _ := boostedAt(1, s.now)
+	w.placed = &s.placement
+	pass := func(d time.Duration) (raised bool) {
+		for range d / time.Millisecond {
+			s.pass(time.Millisecond)
+			w.account(s.now, false)
+			raised = raised || w.raised
+		}
+		return raised
+	}
+	if pass(30 * time.Second) {
+		t.Error("raised, although a CPU is free")
+	}
+	s.busy[1] = 0.5
+	pass(time.Second)
+	if !w.raised {
+		t.Error("not raised, although all CPUs are busy")
+	}
+	s.busy = nil // as they are with the priority
+	if pass(5 * time.Second); !w.raised {
+		t.Error("the priority does not stay")
+	}
+	if pass(40 * time.Second); w.raised {
+		t.Error("still raised, although the CPUs are free")
+	}
+}
+
 // When the others leave the CPU, the thread may use it again.
 func TestPlacementReturns(t *testing.T) {
 	s := newSimulated(2, map[int]float64{0: 0.5})
@@ -219,26 +251,24 @@ func requirePlacement(t *testing.T) {
 	labtest.NeedsKernel(t, err == nil && !strings.HasPrefix(string(stat), "0 0 0"), "scheduler statistics", "CONFIG_SCHED_INFO")
 }
 
-// hog keeps a CPU busy until the channel is closed.
-func hog(n int, stop <-chan struct{}) {
+// hog keeps a CPU busy until it is to stop.
+func hog(n int, stop *atomic.Bool) {
 	runtime.LockOSThread() // the thread ends with the goroutine
 	labtest.PinThread(n)
-	for {
-		select {
-		case <-stop:
-			return
-		default:
-		}
+	for !stop.Load() {
 	}
 }
 
 // A thread that waits for others gives up the CPU on which it does, and has all of its CPUs back afterwards.
 func TestPlacementOfThread(t *testing.T) {
 	requirePlacement(t)
-	stop, done := make(chan struct{}), make(chan error)
-	defer close(stop)
+	var stop atomic.Bool
+	var hogs sync.WaitGroup
+	defer hogs.Wait()
+	defer stop.Store(true)
+	done := make(chan error, 1)
 	for n := range 2 {
-		go hog(n, stop)
+		hogs.Go(func() { hog(n, &stop) })
 	}
 	first, second := labtest.CPUs()[0], labtest.CPUs()[1]
 	go func() {

@@ -36,17 +36,17 @@ type fanoutWorker struct {
 // run works until the group is closed. It restarts after any failure.
 func (w *fanoutWorker) run() {
 	runtime.LockOSThread() // the thread ends with the goroutine
+	if w.group.place {
+		w.placement = place(w.log)
+		defer w.placement.leave()
+	}
 	if err := setPriority(w.group.priority); err != nil {
 		w.log.Warn("worker has no real-time priority", "error", err)
 	} else if w.group.priority > 0 {
 		defer clearPriority()
 	} else {
-		w.boosted = w.group.boost.join(-1, w.log)
+		w.boosted = w.group.boost.join(-1, w.placement, w.log)
 		defer w.boosted.leave()
-	}
-	if w.group.place {
-		w.placement = place(w.log)
-		defer w.placement.leave()
 	}
 	pause := firstPause
 	var last string
