@@ -330,20 +330,21 @@ func reloadOnHangup(ctx context.Context, hangups <-chan os.Signal, r control.Bac
 			return
 		case <-hangups:
 		}
-		reloadFor(ctx, "SIGHUP", r, log)
+		_ = reloadFor(ctx, "SIGHUP", r, log) // logged
 	}
 }
 
 // reloadFor reads the file again when no client waits for the answer.
-func reloadFor(ctx context.Context, cause string, r control.Backend, log *slog.Logger) {
+func reloadFor(ctx context.Context, cause string, r control.Backend, log *slog.Logger) error {
 	result, err := r.Reload(control.WithCause(ctx, cause), control.ApplyOptions{MaxChanges: 1}) // only counted here
 	if err != nil {
 		for line := range strings.SplitSeq(err.Error(), "\n") {
 			log.Error("reload failed, keeping the old rules", "error", line, "cause", cause)
 		}
-		return
+		return err
 	}
 	log.Info("reloaded", "added", result.Added, "changed", result.Changed, "removed", result.Removed, "kept", result.Kept, "cause", cause)
+	return nil
 }
 
 // explainStart adds to a start error what would help.

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -46,11 +47,20 @@ func (w *configWatch) reload(ctx context.Context, r control.Backend) {
 	if w == nil {
 		return
 	}
-	w.watcher.Run(ctx, func() {
-		if w.settled(ctx, r) {
-			reloadFor(ctx, "file changed", r, w.log)
+	w.watcher.Run(ctx, func() { w.readAgain(ctx, r) })
+}
+
+// readAgain reads the file again, after a change that waits for confirmation, also one that was made
+// just before: nothing announces the file's content a second time.
+func (w *configWatch) readAgain(ctx context.Context, r control.Backend) {
+	for w.settled(ctx, r) {
+		if !errors.Is(reloadFor(ctx, "file changed", r, w.log), control.ErrConflict) {
+			return
 		}
-	})
+		if status, err := r.Status(ctx); err != nil || status.Unconfirmed == nil {
+			return // the file's rules are in conflict with others
+		}
+	}
 }
 
 // settled waits until no change waits for confirmation; false if ctx ends first.
