@@ -18,8 +18,9 @@ type networkPace struct {
 	free    time.Time // when changes of other interfaces may be followed again
 	waiting bool      // there are some
 
-	used map[int]bool // indexes of the interfaces of flows
-	of   *plan.Plan   // from which used was made
+	used  map[int]bool // indexes of the interfaces of flows, and of those below and above them
+	waits bool         // a rule does, perhaps for an interface that comes
+	of    *plan.Plan   // from which both were made
 }
 
 // networkChanged follows changes of the network: at once, those of interfaces that no flow uses perhaps later.
@@ -48,19 +49,30 @@ func (p *networkPace) wake() time.Duration {
 	return time.Until(p.free)
 }
 
-// uses says whether a flow uses an interface.
+// uses says whether an interface may matter to a rule: flows use it, or one that it is stacked on or a port of, or
+// there is a rule that waits, perhaps for this one.
 func (r *Relay) uses(index int) bool {
 	p := &r.pace
 	if p.used == nil || p.of != r.plan {
-		p.used, p.of = map[int]bool{}, r.plan
+		p.used, p.of, p.waits = map[int]bool{}, r.plan, false
+		use := func(index int) {
+			p.used[index] = true
+			if l := r.network.ByIndex(index); l != nil {
+				p.used[l.Master], p.used[l.Lower] = true, true
+			}
+		}
+		for _, id := range r.plan.Attach {
+			use(id.Index)
+		}
 		for _, rule := range r.plan.Rules {
+			p.waits = p.waits || !rule.Complete()
 			for _, f := range rule.Flows {
-				p.used[f.Flow.In.Index] = true
+				use(f.Flow.In.Index)
 				for i := range f.Flow.Out {
-					p.used[f.Flow.Out[i].Index] = true
+					use(f.Flow.Out[i].Index)
 				}
 			}
 		}
 	}
-	return p.used[index]
+	return p.waits || p.used[index]
 }

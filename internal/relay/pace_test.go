@@ -2,6 +2,7 @@ package relay
 
 import (
 	"fmt"
+	"net"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -44,17 +45,48 @@ func TestStormIsPaced(t *testing.T) {
 		return err == nil && known
 	})
 
-	if err := r.do(t.Context(), func() error {
-		r.pace.free = time.Now().Add(time.Hour)
-		return nil
-	}); err != nil {
-		t.Fatal(err)
+	notSoon := func() {
+		t.Helper()
+		if err := r.do(t.Context(), func() error {
+			r.pace.free = time.Now().Add(time.Hour)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
 	}
+	state := func(name string, want func(string) bool) func() bool {
+		return func() bool {
+			rule, err := r.Rule(t.Context(), name)
+			return err == nil && want(rule.State)
+		}
+	}
+	active := func(s string) bool { return s == control.StateActive }
+	notSoon()
 	if err := p.peer.SetUp("out0", false); err != nil {
 		t.Fatal(err)
 	}
-	labtest.Eventually(t, "the rule waits for a carrier", func() bool {
-		rule, err := r.Rule(t.Context(), "r")
-		return err == nil && rule.State != control.StateActive
-	})
+	labtest.Eventually(t, "the rule waits for a carrier", state("r", func(s string) bool { return !active(s) }))
+	notSoon()
+	if err := p.peer.SetUp("out0", true); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "the rule has its carrier", state("r", active))
+
+	// An interface that does not exist, and that no flow can use yet.
+	if status, err := r.add("late", "239.1.1.2:5000%in0", "239.2.1.2:6000%late0,src=keep"); err != nil || status.State != control.StatePending {
+		t.Fatal(status.State, err)
+	}
+	notSoon()
+	late := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "late0", Flags: net.FlagUp}, PeerName: "late1"}
+	if err := links.LinkAdd(late); err != nil {
+		t.Fatal(err)
+	}
+	peer, err := links.LinkByName("late1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := links.LinkSetUp(peer); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "the rule has its interface", state("late", active))
 }
