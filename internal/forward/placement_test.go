@@ -286,8 +286,7 @@ func TestPlacementOfThread(t *testing.T) {
 			return
 		}
 		p.on = func() (int, error) { return second, nil } // whichever it was: the scheduler moves it
-		for p.set == before {
-			_ = unix.Nanosleep(&unix.Timespec{Nsec: 100_000}, nil)
+		for p.set == before { // never asleep: woken threads may get a CPU at once
 			p.look(time.Now())
 		}
 		err := unix.SchedGetaffinity(0, &is)
