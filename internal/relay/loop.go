@@ -1,8 +1,10 @@
 package relay
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"xdpcast/internal/network"
@@ -235,7 +237,11 @@ func (r *Relay) forget(link *network.Link) {
 	if err := r.loader.Detach(link.Index); err != nil {
 		r.log.Warn("detach from a removed interface", "interface", link.Name, "error", err)
 	}
-	r.log.Info("interface is gone", "interface", link.Name, "index", link.Index)
+	level := slog.LevelDebug
+	if r.uses(link.Index) {
+		level = slog.LevelInfo
+	}
+	r.log.Log(context.Background(), level, "interface is gone", "interface", link.Name, "index", link.Index)
 }
 
 // publishOwn passes the addresses of this host to the loop check.

@@ -274,7 +274,10 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 			return r, err
 		}
 		if err := d.do(ctx, s); err != nil {
-			return r, errors.Join(err, errors.New(s.log.String()))
+			if ctx.Err() == nil {
+				err = errors.Join(err, errors.New(s.log.String()))
+			}
+			return r, err
 		}
 		if err := s.settle(); err != nil {
 			return r, err
