@@ -76,6 +76,18 @@ func TestStormIsPaced(t *testing.T) {
 	if status, err := r.add("late", "239.1.1.2:5000%in0", "239.2.1.2:6000%late0,src=keep"); err != nil || status.State != control.StatePending {
 		t.Fatal(status.State, err)
 	}
+	matters := func() (any bool) {
+		if err := r.do(t.Context(), func() error {
+			any = r.uses(1 << 30)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return any
+	}
+	if !matters() {
+		t.Error("a rule waits, but a new interface does not matter")
+	}
 	notSoon()
 	late := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "late0", Flags: net.FlagUp}, PeerName: "late1"}
 	if err := links.LinkAdd(late); err != nil {
@@ -89,4 +101,7 @@ func TestStormIsPaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	labtest.Eventually(t, "the rule has its interface", state("late", active))
+	if matters() {
+		t.Error("no rule waits, but any interface matters")
+	}
 }
