@@ -286,7 +286,7 @@ func TestPlacementOfThread(t *testing.T) {
 			return
 		}
 		p.on = func() (int, error) { return second, nil } // whichever it was: the scheduler moves it
-		for p.set == before { // never asleep: woken threads may get a CPU at once
+		for p.set == before {                             // never asleep: woken threads may get a CPU at once
 			p.look(time.Now())
 		}
 		err := unix.SchedGetaffinity(0, &is)
