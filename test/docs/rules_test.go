@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unicode"
 
 	"xdpcast/bpf"
 	"xdpcast/pkg/loader"
@@ -547,9 +548,22 @@ func hasHeading(text, id string) bool {
 		if !ok || line[0] != '#' {
 			continue
 		}
-		if strings.ReplaceAll(strings.ToLower(strings.TrimSpace(title)), " ", "-") == id {
+		if headingID(title) == id {
 			return true
 		}
 	}
 	return false
+}
+
+// headingID is the anchor that forges give a heading: lower case, without punctuation, hyphens for spaces.
+func headingID(title string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == ' ':
+			return '-'
+		case r == '-' || r == '_' || unicode.IsLetter(r) || unicode.IsDigit(r):
+			return unicode.ToLower(r)
+		}
+		return -1
+	}, strings.TrimSpace(title))
 }
