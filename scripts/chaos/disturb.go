@@ -98,9 +98,12 @@ func flap(ctx context.Context, s *stage) error {
 const stormGroup = 77
 
 // storm creates interfaces one by one, and deletes them all at once.
-func storm(_ context.Context, s *stage) error {
+func storm(ctx context.Context, s *stage) error {
 	links := s.relay.Netlink()
 	for i := range s.many(1000) {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		link := &netlink.Veth{
 			LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("storm%d", i), Group: stormGroup, TxQLen: -1}, PeerName: fmt.Sprintf("mrots%d", i),
 		}
