@@ -31,6 +31,7 @@ func holdCommand() *cli.Command {
 			"exit code.",
 		Flags: []cli.Flag{
 			&cli.IntFlag{Name: "max", Usage: "keep up to `N` descriptors; a socket holds 20 IPv4 groups", Value: maxHeld},
+			&cli.BoolFlag{Name: "no-standby", Usage: "start no second daemon that waits to relay at once on the path fanout should the first be killed"},
 			runDirFlag(),
 		},
 		Action: func(c *cli.Context) error {
@@ -62,7 +63,7 @@ func runHold(c *cli.Context) error {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
 	defer signal.Stop(signals)
 	code, err := hold.Run(hold.Options{
-		Command: c.Args().Slice(), Socket: filepath.Join(dir, fmt.Sprintf("hold-%d.sock", os.Getpid())), Max: c.Int("max"),
+		Command: c.Args().Slice(), Socket: filepath.Join(dir, fmt.Sprintf("hold-%d.sock", os.Getpid())), Max: c.Int("max"), Alone: c.Bool("no-standby"),
 		Outer: outer, Log: log, Signals: signals,
 	})
 	if err != nil {

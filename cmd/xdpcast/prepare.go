@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -30,24 +31,26 @@ func prepareCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return explainStart(preparePlaces(c, u))
+			return explainStart(preparePlaces(c, u, loader.Locks{}))
 		},
 	}
 }
 
-// preparePlaces chowns the daemon's directories to its user.
-func preparePlaces(c *cli.Context, u *privilege.User) error {
+// preparePlaces chowns the daemon's directories to its user. It closes the locks of them that this process holds, if any: they
+// are duplicates.
+func preparePlaces(c *cli.Context, u *privilege.User, held loader.Locks) error {
 	if os.Geteuid() != 0 {
-		return fmt.Errorf("give directories to user %s: %w", u.Name, fs.ErrPermission)
+		return errors.Join(fmt.Errorf("give directories to user %s: %w", u.Name, fs.ErrPermission), held.Close())
 	}
 	opts, err := loaderOptions(c, nil).Absolute()
 	if err != nil {
-		return err
+		return errors.Join(err, held.Close())
 	}
+	opts.Inherited = held
 	places := placesOf(c, opts)
 	for _, p := range places { // before creating anything
 		if err := privilege.Ours(p.dir, p.ours); err != nil {
-			return fmt.Errorf("%s: %w", p.what, err)
+			return errors.Join(fmt.Errorf("%s: %w", p.what, err), held.Close())
 		}
 	}
 	return loader.Prepare(opts, func(pinDir string) error {

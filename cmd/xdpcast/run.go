@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -199,7 +200,13 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	for _, gid := range c.UintSlice("read-group") {
 		groups = append(groups, uint32(gid))
 	}
-	service := connectService(opts.Logger)
+	service, err := connectService(c.Context, opts.Logger, relay.Prepare)
+	if errors.Is(err, io.EOF) {
+		return nil // a standby that is not needed
+	}
+	if err != nil {
+		return err
+	}
 	defer func() {
 		service.failed(err)
 		err = errors.Join(err, service.close())
@@ -207,16 +214,23 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 	if restartsOnTerm(os.Args) && !service.manager.TakesOver() {
 		service.tell(hold.RestartsOnTerm)
 	}
+	opts.Membership, opts.Predecessor, opts.Loader.Inherited = service.memberships(), service.predecessor(), service.locks()
+	opts.Keeper, opts.Kept, opts.Standby = service.store, service.rings, service.wantStandby
+	keptPriority(&opts, user)
+	// Packets first: the kept rings hold a tenth of a second of them.
+	if opts.Early, err = relay.Resume(opts); err != nil {
+		return explainStart(err)
+	}
+	defer func() { err = errors.Join(err, opts.Early.Close()) }()
+	service.waitEnded()
 	// Only root may be able to read the keys and open the port.
 	listening, err := listen.open(service.listener(passedHTTP), service.take(passedSecrets), opts.Logger)
 	if err != nil {
 		return err
 	}
-	if err := dropPrivileges(c, user, opts.Logger); err != nil {
+	if err := dropPrivileges(c, user, opts.Early, opts); err != nil {
 		return errors.Join(explainStart(err), listening.close())
 	}
-	opts.Membership, opts.Predecessor, opts.Loader.Inherited = service.memberships(), service.predecessor(), service.locks()
-	opts.Keeper, opts.Kept = service.store, service.rings
 	opts.Beat, opts.BeatEvery = func() { service.tell(notify.Watchdog) }, service.manager.WatchdogInterval()/3
 	// The socket first: a daemon that must not run must not touch the kernel.
 	listener, err := listenAPI(c.String("socket"), service.listener(passedAPI), groups)

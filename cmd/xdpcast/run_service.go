@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -48,6 +50,9 @@ type service struct {
 	rings   *forward.FanoutHandover // kept from an earlier process; nil: none
 	store   *notify.Store
 
+	standby *hold.Standby // this process was started as one; nil: it was not
+	life    *hold.Life    // the holder watches it; nil: not yet
+
 	passed map[string]*os.File // by the previous daemon, by name
 	holder int                 // pipe that is closed when the holder is gone; -1: none
 	// taken: the previous daemon was asked to leave a path to this one.
@@ -55,8 +60,9 @@ type service struct {
 }
 
 // connectService connects to the service manager, and takes the descriptors kept from an earlier
-// process. A daemon also runs without it: errors are logged.
-func connectService(log *slog.Logger) *service {
+// process. A daemon also runs without it: errors are logged. A standby first waits until it is needed, after a call of
+// prepare; the error matches io.EOF if it is not.
+func connectService(ctx context.Context, log *slog.Logger, prepare func()) (*service, error) {
 	s := &service{log: log, passed: map[string]*os.File{}, holder: -1}
 	var err error
 	if s.manager, err = notify.Connect(); err != nil {
@@ -65,6 +71,16 @@ func connectService(log *slog.Logger) *service {
 	files, err := notify.Received()
 	if err != nil {
 		log.Warn("descriptors of the service manager", "error", err)
+	}
+	if i := slices.IndexFunc(files, func(f notify.File) bool { return f.Name == hold.StandbyName }); i >= 0 {
+		s.standby = hold.NewStandby(files[i].FD)
+		prepare()
+		kept, err := s.standby.Wait(ctx)
+		if err != nil {
+			s.standby.Close()
+			return nil, errors.Join(err, s.manager.Close())
+		}
+		files = append(slices.Delete(files, i, i+1), kept...)
 	}
 	takesOver := s.manager.TakesOver()
 	store, holds := s.manager.Store(len(files)), 0
@@ -99,7 +115,34 @@ func connectService(log *slog.Logger) *service {
 		}
 	}
 	s.store = s.manager.Store(holds)
-	return s
+	return s, nil
+}
+
+// waitEnded waits until a process that this one has replaced before its end has ended.
+func (s *service) waitEnded() {
+	if s.standby == nil {
+		return
+	}
+	if err := s.standby.WaitEnded(); err != nil {
+		s.log.Warn("wait for the end of the previous daemon", "error", err)
+	}
+}
+
+// wantStandby asks the holder for a standby, or declines it.
+func (s *service) wantStandby(wanted bool) {
+	if s.holder < 0 || !wanted && s.life == nil {
+		return
+	}
+	var err error
+	if s.life == nil {
+		s.life, err = hold.NewLife()
+	}
+	if err == nil {
+		err = s.life.Ask(s.manager, wanted)
+	}
+	if err != nil {
+		s.log.Warn("no standby: the next daemon relays later, should this one be killed", "error", err)
+	}
 }
 
 // keepRing takes a descriptor of the fanout path. It returns false if it is none, or a second one of its
@@ -255,7 +298,7 @@ func (s *service) tell(state string) {
 }
 
 func (s *service) close() error {
-	err := s.manager.Close()
+	err := errors.Join(s.manager.Close(), s.life.Close())
 	if s.holder >= 0 {
 		err = errors.Join(err, unix.Close(s.holder))
 	}

@@ -3,7 +3,6 @@ package main
 // The user of the daemon.
 
 import (
-	"log/slog"
 	"os"
 
 	"github.com/urfave/cli/v2"
@@ -11,6 +10,7 @@ import (
 
 	"xdpcast/internal/forward"
 	"xdpcast/internal/privilege"
+	"xdpcast/internal/relay"
 )
 
 func userFlags(required bool) []cli.Flag {
@@ -35,34 +35,45 @@ func daemonUser(c *cli.Context) (*privilege.User, error) {
 	return &u, nil
 }
 
+// keptPriority makes sure that the workers' priority for a part of their time is one that the process may still use without
+// privileges, or does without it.
+func keptPriority(opts *relay.Options, u *privilege.User) {
+	if !opts.Boost || u == nil && os.Geteuid() == 0 {
+		return
+	}
+	// A limit instead of a capability.
+	if err := forward.AllowBoost(); err != nil {
+		opts.Boost = false
+		opts.Logger.Warn("workers have no real-time priority", "cause", err)
+	}
+}
+
 // dropPrivileges switches to the daemon's user and keeps only the required capabilities. Without a
-// user a daemon run as root stays as it is; any other user's does not pass its capabilities on.
-func dropPrivileges(c *cli.Context, u *privilege.User, log *slog.Logger) error {
+// user a daemon run as root stays as it is; any other user's does not pass its capabilities on. The path fanout may
+// relay already.
+func dropPrivileges(c *cli.Context, u *privilege.User, early *relay.Early, opts relay.Options) error {
 	if u == nil && os.Geteuid() == 0 {
 		return nil
 	}
 	if u != nil && os.Geteuid() != u.UID {
-		if err := preparePlaces(c, u); err != nil {
+		held, err := early.Locks()
+		if err != nil {
+			return err
+		}
+		if err := preparePlaces(c, u, held); err != nil {
 			return err
 		}
 	}
 	var also []cap.Value
-	priority, boost, err := workerPriority(c)
-	switch {
-	case err != nil:
-		return err
-	case priority > 0:
+	if opts.Priority > 0 {
 		also = append(also, cap.SYS_NICE)
-	case boost && u != nil:
-		// Instead of a capability. Without the limit workers have no priority, which the relay says.
-		_ = forward.AllowBoost()
 	}
 	s, err := privilege.Drop(u, also...)
 	if err != nil {
 		return err
 	}
 	if s.Effective != 0 { // without any it cannot work
-		log.Info("privileges", "uid", s.UIDs[0], "gid", s.GIDs[0], "capabilities", s.Effective, "no_new_privs", s.NoNewPrivs, "threads", s.Threads)
+		opts.Logger.Info("privileges", "uid", s.UIDs[0], "gid", s.GIDs[0], "capabilities", s.Effective, "no_new_privs", s.NoNewPrivs, "threads", s.Threads)
 	}
 	return nil
 }

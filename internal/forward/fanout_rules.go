@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"slices"
 	"syscall"
 	"time"
@@ -121,24 +122,25 @@ func (k *keptRules) close() error {
 }
 
 // KeepRules has the keeper keep the rules in force, once they have not changed for a while, with the pinned state of
-// this loader.Loader.StateID. It returns when it wants to be called again; errors are logged.
-func (f *Fanout) KeepRules(state func() (uint32, error)) (again time.Duration) {
+// this loader.Loader.StateID. It returns whether rules are kept, if only those before a change that is just over, and when it
+// wants to be called again; errors are logged.
+func (f *Fanout) KeepRules(state func() (uint32, error)) (kept bool, again time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	k, now := &f.rules, time.Now()
 	if f.closed || f.suspended || f.opts.Keeper == nil {
-		return notSoon
+		return false, notSoon
 	}
 	var err error
 	switch wait := k.changed.Add(keepAfter).Sub(now); {
 	case k.valid && now.Sub(k.stamped) < stampEvery:
-		return stampEvery - now.Sub(k.stamped)
+		return true, stampEvery - now.Sub(k.stamped)
 	case k.valid:
 		err = k.stamp(now)
-	case wait > 0:
-		return wait
 	case len(f.set.given.rules) == 0 || len(f.set.given.rules) > mostKept:
-		return notSoon
+		return false, notSoon
+	case wait > 0:
+		return k.file != nil, wait
 	default:
 		err = f.writeRules(state, now)
 	}
@@ -147,10 +149,10 @@ func (f *Fanout) KeepRules(state func() (uint32, error)) (again time.Duration) {
 			f.log.Warn("rules of the fanout path are not kept for the next daemon, which relays them later", "error", err)
 		}
 		k.failed = true
-		return rulesAge
+		return false, rulesAge
 	}
 	k.failed = false
-	return stampEvery
+	return true, stampEvery
 }
 
 func (k *keptRules) stamp(now time.Time) error {
@@ -369,4 +371,22 @@ func (h *FanoutHandover) Clone() (_ *FanoutHandover, err error) {
 		return nil, errors.Join(fmt.Errorf("duplicate the rings: %w", err), other.Close())
 	}
 	return other, nil
+}
+
+// PrepareFanout makes a later ContinueFanout in this process faster: it opens a path, and reads the host's interfaces, for which
+// features of the kernel are probed and code is read once. Errors are those of ContinueFanout.
+func PrepareFanout() {
+	if f, err := OpenFanout(FanoutOptions{}); err == nil {
+		_ = f.Close()
+	}
+	_, _ = net.Interfaces()
+	_, _ = ownProgram()
+	// The table of descriptors has room for what comes: it grows by a grace period.
+	for _, number := range []int{4096, 1024, 256} {
+		if fd, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, number); err == nil {
+			_ = unix.Close(fd)
+			break
+		}
+	}
+	debug.FreeOSMemory()
 }

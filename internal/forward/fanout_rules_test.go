@@ -254,20 +254,20 @@ func TestFanoutRulesAreKeptRarely(t *testing.T) {
 	b := newHandoverBench(t)
 	b.open(t, b.rule)
 	b.path.rules.changed = time.Now()
-	if again := b.path.KeepRules(func() (uint32, error) { t.Error("written at once"); return 0, nil }); again <= 0 || again > keepAfter {
+	if _, again := b.path.KeepRules(func() (uint32, error) { t.Error("written at once"); return 0, nil }); again <= 0 || again > keepAfter {
 		t.Errorf("again in %v, want up to %v", again, keepAfter)
 	}
 	b.path.rules.changed = time.Time{}
-	if again := b.path.KeepRules(func() (uint32, error) { return 0, os.ErrNotExist }); again < stampEvery {
+	if _, again := b.path.KeepRules(func() (uint32, error) { return 0, os.ErrNotExist }); again < stampEvery {
 		t.Errorf("again in %v", again)
 	}
 	b.keeper.full = true
-	if again := b.path.KeepRules(func() (uint32, error) { return 0, nil }); again < stampEvery || b.path.rules.file != nil {
+	if _, again := b.path.KeepRules(func() (uint32, error) { return 0, nil }); again < stampEvery || b.path.rules.file != nil {
 		t.Errorf("again in %v, file %v", again, b.path.rules.file)
 	}
 	b.keeper.full = false
 	b.keepRules(t)
-	if again := b.path.KeepRules(nil); again <= 0 || again > stampEvery {
+	if _, again := b.path.KeepRules(nil); again <= 0 || again > stampEvery {
 		t.Errorf("again in %v, want up to %v", again, stampEvery)
 	}
 }

@@ -27,6 +27,8 @@ type Options struct {
 	Socket string
 	// Max is the maximum number of kept descriptors.
 	Max int
+	// Alone starts no standby: see Standby.
+	Alone bool
 	// Self is a program whose main calls notify.Stage; empty: this one.
 	Self string
 	// Outer is the manager of this process, which is informed of the process's state; nil: none.
@@ -67,6 +69,7 @@ type holder struct {
 
 	messages chan notify.Message
 	deaths   chan death
+	fallen   chan int      // processes whose Life has ended
 	marks    chan error    // outcome of each Mark
 	children chan struct{} // notified when there is one
 	stop     chan struct{}
@@ -78,12 +81,21 @@ type holder struct {
 	ending  bool          // it was told to end
 	dead    []death       // main processes whose last messages are being read
 	pause   time.Duration // before the next start
+
+	wants   bool             // a standby, for main
+	program os.FileInfo      // the file that main runs, if it wants one; nil: unknown
+	unwatch func()           // ends the watch of main's Life; nil: there is none
+	standby *standby         // nil: none
+	due     <-chan time.Time // when it is started
+	dying   int              // the process that the standby has replaced; 0: it is reaped
+	heir    *standby         // that standby, until it is
 }
 
-// death is the exit of a child, also of an adopted one.
+// death is the exit of a child, also of an adopted one, or the end of its Life, which comes before.
 type death struct {
 	pid    int
 	status unix.WaitStatus
+	dying  bool
 }
 
 // Run starts the process, and restarts it whenever it ends, with its kept descriptors, until a
@@ -95,9 +107,15 @@ func Run(o Options) (code int, err error) {
 	if o.Self == "" {
 		o.Self = "/proc/self/exe"
 	}
-	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), marks: make(chan error), children: make(chan struct{}, 1), stop: make(chan struct{})}
+	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), fallen: make(chan int), marks: make(chan error), children: make(chan struct{}, 1), stop: make(chan struct{})}
+	defer func() { // after stop is closed
+		if h.unwatch != nil {
+			h.unwatch()
+		}
+	}()
 	defer close(h.stop)
 	defer h.store.Close()
+	defer h.endStandby()
 	// Orphaned descendants become children of this process, including one that replaced another.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return 1, fmt.Errorf("become the reaper of orphans: %w", err)
@@ -155,7 +173,7 @@ func (h *holder) reap() {
 			continue
 		}
 		select {
-		case h.deaths <- death{pid, status}:
+		case h.deaths <- death{pid: pid, status: status}:
 		case <-h.stop:
 			return
 		}
@@ -164,20 +182,140 @@ func (h *holder) reap() {
 
 // start starts the process with the kept descriptors.
 func (h *holder) start() error {
-	env := append(notify.WithoutProtocol(os.Environ()), h.Outer.Variables(h.listener.Addr(), h.Max, false)...)
-	env = append(env, RestartVariable+"=SIGTERM")
-	files := append([]notify.File{{Name: PipeName, FD: h.pipe[0]}}, h.store.Files()...)
-	process, err := notify.Start(h.Self, h.Command, env, files, nil)
+	process, err := h.launch(append([]notify.File{{Name: PipeName, FD: h.pipe[0]}}, h.store.Files()...))
 	if err != nil {
 		return err
 	}
-	h.main, h.started, h.byInt = process.Pid, time.Now(), false
+	h.became(process.Pid)
+	h.byInt = false
 	h.Log.Info("started", "pid", h.main, "descriptors", len(h.store.Files()))
+	return nil
+}
+
+// launch starts a process of the command.
+func (h *holder) launch(files []notify.File) (*os.Process, error) {
+	env := append(notify.WithoutProtocol(os.Environ()), h.Outer.Variables(h.listener.Addr(), h.Max, false)...)
+	env = append(env, RestartVariable+"=SIGTERM")
+	process, err := notify.Start(h.Self, h.Command, env, files, nil)
+	if err != nil {
+		return nil, err
+	}
 	select {
 	case h.children <- struct{}{}:
 	default: // already pending
 	}
-	return nil
+	return process, nil
+}
+
+// became makes a process the main one.
+func (h *holder) became(pid int) {
+	h.main, h.started = pid, time.Now()
+	h.wants = false
+	h.unwatchLife()
+}
+
+// next starts the next process, or has the standby go on.
+func (h *holder) next() error {
+	if h.inherit() {
+		return nil
+	}
+	return h.start()
+}
+
+// inherit makes the standby the main process, and returns false if there is none that can be.
+func (h *holder) inherit() bool {
+	s := h.standby
+	if s == nil {
+		return false
+	}
+	h.standby = nil
+	if !runs(s.pid, h.program) {
+		h.Log.Info("the program was replaced since the standby was started, which is killed", "pid", s.pid)
+		s.end()
+		return false
+	}
+	if err := s.give(h.store.Files()); err != nil {
+		h.Log.Warn("the standby does not go on, and is killed", "pid", s.pid, "error", err)
+		s.end()
+		return false
+	}
+	if h.heir != nil {
+		h.heir.close()
+	}
+	h.dying, h.heir = h.main, s
+	h.became(s.pid)
+	h.byInt = false
+	h.Log.Warn("the standby goes on", "pid", s.pid, "after", h.dying, "descriptors", len(h.store.Files()))
+	if h.dying == 0 {
+		h.buried()
+	}
+	return true
+}
+
+// buried tells the new main process that the one before is reaped.
+func (h *holder) buried() {
+	if err := h.heir.send(endedLine); err != nil && !errors.Is(err, unix.EPIPE) {
+		h.Log.Warn("tell the process that the one before has ended", "pid", h.heir.pid, "error", err)
+	}
+	h.heir.close()
+	h.dying, h.heir = 0, nil
+}
+
+// ask handles a request for a standby, or its withdrawal.
+func (h *holder) ask(m *notify.Message, wanted bool) {
+	h.unwatchLife()
+	h.wants = wanted && !h.Alone && len(m.Files) == 1
+	if !h.wants {
+		h.endStandby()
+		return
+	}
+	pid, life := m.PID, m.Files[0]
+	m.Files = nil
+	var err error
+	if h.program, err = os.Stat(exe(pid)); err != nil {
+		h.Log.Warn("the program of the process", "pid", pid, "error", err)
+	}
+	if h.unwatch, err = Watch(life, func() {
+		select {
+		case h.fallen <- pid:
+		case <-h.stop:
+		}
+	}); err != nil {
+		h.Log.Warn("watch the process", "pid", pid, "error", err)
+	}
+	if h.standby == nil {
+		h.due = time.After(standbyAfter)
+	}
+}
+
+func (h *holder) unwatchLife() {
+	if h.unwatch != nil {
+		go h.unwatch() // it may be about to send
+		h.unwatch = nil
+	}
+}
+
+func (h *holder) endStandby() {
+	if h.standby != nil {
+		h.standby.end()
+		h.standby = nil
+	}
+	h.due = nil
+}
+
+// prepare starts the standby.
+func (h *holder) prepare() {
+	h.due = nil
+	if !h.wants || h.standby != nil || h.ending || h.main == 0 {
+		return
+	}
+	var err error
+	if h.standby, err = h.startStandby(); err != nil {
+		h.Log.Warn("no standby is started", "error", err, "again_in", standbyRetry)
+		h.due = time.After(standbyRetry)
+		return
+	}
+	h.Log.Info("a standby is started", "pid", h.standby.pid)
 }
 
 // run handles one event at a time until the process has ended for good.
@@ -194,15 +332,30 @@ func (h *holder) run() (code int, err error) {
 			if over = err != nil; over {
 				h.Log.Warn("notifications of the process", "error", err)
 			}
-		case d := <-h.deaths:
-			// What it has sent counts: descriptors to keep, that it was ready, which process has replaced it.
-			if d.pid == h.main {
-				h.dead = append(h.dead, d)
+		case pid := <-h.fallen:
+			if pid == h.main {
+				h.dead = append(h.dead, death{pid: pid, dying: true})
 				go h.mark()
 			}
+		case d := <-h.deaths:
+			switch {
+			// What it has sent counts: descriptors to keep, that it was ready, which process has replaced it.
+			case d.pid == h.main:
+				h.dead = append(h.dead, d)
+				go h.mark()
+			case d.pid == h.dying:
+				h.Log.Info("ended", "pid", d.pid, "how", endOf(d.status))
+				h.buried()
+			case h.standby != nil && d.pid == h.standby.pid:
+				h.Log.Warn("the standby has ended", "pid", d.pid, "how", endOf(d.status), "again_in", standbyRetry)
+				h.standby.close()
+				h.standby, h.due = nil, time.After(standbyRetry)
+			}
+		case <-h.due:
+			h.prepare()
 		case <-again:
 			again = nil
-			if err := h.start(); err != nil {
+			if err := h.next(); err != nil {
 				h.Log.Error("not started", "error", err, "again_in", h.pause)
 				again = time.After(h.pause)
 				h.pause = longer(h.pause)
@@ -217,7 +370,18 @@ func (h *holder) run() (code int, err error) {
 		}
 		d := h.dead[0]
 		h.dead = h.dead[1:]
+		if d.pid == h.dying && !d.dying { // reaped while the standby was about to replace it
+			h.Log.Info("ended", "pid", d.pid, "how", endOf(d.status))
+			h.buried()
+		}
 		if d.pid != h.main {
+			continue
+		}
+		if d.dying {
+			// One that ends too soon is started again later.
+			if h.ready && !h.ending && time.Since(h.started) >= calm && h.inherit() {
+				h.pause = longer(0)
+			}
 			continue
 		}
 		h.main = 0
@@ -262,6 +426,7 @@ func (h *holder) pass(s os.Signal) (ends bool) {
 	}
 	if number == unix.SIGTERM || number == unix.SIGINT {
 		h.ending = true
+		h.endStandby()
 		number = h.endSignal()
 		if h.main == 0 {
 			return true
@@ -301,6 +466,9 @@ func (h *holder) told(m *notify.Message) {
 	if m.Is(notify.Ready) {
 		h.ready = true
 	}
+	if wanted, ok := m.Value(strings.TrimSuffix(standbyVariable, "=")); ok && m.PID == h.main {
+		h.ask(m, wanted == "1")
+	}
 	if m.PID == h.main && !h.byInt && m.Is(RestartsOnTerm) {
 		h.byInt = true
 		if h.ending { // it may take the signal for one to restart
@@ -335,8 +503,9 @@ func (h *holder) follow(text string) {
 		return
 	}
 	h.Log.Info("replaced", "pid", h.main, "by", pid)
-	h.main, h.started = pid, time.Now()
-	if h.ending { // the signal was for the process before, which may have taken it for one to restart
+	h.became(pid)
+	h.endStandby() // it may run another program
+	if h.ending {  // the signal was for the process before, which may have taken it for one to restart
 		h.kill(unix.SIGINT)
 	}
 }

@@ -76,7 +76,7 @@ func validName(name string) bool {
 
 // forStore says whether a line of a message is about the store, or how the process is ended, and so only for its owner.
 func forStore(line string) bool {
-	for _, prefix := range []string{"FDSTORE", "FDNAME=", "FDPOLL=", "BARRIER=", "MAINPID=", "MAINPIDFDID=", termVariable} {
+	for _, prefix := range []string{"FDSTORE", "FDNAME=", "FDPOLL=", "BARRIER=", "MAINPID=", "MAINPIDFDID=", termVariable, standbyVariable} {
 		if strings.HasPrefix(line, prefix) {
 			return true
 		}

@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if file := os.Getenv(countVariable); file != "" {
 		os.Exit(sendAndDie(file))
 	}
+	if dir := os.Getenv(standbyEnv); dir != "" {
+		os.Exit(wantStandby(dir))
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -73,6 +73,11 @@ type Options struct {
 	// those that it kept from an earlier one, nil: none. The relay takes ownership of Kept.
 	Keeper forward.Keeper
 	Kept   *forward.FanoutHandover
+	// Standby is called when a process that waits to go on with what Keeper keeps, should this one be killed, would be of use
+	// from now on, and when not. Nil: not called.
+	Standby func(wanted bool)
+	// Early is from Resume with the same options, nil: New calls it. The relay takes its path over.
+	Early *Early
 	// Logger receives log messages. Nil: discarded.
 	Logger  *slog.Logger
 	Version string
@@ -101,9 +106,7 @@ type Relay struct {
 	log  *slog.Logger
 
 	watcher *network.Watcher
-	early   *early         // nil: not, or the control loop has it
-	taps    forward.Taps   // of the user-space paths
-	boost   *forward.Boost // of their workers; nil: none
+	early   *Early // also has the taps of the user-space paths, and the boost of their workers
 
 	commands chan command
 	ended    chan struct{} // closed when Run has returned
@@ -144,6 +147,8 @@ type Relay struct {
 	streams    streams
 	echoes     echoes
 	warnings   map[string]string
+
+	standby bool // as Options.Standby was last called
 
 	igmp    igmpVersions
 	thrift  thrift
@@ -187,20 +192,18 @@ func New(opts Options) (_ *Relay, err error) {
 	if err := opts.AFXDP.Validate(); err != nil {
 		return nil, fmt.Errorf("path afxdp: %w", err)
 	}
-	if err := forward.CheckPriority(opts.Priority); err != nil {
-		return nil, fmt.Errorf("workers: %w", err)
-	}
-	if opts.Boost && opts.Priority == 0 {
-		if r.boost, err = forward.NewBoost(); err != nil {
-			r.log.Warn("workers have no real-time priority", "cause", err)
+	early := opts.Early
+	if early == nil {
+		if early, err = Resume(opts); err != nil {
+			return nil, err
 		}
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, r.closeEarly())
+			err = errors.Join(err, early.Close())
 		}
 	}()
-	r.resumeEarly()
+	r.takeOver(early)
 	r.openHistory()
 	// The rules first: a broken file must not change the kernel.
 	if err := r.readInitialRules(); err != nil {

@@ -38,11 +38,11 @@ func (r *Relay) Tap(ctx context.Context, q control.TapQuery, start func() io.Wri
 		kernel = opened
 		defer func() { err = errors.Join(err, kernel.Close()) }()
 	}
-	workers, err := r.taps.Add(q.Rule, q.Options, kernel == nil)
+	workers, err := r.early.taps.Add(q.Rule, q.Options, kernel == nil)
 	if err != nil {
 		return control.Wrap(control.KindUnavailable, err)
 	}
-	defer r.taps.Remove(workers)
+	defer r.early.taps.Remove(workers)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() { // an ending daemon does not wait for a tap

@@ -27,18 +27,11 @@ type openPath struct {
 	rules []flow.Flow // current rules of the path
 }
 
-// fanoutOptions are those of the path fanout that do not depend on the process before.
-func (r *Relay) fanoutOptions(accounts forward.Accounts) forward.FanoutOptions {
-	return forward.FanoutOptions{
-		Logger: r.log, Workers: r.opts.Workers, Priority: r.opts.Priority, Boost: r.boost, Place: r.opts.Place, Accounts: accounts, Taps: &r.taps, Keeper: r.opts.Keeper,
-	}
-}
-
 func (r *Relay) newUserPaths() userPaths {
-	path, rules := r.takeEarly()
+	path, rules := r.early.take()
 	return userPaths{
 		flow.PathFanout: {path: path, rules: rules, open: func() (userPath, error) {
-			opts := r.fanoutOptions(r.loader)
+			opts := r.early.fanoutOptions(r.opts, r.loader)
 			opts.Inherited, r.opts.Kept = r.opts.Kept, nil
 			if before := r.opts.Predecessor; before != nil {
 				opts.Gate, before.Gate = before.Gate, nil
@@ -58,8 +51,8 @@ func (r *Relay) newUserPaths() userPaths {
 		}},
 		flow.PathAFXDP: {open: func() (userPath, error) {
 			opts := r.opts.AFXDP
-			opts.Logger, opts.Loader, opts.Accounts, opts.Taps = r.log, r.loader, r.loader, &r.taps
-			opts.Priority, opts.Boost, opts.Place = r.opts.Priority, r.boost, r.opts.Place
+			opts.Logger, opts.Loader, opts.Accounts, opts.Taps = r.log, r.loader, r.loader, r.early.taps
+			opts.Priority, opts.Boost, opts.Place = r.opts.Priority, r.early.boost, r.opts.Place
 			if before := r.opts.Predecessor; before != nil {
 				opts.TakeOver = func() error { return before.Stop(flow.PathAFXDP) }
 				opts.Inherited, before.AFXDP = before.AFXDP, nil

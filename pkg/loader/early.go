@@ -110,6 +110,9 @@ func (e *Early) OpenCounters(rule flow.Flow) *account.RuleCounters {
 	return c
 }
 
+// Locks is like Loader.Locks, until a Loader has taken the locks over.
+func (e *Early) Locks() (Locks, error) { return e.locks.duplicates() }
+
 // giveLocks returns the locks, which are the caller's from then on.
 func (e *Early) giveLocks() Locks {
 	l := Locks{Run: e.locks.run, Pins: e.locks.pins}

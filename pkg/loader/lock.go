@@ -20,11 +20,13 @@ func (l Locks) Close() error { return (&locks{l.Run, l.Pins}).Close() }
 
 // Locks returns duplicates of the open lock files, to be inherited by another Loader while this one
 // is paused (Options.Inherited). The caller closes them.
-func (l *Loader) Locks() (held Locks, err error) {
-	if held.Run, err = duplicate(l.lock.run); err != nil {
+func (l *Loader) Locks() (held Locks, err error) { return l.lock.duplicates() }
+
+func (l *locks) duplicates() (held Locks, err error) {
+	if held.Run, err = duplicate(l.run); err != nil {
 		return held, err
 	}
-	if held.Pins, err = duplicate(l.lock.pins); err != nil {
+	if held.Pins, err = duplicate(l.pins); err != nil {
 		return held, errors.Join(err, held.Run.Close())
 	}
 	return held, nil
@@ -53,6 +55,30 @@ func (l *locks) Close() error {
 	}
 	*l = locks{}
 	return errors.Join(errs...)
+}
+
+// firstReleased is above the numbers of other descriptors: the kernel closes the files of a killed process from the
+// highest number on, see hold.NewLife.
+const firstReleased = 7168
+
+// ReleaseFirst makes the kernel release the locks before it closes anything else, should the process be killed: for one
+// that waits to go on.
+func (l *Loader) ReleaseFirst() {
+	for _, f := range []**os.File{&l.lock.run, &l.lock.pins} {
+		if *f == nil || (*f).Fd() >= firstReleased {
+			continue
+		}
+		fd, err := unix.FcntlInt((*f).Fd(), unix.F_DUPFD_CLOEXEC, firstReleased)
+		if err != nil {
+			l.log.Debug("a lock has no high descriptor", "error", err)
+			continue
+		}
+		high := os.NewFile(uintptr(fd), (*f).Name())
+		if err := (*f).Close(); err != nil {
+			l.log.Debug("close the lower descriptor of a lock", "error", err)
+		}
+		*f = high
+	}
 }
 
 // dropPins releases the lock of the pin directory.

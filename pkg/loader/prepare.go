@@ -12,7 +12,8 @@ import (
 // Prepare creates the directories of pinned state for a Loader run by another user, who may not
 // create any in a BPF file system owned by root: it mounts the file system if there is none,
 // creates the pin directory, lets others traverse its parent, and calls give with the pin directory
-// while no other process can use the state. Only root can do all of this. It is idempotent.
+// while no other process can use the state. Only root can do all of this. It is idempotent. Options.Inherited are
+// locks of the state that this process has already; they are closed.
 //
 // The error matches ErrLocked if another process uses the state.
 func Prepare(opts Options, give func(pinDir string) error) (err error) {

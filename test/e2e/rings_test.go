@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -148,14 +149,28 @@ func TestRingsAreKept(t *testing.T) {
 
 // The successor of a killed daemon relays on the fanout path with the rules that were in force before it knows the rules
 // of its file: it reads them from a pipe, into which nothing is written until packets have come through. Each packet
-// comes once and in order, and is counted; then the rules are those of the file.
+// comes once and in order, and is counted; then the rules are those of the file. With --user it drops its privileges after
+// that, on all threads.
 func TestSuccessorRelaysFirst(t *testing.T) {
 	t.Parallel()
+	for _, user := range []string{"", "nobody"} {
+		t.Run("user "+user, func(t *testing.T) {
+			t.Parallel()
+			relaysFirst(t, user)
+		})
+	}
+}
+
+func relaysFirst(t *testing.T, user string) {
 	n := newNetwork(t)
 	in := newInstance(t, n.relay)
 	const text = "rules:\n  - {name: r, in: '239.1.1.1:5000%%in0', out: ['239.2.1.1:6000%%out0'], path: %s}\n"
 	file := in.write("rules.yaml", fmt.Sprintf(text, "fanout"))
-	d := in.startCommand("hold", "--run-dir", in.runDir, "--", program, "run", "-c", file)
+	command := []string{"hold", "--run-dir", in.runDir, "--", program, "run", "-c", file}
+	if user != "" {
+		command = append(command, "--user", user)
+	}
+	d := in.startCommand(command...)
 	in.running = d
 	pid := in.ready(0)
 	waitGroups(t, n.relay, 1)
@@ -174,7 +189,7 @@ func TestSuccessorRelaysFirst(t *testing.T) {
 		if err := os.Remove(file); err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Mkfifo(file, 0o600); err != nil {
+		if err := errors.Join(unix.Mkfifo(file, 0o600), os.Chmod(file, 0o644)); err != nil { // whatever the umask
 			t.Fatal(err)
 		}
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
@@ -182,6 +197,9 @@ func TestSuccessorRelaysFirst(t *testing.T) {
 		}
 		d.waitLog("the path fanout goes on with the rules of the previous daemon", i+1)
 		s.wait(s.received() + slow/2)
+		if got := s.receiver.Report().Total; got.Duplicated+got.Reordered+got.Foreign > 0 {
+			t.Errorf("received %+v until the rules are read, want each packet once and in order", got)
+		}
 		pipe, err := os.OpenFile(file, os.O_WRONLY, 0) // the daemon is about to read
 		if err != nil {
 			t.Fatal(err)
@@ -200,6 +218,13 @@ func TestSuccessorRelaysFirst(t *testing.T) {
 		if rule := in.waitState("r", control.StateActive); rule.UsedPath != path {
 			t.Errorf("the path is %s, want %s", rule.UsedPath, path)
 		}
+		if user != "" {
+			unprivileged(t, pid)
+			log := d.log.String()
+			if strings.LastIndex(log, "the path fanout goes on") > strings.LastIndex(log, "msg=privileges") {
+				t.Errorf("privileges were dropped first:\n%s", log)
+			}
+		}
 		if log := d.log.String(); strings.Contains(log, "not inherited") || strings.Contains(log, "until the daemon has started") {
 			t.Fatalf("the path did not go on:\n%s", log)
 		}
@@ -209,12 +234,94 @@ func TestSuccessorRelaysFirst(t *testing.T) {
 	hand := uint64(len(paths) * 64) // what each killed daemon had in hand
 	s.wait(total - hand)
 	got := s.receiver.Report().Total
-	if got.Duplicated+got.Reordered+got.Foreign > 0 {
-		t.Errorf("received %+v, want each packet once and in order", got)
+	if got.Duplicated+got.Foreign > 0 { // packets of the kernel path may overtake those in the rings
+		t.Errorf("received %+v, want each packet once", got)
 	}
 	eventually(t, "all packets are counted", func() string {
 		if rule := in.rule("r"); rule.Matched.Packets < got.Received || rule.Matched.Packets > total {
 			return fmt.Sprintf("%d have matched, and %d have arrived of %d", rule.Matched.Packets, got.Received, total)
+		}
+		return ""
+	})
+}
+
+// A daemon on the fanout path has a standby, which goes on when it is killed: no other process is started for that. It follows
+// an upgrade, and is gone with the last rule of the path, and with the holder.
+func TestStandby(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	const text = "rules:\n  - {name: r, in: '239.1.1.1:5000%%in0', out: ['239.2.1.1:6000%%out0'], path: %s}\n"
+	file := in.write("rules.yaml", fmt.Sprintf(text, "fanout"))
+	d := in.startCommand("hold", "--run-dir", in.runDir, "--", program, "run", "-c", file, "--user", "nobody")
+	in.running = d
+	pid := in.ready(0)
+	waitGroups(t, n.relay, 1)
+	s := receive(t, n.sinks[0], "239.2.1.1:6000%sink0", traffic.Expected{})
+	const slow = 200
+	stream := send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 16, Rate: traffic.Rate{Value: slow}})
+	standbys := 0
+	standby := func() (pid int) {
+		t.Helper()
+		standbys++
+		d.waitLog("a standby is started", standbys)
+		text := d.log.String()
+		text = text[strings.LastIndex(text, "a standby is started"):]
+		if _, err := fmt.Sscanf(text[strings.Index(text, "pid="):], "pid=%d", &pid); err != nil {
+			t.Fatal(err)
+		}
+		return pid
+	}
+	const kills = 2
+	for i := range kills {
+		next := standby()
+		stream.flows(20)
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if pid = in.ready(pid); pid != next {
+			t.Fatalf("the daemon is process %d, want the standby %d", pid, next)
+		}
+		unprivileged(t, pid)
+		d.waitLog("the path fanout goes on with the rules of the previous daemon", i+1)
+	}
+	before := standby()
+	in.mustCLI("upgrade", "--exec")
+	pid = in.ready(pid)
+	after := standby()
+	eventually(t, "the standby before the upgrade is gone", func() string {
+		if runs(before) {
+			return "it runs"
+		}
+		return ""
+	})
+	stream.flows(20)
+	total := stream.stop()
+	s.wait(total - kills*64) // what each killed daemon had in hand
+	if got := s.receiver.Report().Total; got.Duplicated+got.Reordered+got.Foreign > 0 {
+		t.Errorf("received %+v, want each packet once and in order", got)
+	}
+	if got := strings.Count(d.log.String(), "msg=started"); got != 1 {
+		t.Errorf("%d processes were started to work, want one:\n%s", got, d.log.String())
+	}
+
+	in.write("rules.yaml", fmt.Sprintf(text, "kernel"))
+	in.mustCLI("reload")
+	eventually(t, "nothing needs a standby, and there is none", func() string {
+		if runs(after) {
+			return "it runs"
+		}
+		return ""
+	})
+	in.write("rules.yaml", fmt.Sprintf(text, "fanout"))
+	in.mustCLI("reload")
+	last := standby()
+	if code := d.stop(unix.SIGTERM); code != 0 {
+		t.Errorf("the holder ended with code %d:\n%s", code, d.log.String())
+	}
+	eventually(t, "the standby ends with the holder", func() string {
+		if runs(last) {
+			return "it runs"
 		}
 		return ""
 	})
