@@ -62,6 +62,7 @@ complete -c xdpcast -n '__fish_seen_subcommand_from prepare' -f -l state-dir -r 
 complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'hold' -d 'run a daemon, and keep its memberships and rings across restarts'
 complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l max -r -d 'keep up to `N` descriptors; a socket holds 20 IPv4 groups'
+complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l no-standby -d 'start no second daemon that waits to relay at once on the path fanout should the first be killed'
 complete -c xdpcast -n '__fish_seen_subcommand_from hold' -f -l run-dir -r -d '`DIR` of the lock file and of rules added through the API'
 complete -c xdpcast -n '__fish_seen_subcommand_from load' -f -l help -s h -d 'show help'
 complete -r -c xdpcast -n '__fish_xdpcast_no_subcommand' -a 'load' -d 'load and attach the programs, without a daemon'
