@@ -287,7 +287,7 @@ func TestStandby(t *testing.T) {
 	}
 	before := standby()
 	in.mustCLI("upgrade", "--exec")
-	pid = in.ready(pid)
+	in.ready(pid)
 	after := standby()
 	eventually(t, "the standby before the upgrade is gone", func() string {
 		if runs(before) {
