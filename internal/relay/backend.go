@@ -78,7 +78,10 @@ func (r *Relay) replace(e edit, save bool) error {
 	}
 	err := r.reconcile(names)
 	if err == nil && save {
-		err = r.commitState()
+		if err = r.commitState(); err == nil {
+			r.unsaved = false
+			r.warnUnless(aboutSaved, nil)
+		}
 	}
 	if err == nil {
 		r.warnUnless(aboutMroutes, settle(true))
@@ -90,6 +93,10 @@ func (r *Relay) replace(e edit, save bool) error {
 	}
 	r.setRules(before)
 	_ = r.reconcile(nil) // drops memberships and attachments made for them
+	if errors.Is(err, savefile.ErrNewer) {
+		r.unsaved = true
+		r.resaveIfDue()
+	}
 	return control.Wrap(control.KindFailed, err)
 }
 

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -65,6 +66,46 @@ func TestFailedJoinLeavesNothing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSavedRulesHeal: if the file of the API rules is left with others, the daemon says so while it cannot save its own, and
+// saves them as soon as it can.
+func TestSavedRulesHeal(t *testing.T) {
+	p := newPlace(t)
+	p.opts.StateFile = filepath.Join(t.TempDir(), "there", "saved.yaml")
+	p.opts.observeEvery = 25 * time.Millisecond
+	r := p.start()
+	r.mustAdd("there", "239.1.1.9:5000%in0", out0)
+	want, err := os.ReadFile(p.opts.StateFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Dir(p.opts.StateFile)
+	if err := errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.do(t.Context(), func() error {
+		r.unsaved = true
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	warns := func() bool {
+		s, err := r.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(strings.Join(s.Warnings, "\n"), "the saved rules are not those of the daemon: ")
+	}
+	labtest.Eventually(t, "the status warns", warns)
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Eventually(t, "the rules are saved", func() bool {
+		got, err := os.ReadFile(p.opts.StateFile)
+		return err == nil && string(got) == string(want)
+	})
+	labtest.Eventually(t, "the status warns no more", func() bool { return !warns() })
 }
 
 // TestFullLeavesNothing: the same for a rule that the maps have no room for.

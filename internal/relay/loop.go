@@ -42,6 +42,7 @@ const (
 	aboutHistory    = "history"
 	aboutFile       = "file"
 	aboutQueriers   = "queriers"
+	aboutSaved      = "saved rules"
 )
 
 // reconcile makes the kernel match the rules and the network, as far as possible. It may be called
@@ -268,6 +269,7 @@ func (r *Relay) observeIfDue() {
 		r.changelog.heard(queriers, r.network)
 	}
 	r.publishOwn()
+	r.resaveIfDue()
 	r.stale = true // the reconcilers check again
 	r.observed = time.Now()
 	r.observing = r.observed.Sub(started)

@@ -148,6 +148,7 @@ type Relay struct {
 	echoes     echoes
 	warnings   map[string]string
 
+	unsaved bool // the file has other API rules than the daemon
 	standby bool // as Options.Standby was last called
 
 	igmp    igmpVersions

@@ -45,3 +45,19 @@ func (r *Relay) commitState() error {
 	}
 	return nil
 }
+
+// resaveIfDue saves the API rules again after a failure that has left others in the file, until it succeeds.
+func (r *Relay) resaveIfDue() {
+	if !r.unsaved {
+		return
+	}
+	err := r.stageState()
+	if err == nil {
+		err = r.commitState()
+	}
+	if err != nil {
+		err = fmt.Errorf("the saved rules are not those of the daemon: %w", err)
+	}
+	r.unsaved = err != nil
+	r.warnUnless(aboutSaved, err)
+}

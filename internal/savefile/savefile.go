@@ -5,9 +5,12 @@ package savefile
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // Stage writes data to path.next and syncs it, for Commit to rename. It creates the directory if
@@ -56,14 +59,52 @@ func write(to io.Writer, parts [][]byte) error {
 // Discard removes what Stage wrote.
 func Discard(path string) { _ = os.Remove(path + ".next") }
 
-// Commit renames path.next to path and syncs the directory. After an error the file may be either
-// of the two.
+// ErrNewer is matched by the error of a Commit that has failed and left the new file.
+var ErrNewer = errors.New("the file is the new one")
+
+// Commit puts path.next in the place of path, and syncs the directory. After an error the file is the old one, unless the
+// error matches ErrNewer; a host that loses power then may come back with either.
 func Commit(path string) error {
-	if err := os.Rename(path+".next", path); err != nil {
-		Discard(path)
-		return err
+	undo, err := replace(path)
+	if err == nil {
+		if err = syncDir(filepath.Dir(path)); err != nil {
+			if failed := undo(); failed != nil {
+				err = errors.Join(err, fmt.Errorf("%w: %w", ErrNewer, failed))
+			}
+		}
 	}
-	return syncDir(filepath.Dir(path))
+	Discard(path)
+	return err
+}
+
+// replace puts path.next in the place of path, which it leaves at path.next if it can, for undo.
+func replace(path string) (undo func() error, err error) {
+	next := path + ".next"
+	exchange := func() error { return unix.Renameat2(unix.AT_FDCWD, next, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE) }
+	info, err := os.Lstat(path)
+	if err == nil && !info.IsDir() {
+		if err = exchange(); err == nil {
+			return exchange, nil
+		}
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return func() error { return os.Remove(path) }, os.Rename(next, path)
+	}
+	return overwrite(path)
+}
+
+// overwrite is replace on a file system that cannot exchange two files.
+func overwrite(path string) (undo func() error, err error) {
+	old, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return func() error {
+		if err := Stage(path, old); err != nil {
+			return err
+		}
+		return os.Rename(path+".next", path)
+	}, os.Rename(path+".next", path)
 }
 
 // Write is Stage and Commit.

@@ -166,7 +166,8 @@ func relaysFirst(t *testing.T, user string) {
 	in := newInstance(t, n.relay)
 	const text = "rules:\n  - {name: r, in: '239.1.1.1:5000%%in0', out: ['239.2.1.1:6000%%out0'], path: %s}\n"
 	file := in.write("rules.yaml", fmt.Sprintf(text, "fanout"))
-	command := []string{"hold", "--run-dir", in.runDir, "--", program, "run", "-c", file}
+	// One worker: the sender may change its CPU, and rings are read side by side.
+	command := []string{"hold", "--run-dir", in.runDir, "--", program, "run", "-c", file, "--fanout-workers", "1"}
 	if user != "" {
 		command = append(command, "--user", user)
 	}
@@ -253,7 +254,7 @@ func TestStandby(t *testing.T) {
 	in := newInstance(t, n.relay)
 	const text = "rules:\n  - {name: r, in: '239.1.1.1:5000%%in0', out: ['239.2.1.1:6000%%out0'], path: %s}\n"
 	file := in.write("rules.yaml", fmt.Sprintf(text, "fanout"))
-	d := in.startCommand("hold", "--run-dir", in.runDir, "--", program, "run", "-c", file, "--user", "nobody")
+	d := in.startCommand("hold", "--run-dir", in.runDir, "--", program, "run", "-c", file, "--user", "nobody", "--fanout-workers", "1")
 	in.running = d
 	pid := in.ready(0)
 	waitGroups(t, n.relay, 1)

@@ -15,6 +15,7 @@ import (
 	"xdpcast/internal/control"
 	"xdpcast/internal/labtest"
 	"xdpcast/internal/traffic"
+	"xdpcast/pkg/loader"
 )
 
 const nobodyID = 65534
@@ -262,5 +263,47 @@ func TestBadUser(t *testing.T) {
 	var st unix.Stat_t
 	if err := unix.Stat(theirs, &st); err != nil || st.Uid != 0 {
 		t.Errorf("the directory of others belongs to %d, %v", st.Uid, err)
+	}
+}
+
+// A rule that cannot be saved for good is neither in the daemon nor in the file, although the file was written: the directory
+// cannot be synced. The next one is saved.
+func TestUnsyncedRule(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t)
+	in := newInstance(t, n.relay)
+	in.start("--user", "nobody")
+	in.add("first", oneIn, oneOut)
+	file := filepath.Join(in.runDir, filepath.Base(loader.RunFile(in.runDir, in.pinDir, "api-rules.yaml")))
+	saved := func() string {
+		t.Helper()
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	before := saved()
+	if err := os.Chmod(in.runDir, 0o311); err != nil { // no read
+		t.Fatal(err)
+	}
+	second := control.Rule{Name: "second", In: "239.1.8.1:5000%in0", Out: []string{"239.2.8.1:6000%out0"}}
+	if _, err := in.client.AddRule(t.Context(), second); err == nil || !strings.Contains(err.Error(), "save rules: open "+in.runDir+": permission denied") {
+		t.Errorf("the error is %v", err)
+	}
+	if _, err := in.client.Rule(t.Context(), "second"); err == nil {
+		t.Error("the rule is there after an error")
+	}
+	if got := saved(); got != before {
+		t.Errorf("after an error the file has\n%s\nwant\n%s", got, before)
+	}
+	if err := os.Chmod(in.runDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.client.AddRule(t.Context(), second); err != nil {
+		t.Fatal(err)
+	}
+	if got := saved(); !strings.Contains(got, "name: second") {
+		t.Errorf("the file has\n%s", got)
 	}
 }
