@@ -115,6 +115,8 @@ type AFXDP struct {
 	opts AFXDPOptions
 	log  *slog.Logger
 	set  *Set
+	// place is the function of that name; tests replace it.
+	place func(*slog.Logger) *placement
 
 	unregister func()
 
@@ -157,7 +159,7 @@ func OpenAFXDP(opts AFXDPOptions) (*AFXDP, error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	a := &AFXDP{
-		opts: opts, log: opts.Logger, set: newSet(flow.PathAFXDP, opts.Queues, opts.Accounts, opts.Taps),
+		opts: opts, log: opts.Logger, set: newSet(flow.PathAFXDP, opts.Queues, opts.Accounts, opts.Taps), place: place,
 		inputs: map[int]*afxdpInput{}, names: map[int]string{}, claimed: map[queueKey]*afxdpSender{},
 	}
 	a.unregister = a.set.accounts.Account().OnSettle(a.settle)

@@ -126,7 +126,7 @@ func (w *afxdpWorker) run() {
 			w.log.Warn("pin worker", "cpu", w.cpu, "error", err)
 		}
 	} else if w.path.opts.Place {
-		w.placement = place(w.log)
+		w.placement = w.path.place(w.log)
 		defer w.placement.leave()
 	}
 	if err := setPriority(w.path.opts.Priority); err != nil {
@@ -442,7 +442,6 @@ func (w *afxdpWorker) sleep() error {
 	ready, err := w.waiter.Wait(timeout)
 	now := time.Now()
 	w.boosted.account(now, false)
-	w.placement.look(now)
 	if err != nil || ready > 0 && w.interfaceC.Load() == interfaceUp {
 		return err
 	}

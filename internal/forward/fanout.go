@@ -121,6 +121,7 @@ type fanoutSystem struct {
 	openGroup  func(fanout.Options) (*fanout.Group, error)
 	openSender func(index int, opts fanout.SenderOptions) (Sender, error)
 	wait       func(*fanout.Worker) (*fanout.Block, error)
+	place      func(*slog.Logger) *placement
 }
 
 // OpenFanout opens the path without rules. The caller must Close it. It needs
@@ -131,7 +132,8 @@ func OpenFanout(opts FanoutOptions) (*Fanout, error) {
 		openSender: func(index int, opts fanout.SenderOptions) (Sender, error) {
 			return fanout.OpenSender(index, opts)
 		},
-		wait: (*fanout.Worker).Wait,
+		wait:  (*fanout.Worker).Wait,
+		place: place,
 	})
 }
 
@@ -333,7 +335,10 @@ func (f *Fanout) openGroups(inputs map[groupKey]string) (fresh []*fanoutGroup, e
 }
 
 func (f *Fanout) openGroup(key groupKey) (*fanoutGroup, error) {
-	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), priority: f.opts.Priority, boost: f.opts.Boost, place: f.opts.Place, done: make(chan struct{})}
+	g := &fanoutGroup{groupKey: key, name: interfaceName(key.index), priority: f.opts.Priority, boost: f.opts.Boost, done: make(chan struct{})}
+	if f.opts.Place {
+		g.place = f.system.place
+	}
 	filter := f.filter.program
 	if key.fromHost {
 		filter = f.filter.sent
@@ -501,8 +506,8 @@ type fanoutGroup struct {
 	workers  []*fanoutWorker
 	priority int // of the workers' threads
 	boost    *Boost
-	place    bool
-	done     chan struct{} // closed to end the workers
+	place    func(*slog.Logger) *placement // nil: by the scheduler alone
+	done     chan struct{}                 // closed to end the workers
 	running  sync.WaitGroup
 
 	inherited bool // from another process

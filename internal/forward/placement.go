@@ -164,8 +164,8 @@ func (p *placement) leave() {
 	}
 }
 
-// look moves the thread if it has waited for its CPU lately. To be called after each sleep, and while there is much to
-// do now and then.
+// look moves the thread if it has waited for its CPU lately. To be called after each turn of the worker, whether it has
+// slept before or not.
 func (p *placement) look(now time.Time) {
 	if p == nil || now.Sub(p.looked) < lookEvery {
 		return

@@ -376,3 +376,64 @@ func TestPlacedWorkers(t *testing.T) {
 		})
 	}
 }
+
+// waitsOnFirst is a function to place a worker that has waited for its first CPU whenever it looks. The CPUs that it
+// then chooses are sent.
+func waitsOnFirst() (place func(*slog.Logger) *placement, chosen <-chan []int) {
+	c := make(chan []int, 1)
+	return func(*slog.Logger) *placement {
+		s := newSimulated(2, nil)
+		s.stat = waiting{s}
+		s.apply = func(set *unix.CPUSet) error {
+			select {
+			case c <- cpuNumbers(set):
+			default:
+			}
+			return nil
+		}
+		return &s.placement
+	}, c
+}
+
+// waiting is the schedstat of a simulated thread that has waited since it was last read.
+type waiting struct{ *simulated }
+
+func (w waiting) ReadAt(b []byte, at int64) (int, error) {
+	w.turns++
+	w.waited += fewWaits + shortWait
+	return w.simulated.ReadAt(b, at)
+}
+
+// Workers of both paths look whether they wait for their CPU, and leave it: those that sleep between their turns, and
+// those that never do.
+func TestWorkersLook(t *testing.T) {
+	leaves := func(t *testing.T, chosen <-chan []int) {
+		t.Helper()
+		select {
+		case got := <-chosen:
+			if !slices.Equal(got, []int{1}) {
+				t.Errorf("the worker chose CPUs %v, want 1, on which it does not wait", got)
+			}
+		case <-time.After(labtest.Timeout):
+			t.Error("the worker does not look")
+		}
+	}
+	for name, spin := range map[string]time.Duration{"afxdp": 0, "afxdp, never asleep": time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			b := newXDPBench(t, 1, 1, 0)
+			b.openWith(t, AFXDPOptions{Place: true, Spin: spin})
+			place, chosen := waitsOnFirst()
+			b.path.place = place
+			b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
+			leaves(t, chosen)
+		})
+	}
+	t.Run("fanout", func(t *testing.T) {
+		n := newBench(t, 1)
+		place, chosen := waitsOnFirst()
+		f := n.pathWith(t, FanoutOptions{Workers: 1, Place: true}, func(s *fanoutSystem) { s.place = place })
+		n.sync(t, f, rule("r", n.in, "239.1.1.1", 5000, sendTo(n.out[0], "239.9.9.1", 6000)))
+		sendFrames(t, openSender(t, n.source, iface(t, n.source, "eth0").Index), [][]byte{numbered(0, 0).Build()})
+		leaves(t, chosen)
+	})
+}

@@ -36,8 +36,8 @@ type fanoutWorker struct {
 // run works until the group is closed. It restarts after any failure.
 func (w *fanoutWorker) run() {
 	runtime.LockOSThread() // the thread ends with the goroutine
-	if w.group.place {
-		w.placement = place(w.log)
+	if w.group.place != nil {
+		w.placement = w.group.place(w.log)
 		defer w.placement.leave()
 	}
 	if err := setPriority(w.group.priority); err != nil {
