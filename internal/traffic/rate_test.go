@@ -1,6 +1,7 @@
 package traffic
 
 import (
+	"strings"
 	"testing"
 	"time"
 )
@@ -138,5 +139,21 @@ func TestPacerUntil(t *testing.T) {
 	p := pacer{perSecond: 1e-12}
 	if p.at(1<<40) <= 0 {
 		t.Errorf("overflow: %s", p.at(1<<40))
+	}
+}
+
+// The packets of a burst are sent when the last of them is due, and the last burst may be shorter.
+func TestBurst(t *testing.T) {
+	s := Sender{cfg: SendConfig{Burst: 10}, started: time.Now(), limit: 25, pacer: pacer{perSecond: 1000}, legs: []*leg{{}}}
+	for next, want := range map[uint64]time.Duration{0: 9, 3: 12, 10: 19, 20: 24, 24: 24} {
+		s.legs[0].next = next
+		if got := s.soonest(); got != want*time.Millisecond {
+			t.Errorf("packet %d is sent after %v, want %d ms", next, got, want)
+		}
+	}
+	for _, burst := range []int{-1, maxBatch + 1} {
+		if err := (SendConfig{Burst: burst}).Check(); err == nil || !strings.Contains(err.Error(), "burst") {
+			t.Errorf("burst %d: %v", burst, err)
+		}
 	}
 }

@@ -57,6 +57,8 @@ type SendConfig struct {
 	// MaxLag is how much of its schedule a delayed sender catches up on; 0 means a second. It
 	// catches up as fast as possible.
 	MaxLag time.Duration
+	// Burst is the number of packets that are sent together at a Rate, and waited for together; 0 means 1.
+	Burst int
 }
 
 const (
@@ -180,6 +182,9 @@ func (c *SendConfig) setDefaults() {
 	if c.Batch == 0 {
 		c.Batch = defaultSendBatch
 	}
+	if c.Burst == 0 {
+		c.Burst = 1
+	}
 }
 
 func (c *SendConfig) minSize() int { return HeaderLen + c.Numbering.headerLen() }
@@ -193,6 +198,8 @@ func (c *SendConfig) expand() ([]*leg, error) {
 		return nil, fmt.Errorf("lag of %v: must not be negative", c.MaxLag)
 	case c.Batch < 1 || c.Batch > maxBatch:
 		return nil, fmt.Errorf("batch %d: must be 1 to %d packets", c.Batch, maxBatch)
+	case c.Burst < 0 || c.Burst > maxBatch:
+		return nil, fmt.Errorf("burst %d: must be 1 to %d packets", c.Burst, maxBatch)
 	case c.DSCP > 63:
 		return nil, fmt.Errorf("dscp %d: must be 0 to 63", c.DSCP)
 	case c.Duration < 0:
@@ -408,12 +415,13 @@ func (s *Sender) turn(elapsed time.Duration) (worked bool, err error) {
 	return worked, nil
 }
 
-// soonest is when the next packet is due on some leg.
+// soonest is when the next packet, or the last one of the next burst, is due on some leg.
 func (s *Sender) soonest() time.Duration {
 	at := time.Duration(math.MaxInt64)
 	for _, l := range s.legs {
 		if l.next < s.limit {
-			at = min(at, max(s.pacer.at(l.next)+l.Delay, time.Since(s.started)+l.wait))
+			last := min(l.next+uint64(s.cfg.Burst), s.limit) - 1
+			at = min(at, max(s.pacer.at(last)+l.Delay, time.Since(s.started)+l.wait))
 			l.wait = 0
 		}
 	}
