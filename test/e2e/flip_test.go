@@ -48,21 +48,30 @@ func flipped(t *testing.T, set int, path string) (all []rules.Rule) {
 // other. All rules change at once: among consecutive packets of any rules, the first with the outputs
 // of the other set starts it for all.
 func TestFlips(t *testing.T) {
-	for _, path := range []string{"kernel", "afxdp", "fanout"} {
-		t.Run(path, func(t *testing.T) { testFlips(t, path, labtest.Soak(40, 1000)) })
-	}
+	onPaths(t, func(t *testing.T, n *network, in *instance, path string) {
+		testFlips(t, n, in, path, labtest.Soak(40, 1000))
+	})
 }
 
-func testFlips(t *testing.T, path string, flips int) {
-	n := newNetwork(t)
-	in := newInstance(t, n.relay)
-	in.start()
+func testFlips(t *testing.T, n *network, in *instance, path string, flips int) {
 	apply := func(set int) {
 		t.Helper()
 		if _, err := in.client.Apply(t.Context(), flipped(t, set, path), control.ApplyOptions{MaxChanges: 1}); err != nil {
 			t.Fatal(err)
 		}
 	}
+	receiveDrops := func() (packets int) {
+		t.Helper()
+		stats, err := in.client.Stats(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range stats.ReceiveDrops {
+			packets += int(d.Packets)
+		}
+		return packets
+	}
+	earlier := receiveDrops() // on other paths
 	apply(0)
 	for i := range flipSets[0] {
 		in.waitState(fmt.Sprint("flip", i), control.StateActive)
@@ -101,14 +110,7 @@ func testFlips(t *testing.T, path string, flips int) {
 	// it is counted. The next packets must not meet a full one.
 	lost := 0
 	eventually(t, "each packet has come out or is counted as lost", func() string {
-		stats, err := in.client.Stats(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		lost = 0
-		for _, d := range stats.ReceiveDrops {
-			lost += int(d.Packets)
-		}
+		lost = receiveDrops() - earlier
 		out := map[copyOf]bool{}
 		for _, c := range captures {
 			c.packets(out)

@@ -36,7 +36,7 @@ func TestHealth(t *testing.T) {
 			t.Fatal(err)
 		}
 		senders[i] = send(t, n.source, traffic.SendConfig{
-			Legs: legs, Numbering: numbering, TTL: 16, Size: 200, Rate: traffic.Rate{Value: easy / 2}, Seed: uint64(i),
+			Legs: legs, Numbering: numbering, TTL: 16, Size: 200, Rate: traffic.Rate{Value: easy / 2}, Burst: together, Seed: uint64(i),
 		})
 	}
 	// The alarms end a minute after the last loss: packets are lost until all have told.

@@ -378,57 +378,47 @@ func TestMalformedIsTold(t *testing.T) {
 // Processes of the relay's host that send to each other reach each other whatever rules the
 // interface has.
 func TestLocalTrafficOfTheRelay(t *testing.T) {
-	for _, path := range []string{"kernel", "afxdp", "fanout"} {
-		t.Run(path, func(t *testing.T) {
-			n := newNetwork(t)
-			in := newInstance(t, n.relay)
-			in.start()
-			in.mustCLI("rule", "add", "l", "--path", path, "--in", "239.9.1.1:5000%in0", "--out", "239.9.2.1:6000%out0")
-			in.waitState("l", control.StateActive)
-			c := labtest.Listen(t, n.relay, "in0", netip.MustParseAddrPort("239.9.1.1:5000"))
-			sendFromPort(t, n.relay, "in0", "239.9.1.1", sendPlain)
-			if got := arrive(t, c, datagrams); got != datagrams {
-				t.Errorf("%d of %d arrived", got, datagrams)
-			}
-			if r := in.rule("l"); r.Matched.Packets != 0 {
-				t.Errorf("the rule matched %d", r.Matched.Packets)
-			}
-		})
-	}
+	onPaths(t, func(t *testing.T, n *network, in *instance, path string) {
+		in.mustCLI("rule", "add", "l", "--path", path, "--in", "239.9.1.1:5000%in0", "--out", "239.9.2.1:6000%out0")
+		in.waitState("l", control.StateActive)
+		c := labtest.Listen(t, n.relay, "in0", netip.MustParseAddrPort("239.9.1.1:5000"))
+		sendFromPort(t, n.relay, "in0", "239.9.1.1", sendPlain)
+		if got := arrive(t, c, datagrams); got != datagrams {
+			t.Errorf("%d of %d arrived", got, datagrams)
+		}
+		if r := in.rule("l"); r.Matched.Packets != 0 {
+			t.Errorf("the rule matched %d", r.Matched.Packets)
+		}
+	})
 }
 
 // An output without carrier waits, and drops for that reason on every path.
 func TestNoCarrier(t *testing.T) {
 	const packets = 20
-	for _, path := range []string{"kernel", "afxdp", "fanout"} {
-		t.Run(path, func(t *testing.T) {
-			n := newNetwork(t)
-			in := newInstance(t, n.relay)
-			in.start()
-			in.mustCLI("rule", "add", "r", "--path", path, "--in", "239.1.1.1:5000%in0", "--out", "239.2.1.1:6000%out0", "--out", "239.2.1.2:6000%out1")
-			in.waitState("r", control.StateActive)
-			if err := n.sinks[0].SetUp("sink0", false); err != nil {
-				t.Fatal(err)
-			}
-			in.waitOutput("r", 0, control.StatePending, "interface out0 has no carrier")
-			sink := receive(t, n.sinks[1], "239.2.1.2:6000%sink0", traffic.Expected{})
-			send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 8, Count: packets}).wait()
-			sink.wait(packets)
-			eventually(t, "all are counted", func() string { return sumFault(in.rule("r")) })
-			r := in.rule("r")
-			if o := r.Outputs[0]; o.Sent.Packets != 0 || packetsFor(o.Drops, "no_carrier") != packets || len(o.Drops) != 1 {
-				t.Errorf("output without carrier: %+v", o)
-			}
-			if o := r.Outputs[1]; o.Sent.Packets != packets || len(o.Drops) != 0 {
-				t.Errorf("the other output: %+v", o)
-			}
-			if s, err := in.client.Stats(t.Context()); err != nil || len(s.TransmitDrops) > 0 {
-				t.Errorf("%v: what devices did not take: %+v, want none", err, s.TransmitDrops)
-			}
-			if err := n.sinks[0].SetUp("sink0", true); err != nil {
-				t.Fatal(err)
-			}
-			in.waitOutput("r", 0, control.StateActive, "")
-		})
-	}
+	onPaths(t, func(t *testing.T, n *network, in *instance, path string) {
+		in.mustCLI("rule", "add", "r", "--path", path, "--in", "239.1.1.1:5000%in0", "--out", "239.2.1.1:6000%out0", "--out", "239.2.1.2:6000%out1")
+		in.waitState("r", control.StateActive)
+		if err := n.sinks[0].SetUp("sink0", false); err != nil {
+			t.Fatal(err)
+		}
+		in.waitOutput("r", 0, control.StatePending, "interface out0 has no carrier")
+		sink := receive(t, n.sinks[1], "239.2.1.2:6000%sink0", traffic.Expected{})
+		send(t, n.source, traffic.SendConfig{Target: target(t, "239.1.1.1:5000%src0"), TTL: 8, Count: packets}).wait()
+		sink.wait(packets)
+		eventually(t, "all are counted", func() string { return sumFault(in.rule("r")) })
+		r := in.rule("r")
+		if o := r.Outputs[0]; o.Sent.Packets != 0 || packetsFor(o.Drops, "no_carrier") != packets || len(o.Drops) != 1 {
+			t.Errorf("output without carrier: %+v", o)
+		}
+		if o := r.Outputs[1]; o.Sent.Packets != packets || len(o.Drops) != 0 {
+			t.Errorf("the other output: %+v", o)
+		}
+		if s, err := in.client.Stats(t.Context()); err != nil || len(s.TransmitDrops) > 0 {
+			t.Errorf("%v: what devices did not take: %+v, want none", err, s.TransmitDrops)
+		}
+		if err := n.sinks[0].SetUp("sink0", true); err != nil {
+			t.Fatal(err)
+		}
+		in.waitOutput("r", 0, control.StateActive, "")
+	})
 }

@@ -49,7 +49,7 @@ func TestSenderFeatures(t *testing.T) {
 				t.Errorf("explain says\n%s", text)
 			}
 			rest := featureCase{in: "239.1.1.1%in0", out: []string{"239.2.2.2:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.2.2", 6000)}}
-			rest.run(t, n, in, path, "rest")
+			rest.run(t, n, in, path, "rest"+path[:1])
 			if s := in.rule("wide"); s.Matched.Packets != 0 {
 				t.Errorf("rule wide took %d packets", s.Matched.Packets)
 			}
@@ -74,7 +74,7 @@ func TestSenderFeatures(t *testing.T) {
 				in.mustCLI("rule", "del", "hall")
 			}
 			hall := featureCase{in: "10.1.0.0/16@239.1.0.0/16:5000%in0,join=none,except=10.1.7.0/24", out: []string{"239.2.0.0/16:6000%out0"}, want: []func(f *packet.Frame){dst("239.2.1.1", 6000)}}
-			hall.run(t, n, in, path, "hall")
+			hall.run(t, n, in, path, "hall"+path[:1])
 			for _, name := range []string{"site", "others"} {
 				if s := in.rule(name); s.Matched.Packets != 0 {
 					t.Errorf("rule %s took %d packets", name, s.Matched.Packets)

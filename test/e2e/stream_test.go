@@ -29,6 +29,10 @@ type stream struct {
 	ended  chan error
 }
 
+// together is the number of packets that a stream sends at once where no test looks at the time between them: to wake the
+// sender, the kernel, a worker and the receiver for each packet is most of what a stream costs.
+const together = 8
+
 // send starts a stream. The caller must stop it.
 func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	t.Helper()
@@ -38,6 +42,9 @@ func send(t testing.TB, h *lab.Host, cfg traffic.SendConfig) *stream {
 	}
 	if cfg.Rate.Value <= easy && cfg.MaxLag != 0 && labtest.Emulated() {
 		cfg.Rate.Value /= 4 // a veth queues 256 packets, and a CPU there may not run for a quarter of a second
+	}
+	if cfg.Count > 0 && cfg.Burst == 0 && cfg.Rate.Value <= easy {
+		cfg.Burst = together
 	}
 	labtest.Do(t, h, func() (err error) {
 		s.sender, err = traffic.NewSender(cfg)

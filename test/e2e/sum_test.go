@@ -70,7 +70,7 @@ func TestSumRule(t *testing.T) {
 		event := events[w.rand.IntN(len(events))]
 		stream := send(t, w.n.source, traffic.SendConfig{
 			Target: target(t, "239.1.1.1:5000%src0"), Groups: len(w.outs), TTL: uint8(1 + w.rand.IntN(3)),
-			Size: w.pick(40, 500, 1400, 1472), Rate: traffic.Rate{Value: float64(w.pick(500, 5000, 20_000))},
+			Size: w.pick(40, 500, 1400, 1472), Rate: traffic.Rate{Value: float64(w.pick(500, 5000, 20_000))}, Burst: together,
 		})
 		stream.flows(uint64(w.pick(50, 500)))
 		event.fn()
