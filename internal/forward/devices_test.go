@@ -326,6 +326,7 @@ func TestOpenClose(t *testing.T) {
 				return
 			default:
 				sendFrames(t, source, burst)
+				time.Sleep(100 * time.Microsecond) // the rate of the stream, which must leave the other threads a CPU
 			}
 		}
 	}()

@@ -31,16 +31,29 @@ type counted struct {
 	unordered atomic.Bool
 	// lossy: frames may be missing, but not reordered.
 	lossy atomic.Bool
-	seen  map[string]bool
-	next  map[string]int
+	seen  map[numberedFrame]bool
+	next  map[numberedStream]int
 	done  chan struct{}
+}
+
+// numberedStream are the frames of a stream to one destination.
+type numberedStream struct {
+	to     [6]byte
+	number int
+}
+
+func (s numberedStream) String() string { return fmt.Sprintf("%x stream %d", s.to, s.number) }
+
+type numberedFrame struct {
+	stream numberedStream
+	number int
 }
 
 // countOn starts counting on the eth0 of a sink.
 func countOn(t testing.TB, h *lab.Host) *counted {
 	t.Helper()
 	catcher := catch(t, h, "eth0")
-	c := &counted{catcher: catcher, t: t, name: h.Name, seen: map[string]bool{}, next: map[string]int{}, done: make(chan struct{})}
+	c := &counted{catcher: catcher, t: t, name: h.Name, seen: map[numberedFrame]bool{}, next: map[numberedStream]int{}, done: make(chan struct{})}
 	go func() {
 		defer close(c.done)
 		for {
@@ -66,16 +79,16 @@ func (c *counted) frame(data []byte) {
 	if !ok {
 		return
 	}
-	key := fmt.Sprintf("%x stream %d", data[0:6], stream)
+	key := numberedStream{[6]byte(data), stream}
 	if n != c.next[key] {
 		c.disorder.Add(1)
 		if overtaken := n < c.next[key]; !c.unordered.Load() && (overtaken || !c.lossy.Load()) {
 			c.t.Errorf("%s: %s: frame %d after %d", c.name, key, n, c.next[key]-1)
 		}
 	}
-	one := fmt.Sprintf("%s frame %d", key, n)
+	one := numberedFrame{key, n}
 	if c.seen[one] {
-		c.t.Errorf("%s: %s comes twice", c.name, one)
+		c.t.Errorf("%s: %s frame %d comes twice", c.name, key, n)
 	}
 	c.seen[one] = true
 	c.next[key] = n + 1
@@ -136,6 +149,7 @@ func onOneCPU(t testing.TB, fn func()) {
 // order, as long as the kernel keeps it on one worker. In mode cpu it does so if the
 // device keeps a stream on one CPU, which a veth with a queue does not always do.
 func TestExactlyOnce(t *testing.T) {
+	frames := labtest.Soak(3200, 25_600)
 	for _, mode := range []fanout.Mode{fanout.ModeCPU, fanout.ModeHash} {
 		for _, workers := range []int{1, 2, 3, 8} {
 			for _, streams := range []int{1, 256} {
@@ -147,11 +161,10 @@ func TestExactlyOnce(t *testing.T) {
 						sink.unordered.Store(mode == fanout.ModeCPU)
 					}
 					b.sync(t, f, rule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.9.9.1", 6000), sendTo(b.out[1], "239.9.9.2", 6000)))
-					const frames = 6400
 					b.load(t, streams, frames, func() int64 { return min(sinks[0].total.Load(), sinks[1].total.Load()) })
-					s := adds(t, f, "r", frames)
+					s := adds(t, f, "r", uint64(frames))
 					for slot, out := range s.Outputs {
-						if out.Sent.Packets != frames || sinks[slot].total.Load() != frames {
+						if out.Sent.Packets != uint64(frames) || sinks[slot].total.Load() != int64(frames) {
 							t.Errorf("output %d: %+v, %d arrived", slot, out, sinks[slot].total.Load())
 						}
 					}

@@ -351,9 +351,9 @@ func TestPlacedWorkers(t *testing.T) {
 		end()
 		labtest.Eventually(t, "none is left", func() bool { return open() == 0 })
 	}
+	b := newXDPBench(t, 1, 2, 0)
 	for name, opts := range map[string]AFXDPOptions{"afxdp": {Place: true}, "afxdp, pinned": {Place: true, CPUs: labtest.CPUs()[:1]}, "afxdp, not wanted": {}} {
 		t.Run(name, func(t *testing.T) {
-			b := newXDPBench(t, 1, 2, 0)
 			b.openWith(t, opts)
 			b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
 			placed := 0
@@ -363,9 +363,9 @@ func TestPlacedWorkers(t *testing.T) {
 			forwards(t, placed, func() { b.sync(t) })
 		})
 	}
+	n := newBench(t, 1)
 	for name, place := range map[string]bool{"fanout": true, "fanout, not wanted": false} {
 		t.Run(name, func(t *testing.T) {
-			n := newBench(t, 1)
 			f := n.path(t, FanoutOptions{Workers: 3, Place: place})
 			n.sync(t, f, rule("r", n.in, "239.1.1.1", 5000, sendTo(n.out[0], "239.9.9.1", 6000)))
 			placed := 0
@@ -418,10 +418,11 @@ func TestWorkersLook(t *testing.T) {
 			t.Error("the worker does not look")
 		}
 	}
+	b := newXDPBench(t, 1, 1, 0)
 	for name, spin := range map[string]time.Duration{"afxdp": 0, "afxdp, never asleep": time.Hour} {
 		t.Run(name, func(t *testing.T) {
-			b := newXDPBench(t, 1, 1, 0)
 			b.openWith(t, AFXDPOptions{Place: true, Spin: spin})
+			defer b.sync(t) // without rules
 			place, chosen := waitsOnFirst()
 			b.path.place = place
 			b.sync(t, xdpRule("r", b.in, "239.1.1.1", 5000, sendTo(b.out[0], "239.2.2.1", 6000)))
