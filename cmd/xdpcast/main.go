@@ -21,6 +21,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"xdpcast/internal/hold"
 	"xdpcast/internal/notify"
 )
 
@@ -28,6 +29,12 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == notify.StartStage {
 		fmt.Fprintf(os.Stderr, "xdpcast: %v\n", notify.Stage(os.Args[2:]))
 		os.Exit(127) // as in a shell
+	}
+	if len(os.Args) == 2 && os.Args[1] == hold.CopyStage {
+		if hold.Copy(signal.Ignore) != nil {
+			os.Exit(1)
+		}
+		return
 	}
 	ends := []os.Signal{os.Interrupt, syscall.SIGTERM}
 	if restartsOnTerm(os.Args) {

@@ -245,6 +245,15 @@ func (s *service) prepare(do func()) {
 // ready says that the rules are loaded. When it returns, a daemon that takes over has replaced the
 // previous one.
 func (s *service) ready() {
+	if f := s.take(hold.StderrName); f != nil { // the previous daemon has copied everything until now
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err = errors.Join(err, f.Close()); err == nil {
+			err = hold.KeepStderr(fd)
+		}
+		if err != nil {
+			s.log.Warn("keep the previous daemon's standard error", "error", err)
+		}
+	}
 	s.tell(notify.Ready)
 	if s.manager.TakesOver() {
 		if err := s.manager.Barrier(); err != nil {

@@ -196,7 +196,7 @@ func (h *holder) start() error {
 func (h *holder) launch(files []notify.File) (*os.Process, error) {
 	env := append(notify.WithoutProtocol(os.Environ()), h.Outer.Variables(h.listener.Addr(), h.Max, false)...)
 	env = append(env, RestartVariable+"=SIGTERM")
-	process, err := notify.Start(h.Self, h.Command, env, files, nil)
+	process, err := notify.Start(h.Self, h.Command, env, files, unix.Stderr, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,8 +23,10 @@ type Replacement struct {
 	Command, Env []string
 	// Files are passed to it.
 	Files []notify.File
-	// Self is a program whose main calls notify.Stage; empty: this one.
+	// Self is a program whose main calls notify.Stage and Copy; empty: this one.
 	Self string
+	// Stderr is the standard error of both; nil: os.Stderr.
+	Stderr *os.File
 	// Outer is the manager of this process, and of the other one afterwards; nil: there is none.
 	Outer *notify.Manager
 	// Timeout is how long it may take until it is ready.
@@ -51,6 +54,7 @@ func AskToStop(m *notify.Manager, what string, patience time.Duration) error {
 type replacing struct {
 	Replacement
 	pid    int
+	stderr *stderrCopy
 	stored []notify.Message // for the manager, once the process is ready
 	status string
 	ready  bool
@@ -58,7 +62,7 @@ type replacing struct {
 
 // Replace starts a process to replace this one, and returns when it is ready. By then the manager
 // knows about it, and has the descriptors it wants kept. After an error, which says how the process
-// ended, it is gone, and the manager knows nothing of it.
+// ended, and what it last wrote to standard error unless it has reported a reason, it is gone, and the manager knows nothing of it.
 func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	if o.Self == "" {
 		o.Self = "/proc/self/exe"
@@ -68,12 +72,25 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 		return 0, err
 	}
 	env := append(notify.WithoutProtocol(o.Env), o.Outer.Variables(listener.Addr(), o.Outer.Max(), true)...)
-	process, err := notify.Start(o.Self, o.Command, env, o.Files, o.Ambient)
+	if o.Stderr == nil {
+		o.Stderr = os.Stderr
+	}
+	stderr, err := copyStderr(o.Stderr)
 	if err != nil {
 		return 0, errors.Join(err, listener.Close())
 	}
-	r := &replacing{Replacement: o, pid: process.Pid}
+	files := append(slices.Clone(o.Files), notify.File{Name: StderrName, FD: int(o.Stderr.Fd())})
+	process, err := notify.Start(o.Self, o.Command, env, files, int(stderr.write.Fd()), o.Ambient)
+	if err = errors.Join(err, stderr.started()); err != nil {
+		return 0, errors.Join(err, stderr.finish(o.Self, false), listener.Close())
+	}
+	r := &replacing{Replacement: o, pid: process.Pid, stderr: stderr}
 	defer r.close()
+	defer func() {
+		if failed := stderr.finish(o.Self, err == nil); failed != nil {
+			o.Log.Warn("standard error", "error", failed)
+		}
+	}()
 	messages, done := make(chan notify.Message), make(chan struct{})
 	received := make(chan struct{})
 	defer func() {
@@ -169,8 +186,12 @@ func (r *replacing) ended(process *os.Process) (pid int, err error) {
 
 func (r *replacing) fail(how string) error {
 	err := fmt.Errorf("the new process %d %s", r.pid, how)
-	if r.status != "" {
-		err = fmt.Errorf("%w: %s", err, r.status)
+	why := r.status
+	if why == "" {
+		why = r.stderr.last()
+	}
+	if why != "" {
+		err = fmt.Errorf("%w: %s", err, why)
 	}
 	return err
 }

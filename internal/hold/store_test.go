@@ -3,6 +3,7 @@ package hold
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
 	"testing"
@@ -18,6 +19,12 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == notify.StartStage {
 		fmt.Fprintln(os.Stderr, notify.Stage(os.Args[2:]))
 		os.Exit(127)
+	}
+	if len(os.Args) > 1 && os.Args[1] == CopyStage {
+		if Copy(signal.Ignore) != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
 	if os.Getenv(replacesVariable) != "" {
 		os.Exit(takeOver())

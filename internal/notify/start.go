@@ -30,10 +30,10 @@ func Stage(args []string) error {
 // Start starts a program, given as its file and arguments, in its own process group, and passes
 // descriptors to it as in sd_listen_fds(3); File.FD stay open here. self is a program whose main
 // calls [Stage], such as /proc/self/exe. env is the environment without the variables of the
-// protocol. The process gets ambient capabilities, which this one must have; see capabilities(7).
-// The caller waits for the process.
-func Start(self string, command, env []string, files []File, ambient []uintptr) (*os.Process, error) {
-	fds, names := []uintptr{0, 1, 2}, make([]string, len(files))
+// protocol, and stderr the descriptor of its standard error. The process gets ambient capabilities, which this one must have; see
+// capabilities(7). The caller waits for the process.
+func Start(self string, command, env []string, files []File, stderr int, ambient []uintptr) (*os.Process, error) {
+	fds, names := []uintptr{0, 1, uintptr(stderr)}, make([]string, len(files))
 	for i, f := range files {
 		fds, names[i] = append(fds, uintptr(f.FD)), f.Name
 	}

@@ -206,7 +206,9 @@ func TestExecUpgrade(t *testing.T) {
 				{"dies with the path", "#!/bin/sh\n" + takesPath + "=" + path + " exec " + self + "\n", "ended with exit status 3 before it was ready; this daemon continues"},
 				{"dies with the sockets", "#!/bin/sh\n" + takesPath + "=" + takes + " exec " + self + "\n", "ended with exit status 3 before it was ready; this daemon continues"},
 				{"dies when it is ready", "#!/bin/sh\n" + dies + "=ready exec " + self + "\n", "ended with exit status 3 right after it was ready; this daemon continues"},
-				{"no program", "", "ended with exit status 127 before it was ready; this daemon continues"},
+				{"no program", "", "ended with exit status 127 before it was ready: xdpcast: start"},
+				{"unknown flag", "#!/bin/sh\nexec " + program + " \"$@\" --unknown\n", "ended with exit status 2 before it was ready: xdpcast: flag provided but not defined: -unknown"},
+				{"says why", "#!/bin/sh\necho library not found >&2\nexit 3\n", "ended with exit status 3 before it was ready: library not found; this daemon continues"},
 			} {
 				in.replace(binary, in.script("script", tt.text))
 				limit := "50s" // a busy machine takes its time to start a process, and to end one
