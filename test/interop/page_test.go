@@ -267,7 +267,7 @@ func TestPage(t *testing.T) {
     in: 239.10.10.10:5004%in0
     out: ["239.20.20.20:6004%out0,ttl=8", "239.30.30.30:7004%out1,rate=50pps", "239.30.30.31:7004%late0"]
   - {name: studio-b, in: "10.0.0.1@232.10.10.11:5004%in0", out: ["239.20.20.21:6004%out0"]}
-  - {name: later, in: "239.10.10.12:5004%late1", out: ["239.20.20.22:6004%out0"]}
+  - {name: constructor, in: "239.10.10.12:5004%late1", out: ["239.20.20.22:6004%out0"]} # idle, and a property of every object
 `, "--listen", "127.0.0.1:9464", "--token-file", tokenFile)
 	address := forward(t, n.relay, "127.0.0.1:9464")
 	sender := start(ctx, t, n.source, relay.program, "gen", "--rate", "200", "239.10.10.10:5004%eth0")
@@ -320,6 +320,9 @@ func TestPage(t *testing.T) {
 	b.until("its events are shown", `document.querySelector(".events li")?.textContent.includes("studio-a")`)
 	b.until("its outputs have rates", `/\d+(\.\d)?\/s/.test(document.querySelector("table tbody")?.innerText ?? "")`)
 	shots(b, "rule")
+	b.run("set the browser's clock an hour ahead", do(`Date.now = ((now) => () => now() + 3600e3)(Date.now)`))
+	b.until("the page is live again", `document.getElementById("connection").textContent === "live"`)
+	b.until("ages are by the daemon's clock", `/packets, [^,]*, last \d+ s ago/.test(`+text+`)`)
 	sender.stop(syscall.SIGINT)
 	rule := relay.arrived(ctx, t, "studio-a", datagramsSent(t, n.source, true))
 	b.until("the page has what the API says", fmt.Sprintf(`%s.includes("%d packets,") && document.querySelector("svg.way").getAttribute("aria-label").includes("%d sent")`, text, rule.Matched.Packets, rule.Outputs[0].Sent.Packets))
@@ -375,6 +378,8 @@ func TestPage(t *testing.T) {
 		b.until(page+" are shown", fmt.Sprintf(`document.querySelector("main h2") && %s.includes(%q)`, text, want))
 		shots(b, page)
 	}
+	b.run("a page that is none", do(`location.hash = "#/constructor"`))
+	b.until("the rules are shown instead", `document.querySelectorAll(".row").length === 3`)
 	b.mu.Lock()
 	for _, c := range b.complaints {
 		if !strings.Contains(c, "403") { // from the wrong token

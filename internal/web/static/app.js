@@ -1,5 +1,5 @@
 // The page: its header, and the section shown.
-import { h, state, rate, bits, count, ago, sum } from "./dom.js";
+import { h, own, state, rate, bits, count, ago, sum } from "./dom.js";
 import { Live, condition } from "./live.js";
 import { ask, token, setToken } from "./api.js";
 import { rulesPage } from "./rules.js";
@@ -40,7 +40,7 @@ function totals() {
 	}
 	const items = [["Rules", s.rules], ["active", s.active, "active"], ["pending", s.pending, s.pending ? "pending" : ""], ["failed", s.failed, s.failed ? "failed" : ""],
 		all.dropping && ["dropping", all.dropping, "dropping"], all.silent && ["silent", all.silent, "silent"],
-		["In", known ? `${rate(all.packets)}, ${bits(all.bits)}` : "–"], ["Out", known ? rate(all.sent) : "–"], ["Dropped", known ? rate(all.drops) : "–", all.drops > 0 ? "bad" : ""], ["Version", s.version], ["Started", ago(s.started)]].filter(Boolean);
+		["In", known ? `${rate(all.packets)}, ${bits(all.bits)}` : "–"], ["Out", known ? rate(all.sent) : "–"], ["Dropped", known ? rate(all.drops) : "–", all.drops > 0 ? "bad" : ""], ["Version", s.version], ["Started", ago(s.started, live.now)]].filter(Boolean);
 	document.getElementById("totals").replaceChildren(...items.map(([k, v, kind]) => h("div", {}, h("dt", {}, k), h("dd", { class: kind ?? "" }, v))));
 	const warnings = document.getElementById("warnings");
 	warnings.hidden = s.warnings.length === 0;
@@ -57,7 +57,7 @@ function table(caption, titles, rows) {
 }
 
 function interfacesPage(_, into) {
-	const querier = (m) => !m ? "–" : `${m.version ?? ""} ${m.querier ? `querier ${m.querier}, ${ago(m.querier_seen)}` : "no querier heard"}`;
+	const querier = (m) => !m ? "–" : `${m.version ?? ""} ${m.querier ? `querier ${m.querier}, ${ago(m.querier_seen, live.now)}` : "no querier heard"}`;
 	function update() {
 		if (!live.status) return;
 		into.replaceChildren(h("h2", {}, "Interfaces"),
@@ -105,12 +105,12 @@ function route() {
 	let of = name;
 	try { of = decodeURIComponent(name); } catch { /* typed by hand: no rule has such a name */ }
 	const pages = { rules: of ? rulePage : rulesPage, memberships: membershipsPage, interfaces: interfacesPage, events: eventsPage, file: filePage, history: historyPage, edit: editPage };
-	section = (pages[at] ?? rulesPage)(live, main, of);
+	section = (own(pages, at) ?? rulesPage)(live, main, of);
 	if (at === "rules" && !of && token()) {
 		main.firstChild.append(h("a", { href: "#/edit/", class: "new" }, "New rule"));
 	}
 	for (const a of document.querySelectorAll("nav a")) {
-		if (a.getAttribute("href") === "#/" + (pages[at] ? at : "rules")) a.setAttribute("aria-current", "page");
+		if (a.getAttribute("href") === "#/" + (own(pages, at) ? at : "rules")) a.setAttribute("aria-current", "page");
 		else a.removeAttribute("aria-current");
 	}
 	document.title = (of ? of + " – " : "") + "xdpcast";

@@ -107,7 +107,7 @@ export function historyPage(live, main) {
 			const now = JSON.stringify(all);
 			if (!left && now !== shown) {
 				shown = now;
-				rows.replaceChildren(...all.map((e) => h("tr", { "data-back": e.back }, h("td", {}, e.back || "in force"), h("td", {}, h("time", { datetime: e.time, title: ago(e.time) }, new Date(e.time).toLocaleString())), h("td", {}, who(e)), h("td", {}, e.what),
+				rows.replaceChildren(...all.map((e) => h("tr", { "data-back": e.back }, h("td", {}, e.back || "in force"), h("td", {}, h("time", { datetime: e.time, title: ago(e.time, live.now) }, new Date(e.time).toLocaleString())), h("td", {}, who(e)), h("td", {}, e.what),
 					[e.rules, e.added, e.removed, e.changed].map((n) => h("td", { class: "num" }, n)),
 					h("td", {}, token() && e.back > 0 && h("button", { type: "button", "aria-label": `Bring back set ${e.back}`, onclick: () => bringBack(e) }, "Bring back")))));
 			}

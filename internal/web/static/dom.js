@@ -1,5 +1,8 @@
 // Elements are only made by calls: no text is parsed as HTML.
 
+// own looks a name up that came from outside: "constructor" is a valid rule name, and is in every object.
+export const own = (object, name) => Object.hasOwn(object, name) ? object[name] : undefined;
+
 const svgNS = "http://www.w3.org/2000/svg";
 
 function fill(node, attributes, children) {
@@ -48,7 +51,8 @@ export function bytes(n) {
 	return v + " " + p + "B";
 }
 
-export function ago(when, now = Date.now()) {
+// now is the daemon's time (Live.now): the browser's clock may be wrong.
+export function ago(when, now) {
 	if (!when) return "never";
 	const s = Math.max(0, Math.floor((now - new Date(when).getTime()) / 1000));
 	if (s < 60) return s + " s ago";

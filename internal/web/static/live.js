@@ -1,6 +1,8 @@
 // What the daemon does now: all rules with their rates, updated by server-sent events, or by
 // polling if these do not get through.
 
+import { own } from "./dom.js";
+
 const kept = 60; // rates kept of each rule, one per step
 const quiet = 25000; // ms of silence after which a stream counts as dead
 const first = 5000; // ms in which a stream must start: a proxy may accept it and buffer its data
@@ -9,6 +11,7 @@ export class Live extends EventTarget {
 	rules = new Map(); // by name: what the daemon reports, with rates and history: packets per second in each step
 	step = 5; // seconds
 	status = null;
+	time = 0; // ms: of the last message, by the daemon's clock
 	connection = "connecting";
 	#last = null; // the previous message
 	#source = null;
@@ -17,13 +20,16 @@ export class Live extends EventTarget {
 	#failures = 0;
 	#timer = 0;
 	#stepped = 0; // end of the newest step of the history
-	#took = 0; // arrival of the last message
+	#took = 0; // its arrival, by the browser's clock
 
 	start() {
 		document.addEventListener("visibilitychange", () => document.hidden ? this.#stop() : this.#open());
 		setInterval(() => this.#watch(), 1000);
 		if (!document.hidden) this.#open();
 	}
+
+	// now is the daemon's time, in ms.
+	get now() { return Date.now() + this.time - this.#took; }
 
 	// soon shows a change at once when polling.
 	soon() {
@@ -107,7 +113,7 @@ export class Live extends EventTarget {
 		const steps = Math.floor(since / this.step);
 		for (const [name, r] of this.rules) {
 			if (m.all && !names.has(name)) { this.rules.delete(name); continue; }
-			const now = m.counters[name] ?? (m.all ? null : r.counters) ?? [0, 0, 0, 0, 0];
+			const now = own(m.counters, name) ?? (m.all ? null : r.counters) ?? [0, 0, 0, 0, 0];
 			const before = r.counters;
 			r.counters = now;
 			if (before && seconds > 0.2 && seconds < 120) {
@@ -137,8 +143,8 @@ function push(history, rates) {
 // remember merges the daemon's history of a rule, the last steps of which the page has not seen.
 // The page may have older steps than a daemon started recently.
 function remember(r, history, steps) {
-	const rates = history.rates[r.name] ?? [];
-	r.history.splice(r.history.length - Math.max(0, history.taken - steps));
+	const rates = own(history.rates, r.name) ?? [];
+	r.history.splice(Math.max(0, r.history.length - Math.max(0, history.taken - steps)));
 	push(r.history, [...Array(history.taken - rates.length).fill(0), ...rates]);
 	if (rates.length && !rates.at(-1)) r.idle = (rates.length - 1 - rates.findLastIndex((rate) => rate > 0)) * history.step;
 	else if (!rates.length) r.idle = history.taken * history.step;

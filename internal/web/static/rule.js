@@ -55,7 +55,7 @@ export function rulePage(live, main, name) {
 				dropped: per(sum(o.drops), last?.rule.outputs[i] && sum(last.rule.outputs[i].drops)) })),
 		};
 		const facts = [["State", state(live.rules.has(name) ? condition(live.rules.get(name)) : r.state)], r.reason && ["Reason", r.reason], ["Input", r.in], ["Path", (r.used_path || "none") + " (" + (r.path || "auto") + ")"], ["From", r.origin],
-			["Matched", `${count(r.matched.packets)} packets, ${bytes(r.matched.bytes)}, last ${ago(r.last_seen)}`]].filter(Boolean);
+			["Matched", `${count(r.matched.packets)} packets, ${bytes(r.matched.bytes)}, last ${ago(r.last_seen, live.now)}`]].filter(Boolean);
 		for (const i of r.inputs) facts.push([i.input || "On " + i.interface, [state(i.state === "active" && i.leg?.relayed === false ? "standby" : i.state), " ", i.reason ?? "", i.leg ? h("div", {}, legText(i.leg, r)) : ""]]);
 		if (r.stream && (r.merge || r.failover)) facts.push(["Stream", streamText(r)]);
 		for (const alarm of r.stream?.alarms ?? []) facts.push(["Alarm", h("span", { class: "bad" }, alarm)]);
