@@ -49,8 +49,8 @@ func discoverStreams(c *cli.Context, now func() time.Time) error {
 		return err
 	}
 	for _, r := range stats.Rules {
-		if in, _, err := rules.ParseInput(r.In); err == nil {
-			o.Taken = append(o.Taken, in)
+		if ins, err := rules.ParseInputs(r.In); err == nil {
+			o.Taken = append(o.Taken, ins...)
 		}
 	}
 	found, err := discover.Watch(c.Context, o)

@@ -42,8 +42,8 @@ type Options struct {
 	// Join lists prefixes of groups to join on each interface during the watch, so that the network
 	// delivers them; at most MaxJoin groups of each.
 	Join []netip.Prefix
-	// Only restricts the watch to these destinations; invalid for all.
-	Only netip.Prefix
+	// Only restricts the watch to these destinations; empty for all.
+	Only []netip.Prefix
 	// Passive leaves the devices as they are: groups that they filter out are not seen.
 	Passive bool
 	// Taken lists the inputs of rules, whose packets are ignored.

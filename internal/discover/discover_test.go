@@ -101,7 +101,7 @@ func mldFrame(dst string, body []byte) []byte {
 // see feeds frames to a table, and returns its only stream.
 func see(t *testing.T, frames ...[]byte) Stream {
 	t.Helper()
-	table := newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
+	table := newTable("eth0", 10, nil, newTaken(nil))
 	for _, f := range frames {
 		table.see(f, len(f))
 	}
@@ -175,7 +175,7 @@ func TestStream(t *testing.T) {
 	if got := see(t, fragments...); got.Packets != 1 {
 		t.Errorf("of fragments: %+v", got)
 	}
-	table := newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
+	table := newTable("eth0", 10, nil, newTaken(nil))
 	for _, f := range fragments {
 		table.see(f, len(f))
 	}
@@ -183,7 +183,7 @@ func TestStream(t *testing.T) {
 		t.Errorf("%d fragments are counted, want %d", table.fragments, n)
 	}
 	// Unicast and truncated frames are no streams.
-	table = newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
+	table = newTable("eth0", 10, nil, newTaken(nil))
 	unicast := packet.Frame{Src: netip.MustParseAddr("10.0.0.5"), Dst: netip.MustParseAddr("10.0.0.6"), DstPort: 5000, TTL: 17}.Build()
 	table.see(unicast, len(unicast))
 	table.see(frame[:30], len(frame))
@@ -194,7 +194,7 @@ func TestStream(t *testing.T) {
 
 // TestBound: when the table is full, the streams silent for the longest are forgotten, and counted.
 func TestBound(t *testing.T) {
-	table := newTable("eth0", 100, netip.Prefix{}, newTaken(nil))
+	table := newTable("eth0", 100, nil, newTaken(nil))
 	for i := range 1000 {
 		busy, once := udp("239.1.1.1", 5000, nil), udp("239.2.2.2", uint16(1+i), nil)
 		table.see(busy, len(busy))
@@ -237,7 +237,7 @@ func TestTaken(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		table := newTable("eth0", 10, netip.Prefix{}, newTaken([]rules.Input{in}))
+		table := newTable("eth0", 10, nil, newTaken([]rules.Input{in}))
 		frame := udp("239.1.1.1", 5000, nil)
 		table.see(frame, len(frame))
 		if got := len(table.list(time.Second)) == 0; got != c.taken {
@@ -291,7 +291,7 @@ func TestSessions(t *testing.T) {
 
 // TestRules: the proposals form a valid rule file.
 func TestRules(t *testing.T) {
-	table := newTable("eth0", 100, netip.Prefix{}, newTaken(nil))
+	table := newTable("eth0", 100, nil, newTaken(nil))
 	send := func(frames ...[]byte) {
 		for _, f := range frames {
 			table.see(f, len(f))
@@ -344,7 +344,7 @@ func FuzzFrame(f *testing.F) {
 	f.Add(mldFrame("ff02::1", append([]byte{130, 0, 0, 0, 0, 0, 0, 0}, make([]byte, 20)...)))
 	f.Fuzz(func(t *testing.T, frame []byte) {
 		kept := bytes.Clone(frame)
-		table := newTable("eth0", 10, netip.Prefix{}, newTaken(nil))
+		table := newTable("eth0", 10, nil, newTaken(nil))
 		for range 4 {
 			table.see(frame, len(frame))
 		}
@@ -424,7 +424,7 @@ func BenchmarkSee(b *testing.B) {
 				return m.HeapAlloc
 			}
 			before := used()
-			table := newTable("eth0", MaxStreams, netip.Prefix{}, newTaken(nil))
+			table := newTable("eth0", MaxStreams, nil, newTaken(nil))
 			for _, f := range frames {
 				table.see(f, len(f))
 			}

@@ -3,6 +3,7 @@ package discover
 import (
 	"container/list"
 	"net/netip"
+	"slices"
 	"time"
 
 	"xdpcast/pkg/packet"
@@ -26,7 +27,7 @@ type counted struct {
 // table is the streams of one interface. Only its watcher uses it.
 type table struct {
 	ifname    string
-	only      netip.Prefix
+	only      []netip.Prefix
 	taken     *taken
 	most      int        // maximum number of streams
 	recent    *list.List // of *counted, most recently seen first
@@ -36,7 +37,7 @@ type table struct {
 	sessions  sessions
 }
 
-func newTable(ifname string, most int, only netip.Prefix, taken *taken) *table {
+func newTable(ifname string, most int, only []netip.Prefix, taken *taken) *table {
 	return &table{ifname: ifname, only: only, taken: taken, most: most, recent: list.New(), streams: map[streamKey]*list.Element{}}
 }
 
@@ -67,7 +68,7 @@ func (t *table) see(frame []byte, wire int) {
 }
 
 func (t *table) wants(dst netip.Addr) bool {
-	return dst.IsMulticast() && (!t.only.IsValid() || t.only.Contains(dst))
+	return dst.IsMulticast() && (len(t.only) == 0 || slices.ContainsFunc(t.only, func(p netip.Prefix) bool { return p.Contains(dst) }))
 }
 
 // count finds a stream, or adds one, evicting the least recently seen one if the table is full.

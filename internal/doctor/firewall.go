@@ -202,7 +202,8 @@ func (c *Chain) sees(s *sample) bool {
 	case "ip6":
 		return s.v6
 	case "netdev":
-		return strings.Contains(c.Dev, s.ifname)
+		devices := strings.FieldsFunc(c.Dev, func(r rune) bool { return strings.ContainsRune("[]\", \n", r) }) // one, or a list
+		return slices.Contains(devices, s.ifname)
 	}
 	return c.Family == "inet"
 }

@@ -15,13 +15,13 @@ import (
 // packets' path, and the verdict says where the path ends.
 func follow(f *Facts) Section {
 	w := way{r: f.Rule, daemon: f.Host.Daemon != nil}
-	w.input, _, w.err = rules.ParseInput(w.now().In)
+	w.inputs, _ = rules.ParseInputs(w.now().In) // Gather reports an error
 	w.state()
 	for _, bad := range namespace(&f.Host) {
 		w.elsewhere = true
 		w.add("namespace", 0, bad)
 	}
-	if !w.input.FromHost {
+	if !slices.ContainsFunc(w.inputs, func(in rules.Input) bool { return in.FromHost }) {
 		w.card()
 		w.memberships()
 	}
@@ -40,8 +40,7 @@ type way struct {
 	daemon bool
 	// elsewhere: the interfaces that were looked at are of another namespace than the daemon's.
 	elsewhere bool
-	input     rules.Input
-	err       error
+	inputs    []rules.Input // of the rule
 	found     []Finding
 	// end is where packets end, in words: the first point found.
 	end string
@@ -59,6 +58,26 @@ func (w *way) ends(format string, args ...any) {
 	if w.end == "" {
 		w.end = fmt.Sprintf(format, args...)
 	}
+}
+
+// groups are the addresses of the inputs.
+func (w *way) groups() string {
+	return w.each(func(in rules.Input) string { return in.Address.String() })
+}
+
+// interfaces are the interfaces of the inputs, as the rule names them.
+func (w *way) interfaces() string {
+	return w.each(func(in rules.Input) string { return in.Interface })
+}
+
+func (w *way) each(text func(rules.Input) string) string {
+	var all []string
+	for _, in := range w.inputs {
+		if s := text(in); !slices.Contains(all, s) {
+			all = append(all, s)
+		}
+	}
+	return strings.Join(all, " and ")
 }
 
 func fine(format string, args ...any) Finding { return Finding{Text: fmt.Sprintf(format, args...)} }
@@ -93,8 +112,8 @@ func (w *way) state() {
 // card checks the inputs.
 func (w *way) card() {
 	if len(w.r.Inputs) == 0 {
-		w.add("input", 0, fault("ip link", "no interface matches %s", w.input.Interface))
-		w.ends("before the host: no interface matches %s", w.input.Interface)
+		w.add("input", 0, fault("ip link", "no interface matches %s", w.interfaces()))
+		w.ends("before the host: no interface matches %s", w.interfaces())
 	}
 	for _, i := range w.r.Inputs {
 		if w.elsewhere {
@@ -123,7 +142,7 @@ func (w *way) card() {
 }
 
 func (w *way) memberships() {
-	if !w.input.Address.IsMulticast() {
+	if !slices.ContainsFunc(w.inputs, func(in rules.Input) bool { return in.Address.IsMulticast() }) {
 		return
 	}
 	if !w.daemon {
@@ -164,9 +183,9 @@ func (w *way) matched() {
 		last = fmt.Sprintf("the last one did %v ago", time.Since(*t).Round(time.Second))
 	}
 	if len(w.r.Seen) == 0 {
-		cure := "have the sender send to " + w.input.Address.String() + ", and its TTL be large enough; xdpcast discover -i " + w.input.Interface + " lists what comes"
+		cure := "have the sender send to " + w.groups() + ", and its TTL be large enough; xdpcast discover -i " + strings.ReplaceAll(w.interfaces(), " and ", " -i ") + " lists what comes"
 		w.add("matched", 0, fault(cure, "no packet matched in %v: %s", w.r.Apart, last))
-		w.ends("before the host: nothing that the rule takes came in on %s within %v", w.input.Interface, w.r.Apart)
+		w.ends("before the host: nothing that the rule takes came in on %s within %v", w.interfaces(), w.r.Apart)
 		return
 	}
 	var streams []string
@@ -175,7 +194,7 @@ func (w *way) matched() {
 	}
 	cure := fmt.Sprintf("xdpcast rule del %s; xdpcast rule add %s --in %s ...", w.r.Name, w.r.Name, w.r.Seen[0].Stream)
 	w.add("matched", 0, fault(cure, "no packet matched in %v: %s. What comes in instead: %s", w.r.Apart, last, some(streams)))
-	w.ends("at the flow table: packets for %s come in on %s, and the rule takes %s, not %s", w.input.Address, w.r.Seen[0].Interface, w.now().In, w.r.Seen[0].Stream)
+	w.ends("at the flow table: packets for %s come in on %s, and the rule takes %s, not %s", w.groups(), w.r.Seen[0].Interface, w.now().In, w.r.Seen[0].Stream)
 }
 
 // cures maps drop reasons to cures, in which RULE and DEVICE are replaced.
@@ -223,7 +242,7 @@ func growth(before, now []control.Drop) (grew []control.Drop) {
 // cure is the cure for a reason, for this rule.
 func (w *way) cure(reason, device string) string {
 	c := strings.ReplaceAll(cures[reason], "RULE", w.r.Name)
-	return strings.ReplaceAll(c, "DEVICE", cmp.Or(device, w.input.Interface))
+	return strings.ReplaceAll(c, "DEVICE", cmp.Or(device, w.interfaces()))
 }
 
 func (w *way) dropped() {
@@ -274,7 +293,7 @@ func (w *way) outputs() {
 		sent := grown(before.Sent.Packets, o.Sent.Packets)
 		drops := growth(before.Drops, o.Drops)
 		if o.State != control.StateActive {
-			w.add(check, 0, fault("xdpcast rule show "+w.r.Name, "%s is %s: %s", o.Output, o.State, o.Reason))
+			w.add(check, 0, fault("xdpcast rule show "+w.r.Name, "%s is %s: %s", o.Output, o.State, cmp.Or(o.Reason, w.now().Reason)))
 		}
 		for _, d := range drops {
 			w.add(check, d.Packets, fault(w.cure(d.Reason, o.Interface), "%d copies for %s were dropped, reason %s", d.Packets, o.Output, d.Reason))
@@ -350,8 +369,22 @@ func (w *way) verdict() string {
 	if w.end != "" {
 		return "packets end " + w.end
 	}
-	if n := w.count(); n > 0 {
-		return fmt.Sprintf("%d packets in %v went the whole way, from %s to the wire", n, w.r.Apart, w.input.Interface)
+	through, copies := w.count(), uint64(0)
+	if through == 0 {
+		return "nothing came"
 	}
-	return "nothing came"
+	for _, d := range growth(w.r.Status[0].Drops, w.now().Drops) {
+		through -= min(through, d.Packets)
+		if !d.Lost() {
+			copies += d.Packets
+		}
+	}
+	text := fmt.Sprintf("%d packets in %v went the whole way, from %s to the wire", through, w.r.Apart, w.interfaces())
+	if copies > 0 {
+		text += fmt.Sprintf("; %d more had come by another input before", copies)
+	}
+	if slices.ContainsFunc(w.found, func(f Finding) bool { return f.Level == Fault && strings.HasPrefix(f.Check, "output ") }) {
+		text += "; not on every output: see the faults"
+	}
+	return text
 }

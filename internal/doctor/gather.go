@@ -118,16 +118,18 @@ func (g *gatherer) watch() (o discover.Options) {
 	}
 	o = discover.Options{For: g.Apart, Passive: true}
 	for _, r := range g.stats[0].Rules {
-		in, _, err := rules.ParseInput(r.In)
+		ins, err := rules.ParseInputs(r.In)
 		if err != nil {
 			continue // reported before
 		}
-		o.Taken = append(o.Taken, in)
-		if r.Name == g.Rule && in.Address.IsMulticast() && !in.FromHost {
-			o.Only = in.Prefix()
+		o.Taken = append(o.Taken, ins...)
+		for _, in := range ins {
+			if r.Name == g.Rule && in.Address.IsMulticast() && !in.FromHost {
+				o.Only = append(o.Only, in.Prefix())
+			}
 		}
 	}
-	if !o.Only.IsValid() {
+	if len(o.Only) == 0 {
 		return discover.Options{}
 	}
 	for _, i := range g.f.Rule.Inputs {
@@ -586,13 +588,20 @@ func (g *gatherer) count(s *control.RuleStatus, turn int) {
 	if s.Name == g.Rule && g.f.Rule != nil {
 		g.f.Rule.Status[turn] = *s
 	}
-	in, _, err := rules.ParseInput(s.In)
+	ins, err := rules.ParseInputs(s.In)
 	if err != nil {
 		return // reported before
 	}
+	// Notes are of all inputs of a rule together.
+	noted := map[string]bool{}
+	for _, in := range ins {
+		noted[in.Interface] = true
+	}
 	for _, n := range s.Notes {
-		if i := g.byName[in.Interface]; i != nil && n.Reason == loader.UnfinishedChecksum.String() {
-			i.Unfinished[turn] += n.Packets
+		for name := range noted {
+			if i := g.byName[name]; i != nil && n.Reason == loader.UnfinishedChecksum.String() {
+				i.Unfinished[turn] += n.Packets
+			}
 		}
 	}
 	for _, o := range s.Outputs {

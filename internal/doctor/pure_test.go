@@ -310,6 +310,11 @@ func TestFollow(t *testing.T) {
 		r.Status[1].Matched.Packets, r.Status[1].Outputs[0].Sent.Packets = 0, 0
 		r.Outputs[0].Device[1].Counters.TxPackets = 0
 	}
+	twoInputs := func(r *Rule) {
+		for turn := range r.Status {
+			r.Status[turn].In, r.Status[turn].Merge = in+" 239.1.2.1:5000%eth3", "rtp"
+		}
+	}
 	for _, c := range []struct {
 		name             string
 		make             func(r *Rule)
@@ -352,6 +357,21 @@ func TestFollow(t *testing.T) {
 			silent(r)
 			r.Status[1].State, r.Status[1].Reason, r.Status[1].UsedPath = control.StateFailed, "no route", ""
 		}, "state", Fault, "failed: no route", "rule show cam1", "packets end at the rule, which is not active: no route"},
+		{"two inputs", func(r *Rule) {
+			twoInputs(r)
+			r.Status[1].Drops, r.Status[1].Outputs[0].Sent.Packets = drops("duplicate", 40), 60
+		}, "membership", OK, "239.1.1.1 is joined", "", "60 packets in 2s went the whole way, from eth0 and eth3 to the wire; 40 more had come by another input before"},
+		{"two inputs, silent", func(r *Rule) { twoInputs(r); silent(r) },
+			"matched", Fault, "none has since the rule came", "send to 239.1.1.1 and 239.1.2.1, and its TTL be large enough; xdpcast discover -i eth0 -i eth3 lists", "nothing that the rule takes came in on eth0 and eth3"},
+		{"two inputs, one not joined", func(r *Rule) { twoInputs(r); r.Groups[0].State = control.GroupRetrying },
+			"membership", Fault, "239.1.1.1 is not joined on eth0", "group show 239.1.1.1", "went the whole way"},
+		{"the rule waits for its input", func(r *Rule) {
+			silent(r)
+			r.Status[1].State, r.Status[1].Reason, r.Status[1].UsedPath, r.Status[1].Outputs[0].State = control.StatePending, "interface eth0 not found", "", control.StatePending
+		}, "output 0", Fault, "is pending: interface eth0 not found", "rule show cam1", "packets end at the rule"},
+		{"some copies are too long", func(r *Rule) {
+			r.Status[1].Outputs[0].Sent.Packets, r.Status[1].Outputs[0].Drops = 90, drops("mtu", 10)
+		}, "output 0", Fault, "10 copies", "mtu", "to the wire; not on every output: see the faults"},
 		{"it loops", func(r *Rule) { r.Status[1].State, r.Status[1].Reason = control.StateLooping, "by out0" }, "state", Fault, "by out0", "explain cam1", "went the whole way"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -438,6 +458,35 @@ func TestDocuments(t *testing.T) {
 	for _, name := range names {
 		if !strings.Contains(string(text), "`"+name+"`") {
 			t.Errorf("docs/operations.md does not name the check %s", name)
+		}
+	}
+}
+
+// TestSeveralInputs: facts about a rule cover all of its inputs.
+func TestSeveralInputs(t *testing.T) {
+	merged := control.RuleStatus{Rule: control.Rule{Name: "merged", In: "239.1.1.1:5000%eth0 239.1.2.1:5000%eth3", Merge: "rtp"}, Notes: drops("unfinished_checksum", 7)}
+	up := &network.Link{Name: "eth0", Up: true}
+	g := gatherer{Options: Options{Rule: "merged"}, f: &Facts{Rule: &Rule{Name: "merged", Inputs: []*Interface{{Name: "eth0", Link: up}}}},
+		byName: map[string]*Interface{"eth0": {Name: "eth0"}, "eth3": {Name: "eth3"}}}
+	g.stats[0].Rules = []control.RuleStatus{merged, {Rule: control.Rule{Name: "other", In: "239.9.9.9:5000%eth0"}}}
+	o := g.watch()
+	if len(o.Taken) != 3 || !slices.Equal(o.Only, []netip.Prefix{netip.MustParsePrefix("239.1.1.1/32"), netip.MustParsePrefix("239.1.2.1/32")}) || len(o.Interfaces) != 1 {
+		t.Errorf("watched: %+v", o)
+	}
+	g.count(&merged, 1)
+	for name, i := range g.byName {
+		if i.Unfinished[1] != 7 {
+			t.Errorf("%s: %d packets with unfinished checksums, want 7", name, i.Unfinished[1])
+		}
+	}
+}
+
+func TestChainOfDevice(t *testing.T) {
+	s := sample{ifname: "eth1"}
+	for dev, want := range map[string]bool{`eth1`: true, `eth10`: false, `["eth0", "eth1"]`: true, `["eth10"]`: false, ``: false} {
+		c := Chain{Family: "netdev", Hook: "ingress", Dev: dev}
+		if got := c.sees(&s); got != want {
+			t.Errorf("a chain of %s: %v, want %v", dev, got, want)
 		}
 	}
 }

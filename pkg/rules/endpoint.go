@@ -45,6 +45,19 @@ func ParseInput(s string) (Input, Acceptance, error) {
 	return in, accept, nil
 }
 
+// ParseInputs parses the inputs of a rule: one, or several separated by blanks. Errors are those of
+// ParseInput.
+func ParseInputs(s string) (all []Input, err error) {
+	for _, text := range strings.Fields(s) {
+		in, _, err := ParseInput(text)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, in)
+	}
+	return all, nil
+}
+
 // ParseOutput parses an output, `239.2.2.2:6000%eth1,ttl=8,src=keep,dscp=af41`. Like ParseInput, it
 // checks only the syntax.
 func ParseOutput(s string) (Output, error) {
