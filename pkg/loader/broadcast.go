@@ -289,16 +289,31 @@ func (l *Loader) clearOrphanBroadcasts() error {
 
 // orphanBroadcasts returns the rows of the map broadcast that may hold a devmap of no rule. Reading
 // the map itself would be slow, row by row: see rowWaits. But a row's entries in the map copies are
-// written before it and cleared after it.
+// written before it and cleared after it. It repairs those of rules.
 func (l *Loader) orphanBroadcasts() ([]uint32, error) {
 	copies, err := readArray[bpf.RelayCopy](l.maps.Copies, int(l.maps.Copies.MaxEntries()))
 	if err != nil {
 		return nil, fmt.Errorf("read map copies: %w", err)
 	}
+	var wrong batch[bpf.RelayCopy]
 	for _, e := range l.rules {
-		if n := uint32(len(e.rule.Out)); n > 1 {
-			clear(copies[e.first : e.first+n])
+		n := uint32(len(e.rule.Out))
+		if n < 2 {
+			continue
 		}
+		have := copies[e.first : e.first+n]
+		if want := encodeCopies(e.rule.Out); !slices.Equal(have, want) {
+			for i, c := range want {
+				wrong.add(e.first+uint32(i), c)
+			}
+		}
+		clear(have)
+	}
+	if n := len(wrong.keys); n > 0 {
+		if err := wrong.put(l.maps.Copies); err != nil {
+			return nil, err
+		}
+		l.log.Info("pinned state", "repaired", fmt.Sprintf("%d rows of map copies were changed: they are written again", n))
 	}
 	var rows []uint32
 	for row := range copies {

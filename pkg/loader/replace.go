@@ -66,7 +66,7 @@ func (r *replacement) warnings() []string {
 func (l *Loader) replace(why error) (err error) {
 	head, err := l.header()
 	if err != nil || head.cookie != l.cookie {
-		return why // nothing proves that it belongs to this network namespace
+		return fmt.Errorf("%w; it is not replaced, since nothing proves that it belongs to this network namespace", why)
 	}
 	if err := l.closeState(); err != nil {
 		return err

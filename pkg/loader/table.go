@@ -64,29 +64,43 @@ func tablePin(dir string, kind tableKind) string { return filepath.Join(dir, tab
 // tableTries is how often openTable retries while a table is being swapped.
 const tableTries = 100
 
+// errNoTable: there is no current table, or it is not pinned.
+var errNoTable = errors.New("the table is missing")
+
 // openTable opens the current table: it is pinned at path or, during a swap or after a process died
 // in one, at the next pin. Opening it by the id from the outer map would take CAP_SYS_ADMIN.
 func openTable(outer *ebpf.Map, path string, readOnly bool) (*ebpf.Map, error) {
 	var missing error
+	lost := false // neither pin is the table's
 	for range tableTries {
 		var want uint32
-		if err := outer.Lookup(uint32(0), &want); err != nil {
+		if err := outer.Lookup(uint32(0), &want); errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, errNoTable
+		} else if err != nil {
 			return nil, err
 		}
+		lost = true
 		for _, pin := range []string{path, nextPin(path)} {
 			table, err := openByID(pin, ebpf.MapID(want), readOnly)
 			if err == nil {
 				return table, nil
 			}
 			missing = err
+			lost = lost && (errors.Is(err, os.ErrNotExist) || errors.Is(err, errOtherMap))
 		}
 	}
 	var table *ebpf.Map
 	if err := outer.Lookup(uint32(0), &table); err != nil {
-		return nil, fmt.Errorf("%w, and without CAP_SYS_ADMIN it cannot be opened by its id: %w", missing, err)
+		err = fmt.Errorf("%w, and without CAP_SYS_ADMIN it cannot be opened by its id: %w", missing, err)
+		if lost {
+			err = fmt.Errorf("%w: %w", errNoTable, err)
+		}
+		return nil, err
 	}
 	return table, nil
 }
+
+var errOtherMap = errors.New("another map")
 
 // openByID opens a pinned map that must have the given id. The returned map does not record its
 // pin.
@@ -97,7 +111,7 @@ func openByID(path string, want ebpf.MapID, readOnly bool) (_ *ebpf.Map, err err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
 	if id, err := mapID(m); err != nil || id != want {
-		return nil, errors.Join(fmt.Errorf("pin %s is of the map with id %d, not %d", path, id, want), err)
+		return nil, errors.Join(fmt.Errorf("pin %s is of %w: id %d, not %d", path, errOtherMap, id, want), err)
 	}
 	return m.Clone()
 }
@@ -475,6 +489,9 @@ func (l *Loader) firstTables() (err error) {
 // swap behind.
 func (l *Loader) adoptTables() (err error) {
 	if l.tables, err = openTables(l.maps, l.opts.PinDir, false); err != nil {
+		if errors.Is(err, errNoTable) {
+			return damaged(l.opts.PinDir, err) // no other process swaps them: the lock is held
+		}
 		return err
 	}
 	for kind := range tableKinds {
