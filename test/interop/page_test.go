@@ -45,31 +45,42 @@ func forward(t *testing.T, h *lab.Host, to string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	t.Cleanup(func() { // before the host is closed
+		cancel()
+		ln.Close()
+		running.Wait()
+	})
+	serve := func(near net.Conn) {
+		defer near.Close()
+		var far net.Conn
+		if err := h.Do(func() (err error) {
+			far, err = (&net.Dialer{}).DialContext(ctx, "tcp", to)
+			return err
+		}); err != nil {
+			return
+		}
+		defer far.Close()
+		defer context.AfterFunc(ctx, func() {
+			near.Close()
+			far.Close()
+		})()
+		running.Go(func() {
+			_, _ = io.Copy(far, near)
+			far.Close()
+		})
+		_, _ = io.Copy(near, far)
+	}
+	running.Go(func() {
 		for {
 			near, err := ln.Accept()
 			if err != nil {
 				return
 			}
-			go func() {
-				defer near.Close()
-				var far net.Conn
-				if err := h.Do(func() (err error) {
-					far, err = net.Dial("tcp", to)
-					return err
-				}); err != nil {
-					return
-				}
-				defer far.Close()
-				go func() {
-					_, _ = io.Copy(far, near)
-					far.Close()
-				}()
-				_, _ = io.Copy(near, far)
-			}()
+			running.Go(func() { serve(near) })
 		}
-	}()
+	})
 	return ln.Addr().String()
 }
 
