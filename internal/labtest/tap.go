@@ -133,6 +133,25 @@ func (tap *Tap) Receive(timeout time.Duration, keep func([]byte) bool) []byte {
 	}
 }
 
+// ReceiveAny receives the next frame that keep wants on any of the taps, and returns the tap's number, -1 if none came
+// before the time-out.
+func ReceiveAny(taps []*Tap, timeout time.Duration, keep func([]byte) bool) int {
+	fds := make([]unix.PollFd, len(taps))
+	for deadline := time.Now().Add(timeout); ; {
+		left := time.Until(deadline)
+		for i, tap := range taps {
+			if tap.Receive(0, keep) != nil {
+				return i
+			}
+			fds[i] = unix.PollFd{Fd: int32(tap.fd), Events: unix.POLLIN}
+		}
+		if left <= 0 {
+			return -1
+		}
+		_, _ = unix.Poll(fds, int(left.Milliseconds())+1)
+	}
+}
+
 // withTag puts the outer VLAN tag back, which the kernel takes out of a frame and
 // tells beside it (struct tpacket_auxdata in linux/if_packet.h).
 func withTag(frame, oob []byte) []byte {
