@@ -242,6 +242,14 @@ func TestProcessStop(t *testing.T) {
 	}
 }
 
+// A process that cannot be watched is not taken for one that has ended.
+func TestProcessUnknown(t *testing.T) {
+	p := process{fd: 1 << 30}
+	if p.endsWithin(labtest.Timeout) {
+		t.Error("it has ended")
+	}
+}
+
 func errorText(err error) string {
 	if err == nil {
 		return ""

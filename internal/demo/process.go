@@ -37,18 +37,16 @@ func (p *process) close() { unix.Close(p.fd) }
 func (p *process) ended() bool { return p.endsWithin(0) }
 
 // endsWithin waits until the process has ended, and returns whether it has: a pidfd is then
-// readable.
+// readable. After an error that is not known.
 func (p *process) endsWithin(d time.Duration) bool {
-	deadline := time.Now().Add(d)
-	for {
+	for deadline := time.Now().Add(d); ; {
 		left := max(0, time.Until(deadline))
 		fds := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
 		n, err := unix.Poll(fds, int(left.Milliseconds()))
-		if n > 0 {
-			return true
-		}
-		if !errors.Is(err, unix.EINTR) && left < time.Millisecond {
-			return false
+		switch {
+		case errors.Is(err, unix.EINTR), err == nil && n == 0 && left >= time.Millisecond:
+		default:
+			return err == nil && fds[0].Revents&unix.POLLIN != 0
 		}
 	}
 }

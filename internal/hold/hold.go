@@ -128,7 +128,7 @@ func Run(o Options) (code int, err error) {
 		return 1, err
 	}
 	defer func() { err = errors.Join(err, h.listener.Close()) }()
-	go h.receive()
+	go receive(h.listener, h.messages, h.stop, h.Log)
 	go h.reap()
 	if err := h.start(); err != nil {
 		return 1, err
@@ -136,20 +136,33 @@ func Run(o Options) (code int, err error) {
 	return h.run()
 }
 
-// receive passes messages to run.
-func (h *holder) receive() {
+// receiver is a notify.Listener.
+type receiver interface {
+	Receive() (notify.Message, error)
+}
+
+// receivePause is the pause after an error of a listener, which may come again at once.
+const receivePause = 100 * time.Millisecond
+
+// receive passes on what a listener receives until it is closed, or stop is.
+func receive(l receiver, messages chan<- notify.Message, stop <-chan struct{}, log *slog.Logger) {
 	for {
-		m, err := h.listener.Receive()
+		m, err := l.Receive()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil {
-			h.Log.Warn("notification", "error", err)
+			log.Warn("notification", "error", err)
+			select {
+			case <-time.After(receivePause):
+			case <-stop:
+				return
+			}
 			continue
 		}
 		select {
-		case h.messages <- m:
-		case <-h.stop:
+		case messages <- m:
+		case <-stop:
 			m.Close()
 			return
 		}

@@ -2,11 +2,13 @@ package hold
 
 import (
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"strconv"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -40,6 +42,37 @@ func TestEndsReplacement(t *testing.T) {
 		if status := cmd.ProcessState.Sys().(interface{ Signal() unix.Signal }); status.Signal() != want {
 			t.Errorf("ending %v: %v", ending, cmd.ProcessState)
 		}
+	}
+}
+
+// broken is a listener whose socket fails so many times, and is then closed.
+type broken struct {
+	failures int
+	reads    []time.Time
+}
+
+func (b *broken) Receive() (notify.Message, error) {
+	if b.reads = append(b.reads, time.Now()); len(b.reads) > b.failures {
+		return notify.Message{}, net.ErrClosed
+	}
+	return notify.Message{}, unix.ENOBUFS
+}
+
+// After an error of the socket the holder reads on, with a pause: the error may come again at once.
+func TestReceivePauses(t *testing.T) {
+	b, log := &broken{failures: 2}, slog.New(slog.DiscardHandler)
+	receive(b, nil, nil, log)
+	if len(b.reads) != 3 {
+		t.Fatalf("read %d times, want 3", len(b.reads))
+	}
+	if took := b.reads[2].Sub(b.reads[0]); took < 2*receivePause {
+		t.Errorf("two failures took %v, want pauses of %v", took, receivePause)
+	}
+	stop := make(chan struct{})
+	close(stop)
+	b = &broken{failures: 1 << 20}
+	if receive(b, nil, stop, log); len(b.reads) > 1 {
+		t.Errorf("read %d times after the end", len(b.reads))
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"os"
 	"slices"
 	"strings"
@@ -100,21 +99,7 @@ func Replace(ctx context.Context, o Replacement) (pid int, err error) {
 	}()
 	go func() {
 		defer close(received)
-		for {
-			m, err := listener.Receive()
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
-			if err != nil {
-				o.Log.Warn("notification", "error", err)
-				continue
-			}
-			select {
-			case messages <- m:
-			case <-done:
-				m.Close()
-			}
-		}
+		receive(listener, messages, done, o.Log)
 	}()
 	// The exit is seen, but left to be reaped: one that comes after the process has replaced this one,
 	// while this one still runs, is for the manager, which gets the zombie when this one ends.

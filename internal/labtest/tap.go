@@ -97,22 +97,25 @@ func NewTap(t testing.TB, h *lab.Host, ifname string) *Tap {
 
 func htons(v uint16) uint16 { return v<<8 | v>>8 }
 
-// Send sends a frame as it is.
+// Send sends a frame as it is. It waits for room in the device's queue.
 func (tap *Tap) Send(frame []byte) {
 	tap.t.Helper()
-	for {
+	for start := time.Now(); ; {
 		_, err := unix.Write(tap.fd, frame)
-		if err == nil {
+		switch {
+		case err == nil:
 			return
-		}
-		if !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {
+		case err == unix.EINTR:
+		case err == unix.ENOBUFS && time.Since(start) < Timeout:
+			Pause(start, time.Microsecond)
+		default:
 			tap.t.Fatalf("send on %s: %v", tap.name, err)
 		}
 	}
 }
 
 // Receive returns the next frame that keep wants, nil if none came before the time-out. One that came in time is returned
-// however late the caller gets its CPU.
+// however late the caller gets its CPU. Errors of the socket fail the test, except that the interface is down.
 func (tap *Tap) Receive(timeout time.Duration, keep func([]byte) bool) []byte {
 	tap.t.Helper()
 	for deadline := time.Now().Add(timeout); ; {
@@ -124,11 +127,15 @@ func (tap *Tap) Receive(timeout time.Duration, keep func([]byte) bool) []byte {
 				return append([]byte(nil), frame...)
 			}
 		case err == unix.EINTR, err == unix.ENETDOWN: // told once; frames may be there
+		case err != unix.EAGAIN:
+			tap.t.Fatalf("receive on %s: %v", tap.name, err)
 		case left <= 0:
 			return nil
 		default:
 			fds := []unix.PollFd{{Fd: int32(tap.fd), Events: unix.POLLIN}}
-			_, _ = unix.Poll(fds, int(left.Milliseconds())+1)
+			if _, err := unix.Poll(fds, int(left.Milliseconds())+1); err != nil && err != unix.EINTR {
+				tap.t.Fatalf("wait for a frame on %s: %v", tap.name, err)
+			}
 		}
 	}
 }

@@ -206,7 +206,7 @@ func (m *Manager) Ask(state string, patience time.Duration) error {
 		return err
 	}
 	for deadline := time.Now().Add(patience); ; {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pipe[0])}}, int(time.Until(deadline).Milliseconds()))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pipe[0])}}, int(max(0, time.Until(deadline)).Milliseconds()))
 		switch {
 		case errors.Is(err, unix.EINTR) && time.Now().Before(deadline):
 		case err != nil:

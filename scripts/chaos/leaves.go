@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net"
 
 	"golang.org/x/sys/unix"
@@ -38,15 +39,20 @@ func watchLeaves(h *lab.Host) (*leaves, error) {
 
 func (l *leaves) close() { _ = unix.Close(l.fd) }
 
-// count reads and counts what has arrived.
-func (l *leaves) count() (n int) {
+// count reads and counts what has arrived. A link that goes down is reported once, ahead of what arrived before.
+func (l *leaves) count() (n int, err error) {
 	buf := make([]byte, 2048)
 	for {
 		size, _, err := unix.Recvfrom(l.fd, buf, 0)
-		if err != nil {
-			return n
+		switch err {
+		case nil:
+			n += leavesIn(buf[:size])
+		case unix.EINTR, unix.ENETDOWN:
+		case unix.EAGAIN:
+			return n, nil
+		default:
+			return n, fmt.Errorf("read what the relay leaves: %w", err)
 		}
-		n += leavesIn(buf[:size])
 	}
 }
 

@@ -1,6 +1,12 @@
 package main
 
-import "testing"
+import (
+	"errors"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
 
 // igmp is an IPv4 packet with the Router Alert option and an IGMP message.
 func igmp(message ...byte) []byte {
@@ -27,5 +33,33 @@ func TestLeavesIn(t *testing.T) {
 		if got := leavesIn(tt.packet); got != tt.want {
 			t.Errorf("%s: %d leaves, want %d", tt.name, got, tt.want)
 		}
+	}
+}
+
+// What cannot be read is an error, not an end: leaves behind it would not be counted.
+func TestCountsAllLeaves(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	l := leaves{pair[1]}
+	defer l.close()
+	for range 3 {
+		if _, err := unix.Write(pair[0], igmp(0x17, 0, 0, 0, 239, 1, 1, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, err := l.count(); n != 3 || err != nil {
+		t.Errorf("%d leaves, %v", n, err)
+	}
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	defer write.Close()
+	if _, err := (&leaves{int(read.Fd())}).count(); !errors.Is(err, unix.ENOTSOCK) {
+		t.Errorf("error is %v, want %v", err, unix.ENOTSOCK)
 	}
 }

@@ -289,7 +289,9 @@ func (s *stage) measure(ctx context.Context, d disturbance) (r result, err error
 	if err := stream.end(&r, patienceForRest); err != nil {
 		return r, err
 	}
-	r.leaves = leaves.count()
+	if r.leaves, err = leaves.count(); err != nil {
+		return r, err
+	}
 	r.after, err = s.holding()
 	return r, err
 }
