@@ -3,6 +3,9 @@
 // stores, so counting needs no system call and no lock, and the counts survive if the process is
 // killed.
 //
+// Memory is taken piece by piece, as counters need it: with 100,000 rules, most of which are forwarded in the kernel, all of
+// it would be most of what the daemon has resident.
+//
 // # Ownership
 //
 // The [Account] belongs to the loader, which assigns ids to rules and outputs. A path opens
@@ -127,7 +130,8 @@ func (r *ref) is() key { return key(r.key.Load()) }
 // Account is all cells of a pin directory.
 type Account struct {
 	mu      sync.Mutex
-	cells   []Cell
+	memory  Memory
+	pieces  [][]Cell           // those that are open; nil after the end
 	chunks  int                // ever used
 	empty   []int              // of these, chunks without a cell in use
 	free    map[Writer][]*Cell // by the writer that owns their chunk
@@ -142,30 +146,58 @@ type Account struct {
 
 	handles  int // open counters
 	closed   bool
-	unmap    func() error
 	overflow bool
 }
 
-// New takes over an account in memory, whose length is a multiple of a page and which is initially
-// zero; unmap frees the memory, after Close and once no counters are open. It fails if the memory
+// PieceSize is the size of a piece of Memory in bytes, a multiple of every page size.
+const PieceSize = 256 << 10
+
+// Memory is the place of an account, which is initially zero.
+type Memory interface {
+	// Size is the size in bytes, a multiple of that of a page on x86, 4096.
+	Size() int
+	// Piece makes the piece of this number accessible, until Close: bytes from number * PieceSize on. The last piece may
+	// be shorter than PieceSize. It is called once for each piece.
+	Piece(number int) ([]byte, error)
+	// Close is called once, after Account.Close and when no counters are open.
+	Close() error
+}
+
+// Bytes is Memory that is accessible as a whole.
+type Bytes []byte
+
+// Size implements Memory.
+func (b Bytes) Size() int { return len(b) }
+
+// Piece implements Memory.
+func (b Bytes) Piece(number int) ([]byte, error) {
+	return b[number*PieceSize : min((number+1)*PieceSize, len(b))], nil
+}
+
+// Close implements Memory.
+func (b Bytes) Close() error { return nil }
+
+// New takes over an account in memory, and owns the memory if there is no error. It fails if the memory
 // does not hold an account.
-func New(memory []byte, unmap func() error) (*Account, error) { return takeOver(memory, unmap, false) }
+func New(memory Memory) (*Account, error) { return takeOver(memory, false) }
 
 // Join is New while another process, which must have called Freeze and will end, counts in the same
 // memory: until Refresh it takes no existing cells except those that the other process uses and
 // will leave to this one.
-func Join(memory []byte, unmap func() error) (*Account, error) { return takeOver(memory, unmap, true) }
+func Join(memory Memory) (*Account, error) { return takeOver(memory, true) }
 
-func takeOver(memory []byte, unmap func() error, join bool) (*Account, error) {
-	if len(memory) == 0 || len(memory)%(chunk*CellSize) != 0 {
-		return nil, fmt.Errorf("account of %d bytes: want a multiple of %d", len(memory), chunk*CellSize)
+func takeOver(memory Memory, join bool) (*Account, error) {
+	if size := memory.Size(); size == 0 || size%(chunk*CellSize) != 0 {
+		return nil, fmt.Errorf("account of %d bytes: want a multiple of %d", size, chunk*CellSize)
 	}
 	a := &Account{
-		cells: unsafe.Slice((*Cell)(unsafe.Pointer(&memory[0])), len(memory)/CellSize),
-		free:  map[Writer][]*Cell{}, targets: map[Target][]*ref{}, open: map[Target][]*Counters{},
-		waits: map[int]func(){}, unmap: unmap,
+		memory: memory, free: map[Writer][]*Cell{}, targets: map[Target][]*ref{}, open: map[Target][]*Counters{},
+		waits: map[int]func(){},
 	}
-	first := &a.cells[0]
+	if err := a.access(0); err != nil {
+		return nil, err
+	}
+	first := a.cell(0)
 	switch k := key(first.key.Load()); {
 	case k == 0:
 		first.key.Store(uint64(keyOf(Target{Scope: header}, 0, 0)))
@@ -173,14 +205,14 @@ func takeOver(memory []byte, unmap func() error, join bool) (*Account, error) {
 		return nil, fmt.Errorf("account begins with a cell of scope %d: want %d", k.target().Scope, header)
 	}
 	chunks := first.packets.Load()
-	if chunks > uint64(len(a.cells)/chunk) {
-		return nil, fmt.Errorf("account has %d chunks in use of %d", chunks, len(a.cells)/chunk)
+	if most := memory.Size() / (chunk * CellSize); chunks > uint64(most) {
+		return nil, fmt.Errorf("account has %d chunks in use of %d", chunks, most)
 	}
 	if join {
 		a.joined = int(chunks)
 	}
 	for a.chunks < int(chunks) {
-		if err := a.adopt(a.chunks, nil); err != nil {
+		if err := errors.Join(a.access(a.chunks), a.adopt(a.chunks, nil)); err != nil {
 			return nil, err
 		}
 		a.chunks++
@@ -188,12 +220,32 @@ func takeOver(memory []byte, unmap func() error, join bool) (*Account, error) {
 	return a, nil
 }
 
+// pieceCells is the number of cells of a piece.
+const pieceCells = PieceSize / CellSize
+
+// access makes a chunk accessible; those before it are.
+func (a *Account) access(chunkNumber int) error {
+	number := chunkNumber * chunk / pieceCells
+	if number < len(a.pieces) {
+		return nil
+	}
+	piece, err := a.memory.Piece(number)
+	if err != nil {
+		return fmt.Errorf("account: %w", err)
+	}
+	a.pieces = append(a.pieces, unsafe.Slice((*Cell)(unsafe.Pointer(unsafe.SliceData(piece))), len(piece)/CellSize))
+	return nil
+}
+
+// cell is a cell of an accessible chunk.
+func (a *Account) cell(i int) *Cell { return &a.pieces[i/pieceCells][i%pieceCells] }
+
 // NewInMemory makes an account that ends with the process.
 func NewInMemory() *Account {
 	const cells = 64 * chunk
 	memory := make([]Cell, cells)
 	bytes := unsafe.Slice((*byte)(unsafe.Pointer(&memory[0])), cells*CellSize)
-	a, err := New(bytes, nil)
+	a, err := New(Bytes(bytes))
 	if err != nil {
 		panic(err) // the size is valid, and the memory empty
 	}
@@ -207,7 +259,7 @@ func (a *Account) adopt(n int, known map[*Cell]bool) error {
 	var spare []*Cell
 	owned := false
 	for i := range chunk {
-		c := &a.cells[n*chunk+i]
+		c := a.cell(n*chunk + i)
 		k := key(c.key.Load())
 		t := k.target()
 		switch {
@@ -295,15 +347,15 @@ func (a *Account) grow(w Writer) {
 		return
 	case len(a.empty) > 0:
 		n, a.empty = a.empty[len(a.empty)-1], a.empty[:len(a.empty)-1]
-	case (n+1)*chunk <= len(a.cells):
+	case (n+1)*chunk*CellSize <= a.memory.Size() && a.access(n) == nil:
 		a.chunks++
-		a.cells[0].packets.Store(uint64(a.chunks))
+		a.cell(0).packets.Store(uint64(a.chunks))
 	default:
 		return
 	}
 	for i := chunk - 1; i >= 0; i-- {
 		if n+i > 0 {
-			c := &a.cells[n*chunk+i]
+			c := a.cell(n*chunk + i)
 			clearCell(c)
 			a.free[w] = append(a.free[w], c)
 		}
@@ -321,7 +373,7 @@ func (a *Account) Freeze() {
 func (a *Account) Refresh() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.joined == 0 || a.cells == nil {
+	if a.joined == 0 || a.pieces == nil {
 		return nil
 	}
 	known := map[*Cell]bool{}
@@ -367,12 +419,11 @@ func (a *Account) Close() error {
 }
 
 func (a *Account) release() error {
-	if !a.closed || a.handles > 0 || a.unmap == nil {
+	if !a.closed || a.handles > 0 || a.pieces == nil {
 		return nil
 	}
-	unmap := a.unmap
-	a.unmap, a.cells, a.targets, a.free = nil, nil, nil, nil
-	return unmap()
+	a.pieces, a.targets, a.free = nil, nil, nil
+	return a.memory.Close()
 }
 
 // Retire says that a rule or output was removed. Its drops move to the total; open counters lose
@@ -599,7 +650,7 @@ func (c *Counters) Cell(w Writer, kind Kind) *Cell {
 	a := c.account
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if c.closed || c.account.cells == nil {
+	if c.closed || c.account.pieces == nil {
 		return &Cell{} // counts for nothing
 	}
 	k := keyOf(Target{Scope: loose}, kind, w)

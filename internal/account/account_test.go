@@ -1,8 +1,10 @@
 package account
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"unsafe"
 )
@@ -15,12 +17,30 @@ func memory(chunks int) []byte {
 
 func open(t *testing.T, m []byte) *Account {
 	t.Helper()
-	a, err := New(m, nil)
+	a, err := New(Bytes(m))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return a
 }
+
+// counted is memory that counts what is done with it.
+type counted struct {
+	Bytes
+	pieces []int // by number
+	closed int
+	err    error // of the next piece
+}
+
+func (c *counted) Piece(number int) ([]byte, error) {
+	if c.err != nil {
+		return nil, c.err
+	}
+	c.pieces = append(c.pieces, number)
+	return c.Bytes.Piece(number)
+}
+
+func (c *counted) Close() error { c.closed++; return nil }
 
 func total(a *Account, kind Kind) (n uint64) {
 	a.Each(func(_ Target, k Kind, _ Writer, sum Sum) {
@@ -122,8 +142,8 @@ func TestCellsOfWorkers(t *testing.T) {
 
 // The memory is given back when the account and all counters are closed, not before.
 func TestUnmap(t *testing.T) {
-	unmapped := 0
-	a, err := New(memory(2), func() error { unmapped++; return nil })
+	m := &counted{Bytes: memory(2)}
+	a, err := New(m)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,15 +155,57 @@ func TestUnmap(t *testing.T) {
 		}
 	}
 	cell.Add(1, 1)
-	if unmapped != 0 {
+	if m.closed != 0 {
 		t.Fatal("unmapped while a worker counts")
 	}
-	if err := c.Close(); err != nil || unmapped != 1 {
-		t.Errorf("%v, unmapped %d times", err, unmapped)
+	if err := c.Close(); err != nil || m.closed != 1 {
+		t.Errorf("%v, unmapped %d times", err, m.closed)
 	}
 	if len(a.Sums(Target{Rule, 1})) != 0 {
 		t.Error("a closed account has sums")
 	}
+}
+
+// Pieces of the memory are opened as counters need them, and by the next process as far as this one got.
+func TestPieces(t *testing.T) {
+	const most = PieceSize / CellSize // cells of a piece
+	m := &counted{Bytes: memory(3*most/chunk - 1)}
+	a, err := New(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := func(pieces ...int) {
+		t.Helper()
+		if !slices.Equal(m.pieces, pieces) {
+			t.Fatalf("pieces %v are open, want %v", m.pieces, pieces)
+		}
+	}
+	want(0)
+	count := func(n int) {
+		for i := range n {
+			a.Open(Target{Output, uint32(i)}).Cell(0, Matched).Add(1, 1)
+		}
+	}
+	count(most - chunk)
+	want(0)
+	count(chunk)
+	want(0, 1)
+	m.err = errors.New("no memory")
+	count(2 * most)
+	if want(0, 1); !a.Full() {
+		t.Error("it is not full")
+	}
+	sum := total(a, Matched)
+	m.pieces, m.err = nil, nil
+	if a, err = New(m); err != nil {
+		t.Fatal(err)
+	}
+	want(0, 1)
+	if kept := total(a, Matched); kept > sum || int(kept) < 2*most-chunk {
+		t.Errorf("the next process counted %d of %d", kept, sum)
+	}
+	count(3 * most)
+	want(0, 1, 2)
 }
 
 // A pin is foreign input.
@@ -162,12 +224,12 @@ func TestDamagedMemory(t *testing.T) {
 	} {
 		m := memory(2)
 		damage(unsafe.Slice((*Cell)(unsafe.Pointer(&m[0])), 2*chunk))
-		if _, err := New(m, nil); err == nil {
+		if _, err := New(Bytes(m)); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
 	for _, n := range []int{0, 1, 4095} {
-		if _, err := New(make([]byte, n), nil); err == nil {
+		if _, err := New(make(Bytes, n)); err == nil {
 			t.Errorf("%d bytes: no error", n)
 		}
 	}

@@ -4,12 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
 	"xdpcast/internal/account"
@@ -30,7 +28,7 @@ func accountCells(maxRules, maxOutputs uint32) uint32 {
 	return (n + accountPage - 1) / accountPage * accountPage
 }
 
-// openAccount maps the map user_stats into memory, unless that was done before this Loader was opened.
+// openAccount opens the account in the map user_stats, unless that was done before this Loader was opened.
 func (l *Loader) openAccount() (err error) {
 	if e := l.opts.Early; e != nil {
 		if l.account, err = e.take(l.maps.UserStats); l.account != nil || err != nil {
@@ -45,18 +43,15 @@ func (l *Loader) openAccount() (err error) {
 	return err
 }
 
-// mapAccount maps the map user_stats into memory, and opens the account in it.
-func mapAccount(m *ebpf.Map, open func(memory []byte, unmap func() error) (*account.Account, error)) (*account.Account, error) {
-	page := os.Getpagesize()
-	size := int(m.MaxEntries()) * account.CellSize
-	mapped := (size + page - 1) / page * page
-	memory, err := unix.Mmap(m.FD(), 0, mapped, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+// mapAccount maps the map user_stats into memory, as far as it is needed, and opens the account in it.
+func mapAccount(m *ebpf.Map, open func(account.Memory) (*account.Account, error)) (*account.Account, error) {
+	memory, err := piecesOf(m)
 	if err != nil {
-		return nil, fmt.Errorf("map user_stats into memory: %w", err)
+		return nil, fmt.Errorf("map user_stats: %w", err)
 	}
-	a, err := open(memory[:size], func() error { return unix.Munmap(memory) })
+	a, err := open(memory)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("map user_stats: %w", err), unix.Munmap(memory))
+		return nil, errors.Join(fmt.Errorf("map user_stats: %w", err), memory.Close())
 	}
 	return a, nil
 }
@@ -67,7 +62,7 @@ func readAccount(m *ebpf.Map) (*account.Account, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read map user_stats: %w", err)
 	}
-	a, err := account.New(bytesOf(cells), nil)
+	a, err := account.New(account.Bytes(bytesOf(cells)))
 	if err != nil {
 		return nil, fmt.Errorf("map user_stats: %w", err)
 	}

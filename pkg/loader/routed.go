@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"xdpcast/bpf"
+	"xdpcast/internal/account"
 )
 
 // routed are the published routed flows (flow.Flow.Routed). A flow is held from before it is
@@ -22,31 +23,33 @@ import (
 // loop.
 type routed struct {
 	mu     sync.Mutex
-	memory []byte            // mapping of map outputs
+	memory *pieces           // of map outputs; those with a first output are mapped
 	first  map[string]uint32 // first outputs of published flows, by name
 	held   map[string]bool   // which of them are held, by name
 	alive  *os.File          // this process's socket in the map mirror; of the Loader's goroutine
 }
 
-// openRouted maps the map outputs into memory, and records the published flows.
+// openRouted records the published flows.
 func (l *Loader) openRouted() error {
-	m := l.maps.Outputs
-	page := os.Getpagesize()
-	size := (int(m.MaxEntries())*int(m.ValueSize()) + page - 1) / page * page
-	memory, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	memory, err := piecesOf(l.maps.Outputs)
 	if err != nil {
-		return fmt.Errorf("map outputs into memory: %w", err)
+		return fmt.Errorf("map outputs: %w", err)
 	}
 	r := &l.routed
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.memory, r.first, r.held = memory, map[string]uint32{}, map[string]bool{}
 	for name, e := range l.rules {
-		if e.rule.Routed != 0 {
-			r.first[name] = e.first
-			if atomic.LoadUint32(r.word(e.first)) != 0 {
-				r.held[name] = true
-			}
+		if e.rule.Routed == 0 {
+			continue
+		}
+		held, err := r.word(e.first)
+		if err != nil {
+			return err
+		}
+		r.first[name] = e.first
+		if atomic.LoadUint32(held) != 0 {
+			r.held[name] = true
 		}
 	}
 	return nil
@@ -60,13 +63,33 @@ func (r *routed) close() error {
 	if memory == nil {
 		return nil
 	}
-	return unix.Munmap(memory)
+	return memory.Close()
 }
 
-// word is the held flag of an output. The caller holds the lock.
-func (r *routed) word(output uint32) *uint32 {
+// word is the held flag of an output. It cannot fail for one of a flow in first. The caller holds the lock.
+func (r *routed) word(output uint32) (*uint32, error) {
 	var o bpf.RelayOutput
-	return (*uint32)(unsafe.Pointer(&r.memory[uintptr(output)*unsafe.Sizeof(o)+unsafe.Offsetof(o.Held)]))
+	at := int(uintptr(output)*unsafe.Sizeof(o) + unsafe.Offsetof(o.Held))
+	piece, err := r.memory.Piece(at / account.PieceSize)
+	if err != nil {
+		return nil, fmt.Errorf("map outputs: %w", err)
+	}
+	return (*uint32)(unsafe.Pointer(&piece[at%account.PieceSize])), nil
+}
+
+// hold sets or clears the held flag of a flow in first. The caller holds the lock.
+func (r *routed) hold(name string, held uint32) {
+	if word, err := r.word(r.first[name]); err == nil {
+		atomic.StoreUint32(word, held)
+	}
+}
+
+// stage makes the held flag of a rule's first output accessible.
+func (r *routed) stage(first uint32) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, err := r.word(first)
+	return err
 }
 
 // replace records that a routed flow was published, in the held state, or removed; either may be
@@ -90,8 +113,8 @@ func (l *Loader) HoldRouted(name string) {
 	r := &l.routed
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if first, ok := r.first[name]; ok {
-		atomic.StoreUint32(r.word(first), 1)
+	if _, ok := r.first[name]; ok {
+		r.hold(name, 1)
 		r.held[name] = true
 	}
 }
@@ -103,7 +126,7 @@ func (l *Loader) ReleaseRouted(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.held[name] {
-		atomic.StoreUint32(r.word(r.first[name]), 0)
+		r.hold(name, 0)
 		delete(r.held, name)
 	}
 }

@@ -352,6 +352,11 @@ func (s *transaction) stage(c change) error {
 	if err := s.useStream(e); err != nil {
 		return err
 	}
+	if e.rule.Routed != 0 {
+		if err := s.routed.stage(e.first); err != nil {
+			return err
+		}
+	}
 	for slot, o := range e.rule.Out {
 		stats := e.firstStats + uint32(slot)
 		b := encodeOutput(o, stats, s.outputPolicer(stats))
