@@ -50,6 +50,7 @@ func (m *Manager) observe() (lost []Membership, err error) {
 type Look struct {
 	m       *Manager
 	at      time.Duration // from Manager.started
+	room    int           // for groups
 	tables  []groupTable
 	stopped atomic.Bool
 	lost    map[heldKey]bool
@@ -59,7 +60,7 @@ type Look struct {
 type groupTable struct {
 	name string
 	file *os.File
-	add  func(joined map[groupOn]bool, line []byte) error
+	add  func(joined *joinedGroups, line []byte) error
 }
 
 // heldKey identifies a membership.
@@ -87,13 +88,16 @@ func (m *Manager) look() (_ *Look, err error) {
 			}
 		}
 	}
-	l := &Look{m: m, at: time.Since(m.started)}
+	l := &Look{m: m, at: time.Since(m.started), room: otherGroups}
+	for _, p := range m.ifaces {
+		l.room += len(p.records)
+	}
 	index := 0 // of the interface whose lines follow
 	for _, t := range []struct {
 		groupTable
 		want bool
 	}{
-		{groupTable{name: "igmp", add: func(joined map[groupOn]bool, line []byte) error { return addGroup4(joined, &index, line) }}, want4},
+		{groupTable{name: "igmp", add: func(joined *joinedGroups, line []byte) error { return addGroup4(joined, &index, line) }}, want4},
 		{groupTable{name: "igmp6", add: addGroup6}, want6},
 	} {
 		if !t.want {
@@ -120,14 +124,14 @@ func (l *Look) Stop() { l.stopped.Store(true) }
 // Read reads the joined groups. It may be called once.
 func (l *Look) Read() error {
 	defer l.close()
-	return l.read(func(l *Look, joined map[groupOn]bool) map[heldKey]bool {
+	return l.read(func(l *Look, joined *joinedGroups) map[heldKey]bool {
 		l.m.mu.Lock()
 		defer l.m.mu.Unlock()
 		return l.m.missing(l, joined)
 	})
 }
 
-func (l *Look) read(compare func(*Look, map[groupOn]bool) map[heldKey]bool) error {
+func (l *Look) read(compare func(*Look, *joinedGroups) map[heldKey]bool) error {
 	if len(l.tables) == 0 {
 		return nil
 	}
@@ -157,8 +161,8 @@ func (l *Look) close() {
 }
 
 // joined reads the lists until stopped.
-func (l *Look) joined() (map[groupOn]bool, error) {
-	joined := map[groupOn]bool{}
+func (l *Look) joined() (*joinedGroups, error) {
+	joined := &joinedGroups{list: make([]groupOn, 0, l.room)}
 	for _, t := range l.tables {
 		_, err := t.file.Seek(0, io.SeekStart)
 		lines := bufio.NewScanner(t.file)
@@ -169,16 +173,17 @@ func (l *Look) joined() (map[groupOn]bool, error) {
 			return nil, fmt.Errorf("groups that are joined: /proc/net/%s: %w", t.name, err)
 		}
 	}
+	slices.SortFunc(joined.list, groupOn.compare)
 	return joined, nil
 }
 
 // missing returns the memberships held since before the look whose group is not joined.
-func (m *Manager) missing(l *Look, joined map[groupOn]bool) map[heldKey]bool {
+func (m *Manager) missing(l *Look, joined *joinedGroups) map[heldKey]bool {
 	missing := map[heldKey]bool{}
 	for of, p := range m.ifaces {
 		for k, r := range p.records {
 			group, _ := k.addrs()
-			if r.since < l.at && !joined[groupOn{of.index, group}] {
+			if r.since < l.at && !joined.has(of.index, group) {
 				missing[heldKey{of, k}] = true
 			}
 		}
@@ -214,33 +219,54 @@ func (m *Manager) forget(l *Look) (lost []Membership) {
 	return lost
 }
 
+// joinedGroups are the groups that interfaces have joined: a list of 20 bytes for each, sorted once it is complete. A map takes
+// six times as much, and as much again while it grows, every few seconds.
+type joinedGroups struct{ list []groupOn }
+
+// otherGroups is room for groups that the kernel joins by itself, a few on each interface.
+const otherGroups = 64
+
 // groupOn is a group on an interface.
 type groupOn struct {
-	index int
-	group netip.Addr
+	index int32
+	group [16]byte // netip.Addr.As16: multicast groups of the two families differ
+}
+
+func (g groupOn) compare(o groupOn) int {
+	return cmp.Or(cmp.Compare(g.index, o.index), bytes.Compare(g.group[:], o.group[:]))
+}
+
+func (j *joinedGroups) add(index int, group netip.Addr) {
+	j.list = append(j.list, groupOn{int32(index), group.As16()})
+}
+
+func (j *joinedGroups) has(index int, group netip.Addr) bool {
+	_, found := slices.BinarySearchFunc(j.list, groupOn{int32(index), group.As16()}, groupOn.compare)
+	return found
 }
 
 // addGroup4 parses a line of the table of parseIGMPVersions: the line of an interface is followed
 // by one for each of its groups, which begins with a tab and the address's bytes as a number in
 // host byte order (igmp_mc_seq_show in net/ipv4/igmp.c). index is the interface's.
-func addGroup4(joined map[groupOn]bool, index *int, line []byte) error {
-	fields := bytes.Fields(line)
+func addGroup4(joined *joinedGroups, index *int, line []byte) error {
+	first, _, _ := bytes.Cut(bytes.TrimLeft(line, "\t "), []byte{'\t'})
+	first, _, _ = bytes.Cut(first, []byte{' '})
 	switch {
-	case len(fields) == 0 || line[0] == 'I': // the header
+	case len(first) == 0 || line[0] == 'I': // the header
 	case line[0] != '\t':
-		n, err := strconv.Atoi(string(fields[0]))
+		n, err := strconv.Atoi(string(first))
 		if err != nil {
 			return fmt.Errorf("line %q: interface index: %w", line, err)
 		}
 		*index = n
 	default:
-		n, err := strconv.ParseUint(string(fields[0]), 16, 32)
+		var addr [4]byte
+		n, err := strconv.ParseUint(string(first), 16, 32)
 		if err != nil {
 			return fmt.Errorf("line %q: group: %w", line, err)
 		}
-		var addr [4]byte
 		binary.NativeEndian.PutUint32(addr[:], uint32(n))
-		joined[groupOn{*index, netip.AddrFrom4(addr)}] = true
+		joined.add(*index, netip.AddrFrom4(addr))
 	}
 	return nil
 }
@@ -248,7 +274,7 @@ func addGroup4(joined map[groupOn]bool, index *int, line []byte) error {
 // addGroup6 parses a line like this (igmp6_mc_seq_show in net/ipv6/mcast.c):
 //
 //	7    eth0            ff3e0000000000000000000000000001     1 00000004 0
-func addGroup6(joined map[groupOn]bool, line []byte) error {
+func addGroup6(joined *joinedGroups, line []byte) error {
 	fields := bytes.Fields(line)
 	if len(fields) < 3 {
 		return fmt.Errorf("line %q: want an index, a name and a group", line)
@@ -261,6 +287,6 @@ func addGroup6(joined map[groupOn]bool, line []byte) error {
 	if n, err := hex.Decode(addr[:], fields[2][:min(len(fields[2]), 32)]); err != nil || n != len(addr) {
 		return fmt.Errorf("line %q: group %q: want 32 hexadecimal digits", line, fields[2])
 	}
-	joined[groupOn{index, netip.AddrFrom16(addr)}] = true
+	joined.add(index, netip.AddrFrom16(addr))
 	return nil
 }

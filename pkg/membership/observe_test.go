@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -197,7 +200,7 @@ func TestPrune(t *testing.T) {
 }
 
 func TestAddGroups(t *testing.T) {
-	joined, index := map[groupOn]bool{}, 0
+	joined, index := &joinedGroups{}, 0
 	add := func(table string, line func([]byte) error) (err error) {
 		for text := range strings.Lines(table) {
 			err = cmp.Or(err, line([]byte(text)))
@@ -212,15 +215,12 @@ func TestAddGroups(t *testing.T) {
 	if err := add("7    eth0            ff3e0000000000000000000000000001     1 00000004 0\n", add6); err != nil {
 		t.Fatal(err)
 	}
-	var got []string
-	for g := range joined {
-		got = append(got, fmt.Sprint(g.index, " ", g.group))
-	}
-	want := map[groupOn]bool{{1, netip.MustParseAddr("224.0.0.1")}: true, {12, netip.MustParseAddr("239.7.1.1")}: true, {7, netip.MustParseAddr("ff3e::1")}: true}
-	for g := range want {
-		if !joined[g] || len(joined) != len(want) {
-			t.Errorf("groups are %v, want %v", got, want)
-		}
+	want := &joinedGroups{}
+	want.add(1, netip.MustParseAddr("224.0.0.1"))
+	want.add(12, netip.MustParseAddr("239.7.1.1"))
+	want.add(7, netip.MustParseAddr("ff3e::1"))
+	if !slices.Equal(joined.list, want.list) {
+		t.Errorf("groups are %v, want %v", joined.list, want.list)
 	}
 	for _, bad := range []string{"x\tlo :\n", "\tzz 1\n"} {
 		if err := add(bad, add4); err == nil {
@@ -230,6 +230,42 @@ func TestAddGroups(t *testing.T) {
 	for _, bad := range []string{"7 eth0\n", "x eth0 ff3e0000000000000000000000000001\n", "7 eth0 ff3e\n", "7 eth0 " + strings.Repeat("z", 32) + "\n"} {
 		if err := add(bad, add6); err == nil {
 			t.Errorf("%q is taken", bad)
+		}
+	}
+}
+
+// A look, which the daemon takes every few seconds, allocates little more than the list of the groups.
+func TestLookMemory(t *testing.T) {
+	const groups = 10_000
+	var table strings.Builder
+	table.WriteString("Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n7\teth0      :     1      V3\n")
+	for i := range groups {
+		fmt.Fprintf(&table, "\t\t\t\t%08X     1 0:00000000\t\t0\n", 0xef|i<<8)
+	}
+	file := filepath.Join(t.TempDir(), "igmp")
+	if err := os.WriteFile(file, []byte(table.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	index := 0
+	l := &Look{room: groups, tables: []groupTable{{name: "igmp", file: f, add: func(joined *joinedGroups, line []byte) error { return addGroup4(joined, &index, line) }}}}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	joined, err := l.joined()
+	runtime.ReadMemStats(&after)
+	if err != nil || len(joined.list) != groups {
+		t.Fatal(len(joined.list), err)
+	}
+	if each := (after.TotalAlloc - before.TotalAlloc) / groups; each > 40 {
+		t.Errorf("%d bytes for each group, want at most 40", each)
+	}
+	for i := range groups {
+		if group := netip.AddrFrom4([4]byte{0xef, byte(i), byte(i >> 8), byte(i >> 16)}); !joined.has(7, group) || joined.has(8, group) {
+			t.Fatalf("%v is not found, or on another interface", group)
 		}
 	}
 }
