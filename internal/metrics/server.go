@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -33,10 +34,11 @@ type Options struct {
 }
 
 const (
-	// scrapeTimeout bounds one reading of the relay, and maxScrapes the concurrent ones: with
-	// 100,000 rules a scrape takes memory as well as time.
+	// scrapeTimeout bounds one reading of the relay.
 	scrapeTimeout = 30 * time.Second
-	maxScrapes    = 2
+	// maxPageBytes limits the pages that clients have not read, besides the latest: with 100,000 rules of four outputs
+	// one takes 140 MB.
+	maxPageBytes = 32 << 20
 )
 
 // Handler serves /metrics, /healthz and /readyz of a relay over HTTP. It only reads.
@@ -63,30 +65,21 @@ func scrapes(b *Backend, o Options) http.HandlerFunc {
 	c := &collector{definitions: newDefinitions(), events: o.Events, backend: b, selected: o.Rules, timeout: scrapeTimeout}
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(o.Reconciles, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	free := make(chan struct{}, maxScrapes)
-	return func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case free <- struct{}{}:
-			defer func() { <-free }()
-		default:
-			http.Error(w, fmt.Sprintf("%d scrapes are running already: want fewer at once", maxScrapes), http.StatusServiceUnavailable)
-			return
-		}
-		page := c.collect(r.Context())
+	p := &pages{most: maxPageBytes, make: func(ctx context.Context) [][]byte {
+		parts := c.collect(ctx).parts()
 		families, err := registry.Gather()
 		if err != nil {
 			o.Log.Warn("metrics of the process", "error", err)
 		}
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		if _, err := page.WriteTo(w); err != nil {
-			return // the client disconnected
-		}
+		var rest bytes.Buffer
 		for _, family := range families {
-			if _, err := expfmt.MetricFamilyToText(w, family); err != nil {
-				return
+			if _, err := expfmt.MetricFamilyToText(&rest, family); err != nil {
+				o.Log.Warn("metrics of the process", "error", err)
 			}
 		}
-	}
+		return append(parts, rest.Bytes())
+	}}
+	return p.ServeHTTP
 }
 
 func answer(w http.ResponseWriter, err error) {

@@ -1,7 +1,6 @@
 package metrics
 
 import (
-	"io"
 	"strconv"
 	"strings"
 )
@@ -53,21 +52,15 @@ func appendEscaped(b []byte, s string) []byte {
 
 var escapes = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)
 
-// WriteTo writes all metrics that have a sample.
-func (s *sink) WriteTo(w io.Writer) (n int64, err error) {
+// parts are all metrics that have a sample, in parts to write one after the other.
+func (s *sink) parts() (all [][]byte) {
 	for _, m := range s.metrics {
 		samples := *s.samples[m]
 		if len(samples) == 0 {
 			continue
 		}
 		head := "# HELP " + m.name + " " + strings.NewReplacer(`\`, `\\`, "\n", `\n`).Replace(m.help) + "\n# TYPE " + m.name + " " + m.kind + "\n"
-		for _, part := range [][]byte{[]byte(head), samples} {
-			written, err := w.Write(part)
-			n += int64(written)
-			if err != nil {
-				return n, err
-			}
-		}
+		all = append(all, []byte(head), samples)
 	}
-	return n, nil
+	return all
 }
