@@ -75,7 +75,7 @@ func (p *Planner) Plan(w World) *Plan {
 		now.taken = takenInputs(now.rules, now.network, w.Answers.Carried)
 	}
 	m := &maker{opts: &p.opts, net: now.network, answers: &w.Answers, failed: now.failed, inputs: now.inputs, taken: now.taken}
-	plan := &Plan{Rules: make([]*RulePlan, len(now.rules)), seen: now}
+	plan := &Plan{seen: now}
 	e := p.rules(plan, last, m, &c)
 	p.sets(plan, last, &c, e)
 	p.last = plan
@@ -85,7 +85,7 @@ func (p *Planner) Plan(w World) *Plan {
 func byName(a, b *Rule) int { return strings.Compare(a.Name, b.Name) }
 
 // sameSlice says whether two slices are the same memory.
-func sameSlice(a, b []*Rule) bool {
+func sameSlice[T any](a, b []*T) bool {
 	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0])
 }
 
@@ -131,9 +131,32 @@ type effect struct {
 	memberships, hops bool
 }
 
-// rules plans the rules that need it.
+// rules plans the rules that need it. If none does, the plan shares the slice of the last one.
 func (p *Planner) rules(plan, last *Plan, m *maker, c *changes) (e effect) {
 	any := c.any(m, last) // what every rule may depend on has changed
+	shared := !any && sameSlice(last.seen.rules, plan.seen.rules)
+	if plan.Rules = last.Rules; !shared {
+		p.eachRule(plan, last, m, c, any, &e)
+	}
+	if any {
+		return e
+	}
+	for name := range c.named(&p.tally) {
+		i, found := slices.BinarySearchFunc(plan.Rules, name, func(r *RulePlan, name string) int { return strings.Compare(r.Rule.Name, name) })
+		if !found || !c.touch(plan.Rules[i], m) {
+			continue
+		}
+		if shared {
+			plan.Rules, shared = slices.Clone(plan.Rules), false
+		}
+		p.plan(plan, i, plan.Rules[i], m, &e)
+	}
+	return e
+}
+
+// eachRule compares the rules with those of the last plan, and plans those that are new or, if any may be, touched.
+func (p *Planner) eachRule(plan, last *Plan, m *maker, c *changes, any bool, e *effect) {
+	plan.Rules = make([]*RulePlan, len(plan.seen.rules))
 	old, oldRules := last.Rules, last.seen.rules
 	for i, r := range plan.seen.rules {
 		for len(old) > 0 && oldRules[0] != r && oldRules[0].Name < r.Name {
@@ -150,21 +173,11 @@ func (p *Planner) rules(plan, last *Plan, m *maker, c *changes) (e effect) {
 			plan.Rules[i] = before
 			continue
 		}
-		p.plan(plan, i, before, m, &e)
+		p.plan(plan, i, before, m, e)
 	}
 	for _, r := range old {
 		e.note(p, r, nil)
 	}
-	if any {
-		return e
-	}
-	for name := range c.named(&p.tally) {
-		i, found := slices.BinarySearchFunc(plan.Rules, name, func(r *RulePlan, name string) int { return strings.Compare(r.Rule.Name, name) })
-		if found && c.touch(plan.Rules[i], m) {
-			p.plan(plan, i, plan.Rules[i], m, &e)
-		}
-	}
-	return e
 }
 
 // plan plans one rule.
@@ -265,9 +278,6 @@ func compare(before, now *seen) changes {
 // compareRules finds the rules that differ between two sets, ordered by name. It looks only at those
 // that do.
 func (c *changes) compareRules(before, now []*Rule) {
-	if sameSlice(before, now) {
-		return
-	}
 	Changed(before, now, (*Rule).name, func(old, new *Rule) {
 		if old != nil {
 			c.gone = append(c.gone, old)
@@ -283,6 +293,9 @@ func (r *Rule) name() string { return r.Name }
 // Changed calls fn for everything that differs, by pointer, between two slices ordered by name; old or new
 // is nil for what was added or removed. It takes the names only of what differs.
 func Changed[T any](before, now []*T, name func(*T) string, fn func(old, new *T)) {
+	if sameSlice(before, now) {
+		return
+	}
 	for len(before)+len(now) > 0 {
 		order := 0
 		switch {

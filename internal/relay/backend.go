@@ -113,14 +113,16 @@ func (r *Relay) tidyUp() {
 			return
 		case <-time.After(tidyAfter):
 		}
-		r.thrift.end()
+		if !r.many.Load() {
+			r.thrift.end()
+		}
 		r.tidying.Store(false) // later garbage belongs to the next call
 		debug.FreeOSMemory()
 	})
 }
 
-// thrift has the garbage collected earlier (GOGC), from begin to end: of a large change there is as much as it
-// leaves, and the collector runs beside it. Both may be called again.
+// thrift has the garbage collected earlier (GOGC), from begin to end: with very many rules, and while very many change. A
+// change leaves as much garbage as is in use, and so do a few scrapes or lists of all rules. Both may be called again.
 type thrift struct {
 	mu     sync.Mutex
 	begun  bool

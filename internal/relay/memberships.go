@@ -117,6 +117,7 @@ func (s *memberships) join(p *plan.Plan, now *network.Snapshot, names []string) 
 	blocked := map[*plan.FlowPlan]bool{}
 	due, any := s.due(p, now, names, at, blocked)
 	if !any {
+		s.settled = p // rather than an older one, which would stay in memory
 		return false
 	}
 	var joined []membership.Membership
@@ -170,6 +171,9 @@ func (s *memberships) due(p *plan.Plan, now *network.Snapshot, names []string, a
 			}
 		}
 	case s.settled == nil || retries:
+		if s.settled == nil {
+			due = make([]dueJoin, 0, len(p.Rules)) // most have one
+		}
 		for _, r := range p.Rules {
 			due = s.dueOf(r, now, at, due, blocked)
 		}
@@ -202,7 +206,7 @@ func (s *memberships) joinAhead(p *plan.Plan, now *network.Snapshot) (wait func(
 	if err != nil {
 		return func() {} // join does all
 	}
-	var joined []membership.Membership
+	joined := make([]membership.Membership, 0, len(due))
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -374,7 +378,8 @@ func (s *memberships) logFailures(all []dueJoin) {
 // by the manager.
 func (s *memberships) leave(p *plan.Plan) {
 	if s.left != nil && s.left.Joins == p.Joins {
-		return // nothing changed since the last call
+		s.left = p // rather than an older one, which would stay in memory
+		return     // nothing changed since the last call
 	}
 	unwanted := s.unwanted(p)
 	var done []membership.Membership

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"time"
+	"weak"
 
 	"xdpcast/internal/plan"
 )
@@ -18,9 +19,9 @@ type networkPace struct {
 	free    time.Time // when changes of other interfaces may be followed again
 	waiting bool      // there are some
 
-	used  map[int]bool // indexes of the interfaces of flows, and of those below and above them
-	waits bool         // a rule does, perhaps for an interface that comes
-	of    *plan.Plan   // from which both were made
+	used  map[int]bool            // indexes of the interfaces of flows, and of those below and above them
+	waits bool                    // a rule does, perhaps for an interface that comes
+	of    weak.Pointer[plan.Plan] // from which both were made
 }
 
 // networkChanged follows changes of the network: at once, those of interfaces that no flow uses perhaps later.
@@ -53,8 +54,8 @@ func (p *networkPace) wake() time.Duration {
 // there is a rule that waits, perhaps for this one.
 func (r *Relay) uses(index int) bool {
 	p := &r.pace
-	if p.used == nil || p.of != r.plan {
-		p.used, p.of, p.waits = map[int]bool{}, r.plan, false
+	if now := weak.Make(r.plan); p.used == nil || p.of != now {
+		p.used, p.of, p.waits = map[int]bool{}, now, false
 		use := func(index int) {
 			p.used[index] = true
 			if l := r.network.ByIndex(index); l != nil {

@@ -155,6 +155,7 @@ type Relay struct {
 	thrift  thrift
 	tidy    sync.WaitGroup
 	tidying atomic.Bool // a tidy-up is scheduled
+	many    atomic.Bool // there are manyEdits rules or more
 }
 
 // kernel is this process's access to the kernel's state: the loader, and the reconcilers, which
@@ -307,9 +308,9 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	r.aside(r.adopt)
 	opts := &r.opts
 	opts.Events.Add(events.Event{Kind: events.KindDaemon, State: stateStarted, Cause: fmt.Sprintf("version %s with %d rules", opts.Version, len(r.rules))})
-	if len(r.rules) >= manyEdits {
+	defer r.thrift.end()
+	if r.many.Load() {
 		r.thrift.begin()
-		defer r.thrift.end()
 	}
 	_ = r.reconcile(nil) // errors are logged, shown and retried
 	r.keepMirror()

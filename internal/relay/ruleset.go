@@ -25,7 +25,8 @@ type edit struct {
 type mirrorEdit struct{ as *rules.Mroute }
 
 // manyEdits is the number of changed rules from which a change frees memory to the host
-// (FreeOSMemory), after tidyAfter; until then garbage may take busyGarbage percent of what is in use.
+// (FreeOSMemory), after tidyAfter. Until then, and with as many rules, garbage may take busyGarbage percent of what is in
+// use.
 const (
 	manyEdits   = 10_000
 	tidyAfter   = 2 * time.Second
@@ -68,6 +69,7 @@ func findRule(all []*plan.Rule, name string) (at int, found bool) {
 // setRules replaces the wanted rules.
 func (r *Relay) setRules(all []*plan.Rule) {
 	r.rules, r.overlaps, r.stale = all, nil, true
+	r.many.Store(len(all) >= manyEdits)
 	r.tables.retryRefused()
 }
 
@@ -149,6 +151,7 @@ func (r *Relay) readInitialRules() error {
 	}
 	first, saved := r.initialSets(fromFile, saved, isSaved)
 	r.rules, r.mroute = r.accepted(first.Rules, saved), first.Mroute
+	r.many.Store(len(r.rules) >= manyEdits)
 	if p := r.changes.pending; p != nil && p.before == nil {
 		p.before, p.mroute = r.rules, r.mroute // its time is over
 	}
@@ -158,7 +161,7 @@ func (r *Relay) readInitialRules() error {
 
 // accepted are the rules of the file, and those of the API that do not conflict with them.
 func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
-	var e edit
+	e := edit{put: make([]*plan.Rule, 0, len(fromFile)+len(saved))}
 	for _, rule := range fromFile {
 		e.put = append(e.put, &plan.Rule{Rule: rule, Origin: plan.OriginFile})
 	}
@@ -175,6 +178,9 @@ func (r *Relay) accepted(fromFile, saved []rules.Rule) []*plan.Rule {
 // It validates all at once, and halves of what is not valid: one by one would be quadratic, and a
 // daemon with 20,000 rules of the API, one of which conflicts, would not start for minutes.
 func fitting(set, more []rules.Rule, validate func([]rules.Rule) error, omit func(rules.Rule, error)) []rules.Rule {
+	if len(more) == 0 {
+		return set
+	}
 	all := append(make([]rules.Rule, 0, len(set)+len(more)), set...)
 	var add func(some []rules.Rule)
 	add = func(some []rules.Rule) {
@@ -197,6 +203,9 @@ func fitting(set, more []rules.Rule, validate func([]rules.Rule) error, omit fun
 
 // withoutConflicts omits the saved rules with a name or an input of the file.
 func (r *Relay) withoutConflicts(fromFile, saved []rules.Rule) []rules.Rule {
+	if len(saved) == 0 {
+		return nil
+	}
 	names, inputs := make(map[string]bool, len(fromFile)), make(map[rules.Input]bool, len(fromFile))
 	for i := range fromFile {
 		names[fromFile[i].Name] = true
