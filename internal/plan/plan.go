@@ -193,8 +193,12 @@ type Plan struct {
 	// Neighbours are the entries that the kernel should keep resolved, without duplicates.
 	Neighbours []network.NeighbourKey
 
-	seen seen // what it was made from
+	seen    seen // what it was made from
+	planned int
 }
+
+// Planned is how many rules were planned for it; the others have the plan of before.
+func (p *Plan) Planned() int { return p.planned }
 
 // RulePlan is the plan of one rule.
 type RulePlan struct {

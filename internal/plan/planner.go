@@ -184,6 +184,7 @@ func (p *Planner) eachRule(plan, last *Plan, m *maker, c *changes, any bool, e *
 func (p *Planner) plan(plan *Plan, i int, before *RulePlan, m *maker, e *effect) {
 	plan.Rules[i] = m.rule(plan.seen.rules[i])
 	plan.Rules[i].shareFlows(before)
+	plan.planned++
 	e.note(p, before, plan.Rules[i])
 }
 

@@ -100,8 +100,8 @@ func (r *Relay) replace(e edit, save bool) error {
 	return control.Wrap(control.KindFailed, err)
 }
 
-// tidyUp returns memory to the host soon after a large change: the garbage is as large as the rest,
-// and may stay for long.
+// tidyUp returns memory to the host soon after a large change, or after very many rules were planned: the garbage is as
+// large as the rest, and may stay for long.
 func (r *Relay) tidyUp() {
 	if !r.tidying.CompareAndSwap(false, true) {
 		return

@@ -123,6 +123,9 @@ func (r *Relay) prepare() error {
 		r.attachFirst(now)
 		r.plan = r.planner.Plan(plan.World{Rules: r.rules, Interfaces: r.mroutes.vifs(), Network: now, Answers: r.answers()})
 		r.tables.planned()
+		if r.ready && r.plan.Planned() >= manyEdits {
+			r.tidyUp() // of the plan before
+		}
 		r.watcher.Ask(r.plan.Hops)
 		attached := r.attachments.apply(r.plan, now)
 		tagged := r.tags.apply(r.plan, now)

@@ -315,7 +315,7 @@ func (r *Relay) Run(ctx context.Context, ready func()) (err error) {
 	_ = r.reconcile(nil) // errors are logged, shown and retried
 	r.keepMirror()
 	r.beginHistory()
-	if len(r.rules) >= manyEdits {
+	if r.many.Load() {
 		r.tidyUp()
 	}
 	r.ready = true
