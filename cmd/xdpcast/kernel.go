@@ -109,7 +109,8 @@ func kernelInput(r flow.Flow, name func(index int) string) string {
 		VLAN: rules.VLAN{ID: r.In.VLAN, Outer: r.In.OuterVLAN},
 	}
 	return rules.FormatInput(in, rules.Acceptance{
-		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, TwoWay: r.TwoWay && !r.AllowLoop, Unguarded: r.Unguarded, Local: r.Local, Except: r.Except, Broadcast: r.Broadcast, LocalControl: localControl(r), Rate: rules.Rate(r.Rate), Health: relay.HealthOf(r.Leg),
+		ZeroChecksum: r.AllowNoChecksum, AllowLoop: r.AllowLoop, TwoWay: r.TwoWay && !r.AllowLoop, Unguarded: r.Unguarded, Local: r.Local, Broadcast: r.Broadcast, LocalControl: localControl(r),
+		Extra: &rules.Extra{Except: r.Except, Rate: rules.Rate(r.Rate), Health: relay.HealthOf(r.Leg)},
 	})
 }
 

@@ -312,7 +312,10 @@ func (c *converter) rule(r route) rules.Rule {
 	rule := rules.Rule{
 		Name:   ruleName(r),
 		In:     rules.Input{Interface: r.iface, Address: r.group.Addr(), Len: prefixLen(r.group)},
-		Accept: rules.Acceptance{Join: r.join, Groups: r.groups},
+		Accept: rules.Acceptance{Join: r.join},
+	}
+	if len(r.groups) > 0 {
+		rule.Accept.Extra = &rules.Extra{Groups: r.groups}
 	}
 	if r.source.IsValid() {
 		rule.In.Source, rule.In.SourceLen = r.source.Addr(), prefixLen(r.source)

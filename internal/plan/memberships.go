@@ -115,7 +115,7 @@ func wantedGroups(rule *rules.Rule) iter.Seq[netip.Addr] {
 		case rules.JoinDefault:
 			yield(rule.In.Address)
 		case rules.JoinList:
-			for _, group := range rule.Accept.Groups {
+			for _, group := range rule.Accept.Groups() {
 				if !yield(group) {
 					return
 				}
@@ -147,7 +147,7 @@ func joinPolicy(rule *rules.Rule) rules.JoinPolicy {
 func groupCount(rule *rules.Rule) int {
 	switch rule.Accept.Join {
 	case rules.JoinList:
-		return len(rule.Accept.Groups)
+		return len(rule.Accept.Groups())
 	case rules.JoinAll:
 		return 1 << min(rule.In.Address.BitLen()-rule.In.Prefix().Bits(), 16)
 	}

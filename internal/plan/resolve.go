@@ -301,7 +301,7 @@ func resolveInput(rule *rules.Rule, leg *flow.Leg, in *network.Link) *flow.Flow 
 	switch {
 	case leg != nil:
 		name = legName(leg)
-	case rule.Accept.Health != (rules.Health{}):
+	case rule.Accept.Health() != (rules.Health{}):
 		leg = &flow.Leg{Of: name, Settings: streamOf(rule)}
 	}
 	return &flow.Flow{
@@ -310,19 +310,19 @@ func resolveInput(rule *rules.Rule, leg *flow.Leg, in *network.Link) *flow.Flow 
 		In: flow.Input{
 			Index: in.Index, MAC: in.MAC,
 			Group: rule.In.Address, Len: int(rule.In.Len), Source: rule.In.Source, Port: rule.In.Port, PortTo: rule.In.PortTo,
-			SourceLen: int(rule.In.SourceLen), BySource: rule.In.SourceLen != 0 || len(rule.Accept.Except) > 0,
+			SourceLen: int(rule.In.SourceLen), BySource: rule.In.SourceLen != 0 || len(rule.Accept.Except()) > 0,
 			VLAN: rule.In.VLAN.ID, OuterVLAN: rule.In.VLAN.Outer, FromHost: rule.In.FromHost,
 		},
 		Path:      flow.PathKernel,
 		Local:     rule.Accept.Local,
 		AllowLoop: rule.Accept.AllowLoop,
 		Broadcast: rule.Accept.Broadcast,
-		Except:    rule.Accept.Except,
+		Except:    rule.Accept.Except(),
 		Unguarded: rule.Accept.Unguarded,
 		// Thresholds are only a likelihood, so they are only for rules with an intended loop.
 		TwoWay:          rule.Accept.TwoWay || rule.Accept.AllowLoop,
 		AllowNoChecksum: rule.Accept.ZeroChecksum,
-		Rate:            resolveRate(rule.Accept.Rate, in.MTU),
+		Rate:            resolveRate(rule.Accept.Rate(), in.MTU),
 	}
 }
 

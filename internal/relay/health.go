@@ -170,7 +170,7 @@ type streams struct {
 }
 
 // watches says whether a rule has a stream.
-func watches(r *plan.Rule) bool { return r.Stream != nil || r.Accept.Health != (rules.Health{}) }
+func watches(r *plan.Rule) bool { return r.Stream != nil || r.Accept.Health() != (rules.Health{}) }
 
 // follow finds the rules of a plan that have a stream.
 func (s *streams) follow(p *plan.Plan) {

@@ -181,7 +181,7 @@ func TestPrefixMemberships(t *testing.T) {
 	prefix := func(name, group string, length uint8, join rules.JoinPolicy, groups ...netip.Addr) rules.Rule {
 		rule := stream(name, "in0", group, to("out0", "239.2.2.1"))
 		rule.In.Len, rule.In.Port = length, 0
-		rule.Accept = rules.Acceptance{Join: join, Groups: groups}
+		rule.Accept = rules.Acceptance{Join: join, Extra: &rules.Extra{Groups: groups}}
 		return rule
 	}
 	before := p.groups()

@@ -42,7 +42,7 @@ func TestThrift(t *testing.T) {
 
 // heapOfRule is how many bytes of the heap a rule may take, with a membership and one output or two: the rule, its plan, its flow,
 // and where tables, memberships and history refer to them.
-const heapOfRule = 1550
+const heapOfRule = 1400
 
 // A rule takes little memory, also after it was planned again: what was joined, left or published for the plan before does
 // not keep that.

@@ -51,7 +51,7 @@ func TestCompute(t *testing.T) {
 func TestChangeOfOptions(t *testing.T) {
 	have := mustRules(t, "a 239.1.1.1:1%eth0 -> 239.2.2.1:1%eth1")
 	want := slices.Clone(have)
-	want[0].Accept = Acceptance{Rate: Rate{Packets: 5}, AllowLoop: true}
+	want[0].Accept = Acceptance{Extra: &Extra{Rate: Rate{Packets: 5}}, AllowLoop: true}
 	const text = "~ a in 239.1.1.1:1%eth0 => 239.1.1.1:1%eth0,loop=allow,rate=5pps\n"
 	if got := Compute(have, want).String(); got != text {
 		t.Errorf("%q, want %q", got, text)

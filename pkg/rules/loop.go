@@ -106,7 +106,7 @@ func (r Rule) fedBy(o Output, from Input) bool {
 
 // excludes reports whether all of some traffic comes from senders that a rule excludes.
 func (r Rule) excludes(t traffic) bool {
-	return t.source.IsValid() && slices.ContainsFunc(r.Accept.Except, func(p netip.Prefix) bool {
+	return t.source.IsValid() && slices.ContainsFunc(r.Accept.Except(), func(p netip.Prefix) bool {
 		return p.Bits() <= t.source.Bits() && p.Contains(t.source.Addr())
 	})
 }

@@ -16,11 +16,11 @@ func parseOptions(s string, in *Input) (Acceptance, error) {
 			return Acceptance{}, err
 		}
 	}
-	if p.Rate.Burst != 0 && !p.rate {
-		return Acceptance{}, errBurstAlone(p.Rate.Burst)
+	if p.x.Rate.Burst != 0 && !p.rate {
+		return Acceptance{}, errBurstAlone(p.x.Rate.Burst)
 	}
 	in.VLAN, in.FromHost = p.vlan, p.from
-	return p.Acceptance, nil
+	return p.Acceptance.with(p.x), nil
 }
 
 func errBurstAlone(burst uint64) error {
@@ -30,6 +30,7 @@ func errBurstAlone(burst uint64) error {
 // optionParser has the options parsed so far and which of their keys were given.
 type optionParser struct {
 	Acceptance
+	x                                                                                                   Extra // of Acceptance
 	vlan                                                                                                VLAN
 	hasVLAN, from, join, except, csum, loop, guard, local, localControl, broadcast, rate, burst, health bool
 }
@@ -73,11 +74,11 @@ func (p *optionParser) item(item string) error {
 	case "broadcast":
 		seen, p.Broadcast, want = &p.broadcast, true, wantAllow(key, value)
 	case "rate":
-		seen, want = &p.rate, p.Rate.set(value)
+		seen, want = &p.rate, p.x.Rate.set(value)
 	case "burst":
-		seen, want = &p.burst, p.Rate.setBurst(value)
+		seen, want = &p.burst, p.x.Rate.setBurst(value)
 	case "health":
-		seen, want = &p.health, p.Health.set(value)
+		seen, want = &p.health, p.x.Health.set(value)
 	default:
 		return &FieldError{Field: "option", Value: item, Want: "KEY=VALUE, KEY one of vlan, from, join, except, csum, loop, loop-guard, local, local-control, broadcast, rate, burst, health"}
 	}
@@ -139,7 +140,7 @@ func (p *optionParser) setJoin(s string) (want string) {
 		if err != nil || addrFormFault(addr) != "" {
 			return "join=none, join=all or join=GROUP+GROUP..."
 		}
-		p.Groups = append(p.Groups, addr)
+		p.x.Groups = append(p.x.Groups, addr)
 	}
 	return ""
 }
@@ -185,7 +186,7 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	case JoinDefault:
 	case JoinList:
 		b = append(b, ",join="...)
-		for i, g := range a.Groups {
+		for i, g := range a.Groups() {
 			if i > 0 {
 				b = append(b, '+')
 			}
@@ -194,7 +195,7 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	default:
 		b = append(append(b, ",join="...), a.Join.String()...)
 	}
-	b = appendExcept(b, a.Except)
+	b = appendExcept(b, a.Except())
 	if a.ZeroChecksum {
 		b = append(b, ",csum=any"...)
 	}
@@ -215,9 +216,9 @@ func appendAcceptance(b []byte, a Acceptance) []byte {
 	if a.Broadcast {
 		b = append(b, ",broadcast=allow"...)
 	}
-	b = appendRate(b, a.Rate)
-	if a.Health != (Health{}) {
-		b = append(append(b, ",health="...), a.Health.String()...)
+	b = appendRate(b, a.Rate())
+	if h := a.Health(); h != (Health{}) {
+		b = append(append(b, ",health="...), h.String()...)
 	}
 	return b
 }

@@ -267,7 +267,7 @@ func newInputPool(rules []Rule, inputs map[Input]int, has func(rule int) bool) *
 func (p *inputPool) each(t traffic, cover bool) iter.Seq[int] {
 	return func(yield func(int) bool) {
 		for i := range p.eachUnlessExcluded(t, cover) {
-			if !p.rules[i].excludes(t) && !(cover && len(p.rules[i].Accept.Except) > 0) && !yield(i) {
+			if !p.rules[i].excludes(t) && !(cover && len(p.rules[i].Accept.Except()) > 0) && !yield(i) {
 				return
 			}
 		}

@@ -56,7 +56,7 @@ func (p packet) toPort(in Input) bool {
 
 // takenBy is matches for a rule that may leave senders out.
 func (p packet) takenBy(r Rule) bool {
-	return p.matches(r.In) && !slices.ContainsFunc(r.Accept.Except, func(e netip.Prefix) bool { return e.Contains(p.source) })
+	return p.matches(r.In) && !slices.ContainsFunc(r.Accept.Except(), func(e netip.Prefix) bool { return e.Contains(p.source) })
 }
 
 // sentBy reports whether an output sends the packet for some packet that its rule
@@ -197,9 +197,9 @@ func randomRules(random *rand.Rand, n int) (rules []Rule) {
 		r := Rule{Name: fmt.Sprintf("r%d", len(rules)), In: in}
 		r.Accept.AllowLoop = random.IntN(10) == 0
 		if excepts && (!in.Source.IsValid() || in.SourceLen != 0) && random.IntN(2) == 0 {
-			r.Accept.Except = []netip.Prefix{netip.MustParsePrefix(pick(random, "10.0.0.1/32", "10.0.0.2/32", "10.0.0.0/31"))}
+			r.Accept.Extra = &Extra{Except: []netip.Prefix{netip.MustParsePrefix(pick(random, "10.0.0.1/32", "10.0.0.2/32", "10.0.0.0/31"))}}
 			if in.SourceLen == 31 {
-				r.Accept.Except[0] = netip.MustParsePrefix("10.0.0.1/32")
+				r.Accept.Extra.Except[0] = netip.MustParsePrefix("10.0.0.1/32")
 			}
 		}
 		for range 1 + random.IntN(2) {
@@ -447,10 +447,10 @@ func FuzzOverlap(f *testing.F) {
 			t.Errorf("Before(%v, %v) = %v both ways", a, b, Before(a, b))
 		}
 		rules := []Rule{{Name: "a", In: a, Accept: acceptA, Out: []Output{o}}, {Name: "b", In: b, Accept: acceptB, Out: []Output{o}}}
-		if got := Overlaps(rules, 2); a != b && acceptB.Except == nil && (len(got[0]) == 1) != a.Overlaps(b) {
+		if got := Overlaps(rules, 2); a != b && acceptB.Except() == nil && (len(got[0]) == 1) != a.Overlaps(b) {
 			t.Errorf("%v and %v: %v", a, b, got)
 		}
-		if mirror, ok := mirrorRule(rules[0]); ok && !acceptA.AllowLoop && acceptA.Except == nil && ValidateSet([]Rule{rules[0], mirror}) == nil {
+		if mirror, ok := mirrorRule(rules[0]); ok && !acceptA.AllowLoop && acceptA.Except() == nil && ValidateSet([]Rule{rules[0], mirror}) == nil {
 			t.Errorf("%v and %v: no loop", rules[0], mirror)
 		}
 	})

@@ -75,13 +75,49 @@ type Acceptance struct {
 	// Broadcast declares Input.Address a broadcast address of the input's link, the limited one or
 	// one of a network there, rather than a host's.
 	Broadcast bool
-	Groups    []netip.Addr // only with JoinList: groups of the input's prefix
+	// Extra is what few rules have; nil: none of it. It must not be modified.
+	Extra *Extra
+}
+
+// Extra is the part of an Acceptance that few rules have: 100,000 have room for 10 MB of it.
+type Extra struct {
+	// Groups are those of the input's prefix to join, with JoinList alone.
+	Groups []netip.Addr
 	// Except are senders to exclude, within Input.Source.
 	Except []netip.Prefix
 	// Rate limits the rule as a whole.
 	Rate Rate
 	// Health watches the numbers of the packets.
 	Health Health
+}
+
+// extra is what a.Extra points to, if anything.
+func (a Acceptance) extra() Extra {
+	if a.Extra == nil {
+		return Extra{}
+	}
+	return *a.Extra
+}
+
+// Groups is Extra.Groups, if there are any.
+func (a Acceptance) Groups() []netip.Addr { return a.extra().Groups }
+
+// Except is Extra.Except, if there is any.
+func (a Acceptance) Except() []netip.Prefix { return a.extra().Except }
+
+// Rate is Extra.Rate, or none.
+func (a Acceptance) Rate() Rate { return a.extra().Rate }
+
+// Health is Extra.Health, or none.
+func (a Acceptance) Health() Health { return a.extra().Health }
+
+// with returns a with an extra part, nil if that is empty.
+func (a Acceptance) with(x Extra) Acceptance {
+	a.Extra = nil
+	if len(x.Groups) > 0 || len(x.Except) > 0 || x.Rate != (Rate{}) || x.Health != (Health{}) {
+		a.Extra = &x
+	}
+	return a
 }
 
 // JoinPolicy selects which groups of a rule's input are joined.
@@ -92,7 +128,7 @@ const (
 	JoinDefault JoinPolicy = iota // a single group; nothing for a unicast input
 	JoinNone                      // nothing: the network floods, or another host joins
 	JoinAll                       // every group of the prefix, at most MaxJoinAll
-	JoinList                      // Acceptance.Groups
+	JoinList                      // Extra.Groups
 )
 
 // MaxJoinAll is the maximum number of groups of a prefix with JoinAll.
@@ -176,9 +212,16 @@ func Equal(a, b Rule) bool {
 }
 
 func equalAcceptance(a, b Acceptance) bool {
-	return a.Join == b.Join && slices.Equal(a.Groups, b.Groups) && slices.Equal(a.Except, b.Except) && a.ZeroChecksum == b.ZeroChecksum &&
-		a.AllowLoop == b.AllowLoop && a.TwoWay == b.TwoWay && a.Unguarded == b.Unguarded && a.Local == b.Local && a.LocalControl == b.LocalControl && a.Broadcast == b.Broadcast &&
-		a.Rate == b.Rate && a.Health == b.Health
+	return a.Join == b.Join && equalExtra(a, b) && a.ZeroChecksum == b.ZeroChecksum &&
+		a.AllowLoop == b.AllowLoop && a.TwoWay == b.TwoWay && a.Unguarded == b.Unguarded && a.Local == b.Local && a.LocalControl == b.LocalControl && a.Broadcast == b.Broadcast
+}
+
+func equalExtra(a, b Acceptance) bool {
+	if a.Extra == b.Extra {
+		return true
+	}
+	x, y := a.extra(), b.extra()
+	return slices.Equal(x.Groups, y.Groups) && slices.Equal(x.Except, y.Except) && x.Rate == y.Rate && x.Health == y.Health
 }
 
 // String formats the rule as one line.

@@ -54,7 +54,7 @@ func (in Input) lastPort() uint16 {
 
 // Excludes reports whether a sender is excluded.
 func (a Acceptance) Excludes(source netip.Addr) bool {
-	return source.IsValid() && slices.ContainsFunc(a.Except, func(p netip.Prefix) bool { return p.Contains(source) })
+	return source.IsValid() && slices.ContainsFunc(a.Except(), func(p netip.Prefix) bool { return p.Contains(source) })
 }
 
 // PortsMeet reports whether an output sends to a port that the input takes, assuming that it takes
@@ -112,7 +112,7 @@ func (p *optionParser) setExcept(s string) (want string) {
 		if !ok {
 			return "except=ADDRESS+ADDRESS/LEN..."
 		}
-		p.Except = append(p.Except, prefix)
+		p.x.Except = append(p.x.Except, prefix)
 	}
 	return ""
 }
@@ -161,7 +161,7 @@ func (e end) senders(in Input, accept Acceptance) {
 		}
 		e.fault(ErrNeedSource, ".source", value, fmt.Sprintf("%s: groups of %s need a source (RFC 4607 section 4.1)", want, ssm))
 	}
-	e.except(in, accept.Except)
+	e.except(in, accept.Except())
 }
 
 // multicasts are addresses that no sender has.

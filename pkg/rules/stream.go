@@ -341,7 +341,7 @@ func (h Health) String() string {
 // Health is what watches the inputs of a rule: of several what one of them says.
 func (r *Rule) Health() Health {
 	for i := range r.InputCount() {
-		if h := r.Leg(i).Accept.Health; h != (Health{}) {
+		if h := r.Leg(i).Accept.Health(); h != (Health{}) {
 			return h
 		}
 	}
@@ -496,8 +496,8 @@ func (c *checker) leg(r *Rule, i int) {
 	if accept.Local {
 		e.fault(nil, ".local", "yes", "no local: the host's receivers would get the rest of each input")
 	}
-	if accept.Rate != (Rate{}) {
-		e.fault(nil, ".rate", string(appendRate(nil, accept.Rate)[1:]), "no rate"+one+" (which one is relayed changes)")
+	if accept.Rate() != (Rate{}) {
+		e.fault(nil, ".rate", string(appendRate(nil, accept.Rate())[1:]), "no rate"+one+" (which one is relayed changes)")
 	}
 	if i == 0 {
 		return
@@ -555,7 +555,7 @@ func formatFault(format MergeFormat, f MergeField) string {
 // health checks what watches an input.
 func (c *checker) health(r *Rule, i int) {
 	e, leg := end{c, legSlot(r, i)}, r.Leg(i)
-	in, h := leg.In, leg.Accept.Health
+	in, h := leg.In, leg.Accept.Health()
 	if h == (Health{}) {
 		return
 	}

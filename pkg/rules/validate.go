@@ -237,13 +237,13 @@ func (c *checker) input(slot int, in Input, accept Acceptance, path Path) {
 	if accept.ZeroChecksum && in.Address.Is4() {
 		e.fault(nil, ".csum", "any", "no csum: IPv4 packets without a UDP checksum are always taken")
 	}
-	e.rate(accept.Rate)
+	e.rate(accept.Rate())
 }
 
 // join checks which memberships the input has.
 func (e end) join(in Input, accept Acceptance) {
-	if accept.Join != JoinList && len(accept.Groups) > 0 {
-		e.fault(nil, ".join", accept.Groups[0].String(), "no groups with join="+accept.Join.String())
+	if accept.Join != JoinList && len(accept.Groups()) > 0 {
+		e.fault(nil, ".join", accept.Groups()[0].String(), "no groups with join="+accept.Join.String())
 	}
 	switch {
 	case accept.Join > JoinList:
@@ -258,7 +258,7 @@ func (e end) join(in Input, accept Acceptance) {
 	case accept.Join == JoinAll && in.Address.BitLen()-int(in.lengthOrAll()) > maxJoinBits:
 		e.fault(nil, ".join", "all", fmt.Sprintf("join=none or join=GROUP+GROUP...: %v has more than %d groups", in.Prefix(), MaxJoinAll))
 	case accept.Join == JoinList:
-		e.joinList(in, accept.Groups)
+		e.joinList(in, accept.Groups())
 	}
 }
 

@@ -73,7 +73,7 @@ func TestValidateRefuses(t *testing.T) {
 			f(r)
 			r.Accept.Join = policy
 			for _, g := range groups {
-				r.Accept.Groups = append(r.Accept.Groups, addr(g))
+				r.Accept = r.Accept.with(Extra{Groups: append(r.Accept.Groups(), addr(g))})
 			}
 		}
 	}
@@ -88,7 +88,7 @@ func TestValidateRefuses(t *testing.T) {
 	except := func(all ...string) func(*Rule) {
 		return func(r *Rule) {
 			for _, s := range all {
-				r.Accept.Except = append(r.Accept.Except, netip.MustParsePrefix(s))
+				r.Accept = r.Accept.with(Extra{Except: append(r.Accept.Except(), netip.MustParsePrefix(s))})
 			}
 		}
 	}
@@ -150,9 +150,9 @@ func TestValidateRefuses(t *testing.T) {
 		{func(r *Rule) { joined(in("255.255.255.255"), JoinAll)(r); r.Accept.Broadcast = true }, nil, `in.join "all": want no join: a unicast address is not joined`},
 		{func(r *Rule) { in("250.1.1.255")(r); r.Accept.Broadcast = true }, nil, `in.address "250.1.1.255": want ` + reserved},
 		{func(r *Rule) { r.Accept.Local, r.Path = true, PathKernel }, nil, `in.local "yes": want path auto or fanout: path kernel takes the packets away from the host's receivers`},
-		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 999} }, nil, `in.rate "999bit": want 1kbit or more`},
-		{func(r *Rule) { r.Accept.Rate = Rate{Bits: 1000, Packets: 1} }, nil, `in.rate "1pps and 1000bit": want packets or bits, not both`},
-		{func(r *Rule) { r.Accept.Rate = Rate{Burst: 9} }, nil, `in.burst "9": want a rate, too`},
+		{func(r *Rule) { r.Accept.Extra = &Extra{Rate: Rate{Bits: 999}} }, nil, `in.rate "999bit": want 1kbit or more`},
+		{func(r *Rule) { r.Accept.Extra = &Extra{Rate: Rate{Bits: 1000, Packets: 1}} }, nil, `in.rate "1pps and 1000bit": want packets or bits, not both`},
+		{func(r *Rule) { r.Accept.Extra = &Extra{Rate: Rate{Burst: 9}} }, nil, `in.burst "9": want a rate, too`},
 		{func(r *Rule) { r.Out[0].Policy.Rate = Rate{Packets: 1e18} }, nil, `out[0].rate "1000000000000000000": want at most 1000000G`},
 		{func(r *Rule) { r.Out[0].Len = 16; r.Out[0].Address = addr("239.2.0.0") }, nil, `out[0].address "239.2.0.0/16": want one address, or a prefix as long as the input's, /32`},
 		{func(r *Rule) {
@@ -255,7 +255,7 @@ func TestValidateRefuses(t *testing.T) {
 			`in.source "10.0.0.0/24": want one source, or join=none: groups of 232.0.0.0/8 need a source (RFC 4607 section 4.1)`},
 		{func(r *Rule) {
 			for i := range 65 {
-				r.Accept.Except = append(r.Accept.Except, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 32))
+				r.Accept = r.Accept.with(Extra{Except: append(r.Accept.Except(), netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 32))})
 			}
 		}, nil, `in.except "65 prefixes": want at most 64`},
 		{ports(5000, 5000), nil, `in.port "5000-5000": want a range of ports from a lower to a higher one, as 5000-5010`},
