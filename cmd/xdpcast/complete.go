@@ -25,7 +25,7 @@ const completeFlag = "--generate-bash-completion"
 const completeTimeout = time.Second
 
 // takesRules are the commands whose arguments are rule names.
-var takesRules = []string{"xdpcast rule show", "xdpcast rule del", "xdpcast stats", "xdpcast explain", "xdpcast tap"}
+var takesRules = []string{"xdpcast rule show", "xdpcast rule del", "xdpcast stats", "xdpcast health", "xdpcast explain", "xdpcast doctor", "xdpcast tap"}
 
 // complete writes the possible continuations of a command line, one a line: words are those after
 // the program's name; the last one is incomplete if it begins with a dash.

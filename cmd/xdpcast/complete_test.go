@@ -1,9 +1,14 @@
 package main
 
 import (
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"xdpcast/internal/labtest"
 )
 
 func TestComplete(t *testing.T) {
@@ -21,6 +26,8 @@ func TestComplete(t *testing.T) {
 		{"rule show", []string{"cam1", "feed-a"}, []string{"list"}},
 		{"rule del", []string{"cam1", "feed-a"}, nil},
 		{"stats", []string{"cam1", "feed-a"}, nil},
+		{"doctor", []string{"cam1", "feed-a"}, nil},
+		{"health", []string{"cam1", "feed-a"}, nil},
 		{"no-such-command", nil, []string{"run"}},
 	} {
 		got := call("", append(strings.Fields(tt.words), completeFlag)...)
@@ -46,5 +53,37 @@ func TestCompleteWithoutDaemon(t *testing.T) {
 	t.Setenv("XDPCAST_SOCKET", t.TempDir()+"/none.sock")
 	if got := call("", "rule", "show", completeFlag); got.code != exitDone || got.stdout+got.stderr != "" {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestFishCompletion has the fish shell complete command lines with a program that knows one rule.
+func TestFishCompletion(t *testing.T) {
+	fish, err := exec.LookPath("fish")
+	if err != nil {
+		labtest.Lacking(t, "the shell fish")
+	}
+	dir := t.TempDir()
+	script := `#!/bin/sh
+case "$*" in
+"rule show ` + completeFlag + `") echo cam1; echo constructor ;;
+"stats --w ` + completeFlag + `") echo --watch ;;
+esac
+`
+	for name, text := range map[string]string{"xdpcast": script, "rules.yaml": ""} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file, err := filepath.Abs("../../packaging/completion/xdpcast.fish")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line, want := range map[string]string{"xdpcast rule show c": "cam1 constructor", "xdpcast stats --w": "--watch", "xdpcast check -c ru": "rules.yaml"} {
+		cmd := exec.CommandContext(labtest.Context(t), fish, "--no-config", "-c", `source $argv[1]; complete -C $argv[2]`, file, line)
+		cmd.Dir, cmd.Env = dir, []string{"PATH=" + dir + ":/usr/bin:/bin", "HOME=" + dir}
+		out, err := cmd.CombinedOutput()
+		if got := strings.Join(strings.Fields(string(out)), " "); err != nil || got != want {
+			t.Errorf("%q: %q, %v; want %q", line, got, err, want)
+		}
 	}
 }

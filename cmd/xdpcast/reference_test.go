@@ -20,16 +20,6 @@ func TestManPage(t *testing.T) {
 	golden(t, "../../packaging/man/xdpcast.8", string(md2man.Render([]byte(manPage(newApp(time.Now))))))
 }
 
-// TestFishCompletion holds the completion of the fish shell to the commands as they are. Those
-// of bash and zsh ask the program.
-func TestFishCompletion(t *testing.T) {
-	text, err := newApp(time.Now).ToFishCompletion()
-	if err != nil {
-		t.Fatal(err)
-	}
-	golden(t, "../../packaging/completion/xdpcast.fish", text)
-}
-
 // manPage renders the commands as the Markdown that md2man makes a man page of.
 func manPage(app *cli.App) string {
 	var b strings.Builder
