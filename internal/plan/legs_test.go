@@ -26,6 +26,8 @@ func TestLegs(t *testing.T) {
 			want: []string{"rule a active: in[1]: interface eth2 not found", "flow a%0 on eth0 active kernel", "flow a%1 on eth2 pending waits: interface eth2 not found"}},
 		{name: "both are absent", links: []string{"eth1 10.1.0.1"}, rule: twoLegs,
 			want: []string{"rule a pending: in[0]: interface eth0 not found"}},
+		{name: "their output is absent", links: []string{"eth0 10.0.0.1", "eth2 10.2.0.1"}, rule: twoLegs,
+			want: []string{"rule a pending: interface eth1 not found"}},
 		{name: "on one interface", links: three, rule: "a: 239.1.1.1:5000%eth0 239.1.2.1:5000%eth0 -> 239.2.2.2:6000%eth1 merge=rtp",
 			want: []string{"rule a active", "flow a%0 on eth0 active kernel", "flow a%1 on eth0 active kernel"}},
 		{name: "without an Ethernet header", links: []string{"eth0 10.0.0.1", "eth1 10.1.0.1", "eth2 noeth"}, rule: twoLegs,

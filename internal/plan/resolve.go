@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"xdpcast/internal/network"
@@ -60,10 +61,13 @@ func (m *maker) rule(r *Rule) *RulePlan {
 
 // sum derives the state of a rule from those of its flows: it is active if one of them is.
 func (r *RulePlan) sum() {
+	// What all flows have, such as an output that is down, is about no input.
+	shared := len(r.Flows) > 1 && !slices.ContainsFunc(r.Flows, func(f *FlowPlan) bool { return f.Reason != r.Flows[0].Reason })
 	for _, f := range r.Flows {
 		if f.Reason != "" && r.Reason == "" {
 			r.Reason = f.Reason
 			switch {
+			case shared:
 			case f.Flow.Leg.Several():
 				r.Reason = fmt.Sprintf("in[%d]: %s", f.Flow.Leg.Number, f.Reason)
 			case len(r.Flows) > 1:
