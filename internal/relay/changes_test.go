@@ -99,8 +99,9 @@ type model struct {
 	disk   ruleSet // the file
 	read   ruleSet // as it was read last
 	now    sets
-	past   []sets // the last one is in force
-	before *sets  // what comes back without a confirmation
+	past   []sets        // the last one is in force
+	before *sets         // what comes back without a confirmation
+	waited time.Duration // for one
 }
 
 func (m *model) changed(to sets) {
@@ -175,7 +176,7 @@ func randomChanges(t *testing.T, random *rand.Rand) {
 		}
 		if waits {
 			before := m.now
-			m.before = &before
+			m.before, m.waited = &before, 0
 		}
 		m.changed(to)
 		return true
@@ -255,13 +256,14 @@ func randomChanges(t *testing.T, random *rand.Rand) {
 			change(fmt.Sprint("rollback ", back, confirm), confirm, to, func(o control.ApplyOptions) (control.ApplyResult, error) {
 				return r.Rollback(t.Context(), back, o)
 			})
-		case 5:
-			steps = append(steps, "half of the time passes")
-			clock.pass(t, r, window/2-1)
-		case 6:
-			steps = append(steps, "time passes")
-			clock.pass(t, r, window)
-			if m.before != nil {
+		case 5, 6:
+			what, d := "half of the time passes", window/2
+			if random.IntN(2) == 0 {
+				what, d = "time passes", window
+			}
+			steps = append(steps, what)
+			clock.pass(t, r, d)
+			if m.waited += d; m.before != nil && m.waited >= window {
 				m.undo()
 			}
 		case 7, 8:
