@@ -46,6 +46,7 @@ func TestDiscoverMisses(t *testing.T) {
 		}
 		return string(sockets)
 	})
+	sleeps(t, "it waits for packets", cmd.Process.Pid) // what arrives while it opens its socket does not count
 	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -65,24 +66,7 @@ func TestDiscoverMisses(t *testing.T) {
 	if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	// It has emptied the ring once none of its threads runs, or wants to, for a while.
-	since := time.Now()
-	eventually(t, "it has read what there is", func() string {
-		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", cmd.Process.Pid))
-		if err != nil || len(threads) == 0 {
-			t.Fatalf("threads of discover: %v, %v", threads, err)
-		}
-		for _, thread := range threads {
-			text, err := os.ReadFile(thread) // which may have ended
-			if _, state, _ := strings.Cut(string(text), ") "); err == nil && !strings.HasPrefix(state, "S ") {
-				since = time.Now()
-			}
-		}
-		if time.Since(since) < 500*time.Millisecond {
-			return "it runs"
-		}
-		return ""
-	})
+	sleeps(t, "it has read what there is", cmd.Process.Pid)
 	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)
 	}
@@ -110,6 +94,28 @@ func TestDiscoverMisses(t *testing.T) {
 	eventually(t, "the rule has all of its packets", func() string {
 		if s := in.rule("cam1"); s.Matched.Packets != sent/100 || s.Outputs[0].Sent.Packets != sent/100 {
 			return fmt.Sprintf("%+v", s)
+		}
+		return ""
+	})
+}
+
+// sleeps waits until none of a process's threads has run, or wanted to, for a while.
+func sleeps(t *testing.T, what string, pid int) {
+	t.Helper()
+	since := time.Now()
+	eventually(t, what, func() string {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil || len(threads) == 0 {
+			t.Fatalf("threads of process %d: %v, %v", pid, threads, err)
+		}
+		for _, thread := range threads {
+			text, err := os.ReadFile(thread) // which may have ended
+			if _, state, _ := strings.Cut(string(text), ") "); err == nil && !strings.HasPrefix(state, "S ") {
+				since = time.Now()
+			}
+		}
+		if time.Since(since) < 500*time.Millisecond {
+			return "it runs"
 		}
 		return ""
 	})
