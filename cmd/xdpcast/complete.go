@@ -28,12 +28,19 @@ const completeTimeout = time.Second
 var takesRules = []string{"xdpcast rule show", "xdpcast rule del", "xdpcast stats", "xdpcast health", "xdpcast explain", "xdpcast doctor", "xdpcast tap"}
 
 // complete writes the possible continuations of a command line, one a line: words are those after
-// the program's name; the last one is incomplete if it begins with a dash.
+// the program's name; the last one is incomplete if it begins with a dash, and empty if another word than a
+// flag is to be completed: it may be the value of a flag.
 func complete(ctx context.Context, app *cli.App, words []string, out io.Writer) {
 	path, flags, commands := app.Name, app.Flags, app.Commands
 	typing := "" // an incomplete flag
 	if n := len(words); n > 0 && strings.HasPrefix(words[n-1], "-") {
 		words, typing = words[:n-1], words[n-1]
+	}
+	before := "" // the word before another one than a flag
+	if n := len(words); n > 0 && words[n-1] == "" {
+		if words = words[:n-1]; len(words) > 0 {
+			before = words[len(words)-1]
+		}
 	}
 	socket := cmp.Or(os.Getenv("XDPCAST_SOCKET"), control.DefaultSocket)
 	for len(commands) > 0 {
@@ -52,9 +59,10 @@ func complete(ctx context.Context, app *cli.App, words []string, out io.Writer) 
 		path += " " + commands[i].Name
 		flags, commands, words = commands[i].Flags, commands[i].Subcommands, words[1:]
 	}
-	switch {
+	switch all := slices.Concat(flags, app.Flags); {
+	case isFlag(before) && flagLen(before, all) > 1: // its value: the shell offers files
 	case typing != "":
-		writeFlagNames(out, slices.Concat(flags, app.Flags))
+		writeFlagNames(out, all)
 	case len(commands) > 0:
 		for _, c := range commands {
 			if !c.Hidden {

@@ -14,7 +14,7 @@ import (
 func TestComplete(t *testing.T) {
 	daemon(t, &backend{})
 	for _, tt := range []struct {
-		words string // a last word that begins with a dash is being typed
+		words string // a last word that begins with a dash is being typed; '' is an empty one
 		want  []string
 		not   []string
 	}{
@@ -28,9 +28,21 @@ func TestComplete(t *testing.T) {
 		{"stats", []string{"cam1", "feed-a"}, nil},
 		{"doctor", []string{"cam1", "feed-a"}, nil},
 		{"health", []string{"cam1", "feed-a"}, nil},
+		{"stats --watch ''", []string{"cam1", "feed-a"}, []string{"--watch"}},
+		{"stats --output ''", nil, []string{"cam1", "--watch"}},
+		{"check -c ''", nil, []string{"--config"}},
+		{"''", []string{"run", "rule"}, []string{"--socket"}},
+		{"rule ''", []string{"add", "del"}, []string{"run"}},
+		{"rule show ''", []string{"cam1"}, nil},
+		{"--socket ''", nil, []string{"run"}},
+		{"no-such-command ''", nil, []string{"run"}},
 		{"no-such-command", nil, []string{"run"}},
 	} {
-		got := call("", append(strings.Fields(tt.words), completeFlag)...)
+		words := strings.Fields(tt.words)
+		if n := len(words); n > 0 && words[n-1] == "''" {
+			words[n-1] = ""
+		}
+		got := call("", append(words, completeFlag)...)
 		if got.code != exitDone || got.stderr != "" {
 			t.Errorf("%q: %+v", tt.words, got)
 		}
@@ -65,8 +77,9 @@ func TestFishCompletion(t *testing.T) {
 	dir := t.TempDir()
 	script := `#!/bin/sh
 case "$*" in
-"rule show ` + completeFlag + `") echo cam1; echo constructor ;;
+"rule show  ` + completeFlag + `") echo cam1; echo constructor ;;
 "stats --w ` + completeFlag + `") echo --watch ;;
+*" -c ` + completeFlag + `") echo --config ;;
 esac
 `
 	for name, text := range map[string]string{"xdpcast": script, "rules.yaml": ""} {

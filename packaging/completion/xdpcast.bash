@@ -4,7 +4,7 @@ _xdpcast() {
 	local cur words cword line
 	_get_comp_words_by_ref -n "=:@%" cur words cword || return
 	words=("${words[@]:0:cword}")
-	[[ $cur != -* ]] || words+=("$cur")
+	if [[ $cur = -* ]]; then words+=("$cur"); else words+=(""); fi
 	COMPREPLY=()
 	while IFS= read -r line; do
 		[[ $line != "$cur"* ]] || COMPREPLY+=("$line")

@@ -3,7 +3,11 @@
 function __xdpcast_complete
     set -l before (commandline -opc)
     set -l current (commandline -ct)
-    string match -q -- '-*' $current; and set -a before $current
+    if string match -q -- '-*' $current
+        set -a before $current
+    else
+        set -a before ''
+    end
     set -l program $before[1]
     set -e before[1]
     set -l candidates (command $program $before --generate-bash-completion 2>/dev/null)
