@@ -222,7 +222,11 @@ func runRelay(c *cli.Context, opts relay.Options, listen *listenConfig, user *pr
 		return explainStart(err)
 	}
 	defer func() { err = errors.Join(err, opts.Early.Close()) }()
-	service.waitEnded()
+	if service.waitEnded() && !opts.Early.GoesOn() { // that had its locks until now, say
+		if opts.Early, err = relay.Resume(opts); err != nil {
+			return explainStart(err)
+		}
+	}
 	// Only root may be able to read the keys and open the port.
 	listening, err := listen.open(service.listener(passedHTTP), service.take(passedSecrets), opts.Logger)
 	if err != nil {

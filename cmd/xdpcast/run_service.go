@@ -118,14 +118,15 @@ func connectService(ctx context.Context, log *slog.Logger, prepare func()) (*ser
 	return s, nil
 }
 
-// waitEnded waits until a process that this one has replaced before its end has ended.
-func (s *service) waitEnded() {
+// waitEnded waits until a process that this one has replaced before its end has ended; false: there was none.
+func (s *service) waitEnded() bool {
 	if s.standby == nil {
-		return
+		return false
 	}
 	if err := s.standby.WaitEnded(); err != nil {
 		s.log.Warn("wait for the end of the previous daemon", "error", err)
 	}
+	return true
 }
 
 // wantStandby asks the holder for a standby, or declines it.

@@ -52,17 +52,23 @@ type Life struct{ pipe [2]int }
 
 // firstClosed is the number of the write end: the kernel closes the files of a killed process from the highest number on
 // (task work is a stack: kernel/task_work.c), and does so once no thread of it runs in user space any more (do_exit: exit_mm, then
-// exit_files). Only what the next process waits for, too, may have a higher one: see loader.FirstReleased.
+// exit_files). Only what the next process waits for, too, has a higher one: see loader.ReleaseFirst.
 const firstClosed = 6144
 
-// NewLife makes the pipe. A process that is killed closes it before other files below descriptor 6144.
+// NewLife makes the pipe. A process that is killed closes it before other files below descriptor 6144, or three quarters of a lower
+// limit.
 func NewLife() (*Life, error) {
 	l := &Life{}
 	if err := unix.Pipe2(l.pipe[:], unix.O_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("pipe: %w", err)
 	}
+	var limit unix.Rlimit
+	least := firstClosed
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
+		least = int(min(limit.Cur/4*3, firstClosed))
+	}
 	// With a lower number the holder just hears of it later.
-	if high, err := unix.FcntlInt(uintptr(l.pipe[1]), unix.F_DUPFD_CLOEXEC, firstClosed); err == nil {
+	if high, err := unix.FcntlInt(uintptr(l.pipe[1]), unix.F_DUPFD_CLOEXEC, least); err == nil {
 		_ = unix.Close(l.pipe[1])
 		l.pipe[1] = high
 	}

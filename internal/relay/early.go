@@ -78,6 +78,9 @@ func (e *Early) goOn(opts Options, rules *forward.FanoutRules) (err error) {
 	return nil
 }
 
+// GoesOn says whether the path goes on.
+func (e *Early) GoesOn() bool { return e.path != nil }
+
 // fanoutOptions are those of the path fanout that do not depend on the process before.
 func (e *Early) fanoutOptions(opts Options, accounts forward.Accounts) forward.FanoutOptions {
 	return forward.FanoutOptions{

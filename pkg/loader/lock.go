@@ -64,11 +64,16 @@ const firstReleased = 7168
 // ReleaseFirst makes the kernel release the locks before it closes anything else, should the process be killed: for one
 // that waits to go on.
 func (l *Loader) ReleaseFirst() {
+	var limit unix.Rlimit
+	least := firstReleased
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
+		least = int(min(limit.Cur/8*7, firstReleased))
+	}
 	for _, f := range []**os.File{&l.lock.run, &l.lock.pins} {
-		if *f == nil || (*f).Fd() >= firstReleased {
+		if *f == nil || int((*f).Fd()) >= least {
 			continue
 		}
-		fd, err := unix.FcntlInt((*f).Fd(), unix.F_DUPFD_CLOEXEC, firstReleased)
+		fd, err := unix.FcntlInt((*f).Fd(), unix.F_DUPFD_CLOEXEC, least)
 		if err != nil {
 			l.log.Debug("a lock has no high descriptor", "error", err)
 			continue
