@@ -172,10 +172,20 @@ func receive(l receiver, messages chan<- notify.Message, stop <-chan struct{}, l
 // reap passes exits of children to run.
 func (h *holder) reap() {
 	for {
+		// Looked at first: once Run has returned, a child is another one's.
+		err := unix.Waitid(unix.P_ALL, 0, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		select {
+		case <-h.stop:
+			return
+		default:
+		}
+		var pid int
 		var status unix.WaitStatus
-		pid, err := unix.Wait4(-1, &status, 0, nil)
+		if err == nil {
+			pid, err = unix.Wait4(-1, &status, unix.WNOHANG, nil)
+		}
 		switch {
-		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EINTR) || err == nil && pid == 0:
 			continue
 		case err != nil: // no children left
 			select {
