@@ -357,6 +357,7 @@ func TestTopSize(t *testing.T) {
 	if r := m.shown()[0]; r.Name != "a-rule-with-a-long-name-09999" || r.rate.packets != 9999 {
 		t.Errorf("first is %s with %v", r.Name, r.rate)
 	}
+	m.Update(look(2, second.seen.stats.Rules[9_000:]...)) // more than a screen has, and sorted for each key
 	for _, width := range []int{1, 20, 79, 80, 81, 110, 160, 300} {
 		for _, height := range []int{1, 2, 5, 24, 60} {
 			m.Update(tea.WindowSizeMsg{Width: width, Height: height})

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"xdpcast/internal/labtest"
 	"xdpcast/internal/network"
 	"xdpcast/pkg/flow"
 	"xdpcast/pkg/rules"
@@ -469,7 +470,7 @@ func published(p *Plan) (all []*FlowPlan) {
 
 // TestRandomWorlds plays many games; the seed of one that fails is in its name.
 func TestRandomWorlds(t *testing.T) {
-	seeds := uint64(300)
+	seeds := uint64(labtest.Soak(100, 3000))
 	if testing.Short() {
 		seeds = 50
 	}

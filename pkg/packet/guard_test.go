@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"xdpcast/internal/labtest"
 )
 
 // guardLab is a guard with a clock, and what it was asked.
@@ -132,7 +134,7 @@ func TestGuardLeavesSendersAlone(t *testing.T) {
 			}
 		}},
 		{name: "null packets with a counting identification", run: func(l *guardLab) {
-			for i := range 300_000 {
+			for i := range labtest.Soak(140_000, 1_000_000) { // twice and more through the identifications
 				b := from(1, null)
 				binary.BigEndian.PutUint16(b[18:], uint16(i))
 				h, _ := Parse(b)
