@@ -86,6 +86,7 @@ type holder struct {
 	program os.FileInfo      // the file that main runs, if it wants one; nil: unknown
 	unwatch func()           // ends the watch of main's Life; nil: there is none
 	standby *standby         // nil: none
+	killed  map[int]bool     // standbys that are not reaped yet
 	due     <-chan time.Time // when it is started
 	dying   int              // the process that the standby has replaced; 0: it is reaped
 	heir    *standby         // that standby, until it is
@@ -107,10 +108,13 @@ func Run(o Options) (code int, err error) {
 	if o.Self == "" {
 		o.Self = "/proc/self/exe"
 	}
-	h := &holder{Options: o, store: NewStore(o.Max), messages: make(chan notify.Message), deaths: make(chan death), fallen: make(chan int), marks: make(chan error), children: make(chan struct{}, 1), stop: make(chan struct{})}
+	h := &holder{Options: o, store: NewStore(o.Max), killed: map[int]bool{}, messages: make(chan notify.Message), deaths: make(chan death), fallen: make(chan int), marks: make(chan error), children: make(chan struct{}, 1), stop: make(chan struct{})}
 	defer func() { // after stop is closed
 		if h.unwatch != nil {
 			h.unwatch()
+		}
+		for pid := range h.killed { // reap does so no more
+			_, _ = unix.Wait4(pid, nil, 0, nil)
 		}
 	}()
 	defer close(h.stop)
@@ -254,12 +258,12 @@ func (h *holder) inherit() bool {
 	h.standby = nil
 	if !runs(s.pid, h.program) {
 		h.Log.Info("the program was replaced since the standby was started, which is killed", "pid", s.pid)
-		s.end()
+		h.killStandby(s)
 		return false
 	}
 	if err := s.give(h.store.Files()); err != nil {
 		h.Log.Warn("the standby does not go on, and is killed", "pid", s.pid, "error", err)
-		s.end()
+		h.killStandby(s)
 		return false
 	}
 	if h.heir != nil {
@@ -320,10 +324,15 @@ func (h *holder) unwatchLife() {
 
 func (h *holder) endStandby() {
 	if h.standby != nil {
-		h.standby.end()
+		h.killStandby(h.standby)
 		h.standby = nil
 	}
 	h.due = nil
+}
+
+func (h *holder) killStandby(s *standby) {
+	h.killed[s.pid] = true
+	s.end()
 }
 
 // prepare starts the standby.
@@ -369,6 +378,8 @@ func (h *holder) run() (code int, err error) {
 			case d.pid == h.dying:
 				h.Log.Info("ended", "pid", d.pid, "how", endOf(d.status))
 				h.buried()
+			case h.killed[d.pid]:
+				delete(h.killed, d.pid)
 			case h.standby != nil && d.pid == h.standby.pid:
 				h.Log.Warn("the standby has ended", "pid", d.pid, "how", endOf(d.status), "again_in", standbyRetry)
 				h.standby.close()
