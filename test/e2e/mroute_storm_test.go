@@ -23,7 +23,7 @@ func TestMrouteStorm(t *testing.T) {
 		router.AddVIF(name, 1)
 	}
 	in := newInstance(t, n.relay)
-	in.start("--mroute", "--mroute-family", "ipv4", "--log-level", "error")
+	in.start("--mroute", "--mroute-family", "ipv4", "--log-level", "error", "--max-rules", "2048", "--max-outputs", "8192")
 	const (
 		rate   = 5000 // changes per second
 		routes = 1000
