@@ -31,7 +31,7 @@ test: go ## run the tests
 	scripts/test
 
 .PHONY: test-long
-test-long: go ## run the tests that need the machine to themselves, and more of the random ones
+test-long: go ## run the control loop's tests with the race detector, those that need the machine to themselves, and more random ones
 	@scripts/setup --test
 	scripts/test --long
 
