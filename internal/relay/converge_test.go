@@ -556,8 +556,8 @@ func (w *changingWorld) foreign(name string) {
 	w.event("another's program is on %s", w.names[name])
 	current := name
 	leave, err := w.p.tryForeign(w.names[name])
-	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ERANGE) {
-		w.event("which is not to be: %v", err) // the relay has taken the interface meanwhile, or its MTU is too large
+	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ERANGE) {
+		w.event("which is not to be: %v", err) // the relay has taken the interface meanwhile, perhaps in the other mode, or its MTU is too large
 		return
 	}
 	w.must(err)
