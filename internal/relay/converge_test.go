@@ -200,14 +200,14 @@ func newChangingWorld(t *testing.T, c *convergence) *changingWorld {
 // begin begins a sequence: with the network as it was at first, and other rules.
 func (w *changingWorld) begin(seed uint64) {
 	w.Rand, w.events = rand.New(rand.NewPCG(seed, 0)), nil
+	if br, err := w.p.host.Link("br0"); err == nil { // first: see foreign
+		w.must(w.p.host.Netlink().LinkDel(br))
+	}
 	for name, leave := range w.leave {
 		leave()
 		delete(w.leave, name)
 	}
 	w.deleteTun()
-	if br, err := w.p.host.Link("br0"); err == nil {
-		w.must(w.p.host.Netlink().LinkDel(br))
-	}
 	for _, name := range veths {
 		if !w.touched[name] {
 			continue
@@ -544,6 +544,9 @@ func (w *changingWorld) queues(name string) {
 
 func (w *changingWorld) foreign(name string) {
 	if leave := w.leave[name]; leave != nil {
+		if l := w.link(name); l != nil && l.Attrs().MasterIndex != 0 {
+			return // the kernel refuses it while the bridge has a program, too: EEXIST
+		}
 		w.event("another's program leaves %s", w.names[name])
 		leave()
 		delete(w.leave, name)
@@ -557,7 +560,7 @@ func (w *changingWorld) foreign(name string) {
 	current := name
 	leave, err := w.p.tryForeign(w.names[name])
 	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ERANGE) {
-		w.event("which is not to be: %v", err) // the relay has taken the interface meanwhile, perhaps in the other mode, or its MTU is too large
+		w.event("which is not to be: %v", err) // the relay has taken the interface meanwhile, or its bridge (EEXIST), or its MTU is too large
 		return
 	}
 	w.must(err)
