@@ -289,7 +289,7 @@ func (l *Loader) clearOrphanBroadcasts() error {
 
 // orphanBroadcasts returns the rows of the map broadcast that may hold a devmap of no rule. Reading
 // the map itself would be slow, row by row: see rowWaits. But a row's entries in the map copies are
-// written before it and cleared after it. It repairs those of rules.
+// written before it and cleared after it. It also repairs those of rules, which it has read.
 func (l *Loader) orphanBroadcasts() ([]uint32, error) {
 	copies, err := readArray[bpf.RelayCopy](l.maps.Copies, int(l.maps.Copies.MaxEntries()))
 	if err != nil {
